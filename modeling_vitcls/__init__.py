@@ -1,0 +1,50 @@
+"""Vision Transformers with configurable CLS, distillation and register tokens.
+
+Importing this package registers its classes with transformers' Auto classes, so that a checkpoint loads without
+`trust_remote_code`. This file is never shipped to the Hub; the `*_vitcls.py` files are.
+"""
+
+from transformers import (
+    AutoBackbone,
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModel,
+    AutoModelForImageClassification,
+    AutoModelForMaskedImageModeling,
+)
+
+from .configuration_vitcls import TokenLayout, ViTCLSConfig
+from .image_processing_vitcls import ViTCLSImageProcessor, ViTCLSImageProcessorPil
+from .modeling_vitcls import (
+    ViTCLSBackbone,
+    ViTCLSForImageClassification,
+    ViTCLSForMaskedImageModeling,
+    ViTCLSForMultiTaskClassification,
+    ViTCLSModel,
+    ViTCLSPreTrainedModel,
+)
+from .version import __version__
+
+
+AutoConfig.register(ViTCLSConfig.model_type, ViTCLSConfig)
+AutoModel.register(ViTCLSConfig, ViTCLSModel)
+AutoModelForImageClassification.register(ViTCLSConfig, ViTCLSForImageClassification)
+AutoModelForMaskedImageModeling.register(ViTCLSConfig, ViTCLSForMaskedImageModeling)
+AutoBackbone.register(ViTCLSConfig, ViTCLSBackbone)
+AutoImageProcessor.register(
+    ViTCLSConfig, image_processor_classes={"torchvision": ViTCLSImageProcessor, "pil": ViTCLSImageProcessorPil}
+)
+
+__all__ = [
+    "TokenLayout",
+    "ViTCLSBackbone",
+    "ViTCLSConfig",
+    "ViTCLSForImageClassification",
+    "ViTCLSForMaskedImageModeling",
+    "ViTCLSForMultiTaskClassification",
+    "ViTCLSImageProcessor",
+    "ViTCLSImageProcessorPil",
+    "ViTCLSModel",
+    "ViTCLSPreTrainedModel",
+    "__version__",
+]

@@ -1,0 +1,269 @@
+"""From pixels to the token sequence: patches, special tokens, positions.
+
+    pixel_values -> patches + positions -> [ CLS | distillation | registers | patches ] -> dropout -> norm
+
+Learned and sin-cos positions are added here. Rotary positions are computed here and applied inside attention
+(`rotate_patches`). What a token may see is decided in scopes_vitcls.py, the encoder is in layers_vitcls.py.
+"""
+
+import math
+
+import torch
+from torch import nn
+
+from .configuration_vitcls import ViTCLSConfig
+
+
+class ViTCLSEmbeddings(nn.Module):
+    """Builds the token sequence. Groups without tokens have no parameter.
+
+    Shapes: pixel_values [B, C, H, W] -> [B, N, D], N = special tokens + rows * columns of patches.
+    """
+
+    def __init__(self, config: ViTCLSConfig) -> None:
+        super().__init__()
+        self.patch_embeddings = ViTCLSPatchEmbeddings(config)
+        self.position_embeddings = POSITION_EMBEDDINGS[config.position_embedding_type](config)
+        self.cls_token = _token_parameter(config.num_cls_tokens, config.hidden_size)
+        self.distillation_token = _token_parameter(config.num_distillation_tokens, config.hidden_size)
+        self.register_tokens = _token_parameter(config.num_register_tokens, config.hidden_size)
+        self.mask_token = _token_parameter(int(config.use_mask_token), config.hidden_size)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps) if config.pre_norm else nn.Identity()
+
+    def forward(self, pixel_values: torch.Tensor, bool_masked_pos: torch.Tensor | None = None) -> torch.Tensor:
+        """Embed images; patches where `bool_masked_pos` [B, rows * columns] is true become the mask token.
+
+        Raises:
+            ValueError: for images that the model cannot take (see `ViTCLSPatchEmbeddings.grid_of`), or a mask that
+                does not fit.
+        """
+        batch_size = pixel_values.shape[0]
+        grid = self.patch_embeddings.grid_of(pixel_values)
+        patches = self.patch_embeddings(pixel_values)  # [B, rows * columns, D]
+        if bool_masked_pos is not None:
+            patches = self.replace_masked(patches, bool_masked_pos)
+        patches = self.position_embeddings.add_to_patches(patches, grid)
+        special = [
+            self.position_embeddings.add_to_special(name, token).expand(batch_size, -1, -1)
+            for name, token in self.special_tokens().items()
+        ]
+        tokens = torch.cat([*special, patches], dim=1)  # [B, N, D]
+        return self.norm(self.dropout(tokens))
+
+    def special_tokens(self) -> dict[str, nn.Parameter]:
+        """The learned tokens [1, n, D] of the groups that exist, in the order of the sequence."""
+        groups = {"cls": self.cls_token, "distillation": self.distillation_token, "registers": self.register_tokens}
+        return {name: token for name, token in groups.items() if token is not None}
+
+    def replace_masked(self, patches: torch.Tensor, bool_masked_pos: torch.Tensor) -> torch.Tensor:
+        """Put the mask token in place of masked patches."""
+        if self.mask_token is None:
+            raise ValueError("bool_masked_pos was given and the model has no mask token: set use_mask_token=True")
+        if bool_masked_pos.shape != patches.shape[:2]:
+            raise ValueError(
+                f"bool_masked_pos has shape {tuple(bool_masked_pos.shape)} and the images give "
+                f"{tuple(patches.shape[:2])} patches [batch, patches]: make them equal"
+            )
+        return torch.where(bool_masked_pos.bool().unsqueeze(-1), self.mask_token.to(patches.dtype), patches)
+
+
+class ViTCLSPatchEmbeddings(nn.Module):
+    """Cuts images into patches and projects each. Pixels beyond the last whole patch are left out.
+
+    Shapes: [B, C, H, W] -> [B, rows * columns, D], row by row.
+    """
+
+    def __init__(self, config: ViTCLSConfig) -> None:
+        super().__init__()
+        self.num_channels = config.num_channels
+        self.patch_size = config.patch_height_width
+        self.projection = nn.Conv2d(
+            config.num_channels,
+            config.hidden_size,
+            kernel_size=self.patch_size,
+            stride=self.patch_size,
+            bias=config.patch_bias,
+        )
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Project the patches of images that `grid_of` accepts."""
+        return self.projection(pixel_values).flatten(2).transpose(1, 2)  # [B, rows * columns, D]
+
+    def grid_of(self, pixel_values: torch.Tensor) -> tuple[int, int]:
+        """Rows and columns of patches in these images.
+
+        Raises:
+            ValueError: if they are no batch of images, have another number of channels, or are smaller than a patch.
+        """
+        if pixel_values.ndim != 4:
+            raise ValueError(
+                f"pixel_values has shape {tuple(pixel_values.shape)}: give [batch, channels, height, width]"
+            )
+        _, channels, height, width = pixel_values.shape
+        if channels != self.num_channels:
+            raise ValueError(
+                f"pixel_values has {channels} channel(s) and the model takes {self.num_channels}: convert the images, "
+                f"or build the model with num_channels={channels}"
+            )
+        patch_height, patch_width = self.patch_size
+        if height < patch_height or width < patch_width:
+            raise ValueError(
+                f"the images are {height} x {width} pixels, smaller than one patch of {patch_height} x {patch_width}: "
+                "enlarge them"
+            )
+        return height // patch_height, width // patch_width
+
+
+class LearnedPositions(nn.Module):
+    """A learned vector for each place of the grid, and for the special tokens that the configuration names.
+
+    For images of another size the grid is resampled (ViT, arXiv 2010.11929, section 3.2).
+    """
+
+    def __init__(self, config: ViTCLSConfig) -> None:
+        super().__init__()
+        self.grid = config.grid_size
+        self.mode = config.position_interpolation
+        self.antialias = config.position_antialias
+        has_cls_position = config.position_embedding_tokens in ("cls", "all")
+        has_all_positions = config.position_embedding_tokens == "all"
+        width = config.hidden_size
+        self.cls = _token_parameter(config.num_cls_tokens * has_cls_position, width)
+        self.distillation = _token_parameter(config.num_distillation_tokens * has_all_positions, width)
+        self.registers = _token_parameter(config.num_register_tokens * has_all_positions, width)
+        self.patches = nn.Parameter(torch.empty(1, math.prod(self.grid), width))
+
+    def add_to_special(self, name: str, tokens: torch.Tensor) -> torch.Tensor:
+        """Add the positions of the group `name`, if it has any, to its tokens [1, n, D]."""
+        positions = getattr(self, name)
+        return tokens if positions is None else tokens + positions
+
+    def add_to_patches(self, patches: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+        """Add the positions, resampled where the grid differs from the learned one, to patches [B, N, D]."""
+        if grid == self.grid:
+            return patches + self.patches
+        return patches + resample_positions(self.patches, self.grid, grid, self.mode, self.antialias)
+
+
+class SinCosPositions(nn.Module):
+    """Fixed sine-cosine positions of the patches, [sin x, cos x, sin y, cos y] (MoCo v3, arXiv 2104.02057)."""
+
+    def __init__(self, config: ViTCLSConfig) -> None:
+        super().__init__()
+        self.hidden_size = config.hidden_size
+
+    def add_to_special(self, name: str, tokens: torch.Tensor) -> torch.Tensor:
+        """Special tokens have no place in the image."""
+        return tokens
+
+    def add_to_patches(self, patches: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+        """Add to patches [B, N, D]."""
+        rows, columns = grid
+        y = torch.arange(rows, dtype=torch.float32, device=patches.device)
+        x = torch.arange(columns, dtype=torch.float32, device=patches.device)
+        y, x = torch.meshgrid(y, x, indexing="ij")  # [rows, columns] each
+        quarter = self.hidden_size // 4
+        frequencies = 10000.0 ** -(torch.arange(quarter, dtype=torch.float32, device=patches.device) / quarter)
+        x_angles = x.flatten()[:, None] * frequencies  # [N, D / 4]
+        y_angles = y.flatten()[:, None] * frequencies
+        positions = torch.cat([x_angles.sin(), x_angles.cos(), y_angles.sin(), y_angles.cos()], dim=-1)  # [N, D]
+        return patches + positions.to(patches.dtype)
+
+
+class NoAddedPositions(nn.Module):
+    """Nothing is added to the tokens: positions are rotary, or there are none."""
+
+    def __init__(self, config: ViTCLSConfig) -> None:
+        super().__init__()
+
+    def add_to_special(self, name: str, tokens: torch.Tensor) -> torch.Tensor:
+        """Return the tokens as they are."""
+        return tokens
+
+    def add_to_patches(self, patches: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+        """Return the patches as they are."""
+        return patches
+
+
+POSITION_EMBEDDINGS: dict[str, type[LearnedPositions | SinCosPositions | NoAddedPositions]] = {
+    "learned": LearnedPositions,
+    "sincos_2d": SinCosPositions,
+    "rope_2d": NoAddedPositions,
+    "none": NoAddedPositions,
+}
+
+
+class RotaryPositions(nn.Module):
+    """Cosines and sines of the patches' coordinates, for `rotate_patches` (DINOv3, arXiv 2508.10104, section 3.2).
+
+    Coordinates run from -1 to 1 over the image along each axis, whatever its size, so rectangles and other sizes need
+    no resampling.
+    """
+
+    def __init__(self, config: ViTCLSConfig) -> None:
+        super().__init__()
+        self.theta = float(config.rope_theta)
+        self.head_dim = config.head_dim
+
+    def forward(self, grid: tuple[int, int], hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """`(cos, sin)`, each [rows * columns, head_dim], in the dtype and on the device of `hidden_states`."""
+        device = hidden_states.device
+        axes = [
+            2.0 * (torch.arange(size, dtype=torch.float32, device=device) + 0.5) / size - 1.0 for size in grid
+        ]  # patch centres: [rows], [columns]
+        centres = torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).flatten(0, 1)  # [N, 2]
+        exponents = torch.arange(self.head_dim // 4, dtype=torch.float32, device=device) * 4 / self.head_dim
+        angles = 2 * math.pi * centres[:, :, None] * self.theta**-exponents  # [N, 2, head_dim / 4]
+        angles = angles.flatten(1).tile(2)  # [N, head_dim]
+        return angles.cos().to(hidden_states.dtype), angles.sin().to(hidden_states.dtype)
+
+
+class NoRotaryPositions(nn.Module):
+    """Stands where `RotaryPositions` would, for models whose queries and keys are not rotated."""
+
+    def __init__(self, config: ViTCLSConfig) -> None:
+        super().__init__()
+
+    def forward(self, grid: tuple[int, int], hidden_states: torch.Tensor) -> None:
+        """Nothing to rotate by."""
+        return None
+
+
+def rotate_patches(
+    query: torch.Tensor, key: torch.Tensor, position_embeddings: tuple[torch.Tensor, torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rotate queries and keys [B, heads, N, head_dim] of the patches; special tokens, which come first, stay."""
+    cos, sin = position_embeddings  # [patches, head_dim] each
+
+    def rotate(states: torch.Tensor) -> torch.Tensor:
+        special, patches = states.tensor_split([states.shape[-2] - cos.shape[-2]], dim=-2)
+        first, second = patches.chunk(2, dim=-1)
+        patches = patches * cos + torch.cat([-second, first], dim=-1) * sin
+        return torch.cat([special, patches], dim=-2)
+
+    return rotate(query), rotate(key)
+
+
+def leave_unrotated(
+    query: torch.Tensor, key: torch.Tensor, position_embeddings: None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Stands where `rotate_patches` would, for models without rotary positions."""
+    return query, key
+
+
+def resample_positions(
+    positions: torch.Tensor, grid: tuple[int, int], new_grid: tuple[int, int], mode: str, antialias: bool
+) -> torch.Tensor:
+    """Resample learned positions [1, rows * columns, D] from one grid (rows, columns) to another.
+
+    Computed in float32, returned in the dtype of `positions`.
+    """
+    maps = positions.float().unflatten(1, grid).permute(0, 3, 1, 2)  # [1, D, rows, columns]
+    maps = nn.functional.interpolate(maps, size=new_grid, mode=mode, align_corners=False, antialias=antialias)
+    return maps.permute(0, 2, 3, 1).flatten(1, 2).to(positions.dtype)  # [1, new rows * new columns, D]
+
+
+def _token_parameter(count: int, width: int) -> nn.Parameter | None:
+    """A parameter [1, count, width], filled by `_init_weights`; None for no tokens."""
+    return nn.Parameter(torch.empty(1, count, width)) if count else None

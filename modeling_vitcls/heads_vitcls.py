@@ -1,0 +1,185 @@
+"""From the encoded sequence to answers: pooling, classifiers, and the pixel decoder of masked image modelling.
+
+    sequence [B, N, D] -> pooler -> [B, P] -> classifier -> logits [B, labels]
+
+Only pooled tokens reach a head. Losses are in losses_vitcls.py.
+"""
+
+import torch
+from torch import nn
+
+from .configuration_vitcls import ViTCLSConfig
+from .layers_vitcls import MLPS
+
+
+class CLSPooler(nn.Module):
+    """The CLS token; several become one vector by `config.cls_pooling`. [B, N, D] -> [B, P]."""
+
+    def __init__(self, config: ViTCLSConfig) -> None:
+        super().__init__()
+        self.cls = config.token_layout.cls
+        self.reduce = CLS_REDUCTIONS[config.cls_pooling]
+
+    def forward(self, sequence: torch.Tensor) -> torch.Tensor:
+        """Read the CLS tokens."""
+        return self.reduce(sequence[:, self.cls])
+
+
+def first_token(tokens: torch.Tensor) -> torch.Tensor:
+    """[B, k, D] -> [B, D]."""
+    return tokens[:, 0]
+
+
+def mean_token(tokens: torch.Tensor) -> torch.Tensor:
+    """[B, k, D] -> [B, D]."""
+    return tokens.mean(dim=1)
+
+
+def concatenated_tokens(tokens: torch.Tensor) -> torch.Tensor:
+    """[B, k, D] -> [B, k * D]."""
+    return tokens.flatten(1)
+
+
+CLS_REDUCTIONS = {"first": first_token, "mean": mean_token, "concat": concatenated_tokens}
+
+
+class PatchMeanPooler(nn.Module):
+    """Mean of the patches, without special tokens. [B, N, D] -> [B, D]."""
+
+    def __init__(self, config: ViTCLSConfig) -> None:
+        super().__init__()
+        self.patches = config.token_layout.patches
+
+    def forward(self, sequence: torch.Tensor) -> torch.Tensor:
+        """Average the patches."""
+        return sequence[:, self.patches].mean(dim=1)
+
+
+class CLSMeanPooler(nn.Module):
+    """CLS and mean of the patches, concatenated. [B, N, D] -> [B, P + D]."""
+
+    def __init__(self, config: ViTCLSConfig) -> None:
+        super().__init__()
+        self.cls = CLSPooler(config)
+        self.mean = PatchMeanPooler(config)
+
+    def forward(self, sequence: torch.Tensor) -> torch.Tensor:
+        """Read CLS tokens and patches."""
+        return torch.cat([self.cls(sequence), self.mean(sequence)], dim=-1)
+
+
+class PatchMaxPooler(nn.Module):
+    """Largest value of each channel over the patches. [B, N, D] -> [B, D]."""
+
+    def __init__(self, config: ViTCLSConfig) -> None:
+        super().__init__()
+        self.patches = config.token_layout.patches
+
+    def forward(self, sequence: torch.Tensor) -> torch.Tensor:
+        """Take the maxima."""
+        return sequence[:, self.patches].amax(dim=1)
+
+
+class AttentionPooler(nn.Module):
+    """A learned query attends to the patches, then an MLP (MAP head; Zhai et al. 2022, arXiv 2106.04560).
+
+    Shapes: [B, N, D] -> [B, D].
+    """
+
+    def __init__(self, config: ViTCLSConfig) -> None:
+        super().__init__()
+        width = config.hidden_size
+        self.patches = config.token_layout.patches
+        self.head_dim = config.head_dim
+        self.probe = nn.Parameter(torch.empty(1, 1, width))
+        self.q_proj = nn.Linear(width, width)
+        self.k_proj = nn.Linear(width, width)
+        self.v_proj = nn.Linear(width, width)
+        self.o_proj = nn.Linear(width, width)
+        self.layernorm = nn.LayerNorm(width, eps=config.layer_norm_eps)
+        self.mlp = MLPS[config.mlp_type](config)
+
+    def forward(self, sequence: torch.Tensor) -> torch.Tensor:
+        """Attend from the probe to the patches."""
+        patches = sequence[:, self.patches]
+        query = self._per_head(self.q_proj(self.probe)).expand(len(sequence), -1, -1, -1)  # [B, heads, 1, head_dim]
+        key, value = self._per_head(self.k_proj(patches)), self._per_head(self.v_proj(patches))
+        attended = nn.functional.scaled_dot_product_attention(query, key, value)
+        pooled = self.o_proj(attended.transpose(1, 2).flatten(1))  # [B, D]
+        return pooled + self.mlp(self.layernorm(pooled))
+
+    def _per_head(self, states: torch.Tensor) -> torch.Tensor:
+        return states.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+
+
+POOLERS = {
+    "cls": CLSPooler,
+    "mean": PatchMeanPooler,
+    "cls_mean": CLSMeanPooler,
+    "max": PatchMaxPooler,
+    "attention": AttentionPooler,
+}
+
+
+def build_head(config: ViTCLSConfig, in_features: int, num_labels: int | None) -> nn.Module:
+    """The classifier that `config.head_type` names, [B, in_features] -> [B, num_labels]; identity for no labels."""
+    if not num_labels:
+        return nn.Identity()
+    if config.head_type == "linear":
+        return nn.Linear(in_features, num_labels)
+    hidden_size = config.head_hidden_size or config.hidden_size
+    return nn.Sequential(nn.Linear(in_features, hidden_size), nn.GELU(), nn.Linear(hidden_size, num_labels))
+
+
+class DistillationHead(nn.Module):
+    """A classifier on the distillation token; several tokens are averaged (DeiT, arXiv 2012.12877, section 4).
+
+    Shapes: [B, N, D] -> [B, labels].
+    """
+
+    def __init__(self, config: ViTCLSConfig) -> None:
+        super().__init__()
+        self.distillation = config.token_layout.distillation
+        self.head = build_head(config, config.hidden_size, config.num_labels)
+
+    def forward(self, sequence: torch.Tensor) -> torch.Tensor:
+        """Classify the distillation token."""
+        return self.head(mean_token(sequence[:, self.distillation]))
+
+
+def mean_logits(cls_logits: torch.Tensor, distillation_logits: torch.Tensor) -> torch.Tensor:
+    """Average of both heads."""
+    return (cls_logits + distillation_logits) / 2
+
+
+def only_cls_logits(cls_logits: torch.Tensor, distillation_logits: torch.Tensor) -> torch.Tensor:
+    """The class head alone."""
+    return cls_logits
+
+
+def only_distillation_logits(cls_logits: torch.Tensor, distillation_logits: torch.Tensor) -> torch.Tensor:
+    """The distillation head alone."""
+    return distillation_logits
+
+
+LOGIT_CHOICES = {"mean": mean_logits, "cls": only_cls_logits, "distillation": only_distillation_logits}
+
+
+class PixelDecoder(nn.Module):
+    """One linear layer from each encoded patch to its pixels (SimMIM, arXiv 2111.09886, section 3.4)."""
+
+    def __init__(self, config: ViTCLSConfig) -> None:
+        super().__init__()
+        self.num_channels = config.num_channels
+        self.patch_size = config.patch_height_width
+        patch_height, patch_width = self.patch_size
+        self.projection = nn.Linear(config.hidden_size, config.num_channels * patch_height * patch_width)
+
+    def forward(self, patches: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+        """[B, rows * columns, D] -> pixels [B, C, rows * patch height, columns * patch width]."""
+        (rows, columns), (patch_height, patch_width) = grid, self.patch_size
+        pixels = self.projection(patches)  # [B, rows * columns, C * patch height * patch width]
+        pixels = pixels.view(-1, rows, columns, self.num_channels, patch_height, patch_width)
+        return pixels.permute(0, 3, 1, 4, 2, 5).reshape(
+            -1, self.num_channels, rows * patch_height, columns * patch_width
+        )

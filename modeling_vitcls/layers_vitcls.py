@@ -1,0 +1,204 @@
+"""The encoder layer: attention and MLP, each behind a LayerNorm, added to the residual stream.
+
+    x = x + drop_path(scale(attention(norm(x))))
+    x = x + drop_path(scale(mlp(norm(x))))
+
+Special tokens are ordinary rows here: they attend and are updated in every layer. Names of modules follow the ViT of
+transformers, so that LoRA targets and tensor-parallel plans carry over.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+from transformers.activations import ACT2FN
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs
+
+from .configuration_vitcls import ViTCLSConfig
+from .embeddings_vitcls import leave_unrotated, rotate_patches
+
+
+class ViTCLSLayer(GradientCheckpointingLayer):
+    """One pre-norm Transformer layer, [B, N, D] -> [B, N, D]."""
+
+    def __init__(self, config: ViTCLSConfig, drop_path_rate: float = 0.0) -> None:
+        super().__init__()
+        self.layernorm_before = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.attention = ViTCLSAttention(config)
+        self.layer_scale1 = _layer_scale(config)
+        self.layernorm_after = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.mlp = MLPS[config.mlp_type](config)
+        self.layer_scale2 = _layer_scale(config)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.drop_path = DropPath(drop_path_rate) if drop_path_rate > 0 else nn.Identity()
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> torch.Tensor:
+        """Attend, then transform each token; `position_embeddings` are those of `RotaryPositions`, or None."""
+        attended, _ = self.attention(
+            self.layernorm_before(hidden_states), attention_mask, position_embeddings, **kwargs
+        )
+        hidden_states = hidden_states + self.drop_path(self.layer_scale1(self.dropout(attended)))
+        transformed = self.mlp(self.layernorm_after(hidden_states))
+        return hidden_states + self.drop_path(self.layer_scale2(self.dropout(transformed)))
+
+
+class ViTCLSAttention(nn.Module):
+    """Multi-head self-attention through transformers' attention interface (eager, SDPA, flash, flex)."""
+
+    def __init__(self, config: ViTCLSConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.head_dim = config.head_dim
+        self.scaling = config.head_dim**-0.5
+        self.attention_dropout = config.attention_probs_dropout_prob
+        self.is_causal = False
+        width = config.hidden_size
+        self.q_proj = nn.Linear(width, width, bias=_first_set(config.query_bias, config.qkv_bias))
+        self.k_proj = nn.Linear(width, width, bias=_first_set(config.key_bias, config.qkv_bias))
+        self.v_proj = nn.Linear(width, width, bias=_first_set(config.value_bias, config.qkv_bias))
+        self.o_proj = nn.Linear(width, width, bias=config.projection_bias)
+        self.q_norm = nn.LayerNorm(self.head_dim, eps=config.layer_norm_eps) if config.qk_norm else nn.Identity()
+        self.k_norm = nn.LayerNorm(self.head_dim, eps=config.layer_norm_eps) if config.qk_norm else nn.Identity()
+        self.apply_positions: Callable = (
+            rotate_patches if config.position_embedding_type == "rope_2d" else leave_unrotated
+        )
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """[B, N, D] -> ([B, N, D], weights [B, heads, N, N] where the implementation returns them)."""
+        batch_size, sequence_length, _ = hidden_states.shape
+        # -1 heads: under tensor parallelism each process holds some of them
+        per_head = (batch_size, sequence_length, -1, self.head_dim)
+        query = self.q_norm(self.q_proj(hidden_states).view(per_head)).transpose(1, 2)  # [B, heads, N, head_dim]
+        key = self.k_norm(self.k_proj(hidden_states).view(per_head)).transpose(1, 2)
+        value = self.v_proj(hidden_states).view(per_head).transpose(1, 2)
+        query, key = self.apply_positions(query, key, position_embeddings)
+
+        attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        attended, weights = attention_interface(
+            self,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout=self.attention_dropout if self.training else 0.0,
+            scaling=self.scaling,
+            **kwargs,
+        )  # [B, N, heads, head_dim]
+        return self.o_proj(attended.reshape(batch_size, sequence_length, -1).contiguous()), weights
+
+
+def eager_attention_forward(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs: Unpack[TransformersKwargs],
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Plain attention on [B, heads, N, head_dim], with its weights [B, heads, N, N]; softmax in float32."""
+    scores = torch.matmul(query, key.transpose(2, 3)) * scaling
+    if attention_mask is not None:
+        scores = scores + attention_mask
+    weights = nn.functional.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
+    weights = nn.functional.dropout(weights, p=dropout, training=module.training)
+    return torch.matmul(weights, value).transpose(1, 2).contiguous(), weights
+
+
+class ViTCLSMLP(nn.Module):
+    """Linear, activation, Linear on each token."""
+
+    def __init__(self, config: ViTCLSConfig) -> None:
+        super().__init__()
+        self.activation_fn = ACT2FN[config.hidden_act]
+        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """[B, N, D] -> [B, N, D]."""
+        return self.fc2(self.activation_fn(self.fc1(hidden_states)))
+
+
+class ViTCLSSwiGLU(nn.Module):
+    """An MLP gated by SiLU (Shazeer 2020, arXiv 2002.05202)."""
+
+    def __init__(self, config: ViTCLSConfig) -> None:
+        super().__init__()
+        self.activation_fn = nn.SiLU()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """[B, N, D] -> [B, N, D]."""
+        return self.down_proj(self.activation_fn(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
+
+
+MLPS = {"mlp": ViTCLSMLP, "swiglu": ViTCLSSwiGLU}
+
+
+class LayerScale(nn.Module):
+    """A learned factor per channel (CaiT, arXiv 2103.17239)."""
+
+    def __init__(self, hidden_size: int, init_value: float) -> None:
+        super().__init__()
+        self.init_value = float(init_value)
+        self.lambda1 = nn.Parameter(torch.empty(hidden_size))
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """[B, N, D] -> [B, N, D]."""
+        return hidden_states * self.lambda1
+
+
+class DropPath(nn.Module):
+    """Drops a residual branch for whole images in training (stochastic depth, arXiv 1603.09382)."""
+
+    def __init__(self, rate: float) -> None:
+        super().__init__()
+        self.rate = rate  # a Python float: a tensor would not survive loading on the meta device
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """[B, N, D] -> [B, N, D]; kept branches are scaled up so that the expectation stays."""
+        if not self.training:
+            return hidden_states
+        keep_rate = 1 - self.rate
+        kept = hidden_states.new_empty(hidden_states.shape[0], 1, 1).bernoulli_(keep_rate)
+        return hidden_states * kept / keep_rate
+
+    def extra_repr(self) -> str:
+        """The rate, for `print(model)`."""
+        return f"rate={self.rate}"
+
+
+def drop_path_rates(config: ViTCLSConfig) -> list[float]:
+    """One rate per layer, rising linearly from 0 to `config.drop_path_rate`."""
+    last = max(config.num_hidden_layers - 1, 1)
+    return [config.drop_path_rate * index / last for index in range(config.num_hidden_layers)]
+
+
+def _layer_scale(config: ViTCLSConfig) -> nn.Module:
+    if config.layer_scale_init_value is None:
+        return nn.Identity()
+    return LayerScale(config.hidden_size, config.layer_scale_init_value)
+
+
+def _first_set(value: bool | None, default: bool) -> bool:
+    return default if value is None else value

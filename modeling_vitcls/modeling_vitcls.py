@@ -1,0 +1,403 @@
+"""The models. Data flows one way:
+
+    pixel_values -> embeddings -> layers -> layernorm -> pooler -> head -> loss
+
+    ViTCLSModel                        the encoder, with tokens by name
+    ViTCLSForImageClassification       one label set; a second head where there is a distillation token
+    ViTCLSForMultiTaskClassification   one CLS token, head and loss per task
+    ViTCLSForMaskedImageModeling       reconstructs masked patches
+    ViTCLSBackbone                     feature maps for dense prediction
+
+Their parts: embeddings_vitcls.py, scopes_vitcls.py, layers_vitcls.py, heads_vitcls.py, losses_vitcls.py.
+"""
+
+import copy
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Self
+
+import torch
+from torch import nn
+from transformers import initialization as init
+from transformers.backbone_utils import BackboneMixin, filter_output_hidden_states
+from transformers.modeling_outputs import BackboneOutput, BaseModelOutputWithPooling, MaskedImageModelingOutput
+from transformers.processing_utils import Unpack
+from transformers.utils import ModelOutput, TransformersKwargs
+from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from .adaptation_vitcls import AdaptableModel
+from .configuration_vitcls import ViTCLSConfig
+from .embeddings_vitcls import LearnedPositions, NoRotaryPositions, RotaryPositions, ViTCLSEmbeddings
+from .heads_vitcls import LOGIT_CHOICES, POOLERS, AttentionPooler, DistillationHead, PixelDecoder, build_head
+from .layers_vitcls import LayerScale, ViTCLSAttention, ViTCLSLayer, drop_path_rates
+from .losses_vitcls import classification_loss, cross_entropy, masked_pixel_loss
+from .scopes_vitcls import FullView, ScopedView
+
+
+@dataclass
+class ViTCLSModelOutput(BaseModelOutputWithPooling):
+    """Output of `ViTCLSModel`.
+
+    Attributes:
+        last_hidden_state: [B, N, D], after the final LayerNorm.
+        pooler_output: [B, P], what a head would read (`config.pooling`); None without a pooler.
+        hidden_states: on request, the embeddings and the output of each layer, [B, N, D] each, before that norm.
+        attentions: on request and with eager attention, [B, heads, N, N] per layer.
+        tokens: `last_hidden_state` by group: "cls", "distillation", "registers", "patches", [B, n, D] each.
+    """
+
+    tokens: dict[str, torch.Tensor] | None = None
+
+
+@dataclass
+class ViTCLSImageClassifierOutput(ModelOutput):
+    """Output of `ViTCLSForImageClassification`.
+
+    Attributes:
+        loss: where labels were given, that of `logits`.
+        logits: [B, labels], the model's answer.
+        cls_logits: [B, labels], of the class head.
+        distillation_logits: [B, labels], of the distillation head, if there is one.
+        hidden_states, attentions: as in `ViTCLSModelOutput`.
+    """
+
+    loss: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
+    cls_logits: torch.Tensor | None = None
+    distillation_logits: torch.Tensor | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
+
+
+@dataclass
+class ViTCLSMultiTaskOutput(ModelOutput):
+    """Output of `ViTCLSForMultiTaskClassification`.
+
+    Attributes:
+        loss: sum of `losses`, where labels were given.
+        losses: loss per task that has labels.
+        logits: [B, labels of the task] per task.
+        hidden_states, attentions: as in `ViTCLSModelOutput`.
+    """
+
+    loss: torch.Tensor | None = None
+    losses: dict[str, torch.Tensor] | None = None
+    logits: dict[str, torch.Tensor] | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
+
+
+class ViTCLSPreTrainedModel(AdaptableModel):
+    """Loading, saving and initialisation, common to all models here."""
+
+    base_model_prefix = "vitcls"
+    main_input_name = "pixel_values"
+    input_modalities = ["image"]
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["ViTCLSEmbeddings", "ViTCLSLayer"]
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    _can_record_outputs = {"hidden_states": ViTCLSLayer, "attentions": ViTCLSAttention}
+    _input_embed_layer = "patch_embeddings"
+
+    def __init__(self, config: ViTCLSConfig, *args: Any, **kwargs: Any) -> None:
+        config.validate()  # fields may have been set since its construction
+        super().__init__(config, *args, **kwargs)
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """Truncated normal weights, zero biases (ViT, DeiT); special tokens by `config.token_init`."""
+        std = self.config.initializer_range
+        if isinstance(module, nn.Linear | nn.Conv2d):
+            init.trunc_normal_(module.weight, mean=0.0, std=std)
+            if module.bias is not None:
+                init.zeros_(module.bias)
+        elif isinstance(module, ViTCLSEmbeddings):
+            for token in module.special_tokens().values():
+                TOKEN_INITS[self.config.token_init](token, std)
+            if module.mask_token is not None:
+                init.trunc_normal_(module.mask_token, mean=0.0, std=std)
+        elif isinstance(module, LearnedPositions):
+            for positions in module.parameters(recurse=False):
+                init.trunc_normal_(positions, mean=0.0, std=std)
+        elif isinstance(module, LayerScale):
+            init.constant_(module.lambda1, module.init_value)
+        elif isinstance(module, AttentionPooler):
+            init.trunc_normal_(module.probe, mean=0.0, std=std)
+        else:
+            super()._init_weights(module)  # norms
+
+
+TOKEN_INITS: dict[str, Callable[[torch.Tensor, float], Any]] = {
+    "trunc_normal": lambda token, std: init.trunc_normal_(token, mean=0.0, std=std),
+    "near_zero": lambda token, std: init.normal_(token, std=1e-6),
+    "zeros": lambda token, std: init.zeros_(token),
+}
+
+
+class ViTCLSModel(ViTCLSPreTrainedModel):
+    """A Vision Transformer (arXiv 2010.11929) with configurable special tokens, without a classifier."""
+
+    def __init__(self, config: ViTCLSConfig, add_pooling_layer: bool = True) -> None:
+        super().__init__(config)
+        has_rotary_positions = config.position_embedding_type == "rope_2d"
+        self.embeddings = ViTCLSEmbeddings(config)
+        self.rotary_positions = RotaryPositions(config) if has_rotary_positions else NoRotaryPositions(config)
+        self.view = FullView(config) if config.cls_scopes is None else ScopedView(config)
+        self.layers = nn.ModuleList(ViTCLSLayer(config, rate) for rate in drop_path_rates(config))
+        self.layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.pooler = POOLERS[config.pooling](config) if add_pooling_layer else None
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs(tie_last_hidden_states=False)
+    def forward(
+        self,
+        pixel_values: torch.Tensor,
+        bool_masked_pos: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> ViTCLSModelOutput:
+        """Encode images.
+
+        Args:
+            pixel_values: [B, C, H, W], of any size of at least one patch.
+            bool_masked_pos: [B, rows * columns], true for patches to replace by the mask token.
+            attention_mask: [B, N] over all tokens, special tokens first; 1 where a token may be attended to.
+            output_hidden_states, output_attentions, return_dict: as everywhere in transformers.
+
+        Raises:
+            ValueError: for images or masks that do not fit the model.
+            TypeError: for an argument that is not known.
+        """
+        _reject_unknown_arguments(kwargs)
+        pixel_values = pixel_values.to(self.embeddings.patch_embeddings.projection.weight.dtype)
+        grid = self.embeddings.patch_embeddings.grid_of(pixel_values)
+
+        hidden_states = self.embeddings(pixel_values, bool_masked_pos)  # [B, N, D]
+        position_embeddings = self.rotary_positions(grid, hidden_states)
+        attention_mask = self.view(hidden_states, attention_mask, grid)
+        for layer in self.layers:
+            hidden_states = layer(hidden_states, attention_mask, position_embeddings, **kwargs)
+        sequence = self.layernorm(hidden_states)  # [B, N, D]
+
+        return ViTCLSModelOutput(
+            last_hidden_state=sequence,
+            pooler_output=self.pooler(sequence) if self.pooler is not None else None,
+            tokens={name: sequence[:, group] for name, group in self.config.token_layout.items()},
+        )
+
+    def rebuilt(self, config: ViTCLSConfig) -> Self:
+        """A model of the same parts with fresh weights, for another configuration."""
+        return type(self)(config, add_pooling_layer=self.pooler is not None)
+
+
+class ViTCLSForImageClassification(ViTCLSPreTrainedModel):
+    """A ViT with a classifier on the pooled tokens, and a second one on the distillation token if there is one."""
+
+    def __init__(self, config: ViTCLSConfig) -> None:
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.vitcls = ViTCLSModel(config)
+        self.classifier = build_head(config, config.pooled_size, config.num_labels)
+        self.distillation_classifier = DistillationHead(config) if config.has_distillation_head else None
+        self.choose_logits = LOGIT_CHOICES[config.distillation_inference]
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        pixel_values: torch.Tensor,
+        labels: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> ViTCLSImageClassifierOutput:
+        """Classify images; `labels` (and `num_items_in_batch`) as in `classification_loss`, the rest as `ViTCLSModel`.
+
+        The loss is that of `logits`. Distillation, with a loss per head, is the training loop's.
+        """
+        outputs = self.vitcls(pixel_values, attention_mask=attention_mask, **kwargs)
+        logits = cls_logits = self.classifier(outputs.pooler_output)  # [B, labels]
+        distillation_logits = None
+        if self.distillation_classifier is not None:
+            distillation_logits = self.distillation_classifier(outputs.last_hidden_state)
+            logits = self.choose_logits(cls_logits, distillation_logits)
+        loss = None
+        if labels is not None:
+            loss = classification_loss(logits, labels, self.config, kwargs.get("num_items_in_batch"))
+        return ViTCLSImageClassifierOutput(
+            loss=loss,
+            logits=logits,
+            cls_logits=cls_logits,
+            distillation_logits=distillation_logits,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+
+class ViTCLSForMultiTaskClassification(ViTCLSPreTrainedModel):
+    """One CLS token, classifier and loss per task of `config.tasks`, on a shared encoder."""
+
+    def __init__(self, config: ViTCLSConfig) -> None:
+        super().__init__(config)
+        if not config.tasks:
+            raise ValueError('ViTCLSForMultiTaskClassification needs config.tasks, such as tasks={"species": 12}')
+        self.vitcls = ViTCLSModel(config, add_pooling_layer=False)
+        self.classifiers = nn.ModuleDict(
+            {
+                name: build_head(config, config.hidden_size, len(labels))
+                for name, labels in config.task_labels().items()
+            }
+        )
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        pixel_values: torch.Tensor,
+        labels: dict[str, torch.Tensor] | None = None,
+        attention_mask: torch.Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> ViTCLSMultiTaskOutput:
+        """Classify images for every task.
+
+        Args:
+            labels: task -> class per image [B]. Tasks may be missing, and so may single labels (-100).
+
+        Raises:
+            ValueError: for labels of an unknown task, or beyond a task's classes.
+        """
+        outputs = self.vitcls(pixel_values, attention_mask=attention_mask, **kwargs)
+        cls_tokens = outputs.tokens["cls"].unbind(dim=1)
+        logits = {
+            name: classifier(token)
+            for (name, classifier), token in zip(self.classifiers.items(), cls_tokens, strict=True)
+        }
+        losses = None if labels is None else self.task_losses(logits, labels)
+        return ViTCLSMultiTaskOutput(
+            loss=torch.stack(list(losses.values())).sum() if losses else None,
+            losses=losses,
+            logits=logits,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+    def task_losses(self, logits: dict[str, torch.Tensor], labels: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Cross-entropy of each task that has labels."""
+        if unknown := sorted(set(labels) - set(logits)):
+            raise ValueError(f"labels for unknown task {unknown[0]!r}: the tasks are {', '.join(logits)}")
+        return {name: cross_entropy(logits[name], labels[name].to(logits[name].device)) for name in labels}
+
+
+class ViTCLSForMaskedImageModeling(ViTCLSPreTrainedModel):
+    """Pre-training by filling in masked patches: mask token in, linear decoder out (SimMIM, arXiv 2111.09886)."""
+
+    def __init__(self, config: ViTCLSConfig) -> None:
+        config = copy.deepcopy(config)  # the caller's stays as it was
+        config.use_mask_token = True
+        super().__init__(config)
+        self.vitcls = ViTCLSModel(config, add_pooling_layer=False)
+        self.decoder = PixelDecoder(config)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        pixel_values: torch.Tensor,
+        bool_masked_pos: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> MaskedImageModelingOutput:
+        """Reconstruct images.
+
+        Args:
+            bool_masked_pos: [B, rows * columns], true for masked patches. Without it there is no loss.
+
+        Returns:
+            loss over the masked pixels, and `reconstruction` [B, C, rows * patch height, columns * patch width], in
+            the scale of `pixel_values` (normalised per patch with `config.norm_pixel_target`).
+        """
+        outputs = self.vitcls(pixel_values, bool_masked_pos=bool_masked_pos, attention_mask=attention_mask, **kwargs)
+        grid = self.vitcls.embeddings.patch_embeddings.grid_of(pixel_values)
+        reconstruction = self.decoder(outputs.tokens["patches"], grid)
+        loss = None
+        if bool_masked_pos is not None:
+            loss = masked_pixel_loss(reconstruction, pixel_values, bool_masked_pos, self.config)
+        return MaskedImageModelingOutput(
+            loss=loss,
+            reconstruction=reconstruction,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+
+class ViTCLSBackbone(BackboneMixin, ViTCLSModel):
+    """Feature maps of chosen layers for dense prediction: the patches alone, on their grid."""
+
+    def __init__(self, config: ViTCLSConfig) -> None:
+        super().__init__(config, add_pooling_layer=False)
+        self.num_features = [config.hidden_size] * (config.num_hidden_layers + 1)
+
+    @can_return_tuple
+    @filter_output_hidden_states
+    def forward(
+        self,
+        pixel_values: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> BackboneOutput:
+        """Feature maps of `config.out_features`, [B, D, rows, columns] each, or [B, rows * columns, D] with
+        `config.reshape_hidden_states=False`; the last stage, and with `config.apply_layernorm` all, normalised.
+        """
+        outputs = ViTCLSModel.forward(self, pixel_values, attention_mask=attention_mask, **kwargs)
+        grid = self.embeddings.patch_embeddings.grid_of(pixel_values)
+        feature_maps = [
+            self.feature_map(hidden_states, stage, grid)
+            for stage, hidden_states in zip(self.stage_names, outputs.hidden_states, strict=True)
+            if stage in self.out_features
+        ]
+        return BackboneOutput(
+            feature_maps=tuple(feature_maps),  # type: ignore[arg-type]  # transformers types it as a tuple of one
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+    def feature_map(self, hidden_states: torch.Tensor, stage: str, grid: tuple[int, int]) -> torch.Tensor:
+        """The patches of one stage's hidden states [B, N, D]."""
+        if self.config.apply_layernorm or stage == self.stage_names[-1]:
+            hidden_states = self.layernorm(hidden_states)
+        patches = hidden_states[:, self.config.token_layout.patches]
+        if not self.config.reshape_hidden_states:
+            return patches
+        return patches.transpose(1, 2).unflatten(2, grid).contiguous()  # [B, D, rows, columns]
+
+    def rebuilt(self, config: ViTCLSConfig) -> Self:
+        """A backbone with fresh weights, for another configuration."""
+        return type(self)(config)
+
+
+def _reject_unknown_arguments(kwargs: Mapping[str, Any]) -> None:
+    for name in kwargs:
+        if name not in TransformersKwargs.__annotations__:
+            raise TypeError(f"forward() got an unexpected argument {name!r}")
+
+
+# Saving copies this file and its siblings beside the weights.
+ViTCLSModel.register_for_auto_class("AutoModel")
+ViTCLSForImageClassification.register_for_auto_class("AutoModelForImageClassification")
+ViTCLSForMultiTaskClassification.register_for_auto_class("AutoModelForImageClassification")
+ViTCLSForMaskedImageModeling.register_for_auto_class("AutoModelForMaskedImageModeling")
+ViTCLSBackbone.register_for_auto_class("AutoBackbone")
+
+__all__ = [
+    "ViTCLSPreTrainedModel",
+    "ViTCLSModel",
+    "ViTCLSForImageClassification",
+    "ViTCLSForMultiTaskClassification",
+    "ViTCLSForMaskedImageModeling",
+    "ViTCLSBackbone",
+]
