@@ -17,6 +17,7 @@ from transformers.utils import logging
 
 from .configuration_vitcls import ADAPTABLE_FIELDS, ViTCLSConfig
 from .embeddings_vitcls import resample_positions
+from .loading_vitcls import load_checkpoint
 
 
 logger = logging.get_logger(__name__)
@@ -29,13 +30,17 @@ class AdaptableModel(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *model_args: Any, **kwargs: Any) -> Any:
-        """As `PreTrainedModel.from_pretrained`; `image_size` other than the checkpoint's resamples the positions."""
+        """As `PreTrainedModel.from_pretrained`; `image_size` other than the checkpoint's resamples the positions.
+
+        Raises:
+            OSError, RuntimeError: in one line, for a checkpoint that is missing or damaged, or does not fit.
+        """
         wanted = {name: kwargs.pop(name) for name in ADAPTABLE_FIELDS if name in kwargs}
         if isinstance(config := kwargs.get("config"), ViTCLSConfig) and config.stored_values:
             # The Auto classes have put the wanted values into the configuration: load with the stored ones first.
             wanted = {name: getattr(config, name) for name in config.stored_values} | wanted
             kwargs["config"] = changed_config(config, config.stored_values)
-        loaded = super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
+        loaded = load_checkpoint(super().from_pretrained, pretrained_model_name_or_path, *model_args, **kwargs)
         if not wanted:
             return loaded
         if isinstance(loaded, tuple):  # output_loading_info=True
