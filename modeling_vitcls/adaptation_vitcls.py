@@ -71,14 +71,14 @@ class AdaptableModel(PreTrainedModel):
 
 @torch.no_grad()
 def transfer(source: AdaptableModel, target: AdaptableModel) -> None:
-    """Copy every weight of `source` into `target`, adapted by `ADAPTERS` where shapes differ, and log what changed."""
+    """Copy every weight of `source` into `target`, adapted by `ADAPTERS`, and log what changed."""
     weights = source.state_dict()
     for name, weight in target.state_dict().items():
         old = weights[name]
-        if old.shape != weight.shape:
-            adapt = next(adapt for suffix, adapt in ADAPTERS.items() if name.endswith(suffix))
-            old, what = adapt(old, source.config, target.config)
-            logger.warning(f"{name}: {what}")
+        for suffix, adapt in ADAPTERS.items():  # by name, not shape: 4 x 6 and 6 x 4 patches are as many
+            if name.endswith(suffix):
+                old, what = adapt(old, source.config, target.config)
+                logger.warning(f"{name}: {what}")
         weight.copy_(old)
 
 
