@@ -36,8 +36,8 @@ class AdaptableModel(PreTrainedModel):
             OSError, RuntimeError: in one line, for a checkpoint that is missing or damaged, or does not fit.
         """
         wanted = {name: kwargs.pop(name) for name in ADAPTABLE_FIELDS if name in kwargs}
-        config = kwargs.get("config")
-        # By attribute, not by class: transformers may execute configuration_vitcls.py twice when it comes from the Hub.
+        config: Any = kwargs.get("config")
+        # By attribute, not by class: as remote code, configuration_vitcls.py may be executed twice.
         if stored := getattr(config, "stored_values", None):
             # The Auto classes have put the wanted values into the configuration: load with the stored ones first.
             wanted = {name: getattr(config, name) for name in stored} | wanted

@@ -19,7 +19,10 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers.activations import ACT2FN
 from transformers.backbone_utils import BackboneConfigMixin
 from transformers.configuration_utils import PreTrainedConfig
+from transformers.utils import logging
 
+
+logger = logging.get_logger(__name__)
 
 # Every Auto class finds its code beside the weights, whichever of our classes was saved.
 AUTO_MAP = {
@@ -28,6 +31,16 @@ AUTO_MAP = {
     "AutoModelForImageClassification": "modeling_vitcls.ViTCLSForImageClassification",
     "AutoModelForMaskedImageModeling": "modeling_vitcls.ViTCLSForMaskedImageModeling",
     "AutoBackbone": "modeling_vitcls.ViTCLSBackbone",
+}
+
+# The MLP's part of the tensor-parallel plan; transformers refuses a plan with entries that match nothing.
+MLP_TP_PLANS: dict[str, dict[str, str]] = {
+    "mlp": {"layers.*.mlp.fc1": "colwise", "layers.*.mlp.fc2": "rowwise"},
+    "swiglu": {
+        "layers.*.mlp.gate_proj": "colwise",
+        "layers.*.mlp.up_proj": "colwise",
+        "layers.*.mlp.down_proj": "rowwise",
+    },
 }
 
 PRESETS: dict[str, dict[str, int]] = {
@@ -124,7 +137,7 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
             token: `"image"`, or `[rows, columns, row, column]` for one cell of a grid of rows x columns over the
             image. Special tokens stay visible to all. Default: the whole image for all.
         tasks (`dict[str, int | list[str]]`, *optional*): For `ViTCLSForMultiTaskClassification`: task name -> number
-            of labels or label names. Task i reads CLS token i.
+            of labels or label names. Tasks are kept in alphabetical order, and task i reads CLS token i.
 
     Pooling and heads:
         pooling (`str`, defaults to `"cls"`): What the head reads: `"cls"`, `"mean"` (of the patches), `"cls_mean"`
@@ -218,11 +231,6 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
         "layers.*.attention.k_proj": "colwise",
         "layers.*.attention.v_proj": "colwise",
         "layers.*.attention.o_proj": "rowwise",
-        "layers.*.mlp.fc1": "colwise",
-        "layers.*.mlp.fc2": "rowwise",
-        "layers.*.mlp.gate_proj": "colwise",
-        "layers.*.mlp.up_proj": "colwise",
-        "layers.*.mlp.down_proj": "rowwise",
     }
     base_model_fsdp_plan: ClassVar[dict[Any, str]] = {
         "embeddings": "free_full_weight",
@@ -290,6 +298,10 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
         self.auto_map = kwargs.pop("auto_map", None) or self.local_auto_map()
         # What the checkpoint holds where the caller asked for something else (`from_dict`).
         self.stored_values: dict[str, Any] = {}
+        if isinstance(self.tasks, dict):  # as JSON files are; the order assigns the CLS tokens
+            self.tasks = dict(sorted(self.tasks.items()))
+        # On the instance, as transformers expects it where a plan depends on the configuration.
+        setattr(self, "base_model_tp_plan", self.base_model_tp_plan | MLP_TP_PLANS[self.mlp_type])  # noqa: B010
         self.stage_names = ["stem", *(f"stage{index}" for index in range(1, self.num_hidden_layers + 1))]
         kwargs.pop("stage_names", None)
         self.set_output_features_output_indices(
@@ -328,8 +340,12 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
             _forget(stored, "id2label", "label2id")  # the stored names no longer describe the classes
         if overrides.get("num_hidden_layers") not in (None, stored.get("num_hidden_layers")):
             _forget(stored, "out_features", "out_indices")  # nor the stored stages the layers
+        extras = {name: stored.pop(name) for name in list(stored) if not cls._is_known(name)}
         built = super().from_dict({**stored, **overrides}, **kwargs)
         config = built[0] if isinstance(built, tuple) else built
+        for name, value in extras.items():  # set by the user before saving, or written by another version
+            logger.warning(f"the stored configuration has a field {name!r} that this version does not use")
+            setattr(config, name, value)
         config.stored_values = {
             name: stored[name] for name in ADAPTABLE_FIELDS if name in overrides and name in stored
         }
@@ -355,7 +371,12 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
     @property
     def token_layout(self) -> TokenLayout:
         """Named slices into the sequence; the single source of token counts."""
-        return TokenLayout.from_counts(self.num_cls_tokens, self.num_distillation_tokens, self.num_register_tokens)
+        return TokenLayout.from_counts(*self.token_counts)
+
+    @property
+    def token_counts(self) -> tuple[int, int, int]:
+        """Numbers of CLS, distillation and register tokens."""
+        return self.num_cls_tokens, self.num_distillation_tokens, self.num_register_tokens
 
     @property
     def image_height_width(self) -> tuple[int, int]:
@@ -530,12 +551,16 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
         if self.id2label is not None and len(self.id2label) != num_labels:
             raise ValueError(f"num_labels is {num_labels} and id2label names {len(self.id2label)}: leave one out")
 
+    @classmethod
+    def _is_known(cls, name: str) -> bool:
+        fields = {field.name for field in dataclasses.fields(cls)}
+        return name in fields or name in TRANSFORMERS_KEYWORDS or name.startswith("_")
+
     def _reject_unknown_keywords(self, kwargs: dict[str, Any]) -> None:
-        fields = [field.name for field in dataclasses.fields(self)]
         for name in kwargs:
-            if name in TRANSFORMERS_KEYWORDS or name.startswith("_"):
-                continue
-            raise ValueError(f"unknown field {name!r}{_did_you_mean(name, [*fields, *TRANSFORMERS_KEYWORDS])}")
+            if not self._is_known(name):
+                fields = [field.name for field in dataclasses.fields(self)]
+                raise ValueError(f"unknown field {name!r}{_did_you_mean(name, [*fields, *TRANSFORMERS_KEYWORDS])}")
 
 
 def _pair(value: int | list[int] | tuple[int, int]) -> tuple[int, int]:

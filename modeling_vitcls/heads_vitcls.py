@@ -131,22 +131,6 @@ def build_head(config: ViTCLSConfig, in_features: int, num_labels: int | None) -
     return nn.Sequential(nn.Linear(in_features, hidden_size), nn.GELU(), nn.Linear(hidden_size, num_labels))
 
 
-class DistillationHead(nn.Module):
-    """A classifier on the distillation token; several tokens are averaged (DeiT, arXiv 2012.12877, section 4).
-
-    Shapes: [B, N, D] -> [B, labels].
-    """
-
-    def __init__(self, config: ViTCLSConfig) -> None:
-        super().__init__()
-        self.distillation = config.token_layout.distillation
-        self.head = build_head(config, config.hidden_size, config.num_labels)
-
-    def forward(self, sequence: torch.Tensor) -> torch.Tensor:
-        """Classify the distillation token."""
-        return self.head(mean_token(sequence[:, self.distillation]))
-
-
 def mean_logits(cls_logits: torch.Tensor, distillation_logits: torch.Tensor) -> torch.Tensor:
     """Average of both heads."""
     return (cls_logits + distillation_logits) / 2

@@ -64,6 +64,7 @@ RESAMPLE = (
 )
 
 GREY_MODES = frozenset({"1", "L", "LA", "I", "I;16", "I;16L", "I;16B", "I;16N"})
+FLOAT_SETTINGS = ("rescale_factor", "image_mean", "image_std")
 DOWNLOAD_TIMEOUT = 60.0  # seconds
 
 Source = str | os.PathLike[str] | bytes | bytearray
@@ -176,16 +177,16 @@ class ViTCLSProcessing(BaseImageProcessor):
 class ViTCLSImageProcessor(ViTCLSProcessing, TorchvisionBackend):  # type: ignore[misc]
     r"""Prepares images for the ViTCLS models with torchvision: in batches, on a GPU if `device` says so.
 
-    The defaults are what ViT checkpoints of timm and torchvision expect: an exact 224 x 224 pixels, bicubic, mean and
-    standard deviation of ImageNet. (transformers' own ViT uses bilinear and 0.5: set `resample=2`, `image_mean=[0.5] *
-    3`, `image_std=[0.5] * 3` for its checkpoints.)
+    The defaults: an exact 224 x 224 pixels, bicubic, mean and standard deviation of ImageNet, as in DeiT and DINO.
+    Checkpoints trained otherwise need their own values: those of transformers' ViT `resample=2`, `image_mean=[0.5] *
+    3` and `image_std=[0.5] * 3`.
 
     Called with an image, a batch or a list, it returns a `BatchFeature` with `pixel_values` [B, C, H, W], float32. An
     image is a path (`str`, `pathlib.Path`), a URL (`http`, `https`, `data`), an encoded file as `bytes`, a PIL image,
     or an array or tensor of shape [H, W], [C, H, W] or [H, W, C].
 
     What it does to an image before resizing:
-        - Orientation: the EXIF tag is applied, to files, bytes and PIL images.
+        - Orientation: the EXIF tag is applied, to files, bytes and PIL images. Of several frames the first is taken.
         - Bit depth: 1 bit becomes 0 and 255; 16 bits (PIL modes `I;16` and `I`, `uint16` arrays) are divided by 257,
           never cut off. Other arrays hold 0 to 255, or any floats if `do_rescale=False`. PIL's float mode `F` has no
           agreed range and is refused.
@@ -277,12 +278,12 @@ def download(url: str, name: str) -> bytes:
 
 def shortened(text: str) -> str:
     """Quoted, and cut where a message would drown in it (a data URL holds the whole image)."""
-    return repr(text if len(text) <= 200 else f"{text[:80]}...{text[-20:]}")
+    return repr(text if len(text) <= 200 else f"{text[:40]}...{text[-120:]}")
 
 
 def first_line(error: Exception) -> str:
-    """The first line of an error's message, or its type if it has none."""
-    return (str(error).splitlines() or [type(error).__name__])[0]
+    """The first line of an error's message, cut where it is long, or its type if it has none."""
+    return (str(error).splitlines() or [type(error).__name__])[0][:300]
 
 
 def single_images(images: Any) -> Iterator[Any]:
@@ -337,9 +338,8 @@ def array_to_pixels(
     """One array or tensor [H, W], [C, H, W] or [H, W, C] -> `uint8`, or `float32` without rescaling, [C, H, W]."""
     if isinstance(image, np.ndarray):
         try:
-            image = torch.from_numpy(
-                np.require(image, requirements=["C", "W"])
-            )  # copies only what PyTorch cannot share
+            # Copies only what PyTorch cannot share: negative strides and read-only arrays.
+            image = torch.from_numpy(np.require(image, requirements=["C", "W"]))
         except TypeError as error:
             raise ValueError(f"cannot use an array of {image.dtype} as an image: give integers or floats") from error
     pixels = to_eight_bits(channels_first(image, input_data_format), do_rescale)
@@ -370,13 +370,15 @@ def to_eight_bits(pixels: torch.Tensor, do_rescale: bool) -> torch.Tensor:
     """
     if pixels.dtype is torch.uint8:
         return pixels
+    if pixels.is_complex():
+        raise ValueError("cannot use complex numbers as an image: give integers or floats")
     if pixels.dtype is torch.bool:
         return pixels.to(torch.uint8) * 255
     if pixels.dtype is torch.uint16:
         return ((pixels.to(torch.int32) + 128) // 257).to(torch.uint8)  # rounds to nearest: 65535 = 257 * 255
     if pixels.is_floating_point() and not do_rescale:
         return pixels.float()
-    low, high = (bound.item() for bound in torch.aminmax(pixels))
+    low, high = (bound.item() for bound in torch.aminmax(pixels.double()))
     if not (low >= 0 and high <= 255):
         raise ValueError(
             f"the values of this image run from {low:g} to {high:g}: give 0 to 255, 16 bits as uint16, or floats "
@@ -401,7 +403,7 @@ def to_three_channels(pixels: torch.Tensor) -> torch.Tensor:
 def on_white(pixels: torch.Tensor) -> torch.Tensor:
     """RGBA [4, H, W] over a white background -> RGB [3, H, W], in the same type."""
     white = 1.0 if pixels.is_floating_point() else 255.0
-    if pixels.min() < 0 or pixels.max() > white:
+    if pixels.is_floating_point() and not 0 <= pixels.min() <= pixels.max() <= white:
         raise ValueError("cannot apply the transparency of floats outside 0 to 1: set do_convert_rgb=False")
     colour, alpha = pixels[:3].float(), pixels[3:].float() / white  # [3, H, W], [1, H, W]
     blended = colour * alpha + white * (1 - alpha)
@@ -421,9 +423,17 @@ def errors_in_one_line() -> Iterator[None]:
 
 
 def known_settings(keywords: dict[str, Any] | ImagesKwargs) -> dict[str, Any]:
-    """The keywords that are settings, as plain values: saved files and transformers bring others along."""
-    known = {name: value for name, value in keywords.items() if name in ImagesKwargs.__annotations__}
-    return {name: dict(value) if isinstance(value, SizeDict) else value for name, value in known.items()}
+    """The keywords that are settings, for checking their types: saved files and transformers bring others along."""
+    return {name: plain(name, value) for name, value in keywords.items() if name in ImagesKwargs.__annotations__}
+
+
+def plain(name: str, value: Any) -> Any:
+    """A setting as its type is declared: sizes as dicts, whole numbers as floats where JSON makes no difference."""
+    if isinstance(value, SizeDict):
+        return dict(value)
+    if name in FLOAT_SETTINGS and isinstance(value, list | tuple):
+        return [plain(name, item) for item in value]
+    return float(value) if name in FLOAT_SETTINGS and type(value) is int else value
 
 
 def refuse_misspelt(keywords: dict[str, Any] | ImagesKwargs) -> None:

@@ -23,13 +23,13 @@ from transformers.backbone_utils import BackboneMixin, filter_output_hidden_stat
 from transformers.modeling_outputs import BackboneOutput, BaseModelOutputWithPooling, MaskedImageModelingOutput
 from transformers.processing_utils import Unpack
 from transformers.utils import ModelOutput, TransformersKwargs
-from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
+from transformers.utils.generic import can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
 
 from .adaptation_vitcls import AdaptableModel
-from .configuration_vitcls import ViTCLSConfig
+from .configuration_vitcls import TokenLayout, ViTCLSConfig
 from .embeddings_vitcls import LearnedPositions, NoRotaryPositions, RotaryPositions, ViTCLSEmbeddings
-from .heads_vitcls import LOGIT_CHOICES, POOLERS, AttentionPooler, DistillationHead, PixelDecoder, build_head
+from .heads_vitcls import LOGIT_CHOICES, POOLERS, AttentionPooler, PixelDecoder, build_head, mean_token
 from .layers_vitcls import LayerScale, ViTCLSAttention, ViTCLSLayer, drop_path_rates
 from .losses_vitcls import classification_loss, cross_entropy, masked_pixel_loss
 from .scopes_vitcls import FullView, ScopedView
@@ -44,10 +44,18 @@ class ViTCLSModelOutput(BaseModelOutputWithPooling):
         pooler_output: [B, P], what a head would read (`config.pooling`); None without a pooler.
         hidden_states: on request, the embeddings and the output of each layer, [B, N, D] each, before that norm.
         attentions: on request and with eager attention, [B, heads, N, N] per layer.
-        tokens: `last_hidden_state` by group: "cls", "distillation", "registers", "patches", [B, n, D] each.
+        token_counts: numbers of CLS, distillation and register tokens, from which `tokens` is cut.
     """
 
-    tokens: dict[str, torch.Tensor] | None = None
+    token_counts: tuple[int, int, int] | None = None
+
+    @property
+    def tokens(self) -> dict[str, torch.Tensor]:
+        """`last_hidden_state` by group: "cls", "distillation", "registers", "patches", [B, n, D] each."""
+        if self.last_hidden_state is None or self.token_counts is None:
+            return {}
+        layout = TokenLayout.from_counts(*self.token_counts)
+        return {name: self.last_hidden_state[:, group] for name, group in layout.items()}
 
 
 @dataclass
@@ -153,7 +161,6 @@ class ViTCLSModel(ViTCLSPreTrainedModel):
         self.pooler = POOLERS[config.pooling](config) if add_pooling_layer else None
         self.post_init()
 
-    @merge_with_config_defaults
     @capture_outputs(tie_last_hidden_states=False)
     def forward(
         self,
@@ -188,7 +195,7 @@ class ViTCLSModel(ViTCLSPreTrainedModel):
         return ViTCLSModelOutput(
             last_hidden_state=sequence,
             pooler_output=self.pooler(sequence) if self.pooler is not None else None,
-            tokens={name: sequence[:, group] for name, group in self.config.token_layout.items()},
+            token_counts=self.config.token_counts,
         )
 
     def rebuilt(self, config: ViTCLSConfig) -> Self:
@@ -204,7 +211,9 @@ class ViTCLSForImageClassification(ViTCLSPreTrainedModel):
         self.num_labels = config.num_labels
         self.vitcls = ViTCLSModel(config)
         self.classifier = build_head(config, config.pooled_size, config.num_labels)
-        self.distillation_classifier = DistillationHead(config) if config.has_distillation_head else None
+        self.distillation_classifier = None
+        if config.has_distillation_head:
+            self.distillation_classifier = build_head(config, config.hidden_size, config.num_labels)
         self.choose_logits = LOGIT_CHOICES[config.distillation_inference]
         self.post_init()
 
@@ -224,7 +233,7 @@ class ViTCLSForImageClassification(ViTCLSPreTrainedModel):
         logits = cls_logits = self.classifier(outputs.pooler_output)  # [B, labels]
         distillation_logits = None
         if self.distillation_classifier is not None:
-            distillation_logits = self.distillation_classifier(outputs.last_hidden_state)
+            distillation_logits = self.distillation_classifier(mean_token(outputs.tokens["distillation"]))
             logits = self.choose_logits(cls_logits, distillation_logits)
         loss = None
         if labels is not None:

@@ -1,0 +1,88 @@
+"""transformers' own image processor tests on ours: whatever the built-in ViT's processors pass, ours pass.
+
+Both are run by the same mixin (transformers_suite.py), on both backends. The tests of what is our own (sources, modes,
+messages) are in test_image_processing.py.
+"""
+
+import unittest
+from pathlib import Path
+from typing import Any, ClassVar
+
+import sklearn.datasets
+from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
+from transformers.models.vit.image_processing_vit import ViTImageProcessor
+
+from modeling_vitcls import ViTCLSImageProcessor, ViTCLSImageProcessorPil
+
+from .transformers_suite import load
+
+
+common = load("test_image_processing_common")
+
+# In place of a photograph from the Hub, for which the mixin asks under this name.
+PHOTOGRAPH = Path(sklearn.datasets.__file__).parent / "images" / "china.jpg"
+common.url_to_local_path = lambda url: str(PHOTOGRAPH)
+
+
+class SmallImages(common.ImageProcessingTester):
+    """The inputs and settings that the mixin asks for, under the names that it expects."""
+
+    batch_size = 3
+    num_channels = 3
+    min_resolution = 30
+    max_resolution = 80
+    size: ClassVar[dict[str, int]] = {"height": 18, "width": 18}
+
+    def __init__(self, image_processing_classes: dict[str, type]) -> None:
+        self.image_processing_classes = image_processing_classes
+        self.settings: dict[str, Any] = {
+            "do_resize": True,
+            "size": self.size,
+            "do_normalize": True,
+            "image_mean": [0.5, 0.5, 0.5],
+            "image_std": [0.5, 0.5, 0.5],
+        }
+
+    def prepare_image_processor_dict(self) -> dict[str, Any]:
+        return dict(self.settings)
+
+
+class ProcessorTests(common.ImageProcessingTestMixin):
+    """The mixin on `image_processing_classes`, which transformers would look up by the folder of this file."""
+
+    test_cast_dtype = True
+    image_processing_classes: ClassVar[dict[str, type]]
+
+    def setUp(self) -> None:
+        self.image_processor_tester = SmallImages(self.image_processing_classes)
+
+    @property
+    def image_processor_dict(self) -> dict[str, Any]:
+        return self.image_processor_tester.prepare_image_processor_dict()
+
+
+class BuiltInViTTest(ProcessorTests, unittest.TestCase):
+    image_processing_classes: ClassVar[dict[str, type]] = {
+        "torchvision": ViTImageProcessor,
+        "pil": ViTImageProcessorPil,
+    }
+
+
+class ViTCLSTest(ProcessorTests, unittest.TestCase):
+    image_processing_classes: ClassVar[dict[str, type]] = {
+        "torchvision": ViTCLSImageProcessor,
+        "pil": ViTCLSImageProcessorPil,
+    }
+
+    def test_call_numpy_4_channels(self) -> None:
+        # In older versions this test relies on do_convert_rgb being off by default; newer ones switch it off too.
+        self.image_processor_tester.settings["do_convert_rgb"] = False
+        super().test_call_numpy_4_channels()
+
+    def skipTest(self, reason: str) -> None:
+        result = unittest.TestResult()
+        BuiltInViTTest(self._testMethodName).run(result)
+        theirs = [other for _, other in result.skipped]
+        if reason not in theirs:
+            self.fail(f"skipped ({reason}), but for the built-in ViT: {', '.join(theirs) or 'not skipped'}")
+        super().skipTest(reason)

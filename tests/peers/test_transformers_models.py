@@ -1,0 +1,169 @@
+"""transformers' own tests on our model classes: whatever the built-in ViT passes, ours pass, in every token layout.
+
+One class per layout and family of models; the tests themselves are transformers' (transformers_suite.py). Left out:
+its PipelineTesterMixin, which needs checkpoints from the Hub for the built-in models too.
+"""
+
+import tempfile
+import unittest
+from collections.abc import Mapping
+from typing import Any, ClassVar
+from unittest.mock import patch
+
+import torch
+from transformers.models.auto import modeling_auto
+
+from modeling_vitcls import (
+    ViTCLSBackbone,
+    ViTCLSConfig,
+    ViTCLSForImageClassification,
+    ViTCLSForMaskedImageModeling,
+    ViTCLSForMultiTaskClassification,
+    ViTCLSModel,
+)
+
+from .transformers_reference import (
+    BuiltInBackbone,
+    BuiltInViT,
+    ModelTests,
+    SkipsLikeReference,
+    SmallModel,
+    backbone_tests,
+    configuration_tests,
+)
+
+
+ONE_CLS = {"num_cls_tokens": 1}
+DISTILLED_WITH_REGISTERS = {"num_cls_tokens": 1, "num_distillation_tokens": 1, "num_register_tokens": 4}
+NO_CLS = {"num_cls_tokens": 0, "num_register_tokens": 2, "pooling": "mean"}
+THREE_CLS = {"num_cls_tokens": 3}
+
+# The mixins look up in these tables which labels a class takes; classes outside transformers are not listed there.
+AUTO_TABLES = {
+    "MODEL_MAPPING_NAMES": "ViTCLSModel",
+    "MODEL_FOR_BACKBONE_MAPPING_NAMES": "ViTCLSBackbone",
+    "MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES": "ViTCLSForImageClassification",
+    "MODEL_FOR_MASKED_IMAGE_MODELING_MAPPING_NAMES": "ViTCLSForMaskedImageModeling",
+}
+
+
+class OurModelTests(SkipsLikeReference, ModelTests):
+    """The model tests on our classes, for the token layout `layout`."""
+
+    reference = BuiltInViT
+    all_model_classes = (ViTCLSModel, ViTCLSForImageClassification, ViTCLSForMaskedImageModeling, ViTCLSBackbone)
+    # transformers runs this one only on models that came after 2022, which it tells by the licence header.
+    test_can_init_all_missing_weights_before_2023 = True
+    # The built-in ViT renames its weights between file and model; ours have one name, in both.
+    own_skips = ("No conversion found for <class>",)
+    layout: ClassVar[dict[str, Any]]
+
+    def setUp(self) -> None:
+        num_prefix_tokens = ViTCLSConfig(**self.layout).token_layout.num_prefix_tokens
+        self.model_tester = SmallModel(ViTCLSConfig, num_prefix_tokens, **self.layout)
+        self.config_tester = configuration_tests.ConfigTester(
+            self, config_class=ViTCLSConfig, has_text_modality=False, **self.layout
+        )
+        for table, class_name in AUTO_TABLES.items():
+            entry = patch.dict(getattr(modeling_auto, table), vitcls=class_name)
+            entry.start()
+            self.addCleanup(entry.stop)
+
+
+class OneCLSTest(OurModelTests, unittest.TestCase):
+    layout = ONE_CLS
+
+
+class DistilledWithRegistersTest(OurModelTests, unittest.TestCase):
+    layout = DISTILLED_WITH_REGISTERS
+
+
+class NoCLSTest(OurModelTests, unittest.TestCase):
+    layout = NO_CLS
+
+
+class ThreeCLSTest(OurModelTests, unittest.TestCase):
+    layout = THREE_CLS
+
+
+class MultiTaskTests(OurModelTests):
+    """The same for the multi-task class, which needs a task for each CLS token. Its labels and logits are dicts."""
+
+    all_model_classes = (ViTCLSModel, ViTCLSForMultiTaskClassification)
+
+    def setUp(self) -> None:
+        super().setUp()
+        # These compare `logits` as one tensor; the next test compares ours task by task.
+        if self._testMethodName.startswith(("test_determinism", "test_eager_matches_sdpa_inference")):
+            self.all_model_classes = (ViTCLSModel,)
+
+    def test_logits_of_every_task_repeat_and_match_between_eager_and_sdpa(self) -> None:
+        config, inputs = self.model_tester.prepare_config_and_inputs_for_common()
+        model = ViTCLSForMultiTaskClassification(config).eval()
+        with torch.no_grad():
+            sdpa = model(**inputs).logits
+            repeated = model(**inputs).logits
+            model.set_attn_implementation("eager")
+            eager = model(**inputs).logits
+        self.assertEqual(set(sdpa), set(self.layout["tasks"]))
+        torch.testing.assert_close(repeated, sdpa, atol=0, rtol=0)
+        torch.testing.assert_close(eager, sdpa, atol=1e-6, rtol=1e-4)
+
+    def test_every_task_reads_the_same_token_after_saving(self) -> None:
+        config, inputs = self.model_tester.prepare_config_and_inputs_for_common()
+        model = ViTCLSForMultiTaskClassification(config).eval()
+        with tempfile.TemporaryDirectory() as folder, torch.no_grad():
+            model.save_pretrained(folder)
+            reloaded = ViTCLSForMultiTaskClassification.from_pretrained(folder)
+            torch.testing.assert_close(reloaded(**inputs).logits, model(**inputs).logits)
+
+    def _prepare_for_class(
+        self, inputs_dict: Mapping[str, Any], model_class: type, return_labels: bool = False
+    ) -> dict[str, Any]:
+        inputs = super()._prepare_for_class(inputs_dict, model_class)
+        if return_labels and model_class is ViTCLSForMultiTaskClassification:
+            inputs["labels"] = {
+                task: torch.zeros(self.model_tester.batch_size).long() for task in self.layout["tasks"]
+            }
+        return inputs
+
+
+class OneTaskTest(MultiTaskTests, unittest.TestCase):
+    layout = ONE_CLS | {"tasks": {"digit": ["odd", "even"]}}
+
+
+class OneTaskWithRegistersTest(MultiTaskTests, unittest.TestCase):
+    layout = DISTILLED_WITH_REGISTERS | {"tasks": {"digit": ["odd", "even"]}}
+
+
+class ThreeTasksTest(MultiTaskTests, unittest.TestCase):
+    layout = THREE_CLS | {"tasks": {"digit": ["odd", "even"], "colour": ["red", "green", "blue"], "size": ["any"]}}
+
+
+class OurBackboneTests(SkipsLikeReference, backbone_tests.BackboneTesterMixin):
+    """The backbone tests on our backbone, for the token layout `layout`."""
+
+    reference = BuiltInBackbone
+    all_model_classes = (ViTCLSBackbone,)
+    config_class = ViTCLSConfig
+    layout: ClassVar[dict[str, Any]]
+
+    def setUp(self) -> None:
+        num_prefix_tokens = ViTCLSConfig(**self.layout).token_layout.num_prefix_tokens
+        self.model_tester = SmallModel(ViTCLSConfig, num_prefix_tokens, **self.layout)
+
+
+class OneCLSBackboneTest(OurBackboneTests, unittest.TestCase):
+    layout = ONE_CLS
+
+
+class DistilledWithRegistersBackboneTest(OurBackboneTests, unittest.TestCase):
+    layout = DISTILLED_WITH_REGISTERS
+
+
+class NoCLSBackboneTest(OurBackboneTests, unittest.TestCase):
+    layout = NO_CLS
+
+
+class ThreeCLSBackboneTest(OurBackboneTests, unittest.TestCase):
+    layout = THREE_CLS
