@@ -28,7 +28,9 @@ from .version import __version__
 
 AutoConfig.register(ViTCLSConfig.model_type, ViTCLSConfig)
 AutoModel.register(ViTCLSConfig, ViTCLSModel)
-AutoModelForImageClassification.register(ViTCLSConfig, ViTCLSForImageClassification)
+AutoModelForImageClassification.register(  # the one that `config.architectures` names, else the first
+    ViTCLSConfig, (ViTCLSForImageClassification, ViTCLSForMultiTaskClassification)
+)
 AutoModelForMaskedImageModeling.register(ViTCLSConfig, ViTCLSForMaskedImageModeling)
 AutoBackbone.register(ViTCLSConfig, ViTCLSBackbone)
 AutoImageProcessor.register(

@@ -296,6 +296,8 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         self._reject_unknown_keywords(kwargs)
         self.auto_map = kwargs.pop("auto_map", None) or self.local_auto_map()
+        # AutoModelForImageClassification chooses between two classes by it, and cannot when it is None.
+        self.architectures = self.architectures or []
         # What the checkpoint holds where the caller asked for something else (`from_dict`).
         self.stored_values: dict[str, Any] = {}
         if isinstance(self.tasks, dict):  # as JSON files are; the order assigns the CLS tokens

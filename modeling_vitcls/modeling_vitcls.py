@@ -208,6 +208,10 @@ class ViTCLSForImageClassification(ViTCLSPreTrainedModel):
 
     def __init__(self, config: ViTCLSConfig) -> None:
         super().__init__(config)
+        if config.tasks:
+            raise ValueError(
+                "config.tasks is for ViTCLSForMultiTaskClassification: use that class, or leave tasks out"
+            )
         self.num_labels = config.num_labels
         self.vitcls = ViTCLSModel(config)
         self.classifier = build_head(config, config.pooled_size, config.num_labels)
