@@ -1,0 +1,66 @@
+"""What `make demo` runs: train a small ViT on real handwritten digits, then load and use it in a fresh process.
+
+python scripts/demo.py [flags of scripts/finetune.py, to override the recipe]
+"""
+
+import os
+import subprocess
+import sys
+import time
+from itertools import pairwise
+from pathlib import Path
+
+from rich.console import Console
+
+
+SCRIPTS = Path(os.path.relpath(Path(__file__).parent))
+RECIPE = SCRIPTS / "recipes" / "digits.yaml"
+OUTPUT = Path("runs", "demo")
+
+# Named, so that accelerate does not list the defaults that it would have chosen anyway.
+LAUNCH_FLAGS = ["--num_processes", "1", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+
+console = Console(soft_wrap=True, highlight=False)
+
+
+def main() -> None:
+    """Train, load, and say what to do next. Ends with the status of the step that failed, if one did."""
+    started = time.perf_counter()
+    recipe = [SCRIPTS / "finetune.py", "--config", RECIPE, "--output-dir", OUTPUT]
+    step(
+        "1. Fine-tune a small ViT on 1,437 handwritten digits",
+        ["accelerate", "launch", *recipe],
+        [sys.executable, "-m", "accelerate.commands.launch", *LAUNCH_FLAGS, *recipe, *sys.argv[1:]],
+    )
+    output = output_dir(sys.argv[1:])
+    step(
+        "2. Load it in a fresh process that does not have this package, and classify the 360 held-out digits",
+        ["python", SCRIPTS / "demo_load.py", output],
+        [sys.executable, SCRIPTS / "demo_load.py", output],
+    )
+    console.print(f"\n[bold green]Done in {time.perf_counter() - started:.0f} s.[/] Where to look next:")
+    console.print(f"  {output / 'README.md'}: the model card; beside it the weights, results.json and metrics.jsonl")
+    console.print(f"  {RECIPE}: what was trained; change a token count and run again")
+    console.print("  your own images, in one folder per class:")
+    console.print(
+        "    accelerate launch scripts/finetune.py --model vitcls-tiny --dataset FOLDER --output-dir runs/mine"
+    )
+    console.print("  README.md: what can be configured, and where the code is")
+
+
+def step(title: str, shown: list[object], command: list[object]) -> None:
+    """Announce and run one command."""
+    console.print(f"\n[bold]{title}[/]\n  $ {' '.join(map(str, shown))}\n")
+    status = subprocess.run(list(map(str, command)), check=False).returncode
+    if status:
+        raise SystemExit(status)
+
+
+def output_dir(flags: list[str]) -> Path:
+    """The last --output-dir, which is the one that counts."""
+    chosen = [Path(value) for name, value in pairwise(flags) if name == "--output-dir"]
+    return chosen[-1] if chosen else OUTPUT
+
+
+if __name__ == "__main__":
+    main()
