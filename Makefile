@@ -9,6 +9,8 @@ WORKERS ?= 2
 RUN    := $(VENV)/bin/python
 
 export TOKENIZERS_PARALLELISM := false
+# One thread per test process: with as many processes as cores, more threads only wait for each other.
+test test-all test-floor: export OMP_NUM_THREADS := 1
 
 .PHONY: demo test test-all test-floor check setup clean
 

@@ -24,7 +24,7 @@ def main(folder: str) -> None:
     model = AutoModelForImageClassification.from_pretrained(folder, trust_remote_code=True)
     print(f"AutoModelForImageClassification: {type(model).__name__}, {model.num_parameters():,} parameters")
     for name, group in model.config.token_layout.items():
-        print(f"  {name} tokens: [{group.start}:{'' if group.stop is None else group.stop}]")
+        print(f"  config.token_layout.{name} = {group}")
 
     classify = pipeline("image-classification", model=folder, trust_remote_code=True)
     pictures, labels = held_out_digits()

@@ -83,6 +83,7 @@ def test_recipe_keeps_what_was_set_and_no_path_of_the_machine(card: ModelCard, t
     local = build_card("my-model", CONFIG, RESULTS, FLAGS | {"dataset": str(tmp_path), "model": str(tmp_path)})
     assert str(tmp_path.parent) not in str(local)
     assert f"path/to/{tmp_path.name}" in str(local)
+    assert local.data.datasets is None and local.data.base_model is None
 
 
 def test_a_model_that_started_from_another_names_it_and_no_licence() -> None:

@@ -18,10 +18,9 @@ from transformers import (
     AutoModel,
     AutoModelForImageClassification,
     BertConfig,
+    BertLMHeadModel,
     BertModel,
     EvalPrediction,
-    GPT2Config,
-    GPT2LMHeadModel,
     Trainer,
     TrainingArguments,
     VisionEncoderDecoderModel,
@@ -32,6 +31,7 @@ from transformers import (
 from modeling_vitcls import (
     ViTCLSConfig,
     ViTCLSForImageClassification,
+    ViTCLSForMaskedImageModeling,
     ViTCLSForMultiTaskClassification,
     ViTCLSImageProcessor,
     ViTCLSImageProcessorPil,
@@ -237,6 +237,40 @@ def test_trainer_takes_the_labels_of_several_tasks(tmp_path: Path) -> None:
     assert trainer.evaluate()["eval_loss"] < before
 
 
+def test_trainer_pretrains_on_masked_images(tmp_path: Path) -> None:
+    """Gradients accumulated over two batches equal those of one."""
+
+    class MaskedExamples(Examples):
+        def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+            return {"pixel_values": self.images[index], "bool_masked_pos": torch.arange(4) % 2 == index % 2}
+
+    def weights_after_a_step(batch_size: int, steps: int) -> dict[str, torch.Tensor]:
+        torch.manual_seed(0)
+        model = ViTCLSForMaskedImageModeling(tiny_config())
+        arguments = TrainingArguments(
+            output_dir=str(tmp_path),
+            use_cpu=True,
+            report_to=[],
+            disable_tqdm=True,
+            max_steps=1,
+            per_device_train_batch_size=batch_size,
+            gradient_accumulation_steps=steps,
+            optim="sgd",
+            learning_rate=1.0,
+            max_grad_norm=0.0,
+            save_strategy="no",
+            label_names=["bool_masked_pos"],
+        )
+        dataset = MaskedExamples(torch.zeros(16))
+        trainer = Trainer(model=model, args=arguments, train_dataset=dataset, eval_dataset=dataset)
+        before = trainer.evaluate()["eval_loss"]
+        trainer.train()
+        assert trainer.evaluate()["eval_loss"] < before
+        return model.state_dict()
+
+    torch.testing.assert_close(weights_after_a_step(8, 2), weights_after_a_step(16, 1), rtol=1e-4, atol=1e-6)
+
+
 # PEFT ----------------------------------------------------------------------------------------------------------------
 
 
@@ -269,12 +303,21 @@ def test_lora_trains_saves_loads_and_merges(tmp_path: Path) -> None:
 # With a text model ---------------------------------------------------------------------------------------------------
 
 
-def test_vision_text_dual_encoder(tmp_path: Path) -> None:
+BERT_SIZES = {"vocab_size": 50, "hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+BERT_SIZES |= {"intermediate_size": 32}
+
+
+@pytest.fixture
+def encoder(tmp_path: Path) -> Path:
+    """A saved encoder of images."""
     torch.manual_seed(0)
-    text = BertModel(
-        BertConfig(vocab_size=50, hidden_size=24, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)
-    )
-    model = VisionTextDualEncoderModel(vision_model=ViTCLSModel(tiny_config()), text_model=text)
+    ViTCLSModel(tiny_config()).save_pretrained(tmp_path / "encoder")
+    return tmp_path / "encoder"
+
+
+def test_vision_text_dual_encoder(encoder: Path, tmp_path: Path) -> None:
+    BertModel(BertConfig(**BERT_SIZES)).save_pretrained(tmp_path / "text")
+    model = VisionTextDualEncoderModel.from_vision_text_pretrained(encoder, tmp_path / "text")
     inputs = {
         "input_ids": torch.tensor([[2, 7, 9, 3], [2, 8, 5, 3]]),
         "attention_mask": torch.ones(2, 4, dtype=torch.long),
@@ -284,49 +327,33 @@ def test_vision_text_dual_encoder(tmp_path: Path) -> None:
     outputs.loss.backward()
     assert outputs.logits_per_image.shape == (2, 2)
     assert model.vision_model.embeddings.cls_token.grad.abs().sum() > 0
-    assert text.embeddings.word_embeddings.weight.grad.abs().sum() > 0
+    assert model.text_model.embeddings.word_embeddings.weight.grad.abs().sum() > 0
 
     model.eval()
-    model.save_pretrained(tmp_path)
-    again = VisionTextDualEncoderModel.from_pretrained(tmp_path).eval()
+    model.save_pretrained(tmp_path / "both")
+    again = VisionTextDualEncoderModel.from_pretrained(tmp_path / "both").eval()
     assert type(again.vision_model) is ViTCLSModel
     with torch.no_grad():
         torch.testing.assert_close(again(**inputs).logits_per_image, model(**inputs).logits_per_image)
-        cls_token = model.vision_model(random_images()).tokens["cls"][:, 0]
-        features = model.get_image_features(pixel_values=random_images())
-    # transformers 5 wraps features in an output, whose pooler_output is the projected CLS token
-    features = getattr(features, "pooler_output", features)
-    torch.testing.assert_close(features, model.visual_projection(cls_token))
+        cls_token = ViTCLSModel.from_pretrained(encoder)(random_images()).tokens["cls"][:, 0]
+        features = model.get_image_features(pixel_values=random_images()).pooler_output
+        torch.testing.assert_close(features, model.visual_projection(cls_token))
 
 
-def test_vision_encoder_decoder(tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    decoder = GPT2LMHeadModel(
-        GPT2Config(
-            vocab_size=50,
-            n_embd=24,
-            n_layer=1,
-            n_head=2,
-            n_positions=16,
-            add_cross_attention=True,
-            bos_token_id=1,
-            eos_token_id=2,
-            pad_token_id=0,
-        )
-    )
-    model = VisionEncoderDecoderModel(encoder=ViTCLSModel(tiny_config()), decoder=decoder)
+def test_vision_encoder_decoder(encoder: Path, tmp_path: Path) -> None:
+    BertLMHeadModel(BertConfig(**BERT_SIZES, is_decoder=True)).save_pretrained(tmp_path / "decoder")
+    model = VisionEncoderDecoderModel.from_encoder_decoder_pretrained(encoder, tmp_path / "decoder")
     model.config.decoder_start_token_id = 1
     model.config.pad_token_id = 0
-    loss = model(pixel_values=random_images(), labels=torch.tensor([[5, 6, 2], [7, 8, 2]])).loss
-    loss.backward()
+    model(pixel_values=random_images(), labels=torch.tensor([[5, 6, 2], [7, 8, 2]])).loss.backward()
     assert model.encoder.embeddings.cls_token.grad.abs().sum() > 0
 
     model.eval()
+    model.save_pretrained(tmp_path / "both")
+    again = VisionEncoderDecoderModel.from_pretrained(tmp_path / "both").eval()
+    assert type(again.encoder) is ViTCLSModel
     options = {"max_new_tokens": 4, "do_sample": False, "decoder_start_token_id": 1}
     written = model.generate(pixel_values=random_images(), **options)
-    model.save_pretrained(tmp_path)
-    again = VisionEncoderDecoderModel.from_pretrained(tmp_path).eval()
-    assert type(again.encoder) is ViTCLSModel
     assert written.shape[0] == 2 and written.shape[1] > 1
     torch.testing.assert_close(again.generate(pixel_values=random_images(), **options), written)
 

@@ -245,9 +245,11 @@ def test_labels_that_are_no_dict_are_an_error() -> None:
         multi_task()(images(), labels=torch.tensor([0, 2]))
 
 
-def test_the_multi_task_class_needs_tasks() -> None:
+def test_tasks_and_the_multi_task_class_need_each_other() -> None:
     with raises_one_line("tasks"):
         ViTCLSForMultiTaskClassification(tiny_config())
+    with raises_one_line("tasks", "ViTCLSForMultiTaskClassification"):
+        ViTCLSForImageClassification(tiny_config(num_cls_tokens=3, tasks=TASKS))
 
 
 @pytest.mark.parametrize("name", ["type", "keys", "items", "forward", "training", "double"])

@@ -64,6 +64,24 @@ def test_half_precision(model_class: type, fields: dict[str, Any], inputs: dict[
         assert all(value.isfinite().all() for value in values(other(images(2, 24, 56))))
 
 
+@pytest.mark.parametrize("kind", POSITIONS)
+@each_kind
+def test_automatic_mixed_precision(
+    model_class: type, fields: dict[str, Any], inputs: dict[str, Any], kind: str
+) -> None:
+    """Weights stay in float32, as in mixed-precision training."""
+    model = filled(model_class(tiny_config(**fields, position_embedding_type=kind, num_register_tokens=2)))
+    for implementation in ("sdpa", "eager"):
+        model.set_attn_implementation(implementation)
+        expected = model(images(), **inputs)
+        with torch.autocast("cpu", torch.bfloat16):
+            output = model(images(), **inputs)
+        for got, exact in zip(values(output), values(expected), strict=True):
+            assert largest_difference(got.float(), exact) < 0.1 * exact.abs().max().clamp(min=1.0)
+        sum(value.float().sum() for value in values(output)).backward()
+        assert all(weight.grad.isfinite().all() for weight in model.parameters() if weight.grad is not None)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_checkpoints_load_in_their_dtype(dtype: torch.dtype, tmp_path: Path) -> None:
     model = filled(ViTCLSModel(tiny_config())).to(dtype)

@@ -44,7 +44,11 @@ def build_card(name: str, config: ViTCLSConfig, results: dict[str, Any], flags: 
 
 
 def card_metadata(name: str, results: dict[str, Any], flags: dict[str, Any], from_scratch: bool) -> ModelCardData:
-    """The card's YAML header. The licence of a model that started from another's weights is not ours to name."""
+    """The card's YAML header.
+
+    The licence of a model that started from another's weights is not ours to name, and a local folder is no data set
+    that the Hub could link to.
+    """
     is_hub_id = not from_scratch and not Path(flags["model"]).exists()
     return ModelCardData(
         license="apache-2.0" if from_scratch else None,
@@ -52,7 +56,7 @@ def card_metadata(name: str, results: dict[str, Any], flags: dict[str, Any], fro
         library_name="transformers",
         pipeline_tag="image-classification",
         tags=["vision", "vit", "vitcls"],
-        datasets=[results["dataset"]],
+        datasets=None if Path(flags["dataset"]).exists() else [flags["dataset"]],
         metrics=["accuracy"],
         model_name=name,
         eval_results=[
