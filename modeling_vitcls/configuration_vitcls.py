@@ -300,10 +300,14 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
         self.architectures = self.architectures or []
         # What the checkpoint holds where the caller asked for something else (`from_dict`).
         self.stored_values: dict[str, Any] = {}
+        if self.tasks and self.cls_scopes and list(self.tasks) != sorted(self.tasks):
+            raise ValueError(
+                f"cls_scopes follow the tasks in alphabetical order: list both as {', '.join(sorted(self.tasks))}"
+            )
         if isinstance(self.tasks, dict):  # as JSON files are; the order assigns the CLS tokens
             self.tasks = dict(sorted(self.tasks.items()))
         # On the instance, as transformers expects it where a plan depends on the configuration.
-        setattr(self, "base_model_tp_plan", self.base_model_tp_plan | MLP_TP_PLANS[self.mlp_type])  # noqa: B010
+        setattr(self, "base_model_tp_plan", self._tensor_parallel_plan())  # noqa: B010
         self.stage_names = ["stem", *(f"stage{index}" for index in range(1, self.num_hidden_layers + 1))]
         kwargs.pop("stage_names", None)
         self.set_output_features_output_indices(
@@ -544,6 +548,12 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
     def task_labels(self) -> dict[str, list[str]]:
         """Label names by task; empty without tasks."""
         return {name: _label_names(labels) for name, labels in (self.tasks or {}).items()}
+
+    def _tensor_parallel_plan(self) -> dict[str, str]:
+        plan = type(self).base_model_tp_plan | MLP_TP_PLANS[self.mlp_type]
+        if self.qk_norm:  # each process sees its own heads, and all share these norms
+            plan |= {f"layers.*.attention.{name}_norm": "replicated_with_grad_allreduce" for name in "qk"}
+        return plan
 
     def _check_labels(self, num_labels: Any) -> None:
         if num_labels is None:

@@ -41,14 +41,9 @@ class ViTCLSEmbeddings(nn.Module):
         batch_size = pixel_values.shape[0]
         grid = self.patch_embeddings.grid_of(pixel_values)
         patches = self.patch_embeddings(pixel_values)  # [B, rows * columns, D]
-        if bool_masked_pos is not None:
-            patches = self.replace_masked(patches, bool_masked_pos)
-        patches = self.position_embeddings.add_to_patches(patches, grid)
-        special = [
-            self.position_embeddings.add_to_special(name, token).expand(batch_size, -1, -1)
-            for name, token in self.special_tokens().items()
-        ]
-        tokens = torch.cat([*special, patches], dim=1)  # [B, N, D]
+        patches = self.mask(patches, bool_masked_pos)
+        special, patches = self.position_embeddings(self.special_tokens(), patches, grid)
+        tokens = torch.cat([*(token.expand(batch_size, -1, -1) for token in special), patches], dim=1)  # [B, N, D]
         return self.norm(self.dropout(tokens))
 
     def special_tokens(self) -> dict[str, nn.Parameter]:
@@ -56,8 +51,13 @@ class ViTCLSEmbeddings(nn.Module):
         groups = {"cls": self.cls_token, "distillation": self.distillation_token, "registers": self.register_tokens}
         return {name: token for name, token in groups.items() if token is not None}
 
-    def replace_masked(self, patches: torch.Tensor, bool_masked_pos: torch.Tensor) -> torch.Tensor:
+    def mask(self, patches: torch.Tensor, bool_masked_pos: torch.Tensor | None) -> torch.Tensor:
         """Put the mask token in place of masked patches."""
+        if bool_masked_pos is None:
+            if self.mask_token is None or not self.training:
+                return patches
+            # Distributed training wants every parameter to take part.
+            bool_masked_pos = torch.zeros(patches.shape[:2], dtype=torch.bool, device=patches.device)
         if self.mask_token is None:
             raise ValueError("bool_masked_pos was given and the model has no mask token: set use_mask_token=True")
         if bool_masked_pos.shape != patches.shape[:2]:
@@ -115,6 +115,9 @@ class ViTCLSPatchEmbeddings(nn.Module):
         return height // patch_height, width // patch_width
 
 
+Embedded = tuple[list[torch.Tensor], torch.Tensor]  # special tokens by group [1, n, D], patches [B, rows * columns, D]
+
+
 class LearnedPositions(nn.Module):
     """A learned vector for each place of the grid, and for the special tokens that the configuration names.
 
@@ -134,16 +137,17 @@ class LearnedPositions(nn.Module):
         self.registers = _token_parameter(config.num_register_tokens * has_all_positions, width)
         self.patches = nn.Parameter(torch.empty(1, math.prod(self.grid), width))
 
-    def add_to_special(self, name: str, tokens: torch.Tensor) -> torch.Tensor:
-        """Add the positions of the group `name`, if it has any, to its tokens [1, n, D]."""
-        positions = getattr(self, name)
-        return tokens if positions is None else tokens + positions
+    def forward(self, special: dict[str, nn.Parameter], patches: torch.Tensor, grid: tuple[int, int]) -> Embedded:
+        """Add positions to the special tokens that have them, and to the patches."""
+        positions: torch.Tensor = self.patches
+        if grid != self.grid:
+            positions = resample_positions(self.patches, self.grid, grid, self.mode, self.antialias)
+        return [self.add_to_special(name, token) for name, token in special.items()], patches + positions
 
-    def add_to_patches(self, patches: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
-        """Add the positions, resampled where the grid differs from the learned one, to patches [B, N, D]."""
-        if grid == self.grid:
-            return patches + self.patches
-        return patches + resample_positions(self.patches, self.grid, grid, self.mode, self.antialias)
+    def add_to_special(self, name: str, token: torch.Tensor) -> torch.Tensor:
+        """The tokens [1, n, D] of the group `name` with their positions, if the group has any."""
+        positions = getattr(self, name)
+        return token if positions is None else token + positions
 
 
 class SinCosPositions(nn.Module):
@@ -153,12 +157,8 @@ class SinCosPositions(nn.Module):
         super().__init__()
         self.hidden_size = config.hidden_size
 
-    def add_to_special(self, name: str, tokens: torch.Tensor) -> torch.Tensor:
-        """Special tokens have no place in the image."""
-        return tokens
-
-    def add_to_patches(self, patches: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
-        """Add to patches [B, N, D]."""
+    def forward(self, special: dict[str, nn.Parameter], patches: torch.Tensor, grid: tuple[int, int]) -> Embedded:
+        """Add positions to the patches; special tokens have no place in the image."""
         rows, columns = grid
         y = torch.arange(rows, dtype=torch.float32, device=patches.device)
         x = torch.arange(columns, dtype=torch.float32, device=patches.device)
@@ -168,7 +168,7 @@ class SinCosPositions(nn.Module):
         x_angles = x.flatten()[:, None] * frequencies  # [N, D / 4]
         y_angles = y.flatten()[:, None] * frequencies
         positions = torch.cat([x_angles.sin(), x_angles.cos(), y_angles.sin(), y_angles.cos()], dim=-1)  # [N, D]
-        return patches + positions.to(patches.dtype)
+        return list(special.values()), patches + positions.to(patches.dtype)
 
 
 class NoAddedPositions(nn.Module):
@@ -177,13 +177,9 @@ class NoAddedPositions(nn.Module):
     def __init__(self, config: ViTCLSConfig) -> None:
         super().__init__()
 
-    def add_to_special(self, name: str, tokens: torch.Tensor) -> torch.Tensor:
+    def forward(self, special: dict[str, nn.Parameter], patches: torch.Tensor, grid: tuple[int, int]) -> Embedded:
         """Return the tokens as they are."""
-        return tokens
-
-    def add_to_patches(self, patches: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
-        """Return the patches as they are."""
-        return patches
+        return list(special.values()), patches
 
 
 POSITION_EMBEDDINGS: dict[str, type[LearnedPositions | SinCosPositions | NoAddedPositions]] = {

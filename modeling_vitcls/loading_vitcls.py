@@ -17,7 +17,8 @@ def load_checkpoint(load: Callable, source: Any, *args: Any, **kwargs: Any) -> A
         OSError: for a folder, config.json or weights that are missing or damaged.
         RuntimeError: for weights that do not fit the configuration.
     """
-    check_folder(source, has_config=kwargs.get("config") is not None)
+    config_is_elsewhere = kwargs.get("config") is not None or bool(kwargs.get("subfolder"))
+    check_folder(source, config_is_elsewhere)
     try:
         return load(source, *args, **kwargs)
     except Exception as error:
@@ -28,7 +29,7 @@ def load_checkpoint(load: Callable, source: Any, *args: Any, **kwargs: Any) -> A
         raise
 
 
-def check_folder(source: Any, has_config: bool) -> None:
+def check_folder(source: Any, config_is_elsewhere: bool) -> None:
     """Raise OSError for a local checkpoint that cannot be one; ids of the Hub pass."""
     if source is None:  # a state dict is given instead
         return
@@ -37,7 +38,7 @@ def check_folder(source: Any, has_config: bool) -> None:
         if folder.is_absolute() or len(folder.parts) > 2 or os.fspath(source).startswith((".", "~")):
             raise OSError(f"there is no folder {source}: check the path")
         return
-    if folder.is_dir() and not has_config and not (folder / "config.json").is_file():
+    if folder.is_dir() and not config_is_elsewhere and not (folder / "config.json").is_file():
         raise OSError(f"there is no config.json in {source}: it is written by save_pretrained, beside the weights")
 
 

@@ -31,7 +31,7 @@ from .configuration_vitcls import TokenLayout, ViTCLSConfig
 from .embeddings_vitcls import LearnedPositions, NoRotaryPositions, RotaryPositions, ViTCLSEmbeddings
 from .heads_vitcls import LOGIT_CHOICES, POOLERS, AttentionPooler, PixelDecoder, build_head, mean_token
 from .layers_vitcls import LayerScale, ViTCLSAttention, ViTCLSLayer, drop_path_rates
-from .losses_vitcls import classification_loss, cross_entropy, masked_pixel_loss
+from .losses_vitcls import IGNORED_LABEL, classification_loss, cross_entropy, masked_pixel_loss
 from .scopes_vitcls import FullView, ScopedView
 
 
@@ -231,7 +231,8 @@ class ViTCLSForImageClassification(ViTCLSPreTrainedModel):
     ) -> ViTCLSImageClassifierOutput:
         """Classify images; `labels` (and `num_items_in_batch`) as in `classification_loss`, the rest as `ViTCLSModel`.
 
-        The loss is that of `logits`. Distillation, with a loss per head, is the training loop's.
+        The loss is that of `logits`; in training, where there are two heads, the mean of theirs, so that both learn.
+        Distillation from a teacher is the training loop's.
         """
         outputs = self.vitcls(pixel_values, attention_mask=attention_mask, **kwargs)
         logits = cls_logits = self.classifier(outputs.pooler_output)  # [B, labels]
@@ -241,7 +242,12 @@ class ViTCLSForImageClassification(ViTCLSPreTrainedModel):
             logits = self.choose_logits(cls_logits, distillation_logits)
         loss = None
         if labels is not None:
-            loss = classification_loss(logits, labels, self.config, kwargs.get("num_items_in_batch"))
+            learning = [logits]
+            if self.training and distillation_logits is not None:
+                learning = [cls_logits, distillation_logits]
+            num_items = kwargs.get("num_items_in_batch")
+            losses = [classification_loss(answer, labels, self.config, num_items) for answer in learning]
+            loss = torch.stack(losses).mean()
         return ViTCLSImageClassifierOutput(
             loss=loss,
             logits=logits,
@@ -290,9 +296,13 @@ class ViTCLSForMultiTaskClassification(ViTCLSPreTrainedModel):
             name: classifier(token)
             for (name, classifier), token in zip(self.classifiers.items(), cls_tokens, strict=True)
         }
-        losses = None if labels is None else self.task_losses(logits, labels)
+        loss = losses = None
+        if labels is not None:
+            losses = self.task_losses(logits, labels)
+            loss = torch.stack(list(losses.values())).sum()
+            losses = {name: losses[name] for name in logits if name in labels}
         return ViTCLSMultiTaskOutput(
-            loss=torch.stack(list(losses.values())).sum() if losses else None,
+            loss=loss,
             losses=losses,
             logits=logits,
             hidden_states=outputs.hidden_states,
@@ -300,10 +310,17 @@ class ViTCLSForMultiTaskClassification(ViTCLSPreTrainedModel):
         )
 
     def task_losses(self, logits: dict[str, torch.Tensor], labels: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Cross-entropy of each task that has labels."""
+        """Cross-entropy of each task; 0 for one without labels, so that distributed training misses no head."""
         if unknown := sorted(set(labels) - set(logits)):
             raise ValueError(f"labels for unknown task {unknown[0]!r}: the tasks are {', '.join(logits)}")
-        return {name: cross_entropy(logits[name], labels[name].to(logits[name].device)) for name in labels}
+        return {name: cross_entropy(answer, self.labels_of(name, answer, labels)) for name, answer in logits.items()}
+
+    @staticmethod
+    def labels_of(name: str, logits: torch.Tensor, labels: dict[str, torch.Tensor]) -> torch.Tensor:
+        """The labels [B] of one task, all to be ignored where there are none."""
+        if name not in labels:
+            return torch.full((len(logits),), IGNORED_LABEL, device=logits.device)
+        return labels[name].to(logits.device)
 
 
 class ViTCLSForMaskedImageModeling(ViTCLSPreTrainedModel):

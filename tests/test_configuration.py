@@ -54,6 +54,10 @@ CONTRADICTIONS: list[tuple[dict[str, Any], list[str]]] = [
     ({"tasks": {"species": 0}}, ["tasks", "species"]),
     ({"tasks": {"species": ["cat", "cat"]}}, ["tasks", "species", "distinct"]),
     ({"tasks": {"no name": 2}}, ["tasks", "no name"]),
+    (
+        {"num_cls_tokens": 2, "tasks": {"species": 2, "age": 2}, "cls_scopes": ["image", [2, 2, 0, 0]]},
+        ["cls_scopes", "age, species"],
+    ),
     ({"num_labels": 3, "id2label": {0: "cat", 1: "dog"}}, ["num_labels", "id2label"]),
     ({"out_features": ["stage3"]}, ["out_features", "stage3"]),
     ({"out_indices": [3]}, ["out_indices", "3"]),

@@ -13,6 +13,7 @@ import pytest
 import torch
 from tiny import (
     BLOCKS,
+    TASKS,
     assert_same_outputs,
     each_block,
     each_kind,
@@ -124,6 +125,29 @@ def test_every_parameter_of_a_block_option_is_used(fields: dict[str, Any]) -> No
     unused = [name for name, parameter in model.named_parameters() if parameter.grad is None]
     # the last layer computes nothing with the queries of tokens that are not pooled, but with those that are
     assert not unused
+
+
+@pytest.mark.parametrize(
+    ("model_class", "fields", "inputs"),
+    [
+        (ViTCLSForImageClassification, BLOCKS["tokens"], {"labels": torch.tensor([0, -100])}),
+        (ViTCLSForImageClassification, {"use_mask_token": True}, {"labels": torch.tensor([0, 2])}),
+        (
+            ViTCLSForMultiTaskClassification,
+            {"num_cls_tokens": 2, "tasks": TASKS},
+            {"labels": {"age": torch.tensor([0, 1])}},
+        ),
+        (ViTCLSForMaskedImageModeling, BLOCKS["tokens"], {"bool_masked_pos": torch.zeros(2, 16, dtype=torch.bool)}),
+    ],
+    ids=["two_heads", "unused_mask_token", "missing_task", "nothing_masked"],
+)
+def test_every_parameter_takes_part_in_every_step(
+    model_class: type, fields: dict[str, Any], inputs: dict[str, Any]
+) -> None:
+    """Or distributed training stops with an error about parameters that did not."""
+    model = filled(model_class(tiny_config(**fields))).train()
+    model(images(), **inputs).loss.backward()
+    assert not [name for name, parameter in model.named_parameters() if parameter.grad is None]
 
 
 @pytest.mark.parametrize(

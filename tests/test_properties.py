@@ -129,6 +129,8 @@ def valid_fields(draw: st.DrawFn) -> dict[str, Any]:
     fields["token_init"] = one_of("trunc_normal", "near_zero", *(["zeros"] if max(counts.values()) < 2 else []))
     if fields["pooling"] == "cls" and chance():
         names = NAMES[: counts["num_cls_tokens"]] if chance() else NAMES[-counts["num_cls_tokens"] :]
+        if "cls_scopes" in fields:  # which follow the tasks in alphabetical order
+            names = sorted(names)
         fields["tasks"] = {name: one_of(1, 3, ["only"], ["yes", "no"]) for name in names}
     return fields
 
