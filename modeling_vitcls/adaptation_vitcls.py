@@ -57,13 +57,15 @@ class AdaptableModel(PreTrainedModel):
         """
         if unknown := sorted(set(wanted) - set(ADAPTABLE_FIELDS)):
             raise ValueError(f"{unknown[0]} cannot be adapted: {', '.join(ADAPTABLE_FIELDS)} can")
-        config = changed_config(self.config, wanted)
-        if config.grid_size == self.config.grid_size and config.token_layout == self.config.token_layout:
-            self.config = config
+        wanted = {name: value for name, value in wanted.items() if value != getattr(self.config, name)}
+        if not wanted:
             return self
+        config = changed_config(self.config, wanted)
         model = self.rebuilt(config).train(self.training)
         model.to(device=self.device, dtype=self.dtype)  # type: ignore[call-arg]  # transformers wraps `to` untyped
         transfer(self, model)
+        for name, parameter in self.named_parameters():
+            model.get_parameter(name).requires_grad_(parameter.requires_grad)
         return model
 
     def rebuilt(self, config: ViTCLSConfig) -> Self:

@@ -10,6 +10,7 @@ here, so that a model that can be constructed can also run. This file builds no 
 
 import dataclasses
 import difflib
+import math
 from collections.abc import Callable, Iterator
 from functools import wraps
 from typing import Any, ClassVar, Literal, TypeVar
@@ -300,12 +301,6 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
         self.architectures = self.architectures or []
         # What the checkpoint holds where the caller asked for something else (`from_dict`).
         self.stored_values: dict[str, Any] = {}
-        if self.tasks and self.cls_scopes and list(self.tasks) != sorted(self.tasks):
-            raise ValueError(
-                f"cls_scopes follow the tasks in alphabetical order: list both as {', '.join(sorted(self.tasks))}"
-            )
-        if isinstance(self.tasks, dict):  # as JSON files are; the order assigns the CLS tokens
-            self.tasks = dict(sorted(self.tasks.items()))
         # On the instance, as transformers expects it where a plan depends on the configuration.
         setattr(self, "base_model_tp_plan", self._tensor_parallel_plan())  # noqa: B010
         self.stage_names = ["stem", *(f"stage{index}" for index in range(1, self.num_hidden_layers + 1))]
@@ -429,9 +424,16 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
         for name in ("hidden_dropout_prob", "attention_probs_dropout_prob", "drop_path_rate"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}: set a rate of at least 0 and below 1")
+        if self.layer_scale_init_value is not None and not math.isfinite(self.layer_scale_init_value):
+            raise ValueError(f"layer_scale_init_value is {self.layer_scale_init_value}: set a finite number, or None")
         for name in ("layer_norm_eps", "initializer_range", "rope_theta"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise ValueError(f"{name} is {getattr(self, name)}: set a positive number")
+
+    def validate_architecture(self) -> None:
+        """transformers' own check, which reads `head_dim`: numbers first."""
+        self.validate_numbers()
+        super().validate_architecture()
 
     def validate_problem_type(self) -> None:
         """The kind of labels is one that a loss exists for."""
@@ -527,6 +529,10 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
                 f"tasks names {len(self.tasks)} tasks and num_cls_tokens is {self.num_cls_tokens}: each task reads "
                 f"its own CLS token, so set num_cls_tokens={max(len(self.tasks), 1)}"
             )
+        if self.cls_scopes and list(self.tasks) != sorted(self.tasks):
+            raise ValueError(
+                f"cls_scopes follow the tasks in alphabetical order: list both as {', '.join(sorted(self.tasks))}"
+            )
         if self.pooling != "cls":
             raise ValueError(f'tasks read CLS tokens and pooling is "{self.pooling}": set pooling="cls"')
         for name, labels in self.task_labels().items():
@@ -546,8 +552,8 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
         return None
 
     def task_labels(self) -> dict[str, list[str]]:
-        """Label names by task; empty without tasks."""
-        return {name: _label_names(labels) for name, labels in (self.tasks or {}).items()}
+        """Label names by task, in the order of the CLS tokens: alphabetical, as JSON files are."""
+        return {name: _label_names(labels) for name, labels in sorted((self.tasks or {}).items())}
 
     def _tensor_parallel_plan(self) -> dict[str, str]:
         plan = type(self).base_model_tp_plan | MLP_TP_PLANS[self.mlp_type]
@@ -556,6 +562,14 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
         return plan
 
     def _check_labels(self, num_labels: Any) -> None:
+        for name in ("id2label", "label2id"):
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, dict):
+                raise ValueError(f"{name} is {value!r}: give a dict")
+        if self.id2label is not None and sorted(map(str, self.id2label)) != sorted(
+            map(str, range(len(self.id2label)))
+        ):
+            raise ValueError(f"id2label has the ids {list(self.id2label)}: number the labels from 0 without gaps")
         if num_labels is None:
             return
         if not isinstance(num_labels, int) or num_labels < 0:

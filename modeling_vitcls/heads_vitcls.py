@@ -102,7 +102,9 @@ class AttentionPooler(nn.Module):
     def forward(self, sequence: torch.Tensor) -> torch.Tensor:
         """Attend from the probe to the patches."""
         patches = sequence[:, self.patches]
-        query = self._per_head(self.q_proj(self.probe)).expand(len(sequence), -1, -1, -1)  # [B, heads, 1, head_dim]
+        query = self._per_head(self.q_proj(self.probe)).expand(
+            sequence.shape[0], -1, -1, -1
+        )  # [B, heads, 1, head_dim]
         key, value = self._per_head(self.k_proj(patches)), self._per_head(self.v_proj(patches))
         attended = nn.functional.scaled_dot_product_attention(query, key, value)
         pooled = self.o_proj(attended.transpose(1, 2).flatten(1))  # [B, D]

@@ -216,7 +216,7 @@ class ViTCLSForImageClassification(ViTCLSPreTrainedModel):
         self.vitcls = ViTCLSModel(config)
         self.classifier = build_head(config, config.pooled_size, config.num_labels)
         self.distillation_classifier = None
-        if config.has_distillation_head:
+        if config.has_distillation_head and config.num_labels:
             self.distillation_classifier = build_head(config, config.hidden_size, config.num_labels)
         self.choose_logits = LOGIT_CHOICES[config.distillation_inference]
         self.post_init()
@@ -268,7 +268,7 @@ class ViTCLSForMultiTaskClassification(ViTCLSPreTrainedModel):
         self.vitcls = ViTCLSModel(config, add_pooling_layer=False)
         self.classifiers = nn.ModuleDict(
             {
-                name: build_head(config, config.hidden_size, len(labels))
+                f"task_{name}": build_head(config, config.hidden_size, len(labels))  # torch reserves "type" and more
                 for name, labels in config.task_labels().items()
             }
         )
@@ -294,7 +294,9 @@ class ViTCLSForMultiTaskClassification(ViTCLSPreTrainedModel):
         cls_tokens = outputs.tokens["cls"].unbind(dim=1)
         logits = {
             name: classifier(token)
-            for (name, classifier), token in zip(self.classifiers.items(), cls_tokens, strict=True)
+            for name, classifier, token in zip(
+                self.config.task_labels(), self.classifiers.values(), cls_tokens, strict=True
+            )
         }
         loss = losses = None
         if labels is not None:
@@ -313,7 +315,10 @@ class ViTCLSForMultiTaskClassification(ViTCLSPreTrainedModel):
         """Cross-entropy of each task; 0 for one without labels, so that distributed training misses no head."""
         if unknown := sorted(set(labels) - set(logits)):
             raise ValueError(f"labels for unknown task {unknown[0]!r}: the tasks are {', '.join(logits)}")
-        return {name: cross_entropy(answer, self.labels_of(name, answer, labels)) for name, answer in logits.items()}
+        return {
+            name: cross_entropy(answer, self.labels_of(name, answer, labels), task=f"task {name!r}")
+            for name, answer in logits.items()
+        }
 
     @staticmethod
     def labels_of(name: str, logits: torch.Tensor, labels: dict[str, torch.Tensor]) -> torch.Tensor:

@@ -25,6 +25,7 @@ class FullView(nn.Module):
 
         `attention_mask` is [B, N] over all tokens, 1 where a token may be seen, or a ready 4D mask.
         """
+        check_mask(attention_mask, hidden_states)
         return create_bidirectional_mask(
             config=self.config, inputs_embeds=hidden_states, attention_mask=attention_mask
         )
@@ -48,6 +49,11 @@ class ScopedView(nn.Module):
                 f"cls_scopes need an attention mask and {self.config._attn_implementation} takes none: "
                 'set attn_implementation to "sdpa", "flex_attention" or "eager"'
             )
+        if attention_mask is not None and attention_mask.ndim == 4:
+            raise ValueError(
+                "cls_scopes cannot be combined with an attention_mask of 4 dimensions: give [batch, tokens]"
+            )
+        check_mask(attention_mask, hidden_states)
         visible = self.visible_keys(grid, hidden_states.device)  # [N, N]
 
         def in_scope(batch: torch.Tensor, head: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
@@ -70,6 +76,16 @@ class ScopedView(nn.Module):
             if not isinstance(scope, str):  # "image" hides nothing
                 visible[index, layout.patches] = cell_mask(scope, grid, device)
         return visible
+
+
+def check_mask(attention_mask: torch.Tensor | None, hidden_states: torch.Tensor) -> None:
+    """Raise ValueError unless a mask is [B, N], or a ready one of four dimensions."""
+    if attention_mask is None or attention_mask.ndim == 4 or attention_mask.shape == hidden_states.shape[:2]:
+        return
+    raise ValueError(
+        f"attention_mask has shape {list(attention_mask.shape)} and there are {list(hidden_states.shape[:2])} "
+        "[batch, tokens], special tokens among them: make them equal"
+    )
 
 
 def cell_mask(scope: list[int], grid: tuple[int, int], device: torch.device) -> torch.Tensor:

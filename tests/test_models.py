@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from tiny import (
     BLOCKS,
     TASKS,
@@ -115,6 +116,47 @@ def test_a_model_without_pooler() -> None:
 
 
 # Block options
+
+
+def test_initial_weights() -> None:
+    """Norms do nothing, biases are zero, all else is normal with the configured deviation."""
+    config = tiny_config(
+        hidden_size=64,
+        image_size=64,
+        pooling="attention",
+        qk_norm=True,
+        pre_norm=True,
+        head_type="mlp",
+        initializer_range=0.05,
+    )
+    model = ViTCLSForMaskedImageModeling(config), ViTCLSForImageClassification(config)
+    seen = []
+    for name, parameter in (pair for one in model for pair in one.named_parameters()):
+        if name.endswith("bias"):
+            assert not parameter.any(), name
+        elif "norm" in name:
+            assert torch.equal(parameter, torch.ones_like(parameter)), name
+        else:
+            tolerance = 4 * 0.05 / (2 * parameter.numel()) ** 0.5  # of the deviation of so many numbers
+            assert parameter.std().item() == pytest.approx(0.05, abs=tolerance), name
+            seen.append(name.split(".")[-1])
+    assert {"cls_token", "mask_token", "cls", "patches", "probe", "weight"} == set(seen)
+
+
+@pytest.mark.parametrize("fields", [{}, BLOCKS["layer_scale"], BLOCKS["attention_pooling"]], ids=str)
+def test_weights_that_a_checkpoint_lacks_start_as_in_a_new_model(fields: dict[str, Any], tmp_path: Path) -> None:
+    """Loading builds the model without memory first: what is not in the file has to be filled afterwards."""
+    config = tiny_config(num_register_tokens=2, **fields)
+    ViTCLSForImageClassification(config).save_pretrained(tmp_path)
+    save_file({}, tmp_path / "model.safetensors", {"format": "pt"})
+    loaded = dict(ViTCLSForImageClassification.from_pretrained(tmp_path).named_parameters())
+    for name, fresh in ViTCLSForImageClassification(config).named_parameters():
+        parameter = loaded[name]
+        assert parameter.isfinite().all(), name
+        if fresh.unique().numel() == 1:
+            assert torch.equal(parameter, fresh), name
+        else:
+            assert 0.5 < (parameter.std() / fresh.std()).item() < 2, name
 
 
 @each_block
@@ -441,6 +483,12 @@ def test_a_damaged_checkpoint_is_named(damage: Callable, words: list[str], load:
 def test_a_missing_checkpoint_is_named(load: Any, tmp_path: Path) -> None:
     with raises_one_line(str(tmp_path / "nowhere"), error=CHECKPOINT_ERRORS):
         load.from_pretrained(tmp_path / "nowhere")
+
+
+def test_a_missing_folder_that_looks_like_a_name_on_the_hub_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with raises_one_line("runs/nowhere", error=OSError):
+        ViTCLSForImageClassification.from_pretrained("runs/nowhere")
 
 
 @pytest.mark.parametrize("load", [ViTCLSForImageClassification, AutoModelForImageClassification])
