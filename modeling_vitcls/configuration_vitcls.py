@@ -334,7 +334,8 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
         own_fields = {field.name for field in dataclasses.fields(cls)} - {"dtype"}
         overrides = {key: kwargs.pop(key) for key in list(kwargs) if key in own_fields}
         for name in kwargs:
-            if name not in TRANSFORMERS_KEYWORDS and (hint := _did_you_mean(name, sorted(own_fields), cutoff=0.8)):
+            known = sorted(own_fields | TRANSFORMERS_KEYWORDS)
+            if name not in known and (hint := _did_you_mean(name, known, cutoff=0.8)):
                 raise ValueError(f"unknown field {name!r}{hint}")
         stored = dict(config_dict)
         if "id2label" in overrides or kwargs.get("num_labels") not in (None, len(stored.get("id2label") or ())):
