@@ -16,7 +16,7 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import logging
 
 from .configuration_vitcls import ADAPTABLE_FIELDS, ViTCLSConfig
-from .embeddings_vitcls import resample_positions
+from .embeddings_vitcls import Resampling
 from .loading_vitcls import load_checkpoint
 
 
@@ -84,9 +84,8 @@ def transfer(source: AdaptableModel, target: AdaptableModel) -> None:
 
 def adapt_patch_positions(positions: torch.Tensor, old: ViTCLSConfig, new: ViTCLSConfig) -> tuple[torch.Tensor, str]:
     """Resample learned positions [1, rows * columns, D] to the new grid."""
-    resampled = resample_positions(
-        positions, old.grid_size, new.grid_size, new.position_interpolation, new.position_antialias
-    )
+    resample = Resampling(new.position_interpolation, new.position_antialias, new.position_offset)
+    resampled = resample(positions, old.grid_size, new.grid_size)
     (rows, columns), (new_rows, new_columns) = old.grid_size, new.grid_size
     return resampled, f"resampled from {rows} x {columns} to {new_rows} x {new_columns} patches"
 

@@ -132,8 +132,16 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
             al. 2022, arXiv 2106.04560, section 3.3).
         cls_pooling (`"first"`, `"mean"` or `"concat"`, defaults to `"first"`): How several CLS tokens become one
             vector.
+        pooled_cls_tokens (`list[int]`, *optional*): Indices of the CLS tokens that are pooled. Default: all.
         head_type (`"linear"` or `"mlp"`, defaults to `"linear"`): `"mlp"` is Linear, GELU, Linear.
         head_hidden_size (`int`, *optional*): Width within the MLP head. Default: `hidden_size`.
+        pooled_norm (`bool`, defaults to `False`): The encoder's kind of norm on the pooled vector (timm's `fc_norm`).
+        pooled_activation (`str`, *optional*): A linear layer and this activation on the pooled vector, as the base
+            models of ViT and DeiT have with `"tanh"`.
+        attention_pool_tokens (`"patches"` or `"all"`, defaults to `"patches"`): What `pooling="attention"` attends to.
+        attention_pool_heads, attention_pool_intermediate_size (`int`, *optional*): Its heads and the width of its MLP.
+            Default: the encoder's.
+        attention_pool_mlp (`bool`, defaults to `True`): Whether its norm and MLP follow (AIMv2 has neither).
         distillation_head (`bool`, *optional*): A classifier of its own on the distillation token. Default: present
             where there is such a token.
         distillation_inference (`"mean"`, `"cls"` or `"distillation"`, defaults to `"mean"`): Which head's logits are
@@ -145,17 +153,29 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
         patch_size (`int` or `[height, width]`, defaults to 16): Pixels.
         num_channels (`int`, defaults to 3).
         patch_bias (`bool`, defaults to `True`): Bias of the patch projection (CLIP has none).
+        patch_norm (`bool`, defaults to `False`): Norm on the projected patches, before positions (AIMv2).
 
     Positions:
         position_embedding_type (`str`, defaults to `"learned"`): `"learned"`, `"sincos_2d"` (fixed; MoCo v3, arXiv
-            2104.02057, and MAE), `"rope_2d"` (rotary on queries and keys of the patches; DINOv3, arXiv 2508.10104) or
-            `"none"`.
+            2104.02057, and MAE), `"rope_2d"` (rotary on queries and keys of the patches; DINOv3, arXiv 2508.10104),
+            `"rope_mixed"` (rotary with learned frequencies per layer and head; RoPE-ViT, arXiv 2403.13298),
+            `"learned_rope_2d"`, `"learned_rope_mixed"` (learned and rotary; EVA-02) or `"none"`.
         position_embedding_tokens (`"patches"`, `"cls"` or `"all"`, defaults to `"cls"`): Which tokens have a learned
             position: patches only, CLS and patches (ViT, DINOv2), or all.
-        position_interpolation (`"bicubic"` or `"bilinear"`, defaults to `"bicubic"`): How learned positions are
-            resampled for other image sizes.
+        position_interpolation (`"bicubic"`, `"bilinear"` or `"crop"`, defaults to `"bicubic"`): How learned positions
+            are resampled for other image sizes; `"crop"` is bilinear to a square that holds the image, then cut
+            (RADIO).
         position_antialias (`bool`, defaults to `False`): Whether that resampling low-passes when it shrinks the grid.
+        position_offset (`float`, defaults to 0.0): Added to the new grid where it becomes a scale factor, 0.1 in
+            DINOv2's own code.
         rope_theta (`float`, defaults to 100.0): Base period of the rotary positions.
+        rope_coordinates (`"centered"` or `"grid"`, defaults to `"centered"`): Patch centres from -1 to 1 over the
+            image (DINOv3), or patch indices (EVA-02).
+        rope_reference_grid (`[rows, columns]`, *optional*): Grid to which `"grid"` coordinates are scaled.
+        rope_grid_offset (`float`, defaults to 0.0): Added to each `"grid"` coordinate, in patches.
+        rope_axes (`"yx"` or `"xy"`, defaults to `"yx"`): Which axis the first half of the frequencies follows.
+        relative_position_bias (`"none"`, `"layer"` or `"shared"`, defaults to `"none"`): A learned bias of attention
+            by distance between patches, per layer or one for all (BEiT, arXiv 2106.08254).
 
     Encoder:
         hidden_size, num_hidden_layers, num_attention_heads, intermediate_size (`int`): 768, 12, 12, 3072. The width is
@@ -163,11 +183,17 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
         hidden_act (`str`, defaults to `"gelu"`): Activation of the plain MLP; a name that transformers knows.
         mlp_type (`"mlp"` or `"swiglu"`, defaults to `"mlp"`): `"swiglu"` gates with SiLU (Shazeer 2020, arXiv
             2002.05202).
+        layer_type (`"standard"`, `"post"` or `"parallel"`, defaults to `"standard"`): `x + f(norm(x))` for attention,
+            then MLP; or `x + norm(f(x))` (EVA-CLIP's largest); or both at once on one norm (ViT-22B, arXiv 2302.05442).
+        norm_type (`"layernorm"` or `"rmsnorm"`, defaults to `"layernorm"`): All norms but those named otherwise.
+        final_norm (`bool`, defaults to `True`): Norm on the encoded sequence.
+        attention_norm, mlp_norm (`bool`, defaults to `False`): Norm before the output projection of attention, and of
+            the MLP (NormFormer, arXiv 2110.09456; EVA-02).
         layer_norm_eps (`float`, defaults to 1e-6).
         layer_scale_init_value (`float`, *optional*): Start of a learned scale per channel on each residual branch
             (CaiT, arXiv 2103.17239). Default: no such scale.
-        qk_norm (`bool`, defaults to `False`): LayerNorm on queries and keys of each head (ViT-22B, arXiv 2302.05442).
-        pre_norm (`bool`, defaults to `False`): LayerNorm on the embedded tokens before the first layer (CLIP).
+        qk_norm (`bool`, defaults to `False`): Norm on queries and keys of each head (ViT-22B, arXiv 2302.05442).
+        pre_norm (`bool`, defaults to `False`): Norm on the embedded tokens before the first layer (CLIP).
         qkv_bias (`bool`, defaults to `True`): Biases of the three input projections of attention...
         query_bias, key_bias, value_bias (`bool`, *optional*): ... and of each, where they differ (DINOv3 has no key
             bias).
@@ -240,8 +266,15 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
 
     pooling: Literal["cls", "mean", "cls_mean", "max", "attention"] = "cls"
     cls_pooling: Literal["first", "mean", "concat"] = "first"
+    pooled_cls_tokens: list[int] | None = None
     head_type: Literal["linear", "mlp"] = "linear"
     head_hidden_size: int | None = None
+    pooled_norm: bool = False
+    pooled_activation: str | None = None
+    attention_pool_tokens: Literal["patches", "all"] = "patches"
+    attention_pool_heads: int | None = None
+    attention_pool_intermediate_size: int | None = None
+    attention_pool_mlp: bool = True
     distillation_head: bool | None = None
     distillation_inference: Literal["mean", "cls", "distillation"] = "mean"
 
@@ -249,12 +282,21 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
     patch_size: int | list[int] | tuple[int, int] = 16
     num_channels: int = 3
     patch_bias: bool = True
+    patch_norm: bool = False
 
-    position_embedding_type: Literal["learned", "sincos_2d", "rope_2d", "none"] = "learned"
+    position_embedding_type: Literal[
+        "learned", "sincos_2d", "rope_2d", "rope_mixed", "learned_rope_2d", "learned_rope_mixed", "none"
+    ] = "learned"
     position_embedding_tokens: Literal["patches", "cls", "all"] = "cls"
-    position_interpolation: Literal["bicubic", "bilinear"] = "bicubic"
+    position_interpolation: Literal["bicubic", "bilinear", "crop"] = "bicubic"
     position_antialias: bool = False
+    position_offset: float | int = 0.0
     rope_theta: float | int = 100.0
+    rope_coordinates: Literal["centered", "grid"] = "centered"
+    rope_reference_grid: list[int] | tuple[int, int] | None = None
+    rope_grid_offset: float | int = 0.0
+    rope_axes: Literal["yx", "xy"] = "yx"
+    relative_position_bias: Literal["none", "layer", "shared"] = "none"
 
     hidden_size: int = 768
     num_hidden_layers: int = 12
@@ -262,6 +304,11 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
     intermediate_size: int = 3072
     hidden_act: str = "gelu"
     mlp_type: Literal["mlp", "swiglu"] = "mlp"
+    layer_type: Literal["standard", "post", "parallel"] = "standard"
+    norm_type: Literal["layernorm", "rmsnorm"] = "layernorm"
+    final_norm: bool = True
+    attention_norm: bool = False
+    mlp_norm: bool = False
     layer_norm_eps: float = 1e-6
     layer_scale_init_value: float | int | None = None
     qk_norm: bool = False
@@ -379,14 +426,24 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
         return self.hidden_size // self.num_attention_heads
 
     @property
+    def pooled_cls_indices(self) -> list[int]:
+        """Indices of the CLS tokens that are pooled."""
+        return list(range(self.num_cls_tokens)) if self.pooled_cls_tokens is None else self.pooled_cls_tokens
+
+    @property
     def pooled_size(self) -> int:
         """Width of the pooled vector that the head reads."""
         if self.pooling not in ("cls", "cls_mean"):
             return self.hidden_size
-        num_vectors = self.num_cls_tokens if self.cls_pooling == "concat" else 1
+        num_vectors = len(self.pooled_cls_indices) if self.cls_pooling == "concat" else 1
         if self.pooling == "cls_mean":
             num_vectors += 1
         return num_vectors * self.hidden_size
+
+    @property
+    def has_rotary_positions(self) -> bool:
+        """Whether queries and keys are rotated."""
+        return "rope" in self.position_embedding_type
 
     @property
     def has_distillation_head(self) -> bool:
@@ -399,6 +456,10 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
         _require_at_least(self, 0, "num_cls_tokens num_distillation_tokens num_register_tokens")
         if self.head_hidden_size is not None:
             _require_at_least(self, 1, "head_hidden_size")
+        if self.rope_reference_grid is not None and (
+            len(self.rope_reference_grid) != 2 or min(self.rope_reference_grid) < 1
+        ):
+            raise ValueError(f"rope_reference_grid is {self.rope_reference_grid}: give [rows, columns]")
         for name in ("hidden_dropout_prob", "attention_probs_dropout_prob", "drop_path_rate"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}: set a rate of at least 0 and below 1")
@@ -420,9 +481,9 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
                 f"num_attention_heads={self.num_attention_heads} does not divide hidden_size={self.hidden_size}: "
                 f"use {' or '.join(map(str, sorted(nearest)))} heads"
             )
-        if self.position_embedding_type == "rope_2d" and self.head_dim % 4:
+        if self.has_rotary_positions and self.head_dim % 4:
             raise ValueError(
-                f"rope_2d needs a head width that is a multiple of 4, and {self.hidden_size} / "
+                f"{self.position_embedding_type} needs a head width that is a multiple of 4, and {self.hidden_size} / "
                 f"{self.num_attention_heads} = {self.head_dim}: change hidden_size or num_attention_heads"
             )
         if self.position_embedding_type == "sincos_2d" and self.hidden_size % 4:
@@ -430,8 +491,10 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
 
     def validate_activation(self) -> None:
         """The activation is one that transformers knows."""
-        if self.hidden_act not in ACT2FN:
-            raise ValueError(f"unknown hidden_act {self.hidden_act!r}{_did_you_mean(self.hidden_act, list(ACT2FN))}")
+        for name in ("hidden_act", "pooled_activation"):
+            value = getattr(self, name)
+            if value is not None and value not in ACT2FN:
+                raise ValueError(f"unknown {name} {value!r}{_did_you_mean(value, list(ACT2FN))}")
 
     def validate_image(self) -> None:
         """Image and patch sizes are positive pairs, and whole patches cover the image."""
@@ -458,6 +521,11 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
                 f'pooling="{self.pooling}" reads a CLS token and num_cls_tokens is 0: set num_cls_tokens=1, or '
                 'pooling="mean", "max" or "attention"'
             )
+        for index in self.pooled_cls_tokens or ():
+            if not 0 <= index < self.num_cls_tokens:
+                raise ValueError(f"pooled_cls_tokens names token {index} and there are {self.num_cls_tokens}, from 0")
+        if self.pooled_cls_tokens == []:
+            raise ValueError("pooled_cls_tokens is empty: name one or more, or leave it out")
         if self.distillation_head and self.num_distillation_tokens == 0:
             raise ValueError("distillation_head=True without a distillation token: set num_distillation_tokens=1")
         if self.distillation_inference == "distillation" and not self.has_distillation_head:
@@ -469,6 +537,16 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
             raise ValueError(
                 f'token_init="zeros" makes the {group} tokens identical, and they would stay so: use "trunc_normal"'
             )
+
+    def validate_attention_pool(self) -> None:
+        """The attention pooler's own heads divide the width."""
+        if self.attention_pool_heads is not None and self.hidden_size % max(self.attention_pool_heads, 1):
+            raise ValueError(
+                f"attention_pool_heads={self.attention_pool_heads} does not divide hidden_size={self.hidden_size}"
+            )
+        for name in ("attention_pool_heads", "attention_pool_intermediate_size"):
+            if getattr(self, name) is not None:
+                _require_at_least(self, 1, name)
 
     def validate_scopes(self) -> None:
         """One well-formed scope per CLS token."""
@@ -511,7 +589,7 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
     def _identical_group(self) -> str | None:
         """Name of a group with several tokens that nothing tells apart when all start at zero."""
         positioned = {"patches": (), "cls": ("cls",), "all": ("cls", "distillation", "registers")}
-        learned = self.position_embedding_type == "learned"
+        learned = self.position_embedding_type.startswith("learned")
         told_apart = positioned[self.position_embedding_tokens] if learned else ()
         for name, group in self.token_layout.items():
             if name != "patches" and name not in told_apart and group.stop - group.start > 1:

@@ -2,16 +2,18 @@
 
     pixel_values -> patches + positions -> [ CLS | distillation | registers | patches ] -> dropout -> norm
 
-Learned and sin-cos positions are added here. Rotary positions are computed here and applied inside attention
-(`rotate_patches`). What a token may see is decided in scopes_vitcls.py, the encoder is in layers_vitcls.py.
+Learned and sin-cos positions are added here; rotary ones are in rotary_vitcls.py. What a token may see is decided in
+scopes_vitcls.py, the encoder is in layers_vitcls.py.
 """
 
+import dataclasses
 import math
 
 import torch
 from torch import nn
 
 from .configuration_vitcls import ViTCLSConfig
+from .norms_vitcls import build_norm
 
 
 class ViTCLSEmbeddings(nn.Module):
@@ -29,7 +31,7 @@ class ViTCLSEmbeddings(nn.Module):
         self.register_tokens = _token_parameter(config.num_register_tokens, config.hidden_size)
         self.mask_token = _token_parameter(int(config.use_mask_token), config.hidden_size)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
-        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps) if config.pre_norm else nn.Identity()
+        self.norm = build_norm(config) if config.pre_norm else nn.Identity()
 
     def forward(self, pixel_values: torch.Tensor, bool_masked_pos: torch.Tensor | None = None) -> torch.Tensor:
         """Embed images; patches where `bool_masked_pos` [B, rows * columns] is true become the mask token.
@@ -85,10 +87,11 @@ class ViTCLSPatchEmbeddings(nn.Module):
             stride=self.patch_size,
             bias=config.patch_bias,
         )
+        self.norm = build_norm(config) if config.patch_norm else nn.Identity()
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """Project the patches of images that `grid_of` accepts."""
-        return self.projection(pixel_values).flatten(2).transpose(1, 2)  # [B, rows * columns, D]
+        return self.norm(self.projection(pixel_values).flatten(2).transpose(1, 2))  # [B, rows * columns, D]
 
     def grid_of(self, pixel_values: torch.Tensor) -> tuple[int, int]:
         """Rows and columns of patches in these images.
@@ -124,8 +127,7 @@ class LearnedPositions(nn.Module):
     def __init__(self, config: ViTCLSConfig) -> None:
         super().__init__()
         self.grid = config.grid_size
-        self.mode = config.position_interpolation
-        self.antialias = config.position_antialias
+        self.resample = Resampling(config.position_interpolation, config.position_antialias, config.position_offset)
         has_cls_position = config.position_embedding_tokens in ("cls", "all")
         has_all_positions = config.position_embedding_tokens == "all"
         width = config.hidden_size
@@ -143,7 +145,7 @@ class LearnedPositions(nn.Module):
         """Add the positions, resampled where the grid differs from the learned one, to patches [B, N, D]."""
         if grid == self.grid:
             return patches + self.patches
-        return patches + resample_positions(self.patches, self.grid, grid, self.mode, self.antialias)
+        return patches + self.resample(self.patches, self.grid, grid)
 
 
 class SinCosPositions(nn.Module):
@@ -189,79 +191,40 @@ class NoAddedPositions(nn.Module):
 POSITION_EMBEDDINGS: dict[str, type[LearnedPositions | SinCosPositions | NoAddedPositions]] = {
     "learned": LearnedPositions,
     "sincos_2d": SinCosPositions,
+    "learned_rope_2d": LearnedPositions,
+    "learned_rope_mixed": LearnedPositions,
     "rope_2d": NoAddedPositions,
+    "rope_mixed": NoAddedPositions,
     "none": NoAddedPositions,
 }
 
 
-class RotaryPositions(nn.Module):
-    """Cosines and sines of the patches' coordinates, for `rotate_patches` (DINOv3, arXiv 2508.10104, section 3.2).
+@dataclasses.dataclass(frozen=True)
+class Resampling:
+    """How learned positions [1, rows * columns, D] follow another grid; in float32, then back to their dtype."""
 
-    Coordinates run from -1 to 1 over the image along each axis, whatever its size, so rectangles and other sizes need
-    no resampling.
-    """
+    mode: str  # "bicubic", "bilinear" or "crop"
+    antialias: bool
+    offset: float  # DINOv2: the scale factor is (new + offset) / old, and may not be new / old exactly
 
-    def __init__(self, config: ViTCLSConfig) -> None:
-        super().__init__()
-        self.theta = float(config.rope_theta)
-        self.head_dim = config.head_dim
+    def __call__(self, positions: torch.Tensor, grid: tuple[int, int], new_grid: tuple[int, int]) -> torch.Tensor:
+        """Resample from `grid` (rows, columns) to `new_grid`."""
+        maps = positions.float().unflatten(1, grid).permute(0, 3, 1, 2)  # [1, D, rows, columns]
+        maps = self.resize_and_cut(maps, new_grid) if self.mode == "crop" else self.resize(maps, new_grid)
+        return maps.permute(0, 2, 3, 1).flatten(1, 2).to(positions.dtype)  # [1, new rows * new columns, D]
 
-    def forward(self, grid: tuple[int, int], hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """`(cos, sin)`, each [rows * columns, head_dim], in the dtype and on the device of `hidden_states`."""
-        device = hidden_states.device
-        axes = [
-            2.0 * (torch.arange(size, dtype=torch.float32, device=device) + 0.5) / size - 1.0 for size in grid
-        ]  # patch centres: [rows], [columns]
-        centres = torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).flatten(0, 1)  # [N, 2]
-        exponents = torch.arange(self.head_dim // 4, dtype=torch.float32, device=device) * 4 / self.head_dim
-        angles = 2 * math.pi * centres[:, :, None] * self.theta**-exponents  # [N, 2, head_dim / 4]
-        angles = angles.flatten(1).tile(2)  # [N, head_dim]
-        return angles.cos().to(hidden_states.dtype), angles.sin().to(hidden_states.dtype)
+    def resize(self, maps: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+        """[1, D, rows, columns] -> [1, D, *size]."""
+        rows, columns = maps.shape[-2:]
+        target: dict = {"size": size}
+        if self.offset:
+            target = {"scale_factor": ((size[0] + self.offset) / rows, (size[1] + self.offset) / columns)}
+        return nn.functional.interpolate(maps, **target, mode=self.mode, align_corners=False, antialias=self.antialias)
 
-
-class NoRotaryPositions(nn.Module):
-    """Stands where `RotaryPositions` would, for models whose queries and keys are not rotated."""
-
-    def __init__(self, config: ViTCLSConfig) -> None:
-        super().__init__()
-
-    def forward(self, grid: tuple[int, int], hidden_states: torch.Tensor) -> None:
-        """Nothing to rotate by."""
-        return None
-
-
-def rotate_patches(
-    query: torch.Tensor, key: torch.Tensor, position_embeddings: tuple[torch.Tensor, torch.Tensor]
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rotate queries and keys [B, heads, N, head_dim] of the patches; special tokens, which come first, stay."""
-    cos, sin = position_embeddings  # [patches, head_dim] each
-
-    def rotate(states: torch.Tensor) -> torch.Tensor:
-        special, patches = states.tensor_split([states.shape[-2] - cos.shape[-2]], dim=-2)
-        first, second = patches.chunk(2, dim=-1)
-        patches = patches * cos + torch.cat([-second, first], dim=-1) * sin
-        return torch.cat([special, patches], dim=-2)
-
-    return rotate(query), rotate(key)
-
-
-def leave_unrotated(
-    query: torch.Tensor, key: torch.Tensor, position_embeddings: None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Stands where `rotate_patches` would, for models without rotary positions."""
-    return query, key
-
-
-def resample_positions(
-    positions: torch.Tensor, grid: tuple[int, int], new_grid: tuple[int, int], mode: str, antialias: bool
-) -> torch.Tensor:
-    """Resample learned positions [1, rows * columns, D] from one grid (rows, columns) to another.
-
-    Computed in float32, returned in the dtype of `positions`.
-    """
-    maps = positions.float().unflatten(1, grid).permute(0, 3, 1, 2)  # [1, D, rows, columns]
-    maps = nn.functional.interpolate(maps, size=new_grid, mode=mode, align_corners=False, antialias=antialias)
-    return maps.permute(0, 2, 3, 1).flatten(1, 2).to(positions.dtype)  # [1, new rows * new columns, D]
+    def resize_and_cut(self, maps: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+        """To a square as long as the longer side, then its top left part (RADIO, arXiv 2312.06709)."""
+        square = nn.functional.interpolate(maps, size=(max(size), max(size)), mode="bilinear", align_corners=False)
+        return square[..., : size[0], : size[1]]
 
 
 def _token_parameter(count: int, width: int) -> nn.Parameter | None:

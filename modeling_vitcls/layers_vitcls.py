@@ -1,7 +1,8 @@
-"""The encoder layer: attention and MLP, each behind a LayerNorm, added to the residual stream.
+"""The encoder layer: attention and MLP, each with a norm, added to the residual stream.
 
-    x = x + drop_path(scale(attention(norm(x))))
-    x = x + drop_path(scale(mlp(norm(x))))
+    standard    x = x + drop_path(scale(attention(norm(x))));   x = x + drop_path(scale(mlp(norm(x))))
+    post        x = x + drop_path(scale(norm(attention(x))));   x = x + drop_path(scale(norm(mlp(x))))
+    parallel    y = norm(x);   x = x + drop_path(scale(attention(y) + mlp(y)))
 
 Special tokens are ordinary rows here: they attend and are updated in every layer. Names of modules follow the ViT of
 transformers, so that LoRA targets and tensor-parallel plans carry over.
@@ -18,7 +19,8 @@ from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 
 from .configuration_vitcls import ViTCLSConfig
-from .embeddings_vitcls import leave_unrotated, rotate_patches
+from .norms_vitcls import build_norm
+from .rotary_vitcls import Rotation, leave_unrotated, rotate_patches
 
 
 class ViTCLSLayer(GradientCheckpointingLayer):
@@ -26,10 +28,10 @@ class ViTCLSLayer(GradientCheckpointingLayer):
 
     def __init__(self, config: ViTCLSConfig, drop_path_rate: float = 0.0) -> None:
         super().__init__()
-        self.layernorm_before = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.layernorm_before = build_norm(config)
         self.attention = ViTCLSAttention(config)
         self.layer_scale1 = _layer_scale(config)
-        self.layernorm_after = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.layernorm_after = build_norm(config)
         self.mlp = MLPS[config.mlp_type](config)
         self.layer_scale2 = _layer_scale(config)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
@@ -39,16 +41,61 @@ class ViTCLSLayer(GradientCheckpointingLayer):
         self,
         hidden_states: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
-        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
+        rotation: Rotation = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> torch.Tensor:
-        """Attend, then transform each token; `position_embeddings` are those of `RotaryPositions`, or None."""
-        attended, _ = self.attention(
-            self.layernorm_before(hidden_states), attention_mask, position_embeddings, **kwargs
-        )
+        """Attend, then transform each token; `rotation` is this layer's from rotary_vitcls.py."""
+        attended, _ = self.attention(self.layernorm_before(hidden_states), attention_mask, rotation, **kwargs)
         hidden_states = hidden_states + self.drop_path(self.layer_scale1(self.dropout(attended)))
         transformed = self.mlp(self.layernorm_after(hidden_states))
         return hidden_states + self.drop_path(self.layer_scale2(self.dropout(transformed)))
+
+
+class ViTCLSPostNormLayer(ViTCLSLayer):
+    """A layer whose norms stand behind attention and MLP, before they are added (EVA-CLIP's largest model)."""
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        rotation: Rotation = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> torch.Tensor:
+        """[B, N, D] -> [B, N, D]."""
+        attended, _ = self.attention(hidden_states, attention_mask, rotation, **kwargs)
+        attended = self.layernorm_before(self.dropout(attended))
+        hidden_states = hidden_states + self.drop_path(self.layer_scale1(attended))
+        transformed = self.layernorm_after(self.dropout(self.mlp(hidden_states)))
+        return hidden_states + self.drop_path(self.layer_scale2(transformed))
+
+
+class ViTCLSParallelLayer(GradientCheckpointingLayer):
+    """Attention and MLP side by side on one norm, [B, N, D] -> [B, N, D] (ViT-22B, arXiv 2302.05442, section 2)."""
+
+    def __init__(self, config: ViTCLSConfig, drop_path_rate: float = 0.0) -> None:
+        super().__init__()
+        self.layernorm_before = build_norm(config)
+        self.attention = ViTCLSAttention(config)
+        self.mlp = MLPS[config.mlp_type](config)
+        self.layer_scale1 = _layer_scale(config)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.drop_path = DropPath(drop_path_rate) if drop_path_rate > 0 else nn.Identity()
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        rotation: Rotation = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> torch.Tensor:
+        """Attend to and transform the same normalised tokens."""
+        normalised = self.layernorm_before(hidden_states)
+        attended, _ = self.attention(normalised, attention_mask, rotation, **kwargs)
+        both = self.dropout(attended) + self.dropout(self.mlp(normalised))
+        return hidden_states + self.drop_path(self.layer_scale1(both))
+
+
+LAYERS = {"standard": ViTCLSLayer, "post": ViTCLSPostNormLayer, "parallel": ViTCLSParallelLayer}
 
 
 class ViTCLSAttention(nn.Module):
@@ -66,17 +113,16 @@ class ViTCLSAttention(nn.Module):
         self.k_proj = nn.Linear(width, width, bias=_first_set(config.key_bias, config.qkv_bias))
         self.v_proj = nn.Linear(width, width, bias=_first_set(config.value_bias, config.qkv_bias))
         self.o_proj = nn.Linear(width, width, bias=config.projection_bias)
-        self.q_norm = nn.LayerNorm(self.head_dim, eps=config.layer_norm_eps) if config.qk_norm else nn.Identity()
-        self.k_norm = nn.LayerNorm(self.head_dim, eps=config.layer_norm_eps) if config.qk_norm else nn.Identity()
-        self.apply_positions: Callable = (
-            rotate_patches if config.position_embedding_type == "rope_2d" else leave_unrotated
-        )
+        self.q_norm = build_norm(config, self.head_dim) if config.qk_norm else nn.Identity()
+        self.k_norm = build_norm(config, self.head_dim) if config.qk_norm else nn.Identity()
+        self.norm = build_norm(config) if config.attention_norm else nn.Identity()
+        self.rotate: Callable = rotate_patches if config.has_rotary_positions else leave_unrotated
 
     def forward(
         self,
         hidden_states: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
-        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
+        rotation: Rotation = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """[B, N, D] -> ([B, N, D], weights [B, heads, N, N] where the implementation returns them)."""
@@ -86,7 +132,7 @@ class ViTCLSAttention(nn.Module):
         query = self.q_norm(self.q_proj(hidden_states).view(per_head)).transpose(1, 2)  # [B, heads, N, head_dim]
         key = self.k_norm(self.k_proj(hidden_states).view(per_head)).transpose(1, 2)
         value = self.v_proj(hidden_states).view(per_head).transpose(1, 2)
-        query, key = self.apply_positions(query, key, position_embeddings)
+        query, key = self.rotate(query, key, rotation)
 
         attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
@@ -101,7 +147,8 @@ class ViTCLSAttention(nn.Module):
             scaling=self.scaling,
             **kwargs,
         )  # [B, N, heads, head_dim]
-        return self.o_proj(attended.reshape(batch_size, sequence_length, -1).contiguous()), weights
+        attended = self.norm(attended.reshape(batch_size, sequence_length, -1))
+        return self.o_proj(attended), weights
 
 
 def eager_attention_forward(
@@ -130,11 +177,12 @@ class ViTCLSMLP(nn.Module):
         super().__init__()
         self.activation_fn = ACT2FN[config.hidden_act]
         self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.norm = build_norm(config, config.intermediate_size) if config.mlp_norm else nn.Identity()
         self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """[B, N, D] -> [B, N, D]."""
-        return self.fc2(self.activation_fn(self.fc1(hidden_states)))
+        return self.fc2(self.norm(self.activation_fn(self.fc1(hidden_states))))
 
 
 class ViTCLSSwiGLU(nn.Module):
@@ -145,11 +193,13 @@ class ViTCLSSwiGLU(nn.Module):
         self.activation_fn = nn.SiLU()
         self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.norm = build_norm(config, config.intermediate_size) if config.mlp_norm else nn.Identity()
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """[B, N, D] -> [B, N, D]."""
-        return self.down_proj(self.activation_fn(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
+        gated = self.activation_fn(self.gate_proj(hidden_states)) * self.up_proj(hidden_states)
+        return self.down_proj(self.norm(gated))
 
 
 MLPS = {"mlp": ViTCLSMLP, "swiglu": ViTCLSSwiGLU}

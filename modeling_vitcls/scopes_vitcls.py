@@ -1,7 +1,11 @@
-"""Which token may attend to which: padding masks of the caller, and CLS tokens that see a part of the image.
+"""Which token may attend to which, and how much: what is added to attention's scores before the softmax.
+
+    FullView        every token sees every token, but for a padding mask of the caller
+    ScopedView      CLS tokens that see a part of the image (`config.cls_scopes`)
+    DistanceView    a learned bias by the distance between patches (`config.relative_position_bias`)
 
 Special tokens are visible to every token. A scope hides patches from one CLS token only, so that it summarises its
-own region; patches and registers keep seeing the whole image.
+own region; patches and registers keep seeing the whole image. Each view gives one mask per layer.
 """
 
 from typing import Any
@@ -20,14 +24,17 @@ class FullView(nn.Module):
         super().__init__()
         self.config = config
 
-    def forward(self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None, grid: tuple[int, int]) -> Any:
-        """The mask in the form that the attention implementation wants; None where nothing is hidden.
+    def forward(
+        self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None, grid: tuple[int, int]
+    ) -> list[Any]:
+        """Per layer, the mask in the form that the attention implementation wants; None where nothing is hidden.
 
         `attention_mask` is [B, N] over all tokens, 1 where a token may be seen, or a ready 4D mask.
         """
-        return create_bidirectional_mask(
+        mask = create_bidirectional_mask(
             config=self.config, inputs_embeds=hidden_states, attention_mask=attention_mask
         )
+        return [mask] * self.config.num_hidden_layers
 
 
 class ScopedView(nn.Module):
@@ -37,7 +44,9 @@ class ScopedView(nn.Module):
         super().__init__()
         self.config = config
 
-    def forward(self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None, grid: tuple[int, int]) -> Any:
+    def forward(
+        self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None, grid: tuple[int, int]
+    ) -> list[Any]:
         """As `FullView.forward`, with the scopes applied.
 
         Raises:
@@ -53,12 +62,13 @@ class ScopedView(nn.Module):
         def in_scope(batch: torch.Tensor, head: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
             return visible[query, key]
 
-        return create_bidirectional_mask(
+        mask = create_bidirectional_mask(
             config=self.config,
             inputs_embeds=hidden_states,
             attention_mask=attention_mask,
             and_mask_function=in_scope,
         )
+        return [mask] * self.config.num_hidden_layers
 
     def visible_keys(self, grid: tuple[int, int], device: torch.device) -> torch.Tensor:
         """Boolean [N, N]: row q, column k is true where token q may attend to token k."""
@@ -86,3 +96,83 @@ def cell_mask(scope: list[int], grid: tuple[int, int], device: torch.device) -> 
         column * grid_columns // columns : (column + 1) * grid_columns // columns,
     ] = True
     return mask.flatten()
+
+
+class DistanceView(nn.Module):
+    """A learned bias for each distance between patches, per layer or shared (BEiT, arXiv 2106.08254; Swin).
+
+    `tables` has one row of heads per (row, column) distance, then three for pairs with special tokens: special to
+    patch, patch to special, special to special. For other grids the distances are resampled.
+    """
+
+    def __init__(self, config: ViTCLSConfig) -> None:
+        super().__init__()
+        self.config = config
+        rows, columns = config.grid_size
+        self.distances = (2 * rows - 1, 2 * columns - 1)
+        num_tables = 1 if config.relative_position_bias == "shared" else config.num_hidden_layers
+        num_rows = self.distances[0] * self.distances[1] + 3
+        self.tables = nn.Parameter(torch.empty(num_tables, num_rows, config.num_attention_heads))
+
+    def forward(
+        self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None, grid: tuple[int, int]
+    ) -> list[torch.Tensor]:
+        """Per layer, a bias [B or 1, heads, N, N] with the caller's mask applied.
+
+        Raises:
+            ValueError: if the attention implementation takes no additive mask.
+        """
+        if self.config._attn_implementation not in ("sdpa", "eager"):
+            raise ValueError(
+                f"relative_position_bias is added to attention's scores and {self.config._attn_implementation} takes "
+                'no such bias: set attn_implementation to "sdpa" or "eager"'
+            )
+        mask = create_bidirectional_mask(
+            config=self.config, inputs_embeds=hidden_states, attention_mask=attention_mask
+        )
+        index = self.table_index(grid, hidden_states.device)  # [N, N]
+        tables = self.resampled_tables(grid).to(hidden_states.dtype)
+        biases = [combine(table[index].permute(2, 0, 1).unsqueeze(0), mask) for table in tables]
+        return biases * (self.config.num_hidden_layers // len(biases))
+
+    def resampled_tables(self, grid: tuple[int, int]) -> torch.Tensor:
+        """The tables for another grid, [tables, distances + 3, heads]."""
+        distances = (2 * grid[0] - 1, 2 * grid[1] - 1)
+        if distances == self.distances:
+            return self.tables
+        maps = self.tables[:, :-3].float().unflatten(1, self.distances).permute(0, 3, 1, 2)  # [tables, heads, y, x]
+        maps = nn.functional.interpolate(maps, size=distances, mode="bilinear", align_corners=False)
+        resampled = maps.permute(0, 2, 3, 1).flatten(1, 2).to(self.tables.dtype)
+        return torch.cat([resampled, self.tables[:, -3:]], dim=1)
+
+    def table_index(self, grid: tuple[int, int], device: torch.device) -> torch.Tensor:
+        """Row of the table for each pair of tokens, [N, N]."""
+        layout = self.config.token_layout
+        rows, columns = grid
+        y, x = torch.meshgrid(torch.arange(rows, device=device), torch.arange(columns, device=device), indexing="ij")
+        y, x = y.flatten(), x.flatten()  # [rows * columns] each
+        down = y[:, None] - y[None, :] + rows - 1
+        right = x[:, None] - x[None, :] + columns - 1
+        num_distances = (2 * rows - 1) * (2 * columns - 1)
+        sequence_length = layout.num_prefix_tokens + rows * columns
+        index = torch.full((sequence_length, sequence_length), num_distances + 2, device=device)  # special to special
+        index[: layout.num_prefix_tokens, layout.patches] = num_distances
+        index[layout.patches, : layout.num_prefix_tokens] = num_distances + 1
+        index[layout.patches, layout.patches] = down * (2 * columns - 1) + right
+        return index
+
+
+def combine(bias: torch.Tensor, mask: Any) -> torch.Tensor:
+    """Apply a boolean or additive mask to a bias of attention's scores."""
+    if mask is None:
+        return bias
+    if mask.dtype == torch.bool:
+        return torch.where(mask, bias, torch.finfo(bias.dtype).min)
+    return bias + mask
+
+
+def build_view(config: ViTCLSConfig) -> nn.Module:
+    """The view that a configuration asks for."""
+    if config.relative_position_bias != "none":
+        return DistanceView(config)
+    return FullView(config) if config.cls_scopes is None else ScopedView(config)
