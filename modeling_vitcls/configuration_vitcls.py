@@ -184,7 +184,7 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
         mlp_type (`"mlp"` or `"swiglu"`, defaults to `"mlp"`): `"swiglu"` gates with SiLU (Shazeer 2020, arXiv
             2002.05202).
         layer_type (`"standard"`, `"post"` or `"parallel"`, defaults to `"standard"`): `x + f(norm(x))` for attention,
-            then MLP; or `x + norm(f(x))` (EVA-CLIP's largest); or both at once on one norm (ViT-22B, arXiv 2302.05442).
+            then MLP; `x + norm(f(x))` (EVA-CLIP's largest); or both at once on one norm (ViT-22B, arXiv 2302.05442).
         norm_type (`"layernorm"` or `"rmsnorm"`, defaults to `"layernorm"`): All norms but those named otherwise.
         final_norm (`bool`, defaults to `True`): Norm on the encoded sequence.
         attention_norm, mlp_norm (`bool`, defaults to `False`): Norm before the output projection of attention, and of

@@ -120,7 +120,7 @@ class GridCoordinates:
         return self.arrange(y, x)
 
 
-COORDINATES = {"centered": CenteredCoordinates, "grid": GridCoordinates}
+COORDINATES: dict[str, Callable] = {"centered": CenteredCoordinates, "grid": GridCoordinates}
 
 
 def rows_first(y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
