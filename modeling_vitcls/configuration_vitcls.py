@@ -46,7 +46,23 @@ TRANSFORMERS_KEYWORDS = frozenset(
 )
 
 # What `from_pretrained(..., field=value)` changes in the weights of a checkpoint (adaptation_vitcls.py).
-ADAPTABLE_FIELDS = ("image_size",)
+ADAPTABLE_FIELDS = (
+    "image_size",
+    "patch_size",
+    "num_cls_tokens",
+    "num_distillation_tokens",
+    "num_register_tokens",
+    "cls_scopes",
+    "gated_tokens",
+    "register_neurons",
+)
+
+# Group of special tokens -> the field that counts them.
+TOKEN_COUNTS = {
+    "cls": "num_cls_tokens",
+    "distillation": "num_distillation_tokens",
+    "registers": "num_register_tokens",
+}
 
 PROBLEM_TYPES = (None, "single_label_classification", "multi_label_classification", "regression")
 
@@ -123,6 +139,10 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
         cls_scopes (`list`, *optional*): The part of the image that each CLS token may attend to, one entry per CLS
             token: `"image"`, or `[rows, columns, row, column]` for one cell of a grid of rows x columns over the
             image. Special tokens stay visible to all. Default: the whole image for all.
+        gated_tokens (`dict[str, int]`, *optional*): Group -> how many of its last tokens act on the others through a
+            learned gate, closed at first (`TokenGates`). Set by `adapted(gate_new_tokens=True)`.
+        register_neurons (`list[[layer, neuron]]`, *optional*): MLP neurons whose activations move to the last register
+            (Jiang et al. 2025, arXiv 2506.08010). Chosen by `surgery.find_register_neurons`.
         tasks (`dict[str, int | list[str]]`, *optional*): For `ViTCLSForMultiTaskClassification`: task name -> number
             of labels or label names. Task i reads CLS token i.
 
@@ -262,6 +282,8 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
     use_mask_token: bool = False
     token_init: Literal["trunc_normal", "near_zero", "zeros"] = "trunc_normal"
     cls_scopes: list[str | list[int]] | None = None
+    gated_tokens: dict[str, int] | None = None
+    register_neurons: list[list[int]] | None = None
     tasks: dict[str, int | list[str]] | None = None
 
     pooling: Literal["cls", "mean", "cls_mean", "max", "attention"] = "cls"
@@ -368,7 +390,9 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
         own_fields = {field.name for field in dataclasses.fields(cls)} - {"dtype"}
         overrides = {key: kwargs.pop(key) for key in list(kwargs) if key in own_fields}
         for name in kwargs:
-            if name not in TRANSFORMERS_KEYWORDS and (hint := _did_you_mean(name, sorted(own_fields), cutoff=0.8)):
+            if name not in TRANSFORMERS_KEYWORDS | {"gate_new_tokens"} and (
+                hint := _did_you_mean(name, sorted(own_fields), cutoff=0.8)
+            ):
                 raise ValueError(f"unknown field {name!r}{hint}")
         stored = dict(config_dict)
         if "id2label" in overrides or kwargs.get("num_labels") not in (None, len(stored.get("id2label") or ())):
@@ -568,6 +592,26 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
                     f"cls_scopes: {scope} names no cell of a {rows} x {columns} grid over {self.grid_size[0]} x "
                     f"{self.grid_size[1]} patches: rows and columns count from 0"
                 )
+
+    def validate_gates(self) -> None:
+        """Gates stand before tokens that exist."""
+        for group, count in (self.gated_tokens or {}).items():
+            if group not in TOKEN_COUNTS:
+                raise ValueError(f"gated_tokens: unknown group {group!r}: use {', '.join(TOKEN_COUNTS)}")
+            if not 0 < count <= getattr(self, TOKEN_COUNTS[group]):
+                raise ValueError(
+                    f"gated_tokens: {count} of {getattr(self, TOKEN_COUNTS[group])} {group} tokens cannot be gated"
+                )
+
+    def validate_register_neurons(self) -> None:
+        """Register neurons exist, and a register to move them to."""
+        if self.register_neurons is None:
+            return
+        if self.num_register_tokens == 0:
+            raise ValueError("register_neurons move to the last register and num_register_tokens is 0: set it to 1")
+        for pair in self.register_neurons:
+            if len(pair) != 2 or not (0 <= pair[0] < self.num_hidden_layers and 0 <= pair[1] < self.intermediate_size):
+                raise ValueError(f"register_neurons: {pair} is no [layer, neuron] of this model")
 
     def validate_tasks(self) -> None:
         """One CLS token per task, every task with a usable name and labels."""

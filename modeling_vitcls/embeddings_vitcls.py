@@ -6,7 +6,6 @@ Learned and sin-cos positions are added here; rotary ones are in rotary_vitcls.p
 scopes_vitcls.py, the encoder is in layers_vitcls.py.
 """
 
-import dataclasses
 import math
 
 import torch
@@ -14,6 +13,7 @@ from torch import nn
 
 from .configuration_vitcls import ViTCLSConfig
 from .norms_vitcls import build_norm
+from .resampling_vitcls import Resampling
 
 
 class ViTCLSEmbeddings(nn.Module):
@@ -197,34 +197,6 @@ POSITION_EMBEDDINGS: dict[str, type[LearnedPositions | SinCosPositions | NoAdded
     "rope_mixed": NoAddedPositions,
     "none": NoAddedPositions,
 }
-
-
-@dataclasses.dataclass(frozen=True)
-class Resampling:
-    """How learned positions [1, rows * columns, D] follow another grid; in float32, then back to their dtype."""
-
-    mode: str  # "bicubic", "bilinear" or "crop"
-    antialias: bool
-    offset: float  # DINOv2: the scale factor is (new + offset) / old, and may not be new / old exactly
-
-    def __call__(self, positions: torch.Tensor, grid: tuple[int, int], new_grid: tuple[int, int]) -> torch.Tensor:
-        """Resample from `grid` (rows, columns) to `new_grid`."""
-        maps = positions.float().unflatten(1, grid).permute(0, 3, 1, 2)  # [1, D, rows, columns]
-        maps = self.resize_and_cut(maps, new_grid) if self.mode == "crop" else self.resize(maps, new_grid)
-        return maps.permute(0, 2, 3, 1).flatten(1, 2).to(positions.dtype)  # [1, new rows * new columns, D]
-
-    def resize(self, maps: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-        """[1, D, rows, columns] -> [1, D, *size]."""
-        rows, columns = maps.shape[-2:]
-        target: dict = {"size": size}
-        if self.offset:
-            target = {"scale_factor": ((size[0] + self.offset) / rows, (size[1] + self.offset) / columns)}
-        return nn.functional.interpolate(maps, **target, mode=self.mode, align_corners=False, antialias=self.antialias)
-
-    def resize_and_cut(self, maps: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-        """To a square as long as the longer side, then its top left part (RADIO, arXiv 2312.06709)."""
-        square = nn.functional.interpolate(maps, size=(max(size), max(size)), mode="bilinear", align_corners=False)
-        return square[..., : size[0], : size[1]]
 
 
 def _token_parameter(count: int, width: int) -> nn.Parameter | None:

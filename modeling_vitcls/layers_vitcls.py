@@ -26,13 +26,13 @@ from .rotary_vitcls import Rotation, leave_unrotated, rotate_patches
 class ViTCLSLayer(GradientCheckpointingLayer):
     """One pre-norm Transformer layer, [B, N, D] -> [B, N, D]."""
 
-    def __init__(self, config: ViTCLSConfig, drop_path_rate: float = 0.0) -> None:
+    def __init__(self, config: ViTCLSConfig, layer_index: int, drop_path_rate: float) -> None:
         super().__init__()
         self.layernorm_before = build_norm(config)
         self.attention = ViTCLSAttention(config)
         self.layer_scale1 = _layer_scale(config)
         self.layernorm_after = build_norm(config)
-        self.mlp = MLPS[config.mlp_type](config)
+        self.mlp = MLPS[config.mlp_type](config, layer_index)
         self.layer_scale2 = _layer_scale(config)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
         self.drop_path = DropPath(drop_path_rate) if drop_path_rate > 0 else nn.Identity()
@@ -72,11 +72,11 @@ class ViTCLSPostNormLayer(ViTCLSLayer):
 class ViTCLSParallelLayer(GradientCheckpointingLayer):
     """Attention and MLP side by side on one norm, [B, N, D] -> [B, N, D] (ViT-22B, arXiv 2302.05442, section 2)."""
 
-    def __init__(self, config: ViTCLSConfig, drop_path_rate: float = 0.0) -> None:
+    def __init__(self, config: ViTCLSConfig, layer_index: int, drop_path_rate: float) -> None:
         super().__init__()
         self.layernorm_before = build_norm(config)
         self.attention = ViTCLSAttention(config)
-        self.mlp = MLPS[config.mlp_type](config)
+        self.mlp = MLPS[config.mlp_type](config, layer_index)
         self.layer_scale1 = _layer_scale(config)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
         self.drop_path = DropPath(drop_path_rate) if drop_path_rate > 0 else nn.Identity()
@@ -173,36 +173,71 @@ def eager_attention_forward(
 class ViTCLSMLP(nn.Module):
     """Linear, activation, Linear on each token."""
 
-    def __init__(self, config: ViTCLSConfig) -> None:
+    def __init__(self, config: ViTCLSConfig, layer_index: int) -> None:
         super().__init__()
         self.activation_fn = ACT2FN[config.hidden_act]
         self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.move_neurons = build_neuron_mover(config, layer_index)
         self.norm = build_norm(config, config.intermediate_size) if config.mlp_norm else nn.Identity()
         self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """[B, N, D] -> [B, N, D]."""
-        return self.fc2(self.norm(self.activation_fn(self.fc1(hidden_states))))
+        activations = self.move_neurons(self.activation_fn(self.fc1(hidden_states)))  # [B, N, intermediate]
+        return self.fc2(self.norm(activations))
 
 
 class ViTCLSSwiGLU(nn.Module):
     """An MLP gated by SiLU (Shazeer 2020, arXiv 2002.05202)."""
 
-    def __init__(self, config: ViTCLSConfig) -> None:
+    def __init__(self, config: ViTCLSConfig, layer_index: int) -> None:
         super().__init__()
         self.activation_fn = nn.SiLU()
         self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.move_neurons = build_neuron_mover(config, layer_index)
         self.norm = build_norm(config, config.intermediate_size) if config.mlp_norm else nn.Identity()
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """[B, N, D] -> [B, N, D]."""
         gated = self.activation_fn(self.gate_proj(hidden_states)) * self.up_proj(hidden_states)
-        return self.down_proj(self.norm(gated))
+        return self.down_proj(self.norm(self.move_neurons(gated)))
 
 
 MLPS = {"mlp": ViTCLSMLP, "swiglu": ViTCLSSwiGLU}
+
+
+class NeuronMover(nn.Module):
+    """Moves the activations of register neurons from all tokens to the last register, without training.
+
+    The register receives the highest activation among the patches, every other token none (Jiang et al. 2025, arXiv
+    2506.08010, section 4).
+    """
+
+    def __init__(self, config: ViTCLSConfig, neurons: list[int]) -> None:
+        super().__init__()
+        self.neurons = neurons
+        self.patches = config.token_layout.patches
+        self.register = config.token_layout.registers.stop - 1
+
+    def forward(self, activations: torch.Tensor) -> torch.Tensor:
+        """[B, N, intermediate] -> [B, N, intermediate]."""
+        highest = activations[:, self.patches, self.neurons].amax(dim=1)  # [B, neurons]
+        moved = activations.clone()
+        moved[..., self.neurons] = 0
+        moved[:, self.register, self.neurons] = highest
+        return moved
+
+    def extra_repr(self) -> str:
+        """The neurons, for `print(model)`."""
+        return f"neurons={self.neurons}"
+
+
+def build_neuron_mover(config: ViTCLSConfig, layer_index: int) -> nn.Module:
+    """A `NeuronMover` for the layer's register neurons, identity if it has none."""
+    neurons = [neuron for layer, neuron in config.register_neurons or () if layer == layer_index]
+    return NeuronMover(config, neurons) if neurons else nn.Identity()
 
 
 class LayerScale(nn.Module):

@@ -35,7 +35,7 @@ from .layers_vitcls import LAYERS, LayerScale, ViTCLSAttention, ViTCLSLayer, ViT
 from .losses_vitcls import classification_loss, cross_entropy, masked_pixel_loss
 from .norms_vitcls import build_norm
 from .rotary_vitcls import ROTARY_POSITIONS, MixedRotaryPositions
-from .scopes_vitcls import DistanceView, build_view
+from .scopes_vitcls import DistanceView, NoGates, TokenGates, build_view
 
 
 @dataclass
@@ -135,6 +135,8 @@ class ViTCLSPreTrainedModel(AdaptableModel):
             init.copy_(module.frequencies, module.initial_frequencies())
         elif isinstance(module, DistanceView):
             init.zeros_(module.tables)
+        elif isinstance(module, TokenGates):
+            init.constant_(module.gates, module.SHUT)
         else:
             super()._init_weights(module)  # norms
 
@@ -154,7 +156,10 @@ class ViTCLSModel(ViTCLSPreTrainedModel):
         self.embeddings = ViTCLSEmbeddings(config)
         self.rotary_positions = ROTARY_POSITIONS[config.position_embedding_type](config)
         self.view = build_view(config)
-        self.layers = nn.ModuleList(LAYERS[config.layer_type](config, rate) for rate in drop_path_rates(config))
+        self.gates = TokenGates(config) if config.gated_tokens else NoGates(config)
+        self.layers = nn.ModuleList(
+            LAYERS[config.layer_type](config, index, rate) for index, rate in enumerate(drop_path_rates(config))
+        )
         self.layernorm = build_norm(config) if config.final_norm else nn.Identity()
         self.pooler = build_pooler(config) if add_pooling_layer else None
         self.post_init()
@@ -185,8 +190,8 @@ class ViTCLSModel(ViTCLSPreTrainedModel):
         grid = self.embeddings.patch_embeddings.grid_of(pixel_values)
 
         hidden_states = self.embeddings(pixel_values, bool_masked_pos)  # [B, N, D]
-        masks = self.view(hidden_states, attention_mask, grid)  # one per layer, like the rotations
-        rotations = self.rotary_positions(grid, hidden_states)
+        masks = self.gates(self.view(hidden_states, attention_mask, grid), hidden_states)  # one per layer
+        rotations = self.rotary_positions(grid, hidden_states)  # one per layer
         for layer, mask, rotation in zip(self.layers, masks, rotations, strict=True):
             hidden_states = layer(hidden_states, mask, rotation, **kwargs)
         sequence = self.layernorm(hidden_states)  # [B, N, D]

@@ -3,6 +3,7 @@
     FullView        every token sees every token, but for a padding mask of the caller
     ScopedView      CLS tokens that see a part of the image (`config.cls_scopes`)
     DistanceView    a learned bias by the distance between patches (`config.relative_position_bias`)
+    TokenGates      added tokens that start without influence (`config.gated_tokens`), on top of a view
 
 Special tokens are visible to every token. A scope hides patches from one CLS token only, so that it summarises its
 own region; patches and registers keep seeing the whole image. Each view gives one mask per layer.
@@ -109,9 +110,8 @@ class DistanceView(nn.Module):
         super().__init__()
         self.config = config
         rows, columns = config.grid_size
-        self.distances = (2 * rows - 1, 2 * columns - 1)
         num_tables = 1 if config.relative_position_bias == "shared" else config.num_hidden_layers
-        num_rows = self.distances[0] * self.distances[1] + 3
+        num_rows = (2 * rows - 1) * (2 * columns - 1) + 3
         self.tables = nn.Parameter(torch.empty(num_tables, num_rows, config.num_attention_heads))
 
     def forward(
@@ -122,28 +122,14 @@ class DistanceView(nn.Module):
         Raises:
             ValueError: if the attention implementation takes no additive mask.
         """
-        if self.config._attn_implementation not in ("sdpa", "eager"):
-            raise ValueError(
-                f"relative_position_bias is added to attention's scores and {self.config._attn_implementation} takes "
-                'no such bias: set attn_implementation to "sdpa" or "eager"'
-            )
+        require_additive_mask(self.config, "relative_position_bias is")
         mask = create_bidirectional_mask(
             config=self.config, inputs_embeds=hidden_states, attention_mask=attention_mask
         )
         index = self.table_index(grid, hidden_states.device)  # [N, N]
-        tables = self.resampled_tables(grid).to(hidden_states.dtype)
+        tables = resample_distances(self.tables, self.config.grid_size, grid).to(hidden_states.dtype)
         biases = [combine(table[index].permute(2, 0, 1).unsqueeze(0), mask) for table in tables]
         return biases * (self.config.num_hidden_layers // len(biases))
-
-    def resampled_tables(self, grid: tuple[int, int]) -> torch.Tensor:
-        """The tables for another grid, [tables, distances + 3, heads]."""
-        distances = (2 * grid[0] - 1, 2 * grid[1] - 1)
-        if distances == self.distances:
-            return self.tables
-        maps = self.tables[:, :-3].float().unflatten(1, self.distances).permute(0, 3, 1, 2)  # [tables, heads, y, x]
-        maps = nn.functional.interpolate(maps, size=distances, mode="bilinear", align_corners=False)
-        resampled = maps.permute(0, 2, 3, 1).flatten(1, 2).to(self.tables.dtype)
-        return torch.cat([resampled, self.tables[:, -3:]], dim=1)
 
     def table_index(self, grid: tuple[int, int], device: torch.device) -> torch.Tensor:
         """Row of the table for each pair of tokens, [N, N]."""
@@ -160,6 +146,74 @@ class DistanceView(nn.Module):
         index[layout.patches, : layout.num_prefix_tokens] = num_distances + 1
         index[layout.patches, layout.patches] = down * (2 * columns - 1) + right
         return index
+
+
+def resample_distances(tables: torch.Tensor, grid: tuple[int, int], new_grid: tuple[int, int]) -> torch.Tensor:
+    """Biases by distance [tables, distances + 3, heads] for another grid; those of special tokens stay."""
+    if grid == new_grid:
+        return tables
+    distances, new_distances = ([2 * size - 1 for size in sizes] for sizes in (grid, new_grid))
+    maps = tables[:, :-3].float().unflatten(1, distances).permute(0, 3, 1, 2)  # [tables, heads, y, x]
+    maps = nn.functional.interpolate(maps, size=new_distances, mode="bilinear", align_corners=False)
+    return torch.cat([maps.permute(0, 2, 3, 1).flatten(1, 2).to(tables.dtype), tables[:, -3:]], dim=1)
+
+
+class TokenGates(nn.Module):
+    """Scales how much some tokens are attended to, by a learned gate each, between nearly shut and any openness.
+
+    Attention weights become w_j = g_j exp(s_j) / sum_i g_i exp(s_i): log(g) is added to the scores of token j. With
+    g = 1e-6 at the start the other tokens do not notice it. The parameter is g, not log(g): the gradient with respect
+    to g is as large as that of an open token, that with respect to log(g) a millionth of it.
+    """
+
+    SHUT = 1e-6
+    SMALLEST = 1e-7  # below the start, where a clamp would give no gradient
+
+    def __init__(self, config: ViTCLSConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.places = gated_places(config)
+        self.gates = nn.Parameter(torch.empty(len(self.places)))
+
+    def forward(self, masks: list[Any], hidden_states: torch.Tensor) -> list[torch.Tensor]:
+        """Add the gates to each layer's mask.
+
+        Raises:
+            ValueError: if the attention implementation takes no additive mask.
+        """
+        require_additive_mask(self.config, "gated_tokens are")
+        bias = hidden_states.new_zeros(1, 1, 1, hidden_states.shape[1])
+        bias[..., self.places] = self.gates.clamp(min=self.SMALLEST).log().to(bias.dtype)
+        return [combine(bias, mask) for mask in masks]
+
+
+class NoGates(nn.Module):
+    """Stands where `TokenGates` would, for models whose tokens are all open."""
+
+    def __init__(self, config: ViTCLSConfig) -> None:
+        super().__init__()
+
+    def forward(self, masks: list[Any], hidden_states: torch.Tensor) -> list[Any]:
+        """Return the masks as they are."""
+        return masks
+
+
+def gated_places(config: ViTCLSConfig) -> list[int]:
+    """Places in the sequence of the gated tokens: the last ones of their groups."""
+    places: list[int] = []
+    for name, group in config.token_layout.items():
+        count = (config.gated_tokens or {}).get(name, 0)
+        places += range(group.stop - count, group.stop) if count else ()
+    return places
+
+
+def require_additive_mask(config: ViTCLSConfig, what: str) -> None:
+    """Raise ValueError for attention implementations whose scores nothing can be added to."""
+    if config._attn_implementation not in ("sdpa", "eager"):
+        raise ValueError(
+            f"{what} added to attention's scores and {config._attn_implementation} takes no such bias: "
+            'set attn_implementation to "sdpa" or "eager"'
+        )
 
 
 def combine(bias: torch.Tensor, mask: Any) -> torch.Tensor:
