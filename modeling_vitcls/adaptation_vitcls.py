@@ -124,13 +124,13 @@ def follow(
     new: ViTCLSConfig,
 ) -> tuple[torch.Tensor, str]:
     """The weight `name` of the new model, and a note on what was done to it, empty if it is as it was."""
-    weight = old_weights.get(name)
-    if weight is not None and weight.shape == fresh.shape:
-        return weight, ""
     for part, adapt in ADAPTERS.items():
         if part in name:
             return adapt(name, fresh, old_weights, old, new)
-    return fresh, "starts afresh" if weight is None else "starts afresh, its shape has changed"
+    weight = old_weights.get(name)
+    if weight is None:
+        return fresh, "starts afresh"
+    return (weight, "") if weight.shape == fresh.shape else (fresh, "starts afresh, its shape has changed")
 
 
 def adapt_tokens(
@@ -153,6 +153,8 @@ def keep_first(rows: torch.Tensor, old: torch.Tensor | None, how: str) -> tuple[
     kept = min(available, rows.shape[1])
     if old is not None:
         rows[:, :kept] = old[:, :kept]
+    if available == kept == rows.shape[1]:
+        return rows, ""
     notes = [f"{kept} kept"]
     if available > kept:
         notes.append(f"{available - kept} dropped")
@@ -165,6 +167,8 @@ def adapt_patch_positions(
     name: str, fresh: torch.Tensor, old_weights: Mapping[str, torch.Tensor], old: ViTCLSConfig, new: ViTCLSConfig
 ) -> tuple[torch.Tensor, str]:
     """Resample learned positions [1, rows * columns, D] to the new grid."""
+    if old.grid_size == new.grid_size:
+        return old_weights[name], ""
     resample = Resampling(new.position_interpolation, new.position_antialias, new.position_offset)
     return resample(old_weights[name], old.grid_size, new.grid_size), f"resampled from {_grids(old, new)}"
 
@@ -173,6 +177,8 @@ def adapt_distances(
     name: str, fresh: torch.Tensor, old_weights: Mapping[str, torch.Tensor], old: ViTCLSConfig, new: ViTCLSConfig
 ) -> tuple[torch.Tensor, str]:
     """Resample biases by distance [tables, distances + 3, heads] to the new grid."""
+    if old.grid_size == new.grid_size:
+        return old_weights[name], ""
     return resample_distances(old_weights[name], old.grid_size, new.grid_size), f"resampled from {_grids(old, new)}"
 
 
@@ -180,6 +186,8 @@ def adapt_patch_kernel(
     name: str, fresh: torch.Tensor, old_weights: Mapping[str, torch.Tensor], old: ViTCLSConfig, new: ViTCLSConfig
 ) -> tuple[torch.Tensor, str]:
     """Resize the patch projection [D, C, height, width]."""
+    if old.patch_height_width == new.patch_height_width:
+        return old_weights[name], ""
     (height, width), (new_height, new_width) = old.patch_height_width, new.patch_height_width
     resized = resize_patch_kernel(old_weights[name], (new_height, new_width))
     return resized, f"resized from patches of {height} x {width} to {new_height} x {new_width} pixels"
@@ -188,7 +196,9 @@ def adapt_patch_kernel(
 def adapt_distillation_head(
     name: str, fresh: torch.Tensor, old_weights: Mapping[str, torch.Tensor], old: ViTCLSConfig, new: ViTCLSConfig
 ) -> tuple[torch.Tensor, str]:
-    """Start as the classifier, where that reads vectors of the same width."""
+    """Keep it, or start as the classifier where that reads vectors of the same width."""
+    if name in old_weights:
+        return old_weights[name], ""
     classifier = old_weights.get(name.replace("distillation_classifier.head", "classifier"))
     if classifier is None or classifier.shape != fresh.shape:
         return fresh, "starts afresh"
@@ -206,7 +216,7 @@ def adapt_gates(
         kept = min(old_count, new_count)
         if kept:
             gates[new_first : new_first + kept] = old_weights[name][old_first : old_first + kept]
-        if old_count or new_count:
+        if old_count != new_count:
             notes.append(f"{group}: {kept} kept, {old_count - kept} dropped, {new_count - kept} shut")
         old_first, new_first = old_first + old_count, new_first + new_count
     return gates, "; ".join(notes)
