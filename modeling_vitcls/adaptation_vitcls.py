@@ -49,10 +49,12 @@ class AdaptableModel(PreTrainedModel):
             ValueError: for values that do not fit each other.
         """
         wanted = {name: kwargs.pop(name) for name in ADAPTABLE_FIELDS if name in kwargs}
-        if isinstance(config := kwargs.get("config"), ViTCLSConfig) and config.stored_values:
+        config = kwargs.get("config")
+        # By attribute, not by class: transformers may execute configuration_vitcls.py twice when it comes from the Hub.
+        if stored := getattr(config, "stored_values", None):
             # The Auto classes have put the wanted values into the configuration: load with the stored ones first.
-            wanted = {name: getattr(config, name) for name in config.stored_values} | wanted
-            kwargs["config"] = changed_config(config, config.stored_values)
+            wanted = {name: getattr(config, name) for name in stored} | wanted
+            kwargs["config"] = changed_config(config, stored)
         loaded = load_checkpoint(super().from_pretrained, pretrained_model_name_or_path, *model_args, **kwargs)
         if not wanted:
             return loaded
