@@ -10,7 +10,9 @@ weights is a table, `ADAPTERS`, and what was done is logged once, line by line:
     positions of tokens    kept likewise; those of new tokens start at zero
     positions of patches   resampled (`config.position_interpolation`)
     patch projection       resized by FlexiViT's pseudo-inverse
+    decoded patches        resized bilinearly
     distillation head      a new one starts as a copy of the classifier
+    gates                  stay with their tokens
     anything else          whose shape changes starts afresh
 
 With `gate_new_tokens=True` the added tokens have no influence on the others at first, and learn to (`TokenGates`).
@@ -18,19 +20,23 @@ With `gate_new_tokens=True` the added tokens have no influence on the others at 
 
 import copy
 from collections.abc import Callable, Mapping
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import torch
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import logging
 
-from .configuration_vitcls import ADAPTABLE_FIELDS, TOKEN_COUNTS, ViTCLSConfig
-from .loading_vitcls import load_checkpoint
-from .resampling_vitcls import Resampling, resize_patch_kernel
-from .scopes_vitcls import resample_distances
+from .configuration_vitcls import ADAPTABLE_FIELDS, TOKEN_COUNTS, ViTCLSConfig, gates_that_stay
+from .loading_vitcls import check_folder, load_checkpoint
+from .resampling_vitcls import Resampling, resize_decoded_patches, resize_patch_kernel
+from .scopes_vitcls import TokenGates, resample_distances
 
 
 logger = logging.get_logger(__name__)
+
+# Keywords of `from_pretrained` that say where to read, and those that a configuration has no use for.
+HUB_KEYWORDS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
+MODEL_KEYWORDS = ("dtype", "torch_dtype", "quantization_config", "state_dict")
 
 
 class AdaptableModel(PreTrainedModel):
@@ -48,14 +54,13 @@ class AdaptableModel(PreTrainedModel):
             OSError, RuntimeError: in one line, for a checkpoint that is missing or damaged, or does not fit.
             ValueError: for values that do not fit each other.
         """
-        wanted = {name: kwargs.pop(name) for name in ADAPTABLE_FIELDS if name in kwargs}
-        config = kwargs.get("config")
-        # By attribute, not by class: transformers may execute configuration_vitcls.py twice when it comes from the Hub.
-        if stored := getattr(config, "stored_values", None):
-            # The Auto classes have put the wanted values into the configuration: load with the stored ones first.
-            wanted = {name: getattr(config, name) for name in stored} | wanted
-            kwargs["config"] = changed_config(config, stored)
-        loaded = load_checkpoint(super().from_pretrained, pretrained_model_name_or_path, *model_args, **kwargs)
+        source, config_class = pretrained_model_name_or_path, cast(type[ViTCLSConfig], cls.config_class)
+        config, kwargs = wanted_config(config_class, source, kwargs)
+        stored = {} if config is None else stored_values(config_class, source, kwargs)
+        wanted = {name: getattr(config, name) for name, value in stored.items() if getattr(config, name) != value}
+        if wanted:
+            kwargs["config"] = with_values(config, stored, unchecked=True)
+        loaded = load_checkpoint(super().from_pretrained, source, *model_args, **kwargs)
         if not wanted:
             return loaded
         if isinstance(loaded, tuple):  # output_loading_info=True
@@ -66,7 +71,8 @@ class AdaptableModel(PreTrainedModel):
         """A new model with other values of `ADAPTABLE_FIELDS` and these weights; itself where nothing changes.
 
         Args:
-            gate_new_tokens: Let added tokens start without influence on the others, so that outputs stay.
+            gate_new_tokens: Let added tokens start without influence on the other tokens. Outputs then stay, but
+                for those that read the added tokens themselves: pooling over all CLS tokens, a distillation head.
 
         Raises:
             ValueError: for a field that cannot be adapted, or a value that does not fit the others.
@@ -76,7 +82,7 @@ class AdaptableModel(PreTrainedModel):
         wanted = {name: value for name, value in wanted.items() if value != getattr(self.config, name)}
         if not wanted:
             return self
-        config = changed_config(self.config, wanted | gates_after(self.config, wanted, gate_new_tokens))
+        config = with_values(self.config, wanted | {"gated_tokens": gates_after(self.config, wanted, gate_new_tokens)})
         model = self.rebuilt(config).train(self.training)
         model.to(device=self.device, dtype=self.dtype)  # type: ignore[call-arg]  # transformers wraps `to` untyped
         transfer(self, model)
@@ -87,34 +93,70 @@ class AdaptableModel(PreTrainedModel):
         return type(self)(config)
 
 
-def gates_after(config: ViTCLSConfig, wanted: Mapping[str, Any], gate_new_tokens: bool) -> dict[str, Any]:
-    """`gated_tokens` of the new configuration: gates stay with their tokens.
+def wanted_config(
+    config_class: type[ViTCLSConfig], source: Any, kwargs: dict[str, Any]
+) -> tuple[ViTCLSConfig | None, dict[str, Any]]:
+    """The configuration that the caller of `from_pretrained` asks for, and the keywords that are left, with it.
 
-    Gated tokens are the last of their group, so tokens added to a group with gates are gated too.
+    None where nothing that may need adapting is asked for.
     """
-    if "gated_tokens" in wanted:
+    config = kwargs.get("config")
+    # By model_type, not by class: transformers may execute configuration_vitcls.py twice when it comes from the Hub.
+    if getattr(config, "model_type", None) == config_class.model_type:
+        return config, kwargs
+    if not any(name in kwargs for name in ADAPTABLE_FIELDS):
+        return None, kwargs
+    check_folder(source, has_config=config is not None)
+    for_the_model = {name: kwargs.pop(name) for name in MODEL_KEYWORDS if name in kwargs}
+    hub_keywords = {name: kwargs[name] for name in HUB_KEYWORDS if name in kwargs}
+    kwargs.pop("config", None)
+    config, kwargs = config_class.from_pretrained(config or source, return_unused_kwargs=True, **kwargs)
+    return config, kwargs | for_the_model | hub_keywords | {"config": config}
+
+
+def stored_values(config_class: type[ViTCLSConfig], source: Any, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """The checkpoint's own values of `ADAPTABLE_FIELDS`; empty where it has no configuration."""
+    if source is None:  # a state dict is given instead
         return {}
-    gated = {}
+    hub_keywords = {name: kwargs[name] for name in HUB_KEYWORDS if name in kwargs}
+    try:
+        stored, _ = config_class.get_config_dict(source, **hub_keywords)
+    except OSError:
+        return {}
+    return {name: stored.get(name, getattr(config_class, name)) for name in ADAPTABLE_FIELDS} if stored else {}
+
+
+def gates_after(config: ViTCLSConfig, wanted: Mapping[str, Any], gate_new_tokens: bool) -> dict[str, int] | None:
+    """`gated_tokens` of the new configuration: those asked for, else those that stay, and new ones if so wished."""
+    counts = {field: getattr(config, field) for field in TOKEN_COUNTS.values()}
+    new_counts = {field: wanted.get(field, count) for field, count in counts.items()}
+    staying = gates_that_stay(config.gated_tokens, counts, new_counts)
+    gated = dict(wanted.get("gated_tokens", staying) or {})
     for group, field in TOKEN_COUNTS.items():
-        old_count, old_gated = getattr(config, field), (config.gated_tokens or {}).get(group, 0)
-        count = wanted.get(field, old_count)
-        first_gated = old_count - old_gated if old_gated or gate_new_tokens else count
-        if count > first_gated:
-            gated[group] = count - first_gated
-    return {"gated_tokens": gated or None}
+        num_added = new_counts[field] - counts[field]
+        if gate_new_tokens and num_added > gated.get(group, 0):
+            gated[group] = num_added
+    return gated or None
 
 
 @torch.no_grad()
 def transfer(source: AdaptableModel, target: AdaptableModel) -> None:
-    """Put the weights of `source` into `target`, adapted where the configuration differs, and log what changed."""
+    """Put the weights of `source` into `target`, adapted where the configuration differs, and log what changed.
+
+    What was frozen stays so, but for weights that start afresh.
+    """
     old_weights = source.state_dict()
     new_weights = target.state_dict()
+    frozen = {name for name, parameter in source.named_parameters() if not parameter.requires_grad}
+    parameters = dict(target.named_parameters())
     for name, fresh in new_weights.items():
         weight, note = follow(name, fresh, old_weights, source.config, target.config)
+        if name in frozen and weight is not fresh:
+            parameters[name].requires_grad_(False)
         fresh.copy_(weight)
         if note:
             logger.warning(f"{name}: {note}")
-    for name in old_weights.keys() - new_weights.keys():
+    for name in sorted(old_weights.keys() - new_weights.keys()):
         logger.warning(f"{name}: dropped")
 
 
@@ -190,9 +232,7 @@ def adapt_patch_kernel(
     """Resize the patch projection [D, C, height, width]."""
     if old.patch_height_width == new.patch_height_width:
         return old_weights[name], ""
-    (height, width), (new_height, new_width) = old.patch_height_width, new.patch_height_width
-    resized = resize_patch_kernel(old_weights[name], (new_height, new_width))
-    return resized, f"resized from patches of {height} x {width} to {new_height} x {new_width} pixels"
+    return resize_patch_kernel(old_weights[name], new.patch_height_width), f"resized from {_patches(old, new)}"
 
 
 def adapt_distillation_head(
@@ -210,18 +250,44 @@ def adapt_distillation_head(
 def adapt_gates(
     name: str, fresh: torch.Tensor, old_weights: Mapping[str, torch.Tensor], old: ViTCLSConfig, new: ViTCLSConfig
 ) -> tuple[torch.Tensor, str]:
-    """Keep the gates [n] of tokens that stay, and let those of new ones start shut."""
-    gates, notes = fresh.clone(), []
-    old_first = new_first = 0
-    for group in TOKEN_COUNTS:
-        old_count, new_count = ((config.gated_tokens or {}).get(group, 0) for config in (old, new))
-        kept = min(old_count, new_count)
-        if kept:
-            gates[new_first : new_first + kept] = old_weights[name][old_first : old_first + kept]
-        if old_count != new_count:
-            notes.append(f"{group}: {kept} kept, {old_count - kept} dropped, {new_count - kept} shut")
-        old_first, new_first = old_first + old_count, new_first + new_count
-    return gates, "; ".join(notes)
+    """Gates [n] stay with their tokens; new tokens start shut, and tokens that had no gate open."""
+    gates = fresh.clone()
+    old_gates = dict(zip(gated_tokens(old), old_weights.get(name, ()), strict=True))
+    counts = {group: getattr(old, field) for group, field in TOKEN_COUNTS.items()}
+    places = gated_tokens(new)
+    for place, (group, index) in enumerate(places):
+        if index < counts[group]:
+            gates[place] = old_gates.get((group, index), TokenGates.OPEN)
+    if set(places) == set(old_gates):
+        return gates, ""
+    num_kept = len(old_gates.keys() & set(places))
+    num_shut = sum(index >= counts[group] for group, index in places)
+    return gates, f"{num_kept} kept, {len(old_gates) - num_kept} dropped, {num_shut} shut"
+
+
+def gated_tokens(config: ViTCLSConfig) -> list[tuple[str, int]]:
+    """(group, index within the group) of each gate, in the order of `TokenGates.gates`."""
+    gated = config.gated_tokens or {}
+    return [
+        (group, index)
+        for group, field in TOKEN_COUNTS.items()
+        for index in range(getattr(config, field) - gated.get(group, 0), getattr(config, field))
+    ]
+
+
+def adapt_pixel_decoder(
+    name: str, fresh: torch.Tensor, old_weights: Mapping[str, torch.Tensor], old: ViTCLSConfig, new: ViTCLSConfig
+) -> tuple[torch.Tensor, str]:
+    """Resize the pixels that the decoder [C * height * width, ...] of masked image modelling gives."""
+    if old.patch_height_width == new.patch_height_width:
+        return old_weights[name], ""
+    resized = resize_decoded_patches(old_weights[name], old.patch_height_width, new.patch_height_width)
+    return resized, f"resized from {_patches(old, new)}"
+
+
+def _patches(old: ViTCLSConfig, new: ViTCLSConfig) -> str:
+    (height, width), (new_height, new_width) = old.patch_height_width, new.patch_height_width
+    return f"patches of {height} x {width} to {new_height} x {new_width} pixels"
 
 
 def _grids(old: ViTCLSConfig, new: ViTCLSConfig) -> str:
@@ -244,14 +310,18 @@ ADAPTERS: dict[str, Adapter] = {
     "view.tables": adapt_distances,
     "gates.gates": adapt_gates,
     "distillation_classifier.head": adapt_distillation_head,
+    "decoder.projection.": adapt_pixel_decoder,
 }
 
 
-def changed_config(config: ViTCLSConfig, values: Mapping[str, Any]) -> ViTCLSConfig:
-    """A copy with other values, checked as at construction."""
+def with_values(config: Any, values: Mapping[str, Any], unchecked: bool = False) -> Any:
+    """A copy of a configuration with other values, checked as at construction unless it is `unchecked`."""
     config = copy.deepcopy(config)
     for name, value in values.items():
         setattr(config, name, value)
-    config.stored_values = {}
-    config.validate()
+    if unchecked:
+        config.unchecked = True
+    else:
+        config.__dict__.pop("unchecked", None)
+        config.validate()
     return config

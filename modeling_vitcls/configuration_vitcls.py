@@ -10,7 +10,7 @@ here, so that a model that can be constructed can also run. This file builds no 
 
 import dataclasses
 import difflib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import wraps
 from typing import Any, ClassVar, Literal, TypeVar
 
@@ -199,10 +199,13 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
 
     Encoder:
         hidden_size, num_hidden_layers, num_attention_heads, intermediate_size (`int`): 768, 12, 12, 3072. The width is
-            a multiple of the number of heads.
-        hidden_act (`str`, defaults to `"gelu"`): Activation of the plain MLP; a name that transformers knows.
-        mlp_type (`"mlp"` or `"swiglu"`, defaults to `"mlp"`): `"swiglu"` gates with SiLU (Shazeer 2020, arXiv
-            2002.05202).
+            a multiple of the number of heads, unless `attention_head_size` is set.
+        attention_head_size (`int`, *optional*): Width of one head. Default: `hidden_size / num_attention_heads`.
+        attention_type (`"softmax"` or `"differential"`, defaults to `"softmax"`): `"differential"` subtracts a second
+            attention map in each head (Ye et al. 2024, arXiv 2410.05258).
+        hidden_act (`str`, defaults to `"gelu"`): Activation of the MLP; a name that transformers knows.
+        mlp_type (`"mlp"`, `"glu"` or `"swiglu"`, defaults to `"mlp"`): `"glu"` gates with the activation, `"swiglu"`
+            with SiLU, whatever the activation (Shazeer 2020, arXiv 2002.05202).
         layer_type (`"standard"`, `"post"` or `"parallel"`, defaults to `"standard"`): `x + f(norm(x))` for attention,
             then MLP; `x + norm(f(x))` (EVA-CLIP's largest); or both at once on one norm (ViT-22B, arXiv 2302.05442).
         norm_type (`"layernorm"` or `"rmsnorm"`, defaults to `"layernorm"`): All norms but those named otherwise.
@@ -251,6 +254,8 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
     """
 
     model_type = "vitcls"
+    # True in the copy with which a checkpoint is loaded before it is adapted: its tokens do not fit its other fields.
+    unchecked: ClassVar[bool] = False
     # `num_labels` and the heads' separate logits are not predictions that Trainer should collect.
     keys_to_ignore_at_inference: ClassVar[list[str]] = [
         "cls_logits",
@@ -324,8 +329,10 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
     num_hidden_layers: int = 12
     num_attention_heads: int = 12
     intermediate_size: int = 3072
+    attention_head_size: int | None = None
+    attention_type: Literal["softmax", "differential"] = "softmax"
     hidden_act: str = "gelu"
-    mlp_type: Literal["mlp", "swiglu"] = "mlp"
+    mlp_type: Literal["mlp", "glu", "swiglu"] = "mlp"
     layer_type: Literal["standard", "post", "parallel"] = "standard"
     norm_type: Literal["layernorm", "rmsnorm"] = "layernorm"
     final_norm: bool = True
@@ -357,8 +364,6 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         self._reject_unknown_keywords(kwargs)
         self.auto_map = kwargs.pop("auto_map", None) or self.local_auto_map()
-        # What the checkpoint holds where the caller asked for something else (`from_dict`).
-        self.stored_values: dict[str, Any] = {}
         self.stage_names = ["stem", *(f"stage{index}" for index in range(1, self.num_hidden_layers + 1))]
         kwargs.pop("stage_names", None)
         self.set_output_features_output_indices(
@@ -399,18 +404,10 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
             _forget(stored, "id2label", "label2id")  # the stored names no longer describe the classes
         if overrides.get("num_hidden_layers") not in (None, stored.get("num_hidden_layers")):
             _forget(stored, "out_features", "out_indices")  # nor the stored stages the layers
-        built = super().from_dict({**stored, **overrides}, **kwargs)
-        config = built[0] if isinstance(built, tuple) else built
-        config.stored_values = {
-            name: stored[name] for name in ADAPTABLE_FIELDS if name in overrides and name in stored
-        }
-        return built
-
-    def to_dict(self) -> dict[str, Any]:
-        """As transformers', without what describes one loading."""
-        output = super().to_dict()
-        output.pop("stored_values")
-        return output
+        if counts := {field: overrides[field] for field in TOKEN_COUNTS.values() if field in overrides}:
+            stored_counts = {field: stored.get(field, getattr(cls, field)) for field in TOKEN_COUNTS.values()}
+            stored["gated_tokens"] = gates_that_stay(stored.get("gated_tokens"), stored_counts, stored_counts | counts)
+        return super().from_dict({**stored, **overrides}, **kwargs)
 
     def save_pretrained(self, save_directory: Any, push_to_hub: bool = False, **kwargs: Any) -> None:
         """Save as any transformers configuration; the code is copied beside it, so the Auto classes point there."""
@@ -447,7 +444,7 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
     @property
     def head_dim(self) -> int:
         """Width of one attention head."""
-        return self.hidden_size // self.num_attention_heads
+        return self.attention_head_size or self.hidden_size // self.num_attention_heads
 
     @property
     def pooled_cls_indices(self) -> list[int]:
@@ -472,7 +469,7 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
     @property
     def has_distillation_head(self) -> bool:
         """Whether a classifier reads the distillation token."""
-        return self.num_distillation_tokens > 0 if self.distillation_head is None else self.distillation_head
+        return self.num_distillation_tokens > 0 and self.distillation_head is not False
 
     def validate_numbers(self) -> None:
         """Every count, size and rate within its range."""
@@ -498,7 +495,9 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
 
     def validate_heads(self) -> None:
         """The width divides into heads; rotary and sin-cos positions need a multiple of four."""
-        if self.hidden_size % self.num_attention_heads:
+        if self.attention_head_size is not None:
+            _require_at_least(self, 1, "attention_head_size")
+        elif self.hidden_size % self.num_attention_heads:
             divisors = [n for n in range(1, self.hidden_size + 1) if self.hidden_size % n == 0]
             nearest = sorted(divisors, key=lambda n: abs(n - self.num_attention_heads))[:2]
             raise ValueError(
@@ -507,8 +506,13 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
             )
         if self.has_rotary_positions and self.head_dim % 4:
             raise ValueError(
-                f"{self.position_embedding_type} needs a head width that is a multiple of 4, and {self.hidden_size} / "
-                f"{self.num_attention_heads} = {self.head_dim}: change hidden_size or num_attention_heads"
+                f"{self.position_embedding_type} needs a head width that is a multiple of 4, and it is "
+                f"{self.head_dim}: change hidden_size, num_attention_heads or attention_head_size"
+            )
+        if self.attention_type == "differential" and (self.head_dim % 2 or self.has_rotary_positions):
+            raise ValueError(
+                'attention_type="differential" needs an even head width and no rotary positions, and they are '
+                f'{self.head_dim} and "{self.position_embedding_type}"'
             )
         if self.position_embedding_type == "sincos_2d" and self.hidden_size % 4:
             raise ValueError(f"sincos_2d needs hidden_size to be a multiple of 4, and it is {self.hidden_size}")
@@ -564,10 +568,9 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
 
     def validate_attention_pool(self) -> None:
         """The attention pooler's own heads divide the width."""
-        if self.attention_pool_heads is not None and self.hidden_size % max(self.attention_pool_heads, 1):
-            raise ValueError(
-                f"attention_pool_heads={self.attention_pool_heads} does not divide hidden_size={self.hidden_size}"
-            )
+        pool_heads = self.attention_pool_heads or self.num_attention_heads
+        if (self.attention_pool_heads or self.pooling == "attention") and self.hidden_size % pool_heads:
+            raise ValueError(f"attention_pool_heads={pool_heads} does not divide hidden_size={self.hidden_size}")
         for name in ("attention_pool_heads", "attention_pool_intermediate_size"):
             if getattr(self, name) is not None:
                 _require_at_least(self, 1, name)
@@ -658,6 +661,21 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
             if name in TRANSFORMERS_KEYWORDS or name.startswith("_"):
                 continue
             raise ValueError(f"unknown field {name!r}{_did_you_mean(name, [*fields, *TRANSFORMERS_KEYWORDS])}")
+
+
+def gates_that_stay(
+    gated_tokens: dict[str, int] | None, counts: Mapping[str, int], new_counts: Mapping[str, int]
+) -> dict[str, int] | None:
+    """`gated_tokens` for other counts of tokens, both by the fields of `TOKEN_COUNTS`.
+
+    Gates stay with their tokens. These are the last of their group, so tokens added behind them are gated too.
+    """
+    staying = {}
+    for group, field in TOKEN_COUNTS.items():
+        num_gated = (gated_tokens or {}).get(group, 0)
+        if num_gated and (num_staying := num_gated + new_counts[field] - counts[field]) > 0:
+            staying[group] = num_staying
+    return staying or None
 
 
 def _pair(value: int | list[int] | tuple[int, int]) -> tuple[int, int]:

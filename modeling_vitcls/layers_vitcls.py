@@ -8,19 +8,17 @@ Special tokens are ordinary rows here: they attend and are updated in every laye
 transformers, so that LoRA targets and tensor-parallel plans carry over.
 """
 
-from collections.abc import Callable
-
 import torch
 from torch import nn
 from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 
+from .attention_vitcls import ATTENTIONS
 from .configuration_vitcls import ViTCLSConfig
 from .norms_vitcls import build_norm
-from .rotary_vitcls import Rotation, leave_unrotated, rotate_patches
+from .rotary_vitcls import Rotation
 
 
 class ViTCLSLayer(GradientCheckpointingLayer):
@@ -29,7 +27,7 @@ class ViTCLSLayer(GradientCheckpointingLayer):
     def __init__(self, config: ViTCLSConfig, layer_index: int, drop_path_rate: float) -> None:
         super().__init__()
         self.layernorm_before = build_norm(config)
-        self.attention = ViTCLSAttention(config)
+        self.attention = ATTENTIONS[config.attention_type](config)
         self.layer_scale1 = _layer_scale(config)
         self.layernorm_after = build_norm(config)
         self.mlp = MLPS[config.mlp_type](config, layer_index)
@@ -75,7 +73,7 @@ class ViTCLSParallelLayer(GradientCheckpointingLayer):
     def __init__(self, config: ViTCLSConfig, layer_index: int, drop_path_rate: float) -> None:
         super().__init__()
         self.layernorm_before = build_norm(config)
-        self.attention = ViTCLSAttention(config)
+        self.attention = ATTENTIONS[config.attention_type](config)
         self.mlp = MLPS[config.mlp_type](config, layer_index)
         self.layer_scale1 = _layer_scale(config)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
@@ -98,78 +96,6 @@ class ViTCLSParallelLayer(GradientCheckpointingLayer):
 LAYERS = {"standard": ViTCLSLayer, "post": ViTCLSPostNormLayer, "parallel": ViTCLSParallelLayer}
 
 
-class ViTCLSAttention(nn.Module):
-    """Multi-head self-attention through transformers' attention interface (eager, SDPA, flash, flex)."""
-
-    def __init__(self, config: ViTCLSConfig) -> None:
-        super().__init__()
-        self.config = config
-        self.head_dim = config.head_dim
-        self.scaling = config.head_dim**-0.5
-        self.attention_dropout = config.attention_probs_dropout_prob
-        self.is_causal = False
-        width = config.hidden_size
-        self.q_proj = nn.Linear(width, width, bias=_first_set(config.query_bias, config.qkv_bias))
-        self.k_proj = nn.Linear(width, width, bias=_first_set(config.key_bias, config.qkv_bias))
-        self.v_proj = nn.Linear(width, width, bias=_first_set(config.value_bias, config.qkv_bias))
-        self.o_proj = nn.Linear(width, width, bias=config.projection_bias)
-        self.q_norm = build_norm(config, self.head_dim) if config.qk_norm else nn.Identity()
-        self.k_norm = build_norm(config, self.head_dim) if config.qk_norm else nn.Identity()
-        self.norm = build_norm(config) if config.attention_norm else nn.Identity()
-        self.rotate: Callable = rotate_patches if config.has_rotary_positions else leave_unrotated
-
-    def forward(
-        self,
-        hidden_states: torch.Tensor,
-        attention_mask: torch.Tensor | None = None,
-        rotation: Rotation = None,
-        **kwargs: Unpack[TransformersKwargs],
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """[B, N, D] -> ([B, N, D], weights [B, heads, N, N] where the implementation returns them)."""
-        batch_size, sequence_length, _ = hidden_states.shape
-        # -1 heads: under tensor parallelism each process holds some of them
-        per_head = (batch_size, sequence_length, -1, self.head_dim)
-        query = self.q_norm(self.q_proj(hidden_states).view(per_head)).transpose(1, 2)  # [B, heads, N, head_dim]
-        key = self.k_norm(self.k_proj(hidden_states).view(per_head)).transpose(1, 2)
-        value = self.v_proj(hidden_states).view(per_head).transpose(1, 2)
-        query, key = self.rotate(query, key, rotation)
-
-        attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.config._attn_implementation, eager_attention_forward
-        )
-        attended, weights = attention_interface(
-            self,
-            query,
-            key,
-            value,
-            attention_mask,
-            dropout=self.attention_dropout if self.training else 0.0,
-            scaling=self.scaling,
-            **kwargs,
-        )  # [B, N, heads, head_dim]
-        attended = self.norm(attended.reshape(batch_size, sequence_length, -1))
-        return self.o_proj(attended), weights
-
-
-def eager_attention_forward(
-    module: nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    scaling: float,
-    dropout: float = 0.0,
-    **kwargs: Unpack[TransformersKwargs],
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Plain attention on [B, heads, N, head_dim], with its weights [B, heads, N, N]; softmax in float32."""
-    scores = torch.matmul(query, key.transpose(2, 3)) * scaling
-    if attention_mask is not None:
-        scores = scores + attention_mask
-    weights = nn.functional.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
-    weights = nn.functional.dropout(weights, p=dropout, training=module.training)
-    return torch.matmul(weights, value).transpose(1, 2).contiguous(), weights
-
-
 class ViTCLSMLP(nn.Module):
     """Linear, activation, Linear on each token."""
 
@@ -187,12 +113,12 @@ class ViTCLSMLP(nn.Module):
         return self.fc2(self.norm(activations))
 
 
-class ViTCLSSwiGLU(nn.Module):
-    """An MLP gated by SiLU (Shazeer 2020, arXiv 2002.05202)."""
+class ViTCLSGLU(nn.Module):
+    """An MLP gated by its activation (Shazeer 2020, arXiv 2002.05202)."""
 
     def __init__(self, config: ViTCLSConfig, layer_index: int) -> None:
         super().__init__()
-        self.activation_fn = nn.SiLU()
+        self.activation_fn = ACT2FN["silu" if config.mlp_type == "swiglu" else config.hidden_act]
         self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
         self.move_neurons = build_neuron_mover(config, layer_index)
@@ -205,14 +131,14 @@ class ViTCLSSwiGLU(nn.Module):
         return self.down_proj(self.norm(self.move_neurons(gated)))
 
 
-MLPS = {"mlp": ViTCLSMLP, "swiglu": ViTCLSSwiGLU}
+MLPS = {"mlp": ViTCLSMLP, "glu": ViTCLSGLU, "swiglu": ViTCLSGLU}
 
 
 class NeuronMover(nn.Module):
-    """Moves the activations of register neurons from all tokens to the last register, without training.
+    """Moves the activations of register neurons from the patches to the last register, without training.
 
-    The register receives the highest activation among the patches, every other token none (Jiang et al. 2025, arXiv
-    2506.08010, section 4).
+    The register receives the patches' largest activation, by magnitude (a gated MLP's may be negative), the patches
+    none; other special tokens keep theirs, as in the authors' code (Jiang et al. 2025, arXiv 2506.08010, section 4).
     """
 
     def __init__(self, config: ViTCLSConfig, neurons: list[int]) -> None:
@@ -223,10 +149,11 @@ class NeuronMover(nn.Module):
 
     def forward(self, activations: torch.Tensor) -> torch.Tensor:
         """[B, N, intermediate] -> [B, N, intermediate]."""
-        highest = activations[:, self.patches, self.neurons].amax(dim=1)  # [B, neurons]
+        of_patches = activations[:, self.patches, self.neurons]  # [B, patches, neurons]
+        largest = of_patches.abs().argmax(dim=1, keepdim=True)  # [B, 1, neurons]
         moved = activations.clone()
-        moved[..., self.neurons] = 0
-        moved[:, self.register, self.neurons] = highest
+        moved[:, self.patches, self.neurons] = 0
+        moved[:, self.register, self.neurons] = of_patches.gather(1, largest).squeeze(1)
         return moved
 
     def extra_repr(self) -> str:
@@ -283,7 +210,3 @@ def _layer_scale(config: ViTCLSConfig) -> nn.Module:
     if config.layer_scale_init_value is None:
         return nn.Identity()
     return LayerScale(config.hidden_size, config.layer_scale_init_value)
-
-
-def _first_set(value: bool | None, default: bool) -> bool:
-    return default if value is None else value

@@ -9,7 +9,7 @@
     ViTCLSBackbone                     feature maps for dense prediction
 
 Their parts, in the order of the data: embeddings_vitcls.py, rotary_vitcls.py, scopes_vitcls.py, layers_vitcls.py,
-heads_vitcls.py, losses_vitcls.py.
+attention_vitcls.py, heads_vitcls.py, losses_vitcls.py.
 """
 
 import copy
@@ -28,10 +28,11 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 from transformers.utils.output_capturing import capture_outputs
 
 from .adaptation_vitcls import AdaptableModel
+from .attention_vitcls import ViTCLSAttention, ViTCLSDifferentialAttention
 from .configuration_vitcls import ViTCLSConfig
 from .embeddings_vitcls import LearnedPositions, ViTCLSEmbeddings
 from .heads_vitcls import LOGIT_CHOICES, AttentionPooler, DistillationHead, PixelDecoder, build_head, build_pooler
-from .layers_vitcls import LAYERS, LayerScale, ViTCLSAttention, ViTCLSLayer, ViTCLSParallelLayer, drop_path_rates
+from .layers_vitcls import LAYERS, LayerScale, ViTCLSLayer, ViTCLSParallelLayer, drop_path_rates
 from .losses_vitcls import classification_loss, cross_entropy, masked_pixel_loss
 from .norms_vitcls import build_norm
 from .rotary_vitcls import ROTARY_POSITIONS, MixedRotaryPositions
@@ -108,7 +109,8 @@ class ViTCLSPreTrainedModel(AdaptableModel):
     _input_embed_layer = "patch_embeddings"
 
     def __init__(self, config: ViTCLSConfig, *args: Any, **kwargs: Any) -> None:
-        config.validate()  # fields may have been set since its construction
+        if not config.unchecked:
+            config.validate()  # fields may have been set since its construction
         super().__init__(config, *args, **kwargs)
 
     @torch.no_grad()
@@ -135,6 +137,9 @@ class ViTCLSPreTrainedModel(AdaptableModel):
             init.copy_(module.frequencies, module.initial_frequencies())
         elif isinstance(module, DistanceView):
             init.zeros_(module.tables)
+        elif isinstance(module, ViTCLSDifferentialAttention):
+            init.constant_(module.second_share, module.INITIAL_SHARE)
+            init.constant_(module.head_norm.weight, 1 - module.INITIAL_SHARE)
         elif isinstance(module, TokenGates):
             init.constant_(module.gates, module.SHUT)
         else:

@@ -1,4 +1,4 @@
-"""How learned positions and patch kernels follow another grid, image size or patch size."""
+"""How learned positions, patch kernels and decoded patches follow another grid, image size or patch size."""
 
 import dataclasses
 
@@ -42,8 +42,20 @@ def resize_patch_kernel(kernel: torch.Tensor, new_size: tuple[int, int]) -> torc
     the old kernel times the pseudo-inverse of B transposed. Computed in float64.
     """
     height, width = kernel.shape[-2:]
-    basis = torch.eye(height * width, dtype=torch.float64, device=kernel.device).view(-1, 1, height, width)
+    basis = torch.eye(height * width, dtype=torch.float64).view(-1, 1, height, width)  # not every device has float64
     resized = nn.functional.interpolate(basis, size=new_size, mode="bilinear", align_corners=False)
     to_new = torch.linalg.pinv(resized.flatten(1))  # [new pixels, old pixels]: the pseudo-inverse of B transposed
-    new_kernel = kernel.double().flatten(2) @ to_new.T  # [D, C, new pixels]
-    return new_kernel.unflatten(2, new_size).to(kernel.dtype)
+    new_kernel = kernel.cpu().double().flatten(2) @ to_new.T  # [D, C, new pixels]
+    return new_kernel.unflatten(2, new_size).to(device=kernel.device, dtype=kernel.dtype)
+
+
+def resize_decoded_patches(weight: torch.Tensor, size: tuple[int, int], new_size: tuple[int, int]) -> torch.Tensor:
+    """Weight or bias [C * height * width, ...] of a layer that gives pixels, for patches of another size.
+
+    The new layer gives the patch that the old one gave, resized bilinearly; in float32.
+    """
+    patches = (
+        weight.float().reshape(weight.shape[0], -1).T.unflatten(1, (-1, *size))
+    )  # [inputs or 1, C, height, width]
+    patches = nn.functional.interpolate(patches, size=new_size, mode="bilinear", align_corners=False, antialias=True)
+    return patches.flatten(1).T.reshape(-1, *weight.shape[1:]).to(weight.dtype)

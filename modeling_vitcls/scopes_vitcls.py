@@ -162,12 +162,19 @@ class TokenGates(nn.Module):
     """Scales how much some tokens are attended to, by a learned gate each, between nearly shut and any openness.
 
     Attention weights become w_j = g_j exp(s_j) / sum_i g_i exp(s_i): log(g) is added to the scores of token j. With
-    g = 1e-6 at the start the other tokens do not notice it. The parameter is g, not log(g): the gradient with respect
-    to g is as large as that of an open token, that with respect to log(g) a millionth of it.
+    g = 1e-6 at the start the other tokens do not notice it. The parameter `gates` is made for optimisers such as Adam,
+    whose steps are as long as the learning rate whatever the gradient:
+
+    - It is linear in g. The gradient with respect to log(g) would be a millionth of that of an open token.
+    - g is 50 times its magnitude: a gate has to come from 0 to 1, where other weights are about 0.02.
+    - Its sign does not count: a gate that is cut off below zero would be lost after a first step downwards. Nor is one
+      lost at zero, where half precision may put it.
     """
 
-    SHUT = 1e-6
-    SMALLEST = 1e-7  # below the start, where a clamp would give no gradient
+    SCALE = 50.0
+    OPEN = 1.0 / SCALE  # the parameter's value for g = 1, and at the start
+    SHUT = 1e-6 / SCALE
+    SMALLEST = 2.0**-24  # of g; keeps the logarithm finite, and is lost to rounding in g = 1
 
     def __init__(self, config: ViTCLSConfig) -> None:
         super().__init__()
@@ -183,8 +190,13 @@ class TokenGates(nn.Module):
         """
         require_additive_mask(self.config, "gated_tokens are")
         bias = hidden_states.new_zeros(1, 1, 1, hidden_states.shape[1])
-        bias[..., self.places] = self.gates.clamp(min=self.SMALLEST).log().to(bias.dtype)
+        bias[..., self.places] = self.openness().log().to(bias.dtype)
         return [combine(bias, mask) for mask in masks]
+
+    def openness(self) -> torch.Tensor:
+        """g of each gated token, [n]; 1 is as open as a token without a gate."""
+        magnitude = torch.where(self.gates < 0, -self.gates, self.gates)  # unlike abs, with a gradient at 0
+        return magnitude * self.SCALE + self.SMALLEST
 
 
 class NoGates(nn.Module):
