@@ -14,6 +14,10 @@ from transformers import (
 )
 
 from .configuration_vitcls import TokenLayout, ViTCLSConfig
+from .conversion.from_timm import convert_from_timm
+from .conversion.from_transformers import convert_from_transformers
+from .conversion.published import convert_state_dict
+from .conversion.to_transformers import convert_to_transformers
 from .image_processing_vitcls import ViTCLSImageProcessor, ViTCLSImageProcessorPil
 from .modeling_vitcls import (
     ViTCLSBackbone,
@@ -49,4 +53,8 @@ __all__ = [
     "ViTCLSModel",
     "ViTCLSPreTrainedModel",
     "__version__",
+    "convert_from_timm",
+    "convert_from_transformers",
+    "convert_state_dict",
+    "convert_to_transformers",
 ]

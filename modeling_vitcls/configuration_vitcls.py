@@ -11,7 +11,7 @@ here, so that a model that can be constructed can also run. This file builds no 
 import dataclasses
 import difflib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import wraps
 from typing import Any, ClassVar, Literal, TypeVar
 
@@ -60,7 +60,23 @@ TRANSFORMERS_KEYWORDS = frozenset(
 )
 
 # What `from_pretrained(..., field=value)` changes in the weights of a checkpoint (adaptation_vitcls.py).
-ADAPTABLE_FIELDS = ("image_size",)
+ADAPTABLE_FIELDS = (
+    "image_size",
+    "patch_size",
+    "num_cls_tokens",
+    "num_distillation_tokens",
+    "num_register_tokens",
+    "cls_scopes",
+    "gated_tokens",
+    "register_neurons",
+)
+
+# Group of special tokens -> the field that counts them.
+TOKEN_COUNTS = {
+    "cls": "num_cls_tokens",
+    "distillation": "num_distillation_tokens",
+    "registers": "num_register_tokens",
+}
 
 PROBLEM_TYPES = (None, "single_label_classification", "multi_label_classification", "regression")
 
@@ -137,6 +153,10 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
         cls_scopes (`list`, *optional*): The part of the image that each CLS token may attend to, one entry per CLS
             token: `"image"`, or `[rows, columns, row, column]` for one cell of a grid of rows x columns over the
             image. Special tokens stay visible to all. Default: the whole image for all.
+        gated_tokens (`dict[str, int]`, *optional*): Group -> how many of its last tokens act on the others through a
+            learned gate, closed at first (`TokenGates`). Set by `adapted(gate_new_tokens=True)`.
+        register_neurons (`list[[layer, neuron]]`, *optional*): MLP neurons whose activations move to the last register
+            (Jiang et al. 2025, arXiv 2506.08010). Chosen by `surgery.find_register_neurons`.
         tasks (`dict[str, int | list[str]]`, *optional*): For `ViTCLSForMultiTaskClassification`: task name -> number
             of labels or label names. Tasks are kept in alphabetical order, and task i reads CLS token i.
 
@@ -146,8 +166,16 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
             al. 2022, arXiv 2106.04560, section 3.3).
         cls_pooling (`"first"`, `"mean"` or `"concat"`, defaults to `"first"`): How several CLS tokens become one
             vector.
+        pooled_cls_tokens (`list[int]`, *optional*): Indices of the CLS tokens that are pooled. Default: all.
         head_type (`"linear"` or `"mlp"`, defaults to `"linear"`): `"mlp"` is Linear, GELU, Linear.
         head_hidden_size (`int`, *optional*): Width within the MLP head. Default: `hidden_size`.
+        pooled_norm (`bool`, defaults to `False`): The encoder's kind of norm on the pooled vector (timm's `fc_norm`).
+        pooled_activation (`str`, *optional*): A linear layer and this activation on the pooled vector, as the base
+            models of ViT and DeiT have with `"tanh"`.
+        attention_pool_tokens (`"patches"` or `"all"`, defaults to `"patches"`): What `pooling="attention"` attends to.
+        attention_pool_heads, attention_pool_intermediate_size (`int`, *optional*): Its heads and the width of its MLP.
+            Default: the encoder's.
+        attention_pool_mlp (`bool`, defaults to `True`): Whether its norm and MLP follow (AIMv2 has neither).
         distillation_head (`bool`, *optional*): A classifier of its own on the distillation token. Default: present
             where there is such a token.
         distillation_inference (`"mean"`, `"cls"` or `"distillation"`, defaults to `"mean"`): Which head's logits are
@@ -159,29 +187,50 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
         patch_size (`int` or `[height, width]`, defaults to 16): Pixels.
         num_channels (`int`, defaults to 3).
         patch_bias (`bool`, defaults to `True`): Bias of the patch projection (CLIP has none).
+        patch_norm (`bool`, defaults to `False`): Norm on the projected patches, before positions (AIMv2).
 
     Positions:
         position_embedding_type (`str`, defaults to `"learned"`): `"learned"`, `"sincos_2d"` (fixed; MoCo v3, arXiv
-            2104.02057, and MAE), `"rope_2d"` (rotary on queries and keys of the patches; DINOv3, arXiv 2508.10104) or
-            `"none"`.
+            2104.02057, and MAE), `"rope_2d"` (rotary on queries and keys of the patches; DINOv3, arXiv 2508.10104),
+            `"rope_mixed"` (rotary with learned frequencies per layer and head; RoPE-ViT, arXiv 2403.13298),
+            `"learned_rope_2d"`, `"learned_rope_mixed"` (learned and rotary; EVA-02) or `"none"`.
         position_embedding_tokens (`"patches"`, `"cls"` or `"all"`, defaults to `"cls"`): Which tokens have a learned
             position: patches only, CLS and patches (ViT, DINOv2), or all.
-        position_interpolation (`"bicubic"` or `"bilinear"`, defaults to `"bicubic"`): How learned positions are
-            resampled for other image sizes.
+        position_interpolation (`"bicubic"`, `"bilinear"` or `"crop"`, defaults to `"bicubic"`): How learned positions
+            are resampled for other image sizes; `"crop"` is bilinear to a square that holds the image, then cut
+            (RADIO).
         position_antialias (`bool`, defaults to `False`): Whether that resampling low-passes when it shrinks the grid.
+        position_offset (`float`, defaults to 0.0): Added to the new grid where it becomes a scale factor, 0.1 in
+            DINOv2's own code.
         rope_theta (`float`, defaults to 100.0): Base period of the rotary positions.
+        rope_coordinates (`"centered"` or `"grid"`, defaults to `"centered"`): Patch centres from -1 to 1 over the
+            image (DINOv3), or patch indices (EVA-02).
+        rope_reference_grid (`[rows, columns]`, *optional*): Grid to which `"grid"` coordinates are scaled.
+        rope_grid_offset (`float`, defaults to 0.0): Added to each `"grid"` coordinate, in patches.
+        rope_axes (`"yx"` or `"xy"`, defaults to `"yx"`): Which axis the first half of the frequencies follows.
+        relative_position_bias (`"none"`, `"layer"` or `"shared"`, defaults to `"none"`): A learned bias of attention
+            by distance between patches, per layer or one for all (BEiT, arXiv 2106.08254).
 
     Encoder:
         hidden_size, num_hidden_layers, num_attention_heads, intermediate_size (`int`): 768, 12, 12, 3072. The width is
-            a multiple of the number of heads.
-        hidden_act (`str`, defaults to `"gelu"`): Activation of the plain MLP; a name that transformers knows.
-        mlp_type (`"mlp"` or `"swiglu"`, defaults to `"mlp"`): `"swiglu"` gates with SiLU (Shazeer 2020, arXiv
-            2002.05202).
+            a multiple of the number of heads, unless `attention_head_size` is set.
+        attention_head_size (`int`, *optional*): Width of one head. Default: `hidden_size / num_attention_heads`.
+        attention_type (`"softmax"` or `"differential"`, defaults to `"softmax"`): `"differential"` subtracts a second
+            attention map in each head (Ye et al. 2024, arXiv 2410.05258).
+        hidden_act (`str`, defaults to `"gelu"`): Activation of the MLP; a name that transformers knows.
+        mlp_type (`"mlp"`, `"glu"` or `"swiglu"`, defaults to `"mlp"`): `"glu"` gates with the activation, `"swiglu"`
+            with SiLU, whatever the activation (Shazeer 2020, arXiv 2002.05202).
+        layer_type (`"standard"`, `"post"` or `"parallel"`, defaults to `"standard"`): `x + f(norm(x))` for attention,
+            then MLP; `x + norm(f(x))` (EVA-CLIP's largest); or both at once on one norm (ViT-22B, arXiv 2302.05442).
+        norm_type (`"layernorm"` or `"rmsnorm"`, defaults to `"layernorm"`): All norms but those named otherwise.
+        final_norm (`bool`, defaults to `True`): Norm on the encoded sequence.
+        attention_norm, mlp_norm (`bool`, defaults to `False`): Norm before the output projection of attention, and of
+            the MLP (NormFormer, arXiv 2110.09456; EVA-02).
         layer_norm_eps (`float`, defaults to 1e-6).
         layer_scale_init_value (`float`, *optional*): Start of a learned scale per channel on each residual branch
             (CaiT, arXiv 2103.17239). Default: no such scale.
-        qk_norm (`bool`, defaults to `False`): LayerNorm on queries and keys of each head (ViT-22B, arXiv 2302.05442).
-        pre_norm (`bool`, defaults to `False`): LayerNorm on the embedded tokens before the first layer (CLIP).
+        qk_norm (`bool`, defaults to `False`): Norm on queries and keys of each head (ViT-22B, arXiv 2302.05442).
+        pre_norm (`bool`, defaults to `False`): Norm on the embedded tokens before the first layer (CLIP).
         qkv_bias (`bool`, defaults to `True`): Biases of the three input projections of attention...
         query_bias, key_bias, value_bias (`bool`, *optional*): ... and of each, where they differ (DINOv3 has no key
             bias).
@@ -219,6 +268,8 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
     """
 
     model_type = "vitcls"
+    # True in the copy with which a checkpoint is loaded before it is adapted: its tokens do not fit its other fields.
+    unchecked: ClassVar[bool] = False
     # `num_labels` and the heads' separate logits are not predictions that Trainer should collect.
     keys_to_ignore_at_inference: ClassVar[list[str]] = [
         "cls_logits",
@@ -245,12 +296,21 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
     use_mask_token: bool = False
     token_init: Literal["trunc_normal", "near_zero", "zeros"] = "trunc_normal"
     cls_scopes: list[str | list[int]] | None = None
+    gated_tokens: dict[str, int] | None = None
+    register_neurons: list[list[int]] | None = None
     tasks: dict[str, int | list[str]] | None = None
 
     pooling: Literal["cls", "mean", "cls_mean", "max", "attention"] = "cls"
     cls_pooling: Literal["first", "mean", "concat"] = "first"
+    pooled_cls_tokens: list[int] | None = None
     head_type: Literal["linear", "mlp"] = "linear"
     head_hidden_size: int | None = None
+    pooled_norm: bool = False
+    pooled_activation: str | None = None
+    attention_pool_tokens: Literal["patches", "all"] = "patches"
+    attention_pool_heads: int | None = None
+    attention_pool_intermediate_size: int | None = None
+    attention_pool_mlp: bool = True
     distillation_head: bool | None = None
     distillation_inference: Literal["mean", "cls", "distillation"] = "mean"
 
@@ -258,19 +318,35 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
     patch_size: int | list[int] | tuple[int, int] = 16
     num_channels: int = 3
     patch_bias: bool = True
+    patch_norm: bool = False
 
-    position_embedding_type: Literal["learned", "sincos_2d", "rope_2d", "none"] = "learned"
+    position_embedding_type: Literal[
+        "learned", "sincos_2d", "rope_2d", "rope_mixed", "learned_rope_2d", "learned_rope_mixed", "none"
+    ] = "learned"
     position_embedding_tokens: Literal["patches", "cls", "all"] = "cls"
-    position_interpolation: Literal["bicubic", "bilinear"] = "bicubic"
+    position_interpolation: Literal["bicubic", "bilinear", "crop"] = "bicubic"
     position_antialias: bool = False
+    position_offset: float | int = 0.0
     rope_theta: float | int = 100.0
+    rope_coordinates: Literal["centered", "grid"] = "centered"
+    rope_reference_grid: list[int] | tuple[int, int] | None = None
+    rope_grid_offset: float | int = 0.0
+    rope_axes: Literal["yx", "xy"] = "yx"
+    relative_position_bias: Literal["none", "layer", "shared"] = "none"
 
     hidden_size: int = 768
     num_hidden_layers: int = 12
     num_attention_heads: int = 12
     intermediate_size: int = 3072
+    attention_head_size: int | None = None
+    attention_type: Literal["softmax", "differential"] = "softmax"
     hidden_act: str = "gelu"
-    mlp_type: Literal["mlp", "swiglu"] = "mlp"
+    mlp_type: Literal["mlp", "glu", "swiglu"] = "mlp"
+    layer_type: Literal["standard", "post", "parallel"] = "standard"
+    norm_type: Literal["layernorm", "rmsnorm"] = "layernorm"
+    final_norm: bool = True
+    attention_norm: bool = False
+    mlp_norm: bool = False
     layer_norm_eps: float = 1e-6
     layer_scale_init_value: float | int | None = None
     qk_norm: bool = False
@@ -299,8 +375,6 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
         self.auto_map = kwargs.pop("auto_map", None) or self.local_auto_map()
         # AutoModelForImageClassification chooses between two classes by it, and cannot when it is None.
         self.architectures = self.architectures or []
-        # What the checkpoint holds where the caller asked for something else (`from_dict`).
-        self.stored_values: dict[str, Any] = {}
         # On the instance, as transformers expects it where a plan depends on the configuration.
         setattr(self, "base_model_tp_plan", self._tensor_parallel_plan())  # noqa: B010
         self.stage_names = ["stem", *(f"stage{index}" for index in range(1, self.num_hidden_layers + 1))]
@@ -334,7 +408,7 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
         own_fields = {field.name for field in dataclasses.fields(cls)} - {"dtype"}
         overrides = {key: kwargs.pop(key) for key in list(kwargs) if key in own_fields}
         for name in kwargs:
-            known = sorted(own_fields | TRANSFORMERS_KEYWORDS)
+            known = sorted(own_fields | TRANSFORMERS_KEYWORDS | {"gate_new_tokens"})
             if name not in known and (hint := _did_you_mean(name, known, cutoff=0.8)):
                 raise ValueError(f"unknown field {name!r}{hint}")
         stored = dict(config_dict)
@@ -342,22 +416,16 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
             _forget(stored, "id2label", "label2id")  # the stored names no longer describe the classes
         if overrides.get("num_hidden_layers") not in (None, stored.get("num_hidden_layers")):
             _forget(stored, "out_features", "out_indices")  # nor the stored stages the layers
+        if counts := {field: overrides[field] for field in TOKEN_COUNTS.values() if field in overrides}:
+            stored_counts = {field: stored.get(field, getattr(cls, field)) for field in TOKEN_COUNTS.values()}
+            stored["gated_tokens"] = gates_that_stay(stored.get("gated_tokens"), stored_counts, stored_counts | counts)
         extras = {name: stored.pop(name) for name in list(stored) if not cls._is_known(name)}
         built = super().from_dict({**stored, **overrides}, **kwargs)
         config = built[0] if isinstance(built, tuple) else built
         for name, value in extras.items():  # set by the user before saving, or written by another version
             logger.warning(f"the stored configuration has a field {name!r} that this version does not use")
             setattr(config, name, value)
-        config.stored_values = {
-            name: stored[name] for name in ADAPTABLE_FIELDS if name in overrides and name in stored
-        }
         return built
-
-    def to_dict(self) -> dict[str, Any]:
-        """As transformers', without what describes one loading."""
-        output = super().to_dict()
-        output.pop("stored_values")
-        return output
 
     def save_pretrained(self, save_directory: Any, push_to_hub: bool = False, **kwargs: Any) -> None:
         """Save as any transformers configuration; the code is copied beside it, so the Auto classes point there."""
@@ -399,22 +467,32 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
     @property
     def head_dim(self) -> int:
         """Width of one attention head."""
-        return self.hidden_size // self.num_attention_heads
+        return self.attention_head_size or self.hidden_size // self.num_attention_heads
+
+    @property
+    def pooled_cls_indices(self) -> list[int]:
+        """Indices of the CLS tokens that are pooled."""
+        return list(range(self.num_cls_tokens)) if self.pooled_cls_tokens is None else self.pooled_cls_tokens
 
     @property
     def pooled_size(self) -> int:
         """Width of the pooled vector that the head reads."""
         if self.pooling not in ("cls", "cls_mean"):
             return self.hidden_size
-        num_vectors = self.num_cls_tokens if self.cls_pooling == "concat" else 1
+        num_vectors = len(self.pooled_cls_indices) if self.cls_pooling == "concat" else 1
         if self.pooling == "cls_mean":
             num_vectors += 1
         return num_vectors * self.hidden_size
 
     @property
+    def has_rotary_positions(self) -> bool:
+        """Whether queries and keys are rotated."""
+        return "rope" in self.position_embedding_type
+
+    @property
     def has_distillation_head(self) -> bool:
         """Whether a classifier reads the distillation token."""
-        return self.num_distillation_tokens > 0 if self.distillation_head is None else self.distillation_head
+        return self.num_distillation_tokens > 0 and self.distillation_head is not False
 
     def validate_numbers(self) -> None:
         """Every count, size and rate within its range."""
@@ -422,6 +500,10 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
         _require_at_least(self, 0, "num_cls_tokens num_distillation_tokens num_register_tokens")
         if self.head_hidden_size is not None:
             _require_at_least(self, 1, "head_hidden_size")
+        if self.rope_reference_grid is not None and (
+            len(self.rope_reference_grid) != 2 or min(self.rope_reference_grid) < 1
+        ):
+            raise ValueError(f"rope_reference_grid is {self.rope_reference_grid}: give [rows, columns]")
         for name in ("hidden_dropout_prob", "attention_probs_dropout_prob", "drop_path_rate"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}: set a rate of at least 0 and below 1")
@@ -443,25 +525,34 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
 
     def validate_heads(self) -> None:
         """The width divides into heads; rotary and sin-cos positions need a multiple of four."""
-        if self.hidden_size % self.num_attention_heads:
+        if self.attention_head_size is not None:
+            _require_at_least(self, 1, "attention_head_size")
+        elif self.hidden_size % self.num_attention_heads:
             divisors = [n for n in range(1, self.hidden_size + 1) if self.hidden_size % n == 0]
             nearest = sorted(divisors, key=lambda n: abs(n - self.num_attention_heads))[:2]
             raise ValueError(
                 f"num_attention_heads={self.num_attention_heads} does not divide hidden_size={self.hidden_size}: "
                 f"use {' or '.join(map(str, sorted(nearest)))} heads"
             )
-        if self.position_embedding_type == "rope_2d" and self.head_dim % 4:
+        if self.has_rotary_positions and self.head_dim % 4:
             raise ValueError(
-                f"rope_2d needs a head width that is a multiple of 4, and {self.hidden_size} / "
-                f"{self.num_attention_heads} = {self.head_dim}: change hidden_size or num_attention_heads"
+                f"{self.position_embedding_type} needs a head width that is a multiple of 4, and it is "
+                f"{self.head_dim}: change hidden_size, num_attention_heads or attention_head_size"
+            )
+        if self.attention_type == "differential" and (self.head_dim % 2 or self.has_rotary_positions):
+            raise ValueError(
+                'attention_type="differential" needs an even head width and no rotary positions, and they are '
+                f'{self.head_dim} and "{self.position_embedding_type}"'
             )
         if self.position_embedding_type == "sincos_2d" and self.hidden_size % 4:
             raise ValueError(f"sincos_2d needs hidden_size to be a multiple of 4, and it is {self.hidden_size}")
 
     def validate_activation(self) -> None:
         """The activation is one that transformers knows."""
-        if self.hidden_act not in ACT2FN:
-            raise ValueError(f"unknown hidden_act {self.hidden_act!r}{_did_you_mean(self.hidden_act, list(ACT2FN))}")
+        for name in ("hidden_act", "pooled_activation"):
+            value = getattr(self, name)
+            if value is not None and value not in ACT2FN:
+                raise ValueError(f"unknown {name} {value!r}{_did_you_mean(value, list(ACT2FN))}")
 
     def validate_image(self) -> None:
         """Image and patch sizes are positive pairs, and whole patches cover the image."""
@@ -488,6 +579,11 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
                 f'pooling="{self.pooling}" reads a CLS token and num_cls_tokens is 0: set num_cls_tokens=1, or '
                 'pooling="mean", "max" or "attention"'
             )
+        for index in self.pooled_cls_tokens or ():
+            if not 0 <= index < self.num_cls_tokens:
+                raise ValueError(f"pooled_cls_tokens names token {index} and there are {self.num_cls_tokens}, from 0")
+        if self.pooled_cls_tokens == []:
+            raise ValueError("pooled_cls_tokens is empty: name one or more, or leave it out")
         if self.distillation_head and self.num_distillation_tokens == 0:
             raise ValueError("distillation_head=True without a distillation token: set num_distillation_tokens=1")
         if self.distillation_inference == "distillation" and not self.has_distillation_head:
@@ -499,6 +595,15 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
             raise ValueError(
                 f'token_init="zeros" makes the {group} tokens identical, and they would stay so: use "trunc_normal"'
             )
+
+    def validate_attention_pool(self) -> None:
+        """The attention pooler's own heads divide the width."""
+        pool_heads = self.attention_pool_heads or self.num_attention_heads
+        if (self.attention_pool_heads or self.pooling == "attention") and self.hidden_size % pool_heads:
+            raise ValueError(f"attention_pool_heads={pool_heads} does not divide hidden_size={self.hidden_size}")
+        for name in ("attention_pool_heads", "attention_pool_intermediate_size"):
+            if getattr(self, name) is not None:
+                _require_at_least(self, 1, name)
 
     def validate_scopes(self) -> None:
         """One well-formed scope per CLS token."""
@@ -520,6 +625,26 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
                     f"cls_scopes: {scope} names no cell of a {rows} x {columns} grid over {self.grid_size[0]} x "
                     f"{self.grid_size[1]} patches: rows and columns count from 0"
                 )
+
+    def validate_gates(self) -> None:
+        """Gates stand before tokens that exist."""
+        for group, count in (self.gated_tokens or {}).items():
+            if group not in TOKEN_COUNTS:
+                raise ValueError(f"gated_tokens: unknown group {group!r}: use {', '.join(TOKEN_COUNTS)}")
+            if not 0 < count <= getattr(self, TOKEN_COUNTS[group]):
+                raise ValueError(
+                    f"gated_tokens: {count} of {getattr(self, TOKEN_COUNTS[group])} {group} tokens cannot be gated"
+                )
+
+    def validate_register_neurons(self) -> None:
+        """Register neurons exist, and a register to move them to."""
+        if self.register_neurons is None:
+            return
+        if self.num_register_tokens == 0:
+            raise ValueError("register_neurons move to the last register and num_register_tokens is 0: set it to 1")
+        for pair in self.register_neurons:
+            if len(pair) != 2 or not (0 <= pair[0] < self.num_hidden_layers and 0 <= pair[1] < self.intermediate_size):
+                raise ValueError(f"register_neurons: {pair} is no [layer, neuron] of this model")
 
     def validate_tasks(self) -> None:
         """One CLS token per task, every task with a usable name and labels."""
@@ -545,7 +670,7 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
     def _identical_group(self) -> str | None:
         """Name of a group with several tokens that nothing tells apart when all start at zero."""
         positioned = {"patches": (), "cls": ("cls",), "all": ("cls", "distillation", "registers")}
-        learned = self.position_embedding_type == "learned"
+        learned = self.position_embedding_type.startswith("learned")
         told_apart = positioned[self.position_embedding_tokens] if learned else ()
         for name, group in self.token_layout.items():
             if name != "patches" and name not in told_apart and group.stop - group.start > 1:
@@ -588,6 +713,21 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
             if not self._is_known(name):
                 fields = [field.name for field in dataclasses.fields(self)]
                 raise ValueError(f"unknown field {name!r}{_did_you_mean(name, [*fields, *TRANSFORMERS_KEYWORDS])}")
+
+
+def gates_that_stay(
+    gated_tokens: dict[str, int] | None, counts: Mapping[str, int], new_counts: Mapping[str, int]
+) -> dict[str, int] | None:
+    """`gated_tokens` for other counts of tokens, both by the fields of `TOKEN_COUNTS`.
+
+    Gates stay with their tokens. These are the last of their group, so tokens added behind them are gated too.
+    """
+    staying = {}
+    for group, field in TOKEN_COUNTS.items():
+        num_gated = (gated_tokens or {}).get(group, 0)
+        if num_gated and (num_staying := num_gated + new_counts[field] - counts[field]) > 0:
+            staying[group] = num_staying
+    return staying or None
 
 
 def _pair(value: int | list[int] | tuple[int, int]) -> tuple[int, int]:

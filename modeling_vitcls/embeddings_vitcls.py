@@ -2,8 +2,8 @@
 
     pixel_values -> patches + positions -> [ CLS | distillation | registers | patches ] -> dropout -> norm
 
-Learned and sin-cos positions are added here. Rotary positions are computed here and applied inside attention
-(`rotate_patches`). What a token may see is decided in scopes_vitcls.py, the encoder is in layers_vitcls.py.
+Learned and sin-cos positions are added here; rotary ones are in rotary_vitcls.py. What a token may see is decided in
+scopes_vitcls.py, the encoder is in layers_vitcls.py.
 """
 
 import math
@@ -12,6 +12,8 @@ import torch
 from torch import nn
 
 from .configuration_vitcls import ViTCLSConfig
+from .norms_vitcls import build_norm
+from .resampling_vitcls import Resampling
 
 
 class ViTCLSEmbeddings(nn.Module):
@@ -29,7 +31,7 @@ class ViTCLSEmbeddings(nn.Module):
         self.register_tokens = _token_parameter(config.num_register_tokens, config.hidden_size)
         self.mask_token = _token_parameter(int(config.use_mask_token), config.hidden_size)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
-        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps) if config.pre_norm else nn.Identity()
+        self.norm = build_norm(config) if config.pre_norm else nn.Identity()
 
     def forward(self, pixel_values: torch.Tensor, bool_masked_pos: torch.Tensor | None = None) -> torch.Tensor:
         """Embed images; patches where `bool_masked_pos` [B, rows * columns] is true become the mask token.
@@ -85,10 +87,11 @@ class ViTCLSPatchEmbeddings(nn.Module):
             stride=self.patch_size,
             bias=config.patch_bias,
         )
+        self.norm = build_norm(config) if config.patch_norm else nn.Identity()
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """Project the patches of images that `grid_of` accepts."""
-        return self.projection(pixel_values).flatten(2).transpose(1, 2)  # [B, rows * columns, D]
+        return self.norm(self.projection(pixel_values).flatten(2).transpose(1, 2))  # [B, rows * columns, D]
 
     def grid_of(self, pixel_values: torch.Tensor) -> tuple[int, int]:
         """Rows and columns of patches in these images.
@@ -127,8 +130,7 @@ class LearnedPositions(nn.Module):
     def __init__(self, config: ViTCLSConfig) -> None:
         super().__init__()
         self.grid = config.grid_size
-        self.mode = config.position_interpolation
-        self.antialias = config.position_antialias
+        self.resample = Resampling(config.position_interpolation, config.position_antialias, config.position_offset)
         has_cls_position = config.position_embedding_tokens in ("cls", "all")
         has_all_positions = config.position_embedding_tokens == "all"
         width = config.hidden_size
@@ -141,7 +143,7 @@ class LearnedPositions(nn.Module):
         """Add positions to the special tokens that have them, and to the patches."""
         positions: torch.Tensor = self.patches
         if grid != self.grid:
-            positions = resample_positions(self.patches, self.grid, grid, self.mode, self.antialias)
+            positions = self.resample(self.patches, self.grid, grid)
         return [self.add_to_special(name, token) for name, token in special.items()], patches + positions
 
     def add_to_special(self, name: str, token: torch.Tensor) -> torch.Tensor:
@@ -185,79 +187,12 @@ class NoAddedPositions(nn.Module):
 POSITION_EMBEDDINGS: dict[str, type[LearnedPositions | SinCosPositions | NoAddedPositions]] = {
     "learned": LearnedPositions,
     "sincos_2d": SinCosPositions,
+    "learned_rope_2d": LearnedPositions,
+    "learned_rope_mixed": LearnedPositions,
     "rope_2d": NoAddedPositions,
+    "rope_mixed": NoAddedPositions,
     "none": NoAddedPositions,
 }
-
-
-class RotaryPositions(nn.Module):
-    """Cosines and sines of the patches' coordinates, for `rotate_patches` (DINOv3, arXiv 2508.10104, section 3.2).
-
-    Coordinates run from -1 to 1 over the image along each axis, whatever its size, so rectangles and other sizes need
-    no resampling.
-    """
-
-    def __init__(self, config: ViTCLSConfig) -> None:
-        super().__init__()
-        self.theta = float(config.rope_theta)
-        self.head_dim = config.head_dim
-
-    def forward(self, grid: tuple[int, int], hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """`(cos, sin)`, each [rows * columns, head_dim], in the dtype and on the device of `hidden_states`."""
-        device = hidden_states.device
-        axes = [
-            2.0 * (torch.arange(size, dtype=torch.float32, device=device) + 0.5) / size - 1.0 for size in grid
-        ]  # patch centres: [rows], [columns]
-        centres = torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).flatten(0, 1)  # [N, 2]
-        exponents = torch.arange(self.head_dim // 4, dtype=torch.float32, device=device) * 4 / self.head_dim
-        angles = 2 * math.pi * centres[:, :, None] * self.theta**-exponents  # [N, 2, head_dim / 4]
-        angles = angles.flatten(1).tile(2)  # [N, head_dim]
-        return angles.cos().to(hidden_states.dtype), angles.sin().to(hidden_states.dtype)
-
-
-class NoRotaryPositions(nn.Module):
-    """Stands where `RotaryPositions` would, for models whose queries and keys are not rotated."""
-
-    def __init__(self, config: ViTCLSConfig) -> None:
-        super().__init__()
-
-    def forward(self, grid: tuple[int, int], hidden_states: torch.Tensor) -> None:
-        """Nothing to rotate by."""
-        return None
-
-
-def rotate_patches(
-    query: torch.Tensor, key: torch.Tensor, position_embeddings: tuple[torch.Tensor, torch.Tensor]
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rotate queries and keys [B, heads, N, head_dim] of the patches; special tokens, which come first, stay."""
-    cos, sin = position_embeddings  # [patches, head_dim] each
-
-    def rotate(states: torch.Tensor) -> torch.Tensor:
-        special, patches = states.tensor_split([states.shape[-2] - cos.shape[-2]], dim=-2)
-        first, second = patches.chunk(2, dim=-1)
-        patches = patches * cos + torch.cat([-second, first], dim=-1) * sin
-        return torch.cat([special, patches], dim=-2)
-
-    return rotate(query), rotate(key)
-
-
-def leave_unrotated(
-    query: torch.Tensor, key: torch.Tensor, position_embeddings: None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Stands where `rotate_patches` would, for models without rotary positions."""
-    return query, key
-
-
-def resample_positions(
-    positions: torch.Tensor, grid: tuple[int, int], new_grid: tuple[int, int], mode: str, antialias: bool
-) -> torch.Tensor:
-    """Resample learned positions [1, rows * columns, D] from one grid (rows, columns) to another.
-
-    Computed in float32, returned in the dtype of `positions`.
-    """
-    maps = positions.float().unflatten(1, grid).permute(0, 3, 1, 2)  # [1, D, rows, columns]
-    maps = nn.functional.interpolate(maps, size=new_grid, mode=mode, align_corners=False, antialias=antialias)
-    return maps.permute(0, 2, 3, 1).flatten(1, 2).to(positions.dtype)  # [1, new rows * new columns, D]
 
 
 def _token_parameter(count: int, width: int) -> nn.Parameter | None:

@@ -5,11 +5,14 @@
 Only pooled tokens reach a head. Losses are in losses_vitcls.py.
 """
 
+from collections import OrderedDict
+
 import torch
 from torch import nn
+from transformers.activations import ACT2FN
 
 from .configuration_vitcls import ViTCLSConfig
-from .layers_vitcls import MLPS
+from .norms_vitcls import build_norm
 
 
 class CLSPooler(nn.Module):
@@ -17,12 +20,12 @@ class CLSPooler(nn.Module):
 
     def __init__(self, config: ViTCLSConfig) -> None:
         super().__init__()
-        self.cls = config.token_layout.cls
+        self.tokens = config.token_layout.cls if config.pooled_cls_tokens is None else config.pooled_cls_tokens
         self.reduce = CLS_REDUCTIONS[config.cls_pooling]
 
     def forward(self, sequence: torch.Tensor) -> torch.Tensor:
         """Read the CLS tokens."""
-        return self.reduce(sequence[:, self.cls])
+        return self.reduce(sequence[:, self.tokens])
 
 
 def first_token(tokens: torch.Tensor) -> torch.Tensor:
@@ -89,29 +92,42 @@ class AttentionPooler(nn.Module):
     def __init__(self, config: ViTCLSConfig) -> None:
         super().__init__()
         width = config.hidden_size
-        self.patches = config.token_layout.patches
-        self.head_dim = config.head_dim
+        self.tokens = slice(None) if config.attention_pool_tokens == "all" else config.token_layout.patches
+        self.head_dim = width // (config.attention_pool_heads or config.num_attention_heads)
         self.probe = nn.Parameter(torch.empty(1, 1, width))
         self.q_proj = nn.Linear(width, width)
         self.k_proj = nn.Linear(width, width)
         self.v_proj = nn.Linear(width, width)
         self.o_proj = nn.Linear(width, width)
-        self.layernorm = nn.LayerNorm(width, eps=config.layer_norm_eps)
-        self.mlp = MLPS[config.mlp_type](config)
+        self.transform = PooledMLP(config) if config.attention_pool_mlp else nn.Identity()
 
     def forward(self, sequence: torch.Tensor) -> torch.Tensor:
-        """Attend from the probe to the patches."""
-        patches = sequence[:, self.patches]
-        query = self._per_head(self.q_proj(self.probe)).expand(
-            sequence.shape[0], -1, -1, -1
-        )  # [B, heads, 1, head_dim]
-        key, value = self._per_head(self.k_proj(patches)), self._per_head(self.v_proj(patches))
+        """Attend from the probe."""
+        tokens = sequence[:, self.tokens]
+        query = self._per_head(self.q_proj(self.probe))  # [1, heads, 1, head_dim]
+        query = query.expand(sequence.shape[0], -1, -1, -1)
+        key, value = self._per_head(self.k_proj(tokens)), self._per_head(self.v_proj(tokens))
         attended = nn.functional.scaled_dot_product_attention(query, key, value)
-        pooled = self.o_proj(attended.transpose(1, 2).flatten(1))  # [B, D]
-        return pooled + self.mlp(self.layernorm(pooled))
+        return self.transform(self.o_proj(attended.transpose(1, 2).flatten(1)))
 
     def _per_head(self, states: torch.Tensor) -> torch.Tensor:
         return states.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+
+
+class PooledMLP(nn.Module):
+    """Norm and MLP around a residual, on one pooled vector. [B, D] -> [B, D]."""
+
+    def __init__(self, config: ViTCLSConfig) -> None:
+        super().__init__()
+        hidden_size = config.attention_pool_intermediate_size or config.intermediate_size
+        self.layernorm = build_norm(config)
+        self.fc1 = nn.Linear(config.hidden_size, hidden_size)
+        self.activation_fn = ACT2FN[config.hidden_act]
+        self.fc2 = nn.Linear(hidden_size, config.hidden_size)
+
+    def forward(self, pooled: torch.Tensor) -> torch.Tensor:
+        """Transform the pooled vector."""
+        return pooled + self.fc2(self.activation_fn(self.fc1(self.layernorm(pooled))))
 
 
 POOLERS = {
@@ -121,6 +137,24 @@ POOLERS = {
     "max": PatchMaxPooler,
     "attention": AttentionPooler,
 }
+
+
+def build_pooler(config: ViTCLSConfig) -> nn.Module:
+    """Pooling by `config.pooling`, and the norm and activated linear layer that may follow. [B, N, D] -> [B, P]."""
+    pooler = POOLERS[config.pooling](config)
+    if not config.pooled_norm and config.pooled_activation is None:
+        return pooler
+    norm = build_norm(config, config.pooled_size) if config.pooled_norm else nn.Identity()
+    return nn.Sequential(OrderedDict(pooler=pooler, layernorm=norm, **_pooled_dense(config)))
+
+
+def _pooled_dense(config: ViTCLSConfig) -> dict[str, nn.Module]:
+    if config.pooled_activation is None:
+        return {}
+    return {
+        "dense": nn.Linear(config.pooled_size, config.pooled_size),
+        "activation": ACT2FN[config.pooled_activation],
+    }
 
 
 def build_head(config: ViTCLSConfig, in_features: int, num_labels: int | None) -> nn.Module:

@@ -10,8 +10,9 @@ once with PIL. Augmentation for training does not live here.
 
 import base64
 import difflib
+import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from io import BytesIO
 from typing import Any
@@ -63,6 +64,9 @@ RESAMPLE = (
     PILImageResampling.BICUBIC,
 )
 
+# What becomes of half a pixel beside a centre crop: transformers rounds down; torchvision and timm to the even number.
+CROP_ROUNDINGS: dict[str, Callable[[float], int]] = {"down": math.floor, "even": round}
+
 GREY_MODES = frozenset({"1", "L", "LA", "I", "I;16", "I;16L", "I;16B", "I;16N"})
 FLOAT_SETTINGS = ("rescale_factor", "image_mean", "image_std")
 DOWNLOAD_TIMEOUT = 60.0  # seconds
@@ -83,11 +87,14 @@ class ViTCLSProcessing(BaseImageProcessor):
     image_mean = IMAGENET_DEFAULT_MEAN
     image_std = IMAGENET_DEFAULT_STD
 
-    def __init__(self, **kwargs: Unpack[ImagesKwargs]) -> None:
+    def __init__(self, crop_rounding: str = "down", **kwargs: Unpack[ImagesKwargs]) -> None:
         refuse_misspelt(kwargs)
         with errors_in_one_line():
             validate_typed_dict(ImagesKwargs, known_settings(kwargs))  # type: ignore[type-var]
+        if crop_rounding not in CROP_ROUNDINGS:
+            raise ValueError(f"unknown crop_rounding {crop_rounding!r}: use {' or '.join(CROP_ROUNDINGS)}")
         super().__init__(**kwargs)
+        self.crop_rounding = crop_rounding
 
     @classmethod
     def from_dict(cls, image_processor_dict: dict[str, Any], **kwargs: Any) -> Any:
@@ -143,6 +150,14 @@ class ViTCLSProcessing(BaseImageProcessor):
         if do_normalize:
             check_channels(len(pixels), image_mean=image_mean, image_std=image_std)
         return super().process_image(pixels, do_convert_rgb=False, input_data_format=ChannelDimension.FIRST, **kwargs)
+
+    def center_crop(self, image: Any, size: Any, **kwargs: Any) -> Any:  # type: ignore[override]
+        """Cut `size` out of the middle of one or more images [..., H, W], by `crop_rounding`."""
+        top, left = ((have - want) / 2 for have, want in zip(image.shape[-2:], (size.height, size.width), strict=True))
+        if min(top, left) < 0:  # pads
+            return super().center_crop(image, size, **kwargs)
+        top, left = CROP_ROUNDINGS[self.crop_rounding](top), CROP_ROUNDINGS[self.crop_rounding](left)
+        return image[..., top : top + size.height, left : left + size.width]
 
     def _prepare_images_structure(self, images: Any, expected_ndims: int = 3) -> list[Any]:
         """A flat list of single images; unlike transformers' own, grey arrays of shape [H, W] count as images."""
@@ -209,6 +224,8 @@ class ViTCLSImageProcessor(ViTCLSProcessing, TorchvisionBackend):  # type: ignor
             1 (Lanczos), 2 (bilinear) or 3 (bicubic).
         do_center_crop (`bool`, *optional*): Cut `crop_size` out of the middle.
         crop_size (`dict` or `int`, *optional*): Pixels. Not larger than what `size` leaves.
+        crop_rounding (`"down"` or `"even"`, defaults to `"down"`): Where the crop begins if the margins are not whole
+            pixels: as in transformers, or at the nearest even pixel, as in torchvision and timm. Not per call.
         do_rescale (`bool`, defaults to `True`): Multiply by `rescale_factor`. `False` for floats between 0 and 1.
         rescale_factor (`float`, defaults to 1/255).
         do_normalize (`bool`, defaults to `True`): Subtract `image_mean`, divide by `image_std`.
@@ -221,10 +238,10 @@ class ViTCLSImageProcessor(ViTCLSProcessing, TorchvisionBackend):  # type: ignor
         ImportError: at construction, if torchvision is not installed; `ViTCLSImageProcessorPil` does not need it.
     """
 
-    def __init__(self, **kwargs: Unpack[ImagesKwargs]) -> None:
+    def __init__(self, crop_rounding: str = "down", **kwargs: Unpack[ImagesKwargs]) -> None:
         if not is_torchvision_available():
             raise ImportError("ViTCLSImageProcessor needs torchvision: install it, or load it with backend='pil'")
-        super().__init__(**kwargs)
+        super().__init__(crop_rounding=crop_rounding, **kwargs)
 
 
 class ViTCLSImageProcessorPil(ViTCLSProcessing, PilBackend):  # type: ignore[misc]

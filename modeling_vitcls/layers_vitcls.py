@@ -1,36 +1,36 @@
-"""The encoder layer: attention and MLP, each behind a LayerNorm, added to the residual stream.
+"""The encoder layer: attention and MLP, each with a norm, added to the residual stream.
 
-    x = x + drop_path(scale(attention(norm(x))))
-    x = x + drop_path(scale(mlp(norm(x))))
+    standard    x = x + drop_path(scale(attention(norm(x))));   x = x + drop_path(scale(mlp(norm(x))))
+    post        x = x + drop_path(scale(norm(attention(x))));   x = x + drop_path(scale(norm(mlp(x))))
+    parallel    y = norm(x);   x = x + drop_path(scale(attention(y) + mlp(y)))
 
 Special tokens are ordinary rows here: they attend and are updated in every layer. Names of modules follow the ViT of
 transformers, so that LoRA targets and tensor-parallel plans carry over.
 """
 
-from collections.abc import Callable
-
 import torch
 from torch import nn
 from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 
+from .attention_vitcls import ATTENTIONS
 from .configuration_vitcls import ViTCLSConfig
-from .embeddings_vitcls import leave_unrotated, rotate_patches
+from .norms_vitcls import build_norm
+from .rotary_vitcls import Rotation
 
 
 class ViTCLSLayer(GradientCheckpointingLayer):
     """One pre-norm Transformer layer, [B, N, D] -> [B, N, D]."""
 
-    def __init__(self, config: ViTCLSConfig, drop_path_rate: float = 0.0) -> None:
+    def __init__(self, config: ViTCLSConfig, layer_index: int, drop_path_rate: float) -> None:
         super().__init__()
-        self.layernorm_before = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.attention = ViTCLSAttention(config)
+        self.layernorm_before = build_norm(config)
+        self.attention = ATTENTIONS[config.attention_type](config)
         self.layer_scale1 = _layer_scale(config)
-        self.layernorm_after = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.mlp = MLPS[config.mlp_type](config)
+        self.layernorm_after = build_norm(config)
+        self.mlp = MLPS[config.mlp_type](config, layer_index)
         self.layer_scale2 = _layer_scale(config)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
         self.drop_path = DropPath(drop_path_rate) if drop_path_rate > 0 else nn.Identity()
@@ -39,120 +39,132 @@ class ViTCLSLayer(GradientCheckpointingLayer):
         self,
         hidden_states: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
-        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
+        rotation: Rotation = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> torch.Tensor:
-        """Attend, then transform each token; `position_embeddings` are those of `RotaryPositions`, or None."""
-        attended, _ = self.attention(
-            self.layernorm_before(hidden_states), attention_mask, position_embeddings, **kwargs
-        )
+        """Attend, then transform each token; `rotation` is this layer's from rotary_vitcls.py."""
+        attended, _ = self.attention(self.layernorm_before(hidden_states), attention_mask, rotation, **kwargs)
         hidden_states = hidden_states + self.drop_path(self.layer_scale1(self.dropout(attended)))
         transformed = self.mlp(self.layernorm_after(hidden_states))
         return hidden_states + self.drop_path(self.layer_scale2(self.dropout(transformed)))
 
 
-class ViTCLSAttention(nn.Module):
-    """Multi-head self-attention through transformers' attention interface (eager, SDPA, flash, flex)."""
-
-    def __init__(self, config: ViTCLSConfig) -> None:
-        super().__init__()
-        self.config = config
-        self.head_dim = config.head_dim
-        self.scaling = config.head_dim**-0.5
-        self.attention_dropout = config.attention_probs_dropout_prob
-        self.is_causal = False
-        width = config.hidden_size
-        self.q_proj = nn.Linear(width, width, bias=_first_set(config.query_bias, config.qkv_bias))
-        self.k_proj = nn.Linear(width, width, bias=_first_set(config.key_bias, config.qkv_bias))
-        self.v_proj = nn.Linear(width, width, bias=_first_set(config.value_bias, config.qkv_bias))
-        self.o_proj = nn.Linear(width, width, bias=config.projection_bias)
-        self.q_norm = nn.LayerNorm(self.head_dim, eps=config.layer_norm_eps) if config.qk_norm else nn.Identity()
-        self.k_norm = nn.LayerNorm(self.head_dim, eps=config.layer_norm_eps) if config.qk_norm else nn.Identity()
-        self.apply_positions: Callable = (
-            rotate_patches if config.position_embedding_type == "rope_2d" else leave_unrotated
-        )
+class ViTCLSPostNormLayer(ViTCLSLayer):
+    """A layer whose norms stand behind attention and MLP, before they are added (EVA-CLIP's largest model)."""
 
     def forward(
         self,
         hidden_states: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
-        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
+        rotation: Rotation = None,
         **kwargs: Unpack[TransformersKwargs],
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """[B, N, D] -> ([B, N, D], weights [B, heads, N, N] where the implementation returns them)."""
-        batch_size, sequence_length, _ = hidden_states.shape
-        # -1 heads: under tensor parallelism each process holds some of them
-        per_head = (batch_size, sequence_length, -1, self.head_dim)
-        query = self.q_norm(self.q_proj(hidden_states).view(per_head)).transpose(1, 2)  # [B, heads, N, head_dim]
-        key = self.k_norm(self.k_proj(hidden_states).view(per_head)).transpose(1, 2)
-        value = self.v_proj(hidden_states).view(per_head).transpose(1, 2)
-        query, key = self.apply_positions(query, key, position_embeddings)
-
-        attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.config._attn_implementation, eager_attention_forward
-        )
-        attended, weights = attention_interface(
-            self,
-            query,
-            key,
-            value,
-            attention_mask,
-            dropout=self.attention_dropout if self.training else 0.0,
-            scaling=self.scaling,
-            **kwargs,
-        )  # [B, N, heads, head_dim]
-        return self.o_proj(attended.reshape(batch_size, sequence_length, -1).contiguous()), weights
+    ) -> torch.Tensor:
+        """[B, N, D] -> [B, N, D]."""
+        attended, _ = self.attention(hidden_states, attention_mask, rotation, **kwargs)
+        attended = self.layernorm_before(self.dropout(attended))
+        hidden_states = hidden_states + self.drop_path(self.layer_scale1(attended))
+        transformed = self.layernorm_after(self.dropout(self.mlp(hidden_states)))
+        return hidden_states + self.drop_path(self.layer_scale2(transformed))
 
 
-def eager_attention_forward(
-    module: nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    scaling: float,
-    dropout: float = 0.0,
-    **kwargs: Unpack[TransformersKwargs],
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Plain attention on [B, heads, N, head_dim], with its weights [B, heads, N, N]; softmax in float32."""
-    scores = torch.matmul(query, key.transpose(2, 3)) * scaling
-    if attention_mask is not None:
-        scores = scores + attention_mask
-    weights = nn.functional.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
-    weights = nn.functional.dropout(weights, p=dropout, training=module.training)
-    return torch.matmul(weights, value).transpose(1, 2).contiguous(), weights
+class ViTCLSParallelLayer(GradientCheckpointingLayer):
+    """Attention and MLP side by side on one norm, [B, N, D] -> [B, N, D] (ViT-22B, arXiv 2302.05442, section 2)."""
+
+    def __init__(self, config: ViTCLSConfig, layer_index: int, drop_path_rate: float) -> None:
+        super().__init__()
+        self.layernorm_before = build_norm(config)
+        self.attention = ATTENTIONS[config.attention_type](config)
+        self.mlp = MLPS[config.mlp_type](config, layer_index)
+        self.layer_scale1 = _layer_scale(config)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.drop_path = DropPath(drop_path_rate) if drop_path_rate > 0 else nn.Identity()
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        rotation: Rotation = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> torch.Tensor:
+        """Attend to and transform the same normalised tokens."""
+        normalised = self.layernorm_before(hidden_states)
+        attended, _ = self.attention(normalised, attention_mask, rotation, **kwargs)
+        both = self.dropout(attended) + self.dropout(self.mlp(normalised))
+        return hidden_states + self.drop_path(self.layer_scale1(both))
+
+
+LAYERS = {"standard": ViTCLSLayer, "post": ViTCLSPostNormLayer, "parallel": ViTCLSParallelLayer}
 
 
 class ViTCLSMLP(nn.Module):
     """Linear, activation, Linear on each token."""
 
-    def __init__(self, config: ViTCLSConfig) -> None:
+    def __init__(self, config: ViTCLSConfig, layer_index: int) -> None:
         super().__init__()
         self.activation_fn = ACT2FN[config.hidden_act]
         self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.move_neurons = build_neuron_mover(config, layer_index)
+        self.norm = build_norm(config, config.intermediate_size) if config.mlp_norm else nn.Identity()
         self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """[B, N, D] -> [B, N, D]."""
-        return self.fc2(self.activation_fn(self.fc1(hidden_states)))
+        activations = self.move_neurons(self.activation_fn(self.fc1(hidden_states)))  # [B, N, intermediate]
+        return self.fc2(self.norm(activations))
 
 
-class ViTCLSSwiGLU(nn.Module):
-    """An MLP gated by SiLU (Shazeer 2020, arXiv 2002.05202)."""
+class ViTCLSGLU(nn.Module):
+    """An MLP gated by its activation (Shazeer 2020, arXiv 2002.05202)."""
 
-    def __init__(self, config: ViTCLSConfig) -> None:
+    def __init__(self, config: ViTCLSConfig, layer_index: int) -> None:
         super().__init__()
-        self.activation_fn = nn.SiLU()
+        self.activation_fn = ACT2FN["silu" if config.mlp_type == "swiglu" else config.hidden_act]
         self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.move_neurons = build_neuron_mover(config, layer_index)
+        self.norm = build_norm(config, config.intermediate_size) if config.mlp_norm else nn.Identity()
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """[B, N, D] -> [B, N, D]."""
-        return self.down_proj(self.activation_fn(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
+        gated = self.activation_fn(self.gate_proj(hidden_states)) * self.up_proj(hidden_states)
+        return self.down_proj(self.norm(self.move_neurons(gated)))
 
 
-MLPS = {"mlp": ViTCLSMLP, "swiglu": ViTCLSSwiGLU}
+MLPS = {"mlp": ViTCLSMLP, "glu": ViTCLSGLU, "swiglu": ViTCLSGLU}
+
+
+class NeuronMover(nn.Module):
+    """Moves the activations of register neurons from the patches to the last register, without training.
+
+    The register receives the patches' largest activation, by magnitude (a gated MLP's may be negative), the patches
+    none; other special tokens keep theirs, as in the authors' code (Jiang et al. 2025, arXiv 2506.08010, section 4).
+    """
+
+    def __init__(self, config: ViTCLSConfig, neurons: list[int]) -> None:
+        super().__init__()
+        self.neurons = neurons
+        self.patches = config.token_layout.patches
+        self.register = config.token_layout.registers.stop - 1
+
+    def forward(self, activations: torch.Tensor) -> torch.Tensor:
+        """[B, N, intermediate] -> [B, N, intermediate]."""
+        of_patches = activations[:, self.patches, self.neurons]  # [B, patches, neurons]
+        largest = of_patches.abs().argmax(dim=1, keepdim=True)  # [B, 1, neurons]
+        moved = activations.clone()
+        moved[:, self.patches, self.neurons] = 0
+        moved[:, self.register, self.neurons] = of_patches.gather(1, largest).squeeze(1)
+        return moved
+
+    def extra_repr(self) -> str:
+        """The neurons, for `print(model)`."""
+        return f"neurons={self.neurons}"
+
+
+def build_neuron_mover(config: ViTCLSConfig, layer_index: int) -> nn.Module:
+    """A `NeuronMover` for the layer's register neurons, identity if it has none."""
+    neurons = [neuron for layer, neuron in config.register_neurons or () if layer == layer_index]
+    return NeuronMover(config, neurons) if neurons else nn.Identity()
 
 
 class LayerScale(nn.Module):
@@ -198,7 +210,3 @@ def _layer_scale(config: ViTCLSConfig) -> nn.Module:
     if config.layer_scale_init_value is None:
         return nn.Identity()
     return LayerScale(config.hidden_size, config.layer_scale_init_value)
-
-
-def _first_set(value: bool | None, default: bool) -> bool:
-    return default if value is None else value

@@ -8,7 +8,8 @@
     ViTCLSForMaskedImageModeling       reconstructs masked patches
     ViTCLSBackbone                     feature maps for dense prediction
 
-Their parts: embeddings_vitcls.py, scopes_vitcls.py, layers_vitcls.py, heads_vitcls.py, losses_vitcls.py.
+Their parts, in the order of the data: embeddings_vitcls.py, rotary_vitcls.py, scopes_vitcls.py, layers_vitcls.py,
+attention_vitcls.py, heads_vitcls.py, losses_vitcls.py.
 """
 
 import copy
@@ -27,12 +28,15 @@ from transformers.utils.generic import can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
 
 from .adaptation_vitcls import AdaptableModel
+from .attention_vitcls import ViTCLSAttention, ViTCLSDifferentialAttention
 from .configuration_vitcls import TokenLayout, ViTCLSConfig
-from .embeddings_vitcls import LearnedPositions, NoRotaryPositions, RotaryPositions, ViTCLSEmbeddings
-from .heads_vitcls import LOGIT_CHOICES, POOLERS, AttentionPooler, PixelDecoder, build_head, mean_token
-from .layers_vitcls import LayerScale, ViTCLSAttention, ViTCLSLayer, drop_path_rates
+from .embeddings_vitcls import LearnedPositions, ViTCLSEmbeddings
+from .heads_vitcls import LOGIT_CHOICES, AttentionPooler, PixelDecoder, build_head, build_pooler, mean_token
+from .layers_vitcls import LAYERS, LayerScale, ViTCLSLayer, ViTCLSParallelLayer, drop_path_rates
 from .losses_vitcls import IGNORED_LABEL, classification_loss, cross_entropy, masked_pixel_loss
-from .scopes_vitcls import FullView, ScopedView
+from .norms_vitcls import build_norm
+from .rotary_vitcls import ROTARY_POSITIONS, MixedRotaryPositions
+from .scopes_vitcls import DistanceView, NoGates, TokenGates, build_view
 
 
 @dataclass
@@ -103,17 +107,18 @@ class ViTCLSPreTrainedModel(AdaptableModel):
     main_input_name = "pixel_values"
     input_modalities = ["image"]
     supports_gradient_checkpointing = True
-    _no_split_modules = ["ViTCLSEmbeddings", "ViTCLSLayer"]
+    _no_split_modules = ["ViTCLSEmbeddings", "ViTCLSLayer", "ViTCLSParallelLayer"]
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
-    _can_record_outputs = {"hidden_states": ViTCLSLayer, "attentions": ViTCLSAttention}
+    _can_record_outputs = {"hidden_states": [ViTCLSLayer, ViTCLSParallelLayer], "attentions": ViTCLSAttention}
     _input_embed_layer = "patch_embeddings"
 
     def __init__(self, config: ViTCLSConfig, *args: Any, **kwargs: Any) -> None:
-        config.validate()  # fields may have been set since its construction
+        if not config.unchecked:
+            config.validate()  # fields may have been set since its construction
         super().__init__(config, *args, **kwargs)
 
     @torch.no_grad()
@@ -136,6 +141,15 @@ class ViTCLSPreTrainedModel(AdaptableModel):
             init.constant_(module.lambda1, module.init_value)
         elif isinstance(module, AttentionPooler):
             init.trunc_normal_(module.probe, mean=0.0, std=std)
+        elif isinstance(module, MixedRotaryPositions):
+            init.copy_(module.frequencies, module.initial_frequencies())
+        elif isinstance(module, DistanceView):
+            init.zeros_(module.tables)
+        elif isinstance(module, ViTCLSDifferentialAttention):
+            init.constant_(module.second_share, module.INITIAL_SHARE)
+            init.constant_(module.head_norm.weight, 1 - module.INITIAL_SHARE)
+        elif isinstance(module, TokenGates):
+            init.constant_(module.gates, module.SHUT)
         else:
             super()._init_weights(module)  # norms
 
@@ -152,13 +166,15 @@ class ViTCLSModel(ViTCLSPreTrainedModel):
 
     def __init__(self, config: ViTCLSConfig, add_pooling_layer: bool = True) -> None:
         super().__init__(config)
-        has_rotary_positions = config.position_embedding_type == "rope_2d"
         self.embeddings = ViTCLSEmbeddings(config)
-        self.rotary_positions = RotaryPositions(config) if has_rotary_positions else NoRotaryPositions(config)
-        self.view = FullView(config) if config.cls_scopes is None else ScopedView(config)
-        self.layers = nn.ModuleList(ViTCLSLayer(config, rate) for rate in drop_path_rates(config))
-        self.layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.pooler = POOLERS[config.pooling](config) if add_pooling_layer else None
+        self.rotary_positions = ROTARY_POSITIONS[config.position_embedding_type](config)
+        self.view = build_view(config)
+        self.gates = TokenGates(config) if config.gated_tokens else NoGates(config)
+        self.layers = nn.ModuleList(
+            LAYERS[config.layer_type](config, index, rate) for index, rate in enumerate(drop_path_rates(config))
+        )
+        self.layernorm = build_norm(config) if config.final_norm else nn.Identity()
+        self.pooler = build_pooler(config) if add_pooling_layer else None
         self.post_init()
 
     @capture_outputs(tie_last_hidden_states=False)
@@ -186,10 +202,10 @@ class ViTCLSModel(ViTCLSPreTrainedModel):
         grid = self.embeddings.patch_embeddings.grid_of(pixel_values)
 
         hidden_states = self.embeddings(pixel_values, bool_masked_pos)  # [B, N, D]
-        position_embeddings = self.rotary_positions(grid, hidden_states)
-        attention_mask = self.view(hidden_states, attention_mask, grid)
-        for layer in self.layers:
-            hidden_states = layer(hidden_states, attention_mask, position_embeddings, **kwargs)
+        masks = self.gates(self.view(hidden_states, attention_mask, grid), hidden_states)  # one per layer
+        rotations = self.rotary_positions(grid, hidden_states)  # one per layer
+        for layer, mask, rotation in zip(self.layers, masks, rotations, strict=True):
+            hidden_states = layer(hidden_states, mask, rotation, **kwargs)
         sequence = self.layernorm(hidden_states)  # [B, N, D]
 
         return ViTCLSModelOutput(

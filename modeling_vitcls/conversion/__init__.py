@@ -1,0 +1,1 @@
+"""Other projects' checkpoints <-> ours: one file per source, rules as tables, one engine."""

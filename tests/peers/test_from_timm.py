@@ -1,0 +1,316 @@
+"""Every ViT of timm against ours: the same numbers after conversion, or an error that names what is missing.
+
+All parameters of timm's models are random first (random_fill.py). Compared are all tokens that leave the encoder and
+the logits, at the native size and, after timm's own resampling, at a rectangle.
+"""
+
+import copy
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import pytest
+import timm
+import torch
+from timm.layers import GluMlp, LayerNorm, RmsNorm
+from timm.models.vision_transformer import DiffParallelScalingBlock, ParallelScalingBlock, ParallelThingsBlock
+from torch import nn
+
+from modeling_vitcls import ViTCLSForImageClassification, ViTCLSModel
+from modeling_vitcls.conversion.engine import ConversionError
+from modeling_vitcls.conversion.from_timm import convert_from_timm
+
+from .random_fill import random_fill
+
+
+TOLERANCE = 1e-5
+MODULES = ("vision_transformer", "deit", "eva")
+NATIVE, RECTANGLE = (4, 4), (3, 6)  # in patches
+TINY = {"embed_dim": 96, "num_heads": 4, "depth": 2, "num_classes": 7}
+
+# One name for each set of switches among timm's architectures.
+REPRESENTATIVES = [
+    "vit_tiny_patch16_224",
+    "vit_small_patch16_18x2_224",
+    "vit_base_patch16_rpn_224",
+    "vit_base_patch16_clip_quickgelu_224",
+    "vit_base_patch16_siglip_224",
+    "vit_base_patch16_siglip_gap_224",
+    "vit_base_patch16_gap_224",
+    "vit_base_patch16_reg4_gap_256",
+    "vit_so150m_patch16_reg4_map_256",
+    "vit_so150m_patch16_reg4_gap_256",
+    "vit_so150m2_patch16_reg1_gap_256",
+    "vit_base_patch14_dinov2",
+    "vit_giant_patch14_reg4_dinov2",
+    "vit_base_patch16_radio_v3",
+    "vit_intern300m_patch14_448",
+    "vit_base_patch16_xp_224",
+    "vit_pwee_patch16_reg1_gap_256",
+    "vit_dpwee_patch16_reg1_gap_256",
+    "vit_dwee_patch16_reg1_gap_256",
+    "flexivit_small",
+    "aimv2_large_patch14_224",
+    "beit3_base_patch16_224",
+    "eva_large_patch14_196",
+    "test_vit",
+    "test_vit3",
+    "test_vit4",
+    "deit_tiny_distilled_patch16_224",
+    "deit3_small_patch16_224",
+    "eva_giant_patch14_224",
+    "eva_giant_patch14_clip_224",
+    "eva02_tiny_patch14_224",
+    "eva02_base_patch14_224",
+    "eva02_base_patch16_clip_224",
+    "eva02_enormous_patch14_clip_224",
+    "vit_mediumd_patch16_rope_reg1_gap_256",
+    "vit_base_patch16_rope_reg1_gap_256",
+    "vit_pe_core_tiny_patch16_384",
+    "vit_pe_core_gigantic_patch14_448",
+    "vit_pe_lang_large_patch14_448",
+    "vit_small_patch16_rope_224",
+    "vit_small_patch16_rope_mixed_224",
+    "vit_small_patch16_rope_ape_224",
+    "vit_small_patch16_rope_mixed_ape_224",
+    "vit_small_patch16_dinov3",
+    "vit_small_plus_patch16_dinov3_qkvb",
+    "vit_7b_patch16_dinov3",
+    "vit_small_patch16_lingbot",
+    "vit_base_patch16_sapiens2",
+]
+
+# What no name has, but a user may ask `timm.create_model` for.
+OWN_ARGUMENTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "oblong": ("vit_tiny_patch16_224", {"patch_size": (8, 16), "in_chans": 1}),
+    "no positions": ("vit_tiny_patch16_224", {"pos_embed": "none"}),
+    "no biases": ("vit_tiny_patch16_224", {"qkv_bias": False, "proj_bias": False}),
+    "every norm": (
+        "vit_tiny_patch16_224",
+        {"qk_norm": True, "scale_attn_norm": True, "scale_mlp_norm": True, "fc_norm": True, "norm_layer": RmsNorm},
+    ),
+    "maximum": ("vit_tiny_patch16_224", {"global_pool": "max", "reg_tokens": 2, "act_layer": "relu"}),
+    "attention pool, then norm": ("vit_tiny_patch16_224", {"global_pool": "map", "fc_norm": True}),
+    "post, normed": ("vit_base_patch16_rpn_224", {"init_values": 0.1, "qk_norm": True}),
+    "parallel, with biases": ("vit_tiny_patch16_224", {"block_fn": ParallelScalingBlock, "init_values": 0.1}),
+    "parallel differential, normed": ("vit_tiny_patch16_224", {"block_fn": DiffParallelScalingBlock, "qk_norm": True}),
+    "parallel, one output": ("vit_tiny_patch16_224", {"block_fn": partial(ParallelScalingBlock, fuse_out_proj=True)}),
+    "parallel differential, two numbers": (
+        "vit_tiny_patch16_224",
+        {"block_fn": partial(DiffParallelScalingBlock, dual_lambda=True)},
+    ),
+    "tanh GELU": ("vit_tiny_patch16_224", {"act_layer": partial(nn.GELU, approximate="tanh")}),
+    "gate last": ("vit_tiny_patch16_224", {"mlp_layer": GluMlp, "act_layer": "silu", "scale_mlp_norm": True}),
+    "branches without biases": (
+        "vit_tiny_patch16_224",
+        {"block_fn": ParallelThingsBlock, "norm_layer": RmsNorm, "qkv_bias": False, "proj_bias": False},
+    ),
+    "differential, normed": ("vit_dwee_patch16_reg1_gap_256", {"qk_norm": True, "scale_attn_norm": True}),
+    "DINOv3, neighbouring channels": (
+        "vit_small_patch16_dinov3",
+        {"rope_rotate_half": False, "rope_grid_indexing": "xy"},
+    ),
+    "EVA, half layout": ("eva02_base_patch14_224", {"rope_rotate_half": True, "rope_grid_offset": 0.5}),
+    "Sapiens, neighbouring channels": (
+        "vit_base_patch16_sapiens2",
+        {"rope_rotate_half": False, "num_kv_heads": (2, 1), "global_pool": "avg", "use_fc_norm": True},
+    ),
+    "EVA, attention pool": (
+        "eva02_tiny_patch14_224",
+        {"global_pool": "map", "num_reg_tokens": 2, "use_fc_norm": True},
+    ),
+}
+
+REFUSED: dict[str, tuple[str, dict[str, Any]]] = {
+    "an MLP gated by gelu": ("vit_tiny_patch16_224", {"mlp_layer": GluMlp}),
+    "global_pool='avgmax'": ("vit_tiny_patch16_224", {"global_pool": "avgmax"}),
+    "global_pool='prr'": ("vit_tiny_patch16_224", {"global_pool": "prr"}),
+    "a classifier of every token": ("vit_tiny_patch16_224", {"global_pool": ""}),
+    "mean pooling of special tokens": ("vit_tiny_patch16_224", {"global_pool": "avg", "pool_include_prefix": True}),
+    "dynamic_img_pad": ("vit_tiny_patch16_224", {"dynamic_img_size": True, "dynamic_img_pad": True}),
+    "activation Mish": ("vit_tiny_patch16_224", {"act_layer": "mish"}),
+    "norm SimpleNorm": ("vit_tiny_patch16_224", {"norm_layer": "simplenorm"}),
+    "norms of different kinds or eps": (
+        "vit_tiny_patch16_224",
+        {"embed_norm_layer": LayerNorm, "norm_layer": RmsNorm},
+    ),
+    "parallel blocks without biases": ("vit_base_patch16_xp_224", {"proj_bias": False}),
+    "norms of queries and keys in parallel branches": ("vit_small_patch16_18x2_224", {"qk_norm": True}),
+    "norms within parallel branches": ("vit_small_patch16_18x2_224", {"scale_mlp_norm": True}),
+    "attention pooling with an activation of its own": ("vit_pe_core_tiny_patch16_384", {"swiglu_mlp": False}),
+    "RotaryEmbeddingMRope": ("eva02_tiny_patch14_224", {"rope_type": "mrope", "rope_mrope_section": (2, 3, 3)}),
+    "an offset of centred rotary positions": ("vit_small_patch16_dinov3", {"rope_grid_offset": 0.5}),
+    "registers beside a distillation token": ("deit_tiny_distilled_patch16_224", {"reg_tokens": 2}),
+    "multiple of 4": ("vit_small_patch16_dinov3", {"embed_dim": 24}),
+}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """Threads that wait for each other cost more than these small models."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def all_names() -> list[str]:
+    """timm's architectures."""
+    return [name for module in MODULES for name in timm.list_models(module=module)]
+
+
+def peer(name: str, **arguments: Any) -> nn.Module:
+    """A model of timm's with two blocks, for images of `NATIVE` patches, random throughout."""
+    if "sapiens2" in name:  # by default one number for each of all its blocks
+        arguments = {"num_kv_heads": (arguments["num_heads"], arguments["num_heads"] // 2), **arguments}
+    model = timm.create_model(name, **{"depth": 2, "num_classes": 7, **arguments})
+    model.set_input_size(img_size=pixels(model, NATIVE))
+    random_fill(model)
+    for weight_name, weight in model.named_parameters():
+        if "lambda_" in weight_name:  # their products are exponentiated
+            weight.data *= 0.1
+    return model
+
+
+def peer_of_own_width(name: str) -> nn.Module:
+    """As `peer`, as wide as the architecture is, up to 1024; wider ones have eight of their heads."""
+    original = timm.create_model(name, device="meta")
+    heads = next(module.num_heads for module in original.modules() if hasattr(module, "num_heads"))
+    head_dim = original.embed_dim // heads
+    heads = heads if original.embed_dim <= 1024 else 8
+    return peer(name, embed_dim=heads * head_dim, num_heads=heads)
+
+
+def pixels(model: nn.Module, grid: tuple[int, int]) -> tuple[int, int]:
+    """Height and width of an image of so many patches."""
+    height, width = model.patch_embed.patch_size
+    return grid[0] * height, grid[1] * width
+
+
+@torch.no_grad()
+def largest_difference(model: nn.Module, ours: ViTCLSForImageClassification) -> float:
+    """Of all tokens and of the logits, at both sizes. timm's model is resized on the way."""
+    differences = []
+    for grid in (NATIVE, RECTANGLE):
+        size = pixels(model, grid)
+        model.set_input_size(img_size=size)
+        images = torch.randn(2, model.in_chans, *size, generator=torch.Generator().manual_seed(0))
+        tokens = model.forward_features(images)
+        differences.append((ours.vitcls(images).last_hidden_state - tokens).abs().max().item())
+        differences.append((ours(images).logits - model(images)).abs().max().item())
+    return max(differences)
+
+
+@pytest.mark.parametrize("name", REPRESENTATIVES)
+def test_representatives(name: str) -> None:
+    model = peer(name, **TINY)
+    assert largest_difference(model, convert_from_timm(model)) <= TOLERANCE
+
+
+@pytest.mark.parametrize("what", OWN_ARGUMENTS)
+def test_own_arguments(what: str) -> None:
+    name, arguments = OWN_ARGUMENTS[what]
+    model = peer(name, **TINY, **arguments)
+    assert largest_difference(model, convert_from_timm(model)) <= TOLERANCE
+
+
+@pytest.mark.parametrize("feature", REFUSED)
+def test_what_is_missing_is_named(feature: str) -> None:
+    name, arguments = REFUSED[feature]
+    model = peer(name, **TINY | arguments)
+    if feature == "attention pooling with an activation of its own":
+        model.attn_pool.mlp.act = nn.ReLU()
+    with pytest.raises(ConversionError) as raised:
+        convert_from_timm(model)
+    assert feature in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+def test_gates_and_foreign_layers_are_refused() -> None:
+    gated = peer("vit_tiny_patch16_224", **TINY)
+    gated.blocks[0].attn.gate = nn.Linear(96, 96)
+    with pytest.raises(ConversionError, match="gated attention"):
+        convert_from_timm(gated)
+    larger = peer("vit_tiny_patch16_224", **TINY)
+    larger.head = nn.Sequential(nn.Linear(96, 7), nn.Linear(7, 7))
+    with pytest.raises(ConversionError, match="a head that is Sequential"):
+        convert_from_timm(larger)
+    with pytest.raises(ConversionError, match="ResNet is none of timm's"):
+        convert_from_timm(timm.create_model("resnet18", num_classes=2))
+
+
+def test_without_a_classifier() -> None:
+    """`num_classes=0` gives a base model, which pools as timm's does."""
+    for name in ("vit_base_patch16_reg4_gap_256", "vit_base_patch16_siglip_224", "vit_pe_core_tiny_patch16_384"):
+        model = peer(name, **TINY | {"num_classes": 0})
+        ours = convert_from_timm(model)
+        images = torch.randn(2, 3, *pixels(model, NATIVE))
+        with torch.no_grad():
+            assert type(ours) is ViTCLSModel
+            assert (ours(images).pooler_output - model(images)).abs().max() <= TOLERANCE
+
+
+def test_what_timm_does_not_pool_is_not_pooled() -> None:
+    unpooled = convert_from_timm(peer("vit_tiny_patch16_224", **TINY | {"num_classes": 0, "global_pool": ""}))
+    distilled = convert_from_timm(peer("deit_tiny_distilled_patch16_224", **TINY | {"num_classes": 0}))
+    for ours in (unpooled, distilled):
+        assert ours(torch.zeros(1, 3, 64, 64)).pooler_output is None
+
+
+def test_classifier_choices() -> None:
+    model = peer("deit_tiny_distilled_patch16_224", **TINY)
+    new = convert_from_timm(model, classifier="new", num_labels=3)
+    assert new.classifier.out_features == new.distillation_classifier.out_features == 3
+    assert type(convert_from_timm(model, classifier="drop")) is ViTCLSModel
+    with pytest.raises(ConversionError, match="7 labels and num_labels=3"):
+        convert_from_timm(model, num_labels=3)
+    headless = peer("vit_small_patch16_dinov3", **TINY | {"num_classes": 0})
+    assert convert_from_timm(headless, num_labels=5).classifier.out_features == 5
+
+
+def test_dtype_labels_and_the_source_are_kept() -> None:
+    model = peer("vit_tiny_patch16_224", **TINY, drop_path_rate=0.2, attn_drop_rate=0.1).to(torch.bfloat16)
+    model.pretrained_cfg["label_names"] = list("abcdefg")
+    before = copy.deepcopy(model.state_dict())
+    ours = convert_from_timm(model)
+    assert ours.dtype == torch.bfloat16 and not ours.training
+    assert ours.config.id2label[1] == "b" and ours.config.label2id["g"] == 6
+    assert ours.config.drop_path_rate == pytest.approx(0.2) and ours.config.attention_probs_dropout_prob == 0.1
+    with torch.no_grad():
+        ours.classifier.weight.zero_()
+    for name, weight in model.state_dict().items():
+        assert torch.equal(weight, before[name])
+
+
+def test_in_float64() -> None:
+    """What is left of the differences is rounding: without float32 in timm's rotary positions, next to nothing."""
+    for name in ("vit_small_patch16_18x2_224", "vit_base_patch16_xp_224", "beit3_base_patch16_224"):
+        model = peer(name, **TINY).double()
+        assert largest_at_native_size(model, convert_from_timm(model)) <= 1e-12
+
+
+@torch.no_grad()
+def largest_at_native_size(model: nn.Module, ours: ViTCLSForImageClassification) -> float:
+    images = torch.randn(2, 3, *pixels(model, NATIVE), dtype=torch.float64)
+    return (ours.vitcls(images).last_hidden_state - model.forward_features(images)).abs().max().item()
+
+
+@pytest.mark.slow
+def test_every_architecture() -> None:
+    """All of timm's names: none is wrong, and at least 215 are exact."""
+    names = all_names()
+    exact, refused, wrong = [], [], {}
+    for name in names:
+        model = peer_of_own_width(name)
+        try:
+            ours = convert_from_timm(model)
+        except ConversionError:
+            refused.append(name)
+            continue
+        difference = largest_difference(model, ours)
+        if difference <= TOLERANCE:
+            exact.append(name)
+        else:
+            wrong[name] = difference
+    assert not wrong
+    assert len(exact) == len(names) - len(refused) >= 215

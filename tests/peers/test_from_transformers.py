@@ -1,0 +1,246 @@
+"""Every plain ViT of transformers against its conversion: the same numbers on every token, at two sizes.
+
+The models are in transformers_cases.py.
+"""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import nn
+
+from modeling_vitcls import ViTCLSForImageClassification, ViTCLSModel, convert_from_transformers
+from modeling_vitcls.conversion.engine import ConversionError
+from modeling_vitcls.conversion.from_transformers import SOURCES
+
+from .random_fill import random_fill
+from .transformers_cases import BASE, CASES, PLAIN, RADIO, RATIO, Case, answered, expected, images
+
+
+LIMIT = 1e-5  # DESIGN.md, accuracy of equivalence
+SIZES = [pytest.param(name, size, id=f"{name}-{size[0]}x{size[1]}") for name, c in CASES.items() for size in c.sizes]
+
+
+def assert_same(given: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> None:
+    for key, value in wanted.items():
+        assert value.abs().max() > 0.1, f"{key} is too small to tell"
+        difference = (given[key] - value).abs().max().item()
+        assert difference <= LIMIT, f"{key} differs by {difference:.1e}"
+
+
+@pytest.mark.parametrize(("name", "size"), SIZES)
+@torch.no_grad()
+def test_same_numbers(name: str, size: tuple[int, int]) -> None:
+    source = CASES[name].build()
+    wanted = expected(CASES[name], source, images(size))
+    assert_same(answered(convert_from_transformers(source), images(size)), wanted)
+
+
+def test_every_class_is_tested() -> None:
+    assert {case.model for case in CASES.values()} == set(SOURCES)
+
+
+@pytest.mark.parametrize("name", ["deit distilled", "beit shared and per layer", "radio", "siglip", "clip projection"])
+@torch.no_grad()
+def test_saved_and_loaded_again(name: str, tmp_path: Path) -> None:
+    case = CASES[name]
+    source = case.build()
+    model = convert_from_transformers(source)
+    model.save_pretrained(tmp_path)
+    size = case.sizes[-1]
+    assert_same(answered(type(model).from_pretrained(tmp_path), images(size)), expected(case, source, images(size)))
+
+
+def test_the_source_stays_and_shares_nothing() -> None:
+    source = CASES["radio"].build()
+    before = {name: weight.clone() for name, weight in source.state_dict().items()}
+    model = convert_from_transformers(source)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    assert all(torch.equal(weight, before[name]) for name, weight in source.state_dict().items())
+
+
+@pytest.mark.parametrize("name", ["vit classifier", "radio", "aimv2"])
+def test_dtype_labels_and_mode_are_kept(name: str) -> None:
+    source = CASES[name].build().to(torch.bfloat16).train()
+    model = convert_from_transformers(source)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    assert not model.training
+    assert source.training
+    assert model.config.id2label == source.config.id2label
+    assert model.config.label2id == source.config.label2id
+
+
+def test_rates_for_training_are_taken_over() -> None:
+    rates = {"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.2, "drop_path_rate": 0.3}
+    config = convert_from_transformers(Case("Dinov2Model", "Dinov2Config", RATIO | rates).build()).config
+    assert {name: getattr(config, name) for name in rates} == rates
+    config = convert_from_transformers(
+        Case("CLIPVisionModel", "CLIPVisionConfig", PLAIN | {"attention_dropout": 0.2}).build()
+    ).config
+    assert config.attention_probs_dropout_prob == 0.2
+
+
+# Without a classification class in transformers.
+@pytest.mark.parametrize("name", ["dinov3", "mae", "pixio", "aimv2", "radio"])
+@torch.no_grad()
+def test_new_classifier_on_an_exact_encoder(name: str) -> None:
+    case = CASES[name]
+    source = case.build()
+    model = convert_from_transformers(source, num_labels=10)
+    assert isinstance(model, ViTCLSForImageClassification)
+    given = answered(model, images(case.sizes[0]))
+    assert_same(given, expected(case, source, images(case.sizes[0])))
+    assert given["logits"].shape == (2, 10)
+    assert given["logits"].std() > 0  # initialised, not zero
+    assert len(model.config.id2label) == 10
+
+
+class TestClassifierOfTheSource:
+    def test_kept_by_default(self) -> None:
+        source = CASES["vit classifier"].build()
+        model = convert_from_transformers(source, num_labels=3)
+        assert torch.equal(model.classifier.weight, source.classifier.weight)
+
+    def test_new(self) -> None:
+        source = CASES["deit distilled"].build()
+        model = convert_from_transformers(source, classifier="new", num_labels=7)
+        assert model.classifier.weight.shape == model.distillation_classifier.weight.shape == (7, 32)
+        assert model.config.num_labels == 7
+        assert torch.equal(model.vitcls.embeddings.cls_token, source.deit.embeddings.cls_token)
+
+    def test_new_of_the_same_width(self) -> None:
+        source = CASES["vit classifier"].build()
+        model = convert_from_transformers(source, classifier="new")
+        assert model.classifier.weight.shape == source.classifier.weight.shape
+        assert not torch.equal(model.classifier.weight, source.classifier.weight)
+        assert model.config.id2label == source.config.id2label
+
+    @torch.no_grad()
+    def test_dropped(self) -> None:
+        source = CASES["dinov2 classifier"].build()
+        model = convert_from_transformers(source, classifier="drop")
+        assert isinstance(model, ViTCLSModel)
+        wanted = source.dinov2(images((32, 32))).last_hidden_state
+        assert_same(model(images((32, 32))), {"last_hidden_state": wanted})
+
+    @pytest.mark.parametrize(
+        ("name", "options", "message"),
+        [
+            ("vit classifier", {"num_labels": 7}, 'has 3 labels and num_labels=7: pass classifier="new"'),
+            ("vit classifier", {"classifier": "drop", "num_labels": 7}, "contradict each other"),
+            ("vit classifier", {"classifier": "replace"}, "classifier='replace': choose"),
+            ("dinov3", {"classifier": "new"}, "give num_labels"),
+        ],
+    )
+    def test_never_changed_silently(self, name: str, options: dict[str, Any], message: str) -> None:
+        with pytest.raises(ConversionError, match=re.escape(message)):
+            convert_from_transformers(CASES[name].build(), **options)
+
+
+class Subclass(transformers.ViTModel):
+    """May compute anything."""
+
+
+Subclass.__name__ = "ViTModel"
+
+TINY_CLIP = {"hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 1, "intermediate_size": 48}
+REFUSED = {
+    "another architecture": (
+        "SwinModel",
+        "SwinConfig",
+        {"embed_dim": 8, "depths": [1], "num_heads": [2]},
+        {},
+        "SwinModel cannot be converted",
+    ),
+    "no transformer": (
+        "ResNetModel",
+        "ResNetConfig",
+        {"embedding_size": 8, "hidden_sizes": [8], "depths": [1]},
+        {},
+        "ResNetModel cannot be converted",
+    ),
+    "another task": ("ViTForMaskedImageModeling", "ViTConfig", PLAIN, {}, "convert its .vit"),
+    "text beside it": (
+        "CLIPModel",
+        "CLIPConfig",
+        {"vision_config": PLAIN, "text_config": TINY_CLIP},
+        {},
+        "convert its .vision_model",
+    ),
+    "a wider pooler": ("ViTModel", "ViTConfig", PLAIN | {"pooler_output_size": 64}, {}, "pooler_output_size=64"),
+    "a pooler on a patch": ("IJepaModel", "IJepaConfig", PLAIN, {"add_pooling_layer": True}, "reads the first patch"),
+    "videos": ("RadioModel", "RadioConfig", RADIO | {"video_temporal_patch_size": 2}, {}, "video_patch_projection"),
+    "rectangular positions": (
+        "Dinov2Model",
+        "Dinov2Config",
+        RATIO | {"image_size": [16, 64]},
+        {},
+        "those of a square grid",
+    ),
+    "rectangular distances": (
+        "BeitModel",
+        "BeitConfig",
+        PLAIN | {"image_size": [16, 64]},
+        {},
+        "those of a square grid",
+    ),
+}
+
+
+@pytest.mark.parametrize("why", REFUSED)
+def test_refused_by_name(why: str) -> None:
+    *class_and_values, message = REFUSED[why]
+    source = Case(*class_and_values).build()
+    if why == "videos" and not hasattr(source.embeddings, "video_patch_projection"):
+        pytest.skip(f"transformers {transformers.__version__} has no RADIO for videos")
+    with pytest.raises(ConversionError, match=re.escape(message)) as error:
+        convert_from_transformers(source)
+    assert "\n" not in str(error.value)
+
+
+def test_a_class_of_the_same_name_is_refused() -> None:
+    with pytest.raises(ConversionError, match="ViTModel cannot be converted"):
+        convert_from_transformers(Subclass(transformers.ViTConfig(**PLAIN)))
+
+
+class TestWeightsThatDoNotFit:
+    def test_unexpected_are_listed(self) -> None:
+        source = CASES["vit"].build()
+        source.adapter = nn.Linear(2, 2)
+        with pytest.raises(ConversionError, match=re.escape("unexpected weights: adapter.weight, adapter.bias")):
+            convert_from_transformers(source)
+
+    def test_unexpected_within_a_layer_are_listed(self) -> None:
+        source = CASES["vit"].build()
+        source.layers[1].mlp.extra = nn.Linear(2, 2, bias=False)
+        with pytest.raises(ConversionError, match=re.escape("weights unexpected: layers.1.mlp.extra.weight [2, 2]")):
+            convert_from_transformers(source)
+
+    def test_missing_are_listed(self) -> None:
+        source = CASES["vit"].build()
+        source.layers[1].mlp.fc2.bias = None
+        with pytest.raises(ConversionError, match=re.escape("weights missing: layers.1.mlp.fc2.bias")):
+            convert_from_transformers(source)
+
+    def test_of_another_shape_are_listed(self) -> None:
+        source = CASES["vit"].build()
+        source.layers[0].mlp = type(source.layers[0].mlp)(transformers.ViTConfig(**PLAIN | {"intermediate_size": 40}))
+        with pytest.raises(
+            ConversionError, match=r"another shape: layers.0.mlp.fc1.bias \[40\] \(the model has \[48\]"
+        ):
+            convert_from_transformers(source)
+
+
+def test_random_fill_reaches_every_weight() -> None:
+    source = Case(
+        "SiglipVisionModel", "SiglipVisionConfig", BASE | {"image_size": 32, "intermediate_size": 48}
+    ).build()
+    again = random_fill(type(source)(source.config))
+    for name, weight in source.state_dict().items():
+        assert weight.std() > 0.05, name
+        assert torch.equal(weight, again.state_dict()[name]), name

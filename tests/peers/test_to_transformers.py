@@ -1,0 +1,205 @@
+"""Our models handed to transformers' own classes: there and back to the bit, and clear refusals."""
+
+import re
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from modeling_vitcls import (
+    ViTCLSBackbone,
+    ViTCLSConfig,
+    ViTCLSForImageClassification,
+    ViTCLSForMaskedImageModeling,
+    ViTCLSForMultiTaskClassification,
+    ViTCLSModel,
+    convert_from_transformers,
+    convert_to_transformers,
+)
+from modeling_vitcls.conversion.engine import ConversionError
+
+from .random_fill import random_fill
+from .transformers_cases import CASES, answered, expected, images
+
+
+BASE: dict[str, Any] = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 64,
+    "image_size": 32,
+    "patch_size": 8,
+    "num_labels": 3,
+    "layer_norm_eps": 0.01,
+}
+LAYER_SCALE = {"layer_scale_init_value": 0.1}
+REGISTERS = {"num_register_tokens": 4, "position_antialias": True}
+DISTILLED = {"num_distillation_tokens": 1, "position_embedding_tokens": "all"}
+
+THERE_AND_BACK = [
+    "vit",
+    "vit without pooler",
+    "vit with mask token",
+    "vit without qkv bias",
+    "vit of rectangles",
+    "vit classifier",
+    "vit without labels",
+    "deit",
+    "deit classifier",
+    "deit distilled",
+    "dinov2",
+    "dinov2 swiglu",
+    "dinov2 classifier",
+    "registers",
+    "registers swiglu",
+    "registers classifier",
+    "dinov3",
+    "dinov3 gated",
+    "dinov3 gated by gelu",
+    "dinov3 other biases",
+]
+
+
+@pytest.mark.parametrize("name", THERE_AND_BACK)
+def test_there_and_back_to_the_bit(name: str) -> None:
+    source = CASES[name].build()
+    back = convert_to_transformers(convert_from_transformers(source))
+    assert type(back) is type(source)
+    assert back.config.to_dict() == source.config.to_dict()
+    weights = back.state_dict()
+    assert weights.keys() == source.state_dict().keys()
+    for weight_name, weight in source.state_dict().items():
+        assert torch.equal(weights[weight_name], weight), weight_name
+
+
+# What ours is -> the built-in class, and a case of that class that says how to call it.
+HELD = [
+    (ViTCLSModel, {}, "ViTModel", "vit without pooler"),
+    (ViTCLSModel, {"pooled_activation": "relu"}, "ViTModel", "vit"),
+    (ViTCLSModel, {"pooling": "mean"}, "ViTModel", "vit without pooler"),
+    (ViTCLSModel, {"query_bias": False, "key_bias": False}, "ViTModel", "vit without pooler"),
+    (ViTCLSModel, {"position_embedding_tokens": "all"}, "ViTModel", "vit without pooler"),
+    (ViTCLSModel, LAYER_SCALE, "Dinov2Model", "dinov2"),
+    (ViTCLSModel, REGISTERS, "Dinov2WithRegistersModel", "registers"),
+    (ViTCLSModel, {"position_embedding_type": "rope_2d"}, "DINOv3ViTModel", "dinov3"),
+    (
+        ViTCLSModel,
+        {
+            "position_embedding_type": "rope_2d",
+            "mlp_type": "swiglu",
+            "num_register_tokens": 2,
+            "projection_bias": False,
+        },
+        "DINOv3ViTModel",
+        "dinov3",
+    ),
+    (ViTCLSForImageClassification, {}, "ViTForImageClassification", "vit classifier"),
+    (ViTCLSForImageClassification, {"use_mask_token": True}, "ViTForImageClassification", "vit classifier"),
+    (ViTCLSForImageClassification, DISTILLED, "DeiTForImageClassificationWithTeacher", "deit distilled"),
+    (
+        ViTCLSForImageClassification,
+        DISTILLED | {"distillation_head": False},
+        "DeiTForImageClassification",
+        "deit classifier",
+    ),
+    (ViTCLSForImageClassification, {"pooling": "cls_mean"}, "Dinov2ForImageClassification", "dinov2 classifier"),
+    (
+        ViTCLSForImageClassification,
+        REGISTERS | {"pooling": "cls_mean", "key_bias": False},
+        "Dinov2WithRegistersForImageClassification",
+        "registers classifier",
+    ),
+]
+
+
+@pytest.mark.parametrize("size", [(32, 32), (48, 24)], ids=["native", "interpolated"])
+@pytest.mark.parametrize(("model_class", "values", "built_in", "case"), HELD)
+@torch.no_grad()
+def test_same_numbers(model_class: Any, values: dict, built_in: str, case: str, size: tuple[int, int]) -> None:
+    model = random_fill(model_class(ViTCLSConfig(**BASE | values)))
+    there = convert_to_transformers(model)
+    assert type(there).__name__ == built_in
+    given = answered(model, images(size))
+    for name, value in expected(CASES[case], there, images(size)).items():
+        assert (given[name] - value).abs().max() <= 1e-5, name
+
+
+def test_everything_about_the_model_is_kept() -> None:
+    labels = {"id2label": {0: "ant", 1: "bee"}, "label2id": {"ant": 0, "bee": 1}}
+    config = ViTCLSConfig(**{k: v for k, v in BASE.items() if k != "num_labels"} | labels, hidden_dropout_prob=0.1)
+    model = ViTCLSForImageClassification(config).to(torch.bfloat16).train()
+    there = convert_to_transformers(model)
+    assert there.config.id2label == labels["id2label"]
+    assert there.config.label2id == labels["label2id"]
+    assert there.config.hidden_dropout_prob == 0.1
+    assert there.dtype == torch.bfloat16
+    assert not there.training
+    assert model.training
+
+
+OBSTACLES = [
+    (ViTCLSModel, {"num_cls_tokens": 3}, "num_cls_tokens=3"),
+    (ViTCLSForImageClassification, {"num_cls_tokens": 3}, "num_cls_tokens=3"),
+    (ViTCLSModel, {"num_cls_tokens": 0, "pooling": "mean"}, "num_cls_tokens=0"),
+    (ViTCLSModel, {"norm_type": "rmsnorm"}, "norm_type='rmsnorm'"),
+    (ViTCLSModel, {"pre_norm": True}, "pre_norm=True"),
+    (ViTCLSModel, {"final_norm": False}, "final_norm=False"),
+    (ViTCLSModel, {"layer_type": "parallel"}, "layer_type='parallel'"),
+    (ViTCLSModel, {"qk_norm": True}, "qk_norm=True"),
+    (ViTCLSModel, {"position_antialias": True, "pooled_activation": "tanh"}, "position_antialias=True"),
+    (ViTCLSModel, {"position_offset": 0.1}, "position_offset=0.1"),
+    (ViTCLSModel, {"position_embedding_type": "sincos_2d"}, "position_embedding_type='sincos_2d'"),
+    (ViTCLSModel, {"relative_position_bias": "layer"}, "relative_position_bias='layer'"),
+    (ViTCLSModel, {"pooling": "attention"}, "pooling='attention'"),
+    (ViTCLSModel, {"attention_head_size": 16}, "attention_head_size=16"),
+    (ViTCLSModel, {"cls_scopes": [[2, 2, 0, 0]]}, "cls_scopes=[[2, 2, 0, 0]]"),
+    (ViTCLSModel, REGISTERS | {"gated_tokens": {"registers": 2}}, "gated_tokens={'registers': 2}"),
+    (ViTCLSModel, REGISTERS | {"register_neurons": [[0, 1]]}, "register_neurons=[[0, 1]]"),
+    (ViTCLSModel, REGISTERS | {"intermediate_size": 50}, "intermediate_size=50"),
+    (ViTCLSModel, DISTILLED | LAYER_SCALE, "layer_scale_init_value=0.1"),
+    (ViTCLSForImageClassification, {"head_type": "mlp"}, "head_type='mlp'"),
+    (ViTCLSForImageClassification, {"pooling": "max"}, "pooling='max'"),
+    (ViTCLSForImageClassification, DISTILLED | {"distillation_inference": "cls"}, "distillation_inference='cls'"),
+    (
+        ViTCLSForImageClassification,
+        LAYER_SCALE | {"pooling": "cls_mean", "image_size": [32, 48]},
+        "image_size=[32, 48]",
+    ),
+]
+
+
+@pytest.mark.parametrize(("model_class", "values", "obstacle"), OBSTACLES)
+def test_the_switch_in_the_way_is_named(model_class: Any, values: dict, obstacle: str) -> None:
+    with pytest.raises(ConversionError, match=re.escape(obstacle)) as error:
+        convert_to_transformers(model_class(ViTCLSConfig(**BASE | values)))
+    assert str(error.value).startswith(obstacle), "names something else first"
+    assert "\n" not in str(error.value)
+
+
+def test_a_classifier_hears_what_holds_its_encoder() -> None:
+    model = random_fill(ViTCLSForImageClassification(ViTCLSConfig(**BASE, position_embedding_type="rope_2d")))
+    with pytest.raises(ConversionError, match=r"model\.vitcls, fits into DINOv3ViTModel"):
+        convert_to_transformers(model)
+    assert type(convert_to_transformers(model.vitcls)).__name__ == "DINOv3ViTModel"
+
+
+@pytest.mark.parametrize(
+    "model_class", [ViTCLSForMaskedImageModeling, ViTCLSForMultiTaskClassification, ViTCLSBackbone]
+)
+def test_other_tasks_are_refused(model_class: Any) -> None:
+    with pytest.raises(ConversionError, match=f"{model_class.__name__}: no built-in class"):
+        convert_to_transformers(model_class(ViTCLSConfig(**BASE, tasks={"species": 2})))
+
+
+def test_weights_without_a_place_are_listed() -> None:
+    model = ViTCLSModel(ViTCLSConfig(**BASE))
+    model.layers[0].mlp.adapter = nn.Linear(2, 2)
+    with pytest.raises(ConversionError, match=re.escape("without a place: layers.0.mlp.adapter.bias")):
+        convert_to_transformers(model)
+
+
+def test_missing_weights_are_named() -> None:
+    model = ViTCLSModel(ViTCLSConfig(**BASE, pooled_activation="tanh"), add_pooling_layer=False)
+    with pytest.raises(ConversionError, match=re.escape("weights missing: pooler.dense.weight")):
+        convert_to_transformers(model)
