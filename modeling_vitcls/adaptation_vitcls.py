@@ -86,8 +86,6 @@ class AdaptableModel(PreTrainedModel):
         model = self.rebuilt(config).train(self.training)
         model.to(device=self.device, dtype=self.dtype)  # type: ignore[call-arg]  # transformers wraps `to` untyped
         transfer(self, model)
-        for name, parameter in self.named_parameters():
-            model.get_parameter(name).requires_grad_(parameter.requires_grad)
         return model
 
     def rebuilt(self, config: ViTCLSConfig) -> Self:

@@ -35,13 +35,15 @@ AUTO_MAP = {
 }
 
 # The MLP's part of the tensor-parallel plan; transformers refuses a plan with entries that match nothing.
+GLU_TP_PLAN = {
+    "layers.*.mlp.gate_proj": "colwise",
+    "layers.*.mlp.up_proj": "colwise",
+    "layers.*.mlp.down_proj": "rowwise",
+}
 MLP_TP_PLANS: dict[str, dict[str, str]] = {
     "mlp": {"layers.*.mlp.fc1": "colwise", "layers.*.mlp.fc2": "rowwise"},
-    "swiglu": {
-        "layers.*.mlp.gate_proj": "colwise",
-        "layers.*.mlp.up_proj": "colwise",
-        "layers.*.mlp.down_proj": "rowwise",
-    },
+    "swiglu": GLU_TP_PLAN,
+    "glu": GLU_TP_PLAN,
 }
 
 PRESETS: dict[str, dict[str, int]] = {
@@ -682,9 +684,14 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
         return {name: _label_names(labels) for name, labels in sorted((self.tasks or {}).items())}
 
     def _tensor_parallel_plan(self) -> dict[str, str]:
-        plan = type(self).base_model_tp_plan | MLP_TP_PLANS[self.mlp_type]
-        if self.qk_norm:  # each process sees its own heads, and all share these norms
-            plan |= {f"layers.*.attention.{name}_norm": "replicated_with_grad_allreduce" for name in "qk"}
+        """Parts that can be split; a norm over the split width (`attention_norm`, `mlp_norm`) keeps its part whole."""
+        plan: dict[str, str] = {}
+        if not self.attention_norm:
+            plan |= type(self).base_model_tp_plan
+            if self.qk_norm:  # each process sees its own heads, and all share these norms
+                plan |= {f"layers.*.attention.{name}_norm": "replicated_with_grad_allreduce" for name in "qk"}
+        if not self.mlp_norm:
+            plan |= MLP_TP_PLANS[self.mlp_type]
         return plan
 
     def _check_labels(self, num_labels: Any) -> None:

@@ -139,6 +139,7 @@ class DistanceView(nn.Module):
             ValueError: if the attention implementation takes no additive mask.
         """
         require_additive_mask(self.config, "relative_position_bias is")
+        check_mask(attention_mask, hidden_states)
         mask = create_bidirectional_mask(
             config=self.config, inputs_embeds=hidden_states, attention_mask=attention_mask
         )
