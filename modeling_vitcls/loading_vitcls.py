@@ -26,6 +26,8 @@ def load_checkpoint(load: Callable, source: Any, *args: Any, **kwargs: Any) -> A
             raise OSError(f"the weights in {source} are damaged ({error}): copy or download them again") from error
         if isinstance(error, RuntimeError) and "ignore_mismatched_sizes" in str(error):
             raise RuntimeError(describe_mismatch(load, source, *args, **kwargs)) from error
+        if isinstance(error, OSError) and "\n" in str(error):
+            raise OSError(f"cannot load {source}: {' '.join(str(error).split())}") from error
         raise
 
 

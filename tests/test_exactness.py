@@ -61,7 +61,9 @@ CLIP = {
     r"pre_layrnorm": "embeddings.norm",
     r"post_layernorm": "layernorm",
     r"^head\.attention\.": "pooler.",
-    r"^head\.": "pooler.",
+    r"^head\.probe": "pooler.probe",
+    r"^head\.mlp\.": "pooler.transform.",
+    r"^head\.": "pooler.transform.",
     r"layer_norm": "layernorm",
 }
 TIMM = {
