@@ -5,7 +5,7 @@
     parallel    y = norm(x);   x = x + drop_path(scale(attention(y) + mlp(y)))
 
 Special tokens are ordinary rows here: they attend and are updated in every layer. Names of modules follow the ViT of
-transformers, so that LoRA targets and tensor-parallel plans carry over.
+transformers, so that LoRA targets and tensor-parallel plans carry over. Attention is in attention_vitcls.py.
 """
 
 import torch
