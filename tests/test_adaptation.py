@@ -267,11 +267,12 @@ def test_a_trained_distillation_head_is_kept() -> None:
 
 
 def test_a_classifier_of_another_width_starts_afresh_and_says_so(caplog: pytest.LogCaptureFixture) -> None:
-    model = filled(ViTCLSForImageClassification(tiny_config(cls_pooling="concat")))
+    model = filled(ViTCLSForImageClassification(tiny_config(cls_pooling="concat"))).requires_grad_(False)
     larger = model.adapted(num_cls_tokens=2)
     assert larger.classifier.weight.shape == (3, 32)
     assert "classifier.weight: starts afresh, its shape has changed" in logged(caplog)
     assert larger.classifier.weight.requires_grad
+    assert not larger.classifier.bias.requires_grad
 
 
 @pytest.mark.parametrize("loader", [ViTCLSForImageClassification, AutoModelForImageClassification])

@@ -161,6 +161,7 @@ def test_gates_that_are_asked_for_by_name() -> None:
     both = gated.adapted(gated_tokens={"registers": 4}, num_cls_tokens=2, gate_new_tokens=True)
     assert both.config.gated_tokens == {"cls": 1, "registers": 4}
     assert both.gates.openness().tolist() == pytest.approx([1e-6, 1, 0.1, 0.2, 0.3], abs=2e-7)
+    assert gated.adapted(num_register_tokens=5, gate_new_tokens=True).config.gated_tokens == {"registers": 4}
     with raises_one_line("gated_tokens", "5 of 4"):
         model.adapted(gated_tokens={"registers": 5})
 
