@@ -21,7 +21,11 @@ from .norms_vitcls import build_norm
 from .rotary_vitcls import Rotation
 
 
-class ViTCLSLayer(GradientCheckpointingLayer):
+class EncoderLayer(GradientCheckpointingLayer):
+    """Any kind of layer: what transformers records hidden states of, and checkpoints."""
+
+
+class ViTCLSLayer(EncoderLayer):
     """One pre-norm Transformer layer, [B, N, D] -> [B, N, D]."""
 
     def __init__(self, config: ViTCLSConfig, layer_index: int, drop_path_rate: float) -> None:
@@ -67,7 +71,7 @@ class ViTCLSPostNormLayer(ViTCLSLayer):
         return hidden_states + self.drop_path(self.layer_scale2(transformed))
 
 
-class ViTCLSParallelLayer(GradientCheckpointingLayer):
+class ViTCLSParallelLayer(EncoderLayer):
     """Attention and MLP side by side on one norm, [B, N, D] -> [B, N, D] (ViT-22B, arXiv 2302.05442, section 2)."""
 
     def __init__(self, config: ViTCLSConfig, layer_index: int, drop_path_rate: float) -> None:

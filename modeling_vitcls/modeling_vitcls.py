@@ -32,7 +32,7 @@ from .attention_vitcls import ViTCLSAttention, ViTCLSDifferentialAttention
 from .configuration_vitcls import TokenLayout, ViTCLSConfig
 from .embeddings_vitcls import LearnedPositions, ViTCLSEmbeddings
 from .heads_vitcls import LOGIT_CHOICES, AttentionPooler, PixelDecoder, build_head, build_pooler, mean_token
-from .layers_vitcls import LAYERS, LayerScale, ViTCLSLayer, ViTCLSParallelLayer, drop_path_rates
+from .layers_vitcls import LAYERS, EncoderLayer, LayerScale, drop_path_rates
 from .losses_vitcls import IGNORED_LABEL, classification_loss, cross_entropy, masked_pixel_loss
 from .norms_vitcls import build_norm
 from .rotary_vitcls import ROTARY_POSITIONS, MixedRotaryPositions
@@ -107,13 +107,13 @@ class ViTCLSPreTrainedModel(AdaptableModel):
     main_input_name = "pixel_values"
     input_modalities = ["image"]
     supports_gradient_checkpointing = True
-    _no_split_modules = ["ViTCLSEmbeddings", "ViTCLSLayer", "ViTCLSParallelLayer"]
+    _no_split_modules = ["ViTCLSEmbeddings", *(layer.__name__ for layer in LAYERS.values())]
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
-    _can_record_outputs = {"hidden_states": [ViTCLSLayer, ViTCLSParallelLayer], "attentions": ViTCLSAttention}
+    _can_record_outputs = {"hidden_states": EncoderLayer, "attentions": ViTCLSAttention}
     _input_embed_layer = "patch_embeddings"
 
     def __init__(self, config: ViTCLSConfig, *args: Any, **kwargs: Any) -> None:
