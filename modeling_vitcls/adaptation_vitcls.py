@@ -101,10 +101,12 @@ def wanted_config(
     None where nothing that may need adapting is asked for.
     """
     config = kwargs.get("config")
+    named = [name for name in ADAPTABLE_FIELDS if name in kwargs]
     # By model_type, not by class: transformers may execute configuration_vitcls.py twice when it comes from the Hub.
     if getattr(config, "model_type", None) == config_class.model_type:
-        return config, kwargs
-    if not any(name in kwargs for name in ADAPTABLE_FIELDS):
+        config = with_values(config, {name: kwargs.pop(name) for name in named})
+        return config, kwargs | {"config": config}
+    if not named:
         return None, kwargs
     check_folder(source, config is not None or bool(kwargs.get("subfolder")))
     for_the_model = {name: kwargs.pop(name) for name in MODEL_KEYWORDS if name in kwargs}

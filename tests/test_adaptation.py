@@ -327,9 +327,11 @@ def test_a_configuration_of_its_own_adapts_too(loader: Any, tmp_path: Path) -> N
     model.save_pretrained(tmp_path)
     config = tiny_config(num_register_tokens=2, image_size=48)
     before = config.to_dict()
-    larger = loader.from_pretrained(tmp_path, config=config)
-    assert larger.embeddings.register_tokens.shape[1] == 2
-    assert torch.equal(larger.embeddings.cls_token, model.embeddings.cls_token)
+    for more in ({}, {"num_distillation_tokens": 1}):
+        larger = loader.from_pretrained(tmp_path, config=config, **more)
+        assert larger.embeddings.register_tokens.shape[1] == 2
+        assert (larger.embeddings.distillation_token is None) == (not more)
+        assert torch.equal(larger.embeddings.cls_token, model.embeddings.cls_token)
     assert config.to_dict() == before
 
 
