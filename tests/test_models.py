@@ -220,6 +220,12 @@ def test_biases_are_separate(fields: dict[str, Any], biased: str) -> None:
     assert "".join(letter for letter, module in modules.items() if module.bias is not None) == biased
 
 
+@pytest.mark.parametrize("mlp_bias", [True, False])
+def test_biases_of_swiglu(mlp_bias: bool) -> None:
+    mlp = ViTCLSModel(tiny_config(mlp_type="swiglu", mlp_bias=mlp_bias)).layers[1].mlp
+    assert [module.bias is not None for module in (mlp.gate_proj, mlp.up_proj, mlp.down_proj)] == [mlp_bias] * 3
+
+
 def test_the_norm_epsilon_is_everywhere() -> None:
     config = tiny_config(layer_norm_eps=1e-3, pre_norm=True, qk_norm=True, pooling="attention")
     norms = [module for module in ViTCLSModel(config).modules() if isinstance(module, nn.LayerNorm)]

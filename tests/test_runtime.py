@@ -9,6 +9,7 @@ import pytest
 import torch
 from tiny import (
     BLOCKS,
+    KINDS,
     POSITIONS,
     assert_same_outputs,
     each_block,
@@ -186,6 +187,26 @@ def test_export_of_each_class(model_class: type, fields: dict[str, Any], inputs:
     batch = torch.export.Dim("batch", min=1, max=1024)
     program = torch.export.export(model, (images(3),), dynamic_shapes=({0: batch},))
     assert_same_outputs(program.module()(images(5)), model(images(5)), 1e-6)
+
+
+@pytest.mark.parametrize("name", ["classifier", "multi_task", "masked"])
+def test_export_with_the_loss(name: str) -> None:
+    model_class, fields, inputs = KINDS[name]
+    model = filled(model_class(tiny_config(**fields)))
+    batch = torch.export.Dim("batch", min=1, max=1024)
+    three = {"pixel_values": images(3), **_repeated(inputs, [0, 1, 0])}
+    dynamic = {
+        key: {task: {0: batch} for task in value} if isinstance(value, dict) else {0: batch}
+        for key, value in three.items()
+    }
+    program = torch.export.export(model, (), three, dynamic_shapes=dynamic)
+    five = {"pixel_values": images(5), **_repeated(inputs, [0, 1, 0, 1, 1])}
+    assert_same_outputs(program.module()(**five), model(**five), 1e-6)
+
+
+def _repeated(inputs: dict[str, Any], rows: list[int]) -> dict[str, Any]:
+    """The inputs of a class with these rows of each tensor."""
+    return {key: _repeated(value, rows) if isinstance(value, dict) else value[rows] for key, value in inputs.items()}
 
 
 # Plans for several devices
