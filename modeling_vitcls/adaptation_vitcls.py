@@ -322,8 +322,8 @@ def with_values(config: Any, values: Mapping[str, Any], unchecked: bool = False)
     for name, value in values.items():
         setattr(config, name, value)
     if unchecked:
-        config.unchecked = True
+        config._unchecked = True
     else:
-        config.__dict__.pop("unchecked", None)
+        config.__dict__.pop("_unchecked", None)
         config.validate()
     return config

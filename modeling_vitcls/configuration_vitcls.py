@@ -271,7 +271,7 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
 
     model_type = "vitcls"
     # True in the copy with which a checkpoint is loaded before it is adapted: its tokens do not fit its other fields.
-    unchecked: ClassVar[bool] = False
+    _unchecked: ClassVar[bool] = False
     # `num_labels` and the heads' separate logits are not predictions that Trainer should collect.
     keys_to_ignore_at_inference: ClassVar[list[str]] = [
         "cls_logits",

@@ -37,7 +37,7 @@ def classification_loss(
         raise ValueError("labels were given and the model has no classifier: set num_labels")
     problem_type = config.problem_type or ("regression" if config.num_labels == 1 else None)
     if problem_type == "regression":
-        require_shape(labels.view(len(labels), -1), logits)
+        require_shape(labels.view(labels.shape[0], -1), logits)
         squared = nn.functional.mse_loss(logits.float().view(-1), labels.float().view(-1), reduction="sum")
         return squared / _items(labels, num_items_in_batch)
     if problem_type == "multi_label_classification":
@@ -68,9 +68,9 @@ def cross_entropy(
         ValueError: for another number of labels than images, or one beyond the classes (checked on the CPU, where it
             costs nothing).
     """
-    if labels.numel() != len(logits):
+    if labels.numel() != logits.shape[0]:
         raise ValueError(
-            f"labels have shape {list(labels.shape)} and there are {len(logits)} images: give one class per image"
+            f"labels have shape {list(labels.shape)} and there are {logits.shape[0]} images: give one class per image"
         )
     labels = labels.reshape(-1).long()
     check_labels(labels, logits.shape[-1], task)
@@ -118,7 +118,7 @@ def masked_pixel_loss(
         variance, mean = torch.var_mean(target, dim=-1, keepdim=True, correction=unbiased)
         target = (target - mean) / (variance + 1e-6).sqrt()
     distance = (predicted - target).abs() if config.mim_loss == "l1" else (predicted - target) ** 2
-    mask = bool_masked_pos.to(distance.dtype)
+    mask = bool_masked_pos.bool().to(distance.dtype)
     return (distance.mean(dim=-1) * mask).sum() / mask.sum().clamp(min=1)
 
 

@@ -117,7 +117,7 @@ class ViTCLSPreTrainedModel(AdaptableModel):
     _input_embed_layer = "patch_embeddings"
 
     def __init__(self, config: ViTCLSConfig, *args: Any, **kwargs: Any) -> None:
-        if not config.unchecked:
+        if not config._unchecked:
             config.validate()  # fields may have been set since its construction
         super().__init__(config, *args, **kwargs)
 
@@ -340,7 +340,7 @@ class ViTCLSForMultiTaskClassification(ViTCLSPreTrainedModel):
     def labels_of(name: str, logits: torch.Tensor, labels: dict[str, torch.Tensor]) -> torch.Tensor:
         """The labels [B] of one task, all to be ignored where there are none."""
         if name not in labels:
-            return torch.full((len(logits),), IGNORED_LABEL, device=logits.device)
+            return torch.full((logits.shape[0],), IGNORED_LABEL, device=logits.device)
         return labels[name].to(logits.device)
 
 

@@ -586,8 +586,8 @@ def test_checkpoints_adapt_without_the_package(tmp_path: Path) -> None:
 def test_the_configuration_of_a_half_loaded_model_is_not_left_behind() -> None:
     """What skips the checks while a checkpoint is loaded must not skip them afterwards."""
     config = tiny_config()
-    assert not config.unchecked
-    assert not ViTCLSModel(config).adapted(num_register_tokens=1).config.unchecked
+    assert not config._unchecked
+    assert not ViTCLSModel(config).adapted(num_register_tokens=1).config._unchecked
     config.num_cls_tokens = 0
     with raises_one_line("num_cls_tokens"):
         ViTCLSModel(config)

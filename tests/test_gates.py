@@ -193,7 +193,7 @@ def test_fine_tuning_opens_the_gates_and_uses_the_tokens(
     assert sum(losses[-50:]) < sum(losses[:50])
     assert gated.vitcls.gates.openness().mean() > 0.01  # ten thousand times the start
     assert (gated.vitcls.embeddings.register_tokens - before).norm(dim=-1).min() > 0.02
-    assert change_without_registers(gated, pixels) > 0.05
+    assert change_without_registers(gated, pixels) > 0.01  # a thousand times what the gates let through at the start
 
 
 def test_registers_that_alone_may_learn_do(
