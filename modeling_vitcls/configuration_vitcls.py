@@ -240,7 +240,7 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
         hidden_dropout_prob, attention_probs_dropout_prob (`float`, defaults to 0): Dropout of residual branches and
             embeddings, and of attention weights; in [0, 1).
         drop_path_rate (`float`, defaults to 0): Rate of dropped residual branches per image at the last layer, rising
-            linearly from 0 at the first (Huang et al. 2016, arXiv 1603.09382).
+            linearly from 0 at the first, so a single layer drops nothing (Huang et al. 2016, arXiv 1603.09382).
         initializer_range (`float`, defaults to 0.02): Standard deviation of initial weights.
 
     Masked image modelling:

@@ -1,4 +1,5 @@
-"""The losses. Each honours `num_items_in_batch`, which Trainer passes when it accumulates gradients.
+"""The losses. That of a classifier honours `num_items_in_batch`, which Trainer passes when it accumulates gradients
+and can count the labels (not where they are a dict of tasks, nor where there are none).
 
 transformers' own `loss_function` guesses the kind of problem from the labels and writes the guess into the
 configuration; here nothing is written, and a guess that could be wrong is an error.

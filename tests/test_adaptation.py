@@ -379,7 +379,7 @@ def test_saving_keeps_nothing_of_the_loading(tmp_path: Path) -> None:
     filled(ViTCLSModel(tiny_config())).save_pretrained(tmp_path)
     larger = ViTCLSModel.from_pretrained(tmp_path, num_register_tokens=2)
     again = reloaded(larger, tmp_path / "again")
-    assert "unchecked" not in json.loads((tmp_path / "again" / "config.json").read_text())
+    assert "_unchecked" not in json.loads((tmp_path / "again" / "config.json").read_text())
     with torch.no_grad():
         assert torch.equal(again(images()).last_hidden_state, larger(images()).last_hidden_state)
 
@@ -591,4 +591,4 @@ def test_the_configuration_of_a_half_loaded_model_is_not_left_behind() -> None:
     config.num_cls_tokens = 0
     with raises_one_line("num_cls_tokens"):
         ViTCLSModel(config)
-    assert "unchecked" not in ViTCLSConfig().to_dict()
+    assert "_unchecked" not in ViTCLSConfig().to_dict()
