@@ -66,11 +66,9 @@ def show(certificate: "Certificate", output: Path) -> None:
     table.add_column("values")
     for comparison in certificate.comparisons:
         height, width = comparison.image_size
-        exact = "" if comparison.float64_differences is None else " (float64)"
-        table.add_column(f"{height} x {width} pixels{exact}", justify="right")
+        table.add_column(f"{height} x {width} pixels", justify="right")
     for name in certificate.comparisons[0].differences:
-        columns = [comparison.float64_differences or comparison.differences for comparison in certificate.comparisons]
-        table.add_row(name, *(f"{differences[name]:.1e}" for differences in columns))
+        table.add_row(name, *(f"{comparison.differences[name]:.1e}" for comparison in certificate.comparisons))
     console.print(table)
     for line in remarks(certificate):
         console.print(line)

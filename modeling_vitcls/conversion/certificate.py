@@ -27,9 +27,6 @@ from .sources import Answers, Source, in_one_line
 
 # DESIGN.md, "Accuracy of equivalence": the largest difference of any value, in float32.
 LIMIT = 1e-5
-# Where values are large, rounding alone exceeds that. Then float64 decides: the largest difference, relative to the
-# largest value. Both sides compute rotary and interpolated positions in float32 throughout, which leaves about 1e-7.
-FLOAT64_LIMIT = 1e-6
 
 NUM_IMAGES = 2
 FILE_NAME = "certificate.json"
@@ -45,23 +42,15 @@ class Comparison:
         image_size: (height, width), pixels.
         differences: largest absolute difference in float32.
         magnitudes: largest absolute value of the source.
-        float64_differences: largest absolute difference in float64, where that had to decide.
     """
 
     image_size: tuple[int, int]
     differences: Numbers
     magnitudes: Numbers
-    float64_differences: Numbers | None = None
 
     def exceeding(self) -> list[str]:
         """What is beyond the limit; NaN is."""
-        if self.float64_differences is None:
-            return [name for name, value in self.differences.items() if not value <= LIMIT]
-        return [
-            name
-            for name, value in self.float64_differences.items()
-            if not value <= FLOAT64_LIMIT * max(1.0, self.magnitudes[name])
-        ]
+        return [name for name, value in self.differences.items() if not value <= LIMIT]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,14 +117,11 @@ def compare_at(size: tuple[int, int], source: Source, model: ViTCLSPreTrainedMod
         ConversionError: where a difference exceeds the limit.
     """
     comparison = Comparison(size, *differences_at(size, source, model, with_logits, torch.float32))
-    if comparison.exceeding():
-        exact, _ = differences_at(size, source, model, with_logits, torch.float64)
-        comparison = dataclasses.replace(comparison, float64_differences=exact)
     if exceeding := comparison.exceeding():
         listed = ", ".join(f"{name} by {comparison.differences[name]:.2g}" for name in exceeding)
         raise ConversionError(
             f"the converted model differs from {source.name} at {size[0]} x {size[1]} pixels: {listed}; the limit is "
-            f"{LIMIT:g}, and float64 does not explain it by rounding"
+            f"{LIMIT:g}"
         )
     return comparison
 
