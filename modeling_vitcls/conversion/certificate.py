@@ -97,7 +97,7 @@ def compare(source: Source, model: ViTCLSPreTrainedModel, with_logits: bool) -> 
     native, rectangle = source.image_size, rectangle_for(source, model)
     comparisons = [compare_at(native, source, model, with_logits)]
     try:
-        source_answers(source, images(model, rectangle, torch.float32))
+        source_answers(source, images(model, rectangle))
     except Exception as error:  # whatever the source raises for a size that it does not take
         return comparisons, f"the source refuses {rectangle[0]} x {rectangle[1]} pixels: {in_one_line(error)}"
     return [*comparisons, compare_at(rectangle, source, model, with_logits)], ""
@@ -116,7 +116,7 @@ def compare_at(size: tuple[int, int], source: Source, model: ViTCLSPreTrainedMod
     Raises:
         ConversionError: where a difference exceeds the limit.
     """
-    comparison = Comparison(size, *differences_at(size, source, model, with_logits, torch.float32))
+    comparison = Comparison(size, *differences_at(size, source, model, with_logits))
     if exceeding := comparison.exceeding():
         listed = ", ".join(f"{name} by {comparison.differences[name]:.2g}" for name in exceeding)
         raise ConversionError(
@@ -127,10 +127,10 @@ def compare_at(size: tuple[int, int], source: Source, model: ViTCLSPreTrainedMod
 
 
 def differences_at(
-    size: tuple[int, int], source: Source, model: ViTCLSPreTrainedModel, with_logits: bool, dtype: torch.dtype
+    size: tuple[int, int], source: Source, model: ViTCLSPreTrainedModel, with_logits: bool
 ) -> tuple[Numbers, Numbers]:
     """Largest absolute differences, and largest absolute values of the source."""
-    pixel_values = images(model, size, dtype)
+    pixel_values = images(model, size)
     wanted = by_group(source_answers(source, pixel_values), model)
     found = model_answers(model, pixel_values)
     names = [name for name in wanted if name in found and (with_logits or "logits" not in name)]
@@ -140,10 +140,10 @@ def differences_at(
     return differences, {name: largest(wanted[name]) for name in names}
 
 
-def images(model: ViTCLSPreTrainedModel, size: tuple[int, int], dtype: torch.dtype) -> torch.Tensor:
+def images(model: ViTCLSPreTrainedModel, size: tuple[int, int]) -> torch.Tensor:
     """Random images [B, C, height, width], the same each time."""
     generator = torch.Generator().manual_seed(0)
-    return torch.randn(NUM_IMAGES, model.config.num_channels, *size, generator=generator).to(dtype)
+    return torch.randn(NUM_IMAGES, model.config.num_channels, *size, generator=generator)
 
 
 @torch.no_grad()
