@@ -148,16 +148,13 @@ def images(model: ViTCLSPreTrainedModel, size: tuple[int, int]) -> torch.Tensor:
 
 @torch.no_grad()
 def source_answers(source: Source, pixel_values: torch.Tensor) -> Answers:
-    """What the source answers in the precision of the images."""
-    source.model.to(pixel_values.dtype)
-    answers = source.answers(pixel_values)
-    source.model.float()
-    return answers
+    """What the source, which is in float32, answers."""
+    return source.answers(pixel_values)
 
 
 @torch.no_grad()
 def model_answers(model: ViTCLSPreTrainedModel, pixel_values: torch.Tensor) -> Answers:
-    """What ours answers, by the same names and by token group, in the precision of the images."""
+    """What ours answers, by the same names and by token group, in float32 too."""
     if model.dtype != pixel_values.dtype:
         model = copy.deepcopy(model)
         model.to(dtype=pixel_values.dtype)  # type: ignore[call-arg]  # transformers wraps `to` untyped
