@@ -1,6 +1,8 @@
 """What test_evaluation.py evaluates, in its own process and, to compare, in two:
 
-accelerate launch --multi_gpu --num_processes 2 evaluation_worker.py OUTPUT.json
+    accelerate launch --multi_gpu --num_processes 2 evaluation_worker.py FOLDER
+
+FOLDER holds a saved model of digits; it gets `scenarios.json` and what scripts/evaluate.py writes, `new/digits.json`.
 """
 
 import io
@@ -25,8 +27,10 @@ from modeling_vitcls import (
     ViTCLSImageProcessor,
 )
 from modeling_vitcls.training.environment import build_accelerator
+from modeling_vitcls.training.evaluate import evaluate_checkpoint
 from modeling_vitcls.training.evaluation import Evaluator
 from modeling_vitcls.training.labels import LabelSpace
+from modeling_vitcls.training.options import DataOptions, EvaluateOptions
 from modeling_vitcls.training.pictures import Examples, LabelledPictures
 
 
@@ -111,13 +115,20 @@ def sharded(model: Any, accelerator: Accelerator) -> Any:
     return fully_shard(model)
 
 
+def evaluate_digits(model: Path, output: Path | None = None) -> dict[str, Any]:
+    """What scripts/evaluate.py does; 360 digits do not divide into rounds of 2 x 7."""
+    data = DataOptions(dataset="digits", num_workers=0)
+    return evaluate_checkpoint(EvaluateOptions(model=str(model), data=data, batch_size=7, output=output))
+
+
 def main() -> None:
     """Evaluate; the main process writes what came out."""
+    folder = Path(sys.argv[1])
     accelerator = build_accelerator()
-    results = evaluate_all(accelerator) | {"processes": accelerator.num_processes}
+    results = evaluate_all(accelerator)
     if accelerator.is_main_process:
-        Path(sys.argv[1]).write_text(json.dumps(results), encoding="utf-8")
-    accelerator.end_training()
+        (folder / "scenarios.json").write_text(json.dumps(results), encoding="utf-8")
+    evaluate_digits(folder, folder / "new" / "digits.json")
 
 
 if __name__ == "__main__":

@@ -170,7 +170,7 @@ def test_random_numbers_are_uniform_and_unrelated() -> None:
     seeds = np.repeat(np.array([seed_for(0), seed_for(1)], dtype=np.uint64), 20_000)
     indices = np.tile(np.arange(20_000, dtype=np.uint64), 2)
     numbers = fractions(random_bits(seeds, indices, 3))  # [40000, 3]
-    assert 0 <= numbers.min() and numbers.max() < 1
+    assert numbers.min() >= 0 and numbers.max() < 1
     assert np.allclose(numbers.mean(axis=0), 0.5, atol=0.01)
     assert np.allclose(numbers.std(axis=0), math.sqrt(1 / 12), atol=0.01)
     related = np.corrcoef(np.stack([*numbers[:20_000].T, *numbers[20_000:].T, *numbers[1:20_001].T]))

@@ -1,7 +1,7 @@
 """Evaluation: metrics against plain computations, every picture counted once, saved models and their results.
 
-Two processes are started by the real `accelerate launch`: once with evaluation_worker.py, whose scenarios have to give
-exactly what one process gives, and once with scripts/evaluate.py.
+Two processes are started by the real `accelerate launch`, once, with evaluation_worker.py: they have to give exactly
+what one process gives.
 """
 
 import csv
@@ -32,6 +32,7 @@ from evaluation_worker import (
     build_evaluator,
     build_pictures,
     evaluate_all,
+    evaluate_digits,
 )
 from torch import nn
 
@@ -59,16 +60,6 @@ NUM_HELD_OUT_DIGITS = 360
 MEASURED = ("images_per_second", "seconds", "num_processes", "device")  # differ from run to run
 
 
-def launch(processes: int, script: Path, *flags: object) -> str:
-    """Run a script through the real `accelerate launch` on the CPU; its standard output."""
-    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", processes]
-    several = ["--multi_gpu", "--main_process_port", 0] if processes > 1 else []  # the launcher; the devices are CPUs
-    command = list(map(str, [*launcher, *several, script, *flags]))
-    ran = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, check=False)
-    assert ran.returncode == 0, f"{ran.stdout}\n{ran.stderr}"
-    return ran.stdout
-
-
 @pytest.fixture(autouse=True)
 def fresh_accelerate() -> Iterator[None]:
     """Accelerate keeps its settings in singletons: each test starts without."""
@@ -84,11 +75,25 @@ def by_one_process() -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def by_two_processes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """The same by two processes."""
-    output = tmp_path_factory.mktemp("two") / "output.json"
-    launch(2, Path(__file__).with_name("evaluation_worker.py"), output)
-    return json.loads(output.read_text(encoding="utf-8"))
+def by_two_processes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of evaluation_worker.py after two processes, with what they printed in `stdout`."""
+    folder = tmp_path_factory.mktemp("two")
+    labels = LabelSpace("single_label_classification", {"label": list("9876543210")})
+    model = build_classifier("single")
+    config = ViTCLSConfig(**model.config.to_diff_dict() | labels.config_values())
+    type(model)(config).save_pretrained(folder)
+    ViTCLSImageProcessor(size=16).save_pretrained(folder)
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2"]
+    several = ["--multi_gpu", "--main_process_port", "0"]  # the launcher; the devices are CPUs
+    command = [*launcher, *several, str(Path(__file__).with_name("evaluation_worker.py")), str(folder)]
+    ran = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, check=False)
+    assert ran.returncode == 0, f"{ran.stdout}\n{ran.stderr}"
+    (folder / "stdout").write_text(ran.stdout, encoding="utf-8")
+    return folder
+
+
+def read_json(file: Path) -> Any:
+    return json.loads(file.read_text(encoding="utf-8"))
 
 
 def answers_of(name: str) -> tuple[Any, list[Any]]:
@@ -264,12 +269,18 @@ def test_a_loss_that_is_no_number_is_none() -> None:
 # Every picture once --------------------------------------------------------------------------------------------------
 
 
-def test_two_processes_give_what_one_gives(by_one_process: dict[str, Any], by_two_processes: dict[str, Any]) -> None:
-    assert by_two_processes.pop("processes") == 2
-    assert by_two_processes.keys() == by_one_process.keys()
+def test_two_processes_give_what_one_gives(by_one_process: dict[str, Any], by_two_processes: Path) -> None:
+    measured = read_json(by_two_processes / "scenarios.json")
+    assert measured.keys() == by_one_process.keys()
     for name, metrics in by_one_process.items():
-        assert by_two_processes[name] == metrics, name
-        assert list(by_two_processes[name]) == list(metrics), name
+        assert measured[name] == metrics, name
+        assert list(measured[name]) == list(metrics), name
+
+
+def test_only_the_main_process_prints(by_two_processes: Path) -> None:
+    printed = (by_two_processes / "stdout").read_text(encoding="utf-8")
+    assert printed.count("each counted once") == 1
+    assert printed.count("'11.png'") == 2  # by two evaluators
 
 
 @pytest.mark.parametrize(
@@ -484,25 +495,15 @@ def test_streamed_pictures(models: Path, tmp_path: Path, by_one_process: dict[st
     assert metrics["loss"] == close(by_one_process["single"]["loss"])
 
 
-def test_two_processes_evaluate_a_saved_model(tmp_path: Path) -> None:
-    """The script itself; 360 digits do not divide into rounds of 2 x 7."""
-    torch.manual_seed(0)
-    labels = LabelSpace("single_label_classification", {"label": list("9876543210")})
-    config = ViTCLSConfig(**build_classifier("single").config.to_diff_dict() | labels.config_values())
-    type(build_classifier("single"))(config).save_pretrained(tmp_path)
-    ViTCLSImageProcessor(size=16).save_pretrained(tmp_path)
-    output = tmp_path / "new" / "evaluation.json"
-    flags = ("--model", tmp_path, "--dataset", "digits", "--batch-size", 7, "--num-workers", 0, "--output", output)
-    printed = launch(2, REPOSITORY / "scripts" / "evaluate.py", *flags)
-    two = json.loads(output.read_text(encoding="utf-8"))
-    data = DataOptions(dataset="digits", num_workers=0)
-    one = evaluate_checkpoint(EvaluateOptions(model=str(tmp_path), data=data, batch_size=7))
+def test_two_processes_evaluate_a_saved_model(by_two_processes: Path) -> None:
+    two, one = read_json(by_two_processes / "new" / "digits.json"), evaluate_digits(by_two_processes)
     assert (two["num_processes"], one["num_processes"]) == (2, 1)
     assert two["num_images"] == NUM_HELD_OUT_DIGITS
     assert {**two, **dict.fromkeys(MEASURED)} == {**one, **dict.fromkeys(MEASURED)}
     assert two.keys() >= {"model", "dataset", "split", "images_per_second", "versions", "per_class", "accuracy"}
-    assert f"{two['accuracy']:.2%}" in printed and printed.count("each counted once") == 1
-    assert list(output.parent.iterdir()) == [output]
+    printed = (by_two_processes / "stdout").read_text(encoding="utf-8")
+    assert f"{two['accuracy']:.2%}" in printed and "digits.json" in printed
+    assert [file.name for file in (by_two_processes / "new").iterdir()] == ["digits.json"]  # nothing half written
 
 
 def test_a_model_without_a_classifier_is_refused(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import os
 import random
 import runpy
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -47,10 +48,10 @@ TINY = (
     "--image-size 32 --patch-size 16 --num-register-tokens 2 --drop-path-rate 0.2"
 )
 # 36 pictures: 4.5 steps an epoch, 23 steps. Checkpoints and lines of metrics fall on different steps.
-RUN = (
-    f"{TINY} --epochs 5 --batch-size 8 --learning-rate 3e-3 --num-workers 0 --save-every 3 --log-every 2 "
-    "--health-every 0"
+SCHEDULE = (
+    "--epochs 5 --batch-size 8 --learning-rate 3e-3 --num-workers 0 --save-every 3 --log-every 2 --health-every 0"
 )
+RUN = f"{TINY} {SCHEDULE}"
 EVERYTHING = (
     f"{RUN} --batch-size 4 --gradient-accumulation-steps 2 --ema-decay 0.9 --mixup 0.4 --cutmix 1 "
     "--random-erasing 0.3 --auto-augment trivial --layer-decay 0.8"
@@ -124,6 +125,7 @@ def fork(folder: Path, flags: str, rank: int = 0, world: int = 1, port: int = 0)
 
 
 def run_script(folder: Path, flags: str, rank: int, world: int, port: int) -> None:
+    os.setsid()  # signals can be sent to the run and its workers alone
     output = os.open(log_of(folder), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(output, 1)
     os.dup2(output, 2)
@@ -172,23 +174,44 @@ def finish(folder: Path, flags: str) -> str:
     return run.output
 
 
-def refused(folder: Path, flags: str) -> str:
-    """Run, and have it refused in one line."""
+def refusal(folder: Path, flags: str) -> str:
+    """Run, and have it refused in one line: that line."""
     log_of(folder).unlink(missing_ok=True)
     run = start(folder, flags)
     assert run.wait() == 1, run.output
-    (line,) = [line for line in run.output.splitlines() if line.strip()]
-    return line
+    assert "Traceback" not in run.output, run.output
+    return run.output.splitlines()[-1]
+
+
+def kill(folder: Path, flags: str, step: int) -> None:
+    """Start a run, and kill it with -9 once it has logged a step."""
+    run = start(folder, flags)
+    run.wait_for_step(step)
+    run.kill()
+    assert not (folder / "results.json").exists()
 
 
 def kill_and_resume(folder: Path, flags: str, kills: list[int]) -> str:
     """Kill a run with -9 once it has logged each of these steps, and at last let it end; what it printed then."""
     for number, step in enumerate(kills):
-        run = start(folder, f"{flags} --resume" if number else flags)
-        run.wait_for_step(step)
-        run.kill()
-        assert not (folder / "results.json").exists()
+        kill(folder, f"{flags} --resume" if number else flags, step)
     return finish(folder, f"{flags} --resume")
+
+
+def fork_two(folder: Path, flags: str) -> list[Started]:
+    """Two processes that work together, the main one first."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    return [Started(folder, flags, fork(folder, flags, rank, 2, port)) for rank in range(2)]
+
+
+def finish_two(folder: Path, flags: str) -> str:
+    """Run to the end in two processes; what they printed."""
+    log_of(folder).unlink(missing_ok=True)
+    for run in fork_two(folder, flags):
+        assert run.wait() == 0, run.output
+    return log_of(folder).read_text(encoding="utf-8")
 
 
 def random_steps(count: int, seed: int) -> list[int]:
@@ -217,6 +240,16 @@ def assert_equal_runs(folder: Path, expected: Path) -> None:
         assert torch.equal(weights[name], weight), name
     results, expected_results = (json.loads((place / "results.json").read_text()) for place in (folder, expected))
     assert comparable(results) == comparable(expected_results)
+
+
+def step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("step-"))
+
+
+def resumed_after(output: str) -> int:
+    """The step that a run said it goes on from."""
+    (line,) = [line for line in output.splitlines() if line.startswith("resumed")]
+    return int(line.split("after step ")[1].split()[0])
 
 
 @pytest.fixture(scope="module")
@@ -267,3 +300,214 @@ def test_killed_anywhere_with_everything_on(
     output = kill_and_resume(folder, flags, [3, 8, *random_steps(2, seed=1)])
     assert "resumed" in output and f"of {NUM_STEPS}" in output
     assert_equal_runs(folder, uninterrupted(flags))
+
+
+VARIANTS = {
+    "repeated augmentation": f"{RUN} --repeated-augmentation 2",
+    "several kinds of tokens": f"{RUN} --num-cls-tokens 2 --num-distillation-tokens 1 --pooling cls_mean",
+    "head": f"{SCHEDULE} --model {{trained}} --trainable head",
+    "LoRA": f"{SCHEDULE} --model {{trained}} --trainable lora --lora-rank 2 --ema-decay 0.9",
+    "last layer": f"{SCHEDULE} --model {{trained}} --trainable last-1 --class-balance sampling",
+    "a teacher": f"{RUN} --teacher {{trained}} --distillation soft",
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_killed_and_resumed(variant: str, pictures: Path, folder: Path, uninterrupted: Callable[[str], Path]) -> None:
+    """With workers before it and none after it, and with other checkpoints."""
+    trained = uninterrupted(f"{RUN} --dataset {pictures}")
+    flags = VARIANTS[variant].format(trained=trained) + f" --dataset {pictures}"
+    before = f"{flags} --num-workers 2 --save-every 2 --keep-checkpoints 1 --max-broken-images 5"
+    run = start(folder, before)
+    run.wait_for_step(*random_steps(1, seed=list(VARIANTS).index(variant)))
+    run.kill()
+    assert resumed_after(finish(folder, f"{flags} --resume")) % 2 == 0
+    assert_equal_runs(folder, uninterrupted(flags))
+
+
+def test_a_stream_goes_on(pictures: Path, folder: Path, uninterrupted: Callable[[str], Path]) -> None:
+    files = sorted(map(str, pictures.glob("*/*.png")), key=lambda name: Path(name).stem)
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["dusk", "noon"])})
+    rows = {"image": files, "label": [int("noon" in name) for name in files]}
+    parquet = pictures.parent / "pictures.parquet"
+    datasets.Dataset.from_dict(rows, features=features).to_parquet(parquet)
+    flags = f"{RUN} --dataset {parquet} --streaming --shuffle-buffer 10 --max-steps {NUM_STEPS}"
+    kill_and_resume(folder, flags, random_steps(2, seed=3))
+    assert_equal_runs(folder, uninterrupted(flags))
+
+
+def test_a_damaged_checkpoint_costs_a_warning(
+    pictures: Path, folder: Path, uninterrupted: Callable[[str], Path]
+) -> None:
+    flags = f"{RUN} --dataset {pictures}"
+    kill(folder, flags, step=10)
+    *_, before, newest = sorted((folder / "checkpoints").glob("step-*"))
+    weights = newest / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-7])
+    output = finish(folder, f"{flags} --resume")
+    assert f"WARNING: the checkpoint {newest} is damaged: model.safetensors is not what was written" in output
+    assert resumed_after(output) == step_of(before)
+    assert_equal_runs(folder, uninterrupted(flags))
+
+
+def test_only_damaged_checkpoints_are_refused(pictures: Path, folder: Path) -> None:
+    flags = f"{RUN} --dataset {pictures}"
+    kill(folder, flags, step=8)
+    for state in (folder / "checkpoints").glob("step-*/state.json"):
+        state.write_text("{", encoding="utf-8")
+    message = refusal(folder, f"{flags} --resume")
+    assert message.startswith("error: every checkpoint in") and "leave out --resume" in message
+
+
+def test_resume_without_a_checkpoint_starts_from_the_beginning(
+    pictures: Path, folder: Path, uninterrupted: Callable[[str], Path]
+) -> None:
+    flags = f"{RUN} --dataset {pictures}"
+    finish(folder, f"{flags} --resume")
+    assert_equal_runs(folder, uninterrupted(flags))
+
+
+def test_a_full_disk_costs_nothing(pictures: Path, tmp_path: Path, uninterrupted: Callable[[str], Path]) -> None:
+    disk = ["tmpfs", str(tmp_path / "disk")]
+    (tmp_path / "disk").mkdir()
+    if subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=1200k", *disk], capture_output=True, check=False
+    ).returncode:
+        pytest.skip("mounting a small file system needs root")
+    try:
+        flags = f"{RUN} --dataset {pictures}"
+        folder = tmp_path / "disk" / "model"
+        log_of(folder).symlink_to(tmp_path / "log")
+        run = start(folder, flags)
+        assert run.wait() == 1
+        message = run.output.splitlines()[-1]
+        assert "No space left on device" in message and "is intact" in message and "Traceback" not in run.output
+        subprocess.run(["mount", "-o", "remount,size=50m", *disk], check=True)
+        assert resumed_after(finish(folder, f"{flags} --resume")) > 0
+        assert_equal_runs(folder, uninterrupted(flags))
+    finally:
+        subprocess.run(["umount", str(tmp_path / "disk")], check=True)
+
+
+# Asked to stop -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_first(
+    number: signal.Signals, pictures: Path, folder: Path, uninterrupted: Callable[[str], Path]
+) -> None:
+    """To the run and its workers, between two checkpoints."""
+    flags = f"{RUN} --dataset {pictures}"
+    run = start(folder, f"{flags} --num-workers 2 --save-every 1000")
+    run.wait_for_step(6)
+    os.killpg(run.process.pid, number)
+    assert run.wait() == 128 + number
+    assert f"stopped by {number.name}; a checkpoint was saved" in run.output
+    assert "Traceback" not in run.output
+    assert resumed_after(finish(folder, f"{flags} --resume")) >= 6
+    assert_equal_runs(folder, uninterrupted(flags))
+
+
+def test_a_launcher_that_is_terminated(pictures: Path, folder: Path, uninterrupted: Callable[[str], Path]) -> None:
+    """`accelerate launch` dies of SIGTERM without passing it on; the run notices, saves and ends."""
+    flags = f"{RUN} --dataset {pictures}"
+    run = launch(folder, f"{flags} --save-every 1000")
+    run.wait_for_step(2)
+    (child,) = psutil.Process(run.process.pid).children()
+    run.process.terminate()
+    assert run.wait() == -signal.SIGTERM
+    psutil.wait_procs([child], timeout=60)
+    assert not child.is_running()
+    assert "stopped by SIGTERM; a checkpoint was saved" in run.output
+    assert resumed_after(finish(folder, f"{flags} --resume")) >= 2
+    assert_equal_runs(folder, uninterrupted(flags))
+
+
+# Several processes ---------------------------------------------------------------------------------------------------
+
+
+def test_two_processes_are_interrupted_then_killed(pictures: Path, folder: Path, tmp_path: Path) -> None:
+    """Ctrl-C in a terminal goes to the launcher's process group, and torchrun passes it on. With workers."""
+    flags = f"{EVERYTHING} --batch-size 2 --dataset {pictures}"
+    run = launch(folder, f"{flags} --num-workers 1 --save-every 1000", 2)
+    run.wait_for_step(4)
+    os.killpg(run.process.pid, signal.SIGINT)
+    assert run.wait() == 1
+    assert run.output.count("stopped by SIGINT; a checkpoint was saved") == 1
+
+    again = fork_two(folder, f"{flags} --resume")
+    again[0].wait_for_step(12)
+    for process in again:
+        process.kill()
+    assert resumed_after(finish_two(folder, f"{flags} --resume")) >= 9
+    whole = tmp_path / "whole"
+    finish_two(whole, flags)
+    assert_equal_runs(folder, whole)
+
+
+@pytest.mark.slow
+def test_two_sharded_processes_are_killed(pictures: Path, folder: Path, tmp_path: Path) -> None:
+    """FSDP2: each process holds half of the weights, of their moments and of their average."""
+    flags = f"{EVERYTHING} --batch-size 2 --dataset {pictures}"
+    sharded = ("--config_file", str(SCRIPTS / "accelerate" / "fsdp2_cpu.yaml"))
+    run = launch(folder, flags, 2, *sharded)
+    run.wait_for_step(10)
+    run.kill()
+    for place, more in ((folder, " --resume"), (tmp_path / "whole", "")):
+        run = launch(place, flags + more, 2, *sharded)
+        assert run.wait() == 0, run.output
+    assert resumed_after(log_of(folder).read_text(encoding="utf-8")) >= 6
+    assert_equal_runs(folder, tmp_path / "whole")
+
+
+# What may change, and what not ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def killed(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that was killed after step 6. Nothing below changes it."""
+    folder = tmp_path_factory.mktemp("killed") / "model"
+    kill(folder, f"{RUN} --dataset {pictures}", step=6)
+    return folder
+
+
+CHANGES = {
+    "--learning-rate 0.001": "--learning-rate 0.003, and this is 0.001",
+    "--hidden-size 48": "--hidden-size 32, and this is 48",
+    "--dataset digits": "--dataset",
+    "--seed 1": "--seed 0, and this is 1",
+    "--mixup 0.1": "--mixup 0.0, and this is 0.1",
+    "--batch-size 4": "--batch-size",
+    "--ema-decay 0.9": "--ema-decay unset, and this is 0.9",
+    "--epochs 9": "--epochs 5.0, and this is 9.0",
+    "--max-steps 40": "--max-steps unset, and this is 40",
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_another_run_is_refused(change: str, killed: Path, pictures: Path) -> None:
+    before = contents(killed)
+    message = refusal(killed, f"{RUN} --dataset {pictures} --resume {change}")
+    assert message.startswith("error: ") and CHANGES[change] in message
+    if change.startswith(("--epochs", "--max-steps")):
+        assert "learning rate" in message  # it falls to 0 at the end that was planned
+    assert contents(killed) == before
+
+
+def test_an_unfinished_run_is_not_overwritten(killed: Path, pictures: Path) -> None:
+    before = contents(killed)
+    assert "go on with --resume" in refusal(killed, f"{RUN} --dataset {pictures}")
+    assert contents(killed) == before
+
+
+def test_a_finished_run_says_so(pictures: Path, uninterrupted: Callable[[str], Path]) -> None:
+    flags = f"{RUN} --dataset {pictures}"
+    folder = uninterrupted(flags)
+    before = contents(folder)
+    output = finish(folder, f"{flags} --resume")
+    assert "there is nothing to resume" in output and "step 2/" not in output
+    assert contents(folder) == before
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file()}

@@ -204,7 +204,7 @@ def test_grey_and_colour_are_converted(channels: int, tmp_path: Path) -> None:
         batch
         if channels == 1
         else torch.stack(
-            [torch.from_numpy(np.asarray(picture.convert("L"))).float()[None] for picture in pictures(batch)]
+            [torch.from_numpy(np.array(picture.convert("L"))).float()[None] for picture in pictures(batch)]
         )
     )
     assert largest_difference(teach(grey, channels=1)(as_grey), teach(grey, channels=channels)(batch)) <= 2e-2

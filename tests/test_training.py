@@ -1,37 +1,37 @@
-"""Training: the command line, batches, the loop, evaluation, and what a run leaves behind.
+"""Fine-tuning as a whole: the command line, what a run leaves behind, and runs of every kind.
 
 Two runs start the real `accelerate launch`: one process with batches of 14, and two with batches of 7. Their metrics
-must agree. The rest runs in this process.
+must agree. The rest runs in this process. Its parts have tests of their own: test_data, test_batches, test_loop, ...
 """
 
 import json
+import math
 import os
 import runpy
 import subprocess
 import sys
-from collections import Counter
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import datasets
 import pytest
 import torch
 import yaml
-from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 from PIL import Image
+from safetensors.torch import load_file
+from transformers import ResNetConfig, ResNetForImageClassification, ViTImageProcessor
 
-from modeling_vitcls import ViTCLSConfig, ViTCLSForImageClassification, ViTCLSImageProcessor
-from modeling_vitcls.training.augmentation import build_augmentation
-from modeling_vitcls.training.batches import BatchPlan, Normaliser, TrainingPictures, training_batches
-from modeling_vitcls.training.data import load_evaluation_data, load_training_data
-from modeling_vitcls.training.finetune import finetune
-from modeling_vitcls.training.run import prepare
-from modeling_vitcls.training.loop import TrainingState, train
-from modeling_vitcls.training.losses import classification_loss
+from modeling_vitcls import (
+    ViTCLSConfig,
+    ViTCLSForImageClassification,
+    ViTCLSForMultiTaskClassification,
+    ViTCLSImageProcessor,
+)
+from modeling_vitcls.training.finetune import finetune, rehearse
+from modeling_vitcls.training.labels import LabelSpace
 from modeling_vitcls.training.model import build_model
-from modeling_vitcls.training.optimisation import learning_rate_at, parameter_groups
 from modeling_vitcls.training.options import (
     AugmentationOptions,
     DataOptions,
@@ -39,6 +39,8 @@ from modeling_vitcls.training.options import (
     ModelOptions,
     TrainingOptions,
 )
+from modeling_vitcls.training.run import prepare
+from modeling_vitcls.training.session import RunStopped
 
 
 REPOSITORY = Path(__file__).parents[1]
@@ -90,7 +92,7 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
 
 
 @pytest.fixture(autouse=True)
-def fresh_accelerate() -> Any:
+def fresh_accelerate() -> Iterator[None]:
     """Accelerate keeps its settings in singletons: each test starts without."""
     yield
     AcceleratorState._reset_state(reset_partial_state=True)
@@ -121,15 +123,29 @@ def colours(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def tiny_options(output_dir: Path, dataset: object, **training: Any) -> FinetuneOptions:
-    """A run of a few steps in this process."""
-    return FinetuneOptions(
+def tiny_options(output_dir: Path, dataset: object, **others: Any) -> FinetuneOptions:
+    """A run of a few steps in this process. `others`: fields of any of the options' groups."""
+    options = FinetuneOptions(
         output_dir=output_dir,
         data=DataOptions(dataset=str(dataset), num_workers=0),
         model=TINY,
         augmentation=PLAIN,
-        training=replace(TrainingOptions(max_steps=3, batch_size=8, learning_rate=3e-3), **training),
+        training=TrainingOptions(max_steps=3, batch_size=8, learning_rate=3e-3, health_every=0),
     )
+    for group in ("data", "model", "augmentation", "training", "distillation", "run"):
+        part = getattr(options, group)
+        known = {name: value for name, value in others.items() if name in vars(part)}
+        options = replace(options, **{group: replace(part, **known)})
+        others = {name: value for name, value in others.items() if name not in known}
+    assert not others, f"no such options: {others}"
+    return options
+
+
+def trained(output_dir: Path, dataset: object, **others: Any) -> dict[str, Any]:
+    """The results of such a run."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    return finetune(prepare(tiny_options(output_dir, dataset, **others)))
 
 
 # A run through accelerate launch -------------------------------------------------------------------------------------
@@ -150,7 +166,7 @@ def test_run_leaves_results_of_every_held_out_image(launched: Path) -> None:
 
 def test_every_special_token_moves(launched: Path) -> None:
     movement = read_json(launched / "results.json")["token_movement"]
-    assert movement.keys() == {"cls", "distillation", "registers"}
+    assert movement.keys() == {"cls[0]", "cls[1]", "distillation[0]", "registers[0]", "registers[1]"}
     assert all(norm > 0 for norm in movement.values())
     assert "WARNING" not in (launched.parent / "stdout").read_text(encoding="utf-8")
 
@@ -246,234 +262,235 @@ def test_a_missing_recipe_is_named(tmp_path: Path) -> None:
     assert "cannot read the recipe" in ran.stderr and "absent.yaml" in ran.stderr
 
 
-def test_an_impossible_model_ends_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_impossible_model_ends_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
     flags = ["--config", RECIPE, "--output-dir", tmp_path, "--num-cls-tokens", 0]
     monkeypatch.setattr(sys, "argv", list(map(str, ["finetune.py", *flags])))
     monkeypatch.syspath_prepend(SCRIPTS)
     with pytest.raises(SystemExit) as stopped:
         runpy.run_path(str(SCRIPTS / "finetune.py"), run_name="__main__")
-    assert str(stopped.value).startswith('error: pooling="cls" reads a CLS token')
-    assert "\n" not in str(stopped.value)  # a message in place of a number: Python prints it and exits with 1
+    assert stopped.value.code == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith('error: pooling="cls" reads a CLS token')
 
 
-# Data ----------------------------------------------------------------------------------------------------------------
+# Runs of every kind --------------------------------------------------------------------------------------------------
 
 
 def test_image_folder_is_learned(colours: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    results = finetune(prepare(tiny_options(tmp_path, colours, max_steps=20)))
+    results = trained(tmp_path / "out", colours, max_steps=20)
+    assert results["accuracy"] == 1.0 and results["num_images"] == 10
+    assert "accuracy 100.00% on 10 held-out images" in capsys.readouterr().out
+    model = ViTCLSForImageClassification.from_pretrained(tmp_path / "out")
+    assert model.config.id2label == {0: "dusk", 1: "noon"}
+
+
+@pytest.fixture(scope="module")
+def tasks(colours: Path) -> Path:
+    """The same pictures with two columns of labels, a few of them missing, and one column of several labels."""
+    rows = [
+        (str(path), path.parent.name, "" if index % 7 == 0 else f"kind {index % 3}", f"{path.parent.name}|all")
+        for index, path in enumerate(sorted(colours.glob("*/*.png")))
+    ]
+    lines = ["image,time,kind,tags", *map(",".join, rows)]
+    (colours.parent / "tasks.csv").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return colours.parent / "tasks.csv"
+
+
+def test_several_tasks(tasks: Path, tmp_path: Path) -> None:
+    results = trained(tmp_path, tasks, label_column=("time", "kind"), max_steps=20)
+    assert results["time_accuracy"] == 1.0
+    assert results["kind_num_images"] < results["time_num_images"] == results["num_images"]
+    assert results["token_layout"]["cls"] == 2
+    model = ViTCLSForMultiTaskClassification.from_pretrained(tmp_path)
+    assert model.config.task_labels() == {"kind": ["kind 0", "kind 1", "kind 2"], "time": ["dusk", "noon"]}
+    again = trained(tmp_path / "again", tasks, label_column=("time", "kind"), **from_checkpoint(tmp_path))
+    assert again["time_accuracy"] == 1.0  # with the heads that were saved
+
+
+def test_several_labels_per_image(tasks: Path, tmp_path: Path) -> None:
+    options = {"label_column": ("tags",), "label_separator": "|", "max_steps": 30}
+    results = trained(tmp_path, tasks, **options)
+    assert results["mean_average_precision"] == 1.0
+    model = ViTCLSForImageClassification.from_pretrained(tmp_path)
+    assert model.config.problem_type == "multi_label_classification"
+    assert set(model.config.label2id) == {"all", "dusk", "noon"}
+
+
+@pytest.mark.parametrize("flag", ["mixup", "cutmix"])
+def test_what_is_for_one_label_is_refused_for_several(tasks: Path, tmp_path: Path, flag: str) -> None:
+    with pytest.raises(ValueError, match=f"--{flag} is for one label per picture"):
+        prepare(tiny_options(tmp_path, tasks, label_column=("time", "kind"), **{flag: 0.5}))
+
+
+def test_a_stream_is_learned(colours: Path, tmp_path: Path) -> None:
+    results = trained(tmp_path, colours, streaming=True, max_steps=20, held_out_fraction=0.4)
+    assert results["num_training_images"] is None and results["num_images"] > 4
     assert results["accuracy"] == 1.0
-    assert results["num_images"] == 10  # 20 % of 46, rounded up
-    config = ViTCLSConfig.from_pretrained(tmp_path)
-    assert config.id2label == {0: "dusk", 1: "noon"}
-    assert "100.00% of 10 held-out images" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="--max-steps"):
+        prepare(tiny_options(tmp_path / "other", colours, streaming=True, max_steps=None))
 
 
-def test_csv_with_relative_paths_and_named_labels(colours: Path, tmp_path: Path) -> None:
-    lines = [f"{path.relative_to(colours)},{path.parent.name}" for path in sorted(colours.glob("*/*.png"))]
-    (colours / "list.csv").write_text("path,category\n" + "\n".join(lines), encoding="utf-8")
-    results = finetune(prepare(tiny_options(tmp_path, colours / "list.csv")))
-    assert results["num_images"] == 10
-    assert results["dataset"] == "list.csv"
-    assert ViTCLSConfig.from_pretrained(tmp_path).label2id == {"dusk": 0, "noon": 1}
+def test_broken_images_are_named_and_skipped(colours: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    folder = tmp_path / "pictures"
+    for path in colours.glob("*/*.png"):
+        (folder / path.parent.name).mkdir(parents=True, exist_ok=True)
+        (folder / path.parent.name / path.name).write_bytes(path.read_bytes())
+    (folder / "noon" / "1.png").write_bytes(b"no picture")
+    (folder / "dusk" / "2.png").write_bytes((colours / "dusk" / "2.png").read_bytes()[:60])
+    results = trained(tmp_path / "out", folder, epochs=2, max_steps=None, num_workers=1)
+    output = capsys.readouterr().out
+    assert results["num_broken_training_images"] + results["num_broken_images"] == 2
+    assert "noon/1.png" in output and "dusk/2.png" in output
+    with pytest.raises(RunStopped, match=r"more than 1 images cannot be read.*--max-broken-images"):
+        trained(tmp_path / "strict", folder, epochs=2, max_steps=None, max_broken_images=1, held_out_fraction=0.05)
 
 
-def test_parquet_with_embedded_images_and_numbered_labels(colours: Path, tmp_path: Path) -> None:
-    paths = sorted(colours.glob("*/*.png"))
-    rows = {
-        "photo": [str(path) for path in paths],
-        "extra": [0] * 46,
-        "target": [7 if "noon" in str(path) else 3 for path in paths],
-    }
-    table = datasets.Dataset.from_dict(rows).cast_column("photo", datasets.Image())
-    table.to_parquet(tmp_path / "table.parquet")
-    results = finetune(prepare(tiny_options(tmp_path / "model", tmp_path / "table.parquet")))
-    assert results["num_images"] == 10
-    assert ViTCLSConfig.from_pretrained(tmp_path / "model").id2label == {0: "3", 1: "7"}
+@pytest.fixture(scope="module")
+def pretrained(colours: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint to go on from."""
+    folder = tmp_path_factory.mktemp("pretrained")
+    trained(folder, "digits", max_steps=2)
+    return folder
 
 
-def test_declared_labels_are_indices_whatever_their_names(colours: Path, tmp_path: Path) -> None:
-    paths = sorted(map(str, colours.glob("*/*.png")))
-    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["1", "0"])})
-    rows = {"image": paths, "label": [int("noon" in path) for path in paths]}
-    datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "table.parquet")
-    names, held_out = load_evaluation_data(DataOptions(dataset=str(tmp_path / "table.parquet")), "test")
-    assert names == ["1", "0"]
-    for picture, label in zip(held_out.pictures, held_out.labels, strict=True):
-        assert (picture.convert("RGB").getpixel((0, 0))[0] > 128) == (label == 1)
+def from_checkpoint(folder: Path) -> dict[str, Any]:
+    """The options that start from a checkpoint, with its own sizes."""
+    return dict.fromkeys(vars(TINY)) | {"model": str(folder)}
 
 
-def test_a_row_without_a_label_is_named(colours: Path, tmp_path: Path) -> None:
-    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b"])})
-    path = str(next(colours.glob("*/*.png")))
-    rows = {"image": [path] * 3, "label": [0, 1, -1]}
-    datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "table.parquet")
-    with pytest.raises(ValueError, match="row 2 has the label -1, which is none of the 2 classes"):
-        load_training_data(DataOptions(dataset=str(tmp_path / "table.parquet")))
+def changed(before: Path, after: Path) -> set[str]:
+    """Names of the weights that differ."""
+    old, new = (load_file(folder / "model.safetensors") for folder in (before, after))
+    return {name for name in new if name not in old or not torch.equal(old[name], new[name])}
 
 
-def test_a_split_of_the_data_set_is_used_where_there_is_one(colours: Path, tmp_path: Path) -> None:
-    for split, names in (("train", range(20)), ("test", range(20, 23))):
-        for label in ("dusk", "noon"):
-            (tmp_path / split / label).mkdir(parents=True)
-            for name in names:
-                (tmp_path / split / label / f"{name}.png").symlink_to(colours / label / f"{name}.png")
-    options = DataOptions(dataset=str(tmp_path))
-    data = load_training_data(options)
-    assert (len(data.train), len(data.held_out), data.held_out_name) == (40, 6, "split 'test'")
-    assert len(load_evaluation_data(options, "test")[1]) == 6
-    with pytest.raises(ValueError, match="no split 'tset': choose one of train, test"):
-        load_evaluation_data(options, "tset")
+def test_linear_probing_trains_the_head_alone(pretrained: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    start = from_checkpoint(pretrained) | {"trainable": "head", "label_smoothing": 0.0}
+    results = trained(tmp_path, "digits", max_steps=20, **start)
+    assert changed(pretrained, tmp_path) == {"classifier.weight", "classifier.bias"}
+    assert "encoding 1,437 images once" in capsys.readouterr().out
+    assert results["num_images"] == NUM_HELD_OUT_DIGITS
+    assert "WARNING" not in capsys.readouterr().out
 
 
-def test_held_out_digits_are_stratified_and_disjoint_from_training() -> None:
-    data = load_training_data(DataOptions(dataset="digits"))
-    assert len(set(data.train.pictures.indices) & set(data.held_out.pictures.indices)) == 0
-    assert len(data.train) + len(data.held_out) == 1797
-    assert set(Counter(data.held_out.labels).values()) <= {35, 36, 37}
-    again = load_training_data(DataOptions(dataset="digits"))
-    assert again.held_out.pictures.indices == data.held_out.pictures.indices
-    other = load_training_data(DataOptions(dataset="digits", split_seed=1))
-    assert other.held_out.pictures.indices != data.held_out.pictures.indices
+def test_the_last_layers_alone(pretrained: Path, tmp_path: Path) -> None:
+    trained(tmp_path, "digits", trainable="last-1", **from_checkpoint(pretrained))
+    names = changed(pretrained, tmp_path)
+    assert all(name.startswith(("classifier.", "vitcls.layers.1.", "vitcls.layernorm.")) for name in names)
+    assert any(name.startswith("vitcls.layers.1.") for name in names)
 
 
-def test_data_that_cannot_be_used_is_named(colours: Path, tmp_path: Path) -> None:
-    (tmp_path / "table.csv").write_text("a,b,c\n1,2,3\n", encoding="utf-8")
-    with pytest.raises(ValueError, match=r"no column is clearly the image .*--image-column"):
-        load_training_data(DataOptions(dataset=str(tmp_path / "table.csv")))
-    with pytest.raises(ValueError, match="has no column 'd': choose one of a, b, c"):
-        load_training_data(DataOptions(dataset=str(tmp_path / "table.csv"), image_column="d"))
-    with pytest.raises(ValueError, match="cannot read the data set"):
-        load_training_data(DataOptions(dataset=str(tmp_path / "absent.csv")))
-    (tmp_path / "list.csv").write_text("image,label\nabsent.png,x\nabsent.png,x\nabsent.png,x\n", encoding="utf-8")
-    data = load_training_data(DataOptions(dataset=str(tmp_path / "list.csv"), held_out_fraction=0.4))
-    with pytest.raises(ValueError, match=r"absent\.png"):
-        data.train.pictures[0]
+def test_lora_is_merged_into_a_plain_model(pretrained: Path, tmp_path: Path) -> None:
+    results = trained(tmp_path, "digits", trainable="lora", lora_rank=2, **from_checkpoint(pretrained))
+    names = {name for name in changed(pretrained, tmp_path) if name.endswith("proj.weight")}
+    assert names == {f"vitcls.layers.{layer}.attention.{name}_proj.weight" for layer in (0, 1) for name in "qv"}
+    assert results["num_images"] == NUM_HELD_OUT_DIGITS
+    ViTCLSForImageClassification.from_pretrained(tmp_path)
 
 
-# Batches -------------------------------------------------------------------------------------------------------------
+def test_a_preset_is_no_checkpoint_to_freeze(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="--trainable head is for a trained checkpoint, and vitcls-tiny starts from"):
+        prepare(tiny_options(tmp_path, "digits", trainable="head"))
 
 
-def test_every_epoch_shows_each_picture_once() -> None:
-    options = TrainingOptions(epochs=3, batch_size=4)
-    plan = BatchPlan.from_options(10, options, num_processes=1)
-    keys = [key for batch in plan.batches(process=0) for key in batch]
-    assert plan.num_steps == 8  # 3 x 10 images in batches of 4, rounded up
-    for epoch in range(3):
-        assert sorted(index for at, index in keys if at == epoch) == list(range(10))
-    assert [index for at, index in keys if at == 0] != [index for at, index in keys if at == 1]
-
-
-def test_batches_are_the_same_however_they_are_divided() -> None:
-    whole = BatchPlan.from_options(10, TrainingOptions(max_steps=7, batch_size=8), num_processes=1)
-    shared = BatchPlan.from_options(
-        10, TrainingOptions(max_steps=7, batch_size=2, gradient_accumulation_steps=2), num_processes=2
-    )
-    parts = [list(shared.batches(process)) for process in (0, 1)]
-    for step, batch in enumerate(whole.batches(process=0)):
-        pieces = [key for part in parts for piece in part[2 * step : 2 * step + 2] for key in piece]
-        assert sorted(pieces) == sorted(batch)
-
-
-def test_batches_can_start_anywhere() -> None:
-    plan = BatchPlan.from_options(10, TrainingOptions(max_steps=9, batch_size=3), num_processes=1)
-    assert list(plan.batches(process=0, first_step=4)) == list(plan.batches(process=0))[4:]
-
-
-def test_augmentation_depends_on_seed_epoch_and_picture_alone() -> None:
-    data = load_training_data(DataOptions(dataset="digits"))
-    augmentation = build_augmentation(AugmentationOptions(rotation=20, shift=0.1), (32, 32), 3)
-
-    def pixels(seed: int, epoch: int) -> torch.Tensor:
-        torch.rand(1)  # the state of the global generator must not matter
-        return TrainingPictures(data.train, augmentation, to_rgb=True, seed=seed)[epoch, 5]["pixels"]
-
-    assert pixels(0, 0).shape == (3, 32, 32)
-    assert torch.equal(pixels(0, 0), pixels(0, 0))
-    assert not torch.equal(pixels(0, 0), pixels(0, 1))
-    assert not torch.equal(pixels(0, 0), pixels(1, 0))
-
-
-def test_training_pixels_match_the_image_processor() -> None:
-    """Without augmentation, training and evaluation see the same values."""
-    data = load_training_data(DataOptions(dataset="digits"))
-    _, processor = build_model(TINY, data.label_names)
-    augmentation = build_augmentation(PLAIN, (32, 32), processor.resample)
-    pictures = TrainingPictures(data.train, augmentation, to_rgb=True, seed=0)
-    normalise = Normaliser(processor, torch.device("cpu"))
-    expected = processor([data.train.pictures[index] for index in range(9)], return_tensors="pt")["pixel_values"]
-    measured = normalise(torch.stack([pictures[0, index]["pixels"] for index in range(9)]))
-    torch.testing.assert_close(measured, expected, atol=1e-5, rtol=0)
-
-
-# Optimisation --------------------------------------------------------------------------------------------------------
-
-
-def trained_weights(batch_size: int, accumulation_steps: int, learning_rate: float = 1e-3) -> dict[str, torch.Tensor]:
-    """The weights after four steps on digits; momentum-free SGD, which hides no difference in scale."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
-    options = TrainingOptions(
-        max_steps=4, batch_size=batch_size, gradient_accumulation_steps=accumulation_steps, learning_rate=learning_rate
-    )
-    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=accumulation_steps)
-    data = load_training_data(DataOptions(dataset="digits"))
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small CNN of transformers; what it would teach does not matter here."""
+    folder = tmp_path_factory.mktemp("teacher")
     torch.manual_seed(0)
-    model, processor = build_model(TINY, data.label_names)
-    model, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=1.0))
-    plan = BatchPlan.from_options(len(data.train), options, num_processes=1)
-    pictures = TrainingPictures(data.train, build_augmentation(PLAIN, (32, 32), 3), to_rgb=True, seed=0)
-    state = TrainingState(model, optimizer)
-    loss = classification_loss(Normaliser(processor, accelerator.device), label_smoothing=0.1)
-    batches = training_batches(pictures, plan, process=0, num_workers=0)
-    train(state, batches, loss, plan, options, accelerator, evaluate=dict, log=lambda record: None)
-    assert state.step == 4
-    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    labels = {str(digit): digit for digit in range(10)}
+    sizes = {"embedding_size": 8, "hidden_sizes": [8], "depths": [1], "layer_type": "basic"}
+    config = ResNetConfig(**sizes, label2id=labels, id2label={index: name for name, index in labels.items()})
+    ResNetForImageClassification(config).save_pretrained(folder)
+    ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(folder)
+    return folder
 
 
-def test_accumulation_equals_the_large_batch() -> None:
-    large = trained_weights(batch_size=16, accumulation_steps=1)
-    small = trained_weights(batch_size=8, accumulation_steps=2)
-    start = trained_weights(batch_size=16, accumulation_steps=1, learning_rate=1e-12)
-    for name in large:
-        torch.testing.assert_close(small[name], large[name], atol=1e-6, rtol=0)
-    moved = max((large[name] - start[name]).abs().max().item() for name in large)
-    assert moved > 1e-4  # far above the tolerance
+@pytest.mark.parametrize("kind", ["hard", "soft"])
+def test_a_teacher_teaches_the_distillation_token(
+    teacher: Path, tmp_path: Path, kind: str, capsys: pytest.CaptureFixture
+) -> None:
+    results = trained(tmp_path, "digits", teacher=str(teacher), distillation=kind, max_steps=4, mixup=0.2)
+    assert results["token_layout"]["distillation"] == 1 and results["teacher"] == str(teacher)
+    assert {"cls_accuracy", "distillation_accuracy"} <= results.keys()
+    last = read_metrics(tmp_path)[-1]
+    parts = last["label_loss"] / 2 + last["distillation_loss"] / 2
+    assert last["loss"] == pytest.approx(parts, abs=1e-5)
+    output = capsys.readouterr().out
+    assert "teacher " in output and "cls accuracy" in output and "distillation accuracy" in output
 
 
-def test_only_weights_of_linear_layers_and_patches_decay() -> None:
-    model = ViTCLSForImageClassification(
-        ViTCLSConfig(
-            **TINY.config_values(),
-            num_distillation_tokens=1,
-            pooling="attention",
-            layer_scale_init_value=0.1,
-        )
+def test_kept_answers_of_the_teacher(teacher: Path, tmp_path: Path) -> None:
+    options = {"teacher": str(teacher), "teacher_views": 1, "epochs": 1.2, "max_steps": None, "batch_size": 256}
+    results = trained(tmp_path, "digits", **options)
+    assert results["steps"] == 7
+    with pytest.raises(ValueError, match="--teacher-views keeps answers about single pictures"):
+        prepare(tiny_options(tmp_path, "digits", **options, mixup=0.2))
+
+
+def test_everything_at_once(tmp_path: Path) -> None:
+    """What can be combined with one label per image, in one run: they must not get in each other's way."""
+    results = trained(
+        tmp_path,
+        "digits",
+        mixup=0.4,
+        cutmix=1.0,
+        auto_augment="rand",
+        random_erasing=0.3,
+        repeated_augmentation=2,
+        class_balance="sampling",
+        ema_decay=0.9,
+        layer_decay=0.7,
+        drop_path_rate=0.1,
+        gradient_accumulation_steps=2,
+        gradient_checkpointing=True,
+        mixed_precision="bf16",
+        pooling="attention",
     )
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
-    decayed, rest = (
-        [names[id(parameter)] for parameter in group["params"]] for group in parameter_groups(model, 0.05)
-    )
-    assert len(decayed) + len(rest) == len(names)
-    assert all(name.endswith(".weight") and "norm" not in name for name in decayed)
-    for end in (
-        "cls_token",
-        "distillation_token",
-        "register_tokens",
-        "position_embeddings.patches",
-        "lambda1",
-        "probe",
-    ):
-        assert any(name.endswith(end) for name in rest), end
-    assert all(name.endswith("weight") is ("norm" in name) for name in rest if name.endswith("weight"))
+    assert results["mixed_precision"] == "bf16" and math.isfinite(results["loss"])
 
 
-def test_learning_rate_rises_then_falls() -> None:
-    options = TrainingOptions(learning_rate=1.0, warmup=0.1)
-    rates = [learning_rate_at(step, 100, options) for step in range(100)]
-    assert rates[:10] == pytest.approx([0.1 * step for step in range(1, 11)])
-    assert rates[10] == 1.0 and rates == [*rates[:10], *sorted(rates[10:], reverse=True)]
-    assert 0 < rates[-1] < 0.001
-    assert learning_rate_at(0, 1, replace(options, warmup=0.0)) == 1.0
+def test_class_weights_help_the_rare_class(tmp_path: Path) -> None:
+    """40 grey pictures of one class and 8 of another, which differ by noise: without weights the frequent one wins."""
+    generator = torch.Generator().manual_seed(0)
+    for name, count, level in (("often", 40, 120), ("rare", 8, 136)):
+        (tmp_path / "pictures" / name).mkdir(parents=True)
+        for index in range(count):
+            noise = torch.randint(-40, 40, (1,), generator=generator).item()
+            Image.new("L", (32, 32), level + noise).save(tmp_path / "pictures" / name / f"{index}.png")
+    options = {"max_steps": 40, "num_hidden_layers": 1, "held_out_fraction": 0.5}
+    plain = trained(tmp_path / "plain", tmp_path / "pictures", **options)
+    weighted = trained(tmp_path / "weighted", tmp_path / "pictures", class_balance="weights", **options)
+    recalls = [results["per_class"][1]["recall"] for results in (plain, weighted)]
+    assert recalls[0] < recalls[1]
+
+
+def test_a_compiled_run_gives_the_same(tmp_path: Path) -> None:
+    eager = trained(tmp_path / "eager", "digits", max_steps=2)
+    compiled = trained(tmp_path / "compiled", "digits", max_steps=2, compile=True)
+    assert compiled["loss"] == pytest.approx(eager["loss"], abs=1e-4)
+    ViTCLSForImageClassification.from_pretrained(tmp_path / "compiled")
+
+
+def test_trackers_get_the_numbers(tmp_path: Path) -> None:
+    event_files = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    trained(tmp_path, "digits", log_with=("tensorboard",), log_every=1)
+    folder = next((tmp_path / "trackers").rglob("events.out.tfevents*")).parent
+    events = event_files.EventAccumulator(str(folder))
+    events.Reload()
+    tags = events.Tags()["scalars"]
+    assert {"loss", "learning_rate", "token_norm/cls[0]", "held_out_accuracy", "cls_attention_entropy/00"} <= set(tags)
+    assert [event.step for event in events.Scalars("loss")] == [1, 2, 3]
+
+
+def test_a_tracker_that_is_not_installed_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="--log-with wandb needs the package wandb: pip install wandb"):
+        prepare(tiny_options(tmp_path, "digits", log_with=("wandb",)))
+
+
+# What can go wrong ---------------------------------------------------------------------------------------------------
 
 
 def test_a_token_that_does_not_move_is_named(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -481,54 +498,90 @@ def test_a_token_that_does_not_move_is_named(tmp_path: Path, capsys: pytest.Capt
     run.model.vitcls.embeddings.register_tokens.requires_grad_(False)
     results = finetune(run)
     output = capsys.readouterr().out
-    assert "WARNING: the token registers[0] did not move" in output
-    assert "WARNING: the token registers[1] did not move" in output
-    assert "cls[0] did not move" not in output
-    assert results["token_movement"]["registers"] == 0.0
+    for index in (0, 1):
+        assert f"WARNING: the token registers[{index}] got no gradient in step 3" in output
+        assert f"WARNING: the token registers[{index}] did not move" in output
+    assert "cls[0]" not in output
+    assert results["token_movement"]["registers[0]"] == 0.0 < results["token_movement"]["cls[0]"]
+
+
+def test_a_loss_that_is_not_finite_names_its_images(tmp_path: Path) -> None:
+    with pytest.raises(RunStopped, match=r"not finite in step 2: try a lower --learning-rate.*non_finite\.json"):
+        trained(tmp_path, "digits", learning_rate=1e38, warmup=0.0, max_steps=9)
+    report = read_json(tmp_path / "non_finite.json")
+    assert report["step"] == 2
+    (batch,) = report["batches"]
+    assert len(batch["index"]) == 8 and max(batch["index"]) < 1437
+    assert list((tmp_path / "non_finite").glob("step-*/model.safetensors"))
+
+
+def test_an_unfinished_run_is_not_thrown_away(tmp_path: Path) -> None:
+    with pytest.raises(RunStopped):
+        trained(tmp_path, "digits", learning_rate=1e38, warmup=0.0, max_steps=9, save_every=1)
+    with pytest.raises(ValueError, match=r"holds an unfinished run .* step 1\): go on with --resume, start anew"):
+        prepare(tiny_options(tmp_path, "digits"))
+    assert trained(tmp_path, "digits", overwrite=True)["steps"] == 3
+    assert trained(tmp_path, "digits", max_steps=2)["steps"] == 2  # a finished one is replaced
+
+
+def test_a_dry_run_does_everything_and_keeps_nothing(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    rehearse(tiny_options(tmp_path / "out", "digits", max_steps=50, ema_decay=0.9))
+    output = capsys.readouterr().out
+    assert "one step, an evaluation, a checkpoint and saving went well" in output
+    assert "The run itself has 50 steps" in output
+    assert list(tmp_path.iterdir()) == []
 
 
 # Starting from a checkpoint ------------------------------------------------------------------------------------------
 
 
+def digits_named(names: list[str]) -> LabelSpace:
+    return LabelSpace("single_label_classification", {"label": names})
+
+
 def test_a_checkpoint_keeps_its_classifier_for_the_same_labels(launched: Path) -> None:
     saved = ViTCLSForImageClassification.from_pretrained(launched)
-    model, processor = build_model(ModelOptions(model=str(launched)), list(saved.config.label2id))
+    built = build_model(ModelOptions(model=str(launched)), digits_named(list(saved.config.label2id)))
     for name, weight in saved.state_dict().items():
-        assert torch.equal(model.state_dict()[name], weight), name
-    assert dict(processor.size) == {"height": 32, "width": 32}
+        assert torch.equal(built.model.state_dict()[name], weight), name
+    assert dict(built.processor.size) == {"height": 32, "width": 32}
+    assert built.fresh == set()
 
 
 def test_a_checkpoint_gets_a_fresh_classifier_for_other_labels(launched: Path) -> None:
     saved = ViTCLSForImageClassification.from_pretrained(launched)
-    model, processor = build_model(ModelOptions(model=str(launched), image_size=(48, 64)), ["dusk", "noon"])
+    options = ModelOptions(model=str(launched), image_size=(48, 64), num_register_tokens=3)
+    built = build_model(options, digits_named(["dusk", "noon"]))
+    model = built.model
     assert model.config.label2id == {"dusk": 0, "noon": 1}
-    assert model.classifier.weight.shape == (2, 32) if isinstance(model.classifier, torch.nn.Linear) else True
     assert torch.equal(model.vitcls.layers[0].mlp.fc1.weight, saved.vitcls.layers[0].mlp.fc1.weight)
     assert model.config.image_height_width == (48, 64)
-    assert dict(processor.size) == {"height": 48, "width": 64}
+    assert dict(built.processor.size) == {"height": 48, "width": 64}
     assert model(torch.zeros(1, 3, 48, 64)).logits.shape == (1, 2)
+    heads = {f"{head}.{part}" for head in ("classifier", "distillation_classifier") for part in ("weight", "bias")}
+    assert built.fresh == heads | {"vitcls.embeddings.register_tokens"}
 
 
 def test_every_trained_parameter_gets_a_gradient(tmp_path: Path) -> None:
     """Also with a mask token, and where the class head alone answers: several processes would wait for the rest."""
-    config = ViTCLSConfig(**TINY.config_values(), num_distillation_tokens=1, use_mask_token=True, num_labels=2)
+    config = ViTCLSConfig(**TINY.config_values(), num_distillation_tokens=1, use_mask_token=True, num_labels=10)
     config.distillation_inference = "cls"
     ViTCLSForImageClassification(config).save_pretrained(tmp_path)
     ViTCLSImageProcessor(size=32).save_pretrained(tmp_path)
-    model, processor = build_model(ModelOptions(model=str(tmp_path)), ["dusk", "noon"])
-    loss = classification_loss(Normaliser(processor, torch.device("cpu")), label_smoothing=0.0)
-    batch = {"pixels": torch.randint(256, (2, 3, 32, 32), dtype=torch.uint8), "labels": torch.tensor([0, 1])}
-    loss(model, batch).backward()
-    without = [
-        name for name, parameter in model.named_parameters() if parameter.requires_grad and parameter.grad is None
-    ]
-    assert without == []
+    run = prepare(tiny_options(tmp_path / "out", "digits", **from_checkpoint(tmp_path)))
+    finetune(run)
+    assert not run.model.vitcls.embeddings.mask_token.requires_grad
+    before = ViTCLSForImageClassification.from_pretrained(tmp_path).state_dict()
+    still = {
+        name for name, value in run.model.vitcls.state_dict().items() if torch.equal(before[f"vitcls.{name}"], value)
+    }
+    assert still == {"embeddings.mask_token"}
 
 
 def test_another_kind_of_model_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "vit"}', encoding="utf-8")
     with pytest.raises(ValueError, match="holds a model of type 'vit'"):
-        build_model(ModelOptions(model=str(tmp_path)), ["a", "b"])
+        build_model(ModelOptions(model=str(tmp_path)), digits_named(["a", "b"]))
 
 
 # The recipe ----------------------------------------------------------------------------------------------------------

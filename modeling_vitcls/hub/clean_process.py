@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 import transformers
+from huggingface_hub import scan_cache_dir
 from PIL import Image
 from safetensors.torch import save_file
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
@@ -57,11 +58,19 @@ def main(request_file: Path) -> None:
     try:
         answers, report = collect(request["repo_id"], request["revision"])
     except Exception as error:  # whatever published code raises
-        report = {"error": f"{type(error).__name__}: {' '.join(str(error).split())}"}
+        message = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        report = {"error": message, "may_pass": isinstance(error, OSError)}  # as those of the network are
     else:
         save_file(answers, target / "answers.safetensors")
+        report["commits"] = cached_commits(request["repo_id"])
     report["has_package"] = any(name.partition(".")[0] == PACKAGE for name in sys.modules)
     (target / "report.json").write_text(json.dumps(report), encoding="utf-8")
+
+
+def cached_commits(repo_id: str) -> list[str]:
+    """The commits of a repository that files were loaded from."""
+    repositories = [repository for repository in scan_cache_dir().repos if repository.repo_id == repo_id]
+    return sorted(revision.commit_hash for repository in repositories for revision in repository.revisions)
 
 
 def collect(source: str, revision: str | None = None) -> tuple[Answers, dict[str, Any]]:
@@ -73,7 +82,7 @@ def collect(source: str, revision: str | None = None) -> tuple[Answers, dict[str
 
     Returns:
         Named tensors, `{"AutoModel/last_hidden_state": ...}`, in float32; and a dict: `models`, by Auto class, the
-        class, its module, the commit it is of, and which of its weights the checkpoint lacks; `processors`, by
+        class, its module, and which of its weights the checkpoint lacks; `processors`, by
         backend, the class.
     """
     config = transformers.AutoConfig.from_pretrained(source, revision=revision, **CODE_TRUSTED)
@@ -85,7 +94,6 @@ def collect(source: str, revision: str | None = None) -> tuple[Answers, dict[str
         report["models"][auto_class] = {
             "class": type(model).__name__,
             "module": type(model).__module__,
-            "commit": getattr(model.config, "_commit_hash", None),  # a folder has none
             "missing": missing if type(model).__name__ == architecture else [],  # AutoModel drops and adds heads
         }
         with torch.inference_mode():

@@ -49,16 +49,17 @@ def patience(seconds: float) -> Iterator[None]:
         session.timeout = before
 
 
-def tried_again(action: Callable[[], Result], what: str, waits: Sequence[float] = WAITS) -> Result:
+def tried_again(action: Callable[[], Result], what: str, waits: Sequence[float] | None = None) -> Result:
     """What the action returns, in the end; it is repeated while it fails in a way that may pass.
 
     Args:
         what: such as "pushing to someone/model", for the line that is logged before each new attempt.
+        waits: seconds before each new attempt; None: `WAITS`.
 
     Raises:
         What the action raised last.
     """
-    for wait in waits:
+    for wait in WAITS if waits is None else waits:
         try:
             return action()
         except HUB_ERRORS as error:
@@ -114,11 +115,12 @@ def in_one_line(error: BaseException) -> str:
 
 def message_of(error: BaseException) -> str:
     """What one error says, the causes aside."""
+    message = str(error)
     if isinstance(error, HfHubHTTPError):
-        return f"HTTP {error.response.status_code}, {error.server_message or error.response.reason_phrase}"
+        message = f"HTTP {error.response.status_code}, {error.server_message or error.response.reason_phrase}"
     if isinstance(error, json.JSONDecodeError):
-        return "its answer is no JSON"
-    return " ".join(str(error).split()).rstrip(".") or type(error).__name__
+        message = "its answer is no JSON"
+    return " ".join(message.split()).rstrip(".") or type(error).__name__
 
 
 def endpoint() -> str:

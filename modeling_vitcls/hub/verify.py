@@ -25,7 +25,7 @@ from typing import Any
 import huggingface_hub
 import torch
 import transformers
-from huggingface_hub import HfApi, get_token, snapshot_download
+from huggingface_hub import HfApi, get_token
 from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 from safetensors.torch import load_file
 from transformers.utils import logging
@@ -169,7 +169,7 @@ def download(repo_id: str, commit: str, target: Path) -> int:
     try:
         with patience(PATIENCE):
             tried_again(
-                lambda: snapshot_download(
+                lambda: HfApi().snapshot_download(
                     repo_id, revision=commit, local_dir=target, allow_patterns=[*ESSENTIAL, *ACCOMPANYING]
                 ),
                 f"downloading {repo_id}",
@@ -209,15 +209,20 @@ def check_same_files(repo_id: str, published: Path, folder: Path) -> None:
 
 
 def ask_a_fresh_process(repo_id: str, commit: str, scratch: Path) -> tuple[Answers, dict[str, Any]]:
-    """What clean_process.py writes down. Raises NotVerified where it fails twice: once may be the network."""
+    """What clean_process.py writes down. Raises NotVerified where it fails, twice if that may be the network."""
     try:
         return tried_again(lambda: run_clean_process(repo_id, commit, scratch), f"loading {repo_id}", waits=(1.0,))
     except RuntimeError as error:
-        raise NotVerified(f"a fresh process cannot load {repo_id} at {commit}: {error}") from None
+        raise NotVerified(str(error)) from None
 
 
 def run_clean_process(repo_id: str, commit: str, scratch: Path) -> tuple[Answers, dict[str, Any]]:
-    """The answers and the report of one process. Raises RuntimeError, in one line, where it fails."""
+    """The answers and the report of one process.
+
+    Raises:
+        RuntimeError: in one line, where it fails in a way that may pass.
+        NotVerified: in one line, where it fails otherwise.
+    """
     with tempfile.TemporaryDirectory(dir=scratch) as home:
         target = Path(home, "answers")
         target.mkdir()
@@ -234,11 +239,17 @@ def run_clean_process(repo_id: str, commit: str, scratch: Path) -> tuple[Answers
         )
         if not (target / "report.json").is_file():
             lines = child.stderr.strip().splitlines() or [f"it ended with status {child.returncode}"]
-            raise RuntimeError(lines[-1])
+            raise RuntimeError(cannot_load(repo_id, commit, lines[-1]))
         report = json.loads((target / "report.json").read_text(encoding="utf-8"))
         if "error" in report:
-            raise RuntimeError(report["error"])
+            failure = RuntimeError if report["may_pass"] else NotVerified
+            raise failure(cannot_load(repo_id, commit, report["error"]))
         return load_file(target / "answers.safetensors"), report
+
+
+def cannot_load(repo_id: str, commit: str, why: str) -> str:
+    """The message of a fresh process that failed."""
+    return f"a fresh process cannot load {repo_id} at {commit}: {why}"
 
 
 def clean_environment(home: str) -> dict[str, str]:
@@ -254,11 +265,11 @@ def check_report(repo_id: str, commit: str, report: dict[str, Any]) -> None:
         raise NotVerified(
             "the fresh process has imported modeling_vitcls, so it proves nothing about the published code"
         )
+    if report["commits"] != [commit]:
+        raise NotVerified(f"the fresh process loaded {', '.join(report['commits'])}, not {repo_id} at {commit} alone")
     for auto_class, model in report["models"].items():
-        if not model["module"].startswith("transformers_modules.") or model["commit"] != commit:
-            raise NotVerified(
-                f"{auto_class} did not load {repo_id} at {commit}, but {model['module']} at {model['commit']}"
-            )
+        if not model["module"].startswith("transformers_modules."):
+            raise NotVerified(f"{auto_class} took {model['class']} from {model['module']}, not from {repo_id}")
         if model["missing"]:
             raise NotVerified(f"{repo_id} at {commit} lacks the weights {', '.join(model['missing'])}")
 

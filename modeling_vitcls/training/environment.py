@@ -58,6 +58,8 @@ def shard_on_cpu(accelerator: Accelerator) -> None:
     plugin = FullyShardedDataParallelPlugin()  # reads what the launcher was told
     if plugin.fsdp_version != 2:
         raise ValueError("FSDP 1 needs GPUs: set fsdp_version: 2 in accelerate's configuration")
+    if accelerator.mixed_precision != "no":
+        plugin.set_mixed_precision(accelerator.mixed_precision)
     accelerator.state.fsdp_plugin = plugin
     accelerator.state.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.FSDP
 

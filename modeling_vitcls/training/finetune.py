@@ -169,9 +169,7 @@ def describe(run: Run) -> dict[str, Any]:
         "teacher": run.options.distillation.teacher,
     }
     config = run.built.model.config
-    return data | facts_of_run(
-        run.plan, run.built.model, config, session.accelerator, session.seconds, session.steps_done
-    )
+    return data | facts_of_run(run.plan, run.built.model, config, session.accelerator, session.seconds)
 
 
 def headline(metrics: Metrics) -> str:

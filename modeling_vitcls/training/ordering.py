@@ -81,7 +81,7 @@ class BalancedOrder(Order):
 
     def rounds(self, turn: int, rounds: np.ndarray, num_members: int) -> np.ndarray:
         """The orders of one class's members, from the first to the last of `rounds`: [rounds, members]."""
-        numbers = np.arange(rounds.min(initial=0), rounds.max(initial=0) + 1, dtype=np.uint64)
+        numbers = np.arange(rounds.min(), rounds.max() + 1, dtype=np.uint64)
         seeds = np.full(len(numbers), seed_for(self.seed, turn, self.num_pictures), dtype=np.uint64)
         return random_bits(seeds, numbers, num_members).argsort(axis=1)
 

@@ -69,7 +69,7 @@ class Predictor:
 
 @dataclass(frozen=True)
 class Summary:
-    """How many images there were, and for how many there is no answer; only the main process knows."""
+    """How many images there were, and for how many there is no answer; 0 of 0 on all but the main process."""
 
     num_images: int
     num_failed: int
@@ -160,25 +160,22 @@ def load_model(source: str, with_head: bool) -> tuple[PreTrainedModel, ViTCLSIma
     if is_preset(source):
         raise ValueError(f"{source} is a preset, which has learned nothing yet: give a folder, or a model of the Hub")
     settings = load_checkpoint(PreTrainedConfig.get_config_dict, source)[0]
-    if settings.get("model_type") != ViTCLSConfig.model_type:
+    if (model_type := settings.get("model_type", "no known")) != ViTCLSConfig.model_type:
         raise ValueError(
-            f"{source} holds a model of type {settings.get('model_type', 'no known')!r}: give a {ViTCLSConfig.model_type!r} checkpoint "
+            f"{source} holds a model of type {model_type!r}: give a {ViTCLSConfig.model_type!r} checkpoint "
             "(scripts/convert.py makes one of many others)"
         )
+    model_class: Any = ViTCLSModel
+    keywords = {"add_pooling_layer": False}
     if with_head:
         check_has_labels(source, settings)
-    kind = kind_with_head(settings) if with_head else ViTCLSModel
-    keywords = {} if with_head else {"add_pooling_layer": False}
+        model_class = ViTCLSForMultiTaskClassification if settings.get("tasks") else ViTCLSForImageClassification
+        keywords = {}
     with without_warnings():  # what is missing is an error below; a classifier that is not used is none
-        model, loading = kind.from_pretrained(source, output_loading_info=True, **keywords)
+        model, loading = model_class.from_pretrained(source, output_loading_info=True, **keywords)
     if loading["missing_keys"]:
         raise ValueError(f"the checkpoint {source} lacks {min(loading['missing_keys'])}: train it first")
     return model, load_checkpoint(ViTCLSImageProcessor.from_pretrained, source)
-
-
-def kind_with_head(settings: dict[str, Any]) -> type[PreTrainedModel]:
-    """The class of a classifier with these settings."""
-    return ViTCLSForMultiTaskClassification if settings.get("tasks") else ViTCLSForImageClassification
 
 
 @contextmanager
@@ -236,7 +233,7 @@ def predict_to_file(
             write_rows(rows, columns, options.output)
     if options.output is None and accelerator.is_main_process:
         show_table(table, columns)
-    return Summary(progress.num_images, progress.num_failed)
+    return Summary(progress.num_images, progress.num_failed) if accelerator.is_main_process else Summary(0, 0)
 
 
 def gathered(rows: Iterator[Row], piece: int, accelerator: Accelerator) -> Iterator[Row]:
@@ -298,12 +295,12 @@ def begin(
         try:
             num_images = folder.begin(
                 {
-                    "input": source.identity(),
-                    "model": fingerprint(predictor.model, predictor.processor),
                     "features": options.features,
                     "top_k": options.top_k,
                     "threshold": options.threshold,
                     "mixed_precision": accelerator.mixed_precision,
+                    "input": source.identity(),
+                    "model": fingerprint(predictor.model, predictor.processor),
                 }
             )
             known = source.num_images if num_images is None else num_images

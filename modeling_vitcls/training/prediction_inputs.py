@@ -120,8 +120,8 @@ def files_in(folder: str) -> Iterator[str]:
 
 def read_list(file: Path) -> list[str]:
     """The lines of a text file, without empty ones."""
-    lines = file.read_text(encoding="utf-8", errors="surrogateescape").splitlines()
-    paths = [line for line in lines if line.strip()]
+    lines = file.read_text(encoding="utf-8-sig", errors="surrogateescape").split("\n")
+    paths = [path for line in lines if (path := line.removesuffix("\r")).strip()]
     if not paths:
         raise ValueError(f"the list {file} is empty: write one path in each line")
     return paths

@@ -47,13 +47,21 @@ def write_rows(rows: Iterable[Row], columns: Columns, file: Path) -> None:
 
 @contextmanager
 def written_whole(file: Path) -> Iterator[Path]:
-    """A hidden file to write, which becomes `file` once it is complete and on disk, or is removed."""
+    """A hidden file to write, which becomes `file` once it is complete and on disk, or is removed.
+
+    Raises:
+        OSError: naming `file`, if it cannot be written.
+    """
     unfinished = file.with_name(f".{file.name}.{os.getpid()}.unfinished")
     try:
         yield unfinished
         with unfinished.open("rb") as written:
             os.fsync(written.fileno())
         unfinished.replace(file)
+    except OSError as error:
+        if error.errno is None:  # of what is to be written, rather than of writing it
+            raise
+        raise OSError(f"cannot write {file}: {error.strerror}") from error
     finally:
         unfinished.unlink(missing_ok=True)
     folder = os.open(file.parent, os.O_RDONLY)

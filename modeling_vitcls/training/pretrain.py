@@ -28,10 +28,13 @@ from .losses import Batch, MaskedImages
 from .masking import MaskChooser
 from .model import check_is_vitcls, fit_processor, is_preset
 from .options import ModelOptions, PretrainOptions, as_flags
+from .output import find_repository, push, write_output
 from .reconstruction import ReconstructionEvaluator
+from .reporting import shown_metric
 from .results import facts_of_run, model_lines, plan_lines, read_json, write_json
 from .session import Session, dry_run, open_session, write_flags
 from .states import gather, named_tensors
+from .streaming import TrainingStream, training_pictures
 
 
 @dataclass
@@ -45,6 +48,7 @@ class Run:
     processor: ViTCLSImageProcessor
     choose_masks: MaskChooser
     plan: BatchPlan
+    hub_model_id: str | None  # to push to
 
 
 def prepare(options: PretrainOptions) -> Run:
@@ -56,21 +60,23 @@ def prepare(options: PretrainOptions) -> Run:
     check_combinations(options)
     session = open_session(options)
     accelerator = session.accelerator
+    hub_model_id = find_repository(options, accelerator)
     with accelerator.main_process_first():  # downloads once
         data = load_unlabelled_data(options.data)
+        plan = build_plan(options, data, accelerator.num_processes)
         model, processor = build_model(options.model)
     choose_masks = MaskChooser(options.masking, model.config.grid_size)
-    copies = options.augmentation.repeated_augmentation
-    plan = BatchPlan.from_options(len(data.train), options.training, accelerator.num_processes, copies=copies)
+    if options.training.gradient_checkpointing:
+        model.gradient_checkpointing_enable()
     write_flags(options, accelerator)
-    return Run(options, session, data, model, processor, choose_masks, plan)
+    return Run(options, session, data, model, processor, choose_masks, plan, hub_model_id)
 
 
 def pretrain(run: Run) -> dict[str, Any]:
     """Train, evaluate, and write the output folder; returns what results.json holds.
 
     Raises:
-        RunStopped: see `Session.train`.
+        RunStopped: see `Session.train`; also for a result that cannot be written or pushed.
     """
     session, model = run.session, run.model
     if session.is_finished:
@@ -93,7 +99,7 @@ def pretrain(run: Run) -> dict[str, Any]:
     save(run, results)
     session.reporter.say("result", headline(metrics))
     session.reporter.say("saved", f"{session.folder} (model, image processor, README.md, results.json)")
-    session.reporter.say("next", f"fine-tune it: scripts/finetune.py --model {session.folder} …")
+    push(session, run.hub_model_id)
     session.accelerator.end_training()
     return results
 
@@ -110,7 +116,7 @@ def rehearse(options: PretrainOptions) -> None:
         few = range(min(len(run.data.held_out), run.plan.batch_size * run.plan.num_processes))
         run.data = replace(run.data, held_out=run.data.held_out.chosen(few))
         pretrain(run)
-    steps = BatchPlan.from_options(len(run.data.train), options.training, run.plan.num_processes).num_steps
+    steps = build_plan(options, run.data, run.plan.num_processes).num_steps
     run.session.reporter.say(
         "dry run",
         f"one step, an evaluation, a checkpoint and saving went well in {time.perf_counter() - started:.0f} s; "
@@ -154,17 +160,21 @@ def build_model(options: ModelOptions) -> tuple[ViTCLSForMaskedImageModeling, Vi
     return model, processor
 
 
-def build_pictures(run: Run) -> TrainingPictures:
+def build_plan(options: PretrainOptions, data: TrainingData, num_processes: int) -> BatchPlan:
+    """Which picture comes when."""
+    copies = options.augmentation.repeated_augmentation
+    return BatchPlan.from_options(data.num_training_images, options.training, num_processes, copies=copies)
+
+
+def build_pictures(run: Run) -> TrainingPictures | TrainingStream:
     """The training pictures, augmented."""
-    augmentation = build_augmentation(
-        run.options.augmentation, run.model.config.image_height_width, run.processor.resample
-    )
-    return TrainingPictures(
-        run.data.train, augmentation, bool(run.processor.do_convert_rgb), run.options.training.seed
-    )
+    processor, seed = run.processor, run.options.training.seed
+    height_width = run.model.config.image_height_width
+    augmentation = build_augmentation(run.options.augmentation, height_width, processor.resample)
+    return training_pictures(run.data.train, augmentation, bool(processor.do_convert_rgb), seed)
 
 
-def build_batches(run: Run, pictures: TrainingPictures, first_step: int) -> Iterator[Batch]:
+def build_batches(run: Run, pictures: TrainingPictures | TrainingStream, first_step: int) -> Iterator[Batch]:
     """This process's training batches from a step on."""
     process, num_workers = run.session.accelerator.process_index, run.options.data.num_workers
     return training_batches(pictures, run.plan, process, num_workers, first_step)
@@ -195,23 +205,26 @@ def nothing(batch: Batch) -> Metrics:
 
 def save(run: Run, results: dict[str, Any]) -> None:
     """Write model, image processor, card and results; results.json comes last, since it says that all is there."""
-    accelerator, folder = run.session.accelerator, run.session.folder
-    weights = gather(named_tensors(run.model), accelerator.is_main_process)  # all processes take part
-    if accelerator.is_main_process:
+    session, folder = run.session, run.session.folder
+    weights = gather(named_tensors(run.model), session.accelerator.is_main_process)  # all processes take part
+
+    def write() -> None:
         run.model.save_pretrained(folder, state_dict=weights)
         run.processor.save_pretrained(folder)
         card = build_encoder_card(folder.resolve().name, run.model.config, results, as_flags(run.options))
         card.save(folder / "README.md")
         write_json(folder / "results.json", results)
-    accelerator.wait_for_everyone()
+
+    write_output(session, write)
 
 
 def summary(run: Run) -> dict[str, str]:
     """The lines that are printed before training."""
     data, masks = run.data, run.choose_masks
     rows, columns = masks.grid
+    number = "a stream of" if data.num_training_images is None else f"{data.num_training_images:,}"
     return {
-        "data": f"{data.name}: {len(data.train):,} images to train on, {len(data.held_out):,} held out "
+        "data": f"{data.name}: {number} images to train on, {len(data.held_out):,} held out "
         f"({data.held_out_name}); their labels are not used",
         **model_lines(run.options.model.model, run.model, run.model.config),
         "masks": f"{masks.num_hidden} of {rows} x {columns} patches are hidden, in squares of {masks.block} x "
@@ -226,17 +239,13 @@ def describe(run: Run) -> dict[str, Any]:
     data = {
         "dataset": run.data.name,
         "split": run.data.held_out_name,
-        "num_training_images": len(run.data.train),
+        "num_training_images": run.data.num_training_images,
         "num_hidden_patches": run.choose_masks.num_hidden,
     }
-    return data | facts_of_run(
-        run.plan, run.model, run.model.config, session.accelerator, session.seconds, session.steps_done
-    )
+    return data | facts_of_run(run.plan, run.model, run.model.config, session.accelerator, session.seconds)
 
 
 def headline(metrics: Metrics) -> str:
     """The result in one line."""
-    return (
-        f"reconstruction loss {metrics['reconstruction_loss']:.4f} on the hidden patches of {metrics['num_images']} "
-        "held-out images"
-    )
+    loss = shown_metric("reconstruction_loss", metrics["reconstruction_loss"])
+    return f"{loss} on the hidden patches of {metrics['num_images']:,} held-out images"

@@ -40,15 +40,15 @@ def plan_lines(plan: BatchPlan, accelerator: Accelerator) -> dict[str, str]:
 
 
 def facts_of_run(
-    plan: BatchPlan, model: nn.Module, config: ViTCLSConfig, accelerator: Accelerator, seconds: float, steps: int
+    plan: BatchPlan, model: nn.Module, config: ViTCLSConfig, accelerator: Accelerator, seconds: float
 ) -> dict[str, Any]:
-    """What results.json says of effort, model, and where it ran; `steps` were done in these `seconds`."""
+    """What results.json says of effort, model, and where it ran."""
     counts = token_counts(config)
     return {
         "steps": plan.num_steps,
-        "epochs": round(plan.epochs_after(plan.num_steps), 4),
+        "epochs": round(plan.epochs_after(plan.num_steps), 4) if plan.num_pictures else None,
         "seconds": round(seconds, 2),
-        "images_per_second": round(steps * plan.pictures_per_step / seconds, 1) if seconds else None,
+        "images_per_second": round(plan.num_steps * plan.pictures_per_step / seconds, 1),
         "num_parameters": num_parameters(model),
         "token_layout": counts,
         "sequence_length": sum(counts.values()),

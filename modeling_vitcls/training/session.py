@@ -67,8 +67,8 @@ class Session:
     checkpoint: Checkpoint | None  # to go on from; on the main process
     facts: dict[str, Any] | None  # of that checkpoint; on all processes
     reporter: Reporter
-    seconds: float = 0.0  # spent training by this process,
-    steps_done: int = 0  # on so many steps
+    seconds: float = 0.0  # spent training up to here, before --resume too
+    started: float = 0.0  # when this process began to train
     state: TrainingState | None = field(default=None, repr=False)
 
     @property
@@ -123,7 +123,7 @@ class Session:
             met.clear()
             self.reporter.log(record)
 
-        started = time.perf_counter()
+        self.started = time.perf_counter()
         with Interruption(accelerator) as interruption, self.reporter, self.one_line(interruption):
             hooks = Hooks(
                 evaluate=lambda: evaluate(state.model),
@@ -136,9 +136,8 @@ class Session:
             )
             save_every = self.options.run.save_every
             loop = TrainingLoop(state, objective, plan, training, accelerator, hooks, monitor, save_every)
-            first_step = state.step
-            metrics = loop.run(batches(first_step))
-        self.seconds, self.steps_done = time.perf_counter() - started, state.step - first_step
+            metrics = loop.run(batches(state.step))
+        self.seconds = self.seconds_so_far()
         if state.ema is not None:
             state.ema.load(state.ema.shadow)
         if training.trainable in TRAINS_TOKENS:
@@ -159,6 +158,7 @@ class Session:
             state.best_score = self.facts["best_score"]
             windows = self.facts["windows"]
             state.window = windows[self.accelerator.process_index % len(windows)]
+            self.seconds = self.facts["seconds"]
             self.reporter.say("resumed", f"after step {state.step:,} of {plan.num_steps:,}")
         elif self.accelerator.is_main_process:
             self.store.clear()
@@ -171,6 +171,7 @@ class Session:
         facts = {
             "step": state.step,
             "best_score": state.best_score,
+            "seconds": self.seconds_so_far(),
             "windows": gather_object([state.window]),
             "pictures_per_step": plan.pictures_per_step,
             "num_steps": plan.num_steps,
@@ -178,6 +179,10 @@ class Session:
         }
         tensors, rest = gather_state(self.accelerator, state.model, state.optimizer, self.shadow(state))
         save_for_all(self.store, self.accelerator, state.step, tensors, facts | rest, is_best)
+
+    def seconds_so_far(self) -> float:
+        """Spent training until now, up to the checkpoint it went on from and since."""
+        return self.seconds + time.perf_counter() - self.started
 
     def shadow(self, state: TrainingState) -> list[torch.Tensor] | None:
         """The averaged weights, if there are any."""

@@ -187,7 +187,7 @@ def preprocessing_of_processor(
     """What an image processor of transformers does; the size is what it makes of a picture of the student's."""
 
     def normalise(pixels: torch.Tensor) -> torch.Tensor:
-        return call(processor, pixels, do_resize=False, do_center_crop=False)
+        return call(processor, pixels, do_resize=False)
 
     blank = torch.zeros(1, student_channels, *height_width, dtype=torch.uint8)
     height, width = call(processor, with_channels(blank, num_channels)).shape[-2:]

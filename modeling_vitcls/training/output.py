@@ -1,0 +1,60 @@
+"""The end of a run, of any kind: its folder is written, and pushed to the Hub where that was asked for."""
+
+from collections.abc import Callable
+
+from accelerate import Accelerator
+
+from ..hub.publish import push_folder
+from ..hub.rights import check_push_rights
+from .checkpoints import on_main
+from .options import FinetuneOptions, PretrainOptions
+from .results import without_progress_bars
+from .session import RunStopped, Session
+
+
+def find_repository(options: FinetuneOptions | PretrainOptions, accelerator: Accelerator) -> str | None:
+    """Where `--push-to-hub` will push to, once it is sure that it may; None where nothing is to be pushed.
+
+    Raises:
+        ValueError, OSError: in one line, on all processes, where it may not or the Hub cannot be reached.
+    """
+    run, name = options.run, options.output_dir.resolve().name
+    if not run.push_to_hub:
+        return None
+    return on_main(accelerator, lambda: check_push_rights(run.hub_model_id, name, run.hub_private))
+
+
+def write_output(session: Session, write: Callable[[], None]) -> None:
+    """Call `write` on the main process, while all wait.
+
+    Raises:
+        RunStopped: on all processes, where the folder cannot be written.
+    """
+
+    def write_quietly() -> None:
+        with without_progress_bars():
+            write()
+
+    try:
+        on_main(session.accelerator, write_quietly)
+    except OSError as error:
+        raise RunStopped(
+            f"cannot write the model to {session.folder} ({error}): make room, then give the same command with "
+            "--resume"
+        ) from error
+
+
+def push(session: Session, repository: str | None) -> None:
+    """Push the folder as it is, unless there is no repository or the run is a rehearsal.
+
+    Raises:
+        RunStopped: in one line, with the command that finishes the job.
+    """
+    options = session.options.run
+    if repository is None or options.dry_run:
+        return
+    try:
+        pushed = on_main(session.accelerator, lambda: push_folder(session.folder, repository, options.hub_private))
+    except (ValueError, OSError) as error:
+        raise RunStopped(str(error)) from error
+    session.reporter.say("pushed", f"{pushed.url}, commit {pushed.commit}")
