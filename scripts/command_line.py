@@ -7,6 +7,7 @@ and flags that follow override it. Nothing heavy is imported: a wrong flag is re
 """
 
 import importlib.util
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -80,10 +81,11 @@ def errors_in_one_line() -> Iterator[None]:
     try:
         yield
     except (ValueError, OSError) as error:
-        raise SystemExit(f"error: {error}") from None
+        stop(f"error: {error}", status=1)
 
 
-def stop(message: str) -> NoReturn:
-    """End the script as for a wrong flag."""
-    print(message, file=sys.stderr)
-    raise SystemExit(2)
+def stop(message: str, status: int = 2) -> NoReturn:
+    """End the script; of several processes the first one says why. Status 2 is for a wrong flag."""
+    if os.environ.get("RANK", "0") == "0":
+        print(message, file=sys.stderr)
+    raise SystemExit(status)

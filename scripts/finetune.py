@@ -3,21 +3,31 @@
     accelerate launch scripts/finetune.py --config scripts/recipes/digits.yaml --output-dir runs/digits
     accelerate launch scripts/finetune.py --model vitcls-tiny --dataset path/to/images --output-dir runs/mine
 
+The same command with --resume goes on where it was stopped, and with --dry-run tries one step of everything.
 `--help` lists the flags. The work is done in modeling_vitcls/training/finetune.py.
 """
 
-from command_line import errors_in_one_line, parse
+from command_line import errors_in_one_line, parse, stop
 
 
 def main() -> None:
     """Parse, then train; the package is imported only once the flags are known to be right."""
     options = parse("FinetuneOptions")
 
-    from modeling_vitcls.training.finetune import finetune, prepare
+    from modeling_vitcls.training.finetune import finetune, rehearse
+    from modeling_vitcls.training.run import prepare
+    from modeling_vitcls.training.session import RunStopped
 
-    with errors_in_one_line():
-        run = prepare(options)
-    finetune(run)
+    try:
+        if options.run.dry_run:
+            with errors_in_one_line():
+                rehearse(options)
+            return
+        with errors_in_one_line():
+            run = prepare(options)
+        finetune(run)
+    except RunStopped as stopped:
+        stop(str(stopped), stopped.exit_status)
 
 
 if __name__ == "__main__":

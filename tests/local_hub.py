@@ -1,81 +1,244 @@
-"""A read-only Hub on this machine: what huggingface_hub asks for when it downloads a model, and nothing else.
+"""A Hub on this machine for the real huggingface_hub client: repositories, tokens, and faults on demand.
 
-with local_hub(folder) as url:   # folder/ORGANISATION/NAME holds the files of the repository ORGANISATION/NAME
-    ...                          # run a process with HF_ENDPOINT=url
+    with local_hub(folder) as url:     # folder/ORGANISATION/NAME holds the files of the repository ORGANISATION/NAME
+        ...                            # run a process with HF_ENDPOINT=url
+
+    with running_hub() as hub:         # an empty one, to push to
+        hub.tokens["hf_ann"] = Token("ann")
+        hub.fail("POST", "/commit/", "lose")
+        ...                            # HF_ENDPOINT=hub.url HF_TOKEN=hf_ann HF_HUB_DISABLE_XET=1
+
+What it holds, and who may do what, is here; the calls it answers are in local_hub_server.py. Every commit is kept.
 """
 
 import hashlib
-import json
 import re
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from dataclasses import dataclass, field
+from http.server import ThreadingHTTPServer
 from pathlib import Path
 
+import local_hub_server as server
 
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
-FILE_ROUTE = re.compile(r"/(?P<repo>[\w-]+/[\w-]+)/resolve/[^/]+/(?P<file>[^?]+)")
-MODEL_ROUTE = re.compile(r"/api/models/(?P<repo>[\w-]+/[\w-]+)(/revision/[^/?]+|(?P<tree>/tree/[^?]+))?(\?.*)?")
+
+LFS_NAMES = re.compile(r".*\.(safetensors|bin|pt|pth|pkl|onnx|parquet|npz)")  # as in a new repository's .gitattributes
+GIT_ATTRIBUTES = b"*.safetensors filter=lfs diff=lfs merge=lfs -text\n"
+COMMIT_HASH = re.compile(r"[0-9a-f]{40}")
+
+
+@dataclass(frozen=True)
+class Token:
+    """Who asks, and what the token allows.
+
+    Attributes:
+        organisations: name -> the user's role there: "admin", "write", "contributor" or "read".
+        role: "write", "read" or "fineGrained".
+        scopes: of a fine-grained token, ("user" | "org" | "model", its name) -> permissions.
+    """
+
+    user: str
+    organisations: dict[str, str] = field(default_factory=dict)
+    role: str = "write"
+    scopes: dict[tuple[str, str], list[str]] = field(default_factory=dict)
+
+    def can_read(self, repo_id: str) -> bool:
+        """Whether private repositories of this name are open to it."""
+        namespace = repo_id.partition("/")[0]
+        return namespace == self.user or namespace in self.organisations
+
+    def can_write(self, repo_id: str) -> bool:
+        """Whether it may commit to a repository of this name."""
+        namespace = repo_id.partition("/")[0]
+        if self.role == "fineGrained":
+            names = [name for (_, name), permissions in self.scopes.items() if "repo.write" in permissions]
+            return self.can_read(repo_id) and (namespace in names or repo_id in names)
+        is_member = namespace == self.user or self.organisations.get(namespace) in ("admin", "write", "contributor")
+        return self.role == "write" and is_member
+
+
+@dataclass(frozen=True)
+class StoredFile:
+    """One file of a commit. Its content is in `LocalHub.contents`, under its SHA-256.
+
+    Attributes:
+        oid: what git calls it: a hash of the content, or, of a large file, of the pointer that git has in its place.
+    """
+
+    sha256: str
+    size: int
+    oid: str
+    is_lfs: bool
+
+
+@dataclass(frozen=True)
+class Commit:
+    """The files of one commit, by path, and its message."""
+
+    message: str
+    files: dict[str, StoredFile]
+
+
+@dataclass
+class Repository:
+    """All commits, by hash, and the names that point to them."""
+
+    private: bool
+    commits: dict[str, Commit] = field(default_factory=dict)
+    branches: dict[str, str] = field(default_factory=dict)
+    tags: dict[str, str] = field(default_factory=dict)
+
+    def resolve(self, revision: str) -> str | None:
+        """The commit hash that a branch, a tag or a hash stands for; None if there is none."""
+        known = self.branches | self.tags | {commit: commit for commit in self.commits}
+        return known.get(revision)
+
+    def commit(self, branch: str, message: str, files: dict[str, StoredFile]) -> str:
+        """Put a commit on a branch."""
+        content = repr((self.branches.get(branch), message, len(self.commits), sorted(files.items())))
+        name = hashlib.sha1(content.encode()).hexdigest()
+        self.commits[name] = Commit(message, files)
+        self.branches[branch] = name
+        return name
+
+
+@dataclass
+class Fault:
+    """What goes wrong with the next `times` requests of this method whose path matches.
+
+    Attributes:
+        kind: "drop" closes the connection unanswered, "lose" does so after doing what was asked, "cut" sends half of
+            the answer, "wait" keeps silent for some seconds; a number is the status to answer with.
+        retry_after: seconds, for the header of this name.
+    """
+
+    method: str
+    path: re.Pattern[str]
+    kind: str | int
+    times: int
+    retry_after: int | None
+
+
+class LocalHub:
+    """What the Hub holds. Tests reach into it; requests come through local_hub_server.py."""
+
+    def __init__(self, folder: Path | None = None) -> None:
+        """`folder`: its ORGANISATION/NAME become public repositories once they are asked for."""
+        self.url = ""
+        self.storage_url = ""
+        self.tokens: dict[str, Token] = {}
+        self.repositories: dict[str, Repository] = {}
+        self.contents: dict[str, bytes] = {}
+        self.requests: list[tuple[str, str]] = []
+        self.faults: list[Fault] = []
+        self.lock = threading.RLock()
+        self._folder = folder
+
+    # What tests do ---------------------------------------------------------------------------------------------------
+
+    def fail(self, method: str, path: str, kind: str | int, times: int = 1, retry_after: int | None = None) -> None:
+        """Let requests fail; `path` is a regular expression that is searched for, see `Fault` for `kind`."""
+        self.faults.append(Fault(method, re.compile(path), kind, times, retry_after))
+
+    def corrupt(self, repo_id: str, file: str, revision: str = "main") -> None:
+        """Change the last byte of a stored file; nothing that the Hub says about it changes."""
+        sha256 = self.files(repo_id, revision)[file].sha256
+        content = self.contents[sha256]
+        self.contents[sha256] = content[:-1] + bytes([content[-1] ^ 1])
+
+    def files(self, repo_id: str, revision: str = "main") -> dict[str, StoredFile]:
+        """The files of a commit."""
+        repository = self.repositories[repo_id]
+        commit = repository.resolve(revision)
+        assert commit is not None, f"{repo_id} has no revision {revision}"
+        return repository.commits[commit].files
+
+    def read(self, repo_id: str, file: str, revision: str = "main") -> bytes:
+        """The content of a file."""
+        return self.contents[self.files(repo_id, revision)[file].sha256]
+
+    def asked(self, method: str, path: str) -> int:
+        """How many requests of this method had `path` in theirs."""
+        return sum(asked == method and path in where for asked, where in self.requests)
+
+    # What requests do ------------------------------------------------------------------------------------------------
+
+    def next_fault(self, method: str, path: str) -> Fault | None:
+        """The fault that this request meets."""
+        with self.lock:
+            self.requests.append((method, path))
+            for fault in self.faults:
+                if fault.times > 0 and fault.method == method and fault.path.search(path):
+                    fault.times -= 1
+                    return fault
+        return None
+
+    def repository(self, repo_id: str) -> Repository | None:
+        """A repository, if it is there."""
+        with self.lock:
+            if repo_id not in self.repositories and self._folder and (self._folder / repo_id).is_dir():
+                paths = sorted(path for path in (self._folder / repo_id).iterdir() if path.is_file())
+                self.create(repo_id, private=False, files={path.name: path.read_bytes() for path in paths})
+            return self.repositories.get(repo_id)
+
+    def create(self, repo_id: str, private: bool, files: dict[str, bytes] | None = None) -> Repository:
+        """A new repository with one commit."""
+        repository = Repository(private)
+        files = {".gitattributes": GIT_ATTRIBUTES} if files is None else files
+        repository.commit("main", "initial commit", {path: self.store(path, data) for path, data in files.items()})
+        self.repositories[repo_id] = repository
+        return repository
+
+    def store(self, path: str, content: bytes) -> StoredFile:
+        """Keep a file's content."""
+        sha256 = hashlib.sha256(content).hexdigest()
+        self.contents[sha256] = content
+        if self.is_lfs(path, len(content)):
+            return lfs_file(sha256, len(content))
+        return StoredFile(sha256, len(content), git_hash(content), is_lfs=False)
+
+    def is_lfs(self, path: str, size: int) -> bool:
+        """Whether a file is kept outside of git."""
+        return bool(LFS_NAMES.fullmatch(path)) or size > 10_000_000
+
+
+def lfs_file(sha256: str, size: int) -> StoredFile:
+    """A large file, whose content is stored already."""
+    pointer = f"version https://git-lfs.github.com/spec/v1\noid sha256:{sha256}\nsize {size}\n"
+    return StoredFile(sha256, size, git_hash(pointer.encode()), is_lfs=True)
+
+
+def git_hash(content: bytes) -> str:
+    """What git calls a file of this content."""
+    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+
+
+@contextmanager
+def running_hub(folder: Path | None = None) -> Iterator[LocalHub]:
+    """A Hub on free ports: one for the Hub itself, one for its storage, as the real one has."""
+    hub = LocalHub(folder)
+    with serving(hub, server.HUB_ROUTES) as hub.url, serving(hub, server.STORAGE_ROUTES) as hub.storage_url:
+        yield hub
 
 
 @contextmanager
 def local_hub(folder: Path) -> Iterator[str]:
-    """Serve the repositories below `folder` on a free port; gives the address."""
-    server = ThreadingHTTPServer(("127.0.0.1", 0), handler_for(folder))
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    """Serve the repositories below `folder`, which nobody may write to; gives the address."""
+    with running_hub(folder) as hub:
+        yield hub.url
+
+
+@contextmanager
+def serving(hub: LocalHub, routes: "server.Routes") -> Iterator[str]:
+    """Answer requests on a free port; gives the address."""
+    listener = ThreadingHTTPServer(("127.0.0.1", 0), server.handler_for(hub, routes))
+    listener.daemon_threads = True
+    thread = threading.Thread(target=listener.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
     thread.start()
     try:
-        yield f"http://127.0.0.1:{server.server_port}"
+        yield f"http://127.0.0.1:{listener.server_port}"
     finally:
-        server.shutdown()
-        server.server_close()
+        listener.shutdown()
+        listener.server_close()
         thread.join()
-
-
-def handler_for(folder: Path) -> type[BaseHTTPRequestHandler]:
-    """A request handler for the repositories below `folder`."""
-
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
-
-        def do_GET(self) -> None:
-            if route := FILE_ROUTE.fullmatch(self.path):
-                self.send_file(folder / route["repo"] / route["file"])
-            elif route := MODEL_ROUTE.fullmatch(self.path):
-                self.send_listing(folder / route["repo"], route["repo"], is_tree=bool(route["tree"]))
-            else:
-                self.send(404, b"", {"X-Error-Code": "EntryNotFound"})
-
-        do_HEAD = do_GET
-
-        def send_file(self, file: Path) -> None:
-            if not file.is_file():
-                self.send(404, b"", {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": COMMIT})
-                return
-            content = file.read_bytes()
-            etag = hashlib.sha1(content).hexdigest()
-            self.send(200, content, {"ETag": f'"{etag}"', "X-Repo-Commit": COMMIT})
-
-        def send_listing(self, repository: Path, name: str, is_tree: bool) -> None:
-            if not repository.is_dir():
-                self.send(404, b"", {"X-Error-Code": "RepoNotFound"})
-                return
-            files = sorted(path for path in repository.iterdir() if path.is_file())
-            tree = [{"type": "file", "path": f.name, "size": f.stat().st_size, "oid": COMMIT} for f in files]
-            siblings = [{"rfilename": f.name} for f in files]
-            model = {"id": name, "sha": COMMIT, "private": False, "tags": [], "downloads": 0, "siblings": siblings}
-            self.send(200, json.dumps(tree if is_tree else model).encode(), {"Content-Type": "application/json"})
-
-        def send(self, status: int, content: bytes, headers: dict[str, str]) -> None:
-            self.send_response(status)
-            for header, value in {**headers, "Content-Length": str(len(content))}.items():
-                self.send_header(header, value)
-            self.end_headers()
-            if self.command != "HEAD":
-                self.wfile.write(content)
-
-        def log_message(self, *args: object) -> None:
-            """Stay silent."""
-
-    return Handler

@@ -93,6 +93,81 @@ def test_a_model_that_started_from_another_names_it_and_no_licence() -> None:
     assert "fine-tuned from `someone/their-vitcls`" in card.text
 
 
+PER_CLASS = [
+    {"name": "dusk", "images": 200, "recall": 0.99, "precision": 0.975, "f1": 0.982456},
+    {"name": "noon|late", "images": 160, "recall": None, "precision": 1.0, "f1": 0.5},
+]
+
+
+def rendered(config: ViTCLSConfig = CONFIG, **results: Any) -> ModelCard:
+    """The card of other results."""
+    return ModelCard(str(build_card("my-model", config, RESULTS | results, FLAGS)))
+
+
+def test_results_of_one_label() -> None:
+    card = rendered(
+        accuracy_interval=[0.964, 0.9925],
+        balanced_accuracy=0.97,
+        cls_accuracy=0.5,
+        distillation_accuracy=0.6,
+        calibration_error=0.0123,
+        num_broken_images=3,
+        per_class=PER_CLASS,
+    )
+    assert "| Accuracy | 98.33% (95 % interval: 96.40% to 99.25%) |" in card.text
+    assert "| Accuracy, CLS head | 50.00% |\n| Accuracy, distillation head | 60.00% |" in card.text
+    assert "3 more could not be read, and are not counted." in card.text
+    table = card.text.split("Per class:\n\n")[1].split("\n\n")[0].splitlines()
+    assert table == [
+        "| Class | Images | Recall | Precision | F1 |",
+        "|---|---:|---:|---:|---:|",
+        "| dusk | 200 | 99.00% | 97.50% | 98.25% |",
+        "| noon\\|late | 160 | – | 100.00% | 50.00% |",
+    ]
+    assert not re.search(r"None|\n\n\n", card.text)
+    measured = {result.metric_type: result.metric_value for result in card.data.eval_results}
+    assert measured.keys() == {
+        *("accuracy", "balanced_accuracy", "cls_accuracy", "distillation_accuracy", "calibration_error"),
+    }
+
+
+def test_many_classes_get_no_table() -> None:
+    for count, has_table in ((20, True), (21, False)):
+        card = rendered(per_class=[PER_CLASS[0] | {"name": f"class-{index}"} for index in range(count)])
+        assert ("| class-0 |" in card.text) is has_table
+
+
+def test_results_of_several_labels() -> None:
+    config = ViTCLSConfig(**CONFIG.to_diff_dict() | {"problem_type": "multi_label_classification"})
+    results = {name: value for name, value in RESULTS.items() if name != "accuracy"}
+    results |= {"mean_average_precision": 0.75, "exact_match": 0.5, "micro_f1": 0.25, "macro_f1": None}
+    results["per_class"] = [row | {"average_precision": 0.125} for row in PER_CLASS]
+    card = ModelCard(str(build_card("my-model", config, results, FLAGS)))
+    assert card.data.metrics == ["mean_average_precision"]
+    assert "says which of 2 classes an image shows" in card.text
+    assert "| Mean average precision | 75.00% |" in card.text
+    assert "F1, mean over the classes" not in card.text  # was not measured
+    assert "| dusk | 200 | 99.00% | 97.50% | 98.25% | 12.50% |" in card.text
+
+
+def test_results_of_several_tasks() -> None:
+    tasks = {"light": ["dusk", "noon"], "place": ["sea", "wood", "town"]}
+    config = ViTCLSConfig(**CONFIG.to_diff_dict() | {"tasks": tasks, "num_cls_tokens": 2})
+    card = rendered(
+        config,
+        light_accuracy=0.9,
+        light_accuracy_interval=[0.8, 0.95],
+        place_accuracy=None,
+        light_per_class=PER_CLASS,
+        place_per_class=[row | {"name": "wood"} for row in PER_CLASS],
+    )
+    assert "that answers several questions about an image: light (2 classes), place (3 classes)" in card.text
+    assert "| light: Accuracy | 90.00% (95 % interval: 80.00% to 95.00%) |" in card.text
+    assert "place: Accuracy" not in card.text
+    assert "light, per class:" in card.text and "place, per class:" in card.text and "| wood | 160 |" in card.text
+    assert "pipeline(" not in card.text  # it knows no tasks
+
+
 def test_layout_leaves_out_groups_without_tokens() -> None:
     assert (
         layout_picture({"cls": 0, "distillation": 1, "registers": 0, "patches": 4})

@@ -15,7 +15,25 @@ from ..configuration_vitcls import PRESETS, ViTCLSConfig
 TEMPLATE = Path(__file__).parents[2] / "model_cards" / "template.md.j2"
 
 TOKEN_NAMES = {"cls": "CLS", "distillation": "distillation", "registers": "register", "patches": "patch"}
-METRIC_NAMES = {"accuracy": "Accuracy", "top_5_accuracy": "Top-5 accuracy"}
+METRIC_NAMES = {
+    "accuracy": "Accuracy",
+    "top_5_accuracy": "Top-5 accuracy",
+    "balanced_accuracy": "Balanced accuracy",
+    "cls_accuracy": "Accuracy, CLS head",
+    "distillation_accuracy": "Accuracy, distillation head",
+    "mean_average_precision": "Mean average precision",
+    "micro_f1": "F1, over all answers",
+    "macro_f1": "F1, mean over the classes",
+    "exact_match": "Images with every class right",
+    "calibration_error": "Calibration error",
+}
+CLASS_COLUMNS = {
+    "recall": "Recall",
+    "precision": "Precision",
+    "f1": "F1",
+    "average_precision": "Average precision",
+}
+MOST_CLASSES_SHOWN = 20
 
 
 def build_card(name: str, config: ViTCLSConfig, results: dict[str, Any], flags: dict[str, Any]) -> ModelCard:
@@ -30,12 +48,14 @@ def build_card(name: str, config: ViTCLSConfig, results: dict[str, Any], flags: 
     from_scratch = flags["model"].removeprefix("vitcls-") in PRESETS
     recipe = shareable(flags)
     return ModelCard.from_template(
-        card_metadata(name, results, flags, from_scratch),
+        card_metadata(name, config, results, flags, from_scratch),
         template_path=str(TEMPLATE),
         name=name,
         config=config,
         results=results,
-        metrics={label: results[key] for key, label in METRIC_NAMES.items() if key in results},
+        metrics=metric_rows(results, config),
+        class_tables=class_tables(results, config),
+        purpose=purpose(config),
         layout=layout_picture(results["token_layout"]),
         from_scratch=from_scratch,
         base_model=recipe["model"],
@@ -43,7 +63,9 @@ def build_card(name: str, config: ViTCLSConfig, results: dict[str, Any], flags: 
     )
 
 
-def card_metadata(name: str, results: dict[str, Any], flags: dict[str, Any], from_scratch: bool) -> ModelCardData:
+def card_metadata(
+    name: str, config: ViTCLSConfig, results: dict[str, Any], flags: dict[str, Any], from_scratch: bool
+) -> ModelCardData:
     """The card's YAML header.
 
     The licence of a model that started from another's weights is not ours to name, and a local folder is no data set
@@ -57,7 +79,7 @@ def card_metadata(name: str, results: dict[str, Any], flags: dict[str, Any], fro
         pipeline_tag="image-classification",
         tags=["vision", "vit", "vitcls"],
         datasets=None if Path(flags["dataset"]).exists() else [flags["dataset"]],
-        metrics=["accuracy"],
+        metrics=["accuracy" if "accuracy" in results else "mean_average_precision"],
         model_name=name,
         eval_results=[
             EvalResult(
@@ -70,10 +92,65 @@ def card_metadata(name: str, results: dict[str, Any], flags: dict[str, Any], fro
                 metric_name=label,
                 metric_value=round(results[key], 6),
             )
-            for key, label in METRIC_NAMES.items()
-            if key in results
+            for key, label in metric_names(results, config).items()
         ],
     )
+
+
+# Results -------------------------------------------------------------------------------------------------------------
+
+
+def metric_names(results: dict[str, Any], config: ViTCLSConfig) -> dict[str, str]:
+    """What the measured metrics are called: over all, then of each task where there are several."""
+    names = METRIC_NAMES | {
+        f"{task}_{key}": f"{task}: {label}" for task in config.task_labels() for key, label in METRIC_NAMES.items()
+    }
+    return {key: name for key, name in names.items() if results.get(key) is not None}
+
+
+def metric_rows(results: dict[str, Any], config: ViTCLSConfig) -> list[list[str]]:
+    """Name and value of each measured metric, with its confidence interval where there is one."""
+    rows = []
+    for key, name in metric_names(results, config).items():
+        interval = results.get(f"{key}_interval")
+        between = f" (95 % interval: {percent(interval[0])} to {percent(interval[1])})" if interval else ""
+        rows.append([name, percent(results[key]) + between])
+    return rows
+
+
+def class_tables(results: dict[str, Any], config: ViTCLSConfig) -> dict[str, list[dict[str, str]]]:
+    """A title and one row per class, for each task that has few classes."""
+    titles = {"": "Per class"} | {f"{task}_": f"{task}, per class" for task in config.task_labels()}
+    tables = {title: results.get(f"{prefix}per_class", []) for prefix, title in titles.items()}
+    return {
+        title: [class_row(row) for row in rows]
+        for title, rows in tables.items()
+        if 0 < len(rows) <= MOST_CLASSES_SHOWN
+    }
+
+
+def class_row(measured: dict[str, Any]) -> dict[str, str]:
+    """The metrics of one class by the name of their column."""
+    values = {CLASS_COLUMNS[key]: percent(value) for key, value in measured.items() if key not in ("name", "images")}
+    return {"Class": measured["name"], "Images": f"{measured['images']:,}", **values}
+
+
+def percent(value: float | None) -> str:
+    """A part of one; a dash where it is not known."""
+    return "–" if value is None else f"{value:.2%}"
+
+
+# Text ----------------------------------------------------------------------------------------------------------------
+
+
+def purpose(config: ViTCLSConfig) -> str:
+    """What the model does, after its size."""
+    if config.tasks:
+        tasks = [f"{task} ({len(labels)} classes)" for task, labels in config.task_labels().items()]
+        return f"that answers several questions about an image: {', '.join(tasks)}"
+    if config.problem_type == "multi_label_classification":
+        return f"that says which of {config.num_labels} classes an image shows, none or several"
+    return f"that sorts images into {config.num_labels} classes"
 
 
 def layout_picture(counts: dict[str, int]) -> str:

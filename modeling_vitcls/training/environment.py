@@ -1,26 +1,94 @@
 """Where a run takes place: processes, device, versions."""
 
+import importlib.util
 import platform
+import resource
+import sys
+import warnings
 from importlib.metadata import version
+from pathlib import Path
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedType
+from accelerate.state import PartialState
+from accelerate.utils import FullyShardedDataParallelPlugin, ProjectConfiguration, parse_flag_from_env
+from torch import nn
 
+from ..layers_vitcls import EncoderLayer
 from ..version import __version__
 
 
 LIBRARIES = ("torch", "torchvision", "transformers", "accelerate")
 
 
-def build_accelerator(gradient_accumulation_steps: int = 1) -> Accelerator:
-    """What `accelerate launch` asked for.
+def build_accelerator(
+    gradient_accumulation_steps: int = 1,
+    mixed_precision: str | None = None,
+    trackers: tuple[str, ...] = (),
+    tracker_folder: Path | None = None,
+) -> Accelerator:
+    """What `accelerate launch` asked for, with `mixed_precision` ("no", "bf16", "fp16") in place of its own if given.
 
     Without any accelerator device Accelerate has to be told so: started as several processes it would otherwise run
     each of them as if it were alone.
+
+    Raises:
+        ValueError: for a precision that this machine does not have, or a tracker that is not installed.
     """
-    return Accelerator(
-        cpu=not torch.accelerator.is_available(), gradient_accumulation_steps=gradient_accumulation_steps
+    accelerator = Accelerator(
+        cpu=not torch.accelerator.is_available(),
+        mixed_precision=mixed_precision,
+        log_with=check_installed(trackers) or None,
+        project_config=ProjectConfiguration(logging_dir=str(tracker_folder)) if tracker_folder else None,
     )
+    # Said here rather than above, where a variable of the launcher's would win over it.
+    accelerator.gradient_accumulation_steps = gradient_accumulation_steps
+    if accelerator.distributed_type == DistributedType.MULTI_CPU and parse_flag_from_env("ACCELERATE_USE_FSDP"):
+        shard_on_cpu(accelerator)
+    return accelerator
+
+
+def shard_on_cpu(accelerator: Accelerator) -> None:
+    """Turn on the FSDP2 that `accelerate launch` was asked for: Accelerate itself would do so on GPUs alone, and run
+    DDP on CPUs without a word.
+
+    Raises:
+        ValueError: for FSDP 1, which needs GPUs.
+    """
+    plugin = FullyShardedDataParallelPlugin()  # reads what the launcher was told
+    if plugin.fsdp_version != 2:
+        raise ValueError("FSDP 1 needs GPUs: set fsdp_version: 2 in accelerate's configuration")
+    accelerator.state.fsdp_plugin = plugin
+    accelerator.state.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+
+
+def shard_by_layer(accelerator: Accelerator, model: nn.Module) -> None:
+    """Under FSDP, let each layer of the model gather its weights by itself, unless the launcher was told otherwise.
+
+    Accelerate would look for the layers of all kinds that the model could have, and fail.
+    """
+    plugin = getattr(accelerator.state, "fsdp_plugin", None)
+    if plugin is not None and plugin.transformer_cls_names_to_wrap is None:
+        layers = {type(module).__name__ for module in model.modules() if isinstance(module, EncoderLayer)}
+        plugin.transformer_cls_names_to_wrap = sorted(layers)
+    # The patches are a view, which would only matter if anything worked on them in place.
+    warnings.filterwarnings("ignore", message=r"FSDP2-wrapped module \(FSDPViTCLSPatchEmbeddings\)")
+
+
+def check_installed(trackers: tuple[str, ...]) -> list[str]:
+    """The trackers, if all are installed; Accelerate would leave out the others without a word."""
+    for name in trackers:
+        if importlib.util.find_spec(name) is None:
+            raise ValueError(f"--log-with {name} needs the package {name}: pip install {name}")
+    return list(trackers)
+
+
+def peak_memory(device: torch.device) -> int:
+    """The most memory used so far, in bytes: of this device, or of this process on the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def device_name(accelerator: Accelerator) -> str:

@@ -1,161 +1,228 @@
-"""Metrics over labelled pictures, every one of them counted exactly once on any number of processes.
+"""Evaluation of a model on labelled pictures, every one of them counted exactly once on any number of processes.
 
-All processes run equally many batches of one size (sharded models need that). Places beyond the last picture repeat
-the first one with the label -100, which no metric counts.
+    pictures -> this process's share -> pixel_values and labels -> model -> metrics, of all processes together
+
+All processes run equally many batches of one size (sharded models need that): the pictures are dealt out in rounds of
+one batch per process, and what the last round lacks is filled with blank images, which have no labels and count
+nowhere. A picture that cannot be read becomes a blank one too; it is named, and counted as broken.
+
+What is measured is in metrics.py; evaluation of a saved model, with its output, in evaluate.py.
 """
 
-import json
-import time
-from collections.abc import Iterator
+import copy
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object, send_to_device
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
-from torchmetrics import MeanMetric, Metric, SumMetric
-from torchmetrics.classification import MulticlassAccuracy
 
 from ..image_processing_vitcls import ViTCLSImageProcessor
-from ..losses_vitcls import IGNORED_LABEL
-from ..modeling_vitcls import ViTCLSForImageClassification
-from .data import LabelledPictures, load_evaluation_data
-from .environment import build_accelerator
-from .model import check_is_vitcls
-from .options import EvaluateOptions
+from .broken import BrokenPictures
+from .labels import LabelKind, LabelSpace
+from .metrics import METRICS, scalars
+from .options import DataOptions
+from .pictures import BrokenPicture, LabelledPictures
+
+
+KEPT_BYTES = 256 * 2**20  # a process's images are prepared once and kept where all fit into this
+DECIMALS = 6
+
+
+@dataclass
+class HeldOutBatch:
+    """What a process evaluates at once: up to a batch of pictures that could be read, and those that could not."""
+
+    pixel_values: torch.Tensor | None  # [G, C, H, W]; None where there is no picture
+    labels: Any  # of G pictures, by kind
+    broken: dict[int, str]  # index of the picture -> what is wrong with it
+
+    def copied(self) -> "HeldOutBatch":
+        """In this process's own memory: what workers send stays in shared memory, with an open file per tensor."""
+        return copy.deepcopy(self)
 
 
 class HeldOutPictures(Dataset):
-    """One process's share: pictures as they are, with labels, padded to whole batches."""
+    """One process's share of the pictures, in batches."""
 
-    def __init__(self, source: LabelledPictures, batch_size: int, process: int, num_processes: int) -> None:
+    def __init__(
+        self,
+        source: LabelledPictures,
+        processor: ViTCLSImageProcessor,
+        label_space: LabelSpace,
+        batch_size: int,
+        process: int,
+        num_processes: int,
+    ) -> None:
         self.source = source
+        self.processor = processor
+        self.label_space = label_space
         per_round = batch_size * num_processes
-        num_rounds = -(-len(source) // per_round)
-        self.positions = [
-            start + process * batch_size + place
-            for start in range(0, num_rounds * per_round, per_round)
-            for place in range(batch_size)
-        ]
+        starts = range(process * batch_size, len(source) + process * batch_size, per_round)
+        self.batches = [range(start, start + batch_size) for start in starts]
 
     def __len__(self) -> int:
-        return len(self.positions)
+        return len(self.batches)
 
-    def __getitem__(self, index: int) -> tuple[Any, int]:
-        position = self.positions[index]
-        if position < len(self.source):
-            return self.source.pictures[position], self.source.labels[position]
-        return self.source.pictures[0], IGNORED_LABEL
+    def __getitem__(self, index: int) -> HeldOutBatch:
+        images, labels, broken = [], [], {}
+        for position in self.batches[index]:
+            if position >= len(self.source):
+                break
+            try:
+                picture = self.source.pictures[position]
+                images.append(self.processor(picture, return_tensors="pt")["pixel_values"][0])  # [C, H, W]
+                labels.append(self.source.labels[position])
+            except BrokenPicture as error:
+                broken[position] = str(error)
+        pixel_values = torch.stack(images) if images else None
+        return HeldOutBatch(pixel_values, COLLATE[self.label_space.kind](labels, self.label_space), broken)
 
 
-class Collator:
-    """Pictures with labels -> the image processor's `pixel_values` and `labels`."""
-
-    def __init__(self, processor: ViTCLSImageProcessor) -> None:
-        self.processor = processor
-
-    def __call__(self, examples: list[tuple[Any, int]]) -> dict[str, torch.Tensor]:
-        pictures, labels = zip(*examples, strict=True)
-        return {
-            "pixel_values": self.processor(list(pictures), return_tensors="pt")["pixel_values"],  # [B, C, H, W]
-            "labels": torch.tensor(labels),  # [B]
-        }
+COLLATE: dict[LabelKind, Callable[[list[Any], LabelSpace], Any]] = {
+    "single_label_classification": lambda labels, space: torch.tensor(labels, dtype=torch.long),  # [G]
+    "multi_label_classification": lambda labels, space: torch.tensor(labels, dtype=torch.float32).reshape(
+        -1, len(space.names)
+    ),  # [G, L]
+    "multi_task": lambda labels, space: {
+        task: torch.tensor([label[task] for label in labels], dtype=torch.long) for task in space.columns
+    },
+}
 
 
 class Evaluator:
-    """Evaluates a model, again and again, on the same pictures."""
+    """Evaluates a model, again and again, on the same pictures.
+
+    Args:
+        pictures: all of them, on every process.
+        processor: makes `pixel_values` of a picture.
+        label_space: of the labels; the model answers in its order.
+        batch_size: pictures per process and forward pass.
+        num_workers: processes that prepare pictures, for each process; 0 for none besides it.
+        accelerator: device, precision and processes.
+        max_broken_images: pictures that cannot be read are left out; more than these end the evaluation.
+        warn: shows a line about each of them, once. Called on the main process.
+    """
 
     def __init__(
         self,
         pictures: LabelledPictures,
         processor: ViTCLSImageProcessor,
-        num_labels: int,
+        label_space: LabelSpace,
         batch_size: int,
         num_workers: int,
         accelerator: Accelerator,
+        max_broken_images: int = DataOptions.max_broken_images,
+        warn: Callable[[str], None] = print,
     ) -> None:
         self.num_pictures = len(pictures)
-        self.num_labels = num_labels
+        self.label_space = label_space
+        self.batch_size = batch_size
         self.accelerator = accelerator
-        share = HeldOutPictures(pictures, batch_size, accelerator.process_index, accelerator.num_processes)
-        self.loader = DataLoader(share, batch_size, num_workers=num_workers, collate_fn=Collator(processor))
+        self.described: dict[int, str] = {}  # index of a broken picture -> what is wrong with it; on all processes
+        self.tally = BrokenPictures(self.described.__getitem__, accelerator.on_main_process(warn), max_broken_images)
+        share = HeldOutPictures(
+            pictures, processor, label_space, batch_size, accelerator.process_index, accelerator.num_processes
+        )
+        self.batches = KeptBatches(share, num_workers)
 
     @torch.no_grad()
-    def __call__(self, model: nn.Module) -> dict[str, float | int]:
-        """Accuracy (top 1, and top 5 of more than five labels), loss, and over how many pictures.
+    def __call__(
+        self, model: nn.Module, watch: Callable[["KeptBatches"], Iterable[HeldOutBatch]] = iter
+    ) -> dict[str, Any]:
+        """Metrics of a model in evaluation mode, as metrics.py has them for the kind of labels.
+
+        Numbers come first, and the first of all is the one to compare models by. To them it adds `num_broken_images`,
+        which are not in `num_images`. Floats are rounded to six decimals.
+
+        Args:
+            model: as `Accelerator.prepare` returned it, or on the device.
+            watch: sees this process's batches pass, for progress.
 
         Raises:
+            ValueError: if more pictures than allowed are broken, or all.
             RuntimeError: if any picture was not counted exactly once.
         """
-        device = self.accelerator.device
-        metrics: dict[str, Metric] = {"accuracy": self.accuracy(top_k=1)}
-        if self.num_labels > 5:
-            metrics["top_5_accuracy"] = self.accuracy(top_k=5)
-        mean_loss, counted = MeanMetric().to(device), SumMetric().to(device)
-        for logits, labels in self.predictions(model):
-            for metric in metrics.values():
-                metric.update(logits, labels)
-            losses = nn.functional.cross_entropy(logits, labels, ignore_index=IGNORED_LABEL, reduction="none")
-            mean_loss.update(losses, weight=labels != IGNORED_LABEL)
-            counted.update((labels != IGNORED_LABEL).sum())
+        metrics = self.build_metrics()
+        broken: dict[int, str] = {}
+        for batch in watch(self.batches):
+            broken |= batch.broken
+            labels = send_to_device(batch.labels, self.accelerator.device)
+            metrics.update(self.outputs(model, batch), labels)
 
-        metrics["loss"] = mean_loss
-        num_images = int(counted.compute().item())
-        if num_images != self.num_pictures:
-            raise RuntimeError(f"evaluation counted {num_images} images of {self.num_pictures}: this is a bug")
-        values = {name: round(metric.compute().item(), 6) for name, metric in metrics.items()}
-        return {**values, "num_images": num_images}
+        broken = dict(gather_object(list(broken.items())))
+        self.described |= broken
+        self.tally.note(sorted(broken))
+        if len(broken) == self.num_pictures:
+            raise ValueError(f"there is nothing to evaluate on: none of the {self.num_pictures} images can be read")
+        values = rounded(metrics.compute())
+        if values["num_images"] + len(broken) != self.num_pictures:
+            raise RuntimeError(
+                f"evaluation counted {values['num_images']} images and {len(broken)} broken ones of "
+                f"{self.num_pictures}: this is a bug"
+            )
+        return scalars(values) | {"num_broken_images": len(broken)} | values
 
-    def accuracy(self, top_k: int) -> MulticlassAccuracy:
-        """A fresh metric, over all pictures alike."""
-        metric = MulticlassAccuracy(self.num_labels, top_k=top_k, average="micro", ignore_index=IGNORED_LABEL)
-        return metric.to(self.accelerator.device)
+    def build_metrics(self) -> Any:
+        """What is measured."""
+        return METRICS[self.label_space.kind](self.label_space, self.accelerator.device)
 
-    def predictions(self, model: nn.Module) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Logits [B, labels], `float32`, and labels [B] of this process's batches."""
-        for batch in self.loader:
-            with self.accelerator.autocast():
-                logits = model(batch["pixel_values"].to(self.accelerator.device)).logits
-            yield logits.float(), batch["labels"].to(self.accelerator.device)
+    def outputs(self, model: nn.Module, batch: HeldOutBatch) -> Any:
+        """The model's outputs for a whole batch."""
+        with self.accelerator.autocast():
+            return model(self.filled_up(model, batch.pixel_values))
 
-
-def evaluate_checkpoint(options: EvaluateOptions) -> dict[str, Any]:
-    """Evaluate a saved model, print the results, and write them where asked.
-
-    Raises:
-        ValueError: for another kind of model, a split that does not exist, or labels that the model does not know.
-        OSError: for a checkpoint that cannot be found or read.
-    """
-    accelerator = build_accelerator()
-    with accelerator.main_process_first():  # downloads once
-        check_is_vitcls(options.model)
-        model = ViTCLSForImageClassification.from_pretrained(options.model).to(accelerator.device).eval()
-        processor = ViTCLSImageProcessor.from_pretrained(options.model)
-        label_names, pictures = load_evaluation_data(options.data, options.split)
-    pictures = relabelled(pictures, label_names, model.config.label2id)
-    evaluator = Evaluator(
-        pictures, processor, model.config.num_labels, options.batch_size, options.data.num_workers, accelerator
-    )
-    started = time.perf_counter()
-    metrics = evaluator(model)
-    speed = metrics["num_images"] / (time.perf_counter() - started)
-    asked = {"model": options.model, "dataset": options.data.dataset, "split": options.split}
-    results = {**asked, **metrics, "images_per_second": round(speed, 1)}
-    if accelerator.is_main_process:
-        text = json.dumps(results, indent=2)
-        print(text)
-        if options.output is not None:
-            options.output.parent.mkdir(parents=True, exist_ok=True)
-            options.output.write_text(text + "\n", encoding="utf-8")
-    accelerator.end_training()
-    return results
+    def filled_up(self, model: nn.Module, pixel_values: torch.Tensor | None) -> torch.Tensor:
+        """Pixel values [G, C, H, W] and blank images behind them, [B, C, H, W] on the device."""
+        if pixel_values is None:
+            config = self.accelerator.unwrap_model(model).config
+            pixel_values = torch.zeros(0, config.num_channels, *config.image_height_width)
+        missing = self.batch_size - len(pixel_values)
+        if missing:
+            pixel_values = torch.cat([pixel_values, pixel_values.new_zeros(missing, *pixel_values.shape[1:])])
+        return pixel_values.to(self.accelerator.device)
 
 
-def relabelled(pictures: LabelledPictures, names: list[str], label2id: dict[str, int]) -> LabelledPictures:
-    """The pictures with the model's label indices in place of the data set's, matched by name."""
-    used = {names[label] for label in pictures.labels}
-    if unknown := sorted(used - label2id.keys()):
-        raise ValueError(
-            f"the data set has the label {unknown[0]!r} and the model does not: it knows {', '.join(label2id)}"
+class KeptBatches:
+    """A process's batches, in order; from the second time on out of memory where all of them fit."""
+
+    def __init__(self, share: HeldOutPictures, num_workers: int) -> None:
+        self.loader = DataLoader(
+            share,
+            batch_size=None,
+            num_workers=num_workers,
+            generator=torch.Generator(),  # its own: training must not depend on when it was evaluated
         )
-    return LabelledPictures(pictures.pictures, [label2id[names[label]] for label in pictures.labels])
+        self.kept: list[HeldOutBatch] | None = None
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __iter__(self) -> Iterator[HeldOutBatch]:
+        if self.kept is not None:
+            yield from self.kept
+            return
+        keeping: list[HeldOutBatch] | None = []
+        num_bytes = 0
+        for batch in self.loader:
+            num_bytes += batch.pixel_values.nbytes if batch.pixel_values is not None else 0
+            if num_bytes > KEPT_BYTES:
+                keeping = None
+            elif keeping is not None:
+                keeping.append(batch.copied())
+            yield batch
+        self.kept = keeping
+
+
+def rounded(value: Any) -> Any:
+    """Floats, also within lists and dicts, to six decimals."""
+    if isinstance(value, float):
+        return round(value, DECIMALS)
+    if isinstance(value, list):
+        return [rounded(item) for item in value]
+    if isinstance(value, dict):
+        return {name: rounded(item) for name, item in value.items()}
+    return value

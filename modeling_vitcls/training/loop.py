@@ -1,28 +1,36 @@
 """The training loop.
 
-    pixels -> model -> loss -> gradients, accumulated -> clipped -> AdamW        and, now and then, a line of metrics
+    batch -> objective -> gradients, accumulated -> clipped -> AdamW -> moving average
+                                    and, now and then: a line of metrics, an evaluation, a checkpoint
 
 What changes from step to step is in `TrainingState`. The order of the pictures, their augmentation, the learning rate
 and the random numbers inside the model are all functions of the step, so nothing else describes where a run stands.
-What is trained, and on which loss, is the caller's.
+What is trained, on which loss, how it is evaluated and where it is saved is the caller's.
 """
 
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, NoReturn
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import send_to_device
 from torch import nn
 
 from .batches import BatchPlan, seed_for
-from .optimisation import learning_rate_at
+from .ema import Ema
+from .environment import peak_memory
+from .health import TokenMonitor
+from .losses import Batch, Losses, Objective
+from .metrics import scalars
+from .optimisation import learning_rate_at, set_learning_rate
 from .options import TrainingOptions
+from .states import reshard
+from .trainable import set_training
 
 
-Batch = dict[str, torch.Tensor]
 Metrics = dict[str, Any]
 
 
@@ -32,66 +40,199 @@ class TrainingState:
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
+    ema: Ema | None = None
     step: int = 0  # optimiser steps done
+    best_score: float | None = None  # of the evaluations so far
+    window: list[dict[str, float]] = field(default_factory=list)  # losses of the batches since the last logged step
 
 
-def train(
-    state: TrainingState,
-    batches: Iterator[Batch],
-    loss_function: Callable[[nn.Module, Batch], torch.Tensor],
-    plan: BatchPlan,
-    options: TrainingOptions,
-    accelerator: Accelerator,
-    evaluate: Callable[[], Metrics],
-    log: Callable[[Metrics], None],
-) -> Metrics:
-    """Train from `state.step` to `plan.num_steps`, and return the metrics of the evaluation at the end.
+@dataclass
+class Hooks:
+    """What a run does besides training; each is called on all processes."""
 
-    Args:
-        batches: this process's batches on the CPU, `gradient_accumulation_steps` of them per step, from `state.step`.
-        loss_function: model and batch, on the device -> mean loss over the batch.
-        evaluate: metrics of the model as it is; called on all processes.
-        log: takes one record per logged step; called on all processes.
-    """
-    model, optimizer = state.model, state.optimizer
-    meter = Meter(accelerator, plan)
-    metrics: Metrics = {}
-    model.train()
-    while state.step < plan.num_steps:
-        learning_rate = learning_rate_at(state.step, plan.num_steps, options)
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate
+    evaluate: Callable[[], Metrics]  # of the model as it is
+    log: Callable[[Metrics], None]  # one record per logged step
+    warn: Callable[[str], None]  # one line
+    save: Callable[[bool], None]  # a checkpoint of the state; whether it is the best so far
+    note_batch: Callable[[Batch], None] = lambda batch: None  # each batch, before it is used
+    measure_attention: Callable[[Batch], Metrics] = lambda batch: {}  # every `health_every` steps
+    stop_requested: Callable[[], str | None] = lambda: None  # the name of the signal, if one asks to stop
 
-        for accumulated in range(plan.accumulation_steps):
-            batch = {name: tensor.to(accelerator.device, non_blocking=True) for name, tensor in next(batches).items()}
-            torch.manual_seed(seed_for(plan.seed, state.step, accumulated, accelerator.process_index))
-            with accelerator.accumulate(model):
-                loss = loss_function(model, batch)
-                accelerator.backward(loss)  # divides by the accumulation steps
+
+class Interrupted(Exception):
+    """A signal asked to stop; a checkpoint was saved."""
+
+
+class NonFiniteLoss(Exception):
+    """The loss, or its gradient, is no number any more. The weights are those before the step."""
+
+    def __init__(self, step: int, batches: list[Batch]) -> None:
+        super().__init__(
+            f"the loss or its gradient is not finite in step {step + 1}: try a lower --learning-rate, a longer "
+            "--warmup, a smaller --max-gradient-norm, or --mixed-precision no"
+        )
+        self.step = step
+        self.batches = batches  # of this process, accumulated in that step
+
+
+class TrainingLoop:
+    """Trains from `state.step` to `plan.num_steps`."""
+
+    def __init__(
+        self,
+        state: TrainingState,
+        objective: Objective,
+        plan: BatchPlan,
+        options: TrainingOptions,
+        accelerator: Accelerator,
+        hooks: Hooks,
+        monitor: TokenMonitor,
+        save_every: int | None = None,
+    ) -> None:
+        """`save_every`: steps between two checkpoints; None saves one at each evaluation."""
+        self.state = state
+        self.objective = objective
+        self.plan = plan
+        self.options = options
+        self.accelerator = accelerator
+        self.hooks = hooks
+        self.save_every = save_every
+        self.monitor = monitor
+        self.trained = [parameter for parameter in state.model.parameters() if parameter.requires_grad]
+        self.seconds: list[float] = []  # of the steps since the last logged one
+        self.attention: Metrics = {}  # measured since then
+
+    def run(self, batches: Iterator[Batch]) -> Metrics:
+        """Train, and return the metrics of the evaluation at the end.
+
+        Args:
+            batches: this process's batches on the CPU, `gradient_accumulation_steps` of them per step, from
+                `state.step` on.
+
+        Raises:
+            Interrupted: after a signal asked to stop, once a checkpoint was saved.
+            NonFiniteLoss: before such a loss changes the weights.
+        """
+        metrics: Metrics = {}
+        set_training(self.state.model)
+        while self.state.step < self.plan.num_steps:
+            metrics = self.advance(batches)
+            if self.state.step < self.plan.num_steps and (signal := self.hooks.stop_requested()):
+                self.hooks.save(False)
+                raise Interrupted(signal)
+        return metrics or self.evaluated()
+
+    def advance(self, batches: Iterator[Batch]) -> Metrics:
+        """One step, and what is due after it; returns the metrics if it was evaluated."""
+        state, done = self.state, self.state.step + 1
+        is_last = done == self.plan.num_steps
+        evaluates = is_last or ends_epochs(done, self.options.evaluate_every, self.plan)
+        logs = evaluates or done % self.options.log_every == 0
+        saves = evaluates if self.save_every is None else is_last or done % self.save_every == 0
+
+        started = time.perf_counter()
+        record, batch = self.step(batches, with_health=logs)
+        self.seconds.append(time.perf_counter() - started)
+
+        if self.options.health_every and done % self.options.health_every == 0:
+            self.attention = self.hooks.measure_attention(batch)
+            reshard(state.model)
+        metrics = self.evaluated() if evaluates else {}
+        score = score_of(metrics)
+        is_best = score is not None and (state.best_score is None or score > state.best_score)
+        state.best_score = score if is_best else state.best_score
+        if logs:
+            held_out = {f"held_out_{name}": value for name, value in scalars(metrics).items()}
+            self.hooks.log(record | self.means_since_last_log() | self.attention | held_out)
+            self.attention = {}
+        if saves or is_best:
+            self.hooks.save(is_best)
+        return metrics
+
+    def step(self, batches: Iterator[Batch], with_health: bool) -> tuple[Metrics, Batch]:
+        """One optimiser step over the accumulated batches: a record of it, and the last batch, on the device."""
+        state, options, accelerator = self.state, self.options, self.accelerator
+        learning_rate = learning_rate_at(state.step, self.plan.num_steps, options)
+        set_learning_rate(state.optimizer, learning_rate)
+        used: list[Batch] = []
+        losses: list[Losses] = []
+        for accumulated in range(self.plan.accumulation_steps):
+            batch = next(batches)
+            self.hooks.note_batch(batch)
+            used.append(batch)
+            batch = send_to_device(batch, accelerator.device, non_blocking=True)
+            torch.manual_seed(seed_for(self.plan.seed, state.step, accumulated, accelerator.process_index))
+            with accelerator.accumulate(state.model):
+                found = self.objective(state.model, batch)
+                losses.append({name: loss.detach() for name, loss in found.items()})
+                accelerator.backward(found["loss"])  # divides by the accumulation steps
                 if accelerator.sync_gradients:
-                    gradient_norm = accelerator.clip_grad_norm_(model.parameters(), options.max_gradient_norm)
-                optimizer.step()  # waits for the last accumulated batch, and so does zero_grad
-                optimizer.zero_grad()
-            meter.add(loss)
+                    gradient_norm = float(accelerator.clip_grad_norm_(self.trained, options.max_gradient_norm))
+                    self.check_finite(losses, gradient_norm, used)
+                    before = (self.monitor.tokens(), self.monitor.gradients()) if with_health else None
+                state.optimizer.step()  # waits for the last accumulated batch, and so does zero_grad
+                state.optimizer.zero_grad()
         state.step += 1
+        if state.ema is not None:
+            state.ema.update(state.step)
+        state.window += [{name: loss.item() for name, loss in found.items()} for found in losses]
+        record: Metrics = {
+            "step": state.step,
+            "epoch": round(self.plan.epochs_after(state.step), 4),
+            "learning_rate": learning_rate,
+            "gradient_norm": round(gradient_norm, 6) if math.isfinite(gradient_norm) else None,
+        }
+        if before:
+            health = self.monitor.health(*before)
+            record |= health.record()
+            for token in self.monitor.newly_without_gradient(health):
+                self.hooks.warn(f"the token {token} got no gradient in step {state.step}: it cannot learn")
+        return record, batch
 
-        is_last = state.step == plan.num_steps
-        evaluates = is_last or ends_epochs(state.step, options.evaluate_every, plan)
-        if evaluates or state.step % options.log_every == 0:
-            record = {
-                "step": state.step,
-                "epoch": round(plan.epochs_after(state.step), 4),
-                "learning_rate": learning_rate,
-                "gradient_norm": round(float(gradient_norm), 6),
-                **meter.read(),
-            }
-            if evaluates:
-                model.eval()
-                metrics = evaluate()
-                model.train()
-                meter.restart_clock()
-            log(record | ({f"held_out_{name}": value for name, value in metrics.items()} if evaluates else {}))
-    return metrics
+    def check_finite(self, losses: list[Losses], gradient_norm: float, used: list[Batch]) -> None:
+        """Raise NonFiniteLoss, on all processes if on one, unless losses and gradients are numbers.
+
+        Under fp16 gradients overflow now and then: the loss scaler then leaves the step out and scales less.
+        """
+        is_finite = all(math.isfinite(found["loss"]) for found in losses)
+        is_finite = is_finite and (math.isfinite(gradient_norm) or self.accelerator.scaler is not None)
+        if self.accelerator.num_processes > 1:
+            others = torch.tensor(float(is_finite), device=self.accelerator.device)
+            is_finite = bool(self.accelerator.reduce(others, "sum") == self.accelerator.num_processes)
+        if not is_finite:
+            self.raise_non_finite(used)
+
+    def raise_non_finite(self, used: list[Batch]) -> NoReturn:
+        """Leave the state as it was before the step."""
+        self.state.optimizer.zero_grad()
+        raise NonFiniteLoss(self.state.step, used)
+
+    def evaluated(self) -> Metrics:
+        """Metrics on held-out pictures, of the averaged weights where there are any."""
+        self.state.model.eval()
+        if self.state.ema is None:
+            metrics = self.hooks.evaluate()
+        else:
+            with self.state.ema.in_place():
+                metrics = self.hooks.evaluate()
+        reshard(self.state.model)
+        set_training(self.state.model)
+        return metrics
+
+    def means_since_last_log(self) -> Metrics:
+        """Losses and images per second (without evaluations and checkpoints) over all processes, and peak memory."""
+        names = list(self.state.window[0])
+        means = [math.fsum(found[name] for found in self.state.window) / len(self.state.window) for name in names]
+        images_per_second = len(self.seconds) * self.plan.pictures_per_step / math.fsum(self.seconds)
+        memory = peak_memory(self.accelerator.device)
+        self.state.window.clear()
+        self.seconds.clear()
+        losses = self.accelerator.reduce(torch.tensor(means, device=self.accelerator.device), "mean").tolist()
+        return {
+            **{name: round(mean, 6) for name, mean in zip(names, losses, strict=True)},
+            "images_per_second": round(images_per_second, 1),
+            "peak_memory_mb": round(memory / 2**20, 1),
+        }
 
 
 def ends_epochs(step: int, every: int, plan: BatchPlan) -> bool:
@@ -99,28 +240,8 @@ def ends_epochs(step: int, every: int, plan: BatchPlan) -> bool:
     return math.floor(plan.epochs_after(step) / every) > math.floor(plan.epochs_after(step - 1) / every)
 
 
-class Meter:
-    """Mean loss and images per second, over all processes, since the last reading. Evaluation time is left out."""
-
-    def __init__(self, accelerator: Accelerator, plan: BatchPlan) -> None:
-        self.accelerator = accelerator
-        self.plan = plan
-        self.losses: list[torch.Tensor] = []
-        self.restart_clock()
-
-    def add(self, loss: torch.Tensor) -> None:
-        """Note the loss of one batch, without waiting for the device."""
-        self.losses.append(loss.detach())
-
-    def read(self) -> Metrics:
-        """The figures since the last reading."""
-        loss = self.accelerator.reduce(torch.stack(self.losses).mean(), reduction="mean").item()
-        pictures = len(self.losses) * self.plan.batch_size * self.plan.num_processes
-        images_per_second = pictures / (time.perf_counter() - self.started)
-        self.losses.clear()
-        self.restart_clock()
-        return {"loss": round(loss, 6), "images_per_second": round(images_per_second, 1)}
-
-    def restart_clock(self) -> None:
-        """Leave out the time until now."""
-        self.started = time.perf_counter()
+def score_of(metrics: Metrics) -> float | None:
+    """What evaluations are compared by, higher being better: the first metric, negated if it is a loss. None where
+    there is none, or it is not known."""
+    name, value = next(iter(metrics.items()), ("", None))
+    return -value if value is not None and name.endswith("loss") else value

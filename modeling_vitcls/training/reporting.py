@@ -1,4 +1,4 @@
-"""What a run says: a summary, progress (a bar on a terminal, plain lines elsewhere), metrics.jsonl.
+"""What a run says: a summary, progress (a bar on a terminal, plain lines elsewhere), metrics.jsonl, trackers.
 
 Only the main process prints and writes.
 """
@@ -8,16 +8,21 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from accelerate import Accelerator
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+
+HELD_OUT = "held_out_"  # before the names of metrics on held-out pictures
 
 
 class Reporter:
     """Progress of one run; use it as a context manager around the training loop."""
 
-    def __init__(self, metrics_file: Path, num_steps: int, is_main_process: bool) -> None:
-        self.console = Console(quiet=not is_main_process, soft_wrap=True, highlight=False)
-        self.is_main_process = is_main_process
+    def __init__(self, metrics_file: Path, accelerator: Accelerator) -> None:
+        self.accelerator = accelerator
+        self.is_main_process = accelerator.is_main_process
+        self.console = Console(quiet=not self.is_main_process, soft_wrap=True, highlight=False)
         self.metrics_file = metrics_file
         self.progress = Progress(
             TextColumn("{task.description}"),
@@ -25,10 +30,10 @@ class Reporter:
             MofNCompleteColumn(),
             TimeRemainingColumn(),
             console=self.console,
-            disable=not (is_main_process and self.console.is_terminal),
+            disable=not (self.is_main_process and self.console.is_terminal),
         )
-        self.task = self.progress.add_task("training", total=num_steps)
-        self.num_steps = num_steps
+        self.task = self.progress.add_task("training", total=None)
+        self.num_steps = 0
 
     def say(self, name: str, what: str) -> None:
         """One line of the summary."""
@@ -38,9 +43,16 @@ class Reporter:
         """A line that should not be missed."""
         self.console.print(f"WARNING: {message}", style="bold yellow", markup=False)
 
-    def __enter__(self) -> Self:
+    def start_at(self, step: int, num_steps: int) -> None:
+        """Keep the records of the steps that are done, and drop those after them, which are done again."""
+        self.num_steps = num_steps
         if self.is_main_process:
-            self.metrics_file.write_text("", encoding="utf-8")
+            lines = self.metrics_file.read_text(encoding="utf-8").splitlines() if self.metrics_file.exists() else []
+            kept = [line for line in lines if (number := step_of(line)) is not None and number <= step]
+            self.metrics_file.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+        self.progress.update(self.task, completed=step, total=num_steps)
+
+    def __enter__(self) -> Self:
         self.progress.start()
         return self
 
@@ -50,16 +62,50 @@ class Reporter:
         self.progress.stop()
 
     def log(self, record: dict[str, Any]) -> None:
-        """Append a record to metrics.jsonl and show it."""
+        """Append a record to metrics.jsonl, show it, and hand its numbers to the trackers."""
+        self.accelerator.log(flat(record), step=record["step"])
         if not self.is_main_process:
             return
         with self.metrics_file.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
         text = f"epoch {record['epoch']:.1f}  loss {record['loss']:.3f}  {record['images_per_second']:.0f} images/s"
-        held_out = f"  held out {record['held_out_accuracy']:.2%}" if "held_out_accuracy" in record else ""
+        held_out = "".join(
+            f"  held out: {shown_metric(name.removeprefix(HELD_OUT), value)}"
+            for name, value in [item for item in record.items() if item[0].startswith(HELD_OUT)][:1]
+        )
         if self.progress.disable:
             self.console.print(f"step {record['step']}/{self.num_steps}  {text}{held_out}", markup=False)
             return
         self.progress.update(self.task, completed=record["step"], description=text)
         if held_out:
             self.progress.console.print(f"epoch {record['epoch']:>5.1f}{held_out}", markup=False)
+
+
+def shown_metric(name: str, value: float | None) -> str:
+    """A metric as a person reads it."""
+    if value is None:
+        return f"{name.replace('_', ' ')} unknown"
+    return (
+        f"{name.replace('_', ' ')} {value:.4g}" if name.endswith("loss") else f"{name.replace('_', ' ')} {value:.2%}"
+    )
+
+
+def step_of(line: str) -> int | None:
+    """The step of a line of metrics.jsonl; None for one that was cut off when its run was killed."""
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError):
+        return None
+
+
+def flat(record: dict[str, Any], prefix: str = "") -> dict[str, float]:
+    """A record's numbers in the form that trackers take: `{"token_norm": {"cls[0]": 1.0}}` -> `token_norm/cls[0]`."""
+    numbers: dict[str, float] = {}
+    for name, value in record.items():
+        if isinstance(value, list):
+            value = {f"{index:02d}": item for index, item in enumerate(value)}
+        if isinstance(value, dict):
+            numbers |= flat(value, f"{prefix}{name}/")
+        elif isinstance(value, int | float):
+            numbers[prefix + name] = value
+    return numbers

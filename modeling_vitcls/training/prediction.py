@@ -1,0 +1,328 @@
+"""Prediction from options to rows: labels, or features, of any number of images.
+
+    images -> records -> pixels -> answers -> rows -> table, file, or folder of Parquet files
+
+    prediction_inputs.py      where images come from
+    prediction_decoding.py    their pixels, on several threads
+    prediction_answers.py     what the model says
+    prediction_outputs.py     how it is written
+    prediction_shards.py      a folder that grows over several starts
+
+The images are cut into equal pieces by their number alone, a file's into batches and a folder's into shards, and the
+pieces are dealt out to the processes in turn. Batches never cross pieces: so the numbers do not depend, to the bit, on
+how many processes there were, or where a start was killed.
+"""
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from itertools import groupby, islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list, gather_object
+from transformers import PreTrainedModel
+from transformers.configuration_utils import PreTrainedConfig
+from transformers.utils import logging
+
+from ..configuration_vitcls import ViTCLSConfig
+from ..image_processing_vitcls import ViTCLSImageProcessor
+from ..loading_vitcls import load_checkpoint
+from ..modeling_vitcls import ViTCLSForImageClassification, ViTCLSForMultiTaskClassification, ViTCLSModel
+from .environment import build_accelerator
+from .model import is_preset
+from .options import PredictOptions
+from .prediction_answers import Answers, Precision, Row, answer, build_answers
+from .prediction_decoding import Prepared, prepared_ahead
+from .prediction_inputs import Listed, Source, listed_files, open_source
+from .prediction_outputs import WRITERS, all_columns, show_table, write_rows
+from .prediction_progress import Progress
+from .prediction_shards import ShardFolder, shard_ranges, share
+
+
+SECONDS_BETWEEN_LOOKS = 0.5  # for shards of other processes
+
+
+@dataclass(frozen=True)
+class Predictor:
+    """Everything between images and rows."""
+
+    model: PreTrainedModel
+    processor: ViTCLSImageProcessor
+    answers: Answers
+    precision: Precision
+    batch_size: int
+    num_workers: int
+
+    def rows(self, source: Source, ranges: Iterable[range], piece: int) -> Iterator[Row]:
+        """A row for each image of the ranges, in order; images of different pieces share no batch."""
+        records = source.read(ranges)
+        images = prepared_ahead(records, self.processor, self.num_workers, num_ahead=2 * self.batch_size)
+        return answer(batches(images, self.batch_size, piece), self.answers, self.model.device, self.precision)
+
+
+@dataclass(frozen=True)
+class Summary:
+    """How many images there were, and for how many there is no answer; only the main process knows."""
+
+    num_images: int
+    num_failed: int
+
+
+def predict(
+    model: PreTrainedModel,
+    processor: ViTCLSImageProcessor,
+    pictures: Any,
+    top_k: int | None = None,
+    threshold: float = 0.5,
+    features: str | None = None,
+    batch_size: int = 32,
+    num_workers: int | None = None,
+) -> list[Row]:
+    """Labels, or features, of pictures, on the model's device; for notebooks and other programs.
+
+    Args:
+        pictures: a path, a URL, or a list of paths, URLs, encoded bytes, PIL images, arrays. Folders stand for all
+            images in them.
+        top_k, threshold, features: as the flags of scripts/predict.py.
+
+    Returns:
+        A dict for each image: `index`, `image` (its path, or its number), the columns that prediction_answers.py
+        lists, and `error`: None, or why there is no answer.
+
+    Raises:
+        ValueError: if there are no images, or the model cannot give these answers.
+    """
+    source = listed_pictures([pictures] if isinstance(pictures, str | Path) else pictures)
+    answers = build_answers(model, top_k, threshold, features)
+    predictor = Predictor(model, processor, answers, nullcontext, batch_size, num_workers or default_num_workers())
+    was_training = model.training
+    model.eval()
+    try:
+        return list(predictor.rows(source, [range(source.num_images)], piece=source.num_images))
+    finally:
+        model.train(was_training)
+
+
+def listed_pictures(pictures: Sequence[Any]) -> Listed:
+    """Paths with their folders searched, and pictures in memory, named by their number."""
+    parts = [
+        listed_files([str(picture)]) if isinstance(picture, str | Path) else Listed([str(number)], [picture])
+        for number, picture in enumerate(pictures)
+    ]
+    if not parts:
+        raise ValueError("no images were given: the list is empty")
+    return Listed([name for part in parts for name in part.names], [one for part in parts for one in part.contents])
+
+
+def predict_images(options: PredictOptions) -> Summary:
+    """What scripts/predict.py does: read, predict, and show or write.
+
+    Raises:
+        ValueError, OSError: in one line, for images, models or outputs that cannot be read, written or do not fit.
+    """
+    accelerator = build_accelerator(mixed_precision=options.mixed_precision)
+    try:
+        with accelerator.main_process_first():  # downloads once
+            source = open_source(options)
+            model, processor = load_model(options.model, with_head=options.features is None)
+        predictor = Predictor(
+            model=model.to(accelerator.device),
+            processor=processor,
+            answers=build_answers(model, options.top_k, options.threshold, options.features),
+            precision=accelerator.autocast,
+            batch_size=options.batch_size,
+            num_workers=options.num_workers or default_num_workers(),
+        )
+        to_one_place = options.output is None or options.output.suffix.lower() in WRITERS
+        summary = (predict_to_file if to_one_place else predict_to_folder)(options, accelerator, source, predictor)
+    except (ValueError, OSError):
+        if accelerator.is_main_process:
+            raise
+        raise SystemExit(1) from None  # the main process says why
+    accelerator.end_training()
+    return summary
+
+
+def load_model(source: str, with_head: bool) -> tuple[PreTrainedModel, ViTCLSImageProcessor]:
+    """A checkpoint of ours, with its classifier or without, and its image processor.
+
+    Raises:
+        ValueError: for another kind of model, or one without trained weights for what is asked of it.
+        OSError: for a checkpoint that cannot be found or read.
+    """
+    if is_preset(source):
+        raise ValueError(f"{source} is a preset, which has learned nothing yet: give a folder, or a model of the Hub")
+    settings = load_checkpoint(PreTrainedConfig.get_config_dict, source)[0]
+    if settings.get("model_type") != ViTCLSConfig.model_type:
+        raise ValueError(
+            f"{source} holds a model of type {settings.get('model_type', 'no known')!r}: give a {ViTCLSConfig.model_type!r} checkpoint "
+            "(scripts/convert.py makes one of many others)"
+        )
+    if with_head:
+        check_has_labels(source, settings)
+    kind = kind_with_head(settings) if with_head else ViTCLSModel
+    keywords = {} if with_head else {"add_pooling_layer": False}
+    with without_warnings():  # what is missing is an error below; a classifier that is not used is none
+        model, loading = kind.from_pretrained(source, output_loading_info=True, **keywords)
+    if loading["missing_keys"]:
+        raise ValueError(f"the checkpoint {source} lacks {min(loading['missing_keys'])}: train it first")
+    return model, load_checkpoint(ViTCLSImageProcessor.from_pretrained, source)
+
+
+def kind_with_head(settings: dict[str, Any]) -> type[PreTrainedModel]:
+    """The class of a classifier with these settings."""
+    return ViTCLSForMultiTaskClassification if settings.get("tasks") else ViTCLSForImageClassification
+
+
+@contextmanager
+def without_warnings() -> Iterator[None]:
+    """Silence the report that transformers prints about weights."""
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
+
+
+def check_has_labels(source: str, settings: dict[str, Any]) -> None:
+    """Raise ValueError for a checkpoint that says itself that it has no classifier."""
+    names = settings.get("architectures") or []
+    if names and not any(name.endswith("Classification") for name in names):
+        raise ValueError(
+            f"{source} holds a {names[0]}, which has no labels to predict: fine-tune it first, or set --features"
+        )
+
+
+def default_num_workers() -> int:
+    """One thread per core, shared by the processes of this machine; 8 at most."""
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return max(1, min(8, (os.cpu_count() or 1) // processes))
+
+
+def batches(images: Iterator[Prepared], batch_size: int, piece: int) -> Iterator[list[Prepared]]:
+    """Groups of `batch_size` images, or fewer at the end of each piece."""
+    for _, group in groupby(images, key=lambda image: image.record.index // piece):
+        while batch := list(islice(group, batch_size)):
+            yield batch
+
+
+# A table or a file ---------------------------------------------------------------------------------------------------
+
+
+def predict_to_file(
+    options: PredictOptions, accelerator: Accelerator, source: Source, predictor: Predictor
+) -> Summary:
+    """Show a table, or write one file; the main process gathers the rows of all."""
+    piece = options.batch_size
+    ranges = share(shard_ranges(source.num_images, piece), accelerator.process_index, accelerator.num_processes)
+    rows = gathered(predictor.rows(source, ranges, piece), piece, accelerator)
+    columns = all_columns(predictor.answers.columns)
+    with Progress(source.num_images, is_shown=accelerator.is_main_process) as progress:
+        rows = progress.counted(rows)
+        if not accelerator.is_main_process:
+            for _ in rows:
+                pass  # this process's part of the gathering
+        elif options.output is None:
+            table = list(rows)
+        else:
+            write_rows(rows, columns, options.output)
+    if options.output is None and accelerator.is_main_process:
+        show_table(table, columns)
+    return Summary(progress.num_images, progress.num_failed)
+
+
+def gathered(rows: Iterator[Row], piece: int, accelerator: Accelerator) -> Iterator[Row]:
+    """The rows of all processes in order: in each round, every process contributes the next piece that it has."""
+    if accelerator.num_processes == 1:
+        yield from rows
+        return
+    pieces = (list(group) for _, group in groupby(rows, key=lambda row: row["index"] // piece))
+    while any(parts := gather_object([next(pieces, [])])):
+        for part in parts:
+            yield from part
+
+
+# A folder of Parquet files -------------------------------------------------------------------------------------------
+
+
+def predict_to_folder(
+    options: PredictOptions, accelerator: Accelerator, source: Source, predictor: Predictor
+) -> Summary:
+    """Write the shards that are missing, each process its own; the main process waits for the others' in the end.
+
+    It looks for their files, because a collective operation would run into a time limit where one is slow.
+    """
+    assert options.output is not None
+    folder = ShardFolder(options.output, options.shard_size)
+    num_images, done = begin(folder, options, accelerator, source, predictor)
+    missing = (
+        indices for indices in shard_ranges(num_images, folder.size) if indices.start // folder.size not in done
+    )
+    own: Iterable[range] = share(missing, accelerator.process_index, accelerator.num_processes)
+    total = None
+    if num_images is not None:
+        own = list(own)
+        total = sum(map(len, own))
+    columns = all_columns(predictor.answers.columns)
+    with Progress(total, is_shown=accelerator.is_main_process) as progress:
+        rows = progress.counted(predictor.rows(source, own, folder.size))
+        for number, shard in groupby(rows, key=lambda row: row["index"] // folder.size):
+            write_rows(shard, columns, folder.file(number))
+        if not accelerator.is_main_process:
+            return Summary(0, 0)
+        if num_images is None:  # a stream, of which the end has now been seen
+            num_images = source.num_images or 0
+            folder.set_num_images(num_images)
+        while not folder.is_complete(num_images):
+            time.sleep(SECONDS_BETWEEN_LOOKS)
+    return Summary(*folder.counts(num_images))
+
+
+def begin(
+    folder: ShardFolder, options: PredictOptions, accelerator: Accelerator, source: Source, predictor: Predictor
+) -> tuple[int | None, set[int]]:
+    """Create or check the folder: how many images there are, if that is known, and which shards are done.
+
+    The main process looks, and all go by what it finds.
+    """
+    found: list[Any] = [None, None, None, None]
+    if accelerator.is_main_process:
+        try:
+            num_images = folder.begin(
+                {
+                    "input": source.identity(),
+                    "model": fingerprint(predictor.model, predictor.processor),
+                    "features": options.features,
+                    "top_k": options.top_k,
+                    "threshold": options.threshold,
+                    "mixed_precision": accelerator.mixed_precision,
+                }
+            )
+            known = source.num_images if num_images is None else num_images
+            found = [None, source.identity(), known, folder.done()]
+        except (ValueError, OSError) as error:
+            found[0] = str(error)
+    problem, identity, num_images, done = broadcast_object_list(found)
+    if problem is not None:
+        raise ValueError(problem)
+    if identity != source.identity():
+        raise ValueError(f"process {accelerator.process_index} finds other images than process 0")
+    return num_images, done
+
+
+def fingerprint(model: PreTrainedModel, processor: ViTCLSImageProcessor) -> str:
+    """A digest of weights, labels and preprocessing: another one means other answers."""
+    settings = [model.config.id2label, model.config.tasks, processor.to_dict()]
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
+    for name, weights in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(weights.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()

@@ -1,0 +1,242 @@
+"""Masked image modelling from options to output folder: images without labels -> an encoder to fine-tune.
+
+    options -> images, model, batch plan -> patches are hidden, and the model fills them in -> model folder
+
+The folder then holds what fine-tuning leaves behind (finetune.py): the encoder with its decoder, which `--model` of
+fine-tuning, AutoModel and AutoModelForMaskedImageModeling take, its image processor, card, results and checkpoints.
+The CLS token answers nothing here. It learns from being attended to: patches can use it as a place to note things.
+"""
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+
+from ..configuration_vitcls import ViTCLSConfig
+from ..hub.encoder_card import build_encoder_card
+from ..image_processing_vitcls import ViTCLSImageProcessor
+from ..modeling_vitcls import ViTCLSForMaskedImageModeling
+from .augmentation import build_augmentation
+from .batches import BatchPlan, Normaliser, TrainingPictures, training_batches
+from .data import TrainingData, load_unlabelled_data
+from .health import AttentionEntropy
+from .loop import Metrics
+from .losses import Batch, MaskedImages
+from .masking import MaskChooser
+from .model import check_is_vitcls, fit_processor, is_preset
+from .options import ModelOptions, PretrainOptions, as_flags
+from .reconstruction import ReconstructionEvaluator
+from .results import facts_of_run, model_lines, plan_lines, read_json, write_json
+from .session import Session, dry_run, open_session, write_flags
+from .states import gather, named_tensors
+
+
+@dataclass
+class Run:
+    """Everything that a run needs, checked and loaded."""
+
+    options: PretrainOptions
+    session: Session
+    data: TrainingData
+    model: ViTCLSForMaskedImageModeling
+    processor: ViTCLSImageProcessor
+    choose_masks: MaskChooser
+    plan: BatchPlan
+
+
+def prepare(options: PretrainOptions) -> Run:
+    """Load images and model and write config.resolved.yaml. What is wrong with the options shows here.
+
+    Raises:
+        ValueError, OSError: in one line, for data or models that cannot be read or do not fit the options.
+    """
+    check_combinations(options)
+    session = open_session(options)
+    accelerator = session.accelerator
+    with accelerator.main_process_first():  # downloads once
+        data = load_unlabelled_data(options.data)
+        model, processor = build_model(options.model)
+    choose_masks = MaskChooser(options.masking, model.config.grid_size)
+    copies = options.augmentation.repeated_augmentation
+    plan = BatchPlan.from_options(len(data.train), options.training, accelerator.num_processes, copies=copies)
+    write_flags(options, accelerator)
+    return Run(options, session, data, model, processor, choose_masks, plan)
+
+
+def pretrain(run: Run) -> dict[str, Any]:
+    """Train, evaluate, and write the output folder; returns what results.json holds.
+
+    Raises:
+        RunStopped: see `Session.train`.
+    """
+    session, model = run.session, run.model
+    if session.is_finished:
+        session.reporter.say("finished", f"{session.folder} holds the results of this run: there is nothing to resume")
+        return read_json(session.folder / "results.json")
+    for name, what in summary(run).items():
+        session.reporter.say(name, what)
+    normalise = Normaliser(run.processor, session.accelerator.device)
+    pictures = build_pictures(run)
+    metrics = session.train(
+        model,
+        MaskedImages(normalise, run.choose_masks),
+        run.plan,
+        partial(build_batches, run, pictures),
+        build_evaluator(run),
+        AttentionEntropy(model, normalise) if model.config.num_cls_tokens else nothing,
+        describe_broken=pictures.describe,
+    )
+    results = describe(run) | metrics
+    save(run, results)
+    session.reporter.say("result", headline(metrics))
+    session.reporter.say("saved", f"{session.folder} (model, image processor, README.md, results.json)")
+    session.reporter.say("next", f"fine-tune it: scripts/finetune.py --model {session.folder} …")
+    session.accelerator.end_training()
+    return results
+
+
+def rehearse(options: PretrainOptions) -> None:
+    """`--dry-run`: one step of everything on a few images, in a folder that is removed again.
+
+    Raises:
+        ValueError, OSError, RunStopped: as `prepare` and `pretrain` would.
+    """
+    started = time.perf_counter()
+    with dry_run(options) as short:
+        run = prepare(short)
+        few = range(min(len(run.data.held_out), run.plan.batch_size * run.plan.num_processes))
+        run.data = replace(run.data, held_out=run.data.held_out.chosen(few))
+        pretrain(run)
+    steps = BatchPlan.from_options(len(run.data.train), options.training, run.plan.num_processes).num_steps
+    run.session.reporter.say(
+        "dry run",
+        f"one step, an evaluation, a checkpoint and saving went well in {time.perf_counter() - started:.0f} s; "
+        f"nothing was kept. The run itself has {steps:,} steps",
+    )
+
+
+# Parts ---------------------------------------------------------------------------------------------------------------
+
+
+def check_combinations(options: PretrainOptions) -> None:
+    """Raise ValueError for flags that need labels, or that are for models that are trained already."""
+    flags = {
+        "--mixup": bool(options.augmentation.mixup),
+        "--cutmix": bool(options.augmentation.cutmix),
+        "--class-balance": options.training.class_balance != "none",
+        "--trainable": options.training.trainable != "full",
+    }
+    for flag, is_set in flags.items():
+        if is_set:
+            raise ValueError(f"{flag} is for fine-tuning, and pre-training has no labels: leave it out")
+
+
+def build_model(options: ModelOptions) -> tuple[ViTCLSForMaskedImageModeling, ViTCLSImageProcessor]:
+    """A preset with fresh weights, or a checkpoint to train further; what a checkpoint lacks (the mask token, the
+    decoder) is fresh.
+
+    Raises:
+        ValueError: for values that contradict each other, or a checkpoint of another kind of model.
+        OSError: for a checkpoint that cannot be found or read.
+    """
+    values = options.config_values()
+    if is_preset(options.model):
+        model = ViTCLSForMaskedImageModeling(ViTCLSConfig.from_preset(options.model, **values))
+        processor = ViTCLSImageProcessor()
+    else:
+        check_is_vitcls(options.model)
+        model = ViTCLSForMaskedImageModeling.from_pretrained(options.model, dtype=torch.float32, **values)
+        processor = ViTCLSImageProcessor.from_pretrained(options.model)
+    fit_processor(processor, model.config)
+    return model, processor
+
+
+def build_pictures(run: Run) -> TrainingPictures:
+    """The training pictures, augmented."""
+    augmentation = build_augmentation(
+        run.options.augmentation, run.model.config.image_height_width, run.processor.resample
+    )
+    return TrainingPictures(
+        run.data.train, augmentation, bool(run.processor.do_convert_rgb), run.options.training.seed
+    )
+
+
+def build_batches(run: Run, pictures: TrainingPictures, first_step: int) -> Iterator[Batch]:
+    """This process's training batches from a step on."""
+    process, num_workers = run.session.accelerator.process_index, run.options.data.num_workers
+    return training_batches(pictures, run.plan, process, num_workers, first_step)
+
+
+def build_evaluator(run: Run) -> ReconstructionEvaluator:
+    """Evaluation on the held-out images; what is hidden of them is chosen with them, by `--split-seed`."""
+    return ReconstructionEvaluator(
+        run.data.held_out.pictures,
+        run.processor,
+        run.choose_masks,
+        mask_seed=run.options.data.split_seed,
+        batch_size=run.options.training.batch_size,
+        num_workers=run.options.data.num_workers,
+        accelerator=run.session.accelerator,
+        max_broken_images=run.options.data.max_broken_images,
+        warn=run.session.reporter.warn,
+    )
+
+
+def nothing(batch: Batch) -> Metrics:
+    """There are no CLS tokens whose attention could be measured."""
+    return {}
+
+
+# Output --------------------------------------------------------------------------------------------------------------
+
+
+def save(run: Run, results: dict[str, Any]) -> None:
+    """Write model, image processor, card and results; results.json comes last, since it says that all is there."""
+    accelerator, folder = run.session.accelerator, run.session.folder
+    weights = gather(named_tensors(run.model), accelerator.is_main_process)  # all processes take part
+    if accelerator.is_main_process:
+        run.model.save_pretrained(folder, state_dict=weights)
+        run.processor.save_pretrained(folder)
+        card = build_encoder_card(folder.resolve().name, run.model.config, results, as_flags(run.options))
+        card.save(folder / "README.md")
+        write_json(folder / "results.json", results)
+    accelerator.wait_for_everyone()
+
+
+def summary(run: Run) -> dict[str, str]:
+    """The lines that are printed before training."""
+    data, masks = run.data, run.choose_masks
+    rows, columns = masks.grid
+    return {
+        "data": f"{data.name}: {len(data.train):,} images to train on, {len(data.held_out):,} held out "
+        f"({data.held_out_name}); their labels are not used",
+        **model_lines(run.options.model.model, run.model, run.model.config),
+        "masks": f"{masks.num_hidden} of {rows} x {columns} patches are hidden, in squares of {masks.block} x "
+        f"{masks.block}",
+        **plan_lines(run.plan, run.session.accelerator),
+    }
+
+
+def describe(run: Run) -> dict[str, Any]:
+    """What results.json says besides metrics."""
+    session = run.session
+    data = {
+        "dataset": run.data.name,
+        "split": run.data.held_out_name,
+        "num_training_images": len(run.data.train),
+        "num_hidden_patches": run.choose_masks.num_hidden,
+    }
+    return data | facts_of_run(
+        run.plan, run.model, run.model.config, session.accelerator, session.seconds, session.steps_done
+    )
+
+
+def headline(metrics: Metrics) -> str:
+    """The result in one line."""
+    return (
+        f"reconstruction loss {metrics['reconstruction_loss']:.4f} on the hidden patches of {metrics['num_images']} "
+        "held-out images"
+    )

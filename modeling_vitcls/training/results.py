@@ -1,0 +1,95 @@
+"""What is printed and recorded about a run, and its output: model, image processor, results, card."""
+
+import json
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from torch import nn
+from transformers.utils import logging
+
+from ..configuration_vitcls import ViTCLSConfig
+from .batches import BatchPlan
+from .environment import device_name, versions
+
+
+def model_lines(source: str, model: nn.Module, config: ViTCLSConfig) -> dict[str, str]:
+    """The lines about the model that are printed before training."""
+    counts = {name: count for name, count in token_counts(config).items() if count}
+    tokens = " | ".join(f"{count} {name}" for name, count in counts.items())
+    height, width = config.image_height_width
+    trained = num_parameters(model, trained_only=True)
+    return {
+        "model": f"{source}: {num_parameters(model):,} parameters, {trained:,} trained, {config.num_hidden_layers} "
+        f"layers of width {config.hidden_size}, pooling {config.pooling}",
+        "tokens": f"[ {tokens} ] = {sum(counts.values())} for {height} x {width} pixels",
+    }
+
+
+def plan_lines(plan: BatchPlan, accelerator: Accelerator) -> dict[str, str]:
+    """The lines about batches and device."""
+    batch = f"{plan.batch_size} x {plan.accumulation_steps} accumulated x {plan.num_processes} process(es)"
+    epochs = f" = {plan.epochs_after(plan.num_steps):.1f} epochs" if plan.num_pictures else ""
+    return {
+        "batches": f"{plan.pictures_per_step} images a step = {batch}; {plan.num_steps:,} steps{epochs}",
+        "device": f"{device_name(accelerator)}, mixed precision: {accelerator.mixed_precision}",
+    }
+
+
+def facts_of_run(
+    plan: BatchPlan, model: nn.Module, config: ViTCLSConfig, accelerator: Accelerator, seconds: float, steps: int
+) -> dict[str, Any]:
+    """What results.json says of effort, model, and where it ran; `steps` were done in these `seconds`."""
+    counts = token_counts(config)
+    return {
+        "steps": plan.num_steps,
+        "epochs": round(plan.epochs_after(plan.num_steps), 4),
+        "seconds": round(seconds, 2),
+        "images_per_second": round(steps * plan.pictures_per_step / seconds, 1) if seconds else None,
+        "num_parameters": num_parameters(model),
+        "token_layout": counts,
+        "sequence_length": sum(counts.values()),
+        "device": device_name(accelerator),
+        "mixed_precision": accelerator.mixed_precision,
+        "num_processes": accelerator.num_processes,
+        "versions": versions(),
+    }
+
+
+def token_counts(config: ViTCLSConfig) -> dict[str, int]:
+    """Tokens in each group, for images of the configured size."""
+    num_patches = math.prod(config.grid_size)
+    sequence = range(config.token_layout.num_prefix_tokens + num_patches)
+    return {name: len(sequence[group]) for name, group in config.token_layout.items()}
+
+
+def num_parameters(model: nn.Module, trained_only: bool = False) -> int:
+    """All parameters, or those that are trained."""
+    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad or not trained_only)
+
+
+@contextmanager
+def without_progress_bars() -> Iterator[None]:
+    """Transformers shows none of its own inside this block."""
+    were_shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if were_shown:
+            logging.enable_progress_bar()
+
+
+def write_json(file: Path, values: dict[str, Any]) -> None:
+    """Write a JSON file, whole or not at all."""
+    partial = file.with_name(f".{file.name}.partial")
+    partial.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    partial.replace(file)
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """Read it again."""
+    return json.loads(file.read_text(encoding="utf-8"))

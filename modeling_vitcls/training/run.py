@@ -1,0 +1,142 @@
+"""A fine-tuning run before it starts: its options checked, everything it needs loaded."""
+
+from dataclasses import dataclass, replace
+
+from accelerate import Accelerator
+from torch import nn
+
+from ..hub.rights import check_push_rights
+from .batches import BatchPlan
+from .checkpoints import on_main
+from .data import LabelledPictures, TrainingData, load_training_data
+from .model import BuiltModel, build_model, is_preset
+from .options import FinetuneOptions
+from .session import Session, open_session, write_flags
+from .teacher import Teacher, load_teacher
+from .teacher_cache import check_teacher_views
+from .trainable import apply_trainable
+
+
+@dataclass
+class Run:
+    """Everything that a run needs, checked and loaded."""
+
+    options: FinetuneOptions
+    session: Session
+    data: TrainingData
+    built: BuiltModel
+    model: nn.Module  # the built model with what is trained in it
+    teacher: Teacher | None
+    plan: BatchPlan
+    hub_model_id: str | None  # to push to
+
+    @property
+    def num_training_pictures(self) -> int | None:
+        """None for a stream."""
+        return num_pictures(self.data)
+
+
+def prepare(options: FinetuneOptions) -> Run:
+    """Load data, model and teacher and write config.resolved.yaml. What is wrong with the options shows here.
+
+    Raises:
+        ValueError, OSError: in one line, for data or models that cannot be read or do not fit the options.
+    """
+    options = with_distillation_token(options)
+    check_combinations(options)
+    session = open_session(options)
+    accelerator = session.accelerator
+    hub_model_id = find_repository(options, accelerator)
+    with accelerator.main_process_first():  # downloads once
+        data = load_training_data(options.data)
+        check_labels(options, data.label_space.kind)
+        plan = build_plan(options, data, accelerator.num_processes)
+        built = build_model(options.model, data.label_space)
+        teacher = load_distiller(options, data, built, accelerator)
+    model = apply_trainable(built.model, options.training.trainable, options.training.lora_rank, built.fresh)
+    if options.training.gradient_checkpointing:
+        built.model.gradient_checkpointing_enable()
+    write_flags(options, accelerator)
+    return Run(options, session, data, built, model, teacher, plan, hub_model_id)
+
+
+# Checks --------------------------------------------------------------------------------------------------------------
+
+
+def with_distillation_token(options: FinetuneOptions) -> FinetuneOptions:
+    """With a teacher there is one distillation token, unless the flags say how many."""
+    if options.distillation.teacher is None or options.model.num_distillation_tokens is not None:
+        return options
+    return replace(options, model=replace(options.model, num_distillation_tokens=1))
+
+
+def check_combinations(options: FinetuneOptions) -> None:
+    """Raise ValueError for flags that contradict each other, before anything is loaded."""
+    training = options.training
+    if options.distillation.teacher is not None and not options.model.num_distillation_tokens:
+        raise ValueError("--teacher needs a distillation token to teach: leave out --num-distillation-tokens 0")
+    if training.trainable != "full" and is_preset(options.model.model):
+        raise ValueError(
+            f"--trainable {training.trainable} is for a trained checkpoint, and {options.model.model} starts from "
+            "random weights: name a checkpoint with --model"
+        )
+    if training.feature_views and training.trainable != "head":
+        raise ValueError("--feature-views is for --trainable head: leave one out, or give both")
+    if options.data.streaming and options.distillation.teacher_views:
+        raise ValueError("--teacher-views keeps an answer for each image, and a stream has no known number: leave one")
+    check_teacher_views(options.distillation.teacher_views, options.augmentation)
+
+
+def check_labels(options: FinetuneOptions, kind: str) -> None:
+    """Raise ValueError for flags that are for one label per picture, where there are several."""
+    if kind == "single_label_classification":
+        return
+    flags = {
+        "--mixup": bool(options.augmentation.mixup),
+        "--cutmix": bool(options.augmentation.cutmix),
+        "--class-balance": options.training.class_balance != "none",
+        "--teacher": options.distillation.teacher is not None,
+    }
+    for flag, is_set in flags.items():
+        if is_set:
+            raise ValueError(f"{flag} is for one label per picture, and the data set is {kind}: leave it out")
+
+
+# Parts ---------------------------------------------------------------------------------------------------------------
+
+
+def find_repository(options: FinetuneOptions, accelerator: Accelerator) -> str | None:
+    """Where `--push-to-hub` will push to, once it is sure that it may."""
+    run = options.run
+    if not run.push_to_hub:
+        return None
+    name = options.output_dir.resolve().name
+    return on_main(accelerator, lambda: check_push_rights(run.hub_model_id, name, run.hub_private))
+
+
+def num_pictures(data: TrainingData) -> int | None:
+    """To train on; None for a stream."""
+    return len(data.train) if isinstance(data.train, LabelledPictures) else None
+
+
+def build_plan(options: FinetuneOptions, data: TrainingData, num_processes: int) -> BatchPlan:
+    """Which picture comes when."""
+    labels = data.train.labels if isinstance(data.train, LabelledPictures) else None
+    copies = options.augmentation.repeated_augmentation
+    return BatchPlan.from_options(num_pictures(data), options.training, num_processes, labels, copies)
+
+
+def load_distiller(
+    options: FinetuneOptions, data: TrainingData, built: BuiltModel, accelerator: Accelerator
+) -> Teacher | None:
+    """The teacher of `--teacher`."""
+    if options.distillation.teacher is None:
+        return None
+    config = built.model.config
+    return load_teacher(
+        options.distillation.teacher,
+        data.label_space,
+        config.num_channels,
+        config.image_height_width,
+        accelerator.device,
+    )

@@ -1,0 +1,299 @@
+"""What fine-tuning and pre-training share: output folder, checkpoints, signals, trackers, and the loop in all that.
+
+    session = open_session(options)        checks the output folder; finds the checkpoint to go on from
+    metrics = session.train(...)           writes metrics.jsonl and checkpoints/ while it trains
+
+What is trained on which data is the business of finetune.py and pretrain.py.
+"""
+
+import json
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import yaml
+from accelerate import Accelerator
+from accelerate.utils import gather_object, set_seed
+from torch import nn
+
+from .batches import BatchPlan
+from .broken import NO_PICTURE, BrokenPictures
+from .checkpoints import Checkpoint, CheckpointStore, newest_for_all, save_for_all
+from .ema import Ema
+from .environment import build_accelerator, shard_by_layer
+from .health import TokenMonitor
+from .interruption import Interruption
+from .loop import Hooks, Interrupted, Metrics, NonFiniteLoss, TrainingLoop, TrainingState
+from .losses import Batch, Objective
+from .optimisation import build_optimizer
+from .options import FinetuneOptions, PretrainOptions, RunOptions, as_flags
+from .reporting import Reporter
+from .states import gather_state, scatter_state
+
+
+Options = TypeVar("Options", FinetuneOptions, PretrainOptions)
+
+# Flags that a resumed run may have otherwise: they do not change what it computes.
+MAY_DIFFER = (
+    "output_dir num_workers max_broken_images batch_size gradient_accumulation_steps resume overwrite save_every "
+    "keep_checkpoints log_with dry_run push_to_hub hub_model_id hub_private"
+).split()
+
+
+TRAINS_TOKENS = ("full", "lora")  # values of --trainable under which a token that stays as it is is a mistake
+
+
+class RunStopped(Exception):
+    """A run that ended before its time, in one line for the person who started it."""
+
+    def __init__(self, message: str, exit_status: int = 1) -> None:
+        super().__init__(message)
+        self.exit_status = exit_status
+
+
+@dataclass
+class Session:
+    """One run in its output folder."""
+
+    options: Any  # FinetuneOptions or PretrainOptions
+    accelerator: Accelerator
+    store: CheckpointStore
+    checkpoint: Checkpoint | None  # to go on from; on the main process
+    facts: dict[str, Any] | None  # of that checkpoint; on all processes
+    reporter: Reporter
+    seconds: float = 0.0  # spent training by this process,
+    steps_done: int = 0  # on so many steps
+    state: TrainingState | None = field(default=None, repr=False)
+
+    @property
+    def folder(self) -> Path:
+        """The output folder."""
+        return self.options.output_dir
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether `--resume` finds a run that has written its results."""
+        return self.facts is not None and (self.folder / "results.json").exists()
+
+    def train(
+        self,
+        model: nn.Module,
+        objective: Objective,
+        plan: BatchPlan,
+        batches: Callable[[int], Iterator[Batch]],
+        evaluate: Callable[[nn.Module], Metrics],
+        measure_attention: Callable[[Batch], Metrics],
+        describe_broken: Callable[[int], str],
+    ) -> Metrics:
+        """Train from the beginning, or from the checkpoint; returns the metrics of the last evaluation. Afterwards
+        the model has the averaged weights, where `--ema-decay` asks for them.
+
+        Args:
+            model: the plain model.
+            batches: first step -> this process's batches.
+            evaluate: prepared model -> metrics on held-out pictures.
+            measure_attention: batch on the device -> figures to log every `health_every` steps.
+            describe_broken: index of a picture that cannot be read -> what is wrong with it.
+
+        Raises:
+            RunStopped: by a signal, a loss that is not finite, too many broken images, or a full disk.
+        """
+        training, accelerator = self.options.training, self.accelerator
+        if training.compile:
+            model.compile()
+        shard_by_layer(accelerator, model)
+        state = TrainingState(*accelerator.prepare(model, build_optimizer(model, training)))
+        state.ema = Ema(state.model, training.ema_decay) if training.ema_decay else None
+        monitor = TokenMonitor(accelerator.unwrap_model(state.model))  # of the tokens as they start, also on --resume
+        self.begin(plan, state)
+        self.state = state
+        if self.options.run.log_with:
+            accelerator.init_trackers(self.folder.resolve().name, config=as_flags(self.options))
+        broken = BrokenPictures(describe_broken, self.reporter.warn, self.options.data.max_broken_images)
+        met: list[int] = []  # broken pictures that this process met since the last logged step
+
+        def log(record: Metrics) -> None:
+            broken.note(gather_object(met))
+            met.clear()
+            self.reporter.log(record)
+
+        started = time.perf_counter()
+        with Interruption(accelerator) as interruption, self.reporter, self.one_line(interruption):
+            hooks = Hooks(
+                evaluate=lambda: evaluate(state.model),
+                log=log,
+                warn=self.reporter.warn if training.trainable in TRAINS_TOKENS else ignored,
+                save=lambda is_best: self.save_checkpoint(state, plan, is_best),
+                note_batch=lambda batch: met.extend(batch["broken"][batch["broken"] != NO_PICTURE].tolist()),
+                measure_attention=measure_attention,
+                stop_requested=interruption.requested,
+            )
+            save_every = self.options.run.save_every
+            loop = TrainingLoop(state, objective, plan, training, accelerator, hooks, monitor, save_every)
+            first_step = state.step
+            metrics = loop.run(batches(first_step))
+        self.seconds, self.steps_done = time.perf_counter() - started, state.step - first_step
+        if state.ema is not None:
+            state.ema.load(state.ema.shadow)
+        if training.trainable in TRAINS_TOKENS:
+            for token in monitor.unmoved():
+                self.reporter.warn(f"the token {token} did not move in {plan.num_steps} steps: it has learned nothing")
+        if broken.count:
+            self.reporter.warn(f"{broken.count} training image(s) could not be read and were skipped")
+        return metrics | {"num_broken_training_images": broken.count, "token_movement": monitor.movement()}
+
+    def begin(self, plan: BatchPlan, state: TrainingState) -> None:
+        """Put the checkpoint into `state`, or clear the folder of an earlier run."""
+        if self.facts is not None:
+            check_same_run(self.facts, as_flags(self.options), plan, self.folder)
+            scatter_state(
+                self.checkpoint, self.facts, self.accelerator, state.model, state.optimizer, self.shadow(state)
+            )
+            state.step = self.facts["step"]
+            state.best_score = self.facts["best_score"]
+            windows = self.facts["windows"]
+            state.window = windows[self.accelerator.process_index % len(windows)]
+            self.reporter.say("resumed", f"after step {state.step:,} of {plan.num_steps:,}")
+        elif self.accelerator.is_main_process:
+            self.store.clear()
+            (self.folder / "results.json").unlink(missing_ok=True)
+        self.reporter.start_at(state.step, plan.num_steps)
+        self.accelerator.wait_for_everyone()
+
+    def save_checkpoint(self, state: TrainingState, plan: BatchPlan, is_best: bool) -> None:
+        """Write all that `begin` needs."""
+        facts = {
+            "step": state.step,
+            "best_score": state.best_score,
+            "windows": gather_object([state.window]),
+            "pictures_per_step": plan.pictures_per_step,
+            "num_steps": plan.num_steps,
+            "flags": as_flags(self.options),
+        }
+        tensors, rest = gather_state(self.accelerator, state.model, state.optimizer, self.shadow(state))
+        save_for_all(self.store, self.accelerator, state.step, tensors, facts | rest, is_best)
+
+    def shadow(self, state: TrainingState) -> list[torch.Tensor] | None:
+        """The averaged weights, if there are any."""
+        return None if state.ema is None else state.ema.shadow
+
+    @contextmanager
+    def one_line(self, interruption: Interruption) -> Iterator[None]:
+        """Turn what stops a run into RunStopped."""
+        try:
+            yield
+        except Interrupted as error:
+            raise RunStopped(
+                f"stopped by {error}; a checkpoint was saved: go on with the same command and --resume",
+                interruption.exit_status,
+            ) from None
+        except NonFiniteLoss as error:
+            file = self.save_non_finite(error)
+            raise RunStopped(f"{error}. The images of that step are listed in {file}") from None
+        except (OSError, ValueError) as error:  # a full disk, broken images: in one line already
+            raise RunStopped(str(error)) from error
+
+    def save_non_finite(self, error: NonFiniteLoss) -> Path:
+        """List the images of the step whose loss is not finite, and save the state before it, to look into."""
+        file = self.folder / "non_finite.json"
+        images = [
+            {"index": batch["index"].tolist(), "epoch": batch["epoch"].tolist()}
+            for batches in gather_object([error.batches])
+            for batch in batches
+        ]
+        if self.state is not None:
+            store = CheckpointStore(self.folder / "non_finite", keep=1)
+            shadow = self.shadow(self.state)
+            tensors, rest = gather_state(self.accelerator, self.state.model, self.state.optimizer, shadow)
+            save_for_all(store, self.accelerator, error.step, tensors, {"step": error.step} | rest, is_best=False)
+        if self.accelerator.is_main_process:
+            file.write_text(json.dumps({"step": error.step + 1, "batches": images}, indent=1) + "\n", encoding="utf-8")
+        return file
+
+
+def open_session(options: Options) -> Session:
+    """Check the output folder, and find the checkpoint to go on from.
+
+    Raises:
+        ValueError: where the folder holds an unfinished run and neither --resume nor --overwrite is given; where all
+            checkpoints are damaged; for a precision or tracker that is not there.
+    """
+    training, run = options.training, options.run
+    accelerator = build_accelerator(
+        training.gradient_accumulation_steps, training.mixed_precision, run.log_with, options.output_dir / "trackers"
+    )
+    set_seed(training.seed)
+    reporter = Reporter(options.output_dir / "metrics.jsonl", accelerator)
+    store = CheckpointStore(options.output_dir / "checkpoints", run.keep_checkpoints)
+    if not run.resume:
+        check_unfinished(store, options.output_dir, run)
+        return Session(options, accelerator, store, None, None, reporter)
+    checkpoint, facts = newest_for_all(store, accelerator, reporter.warn)
+    return Session(options, accelerator, store, checkpoint, facts, reporter)
+
+
+def ignored(message: str) -> None:
+    """Takes a warning that does not concern this run."""
+
+
+def write_flags(options: FinetuneOptions | PretrainOptions, accelerator: Accelerator) -> None:
+    """Write config.resolved.yaml."""
+    if accelerator.is_main_process:
+        options.output_dir.mkdir(parents=True, exist_ok=True)
+        flags = yaml.safe_dump(as_flags(options), sort_keys=False)
+        (options.output_dir / "config.resolved.yaml").write_text(flags, encoding="utf-8")
+    accelerator.wait_for_everyone()
+
+
+def check_unfinished(store: CheckpointStore, folder: Path, run: RunOptions) -> None:
+    """Raise ValueError rather than throw away the checkpoints of a run that has not come to its end."""
+    steps = store.steps()
+    if steps and not run.overwrite and not (folder / "results.json").exists():
+        raise ValueError(
+            f"{folder} holds an unfinished run (a checkpoint of step {steps[-1]:,}): go on with --resume, start anew "
+            "with --overwrite, or choose another --output-dir"
+        )
+
+
+def check_same_run(facts: dict[str, Any], flags: dict[str, Any], plan: BatchPlan, folder: Path) -> None:
+    """Raise ValueError where --resume would go on with another run than was started."""
+    for name, before in facts["flags"].items():
+        if name not in MAY_DIFFER and flags.get(name) != before:
+            raise ValueError(
+                f"--resume: the run in {folder} was started with --{name.replace('_', '-')} {shown(before)}, and this "
+                f"is {shown(flags.get(name))}: give the same flags, or choose another --output-dir"
+            )
+    if facts["pictures_per_step"] != plan.pictures_per_step or facts["num_steps"] != plan.num_steps:
+        raise ValueError(
+            f"--resume: the run in {folder} has {facts['num_steps']:,} steps of {facts['pictures_per_step']} images, "
+            f"and this is {plan.num_steps:,} of {plan.pictures_per_step}: make --batch-size x "
+            "--gradient-accumulation-steps x processes what it was"
+        )
+
+
+def shown(value: Any) -> str:
+    """A flag's value as on the command line."""
+    return "unset" if value is None else " ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+@contextmanager
+def dry_run(options: Options) -> Iterator[Options]:
+    """The options for one step of everything, in a folder that is removed again."""
+    parent = options.output_dir.absolute().parent
+    parent.mkdir(parents=True, exist_ok=True)  # where the run would write: it is to show that it can
+    folder = Path(tempfile.mkdtemp(prefix=f".{options.output_dir.name}-dry-run-", dir=parent))
+    try:
+        yield replace(
+            options,
+            output_dir=folder / options.output_dir.name,
+            training=replace(options.training, max_steps=1),
+            run=replace(options.run, resume=False),
+        )
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
