@@ -1,22 +1,24 @@
-"""Multi-head self-attention, through transformers' attention interface (eager, SDPA, flash, flex).
+"""Multi-head self-attention: projections to queries, keys and values, and back.
 
     softmax        each head mixes values by one attention map
     differential   each head mixes values by the difference of two (arXiv 2410.05258)
 
-The special tokens are ordinary rows here. Rotary positions come from rotary_vitcls.py, masks from scopes_vitcls.py.
+The special tokens are ordinary rows here. Rotary positions come from rotary_vitcls.py, masks from scopes_vitcls.py,
+implementations (eager, SDPA, flash, flex) from attention_core_vitcls.py.
 """
 
 from collections.abc import Callable
 
 import torch
 from torch import nn
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 
+from .attention_core_vitcls import AttentionCore
 from .configuration_vitcls import ViTCLSConfig
 from .norms_vitcls import build_norm
 from .rotary_vitcls import Rotation, leave_unrotated, rotate_patches
+from .scopes_vitcls import first_rows
 
 
 class ViTCLSAttention(nn.Module):
@@ -39,35 +41,37 @@ class ViTCLSAttention(nn.Module):
         self.k_norm = build_norm(config, self.map_dim) if config.qk_norm else nn.Identity()
         self.norm = build_norm(config, inner_width) if config.attention_norm else nn.Identity()
         self.rotate: Callable = rotate_patches if config.has_rotary_positions else leave_unrotated
+        self.core = AttentionCore(config)
 
     def forward(
         self,
         hidden_states: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
         rotation: Rotation = None,
+        num_queries: int | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """[B, N, D] -> ([B, N, D], weights [B, maps, N, N] where the implementation returns them)."""
+        """[B, N, D] -> ([B, n, D], weights [B, maps, n, N] where the implementation returns them).
+
+        n is `num_queries`: so many tokens, all of them special, attend, from the first on. Default: all N.
+        """
         # -1 heads: under tensor parallelism each process holds some of them
-        query = self.q_proj(hidden_states).unflatten(-1, (-1, self.map_dim))  # [B, N, maps, map_dim]
+        query = self.q_proj(hidden_states[:, :num_queries]).unflatten(-1, (-1, self.map_dim))  # [B, n, maps, map_dim]
         key = self.k_proj(hidden_states).unflatten(-1, (-1, self.map_dim))
         value = self.v_proj(hidden_states).unflatten(-1, (-1, self.head_dim))  # [B, N, heads, head_dim]
-        query, key = self.q_norm(query).transpose(1, 2), self.k_norm(key).transpose(1, 2)  # [B, maps, N, map_dim]
+        query, key = self.q_norm(query).transpose(1, 2), self.k_norm(key).transpose(1, 2)  # [B, maps, n or N, map_dim]
         query, key = self.rotate(query, key, rotation)
 
-        attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.config._attn_implementation, eager_attention_forward
-        )
-        attended, weights = attention_interface(
+        attended, weights = self.core(
             self,
             query,
             key,
             self.value_per_map(value).transpose(1, 2),
-            attention_mask,
+            first_rows(attention_mask, num_queries),
             dropout=self.attention_dropout if self.training else 0.0,
             scaling=self.scaling,
             **kwargs,
-        )  # [B, N, maps, head_dim]
+        )  # [B, n, maps, head_dim]
         attended = self.norm(self.combine_maps(attended).flatten(2))
         return self.o_proj(attended), weights
 
@@ -112,25 +116,6 @@ ATTENTIONS: dict[str, type[ViTCLSAttention]] = {
     "softmax": ViTCLSAttention,
     "differential": ViTCLSDifferentialAttention,
 }
-
-
-def eager_attention_forward(
-    module: nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    scaling: float,
-    dropout: float = 0.0,
-    **kwargs: Unpack[TransformersKwargs],
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Plain attention on [B, heads, N, head_dim], with its weights [B, heads, N, N]; softmax in float32."""
-    scores = torch.matmul(query, key.transpose(2, 3)) * scaling
-    if attention_mask is not None:
-        scores = scores + attention_mask
-    weights = nn.functional.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
-    weights = nn.functional.dropout(weights, p=dropout, training=module.training)
-    return torch.matmul(weights, value).transpose(1, 2).contiguous(), weights
 
 
 def _first_set(value: bool | None, default: bool) -> bool:

@@ -4,8 +4,9 @@
     post        x = x + drop_path(scale(norm(attention(x))));   x = x + drop_path(scale(norm(mlp(x))))
     parallel    y = norm(x);   x = x + drop_path(scale(attention(y) + mlp(y)))
 
-Special tokens are ordinary rows here: they attend and are updated in every layer. Names of modules follow the ViT of
-transformers, so that LoRA targets and tensor-parallel plans carry over. Attention is in attention_vitcls.py.
+Special tokens are ordinary rows here: they attend and are updated in every layer. A layer may be computed for the
+first of them alone (`num_tokens`): see last_layer_vitcls.py. Names of modules follow the ViT of transformers, so that
+LoRA targets and tensor-parallel plans carry over. Attention is in attention_vitcls.py.
 """
 
 import torch
@@ -44,11 +45,16 @@ class ViTCLSLayer(EncoderLayer):
         hidden_states: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
         rotation: Rotation = None,
+        num_tokens: int | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> torch.Tensor:
-        """Attend, then transform each token; `rotation` is this layer's from rotary_vitcls.py."""
-        attended, _ = self.attention(self.layernorm_before(hidden_states), attention_mask, rotation, **kwargs)
-        hidden_states = hidden_states + self.drop_path(self.layer_scale1(self.dropout(attended)))
+        """Attend, then transform each token; `rotation` is this layer's from rotary_vitcls.py.
+
+        Only the first `num_tokens`, all of them special, are computed; all by default.
+        """
+        normalised = self.layernorm_before(hidden_states)
+        attended, _ = self.attention(normalised, attention_mask, rotation, num_tokens, **kwargs)  # [B, n, D]
+        hidden_states = hidden_states[:, :num_tokens] + self.drop_path(self.layer_scale1(self.dropout(attended)))
         transformed = self.mlp(self.layernorm_after(hidden_states))
         return hidden_states + self.drop_path(self.layer_scale2(self.dropout(transformed)))
 
@@ -61,12 +67,13 @@ class ViTCLSPostNormLayer(ViTCLSLayer):
         hidden_states: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
         rotation: Rotation = None,
+        num_tokens: int | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> torch.Tensor:
-        """[B, N, D] -> [B, N, D]."""
-        attended, _ = self.attention(hidden_states, attention_mask, rotation, **kwargs)
+        """[B, N, D] -> [B, n, D], as in `ViTCLSLayer`."""
+        attended, _ = self.attention(hidden_states, attention_mask, rotation, num_tokens, **kwargs)
         attended = self.layernorm_before(self.dropout(attended))
-        hidden_states = hidden_states + self.drop_path(self.layer_scale1(attended))
+        hidden_states = hidden_states[:, :num_tokens] + self.drop_path(self.layer_scale1(attended))
         transformed = self.layernorm_after(self.dropout(self.mlp(hidden_states)))
         return hidden_states + self.drop_path(self.layer_scale2(transformed))
 
@@ -88,13 +95,14 @@ class ViTCLSParallelLayer(EncoderLayer):
         hidden_states: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
         rotation: Rotation = None,
+        num_tokens: int | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> torch.Tensor:
-        """Attend to and transform the same normalised tokens."""
+        """Attend to and transform the same normalised tokens: [B, N, D] -> [B, n, D], as in `ViTCLSLayer`."""
         normalised = self.layernorm_before(hidden_states)
-        attended, _ = self.attention(normalised, attention_mask, rotation, **kwargs)
-        both = self.dropout(attended) + self.dropout(self.mlp(normalised))
-        return hidden_states + self.drop_path(self.layer_scale1(both))
+        attended, _ = self.attention(normalised, attention_mask, rotation, num_tokens, **kwargs)
+        both = self.dropout(attended) + self.dropout(self.mlp(normalised[:, :num_tokens]))
+        return hidden_states[:, :num_tokens] + self.drop_path(self.layer_scale1(both))
 
 
 LAYERS = {"standard": ViTCLSLayer, "post": ViTCLSPostNormLayer, "parallel": ViTCLSParallelLayer}

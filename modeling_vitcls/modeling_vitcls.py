@@ -9,11 +9,12 @@
     ViTCLSBackbone                     feature maps for dense prediction
 
 Their parts, in the order of the data: embeddings_vitcls.py, rotary_vitcls.py, scopes_vitcls.py, layers_vitcls.py,
-attention_vitcls.py, heads_vitcls.py, losses_vitcls.py.
+attention_vitcls.py, last_layer_vitcls.py, heads_vitcls.py, losses_vitcls.py. What tokens attend to is read by
+token_attention_vitcls.py.
 """
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -32,11 +33,13 @@ from .attention_vitcls import ViTCLSAttention, ViTCLSDifferentialAttention
 from .configuration_vitcls import TokenLayout, ViTCLSConfig
 from .embeddings_vitcls import LearnedPositions, ViTCLSEmbeddings
 from .heads_vitcls import LOGIT_CHOICES, AttentionPooler, PixelDecoder, build_head, build_pooler, mean_token
+from .last_layer_vitcls import num_tokens_read_by_heads, num_tokens_wanted
 from .layers_vitcls import LAYERS, EncoderLayer, LayerScale, drop_path_rates
 from .losses_vitcls import IGNORED_LABEL, classification_loss, cross_entropy, masked_pixel_loss
 from .norms_vitcls import build_norm
 from .rotary_vitcls import ROTARY_POSITIONS, MixedRotaryPositions
 from .scopes_vitcls import DistanceView, NoGates, TokenGates, build_view
+from .token_attention_vitcls import SPECIAL_TOKENS, Layers, read_token_attention
 
 
 @dataclass
@@ -153,6 +156,34 @@ class ViTCLSPreTrainedModel(AdaptableModel):
         else:
             super()._init_weights(module)  # norms
 
+    def token_attention(
+        self,
+        pixel_values: torch.Tensor,
+        tokens: Sequence[str] = SPECIAL_TOKENS,
+        layers: Layers = "all",
+        attention_mask: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """What special tokens attend to, under any attention implementation, without whole attention maps.
+
+        The same numbers as in those rows of `attentions` with eager attention, without dropout. Costs a forward pass
+        and a few rows per layer; gradients flow, so wrap it in `torch.no_grad()` where none are needed.
+
+        Args:
+            pixel_values: [B, C, H, W].
+            tokens: Groups of special tokens, of "cls", "distillation" and "registers".
+            layers: "all", or indices from 0; negative ones count from the last.
+            attention_mask: As in `forward`.
+
+        Returns:
+            [batch, layer, head, special token, key]: layers as asked for, tokens and keys in the order of
+            `config.token_layout`, each row summing to 1. Differential attention has two maps per head, in its turn.
+            Without any such token the fourth axis is 0 long.
+
+        Raises:
+            ValueError: for unknown groups, layers that do not exist, or images that do not fit the model.
+        """
+        return read_token_attention(self, pixel_values, attention_mask, tokens, layers)
+
 
 TOKEN_INITS: dict[str, Callable[[torch.Tensor, float], Any]] = {
     "trunc_normal": lambda token, std: init.trunc_normal_(token, mean=0.0, std=std),
@@ -183,6 +214,7 @@ class ViTCLSModel(ViTCLSPreTrainedModel):
         pixel_values: torch.Tensor,
         bool_masked_pos: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
+        num_tokens_read: int | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> ViTCLSModelOutput:
         """Encode images.
@@ -191,6 +223,8 @@ class ViTCLSModel(ViTCLSPreTrainedModel):
             pixel_values: [B, C, H, W], of any size of at least one patch.
             bool_masked_pos: [B, rows * columns], true for patches to replace by the mask token.
             attention_mask: [B, N] over all tokens, special tokens first; 1 where a token may be attended to.
+            num_tokens_read: Compute the last layer only for so many special tokens, from the first on, and return
+                only these (last_layer_vitcls.py). Default: all tokens.
             output_hidden_states, output_attentions, return_dict: as everywhere in transformers.
 
         Raises:
@@ -204,8 +238,9 @@ class ViTCLSModel(ViTCLSPreTrainedModel):
         hidden_states = self.embeddings(pixel_values, bool_masked_pos)  # [B, N, D]
         masks = self.gates(self.view(hidden_states, attention_mask, grid), hidden_states)  # one per layer
         rotations = self.rotary_positions(grid, hidden_states)  # one per layer
-        for layer, mask, rotation in zip(self.layers, masks, rotations, strict=True):
-            hidden_states = layer(hidden_states, mask, rotation, **kwargs)
+        num_tokens = [*[None] * (len(self.layers) - 1), num_tokens_read]  # per layer; None is all
+        for layer, mask, rotation, number in zip(self.layers, masks, rotations, num_tokens, strict=True):
+            hidden_states = layer(hidden_states, mask, rotation, number, **kwargs)
         sequence = self.layernorm(hidden_states)  # [B, N, D]
 
         return ViTCLSModelOutput(
@@ -235,6 +270,7 @@ class ViTCLSForImageClassification(ViTCLSPreTrainedModel):
         if config.has_distillation_head and config.num_labels:
             self.distillation_classifier = build_head(config, config.hidden_size, config.num_labels)
         self.choose_logits = LOGIT_CHOICES[config.distillation_inference]
+        self.num_tokens_read = num_tokens_read_by_heads(config)
         self.post_init()
 
     @can_return_tuple
@@ -250,7 +286,8 @@ class ViTCLSForImageClassification(ViTCLSPreTrainedModel):
         The loss is that of `logits`; in training, where there are two heads, the mean of theirs, so that both learn.
         Distillation from a teacher is the training loop's.
         """
-        outputs = self.vitcls(pixel_values, attention_mask=attention_mask, **kwargs)
+        wanted = num_tokens_wanted(self.num_tokens_read, self.config, kwargs)
+        outputs = self.vitcls(pixel_values, attention_mask=attention_mask, num_tokens_read=wanted, **kwargs)
         logits = cls_logits = self.classifier(outputs.pooler_output)  # [B, labels]
         distillation_logits = None
         if self.distillation_classifier is not None:
@@ -288,6 +325,7 @@ class ViTCLSForMultiTaskClassification(ViTCLSPreTrainedModel):
                 for name, labels in config.task_labels().items()
             }
         )
+        self.num_tokens_read = num_tokens_read_by_heads(config)
         self.post_init()
 
     @can_return_tuple
@@ -306,7 +344,8 @@ class ViTCLSForMultiTaskClassification(ViTCLSPreTrainedModel):
         Raises:
             ValueError: for labels of an unknown task, or beyond a task's classes.
         """
-        outputs = self.vitcls(pixel_values, attention_mask=attention_mask, **kwargs)
+        wanted = num_tokens_wanted(self.num_tokens_read, self.config, kwargs)
+        outputs = self.vitcls(pixel_values, attention_mask=attention_mask, num_tokens_read=wanted, **kwargs)
         cls_tokens = outputs.tokens["cls"].unbind(dim=1)
         logits = {
             name: classifier(token)

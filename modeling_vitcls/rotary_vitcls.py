@@ -139,16 +139,20 @@ AXES = {"yx": rows_first, "xy": columns_first}
 def rotate_patches(
     query: torch.Tensor, key: torch.Tensor, rotation: tuple[torch.Tensor, torch.Tensor]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rotate queries and keys [B, heads, N, head_dim] of the patches; special tokens, which come first, stay."""
+    """Rotate queries [B, heads, n, head_dim] and keys [B, heads, N, head_dim] of the patches.
+
+    Special tokens, which come first, stay. Queries may be of some of them alone; n is N otherwise.
+    """
     cos, sin = rotation
+    num_special = key.shape[-2] - cos.shape[-2]
 
     def rotate(states: torch.Tensor) -> torch.Tensor:
-        special, patches = states.tensor_split([states.shape[-2] - cos.shape[-2]], dim=-2)
+        special, patches = states.tensor_split([num_special], dim=-2)
         first, second = patches.chunk(2, dim=-1)
         patches = patches * cos + torch.cat([-second, first], dim=-1) * sin
         return torch.cat([special, patches], dim=-2)
 
-    return rotate(query), rotate(key)
+    return query if query.shape[-2] <= num_special else rotate(query), rotate(key)
 
 
 def leave_unrotated(query: torch.Tensor, key: torch.Tensor, rotation: None) -> tuple[torch.Tensor, torch.Tensor]:

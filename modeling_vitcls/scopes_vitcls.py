@@ -254,6 +254,11 @@ def combine(bias: torch.Tensor, mask: Any) -> torch.Tensor:
     return bias + mask
 
 
+def first_rows(mask: Any, number: int | None) -> Any:
+    """What the first tokens may see, of a mask [B or 1, heads or 1, N or 1, N]; the mask itself for no number."""
+    return mask if mask is None or number is None else mask[:, :, :number]
+
+
 def build_view(config: ViTCLSConfig) -> nn.Module:
     """The view that a configuration asks for."""
     if config.relative_position_bias != "none":

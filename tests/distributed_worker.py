@@ -131,6 +131,21 @@ def sharded_by_block(layout: str, folder: Path) -> None:
 
 
 @check
+def token_attention_of_a_sharded_model(layout: str, folder: Path) -> None:
+    """Hooks see gathered weights' queries and keys, for the tokens that the heads do not read too."""
+    model, path = saved_model(layout, folder)
+    sharded = type(model).from_pretrained(path)
+    for module in list(sharded.modules()):
+        if type(module).__name__ in sharded._no_split_modules:
+            fully_shard(module)
+    if layout != "backbone":  # see `sharded_by_block`
+        fully_shard(sharded)
+    with torch.no_grad():
+        rows, wanted = sharded.token_attention(own_images()), model.token_attention(own_images())
+    torch.testing.assert_close(rows, wanted, rtol=1e-5, atol=1e-6)
+
+
+@check
 def data_parallel(layout: str, folder: Path) -> None:
     """DDP through accelerate, which raises at the second step if a parameter took no part in the first."""
     accelerator = Accelerator(cpu=True)

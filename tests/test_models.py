@@ -83,7 +83,7 @@ def test_a_classifier_without_labels_gives_the_pooled_vector(
 ) -> None:
     config = tiny_config(**fields, num_distillation_tokens=num_distillation_tokens, num_labels=0)
     model = filled(ViTCLSForImageClassification(config))
-    assert torch.equal(model(images()).cls_logits, model.vitcls(images()).pooler_output)
+    assert largest_difference(model(images()).cls_logits, model.vitcls(images()).pooler_output) <= 1e-6
 
 
 @each_kind
