@@ -55,6 +55,12 @@ def write_shards(folder: Path, num_shards: int, labels: Any, broken: tuple[int, 
     return folder
 
 
+@pytest.fixture(autouse=True)
+def no_rest(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`datasets` rests for 5 seconds after each pass over Parquet files."""
+    monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0, raising=False)
+
+
 @pytest.fixture(scope="module", params=[1, 2, 4])
 def shards(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("shards") / "data"
@@ -117,11 +123,9 @@ def test_processes_share_each_pass(shards: Path, num_processes: int) -> None:
     trained: list[int] = []
     for process in range(num_processes):
         trained += shown(
-            list(
-                example
-                for example in islice(data.train.examples(0, process, num_processes), NUM_PICTURES)
-                if example.epoch == 0
-            )
+            example
+            for example in islice(data.train.examples(0, process, num_processes), NUM_PICTURES)
+            if example.epoch == 0
         )
     assert sorted([*trained, *held_out_of(data)]) == list(range(NUM_PICTURES))
 
@@ -197,8 +201,9 @@ def test_the_next_picture_of_the_batch_stands_in_for_a_broken_one(tmp_path: Path
 
 def test_broken_pictures_are_described_by_their_path(tmp_path: Path) -> None:
     for index in range(12):
-        (tmp_path / "x" / f"{index}.png").parent.mkdir(exist_ok=True)
-        (tmp_path / "x" / f"{index}.png").write_bytes(b"no picture" if index == 7 else encoded(index))
+        file = tmp_path / "xy"[index % 2] / f"{index}.png"
+        file.parent.mkdir(exist_ok=True)
+        file.write_bytes(b"no picture" if index == 7 else encoded(index))
     source = read(tmp_path).train
     assert isinstance(source, StreamedPictures)
     pictures = TrainingStream(source, build_augmentation(AugmentationOptions(), (8, 8), 3), True, seed=0)

@@ -130,7 +130,7 @@ def tiny_options(output_dir: Path, dataset: object, **others: Any) -> FinetuneOp
         data=DataOptions(dataset=str(dataset), num_workers=0),
         model=TINY,
         augmentation=PLAIN,
-        training=TrainingOptions(max_steps=3, batch_size=8, learning_rate=3e-3, health_every=0),
+        training=TrainingOptions(max_steps=3, batch_size=8, learning_rate=3e-3, health_every=2),
     )
     for group in ("data", "model", "augmentation", "training", "distillation", "run"):
         part = getattr(options, group)

@@ -20,7 +20,6 @@ A batch is a dict:
 """
 
 import math
-import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -32,6 +31,7 @@ from torch.utils.data import DataLoader, Dataset
 from ..image_processing_vitcls import picture_to_pixels
 from .augmentation import Augmentation
 from .broken import NO_PICTURE
+from .interruption import leave_signals_to_parent
 from .options import TrainingOptions
 from .ordering import BalancedOrder, Order, PlainOrder
 from .pictures import Arrays, BrokenPicture, Chosen, LabelledPictures
@@ -39,7 +39,6 @@ from .seeds import seed_for
 
 
 KEPT_BYTES = 256 * 2**20  # pictures are decoded once and kept where all fit into this, per worker
-SECONDS_AFTER_SIGTERM = 30
 
 Key = tuple[int, int]  # epoch, index of the picture
 Batch = dict[str, Any]
@@ -337,19 +336,13 @@ def training_batches(
         batch_size=None,
         sampler=PlannedKeys(pictures, plan, process, first_step),  # type: ignore[arg-type]
         num_workers=num_workers,
-        worker_init_fn=outlive_signals,
+        worker_init_fn=leave_signals_to_parent,
         pin_memory=torch.cuda.is_available(),
     )
     try:
         yield from loader
     except ValueError as error:  # of a worker: its traceback precedes the message
         raise ValueError(str(error).strip().splitlines()[-1].removeprefix("ValueError: ")) from error
-
-
-def outlive_signals(worker: int) -> None:
-    """Let workers go on while the main process saves a checkpoint after Ctrl-C or SIGTERM, which reach them too."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(SECONDS_AFTER_SIGTERM))
 
 
 class Normaliser:

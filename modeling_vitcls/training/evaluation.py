@@ -194,6 +194,7 @@ class KeptBatches:
             share,
             batch_size=None,
             num_workers=num_workers,
+            worker_init_fn=leave_signals_to_parent,
             generator=torch.Generator(),  # its own: training must not depend on when it was evaluated
         )
         self.kept: list[HeldOutBatch] | None = None

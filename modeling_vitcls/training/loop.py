@@ -44,6 +44,7 @@ class TrainingState:
     step: int = 0  # optimiser steps done
     best_score: float | None = None  # of the evaluations so far
     window: list[dict[str, float]] = field(default_factory=list)  # losses of the batches since the last logged step
+    attention: Metrics = field(default_factory=dict)  # measured since then
 
 
 @dataclass
@@ -100,7 +101,6 @@ class TrainingLoop:
         self.monitor = monitor
         self.trained = [parameter for parameter in state.model.parameters() if parameter.requires_grad]
         self.seconds: list[float] = []  # of the steps since the last logged one
-        self.attention: Metrics = {}  # measured since then
 
     def run(self, batches: Iterator[Batch]) -> Metrics:
         """Train, and return the metrics of the evaluation at the end.
@@ -135,7 +135,7 @@ class TrainingLoop:
         self.seconds.append(time.perf_counter() - started)
 
         if self.options.health_every and done % self.options.health_every == 0:
-            self.attention = self.hooks.measure_attention(batch)
+            state.attention = self.hooks.measure_attention(batch)
             reshard(state.model)
         metrics = self.evaluated() if evaluates else {}
         score = score_of(metrics)
@@ -143,8 +143,8 @@ class TrainingLoop:
         state.best_score = score if is_best else state.best_score
         if logs:
             held_out = {f"held_out_{name}": value for name, value in scalars(metrics).items()}
-            self.hooks.log(record | self.means_since_last_log() | self.attention | held_out)
-            self.attention = {}
+            self.hooks.log(record | self.means_since_last_log() | state.attention | held_out)
+            state.attention = {}
         if saves or is_best:
             self.hooks.save(is_best)
         return metrics

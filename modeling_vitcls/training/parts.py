@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
+from accelerate import DistributedType
 from torch import nn
 
 from .augmentation import BatchMixer, build_augmentation
@@ -53,8 +54,13 @@ class Parts:
 
 
 def build_parts(run: Run, evaluator: Evaluator) -> Parts:
-    """Those of the whole model, unless its heads can be trained alone."""
-    return heads_alone(run, evaluator) if can_cache_features(run) else whole_model(run, evaluator)
+    """Those of the whole model, unless `--trainable head` can be done with its heads alone."""
+    if run.options.training.trainable != "head":
+        return whole_model(run, evaluator)
+    if reason := why_not_heads_alone(run):
+        run.session.reporter.say("features", f"computed anew in each step, since {reason}")
+        return whole_model(run, evaluator)
+    return heads_alone(run, evaluator)
 
 
 def whole_model(run: Run, evaluator: Evaluator) -> Parts:
@@ -85,7 +91,8 @@ def heads_alone(run: Run, evaluator: Evaluator) -> Parts:
     pictures = build_pictures(run, options.augmentation if options.training.feature_views else AS_IT_IS, views)
     assert isinstance(pictures, TrainingPictures), "a stream has no known pictures"
     keys = [(view, index) for view in range(views) for index in range(run.num_training_pictures or 0)]
-    run.session.reporter.say("features", f"encoding {len(keys):,} images once; only the heads run after that")
+    as_they_are = "" if options.training.feature_views else ", as they are (--feature-views N augments them)"
+    run.session.reporter.say("features", f"encoding {len(keys):,} images once{as_they_are}; then only the heads run")
     normalise = Normaliser(run.built.processor, accelerator.device)
     workers, batch_size = options.data.num_workers, options.training.batch_size
     cached = cache_features(model, pictures, keys, normalise, batch_size, workers, accelerator)
@@ -98,12 +105,19 @@ def heads_alone(run: Run, evaluator: Evaluator) -> Parts:
     return Parts(build_head_only(model), objective, batches, evaluate, nothing, pictures.describe)
 
 
-def can_cache_features(run: Run) -> bool:
-    """Whether the heads alone are trained, on pictures that stay as they are or have a few fixed views."""
+def why_not_heads_alone(run: Run) -> str | None:
+    """What linear probing needs the encoder for in each step; None where features can be computed once."""
     augmentation = run.options.augmentation
-    if run.options.training.trainable != "head" or run.teacher is not None or run.num_training_pictures is None:
-        return False
-    return not (augmentation.mixup or augmentation.cutmix or trained_outside_heads(run.built.model))
+    if run.teacher is not None:
+        return "the teacher sees new pictures"
+    if run.num_training_pictures is None:
+        return "a stream is not kept"
+    if augmentation.mixup or augmentation.cutmix:
+        return "pictures are mixed"
+    if run.session.accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+        return "the model is in shards"
+    trained = trained_outside_heads(run.built.model)
+    return f"{trained[0]} is trained, too" if trained else None
 
 
 def build_objective(run: Run, normalise: Normaliser) -> Objective:

@@ -32,7 +32,7 @@ from .output import find_repository, push, write_output
 from .reconstruction import ReconstructionEvaluator
 from .reporting import shown_metric
 from .results import facts_of_run, model_lines, plan_lines, read_json, write_json
-from .session import Session, dry_run, open_session, write_flags
+from .session import Session, dry_run, open_session
 from .states import gather, named_tensors
 from .streaming import TrainingStream, training_pictures
 
@@ -68,7 +68,8 @@ def prepare(options: PretrainOptions) -> Run:
     choose_masks = MaskChooser(options.masking, model.config.grid_size)
     if options.training.gradient_checkpointing:
         model.gradient_checkpointing_enable()
-    write_flags(options, accelerator)
+    session.check_plan(plan)
+    session.write_flags()
     return Run(options, session, data, model, processor, choose_masks, plan, hub_model_id)
 
 

@@ -11,7 +11,7 @@ from .checkpoints import on_main
 from .data import LabelledPictures, TrainingData, load_training_data
 from .model import BuiltModel, build_model, is_preset
 from .options import FinetuneOptions
-from .session import Session, open_session, write_flags
+from .session import Session, open_session
 from .teacher import Teacher, load_teacher
 from .teacher_cache import check_teacher_views
 from .trainable import apply_trainable
@@ -56,7 +56,8 @@ def prepare(options: FinetuneOptions) -> Run:
     model = apply_trainable(built.model, options.training.trainable, options.training.lora_rank, built.fresh)
     if options.training.gradient_checkpointing:
         built.model.gradient_checkpointing_enable()
-    write_flags(options, accelerator)
+    session.check_plan(plan)
+    session.write_flags()
     return Run(options, session, data, built, model, teacher, plan, hub_model_id)
 
 

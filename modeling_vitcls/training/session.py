@@ -46,6 +46,9 @@ MAY_DIFFER = (
 ).split()
 
 
+HOW_STARTED = ("resume", "overwrite", "dry_run")  # flags that are no part of the run's recipe
+LENGTH = ("epochs", "max_steps")
+
 TRAINS_TOKENS = ("full", "lora")  # values of --trainable under which a token that stays as it is is a mistake
 
 
@@ -111,17 +114,25 @@ class Session:
         state = TrainingState(*accelerator.prepare(model, build_optimizer(model, training)))
         state.ema = Ema(state.model, training.ema_decay) if training.ema_decay else None
         monitor = TokenMonitor(accelerator.unwrap_model(state.model))  # of the tokens as they start, also on --resume
-        self.begin(plan, state)
+        broken = BrokenPictures(describe_broken, self.reporter.warn, self.options.data.max_broken_images)
+        met: list[int] = []  # broken pictures that this process met since all were told
+        self.begin(plan, state, broken)
         self.state = state
         if self.options.run.log_with:
-            accelerator.init_trackers(self.folder.resolve().name, config=as_flags(self.options))
-        broken = BrokenPictures(describe_broken, self.reporter.warn, self.options.data.max_broken_images)
-        met: list[int] = []  # broken pictures that this process met since the last logged step
+            flags = {name: shown(value) for name, value in as_flags(self.options).items()}
+            accelerator.init_trackers(self.folder.resolve().name, config=flags)
 
-        def log(record: Metrics) -> None:
+        def tell_broken() -> None:
             broken.note(gather_object(met))
             met.clear()
+
+        def log(record: Metrics) -> None:
+            tell_broken()
             self.reporter.log(record)
+
+        def save(is_best: bool) -> None:
+            tell_broken()
+            self.save_checkpoint(state, plan, broken, is_best)
 
         self.started = time.perf_counter()
         with Interruption(accelerator) as interruption, self.reporter, self.one_line(interruption):
@@ -129,7 +140,7 @@ class Session:
                 evaluate=lambda: evaluate(state.model),
                 log=log,
                 warn=self.reporter.warn if training.trainable in TRAINS_TOKENS else ignored,
-                save=lambda is_best: self.save_checkpoint(state, plan, is_best),
+                save=save,
                 note_batch=lambda batch: met.extend(batch["broken"][batch["broken"] != NO_PICTURE].tolist()),
                 measure_attention=measure_attention,
                 stop_requested=interruption.requested,
@@ -147,116 +158,17 @@ class Session:
             self.reporter.warn(f"{broken.count} training image(s) could not be read and were skipped")
         return metrics | {"num_broken_training_images": broken.count, "token_movement": monitor.movement()}
 
-    def begin(self, plan: BatchPlan, state: TrainingState) -> None:
-        """Put the checkpoint into `state`, or clear the folder of an earlier run."""
-        if self.facts is not None:
-            check_same_run(self.facts, as_flags(self.options), plan, self.folder)
-            scatter_state(
-                self.checkpoint, self.facts, self.accelerator, state.model, state.optimizer, self.shadow(state)
+    def check_plan(self, plan: BatchPlan) -> None:
+        """Raise ValueError where --resume would go on in steps of another size or number."""
+        facts = self.facts
+        if facts and (facts["pictures_per_step"] != plan.pictures_per_step or facts["num_steps"] != plan.num_steps):
+            raise ValueError(
+                f"--resume: the run in {self.folder} has {facts['num_steps']:,} steps of {facts['pictures_per_step']} "
+                f"images, and this is {plan.num_steps:,} of {plan.pictures_per_step}: make --batch-size x "
+                "--gradient-accumulation-steps x processes what it was"
             )
-            state.step = self.facts["step"]
-            state.best_score = self.facts["best_score"]
-            windows = self.facts["windows"]
-            state.window = windows[self.accelerator.process_index % len(windows)]
-            self.seconds = self.facts["seconds"]
-            self.reporter.say("resumed", f"after step {state.step:,} of {plan.num_steps:,}")
-        elif self.accelerator.is_main_process:
-            self.store.clear()
-            (self.folder / "results.json").unlink(missing_ok=True)
-        self.reporter.start_at(state.step, plan.num_steps)
-        self.accelerator.wait_for_everyone()
 
-    def save_checkpoint(self, state: TrainingState, plan: BatchPlan, is_best: bool) -> None:
-        """Write all that `begin` needs."""
-        facts = {
-            "step": state.step,
-            "best_score": state.best_score,
-            "seconds": self.seconds_so_far(),
-            "windows": gather_object([state.window]),
-            "pictures_per_step": plan.pictures_per_step,
-            "num_steps": plan.num_steps,
-            "flags": as_flags(self.options),
-        }
-        tensors, rest = gather_state(self.accelerator, state.model, state.optimizer, self.shadow(state))
-        save_for_all(self.store, self.accelerator, state.step, tensors, facts | rest, is_best)
-
-    def seconds_so_far(self) -> float:
-        """Spent training until now, up to the checkpoint it went on from and since."""
-        return self.seconds + time.perf_counter() - self.started
-
-    def shadow(self, state: TrainingState) -> list[torch.Tensor] | None:
-        """The averaged weights, if there are any."""
-        return None if state.ema is None else state.ema.shadow
-
-    @contextmanager
-    def one_line(self, interruption: Interruption) -> Iterator[None]:
-        """Turn what stops a run into RunStopped."""
-        try:
-            yield
-        except Interrupted as error:
-            raise RunStopped(
-                f"stopped by {error}; a checkpoint was saved: go on with the same command and --resume",
-                interruption.exit_status,
-            ) from None
-        except NonFiniteLoss as error:
-            file = self.save_non_finite(error)
-            raise RunStopped(f"{error}. The images of that step are listed in {file}") from None
-        except (OSError, ValueError) as error:  # a full disk, broken images: in one line already
-            raise RunStopped(str(error)) from error
-
-    def save_non_finite(self, error: NonFiniteLoss) -> Path:
-        """List the images of the step whose loss is not finite, and save the state before it, to look into."""
-        file = self.folder / "non_finite.json"
-        images = [
-            {"index": batch["index"].tolist(), "epoch": batch["epoch"].tolist()}
-            for batches in gather_object([error.batches])
-            for batch in batches
-        ]
-        if self.state is not None:
-            store = CheckpointStore(self.folder / "non_finite", keep=1)
-            shadow = self.shadow(self.state)
-            tensors, rest = gather_state(self.accelerator, self.state.model, self.state.optimizer, shadow)
-            save_for_all(store, self.accelerator, error.step, tensors, {"step": error.step} | rest, is_best=False)
-        if self.accelerator.is_main_process:
-            file.write_text(json.dumps({"step": error.step + 1, "batches": images}, indent=1) + "\n", encoding="utf-8")
-        return file
-
-
-def open_session(options: Options) -> Session:
-    """Check the output folder, and find the checkpoint to go on from.
-
-    Raises:
-        ValueError: where the folder holds an unfinished run and neither --resume nor --overwrite is given; where all
-            checkpoints are damaged; for a precision or tracker that is not there.
-    """
-    training, run = options.training, options.run
-    accelerator = build_accelerator(
-        training.gradient_accumulation_steps, training.mixed_precision, run.log_with, options.output_dir / "trackers"
-    )
-    set_seed(training.seed)
-    reporter = Reporter(options.output_dir / "metrics.jsonl", accelerator)
-    store = CheckpointStore(options.output_dir / "checkpoints", run.keep_checkpoints)
-    if not run.resume:
-        check_unfinished(store, options.output_dir, run)
-        return Session(options, accelerator, store, None, None, reporter)
-    checkpoint, facts = newest_for_all(store, accelerator, reporter.warn)
-    return Session(options, accelerator, store, checkpoint, facts, reporter)
-
-
-def ignored(message: str) -> None:
-    """Takes a warning that does not concern this run."""
-
-
-def write_flags(options: FinetuneOptions | PretrainOptions, accelerator: Accelerator) -> None:
-    """Write config.resolved.yaml."""
-    if accelerator.is_main_process:
-        options.output_dir.mkdir(parents=True, exist_ok=True)
-        flags = yaml.safe_dump(as_flags(options), sort_keys=False)
-        (options.output_dir / "config.resolved.yaml").write_text(flags, encoding="utf-8")
-    accelerator.wait_for_everyone()
-
-
-def check_unfinished(store: CheckpointStore, folder: Path, run: RunOptions) -> None:
+    def check_unfinished(store: CheckpointStore, folder: Path, run: RunOptions) -> None:
     """Raise ValueError rather than throw away the checkpoints of a run that has not come to its end."""
     steps = store.steps()
     if steps and not run.overwrite and not (folder / "results.json").exists():
@@ -266,19 +178,20 @@ def check_unfinished(store: CheckpointStore, folder: Path, run: RunOptions) -> N
         )
 
 
-def check_same_run(facts: dict[str, Any], flags: dict[str, Any], plan: BatchPlan, folder: Path) -> None:
+def check_same_flags(before: dict[str, Any], now: dict[str, Any], folder: Path) -> None:
     """Raise ValueError where --resume would go on with another run than was started."""
-    for name, before in facts["flags"].items():
-        if name not in MAY_DIFFER and flags.get(name) != before:
-            raise ValueError(
-                f"--resume: the run in {folder} was started with --{name.replace('_', '-')} {shown(before)}, and this "
-                f"is {shown(flags.get(name))}: give the same flags, or choose another --output-dir"
+    for name, value in before.items():
+        if name in MAY_DIFFER or now.get(name) == value:
+            continue
+        what_to_do = "give the same flags, or choose another --output-dir"
+        if name in LENGTH:
+            what_to_do = (
+                "the learning rate falls to 0 towards the end that was planned, so that end is fixed; to train on, "
+                f"start another run with --model {folder}"
             )
-    if facts["pictures_per_step"] != plan.pictures_per_step or facts["num_steps"] != plan.num_steps:
         raise ValueError(
-            f"--resume: the run in {folder} has {facts['num_steps']:,} steps of {facts['pictures_per_step']} images, "
-            f"and this is {plan.num_steps:,} of {plan.pictures_per_step}: make --batch-size x "
-            "--gradient-accumulation-steps x processes what it was"
+            f"--resume: the run in {folder} was started with --{name.replace('_', '-')} {shown(value)}, and this is "
+            f"{shown(now.get(name))}: {what_to_do}"
         )
 
 

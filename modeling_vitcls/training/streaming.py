@@ -96,8 +96,8 @@ class StreamedPictures:
                     yield replace(example, epoch=number)
             if length == 0:
                 raise ValueError(f"{self.name} has no image to train on, for process {process} of {num_processes}")
-            passes, start = divmod(start, length)  # all passes of a process are of one length
-            number += max(passes, 1)
+            passes, rest = divmod(start, length)  # all passes of a process are of one length
+            number, start = (number + passes, rest) if passes else (number + 1, 0)
 
     def one_pass(self, seed: int, number: int, process: int, num_processes: int) -> Iterator[Example]:
         """One process's share of the data set, once, shuffled."""
