@@ -5,6 +5,7 @@ what one process gives.
 """
 
 import csv
+import io
 import json
 import os
 import subprocess
@@ -34,12 +35,14 @@ from evaluation_worker import (
     evaluate_all,
     evaluate_digits,
 )
+from rich.console import Console
 from torch import nn
 
 from modeling_vitcls import ViTCLSConfig, ViTCLSForMaskedImageModeling, ViTCLSImageProcessor, ViTCLSModel
+from modeling_vitcls.training import evaluate as evaluate_module
 from modeling_vitcls.training import evaluation
 from modeling_vitcls.training.environment import build_accelerator
-from modeling_vitcls.training.evaluate import evaluate_checkpoint, labels_of, relabelled
+from modeling_vitcls.training.evaluate import evaluate_checkpoint, labels_of, progress, relabelled
 from modeling_vitcls.training.evaluation import HeldOutPictures
 from modeling_vitcls.training.labels import LabelSpace
 from modeling_vitcls.training.metrics import METRICS, MultiLabelMetrics, SingleLabelMetrics, scalars, wilson_interval
@@ -504,6 +507,17 @@ def test_two_processes_evaluate_a_saved_model(by_two_processes: Path) -> None:
     printed = (by_two_processes / "stdout").read_text(encoding="utf-8")
     assert f"{two['accuracy']:.2%}" in printed and "digits.json" in printed
     assert [file.name for file in (by_two_processes / "new").iterdir()] == ["digits.json"]  # nothing half written
+
+
+@pytest.mark.parametrize(("is_terminal", "shown"), [(True, "100%"), (False, "evaluating: batch 4/5")])
+def test_progress(is_terminal: bool, shown: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(evaluate_module, "SECONDS_BETWEEN_LINES", 0.0)
+    console = Console(file=io.StringIO(), force_terminal=is_terminal)
+    accelerator = build_accelerator()
+    metrics = build_evaluator("single", accelerator)(build_classifier("single"), progress(console, accelerator))
+    assert metrics["num_images"] == NUM_PICTURES
+    assert shown in console.file.getvalue()
+    assert ("\x1b" in console.file.getvalue()) is is_terminal
 
 
 def test_a_model_without_a_classifier_is_refused(tmp_path: Path) -> None:

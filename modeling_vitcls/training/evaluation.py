@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from ..image_processing_vitcls import ViTCLSImageProcessor
 from .broken import BrokenPictures
+from .interruption import leave_signals_to_parent
 from .labels import LabelKind, LabelSpace
 from .metrics import METRICS, scalars
 from .options import DataOptions

@@ -119,7 +119,9 @@ class Session:
         self.begin(plan, state, broken)
         self.state = state
         if self.options.run.log_with:
-            flags = {name: shown(value) for name, value in as_flags(self.options).items()}
+            flags = {
+                name: shown(value) for name, value in as_flags(self.options).items()
+            }  # TensorBoard takes no lists
             accelerator.init_trackers(self.folder.resolve().name, config=flags)
 
         def tell_broken() -> None:
@@ -159,8 +161,13 @@ class Session:
         return metrics | {"num_broken_training_images": broken.count, "token_movement": monitor.movement()}
 
     def check_plan(self, plan: BatchPlan) -> None:
-        """Raise ValueError where --resume would go on in steps of another size or number."""
-        facts = self.facts
+        """Raise ValueError where --resume would go on in steps of another size or number, or in another precision."""
+        facts, precision = self.facts, self.accelerator.mixed_precision
+        if facts and facts["mixed_precision"] != precision:
+            raise ValueError(
+                f"--resume: the run in {self.folder} was started in mixed precision {facts['mixed_precision']}, and "
+                f"this is {precision}: launch it as before, or choose another --output-dir"
+            )
         if facts and (facts["pictures_per_step"] != plan.pictures_per_step or facts["num_steps"] != plan.num_steps):
             raise ValueError(
                 f"--resume: the run in {self.folder} has {facts['num_steps']:,} steps of {facts['pictures_per_step']} "
@@ -168,7 +175,125 @@ class Session:
                 "--gradient-accumulation-steps x processes what it was"
             )
 
-    def check_unfinished(store: CheckpointStore, folder: Path, run: RunOptions) -> None:
+    def write_flags(self) -> None:
+        """Write config.resolved.yaml."""
+        if self.accelerator.is_main_process:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            flags = {name: value for name, value in as_flags(self.options).items() if name not in HOW_STARTED}
+            text = yaml.safe_dump(flags, sort_keys=False)
+            (self.folder / "config.resolved.yaml").write_text(text, encoding="utf-8")
+        self.accelerator.wait_for_everyone()
+
+    def begin(self, plan: BatchPlan, state: TrainingState, broken: BrokenPictures) -> None:
+        """Put the checkpoint into `state`, or clear the folder of an earlier run."""
+        if self.facts is not None:
+            try:
+                scatter_state(
+                    self.checkpoint, self.facts, self.accelerator, state.model, state.optimizer, self.shadow(state)
+                )
+            except ValueError as error:  # another model's, in one line
+                raise RunStopped(f"--resume: {error}") from error
+            state.step = self.facts["step"]
+            state.best_score = self.facts["best_score"]
+            windows = self.facts["windows"]
+            state.window = windows[self.accelerator.process_index % len(windows)]
+            state.attention = self.facts["attention"]
+            broken.known.update(self.facts["broken"])
+            self.seconds = self.facts["seconds"]
+            self.reporter.say("resumed", f"after step {state.step:,} of {plan.num_steps:,}")
+        elif self.accelerator.is_main_process:
+            self.store.clear()
+            (self.folder / "results.json").unlink(missing_ok=True)
+        self.reporter.start_at(state.step, plan.num_steps)
+        self.accelerator.wait_for_everyone()
+
+    def save_checkpoint(self, state: TrainingState, plan: BatchPlan, broken: BrokenPictures, is_best: bool) -> None:
+        """Write all that `begin` needs."""
+        facts = {
+            "step": state.step,
+            "best_score": state.best_score,
+            "seconds": self.seconds_so_far(),
+            "windows": gather_object([state.window]),
+            "attention": state.attention,
+            "broken": sorted(broken.known),
+            "pictures_per_step": plan.pictures_per_step,
+            "num_steps": plan.num_steps,
+            "mixed_precision": self.accelerator.mixed_precision,
+            "flags": as_flags(self.options),
+        }
+        tensors, rest = gather_state(self.accelerator, state.model, state.optimizer, self.shadow(state))
+        save_for_all(self.store, self.accelerator, state.step, tensors, facts | rest, is_best)
+
+    def seconds_so_far(self) -> float:
+        """Spent training until now, up to the checkpoint it went on from and since."""
+        return self.seconds + time.perf_counter() - self.started
+
+    def shadow(self, state: TrainingState) -> list[torch.Tensor] | None:
+        """The averaged weights, if there are any."""
+        return None if state.ema is None else state.ema.shadow
+
+    @contextmanager
+    def one_line(self, interruption: Interruption) -> Iterator[None]:
+        """Turn what stops a run into RunStopped."""
+        try:
+            yield
+        except Interrupted as error:
+            raise RunStopped(
+                f"stopped by {error}; a checkpoint was saved: go on with the same command and --resume",
+                interruption.exit_status,
+            ) from None
+        except NonFiniteLoss as error:
+            file = self.save_non_finite(error)
+            raise RunStopped(f"{error}. The images of that step are listed in {file}") from None
+        except (OSError, ValueError) as error:  # a full disk, broken images: in one line already
+            raise RunStopped(str(error)) from error
+
+    def save_non_finite(self, error: NonFiniteLoss) -> Path:
+        """List the images of the step whose loss is not finite, and save the state before it, to look into."""
+        file = self.folder / "non_finite.json"
+        images = [
+            {"index": batch["index"].tolist(), "epoch": batch["epoch"].tolist()}
+            for batches in gather_object([error.batches])
+            for batch in batches
+        ]
+        if self.state is not None:
+            store = CheckpointStore(self.folder / "non_finite", keep=1)
+            shadow = self.shadow(self.state)
+            tensors, rest = gather_state(self.accelerator, self.state.model, self.state.optimizer, shadow)
+            save_for_all(store, self.accelerator, error.step, tensors, {"step": error.step} | rest, is_best=False)
+        if self.accelerator.is_main_process:
+            file.write_text(json.dumps({"step": error.step + 1, "batches": images}, indent=1) + "\n", encoding="utf-8")
+        return file
+
+
+def open_session(options: Options) -> Session:
+    """Check the output folder, and find the checkpoint to go on from.
+
+    Raises:
+        ValueError: where the folder holds an unfinished run and neither --resume nor --overwrite is given; where all
+            checkpoints are damaged, or are of a run with other flags; for a precision or tracker that is not there.
+    """
+    training, run = options.training, options.run
+    accelerator = build_accelerator(
+        training.gradient_accumulation_steps, training.mixed_precision, run.log_with, options.output_dir / "trackers"
+    )
+    set_seed(training.seed)
+    reporter = Reporter(options.output_dir / "metrics.jsonl", accelerator)
+    store = CheckpointStore(options.output_dir / "checkpoints", run.keep_checkpoints)
+    if not run.resume:
+        check_unfinished(store, options.output_dir, run)
+        return Session(options, accelerator, store, None, None, reporter)
+    checkpoint, facts = newest_for_all(store, accelerator, reporter.warn)
+    if facts is not None:
+        check_same_flags(facts["flags"], as_flags(options), options.output_dir)
+    return Session(options, accelerator, store, checkpoint, facts, reporter)
+
+
+def ignored(message: str) -> None:
+    """Takes a warning that does not concern this run."""
+
+
+def check_unfinished(store: CheckpointStore, folder: Path, run: RunOptions) -> None:
     """Raise ValueError rather than throw away the checkpoints of a run that has not come to its end."""
     steps = store.steps()
     if steps and not run.overwrite and not (folder / "results.json").exists():
