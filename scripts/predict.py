@@ -10,7 +10,7 @@
 from dataclasses import dataclass
 
 import tyro
-from command_line import errors_in_one_line, options_module
+from command_line import errors_in_one_line, options_module, stop
 
 
 PredictOptions = options_module().PredictOptions
@@ -41,7 +41,7 @@ def main() -> None:
     if options.output is not None and summary.num_images:
         print(f"{options.output}: {summary.num_images:,} images, {summary.num_failed:,} without an answer")
     if summary.num_failed and summary.num_failed == summary.num_images:
-        raise SystemExit(f"error: no answer for any of the {summary.num_images} images: see the column `error`")
+        stop(f"error: no answer for any of the {summary.num_images} images: see the column `error`", status=1)
 
 
 if __name__ == "__main__":

@@ -21,11 +21,12 @@ from http.server import ThreadingHTTPServer
 from pathlib import Path
 
 import local_hub_server as server
+import pytest
+from huggingface_hub import constants
 
 
 LFS_NAMES = re.compile(r".*\.(safetensors|bin|pt|pth|pkl|onnx|parquet|npz)")  # as in a new repository's .gitattributes
 GIT_ATTRIBUTES = b"*.safetensors filter=lfs diff=lfs merge=lfs -text\n"
-COMMIT_HASH = re.compile(r"[0-9a-f]{40}")
 
 
 @dataclass(frozen=True)
@@ -216,9 +217,10 @@ def git_hash(content: bytes) -> str:
 
 @contextmanager
 def running_hub(folder: Path | None = None) -> Iterator[LocalHub]:
-    """A Hub on free ports: one for the Hub itself, one for its storage, as the real one has."""
+    """A Hub, and its storage under another host name, as the real one has: clients tell them apart by that."""
     hub = LocalHub(folder)
-    with serving(hub, server.HUB_ROUTES) as hub.url, serving(hub, server.STORAGE_ROUTES) as hub.storage_url:
+    with serving(hub, server.HUB_ROUTES) as hub_port, serving(hub, server.STORAGE_ROUTES) as storage_port:
+        hub.url, hub.storage_url = f"http://127.0.0.1:{hub_port}", f"http://localhost:{storage_port}"
         yield hub
 
 
@@ -229,15 +231,34 @@ def local_hub(folder: Path) -> Iterator[str]:
         yield hub.url
 
 
+def point_client_at(url: str, token: str | None, monkeypatch: pytest.MonkeyPatch, home: Path) -> None:
+    """Let huggingface_hub in this process and its children use another Hub, token and, for the children, cache.
+
+    What it reads from the environment at import is set here.
+    """
+    monkeypatch.setenv("HF_ENDPOINT", url)
+    monkeypatch.setenv("HF_HUB_DISABLE_XET", "1")
+    monkeypatch.setenv("HF_HOME", str(home))
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1,localhost")
+    monkeypatch.setattr(constants, "ENDPOINT", url)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}")
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(home / "token"))
+    if token is None:
+        monkeypatch.delenv("HF_TOKEN", raising=False)
+    else:
+        monkeypatch.setenv("HF_TOKEN", token)
+
+
 @contextmanager
-def serving(hub: LocalHub, routes: "server.Routes") -> Iterator[str]:
-    """Answer requests on a free port; gives the address."""
+def serving(hub: LocalHub, routes: "server.Routes") -> Iterator[int]:
+    """Answer requests on a free port of this machine; gives its number."""
     listener = ThreadingHTTPServer(("127.0.0.1", 0), server.handler_for(hub, routes))
     listener.daemon_threads = True
     thread = threading.Thread(target=listener.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
     thread.start()
     try:
-        yield f"http://127.0.0.1:{listener.server_port}"
+        yield listener.server_port
     finally:
         listener.shutdown()
         listener.server_close()

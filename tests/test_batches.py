@@ -1,7 +1,7 @@
 """Batches: which picture comes when, on which process, in which view; and what stands in for broken ones."""
 
 import os
-import signal
+import subprocess
 import time
 from collections import Counter
 from itertools import islice, pairwise
@@ -271,9 +271,9 @@ def test_workers_outlive_the_signals_that_stop_a_run() -> None:
     batches = training_batches(pictures_of(source), plan_for(4, max_steps=60, batch_size=2), 0, num_workers=2)
     next(batches)
     time.sleep(0.5)  # for both workers to be up
-    workers = [int(line) for line in Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read_text().split()]
+    workers = Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read_text().split()
     assert len(workers) >= 2
-    for worker in workers:
-        os.kill(worker, signal.SIGINT)
-        os.kill(worker, signal.SIGTERM)
+    for name in ("INT", "TERM"):
+        subprocess.run(["kill", f"-{name}", *workers], check=True)
+    time.sleep(0.2)
     assert len(list(islice(batches, 50))) == 50

@@ -188,7 +188,9 @@ def test_damaged_folders_in_the_format_of_mnist_are_named(tmp_path: Path) -> Non
     write_mnist(tmp_path, ".gz")
     file = tmp_path / "train-images-idx3-ubyte.gz"
     whole = file.read_bytes()
-    for content in (whole[:40], b"not compressed", gzip.compress(b"\0\0\x08\x01\0\0"), gzip.compress(b"")):
+    signed = gzip.compress(b"\0\0\x09\x03" + gzip.decompress(whole)[4:])
+    short = gzip.compress(gzip.decompress(whole)[:-1])
+    for content in (whole[:40], b"not compressed", gzip.compress(b""), signed, short):
         file.write_bytes(content)
         with pytest.raises(ValueError, match=r"cannot read .*train-images-idx3-ubyte\.gz as a file of MNIST"):
             read(tmp_path)

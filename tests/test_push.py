@@ -1,7 +1,6 @@
 """Pushing model folders to a Hub on this machine, through the real huggingface_hub client."""
 
 import hashlib
-import os
 import pickle
 import socket
 import subprocess
@@ -15,7 +14,7 @@ import pytest
 import yaml
 from huggingface_hub import HfApi, constants
 from huggingface_hub.errors import RepositoryNotFoundError
-from local_hub import LocalHub, Token, running_hub
+from local_hub import LocalHub, Token, point_client_at, running_hub
 from tiny import raises_one_line, tiny_config
 
 import modeling_vitcls as vitcls
@@ -45,20 +44,9 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[LocalHub]:
     """An empty Hub, which the client of this process talks to as ann."""
     with running_hub() as running:
         running.tokens |= TOKENS
-        point_client_at(running.url, "hf_ann", monkeypatch, tmp_path)
+        point_client_at(running.url, "hf_ann", monkeypatch, tmp_path / "home")
+        monkeypatch.setattr(connection, "WAITS", (0.01, 0.02, 0.03))
         yield running
-
-
-def point_client_at(url: str, token: str | None, monkeypatch: pytest.MonkeyPatch, home: Path) -> None:
-    """Let this process use another Hub and token, with short waits between attempts."""
-    monkeypatch.setattr(constants, "ENDPOINT", url)  # read from HF_ENDPOINT at import
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(home / "token"))
-    monkeypatch.setattr(connection, "WAITS", (0.01, 0.02, 0.03))
-    if token is None:
-        monkeypatch.delenv("HF_TOKEN", raising=False)
-    else:
-        monkeypatch.setenv("HF_TOKEN", token)
 
 
 @pytest.fixture
@@ -342,6 +330,7 @@ def test_a_dead_endpoint_fails_in_seconds(folder: Path, monkeypatch: pytest.Monk
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
         point_client_at(f"http://127.0.0.1:{unused.getsockname()[1]}", "hf_ann", monkeypatch, tmp_path)
+        monkeypatch.setattr(connection, "WAITS", (0.01, 0.02, 0.03))
         started = time.perf_counter()
         with raises_one_line("does not answer", "HF_ENDPOINT", constants.ENDPOINT, error=OSError):
             check_push_rights("ann/model", "my-run")
@@ -373,12 +362,12 @@ def test_offline_says_so_at_once(hub: LocalHub, folder: Path, monkeypatch: pytes
 # The script ----------------------------------------------------------------------------------------------------------
 
 
-def test_the_script_ends_with_one_line_and_status_1(hub: LocalHub, folder: Path, tmp_path: Path) -> None:
+def test_the_script_ends_with_one_line_and_status_1(
+    hub: LocalHub, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     before = snapshot(folder)
-    environment = os.environ | {"HF_ENDPOINT": hub.url, "HF_TOKEN": "hf_read", "HF_HOME": str(tmp_path / "home")}
-    ended = subprocess.run(
-        [sys.executable, SCRIPT, "--model", folder], env=environment, capture_output=True, text=True, timeout=300
-    )
+    monkeypatch.setenv("HF_TOKEN", "hf_read")
+    ended = subprocess.run([sys.executable, SCRIPT, "--model", folder], capture_output=True, text=True, timeout=300)
     assert ended.returncode == 1
     assert ended.stderr.startswith("error: the Hugging Face token may only read, so it cannot push to ann/my-run")
     assert len(ended.stderr.strip().splitlines()) == 1 and not ended.stdout

@@ -1,4 +1,4 @@
-"""Published models, downloaded and loaded in fresh processes: what is right gets a certificate, what is wrong a reason.
+"""Published models, loaded in fresh processes: what is right gets a certificate, what is wrong a reason.
 
 The fresh processes are real, so there are few of them: what can be refused before is.
 """
@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from huggingface_hub import HfApi, constants
-from local_hub import LocalHub, Token, running_hub
+from local_hub import LocalHub, Token, point_client_at, running_hub
 from tiny import TASKS, filled, raises_one_line, tiny_config
 
 import modeling_vitcls as vitcls
@@ -31,18 +31,8 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[LocalHub]:
     """An empty Hub, which the client of this process and of its children talks to as ann."""
     with running_hub() as running:
         running.tokens |= {"hf_ann": Token("ann"), "hf_bob": Token("bob")}
-        settings = {
-            "HF_ENDPOINT": running.url,
-            "HF_TOKEN": "hf_ann",
-            "HF_HUB_DISABLE_XET": "1",
-            "NO_PROXY": "127.0.0.1",
-        }
-        for name, value in settings.items():
-            monkeypatch.setenv(name, value)
-        monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
+        point_client_at(running.url, "hf_ann", monkeypatch, tmp_path / "home")
         monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "cache"))  # which a fresh process must not use
-        monkeypatch.setattr(constants, "ENDPOINT", running.url)  # read from HF_ENDPOINT at import
-        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
         monkeypatch.setattr(connection, "WAITS", (0.01, 0.02))
         yield running
 
@@ -99,10 +89,8 @@ def test_any_published_model_is_verified_by_any_revision(hub: LocalHub, tmp_path
 
 def test_published_code_that_answers_differently_is_found(hub: LocalHub, folder: Path) -> None:
     code = folder / "heads_vitcls.py"
-    code.write_text(
-        code.read_text() + "\n\ntorch.nn.LayerNorm.eps_before = 0\n_forward = torch.nn.Linear.forward\n"
-        "torch.nn.Linear.forward = lambda self, x: _forward(self, x) * 1.001\n"
-    )
+    change = "pool = CLSPooler.forward\nCLSPooler.forward = lambda self, sequence: 1.001 * pool(self, sequence)\n"
+    code.write_text(code.read_text() + change)
     pushed = push_folder(folder, "ann/model")
     with raises_one_line("answers differently", "the limit is", error=NotVerified):
         verify("ann/model", pushed.commit, folder)

@@ -107,10 +107,12 @@ def in_one_line(error: BaseException) -> str:
     """What went wrong, down to its cause, without line breaks."""
     messages: list[str] = []
     for link in causes(error):
-        messages.append(message_of(link))
+        message = message_of(link)
+        if not any(message in earlier for earlier in messages):
+            messages.append(message)
         if isinstance(link, HfHubHTTPError):  # what comes before it says the same at greater length
             break
-    return ": ".join(dict.fromkeys(messages))
+    return ": ".join(messages)
 
 
 def message_of(error: BaseException) -> str:

@@ -41,6 +41,8 @@ from .contents import ACCOMPANYING, ESSENTIAL, check_is_model, contents_of
 LIMIT = 1e-6
 # Seconds of silence, not of work.
 PATIENCE = 60.0
+# Seconds before new attempts of what the user waits for.
+SHORT_WAITS = (0.5, 1.0)
 # Where libraries keep what they downloaded, unless HF_HOME says so.
 CACHE_VARIABLES = frozenset(
     {
@@ -146,7 +148,9 @@ def commit_hash(repo_id: str, revision: str) -> str:
     """The commit that a revision stands for."""
     try:
         with patience(PATIENCE):
-            info = tried_again(lambda: HfApi().model_info(repo_id, revision=revision), f"asking for {repo_id}")
+            info = tried_again(
+                lambda: HfApi().model_info(repo_id, revision=revision), f"asking for {repo_id}", waits=SHORT_WAITS
+            )
     except RepositoryNotFoundError:
         raise ValueError(
             f"the Hub has no model {repo_id}, or it is private and your token may not see it: log in with `hf auth "
@@ -211,7 +215,9 @@ def check_same_files(repo_id: str, published: Path, folder: Path) -> None:
 def ask_a_fresh_process(repo_id: str, commit: str, scratch: Path) -> tuple[Answers, dict[str, Any]]:
     """What clean_process.py writes down. Raises NotVerified where it fails, twice if that may be the network."""
     try:
-        return tried_again(lambda: run_clean_process(repo_id, commit, scratch), f"loading {repo_id}", waits=(1.0,))
+        return tried_again(
+            lambda: run_clean_process(repo_id, commit, scratch), f"loading {repo_id}", waits=SHORT_WAITS[:1]
+        )
     except RuntimeError as error:
         raise NotVerified(str(error)) from None
 

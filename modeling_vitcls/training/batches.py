@@ -160,7 +160,7 @@ class Preparation:
             pixels = picture_to_pixels(picture, self.to_rgb)
         except ValueError as error:
             raise BrokenPicture(str(error)) from error
-        return self.augmentation.fixed(pixels).contiguous()
+        return self.augmentation.fixed(pixels)
 
     def batch(
         self, pixels: torch.Tensor | list[torch.Tensor], labels: list[Any], keys: list[Key], broken: list[int]
@@ -341,8 +341,11 @@ def training_batches(
     )
     try:
         yield from loader
+        return
     except ValueError as error:  # of a worker: its traceback precedes the message
-        raise ValueError(str(error).strip().splitlines()[-1].removeprefix("ValueError: ")) from error
+        problem = str(error).strip().splitlines()[-1].removeprefix("ValueError: ")
+        error.__traceback__ = None  # it holds the loader, whose workers shall end now
+    raise ValueError(problem)
 
 
 class Normaliser:

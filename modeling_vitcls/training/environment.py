@@ -93,13 +93,17 @@ def peak_memory(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
+SHARDED = {DistributedType.FSDP: "weights in parts by FSDP", DistributedType.DEEPSPEED: "in parts by DeepSpeed"}
+
+
 def device_name(accelerator: Accelerator) -> str:
-    """The device as a person would call it."""
-    if accelerator.device.type == "cuda":
-        return torch.cuda.get_device_name(accelerator.device)
-    if accelerator.device.type == "cpu":
-        return f"CPU, {torch.get_num_threads()} thread(s) per process"
-    return accelerator.device.type
+    """The device as a person would call it, and what divides the model among the processes, if anything does."""
+    name = accelerator.device.type
+    if name == "cuda":
+        name = torch.cuda.get_device_name(accelerator.device)
+    elif name == "cpu":
+        name = f"CPU, {torch.get_num_threads()} thread(s) per process"
+    return ", ".join(filter(None, [name, SHARDED.get(accelerator.distributed_type)]))
 
 
 def versions() -> dict[str, str]:

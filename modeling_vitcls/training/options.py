@@ -329,7 +329,7 @@ class PredictOptions:
     list: Path | None = None
     """A text file with one of these in each line."""
     dataset: str | None = None
-    """`digits` (scikit-learn's), a folder, a CSV or Parquet file, or a Hub data set."""
+    """`digits` (scikit-learn's), a folder, a CSV or Parquet file, a folder of MNIST's idx files, or a Hub data set."""
     split: str | None = None
     """Split of the data set. Default: the only one."""
     image_column: str | None = None

@@ -128,24 +128,19 @@ def predict_images(options: PredictOptions) -> Summary:
         ValueError, OSError: in one line, for images, models or outputs that cannot be read, written or do not fit.
     """
     accelerator = build_accelerator(mixed_precision=options.mixed_precision)
-    try:
-        with accelerator.main_process_first():  # downloads once
-            source = open_source(options)
-            model, processor = load_model(options.model, with_head=options.features is None)
-        predictor = Predictor(
-            model=model.to(accelerator.device),
-            processor=processor,
-            answers=build_answers(model, options.top_k, options.threshold, options.features),
-            precision=accelerator.autocast,
-            batch_size=options.batch_size,
-            num_workers=options.num_workers or default_num_workers(),
-        )
-        to_one_place = options.output is None or options.output.suffix.lower() in WRITERS
-        summary = (predict_to_file if to_one_place else predict_to_folder)(options, accelerator, source, predictor)
-    except (ValueError, OSError):
-        if accelerator.is_main_process:
-            raise
-        raise SystemExit(1) from None  # the main process says why
+    with accelerator.main_process_first():  # downloads once
+        source = open_source(options)
+        model, processor = load_model(options.model, with_head=options.features is None)
+    predictor = Predictor(
+        model=model.to(accelerator.device),
+        processor=processor,
+        answers=build_answers(model, options.top_k, options.threshold, options.features),
+        precision=accelerator.autocast,
+        batch_size=options.batch_size,
+        num_workers=options.num_workers or default_num_workers(),
+    )
+    to_one_place = options.output is None or options.output.suffix.lower() in WRITERS
+    summary = (predict_to_file if to_one_place else predict_to_folder)(options, accelerator, source, predictor)
     accelerator.end_training()
     return summary
 
@@ -290,7 +285,7 @@ def begin(
 
     The main process looks, and all go by what it finds.
     """
-    found: list[Any] = [None, None, None, None]
+    found: list[Any] = [None, None, None]
     if accelerator.is_main_process:
         try:
             num_images = folder.begin(
@@ -304,14 +299,15 @@ def begin(
                 }
             )
             known = source.num_images if num_images is None else num_images
-            found = [None, source.identity(), known, folder.done()]
+            found = [None, known, folder.done()]
         except (ValueError, OSError) as error:
             found[0] = str(error)
-    problem, identity, num_images, done = broadcast_object_list(found)
+    problem, num_images, done = broadcast_object_list(found)
     if problem is not None:
         raise ValueError(problem)
-    if identity != source.identity():
-        raise ValueError(f"process {accelerator.process_index} finds other images than process 0")
+    first, *others = gather_object([source.identity()])
+    if any(other != first for other in others):
+        raise ValueError("not all processes find the same images: give all machines the same files")
     return num_images, done
 
 

@@ -1,8 +1,8 @@
 """Where the images of a prediction come from: each gets a number, a name, and content that is not decoded yet.
 
-    PATHS, --list, digits             Listed      known at the start
-    a data set in files of its own    Rows        read by the `datasets` library, in any order
-    --streaming                       Stream      read once from its beginning; what is not wanted is passed by
+    PATHS, --list, digits, MNIST's files    Listed    known at the start
+    other data sets                         Rows      read by the `datasets` library, in any order
+    --streaming                             Stream    read once from its beginning; what is not wanted is passed by
 
 All are read in ranges of increasing numbers, so that several processes, and a second start, each take their part.
 Decoding is in prediction_decoding.py.
@@ -11,20 +11,22 @@ Decoding is in prediction_decoding.py.
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
-from .options import PredictOptions
+from .columns import Features, find_image_column
+from .options import DataOptions, PredictOptions
+from .pictures import path_in
+from .sources import folder_of, is_idx_folder, load_splits, open_with_datasets
+from .streaming import features_of
 
 
 IMAGE_SUFFIXES = frozenset(
     ".avif .bmp .gif .jfif .jp2 .jpeg .jpg .pbm .pgm .png .pnm .ppm .tif .tiff .webp".split()
 )  # of files to take from folders; a file that is named itself is always tried
-READERS = {".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
-IMAGE_COLUMNS = ("image", "img", "picture", "photo", "pixel_values", "file_name", "filename", "file", "path")
 ROWS_AT_ONCE = 64  # of encoded images read from disk
 
 
@@ -61,8 +63,6 @@ def open_source(options: PredictOptions) -> Source:
         ValueError: for an input without images, or a data set that cannot be read.
         OSError: for a list that cannot be read.
     """
-    if options.dataset == "digits":
-        return digits()
     if options.dataset is not None:
         return open_dataset(options, options.dataset)
     lines = list(options.paths) if options.list is None else read_list(options.list)
@@ -132,15 +132,6 @@ def readable(path: str) -> str:
     return os.fsencode(path).decode("utf-8", errors="replace")
 
 
-def digits() -> Listed:
-    """scikit-learn's 1,797 handwritten digits of 8 x 8 pixels and 17 grey levels."""
-    import numpy as np
-    import sklearn.datasets
-
-    levels = (sklearn.datasets.load_digits().images * (255 / 16)).round().astype(np.uint8)  # [1797, 8, 8]
-    return Listed([f"digits/{index}" for index in range(len(levels))], levels)
-
-
 # Data sets -----------------------------------------------------------------------------------------------------------
 
 
@@ -149,13 +140,12 @@ class ImageColumn:
     """The column of a data set that holds images or their paths, and the folder that relative paths begin at."""
 
     name: str
-    folder: Path | None
+    folder: Path
 
     def record(self, index: int, value: Any) -> Record:
         """One of its values, named by its path where it has one."""
         if isinstance(value, str):
-            path = value if self.folder is None or "://" in value else str(self.folder / value)
-            return Record(index, readable(value), path)
+            return Record(index, readable(value), path_in(self.folder, value))
         if isinstance(value, dict):
             name, encoded = value.get("path"), value.get("bytes")
             return Record(index, readable(name or str(index)), name if encoded is None else encoded)
@@ -215,89 +205,45 @@ class Stream:
                 return
 
 
-def open_dataset(options: PredictOptions, dataset: str) -> Rows | Stream:
-    """A folder, a CSV or Parquet file, or a data set of the Hub.
+def open_dataset(options: PredictOptions, dataset: str) -> Source:
+    """A data set as scripts/finetune.py reads it; labels are not needed.
 
     Raises:
         ValueError: if it cannot be found or read, has several splits and none is named, or no column of images.
     """
-    part = load_split(options, dataset)
+    data = DataOptions(dataset, image_column=options.image_column, streaming=options.streaming)
     path = Path(dataset)
-    folder = path.parent if path.is_file() else None
-    column = ImageColumn(find_image_column(options, part), folder)
-    described: dict[str, Any] = {"dataset": options.dataset, "split": options.split, "column": column.name}
+    if not options.streaming and (dataset == "digits" or is_idx_folder(path)):
+        pictures = chosen_split(load_splits(data, labelled=False).parts, options).pictures
+        return Listed([f"{path.name}/{index}" for index in range(len(pictures))], pictures)
+
+    part = chosen_split(open_with_datasets(data), options)
+    features = features_of(part, data)
+    column = ImageColumn(find_image_column(data, features), folder_of(data))
+    described: dict[str, Any] = {"dataset": dataset, "split": options.split, "column": column.name}
     if path.is_file():
         described["bytes"] = path.stat().st_size
-    part = undecoded(part.select_columns([column.name]), column.name)
+    part = undecoded(part.select_columns([column.name]), column.name, features)
     if options.streaming:
         return Stream(part, column, described)
     if not len(part):
-        raise ValueError(f"the data set {options.dataset} is empty")
+        raise ValueError(f"the data set {dataset} is empty")
     return Rows(part, column, described)
 
 
-def load_split(options: PredictOptions, dataset: str) -> Any:
+def chosen_split(parts: Mapping[str, Any], options: PredictOptions) -> Any:
     """The split that is asked for, or the only one."""
-    import datasets
-
-    path = Path(dataset)
-    try:
-        if path.suffix in READERS:
-            separator = {"sep": "\t"} if path.suffix == ".tsv" else {}
-            files = {"data_files": str(path), **separator}
-            parts = datasets.load_dataset(READERS[path.suffix], streaming=options.streaming, **files)
-        else:
-            parts = datasets.load_dataset(dataset, streaming=options.streaming)
-    except Exception as error:  # the readers raise almost anything on broken data
-        reason = " ".join(str(error).split())
-        raise ValueError(
-            f"cannot read the data set {options.dataset!r} ({type(error).__name__}: {reason}): give `digits`, a "
-            "folder, a CSV or Parquet file, or the id of a data set on the Hub"
-        ) from error
     if options.split is None and len(parts) == 1:
         return next(iter(parts.values()))
-    if options.split not in parts:
+    if options.split is None or options.split not in parts:
         asked = "has several splits" if options.split is None else f"has no split {options.split!r}"
         raise ValueError(f"{options.dataset} {asked}: set --split to one of {', '.join(parts)}")
     return parts[options.split]
 
 
-def find_image_column(options: PredictOptions, part: Any) -> str:
-    """The column that is asked for, the only one of pictures, or the first with a usual name."""
-    columns = columns_of(part)
-    if options.image_column is not None:
-        if options.image_column not in columns:
-            raise ValueError(
-                f"{options.dataset} has no column {options.image_column!r}: choose one of {', '.join(columns)}"
-            )
-        return options.image_column
-    pictures = [name for name, feature in columns.items() if is_picture(feature)]
-    if len(pictures) == 1:
-        return pictures[0]
-    for name in IMAGE_COLUMNS:
-        if name in (pictures or columns):
-            return name
-    raise ValueError(
-        f"{options.dataset}: no column is clearly the image (it has {', '.join(columns)}): name it with --image-column"
-    )
-
-
-def columns_of(part: Any) -> dict[str, Any]:
-    """The columns with their types; a stream that declares none is asked for its first row."""
-    if part.features is not None:
-        return part.features
-    return dict.fromkeys(next(iter(part), {}))
-
-
-def is_picture(feature: Any) -> bool:
-    """Whether a column of `datasets` holds pictures rather than paths."""
-    is_encoded = isinstance(feature, dict) and {"bytes", "path"} <= feature.keys()
-    return type(feature).__name__ == "Image" or is_encoded or getattr(feature, "dtype", None) == "binary"
-
-
-def undecoded(part: Any, column: str) -> Any:
+def undecoded(part: Any, column: str, features: Features) -> Any:
     """The data set with its pictures as they are stored: only those that are wanted are decoded, and in parallel."""
     import datasets
 
-    is_image = type((part.features or {}).get(column)).__name__ == "Image"
-    return part.cast_column(column, datasets.Image(decode=False)) if is_image else part
+    is_decoding = isinstance(features[column], datasets.Image)
+    return part.cast_column(column, datasets.Image(decode=False)) if is_decoding else part

@@ -76,7 +76,7 @@ class ReconstructionMetrics:
 
     def update(self, outputs: Any, pictures: torch.Tensor) -> None:
         """Take the mean loss of a batch, and the numbers [G] of its pictures."""
-        self.loss.update(outputs.loss, weight=len(pictures))
+        self.loss.update(outputs.loss.expand(len(pictures)))  # torchmetrics leaves weights out where NaN may show
         self.num_images.update(len(pictures))
 
     def compute(self) -> dict[str, Any]:
