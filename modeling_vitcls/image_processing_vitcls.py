@@ -277,6 +277,8 @@ def read_picture(source: Source) -> PIL.Image.Image:
     try:
         with PIL.Image.open(file) as picture:
             return PIL.ImageOps.exif_transpose(picture)
+    except PIL.UnidentifiedImageError as error:  # its own message names an object in memory
+        raise ValueError(f"cannot read an image from {name}: it is no image of a known format") from error
     except Exception as error:  # Pillow's decoders raise almost anything on broken data
         raise ValueError(f"cannot read an image from {name}: {first_line(error)}") from error
 

@@ -232,6 +232,18 @@ def test_the_held_out_part_does_not_depend_on_order_or_files(shards: Path, two_s
         load_evaluation_data(options, "tset")
 
 
+def test_the_held_out_part_of_a_folder_stays_when_it_moves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for index in range(20):
+        file = tmp_path / "here" / "xy"[index % 2] / f"{index}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(encoded(index))
+    held_out = held_out_of(read(tmp_path / "here", split_seed=1))
+    (tmp_path / "here").rename(tmp_path / "there")
+    assert held_out_of(read(tmp_path / "there", split_seed=1)) == held_out
+    monkeypatch.chdir(tmp_path)
+    assert held_out_of(read(Path("there"), split_seed=1)) == held_out
+
+
 def test_a_split_of_the_data_set_is_read_whole(two_shards: Path, tmp_path: Path) -> None:
     for split, shard in (("train", 0), ("validation", 1)):
         (tmp_path / f"{split}.parquet").symlink_to(two_shards / f"train-{shard}.parquet")

@@ -3,6 +3,7 @@
 The fresh processes are real, so there are few of them: what can be refused before is.
 """
 
+import json
 import re
 import subprocess
 import sys
@@ -85,6 +86,27 @@ def test_any_published_model_is_verified_by_any_revision(hub: LocalHub, tmp_path
     assert certificate.classes["AutoModelForImageClassification"] == "ViTCLSForMultiTaskClassification"
     assert max(certificate.differences.values()) <= 1e-6
     assert f'revision="{first}"' in certificate.load_line()
+
+
+def test_code_may_live_in_one_repository_and_weights_in_another(hub: LocalHub, folder: Path) -> None:
+    push_folder(folder, "ann/code")
+    for file in ("config.json", "preprocessor_config.json"):
+        settings = json.loads((folder / file).read_text())
+        settings["auto_map"] = elsewhere(settings["auto_map"], "ann/code")
+        (folder / file).write_text(json.dumps(settings))
+    for file in folder.glob("*.py"):
+        file.unlink()
+    pushed = push_folder(folder, "ann/weights")
+    assert not [name for name in hub.files("ann/weights") if name.endswith(".py")]
+    certificate = verify("ann/weights", pushed.commit, folder)
+    assert list(certificate.differences) == ["AutoModel", "AutoModelForImageClassification", *BACKENDS, "pipeline"]
+
+
+def elsewhere(references: Any, repo_id: str) -> Any:
+    """References to classes, with the repository that has their code."""
+    if isinstance(references, dict):
+        return {name: elsewhere(reference, repo_id) for name, reference in references.items()}
+    return f"{repo_id}--{references}"
 
 
 def test_published_code_that_answers_differently_is_found(hub: LocalHub, folder: Path) -> None:

@@ -10,6 +10,7 @@ in every pass and on any process.
 """
 
 import hashlib
+import os
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -129,9 +130,15 @@ class StreamedPictures:
         """Rows, their pictures in the form of `decoded`, with the pictures' checksums."""
         for row in stream:
             encoded = as_encoded(row[self.image_column], self.folder)
-            content = encoded["bytes"] if encoded["bytes"] is not None else (encoded["path"] or "").encode()
+            content = (
+                encoded["bytes"] if encoded["bytes"] is not None else self.name_of(encoded["path"] or "").encode()
+            )
             checksum = int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "big") >> 1
             yield row | {self.image_column: encoded}, checksum
+
+    def name_of(self, path: str) -> str:
+        """A path, relative to the data set's folder if it is a local one: the folder may move."""
+        return path if "://" in path else os.path.relpath(path or ".", self.folder)
 
     def example(self, row: dict[str, Any], index: int) -> Example:
         """A row with its label read."""
