@@ -118,6 +118,7 @@ def test_published_code_that_answers_differently_is_found(hub: LocalHub, folder:
         verify("ann/model", pushed.commit, folder)
 
 
+@pytest.mark.slow
 def test_code_that_needs_this_package_does_not_load(hub: LocalHub, folder: Path) -> None:
     code = folder / "modeling_vitcls.py"
     code.write_text("try:\n    import modeling_vitcls\nexcept ValueError:\n    pass\n" + code.read_text())

@@ -26,7 +26,7 @@ from .interruption import leave_signals_to_parent
 from .labels import LabelKind, LabelSpace
 from .metrics import METRICS, scalars
 from .options import DataOptions
-from .pictures import BrokenPicture, LabelledPictures
+from .pictures import LabelledPictures
 
 
 KEPT_BYTES = 256 * 2**20  # a process's images are prepared once and kept where all fit into this
@@ -77,7 +77,7 @@ class HeldOutPictures(Dataset):
                 picture = self.source.pictures[position]
                 images.append(self.processor(picture, return_tensors="pt")["pixel_values"][0])  # [C, H, W]
                 labels.append(self.source.labels[position])
-            except BrokenPicture as error:
+            except ValueError as error:  # BrokenPicture, or what the image processor cannot use
                 broken[position] = str(error)
         pixel_values = torch.stack(images) if images else None
         return HeldOutBatch(pixel_values, COLLATE[self.label_space.kind](labels, self.label_space), broken)

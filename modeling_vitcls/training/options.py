@@ -32,7 +32,7 @@ class DataOptions:
     streaming: bool = False
     """Read the data set while training, without downloading or keeping it. Needs --max-steps."""
     shuffle_buffer: int = 1000
-    """Images from which a streamed data set draws the next one."""
+    """Images from which a streamed data set draws the next one. A folder streams class by class: make it as large."""
     max_broken_images: int = 100
     """Images that cannot be read are named and skipped; more than these stop the run."""
     num_workers: int = 2
@@ -227,7 +227,7 @@ class RunOptions:
     overwrite: bool = False
     """Throw away an unfinished run in --output-dir. A finished one is always replaced."""
     save_every: int | None = None
-    """Steps between two checkpoints. Default: one at each evaluation."""
+    """Steps between two checkpoints. Default: one at each evaluation; every 1,000 of a stream."""
     keep_checkpoints: int = 2
     """Newest checkpoints to keep, besides the best one."""
     log_with: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()

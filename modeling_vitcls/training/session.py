@@ -49,6 +49,7 @@ MAY_DIFFER = (
 HOW_STARTED = ("resume", "overwrite", "dry_run")  # flags that are no part of the run's recipe
 LENGTH = ("epochs", "max_steps")
 
+STEPS_BETWEEN_SAVES_OF_STREAMS = 1000  # unless --save-every says otherwise: streams have no epochs to evaluate after
 TRAINS_TOKENS = ("full", "lora")  # values of --trainable under which a token that stays as it is is a mistake
 
 
@@ -147,7 +148,7 @@ class Session:
                 measure_attention=measure_attention,
                 stop_requested=interruption.requested,
             )
-            save_every = self.options.run.save_every
+            save_every = self.options.run.save_every or (None if plan.num_pictures else STEPS_BETWEEN_SAVES_OF_STREAMS)
             loop = TrainingLoop(state, objective, plan, training, accelerator, hooks, monitor, save_every)
             metrics = loop.run(batches(state.step))
         self.seconds = self.seconds_so_far()
