@@ -19,6 +19,7 @@ import pytest
 import torch
 import yaml
 from accelerate.state import AcceleratorState, GradientState
+from local_hub import LocalHub, Token, point_client_at, running_hub
 from PIL import Image
 from safetensors.torch import load_file
 from transformers import ResNetConfig, ResNetForImageClassification, ViTImageProcessor
@@ -488,6 +489,48 @@ def test_trackers_get_the_numbers(tmp_path: Path) -> None:
 def test_a_tracker_that_is_not_installed_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="--log-with wandb needs the package wandb: pip install wandb"):
         prepare(tiny_options(tmp_path, "digits", log_with=("wandb",)))
+
+
+# The Hub ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[LocalHub]:
+    """An empty Hub, which this process talks to as ann."""
+    with running_hub() as running:
+        running.tokens |= {"hf_ann": Token("ann"), "hf_read": Token("ann", role="read")}
+        point_client_at(running.url, "hf_ann", monkeypatch, tmp_path / "home")
+        yield running
+
+
+def test_the_result_is_pushed(hub: LocalHub, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    trained(tmp_path / "my-model", "digits", push_to_hub=True, hub_private=True)
+    files = hub.files("ann/my-model")
+    assert {"README.md", "config.json", "model.safetensors", "modeling_vitcls.py", "results.json"} <= files.keys()
+    assert not any("checkpoints" in name or "optimizer" in name for name in files)
+    assert hub.repositories["ann/my-model"].private
+    assert "pushed    " in capsys.readouterr().out
+
+
+def test_a_rehearsal_asks_for_the_right_to_push(
+    hub: LocalHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    options = tiny_options(tmp_path / "my-model", "digits", push_to_hub=True)
+    rehearse(options)
+    assert "ann/my-model may be pushed to" in capsys.readouterr().out
+    assert not hub.repositories
+    point_client_at(hub.url, "hf_read", monkeypatch, tmp_path / "other-home")
+    with pytest.raises(ValueError, match="may only read, so it cannot push to ann/my-model"):
+        rehearse(options)
+    assert not (tmp_path / "my-model").exists()
+
+
+def test_a_push_that_fails_leaves_the_model_and_says_how_to_finish(hub: LocalHub, tmp_path: Path) -> None:
+    run = prepare(tiny_options(tmp_path / "my-model", "digits", push_to_hub=True))
+    hub.fail("POST", "/api/repos/create", 403)
+    with pytest.raises(RunStopped, match=r"python scripts/push_to_hub\.py --model .*my-model"):
+        finetune(run)
+    ViTCLSForImageClassification.from_pretrained(tmp_path / "my-model")
 
 
 # What can go wrong ---------------------------------------------------------------------------------------------------

@@ -337,7 +337,7 @@ def dry_run(options: Options) -> Iterator[Options]:
             options,
             output_dir=folder / options.output_dir.name,
             training=replace(options.training, max_steps=1),
-            run=replace(options.run, resume=False),
+            run=replace(options.run, resume=False, dry_run=True),
         )
     finally:
         shutil.rmtree(folder, ignore_errors=True)
