@@ -320,15 +320,17 @@ def test_images_too_few_to_be_divided_are_named(colours: Path, tmp_path: Path) -
 def test_unlabelled_images(colours: Path, tmp_path: Path) -> None:
     for path in paths_in(colours):
         (tmp_path / f"{Path(path).parent.name}-{Path(path).name}").symlink_to(path)
-    for folder in (tmp_path, colours):  # without and with sub-folders
+    for folder, how in ((tmp_path, "by chance"), (colours, "stratified")):  # without and with sub-folders
         data = load_unlabelled_data(DataOptions(dataset=str(folder)))
         assert (len(data.train), len(data.held_out)) == (16, 4)
-        assert data.held_out_name == "20%, by chance, split seed 0"
+        assert data.held_out_name == f"20%, {how}, split seed 0"
         assert data.label_space.columns == {}
         assert {label for _, label in everything(data)} == {-100}
         assert len({np.asarray(picture.convert("RGB")).tobytes() for picture, _ in everything(data)}) == 20
     digits = load_unlabelled_data(DataOptions(dataset="digits"))
     assert set(digits.train.labels) == {-100} and len(digits.train) == 1437
+    labelled = load_training_data(DataOptions(dataset="digits"))  # fine-tuning must not have seen what it holds out
+    assert digits.held_out.pictures.indices == labelled.held_out.pictures.indices
     with pytest.raises(ValueError, match="no column is clearly the label"):
         read(tmp_path)
 

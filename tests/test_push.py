@@ -33,7 +33,9 @@ TOKENS = {
     "hf_ann": Token("ann", {"lab": "write", "club": "contributor", "school": "read"}),
     "hf_read": Token("ann", role="read"),
     "hf_all_of_ann": Token("ann", role="fineGrained", scopes={("user", "ann"): ["repo.content.read", "repo.write"]}),
-    "hf_one_model": Token("ann", role="fineGrained", scopes={("model", "ann/there"): ["repo.write"]}),
+    "hf_one_model": Token(
+        "ann", role="fineGrained", scopes={("model", name): ["repo.write"] for name in ("ann/there", "ann/deleted")}
+    ),
     "hf_fine_read": Token("ann", role="fineGrained", scopes={("user", "ann"): ["repo.content.read"]}),
     "hf_bob": Token("bob"),
 }
@@ -60,7 +62,10 @@ def folder(tmp_path: Path) -> Path:
     (target / "confusion.png").write_bytes(b"\x89PNG")
     (target / "pictures").mkdir()
     (target / "pictures" / "attention.png").write_bytes(b"\x89PNG2")
-    for name in ("optimizer.safetensors", "training_args.bin", "notes.txt", "checkpoints/step-1/model.safetensors"):
+    (target / "checkpoints" / "step-1").mkdir(parents=True)
+    for name in ("model.safetensors", "old_vitcls.py", "loss.png", "state.json"):
+        (target / "checkpoints" / "step-1" / name).write_bytes(b"old")
+    for name in ("optimizer.safetensors", "training_args.bin", "model.pkl", "notes.txt", "other/loss.png"):
         (target / name).parent.mkdir(parents=True, exist_ok=True)
         (target / name).write_bytes(pickle.dumps(name))
     return target
@@ -228,7 +233,8 @@ def test_a_token_that_may_push_gives_the_full_id(
         ("hf_wrong", None, ["does not know", "hf auth login"]),
         ("hf_read", None, ["may only read", "ann/my-run", "'write'"]),
         ("hf_fine_read", None, ["fine-grained", "ann/my-run", "Write access"]),
-        ("hf_one_model", "ann/not-there", ["fine-grained", "ann/not-there"]),
+        ("hf_one_model", "ann/other", ["fine-grained", "ann/other"]),
+        ("hf_one_model", "ann/deleted", ["fine-grained", "ann/deleted"]),  # which it may not make
         ("hf_ann", "bob/model", ["bob is neither you nor", "ann, lab, club, school"]),
         ("hf_ann", "school/model", ["role in school is 'read'"]),
         ("hf_ann", "ann/my model", ["--hub-model-id"]),

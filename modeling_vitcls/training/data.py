@@ -10,11 +10,12 @@ in batches.py.
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
+from .columns import UNLABELLED
 from .held_out import hold_out
 from .labels import LabelSpace
 from .options import DataOptions
 from .pictures import BrokenPicture, LabelledPictures
-from .sources import Splits, load_splits
+from .sources import Splits, load_splits, without_labels
 from .streaming import HeldOutPart, StreamedPictures, open_streams
 
 
@@ -61,10 +62,23 @@ def load_training_data(options: DataOptions) -> TrainingData:
 def load_unlabelled_data(options: DataOptions) -> TrainingData:
     """The same without labels: every label is -100, and the label space has no columns.
 
+    Of a data set that has labels, the pictures are held out that fine-tuning on it would hold out.
+
     Raises:
         ValueError: for a data set without images, or too small to be split.
     """
-    return load(options, labelled=False)
+    try:
+        data = load(options, labelled=True)
+    except ValueError:  # it has no labels, or none to stratify by
+        return load(options, labelled=False)
+    if isinstance(data.train, StreamedPictures):
+        return load(options, labelled=False)  # streams hold out the same pictures with and without labels
+    return replace(
+        data,
+        label_space=UNLABELLED,
+        train=without_labels(data.train.pictures),
+        held_out=without_labels(data.held_out.pictures),
+    )
 
 
 def load(options: DataOptions, labelled: bool) -> TrainingData:

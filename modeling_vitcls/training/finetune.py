@@ -16,16 +16,15 @@ from dataclasses import replace
 from typing import Any
 
 from ..hub.card import build_card
-from ..hub.publish import push_folder
-from .checkpoints import on_main
 from .evaluation import Evaluator
 from .loop import Metrics
 from .options import FinetuneOptions, as_flags
+from .output import push, write_output
 from .parts import build_parts
 from .reporting import shown_metric
-from .results import facts_of_run, model_lines, plan_lines, read_json, without_progress_bars, write_json
+from .results import facts_of_run, model_lines, plan_lines, read_json, write_json
 from .run import Run, build_plan, prepare
-from .session import RunStopped, dry_run
+from .session import dry_run
 from .states import gather, named_tensors
 from .trainable import merged_weights
 
@@ -59,7 +58,7 @@ def finetune(run: Run) -> dict[str, Any]:
     save(run, results)
     session.reporter.say("result", headline(metrics))
     session.reporter.say("saved", f"{session.folder} (model, image processor, README.md, results.json)")
-    push(run)
+    push(session, run.hub_model_id)
     session.accelerator.end_training()
     return results
 
@@ -108,37 +107,13 @@ def save(run: Run, results: dict[str, Any]) -> None:
     weights = gather(named_tensors(run.model), accelerator.is_main_process)  # all processes take part
 
     def write() -> None:
-        with without_progress_bars():
-            run.built.model.save_pretrained(folder, state_dict=merged_weights(weights))
+        run.built.model.save_pretrained(folder, state_dict=merged_weights(weights))
         run.built.processor.save_pretrained(folder)
         flags = as_flags(run.options)
         build_card(folder.resolve().name, run.built.model.config, results, flags).save(folder / "README.md")
         write_json(folder / "results.json", results)
 
-    try:
-        on_main(accelerator, write)
-    except OSError as error:
-        raise RunStopped(
-            f"cannot write the model to {folder} ({error}): make room, then give the same command with --resume"
-        ) from error
-
-
-def push(run: Run) -> None:
-    """`--push-to-hub`: the folder as it is.
-
-    Raises:
-        RunStopped: in one line, with the command that finishes the job.
-    """
-    repository, options = run.hub_model_id, run.options.run
-    if repository is None or options.dry_run:
-        return
-    try:
-        pushed = on_main(
-            run.session.accelerator, lambda: push_folder(run.session.folder, repository, options.hub_private)
-        )
-    except (ValueError, OSError) as error:
-        raise RunStopped(str(error)) from error
-    run.session.reporter.say("pushed", f"{pushed.url}, commit {pushed.commit}")
+    write_output(run.session, write)
 
 
 # What is printed and recorded ----------------------------------------------------------------------------------------
@@ -148,7 +123,7 @@ def summary(run: Run) -> dict[str, str]:
     """The lines that are printed before training."""
     data, labels = run.data, run.data.label_space
     classes = " + ".join(f"{len(names)} of {column!r}" for column, names in labels.columns.items())
-    number = "a stream of" if run.num_training_pictures is None else f"{run.num_training_pictures:,}"
+    number = "a stream of" if run.data.num_training_images is None else f"{run.data.num_training_images:,}"
     lines = {
         "data": f"{data.name}: {number} images to train on, {len(data.held_out):,} held out ({data.held_out_name}); "
         f"classes: {classes}, {labels.kind.replace('_', ' ')}",
@@ -165,7 +140,7 @@ def describe(run: Run) -> dict[str, Any]:
     data = {
         "dataset": run.data.name,
         "split": run.data.held_out_name,
-        "num_training_images": run.num_training_pictures,
+        "num_training_images": run.data.num_training_images,
         "teacher": run.options.distillation.teacher,
     }
     config = run.built.model.config

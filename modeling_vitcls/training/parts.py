@@ -90,7 +90,7 @@ def heads_alone(run: Run, evaluator: Evaluator) -> Parts:
     views = max(options.training.feature_views, 1)
     pictures = build_pictures(run, options.augmentation if options.training.feature_views else AS_IT_IS, views)
     assert isinstance(pictures, TrainingPictures), "a stream has no known pictures"
-    keys = [(view, index) for view in range(views) for index in range(run.num_training_pictures or 0)]
+    keys = [(view, index) for view in range(views) for index in range(run.data.num_training_images or 0)]
     as_they_are = "" if options.training.feature_views else ", as they are (--feature-views N augments them)"
     run.session.reporter.say("features", f"encoding {len(keys):,} images once{as_they_are}; then only the heads run")
     normalise = Normaliser(run.built.processor, accelerator.device)
@@ -110,7 +110,7 @@ def why_not_heads_alone(run: Run) -> str | None:
     augmentation = run.options.augmentation
     if run.teacher is not None:
         return "the teacher sees new pictures"
-    if run.num_training_pictures is None:
+    if run.data.num_training_images is None:
         return "a stream is not kept"
     if augmentation.mixup or augmentation.cutmix:
         return "pictures are mixed"
@@ -144,7 +144,7 @@ def build_asking(run: Run) -> Callable[[Batch], torch.Tensor]:
     views = run.options.distillation.teacher_views
     if not views:
         return run.teacher.ask
-    return TeacherCache(run.teacher, run.num_training_pictures or 0, views, len(run.data.label_space.names)).ask
+    return TeacherCache(run.teacher, run.data.num_training_images or 0, views, len(run.data.label_space.names)).ask
 
 
 def teacher_logits(run: Run, ask: Callable[[Batch], torch.Tensor], batch: Batch) -> torch.Tensor:

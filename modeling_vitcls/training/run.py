@@ -5,12 +5,11 @@ from dataclasses import dataclass, replace
 from accelerate import Accelerator
 from torch import nn
 
-from ..hub.rights import check_push_rights
 from .batches import BatchPlan
-from .checkpoints import on_main
 from .data import LabelledPictures, TrainingData, load_training_data
 from .model import BuiltModel, build_model, is_preset
 from .options import FinetuneOptions
+from .output import find_repository
 from .session import Session, open_session
 from .teacher import Teacher, load_teacher
 from .teacher_cache import check_teacher_views
@@ -29,11 +28,6 @@ class Run:
     teacher: Teacher | None
     plan: BatchPlan
     hub_model_id: str | None  # to push to
-
-    @property
-    def num_training_pictures(self) -> int | None:
-        """None for a stream."""
-        return num_pictures(self.data)
 
 
 def prepare(options: FinetuneOptions) -> Run:
@@ -106,25 +100,11 @@ def check_labels(options: FinetuneOptions, kind: str) -> None:
 # Parts ---------------------------------------------------------------------------------------------------------------
 
 
-def find_repository(options: FinetuneOptions, accelerator: Accelerator) -> str | None:
-    """Where `--push-to-hub` will push to, once it is sure that it may."""
-    run = options.run
-    if not run.push_to_hub:
-        return None
-    name = options.output_dir.resolve().name
-    return on_main(accelerator, lambda: check_push_rights(run.hub_model_id, name, run.hub_private))
-
-
-def num_pictures(data: TrainingData) -> int | None:
-    """To train on; None for a stream."""
-    return len(data.train) if isinstance(data.train, LabelledPictures) else None
-
-
 def build_plan(options: FinetuneOptions, data: TrainingData, num_processes: int) -> BatchPlan:
     """Which picture comes when."""
     labels = data.train.labels if isinstance(data.train, LabelledPictures) else None
     copies = options.augmentation.repeated_augmentation
-    return BatchPlan.from_options(num_pictures(data), options.training, num_processes, labels, copies)
+    return BatchPlan.from_options(data.num_training_images, options.training, num_processes, labels, copies)
 
 
 def load_distiller(
