@@ -42,15 +42,16 @@ def main() -> None:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing is loaded but from this machine
 
     from modeling_vitcls.benchmarking.inference import compare_inference
-    from modeling_vitcls.benchmarking.report import show, write
+    from modeling_vitcls.benchmarking.report import said, show, write
     from modeling_vitcls.benchmarking.training import compare_training
 
     with errors_in_one_line():
         if options.work == "inference":
-            comparisons = list(compare_inference(options.rows, options.against, options.pairs, options.toy))
+            found = compare_inference(options.rows, options.against, options.pairs, options.toy)
         else:
             finetune = Path(__file__).with_name("finetune.py")
-            comparisons = list(compare_training(options.rows, options.pairs, options.toy, finetune))
+            found = compare_training(options.rows, options.pairs, options.toy, finetune)
+        comparisons = [said(comparison) for comparison in found]
         if options.output is not None:
             write(comparisons, options.output)
     show(comparisons)

@@ -13,7 +13,7 @@ from rich.table import Table
 from transformers.utils import is_timm_available
 
 from ..training.environment import versions
-from .comparison import Comparison
+from .comparison import Comparison, quartiles
 
 
 def machine() -> dict[str, Any]:
@@ -56,6 +56,14 @@ def table_of(comparisons: list[Comparison]) -> Table:
             f"{lower:.2f} to {upper:.2f}",
         )
     return table
+
+
+def said(comparison: Comparison) -> Comparison:
+    """The comparison, once one line about it is printed: the next one may take minutes."""
+    lower, ratio, upper = quartiles(comparison.ratios)
+    name = f"{comparison.work}: {comparison.name}, against {comparison.against}"
+    print(f"{name}: {ratio:.2f} times as fast ({lower:.2f} to {upper:.2f})", flush=True)
+    return comparison
 
 
 def show(comparisons: list[Comparison]) -> None:
