@@ -1,0 +1,86 @@
+"""Paired measurements and what is said about them.
+
+Machines are shared and clocks vary, so the two sides take turns, and each turn is compared with its neighbour alone.
+"""
+
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+
+Row = TypeVar("Row")
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One piece of work done by two sides in turns.
+
+    Attributes:
+        work, name: kind of work and row of its table.
+        against: the other side.
+        ours, theirs: images per second of each turn, pair by pair.
+        difference: largest absolute difference of the outputs.
+        details: what was done, for the report.
+    """
+
+    work: str
+    name: str
+    against: str
+    ours: list[float]
+    theirs: list[float]
+    difference: float
+    details: dict[str, Any]
+
+    @property
+    def ratios(self) -> list[float]:
+        """How many times as fast ours was, in each pair."""
+        return [ours / theirs for ours, theirs in zip(self.ours, self.theirs, strict=True)]
+
+    def as_dict(self) -> dict[str, Any]:
+        """What the JSON file holds of it."""
+        lower, ratio, upper = quartiles(self.ratios)
+        return {
+            "work": self.work,
+            "name": self.name,
+            "against": self.against,
+            "ratio": ratio,
+            "quartiles": [lower, upper],
+            "pairs": len(self.ratios),
+            "ours_images_per_second": statistics.median(self.ours),
+            "theirs_images_per_second": statistics.median(self.theirs),
+            "ratios": self.ratios,
+            "largest_difference_of_outputs": self.difference,
+            **self.details,
+        }
+
+
+def in_turns(
+    ours: Callable[[], float], theirs: Callable[[], float], num_pairs: int
+) -> tuple[list[float], list[float]]:
+    """Measure both sides `num_pairs` times; who begins changes from pair to pair."""
+    measured: tuple[list[float], list[float]] = ([], [])
+    for pair in range(num_pairs):
+        for side in (0, 1) if pair % 2 == 0 else (1, 0):
+            measured[side].append((ours, theirs)[side]())
+    return measured
+
+
+def chosen(table: dict[str, Row], names: tuple[str, ...]) -> dict[str, Row]:
+    """The named rows of a table of work; all for no names.
+
+    Raises:
+        ValueError: for a row that does not exist.
+    """
+    for name in names:
+        if name not in table:
+            raise ValueError(f"--rows: there is no {name!r}: choose from {', '.join(map(repr, table))}")
+    return {name: table[name] for name in names or table}
+
+
+def quartiles(values: list[float]) -> tuple[float, float, float]:
+    """Lower quartile, median, upper quartile; the value itself if there is one only."""
+    if len(values) == 1:
+        return values[0], values[0], values[0]
+    lower, median, upper = statistics.quantiles(values, n=4, method="inclusive")
+    return lower, median, upper
