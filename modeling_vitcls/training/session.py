@@ -120,10 +120,7 @@ class Session:
         self.begin(plan, state, broken)
         self.state = state
         if self.options.run.log_with:
-            flags = {
-                name: shown(value) for name, value in as_flags(self.options).items()
-            }  # TensorBoard takes no lists
-            accelerator.init_trackers(self.folder.resolve().name, config=flags)
+            self.start_trackers()
 
         def tell_broken() -> None:
             broken.note(gather_object(met))
@@ -224,6 +221,15 @@ class Session:
         }
         tensors, rest = gather_state(self.accelerator, state.model, state.optimizer, self.shadow(state))
         save_for_all(self.store, self.accelerator, state.step, tensors, facts | rest, is_best)
+
+    def start_trackers(self) -> None:
+        """Let Accelerate's trackers know the run; they write below the output folder."""
+        folder = self.folder / "trackers"
+        folder.mkdir(exist_ok=True)
+        flags = {name: shown(value) for name, value in as_flags(self.options).items()}  # TensorBoard takes no lists
+        self.accelerator.init_trackers(
+            self.folder.resolve().name, config=flags, init_kwargs={"wandb": {"dir": str(folder)}}
+        )
 
     def seconds_so_far(self) -> float:
         """Spent training until now, up to the checkpoint it went on from and since."""
