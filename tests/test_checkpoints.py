@@ -265,8 +265,10 @@ class Trap:
 # Killed in the middle of a save --------------------------------------------------------------------------------------
 
 
-def save_without_end(folder: Path) -> None:
+def save_without_end(folder: Path, begun: Any) -> None:
+    torch.set_num_threads(1)  # a fork has none of its parent's threads
     store = CheckpointStore(folder, keep=2)
+    begun.set()
     while True:
         for step in (20, 30):  # each replaces its namesake
             store.save(step, tensors_of(step, size=200_000), {"flag": step}, is_best=False)
@@ -277,10 +279,15 @@ def test_a_save_killed_at_any_time_leaves_a_whole_checkpoint(store: CheckpointSt
     moments = random.Random(0)
     save(store, 10)
     steps = set()
+    started = time.monotonic()
+    store.save(10, tensors_of(10, size=200_000), {"flag": 10}, is_best=False)
+    seconds = time.monotonic() - started
     for _ in range(25):
-        process = FORK.Process(target=save_without_end, args=(store.folder,))
+        begun = FORK.Event()
+        process = FORK.Process(target=save_without_end, args=(store.folder, begun))
         process.start()
-        time.sleep(moments.uniform(0, 0.05))
+        assert begun.wait(20)
+        time.sleep(moments.uniform(0, 5 * seconds))
         process.kill()
         process.join()
         step, warnings = found(store)
@@ -302,6 +309,7 @@ def save_and_die(folder: Path, calls: int) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
 
     os.fsync = fsync
+    torch.set_num_threads(1)
     save(CheckpointStore(folder, keep=2), 20, 20)
 
 

@@ -532,4 +532,6 @@ def test_a_finished_run_says_so(pictures: Path, uninterrupted: Callable[[str], P
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    """Every file of a run, but what was being written when it was killed."""
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    return {str(path): path.read_bytes() for path in files if not path.parent.name.startswith(".")}

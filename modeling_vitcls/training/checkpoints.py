@@ -4,7 +4,7 @@
       step-00000120/           model.safetensors, optimizer.safetensors, ...: named tensors
                                state.json: step, facts, the SHA-256 of every file, and its own
       step-00000240/
-      .step-00000360.partial/  what a killed save left behind; the next save removes it
+      .step-00000360.partial/  what a killed save, or removal, left behind; the next save removes it
 
 A checkpoint is written into a hidden folder, forced onto the disk and then renamed, so that a process killed at any
 moment leaves the one before. Reading is safetensors and JSON alone: nothing is unpickled, and nothing is run.
@@ -33,7 +33,7 @@ Tensors = dict[str, torch.Tensor]
 
 STATE_FILE = "state.json"
 COMPLETE = re.compile(r"step-(\d{8,})")
-PARTIAL, REPLACED = ".partial", ".replaced"  # ends of hidden folders: not yet complete, and about to go
+PARTIAL, REPLACED = ".partial", ".replaced"  # ends of hidden folders: not whole; whole, but about to be replaced
 WRITE_ERRORS = (OSError, SafetensorError)  # safetensors wraps the system's errors in its own
 
 
@@ -113,6 +113,8 @@ class CheckpointStore:
 
     def clear(self) -> None:
         """Remove all checkpoints: an earlier run's."""
+        for step in self.steps():
+            remove(self.path(step))
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def steps(self) -> list[int]:
@@ -134,7 +136,7 @@ class CheckpointStore:
         kept = {*past[-self.keep :], *best[-1:]}
         for other in steps:
             if other not in kept:
-                shutil.rmtree(self.path(other), ignore_errors=True)
+                remove(self.path(other))
 
     def remove_leftovers(self) -> None:
         """Undo what a killed save had begun."""
@@ -281,6 +283,12 @@ def move_into_place(partial: Path, target: Path) -> None:
     partial.rename(target)
     force_to_disk(target.parent)
     shutil.rmtree(replaced, ignore_errors=True)
+
+
+def remove(checkpoint: Path) -> None:
+    """Remove a checkpoint; hidden first, so that a part that a killed run leaves of it is not taken for damaged."""
+    leftover = checkpoint.rename(hidden(checkpoint, PARTIAL))
+    shutil.rmtree(leftover, ignore_errors=True)
 
 
 def hidden(folder: Path, end: str) -> Path:

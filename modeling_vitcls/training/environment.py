@@ -11,11 +11,17 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator, DistributedType
 from accelerate.state import PartialState
-from accelerate.utils import FullyShardedDataParallelPlugin, ProjectConfiguration, parse_flag_from_env
+from accelerate.utils import (
+    FullyShardedDataParallelPlugin,
+    InitProcessGroupKwargs,
+    ProjectConfiguration,
+    parse_flag_from_env,
+)
 from torch import nn
 
 from ..layers_vitcls import EncoderLayer
 from ..version import __version__
+from . import zero
 
 
 LIBRARIES = ("torch", "torchvision", "transformers", "accelerate")
@@ -30,34 +36,36 @@ def build_accelerator(
     """What `accelerate launch` asked for, with `mixed_precision` ("no", "bf16", "fp16") in place of its own if given.
 
     Without any accelerator device Accelerate has to be told so: started as several processes it would otherwise run
-    each of them as if it were alone.
+    each of them as if it were alone. Under DeepSpeed it is the backend that says so: `cpu` would turn DeepSpeed off.
 
     Raises:
-        ValueError: for a precision that this machine does not have, or a tracker that is not installed.
+        ValueError: for a precision that this machine or DeepSpeed does not have; for FSDP 1, or a stage of DeepSpeed's
+            ZeRO that is not supported; for a tracker that is not installed.
     """
+    on_cpu = not torch.accelerator.is_available()
+    with_deepspeed = parse_flag_from_env("ACCELERATE_USE_DEEPSPEED")
     accelerator = Accelerator(
-        cpu=not torch.accelerator.is_available(),
+        cpu=on_cpu and not with_deepspeed,
         mixed_precision=mixed_precision,
         log_with=check_installed(trackers) or None,
+        kwargs_handlers=[InitProcessGroupKwargs(backend="gloo")] if on_cpu and with_deepspeed else None,
         project_config=ProjectConfiguration(logging_dir=str(tracker_folder)) if tracker_folder else None,
     )
     # Said here rather than above, where a variable of the launcher's would win over it.
     accelerator.gradient_accumulation_steps = gradient_accumulation_steps
     if accelerator.distributed_type == DistributedType.MULTI_CPU and parse_flag_from_env("ACCELERATE_USE_FSDP"):
         shard_on_cpu(accelerator)
+    if accelerator.distributed_type == DistributedType.FSDP and not accelerator.is_fsdp2:
+        raise ValueError("FSDP 1 is not supported: set fsdp_version: 2 in accelerate's configuration")
+    if zero.is_used(accelerator):
+        zero.settle_model(accelerator)
     return accelerator
 
 
 def shard_on_cpu(accelerator: Accelerator) -> None:
     """Turn on the FSDP2 that `accelerate launch` was asked for: Accelerate itself would do so on GPUs alone, and run
-    DDP on CPUs without a word.
-
-    Raises:
-        ValueError: for FSDP 1, which needs GPUs.
-    """
+    DDP on CPUs without a word."""
     plugin = FullyShardedDataParallelPlugin()  # reads what the launcher was told
-    if plugin.fsdp_version != 2:
-        raise ValueError("FSDP 1 needs GPUs: set fsdp_version: 2 in accelerate's configuration")
     if accelerator.mixed_precision != "no":
         plugin.set_mixed_precision(accelerator.mixed_precision)
     accelerator.state.fsdp_plugin = plugin

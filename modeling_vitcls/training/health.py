@@ -1,7 +1,7 @@
 """Whether the special tokens learn. A CLS token without gradient, or that does not move, is the classic mistake.
 
 norm              of the token
-gradient_norm     of its gradient, after clipping
+gradient_norm     of its gradient, after clipping (under DeepSpeed, before it)
 update_ratio      norm of the last update / norm of the token
 entropy           of what CLS attends to, in nats, per layer; ln(tokens) where it attends to all alike
 """
@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from ..embeddings_vitcls import ViTCLSEmbeddings
+from .states import as_whole, whole_gradient
 from .trainable import set_training
 
 
@@ -56,7 +57,7 @@ class TokenMonitor:
         return {
             f"{group}[{index}]": token
             for group, parameter in self.parameters.items()
-            for index, token in enumerate(whole(parameter.detach()).float().cpu().squeeze(0).clone())
+            for index, token in enumerate(as_whole(parameter).detach().float().cpu().squeeze(0).clone())
         }
 
     def gradients(self) -> Tokens:
@@ -64,8 +65,8 @@ class TokenMonitor:
         return {
             f"{group}[{index}]": gradient
             for group, parameter in self.parameters.items()
-            if parameter.grad is not None
-            for index, gradient in enumerate(whole(parameter.grad).float().cpu().squeeze(0).clone())
+            if (whole := whole_gradient(parameter)) is not None
+            for index, gradient in enumerate(whole.float().cpu().squeeze(0).clone())
         }
 
     def health(self, before: Tokens, gradients: Tokens) -> TokenHealth:
@@ -111,11 +112,6 @@ class AttentionEntropy:
         set_training(self.model)
         entropy = torch.special.entr(weights.float()).sum(-1)  # [B, layers, heads, CLS]
         return {"cls_attention_entropy": [round(value, 4) for value in entropy.mean(dim=(0, 2, 3)).tolist()]}
-
-
-def whole(tensor: torch.Tensor) -> torch.Tensor:
-    """The full tensor, where a process holds a part of it."""
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 def norm(vector: torch.Tensor) -> float:

@@ -22,13 +22,14 @@ from torch import nn
 from .batches import BatchPlan, seed_for
 from .ema import Ema
 from .environment import peak_memory
-from .health import TokenMonitor
+from .health import TokenMonitor, Tokens
 from .losses import Batch, Losses, Objective
 from .metrics import scalars
 from .optimisation import learning_rate_at, set_learning_rate
 from .options import TrainingOptions
 from .states import reshard
 from .trainable import set_training
+from .updates import build_updates
 
 
 Metrics = dict[str, Any]
@@ -65,7 +66,8 @@ class Interrupted(Exception):
 
 
 class NonFiniteLoss(Exception):
-    """The loss, or its gradient, is no number any more. The weights are those before the step."""
+    """The loss, or its gradient, is no number any more. The weights are those before the step; under DeepSpeed, where
+    gradients show only afterwards, those after it if the loss was still one."""
 
     def __init__(self, step: int, batches: list[Batch]) -> None:
         super().__init__(
@@ -99,7 +101,7 @@ class TrainingLoop:
         self.hooks = hooks
         self.save_every = save_every
         self.monitor = monitor
-        self.trained = [parameter for parameter in state.model.parameters() if parameter.requires_grad]
+        self.updates = build_updates(accelerator, state.model, state.optimizer, options.max_gradient_norm)
         self.seconds: list[float] = []  # of the steps since the last logged one
 
     def run(self, batches: Iterator[Batch]) -> Metrics:
@@ -156,6 +158,15 @@ class TrainingLoop:
         set_learning_rate(state.optimizer, learning_rate)
         used: list[Batch] = []
         losses: list[Losses] = []
+        before: list[tuple[Tokens, Tokens]] = []  # tokens and their gradients, when the step is made
+
+        def check(norm: float) -> None:
+            self.check_finite(losses, norm, used)
+
+        def look() -> None:
+            if with_health:
+                before.append((self.monitor.tokens(), self.monitor.gradients()))
+
         for accumulated in range(self.plan.accumulation_steps):
             batch = next(batches)
             self.hooks.note_batch(batch)
@@ -165,13 +176,9 @@ class TrainingLoop:
             with accelerator.accumulate(state.model):
                 found = self.objective(state.model, batch)
                 losses.append({name: loss.detach() for name, loss in found.items()})
-                accelerator.backward(found["loss"])  # divides by the accumulation steps
-                if accelerator.sync_gradients:
-                    gradient_norm = float(accelerator.clip_grad_norm_(self.trained, options.max_gradient_norm))
-                    self.check_finite(losses, gradient_norm, used)
-                    before = (self.monitor.tokens(), self.monitor.gradients()) if with_health else None
-                state.optimizer.step()  # waits for the last accumulated batch, and so does zero_grad
-                state.optimizer.zero_grad()
+                self.updates.backward(found["loss"])
+                if accelerator.sync_gradients:  # after the last accumulated batch
+                    gradient_norm = self.updates.step(check, look)
         state.step += 1
         if state.ema is not None:
             state.ema.update(state.step)
@@ -183,7 +190,7 @@ class TrainingLoop:
             "gradient_norm": round(gradient_norm, 6) if math.isfinite(gradient_norm) else None,
         }
         if before:
-            health = self.monitor.health(*before)
+            health = self.monitor.health(*before[0])
             record |= health.record()
             for token in self.monitor.newly_without_gradient(health):
                 self.hooks.warn(f"the token {token} got no gradient in step {state.step}: it cannot learn")

@@ -38,10 +38,8 @@ def write_output(session: Session, write: Callable[[], None]) -> None:
     try:
         on_main(session.accelerator, write_quietly)
     except OSError as error:
-        raise RunStopped(
-            f"cannot write the model to {session.folder} ({error}): make room, then give the same command with "
-            "--resume"
-        ) from error
+        again = "give the same command with --resume" if session.keeps_checkpoints else "start the run anew"
+        raise RunStopped(f"cannot write the model to {session.folder} ({error}): make room, then {again}") from error
 
 
 def push(session: Session, repository: str | None) -> None:

@@ -14,6 +14,8 @@ from transformers.utils import logging
 from ..configuration_vitcls import ViTCLSConfig
 from .batches import BatchPlan
 from .environment import device_name, versions
+from .states import size
+from .zero import precision
 
 
 def model_lines(source: str, model: nn.Module, config: ViTCLSConfig) -> dict[str, str]:
@@ -35,7 +37,7 @@ def plan_lines(plan: BatchPlan, accelerator: Accelerator) -> dict[str, str]:
     epochs = f" = {plan.epochs_after(plan.num_steps):.1f} epochs" if plan.num_pictures else ""
     return {
         "batches": f"{plan.pictures_per_step} images a step = {batch}; {plan.num_steps:,} steps{epochs}",
-        "device": f"{device_name(accelerator)}, mixed precision: {accelerator.mixed_precision}",
+        "device": f"{device_name(accelerator)}, mixed precision: {precision(accelerator)}",
     }
 
 
@@ -53,7 +55,7 @@ def facts_of_run(
         "token_layout": counts,
         "sequence_length": sum(counts.values()),
         "device": device_name(accelerator),
-        "mixed_precision": accelerator.mixed_precision,
+        "mixed_precision": precision(accelerator),
         "num_processes": accelerator.num_processes,
         "versions": versions(),
     }
@@ -68,7 +70,7 @@ def token_counts(config: ViTCLSConfig) -> dict[str, int]:
 
 def num_parameters(model: nn.Module, trained_only: bool = False) -> int:
     """All parameters, or those that are trained."""
-    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad or not trained_only)
+    return sum(size(parameter) for parameter in model.parameters() if parameter.requires_grad or not trained_only)
 
 
 @contextmanager

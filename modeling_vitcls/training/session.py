@@ -34,7 +34,8 @@ from .losses import Batch, Objective
 from .optimisation import build_optimizer
 from .options import FinetuneOptions, PretrainOptions, RunOptions, as_flags
 from .reporting import Reporter
-from .states import gather_state, scatter_state
+from .states import gather_state, scatter_state, unsupported
+from .zero import check_flags, tell_flags
 
 
 Options = TypeVar("Options", FinetuneOptions, PretrainOptions)
@@ -85,6 +86,11 @@ class Session:
         """Whether `--resume` finds a run that has written its results."""
         return self.facts is not None and (self.folder / "results.json").exists()
 
+    @property
+    def keeps_checkpoints(self) -> bool:
+        """Whether the run can be resumed under the launched configuration."""
+        return unsupported(self.accelerator) is None
+
     def train(
         self,
         model: nn.Module,
@@ -112,6 +118,7 @@ class Session:
         if training.compile:
             model.compile()
         shard_by_layer(accelerator, model)
+        tell_flags(accelerator, training)
         state = TrainingState(*accelerator.prepare(model, build_optimizer(model, training)))
         state.ema = Ema(state.model, training.ema_decay) if training.ema_decay else None
         monitor = TokenMonitor(accelerator.unwrap_model(state.model))  # of the tokens as they start, also on --resume
@@ -206,7 +213,9 @@ class Session:
         self.accelerator.wait_for_everyone()
 
     def save_checkpoint(self, state: TrainingState, plan: BatchPlan, broken: BrokenPictures, is_best: bool) -> None:
-        """Write all that `begin` needs."""
+        """Write all that `begin` needs, where that is possible."""
+        if not self.keeps_checkpoints:
+            return
         facts = {
             "step": state.step,
             "best_score": state.best_score,
@@ -245,10 +254,10 @@ class Session:
         try:
             yield
         except Interrupted as error:
-            raise RunStopped(
-                f"stopped by {error}; a checkpoint was saved: go on with the same command and --resume",
-                interruption.exit_status,
-            ) from None
+            what_is_left = "no checkpoint could be saved"
+            if self.keeps_checkpoints:
+                what_is_left = "a checkpoint was saved: go on with the same command and --resume"
+            raise RunStopped(f"stopped by {error}; {what_is_left}", interruption.exit_status) from None
         except NonFiniteLoss as error:
             file = self.save_non_finite(error)
             raise RunStopped(f"{error}. The images of that step are listed in {file}") from None
@@ -263,7 +272,7 @@ class Session:
             for batches in gather_object([error.batches])
             for batch in batches
         ]
-        if self.state is not None:
+        if self.state is not None and self.keeps_checkpoints:
             store = CheckpointStore(self.folder / "non_finite", keep=1)
             shadow = self.shadow(self.state)
             tensors, rest = gather_state(self.accelerator, self.state.model, self.state.optimizer, shadow)
@@ -277,16 +286,20 @@ def open_session(options: Options) -> Session:
     """Check the output folder, and find the checkpoint to go on from.
 
     Raises:
-        ValueError: where the folder holds an unfinished run and neither --resume nor --overwrite is given; where all
-            checkpoints are damaged, or are of a run with other flags; for a precision or tracker that is not there.
+        ValueError: for flags that DeepSpeed does not go with; where the folder holds an unfinished run and neither
+            --resume nor --overwrite is given; where all checkpoints are damaged, or are of a run with other flags; for
+            a precision or tracker that is not there.
     """
     training, run = options.training, options.run
     accelerator = build_accelerator(
         training.gradient_accumulation_steps, training.mixed_precision, run.log_with, options.output_dir / "trackers"
     )
+    check_flags(accelerator, training, run)
     set_seed(training.seed)
     reporter = Reporter(options.output_dir / "metrics.jsonl", accelerator)
     store = CheckpointStore(options.output_dir / "checkpoints", run.keep_checkpoints)
+    if reason := unsupported(accelerator):
+        reporter.warn(f"no checkpoints are saved, and the run cannot be resumed: {reason}")
     if not run.resume:
         check_unfinished(store, options.output_dir, run)
         return Session(options, accelerator, store, None, None, reporter)

@@ -1,4 +1,5 @@
 """The state of training as plain named tensors, and back: for one process, DDP and FSDP2 alike, to the bit.
+Of DeepSpeed's shards, weights and gradients alone can be made whole.
 
     model, optimiser, EMA weights      <->   {"model", "optimizer", "ema"} -> name -> whole tensor on the CPU
     on every process, maybe in shards        on the main process
@@ -28,9 +29,7 @@ PEFT_PREFIX = "base_model.model."
 def unsupported(accelerator: Accelerator) -> str | None:
     """Why no checkpoint can be written under the launched configuration; None where it can."""
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
-        return "DeepSpeed keeps the optimiser's state in a form of its own: use FSDP2 to be able to --resume"
-    if accelerator.distributed_type == DistributedType.FSDP and not accelerator.is_fsdp2:
-        return "this is FSDP 1: set fsdp_version: 2 in accelerate's configuration to be able to --resume"
+        return "DeepSpeed keeps the optimiser's state in a form of its own; use FSDP2 to be able to --resume"
     return None
 
 
@@ -124,7 +123,7 @@ def renamed(tensors: Iterable[tuple[str, Any]]) -> Tensors:
 
 def named_tensors(model: nn.Module) -> Tensors:
     """Parameters and persistent buffers; in place changes of them change the model."""
-    return renamed(model.state_dict().items())
+    return renamed(model.state_dict(keep_vars=True).items())
 
 
 def named_parameters(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -154,10 +153,36 @@ def gather(tensors: Tensors, is_main: bool) -> Tensors:
     """Whole tensors on the main process's CPU; nothing on the others, which take part one tensor at a time."""
     result: Tensors = {}
     for name, tensor in tensors.items():
-        whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        gathered = as_whole(tensor)
         if is_main:
-            result[name] = whole.detach().cpu()
+            result[name] = gathered.detach().cpu()
     return result
+
+
+def as_whole(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor of which each process may hold a part. All processes have to call it together."""
+    if isinstance(tensor, DTensor):
+        return tensor.full_tensor()
+    if hasattr(tensor, "ds_id"):  # ZeRO-3
+        from deepspeed import zero
+
+        with zero.GatheredParameters([tensor]):
+            return tensor.detach().clone()
+    return tensor
+
+
+def whole_gradient(parameter: torch.Tensor) -> torch.Tensor | None:
+    """A parameter's gradient, over all processes; None where it has none. All processes have to call it together."""
+    if parameter.requires_grad and (hasattr(parameter, "ds_id") or hasattr(parameter, "_hp_mapping")):  # ZeRO
+        from deepspeed.utils import safe_get_full_grad
+
+        return safe_get_full_grad(parameter)
+    return None if parameter.grad is None else as_whole(parameter.grad)
+
+
+def size(parameter: torch.Tensor) -> int:
+    """Numbers in the whole of a parameter."""
+    return getattr(parameter, "ds_numel", parameter.numel())
 
 
 @torch.no_grad()
