@@ -95,5 +95,6 @@ def test_what_it_does_not_go_with_is_refused_in_one_line(stage: int, flags: list
     with pytest.raises(AssertionError) as caught:
         launch(config_file(tmp_path, stage), "finetune.py", *TINY, *flags, "--output-dir", tmp_path / "model")
     printed = str(caught.value)
-    assert "error: " in printed and "supported under DeepSpeed" in printed and 'File "' not in printed
+    assert "error: " in printed and "supported under DeepSpeed" in printed
+    assert 'finetune.py", line' not in printed  # no traceback but the launcher's
     assert not (tmp_path / "model").exists()
