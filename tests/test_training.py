@@ -571,7 +571,7 @@ def test_an_unfinished_run_is_not_thrown_away(tmp_path: Path) -> None:
 def test_a_dry_run_does_everything_and_keeps_nothing(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     rehearse(tiny_options(tmp_path / "out", "digits", max_steps=50, ema_decay=0.9))
     output = capsys.readouterr().out
-    assert "one step, an evaluation, a checkpoint and saving went well" in output
+    assert "one step, an evaluation, a checkpoint, saving went well" in output
     assert "The run itself has 50 steps" in output
     assert list(tmp_path.iterdir()) == []
 

@@ -76,12 +76,7 @@ def rehearse(options: FinetuneOptions) -> None:
         run.data = replace(run.data, held_out=run.data.held_out.chosen(few))
         finetune(run)
     steps = build_plan(options, run.data, run.plan.num_processes).num_steps
-    may_push = f"; {run.hub_model_id} may be pushed to" if run.hub_model_id else ""
-    run.session.reporter.say(
-        "dry run",
-        f"one step, an evaluation, a checkpoint and saving went well in {time.perf_counter() - started:.0f} s"
-        f"{may_push}; nothing was kept. The run itself has {steps:,} steps",
-    )
+    run.session.report_rehearsal(started, steps, run.hub_model_id)
 
 
 def build_evaluator(run: Run) -> Evaluator:

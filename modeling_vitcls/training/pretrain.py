@@ -118,11 +118,7 @@ def rehearse(options: PretrainOptions) -> None:
         run.data = replace(run.data, held_out=run.data.held_out.chosen(few))
         pretrain(run)
     steps = build_plan(options, run.data, run.plan.num_processes).num_steps
-    run.session.reporter.say(
-        "dry run",
-        f"one step, an evaluation, a checkpoint and saving went well in {time.perf_counter() - started:.0f} s; "
-        f"nothing was kept. The run itself has {steps:,} steps",
-    )
+    run.session.report_rehearsal(started, steps, run.hub_model_id)
 
 
 # Parts ---------------------------------------------------------------------------------------------------------------

@@ -231,6 +231,17 @@ class Session:
         tensors, rest = gather_state(self.accelerator, state.model, state.optimizer, self.shadow(state))
         save_for_all(self.store, self.accelerator, state.step, tensors, facts | rest, is_best)
 
+    def report_rehearsal(self, started: float, num_steps: int, hub_model_id: str | None) -> None:
+        """What `--dry-run` tried since `started`, and how long the run itself would be."""
+        tried = ["one step", "an evaluation", *(["a checkpoint"] if self.keeps_checkpoints else []), "saving"]
+        may_push = f"; {hub_model_id} may be pushed to" if hub_model_id else ""
+        seconds = time.perf_counter() - started
+        self.reporter.say(
+            "dry run",
+            f"{', '.join(tried)} went well in {seconds:.0f} s{may_push}; nothing was kept. The run itself has "
+            f"{num_steps:,} steps",
+        )
+
     def start_trackers(self) -> None:
         """Let Accelerate's trackers know the run; they write below the output folder."""
         folder = self.folder / "trackers"
