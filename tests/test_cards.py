@@ -1,13 +1,14 @@
 """Model cards: what they claim is what was measured, and nothing in them is empty."""
 
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
 from huggingface_hub import ModelCard
 
 from modeling_vitcls import ViTCLSConfig
-from modeling_vitcls.hub.card import build_card, layout_picture
+from modeling_vitcls.hub.card import build_card, layout_picture, shareable
 
 
 CONFIG = ViTCLSConfig(
@@ -173,3 +174,18 @@ def test_layout_leaves_out_groups_without_tokens() -> None:
         layout_picture({"cls": 0, "distillation": 1, "registers": 0, "patches": 4})
         == "[ distillation x 1 | patch x 4 ]"
     )
+
+
+def test_no_path_of_this_machine_is_in_the_recipe(tmp_path: Path) -> None:
+    weights = tmp_path / "weights.safetensors"
+    weights.write_bytes(b"")
+    flags = {"model": str(tmp_path), "dataset": "digits", "output_dir": str(tmp_path / "out"), "epochs": None}
+    for teacher, expected in {
+        str(tmp_path): f"path/to/{tmp_path.name}",
+        f"timm:resnet18@{weights}": "timm:resnet18@path/to/weights.safetensors",
+        "timm:resnet18": "timm:resnet18",
+        "ORG/TEACHER": "ORG/TEACHER",
+    }.items():
+        shared = shareable(flags | {"teacher": teacher})
+        assert shared["teacher"] == expected
+        assert str(tmp_path) not in str(shared)

@@ -158,10 +158,18 @@ def layout_picture(counts: dict[str, int]) -> str:
     return "[ " + " | ".join(f"{TOKEN_NAMES[name]} x {count}" for name, count in counts.items() if count) + " ]"
 
 
+def without_folders(source: str) -> str:
+    """A data set, model or teacher as others may know it: of a file or folder of this machine the last part."""
+    name, separator, file = source.partition("@")  # timm:NAME@FILE
+    if separator and Path(file).exists():
+        return f"{name}@path/to/{Path(file).name}"
+    return f"path/to/{Path(source).name}" if Path(source).exists() else source
+
+
 def shareable(flags: dict[str, Any]) -> dict[str, Any]:
     """The flags that a reader can use: those that were set, without paths of the machine they were used on."""
     paths = {"output_dir": "my-model"}
-    for name in ("dataset", "model"):
-        if Path(flags[name]).exists():
-            paths[name] = f"path/to/{Path(flags[name]).name}"
+    for name in ("dataset", "model", "teacher"):
+        if flags.get(name):
+            paths[name] = without_folders(flags[name])
     return {name: paths.get(name, value) for name, value in flags.items() if value is not None}

@@ -5,6 +5,7 @@ import platform
 import resource
 import sys
 import warnings
+from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from ..version import __version__
 from . import zero
 
 
+LONGEST_WAIT = timedelta(hours=12)  # of the processes for the main one, which downloads, reads streams and pushes
 LIBRARIES = ("torch", "torchvision", "transformers", "accelerate")
 
 
@@ -48,7 +50,9 @@ def build_accelerator(
         cpu=on_cpu and not with_deepspeed,
         mixed_precision=mixed_precision,
         log_with=check_installed(trackers) or None,
-        kwargs_handlers=[InitProcessGroupKwargs(backend="gloo")] if on_cpu and with_deepspeed else None,
+        kwargs_handlers=[
+            InitProcessGroupKwargs(backend="gloo" if on_cpu and with_deepspeed else None, timeout=LONGEST_WAIT)
+        ],
         project_config=ProjectConfiguration(logging_dir=str(tracker_folder)) if tracker_folder else None,
     )
     # Said here rather than above, where a variable of the launcher's would win over it.

@@ -71,7 +71,13 @@ def load_for_labels(source: str, values: dict[str, Any], label_space: LabelSpace
         model, info = model_class.from_pretrained(source, dtype=torch.float32, output_loading_info=True, **values)
         fresh = set(info["missing_keys"])
     else:
-        encoder, info = ViTCLSModel.from_pretrained(source, dtype=torch.float32, output_loading_info=True, **values)
+        encoder, info = ViTCLSModel.from_pretrained(
+            source,
+            dtype=torch.float32,
+            output_loading_info=True,
+            tasks=None,  # the checkpoint's own, which may not fit the CLS tokens asked for
+            **values,
+        )
         config = copy.deepcopy(encoder.config)
         config.tasks = None
         for name, value in label_space.config_values().items():

@@ -1,7 +1,8 @@
 """The teacher's answers, kept, so that it is asked once about each augmented view of a picture.
 
 With `--teacher-views V` every picture has V views that recur; a view is known by (view, index). The answers stay in
-memory and in no checkpoint: after a resumption the teacher is asked again, with the same answers.
+memory and in no checkpoint: after a resumption the teacher is asked again, in other batches, and its answers
+are the same up to rounding before they are kept in half precision.
 """
 
 from typing import Any
