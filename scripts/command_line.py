@@ -20,6 +20,9 @@ import tyro
 import yaml
 
 
+ON_ALL_PROCESSES = "on all processes"  # a note on such errors, from training/checkpoints.py
+
+
 @dataclass
 class Recipe:
     """The one flag that has to be known before the others."""
@@ -81,11 +84,19 @@ def errors_in_one_line() -> Iterator[None]:
     try:
         yield
     except (ValueError, OSError) as error:
-        stop(f"error: {error}", status=1)
+        stop(f"error: {error}", status=1, on_all=ON_ALL_PROCESSES in getattr(error, "__notes__", ()))
 
 
-def stop(message: str, status: int = 2) -> NoReturn:
-    """End the script; of several processes the first one says why. Status 2 is for a wrong flag."""
-    if os.environ.get("RANK", "0") == "0":
+def stop(message: str, status: int = 2, on_all: bool = True) -> NoReturn:
+    """End the script, and say why. Status 2 is for a wrong flag.
+
+    Args:
+        on_all: whether all processes end for this reason, so that the first one speaks for them. Otherwise this one
+            speaks for itself: it may be the only one.
+    """
+    process = os.environ.get("RANK", "0")
+    if process == "0":
         print(message, file=sys.stderr)
+    elif not on_all:
+        print(f"process {process}: {message}", file=sys.stderr)
     raise SystemExit(status)

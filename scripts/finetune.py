@@ -19,15 +19,13 @@ def main() -> None:
     from modeling_vitcls.training.session import RunStopped
 
     try:
-        if options.run.dry_run:
-            with errors_in_one_line():
-                rehearse(options)
-            return
         with errors_in_one_line():
-            run = prepare(options)
-        finetune(run)
+            if options.run.dry_run:
+                rehearse(options)
+            else:
+                finetune(prepare(options))
     except RunStopped as stopped:
-        stop(str(stopped), stopped.exit_status)
+        stop(str(stopped), stopped.exit_status, stopped.on_all)
 
 
 if __name__ == "__main__":

@@ -277,3 +277,14 @@ def test_workers_outlive_the_signals_that_stop_a_run() -> None:
         subprocess.run(["kill", f"-{name}", *workers], check=True)
     time.sleep(0.2)
     assert len(list(islice(batches, 50))) == 50
+
+
+def test_a_grey_model_skips_pictures_in_colour() -> None:
+    pictures = [picture.convert(mode) for picture, mode in zip(noise(4), ("L", "RGB", "RGBA", "LA"), strict=True)]
+    augmentation = build_augmentation(AugmentationOptions(crop_scale=1.0, flip=False), (16, 16), 3)
+    source = LabelledPictures(pictures, [0, 1, 2, 3])
+    prepared = TrainingPictures(source, augmentation, to_rgb=False, seed=0, num_channels=1)
+    batch = prepared.batch([(0, 0), (0, 1), (0, 2), (0, 3)])
+    assert batch["pixels"].shape == (4, 1, 16, 16)
+    assert (batch["index"].tolist(), batch["broken"].tolist()) == ([0, 3, 3, 3], [-1, 1, 2, -1])
+    assert prepared.describe(1) == "an image of mode RGB has 3 channels, the model takes 1"

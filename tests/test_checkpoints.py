@@ -162,6 +162,15 @@ def test_clear_removes_an_earlier_run(store: CheckpointStore) -> None:
     assert found(store) == (None, [])
 
 
+def test_clear_removes_what_a_killed_removal_left(store: CheckpointStore) -> None:
+    save(store, 10)
+    left = store.folder / ".step-00000010.partial"
+    left.mkdir()
+    (left / "model.safetensors").touch()
+    store.clear()
+    assert not store.folder.exists()
+
+
 def test_facts_that_json_cannot_hold_leave_nothing_behind(store: CheckpointStore) -> None:
     save(store, 10)
     with pytest.raises(TypeError, match="set is not JSON serializable"):

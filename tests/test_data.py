@@ -311,6 +311,56 @@ def test_a_split_of_the_data_set_is_used_where_there_is_one(colours: Path, tmp_p
         load_evaluation_data(options, "tset")
 
 
+def write_splits(folder: Path, colours: Path, **labels: int | None) -> Path:
+    """A Parquet file per split; all of a split have the given label, or each its own."""
+    paths = paths_in(colours)
+    names = datasets.ClassLabel(names=["dusk", "noon"])
+    folder.mkdir(exist_ok=True)
+    for split, label in labels.items():
+        rows = {"image": paths, "label": [int("noon" in path) if label is None else label for path in paths]}
+        write_table(folder / f"{split}.parquet", rows, image=datasets.Image(), label=names)
+    return folder
+
+
+def test_hidden_labels_of_an_unused_split_do_no_harm(colours: Path, tmp_path: Path) -> None:
+    folder = write_splits(tmp_path / "a", colours, train=None, validation=None, test=-1)
+    data = read(folder)
+    assert (len(data.train), len(data.held_out), data.held_out_name) == (20, 20, "split 'validation'")
+    options = DataOptions(dataset=str(folder))
+    assert len(load_evaluation_data(options, "validation")[1]) == 20
+    with pytest.raises(ValueError, match="split 'test': row 0 has the label -1"):
+        load_evaluation_data(options, "test")
+    with pytest.raises(ValueError, match="split 'test': row 0 has the label -1"):
+        read(write_splits(tmp_path / "b", colours, train=None, test=-1))
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("only", ["validation", "test"])
+def test_a_split_that_is_asked_for_by_name_is_whole(colours: Path, tmp_path: Path, only: str, streaming: bool) -> None:
+    options = DataOptions(str(write_splits(tmp_path / "data", colours, **{only: None})), streaming=streaming)
+    assert len(load_evaluation_data(options, only)[1]) == 20
+
+
+def test_parts_of_the_only_split(colours: Path) -> None:
+    options = DataOptions(dataset=str(colours))
+    data = load_training_data(options)
+    for part, name in ((data.train, "train"), (data.held_out, "test")):
+        assert load_evaluation_data(options, name)[1].pictures.indices == part.pictures.indices
+    with pytest.raises(ValueError, match=r"single split, .* leave out --streaming, or choose `test`"):
+        load_evaluation_data(DataOptions(dataset=str(colours), streaming=True), "train")
+
+
+def test_the_only_image_of_a_class_is_for_training(colours: Path, tmp_path: Path) -> None:
+    labels = ["x"] * 9 + ["y"] * 9 + ["rare", "single"]
+    rows = {"image": paths_in(colours), "label": labels}
+    data = read(write_table(tmp_path / "table.parquet", rows))
+    assert data.held_out_name == "20%, stratified, split seed 0, 2 classes too small to hold out"
+    assert data.label_space.names == ["rare", "single", "x", "y"]
+    assert Counter(data.held_out.labels) == {2: 2, 3: 2}
+    assert Counter(data.train.labels) == {0: 1, 1: 1, 2: 7, 3: 7}
+    assert {index for part in (data.train, data.held_out) for index in part.pictures.indices} == set(range(20))
+
+
 def test_images_too_few_to_be_divided_are_named(colours: Path, tmp_path: Path) -> None:
     rows = {"image": paths_in(colours)[:4], "label": ["a", "b", "c", "d"]}
     with pytest.raises(ValueError, match=r"its 4 images cannot be split with --held-out-fraction 0\.2"):

@@ -35,6 +35,7 @@ from evaluation_worker import (
     evaluate_all,
     evaluate_digits,
 )
+from PIL import Image
 from rich.console import Console
 from torch import nn
 
@@ -47,7 +48,7 @@ from modeling_vitcls.training.evaluation import HeldOutPictures
 from modeling_vitcls.training.labels import LabelSpace
 from modeling_vitcls.training.metrics import METRICS, MultiLabelMetrics, SingleLabelMetrics, scalars, wilson_interval
 from modeling_vitcls.training.options import DataOptions, EvaluateOptions
-from modeling_vitcls.training.pictures import LabelledPictures
+from modeling_vitcls.training.pictures import Examples, LabelledPictures
 
 
 REPOSITORY = Path(__file__).parents[1]
@@ -345,6 +346,22 @@ def test_too_many_broken_pictures_stop() -> None:
     evaluator = build_evaluator("single", accelerator, build_pictures("single", number=2, broken=(0, 1)))
     with pytest.raises(ValueError, match="none of the 2 images can be read"):
         evaluator(build_classifier("single"))
+
+
+def test_pictures_in_colour_count_as_broken_for_a_grey_model() -> None:
+    encoded = []
+    for mode in ("L", "RGB", "RGBA", "L"):
+        Image.new(mode, (16, 16)).save(file := io.BytesIO(), "PNG")
+        encoded.append({"path": f"{mode}.png", "bytes": file.getvalue()})
+    pictures = LabelledPictures(Examples(encoded), [0, 1, 2, 3])
+    processor = ViTCLSImageProcessor(size=16, do_convert_rgb=False, image_mean=0.5, image_std=0.5)
+    batch = HeldOutPictures(pictures, processor, SPACES["single"], 4, 0, 1, num_channels=1)[0]
+    assert batch.pixel_values is not None and batch.pixel_values.shape == (2, 1, 16, 16)
+    assert batch.labels.tolist() == [0, 3]
+    assert batch.broken == {
+        1: "the image 'RGB.png' has 3 channels, the model takes 1",
+        2: "the image 'RGBA.png' has 4 channels, the model takes 1",
+    }
 
 
 class Counted(list):

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.state import AcceleratorState, GradientState
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
@@ -262,10 +263,10 @@ def test_the_average_is_evaluated_and_the_weights_stay() -> None:
 def test_checkpoints_come_when_they_are_due() -> None:
     bench = Bench(max_steps=8, save_every=3)
     bench.run()
-    assert bench.saved == [(3, False), (6, False), (8, True)]
+    assert bench.saved == [(3, False), (6, False), (8, False), (8, True)]
     at_evaluations = Bench(epochs=2, max_steps=None, batch_size=479, log_every=100)  # three steps an epoch
     at_evaluations.run()
-    assert at_evaluations.saved == [(3, True), (6, True)]
+    assert at_evaluations.saved == [(3, False), (3, True), (6, False), (6, True)]
 
 
 def test_the_best_is_saved_as_such() -> None:
@@ -273,6 +274,35 @@ def test_the_best_is_saved_as_such() -> None:
     bench.run()  # 0.5, 0.75, 0.6
     assert bench.saved == [(3, True), (6, True), (9, False)]
     assert bench.state.best_score == 0.75
+
+
+def test_a_signal_after_the_best_evaluation_leaves_it_the_best() -> None:
+    bench = Bench(epochs=3, max_steps=None, batch_size=479)
+    bench.signal_at = 3
+    with pytest.raises(Interrupted):
+        bench.run()
+    assert bench.saved == [(3, False), (3, True), (3, True)]
+
+
+def test_an_evaluation_that_was_cut_short_is_made_again_from_what_was_saved() -> None:
+    whole = Bench(epochs=2, max_steps=None, batch_size=479, log_every=2)
+    whole.run()
+    reset_accelerate()
+    bench = Bench(epochs=2, max_steps=None, batch_size=479, log_every=2)
+    evaluate, bench.accuracies = bench.loop.hooks.evaluate, iter([])
+    with pytest.raises(StopIteration):
+        bench.run()
+    assert bench.saved == [(3, False)] and bench.state.record["step"] == 3
+    bench.accuracies = iter([0.5, 0.75])
+    bench.loop.hooks.evaluate = evaluate
+    bench.run()
+    different = {"images_per_second", "peak_memory_mb"}
+    found, expected = (
+        [{name: value for name, value in record.items() if name not in different} for record in records]
+        for records in (bench.records, whole.records)
+    )
+    assert found == expected and [record["step"] for record in found] == [2, 3, 4, 6]
+    assert bench.saved[1:] == whole.saved[1:]
 
 
 def test_a_signal_saves_and_stops() -> None:
@@ -287,7 +317,7 @@ def test_a_signal_after_the_last_step_stops_nothing() -> None:
     bench = Bench(max_steps=3)
     bench.signal_at = 3
     assert bench.run()["accuracy"] == 0.5
-    assert bench.saved == [(3, True)]
+    assert bench.saved == [(3, False), (3, True)]
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])
@@ -305,6 +335,30 @@ def test_a_loss_that_is_not_finite_stops_before_it_does_harm(accumulation: int) 
     assert all(torch.equal(before[name], weight) for name, weight in weights_of(bench.model).items())
     assert all(parameter.grad is None for parameter in bench.model.parameters())
     assert bench.state.step == 1
+
+
+def overflowing_bench(**training: Any) -> Bench:
+    """As under fp16: gradients are infinite, and the loss scaler leaves out each step."""
+    bench = Bench(**training)
+    scaler = bench.accelerator.scaler = torch.amp.GradScaler("cpu")
+    bench.state.optimizer = AcceleratedOptimizer(bench.state.optimizer.optimizer, scaler=scaler)
+    bench.loop.updates.optimizer = bench.state.optimizer
+    for parameter in bench.model.parameters():
+        parameter.register_hook(lambda gradient: gradient * math.inf)
+    return bench
+
+
+def test_gradients_that_overflow_are_null() -> None:
+    bench = overflowing_bench(max_steps=2, log_every=1)
+    bench.run()
+    assert [record["token_gradient_norm"]["cls[0]"] for record in bench.records] == [None, None]
+    json.dumps(bench.records, allow_nan=False)
+
+
+def test_gradients_that_are_never_finite_stop_the_run() -> None:
+    bench = overflowing_bench(max_steps=40, log_every=40)
+    with pytest.raises(NonFiniteLoss, match="not finite in step 20"):
+        bench.run()
 
 
 # Tokens --------------------------------------------------------------------------------------------------------------

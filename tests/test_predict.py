@@ -355,6 +355,31 @@ def test_data_sets_are_read_like_files(models: Path, photos: Path, tmp_path: Pat
     assert len(expected or []) == 9
 
 
+def test_an_input_is_known_by_its_content(photos: Path, tmp_path: Path) -> None:
+    """Of the same names and sizes: files, a folder as a data set, a table, as a stream too."""
+    folder, table = tmp_path / "data" / "x", tmp_path / "table.csv"
+    folder.mkdir(parents=True)
+    table.write_text("image\nb.png\n", encoding="utf-8")
+    for shade in (10, 20):
+        Image.new("L", (8, 8), shade).save(folder / f"{shade}.bmp")
+    given: list[dict[str, Any]] = [
+        {"paths": (str(folder),)},
+        {"dataset": str(folder.parent)},
+        {"dataset": str(table)},
+        {"dataset": str(table), "streaming": True},
+    ]
+
+    def identities() -> list[dict[str, Any]]:
+        return [open_source(PredictOptions("model", **options)).identity() for options in given]
+
+    first = identities()
+    assert identities() == first
+    Image.new("L", (8, 8), 30).save(folder / "10.bmp")
+    table.write_text("image\nc.png\n", encoding="utf-8")
+    assert all(now != then for now, then in zip(identities(), first, strict=True))
+    assert json.loads(json.dumps(first)) == first  # as it is kept
+
+
 def test_digits_are_read(models: Path) -> None:
     source = open_source(PredictOptions("model", dataset="digits"))
     assert source.num_images == 1797

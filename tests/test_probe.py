@@ -10,7 +10,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 from PIL import Image
-from tiny import LAYOUTS, TASKS, assert_same_outputs, filled, images, largest_difference, tiny_config
+from tiny import LAYOUTS, TASKS, assert_same_outputs, filled, images, largest_difference, raises_one_line, tiny_config
 
 from modeling_vitcls import ViTCLSForImageClassification, ViTCLSForMultiTaskClassification, ViTCLSImageProcessor
 from modeling_vitcls.training.augmentation import build_augmentation
@@ -232,6 +232,12 @@ def test_caching_leaves_the_mode_of_the_model_and_uses_workers() -> None:
     probe.model.train()
     here = probe.cache()
     assert probe.model.training and torch.equal(probe.cache(num_workers=1)["features"], here["features"])
+
+
+def test_an_error_of_a_worker_is_one_line() -> None:
+    probe = Probe(broken=tuple(range(NUM_PICTURES)))
+    with raises_one_line("none of the 23 images can be read"):
+        probe.cache(num_workers=1)
 
 
 @pytest.mark.parametrize("num_keys", [1, 4, 8, 9, 23])

@@ -467,6 +467,13 @@ def test_two_processes_are_interrupted_then_killed(pictures: Path, folder: Path,
     assert_equal_runs(folder, whole)
 
 
+def test_two_processes_rehearse_with_a_tracker(pictures: Path, folder: Path) -> None:
+    pytest.importorskip("tensorboard")
+    output = finish_two(folder, f"{RUN} --dataset {pictures} --dry-run --log-with tensorboard")
+    assert "nothing was kept" in output
+    assert [path.name for path in folder.parent.iterdir()] == [log_of(folder).name]
+
+
 @pytest.mark.slow
 def test_two_sharded_processes_are_killed(pictures: Path, folder: Path, tmp_path: Path) -> None:
     """FSDP2: each process holds half of the weights, of their moments and of their average."""

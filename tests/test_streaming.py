@@ -13,6 +13,8 @@ import pytest
 import torch
 from PIL import Image
 
+from modeling_vitcls.training import data as training_data
+from modeling_vitcls.training import streaming
 from modeling_vitcls.training.augmentation import build_augmentation
 from modeling_vitcls.training.batches import Batch, BatchPlan, training_batches
 from modeling_vitcls.training.data import (
@@ -23,7 +25,7 @@ from modeling_vitcls.training.data import (
     load_unlabelled_data,
 )
 from modeling_vitcls.training.options import AugmentationOptions, DataOptions, TrainingOptions
-from modeling_vitcls.training.streaming import TrainingStream, read_ahead, training_pictures
+from modeling_vitcls.training.streaming import HeldOutPart, TrainingStream, read_ahead, training_pictures
 
 
 NUM_PICTURES = 60
@@ -230,6 +232,23 @@ def test_the_held_out_part_does_not_depend_on_order_or_files(shards: Path, two_s
     assert space.names == ["a", "b", "c"] and len(pictures) == len(held_out)
     with pytest.raises(ValueError, match="no split 'tset': choose one of train"):
         load_evaluation_data(options, "tset")
+
+
+def test_of_a_large_held_out_part_the_first_pictures_are_kept(
+    two_shards: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = held_out_of(read(two_shards))
+    for module in (streaming, training_data):
+        monkeypatch.setattr(module, "HELD_OUT_PICTURES", 3)
+    passed: list[int] = []
+    holds = HeldOutPart.holds
+    monkeypatch.setattr(HeldOutPart, "holds", lambda part, index: passed.append(index) or holds(part, index))
+    data = read(two_shards)
+    assert held_out_of(data) == whole[:3]
+    assert sum(holds(data.train.held_out, index) for index in passed) == 3 and len(passed) < NUM_PICTURES
+    assert data.held_out_name == "about 20%, by checksum, split seed 0, evaluated on the first 3"
+    trained = shown(islice(data.train.examples(0, 0, 1), NUM_PICTURES - len(whole)))
+    assert sorted([*trained, *whole]) == list(range(NUM_PICTURES))  # none of the held-out part
 
 
 def test_the_held_out_part_of_a_folder_stays_when_it_moves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

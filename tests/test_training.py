@@ -7,6 +7,7 @@ must agree. The rest runs in this process. Its parts have tests of their own: te
 import json
 import math
 import os
+import resource
 import runpy
 import subprocess
 import sys
@@ -18,10 +19,12 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 from local_hub import LocalHub, Token, point_client_at, running_hub
 from PIL import Image
 from safetensors.torch import load_file
+from tiny import raises_one_line
 from transformers import ResNetConfig, ResNetForImageClassification, ViTImageProcessor
 
 from modeling_vitcls import (
@@ -30,8 +33,9 @@ from modeling_vitcls import (
     ViTCLSForMultiTaskClassification,
     ViTCLSImageProcessor,
 )
+from modeling_vitcls.training.checkpoints import on_main
 from modeling_vitcls.training.environment import check_installed
-from modeling_vitcls.training.finetune import finetune, rehearse
+from modeling_vitcls.training.finetune import finetune, rehearse, save
 from modeling_vitcls.training.labels import LabelSpace
 from modeling_vitcls.training.model import build_model
 from modeling_vitcls.training.options import (
@@ -93,12 +97,16 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
+def reset_accelerate() -> None:
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
 @pytest.fixture(autouse=True)
 def fresh_accelerate() -> Iterator[None]:
     """Accelerate keeps its settings in singletons: each test starts without."""
     yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
+    reset_accelerate()
 
 
 @pytest.fixture(scope="module")
@@ -145,8 +153,7 @@ def tiny_options(output_dir: Path, dataset: object, **others: Any) -> FinetuneOp
 
 def trained(output_dir: Path, dataset: object, **others: Any) -> dict[str, Any]:
     """The results of such a run."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
+    reset_accelerate()
     return finetune(prepare(tiny_options(output_dir, dataset, **others)))
 
 
@@ -415,7 +422,7 @@ def test_a_teacher_teaches_the_distillation_token(
     teacher: Path, tmp_path: Path, kind: str, capsys: pytest.CaptureFixture
 ) -> None:
     results = trained(tmp_path, "digits", teacher=str(teacher), distillation=kind, max_steps=4, mixup=0.2)
-    assert results["token_layout"]["distillation"] == 1 and results["teacher"] == str(teacher)
+    assert results["token_layout"]["distillation"] == 1 and results["teacher"] == f"path/to/{teacher.name}"
     assert {"cls_accuracy", "distillation_accuracy"} <= results.keys()
     last = read_metrics(tmp_path)[-1]
     parts = last["label_loss"] / 2 + last["distillation_loss"] / 2
@@ -526,6 +533,12 @@ def test_a_rehearsal_asks_for_the_right_to_push(
     assert not (tmp_path / "my-model").exists()
 
 
+def test_a_finished_run_can_be_pushed(hub: LocalHub, tmp_path: Path) -> None:
+    trained(tmp_path / "my-model", "digits")
+    trained(tmp_path / "my-model", "digits", resume=True, push_to_hub=True)
+    assert "model.safetensors" in hub.files("ann/my-model")
+
+
 def test_a_push_that_fails_leaves_the_model_and_says_how_to_finish(hub: LocalHub, tmp_path: Path) -> None:
     run = prepare(tiny_options(tmp_path / "my-model", "digits", push_to_hub=True))
     hub.fail("POST", "/api/repos/create", 403)
@@ -566,6 +579,94 @@ def test_an_unfinished_run_is_not_thrown_away(tmp_path: Path) -> None:
         prepare(tiny_options(tmp_path, "digits"))
     assert trained(tmp_path, "digits", overwrite=True)["steps"] == 3
     assert trained(tmp_path, "digits", max_steps=2)["steps"] == 2  # a finished one is replaced
+
+
+def test_an_evaluation_that_fails_is_made_again(tmp_path: Path) -> None:
+    """As when the disk with the held-out images goes away, or a cluster does not wait for the evaluation."""
+
+    class Gone(list):
+        def __getitem__(self, index: Any) -> Any:
+            raise OSError("the disk is gone")
+
+    settings = {"max_steps": 6, "batch_size": 479, "log_every": 2, "ema_decay": 0.9}  # three steps an epoch
+    whole = trained(tmp_path / "whole", "digits", **settings)
+    reset_accelerate()
+    run = prepare(tiny_options(tmp_path / "cut", "digits", **settings))
+    run.data = replace(run.data, held_out=replace(run.data.held_out, pictures=Gone()))
+    with pytest.raises(RunStopped, match="the disk is gone"):
+        finetune(run)
+    assert (tmp_path / "cut" / "checkpoints" / "step-00000003").is_dir()
+    (tmp_path / "cut" / "metrics.jsonl").open("a").write('{"step": 3}\n')  # killed once it was logged
+    again = trained(tmp_path / "cut", "digits", resume=True, **settings)
+    different = {"images_per_second", "peak_memory_mb", "seconds", "versions"}
+    found, expected = (
+        [{name: value for name, value in values.items() if name not in different} for values in records]
+        for records in ([again, *read_metrics(tmp_path / "cut")], [whole, *read_metrics(tmp_path / "whole")])
+    )
+    assert found == expected and [record["step"] for record in found[1:]] == [2, 3, 4, 6]
+
+
+def test_a_model_that_cannot_be_written_ends_in_one_line(tmp_path: Path) -> None:
+    """As under a quota: the system refuses to write."""
+    run = prepare(tiny_options(tmp_path, "digits"))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        with raises_one_line("cannot write the model to", "File too large", "make room", error=RunStopped):
+            save(run, {})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def test_a_loss_that_is_not_finite_is_said_on_a_full_disk_too(tmp_path: Path) -> None:
+    (tmp_path / "non_finite").touch()  # in place of the folder
+    with raises_one_line("not finite in step 2", "could not be saved to look into: cannot write", error=RunStopped):
+        trained(tmp_path, "digits", learning_rate=1e38, warmup=0.0, max_steps=9)
+
+
+def test_metrics_that_cannot_be_written_end_in_one_line(tmp_path: Path) -> None:
+    run = prepare(tiny_options(tmp_path, "digits", log_every=1))
+    run.session.reporter.metrics_file = Path("/dev/full")
+    with raises_one_line("cannot write /dev/full (No space left on device): make room", error=OSError):
+        run.session.reporter.log({"step": 1, "epoch": 0.0, "loss": 1.0, "images_per_second": 1.0})
+
+
+def test_linear_probing_is_rehearsed_on_few_images(
+    pretrained: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    options = tiny_options(tmp_path / "out", "digits", max_steps=None, trainable="head")
+    rehearse(replace(options, model=ModelOptions(model=str(pretrained))))
+    output = capsys.readouterr().out
+    assert "encoding 8 images once" in output and "The run itself has 5,389 steps" in output
+
+
+def fails() -> None:
+    raise ValueError("no such file")
+
+
+def on_main_alone() -> None:
+    on_main(Accelerator(cpu=True), fails)
+
+
+@pytest.mark.parametrize(
+    ("process", "action", "said"),
+    [
+        ("0", on_main_alone, "error: no such file\n"),
+        ("0", fails, "error: no such file\n"),
+        ("1", on_main_alone, ""),
+        ("1", fails, "process 1: error: no such file\n"),
+    ],
+)
+def test_a_process_speaks_for_itself_unless_all_have_the_error(
+    process: str, action: Any, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    command_line = runpy.run_path(str(SCRIPTS / "command_line.py"))
+    Accelerator(cpu=True)
+    monkeypatch.setenv("RANK", process)
+    capsys.readouterr()
+    with pytest.raises(SystemExit), command_line["errors_in_one_line"]():
+        action()
+    assert capsys.readouterr().err == said
 
 
 def test_a_dry_run_does_everything_and_keeps_nothing(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

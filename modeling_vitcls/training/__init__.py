@@ -7,7 +7,7 @@ Data: --dataset -> pictures and labels, a held-out part -> batches
     sources.py            digits, folders, CSV, Parquet, MNIST's files, the Hub; streaming.py: read while training
     columns.py, labels.py which columns hold images and labels; what labels are
     pictures.py, broken.py  pictures decoded when asked for; those that cannot be
-    batches.py            which picture comes in which batch, on which process; ordering.py, seeds.py
+    batches.py            which picture comes in which batch, on which process; ordering.py, seeds.py, workers.py
     augmentation.py       random changes of training pictures
 
 Model and loss
@@ -19,6 +19,7 @@ Model and loss
 The loop
     loop.py               steps, evaluations, checkpoints: read this first
     optimisation.py       AdamW's parameter groups, the learning rate at each step; ema.py
+    updates.py, zero.py   one optimiser step, by PyTorch or DeepSpeed; what DeepSpeed has to be told
     health.py             whether the special tokens learn
     checkpoints.py        checkpoints on disk; states.py: what is in them, on several processes
     interruption.py       Ctrl-C and SIGTERM
@@ -27,7 +28,7 @@ The loop
     reporting.py, results.py  what is printed and written
 
 What the scripts call
-    run.py, parts.py, finetune.py        fine-tuning: prepared, put together, done
+    run.py, parts.py, finetune.py        fine-tuning: prepared, put together, done; output.py: how runs end
     pretrain.py, reconstruction.py       masked image modelling, and its evaluation
     evaluate.py, evaluation.py, metrics.py   a saved model; a model in training; what is measured
     prediction.py, prediction_*.py       predictions and features of any number of images

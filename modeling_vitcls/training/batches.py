@@ -26,16 +26,16 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from ..image_processing_vitcls import picture_to_pixels
 from .augmentation import Augmentation
 from .broken import NO_PICTURE
-from .interruption import leave_signals_to_parent
 from .options import TrainingOptions
 from .ordering import BalancedOrder, Order, PlainOrder
-from .pictures import Arrays, BrokenPicture, Chosen, LabelledPictures
+from .pictures import Arrays, BrokenPicture, Chosen, LabelledPictures, check_channels
 from .seeds import seed_for
+from .workers import from_workers
 
 
 KEPT_BYTES = 256 * 2**20  # pictures are decoded once and kept where all fit into this, per worker
@@ -144,9 +144,13 @@ class Preparation:
     What augmentation does to a picture is decided by (seed, view, index), whichever process or worker prepares it.
     """
 
-    def __init__(self, augmentation: Augmentation, to_rgb: bool, seed: int, views: int = 0) -> None:
+    def __init__(
+        self, augmentation: Augmentation, to_rgb: bool, seed: int, views: int = 0, num_channels: int | None = None
+    ) -> None:
+        """`num_channels`: the model's; pictures of another number cannot be used. None where they are all alike."""
         self.augmentation = augmentation
         self.to_rgb = to_rgb
+        self.num_channels = num_channels
         self.seed = seed
         self.views = views
 
@@ -160,6 +164,7 @@ class Preparation:
             pixels = picture_to_pixels(picture, self.to_rgb)
         except ValueError as error:
             raise BrokenPicture(str(error)) from error
+        check_channels(picture, pixels, self.num_channels)
         return self.augmentation.fixed(pixels)
 
     def batch(
@@ -194,11 +199,17 @@ class TrainingPictures(Dataset):
     """
 
     def __init__(
-        self, source: LabelledPictures, augmentation: Augmentation, to_rgb: bool, seed: int, views: int = 0
+        self,
+        source: LabelledPictures,
+        augmentation: Augmentation,
+        to_rgb: bool,
+        seed: int,
+        views: int = 0,
+        num_channels: int | None = None,
     ) -> None:
         """`views`: how many augmented views of a picture there are; 0 makes a new one for each epoch."""
         self.source = source
-        self.preparation = Preparation(augmentation, to_rgb, seed, views)
+        self.preparation = Preparation(augmentation, to_rgb, seed, views, num_channels)
         self.kept: dict[int, torch.Tensor] = {}
         self.broken: set[int] = set()
         self.together = kept_arrays(source, augmentation)  # [pictures, 1, H, W]
@@ -331,21 +342,8 @@ def training_batches(
     Raises:
         ValueError: if no picture can be read, or a stream's example has no label.
     """
-    loader = DataLoader(
-        PreparedBatches(pictures),
-        batch_size=None,
-        sampler=PlannedKeys(pictures, plan, process, first_step),  # type: ignore[arg-type]
-        num_workers=num_workers,
-        worker_init_fn=leave_signals_to_parent,
-        pin_memory=torch.cuda.is_available(),
-    )
-    try:
-        yield from loader
-        return
-    except ValueError as error:  # of a worker: its traceback precedes the message
-        problem = str(error).strip().splitlines()[-1].removeprefix("ValueError: ")
-        error.__traceback__ = None  # it holds the loader, whose workers shall end now
-    raise ValueError(problem)
+    keys = PlannedKeys(pictures, plan, process, first_step)
+    yield from from_workers(PreparedBatches(pictures), keys, num_workers)
 
 
 class Normaliser:

@@ -17,7 +17,8 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ Tensors = dict[str, torch.Tensor]
 STATE_FILE = "state.json"
 COMPLETE = re.compile(r"step-(\d{8,})")
 PARTIAL, REPLACED = ".partial", ".replaced"  # ends of hidden folders: not whole; whole, but about to be replaced
+ON_ALL_PROCESSES = "on all processes"  # scripts/command_line.py knows it, too
 WRITE_ERRORS = (OSError, SafetensorError)  # safetensors wraps the system's errors in its own
 
 
@@ -113,6 +115,7 @@ class CheckpointStore:
 
     def clear(self) -> None:
         """Remove all checkpoints: an earlier run's."""
+        self.remove_leftovers()
         for step in self.steps():
             remove(self.path(step))
         shutil.rmtree(self.folder, ignore_errors=True)
@@ -207,8 +210,24 @@ def on_main(accelerator: Accelerator, action: Callable[[], Any]) -> Any:
     broadcast_object_list(outcome)
     result, raised = outcome
     if raised is not None:
-        raise raised
+        with on_all_processes():
+            raise raised
     return result
+
+
+@contextmanager
+def on_all_processes() -> Iterator[None]:
+    """Note on an error from inside this block that all processes have it: one of them says so for all."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        error.add_note(ON_ALL_PROCESSES)
+        raise
+
+
+def is_on_all_processes(error: BaseException) -> bool:
+    """Whether an error bears that note."""
+    return ON_ALL_PROCESSES in getattr(error, "__notes__", ())
 
 
 # One checkpoint's files ----------------------------------------------------------------------------------------------

@@ -7,8 +7,8 @@ Labels are read in columns.py; pictures are decoded when they are asked for (pic
 in batches.py.
 """
 
+from collections.abc import Collection
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
 
 from .columns import UNLABELLED
 from .held_out import hold_out
@@ -16,7 +16,7 @@ from .labels import LabelSpace
 from .options import DataOptions
 from .pictures import BrokenPicture, LabelledPictures
 from .sources import Splits, load_splits, without_labels
-from .streaming import HeldOutPart, StreamedPictures, open_streams
+from .streaming import HELD_OUT_PICTURES, HeldOutPart, StreamedPictures, open_streams
 
 
 __all__ = [
@@ -51,7 +51,8 @@ class TrainingData:
 def load_training_data(options: DataOptions) -> TrainingData:
     """A training part and a held-out part: the data set's own splits, else a seeded choice, stratified by label.
 
-    Of a stream the held-out part is read now, and kept in memory as it is encoded.
+    Of a stream the held-out part is read now, and kept in memory as it is encoded; without a split of its own, the
+    first 10,000 pictures of it.
 
     Raises:
         ValueError: for a data set without images or labels, or too small to be split.
@@ -85,60 +86,79 @@ def load(options: DataOptions, labelled: bool) -> TrainingData:
     """Stored or streamed, with labels or without."""
     if options.streaming:
         return divided_streams(open_streams(options, labelled), options)
-    return divided(load_splits(options, labelled), options)
+    return divided(load_splits(options, labelled, used=used_in_training), options)
 
 
 def load_evaluation_data(options: DataOptions, split: str) -> tuple[LabelSpace, LabelledPictures]:
-    """What labels mean, and one split; of a data set with a single split, `"test"` is the part that training holds
-    out.
+    """What labels mean, and one split, whole.
+
+    Of a data set with a single split, `"train"` is the part to train on and, if the split is not called so itself,
+    `"test"` the part that training holds out.
 
     Raises:
         ValueError: for a split that does not exist.
     """
     if options.streaming:
         return load_streamed_evaluation_data(options, split)
-    splits = load_splits(options)
-    if split in splits.parts and len(splits.parts) > 1:
-        return splits.label_space, splits.parts[split]
-    if len(splits.parts) == 1 and split in ("train", "test"):
-        _, train = training_part(splits.parts)
-        train, held_out, _ = hold_out(train, splits.label_space, options)
-        return splits.label_space, held_out if split == "test" else train
-    raise ValueError(f"{splits.name} has no split {split!r}: choose one of {', '.join(splits.parts)}")
+    splits = load_splits(options, used=lambda names: [split_that_holds(split, names, options)])
+    (part,) = splits.parts.values()
+    if not is_whole_split(split, splits.names):
+        train, held_out, _ = hold_out(part, splits.label_space, options)
+        part = train if split == "train" else held_out
+    return splits.label_space, part
 
 
 def load_streamed_evaluation_data(options: DataOptions, split: str) -> tuple[LabelSpace, LabelledPictures]:
-    """The same for a stream, whose pictures are read now; of a single split only the held-out part can be had."""
+    """The same for a stream, whose pictures are read now; of a single split, the part to train on cannot be had."""
     streams = open_streams(options)
-    _, train = training_part(streams)
-    if split in streams and len(streams) > 1:
-        return train.label_space, streams[split].held_out_pictures()
-    if len(streams) == 1 and split == "test":
-        held_out = replace(train, held_out=HeldOutPart(options.held_out_fraction, options.split_seed))
-        return train.label_space, held_out.held_out_pictures()
-    raise ValueError(f"{options.dataset} has no split {split!r}: choose one of {', '.join(streams)}")
+    stream = streams[split_that_holds(split, list(streams), options)]
+    if not is_whole_split(split, list(streams)):
+        if split == "train":
+            raise ValueError(
+                f"{options.dataset} has a single split, and the part of it to train on cannot be evaluated as a "
+                "stream: leave out --streaming, or choose `test`, the part that is held out"
+            )
+        stream = replace(stream, held_out=HeldOutPart(options.held_out_fraction, options.split_seed))
+    return stream.label_space, stream.held_out_pictures()
+
+
+def split_that_holds(asked: str, names: list[str], options: DataOptions) -> str:
+    """The split to read for the one that is asked for: itself, or the only one, of which it is a part."""
+    if asked in names:
+        return asked
+    if len(names) == 1 and asked in ("train", "test"):
+        return names[0]
+    raise ValueError(f"{options.dataset} has no split {asked!r}: choose one of {', '.join(names)}")
+
+
+def is_whole_split(asked: str, names: list[str]) -> bool:
+    """Whether what is asked for is a split, rather than a part of the only one."""
+    return asked in names and not (asked == "train" and len(names) == 1)
 
 
 # Dividing ------------------------------------------------------------------------------------------------------------
 
-Part = TypeVar("Part")
+
+def training_split(names: Collection[str]) -> str:
+    """The name of the split to train on."""
+    return "train" if "train" in names else next(iter(names))
 
 
-def training_part(parts: dict[str, Part]) -> tuple[str, Part]:
-    """The split to train on, and its name."""
-    name = "train" if "train" in parts else next(iter(parts))
-    return name, parts[name]
+def held_out_split(names: Collection[str]) -> str | None:
+    """The name of the split to evaluate on while training, if there is one."""
+    return next((name for name in HELD_OUT_NAMES if name in names and name != training_split(names)), None)
 
 
-def held_out_split(parts: dict[str, Any], train_name: str) -> str | None:
-    """The name of the split to evaluate on, if there is one."""
-    return next((name for name in HELD_OUT_NAMES if name in parts and name != train_name), None)
+def used_in_training(names: list[str]) -> list[str]:
+    """The splits that training reads."""
+    held_out = held_out_split(names)
+    return [training_split(names), *([] if held_out is None else [held_out])]
 
 
 def divided(splits: Splits, options: DataOptions) -> TrainingData:
     """The data set's own held-out part, or one taken out of its training part."""
-    train_name, train = training_part(splits.parts)
-    name = held_out_split(splits.parts, train_name)
+    train = splits.parts[training_split(splits.parts)]
+    name = held_out_split(splits.parts)
     if name is not None:
         return TrainingData(splits.name, splits.label_space, train, splits.parts[name], f"split {name!r}")
     train, held_out, how = hold_out(train, splits.label_space, options)
@@ -146,13 +166,15 @@ def divided(splits: Splits, options: DataOptions) -> TrainingData:
 
 
 def divided_streams(streams: dict[str, StreamedPictures], options: DataOptions) -> TrainingData:
-    """The same for a stream, which is read once for its held-out part."""
-    train_name, train = training_part(streams)
-    name = held_out_split(streams, train_name)
+    """The same for a stream, which is read for its held-out part."""
+    train = streams[training_split(streams)]
+    name = held_out_split(streams)
     if name is not None:
         held_out, how = streams[name].held_out_pictures(), f"split {name!r}"
     else:
         part = HeldOutPart(options.held_out_fraction, options.split_seed)
         train = replace(train, held_out=part)
         held_out, how = train.held_out_pictures(), str(part)
+        if len(held_out) == HELD_OUT_PICTURES:
+            how += f", evaluated on the first {HELD_OUT_PICTURES:,}"
     return TrainingData(train.name, train.label_space, train, held_out, how)

@@ -57,6 +57,7 @@ def evaluate_checkpoint(options: EvaluateOptions) -> dict[str, Any]:
         accelerator,
         options.data.max_broken_images,
         warn=lambda message: console.print(f"WARNING: {message}", style="bold yellow", markup=False),
+        num_channels=model.config.num_channels,
     )
     started = time.perf_counter()
     metrics = evaluator(model, watch=progress(console, accelerator))

@@ -26,7 +26,7 @@ from .interruption import leave_signals_to_parent
 from .labels import LabelKind, LabelSpace
 from .metrics import METRICS, scalars
 from .options import DataOptions
-from .pictures import LabelledPictures
+from .pictures import LabelledPictures, check_channels
 
 
 KEPT_BYTES = 256 * 2**20  # a process's images are prepared once and kept where all fit into this
@@ -57,9 +57,11 @@ class HeldOutPictures(Dataset):
         batch_size: int,
         process: int,
         num_processes: int,
+        num_channels: int | None = None,
     ) -> None:
         self.source = source
         self.processor = processor
+        self.num_channels = num_channels
         self.label_space = label_space
         per_round = batch_size * num_processes
         starts = range(process * batch_size, len(source) + process * batch_size, per_round)
@@ -75,7 +77,9 @@ class HeldOutPictures(Dataset):
                 break
             try:
                 picture = self.source.pictures[position]
-                images.append(self.processor(picture, return_tensors="pt")["pixel_values"][0])  # [C, H, W]
+                pixels = self.processor(picture, return_tensors="pt")["pixel_values"][0]  # [C, H, W]
+                check_channels(picture, pixels, self.num_channels)
+                images.append(pixels)
                 labels.append(self.source.labels[position])
             except ValueError as error:  # BrokenPicture, or what the image processor cannot use
                 broken[position] = str(error)
@@ -106,6 +110,7 @@ class Evaluator:
         accelerator: device, precision and processes.
         max_broken_images: pictures that cannot be read are left out; more than these end the evaluation.
         warn: shows a line about each of them, once. Called on the main process.
+        num_channels: the model's; pictures that the processor gives another number of count as broken.
     """
 
     def __init__(
@@ -118,6 +123,7 @@ class Evaluator:
         accelerator: Accelerator,
         max_broken_images: int = DataOptions.max_broken_images,
         warn: Callable[[str], None] = print,
+        num_channels: int | None = None,
     ) -> None:
         self.num_pictures = len(pictures)
         self.label_space = label_space
@@ -126,7 +132,13 @@ class Evaluator:
         self.described: dict[int, str] = {}  # index of a broken picture -> what is wrong with it; on all processes
         self.tally = BrokenPictures(self.described.__getitem__, accelerator.on_main_process(warn), max_broken_images)
         share = HeldOutPictures(
-            pictures, processor, label_space, batch_size, accelerator.process_index, accelerator.num_processes
+            pictures,
+            processor,
+            label_space,
+            batch_size,
+            accelerator.process_index,
+            accelerator.num_processes,
+            num_channels,
         )
         self.batches = KeptBatches(share, num_workers)
 

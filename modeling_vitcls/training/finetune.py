@@ -15,7 +15,8 @@ import time
 from dataclasses import replace
 from typing import Any
 
-from ..hub.card import build_card
+from ..hub.card import build_card, without_folders
+from .data import LabelledPictures
 from .evaluation import Evaluator
 from .loop import Metrics
 from .options import FinetuneOptions, as_flags
@@ -38,6 +39,7 @@ def finetune(run: Run) -> dict[str, Any]:
     session = run.session
     if session.is_finished:
         session.reporter.say("finished", f"{session.folder} holds the results of this run: there is nothing to resume")
+        push(session, run.hub_model_id)
         return read_json(session.folder / "results.json")
     for name, what in summary(run).items():
         session.reporter.say(name, what)
@@ -72,11 +74,23 @@ def rehearse(options: FinetuneOptions) -> None:
     started = time.perf_counter()
     with dry_run(options) as short:
         run = prepare(short)
+        steps = build_plan(options, run.data, run.plan.num_processes).num_steps
         few = range(min(len(run.data.held_out), run.plan.batch_size * run.plan.num_processes))
         run.data = replace(run.data, held_out=run.data.held_out.chosen(few))
+        if options.training.trainable == "head":
+            shorten(run)
         finetune(run)
-    steps = build_plan(options, run.data, run.plan.num_processes).num_steps
     run.session.report_rehearsal(started, steps, run.hub_model_id)
+
+
+def shorten(run: Run) -> None:
+    """Leave only the training images of the planned steps: linear probing would encode all of them first."""
+    if isinstance(run.data.train, LabelledPictures):
+        plan = run.plan
+        batches = [batch for process in range(plan.num_processes) for batch in plan.batches(process)]
+        used = sorted({index for batch in batches for _, index in batch})
+        run.data = replace(run.data, train=run.data.train.chosen(used))
+        run.plan = build_plan(run.options, run.data, plan.num_processes)
 
 
 def build_evaluator(run: Run) -> Evaluator:
@@ -90,6 +104,7 @@ def build_evaluator(run: Run) -> Evaluator:
         accelerator=run.session.accelerator,
         max_broken_images=run.options.data.max_broken_images,
         warn=run.session.reporter.warn,
+        num_channels=run.built.model.config.num_channels,
     )
 
 
@@ -131,12 +146,12 @@ def summary(run: Run) -> dict[str, str]:
 
 def describe(run: Run) -> dict[str, Any]:
     """What results.json says besides metrics."""
-    session = run.session
+    session, teacher = run.session, run.options.distillation.teacher
     data = {
         "dataset": run.data.name,
         "split": run.data.held_out_name,
         "num_training_images": run.data.num_training_images,
-        "teacher": run.options.distillation.teacher,
+        "teacher": without_folders(teacher) if teacher else None,
     }
     config = run.built.model.config
     return data | facts_of_run(run.plan, run.built.model, config, session.accelerator, session.seconds)

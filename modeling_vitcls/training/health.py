@@ -6,6 +6,7 @@ update_ratio      norm of the last update / norm of the token
 entropy           of what CLS attends to, in nats, per layer; ln(tokens) where it attends to all alike
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -31,11 +32,13 @@ class TokenHealth:
     gradient_norm: dict[str, float]
     update_ratio: dict[str, float]
 
-    def record(self) -> dict[str, dict[str, float]]:
-        """For metrics.jsonl."""
+    def record(self) -> dict[str, dict[str, float | None]]:
+        """For metrics.jsonl; None where gradients overflowed, as they may under fp16."""
         figures = {"norm": self.norm, "gradient_norm": self.gradient_norm, "update_ratio": self.update_ratio}
         return {
-            f"token_{name}": {token: float(f"{value:.6g}") for token, value in values.items()}
+            f"token_{name}": {
+                token: float(f"{value:.6g}") if math.isfinite(value) else None for token, value in values.items()
+            }
             for name, values in figures.items()
         }
 

@@ -34,6 +34,8 @@ from .updates import build_updates
 
 Metrics = dict[str, Any]
 
+OVERFLOWS = 19  # steps in a row that fp16's loss scaler may leave out: at one more it has divided its scale by 2^20
+
 
 @dataclass
 class TrainingState:
@@ -46,6 +48,7 @@ class TrainingState:
     best_score: float | None = None  # of the evaluations so far
     window: list[dict[str, float]] = field(default_factory=list)  # losses of the batches since the last logged step
     attention: Metrics = field(default_factory=dict)  # measured since then
+    record: Metrics = field(default_factory=dict)  # of the last step, while its evaluation is still to come
 
 
 @dataclass
@@ -103,6 +106,8 @@ class TrainingLoop:
         self.monitor = monitor
         self.updates = build_updates(accelerator, state.model, state.optimizer, options.max_gradient_norm)
         self.seconds: list[float] = []  # of the steps since the last logged one
+        self.is_best = False  # whether the last step's evaluation was the best so far
+        self.overflows = 0  # steps in a row that the loss scaler left out
 
     def run(self, batches: Iterator[Batch]) -> Metrics:
         """Train, and return the metrics of the evaluation at the end.
@@ -115,17 +120,21 @@ class TrainingLoop:
             Interrupted: after a signal asked to stop, once a checkpoint was saved.
             NonFiniteLoss: before such a loss changes the weights.
         """
-        metrics: Metrics = {}
         set_training(self.state.model)
+        metrics = self.evaluate_step() if self.state.record else {}
         while self.state.step < self.plan.num_steps:
             metrics = self.advance(batches)
             if self.state.step < self.plan.num_steps and (signal := self.hooks.stop_requested()):
-                self.hooks.save(False)
+                self.hooks.save(self.is_best)
                 raise Interrupted(signal)
         return metrics or self.evaluated()
 
     def advance(self, batches: Iterator[Batch]) -> Metrics:
-        """One step, and what is due after it; returns the metrics if it was evaluated."""
+        """One step, and what is due after it; returns the metrics if it was evaluated.
+
+        A checkpoint that is due is saved before an evaluation, which may take longer than a cluster waits for a run to
+        end. A run that goes on from it makes the evaluation first.
+        """
         state, done = self.state, self.state.step + 1
         is_last = done == self.plan.num_steps
         evaluates = is_last or ends_epochs(done, self.options.evaluate_every, self.plan)
@@ -139,16 +148,29 @@ class TrainingLoop:
         if self.options.health_every and done % self.options.health_every == 0:
             state.attention = self.hooks.measure_attention(batch)
             reshard(state.model)
-        metrics = self.evaluated() if evaluates else {}
-        score = score_of(metrics)
-        is_best = score is not None and (state.best_score is None or score > state.best_score)
-        state.best_score = score if is_best else state.best_score
+        self.is_best = False
         if logs:
-            held_out = {f"held_out_{name}": value for name, value in scalars(metrics).items()}
-            self.hooks.log(record | self.means_since_last_log() | state.attention | held_out)
+            record |= self.means_since_last_log() | state.attention
             state.attention = {}
-        if saves or is_best:
-            self.hooks.save(is_best)
+        if evaluates:
+            state.record = record
+        elif logs:
+            self.hooks.log(record)
+        if saves:
+            self.hooks.save(False)
+        return self.evaluate_step() if evaluates else {}
+
+    def evaluate_step(self) -> Metrics:
+        """Evaluate the last step, log its record, and save it if it is the best so far."""
+        state = self.state
+        metrics = self.evaluated()
+        score = score_of(metrics)
+        self.is_best = score is not None and (state.best_score is None or score > state.best_score)
+        state.best_score = score if self.is_best else state.best_score
+        self.hooks.log(state.record | {f"held_out_{name}": value for name, value in scalars(metrics).items()})
+        state.record = {}
+        if self.is_best:
+            self.hooks.save(True)
         return metrics
 
     def step(self, batches: Iterator[Batch], with_health: bool) -> tuple[Metrics, Batch]:
@@ -199,10 +221,12 @@ class TrainingLoop:
     def check_finite(self, losses: list[Losses], gradient_norm: float, used: list[Batch]) -> None:
         """Raise NonFiniteLoss, on all processes if on one, unless losses and gradients are numbers.
 
-        Under fp16 gradients overflow now and then: the loss scaler then leaves the step out and scales less.
+        Under fp16 gradients overflow now and then: the loss scaler then leaves the step out and scales less. Where
+        that does not help, they are no numbers at any scale.
         """
-        is_finite = all(math.isfinite(found["loss"]) for found in losses)
-        is_finite = is_finite and (math.isfinite(gradient_norm) or self.accelerator.scaler is not None)
+        self.overflows = 0 if math.isfinite(gradient_norm) else self.overflows + 1
+        allowed = OVERFLOWS if self.accelerator.scaler is not None else 0
+        is_finite = all(math.isfinite(found["loss"]) for found in losses) and self.overflows <= allowed
         if self.accelerator.num_processes > 1:
             others = torch.tensor(float(is_finite), device=self.accelerator.device)
             is_finite = bool(self.accelerator.reduce(others, "sum") == self.accelerator.num_processes)

@@ -300,7 +300,8 @@ class EvaluateOptions:
     """A folder, or the id of a vitcls model on the Hub."""
     data: DataOptions
     split: str = "test"
-    """Split of the data set; for a data set of one split, `test` is the part that fine-tuning holds out."""
+    """Split of the data set; for a data set of one split, `test` is the part that fine-tuning holds out, unless that
+    split itself is called `test`."""
     batch_size: int = 64
     """Images per process and forward pass."""
     mixed_precision: Literal["no", "bf16", "fp16"] | None = None

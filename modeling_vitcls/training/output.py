@@ -6,7 +6,7 @@ from accelerate import Accelerator
 
 from ..hub.publish import push_folder
 from ..hub.rights import check_push_rights
-from .checkpoints import on_main
+from .checkpoints import WRITE_ERRORS, on_main
 from .options import FinetuneOptions, PretrainOptions
 from .results import without_progress_bars
 from .session import RunStopped, Session
@@ -32,8 +32,11 @@ def write_output(session: Session, write: Callable[[], None]) -> None:
     """
 
     def write_quietly() -> None:
-        with without_progress_bars():
-            write()
+        try:
+            with without_progress_bars():
+                write()
+        except WRITE_ERRORS as error:
+            raise OSError(" ".join(str(error).split())) from error
 
     try:
         on_main(session.accelerator, write_quietly)

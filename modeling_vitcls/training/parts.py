@@ -169,9 +169,10 @@ def build_label_loss(run: Run) -> LabelLoss:
 def build_pictures(run: Run, options: AugmentationOptions, views: int) -> TrainingPictures | TrainingStream:
     """The training pictures, augmented; after `views` views of a picture they recur, 0: never."""
     processor = run.built.processor
-    augmentation = build_augmentation(options, run.built.model.config.image_height_width, processor.resample)
-    seed = run.options.training.seed
-    return training_pictures(run.data.train, augmentation, bool(processor.do_convert_rgb), seed, views)
+    config = run.built.model.config
+    augmentation = build_augmentation(options, config.image_height_width, processor.resample)
+    to_rgb, seed = bool(processor.do_convert_rgb), run.options.training.seed
+    return training_pictures(run.data.train, augmentation, to_rgb, seed, views, config.num_channels)
 
 
 def nothing(batch: Batch) -> Metrics:

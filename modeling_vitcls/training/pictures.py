@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
 
 from ..image_processing_vitcls import first_line, read_picture, shortened
@@ -108,6 +109,20 @@ class Examples(Sequence):
         return decoded(self.encoded[index], f"example {index}")
 
 
+def check_channels(picture: Image.Image, pixels: torch.Tensor, num_channels: int | None) -> None:
+    """Refuse a picture whose pixels [C, H, W] are not of a model's number of channels; None takes any.
+
+    The image processor brings all to three channels with `do_convert_rgb`, and leaves them as they are without.
+
+    Raises:
+        BrokenPicture: for another number.
+    """
+    if num_channels is not None and len(pixels) != num_channels:
+        name = getattr(picture, "filename", "")
+        which = f"the image {shortened(name)}" if name else f"an image of mode {picture.mode}"
+        raise BrokenPicture(f"{which} has {len(pixels)} channels, the model takes {num_channels}")
+
+
 def as_encoded(value: Any, folder: Path) -> dict[str, Any]:
     """What a column of images or paths holds -> {"path", "bytes"}; relative paths start at `folder`."""
     if isinstance(value, dict):
@@ -137,12 +152,18 @@ def decoded(encoded: dict[str, Any] | None, place: str) -> Image.Image:
     if not encoded or not (encoded["bytes"] is not None or encoded["path"]):
         raise BrokenPicture(f"{place} has no image")
     if encoded["bytes"] is None:
-        return from_path(encoded["path"])
+        return named(from_path(encoded["path"]), encoded["path"])
     try:
-        return read_picture(encoded["bytes"])
+        return named(read_picture(encoded["bytes"]), encoded["path"] or place)
     except Exception as error:  # Pillow's decoders raise almost anything on broken data
         name = shortened(encoded["path"]) if encoded["path"] else place
         raise BrokenPicture(f"cannot read the image {name}: {first_line(error)}") from error
+
+
+def named(picture: Image.Image, name: str) -> Image.Image:
+    """A picture that errors can call by its name, as one that Pillow has just opened."""
+    picture.filename = name  # type: ignore[attr-defined]
+    return picture
 
 
 def from_path(path: str) -> Image.Image:

@@ -19,7 +19,7 @@ from typing import Any, Protocol
 
 from .columns import Features, find_image_column
 from .options import DataOptions, PredictOptions
-from .pictures import path_in
+from .pictures import Arrays, path_in
 from .sources import folder_of, is_idx_folder, load_splits, open_with_datasets
 from .streaming import features_of
 
@@ -85,9 +85,13 @@ class Listed:
         return len(self.names)
 
     def identity(self) -> dict[str, Any]:
-        """Their names, as a digest."""
+        """Names of all, with sizes and times of files and the values of arrays, as a digest."""
         digest = hashlib.sha256(json.dumps(list(self.names)).encode())
-        return {"images": self.num_images, "sha256 of their names": digest.hexdigest()}
+        if isinstance(self.contents, Arrays):
+            digest.update(self.contents.values.tobytes())
+        else:
+            digest.update(json.dumps([size_and_time(content) for content in self.contents]).encode())
+        return {"images": self.num_images, "sha256": digest.hexdigest()}
 
     def read(self, ranges: Iterable[range]) -> Iterator[Record]:
         """The images of these ranges."""
@@ -125,6 +129,15 @@ def read_list(file: Path) -> list[str]:
     if not paths:
         raise ValueError(f"the list {file} is empty: write one path in each line")
     return paths
+
+
+def size_and_time(path: str) -> list[int] | None:
+    """Bytes of a file, and when it was last modified, in nanoseconds; None for a URL or what cannot be found."""
+    try:
+        found = Path(path).stat()
+    except (OSError, ValueError):
+        return None
+    return [found.st_size, found.st_mtime_ns]
 
 
 def readable(path: str) -> str:
@@ -166,8 +179,8 @@ class Rows:
         return len(self.part)
 
     def identity(self) -> dict[str, Any]:
-        """What was asked for, and how many rows it has."""
-        return {**self.described, "images": self.num_images}
+        """What was asked for, how many rows it has, and the mark that `datasets` gave its content."""
+        return {**self.described, "images": self.num_images, "fingerprint": self.part._fingerprint}
 
     def read(self, ranges: Iterable[range]) -> Iterator[Record]:
         """The images of these ranges."""
@@ -222,7 +235,7 @@ def open_dataset(options: PredictOptions, dataset: str) -> Source:
     column = ImageColumn(find_image_column(data, features), folder_of(data))
     described: dict[str, Any] = {"dataset": dataset, "split": options.split, "column": column.name}
     if path.is_file():
-        described["bytes"] = path.stat().st_size
+        described["bytes and time"] = size_and_time(dataset)
     part = undecoded(part.select_columns([column.name]), column.name, features)
     if options.streaming:
         return Stream(part, column, described)

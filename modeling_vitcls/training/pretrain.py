@@ -82,6 +82,7 @@ def pretrain(run: Run) -> dict[str, Any]:
     session, model = run.session, run.model
     if session.is_finished:
         session.reporter.say("finished", f"{session.folder} holds the results of this run: there is nothing to resume")
+        push(session, run.hub_model_id)
         return read_json(session.folder / "results.json")
     for name, what in summary(run).items():
         session.reporter.say(name, what)
@@ -165,10 +166,10 @@ def build_plan(options: PretrainOptions, data: TrainingData, num_processes: int)
 
 def build_pictures(run: Run) -> TrainingPictures | TrainingStream:
     """The training pictures, augmented."""
-    processor, seed = run.processor, run.options.training.seed
-    height_width = run.model.config.image_height_width
-    augmentation = build_augmentation(run.options.augmentation, height_width, processor.resample)
-    return training_pictures(run.data.train, augmentation, bool(processor.do_convert_rgb), seed)
+    processor, config = run.processor, run.model.config
+    augmentation = build_augmentation(run.options.augmentation, config.image_height_width, processor.resample)
+    to_rgb, seed = bool(processor.do_convert_rgb), run.options.training.seed
+    return training_pictures(run.data.train, augmentation, to_rgb, seed, num_channels=config.num_channels)
 
 
 def build_batches(run: Run, pictures: TrainingPictures | TrainingStream, first_step: int) -> Iterator[Batch]:
@@ -189,6 +190,7 @@ def build_evaluator(run: Run) -> ReconstructionEvaluator:
         accelerator=run.session.accelerator,
         max_broken_images=run.options.data.max_broken_images,
         warn=run.session.reporter.warn,
+        num_channels=run.model.config.num_channels,
     )
 
 

@@ -19,7 +19,6 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import send_to_device
 from torch import nn
-from torch.utils.data import DataLoader
 
 from ..heads_vitcls import mean_token
 from ..modeling_vitcls import (
@@ -30,6 +29,7 @@ from ..modeling_vitcls import (
 )
 from .batches import Batch, BatchPlan, Key, PreparedBatches, TrainingPictures
 from .evaluation import Evaluator, HeldOutBatch
+from .workers import from_workers
 
 
 # Features and the heads that read them -------------------------------------------------------------------------------
@@ -130,7 +130,7 @@ def cache_features(
     model.eval()
     parts: list[Batch] = []
     share = shares(keys, batch_size, accelerator.process_index, accelerator.num_processes)
-    for batch in DataLoader(PreparedBatches(pictures), batch_size=None, sampler=share, num_workers=num_workers):
+    for batch in from_workers(PreparedBatches(pictures), share, num_workers):
         pixels = batch.pop("pixels").to(accelerator.device, non_blocking=True)
         with accelerator.autocast():
             features = features_of(model, normalise(pixels)).float()

@@ -33,11 +33,20 @@ class ReconstructionEvaluator(Evaluator):
         accelerator: Accelerator,
         max_broken_images: int,
         warn: Callable[[str], None],
+        num_channels: int | None = None,
     ) -> None:
         """As `Evaluator`; `mask_seed` chooses which patches are hidden."""
         numbered = LabelledPictures(pictures, range(len(pictures)))
         super().__init__(
-            numbered, processor, UNLABELLED, batch_size, num_workers, accelerator, max_broken_images, warn
+            numbered,
+            processor,
+            UNLABELLED,
+            batch_size,
+            num_workers,
+            accelerator,
+            max_broken_images,
+            warn,
+            num_channels,
         )
         self.choose_masks = choose_masks
         self.mask_seed = mask_seed

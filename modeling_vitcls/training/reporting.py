@@ -4,6 +4,8 @@ Only the main process prints and writes.
 """
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -44,13 +46,30 @@ class Reporter:
         self.console.print(f"WARNING: {message}", style="bold yellow", markup=False)
 
     def start_at(self, step: int, num_steps: int) -> None:
-        """Keep the records of the steps that are done, and drop those after them, which are done again."""
+        """Keep the records of the steps that are done, and drop those after them, which are done again.
+
+        Raises:
+            OSError: in one line, on the main process, where metrics.jsonl cannot be written; as `log` does.
+        """
         self.num_steps = num_steps
         if self.is_main_process:
             lines = self.metrics_file.read_text(encoding="utf-8").splitlines() if self.metrics_file.exists() else []
             kept = [line for line in lines if (number := step_of(line)) is not None and number <= step]
-            self.metrics_file.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+            partial = self.metrics_file.with_name(f".{self.metrics_file.name}.partial")
+            with self.writing():
+                partial.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+                partial.replace(self.metrics_file)
         self.progress.update(self.task, completed=step, total=num_steps)
+
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """Say in one line what to do where metrics.jsonl cannot be written."""
+        try:
+            yield
+        except OSError as error:
+            raise OSError(
+                f"cannot write {self.metrics_file} ({error.strerror}): make room, then go on with --resume"
+            ) from error
 
     def __enter__(self) -> Self:
         self.progress.start()
@@ -66,8 +85,9 @@ class Reporter:
         self.accelerator.log(flat(record), step=record["step"])
         if not self.is_main_process:
             return
-        with self.metrics_file.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+        line = json.dumps(record, allow_nan=False)
+        with self.writing(), self.metrics_file.open("a", encoding="utf-8") as file:
+            file.write(line + "\n")
         text = f"epoch {record['epoch']:.1f}  loss {record['loss']:.3f}  {record['images_per_second']:.0f} images/s"
         held_out = "".join(
             f"  held out: {shown_metric(name.removeprefix(HELD_OUT), value)}"

@@ -78,7 +78,9 @@ def check_combinations(options: FinetuneOptions) -> None:
     if training.feature_views and training.trainable != "head":
         raise ValueError("--feature-views is for --trainable head: leave one out, or give both")
     if options.data.streaming and options.distillation.teacher_views:
-        raise ValueError("--teacher-views keeps an answer for each image, and a stream has no known number: leave one out")
+        raise ValueError(
+            "--teacher-views keeps an answer for each image, and a stream has no known number: leave one out"
+        )
     if options.data.streaming and training.class_balance != "none":
         raise ValueError("--class-balance needs to know all labels, and a stream does not: leave one out")
     check_teacher_views(options.distillation.teacher_views, options.augmentation)

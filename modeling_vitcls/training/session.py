@@ -7,6 +7,7 @@ What is trained on which data is the business of finetune.py and pretrain.py.
 """
 
 import json
+import os
 import shutil
 import tempfile
 import time
@@ -24,7 +25,15 @@ from torch import nn
 
 from .batches import BatchPlan
 from .broken import NO_PICTURE, BrokenPictures
-from .checkpoints import Checkpoint, CheckpointStore, newest_for_all, save_for_all
+from .checkpoints import (
+    Checkpoint,
+    CheckpointStore,
+    is_on_all_processes,
+    newest_for_all,
+    on_all_processes,
+    on_main,
+    save_for_all,
+)
 from .ema import Ema
 from .environment import build_accelerator, shard_by_layer
 from .health import TokenMonitor
@@ -57,9 +66,11 @@ TRAINS_TOKENS = ("full", "lora")  # values of --trainable under which a token th
 class RunStopped(Exception):
     """A run that ended before its time, in one line for the person who started it."""
 
-    def __init__(self, message: str, exit_status: int = 1) -> None:
+    def __init__(self, message: str, exit_status: int = 1, on_all: bool = True) -> None:
+        """`on_all`: whether all processes stop for this reason."""
         super().__init__(message)
         self.exit_status = exit_status
+        self.on_all = on_all
 
 
 @dataclass
@@ -130,7 +141,8 @@ class Session:
             self.start_trackers()
 
         def tell_broken() -> None:
-            broken.note(gather_object(met))
+            with on_all_processes():
+                broken.note(gather_object(met))
             met.clear()
 
         def log(record: Metrics) -> None:
@@ -197,19 +209,20 @@ class Session:
                     self.checkpoint, self.facts, self.accelerator, state.model, state.optimizer, self.shadow(state)
                 )
             except ValueError as error:  # another model's, in one line
-                raise RunStopped(f"--resume: {error}") from error
+                raise RunStopped(f"--resume: {error}", on_all=is_on_all_processes(error)) from error
             state.step = self.facts["step"]
             state.best_score = self.facts["best_score"]
             windows = self.facts["windows"]
             state.window = windows[self.accelerator.process_index % len(windows)]
             state.attention = self.facts["attention"]
+            state.record = self.facts["record"]
             broken.known.update(self.facts["broken"])
             self.seconds = self.facts["seconds"]
             self.reporter.say("resumed", f"after step {state.step:,} of {plan.num_steps:,}")
         elif self.accelerator.is_main_process:
             self.store.clear()
             (self.folder / "results.json").unlink(missing_ok=True)
-        self.reporter.start_at(state.step, plan.num_steps)
+        self.reporter.start_at(state.step - 1 if state.record else state.step, plan.num_steps)
         self.accelerator.wait_for_everyone()
 
     def save_checkpoint(self, state: TrainingState, plan: BatchPlan, broken: BrokenPictures, is_best: bool) -> None:
@@ -222,6 +235,7 @@ class Session:
             "seconds": self.seconds_so_far(),
             "windows": gather_object([state.window]),
             "attention": state.attention,
+            "record": state.record,
             "broken": sorted(broken.known),
             "pictures_per_step": plan.pictures_per_step,
             "num_steps": plan.num_steps,
@@ -245,7 +259,9 @@ class Session:
     def start_trackers(self) -> None:
         """Let Accelerate's trackers know the run; they write below the output folder."""
         folder = self.folder / "trackers"
-        folder.mkdir(exist_ok=True)
+        if self.accelerator.is_main_process:
+            folder.mkdir(exist_ok=True)
+        self.accelerator.wait_for_everyone()
         flags = {name: shown(value) for name, value in as_flags(self.options).items()}  # TensorBoard takes no lists
         self.accelerator.init_trackers(
             self.folder.resolve().name, config=flags, init_kwargs={"wandb": {"dir": str(folder)}}
@@ -270,26 +286,29 @@ class Session:
                 what_is_left = "a checkpoint was saved: go on with the same command and --resume"
             raise RunStopped(f"stopped by {error}; {what_is_left}", interruption.exit_status) from None
         except NonFiniteLoss as error:
-            file = self.save_non_finite(error)
-            raise RunStopped(f"{error}. The images of that step are listed in {file}") from None
+            raise RunStopped(f"{error}. {self.save_non_finite(error)}") from None
         except (OSError, ValueError) as error:  # a full disk, broken images: in one line already
-            raise RunStopped(str(error)) from error
+            raise RunStopped(str(error), on_all=is_on_all_processes(error)) from error
 
-    def save_non_finite(self, error: NonFiniteLoss) -> Path:
-        """List the images of the step whose loss is not finite, and save the state before it, to look into."""
+    def save_non_finite(self, error: NonFiniteLoss) -> str:
+        """List the images of the step whose loss is not finite, and save the state before it, to look into; returns
+        where they are listed, or why not, in one sentence."""
+        try:
+            return f"The images of that step are listed in {self.write_non_finite(error)}"
+        except OSError as problem:
+            return f"What led there could not be saved to look into: {problem}"
+
+    def write_non_finite(self, error: NonFiniteLoss) -> Path:
+        """`save_non_finite`, or OSError on all processes."""
         file = self.folder / "non_finite.json"
-        images = [
-            {"index": batch["index"].tolist(), "epoch": batch["epoch"].tolist()}
-            for batches in gather_object([error.batches])
-            for batch in batches
-        ]
+        mine = [{"index": batch["index"].tolist(), "epoch": batch["epoch"].tolist()} for batch in error.batches]
+        images = {"step": error.step + 1, "batches": gather_object(mine)}
+        on_main(self.accelerator, lambda: file.write_text(json.dumps(images, indent=1) + "\n", encoding="utf-8"))
         if self.state is not None and self.keeps_checkpoints:
             store = CheckpointStore(self.folder / "non_finite", keep=1)
             shadow = self.shadow(self.state)
             tensors, rest = gather_state(self.accelerator, self.state.model, self.state.optimizer, shadow)
             save_for_all(store, self.accelerator, error.step, tensors, {"step": error.step} | rest, is_best=False)
-        if self.accelerator.is_main_process:
-            file.write_text(json.dumps({"step": error.step + 1, "batches": images}, indent=1) + "\n", encoding="utf-8")
         return file
 
 
@@ -359,9 +378,11 @@ def shown(value: Any) -> str:
 @contextmanager
 def dry_run(options: Options) -> Iterator[Options]:
     """The options for one step of everything, in a folder that is removed again."""
-    parent = options.output_dir.absolute().parent
-    parent.mkdir(parents=True, exist_ok=True)  # where the run would write: it is to show that it can
-    folder = Path(tempfile.mkdtemp(prefix=f".{options.output_dir.name}-dry-run-", dir=parent))
+    parent, name = options.output_dir.absolute().parent, f".{options.output_dir.name}-dry-run-"
+    folder = parent / name
+    if os.environ.get("RANK", "0") == "0":  # the others write nothing; Accelerate does not know about them yet
+        parent.mkdir(parents=True, exist_ok=True)  # where the run would write: it is to show that it can
+        folder = Path(tempfile.mkdtemp(prefix=name, dir=parent))
     try:
         yield replace(
             options,

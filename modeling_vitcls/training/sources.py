@@ -10,7 +10,8 @@ Which part of them is held out is in held_out.py; reading without keeping is in 
 
 import gzip
 import struct
-from dataclasses import dataclass
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,31 +36,39 @@ IDX_NAMES = {
 }
 
 
+Choice = Callable[[list[str]], Collection[str]]  # the names of all splits -> those that are used
+
+
 @dataclass(frozen=True)
 class Splits:
-    """A data set as it came: its splits by name, and what its labels mean."""
+    """A data set as it came: those of its splits that are used, by name, and what its labels mean."""
 
     name: str
     label_space: LabelSpace
     parts: dict[str, LabelledPictures]
+    names: list[str]  # of all splits
 
 
-def load_splits(options: DataOptions, labelled: bool = True) -> Splits:
+def load_splits(options: DataOptions, labelled: bool = True, used: Choice = list) -> Splits:
     """Read `--dataset`; unlabelled, every label is -100 and no column of labels is needed.
 
+    Args:
+        used: chooses splits by name; of others, whose labels may be hidden, nothing is read.
+
     Raises:
-        ValueError: if it cannot be found or read, or has no column of images or labels.
+        ValueError: if it cannot be found or read, or has no column of images or labels; and what `used` raises.
     """
     if options.dataset == "digits":
         splits = load_digits()
     elif is_idx_folder(Path(options.dataset)):
         splits = load_idx_folder(Path(options.dataset))
     else:
-        return load_with_datasets(options, labelled)
+        return load_with_datasets(options, labelled, used)
+    parts = {name: splits.parts[name] for name in used(list(splits.parts))}
     if labelled:
-        return splits
-    parts = {name: without_labels(part.pictures) for name, part in splits.parts.items()}
-    return Splits(splits.name, UNLABELLED, parts)
+        return replace(splits, parts=parts)
+    parts = {name: without_labels(part.pictures) for name, part in parts.items()}
+    return replace(splits, label_space=UNLABELLED, parts=parts)
 
 
 def without_labels(pictures: Any) -> LabelledPictures:
@@ -77,7 +86,7 @@ def load_digits() -> Splits:
     digits = sklearn.datasets.load_digits()
     levels = (digits.images * (255 / 16)).round().astype(np.uint8)  # [1797, 8, 8]
     space = LabelSpace("single_label_classification", {"label": [str(name) for name in digits.target_names]})
-    return Splits("digits", space, {"train": LabelledPictures(Arrays(levels), digits.target.tolist())})
+    return Splits("digits", space, {"train": LabelledPictures(Arrays(levels), digits.target.tolist())}, ["train"])
 
 
 def is_idx_folder(folder: Path) -> bool:
@@ -112,7 +121,7 @@ def load_idx_folder(folder: Path) -> Splits:
     names = IDX_NAMES.get(folder.resolve().name, [str(index) for index in range(num_classes)])
     space = LabelSpace("single_label_classification", {"label": names[:num_classes]})
     parts = {name: LabelledPictures(Arrays(images), labels.tolist()) for name, (images, labels) in found.items()}
-    return Splits(folder.resolve().name, space, parts)
+    return Splits(folder.resolve().name, space, parts, list(parts))
 
 
 def read_idx(file: Path, dimensions: int) -> np.ndarray:
@@ -136,14 +145,16 @@ def read_idx(file: Path, dimensions: int) -> np.ndarray:
 # Read by `datasets` --------------------------------------------------------------------------------------------------
 
 
-def load_with_datasets(options: DataOptions, labelled: bool) -> Splits:
+def load_with_datasets(options: DataOptions, labelled: bool, used: Choice) -> Splits:
     """A folder, a file, or a data set of the Hub."""
-    loaded = open_with_datasets(options)
+    opened = open_with_datasets(options)
+    loaded = {name: opened[name] for name in used(list(opened))}
     features = next(iter(loaded.values())).features
     image_column = find_image_column(options, features)
     pictures = {name: pictures_of(part, image_column, folder_of(options)) for name, part in loaded.items()}
     if not labelled:
-        return Splits(name_of(options), UNLABELLED, {name: without_labels(part) for name, part in pictures.items()})
+        parts = {name: without_labels(part) for name, part in pictures.items()}
+        return Splits(name_of(options), UNLABELLED, parts, list(opened))
 
     reader = build_label_reader(
         options, features, lambda column: (value for part in loaded.values() for value in values_of(part, column))
@@ -158,7 +169,7 @@ def load_with_datasets(options: DataOptions, labelled: bool) -> Splits:
             for row, values in enumerate(zip(*columns, strict=True))
         ]
         parts[name] = LabelledPictures(pictures[name], labels)
-    return Splits(name_of(options), reader.space, parts)
+    return Splits(name_of(options), reader.space, parts, list(opened))
 
 
 def open_with_datasets(options: DataOptions) -> Any:

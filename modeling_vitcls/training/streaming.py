@@ -37,6 +37,7 @@ from .sources import folder_of, name_of, open_with_datasets
 
 NAMES_KEPT = 10_000  # of the examples read last, to name broken ones
 BATCHES_AHEAD = 4
+HELD_OUT_PICTURES = 10_000  # at most so many are kept for evaluation where the stream has no split for it
 
 
 @dataclass(frozen=True)
@@ -112,12 +113,14 @@ class StreamedPictures:
         return (self.example(row, index) for row, index in mine)
 
     def held_out_pictures(self) -> LabelledPictures:
-        """Read the stream to its end, and keep the held-out part, encoded; all of it where there is no such part."""
-        kept = [
-            self.example(row, index)
-            for row, index in self.indexed(self.stream)
-            if self.held_out is None or self.is_held_out(index)
-        ]
+        """The held-out part, encoded, in the order of the stream; all of the stream where there is no such part.
+
+        Of the part, the first `HELD_OUT_PICTURES` are kept and nothing behind them is read; training leaves out all.
+        """
+        rows = self.indexed(self.stream)
+        if self.held_out is not None:
+            rows = islice((pair for pair in rows if self.is_held_out(pair[1])), HELD_OUT_PICTURES)
+        kept = [self.example(row, index) for row, index in rows]
         if not kept:
             raise ValueError(f"{self.name}: no image is held out: raise --held-out-fraction")
         return LabelledPictures(Examples([part.encoded for part in kept]), [part.label for part in kept])
@@ -201,11 +204,17 @@ class TrainingStream:
     """
 
     def __init__(
-        self, source: StreamedPictures, augmentation: Augmentation, to_rgb: bool, seed: int, views: int = 0
+        self,
+        source: StreamedPictures,
+        augmentation: Augmentation,
+        to_rgb: bool,
+        seed: int,
+        views: int = 0,
+        num_channels: int | None = None,
     ) -> None:
         """`views`: how many augmented views of a picture there are; 0 makes a new one for each pass."""
         self.source = source
-        self.preparation = Preparation(augmentation, to_rgb, seed, views)
+        self.preparation = Preparation(augmentation, to_rgb, seed, views, num_channels)
         self.names: dict[int, str] = {}
 
     def keys(self, plan: BatchPlan, process: int, first_step: int) -> Iterator[list[Example]]:
@@ -273,12 +282,17 @@ class TrainingStream:
 
 
 def training_pictures(
-    source: LabelledPictures | StreamedPictures, augmentation: Augmentation, to_rgb: bool, seed: int, views: int = 0
+    source: LabelledPictures | StreamedPictures,
+    augmentation: Augmentation,
+    to_rgb: bool,
+    seed: int,
+    views: int = 0,
+    num_channels: int | None = None,
 ) -> TrainingPictures | TrainingStream:
     """Augmented training pictures, stored or streamed."""
     if isinstance(source, StreamedPictures):
-        return TrainingStream(source, augmentation, to_rgb, seed, views)
-    return TrainingPictures(source, augmentation, to_rgb, seed, views)
+        return TrainingStream(source, augmentation, to_rgb, seed, views, num_channels)
+    return TrainingPictures(source, augmentation, to_rgb, seed, views, num_channels)
 
 
 def read_ahead(items: Iterator[Any], count: int) -> Iterator[Any]:

@@ -1,0 +1,37 @@
+"""Batches from DataLoader's workers, whose errors come through in one line. What is in a batch is not decided here."""
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from .interruption import leave_signals_to_parent
+
+
+def from_workers(batches: Dataset, keys: Iterable[Any], num_workers: int) -> Iterator[Any]:
+    """`batches[key]` of each key, in order, on the CPU. Close the iterator to end the workers.
+
+    Args:
+        batches: key -> batch; asked in the workers.
+        keys: asked for in this process.
+        num_workers: processes besides this one; 0 for none.
+
+    Raises:
+        ValueError: what `batches` raises, without the worker's traceback.
+    """
+    loader = DataLoader(
+        batches,
+        batch_size=None,
+        sampler=keys,
+        num_workers=num_workers,
+        worker_init_fn=leave_signals_to_parent,
+        pin_memory=torch.cuda.is_available(),
+    )
+    try:
+        yield from loader
+        return
+    except ValueError as error:  # of a worker: its traceback precedes the message
+        problem = str(error).strip().splitlines()[-1].removeprefix("ValueError: ")
+        error.__traceback__ = None  # it holds the loader, whose workers shall end now
+    raise ValueError(problem)
