@@ -12,8 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import tyro
-from command_line import errors_in_one_line, stop
+from command_line import errors_in_one_line, from_flags, stop
 
 
 @dataclass(frozen=True)
@@ -36,7 +35,7 @@ class BenchmarkOptions:
 
 def main() -> None:
     """Parse, measure, report; the package is imported only once the flags are known to be right."""
-    options = tyro.cli(BenchmarkOptions, description=__doc__)
+    options = from_flags(BenchmarkOptions, description=__doc__)
     if options.pairs < 1:
         stop(f"--pairs is {options.pairs}: set a value 1 or more")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing is loaded but from this machine

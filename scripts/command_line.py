@@ -36,7 +36,15 @@ def parse(options_class: str, arguments: list[str] | None = None) -> Any:
     recipe, _ = tyro.cli(Recipe, args=arguments, return_unknown_args=True, add_help=False)
     if recipe.config is not None:
         arguments = [*recipe_flags(recipe.config), *arguments]
-    return tyro.cli(getattr(options_module(), options_class), args=arguments, config=(tyro.conf.OmitArgPrefixes,))
+    return from_flags(getattr(options_module(), options_class), arguments, config=(tyro.conf.OmitArgPrefixes,))
+
+
+def from_flags(options_class: type, arguments: list[str] | None = None, **settings: Any) -> Any:
+    """`tyro.cli`, whose older versions leave it to the caller to report flags that do not go together."""
+    try:
+        return tyro.cli(options_class, args=arguments, **settings)
+    except ValueError as error:
+        stop(f"error: {error}")
 
 
 def recipe_flags(path: Path) -> list[str]:

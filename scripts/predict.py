@@ -10,7 +10,7 @@
 from dataclasses import dataclass
 
 import tyro
-from command_line import errors_in_one_line, options_module, stop
+from command_line import errors_in_one_line, from_flags, options_module, stop
 
 
 PredictOptions = options_module().PredictOptions
@@ -29,7 +29,7 @@ def main() -> None:
 
     Broken images have their error in a row; only if there is no answer at all, the exit status is 1.
     """
-    options = tyro.cli(Command)
+    options = from_flags(Command)
 
     from transformers.utils.logging import disable_progress_bar
 

@@ -10,8 +10,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-import tyro
-from command_line import errors_in_one_line
+from command_line import errors_in_one_line, from_flags
 
 
 @dataclass
@@ -38,7 +37,7 @@ class PushOptions:
 
 def main() -> None:
     """Parse, push, verify, print; the package is imported only once the flags are known to be right."""
-    options = tyro.cli(PushOptions)
+    options = from_flags(PushOptions)
     if options.verify_only is None and options.model is None:
         print("give --model FOLDER to push, or --verify-only ID", file=sys.stderr)
         raise SystemExit(2)

@@ -18,7 +18,8 @@ from typing import Any
 
 import torch
 import transformers
-from huggingface_hub import scan_cache_dir
+from huggingface_hub import constants
+from huggingface_hub.file_download import repo_folder_name
 from PIL import Image
 from safetensors.torch import save_file
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
@@ -69,8 +70,8 @@ def main(request_file: Path) -> None:
 
 def cached_commits(repo_id: str) -> list[str]:
     """The commits of a repository that files were loaded from."""
-    repositories = [repository for repository in scan_cache_dir().repos if repository.repo_id == repo_id]
-    return sorted(revision.commit_hash for repository in repositories for revision in repository.revisions)
+    cache = Path(constants.HF_HUB_CACHE, repo_folder_name(repo_id=repo_id, repo_type="model"))
+    return sorted(snapshot.name for snapshot in (cache / "snapshots").glob("*") if any(snapshot.iterdir()))
 
 
 def collect(source: str, revision: str | None = None) -> tuple[Answers, dict[str, Any]]:
