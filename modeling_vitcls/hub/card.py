@@ -45,22 +45,35 @@ def build_card(name: str, config: ViTCLSConfig, results: dict[str, Any], flags: 
         results: what results.json holds.
         flags: the run's flags, as in config.resolved.yaml.
     """
-    from_scratch = flags["model"].removeprefix("vitcls-") in PRESETS
-    recipe = shareable(flags)
     return ModelCard.from_template(
-        card_metadata(name, config, results, flags, from_scratch),
+        card_metadata(name, config, results, flags, is_from_scratch(flags)),
         template_path=str(TEMPLATE),
-        name=name,
-        config=config,
-        results=results,
         metrics=metric_rows(results, config),
         class_tables=class_tables(results, config),
         purpose=purpose(config),
-        layout=layout_picture(results["token_layout"]),
-        from_scratch=from_scratch,
-        base_model=recipe["model"],
-        recipe=yaml.safe_dump(recipe, sort_keys=False).strip(),
+        **facts_of_any_model(name, config, results, flags),
     )
+
+
+def facts_of_any_model(
+    name: str, config: ViTCLSConfig, results: dict[str, Any], flags: dict[str, Any]
+) -> dict[str, Any]:
+    """What the cards of classifiers and encoders both say."""
+    recipe = shareable(flags)
+    return {
+        "name": name,
+        "config": config,
+        "results": results,
+        "layout": layout_picture(results["token_layout"]),
+        "from_scratch": is_from_scratch(flags),
+        "base_model": recipe["model"],
+        "recipe": yaml.safe_dump(recipe, sort_keys=False).strip(),
+    }
+
+
+def is_from_scratch(flags: dict[str, Any]) -> bool:
+    """Whether the run started from a preset's fresh weights."""
+    return flags["model"].removeprefix("vitcls-") in PRESETS
 
 
 def card_metadata(

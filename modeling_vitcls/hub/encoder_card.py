@@ -6,11 +6,10 @@ The text is in model_cards/encoder.md.j2; a classifier's card is in card.py.
 from pathlib import Path
 from typing import Any
 
-import yaml
 from huggingface_hub import ModelCard, ModelCardData
 
-from ..configuration_vitcls import PRESETS, ViTCLSConfig
-from .card import TEMPLATE, layout_picture, shareable
+from ..configuration_vitcls import ViTCLSConfig
+from .card import TEMPLATE, facts_of_any_model, is_from_scratch
 
 
 def build_encoder_card(name: str, config: ViTCLSConfig, results: dict[str, Any], flags: dict[str, Any]) -> ModelCard:
@@ -22,8 +21,7 @@ def build_encoder_card(name: str, config: ViTCLSConfig, results: dict[str, Any],
         results: what results.json holds.
         flags: the run's flags, as in config.resolved.yaml.
     """
-    from_scratch = flags["model"].removeprefix("vitcls-") in PRESETS
-    recipe = shareable(flags)
+    from_scratch = is_from_scratch(flags)
     return ModelCard.from_template(
         ModelCardData(
             license="apache-2.0" if from_scratch else None,
@@ -35,11 +33,5 @@ def build_encoder_card(name: str, config: ViTCLSConfig, results: dict[str, Any],
             model_name=name,
         ),
         template_path=str(TEMPLATE.with_name("encoder.md.j2")),
-        name=name,
-        config=config,
-        results=results,
-        layout=layout_picture(results["token_layout"]),
-        from_scratch=from_scratch,
-        base_model=recipe["model"],
-        recipe=yaml.safe_dump(recipe, sort_keys=False).strip(),
+        **facts_of_any_model(name, config, results, flags),
     )

@@ -20,10 +20,10 @@ from .data import LabelledPictures
 from .evaluation import Evaluator
 from .loop import Metrics
 from .options import FinetuneOptions, as_flags
-from .output import push, write_output
+from .output import conclude, finished_before, write_output
 from .parts import build_parts
 from .reporting import shown_metric
-from .results import facts_of_run, model_lines, plan_lines, read_json, write_json
+from .results import facts_of_run, model_lines, plan_lines, write_json
 from .run import Run, build_plan, prepare
 from .session import dry_run
 from .states import gather, named_tensors
@@ -38,9 +38,7 @@ def finetune(run: Run) -> dict[str, Any]:
     """
     session = run.session
     if session.is_finished:
-        session.reporter.say("finished", f"{session.folder} holds the results of this run: there is nothing to resume")
-        push(session, run.hub_model_id)
-        return read_json(session.folder / "results.json")
+        return finished_before(session, run.hub_model_id)
     for name, what in summary(run).items():
         session.reporter.say(name, what)
     evaluator = build_evaluator(run)
@@ -58,10 +56,7 @@ def finetune(run: Run) -> dict[str, Any]:
         metrics |= evaluator(run.built.model.eval())
     results = describe(run) | metrics
     save(run, results)
-    session.reporter.say("result", headline(metrics))
-    session.reporter.say("saved", f"{session.folder} (model, image processor, README.md, results.json)")
-    push(session, run.hub_model_id)
-    session.accelerator.end_training()
+    conclude(session, headline(metrics), run.hub_model_id)
     return results
 
 

@@ -1,6 +1,7 @@
 """The end of a run, of any kind: its folder is written, and pushed to the Hub where that was asked for."""
 
 from collections.abc import Callable
+from typing import Any
 
 from accelerate import Accelerator
 
@@ -8,7 +9,7 @@ from ..hub.publish import push_folder
 from ..hub.rights import check_push_rights
 from .checkpoints import WRITE_ERRORS, on_main
 from .options import FinetuneOptions, PretrainOptions
-from .results import without_progress_bars
+from .results import read_json, without_progress_bars
 from .session import RunStopped, Session
 
 
@@ -43,6 +44,29 @@ def write_output(session: Session, write: Callable[[], None]) -> None:
     except OSError as error:
         again = "give the same command with --resume" if session.keeps_checkpoints else "start the run anew"
         raise RunStopped(f"cannot write the model to {session.folder} ({error}): make room, then {again}") from error
+
+
+def finished_before(session: Session, repository: str | None) -> dict[str, Any]:
+    """What `--resume` does with a run that has come to its end: it may still have to be pushed. Returns its results.
+
+    Raises:
+        RunStopped: see `push`.
+    """
+    session.reporter.say("finished", f"{session.folder} holds the results of this run: there is nothing to resume")
+    push(session, repository)
+    return read_json(session.folder / "results.json")
+
+
+def conclude(session: Session, headline: str, repository: str | None) -> None:
+    """Say what came out of a run whose folder is written, and push it where that was asked for.
+
+    Raises:
+        RunStopped: see `push`.
+    """
+    session.reporter.say("result", headline)
+    session.reporter.say("saved", f"{session.folder} (model, image processor, README.md, results.json)")
+    push(session, repository)
+    session.accelerator.end_training()
 
 
 def push(session: Session, repository: str | None) -> None:

@@ -28,10 +28,10 @@ from .losses import Batch, MaskedImages
 from .masking import MaskChooser
 from .model import check_is_vitcls, fit_processor, is_preset
 from .options import ModelOptions, PretrainOptions, as_flags
-from .output import find_repository, push, write_output
+from .output import conclude, find_repository, finished_before, write_output
 from .reconstruction import ReconstructionEvaluator
 from .reporting import shown_metric
-from .results import facts_of_run, model_lines, plan_lines, read_json, write_json
+from .results import facts_of_run, model_lines, plan_lines, write_json
 from .session import Session, dry_run, open_session
 from .states import gather, named_tensors
 from .streaming import TrainingStream, training_pictures
@@ -81,9 +81,7 @@ def pretrain(run: Run) -> dict[str, Any]:
     """
     session, model = run.session, run.model
     if session.is_finished:
-        session.reporter.say("finished", f"{session.folder} holds the results of this run: there is nothing to resume")
-        push(session, run.hub_model_id)
-        return read_json(session.folder / "results.json")
+        return finished_before(session, run.hub_model_id)
     for name, what in summary(run).items():
         session.reporter.say(name, what)
     normalise = Normaliser(run.processor, session.accelerator.device)
@@ -99,10 +97,7 @@ def pretrain(run: Run) -> dict[str, Any]:
     )
     results = describe(run) | metrics
     save(run, results)
-    session.reporter.say("result", headline(metrics))
-    session.reporter.say("saved", f"{session.folder} (model, image processor, README.md, results.json)")
-    push(session, run.hub_model_id)
-    session.accelerator.end_training()
+    conclude(session, headline(metrics), run.hub_model_id)
     return results
 
 
