@@ -1,4 +1,5 @@
 # make demo       set up, fine-tune on real handwritten digits, load the result back, show what it predicts
+# make cards      make the models of scripts/recipes/ anew, and their cards in model_cards/
 # make test       set up, lint, type-check, run the tests (what CI runs)
 # make test-all   the slow tests too
 # make test-floor the tests on the lowest versions that pyproject.toml allows
@@ -12,21 +13,48 @@ export TOKENIZERS_PARALLELISM := false
 # One thread per test process: with as many processes as cores, more threads only wait for each other.
 test test-all test-floor: export OMP_NUM_THREADS := 1
 
-.PHONY: demo test test-all test-floor check setup clean
+# Libraries are compiled once: tests start processes by the dozen, and each would spend seconds on it.
+unexport PYTHONDONTWRITEBYTECODE
+
+.PHONY: demo cards test test-all test-floor check lint browser setup clean
 
 demo: setup
 	$(RUN) scripts/demo.py
 
-test: check
-	$(RUN) -m pytest -n $(WORKERS) --dist loadfile -m "not slow"
+# The runs that model_cards/ describes. Another one alone: make cards RECIPES=digits
+RECIPES ?= digits fashion-mnist
 
-test-all: check
-	$(RUN) -m pytest -n $(WORKERS) --dist loadfile
+cards: setup
+	set -e; for name in $(RECIPES); do \
+		OMP_NUM_THREADS=1 $(RUN) scripts/finetune.py --config scripts/recipes/$$name.yaml --output-dir runs/$$name; \
+		mkdir -p model_cards/$$name/pictures; \
+		cp runs/$$name/README.md runs/$$name/results.json model_cards/$$name/; \
+		cp runs/$$name/pictures/*.png model_cards/$$name/pictures/; \
+	done
 
-check: setup
+# Types are checked while the tests run, which leave a core idle now and then; what mypy says comes last.
+test: TESTS := -m "not slow"
+test test-all: lint browser
+	@$(RUN) -m mypy >$(VENV)/types.txt 2>&1 & types=$$!; \
+	$(RUN) -m pytest -n $(WORKERS) --dist loadfile $(TESTS); tested=$$?; \
+	wait $$types; typed=$$?; echo "mypy: $$(cat $(VENV)/types.txt)"; \
+	[ $$tested = 0 ] && [ $$typed = 0 ]
+
+check: lint
+	$(RUN) -m mypy
+
+lint: setup
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
-	$(RUN) -m mypy
+
+# Pages are tested in a real Chromium. Where there is none it is installed, or else their tests are skipped.
+BROWSERS := chromium chromium-browser google-chrome google-chrome-stable
+
+browser: setup
+	@[ -n "$$(which $(BROWSERS) 2>/dev/null)" ] || ls -d $(HOME)/.cache/ms-playwright/chromium* >/dev/null 2>&1 \
+		|| { [ "$$(id -u)" = 0 ] && apt-get update -qq && apt-get install -y -qq chromium; } >/dev/null 2>&1 \
+		|| $(RUN) -m playwright install chromium >/dev/null 2>&1 \
+		|| echo "No Chromium was found, and none could be installed: tests of pages are skipped"
 
 setup: $(VENV)/installed
 

@@ -16,6 +16,7 @@ from transformers.utils import TransformersKwargs
 
 from .attention_core_vitcls import AttentionCore
 from .configuration_vitcls import ViTCLSConfig
+from .linear_vitcls import Linear, as_autocast_will
 from .norms_vitcls import build_norm
 from .rotary_vitcls import Rotation, leave_unrotated, rotate_patches
 from .scopes_vitcls import first_rows
@@ -33,10 +34,10 @@ class ViTCLSAttention(nn.Module):
         self.attention_dropout = config.attention_probs_dropout_prob
         self.is_causal = False
         width, inner_width = config.hidden_size, config.num_attention_heads * config.head_dim
-        self.q_proj = nn.Linear(width, inner_width, bias=_first_set(config.query_bias, config.qkv_bias))
-        self.k_proj = nn.Linear(width, inner_width, bias=_first_set(config.key_bias, config.qkv_bias))
-        self.v_proj = nn.Linear(width, inner_width, bias=_first_set(config.value_bias, config.qkv_bias))
-        self.o_proj = nn.Linear(inner_width, width, bias=config.projection_bias)
+        self.q_proj = Linear(width, inner_width, bias=_first_set(config.query_bias, config.qkv_bias))
+        self.k_proj = Linear(width, inner_width, bias=_first_set(config.key_bias, config.qkv_bias))
+        self.v_proj = Linear(width, inner_width, bias=_first_set(config.value_bias, config.qkv_bias))
+        self.o_proj = Linear(inner_width, width, bias=config.projection_bias)
         self.q_norm = build_norm(config, self.map_dim) if config.qk_norm else nn.Identity()
         self.k_norm = build_norm(config, self.map_dim) if config.qk_norm else nn.Identity()
         self.norm = build_norm(config, inner_width) if config.attention_norm else nn.Identity()
@@ -55,6 +56,7 @@ class ViTCLSAttention(nn.Module):
 
         n is `num_queries`: so many tokens, all of them special, attend, from the first on. Default: all N.
         """
+        hidden_states = as_autocast_will(hidden_states)
         # -1 heads: under tensor parallelism each process holds some of them
         query = self.q_proj(hidden_states[:, :num_queries]).unflatten(-1, (-1, self.map_dim))  # [B, n, maps, map_dim]
         key = self.k_proj(hidden_states).unflatten(-1, (-1, self.map_dim))

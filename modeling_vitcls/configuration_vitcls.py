@@ -73,6 +73,17 @@ ADAPTABLE_FIELDS = (
     "register_neurons",
 )
 
+# Merging patches needs these: elsewhere the places of single patches matter, or there is more than one set of keys.
+MERGING_NEEDS: dict[str, tuple[Any, ...]] = {
+    "position_embedding_type": ("learned", "sincos_2d", "none"),
+    "relative_position_bias": ("none",),
+    "cls_scopes": (None,),
+    "gated_tokens": (None,),
+    "register_neurons": (None,),
+    "attention_type": ("softmax",),
+    "layer_type": ("standard",),
+}
+
 # Group of special tokens -> the field that counts them.
 TOKEN_COUNTS = {
     "cls": "num_cls_tokens",
@@ -241,6 +252,10 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
             embeddings, and of attention weights; in [0, 1).
         drop_path_rate (`float`, defaults to 0): Rate of dropped residual branches per image at the last layer, rising
             linearly from 0 at the first, so a single layer drops nothing (Huang et al. 2016, arXiv 1603.09382).
+        patch_drop_rate (`float`, defaults to 0): Part of the patches that each image leaves out in training, chosen at
+            random (PatchDropout, arXiv 2208.07220; FLIP, arXiv 2212.00794); in [0, 1), and one patch stays.
+        merged_patches_per_layer (`int`, defaults to 0): Patches by which each layer shortens the sequence, joining the
+            most similar ones, half of them at most (ToMe, arXiv 2210.09461). Faster and inexact, without training.
         initializer_range (`float`, defaults to 0.02): Standard deviation of initial weights.
 
     Masked image modelling:
@@ -362,6 +377,8 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
     hidden_dropout_prob: float | int = 0.0
     attention_probs_dropout_prob: float | int = 0.0
     drop_path_rate: float | int = 0.0
+    patch_drop_rate: float | int = 0.0
+    merged_patches_per_layer: int = 0
     initializer_range: float | int = 0.02
 
     mim_loss: Literal["l1", "l2"] = "l1"
@@ -500,13 +517,14 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
         """Every count, size and rate within its range."""
         _require_at_least(self, 1, "hidden_size num_hidden_layers num_attention_heads intermediate_size num_channels")
         _require_at_least(self, 0, "num_cls_tokens num_distillation_tokens num_register_tokens")
+        _require_at_least(self, 0, "merged_patches_per_layer")
         if self.head_hidden_size is not None:
             _require_at_least(self, 1, "head_hidden_size")
         if self.rope_reference_grid is not None and (
             len(self.rope_reference_grid) != 2 or min(self.rope_reference_grid) < 1
         ):
             raise ValueError(f"rope_reference_grid is {self.rope_reference_grid}: give [rows, columns]")
-        for name in ("hidden_dropout_prob", "attention_probs_dropout_prob", "drop_path_rate"):
+        for name in ("hidden_dropout_prob", "attention_probs_dropout_prob", "drop_path_rate", "patch_drop_rate"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}: set a rate of at least 0 and below 1")
         if self.layer_scale_init_value is not None and not math.isfinite(self.layer_scale_init_value):
@@ -540,6 +558,10 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
             raise ValueError(
                 f"{self.position_embedding_type} needs a head width that is a multiple of 4, and it is "
                 f"{self.head_dim}: change hidden_size, num_attention_heads or attention_head_size"
+            )
+        if self.attention_type == "differential" and self.relative_position_bias != "none":
+            raise ValueError(
+                'attention_type="differential" has two maps per head and relative_position_bias one: leave one out'
             )
         if self.attention_type == "differential" and (self.head_dim % 2 or self.has_rotary_positions):
             raise ValueError(
@@ -647,6 +669,17 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
         for pair in self.register_neurons:
             if len(pair) != 2 or not (0 <= pair[0] < self.num_hidden_layers and 0 <= pair[1] < self.intermediate_size):
                 raise ValueError(f"register_neurons: {pair} is no [layer, neuron] of this model")
+
+    def validate_merging(self) -> None:
+        """Nothing is asked for that merged patches cannot have."""
+        if self.merged_patches_per_layer == 0:
+            return
+        for name, possible in MERGING_NEEDS.items():
+            if getattr(self, name) not in possible:
+                raise ValueError(
+                    f"merged_patches_per_layer={self.merged_patches_per_layer} does not go with {name}="
+                    f"{getattr(self, name)!r}: set it to 0, or {name} to {' or '.join(map(repr, possible))}"
+                )
 
     def validate_tasks(self) -> None:
         """One CLS token per task, every task with a usable name and labels."""

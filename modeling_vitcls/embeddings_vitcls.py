@@ -12,8 +12,9 @@ import torch
 from torch import nn
 
 from .configuration_vitcls import ViTCLSConfig
+from .linear_vitcls import PatchProjection
 from .norms_vitcls import build_norm
-from .resampling_vitcls import Resampling
+from .resampling_vitcls import Resampling, needs_no_resampling
 
 
 class ViTCLSEmbeddings(nn.Module):
@@ -80,7 +81,7 @@ class ViTCLSPatchEmbeddings(nn.Module):
         super().__init__()
         self.num_channels = config.num_channels
         self.patch_size = config.patch_height_width
-        self.projection = nn.Conv2d(
+        self.projection = PatchProjection(
             config.num_channels,
             config.hidden_size,
             kernel_size=self.patch_size,
@@ -142,7 +143,7 @@ class LearnedPositions(nn.Module):
     def forward(self, special: dict[str, nn.Parameter], patches: torch.Tensor, grid: tuple[int, int]) -> Embedded:
         """Add positions to the special tokens that have them, and to the patches."""
         positions: torch.Tensor = self.patches
-        if grid != self.grid:
+        if not needs_no_resampling(self.grid, grid):
             positions = self.resample(self.patches, self.grid, grid)
         return [self.add_to_special(name, token) for name, token in special.items()], patches + positions
 

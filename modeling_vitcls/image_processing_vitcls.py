@@ -5,14 +5,15 @@
 
 What lives here: reading sources (paths, bytes, URLs), EXIF orientation, channels and bit depths, and the checks whose
 messages a user needs. Resizing, cropping, rescaling and normalising are transformers' own, once with torchvision and
-once with PIL. Augmentation for training does not live here.
+once with PIL. A shorter way to the same values is in fast_pixels_vitcls.py. Augmentation for training does not live
+here.
 """
 
 import base64
 import difflib
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from io import BytesIO
 from typing import Any
@@ -38,6 +39,8 @@ from transformers.image_utils import (
 )
 from transformers.processing_utils import ImagesKwargs, Unpack
 from transformers.utils import is_torchvision_available
+
+from .fast_pixels_vitcls import URL_STARTS, has_fast_way, in_threads, pixel_values, read_jpeg, resized, settings_of
 
 
 # `save_pretrained` names only the class it saved; with both named, either backend loads from any checkpoint.
@@ -142,11 +145,7 @@ class ViTCLSProcessing(BaseImageProcessor):
         **kwargs: Any,
     ) -> Any:
         """Bring one image in memory to [C, H, W] in the backend's own type, ready for resizing."""
-        to_rgb = bool(do_convert_rgb)
-        if isinstance(image, PIL.Image.Image):
-            pixels = picture_to_pixels(image, to_rgb)
-        else:
-            pixels = array_to_pixels(image, to_rgb, bool(do_rescale), input_data_format)
+        pixels = image_to_pixels(image, bool(do_convert_rgb), bool(do_rescale), input_data_format)
         if do_normalize:
             check_channels(len(pixels), image_mean=image_mean, image_std=image_std)
         return super().process_image(pixels, do_convert_rgb=False, input_data_format=ChannelDimension.FIRST, **kwargs)
@@ -162,8 +161,7 @@ class ViTCLSProcessing(BaseImageProcessor):
     def _prepare_images_structure(self, images: Any, expected_ndims: int = 3) -> list[Any]:
         """A flat list of single images; unlike transformers' own, grey arrays of shape [H, W] count as images."""
         singles = list(single_images(self.fetch_images(images)))
-        if not singles:
-            raise ValueError("no images were given: the list is empty")
+        check_any(singles)
         return singles
 
     def _standardize_kwargs(  # type: ignore[override]
@@ -180,12 +178,8 @@ class ViTCLSProcessing(BaseImageProcessor):
     def _preprocess(self, images: list[Any], return_tensors: Any = None, **kwargs: Any) -> BatchFeature:
         """Resize, crop, rescale and normalise, then stack."""
         batch = super()._preprocess(images, return_tensors=None, **kwargs)
-        shapes = sorted({tuple(pixels.shape) for pixels in batch["pixel_values"]})
-        if return_tensors is not None and len(shapes) > 1:
-            raise ValueError(
-                f"the images of this batch come out in different shapes {shapes}, so they cannot be one tensor: set "
-                "an exact size or do_center_crop (and do_convert_rgb if the channels differ), or pass them one by one"
-            )
+        if return_tensors is not None:
+            check_one_shape(batch["pixel_values"])
         return BatchFeature(data=dict(batch), tensor_type=return_tensors)
 
 
@@ -238,10 +232,50 @@ class ViTCLSImageProcessor(ViTCLSProcessing, TorchvisionBackend):  # type: ignor
         ImportError: at construction, if torchvision is not installed; `ViTCLSImageProcessorPil` does not need it.
     """
 
+    _checked_settings: tuple[Any, ...] | None = None  # with which a call was successful
+
     def __init__(self, crop_rounding: str = "down", **kwargs: Unpack[ImagesKwargs]) -> None:
         if not is_torchvision_available():
             raise ImportError("ViTCLSImageProcessor needs torchvision: install it, or load it with backend='pil'")
         super().__init__(crop_rounding=crop_rounding, **kwargs)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The settings as saved in `preprocessor_config.json`, with both backends in the `auto_map`."""
+        settings = super().to_dict()
+        settings.pop("_checked_settings", None)
+        return settings
+
+    def preprocess(self, images: Any, *args: Any, **kwargs: Unpack[ImagesKwargs]) -> BatchFeature:
+        """Prepare an image, a batch or a list; keywords override the settings of this processor for this call.
+
+        The first call with settings checks them; further ones without keywords go the short way.
+        """
+        if args or dict(kwargs) != {"return_tensors": "pt"} or type(self) is not ViTCLSImageProcessor:
+            return super().preprocess(images, *args, **kwargs)
+        settings = settings_of(self, self._valid_kwargs_names)
+        singles = list(single_images(images))
+        if settings == self._checked_settings and all(getattr(image, "is_cpu", True) for image in singles):
+            return self._fast_preprocess(singles)
+        batch = super().preprocess(images, **kwargs)
+        self._checked_settings = settings if has_fast_way(self) else None
+        return batch
+
+    def _fast_preprocess(self, images: list[Any]) -> BatchFeature:
+        """What `preprocess` gives as tensors for settings that it has checked, `has_fast_way` being true of them."""
+        check_any(images)
+        are_read = all(isinstance(image, SOURCE_TYPES) for image in images)
+        pictures = in_threads(self._fast_picture, images) if are_read else list(map(self._fast_picture, images))
+        check_one_shape(pictures)
+        return BatchFeature(data={"pixel_values": pixel_values(self, pictures)})
+
+    def _fast_picture(self, image: Any) -> torch.Tensor:
+        """One image of any kind -> `uint8` [C, h, w], resized and cropped."""
+        to_rgb = bool(self.do_convert_rgb)
+        pixels = read_jpeg(image) if to_rgb else None
+        if pixels is None:
+            pixels = image_to_pixels(self.fetch_images(image), to_rgb, do_rescale=True, input_data_format=None)
+        check_channels(len(pixels), image_mean=self.image_mean, image_std=self.image_std)
+        return resized(self, pixels)
 
 
 class ViTCLSImageProcessorPil(ViTCLSProcessing, PilBackend):  # type: ignore[misc]
@@ -269,7 +303,7 @@ def read_picture(source: Source) -> PIL.Image.Image:
     file: str | BytesIO
     if isinstance(source, bytes | bytearray):
         file, name = BytesIO(source), f"the {len(source)} bytes given"
-    elif str(source).startswith(("http://", "https://", "data:")):
+    elif str(source).startswith(URL_STARTS):
         name = shortened(str(source))
         file = BytesIO(download(str(source), name))
     else:
@@ -317,6 +351,15 @@ def single_images(images: Any) -> Iterator[Any]:
 
 
 # Channels and bit depth ----------------------------------------------------------------------------------------------
+
+
+def image_to_pixels(
+    image: Any, to_rgb: bool, do_rescale: bool, input_data_format: str | ChannelDimension | None
+) -> torch.Tensor:
+    """One image in memory -> upright, `uint8` (floats that will not be rescaled: `float32`) [C, H, W]."""
+    if isinstance(image, PIL.Image.Image):
+        return picture_to_pixels(image, to_rgb)
+    return array_to_pixels(image, to_rgb, do_rescale, input_data_format)
 
 
 def picture_to_pixels(picture: PIL.Image.Image, to_rgb: bool) -> torch.Tensor:
@@ -457,10 +500,9 @@ def plain(name: str, value: Any) -> Any:
 
 def refuse_misspelt(keywords: dict[str, Any] | ImagesKwargs) -> None:
     """Raise for keywords that resemble a setting; others are none of our business (transformers passes its own)."""
-    known = list(ImagesKwargs.__annotations__)
+    known = ImagesKwargs.__annotations__
     for keyword in keywords:
-        similar = difflib.get_close_matches(keyword, known, n=1, cutoff=0.85)
-        if keyword not in known and similar:
+        if keyword not in known and (similar := difflib.get_close_matches(keyword, known, n=1, cutoff=0.85)):
             raise ValueError(f"unknown setting {keyword!r}: did you mean {similar[0]!r}?")
 
 
@@ -515,7 +557,23 @@ def in_pixels(size: SizeDict | None, name: str) -> dict[str, int]:
     return pixels
 
 
-def check_channels(num_channels: int, **statistics: float | tuple[float, ...] | None) -> None:
+def check_any(images: list[Any]) -> None:
+    """Raise for no images at all."""
+    if not images:
+        raise ValueError("no images were given: the list is empty")
+
+
+def check_one_shape(images: list[Any]) -> None:
+    """Raise unless all images [C, H, W] of a batch have one shape."""
+    shapes = sorted({tuple(pixels.shape) for pixels in images})
+    if len(shapes) > 1:
+        raise ValueError(
+            f"the images of this batch come out in different shapes {shapes}, so they cannot be one tensor: set an "
+            "exact size or do_center_crop (and do_convert_rgb if the channels differ), or pass them one by one"
+        )
+
+
+def check_channels(num_channels: int, **statistics: float | Sequence[float] | None) -> None:
     """Raise unless `image_mean` and `image_std` have one value, or one per channel of the image."""
     for name, values in statistics.items():
         if isinstance(values, list | tuple) and len(values) != num_channels:

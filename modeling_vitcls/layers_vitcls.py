@@ -18,7 +18,9 @@ from transformers.utils import TransformersKwargs
 
 from .attention_vitcls import ATTENTIONS
 from .configuration_vitcls import ViTCLSConfig
+from .linear_vitcls import Linear, activated, as_autocast_will
 from .norms_vitcls import build_norm
+from .recomputing_vitcls import recomputed
 from .rotary_vitcls import Rotation
 
 
@@ -114,15 +116,24 @@ class ViTCLSMLP(nn.Module):
     def __init__(self, config: ViTCLSConfig, layer_index: int) -> None:
         super().__init__()
         self.activation_fn = ACT2FN[config.hidden_act]
-        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.fc1 = Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
         self.move_neurons = build_neuron_mover(config, layer_index)
         self.norm = build_norm(config, config.intermediate_size) if config.mlp_norm else nn.Identity()
-        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
+        self.fc2 = Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """[B, N, D] -> [B, N, D]."""
-        activations = self.move_neurons(self.activation_fn(self.fc1(hidden_states)))  # [B, N, intermediate]
-        return self.fc2(self.norm(activations))
+        if torch.is_grad_enabled():
+            return recomputed(self, self.activate_and_contract, self.fc1(hidden_states))
+        return self.contract(activated(self.fc1, self.activation_fn, hidden_states))
+
+    def activate_and_contract(self, expanded: torch.Tensor) -> torch.Tensor:
+        """[B, N, intermediate] -> [B, N, D]."""
+        return self.contract(self.activation_fn(expanded))
+
+    def contract(self, activations: torch.Tensor) -> torch.Tensor:
+        """[B, N, intermediate] -> [B, N, D]."""
+        return self.fc2(self.norm(self.move_neurons(activations)))
 
 
 class ViTCLSGLU(nn.Module):
@@ -131,15 +142,21 @@ class ViTCLSGLU(nn.Module):
     def __init__(self, config: ViTCLSConfig, layer_index: int) -> None:
         super().__init__()
         self.activation_fn = ACT2FN["silu" if config.mlp_type == "swiglu" else config.hidden_act]
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.gate_proj = Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.up_proj = Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
         self.move_neurons = build_neuron_mover(config, layer_index)
         self.norm = build_norm(config, config.intermediate_size) if config.mlp_norm else nn.Identity()
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
+        self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """[B, N, D] -> [B, N, D]."""
-        gated = self.activation_fn(self.gate_proj(hidden_states)) * self.up_proj(hidden_states)
+        hidden_states = as_autocast_will(hidden_states)
+        gate, expanded = self.gate_proj(hidden_states), self.up_proj(hidden_states)
+        return recomputed(self, self.activate_and_contract, gate, expanded)
+
+    def activate_and_contract(self, gate: torch.Tensor, expanded: torch.Tensor) -> torch.Tensor:
+        """Two of [B, N, intermediate] -> [B, N, D]."""
+        gated = self.activation_fn(gate) * expanded
         return self.down_proj(self.norm(self.move_neurons(gated)))
 
 

@@ -8,13 +8,14 @@
     ViTCLSForMaskedImageModeling       reconstructs masked patches
     ViTCLSBackbone                     feature maps for dense prediction
 
-Their parts, in the order of the data: embeddings_vitcls.py, rotary_vitcls.py, scopes_vitcls.py, layers_vitcls.py,
-attention_vitcls.py, last_layer_vitcls.py, heads_vitcls.py, losses_vitcls.py. What tokens attend to is read by
-token_attention_vitcls.py.
+Their parts, in the order of the data: embeddings_vitcls.py, rotary_vitcls.py, scopes_vitcls.py,
+patch_dropout_vitcls.py, layers_vitcls.py, merging_vitcls.py, attention_vitcls.py, linear_vitcls.py,
+last_layer_vitcls.py, heads_vitcls.py, losses_vitcls.py. What tokens attend to is read by token_attention_vitcls.py;
+costs_vitcls.py counts operations and bytes.
 """
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -31,13 +32,16 @@ from transformers.utils.output_capturing import capture_outputs
 from .adaptation_vitcls import AdaptableModel
 from .attention_vitcls import ViTCLSAttention, ViTCLSDifferentialAttention
 from .configuration_vitcls import TokenLayout, ViTCLSConfig
+from .costs_vitcls import ImageSize, MemoryEstimate, estimate_memory, forward_flops
 from .embeddings_vitcls import LearnedPositions, ViTCLSEmbeddings
 from .heads_vitcls import LOGIT_CHOICES, AttentionPooler, PixelDecoder, build_head, build_pooler, mean_token
 from .last_layer_vitcls import num_tokens_read_by_heads, num_tokens_wanted
 from .layers_vitcls import LAYERS, EncoderLayer, LayerScale, drop_path_rates
 from .losses_vitcls import IGNORED_LABEL, classification_loss, cross_entropy, masked_pixel_loss
+from .merging_vitcls import MergingLayer, run_merging_layers
 from .norms_vitcls import build_norm
-from .rotary_vitcls import ROTARY_POSITIONS, MixedRotaryPositions
+from .patch_dropout_vitcls import build_patch_dropout, require_all_patches
+from .rotary_vitcls import ROTARY_POSITIONS, MixedRotaryPositions, Rotation
 from .scopes_vitcls import DistanceView, NoGates, TokenGates, build_view
 from .token_attention_vitcls import SPECIAL_TOKENS, Layers, read_token_attention
 
@@ -47,7 +51,7 @@ class ViTCLSModelOutput(BaseModelOutputWithPooling):
     """Output of `ViTCLSModel`.
 
     Attributes:
-        last_hidden_state: [B, N, D], after the final LayerNorm.
+        last_hidden_state: [B, N, D], after the final LayerNorm; fewer patches in training with `patch_drop_rate`.
         pooler_output: [B, P], what a head would read (`config.pooling`); None without a pooler.
         hidden_states: on request, the embeddings and the output of each layer, [B, N, D] each, before that norm.
         attentions: on request and with eager attention, [B, heads, N, N] per layer.
@@ -110,7 +114,7 @@ class ViTCLSPreTrainedModel(AdaptableModel):
     main_input_name = "pixel_values"
     input_modalities = ["image"]
     supports_gradient_checkpointing = True
-    _no_split_modules = ["ViTCLSEmbeddings", *(layer.__name__ for layer in LAYERS.values())]
+    _no_split_modules = ["ViTCLSEmbeddings", *(layer.__name__ for layer in (*LAYERS.values(), MergingLayer))]
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
@@ -184,6 +188,48 @@ class ViTCLSPreTrainedModel(AdaptableModel):
         """
         return read_token_attention(self, pixel_values, attention_mask, tokens, layers)
 
+    def flops(self, image_size: ImageSize = None, batch_size: int = 1) -> int:
+        """Floating-point operations of a forward pass, a multiply-add counting as two (costs_vitcls.py).
+
+        Counted are matrix products and the patch projection, as they are computed: the last layer only for the tokens
+        that the heads read, all patches even if training drops some, and none of them merged. The backward pass takes
+        about twice as many.
+
+        Args:
+            image_size: Height and width in pixels, or both in one. Default: the model's own.
+            batch_size: Images.
+
+        Raises:
+            ValueError: for images smaller than a patch.
+        """
+        return forward_flops(self, image_size, batch_size)
+
+    def memory_estimate(
+        self,
+        image_size: ImageSize = None,
+        batch_size: int = 1,
+        autocast: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> MemoryEstimate:
+        """Bytes of a training step with AdamW: weights, gradients, moments, and what autograd keeps (costs_vitcls.py).
+
+        An estimate: what autograd keeps is within a fifth of what was measured. It assumes fused attention unless the
+        implementation is "eager", activations that keep their inputs, without what CPUs compute again
+        (recomputing_vitcls.py), and one process; left out are what single operations need for a moment, the
+        allocator's slack, and the images before they are moved or cast. Frozen parameters and gradient checkpointing
+        count as they are set. Patch dropout counts unless embeddings and first layers are frozen.
+
+        Args:
+            image_size: Height and width in pixels, or both in one. Default: the model's own.
+            batch_size: Images.
+            autocast: The dtype of mixed precision, if it is used.
+            device: Where the step is made, if the model is still elsewhere: CPUs keep less. Default: where it is.
+
+        Raises:
+            ValueError: for images smaller than a patch.
+        """
+        return estimate_memory(self, image_size, batch_size, autocast, device)
+
 
 TOKEN_INITS: dict[str, Callable[[torch.Tensor, float], Any]] = {
     "trunc_normal": lambda token, std: init.trunc_normal_(token, mean=0.0, std=std),
@@ -201,8 +247,12 @@ class ViTCLSModel(ViTCLSPreTrainedModel):
         self.rotary_positions = ROTARY_POSITIONS[config.position_embedding_type](config)
         self.view = build_view(config)
         self.gates = TokenGates(config) if config.gated_tokens else NoGates(config)
+        self.patch_dropout = build_patch_dropout(config)
+        layer_class, self.run_layers = LAYERS[config.layer_type], run_layers
+        if config.merged_patches_per_layer:
+            layer_class, self.run_layers = MergingLayer, run_merging_layers
         self.layers = nn.ModuleList(
-            LAYERS[config.layer_type](config, index, rate) for index, rate in enumerate(drop_path_rates(config))
+            layer_class(config, index, rate) for index, rate in enumerate(drop_path_rates(config))
         )
         self.layernorm = build_norm(config) if config.final_norm else nn.Identity()
         self.pooler = build_pooler(config) if add_pooling_layer else None
@@ -238,9 +288,9 @@ class ViTCLSModel(ViTCLSPreTrainedModel):
         hidden_states = self.embeddings(pixel_values, bool_masked_pos)  # [B, N, D]
         masks = self.gates(self.view(hidden_states, attention_mask, grid), hidden_states)  # one per layer
         rotations = self.rotary_positions(grid, hidden_states)  # one per layer
+        hidden_states, masks, rotations = self.patch_dropout(hidden_states, masks, rotations)  # [B, n, D] in training
         num_tokens = [*[None] * (len(self.layers) - 1), num_tokens_read]  # per layer; None is all
-        for layer, mask, rotation, number in zip(self.layers, masks, rotations, num_tokens, strict=True):
-            hidden_states = layer(hidden_states, mask, rotation, number, **kwargs)
+        hidden_states = self.run_layers(self.layers, hidden_states, masks, rotations, num_tokens, **kwargs)
         sequence = self.layernorm(hidden_states)  # [B, N, D]
 
         return ViTCLSModelOutput(
@@ -411,6 +461,7 @@ class ViTCLSForMaskedImageModeling(ViTCLSPreTrainedModel):
             loss over the masked pixels, and `reconstruction` [B, C, rows * patch height, columns * patch width], in
             the scale of `pixel_values` (normalised per patch with `config.norm_pixel_target`).
         """
+        require_all_patches(self, self.config)
         outputs = self.vitcls(pixel_values, bool_masked_pos=bool_masked_pos, attention_mask=attention_mask, **kwargs)
         grid = self.vitcls.embeddings.patch_embeddings.grid_of(pixel_values)
         reconstruction = self.decoder(outputs.tokens["patches"], grid)
@@ -443,6 +494,7 @@ class ViTCLSBackbone(BackboneMixin, ViTCLSModel):
         """Feature maps of `config.out_features`, [B, D, rows, columns] each, or [B, rows * columns, D] with
         `config.reshape_hidden_states=False`; the last stage, and with `config.apply_layernorm` all, normalised.
         """
+        require_all_patches(self, self.config)
         outputs = ViTCLSModel.forward(self, pixel_values, attention_mask=attention_mask, **kwargs)
         grid = self.embeddings.patch_embeddings.grid_of(pixel_values)
         feature_maps = [
@@ -468,6 +520,20 @@ class ViTCLSBackbone(BackboneMixin, ViTCLSModel):
     def rebuilt(self, config: ViTCLSConfig) -> Self:
         """A backbone with fresh weights, for another configuration."""
         return type(self)(config)
+
+
+def run_layers(
+    layers: Iterable[nn.Module],
+    hidden_states: torch.Tensor,
+    masks: Sequence[Any],
+    rotations: Sequence[Rotation],
+    num_tokens: Sequence[int | None],
+    **kwargs: Any,
+) -> torch.Tensor:
+    """Through all layers, [B, N, D] -> [B, N or fewer, D]; masks, rotations and numbers of tokens: one per layer."""
+    for layer, mask, rotation, number in zip(layers, masks, rotations, num_tokens, strict=True):
+        hidden_states = layer(hidden_states, mask, rotation, number, **kwargs)
+    return hidden_states
 
 
 def _reject_unknown_arguments(kwargs: Mapping[str, Any]) -> None:

@@ -31,7 +31,17 @@ class Resampling:
     def resize_and_cut(self, maps: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
         """To a square as long as the longer side, then its top left part (RADIO, arXiv 2312.06709)."""
         square = nn.functional.interpolate(maps, size=(max(size), max(size)), mode="bilinear", align_corners=False)
-        return square[..., : size[0], : size[1]]
+        rows, columns = (torch.arange(length, device=maps.device) for length in size)
+        return square.index_select(2, rows).index_select(3, columns)  # slices would tie an exported graph to one shape
+
+
+def needs_no_resampling(grid: tuple[int, int], new_grid: tuple[int, int]) -> bool:
+    """Whether the grids are the same. Never where a graph for images of any size is exported: the answer would be
+    baked in, and resampling to the same grid changes nothing.
+    """
+    if torch.compiler.is_exporting() and any(isinstance(size, torch.SymInt) for size in new_grid):
+        return False
+    return grid == new_grid
 
 
 def resize_patch_kernel(kernel: torch.Tensor, new_size: tuple[int, int]) -> torch.Tensor:

@@ -150,7 +150,7 @@ def rotate_patches(
         special, patches = states.tensor_split([num_special], dim=-2)
         first, second = patches.chunk(2, dim=-1)
         patches = patches * cos + torch.cat([-second, first], dim=-1) * sin
-        return torch.cat([special, patches], dim=-2)
+        return torch.cat([special, patches.to(states.dtype)], dim=-2)  # angles are in float32
 
     return query if query.shape[-2] <= num_special else rotate(query), rotate(key)
 

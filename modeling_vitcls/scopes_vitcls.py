@@ -16,6 +16,7 @@ from torch import nn
 from transformers.masking_utils import create_bidirectional_mask
 
 from .configuration_vitcls import ViTCLSConfig
+from .resampling_vitcls import needs_no_resampling
 
 
 class FullView(nn.Module):
@@ -32,6 +33,8 @@ class FullView(nn.Module):
 
         `attention_mask` is [B, N] over all tokens, 1 where a token may be seen, or a ready 4D mask.
         """
+        if attention_mask is None:  # while a graph is traced, transformers would make up a mask that hides nothing
+            return [None] * self.config.num_hidden_layers
         check_mask(attention_mask, hidden_states)
         mask = create_bidirectional_mask(
             config=self.config, inputs_embeds=hidden_states, attention_mask=attention_mask
@@ -107,12 +110,10 @@ def cell_mask(scope: list[int], grid: tuple[int, int], device: torch.device) -> 
             f"cls_scopes: the image has {grid_rows} x {grid_columns} patches, too few for a {rows} x {columns} grid: "
             "use larger images"
         )
-    mask = torch.zeros(grid, dtype=torch.bool, device=device)
-    mask[
-        row * grid_rows // rows : (row + 1) * grid_rows // rows,
-        column * grid_columns // columns : (column + 1) * grid_columns // columns,
-    ] = True
-    return mask.flatten()
+    y, x = torch.arange(grid_rows, device=device), torch.arange(grid_columns, device=device)
+    in_rows = (y >= row * grid_rows // rows) & (y < (row + 1) * grid_rows // rows)
+    in_columns = (x >= column * grid_columns // columns) & (x < (column + 1) * grid_columns // columns)
+    return (in_rows[:, None] & in_columns).flatten()
 
 
 class DistanceView(nn.Module):
@@ -157,8 +158,8 @@ class DistanceView(nn.Module):
         down = y[:, None] - y[None, :] + rows - 1
         right = x[:, None] - x[None, :] + columns - 1
         num_distances = (2 * rows - 1) * (2 * columns - 1)
-        sequence_length = layout.num_prefix_tokens + rows * columns
-        index = torch.full((sequence_length, sequence_length), num_distances + 2, device=device)  # special to special
+        shape = [layout.num_prefix_tokens + rows * columns] * 2
+        index = torch.full(shape, num_distances + 2, dtype=torch.long, device=device)  # special to special
         index[: layout.num_prefix_tokens, layout.patches] = num_distances
         index[layout.patches, : layout.num_prefix_tokens] = num_distances + 1
         index[layout.patches, layout.patches] = down * (2 * columns - 1) + right
@@ -167,7 +168,7 @@ class DistanceView(nn.Module):
 
 def resample_distances(tables: torch.Tensor, grid: tuple[int, int], new_grid: tuple[int, int]) -> torch.Tensor:
     """Biases by distance [tables, distances + 3, heads] for another grid; those of special tokens stay."""
-    if grid == new_grid:
+    if needs_no_resampling(grid, new_grid):
         return tables
     distances, new_distances = ([2 * size - 1 for size in sizes] for sizes in (grid, new_grid))
     maps = tables[:, :-3].float().unflatten(1, distances).permute(0, 3, 1, 2)  # [tables, heads, y, x]

@@ -31,7 +31,7 @@ def read_token_attention(
     rows: dict[int, torch.Tensor] = {}
     with ExitStack() as hooks:
         hooks.enter_context(torch.compiler.set_stance("force_eager"))  # compiled code has no hooks
-        hooks.enter_context(encoder.register_forward_pre_hook(ask_for_all_tokens, with_kwargs=True))
+        hooks.enter_context(encoder.register_forward_pre_hook(ask_for_special_tokens, with_kwargs=True))
         for index in set(wanted):
             core = encoder.layers[index].attention.core
             note = noting(rows, index, encoder.config.token_layout.num_prefix_tokens)
@@ -69,9 +69,11 @@ def indices_of(layers: Layers, num_layers: int) -> list[int]:
     return [index % num_layers for index in layers]
 
 
-def ask_for_all_tokens(encoder: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-    """A hook that takes back what a head said about the tokens that it reads (last_layer_vitcls.py)."""
-    return args, {name: value for name, value in kwargs.items() if name != "num_tokens_read"}
+def ask_for_special_tokens(encoder: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    """A hook that asks for all special tokens of the last layer, where a head asks for some of them."""
+    if kwargs.get("num_tokens_read") is not None:
+        kwargs = kwargs | {"num_tokens_read": encoder.config.token_layout.num_prefix_tokens}
+    return args, kwargs
 
 
 def noting(rows: dict[int, torch.Tensor], index: int, num_special: int) -> Callable[..., None]:

@@ -1,7 +1,9 @@
 """How fast it is, against others on the same work.
 
-    python scripts/benchmark.py --work training --output training.json
-    python scripts/benchmark.py --work inference --against transformers timm
+    python scripts/benchmark.py --work inference step pixels prediction probe --markdown speed.md --output speed.json
+    python scripts/benchmark.py --work inference --rows "fp32, batch 8" --against timm
+    python scripts/benchmark.py --work growth --plot cost.png
+    python scripts/benchmark.py --work training
 
 Ours and theirs take turns, and what counts is the median of the ratios of neighbouring turns, so that other work on
 the machine slows both. Nothing is measured if the outputs differ. The work is done in modeling_vitcls/benchmarking/.
@@ -15,20 +17,37 @@ from typing import Literal
 from command_line import errors_in_one_line, from_flags, stop
 
 
+PLOTS = (".png", ".svg")
+
+
 @dataclass(frozen=True)
 class BenchmarkOptions:
     """Compare the speed of ours and others' on the same work."""
 
-    work: Literal["training", "inference"]
-    """scripts/finetune.py against transformers' Trainer, or forward passes."""
-    against: tuple[Literal["transformers", "timm"], ...] = ("transformers",)
-    """Whom forward passes are compared with; training is always against transformers."""
+    work: tuple[
+        Literal["inference", "growth", "step", "inexact", "pixels", "prediction", "probe", "training", "attention"],
+        ...,
+    ]
+    """Forward passes; how their time and memory grow with image size, patch size, tokens and batch; bare training
+    steps, with their memory; merged and dropped patches against the plain model; from a JPEG file to pixel_values, and
+    to a label; a linear probe with cached features against one without; scripts/finetune.py against transformers'
+    Trainer; reading attention, with its memory, against a plain forward pass."""
+    against: tuple[Literal["transformers", "timm"], ...] = ("transformers", "timm")
+    """Whom forward passes, their growth and training steps are compared with."""
     rows: tuple[str, ...] = ()
-    """Names of the rows to measure. Default: all."""
+    """Names of the rows to measure, of any of the work. Default: all."""
     pairs: int = 9
     """Turns of each side."""
     output: Path | None = None
     """JSON file for the results."""
+    markdown: Path | None = None
+    """Markdown file for a table of them."""
+    plot: Path | None = None
+    """PNG or SVG file for a figure of growth."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Of growth."""
+    device: Literal["cpu", "cuda"] = "cpu"
+    """Where forward passes, their growth, training steps and what is inexact are measured."""
     toy: bool = False
     """Tiny models: tries the script, and measures nothing worth knowing."""
 
@@ -38,21 +57,27 @@ def main() -> None:
     options = from_flags(BenchmarkOptions, description=__doc__)
     if options.pairs < 1:
         stop(f"--pairs is {options.pairs}: set a value 1 or more")
+    if not options.work or not options.against:
+        stop("--work and --against need a value: see --help")
+    if options.plot is not None and "growth" not in options.work:
+        stop("--plot draws growth: add it to --work")
+    if options.plot is not None and options.plot.suffix not in PLOTS:
+        stop(f"--plot {options.plot}: choose a name that ends in {' or '.join(PLOTS)}")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing is loaded but from this machine
 
-    from modeling_vitcls.benchmarking.inference import compare_inference
-    from modeling_vitcls.benchmarking.report import said, show, write
-    from modeling_vitcls.benchmarking.training import compare_training
+    from modeling_vitcls.benchmarking.report import said, show, write, write_markdown, write_plot
+    from modeling_vitcls.benchmarking.work import Plan, compare
 
+    finetune = Path(__file__).with_name("finetune.py")
+    plan = Plan(options.against, options.pairs, options.toy, finetune, options.precision, options.device)
     with errors_in_one_line():
-        if options.work == "inference":
-            found = compare_inference(options.rows, options.against, options.pairs, options.toy)
-        else:
-            finetune = Path(__file__).with_name("finetune.py")
-            found = compare_training(options.rows, options.pairs, options.toy, finetune)
-        comparisons = [said(comparison) for comparison in found]
+        comparisons = [said(comparison) for comparison in compare(options.work, options.rows, plan)]
         if options.output is not None:
             write(comparisons, options.output)
+        if options.markdown is not None:
+            write_markdown(comparisons, options.markdown)
+        if options.plot is not None:
+            write_plot(comparisons, options.plot)
     show(comparisons)
 
 

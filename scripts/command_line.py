@@ -66,19 +66,21 @@ def flag(name: str, value: Any) -> list[str]:
     return [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
 
 
-def options_module() -> ModuleType:
-    """The package's training/options.py, loaded by its path.
+def options_module(folder: str = "training") -> ModuleType:
+    """The options.py in a folder of the package, loaded by its path, as is that of training, which others import.
 
     Importing it as usual would run the package's __init__ first, which loads torch and transformers: many seconds
     before `--help` or a mistyped flag is answered.
     """
-    name = "modeling_vitcls.training.options"
+    if folder != "training":
+        options_module()
+    name = f"modeling_vitcls.{folder}.options"
     if name in sys.modules:
         return sys.modules[name]
     package = importlib.util.find_spec("modeling_vitcls")
     if package is None or not package.submodule_search_locations:
         stop("the package modeling_vitcls is not installed: run `make setup`, or `pip install -e .` in its folder")
-    path = Path(package.submodule_search_locations[0], "training", "options.py")
+    path = Path(package.submodule_search_locations[0], folder, "options.py")
     spec = importlib.util.spec_from_file_location(name, path)
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # the package then finds these very classes

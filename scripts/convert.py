@@ -1,7 +1,7 @@
-"""Take over a ViT of timm or transformers exactly: model, image processor, and a certificate of how exact it is.
+"""Take over a ViT of timm or transformers exactly: model, image processor, card, and a certificate of how exact it is.
 
     python scripts/convert.py --source timm:vit_base_patch14_reg4_dinov2.lvd142m --output converted
-    python scripts/convert.py --source transformers:facebook/dinov2-base --output converted --num-labels 10
+    python scripts/convert.py --source transformers:facebook/dinov2-base@COMMIT --output converted --num-labels 10
 
 `--help` lists the flags. The work is done in modeling_vitcls/conversion/takeover.py.
 """
@@ -23,7 +23,7 @@ class ConvertOptions:
     """Convert a ViT and write it to a folder. A difference over the limit writes nothing."""
 
     source: str
-    """timm:NAME, or transformers:PATH_OR_ID."""
+    """timm:NAME, or transformers:PATH_OR_ID; of an id @REVISION may follow: a commit hash, branch or tag."""
     output: Path
     """A folder that does not exist yet, or is empty."""
     random_init: bool = False
@@ -61,6 +61,8 @@ def show(certificate: "Certificate", output: Path) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    from modeling_vitcls.hub.publish import push_command
+
     console = Console(soft_wrap=True, highlight=False)
     table = Table(title=f"{certificate.source} -> {certificate.model_class}: largest differences")
     table.add_column("values")
@@ -76,6 +78,8 @@ def show(certificate: "Certificate", output: Path) -> None:
     console.print(f"\nWritten to {output}. Load it with")
     console.print(f'  model = {auto_class}.from_pretrained("{output}", trust_remote_code=True)')
     console.print(f'  processor = AutoImageProcessor.from_pretrained("{output}", trust_remote_code=True)')
+    console.print("or publish it, card and all, and prove that it loads from there:")
+    console.print(f"  {push_command(output, f'YOUR-NAME/{output.resolve().name}')}")
 
 
 def remarks(certificate: "Certificate") -> list[str]:

@@ -40,6 +40,8 @@ def main() -> None:
     )
     console.print(f"\n[bold green]Done in {time.perf_counter() - started:.0f} s.[/] Where to look next:")
     console.print(f"  {output / 'README.md'}: the model card; beside it the weights, results.json and metrics.jsonl")
+    if (output / "report.html").exists():
+        console.print(f"  {output / 'report.html'}: open it in a browser to see what its tokens look at")
     console.print(f"  {RECIPE}: what was trained; change a token count and run again")
     console.print("  your own images, in one folder per class:")
     console.print(

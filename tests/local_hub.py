@@ -46,17 +46,22 @@ class Token:
 
     def can_read(self, repo_id: str) -> bool:
         """Whether private repositories of this name are open to it."""
-        namespace = repo_id.partition("/")[0]
+        namespace = namespace_of(repo_id)
         return namespace == self.user or namespace in self.organisations
 
     def can_write(self, repo_id: str) -> bool:
         """Whether it may commit to a repository of this name."""
-        namespace = repo_id.partition("/")[0]
+        namespace = namespace_of(repo_id)
         if self.role == "fineGrained":
             names = [name for (_, name), permissions in self.scopes.items() if "repo.write" in permissions]
-            return self.can_read(repo_id) and (namespace in names or repo_id in names)
+            return self.can_read(repo_id) and (namespace in names or repo_id.removeprefix("spaces/") in names)
         is_member = namespace == self.user or self.organisations.get(namespace) in ("admin", "write", "contributor")
         return self.role == "write" and is_member
+
+
+def namespace_of(repo_id: str) -> str:
+    """Whose repository it is, of `namespace/name` or `spaces/namespace/name`."""
+    return repo_id.split("/")[-2]
 
 
 @dataclass(frozen=True)
@@ -110,7 +115,8 @@ class Fault:
 
     Attributes:
         kind: "drop" closes the connection unanswered, "lose" does so after doing what was asked, "cut" sends half of
-            the answer, "wait" keeps silent for some seconds; a number is the status to answer with.
+            the answer, "wait" keeps silent for some seconds, "hold" answers once `released` is set; a number is the
+            status to answer with.
         retry_after: seconds, for the header of this name.
     """
 
@@ -133,6 +139,7 @@ class LocalHub:
         self.contents: dict[str, bytes] = {}
         self.requests: list[tuple[str, str]] = []
         self.faults: list[Fault] = []
+        self.released = threading.Event()
         self.lock = threading.RLock()
         self._folder = folder
 

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from local_hub import Commit, Fault, LocalHub, Repository, StoredFile, Token
 
 SECONDS_OF_SILENCE = 30.0
+SECONDS_HELD = 110.0  # clients that push lose their patience after 120
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,10 @@ class Refusal(Exception):
         super().__init__(message)
         error = {"X-Error-Message": message} | ({"X-Error-Code": code} if code else {})
         self.answer = Answer({"error": message}, status, error | (headers or {}))
+
+
+# What comes before the name of a repository of each kind, in addresses, and in `LocalHub.repositories`.
+PREFIXES = {"model": "", "space": "spaces/"}
 
 
 # Who, and what ------------------------------------------------------------------------------------------------------
@@ -123,14 +128,16 @@ def create_repository(hub: "LocalHub", match: re.Match[str], request: Request) -
     asked = request.json()
     if request.token is None:
         raise Refusal(401, "Invalid username or password.")
-    repo_id = f"{asked.get('organization') or request.token.user}/{asked['name']}"
+    kind, namespace = asked.get("type", "model"), asked.get("organization") or request.token.user
+    repo_id = f"{PREFIXES[kind]}{namespace}/{asked['name']}"
     if not request.token.can_write(repo_id):
-        namespace = repo_id.partition("/")[0]
-        raise Refusal(403, f'You don\'t have the rights to create a model under the namespace "{namespace}"')
+        raise Refusal(403, f'You don\'t have the rights to create a {kind} under the namespace "{namespace}"')
+    if kind == "space" and not asked.get("sdk"):
+        raise Refusal(400, "sdk is required for a Space")
     url = f"{hub.url}/{repo_id}"
     with hub.lock:
         if hub.repository(repo_id) is not None:
-            return Answer({"error": "You already created this model repo", "url": url}, 409)
+            return Answer({"error": f"You already created this {kind} repo", "url": url}, 409)
         hub.create(repo_id, private=bool(asked.get("private")) or asked.get("visibility") == "private")
     return Answer({"url": url})
 
@@ -145,6 +152,8 @@ def validate_card(hub: "LocalHub", match: re.Match[str], request: Request) -> An
         return Answer({"errors": [{"message": f"bad YAML: {error}"}], "warnings": []}, 400)
     if not isinstance(metadata, dict):
         return Answer({"errors": [{"message": "the metadata is no object"}], "warnings": []}, 400)
+    if request.json().get("repoType") == "space" and len(metadata.get("short_description", "")) > 60:
+        return Answer({"errors": [{"message": "short_description is longer than 60"}], "warnings": []}, 400)
     return Answer({"errors": [], "warnings": []})
 
 
@@ -183,16 +192,17 @@ def create_tag(hub: "LocalHub", match: re.Match[str], request: Request) -> Answe
 # Reading -------------------------------------------------------------------------------------------------------------
 
 
-def model_info(hub: "LocalHub", match: re.Match[str], request: Request) -> Answer:
+def repository_info(hub: "LocalHub", match: re.Match[str], request: Request) -> Answer:
     """What there is at a revision."""
     repository = readable(hub, match["repo"], request)
     name, commit = commit_of(repository, match["revision"] or "main")
+    repo_id = "/".join(match["repo"].split("/")[-2:])
     return Answer(
         {
             "_id": "0",
-            "id": match["repo"],
-            "modelId": match["repo"],
-            "author": match["repo"].partition("/")[0],
+            "id": repo_id,
+            "modelId": repo_id,
+            "author": repo_id.partition("/")[0],
             "sha": name,
             "private": repository.private,
             "tags": [],
@@ -359,24 +369,24 @@ def make_commit(hub: "LocalHub", match: re.Match[str], request: Request) -> Answ
 
 Routes = list[tuple[str, re.Pattern[str], Callable[["LocalHub", re.Match[str], Request], Answer]]]
 
-REPO = r"(?P<repo>[\w.-]+/[\w.-]+)"
+REPO = r"(?P<repo>(spaces/|datasets/)?[\w.-]+/[\w.-]+)"
 REVISION = r"(?P<revision>[^/]+)"
-MODEL = f"/api/models/{REPO}"
+ANY_REPO = f"/api/(models/|(?=spaces/|datasets/)){REPO}"
 HUB_ROUTES: Routes = [
     ("GET", re.compile(r"/api/whoami-v2"), who_am_i),
     ("POST", re.compile(r"/api/repos/create"), create_repository),
     ("POST", re.compile(r"/api/validate-yaml"), validate_card),
-    ("GET", re.compile(f"{MODEL}/refs"), refs),
-    ("POST", re.compile(f"{MODEL}/branch/(?P<name>[^/]+)"), create_branch),
-    ("POST", re.compile(f"{MODEL}/tag/(?P<name>[^/]+)"), create_tag),
-    ("GET", re.compile(f"{MODEL}(/revision/{REVISION})?"), model_info),
-    ("GET", re.compile(f"{MODEL}/tree/{REVISION}(/(?P<folder>.+))?"), tree),
-    ("POST", re.compile(f"{MODEL}/paths-info/{REVISION}"), paths_info),
+    ("GET", re.compile(f"{ANY_REPO}/refs"), refs),
+    ("POST", re.compile(f"{ANY_REPO}/branch/(?P<name>[^/]+)"), create_branch),
+    ("POST", re.compile(f"{ANY_REPO}/tag/(?P<name>[^/]+)"), create_tag),
+    ("GET", re.compile(f"{ANY_REPO}(/revision/{REVISION})?"), repository_info),
+    ("GET", re.compile(f"{ANY_REPO}/tree/{REVISION}(/(?P<folder>.+))?"), tree),
+    ("POST", re.compile(f"{ANY_REPO}/paths-info/{REVISION}"), paths_info),
     ("GET", re.compile(f"/{REPO}/resolve/{REVISION}/(?P<file>.+)"), resolve),
-    ("POST", re.compile(f"{MODEL}/preupload/{REVISION}"), preupload),
+    ("POST", re.compile(f"{ANY_REPO}/preupload/{REVISION}"), preupload),
     ("POST", re.compile(f"/{REPO}[.]git/info/lfs/objects/batch"), lfs_batch),
     ("POST", re.compile(f"/{REPO}[.]git/info/lfs/objects/verify"), lfs_verify),
-    ("POST", re.compile(f"{MODEL}/commit/{REVISION}"), make_commit),
+    ("POST", re.compile(f"{ANY_REPO}/commit/{REVISION}"), make_commit),
 ]
 STORAGE_ROUTES: Routes = [
     ("GET", re.compile(r"/objects/(?P<sha256>\w+)"), stored_object),
@@ -399,6 +409,8 @@ def handler_for(hub: "LocalHub", routes: Routes) -> type[BaseHTTPRequestHandler]
                 self.hang_up()
                 return
             body = self.read_body()
+            if fault is not None and fault.kind == "hold":
+                hub.released.wait(SECONDS_HELD)
             if fault is not None and isinstance(fault.kind, int):
                 self.send(failure(fault))
                 return

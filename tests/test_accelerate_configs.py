@@ -1,5 +1,8 @@
 """scripts/accelerate/*.yaml: all of them can be read, and those for CPUs train, through the real `accelerate launch`.
 
+What the others are compared with comes from processes that are quick to start, which `make test-all` compares with one
+that was launched.
+
 DDP and FSDP2 on two processes must give the same run: with accumulation and averaged weights, evaluated on the way.
 """
 
@@ -16,6 +19,7 @@ import torch
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import launch_command_parser
+from ready import OFFLINE, run_together
 from safetensors.torch import load_file
 
 from modeling_vitcls import ViTCLSForImageClassification
@@ -35,6 +39,7 @@ TINY = [
     *("--model", "vitcls-tiny", "--dataset", "digits", "--image-size", 32, "--patch-size", 8),
     *("--hidden-size", 32, "--num-hidden-layers", 2, "--num-attention-heads", 2, "--intermediate-size", 64),
     *("--num-cls-tokens", 1, "--num-register-tokens", 2, "--num-workers", 0, "--crop-scale", 1, "--no-flip"),
+    "--no-report",
 ]
 # An epoch is two steps of 2 x 2 x 180 images: three epochs, evaluated after each.
 STEPS = [
@@ -76,8 +81,9 @@ def assert_same_run(one: Path, other: Path, tolerance: float) -> None:
 def ddp(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two CPU processes, each with the whole model."""
     folder = tmp_path_factory.mktemp("ddp") / "model"
-    output = launch("ddp_cpu.yaml", "finetune.py", *TINY, *STEPS, "--output-dir", folder)
-    assert "WARNING" not in output and "Warning" not in output
+    log = folder.with_name("log")
+    run_together("finetune.py", *TINY, *STEPS, "--output-dir", folder, log=log, environment=OFFLINE)
+    assert "arning" not in log.read_text() + log.with_name("log.errors").read_text()
     return folder
 
 
@@ -139,6 +145,13 @@ def test_fsdp2_leaves_a_model_that_loads(fsdp2: Path) -> None:
     averaged = load_file(fsdp2 / "checkpoints" / "step-00000006" / "ema.safetensors")
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter, saved[name]) and torch.equal(parameter, averaged[name]), name
+
+
+@pytest.mark.slow
+def test_ddp_by_its_file(ddp: Path, tmp_path: Path) -> None:
+    output = launch("ddp_cpu.yaml", "finetune.py", *TINY, *STEPS, "--output-dir", tmp_path / "model")
+    assert "WARNING" not in output and "Warning" not in output
+    assert_same_run(ddp, tmp_path / "model", tolerance=0)
 
 
 @pytest.mark.slow

@@ -6,14 +6,13 @@ patch kernels against images enlarged patch by patch, where FlexiViT's resize is
 
 import copy
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from adapting import adapted_by, logged
+from fresh import run_fresh
 from tiny import filled, images, largest_difference, raises_one_line, reloaded, tiny_config
 from torch import nn
 from transformers import (
@@ -567,9 +566,8 @@ def test_checkpoints_adapt_without_the_package(tmp_path: Path) -> None:
     here = {name: model.adapted(**change) for name, change in REMOTE.items()}
     for name, changed in here.items():
         torch.save(images(2, *changed.config.image_height_width), tmp_path / f"{name}.pt")
-    command = [sys.executable, "-I", "-c", CHILD, str(tmp_path), json.dumps(REMOTE)]
     environment = {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"}
-    child = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    child = run_fresh("-I", "-c", CHILD, tmp_path, json.dumps(REMOTE), environment=environment)
     assert child.returncode == 0, child.stderr[-2000:]
     assert child.stderr.count("embeddings.register_tokens: 0 kept, 4 added") == 1
     for name, changed in here.items():

@@ -6,7 +6,7 @@ import pytest
 import torch
 from tiny import filled, images, largest_difference, tiny_config
 
-from modeling_vitcls import ViTCLSForImageClassification, ViTCLSModel, attention_core_vitcls
+from modeling_vitcls import ViTCLSForImageClassification, ViTCLSModel, attention_core_vitcls, attention_steps_vitcls
 from modeling_vitcls.attention_core_vitcls import (
     LONGEST_IN_STEPS,
     attend_in_steps,
@@ -16,14 +16,15 @@ from modeling_vitcls.attention_core_vitcls import (
 )
 
 
+NUM_IMAGES = 3
 NUM_TOKENS = 21
 KEYS = torch.arange(NUM_TOKENS)
 MASKS: dict[str, torch.Tensor | None] = {
     "none": None,
-    "boolean": (KEYS % 3 > 0).expand(2, 1, NUM_TOKENS, NUM_TOKENS),
-    "boolean, one row": (KEYS % 3 > 0).expand(2, 1, 1, NUM_TOKENS),
-    "added": torch.randn(2, 4, NUM_TOKENS, NUM_TOKENS, generator=torch.Generator().manual_seed(1)),
-    "added, for all heads": torch.randn(1, 1, 1, NUM_TOKENS, generator=torch.Generator().manual_seed(1)),
+    "boolean": (KEYS % 3 > 0).expand(NUM_IMAGES, 1, NUM_TOKENS, NUM_TOKENS),
+    "boolean, one row": (KEYS % 3 > 0).expand(NUM_IMAGES, 1, 1, NUM_TOKENS),
+    "added": torch.randn(NUM_IMAGES, 4, NUM_TOKENS, NUM_TOKENS, generator=torch.Generator().manual_seed(1)),
+    "added, for all": torch.randn(1, 1, 1, NUM_TOKENS, generator=torch.Generator().manual_seed(1)),
 }
 
 
@@ -34,22 +35,36 @@ class Attention(torch.nn.Module):
 
 
 def states(num_queries: int = NUM_TOKENS, dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
-    """Random queries, keys and values as the projections give them: [2, 4, n or N, 8], not contiguous."""
+    """Random queries, keys and values as the projections give them: [3, 4, n or N, 8], not contiguous."""
     generator = torch.Generator().manual_seed(0)
     lengths = (num_queries, NUM_TOKENS, NUM_TOKENS)
-    made = [torch.randn(2, length, 4, 8, generator=generator, dtype=torch.float64).to(dtype) for length in lengths]
+    made = [
+        torch.randn(NUM_IMAGES, length, 4, 8, generator=generator, dtype=torch.float64).to(dtype) for length in lengths
+    ]
     return [each.requires_grad_().transpose(1, 2) for each in made]
+
+
+def fused(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any, scaling: float) -> torch.Tensor:
+    """PyTorch's attention."""
+    mixed, _ = sdpa_attention_forward(Attention(), query, key, value, mask, 0.0, scaling)
+    return mixed
 
 
 def results(attend: Any, given: list[torch.Tensor], mask: torch.Tensor | None) -> list[torch.Tensor]:
     """Mixed values, and gradients with respect to queries, keys, values and an added mask."""
     differentiable = [*given, *([mask] if mask is not None and mask.requires_grad else [])]
-    mixed, weights = attend(Attention(), *given, mask, scaling=0.4, dropout=0.0)
-    assert weights is None
+    mixed = attend(*given, mask, 0.4)
     factor = torch.linspace(-1, 1, mixed.numel(), dtype=mixed.dtype).view_as(mixed)
     return [mixed, *torch.autograd.grad((mixed * factor).sum(), differentiable)]
 
 
+@pytest.fixture(params=[1, 2, 10], ids="{} at a time".format)
+def images_at_a_time(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """How many images' scores are computed at a time."""
+    monkeypatch.setattr(attention_steps_vitcls, "part_size", lambda query, key: request.param)
+
+
+@pytest.mark.usefixtures("images_at_a_time")
 @pytest.mark.parametrize("num_queries", [NUM_TOKENS, 1, 3])
 @pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
 def test_steps_are_pytorch_s_attention(mask: torch.Tensor | None, num_queries: int) -> None:
@@ -58,34 +73,69 @@ def test_steps_are_pytorch_s_attention(mask: torch.Tensor | None, num_queries: i
         if mask.is_floating_point():
             mask = mask.clone().requires_grad_()
     found = results(attend_in_steps, states(num_queries), mask)
-    wanted = results(sdpa_attention_forward, states(num_queries), mask)
-    assert found[0].shape == (2, num_queries, 4, 8)
+    wanted = results(fused, states(num_queries), mask)
+    assert found[0].shape == (NUM_IMAGES, num_queries, 4, 8)
     for one, other in zip(found, wanted, strict=True):
-        assert largest_difference(one, other) <= 1e-5
+        assert one.shape == other.shape and largest_difference(one, other) <= 1e-5
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_is_as_exact_as_pytorch_s(dtype: torch.dtype) -> None:
-    exact = results(sdpa_attention_forward, states(), None)
+    exact = results(fused, states(), None)
     errors = []
-    for attend in (attend_in_steps, sdpa_attention_forward):
+    for attend in (attend_in_steps, fused):
         found = results(attend, states(dtype=dtype), None)
         assert all(each.dtype == dtype for each in found)
         errors.append([largest_difference(one.float(), other) for one, other in zip(found, exact, strict=True)])
-    for in_steps, fused in zip(*errors, strict=True):
-        assert in_steps <= 2 * fused + torch.finfo(dtype).eps
+    for in_steps, in_one in zip(*errors, strict=True):
+        assert in_steps <= 2 * in_one + torch.finfo(dtype).eps
 
 
-def test_dropout() -> None:
-    """Nothing is dropped but in training, and what is kept is scaled up."""
+@pytest.mark.parametrize("length, size", [(20, 436), (197, 4), (2000, 1)])
+def test_parts_fit_the_cache(length: int, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a million scores on two threads, and one image at least."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    query = torch.empty(1, 6, length, 8)
+    assert attention_steps_vitcls.part_size(query, query) == size
+
+
+def test_no_images() -> None:
+    query, key, value = (each[:0].detach() for each in states())
+    assert attend_in_steps(query, key, value, None, 0.4).shape == (0, NUM_TOKENS, 4, 8)
+
+
+def test_gradients_of_gradients() -> None:
+    """Of the first and second order, by finite differences."""
+    generator = torch.Generator().manual_seed(0)
+    lengths = (3, 4, 4)
+    given = [torch.randn(3, 2, length, 2, dtype=torch.float64, generator=generator) for length in lengths]
+    given = [each.requires_grad_() for each in [*given, torch.randn(1, 2, 3, 4, dtype=torch.float64)]]
+    assert torch.autograd.gradcheck(lambda *each: attend_in_steps(*each, 0.7), given)
+    assert torch.autograd.gradgradcheck(lambda *each: attend_in_steps(*each, 0.7), given)
+
+
+def test_gradients_of_each_image() -> None:
+    """With torch.func."""
     given = [each.detach() for each in states()]
-    given[2] = torch.ones_like(given[2])
-    module = Attention()
+
+    def of_one(*one: torch.Tensor) -> torch.Tensor:
+        return attend_in_steps(*(each.unsqueeze(0) for each in one), None, 0.4).square().sum()
+
+    found = torch.func.vmap(torch.func.grad(of_one))(*given)
+    wanted = torch.autograd.grad(fused(*(each.requires_grad_() for each in given), None, 0.4).square().sum(), given[0])
+    assert largest_difference(found, wanted[0]) <= 1e-5
+
+
+def test_dropout_is_pytorch_s(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention_core_vitcls, "MULTIPLIES_BFLOAT16", True)
+    given = states(dtype=torch.bfloat16)
+    found = [sdpa_attention(Attention(), *given, None, scaling=0.4, dropout=rate)[0] for rate in (0.0, 0.5)]
+    assert torch.equal(found[0], attend_in_steps(*given, None, 0.4))
     torch.manual_seed(0)
-    kept, _ = attend_in_steps(module.train(), *given, None, scaling=0.4, dropout=0.5)
-    assert kept.std() > 0.1 and abs(kept.mean() - 1) < 0.1
-    kept, _ = attend_in_steps(module.eval(), *given, None, scaling=0.4, dropout=0.5)
-    assert largest_difference(kept, torch.ones_like(kept)) <= 1e-5
+    found[1] = sdpa_attention(Attention(), *given, None, scaling=0.4, dropout=0.5)[0]
+    torch.manual_seed(0)
+    assert torch.equal(found[1], sdpa_attention_forward(Attention(), *given, None, 0.5, 0.4)[0])
+    assert largest_difference(*found) > 0.1
 
 
 def test_where_steps_are_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -104,7 +154,7 @@ def test_where_steps_are_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_only_sdpa_takes_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    """And not while compiling or exporting."""
+    """Compiled too, but not while exporting, nor in compiled training."""
     calls: list[int] = []
 
     def counted(*args: Any, **kwargs: Any) -> Any:
@@ -114,14 +164,18 @@ def test_only_sdpa_takes_them(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention_core_vitcls, "attend_in_steps", counted)
     monkeypatch.setattr(attention_core_vitcls, "MULTIPLIES_BFLOAT16", True)
     model = filled(ViTCLSModel(tiny_config())).bfloat16()
+    torch.compiler.reset()  # it gives up on what tests before this one compiled often
     with torch.no_grad():
         model(images())
         assert len(calls) == model.config.num_hidden_layers
         torch.compile(model, backend="eager")(images())
+        assert len(calls) == 2 * model.config.num_hidden_layers
+        with torch.enable_grad():
+            torch.compile(model, backend="eager")(images())
         torch.export.export(model, (images().bfloat16(),))
         model.set_attn_implementation("eager")
         model(images())
-    assert len(calls) == model.config.num_hidden_layers
+    assert len(calls) == 2 * model.config.num_hidden_layers
     assert attention_core_vitcls.ATTENTION_FUNCTIONS["sdpa"] is sdpa_attention
 
 

@@ -1,6 +1,6 @@
 """Batches: which picture comes when, on which process, in which view; and what stands in for broken ones."""
 
-import os
+import multiprocessing
 import subprocess
 import time
 from collections import Counter
@@ -269,10 +269,11 @@ def test_workers_outlive_the_signals_that_stop_a_run() -> None:
     """Ctrl-C and a cluster's SIGTERM reach all processes; the main one still has to save."""
     source = LabelledPictures(noise(4), [0] * 4)
     batches = training_batches(pictures_of(source), plan_for(4, max_steps=60, batch_size=2), 0, num_workers=2)
-    next(batches)
-    time.sleep(0.5)  # for both workers to be up
-    workers = Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read_text().split()
-    assert len(workers) >= 2
+    before = multiprocessing.active_children()
+    for _ in range(2):
+        next(batches)  # one from each worker: both are up
+    workers = [str(child.pid) for child in multiprocessing.active_children() if child not in before]
+    assert len(workers) == 2
     for name in ("INT", "TERM"):
         subprocess.run(["kill", f"-{name}", *workers], check=True)
     time.sleep(0.2)

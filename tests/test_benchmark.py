@@ -3,17 +3,29 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from textwrap import dedent
 from typing import Any
 
 import pytest
 import torch
 from tiny import raises_one_line
 
+from modeling_vitcls.benchmarking import attention, pictures, steps
+from modeling_vitcls.benchmarking.attention import ATTENTION_READS, check_same, work
 from modeling_vitcls.benchmarking.comparison import Comparison, chosen, in_turns, quartiles
+from modeling_vitcls.benchmarking.inexact import INEXACT, check_off, compare_inexact, model_of
 from modeling_vitcls.benchmarking.inference import FORWARD_PASSES, ForwardPass, compare_forward_pass
 from modeling_vitcls.benchmarking.peers import PEERS, SMALL, TOY
-from modeling_vitcls.benchmarking.training import DIGITS, TRAINING_RUNS, Contestant, prepare_models, write_photographs
+from modeling_vitcls.benchmarking.photographs import write_photographs
+from modeling_vitcls.benchmarking.pictures import PIXEL_ROWS, PREDICTION_ROWS, check_labels, compare_files
+from modeling_vitcls.benchmarking.probe import PROBES, check_weights
+from modeling_vitcls.benchmarking.report import better_peers, markdown
+from modeling_vitcls.benchmarking.steps import TRAINING_STEPS, check_gradients, compare_step, sides
+from modeling_vitcls.benchmarking.training import DIGITS, TRAINING_RUNS, Contestant, prepare_models
+from modeling_vitcls.benchmarking.work import WORK, Plan, compare
+from modeling_vitcls.conversion.random_fill import random_fill
 
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "benchmark.py"
@@ -49,15 +61,130 @@ def check_file(file: Path, num_pairs: int) -> list[dict[str, Any]]:
 
 
 def test_the_script_compares_forward_passes(tmp_path: Path) -> None:
-    file = tmp_path / "folder" / "results.json"
-    flags = ("--work", "inference", "--toy", "--against", "transformers", "timm", "--pairs", "3")
+    file, table = tmp_path / "folder" / "results.json", tmp_path / "other" / "table.md"
+    row = "fp32, batch 1"
+    flags = ("--work", "inference", "--rows", row, "--toy", "--pairs", "3", "--markdown", str(table))
     done = run_script(*flags, "--output", str(file))
     assert done.returncode == 0, done.stderr
     found = check_file(file, 3)
-    assert [(each["against"], each["name"]) for each in found] == [
-        (peer, name) for peer in ("transformers", "timm") for name in FORWARD_PASSES
-    ]
-    assert "images per second" in done.stdout and "torch" in done.stdout
+    assert [(each["name"], each["against"]) for each in found] == [(row, "transformers"), (row, "timm")]
+    assert "images per second" in done.stdout and "over the better" in done.stdout and "torch" in done.stdout
+    (better,) = json.loads(file.read_text())["over_the_better"]
+    assert better == {"work": "inference", "name": row, "ratio": min(each["ratio"] for each in found)}
+    assert table.read_text().count("\n| ") == 1 and "torch" in table.read_text()
+
+
+@pytest.mark.slow
+def test_the_script_compares_steps(tmp_path: Path) -> None:
+    """The memory is that of processes of their own."""
+    file = tmp_path / "results.json"
+    flags = ("--work", "inference", "step", "--rows", "fp32, batch 16", "--against", "timm", "--toy", "--pairs", "2")
+    done = run_script(*flags, "--output", str(file))
+    assert done.returncode == 0, done.stderr
+    (found,) = check_file(file, 2)
+    assert found["work"] == "training step" and "MiB" in done.stdout
+    assert found["ours_peak_bytes"] > 0 and found["theirs_peak_bytes"] > 0
+
+
+@pytest.mark.slow
+def test_the_script_compares_reading_attention(tmp_path: Path) -> None:
+    """With a plain forward pass: its time, and the memory of both sides, each in a process of its own."""
+    file = tmp_path / "results.json"
+    row = "token_attention, batch 16"
+    done = run_script("--work", "attention", "--toy", "--pairs", "2", "--rows", row, "--output", str(file))
+    assert done.returncode == 0, done.stderr
+    (found,) = check_file(file, 2)
+    assert (found["name"], found["against"]) == (row, "a plain forward pass")
+    assert found["ours_peak_bytes"] >= 0 and found["theirs_peak_bytes"] >= 0
+    assert found["largest_difference_of_outputs"] < 1e-5
+    assert "images per second" in done.stdout and "MiB" in done.stdout
+
+
+@pytest.mark.parametrize("name", ["pixels", "prediction", "probe"])
+def test_work_without_peers_is_compared(name: str) -> None:
+    plan = Plan(("transformers",), 2, toy=True, finetune=Path("none"))
+    found = list(compare((name,), (), plan))
+    assert [each.name for each in found] == list(WORK[name].rows)
+    assert all(len(each.ratios) == 2 and each.difference < 1e-4 for each in found)
+    assert all("ratio" in each.as_dict() for each in found)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("against", PEERS)
+def test_compiled_models_are_compared(against: str) -> None:
+    row = replace(FORWARD_PASSES["bf16, batch 16, compiled"], batch_size=2)
+    assert row.compiled
+    assert compare_forward_pass("row", row, PEERS[against](TOY), 1, toy=True).difference < 0.1
+
+
+@pytest.mark.parametrize("name", ATTENTION_READS)
+def test_attention_is_read_right_before_it_is_measured(name: str) -> None:
+    row = ATTENTION_READS[name]
+    model, pixel_values = work(row.batch_size, toy=True)
+    assert len(pixel_values) == row.batch_size
+    assert check_same(row, model, pixel_values, name) < 1e-5
+    assert attention.images_per_second(row.look, model, pixel_values, 0.0) > 0
+    assert model.config._attn_implementation == "sdpa"
+    wrong = replace(row, look=lambda model, pixels: row.look(model, pixels) + 0.1, same=row.look)
+    with raises_one_line(name, "differ by 0.1"):
+        check_same(wrong, model, pixel_values, name)
+    broken = replace(row, look=lambda model, pixels: row.look(model, pixels) * float("nan"), same=row.look)
+    with raises_one_line("differ by nan"):
+        check_same(broken, model, pixel_values, name)
+
+
+def test_memory_is_the_peak_of_a_process() -> None:
+    """64 MiB that are gone again at the end count, what stays after the warm-up does not.
+
+    In a fresh process, as it is measured: one that has run other tests holds free memory, which 64 MiB may fit into.
+    """
+    code = """
+        import torch
+        from modeling_vitcls.benchmarking.memory import growth
+        work = lambda num_images: torch.ones(num_images, 2**20)  # 4 MiB for an image
+        print(growth(lambda: work(1), lambda: work(16)))
+    """
+    done = subprocess.run([sys.executable, "-c", dedent(code)], capture_output=True, text=True, check=True)
+    assert 50 * 2**20 < int(done.stdout) < 100 * 2**20
+
+
+@pytest.mark.parametrize("against", PEERS)
+@pytest.mark.parametrize("name", TRAINING_STEPS)
+def test_gradients_are_compared_before_steps_are_measured(name: str, against: str) -> None:
+    ours, theirs = sides(TRAINING_STEPS[name], PEERS[against](TOY))
+    assert check_gradients(ours, theirs, name) < ours.row.limit
+    before = [parameter.detach().clone() for parameter in ours.model.parameters()]
+    ours()
+    assert not all(map(torch.equal, before, ours.model.parameters()))
+    with torch.no_grad():
+        theirs.model.get_parameter("classifier.weight" if against == "transformers" else "head.weight").neg_()
+    with raises_one_line(name, "the gradients differ"):
+        check_gradients(ours, theirs, name)
+
+
+def test_pixels_that_differ_are_not_compared(tmp_path: Path) -> None:
+    files = pictures.photographs(tmp_path, toy=True)
+    ours, theirs = pictures.image_processors(TOY, tmp_path)
+    name, row = next(iter(PIXEL_ROWS.items()))
+    ours.resample = 3
+    with raises_one_line(name, "the pixel values differ"):
+        compare_files(name, row, files, ours, theirs, 1, 0.0)
+
+
+def test_labels_and_weights_that_differ_are_not_compared() -> None:
+    name = next(iter(PREDICTION_ROWS))
+    row = {"image": "a.jpg", "error": None, "label": "cat", "probability": 0.5}
+    assert check_labels([row], [[{"label": "cat", "score": 0.50005}]], name) == pytest.approx(5e-5)
+    with raises_one_line(name, "a.jpg is cat for us and dog"):
+        check_labels([row], [[{"label": "dog", "score": 0.5}]], name)
+    with raises_one_line(name, "a.jpg is cannot read"):
+        check_labels([row | {"error": "cannot read"}], [[{"label": "cat", "score": 0.5}]], name)
+    with raises_one_line(name, "differ by 0.1"):
+        check_labels([row], [[{"label": "cat", "score": 0.6}]], name)
+    probe = next(iter(PROBES))
+    assert check_weights(torch.ones(2), torch.ones(2), probe) == 0
+    with raises_one_line(probe, "differ by 0.5"):
+        check_weights(torch.tensor([1.0, 0.5]), torch.ones(2), probe)
 
 
 @pytest.mark.slow
@@ -72,8 +199,9 @@ def test_the_script_compares_training(tmp_path: Path) -> None:
 
 
 def test_wrong_flags_are_one_line() -> None:
-    done = run_script("--work", "inference", "--rows", "fp64")
-    assert done.returncode == 1 and done.stderr.startswith("error: --rows: there is no 'fp64'")
+    plan = Plan(("timm",), 1, toy=True, finetune=Path("none"))
+    with raises_one_line("--rows: there is no 'fp64'", "'bf16, batch 1'", "'10 epochs, batch 16'"):
+        next(compare(("inference", "probe"), ("fp64",), plan))
     done = run_script("--work", "training", "--pairs", "0")
     assert done.returncode == 2 and "--pairs is 0" in done.stderr
 
@@ -90,6 +218,38 @@ def test_models_that_differ_are_not_compared(against: str, dtype: torch.dtype) -
         compare_forward_pass("row", ForwardPass(dtype, 2), peer, 1, toy=True)
 
 
+def test_rows_say_where_they_were_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(steps, "peak_in_a_process", lambda *arguments: 1)
+    found = compare_forward_pass("row", ForwardPass(torch.float32, 2), PEERS["timm"](TOY), 1, toy=True)
+    row = replace(TRAINING_STEPS["fp32, batch 16"], batch_size=2)
+    for each in (found, compare_step("row", row, PEERS["timm"](TOY), 1, toy=True)):
+        assert each.as_dict()["device"] == "cpu"
+
+
+def test_what_is_inexact_is_compared_with_the_plain_model() -> None:
+    """Which drops and merges nothing; so does the other one, once its feature is set to 0."""
+    plan = Plan(("timm",), 1, toy=True, finetune=Path("none"))
+    names = [name for name in INEXACT if " 4," in name or " 0.5," in name]
+    found = [comparison.as_dict() for comparison in compare(("inexact",), tuple(names), plan)]
+    assert [(each["name"], each["against"]) for each in found] == [(name, "the plain model") for name in names]
+    assert [each.get("merged_patches_per_layer") for each in found] == [4, None]
+    assert [each.get("patch_drop_rate") for each in found] == [None, 0.5]
+    assert all(each["device"] == "cpu" and each["largest_difference_of_outputs"] == 0 for each in found)
+    merging = model_of(TOY, merged_patches_per_layer=4)
+    random_fill(merging)
+    with raises_one_line(names[0], "set to 0", "the outputs differ"):
+        check_off(INEXACT[names[0]], merging, TOY, names[0])
+
+
+@pytest.mark.parametrize("name", INEXACT)
+def test_the_inexact_side_is_what_its_row_says(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    row, sides = INEXACT[name], []
+    monkeypatch.setitem(INEXACT, name, replace(row, work=lambda model, *others: sides.append(model) or (lambda: 1.0)))
+    (found,) = compare_inexact((name,), 1, toy=True)
+    assert [getattr(model.config, row.field) for model in sides] == [row.value, 0]
+    assert found.ratios == [1.0]
+
+
 def test_no_numbers_are_not_compared() -> None:
     peer = PEERS["transformers"](TOY)
     with torch.no_grad():
@@ -99,8 +259,6 @@ def test_no_numbers_are_not_compared() -> None:
 
 
 def test_both_sides_of_training_begin_with_the_same_weights(tmp_path: Path) -> None:
-    from dataclasses import replace
-
     from modeling_vitcls import ViTCLSForImageClassification
 
     run = replace(DIGITS, size=TOY)
@@ -109,6 +267,22 @@ def test_both_sides_of_training_begin_with_the_same_weights(tmp_path: Path) -> N
     ours = ViTCLSForImageClassification.from_pretrained(tmp_path / "our_model")
     assert ours.config.id2label == dict(enumerate(names))
     assert ours.config.hidden_size == TOY.hidden_size
+
+
+def test_the_better_peer_is_the_one_with_the_lower_ratio() -> None:
+    found = [
+        Comparison("work", "row", peer, [6.0] * 3, [theirs] * 3, 0.0, {}) for peer, theirs in (("a", 3.0), ("b", 4.0))
+    ]
+    alone = Comparison("work", "other", "a", [1.0], [1.0], 0.0, {"ours_peak_bytes": 90, "theirs_peak_bytes": 100})
+    assert better_peers([*found, alone]) == {("work", "row"): 1.5}
+    lines = markdown([*found, alone]).splitlines()
+    assert lines[0] == "| work | images/s | times as fast (quartiles) | peak memory, part of theirs |"
+    assert lines[2] == "| work: row | 6.0 | a 2.00 (2.00 to 2.00), b 1.50 (1.50 to 1.50) |  |"
+    assert lines[3] == "| work: other | 1.0 | a 1.00 (1.00 to 1.00) | a 0.90 |"
+    assert "Medians of 1 to 3 pairs" in lines[5]
+    lines = markdown(found).splitlines()
+    assert lines[:2] == ["| work | images/s | times as fast (quartiles) |", "|---|---|---|"]
+    assert lines[2] == "| work: row | 6.0 | a 2.00 (2.00 to 2.00), b 1.50 (1.50 to 1.50) |"
 
 
 def test_photographs_are_a_folder_per_label(tmp_path: Path) -> None:

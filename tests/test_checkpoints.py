@@ -12,7 +12,6 @@ import resource
 import shutil
 import signal
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -22,10 +21,10 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, GradientState
+from accelerating import reset_accelerate
 from checkpoint_worker import CHECKS, NUM_PROCESSES
 from peft import LoraConfig, get_peft_model
-from test_distributed import loopback
+from ready import OFFLINE, READY, SECONDS, run_together
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -38,17 +37,15 @@ from modeling_vitcls.training.states import gather_state, named_tensors, scatter
 
 SIZES: dict[str, Any] = {"image_size": 16, "patch_size": 8, "hidden_size": 32, "num_hidden_layers": 2}
 SIZES |= {"num_attention_heads": 4, "intermediate_size": 48, "num_register_tokens": 2}
-FORK = multiprocessing.get_context("fork")
-
 needs_fork = pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="needs fork")
 
 
 @pytest.fixture(autouse=True)
 def fresh_accelerate() -> Iterator[None]:
     """Accelerate keeps its settings in singletons: each test starts without."""
+    reset_accelerate()
     yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
+    reset_accelerate()
 
 
 @pytest.fixture
@@ -275,7 +272,7 @@ class Trap:
 
 
 def save_without_end(folder: Path, begun: Any) -> None:
-    torch.set_num_threads(1)  # a fork has none of its parent's threads
+    torch.set_num_threads(1)
     store = CheckpointStore(folder, keep=2)
     begun.set()
     while True:
@@ -292,10 +289,10 @@ def test_a_save_killed_at_any_time_leaves_a_whole_checkpoint(store: CheckpointSt
     store.save(10, tensors_of(10, size=200_000), {"flag": 10}, is_best=False)
     seconds = time.monotonic() - started
     for _ in range(25):
-        begun = FORK.Event()
-        process = FORK.Process(target=save_without_end, args=(store.folder, begun))
+        begun = READY.Event()
+        process = READY.Process(target=save_without_end, args=(store.folder, begun))
         process.start()
-        assert begun.wait(20)
+        assert begun.wait(SECONDS)
         time.sleep(moments.uniform(0, 5 * seconds))
         process.kill()
         process.join()
@@ -326,7 +323,7 @@ def save_and_die(folder: Path, calls: int) -> None:
 @pytest.mark.parametrize("calls", range(1, 12))
 def test_a_save_killed_before_each_step_of_it(store: CheckpointStore, calls: int) -> None:
     save(store, 10)
-    process = FORK.Process(target=save_and_die, args=(store.folder, calls))
+    process = READY.Process(target=save_and_die, args=(store.folder, calls))
     process.start()
     process.join()
     assert process.exitcode == (-signal.SIGKILL if calls <= 10 else 0)  # 2 x (3 files, their folder, all folders)
@@ -513,7 +510,8 @@ def test_another_models_checkpoint_is_refused(store: CheckpointStore) -> None:
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_signal_becomes_a_question(number: signal.Signals, status: int) -> None:
+def test_a_signal_becomes_a_question(number: signal.Signals, status: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("modeling_vitcls.training.interruption.ECHO_SECONDS", SECONDS)  # a busy machine may pause here
     before = signal.getsignal(number)
     with Interruption(Accelerator(cpu=True)) as interruption:
         assert interruption.requested() is None and interruption.exit_status == 0
@@ -562,15 +560,12 @@ def test_outside_of_the_main_thread_nothing_is_noted() -> None:
 
 @pytest.mark.parametrize(("launcher", "answer"), [("ACCELERATE_MIXED_PRECISION", "SIGTERM"), ("HOME", None)])
 @needs_fork
-def test_a_launcher_that_died_is_noticed(launcher: str, answer: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_launcher_that_died_is_noticed(launcher: str, answer: str | None) -> None:
     """Its child looks every step; the child of any other parent does not mind."""
-    for name in ("ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv(launcher, os.environ.get(launcher, "no"))
-    receiver, sender = FORK.Pipe(duplex=False)
-    parent = FORK.Process(target=launch_and_die, args=(sender,))
+    receiver, sender = READY.Pipe(duplex=False)
+    parent = READY.Process(target=launch_and_die, args=(sender, launcher))
     parent.start()
-    assert receiver.poll(20)
+    assert receiver.poll(SECONDS)
     assert receiver.recv() == answer
     parent.join()
 
@@ -578,19 +573,24 @@ def test_a_launcher_that_died_is_noticed(launcher: str, answer: str | None, monk
 @pytest.mark.skipif(not hasattr(signal, "sigwaitinfo"), reason="needs sigwaitinfo")
 def test_workers_outlive_signals_that_are_not_their_parents() -> None:
     loader = DataLoader(range(1000), num_workers=1, prefetch_factor=2, worker_init_fn=leave_signals_to_parent)  # type: ignore[arg-type]
+    before = multiprocessing.active_children()
     batches = iter(loader)
     next(batches)
-    (worker,) = multiprocessing.active_children()
+    (worker,) = [child for child in multiprocessing.active_children() if child not in before]
     for name in ("TERM", "INT"):
         subprocess.run(["sh", "-c", f"kill -{name} {worker.pid}"], check=True)
     for _ in range(20):
         next(batches)
     worker.terminate()
-    worker.join(timeout=10)
+    worker.join(timeout=SECONDS)
     assert worker.exitcode == 0
 
 
-def launch_and_die(sender: Any) -> None:
+def launch_and_die(sender: Any, variable: str) -> None:
+    """A launcher, which sets an environment variable for its child."""
+    for name in ("ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"):
+        os.environ.pop(name, None)
+    os.environ.setdefault(variable, "no")
     launcher = os.getpid()
     if os.fork() == 0:
         with Interruption(Accelerator(cpu=True)) as interruption:
@@ -611,11 +611,8 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """Check -> what went wrong in checkpoint_worker.py."""
     folder = tmp_path_factory.mktemp("two")
     worker = Path(__file__).with_name("checkpoint_worker.py")
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1"]  # picks a free port
-    command = [sys.executable, *launcher, f"--nproc-per-node={NUM_PROCESSES}", str(worker), str(folder)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "GLOO_SOCKET_IFNAME": loopback()}
-    processes = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
-    assert (folder / "report.json").is_file(), processes.stderr[-4000:]
+    run_together(worker, folder, log=folder / "log", environment=OFFLINE, processes=NUM_PROCESSES, may_fail=True)
+    assert (folder / "report.json").is_file(), (folder / "log.errors").read_text()[-4000:]
     return json.loads((folder / "report.json").read_text())
 
 

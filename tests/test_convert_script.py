@@ -1,16 +1,18 @@
 """scripts/convert.py: what it writes, what it prints, and that a failure writes nothing.
 
-The real script runs in processes of its own for one model of timm and one of transformers; what it wrote is loaded in
-another process that cannot import this package. Its parts are tested in this process.
+The real script runs in a process of its own for a model of transformers, and in this one for the others; what it wrote
+is loaded in another process that cannot import this package.
 """
 
 import hashlib
+import io
 import json
 import os
 import runpy
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ import pytest
 import timm
 import torch
 import transformers
+from fresh import run_fresh
 from safetensors.torch import load_file
 from sklearn.datasets import load_sample_image
 from timm.data import create_transform, resolve_data_config
@@ -54,8 +57,21 @@ def photograph(name: str) -> PIL.Image.Image:
 def run(*flags: Any) -> subprocess.CompletedProcess[str]:
     """The script, in a process of its own."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "200", "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, str(SCRIPT), *map(str, flags)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+    return run_fresh(SCRIPT, *flags, environment=environment)
+
+
+def run_here(*flags: Any) -> int:
+    """The script in this process; its exit status."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(SCRIPT.parent)
+        patch.setattr(sys, "argv", [str(SCRIPT), *map(str, flags)])
+        patch.setenv("COLUMNS", "200")
+        try:
+            runpy.run_path(str(SCRIPT), run_name="__main__")
+        except SystemExit as ended:
+            assert isinstance(ended.code, int)
+            return ended.code
+    return 0
 
 
 def everything_in(folder: Path) -> list[Path]:
@@ -83,9 +99,9 @@ def saved(model: transformers.PreTrainedModel, folder: Path) -> str:
 def from_timm(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """What the script wrote and printed for a model of timm."""
     folder = tmp_path_factory.mktemp("timm") / "not" / "there"
-    done = run("--source", "timm:test_vit", "--output", folder, "--random-init")
-    assert done.returncode == 0, done.stderr[-2000:]
-    return folder, done.stdout
+    with redirect_stdout(io.StringIO()) as printed:
+        assert run_here("--source", "timm:test_vit", "--output", folder, "--random-init") == 0
+    return folder, printed.getvalue()
 
 
 @pytest.fixture(scope="module")
@@ -178,9 +194,8 @@ def test_the_printed_lines_load_it_without_the_package(from_timm: tuple[Path, st
     lines = [line.strip() for line in printed.splitlines() if "from_pretrained(" in line]
     loading = "\n".join(line.replace("trust_remote_code", 'backend="pil", trust_remote_code') for line in lines)
     loading = loading.replace('backend="pil", ', "", 1)  # the model has none; timm resizes with PIL
-    command = [sys.executable, "-I", "-c", CHILD.format(loading=loading), tmp_path / "china.png", tmp_path / "logits"]
-    environment = {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
-    child = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    words = ["-I", "-c", CHILD.format(loading=loading), tmp_path / "china.png", tmp_path / "logits"]
+    child = run_fresh(*words, environment={"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"})
     assert child.returncode == 0, child.stderr[-2000:]
     source = random_fill(timm.create_model("test_vit"))
     transform = create_transform(**resolve_data_config(model=source), is_training=False)
@@ -189,11 +204,13 @@ def test_the_printed_lines_load_it_without_the_package(from_timm: tuple[Path, st
     assert (torch.load(tmp_path / "logits") - wanted).abs().max() <= LIMIT
 
 
-def test_what_is_not_supported_ends_with_one_line_and_status_1(tmp_path: Path) -> None:
-    done = run("--source", "timm:resnet18", "--output", tmp_path / "made", "--random-init")
-    assert done.returncode == 1
-    assert done.stderr.strip().splitlines()[-1].startswith("error: ResNet")
-    assert "Traceback" not in done.stderr
+def test_what_is_not_supported_ends_with_one_line_and_status_1(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_here("--source", "timm:resnet18", "--output", tmp_path / "made", "--random-init") == 1
+    error = capsys.readouterr().err
+    assert error.strip().splitlines()[-1].startswith("error: ResNet")
+    assert "Traceback" not in error
     assert not everything_in(tmp_path)
 
 
@@ -262,11 +279,7 @@ def test_a_wrong_weight_aborts_and_writes_nothing(
         return model
 
     monkeypatch.setattr(sources, "convert_from_timm", wrong)
-    flags = ["--source", "timm:test_vit", "--output", str(tmp_path / "deep" / "made"), "--random-init"]
-    monkeypatch.setattr(sys, "argv", [str(SCRIPT), *flags])
-    with pytest.raises(SystemExit) as ended:
-        runpy.run_path(str(SCRIPT), run_name="__main__")
-    assert ended.value.code == 1
+    assert run_here("--source", "timm:test_vit", "--output", tmp_path / "deep" / "made", "--random-init") == 1
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("error: ")
     assert message in error
@@ -304,9 +317,9 @@ def test_an_output_in_use_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "used").mkdir()
     (tmp_path / "used" / "mine.txt").write_text("mine")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match="no empty folder"):
+    with pytest.raises(ValueError, match="not empty"):
         take_over("timm:test_vit", tmp_path / "used", random_init=True)
-    with pytest.raises(ValueError, match="no empty folder"):
+    with pytest.raises(ValueError, match="not empty"):
         take_over("timm:test_vit", tmp_path / "used" / "mine.txt", random_init=True)
     take_over("timm:test_vit", tmp_path / "empty", random_init=True)
     assert (tmp_path / "empty" / "certificate.json").is_file()
@@ -424,7 +437,8 @@ REFUSED: dict[str, Callable[[Path], str]] = {
         transformers.SwinModel(transformers.SwinConfig(embed_dim=8, depths=[1], num_heads=[1], image_size=32)), folder
     ),
     "timm 1.* has no model vit_huuge: did you mean": lambda folder: "timm:vit_huuge",
-    "cannot read the configuration of": lambda folder: f"transformers:{folder}/nowhere/at/all",
+    "nowhere/at/all is no folder here": lambda folder: f"transformers:{folder}/nowhere/at/all",
+    "cannot read the configuration of": lambda folder: f"transformers:{folder.parent}",  # without config.json
     "'resnet' is no source": lambda folder: "resnet",
     "global_pool='avgmax'": lambda folder: "timm:test_vit",
 }

@@ -8,8 +8,6 @@ import csv
 import io
 import json
 import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +20,7 @@ import scipy.stats
 import sklearn.metrics
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, GradientState
+from accelerating import reset_accelerate
 from evaluation_worker import (
     BATCH_SIZE,
     BROKEN,
@@ -36,6 +34,7 @@ from evaluation_worker import (
     evaluate_digits,
 )
 from PIL import Image
+from ready import OFFLINE, run_together
 from rich.console import Console
 from torch import nn
 
@@ -67,9 +66,9 @@ MEASURED = ("images_per_second", "seconds", "num_processes", "device")  # differ
 @pytest.fixture(autouse=True)
 def fresh_accelerate() -> Iterator[None]:
     """Accelerate keeps its settings in singletons: each test starts without."""
+    reset_accelerate()
     yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
+    reset_accelerate()
 
 
 @pytest.fixture(scope="module")
@@ -87,12 +86,8 @@ def by_two_processes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = ViTCLSConfig(**model.config.to_diff_dict() | labels.config_values())
     type(model)(config).save_pretrained(folder)
     ViTCLSImageProcessor(size=16).save_pretrained(folder)
-    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2"]
-    several = ["--multi_gpu", "--main_process_port", "0"]  # the launcher; the devices are CPUs
-    command = [*launcher, *several, str(Path(__file__).with_name("evaluation_worker.py")), str(folder)]
-    ran = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, check=False)
-    assert ran.returncode == 0, f"{ran.stdout}\n{ran.stderr}"
-    (folder / "stdout").write_text(ran.stdout, encoding="utf-8")
+    worker = Path(__file__).with_name("evaluation_worker.py")
+    run_together(worker, folder, log=folder / "stdout", environment=OFFLINE)
     return folder
 
 

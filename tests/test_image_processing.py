@@ -17,6 +17,7 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
+from fresh import run_fresh
 from sklearn.datasets import load_sample_images
 from transformers import AutoImageProcessor
 
@@ -509,7 +510,8 @@ def settings_in(folder: Path) -> dict:
 
 def test_saved_settings_name_both_backends(backend: type, tmp_path: Path) -> None:
     backend(**SETTINGS).save_pretrained(tmp_path)
-    assert {path.name for path in tmp_path.iterdir()} == {"preprocessor_config.json", "image_processing_vitcls.py"}
+    code = {"image_processing_vitcls.py", "fast_pixels_vitcls.py"}
+    assert {path.name for path in tmp_path.iterdir()} == {"preprocessor_config.json", *code}
     assert settings_in(tmp_path)["image_processor_type"] == "ViTCLSImageProcessor"
     assert settings_in(tmp_path)["auto_map"] == {
         "AutoImageProcessor": {
@@ -533,8 +535,12 @@ def test_loads_from_the_hub_without_this_package(torchvision: str, tmp_path: Pat
     first, work = tmp_path / "first", tmp_path / "work"
     ViTCLSImageProcessor(**SETTINGS).save_pretrained(first)
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(tmp_path / "modules")}
-    command = [sys.executable, "-c", LOAD_FROM_THE_HUB, str(first), str(work), torchvision]
-    run = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path, env=environment)
+    words = ["-c", LOAD_FROM_THE_HUB, str(first), str(work), torchvision]
+    if torchvision == "torchvision":
+        run = run_fresh(*words, environment=environment, cwd=tmp_path)
+    else:  # in a process that has never imported it
+        command = [sys.executable, *words]
+        run = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path, env=environment)
     assert run.returncode == 0, run.stderr
     sums = json.loads(run.stdout.splitlines()[-1])
     image = np.arange(300, dtype=np.uint8).reshape(10, 10, 3)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
-from accelerate.state import AcceleratorState, GradientState
+from accelerating import reset_accelerate
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from modeling_vitcls import (
@@ -58,11 +58,6 @@ def fresh_accelerate() -> Iterator[None]:
     reset_accelerate()
     yield
     reset_accelerate()
-
-
-def reset_accelerate() -> None:
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
 
 
 class Bench:

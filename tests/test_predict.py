@@ -9,7 +9,6 @@ import io
 import json
 import os
 import runpy
-import signal
 import subprocess
 import sys
 import time
@@ -23,8 +22,9 @@ import pyarrow.parquet as pq
 import pytest
 import sklearn.datasets
 import torch
-from accelerate.state import AcceleratorState, GradientState
+from accelerating import reset_accelerate
 from PIL import Image
+from ready import OFFLINE, READY, run_script, run_together
 from transformers import pipeline
 
 from modeling_vitcls import (
@@ -34,10 +34,9 @@ from modeling_vitcls import (
     ViTCLSImageProcessor,
     ViTCLSModel,
 )
-from modeling_vitcls.image_processing_vitcls import picture_to_pixels, read_picture
 from modeling_vitcls.training.options import PredictOptions
 from modeling_vitcls.training.prediction import Summary, batches, predict, predict_images
-from modeling_vitcls.training.prediction_decoding import CannotFetch, Prepared, decode_jpeg_as_pil
+from modeling_vitcls.training.prediction_decoding import CannotFetch, Prepared
 from modeling_vitcls.training.prediction_inputs import Record, Stream, open_source
 from modeling_vitcls.training.prediction_outputs import all_columns, write_rows
 from modeling_vitcls.training.prediction_shards import ShardFolder, shard_ranges, share
@@ -72,9 +71,9 @@ NUM_STREAMED = 1000
 @pytest.fixture(autouse=True)
 def fresh_accelerate() -> Any:
     """Accelerate keeps its settings in singletons: each test starts without."""
+    reset_accelerate()
     yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
+    reset_accelerate()
 
 
 @pytest.fixture(scope="module")
@@ -137,24 +136,6 @@ def run(monkeypatch: pytest.MonkeyPatch, *flags: object) -> Any:
     except SystemExit as stopped:
         return stopped.code
     return 0
-
-
-def start(*flags: object, processes: int = 1) -> subprocess.Popen:
-    """Start the script, or several processes of it through the real `accelerate launch`."""
-    command = [sys.executable, SCRIPT, *flags]
-    if processes > 1:
-        launcher = ["-m", "accelerate.commands.launch", "--multi_gpu", "--main_process_port", 0]  # devices are CPUs
-        command = [sys.executable, *launcher, "--num_processes", processes, SCRIPT, *flags]
-    return subprocess.Popen(
-        list(map(str, command)), env=ENVIRONMENT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    )
-
-
-def succeed(process: subprocess.Popen) -> str:
-    """Wait for the end; fail with what it printed unless it succeeded."""
-    stdout, stderr = process.communicate()
-    assert process.returncode == 0, f"{stdout}\n{stderr}"
-    return stdout
 
 
 def read_json(file: Path) -> Any:
@@ -222,7 +203,7 @@ def test_every_format_holds_the_same(models: Path, broken: Path, tmp_path: Path,
     for file in (tmp_path / "out.json", tmp_path / f"out{suffix}"):
         options = PredictOptions(str(models / "one_label"), (str(broken),), output=file, top_k=7)  # of three labels
         assert predict_images(options) == Summary(num_images=3, num_failed=2)
-        AcceleratorState._reset_state(reset_partial_state=True)
+        reset_accelerate()
     file = tmp_path / f"out{suffix}"
     rows: list[dict[str, Any]]
     if suffix == ".csv":
@@ -310,7 +291,7 @@ def test_a_broken_image_has_no_features(models: Path, broken: Path, tmp_path: Pa
         file = tmp_path / f"{kind}.parquet"
         options = PredictOptions(str(models / "encoder"), (str(broken),), output=file, features=kind)  # type: ignore
         predict_images(options)
-        AcceleratorState._reset_state(reset_partial_state=True)
+        reset_accelerate()
         features = pq.read_table(file)["features"].to_pylist()
         assert features[0] is not None and features[1:] == [None, None]
 
@@ -348,7 +329,7 @@ def test_data_sets_are_read_like_files(models: Path, photos: Path, tmp_path: Pat
     ):
         output = tmp_path / "out.json"
         predict_images(PredictOptions(str(models / "one_label"), output=output, batch_size=4, **given))
-        AcceleratorState._reset_state(reset_partial_state=True)
+        reset_accelerate()
         answers = [(row["index"], row["label"], row["probability"]) for row in read_json(output)]
         expected = expected or answers
         assert answers == expected
@@ -413,17 +394,6 @@ def test_what_a_stream_passes_by_is_not_decoded(photos: Path, tmp_path: Path) ->
     assert source.num_images == 10
 
 
-def test_jpeg_files_are_decoded_as_pil_does(photos: Path) -> None:
-    decoded = []
-    for file in sorted(photos.rglob("*.[jJ]*")):
-        pixels = decode_jpeg_as_pil(file.read_bytes())
-        if pixels is not None:
-            decoded.append(file.name)
-            assert torch.equal(pixels, picture_to_pixels(read_picture(file), to_rgb=True)), file
-    assert {"a.jpg", "b.JPEG", "d.jpg", "f.jpg", "h.jpg"} <= set(decoded)
-    assert "e.jpg" not in decoded  # CMYK is PIL's
-
-
 def test_a_network_failure_is_no_broken_image(models: Path, tmp_path: Path, photos: Path) -> None:
     (tmp_path / "table.csv").write_text("image\nmemory://absent.jpg\n", encoding="utf-8")
     output = tmp_path / "out.csv"
@@ -454,16 +424,19 @@ def test_killed_in_the_middle_then_two_processes_go_on(models: Path, streamed: P
     flags = ["--model", models / "encoder", "--dataset", streamed, "--streaming", "--features", "cls"]
     flags += ["--shard-size", 30, "--batch-size", 8]
     folder = tmp_path / "features"
-    process = start(*flags, "--output", folder)
-    while len(list(folder.glob("shard-*"))) < 3 and process.poll() is None:
+    log = tmp_path / "killed"
+    words = [str(word) for word in (*flags, "--output", folder)]
+    process = READY.Process(target=run_script, args=("predict.py", words, log, log, OFFLINE))
+    process.start()
+    while len(list(folder.glob("shard-*"))) < 3 and process.is_alive():
         time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
+    process.kill()
+    process.join()
     before = {file.name: file.stat().st_mtime_ns for file in folder.glob("shard-*")}
     assert 3 <= len(before) < 34, "it was not killed in the middle"
     (folder / ".shard-000031.parquet.1.unfinished").write_bytes(b"half a file")
 
-    printed = succeed(start(*flags, "--output", folder, processes=2))
+    printed = run_together("predict.py", *flags, "--output", folder, log=tmp_path / "log", environment=OFFLINE)
     assert printed == f"{folder}: 1,000 images, 10 without an answer\n"
     assert all((folder / name).stat().st_mtime_ns == written for name, written in before.items())
     assert sorted(file.name for file in folder.iterdir()) == [
@@ -495,7 +468,8 @@ def test_killed_in_the_middle_then_two_processes_go_on(models: Path, streamed: P
 def test_two_processes_write_the_same_file_as_one(models: Path, streamed: Path, tmp_path: Path) -> None:
     flags = ["--model", models / "one_label", "--dataset", streamed, "--batch-size", 30]
     for processes, name in ((1, "one.csv"), (2, "two.csv")):
-        printed = succeed(start(*flags, "--output", tmp_path / name, processes=processes))
+        how = {"log": tmp_path / f"{name}.log", "environment": OFFLINE, "processes": processes}
+        printed = run_together("predict.py", *flags, "--output", tmp_path / name, **how)
         assert printed == f"{tmp_path / name}: 1,000 images, 10 without an answer\n"
     assert (tmp_path / "one.csv").read_bytes() == (tmp_path / "two.csv").read_bytes()
 
@@ -506,7 +480,7 @@ def test_a_second_start_must_ask_for_the_same(
     folder = tmp_path / "labels"
 
     def again(model: str = "one_label", path: Path = photos, **others: Any) -> Summary:
-        AcceleratorState._reset_state(reset_partial_state=True)
+        reset_accelerate()
         options: dict[str, Any] = {"shard_size": 4, **others}
         return predict_images(PredictOptions(str(models / model), (str(path),), output=folder, **options))
 
@@ -607,11 +581,11 @@ def test_models_without_labels_are_refused_in_one_line(models: Path, photos: Pat
         lost: "lacks classifier.bias",
         tmp_path: "holds a model of type 'vit'",
         "vitcls-tiny": "is a preset",
-        tmp_path / "absent": "there is no folder",
+        tmp_path / "absent": "is no folder here",
     }.items():
         with raises_one_line(words, error=(ValueError, OSError)):
             predict_images(PredictOptions(str(source), (str(photos),)))
-        AcceleratorState._reset_state(reset_partial_state=True)
+        reset_accelerate()
     with raises_one_line("no labels to predict"):
         predict(ViTCLSForImageClassification(tiny_config(num_labels=0)), ViTCLSImageProcessor(size=32), photos)
 
@@ -622,7 +596,7 @@ def test_mixed_precision_is_near(models: Path, photos: Path, tmp_path: Path) -> 
         output = tmp_path / f"{precision}.parquet"
         flags: dict[str, Any] = {"features": "mean", "mixed_precision": precision, "output": output}
         predict_images(PredictOptions(str(models / "encoder"), (str(photos),), **flags))
-        AcceleratorState._reset_state(reset_partial_state=True)
+        reset_accelerate()
         features[precision] = np.array(pq.read_table(output)["features"].to_pylist())
     difference = np.abs(features["no"] - features["bf16"]).max()
     assert 0 < difference < 0.1

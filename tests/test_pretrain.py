@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, GradientState
-from tiny import raises_one_line
+from accelerating import reset_accelerate
+from tiny import raises_one_line, tiny_config
 from transformers import AutoModel, AutoModelForMaskedImageModeling
 
-from modeling_vitcls import ViTCLSForMaskedImageModeling, ViTCLSModel
+from modeling_vitcls import ViTCLSForMaskedImageModeling, ViTCLSImageProcessor, ViTCLSModel
 from modeling_vitcls.losses_vitcls import masked_pixel_loss
 from modeling_vitcls.training import finetune as finetuning
 from modeling_vitcls.training.batches import Normaliser
@@ -62,11 +62,6 @@ def fresh_accelerate() -> Iterator[None]:
     reset_accelerate()
     yield
     reset_accelerate()
-
-
-def reset_accelerate() -> None:
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
 
 
 def tiny_options(folder: Path, **training: Any) -> PretrainOptions:
@@ -254,6 +249,8 @@ def test_flags_for_fine_tuning_are_refused(tmp_path: Path) -> None:
         prepare(replace(options, augmentation=AugmentationOptions(mixup=0.2)))
     with raises_one_line("--trainable", "no labels"):
         prepare(replace(options, training=TrainingOptions(trainable="last-1")))
+    with raises_one_line("--patch-drop-rate", "leave it out"):
+        prepare(replace(options, model=replace(TINY, patch_drop_rate=0.5)))
     assert not (tmp_path / "never").exists()
 
 
@@ -284,6 +281,16 @@ def test_pre_training_goes_on_from_a_checkpoint(pretrained: Path) -> None:
     model, processor = build_model(ModelOptions(model=str(pretrained), image_size=48))
     assert torch.equal(model.decoder.projection.weight, trained.decoder.projection.weight)
     assert (processor.size.height, model.config.grid_size) == (48, (6, 6))
+
+
+def test_a_checkpoint_that_drops_patches_is_told_to_keep_them(tmp_path: Path) -> None:
+    saved, folder = ViTCLSModel(tiny_config(patch_drop_rate=0.5)), str(tmp_path)
+    saved.save_pretrained(folder)
+    ViTCLSImageProcessor(size=32).save_pretrained(folder)
+    with raises_one_line(folder, "--patch-drop-rate 0"):
+        build_model(ModelOptions(model=folder))
+    model, _ = build_model(ModelOptions(model=folder, patch_drop_rate=0.0))
+    assert torch.equal(model.vitcls.layers[0].mlp.fc1.weight, saved.layers[0].mlp.fc1.weight)
 
 
 def test_fine_tuning_starts_from_the_encoder(pretrained: Path, tmp_path: Path) -> None:

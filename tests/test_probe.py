@@ -1,15 +1,15 @@
 """Linear probing on cached features: the same heads as with the encoder in every step, which then never runs again."""
 
 import os
-import socket
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, GradientState
+from accelerating import reset_accelerate
 from PIL import Image
+from ready import METHOD, free_port
 from tiny import LAYOUTS, TASKS, assert_same_outputs, filled, images, largest_difference, raises_one_line, tiny_config
 
 from modeling_vitcls import ViTCLSForImageClassification, ViTCLSForMultiTaskClassification, ViTCLSImageProcessor
@@ -51,9 +51,9 @@ each_model = pytest.mark.parametrize(("model_class", "fields"), MODELS.values(),
 
 @pytest.fixture(autouse=True)
 def fresh_accelerate() -> Any:
+    reset_accelerate()
     yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
+    reset_accelerate()
 
 
 class Pictures:
@@ -313,10 +313,7 @@ def probe_in_a_process(rank: int, port: int, folder: Path) -> None:
 
 
 def test_two_processes_do_what_one_does(tmp_path: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    torch.multiprocessing.spawn(probe_in_a_process, (port, tmp_path), nprocs=2)
+    torch.multiprocessing.start_processes(probe_in_a_process, (free_port(), tmp_path), 2, start_method=METHOD)
     alone = share_of_a_probe(0, 1)
     for record in (torch.load(tmp_path / f"{rank}.pt") for rank in range(2)):
         assert torch.equal(record["cached"]["index"], alone["cached"]["index"])

@@ -7,7 +7,6 @@ that. What they answer must equal, to the bit, what this process answers. A thir
 import ast
 import json
 import os
-import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from fresh import run_fresh
 from load_without_package import AUTO_CLASSES, BACKENDS, SEED, answers
 from local_hub import local_hub
 from safetensors.torch import load_file, save_file
@@ -139,15 +139,9 @@ def loaded_in_child(sources: list[str], inputs: Path, folders: pytest.TempPathFa
     home = folders.mktemp("home")
     target = folders.mktemp("target")
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "TRANSFORMERS_"))}
-    command = [sys.executable, "-I", str(CHILD), str(inputs), str(target), str(torch.get_num_threads()), *sources]
-    child = subprocess.run(
-        command,
-        cwd=home,
-        env={**environment, "HF_HOME": str(home), "NO_PROXY": "127.0.0.1", **settings},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    environment |= {"HF_HOME": str(home), "NO_PROXY": "127.0.0.1,localhost", **settings}
+    words = ["-I", CHILD, inputs, target, torch.get_num_threads(), *sources]
+    child = run_fresh(*words, environment=environment, cwd=home)
     assert child.returncode == 0, child.stderr[-4000:]
     report = json.loads((target / "report.json").read_text())
     return Loaded(target, report, load_file(target / "answers.safetensors"))

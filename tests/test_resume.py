@@ -1,20 +1,18 @@
 """Stop and resume: a run that was killed or asked to stop ends as the one that was not, to the bit.
 
 Runs are killed with `kill -9` at random steps and resumed with the same command and --resume. Most start as forks of
-this process, which has loaded everything already; some through the real `accelerate launch`, in one and two processes.
+a server that has loaded everything already; some through the real `accelerate launch`, in one and two processes.
 """
 
 import json
-import multiprocessing
 import os
 import random
-import runpy
 import signal
-import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,19 +20,14 @@ import datasets
 import psutil
 import pytest
 import torch
-from accelerate.state import AcceleratorState, GradientState
 from PIL import Image
+from ready import READY, SCRIPTS, free_port, loopback, ranked, run_script
 from safetensors.torch import load_file
-from test_distributed import loopback
-
-import modeling_vitcls.training.finetune  # noqa: F401  # for the forks
 
 
-pytestmark = pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="needs fork")
+pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="needs sessions of processes")
 
 REPOSITORY = Path(__file__).parents[1]
-SCRIPTS = REPOSITORY / "scripts"
-FORK = multiprocessing.get_context("fork")
 ENVIRONMENT = {
     "PYTHONPATH": str(REPOSITORY),
     "OMP_NUM_THREADS": "1",
@@ -45,7 +38,7 @@ ENVIRONMENT = {
 }
 TINY = (
     "--model vitcls-tiny --hidden-size 32 --num-hidden-layers 2 --num-attention-heads 2 --intermediate-size 64 "
-    "--image-size 32 --patch-size 16 --num-register-tokens 2 --drop-path-rate 0.2"
+    "--image-size 32 --patch-size 16 --num-register-tokens 2 --drop-path-rate 0.2 --no-report"
 )
 # 36 pictures: 4.5 steps an epoch, 23 steps. Checkpoints and lines of metrics fall on different steps.
 SCHEDULE = (
@@ -57,7 +50,7 @@ EVERYTHING = (
     "--random-erasing 0.3 --auto-augment trivial --layer-decay 0.8 --health-every 3"
 )
 NUM_STEPS = 23
-NOT_COMPARED = ("images_per_second", "peak_memory_mb", "seconds", "versions")
+NOT_COMPARED = ("images_per_second", "peak_memory_mb", "seconds", "energy", "inference", "versions")
 
 
 # Runs ----------------------------------------------------------------------------------------------------------------
@@ -95,9 +88,12 @@ class Started:
 
     def kill(self) -> None:
         """`kill -9`, with its children: a launcher's are in sessions of their own."""
-        family = [psutil.Process(self.process.pid), *psutil.Process(self.process.pid).children(recursive=True)]
-        for member in family:
-            member.kill()
+        family = []
+        with suppress(psutil.NoSuchProcess):  # it may have ended with another
+            run = psutil.Process(self.process.pid)
+            family = [run, *run.children(recursive=True)]
+            for member in family:
+                member.kill()
         self.wait()
         while any(is_alive(member) for member in family):
             time.sleep(0.01)
@@ -126,38 +122,21 @@ def command(folder: Path, flags: str) -> list[str]:
     return [str(SCRIPTS / "finetune.py"), "--output-dir", str(folder), *flags.split()]
 
 
-def fork(folder: Path, flags: str, rank: int = 0, world: int = 1, port: int = 0) -> Any:
-    """Run the script in a fork of this process."""
-    process = FORK.Process(target=run_script, args=(folder, flags, rank, world, port))
+def ready(folder: Path, flags: str, **several: str) -> Any:
+    """Run the script in a process that has loaded everything already."""
+    _, *all_flags = command(folder, flags)
+    process = READY.Process(target=finetune, args=(all_flags, log_of(folder), ENVIRONMENT | several))
     process.start()
     return process
 
 
-def run_script(folder: Path, flags: str, rank: int, world: int, port: int) -> None:
-    os.setsid()  # signals can be sent to the run and its workers alone
-    output = os.open(log_of(folder), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(output, 1)
-    os.dup2(output, 2)
-    sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # noqa: SIM115
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
-    os.environ.update(ENVIRONMENT)
-    if world > 1:
-        several = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
-        several |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        os.environ.update({name: str(value) for name, value in several.items()})
-    torch.set_num_threads(1)
-    sys.argv = command(folder, flags)
-    sys.path.insert(0, str(SCRIPTS))
-    try:
-        runpy.run_path(sys.argv[0], run_name="__main__")
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
+def finetune(flags: list[str], log: Path, environment: dict[str, str]) -> None:
+    datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN = 0  # 5 s after each pass of a stream
+    run_script("finetune.py", flags, log, log, environment)
 
 
 def start(folder: Path, flags: str) -> Started:
-    return Started(folder, flags, fork(folder, flags))
+    return Started(folder, flags, ready(folder, flags))
 
 
 def launch(folder: Path, flags: str, processes: int = 1, *launcher_flags: str) -> Started:
@@ -207,18 +186,16 @@ def kill_and_resume(folder: Path, flags: str, kills: list[int]) -> str:
     return finish(folder, f"{flags} --resume")
 
 
-def fork_two(folder: Path, flags: str) -> list[Started]:
+def start_two(folder: Path, flags: str) -> list[Started]:
     """Two processes that work together, the main one first."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    return [Started(folder, flags, fork(folder, flags, rank, 2, port)) for rank in range(2)]
+    port = free_port()
+    return [Started(folder, flags, ready(folder, flags, **ranked(rank, 2, port))) for rank in range(2)]
 
 
 def finish_two(folder: Path, flags: str) -> str:
     """Run to the end in two processes; what they printed."""
     log_of(folder).unlink(missing_ok=True)
-    for run in fork_two(folder, flags):
+    for run in start_two(folder, flags):
         assert run.wait() == 0, run.output
     return log_of(folder).read_text(encoding="utf-8")
 
@@ -344,10 +321,7 @@ def test_killed_and_resumed(variant: str, pictures: Path, folder: Path, uninterr
     assert_equal_runs(folder, uninterrupted(flags))
 
 
-def test_a_stream_goes_on(
-    pictures: Path, folder: Path, uninterrupted: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0)  # 5 s after each pass
+def test_a_stream_goes_on(pictures: Path, folder: Path, uninterrupted: Callable[[str], Path]) -> None:
     files = sorted(map(str, pictures.glob("*/*.png")), key=lambda name: Path(name).stem)
     features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["dusk", "noon"])})
     rows = {"image": files, "label": [int("noon" in name) for name in files]}
@@ -418,8 +392,8 @@ def test_a_full_disk_costs_nothing(pictures: Path, tmp_path: Path, uninterrupted
 def test_a_signal_saves_first(
     number: signal.Signals, pictures: Path, folder: Path, uninterrupted: Callable[[str], Path]
 ) -> None:
-    """To the run and its workers, between two checkpoints."""
-    flags = f"{RUN} --dataset {pictures}"
+    """To the run and its workers, between two checkpoints, of a run that is not over before it comes."""
+    flags = f"{RUN} --epochs 15 --dataset {pictures}"
     run = start(folder, f"{flags} --num-workers 2 --save-every 1000")
     run.wait_for_step(6)
     os.killpg(run.process.pid, number)
@@ -432,7 +406,7 @@ def test_a_signal_saves_first(
 
 def test_a_launcher_that_is_terminated(pictures: Path, folder: Path, uninterrupted: Callable[[str], Path]) -> None:
     """`accelerate launch` dies of SIGTERM without passing it on; the run notices, saves and ends."""
-    flags = f"{RUN} --dataset {pictures}"
+    flags = f"{RUN} --epochs 15 --dataset {pictures}"  # not over before that
     run = launch(folder, f"{flags} --save-every 1000")
     run.wait_for_step(2)
     (child,) = psutil.Process(run.process.pid).children()
@@ -457,7 +431,7 @@ def test_two_processes_are_interrupted_then_killed(pictures: Path, folder: Path,
     assert run.wait() == 1
     assert run.output.count("stopped by SIGINT; a checkpoint was saved") == 1
 
-    again = fork_two(folder, f"{flags} --resume")
+    again = start_two(folder, f"{flags} --resume")
     again[0].wait_for_step(12)
     for process in again:
         process.kill()

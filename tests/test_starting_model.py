@@ -1,11 +1,13 @@
 """The model that training starts from: checkpoints of several tasks for other labels than their own; flags refused."""
 
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from tiny import tiny_config
+from accelerating import reset_accelerate
+from tiny import raises_one_line, tiny_config
 
 from modeling_vitcls import ViTCLSForMultiTaskClassification, ViTCLSImageProcessor
 from modeling_vitcls.training.labels import LabelSpace
@@ -17,7 +19,15 @@ from modeling_vitcls.training.options import (
     ModelOptions,
     TrainingOptions,
 )
-from modeling_vitcls.training.run import check_combinations
+from modeling_vitcls.training.run import check_combinations, prepare
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerate() -> Iterator[None]:
+    """Accelerate keeps its settings in singletons: each test starts without."""
+    reset_accelerate()
+    yield
+    reset_accelerate()
 
 
 @pytest.fixture(scope="module")
@@ -57,6 +67,18 @@ def test_a_checkpoint_of_several_tasks_learns_other_labels(two_tasks: Path, labe
         assert logits.shape == (1, 2) and built.model.config.tasks is None
 
 
+def test_patches_are_left_out_of_layers_that_learn(two_tasks: Path, tmp_path: Path) -> None:
+    """How many layers there are is known once the checkpoint is there."""
+    model = ModelOptions(str(two_tasks), patch_drop_rate=0.5)
+    options = FinetuneOptions(tmp_path / "out", DataOptions("digits"), model)
+    with raises_one_line("--patch-drop-rate", "--trainable last-1 freezes the first ones"):
+        prepare(replace(options, training=TrainingOptions(trainable="last-1")))
+    assert not (tmp_path / "out").exists()
+    reset_accelerate()
+    run = prepare(replace(options, training=TrainingOptions(trainable="last-2")))
+    assert run.built.model.config.patch_drop_rate == 0.5
+
+
 def test_flags_that_contradict_each_other_are_refused() -> None:
     options = FinetuneOptions(Path("out"), DataOptions("digits"), ModelOptions("some/checkpoint"))
     check_combinations(options)
@@ -64,6 +86,10 @@ def test_flags_that_contradict_each_other_are_refused() -> None:
         "--teacher needs a distillation token": {
             "distillation": DistillationOptions(teacher="t"),
             "model": ModelOptions("vitcls-tiny", num_distillation_tokens=0),
+        },
+        "--patch-drop-rate leaves patches out of layers that learn, and --trainable head": {
+            "model": ModelOptions("some/checkpoint", patch_drop_rate=0.5),
+            "training": TrainingOptions(trainable="head"),
         },
         "--feature-views is for --trainable head": {"training": TrainingOptions(feature_views=2)},
         "--class-balance needs to know all labels": {

@@ -3,13 +3,12 @@
 Such neurons are planted in layer 1 of 3, so the outliers arise there, and arrive at the end.
 """
 
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from fresh import run_fresh
 from tiny import filled, images, largest_difference, raises_one_line, reloaded, tiny_config
 
 from modeling_vitcls import ViTCLSBackbone, ViTCLSConfig, ViTCLSForImageClassification, ViTCLSModel
@@ -166,7 +165,8 @@ def test_loads_without_the_package(tmp_path: Path) -> None:
     better = with_test_time_register(planted(), [[LAYER, neuron] for neuron in PLANTED])
     better.save_pretrained(tmp_path / "model")
     torch.save(images(), tmp_path / "images.pt")
-    subprocess.run([sys.executable, "-I", "-c", CHILD, tmp_path], check=True, env={"HF_HOME": str(tmp_path / "home")})
+    child = run_fresh("-I", "-c", CHILD, tmp_path, environment={"HF_HOME": str(tmp_path / "home")})
+    assert child.returncode == 0, child.stderr[-2000:]
     found = torch.load(tmp_path / "found.pt")
     with torch.no_grad():
         wanted = better(images()).last_hidden_state

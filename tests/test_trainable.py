@@ -189,6 +189,26 @@ def test_frozen_encoder_drops_nothing_out() -> None:
     assert not torch.equal(model(images()).logits, second)
 
 
+@pytest.mark.parametrize(
+    ("choice", "fresh", "drops"),
+    [
+        ("full", set(), True),
+        ("head", set(), False),
+        ("last-1", set(), False),
+        ("last-2", set(), True),
+        ("lora", set(), True),
+        ("head", {"vitcls.embeddings.cls_token"}, True),
+    ],
+)
+def test_frozen_first_layers_see_whole_images(choice: str, fresh: set[str], drops: bool) -> None:
+    model = apply_trainable(built(patch_drop_rate=0.5), choice, 4, fresh)
+    set_training(torch.nn.Sequential(model))
+    lengths: list[int] = []
+    model.vitcls.layers[0].register_forward_pre_hook(lambda module, args: lengths.append(args[0].shape[1]))
+    model(images())
+    assert lengths == [1 + 8 if drops else 1 + 16]
+
+
 # LoRA ----------------------------------------------------------------------------------------------------------------
 
 

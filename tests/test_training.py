@@ -1,7 +1,8 @@
 """Fine-tuning as a whole: the command line, what a run leaves behind, and runs of every kind.
 
-Two runs start the real `accelerate launch`: one process with batches of 14, and two with batches of 7. Their metrics
-must agree. The rest runs in this process. Its parts have tests of their own: test_data, test_batches, test_loop, ...
+Two runs start the real script: in one process with batches of 14, and in two with batches of 7. Their metrics must
+agree; test_accelerate_configs.py has the real `accelerate launch`. The rest runs in this process. Its parts have tests
+of their own: test_data, test_batches, test_loop, ...
 """
 
 import json
@@ -13,6 +14,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +22,11 @@ import pytest
 import torch
 import yaml
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, GradientState
+from accelerating import reset_accelerate
+from fresh import run_fresh
 from local_hub import LocalHub, Token, point_client_at, running_hub
 from PIL import Image
+from ready import OFFLINE, run_together
 from safetensors.torch import load_file
 from tiny import raises_one_line
 from transformers import ResNetConfig, ResNetForImageClassification, ViTImageProcessor
@@ -43,6 +47,7 @@ from modeling_vitcls.training.options import (
     DataOptions,
     FinetuneOptions,
     ModelOptions,
+    RunOptions,
     TrainingOptions,
 )
 from modeling_vitcls.training.run import prepare
@@ -73,16 +78,6 @@ PLAIN = AugmentationOptions(crop_scale=1.0, flip=False)
 NUM_HELD_OUT_DIGITS = 360
 
 
-def launch(processes: int, script: str, *flags: object) -> subprocess.CompletedProcess:
-    """Run a script through the real `accelerate launch` on the CPU; fail with its output unless it succeeds."""
-    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", processes]
-    several = ["--multi_gpu", "--main_process_port", 0] if processes > 1 else []  # the launcher; the devices are CPUs
-    command = list(map(str, [*launcher, *several, SCRIPTS / script, *flags]))
-    ran = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, check=False)
-    assert ran.returncode == 0, f"{ran.stdout}\n{ran.stderr}"
-    return ran
-
-
 def run_script(script: str, *flags: object) -> subprocess.CompletedProcess:
     """Run a script by itself."""
     command = list(map(str, [sys.executable, "-X", "importtime", SCRIPTS / script, *flags]))
@@ -97,14 +92,10 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
-def reset_accelerate() -> None:
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
-
-
 @pytest.fixture(autouse=True)
 def fresh_accelerate() -> Iterator[None]:
     """Accelerate keeps its settings in singletons: each test starts without."""
+    reset_accelerate()
     yield
     reset_accelerate()
 
@@ -116,7 +107,9 @@ def launched(tmp_path_factory: pytest.TempPathFactory) -> Path:
     sizes = ["--hidden-size", 32, "--num-hidden-layers", 2, "--num-attention-heads", 2, "--intermediate-size", 64]
     tokens = ["--num-cls-tokens", 2, "--num-distillation-tokens", 1, "--cls-pooling", "mean"]
     steps = ["--max-steps", 7, "--batch-size", 14, "--log-every", 2]
-    ran = launch(1, "finetune.py", "--config", RECIPE, "--output-dir", folder, *sizes, *tokens, *steps)
+    flags = ["--config", RECIPE, "--output-dir", folder, *sizes, *tokens, *steps]
+    ran = run_fresh(SCRIPTS / "finetune.py", *flags, environment=ENVIRONMENT)
+    assert ran.returncode == 0, f"{ran.stdout}\n{ran.stderr}"
     (folder.parent / "stdout").write_text(ran.stdout, encoding="utf-8")
     return folder
 
@@ -141,6 +134,7 @@ def tiny_options(output_dir: Path, dataset: object, **others: Any) -> FinetuneOp
         model=TINY,
         augmentation=PLAIN,
         training=TrainingOptions(max_steps=3, batch_size=8, learning_rate=3e-3, health_every=2),
+        run=RunOptions(report=False),
     )
     for group in ("data", "model", "augmentation", "training", "distillation", "run"):
         part = getattr(options, group)
@@ -199,17 +193,14 @@ def test_summary_is_printed_first(launched: Path) -> None:
 
 def test_two_processes_train_and_evaluate_as_one(launched: Path, tmp_path: Path) -> None:
     """From the resolved recipe, with half the batch; 360 images do not divide into rounds of 2 x 7."""
-    launch(
-        2,
-        "finetune.py",
-        *("--config", launched / "config.resolved.yaml", "--output-dir", tmp_path, "--batch-size", 7),
-    )
-    one, two = read_json(launched / "results.json"), read_json(tmp_path / "results.json")
+    flags = ("--config", launched / "config.resolved.yaml", "--output-dir", tmp_path / "run", "--batch-size", 7)
+    run_together("finetune.py", *flags, log=tmp_path / "log", environment=OFFLINE)
+    one, two = read_json(launched / "results.json"), read_json(tmp_path / "run" / "results.json")
     assert two["num_processes"] == 2
     assert two["num_images"] == NUM_HELD_OUT_DIGITS
     assert two["accuracy"] == one["accuracy"]
     assert two["loss"] == pytest.approx(one["loss"], abs=1e-4)
-    for first, second in zip(read_metrics(launched), read_metrics(tmp_path), strict=True):
+    for first, second in zip(read_metrics(launched), read_metrics(tmp_path / "run"), strict=True):
         assert second["step"] == first["step"]
         assert second["loss"] == pytest.approx(first["loss"], abs=1e-4)
         assert second["gradient_norm"] == pytest.approx(first["gradient_norm"], rel=1e-3)
@@ -218,7 +209,7 @@ def test_two_processes_train_and_evaluate_as_one(launched: Path, tmp_path: Path)
 def test_evaluate_agrees_with_the_run(launched: Path, tmp_path: Path) -> None:
     output = tmp_path / "new" / "evaluation.json"
     flags = ("--model", launched, "--dataset", "digits", "--batch-size", 11, "--num-workers", 0, "--output", output)
-    launch(1, "evaluate.py", *flags)
+    run_together("evaluate.py", *flags, log=tmp_path / "log", environment=OFFLINE, processes=1)
     expected, measured = read_json(launched / "results.json"), read_json(output)
     assert measured["num_images"] == NUM_HELD_OUT_DIGITS
     assert measured["accuracy"] == expected["accuracy"]
@@ -228,14 +219,8 @@ def test_evaluate_agrees_with_the_run(launched: Path, tmp_path: Path) -> None:
 
 def test_the_folder_loads_without_the_package(launched: Path) -> None:
     """The demo's second half, as it would run anywhere, checks the accuracy that results.json claims."""
-    ran = subprocess.run(
-        [sys.executable, "-P", str(SCRIPTS / "demo_load.py"), str(launched)],
-        capture_output=True,
-        text=True,
-        env={name: value for name, value in ENVIRONMENT.items() if name != "PYTHONPATH"},
-        cwd=launched.parent,
-        check=False,
-    )
+    environment = {name: value for name, value in ENVIRONMENT.items() if name != "PYTHONPATH"}
+    ran = run_fresh("-P", SCRIPTS / "demo_load.py", launched, environment=environment, cwd=launched.parent)
     assert ran.returncode == 0, f"{ran.stdout}\n{ran.stderr}"
     assert "on 360 held-out images" in ran.stdout
     assert "equal to what training reported" in ran.stdout
@@ -477,8 +462,9 @@ def test_class_weights_help_the_rare_class(tmp_path: Path) -> None:
 
 
 def test_a_compiled_run_gives_the_same(tmp_path: Path) -> None:
-    eager = trained(tmp_path / "eager", "digits", max_steps=2)
-    compiled = trained(tmp_path / "compiled", "digits", max_steps=2, compile=True)
+    fields = {"max_steps": 2, "num_hidden_layers": 1, "num_register_tokens": 0}  # each kernel is a second of g++
+    eager = trained(tmp_path / "eager", "digits", **fields)
+    compiled = trained(tmp_path / "compiled", "digits", **fields, compile=True)
     assert compiled["loss"] == pytest.approx(eager["loss"], abs=1e-4)
     ViTCLSForImageClassification.from_pretrained(tmp_path / "compiled")
 
@@ -492,6 +478,34 @@ def test_trackers_get_the_numbers(tmp_path: Path) -> None:
     tags = events.Tags()["scalars"]
     assert {"loss", "learning_rate", "token_norm/cls[0]", "held_out_accuracy", "cls_attention_entropy/00"} <= set(tags)
     assert [event.step for event in events.Scalars("loss")] == [1, 2, 3]
+
+
+def test_trackers_get_the_main_pictures_at_the_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Those of the card, and figures of the report, which the last line names."""
+    event_files = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    trained(tmp_path, "digits", log_with=("tensorboard",), report=True)
+    assert (
+        f"saved     {tmp_path} (model, image processor, README.md, report.html, results.json)"
+        in capsys.readouterr().out
+    )
+    folder = next((tmp_path / "trackers").rglob("events.out.tfevents*")).parent
+    events = event_files.EventAccumulator(str(folder))
+    events.Reload()
+    names = {"token_layout", "confusion_matrix", "attention", "attention_over_depth", "effects", "entropy", "mass"}
+    tags = set(events.Tags()["images"])
+    assert tags == names | {"norms", "patch_distance"}
+    for name in tags:
+        (image,) = events.Images(name)
+        assert image.step == 3 and image.width > 300 and image.height > 100
+        picture = Image.open(BytesIO(image.encoded_image_string)).convert("RGB")
+        assert picture.getpixel((0, 0)) == (255, 255, 255) and picture.entropy() > 0.5  # drawn on white
+
+
+def test_without_a_report_none_of_an_earlier_run_stays(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tmp_path.joinpath("report.html").write_text("of an earlier run")
+    trained(tmp_path, "digits", max_steps=1, overwrite=True)
+    assert not (tmp_path / "report.html").exists()
+    assert "(model, image processor, README.md, results.json)" in capsys.readouterr().out
 
 
 def test_a_tracker_that_is_not_installed_is_named() -> None:
@@ -512,7 +526,7 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[LocalHub]:
 
 
 def test_the_result_is_pushed(hub: LocalHub, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    trained(tmp_path / "my-model", "digits", push_to_hub=True, hub_private=True)
+    trained(tmp_path / "my-model", "digits", push_to_hub=True, hub_private=True, hub_verify=False)
     files = hub.files("ann/my-model")
     assert {"README.md", "config.json", "model.safetensors", "modeling_vitcls.py", "results.json"} <= files.keys()
     assert not any("checkpoints" in name or "optimizer" in name for name in files)
@@ -535,7 +549,7 @@ def test_a_rehearsal_asks_for_the_right_to_push(
 
 def test_a_finished_run_can_be_pushed(hub: LocalHub, tmp_path: Path) -> None:
     trained(tmp_path / "my-model", "digits")
-    trained(tmp_path / "my-model", "digits", resume=True, push_to_hub=True)
+    trained(tmp_path / "my-model", "digits", resume=True, push_to_hub=True, hub_verify=False)
     assert "model.safetensors" in hub.files("ann/my-model")
 
 
@@ -598,7 +612,7 @@ def test_an_evaluation_that_fails_is_made_again(tmp_path: Path) -> None:
     assert (tmp_path / "cut" / "checkpoints" / "step-00000003").is_dir()
     (tmp_path / "cut" / "metrics.jsonl").open("a").write('{"step": 3}\n')  # killed once it was logged
     again = trained(tmp_path / "cut", "digits", resume=True, **settings)
-    different = {"images_per_second", "peak_memory_mb", "seconds", "versions"}
+    different = {"images_per_second", "peak_memory_mb", "seconds", "energy", "inference", "versions"}
     found, expected = (
         [{name: value for name, value in values.items() if name not in different} for values in records]
         for records in ([again, *read_metrics(tmp_path / "cut")], [whole, *read_metrics(tmp_path / "whole")])

@@ -4,9 +4,12 @@ Machines are shared and clocks vary, so the two sides take turns, and each turn 
 """
 
 import statistics
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
+
+import torch
 
 
 Row = TypeVar("Row")
@@ -64,6 +67,24 @@ def in_turns(
         for side in (0, 1) if pair % 2 == 0 else (1, 0):
             measured[side].append((ours, theirs)[side]())
     return measured
+
+
+def per_second(work: Callable[[], object], num_images: int, seconds: float) -> float:
+    """Do it, once or more, for that long; the first time, which warms caches up, does not count."""
+    work()
+    wait_for_gpu()
+    calls, started = 0, time.perf_counter()
+    while calls == 0 or time.perf_counter() - started < seconds:
+        work()
+        wait_for_gpu()
+        calls += 1
+    return calls * num_images / (time.perf_counter() - started)
+
+
+def wait_for_gpu() -> None:
+    """Until it has done all that it was given, if one is used at all."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
 
 
 def chosen(table: dict[str, Row], names: tuple[str, ...]) -> dict[str, Row]:

@@ -1,13 +1,12 @@
 """Forward passes of a classifier, ours and a peer's in turns."""
 
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 
 from .agreement import Answer, check_agreement
-from .comparison import Comparison, chosen, in_turns
+from .comparison import Comparison, chosen, in_turns, per_second
 from .peers import PEERS, SMALL, TOY, Peer
 
 
@@ -17,6 +16,7 @@ class ForwardPass:
 
     dtype: torch.dtype
     batch_size: int
+    compiled: bool = False  # both sides, by torch.compile
 
 
 # ViT-S/16 at 224 pixels.
@@ -25,34 +25,39 @@ FORWARD_PASSES = {
     "fp32, batch 1": ForwardPass(torch.float32, 1),
     "bf16, batch 16": ForwardPass(torch.bfloat16, 16),
     "bf16, batch 1": ForwardPass(torch.bfloat16, 1),
+    "bf16, batch 16, compiled": ForwardPass(torch.bfloat16, 16, compiled=True),
 }
 
 SECONDS_PER_TURN = 0.5
 
 
 def compare_inference(
-    rows: tuple[str, ...], against: tuple[str, ...], num_pairs: int, toy: bool
+    rows: tuple[str, ...], against: tuple[str, ...], num_pairs: int, toy: bool, device: str = "cpu"
 ) -> Iterator[Comparison]:
     """The named rows of `FORWARD_PASSES`, or all, against every peer.
 
     Raises:
         ValueError: for an unknown row, or if outputs differ.
     """
-    for peer in against:
-        for name, row in chosen(FORWARD_PASSES, rows).items():
-            yield compare_forward_pass(name, row, PEERS[peer](TOY if toy else SMALL), num_pairs, toy)
+    for name, row in chosen(FORWARD_PASSES, rows).items():
+        for peer in against:
+            yield compare_forward_pass(name, row, PEERS[peer](TOY if toy else SMALL), num_pairs, toy, device)
 
 
-def compare_forward_pass(name: str, row: ForwardPass, peer: Peer, num_pairs: int, toy: bool) -> Comparison:
+def compare_forward_pass(
+    name: str, row: ForwardPass, peer: Peer, num_pairs: int, toy: bool, device: str = "cpu"
+) -> Comparison:
     """One row against one peer.
 
     Raises:
         ValueError: if outputs differ.
     """
-    peer = peer.to(row.dtype)
-    side = peer.size.image_size
-    generator = torch.Generator().manual_seed(0)
-    pixel_values = torch.randn(row.batch_size, 3, side, side, generator=generator).to(row.dtype)
+    peer = peer.to(row.dtype, device)
+    if row.compiled:
+        torch.compiler.reset()  # of other rows
+        peer.ours.compile()
+        peer.theirs.compile()
+    pixel_values = random_images(row.batch_size, peer.size.image_size).to(device, row.dtype)
     difference = check_agreement(peer.our_answer, peer.their_answer, pixel_values, f"{name} against {peer.name}")
     seconds = 0.0 if toy else SECONDS_PER_TURN
     ours, theirs = in_turns(
@@ -60,15 +65,16 @@ def compare_forward_pass(name: str, row: ForwardPass, peer: Peer, num_pairs: int
         lambda: images_per_second(peer.their_answer, pixel_values, seconds),
         num_pairs,
     )
-    return Comparison("inference", name, peer.name, ours, theirs, difference, {"size": vars(peer.size)})
+    details = {"device": device, "size": vars(peer.size)}
+    return Comparison("inference", name, peer.name, ours, theirs, difference, details)
+
+
+def random_images(num_images: int, image_size: int) -> torch.Tensor:
+    """[B, 3, H, W], always the same ones."""
+    return torch.randn(num_images, 3, image_size, image_size, generator=torch.Generator().manual_seed(0))
 
 
 @torch.inference_mode()
 def images_per_second(answer: Answer, pixel_values: torch.Tensor, seconds: float) -> float:
-    """Call it, once or more, for that long; the first call, which warms caches up, does not count."""
-    answer(pixel_values)
-    calls, started = 0, time.perf_counter()
-    while calls == 0 or time.perf_counter() - started < seconds:
-        answer(pixel_values)
-        calls += 1
-    return calls * len(pixel_values) / (time.perf_counter() - started)
+    """Call it, once or more, for that long."""
+    return per_second(lambda: answer(pixel_values), len(pixel_values), seconds)

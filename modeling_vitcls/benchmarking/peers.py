@@ -45,10 +45,10 @@ class Peer:
     their_answer: Answer
     our_answer: Answer
 
-    def to(self, dtype: torch.dtype) -> "Peer":
-        """Both in another precision."""
-        self.theirs.to(dtype)
-        self.ours.to(dtype)
+    def to(self, dtype: torch.dtype, device: str = "cpu") -> "Peer":
+        """Both in another precision, and on a device."""
+        self.theirs.to(device, dtype)
+        self.ours.to(device, dtype)
         return self
 
 
@@ -60,7 +60,7 @@ def transformers_vit(size: Size, **labels: Any) -> Any:
     return ViTForImageClassification(ViTConfig(**values, **labels, intermediate_size=size.intermediate_size))
 
 
-def timm_vit(size: Size) -> nn.Module:
+def timm_vit(size: Size, num_registers: int = 0) -> nn.Module:
     """timm's ViT, with fresh weights."""
     from timm.models import VisionTransformer
 
@@ -71,6 +71,7 @@ def timm_vit(size: Size) -> nn.Module:
         depth=size.num_hidden_layers,
         num_heads=size.num_attention_heads,
         num_classes=size.num_labels,
+        reg_tokens=num_registers,
     )
 
 
@@ -84,11 +85,12 @@ def against_transformers(size: Size) -> Peer:
     )
 
 
-def against_timm(size: Size) -> Peer:
+def against_timm(size: Size, num_registers: int = 0) -> Peer:
     """timm's ViT and ours."""
-    theirs = random_fill(timm_vit(size))
+    theirs = random_fill(timm_vit(size, num_registers))
     ours = convert_from_timm(theirs)
     return Peer("timm", size, theirs, ours, theirs, lambda pixels: ours(pixels).logits)
 
 
 PEERS: dict[str, Callable[[Size], Peer]] = {"transformers": against_transformers, "timm": against_timm}
+WITH_REGISTERS: dict[str, Callable[[Size, int], Peer]] = {"timm": against_timm}  # transformers' ViT has none

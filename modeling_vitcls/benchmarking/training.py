@@ -24,6 +24,7 @@ from ..image_processing_vitcls import ViTCLSImageProcessor
 from .agreement import check_agreement
 from .comparison import Comparison, chosen, in_turns
 from .peers import SMALL, Size, transformers_vit
+from .photographs import write_photographs
 
 
 @dataclass(frozen=True)
@@ -92,24 +93,6 @@ def prepare_data(dataset: str, folder: Path) -> tuple[str, list[str]]:
     if dataset == "digits":
         return dataset, [str(digit) for digit in range(10)]
     return str(write_photographs(folder / "photographs")), ["china", "flower"]
-
-
-def write_photographs(folder: Path, per_class: int = 64, height_width: tuple[int, int] = (375, 500)) -> Path:
-    """Parts of scikit-learn's two photographs as JPEG files of the usual size, a folder per photograph."""
-    from PIL import Image
-    from sklearn.datasets import load_sample_images
-
-    height, width = height_width
-    generator = torch.Generator().manual_seed(0)
-    for name, photograph in zip(("china", "flower"), load_sample_images().images, strict=True):
-        (folder / name).mkdir(parents=True)
-        rows, columns, _ = photograph.shape  # 427 x 640
-        for index in range(per_class):
-            y = int(torch.randint(rows - height + 1, (), generator=generator))
-            x = int(torch.randint(columns - width + 1, (), generator=generator))
-            part = Image.fromarray(photograph[y : y + height, x : x + width])
-            part.save(folder / name / f"{index:03}.jpg", quality=90)
-    return folder
 
 
 def prepare_models(run: TrainingRun, label_names: list[str], folder: Path, name: str) -> float:

@@ -58,6 +58,8 @@ class Certificate:
     """What was converted, into what, how exactly, from which preprocessing, with which versions.
 
     Attributes:
+        source: `timm:NAME` or `transformers:PATH_OR_ID`, without the folders of this machine.
+        source_revision: the hash of the source's commit on the Hub; None where it is not known.
         classifier: "kept", "new", "dropped" or "none" (the source has none).
         not_compared: why there is no second comparison; empty if there is one.
         preprocessing: `Preprocessing` without the processor itself.
@@ -65,6 +67,7 @@ class Certificate:
     """
 
     source: str
+    source_revision: str | None
     source_class: str
     random_init: bool
     model_class: str

@@ -110,12 +110,12 @@ def timm_settings(
     }
 
 
-def preprocessing_of_transformers(path: str, image_size: tuple[int, int]) -> Preprocessing:
-    """As the source's own image processor; `image_size` (height, width) is for the default."""
+def preprocessing_of_transformers(folder: str, image_size: tuple[int, int]) -> Preprocessing:
+    """As the image processor in the source's folder; `image_size` (height, width) is for the default."""
     try:
-        theirs = AutoImageProcessor.from_pretrained(path)
+        theirs = AutoImageProcessor.from_pretrained(folder)
     except (OSError, ValueError):
-        return default_preprocessing(image_size, f"{path} has no image processor")
+        return default_preprocessing(image_size, "the source has no image processor")
     backend = ViTCLSImageProcessorPil if isinstance(theirs, PilBackend) else ViTCLSImageProcessor
     settings = {name: value for name, value in theirs.to_dict().items() if name in SAME_SETTINGS and value is not None}
     origin = type(theirs).__name__

@@ -215,11 +215,11 @@ def read_dinov3(weights: Weights) -> Fields:
 
 def read_deit(weights: Weights) -> Fields:
     """DeiT (arXiv 2012.12877), distilled or not, DeiT III (arXiv 2204.07118) and DINO (arXiv 2104.14294)."""
-    num_distillation_tokens = int("dist_token" in weights)
+    special = [name for name in ("cls_token", "dist_token") if name in weights]
     return {
         **read_vit(weights, {192: 3, 384: 6, 512: 8, 768: 12, 1024: 16, 1280: 16}),
-        **read_positions(weights, num_special=1 + num_distillation_tokens),
-        "num_distillation_tokens": num_distillation_tokens,
+        **read_positions(weights, num_special=len(special)),
+        "num_distillation_tokens": special.count("dist_token"),
     }
 
 

@@ -2,6 +2,7 @@
 
     source = load_source("timm:vit_base_patch16_clip_224.openai")
     source = load_source("transformers:facebook/dinov2-base")
+    source = load_source("transformers:facebook/dinov2-base@COMMIT")                # or a branch or tag, on the Hub
     source = load_source("transformers:path/to/checkpoint", random_init=True)      # from its config.json alone
 
 A source can be converted, asked what it answers (by our names, for comparison), and has an image processor.
@@ -12,12 +13,15 @@ import difflib
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from torch import nn
 
+from ..hub.loading import CONFIGURATION, commit_of, local_copy, local_copy_of_any_kind
+from ..hub.timm_models import load_timm
 from ..modeling_vitcls import ViTCLSPreTrainedModel
 from .classifier import ClassifierChoice
 from .engine import ConversionError
@@ -53,8 +57,11 @@ class Source(ABC):
     Attributes:
         name: as on the command line.
         model: in eval mode.
+        revision: the hash of the commit that it was loaded from, if its name says where on the Hub it is.
         notes: what the user should know about how it was loaded.
     """
+
+    revision: str | None = None
 
     def __init__(self, name: str, model: nn.Module) -> None:
         self.name = name
@@ -113,10 +120,12 @@ class TimmSource(Source):
             hint = f": did you mean {similar[0]}?" if similar else ""
             raise ConversionError(f"timm {timm.__version__} has no model {architecture}{hint}")
         try:
-            model = timm.create_model(name, pretrained=not random_init)
+            model, commit = load_timm(name, with_weights=not random_init)
         except Exception as error:  # whatever the download raises
             raise OSError(f"timm cannot load {name}: {in_one_line(error)} (--random-init needs no weights)") from error
-        return cls(f"timm:{name}", random_fill(model) if random_init else model)
+        source = cls(f"timm:{name}", random_fill(model) if random_init else model)
+        source.revision = commit
+        return source
 
     @property
     def image_size(self) -> tuple[int, int]:
@@ -153,25 +162,29 @@ class TransformersSource(Source):
     """A model of transformers."""
 
     @classmethod
-    def load(cls, path: str, random_init: bool) -> "TransformersSource":
-        """A folder or an id on the Hub; with `random_init`, its config.json alone.
+    def load(cls, name: str, random_init: bool) -> "TransformersSource":
+        """A folder, or an id on the Hub, perhaps with `@REVISION`; with `random_init`, its config.json alone.
 
         Raises:
             OSError: if it cannot be found or loaded.
             ConversionError: for an architecture that is not supported, or weights that are missing.
         """
+        path, revision = path_and_revision(name)
+        folder = local_copy(path, CONFIGURATION, revision) if random_init else local_copy_of_any_kind(path, revision)
         try:
-            config = transformers.AutoConfig.from_pretrained(path)
+            config = transformers.AutoConfig.from_pretrained(folder)
         except Exception as error:  # ValueError for unknown types, OSError for missing files, and the Hub's own
             raise OSError(f"transformers cannot read the configuration of {path}: {in_one_line(error)}") from error
         model_class = class_for(config)
         if random_init:
-            return cls(path, random_fill(model_class(config)), [])
-        return cls(path, *load_complete(model_class, path))
+            return cls(path, folder, random_fill(model_class(config)), [])
+        return cls(path, folder, *load_complete(model_class, path, folder))
 
-    def __init__(self, path: str, model: nn.Module, notes: list[str]) -> None:
+    def __init__(self, path: str, folder: str, model: nn.Module, notes: list[str]) -> None:
         super().__init__(f"transformers:{path}", model)
         self.path = path
+        self.folder = folder
+        self.revision = commit_of(folder)
         self.notes = notes
 
     @property
@@ -232,14 +245,14 @@ class TransformersSource(Source):
 
     def preprocessing(self) -> Preprocessing:
         """From its preprocessor_config.json, where it has one."""
-        return preprocessing_of_transformers(self.path, self.image_size)
+        return preprocessing_of_transformers(self.folder, self.image_size)
 
 
 LOADERS: dict[str, Callable[[str, bool], Source]] = {"timm": TimmSource.load, "transformers": TransformersSource.load}
 
 
 def load_source(source: str, random_init: bool = False) -> Source:
-    """`timm:NAME` or `transformers:PATH_OR_ID`.
+    """`timm:NAME`, or `transformers:PATH_OR_ID`, an id perhaps with `@REVISION`.
 
     Args:
         random_init: Random values in place of trained weights, which are then not needed.
@@ -251,6 +264,12 @@ def load_source(source: str, random_init: bool = False) -> Source:
     if project not in LOADERS or not name:
         raise ConversionError(f"{source!r} is no source: give timm:NAME or transformers:PATH_OR_ID")
     return LOADERS[project](name, random_init)
+
+
+def path_and_revision(name: str) -> tuple[str, str | None]:
+    """What stands before and after the last `@`, which may also be a part of a folder's name."""
+    path, at, revision = name.rpartition("@")
+    return (path, revision) if at and revision and not Path(name).exists() else (name, None)
 
 
 def class_for(config: transformers.PreTrainedConfig) -> Any:
@@ -271,8 +290,8 @@ def class_for(config: transformers.PreTrainedConfig) -> Any:
     return getattr(transformers, name)
 
 
-def load_complete(model_class: Any, path: str) -> tuple[Any, list[str]]:
-    """A model in its saved dtype, and notes on its loading.
+def load_complete(model_class: Any, path: str, folder: str) -> tuple[Any, list[str]]:
+    """A model in its saved dtype, and notes on its loading, from the folder that `path` stands for.
 
     A checkpoint without a pooler gives a model without: transformers would add one with random values.
 
@@ -281,10 +300,10 @@ def load_complete(model_class: Any, path: str) -> tuple[Any, list[str]]:
         ConversionError: if weights are missing.
     """
     try:
-        model, info = model_class.from_pretrained(path, dtype="auto", output_loading_info=True)
+        model, info = model_class.from_pretrained(folder, dtype="auto", output_loading_info=True)
         missing = sorted(info["missing_keys"])
         if missing and all(name.startswith("pooler.") for name in missing):
-            model = model_class.from_pretrained(path, dtype="auto", add_pooling_layer=False)
+            model = model_class.from_pretrained(folder, dtype="auto", add_pooling_layer=False)
             return model, ["the checkpoint has no pooler, and so has the converted model"]
     except Exception as error:  # whatever the download raises
         raise OSError(f"transformers cannot load {path}: {in_one_line(error)}") from error

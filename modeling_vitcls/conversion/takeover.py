@@ -1,4 +1,4 @@
-"""A source converted, compared and written to a folder: model, image processor, certificate; all of it or nothing.
+"""A source converted, compared and written to a folder: model, image processor, certificate, card; all or nothing.
 
 certificate = take_over("timm:vit_base_patch14_reg4_dinov2", Path("converted"))
 """
@@ -11,6 +11,10 @@ from pathlib import Path
 
 import torch
 
+from ..hub.card_pictures import write_pictures
+from ..hub.conversion_card import build_conversion_card
+from ..hub.origin import Origin, origin_of
+from ..hub.places import check_free, settled, without_folders
 from ..modeling_vitcls import ViTCLSForImageClassification, ViTCLSPreTrainedModel
 from .certificate import LIMIT, Certificate, compare, hashes, versions
 from .classifier import ClassifierChoice
@@ -25,10 +29,10 @@ def take_over(
     classifier: ClassifierChoice = "keep",
     num_labels: int | None = None,
 ) -> Certificate:
-    """Write the converted model, its image processor and the certificate to `output`.
+    """Write the converted model, its image processor, the certificate, the card and the source's licence to `output`.
 
     Args:
-        source_name: `timm:NAME` or `transformers:PATH_OR_ID`.
+        source_name: `timm:NAME` or `transformers:PATH_OR_ID`; of an id `@REVISION` may follow.
         output: A folder that does not exist yet, or is empty.
         random_init: Give the source random values first; its trained weights are not needed.
         classifier: "keep" the source's, start a "new" one, or "drop" it.
@@ -49,7 +53,8 @@ def take_over(
         preprocessing.processor.save_pretrained(folder)
         check_written(folder, model)
         certificate = Certificate(
-            source=source.name,
+            source=without_folders(settled(source.name)),
+            source_revision=source.revision,
             source_class=type(source.model).__name__,
             random_init=random_init,
             model_class=type(model).__name__,
@@ -63,7 +68,25 @@ def take_over(
             notes=source.notes,
         )
         certificate.save(folder)
+        pictures = write_pictures(folder, model, preprocessing.processor, {})
+        write_card(folder, output.resolve().name, model, certificate, origin_of(source_name), pictures)
     return certificate
+
+
+def write_card(
+    folder: Path,
+    name: str,
+    model: ViTCLSPreTrainedModel,
+    certificate: Certificate,
+    origin: Origin,
+    pictures: dict[str, str],
+) -> None:
+    """README.md, and the text of the licence that goes with the weights; random ones have none."""
+    num_parameters = sum(parameter.numel() for parameter in model.parameters())
+    card = build_conversion_card(name, model.config, num_parameters, certificate, origin, pictures)
+    card.save(folder / "README.md")
+    if not certificate.random_init:
+        origin.copy_license(folder)
 
 
 def converted(source: Source, classifier: ClassifierChoice, num_labels: int | None) -> ViTCLSPreTrainedModel:
@@ -83,12 +106,6 @@ def what_became_of_the_classifier(source: Source, model: ViTCLSPreTrainedModel, 
     if isinstance(model, ViTCLSForImageClassification):
         return "kept" if source.has_classifier and classifier == "keep" else "new"
     return "dropped" if source.has_classifier else "none"
-
-
-def check_free(output: Path) -> None:
-    """Raise ValueError unless `output` is a folder that can be made, or an empty one."""
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise ValueError(f"{output} exists and is no empty folder: name another, or remove it")
 
 
 @contextmanager

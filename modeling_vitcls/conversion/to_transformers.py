@@ -212,6 +212,7 @@ NOT_DECISIVE = {
     "hidden_dropout_prob",
     "attention_probs_dropout_prob",
     "drop_path_rate",
+    "patch_drop_rate",
     "mim_loss",
     "norm_pixel_target",
     "_out_features",

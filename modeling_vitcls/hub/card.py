@@ -1,73 +1,96 @@
 """The model card: README.md of a model folder, from what was configured and measured.
 
+    card.py             metadata, and what the text is made of
+    card_results.py     measured values as tables and sentences
+    licences.py         under which licence it is
+    card_training.py    how it was trained, as a section of text
+    card_pictures.py    the pictures
+
 The text is in model_cards/template.md.j2. A section for which nothing was measured does not appear.
 """
 
-from pathlib import Path
+import re
 from typing import Any
 
-import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ..configuration_vitcls import PRESETS, ViTCLSConfig
+from .card_results import (
+    CONFIDENCE,
+    class_tables,
+    interval,
+    measured_limits,
+    metric_names,
+    metric_rows,
+    quoted,
+)
+from .card_training import TEMPLATE, training_section
+from .licences import Licence, licence_of_run
+from .origin import Origin
+from .places import BUILT_IN, is_local, without_folders
 
-
-TEMPLATE = Path(__file__).parents[2] / "model_cards" / "template.md.j2"
 
 TOKEN_NAMES = {"cls": "CLS", "distillation": "distillation", "registers": "register", "patches": "patch"}
-METRIC_NAMES = {
-    "accuracy": "Accuracy",
-    "top_5_accuracy": "Top-5 accuracy",
-    "balanced_accuracy": "Balanced accuracy",
-    "cls_accuracy": "Accuracy, CLS head",
-    "distillation_accuracy": "Accuracy, distillation head",
-    "mean_average_precision": "Mean average precision",
-    "micro_f1": "F1, over all answers",
-    "macro_f1": "F1, mean over the classes",
-    "exact_match": "Images with every class right",
-    "calibration_error": "Calibration error",
-}
-CLASS_COLUMNS = {
-    "recall": "Recall",
-    "precision": "Precision",
-    "f1": "F1",
-    "average_precision": "Average precision",
-}
-MOST_CLASSES_SHOWN = 20
+MOST_CLASSES_NAMED = 50
 
 
-def build_card(name: str, config: ViTCLSConfig, results: dict[str, Any], flags: dict[str, Any]) -> ModelCard:
+def build_card(
+    name: str,
+    config: ViTCLSConfig,
+    results: dict[str, Any],
+    flags: dict[str, Any],
+    origin: Origin | None = None,
+    teacher: Origin | None = None,
+    pictures: dict[str, str] | None = None,
+) -> ModelCard:
     """The card of a fine-tuned classifier.
 
     Args:
-        name: of the model.
+        name: of the model: its id on the Hub, or its folder's name.
         config: its configuration.
         results: what results.json holds.
         flags: the run's flags, as in config.resolved.yaml.
+        origin: of the model that it started from; None for a preset.
+        teacher: of a distillation.
+        pictures: name -> path in the folder, as `write_pictures` returns them.
     """
+    pictures = pictures or {}
     return ModelCard.from_template(
-        card_metadata(name, config, results, flags, is_from_scratch(flags)),
+        card_metadata(name, config, results, flags, origin),
         template_path=str(TEMPLATE),
         metrics=metric_rows(results, config),
         class_tables=class_tables(results, config),
+        matrices=matrix_pictures(pictures, config),
         purpose=purpose(config),
-        **facts_of_any_model(name, config, results, flags),
+        classes=class_lists(config),
+        limits=measured_limits(results, config),
+        **facts_of_any_model(name, config, results, flags, origin, teacher, pictures, "finetune.py"),
     )
 
 
 def facts_of_any_model(
-    name: str, config: ViTCLSConfig, results: dict[str, Any], flags: dict[str, Any]
+    name: str,
+    config: ViTCLSConfig,
+    results: dict[str, Any],
+    flags: dict[str, Any],
+    origin: Origin | None,
+    teacher: Origin | None,
+    pictures: dict[str, str],
+    script: str,
 ) -> dict[str, Any]:
     """What the cards of classifiers and encoders both say."""
-    recipe = shareable(flags)
     return {
         "name": name,
         "config": config,
         "results": results,
         "layout": layout_picture(results["token_layout"]),
+        "layout_in_words": layout_in_words(results["token_layout"]),
+        "image_size": " x ".join(map(str, config.image_height_width)),
         "from_scratch": is_from_scratch(flags),
-        "base_model": recipe["model"],
-        "recipe": yaml.safe_dump(recipe, sort_keys=False).strip(),
+        "base_model": base_model_in_words(flags, origin),
+        "pictures": pictures,
+        "training": training_section(config, results, flags, script, teacher),
+        "licence": licence_of(flags, origin, teacher),
     }
 
 
@@ -76,22 +99,17 @@ def is_from_scratch(flags: dict[str, Any]) -> bool:
     return flags["model"].removeprefix("vitcls-") in PRESETS
 
 
-def card_metadata(
-    name: str, config: ViTCLSConfig, results: dict[str, Any], flags: dict[str, Any], from_scratch: bool
-) -> ModelCardData:
-    """The card's YAML header.
+# Metadata ------------------------------------------------------------------------------------------------------------
 
-    The licence of a model that started from another's weights is not ours to name, and a local folder is no data set
-    that the Hub could link to.
-    """
-    is_hub_id = not from_scratch and not Path(flags["model"]).exists()
+
+def card_metadata(
+    name: str, config: ViTCLSConfig, results: dict[str, Any], flags: dict[str, Any], origin: Origin | None
+) -> ModelCardData:
+    """The card's YAML header."""
     return ModelCardData(
-        license="apache-2.0" if from_scratch else None,
-        base_model=flags["model"] if is_hub_id else None,
-        library_name="transformers",
+        **metadata_of_any_model(flags, origin),
         pipeline_tag="image-classification",
-        tags=["vision", "vit", "vitcls"],
-        datasets=None if Path(flags["dataset"]).exists() else [flags["dataset"]],
+        tags=tags(config, results),
         metrics=["accuracy" if "accuracy" in results else "mean_average_precision"],
         model_name=name,
         eval_results=[
@@ -104,53 +122,47 @@ def card_metadata(
                 metric_type=key,
                 metric_name=label,
                 metric_value=round(results[key], 6),
+                metric_args=interval_metadata(results, key),
             )
             for key, label in metric_names(results, config).items()
         ],
     )
 
 
-# Results -------------------------------------------------------------------------------------------------------------
+def metadata_of_any_model(flags: dict[str, Any], origin: Origin | None) -> dict[str, Any]:
+    """Licence, base model and data set, as keywords of ModelCardData.
 
-
-def metric_names(results: dict[str, Any], config: ViTCLSConfig) -> dict[str, str]:
-    """What the measured metrics are called: over all, then of each task where there are several."""
-    names = METRIC_NAMES | {
-        f"{task}_{key}": f"{task}: {label}" for task in config.task_labels() for key, label in METRIC_NAMES.items()
+    A local folder is no data set that the Hub could link to.
+    """
+    metadata = {
+        "library_name": "transformers",
+        "datasets": None if flags["dataset"] == BUILT_IN or is_local(flags["dataset"]) else [flags["dataset"]],
+        **licence_of(flags, origin).metadata,
     }
-    return {key: name for key, name in names.items() if results.get(key) is not None}
+    if origin is None or not origin.base_model:
+        return metadata
+    return metadata | {"base_model": origin.base_model, "base_model_relation": "finetune"}
 
 
-def metric_rows(results: dict[str, Any], config: ViTCLSConfig) -> list[list[str]]:
-    """Name and value of each measured metric, with its confidence interval where there is one."""
-    rows = []
-    for key, name in metric_names(results, config).items():
-        interval = results.get(f"{key}_interval")
-        between = f" (95 % interval: {percent(interval[0])} to {percent(interval[1])})" if interval else ""
-        rows.append([name, percent(results[key]) + between])
-    return rows
+def licence_of(flags: dict[str, Any], origin: Origin | None, teacher: Origin | None = None) -> Licence:
+    """Under which licence the run's weights are."""
+    return licence_of_run(is_from_scratch(flags), flags.get("license"), origin, teacher)
 
 
-def class_tables(results: dict[str, Any], config: ViTCLSConfig) -> dict[str, list[dict[str, str]]]:
-    """A title and one row per class, for each task that has few classes."""
-    titles = {"": "Per class"} | {f"{task}_": f"{task}, per class" for task in config.task_labels()}
-    tables = {title: results.get(f"{prefix}per_class", []) for prefix, title in titles.items()}
-    return {
-        title: [class_row(row) for row in rows]
-        for title, rows in tables.items()
-        if 0 < len(rows) <= MOST_CLASSES_SHOWN
+def tags(config: ViTCLSConfig, results: dict[str, Any]) -> list[str]:
+    """What the model can be found by, besides its task."""
+    more = {
+        "distillation": bool(results.get("teacher")),
+        "multi-task": bool(config.tasks),
+        "multi-label": config.problem_type == "multi_label_classification",
     }
+    return ["vision", "vit", "vitcls", *(tag for tag, applies in more.items() if applies)]
 
 
-def class_row(measured: dict[str, Any]) -> dict[str, str]:
-    """The metrics of one class by the name of their column."""
-    values = {CLASS_COLUMNS[key]: percent(value) for key, value in measured.items() if key not in ("name", "images")}
-    return {"Class": measured["name"], "Images": f"{measured['images']:,}", **values}
-
-
-def percent(value: float | None) -> str:
-    """A part of one; a dash where it is not known."""
-    return "–" if value is None else f"{value:.2%}"
+def interval_metadata(results: dict[str, Any], key: str) -> dict[str, Any] | None:
+    """A metric's confidence interval; `args`, of any keys, is where the Hub's model-index has room for it."""
+    known = interval(results, key)
+    return {"confidence_level": CONFIDENCE, "confidence_interval": known} if known else None
 
 
 # Text ----------------------------------------------------------------------------------------------------------------
@@ -166,23 +178,50 @@ def purpose(config: ViTCLSConfig) -> str:
     return f"that sorts images into {config.num_labels} classes"
 
 
+def class_lists(config: ViTCLSConfig) -> list[str]:
+    """What it can answer, a sentence for each task."""
+    if config.tasks:
+        return [f"It answers {task} with {listed(names)}." for task, names in config.task_labels().items()]
+    names = list((config.id2label or {}).values())
+    if config.problem_type == "multi_label_classification":
+        return [f"It answers with any number of these: {listed(names)}; what else an image shows, it leaves out."]
+    return [f"It answers with one of these, also where an image shows none of them: {listed(names)}."]
+
+
+def listed(names: list[str]) -> str:
+    """Class names, the first of them where there are many."""
+    shown = ", ".join(map(quoted, names[:MOST_CLASSES_NAMED]))
+    more = len(names) - MOST_CLASSES_NAMED
+    return f"{shown} and {more:,} more (see `id2label` in config.json)" if more > 0 else shown
+
+
+def matrix_pictures(pictures: dict[str, str], config: ViTCLSConfig) -> list[tuple[str, str]]:
+    """What each picture of a confusion matrix shows, and its path."""
+    tasks = {f"confusion_matrix_{task}": f" of {task}" for task in config.task_labels()}
+    words = {"confusion_matrix": ""} | tasks
+    return [
+        (f"Confusion matrix{of_task}: rows are the true classes, columns the answers", pictures[key])
+        for key, of_task in words.items()
+        if key in pictures
+    ]
+
+
 def layout_picture(counts: dict[str, int]) -> str:
     """The token sequence in one line, such as `[ CLS x 1 | register x 2 | patch x 16 ]`."""
     return "[ " + " | ".join(f"{TOKEN_NAMES[name]} x {count}" for name, count in counts.items() if count) + " ]"
 
 
-def without_folders(source: str) -> str:
-    """A data set, model or teacher as others may know it: of a file or folder of this machine the last part."""
-    name, separator, file = source.partition("@")  # timm:NAME@FILE
-    if separator and Path(file).exists():
-        return f"{name}@path/to/{Path(file).name}"
-    return f"path/to/{Path(source).name}" if Path(source).exists() else source
+def layout_in_words(counts: dict[str, int]) -> str:
+    """The same for those who do not see the picture: "1 CLS, 2 register and 16 patch tokens"."""
+    words = [f"{count} {TOKEN_NAMES[name]}" for name, count in counts.items() if count]
+    return re.sub(r", (?=[^,]*$)", " and ", ", ".join(words)) + " tokens"
 
 
-def shareable(flags: dict[str, Any]) -> dict[str, Any]:
-    """The flags that a reader can use: those that were set, without paths of the machine they were used on."""
-    paths = {"output_dir": "my-model"}
-    for name in ("dataset", "model", "teacher"):
-        if flags.get(name):
-            paths[name] = without_folders(flags[name])
-    return {name: paths.get(name, value) for name, value in flags.items() if value is not None}
+def base_model_in_words(flags: dict[str, Any], origin: Origin | None) -> str:
+    """The model that it started from, in Markdown; of a folder of this machine also where that is from."""
+    given = f"`{without_folders(flags['model'])}`"
+    bases = [origin.base_model] if origin and isinstance(origin.base_model, str) else (origin and origin.base_model)
+    if not bases or bases == [flags["model"]]:
+        return given
+    links = ", ".join(f"[{base}](https://huggingface.co/{base})" for base in bases)
+    return f"{given}, which is derived from {links},"

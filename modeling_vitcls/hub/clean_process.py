@@ -2,19 +2,21 @@
 
     python -P clean_process.py REQUEST.json        # run by verify.py, with an empty cache
 
-REQUEST.json names `repo_id`, `revision`, `num_threads` and a folder `target`. There, report.json then says what was
-loaded, or why it failed, and answers.safetensors what it answered to fixed inputs. verify.py calls `collect` too, on
-the model that the answers are compared with.
+REQUEST.json names `repo_id`, `revision`, where the code is in a repository of its own `code_repo_id` and
+`code_revision`, `num_threads` and a folder `target`. There, report.json then says what was loaded, or why it failed,
+and answers.safetensors what it answered to fixed inputs.
 
-Only torch, transformers and the like are imported here, nothing of ours.
+The code of the repository is run here, and only here: what the answers are compared with comes from reference.py,
+which shares `collect` with this file. Only torch, transformers and the like are imported, nothing of ours.
 """
 
 import json
 import sys
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from importlib.abc import MetaPathFinder
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import transformers
@@ -22,7 +24,6 @@ from huggingface_hub import constants
 from huggingface_hub.file_download import repo_folder_name
 from PIL import Image
 from safetensors.torch import save_file
-from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.utils import is_torchvision_available
 
 
@@ -34,9 +35,10 @@ AUTO_CLASSES = {
     "ViTCLSForMaskedImageModeling": "AutoModelForMaskedImageModeling",
     "ViTCLSBackbone": "AutoBackbone",
 }
+PROCESSOR_CONFIG = "preprocessor_config.json"
+IN_FLOAT32: dict[str, Any] = {"dtype": torch.float32, "output_loading_info": True}
 BATCH_SIZE = 2
 SEED = 0
-CODE_TRUSTED: dict[str, Any] = {"trust_remote_code": True}
 
 Answers = dict[str, torch.Tensor]
 
@@ -56,14 +58,16 @@ def main(request_file: Path) -> None:
     target = Path(request["target"])
     torch.set_num_threads(request["num_threads"])  # bits depend on it
     report: dict[str, Any]
+    code_repo_id, code_revision = request["code_repo_id"], request["code_revision"]
     try:
-        answers, report = collect(request["repo_id"], request["revision"])
+        answers, report = collect(Published(request["repo_id"], request["revision"], code_revision))
     except Exception as error:  # whatever published code raises
         message = f"{type(error).__name__}: {' '.join(str(error).split())}"
         report = {"error": message, "may_pass": isinstance(error, OSError)}  # as those of the network are
     else:
         save_file(answers, target / "answers.safetensors")
         report["commits"] = cached_commits(request["repo_id"])
+        report["code_commits"] = cached_commits(code_repo_id) if code_repo_id else []
     report["has_package"] = any(name.partition(".")[0] == PACKAGE for name in sys.modules)
     (target / "report.json").write_text(json.dumps(report), encoding="utf-8")
 
@@ -74,66 +78,96 @@ def cached_commits(repo_id: str) -> list[str]:
     return sorted(snapshot.name for snapshot in (cache / "snapshots").glob("*") if any(snapshot.iterdir()))
 
 
-def collect(source: str, revision: str | None = None) -> tuple[Answers, dict[str, Any]]:
-    """What a model answers to fixed inputs through every way to load it, and which classes those ways gave.
+class Source(Protocol):
+    """Where a model is loaded from, and by whose code."""
 
-    Args:
-        source: a folder, or a repository's id.
-        revision: of the repository.
+    def config(self) -> Any:
+        """Its configuration."""
+
+    def model(self, auto_class: str, config: Any) -> tuple[Any, dict[str, Any]]:
+        """The model that an Auto class gives, in float32, and transformers' report on its weights."""
+
+    def has_processor(self) -> bool:
+        """Whether an image processor was saved beside it."""
+
+    def processor(self, backend: str) -> Any:
+        """The image processor of a backend, `torchvision` or `pil`."""
+
+    def pipeline(self, config: Any) -> Any:
+        """The image-classification pipeline on the CPU, in float32."""
+
+
+@dataclass(frozen=True)
+class Published:
+    """A model on the Hub, as anyone loads it: through the Auto classes and pipeline, by the repository's own code."""
+
+    repo_id: str
+    revision: str
+    code_revision: str | None
+
+    def options(self) -> dict[str, Any]:
+        """What is pinned."""
+        return {"revision": self.revision, "code_revision": self.code_revision, "trust_remote_code": True}
+
+    def config(self) -> Any:
+        """See `Source`."""
+        return transformers.AutoConfig.from_pretrained(self.repo_id, **self.options())
+
+    def model(self, auto_class: str, config: Any) -> tuple[Any, dict[str, Any]]:
+        """See `Source`."""
+        return getattr(transformers, auto_class).from_pretrained(self.repo_id, **IN_FLOAT32, **self.options())
+
+    def has_processor(self) -> bool:
+        """See `Source`."""
+        found = transformers.utils.cached_file(
+            self.repo_id, PROCESSOR_CONFIG, revision=self.revision, _raise_exceptions_for_missing_entries=False
+        )
+        return found is not None
+
+    def processor(self, backend: str) -> Any:
+        """See `Source`."""
+        return transformers.AutoImageProcessor.from_pretrained(self.repo_id, backend=backend, **self.options())
+
+    def pipeline(self, config: Any) -> Any:
+        """See `Source`."""
+        return transformers.pipeline(
+            "image-classification", model=self.repo_id, device="cpu", dtype=torch.float32, **self.options()
+        )
+
+
+def collect(source: Source) -> tuple[Answers, dict[str, Any]]:
+    """What a model answers to fixed inputs through every way to load it, and which classes those ways gave.
 
     Returns:
         Named tensors, `{"AutoModel/last_hidden_state": ...}`, in float32; and a dict: `models`, by Auto class, the
-        class, its module, and which of its weights the checkpoint lacks; `processors`, by
-        backend, the class.
+        class, its module, and which of its weights the checkpoint lacks; `processors`, by backend, the class.
     """
-    config = transformers.AutoConfig.from_pretrained(source, revision=revision, **CODE_TRUSTED)
+    config = source.config()
     architecture = (config.architectures or ["ViTCLSModel"])[0]
     answers: Answers = {}
     report: dict[str, Any] = {"models": {}, "processors": {}}
     for auto_class in dict.fromkeys(["AutoModel", AUTO_CLASSES.get(architecture, "AutoModel")]):
-        model, missing = load(auto_class, config, source, revision)
+        torch.manual_seed(SEED)  # of weights that the checkpoint lacks
+        model, info = source.model(auto_class, config)
         report["models"][auto_class] = {
             "class": type(model).__name__,
             "module": type(model).__module__,
-            "missing": missing if type(model).__name__ == architecture else [],  # AutoModel drops and adds heads
+            # AutoModel drops and adds heads.
+            "missing": sorted(info["missing_keys"]) if type(model).__name__ == architecture else [],
         }
         with torch.inference_mode():
             outputs = model.eval()(pixel_values_for(config))
         answers |= {f"{auto_class}/{name}": tensor for name, tensor in flattened(outputs)}
-    if has_processor(source, revision):
+    if source.has_processor():
         for backend in ("torchvision", "pil") if is_torchvision_available() else ("pil",):
-            processor = transformers.AutoImageProcessor.from_pretrained(
-                source, revision=revision, backend=backend, **CODE_TRUSTED
-            )
+            processor = source.processor(backend)
             report["processors"][backend] = type(processor).__name__
             pixels = torch.from_numpy(picture_for(config, processor))  # [H, W, C]
             batch = processor(pixels.movedim(-1, 0), return_tensors="pt")
             answers[f"AutoImageProcessor, {backend}/pixel_values"] = batch["pixel_values"]
         if architecture == "ViTCLSForImageClassification" and config.num_channels in (1, 3):
-            answers["pipeline/scores"] = pipeline_scores(source, revision, config, processor)
+            answers["pipeline/scores"] = pipeline_scores(source, config, processor)
     return {name: tensor.detach().clone().contiguous() for name, tensor in answers.items()}, report
-
-
-def load(auto_class: str, config: Any, source: str, revision: str | None) -> tuple[Any, list[str]]:
-    """The model in float32, and the names of weights that the checkpoint does not have, which then are random."""
-    torch.manual_seed(SEED)
-    options = {"dtype": torch.float32, "output_loading_info": True}
-    if auto_class == "AutoBackbone" and Path(source).is_dir():
-        # AutoBackbone knows Hub ids only, and asks the Hub about a folder.
-        loader: Any = get_class_from_dynamic_module(config.auto_map[auto_class], source)
-    else:
-        loader, options = getattr(transformers, auto_class), options | CODE_TRUSTED | {"revision": revision}
-    model, info = loader.from_pretrained(source, **options)
-    return model, sorted(info["missing_keys"])
-
-
-def has_processor(source: str, revision: str | None) -> bool:
-    """Whether an image processor was saved beside the model."""
-    return bool(
-        transformers.utils.cached_file(
-            source, "preprocessor_config.json", revision=revision, _raise_exceptions_for_missing_entries=False
-        )
-    )
 
 
 def pixel_values_for(config: Any) -> torch.Tensor:
@@ -152,11 +186,9 @@ def picture_for(config: Any, processor: Any) -> Any:
     return torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8).numpy()
 
 
-def pipeline_scores(source: str, revision: str | None, config: Any, processor: Any) -> torch.Tensor:
+def pipeline_scores(source: Source, config: Any, processor: Any) -> torch.Tensor:
     """What the image-classification pipeline says about the picture, in the order of the labels [num_labels]."""
-    classify = transformers.pipeline(
-        "image-classification", model=source, revision=revision, device="cpu", dtype=torch.float32, **CODE_TRUSTED
-    )
+    classify = source.pipeline(config)
     picture = Image.fromarray(picture_for(config, processor).squeeze())  # [H, W] is grey
     scores = {entry["label"]: entry["score"] for entry in classify(picture, top_k=config.num_labels)}
     return torch.tensor([scores[label] for _, label in sorted(config.id2label.items())])

@@ -1,4 +1,7 @@
-"""Which files of a model folder are published: those on a list. Never pickles, optimiser states or checkpoints."""
+"""Which files of a model folder are published: those on a list. Never pickles.
+
+Optimiser states are published where that is asked for: resumable.py.
+"""
 
 import json
 from collections.abc import Iterable
@@ -9,12 +12,15 @@ from typing import Any
 import yaml
 
 from ..configuration_vitcls import ViTCLSConfig
-from .card import shareable
+from .card_training import shareable
+from .origin import LICENSE_FILES
+from .published_card import card_under
 
 
 WEIGHTS = "model.safetensors"
 WEIGHTS_INDEX = "model.safetensors.index.json"
 RECIPE = "config.resolved.yaml"
+CARD = "README.md"
 
 # Without these a repository is another model. Those that a new commit does not have are removed by it: an old
 # model.safetensors would be loaded in place of new shards.
@@ -26,40 +32,57 @@ ESSENTIAL = (
     "preprocessor_config.json",
     "*_vitcls.py",
 )
-# These tell about it.
-ACCOMPANYING = (
-    "README.md",
-    "LICENSE*",
+# How it was made, and what was measured: wrong of another model, so these are removed in the same way.
+RECORDS = (
     "results.json",
     "metrics.jsonl",
     RECIPE,
     "certificate.json",  # of a conversion
-    *(f"{folder}*.{kind}" for folder in ("", "pictures/") for kind in ("png", "jpg", "jpeg", "svg", "webp")),
+)
+CHECKPOINTS = ("checkpoints/step-*/*.safetensors", "checkpoints/step-*/state.json")
+# These tell about it.
+ACCOMPANYING = (
+    CARD,
+    *LICENSE_FILES,
+    *RECORDS,
+    *(f"pictures/*.{kind}" for kind in ("png", "jpg", "jpeg", "svg", "webp")),
     ".eval_results/*.yaml",
 )
+# Files that name classes, and in `auto_map` the file of code that each class is in.
+REFERRING = ("config.json", "preprocessor_config.json")
+# `owner/name--module.Class` is code in another repository.
+SEPARATOR = "--"
 
 # Path in the repository -> the file, or what stands in for it.
 Contents = dict[str, Path | bytes]
 
 
-def contents_of(folder: Path) -> Contents:
+def contents_of(folder: Path, repo_id: str | None = None) -> Contents:
     """The files to publish.
 
-    config.resolved.yaml is published without the paths of this machine.
+    config.resolved.yaml is published without the paths of this machine, README.md with the repository's id.
+
+    Args:
+        folder: with the model.
+        repo_id: `namespace/name` to publish it as.
 
     Raises:
-        ValueError: in one line, where the folder holds no vitcls model, or only a part of one.
+        ValueError: in one line, where the folder holds no vitcls model, only a part of one, or one whose code is
+            scattered over repositories.
     """
     check_is_model(folder)
+    code_repository(folder, repo_id)
     files = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
     contents: Contents = {
         name: path for name, path in files.items() if matches(name, ESSENTIAL) or matches(name, ACCOMPANYING)
     }
-    for name in needed_by_config(folder) | needed_by_index(folder):
+    for name in needed_code(folder) | needed_by_index(folder):
         if name not in contents:
             raise ValueError(f"{folder} lacks {name}, without which the model does not load: save the model again")
     if RECIPE in contents:
         contents[RECIPE] = shareable_recipe(folder / RECIPE)
+    if CARD in contents and repo_id is not None:
+        contents[CARD] = card_under(repo_id, read_text(folder / CARD), folder.resolve().name).encode()
     return contents
 
 
@@ -73,7 +96,8 @@ def matches(name: str, patterns: Iterable[str]) -> bool:
 
 def outdated(published: Iterable[str], contents: Contents) -> list[str]:
     """Files of an earlier push that would spoil this one."""
-    return sorted(name for name in published if name not in contents and matches(name, ESSENTIAL))
+    wrong = (*ESSENTIAL, *RECORDS, *CHECKPOINTS)
+    return sorted(name for name in published if name not in contents and matches(name, wrong))
 
 
 def check_is_model(folder: Path) -> None:
@@ -90,10 +114,47 @@ def check_is_model(folder: Path) -> None:
         )
 
 
-def needed_by_config(folder: Path) -> set[str]:
-    """The code files that config.json refers to; `owner/name--module.Class` is code in another repository."""
-    references = read_json(folder / "config.json").get("auto_map", {}).values()
-    return {f"{reference.partition('.')[0]}.py" for reference in references if "--" not in reference}
+def code_references(folder: Path) -> list[str]:
+    """What the model's files say about their code: `modeling_vitcls.ViTCLSModel`, `owner/name--module.Class`."""
+    found: list[str] = []
+    for file in (folder / name for name in REFERRING if (folder / name).is_file()):
+        collect_texts(read_json(file).get("auto_map"), found)
+    return found
+
+
+def collect_texts(value: Any, into: list[str]) -> None:
+    """Add the texts in nested dicts and lists."""
+    if isinstance(value, str):
+        into.append(value)
+    elif isinstance(value, dict | list):
+        for item in value.values() if isinstance(value, dict) else value:
+            collect_texts(item, into)
+
+
+def code_repository(folder: Path, repo_id: str | None = None) -> str | None:
+    """The repository that a model takes its code from; None where that lies beside the weights.
+
+    Args:
+        folder: with the model's files.
+        repo_id: of the model itself, so that code which is said to be there is its own.
+
+    Raises:
+        ValueError: in one line, where there are several: `code_revision` could pin only one of them.
+    """
+    named = [reference.rpartition(SEPARATOR)[0] for reference in code_references(folder)]
+    found = {None if name in ("", repo_id) else name for name in named}
+    if len(found) > 1:
+        places = ", ".join(sorted(name or "the one of the weights" for name in found))
+        raise ValueError(
+            f"{' and '.join(REFERRING)} take their code from several repositories ({places}), and one code_revision "
+            "cannot pin them: let all of it come from one, see modeling_vitcls/hub/code_elsewhere.py"
+        )
+    return next(iter(found), None)
+
+
+def needed_code(folder: Path) -> set[str]:
+    """The code files that the model's files refer to, apart from those in another repository."""
+    return {f"{reference.partition('.')[0]}.py" for reference in code_references(folder) if SEPARATOR not in reference}
 
 
 def needed_by_index(folder: Path) -> set[str]:
@@ -106,14 +167,22 @@ def needed_by_index(folder: Path) -> set[str]:
 def read_json(file: Path) -> dict[str, Any]:
     """A JSON object from a file. Raises ValueError, in one line, where there is none."""
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
+        content = json.loads(read_text(file))
+    except json.JSONDecodeError as error:
         raise ValueError(f"cannot read {file}: {error}") from None
     if not isinstance(content, dict):
         raise ValueError(f"{file} holds no JSON object")
     return content
 
 
+def read_text(file: Path) -> str:
+    """A text from a file, line ends as they are. Raises ValueError, in one line, where it is none."""
+    try:
+        return file.read_bytes().decode()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"cannot read {file}: {error}") from None
+
+
 def shareable_recipe(file: Path) -> bytes:
     """The recipe of a run as others can use it."""
-    return yaml.safe_dump(shareable(yaml.safe_load(file.read_text(encoding="utf-8"))), sort_keys=False).encode()
+    return yaml.safe_dump(shareable(yaml.safe_load(read_text(file))), sort_keys=False).encode()

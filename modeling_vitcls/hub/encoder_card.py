@@ -3,35 +3,44 @@
 The text is in model_cards/encoder.md.j2; a classifier's card is in card.py.
 """
 
-from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
 from ..configuration_vitcls import ViTCLSConfig
-from .card import TEMPLATE, facts_of_any_model, is_from_scratch
+from .card import facts_of_any_model, metadata_of_any_model
+from .card_training import TEMPLATE
+from .origin import Origin
 
 
-def build_encoder_card(name: str, config: ViTCLSConfig, results: dict[str, Any], flags: dict[str, Any]) -> ModelCard:
+ONLY_WITH_LABELS = ("label_smoothing", "class_balance", "trainable", "mixup", "cutmix")  # flags of both scripts
+
+
+def build_encoder_card(
+    name: str,
+    config: ViTCLSConfig,
+    results: dict[str, Any],
+    flags: dict[str, Any],
+    origin: Origin | None = None,
+    pictures: dict[str, str] | None = None,
+) -> ModelCard:
     """The card of an encoder that was pre-trained by masked image modelling.
 
     Args:
-        name: of the model.
+        name: of the model: its id on the Hub, or its folder's name.
         config: its configuration.
         results: what results.json holds.
         flags: the run's flags, as in config.resolved.yaml.
+        origin: of the model that it started from; None for a preset.
+        pictures: name -> path in the folder, as `write_pictures` returns them.
     """
-    from_scratch = is_from_scratch(flags)
+    used = {flag: value for flag, value in flags.items() if flag not in ONLY_WITH_LABELS}
     return ModelCard.from_template(
         ModelCardData(
-            license="apache-2.0" if from_scratch else None,
-            base_model=None if from_scratch or Path(flags["model"]).exists() else flags["model"],
-            library_name="transformers",
+            **metadata_of_any_model(flags, origin),
             pipeline_tag="image-feature-extraction",
             tags=["vision", "vit", "vitcls", "masked-image-modeling"],
-            datasets=None if Path(flags["dataset"]).exists() else [flags["dataset"]],
-            model_name=name,
         ),
         template_path=str(TEMPLATE.with_name("encoder.md.j2")),
-        **facts_of_any_model(name, config, results, flags),
+        **facts_of_any_model(name, config, results, used, origin, None, pictures or {}, "pretrain.py"),
     )

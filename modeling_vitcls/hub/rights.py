@@ -3,13 +3,13 @@
 repo_id = check_push_rights("someone/their-model", default_name="my-run")
 """
 
-from typing import Any
+from typing import Any, Literal
 
 from huggingface_hub import HfApi, get_token
 from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 from huggingface_hub.utils import validate_repo_id
 
-from .connection import HUB_ERRORS, check_is_online, endpoint, in_one_line, patience, status_of
+from .connection import HUB_ERRORS, check_is_online, no_answer, patience, status_of
 
 
 # Seconds after which a Hub that says nothing counts as unreachable.
@@ -18,8 +18,14 @@ PATIENCE = 10.0
 TOKEN_PAGE = "https://huggingface.co/settings/tokens"
 ROLES_THAT_WRITE = ("admin", "write", "contributor")
 
+RepoType = Literal["model", "space"]
+# The flag that names the repository.
+FLAGS: dict[RepoType, str] = {"model": "--hub-model-id", "space": "--space-id"}
 
-def check_push_rights(repo_id: str | None, default_name: str, private: bool = False) -> str:
+
+def check_push_rights(
+    repo_id: str | None, default_name: str, private: bool = False, repo_type: RepoType = "model"
+) -> str:
     """The full id, `namespace/name`, of the repository that a push would go to.
 
     Only asks the Hub, and writes nothing: neither there nor here. Call it on the main process alone.
@@ -28,6 +34,7 @@ def check_push_rights(repo_id: str | None, default_name: str, private: bool = Fa
         repo_id: `namespace/name`, or a name in the user's own namespace; None: `default_name` there.
         default_name: such as the name of the output folder.
         private: whether the repository is meant to be private.
+        repo_type: what it holds.
 
     Raises:
         ValueError: in one line with what to do: no token, a wrong one, one that may not write there, a namespace that
@@ -38,9 +45,9 @@ def check_push_rights(repo_id: str | None, default_name: str, private: bool = Fa
     account = who_am_i()
     name = repo_id or default_name
     full_id = name if "/" in name else f"{account['name']}/{name}"
-    check_name(full_id)
-    check_namespace(full_id, account)
-    exists = check_existing(full_id, private)
+    check_name(full_id, repo_type)
+    check_namespace(full_id, account, repo_type)
+    exists = check_existing(full_id, private, repo_type)
     check_token(full_id, account, exists)
     return full_id
 
@@ -66,25 +73,22 @@ def who_am_i() -> dict[str, Any]:
 
 def unreachable(error: BaseException) -> OSError:
     """The error where the Hub does not answer as it should."""
-    return OSError(
-        f"the Hub at {endpoint()} does not answer: {in_one_line(error)}. Check the network, proxies and "
-        "HF_ENDPOINT, or leave the push for later"
-    )
+    return OSError(f"{no_answer(error)}, or leave the push for later")
 
 
-def check_name(repo_id: str) -> None:
+def check_name(repo_id: str, repo_type: RepoType) -> None:
     """Raise ValueError for a name that the Hub would not take."""
     try:
         validate_repo_id(repo_id)
     except HFValidationError:
         raise ValueError(
-            f"{repo_id!r} cannot be the name of a repository: give --hub-model-id namespace/name, of letters, digits, "
-            "'-', '_' and '.', at most 96 characters"
+            f"{repo_id!r} cannot be the name of a repository: give {FLAGS[repo_type]} namespace/name, of letters, "
+            "digits, '-', '_' and '.', at most 96 characters"
         ) from None
 
 
-def check_namespace(repo_id: str, account: dict[str, Any]) -> None:
-    """Raise ValueError unless the user may create models under this namespace."""
+def check_namespace(repo_id: str, account: dict[str, Any], repo_type: RepoType) -> None:
+    """Raise ValueError unless the user may create repositories under this namespace."""
     namespace = repo_id.partition("/")[0]
     if is_same(namespace, account["name"]):
         return
@@ -93,8 +97,8 @@ def check_namespace(repo_id: str, account: dict[str, Any]) -> None:
     if not roles:
         own = ", ".join([account["name"], *organisations])
         raise ValueError(
-            f"cannot push to {repo_id}: {namespace} is neither you nor an organisation of yours; give --hub-model-id "
-            f"with one of {own}"
+            f"cannot push to {repo_id}: {namespace} is neither you nor an organisation of yours; give "
+            f"{FLAGS[repo_type]} with one of {own}"
         )
     if roles[0] is not None and roles[0] not in ROLES_THAT_WRITE:
         raise ValueError(
@@ -103,11 +107,11 @@ def check_namespace(repo_id: str, account: dict[str, Any]) -> None:
         )
 
 
-def check_existing(repo_id: str, private: bool) -> bool:
+def check_existing(repo_id: str, private: bool, repo_type: RepoType) -> bool:
     """Whether the repository exists. Raises ValueError where it is public, and is meant to be private."""
     try:
         with patience(PATIENCE):
-            found = HfApi().model_info(repo_id)
+            found = HfApi().repo_info(repo_id, repo_type=repo_type)
     except RepositoryNotFoundError:
         return False
     except HUB_ERRORS as error:
@@ -115,9 +119,18 @@ def check_existing(repo_id: str, private: bool) -> bool:
     if private and not found.private:
         raise ValueError(
             f"{repo_id} exists and is public, and a private one was asked for: make it private in its settings on the "
-            "Hub, or choose another name with --hub-model-id"
+            f"Hub, or choose another name with {FLAGS[repo_type]}"
         )
     return True
+
+
+def is_private(repo_id: str) -> bool:
+    """Whether a model's repository is there, and open to some alone; not where the Hub does not say."""
+    try:
+        with patience(PATIENCE):
+            return bool(HfApi().model_info(repo_id, timeout=PATIENCE).private)
+    except HUB_ERRORS:
+        return False
 
 
 def check_token(repo_id: str, account: dict[str, Any], exists: bool) -> None:

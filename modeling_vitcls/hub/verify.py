@@ -5,16 +5,14 @@
 
 1. Every file is downloaded and has the hash that the Hub's list says, and the content that it has in `folder`.
 2. A fresh process, with an empty cache and without this package, loads the commit by its hash through the Auto classes
-   and pipeline (clean_process.py).
-3. It answers fixed inputs as the model in `folder` does, loaded with this package.
+   and pipeline (clean_process.py). It is given no token, unless the repository is closed to others, and little else of
+   the environment: what runs there may be a stranger's code.
+3. It answers fixed inputs as the model in `folder` does, loaded with this package (reference.py). No published code
+   runs in this process.
 """
 
 import filecmp
-import json
-import os
 import platform
-import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,40 +23,28 @@ from typing import Any
 import huggingface_hub
 import torch
 import transformers
-from huggingface_hub import HfApi, get_token
-from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
-from safetensors.torch import load_file
+from huggingface_hub import HfApi
 from transformers.utils import logging
 
 from ..version import __version__
-from . import clean_process
 from .clean_process import Answers, collect
+from .commits import Published, code_of, published
 from .connection import HUB_ERRORS, check_is_online, in_one_line, patience, tried_again
-from .contents import ACCOMPANYING, ESSENTIAL, check_is_model, contents_of
+from .contents import ACCOMPANYING, CHECKPOINTS, ESSENTIAL, check_is_model, contents_of, matches
+from .fresh_process import NotVerified, ask_a_fresh_process
+from .publish import Pushed
+from .reference import Reference
+from .resumable import resumable_contents
 
 
 # The largest difference in float32, for values up to 1; for larger ones in proportion.
 LIMIT = 1e-6
 # Seconds of silence, not of work.
 PATIENCE = 60.0
-# Seconds before new attempts of what the user waits for.
-SHORT_WAITS = (0.5, 1.0)
-# Where libraries keep what they downloaded, unless HF_HOME says so.
-CACHE_VARIABLES = frozenset(
-    {
-        "HF_HUB_CACHE",
-        "HUGGINGFACE_HUB_CACHE",
-        "TRANSFORMERS_CACHE",
-        "HF_MODULES_CACHE",
-        "HF_ASSETS_CACHE",
-        "HF_XET_CACHE",
-        "HF_TOKEN_PATH",
-    }
-)
 
 
-class NotVerified(ValueError):
-    """A published model that is not what it should be, or does not load. The message is one line."""
+class PushedButNotVerified(OSError):
+    """A push that got through, and could not be verified. The message ends with the command that verifies it."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +59,7 @@ class Certificate:
         classes: way to load -> the class that it gave.
         differences: way to load -> the largest difference of any value, in float32.
         versions: of what decides about numbers.
+        code_revision: the commit that the code came from, where that is in a repository of its own.
     """
 
     repo_id: str
@@ -82,13 +69,17 @@ class Certificate:
     classes: dict[str, str]
     differences: dict[str, float]
     versions: dict[str, str]
+    code_revision: str | None = None
 
     def load_line(self) -> str:
         """The line to copy: it loads exactly what was checked."""
         auto_class = next(
             name for name in reversed(self.classes) if name.startswith("AutoModel") or name == "AutoBackbone"
         )
-        return f'{auto_class}.from_pretrained("{self.repo_id}", revision="{self.revision}", trust_remote_code=True)'
+        pins = f'revision="{self.revision}"' + (
+            f', code_revision="{self.code_revision}"' if self.code_revision else ""
+        )
+        return f'{auto_class}.from_pretrained("{self.repo_id}", {pins}, trust_remote_code=True)'
 
     def lines(self) -> list[str]:
         """The certificate for a person to read."""
@@ -102,18 +93,21 @@ class Certificate:
                 for way, difference in self.differences.items()
             ),
             f"  limit {LIMIT:g}; " + ", ".join(f"{name} {number}" for name, number in self.versions.items()),
-            "load it, pinned, as it runs the code in the repository:",
+            "load it with its commit pinned, since that runs the code in the repository:",
             f"  {self.load_line()}",
         ]
 
 
-def verify(repo_id: str, revision: str = "main", folder: Path | None = None) -> Certificate:
-    """Download, load and compare a published model. Its code is run.
+def verify(
+    repo_id: str, revision: str = "main", folder: Path | None = None, with_optimizer: bool = False
+) -> Certificate:
+    """Download, load and compare a published model. Its code is run, in a process of its own.
 
     Args:
         repo_id: `namespace/name`.
         revision: a commit hash; a branch or tag is resolved to its commit first.
         folder: the model that was pushed; None: the files of the commit, loaded with this package's code.
+        with_optimizer: whether the newest checkpoint in `folder` has to be there; if one is, it is compared anyway.
 
     Raises:
         NotVerified: a ValueError, in one line: files that are damaged or others than in `folder`, a model that does
@@ -122,59 +116,60 @@ def verify(repo_id: str, revision: str = "main", folder: Path | None = None) -> 
         OSError: in one line, where the Hub does not answer.
     """
     check_is_online()
-    commit = commit_hash(repo_id, revision)
+    model = published(repo_id, revision)
     with tempfile.TemporaryDirectory(prefix="vitcls-verify-") as scratch_name, quiet():
         scratch = Path(scratch_name)
-        published = scratch / "files"
-        num_files = download(repo_id, commit, published)
+        files = scratch / "files"
+        num_files = download(model, files)
         if folder is not None:
-            check_same_files(repo_id, published, folder)
-        wanted, _ = collect(str(folder or published))
-        found, report = ask_a_fresh_process(repo_id, commit, scratch)
-    check_report(repo_id, commit, report)
+            check_same_files(repo_id, files, folder, with_optimizer)
+        code = code_of(model, files)
+        wanted, _ = collect(Reference(folder or files))
+        found, report = ask_a_fresh_process(model, code, scratch)
+    check_report(model, code, report)
     return Certificate(
         repo_id=repo_id,
-        revision=commit,
+        revision=model.commit,
         reference=f"{folder}" if folder else f"the same files with modeling_vitcls {__version__}",
         num_files=num_files,
-        classes={name: model["class"] for name, model in report["models"].items()}
+        classes={name: found_model["class"] for name, found_model in report["models"].items()}
         | {f"AutoImageProcessor, {backend}": name for backend, name in report["processors"].items()},
         differences=differences(repo_id, found, wanted),
         versions=versions(),
+        code_revision=code.commit if code else None,
     )
 
 
-def commit_hash(repo_id: str, revision: str) -> str:
-    """The commit that a revision stands for."""
+def verify_pushed(pushed: Pushed, folder: Path) -> Certificate:
+    """`verify` what was just pushed from `folder`.
+
+    Raises:
+        PushedButNotVerified: an OSError, in one line: why, where the model is, and the command to verify it with.
+    """
     try:
-        with patience(PATIENCE):
-            info = tried_again(
-                lambda: HfApi().model_info(repo_id, revision=revision), f"asking for {repo_id}", waits=SHORT_WAITS
-            )
-    except RepositoryNotFoundError:
-        raise ValueError(
-            f"the Hub has no model {repo_id}, or it is private and your token may not see it: log in with `hf auth "
-            "login`, or set HF_TOKEN"
-        ) from None
-    except RevisionNotFoundError:
-        raise ValueError(f"{repo_id} has no revision {revision}: give a commit hash, a branch or a tag") from None
-    except HUB_ERRORS as error:
-        raise OSError(f"cannot ask the Hub for {repo_id}: {in_one_line(error)}") from error
-    if info.sha is None:
-        raise OSError(f"the Hub does not say which commit of {repo_id} {revision} is")
-    return info.sha
+        return verify(pushed.repo_id, pushed.commit, folder, pushed.with_optimizer)
+    except (ValueError, OSError) as error:
+        again = f"python scripts/push_to_hub.py --verify-only {pushed.repo_id} --revision {pushed.commit}"
+        raise PushedButNotVerified(
+            f"the model was pushed, but not verified: {error}. It is complete in {folder}, and published as "
+            f"{pushed.url}; verify it again with: {again}"
+        ) from error
 
 
 # Files ---------------------------------------------------------------------------------------------------------------
 
 
-def download(repo_id: str, commit: str, target: Path) -> int:
+def download(model: Published, target: Path) -> int:
     """Fetch what belongs to a model, and count it. Raises NotVerified where a file is not what the Hub's list says."""
+    repo_id, commit = model.repo_id, model.commit
     try:
         with patience(PATIENCE):
             tried_again(
                 lambda: HfApi().snapshot_download(
-                    repo_id, revision=commit, local_dir=target, allow_patterns=[*ESSENTIAL, *ACCOMPANYING]
+                    repo_id,
+                    revision=commit,
+                    local_dir=target,
+                    allow_patterns=[*ESSENTIAL, *ACCOMPANYING, *CHECKPOINTS],
                 ),
                 f"downloading {repo_id}",
             )
@@ -194,10 +189,18 @@ def download(repo_id: str, commit: str, target: Path) -> int:
     return check.checked_count
 
 
-def check_same_files(repo_id: str, published: Path, folder: Path) -> None:
-    """Raise NotVerified unless each file of the model was published as it is in the folder."""
-    for name, content in contents_of(folder).items():
-        file = published / name
+def check_same_files(repo_id: str, files: Path, folder: Path, with_optimizer: bool) -> None:
+    """Raise NotVerified unless each file that belongs to the model was published as it is in the folder."""
+    wanted = contents_of(folder, repo_id)
+    checkpoints = {
+        name for file in files.rglob("*") if matches(name := file.relative_to(files).as_posix(), CHECKPOINTS)
+    }
+    if with_optimizer or checkpoints:
+        wanted |= resumable_contents(folder)
+    if foreign := sorted(checkpoints - wanted.keys()):
+        raise NotVerified(f"{repo_id} has {foreign[0]}, which is not the newest checkpoint in {folder}: push it again")
+    for name, content in wanted.items():
+        file = files / name
         if not file.is_file():
             raise NotVerified(f"{repo_id} lacks {name}, which {folder} has: push it again")
         is_same = (
@@ -212,72 +215,25 @@ def check_same_files(repo_id: str, published: Path, folder: Path) -> None:
 # Answers -------------------------------------------------------------------------------------------------------------
 
 
-def ask_a_fresh_process(repo_id: str, commit: str, scratch: Path) -> tuple[Answers, dict[str, Any]]:
-    """What clean_process.py writes down. Raises NotVerified where it fails, twice if that may be the network."""
-    try:
-        return tried_again(
-            lambda: run_clean_process(repo_id, commit, scratch), f"loading {repo_id}", waits=SHORT_WAITS[:1]
-        )
-    except RuntimeError as error:
-        raise NotVerified(str(error)) from None
-
-
-def run_clean_process(repo_id: str, commit: str, scratch: Path) -> tuple[Answers, dict[str, Any]]:
-    """The answers and the report of one process.
-
-    Raises:
-        RuntimeError: in one line, where it fails in a way that may pass.
-        NotVerified: in one line, where it fails otherwise.
-    """
-    with tempfile.TemporaryDirectory(dir=scratch) as home:
-        target = Path(home, "answers")
-        target.mkdir()
-        request = {"repo_id": repo_id, "revision": commit, "target": str(target)}
-        request_file = Path(home, "request.json")
-        request_file.write_text(json.dumps(request | {"num_threads": torch.get_num_threads()}), encoding="utf-8")
-        child = subprocess.run(
-            [sys.executable, "-P", clean_process.__file__, str(request_file)],
-            cwd=home,
-            env=clean_environment(home),
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        if not (target / "report.json").is_file():
-            lines = child.stderr.strip().splitlines() or [f"it ended with status {child.returncode}"]
-            raise RuntimeError(cannot_load(repo_id, commit, lines[-1]))
-        report = json.loads((target / "report.json").read_text(encoding="utf-8"))
-        if "error" in report:
-            failure = RuntimeError if report["may_pass"] else NotVerified
-            raise failure(cannot_load(repo_id, commit, report["error"]))
-        return load_file(target / "answers.safetensors"), report
-
-
-def cannot_load(repo_id: str, commit: str, why: str) -> str:
-    """The message of a fresh process that failed."""
-    return f"a fresh process cannot load {repo_id} at {commit}: {why}"
-
-
-def clean_environment(home: str) -> dict[str, str]:
-    """The environment of a process that has downloaded nothing yet, with the user's token."""
-    kept = {name: value for name, value in os.environ.items() if name not in CACHE_VARIABLES}
-    token = get_token()
-    return kept | {"HF_HOME": home} | ({"HF_TOKEN": token} if token else {})
-
-
-def check_report(repo_id: str, commit: str, report: dict[str, Any]) -> None:
-    """Raise NotVerified unless it was the published code, at this commit, and all weights, that answered."""
+def check_report(model: Published, code: Published | None, report: dict[str, Any]) -> None:
+    """Raise NotVerified unless it was the published code, at these commits, and all weights, that answered."""
+    repo_id, commit = model.repo_id, model.commit
     if report["has_package"]:
         raise NotVerified(
             "the fresh process has imported modeling_vitcls, so it proves nothing about the published code"
         )
     if report["commits"] != [commit]:
         raise NotVerified(f"the fresh process loaded {', '.join(report['commits'])}, not {repo_id} at {commit} alone")
-    for auto_class, model in report["models"].items():
-        if not model["module"].startswith("transformers_modules."):
-            raise NotVerified(f"{auto_class} took {model['class']} from {model['module']}, not from {repo_id}")
-        if model["missing"]:
-            raise NotVerified(f"{repo_id} at {commit} lacks the weights {', '.join(model['missing'])}")
+    if code is not None and report["code_commits"] != [code.commit]:
+        raise NotVerified(
+            f"the fresh process took code from {', '.join(report['code_commits'])}, not {code.repo_id} at "
+            f"{code.commit} alone"
+        )
+    for auto_class, found in report["models"].items():
+        if not found["module"].startswith("transformers_modules."):
+            raise NotVerified(f"{auto_class} took {found['class']} from {found['module']}, not from {repo_id}")
+        if found["missing"]:
+            raise NotVerified(f"{repo_id} at {commit} lacks the weights {', '.join(found['missing'])}")
 
 
 def differences(repo_id: str, found: Answers, wanted: Answers) -> dict[str, float]:

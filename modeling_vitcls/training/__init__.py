@@ -24,8 +24,10 @@ The loop
     checkpoints.py        checkpoints on disk; states.py: what is in them, on several processes
     interruption.py       Ctrl-C and SIGTERM
     session.py            the loop in its output folder, for fine-tuning and pre-training
+    branch_uploads.py     checkpoints pushed to a branch while it trains; saving.py: the model folder
     environment.py        processes, device, versions
     reporting.py, results.py  what is printed and written
+    utilisation.py        what a step costs, and how much of the machine's speed that makes use of
 
 What the scripts call
     run.py, parts.py, finetune.py        fine-tuning: prepared, put together, done; output.py: how runs end

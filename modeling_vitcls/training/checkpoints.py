@@ -241,8 +241,7 @@ def write_checkpoint(
         save_file(separate(named), folder / f"{name}.safetensors")
     files = {path.name: file_digest(path) for path in sorted(folder.iterdir())}
     state = {"format": 1, "step": step, "is_best": is_best, "facts": facts, "files": files}
-    state_file = folder / STATE_FILE
-    state_file.write_text(json.dumps(state | {"sha256": digest(state)}, indent=1) + "\n", encoding="utf-8")
+    (folder / STATE_FILE).write_text(state_text(state), encoding="utf-8")
     for path in (*folder.iterdir(), folder):
         force_to_disk(path)
 
@@ -271,6 +270,11 @@ def read_state(folder: Path) -> dict[str, Any]:
     if digest(state) != expected:
         raise DamagedCheckpoint(f"the checkpoint {folder} is damaged: {STATE_FILE} is not what was written")
     return state
+
+
+def state_text(state: dict[str, Any]) -> str:
+    """state.json of what `read_state` gives."""
+    return json.dumps(state | {"sha256": digest(state)}, indent=1) + "\n"
 
 
 def was_best(folder: Path) -> bool:

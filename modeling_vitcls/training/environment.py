@@ -105,17 +105,27 @@ def peak_memory(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
+def forget_peak_memory(device: torch.device) -> None:
+    """Let `peak_memory` begin anew, with what is in use now. A process on the CPU cannot: its peak is for ever."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+
+
 SHARDED = {DistributedType.FSDP: "weights in parts by FSDP", DistributedType.DEEPSPEED: "in parts by DeepSpeed"}
 
 
 def device_name(accelerator: Accelerator) -> str:
     """The device as a person would call it, and what divides the model among the processes, if anything does."""
-    name = accelerator.device.type
-    if name == "cuda":
-        name = torch.cuda.get_device_name(accelerator.device)
-    elif name == "cpu":
-        name = f"CPU, {torch.get_num_threads()} thread(s) per process"
+    name = name_of_device(accelerator.device) + (" per process" if accelerator.device.type == "cpu" else "")
     return ", ".join(filter(None, [name, SHARDED.get(accelerator.distributed_type)]))
+
+
+def name_of_device(device: torch.device) -> str:
+    """A device as a person would call it."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"CPU, {torch.get_num_threads()} thread(s)" if device.type == "cpu" else device.type
 
 
 def versions() -> dict[str, str]:

@@ -15,12 +15,13 @@ from rich.table import Table
 
 from ..configuration_vitcls import ViTCLSConfig
 from ..hub.card import class_tables, metric_rows
+from ..hub.loading import local_copy
 from ..image_processing_vitcls import ViTCLSImageProcessor
 from ..losses_vitcls import IGNORED_LABEL
 from .data import load_evaluation_data
 from .environment import build_accelerator, device_name, versions
 from .evaluation import Evaluator, HeldOutBatch, KeptBatches
-from .labels import LabelKind, LabelSpace
+from .labels import LabelKind, LabelSpace, labels_of
 from .metrics import scalars
 from .model import CLASSES, Classifier, check_is_vitcls
 from .options import EvaluateOptions
@@ -44,8 +45,9 @@ def evaluate_checkpoint(options: EvaluateOptions) -> dict[str, Any]:
     if options.output is not None:  # before the work is done
         options.output.parent.mkdir(parents=True, exist_ok=True)
     with accelerator.main_process_first():  # downloads once
-        model = load_classifier(options.model).to(accelerator.device).eval()
-        processor = ViTCLSImageProcessor.from_pretrained(options.model)
+        folder = local_copy(options.model)
+        model = load_classifier(options.model, folder).to(accelerator.device).eval()
+        processor = ViTCLSImageProcessor.from_pretrained(folder)
         label_space, pictures = load_evaluation_data(options.data, options.split)
     known = labels_of(model.config)
     evaluator = Evaluator(
@@ -88,33 +90,21 @@ def facts(accelerator: Accelerator, num_images: int, seconds: float) -> dict[str
 # The model -----------------------------------------------------------------------------------------------------------
 
 
-def load_classifier(source: str) -> Classifier:
-    """A saved classifier of any kind.
+def load_classifier(source: str, folder: str) -> Classifier:
+    """A saved classifier of any kind, from the folder that `source`, the name that the user gave, stands for.
 
     Raises:
         ValueError: for a model without a classifier, or of another kind than ours.
     """
-    check_is_vitcls(source)
-    config = ViTCLSConfig.from_pretrained(source)
+    check_is_vitcls(source, folder)
+    config = ViTCLSConfig.from_pretrained(folder)
     classes = {model_class.__name__: model_class for model_class in CLASSES.values()}
     saved = (config.architectures or ["model of no known class"])[0]
     if saved not in classes or not (config.tasks or config.num_labels):
         raise ValueError(f"{source} holds a {saved} without a classifier: fine-tune it first (scripts/finetune.py)")
     if config.problem_type == "regression":
         raise ValueError(f"{source} was trained for regression, and only classifiers are evaluated here")
-    return classes[saved].from_pretrained(source)
-
-
-def labels_of(config: ViTCLSConfig) -> LabelSpace:
-    """The labels that a classifier answers with."""
-    if config.tasks:
-        return LabelSpace("multi_task", config.task_labels())
-    id2label: dict[Any, str] = dict(config.id2label or {})
-    names = [id2label[index] for index in range(len(id2label))]
-    is_multi_label = config.problem_type == "multi_label_classification"
-    return LabelSpace(
-        "multi_label_classification" if is_multi_label else "single_label_classification", {"label": names}
-    )
+    return classes[saved].from_pretrained(folder)
 
 
 # Labels --------------------------------------------------------------------------------------------------------------

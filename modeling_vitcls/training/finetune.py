@@ -4,7 +4,9 @@
 
 The folder then holds
     config.json, model.safetensors, preprocessor_config.json, *_vitcls.py    what from_pretrained loads
-    README.md                                                                the model card
+    README.md, pictures/                                                     the model card
+    report.html                                                              what the special tokens do
+    LICENSE*, NOTICE*       of the model that it started from, where that has them
     results.json            what was measured
     metrics.jsonl           one object per logged step
     checkpoints/            where --resume goes on
@@ -13,21 +15,26 @@ The folder then holds
 
 import time
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
-from ..hub.card import build_card, without_folders
+from ..hub.card import build_card
+from ..hub.places import without_folders
+from .branch_uploads import branch_uploads
 from .data import LabelledPictures
 from .evaluation import Evaluator
 from .loop import Metrics
+from .metrics import without_large_matrices
 from .options import FinetuneOptions, as_flags
 from .output import conclude, finished_before, write_output
 from .parts import build_parts
+from .presentation import look_at_saved, may_show_samples, origin_of_run, teacher_of_run, write_card
 from .reporting import shown_metric
 from .results import facts_of_run, model_lines, plan_lines, write_json
 from .run import Run, build_plan, prepare
+from .saving import write_model
 from .session import dry_run
 from .states import gather, named_tensors
-from .trainable import merged_weights
 
 
 def finetune(run: Run) -> dict[str, Any]:
@@ -51,10 +58,13 @@ def finetune(run: Run) -> dict[str, Any]:
         parts.evaluate,
         parts.measure_attention,
         parts.describe_broken,
+        branch_uploads(
+            session, run.hub_model_id, run.model, partial(write_model, run.built.model, run.built.processor)
+        ),
     )
     if parts.model is not run.model:  # the heads alone were trained: this is what their model is worth
         metrics |= evaluator(run.built.model.eval())
-    results = describe(run) | metrics
+    results = describe(run) | without_large_matrices(metrics)
     save(run, results)
     conclude(session, headline(metrics), run.hub_model_id)
     return results
@@ -112,10 +122,30 @@ def save(run: Run, results: dict[str, Any]) -> None:
     weights = gather(named_tensors(run.model), accelerator.is_main_process)  # all processes take part
 
     def write() -> None:
-        run.built.model.save_pretrained(folder, state_dict=merged_weights(weights))
-        run.built.processor.save_pretrained(folder)
-        flags = as_flags(run.options)
-        build_card(folder.resolve().name, run.built.model.config, results, flags).save(folder / "README.md")
+        write_model(run.built.model, run.built.processor, folder, weights)
+        options, reporter, origin = run.options, run.session.reporter, origin_of_run(run.options)
+        pictures = look_at_saved(
+            folder,
+            type(run.built.model),
+            results,
+            run.data.held_out,
+            run.data.label_space,
+            accelerator.device,
+            options.run.report,
+            reporter.warn,
+            reporter.track,
+            may_show_samples(options, run.hub_model_id, reporter.warn),
+        )
+        card = build_card(
+            run.hub_model_id or folder.resolve().name,
+            run.built.model.config,
+            results,
+            as_flags(options),
+            origin,
+            teacher_of_run(options),
+            pictures,
+        )
+        write_card(folder, card, origin, results, options.run, reporter.warn)
         write_json(folder / "results.json", results)
 
     write_output(run.session, write)

@@ -99,6 +99,20 @@ class TokenMonitor:
         return {name: norm(token - self.at_start[name]) for name, token in self.tokens().items()}
 
 
+def build_attention_measure(
+    model: Any, normalise: Callable[[torch.Tensor], torch.Tensor]
+) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    """`AttentionEntropy` of a model whose CLS attention can be read: not without CLS tokens, nor between merged
+    patches."""
+    can_be_read = model.config.num_cls_tokens and not model.config.merged_patches_per_layer
+    return AttentionEntropy(model, normalise) if can_be_read else nothing
+
+
+def nothing(batch: dict[str, Any]) -> dict[str, Any]:
+    """There is no CLS attention that could be measured."""
+    return {}
+
+
 class AttentionEntropy:
     """Measures, now and then, how much of the image the CLS tokens attend to."""
 

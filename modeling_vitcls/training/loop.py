@@ -61,7 +61,9 @@ class Hooks:
     save: Callable[[bool], None]  # a checkpoint of the state; whether it is the best so far
     note_batch: Callable[[Batch], None] = lambda batch: None  # each batch, before it is used
     measure_attention: Callable[[Batch], Metrics] = lambda batch: {}  # every `health_every` steps
+    note_speed: Callable[[int, float], Metrics] = lambda num_images, seconds: {}  # of the steps of each record
     stop_requested: Callable[[], str | None] = lambda: None  # the name of the signal, if one asks to stop
+    publish: Callable[[], None] = lambda: None  # after each step but the last, whose weights are the result
 
 
 class Interrupted(Exception):
@@ -124,9 +126,12 @@ class TrainingLoop:
         metrics = self.evaluate_step() if self.state.record else {}
         while self.state.step < self.plan.num_steps:
             metrics = self.advance(batches)
-            if self.state.step < self.plan.num_steps and (signal := self.hooks.stop_requested()):
+            if self.state.step == self.plan.num_steps:
+                break
+            if signal := self.hooks.stop_requested():
                 self.hooks.save(self.is_best)
                 raise Interrupted(signal)
+            self.hooks.publish()
         return metrics or self.evaluated()
 
     def advance(self, batches: Iterator[Batch]) -> Metrics:
@@ -251,17 +256,18 @@ class TrainingLoop:
         return metrics
 
     def means_since_last_log(self) -> Metrics:
-        """Losses and images per second (without evaluations and checkpoints) over all processes, and peak memory."""
+        """Losses and speed (without evaluations and checkpoints) over all processes, and peak memory."""
         names = list(self.state.window[0])
         means = [math.fsum(found[name] for found in self.state.window) / len(self.state.window) for name in names]
-        images_per_second = len(self.seconds) * self.plan.pictures_per_step / math.fsum(self.seconds)
+        num_images, seconds = len(self.seconds) * self.plan.pictures_per_step, math.fsum(self.seconds)
         memory = peak_memory(self.accelerator.device)
         self.state.window.clear()
         self.seconds.clear()
         losses = self.accelerator.reduce(torch.tensor(means, device=self.accelerator.device), "mean").tolist()
         return {
             **{name: round(mean, 6) for name, mean in zip(names, losses, strict=True)},
-            "images_per_second": round(images_per_second, 1),
+            "images_per_second": round(num_images / seconds, 1),
+            **self.hooks.note_speed(num_images, seconds),
             "peak_memory_mb": round(memory / 2**20, 1),
         }
 

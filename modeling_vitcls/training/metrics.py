@@ -27,6 +27,7 @@ from .labels import LabelKind, LabelSpace
 
 
 MOST_CLASSES_OF_MATRIX = 1000  # it grows with their square
+MOST_CLASSES_READ = 200  # of a matrix in the results of a run
 CALIBRATION_BINS = 15
 HEADS = {"cls_accuracy": "cls_logits", "distillation_accuracy": "distillation_logits"}
 
@@ -36,6 +37,15 @@ Values = dict[str, Any]
 def scalars(metrics: Mapping[str, Any]) -> dict[str, int | float]:
     """Those that are one number, to log and to compare; in the same order."""
     return {name: value for name, value in metrics.items() if isinstance(value, int | float)}
+
+
+def without_large_matrices(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """The metrics without confusion matrices of more classes than a person reads."""
+    return {
+        name: value
+        for name, value in metrics.items()
+        if not (name.endswith("confusion_matrix") and len(value) > MOST_CLASSES_READ)
+    }
 
 
 class ClassificationMetrics(ABC):

@@ -9,6 +9,7 @@ from transformers.configuration_utils import PreTrainedConfig
 from transformers.image_utils import SizeDict
 
 from ..configuration_vitcls import PRESETS, ViTCLSConfig
+from ..hub.loading import local_copy
 from ..image_processing_vitcls import ViTCLSImageProcessor
 from ..modeling_vitcls import ViTCLSForImageClassification, ViTCLSForMultiTaskClassification, ViTCLSModel
 from .labels import LabelSpace
@@ -51,9 +52,10 @@ def build_model(options: ModelOptions, label_space: LabelSpace) -> BuiltModel:
         processor = ViTCLSImageProcessor()
         fresh = {name for name, _ in model.named_parameters()}
     else:
-        check_is_vitcls(options.model)
-        model, fresh = load_for_labels(options.model, values, label_space)
-        processor = ViTCLSImageProcessor.from_pretrained(options.model)
+        folder = local_copy(options.model)
+        check_is_vitcls(options.model, folder)
+        model, fresh = load_for_labels(folder, values, label_space)
+        processor = ViTCLSImageProcessor.from_pretrained(folder)
     if (mask_token := model.vitcls.embeddings.mask_token) is not None:
         mask_token.requires_grad_(False)  # of masked pre-training; several processes wait for gradients of all others
     fit_processor(processor, model.config)
@@ -110,9 +112,9 @@ def is_preset(name: str) -> bool:
     return name.removeprefix("vitcls-") in PRESETS
 
 
-def check_is_vitcls(source: str) -> None:
-    """Raise ValueError for another kind of model than ours."""
-    model_type = PreTrainedConfig.get_config_dict(source)[0].get("model_type", "no known")
+def check_is_vitcls(source: str, folder: str) -> None:
+    """Raise ValueError for another kind of model than ours; `source` is what the user calls it."""
+    model_type = PreTrainedConfig.get_config_dict(folder)[0].get("model_type", "no known")
     if model_type != ViTCLSConfig.model_type:
         raise ValueError(
             f"{source} holds a model of type {model_type!r}: give a {ViTCLSConfig.model_type!r} checkpoint, or one of "

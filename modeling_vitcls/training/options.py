@@ -79,6 +79,8 @@ class ModelOptions:
     """Width of the MLP."""
     drop_path_rate: float | None = None
     """Rate of dropped residual branches at the last layer."""
+    patch_drop_rate: float | None = None
+    """Part of the patches that each image leaves out in training, at random: faster, less accurate."""
     initializer_range: float | None = None
     """Standard deviation of fresh weights. Narrow models learn faster with more than the usual 0.02."""
 
@@ -232,18 +234,54 @@ class RunOptions:
     """Newest checkpoints to keep, besides the best one."""
     log_with: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
     """Trackers to log to as well."""
+    report: bool = True
+    """Draw what the special tokens do: report.html (see scripts/inspect_tokens.py), and pictures in the card."""
     dry_run: bool = False
     """One step of everything, evaluation, checkpoint, saving and the right to push included; then remove it again."""
     push_to_hub: bool = False
-    """Push the result to the Hub."""
+    """Push the result to the Hub, and load it from there in a fresh process to verify it."""
     hub_model_id: str | None = None
     """Repository to push to. Default: the name of --output-dir, under your own name."""
     hub_private: bool = False
     """Make the repository private where it is created."""
+    hub_verify: bool = True
+    """Verify what was pushed."""
+    hub_checkpoint_every: int | None = None
+    """Push the model after every so many steps, too, in the background, to a branch. Needs --push-to-hub."""
+    hub_checkpoint_branch: str = "checkpoints"
+    """That branch, made where it does not exist."""
+    hub_push_optimizer: bool = False
+    """Also push what --resume needs: the newest checkpoint with the result, and that of the step with each model on
+    the branch. To go on elsewhere: `hf download ID --revision BRANCH --local-dir FOLDER`, then the same command with
+    --output-dir FOLDER --resume. Needs --push-to-hub."""
+    license: str | None = None
+    """Licence of the trained weights, by its identifier on the Hub, such as apache-2.0: the card names it. Weights
+    that started from a model with a licence keep that one. Default: none is named."""
+    card_samples: bool = False
+    """Show a few held-out pictures in the card also where a public repository gets it and the data set is of this
+    machine. Those of `digits` or of a data set on the Hub are shown anyway."""
+    eval_benchmark: str | None = None
+    """Benchmark on the Hub (`namespace/name`) whose own test images are those held out here: the result is written for
+    its leaderboard (.eval_results/). Needs --eval-task-id."""
+    eval_task_id: str | None = None
+    """Task of that benchmark, as its eval.yaml names it."""
 
     def __post_init__(self) -> None:
         require(self, "save_every", self.save_every is None or self.save_every >= 1, "1 or more")
         require(self, "keep_checkpoints", self.keep_checkpoints >= 1, "1 or more")
+        every = self.hub_checkpoint_every
+        require(self, "hub_checkpoint_every", every is None or every >= 1, "1 or more")
+        has_place = self.hub_checkpoint_branch not in ("", "main")
+        require(self, "hub_checkpoint_branch", has_place, "other than main, where the result goes")
+        is_identifier = self.license is None or bool(re.fullmatch(r"[a-z0-9][a-z0-9.-]*", self.license))
+        require(self, "license", is_identifier, "as the Hub writes it, such as apache-2.0 or cc-by-4.0")
+        for name in ("hub_checkpoint_every", "hub_push_optimizer"):
+            if getattr(self, name) and not self.push_to_hub:
+                raise ValueError(f"--{name.replace('_', '-')} needs --push-to-hub: give both, or leave it out")
+        if (self.eval_benchmark is None) != (self.eval_task_id is None):
+            raise ValueError("--eval-benchmark and --eval-task-id go together: give both, or neither")
+        is_id = self.eval_benchmark is None or bool(re.fullmatch(r"[\w.-]+/[\w.-]+", self.eval_benchmark))
+        require(self, "eval_benchmark", is_id, "such as `namespace/name`, a data set on the Hub")
 
 
 @dataclass(frozen=True)

@@ -7,10 +7,13 @@ from accelerate import Accelerator
 
 from ..hub.publish import push_folder
 from ..hub.rights import check_push_rights
+from ..hub.verify import verify_pushed
 from .checkpoints import WRITE_ERRORS, on_main
 from .options import FinetuneOptions, PretrainOptions
+from .presentation import REPORT
 from .results import read_json, without_progress_bars
 from .session import RunStopped, Session
+from .states import unsupported
 
 
 def find_repository(options: FinetuneOptions | PretrainOptions, accelerator: Accelerator) -> str | None:
@@ -22,6 +25,8 @@ def find_repository(options: FinetuneOptions | PretrainOptions, accelerator: Acc
     run, name = options.run, options.output_dir.resolve().name
     if not run.push_to_hub:
         return None
+    if run.hub_push_optimizer and (reason := unsupported(accelerator)):
+        raise ValueError(f"--hub-push-optimizer: there are no checkpoints to push: {reason}")
     return on_main(accelerator, lambda: check_push_rights(run.hub_model_id, name, run.hub_private))
 
 
@@ -64,13 +69,14 @@ def conclude(session: Session, headline: str, repository: str | None) -> None:
         RunStopped: see `push`.
     """
     session.reporter.say("result", headline)
-    session.reporter.say("saved", f"{session.folder} (model, image processor, README.md, results.json)")
+    files = ["README.md", *([REPORT] if (session.folder / REPORT).exists() else []), "results.json"]
+    session.reporter.say("saved", f"{session.folder} (model, image processor, {', '.join(files)})")
     push(session, repository)
     session.accelerator.end_training()
 
 
 def push(session: Session, repository: str | None) -> None:
-    """Push the folder as it is, unless there is no repository or the run is a rehearsal.
+    """Push the folder as it is, and verify what arrived, unless there is no repository or the run is a rehearsal.
 
     Raises:
         RunStopped: in one line, with the command that finishes the job.
@@ -78,8 +84,18 @@ def push(session: Session, repository: str | None) -> None:
     options = session.options.run
     if repository is None or options.dry_run:
         return
+    reporter = session.reporter
+
+    def push_and_verify() -> None:
+        pushed = push_folder(
+            session.folder, repository, options.hub_private, with_optimizer=options.hub_push_optimizer
+        )
+        reporter.say("pushed", pushed.in_words)
+        if options.hub_verify:
+            reporter.say("verifying", "loading it from there in a fresh process")
+            reporter.console.print("\n".join(verify_pushed(pushed, session.folder).lines()), markup=False)
+
     try:
-        pushed = on_main(session.accelerator, lambda: push_folder(session.folder, repository, options.hub_private))
+        on_main(session.accelerator, push_and_verify)  # the others wait: see LONGEST_WAIT in environment.py
     except (ValueError, OSError) as error:
         raise RunStopped(str(error)) from error
-    session.reporter.say("pushed", f"{pushed.url}, commit {pushed.commit}")

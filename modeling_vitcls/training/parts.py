@@ -16,7 +16,7 @@ from .augmentation import BatchMixer, build_augmentation
 from .batches import Normaliser, TrainingPictures, training_batches
 from .data import LabelledPictures
 from .evaluation import Evaluator
-from .health import AttentionEntropy
+from .health import build_attention_measure, nothing
 from .loop import Metrics
 from .losses import (
     Batch,
@@ -78,7 +78,7 @@ def whole_model(run: Run, evaluator: Evaluator) -> Parts:
         build_objective(run, normalise),
         batches,
         evaluator,
-        AttentionEntropy(model, normalise) if model.config.num_cls_tokens else nothing,
+        build_attention_measure(model, normalise),
         pictures.describe,
     )
 
@@ -173,8 +173,3 @@ def build_pictures(run: Run, options: AugmentationOptions, views: int) -> Traini
     augmentation = build_augmentation(options, config.image_height_width, processor.resample)
     to_rgb, seed = bool(processor.do_convert_rgb), run.options.training.seed
     return training_pictures(run.data.train, augmentation, to_rgb, seed, views, config.num_channels)
-
-
-def nothing(batch: Batch) -> Metrics:
-    """There are no CLS tokens whose attention could be measured."""
-    return {}

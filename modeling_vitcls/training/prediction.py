@@ -32,13 +32,14 @@ from transformers.configuration_utils import PreTrainedConfig
 from transformers.utils import logging
 
 from ..configuration_vitcls import ViTCLSConfig
+from ..hub.loading import local_copy
 from ..image_processing_vitcls import ViTCLSImageProcessor
 from ..loading_vitcls import load_checkpoint
 from ..modeling_vitcls import ViTCLSForImageClassification, ViTCLSForMultiTaskClassification, ViTCLSModel
 from .environment import build_accelerator
 from .model import is_preset
 from .options import PredictOptions
-from .prediction_answers import Answers, Precision, Row, answer, build_answers
+from .prediction_answers import AnswerColumns, Precision, Row, answer, build_answers
 from .prediction_decoding import Prepared, prepared_ahead
 from .prediction_inputs import Listed, Source, listed_files, open_source
 from .prediction_outputs import WRITERS, all_columns, show_table, write_rows
@@ -55,7 +56,7 @@ class Predictor:
 
     model: PreTrainedModel
     processor: ViTCLSImageProcessor
-    answers: Answers
+    answers: AnswerColumns
     precision: Precision
     batch_size: int
     num_workers: int
@@ -154,7 +155,8 @@ def load_model(source: str, with_head: bool) -> tuple[PreTrainedModel, ViTCLSIma
     """
     if is_preset(source):
         raise ValueError(f"{source} is a preset, which has learned nothing yet: give a folder, or a model of the Hub")
-    settings = load_checkpoint(PreTrainedConfig.get_config_dict, source)[0]
+    folder = local_copy(source)
+    settings = load_checkpoint(PreTrainedConfig.get_config_dict, folder)[0]
     if (model_type := settings.get("model_type", "no known")) != ViTCLSConfig.model_type:
         raise ValueError(
             f"{source} holds a model of type {model_type!r}: give a {ViTCLSConfig.model_type!r} checkpoint "
@@ -167,10 +169,10 @@ def load_model(source: str, with_head: bool) -> tuple[PreTrainedModel, ViTCLSIma
         model_class = ViTCLSForMultiTaskClassification if settings.get("tasks") else ViTCLSForImageClassification
         keywords = {}
     with without_warnings():  # what is missing is an error below; a classifier that is not used is none
-        model, loading = model_class.from_pretrained(source, output_loading_info=True, **keywords)
+        model, loading = model_class.from_pretrained(folder, output_loading_info=True, **keywords)
     if loading["missing_keys"]:
         raise ValueError(f"the checkpoint {source} lacks {min(loading['missing_keys'])}: train it first")
-    return model, load_checkpoint(ViTCLSImageProcessor.from_pretrained, source)
+    return model, load_checkpoint(ViTCLSImageProcessor.from_pretrained, folder)
 
 
 @contextmanager

@@ -10,7 +10,7 @@ any, with --features        features: a list of D numbers, or one such list for 
 prediction_outputs.py.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 
 from ..configuration_vitcls import ViTCLSConfig
 from ..heads_vitcls import mean_token
+from .labels import is_multi_label
 from .prediction_decoding import Prepared
 
 
@@ -28,7 +29,7 @@ Row = dict[str, Any]
 Precision = Callable[[], AbstractContextManager]  # gives what is entered for each forward pass
 
 
-class Answers(Protocol):
+class AnswerColumns(Protocol):
     """What is asked of a model, and how its output becomes columns."""
 
     @property
@@ -42,7 +43,7 @@ class Answers(Protocol):
         """These columns for each image."""
 
 
-def build_answers(model: PreTrainedModel, top_k: int | None, threshold: float, features: str | None) -> Answers:
+def build_answers(model: PreTrainedModel, top_k: int | None, threshold: float, features: str | None) -> AnswerColumns:
     """The answers that this model gives.
 
     Raises:
@@ -56,19 +57,20 @@ def build_answers(model: PreTrainedModel, top_k: int | None, threshold: float, f
     if not config.num_labels or config.problem_type == "regression":
         raise ValueError("this model has no labels to predict: fine-tune it on labelled images, or ask for features")
     names = [config.id2label[index] for index in range(config.num_labels)]
-    if config.problem_type == "multi_label_classification" or config.num_labels == 1:  # as transformers' pipeline
+    if is_multi_label(config):
         return SeveralLabels(model, names, top_k, threshold)
     return OneLabel(model, TopLabels(names, top_k))
 
 
 def answer(
-    batches: Iterator[list[Prepared]], answers: Answers, device: torch.device, precision: Precision
+    batches: Iterator[list[Prepared]], answers: AnswerColumns, device: torch.device, precision: Precision
 ) -> Iterator[Row]:
     """A row for each image, in order."""
     nothing = dict.fromkeys(answers.columns)
     for batch in batches:
         answered: dict[int, Row] = {}
-        for images in by_shape(batch):
+        known = {image.record.index: image.pixels for image in batch if image.pixels is not None}
+        for images in by_shape(known):
             rows = answers_to(torch.stack(list(images.values())).to(device), answers, precision)
             answered |= dict(zip(images, rows, strict=True))
         for image in batch:
@@ -82,16 +84,15 @@ def answer(
             }
 
 
-def by_shape(batch: list[Prepared]) -> Iterable[dict[int, torch.Tensor]]:
-    """The pixels by the image's number, in groups of one shape: an image processor may keep their proportions."""
+def by_shape(pixels: Mapping[int, torch.Tensor]) -> list[dict[int, torch.Tensor]]:
+    """Images [C, H, W] by their number, in groups of one shape: an image processor may keep their proportions."""
     groups: dict[torch.Size, dict[int, torch.Tensor]] = {}
-    for image in batch:
-        if image.pixels is not None:
-            groups.setdefault(image.pixels.shape, {})[image.record.index] = image.pixels
-    return groups.values()
+    for number, image in pixels.items():
+        groups.setdefault(image.shape, {})[number] = image
+    return list(groups.values())
 
 
-def answers_to(pixel_values: torch.Tensor, answers: Answers, precision: Precision) -> list[Row]:
+def answers_to(pixel_values: torch.Tensor, answers: AnswerColumns, precision: Precision) -> list[Row]:
     """A row for each of the images [B, C, H, W], or an error where the model refuses them or overflows."""
     try:
         with torch.inference_mode(), precision():
@@ -105,6 +106,33 @@ def answers_to(pixel_values: torch.Tensor, answers: Answers, precision: Precisio
 
 
 # Labels --------------------------------------------------------------------------------------------------------------
+
+
+Label = tuple[str, float]  # name and probability
+THRESHOLD = 0.5  # probability from which on one of several labels counts, unless another is asked for
+
+
+def most_probable(logits: torch.Tensor, names: list[str], count: int) -> list[list[Label]]:
+    """Of labels of which one holds, the first ones for each image: logits [B, labels]."""
+    top = logits.float().softmax(dim=1).topk(min(count, len(names)), dim=1)  # [B, count] twice
+    return named(top.indices, top.values, names)
+
+
+def all_probable(logits: torch.Tensor, names: list[str], threshold: float = THRESHOLD) -> list[list[Label]]:
+    """Of labels that hold or not by themselves, those from `threshold` on for each image, the most probable first."""
+    ordered = logits.float().sigmoid().sort(dim=1, descending=True, stable=True)  # [B, labels] twice
+    return [
+        [(name, probability) for name, probability in image if probability >= threshold]
+        for image in named(ordered.indices, ordered.values, names)
+    ]
+
+
+def named(indices: torch.Tensor, probabilities: torch.Tensor, names: list[str]) -> list[list[Label]]:
+    """The labels of each image: both [B, count]."""
+    return [
+        [(names[index], probability) for index, probability in zip(*image, strict=True)]
+        for image in zip(indices.tolist(), probabilities.tolist(), strict=True)
+    ]
 
 
 class TopLabels:
@@ -122,16 +150,13 @@ class TopLabels:
 
     def rows(self, logits: torch.Tensor) -> list[Row]:
         """Logits [B, labels] -> columns for each image."""
-        top = logits.softmax(dim=1).topk(self.count, dim=1)  # [B, count] twice
-        return [self.row(*image) for image in zip(top.indices.tolist(), top.values.tolist(), strict=True)]
+        return [self.row(labels) for labels in most_probable(logits, self.names, self.count)]
 
-    def row(self, labels: list[int], probabilities: list[float]) -> Row:
+    def row(self, labels: list[Label]) -> Row:
         """The columns of one image."""
         row: Row = {}
-        for (label_column, probability_column), label, probability in zip(
-            self.pairs, labels, probabilities, strict=True
-        ):
-            row |= {label_column: self.names[label], probability_column: probability}
+        for (label_column, probability_column), (label, probability) in zip(self.pairs, labels, strict=True):
+            row |= {label_column: label, probability_column: probability}
         return row
 
 
@@ -194,11 +219,10 @@ class SeveralLabels:
 
     def rows(self, values: dict[str, torch.Tensor]) -> list[Row]:
         """The labels that are probable enough, the most probable first."""
-        ordered = values["logits"].sigmoid().sort(dim=1, descending=True, stable=True)  # [B, labels] twice
         rows = []
-        for labels, probabilities in zip(ordered.indices.tolist(), ordered.values.tolist(), strict=True):
-            enough = [probability for probability in probabilities if probability >= self.threshold][: self.top_k]
-            rows.append({"labels": [self.names[label] for label in labels[: len(enough)]], "probabilities": enough})
+        for labels in all_probable(values["logits"], self.names, self.threshold):
+            chosen = labels[: self.top_k]
+            rows.append({"labels": [name for name, _ in chosen], "probabilities": [value for _, value in chosen]})
         return rows
 
 

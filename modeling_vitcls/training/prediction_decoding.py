@@ -9,17 +9,12 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
-from torchvision.io import ImageReadMode, decode_jpeg
 
 from ..image_processing_vitcls import ViTCLSImageProcessor
 from .prediction_inputs import Record
-
-
-JPEG_START = b"\xff\xd8\xff"
 
 
 @dataclass(frozen=True)
@@ -55,7 +50,7 @@ def prepared_ahead(
 def prepare(processor: ViTCLSImageProcessor, record: Record) -> Prepared:
     """Read, decode and process one image."""
     try:
-        picture = read(record, to_rgb=bool(processor.do_convert_rgb))
+        picture = source_of(record)
         pixels = processor(picture, return_tensors="pt")["pixel_values"][0]  # [C, H, W]
     except CannotFetch:
         raise
@@ -70,11 +65,11 @@ def in_one_line(error: Exception) -> str:
     return message.encode("utf-8", errors="replace").decode()
 
 
-def read(record: Record, to_rgb: bool) -> Any:
-    """A picture in memory, or a source that the image processor reads itself, and names if it cannot.
+def source_of(record: Record) -> Any:
+    """What the image processor reads, and names if it cannot.
 
     Raises:
-        ValueError, OSError: if there is no image, or its file cannot be opened.
+        ValueError: if there is no image.
         CannotFetch: if a data set's file cannot be read over the network.
     """
     content = record.content
@@ -82,36 +77,7 @@ def read(record: Record, to_rgb: bool) -> Any:
         raise ValueError(f"there is no image in row {record.index}")
     if isinstance(content, str) and "://" in content and not content.startswith(("http://", "https://")):
         content = fetch(content)
-    if to_rgb and (encoded := jpeg_bytes(content)):
-        pixels = decode_jpeg_as_pil(encoded)
-        return content if pixels is None else pixels
     return content
-
-
-def jpeg_bytes(content: Any) -> bytes | None:
-    """The encoded bytes of a JPEG file, or None for other content."""
-    if isinstance(content, bytes | bytearray):
-        return bytes(content) if content.startswith(JPEG_START) else None
-    if not isinstance(content, str | Path) or str(content).startswith(("http://", "https://", "data:")):
-        return None
-    with Path(content).open("rb") as file:
-        start = file.read(len(JPEG_START))
-        return start + file.read() if start == JPEG_START else None
-
-
-def decode_jpeg_as_pil(encoded: bytes) -> torch.Tensor | None:
-    """A JPEG file as RGB, upright, [3, H, W] `uint8`: the very pixels that PIL gives, a fifth faster.
-
-    None where torchvision cannot read it, or not as PIL does (CMYK): then PIL does, or says what is wrong.
-    """
-    data = torch.frombuffer(bytearray(encoded), dtype=torch.uint8)
-    try:
-        pixels = decode_jpeg(data, mode=ImageReadMode.UNCHANGED, apply_exif_orientation=True)
-    except RuntimeError:
-        return None
-    if len(pixels) == 1:
-        return pixels.expand(3, -1, -1)
-    return pixels if len(pixels) == 3 else None
 
 
 def fetch(address: str) -> bytes:

@@ -17,21 +17,25 @@ import torch
 
 from ..configuration_vitcls import ViTCLSConfig
 from ..hub.encoder_card import build_encoder_card
+from ..hub.loading import local_copy
 from ..image_processing_vitcls import ViTCLSImageProcessor
 from ..modeling_vitcls import ViTCLSForMaskedImageModeling
 from .augmentation import build_augmentation
 from .batches import BatchPlan, Normaliser, TrainingPictures, training_batches
+from .branch_uploads import branch_uploads
 from .data import TrainingData, load_unlabelled_data
-from .health import AttentionEntropy
+from .health import build_attention_measure
 from .loop import Metrics
 from .losses import Batch, MaskedImages
 from .masking import MaskChooser
 from .model import check_is_vitcls, fit_processor, is_preset
 from .options import ModelOptions, PretrainOptions, as_flags
 from .output import conclude, find_repository, finished_before, write_output
+from .presentation import look_at_saved, may_show_samples, origin_of_run, write_card
 from .reconstruction import ReconstructionEvaluator
 from .reporting import shown_metric
 from .results import facts_of_run, model_lines, plan_lines, write_json
+from .saving import write_model
 from .session import Session, dry_run, open_session
 from .states import gather, named_tensors
 from .streaming import TrainingStream, training_pictures
@@ -59,7 +63,7 @@ def prepare(options: PretrainOptions) -> Run:
     """
     check_combinations(options)
     session = open_session(options)
-    accelerator = session.accelerator
+    options, accelerator = session.options, session.accelerator
     hub_model_id = find_repository(options, accelerator)
     with accelerator.main_process_first():  # downloads once
         data = load_unlabelled_data(options.data)
@@ -92,8 +96,9 @@ def pretrain(run: Run) -> dict[str, Any]:
         run.plan,
         partial(build_batches, run, pictures),
         build_evaluator(run),
-        AttentionEntropy(model, normalise) if model.config.num_cls_tokens else nothing,
+        build_attention_measure(model, normalise),
         describe_broken=pictures.describe,
+        uploads=branch_uploads(session, run.hub_model_id, model, partial(write_model, model, run.processor)),
     )
     results = describe(run) | metrics
     save(run, results)
@@ -121,16 +126,20 @@ def rehearse(options: PretrainOptions) -> None:
 
 
 def check_combinations(options: PretrainOptions) -> None:
-    """Raise ValueError for flags that need labels, or that are for models that are trained already."""
+    """Raise ValueError for flags that need labels, that are for models that are trained already, or that leave out
+    what is asked for."""
     flags = {
         "--mixup": bool(options.augmentation.mixup),
         "--cutmix": bool(options.augmentation.cutmix),
         "--class-balance": options.training.class_balance != "none",
         "--trainable": options.training.trainable != "full",
+        "--eval-benchmark": options.run.eval_benchmark is not None,
     }
     for flag, is_set in flags.items():
         if is_set:
             raise ValueError(f"{flag} is for fine-tuning, and pre-training has no labels: leave it out")
+    if options.model.patch_drop_rate:
+        raise ValueError("--patch-drop-rate leaves patches out, and pre-training asks about all: leave it out")
 
 
 def build_model(options: ModelOptions) -> tuple[ViTCLSForMaskedImageModeling, ViTCLSImageProcessor]:
@@ -146,9 +155,15 @@ def build_model(options: ModelOptions) -> tuple[ViTCLSForMaskedImageModeling, Vi
         model = ViTCLSForMaskedImageModeling(ViTCLSConfig.from_preset(options.model, **values))
         processor = ViTCLSImageProcessor()
     else:
-        check_is_vitcls(options.model)
-        model = ViTCLSForMaskedImageModeling.from_pretrained(options.model, dtype=torch.float32, **values)
-        processor = ViTCLSImageProcessor.from_pretrained(options.model)
+        folder = local_copy(options.model)
+        check_is_vitcls(options.model, folder)
+        model = ViTCLSForMaskedImageModeling.from_pretrained(folder, dtype=torch.float32, **values)
+        processor = ViTCLSImageProcessor.from_pretrained(folder)
+        if rate := model.config.patch_drop_rate:
+            raise ValueError(
+                f"{options.model} has a patch_drop_rate of {rate}, and pre-training asks about all patches: "
+                "give --patch-drop-rate 0"
+            )
     fit_processor(processor, model.config)
     return model, processor
 
@@ -189,11 +204,6 @@ def build_evaluator(run: Run) -> ReconstructionEvaluator:
     )
 
 
-def nothing(batch: Batch) -> Metrics:
-    """There are no CLS tokens whose attention could be measured."""
-    return {}
-
-
 # Output --------------------------------------------------------------------------------------------------------------
 
 
@@ -203,10 +213,22 @@ def save(run: Run, results: dict[str, Any]) -> None:
     weights = gather(named_tensors(run.model), session.accelerator.is_main_process)  # all processes take part
 
     def write() -> None:
-        run.model.save_pretrained(folder, state_dict=weights)
-        run.processor.save_pretrained(folder)
-        card = build_encoder_card(folder.resolve().name, run.model.config, results, as_flags(run.options))
-        card.save(folder / "README.md")
+        write_model(run.model, run.processor, folder, weights)
+        pictures = look_at_saved(
+            folder,
+            type(run.model),
+            results,
+            run.data.held_out,
+            run.data.label_space,
+            session.accelerator.device,
+            run.options.run.report,
+            session.reporter.warn,
+            session.reporter.track,
+            may_show_samples(run.options, run.hub_model_id, session.reporter.warn),
+        )
+        name, origin = run.hub_model_id or folder.resolve().name, origin_of_run(run.options)
+        card = build_encoder_card(name, run.model.config, results, as_flags(run.options), origin, pictures)
+        write_card(folder, card, origin, results, run.options.run, session.reporter.warn)
         write_json(folder / "results.json", results)
 
     write_output(session, write)

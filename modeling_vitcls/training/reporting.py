@@ -1,21 +1,27 @@
-"""What a run says: a summary, progress (a bar on a terminal, plain lines elsewhere), metrics.jsonl, trackers.
+"""What a run says: a summary, progress (a bar on a terminal, plain lines elsewhere), metrics.jsonl, trackers
+(numbers and, at the end, pictures).
 
 Only the main process prints and writes.
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+import numpy as np
 from accelerate import Accelerator
+from PIL import Image
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from .tracked_pictures import Track
+
 
 HELD_OUT = "held_out_"  # before the names of metrics on held-out pictures
+AXES = {"tensorboard": {"dataformats": "NHWC"}}  # tracker -> what it has to be told about arrays of pictures
 
 
 class Reporter:
@@ -89,6 +95,8 @@ class Reporter:
         with self.writing(), self.metrics_file.open("a", encoding="utf-8") as file:
             file.write(line + "\n")
         text = f"epoch {record['epoch']:.1f}  loss {record['loss']:.3f}  {record['images_per_second']:.0f} images/s"
+        if "utilisation" in record:
+            text += f", {record['utilisation']:.1%} of peak"
         held_out = "".join(
             f"  held out: {shown_metric(name.removeprefix(HELD_OUT), value)}"
             for name, value in [item for item in record.items() if item[0].startswith(HELD_OUT)][:1]
@@ -99,6 +107,19 @@ class Reporter:
         self.progress.update(self.task, completed=record["step"], description=text)
         if held_out:
             self.progress.console.print(f"epoch {record['epoch']:>5.1f}{held_out}", markup=False)
+
+    @property
+    def track(self) -> Track | None:
+        """Hands pictures, by name, to the trackers that take any, with the last step; to be called on the main process
+        alone. None where there is no such tracker."""
+        takers = [tracker for tracker in self.accelerator.trackers if hasattr(tracker, "log_images")]
+
+        def hand_over(pictures: Mapping[str, Image.Image]) -> None:
+            arrays = {name: np.asarray(picture.convert("RGB"))[None] for name, picture in pictures.items()}  # NHWC
+            for tracker in takers:
+                tracker.log_images(arrays, step=self.num_steps, **AXES.get(tracker.name, {}))
+
+        return hand_over if takers else None
 
 
 def shown_metric(name: str, value: float | None) -> str:

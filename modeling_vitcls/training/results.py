@@ -12,6 +12,7 @@ from torch import nn
 from transformers.utils import logging
 
 from ..configuration_vitcls import ViTCLSConfig
+from ..hub.energy import energy_estimate
 from .batches import BatchPlan
 from .environment import device_name, versions
 from .states import size
@@ -57,6 +58,7 @@ def facts_of_run(
         "device": device_name(accelerator),
         "mixed_precision": precision(accelerator),
         "num_processes": accelerator.num_processes,
+        "energy": energy_estimate(seconds, accelerator.num_processes, accelerator.device),
         "versions": versions(),
     }
 

@@ -13,7 +13,7 @@ from .output import find_repository
 from .session import Session, open_session
 from .teacher import Teacher, load_teacher
 from .teacher_cache import check_teacher_views
-from .trainable import apply_trainable
+from .trainable import apply_trainable, drops_patches
 
 
 @dataclass
@@ -39,7 +39,7 @@ def prepare(options: FinetuneOptions) -> Run:
     options = with_distillation_token(options)
     check_combinations(options)
     session = open_session(options)
-    accelerator = session.accelerator
+    options, accelerator = session.options, session.accelerator
     hub_model_id = find_repository(options, accelerator)
     with accelerator.main_process_first():  # downloads once
         data = load_training_data(options.data)
@@ -48,6 +48,8 @@ def prepare(options: FinetuneOptions) -> Run:
         built = build_model(options.model, data.label_space)
         teacher = load_distiller(options, data, built, accelerator)
     model = apply_trainable(built.model, options.training.trainable, options.training.lora_rank, built.fresh)
+    if options.model.patch_drop_rate and not drops_patches(built.model.vitcls):
+        raise ValueError(useless_patch_dropout(options))
     if options.training.gradient_checkpointing:
         built.model.gradient_checkpointing_enable()
     session.check_plan(plan)
@@ -75,6 +77,8 @@ def check_combinations(options: FinetuneOptions) -> None:
             f"--trainable {training.trainable} is for a trained checkpoint, and {options.model.model} starts from "
             "random weights: name a checkpoint with --model"
         )
+    if options.model.patch_drop_rate and training.trainable == "head" and options.distillation.teacher is None:
+        raise ValueError(useless_patch_dropout(options))
     if training.feature_views and training.trainable != "head":
         raise ValueError("--feature-views is for --trainable head: leave one out, or give both")
     if options.data.streaming and options.distillation.teacher_views:
@@ -84,6 +88,14 @@ def check_combinations(options: FinetuneOptions) -> None:
     if options.data.streaming and training.class_balance != "none":
         raise ValueError("--class-balance needs to know all labels, and a stream does not: leave one out")
     check_teacher_views(options.distillation.teacher_views, options.augmentation)
+
+
+def useless_patch_dropout(options: FinetuneOptions) -> str:
+    """What is wrong with --patch-drop-rate where the first layers are frozen: they see whole images."""
+    return (
+        f"--patch-drop-rate leaves patches out of layers that learn, and --trainable {options.training.trainable} "
+        "freezes the first ones: leave one out"
+    )
 
 
 def check_labels(options: FinetuneOptions, kind: str) -> None:

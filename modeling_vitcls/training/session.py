@@ -12,10 +12,10 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import yaml
@@ -23,11 +23,13 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object, set_seed
 from torch import nn
 
+from ..hub.places import BUILT_IN, is_same_place, settled
 from .batches import BatchPlan
 from .broken import NO_PICTURE, BrokenPictures
 from .checkpoints import (
     Checkpoint,
     CheckpointStore,
+    Tensors,
     is_on_all_processes,
     newest_for_all,
     on_all_processes,
@@ -40,22 +42,29 @@ from .health import TokenMonitor
 from .interruption import Interruption
 from .loop import Hooks, Interrupted, Metrics, NonFiniteLoss, TrainingLoop, TrainingState
 from .losses import Batch, Objective
+from .model import is_preset
 from .optimisation import build_optimizer
 from .options import FinetuneOptions, PretrainOptions, RunOptions, as_flags
 from .reporting import Reporter
 from .states import gather_state, scatter_state, unsupported
+from .utilisation import Utilisation, start_utilisation
 from .zero import check_flags, tell_flags
 
+
+if TYPE_CHECKING:
+    from .branch_uploads import BranchUploads
 
 Options = TypeVar("Options", FinetuneOptions, PretrainOptions)
 
 # Flags that a resumed run may have otherwise: they do not change what it computes.
 MAY_DIFFER = (
     "output_dir num_workers max_broken_images batch_size gradient_accumulation_steps resume overwrite save_every "
-    "keep_checkpoints log_with dry_run push_to_hub hub_model_id hub_private"
+    "keep_checkpoints log_with report dry_run push_to_hub hub_model_id hub_private hub_verify hub_checkpoint_every "
+    "hub_checkpoint_branch hub_push_optimizer license card_samples eval_benchmark eval_task_id"
 ).split()
 
 
+NAMES = ("dataset", "model", "teacher")  # that may be paths
 HOW_STARTED = ("resume", "overwrite", "dry_run")  # flags that are no part of the run's recipe
 LENGTH = ("epochs", "max_steps")
 
@@ -86,6 +95,7 @@ class Session:
     seconds: float = 0.0  # spent training up to here, before --resume too
     started: float = 0.0  # when this process began to train
     state: TrainingState | None = field(default=None, repr=False)
+    utilisation: Utilisation = field(default_factory=Utilisation)
 
     @property
     def folder(self) -> Path:
@@ -111,6 +121,7 @@ class Session:
         evaluate: Callable[[nn.Module], Metrics],
         measure_attention: Callable[[Batch], Metrics],
         describe_broken: Callable[[int], str],
+        uploads: "BranchUploads | None" = None,
     ) -> Metrics:
         """Train from the beginning, or from the checkpoint; returns the metrics of the last evaluation. Afterwards
         the model has the averaged weights, where `--ema-decay` asks for them.
@@ -121,6 +132,7 @@ class Session:
             evaluate: prepared model -> metrics on held-out pictures.
             measure_attention: batch on the device -> figures to log every `health_every` steps.
             describe_broken: index of a picture that cannot be read -> what is wrong with it.
+            uploads: of checkpoints to the Hub; None: none.
 
         Raises:
             RunStopped: by a signal, a loss that is not finite, too many broken images, or a full disk.
@@ -128,6 +140,7 @@ class Session:
         training, accelerator = self.options.training, self.accelerator
         if training.compile:
             model.compile()
+        self.utilisation = start_utilisation(model, plan, accelerator, self.reporter.say)
         shard_by_layer(accelerator, model)
         tell_flags(accelerator, training)
         state = TrainingState(*accelerator.prepare(model, build_optimizer(model, training)))
@@ -149,12 +162,21 @@ class Session:
             tell_broken()
             self.reporter.log(record)
 
-        def save(is_best: bool) -> None:
+        def gather() -> tuple[dict[str, Tensors], dict[str, Any]]:
             tell_broken()
-            self.save_checkpoint(state, plan, broken, is_best)
+            return self.gather_checkpoint(state, plan, broken)
+
+        def save(is_best: bool) -> None:
+            if self.keeps_checkpoints:
+                save_for_all(self.store, accelerator, state.step, *gather(), is_best)
+
+        def publish() -> None:
+            if uploads is not None:
+                uploads.publish(state, gather)
 
         self.started = time.perf_counter()
-        with Interruption(accelerator) as interruption, self.reporter, self.one_line(interruption):
+        in_background = uploads or nullcontext()
+        with Interruption(accelerator) as interruption, self.reporter, self.one_line(interruption), in_background:
             hooks = Hooks(
                 evaluate=lambda: evaluate(state.model),
                 log=log,
@@ -162,12 +184,14 @@ class Session:
                 save=save,
                 note_batch=lambda batch: met.extend(batch["broken"][batch["broken"] != NO_PICTURE].tolist()),
                 measure_attention=measure_attention,
+                note_speed=self.utilisation.note,
                 stop_requested=interruption.requested,
+                publish=publish,
             )
             save_every = self.options.run.save_every or (None if plan.num_pictures else STEPS_BETWEEN_SAVES_OF_STREAMS)
             loop = TrainingLoop(state, objective, plan, training, accelerator, hooks, monitor, save_every)
             metrics = loop.run(batches(state.step))
-        self.seconds = self.seconds_so_far()
+            self.seconds = self.seconds_so_far()
         if state.ema is not None:
             state.ema.load(state.ema.shadow)
         if training.trainable in TRAINS_TOKENS:
@@ -175,7 +199,11 @@ class Session:
                 self.reporter.warn(f"the token {token} did not move in {plan.num_steps} steps: it has learned nothing")
         if broken.count:
             self.reporter.warn(f"{broken.count} training image(s) could not be read and were skipped")
-        return metrics | {"num_broken_training_images": broken.count, "token_movement": monitor.movement()}
+        return metrics | {
+            "num_broken_training_images": broken.count,
+            "token_movement": monitor.movement(),
+            "utilisation": self.utilisation.results(),
+        }
 
     def check_plan(self, plan: BatchPlan) -> None:
         """Raise ValueError where --resume would go on in steps of another size or number, or in another precision."""
@@ -218,6 +246,7 @@ class Session:
             state.record = self.facts["record"]
             broken.known.update(self.facts["broken"])
             self.seconds = self.facts["seconds"]
+            self.utilisation.go_on_from(self.facts.get("utilisation", {}))
             self.reporter.say("resumed", f"after step {state.step:,} of {plan.num_steps:,}")
         elif self.accelerator.is_main_process:
             self.store.clear()
@@ -225,14 +254,15 @@ class Session:
         self.reporter.start_at(state.step - 1 if state.record else state.step, plan.num_steps)
         self.accelerator.wait_for_everyone()
 
-    def save_checkpoint(self, state: TrainingState, plan: BatchPlan, broken: BrokenPictures, is_best: bool) -> None:
-        """Write all that `begin` needs, where that is possible."""
-        if not self.keeps_checkpoints:
-            return
+    def gather_checkpoint(
+        self, state: TrainingState, plan: BatchPlan, broken: BrokenPictures
+    ) -> tuple[dict[str, Tensors], dict[str, Any]]:
+        """All that `begin` needs: tensors, on the main process, and facts. All processes call it together."""
         facts = {
             "step": state.step,
             "best_score": state.best_score,
             "seconds": self.seconds_so_far(),
+            "utilisation": self.utilisation.facts(),
             "windows": gather_object([state.window]),
             "attention": state.attention,
             "record": state.record,
@@ -243,7 +273,7 @@ class Session:
             "flags": as_flags(self.options),
         }
         tensors, rest = gather_state(self.accelerator, state.model, state.optimizer, self.shadow(state))
-        save_for_all(self.store, self.accelerator, state.step, tensors, facts | rest, is_best)
+        return tensors, facts | rest
 
     def report_rehearsal(self, started: float, num_steps: int, hub_model_id: str | None) -> None:
         """What `--dry-run` tried since `started`, and how long the run itself would be."""
@@ -313,13 +343,15 @@ class Session:
 
 
 def open_session(options: Options) -> Session:
-    """Check the output folder, and find the checkpoint to go on from.
+    """Check the output folder, and find the checkpoint to go on from. The session's options name files and folders by
+    absolute paths.
 
     Raises:
         ValueError: for flags that DeepSpeed does not go with; where the folder holds an unfinished run and neither
             --resume nor --overwrite is given; where all checkpoints are damaged, or are of a run with other flags; for
             a precision or tracker that is not there.
     """
+    options = with_settled_names(options)
     training, run = options.training, options.run
     accelerator = build_accelerator(
         training.gradient_accumulation_steps, training.mixed_precision, run.log_with, options.output_dir / "trackers"
@@ -339,6 +371,20 @@ def open_session(options: Options) -> Session:
     return Session(options, accelerator, store, checkpoint, facts, reporter)
 
 
+def with_settled_names(options: Any) -> Any:
+    """With data set, model and teacher named as they are found from any folder."""
+    dataset, model = options.data.dataset, options.model.model
+    options = replace(
+        options,
+        data=replace(options.data, dataset=settled(dataset, known=dataset == BUILT_IN)),
+        model=replace(options.model, model=settled(model, known=is_preset(model))),
+    )
+    if isinstance(options, PretrainOptions) or options.distillation.teacher is None:
+        return options
+    teacher = settled(options.distillation.teacher)
+    return replace(options, distillation=replace(options.distillation, teacher=teacher))
+
+
 def ignored(message: str) -> None:
     """Takes a warning that does not concern this run."""
 
@@ -356,7 +402,7 @@ def check_unfinished(store: CheckpointStore, folder: Path, run: RunOptions) -> N
 def check_same_flags(before: dict[str, Any], now: dict[str, Any], folder: Path) -> None:
     """Raise ValueError where --resume would go on with another run than was started."""
     for name, value in before.items():
-        if name in MAY_DIFFER or now.get(name) == value:
+        if name in MAY_DIFFER or now.get(name) == value or (name in NAMES and is_same_place(value, now.get(name))):
             continue
         what_to_do = "give the same flags, or choose another --output-dir"
         if name in LENGTH:

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from ..hub.loading import briefly_asked, is_hub_id, not_there
 from ..image_processing_vitcls import first_line
 from ..losses_vitcls import IGNORED_LABEL
 from .columns import UNLABELLED, build_label_reader, find_image_column, is_image
@@ -176,13 +177,29 @@ def open_with_datasets(options: DataOptions) -> Any:
     """The data set's splits by name, as `datasets` returns them; streamed, nothing is read yet.
 
     Raises:
+        ValueError: if it cannot be read.
+        OSError: if there is none of this name, here or on the Hub, or the Hub does not answer.
+    """
+    path = Path(options.dataset)
+    if options.streaming and (options.dataset == "digits" or is_idx_folder(path)):
+        raise ValueError(f"{options.dataset} fits into memory: leave out --streaming")
+    if path.suffix in READERS or path.exists():
+        return read_with_datasets(options)
+    if not is_hub_id(options.dataset):
+        raise OSError(not_there(options.dataset, "dataset"))
+    with briefly_asked(options.dataset, "dataset"):  # `datasets` alone asks for most of a minute
+        return read_with_datasets(options)
+
+
+def read_with_datasets(options: DataOptions) -> Any:
+    """`datasets.load_dataset`, with errors of one line.
+
+    Raises:
         ValueError: if it cannot be found or read.
     """
     import datasets
 
     path = Path(options.dataset)
-    if options.streaming and (options.dataset == "digits" or is_idx_folder(path)):
-        raise ValueError(f"{options.dataset} fits into memory: leave out --streaming")
     try:
         if path.suffix in READERS:
             separator = {"sep": "\t"} if path.suffix == ".tsv" else {}

@@ -29,6 +29,8 @@ from transformers import (
 )
 from transformers.image_utils import pil_torch_interpolation_mapping
 
+from ..hub.loading import local_copy_of_any_kind
+from ..hub.timm_models import load_timm
 from .labels import LabelSpace
 
 
@@ -158,12 +160,16 @@ def match_labels(source: str, teacher: Loaded, wanted: list[str]) -> tuple[list[
 
 def load_from_transformers(source: str, num_channels: int, height_width: tuple[int, int]) -> Loaded:
     """A classifier with its image processor, weights in `float32`."""
-    config = read(source, "config.json", AutoConfig.from_pretrained, trust_remote_code=False)
+    try:
+        folder = local_copy_of_any_kind(source)
+    except OSError as error:
+        raise OSError(f"cannot load the teacher: {error}") from error
+    config = read(source, "config.json", AutoConfig.from_pretrained, folder, trust_remote_code=False)
     if type(config) not in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING:
         raise ValueError(f"the teacher {source} is a model of type {config.model_type!r}: give an image classifier")
     load_model = AutoModelForImageClassification.from_pretrained
     model, info = read(
-        source, "model", load_model, dtype=torch.float32, output_loading_info=True, trust_remote_code=False
+        source, "model", load_model, folder, dtype=torch.float32, output_loading_info=True, trust_remote_code=False
     )
     if info["missing_keys"]:
         raise ValueError(
@@ -171,7 +177,7 @@ def load_from_transformers(source: str, num_channels: int, height_width: tuple[i
         )
     names = [config.id2label[index] for index in range(config.num_labels)]
     has_names = names != [f"LABEL_{index}" for index in range(config.num_labels)]
-    processor = read(source, "image processor", AutoImageProcessor.from_pretrained, trust_remote_code=False)
+    processor = read(source, "image processor", AutoImageProcessor.from_pretrained, folder, trust_remote_code=False)
     if config.model_type == "timm_wrapper":
         preprocessing = preprocessing_of_timm(processor.data_config)
     else:
@@ -201,10 +207,10 @@ def call(processor: Any, pixels: torch.Tensor, **settings: Any) -> torch.Tensor:
     return processor(list(pixels), **settings)["pixel_values"]
 
 
-def read(source: str, what: str, load: Callable[..., Any], **settings: Any) -> Any:
-    """`load(source)`, with an error of one line."""
+def read(source: str, what: str, load: Callable[..., Any], folder: str, **settings: Any) -> Any:
+    """`load(folder)`, with an error of one line that names the `source`."""
     try:
-        return load(source, **settings)
+        return load(folder, **settings)
     except Exception as error:  # configurations and weights of others raise almost anything
         if "trust_remote_code" in str(error):
             raise ValueError(
@@ -226,7 +232,7 @@ def load_from_timm(source: str, num_channels: int, height_width: tuple[int, int]
 
     name, _, file = source.removeprefix(TIMM_PREFIX).partition("@")
     try:
-        model: Any = timm_with_weights(name, file) if file else timm.create_model(name, pretrained=True)
+        model: Any = timm_with_weights(name, file) if file else load_timm(name)[0]
     except Exception as error:  # unknown names, no network, weights that do not fit
         raise OSError(f"cannot load the teacher {source} ({one_line(error)})") from error
     preprocessing = preprocessing_of_timm(timm.data.resolve_model_data_config(model))

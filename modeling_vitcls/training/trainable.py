@@ -17,8 +17,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..costs_vitcls import first_trained_layer
 from ..embeddings_vitcls import ViTCLSEmbeddings
 from ..layers_vitcls import EncoderLayer
+from ..modeling_vitcls import ViTCLSModel
 
 
 ENCODER = "vitcls."
@@ -98,11 +100,20 @@ def with_companions(model: Any, fresh: set[str]) -> set[str]:
 
 def set_training(model: nn.Module) -> None:
     """Train mode, but for embeddings and layers that are frozen as a whole: they drop nothing out, so that what is
-    built on them sees what it will see later. In place of `model.train()`, for wrapped models too."""
+    built on them sees what it will see later. Nor are patches left out where embeddings and first layer are frozen.
+    In place of `model.train()`, for wrapped models too."""
     model.train()
     for module in model.modules():
+        if isinstance(module, ViTCLSModel):
+            module.patch_dropout.train(drops_patches(module))
         if isinstance(module, ViTCLSEmbeddings | EncoderLayer):
             module.train(any(parameter.requires_grad for parameter in module.parameters()))
+
+
+def drops_patches(encoder: ViTCLSModel) -> bool:
+    """Whether training leaves patches out: where they are asked for, and something learns before them or right after
+    them."""
+    return encoder.config.patch_drop_rate > 0 and first_trained_layer(encoder) == 0
 
 
 # LoRA ----------------------------------------------------------------------------------------------------------------

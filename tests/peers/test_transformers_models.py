@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 from unittest.mock import patch
 
+import pytest
 import torch
 from transformers.models.auto import modeling_auto
 
@@ -128,6 +129,7 @@ class MultiTaskTests(OurModelTests):
         return inputs
 
 
+@pytest.mark.slow
 class OneTaskTest(MultiTaskTests, unittest.TestCase):
     layout = ONE_CLS | {"tasks": {"digit": ["odd", "even"]}}
 

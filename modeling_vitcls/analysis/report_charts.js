@@ -1,0 +1,420 @@
+// Curves over depth, bars, histograms and similarities: SVG of the width that there is, with values under the pointer.
+"use strict";
+
+const MARGIN = { left: 46, right: 12, top: 10, bottom: 30 };
+const DASHES = ["", "7 3", "2 3", "9 3 2 3"];
+const GROUP_WORDS = { cls: "CLS", distillation: "distillation", registers: "registers", patches: "patches" };
+const LOGARITHMIC_FROM = 30; // largest over least value from which norms are drawn so
+
+const afterLayers = Array.from({ length: data.layers + 1 }, (_, layer) => layer); // 0 are the embeddings
+const inLayers = afterLayers.slice(1);
+
+// Style of the lines -----------------------------------------------------------------------------------------------
+
+// Colour by group; several tokens of one differ in lightness, dashes and markers.
+const tokenStyles = data.tokens.map(({ name, group }, place) => {
+  const members = data.tokens.filter((token) => token.group === group);
+  const index = place - data.tokens.findIndex((token) => token.group === group);
+  const fade = members.length > 1 ? Math.round((55 * index) / (members.length - 1)) : 0;
+  return { name, colour: `color-mix(in oklab, var(--${group}), var(--fade) ${fade}%)`, index };
+});
+
+function marker(index, x, y, colour) {
+  const r = 3.2;
+  const shapes = [
+    () => element("circle", { cx: x, cy: y, r }),
+    () => element("rect", { x: x - r, y: y - r, width: 2 * r, height: 2 * r }),
+    () => element("path", { d: `M${x},${y - r - 1}L${x + r + 1},${y + r}L${x - r - 1},${y + r}Z` }),
+    () => element("path", { d: `M${x},${y - r - 1}L${x + r + 1},${y}L${x},${y + r + 1}L${x - r - 1},${y}Z` }),
+  ];
+  const shape = shapes[index % shapes.length]();
+  shape.style.fill = colour;
+  return shape;
+}
+
+// Axes -------------------------------------------------------------------------------------------------------------
+
+// Round steps from 0, or from below it, to the largest value.
+function ticksFor(least, most) {
+  const rough = (most - least || 1) / 4;
+  const power = 10 ** Math.floor(Math.log10(rough));
+  const step = [1, 2, 2.5, 5, 10].map((factor) => factor * power).find((candidate) => candidate >= rough);
+  const ticks = [];
+  for (let value = Math.floor(least / step) * step; value < most + step * 0.999; value += step)
+    ticks.push(Number(value.toPrecision(12)));
+  return ticks;
+}
+
+// Powers of ten between two values, or, where there are few, also their double and fivefold.
+function logarithmicTicks(least, most) {
+  const first = Math.floor(Math.log10(least));
+  const powers = Array.from({ length: Math.ceil(Math.log10(most)) - first + 1 }, (_, place) => 10 ** (first + place));
+  const inside = (values) => values.filter((value) => value >= least * 0.999 && value <= most * 1.001);
+  const fine = inside(powers.flatMap((power) => [power, 2 * power, 5 * power]));
+  if (fine.length <= 6) return fine;
+  const coarse = inside(powers);
+  return coarse.filter((_, place) => place % Math.ceil(coarse.length / 6) === 0);
+}
+
+// Places of values on the y axis, and its ticks.
+function yAxis(values, height, { log = false, format = plain }) {
+  const finite = values.filter((value) => value !== null);
+  const least = Math.min(...finite, ...(log ? [] : [0]));
+  const most = Math.max(...finite, ...(log ? [] : [1e-9]));
+  const ticks = log ? logarithmicTicks(least, most) : ticksFor(least, most);
+  const [low, high] = log ? [Math.log10(least), Math.log10(most)] : [Math.min(ticks[0], least), Math.max(ticks.at(-1), most)];
+  const room = height - MARGIN.top - MARGIN.bottom;
+  const place = (value) => MARGIN.top + room * (1 - ((log ? Math.log10(value) : value) - low) / (high - low || 1));
+  return { ticks, place, format };
+}
+
+function drawAxes(svg, width, height, y, labels, xOf, xTitle) {
+  for (const tick of y.ticks) {
+    svg.append(element("line", { x1: MARGIN.left, x2: width - MARGIN.right, y1: y.place(tick), y2: y.place(tick), class: "grid-line" }));
+    svg.append(element("text", { x: MARGIN.left - 6, y: y.place(tick) + 4, class: "tick end" }, y.format(tick)));
+  }
+  const every = Math.ceil(labels.length / Math.max(Math.floor((width - MARGIN.left) / 42), 1));
+  labels.forEach((label, place) => {
+    if (place % every === 0)
+      svg.append(element("text", { x: xOf(place), y: height - MARGIN.bottom + 15, class: "tick middle" }, plain(label)));
+  });
+  svg.append(element("text", { x: (MARGIN.left + width - MARGIN.right) / 2, y: height - 2, class: "tick middle" }, xTitle));
+}
+
+// An SVG in a figure that is drawn anew for each width.
+function drawing(figure, height, label, draw) {
+  const svg = element("svg", { role: "img", "aria-label": label, height });
+  figure.append(svg);
+  let drawnWidth = 0;
+  const redraw = () => {
+    if (!drawnWidth) return; // not laid out yet
+    svg.replaceChildren();
+    svg.setAttribute("viewBox", `0 0 ${drawnWidth} ${height}`);
+    draw(svg, drawnWidth);
+  };
+  new ResizeObserver(([entry]) => {
+    const width = Math.floor(entry.contentRect.width);
+    if (!width || width === drawnWidth) return;
+    drawnWidth = width;
+    redraw();
+  }).observe(figure);
+  return redraw;
+}
+
+// The pointer, or the arrow keys, choose a place along x; `lines(place)` says what is there.
+function readable(svg, count, xOf, lines, height) {
+  const cross = element("line", { y1: MARGIN.top, y2: height - MARGIN.bottom, class: "cross", visibility: "hidden" });
+  svg.append(cross);
+  let chosen = -1;
+  const choose = (place, x, y) => {
+    chosen = place;
+    cross.setAttribute("x1", xOf(place));
+    cross.setAttribute("x2", xOf(place));
+    cross.setAttribute("visibility", "visible");
+    tip.show(x, y, lines(place));
+  };
+  const leave = () => {
+    chosen = -1;
+    cross.setAttribute("visibility", "hidden");
+    tip.hide();
+  };
+  const nearest = (event) => {
+    const x = event.clientX - svg.getBoundingClientRect().left;
+    let best = 0;
+    for (let place = 1; place < count; place++) if (Math.abs(xOf(place) - x) < Math.abs(xOf(best) - x)) best = place;
+    choose(best, event.clientX, event.clientY);
+  };
+  svg.onpointermove = svg.onpointerdown = nearest;
+  svg.onblur = leave;
+  svg.onpointerleave = (event) => event.pointerType === "touch" || leave(); // what was tapped stays
+  svg.setAttribute("tabindex", 0);
+  svg.onkeydown = (event) => {
+    const step = { ArrowLeft: -1, ArrowRight: 1 }[event.key];
+    if (!step) return;
+    event.preventDefault();
+    const place = Math.min(Math.max(chosen + step, 0), count - 1);
+    const box = svg.getBoundingClientRect();
+    choose(place, box.left + xOf(place), box.top + 20);
+  };
+}
+
+// A name with its line, as it is in the figure.
+function sample({ colour, index = 0, dash }) {
+  const svg = element("svg", { width: 26, height: 12, "aria-hidden": "true" });
+  const line = element("line", { x1: 1, x2: 25, y1: 6, y2: 6, "stroke-dasharray": dash ?? DASHES[index % DASHES.length], class: "line" });
+  line.style.stroke = colour;
+  svg.append(line);
+  if (dash === undefined) svg.append(marker(index, 13, 6, colour));
+  return svg;
+}
+
+// The same figures as a table, for who cannot see or wants to copy them.
+function numbersBelow(figure, header, rows) {
+  const cellsOf = (values, tag) => values.map((value) => element(tag, {}, typeof value === "string" ? value : plain(value)));
+  const table = element("table", {}, element("thead", {}, element("tr", {}, ...cellsOf(header, "th"))));
+  table.append(element("tbody", {}, ...rows.map((row) => element("tr", {}, ...cellsOf(row, "td")))));
+  figure.append(element("details", { class: "numbers" }, element("summary", {}, "numbers"), element("div", { class: "wide" }, table)));
+}
+
+// Curves -----------------------------------------------------------------------------------------------------------
+
+// `series`: { name, colour, index, mean, low?, high? }; `labels`: of x; `baselines`: of { name, value }.
+function lineChart(figure, { series, labels, xTitle, baselines = [], format = plain, log = false, height = 230 }) {
+  const hidden = new Set();
+  const legend = element("div", { class: "legend" });
+  const title = figure.querySelector("h3").textContent;
+  const redraw = drawing(figure, height, `${title}, by layer`, (svg, width) => {
+    const shown = series.filter(({ name }) => !hidden.has(name));
+    const values = shown.flatMap(({ mean, low = [], high = [] }) => [...mean, ...low, ...high]);
+    const y = yAxis([...values, ...baselines.map(({ value }) => value)], height, { log, format });
+    const room = width - MARGIN.left - MARGIN.right - 12;
+    const xOf = (place) => MARGIN.left + 6 + (labels.length > 1 ? (room * place) / (labels.length - 1) : room / 2);
+    drawAxes(svg, width, height, y, labels, xOf, xTitle);
+    for (const { value } of baselines) {
+      const at = y.place(value);
+      svg.append(element("line", { x1: MARGIN.left, x2: width - MARGIN.right, y1: at, y2: at, class: "baseline" }));
+    }
+    const points = (row) => row.map((value, place) => [xOf(place), value === null ? null : y.place(value)]).filter(([, at]) => at !== null);
+    for (const { low, high, colour } of shown) {
+      if (!low) continue;
+      const band = element("path", { d: `M${[...points(low), ...points(high).reverse()].map((point) => point.join(",")).join("L")}Z`, class: "band" });
+      band.style.fill = colour;
+      svg.append(band);
+    }
+    for (const { mean, colour, index } of shown) {
+      const line = element("path", { d: `M${points(mean).map((point) => point.join(",")).join("L")}`, "stroke-dasharray": DASHES[index % DASHES.length], class: "line" });
+      line.style.stroke = colour;
+      svg.append(line, ...points(mean).map(([x, at]) => marker(index, x, at, colour)));
+    }
+    const said = ({ name, mean, low, high }, place) =>
+      `${name}: ${format(mean[place])}${low && data.heads.length !== 1 ? ` (${format(low[place])} to ${format(high[place])})` : ""}`;
+    readable(svg, labels.length, xOf, (place) => [
+      `${xTitle} ${labels[place]}`,
+      ...shown.map((one) => said(one, place)),
+      ...baselines.map(({ name, value }) => `${name}: ${format(value)}`),
+    ], height);
+  });
+  for (const one of series) {
+    const button = element("button", { type: "button", "aria-pressed": "true" }, sample(one), one.name);
+    button.addEventListener("click", () => {
+      if (!hidden.delete(one.name)) hidden.add(one.name);
+      button.setAttribute("aria-pressed", String(!hidden.has(one.name)));
+      redraw();
+    });
+    if (series.length > 1) legend.append(button);
+  }
+  if (baselines.length) legend.append(element("span", {}, sample({ colour: "var(--ink)", dash: "5 4" }), baselines[0].name));
+  figure.append(legend);
+  numbersBelow(figure, [xTitle, ...series.map(({ name }) => name)], labels.map((label, place) => [String(label), ...series.map(({ mean }) => mean[place])]));
+}
+
+const uniform = (name) => [{ name: "uniform", value: data.curves.uniform[name] }];
+
+// Of tokens that see different parts of the image each has its own.
+function uniformByToken(name) {
+  const values = data.curves.uniform_by_token[name];
+  if (!values) return uniform(name);
+  const alike = uniform(name);
+  values.forEach((value, place) => {
+    if (value !== alike[0].value) alike.push({ name: `uniform, of what ${data.tokens[place].name} sees`, value });
+  });
+  return alike;
+}
+
+const ofTokens = (rows) => rows.map((row, place) => ({ ...tokenStyles[place], ...(Array.isArray(row) ? { mean: row } : row) }));
+const attentionChart = (name, more = {}) => (figure) =>
+  lineChart(figure, { series: ofTokens(data.curves[name]), labels: inLayers, xTitle: "layer", baselines: uniformByToken(name), ...more });
+const stateChart = (name, more = {}) => (figure) =>
+  lineChart(figure, { series: ofTokens(data.curves[name]), labels: afterLayers, xTitle: "after layer", ...more });
+
+function patchDistance(figure) {
+  const [found] = data.curves.patch_distance;
+  const series = [{ name: "patches", colour: "var(--patches)", index: 0, ...found }];
+  lineChart(figure, { series, labels: inLayers, xTitle: "layer", baselines: uniform("patch_distance") });
+}
+
+function norms(figure) {
+  const { median, low, high } = data.curves.patch_norms;
+  const patches = { name: "patches", colour: "var(--patches)", index: 0, mean: median, low, high };
+  const series = [patches, ...ofTokens(data.curves.token_norms)];
+  const values = series.flatMap(({ mean, low: lowest = [], high: highest = [] }) => [...mean, ...lowest, ...highest]).filter((value) => value !== null);
+  const log = Math.min(...values) > 0 && Math.max(...values) > LOGARITHMIC_FROM * Math.min(...values);
+  lineChart(figure, { series, labels: afterLayers, xTitle: "after layer", log, format: plain });
+}
+
+function outliers(figure) {
+  const series = [{ name: "patches", colour: "var(--patches)", index: 0, mean: data.curves.outliers }];
+  const hidden = data.curves.outliers_without_registers;
+  if (hidden) series.push({ name: "registers hidden from attention", colour: "var(--registers)", index: 1, mean: hidden });
+  lineChart(figure, { series, labels: afterLayers, xTitle: "after layer", format: percent, baselines: [{ name: "many", value: data.curves.many_outliers }] });
+}
+
+// Bars -------------------------------------------------------------------------------------------------------------
+
+function mass(box) {
+  const groups = Object.keys(GROUP_WORDS);
+  const there = groups.filter((group) => group === "patches" || data.tokens.some((token) => token.group === group));
+  data.tokens.forEach(({ name }, token) => {
+    const figure = element("figure", {}, element("figcaption", {}, element("h4", {}, name)));
+    box.append(figure);
+    const height = 150;
+    drawing(figure, height, `where the attention of ${name} goes, by layer`, (svg, width) => {
+      const y = yAxis([0, 1], height, { format: percent });
+      const step = (width - MARGIN.left - MARGIN.right) / data.layers;
+      const xOf = (place) => MARGIN.left + step * (place + 0.5);
+      drawAxes(svg, width, height, { ...y, ticks: [0, 0.5, 1] }, inLayers, xOf, "layer");
+      inLayers.forEach((_, layer) => {
+        let below = 0;
+        for (const group of there) {
+          const share = data.curves.mass[token][groups.indexOf(group)][layer];
+          const top = Math.min(below + share, 1);
+          svg.append(element("rect", { x: xOf(layer) - step * 0.46, width: step * 0.92, y: y.place(top), height: Math.max(y.place(below) - y.place(top), 0), class: `bar g-${group}` }));
+          below = top;
+        }
+      });
+      const said = (layer) => there.map((group) => `${GROUP_WORDS[group]}: ${percent(data.curves.mass[token][groups.indexOf(group)][layer])}`);
+      readable(svg, data.layers, xOf, (layer) => [`${name}, layer ${layer + 1}`, ...said(layer).reverse()], height);
+    });
+    numbersBelow(figure, ["layer", ...there.map((group) => GROUP_WORDS[group])], inLayers.map((label, layer) => [String(label), ...there.map((group) => data.curves.mass[token][groups.indexOf(group)][layer])]));
+  });
+  const names = there.map((group) => element("span", {}, element("span", { class: `square g-${group}` }), GROUP_WORDS[group]));
+  box.after(element("div", { class: "legend" }, ...names));
+}
+
+// A slider over the states: `show(layer)` is called for each choice, the last layer at first.
+function layerSlider(figure, show) {
+  const output = element("output");
+  const slider = element("input", { type: "range", min: 0, max: data.layers, value: data.layers, "aria-label": "layer" });
+  const choose = () => {
+    output.textContent = Number(slider.value) ? `after layer ${slider.value}` : "the embeddings";
+    show(Number(slider.value));
+  };
+  slider.addEventListener("input", choose);
+  figure.querySelector("figcaption").after(element("label", { class: "slider" }, slider, output));
+  return choose;
+}
+
+function histogram(figure) {
+  const height = 240;
+  let layer = data.layers;
+  const redraw = drawing(figure, height, "norms of the patches, a histogram", (svg, width) => {
+    const { counts, end, limit, registers } = data.histograms[layer];
+    const y = yAxis([1, Math.max(...counts, 10)], height, { log: true, format: (tick) => tick.toLocaleString("en") });
+    const room = width - MARGIN.left - MARGIN.right;
+    const xFor = (norm) => MARGIN.left + (room * norm) / end;
+    const middle = (bin) => xFor(((bin + 0.5) * end) / counts.length);
+    drawAxes(svg, width, height, y, [], middle, "norm");
+    for (const tick of ticksFor(0, end).filter((value) => value <= end))
+      svg.append(element("text", { x: xFor(tick), y: height - MARGIN.bottom + 15, class: "tick middle" }, plain(tick)));
+    const step = room / counts.length;
+    const floor = height - MARGIN.bottom;
+    counts.forEach((count, bin) => {
+      if (!count) return;
+      const isBeyond = ((bin + 0.5) * end) / counts.length > limit;
+      const top = Math.min(y.place(count), floor - 3); // a single patch is seen too
+      svg.append(element("rect", { x: MARGIN.left + bin * step + 0.5, width: Math.max(step - 1, 1), y: top, height: floor - top, class: isBeyond ? "bar beyond" : "bar g-patches" }));
+    });
+    svg.append(element("line", { x1: xFor(limit), x2: xFor(limit), y1: MARGIN.top, y2: floor, class: "baseline" }));
+    for (const norm of registers) {
+      const x = xFor(norm);
+      svg.append(element("path", { d: `M${x - 5},${MARGIN.top}L${x + 5},${MARGIN.top}L${x},${MARGIN.top + 9}Z`, class: "bar g-registers" }));
+    }
+    readable(svg, counts.length, middle, (bin) => [
+      `norm ${plain((bin * end) / counts.length)} to ${plain(((bin + 1) * end) / counts.length)}`,
+      `${counts[bin].toLocaleString("en")} patches`,
+    ], height);
+  });
+  layerSlider(figure, (chosen) => {
+    layer = chosen;
+    redraw();
+  })();
+}
+
+// Similarities -----------------------------------------------------------------------------------------------------
+
+// A matrix of cosines as squares; numbers in them where there is room.
+function squares(svg, width, matrix, names, { side, left, top, words }) {
+  const room = Math.min((width - left - 4) / names.length, side);
+  matrix.forEach((row, down) =>
+    row.forEach((value, across) => {
+      const x = left + across * room;
+      const y = top + down * room;
+      const square = element("rect", { x, y, width: room - (room > 12 ? 1 : 0), height: room - (room > 12 ? 1 : 0), class: "square-cell" });
+      const strength = Math.round(100 * Math.min(Math.abs(value ?? 0), 1));
+      square.style.fill = `color-mix(in oklab, var(${value < 0 ? "--opposite" : "--alike"}) ${strength}%, var(--panel))`;
+      square.addEventListener("pointermove", (event) => tip.show(event.clientX, event.clientY, [words(down, across), `cosine ${plain(value)}`]));
+      square.addEventListener("pointerleave", () => tip.hide());
+      svg.append(square);
+      if (room >= 34)
+        svg.append(element("text", { x: x + room / 2, y: y + room / 2 + 4, class: `inside ${strength > 55 ? "on-strong" : ""}` }, value === null ? "" : value.toFixed(2)));
+    }),
+  );
+  return room;
+}
+
+function betweenTokens(figure) {
+  let layer = data.layers;
+  const names = data.tokens.map(({ name }, place) => `${place + 1}  ${name}`);
+  const longest = Math.min(Math.max(...names.map((name) => name.length)) * 7 + 10, 150);
+  const side = 64;
+  const height = names.length * side + 24;
+  const numbers = element("div");
+  const redraw = drawing(figure, height, "cosine similarity of the tokens to each other", (svg, width) => {
+    const words = (down, across) => `${data.tokens[down].name} and ${data.tokens[across].name}, ${layer ? `after layer ${layer}` : "embeddings"}`;
+    const room = squares(svg, width, data.curves.between_tokens[layer], names, { side, left: longest, top: 22, words });
+    names.forEach((name, place) => {
+      const short = name.length * 7 > longest - 10 ? `${name.slice(0, Math.floor(longest / 7) - 2)}…` : name;
+      svg.append(element("text", { x: longest - 6, y: 22 + (place + 0.5) * room + 4, class: "tick end" }, short));
+      svg.append(element("text", { x: longest + (place + 0.5) * room, y: 14, class: "tick middle" }, String(place + 1)));
+    });
+    const used = Math.ceil(22 + room * names.length + 2);
+    svg.setAttribute("height", used);
+    svg.setAttribute("viewBox", `0 0 ${width} ${used}`);
+  });
+  const choose = layerSlider(figure, (chosen) => {
+    layer = chosen;
+    redraw();
+    numbers.replaceChildren();
+    numbersBelow(numbers, ["", ...names], data.curves.between_tokens[layer].map((row, place) => [names[place], ...row]));
+  });
+  figure.append(numbers);
+  choose();
+}
+
+function acrossLayers(box) {
+  data.tokens.forEach(({ name }, token) => {
+    const figure = element("figure", {}, element("figcaption", {}, element("h4", {}, name)));
+    box.append(figure);
+    const matrix = data.curves.across_layers[token];
+    const height = 240;
+    drawing(figure, height, `cosine similarity of ${name} across layers`, (svg, width) => {
+      const words = (down, across) => `${name}, after layer ${down} and ${across}`;
+      const room = squares(svg, width, matrix, afterLayers, { side: 210 / afterLayers.length, left: 24, top: 4, words });
+      const every = Math.ceil(afterLayers.length / Math.max(Math.floor((room * afterLayers.length) / 22), 1));
+      afterLayers.forEach((layer) => {
+        if (layer % every) return;
+        svg.append(element("text", { x: 20, y: 4 + (layer + 0.5) * room + 4, class: "tick end" }, String(layer)));
+        svg.append(element("text", { x: 24 + (layer + 0.5) * room, y: 4 + room * afterLayers.length + 15, class: "tick middle" }, String(layer)));
+      });
+    });
+    numbersBelow(figure, ["after layer", ...afterLayers.map(String)], matrix.map((row, layer) => [String(layer), ...row]));
+  });
+}
+
+// At the start -----------------------------------------------------------------------------------------------------
+
+const CHARTS = {
+  entropy: attentionChart("entropy"),
+  spread: attentionChart("spread"),
+  received: attentionChart("received", { format: percent }),
+  patch_distance: patchDistance,
+  mass,
+  norms,
+  outliers,
+  histogram,
+  variation: stateChart("variation", { format: percent }),
+  to_patches: stateChart("to_patches"),
+  between_tokens: betweenTokens,
+  across_layers: acrossLayers,
+};
+for (const place of document.querySelectorAll("[data-chart]")) CHARTS[place.dataset.chart](place);

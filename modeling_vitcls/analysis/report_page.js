@@ -1,0 +1,34 @@
+// Shared by the scripts of the page: its data, numbers in words, elements, and the label beside the pointer.
+"use strict";
+
+const data = JSON.parse(document.getElementById("data").textContent);
+
+const percent = (share) => (share === null ? "unknown" : `${plain(100 * share)}%`);
+const plain = (value) => (value === null ? "unknown" : String(Number(value.toPrecision(3))));
+
+// A new element: tag, attributes, children (elements or text).
+function element(tag, attributes = {}, ...children) {
+  const namespace = "svg g path line rect text circle".split(" ").includes(tag) ? "http://www.w3.org/2000/svg" : null;
+  const made = namespace ? document.createElementNS(namespace, tag) : document.createElement(tag);
+  for (const [name, value] of Object.entries(attributes)) made.setAttribute(name, value);
+  made.append(...children);
+  return made;
+}
+
+// Lines of text, or elements, beside a point of the window; none hides it.
+const tip = {
+  box: document.getElementById("tip"),
+  show(x, y, lines) {
+    this.box.replaceChildren(...lines.map((line) => element("div", {}, line)));
+    this.box.hidden = false;
+    const { width, height } = this.box.getBoundingClientRect();
+    const left = x + 14 + width > innerWidth ? x - 14 - width : x + 14;
+    const top = y + 14 + height > innerHeight ? y - 14 - height : y + 14;
+    this.box.style.left = `${Math.max(left, 4)}px`;
+    this.box.style.top = `${Math.max(top, 4)}px`;
+  },
+  hide() {
+    this.box.hidden = true;
+  },
+};
+addEventListener("scroll", () => tip.hide(), { passive: true });

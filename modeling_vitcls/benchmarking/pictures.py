@@ -1,0 +1,170 @@
+"""From JPEG files on: to `pixel_values`, against AutoImageProcessor, and to labels, against transformers' pipeline.
+
+The pictures are real photographs of the usual size, saved in several ways; each side reads them anew in each turn.
+"""
+
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from ..image_processing_vitcls import ViTCLSImageProcessor
+from ..training.prediction import Predictor, default_num_workers, listed_files
+from ..training.prediction_answers import Row, build_answers
+from .comparison import Comparison, chosen, in_turns, per_second
+from .inference import SECONDS_PER_TURN
+from .peers import SMALL, TOY, Size, against_transformers
+from .photographs import write_photographs
+
+
+FILES_PER_PHOTOGRAPH = {False: 16, True: 2}  # by `toy`
+LARGEST_DIFFERENCE = 1e-4  # of probabilities
+
+
+# pixel_values --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class PixelRow:
+    """One row of the report: how many files a call gets, and how the other side gets them."""
+
+    num_files: int
+    opened: Callable[[str], Any]
+
+
+PIXEL_ROWS = {
+    "one file": PixelRow(1, Image.open),
+    "lists of 16 files": PixelRow(16, Image.open),
+    "one file, as a path for both": PixelRow(1, str),
+    "lists of 16 files, as paths for both": PixelRow(16, str),
+}
+
+
+def compare_pixels(rows: tuple[str, ...], num_pairs: int, toy: bool) -> Iterator[Comparison]:
+    """The named rows of `PIXEL_ROWS`, or all, against what AutoImageProcessor gives for transformers' ViT.
+
+    Raises:
+        ValueError: for an unknown row, or if a single value differs.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        files = photographs(Path(folder), toy)
+        ours, theirs = image_processors(TOY if toy else SMALL, Path(folder))
+        for name, row in chosen(PIXEL_ROWS, rows).items():
+            yield compare_files(name, row, files, ours, theirs, num_pairs, 0.0 if toy else SECONDS_PER_TURN)
+
+
+def compare_files(
+    name: str, row: PixelRow, files: list[str], ours: Any, theirs: Any, num_pairs: int, seconds: float
+) -> Comparison:
+    """One row.
+
+    Raises:
+        ValueError: if a single value differs.
+    """
+    lists = [files[start : start + row.num_files] for start in range(0, len(files), row.num_files)]
+
+    def our_values() -> list[torch.Tensor]:
+        return [ours(part, return_tensors="pt")["pixel_values"] for part in lists]
+
+    def their_values() -> list[torch.Tensor]:
+        return [theirs([row.opened(file) for file in part], return_tensors="pt")["pixel_values"] for part in lists]
+
+    for _ in range(2):  # the first call with settings, and further ones
+        if not all(map(torch.equal, our_values(), their_values())):
+            raise ValueError(f"{name}: the pixel values differ: this is not the same work, so it is not compared")
+    measured = in_turns(
+        lambda: per_second(our_values, len(files), seconds),
+        lambda: per_second(their_values, len(files), seconds),
+        num_pairs,
+    )
+    return Comparison("file to pixel_values", name, "AutoImageProcessor", *measured, 0.0, {"num_files": len(files)})
+
+
+def image_processors(size: Size, folder: Path) -> tuple[ViTCLSImageProcessor, Any]:
+    """Ours, and that of transformers' ViT in the usual way, with the same settings."""
+    from transformers import AutoImageProcessor, ViTImageProcessor
+
+    sides = {"height": size.image_size, "width": size.image_size}
+    ViTImageProcessor(size=sides).save_pretrained(folder / "processor")
+    ours = ViTCLSImageProcessor(size=sides, resample=2, image_mean=[0.5] * 3, image_std=[0.5] * 3)
+    return ours, AutoImageProcessor.from_pretrained(folder / "processor")
+
+
+def photographs(folder: Path, toy: bool) -> list[str]:
+    """JPEG files."""
+    write_photographs(folder / "photographs", per_class=FILES_PER_PHOTOGRAPH[toy])
+    return sorted(map(str, folder.rglob("*.jpg")))
+
+
+# Labels --------------------------------------------------------------------------------------------------------------
+
+PREDICTION_ROWS = {"fp32, batch 16": 16, "fp32, batch 1": 1}
+
+
+def compare_prediction(rows: tuple[str, ...], num_pairs: int, toy: bool) -> Iterator[Comparison]:
+    """The named rows of `PREDICTION_ROWS`, or all: what scripts/predict.py does once the model is loaded.
+
+    Raises:
+        ValueError: for an unknown row, or if labels or probabilities differ.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        files = photographs(Path(folder), toy)
+        for name, batch_size in chosen(PREDICTION_ROWS, rows).items():
+            yield compare_labels(name, batch_size, files, Path(folder), num_pairs, TOY if toy else SMALL)
+
+
+def compare_labels(
+    name: str, batch_size: int, files: list[str], folder: Path, num_pairs: int, size: Size
+) -> Comparison:
+    """One row.
+
+    Raises:
+        ValueError: if labels or probabilities differ.
+    """
+    from transformers import pipeline
+
+    ours, theirs = image_processors(size, folder)
+    peer = against_transformers(size)
+    model: Any = peer.ours.eval()
+    their_model: Any = peer.theirs.eval()
+    answers = build_answers(model, top_k=5, threshold=0.5, features=None)
+    predictor = Predictor(model, ours, answers, nullcontext, batch_size, default_num_workers())
+    ask = pipeline("image-classification", model=their_model, image_processor=theirs, device="cpu")
+
+    def our_rows() -> list[Row]:
+        source = listed_files([str(folder / "photographs")])
+        return list(predictor.rows(source, [range(len(files))], piece=len(files)))
+
+    def their_rows() -> Any:
+        return ask(files, batch_size=batch_size, top_k=5)
+
+    difference = check_labels(our_rows(), their_rows(), name)
+    measured = in_turns(
+        lambda: per_second(our_rows, len(files), 0.0), lambda: per_second(their_rows, len(files), 0.0), num_pairs
+    )
+    details = {"num_files": len(files), "size": vars(size)}
+    return Comparison("predict.py on JPEG files", name, "pipeline", *measured, difference, details)
+
+
+def check_labels(ours: list[Row], theirs: list[list[dict[str, Any]]], name: str) -> float:
+    """The largest difference between the probabilities of the most probable labels.
+
+    Raises:
+        ValueError: if labels differ, or probabilities by more than `LARGEST_DIFFERENCE`.
+    """
+    largest = 0.0
+    for row, answers in zip(ours, theirs, strict=True):
+        if row["error"] is not None or row["label"] != answers[0]["label"]:
+            raise ValueError(
+                f"{name}: {row['image']} is {row['error'] or row['label']} for us and {answers[0]['label']} for the "
+                "pipeline: they do not do the same work, so their speed is not compared"
+            )
+        largest = max(largest, abs(row["probability"] - answers[0]["score"]))
+    if not largest <= LARGEST_DIFFERENCE:
+        raise ValueError(f"{name}: probabilities differ by {largest:.2g}: this is not the same work")
+    return largest
