@@ -24,6 +24,8 @@ from PIL import Image
 from ready import READY, SCRIPTS, free_port, loopback, ranked, run_script
 from safetensors.torch import load_file
 
+from modeling_vitcls.training import interruption
+
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="needs sessions of processes")
 
@@ -122,10 +124,10 @@ def command(folder: Path, flags: str) -> list[str]:
     return [str(SCRIPTS / "finetune.py"), "--output-dir", str(folder), *flags.split()]
 
 
-def ready(folder: Path, flags: str, **several: str) -> Any:
+def ready(folder: Path, flags: str, target: Callable[..., None] | None = None, **several: str) -> Any:
     """Run the script in a process that has loaded everything already."""
     _, *all_flags = command(folder, flags)
-    process = READY.Process(target=finetune, args=(all_flags, log_of(folder), ENVIRONMENT | several))
+    process = READY.Process(target=target or finetune, args=(all_flags, log_of(folder), ENVIRONMENT | several))
     process.start()
     return process
 
@@ -133,6 +135,13 @@ def ready(folder: Path, flags: str, **several: str) -> Any:
 def finetune(flags: list[str], log: Path, environment: dict[str, str]) -> None:
     datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN = 0  # 5 s after each pass of a stream
     run_script("finetune.py", flags, log, log, environment)
+
+
+def finetune_with_late_workers(flags: list[str], log: Path, environment: dict[str, str]) -> None:
+    """As on a busy machine: a worker's thread that waits for SIGTERM does not get to run for a while."""
+    wait = interruption.wait_for_parents_signal
+    interruption.wait_for_parents_signal = lambda: (time.sleep(3), wait())
+    finetune(flags, log, environment)
 
 
 def start(folder: Path, flags: str) -> Started:
@@ -397,11 +406,20 @@ def test_a_signal_saves_first(
     run = start(folder, f"{flags} --num-workers 2 --save-every 1000")
     run.wait_for_step(6)
     os.killpg(run.process.pid, number)
-    assert run.wait() == 128 + number
+    assert run.wait() == 128 + number, run.output
     assert f"stopped by {number.name}; a checkpoint was saved" in run.output
     assert "Traceback" not in run.output
     assert resumed_after(finish(folder, f"{flags} --resume")) >= 6
     assert_equal_runs(folder, uninterrupted(flags))
+
+
+def test_workers_that_notice_late_hold_nothing_up(pictures: Path, folder: Path) -> None:
+    """The cluster's SIGTERM still waits to be noticed when the run ends: one of its own would be lost."""
+    flags = f"{RUN} --epochs 15 --dataset {pictures} --num-workers 2 --save-every 1000"
+    run = Started(folder, flags, ready(folder, flags, finetune_with_late_workers))
+    run.wait_for_step(6)
+    os.killpg(run.process.pid, signal.SIGTERM)
+    assert run.wait() == 128 + signal.SIGTERM, run.output
 
 
 def test_a_launcher_that_is_terminated(pictures: Path, folder: Path, uninterrupted: Callable[[str], Path]) -> None:

@@ -20,7 +20,7 @@ A batch is a dict:
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -336,7 +336,7 @@ class PreparedBatches(Dataset):
 
 def training_batches(
     pictures: Pictures, plan: BatchPlan, process: int, num_workers: int, first_step: int = 0
-) -> Iterator[Batch]:
+) -> Generator[Batch, None, None]:
     """The batches of one process from a step on, on the CPU. Close the iterator to end its workers.
 
     Raises:

@@ -91,7 +91,8 @@ class Interruption:
 
 def leave_signals_to_parent(worker: int) -> None:
     """`worker_init_fn` of a DataLoader: signals sent to all processes must not end the workers before the step that
-    waits for their pictures. SIGTERM from the training process itself still does."""
+    waits for their pictures. SIGTERM from the training process itself still does, but is lost while another's waits to
+    be noticed: close a loader's iterator, and its workers end without one."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):  # not on macOS
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # in the thread below as well

@@ -4,7 +4,7 @@ whole_model    the model learns from pixels; with --teacher, its distillation to
 heads_alone    linear probing: the encoder sees each picture once, and the heads learn from what it made of them
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from functools import partial
 
@@ -47,7 +47,7 @@ class Parts:
 
     model: nn.Module
     objective: Objective
-    batches: Callable[[int], Iterator[Batch]]  # from a step on
+    batches: Callable[[int], Generator[Batch, None, None]]  # from a step on
     evaluate: Callable[[nn.Module], Metrics]
     measure_attention: Callable[[Batch], Metrics]
     describe_broken: Callable[[int], str]
@@ -69,7 +69,7 @@ def whole_model(run: Run, evaluator: Evaluator) -> Parts:
     normalise = Normaliser(run.built.processor, accelerator.device)
     pictures = build_pictures(run, run.options.augmentation, run.options.distillation.teacher_views)
 
-    def batches(first_step: int) -> Iterator[Batch]:
+    def batches(first_step: int) -> Generator[Batch, None, None]:
         workers = run.options.data.num_workers
         return training_batches(pictures, run.plan, accelerator.process_index, workers, first_step)
 
@@ -97,7 +97,7 @@ def heads_alone(run: Run, evaluator: Evaluator) -> Parts:
     workers, batch_size = options.data.num_workers, options.training.batch_size
     cached = cache_features(model, pictures, keys, normalise, batch_size, workers, accelerator)
 
-    def batches(first_step: int) -> Iterator[Batch]:
+    def batches(first_step: int) -> Generator[Batch, None, None]:
         return feature_batches(cached, run.plan, accelerator.process_index, views, first_step)
 
     objective = Classification(feature_inputs, build_label_loss(run))

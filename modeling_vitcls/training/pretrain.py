@@ -8,7 +8,7 @@ The CLS token answers nothing here. It learns from being attended to: patches ca
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -182,7 +182,9 @@ def build_pictures(run: Run) -> TrainingPictures | TrainingStream:
     return training_pictures(run.data.train, augmentation, to_rgb, seed, num_channels=config.num_channels)
 
 
-def build_batches(run: Run, pictures: TrainingPictures | TrainingStream, first_step: int) -> Iterator[Batch]:
+def build_batches(
+    run: Run, pictures: TrainingPictures | TrainingStream, first_step: int
+) -> Generator[Batch, None, None]:
     """This process's training batches from a step on."""
     process, num_workers = run.session.accelerator.process_index, run.options.data.num_workers
     return training_batches(pictures, run.plan, process, num_workers, first_step)

@@ -12,7 +12,7 @@ several tasks  features: [CLS token of the first task | of the second | ...]
 """
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from typing import Any
 
 import torch
@@ -149,7 +149,7 @@ def shares(keys: Sequence[Key], batch_size: int, process: int, num_processes: in
 
 def feature_batches(
     cached: Batch, plan: BatchPlan, process: int, num_views: int = 1, first_step: int = 0
-) -> Iterator[Batch]:
+) -> Generator[Batch, None, None]:
     """The batches of one process in the order of the plan, with `features` in place of `pixels`.
 
     `cached` is of all pictures, view by view: epoch e shows view e modulo `num_views`.

@@ -11,8 +11,8 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -117,7 +117,7 @@ class Session:
         model: nn.Module,
         objective: Objective,
         plan: BatchPlan,
-        batches: Callable[[int], Iterator[Batch]],
+        batches: Callable[[int], Generator[Batch, None, None]],
         evaluate: Callable[[nn.Module], Metrics],
         measure_attention: Callable[[Batch], Metrics],
         describe_broken: Callable[[int], str],
@@ -190,7 +190,8 @@ class Session:
             )
             save_every = self.options.run.save_every or (None if plan.num_pictures else STEPS_BETWEEN_SAVES_OF_STREAMS)
             loop = TrainingLoop(state, objective, plan, training, accelerator, hooks, monitor, save_every)
-            metrics = loop.run(batches(state.step))
+            with closing(batches(state.step)) as mine:  # its workers end here, and not at a signal as Python exits
+                metrics = loop.run(mine)
             self.seconds = self.seconds_so_far()
         if state.ema is not None:
             state.ema.load(state.ema.shadow)
