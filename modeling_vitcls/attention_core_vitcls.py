@@ -18,6 +18,7 @@ from transformers.utils import TransformersKwargs
 
 from .attention_steps_vitcls import attend_in_steps
 from .configuration_vitcls import ViTCLSConfig
+from .half_precision_vitcls import in_float32, is_emulated
 
 
 class AttentionCore(nn.Module):
@@ -78,7 +79,13 @@ def sdpa_attention(
     """PyTorch's fused attention, or the same step by step where `prefers_steps`; never with weights."""
     if dropout == 0 and prefers_steps(query, key):
         return attend_in_steps(query, key, value, attention_mask, scaling), None
-    return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
+
+    def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        return sdpa_attention_forward(module, query, key, value, mask, dropout, scaling, **kwargs)[0]
+
+    if is_emulated(query):
+        return in_float32(attend, query, key, value, attention_mask), None
+    return attend(query, key, value, attention_mask), None
 
 
 LONGEST_IN_STEPS = 1200  # keys up to which the steps were faster

@@ -1,12 +1,12 @@
-"""Linear layers, those with the activation behind them, and that of patches: in inference on CPUs by oneDNN, fused.
+"""Linear layers, those with the activation behind them, and that of patches: on CPUs by what multiplies fastest there.
 
-    Linear             PyTorch hands float32 to MKL, which reaches half of oneDNN's speed on AMD's processors; bfloat16
-                       goes to oneDNN anyway, with a few operators around it that this saves
-    activated          GELU is computed while the results are still in the processor's cache
-    PatchProjection    a convolution whose windows do not overlap is a product; in bfloat16 that is up to twice as fast
+    AVX-512, inference      oneDNN. PyTorch hands float32 to MKL, which reaches half of its speed on AMD's processors;
+                            GELU is computed while the results are in the cache; patches are projected by one product
+    no bfloat16, float16    float32, rounded: half_precision_vitcls.py
+    otherwise               what nn.Linear and nn.Conv2d do; on AVX2 MKL is 15 % faster than oneDNN
 
-Wherever gradients, a compiler, another device, dtype or kind of weight (quantised, sharded), or a hook is involved, it
-is what nn.Linear or nn.Conv2d does. The numbers are the same within rounding.
+A compiler, another device or kind of weight (quantised, sharded), and hooks get what nn.Linear or nn.Conv2d does, too.
+The numbers are the same within rounding.
 """
 
 from collections.abc import Callable
@@ -18,11 +18,13 @@ from torch.compiler import is_compiling
 from torch.jit import is_tracing
 from transformers.activations import GELUActivation
 
+from .half_precision_vitcls import dtype_of_product, is_emulated, product_in_float32
 
-IS_X86 = torch.backends.cpu.get_cpu_capability().startswith("AVX")  # where this was measured
-HAS_ONEDNN = IS_X86 and torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-HAS_BFLOAT16 = HAS_ONEDNN and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-DTYPES = {torch.float32: HAS_ONEDNN, torch.bfloat16: HAS_BFLOAT16}
+
+HAS_AVX512 = torch.backends.cpu.get_cpu_capability().startswith("AVX512")
+HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+HAS_BFLOAT16 = HAS_AVX512 and HAS_ONEDNN and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+DTYPES = {torch.float32: HAS_AVX512 and HAS_ONEDNN, torch.bfloat16: HAS_BFLOAT16}  # whether oneDNN is to be used
 
 
 class Linear(nn.Linear):
@@ -31,7 +33,10 @@ class Linear(nn.Linear):
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         """Apply weight and bias."""
         if suits_onednn(self, inputs):
-            return product(inputs, self.weight, self.bias)
+            own = self._parameters  # as attributes they take ten times as long to find
+            return product(inputs, own["weight"], own["bias"])
+        if is_emulated(inputs) and is_plain(self):
+            return product_in_float32(inputs, self.weight, self.bias)
         return super().forward(inputs)
 
 
@@ -40,21 +45,25 @@ class PatchProjection(nn.Conv2d):
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Project each patch; pixels beyond the last whole one are left out."""
-        if images.dtype != torch.bfloat16 or not suits_onednn(self, images):
+        if images.dtype == torch.bfloat16 and suits_onednn(self, images):
+            multiply: Callable[..., torch.Tensor] = product
+        elif is_emulated(images) and is_plain(self):
+            multiply = product_in_float32
+        else:
             return super().forward(images)
         height, width = self.kernel_size
         rows, columns = images.shape[2] // height, images.shape[3] // width
         patches = images[:, :, : rows * height, : columns * width]
         patches = patches.unflatten(3, (columns, width)).unflatten(2, (rows, height))  # [B, C, rows, h, columns, w]
         patches = patches.permute(0, 2, 4, 1, 3, 5).flatten(3)  # [B, rows, columns, C * h * w]
-        return product(patches, self.weight.flatten(1), self.bias).permute(0, 3, 1, 2)
+        return multiply(patches, self.weight.flatten(1), self.bias).permute(0, 3, 1, 2)
 
 
 def product(
-    inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, activation: str = "none"
+    inputs: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None, activation: str = "none"
 ) -> torch.Tensor:
     """oneDNN's `activation(inputs @ weight.T + bias)`, [..., in] and [out, in] -> [..., out]; "gelu" is exact."""
-    return torch.ops.mkldnn._linear_pointwise(inputs, weight, bias, activation, [], "none")
+    return torch.ops.mkldnn._linear_pointwise.default(inputs, weight, bias, activation, [], "none")
 
 
 def activated(
@@ -62,33 +71,45 @@ def activated(
 ) -> torch.Tensor:
     """`activation(linear(inputs))`: [..., in] -> [..., out]."""
     is_gelu = type(activation) is GELUActivation and not has_hooks(activation)
-    if is_gelu and type(linear) is Linear and suits_onednn(linear, inputs):
+    if not is_gelu or type(linear) is not Linear or has_hooks(linear) or is_grad_enabled() or is_recorded():
+        return activation(linear(inputs))
+    if suits_onednn(linear, inputs):
         return product(inputs, linear.weight, linear.bias, "gelu")
-    return activation(linear(inputs))
+    return torch.ops.aten.gelu_(linear(inputs))  # in place: new memory costs more than the function
 
 
 def as_autocast_will(inputs: torch.Tensor) -> torch.Tensor:
     """The inputs in the dtype that autocast multiplies in: several projections keep them once, not each for itself."""
-    if inputs.dtype != torch.float32 or inputs.is_meta or not is_autocast_enabled(inputs.device.type):
+    if inputs.dtype != torch.float32 or inputs.is_meta:
         return inputs
-    return inputs.to(torch.get_autocast_dtype(inputs.device.type))
+    return inputs.to(dtype_of_product(inputs))
 
 
 def suits_onednn(linear: nn.Linear | nn.Conv2d, inputs: torch.Tensor) -> bool:
-    """Whether oneDNN may compute this product: plain tensors of one dtype on the CPU, no gradients, no hooks, and
-    nobody who records or counts operators."""
-    weight = linear.weight
+    """Whether oneDNN may compute this product: plain tensors of one dtype on the CPU, no gradients, and nobody who
+    records or counts operators."""
+    if is_grad_enabled() or not DTYPES.get(inputs.dtype, False) or not inputs.is_cpu:
+        return False
+    own = linear._parameters
+    weight = own.get("weight")
     return (
-        not is_grad_enabled()
-        and inputs.is_cpu
-        and DTYPES.get(inputs.dtype, False)
-        and inputs.dtype == weight.dtype
-        and type(weight) is nn.Parameter
-        and not (is_compiling() or is_tracing() or _len_torch_dispatch_stack() or is_autocast_enabled("cpu"))
-        and not has_hooks(linear)
+        type(weight) is nn.Parameter
+        and "bias" in own  # though it may be None
+        and weight.dtype == inputs.dtype
+        and not (is_recorded() or _len_torch_dispatch_stack() or is_autocast_enabled("cpu"))
     )
+
+
+def is_plain(linear: nn.Linear | nn.Conv2d) -> bool:
+    """Whether its weight is a tensor of numbers: neither quantised, sharded nor computed from others."""
+    return type(linear._parameters.get("weight")) is nn.Parameter
+
+
+def is_recorded() -> bool:
+    """Whether operators become a program, which may run elsewhere."""
+    return is_compiling() or is_tracing()
 
 
 def has_hooks(module: nn.Module) -> bool:
     """Whether somebody listens to, or has replaced, the forward pass of this very module."""
-    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
+    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__)

@@ -17,6 +17,12 @@ needs_onednn = pytest.mark.skipif(not linear_vitcls.HAS_ONEDNN, reason="this pro
 ONEDNN = "mkldnn::_linear_pointwise"
 
 
+@pytest.fixture(autouse=True)
+def float32_by_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also on processors where it is right but not the fastest."""
+    monkeypatch.setitem(linear_vitcls.DTYPES, torch.float32, linear_vitcls.HAS_ONEDNN)
+
+
 @pytest.fixture
 def linear() -> Iterator[Linear]:
     """A layer with random weights, and inference around it."""
@@ -44,6 +50,21 @@ def test_float32_inference_is_onednns_and_the_same(shape: tuple[int, ...], bias:
     torch.testing.assert_close(found, nn.functional.linear(inputs, layer.weight, layer.bias), atol=1e-6, rtol=1e-6)
 
 
+def test_a_weight_and_a_bias_that_are_computed_from_others(linear: Linear) -> None:
+    """They are no longer the layer's own."""
+
+    class Doubled(nn.Module):
+        def forward(self, values: torch.Tensor) -> torch.Tensor:
+            return 2 * values
+
+    inputs = torch.randn(2, 7, 48)
+    before = linear(inputs)
+    for name in ("weight", "bias"):
+        nn.utils.parametrize.register_parametrization(linear, name, Doubled())
+        nn.utils.parametrize.remove_parametrizations(linear, name) if name == "weight" else None
+    torch.testing.assert_close(linear(inputs), 2 * before)
+
+
 @needs_onednn
 def test_a_view_that_is_not_contiguous(linear: Linear) -> None:
     inputs = torch.randn(4, 48, 9).transpose(1, 2)[:, ::2]  # [4, 5, 48]
@@ -65,6 +86,18 @@ def test_gelu_is_computed_with_the_product(linear: Linear, dtype: torch.dtype) -
     torch.testing.assert_close(found.double(), exact, atol=limit, rtol=limit)
 
 
+def test_without_onednn_gelu_is_computed_in_place(linear: Linear, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(linear_vitcls.DTYPES, torch.float32, False)
+    inputs = torch.randn(2, 7, 48)
+    found, operators = computed_by(activated, linear, ACT2FN["gelu"], inputs)
+    assert "aten::gelu_" in operators and "aten::gelu" not in operators
+    assert torch.equal(found, nn.functional.gelu(nn.functional.linear(inputs, linear.weight, linear.bias)))
+    seen = []
+    linear.register_forward_hook(lambda module, args, output: seen.append(output))  # it may keep what it sees
+    assert torch.equal(activated(linear, ACT2FN["gelu"], inputs), found)
+    assert torch.equal(seen[0], nn.functional.linear(inputs, linear.weight, linear.bias))
+
+
 @pytest.mark.parametrize("name", ["gelu_pytorch_tanh", "quick_gelu", "relu", "silu"])
 def test_other_activations_stay_what_they_are(linear: Linear, name: str) -> None:
     inputs = torch.randn(2, 7, 48)
@@ -80,6 +113,11 @@ def test_it_steps_aside(linear: Linear) -> None:
         _, operators = computed_by(activated, layer, ACT2FN["gelu"], given)
         return ONEDNN not in operators
 
+    def is_alone(layer: nn.Module) -> bool:
+        """Whether the activation is not part of it."""
+        _, operators = computed_by(activated, layer, ACT2FN["gelu"], inputs)
+        return "aten::gelu" in operators
+
     with torch.enable_grad():
         assert is_plain(linear)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -88,11 +126,11 @@ def test_it_steps_aside(linear: Linear) -> None:
     linear.float()
     seen = []
     hook = linear.register_forward_hook(lambda module, args, output: seen.append(output))
-    assert is_plain(linear)
+    assert is_alone(linear)
     torch.testing.assert_close(seen[0], nn.functional.linear(inputs, linear.weight, linear.bias))
     hook.remove()
     linear.forward = linear.forward  # type: ignore[method-assign]  # as Accelerate does to load weights when needed
-    assert is_plain(linear)
+    assert is_alone(linear)
     del linear.forward
     with FlopCounterMode(display=False) as counter:
         linear(inputs)

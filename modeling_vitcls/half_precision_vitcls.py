@@ -1,0 +1,90 @@
+"""Products of bfloat16 and float16 on CPUs that cannot multiply them: in float32, and rounded.
+
+PyTorch multiplies them there number by number, 8 times as slowly as float32; and a checkpoint saved in bfloat16 is
+loaded in bfloat16. Sums are float32 in both ways, so the numbers are the same within rounding. What is kept for the
+backward pass stays in half precision.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+
+CAPABILITY = torch.backends.cpu.get_cpu_capability()
+SUPPORTED = {
+    torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported(),
+    torch.float16: torch.ops.mkldnn._is_mkldnn_fp16_supported(),
+}
+# On x86, where this was measured. Those of other makers multiply at least one of them.
+EMULATED = {dtype for dtype, has in SUPPORTED.items() if CAPABILITY.startswith("AVX") and not has}
+
+
+def is_emulated(inputs: torch.Tensor) -> bool:
+    """Whether PyTorch would multiply them in a dtype that this CPU has no instructions for."""
+    return (
+        bool(EMULATED)
+        and inputs.is_cpu
+        and dtype_of_product(inputs) in EMULATED
+        and not (torch.compiler._is_exporting_flag or torch.jit.is_tracing())  # programs may run elsewhere
+    )
+
+
+def dtype_of_product(inputs: torch.Tensor) -> torch.dtype:
+    """The dtype in which linear layers multiply: autocast's, or that of their inputs."""
+    if inputs.dtype == torch.float64 or not torch.is_autocast_enabled(inputs.device.type):
+        return inputs.dtype
+    return torch.get_autocast_dtype(inputs.device.type)
+
+
+def in_float32(
+    function: Callable[..., torch.Tensor], first: torch.Tensor, *others: torch.Tensor | None
+) -> torch.Tensor:
+    """`function(first, *others)` of the numbers in half precision, computed in float32, and rounded."""
+    dtype = dtype_of_product(first)
+    with torch.autocast("cpu", enabled=False):
+        return function(*(widened(each, dtype) for each in (first, *others))).to(dtype)
+
+
+def widened(tensor: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
+    """Numbers of a dtype as float32; a mask of booleans, or none, as it is."""
+    return tensor.to(dtype).float() if tensor is not None and tensor.is_floating_point() else tensor
+
+
+def product_in_float32(inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """`inputs @ weight.T + bias`, [..., in] and [out, in] -> [..., out], in the dtype of nn.Linear's."""
+    dtype = dtype_of_product(inputs)
+    return ProductInFloat32.apply(inputs.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
+
+
+class ProductInFloat32(torch.autograd.Function):
+    """A linear layer of half precision whose products, also those of its gradients, are computed in float32."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """[..., in], [out, in] and [out] -> [..., out]."""
+        return in_float32(nn.functional.linear, inputs, weight, bias)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+        """Keep what came in."""
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """Gradients of inputs, weight and bias, as far as they are needed."""
+        inputs, weight, bias = ctx.saved_tensors
+        of_inputs = of_weight = of_bias = None
+        with torch.autocast("cpu", enabled=False):
+            grad = grad.float()
+            if ctx.needs_input_grad[0]:
+                of_inputs = torch.matmul(grad, weight.float()).to(inputs.dtype)
+            rows = grad.flatten(0, -2)  # [rows, out]
+            if ctx.needs_input_grad[1]:
+                of_weight = torch.matmul(rows.t(), inputs.float().flatten(0, -2)).to(weight.dtype)
+            if bias is not None and ctx.needs_input_grad[2]:
+                of_bias = rows.sum(0).to(bias.dtype)
+        return of_inputs, of_weight, of_bias
