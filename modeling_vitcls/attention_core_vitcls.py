@@ -7,6 +7,7 @@ which returns the weights, and "sdpa", which on the CPU is computed step by step
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from transformers.utils import TransformersKwargs
 from .attention_steps_vitcls import attend_in_steps
 from .configuration_vitcls import ViTCLSConfig
 from .half_precision_vitcls import in_float32, is_emulated
+from .recomputing_vitcls import recomputed
 
 
 class AttentionCore(nn.Module):
@@ -83,8 +85,8 @@ def sdpa_attention(
     def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
         return sdpa_attention_forward(module, query, key, value, mask, dropout, scaling, **kwargs)[0]
 
-    if is_emulated(query):
-        return in_float32(attend, query, key, value, attention_mask), None
+    if is_emulated(query):  # what float32 needs for the backward pass is twice what came in
+        return recomputed(module, partial(in_float32, attend), query, key, value, attention_mask), None
     return attend(query, key, value, attention_mask), None
 
 

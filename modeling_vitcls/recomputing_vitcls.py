@@ -3,8 +3,8 @@
     kept               what goes into the activation, [B, N, intermediate]
     computed again     what comes out of it, of the same size
 
-Values and gradients are the same to the bit. Attention does so too, by itself: attention_steps_vitcls.py. Gradient
-checkpointing, in contrast, computes whole layers again.
+Values and gradients are the same to the bit. Attention does so too: by itself (attention_steps_vitcls.py), or here
+where it is in float32 for half precision. Gradient checkpointing, in contrast, computes whole layers again.
 """
 
 from collections.abc import Callable
@@ -16,14 +16,16 @@ from torch.utils.checkpoint import checkpoint
 from .linear_vitcls import has_hooks
 
 
-def recomputed(module: nn.Module, function: Callable[..., torch.Tensor], *inputs: torch.Tensor) -> torch.Tensor:
-    """`function(*inputs)`, of a module; where it pays, only the inputs are kept for the backward pass.
+def recomputed(
+    module: nn.Module, function: Callable[..., torch.Tensor], first: torch.Tensor, *others: torch.Tensor | None
+) -> torch.Tensor:
+    """`function(first, *others)`, of a module; where it pays, only the inputs are kept for the backward pass.
 
     Of the function's last operation only its inputs are computed again.
     """
-    if not pays_to_recompute(inputs[0]) or any(map(has_hooks, module.modules())):  # which would see it twice
-        return function(*inputs)
-    return checkpoint(function, *inputs, use_reentrant=False)
+    if not pays_to_recompute(first) or any(map(has_hooks, module.modules())):  # which would see it twice
+        return function(first, *others)
+    return checkpoint(function, first, *others, use_reentrant=False)
 
 
 def pays_to_recompute(inputs: torch.Tensor) -> bool:
