@@ -2,7 +2,8 @@
 
     sequence [B, N, D] -> pooler -> [B, P] -> classifier -> logits [B, labels]
 
-Only pooled tokens reach a head. Losses are in losses_vitcls.py.
+Only pooled tokens reach a head: layers that see all tokens are those of linear_vitcls.py. Losses are in
+losses_vitcls.py.
 """
 
 from collections import OrderedDict
@@ -12,6 +13,7 @@ from torch import nn
 from transformers.activations import ACT2FN
 
 from .configuration_vitcls import ViTCLSConfig
+from .linear_vitcls import Linear
 from .norms_vitcls import build_norm
 
 
@@ -96,8 +98,8 @@ class AttentionPooler(nn.Module):
         self.head_dim = width // (config.attention_pool_heads or config.num_attention_heads)
         self.probe = nn.Parameter(torch.empty(1, 1, width))
         self.q_proj = nn.Linear(width, width)
-        self.k_proj = nn.Linear(width, width)
-        self.v_proj = nn.Linear(width, width)
+        self.k_proj = Linear(width, width)
+        self.v_proj = Linear(width, width)
         self.o_proj = nn.Linear(width, width)
         self.transform = PooledMLP(config) if config.attention_pool_mlp else nn.Identity()
 
@@ -193,7 +195,7 @@ class PixelDecoder(nn.Module):
         self.num_channels = config.num_channels
         self.patch_size = config.patch_height_width
         patch_height, patch_width = self.patch_size
-        self.projection = nn.Linear(config.hidden_size, config.num_channels * patch_height * patch_width)
+        self.projection = Linear(config.hidden_size, config.num_channels * patch_height * patch_width)
 
     def forward(self, patches: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
         """[B, rows * columns, D] -> pixels [B, C, rows * patch height, columns * patch width]."""

@@ -1,7 +1,7 @@
-"""scripts/accelerate/*.yaml: all of them can be read, and those for CPUs train, through the real `accelerate launch`.
+"""scripts/accelerate/*.yaml: all of them can be read, and those for CPUs train.
 
-What the others are compared with comes from processes that are quick to start, which `make test-all` compares with one
-that was launched.
+Runs get from Accelerate what its launcher would tell them, in processes that are quick to start. `make test-all` has
+the real `accelerate launch`, and compares.
 
 DDP and FSDP2 on two processes must give the same run: with accumulation and averaged weights, evaluated on the way.
 """
@@ -18,7 +18,8 @@ import pytest
 import torch
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
-from accelerate.commands.launch import launch_command_parser
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils.launch import prepare_multi_gpu_env
 from ready import OFFLINE, run_together
 from safetensors.torch import load_file
 
@@ -57,6 +58,13 @@ def launch(config: str, script: str, *flags: object) -> str:
     return ran.stdout + ran.stderr
 
 
+def told_by_launcher(config: str) -> dict[str, str]:
+    """What `accelerate launch` would put into the environment for a configuration."""
+    arguments = launch_command_parser().parse_args(["--config_file", str(CONFIGS / config), "finetune.py"])
+    environment = prepare_multi_gpu_env(_validate_launch_command(arguments)[0])
+    return {name: value for name, value in environment.items() if os.environ.get(name) != value}
+
+
 def read_json(file: Path) -> dict[str, Any]:
     return json.loads(file.read_text(encoding="utf-8"))
 
@@ -91,7 +99,10 @@ def ddp(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def fsdp2(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two CPU processes, each with a part of the weights."""
     folder = tmp_path_factory.mktemp("fsdp2") / "model"
-    output = launch("fsdp2_cpu.yaml", "finetune.py", *TINY, *STEPS, "--output-dir", folder)
+    log = folder.with_name("log")
+    environment = OFFLINE | told_by_launcher("fsdp2_cpu.yaml")
+    run_together("finetune.py", *TINY, *STEPS, "--output-dir", folder, log=log, environment=environment)
+    output = log.read_text() + log.with_name("log.errors").read_text()
     assert "WARNING" not in output and "Warning" not in output
     return folder
 
@@ -148,10 +159,11 @@ def test_fsdp2_leaves_a_model_that_loads(fsdp2: Path) -> None:
 
 
 @pytest.mark.slow
-def test_ddp_by_its_file(ddp: Path, tmp_path: Path) -> None:
-    output = launch("ddp_cpu.yaml", "finetune.py", *TINY, *STEPS, "--output-dir", tmp_path / "model")
+@pytest.mark.parametrize("name", ["ddp", "fsdp2"])
+def test_through_the_launcher(name: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    output = launch(f"{name}_cpu.yaml", "finetune.py", *TINY, *STEPS, "--output-dir", tmp_path / "model")
     assert "WARNING" not in output and "Warning" not in output
-    assert_same_run(ddp, tmp_path / "model", tolerance=0)
+    assert_same_run(request.getfixturevalue(name), tmp_path / "model", tolerance=0)
 
 
 @pytest.mark.slow
