@@ -12,13 +12,14 @@ import torch
 from torch import nn
 
 
-CAPABILITY = torch.backends.cpu.get_cpu_capability()
-SUPPORTED = {
-    torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported(),
-    torch.float16: torch.ops.mkldnn._is_mkldnn_fp16_supported(),
+IS_X86 = torch.backends.cpu.get_cpu_capability().startswith("AVX")  # where this was measured
+QUESTIONS = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}
+# PyTorch may have been built without oneDNN, which knows the processor: then nothing is done here.
+EMULATED = {
+    dtype
+    for dtype, question in QUESTIONS.items()
+    if IS_X86 and not getattr(torch.ops.mkldnn, question, lambda: True)()
 }
-# On x86, where this was measured. Those of other makers multiply at least one of them.
-EMULATED = {dtype for dtype, has in SUPPORTED.items() if CAPABILITY.startswith("AVX") and not has}
 
 
 def is_emulated(inputs: torch.Tensor) -> bool:
