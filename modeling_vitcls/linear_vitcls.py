@@ -5,8 +5,8 @@
     no bfloat16, float16    float32, rounded: half_precision_vitcls.py
     otherwise               what nn.Linear and nn.Conv2d do; on AVX2 MKL is 15 % faster than oneDNN
 
-Exports, other devices and kinds of weight (quantised, sharded) get what nn.Linear and nn.Conv2d do, and so do compilers
-in place of oneDNN. The numbers are the same within rounding.
+Exports, other devices and kinds of weight (quantised, sharded) get what nn.Linear and nn.Conv2d do, and so do
+compilers in place of oneDNN. The numbers are the same within rounding.
 """
 
 from collections.abc import Callable
