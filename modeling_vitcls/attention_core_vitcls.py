@@ -19,7 +19,7 @@ from transformers.utils import TransformersKwargs
 
 from .attention_steps_vitcls import attend_in_steps
 from .configuration_vitcls import ViTCLSConfig
-from .half_precision_vitcls import in_float32, is_emulated
+from .half_precision_vitcls import in_float32, is_emulated, is_exporting
 from .recomputing_vitcls import recomputed
 
 
@@ -104,8 +104,7 @@ def prefers_steps(query: torch.Tensor, key: torch.Tensor) -> bool:
     """
     if not query.is_cpu or query.dtype != torch.bfloat16:
         return False
-    # torch before 2.14 answers `is_exporting()` with yes while it compiles
-    if torch.compiler._is_exporting_flag or torch.jit.is_tracing():
+    if is_exporting():
         return False
     if torch.compiler.is_compiling() and query.requires_grad:
         return False

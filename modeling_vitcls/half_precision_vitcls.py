@@ -24,12 +24,13 @@ EMULATED = {
 
 def is_emulated(inputs: torch.Tensor) -> bool:
     """Whether PyTorch would multiply them in a dtype that this CPU has no instructions for."""
-    return (
-        bool(EMULATED)
-        and inputs.is_cpu
-        and dtype_of_product(inputs) in EMULATED
-        and not (torch.compiler._is_exporting_flag or torch.jit.is_tracing())  # programs may run elsewhere
-    )
+    return bool(EMULATED) and inputs.is_cpu and dtype_of_product(inputs) in EMULATED and not is_exporting()
+
+
+def is_exporting() -> bool:
+    """Whether operators become a program that may run on another machine."""
+    # torch before 2.14 answers `is_exporting()` with yes while it compiles
+    return torch.compiler._is_exporting_flag or torch.jit.is_tracing()
 
 
 def dtype_of_product(inputs: torch.Tensor) -> torch.dtype:

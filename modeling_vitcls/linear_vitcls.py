@@ -90,19 +90,17 @@ def suits_onednn(linear: nn.Linear | nn.Conv2d, inputs: torch.Tensor) -> bool:
     records or counts operators."""
     if is_grad_enabled() or not DTYPES.get(inputs.dtype, False) or not inputs.is_cpu:
         return False
-    own = linear._parameters
-    weight = own.get("weight")
     return (
-        type(weight) is nn.Parameter
-        and "bias" in own  # though it may be None
-        and weight.dtype == inputs.dtype
+        is_plain(linear)
+        and linear._parameters["weight"].dtype == inputs.dtype  # type: ignore[union-attr]
         and not (is_recorded() or _len_torch_dispatch_stack() or is_autocast_enabled("cpu"))
     )
 
 
 def is_plain(linear: nn.Linear | nn.Conv2d) -> bool:
-    """Whether its weight is a tensor of numbers: neither quantised, sharded nor computed from others."""
-    return type(linear._parameters.get("weight")) is nn.Parameter
+    """Whether weight and bias are its own, and tensors of numbers: not quantised, sharded or computed from others."""
+    own = linear._parameters
+    return type(own.get("weight")) is nn.Parameter and "bias" in own  # though it may be None
 
 
 def is_recorded() -> bool:
