@@ -19,7 +19,8 @@ from modeling_vitcls.benchmarking.inexact import INEXACT, check_off, compare_ine
 from modeling_vitcls.benchmarking.inference import FORWARD_PASSES, ForwardPass, compare_forward_pass
 from modeling_vitcls.benchmarking.peers import PEERS, SMALL, TOY
 from modeling_vitcls.benchmarking.photographs import write_photographs
-from modeling_vitcls.benchmarking.pictures import PIXEL_ROWS, PREDICTION_ROWS, check_labels, compare_files
+from modeling_vitcls.benchmarking.pictures import PIXEL_ROWS, compare_files
+from modeling_vitcls.benchmarking.prediction import PREDICTION_ROWS, Side, check_labels
 from modeling_vitcls.benchmarking.probe import PROBES, check_weights
 from modeling_vitcls.benchmarking.report import better_peers, markdown
 from modeling_vitcls.benchmarking.steps import TRAINING_STEPS, check_gradients, compare_step, sides
@@ -173,18 +174,22 @@ def test_pixels_that_differ_are_not_compared(tmp_path: Path) -> None:
 
 def test_labels_and_weights_that_differ_are_not_compared() -> None:
     name = next(iter(PREDICTION_ROWS))
-    row = {"image": "a.jpg", "error": None, "label": "cat", "probability": 0.5}
-    assert check_labels([row], [[{"label": "cat", "score": 0.50005}]], name) == pytest.approx(5e-5)
-    with raises_one_line(name, "a.jpg is cat for us and dog"):
-        check_labels([row], [[{"label": "dog", "score": 0.5}]], name)
-    with raises_one_line(name, "a.jpg is cannot read"):
-        check_labels([row | {"error": "cannot read"}], [[{"label": "cat", "score": 0.5}]], name)
+    cat = ("cat", 0.5)
+    assert check_labels([cat, cat], [cat, ("cat", 0.50005)], name) == pytest.approx(5e-5)
+    with raises_one_line(name, "picture 1 is cat for us and dog"):
+        check_labels([cat, cat], [cat, ("dog", 0.5)], name)
     with raises_one_line(name, "differ by 0.1"):
-        check_labels([row], [[{"label": "cat", "score": 0.6}]], name)
+        check_labels([cat], [("cat", 0.6)], name)
     probe = next(iter(PROBES))
     assert check_weights(torch.ones(2), torch.ones(2), probe) == 0
     with raises_one_line(probe, "differ by 0.5"):
         check_weights(torch.tensor([1.0, 0.5]), torch.ones(2), probe)
+
+
+@pytest.mark.slow
+def test_a_side_that_fails_says_why(tmp_path: Path) -> None:
+    with Side("nobody's", str(tmp_path), toy=True) as side, raises_one_line("nobody's failed", "choose from"):
+        side.ask("labels", 1)
 
 
 @pytest.mark.slow

@@ -13,7 +13,8 @@
     inexact.py               merged and dropped patches against the plain model
     training.py              training runs, in turns: whole processes, of which one runs while the other is suspended
     transformers_trainer.py  what runs in the other one: transformers' Trainer
-    pictures.py              from files to pixels, and to labels
+    pictures.py              from files to pixels
+    prediction.py            from files to labels, each side in a process of its own
     probe.py                 a linear probe with cached features against one without
     attention.py             reading attention against a plain forward pass: time, and memory
 

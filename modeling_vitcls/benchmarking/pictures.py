@@ -1,11 +1,10 @@
-"""From JPEG files on: to `pixel_values`, against AutoImageProcessor, and to labels, against transformers' pipeline.
+"""From JPEG files to `pixel_values`, against AutoImageProcessor.
 
 The pictures are real photographs of the usual size, saved in several ways; each side reads them anew in each turn.
 """
 
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,19 +13,13 @@ import torch
 from PIL import Image
 
 from ..image_processing_vitcls import ViTCLSImageProcessor
-from ..training.prediction import Predictor, default_num_workers, listed_files
-from ..training.prediction_answers import Row, build_answers
 from .comparison import Comparison, chosen, in_turns, per_second
 from .inference import SECONDS_PER_TURN
-from .peers import SMALL, TOY, Size, against_transformers
+from .peers import SMALL, TOY, Size
 from .photographs import write_photographs
 
 
-FILES_PER_PHOTOGRAPH = {False: 16, True: 2}  # by `toy`
-LARGEST_DIFFERENCE = 1e-4  # of probabilities
-
-
-# pixel_values --------------------------------------------------------------------------------------------------------
+FILES_PER_PHOTOGRAPH = {False: 32, True: 2}  # by `toy`
 
 
 @dataclass(frozen=True)
@@ -99,72 +92,3 @@ def photographs(folder: Path, toy: bool) -> list[str]:
     """JPEG files."""
     write_photographs(folder / "photographs", per_class=FILES_PER_PHOTOGRAPH[toy])
     return sorted(map(str, folder.rglob("*.jpg")))
-
-
-# Labels --------------------------------------------------------------------------------------------------------------
-
-PREDICTION_ROWS = {"fp32, batch 16": 16, "fp32, batch 1": 1}
-
-
-def compare_prediction(rows: tuple[str, ...], num_pairs: int, toy: bool) -> Iterator[Comparison]:
-    """The named rows of `PREDICTION_ROWS`, or all: what scripts/predict.py does once the model is loaded.
-
-    Raises:
-        ValueError: for an unknown row, or if labels or probabilities differ.
-    """
-    with tempfile.TemporaryDirectory() as folder:
-        files = photographs(Path(folder), toy)
-        for name, batch_size in chosen(PREDICTION_ROWS, rows).items():
-            yield compare_labels(name, batch_size, files, Path(folder), num_pairs, TOY if toy else SMALL)
-
-
-def compare_labels(
-    name: str, batch_size: int, files: list[str], folder: Path, num_pairs: int, size: Size
-) -> Comparison:
-    """One row.
-
-    Raises:
-        ValueError: if labels or probabilities differ.
-    """
-    from transformers import pipeline
-
-    ours, theirs = image_processors(size, folder)
-    peer = against_transformers(size)
-    model: Any = peer.ours.eval()
-    their_model: Any = peer.theirs.eval()
-    answers = build_answers(model, top_k=5, threshold=0.5, features=None)
-    predictor = Predictor(model, ours, answers, nullcontext, batch_size, default_num_workers())
-    ask = pipeline("image-classification", model=their_model, image_processor=theirs, device="cpu")
-
-    def our_rows() -> list[Row]:
-        source = listed_files([str(folder / "photographs")])
-        return list(predictor.rows(source, [range(len(files))], piece=len(files)))
-
-    def their_rows() -> Any:
-        return ask(files, batch_size=batch_size, top_k=5)
-
-    difference = check_labels(our_rows(), their_rows(), name)
-    measured = in_turns(
-        lambda: per_second(our_rows, len(files), 0.0), lambda: per_second(their_rows, len(files), 0.0), num_pairs
-    )
-    details = {"num_files": len(files), "size": vars(size)}
-    return Comparison("predict.py on JPEG files", name, "pipeline", *measured, difference, details)
-
-
-def check_labels(ours: list[Row], theirs: list[list[dict[str, Any]]], name: str) -> float:
-    """The largest difference between the probabilities of the most probable labels.
-
-    Raises:
-        ValueError: if labels differ, or probabilities by more than `LARGEST_DIFFERENCE`.
-    """
-    largest = 0.0
-    for row, answers in zip(ours, theirs, strict=True):
-        if row["error"] is not None or row["label"] != answers[0]["label"]:
-            raise ValueError(
-                f"{name}: {row['image']} is {row['error'] or row['label']} for us and {answers[0]['label']} for the "
-                "pipeline: they do not do the same work, so their speed is not compared"
-            )
-        largest = max(largest, abs(row["probability"] - answers[0]["score"]))
-    if not largest <= LARGEST_DIFFERENCE:
-        raise ValueError(f"{name}: probabilities differ by {largest:.2g}: this is not the same work")
-    return largest

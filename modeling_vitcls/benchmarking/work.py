@@ -12,7 +12,8 @@ from .comparison import Comparison, chosen
 from .growth import POINTS, TOY_POINTS, compare_growth
 from .inexact import INEXACT, compare_inexact
 from .inference import FORWARD_PASSES, compare_inference
-from .pictures import PIXEL_ROWS, PREDICTION_ROWS, compare_pixels, compare_prediction
+from .pictures import PIXEL_ROWS, compare_pixels
+from .prediction import PREDICTION_ROWS, compare_prediction
 from .probe import PROBES, compare_probes
 from .steps import TRAINING_STEPS, compare_steps
 from .training import TOY_RUNS, TRAINING_RUNS, compare_training

@@ -26,6 +26,7 @@ The loop
     session.py            the loop in its output folder, for fine-tuning and pre-training
     branch_uploads.py     checkpoints pushed to a branch while it trains; saving.py: the model folder
     environment.py        processes, device, versions
+    memory.py             what tensors on CPUs free is kept for the next ones
     reporting.py, results.py  what is printed and written
     utilisation.py        what a step costs, and how much of the machine's speed that makes use of
 

@@ -23,6 +23,7 @@ from torch import nn
 from ..layers_vitcls import EncoderLayer
 from ..version import __version__
 from . import zero
+from .memory import keep_memory
 
 
 LONGEST_WAIT = timedelta(hours=12)  # of the processes for the main one, which downloads, reads streams and pushes
@@ -37,6 +38,7 @@ def build_accelerator(
 ) -> Accelerator:
     """What `accelerate launch` asked for, with `mixed_precision` ("no", "bf16", "fp16") in place of its own if given.
 
+    On CPUs the process keeps memory from now on (memory.py).
     Without any accelerator device Accelerate has to be told so: started as several processes it would otherwise run
     each of them as if it were alone. Under DeepSpeed it is the backend that says so: `cpu` would turn DeepSpeed off.
 
@@ -45,6 +47,8 @@ def build_accelerator(
             ZeRO that is not supported; for a tracker that is not installed.
     """
     on_cpu = not torch.accelerator.is_available()
+    if on_cpu:
+        keep_memory()
     with_deepspeed = parse_flag_from_env("ACCELERATE_USE_DEEPSPEED")
     accelerator = Accelerator(
         cpu=on_cpu and not with_deepspeed,
