@@ -58,6 +58,7 @@ TRAINING_RUNS = {
 TOY_RUNS = {"toy": replace(DIGITS, size=Size(32, 8, 32, 2, 2), log_every=1, lines_per_turn=1)}
 
 MAX_STEPS = 1_000_000  # never reached
+PHOTOGRAPHS_PER_CLASS = 512  # no epoch ends while it is measured: Trainer then starts its workers anew
 WARM_UP_LINES = 2
 LONGEST_TURN = 600  # seconds
 
@@ -92,7 +93,7 @@ def prepare_data(dataset: str, folder: Path) -> tuple[str, list[str]]:
     """What to pass as `--dataset`, and the names of the labels."""
     if dataset == "digits":
         return dataset, [str(digit) for digit in range(10)]
-    return str(write_photographs(folder / "photographs")), ["china", "flower"]
+    return str(write_photographs(folder / "photographs", PHOTOGRAPHS_PER_CLASS)), ["china", "flower"]
 
 
 def prepare_models(run: TrainingRun, label_names: list[str], folder: Path, name: str) -> float:
