@@ -81,7 +81,10 @@ def part_size(query: torch.Tensor, key: torch.Tensor) -> int:
 def in_parts(query: torch.Tensor, key: torch.Tensor, *others: torch.Tensor | None) -> Iterator[tuple[Any, ...]]:
     """These tensors for a few images after the others; what all images share, again each time."""
     size, num_images = part_size(query, key), len(query)
-    for first in range(0, max(num_images, 1), size):
+    if size >= num_images:
+        yield query, key, *others
+        return
+    for first in range(0, num_images, size):
         part = slice(first, first + size)
         yield tuple(each if each is None or len(each) < num_images else each[part] for each in (query, key, *others))
 

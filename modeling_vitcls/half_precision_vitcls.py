@@ -6,10 +6,13 @@ backward pass stays in half precision.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
+
+from .linear_gradients_vitcls import gradients
 
 
 IS_X86 = torch.backends.cpu.get_cpu_capability().startswith("AVX")  # where this was measured
@@ -54,6 +57,9 @@ def widened(tensor: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | N
     return tensor.to(dtype).float() if tensor is not None and tensor.is_floating_point() else tensor
 
 
+linear_in_float32 = partial(in_float32, nn.functional.linear)
+
+
 def product_in_float32(inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """`inputs @ weight.T + bias`, [..., in] and [out, in] -> [..., out], in the dtype of nn.Linear's."""
     dtype = dtype_of_product(inputs)
@@ -68,7 +74,7 @@ class ProductInFloat32(torch.autograd.Function):
     @staticmethod
     def forward(inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """[..., in], [out, in] and [out] -> [..., out]."""
-        return in_float32(nn.functional.linear, inputs, weight, bias)
+        return linear_in_float32(inputs, weight, bias)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
@@ -79,14 +85,4 @@ class ProductInFloat32(torch.autograd.Function):
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         """Gradients of inputs, weight and bias, as far as they are needed."""
         inputs, weight, bias = ctx.saved_tensors
-        of_inputs = of_weight = of_bias = None
-        with torch.autocast("cpu", enabled=False):
-            grad = grad.float()
-            if ctx.needs_input_grad[0]:
-                of_inputs = torch.matmul(grad, weight.float()).to(inputs.dtype)
-            rows = grad.flatten(0, -2)  # [rows, out]
-            if ctx.needs_input_grad[1]:
-                of_weight = torch.matmul(rows.t(), inputs.float().flatten(0, -2)).to(weight.dtype)
-            if bias is not None and ctx.needs_input_grad[2]:
-                of_bias = rows.sum(0).to(bias.dtype)
-        return of_inputs, of_weight, of_bias
+        return gradients(linear_in_float32, ctx.needs_input_grad, inputs, weight, bias, grad)

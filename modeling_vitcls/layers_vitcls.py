@@ -18,7 +18,7 @@ from transformers.utils import TransformersKwargs
 
 from .attention_vitcls import ATTENTIONS
 from .configuration_vitcls import ViTCLSConfig
-from .linear_vitcls import Linear, activated, as_autocast_will
+from .linear_vitcls import Linear, activated, as_autocast_will, contracted, has_hooks
 from .norms_vitcls import build_norm
 from .recomputing_vitcls import recomputed
 from .rotary_vitcls import Rotation
@@ -123,9 +123,16 @@ class ViTCLSMLP(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """[B, N, D] -> [B, N, D]."""
-        if torch.is_grad_enabled():
-            return recomputed(self, self.activate_and_contract, self.fc1(hidden_states))
-        return self.contract(activated(self.fc1, self.activation_fn, hidden_states))
+        if not torch.is_grad_enabled():
+            return self.contract(activated(self.fc1, self.activation_fn, hidden_states))
+        expanded = self.fc1(hidden_states)  # [B, N, intermediate]
+        at_once = contracted(self.fc2, self.activation_fn, expanded) if self.has_nothing_between() else None
+        return recomputed(self, self.activate_and_contract, expanded) if at_once is None else at_once
+
+    def has_nothing_between(self) -> bool:
+        """Whether activations go on to the second layer as they are, and nobody listens."""
+        between = (self.move_neurons, self.norm)
+        return all(type(module) is nn.Identity and not has_hooks(module) for module in between)
 
     def activate_and_contract(self, expanded: torch.Tensor) -> torch.Tensor:
         """[B, N, intermediate] -> [B, N, D]."""

@@ -1,7 +1,7 @@
 """Linear layers, those with the activation behind them, and that of patches: on CPUs by what multiplies fastest there.
 
-    AVX-512, inference      oneDNN. PyTorch hands float32 to MKL, which reaches half of its speed on AMD's processors;
-                            GELU is computed while the results are in the cache; patches are projected by one product
+    AVX-512                 oneDNN in float32, for whatever is not tiny; in inference also in bfloat16, where GELU is
+                            computed while the results are in the cache, and patches are projected by one product
     no bfloat16, float16    float32, rounded: half_precision_vitcls.py
     otherwise               what nn.Linear and nn.Conv2d do; on AVX2 MKL is 15 % faster than oneDNN
 
@@ -10,21 +10,26 @@ compilers in place of oneDNN. The numbers are the same within rounding.
 """
 
 from collections.abc import Callable
+from typing import TypeGuard
 
 import torch
 from torch import is_autocast_enabled, is_grad_enabled, nn
-from torch._C import _len_torch_dispatch_stack
+from torch._C import _functorch, _len_torch_dispatch_stack
+from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 from torch.jit import is_tracing
 from transformers.activations import GELUActivation
 
 from .half_precision_vitcls import dtype_of_product, is_emulated, product_in_float32
+from .onednn_vitcls import HAS_AVX512, HAS_BFLOAT16, HAS_ONEDNN, Product, ProductOfGELU, product
 
 
-HAS_AVX512 = torch.backends.cpu.get_cpu_capability().startswith("AVX512")
-HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-HAS_BFLOAT16 = HAS_AVX512 and HAS_ONEDNN and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-DTYPES = {torch.float32: HAS_AVX512 and HAS_ONEDNN, torch.bfloat16: HAS_BFLOAT16}  # whether oneDNN is to be used
+# Multiplications from which on oneDNN is faster, by dtype and whether there may be a backward pass; never elsewhere.
+LEAST_WORK: dict[tuple[torch.dtype, bool], int] = {}
+if HAS_AVX512 and HAS_ONEDNN:
+    LEAST_WORK |= {(torch.float32, False): 1_500_000, (torch.float32, True): 8_000_000}
+if HAS_BFLOAT16:
+    LEAST_WORK[torch.bfloat16, False] = 0
 
 
 class Linear(nn.Linear):
@@ -34,7 +39,8 @@ class Linear(nn.Linear):
         """Apply weight and bias."""
         if suits_onednn(self, inputs):
             own = self._parameters  # as attributes they take ten times as long to find
-            return product(inputs, own["weight"], own["bias"])
+            multiply = Product.apply if is_grad_enabled() else product
+            return multiply(inputs, own["weight"], own["bias"])
         if is_emulated(inputs) and is_plain(self):
             return product_in_float32(inputs, self.weight, self.bias)
         return super().forward(inputs)
@@ -59,23 +65,27 @@ class PatchProjection(nn.Conv2d):
         return multiply(patches, self.weight.flatten(1), self.bias).permute(0, 3, 1, 2)
 
 
-def product(
-    inputs: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None, activation: str = "none"
-) -> torch.Tensor:
-    """oneDNN's `activation(inputs @ weight.T + bias)`, [..., in] and [out, in] -> [..., out]; "gelu" is exact."""
-    return torch.ops.mkldnn._linear_pointwise.default(inputs, weight, bias, activation, [], "none")
-
-
 def activated(
     linear: nn.Module, activation: Callable[[torch.Tensor], torch.Tensor], inputs: torch.Tensor
 ) -> torch.Tensor:
-    """`activation(linear(inputs))`: [..., in] -> [..., out]."""
-    is_gelu = type(activation) is GELUActivation and not has_hooks(activation)
-    if not is_gelu or type(linear) is not Linear or has_hooks(linear) or is_grad_enabled() or is_recorded():
+    """`activation(linear(inputs))`, [..., in] -> [..., out], faster where there is no backward pass."""
+    if not is_gelu_beside(linear, activation) or is_grad_enabled() or is_recorded():
         return activation(linear(inputs))
     if suits_onednn(linear, inputs):
         return product(inputs, linear.weight, linear.bias, "gelu")
     return torch.ops.aten.gelu_(linear(inputs))  # in place: new memory costs more than the function
+
+
+def contracted(
+    linear: nn.Module, activation: Callable[[torch.Tensor], torch.Tensor], inputs: torch.Tensor
+) -> torch.Tensor | None:
+    """`linear(activation(inputs))` for a backward pass that keeps the inputs alone, [..., in] -> [..., out].
+
+    None where this is not the fastest way.
+    """
+    if not is_gelu_beside(linear, activation) or not suits_onednn(linear, inputs):
+        return None
+    return ProductOfGELU.apply(inputs, linear.weight, linear.bias)
 
 
 def as_autocast_will(inputs: torch.Tensor) -> torch.Tensor:
@@ -86,15 +96,25 @@ def as_autocast_will(inputs: torch.Tensor) -> torch.Tensor:
 
 
 def suits_onednn(linear: nn.Linear | nn.Conv2d, inputs: torch.Tensor) -> bool:
-    """Whether oneDNN may compute this product: plain tensors of one dtype on the CPU, no gradients, and nobody who
-    records or counts operators."""
-    if is_grad_enabled() or not DTYPES.get(inputs.dtype, False) or not inputs.is_cpu:
+    """Whether oneDNN may compute this product, and is faster: of plain tensors of one dtype on the CPU, with nobody
+    who records, counts or transforms operators."""
+    may_learn = is_grad_enabled()
+    least_work = LEAST_WORK.get((inputs.dtype, may_learn))
+    if least_work is None or not inputs.is_cpu or is_recorded() or not is_plain(linear):
         return False
+    weight: torch.Tensor = linear._parameters["weight"]  # type: ignore[assignment]
     return (
-        is_plain(linear)
-        and linear._parameters["weight"].dtype == inputs.dtype  # type: ignore[union-attr]
-        and not (is_recorded() or _len_torch_dispatch_stack() or is_autocast_enabled("cpu"))
+        weight.dtype == inputs.dtype
+        and inputs.numel() * len(weight) >= least_work
+        and not (_len_torch_dispatch_stack() or is_autocast_enabled("cpu"))
+        and not (may_learn and is_transformed())
     )
+
+
+def is_gelu_beside(linear: nn.Module, activation: Callable[[torch.Tensor], torch.Tensor]) -> TypeGuard[Linear]:
+    """Whether both are plain, the activation is GELU, and nobody listens to either."""
+    is_gelu = type(activation) is GELUActivation and not has_hooks(activation)
+    return is_gelu and type(linear) is Linear and not has_hooks(linear)
 
 
 def is_plain(linear: nn.Linear | nn.Conv2d) -> bool:
@@ -106,6 +126,11 @@ def is_plain(linear: nn.Linear | nn.Conv2d) -> bool:
 def is_recorded() -> bool:
     """Whether operators become a program, which may run elsewhere."""
     return is_compiling() or is_tracing()
+
+
+def is_transformed() -> bool:
+    """Whether torch.func, or forward-mode differentiation, is at work, which oneDNN's operators do not know."""
+    return _functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
 
 
 def has_hooks(module: nn.Module) -> bool:

@@ -128,6 +128,7 @@ def test_gradients_of_each_image() -> None:
 
 def test_dropout_is_pytorch_s(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention_core_vitcls, "MULTIPLIES_BFLOAT16", True)
+    monkeypatch.setattr(attention_core_vitcls, "FEWEST_IN_STEPS", 0)
     given = states(dtype=torch.bfloat16)
     found = [sdpa_attention(Attention(), *given, None, scaling=0.4, dropout=rate)[0] for rate in (0.0, 0.5)]
     assert torch.equal(found[0], attend_in_steps(*given, None, 0.4))
@@ -141,11 +142,12 @@ def test_dropout_is_pytorch_s(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_where_steps_are_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention_core_vitcls, "MULTIPLIES_BFLOAT16", True)
 
-    def chosen(dtype: torch.dtype, length: int, device: str = "cpu") -> bool:
-        made = torch.empty(1, 1, length, 8, dtype=dtype, device=device)
+    def chosen(dtype: torch.dtype, length: int, device: str = "cpu", num_images: int = 100) -> bool:
+        made = torch.empty(num_images, 1, length, 8, dtype=dtype, device=device)
         return prefers_steps(made, made)
 
-    assert chosen(torch.bfloat16, 17) and chosen(torch.bfloat16, LONGEST_IN_STEPS)
+    assert chosen(torch.bfloat16, 17) and chosen(torch.bfloat16, LONGEST_IN_STEPS, num_images=1)
+    assert not chosen(torch.bfloat16, 17, num_images=10)
     assert not chosen(torch.bfloat16, LONGEST_IN_STEPS + 1)
     assert not chosen(torch.float32, 197) and not chosen(torch.float16, 197)
     assert not chosen(torch.bfloat16, 197, "meta")
@@ -163,6 +165,7 @@ def test_only_sdpa_takes_them(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(attention_core_vitcls, "attend_in_steps", counted)
     monkeypatch.setattr(attention_core_vitcls, "MULTIPLIES_BFLOAT16", True)
+    monkeypatch.setattr(attention_core_vitcls, "FEWEST_IN_STEPS", 0)
     model = filled(ViTCLSModel(tiny_config())).bfloat16()
     torch.compiler.reset()  # it gives up on what tests before this one compiled often
     with torch.no_grad():
@@ -179,8 +182,9 @@ def test_only_sdpa_takes_them(monkeypatch: pytest.MonkeyPatch) -> None:
     assert attention_core_vitcls.ATTENTION_FUNCTIONS["sdpa"] is sdpa_attention
 
 
-def test_training_in_bfloat16_follows_float32() -> None:
+def test_training_in_bfloat16_follows_float32(monkeypatch: pytest.MonkeyPatch) -> None:
     """Masks that are learned and biases of every head among it."""
+    monkeypatch.setattr(attention_core_vitcls, "FEWEST_IN_STEPS", 0)
     fields = {"relative_position_bias": "layer", "gated_tokens": {"registers": 2}, "num_register_tokens": 2}
     gradients = []
     for half in (False, True):

@@ -1,15 +1,19 @@
 """Linear layers answer the same whichever library computes them, and step aside where they should."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from torch.autograd import forward_ad
+from torch.autograd.graph import saved_tensors_hooks
 from torch.profiler import profile
 from torch.utils.flop_counter import FlopCounterMode
 from transformers.activations import ACT2FN
 
-from modeling_vitcls import linear_vitcls
+from modeling_vitcls import ViTCLSConfig, linear_vitcls
+from modeling_vitcls.layers_vitcls import ViTCLSMLP
 from modeling_vitcls.linear_vitcls import Linear, PatchProjection, activated
 
 
@@ -19,8 +23,10 @@ ONEDNN = "mkldnn::_linear_pointwise"
 
 @pytest.fixture(autouse=True)
 def float32_by_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also on processors where it is right but not the fastest."""
-    monkeypatch.setitem(linear_vitcls.DTYPES, torch.float32, linear_vitcls.HAS_ONEDNN)
+    """Also on processors, and for sizes, where it is right but not the fastest."""
+    if linear_vitcls.HAS_ONEDNN:
+        monkeypatch.setitem(linear_vitcls.LEAST_WORK, (torch.float32, False), 0)
+        monkeypatch.setitem(linear_vitcls.LEAST_WORK, (torch.float32, True), 0)
 
 
 @pytest.fixture
@@ -87,7 +93,7 @@ def test_gelu_is_computed_with_the_product(linear: Linear, dtype: torch.dtype) -
 
 
 def test_without_onednn_gelu_is_computed_in_place(linear: Linear, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(linear_vitcls.DTYPES, torch.float32, False)
+    monkeypatch.setattr(linear_vitcls, "LEAST_WORK", {})
     inputs = torch.randn(2, 7, 48)
     found, operators = computed_by(activated, linear, ACT2FN["gelu"], inputs)
     assert "aten::gelu_" in operators and "aten::gelu" not in operators
@@ -106,7 +112,7 @@ def test_other_activations_stay_what_they_are(linear: Linear, name: str) -> None
 
 
 def test_it_steps_aside(linear: Linear) -> None:
-    """For gradients, hooks, other dtypes, autocast, a replaced forward, and those who record or count operators."""
+    """For hooks, other dtypes, autocast, a replaced forward, and those who record, count or transform operators."""
     inputs = torch.randn(2, 7, 48)
 
     def is_plain(layer: nn.Module, given: torch.Tensor = inputs) -> bool:
@@ -119,7 +125,7 @@ def test_it_steps_aside(linear: Linear) -> None:
         return "aten::gelu" in operators
 
     with torch.enable_grad():
-        assert is_plain(linear)
+        assert is_alone(linear)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert is_plain(linear)
     assert is_plain(linear.double(), inputs.double())
@@ -137,6 +143,114 @@ def test_it_steps_aside(linear: Linear) -> None:
     assert counter.get_total_flops() == 2 * 2 * 7 * 48 * 80  # it does not know oneDNN's operator
     traced = torch.jit.trace(linear, inputs)
     assert "mkldnn" not in str(traced.inlined_graph)
+
+
+@needs_onednn
+def test_small_products_are_not_onednns(linear: Linear, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It takes as long to start as they take."""
+    monkeypatch.setattr(linear_vitcls, "LEAST_WORK", {(torch.float32, False): 10 * 48 * 80})
+    assert ONEDNN not in computed_by(linear, torch.randn(9, 48))[1]
+    assert ONEDNN in computed_by(linear, torch.randn(2, 5, 48))[1]
+
+
+# With gradients ------------------------------------------------------------------------------------------------------
+
+
+def gradients_of(call: Any, inputs: torch.Tensor, module: nn.Module) -> list[torch.Tensor]:
+    """The first and second derivatives by inputs and parameters, of something that depends on all of them."""
+    inputs = inputs.detach().requires_grad_()
+    wanted = [inputs, *module.parameters()]
+    first = torch.autograd.grad(call(inputs).square().sum(), wanted, create_graph=True)
+    return [*first, *torch.autograd.grad(sum(each.square().sum() for each in first), wanted)]
+
+
+@needs_onednn
+@pytest.mark.parametrize("shape", [(2, 7, 48), (3, 48), (48,)], ids=str)
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("out", [80, 16])
+def test_gradients_are_onednns_and_the_same(shape: tuple[int, ...], bias: bool, out: int) -> None:
+    torch.manual_seed(0)
+    layer, inputs = Linear(48, out, bias=bias), torch.randn(shape)
+    found, operators = computed_by(gradients_of, layer, inputs, layer)
+    assert ONEDNN in operators and not operators & {"aten::linear", "aten::addmm", "aten::mm"}
+    layer, inputs = layer.double(), inputs.double()
+    for one, exact in zip(found, gradients_of(layer, inputs, layer), strict=True):
+        torch.testing.assert_close(one.double(), exact, rtol=1e-5, atol=1e-5 * exact.abs().max().item())
+
+
+@needs_onednn
+def test_what_is_not_needed_is_not_computed() -> None:
+    layer = Linear(48, 80).requires_grad_(False)
+    assert layer(torch.randn(3, 48)).grad_fn is None
+    layer.bias.requires_grad_()
+    result, inputs = layer(torch.randn(3, 48)), torch.randn(3, 48, requires_grad=True)
+    assert ONEDNN not in computed_by(result.sum().backward)[1]
+    assert torch.equal(layer.bias.grad, torch.full((80,), 3.0)) and layer.weight.grad is None
+    layer(inputs).sum().backward()
+    torch.testing.assert_close(inputs.grad, layer.weight.sum(0).expand(3, 48))
+
+
+@needs_onednn
+@pytest.mark.parametrize("shape", [(2, 7, 48), (3, 48)], ids=str)
+def test_gradients_of_images_one_by_one(shape: tuple[int, ...]) -> None:
+    """torch.func, which oneDNN's operators do not know, and forward-mode differentiation."""
+    layer, inputs = Linear(48, 80), torch.randn(shape)
+    weights = dict(layer.named_parameters())
+
+    def loss(weights: dict[str, torch.Tensor], image: torch.Tensor) -> torch.Tensor:
+        return torch.func.functional_call(layer, weights, image).sum()
+
+    found = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(weights, inputs)["weight"]
+    exact = inputs.flatten(1, -2).sum(1) if inputs.ndim == 3 else inputs
+    torch.testing.assert_close(found, exact[:, None].expand(-1, 80, -1))
+    with forward_ad.dual_level():
+        dual = layer(forward_ad.make_dual(inputs, torch.ones_like(inputs)))
+        tangent = forward_ad.unpack_dual(dual).tangent
+    torch.testing.assert_close(tangent, layer.weight.sum(1).expand_as(tangent))
+
+
+def mlp(**changes: object) -> ViTCLSMLP:
+    torch.manual_seed(0)
+    sizes = {"image_size": 32, "patch_size": 8, "hidden_size": 48, "num_attention_heads": 2, "intermediate_size": 80}
+    return ViTCLSMLP(ViTCLSConfig(**sizes, **changes), layer_index=0)
+
+
+@needs_onednn
+def test_an_mlp_learns_by_onednn_and_keeps_what_goes_into_gelu() -> None:
+    layer, inputs = mlp(), torch.randn(2, 7, 48)
+    found, operators = computed_by(gradients_of, layer, inputs, layer)
+    assert not operators & {"aten::linear", "aten::addmm", "aten::mm"}
+    kept: list[torch.Tensor] = []
+    with saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+        layer(inputs)
+    own = [inputs, *layer.parameters()]
+    activations = [tensor for tensor in kept if not any(tensor.data_ptr() == one.data_ptr() for one in own)]
+    assert [tuple(tensor.shape) for tensor in activations] == [(2, 7, 80)]
+    layer, inputs = layer.double(), inputs.double()
+    for one, exact in zip(found, gradients_of(layer, inputs, layer), strict=True):
+        torch.testing.assert_close(one.double(), exact, rtol=1e-4, atol=1e-5 * exact.abs().max().item())
+
+
+@needs_onednn
+@pytest.mark.parametrize("name", ["norm", "move_neurons", "fc2", "activation_fn"])
+def test_whoever_listens_inside_an_mlp_hears_it(name: str) -> None:
+    layer, inputs, heard = mlp(), torch.randn(2, 7, 48), []
+    wanted = layer(inputs)
+    getattr(layer, name).register_forward_hook(lambda module, args, output: heard.append(output))
+    torch.testing.assert_close(layer(inputs), wanted, rtol=1e-5, atol=1e-6)
+    assert len(heard) == 1
+
+
+@needs_onednn
+def test_an_mlp_with_a_norm_learns_the_same() -> None:
+    layer, inputs = mlp(mlp_norm=True), torch.randn(2, 7, 48)
+    found = gradients_of(layer, inputs, layer)
+    layer, inputs = layer.double(), inputs.double()
+    for one, exact in zip(found, gradients_of(layer, inputs, layer), strict=True):
+        torch.testing.assert_close(one.double(), exact, rtol=1e-4, atol=1e-5 * exact.abs().max().item())
+
+
+# Patches -------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.skipif(not linear_vitcls.HAS_BFLOAT16, reason="this processor multiplies no bfloat16")
