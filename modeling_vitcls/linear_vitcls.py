@@ -14,14 +14,21 @@ from typing import TypeGuard
 
 import torch
 from torch import is_autocast_enabled, is_grad_enabled, nn
-from torch._C import _functorch, _len_torch_dispatch_stack
-from torch.autograd import forward_ad
+from torch._C import _len_torch_dispatch_stack
 from torch.compiler import is_compiling
 from torch.jit import is_tracing
 from transformers.activations import GELUActivation
 
 from .half_precision_vitcls import dtype_of_product, is_emulated, product_in_float32
-from .onednn_vitcls import HAS_AVX512, HAS_BFLOAT16, HAS_ONEDNN, Product, ProductOfGELU, product
+from .onednn_vitcls import (
+    HAS_AVX512,
+    HAS_BFLOAT16,
+    HAS_ONEDNN,
+    differentiable_product,
+    is_transformed,
+    product,
+    product_of_gelu,
+)
 
 
 # Multiplications from which on oneDNN is faster, by dtype and whether there may be a backward pass; never elsewhere.
@@ -39,7 +46,7 @@ class Linear(nn.Linear):
         """Apply weight and bias."""
         if suits_onednn(self, inputs):
             own = self._parameters  # as attributes they take ten times as long to find
-            multiply = Product.apply if is_grad_enabled() else product
+            multiply: Callable[..., torch.Tensor] = differentiable_product if is_grad_enabled() else product
             return multiply(inputs, own["weight"], own["bias"])
         if is_emulated(inputs) and is_plain(self):
             return product_in_float32(inputs, self.weight, self.bias)
@@ -85,7 +92,7 @@ def contracted(
     """
     if not is_gelu_beside(linear, activation) or not suits_onednn(linear, inputs):
         return None
-    return ProductOfGELU.apply(inputs, linear.weight, linear.bias)
+    return product_of_gelu(inputs, linear.weight, linear.bias)
 
 
 def as_autocast_will(inputs: torch.Tensor) -> torch.Tensor:
@@ -126,11 +133,6 @@ def is_plain(linear: nn.Linear | nn.Conv2d) -> bool:
 def is_recorded() -> bool:
     """Whether operators become a program, which may run elsewhere."""
     return is_compiling() or is_tracing()
-
-
-def is_transformed() -> bool:
-    """Whether torch.func, or forward-mode differentiation, is at work, which oneDNN's operators do not know."""
-    return _functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
 
 
 def has_hooks(module: nn.Module) -> bool:

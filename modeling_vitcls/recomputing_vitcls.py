@@ -3,8 +3,9 @@
     kept               what goes into the activation, [B, N, intermediate]
     computed again     what comes out of it, of the same size
 
-Values and gradients are the same to the bit. Attention does so too: by itself (attention_steps_vitcls.py), or here
-where it is in float32 for half precision. Gradient checkpointing, in contrast, computes whole layers again.
+Values and gradients are the same to the bit. Two others do so by themselves: an MLP that oneDNN multiplies
+(onednn_vitcls.py), and attention (attention_steps_vitcls.py), which comes here where it is in float32 for half
+precision. Gradient checkpointing, in contrast, computes whole layers again.
 """
 
 from collections.abc import Callable

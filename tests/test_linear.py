@@ -194,6 +194,7 @@ def test_what_is_not_needed_is_not_computed() -> None:
 @pytest.mark.parametrize("shape", [(2, 7, 48), (3, 48)], ids=str)
 def test_gradients_of_images_one_by_one(shape: tuple[int, ...]) -> None:
     """torch.func, which oneDNN's operators do not know, and forward-mode differentiation."""
+    torch.manual_seed(0)
     layer, inputs = Linear(48, 80), torch.randn(shape)
     weights = dict(layer.named_parameters())
 
@@ -207,6 +208,16 @@ def test_gradients_of_images_one_by_one(shape: tuple[int, ...]) -> None:
         dual = layer(forward_ad.make_dual(inputs, torch.ones_like(inputs)))
         tangent = forward_ad.unpack_dual(dual).tangent
     torch.testing.assert_close(tangent, layer.weight.sum(1).expand_as(tangent))
+
+
+@needs_onednn
+def test_several_gradients_at_once() -> None:
+    """As torch.autograd.functional.jacobian(vectorize=True) asks for them."""
+    layer, inputs = mlp(), torch.randn(3, 48, requires_grad=True)
+    wanted = torch.randn(5, 3, 48)
+    (found,) = torch.autograd.grad(layer(inputs), [inputs], wanted, is_grads_batched=True)
+    for one, by_itself in zip(found, wanted, strict=True):
+        torch.testing.assert_close(one, torch.autograd.grad(layer(inputs), [inputs], by_itself)[0])
 
 
 def mlp(**changes: object) -> ViTCLSMLP:

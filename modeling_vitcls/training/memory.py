@@ -1,7 +1,7 @@
 """The memory of tensors on CPUs: kept for the next ones when they are freed, and taken in large pages.
 
 By itself the C library gives large blocks back to the system, which clears every page of the next one: about 20,000
-pages in a forward pass of ViT-S/16 on 8 images, and three to six times as many in a training step of 16.
+pages in a forward pass of ViT-S/16 on 8 images, and two to six times as many in a training step of 16.
 """
 
 import ctypes
