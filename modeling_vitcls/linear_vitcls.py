@@ -105,16 +105,14 @@ def as_autocast_will(inputs: torch.Tensor) -> torch.Tensor:
 def suits_onednn(linear: nn.Linear | nn.Conv2d, inputs: torch.Tensor) -> bool:
     """Whether oneDNN may compute this product, and is faster: of plain tensors of one dtype on the CPU, with nobody
     who records, counts or transforms operators."""
-    may_learn = is_grad_enabled()
-    least_work = LEAST_WORK.get((inputs.dtype, may_learn))
+    least_work = LEAST_WORK.get((inputs.dtype, is_grad_enabled()))
     if least_work is None or not inputs.is_cpu or is_recorded() or not is_plain(linear):
         return False
     weight: torch.Tensor = linear._parameters["weight"]  # type: ignore[assignment]
     return (
         weight.dtype == inputs.dtype
         and inputs.numel() * len(weight) >= least_work
-        and not (_len_torch_dispatch_stack() or is_autocast_enabled("cpu"))
-        and not (may_learn and is_transformed())
+        and not (_len_torch_dispatch_stack() or is_autocast_enabled("cpu") or is_transformed())
     )
 
 
