@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .linear_gradients_vitcls import gradients
+from .linear_gradients_vitcls import LinearFunction, gradients
 
 
 IS_X86 = torch.backends.cpu.get_cpu_capability().startswith("AVX")  # where this was measured
@@ -66,7 +66,7 @@ def product_in_float32(inputs: torch.Tensor, weight: torch.Tensor, bias: torch.T
     return ProductInFloat32.apply(inputs.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
 
 
-class ProductInFloat32(torch.autograd.Function):
+class ProductInFloat32(LinearFunction):
     """A linear layer of half precision whose products, also those of its gradients, are computed in float32."""
 
     generate_vmap_rule = True
@@ -75,11 +75,6 @@ class ProductInFloat32(torch.autograd.Function):
     def forward(inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """[..., in], [out, in] and [out] -> [..., out]."""
         return linear_in_float32(inputs, weight, bias)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
-        """Keep what came in."""
-        ctx.save_for_backward(*inputs)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:

@@ -1,8 +1,18 @@
 """The backward pass of a linear layer, by whatever multiplies fastest: oneDNN, or float32 for half precision."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
+
+
+class LinearFunction(torch.autograd.Function):
+    """A function of inputs [..., in], weight [out, in] and bias [out], which are kept for the backward pass."""
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+        """Keep what came in."""
+        ctx.save_for_backward(*inputs)
 
 
 def gradients(

@@ -15,7 +15,7 @@ from torch import nn
 from torch._C import _functorch
 from torch.autograd import forward_ad
 
-from .linear_gradients_vitcls import gradients
+from .linear_gradients_vitcls import LinearFunction, gradients
 
 
 HAS_AVX512 = torch.backends.cpu.get_cpu_capability().startswith("AVX512")
@@ -45,7 +45,7 @@ def is_transformed() -> bool:
     return _functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
 
 
-class Product(torch.autograd.Function):
+class Product(LinearFunction):
     """`product` whose gradients are such products too, and have gradients."""
 
     @staticmethod
@@ -54,29 +54,19 @@ class Product(torch.autograd.Function):
         return product(inputs, weight, bias)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
-        """Keep what came in."""
-        ctx.save_for_backward(*inputs)
-
-    @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         """Gradients of inputs, weight and bias, as far as they are needed."""
         inputs, weight, bias = ctx.saved_tensors
         return gradients(differentiable_product, ctx.needs_input_grad, inputs, weight, bias, grad)
 
 
-class ProductOfGELU(torch.autograd.Function):
+class ProductOfGELU(LinearFunction):
     """`product(gelu(inputs), weight, bias)`; what GELU gives is computed again in the backward pass."""
 
     @staticmethod
     def forward(inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """[..., in], [out, in] and [out] -> [..., out]."""
         return product(nn.functional.gelu(inputs), weight, bias)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
-        """Keep what came in."""
-        ctx.save_for_backward(*inputs)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
