@@ -99,6 +99,12 @@ def chosen(table: dict[str, Row], names: tuple[str, ...]) -> dict[str, Row]:
     return {name: table[name] for name in names or table}
 
 
+def last_words(output: str) -> str:
+    """The last line that a process printed."""
+    lines = output.strip().splitlines()
+    return lines[-1] if lines else "it said nothing"
+
+
 def quartiles(values: list[float]) -> tuple[float, float, float]:
     """Lower quartile, median, upper quartile; the value itself if there is one only."""
     if len(values) == 1:

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import torch
 
+from .comparison import last_words
+
 
 # What is freed goes back to the system at once, for all from 64 KiB. So memory that is in use is measured, rather than
 # what the C library keeps for later, which depends on the order in which sizes come.
@@ -26,8 +28,7 @@ def peak_in_a_process(module: str, *arguments: str) -> int:
     command = [sys.executable, "-m", module, *arguments]
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | GIVE_BACK)
     if done.returncode:
-        last_words = done.stderr.strip().splitlines()[-1:] or ["it said nothing"]
-        raise ValueError(f"the memory of {' '.join(arguments)} cannot be measured: {last_words[0]}")
+        raise ValueError(f"the memory of {' '.join(arguments)} cannot be measured: {last_words(done.stderr)}")
     return int(done.stdout.strip().splitlines()[-1])
 
 

@@ -20,7 +20,7 @@ from typing import Any, Self
 from ..training.memory import keep_memory
 from ..training.prediction import Predictor, default_num_workers, listed_files
 from ..training.prediction_answers import build_answers
-from .comparison import Comparison, chosen, in_turns, per_second
+from .comparison import Comparison, chosen, in_turns, last_words, per_second
 from .peers import SMALL, TOY, Size, against_transformers
 from .pictures import image_processors, photographs
 
@@ -102,8 +102,8 @@ class Side:
         if answer := stdout.readline():
             return json.loads(answer)
         self.log.seek(0)
-        last_words = self.log.read().decode(errors="replace").strip().splitlines()[-1:] or ["it said nothing"]
-        raise ValueError(f"{' '.join(self.command[2:5])} failed: {last_words[0]}")
+        said = last_words(self.log.read().decode(errors="replace"))
+        raise ValueError(f"{' '.join(self.command[2:5])} failed: {said}")
 
 
 # In those processes --------------------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ import torch
 from ..conversion.from_transformers import convert_from_transformers
 from ..image_processing_vitcls import ViTCLSImageProcessor
 from .agreement import check_agreement
-from .comparison import Comparison, chosen, in_turns
+from .comparison import Comparison, chosen, in_turns, last_words
 from .peers import SMALL, Size, transformers_vit
 from .photographs import write_photographs
 
@@ -218,8 +218,7 @@ class Contestant:
     def last_words(self) -> str:
         """The last line that it printed."""
         self.log.seek(0)
-        lines = self.log.read().decode(errors="replace").strip().splitlines()
-        return lines[-1] if lines else "it said nothing"
+        return last_words(self.log.read().decode(errors="replace"))
 
     def signal(self, number: signal.Signals) -> None:
         """To the run and the workers that it started."""
