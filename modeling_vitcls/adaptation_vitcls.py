@@ -1,46 +1,48 @@
-"""Checkpoints with other tokens, image size or patch size than they were saved with.
+# SPDX-License-Identifier: Apache-2.0
+"""Load and convert checkpoints with other tokens, image size or patch size than they were saved with.
 
     model = ViTCLSModel.from_pretrained(path, image_size=[256, 384], num_register_tokens=4)    # at load
-    model = model.adapted(image_size=[256, 384], num_register_tokens=4)                        # on a loaded model
+    model = model.adapt(image_size=[256, 384], num_register_tokens=4)                          # a loaded model
 
-Nothing here needs training; whether the model should be fine-tuned afterwards is the user's call. What becomes of the
-weights is a table, `ADAPTERS`, and what was done is logged once, line by line:
+No training is required; whether to fine-tune the model afterwards is up to the user. The table `ADAPTERS` determines
+how each weight is adapted, and every change is logged in one line:
 
-    tokens                 kept from the first on; new ones start as `config.token_init` says
-    positions of tokens    kept likewise; those of new tokens start at zero
+    tokens                 the first ones are kept; new ones are initialized by `config.token_init`
+    positions of tokens    the first ones are kept; positions of new tokens start at zero
     positions of patches   resampled (`config.position_interpolation`)
     patch projection       resized by FlexiViT's pseudo-inverse
     decoded patches        resized bilinearly
-    distillation head      a new one starts as a copy of the classifier
-    gates                  stay with their tokens
-    anything else          whose shape changes starts afresh
+    distillation head      a new one is initialized as a copy of the classifier
+    gates                  follow their tokens
+    other weights          newly initialized if their shape changes
 
-With `gate_new_tokens=True` the added tokens have no influence on the others at first, and learn to (`TokenGates`).
+With `gate_new_tokens=True`, added tokens do not affect the other tokens at first, and learn to (`TokenGates`).
 """
 
 import copy
+import os
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, Self, cast
 
 import torch
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import logging
 
+from .attention_masks_vitcls import TokenGates, resample_bias_tables
 from .configuration_vitcls import ADAPTABLE_FIELDS, TOKEN_COUNTS, ViTCLSConfig, gates_that_stay
-from .loading_vitcls import check_folder, load_checkpoint
-from .resampling_vitcls import Resampling, resize_decoded_patches, resize_patch_kernel
-from .scopes_vitcls import TokenGates, resample_distances
+from .positions_vitcls import resample_positions, resize_decoded_patches, resize_patch_kernel
 
 
 logger = logging.get_logger(__name__)
 
-# Keywords of `from_pretrained` that say where to read, and those that a configuration has no use for.
+# Keywords of `from_pretrained` that select the files to read, and keywords that configurations do not accept.
 HUB_KEYWORDS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 MODEL_KEYWORDS = ("dtype", "torch_dtype", "quantization_config", "state_dict")
 
 
 class AdaptableModel(PreTrainedModel):
-    """A `PreTrainedModel` whose `from_pretrained` adapts, with `adapted` for loaded models."""
+    """A `PreTrainedModel` whose `from_pretrained` adapts checkpoints, with `adapt` for loaded models."""
 
     config: ViTCLSConfig
 
@@ -48,76 +50,80 @@ class AdaptableModel(PreTrainedModel):
     def from_pretrained(
         cls, pretrained_model_name_or_path: Any, *model_args: Any, gate_new_tokens: bool = False, **kwargs: Any
     ) -> Any:
-        """As `PreTrainedModel.from_pretrained`; values of `ADAPTABLE_FIELDS` other than the checkpoint's adapt it.
+        """Load a checkpoint; values of `ADAPTABLE_FIELDS` that differ from the checkpoint's adapt it.
+
+        Other arguments are those of `PreTrainedModel.from_pretrained`.
 
         Raises:
             OSError, RuntimeError: in one line, for a checkpoint that is missing or damaged, or does not fit.
-            ValueError: for values that do not fit each other.
+            ValueError: for values that contradict each other.
         """
         source, config_class = pretrained_model_name_or_path, cast(type[ViTCLSConfig], cls.config_class)
-        config, kwargs = wanted_config(config_class, source, kwargs)
-        stored = {} if config is None else stored_values(config_class, source, kwargs)
-        wanted = {name: getattr(config, name) for name, value in stored.items() if getattr(config, name) != value}
-        if wanted:
-            kwargs["config"] = with_values(config, stored, unchecked=True)
+        config, kwargs = resolve_config(config_class, source, kwargs)
+        stored = {} if config is None else read_stored_values(config_class, source, kwargs)
+        changes = {name: getattr(config, name) for name, value in stored.items() if getattr(config, name) != value}
+        if changes:
+            kwargs["config"] = replace_fields(config, stored, unchecked=True)
         loaded = load_checkpoint(super().from_pretrained, source, *model_args, **kwargs)
-        if not wanted:
+        if not changes:
             return loaded
         if isinstance(loaded, tuple):  # output_loading_info=True
-            return loaded[0].adapted(gate_new_tokens=gate_new_tokens, **wanted), *loaded[1:]
-        return loaded.adapted(gate_new_tokens=gate_new_tokens, **wanted)
+            return loaded[0].adapt(gate_new_tokens=gate_new_tokens, **changes), *loaded[1:]
+        return loaded.adapt(gate_new_tokens=gate_new_tokens, **changes)
 
-    def adapted(self, gate_new_tokens: bool = False, **wanted: Any) -> Self:
-        """A new model with other values of `ADAPTABLE_FIELDS` and these weights; itself where nothing changes.
+    def adapt(self, gate_new_tokens: bool = False, **changes: Any) -> Self:
+        """Return a new model with other values of `ADAPTABLE_FIELDS` and these weights; itself if nothing changes.
 
         Args:
-            gate_new_tokens: Let added tokens start without influence on the other tokens. Outputs then stay, but
-                for those that read the added tokens themselves: pooling over all CLS tokens, a distillation head.
+            gate_new_tokens: add tokens with closed gates. The outputs then stay the same, except where they read the
+                added tokens themselves: pooling over all CLS tokens, a distillation head.
+            changes: new values of `ADAPTABLE_FIELDS`.
 
         Raises:
-            ValueError: for a field that cannot be adapted, or a value that does not fit the others.
+            ValueError: for a field that cannot be adapted, or a value that contradicts the others.
         """
-        if unknown := sorted(set(wanted) - set(ADAPTABLE_FIELDS)):
+        if unknown := sorted(set(changes) - set(ADAPTABLE_FIELDS)):
             raise ValueError(f"{unknown[0]} cannot be adapted: {', '.join(ADAPTABLE_FIELDS)} can")
-        wanted = {name: value for name, value in wanted.items() if value != getattr(self.config, name)}
-        if not wanted:
+        changes = {name: value for name, value in changes.items() if value != getattr(self.config, name)}
+        if not changes:
             return self
-        config = with_values(self.config, wanted | {"gated_tokens": gates_after(self.config, wanted, gate_new_tokens)})
-        model = self.rebuilt(config).train(self.training)
+        gated_tokens = get_new_gates(self.config, changes, gate_new_tokens)
+        model = self.new_like(replace_fields(self.config, changes | {"gated_tokens": gated_tokens}))
+        model.train(self.training)
         model.to(device=self.device, dtype=self.dtype)  # type: ignore[call-arg]  # transformers wraps `to` untyped
-        transfer(self, model)
+        load_adapted_weights(self, model)
         return model
 
-    def rebuilt(self, config: ViTCLSConfig) -> Self:
-        """A model of this class with fresh weights, for another configuration."""
+    def new_like(self, config: ViTCLSConfig) -> Self:
+        """Return a model of this class with fresh weights, for another configuration."""
         return type(self)(config)
 
 
-def wanted_config(
+def resolve_config(
     config_class: type[ViTCLSConfig], source: Any, kwargs: dict[str, Any]
 ) -> tuple[ViTCLSConfig | None, dict[str, Any]]:
-    """The configuration that the caller of `from_pretrained` asks for, and the keywords that are left, with it.
+    """Return the configuration that the arguments of `from_pretrained` describe, and the remaining arguments.
 
-    None where nothing that may need adapting is asked for.
+    The configuration is None if no argument can require an adaptation.
     """
     config = kwargs.get("config")
-    named = [name for name in ADAPTABLE_FIELDS if name in kwargs]
+    given = [name for name in ADAPTABLE_FIELDS if name in kwargs]
     # By model_type, not by class: transformers may execute configuration_vitcls.py twice when it comes from the Hub.
     if getattr(config, "model_type", None) == config_class.model_type:
-        config = with_values(config, {name: kwargs.pop(name) for name in named})
+        config = replace_fields(config, {name: kwargs.pop(name) for name in given})
         return config, kwargs | {"config": config}
-    if not named:
+    if not given:
         return None, kwargs
     check_folder(source, config is not None or bool(kwargs.get("subfolder")))
-    for_the_model = {name: kwargs.pop(name) for name in MODEL_KEYWORDS if name in kwargs}
+    model_keywords = {name: kwargs.pop(name) for name in MODEL_KEYWORDS if name in kwargs}
     hub_keywords = {name: kwargs[name] for name in HUB_KEYWORDS if name in kwargs}
     kwargs.pop("config", None)
     config, kwargs = config_class.from_pretrained(config or source, return_unused_kwargs=True, **kwargs)
-    return config, kwargs | for_the_model | hub_keywords | {"config": config}
+    return config, kwargs | model_keywords | hub_keywords | {"config": config}
 
 
-def stored_values(config_class: type[ViTCLSConfig], source: Any, kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """The checkpoint's own values of `ADAPTABLE_FIELDS`; empty where it has no configuration."""
+def read_stored_values(config_class: type[ViTCLSConfig], source: Any, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the checkpoint's own values of `ADAPTABLE_FIELDS`; empty if it has no configuration."""
     if source is None:  # a state dict is given instead
         return {}
     hub_keywords = {name: kwargs[name] for name in HUB_KEYWORDS if name in kwargs}
@@ -128,12 +134,25 @@ def stored_values(config_class: type[ViTCLSConfig], source: Any, kwargs: Mapping
     return {name: stored.get(name, getattr(config_class, name)) for name in ADAPTABLE_FIELDS} if stored else {}
 
 
-def gates_after(config: ViTCLSConfig, wanted: Mapping[str, Any], gate_new_tokens: bool) -> dict[str, int] | None:
-    """`gated_tokens` of the new configuration: those asked for, else those that stay, and new ones if so wished."""
+def replace_fields(config: Any, values: Mapping[str, Any], unchecked: bool = False) -> Any:
+    """Return a copy of a configuration with other values, validated unless it is `unchecked`."""
+    config = copy.deepcopy(config)
+    for name, value in values.items():
+        setattr(config, name, value)
+    if unchecked:
+        config._unchecked = True
+    else:
+        config.__dict__.pop("_unchecked", None)
+        config.validate()
+    return config
+
+
+def get_new_gates(config: ViTCLSConfig, changes: Mapping[str, Any], gate_new_tokens: bool) -> dict[str, int] | None:
+    """Return the new `gated_tokens`: the given value, else the remaining gates, with new tokens on request."""
     counts = {field: getattr(config, field) for field in TOKEN_COUNTS.values()}
-    new_counts = {field: wanted.get(field, count) for field, count in counts.items()}
-    staying = gates_that_stay(config.gated_tokens, counts, new_counts)
-    gated = dict(wanted.get("gated_tokens", staying) or {})
+    new_counts = {field: changes.get(field, count) for field, count in counts.items()}
+    remaining = gates_that_stay(config.gated_tokens, counts, new_counts)
+    gated = dict(changes.get("gated_tokens", remaining) or {})
     for group, field in TOKEN_COUNTS.items():
         num_added = new_counts[field] - counts[field]
         if gate_new_tokens and num_added > gated.get(group, 0):
@@ -141,18 +160,21 @@ def gates_after(config: ViTCLSConfig, wanted: Mapping[str, Any], gate_new_tokens
     return gated or None
 
 
-@torch.no_grad()
-def transfer(source: AdaptableModel, target: AdaptableModel) -> None:
-    """Put the weights of `source` into `target`, adapted where the configuration differs, and log what changed.
+# Adapting weights ----------------------------------------------------------------------------------------------------
 
-    What was frozen stays so, but for weights that start afresh.
+
+@torch.no_grad()
+def load_adapted_weights(source: AdaptableModel, target: AdaptableModel) -> None:
+    """Copy the weights of `source` to `target`, adapted if the configuration differs, and log every change.
+
+    Frozen weights stay frozen, unless they are newly initialized.
     """
     old_weights = source.state_dict()
     new_weights = target.state_dict()
     frozen = {name for name, parameter in source.named_parameters() if not parameter.requires_grad}
     parameters = dict(target.named_parameters())
     for name, fresh in new_weights.items():
-        weight, note = follow(name, fresh, old_weights, source.config, target.config)
+        weight, note = adapt_parameter(name, fresh, old_weights, source.config, target.config)
         if name in frozen and weight is not fresh:
             parameters[name].requires_grad_(False)
         fresh.copy_(weight)
@@ -162,39 +184,39 @@ def transfer(source: AdaptableModel, target: AdaptableModel) -> None:
         logger.warning(f"{name}: dropped")
 
 
-def follow(
+def adapt_parameter(
     name: str,
     fresh: torch.Tensor,
     old_weights: Mapping[str, torch.Tensor],
     old: ViTCLSConfig,
     new: ViTCLSConfig,
 ) -> tuple[torch.Tensor, str]:
-    """The weight `name` of the new model, and a note on what was done to it, empty if it is as it was."""
+    """Return the weight `name` of the new model, and a note that describes the change, empty if there is none."""
     for part, adapt in ADAPTERS.items():
         if part in name:
             return adapt(name, fresh, old_weights, old, new)
     weight = old_weights.get(name)
     if weight is None:
-        return fresh, "starts afresh"
-    return (weight, "") if weight.shape == fresh.shape else (fresh, "starts afresh, its shape has changed")
+        return fresh, "newly initialized"
+    return (weight, "") if weight.shape == fresh.shape else (fresh, "newly initialized, because its shape changed")
 
 
 def adapt_tokens(
     name: str, fresh: torch.Tensor, old_weights: Mapping[str, torch.Tensor], old: ViTCLSConfig, new: ViTCLSConfig
 ) -> tuple[torch.Tensor, str]:
-    """Keep tokens [1, n, D] from the first on, and let further ones start as they were initialised."""
-    return keep_first(fresh.clone(), old_weights.get(name), f"start by token_init={new.token_init!r}")
+    """Keep the first tokens [1, n, D]; new tokens keep their initialization."""
+    return copy_prefix_tokens(fresh.clone(), old_weights.get(name), f"initialized by token_init={new.token_init!r}")
 
 
 def adapt_token_positions(
     name: str, fresh: torch.Tensor, old_weights: Mapping[str, torch.Tensor], old: ViTCLSConfig, new: ViTCLSConfig
 ) -> tuple[torch.Tensor, str]:
-    """Keep positions [1, n, D] of special tokens from the first on, and let further ones start at zero."""
-    return keep_first(torch.zeros_like(fresh), old_weights.get(name), "start at zero")
+    """Keep the first positions [1, n, D] of special tokens; new positions start at zero."""
+    return copy_prefix_tokens(torch.zeros_like(fresh), old_weights.get(name), "initialized to zero")
 
 
-def keep_first(rows: torch.Tensor, old: torch.Tensor | None, how: str) -> tuple[torch.Tensor, str]:
-    """Put the rows of `old` [1, m, D] at the start of `rows` [1, n, D], as many as fit."""
+def copy_prefix_tokens(rows: torch.Tensor, old: torch.Tensor | None, initialization: str) -> tuple[torch.Tensor, str]:
+    """Copy the rows of `old` [1, m, D] to the start of `rows` [1, n, D], as many as fit."""
     available = 0 if old is None else old.shape[1]
     kept = min(available, rows.shape[1])
     if old is not None:
@@ -205,7 +227,7 @@ def keep_first(rows: torch.Tensor, old: torch.Tensor | None, how: str) -> tuple[
     if available > kept:
         notes.append(f"{available - kept} dropped")
     if rows.shape[1] > kept:
-        notes.append(f"{rows.shape[1] - kept} added, which {how}")
+        notes.append(f"{rows.shape[1] - kept} added, {initialization}")
     return rows, ", ".join(notes)
 
 
@@ -215,17 +237,18 @@ def adapt_patch_positions(
     """Resample learned positions [1, rows * columns, D] to the new grid."""
     if old.grid_size == new.grid_size:
         return old_weights[name], ""
-    resample = Resampling(new.position_interpolation, new.position_antialias, new.position_offset)
-    return resample(old_weights[name], old.grid_size, new.grid_size), f"resampled from {_grids(old, new)}"
+    positions = resample_positions(old_weights[name], old.grid_size, new.grid_size, new)
+    return positions, f"resampled from {describe_grids(old, new)}"
 
 
-def adapt_distances(
+def adapt_bias_tables(
     name: str, fresh: torch.Tensor, old_weights: Mapping[str, torch.Tensor], old: ViTCLSConfig, new: ViTCLSConfig
 ) -> tuple[torch.Tensor, str]:
     """Resample biases by distance [tables, distances + 3, heads] to the new grid."""
     if old.grid_size == new.grid_size:
         return old_weights[name], ""
-    return resample_distances(old_weights[name], old.grid_size, new.grid_size), f"resampled from {_grids(old, new)}"
+    tables = resample_bias_tables(old_weights[name], old.grid_size, new.grid_size)
+    return tables, f"resampled from {describe_grids(old, new)}"
 
 
 def adapt_patch_kernel(
@@ -234,41 +257,41 @@ def adapt_patch_kernel(
     """Resize the patch projection [D, C, height, width]."""
     if old.patch_height_width == new.patch_height_width:
         return old_weights[name], ""
-    return resize_patch_kernel(old_weights[name], new.patch_height_width), f"resized from {_patches(old, new)}"
+    return resize_patch_kernel(old_weights[name], new.patch_height_width), f"resized from {describe_patches(old, new)}"
 
 
 def adapt_distillation_head(
     name: str, fresh: torch.Tensor, old_weights: Mapping[str, torch.Tensor], old: ViTCLSConfig, new: ViTCLSConfig
 ) -> tuple[torch.Tensor, str]:
-    """Keep it, or start as the classifier where that reads vectors of the same width."""
+    """Keep the distillation head, or copy the classifier if it has the same shape."""
     if name in old_weights:
         return old_weights[name], ""
     classifier = old_weights.get(name.replace("distillation_classifier", "classifier"))
     if classifier is None or classifier.shape != fresh.shape:
-        return fresh, "starts afresh"
-    return classifier, "starts as a copy of the classifier"
+        return fresh, "newly initialized"
+    return classifier, "initialized as a copy of the classifier"
 
 
 def adapt_gates(
     name: str, fresh: torch.Tensor, old_weights: Mapping[str, torch.Tensor], old: ViTCLSConfig, new: ViTCLSConfig
 ) -> tuple[torch.Tensor, str]:
-    """Gates [n] stay with their tokens; new tokens start shut, and tokens that had no gate open."""
+    """Keep gates [n] with their tokens; gates of new tokens start closed, of tokens without a gate open."""
     gates = fresh.clone()
-    old_gates = dict(zip(gated_tokens(old), old_weights.get(name, ()), strict=True))
+    old_gates = dict(zip(list_gated_tokens(old), old_weights.get(name, ()), strict=True))
     counts = {group: getattr(old, field) for group, field in TOKEN_COUNTS.items()}
-    places = gated_tokens(new)
-    for place, (group, index) in enumerate(places):
+    new_gates = list_gated_tokens(new)
+    for gate, (group, index) in enumerate(new_gates):
         if index < counts[group]:
-            gates[place] = old_gates.get((group, index), TokenGates.OPEN)
-    if set(places) == set(old_gates):
+            gates[gate] = old_gates.get((group, index), TokenGates.OPEN)
+    if set(new_gates) == set(old_gates):
         return gates, ""
-    num_kept = len(old_gates.keys() & set(places))
-    num_shut = sum(index >= counts[group] for group, index in places)
-    return gates, f"{num_kept} kept, {len(old_gates) - num_kept} dropped, {num_shut} shut"
+    num_kept = len(old_gates.keys() & set(new_gates))
+    num_closed = sum(index >= counts[group] for group, index in new_gates)
+    return gates, f"{num_kept} kept, {len(old_gates) - num_kept} dropped, {num_closed} closed"
 
 
-def gated_tokens(config: ViTCLSConfig) -> list[tuple[str, int]]:
-    """(group, index within the group) of each gate, in the order of `TokenGates.gates`."""
+def list_gated_tokens(config: ViTCLSConfig) -> list[tuple[str, int]]:
+    """Return (group, index within the group) of each gate, in the order of `TokenGates.gates`."""
     gated = config.gated_tokens or {}
     return [
         (group, index)
@@ -280,19 +303,21 @@ def gated_tokens(config: ViTCLSConfig) -> list[tuple[str, int]]:
 def adapt_pixel_decoder(
     name: str, fresh: torch.Tensor, old_weights: Mapping[str, torch.Tensor], old: ViTCLSConfig, new: ViTCLSConfig
 ) -> tuple[torch.Tensor, str]:
-    """Resize the pixels that the decoder [C * height * width, ...] of masked image modelling gives."""
+    """Resize the pixel decoder [C * height * width, ...] of masked image modeling."""
     if old.patch_height_width == new.patch_height_width:
         return old_weights[name], ""
     resized = resize_decoded_patches(old_weights[name], old.patch_height_width, new.patch_height_width)
-    return resized, f"resized from {_patches(old, new)}"
+    return resized, f"resized from {describe_patches(old, new)}"
 
 
-def _patches(old: ViTCLSConfig, new: ViTCLSConfig) -> str:
+def describe_patches(old: ViTCLSConfig, new: ViTCLSConfig) -> str:
+    """Return both patch sizes, for a log line."""
     (height, width), (new_height, new_width) = old.patch_height_width, new.patch_height_width
     return f"patches of {height} x {width} to {new_height} x {new_width} pixels"
 
 
-def _grids(old: ViTCLSConfig, new: ViTCLSConfig) -> str:
+def describe_grids(old: ViTCLSConfig, new: ViTCLSConfig) -> str:
+    """Return both grids, for a log line."""
     (rows, columns), (new_rows, new_columns) = old.grid_size, new.grid_size
     return f"{rows} x {columns} to {new_rows} x {new_columns} patches"
 
@@ -301,7 +326,7 @@ Adapter = Callable[
     [str, torch.Tensor, Mapping[str, torch.Tensor], ViTCLSConfig, ViTCLSConfig], tuple[torch.Tensor, str]
 ]
 
-# Part of a parameter's name -> how it follows the configuration.
+# Part of a parameter's name -> function that adapts it.
 ADAPTERS: dict[str, Adapter] = {
     "embeddings.cls_token": adapt_tokens,
     "embeddings.distillation_token": adapt_tokens,
@@ -309,21 +334,61 @@ ADAPTERS: dict[str, Adapter] = {
     "position_embeddings.patches": adapt_patch_positions,
     "position_embeddings.": adapt_token_positions,
     "patch_embeddings.projection.weight": adapt_patch_kernel,
-    "view.tables": adapt_distances,
+    "view.tables": adapt_bias_tables,
     "gates.gates": adapt_gates,
     "distillation_classifier": adapt_distillation_head,
     "decoder.projection.": adapt_pixel_decoder,
 }
 
 
-def with_values(config: Any, values: Mapping[str, Any], unchecked: bool = False) -> Any:
-    """A copy of a configuration with other values, checked as at construction unless it is `unchecked`."""
-    config = copy.deepcopy(config)
-    for name, value in values.items():
-        setattr(config, name, value)
-    if unchecked:
-        config._unchecked = True
-    else:
-        config.__dict__.pop("_unchecked", None)
-        config.validate()
-    return config
+# Loading errors ------------------------------------------------------------------------------------------------------
+
+
+def load_checkpoint(load: Callable, source: Any, *args: Any, **kwargs: Any) -> Any:
+    """Return `load(source, ...)`, a `from_pretrained`, with errors in one line that name the file or weight.
+
+    transformers reports mismatched weights in a table, does not name a damaged file, and builds a model of default
+    size if config.json is missing.
+
+    Raises:
+        OSError: for a folder, config.json or weights that are missing or damaged.
+        RuntimeError: for weights that do not fit the configuration.
+    """
+    config_is_elsewhere = kwargs.get("config") is not None or bool(kwargs.get("subfolder"))
+    check_folder(source, config_is_elsewhere)
+    try:
+        return load(source, *args, **kwargs)
+    except Exception as error:
+        if type(error).__name__ == "SafetensorError":  # by name: the shipped files do not import safetensors
+            raise OSError(f"the weights in {source} are damaged ({error}): copy or download them again") from error
+        if isinstance(error, RuntimeError) and "ignore_mismatched_sizes" in str(error):
+            raise RuntimeError(describe_mismatch(load, source, *args, **kwargs)) from error
+        if isinstance(error, OSError) and "\n" in str(error):
+            raise OSError(f"cannot load {source}: {' '.join(str(error).split())}") from error
+        raise
+
+
+def check_folder(source: Any, config_is_elsewhere: bool) -> None:
+    """Raise OSError for a path that is not a local checkpoint; Hub ids pass."""
+    if source is None:  # a state dict is given instead
+        return
+    folder = Path(source)
+    if not folder.exists():
+        if folder.is_absolute() or len(folder.parts) > 2 or os.fspath(source).startswith((".", "~")):
+            raise OSError(f"there is no folder {source}: check the path")
+        return
+    if folder.is_dir() and not config_is_elsewhere and not (folder / "config.json").is_file():
+        raise OSError(f"there is no config.json in {source}: save_pretrained writes it next to the weights")
+
+
+def describe_mismatch(load: Callable, source: Any, *args: Any, **kwargs: Any) -> str:
+    """Return an error message that names the weights whose shapes differ, by loading again without them."""
+    kwargs = {**kwargs, "ignore_mismatched_sizes": True, "output_loading_info": True}
+    _, info = load(source, *args, **kwargs)
+    mismatched = sorted(info["mismatched_keys"])
+    name, saved, built = mismatched[0]
+    others = f" (and {len(mismatched) - 1} more)" if len(mismatched) > 1 else ""
+    return (
+        f"the weights in {source} do not fit: {name} is {list(saved)} there and {list(built)} in the model{others}: "
+        "use the configuration they were saved with, or ignore_mismatched_sizes=True to initialize these weights newly"
+    )

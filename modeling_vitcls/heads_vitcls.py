@@ -1,9 +1,11 @@
-"""From the encoded sequence to answers: pooling, classifiers, and the pixel decoder of masked image modelling.
+# SPDX-License-Identifier: Apache-2.0
+"""From the encoded tokens to outputs: poolers, classifiers, the pixel decoder of masked image modeling, and losses.
 
-    sequence [B, N, D] -> pooler -> [B, P] -> classifier -> logits [B, labels]
+    tokens [B, N, D] -> pooler -> [B, P] -> classifier -> logits [B, labels] -> loss
 
-Only pooled tokens reach a head: layers that see all tokens are those of linear_vitcls.py. Losses are in
-losses_vitcls.py.
+The losses honor `num_items_in_batch`, which Trainer passes when it accumulates gradients and can count the labels: not
+if the labels are a dict of tasks, or absent. The `loss_function` of transformers guesses the problem type from the
+labels and writes it into the configuration; here, nothing is written, and an ambiguous problem type is an error.
 """
 
 from collections import OrderedDict
@@ -12,40 +14,30 @@ import torch
 from torch import nn
 from transformers.activations import ACT2FN
 
+from .blocks_vitcls import build_norm
 from .configuration_vitcls import ViTCLSConfig
-from .linear_vitcls import Linear
-from .norms_vitcls import build_norm
+
+
+IGNORED_LABEL = -100
+
+
+# Poolers -------------------------------------------------------------------------------------------------------------
 
 
 class CLSPooler(nn.Module):
-    """The CLS token; several become one vector by `config.cls_pooling`. [B, N, D] -> [B, P]."""
+    """The CLS token; several tokens are reduced to one vector by `config.cls_pooling`. [B, N, D] -> [B, P]."""
 
     def __init__(self, config: ViTCLSConfig) -> None:
         super().__init__()
         self.tokens = config.token_layout.cls if config.pooled_cls_tokens is None else config.pooled_cls_tokens
-        self.reduce = CLS_REDUCTIONS[config.cls_pooling]
+        self.reduction = config.cls_pooling
 
     def forward(self, sequence: torch.Tensor) -> torch.Tensor:
-        """Read the CLS tokens."""
-        return self.reduce(sequence[:, self.tokens])
-
-
-def first_token(tokens: torch.Tensor) -> torch.Tensor:
-    """[B, k, D] -> [B, D]."""
-    return tokens[:, 0]
-
-
-def mean_token(tokens: torch.Tensor) -> torch.Tensor:
-    """[B, k, D] -> [B, D]."""
-    return tokens.mean(dim=1)
-
-
-def concatenated_tokens(tokens: torch.Tensor) -> torch.Tensor:
-    """[B, k, D] -> [B, k * D]."""
-    return tokens.flatten(1)
-
-
-CLS_REDUCTIONS = {"first": first_token, "mean": mean_token, "concat": concatenated_tokens}
+        """Return the first token, the mean, or the concatenation of the CLS tokens."""
+        tokens = sequence[:, self.tokens]  # [B, k, D]
+        if self.reduction == "first":
+            return tokens[:, 0]
+        return tokens.mean(dim=1) if self.reduction == "mean" else tokens.flatten(1)
 
 
 class PatchMeanPooler(nn.Module):
@@ -61,7 +53,7 @@ class PatchMeanPooler(nn.Module):
 
 
 class CLSMeanPooler(nn.Module):
-    """CLS and mean of the patches, concatenated. [B, N, D] -> [B, P + D]."""
+    """CLS token and mean of the patches, concatenated. [B, N, D] -> [B, P + D]."""
 
     def __init__(self, config: ViTCLSConfig) -> None:
         super().__init__()
@@ -69,24 +61,24 @@ class CLSMeanPooler(nn.Module):
         self.mean = PatchMeanPooler(config)
 
     def forward(self, sequence: torch.Tensor) -> torch.Tensor:
-        """Read CLS tokens and patches."""
+        """Concatenate both."""
         return torch.cat([self.cls(sequence), self.mean(sequence)], dim=-1)
 
 
 class PatchMaxPooler(nn.Module):
-    """Largest value of each channel over the patches. [B, N, D] -> [B, D]."""
+    """Maximum of each channel over the patches. [B, N, D] -> [B, D]."""
 
     def __init__(self, config: ViTCLSConfig) -> None:
         super().__init__()
         self.patches = config.token_layout.patches
 
     def forward(self, sequence: torch.Tensor) -> torch.Tensor:
-        """Take the maxima."""
+        """Return the maxima."""
         return sequence[:, self.patches].amax(dim=1)
 
 
 class AttentionPooler(nn.Module):
-    """A learned query attends to the patches, then an MLP (MAP head; Zhai et al. 2022, arXiv 2106.04560).
+    """A learned query attends to the patches, followed by an MLP (MAP head; Zhai et al. 2022, arXiv 2106.04560).
 
     Shapes: [B, N, D] -> [B, D].
     """
@@ -98,26 +90,26 @@ class AttentionPooler(nn.Module):
         self.head_dim = width // (config.attention_pool_heads or config.num_attention_heads)
         self.probe = nn.Parameter(torch.empty(1, 1, width))
         self.q_proj = nn.Linear(width, width)
-        self.k_proj = Linear(width, width)
-        self.v_proj = Linear(width, width)
+        self.k_proj = nn.Linear(width, width)
+        self.v_proj = nn.Linear(width, width)
         self.o_proj = nn.Linear(width, width)
-        self.transform = PooledMLP(config) if config.attention_pool_mlp else nn.Identity()
+        self.transform = PooledMLP(config) if config.attention_pool_mlp else None
 
     def forward(self, sequence: torch.Tensor) -> torch.Tensor:
         """Attend from the probe."""
         tokens = sequence[:, self.tokens]
-        query = self._per_head(self.q_proj(self.probe))  # [1, heads, 1, head_dim]
+        query, key, value = self.q_proj(self.probe), self.k_proj(tokens), self.v_proj(tokens)
+        query, key, value = (
+            states.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for states in (query, key, value)
+        )  # [1 or B, heads, 1 or N, head_dim]
         query = query.expand(sequence.shape[0], -1, -1, -1)
-        key, value = self._per_head(self.k_proj(tokens)), self._per_head(self.v_proj(tokens))
-        attended = nn.functional.scaled_dot_product_attention(query, key, value)
-        return self.transform(self.o_proj(attended.transpose(1, 2).flatten(1)))
-
-    def _per_head(self, states: torch.Tensor) -> torch.Tensor:
-        return states.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+        attended = nn.functional.scaled_dot_product_attention(query, key, value)  # [B, heads, 1, head_dim]
+        pooled = self.o_proj(attended.transpose(1, 2).flatten(1))
+        return pooled if self.transform is None else self.transform(pooled)
 
 
 class PooledMLP(nn.Module):
-    """Norm and MLP around a residual, on one pooled vector. [B, D] -> [B, D]."""
+    """Norm and MLP with a residual connection, on one pooled vector. [B, D] -> [B, D]."""
 
     def __init__(self, config: ViTCLSConfig) -> None:
         super().__init__()
@@ -132,7 +124,7 @@ class PooledMLP(nn.Module):
         return pooled + self.fc2(self.activation_fn(self.fc1(self.layernorm(pooled))))
 
 
-POOLERS = {
+POOLERS: dict[str, type[nn.Module]] = {
     "cls": CLSPooler,
     "mean": PatchMeanPooler,
     "cls_mean": CLSMeanPooler,
@@ -142,25 +134,22 @@ POOLERS = {
 
 
 def build_pooler(config: ViTCLSConfig) -> nn.Module:
-    """Pooling by `config.pooling`, and the norm and activated linear layer that may follow. [B, N, D] -> [B, P]."""
+    """Build the pooler of `config.pooling`, [B, N, D] -> [B, P], with the norm and dense layer that may follow."""
     pooler = POOLERS[config.pooling](config)
-    if not config.pooled_norm and config.pooled_activation is None:
-        return pooler
-    norm = build_norm(config, config.pooled_size) if config.pooled_norm else nn.Identity()
-    return nn.Sequential(OrderedDict(pooler=pooler, layernorm=norm, **_pooled_dense(config)))
+    layers: dict[str, nn.Module] = {}
+    if config.pooled_norm:
+        layers["layernorm"] = build_norm(config, config.pooled_size)
+    if config.pooled_activation is not None:
+        layers["dense"] = nn.Linear(config.pooled_size, config.pooled_size)
+        layers["activation"] = ACT2FN[config.pooled_activation]
+    return nn.Sequential(OrderedDict(pooler=pooler, **layers)) if layers else pooler
 
 
-def _pooled_dense(config: ViTCLSConfig) -> dict[str, nn.Module]:
-    if config.pooled_activation is None:
-        return {}
-    return {
-        "dense": nn.Linear(config.pooled_size, config.pooled_size),
-        "activation": ACT2FN[config.pooled_activation],
-    }
+# Classifiers ---------------------------------------------------------------------------------------------------------
 
 
 def build_head(config: ViTCLSConfig, in_features: int, num_labels: int | None) -> nn.Module:
-    """The classifier that `config.head_type` names, [B, in_features] -> [B, num_labels]; identity for no labels."""
+    """Build the classifier of `config.head_type`, [B, in_features] -> [B, num_labels]; identity for no labels."""
     if not num_labels:
         return nn.Identity()
     if config.head_type == "linear":
@@ -169,22 +158,16 @@ def build_head(config: ViTCLSConfig, in_features: int, num_labels: int | None) -
     return nn.Sequential(nn.Linear(in_features, hidden_size), nn.GELU(), nn.Linear(hidden_size, num_labels))
 
 
-def mean_logits(cls_logits: torch.Tensor, distillation_logits: torch.Tensor) -> torch.Tensor:
-    """Average of both heads."""
-    return (cls_logits + distillation_logits) / 2
+def combine_logits(
+    cls_logits: torch.Tensor, distillation_logits: torch.Tensor, distillation_inference: str
+) -> torch.Tensor:
+    """Return the logits that `config.distillation_inference` selects: one head's, or the mean of both."""
+    if distillation_inference == "mean":
+        return (cls_logits + distillation_logits) / 2
+    return cls_logits if distillation_inference == "cls" else distillation_logits
 
 
-def only_cls_logits(cls_logits: torch.Tensor, distillation_logits: torch.Tensor) -> torch.Tensor:
-    """The class head alone."""
-    return cls_logits
-
-
-def only_distillation_logits(cls_logits: torch.Tensor, distillation_logits: torch.Tensor) -> torch.Tensor:
-    """The distillation head alone."""
-    return distillation_logits
-
-
-LOGIT_CHOICES = {"mean": mean_logits, "cls": only_cls_logits, "distillation": only_distillation_logits}
+# Pixel decoder -------------------------------------------------------------------------------------------------------
 
 
 class PixelDecoder(nn.Module):
@@ -195,7 +178,7 @@ class PixelDecoder(nn.Module):
         self.num_channels = config.num_channels
         self.patch_size = config.patch_height_width
         patch_height, patch_width = self.patch_size
-        self.projection = Linear(config.hidden_size, config.num_channels * patch_height * patch_width)
+        self.projection = nn.Linear(config.hidden_size, config.num_channels * patch_height * patch_width)
 
     def forward(self, patches: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
         """[B, rows * columns, D] -> pixels [B, C, rows * patch height, columns * patch width]."""
@@ -205,3 +188,127 @@ class PixelDecoder(nn.Module):
         return pixels.permute(0, 3, 1, 4, 2, 5).reshape(
             -1, self.num_channels, rows * patch_height, columns * patch_width
         )
+
+
+# Losses --------------------------------------------------------------------------------------------------------------
+
+
+def classification_loss(
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    config: ViTCLSConfig,
+    num_items_in_batch: torch.Tensor | int | None = None,
+) -> torch.Tensor:
+    """Return the loss of logits [B, C] by `config.problem_type`.
+
+    - integer labels [B]: cross-entropy; -100 is ignored;
+    - float labels with "single_label_classification": cross-entropy with probabilities [B, C] (mixup, CutMix);
+    - float labels with "multi_label_classification": binary cross-entropy, one label per class [B, C];
+    - "regression", or a single output: mean squared error.
+
+    Args:
+        num_items_in_batch: number of labels in all accumulated batches, the divisor in place of this batch's own.
+
+    Raises:
+        ValueError: for a label beyond the classes, or float labels without `problem_type`.
+    """
+    labels = labels.to(logits.device)
+    if logits.shape[-1] != config.num_labels or not config.num_labels:
+        raise ValueError("labels require a classifier, but the model has none: set num_labels")
+    problem_type = config.problem_type or ("regression" if config.num_labels == 1 else None)
+    if problem_type == "regression":
+        check_label_shape(labels.view(labels.shape[0], -1), logits)
+        squared = nn.functional.mse_loss(logits.float().view(-1), labels.float().view(-1), reduction="sum")
+        return squared / get_num_items(labels, num_items_in_batch)
+    if problem_type == "multi_label_classification":
+        check_label_shape(labels, logits)
+        binary = nn.functional.binary_cross_entropy_with_logits(logits.float(), labels.float(), reduction="sum")
+        return binary / get_num_items(labels, num_items_in_batch)
+    if not labels.is_floating_point():
+        return cross_entropy(logits, labels, num_items_in_batch)
+    if problem_type is None:
+        raise ValueError(
+            'float labels require config.problem_type: "single_label_classification" for class probabilities, '
+            '"multi_label_classification" for several labels per image'
+        )
+    check_label_shape(labels, logits)
+    soft = nn.functional.cross_entropy(logits.float(), labels.float(), reduction="sum")
+    return soft * labels.shape[-1] / get_num_items(labels, num_items_in_batch)  # items count every entry of [B, C]
+
+
+def cross_entropy(
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    num_items_in_batch: torch.Tensor | int | None = None,
+    task: str = "the model",
+) -> torch.Tensor:
+    """Return the cross-entropy of logits [B, C] with classes [B]; -100 is ignored, and a batch of only -100 gives 0.
+
+    Raises:
+        ValueError: for another number of labels than images, or a label beyond the classes (checked on the CPU only,
+            because elsewhere it would synchronize).
+    """
+    if labels.numel() != logits.shape[0]:
+        raise ValueError(
+            f"labels have shape {list(labels.shape)}, but there are {logits.shape[0]} images: pass one class per image"
+        )
+    labels = labels.reshape(-1).long()
+    check_class_labels(labels, logits.shape[-1], task)
+    total = nn.functional.cross_entropy(logits.float(), labels, ignore_index=IGNORED_LABEL, reduction="sum")
+    if num_items_in_batch is not None:
+        return total / num_items_in_batch
+    return total / (labels != IGNORED_LABEL).sum().clamp(min=1)
+
+
+def check_class_labels(labels: torch.Tensor, num_labels: int, task: str) -> None:
+    """Raise ValueError if a class label is not in [0, num_labels) and not -100."""
+    if labels.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    unknown = labels[((labels < 0) | (labels >= num_labels)) & (labels != IGNORED_LABEL)]
+    if unknown.numel():
+        raise ValueError(
+            f"unknown label id {unknown[0].item()}: {task} has {num_labels} labels, 0 to {num_labels - 1}"
+        )
+
+
+def check_label_shape(labels: torch.Tensor, logits: torch.Tensor) -> None:
+    """Raise ValueError if labels with one value per logit have another shape than the logits."""
+    if labels.shape != logits.shape:
+        raise ValueError(
+            f"labels have shape {list(labels.shape)}, but the logits have {list(logits.shape)}: make them equal"
+        )
+
+
+def get_num_items(labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None) -> torch.Tensor | int:
+    """Return the number of labels to divide a summed loss by."""
+    return labels.numel() if num_items_in_batch is None else num_items_in_batch
+
+
+def masked_pixel_loss(
+    reconstruction: torch.Tensor, pixel_values: torch.Tensor, bool_masked_pos: torch.Tensor, config: ViTCLSConfig
+) -> torch.Tensor:
+    """Return the mean loss over the masked pixels, in float32.
+
+    Sources: SimMIM, arXiv 2111.09886, section 3.5; MAE, arXiv 2111.06377, section 3.
+
+    Args:
+        reconstruction: prediction [B, C, H, W].
+        pixel_values: images [B, C, H, W].
+        bool_masked_pos: [B, rows * columns], true if a patch was masked.
+    """
+    predicted = split_into_patches(reconstruction, config).float()  # [B, rows * columns, pixels of a patch]
+    target = split_into_patches(pixel_values, config).float()
+    if config.norm_pixel_target:
+        correction = int(target.shape[-1] > 1)
+        variance, mean = torch.var_mean(target, dim=-1, keepdim=True, correction=correction)
+        target = (target - mean) / (variance + 1e-6).sqrt()
+    distance = (predicted - target).abs() if config.mim_loss == "l1" else (predicted - target) ** 2
+    mask = bool_masked_pos.bool().to(distance.dtype)
+    return (distance.mean(dim=-1) * mask).sum() / mask.sum().clamp(min=1)
+
+
+def split_into_patches(pixels: torch.Tensor, config: ViTCLSConfig) -> torch.Tensor:
+    """[B, C, H, W] -> [B, rows * columns, C * patch height * patch width]."""
+    patch_height, patch_width = config.patch_height_width
+    patches = pixels.unfold(2, patch_height, patch_height).unfold(3, patch_width, patch_width)
+    return patches.permute(0, 2, 3, 1, 4, 5).flatten(3).flatten(1, 2)

@@ -1,23 +1,23 @@
-"""The models. Data flows one way:
+# SPDX-License-Identifier: Apache-2.0
+"""The models. Data flows in one direction:
 
-    pixel_values -> embeddings -> layers -> layernorm -> pooler -> head -> loss
+    pixel_values -> embeddings -> layers -> layernorm -> pooler -> classifier -> loss
 
     ViTCLSModel                        the encoder, with tokens by name
-    ViTCLSForImageClassification       one label set; a second head where there is a distillation token
-    ViTCLSForMultiTaskClassification   one CLS token, head and loss per task
+    ViTCLSForImageClassification       one label set; a second classifier if there is a distillation token
+    ViTCLSForMultiTaskClassification   one CLS token, classifier and loss per task
     ViTCLSForMaskedImageModeling       reconstructs masked patches
     ViTCLSBackbone                     feature maps for dense prediction
 
-Their parts, in the order of the data: embeddings_vitcls.py, rotary_vitcls.py, scopes_vitcls.py,
-patch_dropout_vitcls.py, layers_vitcls.py, merging_vitcls.py, attention_vitcls.py, linear_vitcls.py,
-last_layer_vitcls.py, heads_vitcls.py, losses_vitcls.py. What tokens attend to is read by token_attention_vitcls.py;
-costs_vitcls.py counts operations and bytes.
+Embeddings and layers are in blocks_vitcls.py, poolers, classifiers and losses in heads_vitcls.py. The default model
+uses nothing else. Options have their own files: positions_vitcls.py (rotary), attention_masks_vitcls.py,
+variants_vitcls.py, adaptation_vitcls.py (other tokens and sizes), token_attention_vitcls.py, cpu_kernels_vitcls.py.
 """
 
 import copy
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import nn
@@ -30,20 +30,36 @@ from transformers.utils.generic import can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
 
 from .adaptation_vitcls import AdaptableModel
-from .attention_vitcls import ViTCLSAttention, ViTCLSDifferentialAttention
+from .attention_masks_vitcls import RelativePositionBias, TokenGates, build_attention_mask
+from .blocks_vitcls import EncoderLayer, LayerScale, LearnedPositions, ViTCLSAttention, ViTCLSEmbeddings, build_norm
 from .configuration_vitcls import TokenLayout, ViTCLSConfig
-from .costs_vitcls import ImageSize, MemoryEstimate, estimate_memory, forward_flops
-from .embeddings_vitcls import LearnedPositions, ViTCLSEmbeddings
-from .heads_vitcls import LOGIT_CHOICES, AttentionPooler, PixelDecoder, build_head, build_pooler, mean_token
-from .last_layer_vitcls import num_tokens_read_by_heads, num_tokens_wanted
-from .layers_vitcls import LAYERS, EncoderLayer, LayerScale, drop_path_rates
-from .losses_vitcls import IGNORED_LABEL, classification_loss, cross_entropy, masked_pixel_loss
-from .merging_vitcls import MergingLayer, run_merging_layers
-from .norms_vitcls import build_norm
-from .patch_dropout_vitcls import build_patch_dropout, require_all_patches
-from .rotary_vitcls import ROTARY_POSITIONS, MixedRotaryPositions, Rotation
-from .scopes_vitcls import DistanceView, NoGates, TokenGates, build_view
-from .token_attention_vitcls import SPECIAL_TOKENS, Layers, read_token_attention
+from .cpu_kernels_vitcls import install_cpu_kernels
+from .heads_vitcls import (
+    IGNORED_LABEL,
+    AttentionPooler,
+    PixelDecoder,
+    build_head,
+    build_pooler,
+    classification_loss,
+    combine_logits,
+    cross_entropy,
+    masked_pixel_loss,
+)
+from .positions_vitcls import MixedRotaryPositions, build_rotary_positions
+from .token_attention_vitcls import SPECIAL_TOKENS, Layers, compute_token_attention
+from .variants_vitcls import (
+    LAYERS,
+    MergingLayer,
+    PatchDropout,
+    ViTCLSDifferentialAttention,
+    add_register_neurons,
+    get_layer_classes,
+    require_all_patches,
+    run_merging_layers,
+)
+
+
+# Outputs -------------------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -51,22 +67,29 @@ class ViTCLSModelOutput(BaseModelOutputWithPooling):
     """Output of `ViTCLSModel`.
 
     Attributes:
-        last_hidden_state: [B, N, D], after the final LayerNorm; fewer patches in training with `patch_drop_rate`.
-        pooler_output: [B, P], what a head would read (`config.pooling`); None without a pooler.
-        hidden_states: on request, the embeddings and the output of each layer, [B, N, D] each, before that norm.
+        last_hidden_state: [B, N, D], after the final norm; fewer patches in training with `patch_drop_rate`.
+        pooler_output: [B, P], the input of a classifier (`config.pooling`); None without a pooler.
+        hidden_states: on request, the embeddings and the output of each layer, [B, N, D] each, before the final norm.
         attentions: on request and with eager attention, [B, heads, N, N] per layer.
-        token_counts: numbers of CLS, distillation and register tokens, from which `tokens` is cut.
     """
 
-    token_counts: tuple[int, int, int] | None = None
+    token_layout: ClassVar[TokenLayout | None] = (
+        None  # set by the model; not a field, because outputs hold tensors only
+    )
 
     @property
     def tokens(self) -> dict[str, torch.Tensor]:
-        """`last_hidden_state` by group: "cls", "distillation", "registers", "patches", [B, n, D] each."""
-        if self.last_hidden_state is None or self.token_counts is None:
-            return {}
-        layout = TokenLayout.from_counts(*self.token_counts)
-        return {name: self.last_hidden_state[:, group] for name, group in layout.items()}
+        """`last_hidden_state` by group: "cls", "distillation", "registers", "patches", [B, n, D] each.
+
+        Raises:
+            ValueError: if the output was rebuilt from its tensors, for example by gathering it from several processes.
+        """
+        if self.token_layout is None or self.last_hidden_state is None:
+            raise ValueError(
+                "tokens requires the output of the model itself, but this one was rebuilt from its tensors: slice "
+                "last_hidden_state by config.token_layout"
+            )
+        return {name: self.last_hidden_state[:, group] for name, group in self.token_layout.items()}
 
 
 @dataclass
@@ -74,10 +97,10 @@ class ViTCLSImageClassifierOutput(ModelOutput):
     """Output of `ViTCLSForImageClassification`.
 
     Attributes:
-        loss: where labels were given, that of `logits`.
-        logits: [B, labels], the model's answer.
-        cls_logits: [B, labels], of the class head.
-        distillation_logits: [B, labels], of the distillation head, if there is one.
+        loss: the loss of `logits`, if labels were given.
+        logits: [B, labels], the prediction.
+        cls_logits: [B, labels], of the classifier on the pooled tokens.
+        distillation_logits: [B, labels], of the classifier on the distillation token, if there is one.
         hidden_states, attentions: as in `ViTCLSModelOutput`.
     """
 
@@ -94,7 +117,7 @@ class ViTCLSMultiTaskOutput(ModelOutput):
     """Output of `ViTCLSForMultiTaskClassification`.
 
     Attributes:
-        loss: sum of `losses`, where labels were given.
+        loss: sum of `losses`, if labels were given.
         losses: loss per task that has labels.
         logits: [B, labels of the task] per task.
         hidden_states, attentions: as in `ViTCLSModelOutput`.
@@ -107,8 +130,11 @@ class ViTCLSMultiTaskOutput(ModelOutput):
     attentions: tuple[torch.Tensor, ...] | None = None
 
 
+# Base class ----------------------------------------------------------------------------------------------------------
+
+
 class ViTCLSPreTrainedModel(AdaptableModel):
-    """Loading, saving and initialisation, common to all models here."""
+    """Loading, saving and initialization, common to all models."""
 
     base_model_prefix = "vitcls"
     main_input_name = "pixel_values"
@@ -128,17 +154,22 @@ class ViTCLSPreTrainedModel(AdaptableModel):
             config.validate()  # fields may have been set since its construction
         super().__init__(config, *args, **kwargs)
 
+    def post_init(self) -> None:
+        """Initialize the weights, then install the CPU kernels (VITCLS_CPU_KERNELS=0: plain PyTorch)."""
+        super().post_init()
+        install_cpu_kernels(self)
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """Truncated normal weights, zero biases (ViT, DeiT); special tokens by `config.token_init`."""
+        """Initialize truncated normal weights and zero biases (ViT, DeiT); special tokens by `config.token_init`."""
         std = self.config.initializer_range
         if isinstance(module, nn.Linear | nn.Conv2d):
             init.trunc_normal_(module.weight, mean=0.0, std=std)
             if module.bias is not None:
                 init.zeros_(module.bias)
         elif isinstance(module, ViTCLSEmbeddings):
-            for token in module.special_tokens().values():
-                TOKEN_INITS[self.config.token_init](token, std)
+            for tokens in module.get_special_tokens().values():
+                TOKEN_INITS[self.config.token_init](tokens, std)
             if module.mask_token is not None:
                 init.trunc_normal_(module.mask_token, mean=0.0, std=std)
         elif isinstance(module, LearnedPositions):
@@ -149,14 +180,14 @@ class ViTCLSPreTrainedModel(AdaptableModel):
         elif isinstance(module, AttentionPooler):
             init.trunc_normal_(module.probe, mean=0.0, std=std)
         elif isinstance(module, MixedRotaryPositions):
-            init.copy_(module.frequencies, module.initial_frequencies())
-        elif isinstance(module, DistanceView):
+            init.copy_(module.frequencies, module.get_initial_frequencies())
+        elif isinstance(module, RelativePositionBias):
             init.zeros_(module.tables)
         elif isinstance(module, ViTCLSDifferentialAttention):
             init.constant_(module.second_share, module.INITIAL_SHARE)
             init.constant_(module.head_norm.weight, 1 - module.INITIAL_SHARE)
         elif isinstance(module, TokenGates):
-            init.constant_(module.gates, module.SHUT)
+            init.constant_(module.gates, module.CLOSED)
         else:
             super()._init_weights(module)  # norms
 
@@ -167,75 +198,65 @@ class ViTCLSPreTrainedModel(AdaptableModel):
         layers: Layers = "all",
         attention_mask: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """What special tokens attend to, under any attention implementation, without whole attention maps.
+        """Return the attention of the special tokens, under any attention implementation, without full attention maps.
 
-        The same numbers as in those rows of `attentions` with eager attention, without dropout. Costs a forward pass
-        and a few rows per layer; gradients flow, so wrap it in `torch.no_grad()` where none are needed.
+        The values equal the rows of the special tokens in `attentions` of eager attention, without dropout. The cost
+        is a forward pass and a few rows per layer. Gradients flow: use `torch.no_grad()` if none are needed.
 
         Args:
             pixel_values: [B, C, H, W].
-            tokens: Groups of special tokens, of "cls", "distillation" and "registers".
-            layers: "all", or indices from 0; negative ones count from the last.
-            attention_mask: As in `forward`.
+            tokens: groups of special tokens, of "cls", "distillation" and "registers".
+            layers: "all", or indices from 0; negative indices count from the last layer.
+            attention_mask: as in `forward`.
 
         Returns:
-            [batch, layer, head, special token, key]: layers as asked for, tokens and keys in the order of
-            `config.token_layout`, each row summing to 1. Differential attention has two maps per head, in its turn.
-            Without any such token the fourth axis is 0 long.
+            [batch, layer, head, special token, key]: layers as requested, tokens and keys in the order of
+            `config.token_layout`. Each row sums to 1. Differential attention has two maps per head, one after the
+            other. The fourth axis has length 0 if the model has none of these tokens.
 
         Raises:
             ValueError: for unknown groups, layers that do not exist, or images that do not fit the model.
         """
-        return read_token_attention(self, pixel_values, attention_mask, tokens, layers)
+        return compute_token_attention(self, pixel_values, attention_mask, tokens, layers)
 
-    def flops(self, image_size: ImageSize = None, batch_size: int = 1) -> int:
-        """Floating-point operations of a forward pass, a multiply-add counting as two (costs_vitcls.py).
+    @torch.no_grad()
+    def flops(self, image_size: int | Sequence[int] | None = None, batch_size: int = 1) -> int:
+        """Return the floating-point operations of a forward pass; a multiply-add counts as two.
 
-        Counted are matrix products and the patch projection, as they are computed: the last layer only for the tokens
-        that the heads read, all patches even if training drops some, and none of them merged. The backward pass takes
-        about twice as many.
+        Counted by `torch.utils.flop_counter` on a copy without weights: matrix products and convolutions, as they are
+        computed (the last layer only for the tokens that the classifiers read). The backward pass of a fully trained
+        model takes about twice as many.
 
         Args:
-            image_size: Height and width in pixels, or both in one. Default: the model's own.
-            batch_size: Images.
+            image_size: height and width in pixels, or one number for both. Default: the model's own.
+            batch_size: number of images.
 
         Raises:
             ValueError: for images smaller than a patch.
         """
-        return forward_flops(self, image_size, batch_size)
+        from torch.utils.flop_counter import FlopCounterMode
 
-    def memory_estimate(
-        self,
-        image_size: ImageSize = None,
-        batch_size: int = 1,
-        autocast: torch.dtype | None = None,
-        device: torch.device | str | None = None,
-    ) -> MemoryEstimate:
-        """Bytes of a training step with AdamW: weights, gradients, moments, and what autograd keeps (costs_vitcls.py).
-
-        An estimate: what autograd keeps is within a fifth of what was measured. It assumes fused attention unless the
-        implementation is "eager", activations that keep their inputs, without what CPUs compute again
-        (recomputing_vitcls.py), and one process; left out are what single operations need for a moment, the
-        allocator's slack, and the images before they are moved or cast. Frozen parameters and gradient checkpointing
-        count as they are set. Patch dropout counts unless embeddings and first layers are frozen.
-
-        Args:
-            image_size: Height and width in pixels, or both in one. Default: the model's own.
-            batch_size: Images.
-            autocast: The dtype of mixed precision, if it is used.
-            device: Where the step is made, if the model is still elsewhere: CPUs keep less. Default: where it is.
-
-        Raises:
-            ValueError: for images smaller than a patch.
-        """
-        return estimate_memory(self, image_size, batch_size, autocast, device)
+        height, width = self.config.image_height_width
+        if image_size is not None:
+            height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
+        config = copy.deepcopy(self.config)
+        config._attn_implementation = "eager"  # fused kernels are counted on some devices only
+        with torch.device("meta"):
+            model = self.new_like(config).eval()
+            pixel_values = torch.empty(batch_size, config.num_channels, height, width, dtype=model.dtype)
+            with FlopCounterMode(display=False) as counter:
+                model(pixel_values)
+        return counter.get_total_flops()
 
 
 TOKEN_INITS: dict[str, Callable[[torch.Tensor, float], Any]] = {
-    "trunc_normal": lambda token, std: init.trunc_normal_(token, mean=0.0, std=std),
-    "near_zero": lambda token, std: init.normal_(token, std=1e-6),
-    "zeros": lambda token, std: init.zeros_(token),
+    "trunc_normal": lambda tokens, std: init.trunc_normal_(tokens, mean=0.0, std=std),
+    "near_zero": lambda tokens, std: init.normal_(tokens, std=1e-6),
+    "zeros": lambda tokens, std: init.zeros_(tokens),
 }
+
+
+# Encoder -------------------------------------------------------------------------------------------------------------
 
 
 class ViTCLSModel(ViTCLSPreTrainedModel):
@@ -243,18 +264,19 @@ class ViTCLSModel(ViTCLSPreTrainedModel):
 
     def __init__(self, config: ViTCLSConfig, add_pooling_layer: bool = True) -> None:
         super().__init__(config)
+        layer_class, attention_class = get_layer_classes(config)  # ViTCLSLayer and ViTCLSAttention by default
+        last_index = max(config.num_hidden_layers - 1, 1)
         self.embeddings = ViTCLSEmbeddings(config)
-        self.rotary_positions = ROTARY_POSITIONS[config.position_embedding_type](config)
-        self.view = build_view(config)
-        self.gates = TokenGates(config) if config.gated_tokens else NoGates(config)
-        self.patch_dropout = build_patch_dropout(config)
-        layer_class, self.run_layers = LAYERS[config.layer_type], run_layers
-        if config.merged_patches_per_layer:
-            layer_class, self.run_layers = MergingLayer, run_merging_layers
+        self.rotary_positions = build_rotary_positions(config)
+        self.view = RelativePositionBias(config) if config.relative_position_bias != "none" else None
+        self.gates = TokenGates(config) if config.gated_tokens else None
+        self.patch_dropout = PatchDropout(config) if config.patch_drop_rate > 0 else None
         self.layers = nn.ModuleList(
-            layer_class(config, index, rate) for index, rate in enumerate(drop_path_rates(config))
+            layer_class(config, config.drop_path_rate * index / last_index, attention_class)
+            for index in range(config.num_hidden_layers)
         )
-        self.layernorm = build_norm(config) if config.final_norm else nn.Identity()
+        add_register_neurons(self.layers, config)
+        self.layernorm = build_norm(config) if config.final_norm else None
         self.pooler = build_pooler(config) if add_pooling_layer else None
         self.post_init()
 
@@ -272,36 +294,70 @@ class ViTCLSModel(ViTCLSPreTrainedModel):
         Args:
             pixel_values: [B, C, H, W], of any size of at least one patch.
             bool_masked_pos: [B, rows * columns], true for patches to replace by the mask token.
-            attention_mask: [B, N] over all tokens, special tokens first; 1 where a token may be attended to.
-            num_tokens_read: Compute the last layer only for so many special tokens, from the first on, and return
-                only these (last_layer_vitcls.py). Default: all tokens.
-            output_hidden_states, output_attentions, return_dict: as everywhere in transformers.
+            attention_mask: [B, N] over all tokens, special tokens first; 1 if a token may be attended to.
+            num_tokens_read: compute the last layer only for this many tokens, all of them special, and return only
+                these. Default: all tokens.
+            output_hidden_states, output_attentions, return_dict: as in all models of transformers.
 
         Raises:
             ValueError: for images or masks that do not fit the model.
-            TypeError: for an argument that is not known.
+            TypeError: for an unknown argument.
         """
-        _reject_unknown_arguments(kwargs)
+        reject_unknown_arguments(kwargs)
         pixel_values = pixel_values.to(self.embeddings.patch_embeddings.projection.weight.dtype)
-        grid = self.embeddings.patch_embeddings.grid_of(pixel_values)
-
         hidden_states = self.embeddings(pixel_values, bool_masked_pos)  # [B, N, D]
-        masks = self.gates(self.view(hidden_states, attention_mask, grid), hidden_states)  # one per layer
-        rotations = self.rotary_positions(grid, hidden_states)  # one per layer
-        hidden_states, masks, rotations = self.patch_dropout(hidden_states, masks, rotations)  # [B, n, D] in training
-        num_tokens = [*[None] * (len(self.layers) - 1), num_tokens_read]  # per layer; None is all
-        hidden_states = self.run_layers(self.layers, hidden_states, masks, rotations, num_tokens, **kwargs)
-        sequence = self.layernorm(hidden_states)  # [B, N, D]
 
-        return ViTCLSModelOutput(
-            last_hidden_state=sequence,
-            pooler_output=self.pooler(sequence) if self.pooler is not None else None,
-            token_counts=self.config.token_counts,
-        )
+        mask = position_embeddings = None  # one value for all layers, or a list with one value per layer
+        grid = self.embeddings.patch_embeddings.get_grid_size(pixel_values)
+        if attention_mask is not None or self.view is not None or self.gates is not None or self.config.cls_scopes:
+            mask = build_attention_mask(self.config, hidden_states, attention_mask, grid, self.view, self.gates)
+        if self.rotary_positions is not None:
+            position_embeddings = self.rotary_positions(grid, hidden_states)
+        if self.patch_dropout is not None:
+            hidden_states, mask, position_embeddings = self.patch_dropout(hidden_states, mask, position_embeddings)
 
-    def rebuilt(self, config: ViTCLSConfig) -> Self:
-        """A model of the same parts with fresh weights, for another configuration."""
+        hidden_states = self.run_layers(hidden_states, mask, position_embeddings, num_tokens_read, **kwargs)
+        if self.layernorm is not None:
+            hidden_states = self.layernorm(hidden_states)  # [B, N, D]
+        pooled = self.pooler(hidden_states) if self.pooler is not None else None  # [B, P]
+        output = ViTCLSModelOutput(last_hidden_state=hidden_states, pooler_output=pooled)
+        output.token_layout = self.config.token_layout  # type: ignore[misc]  # an attribute of this output
+        return output
+
+    def run_layers(
+        self,
+        hidden_states: torch.Tensor,
+        mask: Any,
+        position_embeddings: Any,
+        num_tokens_read: int | None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> torch.Tensor:
+        """Run all layers, [B, N, D] -> [B, N, D], or [B, num_tokens_read, D] if it is given."""
+        if self.config.merged_patches_per_layer:
+            return run_merging_layers(self.layers, hidden_states, mask, num_tokens_read, **kwargs)
+        for index, layer in enumerate(self.layers):
+            hidden_states = layer(
+                hidden_states,
+                mask[index] if isinstance(mask, list) else mask,
+                position_embeddings[index] if isinstance(position_embeddings, list) else position_embeddings,
+                num_tokens_read if index == len(self.layers) - 1 else None,
+                **kwargs,
+            )
+        return hidden_states
+
+    def new_like(self, config: ViTCLSConfig) -> Self:
+        """Return a model with the same parts and fresh weights, for another configuration."""
         return type(self)(config, add_pooling_layer=self.pooler is not None)
+
+
+def reject_unknown_arguments(kwargs: Mapping[str, Any]) -> None:
+    """Raise TypeError for keywords that `forward` does not know."""
+    for name in kwargs:
+        if name not in TransformersKwargs.__annotations__:
+            raise TypeError(f"forward() got an unexpected argument {name!r}")
+
+
+# Classifiers ---------------------------------------------------------------------------------------------------------
 
 
 class ViTCLSForImageClassification(ViTCLSPreTrainedModel):
@@ -310,17 +366,13 @@ class ViTCLSForImageClassification(ViTCLSPreTrainedModel):
     def __init__(self, config: ViTCLSConfig) -> None:
         super().__init__(config)
         if config.tasks:
-            raise ValueError(
-                "config.tasks is for ViTCLSForMultiTaskClassification: use that class, or leave tasks out"
-            )
+            raise ValueError("config.tasks requires ViTCLSForMultiTaskClassification: use that class, or omit tasks")
         self.num_labels = config.num_labels
         self.vitcls = ViTCLSModel(config)
         self.classifier = build_head(config, config.pooled_size, config.num_labels)
         self.distillation_classifier = None
         if config.has_distillation_head and config.num_labels:
             self.distillation_classifier = build_head(config, config.hidden_size, config.num_labels)
-        self.choose_logits = LOGIT_CHOICES[config.distillation_inference]
-        self.num_tokens_read = num_tokens_read_by_heads(config)
         self.post_init()
 
     @can_return_tuple
@@ -331,25 +383,30 @@ class ViTCLSForImageClassification(ViTCLSPreTrainedModel):
         attention_mask: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> ViTCLSImageClassifierOutput:
-        """Classify images; `labels` (and `num_items_in_batch`) as in `classification_loss`, the rest as `ViTCLSModel`.
+        """Classify images.
 
-        The loss is that of `logits`; in training, where there are two heads, the mean of theirs, so that both learn.
-        Distillation from a teacher is the training loop's.
+        The loss is the loss of `logits`; in training with two classifiers it is the mean of their losses, so that both
+        learn. Distillation from a teacher is part of the training loop.
+
+        Args:
+            labels, num_items_in_batch: as in `classification_loss`.
+            pixel_values, attention_mask and other arguments: as in `ViTCLSModel.forward`.
         """
-        wanted = num_tokens_wanted(self.num_tokens_read, self.config, kwargs)
-        outputs = self.vitcls(pixel_values, attention_mask=attention_mask, num_tokens_read=wanted, **kwargs)
+        num_tokens_read = get_num_tokens_read(self.vitcls, kwargs)
+        outputs = self.vitcls(pixel_values, attention_mask=attention_mask, num_tokens_read=num_tokens_read, **kwargs)
         logits = cls_logits = self.classifier(outputs.pooler_output)  # [B, labels]
         distillation_logits = None
         if self.distillation_classifier is not None:
-            distillation_logits = self.distillation_classifier(mean_token(outputs.tokens["distillation"]))
-            logits = self.choose_logits(cls_logits, distillation_logits)
+            tokens = outputs.last_hidden_state[:, self.config.token_layout.distillation]  # [B, n, D]
+            distillation_logits = self.distillation_classifier(tokens.mean(dim=1))
+            logits = combine_logits(cls_logits, distillation_logits, self.config.distillation_inference)
         loss = None
         if labels is not None:
-            learning = [logits]
+            trained = [logits]
             if self.training and distillation_logits is not None:
-                learning = [cls_logits, distillation_logits]
+                trained = [cls_logits, distillation_logits]
             num_items = kwargs.get("num_items_in_batch")
-            losses = [classification_loss(answer, labels, self.config, num_items) for answer in learning]
+            losses = [classification_loss(each, labels, self.config, num_items) for each in trained]
             loss = torch.stack(losses).mean()
         return ViTCLSImageClassifierOutput(
             loss=loss,
@@ -367,15 +424,14 @@ class ViTCLSForMultiTaskClassification(ViTCLSPreTrainedModel):
     def __init__(self, config: ViTCLSConfig) -> None:
         super().__init__(config)
         if not config.tasks:
-            raise ValueError('ViTCLSForMultiTaskClassification needs config.tasks, such as tasks={"species": 12}')
+            raise ValueError('ViTCLSForMultiTaskClassification requires config.tasks, such as tasks={"species": 12}')
         self.vitcls = ViTCLSModel(config, add_pooling_layer=False)
         self.classifiers = nn.ModuleDict(
             {
-                f"task_{name}": build_head(config, config.hidden_size, len(labels))  # torch reserves "type" and more
+                f"task_{name}": build_head(config, config.hidden_size, len(labels))  # torch reserves names like "type"
                 for name, labels in config.task_labels().items()
             }
         )
-        self.num_tokens_read = num_tokens_read_by_heads(config)
         self.post_init()
 
     @can_return_tuple
@@ -389,14 +445,14 @@ class ViTCLSForMultiTaskClassification(ViTCLSPreTrainedModel):
         """Classify images for every task.
 
         Args:
-            labels: task -> class per image [B]. Tasks may be missing, and so may single labels (-100).
+            labels: task -> class per image [B]. Tasks may be missing, and single labels may be -100.
 
         Raises:
             ValueError: for labels of an unknown task, or beyond a task's classes.
         """
-        wanted = num_tokens_wanted(self.num_tokens_read, self.config, kwargs)
-        outputs = self.vitcls(pixel_values, attention_mask=attention_mask, num_tokens_read=wanted, **kwargs)
-        cls_tokens = outputs.tokens["cls"].unbind(dim=1)
+        num_tokens_read = get_num_tokens_read(self.vitcls, kwargs)
+        outputs = self.vitcls(pixel_values, attention_mask=attention_mask, num_tokens_read=num_tokens_read, **kwargs)
+        cls_tokens = outputs.last_hidden_state[:, self.config.token_layout.cls].unbind(dim=1)  # [B, D] each
         logits = {
             name: classifier(token)
             for name, classifier, token in zip(
@@ -405,7 +461,7 @@ class ViTCLSForMultiTaskClassification(ViTCLSPreTrainedModel):
         }
         loss = losses = None
         if labels is not None:
-            losses = self.task_losses(logits, labels)
+            losses = self.compute_losses(logits, labels)
             loss = torch.stack(list(losses.values())).sum()
             losses = {name: losses[name] for name in logits if name in labels}
         return ViTCLSMultiTaskOutput(
@@ -416,28 +472,64 @@ class ViTCLSForMultiTaskClassification(ViTCLSPreTrainedModel):
             attentions=outputs.attentions,
         )
 
-    def task_losses(self, logits: dict[str, torch.Tensor], labels: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Cross-entropy of each task; 0 for one without labels, so that distributed training misses no head."""
+    def compute_losses(
+        self, logits: dict[str, torch.Tensor], labels: dict[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        """Return the cross-entropy of each task; 0 for a task without labels, so that all parameters get gradients."""
         if unknown := sorted(set(labels) - set(logits)):
             raise ValueError(f"labels for unknown task {unknown[0]!r}: the tasks are {', '.join(logits)}")
-        return {
-            name: cross_entropy(answer, self.labels_of(name, answer, labels), task=f"task {name!r}")
-            for name, answer in logits.items()
-        }
+        losses = {}
+        for name, task_logits in logits.items():
+            task_labels = labels.get(name)
+            if task_labels is None:
+                task_labels = torch.full((task_logits.shape[0],), IGNORED_LABEL)
+            losses[name] = cross_entropy(task_logits, task_labels.to(task_logits.device), task=f"task {name!r}")
+        return losses
 
-    @staticmethod
-    def labels_of(name: str, logits: torch.Tensor, labels: dict[str, torch.Tensor]) -> torch.Tensor:
-        """The labels [B] of one task, all to be ignored where there are none."""
-        if name not in labels:
-            return torch.full((logits.shape[0],), IGNORED_LABEL, device=logits.device)
-        return labels[name].to(logits.device)
+
+def get_num_tokens_read(encoder: ViTCLSModel, kwargs: Mapping[str, Any]) -> int | None:
+    """Return how many tokens the classifiers read, so that the last layer can skip the others; None for all tokens.
+
+    The special tokens come first, so slices of `token_layout` stay valid. All tokens are computed if the classifiers
+    read patches, if the last layer writes to a register, if hidden states or attentions are requested, if a recorder
+    or a hook on the encoder, its last layer or its norm may read them, or if the attention is neither SDPA nor eager.
+    """
+    config = encoder.config
+    if config.pooling != "cls" or config._attn_implementation not in ("sdpa", "eager"):
+        return None
+    if any(layer == config.num_hidden_layers - 1 for layer, _ in config.register_neurons or ()):
+        return None
+    if any(kwargs.get(name, getattr(config, name, False)) for name in ("output_hidden_states", "output_attentions")):
+        return None
+    last_layer: Any = encoder.layers[-1]
+    if last_layer.attention.recorder is not None:
+        return None
+    if any(map(has_user_hooks, (encoder, encoder.layers, encoder.layernorm, *last_layer.modules()))):
+        return None
+    return config.token_layout.distillation.stop if config.has_distillation_head else config.token_layout.cls.stop
+
+
+def has_user_hooks(module: nn.Module | None) -> bool:
+    """Return whether a module has hooks, other than those of transformers and torch.distributed."""
+    if module is None:
+        return False
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return any(
+        not str(getattr(hook, "__module__", "")).startswith(("transformers.", "torch.distributed."))
+        for group in hooks
+        if group
+        for hook in group.values()
+    )
+
+
+# Masked image modeling -----------------------------------------------------------------------------------------------
 
 
 class ViTCLSForMaskedImageModeling(ViTCLSPreTrainedModel):
-    """Pre-training by filling in masked patches: mask token in, linear decoder out (SimMIM, arXiv 2111.09886)."""
+    """Pre-training by reconstruction of masked patches from a mask token, by a linear decoder (SimMIM, 2111.09886)."""
 
     def __init__(self, config: ViTCLSConfig) -> None:
-        config = copy.deepcopy(config)  # the caller's stays as it was
+        config = copy.deepcopy(config)  # the caller's configuration is not changed
         config.use_mask_token = True
         super().__init__(config)
         self.vitcls = ViTCLSModel(config, add_pooling_layer=False)
@@ -458,13 +550,13 @@ class ViTCLSForMaskedImageModeling(ViTCLSPreTrainedModel):
             bool_masked_pos: [B, rows * columns], true for masked patches. Without it there is no loss.
 
         Returns:
-            loss over the masked pixels, and `reconstruction` [B, C, rows * patch height, columns * patch width], in
-            the scale of `pixel_values` (normalised per patch with `config.norm_pixel_target`).
+            The loss over the masked pixels, and `reconstruction` [B, C, rows * patch height, columns * patch width],
+            in the scale of `pixel_values` (normalized per patch with `config.norm_pixel_target`).
         """
         require_all_patches(self, self.config)
         outputs = self.vitcls(pixel_values, bool_masked_pos=bool_masked_pos, attention_mask=attention_mask, **kwargs)
-        grid = self.vitcls.embeddings.patch_embeddings.grid_of(pixel_values)
-        reconstruction = self.decoder(outputs.tokens["patches"], grid)
+        grid = self.vitcls.embeddings.patch_embeddings.get_grid_size(pixel_values)
+        reconstruction = self.decoder(outputs.last_hidden_state[:, self.config.token_layout.patches], grid)
         loss = None
         if bool_masked_pos is not None:
             loss = masked_pixel_loss(reconstruction, pixel_values, bool_masked_pos, self.config)
@@ -476,8 +568,11 @@ class ViTCLSForMaskedImageModeling(ViTCLSPreTrainedModel):
         )
 
 
+# Backbone ------------------------------------------------------------------------------------------------------------
+
+
 class ViTCLSBackbone(BackboneMixin, ViTCLSModel):
-    """Feature maps of chosen layers for dense prediction: the patches alone, on their grid."""
+    """Feature maps of selected layers for dense prediction: the patches on their grid."""
 
     def __init__(self, config: ViTCLSConfig) -> None:
         super().__init__(config, add_pooling_layer=False)
@@ -491,14 +586,16 @@ class ViTCLSBackbone(BackboneMixin, ViTCLSModel):
         attention_mask: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> BackboneOutput:
-        """Feature maps of `config.out_features`, [B, D, rows, columns] each, or [B, rows * columns, D] with
-        `config.reshape_hidden_states=False`; the last stage, and with `config.apply_layernorm` all, normalised.
+        """Return the feature maps of `config.out_features`.
+
+        Maps are [B, D, rows, columns] each, or [B, rows * columns, D] with `config.reshape_hidden_states=False`. The
+        last stage, and with `config.apply_layernorm` every stage, is normalized.
         """
         require_all_patches(self, self.config)
         outputs = ViTCLSModel.forward(self, pixel_values, attention_mask=attention_mask, **kwargs)
-        grid = self.embeddings.patch_embeddings.grid_of(pixel_values)
+        grid = self.embeddings.patch_embeddings.get_grid_size(pixel_values)
         feature_maps = [
-            self.feature_map(hidden_states, stage, grid)
+            self.get_feature_map(hidden_states, stage, grid)
             for stage, hidden_states in zip(self.stage_names, outputs.hidden_states, strict=True)
             if stage in self.out_features
         ]
@@ -508,41 +605,22 @@ class ViTCLSBackbone(BackboneMixin, ViTCLSModel):
             attentions=outputs.attentions,
         )
 
-    def feature_map(self, hidden_states: torch.Tensor, stage: str, grid: tuple[int, int]) -> torch.Tensor:
-        """The patches of one stage's hidden states [B, N, D]."""
-        if self.config.apply_layernorm or stage == self.stage_names[-1]:
+    def get_feature_map(self, hidden_states: torch.Tensor, stage: str, grid: tuple[int, int]) -> torch.Tensor:
+        """Return the patches of one stage's hidden states [B, N, D]."""
+        is_last = stage == self.stage_names[-1]
+        if self.layernorm is not None and (self.config.apply_layernorm or is_last):
             hidden_states = self.layernorm(hidden_states)
         patches = hidden_states[:, self.config.token_layout.patches]
         if not self.config.reshape_hidden_states:
             return patches
         return patches.transpose(1, 2).unflatten(2, grid).contiguous()  # [B, D, rows, columns]
 
-    def rebuilt(self, config: ViTCLSConfig) -> Self:
-        """A backbone with fresh weights, for another configuration."""
+    def new_like(self, config: ViTCLSConfig) -> Self:
+        """Return a backbone with fresh weights, for another configuration."""
         return type(self)(config)
 
 
-def run_layers(
-    layers: Iterable[nn.Module],
-    hidden_states: torch.Tensor,
-    masks: Sequence[Any],
-    rotations: Sequence[Rotation],
-    num_tokens: Sequence[int | None],
-    **kwargs: Any,
-) -> torch.Tensor:
-    """Through all layers, [B, N, D] -> [B, N or fewer, D]; masks, rotations and numbers of tokens: one per layer."""
-    for layer, mask, rotation, number in zip(layers, masks, rotations, num_tokens, strict=True):
-        hidden_states = layer(hidden_states, mask, rotation, number, **kwargs)
-    return hidden_states
-
-
-def _reject_unknown_arguments(kwargs: Mapping[str, Any]) -> None:
-    for name in kwargs:
-        if name not in TransformersKwargs.__annotations__:
-            raise TypeError(f"forward() got an unexpected argument {name!r}")
-
-
-# Saving copies this file and its siblings beside the weights.
+# Saving copies this file and its siblings next to the weights.
 ViTCLSModel.register_for_auto_class("AutoModel")
 ViTCLSForImageClassification.register_for_auto_class("AutoModelForImageClassification")
 ViTCLSForMultiTaskClassification.register_for_auto_class("AutoModelForImageClassification")

@@ -86,7 +86,7 @@ def with_test_time_register(model: ViTCLSPreTrainedModel, neurons: list[list[int
     """
     if model.config.register_neurons:
         raise ValueError("this model has a test-time register already: choose all its neurons at once")
-    better = model.adapted(num_register_tokens=model.config.num_register_tokens + 1, register_neurons=neurons)
+    better = model.adapt(num_register_tokens=model.config.num_register_tokens + 1, register_neurons=neurons)
     base: Any = better.base_model
     base.embeddings.register_tokens[:, -1] = 0
     if "registers" in (better.config.gated_tokens or {}):
@@ -105,10 +105,11 @@ def encoded(
     base: Any = model.base_model
     patches = base.config.token_layout.patches
     activations: list[torch.Tensor] = []
-    hooks = [
-        layer.mlp.move_neurons.register_forward_pre_hook(lambda _, inputs: activations.append(inputs[0][:, patches]))
-        for layer in base.layers
-    ]
+
+    def read_activations(mlp: Any, inputs: tuple[torch.Tensor]) -> None:
+        activations.append(mlp.get_activations(inputs[0])[:, patches])
+
+    hooks = [layer.mlp.register_forward_pre_hook(read_activations) for layer in base.layers]
     was_training = model.training
     model.eval()
     try:

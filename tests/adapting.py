@@ -9,7 +9,7 @@ import pytest
 def adapted_by(old: Any, loader: Any, folder: Path, **change: Any) -> Any:
     """The model with other values, by the way that `loader` names."""
     if loader is None:
-        return old.adapted(**change)
+        return old.adapt(**change)
     old.save_pretrained(folder)
     return loader.from_pretrained(folder, **change)
 

@@ -61,7 +61,7 @@ def logits_by_hand(model: Any, place: int | None, means: torch.Tensor) -> torch.
     """Layer by layer, for all tokens, the one at a place replaced after each; [B, labels]."""
     encoder = model.vitcls
     states = encoder.embeddings(PIXELS, None)
-    grid = encoder.embeddings.patch_embeddings.grid_of(PIXELS)
+    grid = encoder.embeddings.patch_embeddings.get_grid_size(PIXELS)
     masks = encoder.gates(encoder.view(states, None, grid), states)
     rotations = encoder.rotary_positions(grid, states)
     for layer, mask, rotation, mean in zip(encoder.layers, masks, rotations, means[1:], strict=True):

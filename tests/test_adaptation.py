@@ -138,7 +138,7 @@ def resampled(positions: torch.Tensor, grid: tuple[int, int], new_grid: tuple[in
 def test_the_source_stays_as_it_was() -> None:
     model = filled(ViTCLSForImageClassification(tiny_config(**FIELDS)))
     before, config = copy.deepcopy(model.state_dict()), model.config.to_dict()
-    changed = model.adapted(**CHANGES["everything"])
+    changed = model.adapt(**CHANGES["everything"])
     with torch.no_grad():
         for parameter in changed.parameters():
             parameter.add_(1)
@@ -148,7 +148,7 @@ def test_the_source_stays_as_it_was() -> None:
 
 def test_nothing_changes_without_a_change(caplog: pytest.LogCaptureFixture, tmp_path: Path) -> None:
     model = filled(ViTCLSForImageClassification(tiny_config(**FIELDS)))
-    assert model.adapted(**FIELDS_THAT_ADAPT) is model
+    assert model.adapt(**FIELDS_THAT_ADAPT) is model
     model.save_pretrained(tmp_path)
     for loader in (ViTCLSForImageClassification, AutoModelForImageClassification):
         again = loader.from_pretrained(tmp_path, **FIELDS_THAT_ADAPT)
@@ -197,7 +197,7 @@ def test_what_else_was_asked_for_is_kept(tmp_path: Path) -> None:
 
 def test_a_frozen_model_stays_frozen_but_for_what_is_new() -> None:
     model = filled(ViTCLSForImageClassification(tiny_config())).requires_grad_(False).train()
-    changed = model.adapted(num_register_tokens=2, num_distillation_tokens=1, image_size=48, gate_new_tokens=True)
+    changed = model.adapt(num_register_tokens=2, num_distillation_tokens=1, image_size=48, gate_new_tokens=True)
     assert changed.training
     assert {name for name, parameter in changed.named_parameters() if parameter.requires_grad} == {
         "vitcls.embeddings.register_tokens",
@@ -214,11 +214,11 @@ def test_a_frozen_model_stays_frozen_but_for_what_is_new() -> None:
 @pytest.mark.parametrize("positions", ["patches", "cls", "all"])
 def test_tokens_that_were_added_and_removed_leave_no_trace(positions: str) -> None:
     model = filled(ViTCLSForImageClassification(tiny_config(position_embedding_tokens=positions)))
-    larger = model.adapted(num_register_tokens=4, num_cls_tokens=3, num_distillation_tokens=1)
+    larger = model.adapt(num_register_tokens=4, num_cls_tokens=3, num_distillation_tokens=1)
     with torch.no_grad():
         wanted = model(images(), output_hidden_states=True)
         between = larger(images()).cls_logits
-        found = larger.adapted(**{field: getattr(model.config, field) for field in COUNTS})(
+        found = larger.adapt(**{field: getattr(model.config, field) for field in COUNTS})(
             images(), output_hidden_states=True
         )
     assert torch.equal(found.logits, wanted.logits)
@@ -230,7 +230,7 @@ def test_positions_of_kept_tokens_stay_with_them() -> None:
     """A CLS token added in front of the registers must not shift their positions."""
     fields = {"num_cls_tokens": 1, "num_register_tokens": 2, "position_embedding_tokens": "all"}
     model = filled(ViTCLSModel(tiny_config(**fields)))
-    larger = model.adapted(num_cls_tokens=3)
+    larger = model.adapt(num_cls_tokens=3)
     with torch.no_grad():
         old, new = model.embeddings(images()), larger.embeddings(images())
     for name, group in model.config.token_layout.items():
@@ -242,7 +242,7 @@ def test_positions_of_kept_tokens_stay_with_them() -> None:
 def test_new_tokens_start_by_token_init(token_init: str) -> None:
     model = filled(ViTCLSModel(tiny_config(token_init=token_init, initializer_range=0.5)))
     count = 1 if token_init == "zeros" else 4
-    tokens = model.adapted(num_register_tokens=count).embeddings.register_tokens
+    tokens = model.adapt(num_register_tokens=count).embeddings.register_tokens
     if token_init == "zeros":
         assert not tokens.any()
     else:
@@ -251,23 +251,23 @@ def test_new_tokens_start_by_token_init(token_init: str) -> None:
 
 def test_a_new_distillation_head_starts_as_the_classifier() -> None:
     for fields in ({}, {"head_type": "mlp"}):
-        model = filled(ViTCLSForImageClassification(tiny_config(**fields))).adapted(num_distillation_tokens=1)
+        model = filled(ViTCLSForImageClassification(tiny_config(**fields))).adapt(num_distillation_tokens=1)
         classifier, head = model.classifier.state_dict(), model.distillation_classifier.state_dict()
         assert classifier.keys() == head.keys()
         assert all(torch.equal(weight, head[name]) for name, weight in classifier.items())
-    wide = filled(ViTCLSForImageClassification(tiny_config(pooling="cls_mean"))).adapted(num_distillation_tokens=1)
+    wide = filled(ViTCLSForImageClassification(tiny_config(pooling="cls_mean"))).adapt(num_distillation_tokens=1)
     assert wide.distillation_classifier.weight.shape == (3, 16)  # the classifier reads 32: a fresh one
 
 
 def test_a_trained_distillation_head_is_kept() -> None:
     model = filled(ViTCLSForImageClassification(tiny_config(num_distillation_tokens=1)))
-    larger = model.adapted(num_distillation_tokens=2)
+    larger = model.adapt(num_distillation_tokens=2)
     assert torch.equal(larger.distillation_classifier.weight, model.distillation_classifier.weight)
 
 
 def test_a_classifier_of_another_width_starts_afresh_and_says_so(caplog: pytest.LogCaptureFixture) -> None:
     model = filled(ViTCLSForImageClassification(tiny_config(cls_pooling="concat"))).requires_grad_(False)
-    larger = model.adapted(num_cls_tokens=2)
+    larger = model.adapt(num_cls_tokens=2)
     assert larger.classifier.weight.shape == (3, 32)
     assert "classifier.weight: starts afresh, its shape has changed" in logged(caplog)
     assert larger.classifier.weight.requires_grad
@@ -386,11 +386,11 @@ def test_saving_keeps_nothing_of_the_loading(tmp_path: Path) -> None:
 def test_what_cannot_be_adapted_is_said(tmp_path: Path) -> None:
     model = filled(ViTCLSModel(tiny_config(tasks={"age": 2})))
     with raises_one_line("hidden_size", "num_register_tokens"):
-        model.adapted(hidden_size=32)
+        model.adapt(hidden_size=32)
     with raises_one_line("image_size", "24 or 32"):
-        model.adapted(image_size=30)
+        model.adapt(image_size=30)
     with raises_one_line("tasks", "num_cls_tokens"):
-        model.adapted(num_cls_tokens=2)
+        model.adapt(num_cls_tokens=2)
     model.save_pretrained(tmp_path)
     for loader in (ViTCLSModel, AutoModel):
         with raises_one_line("num_regster_tokens", "num_register_tokens"):
@@ -408,7 +408,7 @@ def test_what_cannot_be_adapted_is_said(tmp_path: Path) -> None:
 
 def test_a_grid_of_as_many_patches_and_another_shape_is_resampled(caplog: pytest.LogCaptureFixture) -> None:
     model = filled(ViTCLSModel(tiny_config(image_size=[32, 48])))
-    turned = model.adapted(image_size=[48, 32])
+    turned = model.adapt(image_size=[48, 32])
     positions = turned.embeddings.position_embeddings.patches
     assert positions.shape == model.embeddings.position_embeddings.patches.shape
     assert torch.equal(positions, resampled(model.embeddings.position_embeddings.patches, (4, 6), (6, 4)))
@@ -427,7 +427,7 @@ def test_a_grid_of_as_many_patches_and_another_shape_is_resampled(caplog: pytest
 )
 def test_positions_follow_the_policy(policy: dict[str, Any], target: dict[str, Any]) -> None:
     model = filled(ViTCLSModel(tiny_config(**policy)))
-    found = model.adapted(image_size=[24, 16]).embeddings.position_embeddings.patches
+    found = model.adapt(image_size=[24, 16]).embeddings.position_embeddings.patches
     maps = model.embeddings.position_embeddings.patches.unflatten(1, (4, 4)).permute(0, 3, 1, 2)
     wanted = nn.functional.interpolate(maps, size=(3, 2), align_corners=False, **target)
     assert torch.equal(found, wanted.permute(0, 2, 3, 1).flatten(1, 2))
@@ -439,14 +439,14 @@ def test_a_larger_image_size_gives_what_larger_images_gave(kind: str, policy: di
     model = filled(ViTCLSModel(tiny_config(position_embedding_type=kind, **policy)))
     with torch.no_grad():
         wanted = model(images(2, 48, 24)).last_hidden_state
-        found = model.adapted(image_size=[48, 24])(images(2, 48, 24)).last_hidden_state
+        found = model.adapt(image_size=[48, 24])(images(2, 48, 24)).last_hidden_state
     assert largest_difference(found, wanted) < 1e-5
 
 
 @pytest.mark.parametrize("shared", ["layer", "shared"])
 def test_biases_by_distance_follow_the_grid(shared: str, caplog: pytest.LogCaptureFixture) -> None:
     model = filled(ViTCLSModel(tiny_config(relative_position_bias=shared, image_size=[32, 48])))
-    turned = model.adapted(image_size=[48, 32])
+    turned = model.adapt(image_size=[48, 32])
     with torch.no_grad():
         wanted = model(images(2, 48, 32)).last_hidden_state
         assert largest_difference(turned(images(2, 48, 32)).last_hidden_state, wanted) < 1e-5
@@ -455,7 +455,7 @@ def test_biases_by_distance_follow_the_grid(shared: str, caplog: pytest.LogCaptu
 
 def test_other_patches_on_the_same_grid_leave_positions_alone(caplog: pytest.LogCaptureFixture) -> None:
     model = filled(ViTCLSModel(tiny_config(image_size=[32, 48])))
-    larger = model.adapted(image_size=[64, 96], patch_size=16)
+    larger = model.adapt(image_size=[64, 96], patch_size=16)
     assert torch.equal(larger.embeddings.position_embeddings.patches, model.embeddings.position_embeddings.patches)
     assert logged(caplog) == [
         "embeddings.patch_embeddings.projection.weight: resized from patches of 8 x 8 to 16 x 16 pixels"
@@ -466,7 +466,7 @@ def test_other_patches_on_the_same_grid_leave_positions_alone(caplog: pytest.Log
 def test_growing_patches_are_exact(patch: tuple[int, int]) -> None:
     """Images whose patches were enlarged bilinearly, each by itself, give the same tokens."""
     model = filled(ViTCLSForImageClassification(tiny_config()))
-    larger = model.adapted(patch_size=list(patch), image_size=[4 * patch[0], 4 * patch[1]])
+    larger = model.adapt(patch_size=list(patch), image_size=[4 * patch[0], 4 * patch[1]])
     with torch.no_grad():
         wanted, found = (
             model(images(), output_hidden_states=True),
@@ -514,7 +514,7 @@ def test_decoded_patches_are_resized(loader: Any, tmp_path: Path) -> None:
 def test_decoded_patches_of_as_many_pixels_are_resized_too() -> None:
     """4 x 16 pixels are as many as 8 x 8, and others."""
     model = filled(ViTCLSForMaskedImageModeling(tiny_config()))
-    turned = model.adapted(patch_size=[4, 16])
+    turned = model.adapt(patch_size=[4, 16])
     assert turned.decoder.projection.weight.shape == model.decoder.projection.weight.shape
     old = model.decoder.projection.bias.view(1, 3, 8, 8)
     wanted = nn.functional.interpolate(old, size=(4, 16), mode="bilinear", antialias=True)
@@ -554,7 +554,7 @@ for name, change in json.loads(sys.argv[2]).items():
     with torch.no_grad():
         logits = model(torch.load(folder / f"{name}.pt")).logits
     torch.save(logits, folder / f"{name}.logits.pt")
-    model.adapted(num_register_tokens=0, num_distillation_tokens=0).save_pretrained(folder / name)
+    model.adapt(num_register_tokens=0, num_distillation_tokens=0).save_pretrained(folder / name)
 """
 
 
@@ -563,7 +563,7 @@ def test_checkpoints_adapt_without_the_package(tmp_path: Path) -> None:
     fields = {"num_distillation_tokens": 1, "image_size": [32, 48]}
     model = filled(ViTCLSForImageClassification(tiny_config(**fields)))
     model.save_pretrained(tmp_path / "saved")
-    here = {name: model.adapted(**change) for name, change in REMOTE.items()}
+    here = {name: model.adapt(**change) for name, change in REMOTE.items()}
     for name, changed in here.items():
         torch.save(images(2, *changed.config.image_height_width), tmp_path / f"{name}.pt")
     environment = {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"}
@@ -577,7 +577,7 @@ def test_checkpoints_adapt_without_the_package(tmp_path: Path) -> None:
             assert largest_difference(found, wanted) < 1e-5  # the new tokens are random, and shut
         again = ViTCLSForImageClassification.from_pretrained(tmp_path / name)
         with torch.no_grad():
-            fewer = changed.adapted(num_register_tokens=0, num_distillation_tokens=0)
+            fewer = changed.adapt(num_register_tokens=0, num_distillation_tokens=0)
             assert largest_difference(again(pixel_values).logits, fewer(pixel_values).logits) < 1e-6
 
 
@@ -585,7 +585,7 @@ def test_the_configuration_of_a_half_loaded_model_is_not_left_behind() -> None:
     """What skips the checks while a checkpoint is loaded must not skip them afterwards."""
     config = tiny_config()
     assert not config._unchecked
-    assert not ViTCLSModel(config).adapted(num_register_tokens=1).config._unchecked
+    assert not ViTCLSModel(config).adapt(num_register_tokens=1).config._unchecked
     config.num_cls_tokens = 0
     with raises_one_line("num_cls_tokens"):
         ViTCLSModel(config)

@@ -8,7 +8,7 @@ import torch
 from tiny import filled, images, largest_difference, raises_one_line, reloaded, tiny_config
 
 from modeling_vitcls import ViTCLSForImageClassification, ViTCLSModel
-from modeling_vitcls.attention_vitcls import ViTCLSDifferentialAttention
+from modeling_vitcls.variants_vitcls import ViTCLSDifferentialAttention
 
 
 KINDS: dict[str, dict[str, Any]] = {

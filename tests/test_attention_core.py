@@ -6,11 +6,11 @@ import pytest
 import torch
 from tiny import filled, images, largest_difference, tiny_config
 
-from modeling_vitcls import ViTCLSForImageClassification, ViTCLSModel, attention_core_vitcls, attention_steps_vitcls
-from modeling_vitcls.attention_core_vitcls import (
-    LONGEST_IN_STEPS,
-    attend_in_steps,
-    prefers_steps,
+from modeling_vitcls import ViTCLSForImageClassification, ViTCLSModel, cpu_kernels_vitcls, cpu_kernels_vitcls
+from modeling_vitcls.cpu_kernels_vitcls import (
+    MAX_CHUNKED_KEYS,
+    chunked_attention,
+    prefers_chunks,
     sdpa_attention,
     sdpa_attention_forward,
 )
@@ -61,7 +61,7 @@ def results(attend: Any, given: list[torch.Tensor], mask: torch.Tensor | None) -
 @pytest.fixture(params=[1, 2, 10], ids="{} at a time".format)
 def images_at_a_time(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """How many images' scores are computed at a time."""
-    monkeypatch.setattr(attention_steps_vitcls, "part_size", lambda query, key: request.param)
+    monkeypatch.setattr(cpu_kernels_vitcls, "part_size", lambda query, key: request.param)
 
 
 @pytest.mark.usefixtures("images_at_a_time")
@@ -72,7 +72,7 @@ def test_steps_are_pytorch_s_attention(mask: torch.Tensor | None, num_queries: i
         mask = mask[:, :, :num_queries]
         if mask.is_floating_point():
             mask = mask.clone().requires_grad_()
-    found = results(attend_in_steps, states(num_queries), mask)
+    found = results(chunked_attention, states(num_queries), mask)
     wanted = results(fused, states(num_queries), mask)
     assert found[0].shape == (NUM_IMAGES, num_queries, 4, 8)
     for one, other in zip(found, wanted, strict=True):
@@ -83,7 +83,7 @@ def test_steps_are_pytorch_s_attention(mask: torch.Tensor | None, num_queries: i
 def test_half_precision_is_as_exact_as_pytorch_s(dtype: torch.dtype) -> None:
     exact = results(fused, states(), None)
     errors = []
-    for attend in (attend_in_steps, fused):
+    for attend in (chunked_attention, fused):
         found = results(attend, states(dtype=dtype), None)
         assert all(each.dtype == dtype for each in found)
         errors.append([largest_difference(one.float(), other) for one, other in zip(found, exact, strict=True)])
@@ -96,12 +96,12 @@ def test_parts_fit_the_cache(length: int, size: int, monkeypatch: pytest.MonkeyP
     """Of a million scores on two threads, and one image at least."""
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     query = torch.empty(1, 6, length, 8)
-    assert attention_steps_vitcls.part_size(query, query) == size
+    assert cpu_kernels_vitcls.part_size(query, query) == size
 
 
 def test_no_images() -> None:
     query, key, value = (each[:0].detach() for each in states())
-    assert attend_in_steps(query, key, value, None, 0.4).shape == (0, NUM_TOKENS, 4, 8)
+    assert chunked_attention(query, key, value, None, 0.4).shape == (0, NUM_TOKENS, 4, 8)
 
 
 def test_gradients_of_gradients() -> None:
@@ -110,8 +110,8 @@ def test_gradients_of_gradients() -> None:
     lengths = (3, 4, 4)
     given = [torch.randn(3, 2, length, 2, dtype=torch.float64, generator=generator) for length in lengths]
     given = [each.requires_grad_() for each in [*given, torch.randn(1, 2, 3, 4, dtype=torch.float64)]]
-    assert torch.autograd.gradcheck(lambda *each: attend_in_steps(*each, 0.7), given)
-    assert torch.autograd.gradgradcheck(lambda *each: attend_in_steps(*each, 0.7), given)
+    assert torch.autograd.gradcheck(lambda *each: chunked_attention(*each, 0.7), given)
+    assert torch.autograd.gradgradcheck(lambda *each: chunked_attention(*each, 0.7), given)
 
 
 def test_gradients_of_each_image() -> None:
@@ -119,7 +119,7 @@ def test_gradients_of_each_image() -> None:
     given = [each.detach() for each in states()]
 
     def of_one(*one: torch.Tensor) -> torch.Tensor:
-        return attend_in_steps(*(each.unsqueeze(0) for each in one), None, 0.4).square().sum()
+        return chunked_attention(*(each.unsqueeze(0) for each in one), None, 0.4).square().sum()
 
     found = torch.func.vmap(torch.func.grad(of_one))(*given)
     wanted = torch.autograd.grad(fused(*(each.requires_grad_() for each in given), None, 0.4).square().sum(), given[0])
@@ -127,11 +127,11 @@ def test_gradients_of_each_image() -> None:
 
 
 def test_dropout_is_pytorch_s(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention_core_vitcls, "MULTIPLIES_BFLOAT16", True)
-    monkeypatch.setattr(attention_core_vitcls, "FEWEST_IN_STEPS", 0)
+    monkeypatch.setattr(cpu_kernels_vitcls, "HAS_BFLOAT16_PRODUCTS", True)
+    monkeypatch.setattr(cpu_kernels_vitcls, "MIN_CHUNKED_SCORES", 0)
     given = states(dtype=torch.bfloat16)
     found = [sdpa_attention(Attention(), *given, None, scaling=0.4, dropout=rate)[0] for rate in (0.0, 0.5)]
-    assert torch.equal(found[0], attend_in_steps(*given, None, 0.4))
+    assert torch.equal(found[0], chunked_attention(*given, None, 0.4))
     torch.manual_seed(0)
     found[1] = sdpa_attention(Attention(), *given, None, scaling=0.4, dropout=0.5)[0]
     torch.manual_seed(0)
@@ -140,18 +140,18 @@ def test_dropout_is_pytorch_s(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_where_steps_are_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention_core_vitcls, "MULTIPLIES_BFLOAT16", True)
+    monkeypatch.setattr(cpu_kernels_vitcls, "HAS_BFLOAT16_PRODUCTS", True)
 
     def chosen(dtype: torch.dtype, length: int, device: str = "cpu", num_images: int = 100) -> bool:
         made = torch.empty(num_images, 1, length, 8, dtype=dtype, device=device)
-        return prefers_steps(made, made)
+        return prefers_chunks(made, made)
 
-    assert chosen(torch.bfloat16, 17) and chosen(torch.bfloat16, LONGEST_IN_STEPS, num_images=1)
+    assert chosen(torch.bfloat16, 17) and chosen(torch.bfloat16, MAX_CHUNKED_KEYS, num_images=1)
     assert not chosen(torch.bfloat16, 17, num_images=10)
-    assert not chosen(torch.bfloat16, LONGEST_IN_STEPS + 1)
+    assert not chosen(torch.bfloat16, MAX_CHUNKED_KEYS + 1)
     assert not chosen(torch.float32, 197) and not chosen(torch.float16, 197)
     assert not chosen(torch.bfloat16, 197, "meta")
-    monkeypatch.setattr(attention_core_vitcls, "MULTIPLIES_BFLOAT16", False)
+    monkeypatch.setattr(cpu_kernels_vitcls, "HAS_BFLOAT16_PRODUCTS", False)
     assert not chosen(torch.bfloat16, 17)
 
 
@@ -161,11 +161,11 @@ def test_only_sdpa_takes_them(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def counted(*args: Any, **kwargs: Any) -> Any:
         calls.append(1)
-        return attend_in_steps(*args, **kwargs)
+        return chunked_attention(*args, **kwargs)
 
-    monkeypatch.setattr(attention_core_vitcls, "attend_in_steps", counted)
-    monkeypatch.setattr(attention_core_vitcls, "MULTIPLIES_BFLOAT16", True)
-    monkeypatch.setattr(attention_core_vitcls, "FEWEST_IN_STEPS", 0)
+    monkeypatch.setattr(cpu_kernels_vitcls, "chunked_attention", counted)
+    monkeypatch.setattr(cpu_kernels_vitcls, "HAS_BFLOAT16_PRODUCTS", True)
+    monkeypatch.setattr(cpu_kernels_vitcls, "MIN_CHUNKED_SCORES", 0)
     model = filled(ViTCLSModel(tiny_config())).bfloat16()
     torch.compiler.reset()  # it gives up on what tests before this one compiled often
     with torch.no_grad():
@@ -179,12 +179,12 @@ def test_only_sdpa_takes_them(monkeypatch: pytest.MonkeyPatch) -> None:
         model.set_attn_implementation("eager")
         model(images())
     assert len(calls) == 2 * model.config.num_hidden_layers
-    assert attention_core_vitcls.ATTENTION_FUNCTIONS["sdpa"] is sdpa_attention
+    assert cpu_kernels_vitcls.ATTENTION_FUNCTIONS["sdpa"] is sdpa_attention
 
 
 def test_training_in_bfloat16_follows_float32(monkeypatch: pytest.MonkeyPatch) -> None:
     """Masks that are learned and biases of every head among it."""
-    monkeypatch.setattr(attention_core_vitcls, "FEWEST_IN_STEPS", 0)
+    monkeypatch.setattr(cpu_kernels_vitcls, "MIN_CHUNKED_SCORES", 0)
     fields = {"relative_position_bias": "layer", "gated_tokens": {"registers": 2}, "num_register_tokens": 2}
     gradients = []
     for half in (False, True):

@@ -138,8 +138,8 @@ def test_images_that_are_too_small(method: str) -> None:
 def test_activations_are_about_those_that_autograd_keeps(
     name: str, autocast: torch.dtype | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("modeling_vitcls.attention_core_vitcls.LONGEST_IN_STEPS", 0)  # fused on every processor
-    monkeypatch.setattr("modeling_vitcls.half_precision_vitcls.EMULATED", set())
+    monkeypatch.setattr("modeling_vitcls.cpu_kernels_vitcls.MAX_CHUNKED_KEYS", 0)  # fused on every processor
+    monkeypatch.setattr("modeling_vitcls.cpu_kernels_vitcls.EMULATED", set())
     model = filled(ViTCLSForImageClassification(tiny_config(**WIDER | CASES[name]))).train()
     estimate = model.memory_estimate(batch_size=4, autocast=autocast).activations
     assert CLOSE[0] <= estimate / kept(model, lambda: loss_of(model, autocast)) <= CLOSE[1]

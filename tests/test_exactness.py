@@ -23,7 +23,7 @@ from modeling_vitcls import (
     ViTCLSForMaskedImageModeling,
     ViTCLSModel,
 )
-from modeling_vitcls.losses_vitcls import masked_pixel_loss
+from modeling_vitcls.heads_vitcls import masked_pixel_loss
 
 
 TOLERANCE = 1e-5

@@ -229,7 +229,7 @@ def test_merged_patches_fix_the_size_and_leave_the_batch_open() -> None:
     plan = plan_for(model, (32, 24), dynamic=True)
     assert not plan.any_size and "merged_patches_per_layer" in plan.reason
     graph = traced(model, plan, torch.float32).module()
-    adapted = model.adapted(image_size=[32, 24])
+    adapted = model.adapt(image_size=[32, 24])
     for batch in (1, 2, 5):
         pixel_values = images(batch, 32, 24, seed=7)
         torch.testing.assert_close(graph(pixel_values)["logits"], adapted(pixel_values).logits)

@@ -13,7 +13,7 @@ from torch import nn
 from transformers import AutoModel, AutoModelForImageClassification
 
 from modeling_vitcls import ViTCLSForImageClassification, ViTCLSModel
-from modeling_vitcls.scopes_vitcls import TokenGates
+from modeling_vitcls.attention_masks_vitcls import TokenGates
 
 
 GATED = {
@@ -45,7 +45,7 @@ def test_gated_tokens_change_nothing_at_first(fields: dict[str, Any], implementa
 
 def test_several_kinds_of_tokens_can_be_gated() -> None:
     model = filled(ViTCLSForImageClassification(tiny_config(num_register_tokens=1)))
-    gated = model.adapted(num_cls_tokens=3, num_distillation_tokens=1, num_register_tokens=3, gate_new_tokens=True)
+    gated = model.adapt(num_cls_tokens=3, num_distillation_tokens=1, num_register_tokens=3, gate_new_tokens=True)
     assert gated.config.gated_tokens == {"cls": 2, "distillation": 1, "registers": 2}
     assert gated.vitcls.gates.places == [1, 2, 3, 5, 6]
     with torch.no_grad():
@@ -54,7 +54,7 @@ def test_several_kinds_of_tokens_can_be_gated() -> None:
 
 def test_gates_respect_a_mask_of_the_caller() -> None:
     model = filled(ViTCLSModel(tiny_config()))
-    gated = model.adapted(num_register_tokens=2, gate_new_tokens=True)
+    gated = model.adapt(num_register_tokens=2, gate_new_tokens=True)
     mask, longer = torch.ones(2, 17), torch.ones(2, 19)
     mask[:, 10:] = 0
     longer[:, 12:] = 0
@@ -70,7 +70,7 @@ def test_gradient_reaches_gates_and_new_tokens() -> None:
     """The gate's gradient is as large as that of an open token's gate, and points to where the loss falls."""
     model = filled(ViTCLSForImageClassification(tiny_config()))
     torch.manual_seed(0)
-    gated = model.adapted(num_register_tokens=4, gate_new_tokens=True).double()  # for a quotient of small differences
+    gated = model.adapt(num_register_tokens=4, gate_new_tokens=True).double()  # for a quotient of small differences
     pixels, labels = images().double(), torch.tensor([0, 2])
 
     def loss(of: ViTCLSForImageClassification) -> torch.Tensor:
@@ -93,7 +93,7 @@ def test_gradient_reaches_gates_and_new_tokens() -> None:
 @pytest.mark.parametrize("value", [-1e-4, 0.0])
 def test_a_gate_that_was_pushed_to_zero_or_below_still_learns(value: float) -> None:
     """Adam's first step is as long as the learning rate, whatever the gradient: half of all gates go below zero."""
-    gated = filled(ViTCLSForImageClassification(tiny_config())).adapted(num_register_tokens=4, gate_new_tokens=True)
+    gated = filled(ViTCLSForImageClassification(tiny_config())).adapt(num_register_tokens=4, gate_new_tokens=True)
     with torch.no_grad():
         gated.vitcls.gates.gates.fill_(value)
     gated(images(), labels=torch.tensor([0, 2])).loss.backward()
@@ -102,14 +102,14 @@ def test_a_gate_that_was_pushed_to_zero_or_below_still_learns(value: float) -> N
 
 @pytest.mark.parametrize("implementation", ["flex_attention", "flash_attention_2", "flash_attention_3"])
 def test_attention_that_takes_no_bias_is_refused_in_one_line(implementation: str) -> None:
-    gated = filled(ViTCLSModel(tiny_config())).adapted(num_register_tokens=1, gate_new_tokens=True)
+    gated = filled(ViTCLSModel(tiny_config())).adapt(num_register_tokens=1, gate_new_tokens=True)
     gated.config._attn_implementation_internal = implementation  # flash's own package need not be installed
     with raises_one_line("gated_tokens", implementation, "sdpa"), torch.no_grad():
         gated(images())
 
 
 def test_gates_are_saved_and_loaded(tmp_path: Path) -> None:
-    gated = filled(ViTCLSModel(tiny_config())).adapted(num_register_tokens=3, gate_new_tokens=True)
+    gated = filled(ViTCLSModel(tiny_config())).adapt(num_register_tokens=3, gate_new_tokens=True)
     with torch.no_grad():
         gated.gates.gates.copy_(torch.tensor([0.1, 0.5, 2.0]))
     again = reloaded(gated, tmp_path)
@@ -123,7 +123,7 @@ def test_gates_are_saved_and_loaded(tmp_path: Path) -> None:
 def test_gates_stay_with_their_tokens(loader: Any, caplog: pytest.LogCaptureFixture, tmp_path: Path) -> None:
     """Two open registers, then two with gates; one CLS, then one with a gate."""
     model = filled(ViTCLSModel(tiny_config(num_register_tokens=2)))
-    gated = model.adapted(num_cls_tokens=2, num_register_tokens=4, gate_new_tokens=True)
+    gated = model.adapt(num_cls_tokens=2, num_register_tokens=4, gate_new_tokens=True)
     with torch.no_grad():
         gated.gates.gates.copy_(torch.tensor([0.5, 0.2, 0.3]) * TokenGates.OPEN)
     found = {}
@@ -137,7 +137,7 @@ def test_gates_stay_with_their_tokens(loader: Any, caplog: pytest.LogCaptureFixt
         caplog.clear()
         changed = adapted_by(gated, loader, tmp_path, **change)
         gate_lines = [line for line in logged(caplog) if "gates" in line]
-        found[name] = changed.config.gated_tokens, changed.gates.openness().tolist(), gate_lines
+        found[name] = changed.config.gated_tokens, changed.gates.get_gate_values().tolist(), gate_lines
     assert found == {
         "more": (
             {"cls": 1, "registers": 3},
@@ -157,18 +157,18 @@ def test_gates_stay_with_their_tokens(loader: Any, caplog: pytest.LogCaptureFixt
 
 def test_gates_that_are_asked_for_by_name() -> None:
     model = filled(ViTCLSModel(tiny_config(num_register_tokens=4)))
-    gated = model.adapted(gated_tokens={"registers": 3})
-    assert gated.gates.openness().tolist() == [1, 1, 1]  # tokens that had none stay open
+    gated = model.adapt(gated_tokens={"registers": 3})
+    assert gated.gates.get_gate_values().tolist() == [1, 1, 1]  # tokens that had none stay open
     with torch.no_grad():
         assert largest_difference(gated(images()).last_hidden_state, model(images()).last_hidden_state) < 1e-6
         gated.gates.gates.copy_(torch.tensor([0.1, 0.2, 0.3]) * TokenGates.OPEN)
-    assert gated.adapted(gated_tokens={"registers": 1}).gates.openness().tolist() == pytest.approx([0.3], abs=2e-7)
-    both = gated.adapted(gated_tokens={"registers": 4}, num_cls_tokens=2, gate_new_tokens=True)
+    assert gated.adapt(gated_tokens={"registers": 1}).gates.get_gate_values().tolist() == pytest.approx([0.3], abs=2e-7)
+    both = gated.adapt(gated_tokens={"registers": 4}, num_cls_tokens=2, gate_new_tokens=True)
     assert both.config.gated_tokens == {"cls": 1, "registers": 4}
-    assert both.gates.openness().tolist() == pytest.approx([1e-6, 1, 0.1, 0.2, 0.3], abs=2e-7)
-    assert gated.adapted(num_register_tokens=5, gate_new_tokens=True).config.gated_tokens == {"registers": 4}
+    assert both.gates.get_gate_values().tolist() == pytest.approx([1e-6, 1, 0.1, 0.2, 0.3], abs=2e-7)
+    assert gated.adapt(num_register_tokens=5, gate_new_tokens=True).config.gated_tokens == {"registers": 4}
     with raises_one_line("gated_tokens", "5 of 4"):
-        model.adapted(gated_tokens={"registers": 5})
+        model.adapt(gated_tokens={"registers": 5})
 
 
 @pytest.fixture(scope="module")
@@ -196,7 +196,7 @@ def test_fine_tuning_opens_the_gates_and_uses_the_tokens(
     before = copy.deepcopy(gated.vitcls.embeddings.register_tokens)
     losses = trained(gated, pixels, labels, num_steps=250)
     assert sum(losses[-50:]) < sum(losses[:50])
-    assert gated.vitcls.gates.openness().mean() > 0.01  # ten thousand times the start
+    assert gated.vitcls.gates.get_gate_values().mean() > 0.01  # ten thousand times the start
     assert (gated.vitcls.embeddings.register_tokens - before).norm(dim=-1).min() > 0.02
     assert change_without_registers(gated, pixels) > 0.01  # a thousand times what the gates let through at the start
 
@@ -211,14 +211,14 @@ def test_registers_that_alone_may_learn_do(
     gated.vitcls.embeddings.register_tokens.requires_grad_(True)
     losses = trained(gated, pixels, labels, num_steps=200)
     assert sum(losses[-20:]) < 0.9 * sum(losses[:20])
-    assert gated.vitcls.gates.openness().min() > 1
+    assert gated.vitcls.gates.get_gate_values().min() > 1
     assert change_without_registers(gated, pixels) > 0.5
 
 
 def with_gated_registers(model: ViTCLSForImageClassification, pixels: torch.Tensor) -> ViTCLSForImageClassification:
     """The same answers, with four more tokens."""
     torch.manual_seed(1)
-    gated = model.adapted(num_register_tokens=4, gate_new_tokens=True)
+    gated = model.adapt(num_register_tokens=4, gate_new_tokens=True)
     with torch.no_grad():
         assert largest_difference(gated(pixels[:64]).logits, model(pixels[:64]).logits) < 1e-5
     return gated

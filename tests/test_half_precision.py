@@ -7,9 +7,9 @@ import torch
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from modeling_vitcls import ViTCLSConfig, ViTCLSForImageClassification, half_precision_vitcls
-from modeling_vitcls.half_precision_vitcls import is_emulated
-from modeling_vitcls.linear_vitcls import Linear, PatchProjection
+from modeling_vitcls import ViTCLSConfig, ViTCLSForImageClassification, cpu_kernels_vitcls
+from modeling_vitcls.cpu_kernels_vitcls import is_emulated
+from modeling_vitcls.cpu_kernels_vitcls import Linear, PatchProjection
 
 
 DTYPES = [torch.bfloat16, torch.float16]
@@ -18,7 +18,7 @@ DTYPES = [torch.bfloat16, torch.float16]
 @pytest.fixture(params=DTYPES, ids=str)
 def dtype(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> torch.dtype:
     """One that this CPU is said not to have."""
-    monkeypatch.setattr(half_precision_vitcls, "EMULATED", {request.param})
+    monkeypatch.setattr(cpu_kernels_vitcls, "EMULATED", {request.param})
     return request.param
 
 
@@ -89,7 +89,7 @@ def test_patches(dtype: torch.dtype, without: pytest.MonkeyPatch) -> None:
     found = layer(images.to(dtype))
     found.float().square().sum().backward()
     gradient, layer.weight.grad = layer.weight.grad, None
-    without.setattr(half_precision_vitcls, "EMULATED", set())
+    without.setattr(cpu_kernels_vitcls, "EMULATED", set())
     exact = layer.float()(images.to(dtype).float())
     exact.square().sum().backward()
     torch.testing.assert_close(found.float(), exact, rtol=1e-2, atol=1e-2)
@@ -115,7 +115,7 @@ def test_a_model_answers_the_same(
         return logits.float(), model.vitcls.embeddings.cls_token.grad.float()
 
     found = logits_and_gradient()
-    without.setattr(half_precision_vitcls, "EMULATED", set())
+    without.setattr(cpu_kernels_vitcls, "EMULATED", set())
     peers = logits_and_gradient()
     # As near to float32 as PyTorch's own half precision is, or nearer
     error, limit = (found[0] - exact).abs().max(), (peers[0] - exact).abs().max()

@@ -12,21 +12,21 @@ from torch.profiler import profile
 from torch.utils.flop_counter import FlopCounterMode
 from transformers.activations import ACT2FN
 
-from modeling_vitcls import ViTCLSConfig, linear_vitcls
-from modeling_vitcls.layers_vitcls import ViTCLSMLP
-from modeling_vitcls.linear_vitcls import Linear, PatchProjection, activated
+from modeling_vitcls import ViTCLSConfig, cpu_kernels_vitcls
+from modeling_vitcls.blocks_vitcls import ViTCLSMLP
+from modeling_vitcls.cpu_kernels_vitcls import Linear, PatchProjection, activated
 
 
-needs_onednn = pytest.mark.skipif(not linear_vitcls.HAS_ONEDNN, reason="this processor or PyTorch has no oneDNN")
+needs_onednn = pytest.mark.skipif(not cpu_kernels_vitcls.HAS_ONEDNN, reason="this processor or PyTorch has no oneDNN")
 ONEDNN = "mkldnn::_linear_pointwise"
 
 
 @pytest.fixture(autouse=True)
 def float32_by_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
     """Also on processors, and for sizes, where it is right but not the fastest."""
-    if linear_vitcls.HAS_ONEDNN:
-        monkeypatch.setitem(linear_vitcls.LEAST_WORK, (torch.float32, False), 0)
-        monkeypatch.setitem(linear_vitcls.LEAST_WORK, (torch.float32, True), 0)
+    if cpu_kernels_vitcls.HAS_ONEDNN:
+        monkeypatch.setitem(cpu_kernels_vitcls.MIN_WORK, (torch.float32, False), 0)
+        monkeypatch.setitem(cpu_kernels_vitcls.MIN_WORK, (torch.float32, True), 0)
 
 
 @pytest.fixture
@@ -82,7 +82,7 @@ def test_a_view_that_is_not_contiguous(linear: Linear) -> None:
 @needs_onednn
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_gelu_is_computed_with_the_product(linear: Linear, dtype: torch.dtype) -> None:
-    if dtype == torch.bfloat16 and not linear_vitcls.HAS_BFLOAT16:
+    if dtype == torch.bfloat16 and not cpu_kernels_vitcls.HAS_BFLOAT16:
         pytest.skip("this processor has no bfloat16")
     layer, inputs = linear.to(dtype), torch.randn(2, 7, 48, dtype=dtype)
     found, operators = computed_by(activated, layer, ACT2FN["gelu"], inputs)
@@ -93,7 +93,7 @@ def test_gelu_is_computed_with_the_product(linear: Linear, dtype: torch.dtype) -
 
 
 def test_without_onednn_gelu_is_computed_in_place(linear: Linear, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(linear_vitcls, "LEAST_WORK", {})
+    monkeypatch.setattr(cpu_kernels_vitcls, "MIN_WORK", {})
     inputs = torch.randn(2, 7, 48)
     found, operators = computed_by(activated, linear, ACT2FN["gelu"], inputs)
     assert "aten::gelu_" in operators and "aten::gelu" not in operators
@@ -148,7 +148,7 @@ def test_it_steps_aside(linear: Linear) -> None:
 @needs_onednn
 def test_small_products_are_not_onednns(linear: Linear, monkeypatch: pytest.MonkeyPatch) -> None:
     """It takes as long to start as they take."""
-    monkeypatch.setattr(linear_vitcls, "LEAST_WORK", {(torch.float32, False): 10 * 48 * 80})
+    monkeypatch.setattr(cpu_kernels_vitcls, "MIN_WORK", {(torch.float32, False): 10 * 48 * 80})
     assert ONEDNN not in computed_by(linear, torch.randn(9, 48))[1]
     assert ONEDNN in computed_by(linear, torch.randn(2, 5, 48))[1]
 
@@ -267,7 +267,7 @@ def test_an_mlp_with_a_norm_learns_the_same() -> None:
 # Patches -------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.skipif(not linear_vitcls.HAS_BFLOAT16, reason="this processor multiplies no bfloat16")
+@pytest.mark.skipif(not cpu_kernels_vitcls.HAS_BFLOAT16, reason="this processor multiplies no bfloat16")
 @pytest.mark.parametrize("bias", [True, False])
 def test_patches_are_projected_by_one_product(bias: bool) -> None:
     """Patches need not be square, nor the image a whole number of them."""

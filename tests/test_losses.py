@@ -14,7 +14,7 @@ from modeling_vitcls import (
     ViTCLSForMaskedImageModeling,
     ViTCLSForMultiTaskClassification,
 )
-from modeling_vitcls.losses_vitcls import masked_pixel_loss
+from modeling_vitcls.heads_vitcls import masked_pixel_loss
 
 
 TASKS = {"species": 4, "age": ["young", "old"], "colour": 3}

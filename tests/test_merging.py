@@ -15,8 +15,8 @@ from modeling_vitcls import (
     ViTCLSForMaskedImageModeling,
     ViTCLSModel,
 )
-from modeling_vitcls.layers_vitcls import ViTCLSLayer
-from modeling_vitcls.merging_vitcls import Groups, MergingLayer, most_similar
+from modeling_vitcls.blocks_vitcls import ViTCLSLayer
+from modeling_vitcls.variants_vitcls import Groups, MergingLayer, match_similar_patches
 from modeling_vitcls.modeling_vitcls import run_layers
 
 
@@ -106,7 +106,7 @@ def test_matching_and_averages_are_those_of_the_paper() -> None:
     members = [[[place] for place in range(11)] for _ in range(2)]
     for seed, num_pairs in ((0, 3), (1, 4)):
         keys = images(2, tokens.shape[1], 7, channels=1, seed=seed)[:, 0]
-        sources, targets = most_similar(keys, num_pairs)
+        sources, targets = match_similar_patches(keys, num_pairs)
         merged, after = groups.merge(tokens, sources, targets)
         for image in range(2):
             cosines = normalize(keys[image], dim=-1) @ normalize(keys[image], dim=-1).T
@@ -146,7 +146,7 @@ def test_every_model_has_its_shapes(tmp_path: Path) -> None:
     assert largest_difference(model(images()).logits, plain(images()).logits) > 1e-4
     again = reloaded(model, tmp_path)
     assert_same_outputs(again(images()), model(images()))
-    assert (tmp_path / "merging_vitcls.py").is_file()
+    assert (tmp_path / "variants_vitcls.py").is_file()
     off = ViTCLSForImageClassification.from_pretrained(tmp_path, merged_patches_per_layer=0)
     assert_same_outputs(off(images()), plain(images()))
     for size in ((8, 8), (24, 56), (16, 8)):  # one patch, and more than the model was made for

@@ -15,7 +15,7 @@ from modeling_vitcls import (
     ViTCLSForMultiTaskClassification,
     ViTCLSModel,
 )
-from modeling_vitcls.patch_dropout_vitcls import num_kept_patches
+from modeling_vitcls.variants_vitcls import get_num_kept_patches
 
 
 TOKENS: dict[str, Any] = {"num_cls_tokens": 2, "num_distillation_tokens": 1, "num_register_tokens": 3}
@@ -89,7 +89,7 @@ def test_evaluation_and_weights_are_untouched(tmp_path: Path) -> None:
     again = reloaded(model, tmp_path)
     assert again.config.patch_drop_rate == 0.5
     assert_same_outputs(again(images()), plain.eval()(images()))
-    assert (tmp_path / "patch_dropout_vitcls.py").is_file()
+    assert (tmp_path / "variants_vitcls.py").is_file()
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
@@ -140,7 +140,7 @@ def test_which_patches_stay_is_random_and_reproducible() -> None:
     [(0.5, 196, 98), (0.8, 10, 2), (0.9, 10, 1), (0.99, 4, 1), (0.25, 49, 37), (0.0, 5, 5)],
 )
 def test_how_many_stay(rate: float, patches: int, kept: int) -> None:
-    assert num_kept_patches(rate, patches) == kept
+    assert get_num_kept_patches(rate, patches) == kept
 
 
 def test_memory_is_estimated_for_what_stays() -> None:

@@ -70,7 +70,7 @@ def test_each_size_is_measured_on_the_adapted_model() -> None:
     assert [row.grid for row in rows] == [(8, 8), (4, 4), (2, 2)]
     assert [row.sequence_length for row in rows] == [67, 19, 7]
     for row in rows:
-        there = answers(model.eval().adapted(patch_size=row.patch_size), processor)
+        there = answers(model.eval().adapt(patch_size=row.patch_size), processor)
         assert row.accuracy == pytest.approx((there == torch.tensor(labels)).float().mean().item())
         assert row.agreement == pytest.approx((there == own).float().mean().item())
         assert row.milliseconds > 0 and row.device and row.num_images == NUM_PICTURES
@@ -92,7 +92,7 @@ def test_the_models_own_size_is_always_there() -> None:
 def test_rectangles() -> None:
     """Oblong patches, and images of another size than the model was built for: positions are resampled once."""
     model, processor = classifier(patch_size=[8, 4]), processor_for(24, 48)
-    expected = answers(model.adapted(patch_size=8, image_size=[24, 48]), processor)
+    expected = answers(model.adapt(patch_size=8, image_size=[24, 48]), processor)
     assert not torch.equal(expected, answers(model, processor))
     rows = patch_size_advice(model, processor, pictures(), expected.tolist(), [8])
     assert [row.patch_size for row in rows] == [(8, 4), 8]
@@ -157,7 +157,7 @@ def test_nothing_is_logged_for_each_weight(caplog: pytest.LogCaptureFixture) -> 
         patch_size_advice(classifier(), processor_for(), pictures(), None, [4])
     assert not caplog.records
     with caplog.at_level(logging.WARNING):
-        classifier().adapted(patch_size=4)
+        classifier().adapt(patch_size=4)
     assert caplog.records  # as before
 
 

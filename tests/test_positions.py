@@ -180,7 +180,7 @@ def test_loading_for_another_image_size_keeps_what_else_was_asked_for(tmp_path: 
 def test_adapting_a_loaded_model() -> None:
     model = filled(ViTCLSForImageClassification(tiny_config()))
     model.vitcls.requires_grad_(False)
-    adapted = model.adapted(image_size=48)
+    adapted = model.adapt(image_size=48)
     assert_same_outputs(adapted(images(2, 48, 48)), model(images(2, 48, 48)), 1e-6)
     frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
     assert {name for name, parameter in adapted.named_parameters() if not parameter.requires_grad} == frozen
@@ -189,7 +189,7 @@ def test_adapting_a_loaded_model() -> None:
 
 def test_adapting_to_the_same_size_keeps_one_configuration() -> None:
     model = filled(ViTCLSForImageClassification(tiny_config()))
-    adapted = model.adapted(image_size=[32, 32])
+    adapted = model.adapt(image_size=[32, 32])
     assert adapted.vitcls.config is adapted.config
     adapted.set_attn_implementation("eager")
     assert adapted(images(), output_attentions=True).attentions is not None
@@ -198,6 +198,6 @@ def test_adapting_to_the_same_size_keeps_one_configuration() -> None:
 def test_adapting_refuses_what_does_not_fit() -> None:
     model = ViTCLSModel(tiny_config())
     with raises_one_line("image_size", "24 or 32"):
-        model.adapted(image_size=30)
+        model.adapt(image_size=30)
     with raises_one_line("hidden_size", "image_size"):
-        model.adapted(hidden_size=32)
+        model.adapt(hidden_size=32)

@@ -15,7 +15,7 @@ from tiny import raises_one_line, tiny_config
 from transformers import AutoModel, AutoModelForMaskedImageModeling
 
 from modeling_vitcls import ViTCLSForMaskedImageModeling, ViTCLSImageProcessor, ViTCLSModel
-from modeling_vitcls.losses_vitcls import masked_pixel_loss
+from modeling_vitcls.heads_vitcls import masked_pixel_loss
 from modeling_vitcls.training import finetune as finetuning
 from modeling_vitcls.training.batches import Normaliser
 from modeling_vitcls.training.data import load_unlabelled_data
@@ -196,7 +196,7 @@ def test_every_parameter_gets_a_gradient() -> None:
     objective = MaskedImages(Normaliser(processor, CPU), MaskChooser(MaskingOptions(), (4, 4)))
     objective(model, {"pixels": torch.randint(256, (4, 3, 32, 32), dtype=torch.uint8)})["loss"].backward()
     assert [name for name, parameter in model.named_parameters() if parameter.grad is None] == []
-    tokens = model.vitcls.embeddings.special_tokens()
+    tokens = model.vitcls.embeddings.get_special_tokens()
     assert tokens.keys() == {"cls", "distillation", "registers"}
     assert all((token.grad[0].norm(dim=1) > 0).all() for token in tokens.values())
 

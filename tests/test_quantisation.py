@@ -8,7 +8,7 @@ from tiny import images, largest_difference, tiny_config
 from transformers import TorchAoConfig
 
 from modeling_vitcls import ViTCLSForImageClassification
-from modeling_vitcls.linear_vitcls import Linear
+from modeling_vitcls.cpu_kernels_vitcls import Linear
 
 
 quantization = pytest.importorskip("torchao.quantization")

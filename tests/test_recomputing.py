@@ -9,9 +9,9 @@ import torch
 from tiny import BLOCKS, filled, images, tiny_config
 from torch import nn
 
-from modeling_vitcls import ViTCLSForImageClassification, attention_core_vitcls, recomputing_vitcls
+from modeling_vitcls import ViTCLSForImageClassification, cpu_kernels_vitcls, cpu_kernels_vitcls
 from modeling_vitcls.benchmarking.memory import peak_in_a_process
-from modeling_vitcls.recomputing_vitcls import recomputed
+from modeling_vitcls.cpu_kernels_vitcls import recomputed
 
 
 MODELS: dict[str, dict[str, Any]] = {
@@ -67,8 +67,8 @@ def test_where_nothing_is_computed_again(why: str) -> None:
 @pytest.fixture(params=[False, True], ids=["plain", "autocast"])
 def autocast(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Attention in steps on every processor, where autocast is on."""
-    monkeypatch.setattr(attention_core_vitcls, "MULTIPLIES_BFLOAT16", True)
-    monkeypatch.setattr(attention_core_vitcls, "FEWEST_IN_STEPS", 0)
+    monkeypatch.setattr(cpu_kernels_vitcls, "HAS_BFLOAT16_PRODUCTS", True)
+    monkeypatch.setattr(cpu_kernels_vitcls, "MIN_CHUNKED_SCORES", 0)
     with torch.autocast("cpu", torch.bfloat16, enabled=request.param):
         yield
 
@@ -85,7 +85,7 @@ def test_gradients_are_the_same_to_the_bit(fields: dict[str, Any], monkeypatch: 
         return [parameter.grad for parameter in model.parameters()]
 
     found = gradients()
-    monkeypatch.setattr(recomputing_vitcls, "pays_to_recompute", lambda inputs: False)
+    monkeypatch.setattr(cpu_kernels_vitcls, "can_recompute", lambda inputs: False)
     for one, other in zip(found, gradients(), strict=True):
         assert (one is None and other is None) or torch.equal(one, other)
 

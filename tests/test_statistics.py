@@ -16,7 +16,7 @@ from modeling_vitcls import (
 )
 from modeling_vitcls.analysis import statistics
 from modeling_vitcls.analysis.statistics import Findings, TokenStatistics
-from modeling_vitcls.attention_core_vitcls import AttentionCore
+from modeling_vitcls.cpu_kernels_vitcls import AttentionCore
 
 
 TOLERANCE = 1e-5

@@ -142,9 +142,9 @@ def test_the_register_starts_at_zero_and_the_rest_stays() -> None:
 
 
 def test_the_register_of_a_gated_group_is_open() -> None:
-    model = planted().adapted(num_register_tokens=2, gate_new_tokens=True)
+    model = planted().adapt(num_register_tokens=2, gate_new_tokens=True)
     better = with_test_time_register(model, [[LAYER, neuron] for neuron in PLANTED])
-    assert better.gates.openness().tolist() == pytest.approx([1e-6, 1e-6, 1.0], abs=2e-7)
+    assert better.gates.get_gate_values().tolist() == pytest.approx([1e-6, 1e-6, 1.0], abs=2e-7)
     assert patch_norm_outliers(better, images()) == 0.0
 
 

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from ..configuration_vitcls import TokenLayout, ViTCLSConfig
-from ..losses_vitcls import IGNORED_LABEL
+from ..heads_vitcls import IGNORED_LABEL
 from ..training.labels import is_multi_label
 from ..training.prediction_answers import THRESHOLD
 from .classifiers import plain_model

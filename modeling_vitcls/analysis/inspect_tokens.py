@@ -12,8 +12,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 from transformers.configuration_utils import PreTrainedConfig
 
+from ..adaptation_vitcls import load_checkpoint
 from ..hub.loading import MODEL_FILES, local_copy
-from ..loading_vitcls import load_checkpoint
 from ..training.evaluate import table
 from ..training.model import is_preset
 from ..training.prediction import load_model

@@ -13,7 +13,7 @@ from typing import Any
 
 from PIL import Image
 
-from ..losses_vitcls import IGNORED_LABEL
+from ..heads_vitcls import IGNORED_LABEL
 from ..training.data import load_evaluation_data
 from ..training.evaluate import relabelled
 from ..training.labels import labels_of

@@ -171,7 +171,7 @@ def candidate(model: Any, size: PatchSize, image_size: tuple[int, int]) -> Candi
         return Candidate(model, size, is_native=True)
     try:
         with without_notes():
-            adapted = model.adapted(patch_size=list(both(size)), image_size=list(image_size))
+            adapted = model.adapt(patch_size=list(both(size)), image_size=list(image_size))
     except ValueError as error:
         raise ValueError(f"patch size {size}: {error}") from None
     return Candidate(adapted, size, is_native=False)
@@ -243,7 +243,7 @@ def operations(model: Any, image_size: tuple[int, int]) -> tuple[float, float]:
     """
     config = copy.deepcopy(model.config)
     with torch.device("meta"):
-        counted = model.rebuilt(config).eval()
+        counted = model.new_like(config).eval()
         image = torch.empty(1, config.num_channels, *image_size)
     counted.set_attn_implementation("eager")
     with torch.no_grad(), FlopCounterMode(display=False) as counter:

@@ -4,18 +4,18 @@
         model(pixel_values)
     layers[0].weights()      # [B, maps, N, N], computed when asked for: one layer's maps in memory at a time
 
-Queries, keys and values are noted where each layer's `AttentionCore` receives them, so memory grows with N, not N².
+The `recorder` of each layer's attention receives queries, keys and values, so memory grows with N, not N².
 """
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
-from ..token_attention_vitcls import attention_rows, first_rows_of
+from ..token_attention_vitcls import compute_attention_rows, record_attention, select_mask_rows
 from .classifiers import plain_model
 
 
@@ -36,30 +36,28 @@ class RecordedLayer:
         In float32, so that rows sum to 1 in half precision too.
         """
         query, key = self.query[:, :, :num_rows].float(), self.key.float()
-        return attention_rows(query, key, first_rows_of(self.mask, query, key), self.scaling)
+        return compute_attention_rows(query, key, select_mask_rows(self.mask, query, key), self.scaling)
 
 
 @contextmanager
 def recorded_attention(model: Any) -> Iterator[list[RecordedLayer]]:
     """Note the attention of the forward pass made inside the block, all tokens of the last layer included."""
     layers: list[RecordedLayer] = []
-
-    def note(core: nn.Module, args: tuple, kwargs: dict[str, Any], output: tuple[torch.Tensor, Any]) -> None:
-        _, query, key, value, mask = args
-        layers.append(RecordedLayer(query, key, value, mask, kwargs["scaling"], output[0]))
-
     encoder = plain_model(model).base_model
-    with ExitStack() as hooks:
-        hooks.enter_context(torch.compiler.set_stance("force_eager"))  # compiled code has no hooks
-        hooks.enter_context(encoder.register_forward_pre_hook(ask_for_all_tokens, with_kwargs=True))
-        for layer in encoder.layers:
-            hooks.enter_context(layer.attention.core.register_forward_hook(note, with_kwargs=True))
+
+    def record(
+        index: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        mask: Any,
+        scaling: float,
+        attended: torch.Tensor,
+    ) -> None:
+        layers.append(RecordedLayer(query, key, value, mask, scaling, attended))
+
+    with record_attention(encoder, range(len(encoder.layers)), record):
         yield layers
-
-
-def ask_for_all_tokens(encoder: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-    """A hook that takes back what a head said about the tokens that it reads (last_layer_vitcls.py)."""
-    return args, {name: value for name, value in kwargs.items() if name != "num_tokens_read"}
 
 
 @contextmanager

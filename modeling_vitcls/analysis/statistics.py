@@ -15,7 +15,7 @@ import torch
 
 from ..configuration_vitcls import TokenLayout
 from ..surgery import OUTLIER_RATIO, is_outlier
-from ..token_attention_vitcls import first_rows_of
+from ..token_attention_vitcls import select_mask_rows
 from .classifiers import plain_model
 from .recording import RecordedLayer, evaluating, recorded_attention
 
@@ -194,7 +194,7 @@ class TokenStatistics:
 
     def patch_centres(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """Row and column, in pixels, of the middle of each patch, [P, 2]."""
-        rows, columns = self.model.base_model.embeddings.patch_embeddings.grid_of(pixel_values)
+        rows, columns = self.model.base_model.embeddings.patch_embeddings.get_grid_size(pixel_values)
         height, width = self.model.config.patch_height_width
         device = pixel_values.device
         return torch.cartesian_prod(
@@ -216,7 +216,7 @@ def outliers_without_registers(model: Any, pixel_values: torch.Tensor) -> torch.
         [B, L + 1], of the embeddings and after each layer.
     """
     layout: TokenLayout = model.config.token_layout
-    rows, columns = model.base_model.embeddings.patch_embeddings.grid_of(pixel_values)
+    rows, columns = model.base_model.embeddings.patch_embeddings.get_grid_size(pixel_values)
     num_tokens = layout.num_prefix_tokens + rows * columns
     mask = torch.ones(len(pixel_values), num_tokens, dtype=torch.long, device=pixel_values.device)
     mask[:, layout.registers] = 0
@@ -235,7 +235,7 @@ def visible_keys(layer: RecordedLayer, num_rows: int) -> torch.Tensor:
     """Boolean [B, rows, N]: which keys the first tokens may attend to, however little."""
     query, key = layer.query[:, :, :num_rows], layer.key
     batch, _, num_rows, _ = query.shape
-    mask = first_rows_of(layer.mask, query, key)  # [B or 1, maps or 1, rows or 1, N]
+    mask = select_mask_rows(layer.mask, query, key)  # [B or 1, maps or 1, rows or 1, N]
     if mask is None:
         return torch.ones(batch, num_rows, key.shape[-2], dtype=torch.bool, device=key.device)
     if mask.dtype != torch.bool:  # added to scores

@@ -19,8 +19,8 @@ from transformers import AutoImageProcessor, AutoModel, AutoModelForImageClassif
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.utils import cached_file
 
+from ..adaptation_vitcls import load_checkpoint
 from ..analysis.maps import SeenPart, overlay, patch_maps, seen_part, token_names
-from ..loading_vitcls import load_checkpoint
 
 
 MODEL_TYPE = "vitcls"
@@ -215,7 +215,7 @@ class Reader:
     def attention_to(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """`Reading.rows` of one image [1, C, H, W]."""
         if self.merges_patches:
-            rows, columns = self.model.base_model.embeddings.patch_embeddings.grid_of(pixel_values)
+            rows, columns = self.model.base_model.embeddings.patch_embeddings.get_grid_size(pixel_values)
             num_tokens = self.model.config.token_layout.num_prefix_tokens + rows * columns
             return torch.empty(0, len(self.heads), len(self.tokens), num_tokens)
         return self.model.token_attention(pixel_values)[0].float().cpu()

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..adaptation_vitcls import check_folder, load_checkpoint
 from ..configuration_vitcls import ViTCLSConfig
 from ..hub.loading import local_copy
 from ..image_processing_vitcls import ViTCLSImageProcessor
-from ..loading_vitcls import check_folder, load_checkpoint
 from ..modeling_vitcls import (
     ViTCLSBackbone,
     ViTCLSForImageClassification,

@@ -120,7 +120,7 @@ def prepared(model: ViTCLSPreTrainedModel, plan: Plan, dtype: torch.dtype) -> Vi
     """A model to trace: of this dtype, and made for the one size where there is one. The caller's stays as it is."""
     config = model.config
     if not plan.any_size and plan.image_size != config.image_height_width:
-        model = model.adapted(image_size=list(plan.image_size))
+        model = model.adapt(image_size=list(plan.image_size))
     else:
         model = copy.deepcopy(model)
     model.set_attn_implementation("sdpa")

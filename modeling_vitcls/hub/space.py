@@ -46,7 +46,7 @@ SHIPPED = (
     "configuration_vitcls.py",
     "fast_pixels_vitcls.py",
     "image_processing_vitcls.py",
-    "loading_vitcls.py",
+    "adaptation_vitcls.py",
 )
 # What these, and the model's own code, import. gradio comes with the Space's SDK.
 NEEDED = (

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from ..losses_vitcls import IGNORED_LABEL
+from ..heads_vitcls import IGNORED_LABEL
 from .labels import LabelKind, LabelSpace
 from .options import DataOptions
 

@@ -20,7 +20,7 @@ from accelerate.utils import (
 )
 from torch import nn
 
-from ..layers_vitcls import EncoderLayer
+from ..blocks_vitcls import EncoderLayer
 from ..version import __version__
 from . import zero
 from .memory import keep_memory

@@ -14,10 +14,10 @@ from rich.progress import track
 from rich.table import Table
 
 from ..configuration_vitcls import ViTCLSConfig
+from ..heads_vitcls import IGNORED_LABEL
 from ..hub.card import class_tables, metric_rows
 from ..hub.loading import local_copy
 from ..image_processing_vitcls import ViTCLSImageProcessor
-from ..losses_vitcls import IGNORED_LABEL
 from .data import load_evaluation_data
 from .environment import build_accelerator, device_name, versions
 from .evaluation import Evaluator, HeldOutBatch, KeptBatches

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..embeddings_vitcls import ViTCLSEmbeddings
+from ..blocks_vitcls import ViTCLSEmbeddings
 from .states import as_whole, whole_gradient
 from .trainable import set_training
 
@@ -51,7 +51,7 @@ class TokenMonitor:
 
     def __init__(self, model: nn.Module) -> None:
         embeddings = [module for module in model.modules() if isinstance(module, ViTCLSEmbeddings)]
-        self.parameters = embeddings[0].special_tokens() if embeddings else {}
+        self.parameters = embeddings[0].get_special_tokens() if embeddings else {}
         self.at_start = self.tokens()
         self.named: set[str] = set()  # tokens that were found without gradient
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..losses_vitcls import IGNORED_LABEL
+from ..heads_vitcls import IGNORED_LABEL
 from .batches import Normaliser
 from .distillation import distillation_loss
 

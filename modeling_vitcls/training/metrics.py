@@ -22,7 +22,7 @@ from torchmetrics.classification import (
     MultilabelAveragePrecision,
 )
 
-from ..losses_vitcls import IGNORED_LABEL
+from ..heads_vitcls import IGNORED_LABEL
 from .labels import LabelKind, LabelSpace
 
 

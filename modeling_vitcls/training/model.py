@@ -103,7 +103,7 @@ def added_tokens(stored: ViTCLSConfig, model: Classifier) -> set[str]:
     """Names of the token parameters of which the model has more than its checkpoint."""
     counts = zip(("cls", "distillation", "registers"), stored.token_counts, model.config.token_counts, strict=True)
     grown = [group for group, before, after in counts if after > before]
-    tokens = model.vitcls.embeddings.special_tokens()
+    tokens = model.vitcls.embeddings.get_special_tokens()
     return {name for name, parameter in model.named_parameters() for group in grown if parameter is tokens[group]}
 
 

@@ -31,10 +31,10 @@ from transformers import PreTrainedModel
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.utils import logging
 
+from ..adaptation_vitcls import load_checkpoint
 from ..configuration_vitcls import ViTCLSConfig
 from ..hub.loading import local_copy
 from ..image_processing_vitcls import ViTCLSImageProcessor
-from ..loading_vitcls import load_checkpoint
 from ..modeling_vitcls import ViTCLSForImageClassification, ViTCLSForMultiTaskClassification, ViTCLSModel
 from .environment import build_accelerator
 from .model import is_preset

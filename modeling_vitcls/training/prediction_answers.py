@@ -20,7 +20,6 @@ import torch
 from transformers import PreTrainedModel
 
 from ..configuration_vitcls import ViTCLSConfig
-from ..heads_vitcls import mean_token
 from .labels import is_multi_label
 from .prediction_decoding import Prepared
 
@@ -244,7 +243,7 @@ class TokenFeatures:
         """[B, D], or [B, n, D] of several tokens."""
         tokens = self.encoder(pixel_values).tokens
         if self.kind == "mean":
-            return {"features": mean_token(tokens["patches"]).float()}
+            return {"features": tokens["patches"].mean(dim=1).float()}
         chosen = tokens[self.kind].float()  # [B, n, D]
         return {"features": chosen[:, 0] if self.count == 1 else chosen}
 

@@ -20,7 +20,7 @@ from accelerate import Accelerator
 from accelerate.utils import send_to_device
 from torch import nn
 
-from ..heads_vitcls import mean_token
+from ..heads_vitcls import combine_logits
 from ..modeling_vitcls import (
     ViTCLSForImageClassification,
     ViTCLSForMultiTaskClassification,
@@ -42,7 +42,7 @@ def features_of(model: Any, pixel_values: torch.Tensor) -> torch.Tensor:
         return outputs.tokens["cls"].flatten(1)  # [B, k * D]
     vectors = [outputs.pooler_output]  # [B, P]
     if model.distillation_classifier is not None:
-        vectors.append(mean_token(outputs.tokens["distillation"]))  # [B, D]
+        vectors.append(outputs.tokens["distillation"].mean(dim=1))  # [B, D]
     return torch.cat(vectors, dim=1)
 
 
@@ -54,7 +54,6 @@ class HeadOnly(nn.Module):
         self.config = model.config
         self.classifier = model.classifier
         self.distillation_classifier = model.distillation_classifier
-        self.choose_logits = model.choose_logits
 
     def forward(self, features: torch.Tensor) -> ViTCLSImageClassifierOutput:
         """Features [B, F] -> what the model answers to the images that they were made of."""
@@ -63,7 +62,7 @@ class HeadOnly(nn.Module):
         distillation_logits = None
         if self.distillation_classifier is not None:
             distillation_logits = self.distillation_classifier(features[:, pooled_size:])
-            logits = self.choose_logits(cls_logits, distillation_logits)
+            logits = combine_logits(cls_logits, distillation_logits, self.config.distillation_inference)
         return ViTCLSImageClassifierOutput(
             logits=logits, cls_logits=cls_logits, distillation_logits=distillation_logits
         )

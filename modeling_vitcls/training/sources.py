@@ -17,9 +17,9 @@ from typing import Any
 
 import numpy as np
 
+from ..heads_vitcls import IGNORED_LABEL
 from ..hub.loading import briefly_asked, is_hub_id, not_there
 from ..image_processing_vitcls import first_line
-from ..losses_vitcls import IGNORED_LABEL
 from .columns import UNLABELLED, build_label_reader, find_image_column, is_image
 from .labels import LabelSpace
 from .options import DataOptions

@@ -22,8 +22,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..heads_vitcls import IGNORED_LABEL
 from ..image_processing_vitcls import shortened
-from ..losses_vitcls import IGNORED_LABEL
 from .augmentation import Augmentation
 from .batches import Batch, BatchPlan, Preparation, TrainingPictures
 from .broken import NO_PICTURE

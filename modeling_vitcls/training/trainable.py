@@ -17,10 +17,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..costs_vitcls import first_trained_layer
-from ..embeddings_vitcls import ViTCLSEmbeddings
-from ..layers_vitcls import EncoderLayer
+from ..blocks_vitcls import EncoderLayer, ViTCLSEmbeddings
 from ..modeling_vitcls import ViTCLSModel
+from .costs import first_trained_layer
 
 
 ENCODER = "vitcls."
@@ -79,13 +78,13 @@ def layers_of(model: Any, trainable: str) -> set[str]:
 
 def special_tokens(model: Any) -> set[str]:
     """Names of the parameters that are special tokens."""
-    tokens = {id(token) for token in model.vitcls.embeddings.special_tokens().values()}
+    tokens = {id(token) for token in model.vitcls.embeddings.get_special_tokens().values()}
     return {name for name, parameter in model.named_parameters() if id(parameter) in tokens}
 
 
 def with_companions(model: Any, fresh: set[str]) -> set[str]:
     """Fresh parameters, with the positions and the gates of fresh tokens."""
-    tokens = model.vitcls.embeddings.special_tokens()
+    tokens = model.vitcls.embeddings.get_special_tokens()
     names = {name for name, _ in model.named_parameters()}
     new_groups = [
         group
@@ -104,7 +103,7 @@ def set_training(model: nn.Module) -> None:
     In place of `model.train()`, for wrapped models too."""
     model.train()
     for module in model.modules():
-        if isinstance(module, ViTCLSModel):
+        if isinstance(module, ViTCLSModel) and module.patch_dropout is not None:
             module.patch_dropout.train(drops_patches(module))
         if isinstance(module, ViTCLSEmbeddings | EncoderLayer):
             module.train(any(parameter.requires_grad for parameter in module.parameters()))

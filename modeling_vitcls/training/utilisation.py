@@ -23,7 +23,10 @@ from accelerate import Accelerator
 from torch import nn
 
 from ..benchmarking.gemm import gemm_peak
-from ..costs_vitcls import (
+from ..modeling_vitcls import ViTCLSPreTrainedModel
+from .batches import BatchPlan
+from .costs import (
+    estimate_memory,
     first_trained_layer,
     heads_of,
     layer_flops,
@@ -35,8 +38,6 @@ from ..costs_vitcls import (
     sequence_lengths,
     tokens_in_training,
 )
-from ..modeling_vitcls import ViTCLSPreTrainedModel
-from .batches import BatchPlan
 from .environment import SHARDED, forget_peak_memory
 from .zero import precision
 
@@ -153,8 +154,8 @@ def measured_peak(accelerator: Accelerator, dtype: torch.dtype) -> float:
 def memory_beyond_weights(model: ViTCLSPreTrainedModel, plan: BatchPlan, accelerator: Accelerator) -> int:
     """Bytes of a process, estimated: activations, and its part of gradients and AdamW's moments."""
     name = precision(accelerator)
-    estimate = model.memory_estimate(
-        batch_size=plan.batch_size, autocast=None if name == "no" else DTYPES[name], device=accelerator.device
+    estimate = estimate_memory(
+        model, batch_size=plan.batch_size, autocast=None if name == "no" else DTYPES[name], device=accelerator.device
     )
     parts = plan.num_processes if accelerator.distributed_type in SHARDED else 1
     return estimate.activations + (estimate.gradients + estimate.optimizer) // parts

@@ -1,7 +1,7 @@
-"""What a model costs: operations of a forward pass, and bytes of a training step, by what is built.
+"""Operations of a forward pass, and bytes of a training step, computed from the configuration.
 
-    model.flops(image_size)              patches + layers + pooler + heads; a multiply-add counts as two
-    model.memory_estimate(image_size)    parameters + gradients + AdamW's moments + what autograd keeps
+    forward_flops(model, image_size)      patches + layers + pooler + heads; a multiply-add counts as two
+    estimate_memory(model, image_size)    parameters + gradients + AdamW's moments + what autograd keeps
 
 Counted are matrix products and the patch projection; norms, activations, softmax, rotations and the resampling of
 positions are left out, under 1 % of a ViT-S at 224 pixels. Backward passes cost about twice the forward pass. What is
@@ -15,12 +15,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from .attention_vitcls import ViTCLSAttention
-from .configuration_vitcls import ViTCLSConfig
-from .heads_vitcls import AttentionPooler
-from .last_layer_vitcls import num_tokens_wanted
-from .layers_vitcls import LayerScale, ViTCLSGLU
-from .patch_dropout_vitcls import num_kept_patches
+from ..blocks_vitcls import LayerScale, ViTCLSAttention, ViTCLSGLU
+from ..configuration_vitcls import ViTCLSConfig
+from ..heads_vitcls import AttentionPooler
+from ..modeling_vitcls import get_num_tokens_read
+from ..variants_vitcls import get_num_kept_patches
 
 
 ImageSize = int | tuple[int, int] | list[int] | None
@@ -30,7 +29,7 @@ FLOAT32 = 4  # bytes of a number
 
 @dataclasses.dataclass(frozen=True)
 class MemoryEstimate:
-    """Bytes of a training step with AdamW. An estimate: `memory_estimate` says of what.
+    """Bytes of a training step with AdamW. An estimate: `estimate_memory` says of what.
 
     Attributes:
         parameters: all weights.
@@ -54,7 +53,7 @@ class MemoryEstimate:
 
 
 def forward_flops(model: Any, image_size: ImageSize = None, batch_size: int = 1) -> int:
-    """See `ViTCLSPreTrainedModel.flops`."""
+    """Return the operations of a forward pass, by formula; `model.flops()` counts them by running a copy."""
     encoder = model.base_model
     num_patches, num_tokens = sequence_lengths(model.config, image_size)
     per_image = 2 * encoder.embeddings.patch_embeddings.projection.weight.numel() * num_patches
@@ -97,8 +96,8 @@ def image_sides(config: ViTCLSConfig, image_size: ImageSize) -> tuple[int, int]:
 
 
 def queries_per_layer(model: Any, num_tokens: int) -> list[int]:
-    """How many tokens each layer computes (last_layer_vitcls.py)."""
-    read = num_tokens_wanted(getattr(model, "num_tokens_read", None), model.config, {})
+    """How many tokens each layer computes: the last one only the tokens that the classifiers read."""
+    read = get_num_tokens_read(model.base_model, {}) if heads_of(model) else None
     return [num_tokens] * (model.config.num_hidden_layers - 1) + [num_tokens if read is None else read]
 
 
@@ -112,7 +111,7 @@ def layer_flops(layer: Any, num_queries: int, num_tokens: int) -> int:
 
 def mixing_flops(attention: ViTCLSAttention, num_queries: int, num_keys: int) -> int:
     """Scores, and values weighted by them; where a head has two maps, both weight all of its values."""
-    maps_per_head = attention.head_dim // attention.map_dim
+    maps_per_head = attention.head_dim // attention.qk_head_dim
     return 2 * num_queries * num_keys * inner_width(attention) * (1 + maps_per_head)
 
 
@@ -160,7 +159,7 @@ class Setting:
         stream: a number of the residual stream, and of what goes into norms.
         product: a number that goes into or comes out of a matrix product.
         casts: whether autocast makes the latter from the former.
-        on_cpu: whether on CPUs, which compute some things again (recomputing_vitcls.py).
+        on_cpu: whether on CPUs, which compute some things again (cpu_kernels_vitcls.py).
     """
 
     stream: int
@@ -176,7 +175,23 @@ def estimate_memory(
     autocast: torch.dtype | None = None,
     device: torch.device | str | None = None,
 ) -> MemoryEstimate:
-    """See `ViTCLSPreTrainedModel.memory_estimate`."""
+    """Return the bytes of a training step with AdamW: weights, gradients, moments, and what autograd keeps.
+
+    What autograd keeps is within a fifth of what was measured. The estimate assumes fused attention unless the
+    implementation is "eager", activations that keep their inputs, without what CPUs recompute (cpu_kernels_vitcls.py),
+    and one process. It excludes temporary buffers, the allocator's overhead, and images before they are moved or cast.
+    Frozen parameters and gradient checkpointing count as they are set. Patch dropout counts unless embeddings and
+    first layers are frozen.
+
+    Args:
+        image_size: height and width in pixels, or one number for both. Default: the model's own.
+        batch_size: number of images.
+        autocast: dtype of mixed precision, if it is used.
+        device: where the step runs, if the model is still elsewhere: CPUs keep less. Default: the model's device.
+
+    Raises:
+        ValueError: for images smaller than a patch.
+    """
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     stored = model.dtype.itemsize
     on_cpu = torch.device(model.device if device is None else device).type == "cpu"
@@ -258,7 +273,7 @@ def norm_bytes(config: ViTCLSConfig, setting: Setting) -> int:
 def attention_bytes(attention: ViTCLSAttention, num_queries: int, num_keys: int, setting: Setting) -> int:
     """Queries, keys, values, what comes of them, and attention maps only where no fused kernel does without."""
     config, width = attention.config, inner_width(attention)
-    num_maps, maps_per_head = width // attention.map_dim, attention.head_dim // attention.map_dim
+    num_maps, maps_per_head = width // attention.qk_head_dim, attention.head_dim // attention.qk_head_dim
     of_both = 1 + config.qk_norm + 2 * config.position_embedding_type.endswith("rope_mixed")  # whose angles learn
     channels = (num_queries + num_keys) * of_both
     channels += (num_queries + num_keys) * maps_per_head  # mixed, and values
@@ -281,11 +296,11 @@ def maps_kept(attention: ViTCLSAttention, on_cpu: bool) -> int:
 
 def mlp_width(mlp: Any, on_cpu: bool) -> int:
     """Channels that an MLP keeps of a token: before its activation, of both branches if it has a gate; and after it,
-    but on CPUs, which compute that again (recomputing_vitcls.py).
+    but on CPUs, which compute that again (cpu_kernels_vitcls.py).
     """
     first = linears_in([mlp])[0]
     branches = 2 if isinstance(mlp, ViTCLSGLU) else 1
-    after = 0 if on_cpu else branches + (not isinstance(mlp.norm, nn.Identity))
+    after = 0 if on_cpu else branches + (mlp.norm is not None)
     return (branches + after) * first.out_features
 
 
@@ -294,7 +309,7 @@ def tokens_in_training(model: Any, num_patches: int, num_tokens: int) -> int:
     first layers are frozen, which then see whole images (training/trainable.py)."""
     if first_trained_layer(model.base_model) > 0:
         return num_tokens
-    return num_tokens - num_patches + num_kept_patches(model.config.patch_drop_rate, num_patches)
+    return num_tokens - num_patches + get_num_kept_patches(model.config.patch_drop_rate, num_patches)
 
 
 def recomputes(layers: Iterable[Any]) -> bool:

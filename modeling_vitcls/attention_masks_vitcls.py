@@ -1,0 +1,235 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Attention masks and biases, for models and calls that need them; the default model has none.
+
+    attention_mask of the caller      hides tokens (padding), [B, N], or a ready mask of four dimensions
+    cls_attention_mask                hides patches from single CLS tokens (`config.cls_scopes`)
+    RelativePositionBias              a learned bias by the distance between patches (`config.relative_position_bias`)
+    TokenGates                        a learned gate on added tokens (`config.gated_tokens`)
+
+`build_attention_mask` combines them into what an attention implementation adds to the scores before the softmax. All
+tokens can attend to special tokens. `config.cls_scopes` hides patches from a CLS token only: patches and registers
+still attend to the whole image.
+"""
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.masking_utils import create_bidirectional_mask
+
+from .configuration_vitcls import ViTCLSConfig
+from .positions_vitcls import needs_resampling
+
+
+def build_attention_mask(
+    config: ViTCLSConfig,
+    hidden_states: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    grid: tuple[int, int],
+    relative_position_bias: "RelativePositionBias | None" = None,
+    gates: "TokenGates | None" = None,
+) -> Any:
+    """Build the mask in the form that the attention implementation expects.
+
+    Args:
+        hidden_states: [B, N, D], after the embeddings.
+        attention_mask: [B, N] over all tokens, 1 if a token may be attended to; or a ready mask of four dimensions.
+        grid: rows and columns of patches.
+
+    Returns:
+        One mask for all layers, None if nothing is hidden, or a list with one mask per layer.
+
+    Raises:
+        ValueError: if the mask has another shape, or the attention implementation does not accept the mask.
+    """
+    check_attention_mask(attention_mask, hidden_states)
+    mask = None
+    if config.cls_scopes is not None:
+        mask = build_cls_attention_mask(config, hidden_states, attention_mask, grid)
+    elif attention_mask is not None:  # without a mask, transformers would build one that hides nothing while tracing
+        mask = create_bidirectional_mask(config=config, inputs_embeds=hidden_states, attention_mask=attention_mask)
+    if relative_position_bias is not None:
+        mask = relative_position_bias(hidden_states, mask, grid)
+    if gates is not None:
+        mask = gates(hidden_states, mask)
+    return mask
+
+
+def check_attention_mask(attention_mask: torch.Tensor | None, hidden_states: torch.Tensor) -> None:
+    """Raise ValueError unless a mask is [B, N] or has four dimensions."""
+    if attention_mask is None or attention_mask.ndim == 4 or attention_mask.shape == hidden_states.shape[:2]:
+        return
+    raise ValueError(
+        f"attention_mask has shape {list(attention_mask.shape)}, but the sequence is {list(hidden_states.shape[:2])} "
+        "[batch, tokens], special tokens included: make them equal"
+    )
+
+
+def require_additive_mask(config: ViTCLSConfig, feature: str) -> None:
+    """Raise ValueError for attention implementations that do not accept an additive bias."""
+    if config._attn_implementation not in ("sdpa", "eager"):
+        raise ValueError(
+            f"{feature} adds a bias to the attention scores, but {config._attn_implementation} accepts none: "
+            'set attn_implementation to "sdpa" or "eager"'
+        )
+
+
+def add_mask(bias: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """Apply a boolean or additive mask to a bias of the attention scores."""
+    if mask is None:
+        return bias
+    if mask.dtype == torch.bool:
+        return torch.where(mask, bias, torch.finfo(bias.dtype).min)
+    return bias + mask
+
+
+# CLS scopes ----------------------------------------------------------------------------------------------------------
+
+
+def build_cls_attention_mask(
+    config: ViTCLSConfig, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None, grid: tuple[int, int]
+) -> Any:
+    """Build the mask that limits each CLS token to the patches of its scope (`config.cls_scopes`)."""
+    if "flash" in config._attn_implementation:
+        raise ValueError(
+            f"cls_scopes requires an attention mask, but {config._attn_implementation} accepts none: "
+            'set attn_implementation to "sdpa", "flex_attention" or "eager"'
+        )
+    if attention_mask is not None and attention_mask.ndim == 4:
+        raise ValueError("cls_scopes cannot be combined with an attention_mask of 4 dimensions: pass [batch, tokens]")
+    visible = build_cls_visibility(config, grid, hidden_states.device)  # [N, N]
+
+    def is_visible(batch: torch.Tensor, head: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+        return visible[query, key]
+
+    return create_bidirectional_mask(
+        config=config, inputs_embeds=hidden_states, attention_mask=attention_mask, and_mask_function=is_visible
+    )
+
+
+def build_cls_visibility(config: ViTCLSConfig, grid: tuple[int, int], device: torch.device) -> torch.Tensor:
+    """Return a boolean matrix [N, N]: row q, column k is true if token q may attend to token k."""
+    layout = config.token_layout
+    rows, columns = grid
+    num_tokens = layout.num_prefix_tokens + rows * columns
+    visible = torch.ones(num_tokens, num_tokens, dtype=torch.bool, device=device)
+    for index, scope in enumerate(config.cls_scopes or ()):
+        if not isinstance(scope, str):  # "image" hides nothing
+            visible[index, layout.patches] = build_cell_mask(scope, grid, device)
+    return visible
+
+
+def build_cell_mask(scope: list[int], grid: tuple[int, int], device: torch.device) -> torch.Tensor:
+    """Return a boolean vector [rows * columns], true for the patches in the cell `[rows, columns, row, column]`."""
+    (grid_rows, grid_columns), (rows, columns, row, column) = grid, scope
+    if grid_rows < rows or grid_columns < columns:
+        raise ValueError(
+            f"cls_scopes: a {rows} x {columns} grid of scopes requires at least as many patches, but the image has "
+            f"{grid_rows} x {grid_columns}: use larger images"
+        )
+    y, x = torch.arange(grid_rows, device=device), torch.arange(grid_columns, device=device)
+    in_rows = (y >= row * grid_rows // rows) & (y < (row + 1) * grid_rows // rows)
+    in_columns = (x >= column * grid_columns // columns) & (x < (column + 1) * grid_columns // columns)
+    return (in_rows[:, None] & in_columns).flatten()
+
+
+# Relative position bias ----------------------------------------------------------------------------------------------
+
+
+class RelativePositionBias(nn.Module):
+    """A learned bias for each distance between patches, per layer or shared (BEiT, arXiv 2106.08254; Swin).
+
+    `tables` has one row of heads per (row, column) distance, then three rows for pairs with special tokens: special to
+    patch, patch to special, special to special. For other grids the distances are resampled.
+    """
+
+    def __init__(self, config: ViTCLSConfig) -> None:
+        super().__init__()
+        self.config = config
+        rows, columns = config.grid_size
+        num_tables = 1 if config.relative_position_bias == "shared" else config.num_hidden_layers
+        num_rows = (2 * rows - 1) * (2 * columns - 1) + 3
+        self.tables = nn.Parameter(torch.empty(num_tables, num_rows, config.num_attention_heads))
+
+    def forward(self, hidden_states: torch.Tensor, mask: Any, grid: tuple[int, int]) -> Any:
+        """Return the bias [B or 1, heads, N, N] with the mask applied; a list with one per layer if they differ."""
+        require_additive_mask(self.config, "relative_position_bias")
+        index = self.get_table_index(grid, hidden_states.device)  # [N, N]
+        tables = resample_bias_tables(self.tables, self.config.grid_size, grid).to(hidden_states.dtype)
+        biases = [add_mask(table[index].permute(2, 0, 1).unsqueeze(0), mask) for table in tables]
+        return biases if len(biases) > 1 else biases[0]
+
+    def get_table_index(self, grid: tuple[int, int], device: torch.device) -> torch.Tensor:
+        """Return the row of the table for each pair of tokens, [N, N]."""
+        layout = self.config.token_layout
+        rows, columns = grid
+        y, x = torch.meshgrid(torch.arange(rows, device=device), torch.arange(columns, device=device), indexing="ij")
+        y, x = y.flatten(), x.flatten()  # [rows * columns] each
+        down = y[:, None] - y[None, :] + rows - 1
+        right = x[:, None] - x[None, :] + columns - 1
+        num_distances = (2 * rows - 1) * (2 * columns - 1)
+        num_tokens = layout.num_prefix_tokens + rows * columns
+        index = torch.full((num_tokens, num_tokens), num_distances + 2, dtype=torch.long, device=device)
+        index[: layout.num_prefix_tokens, layout.patches] = num_distances
+        index[layout.patches, : layout.num_prefix_tokens] = num_distances + 1
+        index[layout.patches, layout.patches] = down * (2 * columns - 1) + right
+        return index
+
+
+def resample_bias_tables(tables: torch.Tensor, grid: tuple[int, int], new_grid: tuple[int, int]) -> torch.Tensor:
+    """Resample biases by distance [tables, distances + 3, heads] to another grid; rows of special tokens stay."""
+    if not needs_resampling(grid, new_grid):
+        return tables
+    distances, new_distances = ([2 * size - 1 for size in sizes] for sizes in (grid, new_grid))
+    maps = tables[:, :-3].float().unflatten(1, distances).permute(0, 3, 1, 2)  # [tables, heads, y, x]
+    maps = nn.functional.interpolate(maps, size=new_distances, mode="bilinear", align_corners=False)
+    return torch.cat([maps.permute(0, 2, 3, 1).flatten(1, 2).to(tables.dtype), tables[:, -3:]], dim=1)
+
+
+# Token gates ---------------------------------------------------------------------------------------------------------
+
+
+class TokenGates(nn.Module):
+    """A learned gate per added token that scales its attention weights, nearly closed at the start.
+
+    Attention weights become w_j = g_j exp(s_j) / sum_i g_i exp(s_i): log(g) is added to the scores of key j. With
+    g = 1e-6 the outputs of the other tokens change by less than 1e-5. The parameter `gates` is designed for optimizers
+    such as Adam, whose step length does not depend on the size of the gradient:
+
+    - It is linear in g. The gradient with respect to log(g) would be a millionth of the gradient of an open token.
+    - g is 50 times its magnitude, because a gate moves from 0 to 1 while other weights are about 0.02.
+    - Its sign is ignored. A gate clamped at zero would stay there after one step below zero. A gate that is rounded to
+      zero in half precision still learns.
+    """
+
+    SCALE = 50.0
+    OPEN = 1.0 / SCALE  # value of the parameter for g = 1
+    CLOSED = 1e-6 / SCALE  # initial value of the parameter
+    MIN_GATE = 2.0**-24  # added to g: keeps the logarithm finite, and is lost to rounding in g = 1
+
+    def __init__(self, config: ViTCLSConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.indices = get_gated_indices(config)
+        self.gates = nn.Parameter(torch.empty(len(self.indices)))
+
+    def forward(self, hidden_states: torch.Tensor, mask: Any) -> Any:
+        """Return the mask, or the list of masks, with the gates added."""
+        require_additive_mask(self.config, "gated_tokens")
+        bias = hidden_states.new_zeros(1, 1, 1, hidden_states.shape[1])
+        bias[..., self.indices] = self.get_gate_values().log().to(bias.dtype)
+        return [add_mask(bias, each) for each in mask] if isinstance(mask, list) else add_mask(bias, mask)
+
+    def get_gate_values(self) -> torch.Tensor:
+        """Return g of each gated token, [n]; 1 is a token without a gate."""
+        magnitude = torch.where(self.gates < 0, -self.gates, self.gates)  # unlike abs, has a gradient at 0
+        return magnitude * self.SCALE + self.MIN_GATE
+
+
+def get_gated_indices(config: ViTCLSConfig) -> list[int]:
+    """Return the indices in the sequence of the gated tokens: the last ones of their groups."""
+    indices: list[int] = []
+    for name, group in config.token_layout.items():
+        num_gated = (config.gated_tokens or {}).get(name, 0)
+        indices += range(group.stop - num_gated, group.stop) if num_gated else ()
+    return indices

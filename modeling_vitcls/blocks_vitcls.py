@@ -1,0 +1,503 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The Vision Transformer (Dosovitskiy et al. 2020, arXiv 2010.11929) in plain PyTorch, from pixels to the last layer.
+
+    pixel_values [B, C, H, W]
+      -> ViTCLSEmbeddings     patches, special tokens, learned or sin-cos positions
+         tokens [B, N, D]     [ CLS | distillation | registers | patches ]
+      -> ViTCLSLayer x L      x = x + attention(norm(x));  x = x + mlp(norm(x))
+         tokens [B, N, D]
+
+B images, N tokens, D channels. Special tokens are ordinary rows: they attend and are updated in every layer.
+`ViTCLSModel` (modeling_vitcls.py) calls the layers. Post-norm and parallel layers, differential attention, token
+merging and register neurons are in variants_vitcls.py. Module names follow the ViT of transformers.
+
+This file contains no code for speed. On CPUs, cpu_kernels_vitcls.py replaces the classes of some modules from outside.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.activations import ACT2FN
+from transformers.integrations import use_kernel_forward_from_hub
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs
+
+from .configuration_vitcls import ViTCLSConfig
+from .positions_vitcls import PositionEmbeddings, needs_resampling, resample_positions, rotate_patches
+
+
+NORMS: dict[str, type[nn.Module]] = {"layernorm": nn.LayerNorm, "rmsnorm": nn.RMSNorm}
+
+
+def build_norm(config: ViTCLSConfig, width: int | None = None) -> nn.Module:
+    """Build the norm of `config.norm_type` over the last axis of `width` (default: `config.hidden_size`) channels."""
+    return NORMS[config.norm_type](width or config.hidden_size, eps=config.layer_norm_eps)
+
+
+# Embeddings ----------------------------------------------------------------------------------------------------------
+
+
+class ViTCLSPatchEmbeddings(nn.Module):
+    """Split images into patches and project each patch. Pixels beyond the last whole patch are ignored.
+
+    Shapes: [B, C, H, W] -> [B, rows * columns, D], row by row.
+    """
+
+    def __init__(self, config: ViTCLSConfig) -> None:
+        super().__init__()
+        self.num_channels = config.num_channels
+        self.patch_size = config.patch_height_width
+        self.projection = nn.Conv2d(
+            config.num_channels,
+            config.hidden_size,
+            kernel_size=self.patch_size,
+            stride=self.patch_size,
+            bias=config.patch_bias,
+        )
+        self.norm = build_norm(config) if config.patch_norm else None
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Project the patches of images that `get_grid_size` accepts."""
+        patches = self.projection(pixel_values)  # [B, D, rows, columns]
+        patches = patches.flatten(2).transpose(1, 2)  # [B, rows * columns, D]
+        return patches if self.norm is None else self.norm(patches)
+
+    def get_grid_size(self, pixel_values: torch.Tensor) -> tuple[int, int]:
+        """Return rows and columns of patches in these images.
+
+        Raises:
+            ValueError: if `pixel_values` is not a batch of images, has another number of channels, or is smaller than
+                one patch.
+        """
+        if pixel_values.ndim != 4:
+            raise ValueError(
+                f"pixel_values has shape {tuple(pixel_values.shape)}: pass [batch, channels, height, width]"
+            )
+        _, channels, height, width = pixel_values.shape
+        if channels != self.num_channels:
+            raise ValueError(
+                f"the model requires {self.num_channels} channel(s), but pixel_values has {channels}: convert the "
+                f"images, or build the model with num_channels={channels}"
+            )
+        patch_height, patch_width = self.patch_size
+        if height < patch_height or width < patch_width:
+            raise ValueError(
+                f"the images are {height} x {width} pixels, smaller than one patch of {patch_height} x {patch_width}: "
+                "enlarge them"
+            )
+        return height // patch_height, width // patch_width
+
+
+class ViTCLSEmbeddings(nn.Module):
+    """Build the token sequence: special tokens first, then patches, all with their positions.
+
+    Shapes: pixel_values [B, C, H, W] -> [B, N, D], N = special tokens + patches. Groups without tokens are None.
+    """
+
+    def __init__(self, config: ViTCLSConfig) -> None:
+        super().__init__()
+        self.patch_embeddings = ViTCLSPatchEmbeddings(config)
+        self.position_embeddings = build_position_embeddings(config)
+        self.cls_token = build_tokens(config.num_cls_tokens, config.hidden_size)
+        self.distillation_token = build_tokens(config.num_distillation_tokens, config.hidden_size)
+        self.register_tokens = build_tokens(config.num_register_tokens, config.hidden_size)
+        self.mask_token = build_tokens(int(config.use_mask_token), config.hidden_size)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.norm = build_norm(config) if config.pre_norm else None
+
+    def forward(self, pixel_values: torch.Tensor, bool_masked_pos: torch.Tensor | None = None) -> torch.Tensor:
+        """Embed images; patches where `bool_masked_pos` [B, rows * columns] is true become the mask token.
+
+        Raises:
+            ValueError: for images that `ViTCLSPatchEmbeddings.get_grid_size` refuses, or a mask of another shape.
+        """
+        batch_size = pixel_values.shape[0]
+        grid = self.patch_embeddings.get_grid_size(pixel_values)
+        patches = self.patch_embeddings(pixel_values)  # [B, rows * columns, D]
+        patches = self.mask_patches(patches, bool_masked_pos)
+        special_tokens = self.get_special_tokens()  # name -> [1, n, D]
+        if self.position_embeddings is not None:
+            special_tokens, patches = self.position_embeddings(special_tokens, patches, grid)
+        special = [tokens.expand(batch_size, -1, -1) for tokens in special_tokens.values()]
+        tokens = self.dropout(torch.cat([*special, patches], dim=1))  # [B, N, D]
+        return tokens if self.norm is None else self.norm(tokens)
+
+    def get_special_tokens(self) -> dict[str, torch.Tensor]:
+        """Return the learned tokens [1, n, D] of the groups that exist, in the order of the sequence."""
+        groups = {"cls": self.cls_token, "distillation": self.distillation_token, "registers": self.register_tokens}
+        return {name: tokens for name, tokens in groups.items() if tokens is not None}
+
+    def mask_patches(self, patches: torch.Tensor, bool_masked_pos: torch.Tensor | None) -> torch.Tensor:
+        """Replace masked patches by the mask token."""
+        if bool_masked_pos is None:
+            if self.mask_token is None or not self.training:
+                return patches
+            # An empty mask: distributed training requires every parameter to take part.
+            bool_masked_pos = torch.zeros(patches.shape[:2], dtype=torch.bool, device=patches.device)
+        if self.mask_token is None:
+            raise ValueError("bool_masked_pos requires a mask token, but the model has none: set use_mask_token=True")
+        if bool_masked_pos.shape != patches.shape[:2]:
+            raise ValueError(
+                f"bool_masked_pos has shape {tuple(bool_masked_pos.shape)}, but the images have "
+                f"{tuple(patches.shape[:2])} patches [batch, patches]: make them equal"
+            )
+        return torch.where(bool_masked_pos.bool().unsqueeze(-1), self.mask_token.to(patches.dtype), patches)
+
+
+class LearnedPositions(nn.Module):
+    """A learned vector for each patch, and for the special tokens that `config.position_embedding_tokens` names.
+
+    For images of another size the vectors of the patches are resampled (ViT, section 3.2).
+    """
+
+    def __init__(self, config: ViTCLSConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.grid = config.grid_size
+        has_cls_position = config.position_embedding_tokens in ("cls", "all")
+        has_all_positions = config.position_embedding_tokens == "all"
+        self.cls = build_tokens(config.num_cls_tokens * has_cls_position, config.hidden_size)
+        self.distillation = build_tokens(config.num_distillation_tokens * has_all_positions, config.hidden_size)
+        self.registers = build_tokens(config.num_register_tokens * has_all_positions, config.hidden_size)
+        self.patches = nn.Parameter(torch.empty(1, math.prod(self.grid), config.hidden_size))
+
+    def forward(
+        self, special_tokens: dict[str, torch.Tensor], patches: torch.Tensor, grid: tuple[int, int]
+    ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+        """Add positions to the special tokens that have them, and to the patches [B, rows * columns, D]."""
+        positions: torch.Tensor = self.patches
+        if needs_resampling(self.grid, grid):
+            positions = resample_positions(positions, self.grid, grid, self.config)
+        with_positions = {name: self.add_to_special(name, tokens) for name, tokens in special_tokens.items()}
+        return with_positions, patches + positions
+
+    def add_to_special(self, name: str, tokens: torch.Tensor) -> torch.Tensor:
+        """Add the positions of the group `name`, if it has any, to its tokens [1, n, D]."""
+        positions = getattr(self, name)
+        return tokens if positions is None else tokens + positions
+
+
+class SinCosPositions(nn.Module):
+    """Fixed sine-cosine positions of the patches, [sin x, cos x, sin y, cos y] (MoCo v3, arXiv 2104.02057)."""
+
+    def __init__(self, config: ViTCLSConfig) -> None:
+        super().__init__()
+        self.hidden_size = config.hidden_size
+
+    def forward(
+        self, special_tokens: dict[str, torch.Tensor], patches: torch.Tensor, grid: tuple[int, int]
+    ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+        """Add positions to the patches [B, rows * columns, D]; special tokens have none."""
+        rows, columns = grid
+        y = torch.arange(rows, dtype=torch.float32, device=patches.device)
+        x = torch.arange(columns, dtype=torch.float32, device=patches.device)
+        y, x = torch.meshgrid(y, x, indexing="ij")  # [rows, columns] each
+        quarter = self.hidden_size // 4
+        frequencies = 10000.0 ** -(torch.arange(quarter, dtype=torch.float32, device=patches.device) / quarter)
+        x_angles = x.flatten()[:, None] * frequencies  # [rows * columns, D / 4]
+        y_angles = y.flatten()[:, None] * frequencies
+        positions = torch.cat([x_angles.sin(), x_angles.cos(), y_angles.sin(), y_angles.cos()], dim=-1)
+        return special_tokens, patches + positions.to(patches.dtype)
+
+
+def build_position_embeddings(config: ViTCLSConfig) -> LearnedPositions | SinCosPositions | None:
+    """Build the positions that are added to tokens; None if positions are rotary only, or absent."""
+    if config.position_embedding_type.startswith("learned"):
+        return LearnedPositions(config)
+    return SinCosPositions(config) if config.position_embedding_type == "sincos_2d" else None
+
+
+def build_tokens(num_tokens: int, width: int) -> nn.Parameter | None:
+    """Return a parameter [1, num_tokens, width], initialized by `_init_weights`; None for no tokens."""
+    return nn.Parameter(torch.empty(1, num_tokens, width)) if num_tokens else None
+
+
+# Attention -----------------------------------------------------------------------------------------------------------
+
+
+def eager_attention_forward(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs: Unpack[TransformersKwargs],
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the attended values [B, n, heads, head_dim] and the attention weights [B, heads, n, N].
+
+    Queries are [B, heads, n, head_dim], keys and values [B, heads, N, head_dim]. The softmax is computed in float32.
+    """
+    scores = torch.matmul(query, key.transpose(2, 3)) * scaling
+    if attention_mask is not None:
+        scores = scores + attention_mask
+    weights = nn.functional.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
+    weights = nn.functional.dropout(weights, p=dropout, training=module.training)
+    return torch.matmul(weights, value).transpose(1, 2).contiguous(), weights
+
+
+# Called with query, key, value, mask, scaling and the attended values; see `ViTCLSAttention.recorder`.
+AttentionRecorder = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Any, float, torch.Tensor], None]
+
+
+class ViTCLSAttention(nn.Module):
+    """Multi-head self-attention.
+
+    Attributes:
+        recorder: a function that is called with the inputs and the output of the attention function in every forward
+            pass; None by default. This is the supported way to read queries, keys and values.
+    """
+
+    def __init__(self, config: ViTCLSConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.head_dim = config.head_dim
+        self.qk_head_dim = self.head_dim  # half as wide in differential attention
+        self.scaling = self.qk_head_dim**-0.5
+        self.attention_dropout = config.attention_probs_dropout_prob
+        self.is_causal = False
+        self.recorder: AttentionRecorder | None = None
+        width, inner_width = config.hidden_size, config.num_attention_heads * config.head_dim
+        query_bias, key_bias, value_bias = (
+            config.qkv_bias if bias is None else bias
+            for bias in (config.query_bias, config.key_bias, config.value_bias)
+        )
+        self.q_proj = nn.Linear(width, inner_width, bias=query_bias)
+        self.k_proj = nn.Linear(width, inner_width, bias=key_bias)
+        self.v_proj = nn.Linear(width, inner_width, bias=value_bias)
+        self.o_proj = nn.Linear(inner_width, width, bias=config.projection_bias)
+        self.q_norm = build_norm(config, self.qk_head_dim) if config.qk_norm else None
+        self.k_norm = build_norm(config, self.qk_head_dim) if config.qk_norm else None
+        self.norm = build_norm(config, inner_width) if config.attention_norm else None
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: Any = None,
+        position_embeddings: PositionEmbeddings | None = None,
+        num_queries: int | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return the attended tokens [B, n, D], and the weights [B, heads, n, N] if the implementation computes them.
+
+        Args:
+            hidden_states: [B, N, D].
+            attention_mask: in the form of the attention implementation (attention_masks_vitcls.py).
+            position_embeddings: cos and sin of rotary positions.
+            num_queries: n, the number of tokens to compute, all of them special; all N by default.
+        """
+        query, key, value = self.project_qkv(hidden_states, num_queries)
+        if position_embeddings is not None:
+            query, key = rotate_patches(query, key, position_embeddings)
+        if attention_mask is not None and num_queries is not None:
+            attention_mask = attention_mask[:, :, :num_queries]
+        attended, weights = self.attend(query, key, value, attention_mask, **kwargs)  # [B, n, heads, head_dim]
+        attended = attended.flatten(2)  # [B, n, heads * head_dim]
+        if self.norm is not None:
+            attended = self.norm(attended)
+        return self.o_proj(attended), weights
+
+    def project_qkv(
+        self, hidden_states: torch.Tensor, num_queries: int | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Return queries [B, heads, n, head_dim], keys and values [B, heads, N, head_dim], before rotation."""
+        # -1 heads: under tensor parallelism each process has some of them
+        query = self.q_proj(hidden_states[:, :num_queries]).unflatten(-1, (-1, self.qk_head_dim))
+        key = self.k_proj(hidden_states).unflatten(-1, (-1, self.qk_head_dim))  # [B, N, heads, head_dim]
+        value = self.v_proj(hidden_states).unflatten(-1, (-1, self.head_dim))
+        if self.q_norm is not None and self.k_norm is not None:
+            query, key = self.q_norm(query), self.k_norm(key)
+        return query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+
+    def attend(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return the attended values [B, n, heads, head_dim], and the weights if the implementation computes them."""
+        attention_function = self.get_attention_function()
+        attended, weights = attention_function(
+            self,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout=self.attention_dropout if self.training else 0.0,
+            scaling=self.scaling,
+            **kwargs,
+        )
+        if self.recorder is not None:
+            self.recorder(query, key, value, attention_mask, self.scaling, attended)
+        return attended, weights
+
+    def get_attention_function(self) -> Callable:
+        """Return the function of `config._attn_implementation`, from the attention interface of transformers."""
+        return ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+
+
+# MLP -----------------------------------------------------------------------------------------------------------------
+
+
+@use_kernel_forward_from_hub("ViTCLSMLP")
+class ViTCLSMLP(nn.Module):
+    """Linear, activation, linear: [B, N, D] -> [B, N, intermediate] -> [B, N, D].
+
+    Attributes:
+        register_neurons: edits the activations if `config.register_neurons` is set (variants_vitcls.py), else None.
+    """
+
+    def __init__(self, config: ViTCLSConfig) -> None:
+        super().__init__()
+        self.activation_fn = ACT2FN[config.hidden_act]
+        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.register_neurons: nn.Module | None = None
+        self.norm = build_norm(config, config.intermediate_size) if config.mlp_norm else None
+        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Transform each token."""
+        return self.project(self.get_activations(hidden_states))
+
+    def get_activations(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Return the output of the activation function, [B, N, intermediate]."""
+        return self.activation_fn(self.fc1(hidden_states))
+
+    def project(self, activations: torch.Tensor) -> torch.Tensor:
+        """Project activations [B, N, intermediate] to [B, N, D]."""
+        return self.fc2(edit_activations(self, activations))
+
+
+@use_kernel_forward_from_hub("ViTCLSGLU")
+class ViTCLSGLU(nn.Module):
+    """A gated MLP, `down(activation(gate(x)) * up(x))` (Shazeer 2020, arXiv 2002.05202). Methods as in `ViTCLSMLP`."""
+
+    def __init__(self, config: ViTCLSConfig) -> None:
+        super().__init__()
+        self.activation_fn = ACT2FN["silu" if config.mlp_type == "swiglu" else config.hidden_act]
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.register_neurons: nn.Module | None = None
+        self.norm = build_norm(config, config.intermediate_size) if config.mlp_norm else None
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Transform each token."""
+        return self.project(self.get_activations(hidden_states))
+
+    def get_activations(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Return the gated activations, [B, N, intermediate]."""
+        return self.activation_fn(self.gate_proj(hidden_states)) * self.up_proj(hidden_states)
+
+    def project(self, activations: torch.Tensor) -> torch.Tensor:
+        """Project activations [B, N, intermediate] to [B, N, D]."""
+        return self.down_proj(edit_activations(self, activations))
+
+
+def edit_activations(mlp: ViTCLSMLP | ViTCLSGLU, activations: torch.Tensor) -> torch.Tensor:
+    """Apply the register neurons and the norm of an MLP, if it has them, to its activations [B, N, intermediate]."""
+    if mlp.register_neurons is not None:
+        activations = mlp.register_neurons(activations)
+    return activations if mlp.norm is None else mlp.norm(activations)
+
+
+# Layer ---------------------------------------------------------------------------------------------------------------
+
+
+class LayerScale(nn.Module):
+    """A learned factor per channel (CaiT, arXiv 2103.17239). [B, N, D] -> [B, N, D]."""
+
+    def __init__(self, hidden_size: int, init_value: float) -> None:
+        super().__init__()
+        self.init_value = float(init_value)
+        self.lambda1 = nn.Parameter(torch.empty(hidden_size))
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Multiply each channel by its factor."""
+        return hidden_states * self.lambda1
+
+
+class DropPath(nn.Module):
+    """Drop a residual branch for whole images in training (stochastic depth, arXiv 1603.09382)."""
+
+    def __init__(self, rate: float) -> None:
+        super().__init__()
+        self.rate = rate  # a Python float: a tensor would be lost when a model is loaded on the meta device
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """[B, N, D] -> [B, N, D]; the branches that are kept are scaled up, so that the expectation stays."""
+        if not self.training:
+            return hidden_states
+        keep_rate = 1 - self.rate
+        mask = hidden_states.new_empty(hidden_states.shape[0], 1, 1).bernoulli_(keep_rate)
+        return hidden_states * mask / keep_rate
+
+    def extra_repr(self) -> str:
+        """Return the rate, for `print(model)`."""
+        return f"rate={self.rate}"
+
+
+class EncoderLayer(GradientCheckpointingLayer):
+    """Base class of all layers: transformers records hidden states and checkpoints activations by this class."""
+
+
+class ViTCLSLayer(EncoderLayer):
+    """A pre-norm Transformer layer, [B, N, D] -> [B, N, D]."""
+
+    def __init__(
+        self,
+        config: ViTCLSConfig,
+        drop_path_rate: float = 0.0,
+        attention_class: type[ViTCLSAttention] = ViTCLSAttention,
+    ) -> None:
+        super().__init__()
+        self.layernorm_before = build_norm(config)
+        self.attention = attention_class(config)
+        self.layer_scale1 = build_layer_scale(config)
+        self.layernorm_after = build_norm(config)
+        self.mlp = build_mlp(config)
+        self.layer_scale2 = build_layer_scale(config)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.drop_path = DropPath(drop_path_rate) if drop_path_rate > 0 else None
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: Any = None,
+        position_embeddings: PositionEmbeddings | None = None,
+        num_tokens: int | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> torch.Tensor:
+        """Apply attention, then the MLP, to all tokens, or to the first `num_tokens`, all of them special."""
+        normalized = self.layernorm_before(hidden_states)
+        attended, _ = self.attention(
+            normalized, attention_mask, position_embeddings, num_tokens, **kwargs
+        )  # [B, n, D]
+        hidden_states = self.add_branch(hidden_states[:, :num_tokens], self.dropout(attended), self.layer_scale1)
+        transformed = self.mlp(self.layernorm_after(hidden_states))
+        return self.add_branch(hidden_states, self.dropout(transformed), self.layer_scale2)
+
+    def add_branch(
+        self, hidden_states: torch.Tensor, branch: torch.Tensor, layer_scale: LayerScale | None
+    ) -> torch.Tensor:
+        """Add a residual branch [B, n, D] after layer scale and stochastic depth."""
+        if layer_scale is not None:
+            branch = layer_scale(branch)
+        if self.drop_path is not None:
+            branch = self.drop_path(branch)
+        return hidden_states + branch
+
+
+def build_mlp(config: ViTCLSConfig) -> ViTCLSMLP | ViTCLSGLU:
+    """Build the MLP of `config.mlp_type`."""
+    return ViTCLSMLP(config) if config.mlp_type == "mlp" else ViTCLSGLU(config)
+
+
+def build_layer_scale(config: ViTCLSConfig) -> LayerScale | None:
+    """Build the factors of a residual branch; None unless `config.layer_scale_init_value` is set."""
+    if config.layer_scale_init_value is None:
+        return None
+    return LayerScale(config.hidden_size, config.layer_scale_init_value)

@@ -1,0 +1,643 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Faster modules for CPUs, installed from outside: the outputs agree with plain PyTorch within rounding.
+
+    install_cpu_kernels(model)      called by every model's constructor; replaces the classes of some modules
+    uninstall_cpu_kernels(model)    restores the plain classes
+    VITCLS_CPU_KERNELS=0            environment variable: nothing is installed
+    torch.backends.mkldnn.flags(enabled=False)    plain PyTorch while the context is active
+
+    nn.Linear             -> CPULinear             oneDNN in place of MKL in float32, on CPUs with AVX-512
+    nn.Conv2d (patches)   -> CPUPatchProjection    one matrix product in bfloat16
+    ViTCLSMLP, ViTCLSGLU  -> CPUMLP, CPUGLU        linear + GELU fused; the backward pass recomputes activations
+    attention classes     -> CPUAttention, ...     chunked attention in bfloat16, for short sequences
+
+On CPUs without bfloat16 or float16 instructions, products in half precision are computed in float32 and rounded. The
+subclasses have no state: parameters, state dicts, `isinstance` checks, copying and pickling are those of the plain
+modules. Plain PyTorch runs on other devices, in exported and traced programs, under torch.func and autocast (oneDNN),
+with hooks, and with quantized, sharded or parametrized weights. A missing private name of PyTorch disables everything.
+
+Measured on AMD EPYC with AVX-512 and torch 2.15, ViT-S/16, 16 images, two threads: a linear layer in float32 is 2.2
+times as fast as MKL forward and 1.9 times forward and backward; attention in bfloat16 2.1 and 2.3 times.
+"""
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from transformers.activations import GELUActivation
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from .blocks_vitcls import ViTCLSAttention, ViTCLSGLU, ViTCLSMLP
+from .variants_vitcls import MergingAttention, ViTCLSDifferentialAttention
+
+
+# Private names of PyTorch: here and nowhere else in the shipped files. If one is missing, no kernel is installed.
+try:
+    from torch._C import _functorch, _len_torch_dispatch_stack
+    from torch._C._autograd import _saved_tensors_hooks_is_enabled  # type: ignore[attr-defined]
+    from torch.autograd import forward_ad
+
+    peek_functorch_stack = _functorch.peek_interpreter_stack
+    softmax_backward = torch._softmax_backward_data
+    onednn_pointwise: Any = getattr(torch.ops.mkldnn, "_linear_pointwise", None)  # None if built without oneDNN
+    HALF_PRECISION_CHECKS: dict[torch.dtype, Callable[[], bool] | None] = {
+        torch.bfloat16: getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None),
+        torch.float16: getattr(torch.ops.mkldnn, "_is_mkldnn_fp16_supported", None),
+    }
+    HAS_BFLOAT16_PRODUCTS = torch.cpu._is_avx512_bf16_supported()
+
+    def is_transformed() -> bool:
+        """Return whether torch.func or forward-mode differentiation is active, which oneDNN's operators lack."""
+        return peek_functorch_stack() is not None or forward_ad._current_level >= 0
+
+    def is_exporting() -> bool:
+        """Return whether operators become a program that may run on another machine."""
+        # torch.compiler.is_exporting() is also true while compiling before torch 2.14
+        return torch.compiler._is_exporting_flag or torch.jit.is_tracing()
+
+    is_transformed(), is_exporting()
+    HAS_PRIVATE_NAMES = True
+except (ImportError, AttributeError):
+    HAS_PRIVATE_NAMES = False
+
+
+# Installing ----------------------------------------------------------------------------------------------------------
+
+
+def install_cpu_kernels(model: nn.Module) -> None:
+    """Replace the plain classes of modules by their subclasses in `KERNEL_CLASSES`, in place.
+
+    Does nothing if the environment variable VITCLS_CPU_KERNELS is 0, or this PyTorch lacks a private name.
+    """
+    if os.environ.get("VITCLS_CPU_KERNELS") == "0" or not HAS_PRIVATE_NAMES:
+        return
+    for module in model.modules():
+        kernel_class = KERNEL_CLASSES.get(type(module))
+        if kernel_class is not None and not (isinstance(module, nn.Conv2d) and not is_patch_projection(module)):
+            module.__class__ = kernel_class
+
+
+def uninstall_cpu_kernels(model: nn.Module) -> None:
+    """Restore the plain classes of all modules, in place."""
+    plain_classes = {kernel: plain for plain, kernel in KERNEL_CLASSES.items()}
+    for module in model.modules():
+        module.__class__ = plain_classes.get(type(module), type(module))
+
+
+def is_patch_projection(conv: nn.Conv2d) -> bool:
+    """Return whether a convolution has a stride equal to its kernel and no padding, dilation or groups."""
+    return conv.stride == conv.kernel_size and conv.padding == (0, 0) and conv.dilation == (1, 1) and conv.groups == 1
+
+
+class CPUKernel(nn.Module):
+    """Base class of the subclasses that are installed."""
+
+    def extra_repr(self) -> str:
+        """Return the module's own description, with the kernels, for `print(model)`."""
+        return ", ".join(filter(None, (super().extra_repr(), "cpu_kernels=True")))
+
+
+# Modules -------------------------------------------------------------------------------------------------------------
+
+
+class CPULinear(CPUKernel, nn.Linear):
+    """nn.Linear, [..., in] -> [..., out]."""
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        """Apply weight and bias."""
+        if can_use_onednn(self, inputs):
+            parameters = self._parameters  # reading them as attributes takes ten times as long
+            linear: Callable = onednn_linear_autograd if torch.is_grad_enabled() else onednn_linear
+            return linear(inputs, parameters["weight"], parameters["bias"])
+        if is_emulated(inputs) and has_plain_parameters(self):
+            return linear_in_float32(inputs, self.weight, self.bias)
+        return super().forward(inputs)
+
+
+class CPUPatchProjection(CPUKernel, nn.Conv2d):
+    """A convolution with stride = kernel size and no padding, [B, C, H, W] -> [B, out, rows, columns]."""
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """Project each patch; pixels beyond the last whole patch are ignored."""
+        if images.dtype == torch.bfloat16 and can_use_onednn(self, images):
+            linear: Callable = onednn_linear
+        elif is_emulated(images) and has_plain_parameters(self):
+            linear = linear_in_float32
+        else:
+            return super().forward(images)
+        height, width = self.kernel_size
+        rows, columns = images.shape[2] // height, images.shape[3] // width
+        patches = images[:, :, : rows * height, : columns * width]
+        patches = patches.unflatten(3, (columns, width)).unflatten(2, (rows, height))  # [B, C, rows, h, columns, w]
+        patches = patches.permute(0, 2, 4, 1, 3, 5).flatten(3)  # [B, rows, columns, C * h * w]
+        return linear(patches, self.weight.flatten(1), self.bias).permute(0, 3, 1, 2)
+
+
+class CPUMLP(CPUKernel, ViTCLSMLP):
+    """ViTCLSMLP with a fused GELU; the backward pass keeps the input of the activation, not its output."""
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """[B, N, D] -> [B, N, D]."""
+        if not torch.is_grad_enabled():
+            return super().forward(hidden_states)
+        expanded = self.fc1(hidden_states)  # [B, N, intermediate]
+        can_fuse = can_fuse_gelu(self.fc2, self.activation_fn) and can_use_onednn(self.fc2, expanded)
+        if can_fuse and self.register_neurons is None and self.norm is None:
+            return OneDNNGELULinear.apply(expanded, self.fc2.weight, self.fc2.bias)
+        return recompute_in_backward(self, self.activate_and_project, expanded)
+
+    def get_activations(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Return the output of the activation function, [B, N, intermediate]."""
+        return linear_gelu(self.fc1, self.activation_fn, hidden_states)
+
+    def activate_and_project(self, expanded: torch.Tensor) -> torch.Tensor:
+        """[B, N, intermediate] -> [B, N, D]."""
+        return self.project(self.activation_fn(expanded))
+
+
+class CPUGLU(CPUKernel, ViTCLSGLU):
+    """ViTCLSGLU whose backward pass keeps both linear outputs, not their product."""
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """[B, N, D] -> [B, N, D]."""
+        hidden_states = cast_for_autocast(hidden_states)
+        gate, expanded = self.gate_proj(hidden_states), self.up_proj(hidden_states)
+        return recompute_in_backward(self, self.activate_and_project, gate, expanded)
+
+    def activate_and_project(self, gate: torch.Tensor, expanded: torch.Tensor) -> torch.Tensor:
+        """Two of [B, N, intermediate] -> [B, N, D]."""
+        return self.project(self.activation_fn(gate) * expanded)
+
+
+class CPUAttentionKernel(CPUKernel, ViTCLSAttention):
+    """Methods common to all attention classes below."""
+
+    def project_qkv(
+        self, hidden_states: torch.Tensor, num_queries: int | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """As `ViTCLSAttention.project_qkv`; under autocast the three projections keep one copy of their input."""
+        return super().project_qkv(cast_for_autocast(hidden_states), num_queries)
+
+    def get_attention_function(self) -> Callable:
+        """Return our function for "sdpa"; other implementations as in `ViTCLSAttention`."""
+        return sdpa_attention if self.config._attn_implementation == "sdpa" else super().get_attention_function()
+
+
+class CPUAttention(CPUAttentionKernel):
+    """ViTCLSAttention."""
+
+
+class CPUDifferentialAttention(CPUAttentionKernel, ViTCLSDifferentialAttention):
+    """ViTCLSDifferentialAttention."""
+
+
+class CPUMergingAttention(CPUAttentionKernel, MergingAttention):
+    """MergingAttention."""
+
+
+KERNEL_CLASSES: dict[type[nn.Module], type[nn.Module]] = {
+    nn.Linear: CPULinear,
+    nn.Conv2d: CPUPatchProjection,
+    ViTCLSMLP: CPUMLP,
+    ViTCLSGLU: CPUGLU,
+    ViTCLSAttention: CPUAttention,
+    ViTCLSDifferentialAttention: CPUDifferentialAttention,
+    MergingAttention: CPUMergingAttention,
+}
+
+
+# Conditions ----------------------------------------------------------------------------------------------------------
+
+
+def can_use_onednn(linear: nn.Linear | nn.Conv2d, inputs: torch.Tensor) -> bool:
+    """Return whether oneDNN may compute this product and is faster.
+
+    The tensors must be plain tensors of one dtype on the CPU, and no mode may record, count or transform operators.
+    """
+    min_work = MIN_WORK.get((inputs.dtype, torch.is_grad_enabled()))
+    if min_work is None or not inputs.is_cpu or is_recorded() or not has_plain_parameters(linear):
+        return False
+    weight: torch.Tensor = linear._parameters["weight"]  # type: ignore[assignment]
+    return (
+        weight.dtype == inputs.dtype
+        and inputs.numel() * len(weight) >= min_work
+        and is_onednn_enabled()
+        and not (_len_torch_dispatch_stack() or torch.is_autocast_enabled("cpu") or is_transformed())
+    )
+
+
+def can_fuse_gelu(linear: nn.Module, activation: Any) -> bool:
+    """Return whether a linear layer and an exact GELU are plain modules without hooks."""
+    is_gelu = type(activation) is GELUActivation and not has_hooks(activation)
+    return is_gelu and type(linear) is CPULinear and not has_hooks(linear)
+
+
+def is_onednn_enabled() -> bool:
+    """Return the switch `torch.backends.mkldnn.flags(enabled=...)`, which turns off all kernels of this file."""
+    return bool(torch.backends.mkldnn.enabled)
+
+
+def has_plain_parameters(linear: nn.Linear | nn.Conv2d) -> bool:
+    """Return whether weight and bias are parameters of this module: not quantized, sharded or parametrized."""
+    parameters = linear._parameters
+    return type(parameters.get("weight")) is nn.Parameter and "bias" in parameters  # the bias may be None
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Return whether this module has forward hooks, or a replaced `forward`."""
+    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__)
+
+
+def is_recorded() -> bool:
+    """Return whether operators become a program, which may run elsewhere."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()
+
+
+# oneDNN --------------------------------------------------------------------------------------------------------------
+
+
+def onednn_linear(
+    inputs: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None, activation: str = "none"
+) -> torch.Tensor:
+    """Return `activation(inputs @ weight.T + bias)`, [..., in] and [out, in] -> [..., out]; "gelu" is exact."""
+    return onednn_pointwise.default(inputs, weight, bias, activation, [], "none")
+
+
+def onednn_linear_autograd(inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """Return `inputs @ weight.T + bias` with gradients; by PyTorch's own linear if operators are transformed."""
+    return (nn.functional.linear if is_transformed() else OneDNNLinear.apply)(inputs, weight, bias)
+
+
+def linear_gelu(
+    linear: nn.Module, activation: Callable[[torch.Tensor], torch.Tensor], inputs: torch.Tensor
+) -> torch.Tensor:
+    """Return `activation(linear(inputs))`, [..., in] -> [..., out]; fused, or in place, if there are no gradients."""
+    if torch.is_grad_enabled() or not can_fuse_gelu(linear, activation) or is_recorded():
+        return activation(linear(inputs))
+    if can_use_onednn(linear, inputs):  # type: ignore[arg-type]  # can_fuse_gelu has checked the type
+        return onednn_linear(inputs, linear.weight, linear.bias, "gelu")  # type: ignore[arg-type]
+    if not is_onednn_enabled():
+        return activation(linear(inputs))
+    return torch.ops.aten.gelu_(linear(inputs))  # in place: allocating memory takes longer than the function
+
+
+class LinearFunction(torch.autograd.Function):
+    """A function of inputs [..., in], weight [out, in] and bias [out], which are kept for the backward pass."""
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+        """Save the inputs."""
+        ctx.save_for_backward(*inputs)
+
+
+def compute_linear_gradients(
+    linear: Callable[..., torch.Tensor],
+    needs_grad: Sequence[bool],
+    grad: torch.Tensor,
+    inputs: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+) -> tuple[torch.Tensor | None, ...]:
+    """Return the gradients of inputs [..., in], weight [out, in] and bias [out], from the output's [..., out].
+
+    Args:
+        linear: computes a linear layer, `linear(inputs, weight, bias)`.
+        needs_grad: which of the three gradients to compute; the others are None.
+    """
+    grads, rows = grad.reshape(-1, grad.shape[-1]), inputs.reshape(-1, inputs.shape[-1])  # [rows, out], [rows, in]
+    input_grad = linear(grad, weight.t(), None) if needs_grad[0] else None
+    weight_grad = None
+    if needs_grad[1] and len(weight) <= weight.shape[1]:  # oneDNN is faster with the longer side as its weight
+        weight_grad = linear(grads.t(), rows.t(), None)
+    elif needs_grad[1]:
+        weight_grad = linear(rows.t(), grads.t(), None).t()
+    return input_grad, weight_grad, grads.sum(0) if bias is not None and needs_grad[2] else None
+
+
+class OneDNNLinear(LinearFunction):
+    """`onednn_linear` with gradients of any order."""
+
+    @staticmethod
+    def forward(inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """[..., in], [out, in] and [out] -> [..., out]."""
+        return onednn_linear(inputs, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """Return the gradients that are needed."""
+        return compute_linear_gradients(onednn_linear_autograd, ctx.needs_input_grad, grad, *ctx.saved_tensors)
+
+
+class OneDNNGELULinear(LinearFunction):
+    """`onednn_linear(gelu(inputs), weight, bias)`; the backward pass recomputes the GELU output."""
+
+    @staticmethod
+    def forward(inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """[..., in], [out, in] and [out] -> [..., out]."""
+        return onednn_linear(nn.functional.gelu(inputs), weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """Return the gradients that are needed."""
+        inputs, weight, bias = ctx.saved_tensors
+        activations = nn.functional.gelu(inputs)
+        input_grad, *others = compute_linear_gradients(
+            onednn_linear_autograd, ctx.needs_input_grad, grad, activations, weight, bias
+        )
+        if input_grad is not None:
+            input_grad = torch.ops.aten.gelu_backward(input_grad, inputs)
+        return input_grad, *others
+
+
+def is_onednn_correct() -> bool:
+    """Return whether oneDNN's operator runs on this CPU and agrees with PyTorch's linear layer on a small product."""
+    if _len_torch_dispatch_stack():  # fake tensors have no values to compare
+        return True
+    inputs, weight = (
+        torch.linspace(-1, 1, rows * 16, dtype=torch.float32, device="cpu").view(rows, 16) for rows in (4, 8)
+    )
+    try:
+        with torch.no_grad():
+            return torch.allclose(onednn_linear(inputs, weight, None), inputs @ weight.T, atol=1e-5)
+    except Exception:  # operators of an unknown processor or build may fail in any way
+        return False
+
+
+# Minimum number of multiplications from which oneDNN is faster, by dtype and whether gradients are enabled.
+MIN_WORK: dict[tuple[torch.dtype, bool], int] = {}
+HAS_ONEDNN = HAS_PRIVATE_NAMES and torch.backends.mkldnn.is_available() and onednn_pointwise is not None
+if HAS_ONEDNN and torch.backends.cpu.get_cpu_capability().startswith("AVX512") and is_onednn_correct():
+    MIN_WORK |= {(torch.float32, False): 1_500_000, (torch.float32, True): 8_000_000}
+    has_bfloat16 = HALF_PRECISION_CHECKS[torch.bfloat16]
+    if has_bfloat16 is not None and has_bfloat16():
+        MIN_WORK[torch.bfloat16, False] = 0
+
+
+# Half precision on CPUs without its instructions ---------------------------------------------------------------------
+#
+# PyTorch multiplies such numbers one by one there, 8 times as slowly as float32, and a checkpoint saved in bfloat16 is
+# loaded in bfloat16. Sums are float32 in both ways. The backward pass keeps tensors in half precision.
+
+EMULATED: set[torch.dtype] = set()
+if HAS_PRIVATE_NAMES and torch.backends.cpu.get_cpu_capability().startswith("AVX"):  # measured on x86 only
+    EMULATED = {dtype for dtype, check in HALF_PRECISION_CHECKS.items() if check is not None and not check()}
+
+
+def is_emulated(inputs: torch.Tensor) -> bool:
+    """Return whether PyTorch would multiply `inputs` in a dtype for which this CPU has no instructions."""
+    return (
+        bool(EMULATED)
+        and inputs.is_cpu
+        and get_product_dtype(inputs) in EMULATED
+        and not is_exporting()
+        and is_onednn_enabled()
+    )
+
+
+def get_product_dtype(inputs: torch.Tensor) -> torch.dtype:
+    """Return the dtype in which linear layers multiply: autocast's, or the dtype of their inputs."""
+    if inputs.dtype == torch.float64 or not torch.is_autocast_enabled(inputs.device.type):
+        return inputs.dtype
+    return torch.get_autocast_dtype(inputs.device.type)
+
+
+def cast_for_autocast(inputs: torch.Tensor) -> torch.Tensor:
+    """Cast float32 inputs to the dtype of autocast once, so that several projections keep one copy."""
+    if inputs.dtype != torch.float32 or inputs.is_meta:
+        return inputs
+    return inputs.to(get_product_dtype(inputs))
+
+
+def compute_in_float32(
+    function: Callable[..., torch.Tensor], first: torch.Tensor, *others: torch.Tensor | None
+) -> torch.Tensor:
+    """Return `function(first, *others)`, computed in float32 on values in half precision, in half precision."""
+    dtype = get_product_dtype(first)
+    with torch.autocast("cpu", enabled=False):
+        return function(*(to_float32(each, dtype) for each in (first, *others))).to(dtype)
+
+
+def to_float32(tensor: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
+    """Round floats to `dtype` and return them as float32; return boolean masks and None unchanged."""
+    return tensor.to(dtype).float() if tensor is not None and tensor.is_floating_point() else tensor
+
+
+linear_computed_in_float32 = partial(compute_in_float32, nn.functional.linear)
+
+
+def linear_in_float32(inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """Return `inputs @ weight.T + bias`, [..., in] and [out, in] -> [..., out], in the dtype of nn.Linear's output."""
+    dtype = get_product_dtype(inputs)
+    return Float32Linear.apply(inputs.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
+
+
+class Float32Linear(LinearFunction):
+    """A linear layer in half precision whose products, also in the backward pass, are computed in float32."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """[..., in], [out, in] and [out] -> [..., out]."""
+        return linear_computed_in_float32(inputs, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """Return the gradients that are needed."""
+        return compute_linear_gradients(linear_computed_in_float32, ctx.needs_input_grad, grad, *ctx.saved_tensors)
+
+
+# Activation recomputation --------------------------------------------------------------------------------------------
+
+
+def recompute_in_backward(
+    module: nn.Module, function: Callable[..., torch.Tensor], first: torch.Tensor, *others: torch.Tensor | None
+) -> torch.Tensor:
+    """Return `function(first, *others)`, keeping only its inputs for the backward pass; same values to the bit.
+
+    Modules with hooks run the function normally, because a hook would be called twice.
+    """
+    if not can_recompute(first) or any(map(has_hooks, module.modules())):
+        return function(first, *others)
+    return checkpoint(function, first, *others, use_reentrant=False)
+
+
+def can_recompute(inputs: torch.Tensor) -> bool:
+    """Return whether there may be a backward pass on a CPU; other devices were not measured.
+
+    Compilers decide about recomputation themselves, and torch.func does not support it.
+    """
+    return (
+        inputs.requires_grad
+        and inputs.device.type == "cpu"
+        and not torch.compiler.is_compiling()
+        and is_onednn_enabled()
+        and _saved_tensors_hooks_is_enabled()
+    )
+
+
+# Chunked attention ---------------------------------------------------------------------------------------------------
+#
+# Scores, softmax and weighted sum for a few images at a time, so that the scores stay in the cache. The backward pass
+# recomputes the weights chunk by chunk.
+
+MAX_CHUNKED_KEYS = 1200  # maximum sequence length at which chunked attention was faster
+MIN_CHUNKED_SCORES = 20_000  # minimum number of scores of all images and heads
+SCORES_PER_THREAD = 2**19  # scores per chunk and thread: 1 MiB in bfloat16, about the cache of a core
+
+
+def sdpa_attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """Return PyTorch's fused attention [B, n, heads, head_dim], or chunked attention if it is faster; no weights."""
+    if dropout == 0 and prefers_chunks(query, key):
+        return chunked_attention(query, key, value, attention_mask, scaling), None
+
+    def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        return sdpa_attention_forward(module, query, key, value, mask, dropout, scaling, **kwargs)[0]
+
+    if is_emulated(query):  # the float32 tensors that the backward pass needs are twice as large as the inputs
+        attend_in_float32 = partial(compute_in_float32, attend)
+        return recompute_in_backward(module, attend_in_float32, query, key, value, attention_mask), None
+    return attend(query, key, value, attention_mask), None
+
+
+def prefers_chunks(query: torch.Tensor, key: torch.Tensor) -> bool:
+    """Return whether chunked attention is faster than PyTorch's kernel: in bfloat16, for short sequences.
+
+    In float32 it takes 1.1 to 1.25 times as long. The fused kernel stays in exported and traced programs, which run
+    elsewhere, and in compiled training, which would keep all weights.
+    """
+    if not query.is_cpu or query.dtype != torch.bfloat16 or not HAS_BFLOAT16_PRODUCTS or is_exporting():
+        return False
+    if key.shape[2] > MAX_CHUNKED_KEYS:
+        return False
+    if torch.compiler.is_compiling():
+        return not query.requires_grad
+    return query.shape[:3].numel() * key.shape[2] >= MIN_CHUNKED_SCORES and is_onednn_enabled()
+
+
+def chunked_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, scaling: float
+) -> torch.Tensor:
+    """Return the attended values [B, n, heads, d] of queries [B, heads, n, d], keys and values [B, heads, N, d].
+
+    The mask, [B or 1, heads or 1, n or 1, N] or None, is boolean (true: visible) or additive. The softmax is computed
+    in the dtype of the scores.
+    """
+    if torch.compiler.is_compiling():  # compilers choose their own chunks
+        return mix_values(query * scaling, key, value, mask).contiguous()
+    if not torch.is_grad_enabled():
+        return mix_values_in_chunks(query, key, value, mask, scaling)
+    return ChunkedAttention.apply(query, key, value, mask, scaling)
+
+
+class ChunkedAttention(torch.autograd.Function):
+    """`chunked_attention` that keeps only its inputs, with gradients of any order."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(
+        query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, scaling: float
+    ) -> torch.Tensor:
+        """Attend chunk by chunk."""
+        return mix_values_in_chunks(query, key, value, mask, scaling)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+        """Save the inputs."""
+        *tensors, ctx.scaling = inputs
+        ctx.save_for_backward(*tensors)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """Return the gradients of queries, keys, values, and of an additive mask that is learned."""
+        query, key, value, mask = ctx.saved_tensors
+        needs_mask_grad = ctx.needs_input_grad[3]
+        grad = grad.transpose(1, 2).contiguous()  # [B, heads, n, d]
+        chunks = split_batch(query.contiguous() * ctx.scaling, key.contiguous(), value.contiguous(), mask, grad)
+        grads = [compute_chunk_gradients(needs_mask_grad, *chunk) for chunk in chunks]
+        query_grad, key_grad, value_grad = (
+            torch.cat(each).transpose(1, 2) for each in list(zip(*grads, strict=True))[:3]
+        )
+        mask_grad = None
+        if needs_mask_grad:
+            mask_grads = [chunk[3] for chunk in grads]
+            mask_grad = torch.stack(mask_grads).sum(0) if len(mask) == 1 else torch.cat(mask_grads)
+        return query_grad * ctx.scaling, key_grad, value_grad, mask_grad, None
+
+
+def mix_values_in_chunks(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, scaling: float
+) -> torch.Tensor:
+    """Return the attended values [B, n, heads, d], chunk by chunk."""
+    chunks = split_batch(query.contiguous() * scaling, key.contiguous(), value.contiguous(), mask)
+    first, *others = [mix_values(*chunk) for chunk in chunks]
+    return torch.cat([first, *others]) if others else first
+
+
+def get_chunk_size(query: torch.Tensor, key: torch.Tensor) -> int:
+    """Return the number of images per chunk."""
+    scores_per_image = query.shape[1] * query.shape[2] * key.shape[2]
+    return max(1, SCORES_PER_THREAD * torch.get_num_threads() // scores_per_image)
+
+
+def split_batch(query: torch.Tensor, key: torch.Tensor, *others: torch.Tensor | None) -> Iterator[tuple[Any, ...]]:
+    """Yield the tensors of a few images at a time; tensors that all images share are repeated."""
+    size, num_images = get_chunk_size(query, key), len(query)
+    if size >= num_images:
+        yield query, key, *others
+        return
+    for first in range(0, num_images, size):
+        chunk = slice(first, first + size)
+        yield tuple(each if each is None or len(each) < num_images else each[chunk] for each in (query, key, *others))
+
+
+def compute_weights(query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """Return the attention weights [B, heads, n, N] of scaled queries."""
+    scores = torch.matmul(query, key.transpose(2, 3))
+    if mask is not None and mask.dtype == torch.bool:
+        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+    elif mask is not None:
+        scores = scores + mask.to(scores.dtype)
+    return scores.softmax(dim=-1)
+
+
+def mix_values(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """Return the attended values [B, n, heads, d] of scaled queries."""
+    return torch.matmul(compute_weights(query, key, mask), value).transpose(1, 2)
+
+
+def compute_chunk_gradients(
+    needs_mask_grad: bool,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    grad: torch.Tensor,
+) -> tuple[Any, ...]:
+    """Return the gradients of scaled queries, keys and values [B, n or N, heads, d], and of the mask.
+
+    With weights W = softmax(S) and their gradient G, the gradient of the scores S is W * (G - sum(W * G)).
+    """
+    weights = compute_weights(query, key, mask)  # [B, heads, n, N]
+    weights_grad = torch.matmul(grad, value.transpose(2, 3))
+    scores_grad = softmax_backward(weights_grad, weights, -1, weights.dtype)
+    return (
+        torch.matmul(scores_grad, key).transpose(1, 2),
+        torch.matmul(scores_grad.transpose(2, 3), query).transpose(1, 2),
+        torch.matmul(weights.transpose(2, 3), grad).transpose(1, 2),
+        scores_grad.sum_to_size(mask.shape).to(mask.dtype) if needs_mask_grad and mask is not None else None,
+    )

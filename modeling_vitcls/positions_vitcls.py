@@ -1,0 +1,185 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rotary positions, and the resampling of learned weights that depend on the patch grid.
+
+    rotary positions     (cos, sin) for queries and keys of the patches; special tokens are not rotated
+    learned positions    resampled to another grid of patches
+    patch kernels        resized to another patch size
+
+Learned and sin-cos positions are added to the patches in blocks_vitcls.py.
+"""
+
+import math
+
+import torch
+from torch import nn
+
+from .configuration_vitcls import ViTCLSConfig
+
+
+# cos and sin, each [patches, head_dim] or [heads, patches, head_dim].
+PositionEmbeddings = tuple[torch.Tensor, torch.Tensor]
+
+
+# Rotary positions ----------------------------------------------------------------------------------------------------
+
+
+def build_rotary_positions(config: ViTCLSConfig) -> "AxialRotaryPositions | MixedRotaryPositions | None":
+    """Build the rotary positions of `config.position_embedding_type`; None if queries and keys are not rotated."""
+    if not config.has_rotary_positions:
+        return None
+    if config.position_embedding_type.endswith("rope_mixed"):
+        return MixedRotaryPositions(config)
+    return AxialRotaryPositions(config)
+
+
+class AxialRotaryPositions(nn.Module):
+    """Half of the channels rotate with the row, half with the column (DINOv3, arXiv 2508.10104; EVA-02)."""
+
+    def __init__(self, config: ViTCLSConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.theta = float(config.rope_theta)
+        self.head_dim = config.head_dim
+
+    def forward(self, grid: tuple[int, int], hidden_states: torch.Tensor) -> PositionEmbeddings:
+        """Return cos and sin [rows * columns, head_dim] in the dtype of `hidden_states`."""
+        device = hidden_states.device
+        coordinates = get_patch_coordinates(self.config, grid, device)  # [rows * columns, 2]
+        exponents = torch.arange(self.head_dim // 4, dtype=torch.float32, device=device) * 4 / self.head_dim
+        angles = coordinates[:, :, None] * self.theta**-exponents  # [rows * columns, 2, head_dim / 4]
+        angles = angles.flatten(1).tile(2)  # [rows * columns, head_dim]
+        return angles.cos().to(hidden_states.dtype), angles.sin().to(hidden_states.dtype)
+
+
+class MixedRotaryPositions(nn.Module):
+    """Each layer and head learns its own frequencies along both axes (RoPE-ViT, arXiv 2403.13298)."""
+
+    def __init__(self, config: ViTCLSConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.theta = float(config.rope_theta)
+        self.frequencies = nn.Parameter(
+            torch.empty(2, config.num_hidden_layers, config.num_attention_heads, config.head_dim // 2)
+        )
+
+    def forward(self, grid: tuple[int, int], hidden_states: torch.Tensor) -> list[PositionEmbeddings]:
+        """Return cos and sin [heads, rows * columns, head_dim] per layer, in the dtype of `hidden_states`."""
+        coordinates = get_patch_coordinates(self.config, grid, hidden_states.device)
+        first, second = coordinates.unbind(-1)  # [rows * columns] each
+        first_frequencies, second_frequencies = self.frequencies.float().unsqueeze(-2)  # [layers, heads, 1, half]
+        angles = first[:, None] * first_frequencies + second[:, None] * second_frequencies
+        angles = angles.tile(2)  # [layers, heads, rows * columns, head_dim]
+        cos, sin = angles.cos().to(hidden_states.dtype), angles.sin().to(hidden_states.dtype)
+        return list(zip(cos, sin, strict=True))
+
+    def get_initial_frequencies(self) -> torch.Tensor:
+        """Return axial frequencies rotated by a random angle per layer and head (the paper's initialization)."""
+        _, layers, heads, half = self.frequencies.shape
+        magnitude = self.theta ** -(torch.arange(0, 2 * half, 4, dtype=torch.float32) / (2 * half))  # [head_dim / 4]
+        angle = torch.rand(layers, heads, 1) * 2 * math.pi
+        first = torch.cat([magnitude * angle.cos(), -magnitude * angle.sin()], dim=-1)
+        second = torch.cat([magnitude * angle.sin(), magnitude * angle.cos()], dim=-1)
+        return torch.stack([first, second])
+
+
+def get_patch_coordinates(config: ViTCLSConfig, grid: tuple[int, int], device: torch.device) -> torch.Tensor:
+    """Return the coordinates of all patches, row by row, [rows * columns, 2], in the order of `config.rope_axes`.
+
+    Mixed frequencies always use `"grid"` coordinates. Coordinates are computed for each grid and need no resampling.
+    """
+    y, x = (torch.arange(size, dtype=torch.float32, device=device) for size in grid)
+    if config.rope_coordinates == "centered" and not config.position_embedding_type.endswith("rope_mixed"):
+        # patch centers from -1 to 1 over the image, times 2 pi (DINOv3)
+        y, x = (2 * math.pi * ((axis + 0.5) / size * 2 - 1) for axis, size in zip((y, x), grid, strict=True))
+    else:
+        # patch indices, scaled to a reference grid (EVA-02, arXiv 2303.11331, section 2.1)
+        reference, offset = config.rope_reference_grid or grid, float(config.rope_grid_offset)
+        y, x = ((axis + offset) / size * wanted for axis, size, wanted in zip((y, x), grid, reference, strict=True))
+    coordinates = torch.stack(torch.meshgrid(y, x, indexing="ij"), dim=-1).flatten(0, 1)
+    return coordinates.flip(-1) if config.rope_axes == "xy" else coordinates
+
+
+def rotate_patches(
+    query: torch.Tensor, key: torch.Tensor, position_embeddings: PositionEmbeddings
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rotate the patches of queries [B, heads, n, head_dim] and keys [B, heads, N, head_dim].
+
+    Special tokens are first in the sequence and are not rotated. n is N, or less than the number of special tokens.
+    """
+    cos, sin = position_embeddings
+    num_special = key.shape[-2] - cos.shape[-2]
+
+    def rotate(states: torch.Tensor) -> torch.Tensor:
+        special, patches = states.tensor_split([num_special], dim=-2)
+        first, second = patches.chunk(2, dim=-1)
+        patches = patches * cos + torch.cat([-second, first], dim=-1) * sin
+        return torch.cat([special, patches.to(states.dtype)], dim=-2)  # cos and sin may be float32 under autocast
+
+    return query if query.shape[-2] <= num_special else rotate(query), rotate(key)
+
+
+# Resampling ----------------------------------------------------------------------------------------------------------
+
+
+def needs_resampling(grid: tuple[int, int], new_grid: tuple[int, int]) -> bool:
+    """Return whether two grids differ; always True while a graph for images of any size is exported.
+
+    An exported graph would contain the result of the comparison. Resampling to the same grid changes nothing.
+    """
+    if torch.compiler.is_exporting() and any(isinstance(size, torch.SymInt) for size in new_grid):
+        return True
+    return grid != new_grid
+
+
+def resample_positions(
+    positions: torch.Tensor, grid: tuple[int, int], new_grid: tuple[int, int], config: ViTCLSConfig
+) -> torch.Tensor:
+    """Resample learned positions [1, rows * columns, D] to another grid, in float32 (ViT, section 3.2).
+
+    The source's own policy is in `config.position_interpolation`, `position_antialias` and `position_offset`.
+    """
+    maps = positions.float().unflatten(1, grid).permute(0, 3, 1, 2)  # [1, D, rows, columns]
+    if config.position_interpolation == "crop":
+        # a square as long as the longer side, then its top left part (RADIO, arXiv 2312.06709)
+        side = max(new_grid)
+        square = nn.functional.interpolate(maps, size=(side, side), mode="bilinear", align_corners=False)
+        rows, columns = (torch.arange(length, device=maps.device) for length in new_grid)
+        maps = square.index_select(2, rows).index_select(3, columns)  # slices would fix the shape of exported graphs
+    else:
+        target: dict = {"size": new_grid}
+        if config.position_offset:  # DINOv2: the scale factor is (new + offset) / old instead of new / old
+            factors = ((new + config.position_offset) / old for new, old in zip(new_grid, grid, strict=True))
+            target = {"scale_factor": tuple(factors)}
+        maps = nn.functional.interpolate(
+            maps,
+            **target,
+            mode=config.position_interpolation,
+            align_corners=False,
+            antialias=config.position_antialias,
+        )
+    return maps.permute(0, 2, 3, 1).flatten(1, 2).to(positions.dtype)  # [1, new rows * new columns, D]
+
+
+def resize_patch_kernel(kernel: torch.Tensor, new_size: tuple[int, int]) -> torch.Tensor:
+    """Resize a patch projection [D, C, height, width] to another patch size (FlexiViT, arXiv 2212.08013, section 3.4).
+
+    The embedding of a bilinearly resized patch under the new kernel equals the embedding of the original patch under
+    the old kernel: exactly if patches grow, in the least-squares sense if patches shrink. With B as the matrix of the
+    resizing, the new kernel is the old kernel times the pseudo-inverse of B transposed. Computed in float64.
+    """
+    height, width = kernel.shape[-2:]
+    basis = torch.eye(height * width, dtype=torch.float64).view(-1, 1, height, width)  # on the CPU: MPS has no float64
+    resized = nn.functional.interpolate(basis, size=new_size, mode="bilinear", align_corners=False)
+    to_new = torch.linalg.pinv(resized.flatten(1))  # [new pixels, old pixels]: the pseudo-inverse of B transposed
+    new_kernel = kernel.cpu().double().flatten(2) @ to_new.T  # [D, C, new pixels]
+    return new_kernel.unflatten(2, new_size).to(device=kernel.device, dtype=kernel.dtype)
+
+
+def resize_decoded_patches(weight: torch.Tensor, size: tuple[int, int], new_size: tuple[int, int]) -> torch.Tensor:
+    """Resize the weight or bias [C * height * width, ...] of a layer that outputs pixels, in float32.
+
+    The output of the new layer is the output of the old layer, resized bilinearly.
+    """
+    patches = weight.float().reshape(weight.shape[0], -1).T.unflatten(1, (-1, *size))  # [inputs or 1, C, *size]
+    patches = nn.functional.interpolate(patches, size=new_size, mode="bilinear", align_corners=False, antialias=True)
+    return patches.flatten(1).T.reshape(-1, *weight.shape[1:]).to(weight.dtype)

@@ -1,0 +1,443 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Variants of the encoder that a configuration can select; the default model uses none of them.
+
+    layer_type="post", "parallel"     ViTCLSPostNormLayer, ViTCLSParallelLayer
+    attention_type="differential"     ViTCLSDifferentialAttention
+    register_neurons                  RegisterNeurons
+    patch_drop_rate                   PatchDropout
+    merged_patches_per_layer          MergingLayer and MergingAttention, called by `run_merging_layers`
+
+They subclass or extend the classes of blocks_vitcls.py, which does not import this file.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, Self
+
+import torch
+from torch import nn
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs
+
+from .attention_masks_vitcls import require_additive_mask
+from .blocks_vitcls import ViTCLSAttention, ViTCLSLayer, build_norm
+from .configuration_vitcls import ViTCLSConfig
+from .positions_vitcls import PositionEmbeddings
+
+
+# Layers --------------------------------------------------------------------------------------------------------------
+
+
+class ViTCLSPostNormLayer(ViTCLSLayer):
+    """A layer whose norms follow attention and MLP, before the residual connection (EVA-CLIP's largest model)."""
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: Any = None,
+        position_embeddings: PositionEmbeddings | None = None,
+        num_tokens: int | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> torch.Tensor:
+        """[B, N, D] -> [B, n, D], as in `ViTCLSLayer`."""
+        attended, _ = self.attention(hidden_states, attention_mask, position_embeddings, num_tokens, **kwargs)
+        attended = self.layernorm_before(self.dropout(attended))
+        hidden_states = self.add_branch(hidden_states[:, :num_tokens], attended, self.layer_scale1)
+        transformed = self.layernorm_after(self.dropout(self.mlp(hidden_states)))
+        return self.add_branch(hidden_states, transformed, self.layer_scale2)
+
+
+class ViTCLSParallelLayer(ViTCLSLayer):
+    """Attention and MLP in parallel on one norm, [B, N, D] -> [B, N, D] (ViT-22B, arXiv 2302.05442, section 2)."""
+
+    def __init__(
+        self,
+        config: ViTCLSConfig,
+        drop_path_rate: float = 0.0,
+        attention_class: type[ViTCLSAttention] = ViTCLSAttention,
+    ) -> None:
+        super().__init__(config, drop_path_rate, attention_class)
+        del self.layernorm_after, self.layer_scale2  # one norm and one scale serve both branches
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: Any = None,
+        position_embeddings: PositionEmbeddings | None = None,
+        num_tokens: int | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> torch.Tensor:
+        """[B, N, D] -> [B, n, D], as in `ViTCLSLayer`."""
+        normalized = self.layernorm_before(hidden_states)
+        attended, _ = self.attention(normalized, attention_mask, position_embeddings, num_tokens, **kwargs)
+        branch = self.dropout(attended) + self.dropout(self.mlp(normalized[:, :num_tokens]))
+        return self.add_branch(hidden_states[:, :num_tokens], branch, self.layer_scale1)
+
+
+LAYERS: dict[str, type[ViTCLSLayer]] = {
+    "standard": ViTCLSLayer,
+    "post": ViTCLSPostNormLayer,
+    "parallel": ViTCLSParallelLayer,
+}
+
+
+# Differential attention ----------------------------------------------------------------------------------------------
+
+
+class ViTCLSDifferentialAttention(ViTCLSAttention):
+    """Attention in which each head subtracts a second map from its first (Ye et al. 2024, arXiv 2410.05258).
+
+    The query and key of a head are split into two of half the width. The weight of the second map is one learned
+    number per layer; the paper learns the same number as a difference of exponentials, and scales the norm.
+    """
+
+    INITIAL_SHARE = 0.8  # initial weight of the second map, as in the paper; the norm's output is scaled by 1 - 0.8
+
+    def __init__(self, config: ViTCLSConfig) -> None:
+        super().__init__(config)
+        self.qk_head_dim = self.head_dim // 2
+        self.scaling = self.qk_head_dim**-0.5
+        if config.qk_norm:
+            self.q_norm = build_norm(config, self.qk_head_dim)
+            self.k_norm = build_norm(config, self.qk_head_dim)
+        self.second_share = nn.Parameter(torch.empty(1))
+        self.head_norm = nn.RMSNorm(self.head_dim, eps=1e-5)
+
+    def project_qkv(
+        self, hidden_states: torch.Tensor, num_queries: int | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Return queries and keys [B, 2 * heads, n or N, head_dim / 2], values [B, 2 * heads, N, head_dim]."""
+        query, key, value = super().project_qkv(hidden_states, num_queries)
+        return query, key, value.repeat_interleave(2, dim=1)  # both maps of a head mix the same values
+
+    def attend(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return the difference of the two maps applied to the values, normalized, [B, n, heads, head_dim]."""
+        attended, weights = super().attend(query, key, value, attention_mask, **kwargs)  # [B, n, 2 * heads, head_dim]
+        first, second = attended.unflatten(2, (-1, 2)).unbind(3)
+        return self.head_norm(first - self.second_share * second), weights
+
+
+ATTENTIONS: dict[str, type[ViTCLSAttention]] = {
+    "softmax": ViTCLSAttention,
+    "differential": ViTCLSDifferentialAttention,
+}
+
+
+def get_layer_classes(config: ViTCLSConfig) -> tuple[type[ViTCLSLayer], type[ViTCLSAttention]]:
+    """Return the classes of layer and attention; `ViTCLSLayer` and `ViTCLSAttention` by default."""
+    if config.merged_patches_per_layer:
+        return MergingLayer, MergingAttention
+    return LAYERS[config.layer_type], ATTENTIONS[config.attention_type]
+
+
+# Register neurons ----------------------------------------------------------------------------------------------------
+
+
+class RegisterNeurons(nn.Module):
+    """Move the activations of single MLP neurons from the patches to the last register, without training.
+
+    The register receives the largest activation of the patches by magnitude (a gated MLP's may be negative), the
+    patches become zero, and other special tokens keep theirs, as in the authors' code (Jiang et al. 2025, arXiv
+    2506.08010, section 4).
+    """
+
+    def __init__(self, config: ViTCLSConfig, neurons: list[int]) -> None:
+        super().__init__()
+        self.neurons = neurons
+        self.patches = config.token_layout.patches
+        self.register = config.token_layout.registers.stop - 1
+
+    def forward(self, activations: torch.Tensor) -> torch.Tensor:
+        """[B, N, intermediate] -> [B, N, intermediate]."""
+        patch_activations = activations[:, self.patches, self.neurons]  # [B, patches, neurons]
+        largest = patch_activations.abs().argmax(dim=1, keepdim=True)  # [B, 1, neurons]
+        moved = activations.clone()
+        moved[:, self.patches, self.neurons] = 0
+        moved[:, self.register, self.neurons] = patch_activations.gather(1, largest).squeeze(1)
+        return moved
+
+    def extra_repr(self) -> str:
+        """Return the neurons, for `print(model)`."""
+        return f"neurons={self.neurons}"
+
+
+def add_register_neurons(layers: Iterable[Any], config: ViTCLSConfig) -> None:
+    """Set `register_neurons` of the MLPs that `config.register_neurons` names."""
+    for index, layer in enumerate(layers):
+        if neurons := [neuron for layer_index, neuron in config.register_neurons or () if layer_index == index]:
+            layer.mlp.register_neurons = RegisterNeurons(config, neurons)
+
+
+# Patch dropout -------------------------------------------------------------------------------------------------------
+
+
+class PatchDropout(nn.Module):
+    """Keep a random subset of each image's patches in training (PatchDropout, arXiv 2208.07220; FLIP, 2212.00794).
+
+    Positions are in the tokens already, or in the rotary position embeddings, which are selected with the patches.
+    Special tokens are always kept, and nothing is dropped in evaluation.
+    """
+
+    def __init__(self, config: ViTCLSConfig) -> None:
+        super().__init__()
+        self.rate = config.patch_drop_rate
+        self.num_special = config.token_layout.num_prefix_tokens
+
+    def forward(
+        self, hidden_states: torch.Tensor, mask: Any, position_embeddings: Any
+    ) -> tuple[torch.Tensor, Any, Any]:
+        """Drop patches of hidden states [B, N, D], and the rows of masks and position embeddings that belong to them.
+
+        Masks and position embeddings are one value for all layers, a list with one value per layer, or None.
+        """
+        if not self.training:
+            return hidden_states, mask, position_embeddings
+        kept = self.choose_patches(hidden_states)  # [B, n patches]
+        special = torch.arange(self.num_special, device=kept.device).expand(kept.shape[0], -1)
+        indices = torch.cat([special, kept + self.num_special], dim=1)  # [B, n]
+        return (
+            select_tokens(hidden_states, indices),
+            map_layers(mask, lambda each: select_mask(each, indices)),
+            map_layers(position_embeddings, lambda each: select_position_embeddings(each, kept)),
+        )
+
+    def choose_patches(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Return the indices of the patches to keep, in ascending order, [B, n patches]."""
+        num_images, num_patches = hidden_states.shape[0], hidden_states.shape[1] - self.num_special
+        num_kept = get_num_kept_patches(self.rate, num_patches)
+        order = torch.rand(num_images, num_patches, device=hidden_states.device).argsort(dim=1)
+        return order[:, :num_kept].sort(dim=1).values
+
+    def extra_repr(self) -> str:
+        """Return the rate, for `print(model)`."""
+        return f"rate={self.rate}"
+
+
+def get_num_kept_patches(rate: float, num_patches: int) -> int:
+    """Return how many patches of an image are kept in training: rounded to nearest, at least one."""
+    return max(1, round(num_patches * (1 - rate)))
+
+
+def require_all_patches(model: nn.Module, config: ViTCLSConfig) -> None:
+    """Raise ValueError if a model with an output per patch is in training mode with patch dropout."""
+    if model.training and config.patch_drop_rate > 0:
+        raise ValueError(
+            f"{type(model).__name__} requires every patch, but patch_drop_rate is {config.patch_drop_rate}: "
+            "set patch_drop_rate=0 to train it"
+        )
+
+
+def map_layers(values: Any, function: Callable[[Any], Any]) -> Any:
+    """Apply a function to the value of each layer, or to the one value of all layers."""
+    if values is None:
+        return None
+    return [function(value) for value in values] if isinstance(values, list) else function(values)
+
+
+def select_tokens(hidden_states: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
+    """Return the tokens at `indices` [B, n] of [B, N, D], [B, n, D]."""
+    return hidden_states.gather(1, indices.unsqueeze(-1).expand(-1, -1, hidden_states.shape[-1]))
+
+
+def select_mask(mask: Any, indices: torch.Tensor) -> Any:
+    """Return the part of a mask that belongs to the tokens at `indices` [B, n], for any attention implementation.
+
+    Masks are [B, N] over keys (flash), [B or 1, heads or 1, N or 1, N] boolean or additive (SDPA, eager), or a
+    function of the indices (flex attention).
+    """
+    if not isinstance(mask, torch.Tensor):
+        return select_block_mask(mask, indices)
+    if mask.ndim == 2:
+        return torch.take_along_dim(mask, indices, dim=1)
+    if mask.shape[2] > 1:
+        mask = torch.take_along_dim(mask, indices[:, None, :, None], dim=2)
+    return torch.take_along_dim(mask, indices[:, None, None, :], dim=3)
+
+
+def select_block_mask(mask: Any, indices: torch.Tensor) -> Any:
+    """Return flex attention's mask for the tokens at `indices` [B, n]."""
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    def is_visible(batch: torch.Tensor, head: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+        return mask.mask_mod(batch, head, indices[batch, query], indices[batch, key])
+
+    num_images, num_tokens = indices.shape
+    return create_block_mask(is_visible, num_images, None, num_tokens, num_tokens, device=indices.device)
+
+
+def select_position_embeddings(position_embeddings: PositionEmbeddings, kept: torch.Tensor) -> PositionEmbeddings:
+    """Return cos and sin of the kept patches, [B, heads or 1, n, head_dim]."""
+    index = kept[:, None, :, None]
+    cos, sin = (
+        torch.take_along_dim(part.reshape(1, -1, *part.shape[-2:]), index, dim=2) for part in position_embeddings
+    )
+    return cos, sin
+
+
+# Token merging -------------------------------------------------------------------------------------------------------
+#
+# Each layer merges the most similar patches between attention and MLP, so that later layers have fewer tokens (ToMe,
+# arXiv 2210.09461). Between layers, every patch has the state of its group, so hidden states and feature maps keep
+# their shape, and a mean over patches weights a group by its size. Attention weights it likewise: the logarithm of the
+# size is added to the scores of its key. Special tokens are not merged. The outputs change; no training is needed.
+
+
+@dataclass(frozen=True)
+class MergedGroups:
+    """Assignment of the N positions of the sequence to T tokens. Each special token has its own group.
+
+    Attributes:
+        sizes: [B, T], the number of positions of each token.
+        position_index: [B, T], one position of each token.
+        token_index: [B, N], the token of each position.
+    """
+
+    sizes: torch.Tensor
+    position_index: torch.Tensor
+    token_index: torch.Tensor
+
+    @classmethod
+    def from_tokens(cls, hidden_states: torch.Tensor) -> Self:
+        """Return groups of size one for [B, N, D]."""
+        positions = torch.arange(hidden_states.shape[1], device=hidden_states.device)
+        positions = positions.expand(hidden_states.shape[0], -1)  # [B, N]
+        return cls(torch.ones_like(positions, dtype=torch.float32), positions, positions)
+
+    def collect(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Return one token per group, [B, T, D], from [B, N, D] with equal states within groups."""
+        return select_tokens(hidden_states, self.position_index)
+
+    def expand(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Return the token of each position, [B, N, D], from [B, T, D]."""
+        return select_tokens(tokens, self.token_index)
+
+    def get_attention_bias(self, dtype: torch.dtype) -> torch.Tensor:
+        """Return the bias of each key's scores, [B, 1, 1, T]: a key counts once per position."""
+        return self.sizes.log().to(dtype)[:, None, None, :]
+
+    def merge(
+        self, tokens: torch.Tensor, sources: torch.Tensor, targets: torch.Tensor
+    ) -> tuple[torch.Tensor, "MergedGroups"]:
+        """Merge the tokens `sources` [B, r], all different, into `targets` [B, r], which are not sources.
+
+        Returns:
+            The tokens [B, T - r, D], averages over the positions of the groups, and the new groups.
+        """
+        num_left = tokens.shape[1] - sources.shape[1]
+        stays = torch.ones_like(self.position_index, dtype=torch.bool).scatter(1, sources, False)
+        new_index = stays.cumsum(dim=1) - 1  # [B, T], correct for tokens that stay
+        new_index = new_index.scatter(1, sources, new_index.gather(1, targets))
+        order = torch.arange(tokens.shape[1], device=tokens.device).where(stays, tokens.shape[1])  # sources last
+        staying = order.topk(num_left, dim=1, largest=False).values  # [B, T - r], in order
+        sizes = self.sizes.new_zeros(tokens.shape[0], num_left).scatter_add(1, new_index, self.sizes)
+        weights = (self.sizes / sizes.gather(1, new_index)).to(tokens.dtype).unsqueeze(-1)  # [B, T, 1]
+        merged = tokens.new_zeros(tokens.shape[0], num_left, tokens.shape[2])
+        merged = merged.scatter_add(1, new_index.unsqueeze(-1).expand_as(tokens), tokens * weights)
+        return merged, MergedGroups(
+            sizes, self.position_index.gather(1, staying), new_index.gather(1, self.token_index)
+        )
+
+
+def match_similar_patches(keys: torch.Tensor, num_pairs: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Match similar patches by their keys [B, n, d] (bipartite soft matching, section 3 of the paper).
+
+    Every second patch proposes the most similar of the others by cosine, and the best proposals are accepted.
+
+    Returns:
+        Indices of the patches that propose, and of the patches they propose, [B, num_pairs] each.
+    """
+    keys = nn.functional.normalize(keys, dim=-1)
+    similarity = keys[:, 0::2] @ keys[:, 1::2].transpose(1, 2)  # [B, n - n // 2, n // 2]
+    best, proposed = similarity.max(dim=-1)
+    proposing = best.topk(num_pairs, dim=-1).indices
+    return 2 * proposing, 2 * proposed.gather(1, proposing) + 1
+
+
+class MergingAttention(ViTCLSAttention):
+    """Attention that returns the mean key of each token, [B, T, d], in place of its weights."""
+
+    def attend(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """As `ViTCLSAttention.attend`, with keys [B, T, d] as the second output.
+
+        Raises:
+            ValueError: if attention is recorded, or some heads are on another device.
+        """
+        if kwargs.get("output_attentions", getattr(self.config, "output_attentions", False)) or self.recorder:
+            raise ValueError(
+                "attention between merged patches cannot be recorded: load the model with merged_patches_per_layer=0"
+            )
+        if key.shape[1] != self.config.num_attention_heads:
+            raise ValueError(
+                "merged_patches_per_layer requires all heads on one device: set it to 0 under tensor parallelism"
+            )
+        attended, _ = super().attend(query, key, value, attention_mask, **kwargs)
+        return attended, key.mean(dim=1)
+
+
+class MergingLayer(ViTCLSLayer):
+    """A standard layer that merges patches between attention and MLP."""
+
+    def __init__(
+        self,
+        config: ViTCLSConfig,
+        drop_path_rate: float = 0.0,
+        attention_class: type[ViTCLSAttention] = MergingAttention,
+    ) -> None:
+        super().__init__(config, drop_path_rate, attention_class)
+        self.config = config
+        self.num_special = config.token_layout.num_prefix_tokens
+        self.num_pairs = config.merged_patches_per_layer
+
+    def forward(  # type: ignore[override]  # it also takes and returns the groups
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: Any = None,
+        position_embeddings: PositionEmbeddings | None = None,
+        num_tokens: int | None = None,
+        *,
+        groups: MergedGroups,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple[torch.Tensor, MergedGroups]:
+        """[B, N, D], equal within `groups` -> ([B, N or num_tokens, D], groups for the next layer).
+
+        Raises:
+            ValueError: for a mask, or an attention implementation that accepts no additive bias.
+        """
+        require_additive_mask(self.config, "merged_patches_per_layer")
+        if attention_mask is not None:
+            raise ValueError("attention_mask may hide patches that are merged: set merged_patches_per_layer=0")
+        tokens, bias = groups.collect(hidden_states), groups.get_attention_bias(hidden_states.dtype)
+        if num_tokens is not None:  # special tokens only: nothing to merge
+            return super().forward(tokens, bias, position_embeddings, num_tokens, **kwargs), groups
+        attended, keys = self.attention(self.layernorm_before(tokens), bias, position_embeddings, **kwargs)
+        tokens = self.add_branch(tokens, self.dropout(attended), self.layer_scale1)
+        tokens, groups = self.merge(tokens, keys, groups)  # [B, T - r, D]
+        transformed = self.mlp(self.layernorm_after(tokens))
+        tokens = self.add_branch(tokens, self.dropout(transformed), self.layer_scale2)
+        return groups.expand(tokens), groups
+
+    def merge(
+        self, tokens: torch.Tensor, keys: torch.Tensor, groups: MergedGroups
+    ) -> tuple[torch.Tensor, MergedGroups]:
+        """Merge the most similar patches of [B, T, D] by their keys [B, T, d]; half of them at most."""
+        num_pairs = min(self.num_pairs, (tokens.shape[1] - self.num_special) // 2)
+        if num_pairs == 0:
+            return tokens, groups
+        sources, targets = match_similar_patches(keys[:, self.num_special :].detach(), num_pairs)
+        return groups.merge(tokens, sources + self.num_special, targets + self.num_special)
+
+
+def run_merging_layers(
+    layers: Iterable[nn.Module], hidden_states: torch.Tensor, mask: Any, num_tokens_read: int | None, **kwargs: Any
+) -> torch.Tensor:
+    """Run all layers, [B, N, D] -> [B, N or `num_tokens_read`, D], and pass the groups from layer to layer."""
+    groups = MergedGroups.from_tokens(hidden_states)
+    *first_layers, last_layer = layers
+    for layer in first_layers:
+        hidden_states, groups = layer(hidden_states, mask, groups=groups, **kwargs)
+    hidden_states, _ = last_layer(hidden_states, mask, num_tokens=num_tokens_read, groups=groups, **kwargs)
+    return hidden_states
