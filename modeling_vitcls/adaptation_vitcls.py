@@ -22,8 +22,9 @@ With `gate_new_tokens=True`, added tokens do not affect the other tokens at firs
 import copy
 import os
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
-from typing import Any, Self, cast
+from typing import Any, NamedTuple, Self, cast
 
 import torch
 from transformers.modeling_utils import PreTrainedModel
@@ -174,7 +175,8 @@ def load_adapted_weights(source: AdaptableModel, target: AdaptableModel) -> None
     frozen = {name for name, parameter in source.named_parameters() if not parameter.requires_grad}
     parameters = dict(target.named_parameters())
     for name, fresh in new_weights.items():
-        weight, note = adapt_parameter(name, fresh, old_weights, source.config, target.config)
+        stored = old_weights.get(name)
+        weight, note = adapt_weight(Weight(name, fresh, stored, old_weights, source.config, target.config))
         if name in frozen and weight is not fresh:
             parameters[name].requires_grad_(False)
         fresh.copy_(weight)
@@ -184,43 +186,48 @@ def load_adapted_weights(source: AdaptableModel, target: AdaptableModel) -> None
         logger.warning(f"{name}: dropped")
 
 
-def adapt_parameter(
-    name: str,
-    fresh: torch.Tensor,
-    old_weights: Mapping[str, torch.Tensor],
-    old: ViTCLSConfig,
-    new: ViTCLSConfig,
-) -> tuple[torch.Tensor, str]:
-    """Return the weight `name` of the new model, and a note that describes the change, empty if there is none."""
+class Weight(NamedTuple):
+    """A weight of the new model, and what it is adapted from."""
+
+    name: str
+    fresh: torch.Tensor  # as the new model was initialized
+    stored: torch.Tensor | None  # the weight of this name in the old model
+    old_weights: Mapping[str, torch.Tensor]
+    old: ViTCLSConfig
+    new: ViTCLSConfig
+
+
+Adapted = tuple[torch.Tensor, str]  # the weight, and a note that describes the change, empty if there is none
+
+
+def adapt_weight(weight: Weight) -> Adapted:
+    """Adapt a weight by the first entry of `ADAPTERS` whose key is part of its name."""
     for part, adapt in ADAPTERS.items():
-        if part in name:
-            return adapt(name, fresh, old_weights, old, new)
-    weight = old_weights.get(name)
-    if weight is None:
-        return fresh, "newly initialized"
-    return (weight, "") if weight.shape == fresh.shape else (fresh, "newly initialized, because its shape changed")
+        if part in weight.name:
+            return adapt(weight)
+    if weight.stored is None:
+        return weight.fresh, "newly initialized"
+    if weight.stored.shape != weight.fresh.shape:
+        return weight.fresh, "newly initialized, because its shape changed"
+    return weight.stored, ""
 
 
-def adapt_tokens(
-    name: str, fresh: torch.Tensor, old_weights: Mapping[str, torch.Tensor], old: ViTCLSConfig, new: ViTCLSConfig
-) -> tuple[torch.Tensor, str]:
+def adapt_tokens(weight: Weight) -> Adapted:
     """Keep the first tokens [1, n, D]; new tokens keep their initialization."""
-    return copy_prefix_tokens(fresh.clone(), old_weights.get(name), f"initialized by token_init={new.token_init!r}")
+    return copy_prefix_tokens(weight, weight.fresh.clone(), f"initialized by token_init={weight.new.token_init!r}")
 
 
-def adapt_token_positions(
-    name: str, fresh: torch.Tensor, old_weights: Mapping[str, torch.Tensor], old: ViTCLSConfig, new: ViTCLSConfig
-) -> tuple[torch.Tensor, str]:
+def adapt_token_positions(weight: Weight) -> Adapted:
     """Keep the first positions [1, n, D] of special tokens; new positions start at zero."""
-    return copy_prefix_tokens(torch.zeros_like(fresh), old_weights.get(name), "initialized to zero")
+    return copy_prefix_tokens(weight, torch.zeros_like(weight.fresh), "initialized to zero")
 
 
-def copy_prefix_tokens(rows: torch.Tensor, old: torch.Tensor | None, initialization: str) -> tuple[torch.Tensor, str]:
-    """Copy the rows of `old` [1, m, D] to the start of `rows` [1, n, D], as many as fit."""
-    available = 0 if old is None else old.shape[1]
+def copy_prefix_tokens(weight: Weight, rows: torch.Tensor, initialization: str) -> Adapted:
+    """Copy the stored rows [1, m, D] to the start of `rows` [1, n, D], as many as fit."""
+    available = 0 if weight.stored is None else weight.stored.shape[1]
     kept = min(available, rows.shape[1])
-    if old is not None:
-        rows[:, :kept] = old[:, :kept]
+    if weight.stored is not None:
+        rows[:, :kept] = weight.stored[:, :kept]
     if available == kept == rows.shape[1]:
         return rows, ""
     notes = [f"{kept} kept"]
@@ -231,55 +238,42 @@ def copy_prefix_tokens(rows: torch.Tensor, old: torch.Tensor | None, initializat
     return rows, ", ".join(notes)
 
 
-def adapt_patch_positions(
-    name: str, fresh: torch.Tensor, old_weights: Mapping[str, torch.Tensor], old: ViTCLSConfig, new: ViTCLSConfig
-) -> tuple[torch.Tensor, str]:
-    """Resample learned positions [1, rows * columns, D] to the new grid."""
-    if old.grid_size == new.grid_size:
-        return old_weights[name], ""
-    positions = resample_positions(old_weights[name], old.grid_size, new.grid_size, new)
-    return positions, f"resampled from {describe_grids(old, new)}"
+def adapt_to_grid(resample: Callable[..., torch.Tensor], weight: Weight) -> Adapted:
+    """Resample a weight with one row per patch or distance, by `resample(weight, grid, new grid, configuration)`."""
+    grid, new_grid, stored = weight.old.grid_size, weight.new.grid_size, weight.old_weights[weight.name]
+    if grid == new_grid:
+        return stored, ""
+    note = f"resampled from {grid[0]} x {grid[1]} to {new_grid[0]} x {new_grid[1]} patches"
+    return resample(stored, grid, new_grid, weight.new), note
 
 
-def adapt_bias_tables(
-    name: str, fresh: torch.Tensor, old_weights: Mapping[str, torch.Tensor], old: ViTCLSConfig, new: ViTCLSConfig
-) -> tuple[torch.Tensor, str]:
-    """Resample biases by distance [tables, distances + 3, heads] to the new grid."""
-    if old.grid_size == new.grid_size:
-        return old_weights[name], ""
-    tables = resample_bias_tables(old_weights[name], old.grid_size, new.grid_size)
-    return tables, f"resampled from {describe_grids(old, new)}"
+def adapt_to_patch_size(resize: Callable[..., torch.Tensor], weight: Weight) -> Adapted:
+    """Resize a weight with one entry per pixel of a patch, by `resize(weight, patch size, new patch size)`."""
+    size, new_size = weight.old.patch_height_width, weight.new.patch_height_width
+    stored = weight.old_weights[weight.name]
+    if size == new_size:
+        return stored, ""
+    note = f"resized from patches of {size[0]} x {size[1]} to {new_size[0]} x {new_size[1]} pixels"
+    return resize(stored, size, new_size), note
 
 
-def adapt_patch_kernel(
-    name: str, fresh: torch.Tensor, old_weights: Mapping[str, torch.Tensor], old: ViTCLSConfig, new: ViTCLSConfig
-) -> tuple[torch.Tensor, str]:
-    """Resize the patch projection [D, C, height, width]."""
-    if old.patch_height_width == new.patch_height_width:
-        return old_weights[name], ""
-    return resize_patch_kernel(old_weights[name], new.patch_height_width), f"resized from {describe_patches(old, new)}"
-
-
-def adapt_distillation_head(
-    name: str, fresh: torch.Tensor, old_weights: Mapping[str, torch.Tensor], old: ViTCLSConfig, new: ViTCLSConfig
-) -> tuple[torch.Tensor, str]:
+def adapt_distillation_head(weight: Weight) -> Adapted:
     """Keep the distillation head, or copy the classifier if it has the same shape."""
-    if name in old_weights:
-        return old_weights[name], ""
-    classifier = old_weights.get(name.replace("distillation_classifier", "classifier"))
-    if classifier is None or classifier.shape != fresh.shape:
-        return fresh, "newly initialized"
+    if weight.stored is not None:
+        return weight.stored, ""
+    classifier = weight.old_weights.get(weight.name.replace("distillation_classifier", "classifier"))
+    if classifier is None or classifier.shape != weight.fresh.shape:
+        return weight.fresh, "newly initialized"
     return classifier, "initialized as a copy of the classifier"
 
 
-def adapt_gates(
-    name: str, fresh: torch.Tensor, old_weights: Mapping[str, torch.Tensor], old: ViTCLSConfig, new: ViTCLSConfig
-) -> tuple[torch.Tensor, str]:
+def adapt_gates(weight: Weight) -> Adapted:
     """Keep gates [n] with their tokens; gates of new tokens start closed, of tokens without a gate open."""
-    gates = fresh.clone()
-    old_gates = dict(zip(list_gated_tokens(old), old_weights.get(name, ()), strict=True))
-    counts = {group: getattr(old, field) for group, field in TOKEN_COUNTS.items()}
-    new_gates = list_gated_tokens(new)
+    gates = weight.fresh.clone()
+    stored = () if weight.stored is None else weight.stored
+    old_gates = dict(zip(list_gated_tokens(weight.old), stored, strict=True))
+    new_gates = list_gated_tokens(weight.new)
+    counts = {group: getattr(weight.old, field) for group, field in TOKEN_COUNTS.items()}
     for gate, (group, index) in enumerate(new_gates):
         if index < counts[group]:
             gates[gate] = old_gates.get((group, index), TokenGates.OPEN)
@@ -300,44 +294,20 @@ def list_gated_tokens(config: ViTCLSConfig) -> list[tuple[str, int]]:
     ]
 
 
-def adapt_pixel_decoder(
-    name: str, fresh: torch.Tensor, old_weights: Mapping[str, torch.Tensor], old: ViTCLSConfig, new: ViTCLSConfig
-) -> tuple[torch.Tensor, str]:
-    """Resize the pixel decoder [C * height * width, ...] of masked image modeling."""
-    if old.patch_height_width == new.patch_height_width:
-        return old_weights[name], ""
-    resized = resize_decoded_patches(old_weights[name], old.patch_height_width, new.patch_height_width)
-    return resized, f"resized from {describe_patches(old, new)}"
-
-
-def describe_patches(old: ViTCLSConfig, new: ViTCLSConfig) -> str:
-    """Return both patch sizes, for a log line."""
-    (height, width), (new_height, new_width) = old.patch_height_width, new.patch_height_width
-    return f"patches of {height} x {width} to {new_height} x {new_width} pixels"
-
-
-def describe_grids(old: ViTCLSConfig, new: ViTCLSConfig) -> str:
-    """Return both grids, for a log line."""
-    (rows, columns), (new_rows, new_columns) = old.grid_size, new.grid_size
-    return f"{rows} x {columns} to {new_rows} x {new_columns} patches"
-
-
-Adapter = Callable[
-    [str, torch.Tensor, Mapping[str, torch.Tensor], ViTCLSConfig, ViTCLSConfig], tuple[torch.Tensor, str]
-]
-
 # Part of a parameter's name -> function that adapts it.
-ADAPTERS: dict[str, Adapter] = {
+ADAPTERS: dict[str, Callable[[Weight], Adapted]] = {
     "embeddings.cls_token": adapt_tokens,
     "embeddings.distillation_token": adapt_tokens,
     "embeddings.register_tokens": adapt_tokens,
-    "position_embeddings.patches": adapt_patch_positions,
+    "position_embeddings.patches": partial(adapt_to_grid, resample_positions),
     "position_embeddings.": adapt_token_positions,
-    "patch_embeddings.projection.weight": adapt_patch_kernel,
-    "view.tables": adapt_bias_tables,
+    "patch_embeddings.projection.weight": partial(
+        adapt_to_patch_size, lambda kernel, _, new: resize_patch_kernel(kernel, new)
+    ),
+    "view.tables": partial(adapt_to_grid, lambda tables, old, new, _: resample_bias_tables(tables, old, new)),
     "gates.gates": adapt_gates,
     "distillation_classifier": adapt_distillation_head,
-    "decoder.projection.": adapt_pixel_decoder,
+    "decoder.projection.": partial(adapt_to_patch_size, resize_decoded_patches),
 }
 
 

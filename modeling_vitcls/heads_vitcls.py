@@ -24,57 +24,40 @@ IGNORED_LABEL = -100
 # Poolers -------------------------------------------------------------------------------------------------------------
 
 
-class CLSPooler(nn.Module):
-    """The CLS token; several tokens are reduced to one vector by `config.cls_pooling`. [B, N, D] -> [B, P]."""
+class TokenPooler(nn.Module):
+    """Pooling without parameters, by `config.pooling`. [B, N, D] -> [B, P].
+
+    "cls": the CLS token; several become one vector by `config.cls_pooling`. "mean" and "max": over the patches.
+    "cls_mean": the CLS token and the mean of the patches, concatenated.
+    """
 
     def __init__(self, config: ViTCLSConfig) -> None:
         super().__init__()
-        self.tokens = config.token_layout.cls if config.pooled_cls_tokens is None else config.pooled_cls_tokens
-        self.reduction = config.cls_pooling
+        self.pooling = config.pooling
+        self.cls_pooling = config.cls_pooling
+        self.cls_tokens = config.token_layout.cls if config.pooled_cls_tokens is None else config.pooled_cls_tokens
+        self.patches = config.token_layout.patches
 
     def forward(self, sequence: torch.Tensor) -> torch.Tensor:
-        """Return the first token, the mean, or the concatenation of the CLS tokens."""
-        tokens = sequence[:, self.tokens]  # [B, k, D]
-        if self.reduction == "first":
+        """Pool the tokens."""
+        if self.pooling == "cls":
+            return self.pool_cls(sequence)
+        patches = sequence[:, self.patches]
+        if self.pooling == "max":
+            return patches.amax(dim=1)
+        mean = patches.mean(dim=1)
+        return mean if self.pooling == "mean" else torch.cat([self.pool_cls(sequence), mean], dim=-1)
+
+    def pool_cls(self, sequence: torch.Tensor) -> torch.Tensor:
+        """Return the first token, the mean, or the concatenation of the pooled CLS tokens."""
+        tokens = sequence[:, self.cls_tokens]  # [B, k, D]
+        if self.cls_pooling == "first":
             return tokens[:, 0]
-        return tokens.mean(dim=1) if self.reduction == "mean" else tokens.flatten(1)
+        return tokens.mean(dim=1) if self.cls_pooling == "mean" else tokens.flatten(1)
 
-
-class PatchMeanPooler(nn.Module):
-    """Mean of the patches, without special tokens. [B, N, D] -> [B, D]."""
-
-    def __init__(self, config: ViTCLSConfig) -> None:
-        super().__init__()
-        self.patches = config.token_layout.patches
-
-    def forward(self, sequence: torch.Tensor) -> torch.Tensor:
-        """Average the patches."""
-        return sequence[:, self.patches].mean(dim=1)
-
-
-class CLSMeanPooler(nn.Module):
-    """CLS token and mean of the patches, concatenated. [B, N, D] -> [B, P + D]."""
-
-    def __init__(self, config: ViTCLSConfig) -> None:
-        super().__init__()
-        self.cls = CLSPooler(config)
-        self.mean = PatchMeanPooler(config)
-
-    def forward(self, sequence: torch.Tensor) -> torch.Tensor:
-        """Concatenate both."""
-        return torch.cat([self.cls(sequence), self.mean(sequence)], dim=-1)
-
-
-class PatchMaxPooler(nn.Module):
-    """Maximum of each channel over the patches. [B, N, D] -> [B, D]."""
-
-    def __init__(self, config: ViTCLSConfig) -> None:
-        super().__init__()
-        self.patches = config.token_layout.patches
-
-    def forward(self, sequence: torch.Tensor) -> torch.Tensor:
-        """Return the maxima."""
-        return sequence[:, self.patches].amax(dim=1)
+    def extra_repr(self) -> str:
+        """Return the pooling, for `print(model)`."""
+        return f"pooling={self.pooling!r}"
 
 
 class AttentionPooler(nn.Module):
@@ -124,18 +107,9 @@ class PooledMLP(nn.Module):
         return pooled + self.fc2(self.activation_fn(self.fc1(self.layernorm(pooled))))
 
 
-POOLERS: dict[str, type[nn.Module]] = {
-    "cls": CLSPooler,
-    "mean": PatchMeanPooler,
-    "cls_mean": CLSMeanPooler,
-    "max": PatchMaxPooler,
-    "attention": AttentionPooler,
-}
-
-
 def build_pooler(config: ViTCLSConfig) -> nn.Module:
     """Build the pooler of `config.pooling`, [B, N, D] -> [B, P], with the norm and dense layer that may follow."""
-    pooler = POOLERS[config.pooling](config)
+    pooler = AttentionPooler(config) if config.pooling == "attention" else TokenPooler(config)
     layers: dict[str, nn.Module] = {}
     if config.pooled_norm:
         layers["layernorm"] = build_norm(config, config.pooled_size)

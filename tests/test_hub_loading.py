@@ -55,7 +55,7 @@ SOURCES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
 CARD = "---\nlicense: other\nlicense_name: dinov3-license\nlicense_link: LICENSE.md\n---\n# A model of theirs\n"
 
 # As a model would change in a later release: the same weights, other answers.
-OTHER_CODE = "pool = CLSPooler.forward\nCLSPooler.forward = lambda self, sequence: 2 * pool(self, sequence)\n"
+OTHER_CODE = "pool = TokenPooler.forward\nTokenPooler.forward = lambda self, sequence: 2 * pool(self, sequence)\n"
 
 
 # What is loaded without the Hub, too.

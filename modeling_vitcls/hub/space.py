@@ -47,6 +47,8 @@ SHIPPED = (
     "fast_pixels_vitcls.py",
     "image_processing_vitcls.py",
     "adaptation_vitcls.py",
+    "attention_masks_vitcls.py",
+    "positions_vitcls.py",
 )
 # What these, and the model's own code, import. gradio comes with the Space's SDK.
 NEEDED = (
