@@ -5,8 +5,8 @@
 
 What lives here: reading sources (paths, bytes, URLs), EXIF orientation, channels and bit depths, and the checks whose
 messages a user needs. Resizing, cropping, rescaling and normalising are transformers' own, once with torchvision and
-once with PIL. A shorter way to the same values is in fast_pixels_vitcls.py. Augmentation for training does not live
-here.
+once with PIL. A shorter way to the same values is in fast_image_processing_vitcls.py. Augmentation for training does
+not live here.
 """
 
 import base64
@@ -40,7 +40,15 @@ from transformers.image_utils import (
 from transformers.processing_utils import ImagesKwargs, Unpack
 from transformers.utils import is_torchvision_available
 
-from .fast_pixels_vitcls import URL_STARTS, has_fast_way, in_threads, pixel_values, read_jpeg, resized, settings_of
+from .fast_image_processing_vitcls import (
+    URL_STARTS,
+    has_fast_way,
+    in_threads,
+    pixel_values,
+    read_jpeg,
+    resized,
+    settings_of,
+)
 
 
 # `save_pretrained` names only the class it saved; with both named, either backend loads from any checkpoint.

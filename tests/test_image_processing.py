@@ -510,7 +510,7 @@ def settings_in(folder: Path) -> dict:
 
 def test_saved_settings_name_both_backends(backend: type, tmp_path: Path) -> None:
     backend(**SETTINGS).save_pretrained(tmp_path)
-    code = {"image_processing_vitcls.py", "fast_pixels_vitcls.py"}
+    code = {"image_processing_vitcls.py", "fast_image_processing_vitcls.py"}
     assert {path.name for path in tmp_path.iterdir()} == {"preprocessor_config.json", *code}
     assert settings_in(tmp_path)["image_processor_type"] == "ViTCLSImageProcessor"
     assert settings_in(tmp_path)["auto_map"] == {

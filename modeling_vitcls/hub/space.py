@@ -44,7 +44,7 @@ SHIPPED = (
     "demo/words.py",
     "analysis/maps.py",
     "configuration_vitcls.py",
-    "fast_pixels_vitcls.py",
+    "fast_image_processing_vitcls.py",
     "image_processing_vitcls.py",
     "loading_vitcls.py",
 )

@@ -15,7 +15,7 @@ from tiny import raises_one_line
 from transformers.image_utils import SizeDict
 
 from modeling_vitcls import ViTCLSImageProcessor, ViTCLSImageProcessorPil
-from modeling_vitcls.fast_pixels_vitcls import read_jpeg
+from modeling_vitcls.fast_image_processing_vitcls import read_jpeg
 from modeling_vitcls.image_processing_vitcls import picture_to_pixels, read_picture
 
 
