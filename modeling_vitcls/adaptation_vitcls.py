@@ -26,7 +26,7 @@ import torch
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import logging
 
-from .configuration_vitcls import ADAPTABLE_FIELDS, TOKEN_COUNTS, ViTCLSConfig, gates_that_stay
+from .configuration_vitcls import ADAPTABLE_FIELDS, TOKEN_COUNTS, ViTCLSConfig, get_remaining_gates
 from .loading_vitcls import check_folder, load_checkpoint
 from .resampling_vitcls import Resampling, resize_decoded_patches, resize_patch_kernel
 from .scopes_vitcls import TokenGates, resample_distances
@@ -132,7 +132,7 @@ def gates_after(config: ViTCLSConfig, wanted: Mapping[str, Any], gate_new_tokens
     """`gated_tokens` of the new configuration: those asked for, else those that stay, and new ones if so wished."""
     counts = {field: getattr(config, field) for field in TOKEN_COUNTS.values()}
     new_counts = {field: wanted.get(field, count) for field, count in counts.items()}
-    staying = gates_that_stay(config.gated_tokens, counts, new_counts)
+    staying = get_remaining_gates(config.gated_tokens, counts, new_counts)
     gated = dict(wanted.get("gated_tokens", staying) or {})
     for group, field in TOKEN_COUNTS.items():
         num_added = new_counts[field] - counts[field]
