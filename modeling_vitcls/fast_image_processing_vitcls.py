@@ -1,13 +1,14 @@
-"""From 8-bit pictures to `pixel_values` with nothing around the work: the values of the image processor, to the bit.
+# SPDX-License-Identifier: Apache-2.0
+"""The fast path of the image processor: the same `pixel_values` to the bit, with less overhead.
 
-    JPEG file -> [3, H, W], 8 bits -> resize -> centre crop -> rescale and normalise, written into the batch
+    JPEG file -> [3, H, W] uint8 -> resize -> center crop -> rescale and normalize, written into the batch
 
-`ViTCLSImageProcessor` takes this way where it has checked its settings before and a call brings none of its own. What
-transformers does beside it (checks, groups of equal shapes, copies into another layout) costs as much as the work.
-Resizing and cropping are the image processor's own methods; JPEG files are decoded by torchvision, not through PIL.
+`ViTCLSImageProcessor` uses this path for calls without keywords, once it has checked its settings. The overhead of
+transformers (checks, grouping by shape, layout copies) costs as much time as the image operations. Resizing and
+cropping are methods of the image processor; torchvision decodes JPEG files.
 
-Nothing here starts PyTorch's threads: on a busy machine, waiting for each other would take them longer than a picture.
-A list of files is read by as many threads as PyTorch has been given, each a picture at a time.
+This file does not use PyTorch's threads, which are slower than one thread for a single image on a busy machine. It
+reads a list of files with `torch.get_num_threads()` Python threads, one image per thread.
 """
 
 import os
@@ -24,24 +25,20 @@ from transformers.image_utils import SizeDict
 
 try:
     from torchvision.io import ImageReadMode, decode_jpeg
-except ImportError:  # without torchvision, or without its decoders, everything is read by PIL
+except ImportError:  # PIL reads all files if torchvision or its decoders are not installed
     decode_jpeg = None
 
 
-JPEG_START = b"\xff\xd8\xff"
-URL_STARTS = ("http://", "https://", "data:")
-
-
-# Decoding ------------------------------------------------------------------------------------------------------------
+JPEG_SIGNATURE = b"\xff\xd8\xff"
+URL_PREFIXES = ("http://", "https://", "data:")
 
 
 def read_jpeg(source: Any) -> torch.Tensor | None:
-    """A JPEG file, or its bytes, as RGB, upright, [3, H, W] `uint8`: the very pixels that PIL gives.
+    """Return a JPEG file, or its bytes, as upright RGB pixels [3, H, W] `uint8`, equal to the pixels from PIL.
 
-    None for anything else, and for what torchvision cannot read, or not as PIL does (CMYK): then PIL reads it, or says
-    what is wrong.
+    Return None for other formats, and if torchvision cannot decode the file, or decodes it unlike PIL (CMYK).
     """
-    encoded = jpeg_bytes(source) if decode_jpeg is not None else None
+    encoded = read_jpeg_bytes(source) if decode_jpeg is not None else None
     if encoded is None:
         return None
     try:
@@ -54,31 +51,30 @@ def read_jpeg(source: Any) -> torch.Tensor | None:
     return pixels if len(pixels) == 3 else None
 
 
-def jpeg_bytes(source: Any) -> bytearray | None:
-    """The content of a JPEG file, or of bytes that are one; None for other content, and for what cannot be read."""
+def read_jpeg_bytes(source: Any) -> bytearray | None:
+    """Return the content of a regular file, or of bytes, that starts like a JPEG file; None for everything else."""
     if isinstance(source, bytes | bytearray):
-        return bytearray(source) if source.startswith(JPEG_START) else None
-    if not isinstance(source, str | os.PathLike) or str(source).startswith(URL_STARTS):
+        return bytearray(source) if source.startswith(JPEG_SIGNATURE) else None
+    if not isinstance(source, str | os.PathLike) or str(source).startswith(URL_PREFIXES):
         return None
     try:
+        if not Path(source).is_file():  # to open a named pipe would block
+            return None
         with Path(source).open("rb") as file:
-            start = file.read(len(JPEG_START))
-            return bytearray(start + file.read()) if start == JPEG_START else None
+            start = file.read(len(JPEG_SIGNATURE))
+            return bytearray(start + file.read()) if start == JPEG_SIGNATURE else None
     except (OSError, ValueError):
         return None
 
 
-# Pixels to values ----------------------------------------------------------------------------------------------------
-
-
-def settings_of(processor: Any, names: list[str]) -> tuple[Any, ...]:
-    """What an image processor is set to, to be compared later; sizes as they are now, for they can be changed."""
+def get_settings(processor: Any, names: list[str]) -> tuple[Any, ...]:
+    """Return the settings of an image processor for later comparison, with the current values of sizes."""
     values = (getattr(processor, name, None) for name in names)
     return tuple(tuple(vars(value).values()) if isinstance(value, SizeDict) else value for value in values)
 
 
-def has_fast_way(processor: Any) -> bool:
-    """Whether `pixel_values` below does everything that an image processor is set to do."""
+def can_use_fast_path(processor: Any) -> bool:
+    """Return whether `normalize_batch` supports all settings of an image processor."""
     return bool(
         processor.do_rescale
         and processor.do_normalize
@@ -90,33 +86,35 @@ def has_fast_way(processor: Any) -> bool:
     )
 
 
-def resized(processor: Any, pixels: torch.Tensor) -> torch.Tensor:
-    """One picture [C, H, W] `uint8` as large as the model gets it, [C, h, w] `uint8`."""
+def resize_and_crop(processor: Any, pixels: torch.Tensor) -> torch.Tensor:
+    """Return one image [C, H, W] `uint8`, resized and cropped to [C, h, w] `uint8`."""
     if processor.do_resize:
         pixels = processor.resize(pixels, size=processor.size, resample=processor.resample)
     return processor.center_crop(pixels, processor.crop_size) if processor.do_center_crop else pixels
 
 
-def pixel_values(processor: Any, pictures: list[torch.Tensor]) -> torch.Tensor:
-    """Pictures of one shape, [C, h, w] `uint8` on the CPU, rescaled and normalised: [B, C, h, w] float32."""
-    mean, std = folded(processor.image_mean, processor.image_std, processor.rescale_factor)
-    batch = np.empty((len(pictures), *pictures[0].shape), dtype=np.float32)  # [B, C, h, w]
-    for values, picture in zip(batch, pictures, strict=True):
-        np.copyto(values, picture.numpy())
+def normalize_batch(processor: Any, images: list[torch.Tensor]) -> torch.Tensor:
+    """Return images of one shape [C, h, w], `uint8` on the CPU, rescaled and normalized: [B, C, h, w] float32."""
+    mean, std = scale_statistics(processor.image_mean, processor.image_std, processor.rescale_factor)
+    batch = np.empty((len(images), *images[0].shape), dtype=np.float32)  # [B, C, h, w]
+    for values, image in zip(batch, images, strict=True):
+        np.copyto(values, image.numpy())
         np.subtract(values, mean, out=values)
         np.divide(values, std, out=values)
     return torch.from_numpy(batch)
 
 
 @lru_cache(maxsize=16)
-def folded(mean: tuple[float, ...], std: tuple[float, ...], rescale_factor: float) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and standard deviation in grey levels, float32 [C, 1, 1] each, by the arithmetic of transformers."""
-    of_levels = [torch.tensor(values).float() * (1.0 / rescale_factor) for values in (mean, std)]
-    return of_levels[0].view(-1, 1, 1).numpy(), of_levels[1].view(-1, 1, 1).numpy()
+def scale_statistics(
+    mean: tuple[float, ...], std: tuple[float, ...], rescale_factor: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return mean and standard deviation of unscaled pixels, float32 [C, 1, 1], computed as in transformers."""
+    scaled = [torch.tensor(values).float() * (1.0 / rescale_factor) for values in (mean, std)]
+    return scaled[0].view(-1, 1, 1).numpy(), scaled[1].view(-1, 1, 1).numpy()
 
 
-def in_threads(prepare: Callable[[Any], torch.Tensor], sources: list[Any]) -> list[torch.Tensor]:
-    """`prepare` of each, in order."""
+def map_in_threads(prepare: Callable[[Any], torch.Tensor], sources: list[Any]) -> list[torch.Tensor]:
+    """Return `prepare(source)` for each source, in order."""
     num_threads = min(torch.get_num_threads(), len(sources))
     if num_threads == 1:
         return [prepare(source) for source in sources]
