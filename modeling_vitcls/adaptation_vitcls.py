@@ -31,7 +31,7 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import logging
 
 from .attention_masks_vitcls import TokenGates, resample_bias_tables
-from .configuration_vitcls import ADAPTABLE_FIELDS, TOKEN_COUNTS, ViTCLSConfig, gates_that_stay
+from .configuration_vitcls import ADAPTABLE_FIELDS, TOKEN_COUNTS, ViTCLSConfig, get_remaining_gates
 from .positions_vitcls import resample_positions, resize_decoded_patches, resize_patch_kernel
 
 
@@ -152,7 +152,7 @@ def get_new_gates(config: ViTCLSConfig, changes: Mapping[str, Any], gate_new_tok
     """Return the new `gated_tokens`: the given value, else the remaining gates, with new tokens on request."""
     counts = {field: getattr(config, field) for field in TOKEN_COUNTS.values()}
     new_counts = {field: changes.get(field, count) for field, count in counts.items()}
-    remaining = gates_that_stay(config.gated_tokens, counts, new_counts)
+    remaining = get_remaining_gates(config.gated_tokens, counts, new_counts)
     gated = dict(changes.get("gated_tokens", remaining) or {})
     for group, field in TOKEN_COUNTS.items():
         num_added = new_counts[field] - counts[field]

@@ -395,7 +395,7 @@ def test_what_cannot_be_adapted_is_said(tmp_path: Path) -> None:
     for loader in (ViTCLSModel, AutoModel):
         with raises_one_line("num_regster_tokens", "num_register_tokens"):
             loader.from_pretrained(tmp_path, image_size=64, num_regster_tokens=4)
-        with raises_one_line("num_register_tokens is -1"):
+        with raises_one_line("`num_register_tokens`", "-1"):
             loader.from_pretrained(tmp_path, num_register_tokens=-1)
         with raises_one_line("patch"):
             loader.from_pretrained(tmp_path, patch_size=[8, 8, 8])

@@ -7,22 +7,35 @@ import copy
 import dataclasses
 import json
 import math
+import os
 import pickle
 import re
+import shutil
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from fresh import run_fresh
 from tiny import SIZES, raises_one_line, tiny_config
 from transformers import AutoConfig
 from transformers.testing_utils import CaptureLogger
 from transformers.utils import logging
 
-from modeling_vitcls import ViTCLSBackbone, ViTCLSConfig, ViTCLSForImageClassification, ViTCLSModel
+from modeling_vitcls import (
+    ViTCLSBackbone,
+    ViTCLSConfig,
+    ViTCLSForImageClassification,
+    ViTCLSImageProcessor,
+    ViTCLSModel,
+)
+from modeling_vitcls.configuration_vitcls import MAX_LABELS, SIZE_LIMITS
 
 
 NAN = float("nan")
+
+CLASS_VARIABLES = {"_unchecked", "keys_to_ignore_at_inference", "base_model_tp_plan", "base_model_fsdp_plan"}
 
 # Fields that contradict each other -> words that tell the reader what to change.
 CONTRADICTIONS: list[tuple[dict[str, Any], list[str]]] = [
@@ -31,7 +44,7 @@ CONTRADICTIONS: list[tuple[dict[str, Any], list[str]]] = [
     ({"hidden_size": 18, "num_attention_heads": 4}, ["num_attention_heads=4", "hidden_size=18", "3 heads"]),
     ({"image_size": 30}, ["image_size", "30", "24 or 32"]),
     ({"image_size": [32, 20]}, ["image_size", "width", "20", "16 or 24"]),
-    ({"image_size": 4}, ["image_size", "4", "use 8"]),
+    ({"image_size": 4}, ["image_size", "4", "Use 8"]),
     ({"image_size": 32, "patch_size": [8, 12]}, ["image_size", "width", "24 or 36"]),
     ({"distillation_head": True}, ["distillation_head", "num_distillation_tokens=1"]),
     ({"distillation_inference": "distillation"}, ["distillation_inference", "num_distillation_tokens=1"]),
@@ -153,6 +166,23 @@ def test_every_field_is_documented() -> None:
     assert not undocumented
 
 
+def test_fields_are_documented_in_their_order() -> None:
+    """The docstring and the class body have the same two tiers."""
+    documented = re.findall(r"^        ((?:\w+, )*\w+) \(", ViTCLSConfig.__doc__, re.MULTILINE)
+    names = [name for group in documented for name in group.split(", ")]
+    body = [name.removeprefix("_") for name in ViTCLSConfig.__annotations__ if name not in CLASS_VARIABLES]
+    assert names == body
+
+
+def test_fields_have_no_position() -> None:
+    """Their order in the class can change: they are keywords, and files are sorted by name."""
+    with raises_one_line("only keyword arguments"):
+        ViTCLSConfig(4)
+    for use_diff in (True, False):
+        stored = json.loads(tiny_config(tasks={"age": 2}).to_json_string(use_diff=use_diff))
+        assert list(stored) == sorted(stored)
+
+
 def test_choices_are_documented() -> None:
     choices = {choice for field in _fields(ViTCLSConfig) for choice in getattr(field.type, "__args__", ())}
     strings = {choice for choice in choices if isinstance(choice, str)}
@@ -204,6 +234,37 @@ def test_a_wrong_value_names_its_field(name: str, value: Any) -> None:
         del fields["num_labels"]
     with raises_one_line(name):
         ViTCLSConfig(**fields)
+
+
+@pytest.mark.parametrize("name", SIZE_LIMITS)
+def test_sizes_have_a_largest_value(name: str) -> None:
+    largest = SIZE_LIMITS[name][1]
+    with raises_one_line(f"`{name}`", f"{largest:,}", str(largest + 1)):
+        ViTCLSConfig(**{name: largest + 1})
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"num_hidden_layers": 10**6},
+        {"num_labels": 2 * 10**6},
+        {"tasks": {"species": 2 * 10**6}},
+        {"num_cls_tokens": 10**6, "cls_pooling": "concat"},
+    ],
+    ids=str,
+)
+def test_too_large_values_are_refused_before_a_list_of_their_length_is_built(fields: dict[str, Any]) -> None:
+    tracemalloc.start()
+    try:
+        with raises_one_line(next(iter(fields)), "000"):
+            ViTCLSConfig(**fields)
+        assert tracemalloc.get_traced_memory()[1] < 2**20  # a list of 10^6 references has 8 MB
+    finally:
+        tracemalloc.stop()
+
+
+def test_the_largest_number_of_labels_is_accepted() -> None:
+    assert ViTCLSConfig(num_labels=MAX_LABELS).num_labels == MAX_LABELS
 
 
 @pytest.mark.parametrize(
@@ -366,6 +427,80 @@ def test_a_contradiction_made_by_assignment_is_an_error_at_construction_of_the_m
         ViTCLSModel(config)
     with raises_one_line("num_cls_tokens=1"):
         config.save_pretrained(tmp_path)
+
+
+# Runs without the package: `first` and `second` are two checkpoints with different code.
+REGISTER = """
+import json, sys
+from pathlib import Path
+
+import torch
+import transformers
+from transformers import AutoBackbone, AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageClassification
+from transformers import BertConfig, BertModel, UperNetConfig, UperNetForSemanticSegmentation
+from transformers import VisionTextDualEncoderModel
+
+first, second, work = map(Path, sys.argv[1:])
+models = [AutoModel.from_pretrained(folder, trust_remote_code=True) for folder in (first, second)]
+assert [model.version() for model in models] == ["first", "second"]  # each runs its own code
+try:
+    AutoConfig.for_model("vitcls")
+    raise AssertionError("remote code has registered itself")
+except ValueError:
+    pass
+
+model = models[0].eval()
+for _ in range(2):
+    type(model.config).register_auto_classes()
+images = torch.rand(2, 3, 32, 32)
+
+sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+text_model = BertModel(BertConfig(vocab_size=20, **sizes))
+dual = VisionTextDualEncoderModel(vision_model=model, text_model=text_model).eval()
+dual.save_pretrained(work / "dual")
+dual_again = VisionTextDualEncoderModel.from_pretrained(work / "dual").eval()
+
+backbone_config = AutoConfig.from_pretrained(first, out_indices=[1, 2])
+settings = {"hidden_size": 16, "pool_scales": [1, 2], "num_labels": 3, "use_auxiliary_head": False}
+upernet = UperNetForSemanticSegmentation(UperNetConfig(backbone_config=backbone_config, **settings)).eval()
+upernet.save_pretrained(work / "upernet")
+upernet_again = UperNetForSemanticSegmentation.from_pretrained(work / "upernet").eval()
+
+with torch.no_grad():
+    features = [one.get_image_features(images).pooler_output for one in (dual, dual_again)]
+    maps = [one(images).logits for one in (upernet, upernet_again)]
+assert torch.equal(*features) and features[0].std() > 0
+assert torch.equal(*maps) and maps[0].std() > 0
+
+config = AutoConfig.from_pretrained(first)
+print(json.dumps({
+    "backbone": type(AutoBackbone.from_config(config)).__name__,
+    "classifier": type(AutoModelForImageClassification.from_config(config)).__name__,
+    "processors": [type(AutoImageProcessor.from_pretrained(first, backend=name)).__name__ for name in (None, "pil")],
+    "registered code for another checkpoint": AutoModel.from_pretrained(second, trust_remote_code=True).version(),
+}))
+assert "modeling_vitcls" not in sys.modules
+"""
+
+
+def test_one_line_registers_remote_code_for_composite_models(tmp_path: Path) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    ViTCLSModel(tiny_config()).save_pretrained(first)
+    ViTCLSImageProcessor(size=32).save_pretrained(first)
+    shutil.copytree(first, second)
+    for folder in (first, second):
+        code = folder / "modeling_vitcls.py"
+        code.write_text(f"{code.read_text()}\n\nViTCLSModel.version = lambda self: {folder.name!r}\n")
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "home")}
+    words = ["-I", "-c", REGISTER, first, second, tmp_path / "work"]
+    run = run_fresh(*words, environment=environment, cwd=tmp_path)
+    assert run.returncode == 0, run.stderr[-4000:]
+    assert json.loads(run.stdout.splitlines()[-1]) == {
+        "backbone": "ViTCLSBackbone",
+        "classifier": "ViTCLSForImageClassification",
+        "processors": ["ViTCLSImageProcessor", "ViTCLSImageProcessorPil"],
+        "registered code for another checkpoint": "first",
+    }
 
 
 def _fields(cls: type) -> tuple[dataclasses.Field, ...]:

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from modeling_vitcls.image_processing_vitcls import picture_to_pixels
+from modeling_vitcls.image_processing_vitcls import pil_to_tensor
 from modeling_vitcls.training.broken import BrokenPictures
 from modeling_vitcls.training.data import (
     BrokenPicture,
@@ -453,7 +453,7 @@ def test_odd_pictures_are_read(tmp_path: Path) -> None:
     paths = write_odd_pictures(tmp_path / "images")
     for source in as_three_sources(paths, tmp_path / "tables"):
         for path, picture in zip(paths, source.pictures, strict=True):
-            assert picture_to_pixels(picture, to_rgb=True).shape == (3, 9, 6), path
+            assert pil_to_tensor(picture, to_rgb=True).shape == (3, 9, 6), path
 
 
 def test_broken_pictures_are_named(tmp_path: Path) -> None:

@@ -1,10 +1,12 @@
-"""The image processor: every kind of picture, both backends, its errors, and loading it as code from the Hub."""
+"""The image processor: every kind of image, both backends, its errors, and loading it as code from the Hub."""
 
 import base64
+import contextlib
 import functools
 import http.server
 import json
 import os
+import socket
 import subprocess
 import sys
 import threading
@@ -14,6 +16,7 @@ from pathlib import Path
 
 import huggingface_hub
 import numpy as np
+import PIL.EpsImagePlugin
 import PIL.Image
 import pytest
 import torch
@@ -22,7 +25,7 @@ from sklearn.datasets import load_sample_images
 from transformers import AutoImageProcessor
 
 from modeling_vitcls import ViTCLSImageProcessor, ViTCLSImageProcessorPil
-from modeling_vitcls.image_processing_vitcls import array_to_pixels
+from modeling_vitcls.image_processing_vitcls import IMAGE_FORMATS, image_to_tensor
 
 
 BACKENDS = {"torchvision": ViTCLSImageProcessor, "pil": ViTCLSImageProcessorPil}
@@ -47,14 +50,14 @@ def photographs() -> list[np.ndarray]:
 
 
 def gradient(height: int = 5, width: int = 6) -> PIL.Image.Image:
-    """A colour picture in which every pixel differs."""
+    """A color image in which every pixel differs."""
     values = np.arange(height * width * 3, dtype=np.uint8).reshape(height, width, 3)
     return PIL.Image.fromarray(values)
 
 
-def encoded(picture: PIL.Image.Image, file_format: str = "PNG", **options: object) -> bytes:
+def encoded(image: PIL.Image.Image, file_format: str = "PNG", **options: object) -> bytes:
     buffer = BytesIO()
-    picture.save(buffer, format=file_format, **options)
+    image.save(buffer, format=file_format, **options)
     return buffer.getvalue()
 
 
@@ -79,10 +82,10 @@ def error_of(backend: type, image: object, **settings: object) -> str:
 # Results -------------------------------------------------------------------------------------------------------------
 
 
-def test_the_defaults_resize_rescale_and_normalise(backend: type) -> None:
-    grey = PIL.Image.new("RGB", (50, 40), (128, 64, 0))
+def test_the_defaults_resize_rescale_and_normalize(backend: type) -> None:
+    gray = PIL.Image.new("RGB", (50, 40), (128, 64, 0))
     assert backend().resample == PIL.Image.Resampling.BICUBIC
-    pixel_values = backend()(grey, return_tensors="pt").pixel_values
+    pixel_values = backend()(gray, return_tensors="pt").pixel_values
     assert pixel_values.shape == (1, 3, 224, 224)
     assert pixel_values.dtype == torch.float32
     # By hand: (value / 255 - mean) / standard deviation of ImageNet, as published with torchvision's models.
@@ -90,9 +93,9 @@ def test_the_defaults_resize_rescale_and_normalise(backend: type) -> None:
     torch.testing.assert_close(pixel_values[0, :, 100, 100], expected)
 
 
-def test_shortest_edge_and_centre_crop_keep_the_proportions(backend: type) -> None:
+def test_shortest_edge_and_center_crop_keep_the_proportions(backend: type) -> None:
     stripes = np.zeros((100, 200, 3), dtype=np.uint8)
-    stripes[:, 50:150] = 255  # exactly what a centre crop leaves
+    stripes[:, 50:150] = 255  # exactly what a center crop leaves
     settings = {"size": {"shortest_edge": 50}, "do_center_crop": True, "crop_size": 50, "do_normalize": False}
     pixel_values = backend(**settings)(stripes, return_tensors="pt").pixel_values
     assert pixel_values.shape == (1, 3, 50, 50)
@@ -112,13 +115,13 @@ def test_backends_agree_within_the_tolerance_of_the_docstring(resample: int, set
 
 
 def test_backends_agree_without_resizing_whatever_the_source(tmp_path: Path) -> None:
-    picture = gradient()
-    picture.save(tmp_path / "picture.png")
+    image = gradient()
+    image.save(tmp_path / "image.png")
     sources = [
-        tmp_path / "picture.png",
-        encoded(picture, "JPEG"),
-        picture.convert("CMYK"),
-        np.asarray(picture),
+        tmp_path / "image.png",
+        encoded(image, "JPEG"),
+        image.convert("CMYK"),
+        np.asarray(image),
         torch.rand(3, 5, 6),
     ]
     for source in sources:
@@ -163,18 +166,18 @@ def web_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]
     huggingface_hub.close_session()
 
 
-def test_paths_bytes_pictures_arrays_and_tensors_are_the_same_image(backend: type, tmp_path: Path) -> None:
-    picture = gradient()
-    path = tmp_path / "picture.png"
-    picture.save(path)
-    values = np.array(picture)
+def test_paths_bytes_images_arrays_and_tensors_are_the_same_image(backend: type, tmp_path: Path) -> None:
+    image = gradient()
+    path = tmp_path / "image.png"
+    image.save(path)
+    values = np.array(image)
     sources = [
         path,
         str(path),
-        encoded(picture),
-        bytearray(encoded(picture)),
-        "data:image/png;base64," + base64.b64encode(encoded(picture)).decode(),
-        picture,
+        encoded(image),
+        bytearray(encoded(image)),
+        "data:image/png;base64," + base64.b64encode(encoded(image)).decode(),
+        image,
         PIL.Image.open(path),  # opened, not yet decoded
         values,
         values[::-1][::-1],  # negative strides
@@ -192,8 +195,8 @@ def test_paths_bytes_pictures_arrays_and_tensors_are_the_same_image(backend: typ
 
 
 def test_urls(backend: type, tmp_path: Path, web_server: str) -> None:
-    gradient().save(tmp_path / "picture.png")
-    np.testing.assert_array_equal(as_hwc(raw_values(backend, f"{web_server}/picture.png")), np.array(gradient()))
+    gradient().save(tmp_path / "image.png")
+    np.testing.assert_array_equal(as_hwc(raw_values(backend, f"{web_server}/image.png")), np.array(gradient()))
     assert f"{web_server}/missing.png" in (message := error_of(backend, f"{web_server}/missing.png"))
     assert "404" in message
 
@@ -220,7 +223,7 @@ def test_inputs_are_not_changed(backend: type) -> None:
     backend(do_rescale=False, do_resize=False)(tensor, return_tensors="pt")
     assert torch.equal(tensor, before)
     # PyTorch would share the memory of an array that must not be written to.
-    pixels = array_to_pixels(array, to_rgb=True, do_rescale=True, input_data_format=None)
+    pixels = image_to_tensor(array, to_rgb=True, do_rescale=True, input_data_format=None)
     assert not np.shares_memory(pixels.numpy(), array)
 
 
@@ -240,7 +243,7 @@ def test_exif_orientation_is_applied_once(backend: type, orientation: int, tmp_p
     }[orientation]
     exif = PIL.Image.Exif()
     exif[0x0112] = orientation
-    path = tmp_path / "picture.png"
+    path = tmp_path / "image.png"
     PIL.Image.fromarray(np.ascontiguousarray(stored)).save(path, exif=exif)
     for source in (path, path.read_bytes(), PIL.Image.open(path)):
         np.testing.assert_array_equal(as_hwc(raw_values(backend, source)), upright)
@@ -251,28 +254,28 @@ def test_exif_orientation_is_applied_once(backend: type, orientation: int, tmp_p
 
 
 def rgba(alpha: int) -> PIL.Image.Image:
-    picture = gradient()
-    picture.putalpha(alpha)
-    return picture
+    image = gradient()
+    image.putalpha(alpha)
+    return image
 
 
 def palette_with_transparency() -> PIL.Image.Image:
     """Left half red, right half transparent, as a palette PNG stores it."""
-    picture = PIL.Image.new("P", (6, 4), 0)
-    picture.putpalette([255, 0, 0, 0, 0, 255])
-    picture.paste(1, (3, 0, 6, 4))
-    return PIL.Image.open(BytesIO(encoded(picture, transparency=1)))
+    image = PIL.Image.new("P", (6, 4), 0)
+    image.putpalette([255, 0, 0, 0, 0, 255])
+    image.paste(1, (3, 0, 6, 4))
+    return PIL.Image.open(BytesIO(encoded(image, transparency=1)))
 
 
 def test_transparency_is_laid_on_white(backend: type) -> None:
-    colour = np.array(gradient()).astype(float)
-    np.testing.assert_array_equal(as_hwc(raw_values(backend, rgba(255))), colour)
+    color = np.array(gradient()).astype(float)
+    np.testing.assert_array_equal(as_hwc(raw_values(backend, rgba(255))), color)
     assert (raw_values(backend, rgba(0)) == 255).all()
-    expected = np.round(colour * 100 / 255 + 155)
+    expected = np.round(color * 100 / 255 + 155)
     for source in (rgba(100), np.array(rgba(100)), torch.from_numpy(np.array(rgba(100)))):
         np.testing.assert_allclose(as_hwc(raw_values(backend, source)), expected, atol=1)
-    half_grey = PIL.Image.merge("LA", [PIL.Image.new("L", (6, 4), value) for value in (50, 100)])
-    assert (raw_values(backend, half_grey) == round(50 * 100 / 255 + 155)).all()
+    half_gray = PIL.Image.merge("LA", [PIL.Image.new("L", (6, 4), value) for value in (50, 100)])
+    assert (raw_values(backend, half_gray) == round(50 * 100 / 255 + 155)).all()
     palette = raw_values(backend, palette_with_transparency())
     assert palette[:, 0, 0].tolist() == [255, 0, 0]
     assert palette[:, 0, 5].tolist() == [255, 255, 255]
@@ -287,8 +290,8 @@ def test_transparency_of_floats_is_laid_on_white(backend: type) -> None:
 @pytest.mark.parametrize("mode", ["L", "P", "CMYK", "YCbCr", "HSV", "RGBX"])
 def test_other_modes_become_rgb(backend: type, mode: str) -> None:
     red = PIL.Image.new("RGB", (6, 4), (200, 0, 0)).convert(mode)
-    expected = (60, 60, 60) if mode == "L" else (200, 0, 0)  # 0.299 * 200 for grey
-    # A palette has 216 web colours, 51 apart; the others round.
+    expected = (60, 60, 60) if mode == "L" else (200, 0, 0)  # 0.299 * 200 for gray
+    # A palette has 216 web colors, 51 apart; the others round.
     np.testing.assert_allclose(raw_values(backend, red)[:, 0, 0], expected, atol=26 if mode == "P" else 1)
 
 
@@ -299,7 +302,7 @@ def test_floats_are_rounded_to_eight_bits(backend: type) -> None:
     torch.testing.assert_close(255 * pixel_values[0, 0], torch.tensor([[0.0, 1.0], [100.0, 255.0]]))
 
 
-def test_one_bit_pictures_become_black_and_white(backend: type) -> None:
+def test_one_bit_images_become_black_and_white(backend: type) -> None:
     values = np.eye(6, dtype=bool)
     for source in (PIL.Image.fromarray(values), values, torch.from_numpy(values)):
         result = raw_values(backend, source)
@@ -326,25 +329,25 @@ def test_sixteen_bit_png_files(backend: type, tmp_path: Path) -> None:
     assert (raw_values(backend, tmp_path / "x-ray.png") == 200).all()
 
 
-def test_without_rgb_a_picture_keeps_its_own_channels(backend: type, tmp_path: Path) -> None:
-    grey = gradient().convert("L")
+def test_without_rgb_an_image_keeps_its_own_channels(backend: type, tmp_path: Path) -> None:
+    gray = gradient().convert("L")
     channels = {
-        "grey file": (encoded(grey), 1),
-        "grey": (grey, 1),
-        "1 bit": (grey.convert("1"), 1),
+        "gray file": (encoded(gray), 1),
+        "gray": (gray, 1),
+        "1 bit": (gray.convert("1"), 1),
         "16 bits": (np.zeros((5, 6), dtype=np.uint16), 1),
-        "grey with alpha": (grey.convert("LA"), 1),
-        "colour": (gradient(), 3),
+        "gray with alpha": (gray.convert("LA"), 1),
+        "color": (gradient(), 3),
         "palette": (gradient().convert("P"), 3),
         "ink": (gradient().convert("CMYK"), 3),
-        "colour with alpha": (rgba(100), 4),
+        "color with alpha": (rgba(100), 4),
         "array": (np.zeros((5, 6, 4), dtype=np.uint8), 4),
     }
     for name, (source, expected) in channels.items():
         assert raw_values(backend, source, do_convert_rgb=False).shape == (expected, 5, 6), name
 
 
-def test_a_grey_model_gets_one_channel(backend: type) -> None:
+def test_a_gray_model_gets_one_channel(backend: type) -> None:
     processor = backend(do_convert_rgb=False, image_mean=[0.5], image_std=[0.5], size=28)
     digits = [gradient().convert("L"), gradient().convert("LA"), np.zeros((8, 8), dtype=np.uint8)]
     pixel_values = processor(digits, return_tensors="pt").pixel_values
@@ -362,7 +365,7 @@ def test_more_channels_pass_if_their_axis_is_named(backend: type) -> None:
 
 def test_unreadable_sources_are_named(backend: type, tmp_path: Path) -> None:
     missing, text, truncated = (tmp_path / name for name in ("missing.png", "text.png", "truncated.jpg"))
-    text.write_text("not a picture")
+    text.write_text("not an image")
     photo, lossless = (encoded(PIL.Image.fromarray(photographs()[0]), kind) for kind in ("JPEG", "PNG"))
     truncated.write_bytes(photo[: len(photo) // 2])
     for path in (missing, text, truncated, tmp_path):
@@ -370,11 +373,60 @@ def test_unreadable_sources_are_named(backend: type, tmp_path: Path) -> None:
             assert path.name in error_of(backend, source)
     assert "truncated" in error_of(backend, truncated)
     assert "truncated.jpg" in error_of(backend, PIL.Image.open(truncated))
-    for broken in (b"", b"not a picture", photo[:1000], lossless[: len(lossless) // 2]):
+    for broken in (b"", b"not an image", photo[:1000], lossless[: len(lossless) // 2]):
         assert f"{len(broken)} bytes" in error_of(backend, broken)
     assert "cannot fetch the image at 'data:image" in error_of(backend, "data:image/png;base64,###")
     for long in ("x" * 100_000, "data:image/png;base64," + "A" * 100_000):
         assert len(error_of(backend, long)) < 1000
+
+
+@pytest.mark.parametrize("file_format", IMAGE_FORMATS)
+def test_supported_formats_are_read(backend: type, file_format: str, tmp_path: Path) -> None:
+    path = tmp_path / "image.png"  # the content determines the format
+    path.write_bytes(encoded(gradient(16, 16), file_format))
+    for source in (path, path.read_bytes()):
+        assert raw_values(backend, source).shape == (3, 16, 16)
+
+
+def test_multi_picture_files_of_cameras_are_read(backend: type) -> None:
+    file = encoded(gradient(), "MPO", save_all=True, append_images=[gradient()])
+    assert raw_values(backend, file).shape == (3, 5, 6)
+
+
+@pytest.mark.parametrize("file_format", ["EPS", "TGA", "PCX", "PDF"])
+@pytest.mark.parametrize("suffix", [".png", ".eps"])
+def test_other_formats_are_refused(
+    backend: type, file_format: str, suffix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """PIL would start Ghostscript to decode EPS."""
+    monkeypatch.setattr(PIL.EpsImagePlugin, "Ghostscript", lambda *_args: pytest.fail("Ghostscript was started"))
+    path = tmp_path / f"image{suffix}"
+    path.write_bytes(encoded(gradient(), file_format))
+    for source in (path, path.read_bytes()):
+        message = error_of(backend, source)
+        assert "not an image in a supported format (JPEG, PNG, " in message
+    assert path.name in error_of(backend, path)
+
+
+def test_pipes_sockets_and_devices_are_refused(backend: type, tmp_path: Path) -> None:
+    pipe, listening, device, link = (tmp_path / f"{name}.png" for name in ("pipe", "socket", "device", "link"))
+    os.mkfifo(pipe)
+    device.symlink_to("/dev/zero")
+    link.symlink_to(pipe)
+    messages: dict[str, str] = {}
+
+    def process() -> None:
+        for path in (pipe, listening, device, link, tmp_path):
+            messages[path.name] = error_of(backend, path)
+
+    with socket.socket(socket.AF_UNIX) as listener, contextlib.chdir(tmp_path):  # names of sockets are short
+        listener.bind(listening.name)
+        thread = threading.Thread(target=process, daemon=True)  # opening a pipe blocks until something writes to it
+        thread.start()
+        thread.join(60)
+    assert len(messages) == 5
+    for name, message in messages.items():
+        assert name in message and "it is not a regular file" in message
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning:PIL")
@@ -510,7 +562,7 @@ def settings_in(folder: Path) -> dict:
 
 def test_saved_settings_name_both_backends(backend: type, tmp_path: Path) -> None:
     backend(**SETTINGS).save_pretrained(tmp_path)
-    code = {"image_processing_vitcls.py", "fast_pixels_vitcls.py"}
+    code = {"image_processing_vitcls.py", "fast_image_processing_vitcls.py"}
     assert {path.name for path in tmp_path.iterdir()} == {"preprocessor_config.json", *code}
     assert settings_in(tmp_path)["image_processor_type"] == "ViTCLSImageProcessor"
     assert settings_in(tmp_path)["auto_map"] == {

@@ -169,7 +169,7 @@ def test_table_names_images_labels_and_errors(
     first, second, third = [line for line in printed.out.splitlines() if str(broken) in line]
     assert f"{broken}/1-whole.jpg" in first and any(name in first for name in NAMES)
     assert "2-cut.jpg" in second and "truncated" in second.lower()
-    assert "3-text.png" in third and "no image of a known format" in third
+    assert "3-text.png" in third and "not an image in a supported format" in third
     assert "3 of 3 images" in printed.err and "2 without an answer" in printed.err
 
 

@@ -249,8 +249,8 @@ def test_a_file_that_is_no_picture_is_named_and_leaves_nothing_of_the_last_one(
         expect(page.locator("[data-testid$=-confidence-set]")).to_have_count(0)
         give(page, tmp_path / "notes.png")
         problem = page.locator("#problem")
-        expect(problem).to_have_text(
-            "No answer: cannot read an image from 'notes.png': it is no image of a known format."
+        expect(problem).to_contain_text(
+            "No answer: cannot read an image from 'notes.png': it is not an image in a supported format"
         )
         expect(page.locator("#map img")).to_have_count(0)
         give(page, photo)
@@ -617,7 +617,11 @@ def test_what_is_shipped_needs_nothing_that_is_not(model: PublishedModel) -> Non
     listed = {line.partition(">=")[0] for line in space_contents(model)["requirements.txt"].decode().splitlines()}  # type: ignore[union-attr]
     available = listed - {"pillow"} | {"PIL", "gradio"} | set(sys.stdlib_module_names)
     for name in SHIPPED:
-        for node in ast.walk(ast.parse((PACKAGE / name).read_text())):
+        tree = ast.parse((PACKAGE / name).read_text())
+        functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
+        # imports all models, and is not called in a Space
+        skipped = {node for found in functions if found.name == "register_auto_classes" for node in ast.walk(found)}
+        for node in set(ast.walk(tree)) - skipped:
             if isinstance(node, ast.ImportFrom) and node.level:
                 target = PACKAGE.joinpath(name).parents[node.level - 1] / f"{(node.module or '').replace('.', '/')}.py"
                 assert target.relative_to(PACKAGE).as_posix() in SHIPPED, f"{name} imports {target.name}"
@@ -725,7 +729,7 @@ def test_models_that_a_space_cannot_load_are_refused(hub: LocalHub, classifier: 
 
 def test_examples_are_pictures_with_names_of_their_own(model: PublishedModel, photo: Path, tmp_path: Path) -> None:
     (tmp_path / "notes.png").write_text("no picture")
-    with raises_one_line("notes.png", "no image of a known format"):
+    with raises_one_line("notes.png", "not an image in a supported format"):
         space_contents(model, examples=[tmp_path / "notes.png"])
     with raises_one_line("two of the examples are called temple.png"):
         space_contents(model, examples=[photo, photo])

@@ -24,7 +24,7 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, Sp
 from packaging.requirements import Requirement
 
 from ..configuration_vitcls import ViTCLSConfig
-from ..image_processing_vitcls import read_picture
+from ..image_processing_vitcls import read_image
 from .commits import Published, code_of, published
 from .connection import HUB_ERRORS, check_is_online, endpoint, in_one_line, patience, tried_again
 from .contents import REFERRING, Contents, read_json
@@ -44,7 +44,7 @@ SHIPPED = (
     "demo/words.py",
     "analysis/maps.py",
     "configuration_vitcls.py",
-    "fast_pixels_vitcls.py",
+    "fast_image_processing_vitcls.py",
     "image_processing_vitcls.py",
     "adaptation_vitcls.py",
     "attention_masks_vitcls.py",
@@ -245,7 +245,7 @@ def example_contents(examples: Iterable[Path]) -> Contents:
         name = f"{EXAMPLES}/{file.name}"
         if name in contents:
             raise ValueError(f"two of the examples are called {file.name}: rename one")
-        read_picture(file)
+        read_image(file)
         contents[name] = file
     return contents
 

@@ -28,7 +28,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from ..image_processing_vitcls import picture_to_pixels
+from ..image_processing_vitcls import pil_to_tensor
 from .augmentation import Augmentation
 from .broken import NO_PICTURE
 from .options import TrainingOptions
@@ -161,7 +161,7 @@ class Preparation:
             BrokenPicture: if its values cannot be used.
         """
         try:
-            pixels = picture_to_pixels(picture, self.to_rgb)
+            pixels = pil_to_tensor(picture, self.to_rgb)
         except ValueError as error:
             raise BrokenPicture(str(error)) from error
         check_channels(picture, pixels, self.num_channels)

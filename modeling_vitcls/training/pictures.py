@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ..image_processing_vitcls import first_line, read_picture, shortened
+from ..image_processing_vitcls import get_first_line, read_image, shorten
 
 
 class BrokenPicture(ValueError):
@@ -119,7 +119,7 @@ def check_channels(picture: Image.Image, pixels: torch.Tensor, num_channels: int
     """
     if num_channels is not None and len(pixels) != num_channels:
         name = getattr(picture, "filename", "")
-        which = f"the image {shortened(name)}" if name else f"an image of mode {picture.mode}"
+        which = f"the image {shorten(name)}" if name else f"an image of mode {picture.mode}"
         raise BrokenPicture(f"{which} has {len(pixels)} channels, the model takes {num_channels}")
 
 
@@ -154,10 +154,10 @@ def decoded(encoded: dict[str, Any] | None, place: str) -> Image.Image:
     if encoded["bytes"] is None:
         return named(from_path(encoded["path"]), encoded["path"])
     try:
-        return named(read_picture(encoded["bytes"]), encoded["path"] or place)
+        return named(read_image(encoded["bytes"]), encoded["path"] or place)
     except Exception as error:  # Pillow's decoders raise almost anything on broken data
-        name = shortened(encoded["path"]) if encoded["path"] else place
-        raise BrokenPicture(f"cannot read the image {name}: {first_line(error)}") from error
+        name = shorten(encoded["path"]) if encoded["path"] else place
+        raise BrokenPicture(f"cannot read the image {name}: {get_first_line(error)}") from error
 
 
 def named(picture: Image.Image, name: str) -> Image.Image:
@@ -173,8 +173,8 @@ def from_path(path: str) -> Image.Image:
             import datasets
 
             return datasets.Image().decode_example({"path": path, "bytes": None})
-        return read_picture(path)
+        return read_image(path)
     except Exception as error:
         raise BrokenPicture(
-            first_line(error) if isinstance(error, ValueError) else f"{shortened(path)}: {first_line(error)}"
+            get_first_line(error) if isinstance(error, ValueError) else f"{shorten(path)}: {get_first_line(error)}"
         ) from error

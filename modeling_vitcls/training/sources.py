@@ -19,7 +19,7 @@ import numpy as np
 
 from ..heads_vitcls import IGNORED_LABEL
 from ..hub.loading import briefly_asked, is_hub_id, not_there
-from ..image_processing_vitcls import first_line
+from ..image_processing_vitcls import get_first_line
 from .columns import UNLABELLED, build_label_reader, find_image_column, is_image
 from .labels import LabelSpace
 from .options import DataOptions
@@ -140,7 +140,7 @@ def read_idx(file: Path, dimensions: int) -> np.ndarray:
         shape = struct.unpack_from(f">{dimensions}I", content, 4)
         return np.frombuffer(content, np.uint8, offset=4 + 4 * dimensions).reshape(shape)
     except (OSError, EOFError, ValueError, struct.error) as error:
-        raise ValueError(f"cannot read {file} as a file of MNIST's format: {first_line(error)}") from error
+        raise ValueError(f"cannot read {file} as a file of MNIST's format: {get_first_line(error)}") from error
 
 
 # Read by `datasets` --------------------------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 
 from ..heads_vitcls import IGNORED_LABEL
-from ..image_processing_vitcls import shortened
+from ..image_processing_vitcls import shorten
 from .augmentation import Augmentation
 from .batches import Batch, BatchPlan, Preparation, TrainingPictures
 from .broken import NO_PICTURE
@@ -278,7 +278,7 @@ class TrainingStream:
     def describe(self, index: int) -> str:
         """What is known of a broken picture."""
         name = self.names.get(index)
-        return f"cannot read the image {shortened(name)}" if name else f"cannot read the image with checksum {index:x}"
+        return f"cannot read the image {shorten(name)}" if name else f"cannot read the image with checksum {index:x}"
 
 
 def training_pictures(

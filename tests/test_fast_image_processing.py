@@ -1,7 +1,9 @@
-"""The image processor's short way: the values of the long way, to the bit, and only where it does the same."""
+"""The fast path of the image processor: the values of the slow path, to the bit, with the settings it supports."""
 
 import copy
 import itertools
+import os
+import threading
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -15,8 +17,8 @@ from tiny import raises_one_line
 from transformers.image_utils import SizeDict
 
 from modeling_vitcls import ViTCLSImageProcessor, ViTCLSImageProcessorPil
-from modeling_vitcls.fast_pixels_vitcls import read_jpeg
-from modeling_vitcls.image_processing_vitcls import picture_to_pixels, read_picture
+from modeling_vitcls.fast_image_processing_vitcls import read_jpeg
+from modeling_vitcls.image_processing_vitcls import pil_to_tensor, read_image
 
 
 SIZES: list[dict[str, Any]] = [
@@ -40,13 +42,13 @@ STATISTICS: list[dict[str, Any]] = [
 ]
 
 
-def jpeg(picture: PIL.Image.Image, **settings: Any) -> bytes:
+def jpeg(image: PIL.Image.Image, **settings: Any) -> bytes:
     buffer = BytesIO()
-    picture.save(buffer, format="JPEG", **settings)
+    image.save(buffer, format="JPEG", **settings)
     return buffer.getvalue()
 
 
-def turned(orientation: int) -> PIL.Image.Exif:
+def make_exif(orientation: int) -> PIL.Image.Exif:
     exif = PIL.Image.Exif()
     exif[0x0112] = orientation
     return exif
@@ -56,35 +58,35 @@ def photograph(height: int = 77, width: int = 101) -> PIL.Image.Image:
     return PIL.Image.fromarray(load_sample_images().images[0][100 : 100 + height, 40 : 40 + width])
 
 
-def pictures() -> dict[str, Any]:
-    """One picture as everything that the image processor takes."""
-    picture = photograph()
-    values = np.array(picture)
+def example_images() -> dict[str, Any]:
+    """Return one image in every form that the image processor accepts."""
+    image = photograph()
+    values = np.array(image)
     return {
-        "jpeg": jpeg(picture, quality=60),
-        "jpeg 4:4:4 progressive": jpeg(picture, quality=95, subsampling=0, progressive=True),
-        "jpeg 4:2:2": jpeg(picture, quality=20, subsampling=1),
-        "grey jpeg": jpeg(picture.convert("L")),
-        "cmyk jpeg": jpeg(picture.convert("CMYK")),
-        **{f"jpeg turned {orientation}": jpeg(picture, exif=turned(orientation)) for orientation in range(2, 9)},
-        **{mode: picture.convert(mode) for mode in ("1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr", "HSV")},
+        "jpeg": jpeg(image, quality=60),
+        "jpeg 4:4:4 progressive": jpeg(image, quality=95, subsampling=0, progressive=True),
+        "jpeg 4:2:2": jpeg(image, quality=20, subsampling=1),
+        "gray jpeg": jpeg(image.convert("L")),
+        "cmyk jpeg": jpeg(image.convert("CMYK")),
+        **{f"jpeg turned {orientation}": jpeg(image, exif=make_exif(orientation)) for orientation in range(2, 9)},
+        **{mode: image.convert(mode) for mode in ("1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr", "HSV")},
         "16 bits": PIL.Image.fromarray(values[..., 0].astype(np.uint16) * 257),
         "array": values,
         "array of floats": values.astype(np.float32),
         "array of whole numbers": values.astype(np.int64),
-        "grey array": values[..., 0],
+        "gray array": values[..., 0],
         "channels first": torch.from_numpy(values).permute(2, 0, 1).contiguous(),
         "batch": torch.from_numpy(values).permute(2, 0, 1).expand(2, -1, -1, -1),
     }
 
 
-def the_long_way(processor: ViTCLSImageProcessor, images: Any) -> torch.Tensor:
+def run_slow_path(processor: ViTCLSImageProcessor, images: Any) -> torch.Tensor:
     return super(ViTCLSImageProcessor, processor).preprocess(images, return_tensors="pt")["pixel_values"]
 
 
 def check_same(processor: ViTCLSImageProcessor, images: Any, name: str) -> None:
-    """The second call goes the short way, and gives what the long one does."""
-    wanted = the_long_way(processor, images)
+    """Check that the second call uses the fast path and returns the values of the slow path."""
+    wanted = run_slow_path(processor, images)
     processor(images, return_tensors="pt")
     assert processor._checked_settings is not None
     found = processor(images, return_tensors="pt")["pixel_values"]
@@ -95,31 +97,31 @@ def check_same(processor: ViTCLSImageProcessor, images: Any, name: str) -> None:
 @pytest.mark.parametrize(
     "sizes, resample", itertools.product(SIZES, RESAMPLES), ids=lambda value: str(value).replace("'", "")
 )
-def test_all_pictures_get_the_same_values(sizes: dict[str, Any], resample: int) -> None:
+def test_all_images_get_the_same_values(sizes: dict[str, Any], resample: int) -> None:
     processor = ViTCLSImageProcessor(**sizes, resample=resample)
-    for name, picture in pictures().items():
-        check_same(processor, picture, name)
+    for name, image in example_images().items():
+        check_same(processor, image, name)
 
 
 @pytest.mark.parametrize("statistics", STATISTICS, ids=str)
 def test_all_statistics_get_the_same_values(statistics: dict[str, Any]) -> None:
-    check_same(ViTCLSImageProcessor(size=32, **statistics), pictures()["jpeg"], "jpeg")
+    check_same(ViTCLSImageProcessor(size=32, **statistics), example_images()["jpeg"], "jpeg")
 
 
-def test_pictures_of_all_shapes_get_the_same_values() -> None:
-    """Down to a single pixel, and so narrow that an axis might be taken for the channels."""
+def test_images_of_all_shapes_get_the_same_values() -> None:
+    """Down to a single pixel, and with an axis that could be the channels."""
     processor = ViTCLSImageProcessor(size={"height": 20, "width": 24})
     for height, width in [(1, 1), (1, 3), (3, 3), (4, 1), (2, 90), (90, 2), (20, 24), (64, 64)]:
-        for picture in (photograph(height, width), jpeg(photograph(height, width))):
-            check_same(processor, picture, f"{height} x {width}")
+        for image in (photograph(height, width), jpeg(photograph(height, width))):
+            check_same(processor, image, f"{height} x {width}")
 
 
-def test_channels_are_kept_where_they_are_to_be_kept() -> None:
-    grey = ViTCLSImageProcessor(size=32, do_convert_rgb=False, image_mean=[0.5], image_std=[0.5])
-    check_same(grey, pictures()["grey jpeg"], "grey")
+def test_channels_are_kept_without_conversion() -> None:
+    gray = ViTCLSImageProcessor(size=32, do_convert_rgb=False, image_mean=[0.5], image_std=[0.5])
+    check_same(gray, example_images()["gray jpeg"], "gray")
     with raises_one_line("3 channels"):
-        grey(pictures()["jpeg"], return_tensors="pt")
-    check_same(ViTCLSImageProcessor(size=32, do_convert_rgb=False), pictures()["jpeg"], "colour")
+        gray(example_images()["jpeg"], return_tensors="pt")
+    check_same(ViTCLSImageProcessor(size=32, do_convert_rgb=False), example_images()["jpeg"], "color")
 
 
 @pytest.mark.parametrize("num_threads", [1, 3])
@@ -137,8 +139,8 @@ def test_lists_keep_their_order_on_several_threads(num_threads: int, tmp_path: P
         torch.set_num_threads(before)
 
 
-def test_errors_are_those_of_the_long_way(tmp_path: Path) -> None:
-    whole = pictures()["jpeg"]
+def test_errors_are_those_of_the_slow_path(tmp_path: Path) -> None:
+    whole = example_images()["jpeg"]
     (tmp_path / "cut.jpg").write_bytes(whole[: len(whole) // 2])
     (tmp_path / "text.jpg").write_text("no image")
     known = ViTCLSImageProcessor(do_resize=False)
@@ -167,9 +169,27 @@ def test_errors_are_those_of_the_long_way(tmp_path: Path) -> None:
             known(images, return_tensors="pt")
 
 
+def test_a_named_pipe_is_an_error_on_the_fast_path(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.jpg")
+    processor = ViTCLSImageProcessor(size=32)
+    processor(example_images()["jpeg"], return_tensors="pt")
+    assert processor._checked_settings is not None
+    messages: list[str] = []
+
+    def process() -> None:
+        with pytest.raises(ValueError) as caught:
+            processor(tmp_path / "pipe.jpg", return_tensors="pt")
+        messages.append(str(caught.value))
+
+    thread = threading.Thread(target=process, daemon=True)  # opening a pipe blocks until something writes to it
+    thread.start()
+    thread.join(60)
+    assert messages and "pipe.jpg" in messages[0] and "regular file" in messages[0]
+
+
 def test_settings_may_change_between_calls() -> None:
-    """In place of one another, within a size, and to what is wrong."""
-    image = pictures()["jpeg"]
+    """As a whole, within a size, and to a wrong value."""
+    image = example_images()["jpeg"]
     processor = ViTCLSImageProcessor(size=32)
     check_same(processor, image, "as built")
     for name, value in {"size": SizeDict(height=20, width=30), "image_mean": (0.1, 0.2, 0.3), "resample": 2}.items():
@@ -192,17 +212,17 @@ def test_settings_may_change_between_calls() -> None:
     ],
     ids=str,
 )
-def test_what_the_short_way_does_not_do_goes_the_long_one(settings: dict[str, Any]) -> None:
+def test_other_settings_use_the_slow_path(settings: dict[str, Any]) -> None:
     processor = ViTCLSImageProcessor(size=32, **settings)
     for _ in range(2):
-        found = processor(pictures()["jpeg"], return_tensors="pt")["pixel_values"]
-        assert torch.equal(found, the_long_way(processor, pictures()["jpeg"]))
+        found = processor(example_images()["jpeg"], return_tensors="pt")["pixel_values"]
+        assert torch.equal(found, run_slow_path(processor, example_images()["jpeg"]))
     assert processor._checked_settings is None
 
 
-def test_keywords_of_a_call_count_after_a_call_without() -> None:
+def test_keywords_override_settings_after_a_call_without_keywords() -> None:
     processor = ViTCLSImageProcessor(size=32)
-    image = pictures()["jpeg"]
+    image = example_images()["jpeg"]
     check_same(processor, image, "without")
     assert processor(image, size=16, return_tensors="pt")["pixel_values"].shape == (1, 3, 16, 16)
     assert isinstance(processor(image, return_tensors="np")["pixel_values"], np.ndarray)
@@ -216,19 +236,19 @@ def test_methods_of_a_subclass_are_called() -> None:
         def rescale_and_normalize(self, images: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
             return super().rescale_and_normalize(images, *args, **kwargs) + 1
 
-    image = pictures()["jpeg"]
+    image = example_images()["jpeg"]
     plain, brighter = ViTCLSImageProcessor(size=32), Brighter(size=32)
     for _ in range(2):
         values = [processor(image, return_tensors="pt")["pixel_values"] for processor in (plain, brighter)]
         assert torch.equal(values[0] + 1, values[1])
 
 
-def test_what_was_checked_is_not_saved(tmp_path: Path) -> None:
+def test_checked_settings_are_not_saved(tmp_path: Path) -> None:
     processor = ViTCLSImageProcessor(size=32)
     fresh = processor.to_dict()
-    check_same(processor, pictures()["jpeg"], "jpeg")
+    check_same(processor, example_images()["jpeg"], "jpeg")
     assert processor.to_dict() == fresh
-    check_same(copy.deepcopy(processor), pictures()["jpeg"], "copy")
+    check_same(copy.deepcopy(processor), example_images()["jpeg"], "copy")
     processor.save_pretrained(tmp_path)
     assert "_checked" not in (tmp_path / "preprocessor_config.json").read_text()
     assert ViTCLSImageProcessorPil.from_pretrained(tmp_path).to_dict() == fresh
@@ -236,8 +256,8 @@ def test_what_was_checked_is_not_saved(tmp_path: Path) -> None:
 
 def test_jpeg_files_are_decoded_as_pil_does() -> None:
     decoded = []
-    for name, picture in pictures().items():
-        if isinstance(picture, bytes) and (pixels := read_jpeg(picture)) is not None:
+    for name, image in example_images().items():
+        if isinstance(image, bytes) and (pixels := read_jpeg(image)) is not None:
             decoded.append(name)
-            assert torch.equal(pixels, picture_to_pixels(read_picture(picture), to_rgb=True)), name
-    assert len(decoded) == 11 and "cmyk jpeg" not in decoded  # that is PIL's
+            assert torch.equal(pixels, pil_to_tensor(read_image(image), to_rgb=True)), name
+    assert len(decoded) == 11 and "cmyk jpeg" not in decoded  # PIL decodes it
