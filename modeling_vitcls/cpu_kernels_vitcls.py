@@ -37,8 +37,9 @@ from .variants_vitcls import MergingAttention, ViTCLSDifferentialAttention
 
 # Private names of PyTorch: here and nowhere else in the shipped files. If one is missing, no kernel is installed.
 try:
-    from torch._C import _functorch, _len_torch_dispatch_stack
-    from torch._C._autograd import _saved_tensors_hooks_is_enabled  # type: ignore[attr-defined]
+    from torch._C import _functorch
+    from torch._C import _len_torch_dispatch_stack as count_dispatch_modes
+    from torch._C._autograd import _saved_tensors_hooks_is_enabled as can_save_tensors  # type: ignore[attr-defined]
     from torch.autograd import forward_ad
 
     peek_functorch_stack = _functorch.peek_interpreter_stack
@@ -226,7 +227,7 @@ def can_use_onednn(linear: nn.Linear | nn.Conv2d, inputs: torch.Tensor) -> bool:
         weight.dtype == inputs.dtype
         and inputs.numel() * len(weight) >= min_work
         and is_onednn_enabled()
-        and not (_len_torch_dispatch_stack() or torch.is_autocast_enabled("cpu") or is_transformed())
+        and not (count_dispatch_modes() or torch.is_autocast_enabled("cpu") or is_transformed())
     )
 
 
@@ -355,7 +356,7 @@ class OneDNNGELULinear(LinearFunction):
 
 def is_onednn_correct() -> bool:
     """Return whether oneDNN's operator runs on this CPU and agrees with PyTorch's linear layer on a small product."""
-    if _len_torch_dispatch_stack():  # fake tensors have no values to compare
+    if count_dispatch_modes():  # fake tensors have no values to compare
         return True
     inputs, weight = (
         torch.linspace(-1, 1, rows * 16, dtype=torch.float32, device="cpu").view(rows, 16) for rows in (4, 8)
@@ -476,7 +477,7 @@ def can_recompute(inputs: torch.Tensor) -> bool:
         and inputs.device.type == "cpu"
         and not torch.compiler.is_compiling()
         and is_onednn_enabled()
-        and _saved_tensors_hooks_is_enabled()
+        and can_save_tensors()
     )
 
 
