@@ -77,9 +77,9 @@ def install_cpu_kernels(model: nn.Module) -> None:
     if os.environ.get("VITCLS_CPU_KERNELS") == "0" or not HAS_PRIVATE_NAMES:
         return
     for module in model.modules():
-        kernel_class = KERNEL_CLASSES.get(type(module))
-        if kernel_class is not None and not (isinstance(module, nn.Conv2d) and not is_patch_projection(module)):
-            module.__class__ = kernel_class
+        if isinstance(module, nn.Conv2d) and (module.stride != module.kernel_size or module.padding != (0, 0)):
+            continue  # not a projection of patches
+        module.__class__ = KERNEL_CLASSES.get(type(module), type(module))
 
 
 def uninstall_cpu_kernels(model: nn.Module) -> None:
@@ -87,11 +87,6 @@ def uninstall_cpu_kernels(model: nn.Module) -> None:
     plain_classes = {kernel: plain for plain, kernel in KERNEL_CLASSES.items()}
     for module in model.modules():
         module.__class__ = plain_classes.get(type(module), type(module))
-
-
-def is_patch_projection(conv: nn.Conv2d) -> bool:
-    """Return whether a convolution has a stride equal to its kernel and no padding, dilation or groups."""
-    return conv.stride == conv.kernel_size and conv.padding == (0, 0) and conv.dilation == (1, 1) and conv.groups == 1
 
 
 class CPUKernel(nn.Module):
@@ -270,7 +265,11 @@ def onednn_linear(
 
 def onednn_linear_autograd(inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """Return `inputs @ weight.T + bias` with gradients; by PyTorch's own linear if operators are transformed."""
-    return (nn.functional.linear if is_transformed() else OneDNNLinear.apply)(inputs, weight, bias)
+    if is_transformed():
+        return nn.functional.linear(inputs, weight, bias)
+    if torch.is_grad_enabled():  # not in `KernelLinear.forward`
+        return KernelLinear.apply(onednn_linear_autograd, inputs, weight, bias)
+    return onednn_linear(inputs, weight, bias)
 
 
 def linear_gelu(
@@ -284,15 +283,6 @@ def linear_gelu(
     if not is_onednn_enabled():
         return activation(linear(inputs))
     return torch.ops.aten.gelu_(linear(inputs))  # in place: allocating memory takes longer than the function
-
-
-class LinearFunction(torch.autograd.Function):
-    """A function of inputs [..., in], weight [out, in] and bias [out], which are kept for the backward pass."""
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
-        """Save the inputs."""
-        ctx.save_for_backward(*inputs)
 
 
 def compute_linear_gradients(
@@ -319,27 +309,43 @@ def compute_linear_gradients(
     return input_grad, weight_grad, grads.sum(0) if bias is not None and needs_grad[2] else None
 
 
-class OneDNNLinear(LinearFunction):
-    """`onednn_linear` with gradients of any order."""
+class KernelLinear(torch.autograd.Function):
+    """A linear layer that `linear(inputs, weight, bias)` computes, also in the backward passes of any order."""
+
+    generate_vmap_rule = True
 
     @staticmethod
-    def forward(inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    def forward(
+        linear: Callable[..., torch.Tensor], inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+    ) -> torch.Tensor:
         """[..., in], [out, in] and [out] -> [..., out]."""
-        return onednn_linear(inputs, weight, bias)
+        return linear(inputs, weight, bias)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+        """Save the inputs."""
+        ctx.linear, *tensors = inputs
+        ctx.save_for_backward(*tensors)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         """Return the gradients that are needed."""
-        return compute_linear_gradients(onednn_linear_autograd, ctx.needs_input_grad, grad, *ctx.saved_tensors)
+        needs_grad = ctx.needs_input_grad[1:]
+        return None, *compute_linear_gradients(ctx.linear, needs_grad, grad, *ctx.saved_tensors)
 
 
-class OneDNNGELULinear(LinearFunction):
+class OneDNNGELULinear(torch.autograd.Function):
     """`onednn_linear(gelu(inputs), weight, bias)`; the backward pass recomputes the GELU output."""
 
     @staticmethod
     def forward(inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """[..., in], [out, in] and [out] -> [..., out]."""
         return onednn_linear(nn.functional.gelu(inputs), weight, bias)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+        """Save the inputs."""
+        ctx.save_for_backward(*inputs)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
@@ -427,29 +433,11 @@ def to_float32(tensor: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor 
     return tensor.to(dtype).float() if tensor is not None and tensor.is_floating_point() else tensor
 
 
-linear_computed_in_float32 = partial(compute_in_float32, nn.functional.linear)
-
-
 def linear_in_float32(inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """Return `inputs @ weight.T + bias`, [..., in] and [out, in] -> [..., out], in the dtype of nn.Linear's output."""
     dtype = get_product_dtype(inputs)
-    return Float32Linear.apply(inputs.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
-
-
-class Float32Linear(LinearFunction):
-    """A linear layer in half precision whose products, also in the backward pass, are computed in float32."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        """[..., in], [out, in] and [out] -> [..., out]."""
-        return linear_computed_in_float32(inputs, weight, bias)
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        """Return the gradients that are needed."""
-        return compute_linear_gradients(linear_computed_in_float32, ctx.needs_input_grad, grad, *ctx.saved_tensors)
+    tensors = (inputs.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
+    return KernelLinear.apply(partial(compute_in_float32, nn.functional.linear), *tensors)
 
 
 # Activation recomputation --------------------------------------------------------------------------------------------

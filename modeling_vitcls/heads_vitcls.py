@@ -189,15 +189,16 @@ def classification_loss(
     labels = labels.to(logits.device)
     if logits.shape[-1] != config.num_labels or not config.num_labels:
         raise ValueError("labels require a classifier, but the model has none: set num_labels")
+    num_items = labels.numel() if num_items_in_batch is None else num_items_in_batch
     problem_type = config.problem_type or ("regression" if config.num_labels == 1 else None)
     if problem_type == "regression":
         check_label_shape(labels.view(labels.shape[0], -1), logits)
         squared = nn.functional.mse_loss(logits.float().view(-1), labels.float().view(-1), reduction="sum")
-        return squared / get_num_items(labels, num_items_in_batch)
+        return squared / num_items
     if problem_type == "multi_label_classification":
         check_label_shape(labels, logits)
         binary = nn.functional.binary_cross_entropy_with_logits(logits.float(), labels.float(), reduction="sum")
-        return binary / get_num_items(labels, num_items_in_batch)
+        return binary / num_items
     if not labels.is_floating_point():
         return cross_entropy(logits, labels, num_items_in_batch)
     if problem_type is None:
@@ -207,7 +208,7 @@ def classification_loss(
         )
     check_label_shape(labels, logits)
     soft = nn.functional.cross_entropy(logits.float(), labels.float(), reduction="sum")
-    return soft * labels.shape[-1] / get_num_items(labels, num_items_in_batch)  # items count every entry of [B, C]
+    return soft * labels.shape[-1] / num_items  # items count every entry of [B, C]
 
 
 def cross_entropy(
@@ -251,11 +252,6 @@ def check_label_shape(labels: torch.Tensor, logits: torch.Tensor) -> None:
         raise ValueError(
             f"labels have shape {list(labels.shape)}, but the logits have {list(logits.shape)}: make them equal"
         )
-
-
-def get_num_items(labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None) -> torch.Tensor | int:
-    """Return the number of labels to divide a summed loss by."""
-    return labels.numel() if num_items_in_batch is None else num_items_in_batch
 
 
 def masked_pixel_loss(
