@@ -381,7 +381,7 @@ def test_unlabelled_images(colours: Path, tmp_path: Path) -> None:
     assert set(digits.train.labels) == {-100} and len(digits.train) == 1437
     labelled = load_training_data(DataOptions(dataset="digits"))  # fine-tuning must not have seen what it holds out
     assert digits.held_out.pictures.indices == labelled.held_out.pictures.indices
-    with pytest.raises(ValueError, match="no column is clearly the label"):
+    with pytest.raises(ValueError, match="holds images but no class folders"):
         read(tmp_path)
 
 
@@ -469,13 +469,15 @@ def test_broken_pictures_are_named(tmp_path: Path) -> None:
 
 
 def test_missing_pictures_are_broken(tmp_path: Path) -> None:
-    (tmp_path / "list.csv").write_text("image,label\nabsent.png,x\n,x\nabsent.png,x\n", encoding="utf-8")
+    (tmp_path / "list.csv").write_text("image,label\nabsent.png,x\n,x\nabsent.png,x\n,y\n,y\n", encoding="utf-8")
     pictures = read(tmp_path / "list.csv", held_out_fraction=0.4).train.pictures.elements
     with pytest.raises(BrokenPicture, match=r"absent\.png"):
         pictures[0]
     with pytest.raises(BrokenPicture, match="row 1 has no image"):
         pictures[1]
-    table = write_table(tmp_path / "table.parquet", {"image": [None, b"", None], "label": ["x"] * 3})
+    table = write_table(
+        tmp_path / "table.parquet", {"image": [None, b"", None, None, None], "label": ["x"] * 3 + ["y"] * 2}
+    )
     pictures = read(table, held_out_fraction=0.4).held_out.pictures.elements
     for index in range(3):
         with pytest.raises(BrokenPicture, match=f"row {index}"):

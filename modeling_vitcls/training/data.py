@@ -10,6 +10,7 @@ in batches.py.
 from collections.abc import Collection
 from dataclasses import dataclass, replace
 
+from ..data.image_folder import describe_single_class
 from .columns import UNLABELLED
 from .held_out import hold_out
 from .labels import LabelSpace
@@ -55,9 +56,13 @@ def load_training_data(options: DataOptions) -> TrainingData:
     first 10,000 pictures of it.
 
     Raises:
-        ValueError: for a data set without images or labels, or too small to be split.
+        ValueError: for a data set without images or labels, with a single class, or too small to be split.
     """
-    return load(options, labelled=True)
+    data = load(options, labelled=True)
+    space = data.label_space
+    if space.kind == "single_label_classification" and len(space.names) == 1:
+        raise ValueError(describe_single_class(options.dataset, space.names[0]))
+    return data
 
 
 def load_unlabelled_data(options: DataOptions) -> TrainingData:

@@ -162,7 +162,7 @@ def open_streams(options: DataOptions, labelled: bool = True) -> dict[str, Strea
     """
     import datasets
 
-    streams = open_with_datasets(options)
+    streams = open_with_datasets(options, labelled)
     features = features_of(next(iter(streams.values())), options)
     image_column = find_image_column(options, features)
     reader = build_label_reader(options, features, distinct=None) if labelled else None
