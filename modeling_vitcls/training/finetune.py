@@ -18,10 +18,11 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+from ..data.held_out import RECORD
 from ..hub.card import build_card
 from ..hub.places import without_folders
 from .branch_uploads import branch_uploads
-from .data import LabelledPictures
+from .data import LabelledPictures, describe_missing_classes
 from .evaluation import Evaluator
 from .loop import Metrics
 from .metrics import without_large_matrices
@@ -48,6 +49,8 @@ def finetune(run: Run) -> dict[str, Any]:
         return finished_before(session, run.hub_model_id)
     for name, what in summary(run).items():
         session.reporter.say(name, what)
+    for warning in describe_missing_classes(run.data):
+        session.reporter.warn(warning)
     evaluator = build_evaluator(run)
     parts = build_parts(run, evaluator)
     metrics = session.train(
@@ -175,6 +178,7 @@ def describe(run: Run) -> dict[str, Any]:
     data = {
         "dataset": run.data.name,
         "split": run.data.held_out_name,
+        RECORD: run.data.record.to_dict(),
         "num_training_images": run.data.num_training_images,
         "teacher": without_folders(teacher) if teacher else None,
     }

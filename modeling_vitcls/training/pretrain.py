@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from ..configuration_vitcls import ViTCLSConfig
+from ..data.held_out import RECORD
 from ..hub.encoder_card import build_encoder_card
 from ..hub.loading import local_copy
 from ..image_processing_vitcls import ViTCLSImageProcessor
@@ -257,6 +258,7 @@ def describe(run: Run) -> dict[str, Any]:
     data = {
         "dataset": run.data.name,
         "split": run.data.held_out_name,
+        RECORD: run.data.record.to_dict(),
         "num_training_images": run.data.num_training_images,
         "num_hidden_patches": run.choose_masks.num_hidden,
     }

@@ -269,5 +269,5 @@ def pictures_of(part: Any, column: str, folder: Path) -> "Files | Encoded":
     import datasets
 
     if is_image(part.features[column]):
-        return Encoded(part.select_columns([column]).cast_column(column, datasets.Image(decode=False)), column)
-    return Files([path_in(folder, path) for path in values_of(part, column)])
+        return Encoded(part.select_columns([column]).cast_column(column, datasets.Image(decode=False)), column, folder)
+    return Files([path_in(folder, path) for path in values_of(part, column)], folder)
