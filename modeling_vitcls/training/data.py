@@ -11,6 +11,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
+from ..data.fingerprint import compute_fingerprint
 from ..data.held_out import HeldOutPart, HeldOutRecord
 from ..data.image_folder import describe_single_class, shorten_list
 from .labels import LabelSpace
@@ -189,6 +190,21 @@ def choose_split(asked: str | None, names: Collection[str], record: HeldOutRecor
     if asked is not None:
         return asked
     return record.split if record is not None and record.split in names and record.split else "test"
+
+
+def describe_data(data: TrainingData) -> dict[str, Any]:
+    """Return what identifies a run's data, for its checkpoints: see data/fingerprint.py.
+
+    Of a stream, whose images are not known, the held-out images and the classes are described.
+    """
+    known = data.held_out if isinstance(data.train, StreamedPictures) else data.train
+    return {
+        "num_training_images": data.num_training_images,
+        "num_held_out_images": len(data.held_out),
+        "held_out": data.record.to_dict(),
+        "classes": data.label_space.columns,
+        **compute_fingerprint(known.pictures.names(), known.labels, known.pictures.content),
+    }
 
 
 # Dividing ------------------------------------------------------------------------------------------------------------

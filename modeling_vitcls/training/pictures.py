@@ -9,6 +9,7 @@
 Each gives PIL images, and raises `BrokenPicture` for one that cannot be read. What happens to broken pictures is in
 broken.py. Each also has, without decoding anything,
     names()    what identifies an image cheaply: its path within the data set, or a checksum; "" if there is neither
+    content()  the bytes of one image; None if they cannot be read or are remote
     keys()     what decides whether it is held out (data/held_out.py): a checksum of its bytes, or of its path
 """
 
@@ -66,6 +67,10 @@ class Chosen(Sequence):
         names = self.elements.names()
         return [names[index] for index in self.indices]
 
+    def content(self, index: int) -> bytes | None:
+        """Return the bytes of one of the chosen elements."""
+        return self.elements.content(self.indices[index])
+
     def keys(self) -> list[int]:
         """Return the keys of the chosen elements."""
         keys = self.elements.keys()
@@ -88,6 +93,10 @@ class Arrays(Sequence):
         """Return checksums of the pixels."""
         return [f"{key:x}" for key in self.keys()]
 
+    def content(self, index: int) -> bytes:
+        """Return the pixels of one image."""
+        return self.values[index].tobytes()
+
     def keys(self) -> list[int]:
         """Return checksums of the pixels."""
         return [compute_key(values.tobytes()) for values in self.values]
@@ -109,6 +118,10 @@ class Files(Sequence):
     def names(self) -> list[str]:
         """Return paths within the data set."""
         return [get_relative_path(path, self.folder) for path in self.paths]
+
+    def content(self, index: int) -> bytes | None:
+        """Return the bytes of one file."""
+        return read_content({"path": self.paths[index], "bytes": None})
 
     def keys(self) -> list[int]:
         """Return checksums of the paths."""
@@ -137,6 +150,10 @@ class Encoded(Sequence):
         paths = pyarrow.compute.struct_field(values, "path").to_pylist()
         return [get_relative_path(path, self.folder) if path else "" for path in paths]
 
+    def content(self, index: int) -> bytes | None:
+        """Return the bytes of one image."""
+        return read_content(self.part[index][self.column])
+
     def keys(self) -> list[int]:
         """Return checksums of the bytes, or of the paths of images that are not in the data set itself."""
         keys: list[int] = []
@@ -164,6 +181,10 @@ class Examples(Sequence):
         paths = [example["path"] for example in self.encoded]
         return [get_relative_path(path, self.folder) if path else "" for path in paths]
 
+    def content(self, index: int) -> bytes | None:
+        """Return the bytes of one image."""
+        return read_content(self.encoded[index])
+
     def keys(self) -> list[int]:
         """Return checksums of the bytes, or of the paths of images without bytes."""
         return [compute_example_key(example, self.folder) for example in self.encoded]
@@ -174,6 +195,16 @@ def compute_example_key(example: dict[str, Any] | None, folder: Path) -> int:
     if example and example["bytes"] is not None:
         return compute_key(example["bytes"])
     return compute_key(get_relative_path((example and example["path"]) or "", folder).encode())
+
+
+def read_content(example: dict[str, Any] | None) -> bytes | None:
+    """Return the bytes of an encoded image, which may be in a file; None if it cannot be read or is remote."""
+    if not example or example["bytes"] is not None:
+        return example["bytes"] if example else None
+    try:
+        return None if "://" in example["path"] else Path(example["path"]).read_bytes()
+    except (OSError, TypeError):
+        return None
 
 
 def check_channels(picture: Image.Image, pixels: torch.Tensor, num_channels: int | None) -> None:

@@ -24,7 +24,7 @@ from ..modeling_vitcls import ViTCLSForMaskedImageModeling
 from .augmentation import build_augmentation
 from .batches import BatchPlan, Normaliser, TrainingPictures, training_batches
 from .branch_uploads import branch_uploads
-from .data import TrainingData, load_unlabelled_data
+from .data import TrainingData, describe_data, load_unlabelled_data
 from .health import build_attention_measure
 from .loop import Metrics
 from .losses import Batch, MaskedImages
@@ -68,6 +68,7 @@ def prepare(options: PretrainOptions) -> Run:
     hub_model_id = find_repository(options, accelerator)
     with accelerator.main_process_first():  # downloads once
         data = load_unlabelled_data(options.data)
+        session.check_data(describe_data(data))
         plan = build_plan(options, data, accelerator.num_processes)
         model, processor = build_model(options.model)
     choose_masks = MaskChooser(options.masking, model.config.grid_size)

@@ -6,7 +6,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from .batches import BatchPlan
-from .data import LabelledPictures, TrainingData, load_training_data
+from .data import LabelledPictures, TrainingData, describe_data, load_training_data
 from .model import BuiltModel, build_model, is_preset
 from .options import FinetuneOptions
 from .output import find_repository
@@ -43,6 +43,7 @@ def prepare(options: FinetuneOptions) -> Run:
     hub_model_id = find_repository(options, accelerator)
     with accelerator.main_process_first():  # downloads once
         data = load_training_data(options.data)
+        session.check_data(describe_data(data))
         check_labels(options, data.label_space.kind)
         plan = build_plan(options, data, accelerator.num_processes)
         built = build_model(options.model, data.label_space)
