@@ -32,7 +32,7 @@ from .parts import build_parts
 from .presentation import look_at_saved, may_show_samples, origin_of_run, teacher_of_run, write_card
 from .reporting import shown_metric
 from .results import facts_of_run, model_lines, plan_lines, write_json
-from .run import Run, build_plan, prepare
+from .run import Run, build_plan, describe_other_split, prepare
 from .saving import write_model
 from .session import dry_run
 from .states import gather, named_tensors
@@ -49,7 +49,8 @@ def finetune(run: Run) -> dict[str, Any]:
         return finished_before(session, run.hub_model_id)
     for name, what in summary(run).items():
         session.reporter.say(name, what)
-    for warning in describe_missing_classes(run.data):
+    other_split = describe_other_split(run.options.model.model, run.data)
+    for warning in [*describe_missing_classes(run.data), *([other_split] if other_split else [])]:
         session.reporter.warn(warning)
     evaluator = build_evaluator(run)
     parts = build_parts(run, evaluator)

@@ -71,14 +71,14 @@ def get_names(part: Any) -> set[str]:
     return set(part.pictures.names())
 
 
-def run(output: Path, dataset: Path, **data: Any) -> dict[str, Any]:
+def run(output: Path, dataset: Path, model: str = "vitcls-tiny", **data: Any) -> dict[str, Any]:
     """Fine-tune for two steps; returns what results.json holds."""
     return finetune(
         prepare(
             FinetuneOptions(
                 output,
                 data=DataOptions(str(dataset), num_workers=0, **data),
-                model=ModelOptions("vitcls-tiny", **SIZES),
+                model=ModelOptions(model, **(SIZES if model == "vitcls-tiny" else {})),
                 training=TrainingOptions(max_steps=2, batch_size=8),
                 run=RunOptions(report=False),
             )
@@ -224,6 +224,22 @@ def test_evaluation_warns_of_images_that_may_have_been_trained_on(
     (tmp_path / "run" / "results.json").unlink()
     (line,) = get_warnings(folder)
     assert "has no record of its held-out images" in line
+
+
+def test_training_on_other_images_of_the_same_data_set_is_warned_of(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    folder = write_photos(tmp_path / "photos", range(50))
+    run(tmp_path / "first", folder, split_seed=7)
+    options = {"split_seed": 7, "held_out_fraction": 0.1}
+    for number, (data, is_warned) in enumerate(((options, False), ({"split_seed": 7}, False), ({}, True))):
+        capsys.readouterr()
+        reset_accelerate()
+        run(tmp_path / f"next{number}", folder, model=str(tmp_path / "first"), **data)
+        found = (
+            "may have been trained on images that this run evaluates. Set --split-seed 7" in capsys.readouterr().out
+        )
+        assert found is is_warned
 
 
 def test_a_split_of_the_data_set_is_recorded_and_evaluated(tmp_path: Path) -> None:
