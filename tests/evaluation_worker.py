@@ -116,7 +116,7 @@ def sharded(model: Any, accelerator: Accelerator) -> Any:
 
 
 def evaluate_digits(model: Path, output: Path | None = None) -> dict[str, Any]:
-    """What scripts/evaluate.py does; 360 digits do not divide into rounds of 2 x 7."""
+    """What scripts/evaluate.py does; 372 digits do not divide into rounds of 2 x 7."""
     data = DataOptions(dataset="digits", num_workers=0)
     return evaluate_checkpoint(EvaluateOptions(model=str(model), data=data, batch_size=7, output=output))
 

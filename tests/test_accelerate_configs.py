@@ -35,7 +35,7 @@ ENVIRONMENT = os.environ | {
     "CUDA_VISIBLE_DEVICES": "",
     "HF_HUB_OFFLINE": "1",
 }
-NUM_HELD_OUT_DIGITS = 360
+NUM_HELD_OUT_DIGITS = 372
 TINY = [
     *("--model", "vitcls-tiny", "--dataset", "digits", "--image-size", 32, "--patch-size", 8),
     *("--hidden-size", 32, "--num-hidden-layers", 2, "--num-attention-heads", 2, "--intermediate-size", 64),

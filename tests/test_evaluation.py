@@ -59,7 +59,7 @@ ENVIRONMENT = os.environ | {
     "COLUMNS": "160",
 }
 CPU = torch.device("cpu")
-NUM_HELD_OUT_DIGITS = 360
+NUM_HELD_OUT_DIGITS = 372
 MEASURED = ("images_per_second", "seconds", "num_processes", "device")  # differ from run to run
 
 

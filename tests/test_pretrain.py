@@ -39,7 +39,7 @@ from modeling_vitcls.training.session import RunStopped
 
 
 CPU = torch.device("cpu")
-NUM_HELD_OUT_DIGITS = 360
+NUM_HELD_OUT_DIGITS = 372
 DIGITS = DataOptions(dataset="digits", num_workers=0)
 TINY = ModelOptions(
     model="vitcls-tiny",
@@ -270,7 +270,7 @@ def test_the_card_says_what_was_measured(pretrained: Path) -> None:
     card = (pretrained / "README.md").read_text(encoding="utf-8")
     results = read_json(pretrained / "results.json")
     assert f"| {results['reconstruction_loss']:.4f} |" in card
-    assert "360 held-out images of `digits`" in card and "10 of 16 patches hidden" in card
+    assert "372 held-out images of `digits`" in card and "10 of 16 patches hidden" in card
     assert "[ CLS x 2 | distillation x 1 | register x 2 | patch x 16 ]" in card
     assert str(pretrained.parent) not in card
     assert "mask_ratio: 0.6" in card

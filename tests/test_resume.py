@@ -253,15 +253,16 @@ def resumed_after(output: str) -> int:
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of 46 pictures of noise in two classes, one darker; one cannot be read."""
+    """A folder of 36 pictures of noise to train on and 10 to test, in two classes, one darker; one cannot be read."""
     folder = tmp_path_factory.mktemp("pictures")
     noise = random.Random(0)
     for index in range(23):
         for name, brightest in (("dusk", 120), ("noon", 255)):
-            (folder / name).mkdir(exist_ok=True)
+            place = folder / ("train" if index < 18 else "test") / name
+            place.mkdir(parents=True, exist_ok=True)
             pixels = bytes(noise.randrange(brightest) for _ in range(3 * 20 * 24))
-            Image.frombytes("RGB", (20, 24), pixels).save(folder / name / f"{index}.png")
-    broken = folder / "noon" / "5.png"
+            Image.frombytes("RGB", (20, 24), pixels).save(place / f"{index}.png")
+    broken = folder / "train" / "noon" / "5.png"
     broken.write_bytes(broken.read_bytes()[:100])
     return folder
 

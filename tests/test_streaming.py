@@ -228,7 +228,7 @@ def test_the_held_out_part_does_not_depend_on_order_or_files(shards: Path, two_s
     assert sorted(held_out) == sorted(held_out_of(read(two_shards)))
     assert sorted(held_out_of(read(two_shards, split_seed=1))) != sorted(held_out)
     options = DataOptions(dataset=str(two_shards), streaming=True)
-    space, pictures = load_evaluation_data(options, "test")
+    space, pictures, *_ = load_evaluation_data(options, "test")
     assert space.names == ["a", "b", "c"] and len(pictures) == len(held_out)
     with pytest.raises(ValueError, match="no split 'tset': choose one of train"):
         load_evaluation_data(options, "tset")
@@ -271,7 +271,7 @@ def test_a_split_of_the_data_set_is_read_whole(two_shards: Path, tmp_path: Path)
     assert sorted(held_out_of(data)) == list(range(1, NUM_PICTURES, 2))
     assert isinstance(data.train, StreamedPictures)
     assert sorted(shown(islice(data.train.examples(0, 0, 1), 30))) == list(range(0, NUM_PICTURES, 2))
-    _, pictures = load_evaluation_data(DataOptions(dataset=str(tmp_path), streaming=True), "validation")
+    _, pictures, *_ = load_evaluation_data(DataOptions(dataset=str(tmp_path), streaming=True), "validation")
     assert len(pictures) == 30
 
 

@@ -107,7 +107,10 @@ def test_small_cnn_teaches_digits_in_the_students_order(digits_teacher: tuple[Pa
     assert own_accuracy >= 0.98
     held_out = load_training_data(DataOptions(dataset="digits")).held_out
     teacher = teach(folder, *DIGITS, channels=1)
-    grey = [np.asarray(held_out.pictures[index].resize((32, 32), Image.Resampling.BILINEAR)) for index in range(360)]
+    grey = [
+        np.asarray(held_out.pictures[index].resize((32, 32), Image.Resampling.BILINEAR))
+        for index in range(len(held_out))
+    ]
     answers = teacher(torch.from_numpy(np.stack(grey))[:, None]).argmax(-1)
     assert (answers == torch.tensor(held_out.labels)).float().mean() >= 0.98
 

@@ -75,7 +75,7 @@ TINY = ModelOptions(
     num_register_tokens=2,
 )
 PLAIN = AugmentationOptions(crop_scale=1.0, flip=False)
-NUM_HELD_OUT_DIGITS = 360
+NUM_HELD_OUT_DIGITS = 372
 
 
 def run_script(script: str, *flags: object) -> subprocess.CompletedProcess:
@@ -179,7 +179,7 @@ def test_metrics_have_one_line_per_logged_step(launched: Path) -> None:
     assert [record["step"] for record in metrics] == [2, 4, 6, 7]
     for record in metrics:
         assert record["loss"] > 0 and record["gradient_norm"] > 0 and record["images_per_second"] > 0
-        assert record["epoch"] == pytest.approx(record["step"] * 14 / 1437, abs=1e-4)
+        assert record["epoch"] == pytest.approx(record["step"] * 14 / 1425, abs=1e-4)
     assert metrics[-1]["held_out_accuracy"] == read_json(launched / "results.json")["accuracy"]
     assert "held_out_accuracy" not in metrics[0]
 
@@ -192,7 +192,7 @@ def test_summary_is_printed_first(launched: Path) -> None:
 
 
 def test_two_processes_train_and_evaluate_as_one(launched: Path, tmp_path: Path) -> None:
-    """From the resolved recipe, with half the batch; 360 images do not divide into rounds of 2 x 7."""
+    """From the resolved recipe, with half the batch; 372 images do not divide into rounds of 2 x 7."""
     flags = ("--config", launched / "config.resolved.yaml", "--output-dir", tmp_path / "run", "--batch-size", 7)
     run_together("finetune.py", *flags, log=tmp_path / "log", environment=OFFLINE)
     one, two = read_json(launched / "results.json"), read_json(tmp_path / "run" / "results.json")
@@ -222,7 +222,7 @@ def test_the_folder_loads_without_the_package(launched: Path) -> None:
     environment = {name: value for name, value in ENVIRONMENT.items() if name != "PYTHONPATH"}
     ran = run_fresh("-P", SCRIPTS / "demo_load.py", launched, environment=environment, cwd=launched.parent)
     assert ran.returncode == 0, f"{ran.stdout}\n{ran.stderr}"
-    assert "on 360 held-out images" in ran.stdout
+    assert "on 372 held-out images" in ran.stdout
     assert "equal to what training reported" in ran.stdout
 
 
@@ -364,7 +364,7 @@ def test_linear_probing_trains_the_head_alone(pretrained: Path, tmp_path: Path, 
     start = from_checkpoint(pretrained) | {"trainable": "head", "label_smoothing": 0.0}
     results = trained(tmp_path, "digits", max_steps=20, **start)
     assert changed(pretrained, tmp_path) == {"classifier.weight", "classifier.bias"}
-    assert "encoding 1,437 images once" in capsys.readouterr().out
+    assert "encoding 1,425 images once" in capsys.readouterr().out
     assert results["num_images"] == NUM_HELD_OUT_DIGITS
     assert "WARNING" not in capsys.readouterr().out
 
@@ -582,7 +582,7 @@ def test_a_loss_that_is_not_finite_names_its_images(tmp_path: Path) -> None:
     report = read_json(tmp_path / "non_finite.json")
     assert report["step"] == 2
     (batch,) = report["batches"]
-    assert len(batch["index"]) == 8 and max(batch["index"]) < 1437
+    assert len(batch["index"]) == 8 and max(batch["index"]) < 1425
     assert list((tmp_path / "non_finite").glob("step-*/model.safetensors"))
 
 
@@ -762,5 +762,5 @@ def test_the_demo_reaches_97_percent(tmp_path: Path) -> None:
     results = read_json(tmp_path / "results.json")
     assert results["num_images"] == NUM_HELD_OUT_DIGITS
     assert results["accuracy"] >= 0.97
-    assert f"accuracy {results['accuracy']:.2%} on 360 held-out images" in ran.stdout
+    assert f"accuracy {results['accuracy']:.2%} on 372 held-out images" in ran.stdout
     assert ran.stdout.index("1. Fine-tune") < ran.stdout.index("2. Load it") < ran.stdout.index("Done in")

@@ -24,8 +24,9 @@ class InspectOptions:
     dataset: str | None = None
     """`digits` (scikit-learn's), a folder with a sub-folder per class, a CSV or Parquet file, a folder of MNIST's idx
     files, or a Hub data set."""
-    split: str = "test"
-    """Split of the data set; for a data set of one split, `test` is the part that fine-tuning holds out."""
+    split: str | None = None
+    """Split of the data set; for a data set of one split, `test` is the part that fine-tuning holds out. Default: what
+    the model's run held out, or `test`."""
     image_column: str | None = None
     """Column of images or their paths. Default: found by its type or name."""
     label_column: tuple[str, ...] | None = None

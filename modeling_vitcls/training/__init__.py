@@ -3,7 +3,7 @@
     options.py            what can be asked for: the command line's flags as dataclasses
 
 Data: --dataset -> pictures and labels, a held-out part -> batches
-    data.py               a training part and a held-out part; held_out.py: how one is chosen
+    data.py               a training part and a held-out part; ../data/held_out.py: how one is chosen
     sources.py            digits, folders, CSV, Parquet, MNIST's files, the Hub; streaming.py: read while training
     columns.py, labels.py which columns hold images and labels; what labels are
     pictures.py, broken.py  pictures decoded when asked for; those that cannot be

@@ -1,6 +1,9 @@
 """Evaluation of a saved model, from options to what is printed and written.
 
 options -> model, data -> labels matched by name -> Evaluator (evaluation.py) -> tables, and a JSON file
+
+If the data set has no split for evaluation, the images that the model's run held out are evaluated (data/held_out.py).
+Images that the model may have been trained on are never evaluated without a warning.
 """
 
 import time
@@ -14,9 +17,10 @@ from rich.progress import track
 from rich.table import Table
 
 from ..configuration_vitcls import ViTCLSConfig
+from ..data.held_out import RECORD, RESULTS_FILE, HeldOutRecord, digest_keys, read_record
 from ..heads_vitcls import IGNORED_LABEL
 from ..hub.card import class_tables, metric_rows
-from ..hub.loading import local_copy
+from ..hub.loading import MODEL_FILES, local_copy
 from ..image_processing_vitcls import ViTCLSImageProcessor
 from .data import load_evaluation_data
 from .environment import build_accelerator, device_name, versions
@@ -36,8 +40,8 @@ def evaluate_checkpoint(options: EvaluateOptions) -> dict[str, Any]:
     """Evaluate a saved model, print the results, and write them where asked; returns what was written.
 
     Raises:
-        ValueError: for another kind of model, a split that does not exist, labels that the model does not know, or
-            too many broken images.
+        ValueError: for another kind of model, a split that does not exist or that is not the one of the model's run,
+            labels that the model does not know, or too many broken images.
         OSError: for a checkpoint that cannot be found or read, or an output that cannot be written.
     """
     accelerator = build_accelerator(mixed_precision=options.mixed_precision)
@@ -45,10 +49,14 @@ def evaluate_checkpoint(options: EvaluateOptions) -> dict[str, Any]:
     if options.output is not None:  # before the work is done
         options.output.parent.mkdir(parents=True, exist_ok=True)
     with accelerator.main_process_first():  # downloads once
-        folder = local_copy(options.model)
+        folder = local_copy(options.model, [*MODEL_FILES, RESULTS_FILE])
         model = load_classifier(options.model, folder).to(accelerator.device).eval()
         processor = ViTCLSImageProcessor.from_pretrained(folder)
-        label_space, pictures = load_evaluation_data(options.data, options.split)
+        record = read_record(folder)
+        label_space, pictures, split, part = load_evaluation_data(options.data, options.split, record)
+    problem = None if part is None else describe_unknown_split(options.model, record, pictures)
+    if problem is not None:
+        console.print(f"WARNING: {problem}", style="bold yellow", markup=False)
     known = labels_of(model.config)
     evaluator = Evaluator(
         relabelled(pictures, label_space, known),
@@ -65,7 +73,13 @@ def evaluate_checkpoint(options: EvaluateOptions) -> dict[str, Any]:
     metrics = evaluator(model, watch=progress(console, accelerator))
     seconds = time.perf_counter() - started
 
-    asked = {"model": options.model, "dataset": options.data.dataset, "split": options.split}
+    asked = {
+        "model": options.model,
+        "dataset": options.data.dataset,
+        "split": split,
+        "held_out_part": None if part is None else str(part),
+        "is_recorded_part": None if part is None else problem is None,
+    }
     results = asked | scalars(metrics) | facts(accelerator, metrics["num_images"], seconds) | metrics
     show(results, model.config, console)
     if options.output is not None and accelerator.is_main_process:
@@ -73,6 +87,28 @@ def evaluate_checkpoint(options: EvaluateOptions) -> dict[str, Any]:
         console.print(f"saved {options.output}", markup=False)
     accelerator.end_training()
     return results
+
+
+def describe_unknown_split(model: str, record: HeldOutRecord | None, held_out: LabelledPictures) -> str | None:
+    """Return why held-out images may be images that the model was trained on; None if its run held out the same ones.
+
+    Args:
+        model: the model as the user named it.
+        record: what the model's run recorded.
+        held_out: the images that `load_evaluation_data` chose.
+    """
+    risk = "it may have been trained on images that are evaluated here"
+    if record is None:
+        return f"{model} has no record of its held-out images ({RECORD!r} in {RESULTS_FILE}): {risk}"
+    if record.part is None:
+        return f"the run of {model} held out the split {record.split!r}, and this data set has no such split: {risk}"
+    if digest_keys(held_out.pictures.keys()) == record.sha256:
+        return None
+    return (
+        f"the {len(held_out):,} held-out images are not the {record.num_images:,} that the run of {model} held out: "
+        "the data set has changed or is another one. New images are fine, but the model may have been trained on "
+        "images that were renamed or re-encoded since"
+    )
 
 
 def facts(accelerator: Accelerator, num_images: int, seconds: float) -> dict[str, Any]:
@@ -215,7 +251,8 @@ def told(batches: KeptBatches, console: Console) -> Iterator[HeldOutBatch]:
 
 def show(results: dict[str, Any], config: ViTCLSConfig, console: Console) -> None:
     """Print the metrics, and those of each class where there are few."""
-    counted = f"{results['num_images']:,} images of {results['dataset']} ({results['split']}), each counted once"
+    split = ": ".join(filter(None, [results["split"], results["held_out_part"]]))
+    counted = f"{results['num_images']:,} images of {results['dataset']} ({split}), each counted once"
     console.print(f"{counted}; {results['images_per_second']:,} images/s", markup=False)
     console.print(table("", ["Metric", "Value"], metric_rows(results, config)))
     for title, rows in class_tables(results, config).items():

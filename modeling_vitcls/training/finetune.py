@@ -18,10 +18,11 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+from ..data.held_out import RECORD
 from ..hub.card import build_card
 from ..hub.places import without_folders
 from .branch_uploads import branch_uploads
-from .data import LabelledPictures
+from .data import LabelledPictures, describe_missing_classes
 from .evaluation import Evaluator
 from .loop import Metrics
 from .metrics import without_large_matrices
@@ -31,7 +32,7 @@ from .parts import build_parts
 from .presentation import look_at_saved, may_show_samples, origin_of_run, teacher_of_run, write_card
 from .reporting import shown_metric
 from .results import facts_of_run, model_lines, plan_lines, write_json
-from .run import Run, build_plan, prepare
+from .run import Run, build_plan, describe_other_split, prepare
 from .saving import write_model
 from .session import dry_run
 from .states import gather, named_tensors
@@ -48,6 +49,9 @@ def finetune(run: Run) -> dict[str, Any]:
         return finished_before(session, run.hub_model_id)
     for name, what in summary(run).items():
         session.reporter.say(name, what)
+    other_split = describe_other_split(run.options.model.model, run.data)
+    for warning in [*describe_missing_classes(run.data), *([other_split] if other_split else [])]:
+        session.reporter.warn(warning)
     evaluator = build_evaluator(run)
     parts = build_parts(run, evaluator)
     metrics = session.train(
@@ -175,6 +179,7 @@ def describe(run: Run) -> dict[str, Any]:
     data = {
         "dataset": run.data.name,
         "split": run.data.held_out_name,
+        RECORD: run.data.record.to_dict(),
         "num_training_images": run.data.num_training_images,
         "teacher": without_folders(teacher) if teacher else None,
     }

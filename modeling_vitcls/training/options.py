@@ -26,9 +26,10 @@ class DataOptions:
     label_names: tuple[str, ...] | None = None
     """All labels, where a streamed data set does not declare them."""
     held_out_fraction: float = 0.2
-    """Part of the images to hold out for evaluation where the data set has no split for it."""
+    """Fraction of the images to hold out for evaluation if the data set has no split for it. Each image is held out or
+    not by a checksum, so the split stays the same when images are added."""
     split_seed: int = 0
-    """Chooses which images are held out. Keep it when comparing runs, or evaluating later."""
+    """Chooses which images are held out. Keep it when comparing runs; evaluation uses that of the model's run."""
     streaming: bool = False
     """Read the data set while training, without downloading or keeping it. Needs --max-steps."""
     shuffle_buffer: int = 1000
@@ -337,9 +338,9 @@ class EvaluateOptions:
     model: str
     """A folder, or the id of a vitcls model on the Hub."""
     data: DataOptions
-    split: str = "test"
+    split: str | None = None
     """Split of the data set; for a data set of one split, `test` is the part that fine-tuning holds out, unless that
-    split itself is called `test`."""
+    split itself is called `test`. Default: what the model's run held out, or `test`."""
     batch_size: int = 64
     """Images per process and forward pass."""
     mixed_precision: Literal["no", "bf16", "fp16"] | None = None

@@ -7,7 +7,10 @@
     Chosen     some pictures of another sequence
 
 Each gives PIL images, and raises `BrokenPicture` for one that cannot be read. What happens to broken pictures is in
-broken.py.
+broken.py. Each also has, without decoding anything,
+    names()    what identifies an image cheaply: its path within the data set, or a checksum; "" if there is neither
+    content()  the bytes of one image; None if they cannot be read or are remote
+    keys()     what decides whether it is held out (data/held_out.py): a checksum of its bytes, or of its path
 """
 
 from collections.abc import Iterable, Sequence
@@ -19,7 +22,11 @@ import numpy as np
 import torch
 from PIL import Image
 
+from ..data.held_out import compute_key, get_relative_path
 from ..image_processing_vitcls import get_first_line, read_image, shorten
+
+
+ROWS_AT_ONCE = 64  # number of encoded images that are read from disk at once
 
 
 class BrokenPicture(ValueError):
@@ -30,7 +37,7 @@ class BrokenPicture(ValueError):
 class LabelledPictures:
     """Pictures, and the label of each: a class index, a list of 0.0 and 1.0 per class, or {task: class index}."""
 
-    pictures: Sequence[Image.Image]
+    pictures: Any  # one of the classes below, or any other sequence of PIL images
     labels: Sequence[Any]
 
     def __len__(self) -> int:
@@ -46,7 +53,7 @@ class LabelledPictures:
 class Chosen(Sequence):
     """Some elements of another sequence."""
 
-    elements: Sequence[Image.Image]
+    elements: Any
     indices: list[int]
 
     def __len__(self) -> int:
@@ -54,6 +61,20 @@ class Chosen(Sequence):
 
     def __getitem__(self, index: Any) -> Any:
         return self.elements[self.indices[index]]
+
+    def names(self) -> list[str]:
+        """Return the names of the chosen elements."""
+        names = self.elements.names()
+        return [names[index] for index in self.indices]
+
+    def content(self, index: int) -> bytes | None:
+        """Return the bytes of one of the chosen elements."""
+        return self.elements.content(self.indices[index])
+
+    def keys(self) -> list[int]:
+        """Return the keys of the chosen elements."""
+        keys = self.elements.keys()
+        return [keys[index] for index in self.indices]
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,12 +89,25 @@ class Arrays(Sequence):
     def __getitem__(self, index: Any) -> Any:
         return Image.fromarray(self.values[index])
 
+    def names(self) -> list[str]:
+        """Return checksums of the pixels."""
+        return [f"{key:x}" for key in self.keys()]
+
+    def content(self, index: int) -> bytes:
+        """Return the pixels of one image."""
+        return self.values[index].tobytes()
+
+    def keys(self) -> list[int]:
+        """Return checksums of the pixels."""
+        return [compute_key(values.tobytes()) for values in self.values]
+
 
 @dataclass(frozen=True)
 class Files(Sequence):
-    """Pictures in files or behind URLs."""
+    """Pictures in files or behind URLs; `folder` is that of the data set."""
 
     paths: list[str]
+    folder: Path = Path()
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -81,13 +115,26 @@ class Files(Sequence):
     def __getitem__(self, index: Any) -> Any:
         return decoded({"path": self.paths[index], "bytes": None}, f"row {index}")
 
+    def names(self) -> list[str]:
+        """Return paths within the data set."""
+        return [get_relative_path(path, self.folder) for path in self.paths]
+
+    def content(self, index: int) -> bytes | None:
+        """Return the bytes of one file."""
+        return read_content({"path": self.paths[index], "bytes": None})
+
+    def keys(self) -> list[int]:
+        """Return checksums of the paths."""
+        return [compute_key(name.encode()) for name in self.names()]
+
 
 @dataclass(frozen=True)
 class Encoded(Sequence):
-    """Pictures in a column of a data set; it has the type `datasets.Image(decode=False)`."""
+    """Pictures in a column of a data set; it has the type `datasets.Image(decode=False)`, or holds bytes."""
 
     part: Any
     column: str
+    folder: Path = Path()
 
     def __len__(self) -> int:
         return len(self.part)
@@ -95,18 +142,69 @@ class Encoded(Sequence):
     def __getitem__(self, index: Any) -> Any:
         return decoded(self.part[index][self.column], f"row {index}")
 
+    def names(self) -> list[str]:
+        """Return paths within the data set, "" for images without one. The bytes of images are not read."""
+        import pyarrow.compute
+
+        values = self.part.with_format("arrow")[:][self.column]  # not copied
+        paths = pyarrow.compute.struct_field(values, "path").to_pylist()
+        return [get_relative_path(path, self.folder) if path else "" for path in paths]
+
+    def content(self, index: int) -> bytes | None:
+        """Return the bytes of one image."""
+        return read_content(self.part[index][self.column])
+
+    def keys(self) -> list[int]:
+        """Return checksums of the bytes, or of the paths of images that are not in the data set itself."""
+        keys: list[int] = []
+        for start in range(0, len(self), ROWS_AT_ONCE):
+            rows = self.part[start : start + ROWS_AT_ONCE][self.column]
+            keys += [compute_example_key(row, self.folder) for row in rows]
+        return keys
+
 
 @dataclass(frozen=True)
 class Examples(Sequence):
     """Encoded pictures, as `decoded` takes them."""
 
     encoded: list[dict[str, Any]]
+    folder: Path = Path()
 
     def __len__(self) -> int:
         return len(self.encoded)
 
     def __getitem__(self, index: Any) -> Any:
         return decoded(self.encoded[index], f"example {index}")
+
+    def names(self) -> list[str]:
+        """Return paths within the data set, "" for images without one."""
+        paths = [example["path"] for example in self.encoded]
+        return [get_relative_path(path, self.folder) if path else "" for path in paths]
+
+    def content(self, index: int) -> bytes | None:
+        """Return the bytes of one image."""
+        return read_content(self.encoded[index])
+
+    def keys(self) -> list[int]:
+        """Return checksums of the bytes, or of the paths of images without bytes."""
+        return [compute_example_key(example, self.folder) for example in self.encoded]
+
+
+def compute_example_key(example: dict[str, Any] | None, folder: Path) -> int:
+    """Return the key of an encoded image: a checksum of its bytes, or of its path within `folder`."""
+    if example and example["bytes"] is not None:
+        return compute_key(example["bytes"])
+    return compute_key(get_relative_path((example and example["path"]) or "", folder).encode())
+
+
+def read_content(example: dict[str, Any] | None) -> bytes | None:
+    """Return the bytes of an encoded image, which may be in a file; None if it cannot be read or is remote."""
+    if not example or example["bytes"] is not None:
+        return example["bytes"] if example else None
+    try:
+        return None if "://" in example["path"] else Path(example["path"]).read_bytes()
+    except (OSError, TypeError):
+        return None
 
 
 def check_channels(picture: Image.Image, pixels: torch.Tensor, num_channels: int | None) -> None:

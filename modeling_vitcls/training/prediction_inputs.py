@@ -17,6 +17,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
+from ..data.image_folder import IMAGE_SUFFIXES
 from .columns import Features, find_image_column
 from .options import DataOptions, PredictOptions
 from .pictures import Arrays, path_in
@@ -24,9 +25,6 @@ from .sources import folder_of, is_idx_folder, load_splits, open_with_datasets
 from .streaming import features_of
 
 
-IMAGE_SUFFIXES = frozenset(
-    ".avif .bmp .gif .jfif .jp2 .jpeg .jpg .pbm .pgm .png .pnm .ppm .tif .tiff .webp".split()
-)  # of files to take from folders; a file that is named itself is always tried
 ROWS_AT_ONCE = 64  # of encoded images read from disk
 
 
@@ -230,7 +228,7 @@ def open_dataset(options: PredictOptions, dataset: str) -> Source:
         pictures = chosen_split(load_splits(data, labelled=False).parts, options).pictures
         return Listed([f"{path.name}/{index}" for index in range(len(pictures))], pictures)
 
-    part = chosen_split(open_with_datasets(data), options)
+    part = chosen_split(open_with_datasets(data, labelled=False), options)
     features = features_of(part, data)
     column = ImageColumn(find_image_column(data, features), folder_of(data))
     described: dict[str, Any] = {"dataset": dataset, "split": options.split, "column": column.name}

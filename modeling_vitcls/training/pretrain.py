@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from ..configuration_vitcls import ViTCLSConfig
+from ..data.held_out import RECORD
 from ..hub.encoder_card import build_encoder_card
 from ..hub.loading import local_copy
 from ..image_processing_vitcls import ViTCLSImageProcessor
@@ -23,7 +24,7 @@ from ..modeling_vitcls import ViTCLSForMaskedImageModeling
 from .augmentation import build_augmentation
 from .batches import BatchPlan, Normaliser, TrainingPictures, training_batches
 from .branch_uploads import branch_uploads
-from .data import TrainingData, load_unlabelled_data
+from .data import TrainingData, describe_data, load_unlabelled_data
 from .health import build_attention_measure
 from .loop import Metrics
 from .losses import Batch, MaskedImages
@@ -67,6 +68,7 @@ def prepare(options: PretrainOptions) -> Run:
     hub_model_id = find_repository(options, accelerator)
     with accelerator.main_process_first():  # downloads once
         data = load_unlabelled_data(options.data)
+        session.check_data(describe_data(data))
         plan = build_plan(options, data, accelerator.num_processes)
         model, processor = build_model(options.model)
     choose_masks = MaskChooser(options.masking, model.config.grid_size)
@@ -257,6 +259,7 @@ def describe(run: Run) -> dict[str, Any]:
     data = {
         "dataset": run.data.name,
         "split": run.data.held_out_name,
+        RECORD: run.data.record.to_dict(),
         "num_training_images": run.data.num_training_images,
         "num_hidden_patches": run.choose_masks.num_hidden,
     }

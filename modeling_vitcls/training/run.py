@@ -1,15 +1,19 @@
 """A fine-tuning run before it starts: its options checked, everything it needs loaded."""
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from accelerate import Accelerator
 from torch import nn
 
+from ..data.held_out import RESULTS_FILE, read_record
+from ..hub.loading import MODEL_FILES, local_copy
 from .batches import BatchPlan
-from .data import LabelledPictures, TrainingData, load_training_data
+from .data import LabelledPictures, TrainingData, describe_data, load_training_data
 from .model import BuiltModel, build_model, is_preset
 from .options import FinetuneOptions
 from .output import find_repository
+from .results import read_json
 from .session import Session, open_session
 from .teacher import Teacher, load_teacher
 from .teacher_cache import check_teacher_views
@@ -43,6 +47,7 @@ def prepare(options: FinetuneOptions) -> Run:
     hub_model_id = find_repository(options, accelerator)
     with accelerator.main_process_first():  # downloads once
         data = load_training_data(options.data)
+        session.check_data(describe_data(data))
         check_labels(options, data.label_space.kind)
         plan = build_plan(options, data, accelerator.num_processes)
         built = build_model(options.model, data.label_space)
@@ -111,6 +116,30 @@ def check_labels(options: FinetuneOptions, kind: str) -> None:
     for flag, is_set in flags.items():
         if is_set:
             raise ValueError(f"{flag} is for one label per picture, and the data set is {kind}: leave it out")
+
+
+def describe_other_split(source: str, data: TrainingData) -> str | None:
+    """Return a warning if the starting model was trained on images of this data set that are held out now.
+
+    Args:
+        source: `--model`.
+        data: the data of this run.
+
+    Raises:
+        ValueError, OSError: if the model cannot be found, or its results.json is damaged.
+    """
+    if is_preset(source) or data.record.part is None:
+        return None
+    folder = local_copy(source, [*MODEL_FILES, RESULTS_FILE])
+    record, part = read_record(folder), data.record.part
+    if record is None or record.part is None or read_json(Path(folder, RESULTS_FILE)).get("dataset") != data.name:
+        return None
+    if part.seed == record.part.seed and part.fraction <= record.part.fraction:
+        return None
+    return (
+        f"{source} was trained on {data.name} with other images held out, so it may have been trained on images that "
+        f"this run evaluates. Set --split-seed {record.part.seed} --held-out-fraction {record.part.fraction}"
+    )
 
 
 # Parts ---------------------------------------------------------------------------------------------------------------

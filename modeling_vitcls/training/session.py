@@ -23,6 +23,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object, set_seed
 from torch import nn
 
+from ..data.fingerprint import describe_change
 from ..hub.places import BUILT_IN, is_same_place, settled
 from .batches import BatchPlan
 from .broken import NO_PICTURE, BrokenPictures
@@ -96,6 +97,7 @@ class Session:
     started: float = 0.0  # when this process began to train
     state: TrainingState | None = field(default=None, repr=False)
     utilisation: Utilisation = field(default_factory=Utilisation)
+    data: dict[str, Any] = field(default_factory=dict)  # what identifies the data, from `describe_data`
 
     @property
     def folder(self) -> Path:
@@ -206,6 +208,26 @@ class Session:
             "utilisation": self.utilisation.results(),
         }
 
+    def check_data(self, data: dict[str, Any]) -> None:
+        """Keep what identifies the data, for checkpoints.
+
+        Raises:
+            ValueError: if --resume would continue on other data.
+        """
+        self.data = data
+        if self.facts is None:
+            return
+        if "data" not in self.facts:
+            raise ValueError(
+                f"--resume: the checkpoint in {self.folder} was written by an older version, which held out other "
+                "images: start anew with --overwrite, or choose another --output-dir"
+            )
+        if change := describe_change(self.facts["data"], data):
+            raise ValueError(
+                f"--resume: the data set has changed since the run in {self.folder} was started: {change}. Restore "
+                "the data set, or choose another --output-dir"
+            )
+
     def check_plan(self, plan: BatchPlan) -> None:
         """Raise ValueError where --resume would go on in steps of another size or number, or in another precision."""
         facts, precision = self.facts, self.accelerator.mixed_precision
@@ -271,6 +293,7 @@ class Session:
             "pictures_per_step": plan.pictures_per_step,
             "num_steps": plan.num_steps,
             "mixed_precision": self.accelerator.mixed_precision,
+            "data": self.data,
             "flags": as_flags(self.options),
         }
         tensors, rest = gather_state(self.accelerator, state.model, state.optimizer, self.shadow(state))

@@ -2,21 +2,26 @@
 
     digits                scikit-learn's 1,797 real handwritten digits of 8 x 8 pixels, in memory
     a folder of idx files MNIST, Fashion-MNIST and others in their format, in memory
-    folder, CSV, Parquet  read by the `datasets` library, without network
+    an image folder       a sub-folder per class, or metadata.csv; read by data/image_folder.py
+    CSV, Parquet          a file, or a folder with a file per split; read by the `datasets` library, without network
     anything else         the id of a data set on the Hub
 
 Which part of them is held out is in held_out.py; reading without keeping is in streaming.py.
 """
 
 import gzip
+import logging
+import os
 import struct
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from ..data.image_folder import read_image_folder, scan_folder
 from ..heads_vitcls import IGNORED_LABEL
 from ..hub.loading import briefly_asked, is_hub_id, not_there
 from ..image_processing_vitcls import get_first_line
@@ -36,6 +41,7 @@ IDX_NAMES = {
     ]
 }
 
+log = logging.getLogger(__name__)
 
 Choice = Callable[[list[str]], Collection[str]]  # the names of all splits -> those that are used
 
@@ -148,7 +154,7 @@ def read_idx(file: Path, dimensions: int) -> np.ndarray:
 
 def load_with_datasets(options: DataOptions, labelled: bool, used: Choice) -> Splits:
     """A folder, a file, or a data set of the Hub."""
-    opened = open_with_datasets(options)
+    opened = open_with_datasets(options, labelled)
     loaded = {name: opened[name] for name in used(list(opened))}
     features = next(iter(loaded.values())).features
     image_column = find_image_column(options, features)
@@ -173,8 +179,12 @@ def load_with_datasets(options: DataOptions, labelled: bool, used: Choice) -> Sp
     return Splits(name_of(options), reader.space, parts, list(opened))
 
 
-def open_with_datasets(options: DataOptions) -> Any:
-    """The data set's splits by name, as `datasets` returns them; streamed, nothing is read yet.
+def open_with_datasets(options: DataOptions, labelled: bool = True) -> Any:
+    """Return the data set's splits by name, as `datasets` returns them; streamed, nothing is read yet.
+
+    Args:
+        options: the data set.
+        labelled: whether labels are needed. Without, an image folder needs no class folders.
 
     Raises:
         ValueError: if it cannot be read.
@@ -183,12 +193,33 @@ def open_with_datasets(options: DataOptions) -> Any:
     path = Path(options.dataset)
     if options.streaming and (options.dataset == "digits" or is_idx_folder(path)):
         raise ValueError(f"{options.dataset} fits into memory: leave out --streaming")
+    if path.is_dir() and (folder := scan_folder(path)).is_image_folder:
+        opened = read_image_folder(folder, labelled)
+        if os.environ.get("RANK", "0") == "0":  # once for all processes
+            for note in folder.notes:
+                log.warning("%s", note)
+        return {name: part.to_iterable_dataset() for name, part in opened.items()} if options.streaming else opened
     if path.suffix in READERS or path.exists():
-        return read_with_datasets(options)
+        with hide_progress_bars():
+            return read_with_datasets(options)
     if not is_hub_id(options.dataset):
         raise OSError(not_there(options.dataset, "dataset"))
     with briefly_asked(options.dataset, "dataset"):  # `datasets` alone asks for most of a minute
         return read_with_datasets(options)
+
+
+@contextmanager
+def hide_progress_bars() -> Iterator[None]:
+    """Hide the progress bars of `datasets`: for local files there is nothing to download."""
+    import datasets
+
+    were_hidden = datasets.are_progress_bars_disabled()
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if not were_hidden:
+            datasets.enable_progress_bars()
 
 
 def read_with_datasets(options: DataOptions) -> Any:
@@ -238,5 +269,5 @@ def pictures_of(part: Any, column: str, folder: Path) -> "Files | Encoded":
     import datasets
 
     if is_image(part.features[column]):
-        return Encoded(part.select_columns([column]).cast_column(column, datasets.Image(decode=False)), column)
-    return Files([path_in(folder, path) for path in values_of(part, column)])
+        return Encoded(part.select_columns([column]).cast_column(column, datasets.Image(decode=False)), column, folder)
+    return Files([path_in(folder, path) for path in values_of(part, column)], folder)

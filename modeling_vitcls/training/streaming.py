@@ -9,8 +9,6 @@ An example's index is a checksum of its picture as it is encoded (or of its path
 in every pass and on any process.
 """
 
-import hashlib
-import os
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -19,9 +17,9 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
+from ..data.held_out import HeldOutPart
 from ..heads_vitcls import IGNORED_LABEL
 from ..image_processing_vitcls import shorten
 from .augmentation import Augmentation
@@ -30,8 +28,8 @@ from .broken import NO_PICTURE
 from .columns import UNLABELLED, Features, LabelReader, build_label_reader, find_image_column
 from .labels import LabelSpace
 from .options import DataOptions
-from .pictures import BrokenPicture, Examples, LabelledPictures, as_encoded, decoded
-from .seeds import fractions, random_bits, seed_for
+from .pictures import BrokenPicture, Examples, LabelledPictures, as_encoded, compute_example_key, decoded
+from .seeds import seed_for
 from .sources import folder_of, name_of, open_with_datasets
 
 
@@ -48,22 +46,6 @@ class Example:
     label: Any
     index: int
     epoch: int = 0
-
-
-@dataclass(frozen=True)
-class HeldOutPart:
-    """The part of a stream that is held out: pictures are chosen by their checksums."""
-
-    fraction: float
-    seed: int
-
-    def holds(self, index: int) -> bool:
-        """Whether a picture belongs to it."""
-        seeds = np.array([seed_for(self.seed)], dtype=np.uint64)
-        return bool(fractions(random_bits(seeds, np.array([index], dtype=np.uint64), 1)).item() < self.fraction)
-
-    def __str__(self) -> str:
-        return f"about {self.fraction:.0%}, by checksum, split seed {self.seed}"
 
 
 @dataclass(frozen=True)
@@ -123,25 +105,17 @@ class StreamedPictures:
         kept = [self.example(row, index) for row, index in rows]
         if not kept:
             raise ValueError(f"{self.name}: no image is held out: raise --held-out-fraction")
-        return LabelledPictures(Examples([part.encoded for part in kept]), [part.label for part in kept])
+        return LabelledPictures(Examples([part.encoded for part in kept], self.folder), [part.label for part in kept])
 
     def is_held_out(self, index: int) -> bool:
         """Whether a picture is kept out of training."""
         return self.held_out is not None and self.held_out.holds(index)
 
     def indexed(self, stream: Any) -> Iterator[tuple[dict[str, Any], int]]:
-        """Rows, their pictures in the form of `decoded`, with the pictures' checksums."""
+        """Rows, their pictures in the form of `decoded`, with the pictures' keys."""
         for row in stream:
             encoded = as_encoded(row[self.image_column], self.folder)
-            content = (
-                encoded["bytes"] if encoded["bytes"] is not None else self.name_of(encoded["path"] or "").encode()
-            )
-            checksum = int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "big") >> 1
-            yield row | {self.image_column: encoded}, checksum
-
-    def name_of(self, path: str) -> str:
-        """A path, relative to the data set's folder if it is a local one: the folder may move."""
-        return path if "://" in path else os.path.relpath(path or ".", self.folder)
+            yield row | {self.image_column: encoded}, compute_example_key(encoded, self.folder)
 
     def example(self, row: dict[str, Any], index: int) -> Example:
         """A row with its label read."""
@@ -162,7 +136,7 @@ def open_streams(options: DataOptions, labelled: bool = True) -> dict[str, Strea
     """
     import datasets
 
-    streams = open_with_datasets(options)
+    streams = open_with_datasets(options, labelled)
     features = features_of(next(iter(streams.values())), options)
     image_column = find_image_column(options, features)
     reader = build_label_reader(options, features, distinct=None) if labelled else None
