@@ -96,7 +96,8 @@ class Reporter:
             file.write(line + "\n")
         text = f"epoch {record['epoch']:.1f}  loss {record['loss']:.3f}  {record['images_per_second']:.0f} images/s"
         if "utilisation" in record:
-            text += f", {record['utilisation']:.1%} of peak"
+            share = record["utilisation"]
+            text += ", utilization unknown" if share is None else f", {share:.1%} of peak"
         held_out = "".join(
             f"  held out: {shown_metric(name.removeprefix(HELD_OUT), value)}"
             for name, value in [item for item in record.items() if item[0].startswith(HELD_OUT)][:1]
