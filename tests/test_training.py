@@ -592,7 +592,7 @@ def test_an_unfinished_run_is_not_thrown_away(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"holds an unfinished run .* step 1\): go on with --resume, start anew"):
         prepare(tiny_options(tmp_path, "digits"))
     assert trained(tmp_path, "digits", overwrite=True)["steps"] == 3
-    assert trained(tmp_path, "digits", max_steps=2)["steps"] == 2  # a finished one is replaced
+    assert trained(tmp_path, "digits", max_steps=2, overwrite=True)["steps"] == 2  # also a finished one
 
 
 def test_an_evaluation_that_fails_is_made_again(tmp_path: Path) -> None:

@@ -43,6 +43,12 @@ def finetune(run: Run) -> dict[str, Any]:
     Raises:
         RunStopped: see `Session.train`; also for a result that cannot be pushed.
     """
+    with run.session.lock:
+        return train_and_save(run)
+
+
+def train_and_save(run: Run) -> dict[str, Any]:
+    """Do the work of `finetune` while the output folder is locked."""
     session = run.session
     if session.is_finished:
         return finished_before(session, run.hub_model_id)

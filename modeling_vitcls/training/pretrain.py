@@ -58,11 +58,19 @@ class Run:
 def prepare(options: PretrainOptions) -> Run:
     """Load images and model and write config.resolved.yaml. What is wrong with the options shows here.
 
+    The run holds the lock of its output folder from now on; `pretrain` releases it.
+
     Raises:
         ValueError, OSError: in one line, for data or models that cannot be read or do not fit the options.
     """
     check_combinations(options)
     session = open_session(options)
+    with session.unlocked_on_error():
+        return load_run(session)
+
+
+def load_run(session: Session) -> Run:
+    """Load images and model for a session of pre-training, and claim its output folder."""
     options, accelerator = session.options, session.accelerator
     hub_model_id = find_repository(options, accelerator)
     with accelerator.main_process_first():  # downloads once
@@ -73,7 +81,7 @@ def prepare(options: PretrainOptions) -> Run:
     if options.training.gradient_checkpointing:
         model.gradient_checkpointing_enable()
     session.check_plan(plan)
-    session.write_flags()
+    session.claim_folder()
     return Run(options, session, data, model, processor, choose_masks, plan, hub_model_id)
 
 
@@ -83,6 +91,12 @@ def pretrain(run: Run) -> dict[str, Any]:
     Raises:
         RunStopped: see `Session.train`; also for a result that cannot be written or pushed.
     """
+    with run.session.lock:
+        return train_and_save(run)
+
+
+def train_and_save(run: Run) -> dict[str, Any]:
+    """Do the work of `pretrain` while the output folder is locked."""
     session, model = run.session, run.model
     if session.is_finished:
         return finished_before(session, run.hub_model_id)
