@@ -373,7 +373,8 @@ def test_a_run_says_what_it_uses(ran: Ran) -> None:
     assert names[names.index("device") + 1 :][:3] == ["costs", "peak", "step"]
     first, share = records_of(ran.folder)[0], ran.results["utilisation"]["of_training_steps"]
     (line,) = [line for line in ran.lines if line.startswith("step 1/")]
-    assert line.endswith(f"{first['images_per_second']:.0f} images/s, {first['utilisation']:.1%} of peak")
+    assert f"lr {first['learning_rate']:.1e}  {first['images_per_second']:.0f} images/s" in line
+    assert f" images/s, {first['utilisation']:.1%} of peak  " in line and line.endswith(" s left")
     card = (ran.folder / "README.md").read_text(encoding="utf-8")
     assert f"reached {share:.1%} of the speed of large matrix products" in card
 
@@ -390,7 +391,7 @@ def test_a_disturbed_measurement_gives_no_number(
     assert shares[0] is None and all(0 <= share <= 1 for share in shares[1:]) and len(shares) == STEPS
     assert 0 <= results["utilisation"]["of_training_steps"] <= 1
     (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step 1/")]
-    assert line.endswith("images/s, utilization unknown")
+    assert "images/s, utilization unknown  " in line
 
     monkeypatch.setattr(utilisation, "gemm_peak", lambda device, dtype: 1e3)
     assert run(tmp_path / "again")["utilisation"]["of_training_steps"] is None

@@ -237,7 +237,8 @@ class RunOptions:
     report: bool = True
     """Draw what the special tokens do: report.html (see scripts/inspect_tokens.py), and pictures in the card."""
     dry_run: bool = False
-    """One step of everything, evaluation, checkpoint, saving and the right to push included; then remove it again."""
+    """Try a few steps, evaluation, checkpoint, saving and the right to push, remove the result, and print how long the
+    run takes."""
     push_to_hub: bool = False
     """Push the result to the Hub, and load it from there in a fresh process to verify it."""
     hub_model_id: str | None = None

@@ -121,7 +121,7 @@ def train_and_save(run: Run) -> dict[str, Any]:
 
 
 def rehearse(options: PretrainOptions) -> None:
-    """`--dry-run`: one step of everything on a few images, in a folder that is removed again.
+    """`--dry-run`: a few steps and one of everything else on a few images, in a folder that is removed again.
 
     Raises:
         ValueError, OSError, RunStopped: as `prepare` and `pretrain` would.
@@ -129,11 +129,12 @@ def rehearse(options: PretrainOptions) -> None:
     started = time.perf_counter()
     with dry_run(options) as short:
         run = prepare(short)
-        few = range(min(len(run.data.held_out), run.plan.batch_size * run.plan.num_processes))
+        num_held_out = len(run.data.held_out)
+        few = range(min(num_held_out, run.plan.batch_size * run.plan.num_processes))
         run.data = replace(run.data, held_out=run.data.held_out.chosen(few))
         pretrain(run)
-    steps = build_plan(options, run.data, run.plan.num_processes).num_steps
-    run.session.report_rehearsal(started, steps, run.hub_model_id)
+    plan = build_plan(options, run.data, run.plan.num_processes)
+    run.session.report_rehearsal(started, plan, len(few) / num_held_out, run.hub_model_id)
 
 
 # Parts ---------------------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ What is trained on which data is the business of finetune.py and pretrain.py.
 """
 
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -43,7 +44,7 @@ from .health import TokenMonitor
 from .interruption import Interruption
 from .loop import Hooks, Interrupted, Metrics, NonFiniteLoss, TrainingLoop, TrainingState
 from .losses import Batch, Objective
-from .model import is_preset
+from .model import check_preset, is_preset
 from .optimisation import build_optimizer
 from .options import FinetuneOptions, PretrainOptions, as_flags
 from .output_folder import (
@@ -58,7 +59,7 @@ from .output_folder import (
     check_replaceable,
     remove_run,
 )
-from .reporting import Reporter
+from .reporting import Reporter, duration
 from .states import gather_state, scatter_state, unsupported
 from .utilisation import Utilisation, start_utilisation
 from .zero import check_flags, tell_flags
@@ -80,6 +81,7 @@ MAY_DIFFER = (
 NAMES = ("dataset", "model", "teacher")  # that may be paths
 HOW_STARTED = ("resume", "overwrite", "dry_run")  # flags that are no part of the run's recipe
 LENGTH = ("epochs", "max_steps")
+REHEARSED_STEPS = 3  # in a dry run: the first one takes longer
 
 STEPS_BETWEEN_SAVES_OF_STREAMS = 1000  # unless --save-every says otherwise: streams have no epochs to evaluate after
 TRAINS_TOKENS = ("full", "lora")  # values of --trainable under which a token that stays as it is is a mistake
@@ -108,6 +110,8 @@ class Session:
     lock: FolderLock  # of the output folder; held by the main process
     seconds: float = 0.0  # spent training up to here, before --resume too
     started: float = 0.0  # when this process began to train
+    step_seconds: list[float] = field(default_factory=list)  # of each step of a dry run
+    evaluation_seconds: list[float] = field(default_factory=list)  # of each evaluation
     state: TrainingState | None = field(default=None, repr=False)
     utilisation: Utilisation = field(default_factory=Utilisation)
 
@@ -184,6 +188,17 @@ class Session:
             if self.keeps_checkpoints:
                 save_for_all(self.store, accelerator, state.step, *gather(), is_best)
 
+        def timed_evaluate() -> Metrics:
+            began = time.perf_counter()
+            metrics = evaluate(state.model)
+            self.evaluation_seconds.append(time.perf_counter() - began)
+            return metrics
+
+        def note_speed(num_images: int, seconds: float) -> Metrics:
+            if self.options.run.dry_run:  # each step is logged
+                self.step_seconds.append(seconds)
+            return self.utilisation.note(num_images, seconds)
+
         def publish() -> None:
             if uploads is not None:
                 uploads.publish(state, gather)
@@ -192,13 +207,13 @@ class Session:
         in_background = uploads or nullcontext()
         with Interruption(accelerator) as interruption, self.reporter, self.one_line(interruption), in_background:
             hooks = Hooks(
-                evaluate=lambda: evaluate(state.model),
+                evaluate=timed_evaluate,
                 log=log,
                 warn=self.reporter.warn if training.trainable in TRAINS_TOKENS else ignored,
                 save=save,
                 note_batch=lambda batch: met.extend(batch["broken"][batch["broken"] != NO_PICTURE].tolist()),
                 measure_attention=measure_attention,
-                note_speed=self.utilisation.note,
+                note_speed=note_speed,
                 stop_requested=interruption.requested,
                 publish=publish,
             )
@@ -312,16 +327,40 @@ class Session:
         tensors, rest = gather_state(self.accelerator, state.model, state.optimizer, self.shadow(state))
         return tensors, facts | rest
 
-    def report_rehearsal(self, started: float, num_steps: int, hub_model_id: str | None) -> None:
-        """What `--dry-run` tried since `started`, and how long the run itself would be."""
-        tried = ["one step", "an evaluation", *(["a checkpoint"] if self.keeps_checkpoints else []), "saving"]
+    def report_rehearsal(
+        self, started: float, plan: BatchPlan, evaluation_share: float, hub_model_id: str | None
+    ) -> None:
+        """Print what `--dry-run` tried since `started`, and how long the run itself takes.
+
+        Args:
+            started: when the dry run began.
+            plan: of the run itself.
+            evaluation_share: fraction of the held-out images that the dry run evaluates on.
+            hub_model_id: repository that the result of the run is pushed to.
+        """
+        tried = [
+            f"{len(self.step_seconds)} steps",
+            "an evaluation",
+            *(["a checkpoint"] if self.keeps_checkpoints else []),
+            "saving",
+        ]
         may_push = f"; {hub_model_id} may be pushed to" if hub_model_id else ""
         seconds = time.perf_counter() - started
         self.reporter.say(
             "dry run",
             f"{', '.join(tried)} went well in {seconds:.0f} s{may_push}; nothing was kept. The run itself has "
-            f"{num_steps:,} steps",
+            f"{plan.num_steps:,} steps and takes about {duration(self.estimate_seconds(plan, evaluation_share))}",
         )
+
+    def estimate_seconds(self, plan: BatchPlan, evaluation_share: float) -> float:
+        """Return the expected duration of a run's steps and evaluations in seconds, from those of the dry run.
+
+        The first step is left out if there are others, since it takes longer.
+        """
+        epochs = plan.epochs_after(plan.num_steps) if plan.num_pictures else 1.0
+        num_evaluations = math.ceil(epochs / self.options.training.evaluate_every)
+        step = min(self.step_seconds[1:] or self.step_seconds)
+        return plan.num_steps * step + num_evaluations * min(self.evaluation_seconds) / evaluation_share
 
     def start_trackers(self) -> None:
         """Let Accelerate's trackers know the run; they write below the output folder."""
@@ -384,11 +423,13 @@ def open_session(options: Options) -> Session:
     folders by absolute paths.
 
     Raises:
-        ValueError: for flags that DeepSpeed does not support; if another run uses the folder; if the run would replace
-            another one or files that no run wrote, and neither --resume nor --overwrite is given; if all checkpoints
-            are damaged, or are of a run with other flags; for a precision or tracker that is not available.
+        ValueError: for a preset that does not exist; for flags that DeepSpeed does not support; if another run uses the
+            folder; if the run would replace another one or files that no run wrote, and neither --resume nor --overwrite
+            is given; if all checkpoints are damaged, or are of a run with other flags; for a precision or tracker that
+            is not available.
         OSError: if the folder cannot be written.
     """
+    check_preset(options.model.model)
     options = with_settled_names(options)
     training, run = options.training, options.run
     accelerator = build_accelerator(
@@ -452,7 +493,7 @@ def shown(value: Any) -> str:
 
 @contextmanager
 def dry_run(options: Options) -> Iterator[Options]:
-    """The options for one step of everything, in a folder that is removed again.
+    """The options for a few steps and one of everything else, in a folder that is removed again.
 
     Raises:
         ValueError: if the run itself would be refused for what is in its output folder.
@@ -468,7 +509,7 @@ def dry_run(options: Options) -> Iterator[Options]:
         yield replace(
             options,
             output_dir=folder / options.output_dir.name,
-            training=replace(options.training, max_steps=1),
+            training=replace(options.training, max_steps=REHEARSED_STEPS, log_every=1),
             run=replace(options.run, resume=False, dry_run=True),
         )
     finally:
