@@ -423,10 +423,10 @@ def open_session(options: Options) -> Session:
     folders by absolute paths.
 
     Raises:
-        ValueError: for a preset that does not exist; for flags that DeepSpeed does not support; if another run uses the
-            folder; if the run would replace another one or files that no run wrote, and neither --resume nor --overwrite
-            is given; if all checkpoints are damaged, or are of a run with other flags; for a precision or tracker that
-            is not available.
+        ValueError: for a preset that does not exist; for flags that DeepSpeed does not support; if another run uses
+            the folder; if the run would replace another one or files that no run wrote, and neither --resume nor
+            --overwrite is given; if all checkpoints are damaged, or are of a run with other flags; for a precision or
+            tracker that is not available.
         OSError: if the folder cannot be written.
     """
     check_preset(options.model.model)
