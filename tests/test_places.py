@@ -80,7 +80,7 @@ def test_what_was_trained_on_local_data_is_pushed_from_elsewhere_without_its_pat
 ) -> None:
     folder = tmp_path / "run"
     session = open_session(options_of(folder, "../clinic/scans"))
-    session.write_flags()
+    session.claim_folder()
     filled(ViTCLSForImageClassification(tiny_config())).save_pretrained(folder)
     ViTCLSImageProcessor(size={"height": 32, "width": 32}).save_pretrained(folder)
     shutil.rmtree(tmp_path / "clinic")

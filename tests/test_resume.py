@@ -408,6 +408,7 @@ def test_a_signal_saves_first(
     run.wait_for_step(6)
     os.killpg(run.process.pid, number)
     assert run.wait() == 128 + number, run.output
+    assert not (folder / ".vitcls.lock").exists()
     assert f"stopped by {number.name}; a checkpoint was saved" in run.output
     assert "Traceback" not in run.output
     assert resumed_after(finish(folder, f"{flags} --resume")) >= 6
@@ -531,7 +532,63 @@ def test_a_finished_run_says_so(pictures: Path, uninterrupted: Callable[[str], P
     assert contents(folder) == before
 
 
+# One folder, several runs --------------------------------------------------------------------------------------------
+
+
+def test_a_second_run_in_the_folder_is_refused(
+    pictures: Path, folder: Path, uninterrupted: Callable[[str], Path]
+) -> None:
+    """On one process and on two, of which one speaks for both. The first run does not notice."""
+    flags = f"{RUN} --dataset {pictures}"
+    run = start(folder, f"{flags} --epochs 200")
+    run.wait_for_step(2)
+    for number, more in enumerate(("", "--overwrite", "--resume")):
+        log = folder.with_name(f"second-{number}.log")
+        _, *second = command(folder, f"{flags} {more}")
+        process = READY.Process(target=finetune, args=(second, log, ENVIRONMENT))
+        process.start()
+        process.join(timeout=240)
+        assert process.exitcode == 1
+        assert log.read_text().splitlines()[-1].startswith(f"error: {folder} is in use by another run (process ")
+    log = folder.with_name("two.log")
+    port = free_port()
+    both = [
+        READY.Process(target=finetune, args=(command(folder, flags)[1:], log, ENVIRONMENT | ranked(rank, 2, port)))
+        for rank in range(2)
+    ]
+    for process in both:
+        process.start()
+    for process in both:
+        process.join(timeout=240)
+    assert [process.exitcode for process in both] == [1, 1]
+    assert log.read_text().count("is in use by another run") == 1 and "Traceback" not in log.read_text()
+    run.kill()
+    assert (folder / ".vitcls.lock").exists()
+    finish(folder, f"{flags} --overwrite")
+    assert not (folder / ".vitcls.lock").exists()
+    assert_equal_runs(folder, uninterrupted(flags))
+
+
+def test_a_new_run_that_is_killed_early_leaves_no_old_model(pictures: Path, folder: Path) -> None:
+    flags = f"{RUN} --dataset {pictures}"
+    finish(folder, f"{flags} --max-steps 3")
+    before = contents(folder)
+    assert "holds a finished run: replace it with --overwrite" in refusal(folder, flags)
+    assert contents(folder) == before
+    run = start(folder, f"{flags} --save-every 1000 --overwrite --seed 1")
+    deadline = time.monotonic() + 120
+    config = folder / "config.resolved.yaml"
+    while not config.exists() or "seed: 1" not in config.read_text(encoding="utf-8"):
+        assert time.monotonic() < deadline and run.is_alive(), run.output
+        time.sleep(0.001)
+    run.kill()
+    left = {path.name for path in folder.iterdir()} - {".vitcls.lock"}
+    assert "config.resolved.yaml" in left <= {"config.resolved.yaml", "metrics.jsonl", ".metrics.jsonl.partial"}
+    finish(folder, f"{flags} --max-steps 3")
+    assert comparable(json.loads((folder / "results.json").read_text()))["steps"] == 3
+
+
 def contents(folder: Path) -> dict[str, bytes]:
-    """Every file of a run, but what was being written when it was killed."""
-    files = [path for path in folder.rglob("*") if path.is_file()]
+    """Every file of a run, but its lock, and what was being written when it was killed."""
+    files = [path for path in folder.rglob("*") if path.is_file() and path.name != ".vitcls.lock"]
     return {str(path): path.read_bytes() for path in files if not path.parent.name.startswith(".")}

@@ -8,6 +8,7 @@ of their own: test_data, test_batches, test_loop, ...
 import json
 import math
 import os
+import re
 import resource
 import runpy
 import subprocess
@@ -247,7 +248,40 @@ def test_a_wrong_key_in_a_recipe_is_named(tmp_path: Path) -> None:
     recipe.write_text("dataset: digits\nmodel: vitcls-tiny\nepocs: 3\n", encoding="utf-8")
     ran = run_script("finetune.py", "--config", recipe, "--output-dir", tmp_path)
     assert ran.returncode == 2
-    assert "--epocs" in ran.stderr and "--epochs" in ran.stderr
+    assert ran.stderr.splitlines()[-1] == f"error: {recipe}, line 3: there is no flag epocs: use epochs"
+
+
+def test_keys_of_a_recipe_may_be_written_as_flags(tmp_path: Path) -> None:
+    command_line = runpy.run_path(str(SCRIPTS / "command_line.py"))
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("dataset: digits\nmodel: vitcls-tiny\nbatch-size: 3\nno-flip: true\n", encoding="utf-8")
+    options = command_line["parse"]("FinetuneOptions", ["--config", str(recipe), "--output-dir", "out"])
+    assert options.training.batch_size == 3 and not options.augmentation.flip
+
+
+@pytest.mark.parametrize(("flag", "words"), [("--lr", "--learning-rate"), ("--num_epochs=3", "--epochs")])
+def test_the_usual_abbreviation_of_a_flag_names_the_flag(flag: str, words: str, capsys: pytest.CaptureFixture) -> None:
+    command_line = runpy.run_path(str(SCRIPTS / "command_line.py"))
+    with pytest.raises(SystemExit) as ended:
+        command_line["parse"]("FinetuneOptions", [flag, "0.1", "--dataset", "digits"])
+    assert ended.value.code == 2
+    name = flag.partition("=")[0].replace("_", "-")
+    assert capsys.readouterr().err == f"error: there is no flag {name}: use {words}\n"
+
+
+def test_an_abbreviation_that_is_a_flag_is_that_flag(tmp_path: Path) -> None:
+    command_line = runpy.run_path(str(SCRIPTS / "command_line.py"))
+    flags = ["--model", "m", "--dataset", "digits", "--output", str(tmp_path / "results.json")]
+    assert command_line["parse"]("EvaluateOptions", flags).output == tmp_path / "results.json"
+
+
+def test_an_unknown_preset_lists_the_presets(tmp_path: Path) -> None:
+    options = tiny_options(tmp_path / "out", "digits")
+    with raises_one_line(
+        "--model vitcls-smal is not a preset", "vitcls-tiny, vitcls-small, vitcls-base, vitcls-large"
+    ):
+        prepare(replace(options, model=ModelOptions(model="vitcls-smal")))
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_missing_recipe_is_named(tmp_path: Path) -> None:
@@ -592,7 +626,7 @@ def test_an_unfinished_run_is_not_thrown_away(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"holds an unfinished run .* step 1\): go on with --resume, start anew"):
         prepare(tiny_options(tmp_path, "digits"))
     assert trained(tmp_path, "digits", overwrite=True)["steps"] == 3
-    assert trained(tmp_path, "digits", max_steps=2)["steps"] == 2  # a finished one is replaced
+    assert trained(tmp_path, "digits", max_steps=2, overwrite=True)["steps"] == 2  # also a finished one
 
 
 def test_an_evaluation_that_fails_is_made_again(tmp_path: Path) -> None:
@@ -651,7 +685,7 @@ def test_linear_probing_is_rehearsed_on_few_images(
     options = tiny_options(tmp_path / "out", "digits", max_steps=None, trainable="head")
     rehearse(replace(options, model=ModelOptions(model=str(pretrained))))
     output = capsys.readouterr().out
-    assert "encoding 8 images once" in output and "The run itself has 5,389 steps" in output
+    assert "encoding 24 images once" in output and "The run itself has 5,389 steps" in output
 
 
 def fails() -> None:
@@ -686,8 +720,8 @@ def test_a_process_speaks_for_itself_unless_all_have_the_error(
 def test_a_dry_run_does_everything_and_keeps_nothing(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     rehearse(tiny_options(tmp_path / "out", "digits", max_steps=50, ema_decay=0.9))
     output = capsys.readouterr().out
-    assert "one step, an evaluation, a checkpoint, saving went well" in output
-    assert "The run itself has 50 steps" in output
+    assert "3 steps, an evaluation, a checkpoint, saving went well" in output
+    assert re.search(r"The run itself has 50 steps and takes about \d+ s$", output.strip())
     assert list(tmp_path.iterdir()) == []
 
 

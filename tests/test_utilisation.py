@@ -187,6 +187,47 @@ def test_it_goes_on_after_a_checkpoint_on_another_machine() -> None:
     assert old.note(num_images=1, seconds=1.0) == {"utilisation": 0.1}
 
 
+def test_more_than_the_peak_is_unknown() -> None:
+    """A peak that was measured while another program ran, and is not reached any more once that has ended."""
+    found = Utilisation(flops_per_image=1e9, peak=1e10)
+    assert found.note(num_images=147, seconds=10.0) == {"utilisation": None}
+    assert found.results() == {
+        "of_training_steps": None,
+        "training_flops_per_image": 1_000_000_000,
+        "gemm_peak_flops_per_second": 1e10,
+        "gemm_dtype": "",
+    }
+
+
+def test_the_largest_of_several_peaks_counts() -> None:
+    later = [4e10, 1e10]
+    found = Utilisation(flops_per_image=1e9, peak=1e10, measure=lambda: later.pop(0))
+    found.go_on_from({"done": 1e11, "possible": 2e11})
+    assert found.note(num_images=90, seconds=9.0) == {"utilisation": 1.0} and len(later) == 2  # 9 s at the peak
+    assert found.note(num_images=20, seconds=1.0) == {"utilisation": 0.5} and later == [1e10]  # measured anew: 4e10
+    assert found.possible == 2e11 + 10 * 4e10  # of earlier steps, too
+    assert found.note(num_images=800, seconds=40.0) == {"utilisation": 0.5} and not later  # 20 s at the new peak
+    assert found.peak == 4e10
+
+
+def test_the_fastest_turn_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    durations, now = [9.0, 0.5, 0.1, 0.4, 0.4], [0.0]  # the first call warms up
+
+    def work() -> torch.Tensor:
+        now[0] += durations.pop(0)
+        return torch.zeros(())
+
+    monkeypatch.setattr(gemm.time, "perf_counter", lambda: now[0])
+    assert gemm.fewest_seconds(work, torch.device("cpu")) == pytest.approx(0.1)
+
+
+def test_measuring_draws_no_random_numbers(peaks: list[float]) -> None:
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    utilisation.gemm_peak(torch.device("cpu"), torch.float32)
+    assert torch.equal(torch.get_rng_state(), before) and len(peaks) == 1
+
+
 def test_without_a_peak_nothing_is_claimed() -> None:
     unknown = Utilisation(flops_per_image=1e9)
     assert unknown.note(num_images=50, seconds=10.0) == {} and unknown.results() is None
@@ -332,9 +373,29 @@ def test_a_run_says_what_it_uses(ran: Ran) -> None:
     assert names[names.index("device") + 1 :][:3] == ["costs", "peak", "step"]
     first, share = records_of(ran.folder)[0], ran.results["utilisation"]["of_training_steps"]
     (line,) = [line for line in ran.lines if line.startswith("step 1/")]
-    assert line.endswith(f"{first['images_per_second']:.0f} images/s, {first['utilisation']:.1%} of peak")
+    assert f"lr {first['learning_rate']:.1e}  {first['images_per_second']:.0f} images/s" in line
+    assert f" images/s, {first['utilisation']:.1%} of peak  " in line and line.endswith(" s left")
     card = (ran.folder / "README.md").read_text(encoding="utf-8")
     assert f"reached {share:.1%} of the speed of large matrix products" in card
+
+
+def test_a_disturbed_measurement_gives_no_number(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """The first measurement finds the machine busy; after the first step it is measured again."""
+    found = iter([1e3, 1e3, 1e15])
+    monkeypatch.setattr(utilisation, "FEWEST_FLOPS", 0.0)
+    monkeypatch.setattr(utilisation, "gemm_peak", lambda device, dtype: next(found, 1e15))
+    results = run(tmp_path)
+    shares = [record["utilisation"] for record in records_of(tmp_path)]
+    assert shares[0] is None and all(0 <= share <= 1 for share in shares[1:]) and len(shares) == STEPS
+    assert 0 <= results["utilisation"]["of_training_steps"] <= 1
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step 1/")]
+    assert "images/s, utilization unknown  " in line
+
+    monkeypatch.setattr(utilisation, "gemm_peak", lambda device, dtype: 1e3)
+    assert run(tmp_path / "again")["utilisation"]["of_training_steps"] is None
+    assert "utilization is unknown" in (tmp_path / "again" / "README.md").read_text(encoding="utf-8")
 
 
 def test_measuring_changes_nothing(ran: Ran, tmp_path: Path) -> None:

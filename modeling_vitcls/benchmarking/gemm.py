@@ -6,7 +6,6 @@ What a model reaches, as a part of it, is its utilisation. Measured, not read fr
 with its number of threads, its clock and whatever else runs on it.
 """
 
-import statistics
 import time
 from collections.abc import Callable
 
@@ -24,22 +23,24 @@ DEFAULT_SIDE = 4096
 
 @torch.no_grad()
 def gemm_peak(device: torch.device | str, dtype: torch.dtype) -> float:
-    """FLOP/s of large matrix products, the median of several turns in the fastest of the ways that there are.
+    """Return the FLOP/s of large matrix products: the fastest of many repetitions, in the fastest implementation.
 
-    Takes about half a second. On CPUs oneDNN is tried beside PyTorch's own choice, which may be half as fast.
+    The measurement takes about half a second. On CPUs oneDNN is tried in addition to PyTorch's own choice, which may
+    be half as fast. The result is a lower bound: other programs that run at the same time can only lower it.
     """
     device = torch.device(device)
     side = SIDES.get(device.type, DEFAULT_SIDE)
-    first, second = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
+    generator = torch.Generator(device)  # training continues with the random numbers that it would have had
+    first, second = (torch.randn(side, side, device=device, dtype=dtype, generator=generator) for _ in range(2))
     ways: list[Callable[[], torch.Tensor]] = [lambda: nn.functional.linear(first, second)]
     if device.type == "cpu" and torch.backends.mkldnn.is_available() and dtype in (torch.float32, torch.bfloat16):
         packed_first, packed_second = first.to_mkldnn(), second.to_mkldnn()
         ways.append(lambda: nn.functional.linear(packed_first, packed_second))
-    return 2 * side**3 / min(median_seconds(multiply, device) for multiply in ways)
+    return 2 * side**3 / min(fewest_seconds(multiply, device) for multiply in ways)
 
 
-def median_seconds(work: Callable[[], torch.Tensor], device: torch.device) -> float:
-    """Of one call, after a first one that does not count."""
+def fewest_seconds(work: Callable[[], torch.Tensor], device: torch.device) -> float:
+    """Return the seconds of the fastest call, after a first call that does not count."""
     work()
     turns: list[float] = []
     wait_for(device)
@@ -49,7 +50,7 @@ def median_seconds(work: Callable[[], torch.Tensor], device: torch.device) -> fl
         work()
         wait_for(device)
         turns.append(time.perf_counter() - before)
-    return statistics.median(turns)
+    return min(turns)
 
 
 def wait_for(device: torch.device) -> None:

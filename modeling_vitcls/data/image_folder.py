@@ -343,7 +343,8 @@ def read_metadata_file(folder: ImageFolder, file: str) -> tuple["pyarrow.Table",
         names = [str(name) for name in table.column("file_name").to_pylist()]
     except (OSError, ValueError, KeyError) as error:  # those of pandas and Arrow are among them
         raise ValueError(
-            f"cannot read {path}: {get_first_line(error)} (it needs a column `file_name` of paths relative to its folder)"
+            f"cannot read {path}: {get_first_line(error)} (it requires a column `file_name` of paths relative to its "
+            "folder)"
         ) from error
     for name in names:
         if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts or "://" in name:

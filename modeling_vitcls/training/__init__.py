@@ -24,6 +24,7 @@ The loop
     checkpoints.py        checkpoints on disk; states.py: what is in them, on several processes
     interruption.py       Ctrl-C and SIGTERM
     session.py            the loop in its output folder, for fine-tuning and pre-training
+    output_folder.py      what a run may replace in its output folder; folder_lock.py: one run at a time
     branch_uploads.py     checkpoints pushed to a branch while it trains; saving.py: the model folder
     environment.py        processes, device, versions
     memory.py             what tensors on CPUs free is kept for the next ones

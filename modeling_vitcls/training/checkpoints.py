@@ -18,7 +18,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -114,11 +114,12 @@ class CheckpointStore:
         return None
 
     def clear(self) -> None:
-        """Remove all checkpoints: an earlier run's."""
+        """Remove all checkpoints of an earlier run, and the folder if nothing else is in it."""
         self.remove_leftovers()
         for step in self.steps():
             remove(self.path(step))
-        shutil.rmtree(self.folder, ignore_errors=True)
+        with suppress(OSError):  # not there, or it holds files that are no checkpoints
+            self.folder.rmdir()
 
     def steps(self) -> list[int]:
         """Steps of the checkpoints that are there, rising."""

@@ -44,6 +44,12 @@ def finetune(run: Run) -> dict[str, Any]:
     Raises:
         RunStopped: see `Session.train`; also for a result that cannot be pushed.
     """
+    with run.session.lock:
+        return train_and_save(run)
+
+
+def train_and_save(run: Run) -> dict[str, Any]:
+    """Do the work of `finetune` while the output folder is locked."""
     session = run.session
     if session.is_finished:
         return finished_before(session, run.hub_model_id)
@@ -75,7 +81,7 @@ def finetune(run: Run) -> dict[str, Any]:
 
 
 def rehearse(options: FinetuneOptions) -> None:
-    """`--dry-run`: one step of everything on a few images, in a folder that is removed again.
+    """`--dry-run`: a few steps and one of everything else on a few images, in a folder that is removed again.
 
     Raises:
         ValueError, OSError, RunStopped: as `prepare` and `finetune` would.
@@ -83,13 +89,13 @@ def rehearse(options: FinetuneOptions) -> None:
     started = time.perf_counter()
     with dry_run(options) as short:
         run = prepare(short)
-        steps = build_plan(options, run.data, run.plan.num_processes).num_steps
-        few = range(min(len(run.data.held_out), run.plan.batch_size * run.plan.num_processes))
+        plan, num_held_out = build_plan(options, run.data, run.plan.num_processes), len(run.data.held_out)
+        few = range(min(num_held_out, run.plan.batch_size * run.plan.num_processes))
         run.data = replace(run.data, held_out=run.data.held_out.chosen(few))
         if options.training.trainable == "head":
             shorten(run)
         finetune(run)
-    run.session.report_rehearsal(started, steps, run.hub_model_id)
+    run.session.report_rehearsal(started, plan, len(few) / num_held_out, run.hub_model_id)
 
 
 def shorten(run: Run) -> None:

@@ -110,6 +110,7 @@ class TrainingLoop:
         self.seconds: list[float] = []  # of the steps since the last logged one
         self.is_best = False  # whether the last step's evaluation was the best so far
         self.overflows = 0  # steps in a row that the loss scaler left out
+        self.peak_memory = 0  # bytes, until the last logged step
 
     def run(self, batches: Iterator[Batch]) -> Metrics:
         """Train, and return the metrics of the evaluation at the end.
@@ -260,7 +261,7 @@ class TrainingLoop:
         names = list(self.state.window[0])
         means = [math.fsum(found[name] for found in self.state.window) / len(self.state.window) for name in names]
         num_images, seconds = len(self.seconds) * self.plan.pictures_per_step, math.fsum(self.seconds)
-        memory = peak_memory(self.accelerator.device)
+        self.peak_memory = max(self.peak_memory, peak_memory(self.accelerator.device))  # `note_speed` resets it
         self.state.window.clear()
         self.seconds.clear()
         losses = self.accelerator.reduce(torch.tensor(means, device=self.accelerator.device), "mean").tolist()
@@ -268,7 +269,7 @@ class TrainingLoop:
             **{name: round(mean, 6) for name, mean in zip(names, losses, strict=True)},
             "images_per_second": round(num_images / seconds, 1),
             **self.hooks.note_speed(num_images, seconds),
-            "peak_memory_mb": round(memory / 2**20, 1),
+            "peak_memory_mb": round(self.peak_memory / 2**20, 1),
         }
 
 

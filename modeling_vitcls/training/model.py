@@ -2,6 +2,7 @@
 
 import copy
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -112,13 +113,24 @@ def is_preset(name: str) -> bool:
     return name.removeprefix("vitcls-") in PRESETS
 
 
+def check_preset(name: str) -> None:
+    """Raise ValueError if a name looks like a preset, but is neither a preset nor a file or folder."""
+    if name.startswith("vitcls-") and "/" not in name and not is_preset(name) and not Path(name).exists():
+        raise ValueError(f"--model {name} is not a preset: choose one of {preset_names()}")
+
+
+def preset_names() -> str:
+    """Return the names of all presets as `--model` accepts them."""
+    return ", ".join(f"vitcls-{name}" for name in PRESETS)
+
+
 def check_is_vitcls(source: str, folder: str) -> None:
     """Raise ValueError for another kind of model than ours; `source` is what the user calls it."""
     model_type = PreTrainedConfig.get_config_dict(folder)[0].get("model_type", "no known")
     if model_type != ViTCLSConfig.model_type:
         raise ValueError(
             f"{source} holds a model of type {model_type!r}: give a {ViTCLSConfig.model_type!r} checkpoint, or one of "
-            f"the presets {', '.join(f'vitcls-{name}' for name in PRESETS)}"
+            f"the presets {preset_names()}"
         )
 
 

@@ -228,7 +228,7 @@ class RunOptions:
     resume: bool = False
     """Go on from the newest checkpoint in --output-dir; start from the beginning where there is none."""
     overwrite: bool = False
-    """Throw away an unfinished run in --output-dir. A finished one is always replaced."""
+    """Replace an earlier run in --output-dir, finished or not, and other files with the names of the output's."""
     save_every: int | None = None
     """Steps between two checkpoints. Default: one at each evaluation; every 1,000 of a stream."""
     keep_checkpoints: int = 2
@@ -238,7 +238,8 @@ class RunOptions:
     report: bool = True
     """Draw what the special tokens do: report.html (see scripts/inspect_tokens.py), and pictures in the card."""
     dry_run: bool = False
-    """One step of everything, evaluation, checkpoint, saving and the right to push included; then remove it again."""
+    """Try a few steps, evaluation, checkpoint, saving and the right to push, remove the result, and print how long the
+    run takes."""
     push_to_hub: bool = False
     """Push the result to the Hub, and load it from there in a fresh process to verify it."""
     hub_model_id: str | None = None
@@ -290,7 +291,7 @@ class FinetuneOptions:
     """Fine-tune a ViT on labelled images, evaluate it on held-out ones, and write model, card and results."""
 
     output_dir: Path
-    """Folder to write; files of an earlier run in it are replaced, unless --resume."""
+    """Folder to write. An earlier run in it is continued with --resume, or replaced with --overwrite."""
     data: DataOptions
     model: ModelOptions
     augmentation: AugmentationOptions = field(default_factory=AugmentationOptions)
@@ -320,7 +321,7 @@ class PretrainOptions:
     """Pre-train a ViT on images without labels: it learns to fill in hidden patches. Fine-tune its output next."""
 
     output_dir: Path
-    """Folder to write; files of an earlier run in it are replaced, unless --resume."""
+    """Folder to write. An earlier run in it is continued with --resume, or replaced with --overwrite."""
     data: DataOptions
     model: ModelOptions
     masking: MaskingOptions = field(default_factory=MaskingOptions)

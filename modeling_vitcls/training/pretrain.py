@@ -59,11 +59,19 @@ class Run:
 def prepare(options: PretrainOptions) -> Run:
     """Load images and model and write config.resolved.yaml. What is wrong with the options shows here.
 
+    The run holds the lock of its output folder from now on; `pretrain` releases it.
+
     Raises:
         ValueError, OSError: in one line, for data or models that cannot be read or do not fit the options.
     """
     check_combinations(options)
     session = open_session(options)
+    with session.unlocked_on_error():
+        return load_run(session)
+
+
+def load_run(session: Session) -> Run:
+    """Load images and model for a session of pre-training, and claim its output folder."""
     options, accelerator = session.options, session.accelerator
     hub_model_id = find_repository(options, accelerator)
     with accelerator.main_process_first():  # downloads once
@@ -75,7 +83,7 @@ def prepare(options: PretrainOptions) -> Run:
     if options.training.gradient_checkpointing:
         model.gradient_checkpointing_enable()
     session.check_plan(plan)
-    session.write_flags()
+    session.claim_folder()
     return Run(options, session, data, model, processor, choose_masks, plan, hub_model_id)
 
 
@@ -85,6 +93,12 @@ def pretrain(run: Run) -> dict[str, Any]:
     Raises:
         RunStopped: see `Session.train`; also for a result that cannot be written or pushed.
     """
+    with run.session.lock:
+        return train_and_save(run)
+
+
+def train_and_save(run: Run) -> dict[str, Any]:
+    """Do the work of `pretrain` while the output folder is locked."""
     session, model = run.session, run.model
     if session.is_finished:
         return finished_before(session, run.hub_model_id)
@@ -109,7 +123,7 @@ def pretrain(run: Run) -> dict[str, Any]:
 
 
 def rehearse(options: PretrainOptions) -> None:
-    """`--dry-run`: one step of everything on a few images, in a folder that is removed again.
+    """`--dry-run`: a few steps and one of everything else on a few images, in a folder that is removed again.
 
     Raises:
         ValueError, OSError, RunStopped: as `prepare` and `pretrain` would.
@@ -117,11 +131,12 @@ def rehearse(options: PretrainOptions) -> None:
     started = time.perf_counter()
     with dry_run(options) as short:
         run = prepare(short)
-        few = range(min(len(run.data.held_out), run.plan.batch_size * run.plan.num_processes))
+        num_held_out = len(run.data.held_out)
+        few = range(min(num_held_out, run.plan.batch_size * run.plan.num_processes))
         run.data = replace(run.data, held_out=run.data.held_out.chosen(few))
         pretrain(run)
-    steps = build_plan(options, run.data, run.plan.num_processes).num_steps
-    run.session.report_rehearsal(started, steps, run.hub_model_id)
+    plan = build_plan(options, run.data, run.plan.num_processes)
+    run.session.report_rehearsal(started, plan, len(few) / num_held_out, run.hub_model_id)
 
 
 # Parts ---------------------------------------------------------------------------------------------------------------

@@ -5,6 +5,8 @@ Only the main process prints and writes.
 """
 
 import json
+import math
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,7 +17,7 @@ import numpy as np
 from accelerate import Accelerator
 from PIL import Image
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from .tracked_pictures import Track
 
@@ -34,14 +36,16 @@ class Reporter:
         self.metrics_file = metrics_file
         self.progress = Progress(
             TextColumn("{task.description}"),
-            BarColumn(),
+            BarColumn(bar_width=20),
             MofNCompleteColumn(),
-            TimeRemainingColumn(),
+            TextColumn("{task.fields[remaining]}"),
             console=self.console,
             disable=not (self.is_main_process and self.console.is_terminal),
         )
-        self.task = self.progress.add_task("training", total=None)
+        self.task = self.progress.add_task("training", total=None, remaining="")
         self.num_steps = 0
+        self.first_step = 0
+        self.started = 0.0  # when that step was begun
 
     def say(self, name: str, what: str) -> None:
         """One line of the summary."""
@@ -58,6 +62,7 @@ class Reporter:
             OSError: in one line, on the main process, where metrics.jsonl cannot be written; as `log` does.
         """
         self.num_steps = num_steps
+        self.first_step, self.started = step, time.perf_counter()
         if self.is_main_process:
             lines = self.metrics_file.read_text(encoding="utf-8").splitlines() if self.metrics_file.exists() else []
             kept = [line for line in lines if (number := step_of(line)) is not None and number <= step]
@@ -94,19 +99,30 @@ class Reporter:
         line = json.dumps(record, allow_nan=False)
         with self.writing(), self.metrics_file.open("a", encoding="utf-8") as file:
             file.write(line + "\n")
-        text = f"epoch {record['epoch']:.1f}  loss {record['loss']:.3f}  {record['images_per_second']:.0f} images/s"
+        text = f"epoch {record['epoch']:.1f}  loss {record['loss']:.3f}  lr {record['learning_rate']:.1e}  "
+        text += f"{record['images_per_second']:.0f} images/s"
         if "utilisation" in record:
-            text += f", {record['utilisation']:.1%} of peak"
+            share = record["utilisation"]
+            text += ", utilization unknown" if share is None else f", {share:.1%} of peak"
         held_out = "".join(
             f"  held out: {shown_metric(name.removeprefix(HELD_OUT), value)}"
             for name, value in [item for item in record.items() if item[0].startswith(HELD_OUT)][:1]
         )
+        remaining = self.remaining_time(record["step"])
         if self.progress.disable:
-            self.console.print(f"step {record['step']}/{self.num_steps}  {text}{held_out}", markup=False)
+            parts = [f"step {record['step']}/{self.num_steps}", text, remaining, held_out.strip()]
+            self.console.print("  ".join(filter(None, parts)), markup=False)
             return
-        self.progress.update(self.task, completed=record["step"], description=text)
+        self.progress.update(self.task, completed=record["step"], description=text, remaining=remaining)
         if held_out:
             self.progress.console.print(f"epoch {record['epoch']:>5.1f}{held_out}", markup=False)
+
+    def remaining_time(self, step: int) -> str:
+        """Return the time until the last step at the speed so far, in words; empty after the last step."""
+        done, missing = step - self.first_step, self.num_steps - step
+        if done <= 0 or missing <= 0:
+            return ""
+        return f"{duration((time.perf_counter() - self.started) / done * missing)} left"
 
     @property
     def track(self) -> Track | None:
@@ -120,6 +136,19 @@ class Reporter:
                 tracker.log_images(arrays, step=self.num_steps, **AXES.get(tracker.name, {}))
 
         return hand_over if takers else None
+
+
+def duration(seconds: float) -> str:
+    """Return a duration in words, rounded to its two largest units: `42 s`, `7 min`, `3 h 20 min`, `2 d 5 h`."""
+    if seconds < 90:
+        return f"{math.ceil(seconds)} s"
+    minutes = round(seconds / 60)
+    if minutes < 60:
+        return f"{minutes} min"
+    hours, minutes = divmod(minutes, 60)
+    if hours < 24:
+        return f"{hours} h {minutes} min"
+    return f"{hours // 24} d {hours % 24} h"
 
 
 def shown_metric(name: str, value: float | None) -> str:

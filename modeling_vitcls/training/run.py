@@ -37,12 +37,20 @@ class Run:
 def prepare(options: FinetuneOptions) -> Run:
     """Load data, model and teacher and write config.resolved.yaml. What is wrong with the options shows here.
 
+    The run holds the lock of its output folder from now on; `finetune` releases it.
+
     Raises:
         ValueError, OSError: in one line, for data or models that cannot be read or do not fit the options.
     """
     options = with_distillation_token(options)
     check_combinations(options)
     session = open_session(options)
+    with session.unlocked_on_error():
+        return load_run(session)
+
+
+def load_run(session: Session) -> Run:
+    """Load data, model and teacher for a session of fine-tuning, and claim its output folder."""
     options, accelerator = session.options, session.accelerator
     hub_model_id = find_repository(options, accelerator)
     with accelerator.main_process_first():  # downloads once
@@ -58,7 +66,7 @@ def prepare(options: FinetuneOptions) -> Run:
     if options.training.gradient_checkpointing:
         built.model.gradient_checkpointing_enable()
     session.check_plan(plan)
-    session.write_flags()
+    session.claim_folder()
     return Run(options, session, data, built, model, teacher, plan, hub_model_id)
 
 

@@ -7,6 +7,7 @@ What is trained on which data is the business of finetune.py and pretrain.py.
 """
 
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -39,14 +40,27 @@ from .checkpoints import (
 )
 from .ema import Ema
 from .environment import build_accelerator, shard_by_layer
+from .folder_lock import FolderLock
 from .health import TokenMonitor
 from .interruption import Interruption
 from .loop import Hooks, Interrupted, Metrics, NonFiniteLoss, TrainingLoop, TrainingState
 from .losses import Batch, Objective
-from .model import is_preset
+from .model import check_preset, is_preset
 from .optimisation import build_optimizer
-from .options import FinetuneOptions, PretrainOptions, RunOptions, as_flags
-from .reporting import Reporter
+from .options import FinetuneOptions, PretrainOptions, as_flags
+from .output_folder import (
+    CHECKPOINTS,
+    METRICS,
+    MODEL,
+    NON_FINITE,
+    NON_FINITE_STATE,
+    RECIPE,
+    RESULTS,
+    check_no_other_files,
+    check_replaceable,
+    remove_run,
+)
+from .reporting import Reporter, duration
 from .states import gather_state, scatter_state, unsupported
 from .utilisation import Utilisation, start_utilisation
 from .zero import check_flags, tell_flags
@@ -68,6 +82,7 @@ MAY_DIFFER = (
 NAMES = ("dataset", "model", "teacher")  # that may be paths
 HOW_STARTED = ("resume", "overwrite", "dry_run")  # flags that are no part of the run's recipe
 LENGTH = ("epochs", "max_steps")
+REHEARSED_STEPS = 3  # in a dry run: the first one takes longer
 
 STEPS_BETWEEN_SAVES_OF_STREAMS = 1000  # unless --save-every says otherwise: streams have no epochs to evaluate after
 TRAINS_TOKENS = ("full", "lora")  # values of --trainable under which a token that stays as it is is a mistake
@@ -93,8 +108,11 @@ class Session:
     checkpoint: Checkpoint | None  # to go on from; on the main process
     facts: dict[str, Any] | None  # of that checkpoint; on all processes
     reporter: Reporter
+    lock: FolderLock  # of the output folder; held by the main process
     seconds: float = 0.0  # spent training up to here, before --resume too
     started: float = 0.0  # when this process began to train
+    step_seconds: list[float] = field(default_factory=list)  # of each step of a dry run
+    evaluation_seconds: list[float] = field(default_factory=list)  # of each evaluation
     state: TrainingState | None = field(default=None, repr=False)
     utilisation: Utilisation = field(default_factory=Utilisation)
     data: dict[str, Any] = field(default_factory=dict)  # what identifies the data, from `describe_data`
@@ -107,7 +125,7 @@ class Session:
     @property
     def is_finished(self) -> bool:
         """Whether `--resume` finds a run that has written its results."""
-        return self.facts is not None and (self.folder / "results.json").exists()
+        return self.facts is not None and (self.folder / RESULTS).exists()
 
     @property
     def keeps_checkpoints(self) -> bool:
@@ -172,6 +190,17 @@ class Session:
             if self.keeps_checkpoints:
                 save_for_all(self.store, accelerator, state.step, *gather(), is_best)
 
+        def timed_evaluate() -> Metrics:
+            began = time.perf_counter()
+            metrics = evaluate(state.model)
+            self.evaluation_seconds.append(time.perf_counter() - began)
+            return metrics
+
+        def note_speed(num_images: int, seconds: float) -> Metrics:
+            if self.options.run.dry_run:  # each step is logged
+                self.step_seconds.append(seconds)
+            return self.utilisation.note(num_images, seconds)
+
         def publish() -> None:
             if uploads is not None:
                 uploads.publish(state, gather)
@@ -180,13 +209,13 @@ class Session:
         in_background = uploads or nullcontext()
         with Interruption(accelerator) as interruption, self.reporter, self.one_line(interruption), in_background:
             hooks = Hooks(
-                evaluate=lambda: evaluate(state.model),
+                evaluate=timed_evaluate,
                 log=log,
                 warn=self.reporter.warn if training.trainable in TRAINS_TOKENS else ignored,
                 save=save,
                 note_batch=lambda batch: met.extend(batch["broken"][batch["broken"] != NO_PICTURE].tolist()),
                 measure_attention=measure_attention,
-                note_speed=self.utilisation.note,
+                note_speed=note_speed,
                 stop_requested=interruption.requested,
                 publish=publish,
             )
@@ -243,17 +272,42 @@ class Session:
                 "--gradient-accumulation-steps x processes what it was"
             )
 
-    def write_flags(self) -> None:
-        """Write config.resolved.yaml."""
-        if self.accelerator.is_main_process:
-            self.folder.mkdir(parents=True, exist_ok=True)
+    def check_folder(self) -> None:
+        """Raise ValueError, in one line, if the run cannot continue or replace what is in the output folder."""
+        if self.facts is None:
+            check_replaceable(self.options, self.store)
+            return
+        check_same_flags(self.facts["flags"], as_flags(self.options), self.folder)
+        if not (self.folder / MODEL).exists() and not self.options.run.overwrite:
+            check_no_other_files(self.folder)
+
+    def claim_folder(self) -> None:
+        """Remove the files of the run that this one replaces, then write config.resolved.yaml.
+
+        Raises:
+            OSError: on all processes, if the folder cannot be written.
+        """
+
+        def claim() -> None:
+            if self.facts is None:
+                remove_run(self.folder, self.store)
             flags = {name: value for name, value in as_flags(self.options).items() if name not in HOW_STARTED}
-            text = yaml.safe_dump(flags, sort_keys=False)
-            (self.folder / "config.resolved.yaml").write_text(text, encoding="utf-8")
-        self.accelerator.wait_for_everyone()
+            (self.folder / RECIPE).write_text(yaml.safe_dump(flags, sort_keys=False), encoding="utf-8")
+
+        if not self.is_finished:
+            on_main(self.accelerator, claim)
+
+    @contextmanager
+    def unlocked_on_error(self) -> Iterator[None]:
+        """Release the lock of the output folder if an exception ends this block."""
+        try:
+            yield
+        except BaseException:
+            self.lock.release()
+            raise
 
     def begin(self, plan: BatchPlan, state: TrainingState, broken: BrokenPictures) -> None:
-        """Put the checkpoint into `state`, or clear the folder of an earlier run."""
+        """Put the checkpoint into `state`, if the run is resumed."""
         if self.facts is not None:
             try:
                 scatter_state(
@@ -271,9 +325,6 @@ class Session:
             self.seconds = self.facts["seconds"]
             self.utilisation.go_on_from(self.facts.get("utilisation", {}))
             self.reporter.say("resumed", f"after step {state.step:,} of {plan.num_steps:,}")
-        elif self.accelerator.is_main_process:
-            self.store.clear()
-            (self.folder / "results.json").unlink(missing_ok=True)
         self.reporter.start_at(state.step - 1 if state.record else state.step, plan.num_steps)
         self.accelerator.wait_for_everyone()
 
@@ -299,16 +350,40 @@ class Session:
         tensors, rest = gather_state(self.accelerator, state.model, state.optimizer, self.shadow(state))
         return tensors, facts | rest
 
-    def report_rehearsal(self, started: float, num_steps: int, hub_model_id: str | None) -> None:
-        """What `--dry-run` tried since `started`, and how long the run itself would be."""
-        tried = ["one step", "an evaluation", *(["a checkpoint"] if self.keeps_checkpoints else []), "saving"]
+    def report_rehearsal(
+        self, started: float, plan: BatchPlan, evaluation_share: float, hub_model_id: str | None
+    ) -> None:
+        """Print what `--dry-run` tried since `started`, and how long the run itself takes.
+
+        Args:
+            started: when the dry run began.
+            plan: of the run itself.
+            evaluation_share: fraction of the held-out images that the dry run evaluates on.
+            hub_model_id: repository that the result of the run is pushed to.
+        """
+        tried = [
+            f"{len(self.step_seconds)} steps",
+            "an evaluation",
+            *(["a checkpoint"] if self.keeps_checkpoints else []),
+            "saving",
+        ]
         may_push = f"; {hub_model_id} may be pushed to" if hub_model_id else ""
         seconds = time.perf_counter() - started
         self.reporter.say(
             "dry run",
             f"{', '.join(tried)} went well in {seconds:.0f} s{may_push}; nothing was kept. The run itself has "
-            f"{num_steps:,} steps",
+            f"{plan.num_steps:,} steps and takes about {duration(self.estimate_seconds(plan, evaluation_share))}",
         )
+
+    def estimate_seconds(self, plan: BatchPlan, evaluation_share: float) -> float:
+        """Return the expected duration of a run's steps and evaluations in seconds, from those of the dry run.
+
+        The first step is left out if there are others, since it takes longer.
+        """
+        epochs = plan.epochs_after(plan.num_steps) if plan.num_pictures else 1.0
+        num_evaluations = math.ceil(epochs / self.options.training.evaluate_every)
+        step = min(self.step_seconds[1:] or self.step_seconds)
+        return plan.num_steps * step + num_evaluations * min(self.evaluation_seconds) / evaluation_share
 
     def start_trackers(self) -> None:
         """Let Accelerate's trackers know the run; they write below the output folder."""
@@ -354,12 +429,12 @@ class Session:
 
     def write_non_finite(self, error: NonFiniteLoss) -> Path:
         """`save_non_finite`, or OSError on all processes."""
-        file = self.folder / "non_finite.json"
+        file = self.folder / NON_FINITE
         mine = [{"index": batch["index"].tolist(), "epoch": batch["epoch"].tolist()} for batch in error.batches]
         images = {"step": error.step + 1, "batches": gather_object(mine)}
         on_main(self.accelerator, lambda: file.write_text(json.dumps(images, indent=1) + "\n", encoding="utf-8"))
         if self.state is not None and self.keeps_checkpoints:
-            store = CheckpointStore(self.folder / "non_finite", keep=1)
+            store = CheckpointStore(self.folder / NON_FINITE_STATE, keep=1)
             shadow = self.shadow(self.state)
             tensors, rest = gather_state(self.accelerator, self.state.model, self.state.optimizer, shadow)
             save_for_all(store, self.accelerator, error.step, tensors, {"step": error.step} | rest, is_best=False)
@@ -367,14 +442,17 @@ class Session:
 
 
 def open_session(options: Options) -> Session:
-    """Check the output folder, and find the checkpoint to go on from. The session's options name files and folders by
-    absolute paths.
+    """Lock and check the output folder, and find the checkpoint to go on from. The session's options name files and
+    folders by absolute paths.
 
     Raises:
-        ValueError: for flags that DeepSpeed does not go with; where the folder holds an unfinished run and neither
-            --resume nor --overwrite is given; where all checkpoints are damaged, or are of a run with other flags; for
-            a precision or tracker that is not there.
+        ValueError: for a preset that does not exist; for flags that DeepSpeed does not support; if another run uses
+            the folder; if the run would replace another one or files that no run wrote, and neither --resume nor
+            --overwrite is given; if all checkpoints are damaged, or are of a run with other flags; for a precision or
+            tracker that is not available.
+        OSError: if the folder cannot be written.
     """
+    check_preset(options.model.model)
     options = with_settled_names(options)
     training, run = options.training, options.run
     accelerator = build_accelerator(
@@ -382,17 +460,18 @@ def open_session(options: Options) -> Session:
     )
     check_flags(accelerator, training, run)
     set_seed(training.seed)
-    reporter = Reporter(options.output_dir / "metrics.jsonl", accelerator)
-    store = CheckpointStore(options.output_dir / "checkpoints", run.keep_checkpoints)
+    reporter = Reporter(options.output_dir / METRICS, accelerator)
+    store = CheckpointStore(options.output_dir / CHECKPOINTS, run.keep_checkpoints)
     if reason := unsupported(accelerator):
         reporter.warn(f"no checkpoints are saved, and the run cannot be resumed: {reason}")
-    if not run.resume:
-        check_unfinished(store, options.output_dir, run)
-        return Session(options, accelerator, store, None, None, reporter)
-    checkpoint, facts = newest_for_all(store, accelerator, reporter.warn)
-    if facts is not None:
-        check_same_flags(facts["flags"], as_flags(options), options.output_dir)
-    return Session(options, accelerator, store, checkpoint, facts, reporter)
+    lock = FolderLock(options.output_dir)
+    on_main(accelerator, lock.acquire)
+    session = Session(options, accelerator, store, None, None, reporter, lock)
+    with session.unlocked_on_error():
+        if run.resume:
+            session.checkpoint, session.facts = newest_for_all(store, accelerator, reporter.warn)
+        on_main(accelerator, session.check_folder)
+        return session
 
 
 def with_settled_names(options: Any) -> Any:
@@ -411,16 +490,6 @@ def with_settled_names(options: Any) -> Any:
 
 def ignored(message: str) -> None:
     """Takes a warning that does not concern this run."""
-
-
-def check_unfinished(store: CheckpointStore, folder: Path, run: RunOptions) -> None:
-    """Raise ValueError rather than throw away the checkpoints of a run that has not come to its end."""
-    steps = store.steps()
-    if steps and not run.overwrite and not (folder / "results.json").exists():
-        raise ValueError(
-            f"{folder} holds an unfinished run (a checkpoint of step {steps[-1]:,}): go on with --resume, start anew "
-            "with --overwrite, or choose another --output-dir"
-        )
 
 
 def check_same_flags(before: dict[str, Any], now: dict[str, Any], folder: Path) -> None:
@@ -447,7 +516,13 @@ def shown(value: Any) -> str:
 
 @contextmanager
 def dry_run(options: Options) -> Iterator[Options]:
-    """The options for one step of everything, in a folder that is removed again."""
+    """The options for a few steps and one of everything else, in a folder that is removed again.
+
+    Raises:
+        ValueError: if the run itself would be refused for what is in its output folder.
+    """
+    if not options.run.resume:
+        check_replaceable(with_settled_names(options), CheckpointStore(options.output_dir / CHECKPOINTS, keep=1))
     parent, name = options.output_dir.absolute().parent, f".{options.output_dir.name}-dry-run-"
     folder = parent / name
     if os.environ.get("RANK", "0") == "0":  # the others write nothing; Accelerate does not know about them yet
@@ -457,7 +532,7 @@ def dry_run(options: Options) -> Iterator[Options]:
         yield replace(
             options,
             output_dir=folder / options.output_dir.name,
-            training=replace(options.training, max_steps=1),
+            training=replace(options.training, max_steps=REHEARSED_STEPS, log_every=1),
             run=replace(options.run, resume=False, dry_run=True),
         )
     finally:

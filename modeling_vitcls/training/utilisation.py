@@ -9,13 +9,15 @@ is not the model's training: a teacher, evaluations, linear probing on cached fe
 model's own size, so all cost the same. Nothing is known of models that merge patches: how many are left of an image
 for each layer is not counted anywhere.
 
-The peak is measured when training begins, again after --resume, by all processes at the same time: where they share a
-CPU, each reaches its part of it, and their sum is what the machine has. Something else that runs then, and not later,
-makes it too low.
+The peak is measured when training begins and again during training, by all processes at the same time: if the
+processes share a CPU, each reaches its part of the peak, and the sum is the peak of the machine. Other programs can
+only lower a measurement, so the largest one is kept. A utilization above 100 % means that every measurement so far was
+disturbed: it is reported as unknown.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -47,6 +49,10 @@ DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}  #
 # On each process, in a run whose utilisation is measured: seconds of training on one core. Measuring takes half a one.
 FEWEST_FLOPS = 1e11
 
+# Training between two measurements of the peak, in seconds at the peak rate. The n-th interval is n times as long, so
+# that a long run spends next to no time on measuring.
+MEASURING_INTERVAL = 10.0
+
 PREFIXES = ("", "k", "M", "G", "T", "P", "E")
 
 
@@ -63,54 +69,78 @@ class Layer(NamedTuple):
 
 @dataclass
 class Utilisation:
-    """What a run has made of the machine so far, before --resume too.
+    """Model FLOPs utilization of a run so far, including the time before --resume.
 
     Attributes:
-        flops_per_image: forward and backward.
-        peak: FLOP/s of all processes; None where it was not measured, and so utilisation is not known.
-        dtype: of the matrices that were multiplied for it.
-        done: FLOPs of the images that were trained.
-        possible: FLOPs that the machine could have done in the time of their steps.
+        flops_per_image: FLOPs of the forward and backward pass of one image.
+        peak: largest FLOP/s of all processes that was measured; None if the peak is not measured.
+        dtype: dtype of the matrices that were multiplied to measure the peak.
+        measure: measures the peak again; all processes call it together.
+        done: FLOPs of the images that were trained on.
+        possible_before: FLOPs that the machine could have done in the steps before --resume.
+        seconds: duration of the steps of this process.
     """
 
     flops_per_image: float = 0.0
     peak: float | None = None
     dtype: str = ""
+    measure: Callable[[], float] | None = field(default=None, repr=False)
     done: float = 0.0
-    possible: float = 0.0
+    possible_before: float = 0.0
+    seconds: float = 0.0
+    num_measurements: int = field(default=1, repr=False)
+    done_since_measurement: float = field(default=0.0, repr=False)
 
-    def note(self, num_images: int, seconds: float) -> dict[str, float]:
-        """The utilisation by steps that were made in so many seconds, for their record; empty if it is not known.
+    @property
+    def possible(self) -> float:
+        """FLOPs that the machine could have done in the time of the training steps."""
+        return self.possible_before + self.seconds * (self.peak or 0.0)
+
+    def note(self, num_images: int, seconds: float) -> dict[str, float | None]:
+        """Return the utilization of a number of steps for their record; empty if the peak is not measured.
+
+        All processes call this together: the peak is measured again if enough FLOPs were done since the last time.
 
         Args:
-            num_images: of all processes.
+            num_images: images of these steps on all processes.
+            seconds: duration of these steps.
         """
         if self.peak is None:
             return {}
-        done, possible = num_images * self.flops_per_image, seconds * self.peak
+        done = num_images * self.flops_per_image
         self.done += done
-        self.possible += possible
-        return {"utilisation": round(done / possible, 4)}
+        self.seconds += seconds
+        self.done_since_measurement += done
+        if self.measure and self.done_since_measurement >= MEASURING_INTERVAL * self.num_measurements * self.peak:
+            self.peak = max(self.peak, self.measure())
+            self.num_measurements += 1
+            self.done_since_measurement = 0.0
+        return {"utilisation": as_fraction(done, seconds * self.peak)}
 
     def facts(self) -> dict[str, float]:
-        """What a checkpoint keeps."""
+        """Return the values that a checkpoint keeps."""
         return {"done": self.done, "possible": self.possible}
 
     def go_on_from(self, facts: Mapping[str, float]) -> None:
-        """Put back what a checkpoint kept; one of an earlier version kept nothing."""
+        """Restore the values of a checkpoint; a checkpoint of an earlier version has none."""
         self.done = facts.get("done", 0.0)
-        self.possible = facts.get("possible", 0.0)
+        self.possible_before = facts.get("possible", 0.0)
 
     def results(self) -> dict[str, Any] | None:
-        """What results.json says: the utilisation by all training steps, and what it rests on."""
+        """Return the utilization of all training steps and the values that it is computed from, for results.json."""
         if self.peak is None or not self.possible:
             return None
         return {
-            "of_training_steps": round(self.done / self.possible, 4),
+            "of_training_steps": as_fraction(self.done, self.possible),
             "training_flops_per_image": round(self.flops_per_image),
             "gemm_peak_flops_per_second": float(f"{self.peak:.4g}"),
             "gemm_dtype": self.dtype,
         }
+
+
+def as_fraction(done: float, possible: float) -> float | None:
+    """Return `done / possible`, or None if the quotient is above 1: the measured peak is then too low."""
+    return round(done / possible, 4) if done <= possible else None
 
 
 def start_utilisation(
@@ -138,17 +168,24 @@ def start_utilisation(
     utilisation = Utilisation(flops * plan.num_processes / plan.pictures_per_step)
     if flops * plan.num_steps >= FEWEST_FLOPS:
         utilisation.dtype = str(dtype).removeprefix("torch.")
-        utilisation.peak = measured_peak(accelerator, dtype)
+        utilisation.measure = partial(measure_peak, accelerator, dtype)
+        utilisation.peak = utilisation.measure()
         say("peak", f"{in_units(utilisation.peak)}FLOP/s in {utilisation.dtype} matrix products, measured now")
     return utilisation
 
 
-def measured_peak(accelerator: Accelerator, dtype: torch.dtype) -> float:
-    """FLOP/s of large matrix products on all processes at the same time, each on its device."""
+def measure_peak(accelerator: Accelerator, dtype: torch.dtype) -> float:
+    """Return the FLOP/s of large matrix products on all processes at the same time, each on its device.
+
+    A device without memory for the matrices counts as 0 FLOP/s.
+    """
     accelerator.wait_for_everyone()
-    peak = torch.tensor(gemm_peak(accelerator.device, dtype), device=accelerator.device)
-    forget_peak_memory(accelerator.device)  # these matrices are not the training's
-    return float(accelerator.reduce(peak, "sum"))
+    try:
+        reached = gemm_peak(accelerator.device, dtype)
+    except torch.OutOfMemoryError:
+        reached = 0.0
+    forget_peak_memory(accelerator.device)  # these matrices do not belong to the training
+    return float(accelerator.reduce(torch.tensor(reached, device=accelerator.device), "sum"))
 
 
 def memory_beyond_weights(model: ViTCLSPreTrainedModel, plan: BatchPlan, accelerator: Accelerator) -> int:
