@@ -12,11 +12,13 @@ that a model that can be constructed can also run. This file builds no modules.
 
 import dataclasses
 import difflib
+import importlib
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, ClassVar, Literal
 
+import transformers
 from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassError
 from transformers.activations import ACT2FN
@@ -462,26 +464,24 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
 
         Composite models, for example `VisionTextDualEncoderModel`, require this. A registered class takes precedence
         over `trust_remote_code` and `revision` in every later load of this process.
+
+        The files are imported by name, because they import this file. The remote-code loader of transformers finds the
+        files that it has to copy by these two lines:
+
+            from .image_processing_vitcls import ViTCLSImageProcessor
+            from .modeling_vitcls import ViTCLSModel
         """
-        import transformers
-
-        from .image_processing_vitcls import ViTCLSImageProcessor, ViTCLSImageProcessorPil
-        from .modeling_vitcls import (
-            ViTCLSBackbone,
-            ViTCLSForImageClassification,
-            ViTCLSForMaskedImageModeling,
-            ViTCLSForMultiTaskClassification,
-            ViTCLSModel,
-        )
-
+        images = importlib.import_module(".image_processing_vitcls", __package__)
+        models = importlib.import_module(".modeling_vitcls", __package__)
         transformers.AutoConfig.register(cls.model_type, cls, exist_ok=True)
-        transformers.AutoModel.register(cls, ViTCLSModel, exist_ok=True)
+        transformers.AutoModel.register(cls, models.ViTCLSModel, exist_ok=True)
         # transformers selects the class that `config.architectures` names, otherwise the first.
-        classifiers = (ViTCLSForImageClassification, ViTCLSForMultiTaskClassification)
+        classifiers = (models.ViTCLSForImageClassification, models.ViTCLSForMultiTaskClassification)
         transformers.AutoModelForImageClassification.register(cls, classifiers, exist_ok=True)
-        transformers.AutoModelForMaskedImageModeling.register(cls, ViTCLSForMaskedImageModeling, exist_ok=True)
-        transformers.AutoBackbone.register(cls, ViTCLSBackbone, exist_ok=True)
-        processors: dict[str, type] = {"torchvision": ViTCLSImageProcessor, "pil": ViTCLSImageProcessorPil}
+        masked = models.ViTCLSForMaskedImageModeling
+        transformers.AutoModelForMaskedImageModeling.register(cls, masked, exist_ok=True)
+        transformers.AutoBackbone.register(cls, models.ViTCLSBackbone, exist_ok=True)
+        processors = {"torchvision": images.ViTCLSImageProcessor, "pil": images.ViTCLSImageProcessorPil}
         transformers.AutoImageProcessor.register(cls, image_processor_classes=processors, exist_ok=True)
 
     # Derived values --------------------------------------------------------------------------------------------------
