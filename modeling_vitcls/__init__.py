@@ -5,9 +5,9 @@ Importing this package registers its classes with transformers' Auto classes, so
 """
 
 from .configuration_vitcls import TokenLayout, ViTCLSConfig
+from .conversion.from_state_dict import convert_state_dict
 from .conversion.from_timm import convert_from_timm
 from .conversion.from_transformers import convert_from_transformers
-from .conversion.published import convert_state_dict
 from .conversion.to_transformers import convert_to_transformers
 from .image_processing_vitcls import ViTCLSImageProcessor, ViTCLSImageProcessorPil
 from .modeling_vitcls import (

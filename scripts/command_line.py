@@ -22,7 +22,7 @@ import tyro
 import yaml
 
 
-ON_ALL_PROCESSES = "on all processes"  # a note on such errors, from training/checkpoints.py
+ON_ALL_PROCESSES = "on all processes"  # a note on such errors, from checkpoints.py
 
 
 # Names of flags in other programs -> ours.
@@ -59,7 +59,7 @@ class Recipe:
 
 
 def parse(options_class: str, arguments: list[str] | None = None) -> Any:
-    """The named dataclass of training/options.py, filled from the command line. Exits with status 2 if it is wrong."""
+    """The named dataclass of options.py, filled from the command line. Exits with status 2 if it is wrong."""
     arguments = sys.argv[1:] if arguments is None else arguments
     kind = getattr(options_module(), options_class)
     known = flag_names(kind)
@@ -121,21 +121,19 @@ def flag(name: str, value: Any) -> list[str]:
     return [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
 
 
-def options_module(folder: str = "training") -> ModuleType:
-    """The options.py in a folder of the package, loaded by its path, as is that of training, which others import.
+def options_module() -> ModuleType:
+    """Load the package's options.py by its path.
 
     Importing it as usual would run the package's __init__ first, which loads torch and transformers: many seconds
     before `--help` or a mistyped flag is answered.
     """
-    if folder != "training":
-        options_module()
-    name = f"modeling_vitcls.{folder}.options"
+    name = "modeling_vitcls.options"
     if name in sys.modules:
         return sys.modules[name]
     package = importlib.util.find_spec("modeling_vitcls")
     if package is None or not package.submodule_search_locations:
         stop("the package modeling_vitcls is not installed: run `make setup`, or `pip install -e .` in its folder")
-    path = Path(package.submodule_search_locations[0], folder, "options.py")
+    path = Path(package.submodule_search_locations[0], "options.py")
     spec = importlib.util.spec_from_file_location(name, path)
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # the package then finds these very classes

@@ -14,14 +14,13 @@ from transformers.configuration_utils import PreTrainedConfig
 
 from ..adaptation_vitcls import load_checkpoint
 from ..data.held_out import RESULTS_FILE, read_record
+from ..files import read_json
 from ..hub.loading import MODEL_FILES, local_copy
-from ..training.evaluate import table
-from ..training.model import is_preset
-from ..training.prediction import load_model
-from ..training.results import read_json
+from ..inference.evaluate import table
+from ..inference.load_model import is_preset, load_model
+from ..options import InspectOptions
 from .inspection import Inspection, Watch, inspect_model, silent
 from .inspection_inputs import open_images
-from .options import InspectOptions
 from .report import SIGNS, named_after, patch_size_table, write_figures, write_page
 from .report_data import has_room_for_heads
 

@@ -14,16 +14,15 @@ from typing import Any
 from PIL import Image
 
 from ..data.held_out import HeldOutRecord
+from ..data.images import Chosen, Files
+from ..data.labels import labels_of
+from ..data.sources import load_splits
+from ..data.splits import load_evaluation_data
 from ..heads_vitcls import IGNORED_LABEL
-from ..training.data import load_evaluation_data
-from ..training.evaluate import relabelled
-from ..training.labels import labels_of
-from ..training.options import DataOptions
-from ..training.pictures import Chosen, Files
-from ..training.prediction_inputs import listed_files
-from ..training.sources import load_splits
-from .classifiers import is_classifier
-from .options import InspectOptions
+from ..inference.evaluate import relabelled
+from ..inference.inputs import listed_files
+from ..options import DataOptions, InspectOptions
+from .model_utils import is_classifier
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from .engine import ConversionError
+from .weight_rules import ConversionError
 
 
 Fields = dict[str, Any]

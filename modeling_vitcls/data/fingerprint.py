@@ -52,7 +52,7 @@ def describe_change(before: dict[str, Any], now: dict[str, Any]) -> str | None:
     """Return how data differs from the data that a run was started with; None if it is the same.
 
     Args:
-        before: what `describe_data` of training/data.py returned when the run was started.
+        before: what `describe_data` of splits.py returned when the run was started.
         now: what it returns now.
     """
     if before == now:

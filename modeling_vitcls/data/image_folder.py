@@ -15,7 +15,7 @@ unclear what the folders are, and reading fails.
 Every file is counted. Files that are not used (other file types, hidden files, images next to class folders) are named
 in `ImageFolder.notes`.
 
-What the columns of other data sets mean is in training/columns.py. A folder that contains tables, and not more images
+What the columns of other data sets mean is in columns.py. A folder that contains tables, and not more images
 than tables, is not an image folder: `datasets` reads it.
 """
 

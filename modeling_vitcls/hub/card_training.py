@@ -10,8 +10,8 @@ import yaml
 from jinja2 import Template
 
 from ..configuration_vitcls import ViTCLSConfig
-from .origin import Origin
-from .places import without_folders
+from .local_paths import without_folders
+from .provenance import Origin
 
 
 PLACES = (Path(__file__).parents[1] / "model_cards", Path(__file__).parents[2] / "model_cards")  # installed, checkout

@@ -25,11 +25,11 @@ from packaging.requirements import Requirement
 
 from ..configuration_vitcls import ViTCLSConfig
 from ..image_processing_vitcls import read_image
-from .commits import Published, code_of, published
 from .connection import HUB_ERRORS, check_is_online, endpoint, in_one_line, patience, tried_again
-from .contents import REFERRING, Contents, read_json
-from .places import check_free
+from .local_paths import check_free
+from .manifest import REFERRING, Contents, read_json
 from .publish import PATIENCE, Pushed, PushFailed, push_command
+from .revisions import Published, code_of, published
 
 
 PACKAGE = Path(__file__).parents[1]
@@ -40,8 +40,8 @@ EXAMPLES = "examples"
 SHIPPED = (
     "demo/__init__.py",
     "demo/page.py",
-    "demo/reading.py",
-    "demo/words.py",
+    "demo/reader.py",
+    "demo/text.py",
     "analysis/maps.py",
     "configuration_vitcls.py",
     "fast_image_processing_vitcls.py",

@@ -1,6 +1,6 @@
 """Fine-tuning from options to output folder.
 
-    options -> run.py: data, model, teacher, batch plan -> parts.py -> session.py: training -> model folder
+    options -> setup.py: data, model, teacher, batch plan -> components.py -> runner.py: training -> model folder
 
 The folder then holds
     config.json, model.safetensors, preprocessor_config.json, *_vitcls.py    what from_pretrained loads
@@ -19,23 +19,24 @@ from functools import partial
 from typing import Any
 
 from ..data.held_out import RECORD
+from ..data.images import LabelledPictures
+from ..data.splits import describe_missing_classes
+from ..files import write_json
 from ..hub.card import build_card
-from ..hub.places import without_folders
+from ..hub.local_paths import without_folders
+from ..inference.evaluator import Evaluator
+from ..inference.metrics import without_large_matrices
+from ..options import FinetuneOptions, as_flags
 from .branch_uploads import branch_uploads
-from .data import LabelledPictures, describe_missing_classes
-from .evaluation import Evaluator
+from .components import build_parts
+from .distributed_state import gather, named_tensors
+from .finish import conclude, finished_before, write_model, write_output
 from .loop import Metrics
-from .metrics import without_large_matrices
-from .options import FinetuneOptions, as_flags
-from .output import conclude, finished_before, write_output
-from .parts import build_parts
-from .presentation import look_at_saved, may_show_samples, origin_of_run, teacher_of_run, write_card
-from .reporting import shown_metric
-from .results import facts_of_run, model_lines, plan_lines, write_json
-from .run import Run, build_plan, describe_other_split, prepare
-from .saving import write_model
-from .session import dry_run
-from .states import gather, named_tensors
+from .model_report import look_at_saved, may_show_samples, origin_of_run, teacher_of_run, write_card
+from .reporter import shown_metric
+from .results import facts_of_run, model_lines, plan_lines
+from .runner import dry_run
+from .setup import Run, build_plan, describe_other_split, prepare
 
 
 def finetune(run: Run) -> dict[str, Any]:

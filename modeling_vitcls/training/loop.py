@@ -19,17 +19,16 @@ from accelerate import Accelerator
 from accelerate.utils import send_to_device
 from torch import nn
 
-from .batches import BatchPlan, seed_for
-from .ema import Ema
-from .environment import peak_memory
-from .health import TokenMonitor, Tokens
+from ..data.batches import BatchPlan
+from ..data.random_bits import seed_for
+from ..inference.metrics import scalars
+from ..options import TrainingOptions
+from ..system import peak_memory
+from .distributed_state import reshard
 from .losses import Batch, Losses, Objective
-from .metrics import scalars
-from .optimisation import learning_rate_at, set_learning_rate
-from .options import TrainingOptions
-from .states import reshard
+from .optimizer import Ema, build_updates, learning_rate_at, set_learning_rate
+from .token_monitor import TokenMonitor, Tokens
 from .trainable import set_training
-from .updates import build_updates
 
 
 Metrics = dict[str, Any]

@@ -14,11 +14,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from ..hub.contents import ACCOMPANYING, ESSENTIAL, RECIPE, matches
-from ..hub.places import divided, is_local
-from .checkpoints import CheckpointStore
-from .options import FinetuneOptions, PretrainOptions
-from .presentation import REPORT
+from ..checkpoints import CheckpointStore
+from ..hub.local_paths import divided, is_local
+from ..hub.manifest import ACCOMPANYING, ESSENTIAL, RECIPE, matches
+from ..options import FinetuneOptions, PretrainOptions
+from .model_report import REPORT
 
 
 RESULTS = "results.json"

@@ -16,30 +16,31 @@ from typing import Any
 import torch
 
 from ..configuration_vitcls import ViTCLSConfig
+from ..data.augmentation import build_augmentation
+from ..data.batches import BatchPlan, Normaliser, TrainingPictures, training_batches
 from ..data.held_out import RECORD
-from ..hub.encoder_card import build_encoder_card
+from ..data.masking import MaskChooser
+from ..data.splits import TrainingData, describe_data, load_unlabelled_data
+from ..data.streaming import TrainingStream, training_pictures
+from ..files import write_json
+from ..hub.card import build_encoder_card
 from ..hub.loading import local_copy
 from ..image_processing_vitcls import ViTCLSImageProcessor
+from ..inference.load_model import check_is_vitcls, is_preset
+from ..inference.reconstruction import ReconstructionEvaluator
 from ..modeling_vitcls import ViTCLSForMaskedImageModeling
-from .augmentation import build_augmentation
-from .batches import BatchPlan, Normaliser, TrainingPictures, training_batches
+from ..options import ModelOptions, PretrainOptions, as_flags
 from .branch_uploads import branch_uploads
-from .data import TrainingData, describe_data, load_unlabelled_data
-from .health import build_attention_measure
+from .distributed_state import gather, named_tensors
+from .finish import conclude, find_repository, finished_before, write_model, write_output
 from .loop import Metrics
 from .losses import Batch, MaskedImages
-from .masking import MaskChooser
-from .model import check_is_vitcls, fit_processor, is_preset
-from .options import ModelOptions, PretrainOptions, as_flags
-from .output import conclude, find_repository, finished_before, write_output
-from .presentation import look_at_saved, may_show_samples, origin_of_run, write_card
-from .reconstruction import ReconstructionEvaluator
-from .reporting import shown_metric
-from .results import facts_of_run, model_lines, plan_lines, write_json
-from .saving import write_model
-from .session import Session, dry_run, open_session
-from .states import gather, named_tensors
-from .streaming import TrainingStream, training_pictures
+from .model import fit_processor
+from .model_report import look_at_saved, may_show_samples, origin_of_run, write_card
+from .reporter import shown_metric
+from .results import facts_of_run, model_lines, plan_lines
+from .runner import Session, dry_run, open_session
+from .token_monitor import build_attention_measure
 
 
 @dataclass

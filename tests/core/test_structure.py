@@ -5,9 +5,8 @@ import os
 from pathlib import Path
 
 import pytest
-from fresh import run_fresh
-
-from .source import (
+from fresh_processes import run_fresh
+from source import (
     KERNEL_FILE,
     SHIPPED_FILES,
     find_guarded_block,

@@ -6,14 +6,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from accelerating import reset_accelerate
+from accelerate_state import reset_accelerate
 from PIL import Image
-from tiny import raises_one_line
+from tiny_models import raises_one_line
 
 from modeling_vitcls.data.fingerprint import compute_fingerprint, describe_change
-from modeling_vitcls.training import pretrain
-from modeling_vitcls.training.finetune import finetune
-from modeling_vitcls.training.options import (
+from modeling_vitcls.options import (
     DataOptions,
     FinetuneOptions,
     MaskingOptions,
@@ -22,7 +20,9 @@ from modeling_vitcls.training.options import (
     RunOptions,
     TrainingOptions,
 )
-from modeling_vitcls.training.run import prepare
+from modeling_vitcls.training import pretrain
+from modeling_vitcls.training.finetune import finetune
+from modeling_vitcls.training.setup import prepare
 
 
 MODEL = ModelOptions(

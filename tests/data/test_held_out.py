@@ -8,31 +8,31 @@ from typing import Any
 import datasets
 import numpy as np
 import pytest
-from accelerating import reset_accelerate
+from accelerate_state import reset_accelerate
 from PIL import Image
-from tiny import raises_one_line
+from tiny_models import raises_one_line
 
 from modeling_vitcls.analysis.inspection_inputs import open_images
-from modeling_vitcls.analysis.options import InspectOptions
 from modeling_vitcls.data.held_out import HeldOutPart, HeldOutRecord, read_record
-from modeling_vitcls.hub.contents import contents_of
-from modeling_vitcls.training.data import (
+from modeling_vitcls.data.splits import (
     describe_missing_classes,
     load_evaluation_data,
     load_training_data,
     load_unlabelled_data,
 )
-from modeling_vitcls.training.evaluate import evaluate_checkpoint, load_classifier
-from modeling_vitcls.training.finetune import finetune
-from modeling_vitcls.training.options import (
+from modeling_vitcls.hub.manifest import contents_of
+from modeling_vitcls.inference.evaluate import evaluate_checkpoint, load_classifier
+from modeling_vitcls.options import (
     DataOptions,
     EvaluateOptions,
     FinetuneOptions,
+    InspectOptions,
     ModelOptions,
     RunOptions,
     TrainingOptions,
 )
-from modeling_vitcls.training.run import prepare
+from modeling_vitcls.training.finetune import finetune
+from modeling_vitcls.training.setup import prepare
 
 
 SIZES: dict[str, Any] = {

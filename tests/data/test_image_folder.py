@@ -6,13 +6,13 @@ from typing import Any
 import datasets
 import pytest
 from PIL import Image
-from tiny import raises_one_line
+from tiny_models import raises_one_line
 
 from modeling_vitcls.data.image_folder import read_image_folder, scan_folder
-from modeling_vitcls.training.data import load_evaluation_data, load_training_data
-from modeling_vitcls.training.options import DataOptions, PredictOptions
-from modeling_vitcls.training.prediction_inputs import open_source
-from modeling_vitcls.training.streaming import StreamedPictures
+from modeling_vitcls.data.splits import load_evaluation_data, load_training_data
+from modeling_vitcls.data.streaming import StreamedPictures
+from modeling_vitcls.inference.inputs import open_source
+from modeling_vitcls.options import DataOptions, PredictOptions
 
 
 def write_images(root: Path, *names: str) -> Path:
