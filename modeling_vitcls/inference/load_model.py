@@ -13,7 +13,6 @@ from ..configuration_vitcls import PRESETS, ViTCLSConfig
 from ..hub.loading import local_copy
 from ..image_processing_vitcls import ViTCLSImageProcessor
 from ..modeling_vitcls import ViTCLSForImageClassification, ViTCLSForMultiTaskClassification, ViTCLSModel
-from ..training.model import preset_names
 
 
 Classifier = ViTCLSForImageClassification | ViTCLSForMultiTaskClassification
@@ -35,7 +34,7 @@ def check_is_vitcls(source: str, folder: str) -> None:
     if model_type != ViTCLSConfig.model_type:
         raise ValueError(
             f"{source} holds a model of type {model_type!r}: give a {ViTCLSConfig.model_type!r} checkpoint, or one of "
-            f"the presets {preset_names()}"
+            f"the presets {list_presets()}"
         )
 
 
@@ -86,3 +85,8 @@ def without_warnings() -> Iterator[None]:
         yield
     finally:
         logging.set_verbosity(before)
+
+
+def list_presets() -> str:
+    """Return the names of all presets as `--model` accepts them."""
+    return ", ".join(f"vitcls-{name}" for name in PRESETS)

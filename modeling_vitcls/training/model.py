@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from transformers.image_utils import SizeDict
 
-from ..configuration_vitcls import PRESETS, ViTCLSConfig
+from ..configuration_vitcls import ViTCLSConfig
 from ..data.labels import LabelSpace
 from ..hub.loading import local_copy
 from ..image_processing_vitcls import ViTCLSImageProcessor
-from ..inference.load_model import CLASSES, Classifier, check_is_vitcls, is_preset
+from ..inference.load_model import CLASSES, Classifier, check_is_vitcls, is_preset, list_presets
 from ..modeling_vitcls import ViTCLSModel
 from ..options import ModelOptions
 
@@ -102,12 +102,7 @@ def added_tokens(stored: ViTCLSConfig, model: Classifier) -> set[str]:
 def check_preset(name: str) -> None:
     """Raise ValueError if a name looks like a preset, but is neither a preset nor a file or folder."""
     if name.startswith("vitcls-") and "/" not in name and not is_preset(name) and not Path(name).exists():
-        raise ValueError(f"--model {name} is not a preset: choose one of {preset_names()}")
-
-
-def preset_names() -> str:
-    """Return the names of all presets as `--model` accepts them."""
-    return ", ".join(f"vitcls-{name}" for name in PRESETS)
+        raise ValueError(f"--model {name} is not a preset: choose one of {list_presets()}")
 
 
 def fit_processor(processor: Any, config: ViTCLSConfig) -> None:

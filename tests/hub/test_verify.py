@@ -165,7 +165,9 @@ def test_a_card_that_pins_nothing_stays_as_it_is() -> None:
 
 
 CHANGES = {
-    "classifier": "pool = TokenPooler.forward\nTokenPooler.forward = lambda self, tokens: 1.001 * pool(self, tokens)\n",
+    "classifier": (
+        "pool = TokenPooler.forward\nTokenPooler.forward = lambda self, tokens: 1.001 * pool(self, tokens)\n"
+    ),
     "backbone": (
         "drawn = ViTCLSBackbone.feature_map\n"
         "ViTCLSBackbone.feature_map = lambda self, *args: 1.001 * drawn(self, *args)\n"
