@@ -145,6 +145,16 @@ def test_recorders_are_removed() -> None:
     assert_no_recording(model)
 
 
+@torch.no_grad()
+def test_a_recorder_of_the_user_is_restored() -> None:
+    model, calls = filled(ViTCLSModel(tiny_config())), []
+    model.layers[0].attention.recorder = lambda *args: calls.append(args)
+    model.token_attention(images())
+    assert not calls
+    model(images())
+    assert len(calls) == 1
+
+
 def test_gradients_flow() -> None:
     model = filled(ViTCLSModel(tiny_config(**TOKENS)))
     pixels = images().requires_grad_()
