@@ -48,17 +48,19 @@ def compute_token_attention(
 def record_attention(encoder: Any, layers: Iterable[int], record: Callable[..., None]) -> Iterator[None]:
     """Call `record(layer, query, key, value, mask, scaling, attended)` for each of these layers within the context.
 
-    Compiled models run eagerly within the context, because compiled code does not call recorders.
+    Compiled models run eagerly within the context, because compiled code does not call recorders. A recorder that was
+    set before is restored afterwards.
     """
     attentions = {index: encoder.layers[index].attention for index in layers}
+    previous = {index: attention.recorder for index, attention in attentions.items()}
     try:
         for index, attention in attentions.items():
             attention.recorder = partial(record, index)
         with torch.compiler.set_stance("force_eager"):
             yield
     finally:
-        for attention in attentions.values():
-            attention.recorder = None
+        for index, attention in attentions.items():
+            attention.recorder = previous[index]
 
 
 def get_token_indices(tokens: Sequence[str], layout: TokenLayout) -> list[int]:

@@ -31,6 +31,7 @@ from ..system import SHARDED, forget_peak_memory, gemm_peak
 from .costs import (
     estimate_memory,
     first_trained_layer,
+    forward_flops,
     heads_of,
     layer_flops,
     learns,
@@ -224,7 +225,9 @@ def training_flops(model: ViTCLSPreTrainedModel, batch_size: int = 1) -> int:
     num_patches, num_tokens = sequence_lengths(model.config, None)
     projection = encoder.embeddings.patch_embeddings.projection.weight
     patches = 2 * projection.numel() * num_patches
-    behind = model.flops(batch_size=batch_size) - batch_size * (patches + forward_of(layers_of(model, num_tokens)))
+    behind = forward_flops(model, batch_size=batch_size) - batch_size * (
+        patches + forward_of(layers_of(model, num_tokens))
+    )
 
     layers = layers_of(model, tokens_in_training(model, num_patches, num_tokens))
     first = first_trained_layer(encoder)

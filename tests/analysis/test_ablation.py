@@ -24,6 +24,7 @@ from modeling_vitcls.analysis.ablation import (
 )
 from modeling_vitcls.analysis.image_report import answers_in_words
 from modeling_vitcls.analysis.token_statistics import TokenStatistics
+from modeling_vitcls.attention_masks_vitcls import build_attention_mask
 from modeling_vitcls.conversion.random_weights import random_fill
 
 
@@ -62,10 +63,10 @@ def logits_by_hand(model: Any, place: int | None, means: torch.Tensor) -> torch.
     encoder = model.vitcls
     states = encoder.embeddings(PIXELS, None)
     grid = encoder.embeddings.patch_embeddings.get_grid_size(PIXELS)
-    masks = encoder.gates(encoder.view(states, None, grid), states)
-    rotations = encoder.rotary_positions(grid, states)
-    for layer, mask, rotation, mean in zip(encoder.layers, masks, rotations, means[1:], strict=True):
-        states = layer(states, mask, rotation)
+    mask = build_attention_mask(model.config, states, None, grid, encoder.view, encoder.gates)
+    position_embeddings = None if encoder.rotary_positions is None else encoder.rotary_positions(grid, states)
+    for layer, mean in zip(encoder.layers, means[1:], strict=True):
+        states = layer(states, mask, position_embeddings)
         if place is not None:
             states[:, place] = mean[place]
     sequence = encoder.layernorm(states)

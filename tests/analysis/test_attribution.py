@@ -8,6 +8,7 @@ from tiny_models import (
     BLOCKS,
     LAYOUTS,
     TASKS,
+    assert_no_recording,
     each_layout,
     filled,
     images,
@@ -256,7 +257,7 @@ def test_what_cannot_be_attributed_is_said() -> None:
     for task in (None, "colour"):
         with raises_one_line(repr(task), "age, species"):
             attribution(tasks, images(), task=task)
-    assert_no_hooks(model, tasks)
+    assert_no_recording(model, tasks)
 
 
 @pytest.mark.parametrize("frozen", ["all", "encoder", "none"])
@@ -274,7 +275,7 @@ def test_weights_are_left_alone(frozen: str) -> None:
     assert all(parameter.grad is None for parameter in model.parameters())
     assert pixels.grad is None and not pixels.requires_grad
     assert [parameter.requires_grad for parameter in part.parameters()] == [False] * len(list(part.parameters()))
-    assert_no_hooks(model)
+    assert_no_recording(model)
 
 
 def test_the_mode_of_each_part_stays() -> None:
@@ -297,7 +298,7 @@ def test_compiled_models() -> None:
     model = classifier(num_register_tokens=1)
     expected = attention_rollout(model, images()), attribution(model, images())
     model.compile(backend="eager")
-    model(images())  # compiled without hooks
+    model(images())  # compiled without recorders
     found = attention_rollout(model, images()), attribution(model, images())
     for one, other in zip(found, expected, strict=True):
         assert largest_difference(one, other) <= TOLERANCE
@@ -313,10 +314,4 @@ def test_recorded_maps_in_half_precision_sum_to_one() -> None:
         weights = layer.weights()
         assert weights.dtype == torch.float32
         assert largest_difference(weights.sum(-1), torch.ones(weights.shape[:-1])) <= 1e-5
-    assert_no_hooks(model)
-
-
-def assert_no_hooks(*models: nn.Module) -> None:
-    """Nothing is left of the recording."""
-    for model in models:
-        assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())
+    assert_no_recording(model)

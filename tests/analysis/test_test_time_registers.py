@@ -119,10 +119,10 @@ def test_neurons_with_large_negative_activations_are_found_and_moved() -> None:
 def test_only_planted_activations_of_patches_and_the_register_change(fields: dict[str, Any]) -> None:
     model = planted(**fields)
     better = with_test_time_register(model, [[LAYER, neuron] for neuron in PLANTED])
-    mover = better.layers[LAYER].mlp.move_neurons
+    register_neurons = better.layers[LAYER].mlp.register_neurons
     layout = better.config.token_layout
     activations = torch.randn(2, layout.num_prefix_tokens + 16, 32)
-    moved = mover(activations)
+    moved = register_neurons(activations)
     others = [neuron for neuron in range(32) if neuron not in PLANTED]
     assert torch.equal(moved[..., others], activations[..., others])
     assert torch.equal(moved[:, layout.cls], activations[:, layout.cls])

@@ -5,13 +5,26 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import LAYOUTS, each_layout, filled, images, largest_difference, raises_one_line, tiny_config
+from tiny_models import (
+    LAYOUTS,
+    assert_no_recording,
+    each_layout,
+    filled,
+    images,
+    largest_difference,
+    raises_one_line,
+    tiny_config,
+)
 from torch import nn
 
-from modeling_vitcls import ViTCLSBackbone, ViTCLSForImageClassification, ViTCLSForMaskedImageModeling, ViTCLSModel
+from modeling_vitcls import (
+    ViTCLSBackbone,
+    ViTCLSForImageClassification,
+    ViTCLSForMaskedImageModeling,
+    ViTCLSModel,
+)
 from modeling_vitcls.analysis import token_statistics
 from modeling_vitcls.analysis.token_statistics import Findings, TokenStatistics
-from modeling_vitcls.cpu_kernels_vitcls import AttentionCore
 
 
 TOLERANCE = 1e-5
@@ -324,7 +337,7 @@ def test_every_class_has_statistics(name: str) -> None:
     encoder.load_state_dict(getattr(model, "vitcls", model).state_dict(), strict=False)
     assert largest_difference(found.entropy, statistics_of(encoder, images()).entropy) <= TOLERANCE
     assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
-    assert not any(module._forward_hooks for module in model.modules() if isinstance(module, AttentionCore))
+    assert_no_recording(model)
 
 
 def test_half_precision() -> None:
@@ -350,7 +363,7 @@ def test_no_images_are_an_error() -> None:
     collected = TokenStatistics(filled(ViTCLSModel(tiny_config(**LAYOUTS["three_cls"]))))
     with raises_one_line("no images"):
         collected.compute()
-    with raises_one_line("4 channel"):
+    with raises_one_line("pixel_values has 4"):
         collected.update(images(channels=4))
     with raises_one_line("no images"):
         collected.compute()

@@ -1,4 +1,4 @@
-"""Tokens, sizes and patches of trained models: what `from_pretrained(..., field=value)` and `adapted` do to weights.
+"""Tokens, sizes and patches of trained models: what `from_pretrained(..., field=value)` and `adapt` do to weights.
 
 What cannot change (kept and removed tokens) is compared to the bit; what is resampled against PyTorch's interpolation;
 patch kernels against images enlarged patch by patch, where FlexiViT's resize is exact. Gates are in test_gates.py.
@@ -13,7 +13,6 @@ import pytest
 import torch
 from adaptation_cases import adapted_by, logged
 from fresh_processes import run_fresh
-from modeling_vitcls.resampling_vitcls import resize_patch_kernel
 from tiny_models import filled, images, largest_difference, raises_one_line, reloaded, tiny_config
 from torch import nn
 from transformers import (
@@ -31,6 +30,7 @@ from modeling_vitcls import (
     ViTCLSForMultiTaskClassification,
     ViTCLSModel,
 )
+from modeling_vitcls.positions_vitcls import resize_patch_kernel
 
 
 # Class that saves, class that loads.
@@ -42,7 +42,7 @@ LOADERS = {
     "masked": (ViTCLSForMaskedImageModeling, ViTCLSForMaskedImageModeling),
     "auto_masked": (ViTCLSForMaskedImageModeling, AutoModelForMaskedImageModeling),
     "backbone": (ViTCLSBackbone, ViTCLSBackbone),
-    "loaded": (ViTCLSForImageClassification, None),  # `adapted` on a loaded model
+    "loaded": (ViTCLSForImageClassification, None),  # `adapt` on a loaded model
 }
 
 # Each on a checkpoint of 2 CLS, 1 distillation and 2 register tokens, images of 32 x 48 and patches of 8 x 8.
@@ -172,8 +172,8 @@ def test_each_change_is_logged_once_in_a_line_of_its_own(caplog: pytest.LogCaptu
         "vitcls.embeddings.position_embeddings.cls: 1 kept, 1 dropped",
         "vitcls.embeddings.position_embeddings.distillation: dropped",
         "vitcls.embeddings.position_embeddings.patches: resampled from 4 x 6 to 2 x 3 patches",
-        "vitcls.embeddings.position_embeddings.registers: 2 kept, 4 added, which start at zero",
-        "vitcls.embeddings.register_tokens: 2 kept, 4 added, which start by token_init='trunc_normal'",
+        "vitcls.embeddings.position_embeddings.registers: 2 kept, 4 added, initialized to zero",
+        "vitcls.embeddings.register_tokens: 2 kept, 4 added, initialized by token_init='trunc_normal'",
     ]
 
 
@@ -265,11 +265,11 @@ def test_a_trained_distillation_head_is_kept() -> None:
     assert torch.equal(larger.distillation_classifier.weight, model.distillation_classifier.weight)
 
 
-def test_a_classifier_of_another_width_starts_afresh_and_says_so(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_classifier_of_another_width_is_newly_initialized_and_logged(caplog: pytest.LogCaptureFixture) -> None:
     model = filled(ViTCLSForImageClassification(tiny_config(cls_pooling="concat"))).requires_grad_(False)
     larger = model.adapt(num_cls_tokens=2)
     assert larger.classifier.weight.shape == (3, 32)
-    assert "classifier.weight: starts afresh, its shape has changed" in logged(caplog)
+    assert "classifier.weight: newly initialized, because its shape changed" in logged(caplog)
     assert larger.classifier.weight.requires_grad
     assert not larger.classifier.bias.requires_grad
 
@@ -574,7 +574,7 @@ def test_checkpoints_adapt_without_the_package(tmp_path: Path) -> None:
         pixel_values = images(2, *changed.config.image_height_width)
         with torch.no_grad():
             found, wanted = torch.load(tmp_path / f"{name}.logits.pt"), changed(pixel_values).logits
-            assert largest_difference(found, wanted) < 1e-5  # the new tokens are random, and shut
+            assert largest_difference(found, wanted) < 1e-5  # the new tokens are random, and their gates are closed
         again = ViTCLSForImageClassification.from_pretrained(tmp_path / name)
         with torch.no_grad():
             fewer = changed.adapt(num_register_tokens=0, num_distillation_tokens=0)

@@ -1,6 +1,6 @@
-"""model.flops and model.memory_estimate against what torch counts and autograd keeps, and the measured GEMM peak.
+"""FLOPs against what torch counts, the memory estimate against what autograd keeps, and the measured GEMM peak.
 
-Operations have to be right to the last one. Memory is an estimate: within the factors that stand here.
+FLOPs are exact. Memory is an estimate, within the factors in `CLOSE`.
 """
 
 import statistics
@@ -15,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from modeling_vitcls import ViTCLSConfig, ViTCLSForImageClassification, ViTCLSForMaskedImageModeling, ViTCLSModel
 from modeling_vitcls.system import gemm_peak
+from modeling_vitcls.training.costs import estimate_memory, forward_flops
 
 
 # Fields that change what is multiplied with what, beside those that all tests share.
@@ -96,14 +97,33 @@ def loss_of(model: Any, autocast: torch.dtype | None = None, batch: int = 4, sid
 def test_operations_are_those_that_torch_counts(fields: dict[str, Any], attention: str) -> None:
     model = filled(ViTCLSForImageClassification(tiny_config(**fields)))
     model.set_attn_implementation(attention)
-    assert model.flops() == counted(lambda: model(images(1)))
-    assert model.flops([40, 56], batch_size=3) == counted(lambda: model(images(3, 40, 56)))
+    assert model.flops() == forward_flops(model) == counted(lambda: model(images(1)))
+    larger = counted(lambda: model(images(3, 40, 56)))
+    assert model.flops([40, 56], batch_size=3) == forward_flops(model, [40, 56], batch_size=3) == larger
 
 
 @each_kind
 def test_of_every_kind_of_model(model_class: type, fields: dict[str, Any], inputs: dict[str, Any]) -> None:
     model = filled(model_class(tiny_config(**fields)))
-    assert model.flops((32, 40), batch_size=2) == counted(lambda: model(images(2, 32, 40)))
+    wanted = counted(lambda: model(images(2, 32, 40)))
+    assert model.flops((32, 40), batch_size=2) == forward_flops(model, (32, 40), batch_size=2) == wanted
+
+
+@pytest.mark.parametrize("number", [3, 100], ids=["three pairs", "half of the patches"])
+def test_merged_patches_are_counted_as_they_are_computed(number: int) -> None:
+    """By hand; `forward_flops` counts as if no patches were merged."""
+    model = filled(ViTCLSModel(tiny_config(merged_patches_per_layer=number, num_register_tokens=2)))
+    width, head_dim, intermediate, num_special, num_patches = 16, 8, 24, 3, 16
+    wanted = 2 * num_patches * 3 * 8 * 8 * width  # patch projection
+    for _ in range(2):
+        num_tokens, num_pairs = num_special + num_patches, min(number, num_patches // 2)
+        wanted += 4 * 2 * num_tokens * width**2  # queries, keys, values and output
+        wanted += 2 * 2 * num_tokens**2 * width  # scores, and values weighted by them
+        wanted += 2 * (num_patches - num_patches // 2) * (num_patches // 2) * head_dim  # similarity of patches
+        num_patches -= num_pairs
+        wanted += 2 * 2 * (num_special + num_patches) * width * intermediate  # MLP
+    assert model.flops() == wanted == counted(lambda: model(images(1)))
+    assert forward_flops(model) == ViTCLSModel(tiny_config(num_register_tokens=2)).flops()
 
 
 def test_all_tokens_of_the_last_layer_cost_more() -> None:
@@ -117,17 +137,17 @@ def test_all_tokens_of_the_last_layer_cost_more() -> None:
 
 
 def test_without_weights() -> None:
-    """What a large model costs is known before it is built: ViT-B/16 at 224 pixels has 17.6 billion multiply-adds."""
+    """Costs of a model on the meta device: ViT-B/16 at 224 pixels has 17.6 billion multiply-adds."""
     with torch.device("meta"):
         model = ViTCLSModel(ViTCLSConfig())
     assert round(model.flops() / 2e9, 1) == 17.6
-    assert model.memory_estimate().parameters == 4 * sum(parameter.numel() for parameter in model.parameters())
+    assert estimate_memory(model).parameters == 4 * sum(parameter.numel() for parameter in model.parameters())
 
 
-@pytest.mark.parametrize("method", ["flops", "memory_estimate"])
-def test_images_that_are_too_small(method: str) -> None:
+@pytest.mark.parametrize("function", [ViTCLSModel.flops, forward_flops, estimate_memory])
+def test_images_that_are_too_small(function: Callable[..., Any]) -> None:
     with raises_one_line("32 x 7", "8 x 8"):
-        getattr(ViTCLSModel(tiny_config()), method)((32, 7))
+        function(ViTCLSModel(tiny_config()), (32, 7))
 
 
 # Memory
@@ -141,7 +161,7 @@ def test_activations_are_about_those_that_autograd_keeps(
     monkeypatch.setattr("modeling_vitcls.cpu_kernels_vitcls.MAX_CHUNKED_KEYS", 0)  # fused on every processor
     monkeypatch.setattr("modeling_vitcls.cpu_kernels_vitcls.EMULATED", set())
     model = filled(ViTCLSForImageClassification(tiny_config(**WIDER | CASES[name]))).train()
-    estimate = model.memory_estimate(batch_size=4, autocast=autocast).activations
+    estimate = estimate_memory(model, batch_size=4, autocast=autocast).activations
     assert CLOSE[0] <= estimate / kept(model, lambda: loss_of(model, autocast)) <= CLOSE[1]
 
 
@@ -149,14 +169,14 @@ def test_activations_of_masked_image_modelling() -> None:
     model = filled(ViTCLSForMaskedImageModeling(tiny_config(**WIDER))).train()
     mask = torch.arange(4 * 64).view(4, 64) % 3 == 0
     measured = kept(model, lambda: model(images(4, 64, 64), bool_masked_pos=mask).loss)
-    assert CLOSE[0] <= model.memory_estimate(batch_size=4).activations / measured <= CLOSE[1]
+    assert CLOSE[0] <= estimate_memory(model, batch_size=4).activations / measured <= CLOSE[1]
 
 
 def test_eager_attention_keeps_its_maps() -> None:
     model = filled(ViTCLSForImageClassification(tiny_config(**WIDER))).train()
-    fused = model.memory_estimate(128, batch_size=2).activations
+    fused = estimate_memory(model, 128, batch_size=2).activations
     model.set_attn_implementation("eager")
-    eager = model.memory_estimate(128, batch_size=2).activations
+    eager = estimate_memory(model, 128, batch_size=2).activations
     assert eager > 1.3 * fused
     assert 0.8 <= eager / kept(model, lambda: loss_of(model, batch=2, side=128)) <= 1.2
 
@@ -166,20 +186,20 @@ def test_eager_attention_keeps_its_maps() -> None:
 def test_before_the_model_is_moved(fields: dict[str, Any], autocast: torch.dtype | None) -> None:
     """Where it will train counts, not where it is: CPUs compute some things again, and keep maps under dropout."""
     model = ViTCLSForImageClassification(tiny_config(**WIDER | fields))
-    here = model.memory_estimate(batch_size=4, autocast=autocast)
-    elsewhere = model.memory_estimate(batch_size=4, autocast=autocast, device="cuda")
-    assert elsewhere != here == model.memory_estimate(batch_size=4, autocast=autocast, device=torch.device("cpu"))
+    here = estimate_memory(model, batch_size=4, autocast=autocast)
+    elsewhere = estimate_memory(model, batch_size=4, autocast=autocast, device="cuda")
+    assert elsewhere != here == estimate_memory(model, batch_size=4, autocast=autocast, device=torch.device("cpu"))
     moved = model.to("meta")
-    assert elsewhere == moved.memory_estimate(batch_size=4, autocast=autocast)
-    assert here == moved.memory_estimate(batch_size=4, autocast=autocast, device="cpu")
+    assert elsewhere == estimate_memory(moved, batch_size=4, autocast=autocast)
+    assert here == estimate_memory(moved, batch_size=4, autocast=autocast, device="cpu")
 
 
 def test_frozen_layers_keep_nothing() -> None:
     model = filled(ViTCLSForImageClassification(tiny_config(**WIDER))).train()
-    everything = model.memory_estimate(batch_size=4)
+    everything = estimate_memory(model, batch_size=4)
     for part in (model.vitcls.embeddings, *model.vitcls.layers[:2]):
         part.requires_grad_(False)
-    some = model.memory_estimate(batch_size=4)
+    some = estimate_memory(model, batch_size=4)
     assert CLOSE[0] <= some.activations / kept(model, lambda: loss_of(model)) <= CLOSE[1]
     trained = sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)
     assert (some.parameters, some.gradients, some.optimizer) == (everything.parameters, trained, 2 * trained)
@@ -189,9 +209,9 @@ def test_frozen_layers_keep_nothing() -> None:
 
 def test_checkpointing_keeps_inputs_and_one_layer() -> None:
     model = filled(ViTCLSForImageClassification(tiny_config(**WIDER))).train()
-    full = model.memory_estimate(batch_size=4).activations
+    full = estimate_memory(model, batch_size=4).activations
     model.gradient_checkpointing_enable()
-    estimate = model.memory_estimate(batch_size=4).activations
+    estimate = estimate_memory(model, batch_size=4).activations
     between_layers = kept(model, lambda: loss_of(model))
     assert between_layers < estimate < full
     assert full / 3 * 0.8 <= estimate - between_layers <= full / 3 * 1.6  # of three layers, the last of which is short
@@ -202,7 +222,7 @@ def test_the_optimizer_is_adamw() -> None:
     optimizer = torch.optim.AdamW(model.parameters())
     loss_of(model, side=32).backward()
     optimizer.step()
-    estimate = model.memory_estimate(batch_size=4)
+    estimate = estimate_memory(model, batch_size=4)
     moments = [value for state in optimizer.state.values() for name, value in state.items() if name != "step"]
     assert estimate.optimizer == sum(moment.nbytes for moment in moments)
     assert estimate.gradients == sum(parameter.grad.nbytes for parameter in model.parameters())

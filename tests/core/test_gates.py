@@ -47,7 +47,7 @@ def test_several_kinds_of_tokens_can_be_gated() -> None:
     model = filled(ViTCLSForImageClassification(tiny_config(num_register_tokens=1)))
     gated = model.adapt(num_cls_tokens=3, num_distillation_tokens=1, num_register_tokens=3, gate_new_tokens=True)
     assert gated.config.gated_tokens == {"cls": 2, "distillation": 1, "registers": 2}
-    assert gated.vitcls.gates.places == [1, 2, 3, 5, 6]
+    assert gated.vitcls.gates.indices == [1, 2, 3, 5, 6]
     with torch.no_grad():
         assert largest_difference(gated(images()).cls_logits, model(images()).logits) < 1e-5
 
@@ -142,15 +142,15 @@ def test_gates_stay_with_their_tokens(loader: Any, caplog: pytest.LogCaptureFixt
         "more": (
             {"cls": 1, "registers": 3},
             pytest.approx([0.5, 0.2, 0.3, 1e-6], abs=2e-7),
-            ["gates.gates: 3 kept, 0 dropped, 1 shut"],
+            ["gates.gates: 3 kept, 0 dropped, 1 closed"],
         ),
         "fewer": (
             {"cls": 1, "registers": 1},
             pytest.approx([0.5, 0.2], abs=2e-7),
-            ["gates.gates: 2 kept, 1 dropped, 0 shut"],
+            ["gates.gates: 2 kept, 1 dropped, 0 closed"],
         ),
-        "none": ({"cls": 1}, pytest.approx([0.5], abs=2e-7), ["gates.gates: 1 kept, 2 dropped, 0 shut"]),
-        "cls": ({"registers": 2}, pytest.approx([0.2, 0.3], abs=2e-7), ["gates.gates: 2 kept, 1 dropped, 0 shut"]),
+        "none": ({"cls": 1}, pytest.approx([0.5], abs=2e-7), ["gates.gates: 1 kept, 2 dropped, 0 closed"]),
+        "cls": ({"registers": 2}, pytest.approx([0.2, 0.3], abs=2e-7), ["gates.gates: 2 kept, 1 dropped, 0 closed"]),
         "another group": ({"cls": 1, "registers": 2}, pytest.approx([0.5, 0.2, 0.3], abs=2e-7), []),
     }
 

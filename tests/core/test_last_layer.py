@@ -1,13 +1,23 @@
-"""The last layer is computed only for the tokens that are read, and nobody can tell but by the time it takes."""
+"""Classifiers compute the last layer only for the tokens that they read; their outputs are the same."""
 
 from typing import Any
 
 import pytest
 import torch
-from tiny_models import BLOCKS, TASKS, assert_same_outputs, filled, images, largest_difference, tiny_config
+from tiny_models import (
+    BLOCKS,
+    TASKS,
+    assert_same_outputs,
+    filled,
+    images,
+    largest_difference,
+    record_outputs,
+    tiny_config,
+)
 from torch.nn.functional import cross_entropy
 
 from modeling_vitcls import ViTCLSForImageClassification, ViTCLSForMultiTaskClassification
+from modeling_vitcls.modeling_vitcls import get_num_tokens_read
 
 
 TOKENS: dict[str, Any] = {"num_cls_tokens": 2, "num_distillation_tokens": 1, "num_register_tokens": 3}
@@ -48,13 +58,6 @@ MASK = torch.ones(2, 6 + 16, dtype=torch.long)
 MASK[1, 10:14] = 0
 
 
-def tokens_out(model: Any) -> list[int]:
-    """Filled, in each forward pass, with the number of tokens that the last layer gives."""
-    numbers: list[int] = []
-    model.vitcls.layers[-1].register_forward_hook(lambda module, args, output: numbers.append(output.shape[1]))
-    return numbers
-
-
 def losses_and_gradients(model: Any, **inputs: Any) -> tuple[Any, list[torch.Tensor]]:
     """Outputs and, with respect to every parameter, gradients of a loss on both heads."""
     model.zero_grad()
@@ -69,16 +72,16 @@ def losses_and_gradients(model: Any, **inputs: Any) -> tuple[Any, list[torch.Ten
 @each_config
 def test_outputs_and_gradients_are_those_of_all_tokens(fields: dict[str, Any], num_read: int | None) -> None:
     model = filled(ViTCLSForImageClassification(tiny_config(**fields)))
-    assert model.num_tokens_read == num_read
+    assert get_num_tokens_read(model.vitcls, {}) == num_read
     masks = [None, MASK] if fields.items() >= TOKENS.items() else [None]
     for implementation in ("sdpa", "eager"):
         model.set_attn_implementation(implementation)
         for mask in masks:
-            numbers = tokens_out(model)
+            outputs = record_outputs(model.vitcls.layers[-1])
             found = losses_and_gradients(model, attention_mask=mask)
             wanted = losses_and_gradients(model, attention_mask=mask, output_hidden_states=True)
             num_tokens = model.config.token_layout.num_prefix_tokens + 16
-            assert numbers == [num_read or num_tokens, num_tokens]
+            assert [output.shape[1] for output in outputs] == [num_read or num_tokens, num_tokens]
             assert_same_outputs(found[0], wanted[0], 1e-5)
             for one, other in zip(found[1], wanted[1], strict=True):
                 assert largest_difference(one, other) <= 1e-5 * max(1.0, other.abs().max().item())
@@ -101,19 +104,19 @@ def test_all_tokens_are_there_for_those_who_ask() -> None:
 @torch.no_grad()
 def test_other_attention_implementations_get_all_tokens() -> None:
     model = filled(ViTCLSForImageClassification(tiny_config(**TOKENS)))
-    expected, numbers = model(images()).logits, tokens_out(model)
+    expected, outputs = model(images()).logits, record_outputs(model.vitcls.layers[-1])
     model.set_attn_implementation("flex_attention")
     with torch.compiler.set_stance("force_eager"):
         assert largest_difference(model(images()).logits, expected) <= 1e-5
-    assert numbers == [22]
+    assert [output.shape[1] for output in outputs] == [22]
 
 
 @torch.no_grad()
 def test_several_tasks() -> None:
     model = filled(ViTCLSForMultiTaskClassification(tiny_config(num_cls_tokens=2, num_register_tokens=3, tasks=TASKS)))
-    numbers = tokens_out(model)
+    outputs = record_outputs(model.vitcls.layers[-1])
     found, wanted = model(images()), model(images(), output_hidden_states=True)
-    assert numbers == [2, 21]
+    assert [output.shape[1] for output in outputs] == [2, 21]
     assert_same_outputs(found.logits, wanted.logits, 1e-6)
 
 
@@ -124,9 +127,9 @@ def test_gradient_checkpointing(reentrant: bool) -> None:
         model = filled(ViTCLSForImageClassification(tiny_config(**TOKENS, **BLOCKS["rope"]))).train()
         if checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": reentrant})
-        numbers = tokens_out(model)
+        outputs = record_outputs(model.vitcls.layers[-1])
         gradients.append(losses_and_gradients(model)[1])
-        assert set(numbers) == {3}
+        assert [output.shape[1] for output in outputs] == [3]  # not the recomputation, which is inside of `forward`
     assert_same_outputs(*gradients, 1e-6)
 
 

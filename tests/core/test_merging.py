@@ -5,7 +5,16 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import assert_same_outputs, filled, images, largest_difference, raises_one_line, reloaded, tiny_config
+from tiny_models import (
+    assert_same_outputs,
+    filled,
+    images,
+    largest_difference,
+    raises_one_line,
+    record_outputs,
+    reloaded,
+    tiny_config,
+)
 from torch.nn.functional import normalize
 
 from modeling_vitcls import (
@@ -16,8 +25,7 @@ from modeling_vitcls import (
     ViTCLSModel,
 )
 from modeling_vitcls.blocks_vitcls import ViTCLSLayer
-from modeling_vitcls.modeling_vitcls import run_layers
-from modeling_vitcls.variants_vitcls import Groups, MergingLayer, match_similar_patches
+from modeling_vitcls.variants_vitcls import MergedGroups, MergingAttention, MergingLayer, match_similar_patches
 
 
 TOKENS: dict[str, Any] = {"num_cls_tokens": 2, "num_distillation_tokens": 1, "num_register_tokens": 3}
@@ -29,12 +37,9 @@ def classifier(number: int, **fields: Any) -> Any:
     return filled(ViTCLSForImageClassification(tiny_config(**(TOKENS | fields), merged_patches_per_layer=number)))
 
 
-def groups_of(model: Any) -> list[Groups]:
-    """Filled, in each forward pass, with the groups that each layer hands on."""
-    found: list[Groups] = []
-    for layer in model.base_model.layers:
-        layer.register_forward_hook(lambda module, args, output: found.append(output[1]))
-    return found
+def record_groups(model: Any) -> list[list[tuple[torch.Tensor, MergedGroups]]]:
+    """Return one list per layer that collects its outputs: hidden states and groups."""
+    return [record_outputs(layer) for layer in model.base_model.layers]
 
 
 def two_colours(seed: int = 0) -> torch.Tensor:
@@ -45,9 +50,12 @@ def two_colours(seed: int = 0) -> torch.Tensor:
     return kinds[places].permute(0, 3, 1, 4, 2, 5).reshape(2, 3, 32, 32)
 
 
-def test_off_means_off() -> None:
+def test_off_means_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("modeling_vitcls.modeling_vitcls.run_merging_layers", None)  # not called
     model = ViTCLSModel(tiny_config())
-    assert {type(layer) for layer in model.layers} == {ViTCLSLayer} and model.run_layers is run_layers
+    model(images())
+    assert {type(layer) for layer in model.layers} == {ViTCLSLayer}
+    assert not any(isinstance(layer.attention, MergingAttention) for layer in model.layers)
     assert [*model.state_dict()] == [*ViTCLSModel(tiny_config(merged_patches_per_layer=2)).state_dict()]
 
 
@@ -61,25 +69,27 @@ def test_merging_equal_patches_changes_nothing(pooling: str, implementation: str
     plain, merging = (classifier(merged, **fields) for merged in (0, number))
     for model in (plain, merging):
         model.set_attn_implementation(implementation)
-    groups = groups_of(merging)
+    outputs = record_groups(merging)
     equal = images(2, 8, 8).repeat(1, 1, 4, 4)
     for pixel_values in (equal, two_colours()):
         found, wanted = (model(pixel_values, output_hidden_states=True) for model in (merging, plain))
         assert_same_outputs(found.hidden_states, wanted.hidden_states, 2e-5)
         assert_same_outputs(found.logits, wanted.logits, 2e-5)
-        assert_same_outputs(merging(pixel_values).logits, wanted.logits, 2e-5)  # the last layer for some tokens alone
-    assert groups[2].sizes.max() > 1 and groups[2].sizes.shape == (2, PREFIX + 16 - 3 * number)
+        assert_same_outputs(merging(pixel_values).logits, wanted.logits, 2e-5)  # the last layer for some tokens only
+    assert [states.shape[1] for states, _ in outputs[2]] == 2 * ([22, 3] if pooling == "cls" else [22, 22])
+    _, groups = outputs[2][0]
+    assert groups.sizes.max() > 1 and groups.sizes.shape == (2, PREFIX + 16 - 3 * number)
 
 
 @torch.no_grad()
 def test_patches_of_one_colour_are_found() -> None:
     """Of two kinds of patches no two of different kinds are joined."""
     model = classifier(4, position_embedding_type="none")
-    groups, pixel_values = groups_of(model), two_colours()
-    model(pixel_values)
+    outputs, pixel_values = record_groups(model), two_colours()
+    model(pixel_values, output_hidden_states=True)
     kinds = pixel_values[:, 0, ::8, ::8].flatten(1)  # [2, 16]
-    token_of = groups[-1].token_of[:, PREFIX:]
-    together = token_of[:, :, None] == token_of[:, None, :]
+    token_index = outputs[-1][0][1].token_index[:, PREFIX:]
+    together = token_index[:, :, None] == token_index[:, None, :]
     assert together.sum() > 2 * 16
     assert (kinds[:, :, None] == kinds[:, None, :])[together].all()
 
@@ -87,22 +97,23 @@ def test_patches_of_one_colour_are_found() -> None:
 @torch.no_grad()
 def test_special_tokens_stay_and_patches_of_a_group_share_a_state() -> None:
     model = classifier(3, num_hidden_layers=4)
-    groups = groups_of(model)
+    outputs = record_groups(model)
     states = model(images(), output_hidden_states=True).hidden_states
-    for index, (group, state) in enumerate(zip(groups, states[1:], strict=True)):
+    for index, (((_, group),), state) in enumerate(zip(outputs, states[1:], strict=True)):
         left = 16 - 3 * (index + 1)
         assert group.sizes.shape == (2, PREFIX + left) and group.sizes.sum(1).tolist() == [PREFIX + 16] * 2
         assert group.sizes[:, :PREFIX].eq(1).all()
-        assert group.token_of[:, :PREFIX].eq(torch.arange(PREFIX)).all() and group.token_of[:, PREFIX:].min() >= PREFIX
+        assert group.token_index[:, :PREFIX].eq(torch.arange(PREFIX)).all()
+        assert group.token_index[:, PREFIX:].min() >= PREFIX
         assert state.shape == (2, PREFIX + 16, 16)
-        assert_same_outputs(group.spread(group.collect(state)), state)
-        assert group.place_of.diff(dim=1).min() > 0  # tokens keep the order of places
+        assert_same_outputs(group.expand(group.collect(state)), state)
+        assert group.position_index.diff(dim=1).min() > 0  # tokens keep their order
 
 
 def test_matching_and_averages_are_those_of_the_paper() -> None:
     """Against loops over single tokens, on two rounds of merging."""
     tokens, groups = images(2, 11, 5, channels=1)[:, 0], None
-    groups = Groups.of_one(tokens)
+    groups = MergedGroups.from_tokens(tokens)
     members = [[[place] for place in range(11)] for _ in range(2)]
     for seed, num_pairs in ((0, 3), (1, 4)):
         keys = images(2, tokens.shape[1], 7, channels=1, seed=seed)[:, 0]
@@ -134,8 +145,8 @@ def test_matching_and_averages_are_those_of_the_paper() -> None:
             assert largest_difference(merged[image], wanted) <= 1e-6
             assert after.sizes[image].tolist() == [len(group) for group in new]
             for token, group in enumerate(new):
-                assert (after.token_of[image] == token).nonzero().flatten().tolist() == group
-                assert after.place_of[image, token].item() in group
+                assert (after.token_index[image] == token).nonzero().flatten().tolist() == group
+                assert after.position_index[image, token].item() in group
             members[image] = new
         tokens, groups = merged, after
 
@@ -228,6 +239,6 @@ def test_attention_is_not_read_masked_or_left_to_kernels_without_bias() -> None:
             model(images(), **({"output_attentions": True} if as_argument else {}))
     model.config.output_attentions = False
     model.config._attn_implementation = "flash_attention_2"  # need not be installed
-    with raises_one_line("sizes of merged patches", "flash_attention_2"):
+    with raises_one_line("merged_patches_per_layer", "flash_attention_2"):
         model(images())
     assert type(model.vitcls.layers[0]) is MergingLayer

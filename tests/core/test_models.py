@@ -445,9 +445,9 @@ def test_images_that_do_not_fit_are_an_error(
     model_class: type, fields: dict[str, Any], inputs: dict[str, Any]
 ) -> None:
     model = model_class(tiny_config(**fields))
-    with raises_one_line("1 channel", "takes 3"):
+    with raises_one_line("requires 3 channel", "pixel_values has 1"):
         model(images(channels=1))
-    with raises_one_line("4 channel", "takes 3"):
+    with raises_one_line("requires 3 channel", "pixel_values has 4"):
         model(images(channels=4))
     for height, width in ((7, 32), (32, 7), (1, 1), (0, 32)):
         with raises_one_line(f"{height} x {width}", "one patch of 8 x 8"):

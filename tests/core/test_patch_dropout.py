@@ -15,6 +15,7 @@ from modeling_vitcls import (
     ViTCLSForMultiTaskClassification,
     ViTCLSModel,
 )
+from modeling_vitcls.training.costs import estimate_memory
 from modeling_vitcls.variants_vitcls import get_num_kept_patches
 
 
@@ -44,13 +45,13 @@ CASES += [pytest.param("scopes", "flex_attention", MASK, marks=pytest.mark.slow)
 def kept_by(model: ViTCLSModel) -> list[torch.Tensor]:
     """Filled, in each forward pass, with the indices [B, n] of the kept patches."""
     found: list[torch.Tensor] = []
-    choose = model.patch_dropout.choose
+    choose = model.patch_dropout.choose_patches
 
     def note(hidden_states: torch.Tensor) -> torch.Tensor:
         found.append(choose(hidden_states))
         return found[-1]
 
-    model.patch_dropout.choose = note
+    model.patch_dropout.choose_patches = note
     return found
 
 
@@ -127,7 +128,7 @@ def test_which_patches_stay_is_random_and_reproducible() -> None:
     counts = torch.zeros(16)
     for seed in range(100):
         torch.manual_seed(seed)
-        model.patch_dropout(torch.zeros(4, 17, 16), [None] * 2, [None] * 2)
+        model.patch_dropout(torch.zeros(4, 17, 16), None, None)
         counts += torch.bincount(kept[-1].flatten(), minlength=16)
     assert counts.min() > 150 and counts.max() < 250  # 200 expected, of standard deviation 10
     torch.manual_seed(99)
@@ -146,7 +147,7 @@ def test_how_many_stay(rate: float, patches: int, kept: int) -> None:
 def test_memory_is_estimated_for_what_stays() -> None:
     half, whole = (ViTCLSForImageClassification(tiny_config(patch_drop_rate=rate)) for rate in (0.5, 0))
     pixels = 4 * 3 * 32 * 16  # bytes of half an image, which stay either way
-    assert half.memory_estimate(32).activations == whole.memory_estimate((32, 16)).activations + pixels
+    assert estimate_memory(half, 32).activations == estimate_memory(whole, (32, 16)).activations + pixels
 
 
 @pytest.mark.parametrize("model_class", [ViTCLSForMaskedImageModeling, ViTCLSBackbone])
@@ -168,9 +169,9 @@ def test_graphs_leave_the_batch_open() -> None:
     dropout = ViTCLSModel(tiny_config(**TOKENS, patch_drop_rate=0.25)).train().patch_dropout
     graph = torch.export.export(
         dropout,
-        (torch.zeros(2, PREFIX + 16, 16), [None], [None]),
-        dynamic_shapes=({0: torch.export.Dim("batch", min=1)}, [None], [None]),
+        (torch.zeros(2, PREFIX + 16, 16), None, None),
+        dynamic_shapes=({0: torch.export.Dim("batch", min=1)}, None, None),
     ).module()
     for batch in (1, 5):
-        kept, _, _ = graph(torch.zeros(batch, PREFIX + 16, 16), [None], [None])
+        kept, _, _ = graph(torch.zeros(batch, PREFIX + 16, 16), None, None)
         assert kept.shape == (batch, PREFIX + 12, 16)

@@ -8,7 +8,7 @@ from tiny_models import images, largest_difference, tiny_config
 from transformers import TorchAoConfig
 
 from modeling_vitcls import ViTCLSForImageClassification
-from modeling_vitcls.cpu_kernels_vitcls import Linear
+from modeling_vitcls.cpu_kernels_vitcls import CPULinear
 
 
 quantization = pytest.importorskip("torchao.quantization")
@@ -25,7 +25,7 @@ def test_loading_in_int8(name: str, tmp_path: Path) -> None:
     exact.save_pretrained(tmp_path / "exact")
     config = TorchAoConfig(getattr(quantization, name)(), modules_to_not_convert=["classifier"])
     model = ViTCLSForImageClassification.from_pretrained(tmp_path / "exact", quantization_config=config)
-    quantised = {module for module in model.modules() if isinstance(module, Linear)}
+    quantised = {module for module in model.modules() if isinstance(module, CPULinear)}
     assert len(quantised) == 2 * 6 and {type(module.weight).__name__ for module in quantised} == {"Int8Tensor"}
     assert type(model.classifier.weight) is torch.nn.Parameter
     found, wanted = model(images()).logits, exact(images()).logits

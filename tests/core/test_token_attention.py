@@ -7,6 +7,7 @@ import torch
 from tiny_models import (
     LAYOUTS,
     TASKS,
+    assert_no_recording,
     each_kind,
     each_layout,
     filled,
@@ -18,6 +19,7 @@ from tiny_models import (
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from modeling_vitcls import ViTCLSForImageClassification, ViTCLSForMultiTaskClassification, ViTCLSModel
+from modeling_vitcls.modeling_vitcls import get_num_tokens_read
 
 
 TOKENS: dict[str, Any] = {"num_cls_tokens": 2, "num_distillation_tokens": 1, "num_register_tokens": 3}
@@ -95,7 +97,7 @@ def test_heads_that_read_few_tokens_hide_none() -> None:
     """The last layer is otherwise computed for the tokens that the heads read."""
     config = tiny_config(num_cls_tokens=2, num_register_tokens=3, tasks=TASKS)
     for model in (ViTCLSForMultiTaskClassification(config), ViTCLSForImageClassification(tiny_config(**TOKENS))):
-        assert filled(model).num_tokens_read is not None
+        assert get_num_tokens_read(filled(model).vitcls, {}) is not None
         assert largest_difference(model.token_attention(images()), by_eager_attention(model, images())) <= 1e-5
 
 
@@ -132,19 +134,25 @@ def test_what_does_not_exist_is_refused() -> None:
     for layers in ([], "last"):
         with raises_one_line("layers", repr(layers), '"all"'):
             model.token_attention(images(), layers=layers)  # type: ignore[arg-type]
-    with raises_one_line("4 channel"):
+    with raises_one_line("pixel_values has 4"):
         model.token_attention(images(channels=4))
-    assert_no_hooks(model)
+    assert_no_recording(model)
 
 
-def test_hooks_are_taken_away() -> None:
+def test_recorders_are_removed() -> None:
     model = filled(ViTCLSForImageClassification(tiny_config()))
     model.token_attention(images())
-    assert_no_hooks(model)
+    assert_no_recording(model)
 
 
-def assert_no_hooks(model: Any) -> None:
-    assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())
+@torch.no_grad()
+def test_a_recorder_of_the_user_is_restored() -> None:
+    model, calls = filled(ViTCLSModel(tiny_config())), []
+    model.layers[0].attention.recorder = lambda *args: calls.append(args)
+    model.token_attention(images())
+    assert not calls
+    model(images())
+    assert len(calls) == 1
 
 
 def test_gradients_flow() -> None:
@@ -178,7 +186,7 @@ def test_compiled_models_have_it() -> None:
     model = filled(ViTCLSForImageClassification(tiny_config(**TOKENS)))
     expected = model.token_attention(images())
     model.compile(backend="eager")
-    model(images())  # compiled without hooks
+    model(images())  # compiled without recorders
     assert torch.equal(model.token_attention(images()), expected)
     assert torch.equal(torch.compile(model, backend="eager").token_attention(images()), expected)
 

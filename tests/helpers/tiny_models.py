@@ -102,6 +102,29 @@ def images(batch: int = 2, height: int = 32, width: int = 32, channels: int = 3,
     return torch.randn(batch, channels, height, width, generator=torch.Generator().manual_seed(seed))
 
 
+def record_outputs(module: torch.nn.Module) -> list[Any]:
+    """Return a list that collects the outputs of a module.
+
+    Not by a hook: with a hook on the last layer, classifiers compute all of its tokens.
+    """
+    forward, outputs = module.forward, []
+
+    def record(*args: Any, **kwargs: Any) -> Any:
+        outputs.append(forward(*args, **kwargs))
+        return outputs[-1]
+
+    module.forward = record  # type: ignore[method-assign]
+    return outputs
+
+
+def assert_no_recording(*models: torch.nn.Module) -> None:
+    """Check that no forward hook and no recorder is left in models."""
+    for model in models:
+        for module in model.modules():
+            assert not module._forward_pre_hooks and not module._forward_hooks
+            assert getattr(module, "recorder", None) is None
+
+
 def reloaded(model: PreTrainedModel, folder: Path, **kwargs: Any) -> Any:
     """The model as it comes back from disk."""
     model.save_pretrained(folder)

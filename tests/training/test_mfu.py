@@ -37,6 +37,7 @@ from modeling_vitcls.options import (
     TrainingOptions,
 )
 from modeling_vitcls.training import mfu
+from modeling_vitcls.training.costs import estimate_memory
 from modeling_vitcls.training.finetune import finetune
 from modeling_vitcls.training.mfu import (
     Utilisation,
@@ -269,7 +270,7 @@ def test_a_short_run_measures_nothing() -> None:
 
 def test_memory_is_what_the_model_estimates() -> None:
     model = a_classifier(image_size=256)
-    estimate = model.memory_estimate(batch_size=5)
+    estimate = estimate_memory(model, batch_size=5)
     _, lines = started(model, a_plan(batch_size=5))
     assert f" {(estimate.total - estimate.parameters) / 2**20:.0f} MiB beyond the weights" in lines["costs"]
 
@@ -292,7 +293,7 @@ def test_nothing_is_claimed_of_a_model_that_merges_patches(peaks: list[float]) -
 def test_frozen_layers_see_whole_images() -> None:
     whole, half = (a_classifier("last-1", patch_drop_rate=rate) for rate in (0, 0.5))
     assert training_flops(half) == training_flops(whole)
-    assert half.memory_estimate() == whole.memory_estimate()
+    assert estimate_memory(half) == estimate_memory(whole)
     assert training_flops(a_classifier(patch_drop_rate=0.5)) < training_flops(a_classifier())
 
 
