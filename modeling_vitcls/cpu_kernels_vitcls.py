@@ -414,8 +414,8 @@ def get_product_dtype(inputs: torch.Tensor) -> torch.dtype:
 
 def cast_for_autocast(inputs: torch.Tensor) -> torch.Tensor:
     """Cast float32 inputs to the dtype of autocast once, so that several projections keep one copy."""
-    if inputs.dtype != torch.float32 or inputs.is_meta:
-        return inputs
+    if inputs.dtype != torch.float32 or inputs.is_meta or not torch.is_autocast_enabled(inputs.device.type):
+        return inputs  # not even a cast to the same dtype: exported programs would contain it
     return inputs.to(get_product_dtype(inputs))
 
 

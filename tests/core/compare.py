@@ -1,6 +1,6 @@
 """Compare models with and without CPU kernels: outputs and gradients by name."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -9,9 +9,9 @@ import torch
 Tensors = dict[str, torch.Tensor]
 
 FLOAT32_LIMIT = 1e-5  # maximum difference in float32, as a fraction of the largest value of the tensor
-# Maximum error in half precision, as a multiple of the error of plain PyTorch in the same precision. Rounding errors
-# of two correct programs are equally large on average, but not in each tensor.
-HALF_PRECISION_RATIO = 1.5
+# Maximum error in half precision, as a multiple of the error of plain PyTorch in the same precision: the mean over
+# tensors, and the largest one. Rounding errors of two correct programs are equally large on average only.
+MEAN_RATIO, MAX_RATIO = 1.25, 2.0
 
 
 def run_step(model: Any, *inputs: torch.Tensor, forward: Callable[..., Any] | None = None, **kwargs: Any) -> Tensors:
@@ -23,7 +23,7 @@ def run_step(model: Any, *inputs: torch.Tensor, forward: Callable[..., Any] | No
         inputs, kwargs: for the forward pass; two images are expected.
     """
     model.zero_grad()
-    output = (forward or model)(*inputs, labels=torch.tensor([0, 2]), **kwargs)
+    output = (model if forward is None else forward)(*inputs, labels=torch.tensor([0, 2]), **kwargs)
     output.loss.backward()
     gradients = {name: weight.grad for name, weight in model.named_parameters() if weight.grad is not None}
     return {"logits": output.logits.detach(), **{name: grad.clone() for name, grad in gradients.items()}}
@@ -50,8 +50,8 @@ def assert_as_exact_in_half_precision(found: Tensors, plain: Tensors, exact: Ten
     assert {name: value.dtype for name, value in found.items()} == {name: value.dtype for name, value in plain.items()}
     errors, plain_errors = (get_relative_errors(values, exact) for values in (found, plain))
     assert plain_errors.max() > 0
-    assert errors.mean() <= HALF_PRECISION_RATIO * plain_errors.mean()
-    assert errors.max() <= HALF_PRECISION_RATIO * plain_errors.max()
+    assert errors.mean() <= MEAN_RATIO * plain_errors.mean()
+    assert errors.max() <= MAX_RATIO * plain_errors.max()
 
 
 def get_relative_errors(values: Tensors, exact: Tensors) -> torch.Tensor:
@@ -63,9 +63,14 @@ def get_relative_errors(values: Tensors, exact: Tensors) -> torch.Tensor:
     return torch.stack(errors)
 
 
-def select_scale(name: str, values: Tensors) -> torch.Tensor:
-    """Return the tensor that errors are relative to: itself, or the weight of a key's bias.
+def merge(tensors: Iterable[Tensors]) -> Tensors:
+    """Return the tensors of several models under different names."""
+    return {f"{index}/{name}": value for index, each in enumerate(tensors) for name, value in each.items()}
 
-    The gradient of a key's bias is 0 but for rounding, because a number that is added to all scores changes nothing.
+
+def select_scale(name: str, values: Tensors) -> torch.Tensor:
+    """Return the tensor that errors are relative to: itself, or the weight for a bias of keys.
+
+    The gradient of a bias of keys is 0 but for rounding, because a number that is added to all scores changes nothing.
     """
-    return values[name.replace("k_proj.bias", "k_proj.weight")]
+    return values[name.replace("k_proj.bias", "k_proj.weight").replace("k_norm.bias", "k_norm.weight")]
