@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from ready import OFFLINE, run_together
+from warm_processes import OFFLINE, run_together
 
 from modeling_vitcls import cpu_kernels_vitcls
 

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from captum.attr import LayerGradientXActivation, LayerIntegratedGradients
-from tiny import TASKS, filled, images, largest_difference, tiny_config
+from tiny_models import TASKS, filled, images, largest_difference, tiny_config
 from torch import nn
 
 from modeling_vitcls import ViTCLSForImageClassification, ViTCLSForMultiTaskClassification

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-from fresh import run_fresh
+from fresh_processes import run_fresh
 from peft import LoraConfig, get_peft_model
-from tiny import assert_same_outputs, filled, images, tiny_config
+from tiny_models import assert_same_outputs, filled, images, tiny_config
 from torch import nn
 from torch.profiler import profile
 

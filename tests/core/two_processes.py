@@ -18,7 +18,7 @@ from torch.distributed.fsdp import fully_shard
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from tiny import filled, images, tiny_config
+from tiny_models import filled, images, tiny_config
 
 from modeling_vitcls import ViTCLSForImageClassification, ViTCLSModel, cpu_kernels_vitcls
 
