@@ -280,7 +280,7 @@ def test_kernels_compute_by_default() -> None:
     model, _ = build_models()
     with torch.no_grad():
         assert ONEDNN in list_operators(model, images())
-    assert {"OneDNNLinear", "OneDNNGELULinear"} <= list_operators(run_step, model, images())
+    assert {"KernelLinear", "OneDNNGELULinear"} <= list_operators(run_step, model, images())
 
 
 def assert_plain(model: Any) -> None:
@@ -292,7 +292,7 @@ def assert_plain(model: Any) -> None:
             operators = list_operators(model, pixel_values)
         operators |= list_operators(run_step, model, pixel_values)
         assert FUSED_ATTENTION in operators
-        assert not {ONEDNN, "ChunkedAttention", "OneDNNLinear", "OneDNNGELULinear"} & operators
+        assert not {ONEDNN, "ChunkedAttention", "KernelLinear", "OneDNNGELULinear"} & operators
 
 
 @needs_bfloat16

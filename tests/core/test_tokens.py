@@ -395,7 +395,7 @@ def test_cells_divide_an_uneven_grid_without_gap_or_overlap() -> None:
 
 
 def test_an_image_with_too_few_patches_for_the_scopes_is_an_error() -> None:
-    with raises_one_line("cls_scopes", "1 x 4 patches", "2 x 2"):
+    with raises_one_line("cls_scopes", "2 x 2", "1 x 4"):
         _scoped()(images(1, 8, 32))
 
 

@@ -299,12 +299,21 @@ def test_the_imported_package_gives_the_image_processor(backend: str | None, sav
 def test_shipped_files_import_what_the_hub_can_load(file: Path) -> None:
     """Public libraries and flat siblings, by name; transformers finds the same siblings as Python does."""
     assert set(get_imports(file)) <= ALLOWED_LIBRARIES
-    imports = [node for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.ImportFrom)]
-    relative = [node for node in imports if node.level > 0]
+    nodes = list(ast.walk(ast.parse(file.read_text())))
+    relative = [node for node in nodes if isinstance(node, ast.ImportFrom) and node.level > 0]
     assert all(node.level == 1 and node.module for node in relative), "only `from .x_vitcls import Y` works"
-    siblings = {node.module for node in relative}
+    siblings = {node.module for node in relative} | set(filter(None, map(get_module_imported_by_name, nodes)))
     assert siblings == set(get_relative_imports(file))
     assert {f"{sibling}.py" for sibling in siblings} <= {shipped.name for shipped in SHIPPED_FILES}
+
+
+def get_module_imported_by_name(node: ast.AST) -> str | None:
+    """Return `x_vitcls` for `importlib.import_module(".x_vitcls", __package__)`; None for anything else."""
+    if not isinstance(node, ast.Call) or ast.unparse(node.func) != "importlib.import_module":
+        return None
+    name, package = node.args
+    assert isinstance(name, ast.Constant) and name.value.startswith(".") and ast.unparse(package) == "__package__"
+    return name.value.removeprefix(".")
 
 
 def test_a_classifier_refuses_a_multi_task_configuration() -> None:
