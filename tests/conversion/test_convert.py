@@ -4,6 +4,7 @@ The real script runs in a process of its own for a model of transformers, and in
 is loaded in another process that cannot import this package.
 """
 
+import copy
 import hashlib
 import io
 import json
@@ -230,9 +231,10 @@ def add_to(part: str) -> Callable[[Any], None]:
 
 def read_bilinearly(model: Any) -> None:
     """Wrong only where positions are interpolated."""
-    model.vitcls.embeddings.position_embeddings.resample = type(model.vitcls.embeddings.position_embeddings.resample)(
-        "bilinear", antialias=True, offset=0.0
-    )
+    positions = model.vitcls.embeddings.position_embeddings
+    assert (positions.config.position_interpolation, positions.config.position_antialias) == ("bicubic", True)
+    positions.config = copy.deepcopy(positions.config)
+    positions.config.position_interpolation = "bilinear"
 
 
 def make_nan(model: Any) -> None:
@@ -565,5 +567,5 @@ def test_where_a_crop_begins() -> None:
             )
             row = processor(columns, return_tensors="pt")["pixel_values"][0, 0, 0]
             assert row.tolist() == list(range(first, first + 4))
-    with pytest.raises(ValueError, match="unknown crop_rounding 'up': use down or even"):
+    with pytest.raises(ValueError, match="Unknown crop_rounding 'up'. Use down or even."):
         ViTCLSImageProcessor(crop_rounding="up")
