@@ -23,7 +23,7 @@ from sklearn.decomposition import PCA
 
 SCRIPTS = Path(__file__).parent
 PATCH_SIZE = 4  # pixels; one patch per pixel of scikit-learn's digits
-DIGITS = (0, 3)  # classes to show, one row each: the first image of each class
+DIGITS = (3, 8)  # classes to show, one row each: the first image of each class
 NUM_PCA_IMAGES = 500  # images on which the principal components are computed
 TITLES = ("image", "patches (PCA)", "CLS", "register 1", "register 2")
 BACKGROUND, INK = "#ffffff", "#24292f"
