@@ -1,6 +1,7 @@
 """README.md and docs/*.md: links, length, the flags of all commands, and the code blocks.
 
-Python blocks of a page run one after the other in one process, offline, in a folder with
+Fast tests run the Python blocks of `FAST_PAGES` and resolve the imports of all others; slow tests run all of them. The
+blocks of a page run one after the other in one process, offline, in a folder with
     photos/cat/*.png, photos/dog/*.png, photo.jpg    real digits as images
     runs/photos                                      a small classifier of cat and dog, with random weights
 
@@ -12,6 +13,8 @@ An HTML comment in the line before a block changes what happens to it:
 The flags of all commands are compared with `--help` of the programs, also in blocks that do not run.
 """
 
+import ast
+import importlib
 import os
 import re
 import shlex
@@ -35,6 +38,7 @@ from modeling_vitcls import ViTCLSConfig, ViTCLSForImageClassification, ViTCLSIm
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 MAX_README_LINES = 180
+FAST_PAGES = ("README.md", "quickstart.md")  # pages whose Python blocks run in the fast tests, too
 
 # `vitcls NAME` -> program in scripts/
 PROGRAMS = {
@@ -314,7 +318,25 @@ def run(prepared: Path, tmp_path: Path) -> Run:
     return start
 
 
-@pytest.mark.parametrize("page", PYTHON_PAGES, ids=get_name)
+def test_imports_of_python_blocks_resolve() -> None:
+    num_names = 0
+    for block in BLOCKS:
+        if block.language != "python":
+            continue
+        for node in ast.walk(ast.parse(block.text)):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("modeling_vitcls"):
+                module = importlib.import_module(node.module or "")
+                for alias in node.names:
+                    assert hasattr(module, alias.name), f"{block}: {node.module} has no {alias.name}"
+                    num_names += 1
+    assert num_names > 20
+
+
+@pytest.mark.parametrize(
+    "page",
+    [pytest.param(page, marks=[] if page.name in FAST_PAGES else pytest.mark.slow) for page in PYTHON_PAGES],
+    ids=get_name,
+)
 def test_python_blocks_run(page: Path, run: Run, tmp_path: Path) -> None:
     blocks = [block for block in read_blocks(page) if block.language == "python" and block.is_run]
     source = "\n\n".join(block.get_source() for block in blocks)
