@@ -154,10 +154,10 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
         cls_scopes (`list`, *optional*): Part of the image that each CLS token can attend to, one entry per CLS token:
             `"image"`, or `[rows, columns, row, column]` for one cell of a rows x columns grid over the image. Every
             token can attend to all special tokens. Default: the whole image for each CLS token.
-        gated_tokens (`dict[str, int]`, *optional*): Group -> number of tokens at its end whose effect on other tokens
-            has a learned gate, closed at first (`TokenGates`). Set by `model.adapt(gate_new_tokens=True)`.
+        gated_tokens (`dict[str, int]`, *optional*): Group -> number of its last tokens that act on the other tokens
+            through a learned gate (`TokenGates`). Set by `model.adapt(gate_new_tokens=True)`.
         register_neurons (`list[[layer, neuron]]`, *optional*): MLP neurons whose activations move to the last register
-            (Jiang et al. 2025, arXiv 2506.08010). Selected by `find_register_neurons`.
+            (Jiang et al. 2025, arXiv 2506.08010). Found by `find_register_neurons`.
         tasks (`dict[str, int | list[str]]`, *optional*): For `ViTCLSForMultiTaskClassification`: task name -> number
             of labels or label names. The tasks are sorted by name, and task i reads CLS token i.
 
@@ -389,7 +389,7 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         self._reject_unknown_keywords(kwargs)
         self.validate_sizes()  # before lists of these lengths are built
-        self.auto_map = kwargs.pop("auto_map", None) or self.local_auto_map()
+        self.auto_map = kwargs.pop("auto_map", None) or self.build_auto_map()
         # AutoModelForImageClassification selects one of two classes by `architectures`, and cannot read None.
         self.architectures = self.architectures or []
         # transformers expects a plan that depends on the configuration as an attribute of the instance.
@@ -448,12 +448,12 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
         return built
 
     def save_pretrained(self, save_directory: Any, push_to_hub: bool = False, **kwargs: Any) -> None:
-        """Save as every transformers configuration. `auto_map` refers to the code that is saved with it."""
-        self.auto_map = self.local_auto_map()
+        """Save like every transformers configuration. `auto_map` refers to the code in the same folder."""
+        self.auto_map = self.build_auto_map()
         super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
 
-    def local_auto_map(self) -> dict[str, str]:
-        """Return Auto class -> file and class. A multi-task checkpoint names its own classifier."""
+    def build_auto_map(self) -> dict[str, str]:
+        """Build the map from Auto class to file and class. A multi-task checkpoint has its own classifier."""
         if self.tasks is None:
             return dict(AUTO_MAP)
         return AUTO_MAP | {"AutoModelForImageClassification": "modeling_vitcls.ViTCLSForMultiTaskClassification"}
@@ -566,7 +566,7 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
     # Checks of sizes, on which all other checks rely -----------------------------------------------------------------
 
     def validate_architecture(self) -> None:
-        """Check sizes before transformers' own check, which reads `head_dim`. `strict` runs the checks by name."""
+        """Check sizes before transformers' own check, which reads `head_dim`. Checks run in alphabetical order."""
         self.validate_sizes()
         super().validate_architecture()
 
@@ -667,7 +667,9 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
             raise ValueError("`pooled_cls_tokens` is empty. Set one or more indices, or None for all CLS tokens.")
         for index in self.pooled_cls_tokens or ():
             if not 0 <= index < self.num_cls_tokens:
-                raise ValueError(f"`pooled_cls_tokens`: {index} is not an index from 0 below {self.num_cls_tokens}.")
+                raise ValueError(
+                    f"`pooled_cls_tokens` contains {index}, but num_cls_tokens is {self.num_cls_tokens}. Count from 0."
+                )
 
     def validate_distillation(self) -> None:
         """Check that a distillation head has a distillation token."""
@@ -704,8 +706,8 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
                 raise ValueError(
                     f"`{name}` must be a positive number of pixels or [height, width], but it is {value}."
                 )
-        sizes = zip(("height", "width"), self.image_height_width, self.patch_height_width, strict=True)
-        for axis, pixels, patch in sizes:
+        axes = zip(("height", "width"), self.image_height_width, self.patch_height_width, strict=True)
+        for axis, pixels, patch in axes:
             if pixels % patch:
                 below = pixels // patch * patch
                 nearest = f"{below} or {below + patch}" if below else f"{patch}"
@@ -746,6 +748,15 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
             if value is not None and value not in ACT2FN:
                 raise ValueError(f"Unknown {name} {value!r}{_suggest(value, list(ACT2FN))}")
 
+    def validate_merging(self) -> None:
+        """Check that the other fields allow patches to be merged."""
+        for name, allowed in MERGING_REQUIREMENTS.items():
+            if self.merged_patches_per_layer and getattr(self, name) not in allowed:
+                raise ValueError(
+                    f"merged_patches_per_layer={self.merged_patches_per_layer} does not support {name}="
+                    f"{getattr(self, name)!r}. Set it to 0, or {name} to {' or '.join(map(repr, allowed))}."
+                )
+
     def validate_numbers(self) -> None:
         """Check that rates are in [0, 1), and that constants are finite, and positive if they must be."""
         for name in ("hidden_dropout_prob", "attention_probs_dropout_prob", "drop_path_rate", "patch_drop_rate"):
@@ -757,15 +768,6 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
         for name in ("initializer_range", "rope_theta", "layer_norm_eps"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"`{name}` must be a finite positive number, but it is {getattr(self, name)}.")
-
-    def validate_merging(self) -> None:
-        """Check that the other fields allow patches to be merged."""
-        for name, allowed in MERGING_REQUIREMENTS.items():
-            if self.merged_patches_per_layer and getattr(self, name) not in allowed:
-                raise ValueError(
-                    f"merged_patches_per_layer={self.merged_patches_per_layer} does not support {name}="
-                    f"{getattr(self, name)!r}. Set it to 0, or {name} to {' or '.join(map(repr, allowed))}."
-                )
 
     # Checks of what other projects' checkpoints need -----------------------------------------------------------------
 
@@ -779,7 +781,9 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
         """Check that the heads of the attention pooler divide the hidden size."""
         pool_heads = self.attention_pool_heads or self.num_attention_heads
         if (self.attention_pool_heads or self.pooling == "attention") and self.hidden_size % pool_heads:
-            raise ValueError(f"attention_pool_heads={pool_heads} does not divide hidden_size={self.hidden_size}.")
+            raise ValueError(
+                f"attention_pool_heads={pool_heads} does not divide hidden_size={self.hidden_size}. Set a divisor."
+            )
 
     # Unknown keywords ------------------------------------------------------------------------------------------------
 
