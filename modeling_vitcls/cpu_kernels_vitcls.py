@@ -249,8 +249,9 @@ def has_plain_parameters(linear: nn.Linear | nn.Conv2d) -> bool:
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Return whether this module has forward hooks, or a replaced `forward`."""
-    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__)
+    """Return whether this module has hooks, or a replaced `forward`."""
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return any(hooks) or "forward" in module.__dict__
 
 
 def is_recorded() -> bool:
