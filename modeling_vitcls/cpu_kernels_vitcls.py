@@ -70,16 +70,18 @@ except (ImportError, AttributeError):
 
 
 def install_cpu_kernels(model: nn.Module) -> None:
-    """Replace the plain classes of modules by their subclasses in `KERNEL_CLASSES`, in place.
-
-    Does nothing if the environment variable VITCLS_CPU_KERNELS is 0, or this PyTorch lacks a private name.
-    """
-    if os.environ.get("VITCLS_CPU_KERNELS") == "0" or not HAS_PRIVATE_NAMES:
+    """Replace the plain classes of modules by their subclasses in `KERNEL_CLASSES`, in place, if `can_install()`."""
+    if not can_install():
         return
     for module in model.modules():
         kernel_class = KERNEL_CLASSES.get(type(module))
         if kernel_class is not None and not (isinstance(module, nn.Conv2d) and not is_patch_projection(module)):
             module.__class__ = kernel_class
+
+
+def can_install() -> bool:
+    """Return False if the environment variable VITCLS_CPU_KERNELS is 0, or this PyTorch lacks a private name."""
+    return os.environ.get("VITCLS_CPU_KERNELS") != "0" and HAS_PRIVATE_NAMES
 
 
 def uninstall_cpu_kernels(model: nn.Module) -> None:
@@ -96,6 +98,12 @@ def is_patch_projection(conv: nn.Conv2d) -> bool:
 
 class CPUKernel(nn.Module):
     """Base class of the subclasses that are installed."""
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restore a copied or pickled module; without kernels if they cannot be installed here."""
+        super().__setstate__(state)
+        if not can_install():
+            uninstall_cpu_kernels(self)
 
     def extra_repr(self) -> str:
         """Return the module's own description, with the kernels, for `print(model)`."""
