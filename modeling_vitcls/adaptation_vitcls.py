@@ -318,6 +318,7 @@ def load_checkpoint(load: Callable, source: Any, *args: Any, **kwargs: Any) -> A
     Raises:
         OSError: for a folder, config.json or weights that are missing or damaged.
         RuntimeError: for weights that do not fit the configuration.
+        ImportError, ValueError: for an attention kernel that cannot be loaded from the Hub.
     """
     config_is_elsewhere = kwargs.get("config") is not None or bool(kwargs.get("subfolder"))
     check_folder(source, config_is_elsewhere)
@@ -328,6 +329,11 @@ def load_checkpoint(load: Callable, source: Any, *args: Any, **kwargs: Any) -> A
             raise OSError(f"the weights in {source} are damaged ({error}): copy or download them again") from error
         if isinstance(error, RuntimeError) and "ignore_mismatched_sizes" in str(error):
             raise RuntimeError(describe_mismatch(load, source, *args, **kwargs)) from error
+        config = kwargs.get("config")
+        attention = kwargs.get("attn_implementation") or getattr(config, "_attn_implementation", None)
+        if isinstance(error, ImportError | ValueError) and "/" in str(attention):  # a kernel on the Hub
+            message = f'cannot load attn_implementation="{attention}" ({" ".join(str(error).split())}): use "sdpa"'
+            raise type(error)(message) from error
         if isinstance(error, OSError) and "\n" in str(error):
             raise OSError(f"cannot load {source}: {' '.join(str(error).split())}") from error
         raise

@@ -65,16 +65,18 @@ except (ImportError, AttributeError):
 
 # Installing ----------------------------------------------------------------------------------------------------------
 def install_cpu_kernels(model: nn.Module) -> None:
-    """Replace the plain classes of modules by their subclasses in `KERNEL_CLASSES`, in place.
-
-    Does nothing if the environment variable VITCLS_CPU_KERNELS is 0, or this PyTorch lacks a private name.
-    """
-    if os.environ.get("VITCLS_CPU_KERNELS") == "0" or not HAS_PRIVATE_NAMES:
+    """Replace the plain classes of modules by their subclasses in `KERNEL_CLASSES`, in place, if `can_install()`."""
+    if not can_install():
         return
     for module in model.modules():
         if isinstance(module, nn.Conv2d) and (module.stride != module.kernel_size or module.padding != (0, 0)):
             continue  # not a projection of patches
         module.__class__ = KERNEL_CLASSES.get(type(module), type(module))
+
+
+def can_install() -> bool:
+    """Return False if the environment variable VITCLS_CPU_KERNELS is 0, or this PyTorch lacks a private name."""
+    return os.environ.get("VITCLS_CPU_KERNELS") != "0" and HAS_PRIVATE_NAMES
 
 
 def uninstall_cpu_kernels(model: nn.Module) -> None:
@@ -86,6 +88,12 @@ def uninstall_cpu_kernels(model: nn.Module) -> None:
 
 class CPUKernel(nn.Module):
     """Base class of the subclasses that are installed."""
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restore a copied or pickled module; without kernels if they cannot be installed here."""
+        super().__setstate__(state)
+        if not can_install():
+            uninstall_cpu_kernels(self)
 
     def extra_repr(self) -> str:
         """Return the module's own description, with the kernels, for `print(model)`."""
@@ -233,8 +241,9 @@ def has_plain_parameters(linear: nn.Linear | nn.Conv2d) -> bool:
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Return whether this module has forward hooks, or a replaced `forward`."""
-    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__)
+    """Return whether this module has hooks, or a replaced `forward`."""
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return any(hooks) or "forward" in module.__dict__
 
 
 def is_recorded() -> bool:
