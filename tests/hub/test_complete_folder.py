@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 from local_hub import LocalHub, point_client_at, running_hub
-from modeling_vitcls.hub.contents import contents_of, needed_code
-from tiny import raises_one_line, tiny_config
+from tiny_models import raises_one_line, tiny_config
 
 import modeling_vitcls as vitcls
+from modeling_vitcls.hub.manifest import contents_of, needed_code
 from modeling_vitcls.hub.publish import push_folder
 
 
