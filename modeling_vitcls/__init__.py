@@ -4,19 +4,10 @@ Importing this package registers its classes with transformers' Auto classes, so
 `trust_remote_code`. This file is never shipped to the Hub; the `*_vitcls.py` files are.
 """
 
-from transformers import (
-    AutoBackbone,
-    AutoConfig,
-    AutoImageProcessor,
-    AutoModel,
-    AutoModelForImageClassification,
-    AutoModelForMaskedImageModeling,
-)
-
 from .configuration_vitcls import TokenLayout, ViTCLSConfig
+from .conversion.from_state_dict import convert_state_dict
 from .conversion.from_timm import convert_from_timm
 from .conversion.from_transformers import convert_from_transformers
-from .conversion.published import convert_state_dict
 from .conversion.to_transformers import convert_to_transformers
 from .image_processing_vitcls import ViTCLSImageProcessor, ViTCLSImageProcessorPil
 from .modeling_vitcls import (
@@ -30,16 +21,7 @@ from .modeling_vitcls import (
 from .version import __version__
 
 
-AutoConfig.register(ViTCLSConfig.model_type, ViTCLSConfig)
-AutoModel.register(ViTCLSConfig, ViTCLSModel)
-AutoModelForImageClassification.register(  # the one that `config.architectures` names, else the first
-    ViTCLSConfig, (ViTCLSForImageClassification, ViTCLSForMultiTaskClassification)
-)
-AutoModelForMaskedImageModeling.register(ViTCLSConfig, ViTCLSForMaskedImageModeling)
-AutoBackbone.register(ViTCLSConfig, ViTCLSBackbone)
-AutoImageProcessor.register(
-    ViTCLSConfig, image_processor_classes={"torchvision": ViTCLSImageProcessor, "pil": ViTCLSImageProcessorPil}
-)
+ViTCLSConfig.register_auto_classes()
 
 __all__ = [
     "TokenLayout",

@@ -65,7 +65,7 @@ def main() -> None:
         stop(f"--plot {options.plot}: choose a name that ends in {' or '.join(PLOTS)}")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing is loaded but from this machine
 
-    from modeling_vitcls.benchmarking.report import said, show, write, write_markdown, write_plot
+    from modeling_vitcls.benchmarking.tables import said, show, write, write_markdown, write_plot
     from modeling_vitcls.benchmarking.work import Plan, compare
 
     finetune = Path(__file__).with_name("finetune.py")

@@ -6,6 +6,8 @@ A recipe is a YAML file of flags. It is read as if its flags stood first on the 
 and flags that follow override it. Nothing heavy is imported: a wrong flag is reported before torch is loaded.
 """
 
+import dataclasses
+import difflib
 import importlib.util
 import os
 import sys
@@ -20,7 +22,33 @@ import tyro
 import yaml
 
 
-ON_ALL_PROCESSES = "on all processes"  # a note on such errors, from training/checkpoints.py
+ON_ALL_PROCESSES = "on all processes"  # a note on such errors, from checkpoints.py
+
+
+# Names of flags in other programs -> ours.
+ABBREVIATIONS = {
+    "lr": "learning_rate",
+    "bs": "batch_size",
+    "wd": "weight_decay",
+    "per_device_train_batch_size": "batch_size",
+    "train_batch_size": "batch_size",
+    "num_train_epochs": "epochs",
+    "num_epochs": "epochs",
+    "img_size": "image_size",
+    "data": "dataset",
+    "dataset_name": "dataset",
+    "data_dir": "dataset",
+    "model_name_or_path": "model",
+    "output": "output_dir",
+    "workers": "num_workers",
+    "fp16": "mixed_precision",
+    "bf16": "mixed_precision",
+    "warmup_ratio": "warmup",
+    "clip_grad": "max_gradient_norm",
+    "max_grad_norm": "max_gradient_norm",
+    "drop_path": "drop_path_rate",
+    "smoothing": "label_smoothing",
+}
 
 
 @dataclass
@@ -31,12 +59,32 @@ class Recipe:
 
 
 def parse(options_class: str, arguments: list[str] | None = None) -> Any:
-    """The named dataclass of training/options.py, filled from the command line. Exits with status 2 if it is wrong."""
+    """The named dataclass of options.py, filled from the command line. Exits with status 2 if it is wrong."""
     arguments = sys.argv[1:] if arguments is None else arguments
+    kind = getattr(options_module(), options_class)
+    known = flag_names(kind)
     recipe, _ = tyro.cli(Recipe, args=arguments, return_unknown_args=True, add_help=False)
+    check_abbreviations(arguments, known)
     if recipe.config is not None:
-        arguments = [*recipe_flags(recipe.config), *arguments]
-    return from_flags(getattr(options_module(), options_class), arguments, config=(tyro.conf.OmitArgPrefixes,))
+        arguments = [*recipe_flags(recipe.config, known), *arguments]
+    return from_flags(kind, arguments, config=(tyro.conf.OmitArgPrefixes,))
+
+
+def flag_names(options_class: type) -> set[str]:
+    """Return the names of all flags of a dataclass, including its nested dataclasses: `batch_size`."""
+    names: set[str] = set()
+    for item in dataclasses.fields(options_class):
+        names |= flag_names(item.type) if dataclasses.is_dataclass(item.type) else {item.name}
+    return names
+
+
+def check_abbreviations(arguments: list[str], known: set[str]) -> None:
+    """Exit with status 2 if a flag is the usual abbreviation of another one: tyro compares only the spelling."""
+    for argument in arguments:
+        name = argument.partition("=")[0].removeprefix("--").replace("-", "_")
+        full_name = ABBREVIATIONS.get(name)
+        if argument.startswith("--") and name not in known and full_name in known:
+            stop(f"error: there is no flag --{name.replace('_', '-')}: use --{str(full_name).replace('_', '-')}")
 
 
 def from_flags(options_class: type, arguments: list[str] | None = None, **settings: Any) -> Any:
@@ -47,14 +95,21 @@ def from_flags(options_class: type, arguments: list[str] | None = None, **settin
         stop(f"error: {error}")
 
 
-def recipe_flags(path: Path) -> list[str]:
-    """The flags that a recipe stands for. Exits with status 2 if it cannot be read."""
+def recipe_flags(path: Path, known: set[str]) -> list[str]:
+    """Return the flags of a recipe. Exits with status 2 if it cannot be read or has a key that is no flag."""
     try:
-        recipe = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        text = path.read_text(encoding="utf-8")
+        recipe = yaml.safe_load(text) or {}
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         stop(f"cannot read the recipe {path}: {' '.join(str(error).split())}")
     if not isinstance(recipe, dict):
         stop(f"the recipe {path} is no list of `flag: value` lines")
+    for key, _ in yaml.compose(text).value if recipe else ():
+        name = str(key.value).replace("-", "_")
+        if name not in known and name.removeprefix("no_") not in known:
+            close = ABBREVIATIONS.get(name) or next(iter(difflib.get_close_matches(name, known, n=1)), None)
+            advice = f"use {close}" if close in known else "`--help` lists the flags"
+            stop(f"error: {path}, line {key.start_mark.line + 1}: there is no flag {key.value}: {advice}")
     return [token for name, value in recipe.items() for token in flag(str(name), value)]
 
 
@@ -66,21 +121,19 @@ def flag(name: str, value: Any) -> list[str]:
     return [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
 
 
-def options_module(folder: str = "training") -> ModuleType:
-    """The options.py in a folder of the package, loaded by its path, as is that of training, which others import.
+def options_module() -> ModuleType:
+    """Load the package's options.py by its path.
 
     Importing it as usual would run the package's __init__ first, which loads torch and transformers: many seconds
     before `--help` or a mistyped flag is answered.
     """
-    if folder != "training":
-        options_module()
-    name = f"modeling_vitcls.{folder}.options"
+    name = "modeling_vitcls.options"
     if name in sys.modules:
         return sys.modules[name]
     package = importlib.util.find_spec("modeling_vitcls")
     if package is None or not package.submodule_search_locations:
         stop("the package modeling_vitcls is not installed: run `make setup`, or `pip install -e .` in its folder")
-    path = Path(package.submodule_search_locations[0], folder, "options.py")
+    path = Path(package.submodule_search_locations[0], "options.py")
     spec = importlib.util.spec_from_file_location(name, path)
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # the package then finds these very classes

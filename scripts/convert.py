@@ -3,7 +3,7 @@
     python scripts/convert.py --source timm:vit_base_patch14_reg4_dinov2.lvd142m --output converted
     python scripts/convert.py --source transformers:facebook/dinov2-base@COMMIT --output converted --num-labels 10
 
-`--help` lists the flags. The work is done in modeling_vitcls/conversion/takeover.py.
+`--help` lists the flags. The work is done in modeling_vitcls/conversion/convert.py.
 """
 
 import sys
@@ -15,7 +15,7 @@ import tyro
 
 
 if TYPE_CHECKING:
-    from modeling_vitcls.conversion.certificate import Certificate
+    from modeling_vitcls.conversion.parity_report import Certificate
 
 
 @dataclass
@@ -44,12 +44,18 @@ def main() -> None:
 
     from transformers.utils.logging import disable_progress_bar
 
-    from modeling_vitcls.conversion.takeover import take_over
+    from modeling_vitcls.analysis.card_images import write_pictures
+    from modeling_vitcls.conversion.convert import take_over
 
     disable_progress_bar()
     try:
         certificate = take_over(
-            options.source, options.output, options.random_init, options.classifier, options.num_labels
+            options.source,
+            options.output,
+            options.random_init,
+            options.classifier,
+            options.num_labels,
+            write_pictures,
         )
     except (ValueError, OSError) as error:
         stop(f"error: {error}", status=1)

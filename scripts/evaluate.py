@@ -2,7 +2,7 @@
 
     accelerate launch scripts/evaluate.py --model runs/digits --dataset digits
 
-`--help` lists the flags. The work is done in modeling_vitcls/training/evaluate.py.
+`--help` lists the flags. The work is done in modeling_vitcls/inference/evaluate.py.
 """
 
 from command_line import errors_in_one_line, parse
@@ -12,7 +12,7 @@ def main() -> None:
     """Parse, evaluate, print; the package is imported only once the flags are known to be right."""
     options = parse("EvaluateOptions")
 
-    from modeling_vitcls.training.evaluate import evaluate_checkpoint
+    from modeling_vitcls.inference.evaluate import evaluate_checkpoint
 
     with errors_in_one_line():
         evaluate_checkpoint(options)

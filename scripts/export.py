@@ -15,7 +15,7 @@ from command_line import errors_in_one_line, from_flags, stop
 
 
 if TYPE_CHECKING:
-    from modeling_vitcls.export.certificate import Certificate
+    from modeling_vitcls.export.export_report import Certificate
 
 LOWEST_OPSET = 18  # of torch.onnx
 
@@ -54,7 +54,7 @@ def main() -> None:
 
     from transformers.utils.logging import disable_progress_bar
 
-    from modeling_vitcls.export.exporting import export_model
+    from modeling_vitcls.export.exporter import export_model
 
     disable_progress_bar()
     warnings.filterwarnings("ignore", module=r"torch\.|onnxscript|copyreg")  # of the exporters, about themselves

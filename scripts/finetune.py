@@ -15,8 +15,8 @@ def main() -> None:
     options = parse("FinetuneOptions")
 
     from modeling_vitcls.training.finetune import finetune, rehearse
-    from modeling_vitcls.training.run import prepare
-    from modeling_vitcls.training.session import RunStopped
+    from modeling_vitcls.training.runner import RunStopped
+    from modeling_vitcls.training.setup import prepare
 
     try:
         with errors_in_one_line():

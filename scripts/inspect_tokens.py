@@ -12,7 +12,7 @@ import tyro
 from command_line import errors_in_one_line, from_flags, options_module
 
 
-InspectOptions = options_module("analysis").InspectOptions
+InspectOptions = options_module().InspectOptions
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@
     python scripts/predict.py --model runs/mine --list files.txt --output labels.csv
     accelerate launch scripts/predict.py --model runs/mine --dataset path/or/hub-id --features cls --output features
 
-`--help` lists the flags. The work is done in modeling_vitcls/training/prediction.py.
+`--help` lists the flags. The work is done in modeling_vitcls/inference/predict.py.
 """
 
 from dataclasses import dataclass
@@ -33,7 +33,7 @@ def main() -> None:
 
     from transformers.utils.logging import disable_progress_bar
 
-    from modeling_vitcls.training.prediction import predict_images
+    from modeling_vitcls.inference.predict import predict_images
 
     disable_progress_bar()  # of loading weights
     with errors_in_one_line():

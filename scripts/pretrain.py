@@ -15,7 +15,7 @@ def main() -> None:
     options = parse("PretrainOptions")
 
     from modeling_vitcls.training.pretrain import prepare, pretrain, rehearse
-    from modeling_vitcls.training.session import RunStopped
+    from modeling_vitcls.training.runner import RunStopped
 
     try:
         with errors_in_one_line():

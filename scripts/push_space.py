@@ -46,7 +46,7 @@ def main() -> None:
 
 def publish(options: SpaceOptions) -> None:
     """Look the model up, build the files, and push them."""
-    from modeling_vitcls.hub.rights import check_push_rights
+    from modeling_vitcls.hub.push_permissions import check_push_rights
     from modeling_vitcls.hub.space import published_model, push_space, space_contents, write_space
 
     model = published_model(options.model, options.revision)

@@ -71,9 +71,9 @@ def main() -> None:
 
 def push(options: PushOptions) -> None:
     """Check the rights, push, and verify the commit."""
-    from modeling_vitcls.hub.contents import check_is_model
+    from modeling_vitcls.hub.manifest import check_is_model
     from modeling_vitcls.hub.publish import push_folder
-    from modeling_vitcls.hub.rights import check_push_rights
+    from modeling_vitcls.hub.push_permissions import check_push_rights
     from modeling_vitcls.hub.verify import verify_pushed
 
     folder = options.model

@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 from accelerate.utils import set_seed
-from fresh import run_fresh
+from fresh_processes import run_fresh
 from playwright.sync_api import Browser, Error, expect, sync_playwright
 
-from modeling_vitcls.hub import fresh_process
+from modeling_vitcls.hub import verification_process
 
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
@@ -41,7 +41,7 @@ def verified_quickly(monkeypatch: pytest.MonkeyPatch) -> None:
     def run(command: list[str], cwd: str, env: dict[str, str], **_: Any) -> subprocess.CompletedProcess[str]:
         return run_fresh(*command[1:], environment=env, cwd=Path(cwd))
 
-    monkeypatch.setattr(fresh_process, "subprocess", SimpleNamespace(run=run))
+    monkeypatch.setattr(verification_process, "subprocess", SimpleNamespace(run=run))
 
 
 @pytest.fixture(scope="session")

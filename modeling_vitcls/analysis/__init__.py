@@ -1,33 +1,39 @@
-"""What the special tokens do, and what an answer rests on.
+"""Attention, statistics and diagnosis of special tokens.
 
     from modeling_vitcls.analysis import write_report
-    write_report("report.html", model, processor, pictures)
+    write_report("report.html", model, processor, images)
 
-    maps.py                  attention to patches as maps on an image's own pixel grid
-    attribution.py           through all layers: attention rollout, and attribution by gradients
-    statistics.py            figures over many images, per layer, head and token
-    ablation.py              what a token is worth to the answer
-    verdicts.py              all that in words
-    recording.py             the attention of every layer of a forward pass, which these are made of
-    classifiers.py           what a model is, whatever it is wrapped in
-    readings.py              one picture: the answer and its maps
-    figures.py               matplotlib figures, for cards, notebooks and trackers: layout, answers, attention
-    figures_over_depth.py    curves by layer
-    figures_of_states.py     similarities, norms, effects
-    patch_sizes.py           what other patch sizes would mean
-    inspection.py            all of it at once, for a model and pictures
-    report.py                the page that shows it
-    inspect_tokens.py        the command
+    maps.py                 attention to patches as maps on the pixels of an image
+    attribution.py          attention rollout and gradient attribution through all layers
+    token_statistics.py     statistics over many images, per layer, head and token
+    ablation.py             effect of each token on predictions
+    diagnosis.py            findings in words, with their numbers
+    attention_recorder.py   attention of every layer of a forward pass
+    model_utils.py          unwrap models; evaluation mode
+    image_report.py         one image: prediction and maps
+    figures.py              figures of tokens and predictions, for cards, notebooks and trackers
+    figures_over_depth.py   curves over layers
+    figures_of_states.py    similarities, norms, effects
+    card_images.py          images of a model card
+    patch_sizes.py          cost and accuracy with other patch sizes
+    test_time_registers.py  register neurons, moved to a register without training
+    inspection_inputs.py    images and labels of an inspection
+    inspection.py           all measurements for a model and images
+    report_data.py          an inspection as plain values
+    report.py               the HTML report
+    inspect_tokens.py       the program scripts/inspect_tokens.py
 
-What is public is in PUBLIC; a file is imported when something of it is asked for. Nothing here ships to the Hub, but
-maps.py goes with the demo (hub/space.py).
+Public names are in PUBLIC; a file is imported when one of its names is used. Nothing here is copied to the Hub,
+except maps.py, which is part of the demo (hub/space.py).
 """
 
 import importlib
 from typing import Any
 
-# At once, as it is called like its file, which would stand in its place once anything has imported that.
 from .attribution import attribution as attribution
+
+
+# At once, as it is called like its file, which would stand in its place once anything has imported that.
 
 
 # File -> what it has for everybody.
@@ -52,10 +58,10 @@ PUBLIC = {
     "inspection": ("Inspection", "inspect_model"),
     "maps": ("SeenPart", "on_picture", "overlay", "patch_maps", "seen_part", "token_names"),
     "patch_sizes": ("PatchSizeRow", "patch_size_advice", "patch_size_sentences"),
-    "readings": ("Reading", "read_picture"),
+    "image_report": ("Reading", "read_picture"),
     "report": ("write_figures", "write_page", "write_report"),
-    "statistics": ("Findings", "TokenStatistics"),
-    "verdicts": ("Verdict", "artifact_verdict", "depth_story"),
+    "token_statistics": ("Findings", "TokenStatistics"),
+    "diagnosis": ("Verdict", "artifact_verdict", "depth_story"),
 }
 FILES = {name: file for file, names in PUBLIC.items() for name in names}
 

@@ -18,11 +18,10 @@ import torch
 from torch import nn
 
 from ..configuration_vitcls import TokenLayout, ViTCLSConfig
+from ..data.labels import is_multi_label
 from ..heads_vitcls import IGNORED_LABEL
-from ..training.labels import is_multi_label
-from ..training.prediction_answers import THRESHOLD
-from .classifiers import plain_model
-from .recording import evaluating
+from ..inference.prediction_rows import THRESHOLD
+from .model_utils import evaluating, plain_model
 
 
 # pixel_values [B, C, H, W] on the model's device, and the right answers [B, A] (see `Answers`), [B] where A is 1, or
@@ -147,7 +146,7 @@ def logits_by_task(outputs: Any) -> list[torch.Tensor]:
 def decisions(by_task: list[torch.Tensor], config: ViTCLSConfig) -> torch.Tensor:
     """Logits [B, labels] of each task, or the one there is -> [B, A]: see `Answers.chosen`.
 
-    As predictions are (training/prediction_answers.py): of several labels each holds from a probability on.
+    As predictions are (inference/prediction_rows.py): of several labels each holds from a probability on.
     """
     if is_multi_label(config):
         return (by_task[0].float().sigmoid() >= THRESHOLD).long()
@@ -155,7 +154,7 @@ def decisions(by_task: list[torch.Tensor], config: ViTCLSConfig) -> torch.Tensor
 
 
 def right_answers(label: Any, config: ViTCLSConfig) -> torch.Tensor:
-    """A label as data sets have it (training/pictures.py) -> [A] of `Answers.right`; UNKNOWN where it is None.
+    """A label as data sets have it (data/images.py) -> [A] of `Answers.right`; UNKNOWN where it is None.
 
     To a multi-label model, the index of a class says that this one holds and no other.
     """

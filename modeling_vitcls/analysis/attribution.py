@@ -15,8 +15,8 @@ from typing import Any
 import torch
 
 from ..configuration_vitcls import ViTCLSConfig
-from .classifiers import plain_model
-from .recording import RecordedLayer, evaluating, recorded_attention
+from .attention_recorder import RecordedLayer, recorded_attention
+from .model_utils import evaluating, plain_model
 
 
 @torch.no_grad()

@@ -7,7 +7,7 @@
     as_picture                  any figure as a picture
 
 Each returns a matplotlib `Figure` on white, made without pyplot, so that nothing stays behind in a global state. Maps
-are made in maps.py, and files of figures in hub/card_pictures.py. Figures of many images are in figures_over_depth.py
+are made in maps.py, and files of figures in card_images.py. Figures of many images are in figures_over_depth.py
 and figures_of_states.py.
 """
 
@@ -27,8 +27,8 @@ from matplotlib.patches import Rectangle
 from PIL import Image
 
 from ..configuration_vitcls import ViTCLSConfig
+from .image_report import Reading
 from .maps import SeenPart, names_by_group, overlay, scaled, token_names, upright
-from .readings import Reading
 
 
 # The colour of each group of `config.token_layout` in every figure and page: Okabe and Ito's palette, which the

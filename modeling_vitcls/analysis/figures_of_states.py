@@ -21,12 +21,12 @@ from matplotlib.image import AxesImage
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from ..configuration_vitcls import ViTCLSConfig
-from ..surgery import OUTLIER_RATIO
 from .ablation import Effect, token_keys
 from .figures import GROUP_COLOURS, INK, blank, cut
 from .figures_over_depth import MOST_CHARACTERS, grid_of_tokens, tidy
 from .maps import token_names
-from .statistics import Findings
+from .test_time_registers import OUTLIER_RATIO
+from .token_statistics import Findings
 
 
 BINS = 48  # of a histogram

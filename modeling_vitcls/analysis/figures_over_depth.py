@@ -23,11 +23,11 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from ..configuration_vitcls import ViTCLSConfig
-from ..surgery import OUTLIER_RATIO
+from .diagnosis import MANY_OUTLIERS
 from .figures import GROUP_COLOURS, INK, TERMS, blank, cut
 from .maps import names_by_group, token_names
-from .statistics import Findings
-from .verdicts import MANY_OUTLIERS
+from .test_time_registers import OUTLIER_RATIO
+from .token_statistics import Findings
 
 
 WIDTH, HEIGHT = 6.4, 3.2  # inches of one pair of axes, without the legend

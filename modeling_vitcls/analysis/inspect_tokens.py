@@ -13,19 +13,18 @@ from rich.table import Table
 from transformers.configuration_utils import PreTrainedConfig
 
 from ..adaptation_vitcls import load_checkpoint
+from ..data.held_out import RESULTS_FILE, read_record
+from ..files import read_json
 from ..hub.loading import MODEL_FILES, local_copy
-from ..training.evaluate import table
-from ..training.model import is_preset
-from ..training.prediction import load_model
-from ..training.results import read_json
+from ..inference.evaluate import table
+from ..inference.load_model import is_preset, load_model
+from ..options import InspectOptions
 from .inspection import Inspection, Watch, inspect_model, silent
 from .inspection_inputs import open_images
-from .options import InspectOptions
 from .report import SIGNS, named_after, patch_size_table, write_figures, write_page
 from .report_data import has_room_for_heads
 
 
-RESULTS = "results.json"  # of the run that made a model
 STYLES = {"good": "green", "bad": "red", "doubtful": "yellow", "neutral": "dim"}
 
 
@@ -40,10 +39,10 @@ def inspect_tokens(options: InspectOptions) -> Inspection:
     errors = Console(stderr=True, soft_wrap=True, highlight=False)
     if is_preset(options.model):
         raise ValueError(f"{options.model} is a preset, which has learned nothing yet: give a folder or a Hub id")
-    folder = local_copy(options.model, [*MODEL_FILES, RESULTS], options.revision)
+    folder = local_copy(options.model, [*MODEL_FILES, RESULTS_FILE], options.revision)
     model, processor = load_any(folder)
     model = model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
-    images = open_images(options, model)
+    images = open_images(options, model, read_record(folder))
     for file in (options.output, options.json):
         if file is not None:
             file.parent.mkdir(parents=True, exist_ok=True)  # before the work is done
@@ -73,7 +72,7 @@ def load_any(folder: str) -> tuple[Any, Any]:
 
 def movement_of(folder: str) -> dict[str, float] | None:
     """How far training moved each token, where the run that made the model wrote it down."""
-    file = Path(folder, RESULTS)
+    file = Path(folder, RESULTS_FILE)
     return (read_json(file).get("token_movement") or None) if file.is_file() else None
 
 

@@ -2,8 +2,8 @@
 
     inspection = inspect_model(model, processor, pictures)
 
-    pictures -> pixels in memory -> statistics.py, ablation.py -> verdicts.py
-             -> readings.py, of a few
+    pictures -> pixels in memory -> token_statistics.py, ablation.py -> diagnosis.py
+             -> image_report.py, of a few
 
 What is drawn of it is in report.py.
 """
@@ -15,15 +15,15 @@ from typing import Any
 import torch
 from PIL import Image
 
-from ..training.labels import labels_of
-from ..training.pictures import Chosen, check_channels
-from ..training.prediction_answers import by_shape
+from ..data.images import Chosen, check_channels
+from ..data.labels import labels_of
+from ..inference.prediction_rows import by_shape
 from .ablation import Batches, Effect, ablation_effects, answers_of, right_answers
-from .classifiers import is_classifier, plain_model
+from .diagnosis import Verdict, artifact_verdict, depth_story, verdicts
+from .image_report import Reading, read_picture
+from .model_utils import is_classifier, plain_model
 from .patch_sizes import PatchSizeRow, patch_size_advice
-from .readings import Reading, read_picture
-from .statistics import Findings, TokenStatistics
-from .verdicts import Verdict, artifact_verdict, depth_story, verdicts
+from .token_statistics import Findings, TokenStatistics
 
 
 MOST_WEIGHTS = 2**26  # attention weights of a batch in one layer: 256 MiB

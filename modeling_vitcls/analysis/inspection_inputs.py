@@ -13,16 +13,16 @@ from typing import Any
 
 from PIL import Image
 
+from ..data.held_out import HeldOutRecord
+from ..data.images import Chosen, Files
+from ..data.labels import labels_of
+from ..data.sources import load_splits
+from ..data.splits import load_evaluation_data
 from ..heads_vitcls import IGNORED_LABEL
-from ..training.data import load_evaluation_data
-from ..training.evaluate import relabelled
-from ..training.labels import labels_of
-from ..training.options import DataOptions
-from ..training.pictures import Chosen, Files
-from ..training.prediction_inputs import listed_files
-from ..training.sources import load_splits
-from .classifiers import is_classifier
-from .options import InspectOptions
+from ..inference.evaluate import relabelled
+from ..inference.inputs import listed_files
+from ..options import DataOptions, InspectOptions
+from .model_utils import is_classifier
 
 
 @dataclass(frozen=True)
@@ -61,13 +61,18 @@ class Images:
         }
 
 
-def open_images(options: InspectOptions, model: Any) -> Images:
+def open_images(options: InspectOptions, model: Any, record: HeldOutRecord | None = None) -> Images:
     """What PATHS or `--dataset` name.
+
+    Args:
+        options: PATHS or `--dataset`.
+        model: the model to inspect.
+        record: the held-out images of the run that made the model.
 
     Raises:
         ValueError: for an input without images, a data set that cannot be read, or labels that are not the model's.
     """
-    return from_paths(options.paths, model) if options.dataset is None else from_dataset(options, model)
+    return from_paths(options.paths, model) if options.dataset is None else from_dataset(options, model, record)
 
 
 def from_paths(paths: Sequence[str], model: Any) -> Images:
@@ -96,7 +101,7 @@ def labels_of_folders(files: Sequence[str], model: Any) -> list[int] | None:
     return labels if any(label != IGNORED_LABEL for label in labels) else None
 
 
-def from_dataset(options: InspectOptions, model: Any) -> Images:
+def from_dataset(options: InspectOptions, model: Any, record: HeldOutRecord | None) -> Images:
     """One split, with the model's own label indices; without labels for a model that has none."""
     assert options.dataset is not None
     data = DataOptions(
@@ -106,13 +111,14 @@ def from_dataset(options: InspectOptions, model: Any) -> Images:
         label_separator=options.label_separator,
     )
     if is_classifier(model):
-        label_space, found = load_evaluation_data(data, options.split)
+        label_space, found, split, _ = load_evaluation_data(data, options.split, record)
         found = relabelled(found, label_space, labels_of(model.config))
         pictures, labels = found.pictures, found.labels
     else:
-        pictures, labels = unlabelled(data, options.split), None
+        split = options.split or "test"
+        pictures, labels = unlabelled(data, split), None
     names = [f"{short(options.dataset)} {place}" for place in range(len(pictures))]
-    return Images(pictures, names, labels, f"{short(options.dataset)}, split {options.split}")
+    return Images(pictures, names, labels, f"{short(options.dataset)}, split {split}")
 
 
 def unlabelled(data: DataOptions, split: str) -> Sequence[Image.Image]:

@@ -20,7 +20,7 @@ from transformers.image_transforms import get_resize_output_image_size, get_size
 from transformers.image_utils import ChannelDimension, get_image_size_for_max_height_width
 
 from ..configuration_vitcls import ViTCLSConfig
-from ..image_processing_vitcls import CROP_ROUNDINGS, picture_to_pixels
+from ..image_processing_vitcls import CROP_ROUNDINGS, pil_to_tensor
 
 
 Size = tuple[int, int]  # height, width in pixels
@@ -240,7 +240,7 @@ def overlay(
 
 def upright(picture: Image.Image) -> Image.Image:
     """The picture in RGB as the image processor takes it: turned by its EXIF tag, 8 bits, transparency on white."""
-    return Image.fromarray(picture_to_pixels(picture, to_rgb=True).permute(1, 2, 0).contiguous().numpy())
+    return Image.fromarray(pil_to_tensor(picture, to_rgb=True).permute(1, 2, 0).contiguous().numpy())
 
 
 def scaled(

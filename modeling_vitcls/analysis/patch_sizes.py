@@ -21,11 +21,9 @@ from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..adaptation_vitcls import logger as adaptation_logger
-from ..benchmarking.report import processor_name
-from ..training.environment import name_of_device
+from ..system import name_of_device, processor_name
 from .ablation import Answers, decisions, logits_by_task, right_answers
-from .classifiers import is_classifier, plain_model
-from .recording import evaluating
+from .model_utils import evaluating, is_classifier, plain_model
 
 
 FEWEST_TURNS = 5  # in which the time is measured; more where there are more batches

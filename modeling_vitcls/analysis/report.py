@@ -25,16 +25,16 @@ from markupsafe import Markup
 from PIL import Image
 
 from ..hub.loading import commit_of
-from ..surgery import OUTLIER_RATIO
 from ..version import __version__
 from .ablation import Effect
+from .diagnosis import MANY_OUTLIERS, counted
 from .figures import GROUP_COLOURS, is_read, reader
+from .image_report import Reading
 from .inspection import Inspection, inspect_model
 from .maps import names_by_group, token_names
 from .patch_sizes import PatchSizeRow, in_words, patch_size_sentences
-from .readings import Reading
 from .report_data import page_data, raw_figures
-from .verdicts import MANY_OUTLIERS, counted
+from .test_time_registers import OUTLIER_RATIO
 
 
 FOLDER = Path(__file__).parent

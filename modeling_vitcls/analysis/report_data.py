@@ -16,12 +16,12 @@ from matplotlib import colormaps
 from PIL import Image
 
 from .ablation import token_keys
+from .diagnosis import MANY_OUTLIERS
 from .figures_of_states import norm_histogram
+from .image_report import Reading
 from .inspection import Inspection
 from .maps import COLOURMAP, EVEN, token_names
-from .readings import Reading
-from .statistics import Findings
-from .verdicts import MANY_OUTLIERS
+from .token_statistics import Findings
 
 
 MOST_MAP_BYTES = 11 * 2**20  # of all pictures; beyond it single heads are left out. In base64 a third more

@@ -16,9 +16,8 @@ from typing import Any
 
 import torch
 
-from .agreement import Answer, check_agreement
-from .comparison import Comparison, chosen, in_turns
-from .inference import SECONDS_PER_TURN, images_per_second, random_images
+from .comparison import Answer, Comparison, check_agreement, chosen, in_turns
+from .forward_passes import SECONDS_PER_TURN, images_per_second, random_images
 from .memory import growth, growth_on_gpu, peak_in_a_process
 from .peers import PEERS, SMALL, TOY, WITH_REGISTERS, Peer
 

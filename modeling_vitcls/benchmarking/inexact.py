@@ -10,19 +10,18 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..configuration_vitcls import ViTCLSConfig
-from ..conversion.random_fill import random_fill
+from ..conversion.random_weights import random_fill
 from ..modeling_vitcls import ViTCLSForImageClassification
-from .agreement import Answer, check_agreement
-from .comparison import Comparison, chosen, in_turns, per_second
-from .inference import SECONDS_PER_TURN, images_per_second, random_images
+from .comparison import Answer, Comparison, check_agreement, chosen, in_turns, per_second
+from .forward_passes import SECONDS_PER_TURN, images_per_second, random_images
 from .peers import SMALL, TOY, Size
-from .steps import TRAINING_STEPS, Steps, random_batch
+from .training_steps import TRAINING_STEPS, Steps, random_batch
 
 
 Turn = Callable[[], float]  # works for a while -> images per second
 
 BATCH_SIZE = 4  # of inference
-STEP = "bf16 autocast, batch 16"  # of steps.py
+STEP = "bf16 autocast, batch 16"  # of training_steps.py
 
 
 def forward_passes(model: Any, size: Size, seconds: float) -> Turn:

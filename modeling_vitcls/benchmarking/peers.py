@@ -9,8 +9,8 @@ from torch import nn
 
 from ..conversion.from_timm import convert_from_timm
 from ..conversion.from_transformers import convert_from_transformers
-from ..conversion.random_fill import random_fill
-from .agreement import Answer
+from ..conversion.random_weights import random_fill
+from .comparison import Answer
 
 
 @dataclass(frozen=True)

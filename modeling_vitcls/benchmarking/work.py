@@ -7,16 +7,16 @@ from typing import Any
 
 import torch
 
-from .attention import ATTENTION_READS, compare_attention
+from .attention_reads import ATTENTION_READS, compare_attention
 from .comparison import Comparison, chosen
+from .forward_passes import FORWARD_PASSES, compare_inference
 from .growth import POINTS, TOY_POINTS, compare_growth
+from .image_processing import PIXEL_ROWS, compare_pixels
 from .inexact import INEXACT, compare_inexact
-from .inference import FORWARD_PASSES, compare_inference
-from .pictures import PIXEL_ROWS, compare_pixels
-from .prediction import PREDICTION_ROWS, compare_prediction
-from .probe import PROBES, compare_probes
-from .steps import TRAINING_STEPS, compare_steps
-from .training import TOY_RUNS, TRAINING_RUNS, compare_training
+from .predictions import PREDICTION_ROWS, compare_prediction
+from .probes import PROBES, compare_probes
+from .training_runs import TOY_RUNS, TRAINING_RUNS, compare_training
+from .training_steps import TRAINING_STEPS, compare_steps
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,7 @@ from transformers import PreTrainedModel
 
 from ..configuration_vitcls import ViTCLSConfig
 from ..modeling_vitcls import ViTCLSPreTrainedModel
-from .classifier import ClassifierChoice, assemble
-from .engine import ConversionError, Rule, convert_weights
+from .head_transfer import ClassifierChoice, assemble
 from .transformers_families import (
     AIMV2,
     BEIT,
@@ -37,6 +36,7 @@ from .transformers_families import (
     Family,
     Weights,
 )
+from .weight_rules import ConversionError, Rule, convert_weights
 
 
 def convert_from_transformers(

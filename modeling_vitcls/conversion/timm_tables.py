@@ -1,13 +1,13 @@
 """timm's parameter names -> ours. The modules that the names belong to are read in timm_modules.py.
 
-What needs more than one parameter at a time is rewritten before or after by timm_rewrites.py.
+What needs more than one parameter at a time is rewritten before or after by from_timm.py.
 """
 
 import torch
 
 from ..configuration_vitcls import ViTCLSConfig
-from .engine import POSITIONS, Rule, in_thirds, split_positions
 from .timm_modules import TimmModule, class_name, is_present
+from .weight_rules import POSITIONS, Rule, in_thirds, split_positions
 
 
 QKV = [f"layers.{{i}}.attention.{letter}_proj.{{rest}}" for letter in "qkv"]

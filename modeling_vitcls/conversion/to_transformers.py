@@ -20,9 +20,9 @@ from transformers.utils import logging
 
 from ..configuration_vitcls import ViTCLSConfig
 from ..modeling_vitcls import ViTCLSPreTrainedModel
-from .engine import ConversionError, revert_weights
 from .from_transformers import HEAD_RULES, SOURCES, Source, classifier_labels, split_head
 from .transformers_families import SAME_FIELDS, Settings, Weights, as_size, dinov2_mlp_width
+from .weight_rules import ConversionError, revert_weights
 
 
 logger = logging.get_logger(__name__)

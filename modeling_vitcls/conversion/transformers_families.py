@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from ..configuration_vitcls import ViTCLSConfig
-from .engine import POSITIONS, ConversionError, Rule, in_thirds, split_positions
+from .weight_rules import POSITIONS, ConversionError, Rule, in_thirds, split_positions
 
 
 Weights = Mapping[str, torch.Tensor]

@@ -3,7 +3,7 @@
     show("someone/model", revision)        # serves the page until it is stopped
 
 The model is asked once per picture; another token, layer or head only draws again from what it said. The page loads
-nothing from other hosts: no analytics, no fonts. What the model says is from reading.py, the words from words.py.
+nothing from other hosts: no analytics, no fonts. What the model says is from reader.py, the words from text.py.
 """
 
 import os
@@ -13,8 +13,8 @@ from typing import Any
 
 from PIL import Image
 
-from .reading import Reader, Reading
-from .words import MEAN_OF_HEADS, attention_in_words, header, how_to_load, title, what_is_missing
+from .reader import Reader, Reading
+from .text import MEAN_OF_HEADS, attention_in_words, header, how_to_load, title, what_is_missing
 
 
 # Both are read when gradio is imported or launched: no statistics are sent, and browsers keep no pictures.

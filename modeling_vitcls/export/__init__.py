@@ -1,10 +1,10 @@
 """A model as one graph that runs without this package: torch.export, ONNX, OpenVINO; each compared with the model.
 
-    sources.py      a checkpoint or a preset -> the model, its image processor, and which of its answers are exported
-    tracing.py      the model -> a graph, for images of any size where that is possible, else of one
-    formats.py      the graph -> a file, and what that file answers when its own runtime reads it
-    certificate.py  which images are tried, the largest differences, what a user of the file has to know
-    exporting.py    all of it in order: `export_model`
+    exportable.py     checkpoint or preset -> model, image processor and the outputs that are exported
+    tracing.py        model -> graph, with variable image sizes where possible
+    formats.py        graph -> file, and the outputs of that file in its own runtime
+    export_report.py  images that are compared, largest differences, facts for users of the file
+    exporter.py       the program scripts/export.py
 
-Nothing here ships to the Hub. The packages of other projects are the extra `export`.
+Nothing here is copied to the Hub. The packages of other projects are the extra `export`.
 """

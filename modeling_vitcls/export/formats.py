@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch.export import ExportedProgram
 
-from .sources import INPUT, Answers
+from .exportable import INPUT, Answers
 from .tracing import Plan, first_line, open_shapes
 
 

@@ -15,7 +15,7 @@ from torch.export import Dim, ExportedProgram
 
 from ..configuration_vitcls import ViTCLSConfig
 from ..modeling_vitcls import ViTCLSPreTrainedModel
-from .sources import INPUT, NamedAnswers
+from .exportable import INPUT, NamedAnswers
 
 
 # Rows and columns of patches, and images of a batch, with which nothing is taken for a constant: torch treats 1 so.

@@ -1,21 +1,24 @@
-"""What goes to the Hub, and whether it arrived.
+"""Hugging Face Hub: load models, write cards, push, verify what was pushed, publish Spaces.
 
-    card.py             the model card, in several files: card_*.py, licences.py
-    encoder_card.py     that of a pre-trained encoder; conversion_card.py: of a converted model
-    checkpoint_card.py  that of a model in training; published_card.py: any card under the repository's name
-    origin.py           where a model comes from, and its licence
-    places.py           which names are paths of this machine; samples.py: whose pictures a card shows
-    energy.py           an estimate of the energy of a run
-    loading.py          from a name to a folder with the model; timm_models.py: the same for timm
-    rights.py           may this token push there? Asked before training, without a trace
-    contents.py         which files of a model folder are published; resumable.py: what --resume needs, on request
-    publish.py          the push: one commit, tried again where the network fails
-    verify.py           the proof: a fresh process loads the commit and answers as the model does
-    fresh_process.py    starts that process; clean_process.py: what runs in it; reference.py: what it is compared with
-    commits.py          which commit a name on the Hub stands for
-    code_elsewhere.py   one copy of the code, in a repository of its own, for many models
-    space.py            a page where anyone can try a model
-    connection.py       what the others share of talking to the Hub
+    connection.py              timeouts, retries and errors of calls to the Hub
+    loading.py                 model name -> local folder; from the Hub or its cache; timm's models
+    local_paths.py             names that are paths of this machine
+    revisions.py               branch or tag -> commit
+    provenance.py              the base model of a model, and its license
+    licenses.py                licenses in a card's header and text
+    card.py                    model cards: classifiers, encoders, training checkpoints
+    card_results.py            measured values in a card
+    card_training.py           the training section of a card
+    card_renaming.py           a card under the name of its repository
+    push_permissions.py        check before training that a token may push
+    manifest.py                published files of a model folder; resumable checkpoints; sample images in cards
+    publish.py                 push: one commit, with retries
+    verify.py                  load a published commit in a new process and compare its outputs
+    verification_process.py    start that process
+    verification_script.py     what runs in it; imports nothing of this package
+    verification_reference.py  the outputs that it is compared with
+    shared_code.py             one copy of the code for many models
+    space.py                   a Space with the demo
 
-Nothing here ships to the Hub itself.
+Nothing here is copied to the Hub.
 """

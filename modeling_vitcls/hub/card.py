@@ -2,11 +2,19 @@
 
     card.py             metadata, and what the text is made of
     card_results.py     measured values as tables and sentences
-    licences.py         under which licence it is
+    licenses.py         under which licence it is
     card_training.py    how it was trained, as a section of text
-    card_pictures.py    the pictures
+    analysis/card_images.py    the pictures
 
 The text is in model_cards/template.md.j2. A section for which nothing was measured does not appear.
+
+The model card of a pre-trained encoder: README.md of the folder that pre-training wrote.
+
+The text is in model_cards/encoder.md.j2; a classifier's card is in card.py.
+
+The short card of a model in training, on a branch of its own: what it is, and how to load it or go on with it.
+
+The text is in model_cards/checkpoint.md.j2; the card of the result is in card.py.
 """
 
 import re
@@ -15,19 +23,12 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ..configuration_vitcls import PRESETS, ViTCLSConfig
-from .card_results import (
-    CONFIDENCE,
-    class_tables,
-    interval,
-    measured_limits,
-    metric_names,
-    metric_rows,
-    quoted,
-)
+from .card_results import CONFIDENCE, class_tables, interval, measured_limits, metric_names, metric_rows, quoted
 from .card_training import TEMPLATE, training_section
-from .licences import Licence, licence_of_run
-from .origin import Origin
-from .places import BUILT_IN, is_local, without_folders
+from .licenses import Licence, licence_of_run
+from .local_paths import BUILT_IN, is_local, without_folders
+from .provenance import Origin
+from .verification_script import AUTO_CLASSES
 
 
 TOKEN_NAMES = {"cls": "CLS", "distillation": "distillation", "registers": "register", "patches": "patch"}
@@ -225,3 +226,71 @@ def base_model_in_words(flags: dict[str, Any], origin: Origin | None) -> str:
         return given
     links = ", ".join(f"[{base}](https://huggingface.co/{base})" for base in bases)
     return f"{given}, which is derived from {links},"
+
+
+ONLY_WITH_LABELS = ("label_smoothing", "class_balance", "trainable", "mixup", "cutmix")  # flags of both scripts
+
+
+def build_encoder_card(
+    name: str,
+    config: ViTCLSConfig,
+    results: dict[str, Any],
+    flags: dict[str, Any],
+    origin: Origin | None = None,
+    pictures: dict[str, str] | None = None,
+) -> ModelCard:
+    """The card of an encoder that was pre-trained by masked image modelling.
+
+    Args:
+        name: of the model: its id on the Hub, or its folder's name.
+        config: its configuration.
+        results: what results.json holds.
+        flags: the run's flags, as in config.resolved.yaml.
+        origin: of the model that it started from; None for a preset.
+        pictures: name -> path in the folder, as `write_pictures` returns them.
+    """
+    used = {flag: value for flag, value in flags.items() if flag not in ONLY_WITH_LABELS}
+    return ModelCard.from_template(
+        ModelCardData(
+            **metadata_of_any_model(flags, origin),
+            pipeline_tag="image-feature-extraction",
+            tags=["vision", "vit", "vitcls", "masked-image-modeling"],
+        ),
+        template_path=str(TEMPLATE.with_name("encoder.md.j2")),
+        **facts_of_any_model(name, config, results, used, origin, None, pictures or {}, "pretrain.py"),
+    )
+
+
+SCRIPTS = {"ViTCLSForMaskedImageModeling": "pretrain.py"}  # that make models of this class; finetune.py the others
+
+
+def checkpoint_card(
+    repo_id: str,
+    branch: str,
+    step: int,
+    architecture: str,
+    metadata: dict[str, Any],
+    licence: Licence,
+    with_optimizer: bool,
+) -> ModelCard:
+    """The card of one checkpoint.
+
+    Args:
+        repo_id: `namespace/name`.
+        step: optimiser steps done.
+        architecture: the model's class, as its config.json says.
+        metadata: licence, base model and data set, as keywords of ModelCardData.
+        licence: of the weights.
+        with_optimizer: whether what `--resume` needs is published, too.
+    """
+    return ModelCard.from_template(
+        ModelCardData(**metadata, tags=["vision", "vit", "vitcls", "checkpoint"]),
+        template_path=str(TEMPLATE.with_name("checkpoint.md.j2")),
+        repo_id=repo_id,
+        branch=branch,
+        step=f"{step:,}",
+        auto_class=AUTO_CLASSES.get(architecture, "AutoModel"),
+        script=SCRIPTS.get(architecture, "finetune.py"),
+        licence=licence,
+        with_optimizer=with_optimizer,
+    )

@@ -24,7 +24,7 @@ CLASS_COLUMNS = {
     "f1": "F1",
     "average_precision": "Average precision",
 }
-CONFIDENCE = 0.95  # of the intervals, see training/metrics.py
+CONFIDENCE = 0.95  # of the intervals, see inference/metrics.py
 MOST_CLASSES_SHOWN = 20
 
 

@@ -10,8 +10,8 @@ import yaml
 from jinja2 import Template
 
 from ..configuration_vitcls import ViTCLSConfig
-from .origin import Origin
-from .places import without_folders
+from .local_paths import without_folders
+from .provenance import Origin
 
 
 PLACES = (Path(__file__).parents[1] / "model_cards", Path(__file__).parents[2] / "model_cards")  # installed, checkout
@@ -115,12 +115,15 @@ def energy_in_words(estimate: dict[str, Any] | None) -> str | None:
 
 
 def utilisation_in_words(measured: dict[str, Any] | None) -> str | None:
-    """With what it is a part of; None where it was not measured."""
+    """Return a sentence with the utilization and the peak; None if the peak was not measured."""
     if measured is None:
         return None
+    share = measured["of_training_steps"]
+    if share is None:
+        return "Its model FLOPs utilization is unknown, since other programs disturbed the measurements of the peak."
     return (
-        f"Its steps reached {measured['of_training_steps']:.1%} of the speed of large matrix products there, measured "
-        f"when training began: {measured['gemm_peak_flops_per_second'] / 1e9:,.0f} GFLOP/s in "
+        f"Its steps reached {share:.1%} of the speed of large matrix products there, measured "
+        f"before and during training: {measured['gemm_peak_flops_per_second'] / 1e9:,.0f} GFLOP/s in "
         f"{measured['gemm_dtype']}. Counted are {measured['training_flops_per_image'] / 1e6:,.0f} million "
         "floating-point operations an image, forward and backward, and nothing that is computed a second time."
     )

@@ -15,10 +15,9 @@ from pathlib import Path
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
-from . import samples
+from . import manifest
 from .connection import HUB_ERRORS, check_is_online, endpoint, in_one_line, patience, quiet_client, tried_again
-from .contents import Contents, contents_of, outdated
-from .resumable import resumable_contents
+from .manifest import Contents, contents_of, outdated, resumable_contents
 
 
 # Seconds of silence, not of work: sending a large file takes as long as it takes.
@@ -99,8 +98,8 @@ def push_folder(
     except HUB_ERRORS as error:
         command = push_command(folder, repo_id, private, branch, with_optimizer, message)
         raise PushFailed(why_not_pushed(folder, repo_id, command, error)) from error
-    if not pushed.is_private and (dataset := samples.data_shown(folder)):
-        log.warning(samples.warning(folder, dataset, repo_id))
+    if not pushed.is_private and (dataset := manifest.data_shown(folder)):
+        log.warning(manifest.warning(folder, dataset, repo_id))
     return pushed
 
 

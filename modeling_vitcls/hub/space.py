@@ -24,12 +24,12 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, Sp
 from packaging.requirements import Requirement
 
 from ..configuration_vitcls import ViTCLSConfig
-from ..image_processing_vitcls import read_picture
-from .commits import Published, code_of, published
+from ..image_processing_vitcls import read_image
 from .connection import HUB_ERRORS, check_is_online, endpoint, in_one_line, patience, tried_again
-from .contents import REFERRING, Contents, read_json
-from .places import check_free
+from .local_paths import check_free
+from .manifest import REFERRING, Contents, read_json
 from .publish import PATIENCE, Pushed, PushFailed, push_command
+from .revisions import Published, code_of, published
 
 
 PACKAGE = Path(__file__).parents[1]
@@ -40,11 +40,11 @@ EXAMPLES = "examples"
 SHIPPED = (
     "demo/__init__.py",
     "demo/page.py",
-    "demo/reading.py",
-    "demo/words.py",
+    "demo/reader.py",
+    "demo/text.py",
     "analysis/maps.py",
     "configuration_vitcls.py",
-    "fast_pixels_vitcls.py",
+    "fast_image_processing_vitcls.py",
     "image_processing_vitcls.py",
     "adaptation_vitcls.py",
     "attention_masks_vitcls.py",
@@ -245,7 +245,7 @@ def example_contents(examples: Iterable[Path]) -> Contents:
         name = f"{EXAMPLES}/{file.name}"
         if name in contents:
             raise ValueError(f"two of the examples are called {file.name}: rename one")
-        read_picture(file)
+        read_image(file)
         contents[name] = file
     return contents
 

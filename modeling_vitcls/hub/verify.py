@@ -5,10 +5,10 @@
 
 1. Every file is downloaded and has the hash that the Hub's list says, and the content that it has in `folder`.
 2. A fresh process, with an empty cache and without this package, loads the commit by its hash through the Auto classes
-   and pipeline (clean_process.py). It is given no token, unless the repository is closed to others, and little else of
-   the environment: what runs there may be a stranger's code.
-3. It answers fixed inputs as the model in `folder` does, loaded with this package (reference.py). No published code
-   runs in this process.
+   and pipeline (verification_script.py). It is given no token, unless the repository is closed to others, and little
+   else of the environment: what runs there may be a stranger's code.
+3. It answers fixed inputs as the model in `folder` does, loaded with this package (verification_reference.py). No
+   published code runs in this process.
 """
 
 import filecmp
@@ -27,14 +27,13 @@ from huggingface_hub import HfApi
 from transformers.utils import logging
 
 from ..version import __version__
-from .clean_process import Answers, collect
-from .commits import Published, code_of, published
 from .connection import HUB_ERRORS, check_is_online, in_one_line, patience, tried_again
-from .contents import ACCOMPANYING, CHECKPOINTS, ESSENTIAL, check_is_model, contents_of, matches
-from .fresh_process import NotVerified, ask_a_fresh_process
+from .manifest import ACCOMPANYING, CHECKPOINTS, ESSENTIAL, check_is_model, contents_of, matches, resumable_contents
 from .publish import Pushed
-from .reference import Reference
-from .resumable import resumable_contents
+from .revisions import Published, code_of, published
+from .verification_process import NotVerified, ask_a_fresh_process
+from .verification_reference import Reference
+from .verification_script import Answers, collect
 
 
 # The largest difference in float32, for values up to 1; for larger ones in proportion.

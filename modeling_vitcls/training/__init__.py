@@ -1,38 +1,29 @@
-"""Training: from a data set to a model folder with its measured results. Nothing here ships to the Hub.
+"""Training: from options to a model folder with measured results.
 
-    options.py            what can be asked for: the command line's flags as dataclasses
-
-Data: --dataset -> pictures and labels, a held-out part -> batches
-    data.py               a training part and a held-out part; held_out.py: how one is chosen
-    sources.py            digits, folders, CSV, Parquet, MNIST's files, the Hub; streaming.py: read while training
-    columns.py, labels.py which columns hold images and labels; what labels are
-    pictures.py, broken.py  pictures decoded when asked for; those that cannot be
-    batches.py            which picture comes in which batch, on which process; ordering.py, seeds.py, workers.py
-    augmentation.py       random changes of training pictures
-
-Model and loss
-    model.py              a preset or a checkpoint -> model and image processor for these labels
-    trainable.py          full, head, last-N, LoRA; probe.py: heads alone, on features computed once
-    losses.py             what the loop minimises; distillation.py, teacher.py, teacher_cache.py
-    masking.py            which patches masked pre-training hides
-
-The loop
+    model.py              preset or checkpoint -> model and image processor for the labels
+    trainable.py          full, head, last-N, LoRA
+    linear_probe.py       train heads on cached features
+    losses.py             training objectives
+    teacher.py            teachers for distillation, and the cache of their outputs
+    optimizer.py          AdamW's parameter groups, learning rate, optimizer step, EMA
     loop.py               steps, evaluations, checkpoints: read this first
-    optimisation.py       AdamW's parameter groups, the learning rate at each step; ema.py
-    updates.py, zero.py   one optimiser step, by PyTorch or DeepSpeed; what DeepSpeed has to be told
-    health.py             whether the special tokens learn
-    checkpoints.py        checkpoints on disk; states.py: what is in them, on several processes
+    token_monitor.py      whether the special tokens learn
+    costs.py              FLOPs and bytes of a step, counted from the configuration
+    mfu.py                FLOPs of a step and model FLOPs utilization
+    distributed_state.py  training state as named tensors, for one process, DDP and FSDP2
     interruption.py       Ctrl-C and SIGTERM
-    session.py            the loop in its output folder, for fine-tuning and pre-training
-    branch_uploads.py     checkpoints pushed to a branch while it trains; saving.py: the model folder
-    environment.py        processes, device, versions
-    memory.py             what tensors on CPUs free is kept for the next ones
-    reporting.py, results.py  what is printed and written
-    utilisation.py        what a step costs, and how much of the machine's speed that makes use of
+    folder_lock.py        one run at a time in an output folder
+    output_folder.py      what an output folder holds, and what --overwrite removes
+    runner.py             output folder, checkpoints, trackers and the loop
+    reporter.py           summary, progress, metrics.jsonl, trackers
+    results.py            what is printed and recorded about a run
+    branch_uploads.py     checkpoints pushed to a branch during training
+    model_report.py       card, report and figures of a finished run
+    finish.py             write the output folder, push it
+    setup.py              fine-tuning: options checked, data and model loaded
+    components.py         fine-tuning: model, batches, loss, evaluator
+    finetune.py           the program scripts/finetune.py
+    pretrain.py           the program scripts/pretrain.py
 
-What the scripts call
-    run.py, parts.py, finetune.py        fine-tuning: prepared, put together, done; output.py: how runs end
-    pretrain.py, reconstruction.py       masked image modelling, and its evaluation
-    evaluate.py, evaluation.py, metrics.py   a saved model; a model in training; what is measured
-    prediction.py, prediction_*.py       predictions and features of any number of images
+Checkpoints on disk are in checkpoints.py, flags in options.py, processes and devices in distributed.py.
 """

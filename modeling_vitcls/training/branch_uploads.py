@@ -18,19 +18,20 @@ from typing import Any, Self
 
 from torch import nn
 
-from ..hub.card import licence_of, metadata_of_any_model
-from ..hub.checkpoint_card import checkpoint_card
+from ..checkpoints import WRITE_ERRORS, CheckpointStore, Tensors
+from ..distributed import on_main
+from ..files import read_json
+from ..hub.card import checkpoint_card, licence_of, metadata_of_any_model
 from ..hub.connection import in_one_line
-from ..hub.contents import CARD, RECIPE
-from ..hub.origin import Origin
+from ..hub.manifest import CARD, RECIPE
+from ..hub.provenance import Origin
 from ..hub.publish import push_folder
-from .checkpoints import WRITE_ERRORS, CheckpointStore, Tensors, on_main
+from ..options import as_flags
+from .distributed_state import gather, named_tensors
 from .loop import Interrupted, TrainingState
-from .options import as_flags
-from .presentation import origin_of_run, teacher_of_run
-from .results import read_json, without_progress_bars
-from .session import Session
-from .states import gather, named_tensors
+from .model_report import origin_of_run, teacher_of_run
+from .results import without_progress_bars
+from .runner import Session
 
 
 SECONDS_AT_THE_END = 600.0

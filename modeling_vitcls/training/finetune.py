@@ -1,6 +1,6 @@
 """Fine-tuning from options to output folder.
 
-    options -> run.py: data, model, teacher, batch plan -> parts.py -> session.py: training -> model folder
+    options -> setup.py: data, model, teacher, batch plan -> components.py -> runner.py: training -> model folder
 
 The folder then holds
     config.json, model.safetensors, preprocessor_config.json, *_vitcls.py    what from_pretrained loads
@@ -18,23 +18,25 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+from ..data.held_out import RECORD
+from ..data.images import LabelledPictures
+from ..data.splits import describe_missing_classes
+from ..files import write_json
 from ..hub.card import build_card
-from ..hub.places import without_folders
+from ..hub.local_paths import without_folders
+from ..inference.evaluator import Evaluator
+from ..inference.metrics import without_large_matrices
+from ..options import FinetuneOptions, as_flags
 from .branch_uploads import branch_uploads
-from .data import LabelledPictures
-from .evaluation import Evaluator
+from .components import build_parts
+from .distributed_state import gather, named_tensors
+from .finish import conclude, finished_before, write_model, write_output
 from .loop import Metrics
-from .metrics import without_large_matrices
-from .options import FinetuneOptions, as_flags
-from .output import conclude, finished_before, write_output
-from .parts import build_parts
-from .presentation import look_at_saved, may_show_samples, origin_of_run, teacher_of_run, write_card
-from .reporting import shown_metric
-from .results import facts_of_run, model_lines, plan_lines, write_json
-from .run import Run, build_plan, prepare
-from .saving import write_model
-from .session import dry_run
-from .states import gather, named_tensors
+from .model_report import look_at_saved, may_show_samples, origin_of_run, teacher_of_run, write_card
+from .reporter import shown_metric
+from .results import facts_of_run, model_lines, plan_lines
+from .runner import dry_run
+from .setup import Run, build_plan, describe_other_split, prepare
 
 
 def finetune(run: Run) -> dict[str, Any]:
@@ -43,11 +45,20 @@ def finetune(run: Run) -> dict[str, Any]:
     Raises:
         RunStopped: see `Session.train`; also for a result that cannot be pushed.
     """
+    with run.session.lock:
+        return train_and_save(run)
+
+
+def train_and_save(run: Run) -> dict[str, Any]:
+    """Do the work of `finetune` while the output folder is locked."""
     session = run.session
     if session.is_finished:
         return finished_before(session, run.hub_model_id)
     for name, what in summary(run).items():
         session.reporter.say(name, what)
+    other_split = describe_other_split(run.options.model.model, run.data)
+    for warning in [*describe_missing_classes(run.data), *([other_split] if other_split else [])]:
+        session.reporter.warn(warning)
     evaluator = build_evaluator(run)
     parts = build_parts(run, evaluator)
     metrics = session.train(
@@ -71,7 +82,7 @@ def finetune(run: Run) -> dict[str, Any]:
 
 
 def rehearse(options: FinetuneOptions) -> None:
-    """`--dry-run`: one step of everything on a few images, in a folder that is removed again.
+    """`--dry-run`: a few steps and one of everything else on a few images, in a folder that is removed again.
 
     Raises:
         ValueError, OSError, RunStopped: as `prepare` and `finetune` would.
@@ -79,13 +90,13 @@ def rehearse(options: FinetuneOptions) -> None:
     started = time.perf_counter()
     with dry_run(options) as short:
         run = prepare(short)
-        steps = build_plan(options, run.data, run.plan.num_processes).num_steps
-        few = range(min(len(run.data.held_out), run.plan.batch_size * run.plan.num_processes))
+        plan, num_held_out = build_plan(options, run.data, run.plan.num_processes), len(run.data.held_out)
+        few = range(min(num_held_out, run.plan.batch_size * run.plan.num_processes))
         run.data = replace(run.data, held_out=run.data.held_out.chosen(few))
         if options.training.trainable == "head":
             shorten(run)
         finetune(run)
-    run.session.report_rehearsal(started, steps, run.hub_model_id)
+    run.session.report_rehearsal(started, plan, len(few) / num_held_out, run.hub_model_id)
 
 
 def shorten(run: Run) -> None:
@@ -175,6 +186,7 @@ def describe(run: Run) -> dict[str, Any]:
     data = {
         "dataset": run.data.name,
         "split": run.data.held_out_name,
+        RECORD: run.data.record.to_dict(),
         "num_training_images": run.data.num_training_images,
         "teacher": without_folders(teacher) if teacher else None,
     }

@@ -87,20 +87,3 @@ class Interruption:
     def exit_status(self) -> int:
         """What a program that a signal ended exits with: 130 after Ctrl-C, 143 after SIGTERM. 0 without a signal."""
         return 128 + self.agreed if self.agreed else 0
-
-
-def leave_signals_to_parent(worker: int) -> None:
-    """`worker_init_fn` of a DataLoader: signals sent to all processes must not end the workers before the step that
-    waits for their pictures. SIGTERM from the training process itself still does, but is lost while another's waits to
-    be noticed: close a loader's iterator, and its workers end without one."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if hasattr(signal, "sigwaitinfo"):  # not on macOS
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # in the thread below as well
-        threading.Thread(target=wait_for_parents_signal, daemon=True).start()
-
-
-def wait_for_parents_signal() -> None:
-    """End this process at a SIGTERM from its parent; those from others have no effect."""
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
-        pass
-    os._exit(0)

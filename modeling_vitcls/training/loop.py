@@ -19,17 +19,16 @@ from accelerate import Accelerator
 from accelerate.utils import send_to_device
 from torch import nn
 
-from .batches import BatchPlan, seed_for
-from .ema import Ema
-from .environment import peak_memory
-from .health import TokenMonitor, Tokens
+from ..data.batches import BatchPlan
+from ..data.random_bits import seed_for
+from ..inference.metrics import scalars
+from ..options import TrainingOptions
+from ..system import peak_memory
+from .distributed_state import reshard
 from .losses import Batch, Losses, Objective
-from .metrics import scalars
-from .optimisation import learning_rate_at, set_learning_rate
-from .options import TrainingOptions
-from .states import reshard
+from .optimizer import Ema, build_updates, learning_rate_at, set_learning_rate
+from .token_monitor import TokenMonitor, Tokens
 from .trainable import set_training
-from .updates import build_updates
 
 
 Metrics = dict[str, Any]
@@ -110,6 +109,7 @@ class TrainingLoop:
         self.seconds: list[float] = []  # of the steps since the last logged one
         self.is_best = False  # whether the last step's evaluation was the best so far
         self.overflows = 0  # steps in a row that the loss scaler left out
+        self.peak_memory = 0  # bytes, until the last logged step
 
     def run(self, batches: Iterator[Batch]) -> Metrics:
         """Train, and return the metrics of the evaluation at the end.
@@ -260,7 +260,7 @@ class TrainingLoop:
         names = list(self.state.window[0])
         means = [math.fsum(found[name] for found in self.state.window) / len(self.state.window) for name in names]
         num_images, seconds = len(self.seconds) * self.plan.pictures_per_step, math.fsum(self.seconds)
-        memory = peak_memory(self.accelerator.device)
+        self.peak_memory = max(self.peak_memory, peak_memory(self.accelerator.device))  # `note_speed` resets it
         self.state.window.clear()
         self.seconds.clear()
         losses = self.accelerator.reduce(torch.tensor(means, device=self.accelerator.device), "mean").tolist()
@@ -268,7 +268,7 @@ class TrainingLoop:
             **{name: round(mean, 6) for name, mean in zip(names, losses, strict=True)},
             "images_per_second": round(num_images / seconds, 1),
             **self.hooks.note_speed(num_images, seconds),
-            "peak_memory_mb": round(memory / 2**20, 1),
+            "peak_memory_mb": round(self.peak_memory / 2**20, 1),
         }
 
 

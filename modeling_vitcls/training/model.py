@@ -2,27 +2,19 @@
 
 import copy
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
-from transformers.configuration_utils import PreTrainedConfig
 from transformers.image_utils import SizeDict
 
-from ..configuration_vitcls import PRESETS, ViTCLSConfig
+from ..configuration_vitcls import ViTCLSConfig
+from ..data.labels import LabelSpace
 from ..hub.loading import local_copy
 from ..image_processing_vitcls import ViTCLSImageProcessor
-from ..modeling_vitcls import ViTCLSForImageClassification, ViTCLSForMultiTaskClassification, ViTCLSModel
-from .labels import LabelSpace
-from .options import ModelOptions
-
-
-Classifier = ViTCLSForImageClassification | ViTCLSForMultiTaskClassification
-
-CLASSES: dict[str, type[Classifier]] = {
-    "single_label_classification": ViTCLSForImageClassification,
-    "multi_label_classification": ViTCLSForImageClassification,
-    "multi_task": ViTCLSForMultiTaskClassification,
-}
+from ..inference.load_model import CLASSES, Classifier, check_is_vitcls, is_preset, list_presets
+from ..modeling_vitcls import ViTCLSModel
+from ..options import ModelOptions
 
 
 @dataclass(frozen=True)
@@ -107,19 +99,10 @@ def added_tokens(stored: ViTCLSConfig, model: Classifier) -> set[str]:
     return {name for name, parameter in model.named_parameters() for group in grown if parameter is tokens[group]}
 
 
-def is_preset(name: str) -> bool:
-    """Whether `--model` names a preset, which starts with fresh weights."""
-    return name.removeprefix("vitcls-") in PRESETS
-
-
-def check_is_vitcls(source: str, folder: str) -> None:
-    """Raise ValueError for another kind of model than ours; `source` is what the user calls it."""
-    model_type = PreTrainedConfig.get_config_dict(folder)[0].get("model_type", "no known")
-    if model_type != ViTCLSConfig.model_type:
-        raise ValueError(
-            f"{source} holds a model of type {model_type!r}: give a {ViTCLSConfig.model_type!r} checkpoint, or one of "
-            f"the presets {', '.join(f'vitcls-{name}' for name in PRESETS)}"
-        )
+def check_preset(name: str) -> None:
+    """Raise ValueError if a name looks like a preset, but is neither a preset nor a file or folder."""
+    if name.startswith("vitcls-") and "/" not in name and not is_preset(name) and not Path(name).exists():
+        raise ValueError(f"--model {name} is not a preset: choose one of {list_presets()}")
 
 
 def fit_processor(processor: Any, config: ViTCLSConfig) -> None:

@@ -16,29 +16,31 @@ from typing import Any
 import torch
 
 from ..configuration_vitcls import ViTCLSConfig
-from ..hub.encoder_card import build_encoder_card
+from ..data.augmentation import build_augmentation
+from ..data.batches import BatchPlan, Normaliser, TrainingPictures, training_batches
+from ..data.held_out import RECORD
+from ..data.masking import MaskChooser
+from ..data.splits import TrainingData, describe_data, load_unlabelled_data
+from ..data.streaming import TrainingStream, training_pictures
+from ..files import write_json
+from ..hub.card import build_encoder_card
 from ..hub.loading import local_copy
 from ..image_processing_vitcls import ViTCLSImageProcessor
+from ..inference.load_model import check_is_vitcls, is_preset
+from ..inference.reconstruction import ReconstructionEvaluator
 from ..modeling_vitcls import ViTCLSForMaskedImageModeling
-from .augmentation import build_augmentation
-from .batches import BatchPlan, Normaliser, TrainingPictures, training_batches
+from ..options import ModelOptions, PretrainOptions, as_flags
 from .branch_uploads import branch_uploads
-from .data import TrainingData, load_unlabelled_data
-from .health import build_attention_measure
+from .distributed_state import gather, named_tensors
+from .finish import conclude, find_repository, finished_before, write_model, write_output
 from .loop import Metrics
 from .losses import Batch, MaskedImages
-from .masking import MaskChooser
-from .model import check_is_vitcls, fit_processor, is_preset
-from .options import ModelOptions, PretrainOptions, as_flags
-from .output import conclude, find_repository, finished_before, write_output
-from .presentation import look_at_saved, may_show_samples, origin_of_run, write_card
-from .reconstruction import ReconstructionEvaluator
-from .reporting import shown_metric
-from .results import facts_of_run, model_lines, plan_lines, write_json
-from .saving import write_model
-from .session import Session, dry_run, open_session
-from .states import gather, named_tensors
-from .streaming import TrainingStream, training_pictures
+from .model import fit_processor
+from .model_report import look_at_saved, may_show_samples, origin_of_run, write_card
+from .reporter import shown_metric
+from .results import facts_of_run, model_lines, plan_lines
+from .runner import Session, dry_run, open_session
+from .token_monitor import build_attention_measure
 
 
 @dataclass
@@ -58,22 +60,31 @@ class Run:
 def prepare(options: PretrainOptions) -> Run:
     """Load images and model and write config.resolved.yaml. What is wrong with the options shows here.
 
+    The run holds the lock of its output folder from now on; `pretrain` releases it.
+
     Raises:
         ValueError, OSError: in one line, for data or models that cannot be read or do not fit the options.
     """
     check_combinations(options)
     session = open_session(options)
+    with session.unlocked_on_error():
+        return load_run(session)
+
+
+def load_run(session: Session) -> Run:
+    """Load images and model for a session of pre-training, and claim its output folder."""
     options, accelerator = session.options, session.accelerator
     hub_model_id = find_repository(options, accelerator)
     with accelerator.main_process_first():  # downloads once
         data = load_unlabelled_data(options.data)
+        session.check_data(describe_data(data))
         plan = build_plan(options, data, accelerator.num_processes)
         model, processor = build_model(options.model)
     choose_masks = MaskChooser(options.masking, model.config.grid_size)
     if options.training.gradient_checkpointing:
         model.gradient_checkpointing_enable()
     session.check_plan(plan)
-    session.write_flags()
+    session.claim_folder()
     return Run(options, session, data, model, processor, choose_masks, plan, hub_model_id)
 
 
@@ -83,6 +94,12 @@ def pretrain(run: Run) -> dict[str, Any]:
     Raises:
         RunStopped: see `Session.train`; also for a result that cannot be written or pushed.
     """
+    with run.session.lock:
+        return train_and_save(run)
+
+
+def train_and_save(run: Run) -> dict[str, Any]:
+    """Do the work of `pretrain` while the output folder is locked."""
     session, model = run.session, run.model
     if session.is_finished:
         return finished_before(session, run.hub_model_id)
@@ -107,7 +124,7 @@ def pretrain(run: Run) -> dict[str, Any]:
 
 
 def rehearse(options: PretrainOptions) -> None:
-    """`--dry-run`: one step of everything on a few images, in a folder that is removed again.
+    """`--dry-run`: a few steps and one of everything else on a few images, in a folder that is removed again.
 
     Raises:
         ValueError, OSError, RunStopped: as `prepare` and `pretrain` would.
@@ -115,11 +132,12 @@ def rehearse(options: PretrainOptions) -> None:
     started = time.perf_counter()
     with dry_run(options) as short:
         run = prepare(short)
-        few = range(min(len(run.data.held_out), run.plan.batch_size * run.plan.num_processes))
+        num_held_out = len(run.data.held_out)
+        few = range(min(num_held_out, run.plan.batch_size * run.plan.num_processes))
         run.data = replace(run.data, held_out=run.data.held_out.chosen(few))
         pretrain(run)
-    steps = build_plan(options, run.data, run.plan.num_processes).num_steps
-    run.session.report_rehearsal(started, steps, run.hub_model_id)
+    plan = build_plan(options, run.data, run.plan.num_processes)
+    run.session.report_rehearsal(started, plan, len(few) / num_held_out, run.hub_model_id)
 
 
 # Parts ---------------------------------------------------------------------------------------------------------------
@@ -257,6 +275,7 @@ def describe(run: Run) -> dict[str, Any]:
     data = {
         "dataset": run.data.name,
         "split": run.data.held_out_name,
+        RECORD: run.data.record.to_dict(),
         "num_training_images": run.data.num_training_images,
         "num_hidden_patches": run.choose_masks.num_hidden,
     }

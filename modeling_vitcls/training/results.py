@@ -1,10 +1,8 @@
 """What is printed and recorded about a run, and its output: model, image processor, results, card."""
 
-import json
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
@@ -12,11 +10,10 @@ from torch import nn
 from transformers.utils import logging
 
 from ..configuration_vitcls import ViTCLSConfig
-from ..hub.energy import energy_estimate
-from .batches import BatchPlan
-from .environment import device_name, versions
-from .states import size
-from .zero import precision
+from ..data.batches import BatchPlan
+from ..distributed import get_precision
+from ..system import device_name, energy_estimate, versions
+from .distributed_state import size
 
 
 def model_lines(source: str, model: nn.Module, config: ViTCLSConfig) -> dict[str, str]:
@@ -38,7 +35,7 @@ def plan_lines(plan: BatchPlan, accelerator: Accelerator) -> dict[str, str]:
     epochs = f" = {plan.epochs_after(plan.num_steps):.1f} epochs" if plan.num_pictures else ""
     return {
         "batches": f"{plan.pictures_per_step} images a step = {batch}; {plan.num_steps:,} steps{epochs}",
-        "device": f"{device_name(accelerator)}, mixed precision: {precision(accelerator)}",
+        "device": f"{device_name(accelerator)}, mixed precision: {get_precision(accelerator)}",
     }
 
 
@@ -56,7 +53,7 @@ def facts_of_run(
         "token_layout": counts,
         "sequence_length": sum(counts.values()),
         "device": device_name(accelerator),
-        "mixed_precision": precision(accelerator),
+        "mixed_precision": get_precision(accelerator),
         "num_processes": accelerator.num_processes,
         "energy": energy_estimate(seconds, accelerator.num_processes, accelerator.device),
         "versions": versions(),
@@ -85,15 +82,3 @@ def without_progress_bars() -> Iterator[None]:
     finally:
         if were_shown:
             logging.enable_progress_bar()
-
-
-def write_json(file: Path, values: dict[str, Any]) -> None:
-    """Write a JSON file, whole or not at all."""
-    partial = file.with_name(f".{file.name}.partial")
-    partial.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-    partial.replace(file)
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """Read it again."""
-    return json.loads(file.read_text(encoding="utf-8"))

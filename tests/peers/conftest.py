@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from .transformers_suite import PACKAGE, marker_names
+from peers.transformers_suite import PACKAGE, marker_names
 
 
 CHOSEN = "DistilledWithRegistersTest"

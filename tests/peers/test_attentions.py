@@ -1,5 +1,6 @@
 """What tokens attend to, in every family that is converted: the source's own maps, ours with eager attention, those
-recorded from fused attention (analysis/recording.py), and the special tokens' rows (`token_attention`) are the same.
+recorded from fused attention (analysis/attention_recorder.py), and the special tokens' rows (`token_attention`) are
+the same.
 """
 
 from dataclasses import replace
@@ -10,10 +11,9 @@ import torch
 from torch import nn
 
 from modeling_vitcls import convert_from_timm, convert_from_transformers
-from modeling_vitcls.analysis.recording import recorded_attention
-
-from . import test_from_timm as timm_cases
-from .transformers_cases import CASES, Case, as_patches, encoder_of, images
+from modeling_vitcls.analysis.attention_recorder import recorded_attention
+from peers import test_from_timm as timm_cases
+from peers.transformers_cases import CASES, Case, as_patches, encoder_of, images
 
 
 LIMIT = 1e-5

@@ -1,7 +1,7 @@
 """Every ViT of timm against ours: the same numbers after conversion, or an error that names what is missing.
 
-All parameters of timm's models are random first (random_fill.py). Compared are all tokens that leave the encoder and
-the logits, at the native size and, after timm's own resampling, at a rectangle.
+All parameters of timm's models are random first (random_weights.py). Compared are all tokens that leave the encoder
+and the logits, at the native size and, after timm's own resampling, at a rectangle.
 """
 
 import copy
@@ -17,10 +17,9 @@ from timm.models.vision_transformer import DiffParallelScalingBlock, ParallelSca
 from torch import nn
 
 from modeling_vitcls import ViTCLSForImageClassification, ViTCLSModel
-from modeling_vitcls.conversion.engine import ConversionError
 from modeling_vitcls.conversion.from_timm import convert_from_timm
-
-from .random_fill import random_fill
+from modeling_vitcls.conversion.random_weights import random_fill
+from modeling_vitcls.conversion.weight_rules import ConversionError
 
 
 TOLERANCE = 1e-5

@@ -13,11 +13,10 @@ import transformers
 from torch import nn
 
 from modeling_vitcls import ViTCLSForImageClassification, ViTCLSModel, convert_from_transformers
-from modeling_vitcls.conversion.engine import ConversionError
 from modeling_vitcls.conversion.from_transformers import SOURCES
-
-from .random_fill import random_fill
-from .transformers_cases import BASE, CASES, PLAIN, RADIO, RATIO, Case, answered, expected, images
+from modeling_vitcls.conversion.random_weights import random_fill
+from modeling_vitcls.conversion.weight_rules import ConversionError
+from peers.transformers_cases import BASE, CASES, PLAIN, RADIO, RATIO, Case, answered, expected, images
 
 
 LIMIT = 1e-5  # DESIGN.md, accuracy of equivalence

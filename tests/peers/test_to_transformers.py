@@ -17,10 +17,9 @@ from modeling_vitcls import (
     convert_from_transformers,
     convert_to_transformers,
 )
-from modeling_vitcls.conversion.engine import ConversionError
-
-from .random_fill import random_fill
-from .transformers_cases import CASES, answered, expected, images
+from modeling_vitcls.conversion.random_weights import random_fill
+from modeling_vitcls.conversion.weight_rules import ConversionError
+from peers.transformers_cases import CASES, answered, expected, images
 
 
 BASE: dict[str, Any] = {

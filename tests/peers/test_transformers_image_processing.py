@@ -13,8 +13,7 @@ from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPi
 from transformers.models.vit.image_processing_vit import ViTImageProcessor
 
 from modeling_vitcls import ViTCLSImageProcessor, ViTCLSImageProcessorPil
-
-from .transformers_suite import load
+from peers.transformers_suite import load
 
 
 common = load("test_image_processing_common")

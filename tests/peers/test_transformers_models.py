@@ -22,8 +22,7 @@ from modeling_vitcls import (
     ViTCLSForMultiTaskClassification,
     ViTCLSModel,
 )
-
-from .transformers_reference import (
+from peers.transformers_reference import (
     BuiltInBackbone,
     BuiltInViT,
     ModelTests,

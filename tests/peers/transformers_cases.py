@@ -9,7 +9,7 @@ import torch
 import transformers
 from torch import nn
 
-from .random_fill import random_fill
+from modeling_vitcls.conversion.random_weights import random_fill
 
 
 NATIVE, OTHER, AS_MANY_PATCHES = (32, 32), (48, 24), (16, 64)

@@ -24,7 +24,7 @@ from transformers import (
     ViTModel,
 )
 
-from .transformers_suite import load
+from peers.transformers_suite import load
 
 
 backbone_tests = load("test_backbone_common")

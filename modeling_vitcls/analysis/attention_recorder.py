@@ -1,0 +1,59 @@
+"""Attention of every layer of one forward pass, under any attention implementation.
+
+    with recorded_attention(model) as layers:
+        model(pixel_values)
+    layers[0].weights()      # [B, maps, N, N], computed when asked for: one layer's maps in memory at a time
+
+The `recorder` of each layer's attention receives queries, keys and values, so memory grows with N, not N².
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..token_attention_vitcls import compute_attention_rows, record_attention, select_mask_rows
+from .model_utils import plain_model
+
+
+@dataclass(frozen=True)
+class RecordedLayer:
+    """What went into and came out of one layer's attention; a head has one map, in differential attention two."""
+
+    query: torch.Tensor  # [B, maps, N, d]
+    key: torch.Tensor  # [B, maps, N, d]
+    value: torch.Tensor  # [B, maps, N, head_dim]
+    mask: Any
+    scaling: float
+    attended: torch.Tensor  # [B, N, maps, head_dim]
+
+    def weights(self, num_rows: int | None = None) -> torch.Tensor:
+        """The attention maps [B, maps, N, N], as with eager attention; or the rows of the first tokens alone.
+
+        In float32, so that rows sum to 1 in half precision too.
+        """
+        query, key = self.query[:, :, :num_rows].float(), self.key.float()
+        return compute_attention_rows(query, key, select_mask_rows(self.mask, query, key), self.scaling)
+
+
+@contextmanager
+def recorded_attention(model: Any) -> Iterator[list[RecordedLayer]]:
+    """Note the attention of the forward pass made inside the block, all tokens of the last layer included."""
+    layers: list[RecordedLayer] = []
+    encoder = plain_model(model).base_model
+
+    def record(
+        index: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        mask: Any,
+        scaling: float,
+        attended: torch.Tensor,
+    ) -> None:
+        layers.append(RecordedLayer(query, key, value, mask, scaling, attended))
+
+    with record_attention(encoder, range(len(encoder.layers)), record):
+        yield layers

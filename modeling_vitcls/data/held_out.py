@@ -1,0 +1,111 @@
+"""Which images are held out if a data set has no split for evaluation, and what a run records about them.
+
+    image -> key: a checksum of its bytes if the data set contains them, else of its path within the data set
+          -> a hash of the key and the split seed, as a number from 0 to below 1
+          -> held out if that number is less than the fraction
+
+Each image is decided on its own, whatever the order, the labels and the other images are. So a data set that grows
+keeps its split: an image once held out is always held out, and an image once trained on is never held out later.
+
+Classes are therefore stratified only approximately: of n images, n x fraction are held out on average, with a standard
+deviation of sqrt(n x fraction x (1 - fraction)). A class of few images may have none held out, or none to train on,
+which training warns about.
+
+A run writes `HeldOutRecord` to results.json ("held_out"), which is published with the model. scripts/evaluate.py reads
+it, holds out the same images, and compares their digest.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+
+RESULTS_FILE = "results.json"  # of the run that made a model
+RECORD = "held_out"  # its entry about held-out images
+
+
+@dataclass(frozen=True)
+class HeldOutPart:
+    """The images of a data set that are held out."""
+
+    fraction: float
+    seed: int
+
+    def holds(self, key: int) -> bool:
+        """Return whether the image with this key is held out."""
+        bits = hashlib.blake2b(f"{self.seed} {key}".encode(), digest_size=8).digest()
+        return int.from_bytes(bits, "big") / 2**64 < self.fraction
+
+    def __str__(self) -> str:
+        return f"about {self.fraction:.0%}, by checksum, split seed {self.seed}"
+
+
+@dataclass(frozen=True)
+class HeldOutRecord:
+    """What a run records about its held-out images.
+
+    Attributes:
+        split: the split of the data set that was held out, or None if the images were chosen by `HeldOutPart`.
+        fraction: of `HeldOutPart`.
+        split_seed: of `HeldOutPart`.
+        num_images: number of held-out images.
+        sha256: digest of the keys of images that were chosen by `HeldOutPart`.
+    """
+
+    split: str | None
+    num_images: int
+    fraction: float | None = None
+    split_seed: int | None = None
+    sha256: str | None = None
+
+    @classmethod
+    def from_keys(cls, part: HeldOutPart, keys: Iterable[int]) -> "HeldOutRecord":
+        """Build the record of images that were chosen by `part`."""
+        keys = list(keys)
+        return cls(None, len(keys), part.fraction, part.seed, digest_keys(keys))
+
+    @property
+    def part(self) -> HeldOutPart | None:
+        """The rule that chose the images; None for a split of the data set."""
+        if self.fraction is None or self.split_seed is None:
+            return None
+        return HeldOutPart(self.fraction, self.split_seed)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the entry in results.json."""
+        return asdict(self)
+
+
+def read_record(folder: str | Path) -> HeldOutRecord | None:
+    """Return the record in a model folder; None if there is none, as in models that were not trained by this package.
+
+    Raises:
+        ValueError: if results.json is damaged.
+    """
+    file = Path(folder, RESULTS_FILE)
+    if not file.is_file():
+        return None
+    try:
+        found = json.loads(file.read_text(encoding="utf-8")).get(RECORD)
+        return None if found is None else HeldOutRecord(**found)
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"cannot read {file}: {error}; remove it to use the model without it") from error
+
+
+def compute_key(content: bytes) -> int:
+    """Return the key of an image, of 63 bits, from its bytes or from its path."""
+    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "big") >> 1
+
+
+def get_relative_path(path: str, folder: Path) -> str:
+    """Return the path of an image within a data set, which may be moved as a whole; URLs stay."""
+    return path if "://" in path else Path(os.path.relpath(path or ".", folder)).as_posix()
+
+
+def digest_keys(keys: Iterable[int]) -> str:
+    """Return the SHA-256 of a set of keys, in any order."""
+    return hashlib.sha256(" ".join(map(str, sorted(keys))).encode()).hexdigest()

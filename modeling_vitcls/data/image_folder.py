@@ -1,0 +1,373 @@
+"""Image folders: a folder with a sub-folder of images per class -> `datasets.DatasetDict`, without copying images.
+
+    photos/cat/1.jpg, photos/dog/2.jpg                  classes cat, dog; one split, "train"
+    photos/cat/2024/may/1.jpg                           class cat: a class folder is searched at any depth
+    photos/train/cat/1.jpg, photos/Testing/cat/2.jpg    splits "train" and "test"
+    photos/bus/1.jpg, photos/train/2.jpg                classes bus, train
+    photos/1.jpg                                        no classes: for predictions and pre-training only
+    photos/metadata.csv (or .jsonl, .parquet)           columns from the table, images from its column `file_name`
+
+Splits are recognized by the names of the folders at the first level only (`SPLIT_NAMES`, in any case); other folder
+and file names never matter. The first-level folders are splits if all of them that contain images have split names. If
+only some of them do, all of them are classes; but if one with a split name contains class folders of its own, it is
+unclear what the folders are, and reading fails.
+
+Every file is counted. Files that are not used (other file types, hidden files, images next to class folders) are named
+in `ImageFolder.notes`.
+
+What the columns of other data sets mean is in columns.py. A folder that contains tables, and not more images
+than tables, is not an image folder: `datasets` reads it.
+"""
+
+import hashlib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any
+
+from ..image_processing_vitcls import get_first_line
+
+
+if TYPE_CHECKING:
+    import pyarrow
+
+
+IMAGE_SUFFIXES = frozenset(
+    ".apng .avif .bmp .dib .gif .j2k .jfif .jp2 .jpe .jpeg .jpg .jpx .pbm .pcx .pgm .png .pnm .ppm .tga .tif .tiff "
+    ".webp".split()
+)
+TABLE_SUFFIXES = frozenset(".arrow .csv .json .jsonl .parquet .tar .tsv .zip".split())
+METADATA_FILES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
+
+# Folder name in lower case -> split.
+SPLIT_NAMES = {
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("val", "valid", "validation", "dev"), "validation"),
+    **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
+}
+SPLITS = ("train", "validation", "test")
+NUM_NAMED = 3  # maximum number of files that a note names
+
+
+@dataclass(frozen=True)
+class ImageFolder:
+    """The files of an image folder. Paths are relative to `path`, with "/" between their parts, and sorted."""
+
+    path: Path
+    images: list[str]
+    metadata: list[str]
+    tables: list[str]
+    others: list[str]  # hidden files, files of other types, and files whose names are not valid text
+    empty: list[str]  # folders of the first level without images
+    notes: list[str] = field(default_factory=list)  # what was left out or may surprise, one line each
+
+    @property
+    def is_image_folder(self) -> bool:
+        """Whether the folder is read as an image folder, and not as a folder of tables."""
+        return bool(self.images) and (bool(self.metadata) or len(self.images) > len(self.tables))
+
+
+def scan_folder(path: Path) -> ImageFolder:
+    """Return the files of a folder and of all folders in it; links to folders are followed."""
+    found: dict[str, list[str]] = {"images": [], "metadata": [], "tables": [], "others": []}
+    for name in list_files(path, ""):
+        found[get_file_kind(name)].append(name)
+    with_images = {PurePosixPath(name).parts[0] for name in found["images"]}
+    folders = sorted(entry.name for entry in os.scandir(path) if entry.is_dir() and not is_hidden(entry.name))
+    return ImageFolder(path, **found, empty=[name for name in folders if name not in with_images])
+
+
+def list_files(root: Path, folder: str, parents: tuple[str, ...] = ()) -> Iterator[str]:
+    """Yield the files below `root`/`folder`, sorted within each folder. A link to a folder that contains it is not
+    followed."""
+    real = os.path.realpath(root / folder)
+    if real in parents:
+        return
+    for entry in sorted(os.scandir(root / folder), key=lambda entry: entry.name):
+        name = f"{folder}/{entry.name}" if folder else entry.name
+        if entry.is_dir():
+            yield from list_files(root, name, (*parents, real))
+        else:
+            yield name
+
+
+def get_file_kind(name: str) -> str:
+    """Return the field of `ImageFolder` that a file belongs to."""
+    path = PurePosixPath(name)
+    if any(map(is_hidden, path.parts)) or make_printable(name) != name:
+        return "others"
+    if path.name in METADATA_FILES:
+        return "metadata"
+    if path.suffix.lower() in IMAGE_SUFFIXES:
+        return "images"
+    return "tables" if path.suffix.lower() in TABLE_SUFFIXES else "others"
+
+
+def is_hidden(name: str) -> bool:
+    """Return whether a file or folder was made by an operating system, not by the user."""
+    return name.startswith(".") or name == "__MACOSX"
+
+
+def make_printable(name: str) -> str:
+    """Return a file name as valid text, whatever bytes it has."""
+    return os.fsencode(name).decode("utf-8", errors="replace")
+
+
+def read_image_folder(folder: ImageFolder, labelled: bool) -> Any:
+    """Return a `datasets.DatasetDict` of the splits: a column `image`, and with `labelled` a column `label`; or the
+    columns of the metadata files, if there are any. What is left out is added to `folder.notes`.
+
+    Args:
+        folder: the files, from `scan_folder`.
+        labelled: whether classes are needed; without, all images are used, wherever they are.
+
+    Raises:
+        ValueError: if `labelled` and there are no class folders, or it is unclear which folders are splits.
+    """
+    import datasets
+
+    splits, are_folders = divide_into_splits(folder)
+    if folder.metadata:
+        parts = read_metadata(folder, splits, are_folders)
+    elif labelled:
+        parts = label_by_folder(folder, splits, depth=1 if are_folders else 0)
+    else:
+        parts = {split: build_split(folder, split, names) for split, names in splits.items()}
+    note_left_out(folder, sorted([*folder.others, *folder.tables]), "of other types")
+    if folder.empty:
+        folder.notes.append(f"{folder.path}: folders without images: {shorten_list(folder.empty)}")
+    return datasets.DatasetDict(parts)
+
+
+# Splits and classes --------------------------------------------------------------------------------------------------
+
+
+def divide_into_splits(folder: ImageFolder) -> tuple[dict[str, list[str]], bool]:
+    """Return the images of each split, by the rule at the top of this file, and whether the first level is splits.
+
+    Raises:
+        ValueError: if two folders are the same split, or it is unclear whether folders are splits or classes.
+    """
+    first_level: dict[str, list[str]] = {}
+    for name in folder.images:
+        if "/" in name:
+            first_level.setdefault(name.partition("/")[0], []).append(name)
+    named = [first for first in first_level if first.lower() in SPLIT_NAMES]
+    if not named or len(named) < len(first_level):
+        if not folder.metadata:
+            check_are_classes(folder, first_level, named)
+        return {"train": folder.images}, False
+    splits: dict[str, str] = {}
+    for first in named:
+        split = SPLIT_NAMES[first.lower()]
+        if split in splits:
+            raise ValueError(
+                f"{folder.path}: the folders {splits[split]!r} and {first!r} are both the split {split!r}: merge or "
+                "rename them"
+            )
+        splits[split] = first
+    note_left_out(folder, [name for name in folder.images if "/" not in name], "next to the split folders")
+    return {split: first_level[splits[split]] for split in SPLITS if split in splits}, True
+
+
+def check_are_classes(folder: ImageFolder, first_level: dict[str, list[str]], named: list[str]) -> None:
+    """Raise ValueError if a folder with a split name, next to folders with other names, contains folders of images."""
+    for first in named:
+        inner = sorted({name.split("/")[1] for name in first_level[first] if name.count("/") > 1})
+        if inner:
+            other = next(name for name in first_level if name not in named)
+            raise ValueError(
+                f"{folder.path}: the folder {first!r} contains folders of images ({shorten_list(inner)}), as a split "
+                f"does, but {other!r} next to it is not the name of a split ({', '.join(SPLITS)}): move {other!r} "
+                f"elsewhere if these are splits, or rename {first!r} if it is a class"
+            )
+
+
+def label_by_folder(folder: ImageFolder, splits: dict[str, list[str]], depth: int) -> dict[str, Any]:
+    """Return each split with the class folders of its images as labels. A split without class folders is left out.
+
+    Args:
+        folder: the files.
+        splits: the images of each split.
+        depth: number of folders above the class folders, 0 or 1.
+
+    Raises:
+        ValueError: if no split has class folders.
+    """
+    import datasets
+
+    classes = sorted({label for names in splits.values() for name in names if (label := get_class(name, depth))})
+    index = {name: position for position, name in enumerate(classes)}
+    stray = [name for names in splits.values() for name in names if get_class(name, depth) is None]
+    if not classes:
+        place = folder.path / PurePosixPath(stray[0]).parent
+        raise ValueError(
+            f"{place} holds images but no class folders: put the images of each class into a folder of their own "
+            f"({place / 'CLASS' / 'IMAGE'}), or give a table of images and labels as --dataset"
+        )
+    note_left_out(folder, stray, "outside of class folders")
+    deep = sorted({str(PurePosixPath(name).parent) for name in folder.images if name.count("/") > depth + 1})
+    if deep:
+        folder.notes.append(
+            f"{folder.path}: images in deeper folders ({shorten_list(deep)}) belong to the class of the first folder"
+        )
+    parts = {}
+    for split, names in splits.items():
+        labels = {name: index[label] for name in names if (label := get_class(name, depth))}
+        if labels:
+            feature = datasets.ClassLabel(names=classes)
+            parts[split] = build_split(folder, split, list(labels), list(labels.values()), feature)
+    return parts
+
+
+def get_class(name: str, depth: int) -> str | None:
+    """Return the class folder of an image, below `depth` other folders; None if it is in no class folder."""
+    folders = name.split("/")[depth:-1]
+    return folders[0] if folders else None
+
+
+def describe_single_class(dataset: str, name: str) -> str:
+    """Return an error message for a data set, which may be an image folder, with only one class."""
+    path = Path(dataset)
+    if not path.is_dir():
+        return f"{dataset}: all images have the label {name!r}, and a classifier needs two or more classes"
+    parents = [path, *(entry for entry in sorted(path.iterdir()) if entry.name.lower() in SPLIT_NAMES)]
+    folders = [parent / name for parent in parents if (parent / name).is_dir()]
+    inner = sorted({entry.name for folder in folders for entry in folder.iterdir() if entry.is_dir()})
+    hint = (
+        f"; if its folders ({shorten_list(inner)}) are the classes or splits, set --dataset {folders[0]}"
+        if inner
+        else ""
+    )
+    return (
+        f"{path} has a single class folder, {name!r}, and a classifier needs two or more: put the images of each "
+        f"class into a folder of their own{hint}"
+    )
+
+
+# Tables --------------------------------------------------------------------------------------------------------------
+
+
+def build_split(
+    folder: ImageFolder, split: str, names: list[str], labels: list[int] | None = None, feature: Any = None
+) -> Any:
+    """Return a `datasets.Dataset` of images by path, and of their labels."""
+    import datasets
+    import pyarrow
+
+    columns: dict[str, Any] = {"image": build_image_column(folder, names)}
+    features = datasets.Features({"image": datasets.Image()})
+    if labels is not None:
+        columns["label"] = pyarrow.array(labels, pyarrow.int64())
+        features["label"] = feature
+    return build_dataset(folder, split, names, pyarrow.table(columns), features)
+
+
+def build_image_column(folder: ImageFolder, names: list[str]) -> "pyarrow.Array":
+    """Return a column of the type of `datasets.Image` that refers to files by path."""
+    import pyarrow
+
+    paths = pyarrow.array([str(folder.path / name) for name in names], pyarrow.string())
+    return pyarrow.StructArray.from_arrays([pyarrow.nulls(len(names), pyarrow.binary()), paths], ["bytes", "path"])
+
+
+def build_dataset(folder: ImageFolder, split: str, names: list[str], table: "pyarrow.Table", features: Any) -> Any:
+    """Return a `datasets.Dataset` in memory. Its fingerprint is made of the names, sizes and times of the files."""
+    import datasets
+
+    fingerprint = hashlib.sha256(repr(table.drop(["image"]).to_pydict()).encode())
+    for name in names:
+        try:
+            found = (folder.path / name).stat()
+        except OSError:  # it is named when it is read
+            continue
+        fingerprint.update(f"{name} {found.st_size} {found.st_mtime_ns}\n".encode())
+    return datasets.Dataset(
+        datasets.table.InMemoryTable(table),
+        info=datasets.DatasetInfo(features=features),
+        split=datasets.NamedSplit(split),
+        fingerprint=fingerprint.hexdigest()[:16],
+    )
+
+
+def read_metadata(folder: ImageFolder, splits: dict[str, list[str]], are_folders: bool) -> dict[str, Any]:
+    """Return the rows of the metadata files by split, with the images that their column `file_name` names.
+
+    Args:
+        folder: the files.
+        splits: the images of each split.
+        are_folders: whether the splits are folders of the first level.
+
+    Raises:
+        ValueError: if a metadata file cannot be read, has no `file_name`, or names a file outside of its folder.
+    """
+    import datasets
+    import pyarrow
+
+    tables = [read_metadata_file(folder, file) for file in folder.metadata]
+    try:
+        table = pyarrow.concat_tables([table for table, _ in tables], promote_options="permissive")
+    except pyarrow.ArrowInvalid as error:
+        files = ", ".join(folder.metadata)
+        raise ValueError(f"{folder.path}: {files} have columns of different types: {get_first_line(error)}") from error
+    names = [name for _, listed in tables for name in listed]
+    unlisted = sorted(set(folder.images) - set(names))
+    note_left_out(folder, unlisted, "not listed in a metadata file")
+    features = datasets.Features({"image": datasets.Image(), **datasets.Features.from_arrow_schema(table.schema)})
+    parts = {}
+    for split in splits:
+        rows = [
+            row
+            for row, name in enumerate(names)
+            if not are_folders or SPLIT_NAMES.get(name.partition("/")[0].lower()) == split
+        ]
+        if rows:
+            chosen = [names[row] for row in rows]
+            columns = table.take(rows).add_column(0, "image", build_image_column(folder, chosen))
+            parts[split] = build_dataset(folder, split, chosen, columns, features)
+    return parts
+
+
+def read_metadata_file(folder: ImageFolder, file: str) -> tuple["pyarrow.Table", list[str]]:
+    """Return the columns of a metadata file other than `file_name`, and the images that it names."""
+    import pandas
+    import pyarrow
+    import pyarrow.json
+    import pyarrow.parquet
+
+    path = folder.path / file
+    try:
+        if path.suffix == ".csv":
+            table = pyarrow.Table.from_pandas(pandas.read_csv(path), preserve_index=False).replace_schema_metadata()
+        elif path.suffix == ".jsonl":
+            table = pyarrow.json.read_json(path)
+        else:
+            table = pyarrow.parquet.read_table(path)
+        names = [str(name) for name in table.column("file_name").to_pylist()]
+    except (OSError, ValueError, KeyError) as error:  # those of pandas and Arrow are among them
+        raise ValueError(
+            f"cannot read {path}: {get_first_line(error)} (it requires a column `file_name` of paths relative to its "
+            "folder)"
+        ) from error
+    for name in names:
+        if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts or "://" in name:
+            raise ValueError(f"{path}: the image {name!r} is outside of the folder of this file: move it there")
+    parent = PurePosixPath(file).parent
+    return table.drop(["file_name"]), [(parent / name).as_posix() for name in names]
+
+
+# Notes ---------------------------------------------------------------------------------------------------------------
+
+
+def note_left_out(folder: ImageFolder, names: list[str], reason: str) -> None:
+    """Add a note on files that are not used, if there are any. `reason` follows the noun "files"."""
+    if names:
+        files = "1 file" if len(names) == 1 else f"{len(names):,} files"
+        folder.notes.append(f"{folder.path}: left out {files} {reason}: {shorten_list(names)}")
+
+
+def shorten_list(names: list[str]) -> str:
+    """Return the first names, and how many more there are."""
+    more = f" and {len(names) - NUM_NAMED:,} more" if len(names) > NUM_NAMED else ""
+    return ", ".join(map(make_printable, names[:NUM_NAMED])) + more

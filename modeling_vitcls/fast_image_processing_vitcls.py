@@ -1,0 +1,123 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The fast path of the image processor: the same `pixel_values` to the bit, with less overhead.
+
+    JPEG file -> [3, H, W] uint8 -> resize -> center crop -> rescale and normalize, written into the batch
+
+`ViTCLSImageProcessor` uses this path for calls without keywords, once it has checked its settings. The overhead of
+transformers (checks, grouping by shape, layout copies) costs as much time as the image operations. Resizing and
+cropping are methods of the image processor; torchvision decodes JPEG files.
+
+This file does not use PyTorch's threads, which are slower than one thread for a single image on a busy machine. It
+reads a list of files with `torch.get_num_threads()` Python threads, one image per thread.
+"""
+
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers.image_utils import SizeDict
+
+
+try:
+    from torchvision.io import ImageReadMode, decode_jpeg
+except ImportError:  # PIL reads all files if torchvision or its decoders are not installed
+    decode_jpeg = None
+
+
+JPEG_SIGNATURE = b"\xff\xd8\xff"
+URL_PREFIXES = ("http://", "https://", "data:")
+
+
+def read_jpeg(source: Any) -> Tensor | None:
+    """Return a JPEG file, or its bytes, as upright RGB pixels [3, H, W] `uint8`, equal to the pixels from PIL.
+
+    Return None for other formats, and if torchvision cannot decode the file, or decodes it unlike PIL (CMYK).
+    """
+    encoded = read_jpeg_bytes(source) if decode_jpeg is not None else None
+    if encoded is None:
+        return None
+    try:
+        data = torch.frombuffer(encoded, dtype=torch.uint8)
+        pixels = decode_jpeg(data, mode=ImageReadMode.UNCHANGED, apply_exif_orientation=True)
+    except RuntimeError:
+        return None
+    if len(pixels) == 1:
+        return pixels.expand(3, -1, -1)
+    return pixels if len(pixels) == 3 else None
+
+
+def read_jpeg_bytes(source: Any) -> bytearray | None:
+    """Return the content of a regular file, or of bytes, that starts like a JPEG file; None for everything else."""
+    if isinstance(source, bytes | bytearray):
+        return bytearray(source) if source.startswith(JPEG_SIGNATURE) else None
+    if not isinstance(source, str | os.PathLike) or str(source).startswith(URL_PREFIXES):
+        return None
+    try:
+        if not Path(source).is_file():  # to open a named pipe would block
+            return None
+        with Path(source).open("rb") as file:
+            start = file.read(len(JPEG_SIGNATURE))
+            return bytearray(start + file.read()) if start == JPEG_SIGNATURE else None
+    except (OSError, ValueError):
+        return None
+
+
+def get_settings(processor: Any, names: list[str]) -> tuple[Any, ...]:
+    """Return the settings of an image processor for later comparison, with the current values of sizes."""
+    values = (getattr(processor, name, None) for name in names)
+    return tuple(tuple(vars(value).values()) if isinstance(value, SizeDict) else value for value in values)
+
+
+def can_use_fast_path(processor: Any) -> bool:
+    """Return whether `normalize_batch` supports all settings of an image processor."""
+    return bool(
+        processor.do_rescale
+        and processor.do_normalize
+        and isinstance(processor.image_mean, tuple)
+        and isinstance(processor.image_std, tuple)
+        and not processor.do_pad
+        and processor.input_data_format is None
+        and processor.device is None
+    )
+
+
+def resize_and_crop(processor: Any, pixels: Tensor) -> Tensor:
+    """Return one image [C, H, W] `uint8`, resized and cropped to [C, h, w] `uint8`."""
+    if processor.do_resize:
+        pixels = processor.resize(pixels, size=processor.size, resample=processor.resample)
+    return processor.center_crop(pixels, processor.crop_size) if processor.do_center_crop else pixels
+
+
+def normalize_batch(processor: Any, images: list[Tensor]) -> Tensor:
+    """Return images of one shape [C, h, w], `uint8` on the CPU, rescaled and normalized: [B, C, h, w] float32."""
+    mean, std = scale_statistics(processor.image_mean, processor.image_std, processor.rescale_factor)
+    batch = np.empty((len(images), *images[0].shape), dtype=np.float32)  # [B, C, h, w]
+    for values, image in zip(batch, images, strict=True):
+        np.copyto(values, image.numpy())
+        np.subtract(values, mean, out=values)
+        np.divide(values, std, out=values)
+    return torch.from_numpy(batch)
+
+
+@lru_cache(maxsize=16)
+def scale_statistics(
+    mean: tuple[float, ...], std: tuple[float, ...], rescale_factor: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return mean and standard deviation of unscaled pixels, float32 [C, 1, 1], computed as in transformers."""
+    scaled = [torch.tensor(values).float() * (1.0 / rescale_factor) for values in (mean, std)]
+    return scaled[0].view(-1, 1, 1).numpy(), scaled[1].view(-1, 1, 1).numpy()
+
+
+def map_in_threads(prepare: Callable[[Any], Tensor], sources: list[Any]) -> list[Tensor]:
+    """Return `prepare(source)` for each source, in order."""
+    num_threads = min(torch.get_num_threads(), len(sources))
+    if num_threads == 1:
+        return [prepare(source) for source in sources]
+    with ThreadPoolExecutor(num_threads) as pool:
+        return list(pool.map(prepare, sources))

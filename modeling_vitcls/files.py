@@ -1,0 +1,46 @@
+"""Read JSON, and write files completely or not at all."""
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+
+def write_json(file: Path, values: dict[str, Any]) -> None:
+    """Write a JSON file, whole or not at all."""
+    partial = file.with_name(f".{file.name}.partial")
+    partial.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    partial.replace(file)
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """Read it again."""
+    return json.loads(file.read_text(encoding="utf-8"))
+
+
+@contextmanager
+def written_whole(file: Path) -> Iterator[Path]:
+    """A hidden file to write, which becomes `file` once it is complete and on disk, or is removed.
+
+    Raises:
+        OSError: naming `file`, if it cannot be written.
+    """
+    unfinished = file.with_name(f".{file.name}.{os.getpid()}.unfinished")
+    try:
+        yield unfinished
+        with unfinished.open("rb") as written:
+            os.fsync(written.fileno())
+        unfinished.replace(file)
+    except OSError as error:
+        if error.errno is None:  # of what is to be written, rather than of writing it
+            raise
+        raise OSError(f"cannot write {file}: {error.strerror}") from error
+    finally:
+        unfinished.unlink(missing_ok=True)
+    folder = os.open(file.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)  # the new name as well
+    finally:
+        os.close(folder)

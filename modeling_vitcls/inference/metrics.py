@@ -1,0 +1,321 @@
+"""What is measured over labelled pictures, by kind of labels.
+
+    METRICS[label_space.kind](label_space, device)   .update(outputs, labels) per batch, then .compute() once
+
+torchmetrics adds up over batches and processes: `compute` has to be called on all of them, and `update` too where a
+process has no pictures (with no rows of labels). Which pictures are shown is not decided here: see evaluator.py.
+"""
+
+import math
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from statistics import NormalDist
+from typing import Any
+
+import torch
+from torch import nn
+from torchmetrics import MeanMetric, Metric, SumMetric
+from torchmetrics.classification import (
+    MulticlassCalibrationError,
+    MulticlassConfusionMatrix,
+    MultilabelAveragePrecision,
+)
+
+from ..data.labels import LabelKind, LabelSpace
+from ..heads_vitcls import IGNORED_LABEL
+
+
+MOST_CLASSES_OF_MATRIX = 1000  # it grows with their square
+MOST_CLASSES_READ = 200  # of a matrix in the results of a run
+CALIBRATION_BINS = 15
+HEADS = {"cls_accuracy": "cls_logits", "distillation_accuracy": "distillation_logits"}
+
+Values = dict[str, Any]
+
+
+def scalars(metrics: Mapping[str, Any]) -> dict[str, int | float]:
+    """Those that are one number, to log and to compare; in the same order."""
+    return {name: value for name, value in metrics.items() if isinstance(value, int | float)}
+
+
+def without_large_matrices(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """The metrics without confusion matrices of more classes than a person reads."""
+    return {
+        name: value
+        for name, value in metrics.items()
+        if not (name.endswith("confusion_matrix") and len(value) > MOST_CLASSES_READ)
+    }
+
+
+class ClassificationMetrics(ABC):
+    """Metrics of a classifier over the batches it was updated with, on all processes."""
+
+    @abstractmethod
+    def update(self, outputs: Any, labels: Any) -> None:
+        """Take one batch.
+
+        Args:
+            outputs: of the model, for G pictures or more; what stands beyond the G rows of labels is not counted.
+            labels: of G pictures, as data/labels.py says. G may be 0.
+        """
+
+    @abstractmethod
+    def compute(self) -> Values:
+        """Numbers first, then lists. A value that these pictures cannot tell (0 of 0) is None. On all processes."""
+
+
+class SingleLabelMetrics(ClassificationMetrics):
+    """One class per picture.
+
+    accuracy                top 1
+    top_5_accuracy          of more than five classes
+    balanced_accuracy       mean recall of the classes that have pictures
+    calibration_error       mean distance of confidence from accuracy in 15 bins (Guo et al. 2017, arXiv 1706.04599)
+    cls_accuracy, distillation_accuracy     of each head by itself, where there are two
+    loss                    cross-entropy, without label smoothing
+    num_images
+    accuracy_interval       [low, high], 95 % confidence
+    per_class               name, images, recall (the accuracy on that class), precision and F1 of each class
+    confusion_matrix        rows are true classes, columns answers; left out above 1,000 classes
+    """
+
+    def __init__(self, label_space: LabelSpace, device: torch.device) -> None:
+        self.names = label_space.names
+        num_classes = len(self.names)
+        self.counts = ClassCounts(num_classes).to(device)
+        self.loss = mean_of_pictures(device)
+        self.calibration = MulticlassCalibrationError(num_classes, CALIBRATION_BINS, validate_args=False).to(device)
+        self.top_5 = mean_of_pictures(device) if num_classes > 5 else None
+        self.heads = {name: mean_of_pictures(device) for name in HEADS}
+        self.matrix = None
+        if num_classes <= MOST_CLASSES_OF_MATRIX:
+            self.matrix = MulticlassConfusionMatrix(num_classes, validate_args=False).to(device)
+
+    def update(self, outputs: Any, labels: torch.Tensor) -> None:
+        """Logits [B, L], also of each head where there are two; labels [G]."""
+        self.count(outputs.logits, labels)
+        if outputs.distillation_logits is not None:
+            for name, attribute in HEADS.items():
+                answers = getattr(outputs, attribute)[: len(labels)].argmax(dim=1)  # [G]
+                self.heads[name].update((answers == labels).float())
+
+    def count(self, logits: torch.Tensor, labels: torch.Tensor) -> None:
+        """Take logits [B, L] and labels [G]; pictures with the label -100 do not count."""
+        known = labels != IGNORED_LABEL
+        logits, labels = logits[: len(labels)][known].float(), labels[known]
+        answers = logits.argmax(dim=1)  # [G]
+        num_classes = len(self.names)
+        self.counts.update(
+            right=torch.bincount(labels[answers == labels], minlength=num_classes),
+            answered=torch.bincount(answers, minlength=num_classes),
+            images=torch.bincount(labels, minlength=num_classes),
+        )
+        self.loss.update(nn.functional.cross_entropy(logits, labels, reduction="none"))
+        self.calibration.update(logits.softmax(dim=1), labels)  # given logits, it would guess from their range
+        if self.top_5 is not None:
+            self.top_5.update((logits.topk(5).indices == labels[:, None]).any(dim=1).float())
+        if self.matrix is not None:
+            self.matrix.update(answers, labels)
+
+    def compute(self) -> Values:
+        """See the class."""
+        counts = self.counts.compute().tolist()
+        num_right, _, num_images = map(sum, counts)
+        classes = per_class(self.names, counts)
+        values: Values = {"accuracy": ratio(num_right, num_images)}
+        if self.top_5 is not None:
+            values["top_5_accuracy"] = number(self.top_5.compute())
+        values["balanced_accuracy"] = mean([row["recall"] for row in classes])
+        values["calibration_error"] = number(self.calibration.compute())
+        values |= {name: number(head.compute()) for name, head in self.heads.items() if head.update_called}
+        values["loss"] = number(self.loss.compute())
+        values["num_images"] = num_images
+        values["accuracy_interval"] = wilson_interval(num_right, num_images)
+        values["per_class"] = classes
+        if self.matrix is not None:
+            values["confusion_matrix"] = self.matrix.compute().tolist()
+        return values
+
+
+class MultiLabelMetrics(ClassificationMetrics):
+    """Any number of classes per picture; a class is answered where its probability is above 0.5.
+
+    mean_average_precision  mean over the classes that have pictures
+    micro_f1, macro_f1      over all answers alike; mean over the classes
+    exact_match             part of the pictures with every class right
+    loss                    binary cross-entropy, mean over pictures and classes
+    num_images
+    per_class               name, images, average precision, recall, precision and F1 of each class
+
+    Average precision keeps every probability in memory: 4 MB per thousand pictures and thousand classes.
+    """
+
+    def __init__(self, label_space: LabelSpace, device: torch.device) -> None:
+        self.names = label_space.names
+        self.counts = ClassCounts(len(self.names)).to(device)
+        self.precision = MultilabelAveragePrecision(len(self.names), average=None, validate_args=False).to(device)
+        self.exact_match, self.loss = mean_of_pictures(device), mean_of_pictures(device)
+        self.num_images = number_of_pictures(device)
+
+    def update(self, outputs: Any, labels: torch.Tensor) -> None:
+        """Logits [B, L]; labels [G, L], 0 or 1."""
+        logits = outputs.logits[: len(labels)].float()
+        probabilities = logits.sigmoid()  # given logits, torchmetrics would guess from their range
+        answers, truth = probabilities > 0.5, labels > 0.5  # [G, L]
+        self.counts.update(right=(answers & truth).sum(0), answered=answers.sum(0), images=truth.sum(0))
+        self.precision.update(probabilities, truth.long())
+        self.exact_match.update((answers == truth).all(dim=1).float())
+        losses = nn.functional.binary_cross_entropy_with_logits(logits, labels.float(), reduction="none")
+        self.loss.update(losses.mean(dim=1))
+        self.num_images.update(len(labels))
+
+    def compute(self) -> Values:
+        """See the class."""
+        counts = self.counts.compute().tolist()
+        num_right, num_answered, num_true = map(sum, counts)
+        classes = per_class(self.names, counts)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about classes without pictures, which count as None here
+            precisions = self.precision.compute().tolist()
+        for row, precision in zip(classes, precisions, strict=True):
+            row["average_precision"] = precision if row["images"] else None
+        return {
+            "mean_average_precision": mean([row["average_precision"] for row in classes]),
+            "micro_f1": ratio(2 * num_right, num_answered + num_true),
+            "macro_f1": mean([row["f1"] for row in classes]),
+            "exact_match": number(self.exact_match.compute()),
+            "loss": number(self.loss.compute()),
+            "num_images": int(self.num_images.compute()),
+            "per_class": classes,
+        }
+
+
+class MultiTaskMetrics(ClassificationMetrics):
+    """One class per picture and task: what `SingleLabelMetrics` has for each task, as `TASK_accuracy` and so on.
+
+    accuracy                mean over the tasks that have labelled pictures
+    loss                    sum over the tasks, as in training
+    num_images              all pictures; `TASK_num_images` leaves out those without a label for the task
+    """
+
+    def __init__(self, label_space: LabelSpace, device: torch.device) -> None:
+        self.tasks = {
+            task: SingleLabelMetrics(LabelSpace("single_label_classification", {task: names}), device)
+            for task, names in label_space.columns.items()
+        }
+        self.num_images = number_of_pictures(device)
+
+    def update(self, outputs: Any, labels: dict[str, torch.Tensor]) -> None:
+        """Logits {task: [B, L]}; labels {task: [G]}, -100 where there is none."""
+        for task, metrics in self.tasks.items():
+            metrics.count(outputs.logits[task], labels[task])
+        self.num_images.update(len(next(iter(labels.values()))))
+
+    def compute(self) -> Values:
+        """See the class."""
+        by_task = {task: metrics.compute() for task, metrics in self.tasks.items()}
+        values = {
+            "accuracy": mean([metrics["accuracy"] for metrics in by_task.values()]),
+            "loss": sum(metrics["loss"] or 0.0 for metrics in by_task.values()),
+            "num_images": int(self.num_images.compute()),
+        }
+        each = {f"{task}_{name}": value for task, metrics in by_task.items() for name, value in metrics.items()}
+        return values | scalars(each) | each
+
+
+METRICS: dict[LabelKind, type[Any]] = {
+    "single_label_classification": SingleLabelMetrics,
+    "multi_label_classification": MultiLabelMetrics,
+    "multi_task": MultiTaskMetrics,
+}
+
+
+# What they are made of -----------------------------------------------------------------------------------------------
+
+
+class ClassCounts(Metric):
+    """Right answers, all answers and pictures of each class, [L] int64 each, of which the rest follows.
+
+    torchmetrics' own counts refuse batches of no pictures, and build a matrix of classes x classes at each update.
+    """
+
+    full_state_update = False
+    right: torch.Tensor
+    answered: torch.Tensor
+    images: torch.Tensor
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        for name in ("right", "answered", "images"):
+            self.add_state(name, torch.zeros(num_classes, dtype=torch.long), dist_reduce_fx="sum")
+
+    def update(self, right: torch.Tensor, answered: torch.Tensor, images: torch.Tensor) -> None:
+        """Add the counts [L] of one batch."""
+        self.right += right
+        self.answered += answered
+        self.images += images
+
+    def compute(self) -> torch.Tensor:
+        """The three counts, [3, L]."""
+        return torch.stack([self.right, self.answered, self.images])
+
+
+def mean_of_pictures(device: torch.device) -> MeanMetric:
+    """A mean over pictures; NaN shows in it."""
+    return precise(MeanMetric(nan_strategy="disable"), device)
+
+
+def number_of_pictures(device: torch.device) -> SumMetric:
+    """A sum of counts."""
+    return precise(SumMetric(nan_strategy="disable"), device)
+
+
+def precise(metric: Any, device: torch.device) -> Any:
+    """The metric on the device, in double precision where that knows it, so that the order of terms does not show."""
+    return metric.set_dtype(torch.float32 if device.type == "mps" else torch.float64).to(device)
+
+
+def per_class(names: list[str], counts: list[list[int]]) -> list[Values]:
+    """Images, recall, precision and F1 of each class, from the three counts [3, L] of `ClassCounts`."""
+    return [
+        {
+            "name": name,
+            "images": images,
+            "recall": ratio(right, images),
+            "precision": ratio(right, answered),
+            "f1": ratio(2 * right, images + answered),
+        }
+        for name, right, answered, images in zip(names, *counts, strict=True)
+    ]
+
+
+def wilson_interval(num_right: int, num_images: int, confidence: float = 0.95) -> list[float] | None:
+    """Confidence interval [low, high] of a part counted as `num_right` of `num_images`; None of no images.
+
+    Wilson's score interval (Wilson 1927, "Probable inference, the law of succession, and statistical inference"). It
+    stays within 0 and 1, and has a width also where all answers are right.
+    """
+    if num_images == 0:
+        return None
+    z = NormalDist().inv_cdf((1 + confidence) / 2)
+    part, weight = num_right / num_images, z**2 / num_images
+    centre = (part + weight / 2) / (1 + weight)
+    distance = z / (1 + weight) * math.sqrt(part * (1 - part) / num_images + weight / (4 * num_images))
+    return [max(centre - distance, 0.0), min(centre + distance, 1.0)]
+
+
+def ratio(part: int, whole: int) -> float | None:
+    """`part` of `whole`; None of nothing."""
+    return part / whole if whole else None
+
+
+def mean(values: list[float | None]) -> float | None:
+    """Mean of those that are known; None if none is."""
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None
+
+
+def number(value: torch.Tensor) -> float | None:
+    """A tensor of one value; None where it is not finite, which JSON could not hold."""
+    return value.item() if value.isfinite() else None

@@ -1,0 +1,310 @@
+"""From rows to what a person or a program reads: a table, CSV, JSON, JSON lines, Parquet.
+
+A writer takes an iterator of rows and writes them as they come. Files appear under their name whole, or not at all.
+
+A folder of Parquet files that grows until it holds the whole input, over as many starts as that takes.
+
+    folder/.manifest.json          what it holds: the input, the model, the flags that change an answer
+    folder/shard-000000.parquet    images 0 .. size - 1
+    folder/shard-000001.parquet    images size .. 2 * size - 1, and so on
+
+Which images make a shard depends on the input alone, so another start may have other processes. A shard is there
+whole or not at all. Names with a leading dot are passed over by whoever reads the folder as one data set.
+
+How far a prediction is: a bar on a terminal, a line now and then elsewhere; on stderr, apart from the table.
+"""
+
+import csv
+import json
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from itertools import count, islice
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self, TextIO
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from rich import progress
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from ..files import written_whole
+from .prediction_rows import Row
+
+
+LABEL_SEPARATOR = "|"  # in CSV, between the labels of one image
+WIDE = 100_000  # characters
+ROWS_PER_GROUP = 1024  # of a Parquet file: what is kept in memory while writing, and what readers load at once
+
+Columns = dict[str, pa.DataType]
+
+
+def all_columns(answers: Columns) -> Columns:
+    """The columns of every output: the image, the answers about it, and what went wrong."""
+    return {"index": pa.int64(), "image": pa.string(), **answers, "error": pa.string()}
+
+
+def write_rows(rows: Iterable[Row], columns: Columns, file: Path) -> None:
+    """Write a file in the format of its suffix, in place of one that was there.
+
+    Raises:
+        OSError: if it cannot be written; nothing is left of it then.
+    """
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with written_whole(file) as unfinished:
+        WRITERS[file.suffix.lower()](rows, columns, unfinished)
+
+
+# Writers -------------------------------------------------------------------------------------------------------------
+
+
+def write_csv(rows: Iterable[Row], columns: Columns, file: Path) -> None:
+    """Comma-separated, with a header; several labels of one image in one cell."""
+    with file.open("w", newline="", encoding="utf-8") as text:
+        writer = csv.DictWriter(text, list(columns))
+        writer.writeheader()
+        writer.writerows({name: in_one_cell(value) for name, value in row.items()} for row in rows)
+
+
+def in_one_cell(value: Any) -> Any:
+    """A list as text."""
+    return LABEL_SEPARATOR.join(map(str, value)) if isinstance(value, list) else value
+
+
+def write_json_lines(rows: Iterable[Row], columns: Columns, file: Path) -> None:
+    """An object per line."""
+    with file.open("w", encoding="utf-8") as text:
+        text.writelines(f"{as_json(row)}\n" for row in rows)
+
+
+def write_json(rows: Iterable[Row], columns: Columns, file: Path) -> None:
+    """A list of objects, one per line."""
+    with file.open("w", encoding="utf-8") as text:
+        text.write("[")
+        write_separated(rows, text)
+        text.write("\n]\n")
+
+
+def write_separated(rows: Iterable[Row], text: TextIO) -> None:
+    """Objects with commas between them."""
+    for place, row in enumerate(rows):
+        text.write(",\n" if place else "\n")
+        text.write(as_json(row))
+
+
+def as_json(row: Row) -> str:
+    """One row; what it does not have is null."""
+    return json.dumps(row, ensure_ascii=False, allow_nan=False, default=np.ndarray.tolist)
+
+
+def write_parquet(rows: Iterable[Row], columns: Columns, file: Path) -> None:
+    """Apache Parquet. Its metadata says under `failed` how many images have an error."""
+    schema = pa.schema(list(columns.items()))
+    rows = iter(rows)
+    failed = 0
+    with pq.ParquetWriter(file, schema) as writer:
+        while group := list(islice(rows, ROWS_PER_GROUP)):
+            failed += sum(row["error"] is not None for row in group)
+            writer.write_table(pa.Table.from_pylist(group, schema))
+        writer.add_key_value_metadata({"failed": str(failed)})
+
+
+WRITERS: dict[str, Callable[[Iterable[Row], Columns, Path], None]] = {
+    ".csv": write_csv,
+    ".json": write_json,
+    ".jsonl": write_json_lines,
+    ".parquet": write_parquet,
+}
+
+
+# Table ---------------------------------------------------------------------------------------------------------------
+
+
+def show_table(rows: Iterable[Row], columns: Columns) -> None:
+    """Print a table of all columns but the number; without `error` where there is none."""
+    rows = list(rows)
+    shown = [name for name in columns if name != "index"]
+    if all(row["error"] is None for row in rows):
+        shown.remove("error")
+    table = Table()
+    for name in shown:
+        is_number = pa.types.is_floating(columns[name])
+        table.add_column(name, justify="right" if is_number else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*(Text(as_text(row[name])) for name in shown))
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = WIDE  # lines stay whole for the program that reads them
+    console.print(table)
+
+
+def as_text(value: Any) -> str:
+    """One cell of the table."""
+    if isinstance(value, list):
+        return ", ".join(map(as_text, value))
+    if isinstance(value, float):
+        return f"{value:.4f}"
+    return "" if value is None else str(value)
+
+
+SECONDS_BETWEEN_LINES = 10.0
+
+
+class Progress:
+    """Counts rows as they pass; use it as a context manager around what consumes them."""
+
+    def __init__(self, total: int | None, is_shown: bool) -> None:
+        self.num_images = 0
+        self.num_failed = 0
+        self.total = total
+        self.console = Console(stderr=True, quiet=not is_shown, highlight=False, soft_wrap=True)
+        self.bar = progress.Progress(
+            progress.TextColumn("{task.description}"),
+            progress.BarColumn(),
+            progress.MofNCompleteColumn(),
+            progress.TimeRemainingColumn(),
+            console=self.console,
+            disable=not self.console.is_terminal or not is_shown,
+        )
+        self.task = self.bar.add_task("predicting", total=total)
+        self.started = self.last_line = time.perf_counter()
+
+    def __enter__(self) -> Self:
+        self.bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.bar.stop()
+        if error is None:
+            self.say()
+
+    def counted(self, rows: Iterable[Row]) -> Iterator[Row]:
+        """The same rows."""
+        for row in rows:
+            self.num_images += 1
+            self.num_failed += row["error"] is not None
+            self.bar.update(self.task, completed=self.num_images)
+            if self.bar.disable and time.perf_counter() - self.last_line > SECONDS_BETWEEN_LINES:
+                self.say()
+            yield row
+
+    def say(self) -> None:
+        """One line."""
+        self.last_line = time.perf_counter()
+        speed = self.num_images / (self.last_line - self.started)
+        total = "" if self.total is None else f" of {self.total:,}"
+        failed = f", {self.num_failed:,} without an answer (see the column `error`)" if self.num_failed else ""
+        self.console.print(f"{self.num_images:,}{total} images, {speed:,.0f} images/s{failed}", markup=False)
+
+
+MANIFEST = ".manifest.json"
+FORMAT = 1
+
+
+@dataclass
+class ShardFolder:
+    """The folder, and how many images each of its files holds."""
+
+    path: Path
+    size: int
+
+    def file(self, number: int) -> Path:
+        """Where a shard is, or will be."""
+        return self.path / f"shard-{number:06}.parquet"
+
+    def done(self) -> set[int]:
+        """The numbers of the shards that are there."""
+        return {int(file.stem.removeprefix("shard-")) for file in self.path.glob("shard-*.parquet")}
+
+    def begin(self, contents: dict[str, Any]) -> int | None:
+        """Create the folder, or check that it was begun with the same contents; only for the main process.
+
+        Returns:
+            How many images the input has, if an earlier start has come to know.
+
+        Raises:
+            ValueError: if it holds something else.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        for unfinished in self.path.glob(".*.unfinished"):
+            unfinished.unlink()  # of a start that was killed
+        contents = {"format": FORMAT, "shard_size": self.size, **contents}
+        manifest = self.manifest()
+        if manifest is None:
+            if any(self.path.iterdir()):
+                raise ValueError(f"--output {self.path} holds other files: name a new or empty folder")
+            self.write_manifest({"num_images": None, **contents})
+            return None
+        num_images = manifest.pop("num_images", None)
+        if difference := first_difference(manifest, contents):
+            raise ValueError(f"--output {self.path} was begun with {difference}: repeat that, or name another folder")
+        return num_images
+
+    def manifest(self) -> dict[str, Any] | None:
+        """What the folder says that it holds."""
+        file = self.path / MANIFEST
+        return json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
+
+    def write_manifest(self, manifest: dict[str, Any]) -> None:
+        """Say what it holds."""
+        with written_whole(self.path / MANIFEST) as unfinished:
+            unfinished.write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+
+    def set_num_images(self, num_images: int) -> None:
+        """Note the length of the input, so that the next start need not look for its end."""
+        self.write_manifest({**(self.manifest() or {}), "num_images": num_images})
+
+    def is_complete(self, num_images: int) -> bool:
+        """Whether all shards are there."""
+        return self.done().issuperset(range(math.ceil(num_images / self.size)))
+
+    def counts(self, num_images: int) -> tuple[int, int]:
+        """Rows, and rows with an error, of all shards.
+
+        Raises:
+            ValueError: for a file that is damaged or has another number of rows.
+        """
+        rows = failed = 0
+        for number, indices in enumerate(shard_ranges(num_images, self.size)):
+            file = self.file(number)
+            try:
+                footer = pq.read_metadata(file)
+            except Exception as error:  # pyarrow raises several kinds
+                raise ValueError(f"{file} is damaged ({error}): delete it and start again") from error
+            if footer.num_rows != len(indices):
+                raise ValueError(
+                    f"{file} has {footer.num_rows} rows in place of {len(indices)}: delete it and start again"
+                )
+            rows += footer.num_rows
+            failed += int(footer.metadata[b"failed"])
+        return rows, failed
+
+
+def shard_ranges(num_images: int | None, size: int) -> Iterator[range]:
+    """The images of each shard; without end for an input whose length is not known."""
+    numbers = count() if num_images is None else range(math.ceil(num_images / size))
+    for number in numbers:
+        end = (number + 1) * size
+        yield range(number * size, end if num_images is None else min(end, num_images))
+
+
+def share(ranges: Iterator[range], process: int, num_processes: int) -> Iterator[range]:
+    """The ranges that one process has to do, when they are dealt out in turn."""
+    return islice(ranges, process, None, num_processes)
+
+
+def first_difference(before: dict[str, Any], now: dict[str, Any]) -> str | None:
+    """What differs, in words; most names are flags."""
+    for name in {**before, **now}:
+        if before.get(name) != now.get(name):
+            if name in ("format", "input", "model"):
+                return f"another {name}"
+            return f"--{name.replace('_', '-')} {before.get(name)}, not {now.get(name)}"
+    return None

@@ -1,0 +1,265 @@
+"""Prediction from options to rows: labels, or features, of any number of images.
+
+    images -> records -> pixels -> answers -> rows -> table, file, or folder of Parquet files
+
+    inputs.py      where images come from
+    inputs.py    their pixels, on several threads
+    prediction_rows.py     what the model says
+    outputs.py     how it is written
+    outputs.py      a folder that grows over several starts
+
+The images are cut into equal pieces by their number alone, a file's into batches and a folder's into shards, and the
+pieces are dealt out to the processes in turn. Batches never cross pieces: so the numbers do not depend, to the bit, on
+how many processes there were, or where a start was killed.
+"""
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from itertools import groupby, islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list, gather_object
+from transformers import PreTrainedModel
+
+from ..distributed import build_accelerator
+from ..image_processing_vitcls import ViTCLSImageProcessor
+from ..options import PredictOptions
+from .inputs import Listed, Prepared, Source, listed_files, open_source, prepared_ahead
+from .load_model import load_model
+from .outputs import WRITERS, Progress, ShardFolder, all_columns, shard_ranges, share, show_table, write_rows
+from .prediction_rows import AnswerColumns, Precision, Row, answer, build_answers
+
+
+SECONDS_BETWEEN_LOOKS = 0.5  # for shards of other processes
+
+
+@dataclass(frozen=True)
+class Predictor:
+    """Everything between images and rows."""
+
+    model: PreTrainedModel
+    processor: ViTCLSImageProcessor
+    answers: AnswerColumns
+    precision: Precision
+    batch_size: int
+    num_workers: int
+
+    def rows(self, source: Source, ranges: Iterable[range], piece: int) -> Iterator[Row]:
+        """A row for each image of the ranges, in order; images of different pieces share no batch."""
+        records = source.read(ranges)
+        images = prepared_ahead(records, self.processor, self.num_workers, num_ahead=2 * self.batch_size)
+        return answer(batches(images, self.batch_size, piece), self.answers, self.model.device, self.precision)
+
+
+@dataclass(frozen=True)
+class Summary:
+    """How many images there were, and for how many there is no answer; 0 of 0 on all but the main process."""
+
+    num_images: int
+    num_failed: int
+
+
+def predict(
+    model: PreTrainedModel,
+    processor: ViTCLSImageProcessor,
+    pictures: Any,
+    top_k: int | None = None,
+    threshold: float = 0.5,
+    features: str | None = None,
+    batch_size: int = 32,
+    num_workers: int | None = None,
+) -> list[Row]:
+    """Labels, or features, of pictures, on the model's device; for notebooks and other programs.
+
+    Args:
+        pictures: a path, a URL, or a list of paths, URLs, encoded bytes, PIL images, arrays. Folders stand for all
+            images in them.
+        top_k, threshold, features: as the flags of scripts/predict.py.
+
+    Returns:
+        A dict for each image: `index`, `image` (its path, or its number), the columns that prediction_rows.py
+        lists, and `error`: None, or why there is no answer.
+
+    Raises:
+        ValueError: if there are no images, or the model cannot give these answers.
+    """
+    source = listed_pictures([pictures] if isinstance(pictures, str | Path) else pictures)
+    answers = build_answers(model, top_k, threshold, features)
+    predictor = Predictor(model, processor, answers, nullcontext, batch_size, num_workers or default_num_workers())
+    was_training = model.training
+    model.eval()
+    try:
+        return list(predictor.rows(source, [range(source.num_images)], piece=source.num_images))
+    finally:
+        model.train(was_training)
+
+
+def listed_pictures(pictures: Sequence[Any]) -> Listed:
+    """Paths with their folders searched, and pictures in memory, named by their number."""
+    parts = [
+        listed_files([str(picture)]) if isinstance(picture, str | Path) else Listed([str(number)], [picture])
+        for number, picture in enumerate(pictures)
+    ]
+    if not parts:
+        raise ValueError("no images were given: the list is empty")
+    return Listed([name for part in parts for name in part.names], [one for part in parts for one in part.contents])
+
+
+def predict_images(options: PredictOptions) -> Summary:
+    """What scripts/predict.py does: read, predict, and show or write.
+
+    Raises:
+        ValueError, OSError: in one line, for images, models or outputs that cannot be read, written or do not fit.
+    """
+    accelerator = build_accelerator(mixed_precision=options.mixed_precision)
+    with accelerator.main_process_first():  # downloads once
+        source = open_source(options)
+        model, processor = load_model(options.model, with_head=options.features is None)
+    predictor = Predictor(
+        model=model.to(accelerator.device),
+        processor=processor,
+        answers=build_answers(model, options.top_k, options.threshold, options.features),
+        precision=accelerator.autocast,
+        batch_size=options.batch_size,
+        num_workers=options.num_workers or default_num_workers(),
+    )
+    to_one_place = options.output is None or options.output.suffix.lower() in WRITERS
+    summary = (predict_to_file if to_one_place else predict_to_folder)(options, accelerator, source, predictor)
+    accelerator.end_training()
+    return summary
+
+
+def default_num_workers() -> int:
+    """One thread per core, shared by the processes of this machine; 8 at most."""
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return max(1, min(8, (os.cpu_count() or 1) // processes))
+
+
+def batches(images: Iterator[Prepared], batch_size: int, piece: int) -> Iterator[list[Prepared]]:
+    """Groups of `batch_size` images, or fewer at the end of each piece."""
+    for _, group in groupby(images, key=lambda image: image.record.index // piece):
+        while batch := list(islice(group, batch_size)):
+            yield batch
+
+
+# A table or a file ---------------------------------------------------------------------------------------------------
+
+
+def predict_to_file(
+    options: PredictOptions, accelerator: Accelerator, source: Source, predictor: Predictor
+) -> Summary:
+    """Show a table, or write one file; the main process gathers the rows of all."""
+    piece = options.batch_size
+    ranges = share(shard_ranges(source.num_images, piece), accelerator.process_index, accelerator.num_processes)
+    rows = gathered(predictor.rows(source, ranges, piece), piece, accelerator)
+    columns = all_columns(predictor.answers.columns)
+    with Progress(source.num_images, is_shown=accelerator.is_main_process) as progress:
+        rows = progress.counted(rows)
+        if not accelerator.is_main_process:
+            for _ in rows:
+                pass  # this process's part of the gathering
+        elif options.output is None:
+            table = list(rows)
+        else:
+            write_rows(rows, columns, options.output)
+    if options.output is None and accelerator.is_main_process:
+        show_table(table, columns)
+    return Summary(progress.num_images, progress.num_failed) if accelerator.is_main_process else Summary(0, 0)
+
+
+def gathered(rows: Iterator[Row], piece: int, accelerator: Accelerator) -> Iterator[Row]:
+    """The rows of all processes in order: in each round, every process contributes the next piece that it has."""
+    if accelerator.num_processes == 1:
+        yield from rows
+        return
+    pieces = (list(group) for _, group in groupby(rows, key=lambda row: row["index"] // piece))
+    while any(parts := gather_object([next(pieces, [])])):
+        for part in parts:
+            yield from part
+
+
+# A folder of Parquet files -------------------------------------------------------------------------------------------
+
+
+def predict_to_folder(
+    options: PredictOptions, accelerator: Accelerator, source: Source, predictor: Predictor
+) -> Summary:
+    """Write the shards that are missing, each process its own; the main process waits for the others' in the end.
+
+    It looks for their files, because a collective operation would run into a time limit where one is slow.
+    """
+    assert options.output is not None
+    folder = ShardFolder(options.output, options.shard_size)
+    num_images, done = begin(folder, options, accelerator, source, predictor)
+    missing = (
+        indices for indices in shard_ranges(num_images, folder.size) if indices.start // folder.size not in done
+    )
+    own: Iterable[range] = share(missing, accelerator.process_index, accelerator.num_processes)
+    total = None
+    if num_images is not None:
+        own = list(own)
+        total = sum(map(len, own))
+    columns = all_columns(predictor.answers.columns)
+    with Progress(total, is_shown=accelerator.is_main_process) as progress:
+        rows = progress.counted(predictor.rows(source, own, folder.size))
+        for number, shard in groupby(rows, key=lambda row: row["index"] // folder.size):
+            write_rows(shard, columns, folder.file(number))
+        if not accelerator.is_main_process:
+            return Summary(0, 0)
+        if num_images is None:  # a stream, of which the end has now been seen
+            num_images = source.num_images or 0
+            folder.set_num_images(num_images)
+        while not folder.is_complete(num_images):
+            time.sleep(SECONDS_BETWEEN_LOOKS)
+    return Summary(*folder.counts(num_images))
+
+
+def begin(
+    folder: ShardFolder, options: PredictOptions, accelerator: Accelerator, source: Source, predictor: Predictor
+) -> tuple[int | None, set[int]]:
+    """Create or check the folder: how many images there are, if that is known, and which shards are done.
+
+    The main process looks, and all go by what it finds.
+    """
+    found: list[Any] = [None, None, None]
+    if accelerator.is_main_process:
+        try:
+            num_images = folder.begin(
+                {
+                    "features": options.features,
+                    "top_k": options.top_k,
+                    "threshold": options.threshold,
+                    "mixed_precision": accelerator.mixed_precision,
+                    "input": source.identity(),
+                    "model": fingerprint(predictor.model, predictor.processor),
+                }
+            )
+            known = source.num_images if num_images is None else num_images
+            found = [None, known, folder.done()]
+        except (ValueError, OSError) as error:
+            found[0] = str(error)
+    problem, num_images, done = broadcast_object_list(found)
+    if problem is not None:
+        raise ValueError(problem)
+    first, *others = gather_object([source.identity()])
+    if any(other != first for other in others):
+        raise ValueError("not all processes find the same images: give all machines the same files")
+    return num_images, done
+
+
+def fingerprint(model: PreTrainedModel, processor: ViTCLSImageProcessor) -> str:
+    """A digest of weights, labels and preprocessing: another one means other answers."""
+    settings = [model.config.id2label, model.config.tasks, processor.to_dict()]
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
+    for name, weights in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(weights.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()

@@ -1,0 +1,181 @@
+"""What a run says: a summary, progress (a bar on a terminal, plain lines elsewhere), metrics.jsonl, trackers
+(numbers and, at the end, pictures).
+
+Only the main process prints and writes.
+"""
+
+import json
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+from accelerate import Accelerator
+from PIL import Image
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+
+Track = Callable[[Mapping[str, Image.Image]], None]
+
+HELD_OUT = "held_out_"  # before the names of metrics on held-out pictures
+AXES = {"tensorboard": {"dataformats": "NHWC"}}  # tracker -> what it has to be told about arrays of pictures
+
+
+class Reporter:
+    """Progress of one run; use it as a context manager around the training loop."""
+
+    def __init__(self, metrics_file: Path, accelerator: Accelerator) -> None:
+        self.accelerator = accelerator
+        self.is_main_process = accelerator.is_main_process
+        self.console = Console(quiet=not self.is_main_process, soft_wrap=True, highlight=False)
+        self.metrics_file = metrics_file
+        self.progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=20),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[remaining]}"),
+            console=self.console,
+            disable=not (self.is_main_process and self.console.is_terminal),
+        )
+        self.task = self.progress.add_task("training", total=None, remaining="")
+        self.num_steps = 0
+        self.first_step = 0
+        self.started = 0.0  # when that step was begun
+
+    def say(self, name: str, what: str) -> None:
+        """One line of the summary."""
+        self.console.print(f"{name:<9} {what}", markup=False)
+
+    def warn(self, message: str) -> None:
+        """A line that should not be missed."""
+        self.console.print(f"WARNING: {message}", style="bold yellow", markup=False)
+
+    def start_at(self, step: int, num_steps: int) -> None:
+        """Keep the records of the steps that are done, and drop those after them, which are done again.
+
+        Raises:
+            OSError: in one line, on the main process, where metrics.jsonl cannot be written; as `log` does.
+        """
+        self.num_steps = num_steps
+        self.first_step, self.started = step, time.perf_counter()
+        if self.is_main_process:
+            lines = self.metrics_file.read_text(encoding="utf-8").splitlines() if self.metrics_file.exists() else []
+            kept = [line for line in lines if (number := step_of(line)) is not None and number <= step]
+            partial = self.metrics_file.with_name(f".{self.metrics_file.name}.partial")
+            with self.writing():
+                partial.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+                partial.replace(self.metrics_file)
+        self.progress.update(self.task, completed=step, total=num_steps)
+
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """Say in one line what to do where metrics.jsonl cannot be written."""
+        try:
+            yield
+        except OSError as error:
+            raise OSError(
+                f"cannot write {self.metrics_file} ({error.strerror}): make room, then go on with --resume"
+            ) from error
+
+    def __enter__(self) -> Self:
+        self.progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.progress.stop()
+
+    def log(self, record: dict[str, Any]) -> None:
+        """Append a record to metrics.jsonl, show it, and hand its numbers to the trackers."""
+        self.accelerator.log(flat(record), step=record["step"])
+        if not self.is_main_process:
+            return
+        line = json.dumps(record, allow_nan=False)
+        with self.writing(), self.metrics_file.open("a", encoding="utf-8") as file:
+            file.write(line + "\n")
+        text = f"epoch {record['epoch']:.1f}  loss {record['loss']:.3f}  lr {record['learning_rate']:.1e}  "
+        text += f"{record['images_per_second']:.0f} images/s"
+        if "utilisation" in record:
+            share = record["utilisation"]
+            text += ", utilization unknown" if share is None else f", {share:.1%} of peak"
+        held_out = "".join(
+            f"  held out: {shown_metric(name.removeprefix(HELD_OUT), value)}"
+            for name, value in [item for item in record.items() if item[0].startswith(HELD_OUT)][:1]
+        )
+        remaining = self.remaining_time(record["step"])
+        if self.progress.disable:
+            parts = [f"step {record['step']}/{self.num_steps}", text, remaining, held_out.strip()]
+            self.console.print("  ".join(filter(None, parts)), markup=False)
+            return
+        self.progress.update(self.task, completed=record["step"], description=text, remaining=remaining)
+        if held_out:
+            self.progress.console.print(f"epoch {record['epoch']:>5.1f}{held_out}", markup=False)
+
+    def remaining_time(self, step: int) -> str:
+        """Return the time until the last step at the speed so far, in words; empty after the last step."""
+        done, missing = step - self.first_step, self.num_steps - step
+        if done <= 0 or missing <= 0:
+            return ""
+        return f"{duration((time.perf_counter() - self.started) / done * missing)} left"
+
+    @property
+    def track(self) -> Track | None:
+        """Hands pictures, by name, to the trackers that take any, with the last step; to be called on the main process
+        alone. None where there is no such tracker."""
+        takers = [tracker for tracker in self.accelerator.trackers if hasattr(tracker, "log_images")]
+
+        def hand_over(pictures: Mapping[str, Image.Image]) -> None:
+            arrays = {name: np.asarray(picture.convert("RGB"))[None] for name, picture in pictures.items()}  # NHWC
+            for tracker in takers:
+                tracker.log_images(arrays, step=self.num_steps, **AXES.get(tracker.name, {}))
+
+        return hand_over if takers else None
+
+
+def duration(seconds: float) -> str:
+    """Return a duration in words, rounded to its two largest units: `42 s`, `7 min`, `3 h 20 min`, `2 d 5 h`."""
+    if seconds < 90:
+        return f"{math.ceil(seconds)} s"
+    minutes = round(seconds / 60)
+    if minutes < 60:
+        return f"{minutes} min"
+    hours, minutes = divmod(minutes, 60)
+    if hours < 24:
+        return f"{hours} h {minutes} min"
+    return f"{hours // 24} d {hours % 24} h"
+
+
+def shown_metric(name: str, value: float | None) -> str:
+    """A metric as a person reads it."""
+    if value is None:
+        return f"{name.replace('_', ' ')} unknown"
+    return (
+        f"{name.replace('_', ' ')} {value:.4g}" if name.endswith("loss") else f"{name.replace('_', ' ')} {value:.2%}"
+    )
+
+
+def step_of(line: str) -> int | None:
+    """The step of a line of metrics.jsonl; None for one that was cut off when its run was killed."""
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError):
+        return None
+
+
+def flat(record: dict[str, Any], prefix: str = "") -> dict[str, float]:
+    """A record's numbers in the form that trackers take: `{"token_norm": {"cls[0]": 1.0}}` -> `token_norm/cls[0]`."""
+    numbers: dict[str, float] = {}
+    for name, value in record.items():
+        if isinstance(value, list):
+            value = {f"{index:02d}": item for index, item in enumerate(value)}
+        if isinstance(value, dict):
+            numbers |= flat(value, f"{prefix}{name}/")
+        elif isinstance(value, int | float):
+            numbers[prefix + name] = value
+    return numbers

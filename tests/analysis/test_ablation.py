@@ -1,0 +1,330 @@
+"""What a special token is worth: the model's answers with the token held at its mean, against the same by hand."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import LAYOUTS, TASKS, each_layout, images, largest_difference, raises_one_line, tiny_config
+from torch import nn
+from varied_models import with_varied_answers
+
+from modeling_vitcls import ViTCLSForImageClassification, ViTCLSForMultiTaskClassification, ViTCLSModel
+from modeling_vitcls.analysis.ablation import (
+    UNKNOWN,
+    Answers,
+    Effect,
+    ablation_effects,
+    answers_of,
+    decisions,
+    effect,
+    held_at_mean,
+    right_answers,
+    token_keys,
+)
+from modeling_vitcls.analysis.image_report import answers_in_words
+from modeling_vitcls.analysis.token_statistics import TokenStatistics
+from modeling_vitcls.attention_masks_vitcls import build_attention_mask
+from modeling_vitcls.conversion.random_weights import random_fill
+
+
+PIXELS = images(6)
+LABELS = 12  # many, so that answers differ
+
+
+class Batches:
+    """Images, in two batches, with right answers or without."""
+
+    def __init__(self, right: torch.Tensor | None = None, pixels: torch.Tensor = PIXELS) -> None:
+        self.pixels = pixels
+        self.right = right
+
+    def __call__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
+        """All images once."""
+        for part in (slice(0, 4), slice(4, None)):
+            yield self.pixels[part], None if self.right is None else self.right[part]
+
+
+def classifier(**fields: Any) -> ViTCLSForImageClassification:
+    config = tiny_config(num_labels=LABELS, num_hidden_layers=3, **fields)
+    return with_varied_answers(ViTCLSForImageClassification(config), PIXELS)
+
+
+def mean_states(model: Any) -> torch.Tensor:
+    """[L + 1, S, D] over the images."""
+    collected = TokenStatistics(model)
+    collected.update(PIXELS)
+    return collected.compute().mean_states
+
+
+@torch.no_grad()
+def logits_by_hand(model: Any, place: int | None, means: torch.Tensor) -> torch.Tensor:
+    """Layer by layer, for all tokens, the one at a place replaced after each; [B, labels]."""
+    encoder = model.vitcls
+    states = encoder.embeddings(PIXELS, None)
+    grid = encoder.embeddings.patch_embeddings.get_grid_size(PIXELS)
+    mask = build_attention_mask(model.config, states, None, grid, encoder.view, encoder.gates)
+    position_embeddings = None if encoder.rotary_positions is None else encoder.rotary_positions(grid, states)
+    for layer, mean in zip(encoder.layers, means[1:], strict=True):
+        states = layer(states, mask, position_embeddings)
+        if place is not None:
+            states[:, place] = mean[place]
+    sequence = encoder.layernorm(states)
+    logits = model.classifier(encoder.pooler(sequence))
+    if model.distillation_classifier is None:
+        return logits
+    distilled = sequence[:, model.config.token_layout.distillation].mean(dim=1)
+    return (logits + model.distillation_classifier(distilled)) / 2
+
+
+@each_layout
+def test_each_token_is_held_at_its_mean(layout: dict[str, Any]) -> None:
+    """Heads read few tokens, and the last layer is computed for these alone: that changes nothing."""
+    model = classifier(**layout)
+    means = mean_states(model)
+    before = logits_by_hand(model, None, means)
+    assert largest_difference(answers_of(model, Batches()).logits, before) <= 1e-5
+    found = ablation_effects(model, Batches(), means)
+    assert list(found) == token_keys(model.config.token_layout)
+    scale = (before - before.mean(dim=0)).square().mean().sqrt()
+    for place, name in enumerate(found):
+        after = logits_by_hand(model, place, means)
+        with held_at_mean(model, place, means[:, place]):
+            assert largest_difference(answers_of(model, Batches()).logits, after) <= 1e-5
+        change = ((after - before).square().mean().sqrt() / scale).item()
+        assert found[name].logit_change == pytest.approx(change, abs=1e-5)
+        changed = (after.argmax(-1) != before.argmax(-1)).float().mean().item()
+        assert found[name].changed_answers == pytest.approx(changed)
+        assert found[name].accuracy_change is None
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"position_embedding_type": "rope_2d", "mlp_type": "swiglu"},
+        {"cls_scopes": ["image", [2, 2, 0, 1]]},
+        {"gated_tokens": {"registers": 1}, "layer_type": "parallel"},
+        {"attention_type": "differential", "layer_type": "post"},
+    ],
+    ids=lambda fields: ", ".join(fields),
+)
+def test_every_kind_of_layers(fields: dict[str, Any]) -> None:
+    model = classifier(num_cls_tokens=2, num_register_tokens=2, **fields)
+    means = mean_states(model)
+    for place in range(4):
+        with held_at_mean(model, place, means[:, place]):
+            found = answers_of(model, Batches()).logits
+        assert largest_difference(found, logits_by_hand(model, place, means)) <= 1e-5
+
+
+def test_a_token_that_is_all_that_the_head_reads() -> None:
+    """Without it all images get one answer."""
+    model = classifier(num_register_tokens=2)
+    means = mean_states(model)
+    own = answers_of(model, Batches()).chosen.squeeze(1)
+    right = own.clone()
+    right[0] = (right[0] + 1) % LABELS
+    with held_at_mean(model, 0, means[:, 0]):
+        logits = answers_of(model, Batches()).logits
+    assert largest_difference(logits, logits[:1].expand_as(logits)) <= 1e-5
+    found = ablation_effects(model, Batches(right), means)["cls[0]"]
+    answer = logits[0].argmax()
+    assert len(own.unique()) > 1
+    assert found.changed_answers == pytest.approx((own != answer).float().mean().item())
+    assert found.accuracy_change == pytest.approx((right == answer).float().mean().item() - 5 / 6)
+
+
+def test_a_token_that_nobody_attends_to() -> None:
+    model = classifier(num_register_tokens=2, gated_tokens={"registers": 2})
+    means = mean_states(model)
+    with torch.no_grad():
+        model.vitcls.gates.gates.copy_(torch.tensor([0.0, model.vitcls.gates.OPEN]))
+    found = ablation_effects(model, Batches(torch.arange(6)), means)
+    assert found["registers[0]"].logit_change <= 1e-5
+    assert found["registers[0]"].changed_answers == found["registers[0]"].accuracy_change == 0
+    assert found["registers[1]"].logit_change > 1e-2
+
+
+def test_tasks_have_an_answer_each() -> None:
+    """In alphabetical order, age before species; each has its own CLS token."""
+    config = tiny_config(num_cls_tokens=2, tasks={"species": 9, "age": 7})
+    model = with_varied_answers(ViTCLSForMultiTaskClassification(config), PIXELS)
+    with torch.no_grad():
+        logits = model(PIXELS).logits
+    found = answers_of(model, Batches())
+    assert torch.equal(found.chosen, torch.stack([logits["age"].argmax(-1), logits["species"].argmax(-1)], dim=1))
+    right = found.chosen.clone()
+    right[:3, 0] = UNKNOWN
+    right[3, 0] = (right[3, 0] + 1) % 7
+    right[:5, 1] = UNKNOWN
+    assert answers_of(model, Batches(right)).accuracy() == pytest.approx(3 / 4)
+    effects = ablation_effects(model, Batches(right), mean_states(model))
+    for name, place in {"cls[0]": 0, "cls[1]": 1}.items():
+        with held_at_mean(model, place, mean_states(model)[:, place]):
+            after = answers_of(model, Batches(right))
+        assert len(after.chosen[:, place].unique()) == 1 < len(found.chosen[:, place].unique())
+        changed = (after.chosen != found.chosen).any(dim=1).float().mean().item()
+        assert effects[name].changed_answers == pytest.approx(changed)
+        assert effects[name].accuracy_change == pytest.approx(after.accuracy() - 3 / 4)
+
+
+def test_each_of_several_labels_is_an_answer() -> None:
+    model = classifier(problem_type="multi_label_classification")
+    with torch.no_grad():
+        expected = (model(PIXELS).logits > 0).long()
+    found = answers_of(model, Batches())
+    assert torch.equal(found.chosen, expected) and 0 < expected.float().mean() < 1
+    right = expected.float()
+    right[0, :3] = 1 - right[0, :3]
+    right[1] = UNKNOWN
+    assert answers_of(model, Batches(right)).accuracy() == pytest.approx(1 - 3 / (5 * LABELS))
+
+
+def test_right_answers_that_are_not_known() -> None:
+    model = classifier()
+    own = answers_of(model, Batches()).chosen.squeeze(1)
+    assert answers_of(model, Batches()).accuracy() is None
+    assert answers_of(model, Batches(torch.full((6,), UNKNOWN))).accuracy() is None
+    assert answers_of(model, Batches(own)).accuracy() == 1  # one for each image
+    assert answers_of(model, Batches(own[:, None])).accuracy() == 1
+    wrong = (own + 1) % LABELS
+    partly = torch.where(torch.arange(6) < 4, torch.tensor(UNKNOWN), torch.where(torch.arange(6) < 5, own, wrong))
+    assert answers_of(model, Batches(partly)).accuracy() == 0.5
+    found = ablation_effects(model, Batches(torch.full((6,), UNKNOWN)), mean_states(model))
+    assert found["cls[0]"].accuracy_change is None
+
+    def first_batch_only() -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
+        yield PIXELS[:4], own[:4]
+        yield PIXELS[4:], None
+
+    assert answers_of(model, first_batch_only).accuracy() is None
+
+
+def test_answers_that_are_known_are_not_asked_for_again() -> None:
+    model = classifier(num_register_tokens=1)
+    means = mean_states(model)
+    passes = []
+    with model.register_forward_hook(lambda *_: passes.append(1)):
+        before = answers_of(model, Batches())
+        found = ablation_effects(model, Batches(), means, before)
+    assert len(passes) == 2 + 2 * 2  # two batches, once as they are and once for each token
+    assert found == ablation_effects(model, Batches(), means)
+
+
+def test_chance_is_the_most_frequent_answer() -> None:
+    def answers(chosen: list[list[int]], right: list[list[int]]) -> Answers:
+        return Answers(torch.zeros(len(chosen), 2), torch.tensor(chosen), torch.tensor(right))
+
+    ten = [[0]] * 6 + [[1]] * 3 + [[UNKNOWN]]
+    constant = answers([[0]] * 10, ten)
+    assert constant.chance() == pytest.approx(constant.accuracy()) == pytest.approx(6 / 9)
+    assert constant.is_better_than_chance() is False
+    assert answers([[0]] * 6 + [[1]] * 4, ten).is_better_than_chance() is True  # 9 of 9, where 6 / 9 ± 0.31 are chance
+    assert answers([[0]] * 7 + [[1]] * 3, ten).is_better_than_chance() is False  # 8 of 9
+    tasks = answers([[0, 1]] * 4, [[0, 1], [0, 1], [1, UNKNOWN], [0, 0]])
+    assert tasks.chance() == pytest.approx((3 + 2) / 7)
+    assert answers([[0]], [[UNKNOWN]]).is_better_than_chance() is None
+    assert Answers(torch.zeros(1, 2), torch.tensor([[0]]), None).chance() is None
+
+
+def test_one_label_is_a_question_of_its_own() -> None:
+    """As where answers are shown: yes from a probability of 0.5 on, whatever the problem is called."""
+    config = tiny_config(num_labels=1)
+    logits = torch.tensor([[-0.1], [0.1], [3.0]])
+    assert decisions([logits], config).tolist() == [[0], [1], [1]]
+    shown = [len(answers_in_words(one[None], config)[0].labels) for one in logits]
+    assert shown == [0, 1, 1]
+    assert [right_answers(label, config).tolist() for label in (0, 1, None, -100, [1.0], [0.0])] == [
+        [1],
+        [0],
+        [UNKNOWN],
+        [UNKNOWN],
+        [1],
+        [0],
+    ]
+    model = with_varied_answers(ViTCLSForImageClassification(config), PIXELS)
+    assert 0 < answers_of(model, Batches()).chosen.float().mean() < 1
+
+
+def test_effects_in_numbers() -> None:
+    logits = torch.tensor([[2.0, 0.0], [0.0, 2.0]])
+    before = Answers(logits, torch.tensor([[0], [1]]), torch.tensor([[0], [0]]))
+    after = Answers(logits + torch.tensor([[0.0, 0.0], [4.0, 0.0]]), torch.tensor([[0], [0]]), before.right)
+    assert effect(before, after) == Effect(0.5, 2.0, 0.5, 2)
+    alike = Answers(torch.full((2, 2), 100.0), before.chosen, None)
+    rounding = Answers(alike.logits + 1e-5, before.chosen, None)
+    assert effect(alike, alike) == Effect(0.0, 0.0, None, 2)
+    assert effect(alike, rounding).logit_change < 1e-3  # and not divided by no variation at all
+    nothing = Answers(torch.zeros(2, 2), before.chosen, None)
+    assert effect(nothing, nothing).logit_change == 0
+
+
+def test_the_effect_over_one_image_is_none() -> None:
+    model = classifier(num_register_tokens=1)
+    collected = TokenStatistics(model)
+    collected.update(PIXELS[:1])
+    means = collected.compute().mean_states
+
+    def batches() -> Iterator[tuple[torch.Tensor, None]]:
+        yield PIXELS[:1], None
+
+    for found in ablation_effects(model, batches, means).values():
+        assert found.changed_answers == 0 and found.logit_change < 1e-3
+
+
+def test_the_model_is_left_as_it_was() -> None:
+    model = classifier(num_register_tokens=1, hidden_dropout_prob=0.5)
+    means = mean_states(model)
+    expected = ablation_effects(model, Batches(), means)
+    weights = {name: weight.clone() for name, weight in model.state_dict().items()}
+    model.train()
+    model.vitcls.layers[0].eval()
+    modes = {name: module.training for name, module in model.named_modules()}
+    assert ablation_effects(model, Batches(), means) == expected
+    with raises_one_line("broken"), held_at_mean(model, 0, means[:, 0]):
+        raise ValueError("broken")
+    assert {name: module.training for name, module in model.named_modules()} == modes
+    assert all(torch.equal(weight, weights[name]) for name, weight in model.state_dict().items())
+    assert not any(hook.__module__.startswith("modeling_vitcls") for hook in hooks_of(model))
+
+
+def hooks_of(model: nn.Module) -> list[Any]:
+    return [hook for module in model.modules() for hook in module._forward_hooks.values()]
+
+
+def test_compiled_models() -> None:
+    model = classifier(num_register_tokens=1)
+    means = mean_states(model)
+    expected = ablation_effects(model, Batches(), means)
+    model.compile(backend="eager")
+    model(PIXELS)  # compiled without hooks
+    found = ablation_effects(model, Batches(), means)
+    for name, one in found.items():
+        assert one.logit_change == pytest.approx(expected[name].logit_change, rel=1e-3)
+    assert found["cls[0]"].logit_change > 0.1
+
+
+def test_what_cannot_be_measured_is_said() -> None:
+    encoder = random_fill(ViTCLSModel(tiny_config(**LAYOUTS["three_cls"])))
+    with raises_one_line("use a classifier"):
+        ablation_effects(encoder, Batches(), mean_states(encoder))
+    model = classifier()
+    with raises_one_line("no images"):
+        answers_of(model, lambda: iter(()))
+    with raises_one_line("[4, 2]", "[4, 1]"):
+        answers_of(model, Batches(torch.zeros(6, 2)))
+    several = classifier(problem_type="multi_label_classification")
+    with raises_one_line("[4]", f"[4, {LABELS}]"):
+        answers_of(several, Batches(torch.zeros(6)))
+
+
+def test_labels_of_data_sets_become_right_answers() -> None:
+    plain = tiny_config()
+    assert right_answers(2, plain).tolist() == [2] and right_answers(None, plain).tolist() == [UNKNOWN]
+    several = tiny_config(problem_type="multi_label_classification")
+    assert right_answers([0.0, 1.0, 1.0], several).tolist() == [0, 1, 1]
+    assert right_answers(None, several).tolist() == [UNKNOWN] * 3
+    tasks = tiny_config(num_cls_tokens=2, tasks=TASKS)
+    assert right_answers({"species": 3, "age": 1}, tasks).tolist() == [1, 3]
+    assert right_answers({"species": 3}, tasks).tolist() == [UNKNOWN, 3]
+    assert right_answers(None, tasks).tolist() == [UNKNOWN] * 2

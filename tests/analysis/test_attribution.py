@@ -1,0 +1,317 @@
+"""Attention rollout and gradient-weighted attribution against plain references, from whole maps of eager attention."""
+
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import (
+    BLOCKS,
+    LAYOUTS,
+    TASKS,
+    assert_no_recording,
+    each_layout,
+    filled,
+    images,
+    largest_difference,
+    raises_one_line,
+    tiny_config,
+)
+from torch import nn
+
+from modeling_vitcls import (
+    ViTCLSBackbone,
+    ViTCLSForImageClassification,
+    ViTCLSForMaskedImageModeling,
+    ViTCLSForMultiTaskClassification,
+    ViTCLSModel,
+)
+from modeling_vitcls.analysis.attention_recorder import recorded_attention
+from modeling_vitcls.analysis.attribution import attention_rollout, attribution
+from modeling_vitcls.analysis.model_utils import evaluating
+
+
+TOLERANCE = 1e-5
+LAYERS = {"num_hidden_layers": 3}
+SIZES = [(32, 32), (24, 56)]
+TWO_CLS: dict[str, Any] = {"num_cls_tokens": 2, "num_register_tokens": 1}
+
+# What changes the layers, or what tokens see.
+KINDS_OF_LAYERS: dict[str, dict[str, Any]] = {
+    "rope": BLOCKS["rope"],
+    "scopes": BLOCKS["scopes"],
+    "swiglu": BLOCKS["swiglu"],
+    "layer scale": {"layer_scale_init_value": 0.1},
+    "parallel": {"layer_type": "parallel"},
+    "post-norm": {"layer_type": "post"},
+    "gates": TWO_CLS | {"gated_tokens": {"registers": 1}},
+    "relative positions": {"relative_position_bias": "layer"},
+    "differential": {"attention_type": "differential"},
+    "differential, swiglu, gates": TWO_CLS
+    | {"attention_type": "differential", "mlp_type": "swiglu", "gated_tokens": {"cls": 1}},
+}
+each_kind_of_layers = pytest.mark.parametrize("fields", KINDS_OF_LAYERS.values(), ids=KINDS_OF_LAYERS)
+
+# Which tokens the head reads: fields, and the share of each place; "p" is what each patch has.
+HEADS: dict[str, tuple[dict[str, Any], list[float], str]] = {
+    "cls": ({"num_register_tokens": 2}, [1, 0, 0], ""),
+    "cls and distillation": (LAYOUTS["cls_distillation_registers"], [1, 1, 0, 0, 0, 0], ""),
+    "distillation alone": ({"num_distillation_tokens": 1, "distillation_inference": "distillation"}, [0, 1], ""),
+    "two distillation tokens": (LAYOUTS["several_of_each"], [1, 0, 1, 1, 0, 0, 0], ""),
+    "a distillation token without a head": ({"num_distillation_tokens": 1, "distillation_head": False}, [1, 0], ""),
+    "mean of the patches": (LAYOUTS["no_cls"], [0, 0], "all"),
+    "cls and mean": ({"pooling": "cls_mean", "num_register_tokens": 1}, [1, 0], "all"),
+    "largest of the patches": ({"pooling": "max"}, [0], "those with a maximum"),
+    "attention pooling": ({"pooling": "attention", "num_register_tokens": 1}, [0, 0], "all"),
+    "attention pooling of all": ({"pooling": "attention", "attention_pool_tokens": "all"}, [1], "all"),
+    "first of three": ({"num_cls_tokens": 3}, [1, 0, 0], ""),
+    "mean of three": ({"num_cls_tokens": 3, "cls_pooling": "mean"}, [1, 1, 1], ""),
+    "three side by side": ({"num_cls_tokens": 3, "cls_pooling": "concat"}, [1, 1, 1], ""),
+    "two of three": ({"num_cls_tokens": 3, "cls_pooling": "concat", "pooled_cls_tokens": [2, 0]}, [1, 0, 1], ""),
+    "MLP head": ({"head_type": "mlp", "head_hidden_size": 7}, [1], ""),
+}
+each_head = pytest.mark.parametrize(("fields", "special", "patches"), HEADS.values(), ids=HEADS)
+
+
+def classifier(**fields: Any) -> ViTCLSForImageClassification:
+    return filled(ViTCLSForImageClassification(tiny_config(**LAYERS | fields)))
+
+
+def eager(model: Any, pixels: torch.Tensor) -> Any:
+    """The outputs with whole maps, of a model that is then as it was."""
+    implementation = model.config._attn_implementation
+    model.set_attn_implementation("eager")
+    outputs = model(pixels, output_attentions=True)
+    model.set_attn_implementation(implementation)
+    return outputs
+
+
+@torch.no_grad()
+def rollout_by_products(model: Any, pixels: torch.Tensor) -> torch.Tensor:
+    """The definition: the product of all layers' (map + identity) / 2, from the first to the last, [B, N, N]."""
+    product = None
+    for maps, layer in zip(eager(model, pixels).attentions, model.base_model.layers, strict=True):
+        if model.config.attention_type == "differential":
+            maps = differences(maps, layer.attention.second_share.item())
+        mixed = (maps.mean(dim=1) + torch.eye(maps.shape[-1])) / 2
+        product = mixed if product is None else mixed @ product
+    return product
+
+
+def differences(maps: torch.Tensor, share: float) -> torch.Tensor:
+    """What is left of each head's first map [B, 2 * heads, N, N] after a share of the second, as rows of sum 1."""
+    left = (maps[:, 0::2] - share * maps[:, 1::2]).clamp(min=0)
+    rows, itself = left.flatten(0, 2), torch.eye(left.shape[-1]).repeat(left.shape[0] * left.shape[1], 1)
+    shares = [row / row.sum() if row.sum() > 0 else same for row, same in zip(rows, itself, strict=True)]
+    return torch.stack(shares).view_as(left)
+
+
+def relevance_by_products(
+    model: Any, pixels: torch.Tensor, target: int, task: str | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The definition, with gradients by the maps: R = I; R = R + E[(gradient x map)+] R. Returns R - I, and the last
+    hidden state."""
+    outputs = eager(model, pixels.clone().requires_grad_())
+    logits = outputs.logits if task is None else outputs.logits[task]
+    gradients = torch.autograd.grad(logits[:, target].sum(), outputs.attentions)
+    identity = torch.eye(gradients[0].shape[-1])
+    relevance = identity.expand(len(pixels), -1, -1)
+    for maps, gradient in zip(outputs.attentions, gradients, strict=True):
+        relevance = relevance + (maps * gradient).clamp(min=0).mean(dim=1).detach() @ relevance
+    return relevance - identity, model.base_model(pixels).last_hidden_state
+
+
+def shares(special: list[float], patches: str, sequence: torch.Tensor) -> torch.Tensor:
+    """What the head reads of each token [B, N]."""
+    of_patches = torch.zeros(sequence.shape[:2])[:, len(special) :]
+    if patches == "all":
+        of_patches += 1
+    elif patches:
+        of_patches.scatter_(1, sequence[:, len(special) :].argmax(dim=1), 1.0)
+    of_patches /= of_patches.sum(dim=1, keepdim=True).clamp(min=1)
+    return torch.cat([torch.tensor(special).float().expand(len(sequence), -1), of_patches], dim=1)
+
+
+def assert_same_relevance(found: torch.Tensor, expected: torch.Tensor) -> None:
+    """Within the tolerance of all comparisons here, and of the largest value: some are small."""
+    assert expected.max() > 0
+    assert largest_difference(found, expected) <= TOLERANCE * min(1, 10 * expected.max().item())
+
+
+# Rollout -------------------------------------------------------------------------------------------------------------
+
+
+@each_layout
+@pytest.mark.parametrize("implementation", ["sdpa", "eager", "flex_attention"])
+def test_rollout_is_the_product_of_all_layers(layout: dict[str, Any], implementation: str) -> None:
+    model = filled(ViTCLSModel(tiny_config(**LAYERS | layout)))
+    model.set_attn_implementation(implementation)
+    num_special = model.config.token_layout.num_prefix_tokens
+    for size in SIZES:
+        found = attention_rollout(model, images(2, *size))
+        expected = rollout_by_products(model, images(2, *size))[:, :num_special]
+        assert largest_difference(found, expected) <= TOLERANCE
+        assert largest_difference(found.sum(-1), torch.ones(found.shape[:-1])) <= TOLERANCE
+        assert not found.requires_grad
+
+
+@each_kind_of_layers
+def test_rollout_of_every_kind_of_layers(fields: dict[str, Any]) -> None:
+    model = filled(ViTCLSModel(tiny_config(**LAYERS | fields)))
+    found = attention_rollout(model, images())
+    expected = rollout_by_products(model, images())[:, : found.shape[1]]
+    assert largest_difference(found, expected) <= TOLERANCE
+
+
+@pytest.mark.parametrize("share", [0.0, 0.8, 1.0, 2.0])
+def test_rollout_of_differential_attention(share: float) -> None:
+    """What a head takes away does not flow; two maps that are one leave nothing, and the token keeps itself."""
+    model = filled(ViTCLSModel(tiny_config(**LAYERS, attention_type="differential")))
+    with torch.no_grad():
+        for layer in model.layers:
+            layer.attention.second_share.fill_(share)
+    found = attention_rollout(model, images())
+    assert largest_difference(found, rollout_by_products(model, images())[:, :1]) <= TOLERANCE
+    assert largest_difference(found.sum(-1), torch.ones(found.shape[:-1])) <= TOLERANCE and found.min() >= 0
+    with torch.no_grad():
+        for layer in model.layers:
+            for part in (layer.attention.q_proj, layer.attention.k_proj):
+                part.weight.zero_()
+                part.bias.zero_()
+    same = attention_rollout(model, images())
+    assert (same[0, 0, 0].item() == pytest.approx(1)) == (share >= 1)
+
+
+@pytest.mark.parametrize("name", ["classifier", "tasks", "masked", "backbone"])
+def test_rollout_of_every_class(name: str) -> None:
+    """Those whose heads read few tokens compute the last layer for them alone, but not here."""
+    models: dict[str, nn.Module] = {
+        "classifier": classifier(num_register_tokens=2),
+        "tasks": ViTCLSForMultiTaskClassification(tiny_config(num_cls_tokens=2, tasks=TASKS)),
+        "masked": ViTCLSForMaskedImageModeling(tiny_config()),
+        "backbone": ViTCLSBackbone(tiny_config(out_indices=[0, 2])),
+    }
+    model = filled(models[name])
+    found = attention_rollout(model, images())
+    assert found.shape[1] == model.config.token_layout.num_prefix_tokens > 0
+    assert largest_difference(found, rollout_by_products(model, images())[:, : found.shape[1]]) <= TOLERANCE
+
+
+# Attribution ---------------------------------------------------------------------------------------------------------
+
+
+@each_head
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_attribution_is_from_what_the_head_reads(
+    fields: dict[str, Any], special: list[float], patches: str, size: tuple[int, int]
+) -> None:
+    model = classifier(**fields)
+    found = attribution(model, images(2, *size), target=1)
+    relevance, sequence = relevance_by_products(model, images(2, *size), target=1)
+    expected = (shares(special, patches, sequence)[:, None] @ relevance).squeeze(1)
+    assert_same_relevance(found, expected)
+    assert found.min() >= 0 and not found.requires_grad
+
+
+@each_kind_of_layers
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_attribution_of_every_kind_of_layers(fields: dict[str, Any], implementation: str) -> None:
+    model = classifier(**fields)
+    model.set_attn_implementation(implementation)
+    found = attribution(model, images(), target=2)
+    expected = relevance_by_products(model, images(), target=2)[0][:, 0]
+    assert_same_relevance(found, expected)
+
+
+def test_attribution_of_tasks() -> None:
+    """Each reads its own CLS token; they stand in alphabetical order."""
+    model = filled(ViTCLSForMultiTaskClassification(tiny_config(**LAYERS, num_cls_tokens=2, tasks=TASKS)))
+    for place, task in enumerate(["age", "species"]):
+        found = attribution(model, images(), target=1, task=task)
+        assert_same_relevance(found, relevance_by_products(model, images(), 1, task)[0][:, place])
+    assert largest_difference(found, attribution(model, images(), target=1, task="age")) > 1e-3
+
+
+def test_targets() -> None:
+    model = classifier()
+    pixels = images(3)
+    of_each = torch.stack([attribution(model, pixels, target) for target in range(3)])  # [class, B, N]
+    chosen = model(pixels).logits.argmax(dim=-1)
+    assert largest_difference(of_each[0], of_each[1]) > 1e-3
+    assert torch.equal(attribution(model, pixels), of_each[chosen, torch.arange(3)])
+    for wanted in (torch.tensor([2, 0, 1]), torch.tensor([2, 0, 1], dtype=torch.int32)):
+        assert torch.equal(attribution(model, pixels, wanted), of_each[wanted.long(), torch.arange(3)])
+
+
+def test_what_cannot_be_attributed_is_said() -> None:
+    model = classifier()
+    for target in (3, -1, torch.tensor([0, 3])):
+        with raises_one_line("target", "0 to 2"):
+            attribution(model, images(), target)
+    with raises_one_line("target", "3 classes", "2 images"):
+        attribution(model, images(), torch.tensor([0, 1, 2]))
+    with raises_one_line("'age'", "no tasks"):
+        attribution(model, images(), task="age")
+    with raises_one_line("use a classifier"):
+        attribution(filled(ViTCLSModel(tiny_config())), images())
+    tasks = filled(ViTCLSForMultiTaskClassification(tiny_config(num_cls_tokens=2, tasks=TASKS)))
+    for task in (None, "colour"):
+        with raises_one_line(repr(task), "age, species"):
+            attribution(tasks, images(), task=task)
+    assert_no_recording(model, tasks)
+
+
+@pytest.mark.parametrize("frozen", ["all", "encoder", "none"])
+def test_weights_are_left_alone(frozen: str) -> None:
+    """Frozen ones are no obstacle, none gets a gradient, and gradients need not be switched on."""
+    expected = attribution(classifier(), images(), target=0)
+    model = classifier()
+    part: nn.Module = {"all": model, "encoder": model.vitcls, "none": nn.Module()}[frozen]
+    part.requires_grad_(False)
+    pixels = images()
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            found = attribution(model, pixels, target=0)
+        assert largest_difference(found, expected) <= TOLERANCE
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert pixels.grad is None and not pixels.requires_grad
+    assert [parameter.requires_grad for parameter in part.parameters()] == [False] * len(list(part.parameters()))
+    assert_no_recording(model)
+
+
+def test_the_mode_of_each_part_stays() -> None:
+    """Dropout is left out, and frozen parts, which are in evaluation mode while others train, stay so."""
+    model = classifier(hidden_dropout_prob=0.5, attention_probs_dropout_prob=0.5, drop_path_rate=0.5)
+    expected = attention_rollout(model, images()), attribution(model, images())
+    model.train()
+    model.vitcls.layers[0].eval()
+    before = {name: module.training for name, module in model.named_modules()}
+    found = attention_rollout(model, images()), attribution(model, images())
+    for one, other in zip(found, expected, strict=True):
+        assert torch.equal(one, other)
+    assert {name: module.training for name, module in model.named_modules()} == before
+    with raises_one_line("broken"), evaluating(model):
+        raise ValueError("broken")
+    assert {name: module.training for name, module in model.named_modules()} == before
+
+
+def test_compiled_models() -> None:
+    model = classifier(num_register_tokens=1)
+    expected = attention_rollout(model, images()), attribution(model, images())
+    model.compile(backend="eager")
+    model(images())  # compiled without recorders
+    found = attention_rollout(model, images()), attribution(model, images())
+    for one, other in zip(found, expected, strict=True):
+        assert largest_difference(one, other) <= TOLERANCE
+
+
+@torch.no_grad()
+def test_recorded_maps_in_half_precision_sum_to_one() -> None:
+    model = classifier().bfloat16()
+    with recorded_attention(model) as layers:
+        model(images())
+    assert len(layers) == 3
+    for layer in layers:
+        weights = layer.weights()
+        assert weights.dtype == torch.float32
+        assert largest_difference(weights.sum(-1), torch.ones(weights.shape[:-1])) <= 1e-5
+    assert_no_recording(model)

@@ -1,0 +1,389 @@
+"""Figures of tokens and answers, and the pictures of a model card: that they show what is true of the model."""
+
+from io import BytesIO
+from pathlib import Path
+
+import matplotlib.pyplot
+import numpy as np
+import pytest
+import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import to_rgba
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from PIL import Image
+from sklearn.datasets import load_digits, load_sample_images
+from tiny_models import TASKS, filled, images, raises_one_line, tiny_config
+from torch import nn
+
+from modeling_vitcls import (
+    ViTCLSForImageClassification,
+    ViTCLSForMaskedImageModeling,
+    ViTCLSForMultiTaskClassification,
+    ViTCLSImageProcessor,
+    ViTCLSModel,
+)
+from modeling_vitcls.analysis.card_images import MOST_BYTES, Sample, looks_at, small_png, title, write_pictures
+from modeling_vitcls.analysis.figures import (
+    GROUP_COLOURS,
+    attention_figure,
+    confusion_matrix_figure,
+    is_read,
+    token_layout_figure,
+)
+from modeling_vitcls.analysis.maps import SeenPart, token_names
+
+
+MANY = {"num_cls_tokens": 3, "num_distillation_tokens": 2, "num_register_tokens": 8}
+
+
+def drawn(figure: Figure) -> FigureCanvasAgg:
+    """The figure, drawn."""
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return canvas
+
+
+def texts(figure: Figure) -> list[str]:
+    """All that is written in it, outside of axes' labels."""
+    return [text.get_text() for axes in figure.axes for text in axes.texts if text.get_text()]
+
+
+def boxes_of(figure: Figure, group: str) -> list[Rectangle]:
+    """Those in the colour of a group."""
+    patches = [patch for patch in figure.axes[0].patches if isinstance(patch, Rectangle)]
+    return [patch for patch in patches if patch.get_facecolor() == to_rgba(GROUP_COLOURS[group])]
+
+
+# Token layout ----------------------------------------------------------------------------------------------------
+
+LAYOUTS = {
+    "one": {},
+    "many": MANY,
+    "tasks": {"num_cls_tokens": 2, "tasks": {"species": 3, "age": 2}, "num_register_tokens": 2},
+    "scopes": {"num_cls_tokens": 2, "cls_scopes": ["image", [2, 2, 0, 1]]},
+    "none": {"num_cls_tokens": 0, "pooling": "mean"},
+    "flat": {"image_size": [32, 256], "patch_size": [8, 16]},
+}
+
+
+def test_the_palette_has_a_colour_for_each_group():
+    assert list(GROUP_COLOURS) == [name for name, _ in tiny_config().token_layout.items()]
+    assert len(set(GROUP_COLOURS.values())) == len(GROUP_COLOURS)
+
+
+@pytest.mark.parametrize("fields", LAYOUTS.values(), ids=LAYOUTS)
+def test_the_layout_names_every_token_in_order_and_the_patches(fields):
+    config = tiny_config(**fields)
+    figure = token_layout_figure(config)
+    names = [name.replace(" (", "\n(") for name in token_names(config)]
+    written = texts(figure)
+    assert [text for text in written if text in names] == names
+    rows, columns = config.grid_size
+    assert any(text.endswith(f"{rows} × {columns} = {rows * columns}") for text in written)
+    special = range(config.token_layout.num_prefix_tokens)
+    for group, tokens in config.token_layout.items():
+        expected = 1 if group == "patches" else len(special[tokens])
+        assert len(boxes_of(figure, group)) == expected
+    left_edges = [box.get_x() for group in GROUP_COLOURS for box in boxes_of(figure, group)]
+    assert left_edges == sorted(left_edges)
+
+
+@pytest.mark.parametrize("fields", LAYOUTS.values(), ids=LAYOUTS)
+def test_the_layout_is_readable_at_800_pixels(fields):
+    figure = token_layout_figure(tiny_config(**fields))
+    renderer = drawn(figure).get_renderer()
+    assert (renderer.width, renderer.height) == (800, 290)
+    places = []
+    for text in figure.axes[0].texts:
+        if text.get_text():
+            assert text.get_fontsize() >= 7
+            place = text.get_window_extent(renderer)
+            assert place.x0 >= 0 and place.x1 <= 800 and place.y0 >= 0 and place.y1 <= 290, text
+            places.append(place)
+    overlapping = [1 for index, one in enumerate(places) for other in places[:index] if one.overlaps(other)]
+    assert not overlapping
+
+
+def test_the_layout_draws_some_of_very_many_tokens():
+    config = tiny_config(num_register_tokens=100)
+    figure = token_layout_figure(config)
+    assert len(boxes_of(figure, "registers")) == 12
+    assert {"register 1", "…", "register 100", "registers\n100"} <= set(texts(figure))
+
+
+POOLINGS = {
+    "cls": {},
+    "several_cls": {"num_cls_tokens": 3, "cls_pooling": "mean"},
+    "first_of_pooled": {"num_cls_tokens": 3, "pooled_cls_tokens": [1, 2]},
+    "concat_of_pooled": {"num_cls_tokens": 3, "pooled_cls_tokens": [2, 0], "cls_pooling": "concat"},
+    "distillation": {"num_distillation_tokens": 2, "num_register_tokens": 1},
+    "distillation_without_head": {"num_distillation_tokens": 1, "distillation_head": False},
+    "mean": {"pooling": "mean", "num_register_tokens": 2},
+    "cls_mean": {"pooling": "cls_mean", "num_cls_tokens": 2},
+    "max": {"pooling": "max"},
+    "attention": {"pooling": "attention", "num_register_tokens": 1},
+    "attention_to_all": {"pooling": "attention", "attention_pool_tokens": "all", "num_register_tokens": 1},
+    "tasks": {"num_cls_tokens": 2, "tasks": TASKS, "num_distillation_tokens": 1},
+    "masked": {"num_register_tokens": 1, "architectures": ["ViTCLSForMaskedImageModeling"]},
+}
+
+
+@pytest.mark.parametrize("fields", POOLINGS.values(), ids=POOLINGS)
+def test_arrows_lead_from_the_tokens_that_the_head_really_reads(fields):
+    """Those that its answers change with: their gradient behind the encoder is not zero."""
+    config = tiny_config(**fields)
+    kinds = {"tasks": ViTCLSForMultiTaskClassification, "architectures": ViTCLSForMaskedImageModeling}
+    kind = next((kinds[name] for name in kinds if name in fields), ViTCLSForImageClassification)
+    model = filled(kind(config))
+    sequences: list[torch.Tensor] = []
+
+    def note(norm: nn.Module, args: tuple, sequence: torch.Tensor) -> None:
+        sequence.retain_grad()
+        sequences.append(sequence)
+
+    model.vitcls.layernorm.register_forward_hook(note)
+    answers = model(images(batch=1))
+    answers = answers.reconstruction if kind is ViTCLSForMaskedImageModeling else answers.logits
+    parts = answers.values() if isinstance(answers, dict) else [answers]
+    torch.stack([part.square().sum() for part in parts]).sum().backward()
+    gradient = sequences[0].grad[0].abs().sum(dim=1)  # of the tokens that were computed
+    layout = config.token_layout
+    special = range(layout.num_prefix_tokens)
+    for group, tokens in layout.items():
+        if group == "patches":
+            assert is_read(config, group, 0) == bool(gradient[tokens].sum() > 0)
+            continue
+        for place, index in enumerate(special[tokens]):
+            read = index < len(gradient) and gradient[index] > 0
+            assert is_read(config, group, place) == bool(read), (group, place)
+    figure = token_layout_figure(config)
+    arrows = [text for text in figure.axes[0].texts if getattr(text, "arrow_patch", None) is not None]
+    groups = [(group, place) for group, tokens in layout.items() for place in range(len(special[tokens]) or 1)]
+    assert len(arrows) == sum(is_read(config, group, place) for group, place in set(groups) if exists(config, group))
+
+
+def exists(config, group: str) -> bool:
+    """Whether there are tokens in this group."""
+    tokens = getattr(config.token_layout, group)
+    return tokens.stop is None or tokens.stop > tokens.start
+
+
+# Confusion matrix ------------------------------------------------------------------------------------------------
+
+
+def test_a_confusion_matrix_shows_counts_and_shares_of_the_true_class():
+    matrix = [[8, 2, 0], [0, 0, 0], [1, 0, 3]]
+    figure = confusion_matrix_figure(matrix, ["cat", "dog", "a very long name of a horse"])
+    axes = figure.axes[0]
+    assert texts(figure) == ["8", "2", "0", "0", "0", "0", "1", "0", "3"]
+    assert (axes.get_xlabel(), axes.get_ylabel()) == ("predicted", "true")
+    shares = axes.images[0].get_array()
+    assert np.allclose(shares, [[0.8, 0.2, 0], [0, 0, 0], [0.25, 0, 0.75]])
+    names = [label.get_text() for label in axes.get_yticklabels()]
+    assert names[:2] == ["cat", "dog"]
+    assert names == [label.get_text() for label in axes.get_xticklabels()]
+    assert names[2].startswith("a very l") and names[2].endswith("a horse") and len(names[2]) == 18
+
+
+@pytest.mark.parametrize(("num_classes", "has_numbers", "has_names"), [(20, 1, 1), (21, 0, 1), (50, 0, 1), (51, 0, 0)])
+def test_numbers_and_names_are_written_where_there_is_room(num_classes, has_numbers, has_names):
+    figure = confusion_matrix_figure(np.eye(num_classes, dtype=int), [f"class {i}" for i in range(num_classes)])
+    assert len(texts(figure)) == has_numbers * num_classes**2
+    assert len(figure.axes[0].get_xticks()) == has_names * num_classes
+    drawn(figure)
+
+
+def test_a_matrix_and_names_that_do_not_fit_are_refused():
+    with raises_one_line("(2, 2)", "3 class names"):
+        confusion_matrix_figure([[1, 0], [0, 1]], ["a", "b", "c"])
+
+
+# Attention -------------------------------------------------------------------------------------------------------
+
+
+def shown(figure: Figure) -> list[list[str]]:
+    """Titles of the pictures in each row of a figure, "" where there is none."""
+    columns = figure.axes[0].get_gridspec().ncols
+    titles = [axes.get_title() if axes.images else "" for axes in figure.axes]
+    return [titles[start : start + columns] for start in range(0, len(titles), columns)]
+
+
+def test_an_attention_figure_has_a_row_per_picture_and_a_column_per_token():
+    pictures = [Image.new("RGB", (60, 40)), Image.new("L", (8, 8))]
+    figure = attention_figure(pictures, torch.rand(2, 3, 4, 4), ["CLS", "register 1", "register 2"], ["7", "8"])
+    assert shown(figure) == [["7", "CLS", "register 1", "register 2"], ["8", "CLS", "register 1", "register 2"]]
+    drawn(figure)
+
+
+def test_tokens_beyond_the_width_go_on_below_their_picture():
+    names = [str(place) for place in range(13)]
+    pictures = [Image.new("RGB", (60, 40))] * 2
+    figure = attention_figure(pictures, torch.rand(2, 13, 4, 4), names, ["a", "b"])
+    first = [["a", *"01234"], ["", *"56789"], ["", "10", "11", "12", "", ""]]
+    assert shown(figure) == [*first, ["b", *"01234"], *first[1:]]
+
+
+def test_an_attention_figure_draws_each_map_over_its_own_picture():
+    black, white = Image.new("RGB", (64, 64)), Image.new("RGB", (64, 64), "white")
+    maps = torch.zeros(2, 1, 4, 4)
+    maps[0, 0, 0, 0] = maps[1, 0, 3, 3] = 1
+    figure = attention_figure([black, white], maps, ["CLS"], ["", ""], [None, SeenPart(0, 0, 32, 64)])
+    first, second = (np.asarray(axes.images[0].get_array(), dtype=float).mean(axis=2) for axes in figure.axes[1::2])
+    place = np.unravel_index(first.argmax(), first.shape)
+    assert max(place) < len(first) / 4
+    row, column = np.unravel_index(second.argmax(), second.shape)
+    assert row >= len(second) * 3 / 4 and len(second) * 3 / 8 <= column < len(second) / 2
+
+
+def test_attention_that_does_not_fit_is_refused():
+    picture, maps = Image.new("L", (8, 8)), torch.rand(1, 2, 4, 4)
+    with raises_one_line("1, 1, 2 and 1"):
+        attention_figure([picture], maps, ["CLS", "register"], ["a", "b"])
+    with raises_one_line("1 names", "[2]"):
+        attention_figure([picture], maps, ["CLS"], ["a"])
+    with raises_one_line("at least one"):
+        attention_figure([], [], ["CLS"], [])
+
+
+def test_figures_leave_nothing_in_pyplot():
+    token_layout_figure(tiny_config())
+    confusion_matrix_figure([[1]], ["a"])
+    assert not matplotlib.pyplot.get_fignums()
+
+
+# Pictures of a card ----------------------------------------------------------------------------------------------
+
+FITTING = {"size": {"height": 32, "width": 32}}
+GREY = {"do_convert_rgb": False, "image_mean": [0.5], "image_std": [0.5]}
+
+
+def digits(count: int = 5) -> list[tuple[Image.Image, str]]:
+    """Handwritten digits, 8 x 8 pixels, grey, and what they are."""
+    data = load_digits()
+    pictures = [Image.fromarray((values * 15).astype(np.uint8)) for values in data.images[:count]]
+    return [(picture, str(label)) for picture, label in zip(pictures, data.target[:count], strict=True)]
+
+
+def written(folder: Path, paths: dict[str, str]) -> dict[str, Image.Image]:
+    """The pictures, after a look at their files."""
+    files = {str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file()}
+    assert files == set(paths.values())
+    assert all((folder / path).stat().st_size < MOST_BYTES for path in paths.values())
+    opened = {name: Image.open(folder / path) for name, path in paths.items()}
+    assert all(
+        picture.format == "PNG" and picture.convert("RGB").getpixel((0, 0)) == (255, 255, 255)
+        for picture in opened.values()
+    )
+    return opened
+
+
+def test_a_classifier_gets_all_pictures_and_stays_as_it_was(tmp_path):
+    config = tiny_config(num_register_tokens=1, num_channels=1, hidden_dropout_prob=0.5)
+    model = filled(ViTCLSForImageClassification(config)).train()
+    results = {"accuracy": 0.9, "confusion_matrix": [[3, 0, 0], [1, 2, 0], [0, 0, 4]]}
+    paths = write_pictures(tmp_path, model, ViTCLSImageProcessor(**FITTING, **GREY), results, digits())
+    assert paths == {
+        "token_layout": "pictures/token_layout.png",
+        "confusion_matrix": "pictures/confusion_matrix.png",
+        "attention": "pictures/attention.png",
+    }
+    assert written(tmp_path, paths)["token_layout"].width > 800
+    assert model.training
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_each_task_gets_its_matrix_unless_nothing_was_counted(tmp_path):
+    model = filled(
+        ViTCLSForMultiTaskClassification(tiny_config(num_cls_tokens=3, tasks={"age": 2, "kind": 60, "x": 2}))
+    )
+    results = {
+        "age_confusion_matrix": [[3, 1], [0, 2]],
+        "kind_confusion_matrix": np.eye(60, dtype=int).tolist(),
+        "x_confusion_matrix": [[0, 0], [0, 0]],
+    }
+    paths = write_pictures(tmp_path, model, ViTCLSImageProcessor(**FITTING), results)
+    assert list(paths) == ["token_layout", "confusion_matrix_age", "confusion_matrix_kind"]
+    written(tmp_path, paths)
+
+
+@pytest.mark.parametrize("model_class", [ViTCLSModel, ViTCLSForMaskedImageModeling])
+def test_an_encoder_shows_attention_without_answers(model_class):
+    model = filled(model_class(tiny_config()))
+    processor = ViTCLSImageProcessor(**FITTING)
+    assert [look.title for look in looks_at(model, processor, digits(3))] == ["0", "1", "2"]
+
+
+def test_pictures_of_an_earlier_model_do_not_stay(tmp_path):
+    processor = ViTCLSImageProcessor(**FITTING)
+    classifier = filled(ViTCLSForImageClassification(tiny_config(num_labels=1)))
+    write_pictures(tmp_path, classifier, processor, {"confusion_matrix": [[1]]}, digits())
+    (tmp_path / "pictures" / "mine.png").write_bytes(b"")
+    no_tokens = filled(ViTCLSForImageClassification(tiny_config(num_cls_tokens=0, pooling="mean")))
+    assert set(write_pictures(tmp_path, no_tokens, processor, {}, digits())) == {"token_layout"}
+    assert {file.name for file in (tmp_path / "pictures").iterdir()} == {"token_layout.png", "mine.png"}
+
+
+def test_looks_are_the_last_layers_attention_with_label_and_answer():
+    fields = {"num_distillation_tokens": 1, "num_register_tokens": 2, "patch_size": [8, 4]}
+    config = tiny_config(**fields, hidden_dropout_prob=0.5)
+    config._attn_implementation = "eager"
+    model = filled(ViTCLSForImageClassification(config)).train()
+    processor = ViTCLSImageProcessor(size={"shortest_edge": 40}, do_center_crop=True, crop_size=[33, 38])
+    picture = Image.fromarray(load_sample_images().images[0])
+    look = next(looks_at(model, processor, [(picture, None)]))
+    pixel_values = processor(picture, return_tensors="pt")["pixel_values"]
+    outputs = model.eval()(pixel_values, output_attentions=True)
+    expected = outputs.attentions[-1][0].mean(dim=0)[:4, 4:].unflatten(1, (4, 9))
+    assert torch.allclose(look.maps, expected, atol=1e-6)
+    assert look.title == f"predicted LABEL_{outputs.logits.argmax()}"
+    assert look.picture.size == picture.size
+    scale = picture.height / 40
+    assert look.seen.bottom - look.seen.top == pytest.approx(32 * scale)  # whole patches
+    assert look.seen.right - look.seen.left == pytest.approx(36 * picture.width / 59)
+
+
+def test_samples_that_the_model_cannot_take_are_left_out():
+    model = filled(ViTCLSForImageClassification(tiny_config(num_channels=1)))
+    samples = [(Image.new("RGB", (9, 9)), "colour"), (Image.new("F", (9, 9)), "floats"), *digits(1)]
+    looks = list(looks_at(model, ViTCLSImageProcessor(**FITTING, **GREY), samples))
+    assert [look.title[:12] for look in looks] == ["0, predicted"]
+
+
+TITLES = {
+    "one_label": ("7", {"label": "1", "probability": 0.5}, "7, predicted 1"),
+    "no_truth": (None, {"label": "1", "probability": 0.5}, "predicted 1"),
+    "no_answer": ("7", {}, "7"),
+    "neither": (None, {}, ""),
+    "tasks": (
+        "old cat",
+        {"age_label": "old", "age_probability": 0.5, "kind_label": "cat"},
+        "old cat, predicted age old, kind cat",
+    ),
+    "several": ("cat, dog", {"labels": ["cat", "cow"], "probabilities": [1, 1]}, "cat, dog, predicted cat, cow"),
+    "none_of_several": ("cat", {"labels": [], "probabilities": []}, "cat, predicted nothing"),
+}
+
+
+@pytest.mark.parametrize(("label", "answer", "expected"), TITLES.values(), ids=TITLES)
+def test_titles(label, answer, expected):
+    assert title(label, answer) == expected
+
+
+def test_large_photographs_and_many_tokens_make_small_files(tmp_path):
+    photograph = Image.fromarray(load_sample_images().images[0]).resize((4000, 3000), Image.Resampling.BILINEAR)
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (750, 1000, 3)).astype(np.uint8))
+    samples: list[Sample] = [(noise, None), (photograph, None)]
+    model = filled(ViTCLSForImageClassification(tiny_config(**MANY)))
+    processor = ViTCLSImageProcessor(size={"shortest_edge": 36}, do_center_crop=True, crop_size=32)
+    opened = written(tmp_path, write_pictures(tmp_path, model, processor, {}, samples))
+    assert opened["attention"].width > 400
+
+
+def test_a_figure_is_lowered_in_quality_until_it_is_small():
+    figure = Figure(figsize=(7, 7), facecolor="white")
+    axes = figure.add_axes((0, 0, 1, 1))
+    axes.imshow(np.random.default_rng(0).random((900, 900, 3)))
+    png = small_png(figure)
+    assert MOST_BYTES / 3 < len(png) < MOST_BYTES
+    assert Image.open(BytesIO(png)).width >= 400

@@ -1,0 +1,203 @@
+"""The command scripts/inspect_tokens.py: folders of pictures, data sets, converted models, and errors in one line."""
+
+import json
+import runpy
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import timm
+from fresh_processes import run_fresh
+from local_hub import local_hub, point_client_at
+from PIL import Image
+from tiny_models import TASKS, filled, raises_one_line, tiny_config
+
+from modeling_vitcls import (
+    ViTCLSForImageClassification,
+    ViTCLSForMultiTaskClassification,
+    ViTCLSImageProcessor,
+    ViTCLSModel,
+)
+from modeling_vitcls.analysis.inspect_tokens import inspect_tokens
+from modeling_vitcls.conversion.from_timm import convert_from_timm
+from modeling_vitcls.files import write_json
+from modeling_vitcls.options import InspectOptions
+
+
+SCRIPTS = Path(__file__).parents[2] / "scripts"
+CLASSES = ["cat", "dog", "owl"]
+DIGITS = [str(digit) for digit in range(10)]
+
+
+def saved(folder: Path, model: Any) -> str:
+    model.save_pretrained(folder)
+    ViTCLSImageProcessor(size={"height": 32, "width": 32}).save_pretrained(folder)
+    return str(folder)
+
+
+def labelled(names: list[str], **fields: Any) -> ViTCLSForImageClassification:
+    return filled(
+        ViTCLSForImageClassification(tiny_config(id2label=dict(enumerate(names)), num_labels=len(names), **fields))
+    )
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return saved(tmp_path_factory.mktemp("model"), labelled(CLASSES, num_register_tokens=2))
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Five pictures each in folders called cat and owl, one of no class, and a file that is none."""
+    folder = tmp_path_factory.mktemp("photos")
+    generator = np.random.default_rng(0)
+    for name, count in {"cat": 5, "owl": 5, "else": 1}.items():
+        (folder / name).mkdir()
+        for number in range(count):
+            values = generator.integers(0, 256, (40, 60, 3), dtype=np.uint8)
+            Image.fromarray(values).save(folder / name / f"{name}{number}.png")
+    (folder / "cat" / "broken.png").write_bytes(b"no picture")
+    return folder
+
+
+def run(*flags: str) -> subprocess.CompletedProcess[str]:
+    """The script in a process of its own."""
+    return run_fresh(SCRIPTS / "inspect_tokens.py", *flags)
+
+
+def run_here(monkeypatch: pytest.MonkeyPatch, *flags: str) -> int:
+    """The script in this process; its exit status."""
+    monkeypatch.syspath_prepend(SCRIPTS)
+    monkeypatch.setattr(sys, "argv", ["inspect_tokens.py", *flags])
+    try:
+        runpy.run_path(str(SCRIPTS / "inspect_tokens.py"), run_name="__main__")
+    except SystemExit as ended:
+        assert isinstance(ended.code, int)
+        return ended.code
+    return 0
+
+
+def test_a_folder_of_pictures(model: str, pictures: Path, tmp_path: Path) -> None:
+    """Its folders say the labels; the broken one is named; the table says what the page says."""
+    page, figures = tmp_path / "page.html", tmp_path / "figures.json"
+    ran = run("--model", model, str(pictures), "--output", str(page), "--json", str(figures), "--num-images", "4")
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stderr.count("\n") == 1 and "left out an image" in ran.stderr and "broken.png" in ran.stderr
+    found = json.loads(figures.read_text())
+    words = [verdict["word"] for verdict in found["verdicts"]]
+    assert all(word in ran.stdout for word in words) and "register 2" in ran.stdout
+    assert found["artifacts"] in ran.stdout
+    assert f"saved {page}" in ran.stdout and "statistics over 11 images" in ran.stdout
+    text = page.read_text()
+    assert found["verdicts"][0]["reason"][1:] in text.replace("&#39;", "'")
+    assert found["accuracy"] is not None and {picture["truth"] for picture in found["pictures"]} <= {*CLASSES, None}
+    assert str(pictures) not in text and model not in text  # folders are nobody else's business
+
+
+def options(model: str, tmp_path: Path, *paths: Any, **fields: Any) -> InspectOptions:
+    return InspectOptions(model, tuple(map(str, paths)), output=tmp_path / "report.html", **fields)
+
+
+def test_digits_with_patch_sizes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = saved(tmp_path / "model", labelled(DIGITS))
+    write_json(tmp_path / "model" / "results.json", {"token_movement": {"cls[0]": 0.0}})
+    found = inspect_tokens(options(model, tmp_path, dataset="digits", max_images=24, patch_sizes=(4, 16)))
+    assert found.findings.num_images == 24 and len(found.readings) == 8 and found.accuracy is not None
+    assert [verdict.word for verdict in found.verdicts] == ["not moved"]
+    assert [row.patch_size for row in found.patch_sizes] == [4, 8, 16]
+    text, printed = (tmp_path / "report.html").read_text(), capsys.readouterr().out
+    for row in found.patch_sizes:
+        assert f"<td>{row.sequence_length}</td>" in text and f"{row.accuracy:.1%}" in printed
+    assert "digits, split test" in text
+    assert len({reading.truth for reading in found.readings}) > 2  # spread over the classes
+
+
+@pytest.mark.parametrize(
+    "name", ["vit_tiny_patch16_224", "deit_tiny_distilled_patch16_224", "vit_small_patch14_reg4_dinov2"]
+)
+def test_converted_models(name: str, pictures: Path, tmp_path: Path) -> None:
+    """Of other projects: with a distillation token, with registers and no classifier."""
+    source = timm.create_model(name, img_size=56, depth=2, num_classes=0 if "dinov2" in name else 5)
+    converted = convert_from_timm(source)
+    converted.save_pretrained(tmp_path / "model")
+    size = {"height": 56, "width": 56} if "14" in name.split("_")[2] else {"height": 48, "width": 48}
+    ViTCLSImageProcessor(size=size).save_pretrained(tmp_path / "model")
+    found = inspect_tokens(options(str(tmp_path / "model"), tmp_path, pictures / "cat", max_images=4, num_images=1))
+    assert len(found.verdicts) == converted.config.token_layout.num_prefix_tokens
+    assert (found.effects is None) == ("dinov2" in name)
+    assert found.num_broken == 1
+
+
+def test_an_encoder_on_a_data_set(tmp_path: Path) -> None:
+    model = saved(tmp_path / "model", filled(ViTCLSModel(tiny_config(num_register_tokens=1))))
+    found = inspect_tokens(options(model, tmp_path, dataset="digits", max_images=5))
+    assert found.findings.num_images == 5 and found.effects is None and found.accuracy is None
+
+
+def test_a_revision_of_a_model_on_the_hub(
+    model: str, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The page says which commit it was; a revision that does not exist is said in one line."""
+    shutil.copytree(model, tmp_path / "hub" / "ann" / "pets")
+    page = tmp_path / "report.html"
+    flags = ["--model", "ann/pets", str(pictures / "owl"), "--output", str(page), "--revision"]
+    with local_hub(tmp_path / "hub") as url:
+        point_client_at(url, None, monkeypatch, tmp_path / "home")
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+        assert run_here(monkeypatch, *flags, "main") == 0
+        capsys.readouterr()
+        assert run_here(monkeypatch, *flags, "v2") == 1
+    (commit,) = (tmp_path / "cache" / "models--ann--pets" / "snapshots").iterdir()
+    text = page.read_text()
+    assert "<h1>ann/pets</h1>" in text and f"<code>{commit.name}</code>" in text and str(tmp_path) not in text
+    assert capsys.readouterr().err.startswith("error: ann/pets has no revision v2: give")
+
+
+def test_several_tasks_on_paths(pictures: Path, tmp_path: Path) -> None:
+    """Folders cannot say the labels of several tasks."""
+    tasks = ViTCLSForMultiTaskClassification(tiny_config(num_cls_tokens=2, tasks=TASKS))
+    found = inspect_tokens(options(saved(tmp_path / "model", filled(tasks)), tmp_path, pictures / "owl"))
+    assert found.accuracy is None and [verdict.token for verdict in found.verdicts] == ["CLS age", "CLS species"]
+
+
+def test_help_and_wrong_flags_answer_at_once(model: str, tmp_path: Path) -> None:
+    """With 2, and before torch is loaded."""
+    wrong = {
+        "--dataset, in one of": ["--model", model],
+        "--num-images": ["--model", model, "a.png", "--num-images", "0"],
+        "name a .html file": ["--model", model, "a.png", "--output", "page.pdf"],
+        "about a data set": ["--model", model, "a.png", "--label-column", "x"],
+    }
+    for words, flags in wrong.items():
+        ran = run(*flags)
+        assert ran.returncode == 2 and words in ran.stderr + ran.stdout and "Traceback" not in ran.stderr
+
+
+def test_what_cannot_be_used(
+    model: str, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--model", model, str(tmp_path / "missing.png"), "--output", str(tmp_path / "report.html")]
+    assert run_here(monkeypatch, *flags) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: there is no image") and error.count("\n") == 1
+    with raises_one_line("no folder", error=OSError):
+        inspect_tokens(options(str(tmp_path / "no" / "such" / "model"), tmp_path, pictures))
+    with raises_one_line("preset"):
+        inspect_tokens(options("vitcls-tiny", tmp_path, pictures))
+    with raises_one_line("--revision", "is a folder"):
+        inspect_tokens(options(model, tmp_path, pictures, revision="main"))
+    with raises_one_line("no images"):
+        inspect_tokens(options(model, tmp_path, tmp_path))
+    with raises_one_line("none of the 1", "broken.png"):
+        inspect_tokens(options(model, tmp_path, pictures / "cat" / "broken.png"))
+    with raises_one_line("the data set has the label", "cat, dog, owl"):
+        inspect_tokens(options(model, tmp_path, dataset="digits"))
+    with raises_one_line("no split 'nothing'"):
+        inspect_tokens(options(model, tmp_path, dataset="digits", split="nothing"))
+    with raises_one_line("patch size 5"):
+        inspect_tokens(options(model, tmp_path, pictures, patch_sizes=(5,)))
+    assert not (tmp_path / "report.html").exists()

@@ -1,0 +1,286 @@
+"""Maps of attention on the picture's own pixels, checked against what the real image processors show to a model."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tiny_models import filled, images, raises_one_line, tiny_config
+
+from modeling_vitcls import (
+    ViTCLSConfig,
+    ViTCLSForImageClassification,
+    ViTCLSImageProcessor,
+    ViTCLSImageProcessorPil,
+    ViTCLSModel,
+)
+from modeling_vitcls.analysis.maps import SeenPart, on_picture, overlay, patch_maps, seen_part, token_names
+
+
+RAW = {"do_rescale": False, "do_normalize": False}
+ORIENTATION = 0x0112  # the EXIF tag
+
+# Names -----------------------------------------------------------------------------------------------------------
+
+NAMES = {
+    "one": ({}, ["CLS"]),
+    "none": ({"num_cls_tokens": 0, "pooling": "mean"}, []),
+    "several": (
+        {"num_cls_tokens": 2, "num_distillation_tokens": 1, "num_register_tokens": 2},
+        ["CLS 1", "CLS 2", "distillation", "register 1", "register 2"],
+    ),
+    "two_distillation": (
+        {"num_distillation_tokens": 2, "num_register_tokens": 1},
+        ["CLS", "distillation 1", "distillation 2", "register"],
+    ),
+    "tasks": (
+        {"num_cls_tokens": 2, "tasks": {"species": 4, "age": 2}, "num_register_tokens": 1},
+        ["CLS age", "CLS species", "register"],
+    ),
+    "scopes": (
+        {"num_cls_tokens": 2, "cls_scopes": ["image", [2, 4, 1, 0]]},
+        ["CLS 1", "CLS 2 (cell 2, 1 of 2 x 4)"],
+    ),
+}
+
+
+@pytest.mark.parametrize(("fields", "names"), NAMES.values(), ids=NAMES)
+def test_special_tokens_have_one_name_each_in_the_order_of_the_sequence(fields, names):
+    config = tiny_config(**fields)
+    assert token_names(config) == names
+    assert len(names) == config.token_layout.num_prefix_tokens
+
+
+# Maps ------------------------------------------------------------------------------------------------------------
+
+
+def test_patch_maps_of_a_real_model_hold_the_attention_to_each_patch():
+    config = tiny_config(num_cls_tokens=2, num_distillation_tokens=1, num_register_tokens=3, patch_size=[8, 4])
+    config._attn_implementation = "eager"
+    model = filled(ViTCLSModel(config))
+    pixel_values = images(height=24, width=41)  # 3 x 10 patches, and a pixel too many
+    with torch.no_grad():
+        maps = patch_maps(model.token_attention(pixel_values), config, (24, 41))
+        attentions = model(pixel_values, output_attentions=True).attentions
+    assert maps.shape == (2, 2, 2, 6, 3, 10)
+    for row in range(3):
+        for column in range(10):
+            key = config.token_layout.num_prefix_tokens + row * 10 + column
+            expected = torch.stack([layer[:, :, :6, key] for layer in attentions], dim=1)
+            assert torch.allclose(maps[..., row, column], expected, atol=1e-6)
+
+
+def test_maps_of_another_image_size_are_refused():
+    config = tiny_config(num_register_tokens=2)
+    with raises_one_line("16 patches", "64 x 32", "8 x 4"):
+        patch_maps(torch.zeros(1, 3, 19), config, (64, 32))
+
+
+def test_a_model_without_special_tokens_has_no_maps():
+    config = tiny_config(num_cls_tokens=0, pooling="mean")
+    rows = ViTCLSForImageClassification(config).token_attention(images())
+    maps = patch_maps(rows, config, (32, 32))
+    assert maps.shape == (2, 2, 2, 0, 4, 4)
+    assert on_picture(maps, (50, 60), SeenPart(0, 0, 60, 50)).shape == (2, 2, 2, 0, 50, 60)
+
+
+# What the processor shows ----------------------------------------------------------------------------------------
+
+BLACK = 10  # what is added to coordinates, so that padding shows
+
+
+def coordinates(height: int, width: int) -> Image.Image:
+    """A picture whose red is each pixel's column, and green its row, from 10."""
+    y, x = np.mgrid[0:height, 0:width]
+    return Image.fromarray(np.stack([x + BLACK, y + BLACK, 0 * x], axis=-1).astype(np.uint8))
+
+
+PROCESSORS = {
+    "rectangle": {"size": {"height": 64, "width": 48}},
+    "enlarged": {"size": {"height": 300, "width": 310}},
+    "shortest_edge": {"size": {"shortest_edge": 64}},
+    "crop": {"size": {"shortest_edge": 64}, "do_center_crop": True, "crop_size": 56},
+    "half_pixel_down": {"size": {"shortest_edge": 64}, "do_center_crop": True, "crop_size": 58},
+    "half_pixel_even": {
+        "size": {"shortest_edge": 64},
+        "do_center_crop": True,
+        "crop_size": 58,
+        "crop_rounding": "even",
+    },
+    "flat_crop": {
+        "size": {"height": 80, "width": 64},
+        "do_center_crop": True,
+        "crop_size": {"height": 40, "width": 60},
+    },
+    "longest_edge": {"size": {"shortest_edge": 64, "longest_edge": 72}},
+    "longest_edge_pads": {
+        "size": {"shortest_edge": 64, "longest_edge": 72},
+        "do_center_crop": True,
+        "crop_size": 64,
+    },
+    "max_sides": {"size": {"max_height": 70, "max_width": 60}},
+    "crop_alone": {"do_resize": False, "do_center_crop": True, "crop_size": {"height": 121, "width": 90}},
+    "crop_pads_one_side": {"do_resize": False, "do_center_crop": True, "crop_size": {"height": 195, "width": 101}},
+    "crop_pads_both": {"do_resize": False, "do_center_crop": True, "crop_size": {"height": 257, "width": 263}},
+    "pad": {"size": {"height": 48, "width": 40}, "do_pad": True, "pad_size": {"height": 64, "width": 60}},
+    "nothing": {"do_resize": False},
+}
+
+
+@pytest.mark.parametrize("size", [(180, 240), (240, 180)], ids=["landscape", "portrait"])
+@pytest.mark.parametrize("backend", [ViTCLSImageProcessor, ViTCLSImageProcessorPil])
+@pytest.mark.parametrize("settings", PROCESSORS.values(), ids=PROCESSORS)
+def test_the_seen_part_is_what_the_processor_really_shows(settings, backend, size):
+    processor = backend(resample=2, **RAW, **settings)
+    shown = processor(coordinates(*size), return_tensors="pt")["pixel_values"][0]  # [3, H, W]
+    left, top, right, bottom = seen_part(processor, size)
+    for axis, (start, stop) in enumerate([(left, right), (top, bottom)]):
+        values = shown[axis].amax(dim=axis)  # along x, then y; padding is 0
+        expected = start + (torch.arange(len(values)) + 0.5) * (stop - start) / len(values) - 0.5  # of centres
+        inside = (expected > -0.5) & (expected < size[1 - axis] - 0.5)
+        assert torch.equal(values > 0, inside)
+        edge = (stop - start) / len(values) + 1  # where the filter lacks pixels on one side
+        whole = (expected > edge) & (expected < size[1 - axis] - 1 - edge)
+        assert whole.sum() > 10
+        assert (values[whole] - BLACK - expected[whole]).abs().max() < 0.76  # rounded to whole grey levels
+
+
+def test_whole_patches_alone_count():
+    processor = ViTCLSImageProcessor(size={"height": 70, "width": 90})
+    assert seen_part(processor, (140, 180), (16, 20)) == SeenPart(0, 0, 160, 128)
+    cropping = ViTCLSImageProcessor(size={"shortest_edge": 80}, do_center_crop=True, crop_size=70)
+    assert seen_part(cropping, (160, 160), (16, 16)) == SeenPart(10, 10, 138, 138)
+
+
+# On the picture --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("place", [(60, 250), (400, 300), (230, 460)], ids=str)
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"size": {"height": 96, "width": 160}},
+        {"size": {"shortest_edge": 140}, "do_center_crop": True, "crop_size": 125},
+    ],
+    ids=["rectangle", "crop"],
+)
+def test_a_spot_comes_back_to_its_place_on_the_picture(settings, place):
+    """Real pixels through the real processor; the means of the model's patches serve as its attention."""
+    config = ViTCLSConfig(image_size=96, patch_size=[2, 3])
+    picture = np.zeros((480, 640, 3), np.uint8)
+    picture[place[0] - 9 : place[0] + 9, place[1] - 9 : place[1] + 9] = 255
+    processor = ViTCLSImageProcessor(**RAW, **settings)
+    shown = processor(picture, return_tensors="pt")["pixel_values"]
+    maps = torch.nn.functional.avg_pool2d(shown[:, :1].float(), config.patch_height_width)[0]
+    drawn = on_picture(maps, (480, 640), seen_part(processor, (480, 640), config.patch_height_width))
+    assert drawn.shape == (1, 480, 640)
+    weight = drawn[0].nan_to_num().clamp(min=0)
+    y, x = torch.meshgrid(torch.arange(480) + 0.5, torch.arange(640) + 0.5, indexing="ij")
+    centre = ((weight * y).sum() / weight.sum(), (weight * x).sum() / weight.sum())
+    assert math.dist(centre, place) < 3  # pixels of 480 x 640; patches are 7 to 12 of them wide
+
+
+def test_maps_are_bilinear_between_centres_and_nan_outside():
+    maps = torch.tensor([[1.0, 3.0]])
+    drawn = on_picture(maps, (2, 8), SeenPart(1, 0, 7, 2))  # cells of 3 pixels, with centres at 2.5 and 5.5
+    expected = torch.tensor([math.nan, 1, 1, 1 + 2 / 3, 1 + 4 / 3, 3, 3, math.nan])
+    assert torch.allclose(drawn, expected.expand(2, 8), equal_nan=True, atol=1e-5)
+
+
+def test_maps_of_half_precision_and_any_leading_axes():
+    maps = torch.rand(2, 3, 4, 5, 6).bfloat16()
+    drawn = on_picture(maps, (9, 7), SeenPart(0, 0, 7, 9))
+    assert drawn.shape == (2, 3, 4, 9, 7)
+    assert drawn.dtype == torch.float32
+    assert torch.equal(drawn[1, 2, 3], on_picture(maps[1, 2, 3], (9, 7), SeenPart(0, 0, 7, 9)))
+
+
+# Overlays --------------------------------------------------------------------------------------------------------
+
+
+def photograph(height: int = 60, width: int = 90) -> Image.Image:
+    """A random colour picture."""
+    return Image.fromarray(np.random.default_rng(0).integers(60, 200, (height, width, 3)).astype(np.uint8))
+
+
+def spot(rows: int = 4, columns: int = 6, place: tuple[int, int] = (1, 4)) -> torch.Tensor:
+    """A map with one hot cell."""
+    values = torch.zeros(rows, columns)
+    values[place] = 0.5
+    return values
+
+
+def lightness(picture: Image.Image) -> np.ndarray:
+    """[h, w]."""
+    return np.asarray(picture.convert("L"), dtype=float)
+
+
+def test_an_overlay_is_brightest_where_the_map_is():
+    drawn = overlay(photograph(), spot())
+    assert (drawn.size, drawn.mode) == ((90, 60), "RGB")
+    bright = lightness(drawn) > 150
+    y, x = np.nonzero(bright)
+    assert bright.sum() > 20
+    assert y.min() >= 15 and y.max() < 30 and x.min() >= 60 and x.max() < 75  # the cell
+
+
+def test_maps_per_pixel_are_drawn_as_those_per_patch():
+    seen = SeenPart(15, 0, 75, 60)
+    per_pixel = on_picture(spot(), (60, 90), seen)
+    difference = lightness(overlay(photograph(), per_pixel)) - lightness(overlay(photograph(), spot(), seen))
+    assert np.abs(difference).max() <= 1
+
+
+def test_the_unseen_part_is_dark_and_the_seen_part_is_not():
+    drawn = lightness(overlay(Image.new("RGB", (90, 60), (200, 200, 200)), torch.zeros(4, 4), SeenPart(15, 0, 75, 60)))
+    assert drawn[:, :15].max() < 110 < drawn[:, 15:75].min()
+    assert drawn[:, 75:].max() < 110
+    assert drawn[:, :15].std() > 5  # hatched
+
+
+def test_overlays_of_large_and_small_pictures_are_scaled_on_request():
+    assert overlay(photograph(600, 900), spot(), max_side=300).size == (300, 200)
+    assert overlay(photograph(6, 9), spot(), min_side=40).size == (45, 30)
+    assert overlay(photograph(), spot(), max_side=300, min_side=40).size == (90, 60)
+    seen = SeenPart(150, 0, 750, 600)
+    small, large = overlay(photograph(600, 900), spot(), seen, max_side=90), overlay(photograph(), spot(), seen)
+    assert small.size == large.size
+    assert (lightness(small)[:, :14] < 110).all()
+
+
+def test_even_attention_does_not_glow():
+    even, peaked = (lightness(overlay(photograph(), values)).max() for values in (torch.full((4, 6), 0.04), spot()))
+    assert even < 150 < peaked
+    assert lightness(overlay(photograph(), torch.full((4, 6), 0.04), strongest=0.04)).max() > 190
+
+
+def test_maps_share_a_scale_on_request():
+    weak = spot() / 10
+    assert lightness(overlay(photograph(), weak)).max() > 190
+    assert lightness(overlay(photograph(), weak, strongest=0.5)).max() < 150
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "CMYK", "I;16"])
+def test_pictures_of_all_modes_are_drawn(mode):
+    picture = photograph().convert("L" if mode == "I;16" else mode)
+    if mode == "I;16":
+        picture = Image.fromarray(np.asarray(picture).astype(np.uint16) * 257)
+    drawn = overlay(picture, torch.zeros(4, 6))
+    assert drawn.mode == "RGB"
+    assert 20 < lightness(drawn).mean() < 120
+
+
+def test_a_turned_photograph_is_drawn_upright():
+    picture = photograph()
+    picture.getexif()[ORIENTATION] = 6
+    drawn = overlay(picture, spot(6, 4, (5, 0)))
+    assert drawn.size == (60, 90)
+    y, x = np.nonzero(lightness(drawn) > 190)
+    assert y.min() >= 75 and x.max() < 15
+
+
+def test_maps_with_gradients_and_without_any_strength_are_drawn():
+    values = torch.zeros(4, 6, requires_grad=True)
+    assert overlay(photograph(), values).size == (90, 60)
+    assert overlay(photograph(), np.full((60, 90), np.nan)).size == (90, 60)

@@ -1,0 +1,135 @@
+"""The analysis from Python: its public names, and models in wrappers, which are what is inside."""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from fresh_processes import run_fresh
+from peft import LoraConfig, get_peft_model
+from PIL import Image
+from tiny_models import filled, images, tiny_config
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
+from varied_models import with_varied_answers
+
+import modeling_vitcls.analysis as analysis
+from modeling_vitcls import ViTCLSForImageClassification, ViTCLSImageProcessor, ViTCLSModel
+from modeling_vitcls.analysis.card_images import looks_at
+from modeling_vitcls.analysis.model_utils import is_classifier, plain_model
+
+
+# Names ---------------------------------------------------------------------------------------------------------------
+
+
+def test_every_public_name_can_be_imported() -> None:
+    for name in analysis.__all__:
+        exec(f"from modeling_vitcls.analysis import {name}", found := {})
+        assert not isinstance(found[name], type(sys)), f"{name} is the file of this name"
+    assert set(analysis.__all__) <= set(dir(analysis))
+    with pytest.raises(ImportError, match="no_such_name"):
+        exec("from modeling_vitcls.analysis import no_such_name")
+    with pytest.raises(AttributeError, match="no_such_name"):
+        analysis.no_such_name  # noqa: B018
+
+
+def test_importing_the_package_is_cheap_and_hides_no_name() -> None:
+    """In a fresh process: no figures nor pages, and a function stays one whatever imports the file of its name."""
+    code = """
+import sys, modeling_vitcls
+before = set(sys.modules)
+from modeling_vitcls.analysis import attribution
+files = {name.rpartition(".")[2] for name in set(sys.modules) - before if name.startswith("modeling_vitcls.")}
+assert files == {"analysis", "attribution", "model_utils", "attention_recorder"}, files
+assert not {"matplotlib", "jinja2", "torchmetrics"} & (set(sys.modules) - before)
+import modeling_vitcls.analysis.image_report, modeling_vitcls.analysis.attribution
+from modeling_vitcls.analysis import attribution as again, overlay, write_report
+assert again is attribution and callable(attribution)
+"""
+    ran = run_fresh("-c", code)
+    assert ran.returncode == 0, ran.stderr
+
+
+# Wrappers ------------------------------------------------------------------------------------------------------------
+
+
+class Mine(ViTCLSForImageClassification):
+    """Somebody's own, by inheritance."""
+
+
+def classifier(kind: type = ViTCLSForImageClassification) -> Any:
+    config = tiny_config(num_register_tokens=1, num_labels=5, num_hidden_layers=3)
+    return with_varied_answers(kind(config), images(4)).eval()
+
+
+def with_lora(model: Any) -> Any:
+    """PEFT's additions, which change something."""
+    wrapped = get_peft_model(model, LoraConfig(target_modules=["q_proj", "v_proj"], r=2, init_lora_weights=False))
+    return wrapped.eval()
+
+
+WRAPPERS: dict[str, Callable[[], Any]] = {
+    "compiled": lambda: torch.compile(classifier(), backend="eager"),
+    "inherited": lambda: classifier(Mine),
+    "peft": lambda: with_lora(classifier()),
+    "data parallel": lambda: torch.nn.DataParallel(classifier()),
+}
+
+
+def pictures(count: int = 4) -> list[Image.Image]:
+    generator = np.random.default_rng(0)
+    return [Image.fromarray(generator.integers(0, 256, (32, 32, 3), dtype=np.uint8)) for _ in range(count)]
+
+
+PROCESSOR = ViTCLSImageProcessor(size={"height": 32, "width": 32})
+
+
+@pytest.mark.parametrize("wrapped", WRAPPERS.values(), ids=WRAPPERS)
+def test_wrapped_models_are_inspected_as_what_they_are(wrapped: Callable[[], Any], tmp_path: Path) -> None:
+    model = wrapped()
+    assert is_classifier(model)
+    found = analysis.write_report(tmp_path / "report.html", model, PROCESSOR, pictures(), labels=[0, 1, 2, 3])
+    assert found.has_head and found.effects is not None and found.accuracy is not None
+    assert "There is no classifier" not in (tmp_path / "report.html").read_text()
+    with torch.no_grad():
+        logits = model(PROCESSOR(pictures(), return_tensors="pt")["pixel_values"]).logits
+    probabilities = [reading.answers[0].labels[0][1] for reading in found.readings]
+    assert probabilities == pytest.approx(logits.softmax(dim=1).amax(dim=1).tolist(), abs=1e-5)
+    assert [len(reading.attributions) for reading in found.readings] == [1] * 4
+    (look, *_) = looks_at(model, PROCESSOR, [(pictures()[0], "cat")])
+    assert look.title.startswith("cat, predicted LABEL_")
+
+
+@pytest.mark.parametrize("name", ["compiled", "peft"])
+def test_each_function_takes_wrapped_models(name: str) -> None:
+    """With the same numbers as of the model inside."""
+    model = WRAPPERS[name]()
+    plain = plain_model(model)
+    assert type(plain) is ViTCLSForImageClassification
+    pixels = images(2)
+    assert torch.allclose(analysis.attention_rollout(model, pixels), analysis.attention_rollout(plain, pixels))
+    assert torch.allclose(analysis.attribution(model, pixels), analysis.attribution(plain, pixels))
+    statistics = [analysis.TokenStatistics(one) for one in (model, plain)]
+    for collected in statistics:
+        collected.update(pixels)
+    wrapped, unwrapped = (collected.compute() for collected in statistics)
+    assert torch.allclose(wrapped.entropy, unwrapped.entropy)
+    batches = lambda: [(pixels, None)]  # noqa: E731
+    effects = analysis.ablation_effects(model, batches, wrapped.mean_states)
+    assert effects == analysis.ablation_effects(plain, batches, unwrapped.mean_states)
+
+
+def test_code_of_a_repository_has_classes_of_its_own(tmp_path: Path) -> None:
+    """Which are classifiers, though no instances of the package's."""
+    classifier().save_pretrained(tmp_path)
+    kind = get_class_from_dynamic_module("modeling_vitcls.ViTCLSForImageClassification", str(tmp_path))
+    model = kind.from_pretrained(tmp_path)
+    assert not isinstance(model, ViTCLSForImageClassification) and is_classifier(model)
+
+
+def test_encoders_and_regressions_are_no_classifiers() -> None:
+    assert not is_classifier(filled(ViTCLSModel(tiny_config())))
+    assert not is_classifier(ViTCLSForImageClassification(tiny_config(problem_type="regression")))
+    assert not is_classifier(ViTCLSForImageClassification(tiny_config(num_labels=0)))

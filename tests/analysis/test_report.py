@@ -1,0 +1,719 @@
+"""The report in a real browser: planted faults are named, maps and curves show what the model does."""
+
+import io
+import json
+import re
+from base64 import b64decode
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from peers.transformers_cases import CASES
+from PIL import Image
+from playwright.sync_api import Browser, Locator, Page, expect
+from tiny_models import LAYOUTS, TASKS, filled, raises_one_line, tiny_config
+from varied_models import with_varied_answers
+
+from modeling_vitcls import (
+    ViTCLSForImageClassification,
+    ViTCLSForMaskedImageModeling,
+    ViTCLSForMultiTaskClassification,
+    ViTCLSImageProcessor,
+    ViTCLSModel,
+)
+from modeling_vitcls.analysis import report_data
+from modeling_vitcls.analysis.diagnosis import FEWEST_IMAGES
+from modeling_vitcls.analysis.inspection import Inspection, inspect_model
+from modeling_vitcls.analysis.maps import EVEN, overlay, patch_maps, seen_part, token_names
+from modeling_vitcls.analysis.report import facts, write_figures, write_page, write_report
+from modeling_vitcls.conversion.from_transformers import convert_from_transformers
+from modeling_vitcls.inference.predict import predict
+
+
+NAMES = ["</script><b>wide</b>.png", "tall.png", "square & small.png"]
+SIZES = [(90, 60), (50, 80), (40, 40)]  # width, height
+NUM_LABELS = 8
+PATIENCE = 60_000  # milliseconds that the browser waits
+
+
+def processor(**settings: Any) -> ViTCLSImageProcessor:
+    """Shows the middle of a picture, 32 x 32 of 40 along its shorter side."""
+    crop = {"height": 32, "width": 32}
+    return ViTCLSImageProcessor(
+        **{"size": {"shortest_edge": 40}, "do_center_crop": True, "crop_size": crop, **settings}
+    )
+
+
+def pictures() -> list[Image.Image]:
+    generator = np.random.default_rng(0)
+    return [Image.fromarray(generator.integers(0, 256, (height, width, 3), dtype=np.uint8)) for width, height in SIZES]
+
+
+def more_pictures() -> list[Image.Image]:
+    """With the others as many as it takes to judge a token."""
+    generator = np.random.default_rng(1)
+    noise = generator.integers(0, 256, (FEWEST_IMAGES - len(SIZES), 40, 40, 3), dtype=np.uint8)
+    return [Image.fromarray(one) for one in noise]
+
+
+def pixels() -> torch.Tensor:
+    return processor()(pictures(), return_tensors="pt")["pixel_values"]
+
+
+def classifier(**fields: Any) -> ViTCLSForImageClassification:
+    fields = {"num_labels": NUM_LABELS, "num_hidden_layers": 3, "num_register_tokens": 3} | fields
+    return with_varied_answers(ViTCLSForImageClassification(tiny_config(**fields)), pixels())
+
+
+@torch.no_grad()
+def planted() -> ViTCLSForImageClassification:
+    """One patch of sixteen with a huge norm, and two registers that are one."""
+    model = classifier()
+    embeddings = model.vitcls.embeddings
+    embeddings.position_embeddings.patches[:, 5] += 200
+    embeddings.register_tokens[:, 2] = embeddings.register_tokens[:, 0]
+    return model
+
+
+@contextmanager
+def opened(browser: Browser, file: Path, scheme: Any = "light", width: int = 1280, **settings: Any) -> Iterator[Page]:
+    """The page from a file; it must say nothing on the console, load nothing, and never be wider than the window."""
+    context = browser.new_context(color_scheme=scheme, viewport={"width": width, "height": 900}, **settings)
+    context.set_default_timeout(PATIENCE)
+    page = context.new_page()
+    said: list[str] = []
+    page.on("console", lambda message: said.append(message.text))
+    page.on("pageerror", lambda error: said.append(str(error)))
+    page.on("request", lambda request: said.append(request.url) if not is_local(request.url, file) else None)
+    page.goto(file.as_uri())
+    page.wait_for_function(EVERYTHING_IS_DRAWN)
+    yield page
+    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+    assert said == []
+    context.close()
+
+
+# Charts are drawn after they have been laid out, which moves what is below them.
+EVERYTHING_IS_DRAWN = """
+    [...document.querySelectorAll('[data-thumbnail]')].every((canvas) => Math.max(canvas.width, canvas.height) === 200)
+    && [...document.querySelectorAll('[data-chart] svg[role=img]')].every((chart) => chart.childElementCount)
+"""
+
+
+def is_local(url: str, file: Path) -> bool:
+    return url.startswith("data:") or url == file.as_uri()
+
+
+@pytest.fixture(scope="module")
+def faulty(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any, Inspection]:
+    """The page of a model with a frozen CLS token, a huge patch, and two registers that are one."""
+    file = tmp_path_factory.mktemp("report") / "report.html"
+    model = planted()
+    movement = {"cls[0]": 0.0, "registers[0]": 0.3, "registers[1]": 0.2, "registers[2]": 0.3}
+    labels = [0, 1, None]
+    found = write_report(
+        file,
+        model,
+        processor(),
+        pictures(),
+        names=NAMES,
+        labels=labels,
+        statistics_pictures=[*pictures(), *more_pictures()],
+        statistics_labels=labels + [None] * len(more_pictures()),
+        movement=movement,
+        source="a test",
+    )
+    return file, model, found
+
+
+@pytest.fixture(scope="module")
+def page_to_read(browser: Browser, faulty: Any) -> Iterator[Page]:
+    """That page, for tests that only read it."""
+    with opened(browser, faulty[0]) as page:
+        yield page
+
+
+# Words ---------------------------------------------------------------------------------------------------------------
+
+
+def test_planted_faults_are_named(page_to_read: Page, faulty: Any) -> None:
+    cards = page_to_read.locator(".verdict").all_inner_texts()
+    words = [card.splitlines()[0] + ": " + card.splitlines()[1].strip() for card in filter(None, map(lines, cards))]
+    assert words == [
+        "CLS: • not moved",
+        "register 1: ≡ collapsed",
+        "register 2: ✓ learned",
+        "register 3: ≡ collapsed",
+        "patches: ✕ artifacts",
+    ]
+    assert "not moved in this run (by 0), but in use" in cards[0]
+    assert "identical to register 3" in cards[1] and "6.25%" in cards[4]
+
+
+def lines(text: str) -> str:
+    """Without empty lines."""
+    return "\n".join(filter(str.strip, text.splitlines()))
+
+
+def test_a_token_that_is_the_same_for_every_image(browser: Browser, tmp_path: Path) -> None:
+    model = classifier(num_register_tokens=0)
+    with torch.no_grad():
+        for layer in model.vitcls.layers:
+            layer.attention.o_proj.weight.zero_()
+    write_report(tmp_path / "report.html", model, processor(), pictures())
+    with opened(browser, tmp_path / "report.html") as page:
+        assert "✕ same for all images" in page.locator(".verdict").first.inner_text()
+        assert "same for every image" in page.locator(".verdict").first.inner_text()
+
+
+def test_names_are_text(page_to_read: Page, faulty: Any) -> None:
+    """Also where they look like elements."""
+    assert [name.strip() for name in page_to_read.locator("summary strong").all_inner_texts()] == NAMES
+    assert page_to_read.locator("summary strong b").count() == 0
+
+
+def test_answers_and_truth(page_to_read: Page, faulty: Any) -> None:
+    _, model, found = faulty
+    with torch.no_grad():
+        probabilities = model(pixels()).logits.softmax(dim=-1)
+    texts = page_to_read.locator(".picture > summary").all_inner_texts()
+    for place, text in enumerate(texts):
+        best = int(probabilities[place].argmax())
+        assert f"LABEL_{best} ({probabilities[place, best]:.1%})" in text
+        if place < 2:
+            assert f"in truth LABEL_{place}" in text and ("✓ right" in text) == (best == place)
+    assert "in truth" not in texts[2]
+    right = sum(int(probabilities[place].argmax()) == place for place in range(2))
+    assert found.accuracy == right / 2
+
+
+def test_the_layout_says_what_is_read(page_to_read: Page, faulty: Any) -> None:
+    assert page_to_read.locator(".sequence .read").all_inner_texts()[0].startswith("CLS")
+    assert page_to_read.locator(".sequence .read").count() == 1
+    assert "16 patches" in page_to_read.locator(".sequence").inner_text()
+
+
+def test_what_tokens_are_worth(page_to_read: Page, faulty: Any) -> None:
+    _, _, found = faulty
+    rows = [row.split("\t") for row in page_to_read.locator("#worth tbody tr").all_inner_texts()]
+    effects = list(found.effects.values())
+    assert [row[0] for row in rows] == ["CLS", "register 1", "register 2", "register 3"]
+    changed = [round(16 * effect.changed_answers) for effect in effects]
+    assert [row[1] for row in rows] == [f"{number} of 16 ({number / 16:.1%})" for number in changed]
+    assert [row[2] for row in rows] == [f"{effect.logit_change:.2g}" for effect in effects]
+    assert [row[3] for row in rows] == [f"{effect.accuracy_change * 100:+.1f}" for effect in effects]
+
+
+# Maps ----------------------------------------------------------------------------------------------------------------
+
+
+def attention_of(model: Any, place: int) -> torch.Tensor:
+    """[layer, head, token, gh, gw]."""
+    with torch.no_grad():
+        return patch_maps(model.token_attention(pixels())[place], model.config, (32, 32))
+
+
+def cell(page: Page, label: str, place: int = 0) -> Locator:
+    return page.locator(f'[data-maps="{place}"] .cell[aria-label="{label}: enlarge"]')
+
+
+def in_view(part: Locator) -> None:
+    """Scroll there, and wait until the page has heard of it: labels vanish when it scrolls."""
+    part.scroll_into_view_if_needed()
+    part.page.evaluate("new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)))")
+
+
+def test_the_enlarged_map_is_the_overlay(browser: Browser, faulty: Any) -> None:
+    """Pixel by pixel what maps.py draws, on the picture's own pixels: not square, and cropped."""
+    _, model, _ = faulty
+    picture = pictures()[0]
+    seen = seen_part(processor(), (60, 90), (8, 8))
+    values = attention_of(model, 0)[1].mean(dim=0)[2]
+    strongest = max(values.max(), EVEN * values.mean()).item()
+    drawn = overlay(picture, values, seen, strongest, min_side=900)
+    with opened(browser, faulty[0]) as page:
+        cell(page, "register 2, layer 2").click()
+        page.wait_for_function("document.getElementById('enlarged-map').width === 900")
+        url = page.evaluate("document.getElementById('enlarged-map').toDataURL()")
+    painted = Image.open(io.BytesIO(b64decode(url.partition(",")[2]))).convert("RGB")
+    assert painted.size == drawn.size == (900, 600)
+    mine, other = np.asarray(painted, dtype=int), np.asarray(drawn, dtype=int)
+    left, top, right, bottom = (round(10 * edge) for edge in seen)
+    inside = np.abs(mine - other)[top:bottom, left:right]
+    assert inside.mean() < 1 and inside.max() <= 8
+    hatched = (slice(None), slice(left))
+    assert mine[hatched].mean() == pytest.approx(other[hatched].mean(), abs=1) and mine[hatched].max() < 130
+
+
+def test_values_under_the_pointer(browser: Browser, faulty: Any) -> None:
+    """In the middle of the wide picture, in the mean of the heads and in one; and beside what the model sees."""
+    _, model, _ = faulty
+    maps = attention_of(model, 0)[2, :, 0]  # [head, gh, gw]
+    with opened(browser, faulty[0]) as page:
+        canvas = cell(page, "CLS, layer 3").locator("canvas")
+        in_view(canvas)
+        box = canvas.bounding_box()
+        at = {"x": box["width"] * 0.52, "y": box["height"] * 0.52}  # row 3, column 3, of 4
+        canvas.hover(position=at)
+        tip = page.locator("#tip")
+        expect(tip).to_contain_text("CLS, layer 3, mean of the heads")
+        assert tip.inner_text().splitlines() == ["CLS, layer 3, mean of the heads", said(maps.mean(dim=0)[2, 2])]
+        page.locator("#head").select_option("2")
+        canvas.hover(position={"x": at["x"] + 1, "y": at["y"]})
+        expect(tip).to_contain_text("CLS, layer 3, head 2")
+        assert tip.inner_text().splitlines() == ["CLS, layer 3, head 2", said(maps[1, 2, 2])]
+        canvas.hover(position={"x": 2, "y": at["y"]})
+        expect(tip).to_contain_text("does not see")
+        page.mouse.move(5, 5)
+        expect(tip).to_be_hidden()
+
+
+def said(value: torch.Tensor) -> Any:
+    """The line of a value, to three digits of what a byte can hold."""
+    return Near("row 3, column 3: ", 100 * value.item(), "% of its attention")
+
+
+class Near:
+    """Equal to a text with a number close to this one."""
+
+    def __init__(self, before: str, number: float, after: str) -> None:
+        self.before, self.number, self.after = before, number, after
+
+    def __eq__(self, other: object) -> bool:
+        text = str(other)
+        if not (text.startswith(self.before) and text.endswith(self.after)):
+            return False
+        found = float(text.removeprefix(self.before).removesuffix(self.after))
+        return found == pytest.approx(self.number, rel=0.02, abs=0.01)
+
+    def __repr__(self) -> str:
+        return f"{self.before}{self.number}{self.after}"
+
+
+def test_the_share_that_goes_to_patches(browser: Browser, faulty: Any) -> None:
+    _, model, _ = faulty
+    share = attention_of(model, 0)[0].mean(dim=0)[1].sum().item()
+    with opened(browser, faulty[0]) as page:
+        button = cell(page, "register 1, layer 1")
+        in_view(button)
+        page.wait_for_function("(cell) => cell.querySelector('.share').textContent", arg=button.element_handle())
+        assert float(button.inner_text().strip().removesuffix("%")) == pytest.approx(100 * share, rel=0.06)
+
+
+def test_keyboard(browser: Browser, faulty: Any) -> None:
+    """One tab stop for a picture, arrows from map to map, Enter enlarges, arrows walk on, Escape closes."""
+    with opened(browser, faulty[0]) as page:
+        first = page.locator('[data-maps="0"] .cell').first
+        assert page.locator('[data-maps="0"] .cell[tabindex="0"]').count() == 1
+        first.focus()
+        for key in ("ArrowDown", "ArrowDown", "ArrowRight"):
+            page.keyboard.press(key)
+        expect(cell(page, "register 1, layer 2")).to_be_focused()
+        page.keyboard.press("Enter")
+        title = page.locator("#enlarged-title")
+        expect(title).to_have_text(f"register 1, layer 2, mean of the heads · {NAMES[0]}")
+        expect(page.locator("#enlarged-value")).to_contain_text("To one patch at most")
+        for key in ("ArrowRight", "ArrowRight", "ArrowRight", "ArrowUp"):  # the last one has nowhere to go
+            page.keyboard.press(key)
+        expect(title).to_have_text(f"CLS, rollout through all layers · {NAMES[0]}")
+        page.keyboard.press("Escape")
+        expect(page.locator("dialog")).to_be_hidden()
+        expect(cell(page, "CLS, rollout")).to_be_focused()  # the page hears later that the dialog was closed
+        assert page.locator('[data-maps="0"] .cell[tabindex="0"]').count() == 1
+
+
+def test_brightness_of_all_layers_alike(browser: Browser, faulty: Any) -> None:
+    """Then only the strongest of all maps reaches the brightest colour."""
+    with opened(browser, faulty[0]) as page:
+        brightest = """() => [...document.querySelectorAll('[data-maps="0"] .grid canvas')].map((painted) => {
+            const canvas = new OffscreenCanvas(painted.width, painted.height).getContext('2d');
+            canvas.drawImage(painted, 0, 0);
+            const data = canvas.getImageData(0, 0, painted.width, painted.height).data;
+            return Math.max(...Array.from({length: data.length / 4}, (_, place) => data[4 * place]));
+        })"""
+        page.locator('[data-maps="0"]').scroll_into_view_if_needed()
+        painted = """(state) => [...document.querySelectorAll('[data-maps="0"] .grid canvas')].every(
+            (canvas) => canvas.dataset.state === state)"""
+        page.wait_for_function(painted, arg="0 each")
+        each = page.evaluate(brightest)
+        page.locator("#brightness").select_option("alike")
+        page.wait_for_function(painted, arg="0 alike")
+        alike = page.evaluate(brightest)
+    assert len(each) == 4 * 4
+    assert sum(a < e - 20 for e, a in zip(each, alike, strict=True)) >= 4
+    assert all(a <= e + 20 for e, a in zip(each, alike, strict=True))
+
+
+def test_touch_enlarges_and_reads(browser: Browser, faulty: Any) -> None:
+    with opened(browser, faulty[0], "dark", 390, has_touch=True) as page:
+        cell(page, "CLS, layer 1").tap()
+        expect(page.locator("dialog")).to_be_visible()  # a tap becomes a click after a while
+        page.locator("#enlarged-map").tap()
+        expect(page.locator("#enlarged-value")).to_contain_text("of its attention")
+        page.locator("[data-walk=down]").tap()
+        expect(page.locator("#enlarged-title")).to_contain_text(re.compile("^register 1, layer 1,"))
+        page.locator("dialog .close").tap()
+        expect(page.locator("dialog")).to_be_hidden()
+
+
+# Figures -------------------------------------------------------------------------------------------------------------
+
+
+def test_every_figure_is_drawn(page_to_read: Page, faulty: Any) -> None:
+    charts = page_to_read.locator("[data-chart]")
+    assert charts.count() == 12
+    for chart in charts.all():
+        assert chart.locator("svg[role=img]").count() in (1, 4)  # one, or one for each token
+        for svg in chart.locator("svg[role=img]").all():
+            assert svg.locator("path, rect").count() >= 1
+            assert svg.get_attribute("aria-label")
+    drawn = page_to_read.locator("main").inner_html()
+    assert "NaN" not in drawn and "undefined" not in drawn
+
+
+def test_curves_tell_their_numbers(browser: Browser, faulty: Any) -> None:
+    """Under the pointer, by arrow keys, and as a table; with the uniform baseline."""
+    entropy, uniform = faulty[2].findings.entropy, faulty[2].findings.uniform["entropy"]
+    with opened(browser, faulty[0]) as page:
+        chart = page.locator("[data-chart=entropy]")
+        svg = chart.locator("svg[role=img]")
+        assert svg.locator(".baseline").count() == 1 and svg.locator("path.band").count() == 4
+        in_view(svg)
+        svg.focus()
+        page.keyboard.press("ArrowRight")
+        page.keyboard.press("ArrowRight")
+        expect(page.locator("#tip")).to_contain_text("layer 2")
+        told = page.locator("#tip").inner_text().splitlines()
+        assert told[0] == "layer 2" and told[-1] == f"uniform: {number(uniform)}"
+        mean, low, high = entropy[1, :, 1].mean(), entropy[1, :, 1].min(), entropy[1, :, 1].max()
+        assert told[2] == f"register 1: {number(mean)} ({number(low)} to {number(high)})"
+        chart.locator(".numbers summary").click()
+        rows = [row.split("\t") for row in chart.locator("tbody tr").all_inner_texts()]
+        assert rows[2] == ["3", *(number(value) for value in entropy[2].mean(dim=0))]
+        before = svg.locator("path.line").count()
+        chart.locator(".legend button", has_text="register 2").click()
+        expect(svg.locator("path.line")).to_have_count(before - 1)
+
+
+def test_a_token_that_sees_a_part_has_its_own_baseline(browser: Browser, tmp_path: Path) -> None:
+    """Of entropy and spread; there are two lines, and a name for the other one."""
+    scopes = {"num_cls_tokens": 2, "num_register_tokens": 0, "cls_scopes": ["image", [2, 2, 0, 1]]}
+    found = write_report(tmp_path / "report.html", classifier(**scopes), processor(), pictures())
+    alike, second = found.findings.uniform_by_token["entropy"], found.verdicts[1].token
+    with opened(browser, tmp_path / "report.html") as page:
+        svg = page.locator("[data-chart=entropy] svg[role=img]")
+        assert svg.locator(".baseline").count() == 2
+        assert page.locator("[data-chart=patch_distance] svg[role=img] .baseline").count() == 1
+        in_view(svg)
+        svg.focus()
+        page.keyboard.press("ArrowRight")
+        expect(page.locator("#tip")).to_contain_text("layer 1")
+        told = page.locator("#tip").inner_text().splitlines()
+        assert told[-2:] == [f"uniform: {number(alike[0])}", f"uniform, of what {second} sees: {number(alike[1])}"]
+
+
+def number(value: Any) -> str:
+    """As the page writes it: three digits, without zeros at the end."""
+    text = f"{float(value):.3g}"
+    return text if "e" in text else str(float(text)).removesuffix(".0")
+
+
+def test_the_histogram_shows_outliers_and_registers(browser: Browser, faulty: Any) -> None:
+    with opened(browser, faulty[0]) as page:
+        chart = page.locator("[data-chart=histogram]")
+        assert chart.locator(".beyond").count() == 1 and chart.locator(".baseline").count() == 1
+        assert chart.locator("path.g-registers").count() == 3
+        chart.locator("input").fill("0")
+        expect(chart.locator("output")).to_have_text("the embeddings")
+        expect(chart.locator(".beyond")).to_have_count(1)
+
+
+def test_registers_that_are_one_are_at_cosine_1(browser: Browser, faulty: Any) -> None:
+    between = faulty[2].findings.between_tokens
+    with opened(browser, faulty[0]) as page:
+        chart = page.locator("[data-chart=between_tokens]")
+        assert chart.locator(".inside").all_text_contents() == [f"{value:.2f}" for value in between[-1].flatten()]
+        assert chart.locator(".inside").all_text_contents()[1 * 4 + 3] == "1.00"
+        chart.locator("input").fill("1")
+        expect(chart.locator(".inside")).to_have_text([f"{value:.2f}" for value in between[1].flatten()])
+
+
+# Looks ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [390, 1280])
+def test_light_and_dark_on_phones_and_desktops(browser: Browser, faulty: Any, scheme: str, width: int) -> None:
+    """Text stands out from what is behind it, by WCAG's 4.5 to 1."""
+    with opened(browser, faulty[0], scheme, width) as page:
+        is_dark = luminance(page.evaluate("getComputedStyle(document.body).backgroundColor")) < 0.2
+        assert is_dark == (scheme == "dark")
+        for selector in ("h1", "main section > p", ".verdict .word", ".verdict p", ".answer", ".layout figcaption"):
+            for element in page.locator(selector).all():
+                assert element.evaluate(CONTRAST) >= 4.5, selector
+
+
+# The contrast of an element's text with the first opaque background behind it.
+CONTRAST = """(element) => {
+    const parts = (colour) => {
+        const canvas = new OffscreenCanvas(1, 1).getContext('2d');
+        canvas.fillStyle = colour;
+        canvas.fillRect(0, 0, 1, 1);
+        return [...canvas.getImageData(0, 0, 1, 1).data];
+    };
+    const light = (colour) => {
+        const [r, g, b] = parts(colour).map((part) => part / 255).map((part) =>
+            part <= 0.04045 ? part / 12.92 : ((part + 0.055) / 1.055) ** 2.4);
+        return 0.2126 * r + 0.7152 * g + 0.0722 * b;
+    };
+    let behind = element;
+    while (parts(getComputedStyle(behind).backgroundColor)[3] === 0) behind = behind.parentElement;
+    const both = [light(getComputedStyle(element).color), light(getComputedStyle(behind).backgroundColor)];
+    return (Math.max(...both) + 0.05) / (Math.min(...both) + 0.05);
+}"""
+
+
+def luminance(colour: str) -> float:
+    """`rgb(1, 2, 3)` -> 0 to 1, roughly."""
+    return sum(map(int, colour.removeprefix("rgb(").removesuffix(")").split(", "))) / (3 * 255)
+
+
+# Other models --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+def test_any_layout(browser: Browser, tmp_path: Path, layout: dict[str, Any]) -> None:
+    model = filled(ViTCLSForImageClassification(tiny_config(**layout)))
+    found = write_report(tmp_path / "report.html", model, processor(), pictures())
+    num_tokens = model.config.token_layout.num_prefix_tokens
+    assert len(found.verdicts) == len(found.depth) == num_tokens
+    with opened(browser, tmp_path / "report.html") as page:
+        assert page.locator('[data-maps="0"] .grid .cell').count() == 3 * num_tokens  # two layers, and rollout
+        assert page.locator('[data-maps="0"] .overview .cell').count() == 2  # the picture, and attribution
+        caption = page.locator(".layout figcaption").inner_text()
+        assert ("no CLS token" in caption) == (model.config.num_cls_tokens == 0)
+        assert ("no other special token" in caption) == (num_tokens == 0)
+        charts = page.locator("[data-chart]").evaluate_all("(all) => all.map((one) => one.dataset.chart)")
+        assert ("entropy" in charts) == (num_tokens > 0) and "patch_distance" in charts and "histogram" in charts
+        assert ("between_tokens" in charts) == (num_tokens > 1)
+
+
+def test_several_tasks(browser: Browser, tmp_path: Path) -> None:
+    model = filled(ViTCLSForMultiTaskClassification(tiny_config(num_cls_tokens=2, tasks=TASKS)))
+    labels = [{"species": 1, "age": -100}, {"species": 0, "age": 1}, {"species": -100, "age": -100}]
+    found = write_report(tmp_path / "report.html", model, processor(), pictures(), labels=labels)
+    assert found.accuracy is not None
+    with opened(browser, tmp_path / "report.html") as page:
+        text = page.locator(".picture > summary").first.inner_text()
+        assert "age: " in text and "species: " in text and "in truth species LABEL_1" in text
+        assert page.locator('[data-maps="0"] .overview .cell').count() == 3  # attribution for each task
+        assert page.locator('[data-maps="0"] .grid .token').all_inner_texts() == ["CLS age", "CLS species"]
+
+
+def test_several_labels(browser: Browser, tmp_path: Path) -> None:
+    fields = {"problem_type": "multi_label_classification", "num_register_tokens": 1}
+    model = filled(ViTCLSForImageClassification(tiny_config(**fields)))
+    labels = [[1.0, 0.0, 1.0], [0.0, 0.0, 0.0], [0.0, 1.0, 0.0]]
+    found = write_report(tmp_path / "report.html", model, processor(), pictures(), labels=labels)
+    with torch.no_grad():
+        chosen = (model(pixels()).logits > 0).float()
+    assert found.accuracy == pytest.approx((chosen == torch.tensor(labels)).float().mean().item())
+    with opened(browser, tmp_path / "report.html") as page:
+        assert page.locator("h1").inner_text() == "ViTCLSForImageClassification"  # from no folder
+        assert page.locator("summary strong").first.inner_text() == "picture 1"
+        assert "in truth LABEL_0, LABEL_2" in page.locator(".picture > summary").first.inner_text()
+
+
+@pytest.mark.parametrize("model_class", [ViTCLSModel, ViTCLSForMaskedImageModeling])
+def test_without_a_classifier(browser: Browser, tmp_path: Path, model_class: type) -> None:
+    model = filled(model_class(tiny_config(num_register_tokens=1)))
+    found = write_report(tmp_path / "report.html", model, processor(), pictures(), labels=[0, 1, 2])
+    assert found.effects is None and found.accuracy is None
+    assert {verdict.word for verdict in found.verdicts} == {"not judged"}
+    with opened(browser, tmp_path / "report.html") as page:
+        assert "no classifier" in page.locator(".layout figcaption").inner_text()
+        assert page.locator("#worth").count() == 0 and page.locator(".read").count() == 0
+        assert page.locator('[data-maps="0"] .overview .cell').count() == 1  # the picture alone
+
+
+def test_differential_attention_has_two_maps_per_head(browser: Browser, tmp_path: Path) -> None:
+    model = filled(ViTCLSForImageClassification(tiny_config(attention_type="differential")))
+    write_report(tmp_path / "report.html", model, processor(), pictures())
+    with opened(browser, tmp_path / "report.html") as page:
+        options = page.locator("#head option").all_inner_texts()
+        assert len(options) == 1 + 2 * 2 and options[2] == "head 1, second map"
+
+
+def test_images_of_several_sizes(tmp_path: Path) -> None:
+    """A processor that keeps proportions: statistics in batches of one shape each."""
+    keeps = processor(do_center_crop=False, size={"shortest_edge": 32})
+    found = write_report(tmp_path / "report.html", classifier(), keeps, pictures(), labels=[0, 1, 2])
+    assert found.findings.num_images == 3
+    assert [tuple(reading.attention.shape[-2:]) for reading in found.readings] == [(4, 6), (6, 4), (4, 4)]
+
+
+def test_single_heads_are_left_out_of_large_pages(
+    browser: Browser, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(report_data, "MOST_MAP_BYTES", 100)
+    write_report(tmp_path / "report.html", classifier(), processor(), pictures())
+    with opened(browser, tmp_path / "report.html") as page:
+        assert page.locator("#head option").count() == 1 and page.locator("#head-choice").is_hidden()
+        cell(page, "register 3, layer 3").click()
+        expect(page.locator("#enlarged-title")).to_contain_text(re.compile("^register 3, layer 3, mean of the heads"))
+
+
+def test_the_head_states_the_patches_that_there_are(browser: Browser, tmp_path: Path) -> None:
+    """Not those of the model's own image size: the image processor decides."""
+    wide = processor(do_center_crop=False, size={"height": 48, "width": 64})
+    found = write_report(tmp_path / "report.html", classifier(), wide, pictures())
+    with opened(browser, tmp_path / "report.html") as page:
+        assert "48 patches" in page.locator(".sequence").inner_text()
+        assert "6 × 8 of 8 × 8 pixels" in page.locator(".sequence").inner_text()
+    assert facts(found, None, None)["num_patches"] == "48"
+    keeps = processor(do_center_crop=False, size={"shortest_edge": 32})
+    several = facts(inspect_model(classifier(), keeps, pictures()), None, None)
+    assert several["num_patches"] == "16 to 24" and several["grid"] == "4 × 4, 4 × 6, 6 × 4"
+
+
+# Answers -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fields", [{"num_labels": 1}, {"problem_type": "multi_label_classification"}], ids=["1", "8"])
+def test_labels_hold_from_one_half_on(browser: Browser, tmp_path: Path, fields: dict[str, Any]) -> None:
+    """As scripts/predict.py has it; where none does, the page says so, and explains the most probable one."""
+    model = classifier(**fields)
+    with torch.no_grad():
+        largest = model(pixels()).logits.amax(dim=1)
+        model.classifier.bias -= largest.sort().values[:2].mean()  # none for the picture with the least
+    expected = predict(model, processor(), pictures())
+    found = write_report(tmp_path / "report.html", model, processor(), pictures())
+    said = [[name for name, _ in reading.answers[0].labels] for reading in found.readings]
+    assert said == [row["labels"] for row in expected] and [] in said and any(said)
+    nothing = said.index([])
+    with opened(browser, tmp_path / "report.html") as page:
+        assert "nothing" in page.locator(".picture > summary").nth(nothing).inner_text()
+        explained = page.locator(f'[data-maps="{nothing}"] .overview').text_content()
+        assert f"what speaks for {found.readings[nothing].answers[0].first}" in str(explained)
+
+
+def test_one_label_is_right_where_it_holds_in_truth(tmp_path: Path) -> None:
+    """Accuracy and answers go by one rule, for 0.0 and 1.0."""
+    model = classifier(num_labels=1)
+    with torch.no_grad():
+        model.classifier.bias -= model(pixels()).logits.mean()
+        holds = (model(pixels()).logits > 0).float()  # [3, 1]
+    assert 0 < holds.sum() < 3
+    found = write_report(tmp_path / "report.html", model, processor(), pictures(), labels=holds.tolist())
+    assert found.accuracy == 1
+    for reading in found.readings:
+        assert reading.truth == (reading.answers[0].labels[0][0] if reading.answers[0].labels else "nothing")
+    assert (tmp_path / "report.html").read_text().count("✓ right") == 3
+
+
+# Converted models ----------------------------------------------------------------------------------------------------
+
+FAMILIES = (
+    "vit classifier, deit distilled, registers classifier, dinov3, siglip classifier, clip classifier, beit classifier"
+).split(", ")
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_converted_families(name: str, tmp_path: Path) -> None:
+    """Of transformers, with random weights."""
+    model = convert_from_transformers(CASES[name].build()).eval()
+    height, width = model.config.image_height_width
+    resizing = ViTCLSImageProcessor(size={"height": height, "width": width})
+    found = write_report(tmp_path / "report.html", model, resizing, pictures(), names=NAMES, labels=[0, 1, 2])
+    is_encoder = type(model) is ViTCLSModel
+    assert len(found.verdicts) == model.config.token_layout.num_prefix_tokens
+    assert (found.effects is None) == (found.accuracy is None) == is_encoder == (name == "dinov3")
+    for reading in found.readings:
+        assert len(reading.attributions) == (0 if is_encoder else 1)
+        for maps in (reading.attention, reading.rollout, *reading.attributions):
+            assert (bool(maps.isfinite().all()) and bool((maps >= 0).all()) and maps.sum() > 0) or maps.numel() == 0
+    text = (tmp_path / "report.html").read_text()
+    assert all(token in text for token in token_names(model.config)) and text.rstrip().endswith("</html>")
+
+
+# Python --------------------------------------------------------------------------------------------------------------
+
+
+def test_a_page_from_what_was_found(tmp_path: Path, faulty: Any) -> None:
+    """Without measuring again: the same, but for the time it was made."""
+    file, _, found = faulty
+    write_page(tmp_path / "again.html", found, source="a test")
+    texts = [re.sub(r"<dt>made</dt>.*", "", one.read_text()) for one in (file, tmp_path / "again.html")]
+    assert texts[0] == texts[1]
+
+
+def test_an_argument_that_does_not_exist_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match="lables"):
+        write_report(tmp_path / "report.html", classifier(), processor(), pictures(), lables=[0, 1, 2])
+
+
+def test_statistics_over_other_pictures(tmp_path: Path) -> None:
+    found = write_report(
+        tmp_path / "report.html",
+        classifier(),
+        processor(),
+        pictures()[:1],
+        statistics_pictures=pictures(),
+        statistics_labels=[0, 1, 2],
+        batch_size=2,
+    )
+    assert found.findings.num_images == 3 and len(found.readings) == 1 and found.accuracy is not None
+
+
+def test_figures_for_programs(tmp_path: Path, faulty: Any) -> None:
+    *_, found = faulty
+    write_figures(tmp_path / "figures.json", found, "mine")
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    assert figures["model"] == "mine" and figures["tokens"][0] == "CLS"
+    assert [verdict["word"] for verdict in figures["verdicts"]] == ["not moved", "collapsed", "learned", "collapsed"]
+    assert torch.tensor(figures["findings"]["entropy"]).allclose(found.findings.entropy, rtol=1e-3)
+    assert set(figures["effects"]) == {"cls[0]", "registers[0]", "registers[1]", "registers[2]"}
+    assert len(figures["findings"]["patch_norms"]["median"]) == 4
+    assert [picture["truth"] for picture in figures["pictures"]] == ["LABEL_0", "LABEL_1", None]
+
+
+def test_the_model_stays_as_it_is(tmp_path: Path) -> None:
+    model = classifier().train()
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    write_report(tmp_path / "report.html", model, processor(), pictures())
+    assert model.training and all(weight.grad is None for weight in model.parameters())
+    assert all(torch.equal(before[name], weight) for name, weight in model.state_dict().items())
+
+
+def test_one_image_is_not_enough_to_judge(tmp_path: Path) -> None:
+    found = write_report(tmp_path / "report.html", classifier(), processor(), pictures()[:1])
+    assert {verdict.word for verdict in found.verdicts} == {"not judged"}
+
+
+def test_errors_are_one_line(tmp_path: Path) -> None:
+    file = tmp_path / "report.html"
+    with raises_one_line("no images"):
+        write_report(file, classifier(), processor(), [])
+    grey = processor(do_convert_rgb=False, image_mean=[0.5], image_std=[0.5])
+    warnings: list[str] = []
+    with raises_one_line("none of the 1", "1 channel"):
+        write_report(file, classifier(), grey, [pictures()[0].convert("L")], warn=warnings.append)
+    assert len(warnings) == 1 and "left out an image" in warnings[0]
+    damaged = classifier()
+    with torch.no_grad():
+        damaged.vitcls.embeddings.register_tokens.fill_(float("nan"))
+    with raises_one_line("not finite"):
+        write_report(file, damaged, processor(), pictures())
+    assert not file.exists()
+
+
+def test_a_page_is_whole_or_not_there(tmp_path: Path) -> None:
+    (tmp_path / "folder").write_text("")
+    with pytest.raises(OSError, match="folder"):
+        write_report(tmp_path / "folder" / "report.html", classifier(), processor(), pictures())
+    write_report(tmp_path / "new" / "report.html", classifier(), processor(), pictures())
+    assert [file.name for file in (tmp_path / "new").iterdir()] == ["report.html"]

@@ -1,0 +1,243 @@
+"""Registers at test time, on models with planted artifacts: neurons that fire at a few patches and write a huge norm.
+
+Such neurons are planted in layer 1 of 3, so the outliers arise there, and arrive at the end.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from fresh_processes import run_fresh
+from tiny_models import filled, images, largest_difference, raises_one_line, reloaded, tiny_config
+
+from modeling_vitcls import ViTCLSBackbone, ViTCLSConfig, ViTCLSForImageClassification, ViTCLSModel
+from modeling_vitcls.analysis.test_time_registers import (
+    find_register_neurons,
+    patch_norm_outliers,
+    with_test_time_register,
+)
+
+
+LAYER = 1
+PLANTED = (5, 17)  # neurons of layer 1
+PATCHES = (3, 9)  # where each fires, in every image
+SIZES: dict[str, Any] = {"num_hidden_layers": 3, "intermediate_size": 32, "position_embedding_tokens": "all"}
+MLPS = {"mlp": {"mlp_type": "mlp"}, "swiglu": {"mlp_type": "swiglu"}, "parallel": {"layer_type": "parallel"}}
+
+all_mlps = pytest.mark.parametrize("fields", MLPS.values(), ids=MLPS)
+
+
+@torch.no_grad()
+def planted(model_class: type = ViTCLSModel, sign: float = 1.0, **fields: Any) -> Any:
+    """A model in which each planted neuron fires at one patch, which it recognises by a channel of the position.
+
+    That channel is zero at all other tokens up to layer 1. The neuron writes far along channel 2.
+    """
+    model = filled(model_class(tiny_config(**SIZES, **fields)))
+    base = model.base_model
+    base.embeddings.patch_embeddings.projection.weight.mul_(0.1)
+    layer = base.layers[LAYER]
+    norm = getattr(layer, "layernorm_after", layer.layernorm_before)
+    norm.weight.fill_(1)
+    norm.bias.zero_()
+    writers = [part for block in base.layers[: LAYER + 1] for part in (block.attention.o_proj, _outer(block.mlp))]
+    for channel, (neuron, patch) in enumerate(zip(PLANTED, PATCHES, strict=True)):
+        for part in (base.embeddings.patch_embeddings.projection, *writers):
+            part.weight[channel] = 0
+            part.bias[channel] = 0
+        base.embeddings.cls_token[..., channel] = 0
+        for positions in base.embeddings.position_embeddings.parameters():
+            positions[..., channel] = 0
+        base.embeddings.position_embeddings.patches[:, patch, channel] = 5
+        plant_neuron(layer.mlp, neuron, channel, sign)
+    return model
+
+
+def plant_neuron(mlp: Any, neuron: int, channel: int, sign: float) -> None:
+    """After the norm the channel is above 2 at one patch and near 0 elsewhere."""
+    inner = mlp.fc1 if hasattr(mlp, "fc1") else mlp.gate_proj
+    inner.weight[neuron] = 0
+    inner.weight[neuron, channel] = 20
+    inner.bias[neuron] = -20
+    if hasattr(mlp, "up_proj"):
+        mlp.up_proj.weight[neuron] = 0
+        mlp.up_proj.bias[neuron] = sign
+    _outer(mlp).weight[:, neuron] = 0
+    _outer(mlp).weight[2, neuron] = 8
+
+
+def _outer(mlp: Any) -> torch.nn.Linear:
+    return mlp.fc2 if hasattr(mlp, "fc2") else mlp.down_proj
+
+
+@all_mlps
+def test_outliers_move_to_the_register(fields: dict[str, Any]) -> None:
+    model = planted(**fields)
+    assert patch_norm_outliers(model, images()) == 2 / 16
+    neurons = find_register_neurons(model, images(), num_neurons=2)
+    assert sorted(neurons) == [[LAYER, neuron] for neuron in PLANTED]
+    better = with_test_time_register(model, neurons)
+    assert patch_norm_outliers(better, images()) == 0.0
+    assert better.config.num_register_tokens == 1
+    assert better.config.register_neurons == neurons
+    with torch.no_grad():
+        norms = better(images(), output_hidden_states=True).hidden_states[-1].norm(dim=-1)  # [B, N]
+    register = better.config.token_layout.registers
+    assert (norms[:, register] > 3 * norms.median()).all()  # where the artifacts are now
+    assert patch_norm_outliers(model, images()) == 2 / 16  # the model given stays as it was
+
+
+@all_mlps
+def test_planted_neurons_are_the_strongest_of_ten(fields: dict[str, Any]) -> None:
+    found = find_register_neurons(planted(**fields), images(8), num_neurons=10)
+    assert len(found) == 10
+    assert sorted(found[:2]) == [[LAYER, neuron] for neuron in PLANTED]
+    assert all(layer <= LAYER for layer, _ in found)  # none behind the layer where outliers arise
+
+
+def test_a_layer_can_be_named() -> None:
+    model = planted()
+    assert all(layer == 0 for layer, _ in find_register_neurons(model, images(), last_layer=0))
+
+
+def test_neurons_with_large_negative_activations_are_found_and_moved() -> None:
+    """A gated MLP can write an artifact with a negative activation."""
+    model = planted(mlp_type="swiglu", sign=-1.0)
+    neurons = find_register_neurons(model, images(), num_neurons=2)
+    assert sorted(neurons) == [[LAYER, neuron] for neuron in PLANTED]
+    better = with_test_time_register(model, neurons)
+    assert patch_norm_outliers(better, images()) == 0.0
+    before = _activations(model)[:, model.config.token_layout.patches]
+    after = _activations(better)[:, better.config.token_layout.registers]
+    for neuron, patch in zip(PLANTED, PATCHES, strict=True):
+        assert before[:, patch, neuron].max() < -5
+        assert largest_difference(after[:, 0, neuron], before[:, patch, neuron]) < 1  # attention has changed a little
+
+
+@all_mlps
+def test_only_planted_activations_of_patches_and_the_register_change(fields: dict[str, Any]) -> None:
+    model = planted(**fields)
+    better = with_test_time_register(model, [[LAYER, neuron] for neuron in PLANTED])
+    register_neurons = better.layers[LAYER].mlp.register_neurons
+    layout = better.config.token_layout
+    activations = torch.randn(2, layout.num_prefix_tokens + 16, 32)
+    moved = register_neurons(activations)
+    others = [neuron for neuron in range(32) if neuron not in PLANTED]
+    assert torch.equal(moved[..., others], activations[..., others])
+    assert torch.equal(moved[:, layout.cls], activations[:, layout.cls])
+    assert not moved[:, layout.patches][..., PLANTED].any()
+    of_patches = activations[:, layout.patches][..., PLANTED]
+    assert torch.equal(moved[:, layout.registers][:, 0][:, PLANTED].abs(), of_patches.abs().amax(dim=1))
+
+
+def test_the_register_starts_at_zero_and_the_rest_stays() -> None:
+    model = planted(ViTCLSForImageClassification, num_register_tokens=2)
+    better = with_test_time_register(model, [[LAYER, 5]])
+    assert torch.equal(better.vitcls.embeddings.register_tokens[:, :2], model.vitcls.embeddings.register_tokens)
+    assert not better.vitcls.embeddings.register_tokens[:, 2].any()
+    assert not better.vitcls.embeddings.position_embeddings.registers[:, 2].any()
+    old, new = model.state_dict(), better.state_dict()
+    changed = {name for name in new if new[name].shape != old[name].shape or not torch.equal(new[name], old[name])}
+    assert changed == {
+        "vitcls.embeddings.register_tokens",
+        "vitcls.embeddings.position_embeddings.registers",
+    }
+
+
+def test_the_register_of_a_gated_group_is_open() -> None:
+    model = planted().adapt(num_register_tokens=2, gate_new_tokens=True)
+    better = with_test_time_register(model, [[LAYER, neuron] for neuron in PLANTED])
+    assert better.gates.get_gate_values().tolist() == pytest.approx([1e-6, 1e-6, 1.0], abs=2e-7)
+    assert patch_norm_outliers(better, images()) == 0.0
+
+
+@pytest.mark.parametrize("model_class", [ViTCLSModel, ViTCLSForImageClassification, ViTCLSBackbone])
+def test_saved_and_loaded_models_answer_alike(model_class: type, tmp_path: Path) -> None:
+    model = planted(model_class)
+    neurons = find_register_neurons(model, images(), num_neurons=2)
+    better = with_test_time_register(model, neurons)
+    again = reloaded(better, tmp_path)
+    assert again.config.register_neurons == neurons
+    assert patch_norm_outliers(again, images()) == 0.0
+    with torch.no_grad():
+        found, wanted = (one(images(), output_hidden_states=True).hidden_states for one in (again, better))
+    assert all(torch.equal(one, other) for one, other in zip(found, wanted, strict=True))
+
+
+def test_loads_without_the_package(tmp_path: Path) -> None:
+    better = with_test_time_register(planted(), [[LAYER, neuron] for neuron in PLANTED])
+    better.save_pretrained(tmp_path / "model")
+    torch.save(images(), tmp_path / "images.pt")
+    child = run_fresh("-I", "-c", CHILD, tmp_path, environment={"HF_HOME": str(tmp_path / "home")})
+    assert child.returncode == 0, child.stderr[-2000:]
+    found = torch.load(tmp_path / "found.pt")
+    with torch.no_grad():
+        wanted = better(images()).last_hidden_state
+    assert largest_difference(found, wanted) < 1e-6
+
+
+CHILD = """
+import sys
+from pathlib import Path
+
+sys.modules["modeling_vitcls"] = None  # importing it fails
+
+import torch
+from transformers import AutoModel
+
+folder = Path(sys.argv[1])
+model = AutoModel.from_pretrained(folder / "model", trust_remote_code=True).eval()
+assert type(model).__module__.startswith("transformers_modules."), type(model)
+with torch.no_grad():
+    torch.save(model(torch.load(folder / "images.pt")).last_hidden_state, folder / "found.pt")
+"""
+
+
+def test_a_model_keeps_its_mode_and_has_no_hooks_left() -> None:
+    model = planted().train()
+    patch_norm_outliers(model, images())
+    find_register_neurons(model, images())
+    assert model.training
+    assert not any(module._forward_pre_hooks for module in model.layers.modules())
+
+
+def test_images_without_outliers_do_not_count() -> None:
+    """The mean over images is one over those that have outliers."""
+    model = planted()
+    with torch.no_grad():
+        model.embeddings.position_embeddings.patches[:, PATCHES, :2] = 0
+        model.embeddings.patch_embeddings.projection.weight[0] = 1.0  # now a patch is recognised by its brightness
+    bright = images(1, seed=3) * 0.01
+    bright[:, :, 8:16, 8:16] = 0.2
+    dark = images(1, seed=4) * 0.01
+    assert patch_norm_outliers(model, bright) == 1 / 16
+    assert patch_norm_outliers(model, dark) == 0
+    both = torch.cat([bright, dark])
+    assert find_register_neurons(model, both, num_neurons=5) == find_register_neurons(model, bright, num_neurons=5)
+
+
+def test_what_cannot_be_done_is_said() -> None:
+    healthy = filled(ViTCLSModel(tiny_config()))
+    with raises_one_line("no patch", "ratio"):
+        find_register_neurons(healthy, images())
+    with raises_one_line("num_neurons is 65", "64"):
+        find_register_neurons(planted(), images(), num_neurons=65)
+    with raises_one_line("[1, 99]"):
+        with_test_time_register(healthy, [[1, 99]])
+    better = with_test_time_register(planted(), [[LAYER, 5]])
+    with raises_one_line("test-time register already"):
+        with_test_time_register(better, [[LAYER, 17]])
+    with raises_one_line("register_neurons", "num_register_tokens"):
+        ViTCLSConfig(register_neurons=[[0, 0]])
+
+
+def _activations(model: ViTCLSModel) -> torch.Tensor:
+    """What enters the second linear layer of the planted MLP, [B, N, neurons]."""
+    caught: list[torch.Tensor] = []
+    mlp = model.layers[LAYER].mlp
+    hook = mlp.down_proj.register_forward_pre_hook(lambda _, inputs: caught.append(inputs[0]))
+    with torch.no_grad():
+        model(images())
+    hook.remove()
+    return caught[0]

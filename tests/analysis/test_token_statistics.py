@@ -1,0 +1,369 @@
+"""Statistics over images against plain loops over images, layers, heads and tokens."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import (
+    LAYOUTS,
+    assert_no_recording,
+    each_layout,
+    filled,
+    images,
+    largest_difference,
+    raises_one_line,
+    tiny_config,
+)
+from torch import nn
+
+from modeling_vitcls import (
+    ViTCLSBackbone,
+    ViTCLSForImageClassification,
+    ViTCLSForMaskedImageModeling,
+    ViTCLSModel,
+)
+from modeling_vitcls.analysis import token_statistics
+from modeling_vitcls.analysis.token_statistics import Findings, TokenStatistics
+
+
+TOLERANCE = 1e-5
+GROUPS = ("cls", "distillation", "registers", "patches")
+PATCH = {"patch_size": [8, 4], "num_hidden_layers": 3}
+TOKENS: dict[str, Any] = {"num_cls_tokens": 2, "num_distillation_tokens": 1, "num_register_tokens": 3}
+
+
+def statistics_of(model: nn.Module, *batches: torch.Tensor) -> Findings:
+    collected = TokenStatistics(model)
+    for batch in batches:
+        collected.update(batch)
+    return collected.compute()
+
+
+@torch.no_grad()
+def eager(model: Any, image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of one image [C, H, W]: maps [L, H, N, N] and states [L + 1, N, D]."""
+    encoder = model.base_model
+    encoder.set_attn_implementation("eager")
+    outputs = encoder(image[None], output_attentions=True, output_hidden_states=True)
+    encoder.set_attn_implementation("sdpa")
+    return torch.cat(outputs.attentions), torch.cat(outputs.hidden_states)
+
+
+def places(height: int, width: int) -> list[tuple[float, float]]:
+    """Middles of the patches of 8 x 4 pixels, row by row."""
+    return [(8 * row + 4.0, 4 * column + 2.0) for row in range(height // 8) for column in range(width // 4)]
+
+
+def mean(values: list[Any]) -> torch.Tensor:
+    """Of figures of single images."""
+    return torch.stack([torch.as_tensor(value, dtype=torch.float64) for value in values]).mean(dim=0)
+
+
+def cosine(first: torch.Tensor, second: torch.Tensor) -> float:
+    return (first @ second / (first.norm() * second.norm())).item()
+
+
+def check_maps(found: Findings, model: Any, image: torch.Tensor) -> None:
+    """The figures of what one image's tokens attend to, by loops."""
+    maps, _ = eager(model, image)
+    layout, points = model.config.token_layout, places(*image.shape[-2:])
+    num_special, num_patches = layout.num_prefix_tokens, len(points)
+    for layer, head in ((layer, head) for layer in range(maps.shape[0]) for head in range(maps.shape[1])):
+        rows = maps[layer, head].tolist()
+        for token in range(num_special):
+            row = rows[token]
+            assert found.entropy[layer, head, token] == pytest.approx(-sum(p * math.log(p) for p in row), abs=1e-5)
+            for group, name in enumerate(GROUPS):
+                share = sum(row[getattr(layout, name)])
+                assert found.mass[layer, head, token, group] == pytest.approx(share, abs=TOLERANCE)
+            received = sum(rows[num_special + patch][token] for patch in range(num_patches)) / num_patches
+            assert found.received[layer, head, token] == pytest.approx(received, abs=TOLERANCE)
+            to_patches = [weight / sum(row[num_special:]) for weight in row[num_special:]]
+            middle = [sum(w * point[axis] for w, point in zip(to_patches, points, strict=True)) for axis in (0, 1)]
+            spread = sum(w * math.dist(point, middle) for w, point in zip(to_patches, points, strict=True))
+            assert found.spread[layer, head, token] == pytest.approx(spread, abs=1e-4)
+        distances = []
+        for point, row in zip(points, rows[num_special:], strict=True):
+            total = sum(row[num_special:])
+            steps = zip(row[num_special:], points, strict=True)
+            distances.append(sum(w / total * math.dist(point, other) for w, other in steps))
+        assert found.patch_distance[layer, head] == pytest.approx(sum(distances) / num_patches, abs=1e-4)
+
+
+def check_states(found: Findings, model: Any, image: torch.Tensor) -> None:
+    """The figures of one image's states, by loops."""
+    _, states = eager(model, image)
+    num_special = model.config.token_layout.num_prefix_tokens
+    for step, state in enumerate(states):
+        special, patches = state[:num_special], state[num_special:]
+        norms = sorted(patch.norm().item() for patch in patches)
+        median = norms[(len(norms) - 1) // 2]
+        outliers = sum(norm > 3 * median for norm in norms) / len(norms)
+        assert found.outliers[step] == pytest.approx(outliers, abs=1e-6)
+        assert sorted(found.patch_norms[step].tolist()) == pytest.approx(norms, rel=1e-4)
+        for token in range(num_special):
+            assert found.token_norms[step, token] == pytest.approx(special[token].norm().item(), rel=1e-4)
+            assert found.to_patches[step, token] == pytest.approx(cosine(special[token], patches.mean(0)), abs=1e-5)
+            for other in range(num_special):
+                similarity = cosine(special[token], special[other])
+                assert found.between_tokens[step, token, other] == pytest.approx(similarity, abs=TOLERANCE)
+            for earlier in range(len(states)):
+                similarity = cosine(special[token], states[earlier, token])
+                assert found.across_layers[token, step, earlier] == pytest.approx(similarity, abs=TOLERANCE)
+
+
+@each_layout
+def test_the_figures_of_an_image_are_those_of_loops(layout: dict[str, Any]) -> None:
+    model = filled(ViTCLSModel(tiny_config(**PATCH | layout)))
+    image = images(1, 24, 32)
+    found = statistics_of(model, image)
+    assert found.num_images == 1
+    check_maps(found, model, image[0])
+    check_states(found, model, image[0])
+    num_special = model.config.token_layout.num_prefix_tokens
+    assert found.mean_states.shape == (4, num_special, 16)
+    assert largest_difference(found.mean_states, eager(model, image[0])[1][:, :num_special]) <= TOLERANCE
+    assert found.variation.shape == (4, num_special) and found.variation.sum() <= 1e-4  # there is no other image
+    assert found.entropy.shape == (3, 2, num_special)
+    assert found.patch_distance.shape == (3, 2)
+
+
+def test_figures_over_images_are_means() -> None:
+    """Of single images, whatever the batches; images of several sizes too."""
+    model = filled(ViTCLSModel(tiny_config(**PATCH | TOKENS)))
+    pixels, oblong = images(5), images(2, 24, 40)
+    together = statistics_of(model, pixels, oblong)
+    assert together.num_images == 7
+    for batches in ((pixels[:1], pixels[1:4], pixels[4:], oblong), (oblong[:1], pixels, oblong[1:])):
+        found = statistics_of(model, *batches)
+        for name, value in vars(together).items():
+            if isinstance(value, torch.Tensor) and name != "patch_norms":
+                assert largest_difference(getattr(found, name), value) <= TOLERANCE, name
+        assert found.uniform == pytest.approx(together.uniform)
+        by_size = zip(found.patch_norms.sort().values, together.patch_norms.sort().values, strict=True)
+        assert all(largest_difference(one, other) <= 1e-4 for one, other in by_size)
+    singles = [statistics_of(model, image[None]) for image in [*pixels, *oblong]]
+    for name in ("entropy", "spread", "patch_distance", "mass", "received", "between_tokens", "across_layers"):
+        expected = mean([getattr(single, name) for single in singles])
+        assert largest_difference(getattr(together, name).double(), expected) <= TOLERANCE, name
+    for name in together.uniform:
+        assert together.uniform[name] == pytest.approx(mean([single.uniform[name] for single in singles]).item())
+
+
+def test_variation_is_the_distance_from_the_mean() -> None:
+    model = filled(ViTCLSModel(tiny_config(**PATCH | TOKENS)))
+    found = statistics_of(model, images(4)[:3], images(4)[3:])
+    states = torch.stack([eager(model, image)[1][:, :6] for image in images(4)]).double()  # [B, L + 1, S, D]
+    means = states.mean(dim=0)
+    distances = (states - means).square().sum(dim=-1).mean(dim=0).sqrt()  # [L + 1, S]
+    expected = distances / means.norm(dim=-1)
+    by_channel = (states - means).square().mean(dim=0).sqrt() / means.abs()  # [L + 1, S, D]
+    assert largest_difference(found.channel_variation.double(), by_channel.median(dim=-1).values) <= 1e-4
+    assert largest_difference(found.variation.double(), expected) <= TOLERANCE
+    assert largest_difference(found.mean_states.double(), means) <= TOLERANCE
+    assert found.variation[0].max() <= 1e-6 < 1e-2 < found.variation[1:].min()  # embeddings know no image
+
+
+def test_tokens_are_apart_by_their_mean_distance() -> None:
+    """Over images, and over all channels alike."""
+    model = filled(ViTCLSModel(tiny_config(**PATCH | TOKENS)))
+    with torch.no_grad():
+        model.embeddings.register_tokens[:, 2] = model.embeddings.register_tokens[:, 0]
+    found = statistics_of(model, images(4)[:3], images(4)[3:])
+    states = torch.stack([eager(model, image)[1][:, :6] for image in images(4)]).double()  # [B, L + 1, S, D]
+    for one, other in ((0, 1), (2, 5), (3, 4)):
+        expected = (states[:, :, one] - states[:, :, other]).square().sum(dim=-1).mean(dim=0).sqrt()  # [L + 1]
+        assert largest_difference(found.apart[:, one, other].double(), expected) <= 1e-4
+        assert torch.equal(found.apart[:, one, other], found.apart[:, other, one])
+    assert found.apart[:, 3, 5].max() == 0 < 0.1 < found.apart[:, 3, 4].min()
+
+
+def test_one_huge_channel_does_not_hide_what_varies() -> None:
+    """The same in all images and tokens, as in large models (massive activations)."""
+    model = filled(ViTCLSModel(tiny_config(**PATCH | TOKENS)))
+
+    def shift(mlp: nn.Module, args: tuple, added: torch.Tensor) -> torch.Tensor:
+        return added + 1e4 * torch.eye(16)[3]
+
+    plain = statistics_of(model, images(4))
+    with model.layers[-1].mlp.register_forward_hook(shift):
+        found = statistics_of(model, images(4))
+    assert found.variation[-1].max() < 1e-3 and found.between_tokens[-1].min() > 0.999
+    assert largest_difference(found.apart[-1], plain.apart[-1]) <= 1e-2 < 1 < found.apart[-1, 0, 1]
+    assert found.channel_variation[-1].min() > 0.05
+
+
+def test_small_variation_is_not_lost_to_rounding() -> None:
+    """Of a token with a large norm: a difference of squares in single precision would drown it."""
+    model = filled(ViTCLSModel(tiny_config(**PATCH)))
+    with torch.no_grad():
+        model.embeddings.cls_token += 1000
+        for layer in model.layers:
+            for part in (layer.attention.o_proj, layer.mlp.fc2):
+                part.weight *= 0.1
+    found = statistics_of(model, images(4))
+    states = torch.stack([eager(model, image)[1][:, 0] for image in images(4)]).double()
+    expected = (states - states.mean(0)).square().sum(-1).mean(0).sqrt() / states.mean(0).norm(dim=-1)
+    assert 1e-7 < expected[-1] < 1e-3
+    assert found.variation[-1, 0].item() == pytest.approx(expected[-1].item(), rel=0.05)
+
+
+@each_layout
+def test_uniform_attention_meets_the_baselines(layout: dict[str, Any]) -> None:
+    model = filled(ViTCLSModel(tiny_config(**PATCH | layout)))
+    with torch.no_grad():
+        for layer in model.layers:
+            for part in (layer.attention.q_proj, layer.attention.k_proj):
+                part.weight.zero_()
+                part.bias.zero_()
+    found = statistics_of(model, images(3, 24, 40))
+    num_special, points = model.config.token_layout.num_prefix_tokens, places(24, 40)
+    assert found.uniform["entropy"] == pytest.approx(math.log(num_special + len(points)))
+    middle = math.dist(points[0], points[-1]) / 2
+    assert 0 < found.uniform["spread"] < middle
+    pairs = [math.dist(point, other) for point in points for other in points]
+    assert found.uniform["patch_distance"] == pytest.approx(sum(pairs) / len(pairs), rel=1e-6)
+    for name in ("entropy", "spread"):
+        figures = getattr(found, name)
+        assert largest_difference(figures, torch.full_like(figures, found.uniform[name])) <= 1e-5
+    assert largest_difference(found.patch_distance, torch.full((3, 2), found.uniform["patch_distance"])) <= 1e-5
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager", "flex_attention"])
+def test_uniform_attention_to_what_a_token_may_see(implementation: str) -> None:
+    """The second CLS token sees a quarter of the patches, and all special tokens."""
+    fields = {"num_cls_tokens": 2, "num_register_tokens": 1, "cls_scopes": ["image", [2, 2, 0, 1]]}
+    model = filled(ViTCLSModel(tiny_config(**fields)))
+    model.set_attn_implementation(implementation)
+    with torch.no_grad():
+        for layer in model.layers:
+            layer.attention.q_proj.weight.zero_()
+            layer.attention.q_proj.bias.zero_()
+    with torch.compiler.set_stance("force_eager"):  # of flex attention: the same mathematics
+        found = statistics_of(model, images(2), images(1))
+    alike = found.uniform_by_token
+    assert alike["entropy"].tolist() == pytest.approx([math.log(3 + 16), math.log(3 + 4), math.log(3 + 16)])
+    corner = [(8 * row + 4.0, 8 * column + 4.0) for row in (0, 1) for column in (2, 3)]
+    assert alike["spread"].tolist()[1] == pytest.approx(mean([math.dist(one, (8, 24)) for one in corner]).item())
+    assert alike["spread"][0].item() == pytest.approx(found.uniform["spread"])
+    for name in ("entropy", "spread"):
+        figures = getattr(found, name)
+        assert largest_difference(figures, alike[name].expand_as(figures)) <= 1e-5
+
+
+def test_gated_tokens_and_biases_hide_nothing() -> None:
+    fields = [{"gated_tokens": {"registers": 2}, "num_register_tokens": 2}, {"relative_position_bias": "layer"}]
+    for one in fields:
+        model = filled(ViTCLSModel(tiny_config(**one)))
+        found = statistics_of(model, images(2))
+        entropies = found.uniform_by_token["entropy"]
+        assert entropies.tolist() == pytest.approx([found.uniform["entropy"]] * len(entropies))
+
+
+def test_attention_of_each_patch_to_itself_reaches_nowhere() -> None:
+    """Exactly, at the size of real images."""
+    points = torch.cartesian_prod(torch.arange(14) * 16 + 8.0, torch.arange(14) * 16 + 8.0)
+    assert token_statistics.patch_distance(torch.eye(196)[None, None], points).item() == 0
+    assert token_statistics.spread(torch.eye(196), points).abs().max() <= 1e-4
+
+
+def test_outliers_are_counted_after_each_layer() -> None:
+    """One patch of sixteen, in half of the images, gets a huge state in layer 2."""
+    model = filled(ViTCLSModel(tiny_config(num_hidden_layers=3, num_register_tokens=2)))
+    pixels = images(4)
+
+    def plant(mlp: nn.Module, args: tuple, added: torch.Tensor) -> torch.Tensor:
+        added = added.clone()
+        added[: len(added) // 2, 7] += 1000
+        return added
+
+    before = statistics_of(model, pixels)
+    with model.layers[1].mlp.register_forward_hook(plant):
+        found = statistics_of(model, pixels)
+    assert before.outliers.max() == 0
+    assert found.outliers[:2].tolist() == [0, 0]
+    assert found.outliers[2].item() == pytest.approx(1 / 32)
+    assert found.patch_norms[2].max() > 100 * found.patch_norms[2].median()
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{}, {"position_embedding_type": "rope_2d"}, {"num_cls_tokens": 2, "cls_scopes": ["image", [2, 2, 0, 1]]}],
+    ids=lambda fields: ", ".join(fields) or "plain",
+)
+def test_outliers_without_registers(fields: dict[str, Any]) -> None:
+    """A register that all patches attend to keeps one patch's norm down: hidden, it stands out."""
+    model = filled(ViTCLSModel(tiny_config(**{"num_hidden_layers": 3, "num_register_tokens": 2, **fields})))
+    pixels = images(4)
+    first = model.config.token_layout.patches.start
+    registers = model.config.token_layout.registers
+    masks = []
+
+    def plant(layer: nn.Module, args: tuple, states: torch.Tensor) -> torch.Tensor:
+        """What a trained layer might do, where it sees registers or not."""
+        rows = args[1][:, 0] if args[1] is not None else torch.ones(1, 1, states.shape[1], dtype=torch.bool)
+        masks.append(rows)
+        states = states.clone()
+        states[:, first + 7] *= 1 if bool(rows[:, :, registers].any()) else 1000
+        return states
+
+    with model.layers[1].register_forward_hook(plant):
+        found = statistics_of(model, pixels[:3], pixels[3:])
+        of_images = token_statistics.outliers_without_registers(model, pixels)
+    assert found.outliers.max() == 0
+    assert found.outliers_without_registers.tolist() == pytest.approx([0, 0, 1 / 16, 1 / 16])
+    assert torch.equal(of_images.mean(dim=0), found.outliers_without_registers)
+    hidden = masks[-1].expand(4, -1, -1)  # the last pass: nobody attends to registers, and all else is as it was
+    assert not hidden[:, :, registers].any() and hidden[:, first:, first:].all()
+
+
+def test_without_registers_there_is_nothing_to_hide() -> None:
+    assert statistics_of(filled(ViTCLSModel(tiny_config())), images()).outliers_without_registers is None
+
+
+@pytest.mark.parametrize("name", ["classifier", "masked", "backbone"])
+def test_every_class_has_statistics(name: str) -> None:
+    models: dict[str, nn.Module] = {
+        "classifier": ViTCLSForImageClassification(tiny_config(num_register_tokens=2)),
+        "masked": ViTCLSForMaskedImageModeling(tiny_config()),
+        "backbone": ViTCLSBackbone(tiny_config(out_indices=[1])),
+    }
+    model = filled(models[name])
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+    found = statistics_of(model.train(), images())
+    assert model.training and found.entropy.isfinite().all()
+    encoder = filled(ViTCLSModel(model.config))
+    encoder.load_state_dict(getattr(model, "vitcls", model).state_dict(), strict=False)
+    assert largest_difference(found.entropy, statistics_of(encoder, images()).entropy) <= TOLERANCE
+    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+    assert_no_recording(model)
+
+
+def test_half_precision() -> None:
+    model = filled(ViTCLSModel(tiny_config(**PATCH | TOKENS)))
+    expected = statistics_of(model, images(3))
+    found = statistics_of(model.bfloat16(), images(3))
+    for name in ("entropy", "mass", "received", "between_tokens"):
+        assert getattr(found, name).dtype == torch.float32
+        assert largest_difference(getattr(found, name), getattr(expected, name)) <= 0.05, name
+    assert largest_difference(found.mass.sum(-1), torch.ones(3, 2, 6)) <= TOLERANCE
+
+
+def test_norms_are_kept_up_to_a_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(token_statistics, "MOST_NORMS", 40)
+    model = filled(ViTCLSModel(tiny_config()))
+    found = statistics_of(model, images(2), images(2), images(2))
+    assert found.patch_norms.shape == (3, 40)
+    everything = torch.stack([eager(model, image)[1][:, 1:].norm(dim=-1) for image in images(2)], dim=1).flatten(1)
+    assert largest_difference(found.patch_norms[:, :32], everything) <= 1e-4
+
+
+def test_no_images_are_an_error() -> None:
+    collected = TokenStatistics(filled(ViTCLSModel(tiny_config(**LAYOUTS["three_cls"]))))
+    with raises_one_line("no images"):
+        collected.compute()
+    with raises_one_line("pixel_values has 4"):
+        collected.update(images(channels=4))
+    with raises_one_line("no images"):
+        collected.compute()

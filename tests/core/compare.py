@@ -1,0 +1,76 @@
+"""Compare models with and without CPU kernels: outputs and gradients by name."""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+
+
+Tensors = dict[str, torch.Tensor]
+
+FLOAT32_LIMIT = 1e-5  # maximum difference in float32, as a fraction of the largest value of the tensor
+# Maximum error in half precision, as a multiple of the error of plain PyTorch in the same precision: the mean over
+# tensors, and the largest one. Rounding errors of two correct programs are equally large on average only.
+MEAN_RATIO, MAX_RATIO = 1.25, 2.0
+
+
+def run_step(model: Any, *inputs: torch.Tensor, forward: Callable[..., Any] | None = None, **kwargs: Any) -> Tensors:
+    """Return the logits, and the gradient of the loss with respect to each trained parameter.
+
+    Args:
+        model: a classifier; its gradients are reset.
+        forward: called in place of the model, for example a compiled version.
+        inputs, kwargs: for the forward pass; two images are expected.
+    """
+    model.zero_grad()
+    output = (model if forward is None else forward)(*inputs, labels=torch.tensor([0, 2]), **kwargs)
+    output.loss.backward()
+    gradients = {name: weight.grad for name, weight in model.named_parameters() if weight.grad is not None}
+    return {"logits": output.logits.detach(), **{name: grad.clone() for name, grad in gradients.items()}}
+
+
+def assert_equal_in_float32(found: Tensors, plain: Tensors) -> None:
+    """Check that each tensor differs by at most 1e-5 of its largest value."""
+    assert found.keys() == plain.keys() and found
+    for name, expected in plain.items():
+        difference = (found[name].double() - expected.double()).abs().max().item()
+        limit = FLOAT32_LIMIT * select_scale(name, plain).abs().max().item()
+        assert difference <= limit, f"{name}: {difference}, more than {limit}"
+
+
+def assert_as_exact_in_half_precision(found: Tensors, plain: Tensors, exact: Tensors) -> None:
+    """Check that the errors with respect to float32 are those of plain PyTorch in half precision.
+
+    Args:
+        found: by kernels, in half precision.
+        plain: by plain PyTorch, in half precision.
+        exact: by plain PyTorch, in float32.
+    """
+    assert found.keys() == plain.keys() == exact.keys() and found
+    assert {name: value.dtype for name, value in found.items()} == {name: value.dtype for name, value in plain.items()}
+    errors, plain_errors = (get_relative_errors(values, exact) for values in (found, plain))
+    assert plain_errors.max() > 0
+    assert errors.mean() <= MEAN_RATIO * plain_errors.mean()
+    assert errors.max() <= MAX_RATIO * plain_errors.max()
+
+
+def get_relative_errors(values: Tensors, exact: Tensors) -> torch.Tensor:
+    """Return the norm of each tensor's error, as a fraction of the norm of the tensor."""
+    errors = [
+        (values[name].double() - tensor.double()).norm() / select_scale(name, exact).double().norm()
+        for name, tensor in exact.items()
+    ]
+    return torch.stack(errors)
+
+
+def merge(tensors: Iterable[Tensors]) -> Tensors:
+    """Return the tensors of several models under different names."""
+    return {f"{index}/{name}": value for index, each in enumerate(tensors) for name, value in each.items()}
+
+
+def select_scale(name: str, values: Tensors) -> torch.Tensor:
+    """Return the tensor that errors are relative to: itself, or the weight for a bias of keys.
+
+    The gradient of a bias of keys is 0 but for rounding, because a number that is added to all scores changes nothing.
+    """
+    return values[name.replace("k_proj.bias", "k_proj.weight").replace("k_norm.bias", "k_norm.weight")]

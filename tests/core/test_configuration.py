@@ -1,0 +1,513 @@
+"""ViTCLSConfig: what it derives, what it refuses and how it says so, and that it survives saving.
+
+Random configurations are in test_properties.py.
+"""
+
+import copy
+import dataclasses
+import json
+import math
+import os
+import pickle
+import re
+import shutil
+import tracemalloc
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from fresh_processes import run_fresh
+from tiny_models import SIZES, raises_one_line, tiny_config
+from transformers import AutoConfig
+from transformers.testing_utils import CaptureLogger
+from transformers.utils import logging
+
+from modeling_vitcls import (
+    ViTCLSBackbone,
+    ViTCLSConfig,
+    ViTCLSForImageClassification,
+    ViTCLSImageProcessor,
+    ViTCLSModel,
+)
+from modeling_vitcls.configuration_vitcls import MAX_LABELS, SIZE_LIMITS
+
+
+NAN = float("nan")
+
+CLASS_VARIABLES = {"_unchecked", "keys_to_ignore_at_inference", "base_model_tp_plan", "base_model_fsdp_plan"}
+
+# Fields that contradict each other -> words that tell the reader what to change.
+CONTRADICTIONS: list[tuple[dict[str, Any], list[str]]] = [
+    ({"num_cls_tokens": 0}, ["num_cls_tokens=1", '"mean"']),
+    ({"num_cls_tokens": 0, "pooling": "cls_mean"}, ["cls_mean", "num_cls_tokens=1"]),
+    ({"hidden_size": 18, "num_attention_heads": 4}, ["num_attention_heads=4", "hidden_size=18", "3 heads"]),
+    ({"image_size": 30}, ["image_size", "30", "24 or 32"]),
+    ({"image_size": [32, 20]}, ["image_size", "width", "20", "16 or 24"]),
+    ({"image_size": 4}, ["image_size", "4", "Use 8"]),
+    ({"image_size": 32, "patch_size": [8, 12]}, ["image_size", "width", "24 or 36"]),
+    ({"distillation_head": True}, ["distillation_head", "num_distillation_tokens=1"]),
+    ({"distillation_inference": "distillation"}, ["distillation_inference", "num_distillation_tokens=1"]),
+    (
+        {"num_distillation_tokens": 1, "distillation_head": False, "distillation_inference": "distillation"},
+        ["distillation_inference", "distillation_head"],
+    ),
+    ({"token_init": "zeros", "num_register_tokens": 2}, ["token_init", "registers", "trunc_normal"]),
+    ({"position_embedding_type": "rope_2d", "hidden_size": 12}, ["rope_2d", "hidden_size", "4"]),
+    ({"position_embedding_type": "sincos_2d", "hidden_size": 18}, ["sincos_2d", "hidden_size", "18"]),
+    ({"cls_scopes": ["image", "image"]}, ["cls_scopes", "2 entries", "num_cls_tokens is 1"]),
+    ({"cls_scopes": ["whole"]}, ["cls_scopes", "whole", '"image"']),
+    ({"cls_scopes": [[2, 2, 0]]}, ["cls_scopes", "[2, 2, 0]"]),
+    ({"cls_scopes": [[2, 2, 2, 0]]}, ["cls_scopes", "[2, 2, 2, 0]"]),
+    ({"cls_scopes": [[2, 2, -1, 0]]}, ["cls_scopes", "[2, 2, -1, 0]"]),
+    ({"cls_scopes": [[5, 1, 0, 0]]}, ["cls_scopes", "4 x 4 patches"]),
+    ({"tasks": {"species": 2, "age": 2}}, ["tasks", "2 tasks", "num_cls_tokens=2"]),
+    ({"tasks": {"species": 2}, "pooling": "mean"}, ["tasks", 'pooling="cls"']),
+    ({"tasks": {}}, ["tasks"]),
+    ({"tasks": {"species": 0}}, ["tasks", "species"]),
+    ({"tasks": {"species": ["cat", "cat"]}}, ["tasks", "species", "distinct"]),
+    ({"tasks": {"no name": 2}}, ["tasks", "no name"]),
+    (
+        {"num_cls_tokens": 2, "tasks": {"species": 2, "age": 2}, "cls_scopes": ["image", [2, 2, 0, 0]]},
+        ["cls_scopes", "age, species"],
+    ),
+    ({"num_labels": 3, "id2label": {0: "cat", 1: "dog"}}, ["num_labels", "id2label"]),
+    ({"out_features": ["stage3"]}, ["out_features", "stage3"]),
+    ({"out_indices": [3]}, ["out_indices", "3"]),
+    ({"out_features": ["stem"], "out_indices": [1]}, ["out_features", "out_indices"]),
+]
+
+# One field of a wrong type or out of its range.
+WRONG_VALUES: list[tuple[str, Any]] = [
+    *((name, value) for name in ("hidden_size", "num_attention_heads") for value in (0, -2, 16.0, "16", None, True)),
+    *((name, value) for name in ("num_hidden_layers", "intermediate_size", "num_channels") for value in (0, -1, 1.5)),
+    *(
+        (f"num_{kind}_tokens", value)
+        for kind in ("cls", "distillation", "register")
+        for value in (-1, 1.0, "1", None, True)
+    ),
+    *(
+        (name, value)
+        for name in ("hidden_dropout_prob", "attention_probs_dropout_prob", "drop_path_rate")
+        for value in (-0.1, 1.0, 1.5, NAN, "0.1", None)
+    ),
+    *((name, value) for name in ("layer_norm_eps", "initializer_range", "rope_theta") for value in (0.0, -1.0, NAN)),
+    *((name, value) for name in ("layer_norm_eps", "initializer_range", "rope_theta") for value in (math.inf, "1")),
+    *((name, value) for name in ("image_size", "patch_size") for value in (0, -8, 8.0, "8", None, [8], [8, 8, 8])),
+    *((name, value) for name in ("image_size", "patch_size") for value in ([8, 0], [8, -8], [8, 8.0], [], (8,))),
+    *(
+        (name, value)
+        for name in (
+            "token_init",
+            "pooling",
+            "cls_pooling",
+            "head_type",
+            "distillation_inference",
+            "position_embedding_type",
+            "position_embedding_tokens",
+            "position_interpolation",
+            "mlp_type",
+            "mim_loss",
+        )
+        for value in ("other", "", None, 1, ["cls"])
+    ),
+    *((name, 1) for name in ("use_mask_token", "qkv_bias", "query_bias", "qk_norm", "pre_norm", "patch_bias")),
+    *((name, "yes") for name in ("position_antialias", "mlp_bias", "norm_pixel_target", "apply_layernorm")),
+    *(("layer_scale_init_value", value) for value in (NAN, math.inf, "1e-5")),
+    *(("head_hidden_size", value) for value in (0, -1, 8.0)),
+    *(("hidden_act", value) for value in ("geluu", "", None, 1)),
+    *(("problem_type", value) for value in ("classification", 1)),
+    *(("num_labels", value) for value in (-1, 2.0, "2")),
+    *(("id2label", value) for value in (3, "cat", ["cat", "dog"], {"cat": 0}, {5: "cat"})),
+    *(("label2id", value) for value in (3, "cat", ["cat", "dog"])),
+    *(("cls_scopes", value) for value in ("image", 1, [None], [[2, 2, 0, 0.5]], [["a", 1, 0, 0]], {})),
+    *(("tasks", value) for value in ("species", 3, ["species"], {"species": 1.5}, {"species": [1, 2]}, {1: 2})),
+    *(("out_features", value) for value in ("stage1", 1, [1])),
+    *(("out_indices", value) for value in ("1", [0.5], ["stage1"])),
+]
+
+
+def test_the_defaults_are_vit_base_16() -> None:
+    config = ViTCLSConfig()
+    sizes = config.hidden_size, config.num_hidden_layers, config.num_attention_heads, config.intermediate_size
+    assert sizes == (768, 12, 12, 3072)
+    assert (config.image_height_width, config.patch_height_width, config.grid_size) == ((224, 224), (16, 16), (14, 14))
+    assert (config.num_cls_tokens, config.num_distillation_tokens, config.num_register_tokens) == (1, 0, 0)
+
+
+# Parameters with 1,000 labels as the papers' code has them (timm's vit_*_patch16_224 and deit_*_patch16_224).
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [("tiny", 5_717_416), ("small", 22_050_664), ("base", 86_567_656), ("large", 304_326_632)],
+)
+def test_presets_are_the_published_sizes(name: str, parameters: int) -> None:
+    with torch.device("meta"):
+        model = ViTCLSForImageClassification(ViTCLSConfig.from_preset(name, num_labels=1000))
+    assert model.num_parameters() == parameters
+
+
+def test_presets_take_overrides_and_their_name_on_the_command_line() -> None:
+    config = ViTCLSConfig.from_preset("vitcls-tiny", hidden_size=96, num_register_tokens=4)
+    assert (config.hidden_size, config.num_attention_heads, config.num_register_tokens) == (96, 3, 4)
+
+
+def test_an_unknown_preset_is_an_error() -> None:
+    with raises_one_line("huge", "tiny, small, base, large"):
+        ViTCLSConfig.from_preset("huge")
+    with raises_one_line("num_regster_tokens", "num_register_tokens"):
+        ViTCLSConfig.from_preset("tiny", num_regster_tokens=4)
+
+
+def test_every_field_is_documented() -> None:
+    inherited = {field.name for base in ViTCLSConfig.__mro__[1:] for field in _fields(base)}
+    own = {field.name.removeprefix("_") for field in _fields(ViTCLSConfig)} - inherited
+    undocumented = [name for name in own if not re.search(rf"^ +(\w+, )*{name}\b", ViTCLSConfig.__doc__, re.MULTILINE)]
+    assert len(own) > 40
+    assert not undocumented
+
+
+def test_fields_are_documented_in_their_order() -> None:
+    """The docstring and the class body have the same two tiers."""
+    documented = re.findall(r"^        ((?:\w+, )*\w+) \(", ViTCLSConfig.__doc__, re.MULTILINE)
+    names = [name for group in documented for name in group.split(", ")]
+    body = [name.removeprefix("_") for name in ViTCLSConfig.__annotations__ if name not in CLASS_VARIABLES]
+    assert names == body
+
+
+def test_fields_have_no_position() -> None:
+    """Their order in the class can change: they are keywords, and files are sorted by name."""
+    with raises_one_line("only keyword arguments"):
+        ViTCLSConfig(4)
+    for use_diff in (True, False):
+        stored = json.loads(tiny_config(tasks={"age": 2}).to_json_string(use_diff=use_diff))
+        assert list(stored) == sorted(stored)
+
+
+def test_choices_are_documented() -> None:
+    choices = {choice for field in _fields(ViTCLSConfig) for choice in getattr(field.type, "__args__", ())}
+    strings = {choice for choice in choices if isinstance(choice, str)}
+    assert {"cls_mean", "rope_2d", "near_zero"} <= strings
+    assert not [choice for choice in strings if f'"{choice}"' not in ViTCLSConfig.__doc__]
+
+
+def test_rectangles() -> None:
+    config = tiny_config(image_size=[24, 64], patch_size=[4, 16])
+    assert (config.image_height_width, config.patch_height_width) == ((24, 64), (4, 16))
+    assert config.grid_size == (6, 4)
+    assert tiny_config(image_size=(24, 64)).grid_size == (3, 8)
+
+
+@pytest.mark.parametrize(
+    ("fields", "vectors"),
+    [
+        ({}, 1),
+        ({"num_cls_tokens": 3}, 1),
+        ({"num_cls_tokens": 3, "cls_pooling": "mean"}, 1),
+        ({"num_cls_tokens": 3, "cls_pooling": "concat"}, 3),
+        ({"pooling": "cls_mean"}, 2),
+        ({"pooling": "cls_mean", "num_cls_tokens": 3, "cls_pooling": "concat"}, 4),
+        ({"pooling": "mean", "num_cls_tokens": 3, "cls_pooling": "concat"}, 1),
+        ({"pooling": "max"}, 1),
+        ({"pooling": "attention"}, 1),
+    ],
+)
+def test_pooled_size(fields: dict[str, Any], vectors: int) -> None:
+    assert tiny_config(**fields).pooled_size == vectors * 16
+
+
+def test_the_distillation_head_follows_its_token_unless_set() -> None:
+    assert not tiny_config().has_distillation_head
+    assert tiny_config(num_distillation_tokens=1).has_distillation_head
+    assert not tiny_config(num_distillation_tokens=1, distillation_head=False).has_distillation_head
+
+
+@pytest.mark.parametrize(("fields", "words"), CONTRADICTIONS, ids=lambda value: str(value)[:60])
+def test_a_contradiction_says_what_to_change(fields: dict[str, Any], words: list[str]) -> None:
+    with raises_one_line(*words):
+        tiny_config(**fields)
+
+
+@pytest.mark.parametrize(("name", "value"), WRONG_VALUES, ids=lambda value: str(value)[:40])
+def test_a_wrong_value_names_its_field(name: str, value: Any) -> None:
+    fields = {**SIZES, name: value}
+    if name == "id2label":
+        del fields["num_labels"]
+    with raises_one_line(name):
+        ViTCLSConfig(**fields)
+
+
+@pytest.mark.parametrize("name", SIZE_LIMITS)
+def test_sizes_have_a_largest_value(name: str) -> None:
+    largest = SIZE_LIMITS[name][1]
+    with raises_one_line(f"`{name}`", f"{largest:,}", str(largest + 1)):
+        ViTCLSConfig(**{name: largest + 1})
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"num_hidden_layers": 10**6},
+        {"num_labels": 2 * 10**6},
+        {"tasks": {"species": 2 * 10**6}},
+        {"num_cls_tokens": 10**6, "cls_pooling": "concat"},
+    ],
+    ids=str,
+)
+def test_too_large_values_are_refused_before_a_list_of_their_length_is_built(fields: dict[str, Any]) -> None:
+    tracemalloc.start()
+    try:
+        with raises_one_line(next(iter(fields)), "000"):
+            ViTCLSConfig(**fields)
+        assert tracemalloc.get_traced_memory()[1] < 2**20  # a list of 10^6 references has 8 MB
+    finally:
+        tracemalloc.stop()
+
+
+def test_the_largest_number_of_labels_is_accepted() -> None:
+    assert ViTCLSConfig(num_labels=MAX_LABELS).num_labels == MAX_LABELS
+
+
+@pytest.mark.parametrize(
+    ("keyword", "meant"),
+    [
+        ("num_regster_tokens", "num_register_tokens"),
+        ("num_registers_tokens", "num_register_tokens"),
+        ("patchsize", "patch_size"),
+        ("num_label", "num_labels"),
+        ("droppath_rate", "drop_path_rate"),
+        ("position_embeding_type", "position_embedding_type"),
+        ("out_feature", "out_features"),
+    ],
+)
+def test_a_misspelt_keyword_is_an_error(keyword: str, meant: str) -> None:
+    with raises_one_line(keyword, f"did you mean {meant}?"):
+        ViTCLSConfig(**{keyword: 4})
+
+
+def test_an_unknown_keyword_is_an_error() -> None:
+    with raises_one_line("xyzzy"):
+        ViTCLSConfig(xyzzy=1)
+
+
+def test_a_misspelt_keyword_is_an_error_at_load(tmp_path: Path) -> None:
+    ViTCLSModel(tiny_config()).save_pretrained(tmp_path)
+    for load in (ViTCLSConfig, AutoConfig, ViTCLSModel, ViTCLSForImageClassification, ViTCLSBackbone):
+        with raises_one_line("num_regster_tokens", "did you mean num_register_tokens?"):
+            load.from_pretrained(tmp_path, num_regster_tokens=4)
+
+
+def test_an_unknown_field_of_the_file_is_kept_and_reported(tmp_path: Path) -> None:
+    """Another version may have written it."""
+    tiny_config().save_pretrained(tmp_path)
+    stored = json.loads((tmp_path / "config.json").read_text()) | {"num_regster_tokens": 4}
+    (tmp_path / "config.json").write_text(json.dumps(stored))
+    with CaptureLogger(logging.get_logger("modeling_vitcls.configuration_vitcls")) as logs:
+        config = ViTCLSConfig.from_pretrained(tmp_path)
+    assert "num_regster_tokens" in logs.out
+    assert (config.num_regster_tokens, config.num_register_tokens) == (4, 0)
+
+
+def test_loading_keywords_of_transformers_are_no_fields(tmp_path: Path) -> None:
+    tiny_config().save_pretrained(tmp_path)
+    config, unused = ViTCLSConfig.from_pretrained(
+        tmp_path, pooling="mean", device_map="cpu", return_unused_kwargs=True, revision="main"
+    )
+    assert config.pooling == "mean"
+    assert "device_map" in unused
+
+
+def test_overrides_at_load_are_checked_together(tmp_path: Path) -> None:
+    tiny_config().save_pretrained(tmp_path)
+    config = ViTCLSConfig.from_pretrained(tmp_path, num_cls_tokens=0, pooling="mean")
+    assert (config.num_cls_tokens, config.pooling) == (0, "mean")
+    with raises_one_line("num_cls_tokens=1"):
+        ViTCLSConfig.from_pretrained(tmp_path, num_cls_tokens=0)
+    with raises_one_line("pooling"):
+        ViTCLSModel.from_pretrained(tmp_path, pooling="other")
+
+
+def test_labels_at_load(tmp_path: Path) -> None:
+    ViTCLSConfig(id2label={0: "cat", 1: "dog"}).save_pretrained(tmp_path)
+    kept = ViTCLSConfig.from_pretrained(tmp_path)
+    assert (kept.id2label, kept.label2id, kept.num_labels) == ({0: "cat", 1: "dog"}, {"cat": 0, "dog": 1}, 2)
+    assert ViTCLSConfig.from_pretrained(tmp_path, num_labels=2).id2label == {0: "cat", 1: "dog"}
+    more = ViTCLSConfig.from_pretrained(tmp_path, num_labels=4)
+    assert (more.num_labels, len(more.label2id)) == (4, 4)
+    renamed = ViTCLSConfig.from_pretrained(tmp_path, id2label={0: "a", 1: "b", 2: "c"})
+    assert (renamed.num_labels, renamed.label2id) == (3, {"a": 0, "b": 1, "c": 2})
+
+
+def test_labels_at_construction() -> None:
+    config = ViTCLSConfig(id2label={0: "cat", 1: "dog", 2: "cow"})
+    assert (config.num_labels, config.label2id) == (3, {"cat": 0, "dog": 1, "cow": 2})
+    assert ViTCLSConfig(num_labels=2, id2label={0: "cat", 1: "dog"}).num_labels == 2
+    assert ViTCLSConfig(num_labels=0).num_labels == 0
+    assert ViTCLSConfig(id2label={0: "crane", 1: "crane"}).num_labels == 2  # ImageNet has two of them
+
+
+SAVED_CONFIGS = [
+    {},
+    {"image_size": (24, 64), "patch_size": [4, 16]},
+    {"num_labels": 0},
+    {"num_labels": 1, "problem_type": "regression"},
+    {"id2label": {0: "cat", 1: "dog", 2: "cow"}},
+    {"num_cls_tokens": 2, "cls_scopes": ["image", [2, 2, 0, 1]]},
+    {"num_cls_tokens": 3, "tasks": {"species": ["cat", "dog"], "age": 3, "colour": 2}},
+    {"out_features": ["stem", "stage2"]},
+    {"out_indices": [0, 1]},
+    {"layer_scale_init_value": 1e-5, "drop_path_rate": 0.1, "layer_norm_eps": 1e-12},
+]
+
+
+@pytest.mark.parametrize("fields", SAVED_CONFIGS, ids=str)
+def test_saved_and_loaded_configs_are_equal(fields: dict[str, Any], tmp_path: Path) -> None:
+    config = tiny_config(**fields) if "id2label" not in fields else ViTCLSConfig(**fields)
+    config.save_pretrained(tmp_path)
+    for loaded in (ViTCLSConfig.from_pretrained(tmp_path), AutoConfig.from_pretrained(tmp_path)):
+        assert isinstance(loaded, ViTCLSConfig)
+        assert _comparable(loaded) == _comparable(config)
+        assert (loaded.num_labels, loaded.label2id) == (config.num_labels, config.label2id)
+        assert (loaded.out_features, loaded.out_indices) == (config.out_features, config.out_indices)
+
+
+def test_tasks_are_ordered_by_name() -> None:
+    """Task i reads CLS token i. JSON files, and dicts that come out of them, are sorted."""
+    tasks = {"species": 2, "age": 3, "colour": ["red", "green"]}
+    config = tiny_config(num_cls_tokens=3, tasks=tasks)
+    assert list(config.task_labels()) == ["age", "colour", "species"]
+    config.tasks = tasks
+    assert list(config.task_labels()) == ["age", "colour", "species"]
+    assert [len(labels) for labels in config.task_labels().values()] == [3, 2, 2]
+
+
+def test_the_saved_file_names_the_class_of_every_auto_class(tmp_path: Path) -> None:
+    tiny_config().save_pretrained(tmp_path)
+    auto_map = json.loads((tmp_path / "config.json").read_text())["auto_map"]
+    assert auto_map == {
+        "AutoConfig": "configuration_vitcls.ViTCLSConfig",
+        "AutoModel": "modeling_vitcls.ViTCLSModel",
+        "AutoModelForImageClassification": "modeling_vitcls.ViTCLSForImageClassification",
+        "AutoModelForMaskedImageModeling": "modeling_vitcls.ViTCLSForMaskedImageModeling",
+        "AutoBackbone": "modeling_vitcls.ViTCLSBackbone",
+    }
+
+
+def test_the_saved_file_of_a_multi_task_model_names_its_class(tmp_path: Path) -> None:
+    tiny_config(tasks={"species": 2}).save_pretrained(tmp_path)
+    auto_map = json.loads((tmp_path / "config.json").read_text())["auto_map"]
+    assert auto_map["AutoModelForImageClassification"] == "modeling_vitcls.ViTCLSForMultiTaskClassification"
+
+
+def test_the_saved_file_holds_nothing_of_one_loading(tmp_path: Path) -> None:
+    tiny_config().save_pretrained(tmp_path)
+    ViTCLSConfig.from_pretrained(tmp_path, image_size=64).save_pretrained(tmp_path / "again")
+    stored = json.loads((tmp_path / "again" / "config.json").read_text())
+    assert stored["image_size"] == 64
+    assert "stored_values" not in stored
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda config: pickle.loads(pickle.dumps(config))])
+def test_copies_are_equal(copied: Any) -> None:
+    config = tiny_config(num_cls_tokens=2, tasks={"species": 2, "age": 3}, out_indices=[0, 1])
+    assert _comparable(copied(config)) == _comparable(config)
+    assert copied(config).task_labels() == config.task_labels()
+
+
+def test_assigning_a_wrong_type_is_an_error() -> None:
+    config = tiny_config()
+    with raises_one_line("num_register_tokens"):
+        config.num_register_tokens = "4"
+    assert config.num_register_tokens == 0
+
+
+def test_a_contradiction_made_by_assignment_is_an_error_at_construction_of_the_model(tmp_path: Path) -> None:
+    config = tiny_config()
+    config.num_cls_tokens = 0
+    with raises_one_line("num_cls_tokens=1"):
+        ViTCLSModel(config)
+    with raises_one_line("num_cls_tokens=1"):
+        config.save_pretrained(tmp_path)
+
+
+# Runs without the package: `first` and `second` are two checkpoints with different code.
+REGISTER = """
+import json, sys
+from pathlib import Path
+
+import torch
+import transformers
+from transformers import AutoBackbone, AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageClassification
+from transformers import BertConfig, BertModel, UperNetConfig, UperNetForSemanticSegmentation
+from transformers import VisionTextDualEncoderModel
+
+first, second, work = map(Path, sys.argv[1:])
+models = [AutoModel.from_pretrained(folder, trust_remote_code=True) for folder in (first, second)]
+assert [model.version() for model in models] == ["first", "second"]  # each runs its own code
+try:
+    AutoConfig.for_model("vitcls")
+    raise AssertionError("remote code has registered itself")
+except ValueError:
+    pass
+
+model = models[0].eval()
+for _ in range(2):
+    type(model.config).register_auto_classes()
+images = torch.rand(2, 3, 32, 32)
+
+sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+text_model = BertModel(BertConfig(vocab_size=20, **sizes))
+dual = VisionTextDualEncoderModel(vision_model=model, text_model=text_model).eval()
+dual.save_pretrained(work / "dual")
+dual_again = VisionTextDualEncoderModel.from_pretrained(work / "dual").eval()
+
+backbone_config = AutoConfig.from_pretrained(first, out_indices=[1, 2])
+settings = {"hidden_size": 16, "pool_scales": [1, 2], "num_labels": 3, "use_auxiliary_head": False}
+upernet = UperNetForSemanticSegmentation(UperNetConfig(backbone_config=backbone_config, **settings)).eval()
+upernet.save_pretrained(work / "upernet")
+upernet_again = UperNetForSemanticSegmentation.from_pretrained(work / "upernet").eval()
+
+with torch.no_grad():
+    features = [one.get_image_features(images).pooler_output for one in (dual, dual_again)]
+    maps = [one(images).logits for one in (upernet, upernet_again)]
+assert torch.equal(*features) and features[0].std() > 0
+assert torch.equal(*maps) and maps[0].std() > 0
+
+config = AutoConfig.from_pretrained(first)
+print(json.dumps({
+    "backbone": type(AutoBackbone.from_config(config)).__name__,
+    "classifier": type(AutoModelForImageClassification.from_config(config)).__name__,
+    "processors": [type(AutoImageProcessor.from_pretrained(first, backend=name)).__name__ for name in (None, "pil")],
+    "registered code for another checkpoint": AutoModel.from_pretrained(second, trust_remote_code=True).version(),
+}))
+assert "modeling_vitcls" not in sys.modules
+"""
+
+
+def test_one_line_registers_remote_code_for_composite_models(tmp_path: Path) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    ViTCLSModel(tiny_config()).save_pretrained(first)
+    ViTCLSImageProcessor(size=32).save_pretrained(first)
+    shutil.copytree(first, second)
+    for folder in (first, second):
+        code = folder / "modeling_vitcls.py"
+        code.write_text(f"{code.read_text()}\n\nViTCLSModel.version = lambda self: {folder.name!r}\n")
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "home")}
+    words = ["-I", "-c", REGISTER, first, second, tmp_path / "work"]
+    run = run_fresh(*words, environment=environment, cwd=tmp_path)
+    assert run.returncode == 0, run.stderr[-4000:]
+    assert json.loads(run.stdout.splitlines()[-1]) == {
+        "backbone": "ViTCLSBackbone",
+        "classifier": "ViTCLSForImageClassification",
+        "processors": ["ViTCLSImageProcessor", "ViTCLSImageProcessorPil"],
+        "registered code for another checkpoint": "first",
+    }
+
+
+def _fields(cls: type) -> tuple[dataclasses.Field, ...]:
+    return dataclasses.fields(cls) if dataclasses.is_dataclass(cls) else ()
+
+
+def _comparable(config: ViTCLSConfig) -> dict[str, Any]:
+    """Everything that describes the model, with pairs in one form."""
+    stored = {name: value for name, value in config.to_dict().items() if not name.startswith("_")}
+    return json.loads(json.dumps(stored | {"architectures": None}))

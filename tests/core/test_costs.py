@@ -1,0 +1,248 @@
+"""FLOPs against what torch counts, the memory estimate against what autograd keeps, and the measured GEMM peak.
+
+FLOPs are exact. Memory is an estimate, within the factors in `CLOSE`.
+"""
+
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import BLOCKS, LAYOUTS, each_kind, filled, images, raises_one_line, tiny_config
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+
+from modeling_vitcls import ViTCLSConfig, ViTCLSForImageClassification, ViTCLSForMaskedImageModeling, ViTCLSModel
+from modeling_vitcls.system import gemm_peak
+from modeling_vitcls.training.costs import estimate_memory, forward_flops
+
+
+# Fields that change what is multiplied with what, beside those that all tests share.
+OTHERS: dict[str, dict[str, Any]] = {
+    "parallel": {"layer_type": "parallel"},
+    "post": {"layer_type": "post"},
+    "rmsnorm": {"norm_type": "rmsnorm"},
+    "differential": {"attention_type": "differential"},
+    "more_norms": {"attention_norm": True, "mlp_norm": True},
+    "attention_pooling_of_all": {
+        "pooling": "attention",
+        "attention_pool_tokens": "all",
+        "attention_pool_intermediate_size": 40,
+    },
+    "attention_pooling_without_mlp": {"pooling": "attention", "attention_pool_mlp": False},
+    "pooled_layer": {"pooled_activation": "tanh", "pooled_norm": True},
+    "concatenated": {"num_cls_tokens": 3, "cls_pooling": "concat"},
+    "cls_mean": {"pooling": "cls_mean"},
+    "other_head_size": {"attention_head_size": 32},
+    "gates": {"num_register_tokens": 2, "gated_tokens": {"registers": 1}},
+    "distances": {"relative_position_bias": "layer"},
+    "register_neurons": {"num_register_tokens": 1, "register_neurons": [[1, 2]]},
+    "rope_mixed": {"position_embedding_type": "rope_mixed"},
+    "antialias": {"position_antialias": True},
+}
+CASES = LAYOUTS | BLOCKS | OTHERS
+each_case = pytest.mark.parametrize("fields", CASES.values(), ids=CASES)
+
+# Large enough that numbers per head, which the estimate takes roughly, do not matter.
+WIDER = {
+    "hidden_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 3,
+    "intermediate_size": 384,
+    "image_size": 64,
+}
+CLOSE = (0.8, 1.2)  # estimate divided by measurement
+
+
+def flops_of_attention(query: tuple, key: tuple, value: tuple, *args: Any, **kwargs: Any) -> int:
+    """By the shapes of its inputs."""
+    return sdpa_flop_count(query, key, value)
+
+
+def counted(call: Callable[[], Any]) -> int:
+    """What torch counts; older versions leave out the CPU's fused attention."""
+    fused = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: flops_of_attention}
+    with FlopCounterMode(display=False, custom_mapping=fused) as counter, torch.no_grad():
+        call()
+    return counter.get_total_flops()
+
+
+def kept(model: torch.nn.Module, call: Callable[[], Any]) -> int:
+    """Bytes that autograd keeps of a forward pass, parameters apart, each memory once."""
+    parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    storages: dict[int, torch.UntypedStorage] = {}  # held, so that no address is used twice
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        result = call()
+    assert result.requires_grad
+    return sum(storage.nbytes() for address, storage in storages.items() if address not in parameters)
+
+
+def loss_of(model: Any, autocast: torch.dtype | None = None, batch: int = 4, side: int = 64) -> torch.Tensor:
+    """Of a training step's forward pass."""
+    with torch.autocast("cpu", dtype=autocast or torch.bfloat16, enabled=autocast is not None):
+        return model(images(batch, side, side), labels=torch.arange(batch) % 3).loss
+
+
+# Operations
+
+
+@each_case
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_operations_are_those_that_torch_counts(fields: dict[str, Any], attention: str) -> None:
+    model = filled(ViTCLSForImageClassification(tiny_config(**fields)))
+    model.set_attn_implementation(attention)
+    assert model.flops() == forward_flops(model) == counted(lambda: model(images(1)))
+    larger = counted(lambda: model(images(3, 40, 56)))
+    assert model.flops([40, 56], batch_size=3) == forward_flops(model, [40, 56], batch_size=3) == larger
+
+
+@each_kind
+def test_of_every_kind_of_model(model_class: type, fields: dict[str, Any], inputs: dict[str, Any]) -> None:
+    model = filled(model_class(tiny_config(**fields)))
+    wanted = counted(lambda: model(images(2, 32, 40)))
+    assert model.flops((32, 40), batch_size=2) == forward_flops(model, (32, 40), batch_size=2) == wanted
+
+
+@pytest.mark.parametrize("number", [3, 100], ids=["three pairs", "half of the patches"])
+def test_merged_patches_are_counted_as_they_are_computed(number: int) -> None:
+    """By hand; `forward_flops` counts as if no patches were merged."""
+    model = filled(ViTCLSModel(tiny_config(merged_patches_per_layer=number, num_register_tokens=2)))
+    width, head_dim, intermediate, num_special, num_patches = 16, 8, 24, 3, 16
+    wanted = 2 * num_patches * 3 * 8 * 8 * width  # patch projection
+    for _ in range(2):
+        num_tokens, num_pairs = num_special + num_patches, min(number, num_patches // 2)
+        wanted += 4 * 2 * num_tokens * width**2  # queries, keys, values and output
+        wanted += 2 * 2 * num_tokens**2 * width  # scores, and values weighted by them
+        wanted += 2 * (num_patches - num_patches // 2) * (num_patches // 2) * head_dim  # similarity of patches
+        num_patches -= num_pairs
+        wanted += 2 * 2 * (num_special + num_patches) * width * intermediate  # MLP
+    assert model.flops() == wanted == counted(lambda: model(images(1)))
+    assert forward_flops(model) == ViTCLSModel(tiny_config(num_register_tokens=2)).flops()
+
+
+def test_all_tokens_of_the_last_layer_cost_more() -> None:
+    """A classifier's last layer is computed for the tokens that it reads; an encoder's for all."""
+    config = tiny_config(num_register_tokens=4)
+    classifier, encoder = ViTCLSForImageClassification(config), ViTCLSModel(config)
+    head = 2 * 16 * 3
+    assert classifier.flops() - head < encoder.flops() == counted(lambda: encoder(images(1)))
+    config.output_hidden_states = True
+    assert classifier.flops() - head == encoder.flops() == counted(lambda: classifier(images(1))) - head
+
+
+def test_without_weights() -> None:
+    """Costs of a model on the meta device: ViT-B/16 at 224 pixels has 17.6 billion multiply-adds."""
+    with torch.device("meta"):
+        model = ViTCLSModel(ViTCLSConfig())
+    assert round(model.flops() / 2e9, 1) == 17.6
+    assert estimate_memory(model).parameters == 4 * sum(parameter.numel() for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("function", [ViTCLSModel.flops, forward_flops, estimate_memory])
+def test_images_that_are_too_small(function: Callable[..., Any]) -> None:
+    with raises_one_line("32 x 7", "8 x 8"):
+        function(ViTCLSModel(tiny_config()), (32, 7))
+
+
+# Memory
+
+
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16], ids=["float32", "autocast"])
+@pytest.mark.parametrize("name", CASES)
+def test_activations_are_about_those_that_autograd_keeps(
+    name: str, autocast: torch.dtype | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("modeling_vitcls.cpu_kernels_vitcls.MAX_CHUNKED_KEYS", 0)  # fused on every processor
+    monkeypatch.setattr("modeling_vitcls.cpu_kernels_vitcls.EMULATED", set())
+    model = filled(ViTCLSForImageClassification(tiny_config(**WIDER | CASES[name]))).train()
+    estimate = estimate_memory(model, batch_size=4, autocast=autocast).activations
+    assert CLOSE[0] <= estimate / kept(model, lambda: loss_of(model, autocast)) <= CLOSE[1]
+
+
+def test_activations_of_masked_image_modelling() -> None:
+    model = filled(ViTCLSForMaskedImageModeling(tiny_config(**WIDER))).train()
+    mask = torch.arange(4 * 64).view(4, 64) % 3 == 0
+    measured = kept(model, lambda: model(images(4, 64, 64), bool_masked_pos=mask).loss)
+    assert CLOSE[0] <= estimate_memory(model, batch_size=4).activations / measured <= CLOSE[1]
+
+
+def test_eager_attention_keeps_its_maps() -> None:
+    model = filled(ViTCLSForImageClassification(tiny_config(**WIDER))).train()
+    fused = estimate_memory(model, 128, batch_size=2).activations
+    model.set_attn_implementation("eager")
+    eager = estimate_memory(model, 128, batch_size=2).activations
+    assert eager > 1.3 * fused
+    assert 0.8 <= eager / kept(model, lambda: loss_of(model, batch=2, side=128)) <= 1.2
+
+
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16], ids=["float32", "autocast"])
+@pytest.mark.parametrize("fields", [{}, {"attention_probs_dropout_prob": 0.1}, {"mlp_type": "swiglu"}], ids=str)
+def test_before_the_model_is_moved(fields: dict[str, Any], autocast: torch.dtype | None) -> None:
+    """Where it will train counts, not where it is: CPUs compute some things again, and keep maps under dropout."""
+    model = ViTCLSForImageClassification(tiny_config(**WIDER | fields))
+    here = estimate_memory(model, batch_size=4, autocast=autocast)
+    elsewhere = estimate_memory(model, batch_size=4, autocast=autocast, device="cuda")
+    assert elsewhere != here == estimate_memory(model, batch_size=4, autocast=autocast, device=torch.device("cpu"))
+    moved = model.to("meta")
+    assert elsewhere == estimate_memory(moved, batch_size=4, autocast=autocast)
+    assert here == estimate_memory(moved, batch_size=4, autocast=autocast, device="cpu")
+
+
+def test_frozen_layers_keep_nothing() -> None:
+    model = filled(ViTCLSForImageClassification(tiny_config(**WIDER))).train()
+    everything = estimate_memory(model, batch_size=4)
+    for part in (model.vitcls.embeddings, *model.vitcls.layers[:2]):
+        part.requires_grad_(False)
+    some = estimate_memory(model, batch_size=4)
+    assert CLOSE[0] <= some.activations / kept(model, lambda: loss_of(model)) <= CLOSE[1]
+    trained = sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)
+    assert (some.parameters, some.gradients, some.optimizer) == (everything.parameters, trained, 2 * trained)
+    assert some.total == some.parameters + 3 * trained + some.activations
+    assert some.activations < everything.activations / 3
+
+
+def test_checkpointing_keeps_inputs_and_one_layer() -> None:
+    model = filled(ViTCLSForImageClassification(tiny_config(**WIDER))).train()
+    full = estimate_memory(model, batch_size=4).activations
+    model.gradient_checkpointing_enable()
+    estimate = estimate_memory(model, batch_size=4).activations
+    between_layers = kept(model, lambda: loss_of(model))
+    assert between_layers < estimate < full
+    assert full / 3 * 0.8 <= estimate - between_layers <= full / 3 * 1.6  # of three layers, the last of which is short
+
+
+def test_the_optimizer_is_adamw() -> None:
+    model = filled(ViTCLSForImageClassification(tiny_config())).train()
+    optimizer = torch.optim.AdamW(model.parameters())
+    loss_of(model, side=32).backward()
+    optimizer.step()
+    estimate = estimate_memory(model, batch_size=4)
+    moments = [value for state in optimizer.state.values() for name, value in state.items() if name != "step"]
+    assert estimate.optimizer == sum(moment.nbytes for moment in moments)
+    assert estimate.gradients == sum(parameter.grad.nbytes for parameter in model.parameters())
+
+
+# The machine
+
+
+def test_the_peak_is_above_what_a_model_reaches() -> None:
+    """Matrices multiplied here, in a plain loop, take as long as the peak says, or longer."""
+    side = 512
+    first, second = torch.randn(side, side), torch.randn(side, side)
+    torch.nn.functional.linear(first, second)
+    seconds = []
+    for _ in range(9):
+        started = time.perf_counter()
+        torch.nn.functional.linear(first, second)
+        seconds.append(time.perf_counter() - started)
+    reached = 2 * side**3 / statistics.median(seconds)  # something else may run during a few of them
+    began = time.perf_counter()
+    peak = gemm_peak("cpu", torch.float32)
+    assert time.perf_counter() - began < 20  # about half a second on an idle machine
+    assert 0.05 * peak < reached < 4 * peak

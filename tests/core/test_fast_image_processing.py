@@ -1,0 +1,263 @@
+"""The fast path of the image processor: the values of the slow path, to the bit, with the settings it supports."""
+
+import copy
+import itertools
+import os
+import threading
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+from sklearn.datasets import load_sample_images
+from tiny_models import raises_one_line
+from transformers.image_utils import SizeDict
+
+from modeling_vitcls import ViTCLSImageProcessor, ViTCLSImageProcessorPil
+from modeling_vitcls.fast_image_processing_vitcls import read_jpeg
+from modeling_vitcls.image_processing_vitcls import pil_to_tensor, read_image
+
+
+SIZES: list[dict[str, Any]] = [
+    {"size": {"height": 48, "width": 48}},
+    {"size": {"height": 33, "width": 130}},  # narrower and wider
+    {"size": {"shortest_edge": 40}, "do_center_crop": True, "crop_size": 33},
+    {"size": {"shortest_edge": 40}, "do_center_crop": True, "crop_size": 33, "crop_rounding": "even"},
+    {
+        "size": {"shortest_edge": 40, "longest_edge": 60},
+        "do_center_crop": True,
+        "crop_size": {"height": 24, "width": 30},
+    },
+    {"size": {"max_height": 40, "max_width": 50}, "do_center_crop": True, "crop_size": 20},
+    {"do_resize": False, "do_center_crop": True, "crop_size": 60},
+]
+RESAMPLES = [0, 1, 2, 3]
+STATISTICS: list[dict[str, Any]] = [
+    {},
+    {"image_mean": [0.5] * 3, "image_std": [0.5] * 3},
+    {"image_mean": [0, 1, 2], "image_std": [1, 2, 3], "rescale_factor": 1 / 127.5},
+]
+
+
+def jpeg(image: PIL.Image.Image, **settings: Any) -> bytes:
+    buffer = BytesIO()
+    image.save(buffer, format="JPEG", **settings)
+    return buffer.getvalue()
+
+
+def make_exif(orientation: int) -> PIL.Image.Exif:
+    exif = PIL.Image.Exif()
+    exif[0x0112] = orientation
+    return exif
+
+
+def photograph(height: int = 77, width: int = 101) -> PIL.Image.Image:
+    return PIL.Image.fromarray(load_sample_images().images[0][100 : 100 + height, 40 : 40 + width])
+
+
+def example_images() -> dict[str, Any]:
+    """Return one image in every form that the image processor accepts."""
+    image = photograph()
+    values = np.array(image)
+    return {
+        "jpeg": jpeg(image, quality=60),
+        "jpeg 4:4:4 progressive": jpeg(image, quality=95, subsampling=0, progressive=True),
+        "jpeg 4:2:2": jpeg(image, quality=20, subsampling=1),
+        "gray jpeg": jpeg(image.convert("L")),
+        "cmyk jpeg": jpeg(image.convert("CMYK")),
+        **{f"jpeg turned {orientation}": jpeg(image, exif=make_exif(orientation)) for orientation in range(2, 9)},
+        **{mode: image.convert(mode) for mode in ("1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr", "HSV")},
+        "16 bits": PIL.Image.fromarray(values[..., 0].astype(np.uint16) * 257),
+        "array": values,
+        "array of floats": values.astype(np.float32),
+        "array of whole numbers": values.astype(np.int64),
+        "gray array": values[..., 0],
+        "channels first": torch.from_numpy(values).permute(2, 0, 1).contiguous(),
+        "batch": torch.from_numpy(values).permute(2, 0, 1).expand(2, -1, -1, -1),
+    }
+
+
+def run_slow_path(processor: ViTCLSImageProcessor, images: Any) -> torch.Tensor:
+    return super(ViTCLSImageProcessor, processor).preprocess(images, return_tensors="pt")["pixel_values"]
+
+
+def check_same(processor: ViTCLSImageProcessor, images: Any, name: str) -> None:
+    """Check that the second call uses the fast path and returns the values of the slow path."""
+    wanted = run_slow_path(processor, images)
+    processor(images, return_tensors="pt")
+    assert processor._checked_settings is not None
+    found = processor(images, return_tensors="pt")["pixel_values"]
+    assert found.dtype == torch.float32 and found.is_contiguous()
+    assert torch.equal(found, wanted), name
+
+
+@pytest.mark.parametrize(
+    "sizes, resample", itertools.product(SIZES, RESAMPLES), ids=lambda value: str(value).replace("'", "")
+)
+def test_all_images_get_the_same_values(sizes: dict[str, Any], resample: int) -> None:
+    processor = ViTCLSImageProcessor(**sizes, resample=resample)
+    for name, image in example_images().items():
+        check_same(processor, image, name)
+
+
+@pytest.mark.parametrize("statistics", STATISTICS, ids=str)
+def test_all_statistics_get_the_same_values(statistics: dict[str, Any]) -> None:
+    check_same(ViTCLSImageProcessor(size=32, **statistics), example_images()["jpeg"], "jpeg")
+
+
+def test_images_of_all_shapes_get_the_same_values() -> None:
+    """Down to a single pixel, and with an axis that could be the channels."""
+    processor = ViTCLSImageProcessor(size={"height": 20, "width": 24})
+    for height, width in [(1, 1), (1, 3), (3, 3), (4, 1), (2, 90), (90, 2), (20, 24), (64, 64)]:
+        for image in (photograph(height, width), jpeg(photograph(height, width))):
+            check_same(processor, image, f"{height} x {width}")
+
+
+def test_channels_are_kept_without_conversion() -> None:
+    gray = ViTCLSImageProcessor(size=32, do_convert_rgb=False, image_mean=[0.5], image_std=[0.5])
+    check_same(gray, example_images()["gray jpeg"], "gray")
+    with raises_one_line("3 channels"):
+        gray(example_images()["jpeg"], return_tensors="pt")
+    check_same(ViTCLSImageProcessor(size=32, do_convert_rgb=False), example_images()["jpeg"], "color")
+
+
+@pytest.mark.parametrize("num_threads", [1, 3])
+def test_lists_keep_their_order_on_several_threads(num_threads: int, tmp_path: Path) -> None:
+    files = [tmp_path / f"{index}.jpg" for index in range(7)]
+    for index, file in enumerate(files):
+        photograph(30 + 5 * index, 40).save(file)
+    before = torch.get_num_threads()
+    torch.set_num_threads(num_threads)
+    try:
+        processor = ViTCLSImageProcessor(size=32)
+        check_same(processor, files, "paths")
+        check_same(processor, [list(map(str, files[:3])), files[3].read_bytes(), photograph()], "nested and mixed")
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_errors_are_those_of_the_slow_path(tmp_path: Path) -> None:
+    whole = example_images()["jpeg"]
+    (tmp_path / "cut.jpg").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "text.jpg").write_text("no image")
+    known = ViTCLSImageProcessor(do_resize=False)
+    known(whole, return_tensors="pt")
+    wrong = [
+        tmp_path / "cut.jpg",
+        [whole, str(tmp_path / "text.jpg")],
+        tmp_path / "absent.jpg",
+        tmp_path,
+        "a\0b.jpg",
+        whole[: len(whole) // 2],
+        b"\xff\xd8\xff",
+        b"",
+        [],
+        None,
+        3,
+        [whole, photograph(20, 20)],  # two shapes
+        np.full((8, 8, 3), 300.0),
+        np.zeros((8, 8, 5), np.uint8),
+        PIL.Image.new("F", (5, 5)),
+    ]
+    for images in wrong:
+        with pytest.raises(ValueError) as fresh:
+            ViTCLSImageProcessor(do_resize=False)(images, return_tensors="pt")
+        with raises_one_line(str(fresh.value)):
+            known(images, return_tensors="pt")
+
+
+def test_a_named_pipe_is_an_error_on_the_fast_path(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.jpg")
+    processor = ViTCLSImageProcessor(size=32)
+    processor(example_images()["jpeg"], return_tensors="pt")
+    assert processor._checked_settings is not None
+    messages: list[str] = []
+
+    def process() -> None:
+        with pytest.raises(ValueError) as caught:
+            processor(tmp_path / "pipe.jpg", return_tensors="pt")
+        messages.append(str(caught.value))
+
+    thread = threading.Thread(target=process, daemon=True)  # opening a pipe blocks until something writes to it
+    thread.start()
+    thread.join(60)
+    assert messages and "pipe.jpg" in messages[0] and "regular file" in messages[0]
+
+
+def test_settings_may_change_between_calls() -> None:
+    """As a whole, within a size, and to a wrong value."""
+    image = example_images()["jpeg"]
+    processor = ViTCLSImageProcessor(size=32)
+    check_same(processor, image, "as built")
+    for name, value in {"size": SizeDict(height=20, width=30), "image_mean": (0.1, 0.2, 0.3), "resample": 2}.items():
+        setattr(processor, name, value)
+        check_same(processor, image, name)
+    processor.size["height"] = 24
+    assert processor(image, return_tensors="pt")["pixel_values"].shape == (1, 3, 24, 30)
+    processor.size["height"] = -1
+    with raises_one_line("must give positive whole numbers"):
+        processor(image, return_tensors="pt")
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"do_normalize": False},
+        {"do_rescale": False, "do_normalize": False},
+        {"do_pad": True, "pad_size": {"height": 64, "width": 64}},
+        {"image_mean": 0.5, "image_std": 0.5},
+    ],
+    ids=str,
+)
+def test_other_settings_use_the_slow_path(settings: dict[str, Any]) -> None:
+    processor = ViTCLSImageProcessor(size=32, **settings)
+    for _ in range(2):
+        found = processor(example_images()["jpeg"], return_tensors="pt")["pixel_values"]
+        assert torch.equal(found, run_slow_path(processor, example_images()["jpeg"]))
+    assert processor._checked_settings is None
+
+
+def test_keywords_override_settings_after_a_call_without_keywords() -> None:
+    processor = ViTCLSImageProcessor(size=32)
+    image = example_images()["jpeg"]
+    check_same(processor, image, "without")
+    assert processor(image, size=16, return_tensors="pt")["pixel_values"].shape == (1, 3, 16, 16)
+    assert isinstance(processor(image, return_tensors="np")["pixel_values"], np.ndarray)
+    assert isinstance(processor(image)["pixel_values"], list)
+    with raises_one_line("did you mean 'do_resize'"):
+        processor(image, do_resized=False, return_tensors="pt")
+
+
+def test_methods_of_a_subclass_are_called() -> None:
+    class Brighter(ViTCLSImageProcessor):
+        def rescale_and_normalize(self, images: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+            return super().rescale_and_normalize(images, *args, **kwargs) + 1
+
+    image = example_images()["jpeg"]
+    plain, brighter = ViTCLSImageProcessor(size=32), Brighter(size=32)
+    for _ in range(2):
+        values = [processor(image, return_tensors="pt")["pixel_values"] for processor in (plain, brighter)]
+        assert torch.equal(values[0] + 1, values[1])
+
+
+def test_checked_settings_are_not_saved(tmp_path: Path) -> None:
+    processor = ViTCLSImageProcessor(size=32)
+    fresh = processor.to_dict()
+    check_same(processor, example_images()["jpeg"], "jpeg")
+    assert processor.to_dict() == fresh
+    check_same(copy.deepcopy(processor), example_images()["jpeg"], "copy")
+    processor.save_pretrained(tmp_path)
+    assert "_checked" not in (tmp_path / "preprocessor_config.json").read_text()
+    assert ViTCLSImageProcessorPil.from_pretrained(tmp_path).to_dict() == fresh
+
+
+def test_jpeg_files_are_decoded_as_pil_does() -> None:
+    decoded = []
+    for name, image in example_images().items():
+        if isinstance(image, bytes) and (pixels := read_jpeg(image)) is not None:
+            decoded.append(name)
+            assert torch.equal(pixels, pil_to_tensor(read_image(image), to_rgb=True)), name
+    assert len(decoded) == 11 and "cmyk jpeg" not in decoded  # PIL decodes it

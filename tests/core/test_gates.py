@@ -1,0 +1,251 @@
+"""Tokens that are added without influence: answers stay, gradients arrive, and training opens the gates."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from adaptation_cases import adapted_by, logged
+from sklearn.datasets import load_digits
+from tiny_models import filled, images, largest_difference, raises_one_line, reloaded, tiny_config
+from torch import nn
+from transformers import AutoModel, AutoModelForImageClassification
+
+from modeling_vitcls import ViTCLSForImageClassification, ViTCLSModel
+from modeling_vitcls.attention_masks_vitcls import TokenGates
+
+
+GATED = {
+    "plain": {},
+    "scopes": {"num_cls_tokens": 2, "cls_scopes": ["image", [2, 2, 0, 1]]},
+    "distances": {"relative_position_bias": "layer"},
+    "rope": {"position_embedding_type": "rope_2d"},
+    "mean": {"pooling": "mean"},
+    "parallel": {"layer_type": "parallel"},
+}
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("fields", GATED.values(), ids=GATED)
+def test_gated_tokens_change_nothing_at_first(fields: dict[str, Any], implementation: str, tmp_path: Path) -> None:
+    saved = filled(ViTCLSForImageClassification(tiny_config(**fields)))
+    saved.save_pretrained(tmp_path)
+    for loader in (ViTCLSForImageClassification, AutoModelForImageClassification):
+        options = {"num_register_tokens": 4, "attn_implementation": implementation}
+        gated = loader.from_pretrained(tmp_path, gate_new_tokens=True, **options)
+        with torch.no_grad():
+            wanted, found = saved.vitcls(images()), gated.vitcls(images())
+            assert largest_difference(gated(images()).logits, saved(images()).logits) < 1e-5
+            for group in ("cls", "patches"):
+                assert largest_difference(found.tokens[group], wanted.tokens[group]) < 1e-5
+            open_tokens = loader.from_pretrained(tmp_path, **options)  # the test would not see dead tokens
+            assert largest_difference(open_tokens(images()).logits, saved(images()).logits) > 1e-3
+
+
+def test_several_kinds_of_tokens_can_be_gated() -> None:
+    model = filled(ViTCLSForImageClassification(tiny_config(num_register_tokens=1)))
+    gated = model.adapt(num_cls_tokens=3, num_distillation_tokens=1, num_register_tokens=3, gate_new_tokens=True)
+    assert gated.config.gated_tokens == {"cls": 2, "distillation": 1, "registers": 2}
+    assert gated.vitcls.gates.indices == [1, 2, 3, 5, 6]
+    with torch.no_grad():
+        assert largest_difference(gated(images()).cls_logits, model(images()).logits) < 1e-5
+
+
+def test_gates_respect_a_mask_of_the_caller() -> None:
+    model = filled(ViTCLSModel(tiny_config()))
+    gated = model.adapt(num_register_tokens=2, gate_new_tokens=True)
+    mask, longer = torch.ones(2, 17), torch.ones(2, 19)
+    mask[:, 10:] = 0
+    longer[:, 12:] = 0
+    for implementation in ("sdpa", "eager"):
+        model.set_attn_implementation(implementation)
+        gated.set_attn_implementation(implementation)
+        with torch.no_grad():
+            wanted, found = model(images(), attention_mask=mask), gated(images(), attention_mask=longer)
+        assert largest_difference(found.tokens["cls"], wanted.tokens["cls"]) < 1e-5
+
+
+def test_gradient_reaches_gates_and_new_tokens() -> None:
+    """The gate's gradient is as large as that of an open token's gate, and points to where the loss falls."""
+    model = filled(ViTCLSForImageClassification(tiny_config()))
+    torch.manual_seed(0)
+    gated = model.adapt(num_register_tokens=4, gate_new_tokens=True).double()  # for a quotient of small differences
+    pixels, labels = images().double(), torch.tensor([0, 2])
+
+    def loss(of: ViTCLSForImageClassification) -> torch.Tensor:
+        return torch.nn.functional.cross_entropy(of(pixels).logits, labels)
+
+    loss(gated).backward()
+    gradient, token_gradient = gated.vitcls.gates.gates.grad, gated.vitcls.embeddings.register_tokens.grad
+    assert token_gradient.isfinite().all()
+    assert token_gradient.any(dim=-1).all()
+    slopes = []
+    for index in range(4):
+        opened = copy.deepcopy(gated)
+        with torch.no_grad():
+            opened.vitcls.gates.gates[index] += 1e-4
+            slopes.append(((loss(opened) - loss(gated)) / 1e-4).item())
+    assert gradient.tolist() == pytest.approx(slopes, rel=0.02)
+    assert min(map(abs, slopes)) > 1e-4
+
+
+@pytest.mark.parametrize("value", [-1e-4, 0.0])
+def test_a_gate_that_was_pushed_to_zero_or_below_still_learns(value: float) -> None:
+    """Adam's first step is as long as the learning rate, whatever the gradient: half of all gates go below zero."""
+    gated = filled(ViTCLSForImageClassification(tiny_config())).adapt(num_register_tokens=4, gate_new_tokens=True)
+    with torch.no_grad():
+        gated.vitcls.gates.gates.fill_(value)
+    gated(images(), labels=torch.tensor([0, 2])).loss.backward()
+    assert gated.vitcls.gates.gates.grad.abs().min() > 1e-5
+
+
+@pytest.mark.parametrize("implementation", ["flex_attention", "flash_attention_2", "flash_attention_3"])
+def test_attention_that_takes_no_bias_is_refused_in_one_line(implementation: str) -> None:
+    gated = filled(ViTCLSModel(tiny_config())).adapt(num_register_tokens=1, gate_new_tokens=True)
+    gated.config._attn_implementation_internal = implementation  # flash's own package need not be installed
+    with raises_one_line("gated_tokens", implementation, "sdpa"), torch.no_grad():
+        gated(images())
+
+
+def test_gates_are_saved_and_loaded(tmp_path: Path) -> None:
+    gated = filled(ViTCLSModel(tiny_config())).adapt(num_register_tokens=3, gate_new_tokens=True)
+    with torch.no_grad():
+        gated.gates.gates.copy_(torch.tensor([0.1, 0.5, 2.0]))
+    again = reloaded(gated, tmp_path)
+    assert again.config.gated_tokens == {"registers": 3}
+    assert torch.equal(again.gates.gates, gated.gates.gates)
+    with torch.no_grad():
+        assert torch.equal(again(images()).last_hidden_state, gated(images()).last_hidden_state)
+
+
+@pytest.mark.parametrize("loader", [None, ViTCLSModel, AutoModel])
+def test_gates_stay_with_their_tokens(loader: Any, caplog: pytest.LogCaptureFixture, tmp_path: Path) -> None:
+    """Two open registers, then two with gates; one CLS, then one with a gate."""
+    model = filled(ViTCLSModel(tiny_config(num_register_tokens=2)))
+    gated = model.adapt(num_cls_tokens=2, num_register_tokens=4, gate_new_tokens=True)
+    with torch.no_grad():
+        gated.gates.gates.copy_(torch.tensor([0.5, 0.2, 0.3]) * TokenGates.OPEN)
+    found = {}
+    for name, change in {
+        "more": {"num_register_tokens": 5},
+        "fewer": {"num_register_tokens": 3},
+        "none": {"num_register_tokens": 2},
+        "cls": {"num_cls_tokens": 1},
+        "another group": {"num_distillation_tokens": 1},
+    }.items():
+        caplog.clear()
+        changed = adapted_by(gated, loader, tmp_path, **change)
+        gate_lines = [line for line in logged(caplog) if "gates" in line]
+        found[name] = changed.config.gated_tokens, changed.gates.get_gate_values().tolist(), gate_lines
+    assert found == {
+        "more": (
+            {"cls": 1, "registers": 3},
+            pytest.approx([0.5, 0.2, 0.3, 1e-6], abs=2e-7),
+            ["gates.gates: 3 kept, 0 dropped, 1 closed"],
+        ),
+        "fewer": (
+            {"cls": 1, "registers": 1},
+            pytest.approx([0.5, 0.2], abs=2e-7),
+            ["gates.gates: 2 kept, 1 dropped, 0 closed"],
+        ),
+        "none": ({"cls": 1}, pytest.approx([0.5], abs=2e-7), ["gates.gates: 1 kept, 2 dropped, 0 closed"]),
+        "cls": ({"registers": 2}, pytest.approx([0.2, 0.3], abs=2e-7), ["gates.gates: 2 kept, 1 dropped, 0 closed"]),
+        "another group": ({"cls": 1, "registers": 2}, pytest.approx([0.5, 0.2, 0.3], abs=2e-7), []),
+    }
+
+
+def test_gates_that_are_asked_for_by_name() -> None:
+    model = filled(ViTCLSModel(tiny_config(num_register_tokens=4)))
+    gated = model.adapt(gated_tokens={"registers": 3})
+    assert gated.gates.get_gate_values().tolist() == [1, 1, 1]  # tokens that had none stay open
+    with torch.no_grad():
+        assert largest_difference(gated(images()).last_hidden_state, model(images()).last_hidden_state) < 1e-6
+        gated.gates.gates.copy_(torch.tensor([0.1, 0.2, 0.3]) * TokenGates.OPEN)
+    assert gated.adapt(gated_tokens={"registers": 1}).gates.get_gate_values().tolist() == pytest.approx(
+        [0.3], abs=2e-7
+    )
+    both = gated.adapt(gated_tokens={"registers": 4}, num_cls_tokens=2, gate_new_tokens=True)
+    assert both.config.gated_tokens == {"cls": 1, "registers": 4}
+    assert both.gates.get_gate_values().tolist() == pytest.approx([1e-6, 1, 0.1, 0.2, 0.3], abs=2e-7)
+    assert gated.adapt(num_register_tokens=5, gate_new_tokens=True).config.gated_tokens == {"registers": 4}
+    with raises_one_line("gated_tokens", "5 of 4"):
+        model.adapt(gated_tokens={"registers": 5})
+
+
+@pytest.fixture(scope="module")
+def digits() -> tuple[torch.Tensor, torch.Tensor]:
+    """Real handwritten digits, [1797, 1, 8, 8] from -1 to 1, and which they are, [1797]."""
+    data = load_digits()
+    return torch.tensor(data.images, dtype=torch.float32).unsqueeze(1) / 8 - 1, torch.tensor(data.target)
+
+
+@pytest.fixture(scope="module")
+def digit_model(digits: tuple[torch.Tensor, torch.Tensor]) -> ViTCLSForImageClassification:
+    """A small model that has begun to learn them."""
+    torch.manual_seed(0)
+    sizes = {"image_size": 8, "patch_size": 2, "num_channels": 1, "hidden_size": 32, "intermediate_size": 64}
+    model = ViTCLSForImageClassification(tiny_config(**sizes, num_labels=10))
+    trained(model, *digits, num_steps=150)
+    return model
+
+
+def test_fine_tuning_opens_the_gates_and_uses_the_tokens(
+    digits: tuple[torch.Tensor, torch.Tensor], digit_model: ViTCLSForImageClassification
+) -> None:
+    pixels, labels = digits
+    gated = with_gated_registers(digit_model, pixels)
+    before = copy.deepcopy(gated.vitcls.embeddings.register_tokens)
+    losses = trained(gated, pixels, labels, num_steps=250)
+    assert sum(losses[-50:]) < sum(losses[:50])
+    assert gated.vitcls.gates.get_gate_values().mean() > 0.01  # ten thousand times the start
+    assert (gated.vitcls.embeddings.register_tokens - before).norm(dim=-1).min() > 0.02
+    assert change_without_registers(gated, pixels) > 0.01  # a thousand times what the gates let through at the start
+
+
+def test_registers_that_alone_may_learn_do(
+    digits: tuple[torch.Tensor, torch.Tensor], digit_model: ViTCLSForImageClassification
+) -> None:
+    """With all else frozen they are the only way to a lower loss on inverted images, and take it."""
+    pixels, labels = -digits[0], digits[1]
+    gated = with_gated_registers(digit_model, pixels).requires_grad_(False)
+    gated.vitcls.gates.requires_grad_(True)
+    gated.vitcls.embeddings.register_tokens.requires_grad_(True)
+    losses = trained(gated, pixels, labels, num_steps=200)
+    assert sum(losses[-20:]) < 0.9 * sum(losses[:20])
+    assert gated.vitcls.gates.get_gate_values().min() > 1
+    assert change_without_registers(gated, pixels) > 0.5
+
+
+def with_gated_registers(model: ViTCLSForImageClassification, pixels: torch.Tensor) -> ViTCLSForImageClassification:
+    """The same answers, with four more tokens."""
+    torch.manual_seed(1)
+    gated = model.adapt(num_register_tokens=4, gate_new_tokens=True)
+    with torch.no_grad():
+        assert largest_difference(gated(pixels[:64]).logits, model(pixels[:64]).logits) < 1e-5
+    return gated
+
+
+def change_without_registers(model: ViTCLSForImageClassification, pixels: torch.Tensor) -> float:
+    """How far the logits move when the gates are shut again."""
+    shut = copy.deepcopy(model)
+    with torch.no_grad():
+        shut.vitcls.gates.gates.zero_()
+        return largest_difference(shut(pixels[:64]).logits, model(pixels[:64]).logits)
+
+
+def trained(model: nn.Module, pixels: torch.Tensor, labels: torch.Tensor, num_steps: int) -> list[float]:
+    """Train by AdamW, batches of 64; returns the loss of each step."""
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimiser = torch.optim.AdamW(parameters, lr=1e-3, weight_decay=0.0)
+    generator, losses = torch.Generator().manual_seed(0), []
+    model.train()
+    for _ in range(num_steps):
+        batch = torch.randint(0, len(labels), (64,), generator=generator)
+        loss = model(pixels[batch], labels=labels[batch]).loss
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        losses.append(loss.item())
+    model.eval()
+    return losses

@@ -1,0 +1,141 @@
+"""Classifiers compute the last layer only for the tokens that they read; their outputs are the same."""
+
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import (
+    BLOCKS,
+    TASKS,
+    assert_same_outputs,
+    filled,
+    images,
+    largest_difference,
+    record_outputs,
+    tiny_config,
+)
+from torch.nn.functional import cross_entropy
+
+from modeling_vitcls import ViTCLSForImageClassification, ViTCLSForMultiTaskClassification
+from modeling_vitcls.modeling_vitcls import get_num_tokens_read
+
+
+TOKENS: dict[str, Any] = {"num_cls_tokens": 2, "num_distillation_tokens": 1, "num_register_tokens": 3}
+
+# Fields, and the number of tokens that are read of them; None is all.
+READ: dict[str, tuple[dict[str, Any], int | None]] = {
+    "one CLS": ({}, 1),
+    "one CLS, registers": ({"num_register_tokens": 3}, 1),
+    "one layer": ({"num_hidden_layers": 1, "num_register_tokens": 3}, 1),
+    "several of each": (TOKENS, 3),
+    "no distillation head": (TOKENS | {"distillation_head": False}, 2),
+    "only the distillation head answers": (TOKENS | {"distillation_inference": "distillation"}, 3),
+    "concatenated": (TOKENS | {"cls_pooling": "concat"}, 3),
+    "mean of CLS tokens": (TOKENS | {"cls_pooling": "mean"}, 3),
+    "the second CLS": (TOKENS | {"pooled_cls_tokens": [1]}, 3),
+    "pooled norm": (TOKENS | {"pooled_norm": True, "pooled_activation": "tanh"}, 3),
+    "scopes": (TOKENS | {"cls_scopes": ["image", [2, 2, 0, 1]]}, 3),
+    "gates": (TOKENS | {"gated_tokens": {"registers": 2}}, 3),
+    "relative positions": (TOKENS | {"relative_position_bias": "layer"}, 3),
+    "shared relative positions": (TOKENS | {"relative_position_bias": "shared", "gated_tokens": {"cls": 1}}, 3),
+    "rotary": (TOKENS | {"position_embedding_type": "rope_2d"}, 3),
+    "mixed rotary": (TOKENS | {"position_embedding_type": "rope_mixed"}, 3),
+    "normalised queries": (TOKENS | {"qk_norm": True, "attention_norm": True, "mlp_norm": True}, 3),
+    "differential": (TOKENS | {"attention_type": "differential"}, 3),
+    "parallel": (TOKENS | {"layer_type": "parallel"}, 3),
+    "post-norm": (TOKENS | {"layer_type": "post", "layer_scale_init_value": 1.0}, 3),
+    "gated MLP": (TOKENS | {"mlp_type": "swiglu", "final_norm": False}, 3),
+    "neurons moved before": (TOKENS | {"register_neurons": [[0, 3]]}, 3),
+    "neurons moved in the last layer": (TOKENS | {"register_neurons": [[1, 3]]}, None),
+    "mean": (TOKENS | {"pooling": "mean"}, None),
+    "max": (TOKENS | {"pooling": "max"}, None),
+    "CLS and mean": (TOKENS | {"pooling": "cls_mean"}, None),
+    "attention pooling": (TOKENS | {"pooling": "attention"}, None),
+}
+each_config = pytest.mark.parametrize(("fields", "num_read"), READ.values(), ids=READ)
+
+MASK = torch.ones(2, 6 + 16, dtype=torch.long)
+MASK[1, 10:14] = 0
+
+
+def losses_and_gradients(model: Any, **inputs: Any) -> tuple[Any, list[torch.Tensor]]:
+    """Outputs and, with respect to every parameter, gradients of a loss on both heads."""
+    model.zero_grad()
+    output = model(images(), **inputs)
+    heads = [logits for logits in (output.cls_logits, output.distillation_logits) if logits is not None]
+    torch.stack([cross_entropy(logits, torch.tensor([0, 2])) for logits in heads]).sum().backward()
+    gradients = [parameter.grad for parameter in model.parameters()]
+    assert all(gradient is not None for gradient in gradients)  # DDP waits for every one
+    return (output.logits, output.cls_logits, output.distillation_logits), gradients
+
+
+@each_config
+def test_outputs_and_gradients_are_those_of_all_tokens(fields: dict[str, Any], num_read: int | None) -> None:
+    model = filled(ViTCLSForImageClassification(tiny_config(**fields)))
+    assert get_num_tokens_read(model.vitcls, {}) == num_read
+    masks = [None, MASK] if fields.items() >= TOKENS.items() else [None]
+    for implementation in ("sdpa", "eager"):
+        model.set_attn_implementation(implementation)
+        for mask in masks:
+            outputs = record_outputs(model.vitcls.layers[-1])
+            found = losses_and_gradients(model, attention_mask=mask)
+            wanted = losses_and_gradients(model, attention_mask=mask, output_hidden_states=True)
+            num_tokens = model.config.token_layout.num_prefix_tokens + 16
+            assert [output.shape[1] for output in outputs] == [num_read or num_tokens, num_tokens]
+            assert_same_outputs(found[0], wanted[0], 1e-5)
+            for one, other in zip(found[1], wanted[1], strict=True):
+                assert largest_difference(one, other) <= 1e-5 * max(1.0, other.abs().max().item())
+
+
+@torch.no_grad()
+def test_all_tokens_are_there_for_those_who_ask() -> None:
+    model = filled(ViTCLSForImageClassification(tiny_config(**TOKENS)))
+    encoded = model.vitcls(images())
+    assert encoded.last_hidden_state.shape == (2, 22, 16)
+    assert encoded.tokens["registers"].shape == (2, 3, 16) and encoded.tokens["patches"].shape == (2, 16, 16)
+    hidden_states = model(images(), output_hidden_states=True).hidden_states
+    assert largest_difference(model.vitcls.layernorm(hidden_states[-1]), encoded.last_hidden_state) <= 1e-6
+    model.set_attn_implementation("eager")
+    assert [each.shape for each in model(images(), output_attentions=True).attentions] == [(2, 2, 22, 22)] * 2
+    model.config.output_hidden_states = True
+    assert model(images()).hidden_states[-1].shape == (2, 22, 16)
+
+
+@torch.no_grad()
+def test_other_attention_implementations_get_all_tokens() -> None:
+    model = filled(ViTCLSForImageClassification(tiny_config(**TOKENS)))
+    expected, outputs = model(images()).logits, record_outputs(model.vitcls.layers[-1])
+    model.set_attn_implementation("flex_attention")
+    with torch.compiler.set_stance("force_eager"):
+        assert largest_difference(model(images()).logits, expected) <= 1e-5
+    assert [output.shape[1] for output in outputs] == [22]
+
+
+@torch.no_grad()
+def test_several_tasks() -> None:
+    model = filled(ViTCLSForMultiTaskClassification(tiny_config(num_cls_tokens=2, num_register_tokens=3, tasks=TASKS)))
+    outputs = record_outputs(model.vitcls.layers[-1])
+    found, wanted = model(images()), model(images(), output_hidden_states=True)
+    assert [output.shape[1] for output in outputs] == [2, 21]
+    assert_same_outputs(found.logits, wanted.logits, 1e-6)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradient_checkpointing(reentrant: bool) -> None:
+    gradients = []
+    for checkpointing in (False, True):
+        model = filled(ViTCLSForImageClassification(tiny_config(**TOKENS, **BLOCKS["rope"]))).train()
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        outputs = record_outputs(model.vitcls.layers[-1])
+        gradients.append(losses_and_gradients(model)[1])
+        assert [output.shape[1] for output in outputs] == [3]  # not the recomputation, which is inside of `forward`
+    assert_same_outputs(*gradients, 1e-6)
+
+
+@torch.no_grad()
+def test_other_image_sizes_and_batches_of_one() -> None:
+    model = filled(ViTCLSForImageClassification(tiny_config(**TOKENS, position_embedding_type="rope_mixed")))
+    for size in ((24, 56), (8, 8)):
+        found, wanted = (model(images(1, *size), output_hidden_states=whole).logits for whole in (False, True))
+        assert largest_difference(found, wanted) <= 1e-6

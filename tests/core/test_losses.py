@@ -1,0 +1,390 @@
+"""The losses: against their formulas, under gradient accumulation, and what they refuse."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import filled, images, raises_one_line, tiny_config
+from torch.nn import functional
+from transformers import PreTrainedModel, Trainer, TrainingArguments
+
+from modeling_vitcls import (
+    ViTCLSForImageClassification,
+    ViTCLSForMaskedImageModeling,
+    ViTCLSForMultiTaskClassification,
+)
+from modeling_vitcls.heads_vitcls import masked_pixel_loss
+
+
+TASKS = {"species": 4, "age": ["young", "old"], "colour": 3}
+
+
+def classifier(**fields: Any) -> ViTCLSForImageClassification:
+    return filled(ViTCLSForImageClassification(tiny_config(**fields)))
+
+
+def multi_task() -> ViTCLSForMultiTaskClassification:
+    return filled(ViTCLSForMultiTaskClassification(tiny_config(num_cls_tokens=3, tasks=TASKS)))
+
+
+def masked_modeller(**fields: Any) -> ViTCLSForMaskedImageModeling:
+    return filled(ViTCLSForMaskedImageModeling(tiny_config(**fields)))
+
+
+# Kinds of labels: fields of the configuration, labels for four images, the loss by its formula
+
+KINDS: dict[str, tuple[dict[str, Any], torch.Tensor, Any]] = {
+    "classes": ({}, torch.tensor([0, 2, 1, 2]), functional.cross_entropy),
+    "some_ignored": ({}, torch.tensor([0, -100, -100, 2]), functional.cross_entropy),
+    "classes_named_as_such": (
+        {"problem_type": "single_label_classification"},
+        torch.tensor([0, 2, 1, 2]),
+        functional.cross_entropy,
+    ),
+    "probabilities": (
+        {"problem_type": "single_label_classification"},
+        torch.tensor([[0.2, 0.8, 0.0], [1.0, 0.0, 0.0], [0.1, 0.2, 0.7], [0.0, 0.5, 0.5]]),
+        functional.cross_entropy,
+    ),
+    "several_labels": (
+        {"problem_type": "multi_label_classification"},
+        torch.tensor([[1.0, 1.0, 0.0], [0.0, 0.0, 0.0], [1.0, 0.0, 1.0], [0.0, 1.0, 0.0]]),
+        functional.binary_cross_entropy_with_logits,
+    ),
+    "one_number": (
+        {"num_labels": 1},
+        torch.tensor([0.5, -1.0, 2.0, 3.5]),
+        lambda logits, labels: functional.mse_loss(logits[:, 0], labels),
+    ),
+    "several_numbers": (
+        {"problem_type": "regression"},
+        torch.tensor([[0.5, -1.0, 2.0], [3.5, 0.0, 1.0], [0.1, 0.2, 0.3], [1.0, 1.0, 1.0]]),
+        functional.mse_loss,
+    ),
+}
+all_kinds = pytest.mark.parametrize(("fields", "labels", "formula"), KINDS.values(), ids=KINDS)
+
+
+@all_kinds
+def test_a_loss_is_its_formula(fields: dict[str, Any], labels: torch.Tensor, formula: Any) -> None:
+    output = classifier(**fields)(images(4), labels=labels)
+    assert output.loss.item() == pytest.approx(formula(output.logits, labels).item(), rel=1e-5)
+
+
+@all_kinds
+def test_accumulated_gradients_are_those_of_the_whole_batch(
+    fields: dict[str, Any], labels: torch.Tensor, formula: Any
+) -> None:
+    """As Trainer does it: the entries other than -100 of all batches are counted, and each batch divides by that."""
+    whole, parts = classifier(**fields), classifier(**fields)
+    whole(images(4), labels=labels).loss.backward()
+    num_items = labels.ne(-100).sum()
+    for part in (slice(0, 1), slice(1, 4)):
+        parts(images(4)[part], labels=labels[part], num_items_in_batch=num_items).loss.backward()
+    for expected, got in zip(whole.parameters(), parts.parameters(), strict=True):
+        if expected.grad is not None:
+            assert torch.allclose(got.grad, expected.grad, atol=1e-6, rtol=1e-4)
+
+
+@all_kinds
+def test_the_problem_type_is_never_written(fields: dict[str, Any], labels: torch.Tensor, formula: Any) -> None:
+    model = classifier(**fields)
+    before = model.config.to_dict()
+    model(images(4), labels=labels)
+    assert model.config.problem_type == fields.get("problem_type")
+    assert model.config.to_dict() == before
+
+
+@all_kinds
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_losses_are_computed_in_float32(
+    fields: dict[str, Any], labels: torch.Tensor, formula: Any, dtype: torch.dtype
+) -> None:
+    output = classifier(**fields).to(dtype)(images(4), labels=labels)
+    assert output.logits.dtype == dtype
+    assert output.loss.dtype == torch.float32
+    assert output.loss.item() == pytest.approx(formula(output.logits.float(), labels).item(), rel=1e-5)
+
+
+def test_no_labels_no_loss() -> None:
+    assert classifier()(images()).loss is None
+    assert multi_task()(images()).loss is None
+    assert masked_modeller()(images()).loss is None
+
+
+def test_a_batch_without_any_label_gives_zero_and_no_gradient() -> None:
+    model = classifier()
+    loss = model(images(), labels=torch.tensor([-100, -100])).loss
+    loss.backward()
+    assert loss.item() == 0.0
+    assert not any(parameter.grad.any() for parameter in model.parameters() if parameter.grad is not None)
+
+
+def test_one_hot_probabilities_are_classes() -> None:
+    labels = torch.tensor([0, 2])
+    soft = classifier(problem_type="single_label_classification")(
+        images(), labels=functional.one_hot(labels, 3).float()
+    )
+    assert soft.loss.item() == pytest.approx(classifier()(images(), labels=labels).loss.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int16, torch.uint8])
+def test_classes_may_be_integers_of_any_width(dtype: torch.dtype) -> None:
+    labels = torch.tensor([0, 2])
+    expected = classifier()(images(), labels=labels).loss
+    assert torch.equal(classifier()(images(), labels=labels.to(dtype)).loss, expected)
+
+
+def test_two_heads_learn_alike() -> None:
+    """In training the loss is the mean of both heads', whichever answers."""
+    labels = torch.tensor([0, 2])
+    for choice in ("mean", "cls", "distillation"):
+        model = classifier(num_distillation_tokens=1, distillation_inference=choice).train()
+        output = model(images(), labels=labels)
+        losses = [functional.cross_entropy(head, labels) for head in (output.cls_logits, output.distillation_logits)]
+        assert output.loss.item() == pytest.approx((losses[0] + losses[1]).item() / 2, rel=1e-5)
+        output.loss.backward()
+        assert model.classifier.weight.grad.any()
+        assert model.distillation_classifier.weight.grad.any()
+
+
+def test_the_loss_in_evaluation_is_that_of_the_answer() -> None:
+    labels = torch.tensor([0, 2])
+    for choice in ("mean", "cls", "distillation"):
+        output = classifier(num_distillation_tokens=1, distillation_inference=choice)(images(), labels=labels)
+        assert output.loss.item() == pytest.approx(functional.cross_entropy(output.logits, labels).item(), rel=1e-5)
+
+
+def test_float_labels_need_a_problem_type() -> None:
+    model = classifier()
+    with raises_one_line("float labels", "problem_type", "single_label", "multi_label"):
+        model(images(), labels=torch.rand(2, 3))
+    assert model.config.problem_type is None
+
+
+@pytest.mark.parametrize("label", [3, -1, 99])
+def test_an_unknown_label_id_is_named(label: int) -> None:
+    with raises_one_line(f"label id {label}", "3 labels", "0 to 2"):
+        classifier()(images(), labels=torch.tensor([0, label]))
+
+
+@pytest.mark.parametrize(
+    ("problem_type", "num_labels", "dtype", "shape"),
+    [
+        (None, 3, torch.long, (1,)),
+        (None, 3, torch.long, (3,)),
+        (None, 3, torch.long, (2, 3)),
+        ("single_label_classification", 3, torch.float32, (2, 4)),
+        ("single_label_classification", 3, torch.float32, (2,)),
+        ("multi_label_classification", 3, torch.float32, (2, 4)),
+        ("multi_label_classification", 3, torch.long, (2,)),
+        ("regression", 3, torch.float32, (2,)),
+        ("regression", 3, torch.float32, (1,)),
+        (None, 1, torch.float32, (3,)),
+    ],
+)
+def test_labels_of_a_wrong_shape_are_an_error(
+    problem_type: str | None, num_labels: int, dtype: torch.dtype, shape: tuple[int, ...]
+) -> None:
+    model = classifier(problem_type=problem_type, num_labels=num_labels)
+    with raises_one_line():
+        model(images(), labels=torch.zeros(shape, dtype=dtype))
+
+
+def test_labels_without_a_classifier_are_an_error() -> None:
+    with raises_one_line("num_labels"):
+        classifier(num_labels=0)(images(), labels=torch.tensor([0, 1]))
+
+
+# Several tasks
+
+
+def test_each_task_has_its_loss_and_they_add_up() -> None:
+    labels = {"species": torch.tensor([3, 0]), "age": torch.tensor([1, -100]), "colour": torch.tensor([2, 2])}
+    output = multi_task()(images(), labels=labels)
+    assert {name: logits.shape for name, logits in output.logits.items()} == {
+        "species": (2, 4),
+        "age": (2, 2),
+        "colour": (2, 3),
+    }
+    for name, loss in output.losses.items():
+        assert loss.item() == pytest.approx(
+            functional.cross_entropy(output.logits[name], labels[name]).item(), rel=1e-5
+        )
+    assert output.loss.item() == pytest.approx(sum(loss.item() for loss in output.losses.values()), rel=1e-5)
+
+
+def test_each_task_reads_its_own_cls_token() -> None:
+    model = multi_task()
+    tokens = model.vitcls(images()).tokens["cls"]
+    logits = model(images()).logits
+    assert list(logits) == sorted(TASKS)
+    for index, (name, classifier) in enumerate(zip(logits, model.classifiers.children(), strict=True)):
+        torch.testing.assert_close(logits[name], classifier(tokens[:, index]), atol=1e-6, rtol=0)
+
+
+def test_missing_tasks_are_ignored() -> None:
+    model = multi_task()
+    output = model(images(), labels={"colour": torch.tensor([2, 0])})
+    assert list(output.losses) == ["colour"]
+    assert torch.equal(output.loss, output.losses["colour"])
+    assert list(output.logits) == sorted(TASKS)
+    output.loss.backward()
+    trained = [bool(classifier.weight.grad.any()) for classifier in model.classifiers.children()]
+    assert trained == [False, True, False]  # age, colour, species
+
+
+def test_a_task_without_any_label_in_the_batch_gives_zero() -> None:
+    model = multi_task()
+    labels = {"species": torch.tensor([3, 0]), "age": torch.tensor([-100, -100])}
+    output = model(images(), labels=labels)
+    assert output.losses["age"].item() == 0.0
+    assert torch.equal(output.loss, output.losses["species"])
+    output.loss.backward()
+    assert all(parameter.grad.isfinite().all() for parameter in model.parameters() if parameter.grad is not None)
+
+
+def test_an_unknown_task_is_named() -> None:
+    with raises_one_line("'size'", "age, colour, species"):
+        multi_task()(images(), labels={"size": torch.tensor([0, 0])})
+
+
+def test_an_unknown_label_id_names_its_task() -> None:
+    with raises_one_line("age", "label id 2", "0 to 1"):
+        multi_task()(images(), labels={"age": torch.tensor([0, 2])})
+
+
+def test_labels_that_are_no_dict_are_an_error() -> None:
+    with raises_one_line("labels", "species"):
+        multi_task()(images(), labels=torch.tensor([0, 2]))
+
+
+def test_tasks_and_the_multi_task_class_need_each_other() -> None:
+    with raises_one_line("tasks"):
+        ViTCLSForMultiTaskClassification(tiny_config())
+    with raises_one_line("tasks", "ViTCLSForMultiTaskClassification"):
+        ViTCLSForImageClassification(tiny_config(num_cls_tokens=3, tasks=TASKS))
+
+
+@pytest.mark.parametrize("name", ["type", "keys", "items", "forward", "training", "double"])
+def test_any_identifier_is_a_task_name(name: str) -> None:
+    """torch's ModuleDict refuses keys that are attributes of its own."""
+    model = filled(ViTCLSForMultiTaskClassification(tiny_config(tasks={name: 2})))
+    output = model(images(), labels={name: torch.tensor([0, 1])})
+    assert output.logits[name].shape == (2, 2)
+    assert list(output.losses) == [name]
+
+
+# Masked image modelling
+
+MASK = torch.arange(32).view(2, 16) % 3 == 0
+
+
+def pixel_mask(mask: torch.Tensor, channels: int = 3) -> torch.Tensor:
+    """A mask of 4 x 4 patches as one of 32 x 32 pixels in every channel."""
+    maps = mask.view(-1, 1, 4, 4).repeat_interleave(8, dim=2).repeat_interleave(8, dim=3)
+    return maps.expand(-1, channels, -1, -1)
+
+
+@pytest.mark.parametrize(("kind", "power"), [("l1", 1), ("l2", 2)])
+def test_the_loss_is_the_mean_over_masked_pixels(kind: str, power: int) -> None:
+    output = masked_modeller(mim_loss=kind)(images(), bool_masked_pos=MASK)
+    distances = (output.reconstruction - images()).abs() ** power
+    assert output.loss.item() == pytest.approx(distances[pixel_mask(MASK)].mean().item(), rel=1e-5)
+
+
+def test_a_mask_of_nothing_gives_zero() -> None:
+    loss = masked_modeller()(images(), bool_masked_pos=torch.zeros(2, 16, dtype=torch.bool)).loss
+    assert loss.item() == 0.0
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.long, torch.float32])
+def test_masks_may_be_numbers(dtype: torch.dtype) -> None:
+    expected = masked_modeller()(images(), bool_masked_pos=MASK)
+    got = masked_modeller()(images(), bool_masked_pos=MASK.to(dtype))
+    assert torch.equal(got.loss, expected.loss)
+    assert torch.equal(got.reconstruction, expected.reconstruction)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("fields", [{}, {"mim_loss": "l2"}, {"norm_pixel_target": True}], ids=str)
+def test_pixel_losses_are_computed_in_float32(fields: dict[str, Any], dtype: torch.dtype) -> None:
+    """bfloat16 counts no further than 256 and float16 no further than 65,504: too few for the pixels of a batch."""
+    config = tiny_config(**fields)
+    exact = images(4, seed=1).to(dtype)
+    mask = torch.ones(4, 16, dtype=torch.bool)
+    loss = masked_pixel_loss(exact, images(4), mask, config)
+    assert loss.dtype == torch.float32
+    assert loss.item() == pytest.approx(masked_pixel_loss(exact.float(), images(4), mask, config).item(), rel=1e-5)
+
+
+def test_normalised_targets_of_a_uniform_patch_are_zero() -> None:
+    """A patch of one grey has no deviation to divide by."""
+    config = tiny_config(norm_pixel_target=True, mim_loss="l2")
+    grey = torch.full((1, 3, 32, 32), 0.7)
+    loss = masked_pixel_loss(torch.zeros(1, 3, 32, 32), grey, torch.ones(1, 16, dtype=torch.bool), config)
+    assert loss.item() == pytest.approx(0.0, abs=1e-6)
+
+
+def test_normalised_targets_of_patches_of_one_pixel_are_finite() -> None:
+    config = tiny_config(norm_pixel_target=True, patch_size=1, image_size=4, num_channels=1)
+    loss = masked_pixel_loss(torch.zeros(1, 1, 4, 4), images(1, 4, 4, 1), torch.ones(1, 16, dtype=torch.bool), config)
+    assert loss.isfinite()
+
+
+# Trainer: one step on four images, at once and as two times two
+
+
+def as_batch(examples: list[dict[str, Any]]) -> dict[str, Any]:
+    batch = {name: torch.stack([example[name] for example in examples]) for name in examples[0] if name != "tasks"}
+    if "tasks" in examples[0]:
+        del batch["labels"]
+        batch["labels"] = {name: torch.stack([example["tasks"][name] for example in examples]) for name in TASKS}
+    return batch
+
+
+@pytest.mark.parametrize("kind", ["classes", "some_ignored", "probabilities", "several_labels", "tasks", "masks"])
+def test_trainer_accumulates_to_the_same_step(kind: str, tmp_path: Path) -> None:
+    def build() -> PreTrainedModel:
+        if kind == "tasks":
+            return multi_task()
+        return masked_modeller() if kind == "masks" else classifier(**KINDS[kind][0])
+
+    examples: list[dict[str, Any]] = [{"pixel_values": image} for image in images(4)]
+    for index, example in enumerate(examples):
+        if kind == "tasks":
+            example["labels"] = torch.tensor(0)
+            example["tasks"] = {name: torch.tensor(index % 2) for name in TASKS}
+        elif kind == "masks":
+            example["bool_masked_pos"] = torch.arange(16) % 4 == index
+        else:
+            example["labels"] = KINDS[kind][1][index]
+
+    trained = []
+    for batch_size, steps in ((4, 1), (2, 2)):
+        model = build()
+        arguments = TrainingArguments(
+            output_dir=str(tmp_path),
+            per_device_train_batch_size=batch_size,
+            gradient_accumulation_steps=steps,
+            max_steps=1,
+            optim="sgd",
+            learning_rate=0.1,
+            lr_scheduler_type="constant",
+            max_grad_norm=0.0,
+            use_cpu=True,
+            report_to="none",
+            save_strategy="no",
+            disable_tqdm=True,
+            remove_unused_columns=False,
+            label_names=["labels"],
+        )
+        Trainer(model=model, args=arguments, train_dataset=examples, data_collator=as_batch).train()
+        trained.append(model)
+    start = build()
+    moved = 0
+    for first, second, original in zip(*(model.parameters() for model in (*trained, start)), strict=True):
+        assert torch.allclose(first, second, atol=1e-6, rtol=1e-4)
+        moved += int(not torch.equal(first, original))
+    assert moved > 10

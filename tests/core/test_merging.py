@@ -1,0 +1,244 @@
+"""Token merging: groups of patches, sizes that count, special tokens that stay; nothing of it where it is off."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import (
+    assert_same_outputs,
+    filled,
+    images,
+    largest_difference,
+    raises_one_line,
+    record_outputs,
+    reloaded,
+    tiny_config,
+)
+from torch.nn.functional import normalize
+
+from modeling_vitcls import (
+    ViTCLSBackbone,
+    ViTCLSConfig,
+    ViTCLSForImageClassification,
+    ViTCLSForMaskedImageModeling,
+    ViTCLSModel,
+)
+from modeling_vitcls.blocks_vitcls import ViTCLSLayer
+from modeling_vitcls.variants_vitcls import MergedGroups, MergingAttention, MergingLayer, match_similar_patches
+
+
+TOKENS: dict[str, Any] = {"num_cls_tokens": 2, "num_distillation_tokens": 1, "num_register_tokens": 3}
+PREFIX = 6  # of these
+
+
+def classifier(number: int, **fields: Any) -> Any:
+    """A model that merges `number` patches per layer, with the same weights for any number."""
+    return filled(ViTCLSForImageClassification(tiny_config(**(TOKENS | fields), merged_patches_per_layer=number)))
+
+
+def record_groups(model: Any) -> list[list[tuple[torch.Tensor, MergedGroups]]]:
+    """Return one list per layer that collects its outputs: hidden states and groups."""
+    return [record_outputs(layer) for layer in model.base_model.layers]
+
+
+def two_colours(seed: int = 0) -> torch.Tensor:
+    """Images [2, 3, 32, 32] whose 16 patches, in random places, are of two kinds."""
+    generator = torch.Generator().manual_seed(seed)
+    kinds = torch.randn(2, 3, 8, 8, generator=generator)
+    places = torch.randint(0, 2, (2, 4, 4), generator=generator)
+    return kinds[places].permute(0, 3, 1, 4, 2, 5).reshape(2, 3, 32, 32)
+
+
+def test_off_means_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("modeling_vitcls.modeling_vitcls.run_merging_layers", None)  # not called
+    model = ViTCLSModel(tiny_config())
+    model(images())
+    assert {type(layer) for layer in model.layers} == {ViTCLSLayer}
+    assert not any(isinstance(layer.attention, MergingAttention) for layer in model.layers)
+    assert [*model.state_dict()] == [*ViTCLSModel(tiny_config(merged_patches_per_layer=2)).state_dict()]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("pooling", ["cls", "mean", "attention"])
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("number", [1, 4])
+def test_merging_equal_patches_changes_nothing(pooling: str, implementation: str, number: int) -> None:
+    """Only with averages weighted by size, and attention in proportion to it."""
+    fields: dict[str, Any] = {"position_embedding_type": "none", "pooling": pooling, "num_hidden_layers": 3}
+    plain, merging = (classifier(merged, **fields) for merged in (0, number))
+    for model in (plain, merging):
+        model.set_attn_implementation(implementation)
+    outputs = record_groups(merging)
+    equal = images(2, 8, 8).repeat(1, 1, 4, 4)
+    for pixel_values in (equal, two_colours()):
+        found, wanted = (model(pixel_values, output_hidden_states=True) for model in (merging, plain))
+        assert_same_outputs(found.hidden_states, wanted.hidden_states, 2e-5)
+        assert_same_outputs(found.logits, wanted.logits, 2e-5)
+        assert_same_outputs(merging(pixel_values).logits, wanted.logits, 2e-5)  # the last layer for some tokens only
+    assert [states.shape[1] for states, _ in outputs[2]] == 2 * ([22, 3] if pooling == "cls" else [22, 22])
+    _, groups = outputs[2][0]
+    assert groups.sizes.max() > 1 and groups.sizes.shape == (2, PREFIX + 16 - 3 * number)
+
+
+@torch.no_grad()
+def test_patches_of_one_colour_are_found() -> None:
+    """Of two kinds of patches no two of different kinds are joined."""
+    model = classifier(4, position_embedding_type="none")
+    outputs, pixel_values = record_groups(model), two_colours()
+    model(pixel_values, output_hidden_states=True)
+    kinds = pixel_values[:, 0, ::8, ::8].flatten(1)  # [2, 16]
+    token_index = outputs[-1][0][1].token_index[:, PREFIX:]
+    together = token_index[:, :, None] == token_index[:, None, :]
+    assert together.sum() > 2 * 16
+    assert (kinds[:, :, None] == kinds[:, None, :])[together].all()
+
+
+@torch.no_grad()
+def test_special_tokens_stay_and_patches_of_a_group_share_a_state() -> None:
+    model = classifier(3, num_hidden_layers=4)
+    outputs = record_groups(model)
+    states = model(images(), output_hidden_states=True).hidden_states
+    for index, (((_, group),), state) in enumerate(zip(outputs, states[1:], strict=True)):
+        left = 16 - 3 * (index + 1)
+        assert group.sizes.shape == (2, PREFIX + left) and group.sizes.sum(1).tolist() == [PREFIX + 16] * 2
+        assert group.sizes[:, :PREFIX].eq(1).all()
+        assert group.token_index[:, :PREFIX].eq(torch.arange(PREFIX)).all()
+        assert group.token_index[:, PREFIX:].min() >= PREFIX
+        assert state.shape == (2, PREFIX + 16, 16)
+        assert_same_outputs(group.expand(group.collect(state)), state)
+        assert group.position_index.diff(dim=1).min() > 0  # tokens keep their order
+
+
+def test_matching_and_averages_are_those_of_the_paper() -> None:
+    """Against loops over single tokens, on two rounds of merging."""
+    tokens, groups = images(2, 11, 5, channels=1)[:, 0], None
+    groups = MergedGroups.from_tokens(tokens)
+    members = [[[place] for place in range(11)] for _ in range(2)]
+    for seed, num_pairs in ((0, 3), (1, 4)):
+        keys = images(2, tokens.shape[1], 7, channels=1, seed=seed)[:, 0]
+        sources, targets = match_similar_patches(keys, num_pairs)
+        merged, after = groups.merge(tokens, sources, targets)
+        for image in range(2):
+            cosines = normalize(keys[image], dim=-1) @ normalize(keys[image], dim=-1).T
+            proposals = [
+                max((cosines[one, other].item(), one, other) for other in range(1, len(cosines), 2))
+                for one in range(0, len(cosines), 2)
+            ]
+            best = sorted(proposals, reverse=True)[:num_pairs]
+            joined = {one: other for _, one, other in best}
+            assert dict(zip(sources[image].tolist(), targets[image].tolist(), strict=True)) == joined
+            new = [
+                sorted(sum((members[image][source] for source in joined if joined[source] == token), list(own)))
+                for token, own in enumerate(members[image])
+                if token not in joined
+            ]
+            sums = [
+                sum(
+                    tokens[image, token] * len(members[image][token])
+                    for token in range(len(members[image]))
+                    if members[image][token][0] in group
+                )
+                for group in new
+            ]
+            wanted = torch.stack([total / len(group) for total, group in zip(sums, new, strict=True)])
+            assert largest_difference(merged[image], wanted) <= 1e-6
+            assert after.sizes[image].tolist() == [len(group) for group in new]
+            for token, group in enumerate(new):
+                assert (after.token_index[image] == token).nonzero().flatten().tolist() == group
+                assert after.position_index[image, token].item() in group
+            members[image] = new
+        tokens, groups = merged, after
+
+
+@torch.no_grad()
+def test_every_model_has_its_shapes(tmp_path: Path) -> None:
+    plain, model = classifier(0), classifier(4)
+    assert largest_difference(model(images()).logits, plain(images()).logits) > 1e-4
+    again = reloaded(model, tmp_path)
+    assert_same_outputs(again(images()), model(images()))
+    assert (tmp_path / "variants_vitcls.py").is_file()
+    off = ViTCLSForImageClassification.from_pretrained(tmp_path, merged_patches_per_layer=0)
+    assert_same_outputs(off(images()), plain(images()))
+    for size in ((8, 8), (24, 56), (16, 8)):  # one patch, and more than the model was made for
+        assert model(images(1, *size)).logits.shape == (1, 3)
+    fields = {"merged_patches_per_layer": 5, "image_size": [32, 16]}
+    backbone = filled(ViTCLSBackbone(tiny_config(**fields, out_indices=[0, 1, 2])))
+    assert [each.shape for each in backbone(images(2, 32, 16)).feature_maps] == [(2, 16, 4, 2)] * 3
+    masked = filled(ViTCLSForMaskedImageModeling(tiny_config(**fields)))
+    assert masked(images(2, 32, 16), bool_masked_pos=torch.arange(16).view(2, 8) % 2).reconstruction.shape[2:] == (
+        32,
+        16,
+    )
+    assert classifier(4).bfloat16()(images().bfloat16()).logits.isfinite().all()
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_it_learns_with_gradient_checkpointing_and_patch_dropout(reentrant: bool) -> None:
+    gradients = []
+    for checkpointing in (False, True):
+        model = classifier(3, patch_drop_rate=0.25, pooling="cls_mean").train()
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        torch.manual_seed(0)
+        model(images(), labels=torch.tensor([0, 2])).loss.backward()
+        gradients.append([parameter.grad for parameter in model.parameters()])
+        assert all(gradient is not None for gradient in gradients[-1])
+    assert_same_outputs(*gradients, 1e-6)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("backend", ["eager", pytest.param("aot_eager", marks=pytest.mark.slow)])
+def test_it_is_compiled_as_one_graph(backend: str) -> None:
+    """For other batches and sizes too."""
+    assert ViTCLSForImageClassification._can_compile_fullgraph
+    model = classifier(3)
+    torch.compiler.reset()
+    compiled = torch.compile(model, fullgraph=True, backend=backend)
+    for pixel_values in (images(2), images(3), images(2, 48, 32)):
+        assert_same_outputs(compiled(pixel_values).logits, model(pixel_values).logits, 1e-5)
+
+
+IMPOSSIBLE = [
+    {"position_embedding_type": "rope_2d"},
+    {"position_embedding_type": "learned_rope_mixed"},
+    {"relative_position_bias": "layer"},
+    {"cls_scopes": ["image"]},
+    {"num_register_tokens": 1, "gated_tokens": {"registers": 1}},
+    {"num_register_tokens": 1, "register_neurons": [[0, 1]]},
+    {"attention_type": "differential"},
+    {"layer_type": "parallel"},
+    {"layer_type": "post"},
+]
+
+
+@pytest.mark.parametrize("fields", IMPOSSIBLE, ids=str)
+def test_what_does_not_combine(fields: dict[str, Any]) -> None:
+    tiny_config(**fields)
+    with raises_one_line("merged_patches_per_layer=2", [*fields][-1]):
+        tiny_config(**fields, merged_patches_per_layer=2)
+
+
+@pytest.mark.parametrize("number", [-1, 1.0, "2", None, True])
+def test_wrong_numbers(number: Any) -> None:
+    with raises_one_line("merged_patches_per_layer"):
+        ViTCLSConfig(merged_patches_per_layer=number)
+
+
+@torch.no_grad()
+def test_attention_is_not_read_masked_or_left_to_kernels_without_bias() -> None:
+    model = classifier(2)
+    with raises_one_line("attention_mask", "merged_patches_per_layer=0"):
+        model(images(), attention_mask=torch.tensor([[1] * 22, [1] * 20 + [0] * 2]))
+    with raises_one_line("merged_patches_per_layer=0"):
+        model.token_attention(images())
+    model.set_attn_implementation("eager")
+    for as_argument in (True, False):
+        model.config.output_attentions = not as_argument
+        with raises_one_line("merged_patches_per_layer=0"):
+            model(images(), **({"output_attentions": True} if as_argument else {}))
+    model.config.output_attentions = False
+    model.config._attn_implementation = "flash_attention_2"  # need not be installed
+    with raises_one_line("merged_patches_per_layer", "flash_attention_2"):
+        model(images())
+    assert type(model.vitcls.layers[0]) is MergingLayer

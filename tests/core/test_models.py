@@ -1,0 +1,507 @@
+"""The model classes: shapes, block options, saving, masked image modelling, the backbone, and errors.
+
+Special tokens are in test_tokens.py, positions in test_positions.py, losses in test_losses.py, precision and
+compilation in test_runtime.py, equality with other implementations in test_exactness.py.
+"""
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from tiny_models import (
+    BLOCKS,
+    TASKS,
+    assert_same_outputs,
+    each_block,
+    each_kind,
+    each_layout,
+    filled,
+    images,
+    largest_difference,
+    raises_one_line,
+    reloaded,
+    tiny_config,
+)
+from torch import nn
+from transformers import AutoModelForImageClassification
+
+from modeling_vitcls import (
+    ViTCLSBackbone,
+    ViTCLSForImageClassification,
+    ViTCLSForMaskedImageModeling,
+    ViTCLSForMultiTaskClassification,
+    ViTCLSModel,
+)
+
+
+# Shapes
+
+
+@each_layout
+def test_the_model(layout: dict[str, Any]) -> None:
+    config = tiny_config(**layout)
+    output = ViTCLSModel(config).eval()(images(), output_hidden_states=True)
+    length = config.token_layout.num_prefix_tokens + 16
+    assert output.last_hidden_state.shape == (2, length, 16)
+    assert output.pooler_output.shape == (2, config.pooled_size)
+    assert [state.shape for state in output.hidden_states] == [(2, length, 16)] * 3
+    assert output.attentions is None
+
+
+@each_layout
+def test_the_classifier(layout: dict[str, Any]) -> None:
+    config = tiny_config(**layout)
+    output = ViTCLSForImageClassification(config).eval()(images(), labels=torch.tensor([0, 2]))
+    assert output.loss.shape == ()
+    assert output.logits.shape == output.cls_logits.shape == (2, 3)
+    if config.has_distillation_head:
+        assert output.distillation_logits.shape == (2, 3)
+    else:
+        assert output.distillation_logits is None
+        assert torch.equal(output.logits, output.cls_logits)
+
+
+@pytest.mark.parametrize("head_hidden_size", [None, 7])
+def test_the_mlp_head(head_hidden_size: int | None) -> None:
+    config = tiny_config(head_type="mlp", head_hidden_size=head_hidden_size, pooling="cls_mean")
+    model = filled(ViTCLSForImageClassification(config))
+    first, activation, second = model.classifier
+    assert (first.in_features, first.out_features, second.out_features) == (32, head_hidden_size or 16, 3)
+    assert isinstance(activation, nn.GELU)
+    pooled = model.vitcls(images()).pooler_output
+    assert torch.equal(model(images()).logits, second(nn.functional.gelu(first(pooled))))
+
+
+@pytest.mark.parametrize("fields", [{}, {"pooling": "cls_mean"}, {"num_cls_tokens": 2, "cls_pooling": "concat"}])
+@pytest.mark.parametrize("num_distillation_tokens", [0, 1])
+def test_a_classifier_without_labels_gives_the_pooled_vector(
+    fields: dict[str, Any], num_distillation_tokens: int
+) -> None:
+    config = tiny_config(**fields, num_distillation_tokens=num_distillation_tokens, num_labels=0)
+    model = filled(ViTCLSForImageClassification(config))
+    assert largest_difference(model(images()).cls_logits, model.vitcls(images()).pooler_output) <= 1e-6
+
+
+@each_kind
+def test_outputs_as_tuples(model_class: type, fields: dict[str, Any], inputs: dict[str, Any]) -> None:
+    model = filled(model_class(tiny_config(**fields)))
+    as_dict, as_tuple = model(images(), **inputs), model(images(), **inputs, return_dict=False)
+    assert isinstance(as_tuple, tuple)
+    assert_same_outputs(as_dict, as_tuple)
+
+
+@each_kind
+def test_hidden_states_and_attentions_on_request(
+    model_class: type, fields: dict[str, Any], inputs: dict[str, Any]
+) -> None:
+    config = tiny_config(**fields)
+    model = filled(model_class(config))
+    model.set_attn_implementation("eager")
+    output = model(images(), **inputs, output_hidden_states=True, output_attentions=True)
+    length = config.token_layout.num_prefix_tokens + 16
+    assert [state.shape for state in output.hidden_states] == [(2, length, 16)] * 3
+    assert [weights.shape for weights in output.attentions] == [(2, 2, length, length)] * 2
+    plain = model(images(), **inputs)
+    assert (plain.hidden_states, plain.attentions) == (None, None)
+
+
+def test_a_model_without_pooler() -> None:
+    model = ViTCLSModel(tiny_config(pooling="attention"), add_pooling_layer=False)
+    assert model(images()).pooler_output is None
+    assert not [name for name, _ in model.named_parameters() if "pooler" in name]
+
+
+# Block options
+
+
+def test_initial_weights() -> None:
+    """Norms do nothing, biases are zero, all else is normal with the configured deviation."""
+    config = tiny_config(
+        hidden_size=64,
+        image_size=64,
+        pooling="attention",
+        qk_norm=True,
+        pre_norm=True,
+        head_type="mlp",
+        initializer_range=0.05,
+    )
+    torch.manual_seed(0)
+    model = ViTCLSForMaskedImageModeling(config), ViTCLSForImageClassification(config)
+    seen = []
+    for name, parameter in (pair for one in model for pair in one.named_parameters()):
+        if name.endswith("bias"):
+            assert not parameter.any(), name
+        elif "norm" in name:
+            assert torch.equal(parameter, torch.ones_like(parameter)), name
+        else:
+            tolerance = 4 * 0.05 / (2 * parameter.numel()) ** 0.5  # of the deviation of so many numbers
+            assert parameter.std().item() == pytest.approx(0.05, abs=tolerance), name
+            seen.append(name.split(".")[-1])
+    assert {"cls_token", "mask_token", "cls", "patches", "probe", "weight"} == set(seen)
+
+
+@pytest.mark.parametrize("fields", [{}, BLOCKS["layer_scale"], BLOCKS["attention_pooling"]], ids=str)
+def test_weights_that_a_checkpoint_lacks_start_as_in_a_new_model(fields: dict[str, Any], tmp_path: Path) -> None:
+    """Loading builds the model without memory first: what is not in the file has to be filled afterwards."""
+    torch.manual_seed(0)
+    config = tiny_config(num_register_tokens=2, hidden_size=64, **fields)
+    ViTCLSForImageClassification(config).save_pretrained(tmp_path)
+    save_file({}, tmp_path / "model.safetensors", {"format": "pt"})
+    loaded = dict(ViTCLSForImageClassification.from_pretrained(tmp_path).named_parameters())
+    for name, fresh in ViTCLSForImageClassification(config).named_parameters():
+        parameter = loaded[name]
+        assert parameter.isfinite().all(), name
+        if fresh.unique().numel() == 1:
+            assert torch.equal(parameter, fresh), name
+        else:
+            assert 0.5 < (parameter.std() / fresh.std()).item() < 2, name
+
+
+@each_block
+def test_every_parameter_of_a_block_option_is_used(fields: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    model = filled(ViTCLSForImageClassification(tiny_config(**fields))).train()
+    model(images(16), labels=torch.arange(16) % 3).loss.backward()
+    unused = [name for name, parameter in model.named_parameters() if parameter.grad is None]
+    # the last layer computes nothing with the queries of tokens that are not pooled, but with those that are
+    assert not unused
+
+
+@pytest.mark.parametrize(
+    ("model_class", "fields", "inputs"),
+    [
+        (ViTCLSForImageClassification, BLOCKS["tokens"], {"labels": torch.tensor([0, -100])}),
+        (ViTCLSForImageClassification, {"use_mask_token": True}, {"labels": torch.tensor([0, 2])}),
+        (
+            ViTCLSForMultiTaskClassification,
+            {"num_cls_tokens": 2, "tasks": TASKS},
+            {"labels": {"age": torch.tensor([0, 1])}},
+        ),
+        (ViTCLSForMaskedImageModeling, BLOCKS["tokens"], {"bool_masked_pos": torch.zeros(2, 16, dtype=torch.bool)}),
+    ],
+    ids=["two_heads", "unused_mask_token", "missing_task", "nothing_masked"],
+)
+def test_every_parameter_takes_part_in_every_step(
+    model_class: type, fields: dict[str, Any], inputs: dict[str, Any]
+) -> None:
+    """Or distributed training stops with an error about parameters that did not."""
+    model = filled(model_class(tiny_config(**fields))).train()
+    model(images(), **inputs).loss.backward()
+    assert not [name for name, parameter in model.named_parameters() if parameter.grad is None]
+
+
+@pytest.mark.parametrize(
+    ("fields", "biased"),
+    [
+        ({}, "qkvo12p"),
+        ({"qkv_bias": False}, "o12p"),
+        ({"key_bias": False}, "qvo12p"),
+        ({"qkv_bias": False, "value_bias": True}, "vo12p"),
+        ({"query_bias": False, "value_bias": False}, "ko12p"),
+        ({"projection_bias": False}, "qkv12p"),
+        ({"mlp_bias": False}, "qkvop"),
+        ({"patch_bias": False}, "qkvo12"),
+    ],
+)
+def test_biases_are_separate(fields: dict[str, Any], biased: str) -> None:
+    model = ViTCLSModel(tiny_config(**fields))
+    attention, mlp = model.layers[1].attention, model.layers[1].mlp
+    modules = {
+        "q": attention.q_proj,
+        "k": attention.k_proj,
+        "v": attention.v_proj,
+        "o": attention.o_proj,
+        "1": mlp.fc1,
+        "2": mlp.fc2,
+        "p": model.embeddings.patch_embeddings.projection,
+    }
+    assert "".join(letter for letter, module in modules.items() if module.bias is not None) == biased
+
+
+@pytest.mark.parametrize("mlp_bias", [True, False])
+def test_biases_of_swiglu(mlp_bias: bool) -> None:
+    mlp = ViTCLSModel(tiny_config(mlp_type="swiglu", mlp_bias=mlp_bias)).layers[1].mlp
+    assert [module.bias is not None for module in (mlp.gate_proj, mlp.up_proj, mlp.down_proj)] == [mlp_bias] * 3
+
+
+def test_the_norm_epsilon_is_everywhere() -> None:
+    config = tiny_config(layer_norm_eps=1e-3, pre_norm=True, qk_norm=True, pooling="attention")
+    norms = [module for module in ViTCLSModel(config).modules() if isinstance(module, nn.LayerNorm)]
+    assert len(norms) == 2 * (2 + 2) + 3  # per layer before, after, q, k; before all, after all, in the pooler
+    assert {norm.eps for norm in norms} == {1e-3}
+
+
+@pytest.mark.parametrize(("name", "function"), [("relu", torch.relu), ("gelu", nn.functional.gelu)])
+def test_the_hidden_activation(name: str, function: Callable) -> None:
+    mlp = filled(ViTCLSModel(tiny_config(hidden_act=name))).layers[0].mlp
+    states = images(1).view(-1, 16)
+    assert torch.equal(mlp(states), mlp.fc2(function(mlp.fc1(states))))
+
+
+def test_layer_scale_starts_at_its_value() -> None:
+    model = ViTCLSModel(tiny_config(layer_scale_init_value=1e-5))
+    for layer in model.layers:
+        for scale in (layer.layer_scale1, layer.layer_scale2):
+            assert torch.equal(scale.lambda1, torch.full((16,), 1e-5))
+
+
+def test_drop_path_rises_linearly_over_the_layers() -> None:
+    layers = ViTCLSModel(tiny_config(num_hidden_layers=5, drop_path_rate=0.4)).layers
+    rates = [getattr(layer.drop_path, "rate", 0.0) for layer in layers]
+    assert rates == pytest.approx([0.0, 0.1, 0.2, 0.3, 0.4])
+
+
+def test_drop_path_drops_whole_branches_of_single_images() -> None:
+    """In training the change of the last layer is, per image, that of either branch, scaled, or nothing."""
+    torch.manual_seed(0)
+    model = filled(ViTCLSModel(tiny_config(drop_path_rate=0.5))).train()
+    states = model(images(1).expand(400, -1, -1, -1), output_hidden_states=True).hidden_states
+    assert largest_difference(states[1], states[1][:1].expand_as(states[1])) < 1e-6  # the first layer drops nothing
+    change = (states[2] - states[1]).flatten(1)
+    kinds = change.round(decimals=3).unique(dim=0)
+    assert len(kinds) == 4  # neither, attention, MLP, both
+    untouched = (change.abs().amax(dim=1) < 1e-6).float().mean().item()
+    assert untouched == pytest.approx(0.25, abs=0.08)
+    layer = model.layers[1]
+    branch = 2 * layer.attention(layer.layernorm_before(states[1][:1]))[0]
+    assert any(largest_difference(kind, branch.flatten()) < 2e-3 for kind in kinds)
+
+
+def test_dropout_is_on_the_embeddings_and_on_both_branches_of_each_layer() -> None:
+    torch.manual_seed(0)
+    model = filled(ViTCLSModel(tiny_config(hidden_dropout_prob=0.5))).train()
+    branches: list[torch.Tensor] = []
+    for layer in model.layers:
+        layer.dropout.register_forward_hook(lambda module, inputs, output: branches.append(output))
+    embedded = model(images(), output_hidden_states=True).hidden_states[0]
+    assert len(branches) == 4
+    for dropped in (embedded, *branches):
+        assert (dropped == 0).float().mean().item() == pytest.approx(0.5, abs=0.1)
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+def test_dropout_of_attention_weights(implementation: str) -> None:
+    torch.manual_seed(0)
+    model = filled(ViTCLSModel(tiny_config(attention_probs_dropout_prob=0.5, num_hidden_layers=1)))
+    model.set_attn_implementation(implementation)
+    attention = model.layers[0].attention
+    states = images().view(2, -1, 16)
+    whole = attention(states)[0]
+    # over many draws the dropped ones average to the whole, and single draws differ from it
+    draws = torch.stack([attention.train()(states)[0] for _ in range(400)])
+    assert largest_difference(draws.mean(dim=0), whole) < 0.2 * draws.std(dim=0).max()
+    assert draws.std(dim=0).min() > 0
+
+
+def test_drop_path_and_dropout_rest_in_evaluation() -> None:
+    fields = BLOCKS["dropout"] | BLOCKS["drop_path"]
+    regularised, plain = filled(ViTCLSModel(tiny_config(**fields))), filled(ViTCLSModel(tiny_config()))
+    assert_same_outputs(regularised(images()), plain(images()))
+    regularised.train()
+    assert largest_difference(*(regularised(images()).last_hidden_state for _ in range(2))) > 0.01
+
+
+# Saving, and loading one class's checkpoint with another
+
+
+@each_kind
+def test_saved_and_loaded_models_are_equal(
+    model_class: type, fields: dict[str, Any], inputs: dict[str, Any], tmp_path: Path
+) -> None:
+    model = filled(model_class(tiny_config(**fields)))
+    assert_same_outputs(reloaded(model, tmp_path)(images(), **inputs), model(images(), **inputs), 1e-6)
+
+
+@each_block
+def test_saved_and_loaded_options_are_equal(fields: dict[str, Any], tmp_path: Path) -> None:
+    model = filled(ViTCLSForImageClassification(tiny_config(**fields)))
+    assert_same_outputs(reloaded(model, tmp_path)(images()), model(images()), 1e-6)
+
+
+def test_multi_task_models_keep_their_cls_tokens_through_saving(tmp_path: Path) -> None:
+    """Names that sort differently from how they were given."""
+    tasks = {"species": 3, "age": 3, "colour": 3}
+    model = filled(ViTCLSForMultiTaskClassification(tiny_config(num_cls_tokens=3, tasks=tasks)))
+    loaded = reloaded(model, tmp_path)(images()).logits
+    for name, logits in model(images()).logits.items():
+        assert largest_difference(loaded[name], logits) <= 1e-6
+
+
+@each_kind
+def test_copies_are_equal(model_class: type, fields: dict[str, Any], inputs: dict[str, Any]) -> None:
+    """As averaging of weights copies models, after they have run."""
+    model = filled(model_class(tiny_config(**fields)))
+    expected = model(images(), **inputs)
+    assert_same_outputs(copy.deepcopy(model)(images(), **inputs), expected, 1e-6)
+
+
+@pytest.mark.parametrize("saver", [ViTCLSModel, ViTCLSForImageClassification, ViTCLSForMaskedImageModeling])
+@pytest.mark.parametrize("loader", [ViTCLSModel, ViTCLSForImageClassification, ViTCLSBackbone])
+def test_any_class_loads_the_encoder_of_any_other(saver: type, loader: type, tmp_path: Path) -> None:
+    saved = filled(saver(tiny_config(num_register_tokens=2)))
+    saved.save_pretrained(tmp_path)
+    loaded, info = loader.from_pretrained(tmp_path, output_loading_info=True)
+    assert not [name for name in info["missing_keys"] if "classifier" not in name]
+    encoders = [getattr(model, "vitcls", model) for model in (saved, loaded)]
+    states = [encoder(images(), output_hidden_states=True).hidden_states for encoder in encoders]
+    assert_same_outputs(*states)
+
+
+# Masked image modelling
+
+
+@each_layout
+@pytest.mark.parametrize("size", [(32, 32), (24, 56)], ids=str)
+def test_masked_image_modelling(layout: dict[str, Any], size: tuple[int, int]) -> None:
+    model = filled(ViTCLSForMaskedImageModeling(tiny_config(**layout)))
+    mask = torch.rand(2, size[0] * size[1] // 64) < 0.5
+    output = model(images(2, *size), bool_masked_pos=mask)
+    assert output.loss.shape == ()
+    assert output.reconstruction.shape == (2, 3, *size)
+
+
+def test_reconstructions_of_rectangular_patches_and_grey_images() -> None:
+    model = filled(ViTCLSForMaskedImageModeling(tiny_config(patch_size=[4, 8], num_channels=1)))
+    output = model(images(2, 15, 17, 1), bool_masked_pos=torch.ones(2, 6, dtype=torch.bool))
+    assert output.reconstruction.shape == (2, 1, 12, 16)
+    assert output.loss.isfinite()
+
+
+def test_masked_pixels_are_not_seen() -> None:
+    model = filled(ViTCLSForMaskedImageModeling(tiny_config()))
+    mask = torch.zeros(2, 16, dtype=torch.bool)
+    mask[:, 5] = True  # row 1, column 1
+    other = images()
+    other[:, :, 8:16, 8:16] += 1.0
+    first, second = (model(pixels, bool_masked_pos=mask).reconstruction for pixels in (images(), other))
+    assert torch.equal(first, second)
+    other[:, :, 0, 0] += 1.0
+    assert not torch.equal(first, model(other, bool_masked_pos=mask).reconstruction)
+
+
+def test_the_callers_configuration_is_left_alone() -> None:
+    config = tiny_config()
+    ViTCLSForMaskedImageModeling(config)
+    assert not config.use_mask_token
+
+
+def test_masks_that_do_not_fit_are_an_error() -> None:
+    model = ViTCLSForMaskedImageModeling(tiny_config())
+    for shape in ((2, 15), (1, 16), (2, 4, 4)):
+        with raises_one_line("bool_masked_pos", str(shape), "(2, 16)"):
+            model(images(), bool_masked_pos=torch.ones(shape, dtype=torch.bool))
+    with raises_one_line("bool_masked_pos", "use_mask_token=True"):
+        ViTCLSModel(tiny_config())(images(), bool_masked_pos=torch.ones(2, 16, dtype=torch.bool))
+
+
+# Backbone
+
+
+@each_layout
+def test_feature_maps(layout: dict[str, Any]) -> None:
+    config = tiny_config(**layout, out_features=["stem", "stage1", "stage2"], apply_layernorm=False)
+    backbone = filled(ViTCLSBackbone(config))
+    assert backbone.stage_names == ["stem", "stage1", "stage2"]
+    assert backbone.channels == [16, 16, 16]
+    maps = backbone(images(2, 24, 56)).feature_maps
+    assert [feature_map.shape for feature_map in maps] == [(2, 16, 3, 7)] * 3
+    # pixel (1, 2) of a map is the patch at row 1, column 2
+    states = filled(ViTCLSModel(config))(images(2, 24, 56), output_hidden_states=True)
+    patch = config.token_layout.num_prefix_tokens + 1 * 7 + 2
+    for feature_map, state in zip(maps[:2], states.hidden_states, strict=False):
+        assert largest_difference(feature_map[:, :, 1, 2], state[:, patch]) < 1e-6
+    assert largest_difference(maps[2][:, :, 1, 2], states.last_hidden_state[:, patch]) < 1e-6
+
+
+def test_feature_maps_as_tokens() -> None:
+    backbone = filled(ViTCLSBackbone(tiny_config(reshape_hidden_states=False, num_register_tokens=2)))
+    (tokens,) = backbone(images()).feature_maps
+    assert torch.equal(tokens, filled(ViTCLSModel(tiny_config(num_register_tokens=2)))(images()).tokens["patches"])
+
+
+def test_the_default_feature_map_is_the_last() -> None:
+    backbone = ViTCLSBackbone(tiny_config())
+    assert backbone.out_features == ["stage2"]
+    assert len(backbone(images()).feature_maps) == 1
+
+
+def test_stages_can_be_chosen_at_load(tmp_path: Path) -> None:
+    ViTCLSForImageClassification(tiny_config()).save_pretrained(tmp_path)
+    chosen = ViTCLSBackbone.from_pretrained(tmp_path, out_indices=[0, 1])
+    assert chosen.out_features == ["stem", "stage1"]
+    with raises_one_line("stage7"):
+        ViTCLSBackbone.from_pretrained(tmp_path, out_features=["stage7"])
+
+
+# Errors
+
+
+@each_kind
+def test_images_that_do_not_fit_are_an_error(
+    model_class: type, fields: dict[str, Any], inputs: dict[str, Any]
+) -> None:
+    model = model_class(tiny_config(**fields))
+    with raises_one_line("requires 3 channel", "pixel_values has 1"):
+        model(images(channels=1))
+    with raises_one_line("requires 3 channel", "pixel_values has 4"):
+        model(images(channels=4))
+    for height, width in ((7, 32), (32, 7), (1, 1), (0, 32)):
+        with raises_one_line(f"{height} x {width}", "one patch of 8 x 8"):
+            model(images(2, height, width))
+    with raises_one_line("pixel_values", "(3, 32, 32)", "[batch, channels, height, width]"):
+        model(images()[0])
+
+
+@each_kind
+def test_an_unknown_argument_is_an_error(model_class: type, fields: dict[str, Any], inputs: dict[str, Any]) -> None:
+    with raises_one_line("pixel_value", error=TypeError):
+        model_class(tiny_config(**fields))(images(), pixel_value=images())
+
+
+def _cut(file: Path, keep: int) -> None:
+    file.write_bytes(file.read_bytes()[:keep])
+
+
+DAMAGES: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
+    "no_weights": (lambda folder: (folder / "model.safetensors").unlink(), ["model.safetensors"]),
+    "no_config": (lambda folder: (folder / "config.json").unlink(), ["config.json"]),
+    "truncated_weights": (lambda folder: _cut(folder / "model.safetensors", -100), ["weights"]),
+    "truncated_header": (lambda folder: _cut(folder / "model.safetensors", 50), ["weights"]),
+    "empty_weights": (lambda folder: _cut(folder / "model.safetensors", 0), ["weights"]),
+    "corrupt_config": (lambda folder: _cut(folder / "config.json", 40), ["config"]),
+    "nothing": (lambda folder: [file.unlink() for file in folder.iterdir()], ["config.json"]),
+}
+CHECKPOINT_ERRORS = (ValueError, OSError, RuntimeError)
+
+
+@pytest.mark.parametrize("load", [ViTCLSForImageClassification, AutoModelForImageClassification])
+@pytest.mark.parametrize(("damage", "words"), DAMAGES.values(), ids=DAMAGES)
+def test_a_damaged_checkpoint_is_named(damage: Callable, words: list[str], load: Any, tmp_path: Path) -> None:
+    ViTCLSForImageClassification(tiny_config()).save_pretrained(tmp_path)
+    damage(tmp_path)
+    with raises_one_line(str(tmp_path), *words, error=CHECKPOINT_ERRORS):
+        load.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("load", [ViTCLSForImageClassification, AutoModelForImageClassification])
+def test_a_missing_checkpoint_is_named(load: Any, tmp_path: Path) -> None:
+    with raises_one_line(str(tmp_path / "nowhere"), error=CHECKPOINT_ERRORS):
+        load.from_pretrained(tmp_path / "nowhere")
+
+
+def test_a_missing_folder_that_looks_like_a_name_on_the_hub_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with raises_one_line("runs/nowhere", error=OSError):
+        ViTCLSForImageClassification.from_pretrained("runs/nowhere")
+
+
+@pytest.mark.parametrize("load", [ViTCLSForImageClassification, AutoModelForImageClassification])
+def test_weights_of_a_wrong_shape_are_named(load: Any, tmp_path: Path) -> None:
+    ViTCLSForImageClassification(tiny_config()).save_pretrained(tmp_path)
+    tiny_config(intermediate_size=20).save_pretrained(tmp_path)
+    with raises_one_line("layers.0.mlp.fc1", "[24", "[20", error=CHECKPOINT_ERRORS):
+        load.from_pretrained(tmp_path)

@@ -1,0 +1,177 @@
+"""Patch dropout: fewer patches in training, each with its own place, mask and rotation; all of them in evaluation."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import assert_same_outputs, filled, images, largest_difference, raises_one_line, reloaded, tiny_config
+
+from modeling_vitcls import (
+    ViTCLSBackbone,
+    ViTCLSConfig,
+    ViTCLSForImageClassification,
+    ViTCLSForMaskedImageModeling,
+    ViTCLSForMultiTaskClassification,
+    ViTCLSModel,
+)
+from modeling_vitcls.training.costs import estimate_memory
+from modeling_vitcls.variants_vitcls import get_num_kept_patches
+
+
+TOKENS: dict[str, Any] = {"num_cls_tokens": 2, "num_distillation_tokens": 1, "num_register_tokens": 3}
+PREFIX = 6  # of these
+MASK = torch.ones(2, PREFIX + 16, dtype=torch.long)
+MASK[1, 8:14] = 0
+
+# Where masks and positions come from; the rotary ones differ between layers and heads, or not.
+SOURCES: dict[str, dict[str, Any]] = {
+    "learned": {},
+    "rotary": {"position_embedding_type": "rope_2d"},
+    "mixed rotary": {"position_embedding_type": "rope_mixed"},
+    "scopes": {"cls_scopes": [[2, 2, 0, 1], [2, 2, 1, 0]]},
+    "gates": {"gated_tokens": {"registers": 2}, "position_embedding_type": "sincos_2d"},
+    "distances": {"relative_position_bias": "layer"},
+    "shared distances": {"relative_position_bias": "shared", "gated_tokens": {"cls": 1}},
+    "no special tokens": {"num_cls_tokens": 0, "num_distillation_tokens": 0, "num_register_tokens": 0}
+    | {"pooling": "mean", "position_embedding_type": "rope_2d"},
+}
+CASES: list[Any] = [(source, "sdpa", None) for source in SOURCES]
+CASES += [(source, "sdpa", MASK) for source in ("rotary", "scopes", "gates", "distances")]
+CASES += [("scopes", "eager", None), ("gates", "eager", MASK)]
+CASES += [pytest.param("scopes", "flex_attention", MASK, marks=pytest.mark.slow)]
+
+
+def kept_by(model: ViTCLSModel) -> list[torch.Tensor]:
+    """Filled, in each forward pass, with the indices [B, n] of the kept patches."""
+    found: list[torch.Tensor] = []
+    choose = model.patch_dropout.choose_patches
+
+    def note(hidden_states: torch.Tensor) -> torch.Tensor:
+        found.append(choose(hidden_states))
+        return found[-1]
+
+    model.patch_dropout.choose_patches = note
+    return found
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("source", "implementation", "mask"), CASES)
+def test_training_is_evaluation_on_the_kept_patches(
+    source: str, implementation: str, mask: torch.Tensor | None
+) -> None:
+    """Hiding the dropped patches from all tokens must give the kept tokens the same states."""
+    model = filled(ViTCLSModel(tiny_config(**(TOKENS | SOURCES[source]), patch_drop_rate=0.4)))
+    prefix = model.config.token_layout.num_prefix_tokens
+    mask = None if mask is None else mask[:, PREFIX - prefix :]
+    model.set_attn_implementation(implementation)
+    kept = kept_by(model)
+    with torch.compiler.set_stance("force_eager"):
+        found = model.train()(images(), attention_mask=mask, output_hidden_states=True)
+        assert kept[0].shape == (2, 10) and kept[0].tolist()[0] != kept[0].tolist()[1]  # each image has its own
+        visible = torch.zeros(2, prefix + 16, dtype=torch.long)
+        visible[:, :prefix] = 1
+        visible.scatter_(1, kept[0] + prefix, 1)
+        visible *= 1 if mask is None else mask
+        wanted = model.eval()(images(), attention_mask=visible, output_hidden_states=True)
+    places = torch.cat([torch.arange(prefix).expand(2, -1), kept[0] + prefix], dim=1).unsqueeze(-1)
+    for one, other in zip(found.hidden_states, wanted.hidden_states, strict=True):
+        assert largest_difference(one, other.take_along_dim(places, dim=1)) <= 2e-5
+    assert len(kept) == 1 and found.tokens["patches"].shape == (2, 10, 16)
+
+
+@torch.no_grad()
+def test_evaluation_and_weights_are_untouched(tmp_path: Path) -> None:
+    plain = filled(ViTCLSForImageClassification(tiny_config(**TOKENS)))
+    model = filled(ViTCLSForImageClassification(tiny_config(**TOKENS, patch_drop_rate=0.5)))
+    assert plain.state_dict().keys() == model.state_dict().keys()
+    assert_same_outputs(model(images()), plain(images()))
+    assert largest_difference(model.train()(images()).logits, plain.train()(images()).logits) > 1e-3
+    again = reloaded(model, tmp_path)
+    assert again.config.patch_drop_rate == 0.5
+    assert_same_outputs(again(images()), plain.eval()(images()))
+    assert (tmp_path / "variants_vitcls.py").is_file()
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradient_checkpointing_sees_the_same_patches(reentrant: bool) -> None:
+    gradients = []
+    for checkpointing in (False, True):
+        fields = TOKENS | {"position_embedding_type": "rope_2d", "relative_position_bias": "layer"}
+        model = filled(ViTCLSForImageClassification(tiny_config(**fields, patch_drop_rate=0.5))).train()
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        torch.manual_seed(0)
+        model(images(), labels=torch.tensor([0, 2])).loss.backward()
+        gradients.append([parameter.grad for parameter in model.parameters()])
+        assert all(gradient is not None for gradient in gradients[-1])  # DDP waits for every one
+    assert_same_outputs(*gradients, 1e-6)
+
+
+@pytest.mark.parametrize("pooling", ["mean", "cls_mean", "max", "attention"])
+def test_heads_read_what_is_there(pooling: str) -> None:
+    model = filled(ViTCLSForImageClassification(tiny_config(pooling=pooling, patch_drop_rate=0.5))).train()
+    output = model(images(2, 24, 40), labels=torch.tensor([0, 2]))
+    output.loss.backward()
+    assert output.logits.shape == (2, 3) and output.logits.isfinite().all()
+
+
+def test_several_tasks_learn() -> None:
+    fields: dict[str, Any] = {"num_cls_tokens": 2, "tasks": {"age": 2, "species": 4}, "patch_drop_rate": 0.9}
+    model = filled(ViTCLSForMultiTaskClassification(tiny_config(**fields))).train()
+    model(images(), labels={"species": torch.tensor([3, 0])}).loss.backward()
+
+
+def test_which_patches_stay_is_random_and_reproducible() -> None:
+    model = filled(ViTCLSModel(tiny_config(patch_drop_rate=0.5))).train()
+    kept = kept_by(model)
+    counts = torch.zeros(16)
+    for seed in range(100):
+        torch.manual_seed(seed)
+        model.patch_dropout(torch.zeros(4, 17, 16), None, None)
+        counts += torch.bincount(kept[-1].flatten(), minlength=16)
+    assert counts.min() > 150 and counts.max() < 250  # 200 expected, of standard deviation 10
+    torch.manual_seed(99)
+    model(images(4))
+    assert kept[-1].equal(kept[-2])
+
+
+@pytest.mark.parametrize(
+    ("rate", "patches", "kept"),
+    [(0.5, 196, 98), (0.8, 10, 2), (0.9, 10, 1), (0.99, 4, 1), (0.25, 49, 37), (0.0, 5, 5)],
+)
+def test_how_many_stay(rate: float, patches: int, kept: int) -> None:
+    assert get_num_kept_patches(rate, patches) == kept
+
+
+def test_memory_is_estimated_for_what_stays() -> None:
+    half, whole = (ViTCLSForImageClassification(tiny_config(patch_drop_rate=rate)) for rate in (0.5, 0))
+    pixels = 4 * 3 * 32 * 16  # bytes of half an image, which stay either way
+    assert estimate_memory(half, 32).activations == estimate_memory(whole, (32, 16)).activations + pixels
+
+
+@pytest.mark.parametrize("model_class", [ViTCLSForMaskedImageModeling, ViTCLSBackbone])
+def test_models_of_all_patches_are_not_trained_on_some(model_class: Any) -> None:
+    model = filled(model_class(tiny_config(patch_drop_rate=0.5)))
+    model(images())
+    with raises_one_line(model_class.__name__, "patch_drop_rate=0 to train"):
+        model.train()(images())
+
+
+@pytest.mark.parametrize("rate", [-0.1, 1.0, 1.5, float("nan"), "0.1", None])
+def test_wrong_rates(rate: Any) -> None:
+    with raises_one_line("patch_drop_rate"):
+        ViTCLSConfig(patch_drop_rate=rate)
+
+
+def test_graphs_leave_the_batch_open() -> None:
+    """In training, where patches are dropped."""
+    dropout = ViTCLSModel(tiny_config(**TOKENS, patch_drop_rate=0.25)).train().patch_dropout
+    graph = torch.export.export(
+        dropout,
+        (torch.zeros(2, PREFIX + 16, 16), None, None),
+        dynamic_shapes=({0: torch.export.Dim("batch", min=1)}, None, None),
+    ).module()
+    for batch in (1, 5):
+        kept, _, _ = graph(torch.zeros(batch, PREFIX + 16, 16), None, None)
+        assert kept.shape == (batch, PREFIX + 12, 16)

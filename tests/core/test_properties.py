@@ -1,0 +1,257 @@
+"""Random configurations: a valid one gives a model that learns and survives saving, any other a ValueError.
+
+The examples are the same in every run. `HYPOTHESIS_PROFILE=explore` looks at others, and at more of them.
+"""
+
+import os
+import tempfile
+from typing import Any
+
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from tiny_models import images, values
+from transformers.activations import ACT2FN
+from transformers.utils import logging
+
+from modeling_vitcls import (
+    ViTCLSBackbone,
+    ViTCLSConfig,
+    ViTCLSForImageClassification,
+    ViTCLSForMaskedImageModeling,
+    ViTCLSForMultiTaskClassification,
+    ViTCLSModel,
+    ViTCLSPreTrainedModel,
+)
+
+
+logging.disable_progress_bar()  # two bars for each of the examples
+
+SLOW_IS_FINE = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
+settings.register_profile("reproducible", derandomize=True, **SLOW_IS_FINE)
+settings.register_profile("explore", max_examples=2000, **SLOW_IS_FINE)
+PROFILE = os.environ.get("HYPOTHESIS_PROFILE", "reproducible")
+settings.load_profile(PROFILE)
+
+CLASSES: list[type[ViTCLSPreTrainedModel]] = [
+    ViTCLSModel,
+    ViTCLSForImageClassification,  # or the multi-task class, where there are tasks
+    ViTCLSForImageClassification,
+    ViTCLSForMaskedImageModeling,
+    ViTCLSBackbone,
+]
+NAMES = ["species", "age", "colour", "type", "keys"]  # in an order that sorting changes; two are taken in ModuleDict
+FIELDS = sorted(ViTCLSConfig.__annotations__.keys() - {"model_type", "_out_features", "_out_indices"})
+FIELDS = [name for name in FIELDS if not name.startswith(("base_model", "keys_to"))]
+
+
+def limited(max_examples: int) -> Any:
+    """`max_examples` in the reproducible profile, the profile's own number in others."""
+    return settings(max_examples=max_examples) if PROFILE == "reproducible" else settings()
+
+
+@st.composite
+def pairs(draw: st.DrawFn, height: int, width: int) -> Any:
+    """One of the forms of a size."""
+    forms = [[height, width], (height, width), *([height] if height == width else [])]
+    return draw(st.sampled_from(forms))
+
+
+@st.composite
+def scopes(draw: st.DrawFn, grid: tuple[int, int]) -> Any:
+    """The part of the image that one CLS token may see."""
+    if draw(st.booleans()):
+        return "image"
+    rows, columns = (draw(st.integers(1, size)) for size in grid)
+    return [rows, columns, draw(st.integers(0, rows - 1)), draw(st.integers(0, columns - 1))]
+
+
+@st.composite
+def valid_fields(draw: st.DrawFn) -> dict[str, Any]:
+    """Fields of any valid configuration of a tiny model."""
+
+    def one_of(*values: Any) -> Any:
+        return draw(st.sampled_from(values))
+
+    def chance(probability: float = 0.5) -> bool:
+        return draw(st.floats(0, 1)) < probability
+
+    rows, columns = draw(st.integers(1, 3)), draw(st.integers(1, 3))
+    patch = draw(st.integers(1, 4)), draw(st.integers(1, 4))
+    positions = one_of("learned", "sincos_2d", "rope_2d", "none")
+    heads = draw(st.integers(1, 3))
+    num_layers = draw(st.integers(1, 3))
+    counts = {f"num_{kind}_tokens": draw(st.integers(0, 3)) for kind in ("cls", "distillation", "register")}
+    fields: dict[str, Any] = {
+        **counts,
+        "image_size": draw(pairs(rows * patch[0], columns * patch[1])),
+        "patch_size": draw(pairs(*patch)),
+        "num_channels": draw(st.integers(1, 4)),
+        "hidden_size": heads * (4 if positions in ("rope_2d", "sincos_2d") else 1) * draw(st.integers(1, 4)),
+        "num_attention_heads": heads,
+        "num_hidden_layers": num_layers,
+        "intermediate_size": draw(st.integers(1, 9)),
+        "hidden_act": one_of(*ACT2FN),
+        "mlp_type": one_of("mlp", "swiglu"),
+        "layer_norm_eps": one_of(1e-12, 1e-6, 1e-5),
+        "layer_scale_init_value": one_of(None, 0, 1e-5, 1),
+        "position_embedding_type": positions,
+        "position_embedding_tokens": one_of("patches", "cls", "all"),
+        "position_interpolation": one_of("bicubic", "bilinear"),
+        "rope_theta": one_of(1, 100.0, 1e4),
+        "pooling": one_of("mean", "max", "attention", *(["cls", "cls_mean"] if counts["num_cls_tokens"] else [])),
+        "cls_pooling": one_of("first", "mean", "concat"),
+        "head_type": one_of("linear", "mlp"),
+        "head_hidden_size": one_of(None, 1, 5),
+        "hidden_dropout_prob": one_of(0, 0.1, 0.9),
+        "attention_probs_dropout_prob": one_of(0, 0.1, 0.9),
+        "drop_path_rate": one_of(0, 0.1, 0.9),
+        "initializer_range": one_of(0.02, 1),
+        "mim_loss": one_of("l1", "l2"),
+        "num_labels": draw(st.integers(0, 3)),
+        "out_indices": one_of(None, [0], [num_layers], [0, num_layers]),
+    }
+    for name in ("use_mask_token", "qk_norm", "pre_norm", "qkv_bias", "projection_bias", "mlp_bias", "patch_bias"):
+        fields[name] = chance()
+    for name in ("position_antialias", "norm_pixel_target", "apply_layernorm", "reshape_hidden_states"):
+        fields[name] = chance()
+    for name in ("query_bias", "key_bias", "value_bias"):
+        fields[name] = one_of(None, True, False)
+    if counts["num_cls_tokens"] and chance():
+        fields["cls_scopes"] = [draw(scopes((rows, columns))) for _ in range(counts["num_cls_tokens"])]
+    if counts["num_distillation_tokens"]:
+        fields["distillation_head"] = one_of(None, True, False)
+    choices = ["mean", "cls"]
+    if counts["num_distillation_tokens"] and fields["distillation_head"] is not False:
+        choices.append("distillation")
+    fields["distillation_inference"] = one_of(*choices)
+    # Several tokens of one kind that start at zero need positions to tell them apart.
+    fields["token_init"] = one_of("trunc_normal", "near_zero", *(["zeros"] if max(counts.values()) < 2 else []))
+    if fields["pooling"] == "cls" and chance():
+        names = NAMES[: counts["num_cls_tokens"]] if chance() else NAMES[-counts["num_cls_tokens"] :]
+        if "cls_scopes" in fields:  # which follow the tasks in alphabetical order
+            names = sorted(names)
+        fields["tasks"] = {name: one_of(1, 3, ["only"], ["yes", "no"]) for name in names}
+    return fields
+
+
+def classifier_class(config: ViTCLSConfig) -> type[ViTCLSPreTrainedModel]:
+    """The classifier that takes this configuration."""
+    return ViTCLSForMultiTaskClassification if config.tasks else ViTCLSForImageClassification
+
+
+def inputs_for(model: ViTCLSPreTrainedModel, height: int, width: int) -> dict[str, Any]:
+    """Two images, and what the class learns from."""
+    config = model.config
+    inputs: dict[str, Any] = {"pixel_values": images(2, height, width, config.num_channels)}
+    if isinstance(model, ViTCLSForImageClassification) and config.num_labels:
+        inputs["labels"] = torch.tensor([0, config.num_labels - 1])
+    if isinstance(model, ViTCLSForMultiTaskClassification):
+        inputs["labels"] = {name: torch.tensor([0, -100]) for name in config.tasks}
+    if isinstance(model, ViTCLSForMaskedImageModeling):
+        (patch_height, patch_width) = config.patch_height_width
+        patches = (height // patch_height) * (width // patch_width)
+        inputs["bool_masked_pos"] = torch.arange(2 * patches).view(2, patches) % 2 == 0
+    return inputs
+
+
+def learn_once(model: ViTCLSPreTrainedModel) -> None:
+    """One forward and backward pass in training; every output and gradient is a number."""
+    output = model.train()(**inputs_for(model, *model.config.image_height_width))
+    results = list(values(output))
+    assert results
+    assert all(result.isfinite().all() for result in results)
+    sum(result.float().sum() for result in results).backward()
+    gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    assert gradients
+    assert all(gradient.isfinite().all() for gradient in gradients)
+
+
+@limited(100)
+@given(
+    fields=valid_fields(), model_class=st.sampled_from(CLASSES), more=st.tuples(st.integers(0, 9), st.integers(0, 9))
+)
+def test_a_valid_configuration_learns_and_survives_saving(
+    fields: dict[str, Any], model_class: type[ViTCLSPreTrainedModel], more: tuple[int, int]
+) -> None:
+    config = ViTCLSConfig(**fields)
+    if model_class is ViTCLSForImageClassification:
+        model_class = classifier_class(config)
+    torch.manual_seed(0)
+    model = model_class(config)
+    learn_once(model)
+
+    with tempfile.TemporaryDirectory() as folder:
+        model.eval().save_pretrained(folder)
+        loaded = model_class.from_pretrained(folder)
+    assert loaded.config.token_layout == config.token_layout
+    for name, weight in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], weight), name
+    # At the native size, and at any larger one. Not to the last bit: kernels depend on how memory is aligned.
+    native_height, native_width = config.image_height_width
+    for height, width in ((native_height, native_width), (native_height + more[0], native_width + more[1])):
+        inputs = inputs_for(model, height, width)
+        for before, after in zip(values(model(**inputs)), values(loaded(**inputs)), strict=True):
+            torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-5)
+
+
+SMALL_INTEGERS = st.integers(-3, 9)
+FLOATS = st.sampled_from([float("nan"), float("inf"), -float("inf"), -1.0, 0.0, 0.5, 1.0, 2.5])
+WORDS = st.sampled_from(["", "cls", "image", "mean", "zeros", "learned", "mlp", "gelu", "regression", "stage1", "8"])
+SCALARS = st.one_of(st.none(), st.booleans(), SMALL_INTEGERS, FLOATS, WORDS)
+LISTS = st.lists(st.one_of(SCALARS, st.lists(SMALL_INTEGERS, max_size=4)), max_size=4)
+DICTS = st.dictionaries(st.one_of(WORDS, SMALL_INTEGERS), st.one_of(SCALARS, st.lists(WORDS, max_size=2)), max_size=2)
+ANYTHING = st.one_of(SCALARS, SMALL_INTEGERS, WORDS, LISTS, LISTS.map(tuple), DICTS, st.just(object()), st.just(int))
+LABEL_FIELDS = ["num_labels", "id2label", "label2id", "problem_type", "out_features", "out_indices"]
+
+
+@limited(400)
+@given(
+    fields=valid_fields(),
+    other=valid_fields(),
+    taken=st.sets(st.sampled_from(FIELDS + LABEL_FIELDS), max_size=8),
+    garbage=st.dictionaries(st.sampled_from(FIELDS + LABEL_FIELDS), ANYTHING, max_size=1),
+)
+def test_any_fields_work_or_are_a_value_error(
+    fields: dict[str, Any], other: dict[str, Any], taken: set[str], garbage: dict[str, Any]
+) -> None:
+    """Two valid configurations mixed, which may contradict each other, and anything at all as the value of a field."""
+    mixed = {**fields, **{name: other[name] for name in taken & other.keys()}, **garbage}
+    try:
+        config = ViTCLSConfig(**mixed)
+    except ValueError as error:
+        assert str(error)
+        assert "\n" not in str(error)
+        return
+    torch.manual_seed(0)
+    model = classifier_class(config)(config)
+    if config.problem_type is None:
+        learn_once(model)
+
+
+@limited(100)
+@given(
+    name=st.sampled_from(FIELDS + LABEL_FIELDS),
+    position=st.floats(0, 1, exclude_max=True),
+    letter=st.sampled_from("aeistn_"),
+    edit=st.sampled_from(["drop", "double", "insert", "swap"]),
+)
+def test_any_misspelt_keyword_is_a_value_error(name: str, position: float, letter: str, edit: str) -> None:
+    at = 1 + int(position * (len(name) - 2))  # not the first letter: names with a leading underscore are transformers'
+    edits = {
+        "drop": name[:at] + name[at + 1 :],
+        "double": name[:at] + name[at] + name[at:],
+        "insert": name[:at] + letter + name[at:],
+        "swap": name[: at - 1] + name[at] + name[at - 1] + name[at + 1 :],
+    }
+    misspelt = edits[edit]
+    if misspelt in FIELDS + LABEL_FIELDS or misspelt.startswith("_"):
+        return
+    for build in (ViTCLSConfig, lambda **typo: ViTCLSConfig.from_dict(ViTCLSConfig().to_dict(), **typo)):
+        try:
+            build(**{misspelt: 1})
+        except ValueError as error:
+            assert misspelt in str(error)
+            assert "\n" not in str(error)
+        else:
+            raise AssertionError(f"{misspelt} was accepted")

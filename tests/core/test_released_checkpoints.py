@@ -1,0 +1,103 @@
+"""What earlier releases saved loads with the newest code, without a remark, and answers as it did then.
+
+The checkpoints are in fixtures/released/; released_models.py writes those of a new release.
+"""
+
+import logging
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from released_models import ANSWERS, KINDS, RELEASED, answers, write
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoImageProcessor, AutoModel
+
+import modeling_vitcls as vitcls
+from modeling_vitcls.version import __version__
+
+
+TOLERANCE = 1e-5
+LARGEST_FILE = 50_000  # bytes: a release adds little to the repository
+
+CHECKPOINTS = sorted(path.parent for path in RELEASED.glob("*/*/config.json"))
+each_checkpoint = pytest.mark.parametrize(
+    "folder", CHECKPOINTS, ids=["/".join(path.parts[-2:]) for path in CHECKPOINTS]
+)
+
+
+@pytest.fixture
+def remarks() -> Any:
+    """What transformers logs, from warnings on."""
+    records: list[str] = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: records.append(record.getMessage())  # type: ignore[method-assign]
+    logger = logging.getLogger("transformers")
+    logger.addHandler(handler)
+    yield records
+    logger.removeHandler(handler)
+
+
+def loaded(folder: Path, **values: Any) -> tuple[Any, dict[str, Any]]:
+    """The model of the class that it was saved from, and what transformers tells of its loading."""
+    model_class = getattr(vitcls, AutoConfig.from_pretrained(folder).architectures[0])
+    return model_class.from_pretrained(folder, output_loading_info=True, **values)
+
+
+def test_this_version_has_its_checkpoints() -> None:
+    found = {folder.name for folder in CHECKPOINTS if folder.parent.name == __version__}
+    assert found == set(KINDS), (
+        f"version {__version__} has none: run `python tests/helpers/released_models.py`, and commit it"
+    )
+
+
+@each_checkpoint
+def test_it_loads_without_a_remark_and_answers_as_recorded(folder: Path, remarks: list[str]) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model, info = loaded(folder)
+        processor = AutoImageProcessor.from_pretrained(folder)
+        found = answers(model, processor)
+    assert not remarks
+    assert not any(info.values()), info
+    assert {weights.dtype for weights in model.parameters()} == {torch.float32}
+    wanted = load_file(folder / ANSWERS)
+    assert wanted.keys() <= found.keys()
+    for name, value in wanted.items():
+        assert found[name].shape == value.shape, name
+        assert (found[name] - value).abs().max() <= TOLERANCE, name
+        assert value.abs().max() > 0.1, name
+
+
+@each_checkpoint
+def test_it_goes_on_as_a_new_one(folder: Path, tmp_path: Path) -> None:
+    """Saved anew it is the same model; its tokens can be changed; and AutoModel gives its encoder."""
+    model, _ = loaded(folder)
+    model.save_pretrained(tmp_path)
+    again, info = loaded(tmp_path)
+    assert not any(info.values())
+    processor = vitcls.ViTCLSImageProcessor.from_pretrained(folder)
+    for name, value in answers(again, processor).items():
+        assert (value - load_file(folder / ANSWERS)[name]).abs().max() <= TOLERANCE, name
+    adapted, _ = loaded(folder, num_register_tokens=5)
+    assert adapted.config.num_register_tokens == 5
+    assert type(AutoModel.from_pretrained(folder)) is vitcls.ViTCLSModel
+
+
+@each_checkpoint
+def test_it_is_small_and_has_nothing_but_the_checkpoint(folder: Path) -> None:
+    files = {file.name: file.stat().st_size for file in folder.iterdir()}
+    assert files.keys() == {"config.json", "preprocessor_config.json", "model.safetensors", ANSWERS}
+    assert max(files.values()) <= LARGEST_FILE
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_written_for_a_new_release_is_what_is_read_here(kind: str, tmp_path: Path) -> None:
+    write(kind, tmp_path / kind)
+    test_it_is_small_and_has_nothing_but_the_checkpoint(tmp_path / kind)
+    model, _ = loaded(tmp_path / kind)
+    found = answers(model, AutoImageProcessor.from_pretrained(tmp_path / kind))
+    wanted = load_file(tmp_path / kind / ANSWERS)
+    assert found.keys() == wanted.keys()
+    assert all(torch.allclose(found[name], value, atol=TOLERANCE, rtol=0) for name, value in wanted.items())

@@ -1,0 +1,431 @@
+"""The special tokens: where they stand, how they start and learn, what they see, and which of them a head reads."""
+
+from collections.abc import Callable
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import LAYOUTS, each_layout, filled, images, largest_difference, raises_one_line, tiny_config
+from torch import nn
+
+from modeling_vitcls import TokenLayout, ViTCLSForImageClassification, ViTCLSForMaskedImageModeling, ViTCLSModel
+
+
+TOKEN_INITS = ("trunc_normal", "near_zero", "zeros")
+PARAMETERS = {"cls": "cls_token", "distillation": "distillation_token", "registers": "register_tokens"}
+
+
+# Layout
+
+
+def test_a_base_16_at_224_pixels_has_197_tokens() -> None:
+    model = ViTCLSModel(tiny_config(image_size=224, patch_size=16, num_hidden_layers=1)).eval()
+    output = model(images(1, 224, 224))
+    assert output.last_hidden_state.shape == (1, 197, 16)
+    assert output.tokens["cls"].shape == (1, 1, 16)
+    assert torch.equal(output.tokens["cls"], output.last_hidden_state[:, :1])
+
+
+def test_the_layout_is_cls_distillation_registers_patches() -> None:
+    layout = TokenLayout.from_counts(num_cls=2, num_distillation=1, num_registers=4)
+    assert list(layout.items()) == [
+        ("cls", slice(0, 2)),
+        ("distillation", slice(2, 3)),
+        ("registers", slice(3, 7)),
+        ("patches", slice(7, None)),
+    ]
+    assert layout.num_prefix_tokens == 7
+
+
+@each_layout
+def test_embeddings_follow_the_layout(layout: dict[str, Any]) -> None:
+    """Each group's rows are its own parameter, and the patches are the projection, in the order of the layout."""
+    config = tiny_config(**layout, position_embedding_type="none")
+    embeddings = filled(ViTCLSModel(config)).embeddings
+    pixels = images()
+    sequence = embeddings(pixels)
+    assert sequence.shape == (2, config.token_layout.num_prefix_tokens + 16, 16)
+    for name, group in config.token_layout.items():
+        if name == "patches":
+            expected = embeddings.patch_embeddings.projection(pixels).flatten(2).transpose(1, 2)
+        elif group.stop > group.start:
+            expected = getattr(embeddings, PARAMETERS[name]).expand(2, -1, -1)
+        else:
+            assert getattr(embeddings, PARAMETERS[name]) is None
+            continue
+        assert torch.equal(sequence[:, group], expected)
+
+
+@each_layout
+def test_outputs_name_every_group(layout: dict[str, Any]) -> None:
+    config = tiny_config(**layout)
+    output = ViTCLSModel(config).eval()(images())
+    counts = {
+        "cls": config.num_cls_tokens,
+        "distillation": config.num_distillation_tokens,
+        "registers": config.num_register_tokens,
+        "patches": 16,
+    }
+    assert {name: tokens.shape[1] for name, tokens in output.tokens.items()} == counts
+    assert torch.equal(torch.cat(list(output.tokens.values()), dim=1), output.last_hidden_state)
+
+
+# Initialisation and learning
+
+
+@pytest.mark.parametrize(("token_init", "std"), [("trunc_normal", 0.02), ("near_zero", 1e-6)])
+def test_random_token_inits_have_their_standard_deviation(token_init: str, std: float) -> None:
+    counts = {"num_cls_tokens": 40, "num_distillation_tokens": 40, "num_register_tokens": 40}
+    embeddings = ViTCLSModel(tiny_config(**counts, token_init=token_init, hidden_size=64)).embeddings
+    for parameter in PARAMETERS.values():
+        tokens = getattr(embeddings, parameter)
+        assert tokens.std().item() == pytest.approx(std, rel=0.1)
+        assert abs(tokens.mean().item()) < std / 10
+
+
+def test_zeros_are_zero() -> None:
+    embeddings = ViTCLSModel(tiny_config(num_distillation_tokens=1, token_init="zeros")).embeddings
+    assert not embeddings.cls_token.any()
+    assert not embeddings.distillation_token.any()
+
+
+def test_the_default_init_is_truncated_normal() -> None:
+    assert tiny_config().token_init == "trunc_normal"
+
+
+@pytest.mark.parametrize("token_init", ["trunc_normal", "near_zero"])
+def test_no_two_tokens_start_alike(token_init: str) -> None:
+    model = ViTCLSModel(tiny_config(**LAYOUTS["several_of_each"], token_init=token_init))
+    tokens = torch.cat([getattr(model.embeddings, name)[0] for name in PARAMETERS.values()])
+    assert len(tokens.unique(dim=0)) == len(tokens)
+
+
+def _can_start(layout: dict[str, Any], token_init: str) -> bool:
+    """Several tokens of one kind may not all start at zero: nothing would tell them apart."""
+    return token_init != "zeros" or max(layout.get(f"num_{kind}_tokens", 1) for kind in ("cls", "register")) < 2
+
+
+@pytest.mark.parametrize(
+    ("layout", "token_init"),
+    [
+        pytest.param(layout, token_init, id=f"{name}-{token_init}")
+        for name, layout in LAYOUTS.items()
+        for token_init in TOKEN_INITS
+        if _can_start(layout, token_init)
+    ],
+)
+def test_every_special_token_gets_gradient_and_moves(layout: dict[str, Any], token_init: str) -> None:
+    torch.manual_seed(0)
+    model = ViTCLSForImageClassification(tiny_config(**layout, token_init=token_init)).train()
+    tokens = {name: getattr(model.vitcls.embeddings, name) for name in PARAMETERS.values()}
+    tokens = {name: token for name, token in tokens.items() if token is not None}
+    _check_they_learn(model, tokens, {"labels": torch.tensor([0, 2])})
+
+
+@pytest.mark.parametrize("layout", [layout for layout in LAYOUTS.values() if layout.get("num_cls_tokens", 1)])
+def test_special_tokens_learn_in_masked_image_modelling(layout: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    model = ViTCLSForMaskedImageModeling(tiny_config(**layout)).train()
+    tokens = {name: getattr(model.vitcls.embeddings, name) for name in [*PARAMETERS.values(), "mask_token"]}
+    tokens = {name: token for name, token in tokens.items() if token is not None}
+    assert "mask_token" in tokens
+    _check_they_learn(model, tokens, {"bool_masked_pos": torch.rand(2, 16) < 0.5})
+
+
+def _check_they_learn(model: nn.Module, tokens: dict[str, nn.Parameter], inputs: dict[str, Any]) -> None:
+    """Each single token has a gradient in every step, and has left its start after three."""
+    optimiser = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.0)
+    starts = {name: token.detach().clone() for name, token in tokens.items()}
+    for _ in range(3):
+        optimiser.zero_grad()
+        model(images(), **inputs).loss.backward()
+        for name, token in tokens.items():
+            assert (token.grad.norm(dim=-1) > 0).all(), f"no gradient: {name}"
+        optimiser.step()
+    for name, token in tokens.items():
+        assert ((token.detach() - starts[name]).norm(dim=-1) > 1e-4).all(), f"did not move: {name}"
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"num_register_tokens": 2},
+        {"num_distillation_tokens": 2, "position_embedding_tokens": "cls"},
+        {"num_cls_tokens": 2, "position_embedding_tokens": "patches"},
+        {"num_cls_tokens": 2, "position_embedding_type": "rope_2d"},
+        {"num_cls_tokens": 2, "position_embedding_type": "none", "position_embedding_tokens": "all"},
+    ],
+)
+def test_zeros_are_refused_where_tokens_would_stay_identical(fields: dict[str, Any]) -> None:
+    with raises_one_line("token_init", "identical"):
+        tiny_config(token_init="zeros", **fields)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"num_cls_tokens": 2},
+        {"num_cls_tokens": 2, "num_register_tokens": 4, "position_embedding_tokens": "all"},
+    ],
+)
+def test_zeros_are_accepted_where_positions_tell_tokens_apart(fields: dict[str, Any]) -> None:
+    model = ViTCLSModel(tiny_config(token_init="zeros", **fields)).eval()
+    special = model(images()).last_hidden_state[0, : model.config.token_layout.num_prefix_tokens]
+    assert len(special.unique(dim=0)) == len(special)
+
+
+# Attention: CLS tokens are ordinary tokens
+
+
+@each_layout
+def test_every_special_token_is_updated_in_every_layer(layout: dict[str, Any]) -> None:
+    config = tiny_config(**layout, num_hidden_layers=4)
+    states = filled(ViTCLSModel(config))(images(), output_hidden_states=True).hidden_states
+    assert len(states) == 5
+    for before, after in pairwise(states):
+        change = (after - before).norm(dim=-1)  # [B, N]
+        assert (change > 1e-3).all()
+
+
+@each_layout
+def test_every_token_attends_to_every_token_in_every_layer(layout: dict[str, Any]) -> None:
+    config = tiny_config(**layout, num_hidden_layers=3)
+    model = ViTCLSModel(config).eval()
+    model.set_attn_implementation("eager")
+    attentions = model(images(), output_attentions=True).attentions
+    length = config.token_layout.num_prefix_tokens + 16
+    assert len(attentions) == 3
+    for weights in attentions:
+        assert weights.shape == (2, 2, length, length)
+        assert (weights > 0).all()
+        assert torch.allclose(weights.sum(dim=-1), torch.ones(2, 2, length))
+
+
+def test_the_cls_token_reads_the_image_and_the_patches_read_it() -> None:
+    model = filled(ViTCLSModel(tiny_config(num_hidden_layers=1)))
+    pixels = images().requires_grad_()
+    tokens = model(pixels).tokens
+    tokens["cls"].sum().backward()
+    assert (pixels.grad != 0).all()
+
+    with torch.no_grad():
+        model.embeddings.cls_token.add_(torch.randn(16))
+    changed = (model(images()).tokens["patches"] - tokens["patches"]).abs().amax(dim=-1)
+    assert (changed > 1e-4).all()
+
+
+# Pooling: only what the head is said to read reaches it
+
+
+ALL = slice(None)
+FIRST = slice(1)
+
+
+def _mean_of_patches(tokens: dict[str, torch.Tensor]) -> torch.Tensor:
+    return tokens["patches"].mean(dim=1)
+
+
+# name: (fields, the pooled vector as a function of the tokens, which tokens of which groups that reads)
+POOLED: dict[str, tuple[dict[str, Any], Callable[[dict[str, torch.Tensor]], torch.Tensor], dict[str, slice]]] = {
+    "cls": ({}, lambda tokens: tokens["cls"][:, 0], {"cls": ALL}),
+    "first": ({"num_cls_tokens": 3}, lambda tokens: tokens["cls"][:, 0], {"cls": FIRST}),
+    "mean_of_cls": (
+        {"num_cls_tokens": 3, "cls_pooling": "mean"},
+        lambda tokens: sum(tokens["cls"].unbind(1)) / 3,
+        {"cls": ALL},
+    ),
+    "concatenated_cls": (
+        {"num_cls_tokens": 3, "cls_pooling": "concat"},
+        lambda tokens: torch.cat(tokens["cls"].unbind(1), dim=-1),
+        {"cls": ALL},
+    ),
+    "mean": ({"pooling": "mean"}, _mean_of_patches, {"patches": ALL}),
+    "max": ({"pooling": "max"}, lambda tokens: tokens["patches"].max(dim=1).values, {"patches": ALL}),
+    "cls_mean": (
+        {"pooling": "cls_mean", "num_cls_tokens": 2},
+        lambda tokens: torch.cat([tokens["cls"][:, 0], _mean_of_patches(tokens)], dim=-1),
+        {"cls": FIRST, "patches": ALL},
+    ),
+    "concatenated_cls_mean": (
+        {"pooling": "cls_mean", "num_cls_tokens": 2, "cls_pooling": "concat"},
+        lambda tokens: torch.cat([*tokens["cls"].unbind(1), _mean_of_patches(tokens)], dim=-1),
+        {"cls": ALL, "patches": ALL},
+    ),
+}
+OTHERS = {"num_register_tokens": 2, "num_distillation_tokens": 1}
+
+
+@pytest.mark.parametrize(("fields", "expected"), [case[:2] for case in POOLED.values()], ids=POOLED)
+def test_the_pooled_vector(fields: dict[str, Any], expected: Callable) -> None:
+    config = tiny_config(**fields, **OTHERS)
+    output = filled(ViTCLSModel(config))(images())
+    assert output.pooler_output.shape == (2, config.pooled_size)
+    assert largest_difference(output.pooler_output, expected(output.tokens)) < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("fields", "read"),
+    [*((fields, read) for fields, _, read in POOLED.values()), ({"pooling": "attention"}, {"patches": ALL})],
+    ids=[*POOLED, "attention"],
+)
+def test_only_pooled_tokens_feed_the_head(fields: dict[str, Any], read: dict[str, slice]) -> None:
+    """The logits depend on the final tokens that pooling names, and on no others."""
+    model = filled(ViTCLSForImageClassification(tiny_config(**fields, **OTHERS)))
+    final = _final_tokens(model)
+    # "max" takes each channel from one patch: with many images, every patch is the largest somewhere
+    model(images(64)).cls_logits.sum().backward()
+    reached = final[0].grad.abs().amax(dim=(0, 2)) > 0  # [N]
+    expected = torch.zeros_like(reached)
+    for group, part in read.items():
+        expected[getattr(model.config.token_layout, group)][part] = True
+    assert torch.equal(reached, expected)
+
+
+def test_only_distillation_tokens_feed_the_distillation_head() -> None:
+    config = tiny_config(num_cls_tokens=2, num_distillation_tokens=2, num_register_tokens=2)
+    model = filled(ViTCLSForImageClassification(config))
+    final = _final_tokens(model)
+    model(images()).distillation_logits.sum().backward()
+    reached = final[0].grad.abs().amax(dim=(0, 2)) > 0
+    assert reached.nonzero().flatten().tolist() == [2, 3]
+
+
+def _final_tokens(model: ViTCLSForImageClassification) -> list[torch.Tensor]:
+    """A list that the next forward pass puts the tokens after the last norm into, as a leaf of the graph."""
+    final: list[torch.Tensor] = []
+
+    def cut(module: nn.Module, inputs: Any, output: torch.Tensor) -> torch.Tensor:
+        final.append(output.detach().requires_grad_())
+        return final[0]
+
+    model.vitcls.layernorm.register_forward_hook(cut)
+    return final
+
+
+# Scopes: which part of the image each CLS token may see
+
+QUADRANTS = [[2, 2, row, column] for row in range(2) for column in range(2)]
+
+
+def _scoped(attention: str = "sdpa", **fields: Any) -> ViTCLSModel:
+    """One layer, six CLS tokens: two that see all, one per quadrant."""
+    config = tiny_config(
+        **{
+            "num_cls_tokens": 6,
+            "cls_scopes": ["image", *QUADRANTS, [1, 1, 0, 0]],
+            "num_register_tokens": 2,
+            "num_hidden_layers": 1,
+            **fields,
+        }
+    )
+    model = filled(ViTCLSModel(config))
+    model.set_attn_implementation(attention)
+    return model
+
+
+def _pixels_that_reach(model: ViTCLSModel, index: int, **inputs: Any) -> torch.Tensor:
+    """Boolean [H, W]: the pixels that the token at `index` depends on."""
+    pixels = images(1, **inputs.pop("size", {})).requires_grad_()
+    model(pixels, **inputs).last_hidden_state[0, index].sum().backward()
+    return (pixels.grad[0] != 0).any(dim=0)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_a_scoped_cls_token_sees_its_own_part_alone(attention: str) -> None:
+    model = _scoped(attention)
+    for index, (_, _, row, column) in enumerate(QUADRANTS, start=1):
+        inside = torch.zeros(32, 32, dtype=torch.bool)
+        inside[row * 16 : row * 16 + 16, column * 16 : column * 16 + 16] = True
+        assert torch.equal(_pixels_that_reach(model, index), inside)
+    whole = torch.ones(32, 32, dtype=torch.bool)
+    for index in (0, 5, 6, 7, 8, 20):  # unscoped CLS tokens, registers, patches
+        assert torch.equal(_pixels_that_reach(model, index), whole)
+
+
+def test_scopes_hold_with_an_attention_mask() -> None:
+    """A masked patch is hidden from everyone, in scope or not."""
+    model = _scoped()
+    mask = torch.ones(1, 8 + 16, dtype=torch.long)
+    mask[0, 8 + 0] = 0  # the patch at row 0, column 0
+    inside = torch.zeros(32, 32, dtype=torch.bool)
+    inside[:16, :16] = True
+    inside[:8, :8] = False
+    assert torch.equal(_pixels_that_reach(model, 1, attention_mask=mask), inside)
+    whole = torch.ones(32, 32, dtype=torch.bool)
+    whole[:8, :8] = False
+    assert torch.equal(_pixels_that_reach(model, 0, attention_mask=mask), whole)
+
+
+def test_scopes_hold_with_a_ready_mask() -> None:
+    """A 4D mask is used as it is in other models; it may be refused here, but not drop the scopes in silence."""
+    model = _scoped()
+    ready = torch.ones(1, 1, 24, 24, dtype=torch.bool)
+    try:
+        reached = _pixels_that_reach(model, 1, attention_mask=ready)
+    except ValueError as error:
+        assert "attention_mask" in str(error)
+    else:
+        assert torch.equal(reached, _pixels_that_reach(model, 1))
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_scopes_are_the_same_in_every_attention_implementation(masked: bool) -> None:
+    mask = torch.ones(2, 24, dtype=torch.long)
+    mask[1, 12:18] = 0
+    outputs = [
+        _scoped(attention, num_hidden_layers=2)(images(), attention_mask=mask if masked else None).last_hidden_state
+        for attention in ("sdpa", "eager")
+    ]
+    assert largest_difference(*outputs) < 1e-5
+
+
+def test_scopes_of_the_whole_image_change_nothing() -> None:
+    plain = filled(ViTCLSModel(tiny_config(num_cls_tokens=2)))
+    scoped = filled(ViTCLSModel(tiny_config(num_cls_tokens=2, cls_scopes=["image", [1, 1, 0, 0]])))
+    assert largest_difference(plain(images()).last_hidden_state, scoped(images()).last_hidden_state) < 1e-6
+
+
+def test_cells_divide_an_uneven_grid_without_gap_or_overlap() -> None:
+    scopes = [[2, 3, row, column] for row in range(2) for column in range(3)]
+    model = _scoped(image_size=[40, 56], cls_scopes=scopes)  # 5 x 7 patches
+    for size in ({"height": 40, "width": 56}, {"height": 24, "width": 88}):
+        seen = sum(_pixels_that_reach(model, index, size=size).int() for index in range(6))
+        assert (seen == 1).all()
+
+
+def test_an_image_with_too_few_patches_for_the_scopes_is_an_error() -> None:
+    with raises_one_line("cls_scopes", "1 x 4 patches", "2 x 2"):
+        _scoped()(images(1, 8, 32))
+
+
+def test_scopes_are_refused_where_attention_takes_no_mask() -> None:
+    model = _scoped()
+    model.config._attn_implementation = "flash_attention_2"
+    with raises_one_line("cls_scopes", "flash_attention_2", "sdpa"):
+        model(images())
+
+
+# Attention masks of the caller
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_a_masked_patch_reaches_no_other_token(attention: str) -> None:
+    model = filled(ViTCLSModel(tiny_config(num_hidden_layers=1)))
+    model.set_attn_implementation(attention)
+    mask = torch.ones(1, 17, dtype=torch.long)
+    mask[0, 1 + 5] = 0  # row 1, column 1
+    seen = torch.ones(32, 32, dtype=torch.bool)
+    seen[8:16, 8:16] = False
+    for index in (0, 1, 16):
+        assert torch.equal(_pixels_that_reach(model, index, attention_mask=mask), seen)
+
+
+@pytest.mark.parametrize("scopes", [None, ["image"], [[2, 2, 0, 0]]], ids=str)
+@pytest.mark.parametrize("shape", [(2, 16), (2, 18), (3, 17), (17,), (2, 1, 17)], ids=str)
+def test_a_mask_that_does_not_fit_is_an_error(scopes: list | None, shape: tuple[int, ...]) -> None:
+    model = filled(ViTCLSModel(tiny_config(cls_scopes=scopes)))
+    mask = torch.ones(shape, dtype=torch.long)
+    mask[..., -1] = 0
+    with raises_one_line("attention_mask", "17"):
+        model(images(), attention_mask=mask)

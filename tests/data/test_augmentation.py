@@ -1,0 +1,178 @@
+"""Random changes of training pictures: what they do, and what decides about them."""
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torchvision.transforms import InterpolationMode, v2
+
+from modeling_vitcls.data.augmentation import Augmentation, BatchMixer, Erasing, Placement, build_augmentation
+from modeling_vitcls.data.random_bits import fractions, random_bits, seed_for
+from modeling_vitcls.options import AugmentationOptions
+
+
+ALL = {
+    "crop_scale": 0.5,
+    "flip": True,
+    "rotation": 20.0,
+    "shift": 0.1,
+    "zoom": 0.2,
+    "auto_augment": "rand",
+    "random_erasing": 0.5,
+}
+STILL = {"crop_scale": 1.0, "flip": False}
+
+
+def build(**options: Any) -> Augmentation:
+    return build_augmentation(AugmentationOptions(**options), (24, 32), InterpolationMode.BICUBIC)
+
+
+def pictures(count: int, size: tuple[int, int] = (40, 36)) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randint(256, (3, *size), generator=generator, dtype=torch.uint8) for _ in range(count)]
+
+
+def augmented(augmentation: Augmentation, sources: list[torch.Tensor], seed: int, indices: list[int]) -> torch.Tensor:
+    fixed = [augmentation.fixed(source) for source in sources]
+    seeds = np.full(len(sources), seed, dtype=np.uint64)
+    return augmentation(fixed, seeds, np.array(indices, dtype=np.uint64))
+
+
+@pytest.mark.parametrize("name", [*ALL, "everything"])
+def test_each_change_depends_on_its_own_seed_and_index_alone(name: str) -> None:
+    augmentation = build(**(ALL if name == "everything" else STILL | {name: ALL[name]}))
+    sources = pictures(6)
+    indices = [5, 0, 7, 1, 2, 9]
+    first = augmented(augmentation, sources, 3, indices)
+    assert first.shape == (6, 3, 24, 32) and first.dtype == torch.uint8
+    torch.rand(1)  # the state of the global generator must not matter, nor the company in the batch
+    assert torch.equal(augmented(augmentation, sources[2:4], 3, indices[2:4]), first[2:4])
+    assert not torch.equal(augmented(augmentation, sources, 4, indices), first)
+    assert not torch.equal(augmented(augmentation, sources, 3, indices[::-1]), first)
+
+
+def test_the_global_generator_is_left_alone() -> None:
+    torch.manual_seed(0)
+    expected = torch.rand(3)
+    torch.manual_seed(0)
+    augmented(build(**ALL), pictures(2), 0, [0, 1])
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_pictures_of_different_sizes_become_one_batch() -> None:
+    sources = [*pictures(1, (40, 36)), *pictures(1, (17, 90))]
+    for options in (ALL, STILL):
+        assert augmented(build(**options), sources, 0, [0, 1]).shape == (2, 3, 24, 32)
+
+
+def test_without_changes_pictures_are_resized() -> None:
+    (source,) = pictures(1)
+    resize = v2.Resize((24, 32), interpolation=InterpolationMode.BICUBIC)
+    assert torch.equal(augmented(build(**STILL), [source], 0, [0])[0], resize(source))
+
+
+def test_half_of_the_pictures_are_mirrored() -> None:
+    (source,) = pictures(1, (24, 32))
+    results = augmented(build(crop_scale=1.0, flip=True), [source] * 400, 0, list(range(400)))
+    mirrored = [torch.equal(result, source.flip(-1)) for result in results]
+    assert all(found or torch.equal(result, source) for found, result in zip(mirrored, results, strict=True))
+    assert 160 < sum(mirrored) < 240
+
+
+@pytest.mark.parametrize(
+    ("change", "numbers", "affine"),
+    [
+        ({"rotation": 90.0}, [1, 1, 0, 0, 0], {"angle": 90}),
+        ({"rotation": 30.0}, [1, 0, 0, 0, 0], {"angle": -30}),
+        ({"shift": 0.25}, [1, 0, 1, 0, 0], {"translate": [8, -6]}),
+        ({"zoom": 0.5}, [1, 0, 0, 0, 1], {"scale": 1.5}),
+        ({"rotation": 20.0, "shift": 0.25, "zoom": 0.5}, [1, 1, 0, 1, 0], {}),
+    ],
+)
+def test_placement_is_torchvisions_affine(
+    change: dict[str, float], numbers: list[float], affine: dict[str, Any]
+) -> None:
+    """Numbers 0 and 1 are the ends of each range; unused ones are anything."""
+    affine = affine or {"angle": 20, "translate": [-8, 6], "scale": 0.5}
+    smooth = v2.functional.gaussian_blur(torch.stack(pictures(2, (24, 32))), [7, 7], [3.0, 3.0])
+    placed = Placement(AugmentationOptions(crop_scale=1.0, flip=False, **change))(smooth, np.array([numbers] * 2))
+    full = {"angle": 0, "translate": [0, 0], "scale": 1.0, "shear": [0.0, 0.0]} | affine
+    expected = v2.functional.affine(smooth.float(), interpolation=InterpolationMode.BILINEAR, **full)
+    inside = (slice(None), slice(None), slice(2, -2), slice(2, -2))
+    torch.testing.assert_close(placed.float()[inside], expected[inside], atol=1.0, rtol=0)
+
+
+def test_a_mirrored_picture_is_placed_like_any_other() -> None:
+    source = torch.stack(pictures(1, (24, 32)))
+    options = AugmentationOptions(crop_scale=1.0, flip=True, rotation=25, shift=0.2, zoom=0.1)
+    numbers = np.array([[0.9, 0.8, 0.1, 0.7, 0.3]])
+    of_mirrored = Placement(options)(source.flip(-1), numbers)
+    mirrored = Placement(options)(source, numbers * [0, 1, 1, 1, 1])
+    torch.testing.assert_close(mirrored.float(), of_mirrored.float(), atol=1.0, rtol=0)
+
+
+def test_erasing_changes_a_rectangle_and_nothing_else() -> None:
+    (source,) = pictures(1)
+    torch.manual_seed(0)
+    erased = Erasing(1.0)(source)
+    changed = (erased != source).any(dim=0).nonzero()
+    top, left = changed.min(dim=0).values.tolist()
+    bottom, right = changed.max(dim=0).values.tolist()
+    part = erased[:, top : bottom + 1, left : right + 1].float()
+    assert 0.01 * 40 * 36 < part[0].numel() < 0.4 * 40 * 36
+    assert len(changed) > 0.9 * part[0].numel()
+    assert 100 < part.mean() < 156 and 40 < part.std() < 80
+    assert torch.equal(Erasing(0.0)(source), source)
+
+
+@pytest.mark.parametrize("kind", ["rand", "trivial"])
+def test_automatic_augmentation_changes_pictures(kind: str) -> None:
+    source = v2.functional.gaussian_blur(pictures(1, (24, 32))[0], [7, 7], [3.0, 3.0])
+    results = augmented(build(**STILL, auto_augment=kind), [source] * 12, 0, list(range(12)))
+    assert len({result.numpy().tobytes() for result in results}) > 6
+
+
+# Mixing --------------------------------------------------------------------------------------------------------------
+
+
+def mixed(**options: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Four pictures of one value each, of four classes."""
+    pixels = torch.tensor([0, 80, 160, 240], dtype=torch.uint8)[:, None, None, None].expand(4, 3, 16, 16)
+    return BatchMixer(AugmentationOptions(**options), num_classes=5)(pixels, torch.arange(4))
+
+
+@pytest.mark.parametrize("options", [{"mixup": 0.8}, {"cutmix": 1.0}, {"mixup": 0.8, "cutmix": 1.0}])
+def test_mixed_labels_say_how_much_of_each_picture_is_there(options: dict[str, float]) -> None:
+    for seed in range(5):
+        torch.manual_seed(seed)
+        pixels, labels = mixed(**options)
+        assert pixels.dtype == torch.float32 and labels.shape == (4, 5)
+        expected = labels @ torch.tensor([0.0, 80.0, 160.0, 240.0, 0.0])
+        torch.testing.assert_close(pixels.mean(dim=(1, 2, 3)), expected, atol=0.01, rtol=0)
+        torch.testing.assert_close(labels.sum(dim=1), torch.ones(4))
+        torch.manual_seed(seed)
+        again, _ = mixed(**options)
+        assert torch.equal(again, pixels)
+
+
+def test_with_both_each_batch_gets_one_of_the_two() -> None:
+    torch.manual_seed(0)
+    is_mixup = [len(mixed(mixup=1.0, cutmix=1.0)[0][0].unique()) == 1 for _ in range(40)]
+    assert 8 < sum(is_mixup) < 32
+
+
+# Random numbers ------------------------------------------------------------------------------------------------------
+
+
+def test_random_numbers_are_uniform_and_unrelated() -> None:
+    seeds = np.repeat(np.array([seed_for(0), seed_for(1)], dtype=np.uint64), 20_000)
+    indices = np.tile(np.arange(20_000, dtype=np.uint64), 2)
+    numbers = fractions(random_bits(seeds, indices, 3))  # [40000, 3]
+    assert numbers.min() >= 0 and numbers.max() < 1
+    assert np.allclose(numbers.mean(axis=0), 0.5, atol=0.01)
+    assert np.allclose(numbers.std(axis=0), math.sqrt(1 / 12), atol=0.01)
+    related = np.corrcoef(np.stack([*numbers[:20_000].T, *numbers[20_000:].T, *numbers[1:20_001].T]))
+    assert np.abs(related - np.eye(9)).max() < 0.03
+    assert np.array_equal(fractions(random_bits(seeds[5:6], indices[5:6], 3)), numbers[5:6])

@@ -1,0 +1,154 @@
+"""`--resume` on other data than the run was started with: refused, with the true reason."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from accelerate_state import reset_accelerate
+from PIL import Image
+from tiny_models import raises_one_line
+
+from modeling_vitcls.data.fingerprint import compute_fingerprint, describe_change
+from modeling_vitcls.options import (
+    DataOptions,
+    FinetuneOptions,
+    MaskingOptions,
+    ModelOptions,
+    PretrainOptions,
+    RunOptions,
+    TrainingOptions,
+)
+from modeling_vitcls.training import pretrain
+from modeling_vitcls.training.finetune import finetune
+from modeling_vitcls.training.setup import prepare
+
+
+MODEL = ModelOptions(
+    "vitcls-tiny",
+    image_size=8,
+    patch_size=4,
+    hidden_size=16,
+    num_hidden_layers=1,
+    num_attention_heads=2,
+    intermediate_size=16,
+)
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerate() -> Iterator[None]:
+    """Accelerate keeps its settings in singletons: each test starts without."""
+    reset_accelerate()
+    yield
+    reset_accelerate()
+
+
+def write_photos(root: Path, numbers: range, *names: str) -> Path:
+    """Write one image of noise per class and number; images of the same number differ between classes."""
+    for index, name in enumerate(names):
+        for number in numbers:
+            (root / name).mkdir(parents=True, exist_ok=True)
+            noise = np.random.default_rng([index, number]).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+            Image.fromarray(noise).save(root / name / f"{number}.png")
+    return root
+
+
+def get_options(dataset: Path, streaming: bool = False) -> FinetuneOptions:
+    """A run of two steps, whatever the number of images is."""
+    names = ("cat", "dog") if dataset.suffix else None
+    return FinetuneOptions(
+        dataset.parent / "run",
+        data=DataOptions(str(dataset), num_workers=0, streaming=streaming, label_names=names),
+        model=MODEL,
+        training=TrainingOptions(max_steps=2, batch_size=8),
+        run=RunOptions(report=False),
+    )
+
+
+def start(options: FinetuneOptions) -> FinetuneOptions:
+    """Leave an unfinished run behind; returns the options to resume it with."""
+    finetune(prepare(options))
+    (options.output_dir / "results.json").unlink()
+    reset_accelerate()
+    return replace(options, run=replace(options.run, resume=True))
+
+
+def swap_classes(photos: Path) -> None:
+    (photos / "cat").rename(photos / "other")
+    (photos / "dog").rename(photos / "cat")
+    (photos / "other").rename(photos / "dog")
+
+
+CHANGES: dict[str, tuple[Callable[[Path], object], str]] = {
+    "grown": (lambda photos: write_photos(photos, range(20, 60), "cat"), "training images, and now there are"),
+    "shrunk": (lambda photos: [path.unlink() for path in photos.glob("*/1*.png")], "training images, and now there"),
+    "class added": (
+        lambda photos: write_photos(photos, range(20), "ant"),
+        "the classes of 'label' were 2 (cat, dog) and are 3 (ant, cat, dog)",
+    ),
+    "classes swapped": (swap_classes, "the names of the images are the same, but their contents are not"),
+}
+
+
+@pytest.mark.parametrize(("change", "reason"), CHANGES.values(), ids=CHANGES)
+def test_a_changed_folder_is_refused(tmp_path: Path, change: Callable[[Path], object], reason: str) -> None:
+    photos = write_photos(tmp_path / "photos", range(20), "cat", "dog")
+    options = start(get_options(photos))
+    prepare(options)  # with the same data
+    reset_accelerate()
+    change(photos)
+    with raises_one_line("--resume: the data set has changed since the run in", reason, "Restore the data set"):
+        prepare(options)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_changed_table_is_refused(tmp_path: Path, streaming: bool) -> None:
+    """Names, order and labels, stored and streamed."""
+    photos = write_photos(tmp_path / "photos", range(60), "cat", "dog")
+    rows = [f"photos/{path.parent.name}/{path.name},{path.parent.name}" for path in sorted(photos.glob("*/*.png"))]
+    table = tmp_path / "list.csv"
+
+    def write(lines: list[str]) -> None:
+        table.write_text("\n".join(["image,label", *lines]), encoding="utf-8")
+
+    write(rows)
+    options = start(get_options(table, streaming))
+    for lines, reason in (
+        (rows[::-1], "the images are the same, but in another order"),
+        ([row.replace(",cat", ",dog") for row in rows], "the images are the same, but some have other labels"),
+    ):
+        write(lines)
+        with raises_one_line("--resume: the data set has changed", reason):
+            prepare(options)
+        reset_accelerate()
+    write(rows)
+    assert prepare(options).session.facts is not None
+
+
+def test_other_names_and_other_held_out_images_are_told_apart() -> None:
+    names, labels = [f"{number}.png" for number in range(100)], [number % 2 for number in range(100)]
+    counts = {"classes": {"label": ["a", "b"]}, "num_training_images": 100, "num_held_out_images": 9, "held_out": 1}
+    before = counts | compute_fingerprint(names, labels, lambda index: b"")
+    renamed = counts | compute_fingerprint([*names[:-1], "new.png"], labels, lambda index: b"")
+    assert describe_change(before, before) is None
+    assert describe_change(before, renamed) == "there are as many images as before, but with other names"
+    assert describe_change(before, before | {"held_out": 2}) == "other images are held out"
+
+
+def test_pre_training_is_checked_too(tmp_path: Path) -> None:
+    photos = write_photos(tmp_path / "photos", range(20), "cat", "dog")
+    options = PretrainOptions(
+        tmp_path / "run",
+        data=DataOptions(str(photos), num_workers=0),
+        model=MODEL,
+        masking=MaskingOptions(),
+        training=TrainingOptions(max_steps=2, batch_size=8),
+        run=RunOptions(report=False),
+    )
+    pretrain.pretrain(pretrain.prepare(options))
+    (tmp_path / "run" / "results.json").unlink()
+    reset_accelerate()
+    write_photos(photos, range(20, 60), "cat")
+    with raises_one_line("--resume: the data set has changed", "training images, and now there are"):
+        pretrain.prepare(replace(options, run=replace(options.run, resume=True)))

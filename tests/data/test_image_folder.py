@@ -1,0 +1,268 @@
+"""Image folders: which folders are splits and which are classes, and that every file is used or named."""
+
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+from PIL import Image
+from tiny_models import raises_one_line
+
+from modeling_vitcls.data.image_folder import read_image_folder, scan_folder
+from modeling_vitcls.data.splits import load_evaluation_data, load_training_data
+from modeling_vitcls.data.streaming import StreamedPictures
+from modeling_vitcls.inference.inputs import open_source
+from modeling_vitcls.options import DataOptions, PredictOptions
+
+
+def write_images(root: Path, *names: str) -> Path:
+    """Write small images of different colors."""
+    for number, name in enumerate(names):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8), (number % 256, number // 256, 99)).save(root / name)
+    return root
+
+
+def write_class(root: Path, folder: str, count: int, prefix: str = "") -> Path:
+    """Write `count` numbered images into a folder."""
+    return write_images(root, *(f"{folder}/{prefix}{number}.png" for number in range(count)))
+
+
+def read(root: Path, labelled: bool = True) -> dict[str, dict[str, list[str]]]:
+    """Return the image names of each class of each split; without labels, of the class ""."""
+    opened = read_image_folder(scan_folder(root), labelled)
+    result: dict[str, dict[str, list[str]]] = {}
+    for split, part in opened.items():
+        part = part.cast_column("image", datasets.Image(decode=False))
+        result[split] = {name: [] for name in (part.features["label"].names if labelled else [""])}
+        for row in part:
+            label = part.features["label"].int2str(row["label"]) if labelled else ""
+            result[split][label].append(Path(row["image"]["path"]).relative_to(root).as_posix())
+    return result
+
+
+def get_notes(root: Path, labelled: bool = True) -> str:
+    """Return what is said about files that are left out."""
+    folder = scan_folder(root)
+    read_image_folder(folder, labelled)
+    return "\n".join(folder.notes)
+
+
+def load(root: Path, **options: Any) -> Any:
+    return load_training_data(DataOptions(str(root), **options))
+
+
+# Splits --------------------------------------------------------------------------------------------------------------
+
+
+def test_a_class_called_train_is_not_a_split(tmp_path: Path) -> None:
+    """The files of the test split must not be trained on: `datasets` puts 6 of them into both splits."""
+    for split in ("train", "test"):
+        for name in ("bus", "train"):
+            write_class(tmp_path, f"{split}/{name}", 6)
+    data = load(tmp_path)
+    assert (len(data.train), len(data.held_out), data.held_out_name) == (12, 12, "split 'test'")
+    assert data.label_space.names == ["bus", "train"]
+    trained = {picture.filename for picture in data.train.pictures}
+    held_out = {picture.filename for picture in data.held_out.pictures}
+    assert len(trained) == len(held_out) == 12 and not trained & held_out
+
+
+def test_names_of_files_are_not_splits(tmp_path: Path) -> None:
+    """`datasets` reads only the files called test, and loses the others."""
+    for name in ("cat", "dog"):
+        write_class(tmp_path, name, 32, "img_")
+        write_class(tmp_path, name, 8, "test_")
+    write_images(tmp_path, "dog/eye-test-1.png", "cat/train/steam.png")
+    data = load(tmp_path)
+    assert len(data.train) + len(data.held_out) == 82
+    assert {split: {name: len(files) for name, files in found.items()} for split, found in read(tmp_path).items()} == {
+        "train": {"cat": 41, "dog": 41}
+    }
+
+
+@pytest.mark.parametrize(
+    ("train", "other", "split"),
+    [
+        ("train", "test", "test"),
+        ("Training", "Testing", "test"),
+        ("TRAIN", "Val", "validation"),
+        ("train", "valid", "validation"),
+        ("train", "validation", "validation"),
+        ("train", "dev", "validation"),
+    ],
+)
+def test_split_folders_are_recognized_in_any_case(tmp_path: Path, train: str, other: str, split: str) -> None:
+    write_class(tmp_path, f"{train}/cat", 3)
+    write_class(tmp_path, f"{train}/dog", 4)
+    write_class(tmp_path, f"{other}/cat", 2)
+    write_class(tmp_path, f"{other}/cow", 1)
+    found = read(tmp_path)
+    assert {name: {label: len(files) for label, files in part.items()} for name, part in found.items()} == {
+        "train": {"cat": 3, "cow": 0, "dog": 4},
+        split: {"cat": 2, "cow": 1, "dog": 0},
+    }
+    assert load(tmp_path).held_out_name == f"split {split!r}"
+
+
+def test_a_folder_called_train_among_classes_is_a_class(tmp_path: Path) -> None:
+    write_class(tmp_path, "bus", 3)
+    write_class(tmp_path, "train", 2)
+    assert read(tmp_path) == {
+        "train": {"bus": ["bus/0.png", "bus/1.png", "bus/2.png"], "train": ["train/0.png", "train/1.png"]}
+    }
+
+
+def test_folders_that_may_be_splits_or_classes_are_refused(tmp_path: Path) -> None:
+    write_class(tmp_path / "a", "train/cat", 2)
+    write_class(tmp_path / "a", "test/cat", 2)
+    write_class(tmp_path / "a", "extra/cat", 2)
+    with raises_one_line("'test' contains folders of images (cat)", "'extra' next to it", "rename 'test'"):
+        read(tmp_path / "a")
+    write_class(tmp_path / "b", "val/cat", 2)
+    write_class(tmp_path / "b", "dev/cat", 2)
+    with raises_one_line("'dev' and 'val' are both the split 'validation'"):
+        read(tmp_path / "b")
+
+
+def test_a_split_without_class_folders_is_left_out_and_named(tmp_path: Path) -> None:
+    write_class(tmp_path, "train/cat", 2)
+    write_class(tmp_path, "train/dog", 2)
+    write_class(tmp_path, "test", 5)
+    assert list(read(tmp_path)) == ["train"]
+    assert "left out 5 files outside of class folders: test/0.png, test/1.png" in get_notes(tmp_path)
+    assert {split: len(found[""]) for split, found in read(tmp_path, labelled=False).items()} == {
+        "train": 4,
+        "test": 5,
+    }
+
+
+# Classes -------------------------------------------------------------------------------------------------------------
+
+
+def test_deeper_folders_belong_to_the_class_of_the_first(tmp_path: Path) -> None:
+    write_images(tmp_path, "cat/1.png", "cat/2024/may/2.png", "dog/test/3.JPG", "dog/val/4.webp")
+    assert read(tmp_path) == {
+        "train": {"cat": ["cat/1.png", "cat/2024/may/2.png"], "dog": ["dog/test/3.JPG", "dog/val/4.webp"]}
+    }
+    assert "images in deeper folders (cat/2024/may, dog/test, dog/val) belong to the class" in get_notes(tmp_path)
+
+
+def test_every_file_that_is_left_out_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write_class(tmp_path, "cat", 9)
+    write_class(tmp_path, "dog", 9)
+    write_images(tmp_path, "stray.png", ".thumbnails/1.png")
+    (tmp_path / "cow").mkdir()
+    (tmp_path / "cat" / "notes.txt").write_text("?", encoding="utf-8")
+    (tmp_path / "labels.csv").write_text("a,b\n", encoding="utf-8")
+    data = load(tmp_path)
+    assert len(data.train) + len(data.held_out) == 18
+    lines = [record.getMessage() for record in caplog.records]
+    assert lines == [
+        f"{tmp_path}: left out 1 file outside of class folders: stray.png",
+        f"{tmp_path}: left out 3 files of other types: .thumbnails/1.png, cat/notes.txt, labels.csv",
+        f"{tmp_path}: folders without images: cow",
+    ]
+
+
+def test_a_clean_folder_has_no_notes(tmp_path: Path) -> None:
+    write_class(tmp_path, "cat", 2)
+    write_class(tmp_path, "dog", 2)
+    assert get_notes(tmp_path) == ""
+
+
+def test_errors_are_about_folders(tmp_path: Path) -> None:
+    with raises_one_line("holds images but no class folders", "put the images of each class into a folder"):
+        load(write_class(tmp_path, "flat", 12) / "flat")
+    with raises_one_line("flat/train holds images but no class folders"):
+        load(write_class(tmp_path, "flat/train", 3) / "flat")
+    with raises_one_line("has a single class folder, 'cat', and a classifier needs two or more"):
+        load(write_class(tmp_path, "one/cat", 1) / "one")
+    write_class(tmp_path, "packed/photos/cat", 9)
+    write_class(tmp_path, "packed/photos/dog", 9)
+    with raises_one_line("if its folders (cat, dog) are the classes or splits, set --dataset", "packed/photos"):
+        load(tmp_path / "packed")
+
+
+def test_one_class_can_be_evaluated(tmp_path: Path) -> None:
+    found = load_evaluation_data(DataOptions(str(write_class(tmp_path, "test/cat", 4))), "test")
+    assert found[0].names == ["cat"] and len(found[1]) == 4
+
+
+def test_links_are_followed_but_not_in_circles(tmp_path: Path) -> None:
+    write_class(tmp_path, "elsewhere/felis", 2)
+    write_class(tmp_path, "photos/dog", 2)
+    (tmp_path / "photos" / "cat").symlink_to(tmp_path / "elsewhere" / "felis")
+    (tmp_path / "photos" / "dog" / "all").symlink_to(tmp_path / "photos")
+    assert read(tmp_path / "photos") == {
+        "train": {"cat": ["cat/0.png", "cat/1.png"], "dog": ["dog/0.png", "dog/1.png"]}
+    }
+
+
+# Other readers of folders --------------------------------------------------------------------------------------------
+
+
+def test_metadata_files_name_the_labels(tmp_path: Path) -> None:
+    write_class(tmp_path, "train", 10)
+    write_class(tmp_path, "test", 5)
+    for split, count in (("train", 9), ("test", 5)):
+        rows = [f'{{"file_name": "{number}.png", "shade": "{"ab"[number % 2]}"}}' for number in range(count)]
+        (tmp_path / split / "metadata.jsonl").write_text("\n".join(rows) + "\n", encoding="utf-8")
+    data = load(tmp_path, label_column=("shade",))
+    assert (len(data.train), len(data.held_out), data.held_out_name) == (9, 5, "split 'test'")
+    assert list(data.held_out.labels) == [0, 1, 0, 1, 0]
+    assert "left out 1 file not listed in a metadata file: train/9.png" in get_notes(tmp_path)
+
+
+def test_faulty_metadata_is_named(tmp_path: Path) -> None:
+    write_class(tmp_path, "images", 2)
+    for text, words in (
+        ("path,label\nimages/0.png,a\n", "it needs a column `file_name`"),
+        ("file_name,label\n../secret.png,a\n", "'../secret.png' is outside of the folder"),
+        ("file_name,label\n/etc/secret.png,a\n", "'/etc/secret.png' is outside of the folder"),
+    ):
+        (tmp_path / "metadata.csv").write_text(text, encoding="utf-8")
+        with raises_one_line("metadata.csv", words):
+            load(tmp_path)
+
+
+def test_a_folder_of_tables_is_read_by_datasets(tmp_path: Path) -> None:
+    write_class(tmp_path, "images", 8)
+    (tmp_path / "tables").mkdir()
+    for split, count in (("train", 8), ("test", 4)):
+        rows = {
+            "image": [str(tmp_path / "images" / f"{number}.png") for number in range(count)],
+            "label": ["a", "b"] * (count // 2),
+        }
+        datasets.Dataset.from_dict(rows).to_parquet(tmp_path / "tables" / f"{split}.parquet")
+    data = load(tmp_path / "tables")
+    assert (len(data.train), len(data.held_out), data.held_out_name) == (8, 4, "split 'test'")
+
+
+def test_local_data_sets_show_no_progress(tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
+    write_class(tmp_path, "photos/cat", 9)
+    write_class(tmp_path, "photos/dog", 9)
+    rows = [f"photos/{name}/{number}.png,{name}" for name in ("cat", "dog") for number in range(9)]
+    (tmp_path / "list.csv").write_text("\n".join(["image,label", *rows]), encoding="utf-8")
+    for dataset in (tmp_path / "photos", tmp_path / "list.csv"):
+        load(dataset)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_streams(tmp_path: Path) -> None:
+    write_class(tmp_path, "cat", 20)
+    write_class(tmp_path, "dog", 20)
+    write_images(tmp_path, "stray.png")
+    streamed = load(tmp_path, streaming=True)
+    assert isinstance(streamed.train, StreamedPictures) and streamed.label_space.names == ["cat", "dog"]
+
+
+def test_predictions_are_for_every_image(tmp_path: Path) -> None:
+    write_images(tmp_path, "1.png", "test_2.png", "deep/3.png")
+    source = open_source(PredictOptions("model", dataset=str(tmp_path)))
+    names = [record.name for record in source.read([range(3)])]
+    assert names == [str(tmp_path / name) for name in ("1.png", "deep/3.png", "test_2.png")]
+    before = source.identity()
+    assert open_source(PredictOptions("model", dataset=str(tmp_path))).identity() == before
+    Image.new("RGB", (9, 9)).save(tmp_path / "1.png")
+    assert open_source(PredictOptions("model", dataset=str(tmp_path))).identity() != before

@@ -1,0 +1,478 @@
+"""Data sets: where they come from, which columns count, what labels become, what is held out, broken pictures."""
+
+import gzip
+import io
+import struct
+import zlib
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pytest
+from PIL import Image
+
+from modeling_vitcls.data.images import BrokenPicture, BrokenPictures, LabelledPictures
+from modeling_vitcls.data.sources import load_splits
+from modeling_vitcls.data.splits import load_evaluation_data, load_training_data, load_unlabelled_data
+from modeling_vitcls.image_processing_vitcls import pil_to_tensor
+from modeling_vitcls.options import DataOptions
+
+
+FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
+
+
+@pytest.fixture(scope="module")
+def colours(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of images in two classes, of odd sizes and modes."""
+    folder = tmp_path_factory.mktemp("colours")
+    for index in range(10):
+        for name, colour in (("dusk", (20, 20, 90 + 5 * index)), ("noon", (250, 240, 120 + 5 * index))):
+            (folder / name).mkdir(exist_ok=True)
+            picture = Image.new("RGB", (20 + index, 40 - index), colour)
+            picture.convert("RGBA" if index % 2 else "RGB").save(folder / name / f"{index}.png")
+    return folder
+
+
+def read(dataset: object, **options: Any) -> Any:
+    return load_training_data(DataOptions(dataset=str(dataset), **options))
+
+
+def read_whole(dataset: object) -> LabelledPictures:
+    """The only split, without a held-out part."""
+    (part,) = load_splits(DataOptions(dataset=str(dataset))).parts.values()
+    return part
+
+
+def everything(data: Any) -> list[tuple[Any, Any]]:
+    """All pictures of both parts with their labels."""
+    return [pair for part in (data.train, data.held_out) for pair in zip(part.pictures, part.labels, strict=True)]
+
+
+def is_noon(picture: Image.Image) -> bool:
+    return picture.convert("RGB").getpixel((0, 0))[0] > 128
+
+
+def paths_in(colours: Path) -> list[str]:
+    return sorted(map(str, colours.glob("*/*.png")))
+
+
+def write_table(file: Path, rows: dict[str, list[Any]], **features: Any) -> Path:
+    """A Parquet file; columns with a feature get that type."""
+    table = datasets.Dataset.from_dict(rows)
+    for column, feature in features.items():
+        table = table.cast_column(column, feature)
+    table.to_parquet(file)
+    return file
+
+
+# Sources -------------------------------------------------------------------------------------------------------------
+
+
+def test_folder_of_folders(colours: Path) -> None:
+    data = read(colours)
+    assert data.name == colours.name
+    assert data.label_space.kind == "single_label_classification"
+    assert data.label_space.names == ["dusk", "noon"]
+    assert len(data.train) + len(data.held_out) == 20 and data.num_training_images == len(data.train)
+    assert data.held_out_name == "about 20%, by checksum, split seed 0"
+    for picture, label in everything(data):
+        assert is_noon(picture) == (label == 1)
+
+
+def test_folder_with_metadata(colours: Path, tmp_path: Path) -> None:
+    lines = ["file_name,shade"]
+    for path in paths_in(colours):
+        name = f"{Path(path).parent.name}-{Path(path).name}"
+        (tmp_path / "images").mkdir(exist_ok=True)
+        (tmp_path / "images" / name).write_bytes(Path(path).read_bytes())
+        lines.append(f"images/{name},{'light' if 'noon' in path else 'dark'}")
+    (tmp_path / "metadata.csv").write_text("\n".join(lines), encoding="utf-8")
+    data = read(tmp_path, label_column=("shade",))
+    assert data.label_space.columns == {"shade": ["dark", "light"]}
+    for picture, label in everything(data):
+        assert is_noon(picture) == (label == 1)
+
+
+@pytest.mark.parametrize(("suffix", "separator"), [(".csv", ","), (".tsv", "\t")])
+def test_table_of_relative_paths_and_named_labels(colours: Path, tmp_path: Path, suffix: str, separator: str) -> None:
+    (tmp_path / "images").symlink_to(colours)
+    rows = [
+        separator.join([f"images/{Path(path).relative_to(colours)}", Path(path).parent.name])
+        for path in paths_in(colours)
+    ]
+    (tmp_path / f"list{suffix}").write_text("\n".join([f"path{separator}category", *rows]), encoding="utf-8")
+    data = read(tmp_path / f"list{suffix}")
+    assert data.name == f"list{suffix}"
+    assert data.label_space.columns == {"category": ["dusk", "noon"]}
+    for picture, label in everything(data):
+        assert is_noon(picture) == (label == 1)
+
+
+def test_parquet_with_embedded_images_and_numbered_labels(colours: Path, tmp_path: Path) -> None:
+    paths = paths_in(colours)
+    rows = {"photo": paths, "extra": [0] * 20, "target": [7 if "noon" in path else 3 for path in paths]}
+    file = write_table(tmp_path / "table.parquet", rows, photo=datasets.Image())
+    data = read(file)
+    assert data.label_space.columns == {"target": ["3", "7"]}
+    for picture, label in everything(data):
+        assert is_noon(picture) == (label == 1)
+
+
+def test_parquet_with_bytes(colours: Path, tmp_path: Path) -> None:
+    rows = {"image": [Path(path).read_bytes() for path in paths_in(colours)], "label": ["x", "y"] * 10}
+    assert len(everything(read(write_table(tmp_path / "table.parquet", rows)))) == 20
+
+
+def test_declared_labels_are_indices_whatever_their_names(colours: Path, tmp_path: Path) -> None:
+    paths = paths_in(colours)
+    rows = {"image": paths, "label": [int("noon" in path) for path in paths]}
+    labels = datasets.ClassLabel(names=["1", "0"])
+    file = write_table(tmp_path / "table.parquet", rows, image=datasets.Image(), label=labels)
+    space, held_out, *_ = load_evaluation_data(DataOptions(dataset=str(file)), "test")
+    assert space.names == ["1", "0"]
+    for picture, label in zip(held_out.pictures, held_out.labels, strict=True):
+        assert is_noon(picture) == (label == 1)
+
+
+def test_given_names_are_classes_by_name_or_by_place(colours: Path, tmp_path: Path) -> None:
+    paths = paths_in(colours)
+    numbers = write_table(tmp_path / "a.parquet", {"image": paths, "label": [int("noon" in path) for path in paths]})
+    words = write_table(tmp_path / "b.parquet", {"image": paths, "label": [Path(path).parent.name for path in paths]})
+    for file, names in ((numbers, ("dark", "light")), (words, ("dusk", "noon")), (words, ("noon", "dusk"))):
+        data = read(file, label_names=names)
+        assert data.label_space.names == list(names)
+        for picture, label in everything(data):
+            assert (names[label] in ("light", "noon")) == is_noon(picture)
+    with pytest.raises(ValueError, match="row 10 has the label 'noon', which is none of the 2 classes"):
+        read(words, label_names=("dusk", "dawn"))
+
+
+def test_digits() -> None:
+    data = read("digits")
+    assert data.label_space.names == [str(digit) for digit in range(10)]
+    assert len(set(data.train.pictures.indices) & set(data.held_out.pictures.indices)) == 0
+    assert len(data.train) + len(data.held_out) == 1797
+    assert len(data.held_out) == 372 and Counter(data.held_out.labels).keys() == set(range(10))
+    assert read("digits").held_out.pictures.indices == data.held_out.pictures.indices
+    assert read("digits", split_seed=1).held_out.pictures.indices != data.held_out.pictures.indices
+
+
+def write_idx(file: Path, values: np.ndarray) -> None:
+    content = bytes([0, 0, 8, values.ndim]) + struct.pack(f">{values.ndim}I", *values.shape) + values.tobytes()
+    file.write_bytes(gzip.compress(content) if file.suffix == ".gz" else content)
+
+
+def write_mnist(folder: Path, ending: str = "") -> np.ndarray:
+    """A folder in MNIST's format; returns the training images."""
+    folder.mkdir(exist_ok=True)
+    images = np.random.default_rng(0).integers(0, 256, (12, 5, 7), dtype=np.uint8)
+    for split, count in (("train", 12), ("t10k", 4)):
+        write_idx(folder / f"{split}-images-idx3-ubyte{ending}", images[:count])
+        write_idx(folder / f"{split}-labels-idx1-ubyte{ending}", np.arange(count, dtype=np.uint8) % 10)
+    return images
+
+
+@pytest.mark.parametrize("ending", ["", ".gz"])
+def test_folder_in_the_format_of_mnist(tmp_path: Path, ending: str) -> None:
+    images = write_mnist(tmp_path / "mine", ending)
+    data = read(tmp_path / "mine")
+    assert (data.name, data.held_out_name, len(data.train), len(data.held_out)) == ("mine", "split 'test'", 12, 4)
+    assert data.label_space.names == [str(digit) for digit in range(10)]
+    assert list(data.train.labels) == [*range(10), 0, 1]
+    assert np.array_equal(np.asarray(data.train.pictures[11]), images[11])
+    assert data.train.pictures[0].size == (7, 5)
+
+
+def test_damaged_folders_in_the_format_of_mnist_are_named(tmp_path: Path) -> None:
+    write_mnist(tmp_path, ".gz")
+    file = tmp_path / "train-images-idx3-ubyte.gz"
+    whole = file.read_bytes()
+    signed = gzip.compress(b"\0\0\x09\x03" + gzip.decompress(whole)[4:])
+    short = gzip.compress(gzip.decompress(whole)[:-1])
+    for content in (whole[:40], b"not compressed", gzip.compress(b""), signed, short):
+        file.write_bytes(content)
+        with pytest.raises(ValueError, match=r"cannot read .*train-images-idx3-ubyte\.gz as a file of MNIST"):
+            read(tmp_path)
+    file.write_bytes(whole)
+    (tmp_path / "train-labels-idx1-ubyte.gz").unlink()
+    with pytest.raises(ValueError, match="without train-labels-idx1-ubyte"):
+        read(tmp_path)
+
+
+@pytest.mark.skipif(not FASHION_MNIST.exists(), reason="Debian's dataset-fashion-mnist is not installed")
+def test_fashion_mnist() -> None:
+    data = read(FASHION_MNIST)
+    assert (data.name, len(data.train), len(data.held_out)) == ("fashion-mnist", 60_000, 10_000)
+    assert data.label_space.names[0] == "T-shirt/top" and data.label_space.names[9] == "Ankle boot"
+    assert data.train.pictures[0].size == (28, 28)
+
+
+# Labels --------------------------------------------------------------------------------------------------------------
+
+
+def test_lists_of_declared_labels_are_several_labels(colours: Path, tmp_path: Path) -> None:
+    paths = paths_in(colours)
+    rows = {"image": paths, "tags": [[0, 2] if "noon" in path else [] for path in paths]}
+    feature = datasets.List(datasets.ClassLabel(names=["sun", "moon", "sky"]))
+    data = read(write_table(tmp_path / "table.parquet", rows, image=datasets.Image(), tags=feature))
+    assert data.label_space.kind == "multi_label_classification"
+    assert data.label_space.names == ["sun", "moon", "sky"]
+    for picture, label in everything(data):
+        assert label == ([1.0, 0.0, 1.0] if is_noon(picture) else [0.0, 0.0, 0.0])
+
+
+@pytest.mark.parametrize("values", [["b", "a"], [30, 4]])
+def test_lists_of_words_or_numbers_are_several_labels(colours: Path, tmp_path: Path, values: list[Any]) -> None:
+    paths = paths_in(colours)
+    rows = {"image": paths, "label": [values if "noon" in path else values[:1] for path in paths]}
+    data = read(write_table(tmp_path / "table.parquet", rows))
+    assert data.label_space.names == [str(value) for value in sorted(values)]
+    for picture, label in everything(data):
+        assert label == ([1.0, 1.0] if is_noon(picture) else [0.0, 1.0])
+
+
+def test_text_with_separators_is_several_labels(colours: Path, tmp_path: Path) -> None:
+    rows = [f"{path},{'sun | sky' if 'noon' in path else ''}" for path in paths_in(colours)]
+    (tmp_path / "list.csv").write_text("\n".join(["image,label", *rows]), encoding="utf-8")
+    data = read(tmp_path / "list.csv", label_separator="|")
+    assert data.label_space.columns == {"label": ["sky", "sun"]}
+    for picture, label in everything(data):
+        assert label == ([1.0, 1.0] if is_noon(picture) else [0.0, 0.0])
+
+
+def test_several_columns_are_several_tasks(colours: Path, tmp_path: Path) -> None:
+    """Gaps make `datasets` read whole numbers as floats, and text as None."""
+    rows = [
+        f"{path},{Path(path).parent.name},{'' if index % 4 == 0 else index % 2 + 1}"
+        for index, path in enumerate(paths_in(colours))
+    ]
+    (tmp_path / "list.csv").write_text("\n".join(["image,shade,count", *rows]), encoding="utf-8")
+    data = read(tmp_path / "list.csv", label_column=("count", "shade"))
+    assert data.label_space.kind == "multi_task"
+    assert data.label_space.columns == {"count": ["1", "2"], "shade": ["dusk", "noon"]}
+    counts = Counter(label["count"] for _, label in everything(data))
+    assert counts == {-100: 5, 0: 5, 1: 10}
+    for picture, label in everything(data):
+        assert is_noon(picture) == (label["shade"] == 1)
+
+
+def test_missing_declared_labels_of_a_task_are_marked(colours: Path, tmp_path: Path) -> None:
+    paths = paths_in(colours)
+    rows = {"image": paths, "a": [-1, 0] * 10, "b": list(range(20))}
+    names = datasets.ClassLabel(names=["x", "y"])
+    data = read(write_table(tmp_path / "table.parquet", rows, a=names), label_column=("b", "a"))
+    assert Counter(label["a"] for _, label in everything(data)) == {-100: 10, 0: 10}
+
+
+def test_a_row_without_its_only_label_is_named(colours: Path, tmp_path: Path) -> None:
+    path = paths_in(colours)[0]
+    rows = {"image": [path] * 3, "label": [0, 1, -1]}
+    names = datasets.ClassLabel(names=["a", "b"])
+    with pytest.raises(ValueError, match="row 2 has the label -1, which is none of the 2 classes"):
+        read(write_table(tmp_path / "a.parquet", rows, label=names))
+    with pytest.raises(ValueError, match="row 1 has the label None, which is none of the 2 classes"):
+        read(write_table(tmp_path / "b.parquet", {"image": [path] * 3, "label": ["x", None, "y"]}))
+
+
+def test_labels_that_contradict_each_other_are_named(colours: Path, tmp_path: Path) -> None:
+    paths = paths_in(colours)
+    rows = {"image": paths, "tags": [["x"]] * 20, "size": [0.5] * 20, "shade": ["a"] * 20}
+    file = write_table(tmp_path / "table.parquet", rows)
+    for options, message in (
+        ({"label_column": ("tags", "shade")}, "'tags' holds several: give one --label-column"),
+        ({"label_column": ("shade", "size"), "label_separator": "|"}, "'shade' holds several"),
+        ({"label_column": ("size",)}, "'size' holds no class labels: name the right one with --label-column"),
+        ({"label_column": ("size",), "label_separator": "|"}, "has the label 0.5: --label-separator is for columns"),
+        ({"label_column": ("shade", "size"), "label_names": ("a",)}, "'shade' is one of several"),
+        ({"label_column": ("absent",)}, "has no column 'absent': choose one of image, tags, size, shade"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            read(file, **options)
+
+
+# Held-out parts ------------------------------------------------------------------------------------------------------
+
+
+def test_a_split_of_the_data_set_is_used_where_there_is_one(colours: Path, tmp_path: Path) -> None:
+    for split, names in (("train", range(7)), ("test", range(7, 10))):
+        for label in ("dusk", "noon"):
+            (tmp_path / split / label).mkdir(parents=True)
+            for name in names:
+                (tmp_path / split / label / f"{name}.png").symlink_to(colours / label / f"{name}.png")
+    data = read(tmp_path)
+    assert (len(data.train), len(data.held_out), data.held_out_name) == (14, 6, "split 'test'")
+    options = DataOptions(dataset=str(tmp_path))
+    assert len(load_evaluation_data(options, "test")[1]) == 6
+    with pytest.raises(ValueError, match="no split 'tset': choose one of train, test"):
+        load_evaluation_data(options, "tset")
+
+
+def write_splits(folder: Path, colours: Path, **labels: int | None) -> Path:
+    """A Parquet file per split; all of a split have the given label, or each its own."""
+    paths = paths_in(colours)
+    names = datasets.ClassLabel(names=["dusk", "noon"])
+    folder.mkdir(exist_ok=True)
+    for split, label in labels.items():
+        rows = {"image": paths, "label": [int("noon" in path) if label is None else label for path in paths]}
+        write_table(folder / f"{split}.parquet", rows, image=datasets.Image(), label=names)
+    return folder
+
+
+def test_hidden_labels_of_an_unused_split_do_no_harm(colours: Path, tmp_path: Path) -> None:
+    folder = write_splits(tmp_path / "a", colours, train=None, validation=None, test=-1)
+    data = read(folder)
+    assert (len(data.train), len(data.held_out), data.held_out_name) == (20, 20, "split 'validation'")
+    options = DataOptions(dataset=str(folder))
+    assert len(load_evaluation_data(options, "validation")[1]) == 20
+    with pytest.raises(ValueError, match="split 'test': row 0 has the label -1"):
+        load_evaluation_data(options, "test")
+    with pytest.raises(ValueError, match="split 'test': row 0 has the label -1"):
+        read(write_splits(tmp_path / "b", colours, train=None, test=-1))
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("only", ["validation", "test"])
+def test_a_split_that_is_asked_for_by_name_is_whole(colours: Path, tmp_path: Path, only: str, streaming: bool) -> None:
+    options = DataOptions(str(write_splits(tmp_path / "data", colours, **{only: None})), streaming=streaming)
+    assert len(load_evaluation_data(options, only)[1]) == 20
+
+
+def test_parts_of_the_only_split(colours: Path) -> None:
+    options = DataOptions(dataset=str(colours))
+    data = load_training_data(options)
+    for part, name in ((data.train, "train"), (data.held_out, "test")):
+        assert load_evaluation_data(options, name)[1].pictures.indices == part.pictures.indices
+    with pytest.raises(ValueError, match=r"single split, .* leave out --streaming, or choose `test`"):
+        load_evaluation_data(DataOptions(dataset=str(colours), streaming=True), "train")
+
+
+def test_images_too_few_to_be_divided_are_named(colours: Path, tmp_path: Path) -> None:
+    rows = {"image": paths_in(colours)[:4], "label": ["a", "b", "c", "d"]}
+    with pytest.raises(ValueError, match=r"of its 4 images would be held out by --held-out-fraction 1e-06 and"):
+        read(write_table(tmp_path / "table.parquet", rows), held_out_fraction=1e-6)
+
+
+def test_unlabelled_images(colours: Path, tmp_path: Path) -> None:
+    for path in paths_in(colours):
+        (tmp_path / f"{Path(path).parent.name}-{Path(path).name}").symlink_to(path)
+    for folder in (tmp_path, colours):  # without and with sub-folders
+        data = load_unlabelled_data(DataOptions(dataset=str(folder)))
+        assert len(data.train) + len(data.held_out) == 20
+        assert data.label_space.columns == {}
+        assert {label for _, label in everything(data)} == {-100}
+        assert len({np.asarray(picture.convert("RGB")).tobytes() for picture, _ in everything(data)}) == 20
+    digits = load_unlabelled_data(DataOptions(dataset="digits"))
+    assert set(digits.train.labels) == {-100} and len(digits.train) == 1425
+    labelled = load_training_data(DataOptions(dataset="digits"))  # fine-tuning must not have seen what it holds out
+    assert digits.held_out.pictures.indices == labelled.held_out.pictures.indices
+    with pytest.raises(ValueError, match="holds images but no class folders"):
+        read(tmp_path)
+
+
+def test_data_that_cannot_be_used_is_named(tmp_path: Path) -> None:
+    (tmp_path / "table.csv").write_text("a,b,c\n1,2,3\n", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"no column is clearly the image .*--image-column"):
+        read(tmp_path / "table.csv")
+    with pytest.raises(ValueError, match="has no column 'd': choose one of a, b, c"):
+        read(tmp_path / "table.csv", image_column="d")
+    with pytest.raises(ValueError, match="cannot read the data set") as caught:
+        read(tmp_path / "absent.csv")
+    assert "\n" not in str(caught.value)
+    with pytest.raises(ValueError, match="digits fits into memory: leave out --streaming"):
+        read("digits", streaming=True)
+
+
+# Odd and broken pictures ---------------------------------------------------------------------------------------------
+
+
+def write_odd_pictures(folder: Path) -> list[Path]:
+    """Pictures that are unusual, and whole."""
+    colour = Image.fromarray(np.random.default_rng(0).integers(0, 256, (9, 6, 3), dtype=np.uint8))
+    colour.convert("CMYK").save(folder / "cmyk.jpg")
+    colour.convert("P").save(folder / "palette.png")
+    colour.convert("1").save(folder / "bits.png")
+    colour.convert("LA").save(folder / "grey_alpha.png")
+    colour.convert("RGBA").save(folder / "alpha.webp")
+    Image.fromarray(np.arange(54, dtype=np.uint16).reshape(9, 6) * 1000).save(folder / "sixteen.png")
+    colour.save(folder / "moving.gif", save_all=True, append_images=[colour.rotate(180)])
+    exif = Image.Exif()
+    exif[0x0112] = 6  # lies on its side
+    colour.rotate(90, expand=True).save(folder / "turned.jpg", exif=exif)
+    return sorted(folder.iterdir())
+
+
+def write_broken_pictures(folder: Path) -> list[Path]:
+    """Files that are no whole picture."""
+    jpeg = io.BytesIO()
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8)).save(jpeg, "JPEG")
+    (folder / "truncated.jpg").write_bytes(jpeg.getvalue()[:-200])
+    (folder / "empty.png").write_bytes(b"")
+    (folder / "text.png").write_text("not an image", encoding="utf-8")
+    chunk = b"IHDR" + struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0)
+    bomb = struct.pack(">I", 13) + chunk + struct.pack(">I", zlib.crc32(chunk))
+    (folder / "bomb.png").write_bytes(b"\x89PNG\r\n\x1a\n" + bomb)
+    return sorted(folder.iterdir())
+
+
+def as_three_sources(paths: list[Path], folder: Path) -> list[LabelledPictures]:
+    """The same files by path, in a column of images, and as bytes, each in its order."""
+    folder.mkdir()
+    names = ["x", "y"] * (len(paths) // 2)
+    (folder / "list.csv").write_text(
+        "\n".join(["image,label", *(f"{path},{name}" for path, name in zip(paths, names, strict=True))]),
+        encoding="utf-8",
+    )
+    encoded = [path.read_bytes() for path in paths]
+    files = [
+        folder / "list.csv",
+        write_table(folder / "a.parquet", {"image": list(map(str, paths)), "label": names}, image=datasets.Image()),
+        write_table(folder / "b.parquet", {"image": encoded, "label": names}),
+    ]
+    return [read_whole(file) for file in files]
+
+
+def test_odd_pictures_are_read(tmp_path: Path) -> None:
+    (tmp_path / "images").mkdir()
+    paths = write_odd_pictures(tmp_path / "images")
+    for source in as_three_sources(paths, tmp_path / "tables"):
+        for path, picture in zip(paths, source.pictures, strict=True):
+            assert pil_to_tensor(picture, to_rgb=True).shape == (3, 9, 6), path
+
+
+def test_broken_pictures_are_named(tmp_path: Path) -> None:
+    (tmp_path / "images").mkdir()
+    paths = [*write_broken_pictures(tmp_path / "images")]
+    assert len(paths) == 4
+    by_path, in_column, as_bytes = as_three_sources(paths, tmp_path / "tables")
+    for index, path in enumerate(paths):
+        for source, name in ((by_path, path.name), (in_column, path.name), (as_bytes, f"row {index}")):
+            with pytest.raises(BrokenPicture, match=name) as caught:
+                source.pictures[index]
+            assert "\n" not in str(caught.value)
+
+
+def test_missing_pictures_are_broken(tmp_path: Path) -> None:
+    (tmp_path / "list.csv").write_text("image,label\nabsent.png,x\n,x\nabsent.png,x\n", encoding="utf-8")
+    pictures = read_whole(tmp_path / "list.csv").pictures
+    with pytest.raises(BrokenPicture, match=r"absent\.png"):
+        pictures[0]
+    with pytest.raises(BrokenPicture, match="row 1 has no image"):
+        pictures[1]
+    table = write_table(tmp_path / "table.parquet", {"image": [None, b"", None], "label": ["x"] * 3})
+    pictures = read_whole(table).pictures
+    for index in range(3):
+        with pytest.raises(BrokenPicture, match=f"row {index}"):
+            pictures[index]
+
+
+def test_the_tally_names_each_broken_picture_once_and_stops_beyond_the_limit() -> None:
+    lines: list[str] = []
+    tally = BrokenPictures(lambda index: f"file {index} is empty", lines.append, limit=2)
+    tally.note([-1, 7, -1, 7])
+    tally.note(iter([7, 3]))
+    assert lines == ["skipped an image: file 7 is empty", "skipped an image: file 3 is empty"]
+    assert tally.count == 2
+    with pytest.raises(ValueError, match=r"more than 2 images cannot be read, the last one: file 9 is empty .*raise"):
+        tally.note([3, 9])

@@ -1,0 +1,313 @@
+"""Streamed data sets: the same order from the same seed, every picture once per pass on any number of processes,
+restarts at any step, and a held-out part that is never trained on."""
+
+import io
+from collections import Counter
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from modeling_vitcls.data import splits as training_data
+from modeling_vitcls.data import streaming
+from modeling_vitcls.data.augmentation import build_augmentation
+from modeling_vitcls.data.batches import Batch, BatchPlan, training_batches
+from modeling_vitcls.data.held_out import HeldOutPart
+from modeling_vitcls.data.splits import TrainingData, load_evaluation_data, load_training_data, load_unlabelled_data
+from modeling_vitcls.data.streaming import StreamedPictures, TrainingStream, read_ahead, training_pictures
+from modeling_vitcls.options import AugmentationOptions, DataOptions, TrainingOptions
+
+
+NUM_PICTURES = 60
+
+
+def encoded(index: int) -> bytes:
+    """A small PNG whose values say which it is: its corner holds its number, and its label is the number modulo 3."""
+    values = np.full((8, 8, 3), index, dtype=np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(values).save(file, "PNG")
+    return file.getvalue()
+
+
+def write_shards(folder: Path, num_shards: int, labels: Any, broken: tuple[int, ...] = ()) -> Path:
+    """A folder of Parquet files of equal size."""
+    features = datasets.Features({"image": datasets.Image(), "label": labels})
+    names = labels.names if isinstance(labels, datasets.ClassLabel) else ["a", "b", "c"]
+    for shard in range(num_shards):
+        indices = range(shard, NUM_PICTURES, num_shards)
+        rows = {
+            "image": [
+                {"bytes": b"no picture" + bytes([index]) if index in broken else encoded(index), "path": None}
+                for index in indices
+            ],
+            "label": [names[index % 3] for index in indices],
+        }
+        folder.mkdir(exist_ok=True)
+        datasets.Dataset.from_dict(rows, features=features).to_parquet(folder / f"train-{shard}.parquet")
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def no_rest(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`datasets` rests for 5 seconds after each pass over Parquet files."""
+    monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0, raising=False)
+
+
+@pytest.fixture(scope="module", params=[1, 2, 4])
+def shards(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("shards") / "data"
+    return write_shards(folder, request.param, datasets.ClassLabel(names=["a", "b", "c"]))
+
+
+@pytest.fixture(scope="module")
+def two_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_shards(tmp_path_factory.mktemp("two") / "data", 2, datasets.ClassLabel(names=["a", "b", "c"]))
+
+
+def read(folder: Path, **options: Any) -> TrainingData:
+    return load_training_data(DataOptions(dataset=str(folder), streaming=True, shuffle_buffer=8, **options))
+
+
+def plan_for(num_processes: int = 1, copies: int = 1, **options: Any) -> BatchPlan:
+    return BatchPlan.from_options(None, TrainingOptions(**options), num_processes, copies=copies)
+
+
+def batches_of(
+    source: Any, plan: BatchPlan, process: int = 0, num_workers: int = 0, first_step: int = 0, views: int = 0
+) -> list[Batch]:
+    augmentation = build_augmentation(AugmentationOptions(crop_scale=0.5, rotation=10), (8, 8), 3)
+    pictures = training_pictures(source, augmentation, True, plan.seed, views)
+    return list(training_batches(pictures, plan, process, num_workers, first_step))
+
+
+def shown(examples: Any) -> list[int]:
+    """The numbers of the pictures."""
+    return [Image.open(io.BytesIO(example.encoded["bytes"])).getpixel((0, 0))[0] for example in examples]
+
+
+def held_out_of(data: TrainingData) -> list[int]:
+    return [picture.getpixel((0, 0))[0] for picture in data.held_out.pictures]
+
+
+def equal(first: Batch, second: Batch) -> bool:
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_every_pass_shows_each_picture_once_in_another_order(shards: Path) -> None:
+    data = read(shards)
+    assert isinstance(data.train, StreamedPictures) and data.num_training_images is None
+    assert data.label_space.columns == {"label": ["a", "b", "c"]}
+    held_out = held_out_of(data)
+    length = NUM_PICTURES - len(held_out)
+    examples = list(islice(data.train.examples(0, 0, 1), 3 * length))
+    passes = [shown(examples[start : start + length]) for start in (0, length, 2 * length)]
+    for number, order in enumerate(passes):
+        assert sorted([*order, *held_out]) == list(range(NUM_PICTURES))
+        assert {example.epoch for example in examples[number * length : (number + 1) * length]} == {number}
+    assert passes[0] != passes[1] != passes[2]
+    assert all(example.label == number % 3 for example, number in zip(examples, shown(examples), strict=True))
+    assert shown(islice(data.train.examples(1, 0, 1), length)) != passes[0]
+
+
+@pytest.mark.parametrize("num_processes", [2, 3, 4])
+def test_processes_share_each_pass(shards: Path, num_processes: int) -> None:
+    data = read(shards)
+    trained: list[int] = []
+    for process in range(num_processes):
+        trained += shown(
+            example
+            for example in islice(data.train.examples(0, process, num_processes), NUM_PICTURES)
+            if example.epoch == 0
+        )
+    assert sorted([*trained, *held_out_of(data)]) == list(range(NUM_PICTURES))
+
+
+def test_two_processes_see_in_a_step_what_one_sees(tmp_path: Path) -> None:
+    """Where the shards do not divide among the processes."""
+    source = read(write_shards(tmp_path / "data", 1, datasets.ClassLabel(names=["a", "b", "c"]))).train
+    whole = batches_of(source, plan_for(max_steps=9, batch_size=8))
+    shared = plan_for(num_processes=2, max_steps=9, batch_size=2, gradient_accumulation_steps=2)
+    parts = [batches_of(source, shared, process) for process in (0, 1)]
+    for step, batch in enumerate(whole[:5]):  # within the first pass
+        pieces = torch.cat([piece["index"] for part in parts for piece in part[2 * step : 2 * step + 2]])
+        assert sorted(pieces.tolist()) == sorted(batch["index"].tolist())
+
+
+def test_batches_are_like_those_of_stored_pictures(two_shards: Path) -> None:
+    (batch,) = batches_of(read(two_shards).train, plan_for(max_steps=1, batch_size=4))
+    assert {name: (list(value.shape), value.dtype) for name, value in batch.items()} == {
+        "pixels": ([4, 3, 8, 8], torch.uint8),
+        "labels": ([4], torch.int64),
+        "index": ([4], torch.int64),
+        "epoch": ([4], torch.int64),
+        "view": ([4], torch.int64),
+        "broken": ([4], torch.int64),
+    }
+    assert torch.equal(batch["pixels"].amax(dim=(1, 2, 3)) % 3, batch["labels"])  # the rest may be turned to black
+
+
+@pytest.mark.parametrize(("first_step", "num_workers"), [(2, 0), (17, 0), (40, 0), (40, 2)])
+def test_a_restart_gives_the_same_batches(two_shards: Path, first_step: int, num_workers: int) -> None:
+    """In the first pass, the second, and the fourth or later."""
+    source = read(two_shards).train
+    plan = plan_for(max_steps=44, batch_size=2, gradient_accumulation_steps=2, num_processes=2)
+    whole = batches_of(source, plan, process=1)
+    resumed = batches_of(source, plan, 1, num_workers, first_step)
+    assert whole[-1]["epoch"].max() >= 3
+    assert len(resumed) == 2 * (44 - first_step)
+    assert all(equal(*pair) for pair in zip(whole[2 * first_step :], resumed, strict=True))
+
+
+def test_copies_and_views(two_shards: Path) -> None:
+    source = read(two_shards).train
+    batches = batches_of(source, plan_for(copies=3, max_steps=20, batch_size=6), views=2)
+    for batch in batches:
+        assert set(Counter(batch["index"].tolist()).values()) == {3}
+        assert torch.equal(batch["view"], batch["epoch"] % 2)
+    keys = [key for batch in batches for key in zip(batch["index"].tolist(), batch["epoch"].tolist(), strict=True)]
+    assert len(set(keys)) == len(keys)
+    with pytest.raises(ValueError, match="--repeated-augmentation 4 does not divide --batch-size 6"):
+        batches_of(source, plan_for(copies=4, max_steps=2, batch_size=6, gradient_accumulation_steps=2))
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_the_next_picture_of_the_batch_stands_in_for_a_broken_one(tmp_path: Path, num_workers: int) -> None:
+    broken = (3, 4, 5, 30, 31, 32, 33, 34)
+    folder = write_shards(tmp_path / "data", 2, datasets.ClassLabel(names=["a", "b", "c"]), broken)
+    source = read(folder).train
+    plan = plan_for(max_steps=10, batch_size=8)
+    batches = batches_of(source, plan, num_workers=num_workers)
+    examples = source.examples(plan.seed, 0, 1)
+    found = 0
+    for batch in batches:
+        chosen = list(islice(examples, 8))
+        is_broken = [example.encoded["bytes"].startswith(b"no picture") for example in chosen]
+        found += sum(is_broken)
+        for place, example in enumerate(chosen):
+            stand_in = next(at % 8 for at in range(place, place + 8) if not is_broken[at % 8])
+            assert batch["index"][place] == chosen[stand_in].index
+            assert batch["labels"][place] == chosen[stand_in].label
+            assert batch["broken"][place] == (example.index if is_broken[place] else -1)
+    assert found > 4
+
+
+def test_broken_pictures_are_described_by_their_path(tmp_path: Path) -> None:
+    for index in range(12):
+        file = tmp_path / "xy"[index % 2] / f"{index}.png"
+        file.parent.mkdir(exist_ok=True)
+        file.write_bytes(b"no picture" if index == 7 else encoded(index))
+    source = read(tmp_path).train
+    assert isinstance(source, StreamedPictures)
+    pictures = TrainingStream(source, build_augmentation(AugmentationOptions(), (8, 8), 3), True, seed=0)
+    batches = list(training_batches(pictures, plan_for(max_steps=8, batch_size=4), 0, 0))
+    indices = {index for batch in batches for index in batch["broken"].tolist()} - {-1}
+    assert len(indices) == 1
+    assert "7.png" in pictures.describe(*indices)
+    assert pictures.describe(10**6) == "cannot read the image with checksum f4240"
+
+
+# Held-out parts and labels -------------------------------------------------------------------------------------------
+
+
+def test_the_held_out_part_does_not_depend_on_order_or_files(shards: Path, two_shards: Path) -> None:
+    data = read(shards)
+    assert data.held_out_name == "about 20%, by checksum, split seed 0"
+    held_out = held_out_of(data)
+    assert 4 <= len(held_out) <= 24
+    assert list(data.held_out.labels) == [number % 3 for number in held_out]
+    assert sorted(held_out) == sorted(held_out_of(read(two_shards)))
+    assert sorted(held_out_of(read(two_shards, split_seed=1))) != sorted(held_out)
+    options = DataOptions(dataset=str(two_shards), streaming=True)
+    space, pictures, *_ = load_evaluation_data(options, "test")
+    assert space.names == ["a", "b", "c"] and len(pictures) == len(held_out)
+    with pytest.raises(ValueError, match="no split 'tset': choose one of train"):
+        load_evaluation_data(options, "tset")
+
+
+def test_of_a_large_held_out_part_the_first_pictures_are_kept(
+    two_shards: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = held_out_of(read(two_shards))
+    for module in (streaming, training_data):
+        monkeypatch.setattr(module, "HELD_OUT_PICTURES", 3)
+    passed: list[int] = []
+    holds = HeldOutPart.holds
+    monkeypatch.setattr(HeldOutPart, "holds", lambda part, index: passed.append(index) or holds(part, index))
+    data = read(two_shards)
+    assert held_out_of(data) == whole[:3]
+    assert sum(holds(data.train.held_out, index) for index in passed) == 3 and len(passed) < NUM_PICTURES
+    assert data.held_out_name == "about 20%, by checksum, split seed 0, evaluated on the first 3"
+    trained = shown(islice(data.train.examples(0, 0, 1), NUM_PICTURES - len(whole)))
+    assert sorted([*trained, *whole]) == list(range(NUM_PICTURES))  # none of the held-out part
+
+
+def test_the_held_out_part_of_a_folder_stays_when_it_moves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for index in range(20):
+        file = tmp_path / "here" / "xy"[index % 2] / f"{index}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(encoded(index))
+    held_out = held_out_of(read(tmp_path / "here", split_seed=1))
+    (tmp_path / "here").rename(tmp_path / "there")
+    assert held_out_of(read(tmp_path / "there", split_seed=1)) == held_out
+    monkeypatch.chdir(tmp_path)
+    assert held_out_of(read(Path("there"), split_seed=1)) == held_out
+
+
+def test_a_split_of_the_data_set_is_read_whole(two_shards: Path, tmp_path: Path) -> None:
+    for split, shard in (("train", 0), ("validation", 1)):
+        (tmp_path / f"{split}.parquet").symlink_to(two_shards / f"train-{shard}.parquet")
+    data = read(tmp_path)
+    assert data.held_out_name == "split 'validation'"
+    assert sorted(held_out_of(data)) == list(range(1, NUM_PICTURES, 2))
+    assert isinstance(data.train, StreamedPictures)
+    assert sorted(shown(islice(data.train.examples(0, 0, 1), 30))) == list(range(0, NUM_PICTURES, 2))
+    _, pictures, *_ = load_evaluation_data(DataOptions(dataset=str(tmp_path), streaming=True), "validation")
+    assert len(pictures) == 30
+
+
+def test_labels_that_are_not_declared_have_to_be_named(tmp_path: Path) -> None:
+    folder = write_shards(tmp_path / "data", 2, datasets.Value("string"))
+    with pytest.raises(ValueError, match="does not declare the labels of 'label': name all with --label-names"):
+        read(folder)
+    data = read(folder, label_names=("c", "b", "a"))
+    assert data.label_space.names == ["c", "b", "a"]
+    assert list(data.held_out.labels) == [2 - number % 3 for number in held_out_of(data)]
+    with pytest.raises(ValueError, match="has the label 'c', which is none of the 2 classes"):
+        read(folder, label_names=("a", "b"))
+
+
+def test_table_of_paths(tmp_path: Path) -> None:
+    rows = ["file,kind"]
+    for index in range(20):
+        (tmp_path / f"{index}.png").write_bytes(encoded(index))
+        rows.append(f"{index}.png,{'even' if index % 2 == 0 else 'odd'}")
+    (tmp_path / "list.csv").write_text("\n".join(rows), encoding="utf-8")
+    data = read(tmp_path / "list.csv", label_names=("even", "odd"), label_column=("kind",))
+    assert list(data.held_out.labels) == [number % 2 for number in held_out_of(data)]
+    for batch in batches_of(data.train, plan_for(max_steps=3, batch_size=4)):
+        assert torch.equal(batch["pixels"].amax(dim=(1, 2, 3)) % 2, batch["labels"])
+
+
+def test_unlabelled(two_shards: Path) -> None:
+    options = DataOptions(dataset=str(two_shards), streaming=True)
+    data = load_unlabelled_data(options)
+    assert data.label_space.columns == {}
+    (batch,) = batches_of(data.train, plan_for(max_steps=1, batch_size=4))
+    assert batch["labels"].tolist() == [-100] * 4
+
+
+def test_reading_ahead_keeps_order_and_errors() -> None:
+    def numbers() -> Any:
+        yield from range(5)
+        raise ValueError("no more")
+
+    ahead = read_ahead(numbers(), 3)
+    assert list(islice(ahead, 5)) == [0, 1, 2, 3, 4]
+    with pytest.raises(ValueError, match="no more"):
+        next(ahead)
+    assert list(read_ahead(iter(range(7)), 3)) == list(range(7))

@@ -1,0 +1,193 @@
+"""What the two processes of test_checkpoints.py do. Started by
+
+    torchrun --nproc-per-node 2 checkpoint_worker.py FOLDER
+
+Every check runs in both processes. FOLDER/report.json says for each check what went wrong, "" if nothing did.
+"""
+
+import json
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator, InitProcessGroupKwargs
+from torch import distributed, nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from modeling_vitcls import ViTCLSConfig, ViTCLSForImageClassification
+from modeling_vitcls.checkpoints import CheckpointStore, newest_for_all, save_for_all
+from modeling_vitcls.training.distributed_state import gather_state, named_tensors, scatter_state
+from modeling_vitcls.training.interruption import Interruption
+from modeling_vitcls.training.optimizer import Ema
+
+
+NUM_PROCESSES = 2
+# Three registers, five labels, and a width of 30: nothing divides into even shards.
+SIZES: dict[str, Any] = {"image_size": 16, "patch_size": 8, "hidden_size": 30, "num_hidden_layers": 2}
+SIZES |= {"num_attention_heads": 3, "intermediate_size": 45, "num_register_tokens": 3, "num_labels": 5}
+
+
+class Training:
+    """A model on both processes, with optimiser and moving average."""
+
+    def __init__(self, kind: str, seed: int, accelerator: Accelerator) -> None:
+        torch.manual_seed(seed)
+        model: nn.Module = ViTCLSForImageClassification(ViTCLSConfig(**SIZES))
+        if kind == "FSDP2":
+            for layer in model.vitcls.layers:
+                fully_shard(layer)
+            fully_shard(model)
+        else:
+            model = accelerator.prepare(model)
+        self.accelerator = accelerator
+        self.model = model
+        self.optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=kind == "DDP")
+        self.ema = Ema(model, decay=0.9)
+
+    def run(self, first: int, last: int) -> list[float]:
+        """Steps `first` to `last` - 1; the losses of this process."""
+        return [self.step(step) for step in range(first, last)]
+
+    def step(self, step: int) -> float:
+        torch.manual_seed(2 * step + self.accelerator.process_index)
+        logits = self.model(pixel_values=torch.randn(4, 3, 16, 16)).logits  # [B, labels]
+        loss = nn.functional.cross_entropy(logits, torch.arange(4))
+        loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.ema.update(step + 1)
+        return loss.item()
+
+    def save(self, store: CheckpointStore, step: int) -> None:
+        tensors, facts = gather_state(self.accelerator, self.model, self.optimizer, self.ema.shadow)
+        assert bool(tensors["model"]) == self.accelerator.is_main_process
+        save_for_all(store, self.accelerator, step, tensors, facts, is_best=False)
+
+    def load(self, store: CheckpointStore) -> None:
+        checkpoint, facts = newest_for_all(store, self.accelerator, warn=print)
+        assert facts is not None and (checkpoint is None) != self.accelerator.is_main_process
+        scatter_state(checkpoint, facts, self.accelerator, self.model, self.optimizer, self.ema.shadow)
+
+    def values(self) -> dict[str, torch.Tensor]:
+        """Everything, as this process holds it."""
+        moments = {
+            f"{place}/{key}": value
+            for place, entry in self.optimizer.state_dict()["state"].items()
+            for key, value in entry.items()
+        }
+        shadow = {f"shadow/{place}": tensor for place, tensor in enumerate(self.ema.shadow)}
+        return {
+            name: (value.to_local() if isinstance(value, DTensor) else value).clone()
+            for name, value in (named_tensors(self.model) | moments | shadow).items()
+        }
+
+
+def goes_on_to_the_bit(kind: str, folder: Path, accelerator: Accelerator) -> None:
+    store = CheckpointStore(folder / kind, keep=2)
+    training = Training(kind, 0, accelerator)
+    training.run(0, 3)
+    training.save(store, 3)
+    expected = training.run(3, 6)
+    resumed = Training(kind, 1, accelerator)
+    resumed.load(store)
+    assert resumed.run(3, 6) == expected
+    values = training.values()
+    assert len(values) > 4 * len(list(training.model.parameters()))  # weights, two moments and a count, average
+    for name, value in resumed.values().items():
+        assert torch.equal(value, values[name]), name
+
+
+def another_number_of_shards(folder: Path, accelerator: Accelerator) -> None:
+    """What FSDP2 wrote is what DDP reads."""
+    store = CheckpointStore(folder / "shards", keep=2)
+    training = Training("FSDP2", 0, accelerator)
+    training.run(0, 2)
+    training.save(store, 2)
+    resumed = Training("DDP", 1, accelerator)
+    resumed.load(store)
+    whole, _ = gather_state(accelerator, training.model, training.optimizer, training.ema.shadow)
+    again, _ = gather_state(accelerator, resumed.model, resumed.optimizer, resumed.ema.shadow)
+    assert whole.keys() == again.keys() == {"model", "optimizer", "ema"}
+    for part in whole:
+        assert whole[part].keys() == again[part].keys()
+        assert all(torch.equal(tensor, again[part][name]) for name, tensor in whole[part].items()), part
+
+
+def only_one_is_asked_to_stop(folder: Path, accelerator: Accelerator) -> None:
+    for number, status in ((signal.SIGTERM, 143), (signal.SIGINT, 130)):
+        with Interruption(accelerator) as interruption:
+            assert interruption.requested() is None
+            if accelerator.process_index == 1:
+                os.kill(os.getpid(), number)
+            assert interruption.requested() == number.name
+            assert interruption.exit_status == status
+
+
+def all_learn_that_it_was_not_saved(folder: Path, accelerator: Accelerator) -> None:
+    if accelerator.is_main_process:
+        (folder / "a file").touch()
+    accelerator.wait_for_everyone()
+    try:
+        Training("DDP", 0, accelerator).save(CheckpointStore(folder / "a file", keep=2), 1)
+    except OSError as error:
+        assert "cannot write the checkpoint of step 1" in str(error)
+    else:
+        raise AssertionError("no error on this process")
+
+
+def all_learn_that_it_cannot_be_read(folder: Path, accelerator: Accelerator) -> None:
+    store = CheckpointStore(folder / "damaged", keep=2)
+    assert newest_for_all(store, accelerator, warn=print) == (None, None)
+    training = Training("DDP", 0, accelerator)
+    training.save(store, 1)
+    if accelerator.is_main_process:
+        (store.path(1) / "state.json").unlink()
+    try:
+        training.load(store)
+    except ValueError as error:
+        assert "is damaged" in str(error)
+    else:
+        raise AssertionError("no error on this process")
+
+
+CHECKS: dict[str, Callable[[Path, Accelerator], None]] = {
+    "DDP goes on to the bit": lambda folder, accelerator: goes_on_to_the_bit("DDP", folder, accelerator),
+    "FSDP2 goes on to the bit": lambda folder, accelerator: goes_on_to_the_bit("FSDP2", folder, accelerator),
+    "another number of shards": another_number_of_shards,
+    "only one is asked to stop": only_one_is_asked_to_stop,
+    "all learn that it was not saved": all_learn_that_it_was_not_saved,
+    "all learn that it cannot be read": all_learn_that_it_cannot_be_read,
+}
+
+
+def main() -> None:
+    """Run every check; the main process collects what went wrong anywhere."""
+    folder = Path(sys.argv[1])
+    accelerator = Accelerator(cpu=True, kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=60))])
+    report = {}
+    for name, check in CHECKS.items():
+        try:
+            check(folder, accelerator)
+            mine = ""
+        except Exception:
+            mine = traceback.format_exc()
+        parts: list[str] = ["", ""]
+        distributed.all_gather_object(parts, mine)
+        report[name] = "\n".join(f"process {place}: {part}" for place, part in enumerate(parts) if part)
+    if accelerator.is_main_process:
+        (folder / "report.json").write_text(json.dumps(report), encoding="utf-8")
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,281 @@
+"""What the processes of test_distributed.py do. Started by
+
+    torchrun --nproc-per-node 2 distributed_worker.py FOLDER
+
+Every check runs in both processes and compares with the same model in one process. FOLDER/report.json says for each
+check what went wrong, "" if nothing did.
+"""
+
+import functools
+import json
+import sys
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator, InitProcessGroupKwargs
+from torch import distributed
+from torch.distributed.fsdp import fully_shard
+from transformers.distributed import DistributedConfig
+
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+import modeling_vitcls as vitcls
+
+
+NUM_PROCESSES = 2
+SIZES: dict[str, Any] = {"image_size": [16, 24], "patch_size": 8, "hidden_size": 32, "num_hidden_layers": 2}
+SIZES |= {"num_attention_heads": 4, "intermediate_size": 48}
+TASKS = {"num_cls_tokens": 2, "tasks": {"species": 3, "age": 2}}
+SCOPES: list[Any] = ["image", [2, 2, 0, 0], [2, 2, 1, 1]]
+
+# Name -> model class and configuration. Each must train on several processes just as it is.
+LAYOUTS: dict[str, tuple[Any, dict[str, Any]]] = {
+    "one CLS": (vitcls.ViTCLSForImageClassification, {}),
+    "distillation and registers": (
+        vitcls.ViTCLSForImageClassification,
+        {"num_distillation_tokens": 1, "num_register_tokens": 4, "head_type": "mlp", "mlp_type": "swiglu"},
+    ),
+    "no CLS": (
+        vitcls.ViTCLSForImageClassification,
+        {"num_cls_tokens": 0, "num_register_tokens": 2, "pooling": "mean"},
+    ),
+    "attention pooling": (
+        vitcls.ViTCLSForImageClassification,
+        {"num_cls_tokens": 0, "pooling": "attention", "position_embedding_type": "sincos_2d"},
+    ),
+    "three CLS with scopes": (
+        vitcls.ViTCLSForImageClassification,
+        {"num_cls_tokens": 3, "cls_scopes": SCOPES, "cls_pooling": "concat", "pooling": "cls_mean"},
+    ),
+    "normalised queries": (
+        vitcls.ViTCLSForImageClassification,
+        {"qk_norm": True, "position_embedding_type": "rope_2d", "layer_scale_init_value": 0.5, "pre_norm": True},
+    ),
+    "with a mask token": (vitcls.ViTCLSForImageClassification, {"use_mask_token": True}),
+    "only the CLS head answers": (
+        vitcls.ViTCLSForImageClassification,
+        {"num_distillation_tokens": 1, "distillation_inference": "cls"},
+    ),
+    "several tasks": (vitcls.ViTCLSForMultiTaskClassification, TASKS),
+    "masked images": (vitcls.ViTCLSForMaskedImageModeling, {"num_register_tokens": 1}),
+    "encoder": (vitcls.ViTCLSModel, {"pooling": "attention"}),
+    "backbone": (vitcls.ViTCLSBackbone, {"out_features": ["stage1", "stage2"]}),
+}
+
+CHECKS: dict[str, Callable[[Path], None]] = {}
+
+
+def check(function: Callable) -> Callable:
+    """Register one check per layout, `function name: layout`."""
+    for layout in LAYOUTS:
+        CHECKS[f"{function.__name__}: {layout}"] = functools.partial(function, layout)
+    return function
+
+
+@check
+def tensor_parallel(layout: str, folder: Path) -> None:
+    """transformers' plan for tensor parallelism: the loss, the gradients and what is saved."""
+    model, path = saved_model(layout, folder)
+    parallel = type(model).from_pretrained(path, distributed_config=DistributedConfig(tp_size=NUM_PROCESSES)).train()
+    queries = next(weight for name, weight in parallel.named_parameters() if name.endswith("q_proj.weight"))
+    assert queries.to_local().shape == (SIZES["hidden_size"] // NUM_PROCESSES, SIZES["hidden_size"])
+
+    loss = loss_of(model, layout, all_images())
+    parallel_loss = loss_of(parallel, layout, all_images())
+    torch.testing.assert_close(parallel_loss, loss, rtol=1e-5, atol=1e-6)
+    loss.backward()
+    parallel_loss.backward()
+    for (name, wanted), found in zip(model.named_parameters(), parallel.parameters(), strict=True):
+        assert (wanted.grad is None) == (found.grad is None), name
+        if wanted.grad is not None:
+            torch.testing.assert_close(whole(found.grad), wanted.grad, rtol=1e-4, atol=1e-6, msg=describe(name))
+
+    parallel.save_pretrained(folder / "parallel")
+    distributed.barrier()
+    again = type(model).from_pretrained(folder / "parallel")
+    for (name, wanted), found in zip(model.named_parameters(), again.parameters(), strict=True):
+        assert torch.equal(found, wanted), name
+
+
+@check
+def sharded_by_plan(layout: str, folder: Path) -> None:
+    """FSDP2 as transformers' plan for it says."""
+    if layout == "backbone":
+        return  # see `sharded_by_block`
+    model, path = saved_model(layout, folder)
+    config = DistributedConfig(fsdp_size=NUM_PROCESSES)
+    compare_a_step(layout, model, type(model).from_pretrained(path, distributed_config=config))
+
+
+@check
+def sharded_by_block(layout: str, folder: Path) -> None:
+    """FSDP2 by the blocks that `_no_split_modules` names, which is how accelerate wraps.
+
+    A backbone is wrapped as a part of something else, as it is used. By itself it cannot: FSDP2 renames the class of
+    the outermost module, and transformers, which records hidden states by the name of the class, gives none (nor does
+    its own ViT).
+    """
+    model, path = saved_model(layout, folder)
+    sharded = type(model).from_pretrained(path)
+    blocks = [module for module in sharded.modules() if type(module).__name__ in sharded._no_split_modules]
+    assert len(blocks) == 1 + SIZES["num_hidden_layers"]
+    whole_model = torch.nn.Sequential(sharded) if layout == "backbone" else sharded
+    for block in [*blocks, whole_model]:
+        fully_shard(block)
+    compare_a_step(layout, model, whole_model)
+
+
+@check
+def token_attention_of_a_sharded_model(layout: str, folder: Path) -> None:
+    """Hooks see gathered weights' queries and keys, for the tokens that the heads do not read too."""
+    model, path = saved_model(layout, folder)
+    sharded = type(model).from_pretrained(path)
+    for module in list(sharded.modules()):
+        if type(module).__name__ in sharded._no_split_modules:
+            fully_shard(module)
+    if layout != "backbone":  # see `sharded_by_block`
+        fully_shard(sharded)
+    with torch.no_grad():
+        rows, wanted = sharded.token_attention(own_images()), model.token_attention(own_images())
+    torch.testing.assert_close(rows, wanted, rtol=1e-5, atol=1e-6)
+
+
+@check
+def data_parallel(layout: str, folder: Path) -> None:
+    """DDP through accelerate, which raises at the second step if a parameter took no part in the first."""
+    accelerator = Accelerator(cpu=True)
+    model, path = saved_model(layout, folder)
+    replica = type(model).from_pretrained(path)
+    optimizer = torch.optim.SGD(replica.parameters(), lr=0.1)
+    replica, optimizer = accelerator.prepare(replica, optimizer)
+    reference = torch.optim.SGD(model.parameters(), lr=0.1)
+    for _ in range(2):
+        loss_of(model.train(), layout, all_images()).backward()
+        accelerator.backward(loss_of(replica.train(), layout, own_images()))
+        for each in (reference, optimizer):
+            each.step()
+            each.zero_grad()
+    assert_same_weights(model, accelerator.unwrap_model(replica))
+
+
+def data_parallel_with_a_task_missing(folder: Path) -> None:
+    """A batch without labels for a task must not stop DDP."""
+    accelerator = Accelerator(cpu=True)
+    model, _ = saved_model("several tasks", folder)
+    model = accelerator.prepare(model)
+    for _ in range(2):
+        accelerator.backward(model.train()(own_images(), labels={"species": torch.tensor([0, 2])}).loss)
+
+
+def data_parallel_after_masked_images(folder: Path) -> None:
+    """A classifier that starts from masked image modelling trains like any other."""
+    accelerator = Accelerator(cpu=True)
+    _, path = saved_model("masked images", folder)
+    model = accelerator.prepare(vitcls.ViTCLSForImageClassification.from_pretrained(path))
+    for _ in range(2):
+        accelerator.backward(loss_of(model.train(), "one CLS", own_images()))
+
+
+CHECKS |= {
+    function.__name__: function for function in (data_parallel_with_a_task_missing, data_parallel_after_masked_images)
+}
+
+
+def saved_model(layout: str, folder: Path) -> tuple[Any, Path]:
+    """The model of a layout, the same in every process, and where it is saved."""
+    model_class, overrides = LAYOUTS[layout]
+    torch.manual_seed(0)
+    model = model_class(vitcls.ViTCLSConfig(**SIZES, **overrides))
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    path = folder / layout.replace(" ", "_")
+    if distributed.get_rank() == 0:
+        model.save_pretrained(path)
+    distributed.barrier()
+    return model, path
+
+
+def all_images() -> torch.Tensor:
+    """The batch of one process, [4, 3, 16, 24]."""
+    return torch.rand(2 * NUM_PROCESSES, 3, 16, 24, generator=torch.Generator().manual_seed(1))
+
+
+def own_images() -> torch.Tensor:
+    """This process's part of that batch, [2, 3, 16, 24]."""
+    return all_images().chunk(NUM_PROCESSES)[distributed.get_rank()]
+
+
+def loss_of(model: Any, layout: str, images: torch.Tensor) -> torch.Tensor:
+    """A loss that is the mean over images; their labels depend on nothing but the images."""
+    model_class, _ = LAYOUTS[layout]
+    labels = (images[:, 0, 0, 0] * 100).long()  # [B]
+    if model_class is vitcls.ViTCLSForImageClassification:
+        return model(images, labels=labels % 2).loss
+    if model_class is vitcls.ViTCLSForMultiTaskClassification:
+        return model(images, labels={"species": labels % 3, "age": labels % 2}).loss
+    if model_class is vitcls.ViTCLSForMaskedImageModeling:
+        return model(images, bool_masked_pos=torch.arange(6).expand(len(images), -1) % 2 == 0).loss
+    if model_class is vitcls.ViTCLSModel:
+        outputs = model(images)
+        return outputs.pooler_output.square().mean() + outputs.last_hidden_state.square().mean()
+    return torch.stack([features.square().mean() for features in model(images).feature_maps]).sum()
+
+
+def compare_a_step(layout: str, model: Any, sharded: Any) -> None:
+    """One step of SGD on parts of a batch, sharded, must equal one on all of it."""
+    assert any(hasattr(weight, "full_tensor") for weight in sharded.parameters())
+    optimizers = [torch.optim.SGD(each.parameters(), lr=0.1) for each in (model, sharded)]
+    loss_of(model.train(), layout, all_images()).backward()
+    loss_of(sharded.train(), layout, own_images()).backward()
+    for optimizer in optimizers:
+        optimizer.step()
+    assert_same_weights(model, sharded)
+
+
+def assert_same_weights(model: Any, other: Any) -> None:
+    """Equal up to the order of float sums."""
+    for (name, wanted), found in zip(model.named_parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(whole(found.detach()), wanted.detach(), rtol=1e-4, atol=1e-6, msg=describe(name))
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor of which every process may hold a part."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def describe(name: str) -> Callable[[str], str]:
+    """Put the name of a parameter before a message."""
+    return lambda message: f"{name}: {message}"
+
+
+def failure_of(run: Callable[[Path], None], folder: Path) -> str:
+    """What went wrong in the first process in which something did, "" for nothing."""
+    try:
+        run(folder)
+        message = ""
+    except Exception:
+        message = traceback.format_exc()
+    messages: list[Any] = [None] * NUM_PROCESSES
+    distributed.all_gather_object(messages, message)
+    return next(filter(None, messages), "")
+
+
+def main(folder: Path) -> None:
+    """Run every check."""
+    torch.set_num_threads(1)
+    limit = InitProcessGroupKwargs(timeout=timedelta(seconds=60))
+    Accelerator(cpu=True, kwargs_handlers=[limit])  # joins the processes
+    report = {name: failure_of(run, folder) for name, run in CHECKS.items()}
+    if distributed.get_rank() == 0:
+        (folder / "report.json").write_text(json.dumps(report))
+    distributed.barrier()  # the first process that ends takes the other along
+    distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

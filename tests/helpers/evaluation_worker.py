@@ -1,0 +1,135 @@
+"""What test_evaluate.py evaluates, in its own process and, to compare, in two:
+
+    accelerate launch --multi_gpu --num_processes 2 evaluation_worker.py FOLDER
+
+FOLDER holds a saved model of digits; it gets `scenarios.json` and what scripts/evaluate.py writes, `new/digits.json`.
+"""
+
+import io
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from PIL import Image
+from torch.distributed.fsdp import fully_shard
+
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from modeling_vitcls import (
+    ViTCLSConfig,
+    ViTCLSForImageClassification,
+    ViTCLSForMultiTaskClassification,
+    ViTCLSImageProcessor,
+)
+from modeling_vitcls.data.images import Examples, LabelledPictures
+from modeling_vitcls.data.labels import LabelSpace
+from modeling_vitcls.distributed import build_accelerator
+from modeling_vitcls.inference.evaluate import evaluate_checkpoint
+from modeling_vitcls.inference.evaluator import Evaluator
+from modeling_vitcls.options import DataOptions, EvaluateOptions
+
+
+BATCH_SIZE = 3
+NUM_PICTURES = 13  # divides into rounds of neither 3 nor 2 x 3
+BROKEN = (0, 5, 11, 12)  # the last batch has no picture that can be read
+CLASSES = ["ant", "bee", "cat", "dog", "eel", "fox", "gnu"]
+SIZES: dict[str, Any] = {"image_size": 16, "patch_size": 8, "hidden_size": 16, "num_hidden_layers": 2}
+SIZES |= {"num_attention_heads": 2, "intermediate_size": 24, "initializer_range": 0.5}
+SPACES = {
+    "single": LabelSpace("single_label_classification", {"label": CLASSES}),
+    "multi_label": LabelSpace("multi_label_classification", {"label": CLASSES}),
+    "multi_task": LabelSpace("multi_task", {"age": ["old", "young"], "species": CLASSES}),
+}
+CONFIGS: dict[str, dict[str, Any]] = {
+    "single": {"num_distillation_tokens": 1},
+    "multi_label": {"pooling": "mean"},
+    "multi_task": {"num_cls_tokens": 2},
+}
+
+
+def build_classifier(name: str) -> Any:
+    """A model in evaluation mode, with the same random weights each time."""
+    torch.manual_seed(3)
+    config = ViTCLSConfig(**SIZES, **CONFIGS[name], **SPACES[name].config_values())
+    model_class = ViTCLSForMultiTaskClassification if config.tasks else ViTCLSForImageClassification
+    return model_class(config).eval()
+
+
+def random_label(name: str, random: np.random.Generator) -> Any:
+    """No picture is of the last class, and some have no species."""
+    if name == "single":
+        return int(random.integers(6))
+    if name == "multi_label":
+        return [*random.integers(2, size=6).astype(float).tolist(), 0.0]
+    return {"age": int(random.integers(2)), "species": int(random.choice([-100, 0, 3, 5]))}
+
+
+def build_pictures(name: str, number: int = NUM_PICTURES, broken: tuple[int, ...] = ()) -> LabelledPictures:
+    """Labelled noise as PNG files in memory; broken ones end early."""
+    random = np.random.default_rng(0)
+    encoded, labels = [], []
+    for index in range(number):
+        file = io.BytesIO()
+        Image.fromarray(random.integers(256, size=(16, 16, 3), dtype=np.uint8)).save(file, "PNG")
+        content = file.getvalue()
+        encoded.append({"path": f"{index}.png", "bytes": content[:200] if index in broken else content})
+        labels.append(random_label(name, random))
+    return LabelledPictures(Examples(encoded), labels)
+
+
+def build_evaluator(
+    name: str, accelerator: Accelerator, pictures: LabelledPictures | None = None, **options: Any
+) -> Evaluator:
+    """An evaluator of one kind of labels."""
+    pictures = pictures or build_pictures(name)
+    options = {"batch_size": BATCH_SIZE, "num_workers": 0} | options
+    return Evaluator(pictures, ViTCLSImageProcessor(size=16), SPACES[name], accelerator=accelerator, **options)
+
+
+def evaluate_all(accelerator: Accelerator) -> dict[str, Any]:
+    """Every scenario's metrics by its name."""
+    results = {name: build_evaluator(name, accelerator)(build_classifier(name)) for name in SPACES}
+    for name in SPACES:
+        pictures = build_pictures(name, number=1)
+        results[f"{name}, one picture"] = build_evaluator(name, accelerator, pictures)(build_classifier(name))
+    pictures = build_pictures("single", broken=BROKEN)
+    evaluator = build_evaluator("single", accelerator, pictures, num_workers=1)
+    model = build_classifier("single")
+    results["broken"] = evaluator(model)
+    results["broken, again"] = evaluator(model)
+    results["sharded"] = build_evaluator("single", accelerator, pictures)(sharded(model, accelerator))
+    return results
+
+
+def sharded(model: Any, accelerator: Accelerator) -> Any:
+    """FSDP2, where there are several processes: all of them have to run equally many batches."""
+    if accelerator.num_processes == 1:
+        return model
+    for layer in model.vitcls.layers:
+        fully_shard(layer)
+    return fully_shard(model)
+
+
+def evaluate_digits(model: Path, output: Path | None = None) -> dict[str, Any]:
+    """What scripts/evaluate.py does; 372 digits do not divide into rounds of 2 x 7."""
+    data = DataOptions(dataset="digits", num_workers=0)
+    return evaluate_checkpoint(EvaluateOptions(model=str(model), data=data, batch_size=7, output=output))
+
+
+def main() -> None:
+    """Evaluate; the main process writes what came out."""
+    folder = Path(sys.argv[1])
+    accelerator = build_accelerator()
+    results = evaluate_all(accelerator)
+    if accelerator.is_main_process:
+        (folder / "scenarios.json").write_text(json.dumps(results), encoding="utf-8")
+    evaluate_digits(folder, folder / "new" / "digits.json")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,120 @@
+"""Small models as each release saved them, with what they answered: tests/fixtures/released/VERSION/KIND/.
+
+    python tests/helpers/released_models.py  # for the version that modeling_vitcls/version.py names; once per release
+
+A folder has config.json, preprocessor_config.json and model.safetensors, as `save_pretrained` wrote them, without the
+code; and answers.safetensors, what the model and the image processor made of the inputs below. They are written when a
+release is made and never again: test_released_checkpoints.py loads them with the newest code. Inputs are formulas, so
+that no library's random numbers matter.
+"""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+import modeling_vitcls as vitcls
+from modeling_vitcls.conversion.random_weights import random_fill
+from modeling_vitcls.version import __version__
+
+
+RELEASED = Path(__file__).parents[1] / "fixtures" / "released"
+ANSWERS = "answers.safetensors"
+
+SIZES: dict[str, Any] = {
+    "image_size": [16, 24],
+    "patch_size": 8,
+    "hidden_size": 8,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 12,
+}
+# The class of each kind, its fields, and the processor's settings.
+KINDS: dict[str, tuple[type, dict[str, Any], dict[str, Any]]] = {
+    "classifier": (
+        vitcls.ViTCLSForImageClassification,
+        {
+            "num_distillation_tokens": 1,
+            "num_register_tokens": 2,
+            "layer_scale_init_value": 0.1,
+            "id2label": {0: "cat", 1: "dog", 2: "owl"},
+        },
+        {"size": {"height": 16, "width": 24}},
+    ),
+    "multi_task": (
+        vitcls.ViTCLSForMultiTaskClassification,
+        {"num_cls_tokens": 2, "tasks": {"species": ["cat", "dog", "owl"], "age": 2}, "mlp_type": "swiglu"},
+        {"size": {"height": 16, "width": 24}, "image_mean": [0.5] * 3, "image_std": [0.5] * 3},
+    ),
+    "no_cls": (
+        vitcls.ViTCLSModel,
+        {"num_cls_tokens": 0, "pooling": "mean", "position_embedding_type": "rope_2d", "qk_norm": True},
+        {"size": {"shortest_edge": 24}, "do_center_crop": True, "crop_size": {"height": 16, "width": 24}},
+    ),
+    "masked": (
+        vitcls.ViTCLSForMaskedImageModeling,
+        {"num_register_tokens": 1, "position_embedding_type": "sincos_2d", "norm_pixel_target": True},
+        {"size": {"height": 16, "width": 24}, "resample": 2},
+    ),
+}
+
+
+def main() -> None:
+    """Write the models of this version, unless it has some."""
+    folder = RELEASED / __version__
+    if folder.exists():
+        sys.exit(f"{folder} exists, and what a release saved does not change: set another version in version.py")
+    for kind in KINDS:
+        write(kind, folder / kind)
+    print(f"wrote {folder}: commit it with the release")
+
+
+def write(kind: str, folder: Path) -> None:
+    """Save the model of a kind, its image processor and what they answer."""
+    model_class, fields, settings = KINDS[kind]
+    model = random_fill(model_class(vitcls.ViTCLSConfig(**SIZES, **fields)))
+    processor = vitcls.ViTCLSImageProcessor(**settings)
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    for code in folder.glob("*.py"):
+        code.unlink()
+    save_file(answers(model, processor), folder / ANSWERS)
+
+
+@torch.no_grad()
+def answers(model: Any, processor: Any) -> dict[str, torch.Tensor]:
+    """What they make of the inputs, by name."""
+    inputs: dict[str, Any] = {"pixel_values": pixel_values(model.config)}
+    if isinstance(model, vitcls.ViTCLSForMaskedImageModeling):
+        inputs["bool_masked_pos"] = torch.arange(2 * 6).view(2, 6) % 3 == 0  # [2, patches]
+    found = dict(flattened(model.eval()(**inputs)))
+    return found | {"processor": processor(picture(), return_tensors="pt")["pixel_values"]}
+
+
+def pixel_values(config: Any) -> torch.Tensor:
+    """Waves [2, 3, H, W] of the model's size."""
+    height, width = config.image_height_width
+    count = 2 * 3 * height * width
+    return torch.sin(torch.arange(count, dtype=torch.float32) * 0.7).view(2, 3, height, width)
+
+
+def picture() -> torch.Tensor:
+    """A pattern [3, 30, 40], uint8."""
+    return (torch.arange(3 * 30 * 40) * 37 % 256).to(torch.uint8).view(3, 30, 40)
+
+
+def flattened(outputs: Any, prefix: str = "") -> list[tuple[str, torch.Tensor]]:
+    """The tensors in nested dicts, with names such as `logits.species`."""
+    found: list[tuple[str, torch.Tensor]] = []
+    for name, value in outputs.items():
+        if isinstance(value, torch.Tensor):
+            found.append((f"{prefix}{name}", value.clone().contiguous()))
+        elif isinstance(value, dict):
+            found += flattened(value, f"{prefix}{name}.")
+    return found
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,165 @@
+"""What the tests of the core share: small models, random weights, images, and the check that an error is one line."""
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from modeling_vitcls import (
+    ViTCLSBackbone,
+    ViTCLSConfig,
+    ViTCLSForImageClassification,
+    ViTCLSForMaskedImageModeling,
+    ViTCLSForMultiTaskClassification,
+    ViTCLSModel,
+)
+
+
+SIZES: dict[str, Any] = {
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 24,
+    "image_size": 32,
+    "patch_size": 8,
+    "num_labels": 3,
+}
+
+# The layouts that every kind of model is tested with, by name.
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "one_cls": {},
+    "cls_distillation_registers": {"num_distillation_tokens": 1, "num_register_tokens": 4},
+    "no_cls": {"num_cls_tokens": 0, "num_register_tokens": 2, "pooling": "mean"},
+    "three_cls": {"num_cls_tokens": 3},
+    "no_special_tokens": {"num_cls_tokens": 0, "pooling": "mean"},
+    "several_of_each": {"num_cls_tokens": 2, "num_distillation_tokens": 2, "num_register_tokens": 3},
+}
+
+each_layout = pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+
+TASKS = {"species": 4, "age": 2}
+# Each model class: its class, fields that it needs, inputs beside the images.
+KINDS: dict[str, tuple[type, dict[str, Any], dict[str, Any]]] = {
+    "model": (ViTCLSModel, {}, {}),
+    "classifier": (ViTCLSForImageClassification, {"num_distillation_tokens": 1}, {"labels": torch.tensor([0, 2])}),
+    "multi_task": (
+        ViTCLSForMultiTaskClassification,
+        {"num_cls_tokens": 2, "tasks": TASKS},
+        {"labels": {"species": torch.tensor([3, 0]), "age": torch.tensor([1, 0])}},
+    ),
+    "masked": (ViTCLSForMaskedImageModeling, {}, {"bool_masked_pos": torch.arange(32).view(2, 16) % 3 == 0}),
+    "backbone": (ViTCLSBackbone, {"out_indices": [0, 2]}, {}),
+}
+each_kind = pytest.mark.parametrize(("model_class", "fields", "inputs"), KINDS.values(), ids=KINDS)
+
+# Fields that change the blocks.
+BLOCKS: dict[str, dict[str, Any]] = {
+    "layer_scale": {"layer_scale_init_value": 1e-5},
+    "drop_path": {"drop_path_rate": 0.5},
+    "dropout": {"hidden_dropout_prob": 0.3, "attention_probs_dropout_prob": 0.3},
+    "swiglu": {"mlp_type": "swiglu"},
+    "qk_norm": {"qk_norm": True},
+    "no_qkv_bias": {"qkv_bias": False},
+    "no_key_bias": {"key_bias": False},
+    "no_bias": {"qkv_bias": False, "projection_bias": False, "mlp_bias": False, "patch_bias": False},
+    "pre_norm": {"pre_norm": True},
+    "relu": {"hidden_act": "relu"},
+    "mlp_head": {"head_type": "mlp", "head_hidden_size": 7},
+    "attention_pooling": {"pooling": "attention"},
+    "rope": {"position_embedding_type": "rope_2d"},
+    "sincos": {"position_embedding_type": "sincos_2d"},
+    "no_positions": {"position_embedding_type": "none"},
+    "scopes": {"num_cls_tokens": 2, "cls_scopes": ["image", [2, 2, 0, 1]]},
+    "tokens": {"num_cls_tokens": 2, "num_distillation_tokens": 1, "num_register_tokens": 3},
+}
+each_block = pytest.mark.parametrize("fields", BLOCKS.values(), ids=BLOCKS)
+
+POSITIONS = ["learned", "sincos_2d", "rope_2d", "none"]
+
+Model = TypeVar("Model", bound=torch.nn.Module)
+
+
+def tiny_config(**fields: Any) -> ViTCLSConfig:
+    """A configuration of 4 x 4 patches, width 16 and two layers, with any field changed."""
+    return ViTCLSConfig(**{**SIZES, **fields})
+
+
+def filled(model: Model, seed: int = 0) -> Model:
+    """The model in eval mode with every parameter random: an initial zero or one would hide mistakes."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
+    return model.eval()
+
+
+def images(batch: int = 2, height: int = 32, width: int = 32, channels: int = 3, seed: int = 0) -> torch.Tensor:
+    """Random images [batch, channels, height, width]."""
+    return torch.randn(batch, channels, height, width, generator=torch.Generator().manual_seed(seed))
+
+
+def record_outputs(module: torch.nn.Module) -> list[Any]:
+    """Return a list that collects the outputs of a module.
+
+    Not by a hook: with a hook on the last layer, classifiers compute all of its tokens.
+    """
+    forward, outputs = module.forward, []
+
+    def record(*args: Any, **kwargs: Any) -> Any:
+        outputs.append(forward(*args, **kwargs))
+        return outputs[-1]
+
+    module.forward = record  # type: ignore[method-assign]
+    return outputs
+
+
+def assert_no_recording(*models: torch.nn.Module) -> None:
+    """Check that no forward hook and no recorder is left in models."""
+    for model in models:
+        for module in model.modules():
+            assert not module._forward_pre_hooks and not module._forward_hooks
+            assert getattr(module, "recorder", None) is None
+
+
+def reloaded(model: PreTrainedModel, folder: Path, **kwargs: Any) -> Any:
+    """The model as it comes back from disk."""
+    model.save_pretrained(folder)
+    return type(model).from_pretrained(folder, **kwargs)
+
+
+def largest_difference(first: torch.Tensor, second: torch.Tensor) -> float:
+    """Largest absolute difference of two tensors of one shape; 0 for empty ones."""
+    assert first.shape == second.shape
+    return (first - second).abs().max().item() if first.numel() else 0.0
+
+
+def values(output: Any) -> Iterator[torch.Tensor]:
+    """Every tensor in an output, in order."""
+    if isinstance(output, torch.Tensor):
+        yield output
+    elif isinstance(output, Mapping | tuple | list):
+        for part in output.values() if isinstance(output, Mapping) else output:
+            yield from values(part)
+
+
+def assert_same_outputs(first: Any, second: Any, tolerance: float = 0.0) -> None:
+    """Two outputs, dicts or tuples of them hold the same tensors in the same order."""
+    first_values, second_values = list(values(first)), list(values(second))
+    assert first_values
+    for one, other in zip(first_values, second_values, strict=True):
+        assert largest_difference(one, other) <= tolerance
+
+
+@contextlib.contextmanager
+def raises_one_line(*words: str, error: type[Exception] | tuple[type[Exception], ...] = ValueError) -> Iterator[None]:
+    """Expect an error whose message is one line and contains every one of `words`."""
+    with pytest.raises(error) as raised:
+        yield
+    message = str(raised.value)
+    assert "\n" not in message, message
+    for word in words:
+        assert word in message, f"{word!r} is not in: {message}"

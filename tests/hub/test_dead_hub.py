@@ -1,0 +1,196 @@
+"""What loads where the Hub is dead: what is cached, at once; of anything else one line says what to do, in seconds.
+
+Data sets come through `datasets`, models of timm through timm, which alone would ask for most of a minute. The scripts
+run in this process.
+"""
+
+import json
+import runpy
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import datasets
+import PIL.Image
+import pytest
+import timm
+import torch
+import transformers
+from huggingface_hub import constants
+from local_hub import LocalHub, Token, point_client_at, running_hub
+from source_checkpoints import SIZES, saved
+from test_loading import assert_ends_with_one_line
+from timm.models import save_for_hf
+from tiny_models import filled, raises_one_line, tiny_config
+
+import modeling_vitcls as vitcls
+from modeling_vitcls.conversion.convert import take_over
+from modeling_vitcls.conversion.random_weights import random_fill
+from modeling_vitcls.data.labels import LabelSpace
+from modeling_vitcls.data.sources import load_splits
+from modeling_vitcls.data.splits import load_training_data, load_unlabelled_data
+from modeling_vitcls.demo.reader import Reader
+from modeling_vitcls.hub import loading, provenance
+from modeling_vitcls.hub.loading import commit_of, local_copy
+from modeling_vitcls.hub.publish import push_folder
+from modeling_vitcls.options import DataOptions
+from modeling_vitcls.training.teacher import load_teacher
+
+
+ROOT = Path(__file__).parents[2]
+DEAD = "http://127.0.0.1:9"  # a closed port
+DIGITS = LabelSpace("single_label_classification", {"label": [str(index) for index in range(10)]})
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[LocalHub]:
+    """A Hub, for every library in this process, which talks to it as ann, with an empty cache."""
+    with running_hub() as running:
+        running.tokens["hf_ann"] = Token("ann")
+        point_client_at(running.url, "hf_ann", monkeypatch, tmp_path / "home")
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(datasets.config, "HF_ENDPOINT", running.url)
+        monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "data")
+        monkeypatch.setattr(loading, "WAIT", 0.01)
+        monkeypatch.setattr(provenance, "PATIENCE", 0.5)
+        yield running
+
+
+def go_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From now on the Hub is at a closed port, for every library in this process."""
+    monkeypatch.setattr(constants, "ENDPOINT", DEAD)
+    monkeypatch.setattr(
+        constants, "HUGGINGFACE_CO_URL_TEMPLATE", f"{DEAD}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+    )
+    monkeypatch.setattr(datasets.config, "HF_ENDPOINT", DEAD)
+
+
+def test_a_data_set_of_the_hub_is_found_in_the_cache_where_the_hub_is_dead(
+    hub: LocalHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    pictures = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["cat", "dog"])})
+    rows = {"image": [PIL.Image.new("L", (4, 4), 9 * index) for index in range(8)], "label": [0, 1] * 4}
+    datasets.Dataset.from_dict(rows, features=pictures).to_parquet(tmp_path / "train.parquet")
+    content = (tmp_path / "train.parquet").read_bytes()
+    hub.create("datasets/ann/pictures", private=False, files={"README.md": b"# x", "train.parquet": content})
+    assert len(load_splits(DataOptions("ann/pictures")).parts["train"]) == 8
+    with raises_one_line("ann/none is no file or folder here", "the Hub has no such data set", error=OSError):
+        load_splits(DataOptions("ann/none"))
+    with raises_one_line("a/b/c is no file or folder here", "cannot be the id of a data set", error=OSError):
+        load_splits(DataOptions("a/b/c"))
+    go_away(monkeypatch)
+    started = time.monotonic()
+    assert len(load_splits(DataOptions("ann/pictures")).parts["train"]) == 8
+    assert "127.0.0.1:9 does not answer" in caplog.text and "ann/pictures comes from the cache" in caplog.text
+    for streaming in (False, True):
+        with raises_one_line("ann/none", "nor complete in the cache", f"{DEAD} does not answer", error=OSError):
+            load_training_data(DataOptions("ann/none", streaming=streaming))
+    with raises_one_line(f"{DEAD} does not answer", "Check the network", error=OSError):
+        load_unlabelled_data(DataOptions("ann/none"))
+    assert time.monotonic() - started < 10  # `datasets` alone takes 40 seconds for one of these
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    caplog.clear()
+    assert len(load_splits(DataOptions("ann/pictures")).parts["train"]) == 8
+    assert "does not answer" not in caplog.text
+
+
+def test_a_timm_model_of_the_hub_is_pinned_and_found_in_the_cache_where_the_hub_is_dead(
+    hub: LocalHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_for_hf(
+        random_fill(timm.create_model("test_vit", num_classes=3)), tmp_path / "theirs", safe_serialization=True
+    )
+    files = {file.name: file.read_bytes() for file in (tmp_path / "theirs").iterdir()}
+    commit = hub.create("ann/vit", private=False, files=files).branches["main"]
+    take_over("timm:hf-hub:ann/vit", tmp_path / "mine")
+    certificate = json.loads((tmp_path / "mine" / "certificate.json").read_text())
+    assert certificate["source_revision"] == commit
+    command = f"--source timm:hf-hub:ann/vit@{commit} --output mine"
+    assert command in (tmp_path / "mine" / "README.md").read_text()
+    go_away(monkeypatch)
+    started = time.monotonic()
+    take_over(f"timm:hf-hub:ann/vit@{commit}", tmp_path / "again")
+    for source in ("timm:hf-hub:ann/none", "timm:vit_tiny_patch16_224"):
+        with raises_one_line(f"timm cannot load {source[5:]}", f"{DEAD} does not answer", error=OSError):
+            take_over(source, tmp_path / "none")
+    with raises_one_line("timm:hf-hub:ann/none", f"{DEAD} does not answer", error=OSError):
+        load_teacher("timm:hf-hub:ann/none", DIGITS, 1, (8, 8), torch.device("cpu"))
+    assert time.monotonic() - started < 20
+
+
+def test_a_source_on_the_hub_is_converted_at_the_commit_that_is_named(hub: LocalHub, tmp_path: Path) -> None:
+    source = random_fill(transformers.ViTForImageClassification(transformers.ViTConfig(**SIZES)))
+    saved(source, tmp_path / "theirs")
+    files = {file.name: file.read_bytes() for file in (tmp_path / "theirs").iterdir()}
+    repository = hub.create("ann/vit", private=False, files=files)
+    commit = repository.branches["main"]
+    repository.commit("main", "broken", {"config.json": hub.store("config.json", b"{}")})
+    take_over(f"transformers:ann/vit@{commit}", tmp_path / "mine")
+    certificate = json.loads((tmp_path / "mine" / "certificate.json").read_text())
+    assert (certificate["source"], certificate["source_revision"]) == ("transformers:ann/vit", commit)
+    card = (tmp_path / "mine" / "README.md").read_text()
+    assert f"convert.py --source transformers:ann/vit@{commit} --output mine\n" in card
+    assert "base_model: ann/vit\n" in card and "base_model_relation" not in card
+    assert "may list this one as fine-tuned from its source, which it is not" in card
+    assert (tmp_path / "mine" / "pictures" / "token_layout.png").is_file()
+
+
+@pytest.mark.parametrize(
+    ("script", "flags"),
+    [
+        ("demo_app.py", "--model {}"),
+        ("evaluate.py", "--model {} --dataset digits"),
+        ("finetune.py", "--model {} --dataset digits --output-dir out"),
+        ("finetune.py", "--model vitcls-tiny --dataset {} --output-dir out"),
+        ("finetune.py", "--model vitcls-tiny --dataset digits --teacher {} --output-dir out"),
+        ("pretrain.py", "--model {} --dataset digits --output-dir out"),
+        ("convert.py", "--source transformers:{} --output out"),
+        ("predict.py", "--model {} --dataset digits"),
+        ("inspect_tokens.py", "--model {} --dataset digits --output out.html"),
+        ("export.py", "--model {} --format onnx --output out.onnx"),
+    ],
+)
+def test_a_mistyped_folder_is_named_in_one_line(
+    hub: LocalHub,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    script: str,
+    flags: str,
+) -> None:
+    """Also where the Hub is dead, in seconds."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    for name, words in {
+        "runs/none": ["here, and the Hub has no such"],
+        "runs/my/none": ["here, and cannot be the id of a"],
+        "runs/gone": ["here, nor complete in the cache", f"{DEAD} does not answer", "Check the network"],
+    }.items():
+        if name == "runs/gone":
+            go_away(monkeypatch)
+        monkeypatch.setattr(sys, "argv", [script, *flags.format(name).split()])
+        started = time.monotonic()
+        with pytest.raises(SystemExit) as ended:
+            runpy.run_path(str(ROOT / "scripts" / script), run_name="__main__")
+        assert time.monotonic() - started < 20
+        assert_ends_with_one_line(int(str(ended.value.code)), capsys.readouterr().err, name, *words)
+
+
+def test_the_demo_asks_nobody_once_its_model_is_here(
+    hub: LocalHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = {0: "a", 1: "b", 2: "c"}
+    filled(vitcls.ViTCLSForImageClassification(tiny_config(id2label=names))).save_pretrained(tmp_path / "mine")
+    vitcls.ViTCLSImageProcessor(size={"height": 32, "width": 32}).save_pretrained(tmp_path / "mine")
+    commit = push_folder(tmp_path / "mine", "ann/mine").commit
+    assert commit_of(local_copy("ann/mine")) == commit
+    go_away(monkeypatch)
+    started = time.monotonic()
+    with loading.offline():
+        reader = Reader.load("ann/mine", commit)
+    assert (reader.source, reader.commit) == ("ann/mine", commit)
+    assert time.monotonic() - started < 10 and not constants.HF_HUB_OFFLINE

@@ -1,0 +1,498 @@
+"""Models on the Hub, loaded anywhere: from other projects by conversion, pinned, offline, with code elsewhere.
+
+Real scripts and users' processes talk to a Hub on loopback. Processes are few, as each takes time to start: one
+loads all that is online, one all that is offline, and each script runs once with a cache and once with none. The Hub
+that never answers is asked in the background.
+"""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import PIL.Image
+import pytest
+import torch
+import transformers
+from fresh_processes import run_fresh
+from huggingface_hub import HfApi
+from local_hub import LocalHub, Token, point_client_at, running_hub
+from safetensors.torch import load_file, save_file
+from source_checkpoints import SIZES, saved
+from tiny_models import filled, raises_one_line, tiny_config
+
+import modeling_vitcls as vitcls
+from modeling_vitcls.conversion.convert import take_over
+from modeling_vitcls.conversion.random_weights import random_fill
+from modeling_vitcls.hub import loading
+from modeling_vitcls.hub.loading import CONFIGURATION, commit_of, local_copy
+from modeling_vitcls.hub.publish import push_folder
+from modeling_vitcls.hub.shared_code import with_code_elsewhere, write_code
+
+
+ROOT = Path(__file__).parents[2]
+CHILD = Path(__file__).parents[1] / "helpers" / "load_from_hub.py"
+LIMIT = 1e-5  # DESIGN.md
+SECONDS = 120.0  # within which a script gives up: ten or twenty, or more where other processes keep it from working
+NAMES = {index: str(index) for index in range(10)}  # as the digits have
+
+# Other projects' models: the class, the configuration, and what it has beside the common sizes.
+SOURCES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
+    "vit": (transformers.ViTForImageClassification, transformers.ViTConfig, {}),
+    "deit": (transformers.DeiTForImageClassificationWithTeacher, transformers.DeiTConfig, {}),
+    "dino": (
+        transformers.Dinov2WithRegistersForImageClassification,
+        transformers.Dinov2WithRegistersConfig,
+        {"num_register_tokens": 3},
+    ),
+}
+CARD = "---\nlicense: other\nlicense_name: dinov3-license\nlicense_link: LICENSE.md\n---\n# A model of theirs\n"
+
+# As a model would change in a later release: the same weights, other answers.
+OTHER_CODE = "pool = TokenPooler.forward\nTokenPooler.forward = lambda self, sequence: 2 * pool(self, sequence)\n"
+
+
+# What is loaded without the Hub, too.
+CACHED = ["dino", "old code", "main", "code elsewhere, pinned", "processor", "processor, code elsewhere", "pipeline"]
+MARKER = {"name": "marker", "loader": "marker"}
+LOCAL = "local: "
+
+
+@dataclass
+class World:
+    """A Hub with models on it, and what they answer.
+
+    Attributes:
+        home: of a user: his cache, which the first process fills.
+        commits: by what they are called here.
+        wanted: what each request should give.
+        requests: for the first process.
+        asked_after_marker: what that process asked the Hub for once it used `local_files_only`.
+    """
+
+    hub: LocalHub
+    folder: Path
+    home: Path
+    commits: dict[str, str] = field(default_factory=dict)
+    wanted: dict[str, torch.Tensor] = field(default_factory=dict)
+    requests: list[dict[str, Any]] = field(default_factory=list)
+    asked_after_marker: list[str] = field(default_factory=list)
+
+    def environment(self, home: Path | None = None, **settings: str) -> dict[str, str]:
+        """Of a process that talks to this Hub as ann, unless `settings` say otherwise."""
+        return environment_of_ann(self.hub.url, home or self.home) | settings
+
+    def ask(self, name: str, wanted: torch.Tensor, loader: str, source: str, **options: Any) -> None:
+        """Another request for the first process."""
+        self.wanted[name] = wanted
+        self.requests.append({"name": name, "loader": loader, "source": source, "options": options})
+
+    def run(self, script: str, *flags: Any, **settings: str) -> subprocess.CompletedProcess[str]:
+        """One of our scripts."""
+        return run_fresh(ROOT / "scripts" / script, *flags, environment=self.environment(**settings))
+
+    def load(self, requests: list[dict[str, Any]], **settings: str) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+        """Answers and report of a process that has never heard of this package."""
+        target = self.folder / f"answers-{len(list(self.folder.iterdir()))}"
+        target.mkdir()
+        file = target / "requests.json"
+        file.write_text(json.dumps({"inputs": str(self.folder / "inputs.safetensors"), "requests": requests}))
+        environment = self.environment(**settings)
+        environment["PYTHONPATH"] = str(CHILD.parent)
+        child = run_fresh("-P", CHILD, file, target, environment=environment, cwd=target)
+        assert child.returncode == 0, child.stderr[-4000:]
+        return load_file(target / "answers.safetensors"), json.loads((target / "report.json").read_text())
+
+
+def environment_of_ann(url: str, home: Path) -> dict[str, str]:
+    """Of a process that talks to the Hub at this address as ann, who has this home."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "TRANSFORMERS_"))}
+    own = {"HF_ENDPOINT": url, "HF_HOME": str(home), "HF_TOKEN": "hf_ann"}
+    own |= {"HF_HUB_DISABLE_XET": "1", "NO_PROXY": "127.0.0.1,localhost", "PYTHONPATH": str(ROOT)}
+    return kept | own
+
+
+def images(folder: Path) -> dict[str, torch.Tensor]:
+    """The inputs of all requests, also in a file: pixel values [2, 3, 32, 32], and a picture [3, 40, 50]."""
+    generator = torch.Generator().manual_seed(0)
+    inputs = {
+        "pixel_values": torch.randn(2, 3, 32, 32, generator=generator),
+        "image": torch.randint(0, 256, (3, 40, 50), generator=generator, dtype=torch.uint8),
+    }
+    save_file(inputs, folder / "inputs.safetensors")
+    return inputs
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
+    """Everything published, and the user's process that loads it all."""
+    folder = tmp_path_factory.mktemp("world")
+    with running_hub() as hub, pytest.MonkeyPatch.context() as patch:
+        hub.tokens |= {"hf_ann": Token("ann"), "hf_them": Token("them")}
+        world = World(hub, folder, tmp_path_factory.mktemp("home"))
+        point_client_at(hub.url, "hf_ann", patch, tmp_path_factory.mktemp("own-home"))
+        patch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(world.home / "own"))
+        inputs = images(folder)
+        publish_theirs(world, inputs["pixel_values"])
+        convert_and_push(world)
+        publish_two_versions(world, inputs)
+        yield world
+
+
+@pytest.fixture(scope="module")
+def online(world: World) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """What the user's process found; it fills his cache, and then loads the same with `local_files_only`."""
+    again = [
+        request | {"name": f"{LOCAL}{request['name']}", "options": request["options"] | {"local_files_only": True}}
+        for request in world.requests
+        if request["name"] in CACHED and request["loader"] != "pipeline"  # does not take it
+    ]
+    found = world.load([*world.requests, MARKER, *again])
+    paths = [path for _, path in world.hub.requests]
+    world.asked_after_marker = [path for path in paths[paths.index("/marker") :] if "ann/" in path]
+    return found
+
+
+@pytest.fixture(scope="module")
+def silent() -> Iterator[str]:
+    """The address of a server that accepts connections and never says a word."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen(50)
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def kept_waiting(
+    silent: str, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[subprocess.Popen[str], float]]:
+    """scripts/predict.py, which asks that server for a model while the other tests run, and when it was started."""
+    home = tmp_path_factory.mktemp("waiting")
+    PIL.Image.new("RGB", (50, 40)).save(home / "picture.png")
+    environment = environment_of_ann(silent, home)
+    command = [sys.executable, ROOT / "scripts" / "predict.py", "--model", "ann/versions", home / "picture.png"]
+    with subprocess.Popen(command, env=environment, stdout=-1, stderr=-1, text=True) as process:
+        yield process, time.monotonic()
+        process.kill()
+
+
+def publish_theirs(world: World, pixel_values: torch.Tensor) -> None:
+    """Models of transformers, pushed by those who made them, one with a licence of its own."""
+    for name, (model_class, config_class, fields) in SOURCES.items():
+        model = random_fill(model_class(config_class(**SIZES, **fields, id2label=NAMES)))
+        folder = world.folder / f"their-{name}"
+        saved(model, folder)
+        transformers.ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(folder)
+        if name == "dino":
+            (folder / "README.md").write_text(CARD)
+            (folder / "LICENSE.md").write_text("You may.\n")
+        api = HfApi(token="hf_them")
+        api.create_repo(f"them/{name}")
+        commit = api.upload_folder(repo_id=f"them/{name}", folder_path=folder)
+        world.commits[f"them/{name}"] = commit.oid
+        with torch.no_grad():
+            world.wanted[name] = model(pixel_values).logits
+
+
+def convert_and_push(world: World) -> None:
+    """By the script for one, and by what it calls for the others; test_verify.py runs the one that pushes."""
+    for name in SOURCES:
+        converted = world.folder / f"vitcls-{name}"
+        if name == "dino":
+            done = world.run("convert.py", "--source", f"transformers:them/{name}", "--output", converted)
+            assert done.returncode == 0, done.stderr[-2000:]
+            assert f"python scripts/push_to_hub.py --model {converted} --hub-model-id" in done.stdout
+        else:
+            take_over(f"transformers:them/{name}", converted)
+        commit = push_folder(converted, f"ann/{name}").commit
+        world.ask(name, world.wanted[name], "AutoModelForImageClassification", f"ann/{name}", revision=commit)
+
+
+def publish_two_versions(world: World, inputs: dict[str, torch.Tensor]) -> None:
+    """One model with its code, twice: the second commit has other code; and one with its code in the first's place."""
+    config = tiny_config(num_register_tokens=1, num_labels=len(NAMES), id2label=NAMES)
+    model = filled(vitcls.ViTCLSForImageClassification(config))
+    processor = vitcls.ViTCLSImageProcessor(size={"height": 32, "width": 32})
+    folder, code = world.folder / "versions", world.folder / "code"
+    with torch.no_grad():
+        old = model(inputs["pixel_values"]).logits
+        new = 2 * (old - model.classifier.bias) + model.classifier.bias
+        pixel_values = processor(inputs["image"], return_tensors="pt")["pixel_values"]
+        scores = model(pixel_values).logits.softmax(-1)[0]
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    write_code(code)
+    with_code = {"first": push_folder(folder, "ann/versions").commit}
+    HfApi().create_repo("ann/code")
+    code_commit = HfApi().upload_folder(repo_id="ann/code", folder_path=code).oid
+    for file in (folder / "heads_vitcls.py", code / "heads_vitcls.py"):
+        file.write_text(file.read_text() + OTHER_CODE)
+    with_code["second"] = push_folder(folder, "ann/versions").commit
+    HfApi().upload_folder(repo_id="ann/code", folder_path=code)
+    with_code_elsewhere(folder, "ann/code")
+    world.commits |= with_code | {"weights": push_folder(folder, "ann/weights").commit}
+
+    classifier = "AutoModelForImageClassification"
+    world.ask("old code", old, classifier, "ann/versions", revision=with_code["first"])
+    world.ask("new code", new, classifier, "ann/versions", revision=with_code["second"])
+    world.ask("main", new, classifier, "ann/versions")
+    pinned = {"revision": world.commits["weights"], "code_revision": code_commit}
+    world.ask("code elsewhere, pinned", old, classifier, "ann/weights", **pinned)
+    world.ask("code elsewhere, newest", new, classifier, "ann/weights", revision=pinned["revision"])
+    world.ask("processor", pixel_values, "AutoImageProcessor", "ann/versions")
+    world.ask("processor, code elsewhere", pixel_values, "AutoImageProcessor", "ann/weights", **pinned)
+    world.ask("pipeline", scores, "pipeline", "ann/versions", revision=with_code["first"])
+
+
+def picture(world: World) -> Path:
+    """A picture in a file."""
+    file = world.folder / "picture.png"
+    if not file.exists():
+        image = load_file(world.folder / "inputs.safetensors")["image"]
+        PIL.Image.fromarray(image.movedim(0, -1).numpy()).save(file)
+    return file
+
+
+# Online --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_a_model_of_another_project_is_converted_by_its_id_pushed_and_loaded_by_its_commit(
+    world: World, online: Any, name: str
+) -> None:
+    answers, report = online
+    assert report[name]["module"].startswith("transformers_modules.ann.")
+    assert world.wanted[name].abs().max() > 0.1
+    assert (answers[name] - world.wanted[name]).abs().max() <= LIMIT
+
+
+def test_the_card_and_the_licence_travel_with_it(world: World) -> None:
+    card = world.hub.read("ann/dino", "README.md").decode()
+    for line in ("base_model: them/dino", "license: other", "license_name: dinov3-license"):
+        assert f"\n{line}\n" in card
+    assert f"at commit `{world.commits['them/dino']}`" in card
+    assert 'from_pretrained("ann/dino", revision="<commit hash>", trust_remote_code=True)' in card
+    assert world.hub.read("ann/dino", "LICENSE.md") == b"You may.\n"
+    assert "No licence was found" in world.hub.read("ann/vit", "README.md").decode()
+    certificate = json.loads(world.hub.read("ann/dino", "certificate.json"))
+    assert certificate["source_revision"] == world.commits["them/dino"]
+
+
+VERSIONS = ["old code", "new code", "main", "processor", "pipeline"]
+ELSEWHERE = ["code elsewhere, pinned", "code elsewhere, newest", "processor, code elsewhere"]
+
+
+@pytest.mark.parametrize("name", VERSIONS + ELSEWHERE)
+def test_each_commit_answers_with_the_code_that_it_was_pushed_with(world: World, online: Any, name: str) -> None:
+    answers, report = online
+    assert "error" not in report[name], report[name]
+    assert report[name]["module"].startswith("transformers_modules.ann.")
+    torch.testing.assert_close(answers[name], world.wanted[name], rtol=1e-5, atol=1e-5)
+    assert (world.wanted["old code"] - world.wanted["new code"]).abs().max() > 0.1
+
+
+def test_code_elsewhere_is_a_matter_of_the_published_files(world: World, tmp_path: Path) -> None:
+    assert not [name for name in world.hub.files("ann/weights") if name.endswith(".py")]
+    folder = world.folder / "versions"
+    with_code_elsewhere(folder, "bob/code")  # moved once more
+    for file in CONFIGURATION:
+        text = (folder / file).read_text()
+        assert "bob/code--" in text and "ann/code" not in text
+    model = vitcls.ViTCLSForImageClassification.from_pretrained(folder)
+    model.save_pretrained(tmp_path)
+    assert "bob/code" not in (tmp_path / "config.json").read_text()
+    assert (tmp_path / "modeling_vitcls.py").is_file()
+    with raises_one_line("'code' is no repository", "namespace/name"):
+        with_code_elsewhere(folder, "code")
+    with raises_one_line("is no folder"):
+        with_code_elsewhere(tmp_path / "nowhere", "bob/code")
+
+
+# Offline and dead ----------------------------------------------------------------------------------------------------
+
+
+def test_offline_everything_that_is_cached_loads(world: World, online: Any) -> None:
+    asked = len(world.hub.requests)
+    unknown = {"name": "unknown", "loader": "AutoModel", "source": "ann/unknown", "options": {}}
+    known = [request for request in world.requests if request["name"] in CACHED]
+    answers, report = world.load([*known, unknown], HF_HUB_OFFLINE="1")
+    errors = {name: found["error"] for name, found in report.items() if "error" in found}
+    assert list(errors) == ["unknown"], errors
+    assert report["unknown"]["seconds"] < 10
+    assert answers.keys() == set(CACHED)
+    for name, answer in answers.items():
+        assert torch.equal(answer, online[0][name]), name
+    assert len(world.hub.requests) == asked
+
+
+def test_with_local_files_only_nobody_is_asked(world: World, online: Any) -> None:
+    answers, report = online
+    again = {name.removeprefix(LOCAL): found for name, found in report.items() if name.startswith(LOCAL)}
+    assert again.keys() == set(CACHED) - {"pipeline"}
+    assert not [found for found in again.values() if "error" in found]
+    for name in again:
+        assert torch.equal(answers[f"{LOCAL}{name}"], answers[name]), name
+    assert world.asked_after_marker == []
+
+
+def test_our_scripts_take_what_is_cached_offline(world: World, online: Any) -> None:
+    file = world.folder / "labels.csv"
+    flags = ["--model", "ann/versions", picture(world), "--output", file]
+    done = world.run("predict.py", *flags, HF_HUB_OFFLINE="1")
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "picture.png" in file.read_text()
+
+
+@pytest.mark.slow
+def test_our_scripts_take_what_is_cached_where_the_hub_does_not_answer(world: World, online: Any) -> None:
+    flags = ["--model", "ann/versions", "--dataset", "digits"]
+    done = world.run("evaluate.py", *flags, HF_ENDPOINT="http://127.0.0.1:9")
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "ccuracy" in done.stdout
+    assert "does not answer" in done.stderr and "ann/versions comes from the cache" in done.stderr
+
+
+def test_our_scripts_say_what_to_do_offline_with_an_empty_cache(world: World) -> None:
+    settings = {"home": world.folder / "none", "HF_HUB_OFFLINE": "1"}
+    started = time.monotonic()
+    done = world.run("evaluate.py", "--model", "ann/versions", "--dataset", "digits", **settings)
+    assert time.monotonic() - started < SECONDS
+    assert_ends_with_one_line(done.returncode, done.stderr, "HF_HUB_OFFLINE", "run `hf download ann/versions`")
+
+
+@pytest.mark.slow
+def test_our_scripts_give_up_on_a_closed_port(world: World) -> None:
+    settings = {"home": world.folder / "none", "HF_ENDPOINT": "http://127.0.0.1:9"}
+    started = time.monotonic()
+    output = world.folder / "never"
+    done = world.run("convert.py", "--source", "transformers:them/vit", "--output", output, **settings)
+    assert time.monotonic() - started < SECONDS
+    assert_ends_with_one_line(done.returncode, done.stderr, "127.0.0.1:9 does not answer", "Check the network")
+    assert not output.exists()
+
+
+def assert_ends_with_one_line(status: int | None, errors: str, *words: str) -> None:
+    """Status 1, no traceback, and a last line that says this."""
+    assert status == 1, errors[-2000:]
+    assert "Traceback" not in errors
+    last = errors.strip().splitlines()[-1]
+    assert last.startswith("error: ")
+    for word in words:
+        assert word in last
+
+
+# In this process -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[LocalHub]:
+    """A Hub with one model, which this process talks to as ann, with an empty cache."""
+    with running_hub() as running:
+        running.tokens |= {"hf_ann": Token("ann"), "hf_bob": Token("bob")}
+        running.create("ann/model", private=True, files={"config.json": b"{}", "model.safetensors": b"weights"})
+        point_client_at(running.url, "hf_ann", monkeypatch, tmp_path / "home")
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setattr(loading, "WAIT", 0.01)
+        yield running
+
+
+def test_a_folder_is_itself_and_what_can_be_no_repository_is_nothing(hub: LocalHub, tmp_path: Path) -> None:
+    assert local_copy(str(tmp_path)) == str(tmp_path)
+    for source in ("/not/there", "./not-there", "a/b/c"):
+        with raises_one_line(f"{source} is no folder here, and cannot be the id of a model", error=OSError):
+            local_copy(source)
+    with raises_one_line("--revision is about models on the Hub", str(tmp_path), "leave it out"):
+        local_copy(str(tmp_path), revision="main")
+    assert not hub.requests
+
+
+def test_a_revision_is_taken_where_one_is_named(hub: LocalHub, monkeypatch: pytest.MonkeyPatch) -> None:
+    repository = hub.repositories["ann/model"]
+    old = repository.branches["main"]
+    repository.commit("main", "newer", repository.commits[old].files | {"config.json": hub.store("config.json", b"1")})
+    newest = commit_of(local_copy("ann/model"))
+    assert old != newest == repository.branches["main"]
+    assert commit_of(local_copy("ann/model", revision=old)) == old
+    with raises_one_line("ann/model has no revision gone", "a branch or a tag", error=OSError):
+        local_copy("ann/model", revision="gone")
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+    assert commit_of(local_copy("ann/model", revision=old)) == old
+    with raises_one_line("127.0.0.1:9 does not answer", error=OSError):
+        local_copy("ann/model", revision="gone")
+
+
+def test_what_is_needed_is_fetched_once_and_the_newest_is_taken(hub: LocalHub) -> None:
+    folder = local_copy("ann/model")
+    assert sorted(file.name for file in Path(folder).iterdir()) == ["config.json", "model.safetensors"]
+    assert commit_of(folder) == hub.repositories["ann/model"].branches["main"]
+    hub.requests.clear()
+    assert local_copy("ann/model") == folder
+    assert not hub.asked("GET", "/resolve/") and not hub.asked("GET", "/objects/")
+    repository = hub.repositories["ann/model"]
+    newest = repository.commit("main", "more", repository.commits[repository.branches["main"]].files)
+    assert commit_of(local_copy("ann/model")) == newest
+    assert commit_of("runs/mine") is None
+
+
+def test_a_failure_that_passes_is_tried_again(hub: LocalHub) -> None:
+    hub.fail("GET", "/api/models/ann/model", 503)
+    hub.fail("GET", "/objects/", "cut")
+    assert Path(local_copy("ann/model"), "model.safetensors").read_bytes() == b"weights"
+
+
+def test_a_closed_port_leaves_what_is_cached(
+    hub: LocalHub, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = local_copy("ann/model")
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+    assert local_copy("ann/model") == folder
+    assert "127.0.0.1:9 does not answer" in caplog.text and "ann/model comes from the cache" in caplog.text
+    with raises_one_line("127.0.0.1:9 does not answer", "refused", "Check the network", error=OSError):
+        local_copy("ann/other")
+
+
+def test_a_silent_hub_is_given_up_in_time(hub: LocalHub, silent: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", silent)
+    monkeypatch.setattr(loading, "PATIENCE", 0.5)
+    started = time.monotonic()
+    with raises_one_line(f"{silent} does not answer", "timed out", error=OSError):
+        local_copy("ann/model")
+    assert 1.0 <= time.monotonic() - started < 10
+
+
+def test_what_may_not_be_read_is_not_taken_from_anywhere(hub: LocalHub, monkeypatch: pytest.MonkeyPatch) -> None:
+    with raises_one_line("the Hub has no such model", "hf auth login", error=OSError):
+        local_copy("ann/typo")
+    monkeypatch.setenv("HF_TOKEN", "hf_bob")
+    with raises_one_line("ann/model is no folder here", "your token may not see it", error=OSError):
+        local_copy("ann/model")
+    hub.create("ann/empty", private=False)
+    with raises_one_line("ann/empty holds no model", "no config.json", error=OSError):
+        local_copy("ann/empty")
+
+
+def test_a_part_of_a_model_in_the_cache_is_none(hub: LocalHub, monkeypatch: pytest.MonkeyPatch) -> None:
+    local_copy("ann/model", CONFIGURATION)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert commit_of(local_copy("ann/model", CONFIGURATION)) is not None
+    with raises_one_line("complete in the cache", "HF_HUB_OFFLINE", error=OSError):
+        local_copy("ann/model")
+
+
+# At last, what had to wait -------------------------------------------------------------------------------------------
+
+
+def test_our_scripts_give_up_on_a_hub_that_never_answers(
+    kept_waiting: tuple[subprocess.Popen[str], float], silent: str
+) -> None:
+    process, started = kept_waiting
+    _, errors = process.communicate(timeout=max(1.0, started + SECONDS - time.monotonic()))
+    assert_ends_with_one_line(
+        process.returncode, errors, f"{silent} does not answer", "timed out", "Check the network"
+    )

@@ -1,0 +1,205 @@
+"""Names of data, models and teachers: a path of this machine is known as one wherever and whenever it is published."""
+
+import logging
+import shutil
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from local_hub import LocalHub, Token, point_client_at, running_hub
+from PIL import Image
+from tiny_models import filled, raises_one_line, tiny_config
+
+from modeling_vitcls import ViTCLSForImageClassification, ViTCLSImageProcessor
+from modeling_vitcls.hub.local_paths import check_free, is_local, is_same_place, settled, without_folders
+from modeling_vitcls.hub.manifest import SAMPLES, contents_of, data_shown
+from modeling_vitcls.hub.publish import push_folder
+from modeling_vitcls.options import (
+    DataOptions,
+    DistillationOptions,
+    FinetuneOptions,
+    ModelOptions,
+    PretrainOptions,
+    RunOptions,
+    as_flags,
+)
+from modeling_vitcls.training.model_report import may_show_samples
+from modeling_vitcls.training.runner import check_same_flags, open_session, with_settled_names
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The current folder, with folders of misleading names in it, and data beside it."""
+    for name in ("here/digits", "here/vitcls-tiny", "here/acme/data", "here/data/teach", "clinic/scans"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "here" / "weights.pt").touch()
+    monkeypatch.chdir(tmp_path / "here")
+    return tmp_path / "here"
+
+
+def test_what_is_a_path_becomes_absolute(here: Path) -> None:
+    for name in ("acme/data", "data/teach", "weights.pt"):
+        assert settled(name) == settled(settled(name)) == str(here / name)
+    assert settled("timm:resnet18@weights.pt") == f"timm:resnet18@{here}/weights.pt"
+    assert settled("timm:local-dir:data/teach") == f"timm:local-dir:{here}/data/teach"
+    assert settled("transformers:data/teach") == f"transformers:{here}/data/teach"
+    for other in ("acme/none", "timm:weights.pt", "timm:hf-hub:acme/data@main", "timm:resnet18@none.pt"):
+        assert settled(other) == other
+    assert settled("digits", known=True) == "digits"
+
+
+@pytest.mark.parametrize(
+    ("name", "shared"),
+    [
+        ("/gone/scans", "path/to/scans"),
+        ("timm:resnet18@/gone/w.pt", "timm:resnet18@path/to/w.pt"),
+        ("timm:local-dir:/gone/at@home", "timm:local-dir:path/to/at@home"),
+        ("transformers:/gone/vit", "transformers:path/to/vit"),
+        *((name, name) for name in ("digits", "acme/data", "timm:resnet18", "transformers:acme/vit@main")),
+    ],
+)
+def test_only_what_is_absolute_is_of_this_machine(here: Path, name: str, shared: str) -> None:
+    assert without_folders(name) == shared
+    assert is_local(name) is (name != shared)
+    assert not is_local(None) and not is_local(["/a"])
+
+
+def options_of(output: Path, dataset: str, **others: Any) -> FinetuneOptions:
+    """Of a run on local data, as given on the command line."""
+    teacher = DistillationOptions(teacher="timm:resnet18@weights.pt")
+    model = ModelOptions("vitcls-tiny", num_distillation_tokens=1)
+    return FinetuneOptions(output, DataOptions(dataset), model, distillation=teacher, run=RunOptions(**others))
+
+
+def test_what_was_trained_on_local_data_is_pushed_from_elsewhere_without_its_path(
+    here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "run"
+    session = open_session(options_of(folder, "../clinic/scans"))
+    session.claim_folder()
+    filled(ViTCLSForImageClassification(tiny_config())).save_pretrained(folder)
+    ViTCLSImageProcessor(size={"height": 32, "width": 32}).save_pretrained(folder)
+    shutil.rmtree(tmp_path / "clinic")
+    (here / "weights.pt").unlink()
+    (tmp_path / "elsewhere" / "vitcls-tiny").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    published = contents_of(folder)["config.resolved.yaml"]
+    assert isinstance(published, bytes)
+    flags = yaml.safe_load(published)
+    assert {name: flags[name] for name in ("dataset", "model", "teacher")} == {
+        "dataset": "path/to/scans",
+        "model": "vitcls-tiny",
+        "teacher": "timm:resnet18@path/to/weights.pt",
+    }
+    assert "clinic" not in published.decode()
+
+
+def test_the_built_in_data_and_presets_go_before_folders_of_their_name(here: Path, tmp_path: Path) -> None:
+    options = open_session(options_of(tmp_path / "run", "digits")).options
+    assert (options.data.dataset, options.model.model) == ("digits", "vitcls-tiny")
+    pretraining = with_settled_names(PretrainOptions(tmp_path, DataOptions("data/teach"), ModelOptions("acme/data")))
+    assert (pretraining.data.dataset, pretraining.model.model) == (f"{here}/data/teach", f"{here}/acme/data")
+
+
+def test_a_run_is_resumed_with_its_data_written_otherwise(here: Path, tmp_path: Path) -> None:
+    def flags(dataset: str) -> dict[str, Any]:
+        return as_flags(with_settled_names(options_of(tmp_path / "run", dataset)))
+
+    before = flags("data/teach")
+    assert before["dataset"] == f"{here}/data/teach"
+    for spelling in ("./data/teach", str(here / "data/teach"), "../here/data/teach", "data/../data/teach"):
+        check_same_flags(before, flags(spelling), tmp_path)
+        check_same_flags(
+            before | {"dataset": "data/teach"}, flags(spelling), tmp_path
+        )  # as they were written formerly
+    check_same_flags(before, before | {"license": "mit", "card_samples": True}, tmp_path)
+    with raises_one_line("--dataset", "acme/data", "another --output-dir"):
+        check_same_flags(before, flags("acme/data"), tmp_path)
+    (tmp_path / "new").mkdir()
+    shutil.move(here / "data/teach", tmp_path / "new/teach")
+    check_same_flags(before, flags("../new/teach"), tmp_path)
+    with raises_one_line("--dataset"):
+        check_same_flags(before, flags("../clinic/scans"), tmp_path)
+
+
+def test_names_on_the_hub_are_the_same_only_if_they_are_equal(here: Path) -> None:
+    assert is_same_place("acme/none", "acme/none") and not is_same_place("acme/none", "acme/other")
+    assert not is_same_place("timm:resnet18", "timm:resnet18@/w.pt") and not is_same_place(None, "acme/none")
+
+
+def test_a_folder_in_use_is_not_written_to(tmp_path: Path) -> None:
+    check_free(tmp_path / "new")
+    check_free(tmp_path)
+    (tmp_path / "file").touch()
+    for used in (tmp_path, tmp_path / "file"):
+        with raises_one_line(str(used), "not empty", "another --output"):
+            check_free(used)
+
+
+# Pictures of this machine --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[LocalHub]:
+    """A Hub with a private repository and a public one, which this process talks to as ann."""
+    with running_hub() as running:
+        running.tokens["hf_ann"] = Token("ann")
+        running.create("ann/private", private=True)
+        running.create("ann/public", private=False)
+        point_client_at(running.url, "hf_ann", monkeypatch, tmp_path / "home")
+        yield running
+
+
+@pytest.mark.parametrize(
+    ("dataset", "repository", "flags", "shows"),
+    [
+        ("data/teach", None, {}, True),
+        ("data/teach", "ann/public", {}, False),
+        ("data/teach", "ann/new", {}, False),
+        ("data/teach", "ann/new", {"hub_private": True}, True),
+        ("data/teach", "ann/private", {}, True),
+        ("data/teach", "ann/public", {"card_samples": True}, True),
+        ("digits", "ann/public", {}, True),
+        ("acme/none", "ann/public", {}, True),
+    ],
+)
+def test_pictures_of_this_machine_are_not_published_unasked(
+    hub: LocalHub, here: Path, dataset: str, repository: str | None, flags: dict[str, Any], shows: bool
+) -> None:
+    warnings: list[str] = []
+    options = with_settled_names(options_of(here / "run", dataset, **flags))
+    assert may_show_samples(options, repository, warnings.append) is shows
+    if shows:
+        assert not warnings
+    else:
+        (warning,) = warnings
+        assert f"{here}/data/teach" in warning and str(repository) in warning and "--card-samples" in warning
+    quiet = replace(options, run=replace(options.run, report=False))
+    assert may_show_samples(quiet, repository, warnings.append) and len(warnings) == int(not shows)
+
+
+@pytest.mark.parametrize("private", [True, False])
+def test_a_push_says_who_can_see_the_pictures(
+    hub: LocalHub, here: Path, tmp_path: Path, private: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = tmp_path / "run"
+    filled(ViTCLSForImageClassification(tiny_config())).save_pretrained(folder)
+    ViTCLSImageProcessor(size={"height": 32, "width": 32}).save_pretrained(folder)
+    (folder / "config.resolved.yaml").write_text(yaml.safe_dump({"dataset": f"{here}/data/teach"}))
+    (folder / SAMPLES).parent.mkdir()
+    Image.new("L", (4, 4)).save(folder / SAMPLES)
+    with caplog.at_level(logging.WARNING):
+        pushed = push_folder(folder, "ann/mine", private=private)
+    assert pushed.in_words == f"{pushed.url} ({'private' if private else 'public'})"
+    assert (SAMPLES in caplog.text) is not private
+    if not private:
+        (message,) = [record.getMessage() for record in caplog.records]
+        assert "ann/mine is public" in message and f"{here}/data/teach" in message and "\n" not in message
+    for text in ("dataset: digits", f"dataset: {here}/data/teach\ncard_samples: true", "- no flags", "a: ["):
+        (folder / "config.resolved.yaml").write_text(text)
+        assert data_shown(folder) is None
+    (folder / SAMPLES).unlink()
+    assert data_shown(folder) is None

@@ -1,0 +1,715 @@
+"""Pushing model folders to a Hub on this machine, through the real huggingface_hub client."""
+
+import hashlib
+import pickle
+import runpy
+import shlex
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import local_hub_server
+import pytest
+import torch
+import yaml
+from huggingface_hub import HfApi, ModelCard, constants, set_client_factory
+from huggingface_hub.errors import RepositoryNotFoundError
+from huggingface_hub.utils import _http as hub_http
+from huggingface_hub.utils import close_session, get_session, http_backoff
+from local_hub import LocalHub, Token, point_client_at, running_hub
+from tiny_models import raises_one_line, tiny_config
+
+import modeling_vitcls as vitcls
+from modeling_vitcls.checkpoints import CheckpointStore, read_checkpoint
+from modeling_vitcls.hub import connection, publish, push_permissions
+from modeling_vitcls.hub.card_renaming import card_under
+from modeling_vitcls.hub.connection import patience
+from modeling_vitcls.hub.publish import PushFailed, push_command, push_folder
+from modeling_vitcls.hub.push_permissions import check_push_rights
+
+
+SCRIPT = Path(__file__).parents[2] / "scripts" / "push_to_hub.py"
+CODE = {file.name for file in Path(vitcls.__file__).parent.glob("*_vitcls.py")}
+WEIGHTS = "model.safetensors"
+CARD = "---\nlicense: apache-2.0\n---\n# A model\n"
+RECIPE = {"model": "vitcls-tiny", "dataset": "digits", "output_dir": "/home/ann/secret/out", "epochs": 3.0}
+RECIPE |= {"push_to_hub": True, "hub_model_id": "ann/model", "hub_private": False}
+
+TOKENS = {
+    "hf_ann": Token("ann", {"lab": "write", "club": "contributor", "school": "read"}),
+    "hf_read": Token("ann", role="read"),
+    "hf_all_of_ann": Token("ann", role="fineGrained", scopes={("user", "ann"): ["repo.content.read", "repo.write"]}),
+    "hf_one_model": Token(
+        "ann", role="fineGrained", scopes={("model", name): ["repo.write"] for name in ("ann/there", "ann/deleted")}
+    ),
+    "hf_fine_read": Token("ann", role="fineGrained", scopes={("user", "ann"): ["repo.content.read"]}),
+    "hf_bob": Token("bob"),
+}
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[LocalHub]:
+    """An empty Hub, which the client of this process talks to as ann."""
+    with running_hub() as running:
+        running.tokens |= TOKENS
+        point_client_at(running.url, "hf_ann", monkeypatch, tmp_path / "home")
+        monkeypatch.setattr(connection, "WAITS", (0.01, 0.02, 0.03))
+        yield running
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """What a run leaves: a model, what is told about it, and what must not leave the machine."""
+    target = tmp_path / "my-run"
+    save_model(target)
+    (target / "README.md").write_text(CARD)
+    (target / "results.json").write_text('{"accuracy": 0.9}')
+    (target / "config.resolved.yaml").write_text(yaml.safe_dump(RECIPE))
+    (target / "holiday.png").write_bytes(b"\x89PNG")
+    (target / "pictures").mkdir()
+    (target / "pictures" / "attention.png").write_bytes(b"\x89PNG2")
+    (target / "checkpoints" / "step-1").mkdir(parents=True)
+    for name in ("model.safetensors", "old_vitcls.py", "loss.png", "state.json"):
+        (target / "checkpoints" / "step-1" / name).write_bytes(b"old")
+    for name in ("optimizer.safetensors", "training_args.bin", "model.pkl", "notes.txt", "other/loss.png"):
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+        (target / name).write_bytes(pickle.dumps(name))
+    return target
+
+
+def save_model(target: Path, num_register_tokens: int = 1, **options: Any) -> None:
+    """Save a tiny classifier with its image processor."""
+    config = tiny_config(num_register_tokens=num_register_tokens)
+    vitcls.ViTCLSForImageClassification(config).save_pretrained(target, **options)
+    vitcls.ViTCLSImageProcessor(size={"height": 32, "width": 32}).save_pretrained(target)
+
+
+def snapshot(folder: Path) -> dict[str, str]:
+    """Hashes of all files of a folder."""
+    return {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.rglob("*") if path.is_file()}
+
+
+def num_commits(hub: LocalHub, repo_id: str) -> int:
+    """Pushes that a repository has seen; its first commit comes with it."""
+    return len(hub.repositories[repo_id].commits) - 1
+
+
+# What is pushed ------------------------------------------------------------------------------------------------------
+
+
+def test_a_push_is_one_commit_of_what_belongs_to_the_model(hub: LocalHub, folder: Path) -> None:
+    before = snapshot(folder)
+    pushed = push_folder(folder, "ann/model", message="Trained")
+    assert num_commits(hub, "ann/model") == 1
+    assert hub.repositories["ann/model"].branches == {"main": pushed.commit}
+    assert hub.repositories["ann/model"].commits[pushed.commit].message == "Trained"
+    assert pushed.url == f"{hub.url}/ann/model/commit/{pushed.commit}"
+    accompanying = {"README.md", "results.json", "config.resolved.yaml", "pictures/attention.png"}
+    essential = CODE | {WEIGHTS, "config.json", "preprocessor_config.json"}
+    assert set(hub.files("ann/model")) == {".gitattributes"} | essential | accompanying
+    for name in essential | accompanying - {"config.resolved.yaml"}:
+        assert hub.read("ann/model", name) == (folder / name).read_bytes()
+    assert hub.files("ann/model")[WEIGHTS].is_lfs
+    assert not hub.repositories["ann/model"].private
+    assert snapshot(folder) == before
+
+
+def test_the_recipe_is_pushed_without_the_paths_of_this_machine(hub: LocalHub, folder: Path) -> None:
+    push_folder(folder, "ann/model")
+    recipe = yaml.safe_load(hub.read("ann/model", "config.resolved.yaml"))
+    assert recipe["epochs"] == 3.0 and recipe["dataset"] == "digits"
+    assert "secret" not in str(recipe)
+    assert not [flag for flag in recipe if "hub" in flag]  # whoever repeats the run does not push it there
+
+
+def test_pushing_again_keeps_every_commit_and_sends_only_what_changed(
+    hub: LocalHub, folder: Path, tmp_path: Path
+) -> None:
+    first = push_folder(folder, "ann/model").commit
+    assert push_folder(folder, "ann/model").commit == first  # nothing changed
+    (folder / "README.md").write_text(CARD + "more\n")
+    second = push_folder(folder, "ann/model").commit
+    weights = (folder / WEIGHTS).read_bytes()
+    save_model(folder, num_register_tokens=2)
+    third = push_folder(folder, "ann/model").commit
+    assert len({first, second, third}) == num_commits(hub, "ann/model") == 3
+    assert hub.asked("PUT", "/objects/") == 2  # the weights of the first and the third
+    found = [
+        Path(HfApi().hf_hub_download("ann/model", WEIGHTS, revision=commit, cache_dir=tmp_path / "cache")).read_bytes()
+        for commit in (first, second, third)
+    ]
+    assert found[0] == found[1] == weights != found[2] == (folder / WEIGHTS).read_bytes()
+
+
+def test_shards_replace_the_weights_of_an_earlier_push_and_the_other_way_round(hub: LocalHub, folder: Path) -> None:
+    push_folder(folder, "ann/model")
+    HfApi().upload_file(path_or_fileobj=b"mine", path_in_repo="notes.md", repo_id="ann/model")
+    (folder / WEIGHTS).unlink()
+    save_model(folder, max_shard_size="20KB")
+    shards = {path.name for path in folder.glob("model-*.safetensors")}
+    assert len(shards) > 1
+    push_folder(folder, "ann/model")
+    there = set(hub.files("ann/model"))
+    assert shards | {"model.safetensors.index.json", "notes.md"} <= there and WEIGHTS not in there
+    for path in folder.glob("model*.safetensors*"):
+        path.unlink()
+    save_model(folder)
+    push_folder(folder, "ann/model")
+    there = set(hub.files("ann/model"))
+    assert {WEIGHTS, "notes.md"} <= there and not shards & there and "model.safetensors.index.json" not in there
+
+
+def test_a_branch_gets_its_own_commits(hub: LocalHub, folder: Path) -> None:
+    main = push_folder(folder, "ann/model").commit
+    save_model(folder, num_register_tokens=2)
+    branch = push_folder(folder, "ann/model", branch="checkpoints/step-100").commit
+    assert push_folder(folder, "ann/model", branch="checkpoints/step-100").commit == branch
+    assert hub.repositories["ann/model"].branches == {"main": main, "checkpoints/step-100": branch}
+    HfApi().create_tag("ann/model", tag="v1", revision=branch)
+    assert HfApi().model_info("ann/model", revision="v1").sha == branch
+    refs = HfApi().list_repo_refs("ann/model")
+    assert {ref.name for ref in refs.branches} == {"main", "checkpoints/step-100"}
+
+
+def test_a_private_push_is_seen_by_its_owner_alone(hub: LocalHub, folder: Path, tmp_path: Path) -> None:
+    push_folder(folder, "ann/model", private=True)
+    assert hub.repositories["ann/model"].private
+    assert HfApi().model_info("ann/model").private
+    for token in ("hf_bob", False):
+        with pytest.raises(RepositoryNotFoundError):
+            HfApi(token=token).model_info("ann/model")
+        with pytest.raises(RepositoryNotFoundError):
+            HfApi(token=token).hf_hub_download("ann/model", WEIGHTS, cache_dir=tmp_path / str(token))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (lambda folder: (folder / "config.json").unlink(), ["holds no model", "config.json"]),
+        (lambda folder: (folder / WEIGHTS).unlink(), ["lacks model.safetensors"]),
+        (lambda folder: (folder / "modeling_vitcls.py").unlink(), ["lacks modeling_vitcls.py"]),
+        (lambda folder: (folder / "config.json").write_text('{"model_type": "vit"}'), ["'vit'", "convert.py"]),
+        (lambda folder: (folder / "config.json").write_text("{"), ["cannot read", "config.json"]),
+        (lambda folder: folder.rename(folder.with_name("other")), ["is no folder"]),
+    ],
+)
+def test_a_folder_that_would_not_load_is_not_pushed(hub: LocalHub, folder: Path, spoil: Any, words: list[str]) -> None:
+    spoil(folder)
+    with raises_one_line(*words):
+        push_folder(folder, "ann/model")
+    assert not hub.repositories
+
+
+def test_wrong_metadata_of_the_card_stops_the_push_at_once(hub: LocalHub, folder: Path) -> None:
+    (folder / "README.md").write_text("---\nlicense: [\n---\n")
+    with raises_one_line("README.md", "push_to_hub.py", error=PushFailed):
+        push_folder(folder, "ann/model")
+    assert hub.asked("POST", "/validate-yaml") == 1
+    assert num_commits(hub, "ann/model") == 0
+
+
+# The card ------------------------------------------------------------------------------------------------------------
+
+
+OWN_CARD = """---
+license: apache-2.0
+tags:
+- vit   # as it is
+model-index:
+- name: my-run
+  results:
+  - task:
+      type: image-classification
+    dataset:
+      type: digits
+      name: digits
+    metrics:
+    - type: accuracy
+      value: 0.9
+---
+
+# my-run
+
+Trained in my-run, against "my-run-2".
+
+    classify = pipeline("image-classification", model="my-run", trust_remote_code=True)
+    model = AutoModel.from_pretrained("my-run", trust_remote_code=True)
+    other = AutoModel.from_pretrained("my-run-2"); base = AutoModel.from_pretrained("org/base")
+    processor = AutoImageProcessor.from_pretrained(
+        "my-run", trust_remote_code=True
+    )
+    accelerate launch scripts/finetune.py --model my-run --dataset my-run-2
+"""
+
+
+def test_the_card_is_published_under_the_repositorys_name(hub: LocalHub, folder: Path) -> None:
+    """And stays as it is in the folder. What a person wrote is not touched."""
+    (folder / "README.md").write_text(OWN_CARD)
+    push_folder(folder, "ann/other")
+    assert (folder / "README.md").read_text() == OWN_CARD
+    published = hub.read("ann/other", "README.md").decode()
+    body = published.partition("\n---\n")[2]
+    assert body == OWN_CARD.partition("\n---\n")[2].replace("# my-run", "# ann/other").replace(
+        'model="my-run"', 'model="ann/other"'
+    ).replace('"my-run", trust', '"ann/other", trust').replace("--model my-run ", "--model ann/other ")
+    metadata = yaml.safe_load(published.split("---")[1])
+    assert metadata.pop("model-index")[0].pop("name") == "ann/other"
+    assert metadata == {"license": "apache-2.0", "tags": ["vit"]}
+    assert ModelCard(published).data.eval_results[0].metric_value == 0.9
+
+
+@pytest.mark.parametrize(
+    ("text", "is_changed"),
+    [
+        (OWN_CARD.replace("my-run\n", "ann/other\n").replace('"my-run"', '"ann/other"').replace("l my", "l x"), False),
+        (CARD, False),  # written by hand
+        ("# my-run\n", False),  # a heading that is no model's name
+        ('# old/name\nfrom_pretrained("old/name")\n', True),  # made for another repository
+        ("---\nlicense: [\n---\n# x\n", False),  # the Hub says what is wrong with it
+        ("---\nmodel-index: 3\n---\n", False),
+        ("---\r\nlicense: mit\r\n---\r\n# x\r\n", False),
+        ("", False),
+    ],
+)
+def test_other_cards_stay_as_they_are_to_the_letter(text: str, is_changed: bool) -> None:
+    found = card_under("ann/other", text, "my-run")
+    assert found == (text.replace("old/name", "ann/other") if is_changed else text)
+
+
+def test_a_push_takes_away_what_tells_about_another_model(hub: LocalHub, folder: Path) -> None:
+    (folder / "certificate.json").write_text("{}")
+    push_folder(folder, "ann/model")
+    for name in ("results.json", "certificate.json", "config.resolved.yaml", "pictures/attention.png"):
+        (folder / name).unlink()
+    push_folder(folder, "ann/model")
+    there = set(hub.files("ann/model"))
+    assert (
+        "pictures/attention.png" in there and not {"results.json", "certificate.json", "config.resolved.yaml"} & there
+    )
+
+
+# Rights --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("token", "asked", "found"),
+    [
+        ("hf_ann", None, "ann/my-run"),
+        ("hf_ann", "model", "ann/model"),
+        ("hf_ann", "Ann/model", "Ann/model"),
+        ("hf_ann", "lab/model", "lab/model"),
+        ("hf_ann", "club/model", "club/model"),
+        ("hf_all_of_ann", "ann/model", "ann/model"),
+        ("hf_one_model", "ann/there", "ann/there"),
+    ],
+)
+def test_a_token_that_may_push_gives_the_full_id(
+    hub: LocalHub, token: str, asked: str | None, found: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub.create("ann/there", private=False)
+    monkeypatch.setenv("HF_TOKEN", token)
+    assert check_push_rights(asked, "my-run") == found
+    assert set(hub.repositories) == {"ann/there"}
+    assert {method for method, _ in hub.requests} == {"GET"}
+
+
+@pytest.mark.parametrize(
+    ("token", "repo_id", "words"),
+    [
+        (None, None, ["no Hugging Face token", "hf auth login", "HF_TOKEN"]),
+        ("hf_wrong", None, ["does not know", "hf auth login"]),
+        ("hf_read", None, ["may only read", "ann/my-run", "'write'"]),
+        ("hf_fine_read", None, ["fine-grained", "ann/my-run", "Write access"]),
+        ("hf_one_model", "ann/other", ["fine-grained", "ann/other"]),
+        ("hf_one_model", "ann/deleted", ["fine-grained", "ann/deleted"]),  # which it may not make
+        ("hf_ann", "bob/model", ["bob is neither you nor", "ann, lab, club, school"]),
+        ("hf_ann", "school/model", ["role in school is 'read'"]),
+        ("hf_ann", "ann/my model", ["--hub-model-id"]),
+        ("hf_ann", "a/b/c", ["--hub-model-id"]),
+    ],
+)
+def test_a_token_that_may_not_push_is_told_why_and_nothing_happens(
+    hub: LocalHub, token: str | None, repo_id: str | None, words: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub.create("ann/there", private=False)
+    if token is None:
+        monkeypatch.delenv("HF_TOKEN")
+    else:
+        monkeypatch.setenv("HF_TOKEN", token)
+    with raises_one_line(*words):
+        check_push_rights(repo_id, "my-run")
+    assert set(hub.repositories) == {"ann/there"}
+    assert {method for method, _ in hub.requests} <= {"GET"}
+
+
+def test_a_public_repository_is_no_place_for_what_is_meant_to_be_private(hub: LocalHub) -> None:
+    hub.create("ann/public", private=False)
+    hub.create("ann/private", private=True)
+    assert check_push_rights("ann/private", "my-run", private=True) == "ann/private"
+    assert check_push_rights("ann/new", "my-run", private=True) == "ann/new"
+    with raises_one_line("ann/public exists and is public"):
+        check_push_rights("ann/public", "my-run", private=True)
+
+
+@pytest.mark.parametrize("token", ["hf_wrong", "hf_read", "hf_bob"])
+def test_a_token_that_lost_its_rights_in_the_meantime(
+    hub: LocalHub, folder: Path, token: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = snapshot(folder)
+    monkeypatch.setenv("HF_TOKEN", token)
+    with raises_one_line("HTTP 40", f"finish with: {push_command(folder, 'ann/model')}", error=PushFailed):
+        push_folder(folder, "ann/model")
+    assert not hub.repositories
+    assert hub.asked("POST", "/repos/create") == 1  # trying again would not help
+    assert snapshot(folder) == before
+
+
+# Faults --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "kind"),
+    [
+        ("POST", "/repos/create", "drop"),
+        ("POST", "/repos/create", "lose"),
+        ("GET", "/tree/", "cut"),
+        ("POST", "/validate-yaml", 502),
+        ("POST", "/preupload/", 500),
+        ("POST", "/objects/batch", "drop"),
+        ("PUT", "/objects/", "drop"),
+        ("PUT", "/objects/", 503),
+        ("POST", "/commit/", "drop"),
+        ("POST", "/commit/", "lose"),
+        ("POST", "/commit/", 500),
+        ("POST", "/branch/", 504),
+    ],
+)
+def test_what_passes_is_tried_again(hub: LocalHub, folder: Path, method: str, path: str, kind: str | int) -> None:
+    hub.fail(method, path, kind)
+    pushed = push_folder(folder, "ann/model", branch="new")
+    assert not any(fault.times for fault in hub.faults)
+    assert num_commits(hub, "ann/model") == 1
+    assert hub.read("ann/model", WEIGHTS, pushed.commit) == (folder / WEIGHTS).read_bytes()
+    assert hub.repositories["ann/model"].branches["new"] == pushed.commit
+
+
+def test_too_many_requests_are_followed_by_the_wait_that_is_asked_for(
+    hub: LocalHub, folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    hub.fail("POST", "/commit/", 429, retry_after=1)
+    started = time.perf_counter()
+    push_folder(folder, "ann/model")
+    assert time.perf_counter() - started > 1
+    assert "HTTP 429" in caplog.text and "trying again in 1 s" in caplog.text
+
+
+def test_a_short_wait_is_not_called_0_s(hub: LocalHub, folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    hub.fail("POST", "/commit/", 500)
+    push_folder(folder, "ann/model")
+    assert "trying again at once" in caplog.text and "0 s" not in caplog.text
+
+
+def test_a_push_that_failed_is_finished_by_the_command_it_names(
+    hub: LocalHub, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As it would have been pushed: with its message, branch and checkpoint."""
+    (folder / "checkpoints" / "step-1").rename(folder / "notes")
+    CheckpointStore(folder / "checkpoints", keep=1).save(1, {"model": {"x": torch.ones(1)}}, {"flags": {}}, False)
+    before = snapshot(folder)
+    hub.fail("POST", "/commit/", 500, times=4)
+    message = 'It\'s trained; "well"'
+    how: dict[str, Any] = {"private": True, "branch": "new", "message": message, "with_optimizer": True}
+    command = push_command(folder, "ann/model", **how)
+    with raises_one_line("HTTP 500", f"finish with: {command}", error=PushFailed):
+        push_folder(folder, "ann/model", **how)
+    assert num_commits(hub, "ann/model") == 0
+    assert snapshot(folder) == before
+    sent = hub.asked("PUT", "/objects/")
+    assert sent == 2
+    program, script, *flags = shlex.split(command)
+    assert (program, script) == ("python", "scripts/push_to_hub.py")
+    assert run_script([*flags, "--no-verify"], monkeypatch) == 0
+    repository = hub.repositories["ann/model"]
+    assert num_commits(hub, "ann/model") == 1 and repository.private
+    assert repository.commits[repository.branches["new"]].message == message
+    assert f"checkpoints/step-00000001/{WEIGHTS}" in hub.files("ann/model", "new")
+    assert hub.asked("PUT", "/objects/") == sent  # the weights were there already
+
+
+def test_the_command_for_a_plain_push_is_short(folder: Path) -> None:
+    assert (
+        push_command(folder, "ann/model") == f"python scripts/push_to_hub.py --model {folder} --hub-model-id ann/model"
+    )
+
+
+def test_two_who_push_at_once_do_not_mix_their_files(hub: LocalHub, folder: Path, tmp_path: Path) -> None:
+    """The first one's commit arrives after that of the second, on which it does not rest: it is built anew."""
+    whole = tmp_path / "whole"
+    save_model(whole, num_register_tokens=2)
+    (whole / "results.json").write_text("{}")
+    (folder / WEIGHTS).unlink()
+    (folder / "results.json").unlink()
+    save_model(folder, max_shard_size="20KB")
+    hub.fail("POST", "/commit/", "hold")
+    pushing = threading.Thread(target=push_folder, args=(folder, "ann/model"))
+    pushing.start()
+    wait_until(lambda: hub.asked("POST", "/commit/") == 1)
+    second = push_folder(whole, "ann/model").commit
+    assert set(hub.files("ann/model", second)) >= {WEIGHTS, "results.json"}
+    hub.released.set()
+    pushing.join(timeout=60)
+    there = set(hub.files("ann/model"))
+    assert "model.safetensors.index.json" in there and not {WEIGHTS, "results.json"} & there
+    assert num_commits(hub, "ann/model") == 2
+    assert hub.asked("POST", "/commit/") == 3
+
+
+def wait_until(is_so: Any) -> None:
+    """Until something is so, for a minute at most."""
+    deadline = time.monotonic() + 60
+    while not is_so():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_a_dead_endpoint_fails_in_seconds(folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        point_client_at(f"http://127.0.0.1:{unused.getsockname()[1]}", "hf_ann", monkeypatch, tmp_path)
+        monkeypatch.setattr(connection, "WAITS", (0.01, 0.02, 0.03))
+        started = time.perf_counter()
+        with raises_one_line("does not answer", "HF_ENDPOINT", constants.ENDPOINT, error=OSError):
+            check_push_rights("ann/model", "my-run")
+        with raises_one_line("finish with: python scripts/push_to_hub.py", error=PushFailed):
+            push_folder(folder, "ann/model")
+        assert time.perf_counter() - started < 5
+
+
+def test_a_silent_endpoint_is_given_up(hub: LocalHub, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(push_permissions, "PATIENCE", 0.3)
+    monkeypatch.setattr(publish, "PATIENCE", 0.3)
+    hub.fail("GET", "/whoami-v2", "wait")
+    hub.fail("POST", "/repos/create", "wait", times=4)
+    with raises_one_line("does not answer", error=OSError):
+        check_push_rights("ann/model", "my-run")
+    with raises_one_line("finish with: ", error=PushFailed):
+        push_folder(folder, "ann/model")
+
+
+def test_patience_ends_requests_that_the_client_sends_without_a_limit(hub: LocalHub) -> None:
+    hub.create("ann/there", private=False)
+    hub.fail("GET", "/api/models/ann/there", "wait", times=9)
+    with pytest.raises(connection.HTTPError), connection.patience(0.2):
+        HfApi().model_info("ann/there")
+
+
+def limits_of_a_request(hub: LocalHub, **options: Any) -> dict[str, float | None]:
+    """How long the client of huggingface_hub waits for what, at present; asked of a request that it sends."""
+    return get_session().get(f"{hub.url}/api/whoami-v2", **options).request.extensions["timeout"]
+
+
+def limits(seconds: float | None) -> dict[str, float | None]:
+    """The same for all."""
+    return dict.fromkeys(connection.LIMITED, seconds)
+
+
+def test_the_shortest_patience_holds_for_all_threads(hub: LocalHub) -> None:
+    """They share a client, whose own limit comes back when the last one is done."""
+    before = limits_of_a_request(hub)
+    first, second, third = patience(30.0), patience(5.0), patience(60.0)
+    for block, seconds in ((first, 30.0), (second, 5.0), (third, 5.0)):
+        block.__enter__()
+        assert limits_of_a_request(hub) == limits(seconds)
+    for block, seconds in ((first, 5.0), (second, 60.0)):
+        block.__exit__(None, None, None)
+        assert limits_of_a_request(hub) == limits(seconds)
+    third.__exit__(None, None, None)
+    assert limits_of_a_request(hub) == before == limits(None)
+
+
+def test_patience_survives_a_client_that_is_made_anew(hub: LocalHub) -> None:
+    """huggingface_hub makes one whenever it cannot connect; blocks that overlap may see several."""
+    first, second = patience(30.0), patience(5.0)
+    first.__enter__()
+    client = get_session()
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        with pytest.raises(connection.HTTPError):
+            http_backoff("GET", f"http://127.0.0.1:{unused.getsockname()[1]}", max_retries=0)
+    assert get_session() is not client
+    assert limits_of_a_request(hub) == limits(30.0)
+    second.__enter__()
+    close_session()
+    assert limits_of_a_request(hub) == limits(5.0)
+    first.__exit__(None, None, None)
+    assert limits_of_a_request(hub) == limits(5.0)
+    second.__exit__(None, None, None)
+    assert limits_of_a_request(hub) == limits(None)
+
+
+def test_patience_keeps_the_users_own_client_and_limits_that_are_asked_for(hub: LocalHub) -> None:
+    """A client's own limit gives way, since it is for requests of all kinds; that of a single request stays."""
+    own = get_session().__class__
+    before = hub_http._GLOBAL_CLIENT_FACTORY
+    set_client_factory(lambda: own(headers={"X-Mine": "yes"}, timeout=3.0))
+    try:
+        with patience(30.0):
+            assert get_session().headers["X-Mine"] == "yes"
+            assert limits_of_a_request(hub) == limits(30.0)
+            assert limits_of_a_request(hub, timeout=7.0) == limits(7.0)
+            assert limits_of_a_request(hub, timeout=None) == limits(30.0)
+        assert get_session().headers["X-Mine"] == "yes"
+        assert limits_of_a_request(hub) == limits(3.0)
+        with patience(30.0):
+            assert len(get_session().event_hooks["request"]) == 1  # watched once
+    finally:
+        set_client_factory(before)
+
+
+def test_a_push_in_the_background_is_silent_and_starts_no_threads(
+    hub: LocalHub,
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    capfd: pytest.CaptureFixture,
+) -> None:
+    """The end of Python would wait for those that send several large files."""
+    (folder / WEIGHTS).unlink()
+    save_model(folder, max_shard_size="20KB")
+    monkeypatch.setattr(local_hub_server, "SECONDS_OF_SILENCE", 0.5)
+    hub.fail("PUT", "/objects/", "wait")
+    hub.fail("PUT", "/objects/", 503)
+    hub.fail("POST", "/commit/", 500)
+    capfd.readouterr()
+    pushing = threading.Thread(target=push_folder, args=(folder, "ann/model"), kwargs={"in_background": True})
+    pushing.start()
+    seen: set[str] = set()
+    while pushing.is_alive():
+        seen |= {thread.name for thread in threading.enumerate()}
+        time.sleep(0.01)
+    assert num_commits(hub, "ann/model") == 1 and hub.asked("PUT", "/objects/") > 2
+    assert not caplog.text and not "".join(capfd.readouterr())
+    assert not [name for name in seen if "ThreadPool" in name]
+
+
+def test_offline_says_so_at_once(hub: LocalHub, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with raises_one_line("HF_HUB_OFFLINE"):
+        check_push_rights("ann/model", "my-run")
+    with raises_one_line("HF_HUB_OFFLINE"):
+        push_folder(folder, "ann/model")
+    assert not hub.requests
+
+
+# The script ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("token", "words"),
+    [
+        (None, "no Hugging Face token was found"),
+        ("hf_wrong", "the Hub does not know the Hugging Face token"),
+        ("hf_bob", "cannot push to ann/model: ann is neither you nor"),
+        ("hf_fine_read", "the fine-grained Hugging Face token has no permission to write to ann/model"),
+    ],
+)
+def test_the_script_says_what_is_wrong_with_a_token(
+    hub: LocalHub,
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+    token: str | None,
+    words: str,
+) -> None:
+    before = snapshot(folder)
+    point_client_at(hub.url, token, monkeypatch, folder.parent / "home")
+    flags = ["--model", str(folder), "--hub-model-id", "ann/model"]
+    assert run_script(flags, monkeypatch) == 1
+    message = capsys.readouterr().err
+    assert message.startswith(f"error: {words}") and len(message.splitlines()) == 1
+    assert not hub.repositories
+    assert snapshot(folder) == before
+
+
+def test_the_published_checkpoint_is_the_newest_that_is_whole_and_names_no_paths(
+    hub: LocalHub, folder: Path, tmp_path: Path
+) -> None:
+    store = CheckpointStore(folder / "checkpoints", keep=9)
+    flags = {"output_dir": "runs/x", "dataset": str(tmp_path), "model": "/gone/model", "teacher": None, "epochs": 3.0}
+    for step in (1, 2, 3):
+        store.save(step, {"model": {"x": torch.ones(step)}}, {"step": step, "flags": flags | {"seed": step}}, False)
+    (store.path(3) / WEIGHTS).write_bytes(b"damaged")
+    (store.path(2) / "notes.pkl").write_bytes(pickle.dumps(3))
+    before = snapshot(folder)
+    push_folder(folder, "ann/model", with_optimizer=True)
+    assert snapshot(folder) == before
+    place = "checkpoints/step-00000002"
+    assert {name for name in hub.files("ann/model") if name.startswith("ch")} == {
+        f"{place}/{WEIGHTS}",
+        f"{place}/state.json",
+    }
+    (tmp_path / "state").mkdir()
+    for name in (WEIGHTS, "state.json"):
+        (tmp_path / "state" / name).write_bytes(hub.read("ann/model", f"{place}/{name}"))
+    published = read_checkpoint(tmp_path / "state")  # with a checksum of its own
+    assert published.facts == {"step": 2, "flags": {"teacher": None, "epochs": 3.0, "seed": 2}}
+    assert torch.equal(published.tensors("model")["x"], torch.ones(2))
+
+
+def test_the_script_finds_no_checkpoint_to_push(
+    hub: LocalHub, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    assert run_script(["--model", str(folder), "--push-optimizer"], monkeypatch) == 1
+    assert "checkpoints holds no undamaged checkpoint to publish" in capsys.readouterr().err
+    assert not hub.repositories
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ("", ["--model FOLDER to push", "--verify-only ID"]),
+        ("--model x --revision v1", ["--revision", "--verify-only"]),
+        ("--model x --revision main", ["--revision", "--verify-only"]),
+        ("--verify-only ann/model --hub-model-id ann/other", ["--verify-only pushes nothing", "--hub-model-id"]),
+        ("--verify-only ann/model --push-optimizer", ["--push-optimizer"]),
+        ("--verify-only ann/model --branch new", ["--branch"]),
+        ("--verify-only ann/model --private", ["--private"]),
+        ("--verify-only ann/model --message hello", ["--message"]),
+        ("--verify-only ann/model --no-verify", ["--no-verify"]),
+    ],
+)
+def test_flags_that_do_not_go_together_end_with_status_2(
+    flags: str, words: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setenv("COLUMNS", "400")
+    assert run_script(flags.split(), monkeypatch) == 2
+    printed = "".join(capsys.readouterr())
+    assert all(word in printed for word in words), printed
+
+
+def run_script(flags: list[str], monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Run it in this process; its exit status."""
+    monkeypatch.syspath_prepend(str(SCRIPT.parent))
+    monkeypatch.setattr(sys, "argv", [SCRIPT.name, *flags])
+    try:
+        runpy.run_path(str(SCRIPT), run_name="__main__")
+    except SystemExit as ended:
+        return ended.code
+    return 0
+
+
+def test_the_script_ends_with_one_line_and_status_1(
+    hub: LocalHub, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = snapshot(folder)
+    monkeypatch.setenv("HF_TOKEN", "hf_read")
+    assert run_script(["--model", str(folder)], monkeypatch) == 1
+    printed, error = capsys.readouterr()
+    assert error.startswith("error: the Hugging Face token may only read, so it cannot push to ann/my-run")
+    assert len(error.strip().splitlines()) == 1 and not printed
+    assert not hub.repositories
+    assert snapshot(folder) == before

@@ -1,0 +1,755 @@
+"""The demo's page in a real browser, on this machine and as the Space that is pushed to a Hub on this machine."""
+
+import ast
+import base64
+import json
+import os
+import re
+import runpy
+import shlex
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import Request, urlopen
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from huggingface_hub import HfApi, constants, snapshot_download
+from local_hub import LocalHub, Token, point_client_at, running_hub
+from PIL import Image
+from playwright.sync_api import Browser, Page, expect
+from sklearn.datasets import load_sample_images
+from tiny_models import filled, raises_one_line, tiny_config
+
+import modeling_vitcls as vitcls
+from modeling_vitcls.demo.page import build_page, launch
+from modeling_vitcls.demo.reader import Reader, Reading
+from modeling_vitcls.demo.text import how_to_load, what_is_missing
+from modeling_vitcls.hub import connection
+from modeling_vitcls.hub.publish import PushFailed, push_folder
+from modeling_vitcls.hub.push_permissions import check_push_rights
+from modeling_vitcls.hub.shared_code import with_code_elsewhere
+from modeling_vitcls.hub.space import (
+    FOLDER,
+    PACKAGE,
+    SHIPPED,
+    PublishedModel,
+    published_model,
+    push_space,
+    space_contents,
+    write_space,
+)
+
+
+SCRIPTS = Path(__file__).parents[2] / "scripts"
+NAMES = ["temple", "flower", "cat", "seven", "bird", "ship"]
+TOKENS = {"hf_ann": Token("ann"), "hf_read": Token("ann", role="read")}
+PATIENCE = 60_000  # milliseconds that the browser waits
+
+# Runs a file as `python FILE` does, where modeling_vitcls cannot be imported.
+WITHOUT_PACKAGE = """
+import runpy, sys
+sys.path.insert(0, {tests!r})
+from load_without_package import PackageBlocker
+sys.meta_path.insert(0, PackageBlocker())
+sys.path[0] = {folder!r}
+runpy.run_path("app.py", run_name="__main__")
+"""
+
+
+# What is shown -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def photo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A real photograph of 640 x 427 pixels."""
+    file = tmp_path_factory.mktemp("pictures") / "temple.png"
+    Image.fromarray(load_sample_images().images[0]).save(file)
+    return file
+
+
+@pytest.fixture(scope="module")
+def classifier(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A classifier with special tokens of all kinds, whose image processor cuts pictures."""
+    config = tiny_config(
+        num_cls_tokens=2,
+        num_distillation_tokens=1,
+        num_register_tokens=2,
+        num_hidden_layers=3,
+        id2label=dict(enumerate(NAMES)),
+        num_labels=len(NAMES),
+    )
+    processor = vitcls.ViTCLSImageProcessor(
+        size={"shortest_edge": 40}, do_center_crop=True, crop_size={"height": 32, "width": 32}
+    )
+    return saved(vitcls.ViTCLSForImageClassification(config), tmp_path_factory.mktemp("models") / "mine", processor)
+
+
+def saved(model: Any, folder: Path, processor: Any = None) -> Path:
+    """A model's folder, with weights that make it sure of nothing and an image processor."""
+    filled(model).save_pretrained(folder)
+    (processor or vitcls.ViTCLSImageProcessor(size={"height": 32, "width": 32})).save_pretrained(folder)
+    return folder
+
+
+def own_answer(folder: Path, picture: Path) -> dict[str, float]:
+    """What the model says, asked without the demo: the five most probable labels."""
+    model = vitcls.ViTCLSForImageClassification.from_pretrained(folder).eval()
+    pixel_values = vitcls.ViTCLSImageProcessor.from_pretrained(folder)(picture, return_tensors="pt")["pixel_values"]
+    with torch.no_grad():
+        top = model(pixel_values).logits[0].softmax(dim=0).topk(5)
+    return {NAMES[index]: value for index, value in zip(top.indices.tolist(), top.values.tolist(), strict=True)}
+
+
+@contextmanager
+def served(command: list[str], folder: Path, **environment: str) -> Iterator[str]:
+    """Run a page in a process of its own; gives its address."""
+    child = subprocess.Popen(
+        [sys.executable, *command],
+        cwd=folder,
+        env=os.environ | environment | {"PYTHONUNBUFFERED": "1", "GRADIO_TEMP_DIR": str(folder / "uploads")},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert child.stdout is not None and child.stderr is not None
+        line = child.stdout.readline()
+        assert "http://" in line, child.stderr.read()
+        yield line.split()[-1]
+    finally:
+        child.terminate()
+        child.communicate(timeout=60)
+
+
+@pytest.fixture(scope="module")
+def demo(classifier: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The page of the classifier, from scripts/demo_app.py."""
+    with served(
+        [str(SCRIPTS / "demo_app.py"), "--model", str(classifier)], tmp_path_factory.mktemp("elsewhere")
+    ) as at:
+        yield at
+
+
+@contextmanager
+def opened(browser: Browser, address: str, width: int = 1280) -> Iterator[Page]:
+    """The page, which may ask nobody but its own server for anything."""
+    page = browser.new_page(viewport={"width": width, "height": 900})
+    page.set_default_timeout(PATIENCE)
+    asked: list[str] = []
+    page.on("request", lambda request: asked.append(request.url))
+    try:
+        page.goto(address)
+        yield page
+        hosts = {urlsplit(url).netloc for url in asked if not url.startswith(("data:", "blob:"))}
+        assert hosts == {urlsplit(address).netloc}
+    finally:
+        page.close()
+
+
+def give(page: Page, picture: Path) -> None:
+    """Upload a file."""
+    page.locator("input[type=file]").first.set_input_files(picture)
+
+
+def shown_labels(page: Page, count: int = 5) -> dict[str, str]:
+    """Labels with their percentages, as they stand there once there are so many."""
+    shown = page.locator("[data-testid$=-confidence-set]")
+    expect(shown).to_have_count(count)
+    lines = [line.strip().split("\n") for line in shown.all_inner_texts()]
+    return {parts[0].strip(): parts[-1].strip() for parts in lines}
+
+
+def assert_shows(labels: dict[str, str], wanted: dict[str, float]) -> None:
+    """The same labels in the same order, with their probabilities."""
+    assert list(labels) == list(wanted)
+    assert [int(text.rstrip("%")) for text in labels.values()] == pytest.approx(
+        [value * 100 for value in wanted.values()], abs=0.5001
+    )
+
+
+def source_of_map(page: Page) -> str:
+    """The address of the picture that is drawn."""
+    return page.locator("#map img").get_attribute("src") or ""
+
+
+def assert_changes(page: Page, before: str) -> str:
+    """Another picture is drawn; gives its address."""
+    expect(page.locator("#map img")).not_to_have_attribute("src", before)
+    return source_of_map(page)
+
+
+# On this machine -----------------------------------------------------------------------------------------------------
+
+
+def test_a_photograph_gets_labels_and_a_map_on_its_own_pixels(
+    browser: Browser, demo: str, classifier: Path, photo: Path
+) -> None:
+    with opened(browser, demo) as page:
+        give(page, photo)
+        assert_shows(shown_labels(page), own_answer(classifier, photo))
+        expect(page.locator("#shares")).to_contain_text("CLS 1, layer 3 of 3, mean of all heads")
+        drawn = page.locator("#map img")
+        expect(drawn).to_have_js_property("naturalWidth", 640)  # it is 0 until the browser has decoded it
+        expect(drawn).to_have_js_property("naturalHeight", 427)
+        expect(page.locator("#layers img")).to_have_count(3)
+
+
+def test_token_layer_and_head_change_the_map(browser: Browser, demo: str, photo: Path) -> None:
+    with opened(browser, demo) as page:
+        give(page, photo)
+        expect(page.locator("#layers img")).to_have_count(3)
+        first = source_of_map(page)
+        of_cls = page.locator("#layers img").first.get_attribute("src") or ""
+
+        page.get_by_label("register 2").check()
+        expect(page.locator("#shares")).to_contain_text("register 2, layer 3 of 3")
+        second = assert_changes(page, first)
+        expect(page.locator("#layers img").first).not_to_have_attribute("src", of_cls)
+        of_register = page.locator("#layers img").first.get_attribute("src") or ""
+
+        slider = page.get_by_label("number input for Layer")
+        slider.fill("1")
+        slider.press("Enter")
+        expect(page.locator("#shares")).to_contain_text("register 2, layer 1 of 3")
+        third = assert_changes(page, second)
+
+        page.get_by_label("Heads").click()
+        page.get_by_role("option", name="head 2").click()
+        expect(page.locator("#shares")).to_contain_text("register 2, layer 1 of 3, head 2")
+        fourth = assert_changes(page, third)
+
+        expect(page.locator("#layers img").first).not_to_have_attribute("src", of_register)  # a new one is not clicked
+        page.locator("#layers button").nth(1).click()
+        expect(page.locator("#shares")).to_contain_text("register 2, layer 2 of 3, head 2")
+        fifth = assert_changes(page, fourth)
+        assert len({first, second, third, fourth, fifth}) == 5
+
+
+def test_a_file_that_is_no_picture_is_named_and_leaves_nothing_of_the_last_one(
+    browser: Browser, demo: str, photo: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "notes.png").write_text("no picture")
+    with opened(browser, demo) as page:
+        give(page, photo)
+        assert shown_labels(page)
+        page.get_by_label("Remove Image").first.click()
+        expect(page.locator("[data-testid$=-confidence-set]")).to_have_count(0)
+        give(page, tmp_path / "notes.png")
+        problem = page.locator("#problem")
+        expect(problem).to_contain_text(
+            "No answer: cannot read an image from 'notes.png': it is not an image in a supported format"
+        )
+        expect(page.locator("#map img")).to_have_count(0)
+        give(page, photo)
+        assert shown_labels(page)
+        expect(problem).to_be_hidden()
+
+
+def test_only_what_was_uploaded_is_opened(demo: str, classifier: Path, photo: Path, tmp_path: Path) -> None:
+    """Whoever talks to the server without the page may name any file of that machine, or any address."""
+    assert_opens_nothing_else(demo, photo, tmp_path)
+
+
+def assert_opens_nothing_else(at: str, photo: Path, folder: Path) -> None:
+    """The server of a page answers about an uploaded picture alone, and says of others not even whether they exist."""
+    uploaded = upload(at, photo)
+    assert "confidences" in json.dumps(asked(at, {"path": uploaded}))
+    secret = folder / "secret.png"
+    secret.write_bytes(photo.read_bytes())
+    link = Path(uploaded).with_name("link.png")
+    link.symlink_to(secret)
+    above = os.path.relpath(secret, Path(uploaded).parent)
+    with listening() as (address, requests):
+        files: list[dict[str, Any]] = [
+            {"path": str(path)}
+            for path in (secret, folder / "missing.png", f"{Path(uploaded).parent}/{above}", link, folder, "a\0b", "")
+        ]
+        files += [
+            {"path": f"{address}/picture.png"},
+            {"path": None, "url": f"{address}/picture.png"},
+            {"orig_name": "x"},
+        ]
+        files += [{"path": "data:image/png;base64," + base64.b64encode(photo.read_bytes()).decode()}]
+        answers = {json.dumps(asked(at, file)["data"]) for file in files}
+        assert len(answers) == 1 and "has to be uploaded to this page" in answers.pop()
+        as_page = {"meta": {"_type": "gradio.FileData"}}
+        for more in ({}, {"is_stream": True}, {"url": f"{address}/picture.png"}):
+            assert "confidences" not in json.dumps(asked(at, {"path": str(secret)} | as_page | more))
+            fetched = json.dumps(asked(at, {"path": f"{address}/picture.png"} | as_page | more))
+            assert "has to be uploaded to this page" in fetched
+        assert not requests
+
+
+def upload(at: str, file: Path) -> str:
+    """Send a file as the page does; gives its path on the server."""
+    form = b'--x\r\nContent-Disposition: form-data; name="files"; filename="a.png"\r\nContent-Type: image/png\r\n\r\n'
+    body = form + file.read_bytes() + b"\r\n--x--\r\n"
+    request = Request(f"{at.rstrip('/')}/gradio_api/upload", body, {"Content-Type": "multipart/form-data; boundary=x"})
+    with urlopen(request, timeout=60) as answer:
+        return json.load(answer)[0]
+
+
+def asked(at: str, file: dict[str, Any]) -> Any:
+    """What the server says about a file, asked through its queue."""
+    at = at.rstrip("/")
+    with urlopen(f"{at}/config", timeout=60) as answer:
+        events = {event["api_name"]: event["id"] for event in json.load(answer)["dependencies"]}
+    session = uuid.uuid4().hex
+    event = {"data": [file], "fn_index": events["ask"], "session_hash": session}
+    request = Request(f"{at}/gradio_api/queue/join", json.dumps(event).encode(), {"Content-Type": "application/json"})
+    with urlopen(request, timeout=60):
+        pass
+    with urlopen(f"{at}/gradio_api/queue/data?session_hash={session}", timeout=60) as lines:
+        for line in lines:
+            if line.startswith(b"data:"):
+                message = json.loads(line[5:])
+                if message["msg"] == "process_completed":
+                    return message["output"]
+    raise AssertionError("no answer")
+
+
+@contextmanager
+def listening() -> Iterator[tuple[str, list[str]]]:
+    """A server of this machine that nobody should ask; gives its address and what was asked for."""
+    requests: list[str] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            requests.append(self.path)
+            self.send_error(404)
+
+        do_HEAD = do_GET
+
+        def log_message(self, *args: object) -> None:
+            """Stay silent."""
+
+    server = HTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}", requests
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+def test_the_model_is_asked_once_per_picture_also_about_several_tasks(
+    browser: Browser, photo: Path, tmp_path: Path
+) -> None:
+    tasks = {"species": ["oak", "elm", "ash"], "age": ["young", "old"]}
+    config = tiny_config(num_cls_tokens=2, tasks=tasks)
+    folder = saved(vitcls.ViTCLSForMultiTaskClassification(config), tmp_path / "tasks")
+    reader = Reader.load(str(folder))
+    runs: list[int] = []
+    reader.model.vitcls.layers[0].register_forward_hook(lambda *_: runs.append(1))
+    page_of_model = build_page(reader, [photo])
+    address = launch(page_of_model)
+    try:
+        with opened(browser, address, width=390) as page:
+            page.locator(".gallery-item").click()
+            names = {*tasks["species"], *tasks["age"]}
+            assert set(shown_labels(page, len(names))) == names
+            expect(page.locator("#shares")).to_contain_text("CLS age, layer 2 of 2")
+            asked = len(runs)
+            before = source_of_map(page)
+            page.get_by_label("CLS species").check()
+            expect(page.locator("#shares")).to_contain_text("CLS species, layer 2 of 2")
+            assert_changes(page, before)
+            assert len(runs) == asked == 2  # labels, attention
+            assert page.evaluate("document.documentElement.scrollWidth") <= 390
+    finally:
+        page_of_model.close()
+
+
+def test_what_is_asked_for_while_something_is_drawn_is_drawn_in_the_end(
+    browser: Browser, classifier: Path, photo: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn_at_once = Reading.drawn_layers
+
+    def drawn_slowly(self: Reading, *args: Any) -> list[Image.Image]:
+        time.sleep(0.7)
+        return drawn_at_once(self, *args)
+
+    monkeypatch.setattr(Reading, "drawn_layers", drawn_slowly)
+    page_of_model = build_page(Reader.load(str(classifier)))
+    address = launch(page_of_model)
+    try:
+        with opened(browser, address) as page:
+            give(page, photo)
+            assert shown_labels(page)
+            page.get_by_label("CLS 2").check()
+            page.get_by_label("register 1").check()
+            expect(page.locator("#shares")).to_contain_text("register 1, layer 3 of 3")
+            page.get_by_label("register 2").check()
+            page.get_by_label("Remove Image").first.click()
+            expect(page.locator("[data-testid$=-confidence-set]")).to_have_count(0)
+            expect(page.locator("#map img")).to_have_count(0)
+    finally:
+        page_of_model.close()
+
+
+# The model's answer --------------------------------------------------------------------------------------------------
+
+
+def test_each_kind_of_classifier_answers_in_its_own_way(photo: Path, tmp_path: Path) -> None:
+    several = Reader.load(str(saved(classifier_of("multi_label_classification"), tmp_path / "several")))
+    numbers = Reader.load(str(saved(classifier_of("regression"), tmp_path / "numbers")))
+    logits = several.model(several.processor(photo, return_tensors="pt")["pixel_values"]).logits[0]
+    assert several.read(photo).answers == {
+        "Labels, each with a probability of its own": {
+            f"LABEL_{index}": pytest.approx(value) for index, value in enumerate(logits.sigmoid().tolist())
+        }
+    }
+    assert not several.has_winner and numbers.has_winner
+    values = numbers.model(numbers.processor(photo, return_tensors="pt")["pixel_values"]).logits[0].tolist()
+    assert numbers.read(photo).answers == {
+        "Numbers": ", ".join(f"LABEL_{index}: {value:.4g}" for index, value in enumerate(values))
+    }
+
+
+def classifier_of(problem_type: str) -> Any:
+    """A classifier without special tokens, for one of transformers' kinds of problems."""
+    config = tiny_config(problem_type=problem_type, num_cls_tokens=0, pooling="mean")
+    return vitcls.ViTCLSForImageClassification(config)
+
+
+def test_without_special_tokens_there_are_labels_and_a_word_about_it(photo: Path, tmp_path: Path) -> None:
+    reader = Reader.load(str(saved(classifier_of("single_label_classification"), tmp_path / "plain")))
+    assert sum(reader.read(photo).answers["Label"].values()) == pytest.approx(1)  # type: ignore[union-attr]
+    assert "no special tokens" in what_is_missing(reader)
+    assert components(build_page(reader)) == {"label": 1}
+
+
+def test_an_encoder_shows_attention_alone(photo: Path, tmp_path: Path) -> None:
+    config = tiny_config(pooling="attention", num_register_tokens=1)
+    reader = Reader.load(str(saved(vitcls.ViTCLSModel(config, add_pooling_layer=False), tmp_path / "encoder")))
+    reading = reader.read(photo)
+    assert reading.answers == {} and reading.rows.shape == (2, 2, 2, 2 + 16)
+    assert "encoder without a classifier" in what_is_missing(reader)
+    assert components(build_page(reader)) == {"radio": 1, "gallery": 1}
+
+
+def components(page: Any) -> dict[str, int]:
+    """How many of some components are on a page."""
+    kinds = [component["type"] for component in page.get_config_file()["components"]]
+    return {kind: kinds.count(kind) for kind in ("label", "radio", "gallery") if kind in kinds}
+
+
+def test_a_map_covers_what_the_model_saw_and_its_shares_sum_to_one(classifier: Path, photo: Path) -> None:
+    reader = Reader.load(str(classifier))
+    reading = reader.read(photo)
+    assert reader.tokens == ["CLS 1", "CLS 2", "distillation", "register 1", "register 2"]
+    assert sum(reading.shares(3, 1, None)) == pytest.approx(1)
+    head = torch.stack([reading.maps[1, head, 3] for head in (0, 1)]).mean(dim=0)
+    shares = reading.shares(3, 1, None)
+    assert shares[-1] == pytest.approx(head.sum().item(), abs=1e-5)
+    drawn = np.asarray(reading.drawn(3, 1, 0)).astype(int)  # [427, 640, 3]
+    assert drawn.shape == (427, 640, 3)
+    spread = drawn.max(axis=2) - drawn.min(axis=2)  # [427, 640], 0 is grey
+    # 60 x 40 are left of 640 x 427, and the model is shown 32 x 32 of these.
+    assert spread[50:376, 160:480].any()
+    for unseen in (spread[:40], spread[388:], spread[:, :135], spread[:, 505:]):
+        assert not unseen.any()
+
+
+def test_pictures_of_any_mode_reach_grey_models_and_colour_models(photo: Path, tmp_path: Path) -> None:
+    grey = vitcls.ViTCLSImageProcessor(
+        size={"height": 32, "width": 32}, do_convert_rgb=False, image_mean=[0.5], image_std=[0.5]
+    )
+    of_grey = vitcls.ViTCLSForImageClassification(tiny_config(num_channels=1))
+    of_colour = vitcls.ViTCLSForImageClassification(tiny_config())
+    readers = [
+        Reader.load(str(saved(of_grey, tmp_path / "grey", grey))),
+        Reader.load(str(saved(of_colour, tmp_path / "colour"))),
+    ]
+    picture = Image.open(photo).resize((64, 48))
+    for mode in ("1", "L", "LA", "P", "RGBA", "CMYK", "I;16"):
+        file = tmp_path / "picture.tiff"
+        (picture.convert("L").convert(mode) if mode == "I;16" else picture.convert(mode)).save(file)
+        for reader in readers:
+            drawn = reader.read(file).drawn(0, 0, None)
+            assert drawn.size == (384, 288), mode  # 64 x 48, in whole steps to 384
+
+
+def test_large_pictures_are_shown_smaller(classifier: Path, tmp_path: Path) -> None:
+    file = tmp_path / "large.png"
+    Image.new("RGB", (3000, 1500), "teal").save(file)
+    reading = Reader.load(str(classifier)).read(file)
+    assert reading.drawn(0, 0, None).size == (1024, 512)
+    assert reading.seen.left == pytest.approx((1024 - 512 * 0.8) / 2, abs=8)
+
+
+def test_models_that_cannot_be_shown_are_refused_in_one_line(tmp_path: Path) -> None:
+    bare = saved(vitcls.ViTCLSModel(tiny_config(num_cls_tokens=0, pooling="mean")), tmp_path / "bare")
+    with raises_one_line("neither labels nor special tokens"):
+        Reader.load(str(bare))
+    deep = saved(vitcls.ViTCLSForImageClassification(tiny_config(num_channels=4)), tmp_path / "deep")
+    with raises_one_line("4 channels"):
+        Reader.load(str(deep))
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "config.json").write_text('{"model_type": "vit"}')
+    with raises_one_line("model of type 'vit'", "scripts/convert.py"):
+        Reader.load(str(tmp_path / "other"))
+    with raises_one_line("there is no folder", error=OSError):
+        Reader.load(str(tmp_path / "nowhere"))
+
+
+def test_the_script_ends_with_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    status = run_script("demo_app.py", ["--model", str(tmp_path)], monkeypatch)
+    assert status == 1
+    assert capsys.readouterr().err.strip().startswith("error: there is no config.json in")
+
+
+def test_a_port_that_is_taken_is_named(
+    classifier: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        assert run_script("demo_app.py", ["--model", str(classifier), "--port", port], monkeypatch) == 1
+    assert capsys.readouterr().err.endswith(f"error: cannot listen at port {port}: give another --port that is free\n")
+
+
+def run_script(name: str, flags: list[str], monkeypatch: pytest.MonkeyPatch) -> int:
+    """Run a script in this process; gives its exit status."""
+    monkeypatch.syspath_prepend(SCRIPTS)
+    monkeypatch.setattr(sys, "argv", [name, *flags])
+    try:
+        runpy.run_path(str(SCRIPTS / name), run_name="__main__")
+    except SystemExit as ended:
+        return int(ended.code or 0)
+    return 0
+
+
+# The Space -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[LocalHub]:
+    """An empty Hub, which the client of this process talks to as ann."""
+    with running_hub() as running:
+        running.tokens |= TOKENS
+        point_client_at(running.url, "hf_ann", monkeypatch, tmp_path / "home")
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "home" / "hub"))
+        monkeypatch.setattr(connection, "WAITS", (0.01, 0.02))
+        yield running
+
+
+@pytest.fixture
+def model(hub: LocalHub, classifier: Path) -> PublishedModel:
+    """The classifier, on that Hub."""
+    push_folder(classifier, "ann/mine")
+    return published_model("ann/mine")
+
+
+def test_the_pushed_space_runs_without_this_package(
+    browser: Browser,
+    hub: LocalHub,
+    classifier: Path,
+    photo: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The model's code is in another repository; later commits to that and to the model's change nothing."""
+    mine = tmp_path / "mine"
+    shutil.copytree(classifier, mine)
+    code = push_folder(mine, "ann/code").commit
+    with_code_elsewhere(mine, "ann/code")
+    push_folder(mine, "ann/mine")
+    model = published_model("ann/mine")
+    assert model.code is not None and model.code.commit == code
+    flags = ["--model", "ann/mine", "--space-id", "ann/try-mine", "--examples", str(photo)]
+    assert run_script("push_space.py", flags, monkeypatch) == 0
+    assert capsys.readouterr().out == f"pushed ann/mine at {model.commit} as {hub.url}/spaces/ann/try-mine\n"
+    assert (
+        f"[ann/code]({hub.url}/ann/code) at commit [`{code}`]" in hub.read("spaces/ann/try-mine", "README.md").decode()
+    )
+    HfApi().upload_file(path_or_fileobj=b"raise SystemExit", path_in_repo="modeling_vitcls.py", repo_id="ann/code")
+    saved(vitcls.ViTCLSForImageClassification(tiny_config(num_labels=1)), tmp_path / "newer")
+    push_folder(tmp_path / "newer", "ann/mine")  # the Space stays with the commit that it was made for
+
+    space = Path(snapshot_download("ann/try-mine", repo_type="space", local_dir=tmp_path / "space"))
+    command = WITHOUT_PACKAGE.format(tests=str(Path(__file__).parents[1] / "helpers"), folder=str(space))
+    with served(["-P", "-c", command], space, HF_HOME=str(tmp_path / "empty")) as at, opened(browser, at) as page:
+        expect(page.get_by_text("ann/mine at commit")).to_contain_text(model.commit[:7])
+        give(page, space / "examples" / "temple.png")
+        assert_shows(shown_labels(page), own_answer(classifier, photo))
+        page.get_by_label("distillation").check()
+        expect(page.locator("#shares")).to_contain_text("distillation, layer 3 of 3")
+        page.get_by_role("button", name="How to load this model").click()
+        expect(page.locator("pre code")).to_contain_text(f'revision="{model.commit}", code_revision="{code}"')
+        assert_opens_nothing_else(at, photo, tmp_path)
+
+
+def test_the_space_is_set_up_by_its_readme(hub: LocalHub, model: PublishedModel) -> None:
+    push_space(space_contents(model), model, "ann/demo")
+    header, text = hub.read("spaces/ann/demo", "README.md").decode().split("---\n")[1:]
+    settings = yaml.safe_load(header)
+    import gradio
+
+    assert settings["title"] == "mine: labels and attention"
+    assert settings["sdk"] == "gradio" and settings["sdk_version"] == gradio.__version__
+    assert settings["python_version"] == f"{sys.version_info.major}.{sys.version_info.minor}"
+    assert settings["app_file"] == "app.py" and settings["models"] == ["ann/mine"]
+    assert model.commit in text
+    app = hub.read("spaces/ann/demo", "app.py").decode()
+    assert "MODEL = 'ann/mine'" in app and f"COMMIT = '{model.commit}'" in app
+    lines = hub.read("spaces/ann/demo", "requirements.txt").decode().splitlines()
+    assert "torch>=2.11.0" in lines and any(line.startswith("matplotlib>=") for line in lines)
+
+
+def test_what_is_shipped_needs_nothing_that_is_not(model: PublishedModel) -> None:
+    listed = {line.partition(">=")[0] for line in space_contents(model)["requirements.txt"].decode().splitlines()}  # type: ignore[union-attr]
+    available = listed - {"pillow"} | {"PIL", "gradio"} | set(sys.stdlib_module_names)
+    for name in SHIPPED:
+        tree = ast.parse((PACKAGE / name).read_text())
+        functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
+        # imports all models, and is not called in a Space
+        skipped = {node for found in functions if found.name == "register_auto_classes" for node in ast.walk(found)}
+        for node in set(ast.walk(tree)) - skipped:
+            if isinstance(node, ast.ImportFrom) and node.level:
+                target = PACKAGE.joinpath(name).parents[node.level - 1] / f"{(node.module or '').replace('.', '/')}.py"
+                assert target.relative_to(PACKAGE).as_posix() in SHIPPED, f"{name} imports {target.name}"
+            elif isinstance(node, ast.ImportFrom):
+                assert (node.module or "").partition(".")[0] in available
+            elif isinstance(node, ast.Import):
+                assert all(alias.name.partition(".")[0] in available for alias in node.names)
+
+
+def test_a_push_is_one_commit_and_removes_what_an_older_one_left(
+    hub: LocalHub, model: PublishedModel, photo: Path
+) -> None:
+    contents = space_contents(model, examples=[photo])
+    first = push_space(contents | {f"{FOLDER}/old.py": b"", "notes.txt": b"mine"}, model, "ann/demo")
+    assert len(hub.repositories["spaces/ann/demo"].commits) == 2  # the first comes with the Space
+    second = push_space(space_contents(model), model, "ann/demo")
+    assert first.commit != second.commit
+    assert set(hub.files("spaces/ann/demo")) == {".gitattributes", "notes.txt"} | set(space_contents(model))
+    assert push_space(space_contents(model), model, "ann/demo").commit == second.commit  # nothing has changed
+
+
+def test_what_fails_for_a_while_is_tried_again_and_else_there_is_a_command_to_finish_with(
+    hub: LocalHub, model: PublishedModel, photo: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub.fail("POST", "/spaces/ann/demo/commit/", 503)
+    push_space(space_contents(model), model, "ann/demo")
+    hub.fail("POST", "/spaces/ann/other/commit/", 500, times=3)
+    contents = space_contents(model, title="Ann's own", examples=[photo])
+    with pytest.raises(PushFailed) as failed:
+        push_space(contents, model, "ann/other", private=True, title="Ann's own")
+    assert hub.repositories["spaces/ann/other"].private
+    message = str(failed.value)
+    assert message.startswith("the push to the Space ann/other failed: HTTP 500") and "\n" not in message
+    program, script, *flags = shlex.split(message.partition("Finish with: ")[2])
+    assert (program, script) == ("python", "scripts/push_space.py")
+    assert run_script("push_space.py", flags, monkeypatch) == 0
+    assert {name: hub.read("spaces/ann/other", name) for name in contents} == {
+        name: content if isinstance(content, bytes) else content.read_bytes() for name, content in contents.items()
+    }
+    assert "title: Ann's own" in hub.read("spaces/ann/other", "README.md").decode()
+
+
+def test_two_who_push_a_space_at_once_do_not_mix_their_files(
+    hub: LocalHub, model: PublishedModel, photo: Path
+) -> None:
+    """The first one's commit arrives after that of the second, on which it does not rest: it is built anew."""
+    hub.fail("POST", "/spaces/ann/demo/commit/", "hold")
+    pushing = threading.Thread(target=push_space, args=(space_contents(model), model, "ann/demo"))
+    pushing.start()
+    deadline = time.monotonic() + 60
+    while not hub.asked("POST", "/spaces/ann/demo/commit/") and time.monotonic() < deadline:
+        time.sleep(0.01)
+    push_space(space_contents(model, examples=[photo]), model, "ann/demo")
+    assert "examples/temple.png" in hub.files("spaces/ann/demo")
+    hub.released.set()
+    pushing.join(timeout=60)
+    assert set(hub.files("spaces/ann/demo")) == {".gitattributes"} | set(space_contents(model))
+
+
+@pytest.mark.parametrize("more", ["--space-id ann/demo", "--private"])
+def test_flags_that_do_not_go_together_end_with_status_2(
+    more: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "400")
+    flags = ["--model", "ann/mine", "--output", "space", *more.split()]
+    assert run_script("push_space.py", flags, monkeypatch) == 2
+    assert f"--output pushes nothing, so {more.split()[0]}" in "".join(capsys.readouterr())
+
+
+def test_a_private_model_needs_a_secret(
+    hub: LocalHub, classifier: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    push_folder(classifier, "ann/hidden", private=True)
+    assert run_script("push_space.py", ["--model", "ann/hidden", "--private"], monkeypatch) == 0
+    assert hub.repositories["spaces/ann/hidden-demo"].private
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert "secret HF_TOKEN" in last and f"{hub.url}/spaces/ann/hidden-demo/settings" in last
+
+
+def test_rights_are_those_of_spaces(hub: LocalHub, model: PublishedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    with raises_one_line("neither you nor an organisation of yours", "--space-id"):
+        check_push_rights("bob/demo", "demo", repo_type="space")
+    push_space(space_contents(model), model, "ann/demo")
+    with raises_one_line("ann/demo exists and is public", "--space-id"):
+        check_push_rights("ann/demo", "demo", private=True, repo_type="space")
+    assert check_push_rights("ann/demo", "demo", private=True) == "ann/demo"  # no model has this name
+    monkeypatch.setenv("HF_TOKEN", "hf_read")
+    with raises_one_line("may only read", "ann/demo"):
+        check_push_rights("ann/demo", "demo", repo_type="space")
+
+
+def test_models_that_a_space_cannot_load_are_refused(hub: LocalHub, classifier: Path, tmp_path: Path) -> None:
+    with raises_one_line("is a folder", "python scripts/push_to_hub.py --model"):
+        published_model(str(classifier))
+    for name in ("ann/nothing", "no/such/folder"):
+        with raises_one_line(f"{name} is no folder here"):
+            published_model(name)
+    hub.create("ann/other", private=False, files={"config.json": b'{"model_type": "vit"}'})
+    with raises_one_line("holds no vitcls model", "scripts/convert.py"):
+        published_model("ann/other")
+    hub.create("ann/empty", private=False)
+    with raises_one_line("holds no vitcls model"):
+        published_model("ann/empty")
+
+
+def test_examples_are_pictures_with_names_of_their_own(model: PublishedModel, photo: Path, tmp_path: Path) -> None:
+    (tmp_path / "notes.png").write_text("no picture")
+    with raises_one_line("notes.png", "not an image in a supported format"):
+        space_contents(model, examples=[tmp_path / "notes.png"])
+    with raises_one_line("two of the examples are called temple.png"):
+        space_contents(model, examples=[photo, photo])
+
+
+def test_the_files_can_be_written_without_a_push(
+    hub: LocalHub, model: PublishedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = tmp_path / "space"
+    assert run_script("push_space.py", ["--model", "ann/mine", "--output", str(target)], monkeypatch) == 0
+    written = {file.relative_to(target).as_posix() for file in target.rglob("*") if file.is_file()}
+    assert written == set(space_contents(model))
+    assert not [name for name in hub.repositories if name.startswith("spaces/")]
+    with raises_one_line(str(target), "not empty", "--output"):
+        write_space(space_contents(model), target)
+
+
+def test_the_line_to_load_a_model_with_works(classifier: Path) -> None:
+    code = re.search(r"```python\n(.*)```", how_to_load(Reader.load(str(classifier))), re.DOTALL)
+    assert code is not None
+    found: dict[str, Any] = {}
+    exec(code[1], found)
+    assert type(found["model"]).__name__ == "ViTCLSForImageClassification" and found["processor"] is not None

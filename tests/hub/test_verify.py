@@ -1,0 +1,333 @@
+"""Published models, loaded in fresh processes: what is right gets a certificate, what is wrong a reason.
+
+The fresh processes are real where that matters, so there are few of them: what can be refused before is.
+"""
+
+import json
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from fresh_processes import run_fresh
+from huggingface_hub import HfApi, constants
+from local_hub import LocalHub, Token, point_client_at, running_hub
+from tiny_models import KINDS, TASKS, filled, raises_one_line, tiny_config
+
+import modeling_vitcls as vitcls
+from modeling_vitcls.checkpoints import CheckpointStore
+from modeling_vitcls.hub import connection
+from modeling_vitcls.hub.publish import push_folder
+from modeling_vitcls.hub.shared_code import card_with_code_elsewhere, with_code_elsewhere
+from modeling_vitcls.hub.verification_process import NotVerified, clean_environment
+from modeling_vitcls.hub.verification_reference import Reference
+from modeling_vitcls.hub.verification_script import AUTO_CLASSES, collect
+from modeling_vitcls.hub.verify import differences, verify, verify_pushed
+
+
+ROOT = Path(__file__).parents[2]
+SCRIPT = ROOT / "scripts" / "push_to_hub.py"
+TEMPLATES = sorted((ROOT / "model_cards").glob("*.md.j2"))
+BACKENDS = ["AutoImageProcessor, torchvision", "AutoImageProcessor, pil"]
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[LocalHub]:
+    """An empty Hub, which the client of this process and of its children talks to as ann."""
+    with running_hub() as running:
+        running.tokens |= {"hf_ann": Token("ann"), "hf_bob": Token("bob")}
+        point_client_at(running.url, "hf_ann", monkeypatch, tmp_path / "home")
+        monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "cache"))  # which a fresh process must not use
+        monkeypatch.setattr(connection, "WAITS", (0.01, 0.02))
+        yield running
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A classifier with its image processor."""
+    return saved(vitcls.ViTCLSForImageClassification(tiny_config(num_register_tokens=1)), tmp_path / "my-run")
+
+
+def saved(model: Any, target: Path) -> Path:
+    """Save a model with random weights."""
+    filled(model).save_pretrained(target)
+    vitcls.ViTCLSImageProcessor(size={"height": 32, "width": 32}).save_pretrained(target)
+    return target
+
+
+def test_the_script_pushes_and_prints_a_certificate(hub: LocalHub, folder: Path, tmp_path: Path) -> None:
+    """The repository is private, the first request for weights is lost, and there is only the one commit to see."""
+    hub.fail("GET", "/objects/", "cut")
+    ended = run_fresh(SCRIPT, "--model", folder, "--hub-model-id", "model", "--private", cwd=tmp_path)
+    assert ended.returncode == 0, ended.stderr[-2000:]
+    commit = hub.repositories["ann/model"].branches["main"]
+    assert hub.repositories["ann/model"].private
+    assert f"verified: ann/model at {commit}" in ended.stdout
+    found = re.findall(r"^    (\S.*?) {2,}(\S*) +largest difference (\S+)$", ended.stdout, re.MULTILINE)
+    assert [(way, name) for way, name, _ in found] == [
+        ("AutoModel", "ViTCLSModel"),
+        ("AutoModelForImageClassification", "ViTCLSForImageClassification"),
+        ("AutoImageProcessor, torchvision", "ViTCLSImageProcessor"),
+        ("AutoImageProcessor, pil", "ViTCLSImageProcessorPil"),
+        ("pipeline", ""),
+    ]
+    assert all(float(difference) <= 1e-6 for _, _, difference in found)
+    line = f'AutoModelForImageClassification.from_pretrained("ann/model", revision="{commit}", trust_remote_code=True)'
+    assert ended.stdout.rstrip().endswith(line)
+    assert not (tmp_path / "cache").exists()
+
+
+@pytest.mark.usefixtures("verified_quickly")
+def test_any_published_model_is_verified_by_any_revision(hub: LocalHub, tmp_path: Path) -> None:
+    """An old commit, by its tag, of a repository that holds another kind of model now; without the folder."""
+    config = tiny_config(num_cls_tokens=2, tasks=TASKS)
+    first = push_folder(saved(vitcls.ViTCLSForMultiTaskClassification(config), tmp_path / "first"), "ann/model").commit
+    HfApi().create_tag("ann/model", tag="v1", revision=first)
+    second = push_folder(saved(vitcls.ViTCLSModel(tiny_config()), tmp_path / "second"), "ann/model").commit
+    certificate = verify("ann/model", "v1")
+    assert certificate.revision == first != second
+    assert list(certificate.differences) == ["AutoModel", "AutoModelForImageClassification", *BACKENDS]
+    assert certificate.classes["AutoModelForImageClassification"] == "ViTCLSForMultiTaskClassification"
+    assert max(certificate.differences.values()) <= 1e-6
+    assert f'revision="{first}"' in certificate.load_line()
+
+
+# Code in a repository of its own -------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("verified_quickly")
+def test_code_may_live_in_one_repository_and_weights_in_another(hub: LocalHub, folder: Path) -> None:
+    code = push_folder(folder, "ann/code")
+    (folder / "README.md").write_text('## Use\n\nfrom_pretrained("x", revision="<commit hash>")\n')
+    with_code_elsewhere(folder, "ann/code")
+    assert 'code_revision="<commit hash of ann/code>"' in (folder / "README.md").read_text()
+    pushed = push_folder(folder, "ann/weights")
+    assert not [name for name in hub.files("ann/weights") if name.endswith(".py")]
+    certificate = verify("ann/weights", pushed.commit, folder)
+    assert list(certificate.differences) == ["AutoModel", "AutoModelForImageClassification", *BACKENDS, "pipeline"]
+    assert f'revision="{pushed.commit}", code_revision="{code.commit}"' in certificate.load_line()
+
+
+@pytest.mark.parametrize("file", ["config.json", "preprocessor_config.json"])
+def test_code_in_several_repositories_cannot_be_pinned(hub: LocalHub, folder: Path, file: str) -> None:
+    """Neither pushed nor verified, whichever file it is that names another one."""
+    commit = push_folder(folder, "ann/weights").commit
+    settings = json.loads((folder / file).read_text())
+    settings["auto_map"] = {name: elsewhere(reference) for name, reference in settings["auto_map"].items()}
+    (folder / file).write_text(json.dumps(settings))
+    with raises_one_line("several repositories (ann/code, the one of the weights)", "shared_code.py"):
+        push_folder(folder, "ann/weights")
+    assert hub.repositories["ann/weights"].branches["main"] == commit
+    HfApi().upload_file(path_or_fileobj=folder / file, path_in_repo=file, repo_id="ann/weights")
+    with raises_one_line("ann/weights at ", "several repositories (ann/code, the one of the weights)"):
+        verify("ann/weights")
+
+
+def elsewhere(references: Any) -> Any:
+    """References to classes, whose code is in ann/code."""
+    if isinstance(references, dict):
+        return {name: elsewhere(reference) for name, reference in references.items()}
+    return f"ann/code--{references}"
+
+
+def test_what_says_that_its_code_is_where_it_is_has_it_beside_the_weights(hub: LocalHub, folder: Path) -> None:
+    with_own_name = (folder / "config.json").read_text().replace('": "modeling', '": "ann/model--modeling')
+    (folder / "config.json").write_text(with_own_name)
+    assert push_folder(folder, "ann/model").commit
+
+
+@pytest.mark.parametrize("template", TEMPLATES, ids=lambda file: file.name)
+def test_cards_of_all_kinds_pin_the_code_where_it_is(template: Path) -> None:
+    text = template.read_text()
+    moved = card_with_code_elsewhere(text, "ann/code")
+    calls = re.findall(r"(?:from_pretrained|pipeline)\([^()]*\)", moved)
+    assert len(calls) == len(re.findall(r"(?:from_pretrained|pipeline)\([^()]*\)", text))
+    for call in calls:
+        assert re.search(r' revision=("[^"]*"|\w+), code_revision=("[^"]*"|\w+), trust_remote_code=True', call), call
+    if "revision=revision" in moved:
+        assert re.search(r'(?m)^revision = .*\ncode_revision = "<commit hash of ann/code>"$', moved)
+    assert "beside the weights" not in moved
+    if "## Use" in text and calls:
+        assert "## Use\n\nThe weights are here, and their code is in another repository, `ann/code`" in moved
+    assert card_with_code_elsewhere(moved, "bob/code") == card_with_code_elsewhere(text, "bob/code")
+
+
+def test_a_card_that_pins_nothing_stays_as_it_is() -> None:
+    text = '# Mine\n\n## Use\n\n    AutoModel.from_pretrained("x")\n'
+    assert card_with_code_elsewhere(text, "ann/code") == text
+
+
+# A stranger's code ---------------------------------------------------------------------------------------------------
+
+
+CHANGES = {
+    "classifier": (
+        "pool = TokenPooler.forward\nTokenPooler.forward = lambda self, tokens: 1.001 * pool(self, tokens)\n"
+    ),
+    "backbone": (
+        "drawn = ViTCLSBackbone.feature_map\n"
+        "ViTCLSBackbone.feature_map = lambda self, *args: 1.001 * drawn(self, *args)\n"
+    ),
+}
+CHANGED_FILES = {"classifier": "heads_vitcls.py", "backbone": "modeling_vitcls.py"}
+
+
+@pytest.mark.parametrize("kind", ["backbone", pytest.param("classifier", marks=pytest.mark.slow)])
+def test_published_code_that_answers_differently_is_found(
+    hub: LocalHub, tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It runs in another process alone, which is told nothing of this one's secrets."""
+    model_class, fields, _ = KINDS[kind]
+    folder = saved(model_class(tiny_config(**fields)), tmp_path / kind)
+    code, seen = folder / CHANGED_FILES[kind], tmp_path / "seen.json"
+    spy = f"import json, os\njson.dump([os.getpid(), dict(os.environ)], open({str(seen)!r}, 'w'))\n"
+    code.write_text(code.read_text() + CHANGES[kind] + spy)
+    pushed = push_folder(folder, "ann/model")
+    monkeypatch.setenv("MY_SECRET", "42")
+    with raises_one_line("answers differently", "the limit is", error=NotVerified):
+        verify("ann/model", pushed.commit)
+    process, environment = json.loads(seen.read_text())
+    assert process != os.getpid()
+    assert "hf_ann" not in environment.values() and "MY_SECRET" not in environment
+    assert environment["HF_ENDPOINT"] == hub.url and environment["PATH"] == os.environ["PATH"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_compared_with_runs_no_code_of_the_folder(tmp_path: Path, kind: str) -> None:
+    model_class, fields, _ = KINDS[kind]
+    folder = saved(model_class(tiny_config(**fields)), tmp_path / kind)
+    ran = tmp_path / "ran"
+    for file in folder.glob("*.py"):
+        file.write_text(f"open({str(ran)!r}, 'w')\n" + file.read_text())
+    config = json.loads((folder / "config.json").read_text())
+    custom = {"image-classification": {"impl": "modeling_vitcls.ViTCLSModel", "pt": ["AutoModel"]}}
+    for changed in (config, config | {"custom_pipelines": custom}):
+        (folder / "config.json").write_text(json.dumps(changed))
+        try:
+            answers, report = collect(Reference(folder))
+        except ValueError as error:  # an unknown field
+            assert "custom_pipelines" in str(error)
+        assert not ran.exists()
+    assert answers and set(report["models"]) == {"AutoModel", AUTO_CLASSES.get(model_class.__name__, "AutoModel")}
+    assert {model["module"] for model in report["models"].values()} == {"modeling_vitcls.modeling_vitcls"}
+
+
+def test_only_a_closed_repository_is_loaded_with_the_token(
+    hub: LocalHub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for name, value in {
+        "HF_HOME": "/mine",
+        "AWS_KEY": "x",
+        "RANK": "1",
+        "no_proxy": "a",
+        "OMP_NUM_THREADS": "1",
+    }.items():
+        monkeypatch.setenv(name, value)
+    found = clean_environment(str(tmp_path), needs_token=False)
+    assert not {"HF_TOKEN", "AWS_KEY", "RANK"} & found.keys()
+    assert found["HF_HOME"] == found["HOME"] == str(tmp_path)
+    assert found["no_proxy"] == "a" and found["OMP_NUM_THREADS"] == "1"
+    assert clean_environment(str(tmp_path), needs_token=True) == found | {"HF_TOKEN": "hf_ann"}
+
+
+@pytest.mark.slow
+def test_code_that_needs_this_package_does_not_load(hub: LocalHub, folder: Path) -> None:
+    code = folder / "modeling_vitcls.py"
+    code.write_text("try:\n    import modeling_vitcls\nexcept ValueError:\n    pass\n" + code.read_text())
+    pushed = push_folder(folder, "ann/model")
+    with raises_one_line("a fresh process cannot load ann/model", "modeling_vitcls", error=NotVerified):
+        verify("ann/model", pushed.commit, folder)
+
+
+OPTIMIZER = "checkpoints/step-00000002/optimizer.safetensors"
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "modeling_vitcls.py", "config.json", OPTIMIZER])
+def test_a_file_that_is_corrupted_in_storage_is_named(hub: LocalHub, folder: Path, file: str) -> None:
+    save_checkpoint(folder)
+    pushed = push_folder(folder, "ann/model", with_optimizer=True)
+    hub.corrupt("ann/model", file)
+    with raises_one_line("is damaged on the Hub", file, error=NotVerified):
+        verify("ann/model", pushed.commit, folder)
+
+
+def save_checkpoint(folder: Path, value: float = 1.0) -> None:
+    """What `--resume` needs, as a run leaves it."""
+    tensors = {"model": {"x": torch.ones(2)}, "optimizer": {"y": torch.full((2,), value)}}
+    CheckpointStore(folder / "checkpoints", keep=1).save(2, tensors, {"step": 2, "flags": {}}, False)
+
+
+def test_the_state_of_the_optimiser_is_compared_too(hub: LocalHub, folder: Path) -> None:
+    save_checkpoint(folder)
+    commit = push_folder(folder, "ann/model", with_optimizer=True).commit
+    save_checkpoint(folder, value=2.0)
+    with raises_one_line("checkpoints/step-00000002/", "is not the one in", error=NotVerified):
+        verify("ann/model", commit, folder)
+    pushed = push_folder(folder, "ann/model")  # which takes it away
+    with raises_one_line("lacks checkpoints/step-00000002/", error=NotVerified):
+        verify("ann/model", pushed.commit, folder, with_optimizer=True)
+    assert not pushed.with_optimizer
+    lost = replace(pushed, with_optimizer=True)
+    with raises_one_line("pushed, but not verified", "lacks checkpoints/step-00000002/", error=OSError):
+        verify_pushed(lost, folder)
+
+
+def test_a_folder_that_changed_after_the_push_is_another_model(hub: LocalHub, folder: Path) -> None:
+    pushed = push_folder(folder, "ann/model")
+    (folder / "README.md").write_text("# new\n")
+    with raises_one_line("lacks README.md", error=NotVerified):
+        verify("ann/model", pushed.commit, folder)
+    (folder / "README.md").unlink()
+    saved(vitcls.ViTCLSForImageClassification(tiny_config(num_register_tokens=2)), folder)
+    with raises_one_line("is not the one in", "push it again", error=NotVerified):
+        verify("ann/model", pushed.commit, folder)
+
+
+def test_what_is_not_there_cannot_be_verified(hub: LocalHub, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    push_folder(folder, "ann/model", private=True)
+    hub.create("ann/other", private=False)
+    with raises_one_line("has no revision v9"):
+        verify("ann/model", "v9")
+    with raises_one_line("holds no vitcls model", error=NotVerified):
+        verify("ann/other")
+    with raises_one_line("ann/typo is no folder here, and the Hub has no such model"):
+        verify("ann/typo")
+    monkeypatch.setenv("HF_TOKEN", "hf_bob")
+    with raises_one_line("ann/model is no folder here", "private", "hf auth login"):
+        verify("ann/model")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with raises_one_line("HF_HUB_OFFLINE"):
+        verify("ann/model")
+
+
+def test_a_hub_that_stays_down_is_given_up(hub: LocalHub, folder: Path) -> None:
+    push_folder(folder, "ann/model")
+    hub.fail("GET", "/api/models/ann/model", 500, times=3)
+    with raises_one_line("cannot ask the Hub for ann/model", "HTTP 500", error=OSError):
+        verify("ann/model")
+
+
+@pytest.mark.parametrize(
+    ("found", "is_right"),
+    [
+        ([1.0, 100.0], True),
+        ([1.0, 100.00005], True),  # of values up to 100
+        ([1.0, 100.0002], False),
+        ([float("nan"), 100.0], False),
+        ([1.0], False),
+    ],
+)
+def test_answers_may_differ_by_a_millionth(found: list[float], is_right: bool) -> None:
+    wanted = {"AutoModel/logits": torch.tensor([1.0, 100.0], dtype=torch.float64)}
+    answers = {"AutoModel/logits": torch.tensor(found, dtype=torch.float64)}
+    if is_right:
+        assert differences("ann/model", answers, wanted)["AutoModel"] <= 1e-4
+    else:
+        with raises_one_line("ann/model answers", "AutoModel/logits", error=NotVerified):
+            differences("ann/model", answers, wanted)
+    with raises_one_line("other tensors", "AutoModel/logits", error=NotVerified):
+        differences("ann/model", {}, wanted)

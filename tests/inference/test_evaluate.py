@@ -1,0 +1,582 @@
+"""Evaluation: metrics against plain computations, every picture counted once, saved models and their results.
+
+Two processes are started by the real `accelerate launch`, once, with evaluation_worker.py: they have to give exactly
+what one process gives.
+"""
+
+import csv
+import io
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import scipy.stats
+import sklearn.metrics
+import torch
+from accelerate import Accelerator
+from accelerate_state import reset_accelerate
+from evaluation_worker import (
+    BATCH_SIZE,
+    BROKEN,
+    CLASSES,
+    NUM_PICTURES,
+    SPACES,
+    build_classifier,
+    build_evaluator,
+    build_pictures,
+    evaluate_all,
+    evaluate_digits,
+)
+from PIL import Image
+from rich.console import Console
+from torch import nn
+from warm_processes import OFFLINE, run_together
+
+from modeling_vitcls import ViTCLSConfig, ViTCLSForMaskedImageModeling, ViTCLSImageProcessor, ViTCLSModel
+from modeling_vitcls.data.images import Examples, LabelledPictures
+from modeling_vitcls.data.labels import LabelSpace, labels_of
+from modeling_vitcls.distributed import build_accelerator
+from modeling_vitcls.inference import evaluate as evaluate_module
+from modeling_vitcls.inference import evaluator as evaluator_module
+from modeling_vitcls.inference.evaluate import evaluate_checkpoint, progress, relabelled
+from modeling_vitcls.inference.evaluator import HeldOutPictures
+from modeling_vitcls.inference.metrics import METRICS, MultiLabelMetrics, SingleLabelMetrics, scalars, wilson_interval
+from modeling_vitcls.options import DataOptions, EvaluateOptions
+
+
+REPOSITORY = Path(__file__).parents[2]
+ENVIRONMENT = os.environ | {
+    "PYTHONPATH": str(REPOSITORY),
+    "OMP_NUM_THREADS": "1",
+    "CUDA_VISIBLE_DEVICES": "",
+    "HF_HUB_OFFLINE": "1",
+    "COLUMNS": "160",
+}
+CPU = torch.device("cpu")
+NUM_HELD_OUT_DIGITS = 372
+MEASURED = ("images_per_second", "seconds", "num_processes", "device")  # differ from run to run
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerate() -> Iterator[None]:
+    """Accelerate keeps its settings in singletons: each test starts without."""
+    reset_accelerate()
+    yield
+    reset_accelerate()
+
+
+@pytest.fixture(scope="module")
+def by_one_process() -> dict[str, Any]:
+    """The metrics of every scenario of evaluation_worker.py."""
+    return evaluate_all(build_accelerator())
+
+
+@pytest.fixture(scope="module")
+def by_two_processes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of evaluation_worker.py after two processes, with what they printed in `stdout`."""
+    folder = tmp_path_factory.mktemp("two")
+    labels = LabelSpace("single_label_classification", {"label": list("9876543210")})
+    model = build_classifier("single")
+    config = ViTCLSConfig(**model.config.to_diff_dict() | labels.config_values())
+    type(model)(config).save_pretrained(folder)
+    ViTCLSImageProcessor(size=16).save_pretrained(folder)
+    worker = Path(__file__).parents[1] / "helpers" / "evaluation_worker.py"
+    run_together(worker, folder, log=folder / "stdout", environment=OFFLINE)
+    return folder
+
+
+def read_json(file: Path) -> Any:
+    return json.loads(file.read_text(encoding="utf-8"))
+
+
+def answers_of(name: str) -> tuple[Any, list[Any]]:
+    """The model's outputs for all pictures of a scenario at once, and their labels."""
+    pictures = build_pictures(name)
+    processor = ViTCLSImageProcessor(size=16)
+    pixel_values = processor(list(pictures.pictures), return_tensors="pt")["pixel_values"]
+    with torch.no_grad():
+        return build_classifier(name)(pixel_values), list(pictures.labels)
+
+
+def close(value: float) -> Any:
+    return pytest.approx(value, abs=2e-6)
+
+
+# Metrics -------------------------------------------------------------------------------------------------------------
+
+
+def calibration_error(logits: torch.Tensor, labels: np.ndarray) -> float:
+    """Guo et al. 2017, equation 3, with 15 bins."""
+    confidences, answers = (part.numpy() for part in logits.double().softmax(1).max(1))
+    right = answers == labels
+    error = 0.0
+    for number in range(15):
+        inside = (number / 15 <= confidences) & (confidences < (number + 1) / 15)
+        if inside.any():
+            error += inside.mean() * abs(right[inside].mean() - confidences[inside].mean())
+    return error
+
+
+@pytest.mark.filterwarnings("ignore:y_pred contains classes not in y_true")
+def test_single_label_metrics(by_one_process: dict[str, Any]) -> None:
+    metrics = by_one_process["single"]
+    outputs, labels = answers_of("single")
+    labels = np.array(labels)
+    answers = outputs.logits.argmax(1).numpy()
+    right = answers == labels
+    assert 0 < right.sum() < NUM_PICTURES
+    assert metrics["num_images"] == NUM_PICTURES
+    assert metrics["accuracy"] == close(right.mean())
+    top_5 = [label in row for label, row in zip(labels, outputs.logits.argsort(1)[:, -5:].tolist(), strict=True)]
+    assert metrics["top_5_accuracy"] == close(np.mean(top_5))
+    assert metrics["balanced_accuracy"] == close(sklearn.metrics.balanced_accuracy_score(labels, answers))
+    assert metrics["calibration_error"] == close(calibration_error(outputs.logits, labels))
+    assert metrics["loss"] == close(nn.functional.cross_entropy(outputs.logits, torch.tensor(labels)).item())
+    expected = sklearn.metrics.confusion_matrix(labels, answers, labels=range(7))
+    assert metrics["confusion_matrix"] == expected.tolist()
+    interval = scipy.stats.binomtest(int(right.sum()), NUM_PICTURES).proportion_ci(method="wilson")
+    assert metrics["accuracy_interval"] == [close(interval.low), close(interval.high)]
+    assert_per_class(metrics["per_class"], np.eye(7)[labels], np.eye(7)[answers])
+
+
+def assert_per_class(measured: list[dict[str, Any]], truth: np.ndarray, answers: np.ndarray) -> None:
+    """Recall, precision and F1 of each class, for 0 or 1 per picture and class [N, L]; None where it is 0 of 0."""
+    expected = sklearn.metrics.precision_recall_fscore_support(truth, answers, zero_division=np.nan)
+    assert [row["name"] for row in measured] == CLASSES
+    for row, precision, recall, f1, support in zip(measured, *expected, strict=True):
+        assert row["images"] == support
+        for key, value in (("precision", precision), ("recall", recall), ("f1", f1)):
+            assert row[key] == (None if np.isnan(value) else close(value)), (row, key)
+
+
+def test_each_head_is_measured_by_itself(by_one_process: dict[str, Any]) -> None:
+    outputs, labels = answers_of("single")
+    for name in ("cls", "distillation"):
+        right = outputs[f"{name}_logits"].argmax(1) == torch.tensor(labels)
+        assert by_one_process["single"][f"{name}_accuracy"] == close(right.float().mean().item())
+    answers = {name: tuple(outputs[f"{name}logits"].argmax(1).tolist()) for name in ("", "cls_", "distillation_")}
+    assert len(set(answers.values())) == 3  # or mixing them up would not show
+
+
+def test_a_model_of_one_head_has_one_accuracy() -> None:
+    metrics = SingleLabelMetrics(SPACES["single"], CPU)
+    metrics.update(SimpleNamespace(logits=torch.eye(7), distillation_logits=None), torch.arange(7))
+    assert "cls_accuracy" not in metrics.compute()
+
+
+@pytest.mark.filterwarnings("ignore:No positive class")
+def test_multi_label_metrics(by_one_process: dict[str, Any]) -> None:
+    metrics = by_one_process["multi_label"]
+    outputs, labels = answers_of("multi_label")
+    truth, probabilities = np.array(labels), outputs.logits.sigmoid().numpy()
+    answers = (probabilities > 0.5).astype(int)
+    precisions = [
+        sklearn.metrics.average_precision_score(truth[:, place], probabilities[:, place]) for place in range(6)
+    ]
+    assert metrics["mean_average_precision"] == close(np.mean(precisions))
+    assert metrics["micro_f1"] == close(sklearn.metrics.f1_score(truth, answers, average="micro"))
+    assert metrics["macro_f1"] == close(sklearn.metrics.f1_score(truth, answers, average="macro"))
+    assert metrics["exact_match"] == close((truth == answers).all(1).mean())
+    loss = nn.functional.binary_cross_entropy_with_logits(outputs.logits, torch.tensor(truth, dtype=torch.float32))
+    assert metrics["loss"] == close(loss.item())
+    assert metrics["num_images"] == NUM_PICTURES
+    assert_per_class(metrics["per_class"], truth, answers)
+    measured = [row["average_precision"] for row in metrics["per_class"]]
+    assert measured == [*map(close, precisions), None]  # no picture is of the last class
+
+
+def test_exact_match_needs_every_class() -> None:
+    metrics = MultiLabelMetrics(LabelSpace("multi_label_classification", {"label": ["a", "b"]}), CPU)
+    logits = torch.tensor([[0.2, -1.0], [3.0, 0.9], [-0.1, -2.0], [1.0, 1.0]])
+    metrics.update(SimpleNamespace(logits=logits), torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 0.0], [0.0, 0.0]]))
+    assert metrics.compute()["exact_match"] == 0.5
+
+
+def test_multi_task_metrics(by_one_process: dict[str, Any]) -> None:
+    metrics = by_one_process["multi_task"]
+    outputs, labels = answers_of("multi_task")
+    accuracies, losses = [], []
+    for task, names in SPACES["multi_task"].columns.items():
+        truth = torch.tensor([label[task] for label in labels])
+        known = truth != -100
+        right = outputs.logits[task].argmax(1)[known] == truth[known]
+        accuracies.append(right.float().mean().item())
+        losses.append(nn.functional.cross_entropy(outputs.logits[task][known], truth[known]).item())
+        assert metrics[f"{task}_num_images"] == len(right)
+        assert metrics[f"{task}_accuracy"] == close(accuracies[-1])
+        assert metrics[f"{task}_loss"] == close(losses[-1])
+        assert [row["name"] for row in metrics[f"{task}_per_class"]] == names
+        assert np.sum(metrics[f"{task}_confusion_matrix"]) == len(right)
+    assert metrics["species_num_images"] < metrics["age_num_images"] == metrics["num_images"] == NUM_PICTURES
+    assert metrics["accuracy"] == close(np.mean(accuracies))
+    assert metrics["loss"] == close(sum(losses))
+
+
+def test_numbers_come_first_and_the_first_compares_models(by_one_process: dict[str, Any]) -> None:
+    for name, first in (("single", "accuracy"), ("multi_label", "mean_average_precision"), ("multi_task", "accuracy")):
+        metrics = by_one_process[name]
+        numbers = scalars(metrics)
+        assert next(iter(numbers)) == first
+        assert list(metrics)[: len(numbers)] == list(numbers)
+        assert "num_broken_images" in numbers and not any(isinstance(value, list) for value in numbers.values())
+        json.dumps(metrics, allow_nan=False)
+
+
+@pytest.mark.parametrize(("num_right", "num_images"), [(0, 7), (7, 7), (353, 360), (1, 2)])
+def test_wilson_interval(num_right: int, num_images: int) -> None:
+    expected = scipy.stats.binomtest(num_right, num_images).proportion_ci(method="wilson")
+    assert wilson_interval(num_right, num_images) == pytest.approx([expected.low, expected.high], abs=1e-12)
+    assert wilson_interval(0, 0) is None
+
+
+def test_logits_between_0_and_1_are_not_taken_for_probabilities() -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits, labels = torch.rand(40, 7, generator=generator), torch.randint(7, (40,), generator=generator)
+    metrics = SingleLabelMetrics(SPACES["single"], CPU)
+    metrics.update(SimpleNamespace(logits=logits, distillation_logits=None), labels)
+    assert metrics.compute()["calibration_error"] == close(calibration_error(logits, labels.numpy()))
+
+
+def test_many_classes_have_no_matrix_and_few_no_top_5() -> None:
+    for num_classes, has_matrix, has_top_5 in (
+        (1001, False, True),
+        (1000, True, True),
+        (6, True, True),
+        (5, True, False),
+    ):
+        space = LabelSpace("single_label_classification", {"label": list(map(str, range(num_classes)))})
+        metrics = SingleLabelMetrics(space, CPU)
+        logits = torch.zeros(2, num_classes)
+        metrics.update(SimpleNamespace(logits=logits, distillation_logits=None), torch.tensor([0, 1]))
+        values = metrics.compute()
+        assert ("confusion_matrix" in values, "top_5_accuracy" in values) == (has_matrix, has_top_5)
+        assert (values["accuracy"], len(values["per_class"])) == (0.5, num_classes)
+
+
+def test_a_loss_that_is_no_number_is_none() -> None:
+    metrics = SingleLabelMetrics(SPACES["single"], CPU)
+    metrics.update(SimpleNamespace(logits=torch.full((1, 7), torch.nan), distillation_logits=None), torch.tensor([1]))
+    assert metrics.compute()["loss"] is None
+
+
+# Every picture once --------------------------------------------------------------------------------------------------
+
+
+def test_two_processes_give_what_one_gives(by_one_process: dict[str, Any], by_two_processes: Path) -> None:
+    measured = read_json(by_two_processes / "scenarios.json")
+    assert measured.keys() == by_one_process.keys()
+    for name, metrics in by_one_process.items():
+        assert measured[name] == metrics, name
+        assert list(measured[name]) == list(metrics), name
+
+
+def test_only_the_main_process_prints(by_two_processes: Path) -> None:
+    printed = (by_two_processes / "stdout").read_text(encoding="utf-8")
+    assert printed.count("each counted once") == 1
+    assert printed.count("'11.png'") == 2  # by two evaluators
+
+
+@pytest.mark.parametrize(
+    ("num_pictures", "batch_size", "num_processes"), [(10, 3, 1), (10, 3, 2), (1, 4, 3), (12, 3, 2)]
+)
+def test_each_picture_has_one_place(num_pictures: int, batch_size: int, num_processes: int) -> None:
+    pictures = build_pictures("single", num_pictures)
+    numbered = LabelledPictures(pictures.pictures, range(num_pictures))
+    processor = ViTCLSImageProcessor(size=16)
+    shares = [
+        HeldOutPictures(numbered, processor, SPACES["single"], batch_size, process, num_processes)
+        for process in range(num_processes)
+    ]
+    assert len({len(share) for share in shares}) == 1  # sharded models need as many batches on all processes
+    batches = [share[place] for share in shares for place in range(len(share))]
+    assert sorted(label for batch in batches for label in batch.labels.tolist()) == list(range(num_pictures))
+    assert all(len(batch.labels) <= batch_size for batch in batches)
+
+
+def test_a_picture_that_is_not_counted_is_an_error() -> None:
+    evaluator = build_evaluator("single", build_accelerator())
+    evaluator.batches.loader.dataset.batches.pop()
+    with pytest.raises(RuntimeError, match="counted 12 images and 0 broken ones of 13"):
+        evaluator(build_classifier("single"))
+
+
+def test_batches_are_of_one_size() -> None:
+    sizes = []
+    model = build_classifier("single")
+    model.register_forward_pre_hook(lambda module, inputs: sizes.append(len(inputs[0])))
+    build_evaluator("single", build_accelerator())(model)
+    assert sizes == [BATCH_SIZE] * 5
+
+
+def test_broken_pictures_are_named_once_and_not_counted(by_one_process: dict[str, Any]) -> None:
+    said: list[str] = []
+    evaluator = build_evaluator(
+        "single", build_accelerator(), build_pictures("single", broken=BROKEN), max_broken_images=4, warn=said.append
+    )
+    model = build_classifier("single")
+    metrics = evaluator(model)
+    assert (metrics["num_images"], metrics["num_broken_images"]) == (NUM_PICTURES - 4, 4)
+    assert [f"'{index}.png'" in line for index, line in zip(BROKEN, said, strict=True)] == [True] * 4
+    assert evaluator(model) == metrics == by_one_process["broken"]
+    assert len(said) == 4
+    outputs, labels = answers_of("single")
+    good = [index for index in range(NUM_PICTURES) if index not in BROKEN]
+    right = outputs.logits.argmax(1)[good] == torch.tensor(labels)[good]
+    assert metrics["accuracy"] == close(right.float().mean().item())
+
+
+def test_too_many_broken_pictures_stop() -> None:
+    accelerator = build_accelerator()
+    pictures = build_pictures("single", broken=BROKEN)
+    evaluator = build_evaluator("single", accelerator, pictures, max_broken_images=3)
+    with pytest.raises(ValueError, match=r"more than 3 images cannot be read, the last one: .*'12\.png'") as raised:
+        evaluator(build_classifier("single"))
+    assert "\n" not in str(raised.value)
+    evaluator = build_evaluator("single", accelerator, build_pictures("single", number=2, broken=(0, 1)))
+    with pytest.raises(ValueError, match="none of the 2 images can be read"):
+        evaluator(build_classifier("single"))
+
+
+def test_pictures_in_colour_count_as_broken_for_a_grey_model() -> None:
+    encoded = []
+    for mode in ("L", "RGB", "RGBA", "L"):
+        Image.new(mode, (16, 16)).save(file := io.BytesIO(), "PNG")
+        encoded.append({"path": f"{mode}.png", "bytes": file.getvalue()})
+    pictures = LabelledPictures(Examples(encoded), [0, 1, 2, 3])
+    processor = ViTCLSImageProcessor(size=16, do_convert_rgb=False, image_mean=0.5, image_std=0.5)
+    batch = HeldOutPictures(pictures, processor, SPACES["single"], 4, 0, 1, num_channels=1)[0]
+    assert batch.pixel_values is not None and batch.pixel_values.shape == (2, 1, 16, 16)
+    assert batch.labels.tolist() == [0, 3]
+    assert batch.broken == {
+        1: "the image 'RGB.png' has 3 channels, the model takes 1",
+        2: "the image 'RGBA.png' has 4 channels, the model takes 1",
+    }
+
+
+class Counted(list):
+    """Pictures that count how often they are asked for."""
+
+    num_reads = 0
+
+    def __getitem__(self, index: Any) -> Any:
+        self.num_reads += 1
+        return super().__getitem__(index)
+
+
+@pytest.mark.parametrize(("kept_bytes", "num_reads"), [(2**20, 1), (NUM_PICTURES * 3 * 16 * 16 * 4 - 1, 3)])
+def test_small_data_sets_are_prepared_once(
+    kept_bytes: int, num_reads: int, monkeypatch: pytest.MonkeyPatch, by_one_process: dict[str, Any]
+) -> None:
+    monkeypatch.setattr(evaluator_module, "KEPT_BYTES", kept_bytes)
+    pictures = build_pictures("single")
+    counted = Counted(pictures.pictures)
+    evaluator = build_evaluator("single", build_accelerator(), LabelledPictures(counted, pictures.labels))
+    for _ in range(3):
+        assert evaluator(build_classifier("single")) == by_one_process["single"]
+    assert counted.num_reads == num_reads * NUM_PICTURES
+
+
+def test_evaluation_draws_no_random_numbers() -> None:
+    """Training would otherwise depend on when it was evaluated."""
+    evaluator = build_evaluator("single", build_accelerator(), num_workers=1)
+    model = build_classifier("single")
+    before = torch.get_rng_state()
+    evaluator(model)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_mixed_precision(by_one_process: dict[str, Any]) -> None:
+    whole = by_one_process["single"]
+    metrics = build_evaluator("single", Accelerator(cpu=True, mixed_precision="bf16"))(build_classifier("single"))
+    assert metrics["num_images"] == NUM_PICTURES
+    assert metrics["loss"] != whole["loss"]
+    assert metrics["loss"] == pytest.approx(whole["loss"], abs=0.05)
+
+
+def test_a_model_saved_in_half_precision(by_one_process: dict[str, Any]) -> None:
+    metrics = build_evaluator("multi_label", build_accelerator())(build_classifier("multi_label").bfloat16())
+    assert metrics["loss"] == pytest.approx(by_one_process["multi_label"]["loss"], abs=0.05)
+
+
+def test_every_kind_of_labels_has_metrics() -> None:
+    assert METRICS.keys() == {space.kind for space in SPACES.values()}
+
+
+# Saved models --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a saved model of each kind."""
+    folder = tmp_path_factory.mktemp("models")
+    for name in SPACES:
+        build_classifier(name).save_pretrained(folder / name)
+        ViTCLSImageProcessor(size=16).save_pretrained(folder / name)
+    return folder
+
+
+def write_table(folder: Path, name: str, header: list[str], text: Any) -> Path:
+    """The pictures of a scenario as files, and a CSV file with what `text` makes of each label; each picture twice."""
+    pictures = build_pictures(name)
+    with (folder / f"{name}.csv").open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["path", *header])
+        for index, label in enumerate(pictures.labels):
+            pictures.pictures[index].save(folder / f"{name}{index}.png")
+            writer.writerows([[f"{name}{index}.png", *text(label)]] * 2)
+    return folder / f"{name}.csv"
+
+
+def evaluate(model: Path, dataset: object, **data: Any) -> dict[str, Any]:
+    """Evaluate the part of a table that would be held out, and the rest."""
+    options = DataOptions(dataset=str(dataset), num_workers=0, held_out_fraction=0.5, **data)
+    parts = [
+        evaluate_checkpoint(EvaluateOptions(model=str(model), data=options, batch_size=4, split=split))
+        for split in ("train", "test")
+    ]
+    return {name: [part[name] for part in parts] for name in parts[0]}
+
+
+def whole(parts: dict[str, Any], name: str, count: str = "num_images") -> float:
+    """A mean over pictures, from those of the parts."""
+    return np.average(parts[name], weights=parts[count])
+
+
+def test_a_multi_label_model(models: Path, tmp_path: Path, by_one_process: dict[str, Any]) -> None:
+    """Names in another order, and a class that is not in the data."""
+
+    def text(label: list[float]) -> list[str]:
+        return ["|".join(name for name, value in reversed([*zip(CLASSES, label, strict=True)]) if value)]
+
+    table = write_table(tmp_path, "multi_label", ["tags"], text)
+    parts = evaluate(models / "multi_label", table, label_column=("tags",), label_separator="|")
+    expected = by_one_process["multi_label"]
+    assert sum(parts["num_images"]) == 2 * NUM_PICTURES
+    assert whole(parts, "loss") == close(expected["loss"])
+    assert [row["name"] for row in parts["per_class"][0]] == CLASSES
+
+
+def test_a_multi_task_model(models: Path, tmp_path: Path, by_one_process: dict[str, Any]) -> None:
+    """Columns in another order, and missing labels."""
+
+    def text(label: dict[str, int]) -> list[str]:
+        columns = SPACES["multi_task"].columns
+        return [columns[task][label[task]] if label[task] >= 0 else "" for task in ("species", "age")]
+
+    table = write_table(tmp_path, "multi_task", ["species", "age"], text)
+    parts = evaluate(models / "multi_task", table, label_column=("species", "age"))
+    expected = by_one_process["multi_task"]
+    assert sum(parts["num_images"]) == 2 * NUM_PICTURES
+    for task in ("species", "age"):
+        assert sum(parts[f"{task}_num_images"]) == 2 * expected[f"{task}_num_images"]
+        assert whole(parts, f"{task}_loss", f"{task}_num_images") == close(expected[f"{task}_loss"])
+    with pytest.raises(ValueError, match="the data set has one label per image and the model several tasks"):
+        evaluate(models / "multi_task", table, label_column=("age",))
+
+
+def test_a_single_label_model(
+    models: Path, tmp_path: Path, by_one_process: dict[str, Any], capsys: pytest.CaptureFixture
+) -> None:
+    table = write_table(tmp_path, "single", ["animal"], lambda label: [CLASSES[label]])
+    parts = evaluate(models / "single", table, label_column=("animal",))
+    assert sum(parts["num_images"]) == 2 * NUM_PICTURES
+    for name in ("accuracy", "cls_accuracy", "loss"):
+        assert whole(parts, name) == close(by_one_process["single"][name])
+    assert parts["dataset"] == [str(table)] * 2 and parts["split"] == ["train", "test"]
+    printed = capsys.readouterr().out
+    for words in ("each counted once", "Balanced accuracy", "95 % interval", "distillation head", "gnu"):
+        assert words in printed
+
+
+def test_streamed_pictures(models: Path, tmp_path: Path, by_one_process: dict[str, Any]) -> None:
+    """A stream's held-out part is chosen otherwise, and all of a split can be had where there are several."""
+    (tmp_path / "data").mkdir()
+    table = write_table(tmp_path, "single", ["animal"], lambda label: [CLASSES[label]])
+    for split in ("train", "test"):
+        for index, row in enumerate(csv.DictReader(table.open(encoding="utf-8"))):
+            folder = tmp_path / "data" / split / row["animal"]
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / f"{index}.png").symlink_to(tmp_path / row["path"])
+    data = DataOptions(dataset=str(tmp_path / "data"), num_workers=0, streaming=True)
+    options = EvaluateOptions(model=str(models / "single"), data=data, batch_size=4)
+    metrics = evaluate_checkpoint(options)
+    assert metrics["num_images"] == 2 * NUM_PICTURES
+    assert metrics["loss"] == close(by_one_process["single"]["loss"])
+
+
+def test_two_processes_evaluate_a_saved_model(by_two_processes: Path) -> None:
+    two, one = read_json(by_two_processes / "new" / "digits.json"), evaluate_digits(by_two_processes)
+    assert (two["num_processes"], one["num_processes"]) == (2, 1)
+    assert two["num_images"] == NUM_HELD_OUT_DIGITS
+    assert {**two, **dict.fromkeys(MEASURED)} == {**one, **dict.fromkeys(MEASURED)}
+    assert two.keys() >= {"model", "dataset", "split", "images_per_second", "versions", "per_class", "accuracy"}
+    printed = (by_two_processes / "stdout").read_text(encoding="utf-8")
+    assert f"{two['accuracy']:.2%}" in printed and "digits.json" in printed
+    assert [file.name for file in (by_two_processes / "new").iterdir()] == ["digits.json"]  # nothing half written
+
+
+@pytest.mark.parametrize(("is_terminal", "shown"), [(True, "100%"), (False, "evaluating: batch 4/5")])
+def test_progress(is_terminal: bool, shown: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(evaluate_module, "SECONDS_BETWEEN_LINES", 0.0)
+    console = Console(file=io.StringIO(), force_terminal=is_terminal)
+    accelerator = build_accelerator()
+    metrics = build_evaluator("single", accelerator)(build_classifier("single"), progress(console, accelerator))
+    assert metrics["num_images"] == NUM_PICTURES
+    assert shown in console.file.getvalue()
+    assert ("\x1b" in console.file.getvalue()) is is_terminal
+
+
+def test_a_model_without_a_classifier_is_refused(tmp_path: Path) -> None:
+    config = ViTCLSConfig(**build_classifier("multi_label").config.to_diff_dict())
+    for model_class in (ViTCLSModel, ViTCLSForMaskedImageModeling):
+        model_class(config).save_pretrained(tmp_path)
+        with pytest.raises(ValueError, match=f"holds a {model_class.__name__} without a classifier: fine-tune"):
+            evaluate_checkpoint(EvaluateOptions(model=str(tmp_path), data=DataOptions(dataset="digits")))
+
+
+def test_labels_of_a_model() -> None:
+    for name, space in SPACES.items():
+        assert labels_of(build_classifier(name).config) == space
+    unsaid = ViTCLSConfig(id2label={0: "dusk", 1: "noon"})
+    assert labels_of(unsaid) == LabelSpace("single_label_classification", {"label": ["dusk", "noon"]})
+
+
+# Labels by name ------------------------------------------------------------------------------------------------------
+
+
+def single(*names: str) -> LabelSpace:
+    return LabelSpace("single_label_classification", {"label": list(names)})
+
+
+def test_labels_are_matched_to_the_model_by_name() -> None:
+    pictures = LabelledPictures([], [0, 1, 0])
+    assert relabelled(pictures, single("noon", "dusk"), single("dawn", "dusk", "noon")).labels == [2, 1, 2]
+    with pytest.raises(ValueError, match=r"the label 'noon' and the model does not: it knows dusk$"):
+        relabelled(pictures, single("noon", "dusk"), single("dusk"))
+    relabelled(replace(pictures, labels=[1]), single("noon", "dusk"), single("dusk"))  # a name not in use is no matter
+
+
+def test_several_labels_are_matched_by_name() -> None:
+    kind = "multi_label_classification"
+    given, known = LabelSpace(kind, {"tags": ["b", "c", "a"]}), LabelSpace(kind, {"label": ["a", "b", "d"]})
+    matched = relabelled(LabelledPictures([], [[1.0, 0.0, 0.0], [1.0, 0.0, 1.0], [0.0, 0.0, 0.0]]), given, known)
+    assert matched.labels == [[0.0, 1.0, 0.0], [1.0, 1.0, 0.0], [0.0, 0.0, 0.0]]
+    with pytest.raises(ValueError, match="the label 'c' and the model does not"):
+        relabelled(LabelledPictures([], [[0.0, 1.0, 0.0]]), given, known)
+
+
+def test_tasks_are_matched_by_name() -> None:
+    given = LabelSpace("multi_task", {"b": ["y", "x"], "a": ["q", "p"]})
+    known = LabelSpace("multi_task", {"a": ["p", "q"], "b": ["x", "y"]})
+    matched = relabelled(LabelledPictures([], [{"b": 0, "a": 0}, {"b": -100, "a": 1}]), given, known)
+    assert matched.labels == [{"a": 1, "b": 1}, {"a": 0, "b": -100}]
+    with pytest.raises(ValueError, match="the data set has the tasks b, a and the model a, c: choose"):
+        relabelled(LabelledPictures([], []), given, LabelSpace("multi_task", {"a": ["p"], "c": ["x"]}))
+    with pytest.raises(ValueError, match="has several tasks with one label each and the model one label per image"):
+        relabelled(LabelledPictures([], []), given, single("a"))

@@ -1,0 +1,660 @@
+"""Prediction: scripts/predict.py and what it stands on.
+
+Most runs take place in this process. Two are started for real: one that is killed in the middle and continued by two
+processes, and a mistyped flag.
+"""
+
+import csv
+import io
+import json
+import os
+import runpy
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import sklearn.datasets
+import torch
+from accelerate_state import reset_accelerate
+from PIL import Image
+from tiny_models import filled, raises_one_line, tiny_config
+from transformers import pipeline
+from warm_processes import OFFLINE, READY, run_script, run_together
+
+from modeling_vitcls import (
+    ViTCLSForImageClassification,
+    ViTCLSForMaskedImageModeling,
+    ViTCLSForMultiTaskClassification,
+    ViTCLSImageProcessor,
+    ViTCLSModel,
+)
+from modeling_vitcls.inference.inputs import CannotFetch, Prepared, Record, Stream, open_source
+from modeling_vitcls.inference.outputs import ShardFolder, all_columns, shard_ranges, share, write_rows
+from modeling_vitcls.inference.predict import Summary, batches, predict, predict_images
+from modeling_vitcls.options import PredictOptions
+
+
+REPOSITORY = Path(__file__).parents[2]
+SCRIPT = REPOSITORY / "scripts" / "predict.py"
+ENVIRONMENT = os.environ | {
+    "PYTHONPATH": str(REPOSITORY),
+    "OMP_NUM_THREADS": "1",
+    "CUDA_VISIBLE_DEVICES": "",
+    "HF_HUB_OFFLINE": "1",
+    "COLUMNS": "200",
+}
+NAMES = ["ant", "bee", "cat"]
+LABELS = {"id2label": dict(enumerate(NAMES)), "label2id": {name: index for index, name in enumerate(NAMES)}}
+TOKENS = {"num_cls_tokens": 1, "num_distillation_tokens": 2, "num_register_tokens": 3}
+TASKS = {"species": ["ash", "elm", "fir", "oak"], "age": ["young", "old"]}
+KINDS = {
+    "one_label": lambda: ViTCLSForImageClassification(tiny_config(**TOKENS, **LABELS)),
+    "several_labels": lambda: ViTCLSForImageClassification(
+        tiny_config(problem_type="multi_label_classification", **LABELS)
+    ),
+    "several_tasks": lambda: ViTCLSForMultiTaskClassification(tiny_config(num_cls_tokens=2, tasks=TASKS)),
+    "encoder": lambda: ViTCLSModel(tiny_config(**TOKENS)),
+    "masked": lambda: ViTCLSForMaskedImageModeling(tiny_config()),
+}
+NUM_STREAMED = 1000
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerate() -> Any:
+    """Accelerate keeps its settings in singletons: each test starts without."""
+    reset_accelerate()
+    yield
+    reset_accelerate()
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of small models with random weights, one of each kind."""
+    folder = tmp_path_factory.mktemp("models")
+    for name, build in KINDS.items():
+        filled(build()).save_pretrained(folder / name)
+        ViTCLSImageProcessor(size=32).save_pretrained(folder / name)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Nine photographs of many kinds, in a folder with others in it, among files that are none."""
+    folder = tmp_path_factory.mktemp("photos")
+    (folder / "inner").mkdir()
+    (folder / ".hidden").mkdir()
+    photograph = Image.fromarray(sklearn.datasets.load_sample_images().images[0])
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    kinds: dict[str, tuple[str, dict[str, Any]]] = {
+        "a.jpg": ("RGB", {"quality": 60}),
+        "b.JPEG": ("RGB", {"quality": 95, "subsampling": 0, "progressive": True}),
+        "c.png": ("RGBA", {}),
+        "inner/d.jpg": ("L", {}),
+        "inner/e.jpg": ("CMYK", {}),
+        "inner/f.jpg": ("RGB", {"exif": turned}),
+        "inner/g.webp": ("RGB", {}),
+        "inner/h.jpg": ("RGB", {"quality": 20, "subsampling": 1}),
+        "inner/i.gif": ("P", {}),
+    }
+    for place, (name, (mode, settings)) in enumerate(kinds.items()):
+        left = 40 * place
+        crop = photograph.crop((left, 100, left + 101 - place, 177 + place))
+        crop.convert(mode).save(folder / name, **settings)
+    (folder / "notes.txt").write_text("no image", encoding="utf-8")
+    photograph.crop((0, 0, 9, 9)).save(folder / ".hidden" / "z.jpg")
+    return folder
+
+
+@pytest.fixture
+def broken(tmp_path: Path, photos: Path) -> Path:
+    """A folder of one good image, one that breaks off, and one that is text."""
+    folder = tmp_path / "broken"
+    folder.mkdir()
+    whole = (photos / "a.jpg").read_bytes()
+    (folder / "1-whole.jpg").write_bytes(whole)
+    (folder / "2-cut.jpg").write_bytes(whole[: len(whole) // 2])
+    (folder / "3-text.png").write_text("no image", encoding="utf-8")
+    return folder
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *flags: object) -> Any:
+    """Run the script in this process; returns its exit status."""
+    monkeypatch.setattr(sys, "argv", list(map(str, [SCRIPT, *flags])))
+    monkeypatch.syspath_prepend(SCRIPT.parent)
+    try:
+        runpy.run_path(str(SCRIPT), run_name="__main__")
+    except SystemExit as stopped:
+        return stopped.code
+    return 0
+
+
+def read_json(file: Path) -> Any:
+    return json.loads(file.read_text(encoding="utf-8"))
+
+
+def read_shards(folder: Path) -> list[dict[str, Any]]:
+    """All rows of a folder, in the order of its files."""
+    return [row for file in sorted(folder.glob("shard-*.parquet")) for row in pq.read_table(file).to_pylist()]
+
+
+def sorted_photos(photos: Path) -> list[str]:
+    return [str(photos / name) for name in ("a.jpg", "b.JPEG", "c.png")] + [
+        str(photos / "inner" / name) for name in ("d.jpg", "e.jpg", "f.jpg", "g.webp", "h.jpg", "i.gif")
+    ]
+
+
+def pixel_values(photos: Path) -> torch.Tensor:
+    """What the image processor makes of the photographs, [9, 3, 32, 32]."""
+    return ViTCLSImageProcessor(size=32)(sorted_photos(photos), return_tensors="pt")["pixel_values"]
+
+
+# Labels --------------------------------------------------------------------------------------------------------------
+
+
+def test_table_names_images_labels_and_errors(
+    models: Path, broken: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    assert run(monkeypatch, "--model", models / "one_label", broken) == 0
+    printed = capsys.readouterr()
+    first, second, third = [line for line in printed.out.splitlines() if str(broken) in line]
+    assert f"{broken}/1-whole.jpg" in first and any(name in first for name in NAMES)
+    assert "2-cut.jpg" in second and "truncated" in second.lower()
+    assert "3-text.png" in third and "not an image in a supported format" in third
+    assert "3 of 3 images" in printed.err and "2 without an answer" in printed.err
+
+
+def test_without_any_answer_the_status_is_1(
+    models: Path, broken: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    images = [broken / "2-cut.jpg", broken / "3-text.png", broken / "absent.jpg"]
+    assert run(monkeypatch, "--model", models / "one_label", *images, "--output", tmp_path / "out.json") == 1
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last == "error: no answer for any of the 3 images: see the column `error`"
+    rows = read_json(tmp_path / "out.json")
+    assert [row["label"] for row in rows] == [None] * 3
+    assert "No such file" in rows[2]["error"]
+
+
+def test_labels_are_those_of_the_model_and_of_the_pipeline(models: Path, photos: Path, tmp_path: Path) -> None:
+    output = tmp_path / "new" / "out.json"
+    predict_images(PredictOptions(str(models / "one_label"), (str(photos),), output=output, top_k=2, batch_size=4))
+    rows = read_json(output)
+    assert [row["image"] for row in rows] == sorted_photos(photos)
+    assert [row["index"] for row in rows] == list(range(9))
+    expected = pipeline("image-classification", str(models / "one_label"), top_k=2)(sorted_photos(photos))
+    for row, answer in zip(rows, expected, strict=True):
+        assert [row["label"], row["label_2"]] == [one["label"] for one in answer]
+        assert [row["probability"], row["probability_2"]] == pytest.approx([one["score"] for one in answer], abs=1e-5)
+        assert row["error"] is None
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".jsonl", ".parquet"])
+def test_every_format_holds_the_same(models: Path, broken: Path, tmp_path: Path, suffix: str) -> None:
+    for file in (tmp_path / "out.json", tmp_path / f"out{suffix}"):
+        options = PredictOptions(str(models / "one_label"), (str(broken),), output=file, top_k=7)  # of three labels
+        assert predict_images(options) == Summary(num_images=3, num_failed=2)
+        reset_accelerate()
+    file = tmp_path / f"out{suffix}"
+    rows: list[dict[str, Any]]
+    if suffix == ".csv":
+        rows = [{name: value or None for name, value in row.items()} for row in csv.DictReader(file.open())]
+        for row in rows:
+            row["index"] = int(row["index"])
+            row |= {name: float(value) for name, value in row.items() if value and name.startswith("probability")}
+    elif suffix == ".jsonl":
+        rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    else:
+        rows = pq.read_table(file).to_pylist()
+    assert rows == read_json(tmp_path / "out.json")
+    assert list(rows[0]) == [
+        *("index", "image", "label", "probability", "label_2", "probability_2", "label_3", "probability_3", "error")
+    ]
+
+
+def test_several_tasks_have_columns_each(models: Path, photos: Path, tmp_path: Path) -> None:
+    options = PredictOptions(
+        str(models / "several_tasks"), (str(photos),), output=tmp_path / "out.parquet", top_k=3, batch_size=5
+    )
+    predict_images(options)
+    table = pq.read_table(tmp_path / "out.parquet")
+    assert table.column_names[2:6] == ["age_label", "age_probability", "age_label_2", "age_probability_2"]
+    assert table.column_names[6:-1:2] == ["species_label", "species_label_2", "species_label_3"]
+    model = ViTCLSForMultiTaskClassification.from_pretrained(models / "several_tasks")
+    with torch.no_grad():
+        logits = model(pixel_values(photos)).logits
+    for task, names in TASKS.items():
+        probability, index = logits[task].softmax(dim=1).max(dim=1)
+        assert table[f"{task}_label"].to_pylist() == [names[one] for one in index]
+        np.testing.assert_allclose(table[f"{task}_probability"], probability, atol=1e-6)
+
+
+def test_several_labels_count_from_the_threshold_on(models: Path, photos: Path, tmp_path: Path) -> None:
+    model = ViTCLSForImageClassification.from_pretrained(models / "several_labels")
+    with torch.no_grad():
+        probabilities = model(pixel_values(photos)).logits.sigmoid()
+    threshold = probabilities.median().item()
+    rows = predict(model, ViTCLSImageProcessor(size=32), photos, threshold=threshold)
+    assert [set(row["labels"]) for row in rows] == [
+        {NAMES[label] for label in range(3) if image[label] >= threshold} for image in probabilities
+    ]
+    assert {len(row["labels"]) for row in rows} != {3}
+    assert all(row["probabilities"] == sorted(row["probabilities"], reverse=True) for row in rows)
+    best = predict(model, ViTCLSImageProcessor(size=32), photos, threshold=0, top_k=1)
+    assert [row["labels"] for row in best] == [[NAMES[label]] for label in probabilities.argmax(dim=1)]
+    options = PredictOptions(str(models / "several_labels"), (str(photos),), output=tmp_path / "a.csv", threshold=0)
+    predict_images(options)
+    cells = [row["labels"] for row in csv.DictReader((tmp_path / "a.csv").open())]
+    assert all(sorted(cell.split("|")) == NAMES for cell in cells)
+
+
+def test_an_output_that_is_not_finite_is_an_error(photos: Path) -> None:
+    model = filled(ViTCLSForImageClassification(tiny_config()))
+    model.classifier.bias.data[1] = float("nan")
+    rows = predict(model, ViTCLSImageProcessor(size=32), [photos / "a.jpg"])
+    assert rows[0]["label"] is None and "not finite" in rows[0]["error"]
+
+
+# Features ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("source", ["one_label", "encoder"])
+@pytest.mark.parametrize("kind", ["cls", "mean", "registers", "distillation"])
+def test_features_are_the_tokens_of_the_model(
+    models: Path, photos: Path, tmp_path: Path, source: str, kind: str
+) -> None:
+    output = tmp_path / ("out.parquet" if source == "encoder" else "out.json")
+    predict_images(
+        PredictOptions(str(models / source), (str(photos),), output=output, features=kind, batch_size=9)  # type: ignore
+    )
+    rows = read_json(output) if output.suffix == ".json" else pq.read_table(output).to_pylist()
+    with torch.no_grad():
+        tokens = ViTCLSModel.from_pretrained(models / source)(pixel_values(photos)).tokens
+    group = tokens["patches"].mean(dim=1) if kind == "mean" else tokens[kind]
+    expected = group[:, 0] if kind == "cls" else group
+    measured = np.array([row["features"] for row in rows], dtype=np.float32)
+    np.testing.assert_array_equal(measured, expected.numpy())
+    assert rows[0].keys() == {"index", "image", "features", "error"}
+
+
+def test_a_broken_image_has_no_features(models: Path, broken: Path, tmp_path: Path) -> None:
+    for kind in ("cls", "registers"):
+        file = tmp_path / f"{kind}.parquet"
+        options = PredictOptions(str(models / "encoder"), (str(broken),), output=file, features=kind)  # type: ignore
+        predict_images(options)
+        reset_accelerate()
+        features = pq.read_table(file)["features"].to_pylist()
+        assert features[0] is not None and features[1:] == [None, None]
+
+
+def test_tokens_that_a_model_does_not_have_are_refused() -> None:
+    with raises_one_line("no registers tokens", "cls, mean"):
+        predict(ViTCLSModel(tiny_config()), ViTCLSImageProcessor(size=32), ["a.jpg"], features="registers")
+
+
+# Inputs --------------------------------------------------------------------------------------------------------------
+
+
+def test_a_list_names_files_and_folders(photos: Path, tmp_path: Path) -> None:
+    file = tmp_path / "list.txt"
+    file.write_bytes(f"\ufeff{photos / 'c.png'}\r\n\n{photos / 'inner'}\n".encode() + b"odd-\xff.png\n")
+    source = open_source(PredictOptions("model", list=file))
+    names = [record.name for record in source.read([range(source.num_images)])]
+    assert names == [*sorted_photos(photos)[2:], "odd-\ufffd.png"]
+
+
+def test_data_sets_are_read_like_files(models: Path, photos: Path, tmp_path: Path) -> None:
+    """A CSV of relative paths, Parquet with images in it, as a stream too: the same answers."""
+    paths = sorted_photos(photos)
+    lines = [str(Path(path).relative_to(photos)) for path in paths]
+    (photos / "list.csv").write_text("\n".join(["file_name", *lines]), encoding="utf-8")
+    encoded = [{"bytes": Path(path).read_bytes(), "path": None} for path in paths]
+    table = datasets.Dataset.from_dict({"other": [b"x"] * 9, "photo": encoded})
+    table.cast_column("photo", datasets.Image()).to_parquet(tmp_path / "images.parquet")
+    expected = None
+    for given in (
+        {"paths": (str(photos),)},
+        {"dataset": str(photos / "list.csv")},
+        {"dataset": str(tmp_path / "images.parquet"), "image_column": "photo"},
+        {"dataset": str(tmp_path / "images.parquet"), "image_column": "photo", "streaming": True},
+    ):
+        output = tmp_path / "out.json"
+        predict_images(PredictOptions(str(models / "one_label"), output=output, batch_size=4, **given))
+        reset_accelerate()
+        answers = [(row["index"], row["label"], row["probability"]) for row in read_json(output)]
+        expected = expected or answers
+        assert answers == expected
+    assert len(expected or []) == 9
+
+
+def test_an_input_is_known_by_its_content(photos: Path, tmp_path: Path) -> None:
+    """Of the same names and sizes: files, a folder as a data set, a table, as a stream too."""
+    folder, table = tmp_path / "data" / "x", tmp_path / "table.csv"
+    folder.mkdir(parents=True)
+    table.write_text("image\nb.png\n", encoding="utf-8")
+    for shade in (10, 20):
+        Image.new("L", (8, 8), shade).save(folder / f"{shade}.bmp")
+    given: list[dict[str, Any]] = [
+        {"paths": (str(folder),)},
+        {"dataset": str(folder.parent)},
+        {"dataset": str(table)},
+        {"dataset": str(table), "streaming": True},
+    ]
+
+    def identities() -> list[dict[str, Any]]:
+        return [open_source(PredictOptions("model", **options)).identity() for options in given]
+
+    first = identities()
+    assert identities() == first
+    Image.new("L", (8, 8), 30).save(folder / "10.bmp")
+    table.write_text("image\nc.png\n", encoding="utf-8")
+    assert all(now != then for now, then in zip(identities(), first, strict=True))
+    assert json.loads(json.dumps(first)) == first  # as it is kept
+
+
+def test_digits_are_read(models: Path) -> None:
+    source = open_source(PredictOptions("model", dataset="digits"))
+    assert source.num_images == 1797
+    (record,) = source.read([range(1796, 1797)])
+    assert record.content.size == (8, 8) and record.name == "digits/1796"
+
+
+def test_data_sets_that_cannot_be_used_are_named(tmp_path: Path) -> None:
+    (tmp_path / "table.csv").write_text("a,b\n1,2\n", encoding="utf-8")
+    with raises_one_line("no column is clearly the image", "--image-column"):
+        open_source(PredictOptions("model", dataset=str(tmp_path / "table.csv")))
+    with raises_one_line("has no column 'c': choose one of a, b"):
+        open_source(PredictOptions("model", dataset=str(tmp_path / "table.csv"), image_column="c"))
+    with raises_one_line("has no split 'test'", "train"):
+        open_source(PredictOptions("model", dataset=str(tmp_path / "table.csv"), split="test"))
+    with raises_one_line("there are no images in"):
+        open_source(PredictOptions("model", (str(tmp_path),)))
+
+
+def test_what_a_stream_passes_by_is_not_decoded(photos: Path, tmp_path: Path) -> None:
+    good = (photos / "a.jpg").read_bytes()
+    values = [{"bytes": b"broken" if index < 6 else good, "path": None} for index in range(10)]
+    table = datasets.Dataset.from_dict({"image": values}).cast_column("image", datasets.Image())
+    table.to_parquet(tmp_path / "images.parquet")
+    source = open_source(PredictOptions("model", dataset=str(tmp_path / "images.parquet"), streaming=True))
+    assert isinstance(source, Stream) and source.num_images is None
+    assert [(record.index, record.content) for record in source.read([range(6, 8)])] == [(6, good), (7, good)]
+    assert source.num_images is None
+    ranges = share(shard_ranges(None, 4), process=1, num_processes=2)  # 4 .. 7, then beyond the end
+    assert [record.index for record in source.read(ranges)] == [4, 5, 6, 7]
+    assert source.num_images == 10
+
+
+def test_a_network_failure_is_no_broken_image(models: Path, tmp_path: Path, photos: Path) -> None:
+    (tmp_path / "table.csv").write_text("image\nmemory://absent.jpg\n", encoding="utf-8")
+    output = tmp_path / "out.csv"
+    options = PredictOptions(str(models / "one_label"), dataset=str(tmp_path / "table.csv"), output=output)
+    with raises_one_line("cannot fetch memory://absent.jpg", error=CannotFetch):
+        predict_images(options)
+    assert [file.name for file in tmp_path.iterdir()] == ["table.csv"]
+
+
+# Folders of shards ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def streamed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Parquet file of a thousand digits, every hundredth of them broken."""
+    values = []
+    for index, image in enumerate(sklearn.datasets.load_digits().images[:NUM_STREAMED]):
+        encoded = io.BytesIO()
+        Image.fromarray((image * 15).astype(np.uint8)).save(encoded, format="PNG")
+        values.append({"bytes": encoded.getvalue() if index % 100 else b"broken", "path": f"{index}.png"})
+    file = tmp_path_factory.mktemp("streamed") / "digits.parquet"
+    datasets.Dataset.from_dict({"image": values}).cast_column("image", datasets.Image()).to_parquet(file)
+    return file
+
+
+def test_killed_in_the_middle_then_two_processes_go_on(models: Path, streamed: Path, tmp_path: Path) -> None:
+    """The union is what one uninterrupted run gives."""
+    flags = ["--model", models / "encoder", "--dataset", streamed, "--streaming", "--features", "cls"]
+    flags += ["--shard-size", 30, "--batch-size", 8]
+    folder = tmp_path / "features"
+    log = tmp_path / "killed"
+    words = [str(word) for word in (*flags, "--output", folder)]
+    process = READY.Process(target=run_script, args=("predict.py", words, log, log, OFFLINE))
+    process.start()
+    while len(list(folder.glob("shard-*"))) < 3 and process.is_alive():
+        time.sleep(0.002)
+    process.kill()
+    process.join()
+    before = {file.name: file.stat().st_mtime_ns for file in folder.glob("shard-*")}
+    assert 3 <= len(before) < 34, "it was not killed in the middle"
+    (folder / ".shard-000031.parquet.1.unfinished").write_bytes(b"half a file")
+
+    printed = run_together("predict.py", *flags, "--output", folder, log=tmp_path / "log", environment=OFFLINE)
+    assert printed == f"{folder}: 1,000 images, 10 without an answer\n"
+    assert all((folder / name).stat().st_mtime_ns == written for name, written in before.items())
+    assert sorted(file.name for file in folder.iterdir()) == [
+        ".manifest.json",
+        *(f"shard-{number:06}.parquet" for number in range(34)),
+    ]
+
+    whole = tmp_path / "whole"
+    predict_images(
+        PredictOptions(
+            str(models / "encoder"),
+            dataset=str(streamed),
+            features="cls",
+            output=whole,
+            shard_size=30,
+            batch_size=8,
+        )
+    )
+    rows, expected = read_shards(folder), read_shards(whole)
+    assert [row["index"] for row in rows] == list(range(NUM_STREAMED))
+    assert [row["image"] for row in rows] == [f"{index}.png" for index in range(NUM_STREAMED)]
+    for row, other in zip(rows, expected, strict=True):
+        assert (row["features"] is None) == (row["index"] % 100 == 0) == (row["error"] is not None)
+        assert row["error"] == other["error"] and "0x" not in str(row["error"])
+        assert row["features"] is None or np.allclose(row["features"], other["features"], atol=1e-6)
+
+
+@pytest.mark.slow
+def test_two_processes_write_the_same_file_as_one(models: Path, streamed: Path, tmp_path: Path) -> None:
+    flags = ["--model", models / "one_label", "--dataset", streamed, "--batch-size", 30]
+    for processes, name in ((1, "one.csv"), (2, "two.csv")):
+        how = {"log": tmp_path / f"{name}.log", "environment": OFFLINE, "processes": processes}
+        printed = run_together("predict.py", *flags, "--output", tmp_path / name, **how)
+        assert printed == f"{tmp_path / name}: 1,000 images, 10 without an answer\n"
+    assert (tmp_path / "one.csv").read_bytes() == (tmp_path / "two.csv").read_bytes()
+
+
+def test_a_second_start_must_ask_for_the_same(
+    models: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    folder = tmp_path / "labels"
+
+    def again(model: str = "one_label", path: Path = photos, **others: Any) -> Summary:
+        reset_accelerate()
+        options: dict[str, Any] = {"shard_size": 4, **others}
+        return predict_images(PredictOptions(str(models / model), (str(path),), output=folder, **options))
+
+    assert again() == Summary(9, 0)
+    written = {file: file.stat().st_mtime_ns for file in folder.iterdir()}
+    assert len(written) == 4
+    for change, words in {
+        "shard_size": ("--shard-size 4, not 5", {"shard_size": 5}),
+        "top_k": ("--top-k None, not 2", {"top_k": 2}),
+        "features": ("--features None, not mean", {"features": "mean"}),
+        "mixed_precision": ("--mixed-precision no, not bf16", {"mixed_precision": "bf16"}),
+        "model": ("another model", {"model": "several_labels"}),
+        "input": ("another input", {"path": photos / "inner"}),
+    }.values():
+        with raises_one_line(f"--output {folder} was begun with {change}"):
+            again(**words)
+    assert again(batch_size=3, num_workers=1) == Summary(9, 0)  # may differ
+    assert {file: file.stat().st_mtime_ns for file in folder.iterdir()} == written
+
+    (folder / "shard-000001.parquet").unlink()
+    assert again() == Summary(9, 0)
+    assert [row["index"] for row in read_shards(folder)] == list(range(9))
+    (folder / "shard-000002.parquet").write_bytes(b"half")
+    with raises_one_line("shard-000002.parquet is damaged", "delete it and start again"):
+        again()
+    flags = ["--model", models / "one_label", photos, "--output", folder, "--top-k", 3]
+    assert run(monkeypatch, *flags) == 1
+    assert capsys.readouterr().err.splitlines()[-1].startswith("error: --output")
+
+
+def test_a_folder_with_other_files_is_refused(models: Path, photos: Path, tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("", encoding="utf-8")
+    with raises_one_line("holds other files"):
+        predict_images(PredictOptions(str(models / "one_label"), (str(photos),), output=tmp_path))
+
+
+@pytest.mark.parametrize("num_images", [1, 7, 8, 9])
+def test_shards_do_not_depend_on_the_processes(num_images: int) -> None:
+    shards = list(shard_ranges(num_images, 4))
+    assert [index for indices in shards for index in indices] == list(range(num_images))
+    for processes in (1, 2, 3):
+        shares = [list(share(shard_ranges(num_images, 4), process, processes)) for process in range(processes)]
+        together = sorted((indices for one in shares for indices in one), key=lambda indices: indices.start)
+        assert together == shards
+
+
+def test_batches_do_not_cross_pieces() -> None:
+    images = (Prepared(Record(index, str(index), None)) for index in (0, 1, 2, 3, 4, 10, 11, 12))
+    sizes = [[image.record.index for image in batch] for batch in batches(images, batch_size=3, piece=5)]
+    assert sizes == [[0, 1, 2], [3, 4], [10, 11, 12]]
+
+
+# Files ---------------------------------------------------------------------------------------------------------------
+
+
+def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
+    def rows() -> Iterator[dict[str, Any]]:
+        yield {"index": 0, "image": "a", "error": None}
+        raise ValueError("the input ends early")
+
+    for suffix in (".csv", ".json", ".jsonl", ".parquet"):
+        file = tmp_path / f"out{suffix}"
+        file.write_text("from before", encoding="utf-8")
+        with pytest.raises(ValueError, match="ends early"):
+            write_rows(rows(), all_columns({}), file)
+        assert file.read_text(encoding="utf-8") == "from before"
+    assert len(list(tmp_path.iterdir())) == 4
+
+
+def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "out.json").mkdir()
+    with raises_one_line(f"cannot write {tmp_path / 'out.json'}", error=OSError):
+        write_rows([], all_columns({}), tmp_path / "out.json")
+
+
+def test_unfinished_files_of_a_killed_start_are_removed(tmp_path: Path) -> None:
+    (tmp_path / ".shard-000000.parquet.77.unfinished").write_bytes(b"half")
+    folder = ShardFolder(tmp_path, size=2)
+    assert folder.begin({"input": "this"}) is None
+    assert [file.name for file in tmp_path.iterdir()] == [".manifest.json"]
+    folder.set_num_images(5)
+    assert folder.begin({"input": "this"}) == 5
+    assert not folder.is_complete(5)
+
+
+# Models --------------------------------------------------------------------------------------------------------------
+
+
+def test_models_without_labels_are_refused_in_one_line(models: Path, photos: Path, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "vit"}', encoding="utf-8")
+    lost = tmp_path / "lost"
+    model = filled(ViTCLSForImageClassification(tiny_config()))
+    weights = {name: value for name, value in model.state_dict().items() if "classifier" not in name}
+    model.save_pretrained(lost, state_dict=weights)
+    for source, words in {
+        models / "encoder": "holds a ViTCLSModel, which has no labels",
+        models / "masked": "holds a ViTCLSForMaskedImageModeling, which has no labels",
+        lost: "lacks classifier.bias",
+        tmp_path: "holds a model of type 'vit'",
+        "vitcls-tiny": "is a preset",
+        tmp_path / "absent": "is no folder here",
+    }.items():
+        with raises_one_line(words, error=(ValueError, OSError)):
+            predict_images(PredictOptions(str(source), (str(photos),)))
+        reset_accelerate()
+    with raises_one_line("no labels to predict"):
+        predict(ViTCLSForImageClassification(tiny_config(num_labels=0)), ViTCLSImageProcessor(size=32), photos)
+
+
+def test_mixed_precision_is_near(models: Path, photos: Path, tmp_path: Path) -> None:
+    features = {}
+    for precision in ("no", "bf16"):
+        output = tmp_path / f"{precision}.parquet"
+        flags: dict[str, Any] = {"features": "mean", "mixed_precision": precision, "output": output}
+        predict_images(PredictOptions(str(models / "encoder"), (str(photos),), **flags))
+        reset_accelerate()
+        features[precision] = np.array(pq.read_table(output)["features"].to_pylist())
+    difference = np.abs(features["no"] - features["bf16"]).max()
+    assert 0 < difference < 0.1
+
+
+# From Python, and flags ----------------------------------------------------------------------------------------------
+
+
+def test_predict_takes_pictures_of_any_kind(photos: Path) -> None:
+    model = filled(ViTCLSForImageClassification(tiny_config(**LABELS, hidden_dropout_prob=0.9))).train()
+    picture = photos / "a.jpg"
+    given = [str(picture), picture, picture.read_bytes(), Image.open(picture), np.asarray(Image.open(picture))]
+    rows = predict(model, ViTCLSImageProcessor(size=32), [*given, b"broken", photos / "inner"], top_k=2)
+    assert [row["image"] for row in rows][:6] == [str(picture), str(picture), "2", "3", "4", "5"]
+    assert len({(row["label"], row["probability"], row["label_2"]) for row in rows[:5]}) == 1
+    assert "cannot read an image" in rows[5]["error"]
+    assert len(rows) == 12
+    assert model.training
+    (alone,) = predict(model, ViTCLSImageProcessor(size=32), picture)
+    assert alone["image"] == str(picture) and alone["label"] == rows[0]["label"]
+    with raises_one_line("no images were given"):
+        predict(model, ViTCLSImageProcessor(size=32), [])
+
+
+def test_images_of_several_shapes_share_a_batch(photos: Path) -> None:
+    model = filled(ViTCLSForImageClassification(tiny_config(**LABELS)))
+    processor = ViTCLSImageProcessor(size={"shortest_edge": 16})
+    together = predict(model, processor, photos, batch_size=9)
+    for path, row in zip(sorted_photos(photos), together, strict=True):
+        (alone,) = predict(model, processor, path)
+        assert alone["label"] == row["label"]
+        assert alone["probability"] == pytest.approx(row["probability"], abs=1e-5)
+    small = predict(model, ViTCLSImageProcessor(do_resize=False), [np.zeros((4, 4, 3), np.uint8)])
+    assert small[0]["error"]  # smaller than a patch
+
+
+def test_wrong_flags_end_before_torch_is_imported() -> None:
+    command = [sys.executable, "-X", "importtime", SCRIPT, "--model", "m", "a.png", "--tok-k", "3"]
+    ran = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=ENVIRONMENT, check=False)
+    assert ran.returncode == 2
+    assert "--tok-k" in ran.stderr and "--top-k" in ran.stderr
+    imported = {line.rsplit("|", 1)[-1].strip() for line in ran.stderr.splitlines() if line.startswith("import time")}
+    assert "tyro" in imported and not imported & {"torch", "transformers", "numpy", "datasets"}
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["a.png", "--features", "cls", "--output", "o.csv"], "CSV"),
+        (["a.png", "--features", "cls"], "a table"),
+        (["a.png", "--output", "o.txt"], "name a .csv, .json, .jsonl or"),
+        (["a.png", "--dataset", "digits"], "in one of these ways"),
+        ([], "give images as PATHS"),
+        (["a.png", "--streaming"], "name it with --dataset"),
+        (["a.png", "--top-k", "0"], "1 or more"),
+        (["a.png", "--threshold", "2"], "0 to 1"),
+    ],
+)
+def test_flags_that_contradict_each_other_exit_with_2(
+    flags: list[str], words: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    assert run(monkeypatch, "--model", "m", *flags) == 2
+    assert words in " ".join(capsys.readouterr().err.replace("│", " ").split())

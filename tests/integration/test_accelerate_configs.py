@@ -1,0 +1,205 @@
+"""scripts/accelerate/*.yaml: all of them can be read, and those for CPUs train.
+
+Runs get from Accelerate what its launcher would tell them, in processes that are quick to start. `make test-all` has
+the real `accelerate launch`, and compares.
+
+DDP and FSDP2 on two processes must give the same run: with accumulation and averaged weights, evaluated on the way.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils.launch import prepare_multi_gpu_env
+from safetensors.torch import load_file
+from warm_processes import OFFLINE, run_together
+
+from modeling_vitcls import ViTCLSForImageClassification
+
+
+REPOSITORY = Path(__file__).parents[2]
+CONFIGS = REPOSITORY / "scripts" / "accelerate"
+FILES = sorted(CONFIGS.glob("*.yaml"))
+ENVIRONMENT = os.environ | {
+    "PYTHONPATH": str(REPOSITORY),
+    "OMP_NUM_THREADS": "1",
+    "CUDA_VISIBLE_DEVICES": "",
+    "HF_HUB_OFFLINE": "1",
+}
+NUM_HELD_OUT_DIGITS = 372
+TINY = [
+    *("--model", "vitcls-tiny", "--dataset", "digits", "--image-size", 32, "--patch-size", 8),
+    *("--hidden-size", 32, "--num-hidden-layers", 2, "--num-attention-heads", 2, "--intermediate-size", 64),
+    *("--num-cls-tokens", 1, "--num-register-tokens", 2, "--num-workers", 0, "--crop-scale", 1, "--no-flip"),
+    "--no-report",
+]
+# An epoch is two steps of 2 x 2 x 180 images: three epochs, evaluated after each.
+STEPS = [
+    *("--max-steps", 6, "--batch-size", 180, "--gradient-accumulation-steps", 2, "--ema-decay", 0.9),
+    *("--learning-rate", 3e-3, "--log-every", 1, "--health-every", 2),
+]
+
+
+def launch(config: str, script: str, *flags: object) -> str:
+    """What a script prints when it is launched with a configuration; fail with its output unless it succeeds."""
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", CONFIGS / config]
+    command = list(map(str, [*launcher, REPOSITORY / "scripts" / script, *flags]))
+    ran = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, check=False)
+    assert ran.returncode == 0, f"{ran.stdout}\n{ran.stderr}"
+    return ran.stdout + ran.stderr
+
+
+def told_by_launcher(config: str) -> dict[str, str]:
+    """What `accelerate launch` would put into the environment for a configuration."""
+    arguments = launch_command_parser().parse_args(["--config_file", str(CONFIGS / config), "finetune.py"])
+    environment = prepare_multi_gpu_env(_validate_launch_command(arguments)[0])
+    return {name: value for name, value in environment.items() if os.environ.get(name) != value}
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    return json.loads(file.read_text(encoding="utf-8"))
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def assert_same_run(one: Path, other: Path, tolerance: float) -> None:
+    """Two runs logged the same figures and ended with the same weights."""
+    for first, second in zip(read_metrics(one), read_metrics(other), strict=True):
+        assert first.keys() == second.keys()
+        for name in first.keys() - {"images_per_second", "peak_memory_mb"}:
+            assert second[name] == pytest.approx(first[name], abs=tolerance, rel=tolerance), (first["step"], name)
+    weights, others = (load_file(folder / "model.safetensors") for folder in (one, other))
+    assert weights.keys() == others.keys()
+    for name, weight in weights.items():
+        torch.testing.assert_close(others[name], weight, atol=tolerance, rtol=0, msg=name)
+
+
+@pytest.fixture(scope="module")
+def ddp(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two CPU processes, each with the whole model."""
+    folder = tmp_path_factory.mktemp("ddp") / "model"
+    log = folder.with_name("log")
+    run_together("finetune.py", *TINY, *STEPS, "--output-dir", folder, log=log, environment=OFFLINE)
+    assert "arning" not in log.read_text() + log.with_name("log.errors").read_text()
+    return folder
+
+
+@pytest.fixture(scope="module")
+def fsdp2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two CPU processes, each with a part of the weights."""
+    folder = tmp_path_factory.mktemp("fsdp2") / "model"
+    log = folder.with_name("log")
+    environment = OFFLINE | told_by_launcher("fsdp2_cpu.yaml")
+    run_together("finetune.py", *TINY, *STEPS, "--output-dir", folder, log=log, environment=environment)
+    output = log.read_text() + log.with_name("log.errors").read_text()
+    assert "WARNING" not in output and "Warning" not in output
+    return folder
+
+
+# The files -----------------------------------------------------------------------------------------------------------
+
+
+def test_there_is_one_for_each_place() -> None:
+    names = {file.stem for file in FILES}
+    assert names >= {"cpu", "gpu", "ddp", "fsdp2", "deepspeed_zero2", "deepspeed_zero3", "nodes"}
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_each_says_when_to_use_it(file: Path) -> None:
+    first, second, *_ = file.read_text(encoding="utf-8").splitlines()
+    assert first.startswith("# ") and first.endswith(".") and ": " in first
+    assert second.startswith("# Not run") == (file.stem not in ("cpu", "ddp_cpu", "fsdp2_cpu"))
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_each_has_only_keys_that_accelerate_knows(file: Path) -> None:
+    """The launcher refuses unknown keys of the file itself, and passes over those of its parts without a word."""
+    load_config_from_file(str(file))
+    flags = {action.dest for action in launch_command_parser()._actions}
+    settings = yaml.safe_load(file.read_text(encoding="utf-8"))
+    parts = [*settings.get("fsdp_config", {}), *settings.get("deepspeed_config", {})]
+    assert [name for name in parts if name not in flags] == []
+
+
+# Runs ----------------------------------------------------------------------------------------------------------------
+
+
+def test_fsdp2_trains_as_ddp(ddp: Path, fsdp2: Path) -> None:
+    assert_same_run(ddp, fsdp2, tolerance=1e-4)
+    for folder in (ddp, fsdp2):
+        results = read_json(folder / "results.json")
+        assert results["num_processes"] == 2 and results["num_images"] == NUM_HELD_OUT_DIGITS
+        assert all(moved > 0 for moved in results["token_movement"].values())
+        evaluated = [record["step"] for record in read_metrics(folder) if "held_out_accuracy" in record]
+        assert evaluated == [2, 4, 6]
+    assert "weights in parts by FSDP" in read_json(fsdp2 / "results.json")["device"]
+    assert "parts" not in read_json(ddp / "results.json")["device"]
+    losses = [record["loss"] for record in read_metrics(fsdp2)]
+    assert losses[-1] < losses[0]
+
+
+def test_fsdp2_leaves_a_model_that_loads(fsdp2: Path) -> None:
+    model, info = ViTCLSForImageClassification.from_pretrained(fsdp2, output_loading_info=True)
+    assert not any(info.values())
+    saved = load_file(fsdp2 / "model.safetensors")
+    averaged = load_file(fsdp2 / "checkpoints" / "step-00000006" / "ema.safetensors")
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, saved[name]) and torch.equal(parameter, averaged[name]), name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["ddp", "fsdp2"])
+def test_through_the_launcher(name: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    output = launch(f"{name}_cpu.yaml", "finetune.py", *TINY, *STEPS, "--output-dir", tmp_path / "model")
+    assert "WARNING" not in output and "Warning" not in output
+    assert_same_run(request.getfixturevalue(name), tmp_path / "model", tolerance=0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", ["fsdp2_cpu.yaml", "ddp_cpu.yaml"])
+def test_a_run_under_fsdp2_is_resumed_to_the_bit(fsdp2: Path, tmp_path: Path, config: str) -> None:
+    """From the checkpoint after four of six steps, in parts as before or whole."""
+    folder = tmp_path / "resumed"
+    shutil.copytree(fsdp2, folder)
+    shutil.rmtree(folder / "checkpoints" / "step-00000006")
+    for name in ("results.json", "model.safetensors"):
+        (folder / name).unlink()
+    assert "after step 4 of 6" in launch(config, "finetune.py", *TINY, *STEPS, "--output-dir", folder, "--resume")
+    assert_same_run(fsdp2, folder, tolerance=0)
+
+
+@pytest.mark.slow
+def test_pre_training_under_fsdp2_is_that_under_ddp(tmp_path: Path) -> None:
+    """Under DDP it would stop with an error if any parameter had no part in the loss."""
+    folders = {config: tmp_path / config for config in ("ddp_cpu", "fsdp2_cpu")}
+    for config, folder in folders.items():
+        launch(f"{config}.yaml", "pretrain.py", *TINY, *STEPS, "--output-dir", folder)
+    assert_same_run(*folders.values(), tolerance=1e-4)
+    assert read_json(tmp_path / "ddp_cpu" / "results.json")["num_images"] == NUM_HELD_OUT_DIGITS
+
+
+@pytest.mark.slow
+def test_mixed_precision_under_fsdp2(fsdp2: Path, tmp_path: Path) -> None:
+    launch(
+        "fsdp2_cpu.yaml", "finetune.py", *TINY, *STEPS, "--mixed-precision", "bf16", "--output-dir", tmp_path / "model"
+    )
+    assert_same_run(fsdp2, tmp_path / "model", tolerance=0.05)
+    assert {weight.dtype for weight in load_file(tmp_path / "model" / "model.safetensors").values()} == {torch.float32}
+
+
+@pytest.mark.slow
+def test_one_cpu_process(tmp_path: Path) -> None:
+    launch("cpu.yaml", "finetune.py", *TINY, "--max-steps", 2, "--batch-size", 32, "--output-dir", tmp_path / "model")
+    results = read_json(tmp_path / "model" / "results.json")
+    assert results["num_processes"] == 1 and results["device"].startswith("CPU")

@@ -1,0 +1,110 @@
+"""Models that merge patches, trained and shown: what cannot be read of them is left out, and all else is as ever."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate_state import reset_accelerate
+from PIL import Image
+from sklearn.datasets import load_digits
+from tiny_models import filled, raises_one_line, tiny_config
+
+from modeling_vitcls import (
+    ViTCLSForImageClassification,
+    ViTCLSForMaskedImageModeling,
+    ViTCLSImageProcessor,
+    ViTCLSModel,
+)
+from modeling_vitcls.demo.page import build_page
+from modeling_vitcls.demo.reader import Reader
+from modeling_vitcls.demo.text import what_is_missing
+from modeling_vitcls.options import (
+    AugmentationOptions,
+    DataOptions,
+    FinetuneOptions,
+    ModelOptions,
+    PretrainOptions,
+    TrainingOptions,
+)
+from modeling_vitcls.training import finetune as finetuning
+from modeling_vitcls.training import pretrain as pretraining
+
+
+FIELDS: dict[str, Any] = {"num_cls_tokens": 2, "num_register_tokens": 1, "merged_patches_per_layer": 3}
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerate() -> Iterator[None]:
+    """Accelerate keeps its settings in singletons: each test starts without."""
+    reset_accelerate()
+    yield
+    reset_accelerate()
+
+
+def saved(model: Any, folder: Path) -> Path:
+    filled(model).save_pretrained(folder)
+    ViTCLSImageProcessor(size={"height": 32, "width": 32}).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["fine-tuned", "pre-trained"])
+def test_a_run_ends_with_a_model_results_and_a_card(
+    kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoint, folder = saved(ViTCLSModel(tiny_config(**FIELDS)), tmp_path / "checkpoint"), tmp_path / "out"
+    options_class, script, model_class = {
+        "fine-tuned": (FinetuneOptions, finetuning.finetune, ViTCLSForImageClassification),
+        "pre-trained": (PretrainOptions, pretraining.pretrain, ViTCLSForMaskedImageModeling),
+    }[kind]
+    options = options_class(
+        output_dir=folder,
+        data=DataOptions(dataset="digits", num_workers=0),
+        model=ModelOptions(model=str(checkpoint)),
+        augmentation=AugmentationOptions(crop_scale=1.0, flip=False),
+        training=TrainingOptions(max_steps=2, batch_size=8, log_every=1, health_every=1),
+    )
+    prepare = finetuning.prepare if kind == "fine-tuned" else pretraining.prepare
+    results = script(prepare(options))
+    assert json.loads((folder / "results.json").read_text(encoding="utf-8")) == results
+    assert model_class.from_pretrained(folder).config.merged_patches_per_layer == 3
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert len(records) == 2 and not any("cls_attention_entropy" in record for record in records)
+    card = (folder / "README.md").read_text(encoding="utf-8")
+    assert "joins the 3 pairs of patches that are most similar" in card and "answers are inexact" in card
+    output = capsys.readouterr()
+    (warning,) = [line for line in (output.out + output.err).splitlines() if "WARNING" in line]
+    assert "report.html" in warning and "merged_patches_per_layer=0" in warning
+
+
+@pytest.fixture(scope="module")
+def digit(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A picture of 8 x 8 pixels."""
+    file = tmp_path_factory.mktemp("pictures") / "digit.png"
+    Image.fromarray((16 * load_digits().images[0]).clip(0, 255).astype("uint8")).save(file)
+    return file
+
+
+def test_the_demo_answers_without_maps(digit: Path, tmp_path: Path) -> None:
+    folder = saved(ViTCLSForImageClassification(tiny_config(**FIELDS)), tmp_path)
+    reader = Reader.load(str(folder))
+    reading = reader.read(digit)
+    model = ViTCLSForImageClassification.from_pretrained(folder)
+    with torch.no_grad():
+        pixels = ViTCLSImageProcessor.from_pretrained(folder)(Image.open(digit), return_tensors="pt")["pixel_values"]
+        expected = dict(enumerate(model(pixels).logits[0].softmax(dim=0).tolist()))
+    answer = reading.answers["Label"]
+    assert isinstance(answer, dict)
+    assert {int(name.removeprefix("LABEL_")): value for name, value in answer.items()} == pytest.approx(expected)
+    assert reading.rows.shape == (0, 2, 3, 3 + 16) and reading.maps.shape == (0, 2, 3, 4, 4)
+    assert reading.drawn_layers(token=0, head=None) == []
+    assert "merges patches" in what_is_missing(reader)
+    kinds = [component["type"] for component in build_page(reader).get_config_file()["components"]]
+    assert "label" in kinds and "radio" not in kinds and "gallery" not in kinds
+
+
+def test_an_encoder_that_merges_patches_has_nothing_to_show(tmp_path: Path) -> None:
+    with raises_one_line("neither labels nor attention that can be read"):
+        Reader.load(str(saved(ViTCLSModel(tiny_config(**FIELDS), add_pooling_layer=False), tmp_path)))

@@ -1,0 +1,314 @@
+"""Checkpoints that carry their own code: loaded in processes that cannot import this package.
+
+The child processes run load_without_package.py: one loads what this process saved and saves it again, the next loads
+that. What they answer must equal, to the bit, what this process answers. A third loads from a (local) Hub.
+"""
+
+import ast
+import json
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from fresh_processes import run_fresh
+from load_without_package import AUTO_CLASSES, BACKENDS, SEED, answers
+from local_hub import local_hub
+from safetensors.torch import load_file, save_file
+from transformers.dynamic_module_utils import get_imports, get_relative_imports
+
+import modeling_vitcls as vitcls
+
+
+PACKAGE = Path(vitcls.__file__).parent
+SHIPPED_FILES = sorted(PACKAGE.glob("*_vitcls.py"))
+ALLOWED_LIBRARIES = {"torch", "transformers", "huggingface_hub", "PIL", "numpy"} | sys.stdlib_module_names
+CHILD = Path(__file__).parents[1] / "helpers" / "load_without_package.py"
+
+SIZES = {"image_size": [16, 24], "patch_size": 8, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+SIZES |= {"intermediate_size": 48}
+# Name of the checkpoint -> the class that saves it, and its configuration.
+CHECKPOINTS: dict[str, tuple[Any, dict[str, Any]]] = {
+    "classifier": (
+        vitcls.ViTCLSForImageClassification,
+        {"num_distillation_tokens": 1, "num_register_tokens": 4, "id2label": {0: "cat", 1: "dog", 2: "owl"}},
+    ),
+    "model": (vitcls.ViTCLSModel, {"num_cls_tokens": 0, "num_register_tokens": 2, "pooling": "attention"}),
+    "mim": (vitcls.ViTCLSForMaskedImageModeling, {"position_embedding_type": "rope_2d", "mlp_type": "swiglu"}),
+    "backbone": (vitcls.ViTCLSBackbone, {"out_features": ["stage1", "stage2"]}),
+    "multitask": (
+        vitcls.ViTCLSForMultiTaskClassification,
+        {"num_cls_tokens": 2, "tasks": {"species": ["cat", "dog", "owl"], "age": 2}},
+    ),
+}
+AUTO_TO_CLASS: dict[str, Any] = {
+    "AutoModel": vitcls.ViTCLSModel,
+    "AutoModelForImageClassification": vitcls.ViTCLSForImageClassification,
+    "AutoModelForMaskedImageModeling": vitcls.ViTCLSForMaskedImageModeling,
+    "AutoBackbone": vitcls.ViTCLSBackbone,
+}
+PROCESSORS: dict[str | None, Any] = {
+    None: vitcls.ViTCLSImageProcessor,
+    "torchvision": vitcls.ViTCLSImageProcessor,
+    "pil": vitcls.ViTCLSImageProcessorPil,
+}
+GENERATIONS = ("first", "second", "hub")
+
+each_generation = pytest.mark.parametrize("generation", GENERATIONS)
+each_checkpoint = pytest.mark.parametrize("name", CHECKPOINTS)
+each_auto_class = pytest.mark.parametrize("auto_class", AUTO_CLASSES)
+
+
+@dataclass
+class Loaded:
+    """What a child process reported, and where it saved."""
+
+    folder: Path
+    report: dict[str, Any]
+    answers: dict[str, torch.Tensor]
+
+    def answers_of(self, prefix: str) -> dict[str, torch.Tensor]:
+        """The answers under `prefix/`, by what remains of the name."""
+        prefix += "/"
+        return {name.removeprefix(prefix): value for name, value in self.answers.items() if name.startswith(prefix)}
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Images and pixel values in a file."""
+    generator = torch.Generator().manual_seed(SEED)
+    file = tmp_path_factory.mktemp("inputs") / "inputs.safetensors"
+    save_file(
+        {
+            "pixel_values": torch.rand(2, 3, 16, 24, generator=generator),
+            "larger_pixel_values": torch.rand(2, 3, 24, 32, generator=generator),
+            "image": torch.randint(0, 256, (3, 20, 30), generator=generator, dtype=torch.uint8),
+        },
+        file,
+    )
+    return file
+
+
+def random_model(name: str) -> Any:
+    """The model of a checkpoint, with the same random values in every weight each time."""
+    model_class, overrides = CHECKPOINTS[name]
+    model = model_class(vitcls.ViTCLSConfig(**SIZES, **overrides))
+    torch.manual_seed(SEED)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    return model
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with every checkpoint."""
+    folder = tmp_path_factory.mktemp("saved")
+    for name in CHECKPOINTS:
+        random_model(name).save_pretrained(folder / name)
+        vitcls.ViTCLSImageProcessor(size={"height": 16, "width": 24}).save_pretrained(folder / name)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def first(saved: Path, inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Loaded:
+    """What a process without the package makes of the checkpoints."""
+    return loaded_in_child([str(saved / name) for name in CHECKPOINTS], inputs, tmp_path_factory, HF_HUB_OFFLINE="1")
+
+
+@pytest.fixture(scope="module")
+def second(first: Loaded, inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Loaded:
+    """What another makes of what the first one saved."""
+    sources = [str(first.folder / name) for name in CHECKPOINTS]
+    return loaded_in_child(sources, inputs, tmp_path_factory, HF_HUB_OFFLINE="1")
+
+
+@pytest.fixture(scope="module")
+def hub(saved: Path, inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Loaded:
+    """What a process makes of the checkpoints on a Hub."""
+    with local_hub(saved.parent) as url:
+        sources = [f"{saved.name}/{name}" for name in CHECKPOINTS]
+        return loaded_in_child(sources, inputs, tmp_path_factory, HF_ENDPOINT=url, HF_HUB_DISABLE_XET="1")
+
+
+def loaded_in_child(sources: list[str], inputs: Path, folders: pytest.TempPathFactory, **settings: str) -> Loaded:
+    """Run load_without_package.py elsewhere, with an empty cache."""
+    home = folders.mktemp("home")
+    target = folders.mktemp("target")
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "TRANSFORMERS_"))}
+    environment |= {"HF_HOME": str(home), "NO_PROXY": "127.0.0.1,localhost", **settings}
+    words = ["-I", CHILD, inputs, target, torch.get_num_threads(), *sources]
+    child = run_fresh(*words, environment=environment, cwd=home)
+    assert child.returncode == 0, child.stderr[-4000:]
+    report = json.loads((target / "report.json").read_text())
+    return Loaded(target, report, load_file(target / "answers.safetensors"))
+
+
+def expected_class(name: str, auto_class: str) -> Any:
+    """The class that an Auto class gives for a checkpoint."""
+    if (name, auto_class) == ("multitask", "AutoModelForImageClassification"):
+        return vitcls.ViTCLSForMultiTaskClassification
+    return AUTO_TO_CLASS[auto_class]
+
+
+def assert_same(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> None:
+    """Equal names and equal bits."""
+    assert found.keys() == wanted.keys()
+    for name, value in wanted.items():
+        assert torch.equal(found[name], value), name
+
+
+@each_generation
+@each_checkpoint
+@each_auto_class
+def test_every_auto_class_loads_every_checkpoint_without_the_package(
+    generation: str, name: str, auto_class: str, saved: Path, inputs: Path, request: pytest.FixtureRequest
+) -> None:
+    child: Loaded = request.getfixturevalue(generation)
+    model_class = expected_class(name, auto_class)
+    torch.manual_seed(SEED)
+    model, loading = model_class.from_pretrained(saved / name, output_loading_info=True)
+
+    report = child.report[name][auto_class]
+    assert report["class"] == model_class.__name__
+    assert report["module"].startswith("transformers_modules.")
+    assert report["missing"] == sorted(loading["missing_keys"])
+    assert_same(child.answers_of(f"{name}/{auto_class}"), answers(model, load_file(inputs)["pixel_values"]))
+
+
+@each_checkpoint
+@each_auto_class
+def test_nothing_that_a_checkpoint_has_is_missing(name: str, auto_class: str, saved: Path) -> None:
+    """Guards the test above, which would not see what is lost on both sides."""
+    model_class = expected_class(name, auto_class)
+    _, loading = model_class.from_pretrained(saved / name, output_loading_info=True)
+    stored = {key.removeprefix("vitcls.") for key in load_file(saved / name / "model.safetensors")}
+    assert not {key.removeprefix("vitcls.") for key in loading["missing_keys"]} & stored
+    if model_class is CHECKPOINTS[name][0]:
+        assert not loading["missing_keys"]
+
+
+@each_generation
+@each_checkpoint
+def test_a_checkpoint_saved_without_the_package_answers_as_the_model_did(
+    generation: str, name: str, inputs: Path, request: pytest.FixtureRequest
+) -> None:
+    child: Loaded = request.getfixturevalue(generation)
+    wanted = answers(random_model(name), load_file(inputs)["pixel_values"])
+    # not to the bit: weights in a mapped file lie elsewhere in memory, and kernels differ with alignment
+    torch.testing.assert_close(child.answers_of(f"{name}/again"), wanted, rtol=1e-5, atol=1e-6)
+
+
+@each_generation
+@each_checkpoint
+def test_a_checkpoint_is_adapted_at_load_without_the_package(
+    generation: str, name: str, saved: Path, inputs: Path, request: pytest.FixtureRequest
+) -> None:
+    child: Loaded = request.getfixturevalue(generation)
+    model = vitcls.ViTCLSModel.from_pretrained(saved / name, image_size=[24, 32])
+    assert_same(child.answers_of(f"{name}/larger"), answers(model, load_file(inputs)["larger_pixel_values"]))
+
+
+@each_generation
+@each_checkpoint
+def test_configuration_and_image_processor_load_without_the_package(
+    generation: str, name: str, inputs: Path, request: pytest.FixtureRequest
+) -> None:
+    child: Loaded = request.getfixturevalue(generation)
+    report = child.report[name]
+    assert report["AutoConfig"]["class"] == "ViTCLSConfig"
+    assert report["AutoConfig"]["module"].startswith("transformers_modules.")
+    image = load_file(inputs)["image"]
+    for backend in BACKENDS:
+        processor_class = PROCESSORS[backend]
+        assert report["AutoImageProcessor"][str(backend)] == processor_class.__name__
+        pixel_values = processor_class(size={"height": 16, "width": 24})(image, return_tensors="pt")["pixel_values"]
+        assert torch.equal(child.answers[f"{name}/processor/{backend}"], pixel_values)
+
+
+@each_generation
+def test_the_classification_pipeline_loads_without_the_package(
+    generation: str, saved: Path, inputs: Path, request: pytest.FixtureRequest
+) -> None:
+    child: Loaded = request.getfixturevalue(generation)
+    model = vitcls.ViTCLSForImageClassification.from_pretrained(saved / "classifier").eval()
+    processor = vitcls.ViTCLSImageProcessor.from_pretrained(saved / "classifier")
+    with torch.no_grad():
+        logits = model(**processor(load_file(inputs)["image"], return_tensors="pt")).logits
+    scores = {model.config.id2label[index]: score for index, score in enumerate(logits.softmax(-1)[0].tolist())}
+    found = {entry["label"]: entry["score"] for entry in child.report["classifier"]["pipeline"]}
+    assert found == pytest.approx(scores, abs=1e-6)
+
+
+@each_checkpoint
+def test_a_checkpoint_ships_all_its_code_and_no_pickle(name: str, saved: Path) -> None:
+    code = {file.name for file in SHIPPED_FILES}
+    assert {file.name for file in (saved / name).iterdir()} == code | {
+        "config.json",
+        "model.safetensors",
+        "preprocessor_config.json",
+    }
+    for file in SHIPPED_FILES:
+        assert (saved / name / file.name).read_bytes() == file.read_bytes()
+
+
+@each_generation
+@each_checkpoint
+def test_saving_without_the_package_writes_the_same_files(
+    generation: str, name: str, saved: Path, request: pytest.FixtureRequest
+) -> None:
+    child: Loaded = request.getfixturevalue(generation)
+    folder = child.folder / name
+    assert {file.name for file in folder.iterdir()} == {file.name for file in (saved / name).iterdir()}
+    for file in SHIPPED_FILES:
+        assert (folder / file.name).read_bytes() == file.read_bytes()
+    assert json.loads((folder / "config.json").read_text()) == json.loads((saved / name / "config.json").read_text())
+    settings = json.loads((folder / "preprocessor_config.json").read_text())
+    assert settings["auto_map"] == json.loads((saved / name / "preprocessor_config.json").read_text())["auto_map"]
+
+
+@each_checkpoint
+@each_auto_class
+def test_the_imported_package_wins_over_the_code_of_the_checkpoint(
+    name: str, auto_class: str, saved: Path, inputs: Path
+) -> None:
+    if auto_class == "AutoBackbone":
+        config = transformers.AutoConfig.from_pretrained(saved / name)
+        assert type(transformers.AutoBackbone.from_config(config)) is vitcls.ViTCLSBackbone
+        return
+    torch.manual_seed(SEED)
+    found = getattr(transformers, auto_class).from_pretrained(saved / name)
+    model_class = expected_class(name, auto_class)
+    assert type(found) is model_class
+    torch.manual_seed(SEED)
+    wanted = model_class.from_pretrained(saved / name)
+    pixel_values = load_file(inputs)["pixel_values"]
+    assert_same(answers(found, pixel_values), answers(wanted, pixel_values))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_imported_package_gives_the_image_processor(backend: str | None, saved: Path) -> None:
+    processor = transformers.AutoImageProcessor.from_pretrained(saved / "model", backend=backend)
+    assert type(processor) is PROCESSORS[backend]
+
+
+@pytest.mark.parametrize("file", SHIPPED_FILES, ids=lambda file: file.name)
+def test_shipped_files_import_what_the_hub_can_load(file: Path) -> None:
+    """Public libraries and flat siblings, by name; transformers finds the same siblings as Python does."""
+    assert set(get_imports(file)) <= ALLOWED_LIBRARIES
+    imports = [node for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.ImportFrom)]
+    relative = [node for node in imports if node.level > 0]
+    assert all(node.level == 1 and node.module for node in relative), "only `from .x_vitcls import Y` works"
+    siblings = {node.module for node in relative}
+    assert siblings == set(get_relative_imports(file))
+    assert {f"{sibling}.py" for sibling in siblings} <= {shipped.name for shipped in SHIPPED_FILES}
+
+
+def test_a_classifier_refuses_a_multi_task_configuration() -> None:
+    """It would start with a new head, silently, where an Auto class was tricked into the wrong class."""
+    config = vitcls.ViTCLSConfig(**SIZES, **CHECKPOINTS["multitask"][1])
+    with pytest.raises(ValueError, match="ViTCLSForMultiTaskClassification"):
+        vitcls.ViTCLSForImageClassification(config)

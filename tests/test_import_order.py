@@ -1,0 +1,74 @@
+"""Folders of the package import each other in one direction, and files never in a ring."""
+
+import ast
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+import modeling_vitcls
+
+
+PACKAGE = Path(modeling_vitcls.__file__).parent
+
+# From the bottom up: a folder imports only what is above it in this table. Files at the top level of the package, such
+# as system.py, come after the files that are copied to the Hub.
+ORDER = (
+    ("*_vitcls.py",),
+    ("top level",),
+    ("hub",),
+    ("conversion",),
+    ("data",),
+    ("inference",),
+    ("analysis",),
+    ("training",),
+    ("export", "demo", "benchmarking"),
+    ("cli",),
+)
+RANK = {name: rank for rank, names in enumerate(ORDER) for name in names}
+
+
+def load_import_graph() -> dict[str, set[str]]:
+    """Return module -> modules of the package that it imports, at the top, in functions or for type checking."""
+    files = {".".join(file.relative_to(PACKAGE.parent).with_suffix("").parts): file for file in PACKAGE.rglob("*.py")}
+    modules = {name.removesuffix(".__init__"): file for name, file in files.items()}
+    graph: dict[str, set[str]] = {}
+    for module, file in modules.items():
+        package = module.split(".") if file.name == "__init__.py" else module.split(".")[:-1]
+        names = set()
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                names |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                base = package[: len(package) - node.level + 1] if node.level else []
+                base = [*base, *(node.module.split(".") if node.module else [])]
+                for alias in node.names:
+                    name = ".".join([*base, alias.name])
+                    names.add(name if name in modules else ".".join(base))
+        graph[module] = (names & modules.keys()) - {module}
+    return graph
+
+
+def get_place(module: str) -> str:
+    """Return the entry of ORDER for a module."""
+    parts = module.split(".")
+    if (len(parts) > 1 and (PACKAGE / parts[1]).is_dir()) or module.endswith(".cli"):
+        return parts[1]
+    return "*_vitcls.py" if module.endswith(("_vitcls", ".version")) else "top level"
+
+
+def test_folders_import_only_lower_folders() -> None:
+    graph = load_import_graph()
+    graph.pop("modeling_vitcls")  # has the public names of several folders
+    assert len(graph) > 100
+    wrong = []
+    for module, imported in graph.items():
+        for other in imported - {"modeling_vitcls"}:
+            mine, theirs = get_place(module), get_place(other)
+            if mine != theirs and RANK[mine] <= RANK[theirs]:
+                wrong.append(f"{module} imports {other}")
+    assert not wrong, sorted(wrong)
+
+
+def test_files_do_not_import_each_other_in_a_ring() -> None:
+    graph = load_import_graph()
+    graph.pop("modeling_vitcls")
+    TopologicalSorter(graph).prepare()  # raises CycleError, which names the files

@@ -1,0 +1,623 @@
+"""Checkpoints: whole or not at all, verified, pruned; the state of training as tensors; being asked to stop.
+
+What two processes do is in checkpoint_worker.py. Whole runs that are killed and resumed are in test_resume.py.
+"""
+
+import json
+import math
+import multiprocessing
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate_state import reset_accelerate
+from checkpoint_worker import CHECKS, NUM_PROCESSES
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from torch.utils.data import DataLoader
+from warm_processes import OFFLINE, READY, SECONDS, run_together
+
+from modeling_vitcls import ViTCLSConfig, ViTCLSForImageClassification
+from modeling_vitcls.checkpoints import CheckpointStore, file_digest
+from modeling_vitcls.data.workers import leave_signals_to_parent
+from modeling_vitcls.training.distributed_state import gather_state, named_tensors, scatter_state
+from modeling_vitcls.training.interruption import Interruption
+from modeling_vitcls.training.optimizer import Ema
+
+
+SIZES: dict[str, Any] = {"image_size": 16, "patch_size": 8, "hidden_size": 32, "num_hidden_layers": 2}
+SIZES |= {"num_attention_heads": 4, "intermediate_size": 48, "num_register_tokens": 2}
+needs_fork = pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="needs fork")
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerate() -> Iterator[None]:
+    """Accelerate keeps its settings in singletons: each test starts without."""
+    reset_accelerate()
+    yield
+    reset_accelerate()
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> CheckpointStore:
+    return CheckpointStore(tmp_path / "checkpoints", keep=2)
+
+
+def tensors_of(step: int, size: int = 100) -> dict[str, dict[str, torch.Tensor]]:
+    """Something to save that tells its step."""
+    return {"model": {"weight": torch.full((size,), float(step))}, "optimizer": {"step/weight": torch.tensor(step)}}
+
+
+def save(store: CheckpointStore, *steps: int, best: int | None = None) -> None:
+    for step in steps:
+        store.save(step, tensors_of(step), {"flag": step}, is_best=step == best)
+
+
+def found(store: CheckpointStore) -> tuple[int | None, list[str]]:
+    """The step that would be resumed, with its contents checked, and the warnings."""
+    warnings: list[str] = []
+    checkpoint = store.newest(warnings.append)
+    if checkpoint is None:
+        return None, warnings
+    assert checkpoint.facts == {"flag": checkpoint.step}
+    assert checkpoint.tensors("model")["weight"].eq(checkpoint.step).all()
+    assert checkpoint.tensors("optimizer")["step/weight"].item() == checkpoint.step
+    return checkpoint.step, warnings
+
+
+def files_below(folder: Path) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
+
+
+# On disk -------------------------------------------------------------------------------------------------------------
+
+
+def test_nothing_to_resume(store: CheckpointStore) -> None:
+    assert found(store) == (None, [])
+
+
+def test_a_checkpoint_comes_back_to_the_bit(store: CheckpointStore) -> None:
+    shared = torch.randn(6, 4)
+    tensors = {
+        "tied": shared,
+        "tied too": shared,
+        "a part": shared[2:4],
+        "transposed": shared.T,
+        "half": torch.randn(3).bfloat16(),
+        "scalar": torch.tensor(3.0),
+        "empty": torch.empty(0, 5),
+        "count": torch.tensor([2**53 + 1]),
+        "no numbers": torch.tensor([math.nan, math.inf, -math.inf, -0.0]),
+        "parameter": nn.Parameter(torch.randn(2)),
+    }
+    facts = {
+        "loss": 0.1 + 0.2,
+        "inf": -math.inf,
+        "none": None,
+        "big": 2**63 + 1,
+        "nested": {"name": ["é", True, -0.0]},
+    }
+    assert store.save(7, {"model": tensors}, facts, is_best=False) == store.path(7)
+    assert files_below(store.folder) == [
+        "step-00000007",
+        "step-00000007/model.safetensors",
+        "step-00000007/state.json",
+    ]
+    checkpoint = store.newest(pytest.fail)
+    assert checkpoint is not None and checkpoint.step == 7
+    assert json.dumps(checkpoint.facts) == json.dumps(facts)
+    loaded = checkpoint.tensors("model")
+    assert loaded.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert loaded[name].dtype == tensor.dtype and loaded[name].shape == tensor.shape, name
+        assert bits(loaded[name]) == bits(tensor), name
+
+
+def bits(tensor: torch.Tensor) -> list[int]:
+    return tensor.detach().reshape(-1).view(torch.uint8).tolist()
+
+
+def test_the_newest_and_the_best_are_kept(store: CheckpointStore) -> None:
+    save(store, 10, 20, 30, 40, 50, best=20)
+    assert store.steps() == [20, 40, 50]
+    save(store, 60, best=60)
+    assert store.steps() == [50, 60]
+    save(store, 100_000_000)
+    assert found(store) == (100_000_000, [])
+
+
+def test_a_run_that_went_back_drops_what_came_later(store: CheckpointStore) -> None:
+    save(store, 10, 20, 30)
+    truncate(store.path(30) / "model.safetensors")
+    assert found(store)[0] == 20
+    save(store, 25)
+    assert store.steps() == [20, 25]
+
+
+def test_the_same_step_is_replaced(store: CheckpointStore) -> None:
+    save(store, 10)
+    store.save(10, tensors_of(10), {"flag": 10, "again": True}, is_best=False)
+    checkpoint = store.newest(pytest.fail)
+    assert checkpoint is not None and checkpoint.facts["again"]
+    assert [path.name for path in store.folder.iterdir()] == ["step-00000010"]
+
+
+def test_clear_removes_an_earlier_run(store: CheckpointStore) -> None:
+    store.clear()
+    save(store, 10)
+    store.clear()
+    assert found(store) == (None, [])
+
+
+def test_clear_removes_what_a_killed_removal_left(store: CheckpointStore) -> None:
+    save(store, 10)
+    left = store.folder / ".step-00000010.partial"
+    left.mkdir()
+    (left / "model.safetensors").touch()
+    store.clear()
+    assert not store.folder.exists()
+
+
+def test_facts_that_json_cannot_hold_leave_nothing_behind(store: CheckpointStore) -> None:
+    save(store, 10)
+    with pytest.raises(TypeError, match="set is not JSON serializable"):
+        store.save(20, tensors_of(20), {"flag": {1, 2}}, is_best=False)
+    assert found(store) == (10, [])
+
+
+# Damage --------------------------------------------------------------------------------------------------------------
+
+
+def truncate(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-10])
+
+
+def flip(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+def edit(file: Path) -> None:
+    file.write_text(file.read_text(encoding="utf-8").replace('"flag": 20', '"flag": 21'), encoding="utf-8")
+
+
+DAMAGES: dict[str, tuple[str, Callable[[Path], None], str]] = {
+    "truncated tensors": ("model.safetensors", truncate, "model.safetensors is not what was written"),
+    "a flipped bit in the tensors": ("optimizer.safetensors", flip, "optimizer.safetensors is not what was written"),
+    "missing tensors": ("optimizer.safetensors", Path.unlink, "optimizer.safetensors is missing"),
+    "truncated facts": ("state.json", truncate, "state.json cannot be read"),
+    "edited facts": ("state.json", edit, "state.json is not what was written"),
+    "no facts": ("state.json", Path.unlink, "state.json is missing"),
+    "a list in place of facts": (
+        "state.json",
+        lambda file: file.write_text("[]") and None,
+        "state.json cannot be read",
+    ),
+    "no text in place of facts": (
+        "state.json",
+        lambda file: file.write_bytes(b"\xff\xfe") and None,
+        "state.json cannot be read",
+    ),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(store: CheckpointStore, damage: str) -> None:
+    name, harm, what = DAMAGES[damage]
+    save(store, 10, 20)
+    harm(store.path(20) / name)
+    step, warnings = found(store)
+    assert step == 10
+    assert len(warnings) == 1 and "step-00000020 is damaged" in warnings[0] and what in warnings[0]
+    assert "\n" not in warnings[0]
+
+
+def test_only_damaged_checkpoints_are_refused(store: CheckpointStore) -> None:
+    save(store, 10, 20)
+    for step in (10, 20):
+        truncate(store.path(step) / "model.safetensors")
+    with pytest.raises(ValueError, match=r"every checkpoint in .* is damaged .*step-00000020.*leave out --resume"):
+        found(store)
+
+
+def test_a_damaged_best_one_no_longer_counts(store: CheckpointStore) -> None:
+    save(store, 10, 20, best=10)
+    (store.path(10) / "state.json").unlink()
+    save(store, 30)
+    assert store.steps() == [20, 30]
+
+
+def test_nothing_is_unpickled(store: CheckpointStore, tmp_path: Path) -> None:
+    """A file of pickled code in place of the tensors, with the checksum to match: an error, and it does not run."""
+    save(store, 10)
+    file = store.path(10) / "model.safetensors"
+    ran = tmp_path / "ran"
+    file.unlink()
+    torch.save({"weight": Trap(ran)}, file)
+    from modeling_vitcls import checkpoints
+
+    state = checkpoints.read_state(store.path(10))
+    state["files"]["model.safetensors"] = file_digest(file)
+    text = json.dumps(state | {"sha256": checkpoints.digest(state)})
+    (store.path(10) / "state.json").write_text(text, encoding="utf-8")
+    checkpoint = store.newest(pytest.fail)
+    assert checkpoint is not None
+    with pytest.raises(Exception, match=r"(?i)header"):
+        checkpoint.tensors("model")
+    assert not ran.exists()
+
+
+class Trap:
+    """Creates a file where it is unpickled."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (Path.touch, (self.file,))
+
+
+# Killed in the middle of a save --------------------------------------------------------------------------------------
+
+
+def save_without_end(folder: Path, begun: Any) -> None:
+    torch.set_num_threads(1)
+    store = CheckpointStore(folder, keep=2)
+    begun.set()
+    while True:
+        for step in (20, 30):  # each replaces its namesake
+            store.save(step, tensors_of(step, size=200_000), {"flag": step}, is_best=False)
+
+
+@needs_fork
+def test_a_save_killed_at_any_time_leaves_a_whole_checkpoint(store: CheckpointStore) -> None:
+    moments = random.Random(0)
+    save(store, 10)
+    steps = set()
+    started = time.monotonic()
+    store.save(10, tensors_of(10, size=200_000), {"flag": 10}, is_best=False)
+    seconds = time.monotonic() - started
+    for _ in range(25):
+        begun = READY.Event()
+        process = READY.Process(target=save_without_end, args=(store.folder, begun))
+        process.start()
+        assert begun.wait(SECONDS)
+        time.sleep(moments.uniform(0, 5 * seconds))
+        process.kill()
+        process.join()
+        step, warnings = found(store)
+        assert step is not None and warnings == []
+        steps.add(step)
+    assert steps & {20, 30}
+    save(store, 40)
+    assert not [name for name in files_below(store.folder) if name.startswith(".")]
+
+
+def save_and_die(folder: Path, calls: int) -> None:
+    """Save steps 20 and 20 again; die when files or folders are forced to the disk for the `calls`-th time."""
+    count = 0
+
+    def fsync(descriptor: int) -> None:
+        nonlocal count
+        count += 1
+        if count == calls:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    os.fsync = fsync
+    torch.set_num_threads(1)
+    save(CheckpointStore(folder, keep=2), 20, 20)
+
+
+@needs_fork
+@pytest.mark.parametrize("calls", range(1, 12))
+def test_a_save_killed_before_each_step_of_it(store: CheckpointStore, calls: int) -> None:
+    save(store, 10)
+    process = READY.Process(target=save_and_die, args=(store.folder, calls))
+    process.start()
+    process.join()
+    assert process.exitcode == (-signal.SIGKILL if calls <= 10 else 0)  # 2 x (3 files, their folder, all folders)
+    assert found(store) == (10 if calls <= 4 else 20, [])
+    save(store, 30)
+    assert store.steps() == ([10, 30] if calls <= 4 else [20, 30])
+    assert not list(store.folder.glob(".*"))
+
+
+@needs_fork
+def test_a_save_killed_between_its_two_renames(store: CheckpointStore) -> None:
+    save(store, 10, 20)
+    store.path(20).rename(store.folder / ".step-00000020.replaced")
+    shutil.copytree(store.path(10), store.folder / ".step-00000020.partial")
+    assert found(store) == (20, [])
+    assert not list(store.folder.glob(".*"))
+
+
+# No room -------------------------------------------------------------------------------------------------------------
+
+
+def no_room_message(store: CheckpointStore) -> str:
+    with pytest.raises(OSError) as raised:
+        store.save(20, tensors_of(20, size=1_000_000), {"flag": 20}, is_best=False)
+    message = str(raised.value)
+    assert "\n" not in message
+    assert f"cannot write the checkpoint of step 20 to {store.folder}" in message
+    assert "It takes 5 MB" in message and "--resume" in message
+    return message
+
+
+def test_files_that_may_not_grow(store: CheckpointStore) -> None:
+    """As under a quota: the system refuses to write."""
+    save(store, 10)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        message = no_room_message(store)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "File too large" in message and "the one of step 10 is intact" in message
+    assert [path.name for path in store.folder.iterdir()] == ["step-00000010"]
+    assert found(store) == (10, [])
+
+
+def test_a_full_disk(tmp_path: Path) -> None:
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(tmp_path)], capture_output=True, check=False
+    )
+    if mounted.returncode:
+        pytest.skip("mounting a small file system needs root")
+    try:
+        store = CheckpointStore(tmp_path / "checkpoints", keep=2)
+        message = no_room_message(store)
+        assert "No space left on device" in message and "there is none before it" in message
+        save(store, 10)
+        filler = tmp_path / "filler"
+        filler.write_bytes(bytes(shutil.disk_usage(tmp_path).free))  # not even room for state.json
+        message = no_room_message(store)
+        assert "0 MB are free" in message and "the one of step 10 is intact" in message
+        assert found(store) == (10, [])
+        filler.unlink()
+        save(store, 20)
+        assert found(store) == (20, [])
+    finally:
+        subprocess.run(["umount", str(tmp_path)], check=True)
+
+
+def test_a_file_in_place_of_the_folder(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").touch()
+    with pytest.raises(OSError, match=r"cannot write the checkpoint of step 1 to .*checkpoints"):
+        save(CheckpointStore(tmp_path / "checkpoints", keep=2), 1)
+
+
+# The state of training -----------------------------------------------------------------------------------------------
+
+
+def build(kind: str, seed: int) -> nn.Module:
+    torch.manual_seed(seed)
+    model: Any = ViTCLSForImageClassification(ViTCLSConfig(**SIZES, num_labels=3))
+    if kind == "head only":
+        model.vitcls.requires_grad_(False)
+    if kind == "LoRA":
+        lora = LoraConfig(target_modules=["q_proj", "v_proj"], modules_to_save=["classifier"])
+        model = get_peft_model(model, lora)
+    if kind == "tied":
+        model.vitcls.layers[1].mlp.fc1.weight = model.vitcls.layers[0].mlp.fc1.weight
+    if kind == "compiled":
+        model = torch.compile(model, backend="eager")
+    return model
+
+
+def build_optimizer(kind: str, model: nn.Module) -> torch.optim.Optimizer:
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    groups = [{"params": trained[::2], "weight_decay": 0.1}, {"params": trained[1::2]}]
+    if kind == "SGD":
+        return torch.optim.SGD(groups, lr=0.1, momentum=0.9)
+    return torch.optim.AdamW(groups, lr=1e-3, fused=kind == "fused")
+
+
+def step_once(model: nn.Module, optimizer: torch.optim.Optimizer, ema: Ema, step: int) -> float:
+    torch.manual_seed(step)
+    pixels = torch.randn(4, 3, 16, 16)  # [B, C, H, W]
+    loss = nn.functional.cross_entropy(model(pixel_values=pixels).logits, torch.arange(4) % 3)
+    loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    ema.update(step + 1)
+    return loss.item()
+
+
+KINDS = ("plain", "fused", "SGD", "head only", "LoRA", "tied", "compiled")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_training_goes_on_to_the_bit(store: CheckpointStore, kind: str) -> None:
+    accelerator = Accelerator(cpu=True)
+    model = build(kind, seed=0)
+    model, optimizer = accelerator.prepare(model, build_optimizer(kind, model))
+    ema = Ema(model, decay=0.9)
+    for step in range(3):
+        step_once(model, optimizer, ema, step)
+    tensors, facts = gather_state(accelerator, model, optimizer, ema.shadow)
+    store.save(3, tensors, facts, is_best=False)
+    expected = [step_once(model, optimizer, ema, step) for step in range(3, 6)]
+
+    other = build(kind, seed=1)
+    other, other_optimizer = accelerator.prepare(other, build_optimizer(kind, other))
+    other_ema = Ema(other, decay=0.9)
+    checkpoint = store.newest(pytest.fail)
+    assert checkpoint is not None
+    scatter_state(checkpoint, checkpoint.facts, accelerator, other, other_optimizer, other_ema.shadow)
+    assert [step_once(other, other_optimizer, other_ema, step) for step in range(3, 6)] == expected
+    for name, tensor in named_tensors(model).items():
+        assert torch.equal(tensor, named_tensors(other)[name]), name
+    for mine, theirs in zip(ema.shadow, other_ema.shadow, strict=True):
+        assert torch.equal(mine, theirs)
+
+
+@pytest.mark.parametrize("kind", ["plain", "LoRA", "compiled"])
+def test_names_are_the_models_own(kind: str) -> None:
+    model = build(kind, seed=0)
+    names = named_tensors(model).keys()
+    assert all(name.startswith(("vitcls.", "classifier.")) for name in names)
+    if kind != "LoRA":
+        assert names == named_tensors(build("plain", seed=0)).keys()
+
+
+def test_the_loss_scaler_goes_on_too(store: CheckpointStore) -> None:
+    accelerator = Accelerator(cpu=True)
+    model = build("plain", seed=0)
+    model, optimizer = accelerator.prepare(model, build_optimizer("plain", model))
+    accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=5)
+    accelerator.scaler._growth_tracker = None
+    accelerator.scaler.load_state_dict(accelerator.scaler.state_dict() | {"scale": 512.5, "_growth_tracker": 3})
+    tensors, facts = gather_state(accelerator, model, optimizer, None)
+    assert tensors.keys() == {"model", "optimizer"}
+    store.save(1, tensors, facts, is_best=False)
+    checkpoint = store.newest(pytest.fail)
+    assert checkpoint is not None
+    accelerator.scaler = torch.amp.GradScaler("cpu")
+    scatter_state(checkpoint, checkpoint.facts, accelerator, model, optimizer, None)
+    state = accelerator.scaler.state_dict()
+    assert (state["scale"], state["growth_interval"], state["_growth_tracker"]) == (512.5, 5, 3)
+
+
+def test_another_models_checkpoint_is_refused(store: CheckpointStore) -> None:
+    accelerator = Accelerator(cpu=True)
+    model = build("plain", seed=0)
+    optimizer = build_optimizer("plain", model)
+    tensors, facts = gather_state(accelerator, model, optimizer, None)
+    store.save(1, tensors, facts, is_best=False)
+    checkpoint = store.newest(pytest.fail)
+    for change, message in (
+        ({"num_labels": 5}, "classifier.weight is .3, 32. in the checkpoint and .5, 32. in the model"),
+        ({"layer_scale_init_value": 0.1}, "only the model has vitcls.layers.0"),
+    ):
+        other = ViTCLSForImageClassification(ViTCLSConfig(**(SIZES | {"num_labels": 3} | change)))
+        with pytest.raises(ValueError, match=message):
+            scatter_state(checkpoint, facts, accelerator, other, build_optimizer("plain", other), None)
+
+
+# Being asked to stop -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_becomes_a_question(number: signal.Signals, status: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("modeling_vitcls.training.interruption.ECHO_SECONDS", SECONDS)  # a busy machine may pause here
+    before = signal.getsignal(number)
+    with Interruption(Accelerator(cpu=True)) as interruption:
+        assert interruption.requested() is None and interruption.exit_status == 0
+        os.kill(os.getpid(), number)
+        assert interruption.requested() == number.name
+        os.kill(os.getpid(), number)  # the launcher's echo
+        assert interruption.requested() == number.name
+        assert interruption.exit_status == status
+    assert signal.getsignal(number) is before
+
+
+def test_a_second_interrupt_ends_at_once() -> None:
+    with Interruption(Accelerator(cpu=True)) as interruption:
+        os.kill(os.getpid(), signal.SIGTERM)
+        interruption.received_at -= 2
+        os.kill(os.getpid(), signal.SIGTERM)  # not in a hurry: the checkpoint is on its way
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(1)
+
+
+def test_ignored_signals_stay_ignored() -> None:
+    old = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with Interruption(Accelerator(cpu=True)) as interruption:
+            os.kill(os.getpid(), signal.SIGINT)
+            assert interruption.requested() is None
+    finally:
+        signal.signal(signal.SIGINT, old)
+
+
+def test_outside_of_the_main_thread_nothing_is_noted() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    answers: list[object] = []
+
+    def ask() -> None:
+        with Interruption(Accelerator(cpu=True)) as interruption:
+            answers.append(signal.getsignal(signal.SIGTERM))
+            answers.append(interruption.requested())
+
+    thread = threading.Thread(target=ask)
+    thread.start()
+    thread.join()
+    assert answers == [before, None]
+
+
+@pytest.mark.parametrize(("launcher", "answer"), [("ACCELERATE_MIXED_PRECISION", "SIGTERM"), ("HOME", None)])
+@needs_fork
+def test_a_launcher_that_died_is_noticed(launcher: str, answer: str | None) -> None:
+    """Its child looks every step; the child of any other parent does not mind."""
+    receiver, sender = READY.Pipe(duplex=False)
+    parent = READY.Process(target=launch_and_die, args=(sender, launcher))
+    parent.start()
+    assert receiver.poll(SECONDS)
+    assert receiver.recv() == answer
+    parent.join()
+
+
+@pytest.mark.skipif(not hasattr(signal, "sigwaitinfo"), reason="needs sigwaitinfo")
+def test_workers_outlive_signals_that_are_not_their_parents() -> None:
+    loader = DataLoader(range(1000), num_workers=1, prefetch_factor=2, worker_init_fn=leave_signals_to_parent)  # type: ignore[arg-type]
+    before = multiprocessing.active_children()
+    batches = iter(loader)
+    next(batches)
+    (worker,) = [child for child in multiprocessing.active_children() if child not in before]
+    for name in ("TERM", "INT"):
+        subprocess.run(["sh", "-c", f"kill -{name} {worker.pid}"], check=True)
+    for _ in range(20):
+        next(batches)
+    worker.terminate()
+    worker.join(timeout=SECONDS)
+    assert worker.exitcode == 0
+
+
+def launch_and_die(sender: Any, variable: str) -> None:
+    """A launcher, which sets an environment variable for its child."""
+    for name in ("ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"):
+        os.environ.pop(name, None)
+    os.environ.setdefault(variable, "no")
+    launcher = os.getpid()
+    if os.fork() == 0:
+        with Interruption(Accelerator(cpu=True)) as interruption:
+            assert interruption.requested() is None
+            os.kill(launcher, signal.SIGKILL)
+            while os.getppid() == launcher:
+                time.sleep(0.01)
+            sender.send(interruption.requested())
+        os._exit(0)
+    time.sleep(60)
+
+
+# Two processes -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Check -> what went wrong in checkpoint_worker.py."""
+    folder = tmp_path_factory.mktemp("two")
+    worker = Path(__file__).parents[1] / "helpers" / "checkpoint_worker.py"
+    run_together(worker, folder, log=folder / "log", environment=OFFLINE, processes=NUM_PROCESSES, may_fail=True)
+    assert (folder / "report.json").is_file(), (folder / "log.errors").read_text()[-4000:]
+    return json.loads((folder / "report.json").read_text())
+
+
+@pytest.mark.parametrize("name", CHECKS)
+def test_two_processes(name: str, report: dict[str, str]) -> None:
+    if report[name]:
+        pytest.fail(report[name], pytrace=False)

@@ -1,0 +1,799 @@
+"""Fine-tuning as a whole: the command line, what a run leaves behind, and runs of every kind.
+
+Two runs start the real script: in one process with batches of 14, and in two with batches of 7. Their metrics must
+agree; test_accelerate_configs.py has the real `accelerate launch`. The rest runs in this process. Its parts have tests
+of their own: test_data, test_batches, test_loop, ...
+"""
+
+import json
+import math
+import os
+import re
+import resource
+import runpy
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from accelerate import Accelerator
+from accelerate_state import reset_accelerate
+from fresh_processes import run_fresh
+from local_hub import LocalHub, Token, point_client_at, running_hub
+from PIL import Image
+from safetensors.torch import load_file
+from tiny_models import raises_one_line
+from transformers import ResNetConfig, ResNetForImageClassification, ViTImageProcessor
+from warm_processes import OFFLINE, run_together
+
+from modeling_vitcls import (
+    ViTCLSConfig,
+    ViTCLSForImageClassification,
+    ViTCLSForMultiTaskClassification,
+    ViTCLSImageProcessor,
+)
+from modeling_vitcls.data.labels import LabelSpace
+from modeling_vitcls.distributed import check_installed, on_main
+from modeling_vitcls.options import (
+    AugmentationOptions,
+    DataOptions,
+    FinetuneOptions,
+    ModelOptions,
+    RunOptions,
+    TrainingOptions,
+)
+from modeling_vitcls.training.finetune import finetune, rehearse, save
+from modeling_vitcls.training.model import build_model
+from modeling_vitcls.training.runner import RunStopped
+from modeling_vitcls.training.setup import prepare
+
+
+REPOSITORY = Path(__file__).parents[2]
+SCRIPTS = REPOSITORY / "scripts"
+RECIPE = SCRIPTS / "recipes" / "digits.yaml"
+ENVIRONMENT = os.environ | {
+    "PYTHONPATH": str(REPOSITORY),
+    "OMP_NUM_THREADS": "1",
+    "CUDA_VISIBLE_DEVICES": "",
+    "HF_HUB_OFFLINE": "1",
+    "COLUMNS": "200",
+}
+TINY = ModelOptions(
+    model="vitcls-tiny",
+    hidden_size=32,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    intermediate_size=64,
+    image_size=32,
+    patch_size=16,
+    num_register_tokens=2,
+)
+PLAIN = AugmentationOptions(crop_scale=1.0, flip=False)
+NUM_HELD_OUT_DIGITS = 372
+
+
+def run_script(script: str, *flags: object) -> subprocess.CompletedProcess:
+    """Run a script by itself."""
+    command = list(map(str, [sys.executable, "-X", "importtime", SCRIPTS / script, *flags]))
+    return subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, check=False)
+
+
+def read_json(file: Path) -> Any:
+    return json.loads(file.read_text(encoding="utf-8"))
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerate() -> Iterator[None]:
+    """Accelerate keeps its settings in singletons: each test starts without."""
+    reset_accelerate()
+    yield
+    reset_accelerate()
+
+
+@pytest.fixture(scope="module")
+def launched(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One process, batches of 14, with two CLS tokens, a distillation token and registers."""
+    folder = tmp_path_factory.mktemp("launched") / "my-model"
+    sizes = ["--hidden-size", 32, "--num-hidden-layers", 2, "--num-attention-heads", 2, "--intermediate-size", 64]
+    tokens = ["--num-cls-tokens", 2, "--num-distillation-tokens", 1, "--cls-pooling", "mean"]
+    steps = ["--max-steps", 7, "--batch-size", 14, "--log-every", 2]
+    flags = ["--config", RECIPE, "--output-dir", folder, *sizes, *tokens, *steps]
+    ran = run_fresh(SCRIPTS / "finetune.py", *flags, environment=ENVIRONMENT)
+    assert ran.returncode == 0, f"{ran.stdout}\n{ran.stderr}"
+    (folder.parent / "stdout").write_text(ran.stdout, encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def colours(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of images in two classes that are easy to tell apart, of odd sizes and modes."""
+    folder = tmp_path_factory.mktemp("colours")
+    for index in range(23):
+        for name, colour in (("dusk", (20, 20, 90 + 5 * index)), ("noon", (250, 240, 120 + 5 * index))):
+            picture = Image.new("RGB", (20 + index, 40 - index), colour)
+            (folder / name).mkdir(exist_ok=True)
+            picture.convert("RGBA" if index % 2 else "RGB").save(folder / name / f"{index}.png")
+    return folder
+
+
+def tiny_options(output_dir: Path, dataset: object, **others: Any) -> FinetuneOptions:
+    """A run of a few steps in this process. `others`: fields of any of the options' groups."""
+    options = FinetuneOptions(
+        output_dir=output_dir,
+        data=DataOptions(dataset=str(dataset), num_workers=0),
+        model=TINY,
+        augmentation=PLAIN,
+        training=TrainingOptions(max_steps=3, batch_size=8, learning_rate=3e-3, health_every=2),
+        run=RunOptions(report=False),
+    )
+    for group in ("data", "model", "augmentation", "training", "distillation", "run"):
+        part = getattr(options, group)
+        known = {name: value for name, value in others.items() if name in vars(part)}
+        options = replace(options, **{group: replace(part, **known)})
+        others = {name: value for name, value in others.items() if name not in known}
+    assert not others, f"no such options: {others}"
+    return options
+
+
+def trained(output_dir: Path, dataset: object, **others: Any) -> dict[str, Any]:
+    """The results of such a run."""
+    reset_accelerate()
+    return finetune(prepare(tiny_options(output_dir, dataset, **others)))
+
+
+# A run through accelerate launch -------------------------------------------------------------------------------------
+
+
+def test_run_leaves_results_of_every_held_out_image(launched: Path) -> None:
+    results = read_json(launched / "results.json")
+    assert results["num_images"] == NUM_HELD_OUT_DIGITS
+    right = results["accuracy"] * NUM_HELD_OUT_DIGITS
+    assert right == pytest.approx(round(right), abs=1e-3)
+    assert 0 <= results["accuracy"] <= results["top_5_accuracy"] <= 1
+    assert results["num_training_images"] == 1797 - NUM_HELD_OUT_DIGITS
+    assert results["steps"] == 7
+    assert results["token_layout"] == {"cls": 2, "distillation": 1, "registers": 2, "patches": 16}
+    assert results["sequence_length"] == 21
+    assert results["versions"]["torch"] == torch.__version__.split("+")[0]
+
+
+def test_every_special_token_moves(launched: Path) -> None:
+    movement = read_json(launched / "results.json")["token_movement"]
+    assert movement.keys() == {"cls[0]", "cls[1]", "distillation[0]", "registers[0]", "registers[1]"}
+    assert all(norm > 0 for norm in movement.values())
+    assert "WARNING" not in (launched.parent / "stdout").read_text(encoding="utf-8")
+
+
+def test_metrics_have_one_line_per_logged_step(launched: Path) -> None:
+    metrics = read_metrics(launched)
+    assert [record["step"] for record in metrics] == [2, 4, 6, 7]
+    for record in metrics:
+        assert record["loss"] > 0 and record["gradient_norm"] > 0 and record["images_per_second"] > 0
+        assert record["epoch"] == pytest.approx(record["step"] * 14 / 1425, abs=1e-4)
+    assert metrics[-1]["held_out_accuracy"] == read_json(launched / "results.json")["accuracy"]
+    assert "held_out_accuracy" not in metrics[0]
+
+
+def test_summary_is_printed_first(launched: Path) -> None:
+    lines = (launched.parent / "stdout").read_text(encoding="utf-8").splitlines()
+    assert [line.split()[0] for line in lines[:5]] == ["data", "model", "tokens", "batches", "device"]
+    assert "[ 2 cls | 1 distillation | 2 registers | 16 patches ] = 21" in lines[2]
+    assert "14 images a step = 14 x 1 accumulated x 1 process(es); 7 steps" in lines[3]
+
+
+def test_two_processes_train_and_evaluate_as_one(launched: Path, tmp_path: Path) -> None:
+    """From the resolved recipe, with half the batch; 372 images do not divide into rounds of 2 x 7."""
+    flags = ("--config", launched / "config.resolved.yaml", "--output-dir", tmp_path / "run", "--batch-size", 7)
+    run_together("finetune.py", *flags, log=tmp_path / "log", environment=OFFLINE)
+    one, two = read_json(launched / "results.json"), read_json(tmp_path / "run" / "results.json")
+    assert two["num_processes"] == 2
+    assert two["num_images"] == NUM_HELD_OUT_DIGITS
+    assert two["accuracy"] == one["accuracy"]
+    assert two["loss"] == pytest.approx(one["loss"], abs=1e-4)
+    for first, second in zip(read_metrics(launched), read_metrics(tmp_path / "run"), strict=True):
+        assert second["step"] == first["step"]
+        assert second["loss"] == pytest.approx(first["loss"], abs=1e-4)
+        assert second["gradient_norm"] == pytest.approx(first["gradient_norm"], rel=1e-3)
+
+
+def test_evaluate_agrees_with_the_run(launched: Path, tmp_path: Path) -> None:
+    output = tmp_path / "new" / "evaluation.json"
+    flags = ("--model", launched, "--dataset", "digits", "--batch-size", 11, "--num-workers", 0, "--output", output)
+    run_together("evaluate.py", *flags, log=tmp_path / "log", environment=OFFLINE, processes=1)
+    expected, measured = read_json(launched / "results.json"), read_json(output)
+    assert measured["num_images"] == NUM_HELD_OUT_DIGITS
+    assert measured["accuracy"] == expected["accuracy"]
+    assert measured["loss"] == pytest.approx(expected["loss"], abs=1e-5)
+    assert measured["split"] == "test"
+
+
+def test_the_folder_loads_without_the_package(launched: Path) -> None:
+    """The demo's second half, as it would run anywhere, checks the accuracy that results.json claims."""
+    environment = {name: value for name, value in ENVIRONMENT.items() if name != "PYTHONPATH"}
+    ran = run_fresh("-P", SCRIPTS / "demo_load.py", launched, environment=environment, cwd=launched.parent)
+    assert ran.returncode == 0, f"{ran.stdout}\n{ran.stderr}"
+    assert "on 372 held-out images" in ran.stdout
+    assert "equal to what training reported" in ran.stdout
+
+
+# Flags ---------------------------------------------------------------------------------------------------------------
+
+
+def test_a_wrong_flag_is_named_before_anything_is_loaded() -> None:
+    ran = run_script("finetune.py", "--config", RECIPE, "--output-dir", "unused", "--num-regster-tokens", "4")
+    assert ran.returncode == 2
+    assert "--num-regster-tokens" in ran.stderr and "--num-register-tokens" in ran.stderr
+    assert not any(line.endswith((" torch", " transformers")) for line in ran.stderr.splitlines())
+
+
+def test_a_wrong_value_is_named() -> None:
+    ran = run_script("finetune.py", "--config", RECIPE, "--output-dir", "unused", "--batch-size", "0")
+    assert ran.returncode == 2
+    assert "--batch-size is 0: set a value 1 or more" in ran.stderr
+
+
+def test_a_wrong_key_in_a_recipe_is_named(tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("dataset: digits\nmodel: vitcls-tiny\nepocs: 3\n", encoding="utf-8")
+    ran = run_script("finetune.py", "--config", recipe, "--output-dir", tmp_path)
+    assert ran.returncode == 2
+    assert ran.stderr.splitlines()[-1] == f"error: {recipe}, line 3: there is no flag epocs: use epochs"
+
+
+def test_keys_of_a_recipe_may_be_written_as_flags(tmp_path: Path) -> None:
+    command_line = runpy.run_path(str(SCRIPTS / "command_line.py"))
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("dataset: digits\nmodel: vitcls-tiny\nbatch-size: 3\nno-flip: true\n", encoding="utf-8")
+    options = command_line["parse"]("FinetuneOptions", ["--config", str(recipe), "--output-dir", "out"])
+    assert options.training.batch_size == 3 and not options.augmentation.flip
+
+
+@pytest.mark.parametrize(("flag", "words"), [("--lr", "--learning-rate"), ("--num_epochs=3", "--epochs")])
+def test_the_usual_abbreviation_of_a_flag_names_the_flag(flag: str, words: str, capsys: pytest.CaptureFixture) -> None:
+    command_line = runpy.run_path(str(SCRIPTS / "command_line.py"))
+    with pytest.raises(SystemExit) as ended:
+        command_line["parse"]("FinetuneOptions", [flag, "0.1", "--dataset", "digits"])
+    assert ended.value.code == 2
+    name = flag.partition("=")[0].replace("_", "-")
+    assert capsys.readouterr().err == f"error: there is no flag {name}: use {words}\n"
+
+
+def test_an_abbreviation_that_is_a_flag_is_that_flag(tmp_path: Path) -> None:
+    command_line = runpy.run_path(str(SCRIPTS / "command_line.py"))
+    flags = ["--model", "m", "--dataset", "digits", "--output", str(tmp_path / "results.json")]
+    assert command_line["parse"]("EvaluateOptions", flags).output == tmp_path / "results.json"
+
+
+def test_an_unknown_preset_lists_the_presets(tmp_path: Path) -> None:
+    options = tiny_options(tmp_path / "out", "digits")
+    with raises_one_line(
+        "--model vitcls-smal is not a preset", "vitcls-tiny, vitcls-small, vitcls-base, vitcls-large"
+    ):
+        prepare(replace(options, model=ModelOptions(model="vitcls-smal")))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_missing_recipe_is_named(tmp_path: Path) -> None:
+    ran = run_script("finetune.py", "--config", tmp_path / "absent.yaml", "--output-dir", tmp_path)
+    assert ran.returncode == 2
+    assert "cannot read the recipe" in ran.stderr and "absent.yaml" in ran.stderr
+
+
+def test_an_impossible_model_ends_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    flags = ["--config", RECIPE, "--output-dir", tmp_path, "--num-cls-tokens", 0]
+    monkeypatch.setattr(sys, "argv", list(map(str, ["finetune.py", *flags])))
+    monkeypatch.syspath_prepend(SCRIPTS)
+    with pytest.raises(SystemExit) as stopped:
+        runpy.run_path(str(SCRIPTS / "finetune.py"), run_name="__main__")
+    assert stopped.value.code == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith('error: pooling="cls" reads a CLS token')
+
+
+# Runs of every kind --------------------------------------------------------------------------------------------------
+
+
+def test_image_folder_is_learned(colours: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    results = trained(tmp_path / "out", colours, max_steps=20)
+    assert results["accuracy"] == 1.0 and results["num_images"] == 10
+    assert "accuracy 100.00% on 10 held-out images" in capsys.readouterr().out
+    model = ViTCLSForImageClassification.from_pretrained(tmp_path / "out")
+    assert model.config.id2label == {0: "dusk", 1: "noon"}
+
+
+@pytest.fixture(scope="module")
+def tasks(colours: Path) -> Path:
+    """The same pictures with two columns of labels, a few of them missing, and one column of several labels."""
+    rows = [
+        (str(path), path.parent.name, "" if index % 7 == 0 else f"kind {index % 3}", f"{path.parent.name}|all")
+        for index, path in enumerate(sorted(colours.glob("*/*.png")))
+    ]
+    lines = ["image,time,kind,tags", *map(",".join, rows)]
+    (colours.parent / "tasks.csv").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return colours.parent / "tasks.csv"
+
+
+def test_several_tasks(tasks: Path, tmp_path: Path) -> None:
+    results = trained(tmp_path, tasks, label_column=("time", "kind"), max_steps=20)
+    assert results["time_accuracy"] == 1.0
+    assert results["kind_num_images"] < results["time_num_images"] == results["num_images"]
+    assert results["token_layout"]["cls"] == 2
+    model = ViTCLSForMultiTaskClassification.from_pretrained(tmp_path)
+    assert model.config.task_labels() == {"kind": ["kind 0", "kind 1", "kind 2"], "time": ["dusk", "noon"]}
+    again = trained(tmp_path / "again", tasks, label_column=("time", "kind"), **from_checkpoint(tmp_path))
+    assert again["time_accuracy"] == 1.0  # with the heads that were saved
+
+
+def test_several_labels_per_image(tasks: Path, tmp_path: Path) -> None:
+    options = {"label_column": ("tags",), "label_separator": "|", "max_steps": 30}
+    results = trained(tmp_path, tasks, **options)
+    assert results["mean_average_precision"] == 1.0
+    model = ViTCLSForImageClassification.from_pretrained(tmp_path)
+    assert model.config.problem_type == "multi_label_classification"
+    assert set(model.config.label2id) == {"all", "dusk", "noon"}
+
+
+@pytest.mark.parametrize("flag", ["mixup", "cutmix"])
+def test_what_is_for_one_label_is_refused_for_several(tasks: Path, tmp_path: Path, flag: str) -> None:
+    with pytest.raises(ValueError, match=f"--{flag} is for one label per picture"):
+        prepare(tiny_options(tmp_path, tasks, label_column=("time", "kind"), **{flag: 0.5}))
+
+
+def test_a_stream_is_learned(colours: Path, tmp_path: Path) -> None:
+    results = trained(tmp_path, colours, streaming=True, max_steps=20, held_out_fraction=0.4)
+    assert results["num_training_images"] is None and results["num_images"] > 4
+    assert results["accuracy"] == 1.0
+    with pytest.raises(ValueError, match="--max-steps"):
+        prepare(tiny_options(tmp_path / "other", colours, streaming=True, max_steps=None))
+
+
+def test_broken_images_are_named_and_skipped(colours: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    folder = tmp_path / "pictures"
+    for path in colours.glob("*/*.png"):
+        (folder / path.parent.name).mkdir(parents=True, exist_ok=True)
+        (folder / path.parent.name / path.name).write_bytes(path.read_bytes())
+    (folder / "noon" / "1.png").write_bytes(b"no picture")
+    (folder / "dusk" / "2.png").write_bytes((colours / "dusk" / "2.png").read_bytes()[:60])
+    results = trained(tmp_path / "out", folder, epochs=2, max_steps=None, num_workers=1)
+    output = capsys.readouterr().out
+    assert results["num_broken_training_images"] + results["num_broken_images"] == 2
+    assert "noon/1.png" in output and "dusk/2.png" in output
+    with pytest.raises(RunStopped, match=r"more than 1 images cannot be read.*--max-broken-images"):
+        trained(tmp_path / "strict", folder, epochs=2, max_steps=None, max_broken_images=1, held_out_fraction=0.05)
+
+
+@pytest.fixture(scope="module")
+def pretrained(colours: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint to go on from."""
+    folder = tmp_path_factory.mktemp("pretrained")
+    trained(folder, "digits", max_steps=2)
+    return folder
+
+
+def from_checkpoint(folder: Path) -> dict[str, Any]:
+    """The options that start from a checkpoint, with its own sizes."""
+    return dict.fromkeys(vars(TINY)) | {"model": str(folder)}
+
+
+def changed(before: Path, after: Path) -> set[str]:
+    """Names of the weights that differ."""
+    old, new = (load_file(folder / "model.safetensors") for folder in (before, after))
+    return {name for name in new if name not in old or not torch.equal(old[name], new[name])}
+
+
+def test_linear_probing_trains_the_head_alone(pretrained: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    start = from_checkpoint(pretrained) | {"trainable": "head", "label_smoothing": 0.0}
+    results = trained(tmp_path, "digits", max_steps=20, **start)
+    assert changed(pretrained, tmp_path) == {"classifier.weight", "classifier.bias"}
+    assert "encoding 1,425 images once" in capsys.readouterr().out
+    assert results["num_images"] == NUM_HELD_OUT_DIGITS
+    assert "WARNING" not in capsys.readouterr().out
+
+
+def test_the_last_layers_alone(pretrained: Path, tmp_path: Path) -> None:
+    trained(tmp_path, "digits", trainable="last-1", **from_checkpoint(pretrained))
+    names = changed(pretrained, tmp_path)
+    assert all(name.startswith(("classifier.", "vitcls.layers.1.", "vitcls.layernorm.")) for name in names)
+    assert any(name.startswith("vitcls.layers.1.") for name in names)
+
+
+def test_lora_is_merged_into_a_plain_model(pretrained: Path, tmp_path: Path) -> None:
+    results = trained(tmp_path, "digits", trainable="lora", lora_rank=2, **from_checkpoint(pretrained))
+    names = {name for name in changed(pretrained, tmp_path) if name.endswith("proj.weight")}
+    assert names == {f"vitcls.layers.{layer}.attention.{name}_proj.weight" for layer in (0, 1) for name in "qv"}
+    assert results["num_images"] == NUM_HELD_OUT_DIGITS
+    ViTCLSForImageClassification.from_pretrained(tmp_path)
+
+
+def test_a_preset_is_no_checkpoint_to_freeze(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="--trainable head is for a trained checkpoint, and vitcls-tiny starts from"):
+        prepare(tiny_options(tmp_path, "digits", trainable="head"))
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small CNN of transformers; what it would teach does not matter here."""
+    folder = tmp_path_factory.mktemp("teacher")
+    torch.manual_seed(0)
+    labels = {str(digit): digit for digit in range(10)}
+    sizes = {"embedding_size": 8, "hidden_sizes": [8], "depths": [1], "layer_type": "basic"}
+    config = ResNetConfig(**sizes, label2id=labels, id2label={index: name for name, index in labels.items()})
+    ResNetForImageClassification(config).save_pretrained(folder)
+    ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["hard", "soft"])
+def test_a_teacher_teaches_the_distillation_token(
+    teacher: Path, tmp_path: Path, kind: str, capsys: pytest.CaptureFixture
+) -> None:
+    results = trained(tmp_path, "digits", teacher=str(teacher), distillation=kind, max_steps=4, mixup=0.2)
+    assert results["token_layout"]["distillation"] == 1 and results["teacher"] == f"path/to/{teacher.name}"
+    assert {"cls_accuracy", "distillation_accuracy"} <= results.keys()
+    last = read_metrics(tmp_path)[-1]
+    parts = last["label_loss"] / 2 + last["distillation_loss"] / 2
+    assert last["loss"] == pytest.approx(parts, abs=1e-5)
+    output = capsys.readouterr().out
+    assert "teacher " in output and "cls accuracy" in output and "distillation accuracy" in output
+
+
+def test_kept_answers_of_the_teacher(teacher: Path, tmp_path: Path) -> None:
+    options = {"teacher": str(teacher), "teacher_views": 1, "epochs": 1.2, "max_steps": None, "batch_size": 256}
+    results = trained(tmp_path, "digits", **options)
+    assert results["steps"] == 7
+    with pytest.raises(ValueError, match="--teacher-views keeps answers about single pictures"):
+        prepare(tiny_options(tmp_path, "digits", **options, mixup=0.2))
+
+
+def test_everything_at_once(tmp_path: Path) -> None:
+    """What can be combined with one label per image, in one run: they must not get in each other's way."""
+    results = trained(
+        tmp_path,
+        "digits",
+        mixup=0.4,
+        cutmix=1.0,
+        auto_augment="rand",
+        random_erasing=0.3,
+        repeated_augmentation=2,
+        class_balance="sampling",
+        ema_decay=0.9,
+        layer_decay=0.7,
+        drop_path_rate=0.1,
+        gradient_accumulation_steps=2,
+        gradient_checkpointing=True,
+        mixed_precision="bf16",
+        pooling="attention",
+    )
+    assert results["mixed_precision"] == "bf16" and math.isfinite(results["loss"])
+
+
+def test_class_weights_help_the_rare_class(tmp_path: Path) -> None:
+    """40 grey pictures of one class and 8 of another, which differ by noise: without weights the frequent one wins."""
+    generator = torch.Generator().manual_seed(0)
+    for name, count, level in (("often", 40, 120), ("rare", 8, 136)):
+        (tmp_path / "pictures" / name).mkdir(parents=True)
+        for index in range(count):
+            noise = torch.randint(-40, 40, (1,), generator=generator).item()
+            Image.new("L", (32, 32), level + noise).save(tmp_path / "pictures" / name / f"{index}.png")
+    options = {"max_steps": 40, "num_hidden_layers": 1, "held_out_fraction": 0.5}
+    plain = trained(tmp_path / "plain", tmp_path / "pictures", **options)
+    weighted = trained(tmp_path / "weighted", tmp_path / "pictures", class_balance="weights", **options)
+    recalls = [results["per_class"][1]["recall"] for results in (plain, weighted)]
+    assert recalls[0] < recalls[1]
+
+
+def test_a_compiled_run_gives_the_same(tmp_path: Path) -> None:
+    fields = {"max_steps": 2, "num_hidden_layers": 1, "num_register_tokens": 0}  # each kernel is a second of g++
+    eager = trained(tmp_path / "eager", "digits", **fields)
+    compiled = trained(tmp_path / "compiled", "digits", **fields, compile=True)
+    assert compiled["loss"] == pytest.approx(eager["loss"], abs=1e-4)
+    ViTCLSForImageClassification.from_pretrained(tmp_path / "compiled")
+
+
+def test_trackers_get_the_numbers(tmp_path: Path) -> None:
+    event_files = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    trained(tmp_path, "digits", log_with=("tensorboard",), log_every=1)
+    folder = next((tmp_path / "trackers").rglob("events.out.tfevents*")).parent
+    events = event_files.EventAccumulator(str(folder))
+    events.Reload()
+    tags = events.Tags()["scalars"]
+    assert {"loss", "learning_rate", "token_norm/cls[0]", "held_out_accuracy", "cls_attention_entropy/00"} <= set(tags)
+    assert [event.step for event in events.Scalars("loss")] == [1, 2, 3]
+
+
+def test_trackers_get_the_main_pictures_at_the_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Those of the card, and figures of the report, which the last line names."""
+    event_files = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    trained(tmp_path, "digits", log_with=("tensorboard",), report=True)
+    assert (
+        f"saved     {tmp_path} (model, image processor, README.md, report.html, results.json)"
+        in capsys.readouterr().out
+    )
+    folder = next((tmp_path / "trackers").rglob("events.out.tfevents*")).parent
+    events = event_files.EventAccumulator(str(folder))
+    events.Reload()
+    names = {"token_layout", "confusion_matrix", "attention", "attention_over_depth", "effects", "entropy", "mass"}
+    tags = set(events.Tags()["images"])
+    assert tags == names | {"norms", "patch_distance"}
+    for name in tags:
+        (image,) = events.Images(name)
+        assert image.step == 3 and image.width > 300 and image.height > 100
+        picture = Image.open(BytesIO(image.encoded_image_string)).convert("RGB")
+        assert picture.getpixel((0, 0)) == (255, 255, 255) and picture.entropy() > 0.5  # drawn on white
+
+
+def test_without_a_report_none_of_an_earlier_run_stays(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tmp_path.joinpath("report.html").write_text("of an earlier run")
+    trained(tmp_path, "digits", max_steps=1, overwrite=True)
+    assert not (tmp_path / "report.html").exists()
+    assert "(model, image processor, README.md, results.json)" in capsys.readouterr().out
+
+
+def test_a_tracker_that_is_not_installed_is_named() -> None:
+    with pytest.raises(ValueError, match="--log-with wandbox needs the package wandbox: pip install wandbox"):
+        check_installed(("wandbox",))
+
+
+# The Hub ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[LocalHub]:
+    """An empty Hub, which this process talks to as ann."""
+    with running_hub() as running:
+        running.tokens |= {"hf_ann": Token("ann"), "hf_read": Token("ann", role="read")}
+        point_client_at(running.url, "hf_ann", monkeypatch, tmp_path / "home")
+        yield running
+
+
+def test_the_result_is_pushed(hub: LocalHub, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    trained(tmp_path / "my-model", "digits", push_to_hub=True, hub_private=True, hub_verify=False)
+    files = hub.files("ann/my-model")
+    assert {"README.md", "config.json", "model.safetensors", "modeling_vitcls.py", "results.json"} <= files.keys()
+    assert not any("checkpoints" in name or "optimizer" in name for name in files)
+    assert hub.repositories["ann/my-model"].private
+    assert "pushed    " in capsys.readouterr().out
+
+
+def test_a_rehearsal_asks_for_the_right_to_push(
+    hub: LocalHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    options = tiny_options(tmp_path / "my-model", "digits", push_to_hub=True)
+    rehearse(options)
+    assert "ann/my-model may be pushed to" in capsys.readouterr().out
+    assert not hub.repositories
+    point_client_at(hub.url, "hf_read", monkeypatch, tmp_path / "other-home")
+    with pytest.raises(ValueError, match="may only read, so it cannot push to ann/my-model"):
+        rehearse(options)
+    assert not (tmp_path / "my-model").exists()
+
+
+def test_a_finished_run_can_be_pushed(hub: LocalHub, tmp_path: Path) -> None:
+    trained(tmp_path / "my-model", "digits")
+    trained(tmp_path / "my-model", "digits", resume=True, push_to_hub=True, hub_verify=False)
+    assert "model.safetensors" in hub.files("ann/my-model")
+
+
+def test_a_push_that_fails_leaves_the_model_and_says_how_to_finish(hub: LocalHub, tmp_path: Path) -> None:
+    run = prepare(tiny_options(tmp_path / "my-model", "digits", push_to_hub=True))
+    hub.fail("POST", "/api/repos/create", 403)
+    with pytest.raises(RunStopped, match=r"python scripts/push_to_hub\.py --model .*my-model"):
+        finetune(run)
+    ViTCLSForImageClassification.from_pretrained(tmp_path / "my-model")
+
+
+# What can go wrong ---------------------------------------------------------------------------------------------------
+
+
+def test_a_token_that_does_not_move_is_named(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    run = prepare(tiny_options(tmp_path, "digits"))
+    run.model.vitcls.embeddings.register_tokens.requires_grad_(False)
+    results = finetune(run)
+    output = capsys.readouterr().out
+    for index in (0, 1):
+        assert f"WARNING: the token registers[{index}] got no gradient in step 3" in output
+        assert f"WARNING: the token registers[{index}] did not move" in output
+    assert "cls[0]" not in output
+    assert results["token_movement"]["registers[0]"] == 0.0 < results["token_movement"]["cls[0]"]
+
+
+def test_a_loss_that_is_not_finite_names_its_images(tmp_path: Path) -> None:
+    with pytest.raises(RunStopped, match=r"not finite in step 2: try a lower --learning-rate.*non_finite\.json"):
+        trained(tmp_path, "digits", learning_rate=1e38, warmup=0.0, max_steps=9)
+    report = read_json(tmp_path / "non_finite.json")
+    assert report["step"] == 2
+    (batch,) = report["batches"]
+    assert len(batch["index"]) == 8 and max(batch["index"]) < 1425
+    assert list((tmp_path / "non_finite").glob("step-*/model.safetensors"))
+
+
+def test_an_unfinished_run_is_not_thrown_away(tmp_path: Path) -> None:
+    with pytest.raises(RunStopped):
+        trained(tmp_path, "digits", learning_rate=1e38, warmup=0.0, max_steps=9, save_every=1)
+    with pytest.raises(ValueError, match=r"holds an unfinished run .* step 1\): go on with --resume, start anew"):
+        prepare(tiny_options(tmp_path, "digits"))
+    assert trained(tmp_path, "digits", overwrite=True)["steps"] == 3
+    assert trained(tmp_path, "digits", max_steps=2, overwrite=True)["steps"] == 2  # also a finished one
+
+
+def test_an_evaluation_that_fails_is_made_again(tmp_path: Path) -> None:
+    """As when the disk with the held-out images goes away, or a cluster does not wait for the evaluation."""
+
+    class Gone(list):
+        def __getitem__(self, index: Any) -> Any:
+            raise OSError("the disk is gone")
+
+    settings = {"max_steps": 6, "batch_size": 479, "log_every": 2, "ema_decay": 0.9}  # three steps an epoch
+    whole = trained(tmp_path / "whole", "digits", **settings)
+    reset_accelerate()
+    run = prepare(tiny_options(tmp_path / "cut", "digits", **settings))
+    run.data = replace(run.data, held_out=replace(run.data.held_out, pictures=Gone()))
+    with pytest.raises(RunStopped, match="the disk is gone"):
+        finetune(run)
+    assert (tmp_path / "cut" / "checkpoints" / "step-00000003").is_dir()
+    (tmp_path / "cut" / "metrics.jsonl").open("a").write('{"step": 3}\n')  # killed once it was logged
+    again = trained(tmp_path / "cut", "digits", resume=True, **settings)
+    different = {"images_per_second", "peak_memory_mb", "seconds", "energy", "inference", "versions"}
+    found, expected = (
+        [{name: value for name, value in values.items() if name not in different} for values in records]
+        for records in ([again, *read_metrics(tmp_path / "cut")], [whole, *read_metrics(tmp_path / "whole")])
+    )
+    assert found == expected and [record["step"] for record in found[1:]] == [2, 3, 4, 6]
+
+
+def test_a_model_that_cannot_be_written_ends_in_one_line(tmp_path: Path) -> None:
+    """As under a quota: the system refuses to write."""
+    run = prepare(tiny_options(tmp_path, "digits"))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        with raises_one_line("cannot write the model to", "File too large", "make room", error=RunStopped):
+            save(run, {})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def test_a_loss_that_is_not_finite_is_said_on_a_full_disk_too(tmp_path: Path) -> None:
+    (tmp_path / "non_finite").touch()  # in place of the folder
+    with raises_one_line("not finite in step 2", "could not be saved to look into: cannot write", error=RunStopped):
+        trained(tmp_path, "digits", learning_rate=1e38, warmup=0.0, max_steps=9)
+
+
+def test_metrics_that_cannot_be_written_end_in_one_line(tmp_path: Path) -> None:
+    run = prepare(tiny_options(tmp_path, "digits", log_every=1))
+    run.session.reporter.metrics_file = Path("/dev/full")
+    with raises_one_line("cannot write /dev/full (No space left on device): make room", error=OSError):
+        run.session.reporter.log({"step": 1, "epoch": 0.0, "loss": 1.0, "images_per_second": 1.0})
+
+
+def test_linear_probing_is_rehearsed_on_few_images(
+    pretrained: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    options = tiny_options(tmp_path / "out", "digits", max_steps=None, trainable="head")
+    rehearse(replace(options, model=ModelOptions(model=str(pretrained))))
+    output = capsys.readouterr().out
+    assert "encoding 24 images once" in output and "The run itself has 5,389 steps" in output
+
+
+def fails() -> None:
+    raise ValueError("no such file")
+
+
+def on_main_alone() -> None:
+    on_main(Accelerator(cpu=True), fails)
+
+
+@pytest.mark.parametrize(
+    ("process", "action", "said"),
+    [
+        ("0", on_main_alone, "error: no such file\n"),
+        ("0", fails, "error: no such file\n"),
+        ("1", on_main_alone, ""),
+        ("1", fails, "process 1: error: no such file\n"),
+    ],
+)
+def test_a_process_speaks_for_itself_unless_all_have_the_error(
+    process: str, action: Any, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    command_line = runpy.run_path(str(SCRIPTS / "command_line.py"))
+    Accelerator(cpu=True)
+    monkeypatch.setenv("RANK", process)
+    capsys.readouterr()
+    with pytest.raises(SystemExit), command_line["errors_in_one_line"]():
+        action()
+    assert capsys.readouterr().err == said
+
+
+def test_a_dry_run_does_everything_and_keeps_nothing(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    rehearse(tiny_options(tmp_path / "out", "digits", max_steps=50, ema_decay=0.9))
+    output = capsys.readouterr().out
+    assert "3 steps, an evaluation, a checkpoint, saving went well" in output
+    assert re.search(r"The run itself has 50 steps and takes about \d+ s$", output.strip())
+    assert list(tmp_path.iterdir()) == []
+
+
+# Starting from a checkpoint ------------------------------------------------------------------------------------------
+
+
+def digits_named(names: list[str]) -> LabelSpace:
+    return LabelSpace("single_label_classification", {"label": names})
+
+
+def test_a_checkpoint_keeps_its_classifier_for_the_same_labels(launched: Path) -> None:
+    saved = ViTCLSForImageClassification.from_pretrained(launched)
+    built = build_model(ModelOptions(model=str(launched)), digits_named(list(saved.config.label2id)))
+    for name, weight in saved.state_dict().items():
+        assert torch.equal(built.model.state_dict()[name], weight), name
+    assert dict(built.processor.size) == {"height": 32, "width": 32}
+    assert built.fresh == set()
+
+
+def test_a_checkpoint_gets_a_fresh_classifier_for_other_labels(launched: Path) -> None:
+    saved = ViTCLSForImageClassification.from_pretrained(launched)
+    options = ModelOptions(model=str(launched), image_size=(48, 64), num_register_tokens=3)
+    built = build_model(options, digits_named(["dusk", "noon"]))
+    model = built.model
+    assert model.config.label2id == {"dusk": 0, "noon": 1}
+    assert torch.equal(model.vitcls.layers[0].mlp.fc1.weight, saved.vitcls.layers[0].mlp.fc1.weight)
+    assert model.config.image_height_width == (48, 64)
+    assert dict(built.processor.size) == {"height": 48, "width": 64}
+    assert model(torch.zeros(1, 3, 48, 64)).logits.shape == (1, 2)
+    heads = {f"{head}.{part}" for head in ("classifier", "distillation_classifier") for part in ("weight", "bias")}
+    assert built.fresh == heads | {"vitcls.embeddings.register_tokens"}
+
+
+def test_every_trained_parameter_gets_a_gradient(tmp_path: Path) -> None:
+    """Also with a mask token, and where the class head alone answers: several processes would wait for the rest."""
+    config = ViTCLSConfig(**TINY.config_values(), num_distillation_tokens=1, use_mask_token=True, num_labels=10)
+    config.distillation_inference = "cls"
+    ViTCLSForImageClassification(config).save_pretrained(tmp_path)
+    ViTCLSImageProcessor(size=32).save_pretrained(tmp_path)
+    run = prepare(tiny_options(tmp_path / "out", "digits", **from_checkpoint(tmp_path)))
+    finetune(run)
+    assert not run.model.vitcls.embeddings.mask_token.requires_grad
+    before = ViTCLSForImageClassification.from_pretrained(tmp_path).state_dict()
+    still = {
+        name for name, value in run.model.vitcls.state_dict().items() if torch.equal(before[f"vitcls.{name}"], value)
+    }
+    assert still == {"embeddings.mask_token"}
+
+
+def test_another_kind_of_model_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "vit"}', encoding="utf-8")
+    with pytest.raises(ValueError, match="holds a model of type 'vit'"):
+        build_model(ModelOptions(model=str(tmp_path)), digits_named(["a", "b"]))
+
+
+# The recipe ----------------------------------------------------------------------------------------------------------
+
+
+def test_resolved_recipe_names_every_flag(launched: Path) -> None:
+    resolved = yaml.safe_load((launched / "config.resolved.yaml").read_text(encoding="utf-8"))
+    recipe = yaml.safe_load(RECIPE.read_text(encoding="utf-8"))
+    assert resolved["hidden_size"] == 32 and resolved["batch_size"] == 14  # flags override the file
+    assert resolved["learning_rate"] == float(recipe["learning_rate"])
+    assert recipe.keys() <= resolved.keys()
+
+
+@pytest.mark.slow
+def test_the_demo_reaches_97_percent(tmp_path: Path) -> None:
+    command = [sys.executable, SCRIPTS / "demo.py", "--output-dir", tmp_path]
+    ran = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=ENVIRONMENT, check=False)
+    assert ran.returncode == 0, f"{ran.stdout}\n{ran.stderr}"
+    results = read_json(tmp_path / "results.json")
+    assert results["num_images"] == NUM_HELD_OUT_DIGITS
+    assert results["accuracy"] >= 0.97
+    assert f"accuracy {results['accuracy']:.2%} on 372 held-out images" in ran.stdout
+    assert ran.stdout.index("1. Fine-tune") < ran.stdout.index("2. Load it") < ran.stdout.index("Done in")

@@ -1,0 +1,333 @@
+"""Linear probing on cached features: the same heads as with the encoder in every step, which then never runs again."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate_state import reset_accelerate
+from PIL import Image
+from tiny_models import (
+    LAYOUTS,
+    TASKS,
+    assert_same_outputs,
+    filled,
+    images,
+    largest_difference,
+    raises_one_line,
+    tiny_config,
+)
+from warm_processes import METHOD, free_port
+
+from modeling_vitcls import ViTCLSForImageClassification, ViTCLSForMultiTaskClassification, ViTCLSImageProcessor
+from modeling_vitcls.data.augmentation import build_augmentation
+from modeling_vitcls.data.batches import BatchPlan, Normaliser, TrainingPictures, training_batches
+from modeling_vitcls.data.images import BrokenPicture, LabelledPictures
+from modeling_vitcls.data.labels import LabelSpace
+from modeling_vitcls.inference.evaluator import Evaluator
+from modeling_vitcls.options import AugmentationOptions, TrainingOptions
+from modeling_vitcls.training.linear_probe import (
+    build_head_only,
+    cache_features,
+    feature_batches,
+    features_of,
+    probe_evaluator,
+    shares,
+    trained_outside_heads,
+)
+from modeling_vitcls.training.losses import Classification, MultiTaskLoss, PixelInputs, SingleLabelLoss, feature_inputs
+from modeling_vitcls.training.trainable import apply_trainable, set_training
+
+
+NUM_PICTURES = 23
+NAMES = ["ant", "bee", "cat"]
+STILL = AugmentationOptions(crop_scale=1.0, flip=False)
+SHIFTED = AugmentationOptions(crop_scale=0.5, flip=True, rotation=20)
+
+MODELS: dict[str, tuple[Any, dict[str, Any]]] = {
+    **{name: (ViTCLSForImageClassification, fields) for name, fields in LAYOUTS.items()},
+    "cls_mean": (ViTCLSForImageClassification, {"pooling": "cls_mean", "num_cls_tokens": 2, "cls_pooling": "concat"}),
+    "only the CLS head answers": (
+        ViTCLSForImageClassification,
+        {"num_distillation_tokens": 2, "distillation_inference": "cls", "head_type": "mlp"},
+    ),
+    "several tasks": (ViTCLSForMultiTaskClassification, {"num_cls_tokens": 2, "tasks": TASKS}),
+}
+each_model = pytest.mark.parametrize(("model_class", "fields"), MODELS.values(), ids=MODELS)
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerate() -> Any:
+    reset_accelerate()
+    yield
+    reset_accelerate()
+
+
+class Pictures:
+    """Pictures in memory, of which some may be broken."""
+
+    def __init__(self, broken: tuple[int, ...] = ()) -> None:
+        generator = torch.Generator().manual_seed(0)
+        arrays = torch.randint(0, 256, (NUM_PICTURES, 40, 36, 3), generator=generator, dtype=torch.uint8)
+        self.pictures = [Image.fromarray(array.numpy()) for array in arrays]
+        self.broken = broken
+
+    def __len__(self) -> int:
+        return len(self.pictures)
+
+    def __getitem__(self, index: int) -> Image.Image:
+        if index in self.broken:
+            raise BrokenPicture(f"picture {index} is broken")
+        return self.pictures[index]
+
+
+class Probe:
+    """Everything around a model whose heads are trained."""
+
+    def __init__(
+        self,
+        model_class: Any = ViTCLSForImageClassification,
+        options: AugmentationOptions = STILL,
+        views: int = 1,
+        broken: tuple[int, ...] = (),
+        **fields: Any,
+    ) -> None:
+        self.model = apply_trainable(filled(model_class(tiny_config(**fields))), "head")
+        self.processor = ViTCLSImageProcessor(size={"height": 32, "width": 32})
+        self.normalise = Normaliser(self.processor, torch.device("cpu"))
+        self.accelerator = Accelerator(cpu=True)
+        self.views = views
+        tasks = fields.get("tasks")
+        one = range(NUM_PICTURES)
+        labels: list[Any] = [{task: i % n for task, n in tasks.items()} if tasks else i % 3 for i in one]
+        self.source = LabelledPictures(Pictures(broken), labels)  # type: ignore[arg-type]
+        columns = {name: [str(i) for i in range(n)] for name, n in tasks.items()} if tasks else {"label": NAMES}
+        self.labels = LabelSpace("multi_task" if tasks else "single_label_classification", columns)
+        augmentation = build_augmentation(options, (32, 32), self.processor.resample)
+        self.pictures = TrainingPictures(self.source, augmentation, to_rgb=True, seed=3, views=views)
+        self.label_loss = MultiTaskLoss(0.1) if tasks else SingleLabelLoss(0.1)
+        training = TrainingOptions(max_steps=8, batch_size=4, gradient_accumulation_steps=2)
+        self.plan = BatchPlan.from_options(NUM_PICTURES, training, num_processes=1)
+
+    def cache(self, **changes: Any) -> dict[str, Any]:
+        keys = [(view, index) for view in range(self.views) for index in range(NUM_PICTURES)]
+        settings = {"batch_size": 5, "num_workers": 0, "accelerator": self.accelerator} | changes
+        return cache_features(self.model, self.pictures, keys, self.normalise, **settings)
+
+    def train(self, module: Any, batches: Any, inputs: Any) -> None:
+        """Eight steps over each two batches, in train mode."""
+        set_training(module)
+        objective = Classification(inputs, self.label_loss)
+        trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+        optimizer = torch.optim.AdamW(trained, lr=1e-2)
+        for number, batch in enumerate(batches):
+            (objective(module, batch)["loss"] / self.plan.accumulation_steps).backward()
+            if (number + 1) % self.plan.accumulation_steps == 0:
+                optimizer.step()
+                optimizer.zero_grad()
+
+    def count_calls(self) -> list[int]:
+        """A list that grows with each batch that the encoder sees."""
+        calls: list[int] = []
+        self.model.vitcls.register_forward_hook(lambda module, inputs, outputs: calls.append(len(inputs[0])))
+        return calls
+
+
+# The heads alone -----------------------------------------------------------------------------------------------------
+
+
+@each_model
+def test_heads_on_features_answer_as_the_whole_model(model_class: Any, fields: dict[str, Any]) -> None:
+    model = filled(model_class(tiny_config(**fields)))
+    with torch.no_grad():
+        found = build_head_only(model)(features_of(model, images()))
+        assert_same_outputs(found, model(images()), tolerance=1e-6)
+        assert type(found) is type(model(images()))
+
+
+@each_model
+def test_their_parameters_are_the_models_own(model_class: Any, fields: dict[str, Any]) -> None:
+    model = apply_trainable(model_class(tiny_config(**fields)), "head")
+    heads = dict(build_head_only(model).named_parameters())
+    of_model = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert heads.keys() == of_model.keys()
+    assert all(heads[name] is of_model[name] for name in heads)
+
+
+@pytest.mark.parametrize(
+    ("fields", "choice", "fresh", "expected"),
+    [
+        ({}, "head", set(), set()),
+        ({"pooling": "attention"}, "head", set(), {"vitcls.pooler.probe"}),
+        ({"num_distillation_tokens": 1}, "head", {"vitcls.embeddings.distillation_token"}, None),
+        ({}, "last-1", set(), {"vitcls.layernorm.weight"}),
+        ({}, "lora", set(), {"vitcls.embeddings.cls_token"}),
+    ],
+)
+def test_what_is_trained_outside_the_heads(
+    fields: dict[str, Any], choice: str, fresh: set[str], expected: set[str] | None
+) -> None:
+    model = apply_trainable(ViTCLSForImageClassification(tiny_config(**fields)), choice, 4, fresh)
+    found = trained_outside_heads(model)
+    assert set(found) >= (fresh if expected is None else expected)
+    assert bool(found) == (expected != set())
+
+
+# Training on cached features -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"num_distillation_tokens": 1, "num_register_tokens": 2},
+        {"options": SHIFTED, "views": 2},
+        {"broken": (0, 7)},
+        {"model_class": ViTCLSForMultiTaskClassification, "num_cls_tokens": 2, "tasks": TASKS},
+    ],
+    ids=["still", "distillation", "views", "broken", "tasks"],
+)
+def test_trained_heads_are_those_of_the_frozen_encoder_run_in_every_step(changes: dict[str, Any]) -> None:
+    noisy: dict[str, Any] = {"drop_path_rate": 0.5, "hidden_dropout_prob": 0.3}
+    slow, fast = Probe(**noisy, **changes), Probe(**noisy, **changes)
+    slow.train(slow.model, training_batches(slow.pictures, slow.plan, 0, 0), PixelInputs(slow.normalise))
+
+    cached = fast.cache()
+    calls = fast.count_calls()
+    batches = feature_batches(cached, fast.plan, 0, fast.views)
+    fast.train(build_head_only(fast.model), batches, feature_inputs)
+    assert calls == []  # more than two epochs
+    assert fast.plan.epochs_after(fast.plan.num_steps) > 2
+
+    before = dict(filled(type(fast.model)(fast.model.config)).named_parameters())
+    for (name, wanted), found in zip(slow.model.named_parameters(), fast.model.parameters(), strict=True):
+        assert largest_difference(wanted, found) <= 1e-5, name
+        assert wanted.requires_grad == (not torch.equal(found, before[name])), name
+
+
+def test_batches_are_those_of_the_plan_but_for_the_pixels() -> None:
+    probe = Probe(options=SHIFTED, views=2, broken=(4,))
+    cached = probe.cache()
+    expected = list(training_batches(probe.pictures, probe.plan, 0, 0))
+    found = list(feature_batches(cached, probe.plan, 0, 2))
+    assert len(found) == len(expected) == 16
+    for one, other in zip(found, expected, strict=True):
+        pixels = other.pop("pixels")
+        features = one.pop("features")
+        assert one.keys() == other.keys()
+        assert all(torch.equal(one[name], other[name]) for name in other)
+        with torch.no_grad():
+            assert largest_difference(features, features_of(probe.model.eval(), probe.normalise(pixels))) <= 1e-5
+    resumed = next(feature_batches(cached, probe.plan, 0, 2, first_step=5))
+    assert torch.equal(resumed["index"], found[10]["index"]) and torch.equal(resumed["epoch"], found[10]["epoch"])
+
+
+def test_each_view_of_each_picture_is_encoded_once() -> None:
+    probe = Probe(options=SHIFTED, views=3)
+    calls = probe.count_calls()
+    cached = probe.cache(batch_size=7)
+    assert cached["features"].shape == (3 * NUM_PICTURES, 16)
+    assert sum(calls) == 70 and set(calls) == {7}  # 69 and one place to fill the last batch
+    assert cached["view"].tolist() == [view for view in range(3) for _ in range(NUM_PICTURES)]
+    assert cached["index"].tolist() == list(range(NUM_PICTURES)) * 3
+    first, second, _ = cached["features"].chunk(3)
+    assert largest_difference(first, second) > 1e-2
+
+
+def test_caching_leaves_the_mode_of_the_model_and_uses_workers() -> None:
+    probe = Probe(hidden_dropout_prob=0.5)
+    probe.model.train()
+    here = probe.cache()
+    assert probe.model.training and torch.equal(probe.cache(num_workers=1)["features"], here["features"])
+
+
+def test_an_error_of_a_worker_is_one_line() -> None:
+    probe = Probe(broken=tuple(range(NUM_PICTURES)))
+    with raises_one_line("none of the 23 images can be read"):
+        probe.cache(num_workers=1)
+
+
+@pytest.mark.parametrize("num_keys", [1, 4, 8, 9, 23])
+@pytest.mark.parametrize("num_processes", [1, 2, 3])
+def test_shares_put_together_by_rounds_are_all_keys_in_order(num_keys: int, num_processes: int) -> None:
+    keys = [(0, index) for index in range(num_keys)]
+    parts = [shares(keys, 4, process, num_processes) for process in range(num_processes)]
+    gathered = [key for turn in zip(*parts, strict=True) for batch in turn for key in batch]
+    assert gathered[:num_keys] == keys
+    assert set(gathered[num_keys:]) <= {keys[-1]}
+    assert len(gathered) - num_keys < 4 * num_processes
+
+
+def assert_same_metrics(found: dict[str, Any], expected: dict[str, Any]) -> None:
+    """Numbers agree but for rounding, and so do the answers behind them."""
+    assert found.keys() == expected.keys()
+    assert found["confusion_matrix"] == expected["confusion_matrix"]
+    numbers = [name for name, value in expected.items() if isinstance(value, int | float)]
+    assert [found[name] for name in numbers] == pytest.approx([expected[name] for name in numbers], abs=1e-5)
+
+
+# Evaluation ----------------------------------------------------------------------------------------------------------
+
+
+def test_evaluation_of_the_heads_is_that_of_the_model_without_its_encoder() -> None:
+    probe = Probe(num_distillation_tokens=1, broken=(2,))
+    said: list[str] = []
+    evaluator = Evaluator(
+        probe.source, probe.processor, probe.labels, 8, 0, probe.accelerator, max_broken_images=3, warn=said.append
+    )
+    probe.model.eval()
+    expected = evaluator(probe.model)
+    calls = probe.count_calls()
+    cheap = probe_evaluator(evaluator, probe.model)
+    assert sum(calls) == NUM_PICTURES - 1
+    heads = build_head_only(probe.model).eval()
+    for _ in range(2):
+        assert_same_metrics(cheap(heads), expected)
+    assert sum(calls) == NUM_PICTURES - 1
+    assert evaluator(probe.model) == expected and len(said) == 1
+
+
+# Two processes -------------------------------------------------------------------------------------------------------
+
+
+def share_of_a_probe(rank: int, num_processes: int) -> dict[str, Any]:
+    """One process's part: encode, train the heads for four steps of eight pictures in all, evaluate."""
+    probe = Probe(num_distillation_tokens=1, options=SHIFTED, views=2)
+    assert probe.accelerator.num_processes == num_processes
+    training = TrainingOptions(max_steps=4, batch_size=8 // num_processes)
+    plan = BatchPlan.from_options(NUM_PICTURES, training, num_processes)
+    evaluator = Evaluator(probe.source, probe.processor, probe.labels, 8, 0, probe.accelerator)
+    cached = probe.cache()
+    cheap = probe_evaluator(evaluator, probe.model)
+
+    heads = build_head_only(probe.model)
+    prepared, optimizer = probe.accelerator.prepare(heads, torch.optim.SGD(heads.parameters(), lr=0.1))
+    objective = Classification(feature_inputs, probe.label_loss)
+    for batch in feature_batches(cached, plan, rank, probe.views):
+        probe.accelerator.backward(objective(prepared, batch)["loss"])
+        optimizer.step()
+        optimizer.zero_grad()
+    record = {"cached": cached, "weights": heads.state_dict(), "metrics": cheap(prepared.eval())}
+    return record | {"of the whole model": evaluator(probe.model.eval())}
+
+
+def probe_in_a_process(rank: int, port: int, folder: Path) -> None:
+    """One of two processes; leaves its record in the folder."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.save(share_of_a_probe(rank, 2), folder / f"{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def test_two_processes_do_what_one_does(tmp_path: Path) -> None:
+    torch.multiprocessing.start_processes(probe_in_a_process, (free_port(), tmp_path), 2, start_method=METHOD)
+    alone = share_of_a_probe(0, 1)
+    for record in (torch.load(tmp_path / f"{rank}.pt") for rank in range(2)):
+        assert torch.equal(record["cached"]["index"], alone["cached"]["index"])
+        assert_same_outputs(record["cached"], alone["cached"], tolerance=1e-5)
+        assert_same_outputs(record["weights"], alone["weights"], tolerance=1e-5)
+        assert_same_metrics(record["metrics"], alone["metrics"])
+        assert_same_metrics(record["metrics"], record["of the whole model"])
+    assert alone["metrics"]["num_images"] == NUM_PICTURES

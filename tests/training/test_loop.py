@@ -1,0 +1,459 @@
+"""The training loop: accumulation, learning rates, moving average, the tokens' health, losses that are not finite."""
+
+import json
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
+from accelerate_state import reset_accelerate
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from modeling_vitcls import (
+    ViTCLSConfig,
+    ViTCLSForImageClassification,
+    ViTCLSForMaskedImageModeling,
+    ViTCLSForMultiTaskClassification,
+)
+from modeling_vitcls.data.augmentation import build_augmentation
+from modeling_vitcls.data.batches import BatchPlan, Normaliser, TrainingPictures, training_batches
+from modeling_vitcls.data.splits import load_training_data
+from modeling_vitcls.options import AugmentationOptions, DataOptions, ModelOptions, TrainingOptions
+from modeling_vitcls.training.loop import Hooks, Interrupted, NonFiniteLoss, TrainingLoop, TrainingState
+from modeling_vitcls.training.losses import (
+    Classification,
+    MaskedImages,
+    MultiLabelLoss,
+    MultiTaskLoss,
+    PixelInputs,
+    SingleLabelLoss,
+)
+from modeling_vitcls.training.model import build_model
+from modeling_vitcls.training.optimizer import Ema, build_optimizer, learning_rate_at, parameter_groups
+from modeling_vitcls.training.token_monitor import AttentionEntropy, TokenMonitor
+
+
+TINY = ModelOptions(
+    model="vitcls-tiny",
+    hidden_size=32,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    intermediate_size=64,
+    image_size=32,
+    patch_size=16,
+    num_register_tokens=2,
+)
+PLAIN = AugmentationOptions(crop_scale=1.0, flip=False)
+DIGITS = load_training_data(DataOptions(dataset="digits"))
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerate() -> Iterator[None]:
+    """Accelerate keeps its settings in singletons: each test starts without."""
+    reset_accelerate()
+    yield
+    reset_accelerate()
+
+
+class Bench:
+    """A loop on digits, with everything that it was asked to do noted."""
+
+    def __init__(
+        self,
+        optimizer: Callable[[torch.nn.Module], torch.optim.Optimizer] | None = None,
+        prepare: Callable[[ViTCLSForImageClassification], Any] = lambda model: None,
+        save_every: int | None = None,
+        **training: Any,
+    ) -> None:
+        self.options = replace(TrainingOptions(max_steps=4, batch_size=8, learning_rate=1e-3), **training)
+        self.accelerator = Accelerator(cpu=True, gradient_accumulation_steps=self.options.gradient_accumulation_steps)
+        torch.manual_seed(0)
+        built = build_model(TINY, DIGITS.label_space)
+        self.model = built.model
+        prepare(self.model)
+        optimizers = optimizer or (lambda model: build_optimizer(model, self.options))
+        self.state = TrainingState(*self.accelerator.prepare(self.model, optimizers(self.model)))
+        if self.options.ema_decay:
+            self.state.ema = Ema(self.state.model, self.options.ema_decay)
+        self.plan = BatchPlan.from_options(len(DIGITS.train), self.options, num_processes=1)
+        self.normalise = Normaliser(built.processor, self.accelerator.device)
+        self.records: list[dict[str, Any]] = []
+        self.warnings: list[str] = []
+        self.saved: list[tuple[int, bool]] = []
+        self.evaluations: list[dict[str, torch.Tensor]] = []
+        self.accuracies = iter([0.5, 0.75, 0.6, 0.7, 0.8, 0.9])
+        self.signal_at: int | None = None
+        hooks = Hooks(
+            evaluate=self.evaluate,
+            log=self.records.append,
+            warn=self.warnings.append,
+            save=lambda is_best: self.saved.append((self.state.step, is_best)),
+            stop_requested=lambda: "SIGTERM" if self.state.step == self.signal_at else None,
+        )
+        objective = Classification(PixelInputs(self.normalise), SingleLabelLoss(label_smoothing=0.1))
+        self.loop = TrainingLoop(
+            self.state,
+            objective,
+            self.plan,
+            self.options,
+            self.accelerator,
+            hooks,
+            TokenMonitor(self.model),
+            save_every,
+        )
+
+    def evaluate(self) -> dict[str, Any]:
+        assert not self.model.training
+        self.evaluations.append(weights_of(self.model))
+        return {"accuracy": next(self.accuracies), "num_images": 7, "per_class": []}
+
+    def batches(self) -> Iterator[Any]:
+        pictures = TrainingPictures(DIGITS.train, build_augmentation(PLAIN, (32, 32), 3), to_rgb=True, seed=0)
+        return training_batches(pictures, self.plan, process=0, num_workers=0, first_step=self.state.step)
+
+    def run(self) -> dict[str, Any]:
+        return self.loop.run(self.batches())
+
+
+def weights_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+
+
+# Steps ---------------------------------------------------------------------------------------------------------------
+
+
+def after_four_steps(**training: Any) -> dict[str, torch.Tensor]:
+    """The weights after four steps of SGD without momentum, which hides no difference in scale."""
+    reset_accelerate()
+    groups = lambda model: torch.optim.SGD(parameter_groups(model, 0.0), lr=1.0)  # noqa: E731
+    bench = Bench(groups, **training)
+    bench.run()
+    assert bench.state.step == 4
+    return weights_of(bench.model)
+
+
+def test_accumulation_equals_the_large_batch() -> None:
+    large = after_four_steps(batch_size=16, gradient_accumulation_steps=1)
+    small = after_four_steps(batch_size=8, gradient_accumulation_steps=2)
+    start = after_four_steps(batch_size=16, learning_rate=1e-12)
+    for name in large:
+        torch.testing.assert_close(small[name], large[name], atol=1e-6, rtol=0)
+    moved = max((large[name] - start[name]).abs().max().item() for name in large)
+    assert moved > 1e-4  # far above the tolerance
+
+
+def test_a_weighted_loss_accumulates_too() -> None:
+    torch.manual_seed(0)
+    logits, labels = torch.randn(8, 10), torch.randint(10, (8,))
+    loss = SingleLabelLoss(0.1, class_weights=torch.rand(10))
+    halves = (loss(logits[:4], labels[:4]) + loss(logits[4:], labels[4:])) / 2
+    torch.testing.assert_close(loss(logits, labels), halves)
+
+
+def test_learning_rate_rises_then_falls() -> None:
+    options = TrainingOptions(learning_rate=1.0, warmup=0.1)
+    rates = [learning_rate_at(step, 100, options) for step in range(100)]
+    assert rates[:10] == pytest.approx([0.1 * step for step in range(1, 11)])
+    assert rates[10] == 1.0 and rates == [*rates[:10], *sorted(rates[10:], reverse=True)]
+    assert 0 < rates[-1] < 0.001
+    assert learning_rate_at(0, 1, replace(options, warmup=0.0)) == 1.0
+
+
+def test_each_logged_step_says_how_it_went() -> None:
+    bench = Bench(max_steps=5, log_every=2, health_every=0)
+    metrics = bench.run()
+    assert [record["step"] for record in bench.records] == [2, 4, 5]
+    for record in bench.records:
+        assert record["learning_rate"] == learning_rate_at(record["step"] - 1, 5, bench.options)
+        assert record["loss"] > 0 and record["gradient_norm"] > 0
+        assert record["images_per_second"] > 0 and record["peak_memory_mb"] > 10
+        for figure in ("token_norm", "token_gradient_norm", "token_update_ratio"):
+            assert record[figure].keys() == {"cls[0]", "registers[0]", "registers[1]"}
+            assert all(value > 0 for value in record[figure].values())
+    assert bench.records[-1]["held_out_accuracy"] == metrics["accuracy"] == 0.5
+    assert "held_out_per_class" not in bench.records[-1]
+    json.dumps(bench.records, allow_nan=False)
+
+
+def test_the_last_evaluation_is_made_again_where_all_steps_are_done() -> None:
+    bench = Bench(max_steps=4)
+    bench.state.step = 4
+    assert bench.run()["accuracy"] == 0.5
+
+
+# Parameter groups ----------------------------------------------------------------------------------------------------
+
+
+def a_model(**values: Any) -> ViTCLSForImageClassification:
+    return ViTCLSForImageClassification(ViTCLSConfig(**(TINY.config_values() | values)))
+
+
+def test_only_weights_of_linear_layers_and_patches_decay() -> None:
+    model = a_model(num_distillation_tokens=1, pooling="attention", layer_scale_init_value=0.1)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    groups = parameter_groups(model, weight_decay=0.05)
+    assert len(groups) == 2
+    by_decay = {group["weight_decay"]: [names[id(one)] for one in group["params"]] for group in groups}
+    decayed, rest = by_decay[0.05], by_decay[0.0]
+    assert len(decayed) + len(rest) == len(names)
+    assert all(name.endswith(".weight") and "norm" not in name for name in decayed)
+    tokens = ("cls_token", "distillation_token", "register_tokens", "position_embeddings.patches", "lambda1", "probe")
+    for end in tokens:
+        assert any(name.endswith(end) for name in rest), end
+    assert all(name.endswith("weight") is ("norm" in name) for name in rest if name.endswith("weight"))
+
+
+def test_learning_rates_fall_from_the_head_to_the_tokens() -> None:
+    model = a_model(num_hidden_layers=3, num_distillation_tokens=1)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    scale_of = {
+        names[id(parameter)]: group["lr_scale"]
+        for group in parameter_groups(model, weight_decay=0.05, layer_decay=0.5)
+        for parameter in group["params"]
+    }
+    assert scale_of.keys() == set(names.values())
+    expected = {"classifier": 1, "distillation_classifier": 1, "vitcls.layernorm": 1}
+    expected |= {f"vitcls.layers.{index}": 0.5 ** (3 - index) for index in range(3)}
+    expected |= {"vitcls.embeddings": 0.5**4}
+    for name, scale in scale_of.items():
+        (prefix,) = [prefix for prefix in expected if name.startswith(f"{prefix}.")]
+        assert scale == expected[prefix], name
+
+
+def test_learning_rate_reaches_each_group() -> None:
+    bench = Bench(layer_decay=0.5, max_steps=2, learning_rate=1.0, warmup=0.0)
+    bench.loop.step(bench.batches(), with_health=False)
+    rates = {group["lr"] for group in bench.state.optimizer.param_groups}
+    assert rates == {1.0, 0.5, 0.25, 0.125}
+
+
+# Moving average ------------------------------------------------------------------------------------------------------
+
+
+def test_the_average_is_evaluated_and_the_weights_stay() -> None:
+    """Compared with torch's own AveragedModel, with the same decay at each step."""
+    bench = Bench(ema_decay=0.7, max_steps=4, learning_rate=1e-2)
+    reference = AveragedModel(bench.model, multi_avg_fn=lambda averages, weights, step: None)
+    shadow = [parameter.detach().clone() for parameter in bench.model.parameters()]
+    batches = bench.batches()
+    for step in range(1, 5):
+        bench.loop.advance(batches)
+        average = get_ema_multi_avg_fn(min(0.7, (1 + step) / (10 + step)))
+        average(shadow, [parameter.detach() for parameter in bench.model.parameters()], step)
+    assert len(list(reference.module.parameters())) == len(shadow)
+    assert all(torch.equal(mine, theirs) for mine, theirs in zip(bench.state.ema.shadow, shadow, strict=True))
+    evaluated = bench.evaluations[-1].values()
+    assert all(torch.equal(mine, theirs) for mine, theirs in zip(evaluated, shadow, strict=True))
+    assert any(not torch.equal(now, average) for now, average in zip(bench.model.parameters(), shadow, strict=True))
+
+
+# Checkpoints and signals ---------------------------------------------------------------------------------------------
+
+
+def test_checkpoints_come_when_they_are_due() -> None:
+    bench = Bench(max_steps=8, save_every=3)
+    bench.run()
+    assert bench.saved == [(3, False), (6, False), (8, False), (8, True)]
+    at_evaluations = Bench(epochs=2, max_steps=None, batch_size=479, log_every=100)  # three steps an epoch
+    at_evaluations.run()
+    assert at_evaluations.saved == [(3, False), (3, True), (6, False), (6, True)]
+
+
+def test_the_best_is_saved_as_such() -> None:
+    bench = Bench(epochs=3, max_steps=None, batch_size=479, save_every=100)
+    bench.run()  # 0.5, 0.75, 0.6
+    assert bench.saved == [(3, True), (6, True), (9, False)]
+    assert bench.state.best_score == 0.75
+
+
+def test_a_signal_after_the_best_evaluation_leaves_it_the_best() -> None:
+    bench = Bench(epochs=3, max_steps=None, batch_size=479)
+    bench.signal_at = 3
+    with pytest.raises(Interrupted):
+        bench.run()
+    assert bench.saved == [(3, False), (3, True), (3, True)]
+
+
+def test_an_evaluation_that_was_cut_short_is_made_again_from_what_was_saved() -> None:
+    whole = Bench(epochs=2, max_steps=None, batch_size=479, log_every=2)
+    whole.run()
+    reset_accelerate()
+    bench = Bench(epochs=2, max_steps=None, batch_size=479, log_every=2)
+    evaluate, bench.accuracies = bench.loop.hooks.evaluate, iter([])
+    with pytest.raises(StopIteration):
+        bench.run()
+    assert bench.saved == [(3, False)] and bench.state.record["step"] == 3
+    bench.accuracies = iter([0.5, 0.75])
+    bench.loop.hooks.evaluate = evaluate
+    bench.run()
+    different = {"images_per_second", "peak_memory_mb"}
+    found, expected = (
+        [{name: value for name, value in record.items() if name not in different} for record in records]
+        for records in (bench.records, whole.records)
+    )
+    assert found == expected and [record["step"] for record in found] == [2, 3, 4, 6]
+    assert bench.saved[1:] == whole.saved[1:]
+
+
+def test_a_signal_saves_and_stops() -> None:
+    bench = Bench(max_steps=6)
+    bench.signal_at = 2
+    with pytest.raises(Interrupted, match="SIGTERM"):
+        bench.run()
+    assert bench.saved == [(2, False)]
+
+
+def test_a_signal_after_the_last_step_stops_nothing() -> None:
+    bench = Bench(max_steps=3)
+    bench.signal_at = 3
+    assert bench.run()["accuracy"] == 0.5
+    assert bench.saved == [(3, False), (3, True)]
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_a_loss_that_is_not_finite_stops_before_it_does_harm(accumulation: int) -> None:
+    bench = Bench(max_steps=4, gradient_accumulation_steps=accumulation)
+    batches = bench.batches()
+    bench.loop.advance(batches)
+    before = weights_of(bench.model)
+    objective = bench.loop.objective
+    bench.loop.objective = lambda model, batch: {"loss": objective(model, batch)["loss"] * math.nan}
+    with pytest.raises(NonFiniteLoss, match=r"not finite in step 2: try a lower --learning-rate") as caught:
+        bench.loop.advance(batches)
+    assert len(caught.value.batches) == accumulation
+    assert caught.value.batches[0]["index"].shape == (8,)
+    assert all(torch.equal(before[name], weight) for name, weight in weights_of(bench.model).items())
+    assert all(parameter.grad is None for parameter in bench.model.parameters())
+    assert bench.state.step == 1
+
+
+def overflowing_bench(**training: Any) -> Bench:
+    """As under fp16: gradients are infinite, and the loss scaler leaves out each step."""
+    bench = Bench(**training)
+    scaler = bench.accelerator.scaler = torch.amp.GradScaler("cpu")
+    bench.state.optimizer = AcceleratedOptimizer(bench.state.optimizer.optimizer, scaler=scaler)
+    bench.loop.updates.optimizer = bench.state.optimizer
+    for parameter in bench.model.parameters():
+        parameter.register_hook(lambda gradient: gradient * math.inf)
+    return bench
+
+
+def test_gradients_that_overflow_are_null() -> None:
+    bench = overflowing_bench(max_steps=2, log_every=1)
+    bench.run()
+    assert [record["token_gradient_norm"]["cls[0]"] for record in bench.records] == [None, None]
+    json.dumps(bench.records, allow_nan=False)
+
+
+def test_gradients_that_are_never_finite_stop_the_run() -> None:
+    bench = overflowing_bench(max_steps=40, log_every=40)
+    with pytest.raises(NonFiniteLoss, match="not finite in step 20"):
+        bench.run()
+
+
+# Tokens --------------------------------------------------------------------------------------------------------------
+
+
+def test_a_token_without_gradient_is_named_once() -> None:
+    bench = Bench(
+        prepare=lambda model: model.vitcls.embeddings.register_tokens.requires_grad_(False), max_steps=6, log_every=2
+    )
+    bench.run()
+    assert bench.warnings == [
+        f"the token registers[{index}] got no gradient in step 2: it cannot learn" for index in (0, 1)
+    ]
+    assert bench.loop.monitor.unmoved() == ["registers[0]", "registers[1]"]
+    assert bench.loop.monitor.movement()["cls[0]"] > 0
+
+
+def test_health_is_that_of_the_step() -> None:
+    bench = Bench(max_steps=1, max_gradient_norm=1e9, log_every=1)
+    token = bench.model.vitcls.embeddings.cls_token
+    before = token.detach().clone()
+    gradients: list[torch.Tensor] = []
+    token.register_hook(lambda gradient: gradients.append(gradient.clone()))
+    bench.run()
+    (record,) = bench.records
+    assert record["token_norm"]["cls[0]"] == pytest.approx(token.norm().item(), rel=1e-5)
+    assert record["token_gradient_norm"]["cls[0]"] == pytest.approx(gradients[0].norm().item(), rel=1e-5)
+    update = (token.detach() - before).norm() / before.norm()
+    assert record["token_update_ratio"]["cls[0]"] == pytest.approx(update.item(), rel=1e-4)
+
+
+def test_entropy_of_cls_attention_is_that_of_eager_attentions() -> None:
+    torch.manual_seed(0)
+    model = a_model(num_cls_tokens=2, initializer_range=0.5)
+    normalise = lambda pixels: pixels / 255  # noqa: E731
+    pixels = torch.randint(256, (3, 3, 32, 32), dtype=torch.uint8)
+    model.train()
+    (found,) = AttentionEntropy(model, normalise)({"pixels": pixels}).values()
+    assert model.training
+    eager = a_model(num_cls_tokens=2)
+    eager.load_state_dict(model.state_dict())
+    eager.set_attn_implementation("eager")
+    attentions = eager.eval()(normalise(pixels), output_attentions=True).attentions
+    rows = [weights[:, :, model.config.token_layout.cls] for weights in attentions]
+    expected = [-(row * row.log()).sum(-1).mean().item() for row in rows]
+    assert found == pytest.approx(expected, abs=1e-3)
+    assert max(found) < math.log(8) - 0.01  # 2 CLS, 2 registers, 4 patches: not simply uniform
+
+
+# Losses --------------------------------------------------------------------------------------------------------------
+
+
+def test_soft_and_hard_labels_agree() -> None:
+    torch.manual_seed(0)
+    logits, labels = torch.randn(6, 4), torch.randint(4, (6,))
+    weights = torch.tensor([0.5, 1.0, 2.0, 0.1])
+    for loss in (SingleLabelLoss(0.1), SingleLabelLoss(0.0, weights)):
+        soft = torch.nn.functional.one_hot(labels, 4).float()
+        torch.testing.assert_close(loss(logits, soft), loss(logits, labels))
+    expected = torch.nn.functional.cross_entropy(logits, labels, label_smoothing=0.1)
+    torch.testing.assert_close(SingleLabelLoss(0.1)(logits, labels), expected)
+
+
+def test_multi_label_loss_is_binary() -> None:
+    torch.manual_seed(0)
+    logits, labels = torch.randn(6, 4), torch.randint(2, (6, 4)).float()
+    expected = torch.nn.functional.binary_cross_entropy_with_logits(logits, labels)
+    torch.testing.assert_close(MultiLabelLoss(0.0)(logits, labels), expected)
+
+
+def test_multi_task_loss_leaves_out_missing_labels() -> None:
+    config = ViTCLSConfig(**TINY.config_values(), num_cls_tokens=2, tasks={"age": 3, "kind": 2})
+    torch.manual_seed(0)
+    model = ViTCLSForMultiTaskClassification(config)
+    labels = {"age": torch.tensor([0, -100]), "kind": torch.tensor([-100, -100])}
+    normalise = lambda pixels: pixels / 255  # noqa: E731
+    batch = {"pixels": torch.randint(256, (2, 3, 32, 32), dtype=torch.uint8), "labels": labels}
+    loss = Classification(PixelInputs(normalise), MultiTaskLoss(0.0))(model, batch)["loss"]
+    logits = model(normalise(batch["pixels"])).logits["age"]
+    torch.testing.assert_close(loss, torch.nn.functional.cross_entropy(logits[:1], torch.tensor([0])) / 2)
+    loss.backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())  # DDP waits for all of them
+
+
+def test_every_head_learns_without_a_teacher() -> None:
+    torch.manual_seed(0)
+    model = a_model(num_distillation_tokens=1)
+    batch = {"pixels": torch.zeros(2, 3, 32, 32, dtype=torch.uint8), "labels": torch.tensor([0, 1])}
+    normalise = lambda pixels: pixels / 255  # noqa: E731
+    Classification(PixelInputs(normalise), SingleLabelLoss(0.0))(model, batch)["loss"].backward()
+    without = [name for name, parameter in model.named_parameters() if parameter.grad is None]
+    assert without == []
+
+
+def test_masked_images_are_hidden_where_the_mask_says() -> None:
+    config = ViTCLSConfig(**TINY.config_values(), use_mask_token=True)
+    torch.manual_seed(0)
+    model = ViTCLSForMaskedImageModeling(config)
+    pixels = torch.randint(256, (3, 3, 32, 32), dtype=torch.uint8)
+    masks = torch.tensor([[True, False, False, True]]).expand(3, -1)
+    objective = MaskedImages(lambda values: values / 255, lambda count, device: masks[:count].to(device))
+    expected = model(pixels / 255, bool_masked_pos=masks).loss
+    assert objective(model, {"pixels": pixels})["loss"] == expected
+    assert expected != model(pixels / 255, bool_masked_pos=~masks).loss

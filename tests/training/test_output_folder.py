@@ -1,0 +1,404 @@
+"""One run at a time in an output folder, and what it replaces there. Locks are held by real processes."""
+
+import atexit
+import json
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from accelerate_state import reset_accelerate
+from tiny_models import raises_one_line
+from warm_processes import READY, SECONDS
+
+from modeling_vitcls.checkpoints import CheckpointStore
+from modeling_vitcls.options import DataOptions, FinetuneOptions, ModelOptions, RunOptions, TrainingOptions
+from modeling_vitcls.training import output_folder
+from modeling_vitcls.training.finetune import finetune, rehearse
+from modeling_vitcls.training.folder_lock import LOCK_FILE, FolderLock, LockOwner
+from modeling_vitcls.training.output_folder import final_files, remove_run
+from modeling_vitcls.training.runner import RunStopped
+from modeling_vitcls.training.setup import prepare
+
+
+TINY = {
+    "hidden_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "intermediate_size": 16,
+    "image_size": 16,
+    "patch_size": 8,
+}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return tmp_path / "runs" / "mine"
+
+
+# The lock ------------------------------------------------------------------------------------------------------------
+
+
+def hold(folder: Path, ready: Any, how_long: float = SECONDS) -> None:
+    """Take the lock in a process of its own, and keep it until a signal comes."""
+    with FolderLock(folder) as lock:
+        lock.acquire()
+        ready.put(os.getpid())
+        time.sleep(how_long)
+
+
+def fail(folder: Path, ready: Any) -> None:
+    with FolderLock(folder) as lock:
+        lock.acquire()
+        raise KeyboardInterrupt
+
+
+def forget(folder: Path, ready: Any) -> None:
+    FolderLock(folder).acquire()
+    atexit._run_exitfuncs()  # as Python does at its end, but not in a process of multiprocessing
+
+
+def fork(folder: Path, ready: Any) -> None:
+    """A child process that ends by itself, and one that gets SIGTERM, leave the lock to their parent."""
+    with FolderLock(folder) as lock:
+        lock.acquire()
+        for end in (lambda: lock.release(), lambda: os.kill(os.getpid(), signal.SIGTERM)):
+            child = os.fork()
+            if not child:
+                end()
+                os._exit(0)
+            os.waitpid(child, 0)
+        ready.put(lock.file.exists())
+
+
+def take_when_told(folder: Path, ready: Any, start: Any, end: Any) -> None:
+    with FolderLock(folder) as lock:
+        start.wait()
+        try:
+            lock.acquire()
+            ready.put(True)
+            end.wait()
+        except ValueError:
+            ready.put(False)
+
+
+@pytest.fixture
+def held(folder: Path) -> Any:
+    """A process that holds the lock."""
+    queue = READY.SimpleQueue()
+    process = READY.Process(target=hold, args=(folder, queue))
+    process.start()
+    assert queue.get() == process.pid
+    yield process
+    process.kill()
+    process.join()
+
+
+def run_in_process(target: Callable[..., None], folder: Path) -> Any:
+    queue = READY.SimpleQueue()
+    process = READY.Process(target=target, args=(folder, queue))
+    process.start()
+    process.join(SECONDS)
+    return process, queue
+
+
+def owner_of(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / LOCK_FILE).read_text(encoding="utf-8"))
+
+
+def write_owner(folder: Path, **changes: Any) -> None:
+    """Put a lock there that differs from this process's."""
+    folder.mkdir(parents=True, exist_ok=True)
+    owner = vars(LockOwner.this_process()) | changes
+    (folder / LOCK_FILE).write_text(json.dumps(owner), encoding="utf-8")
+
+
+def can_lock(folder: Path) -> bool:
+    with FolderLock(folder) as lock:
+        lock.acquire()
+        return owner_of(folder)["pid"] == os.getpid()
+
+
+def test_a_second_process_is_refused(folder: Path, held: Any) -> None:
+    before = owner_of(folder)
+    with raises_one_line(f"{folder} is in use", f"process {held.pid} on this machine", "another --output-dir"):
+        FolderLock(folder).acquire()
+    assert owner_of(folder) == before and before["pid"] == held.pid
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_the_lock_of_a_process_that_has_ended_is_taken_over(folder: Path, held: Any, number: int) -> None:
+    os.kill(held.pid, number)
+    held.join(SECONDS)
+    assert held.exitcode == -number
+    assert (folder / LOCK_FILE).exists() is (number == signal.SIGKILL)
+    assert can_lock(folder)
+    assert not (folder / LOCK_FILE).exists()
+
+
+def test_a_process_that_nobody_has_waited_for_has_ended(folder: Path) -> None:
+    child = os.fork()
+    if not child:
+        os._exit(0)
+    while psutil.Process(child).status() != psutil.STATUS_ZOMBIE:
+        time.sleep(0.01)
+    write_owner(folder, pid=child, started_after_boot=started_after_boot(child))
+    assert can_lock(folder)
+    os.waitpid(child, 0)
+
+
+def started_after_boot(pid: int) -> float:
+    return psutil.Process(pid).create_time() - psutil.boot_time()
+
+
+def test_a_process_number_that_is_in_use_again_does_not_count(folder: Path) -> None:
+    parent = os.getppid()  # alive, and another process
+    write_owner(folder, pid=parent, started_after_boot=started_after_boot(parent) - 60)
+    assert can_lock(folder)
+    write_owner(folder, pid=parent, started_after_boot=started_after_boot(parent))
+    with raises_one_line(f"process {parent} on this machine"):
+        FolderLock(folder).acquire()
+
+
+def test_the_lock_of_another_host_is_respected(folder: Path) -> None:
+    write_owner(folder, host="node-17", pid=4_000_000)
+    with raises_one_line("on the host node-17", "process 4000000", f"delete {folder / LOCK_FILE}"):
+        FolderLock(folder).acquire()
+    (folder / LOCK_FILE).unlink()
+    assert can_lock(folder)
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"pid": 1}', "no JSON"])
+def test_a_lock_that_cannot_be_read_is_named(folder: Path, text: str) -> None:
+    folder.mkdir(parents=True)
+    (folder / LOCK_FILE).write_text(text)
+    with raises_one_line(f"the lock file {folder / LOCK_FILE} cannot be read", "delete the file"):
+        FolderLock(folder).acquire()
+
+
+@pytest.mark.parametrize("target", [fail, forget])
+def test_the_lock_is_released_at_every_end(folder: Path, target: Callable[..., None]) -> None:
+    """After an exception, and at the end of the process. Folders that were made for the lock go with it."""
+    process, _ = run_in_process(target, folder)
+    assert process.exitcode == (1 if target is fail else 0)
+    assert not folder.parent.exists()
+
+
+def test_a_forked_process_leaves_the_lock_alone(folder: Path) -> None:
+    process, queue = run_in_process(fork, folder)
+    assert process.exitcode == 0 and queue.get() is True
+
+
+def test_one_of_many_takes_over_a_stale_lock(folder: Path) -> None:
+    write_owner(folder, pid=os.getppid(), started_after_boot=-100.0)
+    queue, start, end = READY.SimpleQueue(), READY.Event(), READY.Event()
+    processes = [READY.Process(target=take_when_told, args=(folder, queue, start, end)) for _ in range(6)]
+    for process in processes:
+        process.start()
+    start.set()
+    assert sum(queue.get() for _ in processes) == 1
+    end.set()
+    for process in processes:
+        process.join(SECONDS)
+        assert process.exitcode == 0
+    assert not (folder / LOCK_FILE).exists()
+
+
+def test_it_is_released_in_order(folder: Path) -> None:
+    """SIGTERM is handled as before, and the folder stays if something is in it."""
+    before = signal.getsignal(signal.SIGTERM)
+    with FolderLock(folder) as lock:
+        lock.acquire()
+        assert signal.getsignal(signal.SIGTERM) == lock.release_and_end
+        (folder / "metrics.jsonl").touch()
+    assert signal.getsignal(signal.SIGTERM) == before
+    assert [path.name for path in folder.iterdir()] == ["metrics.jsonl"]
+
+
+# Runs ----------------------------------------------------------------------------------------------------------------
+
+
+def options_of(folder: Path, dataset: str = "digits", max_steps: int = 1, **run: Any) -> FinetuneOptions:
+    model = run.pop("model", "vitcls-tiny")
+    return FinetuneOptions(
+        output_dir=folder,
+        data=DataOptions(dataset=dataset, num_workers=0),
+        model=ModelOptions(model=model, **(TINY if model == "vitcls-tiny" else {})),
+        training=TrainingOptions(max_steps=max_steps, batch_size=4, health_every=0),
+        run=RunOptions(report=False, **run),
+    )
+
+
+def run(folder: Path, **changes: Any) -> dict[str, Any]:
+    reset_accelerate()
+    return finetune(prepare(options_of(folder, **changes)))
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of one step."""
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    run(folder)
+    return folder
+
+
+@pytest.fixture
+def earlier(finished: Path, folder: Path) -> Path:
+    """A copy of it that a test may change."""
+    for name, content in contents(finished).items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(content)
+    return folder
+
+
+def test_a_run_locks_its_folder_until_it_ends(folder: Path) -> None:
+    reset_accelerate()
+    prepared = prepare(options_of(folder))
+    assert owner_of(folder)["pid"] == os.getpid()
+    finetune(prepared)
+    assert not (folder / LOCK_FILE).exists()
+
+
+def test_a_run_is_refused_while_another_uses_the_folder(folder: Path, held: Any) -> None:
+    for changes in ({}, {"resume": True}, {"overwrite": True}):
+        with raises_one_line(f"{folder} is in use by another run"):
+            run(folder, **changes)
+    assert [path.name for path in folder.iterdir()] == [LOCK_FILE]
+
+
+def test_a_run_that_fails_releases_its_lock(folder: Path) -> None:
+    with raises_one_line("no-such-folder", error=(ValueError, OSError)):
+        run(folder, dataset="./no-such-folder")
+    assert not folder.parent.exists()
+    prepared = prepare(options_of(folder))
+    prepared.session.train = lambda *parts: (_ for _ in ()).throw(RunStopped("stopped"))
+    with pytest.raises(RunStopped):
+        finetune(prepared)
+    assert not (folder / LOCK_FILE).exists()
+
+
+def test_a_finished_run_is_replaced_only_with_overwrite(earlier: Path) -> None:
+    before = contents(earlier)
+    with raises_one_line(f"{earlier} holds a finished run: replace it with --overwrite"):
+        run(earlier)
+    assert contents(earlier) == before
+    with raises_one_line(f"{earlier} holds a finished run"):
+        rehearse(options_of(earlier))
+    assert run(earlier, max_steps=2, overwrite=True)["steps"] == 2
+
+
+def test_a_finished_run_is_not_begun_again_without_its_checkpoints(earlier: Path) -> None:
+    CheckpointStore(earlier / "checkpoints", keep=1).clear()
+    with raises_one_line(f"{earlier} holds a finished run"):
+        run(earlier, resume=True)
+
+
+def test_the_old_model_never_stands_next_to_the_new_configuration(
+    earlier: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whenever the new run is killed. Here the process ends at each removal of a file."""
+    config = (earlier / "config.resolved.yaml").read_bytes()
+    (earlier / "notes.txt").write_text("mine")
+    states: list[set[str]] = []
+    unlink = Path.unlink
+
+    def note(path: Path, missing_ok: bool = False) -> None:
+        if path.parent == earlier and path.name != LOCK_FILE:
+            names = set(contents(earlier))
+            states.append(names)
+            assert (earlier / "config.resolved.yaml").read_bytes() == config
+        unlink(path, missing_ok)
+
+    monkeypatch.setattr(Path, "unlink", note)
+    reset_accelerate()
+    prepared = prepare(options_of(earlier, max_steps=2, overwrite=True))
+    monkeypatch.undo()
+    assert set(contents(earlier)) == {"config.resolved.yaml", "notes.txt", LOCK_FILE}
+    assert (earlier / "config.resolved.yaml").read_bytes() != config
+    assert len(states) > 10 and "results.json" in states[0]
+    assert not any("results.json" in names for names in states[1:])  # no part of a run passes for a finished one
+    prepared.session.lock.release()
+
+
+def test_what_is_wrong_is_found_before_anything_is_removed(earlier: Path) -> None:
+    before = contents(earlier)
+    with raises_one_line("no-such-folder", error=(ValueError, OSError)):
+        run(earlier, dataset="./no-such-folder", overwrite=True)
+    assert contents(earlier) == before
+
+
+def test_a_resumed_run_that_is_finished_changes_nothing(earlier: Path) -> None:
+    before = contents(earlier)
+    run(earlier, resume=True, keep_checkpoints=5)  # a flag that may differ
+    assert contents(earlier) == before
+
+
+def test_the_model_to_start_from_is_not_removed(earlier: Path) -> None:
+    before = contents(earlier)
+    with raises_one_line("--model is in --output-dir", "choose another folder"):
+        run(earlier, model=str(earlier), overwrite=True)
+    assert contents(earlier) == before
+
+
+OTHERS = ["README.md", "config.json", "LICENSE", "report.html", "metrics.jsonl", "pictures/cat.png"]
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_files_that_no_run_wrote_stay(folder: Path, name: str) -> None:
+    (folder / name).parent.mkdir(parents=True)
+    (folder / name).write_text("mine")
+    for changes in ({}, {"resume": True}):
+        with raises_one_line(f"would overwrite ({name})", "--overwrite"):
+            run(folder, **changes)
+    assert contents(folder) == {name: b"mine"}
+
+
+def test_other_files_are_overwritten_on_request(folder: Path) -> None:
+    folder.mkdir(parents=True)
+    (folder / "README.md").write_text("mine")
+    (folder / "notes.txt").write_text("mine")
+    run(folder, overwrite=True)
+    assert (folder / "README.md").read_text() != "mine"
+    assert (folder / "notes.txt").read_text() == "mine"
+
+
+def test_a_file_that_appears_while_a_run_is_stopped_stays(earlier: Path) -> None:
+    for name in final_files(earlier):
+        (earlier / name).unlink()
+    (earlier / "README.md").write_text("mine")
+    with raises_one_line("would overwrite (README.md)"):
+        run(earlier, resume=True)
+    assert (earlier / "README.md").read_text() == "mine"
+    (earlier / "README.md").unlink()
+    assert run(earlier, resume=True)["steps"] == 1
+
+
+def test_a_run_that_ended_before_its_first_checkpoint_is_replaced(folder: Path) -> None:
+    reset_accelerate()
+    prepare(options_of(folder)).session.lock.release()
+    (folder / "metrics.jsonl").write_text('{"step": 1}\n')
+    assert run(folder)["steps"] == 1
+
+
+def test_only_the_files_of_a_run_are_removed(earlier: Path) -> None:
+    mine = ["notes.txt", "train.py", "pictures/mine.txt", "checkpoints/best.pt", "checkpoints/mine/weights.bin"]
+    for name in mine:
+        (earlier / name).parent.mkdir(parents=True, exist_ok=True)
+        (earlier / name).write_text("mine")
+    remove_run(earlier, CheckpointStore(earlier / "checkpoints", keep=1))
+    assert set(contents(earlier)) == set(mine)
+
+
+def test_a_run_writes_what_it_is_known_to_write(finished: Path) -> None:
+    """Or a file of an earlier run would stay next to those of the next one."""
+    names = {name for name in contents(finished) if not name.startswith("checkpoints/")}
+    assert names == {*final_files(finished), output_folder.METRICS, output_folder.RECIPE}

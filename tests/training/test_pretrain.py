@@ -1,0 +1,318 @@
+"""Masked image modelling: what is hidden, what is measured on held-out pictures, and the encoder it leaves behind."""
+
+import json
+import shutil
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate_state import reset_accelerate
+from tiny_models import raises_one_line, tiny_config
+from transformers import AutoModel, AutoModelForMaskedImageModeling
+
+from modeling_vitcls import ViTCLSForMaskedImageModeling, ViTCLSImageProcessor, ViTCLSModel
+from modeling_vitcls.data.batches import Normaliser
+from modeling_vitcls.data.masking import MaskChooser
+from modeling_vitcls.data.random_bits import seed_for
+from modeling_vitcls.data.splits import load_unlabelled_data
+from modeling_vitcls.heads_vitcls import masked_pixel_loss
+from modeling_vitcls.inference.reconstruction import ReconstructionEvaluator
+from modeling_vitcls.options import (
+    AugmentationOptions,
+    DataOptions,
+    FinetuneOptions,
+    MaskingOptions,
+    ModelOptions,
+    PretrainOptions,
+    RunOptions,
+    TrainingOptions,
+)
+from modeling_vitcls.training import finetune as finetuning
+from modeling_vitcls.training.loop import score_of
+from modeling_vitcls.training.losses import MaskedImages
+from modeling_vitcls.training.pretrain import build_model, prepare, pretrain, rehearse
+from modeling_vitcls.training.runner import RunStopped
+
+
+CPU = torch.device("cpu")
+NUM_HELD_OUT_DIGITS = 372
+DIGITS = DataOptions(dataset="digits", num_workers=0)
+TINY = ModelOptions(
+    model="vitcls-tiny",
+    hidden_size=32,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    intermediate_size=64,
+    image_size=32,
+    patch_size=8,
+    num_cls_tokens=2,
+    num_distillation_tokens=1,
+    num_register_tokens=2,
+)
+PLAIN = AugmentationOptions(crop_scale=1.0, flip=False)
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerate() -> Iterator[None]:
+    """Accelerate keeps its settings in singletons: each test starts without."""
+    reset_accelerate()
+    yield
+    reset_accelerate()
+
+
+def tiny_options(folder: Path, **training: Any) -> PretrainOptions:
+    """Three epochs of three steps on digits, with an evaluation after each."""
+    return PretrainOptions(
+        output_dir=folder,
+        data=DIGITS,
+        model=TINY,
+        augmentation=PLAIN,
+        training=replace(TrainingOptions(max_steps=9, batch_size=479, learning_rate=3e-3, ema_decay=0.9), **training),
+    )
+
+
+@pytest.fixture(scope="module")
+def pretrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder that a short run leaves behind."""
+    folder = tmp_path_factory.mktemp("pretrained") / "encoder"
+    reset_accelerate()
+    pretrain(prepare(tiny_options(folder)))
+    return folder
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    return json.loads(file.read_text(encoding="utf-8"))
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+# Masks ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("grid", [(5, 5), (5, 7), (14, 14)])
+@pytest.mark.parametrize("block", [1, 2, 3])
+@pytest.mark.parametrize("ratio", [0.5, 0.75])
+def test_each_image_has_exactly_its_part_hidden(grid: tuple[int, int], block: int, ratio: float) -> None:
+    masks = MaskChooser(MaskingOptions(mask_ratio=ratio, mask_block=block), grid)(50, CPU)
+    assert masks.shape == (50, grid[0] * grid[1]) and masks.dtype == torch.bool
+    assert masks.sum(dim=1).unique().tolist() == [round(ratio * grid[0] * grid[1])]
+    assert len(masks.unique(dim=0)) > 5
+
+
+def test_squares_are_hidden_whole() -> None:
+    masks = MaskChooser(MaskingOptions(mask_ratio=0.5, mask_block=2), (6, 8))(20, CPU)
+    squares = masks.view(20, 3, 2, 4, 2).sum(dim=(2, 4))  # [20, squares down, squares across]
+    assert squares.unique().tolist() == [0, 4]
+
+
+def test_every_patch_is_hidden_equally_often() -> None:
+    torch.manual_seed(0)
+    for block in (1, 2):
+        masks = MaskChooser(MaskingOptions(mask_ratio=0.5, mask_block=block), (4, 4))(4000, CPU)
+        assert masks.float().mean(dim=0).sub(0.5).abs().max() < 0.04  # five standard deviations
+
+
+def test_masks_follow_torchs_seed() -> None:
+    choose = MaskChooser(MaskingOptions(), (4, 4))
+    torch.manual_seed(3)
+    first = choose(8, CPU)
+    assert not torch.equal(choose(8, CPU), first)
+    torch.manual_seed(3)
+    assert torch.equal(choose(8, CPU), first)
+
+
+def test_masks_that_make_no_sense_are_refused() -> None:
+    with raises_one_line("--mask-ratio 0.01", "hides 0 of the 4 x 4 patches"):
+        MaskChooser(MaskingOptions(mask_ratio=0.01), (4, 4))
+    with raises_one_line("--mask-ratio 0.99", "hides 16 of the 4 x 4 patches"):
+        MaskChooser(MaskingOptions(mask_ratio=0.99), (4, 4))
+    with raises_one_line("--mask-block 3", "8 of 4 x 4 patches"):
+        MaskChooser(MaskingOptions(mask_ratio=0.5, mask_block=3), (4, 4))
+
+
+# Evaluation ----------------------------------------------------------------------------------------------------------
+
+
+def measured(model: ViTCLSForMaskedImageModeling, batch_size: int, mask_seed: int = 0) -> dict[str, Any]:
+    """The metrics of a model on the held-out digits."""
+    processor = build_model(TINY)[1]
+    evaluator = ReconstructionEvaluator(
+        load_unlabelled_data(DIGITS).held_out.pictures,
+        processor,
+        MaskChooser(MaskingOptions(mask_ratio=0.5), (4, 4)),
+        mask_seed,
+        batch_size,
+        num_workers=0,
+        accelerator=Accelerator(cpu=True),
+        max_broken_images=0,
+        warn=print,
+    )
+    first, second = evaluator(model), evaluator(model)
+    assert first == second
+    return first
+
+
+def test_the_measured_loss_is_the_mean_over_the_pictures() -> None:
+    torch.manual_seed(0)
+    model, processor = build_model(TINY)
+    model.eval()
+    metrics = measured(model, batch_size=64)
+    assert metrics["num_images"] == NUM_HELD_OUT_DIGITS
+    assert measured(model, batch_size=7) == metrics
+    assert measured(model, batch_size=7, mask_seed=1) != metrics
+
+    choose_masks = MaskChooser(MaskingOptions(mask_ratio=0.5), (4, 4))
+    losses = []
+    for index, picture in enumerate(load_unlabelled_data(DIGITS).held_out.pictures):
+        pixels = processor(picture, return_tensors="pt")["pixel_values"]
+        mask = choose_masks(1, CPU, torch.Generator().manual_seed(seed_for(0, index)))
+        with torch.no_grad():
+            reconstruction = model(pixels, bool_masked_pos=mask).reconstruction
+        losses.append(masked_pixel_loss(reconstruction, pixels, mask, model.config).item())
+    assert metrics["reconstruction_loss"] == pytest.approx(sum(losses) / len(losses), abs=2e-6)
+
+
+def test_the_best_evaluation_has_the_lowest_loss() -> None:
+    assert score_of({"reconstruction_loss": 0.5, "num_images": 9}) == -0.5
+    assert score_of({"accuracy": 0.5, "loss": 2.0}) == 0.5
+    assert score_of({"mean_average_precision": None}) is None
+    assert score_of({}) is None
+
+
+# Runs ----------------------------------------------------------------------------------------------------------------
+
+
+def test_every_parameter_gets_a_gradient() -> None:
+    """Special tokens, which nothing reads, get theirs from the patches that attend to them; several processes would
+    wait for any that is missing."""
+    torch.manual_seed(0)
+    model, processor = build_model(TINY)
+    objective = MaskedImages(Normaliser(processor, CPU), MaskChooser(MaskingOptions(), (4, 4)))
+    objective(model, {"pixels": torch.randint(256, (4, 3, 32, 32), dtype=torch.uint8)})["loss"].backward()
+    assert [name for name, parameter in model.named_parameters() if parameter.grad is None] == []
+    tokens = model.vitcls.embeddings.get_special_tokens()
+    assert tokens.keys() == {"cls", "distillation", "registers"}
+    assert all((token.grad[0].norm(dim=1) > 0).all() for token in tokens.values())
+
+
+def test_a_run_learns_to_fill_in(pretrained: Path) -> None:
+    losses = [record["held_out_reconstruction_loss"] for record in read_metrics(pretrained) if "epoch" in record]
+    assert len(losses) == 3 and losses == sorted(losses, reverse=True)
+    results = read_json(pretrained / "results.json")
+    assert results["reconstruction_loss"] == losses[-1] < 0.97 * losses[0]
+    assert results["num_images"] == NUM_HELD_OUT_DIGITS
+    assert results["num_hidden_patches"] == 10  # 0.6 x 16
+    assert all(moved > 0 for moved in results["token_movement"].values())
+
+
+def test_the_best_checkpoint_is_that_of_the_lowest_loss(pretrained: Path) -> None:
+    newest = read_json(pretrained / "checkpoints" / "step-00000009" / "state.json")
+    assert newest["is_best"]
+    assert newest["facts"]["best_score"] == -read_json(pretrained / "results.json")["reconstruction_loss"]
+
+
+def test_no_token_is_said_not_to_learn(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    pretrain(prepare(tiny_options(tmp_path, max_steps=2, log_every=1)))
+    output = capsys.readouterr().out
+    assert "reconstruction loss" in output and "WARNING" not in output
+
+
+def test_resumption_hides_the_same_patches(pretrained: Path, tmp_path: Path) -> None:
+    """From the checkpoint after six of the nine steps, as if the run had been killed then."""
+    folder = tmp_path / "resumed"
+    shutil.copytree(pretrained, folder)
+    shutil.rmtree(folder / "checkpoints" / "step-00000009")
+    (folder / "results.json").unlink()
+    (folder / "model.safetensors").unlink()
+    run = prepare(replace(tiny_options(folder), run=RunOptions(resume=True)))
+    assert run.session.facts is not None and run.session.facts["step"] == 6
+    assert pretrain(run)["reconstruction_loss"] == read_json(pretrained / "results.json")["reconstruction_loss"]
+    resumed, whole = (ViTCLSForMaskedImageModeling.from_pretrained(at).state_dict() for at in (folder, pretrained))
+    assert all(torch.equal(resumed[name], whole[name]) for name in whole)
+
+
+def test_a_rehearsal_leaves_nothing(tmp_path: Path) -> None:
+    folder = tmp_path / "encoder"
+    rehearse(replace(tiny_options(folder, batch_size=8), run=RunOptions(dry_run=True)))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_flags_for_fine_tuning_are_refused(tmp_path: Path) -> None:
+    options = tiny_options(tmp_path / "never")
+    with raises_one_line("--mixup", "no labels"):
+        prepare(replace(options, augmentation=AugmentationOptions(mixup=0.2)))
+    with raises_one_line("--trainable", "no labels"):
+        prepare(replace(options, training=TrainingOptions(trainable="last-1")))
+    with raises_one_line("--patch-drop-rate", "leave it out"):
+        prepare(replace(options, model=replace(TINY, patch_drop_rate=0.5)))
+    assert not (tmp_path / "never").exists()
+
+
+# What it leaves behind -----------------------------------------------------------------------------------------------
+
+
+def test_the_folder_loads_as_an_encoder(pretrained: Path) -> None:
+    trained = ViTCLSForMaskedImageModeling.from_pretrained(pretrained)
+    encoder, info = AutoModel.from_pretrained(pretrained, output_loading_info=True)
+    assert isinstance(encoder, ViTCLSModel) and not info["missing_keys"]
+    weights = encoder.state_dict()
+    assert all(torch.equal(weight, weights[name]) for name, weight in trained.vitcls.state_dict().items())
+    assert isinstance(AutoModelForMaskedImageModeling.from_pretrained(pretrained), ViTCLSForMaskedImageModeling)
+
+
+def test_the_card_says_what_was_measured(pretrained: Path) -> None:
+    card = (pretrained / "README.md").read_text(encoding="utf-8")
+    results = read_json(pretrained / "results.json")
+    assert f"| {results['reconstruction_loss']:.4f} |" in card
+    assert "372 held-out images of `digits`" in card and "10 of 16 patches hidden" in card
+    assert "[ CLS x 2 | distillation x 1 | register x 2 | patch x 16 ]" in card
+    assert str(pretrained.parent) not in card
+    assert "mask_ratio: 0.6" in card
+
+
+def test_pre_training_goes_on_from_a_checkpoint(pretrained: Path) -> None:
+    trained = ViTCLSForMaskedImageModeling.from_pretrained(pretrained)
+    model, processor = build_model(ModelOptions(model=str(pretrained), image_size=48))
+    assert torch.equal(model.decoder.projection.weight, trained.decoder.projection.weight)
+    assert (processor.size.height, model.config.grid_size) == (48, (6, 6))
+
+
+def test_a_checkpoint_that_drops_patches_is_told_to_keep_them(tmp_path: Path) -> None:
+    saved, folder = ViTCLSModel(tiny_config(patch_drop_rate=0.5)), str(tmp_path)
+    saved.save_pretrained(folder)
+    ViTCLSImageProcessor(size=32).save_pretrained(folder)
+    with raises_one_line(folder, "--patch-drop-rate 0"):
+        build_model(ModelOptions(model=folder))
+    model, _ = build_model(ModelOptions(model=folder, patch_drop_rate=0.0))
+    assert torch.equal(model.vitcls.layers[0].mlp.fc1.weight, saved.layers[0].mlp.fc1.weight)
+
+
+def test_fine_tuning_starts_from_the_encoder(pretrained: Path, tmp_path: Path) -> None:
+    options = FinetuneOptions(
+        output_dir=tmp_path / "classifier",
+        data=DIGITS,
+        model=ModelOptions(model=str(pretrained)),
+        augmentation=PLAIN,
+        training=TrainingOptions(max_steps=2, batch_size=32, learning_rate=1e-3),
+    )
+    run = finetuning.prepare(options)
+    trained = ViTCLSForMaskedImageModeling.from_pretrained(pretrained).vitcls.state_dict()
+    encoder = run.built.model.vitcls.state_dict()
+    for name, weight in trained.items():
+        assert torch.equal(encoder[name], weight), name
+    results = finetuning.finetune(run)
+    assert results["num_images"] == NUM_HELD_OUT_DIGITS
+    assert results["token_layout"]["cls"] == 2
+
+
+def test_a_broken_output_folder_ends_in_one_line(tmp_path: Path) -> None:
+    run = prepare(tiny_options(tmp_path / "encoder", max_steps=1, batch_size=8))
+    (tmp_path / "encoder" / "README.md").mkdir()  # in the way of the card
+    with raises_one_line("cannot write the model to", "--resume", error=RunStopped):
+        pretrain(run)

@@ -1,0 +1,90 @@
+"""What a run prints while it trains."""
+
+import io
+from pathlib import Path
+from typing import Any
+
+import pytest
+from accelerate import Accelerator
+from rich.console import Console
+
+from modeling_vitcls.options import FinetuneOptions, TrainingOptions
+from modeling_vitcls.training import reporter as reporter_module
+from modeling_vitcls.training.reporter import Reporter, duration
+from modeling_vitcls.training.runner import Session
+
+
+RECORD = {"epoch": 0.5, "loss": 2.0, "learning_rate": 2.5e-4, "images_per_second": 100.0}
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"),
+    [
+        (0.2, "1 s"),
+        (42, "42 s"),
+        (89.5, "90 s"),
+        (91, "2 min"),
+        (3600 - 31, "59 min"),
+        (3600 - 29, "1 h 0 min"),
+        (3600 * 3.5, "3 h 30 min"),
+        (3600 * 53, "2 d 5 h"),
+    ],
+)
+def test_durations(seconds: float, words: str) -> None:
+    assert duration(seconds) == words
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    now = [1000.0]
+    monkeypatch.setattr(reporter_module.time, "perf_counter", lambda: now[0])
+    return now
+
+
+def a_reporter(folder: Path, **console: Any) -> tuple[Reporter, io.StringIO]:
+    output = io.StringIO()
+    reporter = Reporter(folder / "metrics.jsonl", Accelerator(cpu=True))
+    reporter.console = reporter.progress.live.console = Console(file=output, soft_wrap=True, **console)
+    return reporter, output
+
+
+def test_a_line_shows_the_learning_rate_and_the_remaining_time(tmp_path: Path, clock: list[float]) -> None:
+    """Of a run that was resumed after step 10: two steps took four minutes."""
+    reporter, output = a_reporter(tmp_path)
+    reporter.start_at(10, 20)
+    clock[0] += 240
+    reporter.log(RECORD | {"step": 12, "held_out_accuracy": 0.25})
+    assert output.getvalue() == (
+        "step 12/20  epoch 0.5  loss 2.000  lr 2.5e-04  100 images/s  16 min left  held out: accuracy 25.00%\n"
+    )
+    reporter.log(RECORD | {"step": 20})
+    assert output.getvalue().endswith("100 images/s\n")  # there is nothing left
+
+
+def test_the_time_on_the_bar_is_labeled(tmp_path: Path, clock: list[float]) -> None:
+    reporter, output = a_reporter(tmp_path, force_terminal=True, width=200)
+    reporter.progress.disable = False
+    reporter.start_at(0, 20)
+    with reporter:
+        clock[0] += 240
+        reporter.log(RECORD | {"step": 2})
+    (last,) = [line for line in output.getvalue().splitlines() if "36 min left" in line][-1:]
+    assert "lr 2.5e-04" in last and "2/20" in last
+
+
+def test_a_dry_run_expects_steps_and_evaluations(tmp_path: Path) -> None:
+    """The first step, which takes longer, does not count; the evaluation is of a quarter of the images."""
+
+    class Plan:
+        num_steps, num_pictures = 100, 50
+
+        def epochs_after(self, step: int) -> float:
+            return step / 40
+
+    session = Session.__new__(Session)
+    session.step_seconds, session.evaluation_seconds = [9.0, 0.5, 0.6], [2.0]
+    options = FinetuneOptions.__new__(FinetuneOptions)
+    object.__setattr__(options, "training", TrainingOptions())
+    session.options = options
+    plan: Any = Plan()
+    assert session.estimate_seconds(plan, 0.25) == 100 * 0.5 + 3 * 2.0 / 0.25
