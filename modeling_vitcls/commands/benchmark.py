@@ -1,12 +1,13 @@
-"""How fast it is, against others on the same work.
+"""`vitcls benchmark`: speed and memory compared with other projects on the same work.
 
     python scripts/benchmark.py --work inference step pixels prediction probe --markdown speed.md --output speed.json
     python scripts/benchmark.py --work inference --rows "fp32, batch 8" --against timm
     python scripts/benchmark.py --work growth --plot cost.png
     python scripts/benchmark.py --work training
 
-Ours and theirs take turns, and what counts is the median of the ratios of neighbouring turns, so that other work on
-the machine slows both. Nothing is measured if the outputs differ. The work is done in modeling_vitcls/benchmarking/.
+Both sides take turns. The result is the median of the ratios of neighboring turns, because other programs on the
+machine slow both sides. If the outputs differ, nothing is measured. The benchmarks are implemented in
+modeling_vitcls/benchmarking/.
 """
 
 import os
@@ -14,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from command_line import errors_in_one_line, from_flags, stop
+from .parsing import errors_in_one_line, stop
 
 
 PLOTS = (".png", ".svg")
@@ -30,7 +31,7 @@ class BenchmarkOptions:
     ]
     """Forward passes; how their time and memory grow with image size, patch size, tokens and batch; bare training
     steps, with their memory; merged and dropped patches against the plain model; from a JPEG file to pixel_values, and
-    to a label; a linear probe with cached features against one without; scripts/finetune.py against transformers'
+    to a label; a linear probe with cached features against one without; vitcls finetune against transformers'
     Trainer; reading attention, with its memory, against a plain forward pass."""
     against: tuple[Literal["transformers", "timm"], ...] = ("transformers", "timm")
     """Whom forward passes, their growth and training steps are compared with."""
@@ -52,9 +53,11 @@ class BenchmarkOptions:
     """Tiny models: tries the script, and measures nothing worth knowing."""
 
 
-def main() -> None:
-    """Parse, measure, report; the package is imported only once the flags are known to be right."""
-    options = from_flags(BenchmarkOptions, description=__doc__)
+OPTIONS = BenchmarkOptions
+
+
+def check(options: BenchmarkOptions) -> None:
+    """Exit with status 2 if flags do not go together."""
     if options.pairs < 1:
         stop(f"--pairs is {options.pairs}: set a value 1 or more")
     if not options.work or not options.against:
@@ -63,13 +66,15 @@ def main() -> None:
         stop("--plot draws growth: add it to --work")
     if options.plot is not None and options.plot.suffix not in PLOTS:
         stop(f"--plot {options.plot}: choose a name that ends in {' or '.join(PLOTS)}")
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing is loaded but from this machine
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when huggingface_hub is imported: nothing is downloaded
 
-    from modeling_vitcls.benchmarking.tables import said, show, write, write_markdown, write_plot
-    from modeling_vitcls.benchmarking.work import Plan, compare
 
-    finetune = Path(__file__).with_name("finetune.py")
-    plan = Plan(options.against, options.pairs, options.toy, finetune, options.precision, options.device)
+def run(options: BenchmarkOptions) -> None:
+    """Measure, print the tables and write the files."""
+    from ..benchmarking.tables import said, show, write, write_markdown, write_plot
+    from ..benchmarking.work import Plan, compare
+
+    plan = Plan(options.against, options.pairs, options.toy, options.precision, options.device)
     with errors_in_one_line():
         comparisons = [said(comparison) for comparison in compare(options.work, options.rows, plan)]
         if options.output is not None:
@@ -79,7 +84,3 @@ def main() -> None:
         if options.plot is not None:
             write_plot(comparisons, options.plot)
     show(comparisons)
-
-
-if __name__ == "__main__":
-    main()

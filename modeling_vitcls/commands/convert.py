@@ -1,21 +1,20 @@
-"""Take over a ViT of timm or transformers exactly: model, image processor, card, and a certificate of how exact it is.
+"""`vitcls convert`: convert a ViT of timm or transformers exactly: model, image processor, card and parity report.
 
     python scripts/convert.py --source timm:vit_base_patch14_reg4_dinov2.lvd142m --output converted
     python scripts/convert.py --source transformers:facebook/dinov2-base@COMMIT --output converted --num-labels 10
 
-`--help` lists the flags. The work is done in modeling_vitcls/conversion/convert.py.
+The conversion is implemented in modeling_vitcls/conversion/convert.py.
 """
 
-import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, NoReturn
+from typing import TYPE_CHECKING, Literal
 
-import tyro
+from .parsing import errors_in_one_line, stop
 
 
 if TYPE_CHECKING:
-    from modeling_vitcls.conversion.parity_report import Certificate
+    from ..conversion.parity_report import Certificate
 
 
 @dataclass
@@ -34,21 +33,26 @@ class ConvertOptions:
     """Labels of a new classifier, also on a source without one."""
 
 
-def main() -> None:
-    """Parse, convert, print; the package is imported only once the flags are known to be right."""
-    options = tyro.cli(ConvertOptions)
-    if not options.source.startswith(("timm:", "transformers:")):
-        stop(f"--source {options.source}: give timm:NAME or transformers:PATH_OR_ID", status=2)
-    if options.num_labels is not None and options.num_labels < 1:
-        stop(f"--num-labels {options.num_labels}: give 1 or more", status=2)
+OPTIONS = ConvertOptions
 
+
+def check(options: ConvertOptions) -> None:
+    """Exit with status 2 if a flag has a wrong value."""
+    if not options.source.startswith(("timm:", "transformers:")):
+        stop(f"--source {options.source}: give timm:NAME or transformers:PATH_OR_ID")
+    if options.num_labels is not None and options.num_labels < 1:
+        stop(f"--num-labels {options.num_labels}: give 1 or more")
+
+
+def run(options: ConvertOptions) -> None:
+    """Convert the model and print the parity report."""
     from transformers.utils.logging import disable_progress_bar
 
-    from modeling_vitcls.analysis.card_images import write_pictures
-    from modeling_vitcls.conversion.convert import take_over
+    from ..analysis.card_images import write_pictures
+    from ..conversion.convert import take_over
 
     disable_progress_bar()
-    try:
+    with errors_in_one_line():
         certificate = take_over(
             options.source,
             options.output,
@@ -57,8 +61,6 @@ def main() -> None:
             options.num_labels,
             write_pictures,
         )
-    except (ValueError, OSError) as error:
-        stop(f"error: {error}", status=1)
     show(certificate, options.output)
 
 
@@ -67,7 +69,7 @@ def show(certificate: "Certificate", output: Path) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from modeling_vitcls.hub.publish import push_command
+    from ..hub.publish import push_command
 
     console = Console(soft_wrap=True, highlight=False)
     table = Table(title=f"{certificate.source} -> {certificate.model_class}: largest differences")
@@ -104,13 +106,3 @@ def remarks(certificate: "Certificate") -> list[str]:
         "Versions: " + ", ".join(f"{name} {version}" for name, version in certificate.versions.items()),
         *(f"SHA-256 of {file}: {digest}" for file, digest in certificate.sha256.items()),
     ]
-
-
-def stop(message: str, status: int) -> NoReturn:
-    """End the script with a message."""
-    print(message, file=sys.stderr)
-    raise SystemExit(status)
-
-
-if __name__ == "__main__":
-    main()

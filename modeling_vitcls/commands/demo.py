@@ -1,15 +1,15 @@
-"""Show in a browser what a model sees in pictures: labels, and where every special token looks.
+"""`vitcls demo`: a page with the labels of images and the attention of every special token.
 
     python scripts/demo_app.py --model runs/mine
     python scripts/demo_app.py --model someone/their-model --revision COMMIT --port 8000
 
-scripts/push_space.py publishes the same page on the Hub. The work is done in modeling_vitcls/demo/.
+`vitcls space` publishes the same page on the Hub. The page is implemented in modeling_vitcls/demo/.
 """
 
 from dataclasses import dataclass
 from pathlib import Path
 
-from command_line import errors_in_one_line, from_flags
+from .parsing import errors_in_one_line
 
 
 @dataclass(frozen=True)
@@ -28,22 +28,19 @@ class DemoOptions:
     """Default: the first that is free from 7860 on."""
 
 
-def main() -> None:
-    """Parse, load, serve; the package is imported only once the flags are known to be right."""
-    options = from_flags(DemoOptions)
+OPTIONS = DemoOptions
 
+
+def run(options: DemoOptions) -> None:
+    """Load the model and serve the page."""
     from transformers.utils.logging import disable_progress_bar
 
-    from modeling_vitcls.hub.loading import commit_of, local_copy, offline
+    from ..hub.loading import commit_of, local_copy, offline
 
-    disable_progress_bar()  # of loading weights
+    disable_progress_bar()  # for loading weights
     with errors_in_one_line():
         folder = local_copy(options.model, revision=options.revision)
-        from modeling_vitcls.demo.page import show  # gradio takes seconds to import
+        from ..demo.page import show  # gradio takes seconds to import
 
         with offline():  # all is here now, and nobody is asked again
             show(options.model, commit_of(folder), options.examples, options.host, options.port)
-
-
-if __name__ == "__main__":
-    main()

@@ -1,22 +1,20 @@
-"""Evaluate a vitcls model on labelled images, each exactly once.
+"""`vitcls evaluate`: evaluate a model on labeled images, each image exactly once.
 
     accelerate launch scripts/evaluate.py --model runs/digits --dataset digits
 
-`--help` lists the flags. The work is done in modeling_vitcls/inference/evaluate.py.
+The evaluation is implemented in modeling_vitcls/inference/evaluate.py.
 """
 
-from command_line import errors_in_one_line, parse
+from ..options import EvaluateOptions
+from .parsing import errors_in_one_line
 
 
-def main() -> None:
-    """Parse, evaluate, print; the package is imported only once the flags are known to be right."""
-    options = parse("EvaluateOptions")
+OPTIONS = EvaluateOptions
 
-    from modeling_vitcls.inference.evaluate import evaluate_checkpoint
+
+def run(options: EvaluateOptions) -> None:
+    """Evaluate the model and print the metrics."""
+    from ..inference.evaluate import evaluate_checkpoint
 
     with errors_in_one_line():
         evaluate_checkpoint(options)
-
-
-if __name__ == "__main__":
-    main()

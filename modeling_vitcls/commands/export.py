@@ -1,21 +1,22 @@
-"""Write a model as one graph that runs without this package, compared with the model before it is kept.
+"""`vitcls export`: write a model as one graph that runs without this package, compared with the model.
 
     python scripts/export.py --model runs/mine --format onnx --output mine.onnx
     python scripts/export.py --model runs/mine --format torch --output mine.pt2 --no-dynamic --image-size 224 320
 
-Beside FILE stands FILE.json: the largest differences, what was tried, and how to feed the graph. The work is done in
-modeling_vitcls/export/.
+FILE.json contains the largest differences, the inputs that were compared and the signature of the graph. The export is
+implemented in modeling_vitcls/export/.
 """
 
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from command_line import errors_in_one_line, from_flags, stop
+from .parsing import errors_in_one_line, stop
 
 
 if TYPE_CHECKING:
-    from modeling_vitcls.export.export_report import Certificate
+    from ..export.export_report import Certificate
 
 LOWEST_OPSET = 18  # of torch.onnx
 
@@ -40,9 +41,11 @@ class ExportOptions:
     """Version of the ONNX operators. Default: torch's choice."""
 
 
-def main() -> None:
-    """Parse, export, print; the package is imported only once the flags are known to be right."""
-    options = from_flags(ExportOptions, description=__doc__)
+OPTIONS = ExportOptions
+
+
+def check(options: ExportOptions) -> None:
+    """Exit with status 2 if flags do not go together."""
     if options.image_size is not None and min(options.image_size) < 1:
         stop(f"--image-size {' '.join(map(str, options.image_size))}: give 1 or more")
     if options.opset is not None and options.format == "torch":
@@ -50,11 +53,12 @@ def main() -> None:
     if options.opset is not None and options.opset < LOWEST_OPSET:
         stop(f"--opset {options.opset}: torch exports {LOWEST_OPSET} or later")
 
-    import warnings
 
+def run(options: ExportOptions) -> None:
+    """Export the model and print the largest differences."""
     from transformers.utils.logging import disable_progress_bar
 
-    from modeling_vitcls.export.exporter import export_model
+    from ..export.exporter import export_model
 
     disable_progress_bar()
     warnings.filterwarnings("ignore", module=r"torch\.|onnxscript|copyreg")  # of the exporters, about themselves
@@ -128,7 +132,3 @@ USES = {
         'answers = compiled({{"pixel_values": pixel_values}})',
     ),
 }
-
-
-if __name__ == "__main__":
-    main()

@@ -1,32 +1,36 @@
-"""Fine-tune a ViT on labelled images.
+"""`vitcls finetune`: fine-tune a ViT on labeled images.
 
     accelerate launch scripts/finetune.py --config scripts/recipes/digits.yaml --output-dir runs/digits
     accelerate launch scripts/finetune.py --model vitcls-tiny --dataset path/to/images --output-dir runs/mine
 
-The same command with --resume goes on where it was stopped, and with --dry-run tries one step of everything.
-`--help` lists the flags. The work is done in modeling_vitcls/training/finetune.py.
+To continue an interrupted run, repeat its command with --resume. With --dry-run, one step of everything is tried. The
+training is implemented in modeling_vitcls/training/finetune.py.
 """
 
-from command_line import errors_in_one_line, parse, stop
+from collections.abc import Callable
+from typing import Any
+
+from ..options import FinetuneOptions
+from .parsing import errors_in_one_line, stop
 
 
-def main() -> None:
-    """Parse, then train; the package is imported only once the flags are known to be right."""
-    options = parse("FinetuneOptions")
+OPTIONS = FinetuneOptions
 
-    from modeling_vitcls.training.finetune import finetune, rehearse
-    from modeling_vitcls.training.runner import RunStopped
-    from modeling_vitcls.training.setup import prepare
+
+def run(options: FinetuneOptions) -> None:
+    """Fine-tune the model, or try everything once for --dry-run."""
+    from ..training.finetune import finetune, rehearse
+    from ..training.setup import prepare
+
+    train(options, rehearse if options.run.dry_run else lambda checked: finetune(prepare(checked)))
+
+
+def train(options: Any, run_training: Callable[[Any], object]) -> None:
+    """Call `run_training(options)`. A run that stops early ends the program with its exit status."""
+    from ..training.runner import RunStopped
 
     try:
         with errors_in_one_line():
-            if options.run.dry_run:
-                rehearse(options)
-            else:
-                finetune(prepare(options))
+            run_training(options)
     except RunStopped as stopped:
         stop(str(stopped), stopped.exit_status, stopped.on_all)
-
-
-if __name__ == "__main__":
-    main()

@@ -1,31 +1,21 @@
-"""Pre-train a ViT on images without labels: it learns to fill in hidden patches (masked image modelling).
+"""`vitcls pretrain`: pre-train a ViT on images without labels, by masked image modeling.
 
     accelerate launch scripts/pretrain.py --model vitcls-tiny --dataset path/to/images --output-dir runs/pretrained
-    accelerate launch scripts/finetune.py --model runs/pretrained --dataset path/to/labelled --output-dir runs/mine
+    accelerate launch scripts/finetune.py --model runs/pretrained --dataset path/to/labeled --output-dir runs/mine
 
-The same command with --resume goes on where it was stopped, and with --dry-run tries one step of everything.
-`--help` lists the flags. The work is done in modeling_vitcls/training/pretrain.py.
+To continue an interrupted run, repeat its command with --resume. With --dry-run, one step of everything is tried. The
+training is implemented in modeling_vitcls/training/pretrain.py.
 """
 
-from command_line import errors_in_one_line, parse, stop
+from ..options import PretrainOptions
+from .finetune import train
 
 
-def main() -> None:
-    """Parse, then train; the package is imported only once the flags are known to be right."""
-    options = parse("PretrainOptions")
-
-    from modeling_vitcls.training.pretrain import prepare, pretrain, rehearse
-    from modeling_vitcls.training.runner import RunStopped
-
-    try:
-        with errors_in_one_line():
-            if options.run.dry_run:
-                rehearse(options)
-            else:
-                pretrain(prepare(options))
-    except RunStopped as stopped:
-        stop(str(stopped), stopped.exit_status, stopped.on_all)
+OPTIONS = PretrainOptions
 
 
-if __name__ == "__main__":
-    main()
+def run(options: PretrainOptions) -> None:
+    """Pre-train the model, or try everything once for --dry-run."""
+    from ..training.pretrain import prepare, pretrain, rehearse
+
+    train(options, rehearse if options.run.dry_run else lambda checked: pretrain(prepare(checked)))

@@ -1,15 +1,16 @@
-"""Push a model folder to the Hub, then prove that it loads from there: anywhere, by its commit, with equal answers.
+"""`vitcls push`: push a model folder to the Hub, then load the pushed commit in a new process and compare outputs.
 
     python scripts/push_to_hub.py --model runs/mine --hub-model-id me/my-model
     python scripts/push_to_hub.py --verify-only someone/their-model --revision COMMIT
 
-A push needs a token: `hf auth login`, or HF_TOKEN. The work is done in modeling_vitcls/hub/.
+A push needs a token: `hf auth login`, or HF_TOKEN. The push is implemented in
+modeling_vitcls/hub/.
 """
 
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-from command_line import errors_in_one_line, from_flags
+from .parsing import errors_in_one_line
 
 
 @dataclass(frozen=True)
@@ -59,9 +60,11 @@ def flag(name: str) -> str:
     return "--no-verify" if name == "verify" else f"--{name.replace('_', '-')}"
 
 
-def main() -> None:
-    """Parse, push, verify, print; the package is imported only once the flags are known to be right."""
-    options = from_flags(PushOptions)
+OPTIONS = PushOptions
+
+
+def run(options: PushOptions) -> None:
+    """Push and verify, or verify only."""
     with errors_in_one_line():
         if options.verify_only is None:
             push(options)
@@ -71,10 +74,10 @@ def main() -> None:
 
 def push(options: PushOptions) -> None:
     """Check the rights, push, and verify the commit."""
-    from modeling_vitcls.hub.manifest import check_is_model
-    from modeling_vitcls.hub.publish import push_folder
-    from modeling_vitcls.hub.push_permissions import check_push_rights
-    from modeling_vitcls.hub.verify import verify_pushed
+    from ..hub.manifest import check_is_model
+    from ..hub.publish import push_folder
+    from ..hub.push_permissions import check_push_rights
+    from ..hub.verify import verify_pushed
 
     folder = options.model
     assert folder is not None
@@ -91,10 +94,6 @@ def push(options: PushOptions) -> None:
 
 def verify(repo_id: str, revision: str, folder: Path | None) -> None:
     """Verify what is published, and print the certificate."""
-    from modeling_vitcls.hub.verify import verify as verify_published
+    from ..hub.verify import verify as verify_published
 
     print("\n".join(verify_published(repo_id, revision, folder).lines()))
-
-
-if __name__ == "__main__":
-    main()

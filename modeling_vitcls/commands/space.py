@@ -1,15 +1,15 @@
-"""Publish a page where anyone can try a model of the Hub: a Space, with labels and the attention of special tokens.
+"""`vitcls space`: publish a Space with the labels of images and the attention of every special token.
 
     python scripts/push_space.py --model me/my-model --space-id me/my-model-demo
     python scripts/push_space.py --model me/my-model --output space      # only write its files
 
-scripts/demo_app.py shows the same page on this machine. The work is done in modeling_vitcls/hub/space.py.
+`vitcls demo` shows the same page on this machine. The Space is implemented in modeling_vitcls/hub/space.py.
 """
 
 from dataclasses import dataclass
 from pathlib import Path
 
-from command_line import errors_in_one_line, from_flags
+from .parsing import errors_in_one_line
 
 
 @dataclass(frozen=True)
@@ -37,17 +37,19 @@ class SpaceOptions:
             raise ValueError(f"--output pushes nothing, so {flag} does not go with it: leave one of them out")
 
 
-def main() -> None:
-    """Parse, push or write, print; the package is imported only once the flags are known to be right."""
-    options = from_flags(SpaceOptions)
+OPTIONS = SpaceOptions
+
+
+def run(options: SpaceOptions) -> None:
+    """Push the Space, or write its files, and print where they are."""
     with errors_in_one_line():
         publish(options)
 
 
 def publish(options: SpaceOptions) -> None:
     """Look the model up, build the files, and push them."""
-    from modeling_vitcls.hub.push_permissions import check_push_rights
-    from modeling_vitcls.hub.space import published_model, push_space, space_contents, write_space
+    from ..hub.push_permissions import check_push_rights
+    from ..hub.space import published_model, push_space, space_contents, write_space
 
     model = published_model(options.model, options.revision)
     contents = space_contents(model, options.title, options.examples)
@@ -64,7 +66,3 @@ def publish(options: SpaceOptions) -> None:
             f"{model.repo_id} is private or gated: give the Space a secret HF_TOKEN that may read it, at "
             f"{pushed.url}/settings"
         )
-
-
-if __name__ == "__main__":
-    main()

@@ -1,0 +1,23 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["modeling_vitcls[scripts]", "timm>=1.0.31"]
+#
+# [tool.uv.sources]
+# modeling_vitcls = { path = "..", editable = true }
+# ///
+"""Compare speed and memory with transformers and timm: the same program as `vitcls benchmark`.
+
+    python scripts/benchmark.py --work inference step --markdown speed.md --output speed.json
+
+`--help` lists the flags. The program is modeling_vitcls/commands/benchmark.py.
+"""
+
+import sys
+
+
+if __name__ == "__main__":
+    sys.argv[:1] = ["vitcls", "benchmark"]
+
+    from modeling_vitcls.cli import main
+
+    main()

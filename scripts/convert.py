@@ -1,0 +1,23 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["modeling_vitcls[scripts]", "timm>=1.0.31"]
+#
+# [tool.uv.sources]
+# modeling_vitcls = { path = "..", editable = true }
+# ///
+"""Convert a ViT of timm or transformers, with a parity report: the same program as `vitcls convert`.
+
+    python scripts/convert.py --source timm:vit_base_patch14_reg4_dinov2.lvd142m --output converted
+
+`--help` lists the flags. The program is modeling_vitcls/commands/convert.py.
+"""
+
+import sys
+
+
+if __name__ == "__main__":
+    sys.argv[:1] = ["vitcls", "convert"]
+
+    from modeling_vitcls.cli import main
+
+    main()

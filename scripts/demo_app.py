@@ -1,0 +1,23 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["modeling_vitcls[demo]"]
+#
+# [tool.uv.sources]
+# modeling_vitcls = { path = "..", editable = true }
+# ///
+"""Show the predictions and attention of a model in a browser: the same program as `vitcls demo`.
+
+    python scripts/demo_app.py --model runs/mine
+
+`--help` lists the flags. The program is modeling_vitcls/commands/demo.py.
+"""
+
+import sys
+
+
+if __name__ == "__main__":
+    sys.argv[:1] = ["vitcls", "demo"]
+
+    from modeling_vitcls.cli import main
+
+    main()

@@ -1,0 +1,23 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["modeling_vitcls[scripts]"]
+#
+# [tool.uv.sources]
+# modeling_vitcls = { path = "..", editable = true }
+# ///
+"""Evaluate a model on labeled images: the same program as `vitcls evaluate`.
+
+    accelerate launch scripts/evaluate.py --model runs/digits --dataset digits
+
+`--help` lists the flags. The program is modeling_vitcls/commands/evaluate.py.
+"""
+
+import sys
+
+
+if __name__ == "__main__":
+    sys.argv[:1] = ["vitcls", "evaluate"]
+
+    from modeling_vitcls.cli import main
+
+    main()

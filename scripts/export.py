@@ -1,0 +1,23 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["modeling_vitcls[export,scripts]"]
+#
+# [tool.uv.sources]
+# modeling_vitcls = { path = "..", editable = true }
+# ///
+"""Export a model to torch.export, ONNX or OpenVINO: the same program as `vitcls export`.
+
+    python scripts/export.py --model runs/mine --format onnx --output mine.onnx
+
+`--help` lists the flags. The program is modeling_vitcls/commands/export.py.
+"""
+
+import sys
+
+
+if __name__ == "__main__":
+    sys.argv[:1] = ["vitcls", "export"]
+
+    from modeling_vitcls.cli import main
+
+    main()

@@ -1,0 +1,24 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["modeling_vitcls[scripts]", "timm>=1.0.31"]
+#
+# [tool.uv.sources]
+# modeling_vitcls = { path = "..", editable = true }
+# ///
+"""Fine-tune a ViT on labeled images: the same program as `vitcls finetune`.
+
+    accelerate launch scripts/finetune.py --config scripts/recipes/digits.yaml --output-dir runs/digits
+    accelerate launch scripts/finetune.py --model vitcls-tiny --dataset path/to/images --output-dir runs/mine
+
+`--help` lists the flags. The program is modeling_vitcls/commands/finetune.py.
+"""
+
+import sys
+
+
+if __name__ == "__main__":
+    sys.argv[:1] = ["vitcls", "finetune"]
+
+    from modeling_vitcls.cli import main
+
+    main()

@@ -1,0 +1,23 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["modeling_vitcls[scripts]"]
+#
+# [tool.uv.sources]
+# modeling_vitcls = { path = "..", editable = true }
+# ///
+"""Show what the special tokens of a model do, in an HTML report: the same program as `vitcls inspect`.
+
+    python scripts/inspect_tokens.py --model runs/mine photo.jpg path/to/folder --output report.html
+
+`--help` lists the flags. The program is modeling_vitcls/commands/inspect_tokens.py.
+"""
+
+import sys
+
+
+if __name__ == "__main__":
+    sys.argv[:1] = ["vitcls", "inspect"]
+
+    from modeling_vitcls.cli import main
+
+    main()

@@ -1,0 +1,23 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["modeling_vitcls[scripts]"]
+#
+# [tool.uv.sources]
+# modeling_vitcls = { path = "..", editable = true }
+# ///
+"""Predict the labels of images, or write their features: the same program as `vitcls predict`.
+
+    python scripts/predict.py --model runs/mine photo.jpg path/to/folder
+
+`--help` lists the flags. The program is modeling_vitcls/commands/predict.py.
+"""
+
+import sys
+
+
+if __name__ == "__main__":
+    sys.argv[:1] = ["vitcls", "predict"]
+
+    from modeling_vitcls.cli import main
+
+    main()

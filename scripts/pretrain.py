@@ -1,0 +1,23 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["modeling_vitcls[scripts]"]
+#
+# [tool.uv.sources]
+# modeling_vitcls = { path = "..", editable = true }
+# ///
+"""Pre-train a ViT on images without labels, by masked image modeling: the same program as `vitcls pretrain`.
+
+    accelerate launch scripts/pretrain.py --model vitcls-tiny --dataset path/to/images --output-dir runs/pretrained
+
+`--help` lists the flags. The program is modeling_vitcls/commands/pretrain.py.
+"""
+
+import sys
+
+
+if __name__ == "__main__":
+    sys.argv[:1] = ["vitcls", "pretrain"]
+
+    from modeling_vitcls.cli import main
+
+    main()

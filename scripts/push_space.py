@@ -1,0 +1,23 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["modeling_vitcls[demo]"]
+#
+# [tool.uv.sources]
+# modeling_vitcls = { path = "..", editable = true }
+# ///
+"""Publish the page of demo_app.py as a Space on the Hub: the same program as `vitcls space`.
+
+    python scripts/push_space.py --model me/my-model --space-id me/my-model-demo
+
+`--help` lists the flags. The program is modeling_vitcls/commands/space.py.
+"""
+
+import sys
+
+
+if __name__ == "__main__":
+    sys.argv[:1] = ["vitcls", "space"]
+
+    from modeling_vitcls.cli import main
+
+    main()

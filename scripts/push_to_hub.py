@@ -1,0 +1,23 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["modeling_vitcls[scripts]"]
+#
+# [tool.uv.sources]
+# modeling_vitcls = { path = "..", editable = true }
+# ///
+"""Push a model to the Hub and verify the pushed commit: the same program as `vitcls push`.
+
+    python scripts/push_to_hub.py --model runs/mine --hub-model-id me/my-model
+
+`--help` lists the flags. The program is modeling_vitcls/commands/push.py.
+"""
+
+import sys
+
+
+if __name__ == "__main__":
+    sys.argv[:1] = ["vitcls", "push"]
+
+    from modeling_vitcls.cli import main
+
+    main()
