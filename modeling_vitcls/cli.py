@@ -150,7 +150,8 @@ def print_completion(shell: str) -> None:
         for name, module in modules.items()
     ]
     settings = (tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes)
-    tyro.cli(Union[tuple(programs)], prog="vitcls", args=["--tyro-print-completion", shell], config=settings)  # noqa: UP007
+    program: Any = Union[tuple(programs)]  # noqa: UP007
+    tyro.cli(program, prog="vitcls", args=["--tyro-print-completion", shell], config=settings)
 
 
 if __name__ == "__main__":

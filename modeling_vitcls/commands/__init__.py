@@ -14,7 +14,7 @@
     space.py           vitcls space
     env.py             vitcls env
 
-A program has OPTIONS (a dataclass whose fields are the flags) and `run(options)`. It has `check(options)` if flags have
-to be checked before torch is imported. At the top a program imports only the standard library, tyro, parsing.py and
-options.py. Nothing here is copied to the Hub.
+A program has OPTIONS (a dataclass whose fields are the flags) and `run(options)`. It has `check(options)` if its flags
+have to be checked before torch is imported. At the top a program imports only the standard library, tyro, parsing.py
+and options.py. Nothing here is copied to the Hub.
 """

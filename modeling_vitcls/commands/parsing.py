@@ -83,7 +83,7 @@ def find_recipe(path: Path) -> Path:
     return next((file for file in found if file.is_file()), path)
 
 
-def flag_names(options_class: type) -> set[str]:
+def flag_names(options_class: Any) -> set[str]:
     """Return the names of all flags of a dataclass, including its nested dataclasses: `batch_size`."""
     names: set[str] = set()
     for item in dataclasses.fields(options_class):

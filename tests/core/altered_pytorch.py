@@ -5,11 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from compare import Tensors, assert_as_exact_in_half_precision, assert_equal_in_float32
 from fresh_processes import run_fresh
 from tiny_models import filled, tiny_config
 
 from modeling_vitcls import ViTCLSForImageClassification
+
+from .compare import Tensors, assert_as_exact_in_half_precision, assert_equal_in_float32
 
 
 CHILD = Path(__file__).with_name("load_with_altered_pytorch.py")

@@ -2,10 +2,11 @@
 
 import pytest
 import torch
-from altered_pytorch import Results, assert_same_results, load_with_altered_pytorch
-from source import KERNEL_FILE, find_private_names, is_private
 
 from modeling_vitcls import cpu_kernels_vitcls
+
+from .altered_pytorch import Results, assert_same_results, load_with_altered_pytorch
+from .source import KERNEL_FILE, find_private_names, is_private
 
 
 # PyTorch itself does not work without these: `nn.Linear` fails.

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 from fresh_processes import run_fresh
-from source import (
+
+from .source import (
     KERNEL_FILE,
     SHIPPED_FILES,
     find_guarded_block,
