@@ -1,11 +1,8 @@
 """What `make gpu` runs: tests and benchmarks on a CUDA device, written to docs/speed-gpu.md.
 
-    python scripts/gpu.py [--output docs/speed-gpu.md] [--skip-tests]
-
 Without a CUDA device the script prints that and exits with status 0.
 """
 
-import argparse
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -25,6 +22,7 @@ from modeling_vitcls.training.mfu import training_flops
 
 Rows = Iterator[tuple[str, ...]]
 REPOSITORY = Path(__file__).parents[1]
+OUTPUT = REPOSITORY / "docs" / "speed-gpu.md"
 TESTS = ("tests/core", "tests/training/test_mfu.py", "tests/benchmarking/test_growth.py", "-m", "not slow")
 COMPARED = ("inference", "growth", "step", "inexact")
 BATCH_SIZE = 64
@@ -36,16 +34,10 @@ REGISTERS = {"197 tokens": 0, "200 tokens": 3}
 
 def main() -> None:
     """Run the tests and the benchmarks. The exit status is that of the tests."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--output", type=Path, default=REPOSITORY / "docs" / "speed-gpu.md")
-    parser.add_argument("--skip-tests", action="store_true")
-    flags = parser.parse_args()
     if not torch.cuda.is_available():
         print("PyTorch finds no CUDA device on this machine: nothing was tested or measured")
         return
-    tests = [sys.executable, "-m", "pytest", "-q", *TESTS]
-    status = 0 if flags.skip_tests else subprocess.run(tests, cwd=REPOSITORY, check=False).returncode
-    torch.set_float32_matmul_precision("highest")
+    status = subprocess.run([sys.executable, "-m", "pytest", "-q", *TESTS], cwd=REPOSITORY, check=False).returncode
     plan = Plan(("transformers", "timm"), num_pairs=9, toy=False, device="cuda")
     comparisons = [said(comparison) for comparison in compare(COMPARED, (), plan)]
     sections = [
@@ -58,8 +50,8 @@ def main() -> None:
         "## Compared with transformers and timm",
         markdown(comparisons),
     ]
-    flags.output.write_text("\n\n".join(sections).rstrip() + "\n", encoding="utf-8")
-    print(f"written to {flags.output}")
+    OUTPUT.write_text("\n\n".join(sections).rstrip() + "\n", encoding="utf-8")
+    print(f"written to {OUTPUT}")
     raise SystemExit(status)
 
 
