@@ -241,9 +241,8 @@ def read_all_commands() -> Iterator[tuple[str, list[str]]]:
 
 
 def test_commands_have_the_flags_of_their_programs() -> None:
-    commands = [
-        (place, parse_command(words)) for place, words in read_all_commands() if words[:2] not in OTHER_PROGRAMS
-    ]
+    found = [(place, words) for place, words in read_all_commands() if words[:2] not in OTHER_PROGRAMS]
+    commands = [(place, parse_command(words)) for place, words in found]
     programs = [(place, command) for place, command in commands if command is not None]
     for place, command in programs:
         assert command.name in PROGRAMS, f"{place}: there is no `vitcls {command.name}`"
