@@ -16,9 +16,10 @@ from pathlib import Path
 import numpy as np
 import torch
 import tyro
-from command_line import errors_in_one_line
 from matplotlib.figure import Figure
 from sklearn.decomposition import PCA
+
+from modeling_vitcls.commands.parsing import errors_in_one_line
 
 
 SCRIPTS = Path(__file__).parent

@@ -38,11 +38,13 @@ from modeling_vitcls import (
     ViTCLSForMultiTaskClassification,
     ViTCLSImageProcessor,
 )
+from modeling_vitcls.commands.parsing import errors_in_one_line, parse
 from modeling_vitcls.data.labels import LabelSpace
 from modeling_vitcls.distributed import check_installed, on_main
 from modeling_vitcls.options import (
     AugmentationOptions,
     DataOptions,
+    EvaluateOptions,
     FinetuneOptions,
     ModelOptions,
     RunOptions,
@@ -251,27 +253,24 @@ def test_a_wrong_key_in_a_recipe_is_named(tmp_path: Path) -> None:
 
 
 def test_keys_of_a_recipe_may_be_written_as_flags(tmp_path: Path) -> None:
-    command_line = runpy.run_path(str(SCRIPTS / "command_line.py"))
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("dataset: digits\nmodel: vitcls-tiny\nbatch-size: 3\nno-flip: true\n", encoding="utf-8")
-    options = command_line["parse"]("FinetuneOptions", ["--config", str(recipe), "--output-dir", "out"])
+    options = parse(FinetuneOptions, ["--config", str(recipe), "--output-dir", "out"])
     assert options.training.batch_size == 3 and not options.augmentation.flip
 
 
 @pytest.mark.parametrize(("flag", "words"), [("--lr", "--learning-rate"), ("--num_epochs=3", "--epochs")])
 def test_the_usual_abbreviation_of_a_flag_names_the_flag(flag: str, words: str, capsys: pytest.CaptureFixture) -> None:
-    command_line = runpy.run_path(str(SCRIPTS / "command_line.py"))
     with pytest.raises(SystemExit) as ended:
-        command_line["parse"]("FinetuneOptions", [flag, "0.1", "--dataset", "digits"])
+        parse(FinetuneOptions, [flag, "0.1", "--dataset", "digits"])
     assert ended.value.code == 2
     name = flag.partition("=")[0].replace("_", "-")
     assert capsys.readouterr().err == f"error: there is no flag {name}: use {words}\n"
 
 
 def test_an_abbreviation_that_is_a_flag_is_that_flag(tmp_path: Path) -> None:
-    command_line = runpy.run_path(str(SCRIPTS / "command_line.py"))
     flags = ["--model", "m", "--dataset", "digits", "--output", str(tmp_path / "results.json")]
-    assert command_line["parse"]("EvaluateOptions", flags).output == tmp_path / "results.json"
+    assert parse(EvaluateOptions, flags).output == tmp_path / "results.json"
 
 
 def test_an_unknown_preset_lists_the_presets(tmp_path: Path) -> None:
@@ -707,11 +706,10 @@ def on_main_alone() -> None:
 def test_a_process_speaks_for_itself_unless_all_have_the_error(
     process: str, action: Any, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    command_line = runpy.run_path(str(SCRIPTS / "command_line.py"))
     Accelerator(cpu=True)
     monkeypatch.setenv("RANK", process)
     capsys.readouterr()
-    with pytest.raises(SystemExit), command_line["errors_in_one_line"]():
+    with pytest.raises(SystemExit), errors_in_one_line():
         action()
     assert capsys.readouterr().err == said
 
