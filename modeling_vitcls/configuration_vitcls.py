@@ -523,10 +523,7 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
         }
 
     def _build_tensor_parallel_plan(self) -> dict[str, str]:
-        """Build the plan without attention or the MLP if a norm spans its split dimension.
-
-        transformers raises an error for a plan entry that matches no module.
-        """
+        """Build the plan without attention or the MLP if a norm spans its split dimension."""
         plan: dict[str, str] = {}
         if not self.attention_norm:
             plan |= type(self).base_model_tp_plan
@@ -771,13 +768,9 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
 def get_remaining_gates(
     gated_tokens: dict[str, int] | None, counts: Mapping[str, int], new_counts: Mapping[str, int]
 ) -> dict[str, int] | None:
-    """Return `gated_tokens` after the numbers of tokens change.
+    """Return `gated_tokens` after the numbers of tokens (by the fields in `TOKEN_COUNTS`) change.
 
     A gate stays with its token. Gated tokens are the last of their group, so tokens added after them are gated too.
-
-    Args:
-        gated_tokens: Group -> number of gated tokens at its end.
-        counts, new_counts: Field of `TOKEN_COUNTS` -> number of tokens, before and after.
     """
     remaining = {}
     for group, field in TOKEN_COUNTS.items():

@@ -207,10 +207,7 @@ KERNEL_CLASSES: dict[type[nn.Module], type[nn.Module]] = {
 
 # Conditions ----------------------------------------------------------------------------------------------------------
 def can_use_onednn(linear: nn.Linear | nn.Conv2d, inputs: Tensor) -> bool:
-    """Return whether oneDNN may compute this product and is faster.
-
-    The tensors must be plain tensors of one dtype on the CPU, and no mode may record, count or transform operators.
-    """
+    """Return whether oneDNN is faster, for plain CPU tensors, and no mode records, counts or transforms operators."""
     min_work = MIN_WORK.get((inputs.dtype, torch.is_grad_enabled()))
     if min_work is None or not inputs.is_cpu or is_recorded() or not has_plain_parameters(linear):
         return False
@@ -485,8 +482,7 @@ def sdpa_attention(
 def prefers_chunks(query: Tensor, key: Tensor) -> bool:
     """Return whether chunked attention is faster than PyTorch's kernel: in bfloat16, for short sequences.
 
-    In float32 it takes 1.1 to 1.25 times as long. The fused kernel stays in exported and traced programs, which run
-    elsewhere, and in compiled training, which would keep all weights.
+    Exported and traced programs, which run elsewhere, and compiled training, which would keep all weights, do not use it.
     """
     if not query.is_cpu or query.dtype != torch.bfloat16 or not HAS_BFLOAT16_PRODUCTS or is_exporting():
         return False

@@ -56,10 +56,7 @@ class TokenPooler(nn.Module):
 
 
 class AttentionPooler(nn.Module):
-    """A learned query attends to the patches, followed by an MLP (MAP head; Zhai et al. 2022, arXiv 2106.04560).
-
-    Shapes: [B, N, D] -> [B, D].
-    """
+    """A learned query attends to the patches [B, N, D] -> [B, D], then an MLP (MAP head; arXiv 2106.04560)."""
 
     def __init__(self, config: ViTCLSConfig) -> None:
         super().__init__()

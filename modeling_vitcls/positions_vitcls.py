@@ -157,9 +157,8 @@ def resample_positions(
 def resize_patch_kernel(kernel: Tensor, new_size: tuple[int, int]) -> Tensor:
     """Resize a patch projection [D, C, height, width] to another patch size (FlexiViT, arXiv 2212.08013, section 3.4).
 
-    The embedding of a bilinearly resized patch under the new kernel equals the embedding of the original patch under
-    the old kernel: exactly if patches grow, in the least-squares sense if patches shrink. With B as the matrix of the
-    resizing, the new kernel is the old kernel times the pseudo-inverse of B transposed. Computed in float64.
+    The new kernel maps a bilinearly resized patch to the embedding of the original patch: exactly if patches grow, in
+    the least-squares sense if they shrink. It is the old kernel times the pseudo-inverse of the resizing, transposed.
     """
     height, width = kernel.shape[-2:]
     basis = torch.eye(height * width, dtype=torch.float64).view(-1, 1, height, width)  # on the CPU: MPS has no float64
