@@ -482,7 +482,7 @@ def sdpa_attention(
 def prefers_chunks(query: Tensor, key: Tensor) -> bool:
     """Return whether chunked attention is faster than PyTorch's kernel: in bfloat16, for short sequences.
 
-    Exported and traced programs, which run elsewhere, and compiled training, which would keep all weights, do not use it.
+    Exported and traced programs, which run elsewhere, and compiled training, which would keep all weights, avoid it.
     """
     if not query.is_cpu or query.dtype != torch.bfloat16 or not HAS_BFLOAT16_PRODUCTS or is_exporting():
         return False
