@@ -1,8 +1,12 @@
 # make demo       set up, fine-tune on real handwritten digits, load the result back, show what it predicts
 # make cards      make the models of scripts/recipes/ anew, and their cards in model_cards/
-# make test       set up, lint, type-check, run the tests (what CI runs)
+# make test-quick tests that start no processes and no browser, in under 90 s on two cores
+# make test       set up, lint, type-check, run the tests (with `make browser`: what CI runs)
 # make test-all   the slow tests too
 # make test-floor the tests on the lowest versions that pyproject.toml allows
+# make browser    install a Chromium for the tests of pages, which are skipped without one
+# make docs       test the documentation: links, flags and code blocks
+# make gpu        on a machine with a CUDA device: tests and benchmarks, written to docs/speed-gpu.md
 
 PYTHON ?= python3
 VENV   ?= .venv
@@ -11,12 +15,12 @@ RUN    := $(VENV)/bin/python
 
 export TOKENIZERS_PARALLELISM := false
 # One thread per test process: with as many processes as cores, more threads only wait for each other.
-test test-all test-floor: export OMP_NUM_THREADS := 1
+test-quick test test-all test-floor: export OMP_NUM_THREADS := 1
 
 # Libraries are compiled once: tests start processes by the dozen, and each would spend seconds on it.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo cards test test-all test-floor check lint browser setup clean
+.PHONY: demo cards test-quick test test-all test-floor check lint browser docs gpu setup clean
 
 demo: setup
 	$(RUN) scripts/demo.py
@@ -32,12 +36,15 @@ cards: setup
 		cp runs/$$name/pictures/*.png model_cards/$$name/pictures/; \
 	done
 
-# Types are checked while the tests run, which leave a core idle now and then; what mypy says comes last.
+test-quick: setup
+	$(RUN) -m pytest -n $(WORKERS) --dist loadfile -m "not slow and not integration"
+
+# Types are checked while the tests run, which leave a core idle now and then; errors of mypy come last.
 test: TESTS := -m "not slow"
-test test-all: lint browser
+test test-all: lint
 	@$(RUN) -m mypy >$(VENV)/types.txt 2>&1 & types=$$!; \
 	$(RUN) -m pytest -n $(WORKERS) --dist loadfile $(TESTS); tested=$$?; \
-	wait $$types; typed=$$?; echo "mypy: $$(cat $(VENV)/types.txt)"; \
+	wait $$types; typed=$$?; [ $$typed = 0 ] || cat $(VENV)/types.txt; \
 	[ $$tested = 0 ] && [ $$typed = 0 ]
 
 check: lint
@@ -47,14 +54,20 @@ lint: setup
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 
-# Pages are tested in a real Chromium. Where there is none it is installed, or else their tests are skipped.
+# Pages are tested in a real Chromium. It is installed by the system's package manager or by playwright.
 BROWSERS := chromium chromium-browser google-chrome google-chrome-stable
 
 browser: setup
 	@[ -n "$$(which $(BROWSERS) 2>/dev/null)" ] || ls -d $(HOME)/.cache/ms-playwright/chromium* >/dev/null 2>&1 \
 		|| { [ "$$(id -u)" = 0 ] && apt-get update -qq && apt-get install -y -qq chromium; } >/dev/null 2>&1 \
 		|| $(RUN) -m playwright install chromium >/dev/null 2>&1 \
-		|| echo "No Chromium was found, and none could be installed: tests of pages are skipped"
+		|| echo "No Chromium was found, and none could be installed: the tests of pages will be skipped"
+
+docs: setup
+	$(RUN) -m pytest tests/integration/test_docs.py
+
+gpu: setup
+	$(RUN) scripts/gpu.py
 
 setup: $(VENV)/installed
 

@@ -1,27 +1,33 @@
 """Vision Transformers with configurable CLS, distillation and register tokens.
 
 Importing this package registers its classes with transformers' Auto classes, so that a checkpoint loads without
-`trust_remote_code`. This file is never shipped to the Hub; the `*_vitcls.py` files are.
+`trust_remote_code`. Everything that this does not need is imported when it is first used. This file is never shipped
+to the Hub; the `*_vitcls.py` files are.
 """
 
-from .configuration_vitcls import TokenLayout, ViTCLSConfig
-from .conversion.from_state_dict import convert_state_dict
-from .conversion.from_timm import convert_from_timm
-from .conversion.from_transformers import convert_from_transformers
-from .conversion.to_transformers import convert_to_transformers
-from .image_processing_vitcls import ViTCLSImageProcessor, ViTCLSImageProcessorPil
-from .modeling_vitcls import (
-    ViTCLSBackbone,
-    ViTCLSForImageClassification,
-    ViTCLSForMaskedImageModeling,
-    ViTCLSForMultiTaskClassification,
-    ViTCLSModel,
-    ViTCLSPreTrainedModel,
-)
+import importlib
+import sys
+from pathlib import PurePath
+from typing import TYPE_CHECKING, Any
+
 from .version import __version__
 
 
-ViTCLSConfig.register_auto_classes()
+if TYPE_CHECKING:
+    from .configuration_vitcls import TokenLayout, ViTCLSConfig
+    from .conversion.from_state_dict import convert_state_dict
+    from .conversion.from_timm import convert_from_timm
+    from .conversion.from_transformers import convert_from_transformers
+    from .conversion.to_transformers import convert_to_transformers
+    from .image_processing_vitcls import ViTCLSImageProcessor, ViTCLSImageProcessorPil
+    from .modeling_vitcls import (
+        ViTCLSBackbone,
+        ViTCLSForImageClassification,
+        ViTCLSForMaskedImageModeling,
+        ViTCLSForMultiTaskClassification,
+        ViTCLSModel,
+        ViTCLSPreTrainedModel,
+    )
 
 __all__ = [
     "TokenLayout",
@@ -40,3 +46,49 @@ __all__ = [
     "convert_state_dict",
     "convert_to_transformers",
 ]
+
+# Module -> its public names.
+PUBLIC = {
+    "configuration_vitcls": ("TokenLayout", "ViTCLSConfig"),
+    "conversion.from_state_dict": ("convert_state_dict",),
+    "conversion.from_timm": ("convert_from_timm",),
+    "conversion.from_transformers": ("convert_from_transformers",),
+    "conversion.to_transformers": ("convert_to_transformers",),
+    "image_processing_vitcls": ("ViTCLSImageProcessor", "ViTCLSImageProcessorPil"),
+    "modeling_vitcls": (
+        "ViTCLSBackbone",
+        "ViTCLSForImageClassification",
+        "ViTCLSForMaskedImageModeling",
+        "ViTCLSForMultiTaskClassification",
+        "ViTCLSModel",
+        "ViTCLSPreTrainedModel",
+    ),
+}
+MODULES = {name: module for module, names in PUBLIC.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+    """Return a public name, imported from its module on first use (PEP 562)."""
+    if name not in MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f".{MODULES[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    """Return the names of the module, including public names that are not imported yet."""
+    return sorted({*globals(), *MODULES})
+
+
+def is_command_line() -> bool:
+    """Return whether this process runs the `vitcls` command: as a program, a script or `-m modeling_vitcls.cli`.
+
+    The command parses its flags before it imports torch, and registers the Auto classes itself (cli.py).
+    """
+    program = sys.argv[0] if getattr(sys, "argv", None) else ""
+    return PurePath(program).stem == "vitcls" or (program == "-m" and f"{__name__}.cli" in sys.orig_argv)
+
+
+if not is_command_line():
+    __getattr__("ViTCLSConfig").register_auto_classes()

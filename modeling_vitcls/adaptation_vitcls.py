@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Self, cast
 
 import torch
+from torch import Tensor
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import logging
 
@@ -162,8 +163,6 @@ def get_new_gates(config: ViTCLSConfig, changes: Mapping[str, Any], gate_new_tok
 
 
 # Adapting weights ----------------------------------------------------------------------------------------------------
-
-
 @torch.no_grad()
 def load_adapted_weights(source: AdaptableModel, target: AdaptableModel) -> None:
     """Copy the weights of `source` to `target`, adapted if the configuration differs, and log every change.
@@ -190,14 +189,14 @@ class Weight(NamedTuple):
     """A weight of the new model, and what it is adapted from."""
 
     name: str
-    fresh: torch.Tensor  # as the new model was initialized
-    stored: torch.Tensor | None  # the weight of this name in the old model
-    old_weights: Mapping[str, torch.Tensor]
+    fresh: Tensor  # as the new model was initialized
+    stored: Tensor | None  # the weight of this name in the old model
+    old_weights: Mapping[str, Tensor]
     old: ViTCLSConfig
     new: ViTCLSConfig
 
 
-Adapted = tuple[torch.Tensor, str]  # the weight, and a note that describes the change, empty if there is none
+Adapted = tuple[Tensor, str]  # the weight, and a note that describes the change, empty if there is none
 
 
 def adapt_weight(weight: Weight) -> Adapted:
@@ -222,7 +221,7 @@ def adapt_token_positions(weight: Weight) -> Adapted:
     return copy_prefix_tokens(weight, torch.zeros_like(weight.fresh), "initialized to zero")
 
 
-def copy_prefix_tokens(weight: Weight, rows: torch.Tensor, initialization: str) -> Adapted:
+def copy_prefix_tokens(weight: Weight, rows: Tensor, initialization: str) -> Adapted:
     """Copy the stored rows [1, m, D] to the start of `rows` [1, n, D], as many as fit."""
     available = 0 if weight.stored is None else weight.stored.shape[1]
     kept = min(available, rows.shape[1])
@@ -238,7 +237,7 @@ def copy_prefix_tokens(weight: Weight, rows: torch.Tensor, initialization: str) 
     return rows, ", ".join(notes)
 
 
-def adapt_to_grid(resample: Callable[..., torch.Tensor], weight: Weight) -> Adapted:
+def adapt_to_grid(resample: Callable[..., Tensor], weight: Weight) -> Adapted:
     """Resample a weight with one row per patch or distance, by `resample(weight, grid, new grid, configuration)`."""
     grid, new_grid, stored = weight.old.grid_size, weight.new.grid_size, weight.old_weights[weight.name]
     if grid == new_grid:
@@ -247,7 +246,7 @@ def adapt_to_grid(resample: Callable[..., torch.Tensor], weight: Weight) -> Adap
     return resample(stored, grid, new_grid, weight.new), note
 
 
-def adapt_to_patch_size(resize: Callable[..., torch.Tensor], weight: Weight) -> Adapted:
+def adapt_to_patch_size(resize: Callable[..., Tensor], weight: Weight) -> Adapted:
     """Resize a weight with one entry per pixel of a patch, by `resize(weight, patch size, new patch size)`."""
     size, new_size = weight.old.patch_height_width, weight.new.patch_height_width
     stored = weight.old_weights[weight.name]
@@ -296,9 +295,7 @@ def list_gated_tokens(config: ViTCLSConfig) -> list[tuple[str, int]]:
 
 # Part of a parameter's name -> function that adapts it.
 ADAPTERS: dict[str, Callable[[Weight], Adapted]] = {
-    "embeddings.cls_token": adapt_tokens,
-    "embeddings.distillation_token": adapt_tokens,
-    "embeddings.register_tokens": adapt_tokens,
+    **dict.fromkeys(("embeddings.cls_token", "embeddings.distillation_token", "embeddings.register_"), adapt_tokens),
     "position_embeddings.patches": partial(adapt_to_grid, resample_positions),
     "position_embeddings.": adapt_token_positions,
     "patch_embeddings.projection.weight": partial(
@@ -312,8 +309,6 @@ ADAPTERS: dict[str, Callable[[Weight], Adapted]] = {
 
 
 # Loading errors ------------------------------------------------------------------------------------------------------
-
-
 def load_checkpoint(load: Callable, source: Any, *args: Any, **kwargs: Any) -> Any:
     """Return `load(source, ...)`, a `from_pretrained`, with errors in one line that name the file or weight.
 
@@ -323,6 +318,7 @@ def load_checkpoint(load: Callable, source: Any, *args: Any, **kwargs: Any) -> A
     Raises:
         OSError: for a folder, config.json or weights that are missing or damaged.
         RuntimeError: for weights that do not fit the configuration.
+        ImportError, ValueError: for an attention kernel that cannot be loaded from the Hub.
     """
     config_is_elsewhere = kwargs.get("config") is not None or bool(kwargs.get("subfolder"))
     check_folder(source, config_is_elsewhere)
@@ -333,6 +329,11 @@ def load_checkpoint(load: Callable, source: Any, *args: Any, **kwargs: Any) -> A
             raise OSError(f"the weights in {source} are damaged ({error}): copy or download them again") from error
         if isinstance(error, RuntimeError) and "ignore_mismatched_sizes" in str(error):
             raise RuntimeError(describe_mismatch(load, source, *args, **kwargs)) from error
+        config = kwargs.get("config")
+        attention = kwargs.get("attn_implementation") or getattr(config, "_attn_implementation", None)
+        if isinstance(error, ImportError | ValueError) and "/" in str(attention):  # a kernel on the Hub
+            message = f'cannot load attn_implementation="{attention}" ({" ".join(str(error).split())}): use "sdpa"'
+            raise type(error)(message) from error
         if isinstance(error, OSError) and "\n" in str(error):
             raise OSError(f"cannot load {source}: {' '.join(str(error).split())}") from error
         raise

@@ -14,7 +14,7 @@ still attend to the whole image.
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers.masking_utils import create_bidirectional_mask
 
 from .configuration_vitcls import ViTCLSConfig
@@ -23,8 +23,8 @@ from .positions_vitcls import needs_resampling
 
 def build_attention_mask(
     config: ViTCLSConfig,
-    hidden_states: torch.Tensor,
-    attention_mask: torch.Tensor | None,
+    hidden_states: Tensor,
+    attention_mask: Tensor | None,
     grid: tuple[int, int],
     relative_position_bias: "RelativePositionBias | None" = None,
     gates: "TokenGates | None" = None,
@@ -55,7 +55,7 @@ def build_attention_mask(
     return mask
 
 
-def check_attention_mask(attention_mask: torch.Tensor | None, hidden_states: torch.Tensor) -> None:
+def check_attention_mask(attention_mask: Tensor | None, hidden_states: Tensor) -> None:
     """Raise ValueError unless a mask is [B, N] or has four dimensions."""
     if attention_mask is None or attention_mask.ndim == 4 or attention_mask.shape == hidden_states.shape[:2]:
         return
@@ -74,7 +74,7 @@ def require_additive_mask(config: ViTCLSConfig, feature: str) -> None:
         )
 
 
-def add_mask(bias: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+def add_mask(bias: Tensor, mask: Tensor | None) -> Tensor:
     """Apply a boolean or additive mask to a bias of the attention scores."""
     if mask is None:
         return bias
@@ -84,10 +84,8 @@ def add_mask(bias: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
 
 
 # CLS scopes ----------------------------------------------------------------------------------------------------------
-
-
 def build_cls_attention_mask(
-    config: ViTCLSConfig, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None, grid: tuple[int, int]
+    config: ViTCLSConfig, hidden_states: Tensor, attention_mask: Tensor | None, grid: tuple[int, int]
 ) -> Any:
     """Build the mask that limits each CLS token to the patches of its scope (`config.cls_scopes`)."""
     if "flash" in config._attn_implementation:
@@ -99,7 +97,7 @@ def build_cls_attention_mask(
         raise ValueError("cls_scopes cannot be combined with an attention_mask of 4 dimensions: pass [batch, tokens]")
     visible = build_cls_visibility(config, grid, hidden_states.device)  # [N, N]
 
-    def is_visible(batch: torch.Tensor, head: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+    def is_visible(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return visible[query, key]
 
     return create_bidirectional_mask(
@@ -107,7 +105,7 @@ def build_cls_attention_mask(
     )
 
 
-def build_cls_visibility(config: ViTCLSConfig, grid: tuple[int, int], device: torch.device) -> torch.Tensor:
+def build_cls_visibility(config: ViTCLSConfig, grid: tuple[int, int], device: torch.device) -> Tensor:
     """Return a boolean matrix [N, N]: row q, column k is true if token q may attend to token k."""
     layout = config.token_layout
     rows, columns = grid
@@ -119,7 +117,7 @@ def build_cls_visibility(config: ViTCLSConfig, grid: tuple[int, int], device: to
     return visible
 
 
-def build_cell_mask(scope: list[int], grid: tuple[int, int], device: torch.device) -> torch.Tensor:
+def build_cell_mask(scope: list[int], grid: tuple[int, int], device: torch.device) -> Tensor:
     """Return a boolean vector [rows * columns], true for the patches in the cell `[rows, columns, row, column]`."""
     (grid_rows, grid_columns), (rows, columns, row, column) = grid, scope
     if grid_rows < rows or grid_columns < columns:
@@ -134,8 +132,6 @@ def build_cell_mask(scope: list[int], grid: tuple[int, int], device: torch.devic
 
 
 # Relative position bias ----------------------------------------------------------------------------------------------
-
-
 class RelativePositionBias(nn.Module):
     """A learned bias for each distance between patches, per layer or shared (BEiT, arXiv 2106.08254; Swin).
 
@@ -151,7 +147,7 @@ class RelativePositionBias(nn.Module):
         num_rows = (2 * rows - 1) * (2 * columns - 1) + 3
         self.tables = nn.Parameter(torch.empty(num_tables, num_rows, config.num_attention_heads))
 
-    def forward(self, hidden_states: torch.Tensor, mask: Any, grid: tuple[int, int]) -> Any:
+    def forward(self, hidden_states: Tensor, mask: Any, grid: tuple[int, int]) -> Any:
         """Return the bias [B or 1, heads, N, N] with the mask applied; a list with one per layer if they differ."""
         require_additive_mask(self.config, "relative_position_bias")
         index = self.get_table_index(grid, hidden_states.device)  # [N, N]
@@ -159,7 +155,7 @@ class RelativePositionBias(nn.Module):
         biases = [add_mask(table[index].permute(2, 0, 1).unsqueeze(0), mask) for table in tables]
         return biases if len(biases) > 1 else biases[0]
 
-    def get_table_index(self, grid: tuple[int, int], device: torch.device) -> torch.Tensor:
+    def get_table_index(self, grid: tuple[int, int], device: torch.device) -> Tensor:
         """Return the row of the table for each pair of tokens, [N, N]."""
         layout = self.config.token_layout
         rows, columns = grid
@@ -176,7 +172,7 @@ class RelativePositionBias(nn.Module):
         return index
 
 
-def resample_bias_tables(tables: torch.Tensor, grid: tuple[int, int], new_grid: tuple[int, int]) -> torch.Tensor:
+def resample_bias_tables(tables: Tensor, grid: tuple[int, int], new_grid: tuple[int, int]) -> Tensor:
     """Resample biases by distance [tables, distances + 3, heads] to another grid; rows of special tokens stay."""
     if not needs_resampling(grid, new_grid):
         return tables
@@ -187,8 +183,6 @@ def resample_bias_tables(tables: torch.Tensor, grid: tuple[int, int], new_grid: 
 
 
 # Token gates ---------------------------------------------------------------------------------------------------------
-
-
 class TokenGates(nn.Module):
     """A learned gate per added token that scales its attention weights, nearly closed at the start.
 
@@ -213,14 +207,14 @@ class TokenGates(nn.Module):
         self.indices = get_gated_indices(config)
         self.gates = nn.Parameter(torch.empty(len(self.indices)))
 
-    def forward(self, hidden_states: torch.Tensor, mask: Any) -> Any:
+    def forward(self, hidden_states: Tensor, mask: Any) -> Any:
         """Return the mask, or the list of masks, with the gates added."""
         require_additive_mask(self.config, "gated_tokens")
         bias = hidden_states.new_zeros(1, 1, 1, hidden_states.shape[1])
         bias[..., self.indices] = self.get_gate_values().log().to(bias.dtype)
         return [add_mask(bias, each) for each in mask] if isinstance(mask, list) else add_mask(bias, mask)
 
-    def get_gate_values(self) -> torch.Tensor:
+    def get_gate_values(self) -> Tensor:
         """Return g of each gated token, [n]; 1 is a token without a gate."""
         magnitude = torch.where(self.gates < 0, -self.gates, self.gates)  # unlike abs, has a gradient at 0
         return magnitude * self.SCALE + self.MIN_GATE

@@ -19,7 +19,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers.activations import ACT2FN
 from transformers.integrations import use_kernel_forward_from_hub
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -40,8 +40,6 @@ def build_norm(config: ViTCLSConfig, width: int | None = None) -> nn.Module:
 
 
 # Embeddings ----------------------------------------------------------------------------------------------------------
-
-
 class ViTCLSPatchEmbeddings(nn.Module):
     """Split images into patches and project each patch. Pixels beyond the last whole patch are ignored.
 
@@ -52,22 +50,17 @@ class ViTCLSPatchEmbeddings(nn.Module):
         super().__init__()
         self.num_channels = config.num_channels
         self.patch_size = config.patch_height_width
-        self.projection = nn.Conv2d(
-            config.num_channels,
-            config.hidden_size,
-            kernel_size=self.patch_size,
-            stride=self.patch_size,
-            bias=config.patch_bias,
-        )
+        channels, width, size = config.num_channels, config.hidden_size, self.patch_size
+        self.projection = nn.Conv2d(channels, width, kernel_size=size, stride=size, bias=config.patch_bias)
         self.norm = build_norm(config) if config.patch_norm else None
 
-    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+    def forward(self, pixel_values: Tensor) -> Tensor:
         """Project the patches of images that `get_grid_size` accepts."""
         patches = self.projection(pixel_values)  # [B, D, rows, columns]
         patches = patches.flatten(2).transpose(1, 2)  # [B, rows * columns, D]
         return patches if self.norm is None else self.norm(patches)
 
-    def get_grid_size(self, pixel_values: torch.Tensor) -> tuple[int, int]:
+    def get_grid_size(self, pixel_values: Tensor) -> tuple[int, int]:
         """Return rows and columns of patches in these images.
 
         Raises:
@@ -110,7 +103,7 @@ class ViTCLSEmbeddings(nn.Module):
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
         self.norm = build_norm(config) if config.pre_norm else None
 
-    def forward(self, pixel_values: torch.Tensor, bool_masked_pos: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(self, pixel_values: Tensor, bool_masked_pos: Tensor | None = None) -> Tensor:
         """Embed images; patches where `bool_masked_pos` [B, rows * columns] is true become the mask token.
 
         Raises:
@@ -127,12 +120,12 @@ class ViTCLSEmbeddings(nn.Module):
         tokens = self.dropout(torch.cat([*special, patches], dim=1))  # [B, N, D]
         return tokens if self.norm is None else self.norm(tokens)
 
-    def get_special_tokens(self) -> dict[str, torch.Tensor]:
+    def get_special_tokens(self) -> dict[str, Tensor]:
         """Return the learned tokens [1, n, D] of the groups that exist, in the order of the sequence."""
         groups = {"cls": self.cls_token, "distillation": self.distillation_token, "registers": self.register_tokens}
         return {name: tokens for name, tokens in groups.items() if tokens is not None}
 
-    def mask_patches(self, patches: torch.Tensor, bool_masked_pos: torch.Tensor | None) -> torch.Tensor:
+    def mask_patches(self, patches: Tensor, bool_masked_pos: Tensor | None) -> Tensor:
         """Replace masked patches by the mask token."""
         if bool_masked_pos is None:
             if self.mask_token is None or not self.training:
@@ -167,16 +160,16 @@ class LearnedPositions(nn.Module):
         self.patches = nn.Parameter(torch.empty(1, math.prod(self.grid), config.hidden_size))
 
     def forward(
-        self, special_tokens: dict[str, torch.Tensor], patches: torch.Tensor, grid: tuple[int, int]
-    ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+        self, special_tokens: dict[str, Tensor], patches: Tensor, grid: tuple[int, int]
+    ) -> tuple[dict[str, Tensor], Tensor]:
         """Add positions to the special tokens that have them, and to the patches [B, rows * columns, D]."""
-        positions: torch.Tensor = self.patches
+        positions: Tensor = self.patches
         if needs_resampling(self.grid, grid):
             positions = resample_positions(positions, self.grid, grid, self.config)
         with_positions = {name: self.add_to_special(name, tokens) for name, tokens in special_tokens.items()}
         return with_positions, patches + positions
 
-    def add_to_special(self, name: str, tokens: torch.Tensor) -> torch.Tensor:
+    def add_to_special(self, name: str, tokens: Tensor) -> Tensor:
         """Add the positions of the group `name`, if it has any, to its tokens [1, n, D]."""
         positions = getattr(self, name)
         return tokens if positions is None else tokens + positions
@@ -190,8 +183,8 @@ class SinCosPositions(nn.Module):
         self.hidden_size = config.hidden_size
 
     def forward(
-        self, special_tokens: dict[str, torch.Tensor], patches: torch.Tensor, grid: tuple[int, int]
-    ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+        self, special_tokens: dict[str, Tensor], patches: Tensor, grid: tuple[int, int]
+    ) -> tuple[dict[str, Tensor], Tensor]:
         """Add positions to the patches [B, rows * columns, D]; special tokens have none."""
         rows, columns = grid
         y = torch.arange(rows, dtype=torch.float32, device=patches.device)
@@ -218,18 +211,16 @@ def build_tokens(num_tokens: int, width: int) -> nn.Parameter | None:
 
 
 # Attention -----------------------------------------------------------------------------------------------------------
-
-
 def eager_attention_forward(
     module: nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
     scaling: float,
     dropout: float = 0.0,
     **kwargs: Unpack[TransformersKwargs],
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[Tensor, Tensor]:
     """Return the attended values [B, n, heads, head_dim] and the attention weights [B, heads, n, N].
 
     Queries are [B, heads, n, head_dim], keys and values [B, heads, N, head_dim]. The softmax is computed in float32.
@@ -243,7 +234,7 @@ def eager_attention_forward(
 
 
 # Called with query, key, value, mask, scaling and the attended values; see `ViTCLSAttention.recorder`.
-AttentionRecorder = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Any, float, torch.Tensor], None]
+AttentionRecorder = Callable[[Tensor, Tensor, Tensor, Any, float, Tensor], None]
 
 
 class ViTCLSAttention(nn.Module):
@@ -278,12 +269,12 @@ class ViTCLSAttention(nn.Module):
 
     def forward(
         self,
-        hidden_states: torch.Tensor,
+        hidden_states: Tensor,
         attention_mask: Any = None,
         position_embeddings: PositionEmbeddings | None = None,
         num_queries: int | None = None,
         **kwargs: Unpack[TransformersKwargs],
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    ) -> tuple[Tensor, Tensor | None]:
         """Return the attended tokens [B, n, D], and the weights [B, heads, n, N] if the implementation computes them.
 
         Args:
@@ -303,9 +294,7 @@ class ViTCLSAttention(nn.Module):
             attended = self.norm(attended)
         return self.o_proj(attended), weights
 
-    def project_qkv(
-        self, hidden_states: torch.Tensor, num_queries: int | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def project_qkv(self, hidden_states: Tensor, num_queries: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Return queries [B, heads, n, head_dim], keys and values [B, heads, N, head_dim], before rotation."""
         # -1 heads: under tensor parallelism each process has some of them
         query = self.q_proj(hidden_states[:, :num_queries]).unflatten(-1, (-1, self.qk_head_dim))
@@ -316,20 +305,12 @@ class ViTCLSAttention(nn.Module):
         return query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
 
     def attend(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: Any, **kwargs: Any
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor | None]:
         """Return the attended values [B, n, heads, head_dim], and the weights if the implementation computes them."""
         attention_function = self.get_attention_function()
-        attended, weights = attention_function(
-            self,
-            query,
-            key,
-            value,
-            attention_mask,
-            dropout=self.attention_dropout if self.training else 0.0,
-            scaling=self.scaling,
-            **kwargs,
-        )
+        kwargs |= {"dropout": self.attention_dropout if self.training else 0.0, "scaling": self.scaling}
+        attended, weights = attention_function(self, query, key, value, attention_mask, **kwargs)
         if self.recorder is not None:
             self.recorder(query, key, value, attention_mask, self.scaling, attended)
         return attended, weights
@@ -340,8 +321,6 @@ class ViTCLSAttention(nn.Module):
 
 
 # MLP -----------------------------------------------------------------------------------------------------------------
-
-
 @use_kernel_forward_from_hub("ViTCLSMLP")
 class ViTCLSMLP(nn.Module):
     """Linear, activation, linear: [B, N, D] -> [B, N, intermediate] -> [B, N, D].
@@ -358,15 +337,14 @@ class ViTCLSMLP(nn.Module):
         self.norm = build_norm(config, config.intermediate_size) if config.mlp_norm else None
         self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
 
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """Transform each token."""
+    def forward(self, hidden_states: Tensor) -> Tensor:
         return self.project(self.get_activations(hidden_states))
 
-    def get_activations(self, hidden_states: torch.Tensor) -> torch.Tensor:
+    def get_activations(self, hidden_states: Tensor) -> Tensor:
         """Return the output of the activation function, [B, N, intermediate]."""
         return self.activation_fn(self.fc1(hidden_states))
 
-    def project(self, activations: torch.Tensor) -> torch.Tensor:
+    def project(self, activations: Tensor) -> Tensor:
         """Project activations [B, N, intermediate] to [B, N, D]."""
         return self.fc2(edit_activations(self, activations))
 
@@ -384,20 +362,19 @@ class ViTCLSGLU(nn.Module):
         self.norm = build_norm(config, config.intermediate_size) if config.mlp_norm else None
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
 
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """Transform each token."""
+    def forward(self, hidden_states: Tensor) -> Tensor:
         return self.project(self.get_activations(hidden_states))
 
-    def get_activations(self, hidden_states: torch.Tensor) -> torch.Tensor:
+    def get_activations(self, hidden_states: Tensor) -> Tensor:
         """Return the gated activations, [B, N, intermediate]."""
         return self.activation_fn(self.gate_proj(hidden_states)) * self.up_proj(hidden_states)
 
-    def project(self, activations: torch.Tensor) -> torch.Tensor:
+    def project(self, activations: Tensor) -> Tensor:
         """Project activations [B, N, intermediate] to [B, N, D]."""
         return self.down_proj(edit_activations(self, activations))
 
 
-def edit_activations(mlp: ViTCLSMLP | ViTCLSGLU, activations: torch.Tensor) -> torch.Tensor:
+def edit_activations(mlp: ViTCLSMLP | ViTCLSGLU, activations: Tensor) -> Tensor:
     """Apply the register neurons and the norm of an MLP, if it has them, to its activations [B, N, intermediate]."""
     if mlp.register_neurons is not None:
         activations = mlp.register_neurons(activations)
@@ -405,8 +382,6 @@ def edit_activations(mlp: ViTCLSMLP | ViTCLSGLU, activations: torch.Tensor) -> t
 
 
 # Layer ---------------------------------------------------------------------------------------------------------------
-
-
 class LayerScale(nn.Module):
     """A learned factor per channel (CaiT, arXiv 2103.17239). [B, N, D] -> [B, N, D]."""
 
@@ -415,8 +390,7 @@ class LayerScale(nn.Module):
         self.init_value = float(init_value)
         self.lambda1 = nn.Parameter(torch.empty(hidden_size))
 
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """Multiply each channel by its factor."""
+    def forward(self, hidden_states: Tensor) -> Tensor:
         return hidden_states * self.lambda1
 
 
@@ -427,7 +401,7 @@ class DropPath(nn.Module):
         super().__init__()
         self.rate = rate  # a Python float: a tensor would be lost when a model is loaded on the meta device
 
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+    def forward(self, hidden_states: Tensor) -> Tensor:
         """[B, N, D] -> [B, N, D]; the branches that are kept are scaled up, so that the expectation stays."""
         if not self.training:
             return hidden_states
@@ -436,7 +410,6 @@ class DropPath(nn.Module):
         return hidden_states * mask / keep_rate
 
     def extra_repr(self) -> str:
-        """Return the rate, for `print(model)`."""
         return f"rate={self.rate}"
 
 
@@ -465,12 +438,12 @@ class ViTCLSLayer(EncoderLayer):
 
     def forward(
         self,
-        hidden_states: torch.Tensor,
+        hidden_states: Tensor,
         attention_mask: Any = None,
         position_embeddings: PositionEmbeddings | None = None,
         num_tokens: int | None = None,
         **kwargs: Unpack[TransformersKwargs],
-    ) -> torch.Tensor:
+    ) -> Tensor:
         """Apply attention, then the MLP, to all tokens, or to the first `num_tokens`, all of them special."""
         normalized = self.layernorm_before(hidden_states)
         attended, _ = self.attention(
@@ -480,9 +453,7 @@ class ViTCLSLayer(EncoderLayer):
         transformed = self.mlp(self.layernorm_after(hidden_states))
         return self.add_branch(hidden_states, self.dropout(transformed), self.layer_scale2)
 
-    def add_branch(
-        self, hidden_states: torch.Tensor, branch: torch.Tensor, layer_scale: LayerScale | None
-    ) -> torch.Tensor:
+    def add_branch(self, hidden_states: Tensor, branch: Tensor, layer_scale: LayerScale | None) -> Tensor:
         """Add a residual branch [B, n, D] after layer scale and stochastic depth."""
         if layer_scale is not None:
             branch = layer_scale(branch)

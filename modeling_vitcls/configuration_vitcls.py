@@ -14,7 +14,7 @@ import dataclasses
 import difflib
 import importlib
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, ClassVar, Literal
 
@@ -58,11 +58,7 @@ TRANSFORMERS_KEYWORDS = frozenset(
 )
 
 # Group of special tokens -> the field that counts them.
-TOKEN_COUNTS = {
-    "cls": "num_cls_tokens",
-    "distillation": "num_distillation_tokens",
-    "registers": "num_register_tokens",
-}
+TOKEN_COUNTS = {"cls": "num_cls_tokens", "distillation": "num_distillation_tokens", "registers": "num_register_tokens"}
 
 # Fields that adapt the weights of a checkpoint in `from_pretrained(..., field=value)` (adaptation_vitcls.py).
 TOKEN_FIELDS = (*TOKEN_COUNTS.values(), "cls_scopes", "gated_tokens", "register_neurons")
@@ -80,8 +76,7 @@ SIZE_LIMITS: dict[str, tuple[int, int]] = {
 }
 MAX_LABELS = 1_000_000  # maximum number of labels of one classifier
 
-# Field -> values that `merged_patches_per_layer` supports. Other values need the position of each patch, or several
-# sets of keys.
+# Field -> values that `merged_patches_per_layer` supports; others need single positions, or several sets of keys.
 MERGING_REQUIREMENTS: dict[str, tuple[Any, ...]] = {
     "position_embedding_type": ("learned", "sincos_2d", "none"),
     "relative_position_bias": ("none",),
@@ -154,10 +149,10 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
         cls_scopes (`list`, *optional*): Part of the image that each CLS token can attend to, one entry per CLS token:
             `"image"`, or `[rows, columns, row, column]` for one cell of a rows x columns grid over the image. Every
             token can attend to all special tokens. Default: the whole image for each CLS token.
-        gated_tokens (`dict[str, int]`, *optional*): Group -> number of tokens at its end whose effect on other tokens
-            has a learned gate, closed at first (`TokenGates`). Set by `model.adapt(gate_new_tokens=True)`.
+        gated_tokens (`dict[str, int]`, *optional*): Group -> number of its last tokens that act on the other tokens
+            through a learned gate (`TokenGates`). Set by `model.adapt(gate_new_tokens=True)`.
         register_neurons (`list[[layer, neuron]]`, *optional*): MLP neurons whose activations move to the last register
-            (Jiang et al. 2025, arXiv 2506.08010). Selected by `find_register_neurons`.
+            (Jiang et al. 2025, arXiv 2506.08010). Found by `find_register_neurons`.
         tasks (`dict[str, int | list[str]]`, *optional*): For `ViTCLSForMultiTaskClassification`: task name -> number
             of labels or label names. The tasks are sorted by name, and task i reads CLS token i.
 
@@ -268,17 +263,6 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
 
     Raises:
         ValueError: If a field has a wrong type or value, fields contradict each other, or a keyword is unknown.
-
-    Example:
-
-    ```python
-    >>> from modeling_vitcls import ViTCLSConfig, ViTCLSModel
-
-    >>> config = ViTCLSConfig(num_cls_tokens=1, num_distillation_tokens=1, num_register_tokens=4)
-    >>> config.token_layout.registers
-    slice(2, 6, None)
-    >>> model = ViTCLSModel(config)
-    ```
     """
 
     model_type = "vitcls"
@@ -298,7 +282,7 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
         "layernorm": "keep_full_weight",
     }
 
-    # What you choose: tokens
+    # What you choose
     num_cls_tokens: int = 1
     num_distillation_tokens: int = 0
     num_register_tokens: int = 0
@@ -308,7 +292,6 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
     gated_tokens: dict[str, int] | None = None
     register_neurons: list[list[int]] | None = None
     tasks: dict[str, int | list[str]] | None = None
-    # What you choose: pooling and heads
     pooling: Literal["cls", "mean", "cls_mean", "max", "attention"] = "cls"
     cls_pooling: Literal["first", "mean", "concat"] = "first"
     pooled_cls_tokens: list[int] | None = None
@@ -316,11 +299,9 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
     head_hidden_size: int | None = None
     distillation_head: bool | None = None
     distillation_inference: Literal["mean", "cls", "distillation"] = "mean"
-    # What you choose: image and patches
     image_size: int | list[int] | tuple[int, int] = 224
     patch_size: int | list[int] | tuple[int, int] = 16
     num_channels: int = 3
-    # What you choose: model
     hidden_size: int = 768
     num_hidden_layers: int = 12
     num_attention_heads: int = 12
@@ -335,21 +316,18 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
     layer_scale_init_value: float | int | None = None
     initializer_range: float | int = 0.02
     merged_patches_per_layer: int = 0
-    # What you choose: regularization
     hidden_dropout_prob: float | int = 0.0
     attention_probs_dropout_prob: float | int = 0.0
     drop_path_rate: float | int = 0.0
     patch_drop_rate: float | int = 0.0
-    # What you choose: masked image modeling
     mim_loss: Literal["l1", "l2"] = "l1"
     norm_pixel_target: bool = False
-    # What you choose: backbone
     _out_features: list[str] | None = None
     _out_indices: list[int] | None = None
     apply_layernorm: bool = True
     reshape_hidden_states: bool = True
 
-    # What other projects' checkpoints need: positions
+    # What other projects' checkpoints need
     position_embedding_tokens: Literal["patches", "cls", "all"] = "cls"
     position_interpolation: Literal["bicubic", "bilinear", "crop"] = "bicubic"
     position_antialias: bool = False
@@ -360,7 +338,6 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
     rope_grid_offset: float | int = 0.0
     rope_axes: Literal["yx", "xy"] = "yx"
     relative_position_bias: Literal["none", "layer", "shared"] = "none"
-    # What other projects' checkpoints need: layers and norms
     attention_head_size: int | None = None
     layer_type: Literal["standard", "post", "parallel"] = "standard"
     norm_type: Literal["layernorm", "rmsnorm"] = "layernorm"
@@ -370,7 +347,6 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
     attention_norm: bool = False
     mlp_norm: bool = False
     final_norm: bool = True
-    # What other projects' checkpoints need: biases
     patch_bias: bool = True
     qkv_bias: bool = True
     query_bias: bool | None = None
@@ -378,7 +354,6 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
     value_bias: bool | None = None
     projection_bias: bool = True
     mlp_bias: bool = True
-    # What other projects' checkpoints need: pooling
     pooled_norm: bool = False
     pooled_activation: str | None = None
     attention_pool_tokens: Literal["patches", "all"] = "patches"
@@ -389,7 +364,7 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         self._reject_unknown_keywords(kwargs)
         self.validate_sizes()  # before lists of these lengths are built
-        self.auto_map = kwargs.pop("auto_map", None) or self.local_auto_map()
+        self.auto_map = kwargs.pop("auto_map", None) or self.build_auto_map()
         # AutoModelForImageClassification selects one of two classes by `architectures`, and cannot read None.
         self.architectures = self.architectures or []
         # transformers expects a plan that depends on the configuration as an attribute of the instance.
@@ -406,7 +381,6 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
             self.label2id = {str(label): int(index) for index, label in (self.id2label or {}).items()}
 
     # Building and saving ---------------------------------------------------------------------------------------------
-
     @classmethod
     def from_preset(cls, name: str, **overrides: Any) -> "ViTCLSConfig":
         """Build a standard ViT, `"tiny"`, `"small"`, `"base"` or `"large"`, with any field overridden.
@@ -448,12 +422,12 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
         return built
 
     def save_pretrained(self, save_directory: Any, push_to_hub: bool = False, **kwargs: Any) -> None:
-        """Save as every transformers configuration. `auto_map` refers to the code that is saved with it."""
-        self.auto_map = self.local_auto_map()
+        """Save like every transformers configuration. `auto_map` refers to the code in the same folder."""
+        self.auto_map = self.build_auto_map()
         super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
 
-    def local_auto_map(self) -> dict[str, str]:
-        """Return Auto class -> file and class. A multi-task checkpoint names its own classifier."""
+    def build_auto_map(self) -> dict[str, str]:
+        """Build the map from Auto class to file and class. A multi-task checkpoint has its own classifier."""
         if self.tasks is None:
             return dict(AUTO_MAP)
         return AUTO_MAP | {"AutoModelForImageClassification": "modeling_vitcls.ViTCLSForMultiTaskClassification"}
@@ -485,7 +459,6 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
         transformers.AutoImageProcessor.register(cls, image_processor_classes=processors, exist_ok=True)
 
     # Derived values --------------------------------------------------------------------------------------------------
-
     @property
     def token_layout(self) -> TokenLayout:
         """Return the slice of each token group; no other code counts tokens."""
@@ -499,12 +472,12 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
     @property
     def image_height_width(self) -> tuple[int, int]:
         """Return `image_size` as (height, width) in pixels."""
-        return _to_pair(self.image_size)
+        return to_pair(self.image_size)
 
     @property
     def patch_height_width(self) -> tuple[int, int]:
         """Return `patch_size` as (height, width) in pixels."""
-        return _to_pair(self.patch_size)
+        return to_pair(self.patch_size)
 
     @property
     def grid_size(self) -> tuple[int, int]:
@@ -550,10 +523,7 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
         }
 
     def _build_tensor_parallel_plan(self) -> dict[str, str]:
-        """Build the plan without attention or the MLP if a norm spans its split dimension.
-
-        transformers raises an error for a plan entry that matches no module.
-        """
+        """Build the plan without attention or the MLP if a norm spans its split dimension."""
         plan: dict[str, str] = {}
         if not self.attention_norm:
             plan |= type(self).base_model_tp_plan
@@ -564,9 +534,8 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
         return plan
 
     # Checks of sizes, on which all other checks rely -----------------------------------------------------------------
-
     def validate_architecture(self) -> None:
-        """Check sizes before transformers' own check, which reads `head_dim`. `strict` runs the checks by name."""
+        """Check sizes before transformers' own check, which reads `head_dim`. Checks run in alphabetical order."""
         self.validate_sizes()
         super().validate_architecture()
 
@@ -578,7 +547,6 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
                 raise ValueError(f"`{name}` must be between {smallest} and {largest:,}, but it is {value}.")
 
     # Checks of what you choose ---------------------------------------------------------------------------------------
-
     def validate_token_init(self) -> None:
         """Check that no two tokens start and stay identical."""
         positioned = {"patches": (), "cls": ("cls",), "all": ("cls", "distillation", "registers")}
@@ -667,7 +635,9 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
             raise ValueError("`pooled_cls_tokens` is empty. Set one or more indices, or None for all CLS tokens.")
         for index in self.pooled_cls_tokens or ():
             if not 0 <= index < self.num_cls_tokens:
-                raise ValueError(f"`pooled_cls_tokens`: {index} is not an index from 0 below {self.num_cls_tokens}.")
+                raise ValueError(
+                    f"`pooled_cls_tokens` contains {index}, but num_cls_tokens is {self.num_cls_tokens}. Count from 0."
+                )
 
     def validate_distillation(self) -> None:
         """Check that a distillation head has a distillation token."""
@@ -700,12 +670,12 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
         """Check that image and patch sizes are positive, and that whole patches cover the image."""
         for name in ("image_size", "patch_size"):
             value = getattr(self, name)
-            if (not isinstance(value, int) and len(value) != 2) or min(_to_pair(value)) < 1:
+            if (not isinstance(value, int) and len(value) != 2) or min(to_pair(value)) < 1:
                 raise ValueError(
                     f"`{name}` must be a positive number of pixels or [height, width], but it is {value}."
                 )
-        sizes = zip(("height", "width"), self.image_height_width, self.patch_height_width, strict=True)
-        for axis, pixels, patch in sizes:
+        axes = zip(("height", "width"), self.image_height_width, self.patch_height_width, strict=True)
+        for axis, pixels, patch in axes:
             if pixels % patch:
                 below = pixels // patch * patch
                 nearest = f"{below} or {below + patch}" if below else f"{patch}"
@@ -746,6 +716,15 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
             if value is not None and value not in ACT2FN:
                 raise ValueError(f"Unknown {name} {value!r}{_suggest(value, list(ACT2FN))}")
 
+    def validate_merging(self) -> None:
+        """Check that the other fields allow patches to be merged."""
+        for name, allowed in MERGING_REQUIREMENTS.items():
+            if self.merged_patches_per_layer and getattr(self, name) not in allowed:
+                raise ValueError(
+                    f"merged_patches_per_layer={self.merged_patches_per_layer} does not support {name}="
+                    f"{getattr(self, name)!r}. Set it to 0, or {name} to {' or '.join(map(repr, allowed))}."
+                )
+
     def validate_numbers(self) -> None:
         """Check that rates are in [0, 1), and that constants are finite, and positive if they must be."""
         for name in ("hidden_dropout_prob", "attention_probs_dropout_prob", "drop_path_rate", "patch_drop_rate"):
@@ -758,17 +737,7 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"`{name}` must be a finite positive number, but it is {getattr(self, name)}.")
 
-    def validate_merging(self) -> None:
-        """Check that the other fields allow patches to be merged."""
-        for name, allowed in MERGING_REQUIREMENTS.items():
-            if self.merged_patches_per_layer and getattr(self, name) not in allowed:
-                raise ValueError(
-                    f"merged_patches_per_layer={self.merged_patches_per_layer} does not support {name}="
-                    f"{getattr(self, name)!r}. Set it to 0, or {name} to {' or '.join(map(repr, allowed))}."
-                )
-
     # Checks of what other projects' checkpoints need -----------------------------------------------------------------
-
     def validate_rope_reference_grid(self) -> None:
         """Check that the reference grid of rotary positions has rows and columns."""
         grid = self.rope_reference_grid
@@ -779,10 +748,11 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
         """Check that the heads of the attention pooler divide the hidden size."""
         pool_heads = self.attention_pool_heads or self.num_attention_heads
         if (self.attention_pool_heads or self.pooling == "attention") and self.hidden_size % pool_heads:
-            raise ValueError(f"attention_pool_heads={pool_heads} does not divide hidden_size={self.hidden_size}.")
+            raise ValueError(
+                f"attention_pool_heads={pool_heads} does not divide hidden_size={self.hidden_size}. Set a divisor."
+            )
 
     # Unknown keywords ------------------------------------------------------------------------------------------------
-
     @classmethod
     def _is_known(cls, name: str) -> bool:
         fields = {field.name for field in dataclasses.fields(cls)}
@@ -798,13 +768,9 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
 def get_remaining_gates(
     gated_tokens: dict[str, int] | None, counts: Mapping[str, int], new_counts: Mapping[str, int]
 ) -> dict[str, int] | None:
-    """Return `gated_tokens` after the numbers of tokens change.
+    """Return `gated_tokens` after the numbers of tokens (by the fields in `TOKEN_COUNTS`) change.
 
     A gate stays with its token. Gated tokens are the last of their group, so tokens added after them are gated too.
-
-    Args:
-        gated_tokens: Group -> number of gated tokens at its end.
-        counts, new_counts: Field of `TOKEN_COUNTS` -> number of tokens, before and after.
     """
     remaining = {}
     for group, field in TOKEN_COUNTS.items():
@@ -814,7 +780,8 @@ def get_remaining_gates(
     return remaining or None
 
 
-def _to_pair(value: int | list[int] | tuple[int, int]) -> tuple[int, int]:
+def to_pair(value: int | Sequence[int]) -> tuple[int, int]:
+    """Return one number for both axes, or [height, width], as a pair."""
     return (value, value) if isinstance(value, int) else (value[0], value[1])
 
 

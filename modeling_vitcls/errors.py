@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 
-ON_ALL_PROCESSES = "on all processes"  # scripts/command_line.py knows it, too
+ON_ALL_PROCESSES = "on all processes"  # note on errors that every process of a run raises
 
 
 @contextmanager

@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 from transformers.image_utils import SizeDict
 
 
@@ -33,7 +34,7 @@ JPEG_SIGNATURE = b"\xff\xd8\xff"
 URL_PREFIXES = ("http://", "https://", "data:")
 
 
-def read_jpeg(source: Any) -> torch.Tensor | None:
+def read_jpeg(source: Any) -> Tensor | None:
     """Return a JPEG file, or its bytes, as upright RGB pixels [3, H, W] `uint8`, equal to the pixels from PIL.
 
     Return None for other formats, and if torchvision cannot decode the file, or decodes it unlike PIL (CMYK).
@@ -86,14 +87,14 @@ def can_use_fast_path(processor: Any) -> bool:
     )
 
 
-def resize_and_crop(processor: Any, pixels: torch.Tensor) -> torch.Tensor:
+def resize_and_crop(processor: Any, pixels: Tensor) -> Tensor:
     """Return one image [C, H, W] `uint8`, resized and cropped to [C, h, w] `uint8`."""
     if processor.do_resize:
         pixels = processor.resize(pixels, size=processor.size, resample=processor.resample)
     return processor.center_crop(pixels, processor.crop_size) if processor.do_center_crop else pixels
 
 
-def normalize_batch(processor: Any, images: list[torch.Tensor]) -> torch.Tensor:
+def normalize_batch(processor: Any, images: list[Tensor]) -> Tensor:
     """Return images of one shape [C, h, w], `uint8` on the CPU, rescaled and normalized: [B, C, h, w] float32."""
     mean, std = scale_statistics(processor.image_mean, processor.image_std, processor.rescale_factor)
     batch = np.empty((len(images), *images[0].shape), dtype=np.float32)  # [B, C, h, w]
@@ -113,7 +114,7 @@ def scale_statistics(
     return scaled[0].view(-1, 1, 1).numpy(), scaled[1].view(-1, 1, 1).numpy()
 
 
-def map_in_threads(prepare: Callable[[Any], torch.Tensor], sources: list[Any]) -> list[torch.Tensor]:
+def map_in_threads(prepare: Callable[[Any], Tensor], sources: list[Any]) -> list[Tensor]:
     """Return `prepare(source)` for each source, in order."""
     num_threads = min(torch.get_num_threads(), len(sources))
     if num_threads == 1:

@@ -3,15 +3,14 @@
 
     tokens [B, N, D] -> pooler -> [B, P] -> classifier -> logits [B, labels] -> loss
 
-The losses honor `num_items_in_batch`, which Trainer passes when it accumulates gradients and can count the labels: not
-if the labels are a dict of tasks, or absent. The `loss_function` of transformers guesses the problem type from the
-labels and writes it into the configuration; here, nothing is written, and an ambiguous problem type is an error.
+The losses honor `num_items_in_batch`, which Trainer passes when it accumulates gradients and can count the labels. The
+`loss_function` of transformers guesses the problem type and writes it into the configuration; these losses do not.
 """
 
 from collections import OrderedDict
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
 from .blocks_vitcls import build_norm
@@ -22,8 +21,6 @@ IGNORED_LABEL = -100
 
 
 # Poolers -------------------------------------------------------------------------------------------------------------
-
-
 class TokenPooler(nn.Module):
     """Pooling without parameters, by `config.pooling`. [B, N, D] -> [B, P].
 
@@ -38,8 +35,7 @@ class TokenPooler(nn.Module):
         self.cls_tokens = config.token_layout.cls if config.pooled_cls_tokens is None else config.pooled_cls_tokens
         self.patches = config.token_layout.patches
 
-    def forward(self, sequence: torch.Tensor) -> torch.Tensor:
-        """Pool the tokens."""
+    def forward(self, sequence: Tensor) -> Tensor:
         if self.pooling == "cls":
             return self.pool_cls(sequence)
         patches = sequence[:, self.patches]
@@ -48,7 +44,7 @@ class TokenPooler(nn.Module):
         mean = patches.mean(dim=1)
         return mean if self.pooling == "mean" else torch.cat([self.pool_cls(sequence), mean], dim=-1)
 
-    def pool_cls(self, sequence: torch.Tensor) -> torch.Tensor:
+    def pool_cls(self, sequence: Tensor) -> Tensor:
         """Return the first token, the mean, or the concatenation of the pooled CLS tokens."""
         tokens = sequence[:, self.cls_tokens]  # [B, k, D]
         if self.cls_pooling == "first":
@@ -56,15 +52,11 @@ class TokenPooler(nn.Module):
         return tokens.mean(dim=1) if self.cls_pooling == "mean" else tokens.flatten(1)
 
     def extra_repr(self) -> str:
-        """Return the pooling, for `print(model)`."""
         return f"pooling={self.pooling!r}"
 
 
 class AttentionPooler(nn.Module):
-    """A learned query attends to the patches, followed by an MLP (MAP head; Zhai et al. 2022, arXiv 2106.04560).
-
-    Shapes: [B, N, D] -> [B, D].
-    """
+    """A learned query attends to the patches [B, N, D] -> [B, D], then an MLP (MAP head; arXiv 2106.04560)."""
 
     def __init__(self, config: ViTCLSConfig) -> None:
         super().__init__()
@@ -78,8 +70,7 @@ class AttentionPooler(nn.Module):
         self.o_proj = nn.Linear(width, width)
         self.transform = PooledMLP(config) if config.attention_pool_mlp else None
 
-    def forward(self, sequence: torch.Tensor) -> torch.Tensor:
-        """Attend from the probe."""
+    def forward(self, sequence: Tensor) -> Tensor:
         tokens = sequence[:, self.tokens]
         query, key, value = self.q_proj(self.probe), self.k_proj(tokens), self.v_proj(tokens)
         query, key, value = (
@@ -102,8 +93,7 @@ class PooledMLP(nn.Module):
         self.activation_fn = ACT2FN[config.hidden_act]
         self.fc2 = nn.Linear(hidden_size, config.hidden_size)
 
-    def forward(self, pooled: torch.Tensor) -> torch.Tensor:
-        """Transform the pooled vector."""
+    def forward(self, pooled: Tensor) -> Tensor:
         return pooled + self.fc2(self.activation_fn(self.fc1(self.layernorm(pooled))))
 
 
@@ -120,8 +110,6 @@ def build_pooler(config: ViTCLSConfig) -> nn.Module:
 
 
 # Classifiers ---------------------------------------------------------------------------------------------------------
-
-
 def build_head(config: ViTCLSConfig, in_features: int, num_labels: int | None) -> nn.Module:
     """Build the classifier of `config.head_type`, [B, in_features] -> [B, num_labels]; identity for no labels."""
     if not num_labels:
@@ -132,9 +120,7 @@ def build_head(config: ViTCLSConfig, in_features: int, num_labels: int | None) -
     return nn.Sequential(nn.Linear(in_features, hidden_size), nn.GELU(), nn.Linear(hidden_size, num_labels))
 
 
-def combine_logits(
-    cls_logits: torch.Tensor, distillation_logits: torch.Tensor, distillation_inference: str
-) -> torch.Tensor:
+def combine_logits(cls_logits: Tensor, distillation_logits: Tensor, distillation_inference: str) -> Tensor:
     """Return the logits that `config.distillation_inference` selects: one head's, or the mean of both."""
     if distillation_inference == "mean":
         return (cls_logits + distillation_logits) / 2
@@ -142,8 +128,6 @@ def combine_logits(
 
 
 # Pixel decoder -------------------------------------------------------------------------------------------------------
-
-
 class PixelDecoder(nn.Module):
     """One linear layer from each encoded patch to its pixels (SimMIM, arXiv 2111.09886, section 3.4)."""
 
@@ -154,7 +138,7 @@ class PixelDecoder(nn.Module):
         patch_height, patch_width = self.patch_size
         self.projection = nn.Linear(config.hidden_size, config.num_channels * patch_height * patch_width)
 
-    def forward(self, patches: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+    def forward(self, patches: Tensor, grid: tuple[int, int]) -> Tensor:
         """[B, rows * columns, D] -> pixels [B, C, rows * patch height, columns * patch width]."""
         (rows, columns), (patch_height, patch_width) = grid, self.patch_size
         pixels = self.projection(patches)  # [B, rows * columns, C * patch height * patch width]
@@ -165,14 +149,9 @@ class PixelDecoder(nn.Module):
 
 
 # Losses --------------------------------------------------------------------------------------------------------------
-
-
 def classification_loss(
-    logits: torch.Tensor,
-    labels: torch.Tensor,
-    config: ViTCLSConfig,
-    num_items_in_batch: torch.Tensor | int | None = None,
-) -> torch.Tensor:
+    logits: Tensor, labels: Tensor, config: ViTCLSConfig, num_items_in_batch: Tensor | int | None = None
+) -> Tensor:
     """Return the loss of logits [B, C] by `config.problem_type`.
 
     - integer labels [B]: cross-entropy; -100 is ignored;
@@ -212,11 +191,8 @@ def classification_loss(
 
 
 def cross_entropy(
-    logits: torch.Tensor,
-    labels: torch.Tensor,
-    num_items_in_batch: torch.Tensor | int | None = None,
-    task: str = "the model",
-) -> torch.Tensor:
+    logits: Tensor, labels: Tensor, num_items_in_batch: Tensor | int | None = None, task: str = "the model"
+) -> Tensor:
     """Return the cross-entropy of logits [B, C] with classes [B]; -100 is ignored, and a batch of only -100 gives 0.
 
     Raises:
@@ -235,7 +211,7 @@ def cross_entropy(
     return total / (labels != IGNORED_LABEL).sum().clamp(min=1)
 
 
-def check_class_labels(labels: torch.Tensor, num_labels: int, task: str) -> None:
+def check_class_labels(labels: Tensor, num_labels: int, task: str) -> None:
     """Raise ValueError if a class label is not in [0, num_labels) and not -100."""
     if labels.device.type != "cpu" or torch.compiler.is_compiling():
         return
@@ -246,7 +222,7 @@ def check_class_labels(labels: torch.Tensor, num_labels: int, task: str) -> None
         )
 
 
-def check_label_shape(labels: torch.Tensor, logits: torch.Tensor) -> None:
+def check_label_shape(labels: Tensor, logits: Tensor) -> None:
     """Raise ValueError if labels with one value per logit have another shape than the logits."""
     if labels.shape != logits.shape:
         raise ValueError(
@@ -255,8 +231,8 @@ def check_label_shape(labels: torch.Tensor, logits: torch.Tensor) -> None:
 
 
 def masked_pixel_loss(
-    reconstruction: torch.Tensor, pixel_values: torch.Tensor, bool_masked_pos: torch.Tensor, config: ViTCLSConfig
-) -> torch.Tensor:
+    reconstruction: Tensor, pixel_values: Tensor, bool_masked_pos: Tensor, config: ViTCLSConfig
+) -> Tensor:
     """Return the mean loss over the masked pixels, in float32.
 
     Sources: SimMIM, arXiv 2111.09886, section 3.5; MAE, arXiv 2111.06377, section 3.
@@ -277,7 +253,7 @@ def masked_pixel_loss(
     return (distance.mean(dim=-1) * mask).sum() / mask.sum().clamp(min=1)
 
 
-def split_into_patches(pixels: torch.Tensor, config: ViTCLSConfig) -> torch.Tensor:
+def split_into_patches(pixels: Tensor, config: ViTCLSConfig) -> Tensor:
     """[B, C, H, W] -> [B, rows * columns, C * patch height * patch width]."""
     patch_height, patch_width = config.patch_height_width
     patches = pixels.unfold(2, patch_height, patch_height).unfold(3, patch_width, patch_width)

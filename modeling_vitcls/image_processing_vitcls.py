@@ -27,6 +27,7 @@ import torch
 from huggingface_hub.dataclasses import validate_typed_dict
 from huggingface_hub.errors import StrictDataclassError
 from huggingface_hub.utils import get_session
+from torch import Tensor
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.image_processing_backends import PilBackend, TorchvisionBackend
 from transformers.image_processing_utils import BaseImageProcessor
@@ -167,7 +168,8 @@ class ViTCLSBaseImageProcessor(BaseImageProcessor):
     def _prepare_images_structure(self, images: Any, expected_ndims: int = 3) -> list[Any]:
         """Return a flat list of single images. Unlike transformers, this accepts grayscale arrays [H, W]."""
         singles = list(flatten_images(self.fetch_images(images)))
-        check_not_empty(singles)
+        if not singles:
+            raise ValueError("no images were given: the list is empty")
         return singles
 
     def _standardize_kwargs(  # type: ignore[override]
@@ -179,7 +181,10 @@ class ViTCLSBaseImageProcessor(BaseImageProcessor):
                 raise ValueError(f"{name} as a list is [height, width], not {list(value)}")
         settings = super()._standardize_kwargs(size=size, crop_size=crop_size, **kwargs)
         check_sizes(settings)
-        check_resample(settings.get("resample"))
+        resample = settings.get("resample")
+        if isinstance(resample, int | str) and resample not in RESAMPLING_FILTERS:  # PIL reads names as bilinear
+            known = ", ".join(f"{int(value)} ({value.name.lower()})" for value in RESAMPLING_FILTERS)
+            raise ValueError(f"unknown resample {resample!r}: give one of {known}")
         return settings
 
     def _preprocess(self, images: list[Any], return_tensors: Any = None, **kwargs: Any) -> BatchFeature:
@@ -193,9 +198,8 @@ class ViTCLSBaseImageProcessor(BaseImageProcessor):
 class ViTCLSImageProcessor(ViTCLSBaseImageProcessor, TorchvisionBackend):  # type: ignore[misc]
     r"""Prepares images for the ViTCLS models with torchvision: in batches, and on a GPU if `device` is set.
 
-    The defaults are exactly 224 x 224 pixels, bicubic, with ImageNet's mean and standard deviation, as in DeiT and
-    DINO. Other checkpoints need the values of their training: those of transformers' ViT need `resample=2`,
-    `image_mean=[0.5] * 3` and `image_std=[0.5] * 3`.
+    The defaults are exactly 224 x 224 pixels, bicubic, with ImageNet's mean and standard deviation (DeiT, DINO). Other
+    checkpoints need the values of their training, transformers' ViT `resample=2` and 0.5 as each mean and deviation.
 
     The input is an image, a batch or a list, the output a `BatchFeature` with `pixel_values` [B, C, H, W] float32. An
     image is a path (`str`, `pathlib.Path`), a URL (`http`, `https`, `data`), an encoded file as `bytes`, a PIL image,
@@ -227,8 +231,7 @@ class ViTCLSImageProcessor(ViTCLSBaseImageProcessor, TorchvisionBackend):  # typ
         crop_size (`dict` or `int`, *optional*): Crop size in pixels, at most the size after resizing.
         crop_rounding (`"down"` or `"even"`, defaults to `"down"`): Rounding of crop margins that are not whole pixels:
             down as in transformers, or half to even as in torchvision and timm. Cannot be set per call.
-        do_rescale (`bool`, defaults to `True`): Whether to multiply by `rescale_factor`. Set `False` for floats from 0
-            to 1.
+        do_rescale (`bool`, defaults to `True`): Whether to multiply by `rescale_factor`; `False` for floats in [0, 1].
         rescale_factor (`float`, defaults to 1/255): Factor of the pixel values.
         do_normalize (`bool`, defaults to `True`): Whether to subtract `image_mean` and divide by `image_std`.
         image_mean, image_std (`float` or `list[float]`): One value per channel, in units of the rescaled image.
@@ -255,7 +258,7 @@ class ViTCLSImageProcessor(ViTCLSBaseImageProcessor, TorchvisionBackend):  # typ
             return super().preprocess(images, *args, **kwargs)
         settings = get_settings(self, self._valid_kwargs_names)
         singles = list(flatten_images(images))
-        if settings == self._checked_settings and all(getattr(image, "is_cpu", True) for image in singles):
+        if settings == self._checked_settings and singles and all(getattr(image, "is_cpu", True) for image in singles):
             return self._fast_preprocess(singles)
         batch = super().preprocess(images, **kwargs)
         self._checked_settings = settings if can_use_fast_path(self) else None
@@ -263,13 +266,12 @@ class ViTCLSImageProcessor(ViTCLSBaseImageProcessor, TorchvisionBackend):  # typ
 
     def _fast_preprocess(self, images: list[Any]) -> BatchFeature:
         """Return the output of `preprocess` for checked settings for which `can_use_fast_path` is true."""
-        check_not_empty(images)
         are_sources = all(isinstance(image, SOURCE_TYPES) for image in images)
         tensors = map_in_threads(self._load_image, images) if are_sources else list(map(self._load_image, images))
         check_same_shape(tensors)
         return BatchFeature(data={"pixel_values": normalize_batch(self, tensors)})
 
-    def _load_image(self, image: Any) -> torch.Tensor:
+    def _load_image(self, image: Any) -> Tensor:
         """Return one image of any kind as `uint8` [C, h, w], resized and cropped."""
         to_rgb = bool(self.do_convert_rgb)
         pixels = read_jpeg(image) if to_rgb else None
@@ -287,14 +289,11 @@ class ViTCLSImageProcessorPil(ViTCLSBaseImageProcessor, PilBackend):  # type: ig
     """
 
 
-# `save_pretrained` copies this file next to the weights.
 ViTCLSImageProcessor.register_for_auto_class()
 ViTCLSImageProcessorPil.register_for_auto_class()
 
 
 # Reading sources -----------------------------------------------------------------------------------------------------
-
-
 def read_image(source: ImageSource) -> PIL.Image.Image:
     """Read and decode one path, URL or encoded image. The result is upright, in the mode of the file.
 
@@ -362,11 +361,9 @@ def flatten_images(images: Any) -> Iterator[Any]:
 
 
 # Channels and bit depth ----------------------------------------------------------------------------------------------
-
-
 def image_to_tensor(
     image: Any, to_rgb: bool, do_rescale: bool = True, input_data_format: str | ChannelDimension | None = None
-) -> torch.Tensor:
+) -> Tensor:
     """Return one image in memory, upright, as [C, H, W] `uint8`, or `float32` for floats that are not rescaled.
 
     Arrays and tensors have the shape [H, W], [C, H, W] or [H, W, C].
@@ -383,7 +380,7 @@ def image_to_tensor(
     return convert_to_rgb(pixels) if to_rgb else pixels
 
 
-def pil_to_tensor(image: PIL.Image.Image, to_rgb: bool) -> torch.Tensor:
+def pil_to_tensor(image: PIL.Image.Image, to_rgb: bool) -> Tensor:
     """Return one PIL image of any mode, upright, as [C, H, W] `uint8`."""
     name = shorten(getattr(image, "filename", "") or f"PIL image of mode {image.mode}")
     try:
@@ -412,7 +409,7 @@ def pil_to_array(image: PIL.Image.Image) -> np.ndarray:
     return np.array(image if image.mode in ("1", "L", "RGB") else image.convert("RGB"))
 
 
-def to_channels_first(image: torch.Tensor, data_format: str | ChannelDimension | None) -> torch.Tensor:
+def to_channels_first(image: Tensor, data_format: str | ChannelDimension | None) -> Tensor:
     """Return [H, W], [C, H, W] or [H, W, C] as [C, H, W]; without `data_format`, the channel axis has 1, 3 or 4."""
     shape = list(image.shape)
     if image.ndim not in (2, 3) or image.numel() == 0:
@@ -429,7 +426,7 @@ def to_channels_first(image: torch.Tensor, data_format: str | ChannelDimension |
     return image.permute(2, 0, 1) if ChannelDimension(data_format) is ChannelDimension.LAST else image
 
 
-def to_uint8(pixels: torch.Tensor, do_rescale: bool) -> torch.Tensor:
+def to_uint8(pixels: Tensor, do_rescale: bool) -> Tensor:
     """Return any values [C, H, W] as `uint8` from 0 to 255, or as `float32` if they are floats and not rescaled.
 
     Both backends resize `uint8` in the same way, but other types differently.
@@ -455,7 +452,7 @@ def to_uint8(pixels: torch.Tensor, do_rescale: bool) -> torch.Tensor:
     return pixels.round().to(torch.uint8) if pixels.is_floating_point() else pixels.to(torch.uint8)
 
 
-def convert_to_rgb(pixels: torch.Tensor) -> torch.Tensor:
+def convert_to_rgb(pixels: Tensor) -> Tensor:
     """Return gray, RGB or RGBA [1 | 3 | 4, H, W] as RGB [3, H, W]."""
     if len(pixels) == 4:
         return composite_on_white(pixels)
@@ -464,7 +461,7 @@ def convert_to_rgb(pixels: torch.Tensor) -> torch.Tensor:
     return pixels.expand(3, -1, -1)
 
 
-def composite_on_white(pixels: torch.Tensor) -> torch.Tensor:
+def composite_on_white(pixels: Tensor) -> Tensor:
     """Return RGBA [4, H, W] on a white background as RGB [3, H, W], in the same type."""
     white = 1.0 if pixels.is_floating_point() else 255.0
     if pixels.is_floating_point() and not 0 <= pixels.min() <= pixels.max() <= white:
@@ -475,8 +472,6 @@ def composite_on_white(pixels: torch.Tensor) -> torch.Tensor:
 
 
 # Checks of settings --------------------------------------------------------------------------------------------------
-
-
 @contextmanager
 def raise_one_line_errors() -> Iterator[None]:
     """Raise a `ValueError` with a message of one line in place of huggingface_hub's multi-line type errors."""
@@ -521,13 +516,6 @@ def check_sizes(settings: dict[str, Any]) -> None:
                 raise ValueError(f"crop_size {crop} is larger than an image resized to {size}: lower crop_size")
 
 
-def check_resample(resample: Any) -> None:
-    """Raise for filters that only one backend has, and for names, which the PIL backend replaces by bilinear."""
-    if isinstance(resample, int | str) and resample not in RESAMPLING_FILTERS:
-        known = ", ".join(f"{int(value)} ({value.name.lower()})" for value in RESAMPLING_FILTERS)
-        raise ValueError(f"unknown resample {resample!r}: give one of {known}")
-
-
 def size_to_dict(size: SizeDict | None, name: str) -> dict[str, int]:
     """Return a size as a dict, empty for None. Raise unless all values are positive whole numbers."""
     if size is None:
@@ -536,12 +524,6 @@ def size_to_dict(size: SizeDict | None, name: str) -> dict[str, int]:
     if not pixels or any(type(value) is not int or value < 1 for value in pixels.values()):
         raise ValueError(f"{name} {pixels} must give positive whole numbers of pixels")
     return pixels
-
-
-def check_not_empty(images: list[Any]) -> None:
-    """Raise if there are no images."""
-    if not images:
-        raise ValueError("no images were given: the list is empty")
 
 
 def check_same_shape(images: list[Any]) -> None:

@@ -20,7 +20,8 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import initialization as init
 from transformers.backbone_utils import BackboneMixin, filter_output_hidden_states
 from transformers.modeling_outputs import BackboneOutput, BaseModelOutputWithPooling, MaskedImageModelingOutput
@@ -32,7 +33,7 @@ from transformers.utils.output_capturing import capture_outputs
 from .adaptation_vitcls import AdaptableModel
 from .attention_masks_vitcls import RelativePositionBias, TokenGates, build_attention_mask
 from .blocks_vitcls import EncoderLayer, LayerScale, LearnedPositions, ViTCLSAttention, ViTCLSEmbeddings, build_norm
-from .configuration_vitcls import TokenLayout, ViTCLSConfig
+from .configuration_vitcls import TokenLayout, ViTCLSConfig, to_pair
 from .cpu_kernels_vitcls import install_cpu_kernels
 from .heads_vitcls import (
     IGNORED_LABEL,
@@ -60,8 +61,6 @@ from .variants_vitcls import (
 
 
 # Outputs -------------------------------------------------------------------------------------------------------------
-
-
 @dataclass
 class ViTCLSModelOutput(BaseModelOutputWithPooling):
     """Output of `ViTCLSModel`.
@@ -78,7 +77,7 @@ class ViTCLSModelOutput(BaseModelOutputWithPooling):
     )
 
     @property
-    def tokens(self) -> dict[str, torch.Tensor]:
+    def tokens(self) -> dict[str, Tensor]:
         """`last_hidden_state` by group: "cls", "distillation", "registers", "patches", [B, n, D] each.
 
         Raises:
@@ -104,12 +103,12 @@ class ViTCLSImageClassifierOutput(ModelOutput):
         hidden_states, attentions: as in `ViTCLSModelOutput`.
     """
 
-    loss: torch.Tensor | None = None
-    logits: torch.Tensor | None = None
-    cls_logits: torch.Tensor | None = None
-    distillation_logits: torch.Tensor | None = None
-    hidden_states: tuple[torch.Tensor, ...] | None = None
-    attentions: tuple[torch.Tensor, ...] | None = None
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    cls_logits: Tensor | None = None
+    distillation_logits: Tensor | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
 
 
 @dataclass
@@ -123,16 +122,14 @@ class ViTCLSMultiTaskOutput(ModelOutput):
         hidden_states, attentions: as in `ViTCLSModelOutput`.
     """
 
-    loss: torch.Tensor | None = None
-    losses: dict[str, torch.Tensor] | None = None
-    logits: dict[str, torch.Tensor] | None = None
-    hidden_states: tuple[torch.Tensor, ...] | None = None
-    attentions: tuple[torch.Tensor, ...] | None = None
+    loss: Tensor | None = None
+    losses: dict[str, Tensor] | None = None
+    logits: dict[str, Tensor] | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
 
 
 # Base class ----------------------------------------------------------------------------------------------------------
-
-
 class ViTCLSPreTrainedModel(AdaptableModel):
     """Loading, saving and initialization, common to all models."""
 
@@ -193,15 +190,15 @@ class ViTCLSPreTrainedModel(AdaptableModel):
 
     def token_attention(
         self,
-        pixel_values: torch.Tensor,
+        pixel_values: Tensor,
         tokens: Sequence[str] = SPECIAL_TOKENS,
         layers: Layers = "all",
-        attention_mask: torch.Tensor | None = None,
-    ) -> torch.Tensor:
+        attention_mask: Tensor | None = None,
+    ) -> Tensor:
         """Return the attention of the special tokens, under any attention implementation, without full attention maps.
 
-        The values equal the rows of the special tokens in `attentions` of eager attention, without dropout. The cost
-        is a forward pass and a few rows per layer. Gradients flow: use `torch.no_grad()` if none are needed.
+        The values equal the rows of eager attention, without dropout. The cost is a forward pass and a few rows per
+        layer. Gradients flow: use `torch.no_grad()` if none are needed.
 
         Args:
             pixel_values: [B, C, H, W].
@@ -210,9 +207,8 @@ class ViTCLSPreTrainedModel(AdaptableModel):
             attention_mask: as in `forward`.
 
         Returns:
-            [batch, layer, head, special token, key]: layers as requested, tokens and keys in the order of
-            `config.token_layout`. Each row sums to 1. Differential attention has two maps per head, one after the
-            other. The fourth axis has length 0 if the model has none of these tokens.
+            [batch, layer, head, special token, key], tokens and keys in the order of `config.token_layout`; each row
+            sums to 1. Differential attention has two maps per head, one after the other.
 
         Raises:
             ValueError: for unknown groups, layers that do not exist, or images that do not fit the model.
@@ -221,24 +217,12 @@ class ViTCLSPreTrainedModel(AdaptableModel):
 
     @torch.no_grad()
     def flops(self, image_size: int | Sequence[int] | None = None, batch_size: int = 1) -> int:
-        """Return the floating-point operations of a forward pass; a multiply-add counts as two.
+        """Return the operations of a forward pass, counted by `torch.utils.flop_counter` on a copy without weights.
 
-        Counted by `torch.utils.flop_counter` on a copy without weights: matrix products and convolutions, as they are
-        computed (the last layer only for the tokens that the classifiers read). The backward pass of a fully trained
-        model takes about twice as many.
-
-        Args:
-            image_size: height and width in pixels, or one number for both. Default: the model's own.
-            batch_size: number of images.
-
-        Raises:
-            ValueError: for images smaller than a patch.
+        Matrix products and convolutions count as computed (the last layer only for the tokens that the classifiers
+        read), a multiply-add as two. `image_size` is in pixels; default: the model's own.
         """
-        from torch.utils.flop_counter import FlopCounterMode
-
-        height, width = self.config.image_height_width
-        if image_size is not None:
-            height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
+        height, width = self.config.image_height_width if image_size is None else to_pair(image_size)
         config = copy.deepcopy(self.config)
         config._attn_implementation = "eager"  # fused kernels are counted on some devices only
         with torch.device("meta"):
@@ -249,7 +233,7 @@ class ViTCLSPreTrainedModel(AdaptableModel):
         return counter.get_total_flops()
 
 
-TOKEN_INITS: dict[str, Callable[[torch.Tensor, float], Any]] = {
+TOKEN_INITS: dict[str, Callable[[Tensor, float], Any]] = {
     "trunc_normal": lambda tokens, std: init.trunc_normal_(tokens, mean=0.0, std=std),
     "near_zero": lambda tokens, std: init.normal_(tokens, std=1e-6),
     "zeros": lambda tokens, std: init.zeros_(tokens),
@@ -257,8 +241,6 @@ TOKEN_INITS: dict[str, Callable[[torch.Tensor, float], Any]] = {
 
 
 # Encoder -------------------------------------------------------------------------------------------------------------
-
-
 class ViTCLSModel(ViTCLSPreTrainedModel):
     """A Vision Transformer (arXiv 2010.11929) with configurable special tokens, without a classifier."""
 
@@ -283,9 +265,9 @@ class ViTCLSModel(ViTCLSPreTrainedModel):
     @capture_outputs(tie_last_hidden_states=False)
     def forward(
         self,
-        pixel_values: torch.Tensor,
-        bool_masked_pos: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
+        pixel_values: Tensor,
+        bool_masked_pos: Tensor | None = None,
+        attention_mask: Tensor | None = None,
         num_tokens_read: int | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> ViTCLSModelOutput:
@@ -303,7 +285,9 @@ class ViTCLSModel(ViTCLSPreTrainedModel):
             ValueError: for images or masks that do not fit the model.
             TypeError: for an unknown argument.
         """
-        reject_unknown_arguments(kwargs)
+        for name in kwargs:
+            if name not in TransformersKwargs.__annotations__:
+                raise TypeError(f"forward() got an unexpected argument {name!r}")
         pixel_values = pixel_values.to(self.embeddings.patch_embeddings.projection.weight.dtype)
         hidden_states = self.embeddings(pixel_values, bool_masked_pos)  # [B, N, D]
 
@@ -326,12 +310,12 @@ class ViTCLSModel(ViTCLSPreTrainedModel):
 
     def run_layers(
         self,
-        hidden_states: torch.Tensor,
+        hidden_states: Tensor,
         mask: Any,
         position_embeddings: Any,
         num_tokens_read: int | None,
         **kwargs: Unpack[TransformersKwargs],
-    ) -> torch.Tensor:
+    ) -> Tensor:
         """Run all layers, [B, N, D] -> [B, N, D], or [B, num_tokens_read, D] if it is given."""
         if self.config.merged_patches_per_layer:
             return run_merging_layers(self.layers, hidden_states, mask, num_tokens_read, **kwargs)
@@ -346,20 +330,11 @@ class ViTCLSModel(ViTCLSPreTrainedModel):
         return hidden_states
 
     def new_like(self, config: ViTCLSConfig) -> Self:
-        """Return a model with the same parts and fresh weights, for another configuration."""
+        """Return a model with the same parts and fresh weights."""
         return type(self)(config, add_pooling_layer=self.pooler is not None)
 
 
-def reject_unknown_arguments(kwargs: Mapping[str, Any]) -> None:
-    """Raise TypeError for keywords that `forward` does not know."""
-    for name in kwargs:
-        if name not in TransformersKwargs.__annotations__:
-            raise TypeError(f"forward() got an unexpected argument {name!r}")
-
-
 # Classifiers ---------------------------------------------------------------------------------------------------------
-
-
 class ViTCLSForImageClassification(ViTCLSPreTrainedModel):
     """A ViT with a classifier on the pooled tokens, and a second one on the distillation token if there is one."""
 
@@ -378,9 +353,9 @@ class ViTCLSForImageClassification(ViTCLSPreTrainedModel):
     @can_return_tuple
     def forward(
         self,
-        pixel_values: torch.Tensor,
-        labels: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
+        pixel_values: Tensor,
+        labels: Tensor | None = None,
+        attention_mask: Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> ViTCLSImageClassifierOutput:
         """Classify images.
@@ -437,9 +412,9 @@ class ViTCLSForMultiTaskClassification(ViTCLSPreTrainedModel):
     @can_return_tuple
     def forward(
         self,
-        pixel_values: torch.Tensor,
-        labels: dict[str, torch.Tensor] | None = None,
-        attention_mask: torch.Tensor | None = None,
+        pixel_values: Tensor,
+        labels: dict[str, Tensor] | None = None,
+        attention_mask: Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> ViTCLSMultiTaskOutput:
         """Classify images for every task.
@@ -465,16 +440,10 @@ class ViTCLSForMultiTaskClassification(ViTCLSPreTrainedModel):
             loss = torch.stack(list(losses.values())).sum()
             losses = {name: losses[name] for name in logits if name in labels}
         return ViTCLSMultiTaskOutput(
-            loss=loss,
-            losses=losses,
-            logits=logits,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
+            loss=loss, losses=losses, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
         )
 
-    def compute_losses(
-        self, logits: dict[str, torch.Tensor], labels: dict[str, torch.Tensor]
-    ) -> dict[str, torch.Tensor]:
+    def compute_losses(self, logits: dict[str, Tensor], labels: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return the cross-entropy of each task; 0 for a task without labels, so that all parameters get gradients."""
         if unknown := sorted(set(labels) - set(logits)):
             raise ValueError(f"labels for unknown task {unknown[0]!r}: the tasks are {', '.join(logits)}")
@@ -511,20 +480,13 @@ def get_num_tokens_read(encoder: ViTCLSModel, kwargs: Mapping[str, Any]) -> int 
 
 def has_user_hooks(module: nn.Module | None) -> bool:
     """Return whether a module has hooks, other than those of transformers and torch.distributed."""
-    if module is None:
-        return False
-    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    return any(
-        not str(getattr(hook, "__module__", "")).startswith(("transformers.", "torch.distributed."))
-        for group in hooks
-        if group
-        for hook in group.values()
-    )
+    names = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    hooks = [hook for name in names for hook in (getattr(module, name, None) or {}).values()]
+    modules = (str(getattr(hook, "__module__", "")) for hook in hooks)
+    return any(not module.startswith(("transformers.", "torch.distributed.")) for module in modules)
 
 
 # Masked image modeling -----------------------------------------------------------------------------------------------
-
-
 class ViTCLSForMaskedImageModeling(ViTCLSPreTrainedModel):
     """Pre-training by reconstruction of masked patches from a mask token, by a linear decoder (SimMIM, 2111.09886)."""
 
@@ -539,9 +501,9 @@ class ViTCLSForMaskedImageModeling(ViTCLSPreTrainedModel):
     @can_return_tuple
     def forward(
         self,
-        pixel_values: torch.Tensor,
-        bool_masked_pos: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
+        pixel_values: Tensor,
+        bool_masked_pos: Tensor | None = None,
+        attention_mask: Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> MaskedImageModelingOutput:
         """Reconstruct images.
@@ -569,8 +531,6 @@ class ViTCLSForMaskedImageModeling(ViTCLSPreTrainedModel):
 
 
 # Backbone ------------------------------------------------------------------------------------------------------------
-
-
 class ViTCLSBackbone(BackboneMixin, ViTCLSModel):
     """Feature maps of selected layers for dense prediction: the patches on their grid."""
 
@@ -581,10 +541,7 @@ class ViTCLSBackbone(BackboneMixin, ViTCLSModel):
     @can_return_tuple
     @filter_output_hidden_states
     def forward(
-        self,
-        pixel_values: torch.Tensor,
-        attention_mask: torch.Tensor | None = None,
-        **kwargs: Unpack[TransformersKwargs],
+        self, pixel_values: Tensor, attention_mask: Tensor | None = None, **kwargs: Unpack[TransformersKwargs]
     ) -> BackboneOutput:
         """Return the feature maps of `config.out_features`.
 
@@ -605,7 +562,7 @@ class ViTCLSBackbone(BackboneMixin, ViTCLSModel):
             attentions=outputs.attentions,
         )
 
-    def get_feature_map(self, hidden_states: torch.Tensor, stage: str, grid: tuple[int, int]) -> torch.Tensor:
+    def get_feature_map(self, hidden_states: Tensor, stage: str, grid: tuple[int, int]) -> Tensor:
         """Return the patches of one stage's hidden states [B, N, D]."""
         is_last = stage == self.stage_names[-1]
         if self.layernorm is not None and (self.config.apply_layernorm or is_last):
@@ -620,7 +577,6 @@ class ViTCLSBackbone(BackboneMixin, ViTCLSModel):
         return type(self)(config)
 
 
-# Saving copies this file and its siblings next to the weights.
 ViTCLSModel.register_for_auto_class("AutoModel")
 ViTCLSForImageClassification.register_for_auto_class("AutoModelForImageClassification")
 ViTCLSForMultiTaskClassification.register_for_auto_class("AutoModelForImageClassification")

@@ -11,18 +11,16 @@ Learned and sin-cos positions are added to the patches in blocks_vitcls.py.
 import math
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .configuration_vitcls import ViTCLSConfig
 
 
 # cos and sin, each [patches, head_dim] or [heads, patches, head_dim].
-PositionEmbeddings = tuple[torch.Tensor, torch.Tensor]
+PositionEmbeddings = tuple[Tensor, Tensor]
 
 
 # Rotary positions ----------------------------------------------------------------------------------------------------
-
-
 def build_rotary_positions(config: ViTCLSConfig) -> "AxialRotaryPositions | MixedRotaryPositions | None":
     """Build the rotary positions of `config.position_embedding_type`; None if queries and keys are not rotated."""
     if not config.has_rotary_positions:
@@ -41,7 +39,7 @@ class AxialRotaryPositions(nn.Module):
         self.theta = float(config.rope_theta)
         self.head_dim = config.head_dim
 
-    def forward(self, grid: tuple[int, int], hidden_states: torch.Tensor) -> PositionEmbeddings:
+    def forward(self, grid: tuple[int, int], hidden_states: Tensor) -> PositionEmbeddings:
         """Return cos and sin [rows * columns, head_dim] in the dtype of `hidden_states`."""
         device = hidden_states.device
         coordinates = get_patch_coordinates(self.config, grid, device)  # [rows * columns, 2]
@@ -62,7 +60,7 @@ class MixedRotaryPositions(nn.Module):
             torch.empty(2, config.num_hidden_layers, config.num_attention_heads, config.head_dim // 2)
         )
 
-    def forward(self, grid: tuple[int, int], hidden_states: torch.Tensor) -> list[PositionEmbeddings]:
+    def forward(self, grid: tuple[int, int], hidden_states: Tensor) -> list[PositionEmbeddings]:
         """Return cos and sin [heads, rows * columns, head_dim] per layer, in the dtype of `hidden_states`."""
         coordinates = get_patch_coordinates(self.config, grid, hidden_states.device)
         first, second = coordinates.unbind(-1)  # [rows * columns] each
@@ -72,7 +70,7 @@ class MixedRotaryPositions(nn.Module):
         cos, sin = angles.cos().to(hidden_states.dtype), angles.sin().to(hidden_states.dtype)
         return list(zip(cos, sin, strict=True))
 
-    def get_initial_frequencies(self) -> torch.Tensor:
+    def get_initial_frequencies(self) -> Tensor:
         """Return axial frequencies rotated by a random angle per layer and head (the paper's initialization)."""
         _, layers, heads, half = self.frequencies.shape
         magnitude = self.theta ** -(torch.arange(0, 2 * half, 4, dtype=torch.float32) / (2 * half))  # [head_dim / 4]
@@ -82,7 +80,7 @@ class MixedRotaryPositions(nn.Module):
         return torch.stack([first, second])
 
 
-def get_patch_coordinates(config: ViTCLSConfig, grid: tuple[int, int], device: torch.device) -> torch.Tensor:
+def get_patch_coordinates(config: ViTCLSConfig, grid: tuple[int, int], device: torch.device) -> Tensor:
     """Return the coordinates of all patches, row by row, [rows * columns, 2], in the order of `config.rope_axes`.
 
     Mixed frequencies always use `"grid"` coordinates. Coordinates are computed for each grid and need no resampling.
@@ -99,9 +97,7 @@ def get_patch_coordinates(config: ViTCLSConfig, grid: tuple[int, int], device: t
     return coordinates.flip(-1) if config.rope_axes == "xy" else coordinates
 
 
-def rotate_patches(
-    query: torch.Tensor, key: torch.Tensor, position_embeddings: PositionEmbeddings
-) -> tuple[torch.Tensor, torch.Tensor]:
+def rotate_patches(query: Tensor, key: Tensor, position_embeddings: PositionEmbeddings) -> tuple[Tensor, Tensor]:
     """Rotate the patches of queries [B, heads, n, head_dim] and keys [B, heads, N, head_dim].
 
     Special tokens are first in the sequence and are not rotated. n is N, or less than the number of special tokens.
@@ -109,7 +105,7 @@ def rotate_patches(
     cos, sin = position_embeddings
     num_special = key.shape[-2] - cos.shape[-2]
 
-    def rotate(states: torch.Tensor) -> torch.Tensor:
+    def rotate(states: Tensor) -> Tensor:
         special, patches = states.tensor_split([num_special], dim=-2)
         first, second = patches.chunk(2, dim=-1)
         patches = patches * cos + torch.cat([-second, first], dim=-1) * sin
@@ -119,8 +115,6 @@ def rotate_patches(
 
 
 # Resampling ----------------------------------------------------------------------------------------------------------
-
-
 def needs_resampling(grid: tuple[int, int], new_grid: tuple[int, int]) -> bool:
     """Return whether two grids differ; always True while a graph for images of any size is exported.
 
@@ -132,11 +126,11 @@ def needs_resampling(grid: tuple[int, int], new_grid: tuple[int, int]) -> bool:
 
 
 def resample_positions(
-    positions: torch.Tensor, grid: tuple[int, int], new_grid: tuple[int, int], config: ViTCLSConfig
-) -> torch.Tensor:
+    positions: Tensor, grid: tuple[int, int], new_grid: tuple[int, int], config: ViTCLSConfig
+) -> Tensor:
     """Resample learned positions [1, rows * columns, D] to another grid, in float32 (ViT, section 3.2).
 
-    The source's own policy is in `config.position_interpolation`, `position_antialias` and `position_offset`.
+    The policy is `config.position_interpolation`, `position_antialias` and `position_offset`.
     """
     maps = positions.float().unflatten(1, grid).permute(0, 3, 1, 2)  # [1, D, rows, columns]
     if config.position_interpolation == "crop":
@@ -160,12 +154,11 @@ def resample_positions(
     return maps.permute(0, 2, 3, 1).flatten(1, 2).to(positions.dtype)  # [1, new rows * new columns, D]
 
 
-def resize_patch_kernel(kernel: torch.Tensor, new_size: tuple[int, int]) -> torch.Tensor:
+def resize_patch_kernel(kernel: Tensor, new_size: tuple[int, int]) -> Tensor:
     """Resize a patch projection [D, C, height, width] to another patch size (FlexiViT, arXiv 2212.08013, section 3.4).
 
-    The embedding of a bilinearly resized patch under the new kernel equals the embedding of the original patch under
-    the old kernel: exactly if patches grow, in the least-squares sense if patches shrink. With B as the matrix of the
-    resizing, the new kernel is the old kernel times the pseudo-inverse of B transposed. Computed in float64.
+    The new kernel maps a bilinearly resized patch to the embedding of the original patch: exactly if patches grow, in
+    the least-squares sense if they shrink. It is the old kernel times the pseudo-inverse of the resizing, transposed.
     """
     height, width = kernel.shape[-2:]
     basis = torch.eye(height * width, dtype=torch.float64).view(-1, 1, height, width)  # on the CPU: MPS has no float64
@@ -175,7 +168,7 @@ def resize_patch_kernel(kernel: torch.Tensor, new_size: tuple[int, int]) -> torc
     return new_kernel.unflatten(2, new_size).to(device=kernel.device, dtype=kernel.dtype)
 
 
-def resize_decoded_patches(weight: torch.Tensor, size: tuple[int, int], new_size: tuple[int, int]) -> torch.Tensor:
+def resize_decoded_patches(weight: Tensor, size: tuple[int, int], new_size: tuple[int, int]) -> Tensor:
     """Resize the weight or bias [C * height * width, ...] of a layer that outputs pixels, in float32.
 
     The output of the new layer is the output of the old layer, resized bilinearly.

@@ -3,9 +3,8 @@
 
     rows = model.token_attention(pixel_values)      # [batch, layer, head, special token, key]
 
-Fused attention returns no maps, and full maps would take N x N numbers. The `recorder` of each layer's attention
-(blocks_vitcls.py) receives queries and keys in a normal forward pass, and only the rows of the special tokens are
-recomputed.
+Fused attention returns no maps, and full maps have N x N numbers. The `recorder` of each layer's attention
+(blocks_vitcls.py) receives queries and keys, and only the rows of the special tokens are recomputed.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -14,6 +13,7 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
 from .configuration_vitcls import TOKEN_COUNTS, TokenLayout
 
@@ -24,18 +24,16 @@ Layers = Sequence[int] | Literal["all"]
 
 
 def compute_token_attention(
-    model: Any, pixel_values: torch.Tensor, attention_mask: torch.Tensor | None, tokens: Sequence[str], layers: Layers
-) -> torch.Tensor:
+    model: Any, pixel_values: Tensor, attention_mask: Tensor | None, tokens: Sequence[str], layers: Layers
+) -> Tensor:
     """Return the attention of special tokens; see `ViTCLSPreTrainedModel.token_attention`."""
     encoder = model.base_model
     layout = encoder.config.token_layout
     token_indices = get_token_indices(tokens, layout)
     layer_indices = get_layer_indices(layers, len(encoder.layers))
-    rows: dict[int, torch.Tensor] = {}
+    rows: dict[int, Tensor] = {}
 
-    def record(
-        layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any, scaling: float, _: Any
-    ) -> None:
+    def record(layer: int, query: Tensor, key: Tensor, value: Tensor, mask: Any, scaling: float, _: Any) -> None:
         query = query[:, :, : layout.num_prefix_tokens]
         rows[layer] = compute_attention_rows(query, key, select_mask_rows(mask, query, key), scaling)
 
@@ -92,9 +90,7 @@ def get_layer_indices(layers: Layers, num_layers: int) -> list[int]:
     return [index % num_layers for index in layers]
 
 
-def compute_attention_rows(
-    query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None, scaling: float
-) -> torch.Tensor:
+def compute_attention_rows(query: Tensor, key: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
     """Return attention weights without dropout: [B, heads, n, d], [B, heads, N, d] -> [B, heads, n, N]."""
     scores = torch.matmul(query, key.transpose(2, 3)) * scaling
     if mask is not None and mask.dtype == torch.bool:
@@ -104,7 +100,7 @@ def compute_attention_rows(
     return scores.softmax(dim=-1, dtype=torch.float32).to(query.dtype)
 
 
-def select_mask_rows(mask: Any, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor | None:
+def select_mask_rows(mask: Any, query: Tensor, key: Tensor) -> Tensor | None:
     """Return the first rows of a mask, as many as there are queries, for any attention implementation.
 
     Masks are None, [B, N] over keys (flash), [B or 1, heads or 1, N or 1, N] boolean or additive (SDPA, eager), or a
@@ -112,7 +108,7 @@ def select_mask_rows(mask: Any, query: torch.Tensor, key: torch.Tensor) -> torch
     """
     if mask is None or query.shape[2] == 0:
         return None
-    if not isinstance(mask, torch.Tensor):
+    if not isinstance(mask, Tensor):
         from torch.nn.attention.flex_attention import create_mask
 
         (batch, _, num_rows, _), num_keys = query.shape, key.shape[-2]

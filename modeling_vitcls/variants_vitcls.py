@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 
@@ -26,20 +26,17 @@ from .positions_vitcls import PositionEmbeddings
 
 
 # Layers --------------------------------------------------------------------------------------------------------------
-
-
 class ViTCLSPostNormLayer(ViTCLSLayer):
     """A layer whose norms follow attention and MLP, before the residual connection (EVA-CLIP's largest model)."""
 
     def forward(
         self,
-        hidden_states: torch.Tensor,
+        hidden_states: Tensor,
         attention_mask: Any = None,
         position_embeddings: PositionEmbeddings | None = None,
         num_tokens: int | None = None,
         **kwargs: Unpack[TransformersKwargs],
-    ) -> torch.Tensor:
-        """[B, N, D] -> [B, n, D], as in `ViTCLSLayer`."""
+    ) -> Tensor:
         attended, _ = self.attention(hidden_states, attention_mask, position_embeddings, num_tokens, **kwargs)
         attended = self.layernorm_before(self.dropout(attended))
         hidden_states = self.add_branch(hidden_states[:, :num_tokens], attended, self.layer_scale1)
@@ -61,13 +58,12 @@ class ViTCLSParallelLayer(ViTCLSLayer):
 
     def forward(
         self,
-        hidden_states: torch.Tensor,
+        hidden_states: Tensor,
         attention_mask: Any = None,
         position_embeddings: PositionEmbeddings | None = None,
         num_tokens: int | None = None,
         **kwargs: Unpack[TransformersKwargs],
-    ) -> torch.Tensor:
-        """[B, N, D] -> [B, n, D], as in `ViTCLSLayer`."""
+    ) -> Tensor:
         normalized = self.layernorm_before(hidden_states)
         attended, _ = self.attention(normalized, attention_mask, position_embeddings, num_tokens, **kwargs)
         branch = self.dropout(attended) + self.dropout(self.mlp(normalized[:, :num_tokens]))
@@ -82,8 +78,6 @@ LAYERS: dict[str, type[ViTCLSLayer]] = {
 
 
 # Differential attention ----------------------------------------------------------------------------------------------
-
-
 class ViTCLSDifferentialAttention(ViTCLSAttention):
     """Attention in which each head subtracts a second map from its first (Ye et al. 2024, arXiv 2410.05258).
 
@@ -103,16 +97,14 @@ class ViTCLSDifferentialAttention(ViTCLSAttention):
         self.second_share = nn.Parameter(torch.empty(1))
         self.head_norm = nn.RMSNorm(self.head_dim, eps=1e-5)
 
-    def project_qkv(
-        self, hidden_states: torch.Tensor, num_queries: int | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def project_qkv(self, hidden_states: Tensor, num_queries: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Return queries and keys [B, 2 * heads, n or N, head_dim / 2], values [B, 2 * heads, N, head_dim]."""
         query, key, value = super().project_qkv(hidden_states, num_queries)
         return query, key, value.repeat_interleave(2, dim=1)  # both maps of a head mix the same values
 
     def attend(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: Any, **kwargs: Any
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor | None]:
         """Return the difference of the two maps applied to the values, normalized, [B, n, heads, head_dim]."""
         attended, weights = super().attend(query, key, value, attention_mask, **kwargs)  # [B, n, 2 * heads, head_dim]
         first, second = attended.unflatten(2, (-1, 2)).unbind(3)
@@ -133,8 +125,6 @@ def get_layer_classes(config: ViTCLSConfig) -> tuple[type[ViTCLSLayer], type[ViT
 
 
 # Register neurons ----------------------------------------------------------------------------------------------------
-
-
 class RegisterNeurons(nn.Module):
     """Move the activations of single MLP neurons from the patches to the last register, without training.
 
@@ -149,7 +139,7 @@ class RegisterNeurons(nn.Module):
         self.patches = config.token_layout.patches
         self.register = config.token_layout.registers.stop - 1
 
-    def forward(self, activations: torch.Tensor) -> torch.Tensor:
+    def forward(self, activations: Tensor) -> Tensor:
         """[B, N, intermediate] -> [B, N, intermediate]."""
         patch_activations = activations[:, self.patches, self.neurons]  # [B, patches, neurons]
         largest = patch_activations.abs().argmax(dim=1, keepdim=True)  # [B, 1, neurons]
@@ -159,7 +149,6 @@ class RegisterNeurons(nn.Module):
         return moved
 
     def extra_repr(self) -> str:
-        """Return the neurons, for `print(model)`."""
         return f"neurons={self.neurons}"
 
 
@@ -171,8 +160,6 @@ def add_register_neurons(layers: Iterable[Any], config: ViTCLSConfig) -> None:
 
 
 # Patch dropout -------------------------------------------------------------------------------------------------------
-
-
 class PatchDropout(nn.Module):
     """Keep a random subset of each image's patches in training (PatchDropout, arXiv 2208.07220; FLIP, 2212.00794).
 
@@ -185,9 +172,7 @@ class PatchDropout(nn.Module):
         self.rate = config.patch_drop_rate
         self.num_special = config.token_layout.num_prefix_tokens
 
-    def forward(
-        self, hidden_states: torch.Tensor, mask: Any, position_embeddings: Any
-    ) -> tuple[torch.Tensor, Any, Any]:
+    def forward(self, hidden_states: Tensor, mask: Any, position_embeddings: Any) -> tuple[Tensor, Any, Any]:
         """Drop patches of hidden states [B, N, D], and the rows of masks and position embeddings that belong to them.
 
         Masks and position embeddings are one value for all layers, a list with one value per layer, or None.
@@ -203,7 +188,7 @@ class PatchDropout(nn.Module):
             map_layers(position_embeddings, lambda each: select_position_embeddings(each, kept)),
         )
 
-    def choose_patches(self, hidden_states: torch.Tensor) -> torch.Tensor:
+    def choose_patches(self, hidden_states: Tensor) -> Tensor:
         """Return the indices of the patches to keep, in ascending order, [B, n patches]."""
         num_images, num_patches = hidden_states.shape[0], hidden_states.shape[1] - self.num_special
         num_kept = get_num_kept_patches(self.rate, num_patches)
@@ -211,7 +196,6 @@ class PatchDropout(nn.Module):
         return order[:, :num_kept].sort(dim=1).values
 
     def extra_repr(self) -> str:
-        """Return the rate, for `print(model)`."""
         return f"rate={self.rate}"
 
 
@@ -236,18 +220,18 @@ def map_layers(values: Any, function: Callable[[Any], Any]) -> Any:
     return [function(value) for value in values] if isinstance(values, list) else function(values)
 
 
-def select_tokens(hidden_states: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
+def select_tokens(hidden_states: Tensor, indices: Tensor) -> Tensor:
     """Return the tokens at `indices` [B, n] of [B, N, D], [B, n, D]."""
     return hidden_states.gather(1, indices.unsqueeze(-1).expand(-1, -1, hidden_states.shape[-1]))
 
 
-def select_mask(mask: Any, indices: torch.Tensor) -> Any:
+def select_mask(mask: Any, indices: Tensor) -> Any:
     """Return the part of a mask that belongs to the tokens at `indices` [B, n], for any attention implementation.
 
     Masks are [B, N] over keys (flash), [B or 1, heads or 1, N or 1, N] boolean or additive (SDPA, eager), or a
     function of the indices (flex attention).
     """
-    if not isinstance(mask, torch.Tensor):
+    if not isinstance(mask, Tensor):
         return select_block_mask(mask, indices)
     if mask.ndim == 2:
         return torch.take_along_dim(mask, indices, dim=1)
@@ -256,18 +240,18 @@ def select_mask(mask: Any, indices: torch.Tensor) -> Any:
     return torch.take_along_dim(mask, indices[:, None, None, :], dim=3)
 
 
-def select_block_mask(mask: Any, indices: torch.Tensor) -> Any:
+def select_block_mask(mask: Any, indices: Tensor) -> Any:
     """Return flex attention's mask for the tokens at `indices` [B, n]."""
     from torch.nn.attention.flex_attention import create_block_mask
 
-    def is_visible(batch: torch.Tensor, head: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+    def is_visible(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return mask.mask_mod(batch, head, indices[batch, query], indices[batch, key])
 
     num_images, num_tokens = indices.shape
     return create_block_mask(is_visible, num_images, None, num_tokens, num_tokens, device=indices.device)
 
 
-def select_position_embeddings(position_embeddings: PositionEmbeddings, kept: torch.Tensor) -> PositionEmbeddings:
+def select_position_embeddings(position_embeddings: PositionEmbeddings, kept: Tensor) -> PositionEmbeddings:
     """Return cos and sin of the kept patches, [B, heads or 1, n, head_dim]."""
     index = kept[:, None, :, None]
     cos, sin = (
@@ -278,10 +262,9 @@ def select_position_embeddings(position_embeddings: PositionEmbeddings, kept: to
 
 # Token merging -------------------------------------------------------------------------------------------------------
 #
-# Each layer merges the most similar patches between attention and MLP, so that later layers have fewer tokens (ToMe,
-# arXiv 2210.09461). Between layers, every patch has the state of its group, so hidden states and feature maps keep
-# their shape, and a mean over patches weights a group by its size. Attention weights it likewise: the logarithm of the
-# size is added to the scores of its key. Special tokens are not merged. The outputs change; no training is needed.
+# Each layer merges similar patches between attention and MLP, so that later layers have fewer tokens (ToMe, arXiv
+# 2210.09461). Between layers, every patch has the state of its group, so hidden states keep their shape. Attention
+# weights a group by its size: the logarithm is added to the scores. The outputs change; no training is needed.
 
 
 @dataclass(frozen=True)
@@ -294,32 +277,30 @@ class MergedGroups:
         token_index: [B, N], the token of each position.
     """
 
-    sizes: torch.Tensor
-    position_index: torch.Tensor
-    token_index: torch.Tensor
+    sizes: Tensor
+    position_index: Tensor
+    token_index: Tensor
 
     @classmethod
-    def from_tokens(cls, hidden_states: torch.Tensor) -> Self:
+    def from_tokens(cls, hidden_states: Tensor) -> Self:
         """Return groups of size one for [B, N, D]."""
         positions = torch.arange(hidden_states.shape[1], device=hidden_states.device)
         positions = positions.expand(hidden_states.shape[0], -1)  # [B, N]
         return cls(torch.ones_like(positions, dtype=torch.float32), positions, positions)
 
-    def collect(self, hidden_states: torch.Tensor) -> torch.Tensor:
+    def collect(self, hidden_states: Tensor) -> Tensor:
         """Return one token per group, [B, T, D], from [B, N, D] with equal states within groups."""
         return select_tokens(hidden_states, self.position_index)
 
-    def expand(self, tokens: torch.Tensor) -> torch.Tensor:
+    def expand(self, tokens: Tensor) -> Tensor:
         """Return the token of each position, [B, N, D], from [B, T, D]."""
         return select_tokens(tokens, self.token_index)
 
-    def get_attention_bias(self, dtype: torch.dtype) -> torch.Tensor:
+    def get_attention_bias(self, dtype: torch.dtype) -> Tensor:
         """Return the bias of each key's scores, [B, 1, 1, T]: a key counts once per position."""
         return self.sizes.log().to(dtype)[:, None, None, :]
 
-    def merge(
-        self, tokens: torch.Tensor, sources: torch.Tensor, targets: torch.Tensor
-    ) -> tuple[torch.Tensor, "MergedGroups"]:
+    def merge(self, tokens: Tensor, sources: Tensor, targets: Tensor) -> tuple[Tensor, "MergedGroups"]:
         """Merge the tokens `sources` [B, r], all different, into `targets` [B, r], which are not sources.
 
         Returns:
@@ -340,7 +321,7 @@ class MergedGroups:
         )
 
 
-def match_similar_patches(keys: torch.Tensor, num_pairs: int) -> tuple[torch.Tensor, torch.Tensor]:
+def match_similar_patches(keys: Tensor, num_pairs: int) -> tuple[Tensor, Tensor]:
     """Match similar patches by their keys [B, n, d] (bipartite soft matching, section 3 of the paper).
 
     Every second patch proposes the most similar of the others by cosine, and the best proposals are accepted.
@@ -359,8 +340,8 @@ class MergingAttention(ViTCLSAttention):
     """Attention that returns the mean key of each token, [B, T, d], in place of its weights."""
 
     def attend(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: Any, **kwargs: Any
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor | None]:
         """As `ViTCLSAttention.attend`, with keys [B, T, d] as the second output.
 
         Raises:
@@ -394,14 +375,14 @@ class MergingLayer(ViTCLSLayer):
 
     def forward(  # type: ignore[override]  # it also takes and returns the groups
         self,
-        hidden_states: torch.Tensor,
+        hidden_states: Tensor,
         attention_mask: Any = None,
         position_embeddings: PositionEmbeddings | None = None,
         num_tokens: int | None = None,
         *,
         groups: MergedGroups,
         **kwargs: Unpack[TransformersKwargs],
-    ) -> tuple[torch.Tensor, MergedGroups]:
+    ) -> tuple[Tensor, MergedGroups]:
         """[B, N, D], equal within `groups` -> ([B, N or num_tokens, D], groups for the next layer).
 
         Raises:
@@ -420,9 +401,7 @@ class MergingLayer(ViTCLSLayer):
         tokens = self.add_branch(tokens, self.dropout(transformed), self.layer_scale2)
         return groups.expand(tokens), groups
 
-    def merge(
-        self, tokens: torch.Tensor, keys: torch.Tensor, groups: MergedGroups
-    ) -> tuple[torch.Tensor, MergedGroups]:
+    def merge(self, tokens: Tensor, keys: Tensor, groups: MergedGroups) -> tuple[Tensor, MergedGroups]:
         """Merge the most similar patches of [B, T, D] by their keys [B, T, d]; half of them at most."""
         num_pairs = min(self.num_pairs, (tokens.shape[1] - self.num_special) // 2)
         if num_pairs == 0:
@@ -432,8 +411,8 @@ class MergingLayer(ViTCLSLayer):
 
 
 def run_merging_layers(
-    layers: Iterable[nn.Module], hidden_states: torch.Tensor, mask: Any, num_tokens_read: int | None, **kwargs: Any
-) -> torch.Tensor:
+    layers: Iterable[nn.Module], hidden_states: Tensor, mask: Any, num_tokens_read: int | None, **kwargs: Any
+) -> Tensor:
     """Run all layers, [B, N, D] -> [B, N or `num_tokens_read`, D], and pass the groups from layer to layer."""
     groups = MergedGroups.from_tokens(hidden_states)
     *first_layers, last_layer = layers

@@ -1,85 +1,23 @@
-"""How fast it is, against others on the same work.
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["modeling_vitcls[scripts]", "timm>=1.0.31"]
+#
+# [tool.uv.sources]
+# modeling_vitcls = { path = "..", editable = true }
+# ///
+"""Compare speed and memory with transformers and timm: the same program as `vitcls benchmark`.
 
-    python scripts/benchmark.py --work inference step pixels prediction probe --markdown speed.md --output speed.json
-    python scripts/benchmark.py --work inference --rows "fp32, batch 8" --against timm
-    python scripts/benchmark.py --work growth --plot cost.png
-    python scripts/benchmark.py --work training
+    python scripts/benchmark.py --work inference step --markdown speed.md --output speed.json
 
-Ours and theirs take turns, and what counts is the median of the ratios of neighbouring turns, so that other work on
-the machine slows both. Nothing is measured if the outputs differ. The work is done in modeling_vitcls/benchmarking/.
+`--help` lists the flags. The program is modeling_vitcls/commands/benchmark.py.
 """
 
-import os
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Literal
-
-from command_line import errors_in_one_line, from_flags, stop
-
-
-PLOTS = (".png", ".svg")
-
-
-@dataclass(frozen=True)
-class BenchmarkOptions:
-    """Compare the speed of ours and others' on the same work."""
-
-    work: tuple[
-        Literal["inference", "growth", "step", "inexact", "pixels", "prediction", "probe", "training", "attention"],
-        ...,
-    ]
-    """Forward passes; how their time and memory grow with image size, patch size, tokens and batch; bare training
-    steps, with their memory; merged and dropped patches against the plain model; from a JPEG file to pixel_values, and
-    to a label; a linear probe with cached features against one without; scripts/finetune.py against transformers'
-    Trainer; reading attention, with its memory, against a plain forward pass."""
-    against: tuple[Literal["transformers", "timm"], ...] = ("transformers", "timm")
-    """Whom forward passes, their growth and training steps are compared with."""
-    rows: tuple[str, ...] = ()
-    """Names of the rows to measure, of any of the work. Default: all."""
-    pairs: int = 9
-    """Turns of each side."""
-    output: Path | None = None
-    """JSON file for the results."""
-    markdown: Path | None = None
-    """Markdown file for a table of them."""
-    plot: Path | None = None
-    """PNG or SVG file for a figure of growth."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """Of growth."""
-    device: Literal["cpu", "cuda"] = "cpu"
-    """Where forward passes, their growth, training steps and what is inexact are measured."""
-    toy: bool = False
-    """Tiny models: tries the script, and measures nothing worth knowing."""
-
-
-def main() -> None:
-    """Parse, measure, report; the package is imported only once the flags are known to be right."""
-    options = from_flags(BenchmarkOptions, description=__doc__)
-    if options.pairs < 1:
-        stop(f"--pairs is {options.pairs}: set a value 1 or more")
-    if not options.work or not options.against:
-        stop("--work and --against need a value: see --help")
-    if options.plot is not None and "growth" not in options.work:
-        stop("--plot draws growth: add it to --work")
-    if options.plot is not None and options.plot.suffix not in PLOTS:
-        stop(f"--plot {options.plot}: choose a name that ends in {' or '.join(PLOTS)}")
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing is loaded but from this machine
-
-    from modeling_vitcls.benchmarking.tables import said, show, write, write_markdown, write_plot
-    from modeling_vitcls.benchmarking.work import Plan, compare
-
-    finetune = Path(__file__).with_name("finetune.py")
-    plan = Plan(options.against, options.pairs, options.toy, finetune, options.precision, options.device)
-    with errors_in_one_line():
-        comparisons = [said(comparison) for comparison in compare(options.work, options.rows, plan)]
-        if options.output is not None:
-            write(comparisons, options.output)
-        if options.markdown is not None:
-            write_markdown(comparisons, options.markdown)
-        if options.plot is not None:
-            write_plot(comparisons, options.plot)
-    show(comparisons)
+import sys
 
 
 if __name__ == "__main__":
+    sys.argv[:1] = ["vitcls", "benchmark"]
+
+    from modeling_vitcls.cli import main
+
     main()

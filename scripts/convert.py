@@ -1,116 +1,23 @@
-"""Take over a ViT of timm or transformers exactly: model, image processor, card, and a certificate of how exact it is.
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["modeling_vitcls[scripts]", "timm>=1.0.31"]
+#
+# [tool.uv.sources]
+# modeling_vitcls = { path = "..", editable = true }
+# ///
+"""Convert a ViT of timm or transformers, with a parity report: the same program as `vitcls convert`.
 
     python scripts/convert.py --source timm:vit_base_patch14_reg4_dinov2.lvd142m --output converted
-    python scripts/convert.py --source transformers:facebook/dinov2-base@COMMIT --output converted --num-labels 10
 
-`--help` lists the flags. The work is done in modeling_vitcls/conversion/convert.py.
+`--help` lists the flags. The program is modeling_vitcls/commands/convert.py.
 """
 
 import sys
-from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Literal, NoReturn
-
-import tyro
-
-
-if TYPE_CHECKING:
-    from modeling_vitcls.conversion.parity_report import Certificate
-
-
-@dataclass
-class ConvertOptions:
-    """Convert a ViT and write it to a folder. A difference over the limit writes nothing."""
-
-    source: str
-    """timm:NAME, or transformers:PATH_OR_ID; of an id @REVISION may follow: a commit hash, branch or tag."""
-    output: Path
-    """A folder that does not exist yet, or is empty."""
-    random_init: bool = False
-    """Fill the source with random values first: a test of the conversion that needs no trained weights."""
-    classifier: Literal["keep", "new", "drop"] = "keep"
-    """What becomes of the source's classifier."""
-    num_labels: int | None = None
-    """Labels of a new classifier, also on a source without one."""
-
-
-def main() -> None:
-    """Parse, convert, print; the package is imported only once the flags are known to be right."""
-    options = tyro.cli(ConvertOptions)
-    if not options.source.startswith(("timm:", "transformers:")):
-        stop(f"--source {options.source}: give timm:NAME or transformers:PATH_OR_ID", status=2)
-    if options.num_labels is not None and options.num_labels < 1:
-        stop(f"--num-labels {options.num_labels}: give 1 or more", status=2)
-
-    from transformers.utils.logging import disable_progress_bar
-
-    from modeling_vitcls.analysis.card_images import write_pictures
-    from modeling_vitcls.conversion.convert import take_over
-
-    disable_progress_bar()
-    try:
-        certificate = take_over(
-            options.source,
-            options.output,
-            options.random_init,
-            options.classifier,
-            options.num_labels,
-            write_pictures,
-        )
-    except (ValueError, OSError) as error:
-        stop(f"error: {error}", status=1)
-    show(certificate, options.output)
-
-
-def show(certificate: "Certificate", output: Path) -> None:
-    """Print the certificate, and how to load what was written."""
-    from rich.console import Console
-    from rich.table import Table
-
-    from modeling_vitcls.hub.publish import push_command
-
-    console = Console(soft_wrap=True, highlight=False)
-    table = Table(title=f"{certificate.source} -> {certificate.model_class}: largest differences")
-    table.add_column("values")
-    for comparison in certificate.comparisons:
-        height, width = comparison.image_size
-        table.add_column(f"{height} x {width} pixels", justify="right")
-    for name in certificate.comparisons[0].differences:
-        table.add_row(name, *(f"{comparison.differences[name]:.1e}" for comparison in certificate.comparisons))
-    console.print(table)
-    for line in remarks(certificate):
-        console.print(line)
-    auto_class = "AutoModelForImageClassification" if "Classification" in certificate.model_class else "AutoModel"
-    console.print(f"\nWritten to {output}. Load it with")
-    console.print(f'  model = {auto_class}.from_pretrained("{output}", trust_remote_code=True)')
-    console.print(f'  processor = AutoImageProcessor.from_pretrained("{output}", trust_remote_code=True)')
-    console.print("or publish it, card and all, and prove that it loads from there:")
-    console.print(f"  {push_command(output, f'YOUR-NAME/{output.resolve().name}')}")
-
-
-def remarks(certificate: "Certificate") -> list[str]:
-    """What else the certificate says, in lines."""
-    preprocessing = certificate.preprocessing
-    if preprocessing["assumed_because"]:
-        processor = f"Image processor: ASSUMED, because {preprocessing['assumed_because']}; check it"
-    else:
-        difference = preprocessing["largest_difference_in_grey_levels"]
-        processor = f"Image processor: from {preprocessing['origin']}, within {difference:.2g} of 255 grey levels"
-    return [
-        *([f"Not compared at a second size: {certificate.not_compared}"] if certificate.not_compared else []),
-        *certificate.notes,
-        f"Classifier: {certificate.classifier}. Limit of differences: {certificate.limit:g}",
-        processor,
-        "Versions: " + ", ".join(f"{name} {version}" for name, version in certificate.versions.items()),
-        *(f"SHA-256 of {file}: {digest}" for file, digest in certificate.sha256.items()),
-    ]
-
-
-def stop(message: str, status: int) -> NoReturn:
-    """End the script with a message."""
-    print(message, file=sys.stderr)
-    raise SystemExit(status)
 
 
 if __name__ == "__main__":
+    sys.argv[:1] = ["vitcls", "convert"]
+
+    from modeling_vitcls.cli import main
+
     main()

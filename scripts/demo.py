@@ -49,7 +49,7 @@ def main() -> None:
     console.print(
         "    accelerate launch scripts/finetune.py --model vitcls-tiny --dataset FOLDER --output-dir runs/mine"
     )
-    console.print("  README.md: what can be configured, and where the code is")
+    console.print("  docs/README.md: the documentation, one page per task")
 
 
 def step(title: str, shown: list[object], command: list[object]) -> None:

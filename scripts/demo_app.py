@@ -1,49 +1,23 @@
-"""Show in a browser what a model sees in pictures: labels, and where every special token looks.
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["modeling_vitcls[demo]"]
+#
+# [tool.uv.sources]
+# modeling_vitcls = { path = "..", editable = true }
+# ///
+"""Show the predictions and attention of a model in a browser: the same program as `vitcls demo`.
 
     python scripts/demo_app.py --model runs/mine
-    python scripts/demo_app.py --model someone/their-model --revision COMMIT --port 8000
 
-scripts/push_space.py publishes the same page on the Hub. The work is done in modeling_vitcls/demo/.
+`--help` lists the flags. The program is modeling_vitcls/commands/demo.py.
 """
 
-from dataclasses import dataclass
-from pathlib import Path
-
-from command_line import errors_in_one_line, from_flags
-
-
-@dataclass(frozen=True)
-class DemoOptions:
-    """Show in a browser what a model sees in pictures."""
-
-    model: str
-    """Folder of a model, or its id on the Hub."""
-    revision: str | None = None
-    """Commit hash, branch or tag on the Hub. Default: the newest commit."""
-    examples: tuple[Path, ...] = ()
-    """Picture files to offer."""
-    host: str = "127.0.0.1"
-    """Address to listen at; 0.0.0.0 lets other machines in."""
-    port: int | None = None
-    """Default: the first that is free from 7860 on."""
-
-
-def main() -> None:
-    """Parse, load, serve; the package is imported only once the flags are known to be right."""
-    options = from_flags(DemoOptions)
-
-    from transformers.utils.logging import disable_progress_bar
-
-    from modeling_vitcls.hub.loading import commit_of, local_copy, offline
-
-    disable_progress_bar()  # of loading weights
-    with errors_in_one_line():
-        folder = local_copy(options.model, revision=options.revision)
-        from modeling_vitcls.demo.page import show  # gradio takes seconds to import
-
-        with offline():  # all is here now, and nobody is asked again
-            show(options.model, commit_of(folder), options.examples, options.host, options.port)
+import sys
 
 
 if __name__ == "__main__":
+    sys.argv[:1] = ["vitcls", "demo"]
+
+    from modeling_vitcls.cli import main
+
     main()

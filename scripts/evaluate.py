@@ -1,22 +1,23 @@
-"""Evaluate a vitcls model on labelled images, each exactly once.
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["modeling_vitcls[scripts]"]
+#
+# [tool.uv.sources]
+# modeling_vitcls = { path = "..", editable = true }
+# ///
+"""Evaluate a model on labeled images: the same program as `vitcls evaluate`.
 
     accelerate launch scripts/evaluate.py --model runs/digits --dataset digits
 
-`--help` lists the flags. The work is done in modeling_vitcls/inference/evaluate.py.
+`--help` lists the flags. The program is modeling_vitcls/commands/evaluate.py.
 """
 
-from command_line import errors_in_one_line, parse
-
-
-def main() -> None:
-    """Parse, evaluate, print; the package is imported only once the flags are known to be right."""
-    options = parse("EvaluateOptions")
-
-    from modeling_vitcls.inference.evaluate import evaluate_checkpoint
-
-    with errors_in_one_line():
-        evaluate_checkpoint(options)
+import sys
 
 
 if __name__ == "__main__":
+    sys.argv[:1] = ["vitcls", "evaluate"]
+
+    from modeling_vitcls.cli import main
+
     main()

@@ -1,70 +1,23 @@
-"""Publish a page where anyone can try a model of the Hub: a Space, with labels and the attention of special tokens.
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["modeling_vitcls[demo]"]
+#
+# [tool.uv.sources]
+# modeling_vitcls = { path = "..", editable = true }
+# ///
+"""Publish the page of demo_app.py as a Space on the Hub: the same program as `vitcls space`.
 
     python scripts/push_space.py --model me/my-model --space-id me/my-model-demo
-    python scripts/push_space.py --model me/my-model --output space      # only write its files
 
-scripts/demo_app.py shows the same page on this machine. The work is done in modeling_vitcls/hub/space.py.
+`--help` lists the flags. The program is modeling_vitcls/commands/space.py.
 """
 
-from dataclasses import dataclass
-from pathlib import Path
-
-from command_line import errors_in_one_line, from_flags
-
-
-@dataclass(frozen=True)
-class SpaceOptions:
-    """Publish a page where anyone can try a model of the Hub."""
-
-    model: str
-    """The model's id on the Hub."""
-    revision: str = "main"
-    """Commit hash, branch or tag. The Space stays at the commit that this is now."""
-    space_id: str | None = None
-    """Space to push to. Default: the model's name and -demo, under your own name."""
-    private: bool = False
-    """Make the Space private where it is created."""
-    title: str | None = None
-    """In the Hub's lists. Default: from the model's name."""
-    examples: tuple[Path, ...] = ()
-    """Picture files to offer."""
-    output: Path | None = None
-    """Push nothing: write the Space's files to this folder."""
-
-    def __post_init__(self) -> None:
-        if self.output is not None and (self.space_id is not None or self.private):
-            flag = "--space-id" if self.space_id is not None else "--private"
-            raise ValueError(f"--output pushes nothing, so {flag} does not go with it: leave one of them out")
-
-
-def main() -> None:
-    """Parse, push or write, print; the package is imported only once the flags are known to be right."""
-    options = from_flags(SpaceOptions)
-    with errors_in_one_line():
-        publish(options)
-
-
-def publish(options: SpaceOptions) -> None:
-    """Look the model up, build the files, and push them."""
-    from modeling_vitcls.hub.push_permissions import check_push_rights
-    from modeling_vitcls.hub.space import published_model, push_space, space_contents, write_space
-
-    model = published_model(options.model, options.revision)
-    contents = space_contents(model, options.title, options.examples)
-    if options.output is not None:
-        write_space(contents, options.output)
-        print(f"wrote {options.output}: run it with python {options.output / 'app.py'}")
-        return
-    default_name = f"{model.repo_id.rpartition('/')[2]}-demo"
-    space_id = check_push_rights(options.space_id, default_name, options.private, repo_type="space")
-    pushed = push_space(contents, model, space_id, options.private, options.title)
-    print(f"pushed {model.repo_id} at {model.commit} as {pushed.url}")
-    if model.is_closed:
-        print(
-            f"{model.repo_id} is private or gated: give the Space a secret HF_TOKEN that may read it, at "
-            f"{pushed.url}/settings"
-        )
+import sys
 
 
 if __name__ == "__main__":
+    sys.argv[:1] = ["vitcls", "space"]
+
+    from modeling_vitcls.cli import main
+
     main()

@@ -1,24 +1,102 @@
-"""What all tests need, and the browser for those of pages."""
+"""Fixtures of all tests, the browser, and the tiers of tests.
 
+Tests are `integration` if they start processes, a compiler, a browser or a Hub on this machine, themselves or through
+fixtures and helpers, or compare with other projects. `make test-quick` leaves them out. The mark is set here, not
+by hand.
+"""
+
+import multiprocessing
 import shutil
 import signal
 import subprocess
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
+from types import CodeType, FunctionType, SimpleNamespace
 from typing import Any
 
+import local_hub
 import pytest
+import torch
 from accelerate.utils import set_seed
 from fresh_processes import run_fresh
 from playwright.sync_api import Browser, Error, expect, sync_playwright
+from warm_processes import READY
 
 from modeling_vitcls.hub import verification_process
+from modeling_vitcls.hub import verify as verify_module
 
+
+TESTS = Path(__file__).parent
+# Functions and modules that start processes, compilers, browsers or servers.
+STARTERS = (
+    local_hub.running_hub,
+    multiprocessing,
+    READY,
+    run_fresh,
+    subprocess,
+    sync_playwright,
+    torch.compile,
+    verification_process,
+    verify_module,
+)
+FOLDERS = {"integration", "peers"}  # of tests that are all integration: peers/ runs the test suites of other projects
+NO_BROWSER = "no Chromium for the tests of pages: install one with `make browser`"
+skipped_pages: list[str] = []  # ids of tests
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 PATIENCE = 60_000  # milliseconds that are waited for what is expected of a page; a busy machine takes seconds
+
+
+# Tiers ---------------------------------------------------------------------------------------------------------------
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the tests that start something outside this process as integration."""
+    known: dict[FunctionType, bool] = {}
+    for item in items:
+        info = getattr(item, "_fixtureinfo", None)
+        definitions = [fixture for fixtures in info.name2fixturedefs.values() for fixture in fixtures] if info else []
+        functions = [getattr(item, "function", None), *(fixture.func for fixture in definitions)]
+        if FOLDERS & set(item.path.relative_to(TESTS).parts) or any(starts(each, known) for each in functions):
+            item.add_marker(pytest.mark.integration)
+
+
+def starts(function: Any, known: dict[FunctionType, bool]) -> bool:
+    """Return whether a function of the tests uses one of STARTERS, itself or through other functions of the tests."""
+    function = getattr(function, "__wrapped__", function)
+    function = getattr(function, "__func__", function)
+    if not isinstance(function, FunctionType) or not Path(function.__code__.co_filename).is_relative_to(TESTS):
+        return False
+    if function not in known:
+        known[function] = False  # for functions that call each other
+        used = [function.__globals__.get(name) for name in get_names(function.__code__)]
+        methods = [method for each in used if isinstance(each, type) for method in vars(each).values()]
+        known[function] = any(
+            any(each is starter for starter in STARTERS) or starts(each, known) for each in [*used, *methods]
+        )
+    return known[function]
+
+
+def get_names(code: CodeType) -> set[str]:
+    """Return the names that a function uses, including its nested functions."""
+    nested = [constant for constant in code.co_consts if isinstance(constant, CodeType)]
+    return set(code.co_names).union(*map(get_names, nested))
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """Remember the tests that were skipped because no browser is installed."""
+    if report.skipped and NO_BROWSER in str(report.longrepr):
+        skipped_pages.append(report.nodeid)
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """Say at the very end that tests were skipped because no browser is installed."""
+    if skipped_pages and not hasattr(config, "workerinput"):
+        print(f"{len(skipped_pages)} tests were skipped: {NO_BROWSER}")
+
+
+# Fixtures ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -46,13 +124,13 @@ def verified_quickly(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="session")
 def browser() -> Iterator[Browser]:
-    """A real Chromium without a window; `make test` installs one where it can."""
+    """Start a Chromium without a window; `make browser` installs one."""
     found = next(filter(None, map(shutil.which, BROWSERS)), None)
     with sync_playwright() as playwright:
         try:
             running = playwright.chromium.launch(executable_path=found, args=["--no-sandbox"], timeout=2 * PATIENCE)
         except Error as error:
-            pytest.skip(f"no Chromium to look at pages with ({str(error).splitlines()[0]}): run `make browser`")
+            pytest.skip(f"{NO_BROWSER} ({str(error).splitlines()[0]})")
         expect.set_options(timeout=PATIENCE)
         yield running
         running.close()

@@ -21,6 +21,7 @@ ORDER = (
     ("analysis",),
     ("training",),
     ("export", "demo", "benchmarking"),
+    ("commands",),
     ("cli",),
 )
 RANK = {name: rank for rank, names in enumerate(ORDER) for name in names}

@@ -62,23 +62,23 @@ WARM_UP_LINES = 2
 LONGEST_TURN = 600  # seconds
 
 
-def compare_training(rows: tuple[str, ...], num_pairs: int, toy: bool, finetune: Path) -> Iterator[Comparison]:
-    """The named rows of `TRAINING_RUNS`, or all, against transformers; `finetune` is our script.
+def compare_training(rows: tuple[str, ...], num_pairs: int, toy: bool) -> Iterator[Comparison]:
+    """The named rows of `TRAINING_RUNS`, or all, against transformers.
 
     Raises:
         ValueError: for an unknown row, if outputs differ, or if a run fails.
     """
     for name, run in chosen(TOY_RUNS if toy else TRAINING_RUNS, rows).items():
         with tempfile.TemporaryDirectory() as folder:
-            yield compare_runs(name, run, num_pairs, finetune, Path(folder))
+            yield compare_runs(name, run, num_pairs, Path(folder))
 
 
-def compare_runs(name: str, run: TrainingRun, num_pairs: int, finetune: Path, folder: Path) -> Comparison:
+def compare_runs(name: str, run: TrainingRun, num_pairs: int, folder: Path) -> Comparison:
     """One row."""
     dataset, label_names = prepare_data(run.dataset, folder)
     difference = prepare_models(run, label_names, folder, name)
     with (
-        Contestant(our_command(run, dataset, finetune, folder), folder / "ours" / "metrics.jsonl", run) as ours,
+        Contestant(our_command(run, dataset, folder), folder / "ours" / "metrics.jsonl", run) as ours,
         Contestant(their_command(run, dataset, folder), folder / "theirs.jsonl", run) as theirs,
     ):
         measured = in_turns(ours.turn, theirs.turn, num_pairs)
@@ -122,8 +122,8 @@ def prepare_models(run: TrainingRun, label_names: list[str], folder: Path, name:
 # The two sides -------------------------------------------------------------------------------------------------------
 
 
-def our_command(run: TrainingRun, dataset: str, finetune: Path, folder: Path) -> list[str]:
-    """scripts/finetune.py, without evaluations and checkpoints."""
+def our_command(run: TrainingRun, dataset: str, folder: Path) -> list[str]:
+    """Return the command line of `vitcls finetune`, without evaluations and checkpoints."""
     flags = {
         "model": folder / "our_model",
         "dataset": dataset,
@@ -139,7 +139,8 @@ def our_command(run: TrainingRun, dataset: str, finetune: Path, folder: Path) ->
         **{name.replace("_", "-"): value for name, value in run.augmentation.items() if name != "flip"},
     }
     listed = [part for name, value in flags.items() for part in (f"--{name}", str(value))]
-    return [sys.executable, str(finetune), *listed, "--flip" if run.augmentation["flip"] else "--no-flip"]
+    program = [sys.executable, "-m", "modeling_vitcls.cli", "finetune"]
+    return [*program, *listed, "--flip" if run.augmentation["flip"] else "--no-flip"]
 
 
 def their_command(run: TrainingRun, dataset: str, folder: Path) -> list[str]:

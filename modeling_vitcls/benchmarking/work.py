@@ -1,8 +1,7 @@
-"""All kinds of work that are compared, by the name that `scripts/benchmark.py --work` has for them."""
+"""All kinds of work that are compared, by the name that `vitcls benchmark --work` has for them."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,7 +25,6 @@ class Plan:
     against: tuple[str, ...]
     num_pairs: int
     toy: bool
-    finetune: Path  # our script
     precision: str = "fp32"  # of growth: the rows of other work name theirs
     device: str = "cpu"
 
@@ -64,9 +62,7 @@ WORK = {
     "pixels": Work(PIXEL_ROWS, lambda rows, do: compare_pixels(rows, do.num_pairs, do.toy)),
     "prediction": Work(PREDICTION_ROWS, lambda rows, do: compare_prediction(rows, do.num_pairs, do.toy)),
     "probe": Work(PROBES, lambda rows, do: compare_probes(rows, do.num_pairs, do.toy)),
-    "training": Work(
-        TRAINING_RUNS, lambda rows, do: compare_training(rows, do.num_pairs, do.toy, do.finetune), TOY_RUNS
-    ),
+    "training": Work(TRAINING_RUNS, lambda rows, do: compare_training(rows, do.num_pairs, do.toy), TOY_RUNS),
     "attention": Work(ATTENTION_READS, lambda rows, do: compare_attention(rows, do.num_pairs, do.toy)),
 }
 

@@ -205,7 +205,7 @@ def read_parallel_block(block: TimmModule) -> Fields:
 
 
 def read_branched_block(block: TimmModule) -> Fields:
-    """Several attentions at once, then several MLPs at once: one of each, as wide as all (timm_branches.py)."""
+    """Several attentions at once, then several MLPs at once: one of each, as wide as all (`merge_branches`)."""
     attention, mlp = block.attns[0].attn, block.ffns[0].mlp
     fields = read_attention(attention) | read_mlp(mlp)
     require(fields["attention_type"] == "softmax" and fields["mlp_type"] == "mlp", "gated or differential branches")

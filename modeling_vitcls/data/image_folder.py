@@ -235,7 +235,11 @@ def describe_single_class(dataset: str, name: str) -> str:
     parents = [path, *(entry for entry in sorted(path.iterdir()) if entry.name.lower() in SPLIT_NAMES)]
     folders = [parent / name for parent in parents if (parent / name).is_dir()]
     inner = sorted({entry.name for folder in folders for entry in folder.iterdir() if entry.is_dir()})
-    hint = f"; if its folders ({shorten_list(inner)}) are the classes, set --dataset {folders[0]}" if inner else ""
+    hint = (
+        f"; if its folders ({shorten_list(inner)}) are the classes or splits, set --dataset {folders[0]}"
+        if inner
+        else ""
+    )
     return (
         f"{path} has a single class folder, {name!r}, and a classifier needs two or more: put the images of each "
         f"class into a folder of their own{hint}"

@@ -61,11 +61,7 @@ def load_training_data(options: DataOptions) -> TrainingData:
     Raises:
         ValueError: for a data set without images or labels, with a single class, or too small to be split.
     """
-    data = load(options, labelled=True)
-    space = data.label_space
-    if space.kind == "single_label_classification" and len(space.names) == 1:
-        raise ValueError(describe_single_class(options.dataset, space.names[0]))
-    return data
+    return load(options, labelled=True)
 
 
 def load_unlabelled_data(options: DataOptions) -> TrainingData:
@@ -82,8 +78,20 @@ def load_unlabelled_data(options: DataOptions) -> TrainingData:
 def load(options: DataOptions, labelled: bool) -> TrainingData:
     """Stored or streamed, with labels or without."""
     if options.streaming:
-        return divided_streams(open_streams(options, labelled), options)
-    return divided(load_splits(options, labelled, used=used_in_training), options)
+        streams = open_streams(options, labelled)
+        if labelled:
+            check_num_classes(options, next(iter(streams.values())).label_space)
+        return divided_streams(streams, options)
+    splits = load_splits(options, labelled, used=used_in_training)
+    if labelled:
+        check_num_classes(options, splits.label_space)
+    return divided(splits, options)
+
+
+def check_num_classes(options: DataOptions, space: LabelSpace) -> None:
+    """Raise ValueError if there is only one class to train on."""
+    if space.kind == "single_label_classification" and len(space.names) == 1:
+        raise ValueError(describe_single_class(options.dataset, space.names[0]))
 
 
 class EvaluationData(NamedTuple):

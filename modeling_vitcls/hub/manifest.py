@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from transformers.dynamic_module_utils import get_relative_imports
 
 from ..checkpoints import (
     STATE_FILE,
@@ -95,7 +96,7 @@ def contents_of(folder: Path, repo_id: str | None = None) -> Contents:
     contents: Contents = {
         name: path for name, path in files.items() if matches(name, ESSENTIAL) or matches(name, ACCOMPANYING)
     }
-    for name in needed_code(folder) | needed_by_index(folder):
+    for name in sorted(needed_code(folder) | needed_by_index(folder)):
         if name not in contents:
             raise ValueError(f"{folder} lacks {name}, without which the model does not load: save the model again")
     if RECIPE in contents:
@@ -172,8 +173,16 @@ def code_repository(folder: Path, repo_id: str | None = None) -> str | None:
 
 
 def needed_code(folder: Path) -> set[str]:
-    """The code files that the model's files refer to, apart from those in another repository."""
-    return {f"{reference.partition('.')[0]}.py" for reference in code_references(folder) if SEPARATOR not in reference}
+    """Return the code files that the model's files refer to and the files that they import, of this folder."""
+    references = [reference for reference in code_references(folder) if SEPARATOR not in reference]
+    pending = [f"{reference.partition('.')[0]}.py" for reference in references]
+    found: set[str] = set()
+    while pending:
+        name = pending.pop()
+        if name not in found and (folder / name).is_file():
+            pending += [f"{module}.py" for module in get_relative_imports(folder / name)]
+        found.add(name)
+    return found
 
 
 def needed_by_index(folder: Path) -> set[str]:

@@ -102,7 +102,7 @@ def test_the_script_compares_reading_attention(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["pixels", "prediction", "probe"])
 def test_work_without_peers_is_compared(name: str) -> None:
-    plan = Plan(("transformers",), 2, toy=True, finetune=Path("none"))
+    plan = Plan(("transformers",), 2, toy=True)
     found = list(compare((name,), (), plan))
     assert [each.name for each in found] == list(WORK[name].rows)
     assert all(len(each.ratios) == 2 and each.difference < 1e-4 for each in found)
@@ -203,7 +203,7 @@ def test_the_script_compares_training(tmp_path: Path) -> None:
 
 
 def test_wrong_flags_are_one_line() -> None:
-    plan = Plan(("timm",), 1, toy=True, finetune=Path("none"))
+    plan = Plan(("timm",), 1, toy=True)
     with raises_one_line("--rows: there is no 'fp64'", "'bf16, batch 1'", "'10 epochs, batch 16'"):
         next(compare(("inference", "probe"), ("fp64",), plan))
     done = run_script("--work", "training", "--pairs", "0")
@@ -232,7 +232,7 @@ def test_rows_say_where_they_were_measured(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_what_is_inexact_is_compared_with_the_plain_model() -> None:
     """Which drops and merges nothing; so does the other one, once its feature is set to 0."""
-    plan = Plan(("timm",), 1, toy=True, finetune=Path("none"))
+    plan = Plan(("timm",), 1, toy=True)
     names = [name for name in INEXACT if " 4," in name or " 0.5," in name]
     found = [comparison.as_dict() for comparison in compare(("inexact",), tuple(names), plan)]
     assert [(each["name"], each["against"]) for each in found] == [(name, "the plain model") for name in names]

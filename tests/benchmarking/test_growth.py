@@ -73,7 +73,7 @@ def test_every_axis_leads_away_from_one_base_point() -> None:
 
 def test_all_points_are_compared(without_processes: list[tuple[str, ...]]) -> None:
     """In one precision, and with every peer that can do the work: transformers' ViT has no registers."""
-    plan = Plan(("transformers", "timm"), 2, toy=True, finetune=Path("none"), precision="bf16")
+    plan = Plan(("transformers", "timm"), 2, toy=True, precision="bf16")
     found = [comparison.as_dict() for comparison in compare(("growth",), (), plan)]
     wanted = [(name, peer) for name in TOY_POINTS for peer in PEERS if (name, peer) != ("4 registers", "transformers")]
     assert [(each["name"], each["against"]) for each in found] == wanted
@@ -124,7 +124,7 @@ def test_wrong_requests_are_one_line() -> None:
         next(compare_growth(("64 registers",), ("transformers",), 1, toy=False))
     if not torch.cuda.is_available():
         with raises_one_line("--device cuda", "no such GPU"):
-            next(compare(("growth",), (), Plan(("timm",), 1, toy=True, finetune=Path("none"), device="cuda")))
+            next(compare(("growth",), (), Plan(("timm",), 1, toy=True, device="cuda")))
 
 
 @pytest.mark.parametrize(
@@ -137,7 +137,7 @@ def test_plots_that_cannot_be_made_are_refused_first(flags: tuple[str, ...]) -> 
 
 def test_work_for_the_cpu_is_not_measured_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    plan = Plan(("timm",), 1, toy=True, finetune=Path("none"), device="cuda")
+    plan = Plan(("timm",), 1, toy=True, device="cuda")
     with raises_one_line("--work pixels probe", "inference, growth, step"):
         next(compare(("inference", "pixels", "probe"), (), plan))
 

@@ -14,6 +14,8 @@ from modeling_vitcls.blocks_vitcls import ViTCLSLayer
 from modeling_vitcls.variants_vitcls import ViTCLSParallelLayer, ViTCLSPostNormLayer
 
 
+pytestmark = pytest.mark.usefixtures("low_thresholds")  # kernels compute these models too
+
 FIELDS: dict[str, Any] = {"num_register_tokens": 3, "num_distillation_tokens": 1}
 NUM_TOKENS, NUM_READ = 1 + 1 + 3 + 16, 2
 

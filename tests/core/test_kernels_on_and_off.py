@@ -252,6 +252,15 @@ def test_copies(copy_model: Callable[[Any], Any]) -> None:
     assert_same_outputs(run_step(copied, images()), run_step(plain, images()))
 
 
+def test_a_pickled_model_is_plain_where_kernels_are_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    fast, plain = build_models()
+    pickled = pickle.dumps(fast)
+    monkeypatch.setenv("VITCLS_CPU_KERNELS", "0")
+    found = pickle.loads(pickled)
+    assert [type(module) for module in found.modules()] == [type(module) for module in plain.modules()]
+    assert_same_outputs(run_step(found, images()), run_step(plain, images()))
+
+
 def test_modules_are_those_of_plain_pytorch() -> None:
     fast, plain = build_models()
     assert list(fast.state_dict()) == list(plain.state_dict())

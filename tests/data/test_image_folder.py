@@ -177,10 +177,10 @@ def test_errors_are_about_folders(tmp_path: Path) -> None:
     with raises_one_line("flat/train holds images but no class folders"):
         load(write_class(tmp_path, "flat/train", 3) / "flat")
     with raises_one_line("has a single class folder, 'cat', and a classifier needs two or more"):
-        load(write_class(tmp_path, "one/cat", 12) / "one")
+        load(write_class(tmp_path, "one/cat", 1) / "one")
     write_class(tmp_path, "packed/photos/cat", 9)
     write_class(tmp_path, "packed/photos/dog", 9)
-    with raises_one_line("if its folders (cat, dog) are the classes, set --dataset", "packed/photos"):
+    with raises_one_line("if its folders (cat, dog) are the classes or splits, set --dataset", "packed/photos"):
         load(tmp_path / "packed")
 
 

@@ -332,7 +332,7 @@ def test_killed_and_resumed(variant: str, pictures: Path, folder: Path, uninterr
 
 
 def test_a_stream_goes_on(pictures: Path, folder: Path, uninterrupted: Callable[[str], Path]) -> None:
-    files = sorted(map(str, pictures.glob("*/*.png")), key=lambda name: Path(name).stem)
+    files = sorted(map(str, pictures.glob("*/*/*.png")), key=lambda name: Path(name).stem)
     features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["dusk", "noon"])})
     rows = {"image": files, "label": [int("noon" in name) for name in files]}
     parquet = pictures.parent / "pictures.parquet"

@@ -38,11 +38,13 @@ from modeling_vitcls import (
     ViTCLSForMultiTaskClassification,
     ViTCLSImageProcessor,
 )
+from modeling_vitcls.commands.parsing import errors_in_one_line, parse
 from modeling_vitcls.data.labels import LabelSpace
 from modeling_vitcls.distributed import check_installed, on_main
 from modeling_vitcls.options import (
     AugmentationOptions,
     DataOptions,
+    EvaluateOptions,
     FinetuneOptions,
     ModelOptions,
     RunOptions,
@@ -251,27 +253,24 @@ def test_a_wrong_key_in_a_recipe_is_named(tmp_path: Path) -> None:
 
 
 def test_keys_of_a_recipe_may_be_written_as_flags(tmp_path: Path) -> None:
-    command_line = runpy.run_path(str(SCRIPTS / "command_line.py"))
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("dataset: digits\nmodel: vitcls-tiny\nbatch-size: 3\nno-flip: true\n", encoding="utf-8")
-    options = command_line["parse"]("FinetuneOptions", ["--config", str(recipe), "--output-dir", "out"])
+    options = parse(FinetuneOptions, ["--config", str(recipe), "--output-dir", "out"])
     assert options.training.batch_size == 3 and not options.augmentation.flip
 
 
 @pytest.mark.parametrize(("flag", "words"), [("--lr", "--learning-rate"), ("--num_epochs=3", "--epochs")])
 def test_the_usual_abbreviation_of_a_flag_names_the_flag(flag: str, words: str, capsys: pytest.CaptureFixture) -> None:
-    command_line = runpy.run_path(str(SCRIPTS / "command_line.py"))
     with pytest.raises(SystemExit) as ended:
-        command_line["parse"]("FinetuneOptions", [flag, "0.1", "--dataset", "digits"])
+        parse(FinetuneOptions, [flag, "0.1", "--dataset", "digits"])
     assert ended.value.code == 2
     name = flag.partition("=")[0].replace("_", "-")
     assert capsys.readouterr().err == f"error: there is no flag {name}: use {words}\n"
 
 
 def test_an_abbreviation_that_is_a_flag_is_that_flag(tmp_path: Path) -> None:
-    command_line = runpy.run_path(str(SCRIPTS / "command_line.py"))
     flags = ["--model", "m", "--dataset", "digits", "--output", str(tmp_path / "results.json")]
-    assert command_line["parse"]("EvaluateOptions", flags).output == tmp_path / "results.json"
+    assert parse(EvaluateOptions, flags).output == tmp_path / "results.json"
 
 
 def test_an_unknown_preset_lists_the_presets(tmp_path: Path) -> None:
@@ -307,8 +306,8 @@ def test_an_impossible_model_ends_in_one_line(
 
 def test_image_folder_is_learned(colours: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     results = trained(tmp_path / "out", colours, max_steps=20)
-    assert results["accuracy"] == 1.0 and results["num_images"] == 10
-    assert "accuracy 100.00% on 10 held-out images" in capsys.readouterr().out
+    assert results["accuracy"] == 1.0 and results["num_images"] + results["num_training_images"] == 46
+    assert f"accuracy 100.00% on {results['num_images']} held-out images" in capsys.readouterr().out
     model = ViTCLSForImageClassification.from_pretrained(tmp_path / "out")
     assert model.config.id2label == {0: "dusk", 1: "noon"}
 
@@ -483,11 +482,12 @@ def test_class_weights_help_the_rare_class(tmp_path: Path) -> None:
     """40 grey pictures of one class and 8 of another, which differ by noise: without weights the frequent one wins."""
     generator = torch.Generator().manual_seed(0)
     for name, count, level in (("often", 40, 120), ("rare", 8, 136)):
-        (tmp_path / "pictures" / name).mkdir(parents=True)
         for index in range(count):
             noise = torch.randint(-40, 40, (1,), generator=generator).item()
-            Image.new("L", (32, 32), level + noise).save(tmp_path / "pictures" / name / f"{index}.png")
-    options = {"max_steps": 40, "num_hidden_layers": 1, "held_out_fraction": 0.5}
+            folder = tmp_path / "pictures" / ("train" if index % 2 else "test") / name
+            folder.mkdir(parents=True, exist_ok=True)
+            Image.new("L", (32, 32), level + noise).save(folder / f"{index}.png")
+    options = {"max_steps": 40, "num_hidden_layers": 1}
     plain = trained(tmp_path / "plain", tmp_path / "pictures", **options)
     weighted = trained(tmp_path / "weighted", tmp_path / "pictures", class_balance="weights", **options)
     recalls = [results["per_class"][1]["recall"] for results in (plain, weighted)]
@@ -684,7 +684,7 @@ def test_linear_probing_is_rehearsed_on_few_images(
     options = tiny_options(tmp_path / "out", "digits", max_steps=None, trainable="head")
     rehearse(replace(options, model=ModelOptions(model=str(pretrained))))
     output = capsys.readouterr().out
-    assert "encoding 24 images once" in output and "The run itself has 5,389 steps" in output
+    assert "encoding 24 images once" in output and "The run itself has 5,344 steps" in output
 
 
 def fails() -> None:
@@ -707,11 +707,10 @@ def on_main_alone() -> None:
 def test_a_process_speaks_for_itself_unless_all_have_the_error(
     process: str, action: Any, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    command_line = runpy.run_path(str(SCRIPTS / "command_line.py"))
     Accelerator(cpu=True)
     monkeypatch.setenv("RANK", process)
     capsys.readouterr()
-    with pytest.raises(SystemExit), command_line["errors_in_one_line"]():
+    with pytest.raises(SystemExit), errors_in_one_line():
         action()
     assert capsys.readouterr().err == said
 

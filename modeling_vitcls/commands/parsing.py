@@ -1,29 +1,30 @@
-"""Shared by the scripts: recipe files and flags -> options.
+"""Recipe files and flags -> options.
 
-    options = parse("FinetuneOptions")
+    options = parse(FinetuneOptions, ["--config", "digits", "--epochs", "3"])
 
-A recipe is a YAML file of flags. It is read as if its flags stood first on the command line, so tyro checks both alike
-and flags that follow override it. Nothing heavy is imported: a wrong flag is reported before torch is loaded.
+A recipe is a YAML file of flags. Its flags are inserted before the flags of the command line, so tyro checks both in
+the same way and later flags override the recipe. Wrong flags are reported before torch is imported.
 """
 
 import dataclasses
 import difflib
-import importlib.util
 import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Any, NoReturn
 
 import tyro
 import yaml
 
+from ..errors import is_on_all_processes
 
-ON_ALL_PROCESSES = "on all processes"  # a note on such errors, from checkpoints.py
 
+PACKAGE = Path(__file__).parents[1]
+# The recipes that --config takes by name: in the installed package, or else in the checkout.
+RECIPE_FOLDERS = (PACKAGE / "recipes", PACKAGE.parent / "scripts" / "recipes")
 
 # Names of flags in other programs -> ours.
 ABBREVIATIONS = {
@@ -58,19 +59,31 @@ class Recipe:
     config: Path | None = None
 
 
-def parse(options_class: str, arguments: list[str] | None = None) -> Any:
-    """The named dataclass of options.py, filled from the command line. Exits with status 2 if it is wrong."""
-    arguments = sys.argv[1:] if arguments is None else arguments
-    kind = getattr(options_module(), options_class)
-    known = flag_names(kind)
+def parse(options_class: type, arguments: list[str], **settings: Any) -> Any:
+    """Build the options from flags and the recipe of --config. Exits with status 2 if a flag is wrong.
+
+    Args:
+        options_class: A dataclass of options.py.
+        arguments: Flags.
+        settings: Further arguments of `tyro.cli`, such as the name of the program.
+    """
+    known = flag_names(options_class)
     recipe, _ = tyro.cli(Recipe, args=arguments, return_unknown_args=True, add_help=False)
     check_abbreviations(arguments, known)
     if recipe.config is not None:
-        arguments = [*recipe_flags(recipe.config, known), *arguments]
-    return from_flags(kind, arguments, config=(tyro.conf.OmitArgPrefixes,))
+        arguments = [*recipe_flags(find_recipe(recipe.config), known), *arguments]
+    return from_flags(options_class, arguments, **settings, config=(tyro.conf.OmitArgPrefixes,))
 
 
-def flag_names(options_class: type) -> set[str]:
+def find_recipe(path: Path) -> Path:
+    """Return the path of a recipe: the path itself, or the recipe of that name in the package."""
+    if path.exists() or path.suffix or path.name != str(path):
+        return path
+    found = (folder / f"{path}.yaml" for folder in RECIPE_FOLDERS)
+    return next((file for file in found if file.is_file()), path)
+
+
+def flag_names(options_class: Any) -> set[str]:
     """Return the names of all flags of a dataclass, including its nested dataclasses: `batch_size`."""
     names: set[str] = set()
     for item in dataclasses.fields(options_class):
@@ -87,11 +100,11 @@ def check_abbreviations(arguments: list[str], known: set[str]) -> None:
             stop(f"error: there is no flag --{name.replace('_', '-')}: use --{str(full_name).replace('_', '-')}")
 
 
-def from_flags(options_class: type, arguments: list[str] | None = None, **settings: Any) -> Any:
-    """`tyro.cli`, whose older versions leave it to the caller to report flags that do not go together."""
+def from_flags(options_class: type, arguments: list[str], **settings: Any) -> Any:
+    """Build the options from flags. Exits with status 2 if a flag is wrong."""
     try:
         return tyro.cli(options_class, args=arguments, **settings)
-    except ValueError as error:
+    except ValueError as error:  # from __post_init__, if tyro is older than 1.0
         stop(f"error: {error}")
 
 
@@ -121,41 +134,20 @@ def flag(name: str, value: Any) -> list[str]:
     return [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
 
 
-def options_module() -> ModuleType:
-    """Load the package's options.py by its path.
-
-    Importing it as usual would run the package's __init__ first, which loads torch and transformers: many seconds
-    before `--help` or a mistyped flag is answered.
-    """
-    name = "modeling_vitcls.options"
-    if name in sys.modules:
-        return sys.modules[name]
-    package = importlib.util.find_spec("modeling_vitcls")
-    if package is None or not package.submodule_search_locations:
-        stop("the package modeling_vitcls is not installed: run `make setup`, or `pip install -e .` in its folder")
-    path = Path(package.submodule_search_locations[0], "options.py")
-    spec = importlib.util.spec_from_file_location(name, path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # the package then finds these very classes
-    spec.loader.exec_module(module)
-    return module
-
-
 @contextmanager
 def errors_in_one_line() -> Iterator[None]:
-    """End the script with status 1 and the message alone where the user's input is at fault."""
+    """End the program with status 1 and a one-line message if the block raises ValueError or OSError."""
     try:
         yield
     except (ValueError, OSError) as error:
-        stop(f"error: {error}", status=1, on_all=ON_ALL_PROCESSES in getattr(error, "__notes__", ()))
+        stop(f"error: {error}", status=1, on_all=is_on_all_processes(error))
 
 
 def stop(message: str, status: int = 2, on_all: bool = True) -> NoReturn:
-    """End the script, and say why. Status 2 is for a wrong flag.
+    """Print the message on stderr and end the program. Status 2 is for a wrong flag.
 
     Args:
-        on_all: whether all processes end for this reason, so that the first one speaks for them. Otherwise this one
-            speaks for itself: it may be the only one.
+        on_all: whether all processes of the run end with this message; then only the first process prints it.
     """
     process = os.environ.get("RANK", "0")
     if process == "0":

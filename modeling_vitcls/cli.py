@@ -1,0 +1,158 @@
+"""The `vitcls` command: one program with a subcommand for each task.
+
+    vitcls finetune --model vitcls-tiny --dataset path/to/images --output-dir runs/mine
+    accelerate launch -m modeling_vitcls.cli finetune --model vitcls-tiny ...       several processes
+    vitcls completion bash > ~/.local/share/bash-completion/completions/vitcls      shell completion
+
+scripts/*.py run the same programs. Flags are parsed before torch is imported, so `vitcls --help` and errors in flags
+appear at once. The programs are in commands/; nothing in the package imports this file.
+"""
+
+import difflib
+import importlib
+import shutil
+import sys
+import textwrap
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Annotated, Any, Union
+
+
+SHELLS = ("bash", "zsh", "tcsh")
+LIBRARIES = ("tyro", "yaml")  # of the extra `scripts`
+
+
+@dataclass(frozen=True)
+class Command:
+    """A subcommand: its line in `vitcls --help`, its module in commands/, and whether it reads recipes (--config)."""
+
+    summary: str
+    module: str
+    reads_recipes: bool = False
+
+
+COMMANDS = {
+    "finetune": Command("Fine-tune a ViT on labeled images", "finetune", reads_recipes=True),
+    "pretrain": Command("Pre-train a ViT on images without labels (masked image modeling)", "pretrain", True),
+    "evaluate": Command("Evaluate a model on labeled images", "evaluate", reads_recipes=True),
+    "predict": Command("Predict the labels of images, or write their features", "predict"),
+    "convert": Command("Convert a ViT of timm or transformers, with a parity report", "convert"),
+    "inspect": Command("Show what the special tokens of a model do, in an HTML report", "inspect_tokens"),
+    "push": Command("Push a model to the Hub and verify the pushed commit", "push"),
+    "export": Command("Export a model to torch.export, ONNX or OpenVINO", "export"),
+    "benchmark": Command("Compare speed and memory with transformers and timm", "benchmark"),
+    "demo": Command("Show the predictions and attention of a model in a browser", "demo"),
+    "space": Command("Publish that page as a Space on the Hub", "space"),
+}
+OTHERS = {
+    "env": "Print versions, devices and CPU kernels, for bug reports",
+    "completion": f"Print a completion script for a shell: {', '.join(SHELLS)}",
+}
+EPILOG = "`vitcls COMMAND --help` lists the flags of a command. `vitcls --version` prints the version."
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run a subcommand. Exits with status 2 if the command line is wrong.
+
+    Args:
+        arguments: The subcommand and its flags. Default: those of the command line.
+    """
+    name, *flags = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    if name in COMMANDS:
+        run(name, flags)
+    elif name in ("--help", "-h", "help"):
+        print(format_help())
+    elif name in ("--version", "-V"):
+        from .version import __version__
+
+        print(f"vitcls {__version__}")
+    elif name == "env" and not flags:
+        from .commands.env import format_environment
+
+        print(format_environment())
+    elif name == "completion" and len(flags) == 1 and flags[0] in SHELLS:
+        print_completion(flags[0])
+    else:
+        stop(name)
+
+
+def run(name: str, flags: list[str]) -> None:
+    """Parse the flags of a subcommand, register the Auto classes and run it."""
+    command, module = COMMANDS[name], load(name)
+    from .commands.parsing import from_flags, parse
+
+    settings = {"prog": f"vitcls {name}", "description": format_description(module)}
+    options = (parse if command.reads_recipes else from_flags)(module.OPTIONS, flags, **settings)
+    if hasattr(module, "check"):
+        module.check(options)
+
+    from .configuration_vitcls import ViTCLSConfig
+
+    ViTCLSConfig.register_auto_classes()  # __init__.py leaves it to this program
+    module.run(options)
+
+
+def load(name: str) -> ModuleType:
+    """Import the module of a subcommand, which has OPTIONS, run(options) and perhaps check(options).
+
+    Exits with status 1 if the libraries of the command line are not installed.
+    """
+    try:
+        return importlib.import_module(f"modeling_vitcls.commands.{COMMANDS[name].module}")
+    except ModuleNotFoundError as error:
+        if error.name not in LIBRARIES:
+            raise
+        message = f"error: the vitcls command requires {error.name}: run pip install 'modeling_vitcls[scripts]'"
+        print(message, file=sys.stderr)
+        raise SystemExit(1) from None
+
+
+def format_description(module: ModuleType) -> str:
+    """Return the description in the help of a subcommand: the docstring of its options, then its examples."""
+    _, _, examples = str(module.__doc__).partition("\n\n")
+    return f"{textwrap.dedent(str(module.OPTIONS.__doc__))}\n\n{examples}".strip()
+
+
+def format_help() -> str:
+    """Return the text of `vitcls --help`."""
+    width = max(20, shutil.get_terminal_size().columns)
+    summaries = {name: command.summary for name, command in COMMANDS.items()} | OTHERS
+    indent = max(map(len, summaries)) + 4
+    lines = [
+        textwrap.fill(f"  {name:<{indent - 2}}{summary}", width, subsequent_indent=" " * indent)
+        for name, summary in summaries.items()
+    ]
+    return "\n".join(["usage: vitcls COMMAND [FLAGS]", "", *lines, "", textwrap.fill(EPILOG, width)])
+
+
+def stop(name: str) -> None:
+    """Exit with status 2 and one line about a wrong subcommand."""
+    known = [*COMMANDS, *OTHERS]
+    if name == "completion":
+        message = f"vitcls completion needs the name of a shell: {', '.join(SHELLS)}"
+    elif name == "env":
+        message = "vitcls env has no flags"
+    else:
+        close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+        advice = f"did you mean {close[0]}?" if close else f"choose from {', '.join(known)}"
+        message = f"error: vitcls has no command {name}: {advice}"
+    print(message, file=sys.stderr)
+    raise SystemExit(2)
+
+
+def print_completion(shell: str) -> None:
+    """Print the completion script of all subcommands and their flags for a shell."""
+    modules = {name: load(name) for name in COMMANDS}
+    import tyro
+
+    programs: list[Any] = [
+        Annotated[module.OPTIONS, tyro.conf.subcommand(name, description=COMMANDS[name].summary)]
+        for name, module in modules.items()
+    ]
+    settings = (tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes)
+    program: Any = Union[tuple(programs)]  # noqa: UP007
+    tyro.cli(program, prog="vitcls", args=["--tyro-print-completion", shell], config=settings)
+
+
+if __name__ == "__main__":
+    main()

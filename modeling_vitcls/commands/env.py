@@ -1,0 +1,68 @@
+"""`vitcls env`: versions, devices and CPU kernels, for bug reports."""
+
+import os
+import platform
+from importlib.metadata import PackageNotFoundError, version
+
+import torch
+
+from .. import cpu_kernels_vitcls as kernels
+from ..system import name_of_device, processor_name, versions
+
+
+# Optional libraries that change what the programs can do.
+OPTIONAL = ("huggingface_hub", "datasets", "timm", "peft", "torchao", "onnxruntime", "openvino", "gradio", "tyro")
+# Environment variables that change results, speed or what is loaded. Tokens are never printed.
+VARIABLES = (
+    "OMP_NUM_THREADS",
+    "CUDA_VISIBLE_DEVICES",
+    "VITCLS_CPU_KERNELS",
+    "HF_HOME",
+    "HF_ENDPOINT",
+    "HF_HUB_OFFLINE",
+)
+
+
+def format_environment() -> str:
+    """Return the lines of a bug report."""
+    facts = versions() | {name: find_version(name) for name in OPTIONAL}
+    facts["platform"] = platform.platform()
+    facts["processor"] = f"{processor_name()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads in PyTorch"
+    facts["instructions"] = torch.backends.cpu.get_cpu_capability()
+    facts["devices"] = describe_devices()
+    facts["CPU kernels"] = describe_cpu_kernels()
+    facts |= {name: os.environ[name] for name in VARIABLES if name in os.environ}
+    width = max(map(len, facts))
+    return "\n".join(f"{name:<{width}}  {fact}" for name, fact in facts.items())
+
+
+def find_version(library: str) -> str:
+    """Return the installed version of a library."""
+    try:
+        return version(library)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def describe_devices() -> str:
+    """Return the names of all GPUs with the CUDA version, of another accelerator, or of the CPU."""
+    if torch.cuda.is_available():
+        names = [name_of_device(torch.device("cuda", index)) for index in range(torch.cuda.device_count())]
+        return f"{', '.join(names)}; CUDA {torch.version.cuda}"
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    return name_of_device(accelerator or torch.device("cpu"))
+
+
+def describe_cpu_kernels() -> str:
+    """Return whether the kernels of cpu_kernels_vitcls.py are on, and why they are not."""
+    if os.environ.get("VITCLS_CPU_KERNELS") == "0":
+        return "off: VITCLS_CPU_KERNELS is 0"
+    if not kernels.HAS_PRIVATE_NAMES:
+        return f"off: PyTorch {torch.__version__} lacks a private name that they need"
+    if not kernels.is_onednn_enabled():
+        return "off: torch.backends.mkldnn is disabled"
+    dtypes = sorted({str(dtype).removeprefix("torch.") for dtype, _ in kernels.MIN_WORK})
+    if dtypes:
+        return f"on, oneDNN for {', '.join(dtypes)}"
+    reason = "this CPU has no AVX-512" if kernels.HAS_ONEDNN else "this PyTorch has no oneDNN"
+    return f"on, without oneDNN: {reason}"

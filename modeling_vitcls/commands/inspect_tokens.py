@@ -1,0 +1,36 @@
+"""`vitcls inspect`: show what the special tokens of a model do, in an HTML report and on the terminal.
+
+    python scripts/inspect_tokens.py --model runs/mine photo.jpg path/to/folder --output report.html
+    python scripts/inspect_tokens.py --model runs/digits --dataset digits --patch-sizes 4 8 16
+
+The inspection is implemented in modeling_vitcls/analysis/inspect_tokens.py.
+"""
+
+from dataclasses import dataclass
+
+import tyro
+
+from ..options import InspectOptions
+from .parsing import errors_in_one_line
+
+
+@dataclass(frozen=True)
+class Inspect(InspectOptions):
+    __doc__ = InspectOptions.__doc__
+
+    paths: tyro.conf.Positional[tuple[str, ...]] = ()
+    """Image files, folders (with all folders in them), or URLs."""
+
+
+OPTIONS = Inspect
+
+
+def run(options: Inspect) -> None:
+    """Inspect the model and write the report."""
+    from transformers.utils.logging import disable_progress_bar
+
+    from ..analysis.inspect_tokens import inspect_tokens
+
+    disable_progress_bar()  # for loading weights
+    with errors_in_one_line():
+        inspect_tokens(options)

@@ -1,0 +1,44 @@
+"""`vitcls predict`: predict the labels of images, or write their features.
+
+    python scripts/predict.py --model runs/mine photo.jpg path/to/folder
+    python scripts/predict.py --model runs/mine --list files.txt --output labels.csv
+    accelerate launch scripts/predict.py --model runs/mine --dataset path/or/hub-id --features cls --output features
+
+The predictions are implemented in modeling_vitcls/inference/predict.py.
+"""
+
+from dataclasses import dataclass
+
+import tyro
+
+from ..options import PredictOptions
+from .parsing import errors_in_one_line, stop
+
+
+@dataclass(frozen=True)
+class Predict(PredictOptions):
+    __doc__ = PredictOptions.__doc__
+
+    paths: tyro.conf.Positional[tuple[str, ...]] = ()
+    """Image files, folders (with all folders in them), or URLs."""
+
+
+OPTIONS = Predict
+
+
+def run(options: Predict) -> None:
+    """Predict and print a summary.
+
+    The error of an unreadable image is in its row. The exit status is 1 only if no image has a prediction.
+    """
+    from transformers.utils.logging import disable_progress_bar
+
+    from ..inference.predict import predict_images
+
+    disable_progress_bar()  # for loading weights
+    with errors_in_one_line():
+        summary = predict_images(options)
+    if options.output is not None and summary.num_images:
+        print(f"{options.output}: {summary.num_images:,} images, {summary.num_failed:,} without an answer")
+    if summary.num_failed and summary.num_failed == summary.num_images:
+        stop(f"error: no answer for any of the {summary.num_images} images: see the column `error`", status=1)

@@ -1,0 +1,21 @@
+"""`vitcls pretrain`: pre-train a ViT on images without labels, by masked image modeling.
+
+    accelerate launch scripts/pretrain.py --model vitcls-tiny --dataset path/to/images --output-dir runs/pretrained
+    accelerate launch scripts/finetune.py --model runs/pretrained --dataset path/to/labeled --output-dir runs/mine
+
+To continue an interrupted run, repeat its command with --resume. With --dry-run, one step of everything is tried. The
+training is implemented in modeling_vitcls/training/pretrain.py.
+"""
+
+from ..options import PretrainOptions
+from .finetune import train
+
+
+OPTIONS = PretrainOptions
+
+
+def run(options: PretrainOptions) -> None:
+    """Pre-train the model, or try everything once for --dry-run."""
+    from ..training.pretrain import prepare, pretrain, rehearse
+
+    train(options, rehearse if options.run.dry_run else lambda checked: pretrain(prepare(checked)))

@@ -1,0 +1,130 @@
+"""What `make gpu` runs: tests and benchmarks on a CUDA device, written to docs/speed-gpu.md.
+
+Without a CUDA device the script prints that and exits with status 0.
+"""
+
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from modeling_vitcls import ViTCLSConfig, ViTCLSForImageClassification
+from modeling_vitcls.benchmarking.comparison import per_second
+from modeling_vitcls.benchmarking.forward_passes import SECONDS_PER_TURN, random_images
+from modeling_vitcls.benchmarking.tables import markdown, said
+from modeling_vitcls.benchmarking.work import Plan, compare
+from modeling_vitcls.system import gemm_peak
+from modeling_vitcls.training.mfu import training_flops
+
+
+Rows = Iterator[tuple[str, ...]]
+REPOSITORY = Path(__file__).parents[1]
+OUTPUT = REPOSITORY / "docs" / "speed-gpu.md"
+TESTS = ("tests/core", "tests/training/test_mfu.py", "tests/benchmarking/test_growth.py", "-m", "not slow")
+COMPARED = ("inference", "growth", "step", "inexact")
+BATCH_SIZE = 64
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+MODES = {"eager": None, "compiled": "default", "compiled, max-autotune": "max-autotune"}  # the last has CUDA graphs
+LIMITS = {"fp32": 1e-3, "bf16": 0.05, "fp16": 0.02}  # largest difference to fp32 on the CPU / largest logit
+REGISTERS = {"197 tokens": 0, "200 tokens": 3}
+
+
+def main() -> None:
+    """Run the tests and the benchmarks. The exit status is that of the tests."""
+    if not torch.cuda.is_available():
+        print("PyTorch finds no CUDA device on this machine: nothing was tested or measured")
+        return
+    status = subprocess.run([sys.executable, "-m", "pytest", "-q", *TESTS], cwd=REPOSITORY, check=False).returncode
+    plan = Plan(("transformers", "timm"), num_pairs=9, toy=False, device="cuda")
+    comparisons = [said(comparison) for comparison in compare(COMPARED, (), plan)]
+    sections = [
+        f"# Speed on {torch.cuda.get_device_name()}",
+        f"Written by `make gpu`. ViT-S/16 at 224 pixels, PyTorch {torch.__version__}, CUDA {torch.version.cuda}.",
+        f"## Forward passes, batch {BATCH_SIZE}",
+        format_table(("precision", "mode", "tokens", "images/s", "difference"), measure_forward_passes("cuda")),
+        f"## Training steps, batch {BATCH_SIZE}, bf16 autocast, fused AdamW",
+        format_table(("mode", "tokens", "images/s", "MFU"), measure_steps("cuda")),
+        "## Compared with transformers and timm",
+        markdown(comparisons),
+    ]
+    OUTPUT.write_text("\n\n".join(sections).rstrip() + "\n", encoding="utf-8")
+    print(f"written to {OUTPUT}")
+    raise SystemExit(status)
+
+
+def build_model(num_registers: int) -> ViTCLSForImageClassification:
+    """Build the ViT-S/16 with random weights, always the same."""
+    torch.manual_seed(0)
+    config = ViTCLSConfig.from_preset("small", num_register_tokens=num_registers, num_labels=1000)
+    return ViTCLSForImageClassification(config)
+
+
+def measure_forward_passes(
+    device: str, batch_size: int = BATCH_SIZE, build: Callable = build_model
+) -> Iterator[tuple]:
+    """Yield a row for each precision, mode and number of tokens.
+
+    Raises:
+        ValueError: If the logits differ from those of the CPU in fp32 by more than LIMITS.
+    """
+    for tokens, num_registers in REGISTERS.items():
+        model = build(num_registers).eval()
+        images = random_images(batch_size, model.config.image_size)
+        with torch.inference_mode():
+            expected = model(images[:2]).logits
+        for precision, dtype in DTYPES.items():
+            pixel_values = images.to(device, dtype)
+            for mode, compile_mode in MODES.items():
+                predict = compile_model(build(num_registers).eval().to(device, dtype), compile_mode)
+                with torch.inference_mode():
+                    logits = predict(pixel_values).logits[:2].float().cpu()
+                difference = ((logits - expected).abs().max() / expected.abs().max()).item()
+                if not difference <= LIMITS[precision]:
+                    raise ValueError(f"{precision}, {mode}: logits differ from the CPU's by {difference:.1e}")
+                speed = per_second(in_inference(predict, pixel_values), batch_size, SECONDS_PER_TURN)
+                yield precision, mode, tokens, f"{speed:,.0f}", f"{difference:.1e}"
+
+
+def in_inference(predict: Callable, pixel_values: torch.Tensor) -> Callable[[], object]:
+    """Return a function that predicts without gradients."""
+    return torch.inference_mode()(lambda: predict(pixel_values))
+
+
+def measure_steps(device: str, batch_size: int = BATCH_SIZE, build: Callable = build_model) -> Rows:
+    """Yield a row with the model FLOPs utilization (MFU) of a training step for each mode and number of tokens."""
+    peak = gemm_peak(device, torch.bfloat16)
+    for tokens, num_registers in REGISTERS.items():
+        for mode, compile_mode in MODES.items():
+            model = build(num_registers).to(device).train()
+            pixel_values = random_images(batch_size, model.config.image_size).to(device)
+            labels = torch.arange(batch_size, device=device) % model.config.num_labels
+            optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
+            forward = compile_model(model, compile_mode)
+
+            def step(forward=forward, pixel_values=pixel_values, labels=labels, optimizer=optimizer) -> None:
+                with torch.autocast(torch.device(device).type, torch.bfloat16):
+                    loss = nn.functional.cross_entropy(forward(pixel_values).logits, labels)
+                loss.backward()
+                optimizer.step()
+                optimizer.zero_grad()
+
+            speed = per_second(step, batch_size, SECONDS_PER_TURN)
+            yield mode, tokens, f"{speed:,.0f}", f"{speed * training_flops(model) / peak:.0%}"
+
+
+def compile_model(model: nn.Module, mode: str | None) -> Callable:
+    """Return the model, compiled if a mode is given."""
+    torch.compiler.reset()
+    return model if mode is None else torch.compile(model, mode=mode)
+
+
+def format_table(header: tuple, rows: Rows) -> str:
+    """Return a Markdown table."""
+    return "\n".join(f"| {' | '.join(row)} |" for row in (header, ("---",) * len(header), *rows))
+
+
+if __name__ == "__main__":
+    main()

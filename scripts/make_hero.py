@@ -1,0 +1,113 @@
+"""Draw the image of README.md: digits, their patches as colors, and the attention of CLS and register tokens.
+
+    python scripts/make_hero.py                       trains the model first (a few minutes on one CPU thread)
+    python scripts/make_hero.py --model runs/hero     draws with a model that was trained before
+
+The model is that of the digits recipe, with patches of 4 instead of 8 pixels. Its head reads the CLS token, so nothing
+reads the patches and registers of the last layer: their features and maps are those of the layer before it.
+"""
+
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import tyro
+from matplotlib.figure import Figure
+from sklearn.decomposition import PCA
+
+from modeling_vitcls.commands.parsing import errors_in_one_line
+
+
+SCRIPTS = Path(__file__).parent
+PATCH_SIZE = 4  # pixels; one patch per pixel of scikit-learn's digits
+DIGITS = (3, 8)  # classes to show, one row each: the first image of each class
+NUM_PCA_IMAGES = 500  # images on which the principal components are computed
+TITLES = ("image", "patches (PCA)", "CLS", "register 1", "register 2")
+BACKGROUND, INK = "#ffffff", "#24292f"
+
+
+@dataclass
+class HeroOptions:
+    """Draw the image of README.md."""
+
+    model: Path = Path("runs", "hero")
+    """Folder of the model. It is trained if the folder does not exist."""
+    output: Path = Path("docs", "images", "hero.png")
+    """The image."""
+
+
+def main() -> None:
+    """Train the model if there is none, then draw."""
+    options = tyro.cli(HeroOptions, description=__doc__)
+    if not options.model.exists():
+        train(options.model)
+    with errors_in_one_line():
+        figure = draw_rows(*compute_maps(options.model))
+        options.output.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(options.output, dpi=100, facecolor=BACKGROUND, metadata={"Software": None})
+
+
+def train(folder: Path) -> None:
+    """Fine-tune the model of the image."""
+    flags = ["--config", SCRIPTS / "recipes" / "digits.yaml", "--patch-size", PATCH_SIZE, "--output-dir", folder]
+    subprocess.run([sys.executable, SCRIPTS / "finetune.py", *map(str, flags)], check=True)
+
+
+@torch.no_grad()
+def compute_maps(folder: Path) -> tuple[list[np.ndarray], np.ndarray, np.ndarray]:
+    """Return the shown digits, their patches as colors [digits, rows, columns, 3] in [0, 1], and their maps.
+
+    Returns:
+        The third array is the attention of CLS and of each register to the patches, [digits, token, rows, columns].
+    """
+    from sklearn.datasets import load_digits
+
+    from modeling_vitcls import ViTCLSForImageClassification, ViTCLSImageProcessor
+    from modeling_vitcls.analysis import patch_maps
+
+    digits = load_digits()
+    pixels = (digits.images * (255 / 16)).round().astype(np.uint8)  # [images, 8, 8]
+    shown = [digits.target.tolist().index(digit) for digit in DIGITS]
+
+    model = ViTCLSForImageClassification.from_pretrained(folder).eval()
+    processor = ViTCLSImageProcessor.from_pretrained(folder)
+    layout, size = model.config.token_layout, model.config.image_height_width
+
+    def encode(indices: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return pixel values, and the patches [images, patches, D] after the last layer but one."""
+        pixel_values = processor([pixels[index] for index in indices], return_tensors="pt")["pixel_values"]
+        hidden_states = model(pixel_values, output_hidden_states=True).hidden_states
+        return pixel_values, hidden_states[-2][:, layout.patches]
+
+    components = PCA(n_components=3).fit(encode(range(NUM_PCA_IMAGES))[1].flatten(0, 1).numpy())
+    pixel_values, patches = encode(shown)
+    colors = components.transform(patches.flatten(0, 1).numpy())
+    low, high = np.percentile(colors, (2, 98), axis=0)
+    colors = ((colors - low) / (high - low)).clip(0, 1).reshape(len(shown), *model.config.grid_size, 3)
+
+    rows = model.token_attention(pixel_values, tokens=("cls", "registers")).mean(dim=2)  # [digits, layer, token, key]
+    rows = torch.cat([rows[:, -1, : layout.cls.stop], rows[:, -2, layout.cls.stop :]], dim=1)
+    return [pixels[index] for index in shown], colors, patch_maps(rows, model.config, size).numpy()
+
+
+def draw_rows(images: list[np.ndarray], colors: np.ndarray, maps: np.ndarray) -> Figure:
+    """Return a figure with one row per digit: image, patches, and one map per token."""
+    figure = Figure(figsize=(2 * len(TITLES), 2 * len(images) + 0.4), layout="constrained")
+    for row, axes in zip(range(len(images)), figure.subplots(len(images), len(TITLES)), strict=True):
+        axes[0].imshow(images[row], cmap="gray", interpolation="bicubic")
+        axes[1].imshow(colors[row], interpolation="bicubic")
+        for token, axis in enumerate(axes[2:]):
+            axis.imshow(maps[row, token], cmap="magma", interpolation="bicubic")
+        for axis, title in zip(axes, TITLES, strict=True):
+            axis.set_axis_off()
+            if row == 0:
+                axis.set_title(title, color=INK, fontsize=17)
+    return figure
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,137 @@
+"""Outputs hold tensors only: gathering, DataParallel, pytrees and tuples handle them like those of transformers."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import KINDS, assert_same_outputs, each_kind, filled, images, raises_one_line, tiny_config
+from torch.nn.parallel import scatter_gather
+from torch.utils import _pytree as pytree
+from transformers import ViTModel
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+from modeling_vitcls import ViTCLSForImageClassification, ViTCLSModel
+from modeling_vitcls.modeling_vitcls import ViTCLSModelOutput
+
+
+FIELDS: dict[str, Any] = {"num_register_tokens": 2}
+NUM_TOKENS = 1 + 2 + 16
+
+
+def build_model() -> ViTCLSModel:
+    """Return an encoder with random weights."""
+    return filled(ViTCLSModel(tiny_config(**FIELDS)))
+
+
+def contains_tensors_only(value: Any) -> bool:
+    """Return whether a value is a tensor, or a tuple or dict of tensors."""
+    if isinstance(value, tuple | dict):
+        return all(map(contains_tensors_only, value.values() if isinstance(value, dict) else value))
+    return isinstance(value, torch.Tensor)
+
+
+def test_fields_are_those_of_transformers() -> None:
+    """A field that is no tensor breaks whoever handles all fields alike."""
+    names = [field.name for field in dataclasses.fields(ViTCLSModelOutput)]
+    assert names == [field.name for field in dataclasses.fields(BaseModelOutputWithPooling)]
+
+
+@torch.no_grad()
+@each_kind
+def test_outputs_hold_tensors_only(model_class: Any, fields: dict[str, Any], inputs: dict[str, Any]) -> None:
+    model = filled(model_class(tiny_config(**fields)))
+    model.set_attn_implementation("eager")
+    output = model(images(), **inputs, output_hidden_states=True, output_attentions=True)
+    assert len(output) >= 3
+    assert contains_tensors_only(output.to_tuple())
+
+
+@torch.no_grad()
+def test_a_tuple_ends_with_the_pooler_output() -> None:
+    """As for the built-in ViT."""
+    model = build_model()
+    output, values = model(images()), model(images(), return_dict=False)
+    assert isinstance(values, tuple) and len(values) == 2
+    assert torch.equal(values[0], output.last_hidden_state) and torch.equal(values[-1], output.pooler_output)
+    sizes = {name: getattr(model.config, name) for name in ("hidden_size", "num_hidden_layers", "intermediate_size")}
+    built_in = ViTModel(ViTModel.config_class(**sizes, num_attention_heads=2, image_size=32, patch_size=8)).eval()
+    assert [value.ndim for value in built_in(images(), return_dict=False)] == [value.ndim for value in values]
+
+
+@torch.no_grad()
+def test_tokens_by_name() -> None:
+    output = build_model()(images())
+    assert {name: tokens.shape[1] for name, tokens in output.tokens.items() if tokens.shape[1]} == {
+        "cls": 1,
+        "registers": 2,
+        "patches": 16,
+    }
+    parts = [output.tokens[name] for name in ("cls", "distillation", "registers", "patches")]
+    assert torch.equal(torch.cat(parts, dim=1), output.last_hidden_state)
+
+
+@torch.no_grad()
+def test_tokens_of_models_with_different_layouts() -> None:
+    """The layout belongs to one output, not to the class."""
+    first = build_model()(images())
+    second = filled(ViTCLSModel(tiny_config(num_register_tokens=5)))(images())
+    assert (first.tokens["registers"].shape[1], second.tokens["registers"].shape[1]) == (2, 5)
+
+
+def rebuild_by_data_parallel(output: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Return what DataParallel gathers from two devices; only the copy between devices is replaced."""
+
+    class Gather:
+        @staticmethod
+        def apply(target_device: Any, dim: int, *tensors: torch.Tensor) -> torch.Tensor:
+            return torch.cat(tensors, dim)
+
+    monkeypatch.setattr(scatter_gather, "Gather", Gather)
+    return scatter_gather.gather([output, output], "cpu")
+
+
+@torch.no_grad()
+def test_data_parallel(monkeypatch: pytest.MonkeyPatch) -> None:
+    for model_class, fields, _ in KINDS.values():
+        output = filled(model_class(tiny_config(**fields)))(images())
+        gathered = rebuild_by_data_parallel(output, monkeypatch)
+        assert type(gathered) is type(output) and list(gathered) == list(output)
+        flat, spec = pytree.tree_flatten(output)
+        assert_same_outputs(gathered, pytree.tree_unflatten([torch.cat([each, each]) for each in flat], spec))
+
+
+@torch.no_grad()
+def test_pytree() -> None:
+    output = build_model()(images(), output_hidden_states=True)
+    leaves, spec = pytree.tree_flatten(output)
+    assert len(leaves) == 2 + 3 and all(isinstance(leaf, torch.Tensor) for leaf in leaves)
+    rebuilt = pytree.tree_unflatten(leaves, spec)
+    assert type(rebuilt) is ViTCLSModelOutput
+    assert_same_outputs(rebuilt, output)
+
+
+@torch.no_grad()
+def test_tokens_of_a_rebuilt_output_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A gathered output does not know its layout; it says how to slice the tokens."""
+    output = build_model()(images())
+    leaves, spec = pytree.tree_flatten(output)
+    for rebuilt in (
+        pytree.tree_unflatten(leaves, spec),
+        rebuild_by_data_parallel(output, monkeypatch),
+        ViTCLSModelOutput(**output),
+    ):
+        assert rebuilt.last_hidden_state.shape[1:] == (NUM_TOKENS, 16)
+        with raises_one_line("rebuilt", "config.token_layout"):
+            _ = rebuilt.tokens
+
+
+@torch.no_grad()
+def test_accelerate_gathers(two_processes: Path) -> None:
+    gathered = torch.load(two_processes / "gathered.pt")
+    for model_class in (ViTCLSModel, ViTCLSForImageClassification):
+        expected = filled(model_class(tiny_config(**FIELDS)))(images())
+        found = gathered[model_class.__name__]
+        assert list(found) == list(expected)
+        assert_same_outputs(found, expected, 1e-6)

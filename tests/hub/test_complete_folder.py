@@ -1,0 +1,60 @@
+"""A folder that lacks a file of code is not pushed, also if only another file of code imports it."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from local_hub import LocalHub, point_client_at, running_hub
+from tiny_models import raises_one_line, tiny_config
+
+import modeling_vitcls as vitcls
+from modeling_vitcls.hub.manifest import contents_of, needed_code
+from modeling_vitcls.hub.publish import push_folder
+
+
+CODE = sorted(file.name for file in Path(vitcls.__file__).parent.glob("*_vitcls.py"))
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Return a folder with a model and its image processor."""
+    vitcls.ViTCLSForImageClassification(tiny_config()).save_pretrained(tmp_path / "model")
+    vitcls.ViTCLSImageProcessor().save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[LocalHub]:
+    """Return an empty Hub on this machine, to which the client of this process talks."""
+    with running_hub() as running:
+        point_client_at(running.url, "hf_local", monkeypatch, tmp_path / "home")
+        yield running
+
+
+def test_all_code_is_needed(folder: Path) -> None:
+    """Imports are followed: `auto_map` names three of the files."""
+    assert needed_code(folder) == set(CODE)
+    assert set(CODE) <= contents_of(folder).keys()
+
+
+@pytest.mark.parametrize("name", CODE)
+def test_a_folder_that_lacks_code_is_refused(name: str, folder: Path) -> None:
+    (folder / name).unlink()
+    with raises_one_line(f"lacks {name}", "save the model again"):
+        contents_of(folder)
+
+
+def test_nothing_of_an_incomplete_folder_is_pushed(hub: LocalHub, folder: Path) -> None:
+    (folder / "blocks_vitcls.py").unlink()
+    with raises_one_line("lacks blocks_vitcls.py"):
+        push_folder(folder, "ann/model")
+    assert not hub.repositories
+
+
+def test_files_that_import_each_other(folder: Path) -> None:
+    """Each file is read once."""
+    for name, other in (("first", "second"), ("second", "first")):
+        (folder / f"{name}_vitcls.py").write_text(f"from .{other}_vitcls import value\n")
+    with (folder / "blocks_vitcls.py").open("a") as code:
+        code.write("from .first_vitcls import value\n")
+    assert needed_code(folder) == {*CODE, "first_vitcls.py", "second_vitcls.py"}

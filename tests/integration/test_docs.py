@@ -1,0 +1,365 @@
+"""README.md and docs/*.md: links, length, the flags of all commands, and the code blocks.
+
+Fast tests run the Python blocks of `FAST_PAGES` and resolve the imports of all others; slow tests run all of them. The
+blocks of a page run one after the other in one process, offline, in a folder with
+    photos/cat/*.png, photos/dog/*.png, photo.jpg    real digits as images
+    runs/photos                                      a small classifier of cat and dog, with random weights
+
+An HTML comment in the line before a block changes what happens to it:
+    <!-- not run: REASON -->                     the block requires the network, a GPU or minutes
+    <!-- run with: "NEW" instead of "OLD" -->    the block runs with one text replaced
+    <!-- run -->                                 commands run as well (slow tests), with few steps and a small model
+
+The flags of all commands are compared with `--help` of the programs, also in blocks that do not run.
+"""
+
+import ast
+import importlib
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+from accelerate.commands.launch import launch_command_parser
+from PIL import Image
+from sklearn.datasets import load_digits
+
+from modeling_vitcls import ViTCLSConfig, ViTCLSForImageClassification, ViTCLSImageProcessor
+
+
+ROOT = Path(__file__).parents[2]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+MAX_README_LINES = 180
+FAST_PAGES = ("README.md", "quickstart.md")  # pages whose Python blocks run in the fast tests, too
+
+# `vitcls NAME` -> program in scripts/
+PROGRAMS = {
+    "finetune": "finetune.py",
+    "pretrain": "pretrain.py",
+    "evaluate": "evaluate.py",
+    "predict": "predict.py",
+    "convert": "convert.py",
+    "inspect": "inspect_tokens.py",
+    "push": "push_to_hub.py",
+    "export": "export.py",
+    "benchmark": "benchmark.py",
+    "demo": "demo_app.py",
+    "space": "push_space.py",
+}
+MODULE = ["-m", "modeling_vitcls.cli"]
+OTHER_PROGRAMS = (["vitcls", "--version"], ["vitcls", "env"], ["vitcls", "completion"])
+OTHER_COMMANDS = ("cd", "git", "hf", "make", "pip")
+# flags of pip, hf and make that the text mentions
+OTHER_FLAGS = {"--help", "--version", "--include", "--local-dir"}
+
+# Added to commands that are run, so that they take seconds.
+QUICK = {
+    "finetune": "--max-steps 2 --batch-size 8 --num-workers 0 --no-report",
+    "pretrain": "--max-steps 2 --batch-size 8 --num-workers 0 --no-report",
+    "evaluate": "--num-workers 0",
+    "inspect": "--max-images 8 --num-images 2",
+}
+SMALL_MODEL = "--image-size 32 --patch-size 16 --hidden-size 32 --num-hidden-layers 2 --num-attention-heads 2"
+
+FENCE = re.compile(
+    r"(?:^<!-- (?P<comment>.*?) -->\n)?^```(?P<language>\w*)\n(?P<text>.*?)^```$", re.MULTILINE | re.DOTALL
+)
+REPLACEMENT = re.compile(r'run with: "(.+)" instead of "(.+)"')
+LINK = re.compile(r"\]\(([^)\s]+)\)")
+COMMAND = re.compile(r"(vitcls [a-z]+|accelerate launch -m modeling_vitcls\.cli [a-z]+) \S")  # in inline code
+INLINE = re.compile(r"`([^`\n]+)`")
+FLAG = re.compile(r"--[a-z][a-z_-]*")
+PRINTED = re.compile(r"^# (?=[{(\[])", re.MULTILINE)  # comments that show the output of the line before
+
+
+@dataclass(frozen=True)
+class Block:
+    """A fenced block of a page, and the HTML comment before it."""
+
+    page: Path
+    line: int
+    language: str
+    text: str
+    comment: str
+
+    @property
+    def is_run(self) -> bool:
+        """Whether a Python block is run."""
+        return not self.comment.startswith("not run: ")
+
+    def get_source(self) -> str:
+        """Return a Python block as it is run."""
+        if found := REPLACEMENT.fullmatch(self.comment):
+            new, old = found.groups()
+            assert old in self.text, f"{self}: no {old!r}"
+            return self.text.replace(old, new)
+        return self.text
+
+    def get_commands(self) -> list[list[str]]:
+        """Return the words of each command of a bash block."""
+        lines = self.text.replace("\\\n", " ").splitlines()
+        return [words for line in lines if (words := shlex.split(line, comments=True))]
+
+    def __str__(self) -> str:
+        return f"{self.page.relative_to(ROOT)}:{self.line}"
+
+
+def read_blocks(page: Path) -> list[Block]:
+    text = page.read_text(encoding="utf-8")
+    return [
+        Block(page, text.count("\n", 0, found.start()) + 1, found["language"], found["text"], found["comment"] or "")
+        for found in FENCE.finditer(text)
+    ]
+
+
+BLOCKS = [block for page in PAGES for block in read_blocks(page)]
+PYTHON_PAGES = [page for page in PAGES if any(b.language == "python" and b.is_run for b in read_blocks(page))]
+COMMAND_PAGES = [page for page in PAGES if any(b.language == "bash" and b.comment == "run" for b in read_blocks(page))]
+
+
+def get_name(page: Path) -> str:
+    return page.name if page.parent == ROOT else f"docs/{page.name}"
+
+
+def read_prose(page: Path) -> str:
+    """Return a page without its fenced blocks."""
+    return FENCE.sub("", page.read_text(encoding="utf-8"))
+
+
+# Text ----------------------------------------------------------------------------------------------------------------
+
+
+def test_readme_is_short() -> None:
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= MAX_README_LINES
+
+
+def get_anchors(page: Path) -> set[str]:
+    """Return the anchors that GitHub gives to the headings of a page."""
+    headings = re.findall(r"^#+ (.*)$", read_prose(page), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=get_name)
+def test_links_resolve(page: Path) -> None:
+    links = LINK.findall(re.sub(INLINE, "", read_prose(page)))
+    for link in links:
+        if "://" in link:
+            continue
+        path, _, anchor = link.partition("#")
+        target = (page.parent / path).resolve() if path else page
+        assert target.exists(), f"{get_name(page)}: {link} does not exist"
+        if anchor:
+            assert anchor in get_anchors(target), f"{get_name(page)}: {link} has no such heading"
+
+
+def test_every_page_is_in_the_index() -> None:
+    linked = {link.partition("#")[0] for link in LINK.findall((ROOT / "docs" / "README.md").read_text())}
+    assert {page.name for page in (ROOT / "docs").glob("*.md")} - {"README.md"} <= linked
+
+
+def test_images_are_used_and_small() -> None:
+    images = list((ROOT / "docs" / "images").iterdir())
+    text = "".join(page.read_text(encoding="utf-8") for page in PAGES)
+    assert all(f"images/{image.name}" in text for image in images)
+    assert all(image.stat().st_size < 400_000 for image in images)
+
+
+def test_comments_before_blocks_are_known() -> None:
+    for block in BLOCKS:
+        is_known = block.comment in ("", "run") or block.comment.startswith("not run: ")
+        assert is_known or REPLACEMENT.fullmatch(block.comment), f"{block}: {block.comment!r}"
+
+
+# Commands ------------------------------------------------------------------------------------------------------------
+
+
+@cache
+def read_flags(program: str) -> frozenset[str]:
+    """Return the flags in `--help` of a program in scripts/."""
+    done = subprocess.run(
+        [sys.executable, ROOT / "scripts" / program, "--help"], capture_output=True, text=True, check=True
+    )
+    return frozenset(FLAG.findall(done.stdout))
+
+
+@cache
+def read_accelerate_flags() -> frozenset[str]:
+    """Return the flags of `accelerate launch`."""
+    options = (option for action in launch_command_parser()._actions for option in action.option_strings)
+    return frozenset(options)
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command that starts a program of this repository."""
+
+    variables: list[str]  # NAME=VALUE
+    launcher: list[str]  # `accelerate launch` and its flags, or nothing
+    name: str  # of the program, as in `vitcls NAME`
+    arguments: list[str]
+
+
+def parse_command(words: list[str]) -> Command | None:
+    """Return what a command of the pages starts; None for commands of other projects. Fails for unknown ones."""
+    first = next(index for index, word in enumerate(words) if not re.match(r"[A-Z_]+=", word))
+    variables, words = words[:first], words[first:]
+    if words[0] in OTHER_COMMANDS:
+        return None
+    launcher: list[str] = []
+    if words[:2] == ["accelerate", "launch"]:
+        is_settings_file = [False] + [word == "--config_file" for word in words]
+        start = next(
+            index
+            for index, word in enumerate(words)
+            if (word == "-m" or word.startswith("scripts/")) and not is_settings_file[index]
+        )
+        launcher, words = words[:start], words[start:]
+    if words[0] == "vitcls":
+        words = words[1:]
+    elif words[:2] == MODULE:
+        words = words[2:]
+    else:
+        words = words[1:] if words[0] == "python" else words
+        scripts = {f"scripts/{script}": name for name, script in PROGRAMS.items()}
+        words = [scripts[words[0]], *words[1:]]
+    return Command(variables, launcher, words[0], words[1:])
+
+
+def read_all_commands() -> Iterator[tuple[str, list[str]]]:
+    """Yield where each command is, and its words: in bash blocks, and in inline code such as that of tables."""
+    for block in BLOCKS:
+        if block.language == "bash":
+            yield from ((str(block), words) for words in block.get_commands())
+    for page in PAGES:
+        for code in INLINE.findall(read_prose(page)):
+            if COMMAND.match(code):
+                yield get_name(page), shlex.split(code)
+
+
+def test_commands_have_the_flags_of_their_programs() -> None:
+    found = [(place, words) for place, words in read_all_commands() if words[:2] not in OTHER_PROGRAMS]
+    commands = [(place, parse_command(words)) for place, words in found]
+    programs = [(place, command) for place, command in commands if command is not None]
+    for place, command in programs:
+        assert command.name in PROGRAMS, f"{place}: there is no `vitcls {command.name}`"
+        unknown = get_flags(command.arguments) - read_flags(PROGRAMS[command.name])
+        assert not unknown, f"{place}: `vitcls {command.name}` has no {', '.join(unknown)}"
+        unknown = get_flags(command.launcher) - read_accelerate_flags()
+        assert not unknown, f"{place}: `accelerate launch` has no {', '.join(unknown)}"
+    assert {command.name for _, command in programs} == set(PROGRAMS)
+
+
+def get_flags(words: list[str]) -> set[str]:
+    return {word for word in words if word.startswith("--")}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=get_name)
+def test_flags_in_the_text_exist(page: Path) -> None:
+    known = (
+        set().union(*(read_flags(program) for program in PROGRAMS.values())) | read_accelerate_flags() | OTHER_FLAGS
+    )
+    for code in INLINE.findall(read_prose(page)):
+        assert set(FLAG.findall(code)) <= known, f"{get_name(page)}: {code}"
+
+
+def test_every_program_is_in_the_readme() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert all(f"`vitcls {name} " in text for name in PROGRAMS if name != "space")
+
+
+# Running -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the images and the model that the pages use."""
+    folder = tmp_path_factory.mktemp("docs")
+    digits = load_digits()
+    for label, name in enumerate(("cat", "dog")):
+        (folder / "photos" / name).mkdir(parents=True)
+        for index, pixels in enumerate(digits.images[digits.target == label][:20]):
+            image = Image.fromarray((pixels * 15).astype(np.uint8)).convert("RGB").resize((40, 36))
+            image.save(folder / "photos" / name / f"{index}.png")
+    image.save(folder / "photo.jpg")
+    config = ViTCLSConfig.from_preset(
+        "tiny", image_size=32, hidden_size=32, num_attention_heads=2, num_hidden_layers=2, num_register_tokens=2,
+        id2label={0: "cat", 1: "dog"},
+    )  # fmt: skip
+    ViTCLSForImageClassification(config).save_pretrained(folder / "runs" / "photos")
+    ViTCLSImageProcessor(size={"height": 32, "width": 32}).save_pretrained(folder / "runs" / "photos")
+    return folder
+
+
+Run = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture
+def run(prepared: Path, tmp_path: Path) -> Run:
+    """Run a command offline in a copy of the prepared folder, and return what it printed."""
+    shutil.copytree(prepared, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "scripts").symlink_to(ROOT / "scripts")
+    hub = {"HF_HOME": str(tmp_path / "huggingface"), "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+
+    def start(command: list[str], variables: list[str] = []) -> subprocess.CompletedProcess[str]:  # noqa: B006
+        environment = os.environ | hub | dict(each.split("=", 1) for each in variables)
+        done = subprocess.run(
+            command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False, timeout=600
+        )
+        assert done.returncode == 0, f"{shlex.join(command)}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
+        return done
+
+    return start
+
+
+def test_imports_of_python_blocks_resolve() -> None:
+    num_names = 0
+    for block in BLOCKS:
+        if block.language != "python":
+            continue
+        for node in ast.walk(ast.parse(block.text)):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("modeling_vitcls"):
+                module = importlib.import_module(node.module or "")
+                for alias in node.names:
+                    assert hasattr(module, alias.name), f"{block}: {node.module} has no {alias.name}"
+                    num_names += 1
+    assert num_names > 20
+
+
+@pytest.mark.parametrize(
+    "page",
+    [pytest.param(page, marks=[] if page.name in FAST_PAGES else pytest.mark.slow) for page in PYTHON_PAGES],
+    ids=get_name,
+)
+def test_python_blocks_run(page: Path, run: Run, tmp_path: Path) -> None:
+    blocks = [block for block in read_blocks(page) if block.language == "python" and block.is_run]
+    source = "\n\n".join(block.get_source() for block in blocks)
+    (tmp_path / "page.py").write_text(source, encoding="utf-8")
+    done = run([sys.executable, "page.py"])
+    for line in source.splitlines():
+        if PRINTED.match(line):
+            assert line.removeprefix("# ") in done.stdout.splitlines()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", COMMAND_PAGES, ids=get_name)
+def test_commands_run(page: Path, run: Run) -> None:
+    blocks = [block for block in read_blocks(page) if block.language == "bash" and block.comment == "run"]
+    for words in (words for block in blocks for words in block.get_commands()):
+        command = parse_command(words)
+        assert command is not None
+        is_new = command.name in ("finetune", "pretrain") and any(
+            word.startswith("vitcls-") for word in command.arguments
+        )
+        quick = QUICK.get(command.name, "").split() + (SMALL_MODEL.split() if is_new else [])
+        launcher = [sys.executable]
+        if command.launcher:
+            launcher = [sys.executable, "-m", "accelerate.commands.launch", *command.launcher[2:]]
+        run([*launcher, f"scripts/{PROGRAMS[command.name]}", *command.arguments, *quick], command.variables)

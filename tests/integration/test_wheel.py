@@ -1,0 +1,70 @@
+"""The wheel, installed into a new environment, works outside the checkout."""
+
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+
+REPOSITORY = Path(__file__).parents[2]
+ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | {
+    "HF_HUB_OFFLINE": "1",
+    "OMP_NUM_THREADS": "1",
+}
+DATA_FILES = ("py.typed", "model_cards/training.md.j2", "recipes/digits.yaml", "analysis/report.css")
+
+
+def run(*command: object, cwd: Path) -> str:
+    """Run a command and return what it printed."""
+    ran = subprocess.run(
+        list(map(str, command)), cwd=cwd, env=ENVIRONMENT, capture_output=True, text=True, timeout=1200
+    )
+    assert ran.returncode == 0, f"{ran.stdout}\n{ran.stderr}"
+    return ran.stdout
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Build the wheel of a copy of the tracked files."""
+    folder = tmp_path_factory.mktemp("wheel")
+    files = run("git", "ls-files", "-z", cwd=REPOSITORY).split("\0")
+    for name in filter(None, files):
+        if not name.startswith("tests/") and (REPOSITORY / name).is_file():
+            (folder / "source" / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / "source" / name).write_bytes((REPOSITORY / name).read_bytes())
+    run(sys.executable, "-m", "uv", "build", "--wheel", "--out-dir", folder, folder / "source", cwd=folder)
+    (file,) = folder.glob("*.whl")
+    return file
+
+
+@pytest.mark.slow
+def test_the_wheel_has_all_modules_and_data_files(wheel: Path) -> None:
+    contents = set(zipfile.ZipFile(wheel).namelist())
+    tracked = run("git", "ls-files", "modeling_vitcls", cwd=REPOSITORY).split()
+    assert set(tracked) <= contents
+    assert {f"modeling_vitcls/{name}" for name in DATA_FILES} <= contents
+
+
+@pytest.mark.slow
+def test_the_installed_wheel_trains_outside_the_checkout(wheel: Path, tmp_path: Path) -> None:
+    run(sys.executable, "-m", "uv", "venv", "--python", sys.executable, "environment", cwd=tmp_path)
+    programs = tmp_path / "environment" / "bin"
+    python = programs / "python"
+    run(sys.executable, "-m", "uv", "pip", "install", "--python", python, f"{wheel}[scripts]", cwd=tmp_path)
+    location = run(python, "-c", "import modeling_vitcls; print(modeling_vitcls.__file__)", cwd=tmp_path)
+    assert Path(location.strip()).is_relative_to(tmp_path)
+
+    vitcls = programs / "vitcls"
+    version = run(vitcls, "--version", cwd=tmp_path).split()[1]
+    assert wheel.name.startswith(f"modeling_vitcls-{version}-")
+    assert f"modeling_vitcls  {version}" in run(vitcls, "env", cwd=tmp_path)
+
+    flags = ("--dataset", "digits", "--max-steps", 5, "--output-dir", "out")
+    run(vitcls, "finetune", "--config", "digits", *flags, cwd=tmp_path)
+    assert {"model.safetensors", "README.md", "report.html", "results.json"} <= {
+        file.name for file in (tmp_path / "out").iterdir()
+    }
+    assert "accuracy" in run(vitcls, "evaluate", "--model", "out", "--dataset", "digits", cwd=tmp_path)
