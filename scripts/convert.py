@@ -44,7 +44,7 @@ def main() -> None:
 
     from transformers.utils.logging import disable_progress_bar
 
-    from modeling_vitcls.analysis.card_images import write_pictures
+    from modeling_vitcls.analysis.card_images import write_card_images
     from modeling_vitcls.conversion.convert import take_over
 
     disable_progress_bar()
@@ -55,7 +55,7 @@ def main() -> None:
             options.random_init,
             options.classifier,
             options.num_labels,
-            write_pictures,
+            write_card_images,
         )
     except (ValueError, OSError) as error:
         stop(f"error: {error}", status=1)
@@ -67,7 +67,7 @@ def show(certificate: "Certificate", output: Path) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from modeling_vitcls.hub.publish import push_command
+    from modeling_vitcls.hub.publish import build_push_command
 
     console = Console(soft_wrap=True, highlight=False)
     table = Table(title=f"{certificate.source} -> {certificate.model_class}: largest differences")
@@ -85,7 +85,7 @@ def show(certificate: "Certificate", output: Path) -> None:
     console.print(f'  model = {auto_class}.from_pretrained("{output}", trust_remote_code=True)')
     console.print(f'  processor = AutoImageProcessor.from_pretrained("{output}", trust_remote_code=True)')
     console.print("or publish it, card and all, and prove that it loads from there:")
-    console.print(f"  {push_command(output, f'YOUR-NAME/{output.resolve().name}')}")
+    console.print(f"  {build_push_command(output, f'YOUR-NAME/{output.resolve().name}')}")
 
 
 def remarks(certificate: "Certificate") -> list[str]:

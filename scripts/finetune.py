@@ -14,14 +14,14 @@ def main() -> None:
     """Parse, then train; the package is imported only once the flags are known to be right."""
     options = parse("FinetuneOptions")
 
-    from modeling_vitcls.training.finetune import finetune, rehearse
+    from modeling_vitcls.training.finetune import dry_run, finetune
     from modeling_vitcls.training.runner import RunStopped
     from modeling_vitcls.training.setup import prepare
 
     try:
         with errors_in_one_line():
             if options.run.dry_run:
-                rehearse(options)
+                dry_run(options)
             else:
                 finetune(prepare(options))
     except RunStopped as stopped:

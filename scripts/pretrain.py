@@ -14,13 +14,13 @@ def main() -> None:
     """Parse, then train; the package is imported only once the flags are known to be right."""
     options = parse("PretrainOptions")
 
-    from modeling_vitcls.training.pretrain import prepare, pretrain, rehearse
+    from modeling_vitcls.training.pretrain import dry_run, prepare, pretrain
     from modeling_vitcls.training.runner import RunStopped
 
     try:
         with errors_in_one_line():
             if options.run.dry_run:
-                rehearse(options)
+                dry_run(options)
             else:
                 pretrain(prepare(options))
     except RunStopped as stopped:

@@ -422,7 +422,7 @@ REFUSED: dict[str, Callable[[Path], str]] = {
         transformers.SwinModel(transformers.SwinConfig(embed_dim=8, depths=[1], num_heads=[1], image_size=32)), folder
     ),
     "timm 1.* has no model vit_huuge: did you mean": lambda folder: "timm:vit_huuge",
-    "nowhere/at/all is no folder here": lambda folder: f"transformers:{folder}/nowhere/at/all",
+    "nowhere/at/all is not a folder": lambda folder: f"transformers:{folder}/nowhere/at/all",
     "cannot read the configuration of": lambda folder: f"transformers:{folder.parent}",  # without config.json
     "'resnet' is no source": lambda folder: "resnet",
     "global_pool='avgmax'": lambda folder: "timm:test_vit",
