@@ -16,8 +16,18 @@ def write_json(file: Path, values: dict[str, Any]) -> None:
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """Read it again."""
-    return json.loads(file.read_text(encoding="utf-8"))
+    """Return the JSON object in a file.
+
+    Raises:
+        ValueError: If the file is not valid JSON, or is not an object.
+    """
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:  # not UTF-8, or not JSON
+        raise ValueError(f"cannot read {file}: {error}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"cannot read {file}: it does not contain a JSON object")
+    return content
 
 
 @contextmanager

@@ -20,7 +20,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from importlib.metadata import version
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -170,10 +171,13 @@ def name_of_device(device: torch.device) -> str:
     return f"CPU, {torch.get_num_threads()} thread(s)" if device.type == "cpu" else device.type
 
 
-def versions() -> dict[str, str]:
-    """What the run is made with."""
-    installed = {name: version(name) for name in LIBRARIES}
-    return {"modeling_vitcls": __version__, "python": platform.python_version(), **installed}
+def get_versions(*libraries: str) -> dict[str, str]:
+    """Return the versions of this package, of Python, of `LIBRARIES` and of other `libraries` that are installed."""
+    versions = {"modeling_vitcls": __version__, "python": platform.python_version()}
+    for name in (*LIBRARIES, *libraries):
+        with suppress(PackageNotFoundError):
+            versions[name] = version(name)
+    return versions | {"torch": str(torch.__version__)}  # with its build, such as +cu132
 
 
 def processor_name() -> str:

@@ -7,10 +7,10 @@
     attribution.py          attention rollout and gradient attribution through all layers
     token_statistics.py     statistics over many images, per layer, head and token
     ablation.py             effect of each token on predictions
-    diagnosis.py            findings in words, with their numbers
+    diagnosis.py            verdicts in words, with their numbers
     attention_recorder.py   attention of every layer of a forward pass
     model_utils.py          unwrap models; evaluation mode
-    image_report.py         one image: prediction and maps
+    image_report.py         one image: predictions and maps
     figures.py              figures of tokens and predictions, for cards, notebooks and trackers
     figures_over_depth.py   curves over layers
     figures_of_states.py    similarities, norms, effects
@@ -19,49 +19,51 @@
     test_time_registers.py  register neurons, moved to a register without training
     inspection_inputs.py    images and labels of an inspection
     inspection.py           all measurements for a model and images
-    report_data.py          an inspection as plain values
+    report_data.py          an inspection as JSON values
     report.py               the HTML report
     inspect_tokens.py       the program scripts/inspect_tokens.py
 
-Public names are in PUBLIC; a file is imported when one of its names is used. Nothing here is copied to the Hub,
-except maps.py, which is part of the demo (hub/space.py).
+PUBLIC lists the public names. A file is imported when one of its names is used. No file of this folder is copied to
+the Hub, except maps.py, which is part of the demo (hub/space.py).
 """
 
 import importlib
 from typing import Any
 
-from .attribution import attribution as attribution
 
-
-# At once, as it is called like its file, which would stand in its place once anything has imported that.
-
-
-# File -> what it has for everybody.
+# File -> its public names.
 PUBLIC = {
-    "ablation": ("Effect", "ablation_effects"),
-    "attribution": ("attention_rollout", "attribution"),
+    "ablation": ("AblationEffect", "compute_ablation_effects"),
+    "attribution": ("compute_attention_rollout", "compute_attribution"),
     "figures": (
-        "GROUP_COLOURS",
-        "as_picture",
-        "attention_figure",
-        "confusion_matrix_figure",
-        "depth_figure",
-        "token_layout_figure",
+        "GROUP_COLORS",
+        "plot_attention",
+        "plot_attention_by_layer",
+        "plot_confusion_matrix",
+        "plot_token_layout",
+        "render_figure",
     ),
     "figures_of_states": (
-        "effects_figure",
-        "layer_similarity_figure",
-        "norm_histogram_figure",
-        "token_similarity_figure",
+        "plot_ablation_effects",
+        "plot_layer_similarity",
+        "plot_norm_histogram",
+        "plot_token_similarity",
     ),
-    "figures_over_depth": ("CURVES", "curve_figure", "mass_figure", "norms_figure"),
+    "figures_over_depth": ("CURVES", "plot_attention_mass", "plot_curve", "plot_norms"),
     "inspection": ("Inspection", "inspect_model"),
-    "maps": ("SeenPart", "on_picture", "overlay", "patch_maps", "seen_part", "token_names"),
-    "patch_sizes": ("PatchSizeRow", "patch_size_advice", "patch_size_sentences"),
-    "image_report": ("Reading", "read_picture"),
-    "report": ("write_figures", "write_page", "write_report"),
+    "maps": (
+        "VisibleRegion",
+        "extract_patch_maps",
+        "get_token_names",
+        "get_visible_region",
+        "overlay",
+        "upsample_maps",
+    ),
+    "patch_sizes": ("PatchSizeRow", "compare_patch_sizes", "describe_patch_sizes"),
+    "image_report": ("ImageReport", "build_image_report"),
+    "report": ("write_json_values", "write_page", "write_report"),
     "token_statistics": ("Findings", "TokenStatistics"),
-    "diagnosis": ("Verdict", "artifact_verdict", "depth_story"),
+    "diagnosis": ("Verdict", "describe_artifacts", "describe_depth"),
 }
 FILES = {name: file for file, names in PUBLIC.items() for name in names}
 
@@ -69,12 +71,12 @@ __all__ = sorted(FILES)  # noqa: PLE0605
 
 
 def __getattr__(name: str) -> Any:
-    """A public name, from its file."""
+    """Return a public name, imported from its file."""
     if name not in FILES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(f".{FILES[name]}", __name__), name)
 
 
 def __dir__() -> list[str]:
-    """For who completes names."""
+    """Return all names, for completion in editors and shells."""
     return sorted({*globals(), *FILES})

@@ -1,11 +1,11 @@
-"""What a special token is worth to the answer: the model's answers with and without what the token says of the image.
+"""Mean ablation: the change in predictions when a special token carries no information about the image.
 
-    effect = ablation_effects(model, batches, findings.mean_states)["registers[0]"]
+    effect = compute_ablation_effects(model, batches, findings.mean_states)["registers[0]"]
     effect.changed_answers, effect.accuracy_change
 
-A token is not removed, nor set to zero, which the model has never seen: after each layer its state is replaced by its
-mean over images there (mean ablation), so that it says the same of every image. What counts as an answer is said here,
-for all of the analysis: `decisions`.
+After each layer, the state of the token is replaced by its mean over images, so that it is the same for every image.
+Removing the token or setting it to zero would instead produce inputs that the model was never trained on.
+`get_predicted_labels` defines the prediction of a model for the whole analysis.
 """
 
 import math
@@ -21,66 +21,66 @@ from ..configuration_vitcls import TokenLayout, ViTCLSConfig
 from ..data.labels import is_multi_label
 from ..heads_vitcls import IGNORED_LABEL
 from ..inference.prediction_rows import THRESHOLD
-from .model_utils import evaluating, plain_model
+from .model_utils import evaluation_mode, unwrap_model
 
 
-# pixel_values [B, C, H, W] on the model's device, and the right answers [B, A] (see `Answers`), [B] where A is 1, or
-# None; called again and again, for the same images.
+# pixel_values [B, C, H, W] on the model's device, and labels or None. Labels are [B, A] (see `Predictions`), or [B] if
+# A is 1. Called repeatedly, each time for the same images.
 Batches = Callable[[], Iterable[tuple[torch.Tensor, torch.Tensor | None]]]
 
-UNKNOWN = IGNORED_LABEL  # in place of a right answer
-LEAST_VARIATION = 1e-3  # of logits, as a part of their size
+MIN_VARIATION = 1e-3  # minimum standard deviation of the logits over images, as a fraction of their root mean square
 
 
 @dataclass(frozen=True)
-class Answers:
-    """What a classifier says of all images.
+class Predictions:
+    """Predictions of a classifier for all images.
 
     Attributes:
-        logits: [images, labels], of all tasks side by side.
-        chosen: [images, A]: the class (A = 1), that of each task (in the order of `config.task_labels()`), or of a
-            multi-label model 0 or 1 for each label.
-        right: as `chosen`, UNKNOWN where it is not known; None where nothing is.
+        logits: [images, labels], all tasks concatenated.
+        predicted: [images, A]: class indices. A is 1 for a single-label model and the number of tasks for a multi-task
+            model (in the order of `config.task_labels()`). For a multi-label model, 0 or 1 for each label.
+        labels: like `predicted`, IGNORED_LABEL if unknown; None if no label is known.
     """
 
     logits: torch.Tensor
-    chosen: torch.Tensor
-    right: torch.Tensor | None
+    predicted: torch.Tensor
+    labels: torch.Tensor | None
 
     def accuracy(self) -> float | None:
-        """Share of the answers that are right, of those that are known."""
-        if self.right is None or not bool((self.right != UNKNOWN).any()):
+        """Return the fraction of correct predictions among those with known labels; None if no label is known."""
+        if self.labels is None or not bool((self.labels != IGNORED_LABEL).any()):
             return None
-        return (self.chosen == self.right)[self.right != UNKNOWN].float().mean().item()
+        return (self.predicted == self.labels)[self.labels != IGNORED_LABEL].float().mean().item()
 
     def chance(self) -> float | None:
-        """The accuracy of always giving the most frequent right answer (to each question its own)."""
-        if self.right is None or not bool((self.right != UNKNOWN).any()):
+        """Return the accuracy of always predicting the most frequent label (of each column); None if no label is
+        known."""
+        if self.labels is None or not bool((self.labels != IGNORED_LABEL).any()):
             return None
-        known = [column[column != UNKNOWN] for column in self.right.unbind(dim=1)]
+        known = [column[column != IGNORED_LABEL] for column in self.labels.unbind(dim=1)]
         hits = [column.unique(return_counts=True)[1].max().item() for column in known if len(column)]
         return sum(hits) / sum(map(len, known))
 
     def is_better_than_chance(self) -> bool | None:
-        """Whether the accuracy is beyond `chance` by two standard errors; None where it is not known."""
+        """Return whether the accuracy exceeds `chance` by two standard errors; None if no label is known."""
         accuracy, chance = self.accuracy(), self.chance()
-        if self.right is None or accuracy is None or chance is None:
+        if self.labels is None or accuracy is None or chance is None:
             return None
-        num_images = int((self.right != UNKNOWN).any(dim=1).sum())
+        num_images = int((self.labels != IGNORED_LABEL).any(dim=1).sum())
         return accuracy > chance + 2 * math.sqrt(chance * (1 - chance) / num_images)
 
 
 @dataclass(frozen=True)
-class Effect:
-    """Of replacing one token by its mean.
+class AblationEffect:
+    """Effect of replacing one token by its mean.
 
     Attributes:
-        changed_answers: share of images that get another answer.
-        logit_change: root mean square change of the logits, as a part of how much they vary over images (or of a
-            thousandth of their size, if that is more: what varies less is rounding). A token's mean over a single
-            image is its state there, so that the effect over one image is 0 and says nothing.
-        accuracy_change: accuracy afterwards minus before; None where no right answers are known.
-        num_images: that were answered.
+        changed_answers: fraction of images whose prediction changes.
+        logit_change: root mean square change of the logits, divided by their standard deviation over images (at least
+            a thousandth of their root mean square, since smaller deviations are rounding). With a single image, the
+            mean is the token's own state, so the effect is 0 and has no meaning.
+        accuracy_change: accuracy after minus accuracy before; None if no label is known.
+        num_images: number of images.
     """
 
     changed_answers: float
@@ -89,131 +89,138 @@ class Effect:
     num_images: int
 
 
-def ablation_effects(
-    model: Any, batches: Batches, mean_states: torch.Tensor, before: Answers | None = None
-) -> dict[str, Effect]:
-    """The effect of each special token, by names such as `cls[0]`.
+def compute_ablation_effects(
+    model: Any, batches: Batches, mean_states: torch.Tensor, before: Predictions | None = None
+) -> dict[str, AblationEffect]:
+    """Return the effect of each special token, with keys such as `cls[0]`.
 
     Args:
         model: a classifier.
-        batches: gives the images.
-        mean_states: [L + 1, S, D], of the embeddings and after each layer (`Findings.mean_states`).
-        before: `answers_of(model, batches)`, where that is known already.
+        batches: returns the images.
+        mean_states: [L + 1, S, D], mean states of the embeddings and after each layer (`Findings.mean_states`).
+        before: `collect_predictions(model, batches)`, if already computed.
 
     Raises:
-        ValueError: for a model without a classifier, no images, or right answers of another shape.
+        ValueError: if the model has no classifier, there are no images, or labels have the wrong shape.
     """
-    model = plain_model(model)
-    before = answers_of(model, batches) if before is None else before
+    model = unwrap_model(model)
+    before = collect_predictions(model, batches) if before is None else before
     effects = {}
-    for place, name in enumerate(token_keys(model.config.token_layout)):
-        with held_at_mean(model, place, mean_states[:, place]):
-            effects[name] = effect(before, answers_of(model, batches))
+    for index, name in enumerate(get_token_keys(model.config.token_layout)):
+        with replace_token_by_mean(model, index, mean_states[:, index]):
+            effects[name] = compute_effect(before, collect_predictions(model, batches))
     return effects
 
 
-def token_keys(layout: TokenLayout) -> list[str]:
-    """`cls[0]`, `registers[1]`: names of the special tokens as in metrics.jsonl, in the order of the sequence."""
+def get_token_keys(layout: TokenLayout) -> list[str]:
+    """Return the keys of the special tokens as in metrics.jsonl (`cls[0]`, `registers[1]`), in sequence order."""
     special = range(layout.num_prefix_tokens)
     return [f"{name}[{index}]" for name, group in layout.items() for index, _ in enumerate(special[group])]
 
 
 @torch.no_grad()
-def answers_of(model: Any, batches: Batches) -> Answers:
-    """The model's answers to all images, on the CPU."""
-    logits, chosen, right = [], [], []
-    with evaluating(model):
+def collect_predictions(model: Any, batches: Batches) -> Predictions:
+    """Return the model's predictions for all images, on the CPU."""
+    logits, predicted, known_labels = [], [], []
+    with evaluation_mode(model):
         for pixel_values, labels in batches():
-            by_task = logits_by_task(model(pixel_values))
+            by_task = get_task_logits(model(pixel_values))
             logits.append(torch.cat(by_task, dim=-1).float().cpu())
-            chosen.append(decisions(by_task, model.config).cpu())
+            predicted.append(get_predicted_labels(by_task, model.config).cpu())
             if labels is not None:
-                right.append(as_answers(labels, chosen[-1]))
-    if not chosen:
-        raise ValueError("there are no answers to no images: give one or more")
-    is_known = len(right) == len(chosen)
-    return Answers(torch.cat(logits), torch.cat(chosen), torch.cat(right) if is_known else None)
+                known_labels.append(reshape_labels(labels, predicted[-1]))
+    if not predicted:
+        raise ValueError("Ablation requires at least one image, but there are no images. Pass one or more images.")
+    has_labels = len(known_labels) == len(predicted)
+    return Predictions(torch.cat(logits), torch.cat(predicted), torch.cat(known_labels) if has_labels else None)
 
 
-def logits_by_task(outputs: Any) -> list[torch.Tensor]:
-    """[B, labels] of each task, or the one there is."""
+def get_task_logits(outputs: Any) -> list[torch.Tensor]:
+    """Return the logits [B, labels] of each task, or a list of one element if the model has no tasks."""
     logits = getattr(outputs, "logits", None)
     if logits is None:
-        raise ValueError("ablation compares answers, and this model gives none: use a classifier")
+        raise ValueError("Ablation requires predictions, but this model has no classifier. Use a classifier.")
     return list(logits.values()) if isinstance(logits, dict) else [logits]
 
 
-def decisions(by_task: list[torch.Tensor], config: ViTCLSConfig) -> torch.Tensor:
-    """Logits [B, labels] of each task, or the one there is -> [B, A]: see `Answers.chosen`.
+def get_predicted_labels(by_task: list[torch.Tensor], config: ViTCLSConfig) -> torch.Tensor:
+    """Return the predicted labels [B, A] (`Predictions.predicted`) for the logits [B, labels] of each task.
 
-    As predictions are (inference/prediction_rows.py): of several labels each holds from a probability on.
+    A multi-label model predicts each label whose probability reaches THRESHOLD, as in inference/prediction_rows.py.
     """
     if is_multi_label(config):
         return (by_task[0].float().sigmoid() >= THRESHOLD).long()
     return torch.stack([logits.argmax(dim=-1) for logits in by_task], dim=-1)
 
 
-def right_answers(label: Any, config: ViTCLSConfig) -> torch.Tensor:
-    """A label as data sets have it (data/images.py) -> [A] of `Answers.right`; UNKNOWN where it is None.
+def encode_label(label: Any, config: ViTCLSConfig) -> torch.Tensor:
+    """Return a dataset label (data/images.py) as [A] (`Predictions.labels`), with IGNORED_LABEL for None.
 
-    To a multi-label model, the index of a class says that this one holds and no other.
+    For a multi-label model, a class index means that only this label holds.
     """
     if config.tasks:
         by_task = label or {}
-        return torch.tensor([by_task.get(task, UNKNOWN) for task in config.task_labels()])
+        return torch.tensor([by_task.get(task, IGNORED_LABEL) for task in config.task_labels()])
     if not is_multi_label(config):
-        return torch.tensor([UNKNOWN if label is None else int(label)])
+        return torch.tensor([IGNORED_LABEL if label is None else int(label)])
     if isinstance(label, list | tuple):
         return torch.tensor([int(value) for value in label])
     if label is None or label < 0:
-        return torch.full((config.num_labels or 0,), UNKNOWN)
+        return torch.full((config.num_labels or 0,), IGNORED_LABEL)
     return torch.tensor([int(index == label) for index in range(config.num_labels or 0)])
 
 
-def as_answers(labels: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
-    """The right answers [B, A], on the CPU, of [B, A] or [B]; raises ValueError for any other shape."""
-    if labels.shape not in (chosen.shape, chosen.shape[:1]) or labels.numel() != chosen.numel():
+def reshape_labels(labels: torch.Tensor, predicted: torch.Tensor) -> torch.Tensor:
+    """Return labels [B, A] or [B] as [B, A] on the CPU.
+
+    Raises:
+        ValueError: if the labels have another shape.
+    """
+    if labels.shape not in (predicted.shape, predicted.shape[:1]) or labels.numel() != predicted.numel():
         raise ValueError(
-            f"right answers are {list(labels.shape)} and the model's {list(chosen.shape)} [images, answers of each]"
+            f"Labels must have the shape of the predictions, {list(predicted.shape)} [images, labels per image], but "
+            f"they are {list(labels.shape)}. Pass one label per prediction."
         )
-    return labels.cpu().view_as(chosen)
+    return labels.cpu().view_as(predicted)
 
 
-def effect(before: Answers, after: Answers) -> Effect:
-    """Compare the answers to the same images."""
-    size = root_mean_square(before.logits)
-    scale = root_mean_square(before.logits - before.logits.mean(dim=0)).clamp(min=LEAST_VARIATION * size)
-    change = root_mean_square(after.logits - before.logits)
-    was, now = before.accuracy(), after.accuracy()
-    return Effect(
-        changed_answers=(before.chosen != after.chosen).any(dim=-1).float().mean().item(),
+def compute_effect(before: Predictions, after: Predictions) -> AblationEffect:
+    """Compare two sets of predictions for the same images."""
+    size = compute_rms(before.logits)
+    scale = compute_rms(before.logits - before.logits.mean(dim=0)).clamp(min=MIN_VARIATION * size)
+    change = compute_rms(after.logits - before.logits)
+    accuracy_before, accuracy_after = before.accuracy(), after.accuracy()
+    return AblationEffect(
+        changed_answers=(before.predicted != after.predicted).any(dim=-1).float().mean().item(),
         logit_change=(change / scale.clamp(min=1e-12)).item(),
-        accuracy_change=now - was if was is not None and now is not None else None,
-        num_images=len(before.chosen),
+        accuracy_change=None
+        if accuracy_before is None or accuracy_after is None
+        else accuracy_after - accuracy_before,
+        num_images=len(before.predicted),
     )
 
 
-def root_mean_square(values: torch.Tensor) -> torch.Tensor:
-    """Of all numbers, as a tensor of one."""
+def compute_rms(values: torch.Tensor) -> torch.Tensor:
+    """Return the root mean square of all elements, as a scalar tensor."""
     return values.square().mean().sqrt()
 
 
 @contextmanager
-def held_at_mean(model: Any, place: int, mean_states: torch.Tensor) -> Iterator[None]:
-    """The token at this place of the sequence has, after each layer, the state `mean_states` [L + 1, D] there."""
+def replace_token_by_mean(model: Any, index: int, mean_states: torch.Tensor) -> Iterator[None]:
+    """Replace the state of the token at this sequence index after each layer by `mean_states` [L + 1, D]."""
 
-    def replacing(mean: torch.Tensor) -> Callable[[nn.Module, tuple, torch.Tensor], torch.Tensor]:
+    def build_hook(mean: torch.Tensor) -> Callable[[nn.Module, tuple, torch.Tensor], torch.Tensor]:
         def hook(layer: nn.Module, args: tuple, hidden_states: torch.Tensor) -> torch.Tensor:
-            if place >= hidden_states.shape[1]:  # not computed in the last layer, as no head reads it
+            if index >= hidden_states.shape[1]:  # the last layer skips tokens that no head reads
                 return hidden_states
             replaced = hidden_states.clone()  # [B, N, D]
-            replaced[:, place] = mean.to(hidden_states)
+            replaced[:, index] = mean.to(hidden_states)
             return replaced
 
         return hook
 
     with ExitStack() as hooks:
-        hooks.enter_context(torch.compiler.set_stance("force_eager"))  # compiled code has no hooks
+        hooks.enter_context(torch.compiler.set_stance("force_eager"))  # compiled code does not call hooks
         for layer, mean in zip(model.base_model.layers, mean_states[1:], strict=True):
-            hooks.enter_context(layer.register_forward_hook(replacing(mean)))
+            hooks.enter_context(layer.register_forward_hook(build_hook(mean)))
         yield

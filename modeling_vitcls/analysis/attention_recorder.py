@@ -1,8 +1,8 @@
 """Attention of every layer of one forward pass, under any attention implementation.
 
-    with recorded_attention(model) as layers:
+    with record_attention_layers(model) as layers:
         model(pixel_values)
-    layers[0].weights()      # [B, maps, N, N], computed when asked for: one layer's maps in memory at a time
+    layers[0].weights()      # [B, maps, N, N], computed on call: the maps of one layer in memory at a time
 
 The `recorder` of each layer's attention receives queries, keys and values, so memory grows with N, not N².
 """
@@ -15,12 +15,12 @@ from typing import Any
 import torch
 
 from ..token_attention_vitcls import compute_attention_rows, record_attention, select_mask_rows
-from .model_utils import plain_model
+from .model_utils import unwrap_model
 
 
 @dataclass(frozen=True)
 class RecordedLayer:
-    """What went into and came out of one layer's attention; a head has one map, in differential attention two."""
+    """Inputs and output of one layer's attention. A head has one map, or two with differential attention."""
 
     query: torch.Tensor  # [B, maps, N, d]
     key: torch.Tensor  # [B, maps, N, d]
@@ -30,19 +30,19 @@ class RecordedLayer:
     attended: torch.Tensor  # [B, N, maps, head_dim]
 
     def weights(self, num_rows: int | None = None) -> torch.Tensor:
-        """The attention maps [B, maps, N, N], as with eager attention; or the rows of the first tokens alone.
+        """Return the attention maps [B, maps, N, N] of eager attention, or the rows of the first `num_rows` tokens.
 
-        In float32, so that rows sum to 1 in half precision too.
+        Maps are computed in float32, so that rows sum to 1 for half-precision models too.
         """
         query, key = self.query[:, :, :num_rows].float(), self.key.float()
         return compute_attention_rows(query, key, select_mask_rows(self.mask, query, key), self.scaling)
 
 
 @contextmanager
-def recorded_attention(model: Any) -> Iterator[list[RecordedLayer]]:
-    """Note the attention of the forward pass made inside the block, all tokens of the last layer included."""
+def record_attention_layers(model: Any) -> Iterator[list[RecordedLayer]]:
+    """Record the attention of the forward pass inside the block, including all tokens of the last layer."""
     layers: list[RecordedLayer] = []
-    encoder = plain_model(model).base_model
+    encoder = unwrap_model(model).base_model
 
     def record(
         index: int,

@@ -1,11 +1,11 @@
-"""Which tokens an answer rests on, through all layers: attention rollout, and gradient-weighted attribution.
+"""Attribution of a prediction to tokens, through all layers: attention rollout and gradient-weighted attribution.
 
-    attention_rollout(model, pixel_values)       [B, special token, key]    what reached each special token
-    attribution(model, pixel_values)             [B, key]                   what speaks for the answer
+    compute_attention_rollout(model, pixel_values)    [B, special token, key]    contribution to each special token
+    compute_attribution(model, pixel_values)          [B, key]                   contribution to the predicted class
 
-Keys are in the order of `config.token_layout`; `patch_maps` (maps.py) lays the patches' part on the image. Both follow
-a row of the product of all layers' maps from the last layer to the first, so that one layer's maps are in memory at a
-time, and work under any attention implementation.
+Keys are in the order of `config.token_layout`; `extract_patch_maps` (maps.py) selects the patches. Both functions
+multiply one row by the maps of each layer, from the last layer to the first, so that the maps of only one layer are in
+memory. They support every attention implementation.
 """
 
 from collections.abc import Iterator
@@ -15,84 +15,87 @@ from typing import Any
 import torch
 
 from ..configuration_vitcls import ViTCLSConfig
-from .attention_recorder import RecordedLayer, recorded_attention
-from .model_utils import evaluating, plain_model
+from .attention_recorder import RecordedLayer, record_attention_layers
+from .model_utils import evaluation_mode, unwrap_model
 
 
 @torch.no_grad()
-def attention_rollout(model: Any, pixel_values: torch.Tensor) -> torch.Tensor:
-    """How much of each token of the image reached each special token (Abnar and Zuidema 2020, arXiv 2005.00928).
+def compute_attention_rollout(model: Any, pixel_values: torch.Tensor) -> torch.Tensor:
+    """Return the attention rollout of each special token (Abnar and Zuidema 2020, arXiv 2005.00928).
 
-    A layer passes on half of a token as it is, and half as the mean of its heads' attention says. Under differential
-    attention that is, of each head, the first map minus the layer's share of the second, as far as that is positive,
-    normalised: what a head takes away does not flow.
+    The map of a layer is the mean of the identity and the attention averaged over heads. With differential attention,
+    the map of a head is its first map minus the weighted second map, clamped to positive values and normalized.
+    Negative attention is therefore ignored.
 
     Args:
-        model: any of ours, in evaluation mode or not (dropout is left out).
+        model: any ViTCLS model, in evaluation or training mode (dropout is disabled).
         pixel_values: [B, C, H, W].
 
     Returns:
-        [B, special token, key], each row summing to 1. Without special tokens the second axis is 0 long.
+        [B, special token, key]; each row sums to 1. The second dimension is 0 if the model has no special tokens.
     """
-    model = plain_model(model)
-    with evaluating(model), recorded_attention(model) as layers:
+    model = unwrap_model(model)
+    with evaluation_mode(model), record_attention_layers(model) as layers:
         model(pixel_values)
     attentions = [layer.attention for layer in model.base_model.layers]
-    flow = rows_of_identity(layers[-1], model.config.token_layout.num_prefix_tokens)  # [B, S, N]
+    flow = build_identity_rows(layers[-1], model.config.token_layout.num_prefix_tokens)  # [B, S, N]
     for layer, attention in zip(reversed(layers), reversed(attentions), strict=True):
-        flow = 0.5 * flow + 0.5 * flow @ passed_on(layer.weights(), attention)
+        flow = 0.5 * flow + 0.5 * flow @ average_heads(layer.weights(), attention)
     return flow
 
 
-def passed_on(weights: torch.Tensor, attention: Any) -> torch.Tensor:
-    """What a layer's maps [B, maps, N, N] pass on, the mean of its heads: [B, N, N], each row summing to 1."""
+def average_heads(weights: torch.Tensor, attention: Any) -> torch.Tensor:
+    """Return the mean over heads [B, N, N] of a layer's maps [B, maps, N, N]; each row sums to 1."""
     if attention.config.attention_type != "differential":
         return weights.mean(dim=1)
     first, second = weights.unflatten(1, (-1, 2)).unbind(dim=2)  # [B, heads, N, N] each
     positive = (first - attention.second_share.float() * second).clamp(min=0)
     total = positive.sum(dim=-1, keepdim=True)
-    itself = torch.eye(weights.shape[-1], device=weights.device)
-    return torch.where(total > 0, positive / total, itself).mean(dim=1)  # a head that only takes away leaves it
+    identity = torch.eye(weights.shape[-1], device=weights.device)
+    return torch.where(total > 0, positive / total, identity).mean(
+        dim=1
+    )  # identity for heads without positive weights
 
 
-def attribution(
+def compute_attribution(
     model: Any, pixel_values: torch.Tensor, target: torch.Tensor | int | None = None, task: str | None = None
 ) -> torch.Tensor:
-    """How much each token speaks for a class: attention weighted by its gradient (Chefer et al. 2021, arXiv
-    2103.15679, equations 5 and 6), from the tokens that the head reads.
+    """Return the attribution of a class to each token: attention weighted by its gradient (Chefer et al. 2021, arXiv
+    2103.15679, equations 5 and 6), starting from the tokens that the head reads.
 
-    The gradient by a map is that by what it mixed, times the values, so the maps themselves need none.
+    The gradient of a map is computed from the gradient of the attention output and the values, so that the maps do not
+    require gradients.
 
     Args:
         model: a classifier.
         pixel_values: [B, C, H, W].
-        target: the class, one for all or [B]; None: the one that the model answers.
-        task: whose class, for a model of several tasks.
+        target: class index, one for all images or [B]. Default: the predicted class.
+        task: the task, required for a multi-task model.
 
     Returns:
-        [B, key], at least 0; in no unit, so compare within an image.
+        [B, key], nonnegative. Values have no unit and are comparable only within an image.
 
     Raises:
-        ValueError: for a model without a classifier, an unknown task or class.
+        ValueError: if the model has no classifier, or the task or class does not exist.
     """
-    model = plain_model(model)
-    with torch.inference_mode(False), torch.enable_grad(), evaluating(model):
-        inputs = pixel_values.detach().clone().requires_grad_()  # also through a model whose weights take no gradient
-        with recorded_attention(model) as layers, recorded_sequence(model) as sequences:
-            logits = logits_of(model(inputs), task)  # [B, labels]
-        noted = [*(layer.attended for layer in layers), *sequences]
-        *gradients, by_token = torch.autograd.grad(chosen_logits(logits, target).sum(), noted)
+    model = unwrap_model(model)
+    with torch.inference_mode(False), torch.enable_grad(), evaluation_mode(model):
+        inputs = pixel_values.detach().clone().requires_grad_()  # gradients flow even if all weights are frozen
+        with record_attention_layers(model) as layers, record_last_hidden_state(model) as sequences:
+            logits = select_task_logits(model(inputs), task)  # [B, labels]
+        recorded = [*(layer.attended for layer in layers), *sequences]
+        *gradients, token_gradient = torch.autograd.grad(select_class_logits(logits, target).sum(), recorded)
     with torch.no_grad():
-        start = flow = tokens_read(by_token, model.config)  # [B, 1, N]
+        start = flow = compute_read_weights(token_gradient, model.config)  # [B, 1, N]
         for layer, gradient in zip(reversed(layers), reversed(gradients), strict=True):
-            by_map = gradient.transpose(1, 2) @ layer.value.transpose(2, 3)  # [B, maps, N, N]
-            flow = flow + flow @ (by_map * layer.weights()).clamp(min=0).mean(dim=1)
-        return (flow - start).squeeze(1)  # without what the head reads whatever was attended to
+            map_gradient = gradient.transpose(1, 2) @ layer.value.transpose(2, 3)  # [B, maps, N, N]
+            flow = flow + flow @ (map_gradient * layer.weights()).clamp(min=0).mean(dim=1)
+        return (flow - start).squeeze(1)  # excludes the start weights, which do not depend on attention
 
 
 @contextmanager
-def recorded_sequence(model: Any) -> Iterator[list[torch.Tensor]]:
-    """Note the encoder's last hidden state [B, N, D] of the forward pass made inside the block."""
+def record_last_hidden_state(model: Any) -> Iterator[list[torch.Tensor]]:
+    """Record the encoder's last hidden state [B, N, D] of the forward pass inside the block."""
     sequences: list[torch.Tensor] = []
     hook = model.base_model.register_forward_hook(lambda _, args, output: sequences.append(output.last_hidden_state))
     try:
@@ -101,43 +104,48 @@ def recorded_sequence(model: Any) -> Iterator[list[torch.Tensor]]:
         hook.remove()
 
 
-def logits_of(outputs: Any, task: str | None) -> torch.Tensor:
-    """The logits [B, labels] of a classifier, of one task where there are several."""
+def select_task_logits(outputs: Any, task: str | None) -> torch.Tensor:
+    """Return the logits [B, labels] of a classifier, or of one task of a multi-task model."""
     logits = getattr(outputs, "logits", None)
     if logits is None:
-        raise ValueError("attribution asks what speaks for an answer, and this model gives none: use a classifier")
+        raise ValueError("Attribution requires predictions, but this model has no classifier. Use a classifier.")
     if not isinstance(logits, dict):
         if task is not None:
-            raise ValueError(f"task is {task!r}, and this model has no tasks: leave it out")
+            raise ValueError(f"task is {task!r}, but this model has no tasks. Remove the argument.")
         return logits
     if task not in logits:
-        raise ValueError(f"task is {task!r}: name one of {', '.join(logits)}")
+        raise ValueError(f"task is {task!r}, but the tasks are {', '.join(logits)}. Set task to one of these.")
     return logits[task]
 
 
-def chosen_logits(logits: torch.Tensor, target: torch.Tensor | int | None) -> torch.Tensor:
-    """Each image's logit of its class: [B, labels] -> [B]."""
+def select_class_logits(logits: torch.Tensor, target: torch.Tensor | int | None) -> torch.Tensor:
+    """Return the logit [B] of each image's target class, or of its predicted class if `target` is None."""
     if target is None:
         return logits.amax(dim=-1)
     classes = torch.as_tensor(target, device=logits.device).long()
     if classes.numel() not in (1, len(logits)):
-        raise ValueError(f"target names {classes.numel()} classes for {len(logits)} images: give one, or one for each")
+        raise ValueError(
+            f"target has {classes.numel()} classes, but there are {len(logits)} images. "
+            "Pass one class, or one class per image."
+        )
     classes = classes.reshape(-1).expand(len(logits))
     if not bool(((classes >= 0) & (classes < logits.shape[1])).all()):
-        raise ValueError(f"target is {classes.tolist()}: the model has the classes 0 to {logits.shape[1] - 1}")
+        raise ValueError(
+            f"target is {classes.tolist()}, but class indices are 0 to {logits.shape[1] - 1}. Pass valid indices."
+        )
     return logits.gather(1, classes[:, None]).squeeze(1)
 
 
-def tokens_read(gradient: torch.Tensor, config: ViTCLSConfig) -> torch.Tensor:
-    """The share [B, 1, N] of each token in what the head reads, of which the answer has a gradient [B, N, D]: 1 of a
-    special token; all patches together have 1."""
-    share = (gradient != 0).any(dim=-1).float()  # [B, N]
+def compute_read_weights(gradient: torch.Tensor, config: ViTCLSConfig) -> torch.Tensor:
+    """Return the start weight [B, 1, N] of each token: 1 for a special token that the head reads, 1 in total for all
+    patches that it reads, and 0 for other tokens. The head reads a token if its `gradient` [B, N, D] is not zero."""
+    weights = (gradient != 0).any(dim=-1).float()  # [B, N]
     patches = config.token_layout.patches
-    share[:, patches] /= share[:, patches].sum(dim=-1, keepdim=True).clamp(min=1)
-    return share.unsqueeze(1)
+    weights[:, patches] /= weights[:, patches].sum(dim=-1, keepdim=True).clamp(min=1)
+    return weights.unsqueeze(1)
 
 
-def rows_of_identity(layer: RecordedLayer, num_rows: int) -> torch.Tensor:
-    """The first rows [B, rows, N] of the identity."""
+def build_identity_rows(layer: RecordedLayer, num_rows: int) -> torch.Tensor:
+    """Return the first rows [B, rows, N] of the identity matrix."""
     batch, _, num_tokens, _ = layer.query.shape
     return torch.eye(num_rows, num_tokens, device=layer.query.device).expand(batch, -1, -1)

@@ -1,10 +1,10 @@
-"""The pictures of a model card: drawn, made small, and written beside it.
+"""Images of a model card: figures drawn, compressed and written next to the card.
 
     pictures/token_layout.png               always
-    pictures/confusion_matrix[_TASK].png    of measured results
-    pictures/attention.png                  on samples, where the model has special tokens
+    pictures/confusion_matrix[_TASK].png    if results are given
+    pictures/attention.png                  if the model has special tokens and samples are given
 
-The figures themselves are in analysis/figures.py. What the card says about them is not decided here.
+The figures are defined in analysis/figures.py. The card's text about them is not written here.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,82 +22,82 @@ from ..configuration_vitcls import ViTCLSConfig
 from ..data.labels import NOTHING, labels_of
 from ..image_processing_vitcls import ViTCLSImageProcessor
 from ..inference.prediction_rows import THRESHOLD, Row, answers_to, build_answers
-from .figures import as_picture, attention_figure, confusion_matrix_figure, token_layout_figure
-from .maps import SeenPart, patch_maps, seen_part, token_names, upright
-from .model_utils import evaluating, is_classifier, plain_model
+from .figures import plot_attention, plot_confusion_matrix, plot_token_layout, render_figure
+from .maps import VisibleRegion, extract_patch_maps, get_token_names, get_visible_region, to_upright_rgb
+from .model_utils import evaluation_mode, is_classifier, unwrap_model
 
 
 FOLDER = "pictures"
 LAYOUT, MATRIX, ATTENTION = "token_layout", "confusion_matrix", "attention"
 
-MOST_SAMPLES, MOST_OVERLAYS = 4, 32
-MOST_BYTES = 300_000  # of a file
-# Dots per inch, and colours of a palette or None for all, in the order in which they are tried.
+MAX_SAMPLES, MAX_OVERLAYS = 4, 32
+MAX_BYTES = 300_000  # maximum file size in bytes
+# (dots per inch, palette size or None for all colors), tried in this order.
 QUALITIES = ((120, None), (100, None), (80, None), (80, 256), (60, 256), (40, 256), (25, 64))
 
 Sample = tuple[Image.Image, str | None]
 
 
-def write_pictures(
+def write_card_images(
     folder: Path,
     model: Any,
     processor: ViTCLSImageProcessor,
     results: Mapping[str, Any],
     samples: Sequence[Sample] = (),
 ) -> dict[str, str]:
-    """Draw what there is to show into `folder`/pictures, as PNG files of less than 300 kB each.
+    """Draw the images of a card into `folder`/pictures, as PNG files of less than 300 kB each.
 
-    The model answers and attends on its own device, in evaluation mode and without gradients; then it is as before.
-    Call this on the main process alone, with a model whose weights are all there.
+    The model runs on its own device, in evaluation mode and without gradients, and is not changed. Call this only on
+    the main process, with a model whose weights are not sharded.
 
     Args:
-        model: A ViTCLS model of any class.
-        results: Measured values, as in results.json; every confusion matrix in them is drawn.
-        samples: Pictures with their labels in words, or None. The first four that the model can take are shown, fewer
-            of a model with more than eight special tokens.
+        model: any ViTCLS model.
+        results: measured values as in results.json; every confusion matrix is drawn.
+        samples: images with their labels in words, or None. The first four that the model accepts are shown; fewer if
+            the model has more than eight special tokens.
 
     Returns:
-        Name of each picture that was drawn -> its path from `folder`: "token_layout"; "confusion_matrix", or one
-        "confusion_matrix_TASK" per task; "attention". An older file of one that was not drawn is removed.
+        Name -> path relative to `folder` for each image: "token_layout"; "confusion_matrix", or
+        "confusion_matrix_TASK" per task; "attention". Files of images that are not drawn again are removed.
 
     Raises:
         OSError: if a file cannot be written.
     """
     paths: dict[str, str] = {}
     (folder / FOLDER).mkdir(parents=True, exist_ok=True)
-    for name, figure in figures(model, processor, results, samples):
+    for name, figure in build_figures(model, processor, results, samples):
         paths[name] = f"{FOLDER}/{name}.png"
-        (folder / paths[name]).write_bytes(small_png(figure))
+        (folder / paths[name]).write_bytes(encode_small_png(figure))
     for file in (folder / FOLDER).glob("*.png"):
         if file.stem.startswith((MATRIX, ATTENTION)) and file.stem not in paths:
             file.unlink()
     return paths
 
 
-def figures(
+def build_figures(
     model: Any, processor: ViTCLSImageProcessor, results: Mapping[str, Any], samples: Sequence[Sample]
 ) -> Iterator[tuple[str, Figure]]:
-    """The figures of a card by name, those that there is something to show for."""
-    config = plain_model(model).config
-    yield LAYOUT, token_layout_figure(config)
-    for name, matrix, class_names in confusion_matrices(results, config):
-        yield name, confusion_matrix_figure(matrix, class_names)
-    names = token_names(config)
-    most = min(max(MOST_OVERLAYS // len(names), 1), MOST_SAMPLES) if names else 0
-    if looks := list(islice(looks_at(model, processor, samples), most)):
-        pictures, maps, titles, seen = zip(*looks, strict=True)
-        yield ATTENTION, attention_figure(pictures, maps, names, titles, seen)
+    """Yield (name, figure) of each figure that the model, the results and the samples allow."""
+    config = unwrap_model(model).config
+    yield LAYOUT, plot_token_layout(config)
+    for name, matrix, class_names in find_confusion_matrices(results, config):
+        yield name, plot_confusion_matrix(matrix, class_names)
+    names = get_token_names(config)
+    num_samples = min(max(MAX_OVERLAYS // len(names), 1), MAX_SAMPLES) if names else 0
+    if shown := list(islice(build_attention_samples(model, processor, samples), num_samples)):
+        images, maps, titles, visible_regions = zip(*shown, strict=True)
+        yield ATTENTION, plot_attention(images, maps, names, titles, visible_regions)
 
 
-def confusion_matrices(
+def find_confusion_matrices(
     results: Mapping[str, Any], config: ViTCLSConfig
 ) -> Iterator[tuple[str, list[list[int]], list[str]]]:
-    """Name of the picture, matrix and class names, of each matrix in the results that counts any picture."""
+    """Yield (image name, matrix, class names) of each nonempty confusion matrix in the results."""
     if config.tasks:
-        found = [(f"{MATRIX}_{task}", f"{task}_{MATRIX}", names) for task, names in config.task_labels().items()]
+        candidates = [(f"{MATRIX}_{task}", f"{task}_{MATRIX}", names) for task, names in config.task_labels().items()]
     else:
-        found = [(MATRIX, MATRIX, labels_of(config).names)]
-    for name, key, class_names in found:
+        candidates = [(MATRIX, MATRIX, labels_of(config).names)]
+    for name, key, class_names in candidates:
         matrix = results.get(key)
         if matrix and any(map(any, matrix)):
             yield name, matrix, class_names
@@ -106,38 +106,40 @@ def confusion_matrices(
 # Attention -----------------------------------------------------------------------------------------------------------
 
 
-class Look(NamedTuple):
-    """What the special tokens look at in one picture: maps [T, gh, gw] of the `seen` part of it."""
+class AttentionSample(NamedTuple):
+    """Attention maps [T, gh, gw] of the special tokens on the visible region of one image."""
 
-    picture: Image.Image
+    image: Image.Image
     maps: torch.Tensor
     title: str
-    seen: SeenPart
+    visible_region: VisibleRegion
 
 
-def looks_at(model: Any, processor: ViTCLSImageProcessor, samples: Sequence[Sample]) -> Iterator[Look]:
-    """One for each sample that the image processor and the model can take: last layer, mean of the heads."""
-    model = plain_model(model)
-    answers = build_answers(model, top_k=None, threshold=THRESHOLD, features=None) if is_classifier(model) else None
-    for picture, label in samples:
+def build_attention_samples(
+    model: Any, processor: ViTCLSImageProcessor, samples: Sequence[Sample]
+) -> Iterator[AttentionSample]:
+    """Yield the attention in the last layer, averaged over heads, for each sample that the model accepts."""
+    model = unwrap_model(model)
+    predict = build_answers(model, top_k=None, threshold=THRESHOLD, features=None) if is_classifier(model) else None
+    for image, label in samples:
         try:
-            pixel_values = processor(picture, return_tensors="pt")["pixel_values"].to(model.device)  # [1, C, H, W]
-            with evaluating(model), torch.no_grad():
+            pixel_values = processor(image, return_tensors="pt")["pixel_values"].to(model.device)  # [1, C, H, W]
+            with evaluation_mode(model), torch.no_grad():
                 rows = model.token_attention(pixel_values, layers=[-1])[0, 0].float().mean(dim=0)  # [T, key]
-                answer = answers_to(pixel_values, answers, nullcontext)[0] if answers else {}
-        except ValueError:  # evaluation leaves such pictures out, too
+                prediction = answers_to(pixel_values, predict, nullcontext)[0] if predict else {}
+        except ValueError:  # evaluation skips such images too
             continue
         image_height, image_width = pixel_values.shape[-2:]
-        maps = patch_maps(rows, model.config, (image_height, image_width))
-        picture = upright(picture)
-        seen = seen_part(processor, (picture.height, picture.width), model.config.patch_height_width)
-        yield Look(picture, maps, title(label, answer), seen)
+        maps = extract_patch_maps(rows, model.config, (image_height, image_width))
+        image = to_upright_rgb(image)
+        visible_region = get_visible_region(processor, (image.height, image.width), model.config.patch_height_width)
+        yield AttentionSample(image, maps, format_title(label, prediction), visible_region)
 
 
-def title(label: str | None, answer: Row) -> str:
-    """The label and what the model says, such as "7, predicted 7"; one of them; or nothing."""
+def format_title(label: str | None, prediction: Row) -> str:
+    """Return the label and the prediction, such as "7, predicted 7"; only one of them if the other is unknown."""
     words = []
-    for column, value in answer.items():
+    for column, value in prediction.items():
         if column == "label":
             words.append(value)
         elif column.endswith("_label"):
@@ -151,14 +153,14 @@ def title(label: str | None, answer: Row) -> str:
 # Files ---------------------------------------------------------------------------------------------------------------
 
 
-def small_png(figure: Figure) -> bytes:
-    """The figure as a PNG, at the first of `QUALITIES` with which it is small enough."""
-    for resolution, num_colours in QUALITIES:
-        picture = as_picture(figure, resolution)
+def encode_small_png(figure: Figure) -> bytes:
+    """Return the figure as a PNG, with the first of `QUALITIES` below MAX_BYTES."""
+    for resolution, num_colors in QUALITIES:
+        image = render_figure(figure, resolution)
         png = BytesIO()
-        if num_colours is not None:
-            picture = picture.quantize(palette=picture.quantize(num_colours))  # dithered
-        picture.save(png, format="PNG", optimize=True)
-        if png.tell() < MOST_BYTES:
+        if num_colors is not None:
+            image = image.quantize(palette=image.quantize(num_colors))  # dithered
+        image.save(png, format="PNG", optimize=True)
+        if png.tell() < MAX_BYTES:
             break
     return png.getvalue()

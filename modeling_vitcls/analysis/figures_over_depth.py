@@ -1,11 +1,11 @@
-"""Figures over depth: what tokens and patches do, layer by layer, over many images (`Findings`).
+"""Figures over depth: values of tokens and patches per layer, over many images (`Findings`).
 
-    curve_figure(config, findings, "entropy")     any of CURVES: a line per token, the range of its heads, the baseline
-    mass_figure(config, findings)                 on which tokens the attention of each token goes
-    norms_figure(config, findings)                norms of tokens and patches, and how many patches stand out
+    plot_curve(config, findings, "entropy")      any of CURVES: one line per token, range over heads, baseline
+    plot_attention_mass(config, findings)        attention of each token to groups of tokens
+    plot_norms(config, findings)                 norms of tokens and patches, and fraction of outlier patches
 
-Each returns a matplotlib `Figure` on white, in the colours of figures.py and without pyplot. "After layer 0" are the
-embeddings. States that are compared, and histograms, are in figures_of_states.py; the page has all of them, too.
+Each function returns a matplotlib `Figure` on white, in the colors of figures.py and without pyplot. "After layer 0"
+means the embeddings. Similarities and histograms are in figures_of_states.py. The HTML report contains all figures.
 """
 
 import math
@@ -24,24 +24,24 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from ..configuration_vitcls import ViTCLSConfig
 from .diagnosis import MANY_OUTLIERS
-from .figures import GROUP_COLOURS, INK, TERMS, blank, cut
-from .maps import names_by_group, token_names
+from .figures import GROUP_COLORS, INK, TERMS, create_figure, shorten
+from .maps import get_token_names, get_token_names_by_group
 from .test_time_registers import OUTLIER_RATIO
 from .token_statistics import Findings
 
 
-WIDTH, HEIGHT = 6.4, 3.2  # inches of one pair of axes, without the legend
-LINE_OF_LEGEND = 0.2  # inches
-LEAST_WIDTH = 3.2  # inches of a figure
-MOST_COLUMNS = 4
-MOST_CHARACTERS = 24  # of a name in a legend
-LOGARITHMIC_FROM = 30.0  # largest over least norm from which norms are drawn so
-PATCH_RANGE = (0.05, 0.5, 0.95)  # quantiles of the patches' norms: the band's edges, and the line
+WIDTH, HEIGHT = 6.4, 3.2  # inches per axes, without the legend
+LEGEND_LINE_HEIGHT = 0.2  # inches
+MIN_WIDTH = 3.2  # inches per figure
+MAX_COLUMNS = 4
+MAX_NAME_LENGTH = 24  # of names in legends
+MIN_LOG_RATIO = 30.0  # minimum ratio of largest to smallest norm for a logarithmic scale
+PATCH_QUANTILES = (0.05, 0.5, 0.95)  # quantiles of the patch norms: lower edge of the band, line, upper edge
 
-PATCHES = GROUP_COLOURS["patches"]
+PATCHES = GROUP_COLORS["patches"]
 DASHES = ("-", (0, (5, 2)), (0, (1, 1.5)), (0, (6, 1.5, 1, 1.5)))
 MARKERS = ("o", "s", "^", "D")
-FADE = 0.55  # towards white, of the last token of a group
+FADE = 0.55  # fraction of white in the color of the last token of a group
 
 
 # Curves --------------------------------------------------------------------------------------------------------------
@@ -52,18 +52,18 @@ class Curve:
     """A figure over depth.
 
     Attributes:
-        title, axis: in words.
-        values: of the findings, for each layer: [L, H, S] in heads, [L, H] in heads of the patches together, or
-            [L + 1, S] of states.
-        uniform: the baseline, where attention would be alike everywhere; several, where CLS tokens see parts of the
-            image; none of states.
-        in_percent: how values are written.
+        title, axis: title of the figure and label of the y axis.
+        values: function of the findings: [L, H, S] over heads, [L, H] over heads for all patches, or [L + 1, S] for
+            states.
+        uniform: function of the findings: values of uniform attention, one or (if CLS tokens see different regions)
+            several; empty for states.
+        in_percent: whether values are shown in percent.
     """
 
     title: str
     axis: str
     values: Callable[[Findings], torch.Tensor]
-    uniform: Callable[[Findings], list[float]] = lambda found: []
+    uniform: Callable[[Findings], list[float]] = lambda findings: []
     in_percent: bool = False
 
 
@@ -71,155 +71,158 @@ CURVES = {
     "entropy": Curve(
         "Entropy of attention",
         "nats",
-        lambda found: found.entropy,
-        lambda found: found.uniform_by_token["entropy"].tolist(),
+        lambda findings: findings.entropy,
+        lambda findings: findings.uniform_by_token["entropy"].tolist(),
     ),
     "spread": Curve(
         "Spread of attention over the image",
         "pixels",
-        lambda found: found.spread,
-        lambda found: found.uniform_by_token["spread"].tolist(),
+        lambda findings: findings.spread,
+        lambda findings: findings.uniform_by_token["spread"].tolist(),
     ),
     "received": Curve(
         "Attention received from patches",
-        "share",
-        lambda found: found.received,
-        lambda found: [math.exp(-found.uniform["entropy"])],  # 1 / N
+        "fraction",
+        lambda findings: findings.received,
+        lambda findings: [math.exp(-findings.uniform["entropy"])],  # 1 / N
         in_percent=True,
     ),
     "patch_distance": Curve(
         "Attention distance of patches",
         "pixels",
-        lambda found: found.patch_distance,
-        lambda found: [found.uniform["patch_distance"]],
+        lambda findings: findings.patch_distance,
+        lambda findings: [findings.uniform["patch_distance"]],
     ),
-    "variation": Curve("Variation between images", "part of the norm", lambda found: found.variation, in_percent=True),
-    "to_patches": Curve("Similarity to the mean patch", "cosine", lambda found: found.to_patches),
+    "variation": Curve(
+        "Variation between images", "fraction of the norm", lambda findings: findings.variation, in_percent=True
+    ),
+    "to_patches": Curve("Similarity to the mean patch", "cosine", lambda findings: findings.to_patches),
 }
 
 
 @dataclass(frozen=True)
 class LineStyle:
-    """How one token is drawn: groups differ in colour, tokens of a group in lightness, dashes and markers."""
+    """Line style of one token: groups differ in color, tokens of a group in lightness, dashes and markers."""
 
     name: str
-    colour: tuple[float, float, float]
-    place: int = 0  # within the group
+    color: tuple[float, float, float]
+    index: int = 0  # within the group
 
-    def line(self) -> dict[str, Any]:
-        """What matplotlib calls it."""
+    def build_line_arguments(self) -> dict[str, Any]:
+        """Return the arguments of `Axes.plot`."""
         return {
-            "color": self.colour,
-            "linestyle": DASHES[self.place % len(DASHES)],
-            "marker": MARKERS[self.place % len(MARKERS)],
+            "color": self.color,
+            "linestyle": DASHES[self.index % len(DASHES)],
+            "marker": MARKERS[self.index % len(MARKERS)],
             "markersize": 4,
             "linewidth": 1.6,
         }
 
 
-def curve_figure(config: ViTCLSConfig, findings: Findings, name: str) -> Figure:
-    """One of CURVES: "entropy", "spread", "received", "patch_distance", "variation" or "to_patches".
+PATCH_STYLE = LineStyle("patches", to_rgb(PATCHES))
 
-    A line is the mean of the heads, its band reaches from the lowest to the highest head, and the dashed line is where
-    attention would be alike everywhere.
+
+def plot_curve(config: ViTCLSConfig, findings: Findings, name: str) -> Figure:
+    """Plot one of CURVES: "entropy", "spread", "received", "patch_distance", "variation" or "to_patches".
+
+    A line is the mean over heads, the band is the range over heads, and the dashed line is uniform attention.
 
     Args:
-        config: of the model.
-        findings: of many images (`TokenStatistics`).
-        name: of the figure.
+        config: configuration of the model.
+        findings: statistics over many images (`TokenStatistics`).
+        name: name of the figure.
 
     Raises:
-        ValueError: for another name, or a figure of special tokens that the model does not have.
+        ValueError: if the figure does not exist, or requires special tokens that the model does not have.
     """
     if name not in CURVES:
-        raise ValueError(f"there is no figure {name!r}: choose one of {', '.join(CURVES)}")
+        raise ValueError(f"There is no figure {name!r}. Choose one of {', '.join(CURVES)}.")
     curve = CURVES[name]
     values = curve.values(findings)
     if values.shape[-1] == 0:
-        raise ValueError(f"the model has no special tokens, of which the figure {name!r} is: choose patch_distance")
-    of_patches = name == "patch_distance"
-    styles = [patch_style()] if of_patches else token_styles(config)
-    lines = values.unsqueeze(-1) if of_patches else values  # [L, H, lines], or [L + 1, lines]
+        raise ValueError(
+            f"Figure {name!r} requires special tokens, but the model has no special tokens. Use patch_distance."
+        )
+    is_patch_figure = name == "patch_distance"
+    styles = [PATCH_STYLE] if is_patch_figure else get_token_styles(config)
+    lines = values.unsqueeze(-1) if is_patch_figure else values  # [L, H, lines], or [L + 1, lines]
     first_layer = 0 if lines.ndim == 2 else 1
     baselines = sorted({float(f"{value:.5g}") for value in curve.uniform(findings)})
-    figure, (axes,) = empty(1, len(styles) + bool(baselines))
+    figure, (axes,) = create_axes(1, len(styles) + bool(baselines))
     axes.set_title(curve.title, fontsize=11, color=INK)
     axes.set_ylabel(curve.axis)
     for style, line in zip(styles, lines.unbind(dim=-1), strict=True):
         heads = line if line.ndim == 2 else line.unsqueeze(1)  # [L, H]
         draw_line(axes, style, heads.mean(dim=1), heads.amin(dim=1), heads.amax(dim=1), first_layer)
-    for place, value in enumerate(baselines):
-        name = "uniform" if place == 0 else "_again"
+    for index, value in enumerate(baselines):
+        name = "uniform" if index == 0 else "_again"
         axes.axhline(value, color=INK, linewidth=1, linestyle=(0, (5, 3)), label=name)
-    layers_below(axes, len(lines), first_layer)
+    format_layer_axis(axes, len(lines), first_layer)
     if axes.get_ylim()[0] > 0:
         axes.set_ylim(bottom=0)
     if curve.in_percent:
         axes.yaxis.set_major_formatter(PercentFormatter(xmax=1))
-    legend(figure, axes)
+    draw_legend(figure, axes)
     return figure
 
 
-def token_styles(config: ViTCLSConfig) -> list[LineStyle]:
-    """One per special token, in the order of the sequence."""
+def get_token_styles(config: ViTCLSConfig) -> list[LineStyle]:
+    """Return one line style per special token, in sequence order."""
     return [
         LineStyle(
-            cut(name, MOST_CHARACTERS), faded(GROUP_COLOURS[group], FADE * place / max(len(names) - 1, 1)), place
+            shorten(name, MAX_NAME_LENGTH),
+            lighten_color(GROUP_COLORS[group], FADE * index / max(len(names) - 1, 1)),
+            index,
         )
-        for group, names in names_by_group(config).items()
-        for place, name in enumerate(names)
+        for group, names in get_token_names_by_group(config).items()
+        for index, name in enumerate(names)
     ]
 
 
-def patch_style() -> LineStyle:
-    """Of all patches together."""
-    return LineStyle("patches", to_rgb(PATCHES))
-
-
-def faded(colour: str, part: float) -> tuple[float, float, float]:
-    """The colour, mixed with such a part of white."""
-    red, green, blue = (part + (1 - part) * channel for channel in to_rgb(colour))
+def lighten_color(color: str, white: float) -> tuple[float, float, float]:
+    """Mix a color with a fraction of white."""
+    red, green, blue = (white + (1 - white) * channel for channel in to_rgb(color))
     return red, green, blue
 
 
 def draw_line(
     axes: Axes, style: LineStyle, mean: torch.Tensor, low: torch.Tensor, high: torch.Tensor, first_layer: int
 ) -> None:
-    """A line over the layers [L], and the band around it where there is any."""
+    """Draw a line over the layers [L], and a band if `high` exceeds `low`."""
     layers = range(first_layer, first_layer + len(mean))
     if bool((high > low).any()):
-        axes.fill_between(layers, low.numpy(), high.numpy(), color=style.colour, alpha=0.15, linewidth=0)
-    axes.plot(layers, mean.numpy(), label=style.name, **style.line())
+        axes.fill_between(layers, low.numpy(), high.numpy(), color=style.color, alpha=0.15, linewidth=0)
+    axes.plot(layers, mean.numpy(), label=style.name, **style.build_line_arguments())
 
 
-# Where attention goes ------------------------------------------------------------------------------------------------
+# Attention mass -----------------------------------------------------------------------------------------------------
 
 
-def mass_figure(config: ViTCLSConfig, findings: Findings) -> Figure:
-    """Bars for each special token: the share of its attention on each group of tokens, by layer, mean of the heads.
+def plot_attention_mass(config: ViTCLSConfig, findings: Findings) -> Figure:
+    """Plot the fraction of each special token's attention to each group of tokens, per layer, averaged over heads.
 
     Raises:
-        ValueError: for a model without special tokens.
+        ValueError: if the model has no special tokens.
     """
-    names = token_names(config)
+    names = get_token_names(config)
     if not names:
-        raise ValueError("the model has no special tokens whose attention could be shown")
-    groups = [name for name, members in names_by_group(config).items() if members] + ["patches"]
-    figure, grid = grid_of_tokens(names, width=2.4, height=1.9, more_height=0.5)
-    shares = findings.mass.mean(dim=1)  # [L, S, 4]
+        raise ValueError("The figure requires special tokens, but the model has no special tokens.")
+    groups = [name for name, members in get_token_names_by_group(config).items() if members] + ["patches"]
+    figure, grid = create_token_grid(names, width=2.4, height=1.9, more_height=0.5)
+    fractions = findings.mass.mean(dim=1)  # [L, S, 4]
     order = [name for name, _ in config.token_layout.items()]
-    layers = np.arange(1, len(shares) + 1)
-    for place, axes in enumerate(grid):
-        below = np.zeros(len(shares))
+    layers = np.arange(1, len(fractions) + 1)
+    for index, axes in enumerate(grid):
+        below = np.zeros(len(fractions))
         for group in groups:
-            values = shares[:, place, order.index(group)].numpy()
-            axes.bar(layers, values, bottom=below, width=0.92, color=GROUP_COLOURS[group])
+            values = fractions[:, index, order.index(group)].numpy()
+            axes.bar(layers, values, bottom=below, width=0.92, color=GROUP_COLORS[group])
             below += values
         axes.set_ylim(0, 1)
         axes.yaxis.set_major_formatter(PercentFormatter(xmax=1))
-        tidy(axes)
+        hide_frame(axes)
     figure.supxlabel("layer", fontsize=9, color=INK)
-    squares = [Patch(color=GROUP_COLOURS[group], label=TERMS[group]) for group in groups]
+    squares = [Patch(color=GROUP_COLORS[group], label=TERMS[group]) for group in groups]
     figure.legend(handles=squares, loc="outside upper center", ncols=len(squares), frameon=False, fontsize=9)
     return figure
 
@@ -227,67 +230,67 @@ def mass_figure(config: ViTCLSConfig, findings: Findings) -> Figure:
 # Norms ---------------------------------------------------------------------------------------------------------------
 
 
-def norms_figure(config: ViTCLSConfig, findings: Findings) -> Figure:
-    """Norms of the special tokens against those of 90 % of the patches, and the share of patches that stand out.
+def plot_norms(config: ViTCLSConfig, findings: Findings) -> Figure:
+    """Plot norms of the special tokens and of 90 % of the patches, and the fraction of outlier patches.
 
-    Models without registers may write global information into patches of little content, whose norms then stand out
+    Models without registers may store global information in patches of low information, whose norms become outliers
     (Darcet et al. 2023, arXiv 2309.16588).
     """
-    styles = token_styles(config)
+    styles = get_token_styles(config)
     shares = {"patches": findings.outliers}
     if findings.outliers_without_registers is not None:
-        shares["patches, registers shut off"] = findings.outliers_without_registers
-    figure, (norms, outliers) = empty(2, len(styles) + len(shares))
+        shares["patches, registers hidden"] = findings.outliers_without_registers
+    figure, (norms, outliers) = create_axes(2, len(styles) + len(shares))
     norms.set_title("Norms of tokens and patches", fontsize=11, color=INK)
-    low, median, high = findings.patch_norms.float().quantile(torch.tensor(PATCH_RANGE), dim=1)  # [L + 1] each
-    draw_line(norms, patch_style(), median, low, high, 0)
+    low, median, high = findings.patch_norms.float().quantile(torch.tensor(PATCH_QUANTILES), dim=1)  # [L + 1] each
+    draw_line(norms, PATCH_STYLE, median, low, high, 0)
     for style, line in zip(styles, findings.token_norms.unbind(dim=-1), strict=True):
         draw_line(norms, style, line, line, line, 0)
-    drawn = torch.cat([low, high, findings.token_norms.flatten()])
-    if drawn.min() > 0 and drawn.max() > LOGARITHMIC_FROM * drawn.min():
+    plotted = torch.cat([low, high, findings.token_norms.flatten()])
+    if plotted.min() > 0 and plotted.max() > MIN_LOG_RATIO * plotted.min():
         norms.set_yscale("log")
     else:
         norms.set_ylim(bottom=0)
-    outliers.set_title(f"Patches beyond {OUTLIER_RATIO:g} times the median", fontsize=11, color=INK)
-    for place, (name, share) in enumerate(shares.items()):
-        draw_line(outliers, LineStyle(name, to_rgb(PATCHES), place), share, share, share, 0)
+    outliers.set_title(f"Patches above {OUTLIER_RATIO:g} times the median", fontsize=11, color=INK)
+    for index, (name, share) in enumerate(shares.items()):
+        draw_line(outliers, LineStyle(name, to_rgb(PATCHES), index), share, share, share, 0)
     outliers.axhline(MANY_OUTLIERS, color=INK, linewidth=1, linestyle=(0, (5, 3)))
     outliers.annotate("many", (0, MANY_OUTLIERS), xytext=(0, 3), textcoords="offset points", fontsize=8, color=INK)
     outliers.set_ylim(0, max(1.1 * max(share.max().item() for share in shares.values()), 2 * MANY_OUTLIERS))
     outliers.yaxis.set_major_formatter(PercentFormatter(xmax=1))
     for axes in (norms, outliers):
-        layers_below(axes, len(median), 0)
-    legend(figure, norms, outliers)
+        format_layer_axis(axes, len(median), 0)
+    draw_legend(figure, norms, outliers)
     return figure
 
 
 # Axes ----------------------------------------------------------------------------------------------------------------
 
 
-def empty(num_axes: int, num_names: int) -> tuple[Figure, Sequence[Axes]]:
-    """A figure with axes side by side, and room for so many names below."""
+def create_axes(num_axes: int, num_names: int) -> tuple[Figure, Sequence[Axes]]:
+    """Create a figure with axes side by side, with space for a legend of `num_names` below."""
     width = WIDTH if num_axes == 1 else 1.5 * WIDTH
-    height = HEIGHT + LINE_OF_LEGEND * math.ceil(num_names / columns_of_legend(width))
-    figure = blank(width, height)
+    height = HEIGHT + LEGEND_LINE_HEIGHT * math.ceil(num_names / get_legend_columns(width))
+    figure = create_figure(width, height)
     return figure, figure.subplots(1, num_axes, squeeze=False)[0]
 
 
-def grid_of_tokens(
+def create_token_grid(
     names: Sequence[str], width: float, height: float, more_width: float = 0, more_height: float = 0
 ) -> tuple[Figure, list[Axes]]:
-    """A figure with small axes for each token, over layers, in rows.
+    """Create a figure with a grid of small axes, one per token, over layers.
 
     Args:
-        names: of the tokens.
-        width, height: of each, in inches.
-        more_width, more_height: for what is beside them all.
+        names: names of the tokens.
+        width, height: size per token, in inches.
+        more_width, more_height: additional size for legends and labels, in inches.
     """
-    columns = min(len(names), MOST_COLUMNS)
+    columns = min(len(names), MAX_COLUMNS)
     rows = math.ceil(len(names) / columns)
-    figure = blank(max(width * columns + more_width, LEAST_WIDTH), height * rows + more_height)
+    figure = create_figure(max(width * columns + more_width, MIN_WIDTH), height * rows + more_height)
     grid = list(figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True).flat)
     for axes, name in zip(grid, names, strict=False):
-        axes.set_title(cut(name, MOST_CHARACTERS), fontsize=9, color=INK)
+        axes.set_title(shorten(name, MAX_NAME_LENGTH), fontsize=9, color=INK)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
         axes.tick_params(labelsize=8)
     for unused in grid[len(names) :]:
@@ -295,32 +298,32 @@ def grid_of_tokens(
     return figure, grid[: len(names)]
 
 
-def columns_of_legend(width: float) -> int:
-    """Names that stand side by side in so many inches."""
+def get_legend_columns(width: float) -> int:
+    """Return the number of legend columns for a width in inches."""
     return int(width / 1.6)
 
 
-def layers_below(axes: Axes, count: int, first_layer: int) -> None:
-    """The x axis: whole layers, and a line where there is one layer alone."""
+def format_layer_axis(axes: Axes, count: int, first_layer: int) -> None:
+    """Format the x axis with integer layers, and the grid."""
     axes.set_xlabel("layer" if first_layer else "after layer")
     axes.set_xlim(first_layer - 0.3, first_layer + count - 0.7)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(axis="y", color="#E4E4E4", linewidth=0.8)
     axes.set_axisbelow(True)
-    tidy(axes)
+    hide_frame(axes)
 
 
-def tidy(axes: Axes) -> None:
-    """Without the frame's upper and right side."""
+def hide_frame(axes: Axes) -> None:
+    """Hide the upper and right side of the frame."""
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def legend(figure: Figure, *all_axes: Axes) -> None:
-    """The lines' names below all axes, each once, where there are several."""
+def draw_legend(figure: Figure, *all_axes: Axes) -> None:
+    """Draw a legend of all named lines below the axes, if there are several."""
     lines: dict[str, Line2D] = {}
     for line in (line for axes in all_axes for line in axes.get_lines()):
         lines.setdefault(str(line.get_label()), line)
     named = [line for name, line in lines.items() if not name.startswith("_")]
     if len(named) > 1:
-        columns = min(len(named), columns_of_legend(figure.get_figwidth()))
+        columns = min(len(named), get_legend_columns(figure.get_figwidth()))
         figure.legend(handles=named, loc="outside lower center", ncols=columns, frameon=False, fontsize=8.5)

@@ -1,8 +1,8 @@
-"""What a model makes of one picture, for the report: its answer, and maps of what its tokens attend to.
+"""One image in the report: the model's predictions, and maps of the attention of its special tokens.
 
-    read_picture(model, processor, picture, name)      a Reading
+    build_image_report(model, processor, image, name)      an ImageReport
 
-Figures over many pictures are in token_statistics.py.
+Statistics over many images are in token_statistics.py.
 """
 
 from dataclasses import dataclass
@@ -14,23 +14,23 @@ from PIL import Image
 from ..configuration_vitcls import ViTCLSConfig
 from ..data.labels import is_multi_label, labels_of
 from ..inference.prediction_rows import Label, all_probable, most_probable
-from .attribution import attention_rollout, attribution
-from .maps import SeenPart, patch_maps, seen_part, upright
-from .model_utils import evaluating, is_classifier, plain_model
+from .attribution import compute_attention_rollout, compute_attribution
+from .maps import VisibleRegion, extract_patch_maps, get_visible_region, to_upright_rgb
+from .model_utils import evaluation_mode, is_classifier, unwrap_model
 
 
-MOST_LABELS = 3  # that are shown of an answer
+MAX_LABELS = 3  # maximum number of labels shown per prediction
 
 
 @dataclass(frozen=True)
-class Answer:
-    """A model's answer to one question.
+class ImagePrediction:
+    """Prediction of a model for an image, or of one task of a multi-task model.
 
     Attributes:
-        task: of a model of several tasks, else None.
-        labels: names and probabilities, the most probable first; of a model of several labels those that hold, which
-            may be none.
-        first: the most probable label, whether it holds or not.
+        task: name of the task; None for a model without tasks.
+        labels: (name, probability) pairs, the most probable first. For a multi-label model, the predicted labels,
+            which may be none.
+        first: the most probable label, even if a multi-label model does not predict it.
     """
 
     task: str | None
@@ -39,75 +39,77 @@ class Answer:
 
 
 @dataclass(frozen=True)
-class Reading:
-    """A picture as a model sees it. L layers, H heads, S special tokens, gh x gw patches.
+class ImageReport:
+    """Predictions and maps of one image. L layers, H heads, S special tokens, gh x gw patches.
 
     Attributes:
-        name: of the picture.
-        picture: upright, RGB.
-        seen: the part of it that the patches cover.
-        truth: the right answer in words; None where it is not known.
-        answers: one, or one per task; none of an encoder.
-        attention: [L, H, S, gh, gw], the part of each special token's attention that goes to patches.
-        rollout: [S, gh, gw], through all layers (`attention_rollout`).
-        attributions: [gh, gw] for each answer: what speaks for the most probable label (`attribution`).
+        name: name of the image.
+        image: upright, RGB.
+        visible_region: the region of the image that the patches cover.
+        truth: the true label in words; None if unknown.
+        predictions: one, or one per task; empty for an encoder.
+        attention: [L, H, S, gh, gw], attention of each special token to the patches.
+        rollout: [S, gh, gw], attention through all layers (`compute_attention_rollout`).
+        attributions: [gh, gw] for each prediction, attribution of its most probable label (`compute_attribution`).
     """
 
     name: str
-    picture: Image.Image
-    seen: SeenPart
+    image: Image.Image
+    visible_region: VisibleRegion
     truth: str | None
-    answers: list[Answer]
+    predictions: list[ImagePrediction]
     attention: torch.Tensor
     rollout: torch.Tensor
     attributions: list[torch.Tensor]
 
 
-def read_picture(
-    model: Any, processor: Any, picture: Image.Image, name: str = "", truth: str | None = None
-) -> Reading:
-    """Ask the model about one picture.
+def build_image_report(
+    model: Any, processor: Any, image: Image.Image, name: str = "", truth: str | None = None
+) -> ImageReport:
+    """Run the model on one image and return its predictions and maps.
 
     Args:
-        name: what to call it.
-        truth: the right answer in words.
+        name: name of the image in the report.
+        truth: the true label in words.
 
     Raises:
-        ValueError: for a picture that the processor or the model cannot take.
+        ValueError: if the processor or the model does not accept the image.
     """
-    model = plain_model(model)
+    model = unwrap_model(model)
     config: ViTCLSConfig = model.config
-    pixel_values = processor(picture, return_tensors="pt")["pixel_values"].to(model.device)  # [1, C, H, W]
+    pixel_values = processor(image, return_tensors="pt")["pixel_values"].to(model.device)  # [1, C, H, W]
     size = (pixel_values.shape[-2], pixel_values.shape[-1])
-    shown = upright(picture)
-    with torch.no_grad(), evaluating(model):
+    upright = to_upright_rgb(image)
+    with torch.no_grad(), evaluation_mode(model):
         rows = model.token_attention(pixel_values)[0]  # [L, H, S, N]
-        answers = answers_in_words(model(pixel_values).logits, config) if is_classifier(model) else []
-    attributed = [attribution(model, pixel_values, task=answer.task)[0] for answer in answers]  # [N] each
-    return Reading(
+        predictions = build_image_predictions(model(pixel_values).logits, config) if is_classifier(model) else []
+    attributions = [compute_attribution(model, pixel_values, task=prediction.task)[0] for prediction in predictions]
+    return ImageReport(
         name=name,
-        picture=shown,
-        seen=seen_part(processor, (shown.height, shown.width), config.patch_height_width),
+        image=upright,
+        visible_region=get_visible_region(processor, (upright.height, upright.width), config.patch_height_width),
         truth=truth,
-        answers=answers,
-        attention=patch_maps(rows.float().cpu(), config, size),
-        rollout=patch_maps(attention_rollout(model, pixel_values)[0].float().cpu(), config, size),
-        attributions=[patch_maps(row.float().cpu(), config, size) for row in attributed],
+        predictions=predictions,
+        attention=extract_patch_maps(rows.float().cpu(), config, size),
+        rollout=extract_patch_maps(compute_attention_rollout(model, pixel_values)[0].float().cpu(), config, size),
+        attributions=[extract_patch_maps(row.float().cpu(), config, size) for row in attributions],
     )
 
 
-# Answers -------------------------------------------------------------------------------------------------------------
+# Predictions ---------------------------------------------------------------------------------------------------------
 
 
-def answers_in_words(logits: Any, config: ViTCLSConfig) -> list[Answer]:
-    """Logits [1, labels] of a picture, or such for each task."""
+def build_image_predictions(logits: Any, config: ViTCLSConfig) -> list[ImagePrediction]:
+    """Return the predictions for the logits [1, labels] of one image, or for a dict of such logits per task."""
     if config.tasks:
-        return [answer(task, logits[task], names) for task, names in config.task_labels().items()]
-    return [answer(None, logits, labels_of(config).names, is_multi_label(config))]
+        return [build_image_prediction(task, logits[task], names) for task, names in config.task_labels().items()]
+    return [build_image_prediction(None, logits, labels_of(config).names, is_multi_label(config))]
 
 
-def answer(task: str | None, logits: torch.Tensor, names: list[str], has_several: bool = False) -> Answer:
-    """What logits [1, labels] say."""
-    (ordered,) = most_probable(logits, names, MOST_LABELS)
-    (holding,) = all_probable(logits, names) if has_several else [ordered]
-    return Answer(task, holding, first=ordered[0][0])
+def build_image_prediction(
+    task: str | None, logits: torch.Tensor, names: list[str], is_multi_label: bool = False
+) -> ImagePrediction:
+    """Return the prediction for logits [1, labels]."""
+    (most_probable_labels,) = most_probable(logits, names, MAX_LABELS)
+    (labels,) = all_probable(logits, names) if is_multi_label else [most_probable_labels]
+    return ImagePrediction(task, labels, first=most_probable_labels[0][0])

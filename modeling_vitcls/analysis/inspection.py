@@ -1,11 +1,11 @@
-"""Everything that the report shows, measured: of some pictures their maps, of many the statistics, and the verdicts.
+"""All measurements of the report: maps of a few images, statistics over many images, and verdicts.
 
-    inspection = inspect_model(model, processor, pictures)
+    inspection = inspect_model(model, processor, images)
 
-    pictures -> pixels in memory -> token_statistics.py, ablation.py -> diagnosis.py
-             -> image_report.py, of a few
+    images -> pixels in memory -> token_statistics.py, ablation.py -> diagnosis.py
+           -> image_report.py, for the images to show
 
-What is drawn of it is in report.py.
+The report itself is written in report.py.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,38 +18,38 @@ from PIL import Image
 from ..data.images import Chosen, check_channels
 from ..data.labels import labels_of
 from ..inference.prediction_rows import by_shape
-from .ablation import Batches, Effect, ablation_effects, answers_of, right_answers
-from .diagnosis import Verdict, artifact_verdict, depth_story, verdicts
-from .image_report import Reading, read_picture
-from .model_utils import is_classifier, plain_model
-from .patch_sizes import PatchSizeRow, patch_size_advice
+from .ablation import AblationEffect, Batches, collect_predictions, compute_ablation_effects, encode_label
+from .diagnosis import Verdict, describe_artifacts, describe_depth, diagnose_tokens
+from .image_report import ImageReport, build_image_report
+from .model_utils import is_classifier, unwrap_model
+from .patch_sizes import PatchSizeRow, compare_patch_sizes
 from .token_statistics import Findings, TokenStatistics
 
 
-MOST_WEIGHTS = 2**26  # attention weights of a batch in one layer: 256 MiB
+MAX_ATTENTION_WEIGHTS = 2**26  # maximum number of attention weights of a batch in one layer (256 MiB in float32)
 
-Watch = Callable[[str, int, int], None]  # what is being done, how many steps of it, of how many
-Warn = Callable[[str], None]
+ProgressCallback = Callable[[str, int, int], None]  # (description, finished steps, total steps)
+WarningCallback = Callable[[str], None]
 
 
 @dataclass(frozen=True)
 class Inspection:
-    """What was found.
+    """Measurements of `inspect_model`.
 
     Attributes:
-        config: of the model.
-        model_class: name of its class.
-        num_parameters: of the model.
-        has_head: whether it is a classifier.
+        config: configuration of the model.
+        model_class: class name of the model.
+        num_parameters: number of parameters of the model.
+        has_head: whether the model is a classifier.
         findings: statistics over `findings.num_images` images.
-        effects: of holding each token at its mean; None without a classifier.
-        accuracy: on the same images, 0 to 1; None where no labels are known.
+        effects: effect of replacing each token by its mean; None without a classifier.
+        accuracy: accuracy on the same images, 0 to 1; None if no labels are known.
         verdicts: one per special token.
-        artifacts: a sentence about patches of large norms.
-        depth: a sentence per special token.
-        readings: of the pictures shown.
-        patch_sizes: what other patch sizes would mean; empty unless asked for.
-        num_broken: pictures that could not be read.
+        artifacts: sentences about patches with large norms.
+        depth: one text per special token, on its attention over depth.
+        image_reports: reports of the images to show.
+        patch_sizes: comparison of patch sizes; empty unless requested.
+        num_unreadable: number of images that could not be read.
     """
 
     config: Any
@@ -57,73 +57,76 @@ class Inspection:
     num_parameters: int
     has_head: bool
     findings: Findings
-    effects: dict[str, Effect] | None
+    effects: dict[str, AblationEffect] | None
     accuracy: float | None
     verdicts: list[Verdict]
     artifacts: str
     depth: list[str]
-    readings: list[Reading]
+    image_reports: list[ImageReport]
     patch_sizes: list[PatchSizeRow]
-    num_broken: int
+    num_unreadable: int
 
 
-def silent(*args: Any) -> None:
-    """For who does not watch."""
+def ignore(*args: Any) -> None:
+    """Do nothing (the default callback)."""
 
 
 def inspect_model(
     model: Any,
     processor: Any,
-    pictures: Sequence[Image.Image],
+    images: Sequence[Image.Image],
     *,
     names: Sequence[str] | None = None,
     labels: Sequence[Any] | None = None,
-    statistics_pictures: Sequence[Image.Image] | None = None,
+    statistics_images: Sequence[Image.Image] | None = None,
     statistics_labels: Sequence[Any] | None = None,
-    movement: Mapping[str, float] | None = None,
+    token_movement: Mapping[str, float] | None = None,
     patch_sizes: Sequence[int] = (),
     batch_size: int = 32,
-    warn: Warn = silent,
-    watch: Watch = silent,
+    on_warning: WarningCallback = ignore,
+    on_progress: ProgressCallback = ignore,
 ) -> Inspection:
-    """Measure what the special tokens of a model do; it stays as it is, on its device.
+    """Measure what the special tokens of a model do. The model is not changed and stays on its device.
 
     Args:
-        model: any of ours: classifier, encoder, with any tokens or none; compiled, or with PEFT's additions, too.
-        processor: its image processor.
-        pictures: those to show. One that cannot be read is named and left out.
-        names: what to call them.
-        labels: their right answers: class indices, 0.0 and 1.0 per class, or {task: class index}; None or -100 where
-            it is not known.
-        statistics_pictures, statistics_labels: for the statistics. Default: the same.
-        movement: how far training moved each token (`token_movement` in results.json).
-        patch_sizes: in pixels, to compare.
-        batch_size: images per forward pass, at most.
-        warn, watch: told about pictures left out, and how far it is.
+        model: any ViTCLS classifier or encoder, with or without special tokens; also compiled or with PEFT adapters.
+        processor: the image processor of the model.
+        images: images to show. Unreadable images cause a warning and are skipped.
+        names: names of the images.
+        labels: labels of the images: class indices, lists of 0.0 and 1.0 per class, or {task: class index}; None or
+            -100 if unknown.
+        statistics_images, statistics_labels: images and labels for the statistics. Default: `images` and `labels`.
+        token_movement: distance that each token moved in training (`token_movement` in results.json).
+        patch_sizes: patch sizes to compare, in pixels.
+        batch_size: maximum number of images per forward pass.
+        on_warning: called with a message for each skipped image.
+        on_progress: called with a description, the number of finished steps and the total.
 
     Raises:
-        ValueError: if there is no picture that can be read, or the model's states are not finite.
+        ValueError: if no image can be read, or the hidden states of the model are not finite.
     """
-    if statistics_pictures is None:
-        statistics_pictures, statistics_labels = pictures, labels
-    model = plain_model(model)
-    config, usable = model.config, Usable(processor, model.config.num_channels, warn)
-    readings = read_pictures(model, processor, pictures, names, labels, usable, watch)
-    pixels = usable.pixels(statistics_pictures, watch)
-    right = None if statistics_labels is None else [statistics_labels[place] for place in pixels]
-    batches = PixelBatches(model, list(pixels.values()), right, batch_size)
+    if statistics_images is None:
+        statistics_images, statistics_labels = images, labels
+    model = unwrap_model(model)
+    config, preparer = model.config, ImagePreparer(processor, model.config.num_channels, on_warning)
+    image_reports = build_image_reports(model, processor, images, names, labels, preparer, on_progress)
+    pixels = preparer.prepare_all(statistics_images, on_progress)
+    pixel_labels = None if statistics_labels is None else [statistics_labels[index] for index in pixels]
+    batches = InspectionBatches(model, list(pixels.values()), pixel_labels, batch_size)
 
-    findings = statistics_of(model, batches, watch)
-    effects, answers = None, None
+    findings = collect_statistics(model, batches, on_progress)
+    effects, predictions = None, None
     if is_classifier(model):
         num_passes = config.token_layout.num_prefix_tokens + 1
-        watched = batches.watched(watch, num_passes)
-        answers = answers_of(model, watched)
-        effects = ablation_effects(model, watched, findings.mean_states, answers)
+        reported = batches.report_progress(on_progress, num_passes, "replacing tokens by their means")
+        predictions = collect_predictions(model, reported)
+        effects = compute_ablation_effects(model, reported, findings.mean_states, predictions)
     rows = []
     if patch_sizes:
-        watch("comparing patch sizes", 0, 1)
-        rows = patch_size_advice(model, processor, Chosen(statistics_pictures, list(pixels)), right, patch_sizes)
+        on_progress("comparing patch sizes", 0, 1)
+        rows = compare_patch_sizes(
+            model, processor, Chosen(statistics_images, list(pixels)), pixel_labels, patch_sizes
+        )
     return Inspection(
         config=config,
         model_class=type(model).__name__,
@@ -131,141 +134,146 @@ def inspect_model(
         has_head=is_classifier(model),
         findings=findings,
         effects=effects,
-        accuracy=None if answers is None else answers.accuracy(),
-        verdicts=verdicts(config, findings, effects, movement, answers),
-        artifacts=artifact_verdict(config, findings),
-        depth=depth_story(config, findings),
-        readings=readings,
+        accuracy=None if predictions is None else predictions.accuracy(),
+        verdicts=diagnose_tokens(config, findings, effects, token_movement, predictions),
+        artifacts=describe_artifacts(config, findings),
+        depth=describe_depth(config, findings),
+        image_reports=image_reports,
         patch_sizes=rows,
-        num_broken=len(usable.broken),
+        num_unreadable=len(preparer.problems),
     )
 
 
-def read_pictures(
+def build_image_reports(
     model: Any,
     processor: Any,
-    pictures: Sequence[Image.Image],
+    images: Sequence[Image.Image],
     names: Sequence[str] | None,
     labels: Sequence[Any] | None,
-    usable: "Usable",
-    watch: Watch,
-) -> list[Reading]:
-    """A reading of each picture that can be read."""
-    readings, known = [], labels_of(model.config)
+    preparer: "ImagePreparer",
+    on_progress: ProgressCallback,
+) -> list[ImageReport]:
+    """Build a report of each readable image."""
+    image_reports, label_space = [], labels_of(model.config)
     labels = labels if is_classifier(model) else None
-    for place in range(len(pictures)):
-        watch("looking at pictures", place, len(pictures))
-        if usable.prepared(pictures, place) is not None:
-            name = f"picture {place + 1}" if names is None else names[place]
-            truth = None if labels is None else known.in_words(labels[place])
-            readings.append(read_picture(model, processor, pictures[place], name, truth))
-    return readings
+    for index in range(len(images)):
+        on_progress("computing maps", index, len(images))
+        if preparer.prepare(images, index) is not None:
+            name = f"image {index + 1}" if names is None else names[index]
+            truth = None if labels is None else label_space.in_words(labels[index])
+            image_reports.append(build_image_report(model, processor, images[index], name, truth))
+    return image_reports
 
 
-def statistics_of(model: Any, batches: "PixelBatches", watch: Watch) -> Findings:
-    """The statistics over all images.
+def collect_statistics(model: Any, batches: "InspectionBatches", on_progress: ProgressCallback) -> Findings:
+    """Return the statistics over all images.
 
     Raises:
-        ValueError: for states that are not finite, of which nothing can be said.
+        ValueError: if hidden states are not finite.
     """
-    collected = TokenStatistics(model)
-    for pixel_values, _ in batches.watched(watch, 1, "collecting statistics")():
-        collected.update(pixel_values)
-    findings = collected.compute()
+    statistics = TokenStatistics(model)
+    for pixel_values, _ in batches.report_progress(on_progress, 1, "collecting statistics")():
+        statistics.update(pixel_values)
+    findings = statistics.compute()
     if not bool(findings.patch_norms.isfinite().all() and findings.token_norms.isfinite().all()):
-        raise ValueError("the model's hidden states are not finite: its weights are damaged, or it needs float32")
+        raise ValueError("The hidden states of the model are not finite. Check its weights, or load it in float32.")
     return findings
 
 
 # Pixels --------------------------------------------------------------------------------------------------------------
 
 
-class Usable:
-    """Prepares pictures, and names each that cannot be used, once."""
+class ImagePreparer:
+    """Runs the image processor, and warns once about each image that cannot be used."""
 
-    def __init__(self, processor: Any, num_channels: int, warn: Warn) -> None:
+    def __init__(self, processor: Any, num_channels: int, on_warning: WarningCallback) -> None:
         self.processor = processor
         self.num_channels = num_channels
-        self.warn = warn
-        self.broken: set[str] = set()  # what is wrong with each
+        self.on_warning = on_warning
+        self.problems: set[str] = set()  # one message per image that cannot be used
 
-    def prepared(self, pictures: Sequence[Image.Image], place: int) -> torch.Tensor | None:
-        """The pixels [C, H, W] of one picture, or None if it cannot be used."""
+    def prepare(self, images: Sequence[Image.Image], index: int) -> torch.Tensor | None:
+        """Return the pixels [C, H, W] of one image, or None if it cannot be used."""
         try:
-            picture = pictures[place]
-            pixels = self.processor(picture, return_tensors="pt")["pixel_values"][0]  # [C, H, W]
-            check_channels(picture, pixels, self.num_channels)
+            image = images[index]
+            pixels = self.processor(image, return_tensors="pt")["pixel_values"][0]  # [C, H, W]
+            check_channels(image, pixels, self.num_channels)
         except (ValueError, OSError) as error:
             message = " ".join(str(error).split())
-            if message not in self.broken:
-                self.broken.add(message)
-                self.warn(f"left out an image: {message}")
+            if message not in self.problems:
+                self.problems.add(message)
+                self.on_warning(f"skipped an image: {message}")
             return None
         return pixels
 
-    def pixels(self, pictures: Sequence[Image.Image], watch: Watch) -> dict[int, torch.Tensor]:
-        """The pixels of all pictures that can be used, by their place.
+    def prepare_all(self, images: Sequence[Image.Image], on_progress: ProgressCallback) -> dict[int, torch.Tensor]:
+        """Return the pixels of all usable images by index.
 
         Raises:
-            ValueError: if there are none.
+            ValueError: if no image can be used.
         """
-        found = {}
-        for place in range(len(pictures)):
-            watch("reading pictures", place, len(pictures))
-            if (pixels := self.prepared(pictures, place)) is not None:
-                found[place] = pixels
-        if not found:
-            reason = f"none of the {len(pictures)} can be read, such as this: {min(self.broken)}" if pictures else ""
-            raise ValueError(f"there are no images to look at: {reason or 'give one or more'}")
-        return found
+        pixels_by_index = {}
+        for index in range(len(images)):
+            on_progress("reading images", index, len(images))
+            if (pixels := self.prepare(images, index)) is not None:
+                pixels_by_index[index] = pixels
+        if not images:
+            raise ValueError("An inspection requires at least one image, but there are no images. Pass one or more.")
+        if not pixels_by_index:
+            raise ValueError(
+                f"None of the {len(images)} images can be read, for example: {min(self.problems)}. Check the images."
+            )
+        return pixels_by_index
 
 
-class PixelBatches:
-    """Images in memory as batches of one shape, with the right answers [B, A] (`Answers.right`) or None.
+class InspectionBatches:
+    """Images in memory as batches of equal shape, with labels [B, A] (`Predictions.labels`) or None.
 
     Args:
         pixels: [C, H, W] each.
-        labels: as `inspect_model` takes them.
-        batch_size: at most; fewer where one layer's attention weights would be more than MOST_WEIGHTS.
+        labels: see `inspect_model`.
+        batch_size: maximum batch size; reduced if one layer would have more than MAX_ATTENTION_WEIGHTS attention
+            weights.
     """
 
     def __init__(self, model: Any, pixels: list[torch.Tensor], labels: list[Any] | None, batch_size: int) -> None:
         self.device = model.device
         self.pixels = pixels
-        self.right = None
+        self.labels = None
         if labels is not None and is_classifier(model):
-            self.right = torch.stack([right_answers(label, model.config) for label in labels])  # [images, A]
+            self.labels = torch.stack([encode_label(label, model.config) for label in labels])  # [images, A]
         self.chunks = [
-            places[start : start + size]
-            for places in map(list, by_shape(dict(enumerate(pixels))))
-            for size in [min(batch_size, most_at_once(model, pixels[places[0]].shape))]
-            for start in range(0, len(places), size)
+            indices[start : start + size]
+            for indices in map(list, by_shape(dict(enumerate(pixels))))
+            for size in [min(batch_size, get_max_batch_size(model, pixels[indices[0]].shape))]
+            for start in range(0, len(indices), size)
         ]
 
     def __call__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
-        """All images once."""
+        """Yield all images once."""
         for chunk in self.chunks:
-            pixel_values = torch.stack([self.pixels[place] for place in chunk]).to(self.device)  # [B, C, H, W]
-            yield pixel_values, None if self.right is None else self.right[chunk]
+            pixel_values = torch.stack([self.pixels[index] for index in chunk]).to(self.device)  # [B, C, H, W]
+            yield pixel_values, None if self.labels is None else self.labels[chunk]
 
-    def watched(self, watch: Watch, num_passes: int, what: str = "holding tokens at their mean") -> Batches:
-        """The same, to be called `num_passes` times, telling how far it is."""
-        done = 0
+    def report_progress(self, on_progress: ProgressCallback, num_passes: int, description: str) -> Batches:
+        """Return a function that yields the same batches and reports progress over `num_passes` calls."""
+        num_finished = 0
 
         def batches() -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
-            nonlocal done
+            nonlocal num_finished
             for batch in self():
-                watch(what, done, num_passes * len(self.chunks))
+                on_progress(description, num_finished, num_passes * len(self.chunks))
                 yield batch
-                done += 1
+                num_finished += 1
 
         return batches
 
 
-def most_at_once(model: Any, shape: torch.Size) -> int:
-    """Images of a shape [C, H, W] whose attention weights in one layer are at most MOST_WEIGHTS, and at least one."""
+def get_max_batch_size(model: Any, shape: torch.Size) -> int:
+    """Return the number of images [C, H, W] with at most MAX_ATTENTION_WEIGHTS attention weights in one layer;
+    at least 1."""
     config = model.config
     (height, width), (patch_height, patch_width) = shape[-2:], config.patch_height_width
     num_tokens = config.token_layout.num_prefix_tokens + (height // patch_height) * (width // patch_width)
-    maps = config.num_attention_heads * (2 if config.attention_type == "differential" else 1)
-    return max(MOST_WEIGHTS // (maps * num_tokens**2), 1)
+    num_maps = config.num_attention_heads * (2 if config.attention_type == "differential" else 1)
+    return max(MAX_ATTENTION_WEIGHTS // (num_maps * num_tokens**2), 1)

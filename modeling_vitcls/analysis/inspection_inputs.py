@@ -1,9 +1,9 @@
-"""The images of an inspection and, where they are known, their labels.
+"""Images of an inspection and, if known, their labels.
 
-    PATHS       files, folders and URLs; a folder that is called like one of the model's classes says what is in it
-    --dataset   as scripts/evaluate.py reads it
+    PATHS       files, folders and URLs; a folder with the name of a class is the label of its images
+    --dataset   a dataset, loaded as in scripts/evaluate.py
 
-Nothing is decoded before it is asked for.
+Images are decoded on access.
 """
 
 from collections.abc import Sequence
@@ -26,10 +26,10 @@ from .model_utils import is_classifier
 
 
 @dataclass(frozen=True)
-class Images:
-    """Pictures by place, what to call them, and their labels (see `inspect_model`), or None."""
+class InspectionImages:
+    """Images with their names, labels (see `inspect_model`; None if unknown) and a description of their source."""
 
-    pictures: Sequence[Image.Image]
+    images: Sequence[Image.Image]
     names: Sequence[str]
     labels: Sequence[Any] | None
     source: str
@@ -37,72 +37,77 @@ class Images:
     def __len__(self) -> int:
         return len(self.names)
 
-    def spread(self, count: int) -> "Images":
-        """At most `count` of them, evenly over all: classes often follow each other."""
+    def sample_evenly(self, count: int) -> "InspectionImages":
+        """Return at most `count` images at even distances, since datasets are often sorted by class."""
         if len(self) <= count:
             return self
-        chosen = [(2 * number + 1) * len(self) // (2 * count) for number in range(count)]
-        return Images(
-            Chosen(self.pictures, chosen),
-            [self.names[place] for place in chosen],
-            None if self.labels is None else [self.labels[place] for place in chosen],
+        indices = [(2 * number + 1) * len(self) // (2 * count) for number in range(count)]
+        return InspectionImages(
+            Chosen(self.images, indices),
+            [self.names[index] for index in indices],
+            None if self.labels is None else [self.labels[index] for index in indices],
             self.source,
         )
 
-    def to_inspect(self, num_shown: int, num_measured: int) -> dict[str, Any]:
-        """What `inspect_model` takes of them: some to show, and more for the statistics."""
-        shown, measured = self.spread(num_shown), self.spread(num_measured)
+    def build_arguments(self, num_shown: int, num_measured: int) -> dict[str, Any]:
+        """Return arguments of `inspect_model`: `num_shown` images to show and `num_measured` for the statistics."""
+        shown, measured = self.sample_evenly(num_shown), self.sample_evenly(num_measured)
         return {
-            "pictures": shown.pictures,
+            "images": shown.images,
             "names": shown.names,
             "labels": shown.labels,
-            "statistics_pictures": measured.pictures,
+            "statistics_images": measured.images,
             "statistics_labels": measured.labels,
         }
 
 
-def open_images(options: InspectOptions, model: Any, record: HeldOutRecord | None = None) -> Images:
-    """What PATHS or `--dataset` name.
+def open_images(options: InspectOptions, model: Any, record: HeldOutRecord | None = None) -> InspectionImages:
+    """Open the images of PATHS or `--dataset`.
 
     Args:
         options: PATHS or `--dataset`.
         model: the model to inspect.
-        record: the held-out images of the run that made the model.
+        record: the held-out images of the training run.
 
     Raises:
-        ValueError: for an input without images, a data set that cannot be read, or labels that are not the model's.
+        ValueError: if there are no images, the dataset cannot be read, or its labels are not labels of the model.
     """
-    return from_paths(options.paths, model) if options.dataset is None else from_dataset(options, model, record)
+    return (
+        load_from_paths(options.paths, model) if options.dataset is None else load_from_dataset(options, model, record)
+    )
 
 
-def from_paths(paths: Sequence[str], model: Any) -> Images:
-    """Files with the labels that their folders say."""
+def load_from_paths(paths: Sequence[str], model: Any) -> InspectionImages:
+    """Load image files, with labels from the names of their folders."""
     listed = listed_files(paths)
     files = [str(content) for content in listed.contents]
     for file in files:
         if "://" not in file and not Path(file).exists():
-            raise ValueError(f"there is no image {file}: check the path")
+            raise ValueError(f"Image {file} does not exist. Check the path.")
     names = [Path(name).name if "://" not in name else name for name in listed.names]
-    return Images(Files(files), names, labels_of_folders(files, model), ", ".join(map(short, paths)))
+    return InspectionImages(
+        Files(files), names, get_folder_labels(files, model), ", ".join(map(get_short_name, paths))
+    )
 
 
-def short(path: str) -> str:
-    """The last part of a path; URLs stay."""
+def get_short_name(path: str) -> str:
+    """Return the last component of a path; URLs are returned unchanged."""
     return path if "://" in path else Path(path).resolve().name
 
 
-def labels_of_folders(files: Sequence[str], model: Any) -> list[int] | None:
-    """The class that the folder of each file is called, IGNORED_LABEL for other folders; None where all are others."""
+def get_folder_labels(files: Sequence[str], model: Any) -> list[int] | None:
+    """Return the class named like the folder of each file, or IGNORED_LABEL; None if no folder is named like a
+    class."""
     config = model.config
     if not is_classifier(model) or config.tasks or config.problem_type == "multi_label_classification":
         return None
-    index = {name: place for place, name in enumerate(labels_of(config).names)}
-    labels = [index.get(Path(file).resolve().parent.name, IGNORED_LABEL) for file in files]
+    class_indices = {name: index for index, name in enumerate(labels_of(config).names)}
+    labels = [class_indices.get(Path(file).resolve().parent.name, IGNORED_LABEL) for file in files]
     return labels if any(label != IGNORED_LABEL for label in labels) else None
 
 
-def from_dataset(options: InspectOptions, model: Any, record: HeldOutRecord | None) -> Images:
-    """One split, with the model's own label indices; without labels for a model that has none."""
+def load_from_dataset(options: InspectOptions, model: Any, record: HeldOutRecord | None) -> InspectionImages:
+    """Load one split, with the label indices of the model, or without labels if the model has none."""
     assert options.dataset is not None
     data = DataOptions(
         options.dataset,
@@ -111,23 +116,24 @@ def from_dataset(options: InspectOptions, model: Any, record: HeldOutRecord | No
         label_separator=options.label_separator,
     )
     if is_classifier(model):
-        label_space, found, split, _ = load_evaluation_data(data, options.split, record)
-        found = relabelled(found, label_space, labels_of(model.config))
-        pictures, labels = found.pictures, found.labels
+        label_space, examples, split, _ = load_evaluation_data(data, options.split, record)
+        examples = relabelled(examples, label_space, labels_of(model.config))
+        images, labels = examples.pictures, examples.labels
     else:
         split = options.split or "test"
-        pictures, labels = unlabelled(data, split), None
-    names = [f"{short(options.dataset)} {place}" for place in range(len(pictures))]
-    return Images(pictures, names, labels, f"{short(options.dataset)}, split {split}")
+        images, labels = load_unlabeled(data, split), None
+    dataset_name = get_short_name(options.dataset)
+    names = [f"{dataset_name} {index}" for index in range(len(images))]
+    return InspectionImages(images, names, labels, f"{dataset_name}, split {split}")
 
 
-def unlabelled(data: DataOptions, split: str) -> Sequence[Image.Image]:
-    """The pictures of a split; of a data set of one split all."""
+def load_unlabeled(data: DataOptions, split: str) -> Sequence[Image.Image]:
+    """Load the images of a split, or of the only split of a dataset."""
 
-    def chosen(names: list[str]) -> list[str]:
+    def select_split(names: list[str]) -> list[str]:
         if split not in names and len(names) > 1:
-            raise ValueError(f"{data.dataset} has no split {split!r}: choose one of {', '.join(names)}")
+            raise ValueError(f"{data.dataset} has no split {split!r}. Choose one of {', '.join(names)}.")
         return [split if split in names else names[0]]
 
-    (part,) = load_splits(data, labelled=False, used=chosen).parts.values()
-    return part.pictures
+    (examples,) = load_splits(data, labelled=False, used=select_split).parts.values()
+    return examples.pictures

@@ -1,7 +1,8 @@
-"""What a model is, whatever it is wrapped in: torch.compile, PEFT, or the wrappers of several processes.
+"""Helpers for models that may be wrapped by torch.compile, PEFT, DataParallel or DistributedDataParallel.
 
-plain_model(model)      the ViTCLS model inside
-is_classifier(model)    whether it answers with labels
+unwrap_model(model)      the ViTCLS model inside the wrappers
+is_classifier(model)     whether the model predicts labels
+evaluation_mode(model)   evaluation mode inside a block
 """
 
 from collections.abc import Iterator
@@ -12,13 +13,13 @@ from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 
-# By name, and not the classes themselves: a model that was loaded with the code of its repository has classes of its
-# own, which are called the same.
+# Classes are compared by name: a model loaded with the code of its repository has different class objects with the
+# same names.
 CLASSIFIERS = {"ViTCLSForImageClassification", "ViTCLSForMultiTaskClassification"}
 
 
-def plain_model(model: Any) -> Any:
-    """The ViTCLS model inside of wrappers. What PEFT put into its layers stays there and takes part."""
+def unwrap_model(model: Any) -> Any:
+    """Return the ViTCLS model inside wrappers. Adapter layers that PEFT inserted stay active."""
     while True:
         if hasattr(model, "_orig_mod"):  # torch.compile
             model = model._orig_mod
@@ -31,16 +32,17 @@ def plain_model(model: Any) -> Any:
 
 
 def is_classifier(model: Any) -> bool:
-    """Whether a model, or one made from it by inheritance, answers with labels: no encoder, and no regression."""
-    plain = plain_model(model)
+    """Return whether a model, or a subclass of one, predicts labels. Encoders and regression models do not."""
+    plain = unwrap_model(model)
     config = plain.config
     has_head = any(kind.__name__ in CLASSIFIERS for kind in type(plain).__mro__)
     return has_head and bool(config.tasks or config.num_labels) and config.problem_type != "regression"
 
 
 @contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """The model in evaluation mode, without dropout; afterwards each part of it as it was (frozen ones may differ)."""
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Set the model to evaluation mode inside the block, then restore the mode of each module (frozen modules may
+    differ from the rest)."""
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:

@@ -1,10 +1,10 @@
-"""What other patch sizes would mean for a model: tokens, cost and, through resampled weights, answers.
+"""Comparison of patch sizes for a model: tokens, compute and, with resampled weights, predictions.
 
-    rows = patch_size_advice(model, processor, pictures, labels, [4, 8, 16])
-    print(*patch_size_sentences(rows), sep="\\n")
+    rows = compare_patch_sizes(model, processor, images, labels, [4, 8, 16])
+    print(*describe_patch_sizes(rows), sep="\n")
 
-Patches that are too large hide details, patches that are too small cost more than they tell. The model is adapted to
-each size (adaptation_vitcls.py: FlexiViT's resizing of the patch projection, positions resampled), not trained at it.
+Large patches hide details; small patches cost more. The model is adapted to each size without training
+(adaptation_vitcls.py: FlexiViT's resizing of the patch projection, resampled positions).
 """
 
 import copy
@@ -22,35 +22,36 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ..adaptation_vitcls import logger as adaptation_logger
 from ..system import name_of_device, processor_name
-from .ablation import Answers, decisions, logits_by_task, right_answers
-from .model_utils import evaluating, is_classifier, plain_model
+from .ablation import Predictions, encode_label, get_predicted_labels, get_task_logits
+from .model_utils import evaluation_mode, is_classifier, unwrap_model
 
 
-FEWEST_TURNS = 5  # in which the time is measured; more where there are more batches
-COARSEST = 7  # patches along a side: ViT-B/32 at 224 pixels, the coarsest ViT of arXiv 2010.11929, has so many
-MUCH_ATTENTION = 0.5  # part of the compute
-GOOD_ENOUGH = 0.01  # of accuracy below the best
+MIN_ROUNDS = 5  # minimum number of rounds for time measurements; more if there are more batches
+MIN_GRID_SIDE = 7  # patches per side of ViT-B/32 at 224 pixels, the coarsest ViT of arXiv 2010.11929
+HIGH_ATTENTION_FRACTION = 0.5  # fraction of the compute
+ACCURACY_TOLERANCE = 0.01  # maximum accuracy below the best that counts as equally good
 
-PatchSize = int | tuple[int, int]  # pixels; height, width where they differ
+PatchSize = int | tuple[int, int]  # pixels; (height, width) if they differ
 
 
 @dataclass(frozen=True)
 class PatchSizeRow:
-    """A model with patches of one size, without any training at it.
+    """A model with one patch size, without training at this size.
 
     Attributes:
-        patch_size: in pixels, one number where height and width are equal.
-        is_native: whether it is the model's own.
+        patch_size: in pixels; one number if height and width are equal.
+        is_native: whether it is the model's own patch size.
         grid: rows and columns of patches.
-        sequence_length: special tokens and patches.
-        gflops: 10^9 operations for one image, a multiplication and an addition being two.
-        attention_share: part of them that is in attention maps, which grow with the square of the sequence length.
-        milliseconds: for one image, in batches: the median of turns that the sizes took one after the other.
-        device: on which that was measured.
-        num_images: that were answered.
-        accuracy: share of right answers, of those that are known; None where none are.
-        agreement: share of images with the answers of the model's own size; None without a classifier.
-        note: whether it may be too large or too small, for images of this size; may be empty.
+        sequence_length: number of special tokens and patches.
+        gflops: 10^9 operations per image; a multiplication and an addition count as two.
+        attention_share: fraction of the operations in attention maps, which grow with the square of the sequence
+            length.
+        milliseconds: median time per image, in batches, with all sizes measured alternately.
+        device: device of the time measurement.
+        num_images: number of images.
+        accuracy: fraction of correct predictions among known labels; None if no label is known.
+        agreement: fraction of images with the same prediction as the model's own size; None without a classifier.
+        note: possible problems of this size for these images; may be empty.
     """
 
     patch_size: PatchSize
@@ -69,66 +70,69 @@ class PatchSizeRow:
 
 @dataclass
 class Candidate:
-    """The model with patches of one size, and what is collected about it."""
+    """The model with one patch size, and its measurements."""
 
     model: Any
     patch_size: PatchSize
     is_native: bool
     milliseconds: list[float] = field(default_factory=list)
     logits: list[torch.Tensor] = field(default_factory=list)
-    chosen: list[torch.Tensor] = field(default_factory=list)
+    predicted: list[torch.Tensor] = field(default_factory=list)
 
 
-def patch_size_advice(
+def compare_patch_sizes(
     model: Any,
     processor: Any,
-    pictures: Sequence[Image.Image],
+    images: Sequence[Image.Image],
     labels: Sequence[Any] | None,
     patch_sizes: Sequence[int],
     batch_size: int = 16,
 ) -> list[PatchSizeRow]:
-    """Compare patch sizes, the model's own among them, on pictures of one size.
+    """Compare patch sizes, including the model's own, on images of one size.
 
-    A copy of the model for each size, and the pictures' pixels, are in memory at once.
+    A copy of the model per patch size and the pixels of all images are in memory at the same time.
 
     Args:
-        model: any of ours; it stays as it is, on its device.
-        processor: its image processor.
-        labels: the right answer to each picture: a class index, 0.0 and 1.0 per class, or {task: class index}; None
-            where it is not known. None: nothing is known.
+        model: any ViTCLS model; it is not changed and stays on its device.
+        processor: the image processor of the model.
+        labels: the label of each image: a class index, a list of 0.0 and 1.0 per class, or {task: class index}; None
+            if unknown. None instead of a sequence if all labels are unknown.
         patch_sizes: in pixels.
 
     Returns:
-        One row per size, the smallest patches first.
+        One row per patch size, the smallest first.
 
     Raises:
-        ValueError: if a size does not divide the images', the images differ in size, or there are none.
+        ValueError: if a patch size does not divide the image size, images differ in size, or there are no images.
     """
-    model = plain_model(model)
-    pixels = pixels_of(processor, pictures)  # [images, C, H, W]
-    height, width = pixels.shape[-2:]
-    sizes = wanted_sizes(patch_sizes, (height, width), as_patch_size(model.config.patch_height_width))
-    with evaluating(model):
-        candidates = [candidate(model, size, (height, width)) for size in sizes]
-        answer_in_turns(candidates, pixels.split(batch_size))
-    right = None
+    model = unwrap_model(model)
+    pixels = prepare_pixel_values(processor, images)  # [images, C, H, W]
+    image_size = (pixels.shape[-2], pixels.shape[-1])
+    sizes = sort_patch_sizes(patch_sizes, image_size, simplify_patch_size(model.config.patch_height_width))
+    with evaluation_mode(model):
+        candidates = [build_candidate(model, size, image_size) for size in sizes]
+        measure_candidates(candidates, pixels.split(batch_size))
+    encoded_labels = None
     if labels is not None and is_classifier(model):
-        right = torch.stack([right_answers(label, model.config) for label in labels])  # [images, A]
-    native = next(one for one in candidates if one.is_native)
-    return [row_of(one, native, right, pixels) for one in candidates]
+        encoded_labels = torch.stack([encode_label(label, model.config) for label in labels])  # [images, A]
+    native = next(candidate for candidate in candidates if candidate.is_native)
+    return [build_row(candidate, native, encoded_labels, pixels) for candidate in candidates]
 
 
-def patch_size_sentences(rows: Sequence[PatchSizeRow]) -> list[str]:
-    """The rows in words: the model's own size, each other one against it, which is worth its cost, and how sure that
-    is."""
+def describe_patch_sizes(rows: Sequence[PatchSizeRow]) -> list[str]:
+    """Return sentences: the model's own size, each other size compared with it, a recommendation, and its limits."""
     native = next(row for row in rows if row.is_native)
     others = [row for row in rows if not row.is_native]
-    sentences = [own_sentence(native), *(sentence(row, native) for row in others), *weighed(rows)]
+    sentences = [
+        describe_native_size(native),
+        *(describe_other_size(row, native) for row in others),
+        *recommend_patch_size(rows),
+    ]
     if others and native.agreement is not None:
         sentences.append(
-            f"Answers to {native.num_images} images are with resampled weights, before any fine-tuning: they say how "
-            "far a size is from the model's own, not how good the model can become at it (fine-tune with "
-            "--patch-size to find out)."
+            f"Predictions for {native.num_images} images use resampled weights, before any fine-tuning. They show the "
+            "difference from the model's own size, not the accuracy after fine-tuning (to measure it, fine-tune with "
+            "--patch-size)."
         )
     return sentences
 
@@ -136,48 +140,48 @@ def patch_size_sentences(rows: Sequence[PatchSizeRow]) -> list[str]:
 # Sizes ---------------------------------------------------------------------------------------------------------------
 
 
-def wanted_sizes(asked: Sequence[int], image_size: tuple[int, int], native: PatchSize) -> list[PatchSize]:
-    """The sizes asked for and the model's own, the smallest first.
+def sort_patch_sizes(patch_sizes: Sequence[int], image_size: tuple[int, int], native: PatchSize) -> list[PatchSize]:
+    """Return the requested patch sizes and the model's own, the smallest first.
 
     Raises:
-        ValueError: for one that does not divide height and width of the images.
+        ValueError: if a size does not divide height and width of the images.
     """
-    divides_both = math.gcd(*image_size)
-    for size in asked:
-        if size != native and (size < 1 or divides_both % size):
-            fitting = [str(number) for number in range(1, divides_both + 1) if divides_both % number == 0]
+    common_divisor = math.gcd(*image_size)
+    for size in patch_sizes:
+        if size != native and (size < 1 or common_divisor % size):
+            valid = [str(number) for number in range(1, common_divisor + 1) if common_divisor % number == 0]
             raise ValueError(
-                f"patch size {size} does not divide images of {image_size[0]} x {image_size[1]} pixels: choose from "
-                f"{', '.join(fitting)}"
+                f"patch size {size} does not divide images of {image_size[0]} x {image_size[1]} pixels. Choose from "
+                f"{', '.join(valid)}."
             )
-    return sorted({*asked, native}, key=lambda size: math.prod(both(size)))
+    return sorted({*patch_sizes, native}, key=lambda size: math.prod(to_height_width(size)))
 
 
-def both(size: PatchSize) -> tuple[int, int]:
-    """Height and width."""
+def to_height_width(size: PatchSize) -> tuple[int, int]:
+    """Return a patch size as (height, width)."""
     return (size, size) if isinstance(size, int) else size
 
 
-def as_patch_size(size: tuple[int, int]) -> PatchSize:
-    """One number where both are equal."""
+def simplify_patch_size(size: tuple[int, int]) -> PatchSize:
+    """Return one number if height and width are equal."""
     return size[0] if size[0] == size[1] else size
 
 
-def candidate(model: Any, size: PatchSize, image_size: tuple[int, int]) -> Candidate:
-    """The model itself, or adapted to patches of this size in images of that one."""
-    if both(size) == model.config.patch_height_width:
+def build_candidate(model: Any, size: PatchSize, image_size: tuple[int, int]) -> Candidate:
+    """Return the model itself, or the model adapted to a patch size and image size."""
+    if to_height_width(size) == model.config.patch_height_width:
         return Candidate(model, size, is_native=True)
     try:
-        with without_notes():
-            adapted = model.adapt(patch_size=list(both(size)), image_size=list(image_size))
+        with disable_adaptation_log():
+            adapted = model.adapt(patch_size=list(to_height_width(size)), image_size=list(image_size))
     except ValueError as error:
         raise ValueError(f"patch size {size}: {error}") from None
     return Candidate(adapted, size, is_native=False)
 
 
 @contextmanager
-def without_notes() -> Iterator[None]:
-    """Without the log of what becomes of each weight."""
+def disable_adaptation_log() -> Iterator[None]:
+    """Disable the log of adapted weights inside the block."""
     was_disabled, adaptation_logger.disabled = adaptation_logger.disabled, True
     try:
         yield
@@ -185,168 +189,177 @@ def without_notes() -> Iterator[None]:
         adaptation_logger.disabled = was_disabled
 
 
-def pixels_of(processor: Any, pictures: Sequence[Image.Image]) -> torch.Tensor:
-    """What the model is shown of the pictures, [images, C, H, W].
+def prepare_pixel_values(processor: Any, images: Sequence[Image.Image]) -> torch.Tensor:
+    """Return the pixel values [images, C, H, W].
 
     Raises:
-        ValueError: if there are none, or they differ in size.
+        ValueError: if there are no images, or they differ in size.
     """
-    prepared = [processor(pictures[place], return_tensors="pt")["pixel_values"][0] for place in range(len(pictures))]
-    shapes = {tuple(pixels.shape) for pixels in prepared}
+    pixel_values = [processor(images[index], return_tensors="pt")["pixel_values"][0] for index in range(len(images))]
+    shapes = {tuple(pixels.shape) for pixels in pixel_values}
     if not shapes:
-        raise ValueError("there are no images to compare patch sizes on: give one or more")
+        raise ValueError("A comparison of patch sizes requires at least one image, but there are no images.")
     if len(shapes) > 1:
         raise ValueError(
-            "patch sizes are compared on images of one size, and the image processor makes them of several: set an "
-            "exact size, or do_center_crop"
+            "A comparison of patch sizes requires images of one size, but the image processor returns several sizes. "
+            "Set an exact size or do_center_crop in the image processor."
         )
-    return torch.stack(prepared)
+    return torch.stack(pixel_values)
 
 
 # Measuring -----------------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
-def answer_in_turns(candidates: list[Candidate], batches: Sequence[torch.Tensor]) -> None:
-    """Let all sizes answer each batch [B, C, H, W], one after the other, so that other work on the machine slows all.
+def measure_candidates(candidates: list[Candidate], batches: Sequence[torch.Tensor]) -> None:
+    """Run all candidates on each batch [B, C, H, W] in turn, so that other load on the machine affects all of them.
 
-    Where there are few batches, they are answered again for the time alone.
+    If there are few batches, they are repeated for time measurements only.
     """
     device = candidates[0].model.device
-    for turn in range(-1, max(len(batches), FEWEST_TURNS)):  # the turn before the first warms caches up
-        batch = batches[turn % len(batches)].to(device)
-        for one in candidates:
-            started = finished(device)
-            outputs = one.model(batch)
-            seconds = finished(device) - started
-            if turn >= 0:
-                one.milliseconds.append(1000 * seconds / len(batch))
-            if 0 <= turn < len(batches) and is_classifier(one.model):
-                by_task = logits_by_task(outputs)
-                one.logits.append(torch.cat(by_task, dim=-1).float().cpu())
-                one.chosen.append(decisions(by_task, one.model.config).cpu())
+    for step in range(-1, max(len(batches), MIN_ROUNDS)):  # step -1 is a warmup
+        batch = batches[step % len(batches)].to(device)
+        for candidate in candidates:
+            start = get_synchronized_time(device)
+            outputs = candidate.model(batch)
+            seconds = get_synchronized_time(device) - start
+            if step >= 0:
+                candidate.milliseconds.append(1000 * seconds / len(batch))
+            if 0 <= step < len(batches) and is_classifier(candidate.model):
+                by_task = get_task_logits(outputs)
+                candidate.logits.append(torch.cat(by_task, dim=-1).float().cpu())
+                candidate.predicted.append(get_predicted_labels(by_task, candidate.model.config).cpu())
 
 
-def finished(device: torch.device) -> float:
-    """The time, once the device has nothing left to do."""
+def get_synchronized_time(device: torch.device) -> float:
+    """Wait for all work on the device, then return the time in seconds."""
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
     return time.perf_counter()
 
 
-def operations(model: Any, image_size: tuple[int, int]) -> tuple[float, float]:
-    """Number of operations for one image, and those of them in attention maps.
+def count_flops(model: Any, image_size: tuple[int, int]) -> tuple[float, float]:
+    """Return the number of operations for one image, in total and in attention maps.
 
-    Counted on a model of the same parts without weights or data, with eager attention, whose operations are known.
+    Operations are counted on a copy of the model on the meta device, with eager attention.
     """
     config = copy.deepcopy(model.config)
     with torch.device("meta"):
-        counted = model.new_like(config).eval()
+        meta_model = model.new_like(config).eval()
         image = torch.empty(1, config.num_channels, *image_size)
-    counted.set_attn_implementation("eager")
+    meta_model.set_attn_implementation("eager")
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        counted(image)
-    maps = counter.get_flop_counts()["Global"].get(torch.ops.aten.bmm, 0)
-    return float(counter.get_total_flops()), float(maps)
+        meta_model(image)
+    attention_flops = counter.get_flop_counts()["Global"].get(torch.ops.aten.bmm, 0)
+    return float(counter.get_total_flops()), float(attention_flops)
 
 
-def row_of(one: Candidate, native: Candidate, right: torch.Tensor | None, pixels: torch.Tensor) -> PatchSizeRow:
-    """What was found of one size."""
+def build_row(
+    candidate: Candidate, native: Candidate, labels: torch.Tensor | None, pixels: torch.Tensor
+) -> PatchSizeRow:
+    """Summarize the measurements of one patch size."""
     image_size = (pixels.shape[-2], pixels.shape[-1])
-    (height, width), (patch_height, patch_width) = image_size, both(one.patch_size)
+    (height, width), (patch_height, patch_width) = image_size, to_height_width(candidate.patch_size)
     grid = (height // patch_height, width // patch_width)
-    total, in_maps = operations(one.model, image_size)
+    total_flops, attention_flops = count_flops(candidate.model, image_size)
     accuracy, agreement = None, None
-    if one.chosen:
-        answers = Answers(torch.cat(one.logits), torch.cat(one.chosen), right)
-        accuracy = answers.accuracy()
-        agreement = (answers.chosen == torch.cat(native.chosen)).all(dim=-1).float().mean().item()
+    if candidate.predicted:
+        predictions = Predictions(torch.cat(candidate.logits), torch.cat(candidate.predicted), labels)
+        accuracy = predictions.accuracy()
+        agreement = (predictions.predicted == torch.cat(native.predicted)).all(dim=-1).float().mean().item()
     return PatchSizeRow(
-        patch_size=one.patch_size,
-        is_native=one.is_native,
+        patch_size=candidate.patch_size,
+        is_native=candidate.is_native,
         grid=grid,
-        sequence_length=one.model.config.token_layout.num_prefix_tokens + math.prod(grid),
-        gflops=total / 1e9,
-        attention_share=in_maps / total,
-        milliseconds=statistics.median(one.milliseconds),
-        device=device_name(one.model.device),
+        sequence_length=candidate.model.config.token_layout.num_prefix_tokens + math.prod(grid),
+        gflops=total_flops / 1e9,
+        attention_share=attention_flops / total_flops,
+        milliseconds=statistics.median(candidate.milliseconds),
+        device=get_device_name(candidate.model.device),
         num_images=len(pixels),
         accuracy=accuracy,
         agreement=agreement,
-        note=note(grid, in_maps / total),
+        note=describe_problems(grid, attention_flops / total_flops),
     )
 
 
-def device_name(device: torch.device) -> str:
-    """The accelerator's or the processor's name, with the number of threads."""
+def get_device_name(device: torch.device) -> str:
+    """Return the name of the accelerator, or of the processor with the number of threads."""
     if device.type != "cpu":
         return name_of_device(device)
-    threads = torch.get_num_threads()
-    return f"{processor_name()}, {threads} thread{'s' if threads > 1 else ''}"
+    num_threads = torch.get_num_threads()
+    return f"{processor_name()}, {num_threads} thread{'s' if num_threads > 1 else ''}"
 
 
-# Words ---------------------------------------------------------------------------------------------------------------
+# Sentences -----------------------------------------------------------------------------------------------------------
 
 
-def note(grid: tuple[int, int], attention_share: float) -> str:
-    """Whether patches may be too large, or too small, for their images."""
+def describe_problems(grid: tuple[int, int], attention_fraction: float) -> str:
+    """Describe whether patches may be too large or too small for the images; empty if neither."""
     notes = []
-    if min(grid) < COARSEST:
-        notes.append(f"a patch spans 1/{min(grid)} of the image's side: maybe too large, where details matter")
-    if attention_share > MUCH_ATTENTION:
+    if min(grid) < MIN_GRID_SIDE:
+        notes.append(f"a patch spans 1/{min(grid)} of the image's side: maybe too large for small details")
+    if attention_fraction > HIGH_ATTENTION_FRACTION:
         notes.append(
-            f"{attention_share:.0%} of the compute is in attention maps, which grow with the square: maybe too small"
+            f"{attention_fraction:.0%} of the compute is in attention maps, which grow with the square of the "
+            "sequence length: maybe too small"
         )
     return "; ".join(notes)
 
 
-def own_sentence(row: PatchSizeRow) -> str:
-    """The model's own size."""
+def describe_native_size(row: PatchSizeRow) -> str:
+    """Describe the model's own patch size."""
     accuracy = "" if row.accuracy is None else f", accuracy {row.accuracy * 100:.1f} %"
     text = (
-        f"{in_words(row.patch_size)} (the model's own): {row.sequence_length} tokens, {row.gflops:.3g} GFLOPs and "
-        f"{row.milliseconds:.3g} ms for an image on {row.device}{accuracy}"
+        f"{format_patch_size(row.patch_size)} (the model's own): {row.sequence_length} tokens, "
+        f"{row.gflops:.3g} GFLOPs and {row.milliseconds:.3g} ms per image on {row.device}{accuracy}"
     )
     return f"{text} ({row.note})." if row.note else f"{text}."
 
 
-def weighed(rows: Sequence[PatchSizeRow]) -> list[str]:
-    """Which size costs least among those about as good as the best; nothing where there is no choice, or no accuracy
-    is known."""
+def recommend_patch_size(rows: Sequence[PatchSizeRow]) -> list[str]:
+    """Recommend the cheapest size within ACCURACY_TOLERANCE of the best accuracy; empty if fewer than two accuracies
+    are known."""
     known = [(row.accuracy, row) for row in rows if row.accuracy is not None]
     if len(known) < 2:
         return []
-    best, of_best = max(known, key=lambda pair: (pair[0], -pair[1].gflops))
-    cheapest = min((row for accuracy, row in known if accuracy >= best - GOOD_ENOUGH), key=lambda row: row.gflops)
-    whose = " (the model's own)" if cheapest.is_native else ""
-    text = (
-        f"Worth its cost: {in_words(cheapest.patch_size)}{whose}, the cheapest within 1 point of the best accuracy on "
-        f"{cheapest.num_images:,} images"
+    best_accuracy, best = max(known, key=lambda pair: (pair[0], -pair[1].gflops))
+    cheapest = min(
+        (row for accuracy, row in known if accuracy >= best_accuracy - ACCURACY_TOLERANCE), key=lambda row: row.gflops
     )
-    if cheapest is of_best:
-        return [f"{text} ({best * 100:.1f} %, its own)."]
-    saved = times(cheapest.gflops, of_best.gflops)
-    return [f"{text} ({best * 100:.1f} %, with patches of {in_words(of_best.patch_size)}), at {saved} its compute."]
-
-
-def sentence(row: PatchSizeRow, native: PatchSizeRow) -> str:
-    """Another size against the model's own."""
+    native = " (the model's own)" if cheapest.is_native else ""
     text = (
-        f"{in_words(row.patch_size)}: {times(row.sequence_length, native.sequence_length)} the tokens, "
-        f"{times(row.gflops, native.gflops)} the compute, {times(row.milliseconds, native.milliseconds)} the time"
+        f"Recommended: {format_patch_size(cheapest.patch_size)}{native}, the cheapest within 1 point of the best "
+        f"accuracy on {cheapest.num_images:,} images"
+    )
+    if cheapest is best:
+        return [f"{text} ({best_accuracy * 100:.1f} %, its own)."]
+    ratio = format_ratio(cheapest.gflops, best.gflops)
+    return [
+        f"{text} ({best_accuracy * 100:.1f} %, with patches of {format_patch_size(best.patch_size)}), at {ratio} its "
+        "compute."
+    ]
+
+
+def describe_other_size(row: PatchSizeRow, native: PatchSizeRow) -> str:
+    """Compare another patch size with the model's own."""
+    text = (
+        f"{format_patch_size(row.patch_size)}: {format_ratio(row.sequence_length, native.sequence_length)} the "
+        f"tokens, {format_ratio(row.gflops, native.gflops)} the compute, "
+        f"{format_ratio(row.milliseconds, native.milliseconds)} the time"
     )
     if row.accuracy is not None and native.accuracy is not None:
         text += f", accuracy {native.accuracy * 100:.1f} → {row.accuracy * 100:.1f} % before any fine-tuning"
     elif row.agreement is not None:
-        text += f", the same answers for {row.agreement * 100:.1f} % of the images before any fine-tuning"
+        text += f", the same predictions for {row.agreement * 100:.1f} % of the images before any fine-tuning"
     return f"{text} ({row.note})." if row.note else f"{text}."
 
 
-def in_words(size: PatchSize) -> str:
-    """`8`, or `8 x 4`."""
-    return " x ".join(map(str, both(size))) if not isinstance(size, int) else str(size)
+def format_patch_size(size: PatchSize) -> str:
+    """Return a patch size as text, such as `8` or `8 x 4`."""
+    return " x ".join(map(str, to_height_width(size))) if not isinstance(size, int) else str(size)
 
 
-def times(value: float, reference: float) -> str:
-    """`4 times`, `0.25 times`: how many times the reference."""
+def format_ratio(value: float, reference: float) -> str:
+    """Return value / reference as text, such as `4 times` or `0.25 times`."""
     return f"{value / reference:.2g} times"

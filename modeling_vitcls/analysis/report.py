@@ -1,17 +1,17 @@
-"""The report: one page, of one file, that shows what the special tokens of a model do.
+"""The HTML report: one self-contained page about the special tokens of a model.
 
     from modeling_vitcls.analysis import inspect_model, write_page, write_report
-    write_report("report.html", model, processor, pictures)         # or, where what was found serves for more:
-    write_page("report.html", inspect_model(model, processor, pictures))
+    write_report("report.html", model, processor, images)           # or, to use the measurements elsewhere too:
+    write_page("report.html", inspect_model(model, processor, images))
 
-    inspection.py      measures
-    report_data.py     packs figures and maps
-    report.html.j2     words and tables; with report.css
-    report_page.js     shared by the other two
-    report_maps.js     paints maps over pictures
+    inspection.py      measurements
+    report_data.py     values and maps for the scripts
+    report.html.j2     text and tables; with report.css
+    report_page.js     shared by the other two scripts
+    report_maps.js     draws maps over images
     report_charts.js   draws curves, histograms and similarities
 
-The page loads nothing. It follows the reader's choice of light or dark.
+The page loads no other files. It follows the browser's light or dark color scheme.
 """
 
 import json
@@ -24,24 +24,25 @@ import jinja2
 from markupsafe import Markup
 from PIL import Image
 
-from ..hub.loading import commit_of
+from ..files import written_whole
+from ..hub.loading import get_cached_commit
 from ..version import __version__
-from .ablation import Effect
-from .diagnosis import MANY_OUTLIERS, counted
-from .figures import GROUP_COLOURS, is_read, reader
-from .image_report import Reading
+from .ablation import AblationEffect
+from .diagnosis import MANY_OUTLIERS, format_count
+from .figures import GROUP_COLORS, describe_head, is_read
+from .image_report import ImageReport
 from .inspection import Inspection, inspect_model
-from .maps import names_by_group, token_names
-from .patch_sizes import PatchSizeRow, in_words, patch_size_sentences
-from .report_data import page_data, raw_figures
+from .maps import get_token_names, get_token_names_by_group
+from .patch_sizes import PatchSizeRow, describe_patch_sizes, format_patch_size
+from .report_data import build_json_values, build_page_data
 from .test_time_registers import OUTLIER_RATIO
 
 
 FOLDER = Path(__file__).parent
-MOST_GRIDS = 3  # that the head names
-SCRIPTS = ("report_page.js", "report_maps.js", "report_charts.js")  # in this order
+MAX_GRIDS = 3  # maximum number of patch grids listed in the page header
+SCRIPTS = ("report_page.js", "report_maps.js", "report_charts.js")  # in loading order
 
-# Verdict and what it means -> its sign: words and signs say without colour what colours say.
+# (verdict, meaning) -> sign, so that verdicts are distinguishable without color.
 SIGNS = {
     ("learned", "good"): "✓",
     ("in use", "neutral"): "•",
@@ -58,68 +59,70 @@ def write_report(
     file: str | Path,
     model: Any,
     processor: Any,
-    pictures: Sequence[Image.Image],
+    images: Sequence[Image.Image],
     *,
     title: str | None = None,
     source: str | None = None,
-    **measured: Any,
+    **arguments: Any,
 ) -> Inspection:
-    """Inspect a model, and write the page: whole or not at all. Returns what was found.
+    """Inspect a model, write the report atomically, and return the measurements.
 
     Args:
-        file: the page, .html.
-        model, processor, pictures: see `inspect_model`.
+        file: the HTML file.
+        model, processor, images: see `inspect_model`.
         title, source: see `write_page`.
-        measured: any other argument of `inspect_model`, by its name.
+        arguments: other arguments of `inspect_model`.
 
     Raises:
-        TypeError: for an argument that `inspect_model` does not have.
-        ValueError: if there is no picture that can be read, or the model's states are not finite.
-        OSError: if the page cannot be written.
+        TypeError: if an argument is not an argument of `inspect_model`.
+        ValueError: if no image can be read, or the hidden states of the model are not finite.
+        OSError: if the file cannot be written.
     """
-    inspection = inspect_model(model, processor, pictures, **measured)
+    inspection = inspect_model(model, processor, images, **arguments)
     write_page(file, inspection, title, source)
     return inspection
 
 
 def write_page(file: str | Path, inspection: Inspection, title: str | None = None, source: str | None = None) -> None:
-    """Write the page of what was found (`inspect_model`): whole or not at all.
+    """Write the report of an inspection (`inspect_model`) atomically.
 
     Args:
-        file: the page, .html.
-        title: what to call the model. Default: where it was loaded from.
-        source: of the images, in words.
+        file: the HTML file.
+        title: name of the model. Default: the folder or Hub id that it was loaded from.
+        source: description of the images.
 
     Raises:
-        OSError: if it cannot be written.
+        OSError: if the file cannot be written.
     """
-    write_whole(Path(file), page(inspection, facts(inspection, title, source)))
+    html = render_page(inspection, build_page_header(inspection, title, source))
+    Path(file).parent.mkdir(parents=True, exist_ok=True)
+    with written_whole(Path(file)) as partial:
+        partial.write_text(html, encoding="utf-8")
 
 
-def write_figures(file: str | Path, inspection: Inspection, title: str | None = None) -> None:
-    """Write what was found as JSON, for programs: `raw_figures`, and which model it was.
+def write_json_values(file: str | Path, inspection: Inspection, title: str | None = None) -> None:
+    """Write the values of an inspection as JSON (`build_json_values`), with the name and commit of the model.
 
     Raises:
-        OSError: if it cannot be written.
+        OSError: if the file cannot be written.
     """
     config = inspection.config
-    about = {"model": title or named_after(config.name_or_path), "commit": commit(config), "version": __version__}
-    write_whole(Path(file), json.dumps(about | raw_figures(inspection), indent=1, allow_nan=False) + "\n")
-
-
-def write_whole(file: Path, text: str) -> None:
-    """A text file, whole or not at all; its folder is made."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_name(f".{file.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(file)
+    about = {
+        "model": title or get_model_name(config.name_or_path),
+        "commit": get_commit(config),
+        "version": __version__,
+    }
+    text = json.dumps(about | build_json_values(inspection), indent=1, allow_nan=False) + "\n"
+    Path(file).parent.mkdir(parents=True, exist_ok=True)
+    with written_whole(Path(file)) as partial:
+        partial.write_text(text, encoding="utf-8")
 
 
 # The page ------------------------------------------------------------------------------------------------------------
 
 
-def page(inspection: Inspection, about: dict[str, Any]) -> str:
-    """The whole page."""
+def render_page(inspection: Inspection, about: dict[str, Any]) -> str:
+    """Return the HTML of the page."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(FOLDER),
         autoescape=True,
@@ -131,106 +134,107 @@ def page(inspection: Inspection, about: dict[str, Any]) -> str:
         about=about,
         inspection=inspection,
         findings=inspection.findings,
-        effects=effects_by_name(inspection),
-        patch_sizes=patch_size_table(inspection.patch_sizes),
-        layout=drawn_layout(inspection.config, about["has_head"]),
+        effects=get_named_effects(inspection),
+        patch_sizes=build_patch_size_table(inspection.patch_sizes),
+        layout=build_layout(inspection.config, about["has_head"]),
         signs=SIGNS,
-        counted=counted,
+        format_count=format_count,
         outlier_ratio=OUTLIER_RATIO,
         many_outliers=MANY_OUTLIERS,
-        data=script_safe(page_data(inspection)),
-        style=part("report.css"),
-        scripts=[part(name) for name in SCRIPTS],
+        data=to_script_json(build_page_data(inspection)),
+        style=read_page_file("report.css"),
+        scripts=[read_page_file(name) for name in SCRIPTS],
     )
 
 
-def effects_by_name(inspection: Inspection) -> list[tuple[str, Effect]]:
-    """Of each token, by what people call it; none without a classifier."""
+def get_named_effects(inspection: Inspection) -> list[tuple[str, AblationEffect]]:
+    """Return (token name, effect) pairs; empty if the model has no classifier."""
     if inspection.effects is None:
         return []
-    return list(zip(token_names(inspection.config), inspection.effects.values(), strict=True))
+    return list(zip(get_token_names(inspection.config), inspection.effects.values(), strict=True))
 
 
-def part(name: str) -> Markup:
-    """A file that goes into the page as it is."""
+def read_page_file(name: str) -> Markup:
+    """Read a style sheet or script that is included in the page."""
     return Markup((FOLDER / name).read_text(encoding="utf-8"))
 
 
-def script_safe(values: Any) -> Markup:
-    """JSON that can stand in a script element, whatever the pictures are called."""
+def to_script_json(values: Any) -> Markup:
+    """Return JSON that is safe inside a script element, with any image names."""
     text = json.dumps(values, allow_nan=False, separators=(",", ":"))
     return Markup(text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026"))
 
 
-def facts(inspection: Inspection, title: str | None, source: str | None) -> dict[str, Any]:
-    """What the head of the page says."""
+def build_page_header(inspection: Inspection, title: str | None, source: str | None) -> dict[str, Any]:
+    """Return the values of the page header."""
     config = inspection.config
-    grids = sorted({grid_of(reading) for reading in inspection.readings}) or [config.grid_size]
+    grids = sorted({get_patch_grid(report) for report in inspection.image_reports}) or [config.grid_size]
     counts = sorted(rows * columns for rows, columns in grids)
     return {
-        "title": title or named_after(config.name_or_path) or inspection.model_class,
+        "title": title or get_model_name(config.name_or_path) or inspection.model_class,
         "class": inspection.model_class,
-        "commit": commit(config),
+        "commit": get_commit(config),
         "version": __version__,
         "date": datetime.now().astimezone().strftime("%d %B %Y, %H:%M %Z"),
         "source": source,
         "num_parameters": inspection.num_parameters,
         "has_head": inspection.has_head,
-        "read_by": reader(config),
+        "read_by": describe_head(config),
         "num_patches": f"{counts[0]} to {counts[-1]}" if counts[0] < counts[-1] else f"{counts[0]}",
-        "grid": ", ".join(f"{rows} × {columns}" for rows, columns in grids) if len(grids) <= MOST_GRIDS else None,
+        "grid": ", ".join(f"{rows} × {columns}" for rows, columns in grids) if len(grids) <= MAX_GRIDS else None,
         "patch": config.patch_height_width,
     }
 
 
-def grid_of(reading: Reading) -> tuple[int, int]:
-    """Rows and columns of patches of a picture, which the image processor decides."""
-    return reading.attention.shape[-2], reading.attention.shape[-1]
+def get_patch_grid(report: ImageReport) -> tuple[int, int]:
+    """Return the rows and columns of patches of an image, which depend on the image processor."""
+    return report.attention.shape[-2], report.attention.shape[-1]
 
 
-def named_after(source: str) -> str:
-    """The last part of a folder's path, which is nobody else's; the id of a model on the Hub."""
-    if commit_of(source) is not None:  # a folder of the Hub's cache: models--NAMESPACE--NAME/snapshots/COMMIT
+def get_model_name(source: str) -> str:
+    """Return the name of a folder without its path, or the id of a model on the Hub."""
+    if get_cached_commit(source) is not None:  # Hub cache folder: models--NAMESPACE--NAME/snapshots/COMMIT
         return Path(source).parents[1].name.removeprefix("models--").replace("--", "/")
     return Path(source).resolve().name if source and Path(source).is_dir() else source
 
 
-def commit(config: Any) -> str | None:
-    """The commit on the Hub that a model was loaded from, where that is known."""
-    return getattr(config, "_commit_hash", None) or commit_of(config.name_or_path)
+def get_commit(config: Any) -> str | None:
+    """Return the Hub commit that a model was loaded from, or None if unknown."""
+    return getattr(config, "_commit_hash", None) or get_cached_commit(config.name_or_path)
 
 
-def drawn_layout(config: Any, has_head: bool) -> list[dict[str, Any]]:
-    """The groups of the sequence that have tokens: name, names of the tokens, and which of them the head reads."""
+def build_layout(config: Any, has_head: bool) -> list[dict[str, Any]]:
+    """Return the groups of the sequence that have tokens: group name, color, token names, and whether the head reads
+    each token."""
     return [
         {
             "group": group,
-            "colour": GROUP_COLOURS[group],
+            "color": GROUP_COLORS[group],
             "tokens": [
-                {"name": name, "is_read": has_head and is_read(config, group, place)}
-                for place, name in enumerate(names)
+                {"name": name, "is_read": has_head and is_read(config, group, index)}
+                for index, name in enumerate(names)
             ],
         }
-        for group, names in [*names_by_group(config).items(), ("patches", ["patches"])]
+        for group, names in [*get_token_names_by_group(config).items(), ("patches", ["patches"])]
         if names
     ]
 
 
 # Patch sizes ---------------------------------------------------------------------------------------------------------
 
-# Heading -> what a row has there; empty where it is not known.
+# Column header -> text of a row; empty if unknown.
 PATCH_SIZE_COLUMNS: dict[str, Callable[[PatchSizeRow], str]] = {
-    "patch": lambda row: in_words(row.patch_size) + (" (the model's own)" if row.is_native else ""),
+    "patch": lambda row: format_patch_size(row.patch_size) + (" (the model's own)" if row.is_native else ""),
     "tokens": lambda row: f"{row.sequence_length:,}",
     "GFLOPs per image": lambda row: f"{row.gflops:.3g}",
     "ms per image": lambda row: f"{row.milliseconds:.3g}",
     "accuracy": lambda row: "" if row.accuracy is None else f"{row.accuracy:.1%}",
-    "same answers": lambda row: "" if row.agreement is None else f"{row.agreement:.1%}",
+    "same predictions": lambda row: "" if row.agreement is None else f"{row.agreement:.1%}",
 }
 
 
-def patch_size_table(rows: Sequence[PatchSizeRow]) -> dict[str, Any]:
-    """`header`, `rows` of text, and `sentences`; columns of which nothing is known are left out."""
+def build_patch_size_table(rows: Sequence[PatchSizeRow]) -> dict[str, Any]:
+    """Return `header`, `rows` of text, and `sentences`. Columns without known values are omitted."""
     if not rows:
         return {"header": [], "rows": [], "sentences": []}
     columns = {name: [text(row) for row in rows] for name, text in PATCH_SIZE_COLUMNS.items()}
@@ -238,5 +242,5 @@ def patch_size_table(rows: Sequence[PatchSizeRow]) -> dict[str, Any]:
     return {
         "header": list(columns),
         "rows": [list(row) for row in zip(*columns.values(), strict=True)],
-        "sentences": patch_size_sentences(rows),
+        "sentences": describe_patch_sizes(rows),
     }

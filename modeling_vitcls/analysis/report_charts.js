@@ -1,25 +1,25 @@
-// Curves over depth, bars, histograms and similarities: SVG of the width that there is, with values under the pointer.
+// Curves over depth, bars, histograms and similarities: SVG with the available width, and values at the pointer.
 "use strict";
 
 const MARGIN = { left: 46, right: 12, top: 10, bottom: 30 };
 const DASHES = ["", "7 3", "2 3", "9 3 2 3"];
 const GROUP_WORDS = { cls: "CLS", distillation: "distillation", registers: "registers", patches: "patches" };
-const LOGARITHMIC_FROM = 30; // largest over least value from which norms are drawn so
+const MIN_LOG_RATIO = 30; // minimum ratio of largest to smallest norm for a logarithmic scale
 
 const afterLayers = Array.from({ length: data.layers + 1 }, (_, layer) => layer); // 0 are the embeddings
 const inLayers = afterLayers.slice(1);
 
 // Style of the lines -----------------------------------------------------------------------------------------------
 
-// Colour by group; several tokens of one differ in lightness, dashes and markers.
+// One color per group; tokens of a group differ in lightness, dashes and markers.
 const tokenStyles = data.tokens.map(({ name, group }, place) => {
   const members = data.tokens.filter((token) => token.group === group);
   const index = place - data.tokens.findIndex((token) => token.group === group);
   const fade = members.length > 1 ? Math.round((55 * index) / (members.length - 1)) : 0;
-  return { name, colour: `color-mix(in oklab, var(--${group}), var(--fade) ${fade}%)`, index };
+  return { name, color: `color-mix(in oklab, var(--${group}), var(--fade) ${fade}%)`, index };
 });
 
-function marker(index, x, y, colour) {
+function marker(index, x, y, color) {
   const r = 3.2;
   const shapes = [
     () => element("circle", { cx: x, cy: y, r }),
@@ -28,13 +28,13 @@ function marker(index, x, y, colour) {
     () => element("path", { d: `M${x},${y - r - 1}L${x + r + 1},${y}L${x},${y + r + 1}L${x - r - 1},${y}Z` }),
   ];
   const shape = shapes[index % shapes.length]();
-  shape.style.fill = colour;
+  shape.style.fill = color;
   return shape;
 }
 
 // Axes -------------------------------------------------------------------------------------------------------------
 
-// Round steps from 0, or from below it, to the largest value.
+// Round tick values from 0 (or below) to the largest value.
 function ticksFor(least, most) {
   const rough = (most - least || 1) / 4;
   const power = 10 ** Math.floor(Math.log10(rough));
@@ -45,7 +45,7 @@ function ticksFor(least, most) {
   return ticks;
 }
 
-// Powers of ten between two values, or, where there are few, also their double and fivefold.
+// Powers of ten between two values; also their multiples by 2 and 5 if there are few.
 function logarithmicTicks(least, most) {
   const first = Math.floor(Math.log10(least));
   const powers = Array.from({ length: Math.ceil(Math.log10(most)) - first + 1 }, (_, place) => 10 ** (first + place));
@@ -56,7 +56,7 @@ function logarithmicTicks(least, most) {
   return coarse.filter((_, place) => place % Math.ceil(coarse.length / 6) === 0);
 }
 
-// Places of values on the y axis, and its ticks.
+// The y axis: ticks, and a function from values to positions.
 function yAxis(values, height, { log = false, format = plain }) {
   const finite = values.filter((value) => value !== null);
   const least = Math.min(...finite, ...(log ? [] : [0]));
@@ -81,7 +81,7 @@ function drawAxes(svg, width, height, y, labels, xOf, xTitle) {
   svg.append(element("text", { x: (MARGIN.left + width - MARGIN.right) / 2, y: height - 2, class: "tick middle" }, xTitle));
 }
 
-// An SVG in a figure that is drawn anew for each width.
+// An SVG in a figure, redrawn for each width.
 function drawing(figure, height, label, draw) {
   const svg = element("svg", { role: "img", "aria-label": label, height });
   figure.append(svg);
@@ -101,7 +101,7 @@ function drawing(figure, height, label, draw) {
   return redraw;
 }
 
-// The pointer, or the arrow keys, choose a place along x; `lines(place)` says what is there.
+// The pointer or the arrow keys select an index along x; `lines(index)` returns its values.
 function readable(svg, count, xOf, lines, height) {
   const cross = element("line", { y1: MARGIN.top, y2: height - MARGIN.bottom, class: "cross", visibility: "hidden" });
   svg.append(cross);
@@ -126,7 +126,7 @@ function readable(svg, count, xOf, lines, height) {
   };
   svg.onpointermove = svg.onpointerdown = nearest;
   svg.onblur = leave;
-  svg.onpointerleave = (event) => event.pointerType === "touch" || leave(); // what was tapped stays
+  svg.onpointerleave = (event) => event.pointerType === "touch" || leave(); // keep the value after a tap
   svg.setAttribute("tabindex", 0);
   svg.onkeydown = (event) => {
     const step = { ArrowLeft: -1, ArrowRight: 1 }[event.key];
@@ -138,17 +138,17 @@ function readable(svg, count, xOf, lines, height) {
   };
 }
 
-// A name with its line, as it is in the figure.
-function sample({ colour, index = 0, dash }) {
+// A sample of a line, for the legend.
+function sample({ color, index = 0, dash }) {
   const svg = element("svg", { width: 26, height: 12, "aria-hidden": "true" });
   const line = element("line", { x1: 1, x2: 25, y1: 6, y2: 6, "stroke-dasharray": dash ?? DASHES[index % DASHES.length], class: "line" });
-  line.style.stroke = colour;
+  line.style.stroke = color;
   svg.append(line);
-  if (dash === undefined) svg.append(marker(index, 13, 6, colour));
+  if (dash === undefined) svg.append(marker(index, 13, 6, color));
   return svg;
 }
 
-// The same figures as a table, for who cannot see or wants to copy them.
+// The values as a table, for screen readers and copying.
 function numbersBelow(figure, header, rows) {
   const cellsOf = (values, tag) => values.map((value) => element(tag, {}, typeof value === "string" ? value : plain(value)));
   const table = element("table", {}, element("thead", {}, element("tr", {}, ...cellsOf(header, "th"))));
@@ -158,7 +158,7 @@ function numbersBelow(figure, header, rows) {
 
 // Curves -----------------------------------------------------------------------------------------------------------
 
-// `series`: { name, colour, index, mean, low?, high? }; `labels`: of x; `baselines`: of { name, value }.
+// `series`: { name, color, index, mean, low?, high? }; `labels`: of x; `baselines`: of { name, value }.
 function lineChart(figure, { series, labels, xTitle, baselines = [], format = plain, log = false, height = 230 }) {
   const hidden = new Set();
   const legend = element("div", { class: "legend" });
@@ -175,48 +175,48 @@ function lineChart(figure, { series, labels, xTitle, baselines = [], format = pl
       svg.append(element("line", { x1: MARGIN.left, x2: width - MARGIN.right, y1: at, y2: at, class: "baseline" }));
     }
     const points = (row) => row.map((value, place) => [xOf(place), value === null ? null : y.place(value)]).filter(([, at]) => at !== null);
-    for (const { low, high, colour } of shown) {
+    for (const { low, high, color } of shown) {
       if (!low) continue;
       const band = element("path", { d: `M${[...points(low), ...points(high).reverse()].map((point) => point.join(",")).join("L")}Z`, class: "band" });
-      band.style.fill = colour;
+      band.style.fill = color;
       svg.append(band);
     }
-    for (const { mean, colour, index } of shown) {
+    for (const { mean, color, index } of shown) {
       const line = element("path", { d: `M${points(mean).map((point) => point.join(",")).join("L")}`, "stroke-dasharray": DASHES[index % DASHES.length], class: "line" });
-      line.style.stroke = colour;
-      svg.append(line, ...points(mean).map(([x, at]) => marker(index, x, at, colour)));
+      line.style.stroke = color;
+      svg.append(line, ...points(mean).map(([x, at]) => marker(index, x, at, color)));
     }
-    const said = ({ name, mean, low, high }, place) =>
+    const describe = ({ name, mean, low, high }, place) =>
       `${name}: ${format(mean[place])}${low && data.heads.length !== 1 ? ` (${format(low[place])} to ${format(high[place])})` : ""}`;
     readable(svg, labels.length, xOf, (place) => [
       `${xTitle} ${labels[place]}`,
-      ...shown.map((one) => said(one, place)),
+      ...shown.map((line) => describe(line, place)),
       ...baselines.map(({ name, value }) => `${name}: ${format(value)}`),
     ], height);
   });
-  for (const one of series) {
-    const button = element("button", { type: "button", "aria-pressed": "true" }, sample(one), one.name);
+  for (const line of series) {
+    const button = element("button", { type: "button", "aria-pressed": "true" }, sample(line), line.name);
     button.addEventListener("click", () => {
-      if (!hidden.delete(one.name)) hidden.add(one.name);
-      button.setAttribute("aria-pressed", String(!hidden.has(one.name)));
+      if (!hidden.delete(line.name)) hidden.add(line.name);
+      button.setAttribute("aria-pressed", String(!hidden.has(line.name)));
       redraw();
     });
     if (series.length > 1) legend.append(button);
   }
-  if (baselines.length) legend.append(element("span", {}, sample({ colour: "var(--ink)", dash: "5 4" }), baselines[0].name));
+  if (baselines.length) legend.append(element("span", {}, sample({ color: "var(--ink)", dash: "5 4" }), baselines[0].name));
   figure.append(legend);
   numbersBelow(figure, [xTitle, ...series.map(({ name }) => name)], labels.map((label, place) => [String(label), ...series.map(({ mean }) => mean[place])]));
 }
 
 const uniform = (name) => [{ name: "uniform", value: data.curves.uniform[name] }];
 
-// Of tokens that see different parts of the image each has its own.
+// Tokens with different visible regions have separate baselines.
 function uniformByToken(name) {
   const values = data.curves.uniform_by_token[name];
   if (!values) return uniform(name);
   const alike = uniform(name);
   values.forEach((value, place) => {
-    if (value !== alike[0].value) alike.push({ name: `uniform, of what ${data.tokens[place].name} sees`, value });
+    if (value !== alike[0].value) alike.push({ name: `uniform over the region of ${data.tokens[place].name}`, value });
   });
   return alike;
 }
@@ -228,24 +228,24 @@ const stateChart = (name, more = {}) => (figure) =>
   lineChart(figure, { series: ofTokens(data.curves[name]), labels: afterLayers, xTitle: "after layer", ...more });
 
 function patchDistance(figure) {
-  const [found] = data.curves.patch_distance;
-  const series = [{ name: "patches", colour: "var(--patches)", index: 0, ...found }];
+  const [distances] = data.curves.patch_distance;
+  const series = [{ name: "patches", color: "var(--patches)", index: 0, ...distances }];
   lineChart(figure, { series, labels: inLayers, xTitle: "layer", baselines: uniform("patch_distance") });
 }
 
 function norms(figure) {
   const { median, low, high } = data.curves.patch_norms;
-  const patches = { name: "patches", colour: "var(--patches)", index: 0, mean: median, low, high };
+  const patches = { name: "patches", color: "var(--patches)", index: 0, mean: median, low, high };
   const series = [patches, ...ofTokens(data.curves.token_norms)];
   const values = series.flatMap(({ mean, low: lowest = [], high: highest = [] }) => [...mean, ...lowest, ...highest]).filter((value) => value !== null);
-  const log = Math.min(...values) > 0 && Math.max(...values) > LOGARITHMIC_FROM * Math.min(...values);
+  const log = Math.min(...values) > 0 && Math.max(...values) > MIN_LOG_RATIO * Math.min(...values);
   lineChart(figure, { series, labels: afterLayers, xTitle: "after layer", log, format: plain });
 }
 
 function outliers(figure) {
-  const series = [{ name: "patches", colour: "var(--patches)", index: 0, mean: data.curves.outliers }];
-  const hidden = data.curves.outliers_without_registers;
-  if (hidden) series.push({ name: "registers hidden from attention", colour: "var(--registers)", index: 1, mean: hidden });
+  const series = [{ name: "patches", color: "var(--patches)", index: 0, mean: data.curves.outliers }];
+  const withoutRegisters = data.curves.outliers_without_registers;
+  if (withoutRegisters) series.push({ name: "registers hidden from attention", color: "var(--registers)", index: 1, mean: withoutRegisters });
   lineChart(figure, { series, labels: afterLayers, xTitle: "after layer", format: percent, baselines: [{ name: "many", value: data.curves.many_outliers }] });
 }
 
@@ -253,7 +253,7 @@ function outliers(figure) {
 
 function mass(box) {
   const groups = Object.keys(GROUP_WORDS);
-  const there = groups.filter((group) => group === "patches" || data.tokens.some((token) => token.group === group));
+  const visibleGroups = groups.filter((group) => group === "patches" || data.tokens.some((token) => token.group === group));
   data.tokens.forEach(({ name }, token) => {
     const figure = element("figure", {}, element("figcaption", {}, element("h4", {}, name)));
     box.append(figure);
@@ -265,23 +265,23 @@ function mass(box) {
       drawAxes(svg, width, height, { ...y, ticks: [0, 0.5, 1] }, inLayers, xOf, "layer");
       inLayers.forEach((_, layer) => {
         let below = 0;
-        for (const group of there) {
+        for (const group of visibleGroups) {
           const share = data.curves.mass[token][groups.indexOf(group)][layer];
           const top = Math.min(below + share, 1);
           svg.append(element("rect", { x: xOf(layer) - step * 0.46, width: step * 0.92, y: y.place(top), height: Math.max(y.place(below) - y.place(top), 0), class: `bar g-${group}` }));
           below = top;
         }
       });
-      const said = (layer) => there.map((group) => `${GROUP_WORDS[group]}: ${percent(data.curves.mass[token][groups.indexOf(group)][layer])}`);
-      readable(svg, data.layers, xOf, (layer) => [`${name}, layer ${layer + 1}`, ...said(layer).reverse()], height);
+      const describe = (layer) => visibleGroups.map((group) => `${GROUP_WORDS[group]}: ${percent(data.curves.mass[token][groups.indexOf(group)][layer])}`);
+      readable(svg, data.layers, xOf, (layer) => [`${name}, layer ${layer + 1}`, ...describe(layer).reverse()], height);
     });
-    numbersBelow(figure, ["layer", ...there.map((group) => GROUP_WORDS[group])], inLayers.map((label, layer) => [String(label), ...there.map((group) => data.curves.mass[token][groups.indexOf(group)][layer])]));
+    numbersBelow(figure, ["layer", ...visibleGroups.map((group) => GROUP_WORDS[group])], inLayers.map((label, layer) => [String(label), ...visibleGroups.map((group) => data.curves.mass[token][groups.indexOf(group)][layer])]));
   });
-  const names = there.map((group) => element("span", {}, element("span", { class: `square g-${group}` }), GROUP_WORDS[group]));
+  const names = visibleGroups.map((group) => element("span", {}, element("span", { class: `square g-${group}` }), GROUP_WORDS[group]));
   box.after(element("div", { class: "legend" }, ...names));
 }
 
-// A slider over the states: `show(layer)` is called for each choice, the last layer at first.
+// A slider over layers: `show(layer)` is called for each selection, initially for the last layer.
 function layerSlider(figure, show) {
   const output = element("output");
   const slider = element("input", { type: "range", min: 0, max: data.layers, value: data.layers, "aria-label": "layer" });
@@ -311,7 +311,7 @@ function histogram(figure) {
     counts.forEach((count, bin) => {
       if (!count) return;
       const isBeyond = ((bin + 0.5) * end) / counts.length > limit;
-      const top = Math.min(y.place(count), floor - 3); // a single patch is seen too
+      const top = Math.min(y.place(count), floor - 3); // keep a single patch visible
       svg.append(element("rect", { x: MARGIN.left + bin * step + 0.5, width: Math.max(step - 1, 1), y: top, height: floor - top, class: isBeyond ? "bar beyond" : "bar g-patches" }));
     });
     svg.append(element("line", { x1: xFor(limit), x2: xFor(limit), y1: MARGIN.top, y2: floor, class: "baseline" }));
@@ -332,7 +332,7 @@ function histogram(figure) {
 
 // Similarities -----------------------------------------------------------------------------------------------------
 
-// A matrix of cosines as squares; numbers in them where there is room.
+// A matrix of cosines as squares, with numbers if they fit.
 function squares(svg, width, matrix, names, { side, left, top, words }) {
   const room = Math.min((width - left - 4) / names.length, side);
   matrix.forEach((row, down) =>

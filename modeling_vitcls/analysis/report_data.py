@@ -1,7 +1,9 @@
-"""An inspection as plain values: for the scripts of the page (`page_data`), and for programs (`raw_figures`).
+"""An inspection as JSON values, for the scripts of the page (`build_page_data`) and for other programs
+(`build_json_values`).
 
-Maps are one byte per patch, the square root of their share of the map's largest value, so that a page of thousands of
-maps stays small and weak attention keeps its steps; the page paints them. Words and tables are in report.html.j2.
+Maps are stored as one byte per patch, the square root of the value divided by the map's maximum. This keeps a page
+with thousands of maps small, with enough levels for weak attention. The page draws the maps. Text and tables are in
+report.html.j2.
 """
 
 import base64
@@ -15,113 +17,107 @@ import torch
 from matplotlib import colormaps
 from PIL import Image
 
-from .ablation import token_keys
+from .ablation import get_token_keys
 from .diagnosis import MANY_OUTLIERS
-from .figures_of_states import norm_histogram
-from .image_report import Reading
+from .figures_of_states import compute_norm_histogram
+from .image_report import ImageReport
 from .inspection import Inspection
-from .maps import COLOURMAP, EVEN, token_names
+from .maps import COLORMAP, MIN_SCALE, get_head_names, get_token_names
 from .token_statistics import Findings
 
 
-MOST_MAP_BYTES = 11 * 2**20  # of all pictures; beyond it single heads are left out. In base64 a third more
-PICTURE_SIDE = 640  # pixels of the longer side of a picture in the page
-LOSSLESS_SIDE = 96  # up to which a picture is stored as PNG
-QUANTILES = {"low": 0.05, "median": 0.5, "high": 0.95, "largest": 1.0}  # of the patches' norms
+MAX_MAP_BYTES = 11 * 2**20  # for all images (a third more in base64); above it, maps of single heads are omitted
+IMAGE_SIDE = 640  # maximum pixels of the longer side of an image in the page
+LOSSLESS_SIDE = 96  # maximum pixels of the longer side of an image stored as PNG
+QUANTILES = {"low": 0.05, "median": 0.5, "high": 0.95, "largest": 1.0}  # of the patch norms
 
 
-def page_data(inspection: Inspection) -> dict[str, Any]:
-    """All that the page's scripts read, as JSON knows it."""
-    with_heads = has_room_for_heads(inspection.readings)
+def build_page_data(inspection: Inspection) -> dict[str, Any]:
+    """Return all values that the scripts of the page read."""
+    with_heads = has_room_for_heads(inspection.image_reports)
     return {
-        "tokens": tokens(inspection.config),
+        "tokens": describe_tokens(inspection.config),
         "layers": len(inspection.findings.entropy),
-        "heads": head_names(inspection.config) if with_heads else [],
-        "colours": "".join(f"{value:02x}" for value in colour_table().flatten()),
-        "even": EVEN,
-        "pictures": [picture_data(reading, with_heads) for reading in inspection.readings],
-        "curves": curves(inspection.findings),
-        "histograms": histograms(inspection),
+        "heads": get_head_names(inspection.config) if with_heads else [],
+        "colors": "".join(f"{value:02x}" for value in build_color_table().flatten()),
+        "min_scale": MIN_SCALE,
+        "images": [build_image_data(report, with_heads) for report in inspection.image_reports],
+        "curves": build_curves(inspection.findings),
+        "histograms": build_histograms(inspection),
     }
 
 
-def tokens(config: Any) -> list[dict[str, str]]:
-    """Name and group of each special token."""
-    keys = token_keys(config.token_layout)
+def describe_tokens(config: Any) -> list[dict[str, str]]:
+    """Return name and group of each special token."""
+    keys = get_token_keys(config.token_layout)
     return [
-        {"name": name, "group": key.partition("[")[0]} for name, key in zip(token_names(config), keys, strict=True)
+        {"name": name, "group": key.partition("[")[0]} for name, key in zip(get_token_names(config), keys, strict=True)
     ]
 
 
-def head_names(config: Any) -> list[str]:
-    """The attention maps of a layer; differential attention has two per head."""
-    heads = [f"head {number}" for number in range(1, config.num_attention_heads + 1)]
-    if config.attention_type == "differential":
-        return [f"{head}, {which} map" for head in heads for which in ("first", "second")]
-    return heads
+def build_color_table() -> np.ndarray:
+    """Return the 256 colors of `COLORMAP`, [256, 3] `uint8`, as in `maps.overlay`."""
+    return (colormaps[COLORMAP](np.arange(256))[:, :3] * 255).round().astype(np.uint8)
 
 
-def colour_table() -> np.ndarray:
-    """The 256 colours of `COLOURMAP`, [256, 3] `uint8`, as `maps.overlay` has them."""
-    return (colormaps[COLOURMAP](np.arange(256))[:, :3] * 255).round().astype(np.uint8)
+# Images and their maps ---------------------------------------------------------------------------------------------
 
 
-# Pictures and their maps ---------------------------------------------------------------------------------------------
+def has_room_for_heads(image_reports: list[ImageReport]) -> bool:
+    """Return whether the maps of single heads fit into the page."""
+    return sum(report.attention.numel() for report in image_reports) <= MAX_MAP_BYTES
 
 
-def has_room_for_heads(readings: list[Reading]) -> bool:
-    """Whether the maps of single heads fit into the page."""
-    return sum(reading.attention.numel() for reading in readings) <= MOST_MAP_BYTES
-
-
-def picture_data(reading: Reading, with_heads: bool) -> dict[str, Any]:
-    """A picture, and its maps in the order [layer, mean and heads, token]."""
-    width, height = reading.picture.size
-    mean = reading.attention.mean(dim=1, keepdim=True)  # [L, 1, S, gh, gw]
-    attention = torch.cat([mean, reading.attention], dim=1) if with_heads else mean
-    left, top, right, bottom = reading.seen
-    attributed = [f"{answer.task}: {answer.first}" if answer.task else answer.first for answer in reading.answers]
+def build_image_data(report: ImageReport, with_heads: bool) -> dict[str, Any]:
+    """Return an image, and its maps in the order [layer, mean and heads, token]."""
+    width, height = report.image.size
+    mean = report.attention.mean(dim=1, keepdim=True)  # [L, 1, S, gh, gw]
+    attention = torch.cat([mean, report.attention], dim=1) if with_heads else mean
+    left, top, right, bottom = report.visible_region
     return {
-        "name": reading.name,
+        "name": report.name,
         "width": width,
         "height": height,
-        "image": data_url(reading.picture),
-        "seen": [left / width, top / height, right / width, bottom / height],
+        "url": encode_data_url(report.image),
+        "visible_region": [left / width, top / height, right / width, bottom / height],
         "grid": list(attention.shape[-2:]),
-        "attention": packed(attention),
-        "rollout": packed(reading.rollout),
-        "attribution": packed(torch.stack(reading.attributions)) if reading.attributions else None,
-        "attributed": attributed,
+        "attention": pack_maps(attention),
+        "rollout": pack_maps(report.rollout),
+        "attribution": pack_maps(torch.stack(report.attributions)) if report.attributions else None,
+        "attributed": [
+            f"{prediction.task}: {prediction.first}" if prediction.task else prediction.first
+            for prediction in report.predictions
+        ],
     }
 
 
-def data_url(picture: Image.Image) -> str:
-    """A picture as text, made smaller where it is large."""
-    small = picture.copy()
-    small.thumbnail((PICTURE_SIDE, PICTURE_SIDE))
+def encode_data_url(image: Image.Image) -> str:
+    """Return an image as a data URL, scaled down to IMAGE_SIDE."""
+    small = image.copy()
+    small.thumbnail((IMAGE_SIDE, IMAGE_SIDE))
     file = io.BytesIO()
-    kind = "png" if max(small.size) <= LOSSLESS_SIDE else "jpeg"
-    small.save(file, kind, quality=85)
-    return f"data:image/{kind};base64,{base64.b64encode(file.getvalue()).decode()}"
+    file_type = "png" if max(small.size) <= LOSSLESS_SIDE else "jpeg"
+    small.save(file, file_type, quality=85)
+    return f"data:image/{file_type};base64,{base64.b64encode(file.getvalue()).decode()}"
 
 
-def packed(maps: torch.Tensor) -> dict[str, str]:
-    """Maps [..., gh, gw] of values from 0 on -> `values`, a byte per patch, and of each map `largest` and `sum`.
+def pack_maps(maps: torch.Tensor) -> dict[str, str]:
+    """Encode nonnegative maps [..., gh, gw] as `values` (one byte per patch), `largest` value and `sum` of each map.
 
-    A value is (byte / 255)² times the map's largest.
+    A value is (byte / 255)² times the largest value of its map.
     """
     maps = maps.double()
     largest = maps.amax(dim=(-2, -1), keepdim=True)
     shares = maps / largest.clamp(min=1e-30)
     return {
-        "values": encoded((shares.sqrt() * 255).round().to(torch.uint8)),
-        "largest": encoded(largest.float()),
-        "sum": encoded(maps.sum(dim=(-2, -1)).float()),
+        "values": encode_base64((shares.sqrt() * 255).round().to(torch.uint8)),
+        "largest": encode_base64(largest.float()),
+        "sum": encode_base64(maps.sum(dim=(-2, -1)).float()),
     }
 
 
-def encoded(values: torch.Tensor) -> str:
-    """The bytes of a tensor in base64; numbers are little-endian, as in every browser."""
+def encode_base64(values: torch.Tensor) -> str:
+    """Return the bytes of a tensor in base64, little-endian as in browsers."""
     array = values.contiguous().numpy()
     return base64.b64encode(array.astype(array.dtype.newbyteorder("<")).tobytes()).decode()
 
@@ -129,62 +125,65 @@ def encoded(values: torch.Tensor) -> str:
 # Figures over depth --------------------------------------------------------------------------------------------------
 
 
-def curves(findings: Findings) -> dict[str, Any]:
-    """Series over layers: of the heads their mean, least and most; and the uniform baselines."""
+def build_curves(findings: Findings) -> dict[str, Any]:
+    """Return the curves over layers, with mean, minimum and maximum over heads, and the baselines of uniform
+    attention."""
     return {
-        "uniform": rounded(findings.uniform | {"received": math.exp(-findings.uniform["entropy"])}),  # 1 / N
-        "uniform_by_token": rounded(findings.uniform_by_token),
-        "entropy": over_heads(findings.entropy),
-        "spread": over_heads(findings.spread),
-        "received": over_heads(findings.received),
-        "patch_distance": over_heads(findings.patch_distance.unsqueeze(-1)),
-        "mass": rounded(findings.mass.mean(dim=1).permute(1, 2, 0)),  # [S, 4, L]
-        "between_tokens": rounded(findings.between_tokens),  # [L + 1, S, S]
-        "across_layers": rounded(findings.across_layers),  # [S, L + 1, L + 1]
-        "to_patches": rounded(findings.to_patches.T),  # [S, L + 1]
-        "variation": rounded(findings.variation.T),
-        "token_norms": rounded(findings.token_norms.T),
-        "patch_norms": patch_norms(findings),
-        "outliers": rounded(findings.outliers),
-        "outliers_without_registers": rounded(findings.outliers_without_registers),
+        "uniform": round_values(findings.uniform | {"received": math.exp(-findings.uniform["entropy"])}),  # 1 / N
+        "uniform_by_token": round_values(findings.uniform_by_token),
+        "entropy": summarize_heads(findings.entropy),
+        "spread": summarize_heads(findings.spread),
+        "received": summarize_heads(findings.received),
+        "patch_distance": summarize_heads(findings.patch_distance.unsqueeze(-1)),
+        "mass": round_values(findings.mass.mean(dim=1).permute(1, 2, 0)),  # [S, 4, L]
+        "between_tokens": round_values(findings.between_tokens),  # [L + 1, S, S]
+        "across_layers": round_values(findings.across_layers),  # [S, L + 1, L + 1]
+        "to_patches": round_values(findings.to_patches.T),  # [S, L + 1]
+        "variation": round_values(findings.variation.T),
+        "token_norms": round_values(findings.token_norms.T),
+        "patch_norms": compute_norm_quantiles(findings),
+        "outliers": round_values(findings.outliers),
+        "outliers_without_registers": round_values(findings.outliers_without_registers),
         "many_outliers": MANY_OUTLIERS,
     }
 
 
-def over_heads(figures: torch.Tensor) -> list[dict[str, list[float]]]:
-    """[L, H, S] -> for each token mean, low and high [L]."""
+def summarize_heads(values: torch.Tensor) -> list[dict[str, list[float]]]:
+    """Return mean, minimum and maximum over heads [L] of each token, for values [L, H, S]."""
     return [
         {
-            "mean": rounded(token.mean(dim=1)),
-            "low": rounded(token.amin(dim=1)),
-            "high": rounded(token.amax(dim=1)),
+            "mean": round_values(token.mean(dim=1)),
+            "low": round_values(token.amin(dim=1)),
+            "high": round_values(token.amax(dim=1)),
         }
-        for token in figures.unbind(dim=-1)
+        for token in values.unbind(dim=-1)
     ]
 
 
-def patch_norms(findings: Findings) -> dict[str, list[float]]:
-    """QUANTILES of the patches' norms, [L + 1] each."""
+def compute_norm_quantiles(findings: Findings) -> dict[str, list[float]]:
+    """Return the QUANTILES of the patch norms, [L + 1] each."""
     levels = torch.tensor(list(QUANTILES.values()))
-    found = findings.patch_norms.float().quantile(levels, dim=1)  # [4, L + 1]
-    return dict(zip(QUANTILES, rounded(found), strict=True))
+    quantiles = findings.patch_norms.float().quantile(levels, dim=1)  # [4, L + 1]
+    return dict(zip(QUANTILES, round_values(quantiles), strict=True))
 
 
-def histograms(inspection: Inspection) -> list[dict[str, Any]]:
-    """Of the patches' norms after the embeddings and each layer: counts, edges, and where outliers begin."""
+def build_histograms(inspection: Inspection) -> list[dict[str, Any]]:
+    """Return the histograms of patch norms after the embeddings and each layer."""
     layers = range(len(inspection.findings.patch_norms))
-    found = [norm_histogram(inspection.config, inspection.findings, layer) for layer in layers]
-    return rounded([dataclasses.asdict(one) for one in found])
+    return round_values(
+        [dataclasses.asdict(compute_norm_histogram(inspection.config, inspection.findings, layer)) for layer in layers]
+    )
 
 
-def rounded(values: Any) -> Any:
-    """Tensors as nested lists, numbers with five digits, None for what is not finite; dicts and lists all through."""
+def round_values(values: Any) -> Any:
+    """Convert tensors in nested dicts and lists to lists, round numbers to five digits, and replace non-finite numbers
+    by None."""
     if isinstance(values, torch.Tensor):
-        return rounded(values.tolist())
+        return round_values(values.tolist())
     if isinstance(values, dict):
-        return {name: rounded(value) for name, value in values.items()}
+        return {name: round_values(value) for name, value in values.items()}
     if isinstance(values, list):
-        return [rounded(value) for value in values]
+        return [round_values(value) for value in values]
     if isinstance(values, float):
         return float(f"{values:.5g}") if math.isfinite(values) else None
     return values
@@ -193,35 +192,37 @@ def rounded(values: Any) -> Any:
 # For programs --------------------------------------------------------------------------------------------------------
 
 
-def raw_figures(inspection: Inspection) -> dict[str, Any]:
-    """Findings, effects and verdicts, as JSON knows them; of states and patches' norms only what is shown of them."""
+def build_json_values(inspection: Inspection) -> dict[str, Any]:
+    """Return findings, effects and verdicts. Mean states are omitted, and patch norms are summarized by quantiles."""
     findings = {
-        item.name: getattr(inspection.findings, item.name)
-        for item in dataclasses.fields(inspection.findings)
-        if item.name not in ("mean_states", "patch_norms")
+        field.name: getattr(inspection.findings, field.name)
+        for field in dataclasses.fields(inspection.findings)
+        if field.name not in ("mean_states", "patch_norms")
     }
     effects = inspection.effects
-    return rounded(
+    return round_values(
         {
-            "tokens": token_names(inspection.config),
+            "tokens": get_token_names(inspection.config),
             "verdicts": [dataclasses.asdict(verdict) for verdict in inspection.verdicts],
             "artifacts": inspection.artifacts,
             "depth": inspection.depth,
             "accuracy": inspection.accuracy,
-            "effects": None if effects is None else {key: dataclasses.asdict(one) for key, one in effects.items()},
-            "findings": findings | {"patch_norms": patch_norms(inspection.findings)},
+            "effects": None
+            if effects is None
+            else {key: dataclasses.asdict(effect) for key, effect in effects.items()},
+            "findings": findings | {"patch_norms": compute_norm_quantiles(inspection.findings)},
             "patch_sizes": [dataclasses.asdict(row) for row in inspection.patch_sizes],
             "pictures": [
                 {
-                    "name": reading.name,
-                    "truth": reading.truth,
+                    "name": report.name,
+                    "truth": report.truth,
                     "answers": [
                         {"task": answer.task, "labels": [list(label) for label in answer.labels]}
-                        for answer in reading.answers
+                        for answer in report.predictions
                     ],
                 }
-                for reading in inspection.readings
+                for report in inspection.image_reports
             ],
-            "num_broken": inspection.num_broken,
+            "num_broken": inspection.num_unreadable,
         }
     )

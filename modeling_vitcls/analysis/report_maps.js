@@ -1,79 +1,79 @@
-// Maps over pictures: painted when they come into view, with values under the pointer, and enlarged.
+// Maps over images: drawn when they become visible, with values at the pointer, and enlarged on click.
 //
-// A spot says which map: { picture, kind, layer, token }, where kind is "attention", "rollout" (one per token),
-// "attribution" (`token` is the number of the answer) or "picture" (nothing over it).
+// A spot identifies a map: { image, kind, layer, token }, where kind is "attention", "rollout" (one per token),
+// "attribution" (`token` is the index of the prediction) or "image" (without a map).
 "use strict";
 
 const SIDE = 200; // pixels of the longer side of a map in the grid
-const PICTURE_LIGHT = 0.75; // these four as in maps.py
-const UNSEEN_LIGHT = 0.35;
-const LEAST_OPACITY = 0.25;
-const MORE_OPACITY = 0.6;
+const IMAGE_BRIGHTNESS = 0.75; // these four constants are the same as in maps.py
+const HIDDEN_BRIGHTNESS = 0.35;
+const MIN_OPACITY = 0.25;
+const OPACITY_RANGE = 0.6;
 const SQUARES = Float32Array.from({ length: 256 }, (_, byte) => (byte / 255) ** 2);
-const COLOURS = Uint8Array.from(data.colours.match(/../g), (byte) => parseInt(byte, 16));
+const COLORS = Uint8Array.from(data.colors.match(/../g), (byte) => parseInt(byte, 16));
 
-const bytesOf = (text) => Uint8Array.from(atob(text), (character) => character.charCodeAt(0));
-const unpacked = (packed) =>
+const decodeBytes = (text) => Uint8Array.from(atob(text), (character) => character.charCodeAt(0));
+const unpackMaps = (packed) =>
   packed && {
-    values: bytesOf(packed.values),
-    largest: new Float32Array(bytesOf(packed.largest).buffer),
-    sum: new Float32Array(bytesOf(packed.sum).buffer),
+    values: decodeBytes(packed.values),
+    largest: new Float32Array(decodeBytes(packed.largest).buffer),
+    sum: new Float32Array(decodeBytes(packed.sum).buffer),
   };
 
-const pictures = data.pictures.map((picture) => ({
-  ...picture,
-  attention: unpacked(picture.attention),
-  rollout: unpacked(picture.rollout),
-  attribution: unpacked(picture.attribution),
-  loaded: loadedImage(picture.image),
-  greys: new Map(),
+const images = data.images.map((image) => ({
+  ...image,
+  attention: unpackMaps(image.attention),
+  rollout: unpackMaps(image.rollout),
+  attribution: unpackMaps(image.attribution),
+  loaded: loadImage(image.url),
+  grays: new Map(),
 }));
 
 const headChoice = document.getElementById("head");
 const brightnessChoice = document.getElementById("brightness");
 const head = () => Number(headChoice?.value ?? 0);
 
-async function loadedImage(url) {
-  const image = new Image();
-  image.src = url;
-  await image.decode();
-  return image;
+async function loadImage(url) {
+  const bitmap = new Image();
+  bitmap.src = url;
+  await bitmap.decode();
+  return bitmap;
 }
 
-// Which map ------------------------------------------------------------------------------------------------------
+// Selection of maps ---------------------------------------------------------------------------------------------------
 
-function numberOf(spot) {
+function getMapIndex(spot) {
   if (spot.kind !== "attention") return spot.token;
   return (spot.layer * (1 + data.heads.length) + head()) * data.tokens.length + spot.token;
 }
 
 // The bytes of a map, its largest value, and the sum over patches.
-function mapAt(spot) {
-  const picture = pictures[spot.picture];
-  const [rows, columns] = picture.grid;
-  const { values, largest, sum } = picture[spot.kind];
-  const number = numberOf(spot);
+function getMap(spot) {
+  const image = images[spot.image];
+  const [rows, columns] = image.grid;
+  const { values, largest, sum } = image[spot.kind];
+  const number = getMapIndex(spot);
   const start = number * rows * columns;
   return { bytes: values.subarray(start, start + rows * columns), largest: largest[number], sum: sum[number] };
 }
 
-// The value of the brightest colour: of the map itself, or of all the picture's layers; as in maps.py, even attention
-// does not glow everywhere.
-function strongestFor(spot) {
-  const [rows, columns] = pictures[spot.picture].grid;
-  const ownOf = ({ largest, sum }) => Math.max(largest, (data.even * sum) / (rows * columns));
-  if (spot.kind !== "attention" || brightnessChoice.value === "each") return ownOf(mapAt(spot));
+// The value of the brightest color, for one map or for all layers of an image. As in maps.py, uniform attention is not
+// bright everywhere.
+function getMaxValue(spot) {
+  const [rows, columns] = images[spot.image].grid;
+  const getScale = ({ largest, sum }) => Math.max(largest, (data.min_scale * sum) / (rows * columns));
+  if (spot.kind !== "attention" || brightnessChoice.value === "each") return getScale(getMap(spot));
   let strongest = 0;
   for (let layer = 0; layer < data.layers; layer++)
     for (let token = 0; token < data.tokens.length; token++)
-      strongest = Math.max(strongest, ownOf(mapAt({ ...spot, layer, token })));
+      strongest = Math.max(strongest, getScale(getMap({ ...spot, layer, token })));
   return strongest;
 }
 
-function titleOf(spot) {
-  const picture = pictures[spot.picture];
-  if (spot.kind === "picture") return picture.name;
-  if (spot.kind === "attribution") return `attribution of ${picture.attributed[spot.token]}`;
+function getTitle(spot) {
+  const image = images[spot.image];
+  if (spot.kind === "image") return image.name;
+  if (spot.kind === "attribution") return `attribution of ${image.attributed[spot.token]}`;
   const name = data.tokens[spot.token].name;
   if (spot.kind === "rollout") return `${name}, rollout through all layers`;
   return `${name}, layer ${spot.layer + 1}, ${head() ? data.heads[head() - 1] : "mean of the heads"}`;
@@ -81,36 +81,36 @@ function titleOf(spot) {
 
 // Painting -------------------------------------------------------------------------------------------------------
 
-function sizeFor(picture, longer) {
-  const scale = longer / Math.max(picture.width, picture.height);
-  return [Math.max(Math.round(picture.width * scale), 1), Math.max(Math.round(picture.height * scale), 1)];
+function getSize(image, longer) {
+  const scale = longer / Math.max(image.width, image.height);
+  return [Math.max(Math.round(image.width * scale), 1), Math.max(Math.round(image.height * scale), 1)];
 }
 
-function drawPicture(canvas, picture, image, longer) {
-  [canvas.width, canvas.height] = sizeFor(picture, longer);
+function drawBitmap(canvas, image, bitmap, longer) {
+  [canvas.width, canvas.height] = getSize(image, longer);
   const context = canvas.getContext("2d", { willReadFrequently: true });
-  context.imageSmoothingEnabled = canvas.width < 4 * image.naturalWidth; // pixels of tiny pictures stay visible
+  context.imageSmoothingEnabled = canvas.width < 4 * bitmap.naturalWidth; // pixels of tiny images stay visible
   context.imageSmoothingQuality = "high";
-  context.drawImage(image, 0, 0, canvas.width, canvas.height);
+  context.drawImage(bitmap, 0, 0, canvas.width, canvas.height);
   return context;
 }
 
-// The picture's lightness at a size, 0 to 255.
-function greyOf(picture, image, longer) {
-  if (!picture.greys.has(longer)) {
-    const context = drawPicture(document.createElement("canvas"), picture, image, longer);
+// The gray values of an image at a size, 0 to 255.
+function getGray(image, bitmap, longer) {
+  if (!image.grays.has(longer)) {
+    const context = drawBitmap(document.createElement("canvas"), image, bitmap, longer);
     const { width, height } = context.canvas;
-    const colours = context.getImageData(0, 0, width, height).data;
-    const grey = Float32Array.from({ length: width * height }, (_, pixel) => {
+    const colors = context.getImageData(0, 0, width, height).data;
+    const gray = Float32Array.from({ length: width * height }, (_, pixel) => {
       const first = 4 * pixel;
-      return 0.299 * colours[first] + 0.587 * colours[first + 1] + 0.114 * colours[first + 2];
+      return 0.299 * colors[first] + 0.587 * colors[first + 1] + 0.114 * colors[first + 2];
     });
-    picture.greys.set(longer, { grey, width, height });
+    image.grays.set(longer, { gray, width, height });
   }
-  return picture.greys.get(longer);
+  return image.grays.get(longer);
 }
 
-// For each pixel of a side, the two patches whose centres it lies between, and how near to the second; -1 outside.
+// For each pixel along a side: the two neighboring patches, and the weight of the second; -1 outside.
 function between(length, start, stop, patches) {
   const first = new Int16Array(length).fill(-1);
   const second = new Int16Array(length);
@@ -127,19 +127,19 @@ function between(length, start, stop, patches) {
 }
 
 async function paint(canvas, spot, longer) {
-  const picture = pictures[spot.picture];
-  const image = await picture.loaded;
-  if (spot.kind === "picture") {
-    drawPicture(canvas, picture, image, longer);
+  const image = images[spot.image];
+  const bitmap = await image.loaded;
+  if (spot.kind === "image") {
+    drawBitmap(canvas, image, bitmap, longer);
     return;
   }
-  const { grey, width, height } = greyOf(picture, image, longer);
-  const [left, top, right, bottom] = picture.seen;
-  const [rows, columns] = picture.grid;
+  const { gray, width, height } = getGray(image, bitmap, longer);
+  const [left, top, right, bottom] = image.visible_region;
+  const [rows, columns] = image.grid;
   const x = between(width, left, right, columns);
   const y = between(height, top, bottom, rows);
-  const { bytes, largest } = mapAt(spot);
-  const strongest = strongestFor(spot) || 1;
+  const { bytes, largest } = getMap(spot);
+  const strongest = getMaxValue(spot) || 1;
   const strength = (row, column) => SQUARES[bytes[row * columns + column]];
   const mixed = (row, column) => {
     const upper =
@@ -158,15 +158,15 @@ async function paint(canvas, spot, longer) {
       painted.data[target + 3] = 255;
       if (y.first[row] < 0 || x.first[column] < 0) {
         const line = (row + column) % period < Math.max(period / 8, 1) ? 0.12 * 255 : 0;
-        painted.data.fill(grey[pixel] * UNSEEN_LIGHT + line, target, target + 3);
+        painted.data.fill(gray[pixel] * HIDDEN_BRIGHTNESS + line, target, target + 3);
         continue;
       }
       const value = Math.min(mixed(row, column), 1);
-      const colour = 3 * Math.min(Math.floor(value * 256), 255);
-      const opacity = LEAST_OPACITY + MORE_OPACITY * value;
+      const color = 3 * Math.min(Math.floor(value * 256), 255);
+      const opacity = MIN_OPACITY + OPACITY_RANGE * value;
       for (let channel = 0; channel < 3; channel++)
         painted.data[target + channel] =
-          grey[pixel] * PICTURE_LIGHT * (1 - opacity) + COLOURS[colour + channel] * opacity;
+          gray[pixel] * IMAGE_BRIGHTNESS * (1 - opacity) + COLORS[color + channel] * opacity;
     }
   }
   canvas.width = width;
@@ -174,35 +174,35 @@ async function paint(canvas, spot, longer) {
   canvas.getContext("2d").putImageData(painted, 0, 0);
 }
 
-// Values under the pointer ---------------------------------------------------------------------------------------
+// Values at the pointer --- ---------------------------------------------------------------------------------------
 
-// The patch at a point of the window over a canvas; null outside of what the model sees.
-function patchAt(canvas, picture, event) {
+// The patch at a pointer position over a canvas; null outside the visible region.
+function findPatch(canvas, image, event) {
   const box = canvas.getBoundingClientRect();
-  const [left, top, right, bottom] = picture.seen;
+  const [left, top, right, bottom] = image.visible_region;
   const across = ((event.clientX - box.left) / box.width - left) / (right - left);
   const down = ((event.clientY - box.top) / box.height - top) / (bottom - top);
   if (across < 0 || across >= 1 || down < 0 || down >= 1) return null;
-  return { row: Math.floor(down * picture.grid[0]), column: Math.floor(across * picture.grid[1]) };
+  return { row: Math.floor(down * image.grid[0]), column: Math.floor(across * image.grid[1]) };
 }
 
-function valueInWords(spot, patch) {
-  if (!patch) return "the model does not see this part";
-  const columns = pictures[spot.picture].grid[1];
-  const { bytes, largest } = mapAt(spot);
+function describeValue(spot, patch) {
+  if (!patch) return "outside the visible region of the model";
+  const columns = images[spot.image].grid[1];
+  const { bytes, largest } = getMap(spot);
   const share = SQUARES[bytes[patch.row * columns + patch.column]];
   const where = `row ${patch.row + 1}, column ${patch.column + 1}`;
-  if (spot.kind === "attribution") return `${where}: ${plain(share)} of the strongest`;
-  return `${where}: ${percent(share * largest)} of ${spot.kind === "rollout" ? "what reached it" : "its attention"}`;
+  if (spot.kind === "attribution") return `${where}: ${plain(share)} of the maximum`;
+  return `${where}: ${percent(share * largest)} of ${spot.kind === "rollout" ? "its rollout" : "its attention"}`;
 }
 
-function summaryOf(spot) {
-  if (spot.kind === "picture") return "";
-  const { largest, sum } = mapAt(spot);
-  if (spot.kind === "attribution") return "Point at the map for its values, relative to the strongest.";
-  return `To one patch at most ${percent(largest)}, to all patches ${percent(sum)}; alike would be ${percent(
-    1 / (data.tokens.length + pictures[spot.picture].grid[0] * pictures[spot.picture].grid[1]),
-  )} for each.`;
+function getSummary(spot) {
+  if (spot.kind === "image") return "";
+  const { largest, sum } = getMap(spot);
+  if (spot.kind === "attribution") return "Point at the map for its values, relative to the maximum.";
+  return `Maximum per patch ${percent(largest)}, all patches ${percent(sum)}; uniform attention would be ${percent(
+    1 / (data.tokens.length + images[spot.image].grid[0] * images[spot.image].grid[1]),
+  )} per token.`;
 }
 
 // The grids ------------------------------------------------------------------------------------------------------
@@ -221,33 +221,33 @@ const watcher = new IntersectionObserver(
   { rootMargin: "200px" },
 );
 
-const stateOf = () => `${head()} ${brightnessChoice?.value}`;
+const getState = () => `${head()} ${brightnessChoice?.value}`;
 
-// Paint a canvas of a grid, unless it is as it should be.
+// Redraw a canvas of a grid if its state has changed.
 function repaint(canvas) {
-  if (canvas.dataset.state === stateOf()) return;
-  canvas.dataset.state = stateOf();
+  if (canvas.dataset.state === getState()) return;
+  canvas.dataset.state = getState();
   const spot = cells.get(canvas);
   paint(canvas, spot, SIDE);
   const share = canvas.parentElement.querySelector(".share");
-  if (share) share.textContent = percent(Number(mapAt(spot).sum.toPrecision(2)));
+  if (share) share.textContent = percent(Number(getMap(spot).sum.toPrecision(2)));
 }
 
 function cell(spot, label) {
   const canvas = element("canvas", { "aria-hidden": "true" });
   const button = element("button", { type: "button", class: "cell", "aria-label": `${label}: enlarge`, tabindex: -1 });
-  const picture = pictures[spot.picture];
-  canvas.style.aspectRatio = `${picture.width} / ${picture.height}`;
+  const image = images[spot.image];
+  canvas.style.aspectRatio = `${image.width} / ${image.height}`;
   button.append(canvas);
   if (spot.kind === "attention" || spot.kind === "rollout") button.append(element("span", { class: "share" }));
   cells.set(canvas, spot);
   watcher.observe(canvas);
   button.addEventListener("click", () => enlarge(spot, button));
-  if (spot.kind !== "picture")
+  if (spot.kind !== "image")
     canvas.addEventListener("pointermove", (event) => {
       if (event.pointerType === "touch") return; // a tap enlarges
-      const text = valueInWords(spot, patchAt(canvas, picture, event));
-      tip.show(event.clientX, event.clientY, [titleOf(spot), text]);
+      const text = describeValue(spot, findPatch(canvas, image, event));
+      tip.show(event.clientX, event.clientY, [getTitle(spot), text]);
     });
   canvas.addEventListener("pointerleave", () => tip.hide());
   return button;
@@ -257,26 +257,26 @@ function captioned(button, text) {
   return element("div", { class: "captioned" }, button, element("span", {}, text));
 }
 
-// The picture, what speaks for its answers, and the grid of tokens and layers.
+// The image, the attributions of its predictions, and the grid of tokens and layers.
 function fill(box) {
   const place = Number(box.dataset.maps);
-  const picture = pictures[place];
-  box.style.setProperty("--ratio", Math.min(picture.width / picture.height, 1.6));
+  const image = images[place];
+  box.style.setProperty("--ratio", Math.min(image.width / image.height, 1.6));
   box.style.setProperty("--columns", data.layers + 1);
   const overview = element("div", { class: "overview" });
-  overview.append(captioned(cell({ picture: place, kind: "picture" }, picture.name), "the picture"));
-  picture.attributed.forEach((name, token) => {
-    const spot = { picture: place, kind: "attribution", token };
-    overview.append(captioned(cell(spot, titleOf(spot)), `what speaks for ${name}`));
+  overview.append(captioned(cell({ image: place, kind: "image" }, image.name), "image"));
+  image.attributed.forEach((name, token) => {
+    const spot = { image: place, kind: "attribution", token };
+    overview.append(captioned(cell(spot, getTitle(spot)), `attribution of ${name}`));
   });
   box.append(overview);
-  if (data.tokens.length) box.append(gridOf(place));
+  if (data.tokens.length) box.append(buildGrid(place));
   const buttons = [...box.querySelectorAll(".cell")];
   buttons[0].tabIndex = 0;
   box.addEventListener("keydown", (event) => walkFocus(event, box, buttons));
 }
 
-function gridOf(place) {
+function buildGrid(place) {
   const grid = element("div", { class: "grid" });
   grid.append(element("span", { class: "corner" }));
   for (let layer = 1; layer <= data.layers; layer++) grid.append(element("span", { class: "layer" }, `layer ${layer}`));
@@ -284,13 +284,13 @@ function gridOf(place) {
   data.tokens.forEach(({ name, group }, token) => {
     grid.append(element("span", { class: `token g-${group}` }, name));
     for (let layer = 0; layer < data.layers; layer++)
-      grid.append(cell({ picture: place, kind: "attention", layer, token }, `${name}, layer ${layer + 1}`));
-    grid.append(cell({ picture: place, kind: "rollout", token }, `${name}, rollout`));
+      grid.append(cell({ image: place, kind: "attention", layer, token }, `${name}, layer ${layer + 1}`));
+    grid.append(cell({ image: place, kind: "rollout", token }, `${name}, rollout`));
   });
   return grid;
 }
 
-// Arrow keys from map to map: one stop of the tab key for each picture.
+// Arrow keys move between maps; each image is one tab stop.
 function walkFocus(event, box, buttons) {
   const inOverview = box.querySelectorAll(".overview .cell").length;
   const steps = { ArrowLeft: -1, ArrowRight: 1, ArrowUp: -(data.layers + 1), ArrowDown: data.layers + 1 };
@@ -314,8 +314,8 @@ function focusOn(buttons, button) {
 const dialog = document.getElementById("enlarged");
 const enlargedMap = document.getElementById("enlarged-map");
 const enlargedValue = document.getElementById("enlarged-value");
-let enlarged = null; // the spot
-let openedBy = null; // its button
+let enlarged = null; // the enlarged spot
+let openedBy = null; // the button that opened the dialog
 
 function enlarge(spot, button) {
   tip.hide();
@@ -326,12 +326,12 @@ function enlarge(spot, button) {
 
 function showEnlarged(spot) {
   enlarged = spot;
-  const picture = pictures[spot.picture];
-  const title = spot.kind === "picture" ? picture.name : `${titleOf(spot)} · ${picture.name}`;
+  const image = images[spot.image];
+  const title = spot.kind === "image" ? image.name : `${getTitle(spot)} · ${image.name}`;
   document.getElementById("enlarged-title").textContent = title;
   enlargedMap.setAttribute("aria-label", title);
-  enlargedValue.textContent = summaryOf(spot);
-  const ratio = picture.width / picture.height;
+  enlargedValue.textContent = getSummary(spot);
+  const ratio = image.width / image.height;
   enlargedMap.style.aspectRatio = ratio;
   enlargedMap.style.width = `min(100%, ${ratio} * 66vh)`;
   dialog.querySelector(".walk").hidden = !["attention", "rollout"].includes(spot.kind);
@@ -347,12 +347,12 @@ function walk(direction) {
   const to = clamp(layer + across, data.layers);
   const token = clamp(enlarged.token + down, data.tokens.length - 1);
   const kind = to === data.layers ? "rollout" : "attention";
-  showEnlarged({ picture: enlarged.picture, kind, layer: to, token });
+  showEnlarged({ image: enlarged.image, kind, layer: to, token });
 }
 
-function buttonOf(spot) {
+function findButton(spot) {
   for (const [canvas, other] of cells)
-    if (["picture", "kind", "token"].every((key) => other[key] === spot[key]))
+    if (["image", "kind", "token"].every((key) => other[key] === spot[key]))
       if (spot.kind !== "attention" || other.layer === spot.layer) return canvas.parentElement;
   return openedBy;
 }
@@ -367,33 +367,33 @@ for (const button of dialog.querySelectorAll("[data-walk]"))
   button.addEventListener("click", () => walk(button.dataset.walk));
 dialog.querySelector(".close").addEventListener("click", () => dialog.close());
 dialog.addEventListener("click", (event) => {
-  if (event.target === dialog) dialog.close(); // beside it
+  if (event.target === dialog) dialog.close(); // click outside the dialog
 });
 dialog.addEventListener("close", () => {
-  const button = buttonOf(enlarged);
+  const button = findButton(enlarged);
   focusOn([...button.closest(".maps").querySelectorAll(".cell")], button);
 });
 for (const kind of ["pointermove", "pointerdown"])
   enlargedMap.addEventListener(kind, (event) => {
-    if (enlarged.kind === "picture") return;
-    enlargedValue.textContent = valueInWords(enlarged, patchAt(enlargedMap, pictures[enlarged.picture], event));
+    if (enlarged.kind === "image") return;
+    enlargedValue.textContent = describeValue(enlarged, findPatch(enlargedMap, images[enlarged.image], event));
   });
 enlargedMap.addEventListener("pointerleave", (event) => {
-  if (event.pointerType !== "touch") enlargedValue.textContent = summaryOf(enlarged); // what was tapped stays
+  if (event.pointerType !== "touch") enlargedValue.textContent = getSummary(enlarged); // keep the value after a tap
 });
 
 // At the start ---------------------------------------------------------------------------------------------------
 
 for (const box of document.querySelectorAll("[data-maps]")) fill(box);
 for (const canvas of document.querySelectorAll("[data-thumbnail]"))
-  paint(canvas, { picture: Number(canvas.dataset.thumbnail), kind: "picture" }, SIDE);
+  paint(canvas, { image: Number(canvas.dataset.thumbnail), kind: "image" }, SIDE);
 
 if (headChoice) {
   data.heads.forEach((name, place) => headChoice.append(element("option", { value: place + 1 }, name)));
   document.getElementById("head-choice").hidden = data.heads.length < 2;
   const scale = document.getElementById("scale").getContext("2d");
   for (let step = 0; step < 256; step++) {
-    scale.fillStyle = `rgb(${COLOURS.subarray(3 * step, 3 * step + 3).join(" ")})`;
+    scale.fillStyle = `rgb(${COLORS.subarray(3 * step, 3 * step + 3).join(" ")})`;
     scale.fillRect(step, 0, 1, 1);
   }
   for (const choice of [headChoice, brightnessChoice])

@@ -1,4 +1,4 @@
-// Shared by the scripts of the page: its data, numbers in words, elements, and the label beside the pointer.
+// Shared by the scripts of the page: data, number formats, elements, and the tooltip.
 "use strict";
 
 const data = JSON.parse(document.getElementById("data").textContent);
@@ -15,7 +15,7 @@ function element(tag, attributes = {}, ...children) {
   return made;
 }
 
-// Lines of text, or elements, beside a point of the window; none hides it.
+// A tooltip with lines of text or elements next to a point of the window.
 const tip = {
   box: document.getElementById("tip"),
   show(x, y, lines) {

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from ..analysis.attribution import attention_rollout, attribution
+from ..analysis.attribution import compute_attention_rollout, compute_attribution
 from ..analysis.token_statistics import TokenStatistics
 from ..configuration_vitcls import ViTCLSConfig
 from ..conversion.random_weights import random_fill
@@ -70,8 +70,8 @@ ATTENTION_READS = {
     "token_attention, batch 16": AttentionRead(token_attention, 16, whole_maps),
     "token_attention, batch 1": AttentionRead(token_attention, 1, whole_maps),
     "whole maps of eager attention, batch 16": AttentionRead(whole_maps, 16, token_attention),
-    "attention rollout, batch 16": AttentionRead(attention_rollout, 16),
-    "attribution, batch 16": AttentionRead(attribution, 16),
+    "attention rollout, batch 16": AttentionRead(compute_attention_rollout, 16),
+    "attribution, batch 16": AttentionRead(compute_attribution, 16),
     "statistics, batch 16": AttentionRead(statistics_of, 16),
 }
 

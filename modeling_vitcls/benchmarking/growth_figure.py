@@ -15,8 +15,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 
-from ..analysis.figures import INK, blank
-from ..analysis.figures_over_depth import tidy
+from ..analysis.figures import INK, create_figure
+from ..analysis.figures_over_depth import hide_frame
 
 
 Found = dict[str, Any]  # one comparison
@@ -64,7 +64,7 @@ def growth_figure(comparisons: list[Found], measured_on: str) -> Figure:
     columns = [axis for axis in PANELS if any(found["axis"] == axis for found in comparisons)]
     if not columns:
         raise ValueError("there is no growth to draw: measure --work growth, and more than its base point")
-    figure = blank(max(WIDTH * len(columns) / len(PANELS), WIDTH / 2), HEIGHT)
+    figure = create_figure(max(WIDTH * len(columns) / len(PANELS), WIDTH / 2), HEIGHT)
     grid = figure.subplots(2, len(columns), squeeze=False, sharey="row", sharex="col")
     for (time, memory), axis in zip(grid.T, columns, strict=True):
         of_axis = [found for found in comparisons if found["axis"] in (None, axis)]
@@ -143,7 +143,7 @@ def draw(axes: Axes, panel: Panel, found: Costs) -> None:
     axes.grid(axis="y", color="#E4E4E4", linewidth=0.8)
     axes.set_axisbelow(True)
     axes.tick_params(labelsize=10)
-    tidy(axes)
+    hide_frame(axes)
 
 
 def name_ticks(axes: Axes, axis: str, comparisons: list[Found]) -> None:

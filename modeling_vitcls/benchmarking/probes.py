@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..training.linear_probe import build_head_only, features_of
+from ..training.linear_probe import build_head_only, compute_features
 from .comparison import Comparison, chosen, in_turns, per_second
 from .peers import SMALL, TOY, Size, against_transformers
 
@@ -67,14 +67,16 @@ def compare_probe(name: str, row: LinearProbe, num_pairs: int, size: Size) -> Co
 def with_cache(model: Any, pixel_values: torch.Tensor, labels: torch.Tensor, row: LinearProbe) -> torch.Tensor:
     """The classifier's weights [labels, P] after training on features of images that were encoded once."""
     with torch.no_grad():
-        features = torch.cat([features_of(model, images) for images in pixel_values.split(row.batch_size)])  # [N, P]
+        features = torch.cat(
+            [compute_features(model, images) for images in pixel_values.split(row.batch_size)]
+        )  # [N, P]
     return trained(model, lambda places: features[places], labels, row)
 
 
 @torch.no_grad()
 def encoded(model: Any, pixel_values: torch.Tensor, places: slice) -> torch.Tensor:
     """Features [B, P] of some of the images."""
-    return features_of(model, pixel_values[places])
+    return compute_features(model, pixel_values[places])
 
 
 def without_cache(model: Any, pixel_values: torch.Tensor, labels: torch.Tensor, row: LinearProbe) -> torch.Tensor:

@@ -6,16 +6,14 @@ The figure of growth is made in growth_figure.py.
 import json
 import os
 import statistics
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
 from rich.table import Table
-from transformers.utils import is_timm_available
 
-from ..system import processor_name, versions
+from ..system import get_versions, processor_name
 from .comparison import Comparison, quartiles
 from .growth_figure import growth_figure
 
@@ -29,11 +27,6 @@ def machine() -> dict[str, Any]:
         "load": os.getloadavg()[0],
         "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
     }
-
-
-def all_versions() -> dict[str, str]:
-    """Ours, and those of what we are compared with."""
-    return versions() | ({"timm": version("timm")} if is_timm_available() else {})
 
 
 def table_of(comparisons: list[Comparison]) -> Table:
@@ -119,7 +112,7 @@ def measured_on(comparisons: list[Comparison]) -> str:
     place = f"{here['processor']}, {here['threads']} threads on {here['cores']} cores, load {here['load']:.1f}"
     if any(comparison.details.get("device") == "cuda" for comparison in comparisons):
         place = f"{here['accelerator']}; {place}"
-    return f"{place}; {', '.join(f'{name} {number}' for name, number in all_versions().items())}"
+    return f"{place}; {', '.join(f'{name} {number}' for name, number in get_versions('timm').items())}"
 
 
 def said(comparison: Comparison) -> Comparison:
@@ -161,7 +154,7 @@ def write(comparisons: list[Comparison], file: Path) -> None:
     better = better_peers(comparisons)
     found = {
         "machine": machine(),
-        "versions": all_versions(),
+        "versions": get_versions("timm"),
         "comparisons": [comparison.as_dict() for comparison in comparisons],
         "over_the_better": [{"work": work, "name": name, "ratio": ratio} for (work, name), ratio in better.items()],
     }

@@ -48,7 +48,7 @@ def run(options: ConvertOptions) -> None:
     """Convert the model and print the parity report."""
     from transformers.utils.logging import disable_progress_bar
 
-    from ..analysis.card_images import write_pictures
+    from ..analysis.card_images import write_card_images
     from ..conversion.convert import take_over
 
     disable_progress_bar()
@@ -59,7 +59,7 @@ def run(options: ConvertOptions) -> None:
             options.random_init,
             options.classifier,
             options.num_labels,
-            write_pictures,
+            write_card_images,
         )
     show(certificate, options.output)
 
@@ -69,7 +69,7 @@ def show(certificate: "Certificate", output: Path) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from ..hub.publish import push_command
+    from ..hub.publish import build_push_command
 
     console = Console(soft_wrap=True, highlight=False)
     table = Table(title=f"{certificate.source} -> {certificate.model_class}: largest differences")
@@ -87,7 +87,7 @@ def show(certificate: "Certificate", output: Path) -> None:
     console.print(f'  model = {auto_class}.from_pretrained("{output}", trust_remote_code=True)')
     console.print(f'  processor = AutoImageProcessor.from_pretrained("{output}", trust_remote_code=True)')
     console.print("or publish it, card and all, and prove that it loads from there:")
-    console.print(f"  {push_command(output, f'YOUR-NAME/{output.resolve().name}')}")
+    console.print(f"  {build_push_command(output, f'YOUR-NAME/{output.resolve().name}')}")
 
 
 def remarks(certificate: "Certificate") -> list[str]:

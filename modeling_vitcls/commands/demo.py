@@ -35,12 +35,12 @@ def run(options: DemoOptions) -> None:
     """Load the model and serve the page."""
     from transformers.utils.logging import disable_progress_bar
 
-    from ..hub.loading import commit_of, local_copy, offline
+    from ..hub.loading import force_offline, get_cached_commit, get_model_folder
 
     disable_progress_bar()  # for loading weights
     with errors_in_one_line():
-        folder = local_copy(options.model, revision=options.revision)
-        from ..demo.page import show  # gradio takes seconds to import
+        folder = get_model_folder(options.model, revision=options.revision)
+        from ..demo.page import serve_demo  # gradio takes seconds to import
 
-        with offline():  # all is here now, and nobody is asked again
-            show(options.model, commit_of(folder), options.examples, options.host, options.port)
+        with force_offline():  # all is here now, and nobody is asked again
+            serve_demo(options.model, get_cached_commit(folder), options.examples, options.host, options.port)

@@ -7,7 +7,7 @@ from importlib.metadata import PackageNotFoundError, version
 import torch
 
 from .. import cpu_kernels_vitcls as kernels
-from ..system import name_of_device, processor_name, versions
+from ..system import get_versions, name_of_device, processor_name
 
 
 # Optional libraries that change what the programs can do.
@@ -25,7 +25,7 @@ VARIABLES = (
 
 def format_environment() -> str:
     """Return the lines of a bug report."""
-    facts = versions() | {name: find_version(name) for name in OPTIONAL}
+    facts = get_versions() | {name: find_version(name) for name in OPTIONAL}
     facts["platform"] = platform.platform()
     facts["processor"] = f"{processor_name()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads in PyTorch"
     facts["instructions"] = torch.backends.cpu.get_cpu_capability()

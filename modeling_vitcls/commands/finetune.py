@@ -19,10 +19,10 @@ OPTIONS = FinetuneOptions
 
 def run(options: FinetuneOptions) -> None:
     """Fine-tune the model, or try everything once for --dry-run."""
-    from ..training.finetune import finetune, rehearse
+    from ..training.finetune import dry_run, finetune
     from ..training.setup import prepare
 
-    train(options, rehearse if options.run.dry_run else lambda checked: finetune(prepare(checked)))
+    train(options, dry_run if options.run.dry_run else lambda checked: finetune(prepare(checked)))
 
 
 def train(options: Any, run_training: Callable[[Any], object]) -> None:

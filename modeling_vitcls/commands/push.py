@@ -76,24 +76,24 @@ def push(options: PushOptions) -> None:
     """Check the rights, push, and verify the commit."""
     from ..hub.manifest import check_is_model
     from ..hub.publish import push_folder
-    from ..hub.push_permissions import check_push_rights
-    from ..hub.verify import verify_pushed
+    from ..hub.push_permissions import check_push_permissions
+    from ..hub.verify import verify_push
 
     folder = options.model
     assert folder is not None
     check_is_model(folder)
-    repo_id = check_push_rights(options.hub_model_id, folder.resolve().name, options.private)
+    repo_id = check_push_permissions(options.hub_model_id, folder.resolve().name, options.private)
     pushed = push_folder(
         folder, repo_id, options.private, options.message, options.branch, with_optimizer=options.push_optimizer
     )
-    print(f"pushed    {pushed.in_words}", flush=True)
+    print(f"pushed    {pushed.summary}", flush=True)
     if options.verify:
         print("verifying loading it from there in a fresh process", flush=True)
-        print("\n".join(verify_pushed(pushed, folder).lines()))
+        print("\n".join(verify_push(pushed, folder).format_lines()))
 
 
 def verify(repo_id: str, revision: str, folder: Path | None) -> None:
     """Verify what is published, and print the certificate."""
     from ..hub.verify import verify as verify_published
 
-    print("\n".join(verify_published(repo_id, revision, folder).lines()))
+    print("\n".join(verify_published(repo_id, revision, folder).format_lines()))

@@ -48,20 +48,20 @@ def run(options: SpaceOptions) -> None:
 
 def publish(options: SpaceOptions) -> None:
     """Look the model up, build the files, and push them."""
-    from ..hub.push_permissions import check_push_rights
-    from ..hub.space import published_model, push_space, space_contents, write_space
+    from ..hub.push_permissions import check_push_permissions
+    from ..hub.space import build_space_files, find_published_model, push_space, write_space
 
-    model = published_model(options.model, options.revision)
-    contents = space_contents(model, options.title, options.examples)
+    model = find_published_model(options.model, options.revision)
+    contents = build_space_files(model, options.title, options.examples)
     if options.output is not None:
         write_space(contents, options.output)
         print(f"wrote {options.output}: run it with python {options.output / 'app.py'}")
         return
     default_name = f"{model.repo_id.rpartition('/')[2]}-demo"
-    space_id = check_push_rights(options.space_id, default_name, options.private, repo_type="space")
+    space_id = check_push_permissions(options.space_id, default_name, options.private, repo_type="space")
     pushed = push_space(contents, model, space_id, options.private, options.title)
     print(f"pushed {model.repo_id} at {model.commit} as {pushed.url}")
-    if model.is_closed:
+    if model.needs_token:
         print(
             f"{model.repo_id} is private or gated: give the Space a secret HF_TOKEN that may read it, at "
             f"{pushed.url}/settings"

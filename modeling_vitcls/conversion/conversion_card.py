@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING
 from huggingface_hub import ModelCard, ModelCardData
 
 from ..configuration_vitcls import ViTCLSConfig
-from ..hub.card import layout_in_words, layout_picture
+from ..hub.card import describe_token_layout, format_token_layout
 from ..hub.card_training import TEMPLATE
-from ..hub.licenses import CONVERTED, Licence
-from ..hub.provenance import Origin
+from ..hub.licenses import CONVERTED, WeightsLicense
+from ..hub.provenance import Provenance
 from ..hub.verification_script import AUTO_CLASSES
 
 
@@ -35,7 +35,7 @@ def build_conversion_card(
     config: ViTCLSConfig,
     num_parameters: int,
     certificate: "Certificate",
-    origin: Origin,
+    origin: Provenance,
     pictures: dict[str, str] | None = None,
 ) -> ModelCard:
     """The card of a model that was taken over from another project.
@@ -46,7 +46,7 @@ def build_conversion_card(
         num_parameters: of the converted model.
         certificate: what was measured.
         origin: of the source. Random weights have none of its licence.
-        pictures: name -> path in the folder, as `write_pictures` returns them.
+        pictures: name -> path in the folder, as `write_card_images` returns them.
     """
     random_init = certificate.random_init
     sequence_length = config.token_layout.num_prefix_tokens + math.prod(config.grid_size)
@@ -60,20 +60,20 @@ def build_conversion_card(
         certificate=certificate,
         random_init=random_init,
         source=described(certificate, origin),
-        layout=layout_picture(layout),
-        layout_in_words=layout_in_words(layout),
-        pictures=pictures or {},
+        layout=format_token_layout(layout),
+        layout_description=describe_token_layout(layout),
+        images=pictures or {},
         is_copy=is_copy(certificate, origin),
         sequence_length=sequence_length,
         classifier=CLASSIFIER[certificate.classifier].format(num_labels=config.num_labels),
         preprocessing=preprocessing(certificate),
         auto_class=AUTO_CLASSES.get(certificate.model_class, "AutoModel"),
-        licence=Licence(CONVERTED, origin),
+        license_text=WeightsLicense(CONVERTED, origin),
         command=command(name, certificate, config),
     )
 
 
-def card_metadata(certificate: "Certificate", origin: Origin) -> ModelCardData:
+def card_metadata(certificate: "Certificate", origin: Provenance) -> ModelCardData:
     """The card's YAML header. Random weights are derived from nothing.
 
     No `base_model_relation`: the Hub knows `adapter`, `finetune`, `merge` and `quantized`, and a copy that keeps every
@@ -93,12 +93,12 @@ def card_metadata(certificate: "Certificate", origin: Origin) -> ModelCardData:
     )
 
 
-def is_copy(certificate: "Certificate", origin: Origin) -> bool:
+def is_copy(certificate: "Certificate", origin: Provenance) -> bool:
     """Whether the base model in the header is the source itself, rather than what the source was made from."""
     return isinstance(origin.base_model, str) and origin.name in (origin.base_model, certificate.source)
 
 
-def described(certificate: "Certificate", origin: Origin) -> str:
+def described(certificate: "Certificate", origin: Provenance) -> str:
     """The source in Markdown: a link where others can find it, and the commit where it is known."""
     name = f"`{origin.name}`"
     if is_copy(certificate, origin):

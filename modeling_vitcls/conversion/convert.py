@@ -12,12 +12,13 @@ from typing import Any
 
 import torch
 
-from ..hub.local_paths import check_free, settled, without_folders
-from ..hub.provenance import Origin, origin_of
+from ..hub.local_paths import check_output_is_empty, resolve_name, strip_folders
+from ..hub.provenance import Provenance, find_provenance
 from ..modeling_vitcls import ViTCLSForImageClassification, ViTCLSPreTrainedModel
+from ..system import get_versions
 from .conversion_card import build_conversion_card
 from .head_transfer import ClassifierChoice
-from .parity_report import LIMIT, Certificate, compare, hashes, versions
+from .parity_report import LIMIT, Certificate, compare, hashes
 from .source_models import Source, load_source
 from .weight_rules import ConversionError
 
@@ -42,13 +43,13 @@ def take_over(
         random_init: Give the source random values first; its trained weights are not needed.
         classifier: "keep" the source's, start a "new" one, or "drop" it.
         num_labels: Of a new classifier.
-        draw_images: Draws the images of the card: `analysis.card_images.write_pictures`. Default: no images.
+        draw_images: Draws the images of the card: `analysis.card_images.write_card_images`. Default: no images.
 
     Raises:
         ValueError, OSError: in one line; nothing is written then. For a source that is not there or not supported, a
             difference over the limit, or an `output` that is in use.
     """
-    check_free(output)
+    check_output_is_empty(output)
     source = load_source(source_name, random_init)
     model = converted(source, classifier, num_labels)
     outcome = what_became_of_the_classifier(source, model, classifier)
@@ -59,7 +60,7 @@ def take_over(
         preprocessing.processor.save_pretrained(folder)
         check_written(folder, model)
         certificate = Certificate(
-            source=without_folders(settled(source.name)),
+            source=strip_folders(resolve_name(source.name)),
             source_revision=source.revision,
             source_class=type(source.model).__name__,
             random_init=random_init,
@@ -69,13 +70,13 @@ def take_over(
             comparisons=comparisons,
             not_compared=not_compared,
             preprocessing=preprocessing.described(),
-            versions=versions(),
+            versions=get_versions("timm"),
             sha256=hashes(folder),
             notes=source.notes,
         )
         certificate.save(folder)
         pictures = draw_images(folder, model, preprocessing.processor, {}) if draw_images else {}
-        write_card(folder, output.resolve().name, model, certificate, origin_of(source_name), pictures)
+        write_card(folder, output.resolve().name, model, certificate, find_provenance(source_name), pictures)
     return certificate
 
 
@@ -84,7 +85,7 @@ def write_card(
     name: str,
     model: ViTCLSPreTrainedModel,
     certificate: Certificate,
-    origin: Origin,
+    origin: Provenance,
     pictures: dict[str, str],
 ) -> None:
     """README.md, and the text of the licence that goes with the weights; random ones have none."""

@@ -10,18 +10,13 @@ import copy
 import dataclasses
 import hashlib
 import json
-import platform
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
-from transformers.utils import is_timm_available
 
 from ..errors import in_one_line
 from ..modeling_vitcls import ViTCLSForImageClassification, ViTCLSPreTrainedModel
-from ..version import __version__
 from .source_models import Answers, Source
 from .weight_rules import ConversionError
 
@@ -182,14 +177,6 @@ def by_group(answers: Answers, model: ViTCLSPreTrainedModel) -> Answers:
 def largest(values: torch.Tensor) -> float:
     """The largest magnitude; NaN if any is."""
     return values.abs().max().item()
-
-
-def versions() -> dict[str, str]:
-    """Of what decides about numbers."""
-    found = {"modeling_vitcls": __version__, "torch": torch.__version__, "transformers": transformers.__version__}
-    if is_timm_available():
-        found["timm"] = version("timm")
-    return found | {"python": platform.python_version()}
 
 
 def hashes(folder: Path) -> dict[str, str]:

@@ -21,7 +21,7 @@ import transformers
 from torch import nn
 
 from ..errors import in_one_line
-from ..hub.loading import CONFIGURATION, commit_of, load_timm, local_copy, local_copy_of_any_kind
+from ..hub.loading import CONFIG_FILES, get_any_model_folder, get_cached_commit, get_model_folder, load_timm
 from ..modeling_vitcls import ViTCLSPreTrainedModel
 from .from_timm import convert_from_timm
 from .from_transformers import SOURCES, convert_from_transformers
@@ -170,7 +170,9 @@ class TransformersSource(Source):
             ConversionError: for an architecture that is not supported, or weights that are missing.
         """
         path, revision = path_and_revision(name)
-        folder = local_copy(path, CONFIGURATION, revision) if random_init else local_copy_of_any_kind(path, revision)
+        folder = (
+            get_model_folder(path, CONFIG_FILES, revision) if random_init else get_any_model_folder(path, revision)
+        )
         try:
             config = transformers.AutoConfig.from_pretrained(folder)
         except Exception as error:  # ValueError for unknown types, OSError for missing files, and the Hub's own
@@ -184,7 +186,7 @@ class TransformersSource(Source):
         super().__init__(f"transformers:{path}", model)
         self.path = path
         self.folder = folder
-        self.revision = commit_of(folder)
+        self.revision = get_cached_commit(folder)
         self.notes = notes
 
     @property

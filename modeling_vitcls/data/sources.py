@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from ..heads_vitcls import IGNORED_LABEL
-from ..hub.loading import briefly_asked, is_hub_id, not_there
+from ..hub.loading import describe_missing_repo, fall_back_to_cache, is_hub_id
 from ..image_processing_vitcls import get_first_line
 from ..options import DataOptions
 from .columns import UNLABELLED, build_label_reader, find_image_column, is_image
@@ -203,8 +203,8 @@ def open_with_datasets(options: DataOptions, labelled: bool = True) -> Any:
         with hide_progress_bars():
             return read_with_datasets(options)
     if not is_hub_id(options.dataset):
-        raise OSError(not_there(options.dataset, "dataset"))
-    with briefly_asked(options.dataset, "dataset"):  # `datasets` alone asks for most of a minute
+        raise OSError(describe_missing_repo(options.dataset, "dataset"))
+    with fall_back_to_cache(options.dataset, "dataset"):  # `datasets` alone asks for most of a minute
         return read_with_datasets(options)
 
 

@@ -1,8 +1,9 @@
-"""The demo: a page that says what a model sees in a picture, and what its special tokens look at.
+"""The demo: a page that shows the predictions of a model for an image, and the attention of its special tokens.
 
-    reader.py    a picture -> probabilities of labels, attention of the special tokens
-    page.py       the page around it, with gradio
+    reader.py    an image -> predictions, attention of the special tokens
+    page.py      the page, with gradio
+    text.py      the sentences of the page
 
-It runs on one's own machine (scripts/demo_app.py) and as a Space, where this package is not installed: hub/space.py
-lists the files that go there. So what is here imports of ours only files of that list.
+It runs locally (scripts/demo_app.py) and as a Space, where this package is not installed. hub/space.py lists the files
+that are copied to a Space. Files of this folder import only files from that list.
 """

@@ -1,9 +1,9 @@
-"""The page of the demo: a picture in, labels and attention out.
+"""The page of the demo: an image as input, labels and attention as output.
 
-    show("someone/model", revision)        # serves the page until it is stopped
+    serve_demo("someone/model", revision)        # serves the page until the process is stopped
 
-The model is asked once per picture; another token, layer or head only draws again from what it said. The page loads
-nothing from other hosts: no analytics, no fonts. What the model says is from reader.py, the words from text.py.
+The model runs once per image; changes of token, layer or head only redraw its output. The page loads nothing from
+other hosts (no analytics, no fonts). Predictions are computed in reader.py, and sentences are in text.py.
 """
 
 import os
@@ -13,11 +13,18 @@ from typing import Any
 
 from PIL import Image
 
-from .reader import Reader, Reading
-from .text import MEAN_OF_HEADS, attention_in_words, header, how_to_load, title, what_is_missing
+from .reader import DemoModel, DemoResult
+from .text import (
+    MEAN_OF_HEADS,
+    build_header,
+    build_loading_code,
+    describe_attention,
+    explain_missing_output,
+    get_title,
+)
 
 
-# Both are read when gradio is imported or launched: no statistics are sent, and browsers keep no pictures.
+# gradio reads both on import or launch: no usage statistics are sent, and browsers do not store images.
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
 os.environ["GRADIO_RUN_HISTORY"] = "False"
 
@@ -25,26 +32,26 @@ import gradio as gr
 
 
 TOP_K = 5
-SECONDS_KEPT = 3600  # of pictures and what was made of them
-PICTURE_HEIGHT = 360  # pixels
-NOT_UPLOADED = "the picture has to be uploaded to this page, or one of its examples"
-# What is asked for last is also drawn last: gradio would forget what is asked for while something is being drawn, and
-# draw for two reasons at once.
-LAST: dict[str, Any] = {"trigger_mode": "always_last"}
-LAST_IN_TURN: dict[str, Any] = LAST | {"concurrency_id": "drawing"}
+CACHE_SECONDS = 3600  # seconds until uploaded images and results are deleted
+IMAGE_HEIGHT = 360  # pixels
+UPLOAD_REQUIRED = "the image has to be uploaded to this page or be one of its examples"
+# Without "always_last", gradio drops requests that arrive while another is running. A shared concurrency id prevents
+# two drawings at the same time.
+LATEST: dict[str, Any] = {"trigger_mode": "always_last"}
+LATEST_DRAWING: dict[str, Any] = LATEST | {"concurrency_id": "drawing"}
 
 SYSTEM_FONTS: dict[str, Any] = {
     "font": ("system-ui", "-apple-system", "Segoe UI", "Roboto", "sans-serif"),
     "font_mono": ("ui-monospace", "Menlo", "Consolas", "monospace"),
 }
-# The maps of all layers keep a size at which they can be told apart, in as many columns as there is room for.
+# Maps of all layers have a minimum width and as many columns as fit.
 CSS = """
 #problem { border-left: 4px solid #dc2626; padding-left: 0.75rem; }
 #layers .grid-container { grid-template-columns: repeat(auto-fill, minmax(120px, 1fr)); }
 """
 
 
-def show(
+def serve_demo(
     source: str,
     revision: str | None = None,
     examples: Sequence[str | Path] = (),
@@ -52,30 +59,30 @@ def show(
     port: int | None = None,
     code_revision: str | None = None,
 ) -> None:
-    """Load a model and serve its page, until the process is stopped.
+    """Load a model and serve its page until the process is stopped.
 
     Args:
-        source: a folder, or a repository's id.
+        source: a folder or a Hub id.
         revision: commit hash, branch or tag.
-        examples: picture files to try it with.
-        host: to listen at; None: GRADIO_SERVER_NAME, which Spaces set, or this machine alone.
-        port: None: GRADIO_SERVER_PORT, or a free one from 7860 on.
-        code_revision: commit hash, branch or tag, where the code is in a repository of its own.
+        examples: files of example images.
+        host: host name to listen on. Default: GRADIO_SERVER_NAME, which Spaces set, or only this machine.
+        port: port to listen on. Default: GRADIO_SERVER_PORT, or a free port from 7860.
+        code_revision: commit hash, branch or tag of the code, if it is in a separate repository.
 
     Raises:
-        ValueError, OSError: in one line, for models that cannot be shown, and ports that are taken.
+        ValueError, OSError: with a one-line message, if the model cannot be shown or the port is in use.
     """
-    page = build_page(Reader.load(source, revision, code_revision), examples)
+    page = build_page(DemoModel.load(source, revision, code_revision), examples)
     try:
         address = launch(page, host, port)
-    except OSError as error:  # gradio names its own functions
-        raise OSError(f"cannot listen at port {port or '7860 or above'}: give another --port that is free") from error
+    except OSError as error:  # the message of gradio names its own functions
+        raise OSError(f"Cannot listen on port {port or '7860 or above'}. Set --port to a free port.") from error
     print(f"{source}: {address}", flush=True)
     page.block_thread()
 
 
 def launch(page: gr.Blocks, host: str | None = None, port: int | None = None) -> str:
-    """Serve the page from threads of this process; gives its address."""
+    """Serve the page from threads of this process, and return its address."""
     _, address, _ = page.launch(
         server_name=host,
         server_port=port,
@@ -90,111 +97,112 @@ def launch(page: gr.Blocks, host: str | None = None, port: int | None = None) ->
     return address
 
 
-def build_page(reader: Reader, examples: Sequence[str | Path] = ()) -> gr.Blocks:
-    """The page of a model, not served yet."""
-    with gr.Blocks(title=title(reader), analytics_enabled=False, delete_cache=(SECONDS_KEPT, SECONDS_KEPT)) as page:
-        gr.Markdown(header(reader))
+def build_page(demo_model: DemoModel, examples: Sequence[str | Path] = ()) -> gr.Blocks:
+    """Build the page of a model."""
+    with gr.Blocks(
+        title=get_title(demo_model), analytics_enabled=False, delete_cache=(CACHE_SECONDS, CACHE_SECONDS)
+    ) as page:
+        gr.Markdown(build_header(demo_model))
         with gr.Accordion("How to load this model", open=False):
-            gr.Markdown(how_to_load(reader))
+            gr.Markdown(build_loading_code(demo_model))
         with gr.Row():
             with gr.Column():
-                question = Question(examples)
+                image_input = ImageInput(examples)
             with gr.Column():
                 labels = [
-                    gr.Label(label=name, num_top_classes=TOP_K, show_heading=reader.has_winner)
-                    for name in reader.questions
+                    gr.Label(label=name, num_top_classes=TOP_K, show_heading=demo_model.has_winner)
+                    for name in demo_model.output_names
                 ]
-                if missing := what_is_missing(reader):
+                if missing := explain_missing_output(demo_model):
                     gr.Markdown(missing)
-        reading = gr.State(time_to_live=SECONDS_KEPT)
-        view = AttentionView(reader, reading) if reader.shows_attention else None
+        state = gr.State(time_to_live=CACHE_SECONDS)
+        view = AttentionView(demo_model, state) if demo_model.has_attention else None
 
-        def ask(file: dict[str, Any] | None) -> list[Any]:
-            picture, problem, answered = question.ask(reader, file)
-            answers = list(answered.answers.values()) if answered else [None] * len(labels)
-            return [picture, problem, *answers, answered]
+        def predict(file: dict[str, Any] | None) -> list[Any]:
+            image, problem, result = image_input.predict(demo_model, file)
+            predictions = list(result.predictions.values()) if result else [None] * len(labels)
+            return [image, problem, *predictions, result]
 
-        outputs = [question.picture, question.problem, *labels, reading]
-        for listen in question.events:
-            asked = listen(ask, [question.picture], outputs, preprocess=False, **LAST)
+        outputs = [image_input.image, image_input.problem, *labels, state]
+        for add_listener in image_input.events:
+            event = add_listener(predict, [image_input.image], outputs, preprocess=False, **LATEST)
             if view is not None:
-                asked.then(view.draw_all, view.inputs, view.outputs, **LAST_IN_TURN)
+                event.then(view.draw_all, view.inputs, view.outputs, **LATEST_DRAWING)
     return page
 
 
-class Question:
-    """Where a picture is given, and what is wrong with it.
+class ImageInput:
+    """Input of an image, and the message if it cannot be used.
 
-    What the browser tells of a file is not to be trusted: whoever talks to the server by himself may name any path or
-    address there. Only files that were uploaded, and the examples, are opened.
+    File information from the browser is not trusted, since a client may send any path or URL. Only uploaded files and
+    the examples are opened.
     """
 
     def __init__(self, examples: Sequence[str | Path]) -> None:
-        self.picture = gr.Image(
-            label="Picture", type="filepath", sources=["upload", "clipboard"], height=PICTURE_HEIGHT
-        )
-        keep = self.picture.async_move_resource_to_block_cache
+        self.image = gr.Image(label="Image", type="filepath", sources=["upload", "clipboard"], height=IMAGE_HEIGHT)
+        cache_file = self.image.async_move_resource_to_block_cache
 
-        async def keep_uploaded(path_or_url: str | Path | None) -> str | None:
-            """gradio would fetch an address that a client names, from wherever this runs."""
+        async def cache_uploaded_file(path_or_url: str | Path | None) -> str | None:
+            """Reject URLs, which gradio would otherwise download from this machine."""
             if str(path_or_url).startswith(("http:", "https:")):
-                raise gr.Error(NOT_UPLOADED)
-            return await keep(path_or_url)
+                raise gr.Error(UPLOAD_REQUIRED)
+            return await cache_file(path_or_url)
 
-        # On the object: for a class of its own gradio writes a file beside this one.
-        self.picture.async_move_resource_to_block_cache = keep_uploaded  # type: ignore[method-assign,assignment]
+        # Set on the object, since gradio writes a file next to this one for a subclass.
+        self.image.async_move_resource_to_block_cache = cache_uploaded_file  # type: ignore[method-assign,assignment]
         self.problem = gr.Markdown(visible=False, elem_id="problem")
-        self.events = [self.picture.input]
+        self.events = [self.image.input]
         self.examples = {os.path.realpath(file) for file in examples}
         if examples:
-            tried = gr.Examples([[str(file)] for file in examples], [self.picture])
-            self.events.append(tried.load_input_event.then)
+            example_buttons = gr.Examples([[str(file)] for file in examples], [self.image])
+            self.events.append(example_buttons.load_input_event.then)
 
-    def ask(self, reader: Reader, file: dict[str, Any] | None) -> tuple[Any, Any, Reading | None]:
-        """What becomes of `picture` and `problem`, and what the model says; None without a picture.
+    def predict(self, demo_model: DemoModel, file: dict[str, Any] | None) -> tuple[Any, Any, DemoResult | None]:
+        """Return updates of `image` and `problem`, and the model's output, or None if there is no image.
 
-        `file` is what the browser tells: gradio's own reading of it has no words for a file that is no picture.
+        `file` is the information from the browser. gradio's own preprocessing has no clear error message for files
+        that are not images.
         """
         no_problem = gr.Markdown("", visible=False)
         if file is None:
             return gr.skip(), no_problem, None
-        picture = self.uploaded(file.get("path"))
-        if picture is None:
-            return None, gr.Markdown(f"**No answer:** {NOT_UPLOADED}.", visible=True), None
+        image = self.find_uploaded_file(file.get("path"))
+        if image is None:
+            return None, gr.Markdown(f"**No prediction:** {UPLOAD_REQUIRED}.", visible=True), None
         try:
-            return gr.skip(), no_problem, reader.read(picture)
+            return gr.skip(), no_problem, demo_model.predict(image)
         except ValueError as error:
-            message = str(error).replace(picture, file.get("orig_name") or "the file")
-            return None, gr.Markdown(f"**No answer:** {message}.", visible=True), None
+            message = str(error).replace(image, file.get("orig_name") or "the file")
+            return None, gr.Markdown(f"**No prediction:** {message}.", visible=True), None
 
-    def uploaded(self, path: Any) -> str | None:
-        """Where a file really is, if it was uploaded or is an example; None for whatever else, or for none at all."""
+    def find_uploaded_file(self, path: Any) -> str | None:
+        """Return the real path of a file that was uploaded or is an example; None for all other files."""
         if not isinstance(path, str) or "\0" in path:
             return None
         real = Path(os.path.realpath(path))
-        is_ours = str(real) in self.examples or real.is_relative_to(os.path.realpath(self.picture.GRADIO_CACHE))
-        return str(real) if is_ours and real.is_file() else None
+        is_allowed = str(real) in self.examples or real.is_relative_to(os.path.realpath(self.image.GRADIO_CACHE))
+        return str(real) if is_allowed and real.is_file() else None
 
 
 class AttentionView:
-    """The choice of a token, a layer and heads, and what is drawn for it."""
+    """Controls for token, layer and heads, and the maps and sentences for the selection."""
 
-    def __init__(self, reader: Reader, reading: gr.State) -> None:
-        self.reader = reader
-        tokens, num_layers = reader.tokens, reader.num_layers
-        gr.Markdown("## What the special tokens look at")
+    def __init__(self, demo_model: DemoModel, state: gr.State) -> None:
+        self.reader = demo_model
+        tokens, num_layers = demo_model.tokens, demo_model.num_layers
+        gr.Markdown("## Attention of the special tokens")
         token = gr.Radio(tokens, value=tokens[0], type="index", label="Token")
         with gr.Row():
             layer = gr.Slider(
                 1, num_layers, value=num_layers, step=1, label="Layer", visible=num_layers > 1, min_width=240
             )
             head = gr.Dropdown(
-                [MEAN_OF_HEADS, *reader.heads], value=MEAN_OF_HEADS, type="index", label="Heads", min_width=240
+                [MEAN_OF_HEADS, *demo_model.heads], value=MEAN_OF_HEADS, type="index", label="Heads", min_width=240
             )
         with gr.Row():
             with gr.Column():
                 drawn = gr.Image(
-                    label="Attention to the picture",
+                    label="Attention to the image",
                     show_label=False,
                     interactive=False,
                     buttons=["download", "fullscreen"],
@@ -203,7 +211,7 @@ class AttentionView:
                 words = gr.Markdown(elem_id="shares")
             with gr.Column():
                 layers = gr.Gallery(
-                    label="The same token and heads in all layers",
+                    label="All layers for this token and head",
                     show_label=False,
                     allow_preview=False,
                     object_fit="contain",
@@ -211,32 +219,34 @@ class AttentionView:
                     buttons=[],
                     elem_id="layers",
                 )
-                gr.Markdown("All layers, each on a scale of its own. Click one to see it large.")
-        self.inputs = [reading, token, layer, head]
+                gr.Markdown("All layers, each with its own scale. Click a map to enlarge it.")
+        self.inputs = [state, token, layer, head]
         self.outputs = [drawn, words, layers]
-        for choice in (token, head):
-            choice.input(self.draw_all, self.inputs, self.outputs, show_progress="hidden", **LAST_IN_TURN)
-        layer.change(self.draw, self.inputs, [drawn, words], show_progress="hidden", **LAST_IN_TURN)
-        layers.select(layer_of, None, layer, show_progress="hidden")
+        for control in (token, head):
+            control.input(self.draw_all, self.inputs, self.outputs, show_progress="hidden", **LATEST_DRAWING)
+        layer.change(self.draw, self.inputs, [drawn, words], show_progress="hidden", **LATEST_DRAWING)
+        layers.select(get_clicked_layer, None, layer, show_progress="hidden")
 
-    def draw(self, reading: Reading | None, token: int, layer: int, head: int) -> tuple[Image.Image | None, str]:
-        """The map of one layer, and where all of the token's attention goes. Layers and heads count from 1."""
-        if reading is None:
+    def draw(self, result: DemoResult | None, token: int, layer: int, head: int) -> tuple[Image.Image | None, str]:
+        """Return the map of one layer, and a sentence about the token's attention. Layers and heads count from 1."""
+        if result is None:
             return None, ""
-        place = token, layer - 1, head - 1 if head else None
-        return reading.drawn(*place), attention_in_words(self.reader, *place, reading.shares(*place))
+        selection = token, layer - 1, head - 1 if head else None
+        return result.draw(*selection), describe_attention(
+            self.reader, *selection, result.compute_attention_fractions(*selection)
+        )
 
     def draw_all(
-        self, reading: Reading | None, token: int, layer: int, head: int
+        self, result: DemoResult | None, token: int, layer: int, head: int
     ) -> tuple[Image.Image | None, str, list[tuple[Image.Image, str]]]:
-        """The same, and the maps of all layers in small."""
-        if reading is None:
+        """Return the output of `draw`, and small maps of all layers."""
+        if result is None:
             return None, "", []
-        maps = reading.drawn_layers(token, head - 1 if head else None)
+        maps = result.draw_all_layers(token, head - 1 if head else None)
         named = [(small, f"layer {number}") for number, small in enumerate(maps, start=1)]
-        return *self.draw(reading, token, layer, head), named
+        return *self.draw(result, token, layer, head), named
 
 
-def layer_of(event: gr.SelectData) -> int:
-    """The layer whose map was clicked."""
+def get_clicked_layer(event: gr.SelectData) -> int:
+    """Return the layer of the clicked map."""
     return event.index + 1

@@ -1,11 +1,11 @@
-"""What the demo knows of a picture: the model's answer, and where its special tokens look.
+"""The model of the demo: predictions for an image, and the attention of its special tokens.
 
-    reader = Reader.load("someone/model", revision)
-    reading = reader.read("cat.jpg")
-    reading.answers                                  # {"Label": {"cat": 0.9, ...}}
-    reading.drawn(token=0, layer=2, head=None)       # the picture with the map over it
+    demo_model = DemoModel.load("someone/model", revision)
+    result = demo_model.predict("cat.jpg")
+    result.predictions                               # {"Label": {"cat": 0.9, ...}}
+    result.draw(token=0, layer=2, head=None)         # the image with the map over it
 
-The model comes through the Auto classes, so its code may be that of its repository. No page here: that is page.py.
+Models are loaded with the Auto classes, so the code may come from their repository. The page is in page.py.
 """
 
 from collections.abc import Callable
@@ -20,73 +20,80 @@ from transformers.configuration_utils import PreTrainedConfig
 from transformers.utils import cached_file
 
 from ..adaptation_vitcls import load_checkpoint
-from ..analysis.maps import SeenPart, overlay, patch_maps, seen_part, token_names
+from ..analysis.maps import (
+    VisibleRegion,
+    extract_patch_maps,
+    get_head_names,
+    get_token_names,
+    get_visible_region,
+    overlay,
+)
 
 
 MODEL_TYPE = "vitcls"
-PICTURE_SIDE = 1024  # the longer side of a picture is kept at no more pixels, and shown with no fewer than
-SMALLEST_SIDE = 384
+IMAGE_SIDE = 1024  # maximum pixels of the longer side of an image
+MIN_SIDE = 384  # minimum pixels of the longer side of a displayed image
 THUMBNAIL_SIDE = 320
 
-Answer = dict[str, float] | str  # label -> probability, or numbers in words
+Prediction = dict[str, float] | str  # label -> probability, or values as text
 
 
 @dataclass(frozen=True)
-class Reading:
-    """What a model made of one picture.
+class DemoResult:
+    """Output of a model for one image.
 
     Attributes:
-        picture: upright, at most `PICTURE_SIDE` pixels a side.
-        seen: the part of it that the patches cover.
-        answers: question -> answer, none of an encoder.
-        rows: attention of the special tokens [layer, head, special token, key], float32; of no layer where it cannot
-            be read.
-        maps: its part that goes to patches [layer, head, special token, gh, gw].
+        image: upright, at most `IMAGE_SIDE` pixels per side.
+        visible_region: the region of the image that the patches cover.
+        predictions: name -> prediction; empty for an encoder.
+        rows: attention of the special tokens [layer, head, special token, key], float32; 0 layers if attention is not
+            available.
+        maps: attention to patches [layer, head, special token, gh, gw].
     """
 
-    picture: Image.Image
-    seen: SeenPart
-    answers: dict[str, Answer]
+    image: Image.Image
+    visible_region: VisibleRegion
+    predictions: dict[str, Prediction]
     rows: torch.Tensor
     maps: torch.Tensor
 
-    def drawn(self, token: int, layer: int, head: int | None) -> Image.Image:
-        """What a token looks at in a layer, over the picture. Head None: the mean of all."""
-        return overlay(self.picture, chosen(self.maps[layer], head)[token], self.seen, min_side=SMALLEST_SIDE)
+    def draw(self, token: int, layer: int, head: int | None) -> Image.Image:
+        """Draw the attention of a token in a layer over the image. `head` None is the mean over heads."""
+        return overlay(self.image, select_head(self.maps[layer], head)[token], self.visible_region, min_side=MIN_SIDE)
 
-    def drawn_layers(self, token: int, head: int | None) -> list[Image.Image]:
-        """The same in small for every layer; each map is as bright as its own largest value."""
+    def draw_all_layers(self, token: int, head: int | None) -> list[Image.Image]:
+        """Draw small maps of all layers; each map has its own scale."""
         return [
             overlay(
-                self.picture,
-                chosen(maps, head)[token],
-                self.seen,
+                self.image,
+                select_head(maps, head)[token],
+                self.visible_region,
                 max_side=THUMBNAIL_SIDE,
                 min_side=THUMBNAIL_SIDE // 2,
             )
             for maps in self.maps
         ]
 
-    def shares(self, token: int, layer: int, head: int | None) -> list[float]:
-        """What part of the token's attention goes to each special token, then to all patches together; 1 in sum."""
-        row = chosen(self.rows[layer], head)[token]  # [key]
+    def compute_attention_fractions(self, token: int, layer: int, head: int | None) -> list[float]:
+        """Return the fractions of a token's attention to each special token, then to all patches; they sum to 1."""
+        row = select_head(self.rows[layer], head)[token]  # [key]
         special = row[: self.rows.shape[2]]
         return [*special.tolist(), 1 - special.sum().item()]
 
 
-def chosen(heads: torch.Tensor, head: int | None) -> torch.Tensor:
-    """One of the heads [head, ...], or their mean."""
+def select_head(heads: torch.Tensor, head: int | None) -> torch.Tensor:
+    """Return one head of [head, ...], or the mean over heads if `head` is None."""
     return heads.mean(dim=0) if head is None else heads[head]
 
 
 @dataclass(frozen=True)
-class Reader:
-    """A model with all that is needed to ask it.
+class DemoModel:
+    """A model with its image processor and provenance.
 
     Attributes:
-        source: the folder or the id that it is from.
-        commit: of the repository; None for a folder.
-        code_revision: that was asked for, of the repository with the code.
+        source: folder or Hub id.
+        commit: commit of the repository; None for a folder.
+        code_revision: requested revision of the repository with the code.
     """
 
     model: Any
@@ -97,123 +104,129 @@ class Reader:
     is_classifier: bool
 
     @classmethod
-    def load(cls, source: str, revision: str | None = None, code_revision: str | None = None) -> "Reader":
-        """A vitcls checkpoint, as a classifier if it is one.
+    def load(cls, source: str, revision: str | None = None, code_revision: str | None = None) -> "DemoModel":
+        """Load a vitcls checkpoint, as a classifier if it has one.
 
         Args:
-            source: a folder, or a repository's id. Where this package is not installed, the code in the repository
-                is run: pin a revision.
+            source: a folder or a Hub id. If this package is not installed, the code in the repository runs. Pin a
+                revision for safety.
             revision: commit hash, branch or tag.
-            code_revision: the same, where the code is in a repository of its own.
+            code_revision: commit hash, branch or tag of the code, if it is in a separate repository.
 
         Raises:
-            ValueError, OSError: in one line, for other checkpoints, and what cannot be found or read.
+            ValueError, OSError: with a one-line message, if the checkpoint has another model type, is not found, or
+                cannot be read.
         """
-        commit = resolved(source, revision)
+        commit = resolve_commit(source, revision)
         settings = load_checkpoint(PreTrainedConfig.get_config_dict, source, revision=commit)[0]
         if (model_type := settings.get("model_type")) != MODEL_TYPE:
             raise ValueError(
-                f"{source} holds a model of type {model_type!r}: give a {MODEL_TYPE!r} checkpoint (scripts/convert.py "
-                "makes one of many others)"
+                f"The demo requires a {MODEL_TYPE!r} checkpoint, but {source} has model type {model_type!r}. Convert "
+                "it with scripts/convert.py."
             )
         options: dict[str, Any] = {"revision": commit, "trust_remote_code": True}
         options |= {"code_revision": code_revision} if code_revision else {}
         is_classifier = any("Classification" in name for name in settings.get("architectures") or ())
         auto_class: Any = AutoModelForImageClassification if is_classifier else AutoModel
-        unused = {} if is_classifier else {"add_pooling_layer": False}
+        encoder_options = {} if is_classifier else {"add_pooling_layer": False}
         model, info = load_checkpoint(
-            auto_class.from_pretrained, source, output_loading_info=True, **options, **unused
+            auto_class.from_pretrained, source, output_loading_info=True, **options, **encoder_options
         )
         if info["missing_keys"]:
-            raise ValueError(f"the checkpoint {source} lacks {min(info['missing_keys'])}: train it first")
+            raise ValueError(
+                f"The checkpoint {source} has no weights for {min(info['missing_keys'])}. Train the model first."
+            )
         processor = load_checkpoint(AutoImageProcessor.from_pretrained, source, **options)
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        reader = cls(model.eval().to(device), processor, source, commit, code_revision, is_classifier)
-        reader.check_can_show()
-        return reader
+        demo_model = cls(model.eval().to(device), processor, source, commit, code_revision, is_classifier)
+        demo_model.check_can_show()
+        return demo_model
 
     def check_can_show(self) -> None:
-        """Raise ValueError for a model that the demo has nothing to say about."""
+        """Raise ValueError if the demo cannot show the model."""
         if self.model.config.num_channels not in (1, 3):
             raise ValueError(
-                f"{self.source} takes images of {self.model.config.num_channels} channels: none has these"
+                f"The demo requires images with 1 or 3 channels, but {self.source} requires "
+                f"{self.model.config.num_channels}."
             )
-        if not self.has_labels and not self.shows_attention:
-            what = "attention that can be read" if self.merges_patches else "special tokens"
-            raise ValueError(f"{self.source} has neither labels nor {what}, so there is nothing to show")
+        if not self.has_labels and not self.has_attention:
+            missing = "readable attention" if self.merges_patches else "special tokens"
+            raise ValueError(
+                f"The demo requires labels or attention, but {self.source} has no labels and no {missing}."
+            )
 
     @property
     def has_labels(self) -> bool:
-        """Whether it says what a picture shows."""
+        """Return whether the model predicts labels or values."""
         return self.is_classifier and bool(self.model.config.tasks or self.model.config.num_labels)
 
     @property
     def tokens(self) -> list[str]:
-        """The special tokens, in words."""
-        return token_names(self.model.config)
+        """Return the names of the special tokens."""
+        return get_token_names(self.model.config)
 
     @property
     def merges_patches(self) -> bool:
-        """Whether patches become one on their way, so that their attention cannot be read."""
-        return bool(getattr(self.model.config, "merged_patches_per_layer", 0))  # code of older repositories has none
+        """Return whether the model merges patches, so that attention is not available."""
+        return bool(getattr(self.model.config, "merged_patches_per_layer", 0))  # missing in code of older repositories
 
     @property
-    def shows_attention(self) -> bool:
-        """Whether there is something to show of what tokens look at."""
+    def has_attention(self) -> bool:
+        """Return whether attention of special tokens can be shown."""
         return bool(self.tokens) and not self.merges_patches
 
     @property
     def num_layers(self) -> int:
-        """Layers of the encoder."""
+        """Return the number of layers."""
         return self.model.config.num_hidden_layers
 
     @property
     def heads(self) -> list[str]:
-        """The attention maps of a layer, in words; differential attention has two per head."""
-        numbers = range(1, self.model.config.num_attention_heads + 1)
-        if self.model.config.attention_type == "differential":
-            return [f"head {number}, {which} map" for number in numbers for which in ("first", "second")]
-        return [f"head {number}" for number in numbers]
+        """Return the names of the attention maps of a layer."""
+        return get_head_names(self.model.config)
 
     @property
-    def questions(self) -> list[str]:
-        """The names of the answers: one, or one per task."""
+    def output_names(self) -> list[str]:
+        """Return the names of the predictions: one, or one per task."""
         if not self.has_labels:
             return []
-        return list(self.model.config.task_labels()) or [kind_of_answer(self.model.config).title]
+        return list(self.model.config.task_labels()) or [get_problem_type(self.model.config).title]
 
     @property
     def has_winner(self) -> bool:
-        """Whether the first of the labels is the answer, rather than one of several or none."""
-        return bool(self.model.config.tasks) or kind_of_answer(self.model.config).read is not several_labels
+        """Return whether the most probable label is the prediction (not for multi-label models)."""
+        return (
+            bool(self.model.config.tasks)
+            or get_problem_type(self.model.config).format_prediction is not get_sigmoid_scores
+        )
 
     @torch.inference_mode()
-    def read(self, file: str | Path) -> Reading:
-        """Ask the model about a picture.
+    def predict(self, file: str | Path) -> DemoResult:
+        """Run the model on an image.
 
         Raises:
-            ValueError: in one line, for a file that is no picture, or one that the model cannot take.
+            ValueError: with a one-line message, if the file is not an image, or the model does not accept it.
         """
         config = self.model.config
-        picture = self.processor.fetch_images(str(file))  # upright
+        image = self.processor.fetch_images(str(file))  # upright
         if config.num_channels == 1:
-            picture = without_colour(picture)
-        pixel_values = self.processor(picture, return_tensors="pt")["pixel_values"].to(self.model.device)
-        answers: dict[str, Answer] = {}
+            image = to_grayscale(image)
+        pixel_values = self.processor(image, return_tensors="pt")["pixel_values"].to(self.model.device)
+        predictions: dict[str, Prediction] = {}
         if self.has_labels:
-            answers = answers_from(self.model(pixel_values).logits, config)
-        rows = self.attention_to(pixel_values)
+            predictions = get_predictions(self.model(pixel_values).logits, config)
+        rows = self.compute_attention_rows(pixel_values)
         height, width = pixel_values.shape[-2:]
-        maps = patch_maps(rows, config, (height, width))
-        left, top, right, bottom = seen_part(self.processor, picture.size[::-1], config.patch_height_width)
-        small = picture.copy()
-        small.thumbnail((PICTURE_SIDE, PICTURE_SIDE))
-        across, down = small.width / picture.width, small.height / picture.height
-        seen = SeenPart(left * across, top * down, right * across, bottom * down)
-        return Reading(small, seen, answers, rows, maps)
+        maps = extract_patch_maps(rows, config, (height, width))
+        left, top, right, bottom = get_visible_region(self.processor, image.size[::-1], config.patch_height_width)
+        small = image.copy()
+        small.thumbnail((IMAGE_SIDE, IMAGE_SIDE))
+        across, down = small.width / image.width, small.height / image.height
+        visible_region = VisibleRegion(left * across, top * down, right * across, bottom * down)
+        return DemoResult(small, visible_region, predictions, rows, maps)
 
-    def attention_to(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """`Reading.rows` of one image [1, C, H, W]."""
+    def compute_attention_rows(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Return `DemoResult.rows` for one image [1, C, H, W]."""
         if self.merges_patches:
             rows, columns = self.model.base_model.embeddings.patch_embeddings.get_grid_size(pixel_values)
             num_tokens = self.model.config.token_layout.num_prefix_tokens + rows * columns
@@ -221,67 +234,67 @@ class Reader:
         return self.model.token_attention(pixel_values)[0].float().cpu()
 
 
-def resolved(source: str, revision: str | None) -> str | None:
-    """The hash of the commit that a repository's id and a revision stand for; None for a folder."""
+def resolve_commit(source: str, revision: str | None) -> str | None:
+    """Return the commit hash of a Hub id and revision; None for a folder."""
     if Path(source).is_dir():
         return None
     file = load_checkpoint(cached_file, source, "config.json", revision=revision)
-    return Path(file).parent.name  # the cache has a folder per commit
+    return Path(file).parent.name  # cached files are in one folder per commit
 
 
-def without_colour(picture: Image.Image) -> Image.Image:
-    """A grey picture as it is, another one as grey, with its transparency."""
-    if picture.mode != "P" and len(picture.getbands()) < 3:
-        return picture
-    return picture.convert("LA" if picture.has_transparency_data else "L")
+def to_grayscale(image: Image.Image) -> Image.Image:
+    """Convert an image to grayscale, keeping transparency. Grayscale images are returned unchanged."""
+    if image.mode != "P" and len(image.getbands()) < 3:
+        return image
+    return image.convert("LA" if image.has_transparency_data else "L")
 
 
-# Answers -------------------------------------------------------------------------------------------------------------
+# Predictions ---------------------------------------------------------------------------------------------------------
 
 
-def one_label(logits: torch.Tensor, names: list[str]) -> Answer:
-    """Logits [labels] -> probabilities, 1 in sum."""
+def get_softmax_scores(logits: torch.Tensor, names: list[str]) -> Prediction:
+    """Return probabilities that sum to 1, for logits [labels]."""
     return dict(zip(names, logits.softmax(dim=0).tolist(), strict=True))
 
 
-def several_labels(logits: torch.Tensor, names: list[str]) -> Answer:
-    """Logits [labels] -> a probability for each on its own."""
+def get_sigmoid_scores(logits: torch.Tensor, names: list[str]) -> Prediction:
+    """Return an independent probability per label, for logits [labels]."""
     return dict(zip(names, logits.sigmoid().tolist(), strict=True))
 
 
-def numbers(values: torch.Tensor, names: list[str]) -> Answer:
-    """What a regression model says [labels]."""
+def format_values(values: torch.Tensor, names: list[str]) -> Prediction:
+    """Return the values [labels] of a regression model as text."""
     return ", ".join(f"{name}: {value:.4g}" for name, value in zip(names, values.tolist(), strict=True))
 
 
 @dataclass(frozen=True)
-class KindOfAnswer:
-    """How logits are read, and what the answer is called."""
+class ProblemType:
+    """Name of a prediction, and the function that formats its logits."""
 
     title: str
-    read: Callable[[torch.Tensor, list[str]], Answer]
+    format_prediction: Callable[[torch.Tensor, list[str]], Prediction]
 
 
-KINDS_OF_ANSWER = {
-    None: KindOfAnswer("Label", one_label),
-    "single_label_classification": KindOfAnswer("Label", one_label),
-    "multi_label_classification": KindOfAnswer("Labels, each with a probability of its own", several_labels),
-    "regression": KindOfAnswer("Numbers", numbers),
+PROBLEM_TYPES = {
+    None: ProblemType("Label", get_softmax_scores),
+    "single_label_classification": ProblemType("Label", get_softmax_scores),
+    "multi_label_classification": ProblemType("Labels with independent probabilities", get_sigmoid_scores),
+    "regression": ProblemType("Numbers", format_values),
 }
 
 
-def kind_of_answer(config: Any) -> KindOfAnswer:
-    """That of a model with one label set; a single label is a yes or no, as in transformers' pipeline."""
+def get_problem_type(config: Any) -> ProblemType:
+    """Return the problem type of a model without tasks. A single label is binary, as in transformers' pipelines."""
     if config.num_labels == 1 and config.problem_type != "regression":
-        return KINDS_OF_ANSWER["multi_label_classification"]
-    return KINDS_OF_ANSWER[config.problem_type]
+        return PROBLEM_TYPES["multi_label_classification"]
+    return PROBLEM_TYPES[config.problem_type]
 
 
-def answers_from(logits: Any, config: Any) -> dict[str, Answer]:
-    """Logits of one picture, [1, labels] or such per task -> question -> answer."""
+def get_predictions(logits: Any, config: Any) -> dict[str, Prediction]:
+    """Return name -> prediction for the logits of one image, [1, labels] or a dict of these per task."""
     if config.tasks:
-        names_of_tasks = config.task_labels()
-        return {task: one_label(logits[task][0].float().cpu(), names_of_tasks[task]) for task in names_of_tasks}
-    kind = kind_of_answer(config)
+        task_labels = config.task_labels()
+        return {task: get_softmax_scores(logits[task][0].float().cpu(), task_labels[task]) for task in task_labels}
+    problem_type = get_problem_type(config)
     names = [config.id2label[index] for index in range(config.num_labels)]
-    return {kind.title: kind.read(logits[0].float().cpu(), names)}
+    return {problem_type.title: problem_type.format_prediction(logits[0].float().cpu(), names)}

@@ -1,80 +1,84 @@
-"""The sentences of the demo's page, in Markdown: which model this is, how to load it, what its attention says."""
+"""Sentences of the demo page, in Markdown: the model, how to load it, and where its attention goes."""
 
 from pathlib import Path
 
 from huggingface_hub import constants
 
-from .reader import Reader
+from .reader import DemoModel
 
 
 MEAN_OF_HEADS = "mean of all heads"
 
 
-def title(reader: Reader) -> str:
-    """The model's name."""
-    return Path(reader.source).resolve().name if reader.commit is None else reader.source
+def get_title(demo_model: DemoModel) -> str:
+    """Return the name of the model."""
+    return Path(demo_model.source).resolve().name if demo_model.commit is None else demo_model.source
 
 
-def header(reader: Reader) -> str:
-    """The title, where the model is from, and its special tokens."""
-    config = reader.model.config
-    origin = "A model in a folder of this machine"
-    if reader.commit is not None:
-        address = f"{constants.ENDPOINT}/{reader.source}"
-        short = reader.commit[:7]
-        origin = f"[{reader.source}]({address}) at commit [`{short}`]({address}/tree/{reader.commit})"
-    tokens = f"special tokens: {', '.join(reader.tokens)}" if reader.tokens else "no special tokens"
+def build_header(demo_model: DemoModel) -> str:
+    """Return title, provenance and special tokens of the model."""
+    config = demo_model.model.config
+    provenance = "A model in a local folder"
+    if demo_model.commit is not None:
+        url = f"{constants.ENDPOINT}/{demo_model.source}"
+        short = demo_model.commit[:7]
+        provenance = f"[{demo_model.source}]({url}) at commit [`{short}`]({url}/tree/{demo_model.commit})"
+    tokens = f"special tokens: {', '.join(demo_model.tokens)}" if demo_model.tokens else "no special tokens"
     return (
-        f"# {title(reader)}\n{origin}. A Vision Transformer of {counted(reader.num_layers, 'layer')} with "
-        f"{counted(config.num_attention_heads, 'head')} each; {tokens}."
+        f"# {get_title(demo_model)}\n{provenance}. A Vision Transformer of "
+        f"{format_count(demo_model.num_layers, 'layer')} with "
+        f"{format_count(config.num_attention_heads, 'head')} each; {tokens}."
     )
 
 
-def counted(number: int, word: str) -> str:
-    """Such as "1 layer", "2 layers"."""
+def format_count(number: int, word: str) -> str:
+    """Return a count with its noun, such as "1 layer" or "2 layers"."""
     return f"{number} {word}" if number == 1 else f"{number} {word}s"
 
 
-def how_to_load(reader: Reader) -> str:
-    """Code to copy."""
-    pinned = "" if reader.commit is None else f', revision="{reader.commit}"'
-    pinned += f', code_revision="{reader.code_revision}"' if reader.code_revision else ""
-    auto_class = "AutoModelForImageClassification" if reader.is_classifier else "AutoModel"
-    place = "the repository that its config.json names" if reader.code_revision else "that repository"
-    note = "" if reader.commit is None else f"\nThis runs code from {place}: the commit says which.\n"
-    where = f'"{reader.source}"{pinned}, trust_remote_code=True'
+def build_loading_code(demo_model: DemoModel) -> str:
+    """Return Python code that loads the model."""
+    revision = "" if demo_model.commit is None else f', revision="{demo_model.commit}"'
+    revision += f', code_revision="{demo_model.code_revision}"' if demo_model.code_revision else ""
+    auto_class = "AutoModelForImageClassification" if demo_model.is_classifier else "AutoModel"
+    repository = "the repository that its config.json names" if demo_model.code_revision else "that repository"
+    note = "" if demo_model.commit is None else f"\nThis runs code from {repository}, at the given commit.\n"
+    arguments = f'"{demo_model.source}"{revision}, trust_remote_code=True'
     return f"""```python
 from transformers import AutoImageProcessor, {auto_class}
 
-model = {auto_class}.from_pretrained({where})
-processor = AutoImageProcessor.from_pretrained({where})
+model = {auto_class}.from_pretrained({arguments})
+processor = AutoImageProcessor.from_pretrained({arguments})
 ```
 {note}"""
 
 
-def what_is_missing(reader: Reader) -> str:
-    """Why there are no labels, or no attention; empty where both are there."""
-    if not reader.has_labels:
+def explain_missing_output(demo_model: DemoModel) -> str:
+    """Explain why the page has no labels or no attention; empty if it has both."""
+    if not demo_model.has_labels:
         return (
-            "This model is an encoder without a classifier, so there are no labels: see below what its tokens look at."
+            "This model is an encoder without a classifier, so there are no labels. See below for the attention of "
+            "its tokens."
         )
-    if not reader.tokens:
+    if not demo_model.tokens:
         return "This model has no special tokens (CLS, distillation, register), so there is no attention to show."
-    if reader.merges_patches:
-        return "This model merges patches, so its attention cannot be shown: only with `merged_patches_per_layer=0`."
+    if demo_model.merges_patches:
+        return (
+            "This model merges patches, so its attention cannot be shown. Set `merged_patches_per_layer=0` to see it."
+        )
     return ""
 
 
-def attention_in_words(reader: Reader, token: int, layer: int, head: int | None, shares: list[float]) -> str:
-    """Where a token's attention goes, in percent.
+def describe_attention(demo_model: DemoModel, token: int, layer: int, head: int | None, fractions: list[float]) -> str:
+    """Describe how a token's attention is distributed, in percent.
 
     Args:
-        shares: for each special token, then for all patches.
+        fractions: fraction of attention to each special token, then to all patches.
     """
-    heads = MEAN_OF_HEADS if head is None else reader.heads[head]
-    *special, patches = shares
-    others = ", ".join(f"{name} {share:.1%}" for name, share in zip(reader.tokens, special, strict=True))
+    heads = MEAN_OF_HEADS if head is None else demo_model.heads[head]
+    *special, patches = fractions
+    others = ", ".join(f"{name} {fraction:.1%}" for name, fraction in zip(demo_model.tokens, special, strict=True))
     return (
-        f"**{reader.tokens[token]}**, layer {layer + 1} of {reader.num_layers}, {heads}: {patches:.1%} of its "
+        f"**{demo_model.tokens[token]}**, layer {layer + 1} of {demo_model.num_layers}, {heads}: {patches:.1%} of its "
         f"attention goes to the patches, {sum(special):.1%} to special tokens ({others})."
     )

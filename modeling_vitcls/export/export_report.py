@@ -5,7 +5,6 @@ The model answers in float32, in eager mode, at its own image size as it was loa
 
 import dataclasses
 import json
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ import torch
 from transformers.image_utils import PILImageResampling
 
 from ..configuration_vitcls import ViTCLSConfig
-from ..conversion.parity_report import largest, sha256, versions
+from ..conversion.parity_report import largest, sha256
 from ..image_processing_vitcls import ViTCLSImageProcessor
 from ..modeling_vitcls import ViTCLSPreTrainedModel
 from .exportable import INPUT, Answers, NamedAnswers
@@ -203,11 +202,6 @@ def label_names(config: ViTCLSConfig, names: list[str]) -> dict[str, list[str]]:
         return config.task_labels()
     id2label: dict[Any, str] = dict(config.id2label or {})
     return {name: [id2label[index] for index in range(len(id2label))] for name in names if name.endswith("logits")}
-
-
-def versions_with(packages: tuple[str, ...]) -> dict[str, str]:
-    """Of what decides about numbers."""
-    return versions() | {name: version(name) for name in packages}
 
 
 def hashes(folder: Path) -> dict[str, str]:

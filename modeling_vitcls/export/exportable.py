@@ -15,7 +15,7 @@ from torch import nn
 
 from ..adaptation_vitcls import check_folder, load_checkpoint
 from ..configuration_vitcls import ViTCLSConfig
-from ..hub.loading import local_copy
+from ..hub.loading import get_model_folder
 from ..image_processing_vitcls import ViTCLSImageProcessor
 from ..inference.load_model import check_is_vitcls, is_preset
 from ..modeling_vitcls import (
@@ -104,7 +104,7 @@ def load_exportable(source: str) -> Exportable:
         processor = ViTCLSImageProcessor()
         fit_processor(processor, model.config)
         return Exportable(model.eval(), processor, is_trained=False)
-    folder = local_copy(source)
+    folder = get_model_folder(source)
     check_folder(folder, config_is_elsewhere=False)
     check_is_vitcls(source, folder)
     config = load_checkpoint(ViTCLSConfig.from_pretrained, folder)

@@ -6,7 +6,8 @@ certificate = export_model("runs/mine", "onnx", Path("mine.onnx"))      # and mi
 import tempfile
 from pathlib import Path
 
-from ..hub.local_paths import settled, without_folders
+from ..hub.local_paths import resolve_name, strip_folders
+from ..system import get_versions
 from .export_report import (
     LIMITS,
     Certificate,
@@ -20,7 +21,6 @@ from .export_report import (
     output_shapes,
     preprocessing_facts,
     shapes_to_try,
-    versions_with,
 )
 from .exportable import load_exportable
 from .formats import FORMATS, Format, Traced
@@ -67,7 +67,7 @@ def export_model(
         trials = compared(batches, wanted, chosen.answers(file, batches, names), dtype)
         certificate = Certificate(
             format=format_name,
-            model=without_folders(settled(source, known=not exportable.is_trained)),
+            model=strip_folders(resolve_name(source, is_built_in=not exportable.is_trained)),
             model_class=type(model).__name__,
             weights="trained" if exportable.is_trained else "random",
             dtype=dtype,
@@ -80,7 +80,7 @@ def export_model(
             fixed_because=plan.reason,
             preprocessing=preprocessing_facts(exportable.processor),
             labels=label_names(model.config, names),
-            versions=versions_with(chosen.packages),
+            versions=get_versions("timm", *chosen.packages),
             sha256=hashes(Path(partial)),
         )
         certificate.save(certificate_beside(file))

@@ -1,20 +1,11 @@
-"""The model card: README.md of a model folder, from what was configured and measured.
+"""Model cards: README.md of a model folder, from its configuration and measurements.
 
-    card.py             metadata, and what the text is made of
-    card_results.py     measured values as tables and sentences
-    licenses.py         under which licence it is
-    card_training.py    how it was trained, as a section of text
-    analysis/card_images.py    the pictures
+    build_card               a fine-tuned classifier            model_cards/template.md.j2
+    build_encoder_card       a pre-trained encoder              model_cards/encoder.md.j2
+    build_checkpoint_card    a model in training, on a branch   model_cards/checkpoint.md.j2
 
-The text is in model_cards/template.md.j2. A section for which nothing was measured does not appear.
-
-The model card of a pre-trained encoder: README.md of the folder that pre-training wrote.
-
-The text is in model_cards/encoder.md.j2; a classifier's card is in card.py.
-
-The short card of a model in training, on a branch of its own: what it is, and how to load it or go on with it.
-
-The text is in model_cards/checkpoint.md.j2; the card of the result is in card.py.
+A section without measured values is left out. The images of a card are drawn by analysis/card_images.py, and the card
+of a converted model is in conversion/conversion_card.py.
 """
 
 import re
@@ -23,16 +14,27 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ..configuration_vitcls import PRESETS, ViTCLSConfig
-from .card_results import CONFIDENCE, class_tables, interval, measured_limits, metric_names, metric_rows, quoted
-from .card_training import TEMPLATE, training_section
-from .licenses import Licence, licence_of_run
-from .local_paths import BUILT_IN, is_local, without_folders
-from .provenance import Origin
+from .card_results import (
+    CONFIDENCE,
+    build_class_tables,
+    build_metric_rows,
+    describe_limits,
+    format_name,
+    get_interval,
+    get_metric_names,
+)
+from .card_training import TEMPLATE, build_training_section
+from .licenses import WeightsLicense, get_run_license
+from .local_paths import BUILT_IN_DATASET, is_local, strip_folders
+from .provenance import Provenance
 from .verification_script import AUTO_CLASSES
 
 
+TAGS = ["vision", "vit", "vitcls"]
 TOKEN_NAMES = {"cls": "CLS", "distillation": "distillation", "registers": "register", "patches": "patch"}
-MOST_CLASSES_NAMED = 50
+MAX_LISTED_CLASSES = 50
+LABEL_FLAGS = ("label_smoothing", "class_balance", "trainable", "mixup", "cutmix")  # without effect in pre-training
+SCRIPTS = {"ViTCLSForMaskedImageModeling": "pretrain.py"}  # model class -> script; finetune.py for other classes
 
 
 def build_card(
@@ -40,77 +42,140 @@ def build_card(
     config: ViTCLSConfig,
     results: dict[str, Any],
     flags: dict[str, Any],
-    origin: Origin | None = None,
-    teacher: Origin | None = None,
-    pictures: dict[str, str] | None = None,
+    base: Provenance | None = None,
+    teacher: Provenance | None = None,
+    images: dict[str, str] | None = None,
 ) -> ModelCard:
-    """The card of a fine-tuned classifier.
+    """Build the card of a fine-tuned classifier.
 
     Args:
-        name: of the model: its id on the Hub, or its folder's name.
-        config: its configuration.
-        results: what results.json holds.
-        flags: the run's flags, as in config.resolved.yaml.
-        origin: of the model that it started from; None for a preset.
-        teacher: of a distillation.
-        pictures: name -> path in the folder, as `write_pictures` returns them.
+        name: The model's id on the Hub, or its folder's name.
+        config: Configuration of the model.
+        results: Content of results.json.
+        flags: Flags of the run, as in config.resolved.yaml.
+        base: Provenance of the model that training started from; None for a preset.
+        teacher: Provenance of the teacher of a distillation.
+        images: Name -> path in the folder, as analysis/card_images.py returns it.
     """
-    pictures = pictures or {}
+    images = images or {}
     return ModelCard.from_template(
-        card_metadata(name, config, results, flags, origin),
+        build_metadata(name, config, results, flags, base),
         template_path=str(TEMPLATE),
-        metrics=metric_rows(results, config),
-        class_tables=class_tables(results, config),
-        matrices=matrix_pictures(pictures, config),
-        purpose=purpose(config),
-        classes=class_lists(config),
-        limits=measured_limits(results, config),
-        **facts_of_any_model(name, config, results, flags, origin, teacher, pictures, "finetune.py"),
+        metrics=build_metric_rows(results, config),
+        class_tables=build_class_tables(results, config),
+        matrices=list_confusion_matrices(images, config),
+        purpose=describe_purpose(config),
+        classes=describe_classes(config),
+        limits=describe_limits(results, config),
+        **build_common_fields(name, config, results, flags, base, teacher, images, "finetune.py"),
     )
 
 
-def facts_of_any_model(
+def build_encoder_card(
     name: str,
     config: ViTCLSConfig,
     results: dict[str, Any],
     flags: dict[str, Any],
-    origin: Origin | None,
-    teacher: Origin | None,
-    pictures: dict[str, str],
+    base: Provenance | None = None,
+    images: dict[str, str] | None = None,
+) -> ModelCard:
+    """Build the card of an encoder that was pre-trained by masked image modeling.
+
+    Args:
+        name: The model's id on the Hub, or its folder's name.
+        config: Configuration of the model.
+        results: Content of results.json.
+        flags: Flags of the run, as in config.resolved.yaml.
+        base: Provenance of the model that training started from; None for a preset.
+        images: Name -> path in the folder, as analysis/card_images.py returns it.
+    """
+    flags = {flag: value for flag, value in flags.items() if flag not in LABEL_FLAGS}
+    return ModelCard.from_template(
+        ModelCardData(
+            **build_common_metadata(flags, base),
+            pipeline_tag="image-feature-extraction",
+            tags=[*TAGS, "masked-image-modeling"],
+        ),
+        template_path=str(TEMPLATE.with_name("encoder.md.j2")),
+        **build_common_fields(name, config, results, flags, base, None, images or {}, "pretrain.py"),
+    )
+
+
+def build_checkpoint_card(
+    repo_id: str,
+    branch: str,
+    step: int,
+    architecture: str,
+    metadata: dict[str, Any],
+    weights_license: WeightsLicense,
+    with_optimizer: bool,
+) -> ModelCard:
+    """Build the card of one checkpoint.
+
+    Args:
+        repo_id: `namespace/name`.
+        branch: Branch of the checkpoint.
+        step: Number of completed optimizer steps.
+        architecture: The model's class, as in its config.json.
+        metadata: License, base model and data set, as keywords of ModelCardData.
+        weights_license: License of the weights.
+        with_optimizer: Whether the files for `--resume` are published as well.
+    """
+    return ModelCard.from_template(
+        ModelCardData(**metadata, tags=[*TAGS, "checkpoint"]),
+        template_path=str(TEMPLATE.with_name("checkpoint.md.j2")),
+        repo_id=repo_id,
+        branch=branch,
+        step=f"{step:,}",
+        auto_class=AUTO_CLASSES.get(architecture, "AutoModel"),
+        script=SCRIPTS.get(architecture, "finetune.py"),
+        license_text=weights_license,
+        with_optimizer=with_optimizer,
+    )
+
+
+def build_common_fields(
+    name: str,
+    config: ViTCLSConfig,
+    results: dict[str, Any],
+    flags: dict[str, Any],
+    base: Provenance | None,
+    teacher: Provenance | None,
+    images: dict[str, str],
     script: str,
 ) -> dict[str, Any]:
-    """What the cards of classifiers and encoders both say."""
+    """Return the template variables that the cards of classifiers and encoders share."""
     return {
         "name": name,
         "config": config,
         "results": results,
-        "layout": layout_picture(results["token_layout"]),
-        "layout_in_words": layout_in_words(results["token_layout"]),
+        "layout": format_token_layout(results["token_layout"]),
+        "layout_description": describe_token_layout(results["token_layout"]),
         "image_size": " x ".join(map(str, config.image_height_width)),
         "from_scratch": is_from_scratch(flags),
-        "base_model": base_model_in_words(flags, origin),
-        "pictures": pictures,
-        "training": training_section(config, results, flags, script, teacher),
-        "licence": licence_of(flags, origin, teacher),
+        "base_model": describe_base_model(flags, base),
+        "images": images,
+        "training": build_training_section(config, results, flags, script, teacher),
+        "license_text": get_license(flags, base, teacher),
     }
 
 
 def is_from_scratch(flags: dict[str, Any]) -> bool:
-    """Whether the run started from a preset's fresh weights."""
+    """Return whether the run started from the random weights of a preset."""
     return flags["model"].removeprefix("vitcls-") in PRESETS
 
 
 # Metadata ------------------------------------------------------------------------------------------------------------
 
 
-def card_metadata(
-    name: str, config: ViTCLSConfig, results: dict[str, Any], flags: dict[str, Any], origin: Origin | None
+def build_metadata(
+    name: str, config: ViTCLSConfig, results: dict[str, Any], flags: dict[str, Any], base: Provenance | None
 ) -> ModelCardData:
-    """The card's YAML header."""
+    """Return the YAML header of a classifier's card."""
     return ModelCardData(
-        **metadata_of_any_model(flags, origin),
+        **build_common_metadata(flags, base),
         pipeline_tag="image-classification",
-        tags=tags(config, results),
+        tags=get_tags(config, results),
         metrics=["accuracy" if "accuracy" in results else "mean_average_precision"],
         model_name=name,
         eval_results=[
@@ -123,174 +188,108 @@ def card_metadata(
                 metric_type=key,
                 metric_name=label,
                 metric_value=round(results[key], 6),
-                metric_args=interval_metadata(results, key),
+                metric_args=get_interval_metadata(results, key),
             )
-            for key, label in metric_names(results, config).items()
+            for key, label in get_metric_names(results, config).items()
         ],
     )
 
 
-def metadata_of_any_model(flags: dict[str, Any], origin: Origin | None) -> dict[str, Any]:
-    """Licence, base model and data set, as keywords of ModelCardData.
+def build_common_metadata(flags: dict[str, Any], base: Provenance | None) -> dict[str, Any]:
+    """Return the license, base model and data set as keywords of ModelCardData.
 
-    A local folder is no data set that the Hub could link to.
+    Local and built-in data sets are left out.
     """
+    dataset = flags["dataset"]
     metadata = {
         "library_name": "transformers",
-        "datasets": None if flags["dataset"] == BUILT_IN or is_local(flags["dataset"]) else [flags["dataset"]],
-        **licence_of(flags, origin).metadata,
+        "datasets": None if dataset == BUILT_IN_DATASET or is_local(dataset) else [dataset],
+        **get_license(flags, base).metadata,
     }
-    if origin is None or not origin.base_model:
+    if base is None or not base.base_model:
         return metadata
-    return metadata | {"base_model": origin.base_model, "base_model_relation": "finetune"}
+    return metadata | {"base_model": base.base_model, "base_model_relation": "finetune"}
 
 
-def licence_of(flags: dict[str, Any], origin: Origin | None, teacher: Origin | None = None) -> Licence:
-    """Under which licence the run's weights are."""
-    return licence_of_run(is_from_scratch(flags), flags.get("license"), origin, teacher)
+def get_license(flags: dict[str, Any], base: Provenance | None, teacher: Provenance | None = None) -> WeightsLicense:
+    """Return the license of the run's weights."""
+    return get_run_license(is_from_scratch(flags), flags.get("license"), base, teacher)
 
 
-def tags(config: ViTCLSConfig, results: dict[str, Any]) -> list[str]:
-    """What the model can be found by, besides its task."""
-    more = {
+def get_tags(config: ViTCLSConfig, results: dict[str, Any]) -> list[str]:
+    """Return the tags of a classifier."""
+    optional = {
         "distillation": bool(results.get("teacher")),
         "multi-task": bool(config.tasks),
         "multi-label": config.problem_type == "multi_label_classification",
     }
-    return ["vision", "vit", "vitcls", *(tag for tag, applies in more.items() if applies)]
+    return [*TAGS, *(tag for tag, applies in optional.items() if applies)]
 
 
-def interval_metadata(results: dict[str, Any], key: str) -> dict[str, Any] | None:
-    """A metric's confidence interval; `args`, of any keys, is where the Hub's model-index has room for it."""
-    known = interval(results, key)
-    return {"confidence_level": CONFIDENCE, "confidence_interval": known} if known else None
+def get_interval_metadata(results: dict[str, Any], key: str) -> dict[str, Any] | None:
+    """Return the confidence interval of a metric for `args` of the model-index, which accepts any keys."""
+    interval = get_interval(results, key)
+    return {"confidence_level": CONFIDENCE, "confidence_interval": interval} if interval else None
 
 
 # Text ----------------------------------------------------------------------------------------------------------------
 
 
-def purpose(config: ViTCLSConfig) -> str:
-    """What the model does, after its size."""
+def describe_purpose(config: ViTCLSConfig) -> str:
+    """Return the purpose of a classifier, as a phrase that follows its size."""
     if config.tasks:
         tasks = [f"{task} ({len(labels)} classes)" for task, labels in config.task_labels().items()]
-        return f"that answers several questions about an image: {', '.join(tasks)}"
+        return f"for multi-task image classification: {', '.join(tasks)}"
     if config.problem_type == "multi_label_classification":
-        return f"that says which of {config.num_labels} classes an image shows, none or several"
-    return f"that sorts images into {config.num_labels} classes"
+        return f"for multi-label image classification with {config.num_labels} classes"
+    return f"for image classification with {config.num_labels} classes"
 
 
-def class_lists(config: ViTCLSConfig) -> list[str]:
-    """What it can answer, a sentence for each task."""
+def describe_classes(config: ViTCLSConfig) -> list[str]:
+    """Return a sentence with the classes of each task."""
     if config.tasks:
-        return [f"It answers {task} with {listed(names)}." for task, names in config.task_labels().items()]
-    names = list((config.id2label or {}).values())
+        return [f"The classes of {task} are {list_classes(names)}." for task, names in config.task_labels().items()]
+    names = list_classes(list((config.id2label or {}).values()))
     if config.problem_type == "multi_label_classification":
-        return [f"It answers with any number of these: {listed(names)}; what else an image shows, it leaves out."]
-    return [f"It answers with one of these, also where an image shows none of them: {listed(names)}."]
+        return [f"The model predicts any number of these classes: {names}. Other image content is not predicted."]
+    return [f"The model predicts one of these classes, even if an image shows none of them: {names}."]
 
 
-def listed(names: list[str]) -> str:
-    """Class names, the first of them where there are many."""
-    shown = ", ".join(map(quoted, names[:MOST_CLASSES_NAMED]))
-    more = len(names) - MOST_CLASSES_NAMED
-    return f"{shown} and {more:,} more (see `id2label` in config.json)" if more > 0 else shown
+def list_classes(names: list[str]) -> str:
+    """Return the class names, shortened to the first `MAX_LISTED_CLASSES`."""
+    text = ", ".join(map(format_name, names[:MAX_LISTED_CLASSES]))
+    num_more = len(names) - MAX_LISTED_CLASSES
+    return f"{text} and {num_more:,} more (see `id2label` in config.json)" if num_more > 0 else text
 
 
-def matrix_pictures(pictures: dict[str, str], config: ViTCLSConfig) -> list[tuple[str, str]]:
-    """What each picture of a confusion matrix shows, and its path."""
-    tasks = {f"confusion_matrix_{task}": f" of {task}" for task in config.task_labels()}
-    words = {"confusion_matrix": ""} | tasks
+def list_confusion_matrices(images: dict[str, str], config: ViTCLSConfig) -> list[tuple[str, str]]:
+    """Return the description and the path of each confusion matrix."""
+    suffixes = {"confusion_matrix": ""} | {f"confusion_matrix_{task}": f" of {task}" for task in config.task_labels()}
     return [
-        (f"Confusion matrix{of_task}: rows are the true classes, columns the answers", pictures[key])
-        for key, of_task in words.items()
-        if key in pictures
+        (f"Confusion matrix{suffix}: rows are the true classes, columns the predictions", images[key])
+        for key, suffix in suffixes.items()
+        if key in images
     ]
 
 
-def layout_picture(counts: dict[str, int]) -> str:
-    """The token sequence in one line, such as `[ CLS x 1 | register x 2 | patch x 16 ]`."""
+def format_token_layout(counts: dict[str, int]) -> str:
+    """Return the token sequence in one line, such as `[ CLS x 1 | register x 2 | patch x 16 ]`."""
     return "[ " + " | ".join(f"{TOKEN_NAMES[name]} x {count}" for name, count in counts.items() if count) + " ]"
 
 
-def layout_in_words(counts: dict[str, int]) -> str:
-    """The same for those who do not see the picture: "1 CLS, 2 register and 16 patch tokens"."""
-    words = [f"{count} {TOKEN_NAMES[name]}" for name, count in counts.items() if count]
-    return re.sub(r", (?=[^,]*$)", " and ", ", ".join(words)) + " tokens"
+def describe_token_layout(counts: dict[str, int]) -> str:
+    """Return the token sequence as alternative text, such as "1 CLS, 2 register and 16 patch tokens"."""
+    phrases = [f"{count} {TOKEN_NAMES[name]}" for name, count in counts.items() if count]
+    return re.sub(r", (?=[^,]*$)", " and ", ", ".join(phrases)) + " tokens"
 
 
-def base_model_in_words(flags: dict[str, Any], origin: Origin | None) -> str:
-    """The model that it started from, in Markdown; of a folder of this machine also where that is from."""
-    given = f"`{without_folders(flags['model'])}`"
-    bases = [origin.base_model] if origin and isinstance(origin.base_model, str) else (origin and origin.base_model)
-    if not bases or bases == [flags["model"]]:
-        return given
-    links = ", ".join(f"[{base}](https://huggingface.co/{base})" for base in bases)
-    return f"{given}, which is derived from {links},"
-
-
-ONLY_WITH_LABELS = ("label_smoothing", "class_balance", "trainable", "mixup", "cutmix")  # flags of both scripts
-
-
-def build_encoder_card(
-    name: str,
-    config: ViTCLSConfig,
-    results: dict[str, Any],
-    flags: dict[str, Any],
-    origin: Origin | None = None,
-    pictures: dict[str, str] | None = None,
-) -> ModelCard:
-    """The card of an encoder that was pre-trained by masked image modelling.
-
-    Args:
-        name: of the model: its id on the Hub, or its folder's name.
-        config: its configuration.
-        results: what results.json holds.
-        flags: the run's flags, as in config.resolved.yaml.
-        origin: of the model that it started from; None for a preset.
-        pictures: name -> path in the folder, as `write_pictures` returns them.
-    """
-    used = {flag: value for flag, value in flags.items() if flag not in ONLY_WITH_LABELS}
-    return ModelCard.from_template(
-        ModelCardData(
-            **metadata_of_any_model(flags, origin),
-            pipeline_tag="image-feature-extraction",
-            tags=["vision", "vit", "vitcls", "masked-image-modeling"],
-        ),
-        template_path=str(TEMPLATE.with_name("encoder.md.j2")),
-        **facts_of_any_model(name, config, results, used, origin, None, pictures or {}, "pretrain.py"),
-    )
-
-
-SCRIPTS = {"ViTCLSForMaskedImageModeling": "pretrain.py"}  # that make models of this class; finetune.py the others
-
-
-def checkpoint_card(
-    repo_id: str,
-    branch: str,
-    step: int,
-    architecture: str,
-    metadata: dict[str, Any],
-    licence: Licence,
-    with_optimizer: bool,
-) -> ModelCard:
-    """The card of one checkpoint.
-
-    Args:
-        repo_id: `namespace/name`.
-        step: optimiser steps done.
-        architecture: the model's class, as its config.json says.
-        metadata: licence, base model and data set, as keywords of ModelCardData.
-        licence: of the weights.
-        with_optimizer: whether what `--resume` needs is published, too.
-    """
-    return ModelCard.from_template(
-        ModelCardData(**metadata, tags=["vision", "vit", "vitcls", "checkpoint"]),
-        template_path=str(TEMPLATE.with_name("checkpoint.md.j2")),
-        repo_id=repo_id,
-        branch=branch,
-        step=f"{step:,}",
-        auto_class=AUTO_CLASSES.get(architecture, "AutoModel"),
-        script=SCRIPTS.get(architecture, "finetune.py"),
-        licence=licence,
-        with_optimizer=with_optimizer,
-    )
+def describe_base_model(flags: dict[str, Any], base: Provenance | None) -> str:
+    """Return the model that training started from, in Markdown; for a local folder with its own base model."""
+    model = f"`{strip_folders(flags['model'])}`"
+    base_models = base.base_model if base else None
+    if isinstance(base_models, str):
+        base_models = [base_models]
+    if not base_models or base_models == [flags["model"]]:
+        return model
+    links = ", ".join(f"[{base_model}](https://huggingface.co/{base_model})" for base_model in base_models)
+    return f"{model}, which is derived from {links},"

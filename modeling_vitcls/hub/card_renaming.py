@@ -1,11 +1,11 @@
-"""The card under another name: README.md as it is published, where the repository is not called what the card says.
+"""Replace the model's name in a card by the repository id before a push.
 
     card of the folder `my-run`          pushed to ann/digits-vit
     # my-run                        ->   # ann/digits-vit
     from_pretrained("my-run", ...)  ->   from_pretrained("ann/digits-vit", ...)
     model-index: - name: my-run     ->   model-index: - name: ann/digits-vit
 
-Only the names that the card itself was made with are changed, and only there: what a person wrote stays.
+Generated names in these places are replaced. Text that the user has written is unchanged.
 """
 
 import re
@@ -16,67 +16,63 @@ from huggingface_hub.repocard import REGEX_YAML_BLOCK
 from huggingface_hub.utils import yaml_dump
 
 
-# What stands before the model's name where the card shows how to use it.
-USES = r"from_pretrained\(\s*\"|pipeline\([^()\n]*model=\"|--model "
+# Text before the model's name in a card's code examples.
+USE_PREFIXES = r"from_pretrained\(\s*\"|pipeline\([^()\n]*model=\"|--model "
 
 
-def card_under(repo_id: str, text: str, folder_name: str) -> str:
-    """The card with the repository's id in its title, its code and its metadata.
+def rename_card(repo_id: str, text: str, folder_name: str) -> str:
+    """Return the card with the repository id in its title, code examples and metadata.
 
     Args:
         repo_id: `namespace/name`.
-        text: of README.md.
-        folder_name: of the model's folder: what a card calls the model that no repository was named for.
+        text: The text of README.md.
+        folder_name: Name of the model folder, which a card uses if no repository id was set.
     """
     header = REGEX_YAML_BLOCK.match(text)
     body = text[header.end() :] if header else text
-    names = {folder_name, title_of(body), *index_names(header[2] if header else "")} - {"", repo_id}
-    used = {name for name in names if in_use(name).search(body)}
-    for name in used:
-        body = in_use(name).sub(lambda found: f"{found[1]}{repo_id}", body)
-        body = re.sub(rf"(?m)\A(\s*# ){re.escape(name)}$", lambda found: f"{found[1]}{repo_id}", body)
+    metadata = read_metadata(header[2]) if header else None
+    index_names = {entry["name"] for entry in get_model_index(metadata) if isinstance(entry.get("name"), str)}
+    names = {folder_name, get_title(body), *index_names} - {"", repo_id}
+    used_names = {name for name in names if compile_use_pattern(name).search(body)}
+    for name in used_names:
+        body = compile_use_pattern(name).sub(lambda match: f"{match[1]}{repo_id}", body)
+        body = re.sub(rf"(?m)\A(\s*# ){re.escape(name)}$", lambda match: f"{match[1]}{repo_id}", body)
     if header is None:
         return body
-    metadata = renamed_index(header[2], used | {folder_name}, repo_id)
-    return f"{header[1]}{metadata}{header[3]}{body}"
+    return f"{header[1]}{rename_index(header[2], used_names | {folder_name}, repo_id)}{header[3]}{body}"
 
 
-def title_of(body: str) -> str:
-    """What the first line of the text is, as a title; "" where it is none."""
-    found = re.match(r"\s*# (.+)$", body, re.MULTILINE)
-    return found[1].strip() if found else ""
+def get_title(body: str) -> str:
+    """Return the title in the first line of the text; "" if there is none."""
+    match = re.match(r"\s*# (.+)$", body, re.MULTILINE)
+    return match[1].strip() if match else ""
 
 
-def in_use(name: str) -> re.Pattern[str]:
-    """Where the card loads a model of this name; the first group is what stands before it."""
-    return re.compile(rf"({USES}){re.escape(name)}(?=[\"\s])")
+def compile_use_pattern(name: str) -> re.Pattern[str]:
+    """Return the pattern of code that loads a model of this name; its first group is the text before the name."""
+    return re.compile(rf"({USE_PREFIXES}){re.escape(name)}(?=[\"\s])")
 
 
-def index_names(metadata: str) -> list[str]:
-    """What model-index calls the models."""
-    return [entry["name"] for entry in model_index(read_metadata(metadata)) if isinstance(entry.get("name"), str)]
-
-
-def renamed_index(metadata: str, names: set[str], repo_id: str) -> str:
-    """The metadata with another name in its model-index; as they were, to the letter, where there is none of these."""
-    content = read_metadata(metadata)
-    entries = [entry for entry in model_index(content) if entry.get("name") in names]
+def rename_index(text: str, names: set[str], repo_id: str) -> str:
+    """Return the metadata with `names` in its model-index replaced; unchanged if there are none."""
+    metadata = read_metadata(text)
+    entries = [entry for entry in get_model_index(metadata) if entry.get("name") in names]
     if not entries:
-        return metadata
+        return text
     for entry in entries:
         entry["name"] = repo_id
-    return yaml_dump(content, sort_keys=False).rstrip("\n")
+    return yaml_dump(metadata, sort_keys=False).rstrip("\n")
 
 
-def model_index(content: Any) -> list[dict[str, Any]]:
-    """The entries of model-index."""
-    entries = content.get("model-index") if isinstance(content, dict) else None
+def get_model_index(metadata: Any) -> list[dict[str, Any]]:
+    """Return the entries of model-index."""
+    entries = metadata.get("model-index") if isinstance(metadata, dict) else None
     return [entry for entry in entries if isinstance(entry, dict)] if isinstance(entries, list) else []
 
 
-def read_metadata(metadata: str) -> Any:
-    """The card's YAML; None where it is wrong, which the Hub says at the push."""
+def read_metadata(text: str) -> Any:
+    """Return the metadata of a card; None if it is not valid YAML, which the Hub reports at the push."""
     try:
-        return yaml.safe_load(metadata)
+        return yaml.safe_load(text)
     except yaml.YAMLError:
         return None

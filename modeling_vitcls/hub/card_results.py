@@ -1,4 +1,4 @@
-"""Measured values as a card shows them: rows of the tables, and sentences about where the model is weakest."""
+"""Measured values in a card: rows of the tables, and sentences about the model's weaknesses."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -13,9 +13,9 @@ METRIC_NAMES = {
     "cls_accuracy": "Accuracy, CLS head",
     "distillation_accuracy": "Accuracy, distillation head",
     "mean_average_precision": "Mean average precision",
-    "micro_f1": "F1, over all answers",
-    "macro_f1": "F1, mean over the classes",
-    "exact_match": "Images with every class right",
+    "micro_f1": "F1, micro average",
+    "macro_f1": "F1, macro average",
+    "exact_match": "Exact match (all classes of an image are correct)",
     "calibration_error": "Calibration error",
 }
 CLASS_COLUMNS = {
@@ -24,113 +24,118 @@ CLASS_COLUMNS = {
     "f1": "F1",
     "average_precision": "Average precision",
 }
-CONFIDENCE = 0.95  # of the intervals, see inference/metrics.py
-MOST_CLASSES_SHOWN = 20
+CONFIDENCE = 0.95  # confidence level of the intervals, see inference/metrics.py
+MAX_CLASSES_IN_TABLE = 20
 
 
-def metric_names(results: dict[str, Any], config: ViTCLSConfig) -> dict[str, str]:
-    """What the measured metrics are called: over all, then of each task where there are several."""
+def get_metric_names(results: dict[str, Any], config: ViTCLSConfig) -> dict[str, str]:
+    """Return the names of the measured metrics: over all tasks, then for each task."""
     names = METRIC_NAMES | {
         f"{task}_{key}": f"{task}: {label}" for task in config.task_labels() for key, label in METRIC_NAMES.items()
     }
     return {key: name for key, name in names.items() if results.get(key) is not None}
 
 
-def interval(results: dict[str, Any], key: str) -> list[float] | None:
-    """The confidence interval [low, high] of a metric, where it has one."""
+def get_interval(results: dict[str, Any], key: str) -> list[float] | None:
+    """Return the confidence interval [low, high] of a metric; None if there is none."""
     return results.get(f"{key}_interval")
 
 
-def metric_rows(results: dict[str, Any], config: ViTCLSConfig) -> list[list[str]]:
-    """Name and value of each measured metric, with its confidence interval where there is one."""
+def build_metric_rows(results: dict[str, Any], config: ViTCLSConfig) -> list[list[str]]:
+    """Return the name and the value of each measured metric, with its confidence interval if there is one."""
     rows = []
-    for key, name in metric_names(results, config).items():
-        known = interval(results, key)
-        between = f" (95 % interval: {percent(known[0])} to {percent(known[1])})" if known else ""
-        rows.append([name, percent(results[key]) + between])
+    for key, name in get_metric_names(results, config).items():
+        interval = get_interval(results, key)
+        suffix = (
+            f" (95 % interval: {format_percent(interval[0])} to {format_percent(interval[1])})" if interval else ""
+        )
+        rows.append([name, format_percent(results[key]) + suffix])
     return rows
 
 
-def class_tables(results: dict[str, Any], config: ViTCLSConfig) -> dict[str, list[dict[str, str]]]:
-    """A title and one row per class, for each task that has few classes."""
+def build_class_tables(results: dict[str, Any], config: ViTCLSConfig) -> dict[str, list[dict[str, str]]]:
+    """Return a title and one row per class, for each task with at most `MAX_CLASSES_IN_TABLE` classes."""
     titles = {"": "Per class"} | {f"{task}_": f"{task}, per class" for task in config.task_labels()}
     tables = {title: results.get(f"{prefix}per_class", []) for prefix, title in titles.items()}
     return {
-        title: [class_row(row) for row in rows]
+        title: [build_class_row(row) for row in rows]
         for title, rows in tables.items()
-        if 0 < len(rows) <= MOST_CLASSES_SHOWN
+        if 0 < len(rows) <= MAX_CLASSES_IN_TABLE
     }
 
 
-def class_row(measured: dict[str, Any]) -> dict[str, str]:
-    """The metrics of one class by the name of their column."""
-    values = {CLASS_COLUMNS[key]: percent(value) for key, value in measured.items() if key not in ("name", "images")}
-    return {"Class": measured["name"], "Images": f"{measured['images']:,}", **values}
+def build_class_row(metrics: dict[str, Any]) -> dict[str, str]:
+    """Return the metrics of one class by column name."""
+    values = {
+        CLASS_COLUMNS[key]: format_percent(value) for key, value in metrics.items() if key not in ("name", "images")
+    }
+    return {"Class": metrics["name"], "Images": f"{metrics['images']:,}", **values}
 
 
-def percent(value: float | None) -> str:
-    """A part of one; a dash where it is not known."""
+def format_percent(value: float | None) -> str:
+    """Return a fraction in percent; a dash if it is None."""
     return "–" if value is None else f"{value:.2%}"
 
 
-# Limits that were measured -------------------------------------------------------------------------------------------
+# Measured limits -----------------------------------------------------------------------------------------------------
 
 
-def measured_limits(results: dict[str, Any], config: ViTCLSConfig) -> list[str]:
-    """What the measurements say about where not to trust the model, in sentences."""
-    return [*uncertainty(results, config), *weakest_classes(results, config), *calibration(results)]
+def describe_limits(results: dict[str, Any], config: ViTCLSConfig) -> list[str]:
+    """Return sentences about the measured limits of the model."""
+    sentences = [*describe_uncertainty(results, config), *describe_weakest_classes(results, config)]
+    error = results.get("calibration_error")
+    if error is not None:
+        sentences.append(
+            f"The predicted confidence differs from the accuracy by {format_percent(error)} on average (calibration "
+            "error)."
+        )
+    return sentences
 
 
-def uncertainty(results: dict[str, Any], config: ViTCLSConfig) -> Iterator[str]:
-    """How exactly the metrics are known."""
+def describe_uncertainty(results: dict[str, Any], config: ViTCLSConfig) -> Iterator[str]:
+    """Yield a sentence about the confidence interval of each accuracy."""
     for task in config.task_labels() or [""]:
         prefix = f"{task}_" if task else ""
-        known = interval(results, f"{prefix}accuracy")
-        if known is not None:
+        interval = get_interval(results, f"{prefix}accuracy")
+        if interval is not None:
             of_task = f" of {task}" if task else ""
             num_images = results.get(f"{prefix}num_images", results["num_images"])
             yield (
-                f"The accuracy{of_task} was measured on {num_images:,} images, which tells it no closer than between "
-                f"{percent(known[0])} and {percent(known[1])} (95 % confidence)."
+                f"The accuracy{of_task} was measured on {num_images:,} images. Its 95 % confidence interval is "
+                f"{format_percent(interval[0])} to {format_percent(interval[1])}."
             )
 
 
-def weakest_classes(results: dict[str, Any], config: ViTCLSConfig) -> Iterator[str]:
-    """The class that did worst, of each task, unless none did worse than the others."""
+def describe_weakest_classes(results: dict[str, Any], config: ViTCLSConfig) -> Iterator[str]:
+    """Yield a sentence about the worst class of each task, unless all classes have the same value."""
     for task in config.task_labels() or [""]:
         prefix = f"{task}_" if task else ""
         rows = results.get(f"{prefix}per_class") or []
         key = "average_precision" if rows and "average_precision" in rows[0] else "recall"
         measured = [index for index, row in enumerate(rows) if row["images"] and row[key] is not None]
-        values = {rows[index][key] for index in measured}
-        if len(values) < 2:
+        if len({rows[index][key] for index in measured}) < 2:
             continue
         worst = min(measured, key=lambda index: rows[index][key])
         matrix = results.get(f"{prefix}confusion_matrix") if key == "recall" else None
-        row, taken_for = rows[worst], mistaken(matrix, rows, worst)
+        row, confusion = rows[worst], describe_confusion(matrix, rows, worst)
         images = f"{row['images']:,} {'image' if row['images'] == 1 else 'images'}"
         yield (
-            f"The weakest {f'class of {task}' if task else 'class'} is {quoted(row['name'])}: "
-            f"{CLASS_COLUMNS[key].lower()} {percent(row[key])} on {images}{taken_for}."
+            f"The weakest {f'class of {task}' if task else 'class'} is {format_name(row['name'])}: "
+            f"{CLASS_COLUMNS[key].lower()} {format_percent(row[key])} on {images}{confusion}."
         )
 
 
-def mistaken(matrix: list[list[int]] | None, rows: list[dict[str, Any]], index: int) -> str:
-    """What the images of a class were most often mistaken for; empty where that is not known."""
+def describe_confusion(matrix: list[list[int]] | None, rows: list[dict[str, Any]], index: int) -> str:
+    """Return the most frequent wrong prediction for a class; empty if it is unknown."""
     if matrix is None:
         return ""
-    mistakes = [0 if place == index else count for place, count in enumerate(matrix[index])]
-    most = max(range(len(mistakes)), key=mistakes.__getitem__)
-    return f", {mistakes[most]:,} of which it took for {quoted(rows[most]['name'])}" if mistakes[most] else ""
+    errors = [0 if predicted == index else count for predicted, count in enumerate(matrix[index])]
+    most_frequent = max(range(len(errors)), key=errors.__getitem__)
+    if not errors[most_frequent]:
+        return ""
+    return f", {errors[most_frequent]:,} of which were predicted as {format_name(rows[most_frequent]['name'])}"
 
 
-def calibration(results: dict[str, Any]) -> Iterator[str]:
-    """How far its confidence can be believed."""
-    error = results.get("calibration_error")
-    if error is not None:
-        yield f"Its confidence differs from how often it is right by {percent(error)} on average (calibration error)."
-
-
-def quoted(name: str) -> str:
-    """A class name in a sentence of Markdown."""
+def format_name(name: str) -> str:
+    """Return a class name for a sentence in Markdown."""
     return f"`{name.replace('`', '')}`"

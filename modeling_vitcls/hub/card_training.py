@@ -1,4 +1,4 @@
-"""How a model was trained, as the last part of any card: data, recipe, effort, speed, environment.
+"""The training section of a card: data, recipe, duration, speed, environment.
 
 The text is in model_cards/training.md.j2.
 """
@@ -10,33 +10,36 @@ import yaml
 from jinja2 import Template
 
 from ..configuration_vitcls import ViTCLSConfig
-from .local_paths import without_folders
-from .provenance import Origin
+from .local_paths import strip_folders
+from .provenance import Provenance
 
 
-PLACES = (Path(__file__).parents[1] / "model_cards", Path(__file__).parents[2] / "model_cards")  # installed, checkout
-TEMPLATE = next((place for place in PLACES if place.is_dir()), PLACES[-1]) / "template.md.j2"
+# The folder of the templates, in an installed package and in a checkout.
+TEMPLATE_FOLDERS = (Path(__file__).parents[1] / "model_cards", Path(__file__).parents[2] / "model_cards")
+TEMPLATE = next((folder for folder in TEMPLATE_FOLDERS if folder.is_dir()), TEMPLATE_FOLDERS[-1]) / "template.md.j2"
 
-# Flags that say how to start or publish a run: nothing for those who repeat it.
-NO_RECIPE = ("resume", "overwrite", "dry_run", "push_to_hub", "hub_", "eval_", "license", "card_samples")
-# Flag -> what it is called in the table, and the value with which it does nothing.
+# Flags, or their prefixes, for the destination of a push.
+PUSH_FLAGS = ("push_to_hub", "hub_")
+# Flags, or their prefixes, for starting and publishing a run, which are not part of its recipe.
+NON_RECIPE_FLAGS = (*PUSH_FLAGS, "resume", "overwrite", "dry_run", "eval_", "license", "card_samples")
+# Flag -> its label in the table, and the value that turns it off.
 HYPERPARAMETERS: dict[str, tuple[str, Any]] = {
-    "learning_rate": ("Highest learning rate (then a cosine to 0)", None),
-    "warmup": ("Part of the steps over which it rises", 0.0),
-    "layer_decay": ("Its factor from layer to layer", 1.0),
+    "learning_rate": ("Peak learning rate (cosine decay to 0)", None),
+    "warmup": ("Warmup, fraction of the steps", 0.0),
+    "layer_decay": ("Layer-wise learning rate decay", 1.0),
     "weight_decay": ("Weight decay", 0.0),
-    "max_gradient_norm": ("Largest gradient norm", None),
-    "trainable": ("Trained", "full"),
-    "ema_decay": ("Moving average of the weights", None),
+    "max_gradient_norm": ("Maximum gradient norm", None),
+    "trainable": ("Trainable parameters", "full"),
+    "ema_decay": ("Decay of the weight average (EMA)", None),
     "label_smoothing": ("Label smoothing", 0.0),
-    "class_balance": ("Balance of the classes", "none"),
-    "mask_ratio": ("Part of the patches that is hidden", None),
-    "mask_block": ("Side of the hidden squares, patches", 1),
-    "crop_scale": ("Smallest part that a random crop keeps", 1.0),
-    "flip": ("Mirrored at random", False),
-    "rotation": ("Largest rotation, degrees", 0.0),
-    "shift": ("Largest shift, part of the image", 0.0),
-    "zoom": ("Largest zoom", 0.0),
+    "class_balance": ("Class balancing", "none"),
+    "mask_ratio": ("Mask ratio", None),
+    "mask_block": ("Side of the mask blocks, patches", 1),
+    "crop_scale": ("Minimum area of a random crop", 1.0),
+    "flip": ("Random horizontal flip", False),
+    "rotation": ("Maximum rotation, degrees", 0.0),
+    "shift": ("Maximum shift, fraction of the image", 0.0),
+    "zoom": ("Maximum zoom", 0.0),
     "auto_augment": ("Automatic augmentation", "none"),
     "random_erasing": ("Probability of random erasing", 0.0),
     "mixup": ("Mixup, alpha", 0.0),
@@ -46,118 +49,113 @@ HYPERPARAMETERS: dict[str, tuple[str, Any]] = {
 }
 
 
-def training_section(
-    config: ViTCLSConfig, results: dict[str, Any], flags: dict[str, Any], script: str, teacher: Origin | None
+def build_training_section(
+    config: ViTCLSConfig, results: dict[str, Any], flags: dict[str, Any], script: str, teacher: Provenance | None
 ) -> str:
-    """The text.
+    """Return the text of the section.
 
     Args:
-        config: of the model.
-        results: what results.json holds.
-        flags: the run's flags.
-        script: that repeats the run.
-        teacher: of a distillation.
+        config: Configuration of the model.
+        results: Content of results.json.
+        flags: Flags of the run.
+        script: The script that repeats the run.
+        teacher: Provenance of the teacher of a distillation.
     """
     template = Template(TEMPLATE.with_name("training.md.j2").read_text(encoding="utf-8"))
+    recipe = {
+        name: value for name, value in get_shareable_flags(flags).items() if not name.startswith(NON_RECIPE_FLAGS)
+    }
+    seconds = results["seconds"]
     return template.render(
         config=config,
         results=results,
-        hyperparameters=hyperparameters(config, results, flags),
-        teacher=teacher_in_words(flags, teacher),
-        seconds=seconds_in_words(results["seconds"]),
-        energy=energy_in_words(results.get("energy")),
-        utilisation=utilisation_in_words(results.get("utilisation")),
+        hyperparameters=list_hyperparameters(config, results, flags),
+        teacher=describe_teacher(flags, teacher),
+        seconds=f"{seconds:,.0f}" if seconds >= 10 else f"{seconds:.1f}",
+        energy=format_energy(results.get("energy")),
+        utilization=describe_utilization(results.get("utilisation")),
         script=script,
-        recipe=yaml.safe_dump(recipe(flags), sort_keys=False).strip(),
+        recipe=yaml.safe_dump(recipe, sort_keys=False).strip(),
     ).strip()
 
 
-def hyperparameters(config: ViTCLSConfig, results: dict[str, Any], flags: dict[str, Any]) -> dict[str, str]:
-    """The rows of the table: those settings that did something."""
-    rows = {"Optimiser": "AdamW"}
+def list_hyperparameters(config: ViTCLSConfig, results: dict[str, Any], flags: dict[str, Any]) -> dict[str, str]:
+    """Return the rows of the table: all hyperparameters with an effect."""
+    rows = {"Optimizer": "AdamW"}
     if "batch_size" in flags:
-        images = flags["batch_size"] * flags.get("gradient_accumulation_steps", 1) * results["num_processes"]
-        rows["Images per step"] = f"{images:,}"
+        num_images = flags["batch_size"] * flags.get("gradient_accumulation_steps", 1) * results["num_processes"]
+        rows["Images per step"] = f"{num_images:,}"
     rows["Steps"] = f"{results['steps']:,}"
     for flag, (label, neutral) in HYPERPARAMETERS.items():
         value = flags.get(flag)
         if value is not None and value != neutral:
-            rows[label] = ("yes" if value else "no") if isinstance(value, bool) else shown(value)
+            rows[label] = ("yes" if value else "no") if isinstance(value, bool) else format_value(value)
     if config.drop_path_rate:
-        rows["Stochastic depth, rate at the last layer"] = shown(config.drop_path_rate)
-    if config.patch_drop_rate and trains_first_layers(config, flags):
-        rows["Part of the patches left out in training"] = shown(config.patch_drop_rate)
+        rows["Stochastic depth, rate at the last layer"] = format_value(config.drop_path_rate)
+    if config.patch_drop_rate and is_first_layer_trained(config, flags):
+        rows["Patch dropout rate"] = format_value(config.patch_drop_rate)
     return rows
 
 
-def trains_first_layers(config: ViTCLSConfig, flags: dict[str, Any]) -> bool:
-    """Whether anything learns at the encoder's beginning, where patches are left out; a teacher's token does."""
+def is_first_layer_trained(config: ViTCLSConfig, flags: dict[str, Any]) -> bool:
+    """Return whether parameters before the first layer, where patches are dropped, are trained.
+
+    The distillation token is such a parameter.
+    """
     trainable = flags.get("trainable", "full")
     return trainable in ("full", "lora", f"last-{config.num_hidden_layers}") or bool(flags.get("teacher"))
 
 
-def shown(value: Any) -> str:
-    """A number without needless digits; anything else as it is."""
+def format_value(value: Any) -> str:
+    """Return a number without trailing zeros; any other value as a string."""
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def seconds_in_words(seconds: float) -> str:
-    """With a decimal where it was short."""
-    return f"{seconds:,.0f}" if seconds >= 10 else f"{seconds:.1f}"
-
-
-def energy_in_words(estimate: dict[str, Any] | None) -> str | None:
-    """In the unit that suits it; None where there is no estimate."""
+def format_energy(estimate: dict[str, Any] | None) -> str | None:
+    """Return the energy in kWh or Wh; None if there is no estimate."""
     if estimate is None:
         return None
     kilowatt_hours = estimate["kilowatt_hours"]
     return f"{kilowatt_hours:.3g} kWh" if kilowatt_hours >= 0.1 else f"{kilowatt_hours * 1000:.2g} Wh"
 
 
-def utilisation_in_words(measured: dict[str, Any] | None) -> str | None:
-    """Return a sentence with the utilization and the peak; None if the peak was not measured."""
-    if measured is None:
+def describe_utilization(measurements: dict[str, Any] | None) -> str | None:
+    """Return sentences with the utilization and the peak; None if the peak was not measured."""
+    if measurements is None:
         return None
-    share = measured["of_training_steps"]
-    if share is None:
-        return "Its model FLOPs utilization is unknown, since other programs disturbed the measurements of the peak."
+    fraction = measurements["of_training_steps"]
+    if fraction is None:
+        return "The model FLOPs utilization is unknown, because other programs disturbed the measurement of the peak."
     return (
-        f"Its steps reached {share:.1%} of the speed of large matrix products there, measured "
-        f"before and during training: {measured['gemm_peak_flops_per_second'] / 1e9:,.0f} GFLOP/s in "
-        f"{measured['gemm_dtype']}. Counted are {measured['training_flops_per_image'] / 1e6:,.0f} million "
-        "floating-point operations an image, forward and backward, and nothing that is computed a second time."
+        f"The model FLOPs utilization of the training steps was {fraction:.1%} of the peak throughput of large matrix "
+        f"products, {measurements['gemm_peak_flops_per_second'] / 1e9:,.0f} GFLOP/s in "
+        f"{measurements['gemm_dtype']}, measured before and during training. An image counts as "
+        f"{measurements['training_flops_per_image'] / 1e6:,.0f} million floating-point operations, forward and "
+        "backward, without recomputed operations."
     )
 
 
-def teacher_in_words(flags: dict[str, Any], teacher: Origin | None) -> str | None:
-    """Who taught, how, and under which licence; None without a teacher."""
+def describe_teacher(flags: dict[str, Any], teacher: Provenance | None) -> str | None:
+    """Return sentences about the teacher and its license; None without a teacher."""
     if not flags.get("teacher"):
         return None
-    known = teacher.license_in_words if teacher else None
-    licensed = f" Licence of the teacher: {known}." if known else ""
-    kind = {"hard": "its answer", "soft": "its probabilities"}.get(flags.get("distillation", ""), "its answers")
-    return f"The distillation token learned {kind} from the teacher `{without_folders(flags['teacher'])}`.{licensed}"
+    label = teacher.license_label if teacher else None
+    license_text = f" License of the teacher: {label}." if label else ""
+    targets = {"hard": "predicted class", "soft": "predicted probabilities"}.get(
+        flags.get("distillation", ""), "predictions"
+    )
+    return (
+        f"The distillation token was trained on the {targets} of the teacher `{strip_folders(flags['teacher'])}`."
+        f"{license_text}"
+    )
 
 
-# Flags without this machine ------------------------------------------------------------------------------------------
-
-
-def recipe(flags: dict[str, Any]) -> dict[str, Any]:
-    """The flags with which a reader repeats the run."""
-    return {name: value for name, value in shareable(flags).items() if not name.startswith(NO_RECIPE)}
-
-
-# Flags of a run that say where it was pushed to: nothing for those who repeat it.
-PUSH_FLAGS = ("push_to_hub", "hub_")
-
-
-def shareable(flags: dict[str, Any]) -> dict[str, Any]:
-    """The flags that a reader can use: those that were set, without paths of the machine they were used on, and
-    without its owner's pushes."""
+def get_shareable_flags(flags: dict[str, Any]) -> dict[str, Any]:
+    """Return the flags for publication: without unset flags, without local paths, and without push destinations."""
     paths = {"output_dir": "my-model"}
     for name in ("dataset", "model", "teacher"):
         if flags.get(name):
-            paths[name] = without_folders(flags[name])
+            paths[name] = strip_folders(flags[name])
     return {
         name: paths.get(name, value)
         for name, value in flags.items()

@@ -1,4 +1,4 @@
-"""Talking to the Hub: how long to wait for it, which failures pass by themselves, and errors in one line."""
+"""Requests to the Hub: timeouts, retries of temporary failures, and error messages of one line."""
 
 import json
 import logging
@@ -20,208 +20,208 @@ from huggingface_hub.utils import (
 from huggingface_hub.utils import logging as hub_logging
 
 
-# What any request may raise: the base class of the HTTP library that huggingface_hub uses, httpx or httpx2.
+# Any request may raise the base class of the HTTP library that huggingface_hub uses: httpx or httpx2.
 HTTPError: type[Exception] = next(base for base in HfHubHTTPError.__bases__ if base is not OSError)
-# Beside that: refused connections are OSErrors, failed uploads RuntimeErrors, and wrong metadata ValueErrors.
+# In addition, refused connections are OSErrors, failed uploads RuntimeErrors, and invalid metadata ValueErrors.
 HUB_ERRORS: tuple[type[Exception], ...] = (HTTPError, OSError, RuntimeError, ValueError)
 
-# Timeouts and conflicts with another push, too many requests, and a Hub that is down.
-PASSING_STATUSES = frozenset({408, 409, 412, 429, 500, 502, 503, 504})
-# Seconds before each new attempt; the Hub may ask for more, up to its window of five minutes.
-WAITS = (1.0, 2.0, 4.0, 8.0)
-SHORT_WAITS = (0.5, 1.0)  # of what the user waits for
-LONGEST_WAIT = 300.0
+# Timeout, conflict with another push, too many requests, unavailable Hub.
+TEMPORARY_STATUSES = frozenset({408, 409, 412, 429, 500, 502, 503, 504})
+# Seconds before each retry. The Hub may request a longer wait, up to its window of five minutes.
+RETRY_WAITS = (1.0, 2.0, 4.0, 8.0)
+SHORT_RETRY_WAITS = (0.5, 1.0)  # seconds, for interactive commands
+MAX_RETRY_WAIT = 300.0  # seconds
 
-LIMITED = ("connect", "read", "write", "pool")  # what the HTTP library waits for
+TIMEOUT_NAMES = ("connect", "read", "write", "pool")  # timeouts of the HTTP library
 
 Result = TypeVar("Result")
 
 
 @dataclass
-class Limits:
-    """Of the blocks `with patience(...)` that are open, in any thread."""
+class HubTimeouts:
+    """Timeouts of the active `set_hub_timeout` blocks of all threads, in seconds."""
 
     lock: threading.Lock = field(default_factory=threading.Lock)
     seconds: list[float] = field(default_factory=list)
 
     def shortest(self) -> float | None:
-        """Seconds that a request may be silent for; None outside of all blocks.
+        """Return the shortest active timeout in seconds; None outside of all blocks.
 
-        Without the lock, which in a forked process nobody might release.
+        The lock is not taken, because in a forked process it might never be released.
         """
         return min(list(self.seconds), default=None)
 
 
-LIMITS = Limits()
+HUB_TIMEOUTS = HubTimeouts()
 
 log = logging.getLogger(__name__)
 
 
 def check_is_online() -> None:
-    """Raise ValueError where requests to the Hub are switched off."""
+    """Raise ValueError if offline mode is set."""
     if is_offline_mode():
         raise ValueError(
-            "HF_HUB_OFFLINE (or TRANSFORMERS_OFFLINE) is set, so the Hub cannot be reached: unset it, or leave the "
-            "push for later"
+            "HF_HUB_OFFLINE (or TRANSFORMERS_OFFLINE) is set, so the Hub cannot be reached. Unset it, or push later"
         )
 
 
 @contextmanager
-def patience(seconds: float) -> Iterator[None]:
-    """Give up on a Hub that is silent for so long; huggingface_hub itself would wait for ever.
+def set_hub_timeout(seconds: float) -> Iterator[None]:
+    """Set a timeout for requests to the Hub; huggingface_hub alone would wait forever.
 
-    All threads share one client: the shortest of the limits that hold at a time is that of all.
+    All threads share one client, so the shortest active timeout applies to all threads.
     """
-    with LIMITS.lock:
-        watch_clients()
-        LIMITS.seconds.append(seconds)
+    with HUB_TIMEOUTS.lock:
+        install_client_factory()
+        HUB_TIMEOUTS.seconds.append(seconds)
     try:
         yield
     finally:
-        with LIMITS.lock:
-            LIMITS.seconds.remove(seconds)
+        with HUB_TIMEOUTS.lock:
+            HUB_TIMEOUTS.seconds.remove(seconds)
 
 
-def watch_clients() -> None:
-    """Let every client that huggingface_hub makes from now on ask `LIMITS` before each request.
+def install_client_factory() -> None:
+    """Make all future clients of huggingface_hub read `HUB_TIMEOUTS` before each request.
 
-    It makes a new one whenever it cannot connect, in the midst of a block. Clients are made as before otherwise, also
-    where the user has said how (`set_client_factory`).
+    huggingface_hub makes a new client whenever it cannot connect, also within a block. A client factory that the user
+    has set (`set_client_factory`) stays in use.
     """
-    make_client = hub_http._GLOBAL_CLIENT_FACTORY  # there is no other way to keep the user's own
-    if isinstance(make_client, WatchedClients):
+    make_client = hub_http._GLOBAL_CLIENT_FACTORY  # there is no public way to read the user's factory
+    if isinstance(make_client, TimeoutClientFactory):
         return
-    set_client_factory(WatchedClients(make_client))
+    set_client_factory(TimeoutClientFactory(make_client))
 
 
 @dataclass(frozen=True)
-class WatchedClients:
-    """Makes clients whose requests keep to `LIMITS`."""
+class TimeoutClientFactory:
+    """Makes clients that apply `HUB_TIMEOUTS` to each request."""
 
     make_client: Callable[[], Any]
 
     def __call__(self) -> Any:
-        """A new client."""
+        """Return a new client."""
         client = self.make_client()
 
-        def bound(request: Any) -> None:
-            """Limit a request within a block, unless whoever sends it has said how long to wait."""
-            seconds, default = LIMITS.shortest(), client.timeout.as_dict()
+        def apply_timeout(request: Any) -> None:
+            """Set the timeout of a request within a block, unless the caller has set one."""
+            seconds, default = HUB_TIMEOUTS.shortest(), client.timeout.as_dict()
             if seconds is None:
                 return
-            asked = request.extensions.get("timeout", default)
+            current = request.extensions.get("timeout", default)
             request.extensions["timeout"] = {
-                name: seconds if asked == default or asked.get(name) is None else asked[name] for name in LIMITED
+                name: seconds if current == default or current.get(name) is None else current[name]
+                for name in TIMEOUT_NAMES
             }
 
-        client.event_hooks["request"].append(bound)
+        client.event_hooks["request"].append(apply_timeout)
         return client
 
 
 @contextmanager
-def quiet_client(with_bars: bool) -> Iterator[None]:
-    """Without what huggingface_hub remarks on each request that fails, and without its bars if so asked."""
+def silence_hub_client(show_progress: bool) -> Iterator[None]:
+    """Turn off huggingface_hub's warnings about failed requests, and its progress bars unless `show_progress`."""
     verbosity, had_bars = hub_logging.get_verbosity(), not are_progress_bars_disabled()
     hub_logging.set_verbosity_error()
-    if had_bars and not with_bars:
+    if had_bars and not show_progress:
         disable_progress_bars()
     try:
         yield
     finally:
         hub_logging.set_verbosity(verbosity)
-        if had_bars and not with_bars:
+        if had_bars and not show_progress:
             enable_progress_bars()
 
 
-def tried_again(
+def retry(
     action: Callable[[], Result], what: str, waits: Sequence[float] | None = None, level: int = logging.WARNING
 ) -> Result:
-    """What the action returns, in the end; it is repeated while it fails in a way that may pass.
+    """Return the result of an action; repeat the action after temporary failures.
 
     Args:
-        what: such as "pushing to someone/model", for the line that is logged before each new attempt.
-        waits: seconds before each new attempt; None: `WAITS`.
-        level: of that line.
+        action: The function to call.
+        what: Name of the action in the log line before each retry, such as "pushing to someone/model".
+        waits: Seconds before each retry. Default: `RETRY_WAITS`.
+        level: Level of the log line.
 
     Raises:
-        What the action raised last.
+        The last error of the action.
     """
-    for wait in WAITS if waits is None else waits:
+    for wait in RETRY_WAITS if waits is None else waits:
         try:
             return action()
         except HUB_ERRORS as error:
-            if not passes(error):
+            if not is_temporary(error):
                 raise
-            wait = min(max(wait, requested_wait(error)), LONGEST_WAIT)
-            log.log(level, "%s: %s; trying again %s", what, in_one_line(error), when(wait))
+            wait = min(max(wait, get_requested_wait(error)), MAX_RETRY_WAIT)
+            when = f"in {wait:.0f} s" if wait >= 1 else "at once"
+            log.log(level, "%s: %s; trying again %s", what, format_hub_error(error), when)
             time.sleep(wait)
     return action()
 
 
-def when(wait: float) -> str:
-    """Such as "in 2 s", in whole seconds."""
-    return f"in {wait:.0f} s" if wait >= 1 else "at once"
-
-
-def passes(error: BaseException) -> bool:
-    """Whether trying again may help."""
-    chain = list(causes(error))
-    statuses = [status for link in chain if (status := status_of(link)) is not None]
+def is_temporary(error: BaseException) -> bool:
+    """Return whether a retry may succeed."""
+    chain = list(iter_causes(error))
+    statuses = [status for link in chain if (status := get_status(link)) is not None]
     if statuses:
-        return statuses[0] in PASSING_STATUSES
-    # A page for people in place of the JSON that was asked for comes from a proxy whose Hub is down.
-    kinds = (HTTPError, ConnectionError, TimeoutError, RuntimeError, json.JSONDecodeError)
-    return any(isinstance(link, kinds) for link in chain)
+        return statuses[0] in TEMPORARY_STATUSES
+    # A proxy whose Hub is down returns an HTML page instead of JSON.
+    temporary = (HTTPError, ConnectionError, TimeoutError, RuntimeError, json.JSONDecodeError)
+    return any(isinstance(link, temporary) for link in chain)
 
 
-def causes(error: BaseException | None) -> Iterator[BaseException]:
-    """The error, what it was raised from, and so on."""
+def iter_causes(error: BaseException | None) -> Iterator[BaseException]:
+    """Yield the error, its cause, the cause of its cause, and so on."""
     while error is not None:
         yield error
         error = error.__cause__
 
 
-def status_of(error: BaseException) -> int | None:
-    """The HTTP status that the Hub answered with, if that is the error."""
+def get_status(error: BaseException) -> int | None:
+    """Return the HTTP status of an error response of the Hub; None for other errors."""
     return error.response.status_code if isinstance(error, HfHubHTTPError) else None
 
 
-def requested_wait(error: BaseException) -> float:
-    """Seconds that the Hub asks us to wait before trying again; 0 where it says nothing."""
-    for link in causes(error):
+def get_requested_wait(error: BaseException) -> float:
+    """Return the seconds that the Hub requests to wait before a retry; 0 if it requests none."""
+    for link in iter_causes(error):
         if isinstance(link, HfHubHTTPError):
             value = link.response.headers.get("Retry-After", "")
             return float(value) if value.isdecimal() else 0.0
     return 0.0
 
 
-def in_one_line(error: BaseException) -> str:
-    """What went wrong, down to its cause, without line breaks."""
+def format_hub_error(error: BaseException) -> str:
+    """Return the messages of an error and its causes in one line."""
     messages: list[str] = []
-    for link in causes(error):
-        message = message_of(link)
+    for link in iter_causes(error):
+        message = get_message(link)
         if not any(message in earlier for earlier in messages):
             messages.append(message)
-        if isinstance(link, HfHubHTTPError):  # what comes before it says the same at greater length
+        if isinstance(link, HfHubHTTPError):  # its causes repeat the same message at greater length
             break
     return ": ".join(messages)
 
 
-def message_of(error: BaseException) -> str:
-    """What one error says, the causes aside."""
+def get_message(error: BaseException) -> str:
+    """Return the message of an error, without its causes."""
     message = str(error)
     if isinstance(error, HfHubHTTPError):
         message = f"HTTP {error.response.status_code}, {error.server_message or error.response.reason_phrase}"
     if isinstance(error, json.JSONDecodeError):
-        message = "its answer is no JSON"
+        message = "its response is not JSON"
     return " ".join(message.split()).rstrip(".") or type(error).__name__
 
 
-def no_answer(error: BaseException) -> str:
-    """What to say where the Hub does not answer as it should: why, and what to do."""
-    return f"the Hub at {endpoint()} does not answer: {in_one_line(error)}. Check the network, proxies and HF_ENDPOINT"
+def describe_no_response(error: BaseException) -> str:
+    """Return the message for a Hub that does not respond: the reason and the remedy."""
+    return (
+        f"the Hub at {get_endpoint()} does not respond: {format_hub_error(error)}. Check the network, proxies and "
+        "HF_ENDPOINT"
+    )
 
 
-def endpoint() -> str:
-    """The address of the Hub, which HF_ENDPOINT sets."""
+def get_endpoint() -> str:
+    """Return the address of the Hub (HF_ENDPOINT)."""
     return constants.ENDPOINT

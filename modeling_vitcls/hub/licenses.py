@@ -1,95 +1,97 @@
-"""Under which licence weights are, in a card's header and in words.
+"""The license of the weights, in a card's header and in its text.
 
-fresh weights               the licence that those who trained them name, else none
-weights of another model    that model's, where it is known
-the Python files            Apache-2.0, whatever the weights are under
+new weights                 the license given with `--license`, or no license
+weights of another model    the license of that model, if it is known
+the Python files            Apache-2.0, independent of the license of the weights
 """
 
 from dataclasses import dataclass
 from typing import Any
 
-from .provenance import Origin
+from .provenance import Provenance
 
 
-CODE = "The Python files are under Apache-2.0."
+CODE_LICENSE = "The Python files are licensed under Apache-2.0."
 
 
 @dataclass(frozen=True)
-class Words:
-    """What is said of weights with a licence, and without one that is known."""
+class LicenseSentences:
+    """Sentences about weights whose license is known, and about weights whose license is unknown."""
 
     known: str
     unknown: str
 
 
-FRESH = Words(
-    "The weights are under {licence}.",
-    "No licence was named for the weights: ask those who trained them before you use or pass them on.",
+FRESH = LicenseSentences(
+    "The weights are licensed under {license}.",
+    "The authors named no license for the weights. Ask the authors before you use or redistribute the weights.",
 )
-TRAINED_FURTHER = Words(
-    "The weights started from those of another model, and remain under its licence: {licence}.",
-    "The weights started from those of another model, whose licence is not known here: ask those who made it before "
-    "you use or pass them on.",
+TRAINED_FURTHER = LicenseSentences(
+    "The weights are derived from another model and remain under its license: {license}.",
+    "The weights are derived from another model whose license is unknown. Ask its authors before you use or "
+    "redistribute the weights.",
 )
-CONVERTED = Words(
-    "The weights remain under the licence of the source: {licence}.",
-    "No licence was found with the source, so none is named here: ask those who made it before you use or pass on "
-    "its weights.",
+CONVERTED = LicenseSentences(
+    "The weights remain under the license of the source: {license}.",
+    "No license was found for the source. Ask its authors before you use or redistribute the weights.",
 )
 
 
 @dataclass(frozen=True)
-class Licence:
-    """What weights are under, and how that is said.
+class WeightsLicense:
+    """The license of weights, and the sentences that describe it.
 
     Attributes:
-        source: where the licence is from, with its name, link and text; None where nothing is known.
-        teacher: of a distillation, whose licence is named beside it.
+        sentences: Sentences for a known and an unknown license.
+        source: Provenance with the license's name, link and text; None if nothing is known.
+        teacher: Provenance of the teacher of a distillation, whose license is named as well.
     """
 
-    words: Words
-    source: Origin | None
-    teacher: Origin | None = None
+    sentences: LicenseSentences
+    source: Provenance | None
+    teacher: Provenance | None = None
 
     @property
     def metadata(self) -> dict[str, Any]:
-        """As keywords of ModelCardData; nothing where it is not known."""
+        """The license as keywords of ModelCardData; empty if it is unknown."""
         return self.source.license_metadata if self.source else {}
 
     def __str__(self) -> str:
-        """A few sentences."""
-        sentences = [self.words.unknown]
-        if self.source is not None and self.source.license_in_words is not None:
-            name, link, files = self.source.license_in_words, self.source.license_link, self.source.license_files
-            sentences = [self.words.known.format(licence=f"[{name}]({link})" if link else name)]
-            sentences += [f"Its text is in {', '.join(file.name for file in files)}."] if files else []
-        if self.teacher is not None and self.teacher.license_in_words is not None:
-            sentences.append(
-                f"The teacher, from whose answers they learned, is under {self.teacher.license_in_words}."
-            )
-        return " ".join([*sentences, CODE])
+        """Return a few sentences."""
+        sentences = [self.sentences.unknown]
+        if self.source is not None and self.source.license_label is not None:
+            label, link, files = self.source.license_label, self.source.license_link, self.source.license_files
+            sentences = [self.sentences.known.format(license=f"[{label}]({link})" if link else label)]
+            sentences += [f"The license text is in {', '.join(file.name for file in files)}."] if files else []
+        if self.teacher is not None and self.teacher.license_label is not None:
+            sentences.append(f"The teacher model of the distillation is licensed under {self.teacher.license_label}.")
+        return " ".join([*sentences, CODE_LICENSE])
 
 
-def licence_of_run(is_fresh: bool, named: str | None, origin: Origin | None, teacher: Origin | None = None) -> Licence:
-    """Of weights that were trained here: an inherited licence stays, and where there is none, they name one.
+def get_run_license(
+    is_fresh: bool, license_flag: str | None, base: Provenance | None, teacher: Provenance | None = None
+) -> WeightsLicense:
+    """Return the license of weights that were trained here.
+
+    An inherited license stays. `--license` applies if there is none.
 
     Args:
-        is_fresh: whether they started from random numbers.
-        named: `--license`.
-        origin: of the model that they started from.
-        teacher: of a distillation.
+        is_fresh: Whether training started from random weights.
+        license_flag: Value of `--license`.
+        base: Provenance of the model that training started from.
+        teacher: Provenance of the teacher of a distillation.
     """
-    inherits = origin is not None and origin.license is not None
-    if is_fresh or (named and not inherits):
-        return Licence(FRESH, Origin("", license=named), teacher)
-    return Licence(TRAINED_FURTHER, origin, teacher)
+    is_inherited = base is not None and base.license is not None
+    if is_fresh or (license_flag and not is_inherited):
+        return WeightsLicense(FRESH, Provenance("", license=license_flag), teacher)
+    return WeightsLicense(TRAINED_FURTHER, base, teacher)
 
 
-def overruled(named: str | None, origin: Origin | None) -> str | None:
-    """A warning in one line where `--license` names another licence than the weights brought along."""
-    if named is None or origin is None or origin.license in (None, named):
+def describe_license_conflict(license_flag: str | None, base: Provenance | None) -> str | None:
+    """Return a one-line warning if `--license` differs from the inherited license; None otherwise."""
+    if license_flag is None or base is None or base.license in (None, license_flag):
         return None
     return (
-        f"--license {named} is not in the card: the weights started from {origin.name}, and remain under its licence, "
-        f"{origin.license_in_words}"
+        f"--license {license_flag} is ignored: the weights are derived from {base.name} and remain under its license, "
+        f"{base.license_label}"
     )

@@ -1,23 +1,21 @@
-"""From a model's name to a folder that holds its files: asked of the Hub once, bounded in time, or from the cache.
+"""Find or download the files of a model: from its name to a local folder, with short timeouts.
 
-    folder = local_copy("runs/mine")                # a folder is itself
-    folder = local_copy("someone/their-model")      # fetched, or the cached one where the Hub does not answer
-    with briefly_asked("someone/their-data", "dataset"):
-        ...                                         # what other libraries load, under the same rule
+    folder = get_model_folder("runs/mine")              # a folder is returned unchanged
+    folder = get_model_folder("someone/their-model")    # downloaded; from the cache if the Hub does not respond
+    with fall_back_to_cache("someone/their-data", "dataset"):
+        ...                                             # the same rule for downloads by other libraries
 
-    online      the Hub says what is newest; what is not in the cache is downloaded
-    no answer   what the cache has, with a warning; else an error, after twice `PATIENCE` seconds
-    offline     what the cache has (HF_HUB_OFFLINE or TRANSFORMERS_OFFLINE); else an error at once
+    online          the newest commit; files that are not in the cache are downloaded
+    no response     the cached files, with a warning; an error after two attempts if there are none
+    offline         the cached files (HF_HUB_OFFLINE or TRANSFORMERS_OFFLINE); an error at once if there are none
 
-Whatever loads from the folder then asks nobody. transformers alone tries for a minute where connections are refused,
-and for many where the Hub is silent.
+Loading from the returned folder sends no requests. transformers alone retries for a minute if connections are refused,
+and for many minutes if the Hub does not respond.
 
-timm's models, loaded under the rule of loading.py: a Hub that does not answer costs seconds.
+timm models follow the same rule:
 
-    model, commit = load_timm("vit_small_patch16_224")          # the repository is timm's choice, and so is its commit
-    model, commit = load_timm("hf-hub:someone/their-model")     # also @REVISION
-
-timm must be installed.
+    model, commit = load_timm("vit_small_patch16_224")          # timm chooses the repository and the commit
+    model, commit = load_timm("hf-hub:someone/their-model")     # also with @REVISION
 """
 
 import logging
@@ -44,143 +42,146 @@ from huggingface_hub.utils import (
 )
 from torch import nn
 
-from .connection import HUB_ERRORS, endpoint, in_one_line, no_answer, patience, tried_again
+from .connection import HUB_ERRORS, describe_no_response, format_hub_error, get_endpoint, retry, set_hub_timeout
 
 
-# What the package reads of a model. Its code is not among it: the package has its own.
+# Files of a model that the package reads. Code files are not needed, because the package has its own code.
 CONFIG = "config.json"
-CONFIGURATION = (CONFIG, "preprocessor_config.json")
-MODEL_FILES = (*CONFIGURATION, "model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json")
-# How other projects saved weights formerly.
+CONFIG_FILES = (CONFIG, "preprocessor_config.json")
+MODEL_FILES = (*CONFIG_FILES, "model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json")
+# Older weight files of other projects.
 PICKLED_WEIGHTS = ("pytorch_model.bin", "pytorch_model-*-of-*.bin", "pytorch_model.bin.index.json")
 
-# Seconds of silence after which the Hub counts as not answering, and before it is asked a second time.
-PATIENCE = 6.0
-WAIT = 1.0
+TIMEOUT = 6.0  # seconds without a response
+RETRY_WAIT = 1.0  # seconds before the only retry
 
 RepoType = Literal["model", "dataset"]
 NOUNS: dict[RepoType, str] = {"model": "model", "dataset": "data set"}
-PLACES: dict[RepoType, str] = {"model": "folder", "dataset": "file or folder"}  # what it might be instead
+PATH_NOUNS: dict[RepoType, str] = {"model": "folder", "dataset": "file or folder"}
 
 log = logging.getLogger(__name__)
 
 
 class HubUnreachable(OSError):
-    """A Hub that does not answer. The message is one line, with what to do."""
+    """The Hub does not respond. The message is one line with the remedy."""
 
 
-def local_copy(source: str, files: Sequence[str] = MODEL_FILES, revision: str | None = None) -> str:
-    """The folder that holds a model: `source` itself if it is one, else where the Hub's files are cached.
+def get_model_folder(source: str, files: Sequence[str] = MODEL_FILES, revision: str | None = None) -> str:
+    """Return the folder with a model's files: `source` itself, or its download in the cache.
 
     Args:
-        source: a folder, or `namespace/name` on the Hub.
-        files: patterns of the names of those that are needed.
-        revision: commit hash, branch or tag on the Hub; None: the newest commit of `main`.
+        source: A folder, or `namespace/name` on the Hub.
+        files: Patterns of the required file names.
+        revision: Commit hash, branch or tag on the Hub. Default: the newest commit of `main`.
 
     Raises:
-        ValueError: in one line, for a revision of a folder.
-        OSError: in one line with what to do: there is no such folder or model, it may not be read, or it is not in the
-            cache and the Hub does not answer, or may not be asked.
+        ValueError: If a revision is given for a folder.
+        OSError: If there is no such folder or model, if access is denied, or if the model is not in the cache and the
+            Hub does not respond or offline mode is set. The message is one line with the remedy.
     """
     if Path(source).exists():
         if revision is not None:
-            raise ValueError(f"--revision is about models on the Hub, and {source} is a folder: leave it out")
+            raise ValueError(f"--revision requires a model on the Hub, but {source} is a folder. Leave --revision out")
         return source
     if not is_hub_id(source):
-        raise OSError(not_there(source))
+        raise OSError(describe_missing_repo(source))
     if is_offline_mode():
-        folder = cached(source, files, revision)
+        folder = find_cached_folder(source, files, revision)
         if folder is None:
             raise OSError(
-                f"{source} is no folder here, nor complete in the cache {constants.HF_HUB_CACHE}, and HF_HUB_OFFLINE "
-                f"(or TRANSFORMERS_OFFLINE) forbids to ask the Hub: run `hf download {source}` where there is a "
-                "network, and set HF_HOME to the cache that it filled"
+                f"{source} is not a folder and not complete in the cache {constants.HF_HUB_CACHE}, and HF_HUB_OFFLINE "
+                f"(or TRANSFORMERS_OFFLINE) is set. Run `hf download {source}` on a machine with network access, and "
+                "set HF_HOME to its cache"
             )
         return folder
     try:
-        ask_hub(source, revision=revision)
+        fetch_repo_info(source, revision=revision)
     except HubUnreachable as error:
-        folder = cached(source, files, revision)
+        folder = find_cached_folder(source, files, revision)
         if folder is None:
             raise OSError(
-                f"{source} is no folder here, nor complete in the cache {constants.HF_HUB_CACHE}, and {error}"
+                f"{source} is not a folder and not complete in the cache {constants.HF_HUB_CACHE}, and {error}"
             ) from error
         log.warning(
-            "%s; %s comes from the cache, and may not be the newest: HF_HUB_OFFLINE=1 does not ask", error, source
+            "%s; loading %s from the cache, which may be outdated. Set HF_HUB_OFFLINE=1 to skip the request",
+            error,
+            source,
         )
         return folder
-    return downloaded(source, files, revision)
+    return download_model(source, files, revision)
 
 
-def local_copy_of_any_kind(source: str, revision: str | None = None) -> str:
-    """As `local_copy`, for models of other projects: weights that were pickled are fetched where there are no others.
+def get_any_model_folder(source: str, revision: str | None = None) -> str:
+    """Return the folder with the files of a model of another project; pickled weights are used if there are no others.
 
     Raises:
-        ValueError, OSError: as `local_copy`.
+        ValueError, OSError: As `get_model_folder`.
     """
-    folder = local_copy(source, revision=revision)
+    folder = get_model_folder(source, revision=revision)
     if folder == source or any(Path(folder).glob("*.safetensors")):
         return folder
-    return local_copy(source, (*MODEL_FILES, *PICKLED_WEIGHTS), revision)
+    return get_model_folder(source, (*MODEL_FILES, *PICKLED_WEIGHTS), revision)
 
 
-def ask_hub(repo_id: str, repo_type: RepoType = "model", revision: str | None = None) -> Any:
-    """What the Hub knows of a repository, asked for twice at most.
+def fetch_repo_info(repo_id: str, repo_type: RepoType = "model", revision: str | None = None) -> Any:
+    """Return the Hub's information about a repository, after at most two requests.
 
     Raises:
-        HubUnreachable: an OSError, where it does not answer.
-        OSError: in one line, where there is no such repository, or revision.
+        HubUnreachable: If the Hub does not respond.
+        OSError: If there is no such repository or revision.
     """
     try:
-        return tried_again(
-            lambda: HfApi().repo_info(repo_id, repo_type=repo_type, revision=revision, timeout=PATIENCE),
-            f"asking for {repo_id}",
-            waits=(WAIT,),
+        return retry(
+            lambda: HfApi().repo_info(repo_id, repo_type=repo_type, revision=revision, timeout=TIMEOUT),
+            f"looking up {repo_id}",
+            waits=(RETRY_WAIT,),
         )
     except RepositoryNotFoundError:
-        raise OSError(not_there(repo_id, repo_type)) from None
+        raise OSError(describe_missing_repo(repo_id, repo_type)) from None
     except RevisionNotFoundError:
-        raise OSError(f"{repo_id} has no revision {revision}: give a commit hash, a branch or a tag") from None
+        raise OSError(describe_missing_revision(repo_id, revision)) from None
     except HUB_ERRORS as error:
-        raise HubUnreachable(no_answer(error)) from error
+        raise HubUnreachable(describe_no_response(error)) from error
 
 
 @contextmanager
-def briefly_asked(repo_id: str, repo_type: RepoType = "model", revision: str | None = None) -> Iterator[str | None]:
-    """For what other libraries load from the Hub: a Hub that does not answer is asked here alone.
+def fall_back_to_cache(
+    repo_id: str, repo_type: RepoType = "model", revision: str | None = None
+) -> Iterator[str | None]:
+    """Make other libraries load a repository from the cache if the Hub does not respond.
 
-    They then find what is cached, as if HF_HUB_OFFLINE were set; what they raise instead becomes one line.
+    One request checks the Hub. If it fails, the block runs as if HF_HUB_OFFLINE were set.
 
-    Returns:
-        The hash of the commit that the Hub says is the newest, or the revision's; None where nobody was asked.
+    Yields:
+        The hash of the commit on the Hub; None if the Hub was not reached.
 
     Raises:
-        OSError: in one line with what to do: there is no such repository; or the Hub does not answer, and the cache
-            does not have it.
+        OSError: If there is no such repository, or if the Hub does not respond and the block fails. The message is one
+            line with the remedy.
     """
     if is_offline_mode():
         yield None
         return
     try:
-        commit = ask_hub(repo_id, repo_type, revision).sha
+        commit = fetch_repo_info(repo_id, repo_type, revision).sha
     except HubUnreachable as error:
         unreachable = error
     else:
         yield commit
         return
     try:
-        with offline():
+        with force_offline():
             yield None
-    except Exception as error:  # whatever they raise where something is not in the cache
+    except Exception as error:  # libraries raise different errors for files that are not in the cache
         raise OSError(
-            f"{repo_id} is no {PLACES[repo_type]} here, nor complete in the cache, and {unreachable}"
+            f"{repo_id} is not a {PATH_NOUNS[repo_type]} and not complete in the cache, and {unreachable}"
         ) from error
-    log.warning("%s; %s comes from the cache, and may not be the newest", unreachable, repo_id)
+    log.warning("%s; loading %s from the cache, which may be outdated", unreachable, repo_id)
 
 
 @contextmanager
-def offline() -> Iterator[None]:
-    """As if HF_HUB_OFFLINE had been set."""
+def force_offline() -> Iterator[None]:
+    """Act as if HF_HUB_OFFLINE were set."""
     before = constants.HF_HUB_OFFLINE
     constants.HF_HUB_OFFLINE = True
     try:
@@ -189,15 +190,15 @@ def offline() -> Iterator[None]:
         constants.HF_HUB_OFFLINE = before
 
 
-def commit_of(folder: str) -> str | None:
-    """The hash of the commit that a folder in the cache holds; None for any other folder."""
+def get_cached_commit(folder: str) -> str | None:
+    """Return the commit hash of a folder in the cache; None for any other folder."""
     path = Path(folder)
     is_commit = path.parent.name == "snapshots" and re.fullmatch(r"[0-9a-f]{40}", path.name)
     return path.name if is_commit else None
 
 
 def is_hub_id(source: str) -> bool:
-    """Whether this can be the name of a repository rather than of a folder."""
+    """Return whether a name is a valid repository id."""
     try:
         validate_repo_id(source)
     except HFValidationError:
@@ -205,8 +206,8 @@ def is_hub_id(source: str) -> bool:
     return True
 
 
-def cached(repo_id: str, files: Sequence[str], revision: str | None) -> str | None:
-    """The newest of the cached commits that is complete, as far as the cache knows; None if there is none."""
+def find_cached_folder(repo_id: str, files: Sequence[str], revision: str | None) -> str | None:
+    """Return the folder of the newest complete commit in the cache; None if there is none."""
     try:
         folder = snapshot_download(repo_id, revision=revision, allow_patterns=list(files), local_files_only=True)
     except LocalEntryNotFoundError:
@@ -214,30 +215,30 @@ def cached(repo_id: str, files: Sequence[str], revision: str | None) -> str | No
     return folder if Path(folder, CONFIG).is_file() else None
 
 
-def downloaded(repo_id: str, files: Sequence[str], revision: str | None) -> str:
-    """The newest commit, or that of the revision, from a Hub that has just answered."""
+def download_model(repo_id: str, files: Sequence[str], revision: str | None) -> str:
+    """Download the newest commit, or the commit of the revision, and return its folder in the cache."""
     try:
-        with patience(PATIENCE), bars_of_one_process():
-            folder = tried_again(
+        with set_hub_timeout(TIMEOUT), show_progress_on_first_process():
+            folder = retry(
                 lambda: snapshot_download(repo_id, revision=revision, allow_patterns=list(files)),
                 f"downloading {repo_id}",
-                waits=(WAIT,),
+                waits=(RETRY_WAIT,),
             )
     except GatedRepoError:
         raise OSError(
-            f"{repo_id} is open only to those who accept its conditions: do so at {endpoint()}/{repo_id}, and log in "
-            "with `hf auth login`, or set HF_TOKEN"
+            f"{repo_id} is gated. Accept its conditions at {get_endpoint()}/{repo_id}, and log in with "
+            "`hf auth login` or set HF_TOKEN"
         ) from None
     except HUB_ERRORS as error:
-        raise OSError(f"cannot download {repo_id}: {in_one_line(error)}") from error
+        raise OSError(f"cannot download {repo_id}: {format_hub_error(error)}") from error
     if not Path(folder, CONFIG).is_file():
-        raise OSError(f"{repo_id} holds no model that can be loaded, as it has no {CONFIG}: check the name")
+        raise OSError(f"{repo_id} does not contain a model: it has no {CONFIG}. Check the name")
     return folder
 
 
 @contextmanager
-def bars_of_one_process() -> Iterator[None]:
-    """Let the first process on a machine, which downloads, show how far it is, and the others, which find it, not."""
+def show_progress_on_first_process() -> Iterator[None]:
+    """Show download progress bars only on the first process of a machine; the other processes use its download."""
     group = "huggingface_hub.snapshot_download"
     if os.environ.get("LOCAL_RANK", "0") == "0" or are_progress_bars_disabled(group):
         yield
@@ -249,34 +250,42 @@ def bars_of_one_process() -> Iterator[None]:
         enable_progress_bars(group)
 
 
-def not_there(name: str, repo_type: RepoType = "model") -> str:
-    """The message for what is neither here nor on the Hub, or not for this token; the Hub does not tell which."""
+def describe_missing_repo(name: str, repo_type: RepoType = "model") -> str:
+    """Return the error message for a name that is neither a local path nor a repository that the token can read.
+
+    The Hub returns the same response for missing and for private repositories.
+    """
     noun = NOUNS[repo_type]
     if not is_hub_id(name):
-        return f"{name} is no {PLACES[repo_type]} here, and cannot be the id of a {noun} on the Hub: check the path"
+        return f"{name} is not a {PATH_NOUNS[repo_type]} and not a valid id of a {noun} on the Hub. Check the path"
     return (
-        f"{name} is no {PLACES[repo_type]} here, and the Hub has no such {noun}, or it is private and your token may "
-        "not see it: check the name, log in with `hf auth login`, or set HF_TOKEN"
+        f"{name} is not a {PATH_NOUNS[repo_type]}, and the Hub has no such {noun}, or it is private and the token "
+        "cannot read it. Check the name, log in with `hf auth login`, or set HF_TOKEN"
     )
 
 
+def describe_missing_revision(repo_id: str, revision: str | None) -> str:
+    """Return the error message for a revision that does not exist."""
+    return f"{repo_id} has no revision {revision}. Set a commit hash, a branch or a tag"
+
+
 def load_timm(name: str, with_weights: bool = True) -> tuple[nn.Module, str | None]:
-    """A model by its name in timm, and the hash of the commit of a repository that the name gives itself.
+    """Return a timm model, and the commit hash of a repository that is part of the name (`hf-hub:`).
 
     Raises:
-        OSError: in one line, where the Hub does not have the repository, or does not answer.
-        Exception: whatever else timm raises.
+        OSError: If the Hub does not have the repository or does not respond. The message is one line.
+        Exception: Any other error of timm.
     """
     import timm
 
-    kind, colon, place = name.partition(":")
+    kind, colon, location = name.partition(":")
     if not colon:
-        known = timm.get_pretrained_cfg(name) if with_weights else None
-        with briefly_asked(known.hf_hub_id) if known is not None and known.hf_hub_id else nullcontext():
+        config = timm.get_pretrained_cfg(name) if with_weights else None
+        with fall_back_to_cache(config.hf_hub_id) if config is not None and config.hf_hub_id else nullcontext():
             return timm.create_model(name, pretrained=with_weights), None
     if kind.lower().replace("_", "-") != "hf-hub":
         return timm.create_model(name, pretrained=with_weights), None
-    repo_id, _, revision = place.partition("@")
-    with briefly_asked(repo_id, revision=revision or None) as commit:
+    repo_id, _, revision = location.partition("@")
+    with fall_back_to_cache(repo_id, revision=revision or None) as commit:
         pinned = f"{kind}:{repo_id}@{commit}" if commit else name
         return timm.create_model(pinned, pretrained=with_weights), commit

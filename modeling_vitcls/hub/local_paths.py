@@ -1,55 +1,56 @@
-"""Names of data sets, models and teachers: of this machine, or such as others know them by.
+"""Names of data sets, models and teachers that are local paths.
 
-    settled("data/teach")                       -> "/home/me/data/teach"        where there is such a folder
-    settled("timm:resnet18@weights.pt")         -> "timm:resnet18@/home/me/weights.pt"
-    settled("someone/their-model")              -> itself, as any name that is no path here
-    without_folders("/home/me/data/teach")      -> "path/to/teach"              as it may be published
+    resolve_name("data/teach")                  -> "/home/me/data/teach"        if the path exists
+    resolve_name("timm:resnet18@weights.pt")    -> "timm:resnet18@/home/me/weights.pt"
+    resolve_name("someone/their-model")         -> unchanged, like any name that is not an existing path
+    strip_folders("/home/me/data/teach")        -> "path/to/teach"              for publication
 
-A name is settled once, when a run starts, in the folder that it was given in. From then on nothing is looked up: what
-is absolute is of this machine, also where it has gone since or another process looks from elsewhere.
+Each name is resolved once, when a run starts, relative to the current folder. Afterwards an absolute path is a local
+path, even if the file has been removed or another process has another current folder.
 """
 
 from pathlib import Path
 from typing import Any
 
 
-BUILT_IN = "digits"  # a data set that comes with a library, and is not on the Hub
+BUILT_IN_DATASET = "digits"  # comes with scikit-learn; not on the Hub
 
 
-def settled(name: str, known: bool = False) -> str:
-    """The name, with the file or folder that it stands for as an absolute path.
+def resolve_name(name: str, is_built_in: bool = False) -> str:
+    """Return the name with its file or folder as an absolute path.
 
     Args:
-        name: a path, an id on the Hub, `timm:NAME`, `timm:NAME@FILE`, `timm:local-dir:FOLDER` or `transformers:...`.
-        known: whether it is a name of this package's own (`digits`, a preset), which goes before any path.
+        name: A path, a Hub id, `timm:NAME`, `timm:NAME@FILE`, `timm:local-dir:FOLDER` or `transformers:...`.
+        is_built_in: Whether it is a name defined by this package (`digits`, a preset), which takes precedence over a
+            path.
     """
-    before, path = divided(name)
-    return f"{before}{Path(path).absolute()}" if path and not known and Path(path).exists() else name
+    prefix, path = split_prefix(name)
+    return f"{prefix}{Path(path).absolute()}" if path and not is_built_in and Path(path).exists() else name
 
 
 def is_local(name: Any) -> bool:
-    """Whether a settled name is a file or folder of this machine; what is no text is none."""
-    return isinstance(name, str) and Path(divided(name)[1]).is_absolute()
+    """Return whether a resolved name is a local file or folder; False for values that are not strings."""
+    return isinstance(name, str) and Path(split_prefix(name)[1]).is_absolute()
 
 
-def without_folders(name: str) -> str:
-    """A settled name as others may know it: of a file or folder of this machine the last part."""
-    before, path = divided(name)
-    return f"{before}path/to/{Path(path).name}" if is_local(name) else name
+def strip_folders(name: str) -> str:
+    """Return a resolved name for publication: local paths are reduced to their last component."""
+    prefix, path = split_prefix(name)
+    return f"{prefix}path/to/{Path(path).name}" if is_local(name) else name
 
 
-def is_same_place(before: Any, now: Any) -> bool:
-    """Whether two names stand for the same, however they are written; also if that has been moved in between."""
+def is_same_path(before: Any, now: Any) -> bool:
+    """Return whether two names refer to the same thing, even if its path was moved in the meantime."""
     if before == now or not (isinstance(before, str) and is_local(now)):
         return bool(before == now)
-    (kind, old), (kind_now, new) = divided(before), divided(now)
-    is_one = Path(old).resolve() == Path(new).resolve()
+    (old_prefix, old), (new_prefix, new) = split_prefix(before), split_prefix(now)
+    is_same_file = Path(old).resolve() == Path(new).resolve()
     has_moved = is_local(before) and not Path(old).exists() and Path(old).name == Path(new).name
-    return kind == kind_now and (is_one or has_moved)
+    return old_prefix == new_prefix and (is_same_file or has_moved)
 
 
-def divided(name: str) -> tuple[str, str]:
-    """What stands before a path, and the path, or what may be one; "" where there is none."""
+def split_prefix(name: str) -> tuple[str, str]:
+    """Split a name into its prefix and its path, or possible path; the path is "" if there is none."""
     if name.startswith("timm:"):
         kind, colon, folder = name.removeprefix("timm:").partition(":")
         if colon:
@@ -61,7 +62,7 @@ def divided(name: str) -> tuple[str, str]:
     return "", name
 
 
-def check_free(output: Path) -> None:
-    """Raise ValueError unless `output` is a folder that can be made, or an empty one."""
+def check_output_is_empty(output: Path) -> None:
+    """Raise ValueError unless `output` does not exist or is an empty folder."""
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise ValueError(f"{output} exists, and is not empty: give another --output, or remove it")
+        raise ValueError(f"{output} exists and is not empty. Set another --output, or remove it")

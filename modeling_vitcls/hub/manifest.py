@@ -1,19 +1,14 @@
-"""Which files of a model folder are published: those on a list. Never pickles.
+"""The files of a model folder that are published: an allowlist, without pickles.
 
-Optimiser states are published where that is asked for: manifest.py.
-
-What `--resume` needs, as it is published: the newest checkpoint of a run, where the user asks for it.
+With `--push-optimizer`, the newest checkpoint is published as well, from which `--resume` can continue:
 
     checkpoints/step-00000120/      model.safetensors, optimizer.safetensors, ...
-                                    state.json, without the paths of the machine that trained
+                                    state.json, without local paths
 
-Tensors and JSON only, as on disk (checkpoints.py): whoever resumes from it unpickles nothing.
-
-Held-out pictures in a card: whether those of a model folder are of this machine, and would be published with it.
+Checkpoints contain only tensors and JSON, as on disk (checkpoints.py): resuming from one unpickles nothing.
 """
 
-import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -31,8 +26,9 @@ from ..checkpoints import (
     state_text,
 )
 from ..configuration_vitcls import ViTCLSConfig
-from .card_renaming import card_under
-from .card_training import shareable
+from ..files import read_json
+from .card_renaming import rename_card
+from .card_training import get_shareable_flags
 from .local_paths import is_local
 from .provenance import LICENSE_FILES
 
@@ -42,9 +38,9 @@ WEIGHTS_INDEX = "model.safetensors.index.json"
 RECIPE = "config.resolved.yaml"
 CARD = "README.md"
 
-# Without these a repository is another model. Those that a new commit does not have are removed by it: an old
-# model.safetensors would be loaded in place of new shards.
-ESSENTIAL = (
+# Files that define the model. A push removes such files of an earlier push: an old model.safetensors would be loaded
+# instead of new shards.
+MODEL_PATTERNS = (
     "config.json",
     WEIGHTS,
     WEIGHTS_INDEX,
@@ -52,192 +48,169 @@ ESSENTIAL = (
     "preprocessor_config.json",
     "*_vitcls.py",
 )
-# How it was made, and what was measured: wrong of another model, so these are removed in the same way.
-RECORDS = (
+# Records of the run and its measurements. They are wrong for another model, so a push removes old ones as well.
+RECORD_PATTERNS = (
     "results.json",
     "metrics.jsonl",
     RECIPE,
     "certificate.json",  # of a conversion
 )
-CHECKPOINTS = ("checkpoints/step-*/*.safetensors", "checkpoints/step-*/state.json")
-# These tell about it.
-ACCOMPANYING = (
+CHECKPOINT_PATTERNS = ("checkpoints/step-*/*.safetensors", "checkpoints/step-*/state.json")
+# Files that describe the model.
+EXTRA_PATTERNS = (
     CARD,
     *LICENSE_FILES,
-    *RECORDS,
-    *(f"pictures/*.{kind}" for kind in ("png", "jpg", "jpeg", "svg", "webp")),
+    *RECORD_PATTERNS,
+    *(f"pictures/*.{extension}" for extension in ("png", "jpg", "jpeg", "svg", "webp")),
     ".eval_results/*.yaml",
 )
-# Files that name classes, and in `auto_map` the file of code that each class is in.
-REFERRING = ("config.json", "preprocessor_config.json")
-# `owner/name--module.Class` is code in another repository.
-SEPARATOR = "--"
+# Files whose `auto_map` names classes and the code file of each class.
+CODE_REFERENCE_FILES = ("config.json", "preprocessor_config.json")
+REPO_SEPARATOR = "--"  # `owner/name--module.Class` is a class in another repository
 
-# Path in the repository -> the file, or what stands in for it.
-Contents = dict[str, Path | bytes]
+# Path in the repository -> local file, or content.
+RepoFiles = dict[str, Path | bytes]
 
 
-def contents_of(folder: Path, repo_id: str | None = None) -> Contents:
-    """The files to publish.
+def collect_model_files(folder: Path, repo_id: str | None = None) -> RepoFiles:
+    """Return the files of a model folder to publish.
 
-    config.resolved.yaml is published without the paths of this machine, README.md with the repository's id.
+    config.resolved.yaml is published without local paths, and README.md with the repository id.
 
     Args:
-        folder: with the model.
-        repo_id: `namespace/name` to publish it as.
+        folder: Folder of the model.
+        repo_id: `namespace/name` of the repository.
 
     Raises:
-        ValueError: in one line, where the folder holds no vitcls model, only a part of one, or one whose code is
-            scattered over repositories.
+        ValueError: If the folder does not contain a complete vitcls model, or its code is in several repositories.
     """
     check_is_model(folder)
-    code_repository(folder, repo_id)
-    files = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
-    contents: Contents = {
-        name: path for name, path in files.items() if matches(name, ESSENTIAL) or matches(name, ACCOMPANYING)
+    find_code_repository(folder, repo_id)
+    paths = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
+    files: RepoFiles = {
+        name: path for name, path in paths.items() if is_match(name, (*MODEL_PATTERNS, *EXTRA_PATTERNS))
     }
-    for name in sorted(needed_code(folder) | needed_by_index(folder)):
-        if name not in contents:
-            raise ValueError(f"{folder} lacks {name}, without which the model does not load: save the model again")
-    if RECIPE in contents:
-        contents[RECIPE] = shareable_recipe(folder / RECIPE)
-    if CARD in contents and repo_id is not None:
-        contents[CARD] = card_under(repo_id, read_text(folder / CARD), folder.resolve().name).encode()
-    return contents
+    for name in sorted(list_required_code(folder) | list_weight_files(folder)):
+        if name not in files:
+            raise ValueError(f"{folder} lacks {name}, which is required to load the model. Save the model again")
+    if RECIPE in files:
+        flags = get_shareable_flags(yaml.safe_load(read_text(folder / RECIPE)))
+        files[RECIPE] = yaml.safe_dump(flags, sort_keys=False).encode()
+    if CARD in files and repo_id is not None:
+        files[CARD] = rename_card(repo_id, read_text(folder / CARD), folder.resolve().name).encode()
+    return files
 
 
-def matches(name: str, patterns: Iterable[str]) -> bool:
-    """Whether a path, such as `pictures/cat.png`, is on the list. `*` stands for no `/`."""
-    return any(
-        name.count("/") == pattern.count("/") and fnmatchcase(name, pattern)  # so that * cannot take one in
-        for pattern in patterns
-    )
+def is_match(name: str, patterns: Iterable[str]) -> bool:
+    """Return whether a path, such as `pictures/cat.png`, matches any pattern. `*` does not match `/`."""
+    return any(name.count("/") == pattern.count("/") and fnmatchcase(name, pattern) for pattern in patterns)
 
 
-def outdated(published: Iterable[str], contents: Contents) -> list[str]:
-    """Files of an earlier push that would spoil this one."""
-    wrong = (*ESSENTIAL, *RECORDS, *CHECKPOINTS)
-    return sorted(name for name in published if name not in contents and matches(name, wrong))
+def find_outdated_files(published: Iterable[str], files: RepoFiles) -> list[str]:
+    """Return the files of an earlier push that a new push must remove."""
+    removable = (*MODEL_PATTERNS, *RECORD_PATTERNS, *CHECKPOINT_PATTERNS)
+    return sorted(name for name in published if name not in files and is_match(name, removable))
 
 
 def check_is_model(folder: Path) -> None:
-    """Raise ValueError unless the folder holds a vitcls model."""
+    """Raise ValueError unless the folder contains a vitcls model."""
     if not folder.is_dir():
-        raise ValueError(f"{folder} is no folder: give the one that a model was saved to")
+        raise ValueError(f"{folder} is not a folder. Set the folder of a saved model")
     if not (folder / "config.json").is_file():
-        raise ValueError(f"{folder} holds no model, as it has no config.json: give the folder that one was saved to")
+        raise ValueError(f"{folder} does not contain a model: it has no config.json. Set the folder of a saved model")
     model_type = read_json(folder / "config.json").get("model_type")
     if model_type != ViTCLSConfig.model_type:
         raise ValueError(
-            f"{folder} holds a model of type {model_type!r}, not {ViTCLSConfig.model_type!r}: convert it with "
+            f"{folder} contains a model of type {model_type!r}, not {ViTCLSConfig.model_type!r}. Convert it with "
             "scripts/convert.py first"
         )
 
 
-def code_references(folder: Path) -> list[str]:
-    """What the model's files say about their code: `modeling_vitcls.ViTCLSModel`, `owner/name--module.Class`."""
-    found: list[str] = []
-    for file in (folder / name for name in REFERRING if (folder / name).is_file()):
-        collect_texts(read_json(file).get("auto_map"), found)
-    return found
+def read_code_references(folder: Path) -> list[str]:
+    """Return the code references of a model: `modeling_vitcls.ViTCLSModel`, `owner/name--module.Class`."""
+    files = (folder / name for name in CODE_REFERENCE_FILES if (folder / name).is_file())
+    return [text for file in files for text in iter_strings(read_json(file).get("auto_map"))]
 
 
-def collect_texts(value: Any, into: list[str]) -> None:
-    """Add the texts in nested dicts and lists."""
+def iter_strings(value: Any) -> Iterator[str]:
+    """Yield the strings in nested dicts and lists."""
     if isinstance(value, str):
-        into.append(value)
+        yield value
     elif isinstance(value, dict | list):
         for item in value.values() if isinstance(value, dict) else value:
-            collect_texts(item, into)
+            yield from iter_strings(item)
 
 
-def code_repository(folder: Path, repo_id: str | None = None) -> str | None:
-    """The repository that a model takes its code from; None where that lies beside the weights.
+def find_code_repository(folder: Path, repo_id: str | None = None) -> str | None:
+    """Return the repository with a model's code; None if the code is next to the weights.
 
     Args:
-        folder: with the model's files.
-        repo_id: of the model itself, so that code which is said to be there is its own.
+        folder: Folder with the model's files.
+        repo_id: Repository of the model. References to it are the model's own code.
 
     Raises:
-        ValueError: in one line, where there are several: `code_revision` could pin only one of them.
+        ValueError: If there are several repositories, because `code_revision` can pin only one.
     """
-    named = [reference.rpartition(SEPARATOR)[0] for reference in code_references(folder)]
-    found = {None if name in ("", repo_id) else name for name in named}
-    if len(found) > 1:
-        places = ", ".join(sorted(name or "the one of the weights" for name in found))
+    prefixes = {reference.rpartition(REPO_SEPARATOR)[0] for reference in read_code_references(folder)}
+    repositories = {None if prefix in ("", repo_id) else prefix for prefix in prefixes}
+    if len(repositories) > 1:
+        names = ", ".join(sorted(name or "the model's own" for name in repositories))
         raise ValueError(
-            f"{' and '.join(REFERRING)} take their code from several repositories ({places}), and one code_revision "
-            "cannot pin them: let all of it come from one, see modeling_vitcls/hub/shared_code.py"
+            f"{' and '.join(CODE_REFERENCE_FILES)} reference code in several repositories ({names}), but "
+            "code_revision can pin only one. Move all code to one repository, see modeling_vitcls/hub/shared_code.py"
         )
-    return next(iter(found), None)
+    return next(iter(repositories), None)
 
 
-def needed_code(folder: Path) -> set[str]:
+def list_required_code(folder: Path) -> set[str]:
     """Return the code files that the model's files refer to and the files that they import, of this folder."""
-    references = [reference for reference in code_references(folder) if SEPARATOR not in reference]
+    references = [reference for reference in read_code_references(folder) if REPO_SEPARATOR not in reference]
     pending = [f"{reference.partition('.')[0]}.py" for reference in references]
-    found: set[str] = set()
+    required: set[str] = set()
     while pending:
         name = pending.pop()
-        if name not in found and (folder / name).is_file():
+        if name not in required and (folder / name).is_file():
             pending += [f"{module}.py" for module in get_relative_imports(folder / name)]
-        found.add(name)
-    return found
+        required.add(name)
+    return required
 
 
-def needed_by_index(folder: Path) -> set[str]:
-    """The files of weights."""
+def list_weight_files(folder: Path) -> set[str]:
+    """Return the names of the files with the weights."""
     if not (folder / WEIGHTS_INDEX).is_file():
         return {WEIGHTS}
     return set(read_json(folder / WEIGHTS_INDEX)["weight_map"].values())
 
 
-def read_json(file: Path) -> dict[str, Any]:
-    """A JSON object from a file. Raises ValueError, in one line, where there is none."""
-    try:
-        content = json.loads(read_text(file))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"cannot read {file}: {error}") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{file} holds no JSON object")
-    return content
-
-
 def read_text(file: Path) -> str:
-    """A text from a file, line ends as they are. Raises ValueError, in one line, where it is none."""
+    """Return the text of a file with unchanged line ends. Raises ValueError if it is not UTF-8."""
     try:
         return file.read_bytes().decode()
     except UnicodeDecodeError as error:
         raise ValueError(f"cannot read {file}: {error}") from None
 
 
-def shareable_recipe(file: Path) -> bytes:
-    """The recipe of a run as others can use it."""
-    return yaml.safe_dump(shareable(yaml.safe_load(read_text(file))), sort_keys=False).encode()
+def collect_checkpoint_files(folder: Path) -> RepoFiles:
+    """Return the files to publish of the newest checkpoint in `folder`.
 
-
-def resumable_contents(folder: Path) -> Contents:
-    """The files of the newest checkpoint below `folder`, as they are published.
-
-    Flags that name files or folders of this machine are left out of state.json: `--resume` then takes those that it
-    is given.
+    Flags with local paths are removed from state.json; `--resume` then uses its own flags.
 
     Raises:
-        ValueError: in one line, where there is no undamaged checkpoint.
+        ValueError: If there is no undamaged checkpoint.
     """
-    checkpoint = newest_checkpoint(folder)
+    checkpoint = find_newest_checkpoint(folder)
     state = read_state(checkpoint.folder)
-    place = checkpoint.folder.relative_to(folder).as_posix()
-    contents: Contents = {f"{place}/{name}": checkpoint.folder / name for name in state["files"]}
+    path = checkpoint.folder.relative_to(folder).as_posix()
+    files: RepoFiles = {f"{path}/{name}": checkpoint.folder / name for name in state["files"]}
     state["facts"]["flags"] = {
         name: value for name, value in state["facts"]["flags"].items() if name != "output_dir" and not is_local(value)
     }
-    contents[f"{place}/{STATE_FILE}"] = state_text(state).encode()
-    return contents
+    files[f"{path}/{STATE_FILE}"] = state_text(state).encode()
+    return files
 
 
-def newest_checkpoint(folder: Path) -> Checkpoint:
-    """The newest undamaged one. Nothing is changed: a run may be writing there."""
+def find_newest_checkpoint(folder: Path) -> Checkpoint:
+    """Return the newest undamaged checkpoint. Nothing is changed, because a run may be writing to the folder."""
     store = CheckpointStore(folder / "checkpoints", keep=1)
     for step in reversed(store.steps()):
         try:
@@ -245,31 +218,34 @@ def newest_checkpoint(folder: Path) -> Checkpoint:
         except DamagedCheckpoint:
             continue
     raise ValueError(
-        f"{store.folder} holds no undamaged checkpoint to publish: leave the optimiser's state out, or give the "
+        f"{store.folder} has no undamaged checkpoint to publish. Push without the optimizer state, or set the "
         "--output-dir of a run"
     )
 
 
-SAMPLES = "pictures/attention.png"  # the one picture that shows images of the data set
+# Sample images in cards ----------------------------------------------------------------------------------------------
 
 
-def data_shown(folder: Path) -> str | None:
-    """The data set of this machine whose pictures the card of a model folder shows, unless it was asked to
-    (--card-samples); None where there is none."""
-    if not (folder / SAMPLES).is_file() or not (folder / RECIPE).is_file():
+SAMPLE_IMAGES = "pictures/attention.png"  # the only figure that shows images of the data set
+
+
+def find_local_dataset_in_card(folder: Path) -> str | None:
+    """Return the local data set whose images the card shows; None if there is none or `--card-samples` was set."""
+    if not (folder / SAMPLE_IMAGES).is_file() or not (folder / RECIPE).is_file():
         return None
     try:
         flags: Any = yaml.safe_load((folder / RECIPE).read_text(encoding="utf-8"))
-    except (ValueError, yaml.YAMLError):  # no text, or no YAML
+    except (ValueError, yaml.YAMLError):  # not UTF-8, or not YAML
         return None
     if not isinstance(flags, dict) or flags.get("card_samples"):
         return None
     return flags["dataset"] if is_local(flags.get("dataset")) else None
 
 
-def warning(folder: Path, dataset: str, repo_id: str) -> str:
-    """What to say where they have been published."""
+def describe_published_images(folder: Path, dataset: str, repo_id: str) -> str:
+    """Return the warning for images of a local data set that were published."""
     return (
-        f"{repo_id} is public, and its card shows pictures of {dataset} ({SAMPLES}): if nobody should see them, make "
-        f"it private in its settings on the Hub, or delete it there, remove {folder / SAMPLES} and push again"
+        f"{repo_id} is public, and its card shows images of {dataset} ({SAMPLE_IMAGES}). If the images are "
+        "confidential, make the repository private in its settings on the Hub, or delete the file there, remove "
+        f"{folder / SAMPLE_IMAGES} and push again"
     )

@@ -1,10 +1,10 @@
-"""The push: a model folder becomes one commit on the Hub.
+"""Push a model folder to the Hub in one commit.
 
     pushed = push_folder(folder, "someone/model", private=False, message="...")
     pushed.commit                          # the hash to pin
 
-What fails for a while is tried again; what the Hub has already is not sent again, also by a later run. The folder is
-only read.
+Temporary failures are retried. Files that the Hub already has are not sent again, even by a later run. The folder is
+not changed.
 """
 
 import logging
@@ -15,32 +15,45 @@ from pathlib import Path
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
-from . import manifest
-from .connection import HUB_ERRORS, check_is_online, endpoint, in_one_line, patience, quiet_client, tried_again
-from .manifest import Contents, contents_of, outdated, resumable_contents
+from .connection import (
+    HUB_ERRORS,
+    check_is_online,
+    format_hub_error,
+    get_endpoint,
+    retry,
+    set_hub_timeout,
+    silence_hub_client,
+)
+from .manifest import (
+    RepoFiles,
+    collect_checkpoint_files,
+    collect_model_files,
+    describe_published_images,
+    find_local_dataset_in_card,
+    find_outdated_files,
+)
 
 
-# Seconds of silence, not of work: sending a large file takes as long as it takes.
-PATIENCE = 120.0
+TIMEOUT = 120.0  # seconds without a response; the duration of an upload is not limited
 MESSAGE = "Upload model"
 
 log = logging.getLogger(__name__)
 
 
 class PushFailed(OSError):
-    """A push that did not get through. The message ends with the command that finishes it."""
+    """A push failed. The message ends with the command that completes the push."""
 
 
 @dataclass(frozen=True)
-class Pushed:
-    """Where a model folder is now.
+class PushResult:
+    """The commit of a push.
 
     Attributes:
         repo_id: `namespace/name`.
-        commit: the hash of the commit, 40 hexadecimal digits.
-        url: of the commit, for a browser.
-        with_optimizer: whether a checkpoint to resume from is there, too.
-        is_private: whether the repository is closed to others.
+        commit: The hash of the commit, 40 hexadecimal digits.
+        url: The address of the commit.
+        with_optimizer: Whether a checkpoint for `--resume` was pushed as well.
+        is_private: Whether the repository is private.
     """
 
     repo_id: str
@@ -50,8 +63,8 @@ class Pushed:
     is_private: bool = False
 
     @property
-    def in_words(self) -> str:
-        """Where, and who can see it."""
+    def summary(self) -> str:
+        """The address and visibility of the commit."""
         return f"{self.url} ({'private' if self.is_private else 'public'})"
 
 
@@ -63,82 +76,73 @@ def push_folder(
     branch: str | None = None,
     with_optimizer: bool = False,
     in_background: bool = False,
-) -> Pushed:
-    """Create the repository where it does not exist, and put the files of a model folder there in one commit.
+) -> PushResult:
+    """Push the files of a model folder in one commit; create the repository if it does not exist.
 
-    A commit that would change nothing is not made; the newest one of the branch is then returned. Call it on the main
-    process alone, after `check_push_rights`.
+    If nothing has changed, no commit is made, and the newest commit of the branch is returned. Call this only on the
+    main process, after `check_push_permissions`.
 
     Args:
-        folder: with config.json, safetensors, code, image processor, card, results.
+        folder: Folder with config.json, safetensors, code, image processor, card and results.
         repo_id: `namespace/name`.
-        private: whether a new repository is private.
-        message: of the commit.
-        branch: to commit to, made from `main` where it does not exist; None: `main`.
-        with_optimizer: publish the newest checkpoint of `checkpoints/` too, from which `--resume` goes on.
-        in_background: show and log nothing, and send large files one after the other, without threads of their own:
-            the end of Python would wait for those.
+        private: Whether a new repository is private.
+        message: Message of the commit.
+        branch: Branch of the commit, created from `main` if it does not exist. Default: `main`.
+        with_optimizer: Push the newest checkpoint in `checkpoints/` as well, for `--resume`.
+        in_background: Show and log nothing, and upload large files one by one without extra threads, because Python
+            waits for these threads before it exits.
 
     Raises:
-        ValueError: in one line, for a folder that holds no complete model, or no checkpoint where one is asked for.
-        PushFailed: an OSError, in one line, with the command that finishes the job.
+        ValueError: If the folder does not contain a complete model, or the required checkpoint.
+        PushFailed: If the push fails. The message is one line and ends with the command that completes the push.
     """
     check_is_online()
-    contents = contents_of(folder, repo_id) | (resumable_contents(folder) if with_optimizer else {})
+    files = collect_model_files(folder, repo_id) | (collect_checkpoint_files(folder) if with_optimizer else {})
 
-    def push() -> Pushed:
-        commit, is_private = push_once(contents, repo_id, private, message, branch, in_turn=in_background)
-        return Pushed(repo_id, commit, f"{endpoint()}/{repo_id}/commit/{commit}", with_optimizer, is_private)
+    def push() -> PushResult:
+        commit, is_private = push_once(files, repo_id, private, message, branch, one_by_one=in_background)
+        return PushResult(repo_id, commit, f"{get_endpoint()}/{repo_id}/commit/{commit}", with_optimizer, is_private)
 
     try:
-        with patience(PATIENCE), quiet_client(with_bars=sys.stderr.isatty() and not in_background):
-            pushed = tried_again(
-                push, f"pushing to {repo_id}", level=logging.DEBUG if in_background else logging.WARNING
-            )
+        with set_hub_timeout(TIMEOUT), silence_hub_client(sys.stderr.isatty() and not in_background):
+            pushed = retry(push, f"pushing to {repo_id}", level=logging.DEBUG if in_background else logging.WARNING)
     except HUB_ERRORS as error:
-        command = push_command(folder, repo_id, private, branch, with_optimizer, message)
-        raise PushFailed(why_not_pushed(folder, repo_id, command, error)) from error
-    if not pushed.is_private and (dataset := manifest.data_shown(folder)):
-        log.warning(manifest.warning(folder, dataset, repo_id))
+        command = build_push_command(folder, repo_id, private, branch, with_optimizer, message)
+        raise PushFailed(
+            f"the push to {repo_id} failed: {format_hub_error(error)}. The model is complete in {folder}; "
+            f"finish with: {command}"
+        ) from error
+    if not pushed.is_private and (dataset := find_local_dataset_in_card(folder)):
+        log.warning(describe_published_images(folder, dataset, repo_id))
     return pushed
 
 
 def push_once(
-    contents: Contents, repo_id: str, private: bool, message: str, branch: str | None, in_turn: bool
+    files: RepoFiles, repo_id: str, private: bool, message: str, branch: str | None, one_by_one: bool
 ) -> tuple[str, bool]:
-    """One attempt; gives the commit, and whether the repository is private.
+    """Try to push once; return the commit, and whether the repository is private.
 
-    It looks at what is there first, so that it goes on from where another one ended.
-
-    Where someone else pushes in the meantime the Hub refuses the commit (HTTP 412), which is then built anew.
+    The current state of the repository is read first, so that a retry continues an incomplete push. If another push
+    happens in the meantime, the Hub rejects the commit (HTTP 412), and the retry builds a new one.
     """
     api = HfApi()
-    api.create_repo(repo_id, private=private or None, exist_ok=True)  # None: as the account has it
+    api.create_repo(repo_id, private=private or None, exist_ok=True)  # None: the default of the account
     if branch is not None:
         api.create_branch(repo_id, branch=branch, exist_ok=True)
     info = api.model_info(repo_id, revision=branch)
-    parent = info.sha
-    there = api.list_repo_files(repo_id, revision=parent)
-    removed = [CommitOperationDelete(path_in_repo=name) for name in outdated(there, contents)]
-    added = [CommitOperationAdd(path_in_repo=name, path_or_fileobj=file) for name, file in contents.items()]
-    if in_turn:
-        for large in (addition for addition in added if addition.path_in_repo.endswith(".safetensors")):
+    published = api.list_repo_files(repo_id, revision=info.sha)
+    deletions = [CommitOperationDelete(path_in_repo=name) for name in find_outdated_files(published, files)]
+    additions = [CommitOperationAdd(path_in_repo=name, path_or_fileobj=file) for name, file in files.items()]
+    if one_by_one:
+        for large in (addition for addition in additions if addition.path_in_repo.endswith(".safetensors")):
             api.preupload_lfs_files(repo_id, [large], revision=branch, free_memory=False)
     commit = api.create_commit(
-        repo_id, [*removed, *added], commit_message=message, revision=branch, parent_commit=parent
+        repo_id, [*deletions, *additions], commit_message=message, revision=branch, parent_commit=info.sha
     )
     return commit.oid, bool(info.private)
 
 
-def why_not_pushed(folder: Path, repo_id: str, command: str, error: BaseException) -> str:
-    """One line: what happened, that nothing is lost, and what to do."""
-    return (
-        f"the push to {repo_id} failed: {in_one_line(error)}. The model is complete in {folder}; finish with: "
-        f"{command}"
-    )
-
-
-def push_command(
+def build_push_command(
     folder: Path,
     repo_id: str,
     private: bool = False,
@@ -146,7 +150,7 @@ def push_command(
     with_optimizer: bool = False,
     message: str = MESSAGE,
 ) -> str:
-    """The command line that pushes a model folder."""
+    """Return the command line that pushes a model folder."""
     flags = ["--model", str(folder), "--hub-model-id", repo_id]
     flags += ["--private"] if private else []
     flags += ["--branch", branch] if branch else []

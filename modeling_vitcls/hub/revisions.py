@@ -1,7 +1,7 @@
-"""Which commit a name on the Hub stands for, and where that commit's code comes from.
+"""The commit of a branch or tag, and the commit of the model's code.
 
-model = published("someone/model", "main")
-code = code_of(model, folder_with_its_files)        # None: beside the weights
+model = resolve_commit("someone/model", "main")
+code = resolve_code_commit(model, folder_with_its_files)        # None: the code is in the same commit
 """
 
 from dataclasses import dataclass
@@ -10,66 +10,69 @@ from pathlib import Path
 from huggingface_hub import HfApi
 from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 
-from .connection import HUB_ERRORS, SHORT_WAITS, no_answer, patience, tried_again
-from .loading import is_hub_id, not_there
-from .manifest import code_repository
+from .connection import HUB_ERRORS, SHORT_RETRY_WAITS, describe_no_response, retry, set_hub_timeout
+from .loading import describe_missing_repo, describe_missing_revision, is_hub_id
+from .manifest import find_code_repository
 
 
-# Seconds of silence, not of work.
-PATIENCE = 60.0
+TIMEOUT = 60.0  # seconds without a response
 
 
 @dataclass(frozen=True)
-class Published:
+class HubCommit:
     """A commit on the Hub.
 
     Attributes:
         repo_id: `namespace/name`.
-        commit: its hash, 40 hexadecimal digits.
-        is_closed: whether a token is needed to read it: a private repository, or one with conditions to accept.
+        commit: The hash of the commit, 40 hexadecimal digits.
+        needs_token: Whether reading requires a token: the repository is private or gated.
     """
 
     repo_id: str
     commit: str
-    is_closed: bool
+    needs_token: bool
 
 
-def published(repo_id: str, revision: str = "main") -> Published:
-    """The commit that a revision stands for.
+def resolve_commit(repo_id: str, revision: str = "main") -> HubCommit:
+    """Return the commit of a revision.
 
     Raises:
-        ValueError: in one line, for a repository or a revision that is not there.
-        OSError: in one line, where the Hub does not answer.
+        ValueError: If the repository or the revision does not exist.
+        OSError: If the Hub does not respond.
     """
     if not is_hub_id(repo_id):
-        raise ValueError(not_there(repo_id))
+        raise ValueError(describe_missing_repo(repo_id))
     try:
-        with patience(PATIENCE):
-            info = tried_again(
-                lambda: HfApi().model_info(repo_id, revision=revision), f"asking for {repo_id}", waits=SHORT_WAITS
+        with set_hub_timeout(TIMEOUT):
+            info = retry(
+                lambda: HfApi().model_info(repo_id, revision=revision),
+                f"looking up {repo_id}",
+                waits=SHORT_RETRY_WAITS,
             )
     except RepositoryNotFoundError:
-        raise ValueError(not_there(repo_id)) from None
+        raise ValueError(describe_missing_repo(repo_id)) from None
     except RevisionNotFoundError:
-        raise ValueError(f"{repo_id} has no revision {revision}: give a commit hash, a branch or a tag") from None
+        raise ValueError(describe_missing_revision(repo_id, revision)) from None
     except HUB_ERRORS as error:
-        raise OSError(f"cannot ask the Hub for {repo_id}: {no_answer(error)}") from error
+        raise OSError(f"cannot look up {repo_id}: {describe_no_response(error)}") from error
     if info.sha is None:
-        raise OSError(f"the Hub does not say which commit of {repo_id} {revision} is")
-    return Published(repo_id, info.sha, bool(info.private or info.gated))
+        raise OSError(f"the Hub returned no commit for the revision {revision} of {repo_id}. Try again later")
+    return HubCommit(repo_id, info.sha, bool(info.private or info.gated))
 
 
-def code_of(model: Published, files: Path) -> Published | None:
-    """The newest commit of the repository that a model takes its code from; None where that is its own.
+def resolve_code_commit(model: HubCommit, files: Path) -> HubCommit | None:
+    """Return the newest commit of the repository with the model's code; None if the model has its own code.
 
     Args:
-        files: folder with the model's files.
+        model: The commit of the model.
+        files: Folder with the model's files.
 
     Raises:
-        ValueError, OSError: in one line, where the code is scattered over several repositories; and see `published`.
+        ValueError: If the code is in several repositories, or as `resolve_commit`.
+        OSError: As `resolve_commit`.
     """
     try:
-        repo_id = code_repository(files, model.repo_id)
+        repo_id = find_code_repository(files, model.repo_id)
     except ValueError as error:
         raise ValueError(f"{model.repo_id} at {model.commit}: {error}") from None
-    return published(repo_id) if repo_id else None
+    return resolve_commit(repo_id) if repo_id else None

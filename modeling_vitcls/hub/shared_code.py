@@ -1,12 +1,12 @@
-"""Code in one repository, weights in others: many models that share one copy of the code, read and pinned once.
+"""Many models that share one copy of the code, in a repository of its own.
 
     write_code("vitcls-code")                           # the files to publish: hf upload ME/vitcls-code vitcls-code
-    with_code_elsewhere("runs/mine", "ME/vitcls-code")  # then: python scripts/push_to_hub.py --model runs/mine ...
+    use_shared_code("runs/mine", "ME/vitcls-code")      # then: python scripts/push_to_hub.py --model runs/mine ...
 
     AutoModel.from_pretrained("ME/mine", revision="<commit of the weights>", code_revision="<commit of the code>",
                               trust_remote_code=True)
 
-Without `code_revision` the newest code of that repository runs, whatever `revision` pins.
+Without `code_revision`, transformers runs the newest code of that repository, even if `revision` is set.
 """
 
 import json
@@ -15,102 +15,92 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id
-
-from .manifest import CARD, REFERRING, SEPARATOR, check_is_model, read_json, read_text
+from ..files import read_json
+from .loading import is_hub_id
+from .manifest import CARD, CODE_REFERENCE_FILES, REPO_SEPARATOR, check_is_model, read_text
 
 
 PACKAGE = Path(__file__).parents[1]
-CODE = "*_vitcls.py"
+CODE_PATTERN = "*_vitcls.py"
 
-# In a card: what pins the weights, where the code is said to be, and what is added about both.
+# Parts of a card: code that pins the weights, the location of the code, and the note about both repositories.
 PIN_IN_CALL = re.compile(r'(?<!code_)revision="([^"]*)"(, code_revision="[^"]*")?')
 PIN_BY_NAME = re.compile(r"(?<!code_)revision=revision\b(, code_revision=code_revision\b)?")
 NAMED_PIN = re.compile(r"^(?P<line>(?P<indent> *)revision = .*)$(\n *code_revision = .*$)?", re.MULTILINE)
-PLACE_OF_CODE = re.compile(r"Python files (beside the weights|in `[^`]*`)")
+CODE_LOCATION = re.compile(r"Python files (next to the weights|in `[^`]*`)")
 NOTE = "The weights are here, and their code is in another repository"
 NOTE_IN_CARD = re.compile(rf"^## Use\n(\n{NOTE}.*\n)?", re.MULTILINE)
 
 
 def write_code(folder: str | Path) -> list[str]:
-    """Put the code that models need into a folder, to be uploaded as it is; returns the names of the files.
+    """Copy the code of the models into a folder for upload, and return the file names.
 
     Raises:
-        OSError: if they cannot be written.
+        OSError: If the files cannot be written.
     """
     target = Path(folder)
     target.mkdir(parents=True, exist_ok=True)
-    files = sorted(PACKAGE.glob(CODE))
+    files = sorted(PACKAGE.glob(CODE_PATTERN))
     for file in files:
         shutil.copyfile(file, target / file.name)
     return [file.name for file in files]
 
 
-def with_code_elsewhere(folder: str | Path, repo_id: str) -> None:
-    """Let a saved model take its code from a repository on the Hub, say so in its card, and remove its own copy.
+def use_shared_code(folder: str | Path, repo_id: str) -> None:
+    """Make a saved model use the code of a repository on the Hub, update its card, and remove its own code files.
 
-    Only for publishing: a process that has this package goes on loading the folder as before. What is saved anew,
-    such as a model fine-tuned from it, has its own code again.
+    Use this only before publishing. A process that has this package still loads the folder with the package's code.
+    A model that is saved again, for example after fine-tuning, has its own code again.
 
     Args:
-        folder: that the model was saved to.
-        repo_id: `namespace/name` of the repository with the code. Nobody looks whether it is there yet.
+        folder: Folder of the saved model.
+        repo_id: `namespace/name` of the repository with the code. The repository does not have to exist yet.
 
     Raises:
-        ValueError: in one line, for another folder than a model's, or what can be no repository.
-        OSError: if the files cannot be written.
+        ValueError: If the folder does not contain a vitcls model, or the repository id is invalid.
+        OSError: If the files cannot be written.
     """
     folder = Path(folder)
     check_is_model(folder)
-    check_repo_id(repo_id)
-    for file in (folder / name for name in REFERRING if (folder / name).is_file()):
+    if not is_hub_id(repo_id) or repo_id.count("/") != 1:  # a repository without a namespace cannot be found by others
+        raise ValueError(
+            f"{repo_id!r} is not a repository id. Set namespace/name of the repository that contains the code"
+        )
+    for file in (folder / name for name in CODE_REFERENCE_FILES if (folder / name).is_file()):
         settings = read_json(file)
-        settings["auto_map"] = moved(settings.get("auto_map", {}), repo_id)
-        written = file.with_name(f".{file.name}.partial")
-        written.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        written.replace(file)
+        settings["auto_map"] = add_repository(settings.get("auto_map", {}), repo_id)
+        partial = file.with_name(f".{file.name}.partial")
+        partial.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        partial.replace(file)
     if (folder / CARD).is_file():
-        (folder / CARD).write_bytes(card_with_code_elsewhere(read_text(folder / CARD), repo_id).encode())
-    for code in folder.glob(CODE):
-        code.unlink()
+        (folder / CARD).write_bytes(pin_code_in_card(read_text(folder / CARD), repo_id).encode())
+    for file in folder.glob(CODE_PATTERN):
+        file.unlink()
 
 
-def moved(references: Any, repo_id: str) -> Any:
-    """References such as `modeling_vitcls.ViTCLSModel`, in nested dicts, with the repository before them."""
+def add_repository(references: Any, repo_id: str) -> Any:
+    """Return references such as `modeling_vitcls.ViTCLSModel`, in nested dicts, prefixed with the repository."""
     if isinstance(references, dict):
-        return {name: moved(reference, repo_id) for name, reference in references.items()}
-    return f"{repo_id}{SEPARATOR}{references.rpartition(SEPARATOR)[2]}"
+        return {name: add_repository(reference, repo_id) for name, reference in references.items()}
+    return f"{repo_id}{REPO_SEPARATOR}{references.rpartition(REPO_SEPARATOR)[2]}"
 
 
-def card_with_code_elsewhere(text: str, repo_id: str) -> str:
-    """A card whose lines to load the model pin the code as well, and whose text says where that is.
+def pin_code_in_card(text: str, repo_id: str) -> str:
+    """Return a card whose code examples also pin the code, and whose text names the repository with the code.
 
     Args:
-        text: of README.md. One that pins no revision stays as it is.
+        text: The text of README.md. It is returned unchanged if it does not pin a revision.
         repo_id: `namespace/name` of the repository with the code.
     """
     if not (PIN_IN_CALL.search(text) or PIN_BY_NAME.search(text)):
         return text
     code_pin = f'"<commit hash of {repo_id}>"'
-    text = NAMED_PIN.sub(lambda found: f"{found['line']}\n{found['indent']}code_revision = {code_pin}", text)
+    text = NAMED_PIN.sub(lambda match: f"{match['line']}\n{match['indent']}code_revision = {code_pin}", text)
     text = PIN_BY_NAME.sub("revision=revision, code_revision=code_revision", text)
-    text = PIN_IN_CALL.sub(lambda found: f'revision="{found[1]}", code_revision={code_pin}', text)
-    text = PLACE_OF_CODE.sub(f"Python files in `{repo_id}`", text)
-    text = text.replace("that you have read as `revision`", "that you have read as `code_revision`")
+    text = PIN_IN_CALL.sub(lambda match: f'revision="{match[1]}", code_revision={code_pin}', text)
+    text = CODE_LOCATION.sub(f"Python files in `{repo_id}`", text)
     note = (
-        f"{NOTE}, `{repo_id}`: `revision` pins the one, `code_revision` the other. Without `code_revision` the newest "
-        "code there runs."
+        f"{NOTE}, `{repo_id}`. `revision` pins the weights and `code_revision` pins the code. Without "
+        "`code_revision`, the newest code of that repository runs."
     )
     return NOTE_IN_CARD.sub(f"## Use\n\n{note}\n", text)
-
-
-def check_repo_id(repo_id: str) -> None:
-    """Raise ValueError unless this names a repository in full; without a namespace nobody else would find it."""
-    try:
-        validate_repo_id(repo_id)
-        is_full = repo_id.count("/") == 1
-    except HFValidationError:
-        is_full = False
-    if not is_full:
-        raise ValueError(f"{repo_id!r} is no repository on the Hub: give namespace/name of the one with the code")

@@ -1,16 +1,16 @@
-"""The Space: a page on the Hub where anyone can try a model, which runs the files of modeling_vitcls/demo/.
+"""A Space on the Hub: a page that shows a model's predictions and attention maps, from modeling_vitcls/demo/.
 
-    model = published_model("someone/model", "main")
-    contents = space_contents(model, title="...")       # path in the Space -> file or bytes
-    pushed = push_space(contents, model, "someone/model-demo")
+    model = find_published_model("someone/model", "main")
+    files = build_space_files(model, title="...")       # path in the Space -> file or bytes
+    pushed = push_space(files, model, "someone/model-demo")
 
     app.py              names the model and its commit
-    vitcls_demo/        the page, as it is in this package, which is not installed there
-    examples/           pictures to try
-    requirements.txt    what the page needs, from pyproject.toml's versions on
-    README.md           the Space's settings
+    vitcls_demo/        the files of the page from this package, which is not installed in the Space
+    examples/           example images
+    requirements.txt    requirements of the page, with the minimum versions from pyproject.toml
+    README.md           the settings of the Space
 
-What the page shows is in modeling_vitcls/demo/. The model is not copied: the Space loads it by its commit.
+The model is not copied: the Space loads it by its commit.
 """
 
 import importlib.metadata
@@ -24,20 +24,21 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, Sp
 from packaging.requirements import Requirement
 
 from ..configuration_vitcls import ViTCLSConfig
+from ..files import read_json
 from ..image_processing_vitcls import read_image
-from .connection import HUB_ERRORS, check_is_online, endpoint, in_one_line, patience, tried_again
-from .local_paths import check_free
-from .manifest import REFERRING, Contents, read_json
-from .publish import PATIENCE, Pushed, PushFailed, push_command
-from .revisions import Published, code_of, published
+from .connection import HUB_ERRORS, check_is_online, format_hub_error, get_endpoint, retry, set_hub_timeout
+from .local_paths import check_output_is_empty
+from .manifest import CODE_REFERENCE_FILES, RepoFiles
+from .publish import TIMEOUT, PushFailed, PushResult, build_push_command
+from .revisions import HubCommit, resolve_code_commit, resolve_commit
 
 
 PACKAGE = Path(__file__).parents[1]
 FOLDER = "vitcls_demo"
 EXAMPLES = "examples"
 
-# The files of this package that the page needs; they import of it only each other.
-SHIPPED = (
+# Files of this package that the page requires. They import only each other from this package.
+PAGE_FILES = (
     "demo/__init__.py",
     "demo/page.py",
     "demo/reader.py",
@@ -50,8 +51,8 @@ SHIPPED = (
     "attention_masks_vitcls.py",
     "positions_vitcls.py",
 )
-# What these, and the model's own code, import. gradio comes with the Space's SDK.
-NEEDED = (
+# Libraries that these files and the model's code import. gradio comes with the Space's SDK.
+REQUIRED_LIBRARIES = (
     "huggingface_hub",
     "matplotlib",
     "numpy",
@@ -62,32 +63,32 @@ NEEDED = (
     "transformers",
 )
 
-APP = '''"""The page of a model; what it shows is in {folder}/."""
+APP_TEMPLATE = '''"""The page of a model, which is defined in {folder}/."""
 
 from pathlib import Path
 
-from {folder}.demo.page import show
+from {folder}.demo.page import serve_demo
 
 
 MODEL = {model!r}
-# {runs}: look at it before another commit stands here.
+# {warning}. Review the code before you change the commit.
 COMMIT = {commit!r}
 CODE_COMMIT = {code_commit!r}
 
 if __name__ == "__main__":
     examples = sorted(Path(__file__).parent.glob("{examples}/*"))
-    show(MODEL, COMMIT, examples, code_revision=CODE_COMMIT)
+    serve_demo(MODEL, COMMIT, examples, code_revision=CODE_COMMIT)
 '''
 
-CARD = """---
+CARD_TEMPLATE = """---
 {settings}
 ---
 # {title}
 
-Give it a picture: it shows what the Vision Transformer [{model}]({address}) says it is, and what its special tokens
-(CLS, distillation, registers) look at in every layer.
+Upload an image to see the predictions of the Vision Transformer [{model}]({address}), and the attention maps of its
+special tokens (CLS, distillation, registers) in every layer.
 
-The model is loaded at commit [`{commit}`]({address}/tree/{commit}){code}, which stands in `app.py`. To run
+The model is loaded at commit [`{commit}`]({address}/tree/{commit}){code}, which is set in `app.py`. To run
 this page on your own machine: `pip install gradio=={gradio} -r requirements.txt`, then `python app.py`.
 """
 
@@ -97,104 +98,111 @@ class PublishedModel:
     """A vitcls model on the Hub.
 
     Attributes:
-        at: its commit.
-        code: the commit of the repository that its code is in; None where the code lies beside the weights.
+        weights: The commit of the model.
+        code: The commit of the repository with the code; None if the code is next to the weights.
     """
 
-    at: Published
-    code: Published | None = None
+    weights: HubCommit
+    code: HubCommit | None = None
 
     @property
     def repo_id(self) -> str:
         """`namespace/name`."""
-        return self.at.repo_id
+        return self.weights.repo_id
 
     @property
     def commit(self) -> str:
-        """Its hash."""
-        return self.at.commit
+        """The hash of the commit."""
+        return self.weights.commit
 
     @property
-    def is_closed(self) -> bool:
-        """Whether a Space needs a token to load it."""
-        return self.at.is_closed or (self.code is not None and self.code.is_closed)
+    def needs_token(self) -> bool:
+        """Whether a Space requires a token to load the model."""
+        return self.weights.needs_token or (self.code is not None and self.code.needs_token)
 
 
-def published_model(repo_id: str, revision: str = "main") -> PublishedModel:
-    """Look a model up on the Hub.
+def find_published_model(repo_id: str, revision: str = "main") -> PublishedModel:
+    """Look up a model on the Hub.
 
     Args:
         repo_id: `namespace/name`.
-        revision: commit hash, branch or tag.
+        revision: Commit hash, branch or tag.
 
     Raises:
-        ValueError: in one line, for a folder, what is not on the Hub, or a model of another kind.
-        OSError: in one line, where the Hub does not answer.
+        ValueError: If it is a local folder, is not on the Hub, or is not a vitcls model.
+        OSError: If the Hub does not respond.
     """
     if Path(repo_id).is_dir():
-        command = push_command(Path(repo_id), f"YOUR-NAME/{Path(repo_id).resolve().name}")
+        command = build_push_command(Path(repo_id), f"YOUR-NAME/{Path(repo_id).resolve().name}")
         raise ValueError(
-            f"{repo_id} is a folder, and a Space loads its model from the Hub: push it first with {command}"
+            f"a Space requires a model on the Hub, but {repo_id} is a folder. Push it first with {command}"
         )
     check_is_online()
-    model = published(repo_id, revision)
+    weights = resolve_commit(repo_id, revision)
+    patterns = list(CODE_REFERENCE_FILES)
     try:
-        with patience(PATIENCE):
-            fetched = tried_again(
-                lambda: HfApi().snapshot_download(repo_id, revision=model.commit, allow_patterns=list(REFERRING)),
+        with set_hub_timeout(TIMEOUT):
+            folder = retry(
+                lambda: HfApi().snapshot_download(repo_id, revision=weights.commit, allow_patterns=patterns),
                 f"reading {repo_id}",
             )
     except HUB_ERRORS as error:
-        raise OSError(f"cannot ask the Hub for {repo_id}: {in_one_line(error)}") from error
-    config, preprocessor_config = (Path(fetched, name) for name in REFERRING)
+        raise OSError(f"cannot read {repo_id} from the Hub: {format_hub_error(error)}") from error
+    config, preprocessor_config = (Path(folder, name) for name in CODE_REFERENCE_FILES)
     settings = read_json(config) if config.is_file() else {}
     if settings.get("model_type") != ViTCLSConfig.model_type or "auto_map" not in settings:
         raise ValueError(
-            f"{repo_id} at {model.commit} holds no {ViTCLSConfig.model_type} model with its code: convert it with "
-            "scripts/convert.py and push the result"
+            f"{repo_id} at {weights.commit} does not contain a {ViTCLSConfig.model_type} model with its code. Convert "
+            "it with scripts/convert.py and push the result"
         )
     if not preprocessor_config.is_file():
-        raise ValueError(f"{repo_id} has no preprocessor_config.json: save the image processor beside the model")
-    return PublishedModel(model, code_of(model, Path(fetched)))
+        raise ValueError(f"{repo_id} has no preprocessor_config.json. Save the image processor next to the model")
+    return PublishedModel(weights, resolve_code_commit(weights, Path(folder)))
 
 
 # Files ---------------------------------------------------------------------------------------------------------------
 
 
-def space_contents(model: PublishedModel, title: str | None = None, examples: Sequence[Path] = ()) -> Contents:
-    """The files of the Space.
+def build_space_files(model: PublishedModel, title: str | None = None, examples: Sequence[Path] = ()) -> RepoFiles:
+    """Build the files of the Space.
 
     Args:
-        title: of the page in the Hub's lists. Default: from the model's name.
-        examples: pictures to try it with.
+        model: The model to show.
+        title: Title of the page in the Hub's lists. Default: derived from the model's name.
+        examples: Example images.
 
     Raises:
-        ValueError: in one line, for an example that is no picture, two of one name, or where gradio is not installed.
+        ValueError: If an example is not an image, if two examples have the same name, or if gradio is not installed.
     """
-    app = APP.format(
+    app = APP_TEMPLATE.format(
         folder=FOLDER,
         model=model.repo_id,
-        runs=f"The code in {model.code.repo_id} is run" if model.code else "The model's code is run",
+        warning=f"This runs the code in {model.code.repo_id}" if model.code else "This runs the model's code",
         commit=model.commit,
         code_commit=model.code.commit if model.code else None,
         examples=EXAMPLES,
     )
-    contents: Contents = {
+    files: RepoFiles = {
         "app.py": app.encode(),
-        "README.md": card(model, title or f"{model.repo_id.partition('/')[2]}: labels and attention").encode(),
-        "requirements.txt": "".join(f"{line}\n" for line in requirements()).encode(),
+        "README.md": build_space_card(
+            model, title or f"{model.repo_id.partition('/')[2]}: labels and attention"
+        ).encode(),
+        "requirements.txt": "".join(f"{line}\n" for line in list_requirements()).encode(),
     }
-    contents |= {f"{FOLDER}/{name}": PACKAGE / name for name in SHIPPED}
-    return contents | example_contents(examples)
+    files |= {f"{FOLDER}/{name}": PACKAGE / name for name in PAGE_FILES}
+    return files | collect_examples(examples)
 
 
-def card(model: PublishedModel, title: str) -> str:
-    """README.md, whose header sets the Space up. Python's version is this one's: the Hub's default is too old."""
+def build_space_card(model: PublishedModel, title: str) -> str:
+    """Return README.md, whose header configures the Space.
+
+    The Space uses the Python version of this process, because the Hub's default is too old.
+    """
     try:
         gradio = importlib.metadata.version("gradio")
     except importlib.metadata.PackageNotFoundError:
         raise ValueError(
-            "gradio is not installed, whose version the Space is to have: run `pip install gradio`"
+            "the Space uses the installed version of gradio, but gradio is not installed. Run `pip install gradio`"
         ) from None
     settings = SpaceCardData(
         title=title,
@@ -208,56 +216,55 @@ def card(model: PublishedModel, title: str) -> str:
         models=[model.repo_id],
         license="apache-2.0",
         tags=["vision", "vit", "vitcls"],
-        short_description="What a ViT sees, and what its tokens look at",
+        short_description="Predictions and attention maps of a ViT",
     )
+    code = ""
+    if model.code:
+        address = f"{get_endpoint()}/{model.code.repo_id}"
+        commit = f"[`{model.code.commit}`]({address}/tree/{model.code.commit})"
+        code = f", its code from [{model.code.repo_id}]({address}) at commit {commit}"
     return str(
         SpaceCard(
-            CARD.format(
+            CARD_TEMPLATE.format(
                 settings=settings.to_yaml(),
                 title=title,
                 model=model.repo_id,
                 commit=model.commit,
-                code=code_in_words(model.code) if model.code else "",
+                code=code,
                 gradio=gradio,
-                address=f"{endpoint()}/{model.repo_id}",
+                address=f"{get_endpoint()}/{model.repo_id}",
             )
         )
     )
 
 
-def code_in_words(code: Published) -> str:
-    """Where the model's code is from, in Markdown."""
-    address = f"{endpoint()}/{code.repo_id}"
-    return f", its code from [{code.repo_id}]({address}) at commit [`{code.commit}`]({address}/tree/{code.commit})"
-
-
-def requirements() -> list[str]:
-    """Lines for pip: what the page needs, with the lowest versions that this package allows."""
+def list_requirements() -> list[str]:
+    """Return the lines of requirements.txt, with the minimum versions that this package declares."""
     declared = [Requirement(line) for line in importlib.metadata.requires(PACKAGE.name) or ()]
     bounds = {requirement.name: str(requirement.specifier) for requirement in declared if requirement.specifier}
-    return [f"{name}{bounds[name]}" for name in NEEDED]
+    return [f"{name}{bounds[name]}" for name in REQUIRED_LIBRARIES]
 
 
-def example_contents(examples: Iterable[Path]) -> Contents:
-    """The example pictures, by their path in the Space."""
-    contents: Contents = {}
+def collect_examples(examples: Iterable[Path]) -> RepoFiles:
+    """Return the example images by their path in the Space."""
+    files: RepoFiles = {}
     for file in examples:
         name = f"{EXAMPLES}/{file.name}"
-        if name in contents:
-            raise ValueError(f"two of the examples are called {file.name}: rename one")
+        if name in files:
+            raise ValueError(f"two examples have the same name, {file.name}. Rename one")
         read_image(file)
-        contents[name] = file
-    return contents
+        files[name] = file
+    return files
 
 
-def write_space(contents: Contents, folder: Path) -> None:
-    """Put the files into a folder, which a Space can be made of by hand, or run: `python app.py`.
+def write_space(files: RepoFiles, folder: Path) -> None:
+    """Write the files to a folder, to run the page locally (`python app.py`) or to create a Space from it.
 
     Raises:
-        ValueError: in one line, for a folder with something in it.
+        ValueError: If the folder is not empty.
     """
-    check_free(folder)
-    for name, content in contents.items():
+    check_output_is_empty(folder)
+    for name, content in files.items():
         file = folder / name
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_bytes(content if isinstance(content, bytes) else content.read_bytes())
@@ -267,55 +274,57 @@ def write_space(contents: Contents, folder: Path) -> None:
 
 
 def push_space(
-    contents: Contents, model: PublishedModel, space_id: str, private: bool = False, title: str | None = None
-) -> Pushed:
-    """Create the Space where it does not exist, and put its files there in one commit.
+    files: RepoFiles, model: PublishedModel, space_id: str, private: bool = False, title: str | None = None
+) -> PushResult:
+    """Push the files of the Space in one commit; create the Space if it does not exist.
 
-    Call it after `check_push_rights(..., repo_type="space")`. A commit that would change nothing is not made.
+    Call this after `check_push_permissions(..., repo_type="space")`. If nothing has changed, no commit is made.
 
     Args:
-        contents: from `space_contents`.
-        model: whose Space it is.
+        files: From `build_space_files`.
+        model: The model that the Space shows.
         space_id: `namespace/name`.
-        private: whether a new Space is private.
-        title: what `space_contents` was given, for the command that finishes the job.
+        private: Whether a new Space is private.
+        title: The title given to `build_space_files`, for the command that completes a failed push.
 
     Raises:
-        PushFailed: an OSError, in one line, with the command that finishes the job.
+        PushFailed: If the push fails. The message is one line and ends with the command that completes the push.
     """
     check_is_online()
     try:
-        with patience(PATIENCE):
-            return tried_again(lambda: push_once(contents, model, space_id, private), f"pushing to {space_id}")
+        with set_hub_timeout(TIMEOUT):
+            return retry(lambda: push_space_once(files, model, space_id, private), f"pushing to {space_id}")
     except HUB_ERRORS as error:
-        again = space_command(contents, model, space_id, private, title)
+        command = build_space_command(files, model, space_id, private, title)
         raise PushFailed(
-            f"the push to the Space {space_id} failed: {in_one_line(error)}. Finish with: {again}"
+            f"the push to the Space {space_id} failed: {format_hub_error(error)}. Finish with: {command}"
         ) from error
 
 
-def push_once(contents: Contents, model: PublishedModel, space_id: str, private: bool) -> Pushed:
-    """One attempt. Files of an earlier push that these do not have are removed; others' are left.
+def push_space_once(files: RepoFiles, model: PublishedModel, space_id: str, private: bool) -> PushResult:
+    """Try to push once. Outdated files of the page are removed; other files in the Space stay.
 
-    Where someone else pushes in the meantime the Hub refuses the commit (HTTP 412), which is then built anew.
+    If another push happens in the meantime, the Hub rejects the commit (HTTP 412), and the retry builds a new one.
     """
     api = HfApi()
     api.create_repo(space_id, repo_type="space", space_sdk="gradio", private=private or None, exist_ok=True)
     parent = api.space_info(space_id).sha
-    there = api.list_repo_files(space_id, revision=parent, repo_type="space")
-    outdated = [name for name in there if name.startswith((f"{FOLDER}/", f"{EXAMPLES}/")) and name not in contents]
+    published = api.list_repo_files(space_id, revision=parent, repo_type="space")
+    outdated = [name for name in published if name.startswith((f"{FOLDER}/", f"{EXAMPLES}/")) and name not in files]
     operations: list[CommitOperationAdd | CommitOperationDelete] = [CommitOperationDelete(name) for name in outdated]
-    operations += [CommitOperationAdd(name, content) for name, content in contents.items()]
+    operations += [CommitOperationAdd(name, content) for name, content in files.items()]
     message = f"Show {model.repo_id} at {model.commit[:7]}"
     commit = api.create_commit(space_id, operations, commit_message=message, repo_type="space", parent_commit=parent)
-    return Pushed(space_id, commit.oid, f"{endpoint()}/spaces/{space_id}")
+    return PushResult(space_id, commit.oid, f"{get_endpoint()}/spaces/{space_id}")
 
 
-def space_command(contents: Contents, model: PublishedModel, space_id: str, private: bool, title: str | None) -> str:
-    """The command line that pushes the Space."""
+def build_space_command(
+    files: RepoFiles, model: PublishedModel, space_id: str, private: bool, title: str | None
+) -> str:
+    """Return the command line that pushes the Space."""
     flags = ["--model", model.repo_id, "--revision", model.commit, "--space-id", space_id]
     flags += ["--private"] if private else []
     flags += ["--title", title] if title else []
-    examples = [str(file) for name, file in contents.items() if name.startswith(f"{EXAMPLES}/")]
+    examples = [str(file) for name, file in files.items() if name.startswith(f"{EXAMPLES}/")]
     flags += ["--examples", *examples] if examples else []
     return f"python scripts/push_space.py {shlex.join(flags)}"

@@ -1,7 +1,7 @@
-"""The process that verification_script.py runs in: an empty cache, a bare environment, and no token that it does not
-need.
+"""Run verification_script.py in a process with an empty cache, a minimal environment, and a token only if required.
 
-What runs there may be a stranger's code. It runs as the user, who can read his own files: this is no sandbox.
+The process may run code of an unknown author. It runs as the current user, who can read the user's files: this is not
+a sandbox.
 """
 
 import json
@@ -18,13 +18,13 @@ from huggingface_hub import get_token
 from safetensors.torch import load_file
 
 from . import verification_script
-from .connection import SHORT_WAITS, tried_again
-from .revisions import Published
-from .verification_script import Answers
+from .connection import SHORT_RETRY_WAITS, retry
+from .revisions import HubCommit
+from .verification_script import Outputs
 
 
-# All that the fresh process is told of the environment: where programs and libraries are, how to reach the Hub, and
-# what decides about the bits of numbers. In upper or lower case.
+# Environment variables that the process keeps, in upper or lower case: locations of programs and libraries, access to
+# the Hub, and settings that affect numerical results.
 KEPT_VARIABLES = frozenset(
     {
         "PATH",
@@ -57,28 +57,31 @@ KEPT_PREFIXES = ("OMP_", "GOMP_", "KMP_", "MKL_", "ONEDNN_", "DNNL_", "OPENBLAS_
 
 
 class NotVerified(ValueError):
-    """A published model that is not what it should be, or does not load. The message is one line."""
+    """A published model does not load, or differs from its reference. The message is one line."""
 
 
-def ask_a_fresh_process(model: Published, code: Published | None, scratch: Path) -> tuple[Answers, dict[str, Any]]:
-    """What verification_script.py writes down. Raises NotVerified where it fails, twice if that may be the network."""
+def run_verification(model: HubCommit, code: HubCommit | None, scratch: Path) -> tuple[Outputs, dict[str, Any]]:
+    """Return the outputs and the report of verification_script.py, after one retry if the network may have failed.
+
+    Raises:
+        NotVerified: If the process fails.
+    """
     try:
-        return tried_again(
-            lambda: run_clean_process(model, code, scratch), f"loading {model.repo_id}", waits=SHORT_WAITS[:1]
-        )
+        return retry(lambda: run_script(model, code, scratch), f"loading {model.repo_id}", waits=SHORT_RETRY_WAITS[:1])
     except RuntimeError as error:
         raise NotVerified(str(error)) from None
 
 
-def run_clean_process(model: Published, code: Published | None, scratch: Path) -> tuple[Answers, dict[str, Any]]:
-    """The answers and the report of one process.
+def run_script(model: HubCommit, code: HubCommit | None, scratch: Path) -> tuple[Outputs, dict[str, Any]]:
+    """Run the script once in a new process, and return its outputs and its report.
 
     Raises:
-        RuntimeError: in one line, where it fails in a way that may pass.
-        NotVerified: in one line, where it fails otherwise.
+        RuntimeError: If the process fails and a retry may succeed.
+        NotVerified: If the process fails for another reason.
     """
+    failed = f"a new process cannot load {model.repo_id} at {model.commit}"
     with tempfile.TemporaryDirectory(dir=scratch) as home:
-        target = Path(home, "answers")
+        target = Path(home, "outputs")
         target.mkdir()
         request = {
             "repo_id": model.repo_id,
@@ -90,41 +93,38 @@ def run_clean_process(model: Published, code: Published | None, scratch: Path) -
         }
         request_file = Path(home, "request.json")
         request_file.write_text(json.dumps(request), encoding="utf-8")
-        child = subprocess.run(
+        needs_token = model.needs_token or (code is not None and code.needs_token)
+        process = subprocess.run(
             [sys.executable, "-P", verification_script.__file__, str(request_file)],
             cwd=home,
-            env=clean_environment(home, needs_token=model.is_closed or (code is not None and code.is_closed)),
+            env=build_clean_environment(home, needs_token),
             capture_output=True,
             text=True,
             check=False,
         )
         if not (target / "report.json").is_file():
-            lines = child.stderr.strip().splitlines() or [f"it ended with status {child.returncode}"]
-            raise RuntimeError(cannot_load(model, lines[-1]))
+            lines = process.stderr.strip().splitlines() or [f"exit status {process.returncode}"]
+            raise RuntimeError(f"{failed}: {lines[-1]}")
         report = json.loads((target / "report.json").read_text(encoding="utf-8"))
         if "error" in report:
-            failure = RuntimeError if report["may_pass"] else NotVerified
-            raise failure(cannot_load(model, report["error"]))
-        return load_file(target / "answers.safetensors"), report
+            error_class = RuntimeError if report["may_pass"] else NotVerified
+            raise error_class(f"{failed}: {report['error']}")
+        return load_file(target / "outputs.safetensors"), report
 
 
-def cannot_load(model: Published, why: str) -> str:
-    """The message of a fresh process that failed."""
-    return f"a fresh process cannot load {model.repo_id} at {model.commit}: {why}"
-
-
-def clean_environment(home: str, needs_token: bool) -> dict[str, str]:
-    """The environment of a process that has downloaded nothing yet, and is told nothing that it does not need.
+def build_clean_environment(home: str, needs_token: bool) -> dict[str, str]:
+    """Return a minimal environment with an empty cache.
 
     Args:
-        home: what it finds as its user's folder, and caches in.
-        needs_token: whether it can load the model only with the user's token.
+        home: Home folder of the process, which also contains its cache.
+        needs_token: Whether loading the model requires the user's token.
     """
-    kept = {
+    environment = {
         name: value
         for name, value in os.environ.items()
         if name.upper() in KEPT_VARIABLES or name.upper().startswith(KEPT_PREFIXES)
     }
-    kept |= {"HOME": home, "HF_HOME": home, "PYTHONUSERBASE": site.getuserbase()}  # where `pip install --user` puts
+    # PYTHONUSERBASE: packages installed with `pip install --user`.
+    environment |= {"HOME": home, "HF_HOME": home, "PYTHONUSERBASE": site.getuserbase()}
     token = get_token() if needs_token else None
-    return kept | ({"HF_TOKEN": token} if token else {})
+    return environment | ({"HF_TOKEN": token} if token else {})

@@ -1,9 +1,10 @@
-"""What the answers of a published model are compared with: the same files, loaded with this package's classes.
+"""The reference for a published model: the same files, loaded with this package's classes.
 
-    wanted, _ = collect(Reference(folder))
+    reference, _ = collect_outputs(PackageLoader(folder))
 
-No Auto class, no pipeline function and no `trust_remote_code`: of the folder, JSON and safetensors are read, and none
-of its Python files is run, so a stranger's model may lie there. verification_script.py has the other side.
+Auto classes, the pipeline function and `trust_remote_code` are not used. Only JSON and safetensors files are read from
+the folder, and none of its Python files is run, so the folder may come from an unknown author. The counterpart is
+`HubLoader` in verification_script.py.
 """
 
 from dataclasses import dataclass
@@ -26,7 +27,7 @@ from ..modeling_vitcls import (
 from .verification_script import IN_FLOAT32, PROCESSOR_CONFIG
 
 
-# Auto class -> what it gives; the first, unless config.json names another one.
+# Auto class -> its model classes; the first is used unless config.json names another.
 MODEL_CLASSES: dict[str, tuple[Any, ...]] = {
     "AutoModel": (ViTCLSModel,),
     "AutoModelForImageClassification": (ViTCLSForImageClassification, ViTCLSForMultiTaskClassification),
@@ -40,33 +41,33 @@ PROCESSOR_CLASSES: dict[str, type[ImageProcessingMixin]] = {
 
 
 @dataclass(frozen=True)
-class Reference:
-    """A model folder, loaded by this package alone; a `clean_process.Source`."""
+class PackageLoader:
+    """Loads a model folder with the code of this package; see `verification_script.ModelLoader`."""
 
     folder: Path
 
-    def config(self) -> ViTCLSConfig:
-        """Its configuration."""
+    def load_config(self) -> ViTCLSConfig:
+        """Load the configuration."""
         return ViTCLSConfig.from_pretrained(self.folder)
 
-    def model(self, auto_class: str, config: ViTCLSConfig) -> tuple[Any, dict[str, Any]]:
-        """The class that the Auto class stands for, in float32, and transformers' report on its weights."""
+    def load_model(self, auto_class: str, config: ViTCLSConfig) -> tuple[Any, dict[str, Any]]:
+        """Load the model class of an Auto class in float32; return it with transformers' loading report."""
         classes = MODEL_CLASSES[auto_class]
-        named = (found for found in classes if found.__name__ in (config.architectures or ()))
-        return next(named, classes[0]).from_pretrained(self.folder, use_safetensors=True, **IN_FLOAT32)
+        in_config = (model_class for model_class in classes if model_class.__name__ in (config.architectures or ()))
+        return next(in_config, classes[0]).from_pretrained(self.folder, use_safetensors=True, **IN_FLOAT32)
 
     def has_processor(self) -> bool:
-        """Whether an image processor was saved beside it."""
+        """Return whether an image processor was saved with the model."""
         return (self.folder / PROCESSOR_CONFIG).is_file()
 
-    def processor(self, backend: str) -> Any:
-        """The image processor of a backend."""
+    def load_processor(self, backend: str) -> Any:
+        """Load the image processor of a backend."""
         return PROCESSOR_CLASSES[backend].from_pretrained(self.folder)
 
-    def pipeline(self, config: ViTCLSConfig) -> ImageClassificationPipeline:
-        """The pipeline's class itself, around this package's classes."""
-        model, _ = self.model("AutoModelForImageClassification", config)
-        processor = self.processor("torchvision" if is_torchvision_available() else "pil")
+    def load_pipeline(self, config: ViTCLSConfig) -> ImageClassificationPipeline:
+        """Build the image-classification pipeline from this package's classes."""
+        model, _ = self.load_model("AutoModelForImageClassification", config)
+        processor = self.load_processor("torchvision" if is_torchvision_available() else "pil")
         return ImageClassificationPipeline(
             model=model.eval(), image_processor=processor, device=torch.device("cpu"), task="image-classification"
         )

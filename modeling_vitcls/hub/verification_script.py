@@ -1,14 +1,13 @@
-"""A process that has never heard of this package loads a published model, and writes down what it answers.
+"""Load a published model in a process without this package, and save its outputs.
 
     python -P verification_script.py REQUEST.json        # run by verify.py, with an empty cache
 
-REQUEST.json names `repo_id`, `revision`, where the code is in a repository of its own `code_repo_id` and
-`code_revision`, `num_threads` and a folder `target`. There, report.json then says what was loaded, or why it failed,
-and answers.safetensors what it answered to fixed inputs.
+REQUEST.json contains `repo_id`, `revision`, `num_threads`, the folder `target`, and `code_repo_id` and `code_revision`
+if the code is in a repository of its own. The script writes two files to `target`: report.json with the loaded classes
+or the error, and outputs.safetensors with the outputs for fixed inputs.
 
-The code of the repository is run here, and only here: what the answers are compared with comes from
-verification_reference.py, which shares `collect` with this file. Only torch, transformers and the like are imported,
-nothing of ours.
+The code of the repository runs only here. The reference outputs come from verification_reference.py, which shares
+`collect_outputs` with this file. The script imports torch, transformers and the like, but not this package.
 """
 
 import json
@@ -29,7 +28,7 @@ from transformers.utils import is_torchvision_available
 
 
 PACKAGE = "modeling_vitcls"
-# The class that a checkpoint is of -> the Auto class that gives it. AutoModel gives the encoder of all.
+# Class of a checkpoint -> the Auto class that loads it. AutoModel loads the encoder of any checkpoint.
 AUTO_CLASSES = {
     "ViTCLSForImageClassification": "AutoModelForImageClassification",
     "ViTCLSForMultiTaskClassification": "AutoModelForImageClassification",
@@ -41,145 +40,146 @@ IN_FLOAT32: dict[str, Any] = {"dtype": torch.float32, "output_loading_info": Tru
 BATCH_SIZE = 2
 SEED = 0
 
-Answers = dict[str, torch.Tensor]
+Outputs = dict[str, torch.Tensor]
 
 
 class PackageBlocker(MetaPathFinder):
-    """Makes `import modeling_vitcls` fail as if it was not installed, in whatever way it is."""
+    """Makes `import modeling_vitcls` fail as if the package were not installed."""
 
     def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> None:
-        """Refuse the package; leave the rest, such as `transformers_modules.x.modeling_vitcls`, to others."""
+        """Raise ModuleNotFoundError for the package; ignore other modules such as `transformers_modules.x`."""
         if fullname.partition(".")[0] == PACKAGE:
             raise ModuleNotFoundError(f"No module named {fullname!r}")
 
 
 def main(request_file: Path) -> None:
-    """Load, ask, and write down."""
+    """Load the model, and write its outputs and the report."""
     request = json.loads(request_file.read_text(encoding="utf-8"))
     target = Path(request["target"])
-    torch.set_num_threads(request["num_threads"])  # bits depend on it
+    torch.set_num_threads(request["num_threads"])  # affects rounding
     report: dict[str, Any]
     code_repo_id, code_revision = request["code_repo_id"], request["code_revision"]
     try:
-        answers, report = collect(Published(request["repo_id"], request["revision"], code_revision))
-    except Exception as error:  # whatever published code raises
+        outputs, report = collect_outputs(HubLoader(request["repo_id"], request["revision"], code_revision))
+    except Exception as error:  # published code may raise any error
         message = f"{type(error).__name__}: {' '.join(str(error).split())}"
-        report = {"error": message, "may_pass": isinstance(error, OSError)}  # as those of the network are
+        report = {"error": message, "may_pass": isinstance(error, OSError)}  # network errors are OSErrors
     else:
-        save_file(answers, target / "answers.safetensors")
-        report["commits"] = cached_commits(request["repo_id"])
-        report["code_commits"] = cached_commits(code_repo_id) if code_repo_id else []
+        save_file(outputs, target / "outputs.safetensors")
+        report["commits"] = list_cached_commits(request["repo_id"])
+        report["code_commits"] = list_cached_commits(code_repo_id) if code_repo_id else []
     report["has_package"] = any(name.partition(".")[0] == PACKAGE for name in sys.modules)
     (target / "report.json").write_text(json.dumps(report), encoding="utf-8")
 
 
-def cached_commits(repo_id: str) -> list[str]:
-    """The commits of a repository that files were loaded from."""
+def list_cached_commits(repo_id: str) -> list[str]:
+    """Return the commits of a repository that files were loaded from."""
     cache = Path(constants.HF_HUB_CACHE, repo_folder_name(repo_id=repo_id, repo_type="model"))
     return sorted(snapshot.name for snapshot in (cache / "snapshots").glob("*") if any(snapshot.iterdir()))
 
 
-class Source(Protocol):
-    """Where a model is loaded from, and by whose code."""
+class ModelLoader(Protocol):
+    """Loads the parts of one model."""
 
-    def config(self) -> Any:
-        """Its configuration."""
+    def load_config(self) -> Any:
+        """Load the configuration."""
 
-    def model(self, auto_class: str, config: Any) -> tuple[Any, dict[str, Any]]:
-        """The model that an Auto class gives, in float32, and transformers' report on its weights."""
+    def load_model(self, auto_class: str, config: Any) -> tuple[Any, dict[str, Any]]:
+        """Load the model of an Auto class in float32; return it with transformers' loading report."""
 
     def has_processor(self) -> bool:
-        """Whether an image processor was saved beside it."""
+        """Return whether an image processor was saved with the model."""
 
-    def processor(self, backend: str) -> Any:
-        """The image processor of a backend, `torchvision` or `pil`."""
+    def load_processor(self, backend: str) -> Any:
+        """Load the image processor of a backend, `torchvision` or `pil`."""
 
-    def pipeline(self, config: Any) -> Any:
-        """The image-classification pipeline on the CPU, in float32."""
+    def load_pipeline(self, config: Any) -> Any:
+        """Load the image-classification pipeline on the CPU, in float32."""
 
 
 @dataclass(frozen=True)
-class Published:
-    """A model on the Hub, as anyone loads it: through the Auto classes and pipeline, by the repository's own code."""
+class HubLoader:
+    """Loads a model from the Hub through the Auto classes and the pipeline, with the repository's own code."""
 
     repo_id: str
     revision: str
     code_revision: str | None
 
-    def options(self) -> dict[str, Any]:
-        """What is pinned."""
+    def get_options(self) -> dict[str, Any]:
+        """Return the arguments that pin the commits."""
         return {"revision": self.revision, "code_revision": self.code_revision, "trust_remote_code": True}
 
-    def config(self) -> Any:
-        """See `Source`."""
-        return transformers.AutoConfig.from_pretrained(self.repo_id, **self.options())
+    def load_config(self) -> Any:
+        """Load the configuration."""
+        return transformers.AutoConfig.from_pretrained(self.repo_id, **self.get_options())
 
-    def model(self, auto_class: str, config: Any) -> tuple[Any, dict[str, Any]]:
-        """See `Source`."""
-        return getattr(transformers, auto_class).from_pretrained(self.repo_id, **IN_FLOAT32, **self.options())
+    def load_model(self, auto_class: str, config: Any) -> tuple[Any, dict[str, Any]]:
+        """Load the model of an Auto class in float32; return it with transformers' loading report."""
+        return getattr(transformers, auto_class).from_pretrained(self.repo_id, **IN_FLOAT32, **self.get_options())
 
     def has_processor(self) -> bool:
-        """See `Source`."""
-        found = transformers.utils.cached_file(
+        """Return whether an image processor was saved with the model."""
+        file = transformers.utils.cached_file(
             self.repo_id, PROCESSOR_CONFIG, revision=self.revision, _raise_exceptions_for_missing_entries=False
         )
-        return found is not None
+        return file is not None
 
-    def processor(self, backend: str) -> Any:
-        """See `Source`."""
-        return transformers.AutoImageProcessor.from_pretrained(self.repo_id, backend=backend, **self.options())
+    def load_processor(self, backend: str) -> Any:
+        """Load the image processor of a backend, `torchvision` or `pil`."""
+        return transformers.AutoImageProcessor.from_pretrained(self.repo_id, backend=backend, **self.get_options())
 
-    def pipeline(self, config: Any) -> Any:
-        """See `Source`."""
+    def load_pipeline(self, config: Any) -> Any:
+        """Load the image-classification pipeline on the CPU, in float32."""
         return transformers.pipeline(
-            "image-classification", model=self.repo_id, device="cpu", dtype=torch.float32, **self.options()
+            "image-classification", model=self.repo_id, device="cpu", dtype=torch.float32, **self.get_options()
         )
 
 
-def collect(source: Source) -> tuple[Answers, dict[str, Any]]:
-    """What a model answers to fixed inputs through every way to load it, and which classes those ways gave.
+def collect_outputs(loader: ModelLoader) -> tuple[Outputs, dict[str, Any]]:
+    """Return a model's outputs for fixed inputs through each way to load it, and a report on the loaded classes.
 
     Returns:
-        Named tensors, `{"AutoModel/last_hidden_state": ...}`, in float32; and a dict: `models`, by Auto class, the
-        class, its module, and which of its weights the checkpoint lacks; `processors`, by backend, the class.
+        Tensors in float32 by name, `{"AutoModel/last_hidden_state": ...}`; and a dict with `models` (for each Auto
+        class: the class, its module, and weights that the checkpoint lacks) and `processors` (the class for each
+        backend).
     """
-    config = source.config()
+    config = loader.load_config()
     architecture = (config.architectures or ["ViTCLSModel"])[0]
-    answers: Answers = {}
+    outputs: Outputs = {}
     report: dict[str, Any] = {"models": {}, "processors": {}}
     for auto_class in dict.fromkeys(["AutoModel", AUTO_CLASSES.get(architecture, "AutoModel")]):
-        torch.manual_seed(SEED)  # of weights that the checkpoint lacks
-        model, info = source.model(auto_class, config)
+        torch.manual_seed(SEED)  # for weights that the checkpoint lacks
+        model, loading_info = loader.load_model(auto_class, config)
         report["models"][auto_class] = {
             "class": type(model).__name__,
             "module": type(model).__module__,
-            # AutoModel drops and adds heads.
-            "missing": sorted(info["missing_keys"]) if type(model).__name__ == architecture else [],
+            # AutoModel adds and removes heads.
+            "missing": sorted(loading_info["missing_keys"]) if type(model).__name__ == architecture else [],
         }
         with torch.inference_mode():
-            outputs = model.eval()(pixel_values_for(config))
-        answers |= {f"{auto_class}/{name}": tensor for name, tensor in flattened(outputs)}
-    if source.has_processor():
+            model_output = model.eval()(build_pixel_values(config))
+        outputs |= {f"{auto_class}/{name}": tensor for name, tensor in flatten_outputs(model_output)}
+    if loader.has_processor():
         for backend in ("torchvision", "pil") if is_torchvision_available() else ("pil",):
-            processor = source.processor(backend)
+            processor = loader.load_processor(backend)
             report["processors"][backend] = type(processor).__name__
-            pixels = torch.from_numpy(picture_for(config, processor))  # [H, W, C]
+            pixels = torch.from_numpy(build_image(config, processor))  # [H, W, C]
             batch = processor(pixels.movedim(-1, 0), return_tensors="pt")
-            answers[f"AutoImageProcessor, {backend}/pixel_values"] = batch["pixel_values"]
+            outputs[f"AutoImageProcessor, {backend}/pixel_values"] = batch["pixel_values"]
         if architecture == "ViTCLSForImageClassification" and config.num_channels in (1, 3):
-            answers["pipeline/scores"] = pipeline_scores(source, config, processor)
-    return {name: tensor.detach().clone().contiguous() for name, tensor in answers.items()}, report
+            outputs["pipeline/scores"] = compute_pipeline_scores(loader, config, processor)
+    return {name: tensor.detach().clone().contiguous() for name, tensor in outputs.items()}, report
 
 
-def pixel_values_for(config: Any) -> torch.Tensor:
-    """Random images [B, C, H, W] of the model's size, always the same."""
+def build_pixel_values(config: Any) -> torch.Tensor:
+    """Return fixed random images [B, C, H, W] of the model's image size."""
     height, width = config.image_height_width
     generator = torch.Generator().manual_seed(SEED)
     return torch.randn(BATCH_SIZE, config.num_channels, height, width, generator=generator)
 
 
-def picture_for(config: Any, processor: Any) -> Any:
-    """A random picture [H, W, C], uint8, larger than the model's and of another shape; always the same."""
+def build_image(config: Any, processor: Any) -> Any:
+    """Return a fixed random image [H, W, C], uint8, larger than the model's image size and with another aspect."""
     height, width = config.image_height_width
     channels = 3 if processor.do_convert_rgb else config.num_channels
     generator = torch.Generator().manual_seed(SEED)
@@ -187,22 +187,22 @@ def picture_for(config: Any, processor: Any) -> Any:
     return torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8).numpy()
 
 
-def pipeline_scores(source: Source, config: Any, processor: Any) -> torch.Tensor:
-    """What the image-classification pipeline says about the picture, in the order of the labels [num_labels]."""
-    classify = source.pipeline(config)
-    picture = Image.fromarray(picture_for(config, processor).squeeze())  # [H, W] is grey
-    scores = {entry["label"]: entry["score"] for entry in classify(picture, top_k=config.num_labels)}
+def compute_pipeline_scores(loader: ModelLoader, config: Any, processor: Any) -> torch.Tensor:
+    """Return the scores of the image-classification pipeline in the order of the labels [num_labels]."""
+    classifier = loader.load_pipeline(config)
+    image = Image.fromarray(build_image(config, processor).squeeze())  # [H, W] if there is one channel
+    scores = {entry["label"]: entry["score"] for entry in classifier(image, top_k=config.num_labels)}
     return torch.tensor([scores[label] for _, label in sorted(config.id2label.items())])
 
 
-def flattened(outputs: Any, prefix: str = "") -> Iterator[tuple[str, torch.Tensor]]:
-    """The tensors in nested dicts and tuples, with names such as `logits.species`."""
+def flatten_outputs(outputs: Any, prefix: str = "") -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield the tensors in nested dicts and tuples, with names such as `logits.species`."""
     items = outputs.items() if isinstance(outputs, Mapping) else enumerate(outputs)
     for name, value in items:
         if isinstance(value, torch.Tensor):
             yield f"{prefix}{name}", value
         elif isinstance(value, Mapping | tuple | list):
-            yield from flattened(value, f"{prefix}{name}.")
+            yield from flatten_outputs(value, f"{prefix}{name}.")
 
 
 if __name__ == "__main__":

@@ -24,11 +24,11 @@ from ..data.splits import load_evaluation_data
 from ..distributed import build_accelerator
 from ..files import write_json
 from ..heads_vitcls import IGNORED_LABEL
-from ..hub.card_results import class_tables, metric_rows
-from ..hub.loading import MODEL_FILES, local_copy
+from ..hub.card_results import build_class_tables, build_metric_rows
+from ..hub.loading import MODEL_FILES, get_model_folder
 from ..image_processing_vitcls import ViTCLSImageProcessor
 from ..options import EvaluateOptions
-from ..system import device_name, versions
+from ..system import device_name, get_versions
 from .evaluator import Evaluator, HeldOutBatch, KeptBatches
 from .load_model import CLASSES, Classifier, check_is_vitcls
 from .metrics import scalars
@@ -50,7 +50,7 @@ def evaluate_checkpoint(options: EvaluateOptions) -> dict[str, Any]:
     if options.output is not None:  # before the work is done
         options.output.parent.mkdir(parents=True, exist_ok=True)
     with accelerator.main_process_first():  # downloads once
-        folder = local_copy(options.model, [*MODEL_FILES, RESULTS_FILE])
+        folder = get_model_folder(options.model, [*MODEL_FILES, RESULTS_FILE])
         model = load_classifier(options.model, folder).to(accelerator.device).eval()
         processor = ViTCLSImageProcessor.from_pretrained(folder)
         record = read_record(folder)
@@ -120,7 +120,7 @@ def facts(accelerator: Accelerator, num_images: int, seconds: float) -> dict[str
         "device": device_name(accelerator),
         "mixed_precision": accelerator.mixed_precision,
         "num_processes": accelerator.num_processes,
-        "versions": versions(),
+        "versions": get_versions(),
     }
 
 
@@ -255,8 +255,8 @@ def show(results: dict[str, Any], config: ViTCLSConfig, console: Console) -> Non
     split = ": ".join(filter(None, [results["split"], results["held_out_part"]]))
     counted = f"{results['num_images']:,} images of {results['dataset']} ({split}), each counted once"
     console.print(f"{counted}; {results['images_per_second']:,} images/s", markup=False)
-    console.print(table("", ["Metric", "Value"], metric_rows(results, config)))
-    for title, rows in class_tables(results, config).items():
+    console.print(table("", ["Metric", "Value"], build_metric_rows(results, config)))
+    for title, rows in build_class_tables(results, config).items():
         console.print(table(title, list(rows[0]), [list(row.values()) for row in rows]))
 
 

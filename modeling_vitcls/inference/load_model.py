@@ -10,7 +10,7 @@ from transformers.utils import logging
 
 from ..adaptation_vitcls import load_checkpoint
 from ..configuration_vitcls import PRESETS, ViTCLSConfig
-from ..hub.loading import local_copy
+from ..hub.loading import get_model_folder
 from ..image_processing_vitcls import ViTCLSImageProcessor
 from ..modeling_vitcls import ViTCLSForImageClassification, ViTCLSForMultiTaskClassification, ViTCLSModel
 
@@ -47,7 +47,7 @@ def load_model(source: str, with_head: bool) -> tuple[PreTrainedModel, ViTCLSIma
     """
     if is_preset(source):
         raise ValueError(f"{source} is a preset, which has learned nothing yet: give a folder, or a model of the Hub")
-    folder = local_copy(source)
+    folder = get_model_folder(source)
     settings = load_checkpoint(PreTrainedConfig.get_config_dict, folder)[0]
     if (model_type := settings.get("model_type", "no known")) != ViTCLSConfig.model_type:
         raise ValueError(

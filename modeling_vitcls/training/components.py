@@ -1,7 +1,7 @@
-"""What a fine-tuning run hands to its session: what is trained, on which batches, with which loss.
+"""Components of a fine-tuning run: the trained module, its batches, loss and evaluator.
 
-whole_model    the model learns from pixels; with --teacher, its distillation token from a teacher
-heads_alone    linear probing: the encoder sees each picture once, and the heads learn from what it made of them
+build_full_components    trains the model on pixels; with --teacher, the distillation token learns from the teacher
+build_head_components    linear probing: encodes each image once, then trains only the heads on the cached features
 """
 
 from collections.abc import Callable, Generator
@@ -19,7 +19,13 @@ from ..data.ordering import class_weights
 from ..data.streaming import TrainingStream, training_pictures
 from ..inference.evaluator import Evaluator
 from ..options import AugmentationOptions
-from .linear_probe import build_head_only, cache_features, feature_batches, probe_evaluator, trained_outside_heads
+from .linear_probe import (
+    build_head_only,
+    build_probe_evaluator,
+    cache_features,
+    find_trained_outside_heads,
+    iterate_feature_batches,
+)
 from .loop import Metrics
 from .losses import (
     Batch,
@@ -31,145 +37,159 @@ from .losses import (
     Objective,
     PixelInputs,
     SingleLabelLoss,
-    feature_inputs,
+    get_feature_inputs,
 )
-from .setup import Run
+from .setup import FinetuneSetup
 from .teacher import TeacherCache
-from .token_monitor import build_attention_measure, nothing
+from .token_monitor import build_attention_measure, measure_nothing
 
 
-AS_IT_IS = AugmentationOptions(crop_scale=1.0, flip=False)
+NO_AUGMENTATION = AugmentationOptions(crop_scale=1.0, flip=False)
 
 
 @dataclass
-class Parts:
-    """What the session needs."""
+class Components:
+    """Arguments of `Runner.train`."""
 
     model: nn.Module
     objective: Objective
-    batches: Callable[[int], Generator[Batch, None, None]]  # from a step on
+    batches: Callable[[int], Generator[Batch, None, None]]  # first step to batches
     evaluate: Callable[[nn.Module], Metrics]
     measure_attention: Callable[[Batch], Metrics]
-    describe_broken: Callable[[int], str]
+    describe_unreadable: Callable[[int], str]
 
 
-def build_parts(run: Run, evaluator: Evaluator) -> Parts:
-    """Those of the whole model, unless `--trainable head` can be done with its heads alone."""
-    if run.options.training.trainable != "head":
-        return whole_model(run, evaluator)
-    if reason := why_not_heads_alone(run):
-        run.session.reporter.say("features", f"computed anew in each step, since {reason}")
-        return whole_model(run, evaluator)
-    return heads_alone(run, evaluator)
+def build_components(setup: FinetuneSetup, evaluator: Evaluator) -> Components:
+    """Build the components of linear probing on cached features if possible, or of the full model."""
+    if setup.options.training.trainable != "head":
+        return build_full_components(setup, evaluator)
+    if reason := find_caching_obstacle(setup):
+        setup.runner.reporter.print_line("features", f"computed in every step, because {reason}")
+        return build_full_components(setup, evaluator)
+    return build_head_components(setup, evaluator)
 
 
-def whole_model(run: Run, evaluator: Evaluator) -> Parts:
-    """The model learns from pixels."""
-    accelerator, model = run.session.accelerator, run.built.model
-    normalise = Normaliser(run.built.processor, accelerator.device)
-    pictures = build_pictures(run, run.options.augmentation, run.options.distillation.teacher_views)
+def build_full_components(setup: FinetuneSetup, evaluator: Evaluator) -> Components:
+    """Build the components that train the model on pixels."""
+    accelerator, model = setup.runner.accelerator, setup.built.model
+    normalize = Normaliser(setup.built.processor, accelerator.device)
+    images = build_training_images(setup, setup.options.augmentation, setup.options.distillation.teacher_views)
 
     def batches(first_step: int) -> Generator[Batch, None, None]:
-        workers = run.options.data.num_workers
-        return training_batches(pictures, run.plan, accelerator.process_index, workers, first_step)
+        workers = setup.options.data.num_workers
+        return training_batches(images, setup.plan, accelerator.process_index, workers, first_step)
 
-    return Parts(
-        run.model,
-        build_objective(run, normalise),
+    return Components(
+        setup.model,
+        build_objective(setup, normalize),
         batches,
         evaluator,
-        build_attention_measure(model, normalise),
-        pictures.describe,
+        build_attention_measure(model, normalize),
+        images.describe,
     )
 
 
-def heads_alone(run: Run, evaluator: Evaluator) -> Parts:
-    """The heads learn from features that were computed once."""
-    accelerator, options = run.session.accelerator, run.options
-    model = run.built.model.to(accelerator.device)
+def build_head_components(setup: FinetuneSetup, evaluator: Evaluator) -> Components:
+    """Build the components that train the heads on features that are computed once."""
+    accelerator, options = setup.runner.accelerator, setup.options
+    model = setup.built.model.to(accelerator.device)
     views = max(options.training.feature_views, 1)
-    pictures = build_pictures(run, options.augmentation if options.training.feature_views else AS_IT_IS, views)
-    assert isinstance(pictures, TrainingPictures), "a stream has no known pictures"
-    keys = [(view, index) for view in range(views) for index in range(run.data.num_training_images or 0)]
-    as_they_are = "" if options.training.feature_views else ", as they are (--feature-views N augments them)"
-    run.session.reporter.say("features", f"encoding {len(keys):,} images once{as_they_are}; then only the heads run")
-    normalise = Normaliser(run.built.processor, accelerator.device)
+    images = build_training_images(
+        setup, options.augmentation if options.training.feature_views else NO_AUGMENTATION, views
+    )
+    assert isinstance(images, TrainingPictures), "streams cannot be cached"
+    keys = [(view, index) for view in range(views) for index in range(setup.data.num_training_images or 0)]
+    unaugmented = "" if options.training.feature_views else " without augmentation (--feature-views N augments them)"
+    setup.runner.reporter.print_line(
+        "features", f"encoding {len(keys):,} images once{unaugmented}; then only the heads are trained"
+    )
+    normalize = Normaliser(setup.built.processor, accelerator.device)
     workers, batch_size = options.data.num_workers, options.training.batch_size
-    cached = cache_features(model, pictures, keys, normalise, batch_size, workers, accelerator)
+    cached = cache_features(model, images, keys, normalize, batch_size, workers, accelerator)
 
     def batches(first_step: int) -> Generator[Batch, None, None]:
-        return feature_batches(cached, run.plan, accelerator.process_index, views, first_step)
+        return iterate_feature_batches(cached, setup.plan, accelerator.process_index, views, first_step)
 
-    objective = Classification(feature_inputs, build_label_loss(run))
-    evaluate = probe_evaluator(evaluator, model)
-    return Parts(build_head_only(model), objective, batches, evaluate, nothing, pictures.describe)
+    objective = Classification(get_feature_inputs, build_label_loss(setup))
+    evaluate = build_probe_evaluator(evaluator, model)
+    return Components(build_head_only(model), objective, batches, evaluate, measure_nothing, images.describe)
 
 
-def why_not_heads_alone(run: Run) -> str | None:
-    """What linear probing needs the encoder for in each step; None where features can be computed once."""
-    augmentation = run.options.augmentation
-    if run.teacher is not None:
-        return "the teacher sees new pictures"
-    if run.data.num_training_images is None:
-        return "a stream is not kept"
+def find_caching_obstacle(setup: FinetuneSetup) -> str | None:
+    """Return why linear probing must run the encoder in every step, or None if features can be cached."""
+    augmentation = setup.options.augmentation
+    if setup.teacher is not None:
+        return "the teacher requires images"
+    if setup.data.num_training_images is None:
+        return "a stream is not cached"
     if augmentation.mixup or augmentation.cutmix:
-        return "pictures are mixed"
-    if run.session.accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
-        return "the model is in shards"
-    trained = trained_outside_heads(run.built.model)
-    return f"{trained[0]} is trained, too" if trained else None
+        return "images are mixed"
+    if setup.runner.accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+        return "the model is sharded"
+    trained = find_trained_outside_heads(setup.built.model)
+    return f"{trained[0]} is trained" if trained else None
 
 
-def build_objective(run: Run, normalise: Normaliser) -> Objective:
-    """What is minimised."""
-    augmentation, distillation = run.options.augmentation, run.options.distillation
+def build_objective(setup: FinetuneSetup, normalize: Normaliser) -> Objective:
+    """Build the training objective."""
+    augmentation, distillation = setup.options.augmentation, setup.options.distillation
     mixes = augmentation.mixup or augmentation.cutmix
-    inputs = PixelInputs(normalise, BatchMixer(augmentation, len(run.data.label_space.names)) if mixes else None)
-    label_loss = build_label_loss(run)
-    if run.teacher is None:
+    inputs = PixelInputs(normalize, BatchMixer(augmentation, len(setup.data.label_space.names)) if mixes else None)
+    label_loss = build_label_loss(setup)
+    if setup.teacher is None:
         return Classification(inputs, label_loss)
     return Distillation(
         inputs,
         label_loss,
-        partial(teacher_logits, run, build_asking(run)),
+        partial(compute_teacher_logits, setup, build_teacher_function(setup)),
         distillation.distillation,
         distillation.distillation_alpha,
         distillation.distillation_tau,
     )
 
 
-def build_asking(run: Run) -> Callable[[Batch], torch.Tensor]:
-    """The teacher, or what it said before."""
-    assert run.teacher is not None
-    views = run.options.distillation.teacher_views
+def build_teacher_function(setup: FinetuneSetup) -> Callable[[Batch], torch.Tensor]:
+    """Return the function that predicts the teacher's logits, with a cache for `--teacher-views`."""
+    assert setup.teacher is not None
+    views = setup.options.distillation.teacher_views
     if not views:
-        return run.teacher.ask
-    return TeacherCache(run.teacher, run.data.num_training_images or 0, views, len(run.data.label_space.names)).ask
+        return setup.teacher.predict
+    return TeacherCache(
+        setup.teacher, setup.data.num_training_images or 0, views, len(setup.data.label_space.names)
+    ).predict
 
 
-def teacher_logits(run: Run, ask: Callable[[Batch], torch.Tensor], batch: Batch) -> torch.Tensor:
-    """The teacher's answer [B, labels], in the run's precision."""
-    with run.session.accelerator.autocast():
-        return ask(batch)
+def compute_teacher_logits(
+    setup: FinetuneSetup, predict: Callable[[Batch], torch.Tensor], batch: Batch
+) -> torch.Tensor:
+    """Return the teacher's logits [B, labels], computed in the run's precision."""
+    with setup.runner.accelerator.autocast():
+        return predict(batch)
 
 
-def build_label_loss(run: Run) -> LabelLoss:
-    """The loss for the data set's kind of labels."""
-    smoothing, labels = run.options.training.label_smoothing, run.data.label_space
+def build_label_loss(setup: FinetuneSetup) -> LabelLoss:
+    """Build the loss for the data set's kind of labels."""
+    smoothing, labels = setup.options.training.label_smoothing, setup.data.label_space
     if labels.kind == "multi_task":
         return MultiTaskLoss(smoothing)
     if labels.kind == "multi_label_classification":
         return MultiLabelLoss(smoothing)
     weights = None
-    if run.options.training.class_balance == "weights" and isinstance(run.data.train, LabelledPictures):
-        weights = class_weights(run.data.train.labels, len(labels.names)).to(run.session.accelerator.device)
+    if setup.options.training.class_balance == "weights" and isinstance(setup.data.train, LabelledPictures):
+        weights = class_weights(setup.data.train.labels, len(labels.names)).to(setup.runner.accelerator.device)
     return SingleLabelLoss(smoothing, weights)
 
 
-def build_pictures(run: Run, options: AugmentationOptions, views: int) -> TrainingPictures | TrainingStream:
-    """The training pictures, augmented; after `views` views of a picture they recur, 0: never."""
-    processor = run.built.processor
-    config = run.built.model.config
+def build_training_images(
+    setup: FinetuneSetup, options: AugmentationOptions, views: int
+) -> TrainingPictures | TrainingStream:
+    """Build the augmented training images.
+
+    Args:
+        views: number of different views of an image; 0 augments each image anew in every epoch.
+    """
+    processor = setup.built.processor
+    config = setup.built.model.config
     augmentation = build_augmentation(options, config.image_height_width, processor.resample)
-    to_rgb, seed = bool(processor.do_convert_rgb), run.options.training.seed
-    return training_pictures(run.data.train, augmentation, to_rgb, seed, views, config.num_channels)
+    to_rgb, seed = bool(processor.do_convert_rgb), setup.options.training.seed
+    return training_pictures(setup.data.train, augmentation, to_rgb, seed, views, config.num_channels)

@@ -1,11 +1,11 @@
-"""Operations of a forward pass, and bytes of a training step, computed from the configuration.
+"""FLOPs of a forward pass and memory of a training step, computed from the configuration.
 
-    forward_flops(model, image_size)      patches + layers + pooler + heads; a multiply-add counts as two
-    estimate_memory(model, image_size)    parameters + gradients + AdamW's moments + what autograd keeps
+    count_forward_flops(model, image_size)    patches + layers + pooler + heads; a multiply-add counts as two
+    estimate_memory(model, image_size)        parameters + gradients + AdamW's moments + activations
 
-Counted are matrix products and the patch projection; norms, activations, softmax, rotations and the resampling of
-positions are left out, under 1 % of a ViT-S at 224 pixels. Backward passes cost about twice the forward pass. What is
-measured, and not counted, is in benchmarking/.
+The FLOPs include matrix products and the patch projection. Norms, activation functions, softmax, rotations and the
+interpolation of position embeddings are excluded (under 1 % of a ViT-S at 224 pixels). A backward pass takes about
+twice the FLOPs of the forward pass. benchmarking/ contains measurements.
 """
 
 import dataclasses
@@ -24,18 +24,18 @@ from ..variants_vitcls import get_num_kept_patches
 
 ImageSize = int | tuple[int, int] | list[int] | None
 
-FLOAT32 = 4  # bytes of a number
+FLOAT32 = 4  # bytes per number
 
 
 @dataclasses.dataclass(frozen=True)
 class MemoryEstimate:
-    """Bytes of a training step with AdamW. An estimate: `estimate_memory` says of what.
+    """Estimated memory of a training step with AdamW in bytes; see `estimate_memory`.
 
     Attributes:
         parameters: all weights.
-        gradients: of those that are trained.
-        optimizer: two moments of each of these.
-        activations: what autograd keeps of the forward pass for the backward pass.
+        gradients: gradients of the trained parameters.
+        optimizer: two moments of each trained parameter.
+        activations: tensors that autograd saves for the backward pass.
     """
 
     parameters: int
@@ -45,39 +45,39 @@ class MemoryEstimate:
 
     @property
     def total(self) -> int:
-        """All of it."""
+        """Return the sum of all parts."""
         return self.parameters + self.gradients + self.optimizer + self.activations
 
 
-# Operations ----------------------------------------------------------------------------------------------------------
+# FLOPs ---------------------------------------------------------------------------------------------------------------
 
 
-def forward_flops(model: Any, image_size: ImageSize = None, batch_size: int = 1) -> int:
-    """Return the operations of a forward pass, by formula; `model.flops()` counts them by running a copy."""
+def count_forward_flops(model: Any, image_size: ImageSize = None, batch_size: int = 1) -> int:
+    """Return the FLOPs of a forward pass, by formula; `model.flops()` counts FLOPs by running a copy."""
     encoder = model.base_model
-    num_patches, num_tokens = sequence_lengths(model.config, image_size)
+    num_patches, num_tokens = get_sequence_lengths(model.config, image_size)
     per_image = 2 * encoder.embeddings.patch_embeddings.projection.weight.numel() * num_patches
-    for layer, num_queries in zip(encoder.layers, queries_per_layer(model, num_tokens), strict=True):
-        per_image += layer_flops(layer, num_queries, num_tokens)
+    for layer, num_queries in zip(encoder.layers, get_num_queries(model, num_tokens), strict=True):
+        per_image += count_layer_flops(layer, num_queries, num_tokens)
     per_batch = 0
     if encoder.pooler is not None:
-        per_image += linear_flops(encoder.pooler)
+        per_image += count_linear_flops(encoder.pooler)
         for pooler in filter(is_attention_pooler, encoder.pooler.modules()):
-            per_image += attention_pooler_flops(pooler, num_patches, num_tokens)
-            per_batch += linear_flops(pooler.q_proj)  # of the probe, which is the same for all images
-    per_image += linear_flops(*heads_of(model))
+            per_image += count_attention_pooler_flops(pooler, num_patches, num_tokens)
+            per_batch += count_linear_flops(pooler.q_proj)  # the probe is the same for all images
+    per_image += count_linear_flops(*get_heads(model))
     if hasattr(model, "decoder"):
-        per_image += num_patches * linear_flops(model.decoder)
+        per_image += num_patches * count_linear_flops(model.decoder)
     return batch_size * per_image + per_batch
 
 
-def sequence_lengths(config: ViTCLSConfig, image_size: ImageSize) -> tuple[int, int]:
-    """Patches and tokens of images of that size.
+def get_sequence_lengths(config: ViTCLSConfig, image_size: ImageSize) -> tuple[int, int]:
+    """Return the number of patches and of tokens of images of a given size.
 
     Raises:
-        ValueError: for images smaller than a patch.
+        ValueError: if the image is smaller than a patch.
     """
-    height, width = image_sides(config, image_size)
+    height, width = get_image_size(config, image_size)
     patch_height, patch_width = config.patch_height_width
     num_patches = (height // patch_height) * (width // patch_width)
     if not num_patches:
@@ -87,64 +87,70 @@ def sequence_lengths(config: ViTCLSConfig, image_size: ImageSize) -> tuple[int, 
     return num_patches, config.token_layout.num_prefix_tokens + num_patches
 
 
-def image_sides(config: ViTCLSConfig, image_size: ImageSize) -> tuple[int, int]:
-    """Height and width in pixels; the model's own by default."""
+def get_image_size(config: ViTCLSConfig, image_size: ImageSize) -> tuple[int, int]:
+    """Return height and width in pixels; by default the model's own."""
     if image_size is None:
         return config.image_height_width
     height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
     return height, width
 
 
-def queries_per_layer(model: Any, num_tokens: int) -> list[int]:
-    """How many tokens each layer computes: the last one only the tokens that the classifiers read."""
-    read = get_num_tokens_read(model.base_model, {}) if heads_of(model) else None
-    return [num_tokens] * (model.config.num_hidden_layers - 1) + [num_tokens if read is None else read]
+def get_num_queries(model: Any, num_tokens: int) -> list[int]:
+    """Return the number of tokens that each layer computes; the last layer computes only tokens that heads read."""
+    num_read = get_num_tokens_read(model.base_model, {}) if get_heads(model) else None
+    return [num_tokens] * (model.config.num_hidden_layers - 1) + [num_tokens if num_read is None else num_read]
 
 
-def layer_flops(layer: Any, num_queries: int, num_tokens: int) -> int:
-    """Of one image: projections and MLP of the tokens that are computed, keys and values of all, and their mixing."""
+def count_layer_flops(layer: Any, num_queries: int, num_tokens: int) -> int:
+    """Return the FLOPs of one layer and image: queries, output projections and MLP of the computed tokens, keys and
+    values of all tokens, and attention."""
     attention: ViTCLSAttention = layer.attention
-    of_keys = linear_flops(attention.k_proj, attention.v_proj)
-    of_queries = linear_flops(attention.q_proj, attention.o_proj, layer.mlp)
-    return num_queries * of_queries + num_tokens * of_keys + mixing_flops(attention, num_queries, num_tokens)
+    key_flops = count_linear_flops(attention.k_proj, attention.v_proj)
+    query_flops = count_linear_flops(attention.q_proj, attention.o_proj, layer.mlp)
+    return (
+        num_queries * query_flops + num_tokens * key_flops + count_attention_flops(attention, num_queries, num_tokens)
+    )
 
 
-def mixing_flops(attention: ViTCLSAttention, num_queries: int, num_keys: int) -> int:
-    """Scores, and values weighted by them; where a head has two maps, both weight all of its values."""
+def count_attention_flops(attention: ViTCLSAttention, num_queries: int, num_keys: int) -> int:
+    """Return the FLOPs of attention scores and weighted values; differential attention has two maps per head, and both
+    weight all values."""
     maps_per_head = attention.head_dim // attention.qk_head_dim
-    return 2 * num_queries * num_keys * inner_width(attention) * (1 + maps_per_head)
+    return 2 * num_queries * num_keys * get_inner_width(attention) * (1 + maps_per_head)
 
 
-def attention_pooler_flops(pooler: AttentionPooler, num_patches: int, num_tokens: int) -> int:
-    """What `linear_flops` of the whole, which takes each layer once, leaves out for one image, and has too much."""
+def count_attention_pooler_flops(pooler: AttentionPooler, num_patches: int, num_tokens: int) -> int:
+    """Return the difference between the pooler's FLOPs per image and its `count_linear_flops`."""
     num_keys = num_tokens if pooler.tokens == slice(None) else num_patches
     mixing = 4 * num_keys * pooler.probe.shape[-1]
-    return (num_keys - 1) * linear_flops(pooler.k_proj, pooler.v_proj) + mixing - linear_flops(pooler.q_proj)
+    return (
+        (num_keys - 1) * count_linear_flops(pooler.k_proj, pooler.v_proj) + mixing - count_linear_flops(pooler.q_proj)
+    )
 
 
-def linear_flops(*modules: nn.Module) -> int:
-    """Of all linear layers in these modules, for one vector each."""
-    return sum(2 * linear.in_features * linear.out_features for linear in linears_in(modules))
+def count_linear_flops(*modules: nn.Module) -> int:
+    """Return the FLOPs of all linear layers in these modules, for one vector each."""
+    return sum(2 * linear.in_features * linear.out_features for linear in get_linears(modules))
 
 
-def linears_in(modules: Iterable[nn.Module]) -> list[nn.Linear]:
-    """The linear layers in modules, at any depth."""
+def get_linears(modules: Iterable[nn.Module]) -> list[nn.Linear]:
+    """Return the linear layers in modules, at any depth."""
     return [part for module in modules for part in module.modules() if isinstance(part, nn.Linear)]
 
 
-def heads_of(model: Any) -> list[nn.Module]:
-    """The classifiers that a model has, each of which reads one vector per image."""
+def get_heads(model: Any) -> list[nn.Module]:
+    """Return the classifiers of a model. Each reads one vector per image."""
     heads = (getattr(model, name, None) for name in ("classifier", "classifiers", "distillation_classifier"))
     return [head for head in heads if head is not None]
 
 
 def is_attention_pooler(module: nn.Module) -> bool:
-    """Whether it attends to tokens by a learned query."""
+    """Return whether a module is an attention pooler."""
     return isinstance(module, AttentionPooler)
 
 
-def inner_width(attention: ViTCLSAttention) -> int:
-    """Channels of all heads."""
+def get_inner_width(attention: ViTCLSAttention) -> int:
+    """Return the total number of value channels of all heads."""
     return attention.config.num_attention_heads * attention.head_dim
 
 
@@ -152,14 +158,14 @@ def inner_width(attention: ViTCLSAttention) -> int:
 
 
 @dataclasses.dataclass(frozen=True)
-class Setting:
-    """How a step is made: how many bytes numbers take, and where.
+class StepSettings:
+    """Number formats and device of a training step.
 
     Attributes:
-        stream: a number of the residual stream, and of what goes into norms.
-        product: a number that goes into or comes out of a matrix product.
-        casts: whether autocast makes the latter from the former.
-        on_cpu: whether on CPUs, which compute some things again (cpu_kernels_vitcls.py).
+        stream: bytes per number in the residual stream and in the inputs of norms.
+        product: bytes per number in inputs and outputs of matrix products.
+        casts: whether autocast casts inputs of matrix products.
+        on_cpu: whether the step runs on a CPU, where some activations are recomputed (cpu_kernels_vitcls.py).
     """
 
     stream: int
@@ -175,156 +181,160 @@ def estimate_memory(
     autocast: torch.dtype | None = None,
     device: torch.device | str | None = None,
 ) -> MemoryEstimate:
-    """Return the bytes of a training step with AdamW: weights, gradients, moments, and what autograd keeps.
+    """Return the estimated memory of a training step with AdamW: parameters, gradients, moments and activations.
 
-    What autograd keeps is within a fifth of what was measured. The estimate assumes fused attention unless the
-    implementation is "eager", activations that keep their inputs, without what CPUs recompute (cpu_kernels_vitcls.py),
-    and one process. It excludes temporary buffers, the allocator's overhead, and images before they are moved or cast.
-    Frozen parameters and gradient checkpointing count as they are set. Patch dropout counts unless embeddings and
-    first layers are frozen.
+    The activations are accurate to a fifth of measurements. The estimate assumes fused attention unless the
+    implementation is "eager", activation functions that save their inputs (except for the recomputation on CPUs,
+    cpu_kernels_vitcls.py), and one process. It excludes temporary buffers, the allocator's overhead, and images before
+    the model moves or casts them. Frozen parameters, gradient checkpointing and patch dropout are taken into account.
+    Patch dropout has no effect if embeddings and first layers are frozen.
 
     Args:
         image_size: height and width in pixels, or one number for both. Default: the model's own.
         batch_size: number of images.
-        autocast: dtype of mixed precision, if it is used.
-        device: where the step runs, if the model is still elsewhere: CPUs keep less. Default: the model's device.
+        autocast: dtype of mixed precision, if used.
+        device: device of the step, if it differs from the model's device; CPUs save fewer activations.
 
     Raises:
-        ValueError: for images smaller than a patch.
+        ValueError: if the image is smaller than a patch.
     """
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     stored = model.dtype.itemsize
     on_cpu = torch.device(model.device if device is None else device).type == "cpu"
-    setting = Setting(stored, stored if autocast is None else autocast.itemsize, autocast is not None, on_cpu)
-    activations = batch_size * activation_bytes(model, image_size, setting)
+    setting = StepSettings(stored, stored if autocast is None else autocast.itemsize, autocast is not None, on_cpu)
+    activations = batch_size * count_activation_bytes(model, image_size, setting)
     if setting.casts:
-        activations += setting.product * weights_cast(model, on_cpu)
+        activations += setting.product * count_cast_weights(model, on_cpu)
     return MemoryEstimate(
-        parameters=num_bytes(model.parameters()),
-        gradients=num_bytes(trained),
-        optimizer=2 * num_bytes(trained),
+        parameters=count_bytes(model.parameters()),
+        gradients=count_bytes(trained),
+        optimizer=2 * count_bytes(trained),
         activations=activations,
     )
 
 
-def num_bytes(tensors: Iterable[torch.Tensor]) -> int:
-    """Of all of them."""
+def count_bytes(tensors: Iterable[torch.Tensor]) -> int:
+    """Return the total size of tensors in bytes."""
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
-def weights_cast(model: Any, on_cpu: bool) -> int:
-    """Numbers in those weights of linear layers that autocast copies, and autograd keeps."""
+def count_cast_weights(model: Any, on_cpu: bool) -> int:
+    """Return the number of weights of linear layers that autocast copies and autograd saves."""
     layers = list(model.base_model.layers)
-    skipped: list[nn.Module] = layers if recomputes(layers) else layers[: first_trained_layer(model.base_model)]
+    skipped: list[nn.Module] = (
+        layers if uses_gradient_checkpointing(layers) else layers[: get_first_trained_layer(model.base_model)]
+    )
     if on_cpu:
-        skipped = skipped + [linears_in([layer.mlp])[-1] for layer in layers[len(skipped) :]]
-    weights = [sum(linear.weight.numel() for linear in linears_in(part)) for part in ([model], skipped)]
+        skipped = skipped + [get_linears([layer.mlp])[-1] for layer in layers[len(skipped) :]]
+    weights = [sum(linear.weight.numel() for linear in get_linears(part)) for part in ([model], skipped)]
     return weights[0] - weights[1]
 
 
-def activation_bytes(model: Any, image_size: ImageSize, setting: Setting) -> int:
-    """What is kept of one image: by the embeddings, by each layer from the first that learns on, and at the end."""
+def count_activation_bytes(model: Any, image_size: ImageSize, setting: StepSettings) -> int:
+    """Return the bytes that autograd saves per image in the embeddings, in each layer from the first trained layer,
+    and after the layers."""
     config, encoder = model.config, model.base_model
-    num_patches, num_embedded = sequence_lengths(config, image_size)
-    num_tokens = tokens_in_training(model, num_patches, num_embedded)  # in the layers
-    queries = queries_per_layer(model, num_tokens)
-    height, width = image_sides(config, image_size)
+    num_patches, num_embedded = get_sequence_lengths(config, image_size)
+    num_tokens = get_num_training_tokens(model, num_patches, num_embedded)  # in the layers
+    queries = get_num_queries(model, num_tokens)
+    height, width = get_image_size(config, image_size)
     pixels = config.num_channels * height * width
     layers = [
-        layer_bytes(layer, num_queries, num_tokens, setting)
+        count_layer_bytes(layer, num_queries, num_tokens, setting)
         for layer, num_queries in zip(encoder.layers, queries, strict=True)
-    ][first_trained_layer(encoder) :]
-    if recomputes(encoder.layers):
+    ][get_first_trained_layer(encoder) :]
+    if uses_gradient_checkpointing(encoder.layers):
         inputs = num_tokens * config.hidden_size * setting.stream
-        layers = [inputs] * len(layers) + [max(layers, default=0)]  # one layer at a time is computed again
+        layers = [inputs] * len(layers) + [max(layers, default=0)]  # one layer at a time is recomputed
     kept = sum(layers)
     if layers:
-        kept += queries[-1] * norm_bytes(config, setting)  # the final one
-    if learns(encoder.embeddings):
-        kept += pixels * setting.product + num_embedded * norm_bytes(config, setting) * config.pre_norm
+        kept += queries[-1] * count_norm_bytes(config, setting)  # final norm
+    if is_trained(encoder.embeddings):
+        kept += pixels * setting.product + num_embedded * count_norm_bytes(config, setting) * config.pre_norm
     if encoder.pooler is not None and any(map(is_attention_pooler, encoder.pooler.modules())):
         kept += 3 * num_tokens * config.hidden_size * setting.product  # tokens, keys, values
     if hasattr(model, "decoder"):
-        kept += num_patches * config.hidden_size * setting.product + 2 * pixels * setting.stream  # and the loss
+        kept += num_patches * config.hidden_size * setting.product + 2 * pixels * setting.stream  # logits and loss
     return kept
 
 
-def layer_bytes(layer: Any, num_queries: int, num_tokens: int, setting: Setting) -> int:
-    """What one layer keeps of one image."""
+def count_layer_bytes(layer: Any, num_queries: int, num_tokens: int, setting: StepSettings) -> int:
+    """Return the bytes that one layer saves per image."""
     config, product = layer.attention.config, setting.product
     width = config.hidden_size
-    kept = num_tokens * (norm_bytes(config, setting) + width * product)
-    kept += attention_bytes(layer.attention, num_queries, num_tokens, setting)
-    if config.layer_type != "parallel":  # there the MLP reads what attention does
-        kept += num_queries * norm_bytes(config, setting)
+    kept = num_tokens * (count_norm_bytes(config, setting) + width * product)
+    kept += count_attention_bytes(layer.attention, num_queries, num_tokens, setting)
+    if config.layer_type != "parallel":  # parallel layers share one norm
+        kept += num_queries * count_norm_bytes(config, setting)
     if config.layer_type != "parallel" or setting.casts:
         kept += num_queries * width * product
-    kept += num_queries * mlp_width(layer.mlp, setting.on_cpu) * product
+    kept += num_queries * count_saved_mlp_channels(layer.mlp, setting.on_cpu) * product
     num_scales = sum(isinstance(part, LayerScale) for part in layer.children())
     kept += num_queries * width * product * num_scales
-    return kept + 2 * num_queries * width * (config.hidden_dropout_prob > 0)  # masks of a byte each
+    return kept + 2 * num_queries * width * (config.hidden_dropout_prob > 0)  # dropout masks of one byte per number
 
 
-def norm_bytes(config: ViTCLSConfig, setting: Setting) -> int:
-    """What a norm keeps of one token: its input, RMSNorm twice."""
+def count_norm_bytes(config: ViTCLSConfig, setting: StepSettings) -> int:
+    """Return the bytes that a norm saves per token: its input, twice for RMSNorm."""
     return config.hidden_size * setting.stream * (2 if config.norm_type == "rmsnorm" else 1)
 
 
-def attention_bytes(attention: ViTCLSAttention, num_queries: int, num_keys: int, setting: Setting) -> int:
-    """Queries, keys, values, what comes of them, and attention maps only where no fused kernel does without."""
-    config, width = attention.config, inner_width(attention)
+def count_attention_bytes(attention: ViTCLSAttention, num_queries: int, num_keys: int, setting: StepSettings) -> int:
+    """Return the bytes that attention saves per image: queries, keys, values, outputs, and attention maps if no fused
+    kernel avoids them."""
+    config, width = attention.config, get_inner_width(attention)
     num_maps, maps_per_head = width // attention.qk_head_dim, attention.head_dim // attention.qk_head_dim
-    of_both = 1 + config.qk_norm + 2 * config.position_embedding_type.endswith("rope_mixed")  # whose angles learn
-    channels = (num_queries + num_keys) * of_both
-    channels += (num_queries + num_keys) * maps_per_head  # mixed, and values
+    copies = 1 + config.qk_norm + 2 * config.position_embedding_type.endswith("rope_mixed")  # learned angles are saved
+    channels = (num_queries + num_keys) * copies
+    channels += (num_queries + num_keys) * maps_per_head  # outputs and values
     channels += num_queries * config.attention_norm
-    channels += 4 * num_queries * (maps_per_head - 1)  # of both maps the difference, normalised
-    numbers_per_query = maps_kept(attention, setting.on_cpu) * num_keys or 1  # of the softmax; fused kernels keep one
+    channels += 4 * num_queries * (maps_per_head - 1)  # normalized difference of both maps
+    numbers_per_query = (
+        count_saved_maps(attention, setting.on_cpu) * num_keys or 1
+    )  # softmax: fused kernels save one number
     return width * channels * setting.product + num_maps * num_queries * FLOAT32 * numbers_per_query
 
 
-def maps_kept(attention: ViTCLSAttention, on_cpu: bool) -> int:
-    """How often whole attention maps are kept: in eager attention, and where no fused kernel does all of it, as with
-    scores to which something learned is added, values that are wider than queries, and, on CPUs, dropout.
-    """
+def count_saved_maps(attention: ViTCLSAttention, on_cpu: bool) -> int:
+    """Return the number of copies of the attention maps that autograd saves. Maps are saved in eager attention, with
+    learned additions to the scores, with values wider than queries, and with dropout on CPUs."""
     config = attention.config
     if config.attention_probs_dropout_prob > 0 and on_cpu:
-        return 4  # scores, weights, what is dropped, what is left
+        return 4  # scores, weights, dropout mask, weights after dropout
     learns_scores = bool(config.gated_tokens) or config.relative_position_bias != "none"
     return int(config._attn_implementation == "eager" or learns_scores or config.attention_type == "differential")
 
 
-def mlp_width(mlp: Any, on_cpu: bool) -> int:
-    """Channels that an MLP keeps of a token: before its activation, of both branches if it has a gate; and after it,
-    but on CPUs, which compute that again (cpu_kernels_vitcls.py).
-    """
-    first = linears_in([mlp])[0]
+def count_saved_mlp_channels(mlp: Any, on_cpu: bool) -> int:
+    """Return the channels that an MLP saves per token: before its activation function (of both branches if it is
+    gated), and after it, except on CPUs, which recompute the activations (cpu_kernels_vitcls.py)."""
+    first = get_linears([mlp])[0]
     branches = 2 if isinstance(mlp, ViTCLSGLU) else 1
     after = 0 if on_cpu else branches + (mlp.norm is not None)
     return (branches + after) * first.out_features
 
 
-def tokens_in_training(model: Any, num_patches: int, num_tokens: int) -> int:
-    """How many of the tokens of an image the layers get in training: patch dropout leaves out the others, unless the
-    first layers are frozen, which then see whole images (training/trainable.py)."""
-    if first_trained_layer(model.base_model) > 0:
+def get_num_training_tokens(model: Any, num_patches: int, num_tokens: int) -> int:
+    """Return the number of tokens in the layers in training. Patch dropout reduces it, unless the first layers are
+    frozen (training/trainable.py)."""
+    if get_first_trained_layer(model.base_model) > 0:
         return num_tokens
     return num_tokens - num_patches + get_num_kept_patches(model.config.patch_drop_rate, num_patches)
 
 
-def recomputes(layers: Iterable[Any]) -> bool:
-    """Whether gradient checkpointing is on."""
+def uses_gradient_checkpointing(layers: Iterable[Any]) -> bool:
+    """Return whether gradient checkpointing is enabled."""
     return any(layer.gradient_checkpointing for layer in layers)
 
 
-def first_trained_layer(encoder: Any) -> int:
-    """Index of the first layer that the backward pass has to reach; the number of layers if none."""
-    if learns(encoder.embeddings):
+def get_first_trained_layer(encoder: Any) -> int:
+    """Return the index of the first layer of the backward pass, or the number of layers if no layer is trained."""
+    if is_trained(encoder.embeddings):
         return 0
-    trained = [index for index, layer in enumerate(encoder.layers) if learns(layer)]
+    trained = [index for index, layer in enumerate(encoder.layers) if is_trained(layer)]
     return min(trained, default=len(encoder.layers))
 
 
-def learns(module: nn.Module) -> bool:
-    """Whether any of its parameters is trained."""
+def is_trained(module: nn.Module) -> bool:
+    """Return whether any parameter of a module is trained."""
     return any(parameter.requires_grad for parameter in module.parameters())

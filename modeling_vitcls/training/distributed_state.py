@@ -1,13 +1,14 @@
-"""The state of training as plain named tensors, and back: for one process, DDP and FSDP2 alike, to the bit.
-Of DeepSpeed's shards, weights and gradients alone can be made whole.
+"""Exact conversion between the distributed training state and named full tensors, for one process, DDP and FSDP2.
 
-    model, optimiser, EMA weights      <->   {"model", "optimizer", "ema"} -> name -> whole tensor on the CPU
-    on every process, maybe in shards        on the main process
+With DeepSpeed, only weights and gradients are supported.
 
-Whole tensors do not depend on how many processes there are. Names are the model's own, without what DDP,
-torch.compile or PEFT put before them. Left out is what follows from the flags and the step: the optimiser's
-hyperparameters, and random numbers, which are seeded anew for each step. How tensors reach the disk is in
-checkpoints.py.
+    model, optimizer, EMA weights      <->   {"model", "optimizer", "ema"} -> name -> full tensor on the CPU
+    on every process, maybe sharded          on the main process
+
+Full tensors do not depend on the number of processes. Names are the model's own, without prefixes of DDP,
+torch.compile or PEFT. The state excludes values that follow from the flags and the step: the optimizer's
+hyperparameters, and random number generators, which are seeded in each step. checkpoints.py writes the tensors to
+disk.
 """
 
 from collections.abc import Iterable, Sequence
@@ -27,43 +28,43 @@ from ..distributed import on_main
 PEFT_PREFIX = "base_model.model."
 
 
-def unsupported(accelerator: Accelerator) -> str | None:
-    """Why no checkpoint can be written under the launched configuration; None where it can."""
+def get_unsupported_reason(accelerator: Accelerator) -> str | None:
+    """Return why the launched configuration does not support checkpoints, or None if it does."""
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
-        return "DeepSpeed keeps the optimiser's state in a form of its own; use FSDP2 to be able to --resume"
+        return "DeepSpeed stores the optimizer state in its own format. Use FSDP2 for --resume"
     return None
 
 
 def gather_state(
     accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.Optimizer, shadow: Sequence[torch.Tensor] | None
 ) -> tuple[dict[str, Tensors], dict[str, Any]]:
-    """All tensors of the state on the main process (no tensors on the others), and the rest of it as JSON values.
+    """Return all tensors of the state on the main process (none on the others), and the other values in JSON types.
 
-    All processes have to call it together. Tensors of one process on the CPU are not copied: write them before
-    training goes on.
+    All processes must call it together. Tensors of a single process on the CPU are not copied: write them before
+    training continues.
 
     Args:
-        model, optimizer: as `Accelerator.prepare` returned them.
+        model, optimizer: as returned by `Accelerator.prepare`.
         shadow: EMA weights, in the order of the trainable parameters; None without EMA.
 
     Raises:
-        ValueError: see `unsupported`.
+        ValueError: see `get_unsupported_reason`.
     """
-    reason = unsupported(accelerator)
+    reason = get_unsupported_reason(accelerator)
     if reason:
         raise ValueError(f"no checkpoint can be written: {reason}")
     is_main = accelerator.is_main_process
-    inner = inner_optimizer(optimizer)
-    names = {id(parameter): name for name, parameter in named_parameters(model).items()}
+    inner = unwrap_optimizer(optimizer)
+    names = {id(parameter): name for name, parameter in get_named_parameters(model).items()}
     moments: Tensors = {}
     others: dict[str, Any] = {}
-    for parameter in optimized(inner):
+    for parameter in get_optimizer_parameters(inner):
         for key, value in inner.state.get(parameter, {}).items():
             target = moments if isinstance(value, torch.Tensor) else others
             target[f"{key}/{names[id(parameter)]}"] = value
-    tensors = {"model": gather(named_tensors(model), is_main), "optimizer": gather(moments, is_main)}
+    tensors = {"model": gather(get_named_tensors(model), is_main), "optimizer": gather(moments, is_main)}
     if shadow is not None:
-        tensors["ema"] = gather(dict(zip(trainable(model), shadow, strict=True)), is_main)
+        tensors["ema"] = gather(dict(zip(get_trainable_names(model), shadow, strict=True)), is_main)
     scaler = accelerator.scaler.state_dict() if accelerator.scaler is not None else {}
     return tensors, {"optimizer": others, "scaler": scaler}
 
@@ -76,32 +77,33 @@ def scatter_state(
     optimizer: torch.optim.Optimizer,
     shadow: Sequence[torch.Tensor] | None,
 ) -> None:
-    """Put the state back that `gather_state` gave. All processes have to call it together.
+    """Load a state from `gather_state`. All processes must call it together.
 
     Args:
-        checkpoint: on the main process; None on the others, which get their part from it.
-        facts: the second part of what `gather_state` returned, on all processes.
-        shadow: filled in place.
+        checkpoint: the checkpoint on the main process; None on the others, which receive their shards from it.
+        facts: the second value of `gather_state`, on all processes.
+        shadow: EMA weights to fill in place.
 
     Raises:
-        ValueError: in one line, where the checkpoint is another model's or optimiser's.
+        ValueError: if the checkpoint belongs to another model or optimizer.
     """
 
     def read(name: str) -> Tensors | None:
         return None if checkpoint is None else checkpoint.tensors(name)
 
-    scatter(read("model"), named_tensors(model), accelerator)
+    scatter(read("model"), get_named_tensors(model), accelerator)
     if shadow is not None:
-        scatter(read("ema"), dict(zip(trainable(model), shadow, strict=True)), accelerator)
+        scatter(read("ema"), dict(zip(get_trainable_names(model), shadow, strict=True)), accelerator)
     scatter_optimizer(read("optimizer"), facts["optimizer"], accelerator, model, optimizer)
     if accelerator.scaler is not None and facts["scaler"]:
         accelerator.scaler.load_state_dict(facts["scaler"])
 
 
 def reshard(model: nn.Module) -> None:
-    """Give up the whole weights that FSDP2 keeps after a forward pass without a backward one.
+    """Release the full weights that FSDP2 keeps after a forward pass without a backward pass.
 
-    Until then the model holds copies: its parameters are not the optimiser's, and changes of those do not reach it.
+    Until then the model's parameters are copies: they are not the optimizer's parameters, and optimizer updates do not
+    change them.
     """
     for module in model.modules():
         if isinstance(module, FSDPModule):
@@ -111,39 +113,39 @@ def reshard(model: nn.Module) -> None:
 # Names ---------------------------------------------------------------------------------------------------------------
 
 
-def plain_name(name: str) -> str:
-    """A name without what wrappers put into it: `module._orig_mod.vitcls.x` is `vitcls.x`."""
-    parts = [part for part in name.split(".") if part != "_orig_mod"]  # torch.compile, of the whole or of parts
+def get_plain_name(name: str) -> str:
+    """Return a name without wrapper prefixes: `module._orig_mod.vitcls.x` becomes `vitcls.x`."""
+    parts = [part for part in name.split(".") if part != "_orig_mod"]  # torch.compile of the model or its modules
     return ".".join(parts[parts[0] == "module" :]).removeprefix(PEFT_PREFIX)  # DDP
 
 
-def renamed(tensors: Iterable[tuple[str, Any]]) -> Tensors:
-    """Tensors by their plain names. What is not a tensor is left out."""
-    return {plain_name(name): tensor for name, tensor in tensors if isinstance(tensor, torch.Tensor)}
+def rename_tensors(tensors: Iterable[tuple[str, Any]]) -> Tensors:
+    """Return tensors by their plain names, without values that are not tensors."""
+    return {get_plain_name(name): tensor for name, tensor in tensors if isinstance(tensor, torch.Tensor)}
 
 
-def named_tensors(model: nn.Module) -> Tensors:
-    """Parameters and persistent buffers; in place changes of them change the model."""
-    return renamed(model.state_dict(keep_vars=True).items())
+def get_named_tensors(model: nn.Module) -> Tensors:
+    """Return parameters and persistent buffers, which share memory with the model."""
+    return rename_tensors(model.state_dict(keep_vars=True).items())
 
 
-def named_parameters(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Parameters, trained or not; weights that are tied have one name."""
-    return renamed(model.named_parameters())
+def get_named_parameters(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Return all parameters; tied weights have one name."""
+    return rename_tensors(model.named_parameters())
 
 
-def trainable(model: nn.Module) -> list[str]:
-    """Names of the parameters that are trained, in their order."""
-    return [name for name, parameter in named_parameters(model).items() if parameter.requires_grad]
+def get_trainable_names(model: nn.Module) -> list[str]:
+    """Return the names of the trained parameters in their order."""
+    return [name for name, parameter in get_named_parameters(model).items() if parameter.requires_grad]
 
 
-def inner_optimizer(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
-    """PyTorch's optimiser inside of Accelerate's."""
+def unwrap_optimizer(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """Return PyTorch's optimizer inside Accelerate's wrapper."""
     return optimizer.optimizer if isinstance(optimizer, AcceleratedOptimizer) else optimizer
 
 
-def optimized(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
-    """The optimiser's parameters, in the order in which its state numbers them."""
+def get_optimizer_parameters(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
+    """Return the optimizer's parameters in the order of its state dict."""
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
@@ -151,17 +153,18 @@ def optimized(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
 
 
 def gather(tensors: Tensors, is_main: bool) -> Tensors:
-    """Whole tensors on the main process's CPU; nothing on the others, which take part one tensor at a time."""
+    """Return full tensors on the CPU of the main process, and an empty dictionary on the others. All processes must
+    call it together."""
     result: Tensors = {}
     for name, tensor in tensors.items():
-        gathered = as_whole(tensor)
+        gathered = gather_tensor(tensor)
         if is_main:
             result[name] = gathered.detach().cpu()
     return result
 
 
-def as_whole(tensor: torch.Tensor) -> torch.Tensor:
-    """A tensor of which each process may hold a part. All processes have to call it together."""
+def gather_tensor(tensor: torch.Tensor) -> torch.Tensor:
+    """Return the full tensor of a possibly sharded tensor. All processes must call it together."""
     if isinstance(tensor, DTensor):
         return tensor.full_tensor()
     if hasattr(tensor, "ds_id"):  # ZeRO-3
@@ -172,36 +175,37 @@ def as_whole(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
-def whole_gradient(parameter: torch.Tensor) -> torch.Tensor | None:
-    """A parameter's gradient, over all processes; None where it has none. All processes have to call it together."""
+def gather_gradient(parameter: torch.Tensor) -> torch.Tensor | None:
+    """Return a parameter's full gradient, or None if it has none. All processes must call it together."""
     if parameter.requires_grad and (hasattr(parameter, "ds_id") or hasattr(parameter, "_hp_mapping")):  # ZeRO
         from deepspeed.utils import safe_get_full_grad
 
         return safe_get_full_grad(parameter)
-    return None if parameter.grad is None else as_whole(parameter.grad)
+    return None if parameter.grad is None else gather_tensor(parameter.grad)
 
 
-def size(parameter: torch.Tensor) -> int:
-    """Numbers in the whole of a parameter."""
+def get_num_elements(parameter: torch.Tensor) -> int:
+    """Return the number of elements of a full parameter."""
     return getattr(parameter, "ds_numel", parameter.numel())
 
 
 @torch.no_grad()
 def scatter(whole: Tensors | None, targets: Tensors, accelerator: Accelerator) -> None:
-    """Copy whole tensors, from the main process, into `targets` on all processes.
+    """Copy full tensors from the main process into `targets` on all processes.
 
     Raises:
-        ValueError: in one line, naming a tensor that is missing, unknown, or of another shape.
+        ValueError: if a tensor is missing, unknown, or has another shape.
     """
-    on_main(accelerator, lambda: require_same(whole or {}, targets))
+    on_main(accelerator, lambda: check_same_tensors(whole or {}, targets))
     for name, target in targets.items():
-        target.copy_(laid_out(None if whole is None else whole[name], target.dtype, target, accelerator))
+        target.copy_(distribute_like(None if whole is None else whole[name], target.dtype, target, accelerator))
 
 
-def laid_out(
+def distribute_like(
     whole: torch.Tensor | None, dtype: torch.dtype, like: torch.Tensor, accelerator: Accelerator
 ) -> torch.Tensor:
-    """A tensor of the main process (None elsewhere), on all processes, on the device and in the shards of `like`."""
+    """Distribute a tensor of the main process (None on the others) to all processes, with the device and the sharding
+    of `like`."""
     if whole is None:
         whole = torch.empty(like.shape, dtype=dtype)
     whole = whole.to(accelerator.device)
@@ -219,37 +223,38 @@ def scatter_optimizer(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
 ) -> None:
-    """Rebuild the optimiser's state per parameter: moments in the parameter's shards, step counts as they are."""
-    parameters = named_parameters(model)
-    inner = inner_optimizer(optimizer)
-    places = {id(parameter): place for place, parameter in enumerate(optimized(inner))}
+    """Load the optimizer's state: moments are sharded like their parameters, step counts are copied."""
+    parameters = get_named_parameters(model)
+    inner = unwrap_optimizer(optimizer)
+    indices = {id(parameter): index for index, parameter in enumerate(get_optimizer_parameters(inner))}
 
-    def contents() -> dict[str, Any]:
-        """For each tensor its type where it is shaped as its parameter is; itself, being small, where it is not."""
+    def read_values() -> dict[str, Any]:
+        """Return each tensor's dtype if its shape is the shape of its parameter, or else the tensor itself, which is
+        small."""
         values: dict[str, Any] = {}
         for name, tensor in (whole or {}).items():
             owner = parameters.get(name.split("/", 1)[1])
-            if owner is None or id(owner) not in places:
-                raise ValueError(f"the checkpoint is another run's: its optimiser has {name}, and this one has not")
+            if owner is None or id(owner) not in indices:
+                raise ValueError(f"the checkpoint belongs to another run: the optimizer of this run has no {name}")
             values[name] = tensor.dtype if tensor.ndim and tensor.shape == owner.shape else tensor
         return values | others
 
     state: dict[int, dict[str, Any]] = {}
-    for name, value in on_main(accelerator, contents).items():
+    for name, value in on_main(accelerator, read_values).items():
         key, owner_name = name.split("/", 1)
         owner = parameters[owner_name]
         if isinstance(value, torch.dtype):
-            value = laid_out(None if whole is None else whole[name], value, owner, accelerator)
-        state.setdefault(places[id(owner)], {})[key] = value
+            value = distribute_like(None if whole is None else whole[name], value, owner, accelerator)
+        state.setdefault(indices[id(owner)], {})[key] = value
     inner.load_state_dict({"state": state, "param_groups": inner.state_dict()["param_groups"]})
 
 
-def require_same(whole: Tensors, targets: Tensors) -> None:
+def check_same_tensors(whole: Tensors, targets: Tensors) -> None:
     """Raise ValueError unless names and shapes agree."""
     for name in sorted(whole.keys() ^ targets.keys()):
         where = "the checkpoint" if name in whole else "the model"
-        raise ValueError(f"the checkpoint is another model's: only {where} has {name}")
+        raise ValueError(f"the checkpoint belongs to another model: only {where} has {name}")
     for name, target in targets.items():
         if whole[name].shape != target.shape:
             shapes = f"{list(whole[name].shape)} in the checkpoint and {list(target.shape)} in the model"
-            raise ValueError(f"the checkpoint is another model's: {name} is {shapes}")
+            raise ValueError(f"the checkpoint belongs to another model: the shape of {name} is {shapes}")

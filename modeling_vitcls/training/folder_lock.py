@@ -1,12 +1,13 @@
-"""The lock of an output folder: one run at a time writes there.
+"""Lock of an output folder: only one run at a time writes to a folder.
 
     lock = FolderLock(folder)
     lock.acquire()                 ValueError if another run holds the lock
     with lock: ...                 released at the end, also after an exception
 
 The lock is the file `.vitcls.lock` in the folder, which contains the host, the process and its start time. SIGTERM
-releases it, too. A process that was killed with -9 leaves the file: the next run on the same host finds that no such
-process is alive, and takes the lock over. About a process of another host nothing is known, so its lock is respected.
+also releases the lock. A process that was killed with -9 leaves the file. The next run on the same host checks that
+the process has ended, and replaces the lock. The state of a process on another host is unknown, so its lock is
+respected.
 """
 
 import atexit
@@ -33,19 +34,19 @@ except ImportError:  # Windows
     fcntl = None
 
 LOCK_FILE = ".vitcls.lock"
-CLOCK_TOLERANCE = 1.0  # seconds by which two readings of one process's start may differ
+CLOCK_TOLERANCE = 1.0  # maximum difference in seconds between two measurements of a process's start time
 
 
 @dataclass(frozen=True)
 class LockOwner:
-    """The process that holds a lock.
+    """Process that holds a lock.
 
     Attributes:
         host: name of its machine.
-        pid: its number there.
-        started_after_boot: seconds between the start of the machine and that of the process. A process number that is
-            in use again has another start. Unlike the time of day it does not change if the clock is set.
-        since: when the lock was taken.
+        pid: its process ID.
+        started_after_boot: seconds between the start of the machine and the start of the process. It distinguishes
+            processes with the same ID and, unlike the time of day, does not change if the clock is set.
+        since: time at which the lock was acquired.
     """
 
     host: str
@@ -55,17 +56,17 @@ class LockOwner:
 
     @classmethod
     def this_process(cls) -> Self:
-        """Return the owner that this process is."""
+        """Return the owner for this process."""
         return cls(
             socket.gethostname(),
             os.getpid(),
-            seconds_after_boot(psutil.Process()),
+            get_start_time(psutil.Process()),
             datetime.now(UTC).isoformat(timespec="seconds"),
         )
 
     @classmethod
     def from_text(cls, text: str) -> Self | None:
-        """Return the owner that the text of a lock file names; None if the text names none."""
+        """Return the owner from the text of a lock file, or None if the text is invalid."""
         try:
             return cls(**json.loads(text))
         except (ValueError, TypeError):
@@ -77,47 +78,47 @@ class LockOwner:
         return self.host == socket.gethostname()
 
     def is_alive(self) -> bool:
-        """Return whether the owner, a process of this machine, still runs."""
+        """Return whether the owner, a process of this machine, is running."""
         try:
             process = psutil.Process(self.pid)
-            is_same = abs(seconds_after_boot(process) - self.started_after_boot) < CLOCK_TOLERANCE
+            is_same = abs(get_start_time(process) - self.started_after_boot) < CLOCK_TOLERANCE
             return is_same and process.status() != psutil.STATUS_ZOMBIE
         except psutil.NoSuchProcess:
             return False
 
 
 class FolderLock:
-    """The lock of one output folder; use it as a context manager to release it."""
+    """Lock of one output folder; use it as a context manager to release the lock."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.file = folder / LOCK_FILE
         self.owner: LockOwner | None = None  # this process, while it holds the lock
-        self.created: list[Path] = []  # folders that did not exist before, from the innermost on
+        self.created: list[Path] = []  # folders that were created for the lock, innermost first
 
     def acquire(self) -> None:
-        """Take the lock; create the folder if it does not exist.
+        """Acquire the lock; create the folder if it does not exist.
 
         Raises:
-            ValueError: in one line, if another run holds the lock.
+            ValueError: if another run holds the lock.
             OSError: if the folder cannot be written.
         """
         self.created = [folder for folder in (self.folder, *self.folder.parents) if not folder.exists()]
         self.folder.mkdir(parents=True, exist_ok=True)
-        mine = LockOwner.this_process()
-        with one_process_at_a_time(self.folder):
-            while not self.create_file(mine):
+        owner = LockOwner.this_process()
+        with exclude_other_processes(self.folder):
+            while not self.create_file(owner):
                 self.remove_stale()
-        self.owner = mine
+        self.owner = owner
         atexit.register(self.release)
         if (
             threading.current_thread() is threading.main_thread()
             and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
         ):
-            signal.signal(signal.SIGTERM, self.release_and_end)
+            signal.signal(signal.SIGTERM, self.release_and_exit)
 
     def release(self) -> None:
-        """Remove the lock if this process holds it, and folders that were created for it and are empty."""
+        """Remove the lock if this process holds it, and remove empty folders that were created for it."""
         if self.owner is None or self.owner.pid != os.getpid():  # a forked process does not hold it
             return
         with suppress(FileNotFoundError):
@@ -125,7 +126,7 @@ class FolderLock:
                 self.file.unlink()
         self.owner = None
         atexit.unregister(self.release)
-        replace_sigterm_handler(self.release_and_end, signal.SIG_DFL)
+        replace_sigterm_handler(self.release_and_exit, signal.SIG_DFL)
         with suppress(OSError):  # not empty
             for folder in self.created:
                 folder.rmdir()
@@ -138,8 +139,8 @@ class FolderLock:
     ) -> None:
         self.release()
 
-    def release_and_end(self, number: int, frame: FrameType | None) -> None:
-        """Handle SIGTERM: release the lock, then end as a process without a handler does."""
+    def release_and_exit(self, number: int, frame: FrameType | None) -> None:
+        """Handle SIGTERM: release the lock, then end the process by the default handler."""
         self.release()
         signal.signal(number, signal.SIG_DFL)
         os.kill(os.getpid(), number)
@@ -147,7 +148,7 @@ class FolderLock:
     # The file --------------------------------------------------------------------------------------------------------
 
     def create_file(self, owner: LockOwner) -> bool:
-        """Create the lock file; return whether there was none."""
+        """Create the lock file; return False if it exists."""
         try:
             descriptor = os.open(self.file, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
         except FileExistsError:
@@ -160,31 +161,31 @@ class FolderLock:
         """Remove the lock if its owner has ended.
 
         Raises:
-            ValueError: in one line, if the owner is alive, or may be.
+            ValueError: if the owner is running or may be running.
         """
         try:
             owner = LockOwner.from_text(self.file.read_text(encoding="utf-8"))
-        except FileNotFoundError:  # released in the meantime
+        except FileNotFoundError:  # released by its owner
             return
         if owner is None:
             raise ValueError(
-                f"the lock file {self.file} cannot be read: if no other run uses the folder, delete the file"
+                f"the lock file {self.file} cannot be read. If no other run uses the folder, delete the file"
             )
         if owner.is_on_this_host and (owner.pid == os.getpid() or not owner.is_alive()):
             self.file.unlink(missing_ok=True)
             return
         where = "this machine" if owner.is_on_this_host else f"the host {owner.host}"
-        advice = "wait until it has ended, or choose another --output-dir"
+        advice = "Wait until it has ended, or choose another --output-dir"
         if not owner.is_on_this_host:
-            advice += f". If it is not running any more, delete {self.file}"
+            advice += f". If it has already ended, delete {self.file}"
         raise ValueError(
-            f"{self.folder} is in use by another run (process {owner.pid} on {where}, since {owner.since}): {advice}"
+            f"{self.folder} is in use by another run (process {owner.pid} on {where}, since {owner.since}). {advice}"
         )
 
 
 @contextmanager
-def one_process_at_a_time(folder: Path) -> Iterator[None]:
-    """Keep other processes of this machine out of this block, where the system and the file system can."""
+def exclude_other_processes(folder: Path) -> Iterator[None]:
+    """Exclude other processes of this machine from this block, if the system and the file system support locks."""
     if fcntl is None:
         yield
         return
@@ -197,12 +198,12 @@ def one_process_at_a_time(folder: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def seconds_after_boot(process: psutil.Process) -> float:
-    """Return when a process was started, in seconds since the start of its machine."""
+def get_start_time(process: psutil.Process) -> float:
+    """Return the start time of a process in seconds after the start of its machine."""
     return round(process.create_time() - psutil.boot_time(), 2)
 
 
 def replace_sigterm_handler(old: Any, new: Any) -> None:
-    """Handle SIGTERM by `new` if it is handled by `old`; Python allows that in the main thread only."""
+    """Replace the SIGTERM handler `old` by `new`; Python allows this only in the main thread."""
     if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) == old:
         signal.signal(signal.SIGTERM, new)

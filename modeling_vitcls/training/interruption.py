@@ -1,18 +1,20 @@
-"""Being asked to stop: Ctrl-C and SIGTERM become a question that the training loop asks after each step.
+"""Handling of Ctrl-C and SIGTERM: the training loop checks for a signal after each step.
 
     with Interruption(accelerator) as interruption:
         ...one step...
-        if interruption.requested(): save a checkpoint, and end with interruption.exit_status
+        if interruption.get_signal(): save a checkpoint, and exit with interruption.exit_status
 
-Clusters send SIGTERM some time before they take a machine away. Who receives a signal depends on the launcher:
+Clusters send SIGTERM some time before they stop a machine. The launcher determines which processes receive a signal:
 
     python                    the process itself
-    accelerate, 1 process     SIGTERM: often the launcher alone, which dies of it; `requested` sees that the parent is
-                              gone. Ctrl-C: both; the shell's prompt is back before the checkpoint is saved
-    accelerate, N processes   torchrun's agent passes both on to all, DataLoader workers too, waits 30 s for them, then
-                              kills
+    accelerate, 1 process     SIGTERM: often only the launcher, which ends; `get_signal` then detects that the parent
+                              process has changed. Ctrl-C: both; the shell's prompt appears before the checkpoint is
+                              saved
+    accelerate, N processes   torchrun's agent forwards both to all processes, including DataLoader workers, and kills
+                              the processes after 30 s
 
-Our exit status is the launcher's only where it survives: torchrun's agent exits with 1 after any signal.
+The launcher's exit status may differ from the exit status of this process: torchrun's agent exits with 1 after any
+signal.
 """
 
 import os
@@ -29,14 +31,14 @@ from torch import distributed
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 LAUNCHERS = ("ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID")  # variables that accelerate and torchrun set
-ECHO_SECONDS = 1.0  # a launcher may pass on a Ctrl-C that the terminal has already sent
+ECHO_SECONDS = 1.0  # time in seconds in which a launcher may forward a Ctrl-C that the terminal has already sent
 
 
 class Interruption:
-    """Context manager: the first signal is noted, a second Ctrl-C raises KeyboardInterrupt at once.
+    """Context manager that stores the first signal. A second Ctrl-C raises KeyboardInterrupt.
 
-    Outside of the main thread, where Python allows no signal handlers, it notes nothing. A signal that is ignored
-    (a shell's background jobs ignore Ctrl-C) stays ignored.
+    It stores no signals outside of the main thread, where Python does not allow signal handlers. Ignored signals (a
+    shell's background jobs ignore Ctrl-C) stay ignored.
     """
 
     def __init__(self, accelerator: Accelerator) -> None:
@@ -44,7 +46,7 @@ class Interruption:
         self.received_at = 0.0
         self.old_handlers: dict[signal.Signals, Any] = {}
         self.parent = os.getppid() if any(name in os.environ for name in LAUNCHERS) else None
-        # On the CPU, so that asking does not make the CPU wait for the device.
+        # A group on the CPU avoids synchronization with the device.
         self.group: Any = distributed.new_group(backend="gloo") if accelerator.num_processes > 1 else None
         self.agreed: signal.Signals | None = None
 
@@ -54,7 +56,7 @@ class Interruption:
                 old = signal.getsignal(number)
                 if old not in (signal.SIG_IGN, None):  # None: set by something other than Python
                     self.old_handlers[number] = old
-                    signal.signal(number, self.note)
+                    signal.signal(number, self.handle_signal)
         return self
 
     def __exit__(
@@ -64,15 +66,16 @@ class Interruption:
             signal.signal(number, handler)
         self.old_handlers.clear()
 
-    def note(self, number: int, frame: FrameType | None) -> None:
-        """The signal handler."""
+    def handle_signal(self, number: int, frame: FrameType | None) -> None:
+        """Handle a signal."""
         if self.received is None:
             self.received, self.received_at = signal.Signals(number), time.monotonic()
         elif number == signal.SIGINT and time.monotonic() - self.received_at > ECHO_SECONDS:
             raise KeyboardInterrupt
 
-    def requested(self) -> str | None:
-        """Name of the signal that asks to stop, or None. The same on all processes: all have to ask together."""
+    def get_signal(self) -> str | None:
+        """Return the name of the received stop signal, or None; the result is the same on all processes. All processes
+        must call it together."""
         if self.received is None and self.parent not in (None, os.getppid()):
             self.received = signal.SIGTERM
         number = int(self.received or 0)
@@ -85,5 +88,5 @@ class Interruption:
 
     @property
     def exit_status(self) -> int:
-        """What a program that a signal ended exits with: 130 after Ctrl-C, 143 after SIGTERM. 0 without a signal."""
+        """Return the exit status: 130 after Ctrl-C, 143 after SIGTERM, 0 without a signal."""
         return 128 + self.agreed if self.agreed else 0

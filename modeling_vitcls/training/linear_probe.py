@@ -1,11 +1,10 @@
-"""Linear probing with cached features: the frozen encoder sees every picture once, and then only the heads run.
+"""Linear probing with cached features: the frozen encoder encodes every image once, then only the heads are trained.
 
-    pictures -> encoder, once -> what the heads read [pictures, F] -> batches -> heads -> loss
+    images -> encoder, once -> inputs of the heads [images, F] -> batches -> heads -> loss
 
-It gives what training the heads on a frozen encoder gives, for the cost of a few small matrix products per step. It
-needs an encoder that is frozen as a whole, a pooler without parameters, and no random change to the pictures (or a
-few fixed views of each). Where that is not so, the frozen encoder runs in every step (`trainable.set_training` keeps
-it in eval mode).
+The result is the same as training the heads on a frozen encoder, but each step takes only a few small matrix products.
+Requirements are a frozen encoder, a pooler without parameters, and no random augmentation (or a fixed number of views
+per image). Otherwise the frozen encoder runs in every step (`trainable.set_train_mode` keeps it in eval mode).
 
 classifier     features: [pooled vector | mean of the distillation tokens]
 several tasks  features: [CLS token of the first task | of the second | ...]
@@ -35,8 +34,8 @@ from ..modeling_vitcls import (
 # Features and the heads that read them -------------------------------------------------------------------------------
 
 
-def features_of(model: Any, pixel_values: torch.Tensor) -> torch.Tensor:
-    """What the heads of a classifier read, [B, F], of images [B, C, H, W]."""
+def compute_features(model: Any, pixel_values: torch.Tensor) -> torch.Tensor:
+    """Return the inputs of a classifier's heads [B, F] for images [B, C, H, W]."""
     outputs = model.vitcls(pixel_values)
     if isinstance(model, ViTCLSForMultiTaskClassification):
         return outputs.tokens["cls"].flatten(1)  # [B, k * D]
@@ -47,7 +46,7 @@ def features_of(model: Any, pixel_values: torch.Tensor) -> torch.Tensor:
 
 
 class HeadOnly(nn.Module):
-    """The heads of an image classifier, on features. Its parameters are the model's own, under the same names."""
+    """Heads of an image classifier, applied to features. The parameters are the model's own, with the same names."""
 
     def __init__(self, model: ViTCLSForImageClassification) -> None:
         super().__init__()
@@ -56,7 +55,7 @@ class HeadOnly(nn.Module):
         self.distillation_classifier = model.distillation_classifier
 
     def forward(self, features: torch.Tensor) -> ViTCLSImageClassifierOutput:
-        """Features [B, F] -> what the model answers to the images that they were made of."""
+        """Return the model's outputs for features [B, F]."""
         pooled_size = self.config.pooled_size
         logits = cls_logits = self.classifier(features[:, :pooled_size])  # [B, labels]
         distillation_logits = None
@@ -69,7 +68,7 @@ class HeadOnly(nn.Module):
 
 
 class MultiTaskHeadOnly(nn.Module):
-    """The heads of a multi-task model, on features. Its parameters are the model's own, under the same names."""
+    """Heads of a multi-task model, applied to features. The parameters are the model's own, with the same names."""
 
     def __init__(self, model: ViTCLSForMultiTaskClassification) -> None:
         super().__init__()
@@ -77,7 +76,7 @@ class MultiTaskHeadOnly(nn.Module):
         self.classifiers = model.classifiers
 
     def forward(self, features: torch.Tensor) -> ViTCLSMultiTaskOutput:
-        """Features [B, F] -> what the model answers to the images that they were made of."""
+        """Return the model's outputs for features [B, F]."""
         tasks = list(self.config.task_labels())
         tokens = features.unflatten(1, (len(tasks), -1)).unbind(dim=1)
         heads = self.classifiers.values()
@@ -87,14 +86,14 @@ class MultiTaskHeadOnly(nn.Module):
 
 
 def build_head_only(model: Any) -> HeadOnly | MultiTaskHeadOnly:
-    """The heads of a classifier as a module of their own."""
+    """Build a module from the heads of a classifier."""
     if isinstance(model, ViTCLSForMultiTaskClassification):
         return MultiTaskHeadOnly(model)
     return HeadOnly(model)
 
 
-def trained_outside_heads(model: nn.Module) -> list[str]:
-    """Names of trained parameters that are not of the heads: where there are any, features cannot be cached."""
+def find_trained_outside_heads(model: nn.Module) -> list[str]:
+    """Return the names of trained parameters outside the heads. Features can be cached only if there are none."""
     heads = {id(parameter) for parameter in build_head_only(model).parameters()}
     return [
         name for name, parameter in model.named_parameters() if parameter.requires_grad and id(parameter) not in heads
@@ -107,96 +106,99 @@ def trained_outside_heads(model: nn.Module) -> list[str]:
 @torch.no_grad()
 def cache_features(
     model: nn.Module,
-    pictures: TrainingPictures,
+    images: TrainingPictures,
     keys: Sequence[Key],
-    normalise: Callable[[torch.Tensor], torch.Tensor],
+    normalize: Callable[[torch.Tensor], torch.Tensor],
     batch_size: int,
     num_workers: int,
     accelerator: Accelerator,
 ) -> Batch:
-    """One large batch of the pictures with these keys, on the CPU: with `features` [keys, F] in place of `pixels`.
+    """Return one batch of the images with the given keys on the CPU, with `features` [keys, F] instead of `pixels`.
 
-    Each process encodes its share, in eval mode; all of them get the whole.
+    Each process encodes its share in eval mode; all processes receive the whole batch.
 
     Args:
-        model: the classifier, on the device, not wrapped.
-        normalise: pixels on the device -> `pixel_values`.
+        model: the plain classifier, on the device.
+        normalize: converts pixels on the device to `pixel_values`.
 
     Raises:
-        ValueError: if no picture can be read.
+        ValueError: if none of the images can be read.
     """
     was_training = model.training
     model.eval()
-    parts: list[Batch] = []
-    share = shares(keys, batch_size, accelerator.process_index, accelerator.num_processes)
-    for batch in from_workers(PreparedBatches(pictures), share, num_workers):
+    batches: list[Batch] = []
+    share = split_keys(keys, batch_size, accelerator.process_index, accelerator.num_processes)
+    for batch in from_workers(PreparedBatches(images), share, num_workers):
         pixels = batch.pop("pixels").to(accelerator.device, non_blocking=True)
         with accelerator.autocast():
-            features = features_of(model, normalise(pixels)).float()
+            features = compute_features(model, normalize(pixels)).float()
         rows = send_to_device(batch, accelerator.device) | {"features": features}
-        parts.append(send_to_device(accelerator.gather(rows), "cpu"))  # in the order of the keys
+        batches.append(send_to_device(accelerator.gather(rows), "cpu"))  # in the order of the keys
     model.train(was_training)
-    return rows_of(concatenated(parts), slice(len(keys)))
+    return select_rows(concatenate(batches), slice(len(keys)))
 
 
-def shares(keys: Sequence[Key], batch_size: int, process: int, num_processes: int) -> list[list[Key]]:
-    """One process's batches: equally many for each, all of one size; places beyond the last key repeat it."""
+def split_keys(keys: Sequence[Key], batch_size: int, process: int, num_processes: int) -> list[list[Key]]:
+    """Return one process's batches. All processes have the same number of batches of the same size; the last key is
+    repeated as padding."""
     starts = range(process * batch_size, len(keys) + process * batch_size, num_processes * batch_size)
     last = len(keys) - 1
-    return [[keys[min(place, last)] for place in range(start, start + batch_size)] for start in starts]
+    return [[keys[min(index, last)] for index in range(start, start + batch_size)] for start in starts]
 
 
-def feature_batches(
+def iterate_feature_batches(
     cached: Batch, plan: BatchPlan, process: int, num_views: int = 1, first_step: int = 0
 ) -> Generator[Batch, None, None]:
-    """The batches of one process in the order of the plan, with `features` in place of `pixels`.
+    """Yield the batches of one process in the order of the plan, with `features` instead of `pixels`.
 
-    `cached` is of all pictures, view by view: epoch e shows view e modulo `num_views`.
+    `cached` contains all images, view by view: epoch e uses view e modulo `num_views`.
     """
-    num_pictures = len(cached["features"]) // num_views
+    num_images = len(cached["features"]) // num_views
     for keys in plan.batches(process, first_step):
         epochs, indices = torch.tensor(keys).unbind(dim=1)
-        yield rows_of(cached, epochs % num_views * num_pictures + indices) | {"epoch": epochs}
+        yield select_rows(cached, epochs % num_views * num_images + indices) | {"epoch": epochs}
 
 
 @torch.no_grad()
-def probe_evaluator(evaluator: Evaluator, model: nn.Module) -> Evaluator:
-    """An evaluator for `build_head_only(model)`, with the pictures of `evaluator` encoded once.
+def build_probe_evaluator(evaluator: Evaluator, model: nn.Module) -> Evaluator:
+    """Build an evaluator for `build_head_only(model)`, with the images of `evaluator` encoded once.
 
-    `model` is the classifier, on the device, not wrapped; each process encodes its own share, in eval mode.
+    `model` is the plain classifier on the device. Each process encodes its own share in eval mode.
     """
     was_training = model.training
     model.eval()
     encoded = copy.copy(evaluator)
     encoded.batches = copy.copy(evaluator.batches)
-    encoded.batches.kept = [encoded_batch(batch, model, evaluator.accelerator) for batch in evaluator.batches]
+    encoded.batches.kept = [encode_batch(batch, model, evaluator.accelerator) for batch in evaluator.batches]
     model.train(was_training)
     return encoded
 
 
-def encoded_batch(batch: HeldOutBatch, model: Any, accelerator: Accelerator) -> HeldOutBatch:
-    """A held-out batch with features [G, F] in the place of its pixel values."""
-    num_pictures, pixel_values = 0, torch.zeros(1, model.config.num_channels, *model.config.image_height_width)
+def encode_batch(batch: HeldOutBatch, model: Any, accelerator: Accelerator) -> HeldOutBatch:
+    """Return a held-out batch with features [G, F] instead of pixel values."""
+    num_images, pixel_values = 0, torch.zeros(1, model.config.num_channels, *model.config.image_height_width)
     if batch.pixel_values is not None:
-        num_pictures, pixel_values = len(batch.pixel_values), batch.pixel_values
+        num_images, pixel_values = len(batch.pixel_values), batch.pixel_values
     with accelerator.autocast():
-        features = features_of(model, pixel_values.to(accelerator.device)).float()
-    return HeldOutBatch(features[:num_pictures].cpu(), batch.labels, batch.broken)
+        features = compute_features(model, pixel_values.to(accelerator.device)).float()
+    return HeldOutBatch(features[:num_images].cpu(), batch.labels, batch.broken)
 
 
 # Nested batches ------------------------------------------------------------------------------------------------------
 
 
-def rows_of(batch: Batch, rows: torch.Tensor | slice) -> Batch:
-    """Some rows of every tensor of a batch; labels of several tasks are a dict."""
-    return {name: rows_of(value, rows) if isinstance(value, dict) else value[rows] for name, value in batch.items()}
-
-
-def concatenated(parts: list[Batch]) -> Batch:
-    """One batch of several."""
+def select_rows(batch: Batch, rows: torch.Tensor | slice) -> Batch:
+    """Select rows of every tensor of a batch; labels of several tasks are a dictionary."""
     return {
-        name: concatenated([part[name] for part in parts])
+        name: select_rows(value, rows) if isinstance(value, dict) else value[rows] for name, value in batch.items()
+    }
+
+
+def concatenate(batches: list[Batch]) -> Batch:
+    """Concatenate batches."""
+    return {
+        name: concatenate([part[name] for part in batches])
         if isinstance(value, dict)
-        else torch.cat([part[name] for part in parts])
-        for name, value in parts[0].items()
+        else torch.cat([part[name] for part in batches])
+        for name, value in batches[0].items()
     }

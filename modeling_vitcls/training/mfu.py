@@ -1,18 +1,18 @@
-"""What a training step costs, and how much of the machine's speed training makes use of.
+"""FLOPs of a training step, and model FLOPs utilization.
 
-    utilisation = FLOPs of the images trained in a second / FLOP/s of large matrix products on all processes
+    utilization = FLOPs of the images trained per second / FLOP/s of large matrix products on all processes
 
-This is model FLOPs utilisation (MFU; PaLM, Chowdhery et al. 2022, arXiv 2204.02311, appendix B). Counted is what the
-loss and its gradients need, as the model computes it: its last layer for the tokens that are read, and no gradients
-of what is frozen. Not counted is what is computed a second time (gradient checkpointing, fused attention), and what
-is not the model's training: a teacher, evaluations, linear probing on cached features. Training images have the
-model's own size, so all cost the same. Nothing is known of models that merge patches: how many are left of an image
-for each layer is not counted anywhere.
+This is the model FLOPs utilization (MFU; PaLM, Chowdhery et al. 2022, arXiv 2204.02311, appendix B). The FLOPs include
+the forward pass of the loss and the gradients that training requires: the last layer counts only the tokens that are
+read, and gradients of frozen weights do not count. Recomputation (gradient checkpointing, fused attention), the
+teacher, evaluations and linear probing on cached features are excluded. Training images have the model's own size, so
+the FLOPs per image are constant. Models that merge patches have no utilization, because the number of patches
+per layer is not counted.
 
-The peak is measured when training begins and again during training, by all processes at the same time: if the
-processes share a CPU, each reaches its part of the peak, and the sum is the peak of the machine. Other programs can
-only lower a measurement, so the largest one is kept. A utilization above 100 % means that every measurement so far was
-disturbed: it is reported as unknown.
+The peak is measured before and during training, by all processes at the same time: if processes share a CPU, each
+reaches a fraction of the peak, and the sum is the peak of the machine. Other programs can only lower a measurement, so
+the largest measurement is used. A utilization above 100 % means that every measurement so far was disturbed: it is
+reported as unknown.
 """
 
 from collections.abc import Callable, Mapping
@@ -29,55 +29,56 @@ from ..distributed import get_precision
 from ..modeling_vitcls import ViTCLSPreTrainedModel
 from ..system import SHARDED, forget_peak_memory, gemm_peak
 from .costs import (
+    count_attention_flops,
+    count_forward_flops,
+    count_layer_flops,
+    count_linear_flops,
     estimate_memory,
-    first_trained_layer,
-    forward_flops,
-    heads_of,
-    layer_flops,
-    learns,
-    linear_flops,
-    linears_in,
-    mixing_flops,
-    queries_per_layer,
-    sequence_lengths,
-    tokens_in_training,
+    get_first_trained_layer,
+    get_heads,
+    get_linears,
+    get_num_queries,
+    get_num_training_tokens,
+    get_sequence_lengths,
+    is_trained,
 )
 
 
-DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}  # that matrices are multiplied in
+DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}  # dtypes of matrix products
 
-# On each process, in a run whose utilisation is measured: seconds of training on one core. Measuring takes half a one.
-FEWEST_FLOPS = 1e11
+# Minimum FLOPs per process of a run whose utilization is measured: seconds of training on one core. A measurement
+# takes about half a second.
+MIN_FLOPS = 1e11
 
 # Training between two measurements of the peak, in seconds at the peak rate. The n-th interval is n times as long, so
-# that a long run spends next to no time on measuring.
+# that measurements take a negligible fraction of a long run.
 MEASURING_INTERVAL = 10.0
 
 PREFIXES = ("", "k", "M", "G", "T", "P", "E")
 
 
 class Layer(NamedTuple):
-    """An encoder layer, and how many tokens it computes out of how many that it reads."""
+    """Encoder layer, the number of tokens that it computes, and the number of tokens that it reads."""
 
     layer: Any
     num_queries: int
     num_tokens: int
 
 
-# Of a run ------------------------------------------------------------------------------------------------------------
+# Utilization of a run ------------------------------------------------------------------------------------------------
 
 
 @dataclass
-class Utilisation:
+class Utilization:
     """Model FLOPs utilization of a run so far, including the time before --resume.
 
     Attributes:
         flops_per_image: FLOPs of the forward and backward pass of one image.
         peak: largest FLOP/s of all processes that was measured; None if the peak is not measured.
-        dtype: dtype of the matrices that were multiplied to measure the peak.
-        measure: measures the peak again; all processes call it together.
+        dtype: dtype of the matrices in the measurement of the peak.
+        measure: measures the peak; all processes must call it together.
         done: FLOPs of the images that were trained on.
-        possible_before: FLOPs that the machine could have done in the steps before --resume.
+        possible_before: FLOPs that the machine could have executed in the steps before --resume.
         seconds: duration of the steps of this process.
     """
 
@@ -93,13 +94,14 @@ class Utilisation:
 
     @property
     def possible(self) -> float:
-        """FLOPs that the machine could have done in the time of the training steps."""
+        """Return the FLOPs that the machine could have executed in the time of the training steps."""
         return self.possible_before + self.seconds * (self.peak or 0.0)
 
-    def note(self, num_images: int, seconds: float) -> dict[str, float | None]:
+    def update(self, num_images: int, seconds: float) -> dict[str, float | None]:
         """Return the utilization of a number of steps for their record; empty if the peak is not measured.
 
-        All processes call this together: the peak is measured again if enough FLOPs were done since the last time.
+        All processes must call this together: the peak is measured again if enough FLOPs were executed since the last
+            measurement.
 
         Args:
             num_images: images of these steps on all processes.
@@ -115,63 +117,63 @@ class Utilisation:
             self.peak = max(self.peak, self.measure())
             self.num_measurements += 1
             self.done_since_measurement = 0.0
-        return {"utilisation": as_fraction(done, seconds * self.peak)}
+        return {"utilisation": compute_fraction(done, seconds * self.peak)}
 
-    def facts(self) -> dict[str, float]:
-        """Return the values that a checkpoint keeps."""
+    def get_state(self) -> dict[str, float]:
+        """Return the values for a checkpoint."""
         return {"done": self.done, "possible": self.possible}
 
-    def go_on_from(self, facts: Mapping[str, float]) -> None:
-        """Restore the values of a checkpoint; a checkpoint of an earlier version has none."""
-        self.done = facts.get("done", 0.0)
-        self.possible_before = facts.get("possible", 0.0)
+    def load_state(self, get_state: Mapping[str, float]) -> None:
+        """Load the values of a checkpoint; checkpoints of earlier versions have none."""
+        self.done = get_state.get("done", 0.0)
+        self.possible_before = get_state.get("possible", 0.0)
 
     def results(self) -> dict[str, Any] | None:
-        """Return the utilization of all training steps and the values that it is computed from, for results.json."""
+        """Return the utilization of all training steps and the values that determine it, for results.json."""
         if self.peak is None or not self.possible:
             return None
         return {
-            "of_training_steps": as_fraction(self.done, self.possible),
+            "of_training_steps": compute_fraction(self.done, self.possible),
             "training_flops_per_image": round(self.flops_per_image),
             "gemm_peak_flops_per_second": float(f"{self.peak:.4g}"),
             "gemm_dtype": self.dtype,
         }
 
 
-def as_fraction(done: float, possible: float) -> float | None:
-    """Return `done / possible`, or None if the quotient is above 1: the measured peak is then too low."""
+def compute_fraction(done: float, possible: float) -> float | None:
+    """Return `done / possible`, or None if the quotient is above 1, which means that the measured peak is too low."""
     return round(done / possible, 4) if done <= possible else None
 
 
-def start_utilisation(
-    model: nn.Module, plan: BatchPlan, accelerator: Accelerator, say: Callable[[str, str], None]
-) -> Utilisation:
-    """Say what a step costs and, in a run that is long enough, measure what the machine can do. All processes call it
-    together.
+def start_utilization(
+    model: nn.Module, plan: BatchPlan, accelerator: Accelerator, print_line: Callable[[str, str], None]
+) -> Utilization:
+    """Print the FLOPs and memory of a step and, if the run is long enough, measure the peak. All processes must call
+    it together.
 
     Args:
-        model: before `Accelerator.prepare`. The heads alone, on cached features, cost next to nothing, and of a model
-            that merges patches the costs are not known: nothing is said or measured.
-        say: takes name and text of a line of the summary.
+        model: the model before `Accelerator.prepare`. Nothing is printed or measured for heads on cached features,
+            whose FLOPs are negligible, and for models that merge patches, whose FLOPs are not counted.
+        print_line: prints a line of the summary from its name and text.
     """
     dtype = DTYPES.get(get_precision(accelerator))
     if not isinstance(model, ViTCLSPreTrainedModel) or model.config.merged_patches_per_layer or dtype is None:
-        return Utilisation()
-    flops = plan.accumulation_steps * training_flops(model, plan.batch_size)  # of a step, on this process
+        return Utilization()
+    flops = plan.accumulation_steps * count_training_flops(model, plan.batch_size)  # per step on this process
     per_process = " per process" if plan.num_processes > 1 else ""
-    say(
+    print_line(
         "costs",
-        f"{in_units(flops * plan.num_processes)}FLOP a step, and about "
-        f"{memory_beyond_weights(model, plan, accelerator) / 2**20:,.0f} MiB{per_process} beyond the weights "
+        f"{format_si(flops * plan.num_processes)}FLOP per step, and about "
+        f"{estimate_memory_beyond_weights(model, plan, accelerator) / 2**20:,.0f} MiB{per_process} beyond the weights "
         "(estimated)",
     )
-    utilisation = Utilisation(flops * plan.num_processes / plan.pictures_per_step)
-    if flops * plan.num_steps >= FEWEST_FLOPS:
-        utilisation.dtype = str(dtype).removeprefix("torch.")
-        utilisation.measure = partial(measure_peak, accelerator, dtype)
-        utilisation.peak = utilisation.measure()
-        say("peak", f"{in_units(utilisation.peak)}FLOP/s in {utilisation.dtype} matrix products, measured now")
-    return utilisation
+    utilization = Utilization(flops * plan.num_processes / plan.pictures_per_step)
+    if flops * plan.num_steps >= MIN_FLOPS:
+        utilization.dtype = str(dtype).removeprefix("torch.")
+        utilization.measure = partial(measure_peak, accelerator, dtype)
+        utilization.peak = utilization.measure()
+        print_line("peak", f"{format_si(utilization.peak)}FLOP/s in {utilization.dtype} matrix products (measured)")
+    return utilization
 
 
 def measure_peak(accelerator: Accelerator, dtype: torch.dtype) -> float:
@@ -181,25 +183,26 @@ def measure_peak(accelerator: Accelerator, dtype: torch.dtype) -> float:
     """
     accelerator.wait_for_everyone()
     try:
-        reached = gemm_peak(accelerator.device, dtype)
+        peak = gemm_peak(accelerator.device, dtype)
     except torch.OutOfMemoryError:
-        reached = 0.0
-    forget_peak_memory(accelerator.device)  # these matrices do not belong to the training
-    return float(accelerator.reduce(torch.tensor(reached, device=accelerator.device), "sum"))
+        peak = 0.0
+    forget_peak_memory(accelerator.device)  # excludes these matrices from the training's peak memory
+    return float(accelerator.reduce(torch.tensor(peak, device=accelerator.device), "sum"))
 
 
-def memory_beyond_weights(model: ViTCLSPreTrainedModel, plan: BatchPlan, accelerator: Accelerator) -> int:
-    """Bytes of a process, estimated: activations, and its part of gradients and AdamW's moments."""
+def estimate_memory_beyond_weights(model: ViTCLSPreTrainedModel, plan: BatchPlan, accelerator: Accelerator) -> int:
+    """Return the estimated memory of a process in bytes for activations and its shard of gradients and AdamW's
+    moments."""
     name = get_precision(accelerator)
     estimate = estimate_memory(
         model, batch_size=plan.batch_size, autocast=None if name == "no" else DTYPES[name], device=accelerator.device
     )
-    parts = plan.num_processes if accelerator.distributed_type in SHARDED else 1
-    return estimate.activations + (estimate.gradients + estimate.optimizer) // parts
+    num_shards = plan.num_processes if accelerator.distributed_type in SHARDED else 1
+    return estimate.activations + (estimate.gradients + estimate.optimizer) // num_shards
 
 
-def in_units(value: float) -> str:
-    """A number of three digits, with the prefix of its unit: 1.2e12 -> "1.2 T"."""
+def format_si(value: float) -> str:
+    """Format a number with three digits and an SI prefix: 1.2e12 becomes "1.2 T"."""
     prefixes = iter(PREFIXES)
     prefix = next(prefixes)
     while value >= 999.5 and prefix != PREFIXES[-1]:
@@ -207,69 +210,71 @@ def in_units(value: float) -> str:
     return f"{value:.3g} {prefix}"
 
 
-# Of a batch ----------------------------------------------------------------------------------------------------------
+# FLOPs of a batch ----------------------------------------------------------------------------------------------------
 
 
-def training_flops(model: ViTCLSPreTrainedModel, batch_size: int = 1) -> int:
-    """Floating-point operations of a batch of images of the model's size, forward and backward; a multiply-add counts
-    as two.
+def count_training_flops(model: ViTCLSPreTrainedModel, batch_size: int = 1) -> int:
+    """Return the FLOPs of the forward and backward pass of a batch of images of the model's size; a multiply-add
+    counts as two.
 
-    Each product of the forward pass has two in the backward pass, one for the gradient of either factor: twice as many
-    operations, but for gradients that nobody needs, of pixels, frozen weights, and what is below the lowest trained
-    one. Patch dropout leaves fewer tokens to the layers, unless the first of them are frozen (trainable.py).
+    Each product of the forward pass has two products in the backward pass, one for the gradient of each factor.
+    Gradients of pixels and frozen weights, and gradients below the first trained layer, are not computed. Patch
+    dropout reduces the number of tokens, unless the first layers are frozen (trainable.py).
 
-    What stands behind the encoder is taken as trained, as under any `--trainable`. On a frozen encoder, heads compute
-    no gradient of what they read; for a pooler with weights it is counted nevertheless (1 % of a ViT-S).
+    Modules after the encoder are trained under every `--trainable`. On a frozen encoder, heads do not compute the
+    gradient of their input. For a pooler with weights it is counted nevertheless (1 % of a ViT-S).
     """
     encoder: Any = model.base_model
-    num_patches, num_tokens = sequence_lengths(model.config, None)
+    num_patches, num_tokens = get_sequence_lengths(model.config, None)
     projection = encoder.embeddings.patch_embeddings.projection.weight
     patches = 2 * projection.numel() * num_patches
-    behind = forward_flops(model, batch_size=batch_size) - batch_size * (
-        patches + forward_of(layers_of(model, num_tokens))
+    head_flops = count_forward_flops(model, batch_size=batch_size) - batch_size * (
+        patches + count_layers_flops(get_layers(model, num_tokens))
     )
 
-    layers = layers_of(model, tokens_in_training(model, num_patches, num_tokens))
-    first = first_trained_layer(encoder)
-    forward = patches + forward_of(layers)
-    backward = sum(layer_backward_flops(*layer) for layer in layers[first:])
+    layers = get_layers(model, get_num_training_tokens(model, num_patches, num_tokens))
+    first = get_first_trained_layer(encoder)
+    forward = patches + count_layers_flops(layers)
+    backward = sum(count_layer_backward_flops(*layer) for layer in layers[first:])
     if projection.requires_grad:
         backward += patches
-    encoder_learns = first < len(layers) or learns(encoder.layernorm)
-    if not encoder_learns and not (encoder.pooler is not None and linears_in([encoder.pooler])):
-        backward -= sum(linear_flops(linears_in([head])[0]) for head in single_heads(model))
-    return batch_size * (forward + backward) + 3 * behind
+    is_encoder_trained = first < len(layers) or is_trained(encoder.layernorm)
+    if not is_encoder_trained and not (encoder.pooler is not None and get_linears([encoder.pooler])):
+        backward -= sum(count_linear_flops(get_linears([head])[0]) for head in get_single_heads(model))
+    return batch_size * (forward + backward) + 3 * head_flops
 
 
-def layers_of(model: ViTCLSPreTrainedModel, num_tokens: int) -> list[Layer]:
-    """The layers with what each computes of a sequence."""
+def get_layers(model: ViTCLSPreTrainedModel, num_tokens: int) -> list[Layer]:
+    """Return the layers with the number of tokens that each computes and reads."""
     encoder: Any = model.base_model
-    queries = queries_per_layer(model, num_tokens)
+    queries = get_num_queries(model, num_tokens)
     return [Layer(layer, number, num_tokens) for layer, number in zip(encoder.layers, queries, strict=True)]
 
 
-def forward_of(layers: list[Layer]) -> int:
-    """Of the forward pass of one image through these layers."""
-    return sum(layer_flops(*layer) for layer in layers)
+def count_layers_flops(layers: list[Layer]) -> int:
+    """Return the FLOPs of the forward pass of one image through these layers."""
+    return sum(count_layer_flops(*layer) for layer in layers)
 
 
-def layer_backward_flops(layer: Any, num_queries: int, num_tokens: int) -> int:
-    """Of one layer and image: for the inputs of all products, for the weights of those that are trained, and for both
-    factors where queries meet keys and weights meet values."""
+def count_layer_backward_flops(layer: Any, num_queries: int, num_tokens: int) -> int:
+    """Return the FLOPs of the backward pass of one layer and image: gradients of the inputs of all products, of
+    trained weights, and of both factors of the attention products."""
     attention = layer.attention
-    of_inputs = layer_flops(layer, num_queries, num_tokens)
-    of_weights = num_queries * trained_flops(attention.q_proj, attention.o_proj, layer.mlp)
-    of_weights += num_tokens * trained_flops(attention.k_proj, attention.v_proj)
-    return of_inputs + of_weights + mixing_flops(attention, num_queries, num_tokens)
+    input_flops = count_layer_flops(layer, num_queries, num_tokens)
+    weight_flops = num_queries * count_trained_flops(attention.q_proj, attention.o_proj, layer.mlp)
+    weight_flops += num_tokens * count_trained_flops(attention.k_proj, attention.v_proj)
+    return input_flops + weight_flops + count_attention_flops(attention, num_queries, num_tokens)
 
 
-def trained_flops(*modules: nn.Module) -> int:
-    """Of the linear layers in these modules whose weights are trained, for one vector each."""
-    return linear_flops(*(linear for linear in linears_in(modules) if linear.weight.requires_grad))
+def count_trained_flops(*modules: nn.Module) -> int:
+    """Return the FLOPs of the linear layers with trained weights in these modules, for one vector each."""
+    return count_linear_flops(*(linear for linear in get_linears(modules) if linear.weight.requires_grad))
 
 
-def single_heads(model: ViTCLSPreTrainedModel) -> list[nn.Module]:
-    """The classifiers, each by itself: several tasks have theirs in a dict."""
+def get_single_heads(model: ViTCLSPreTrainedModel) -> list[nn.Module]:
+    """Return the classifiers as a flat list; a model for several tasks has a dictionary of classifiers."""
     return [
-        head for heads in heads_of(model) for head in (heads.values() if isinstance(heads, nn.ModuleDict) else [heads])
+        head
+        for heads in get_heads(model)
+        for head in (heads.values() if isinstance(heads, nn.ModuleDict) else [heads])
     ]

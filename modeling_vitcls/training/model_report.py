@@ -1,14 +1,12 @@
-"""What a finished run shows of itself: the speed of its model, pictures, and the files beside its card.
+"""Report on a finished run: inference speed, images, and the files next to its model card.
 
-A model folder is written -> `look_at_saved` loads it back, measures it, draws pictures and writes report.html
+A model folder is written -> `build_model_report` loads it, measures its speed, draws images and writes report.html
                           -> the card (hub/card.py) is built
-                          -> `write_card` puts it there with licences and the result for a benchmark
+                          -> `write_card` writes it with license files and the benchmark entry
 
-All of it happens on the main process, with the plain model: what was trained may be in parts on several devices.
-
-The pictures that a finished run hands to its trackers: those of its card, and the main ones of its report.
-
-Figures are drawn in modeling_vitcls/analysis/, and pictures handed over in reporter.py.
+Everything runs on the main process with the plain model, because the trained model may be sharded. The trackers
+receive the images of the card and the main figures of the report. modeling_vitcls/analysis/ draws figures, and
+reporter.py sends images to trackers.
 """
 
 import statistics
@@ -26,34 +24,34 @@ from huggingface_hub import EvalResultEntry, ModelCard, eval_result_entries_to_y
 from matplotlib.figure import Figure
 from PIL import Image
 
-from ..analysis.card_images import write_pictures
-from ..analysis.figures import as_picture, depth_figure
-from ..analysis.figures_of_states import effects_figure
-from ..analysis.figures_over_depth import curve_figure, mass_figure, norms_figure
+from ..analysis.card_images import write_card_images
+from ..analysis.figures import plot_attention_by_layer, render_figure
+from ..analysis.figures_of_states import plot_ablation_effects
+from ..analysis.figures_over_depth import plot_attention_mass, plot_curve, plot_norms
 from ..analysis.inspection import Inspection, inspect_model
-from ..analysis.inspection_inputs import Images
+from ..analysis.inspection_inputs import InspectionImages
 from ..analysis.report import write_page
 from ..data.images import LabelledPictures
 from ..data.labels import LabelSpace
-from ..hub.licenses import overruled
+from ..hub.licenses import describe_license_conflict
 from ..hub.local_paths import is_local
-from ..hub.provenance import Origin, origin_of
+from ..hub.provenance import Provenance, find_provenance
 from ..hub.push_permissions import is_private
 from ..image_processing_vitcls import ViTCLSImageProcessor
 from ..inference.load_model import is_preset
 from ..options import FinetuneOptions, PretrainOptions, RunOptions
 from ..system import name_of_device
-from .reporter import Track
+from .reporter import TrackImages
 
 
-NUM_SAMPLES = 4  # in the card
-NUM_SHOWN = 6  # in the report
-NUM_INSPECTED = 64  # for its statistics
-MOST_TRIED = 20  # pictures, where some are broken
+NUM_SAMPLES = 4  # images in the card
+NUM_SHOWN = 6  # images in the report
+NUM_INSPECTED = 64  # images for the statistics of the report
+MAX_IMAGES_TRIED = 20  # maximum number of images to read, including unreadable images
 
 LARGEST_BATCH = 32
 NUM_REPEATS = 5
-SECONDS_OF_MEASURING = 2.0
+MEASURING_SECONDS = 2.0
 
 REPORT = "report.html"
 BENCHMARK_FILE = Path(".eval_results", "results.yaml")
@@ -64,7 +62,7 @@ Sample = tuple[Image.Image, str | None]
 # From the saved model ------------------------------------------------------------------------------------------------
 
 
-def look_at_saved(
+def build_model_report(
     folder: Path,
     model_class: Any,
     results: dict[str, Any],
@@ -73,54 +71,55 @@ def look_at_saved(
     device: torch.device,
     draws: bool,
     warn: Callable[[str], None],
-    track: Track | None = None,
+    track: TrackImages | None = None,
     with_samples: bool = True,
 ) -> dict[str, str]:
-    """Load the model back, add its speed to the results as "inference", and draw pictures and report.html into the
-    folder; of an earlier run none stays.
+    """Load the saved model, add its speed to the results as "inference", and write images and report.html to the
+    folder. Files of an earlier run are removed.
 
-    A run is not lost for want of pictures: whatever goes wrong costs a warning, in one line.
+    An error does not end the run: it is printed as a warning.
 
     Args:
-        folder: with the saved model.
-        model_class: of the model.
-        results: what results.json will hold.
-        held_out: pictures to take a few samples from.
-        label_space: of their labels.
-        device: to measure on.
-        draws: whether to draw.
-        warn: shows a line.
-        track: is given the main pictures by name, where something draws and takes them (`Reporter.track`).
-        with_samples: whether the card may show held-out pictures; report.html, which is not published, always does.
+        folder: folder of the saved model.
+        model_class: class of the model.
+        results: content of results.json.
+        held_out: held-out images for samples.
+        label_space: label space of the held-out images.
+        device: device of the speed measurement.
+        draws: whether to draw images.
+        warn: prints a warning.
+        track: sends named images to the trackers (`Reporter.track_images`).
+        with_samples: whether the card may contain held-out images; report.html, which is not published, always does.
 
     Returns:
-        Name of each picture that was drawn -> its path from the folder.
+        Path of each image in the folder by name.
     """
     drawn: dict[str, str] = {}
     (folder / REPORT).unlink(missing_ok=True)
-    with forgiving(warn, "the card has no pictures, since they could not be made"):
+    with warn_on_error(warn, "the card has no images, because drawing failed"):
         model = model_class.from_pretrained(folder).to(device).eval()
         processor = ViTCLSImageProcessor.from_pretrained(folder)
-        results["inference"] = inference_speed(model, device)
+        results["inference"] = measure_inference_speed(model, device)
         if draws:
-            samples = samples_of(held_out, label_space) if with_samples else []
-            drawn |= write_pictures(folder, model, processor, results, samples)
+            samples = select_samples(held_out, label_space) if with_samples else []
+            drawn |= write_card_images(folder, model, processor, results, samples)
             inspection = None
-            with forgiving(warn, f"{REPORT} could not be written"):
+            with warn_on_error(warn, f"{REPORT} could not be written"):
                 inspection = inspect_saved(folder, model, processor, results, held_out, label_space)
             if track is not None:
-                with forgiving(warn, "the trackers got no pictures"):
-                    track(tracked_pictures(folder, drawn, inspection))
+                with warn_on_error(warn, "no images were sent to the trackers"):
+                    track(collect_tracker_images(folder, drawn, inspection))
     return drawn
 
 
 @contextmanager
-def forgiving(warn: Callable[[str], None], what: str) -> Iterator[None]:
-    """Turn an error of any library that draws, or of a device without memory for a second model, into a warning."""
+def warn_on_error(warn: Callable[[str], None], message: str) -> Iterator[None]:
+    """Convert any error inside this block to a warning, for example of a drawing library or a device without enough
+    memory."""
     try:
         yield
     except Exception as error:
-        warn(f"{what}: {' '.join(str(error).split()) or type(error).__name__}")
+        warn(f"{message}: {' '.join(str(error).split()) or type(error).__name__}")
 
 
 def inspect_saved(
@@ -131,23 +130,23 @@ def inspect_saved(
     held_out: LabelledPictures,
     label_space: LabelSpace,
 ) -> Inspection:
-    """Write report.html, on what the special tokens do, with held-out pictures."""
+    """Write report.html about the special tokens, with held-out images, and return the inspection."""
     labels = held_out.labels if label_space.columns else None
     names = [f"held out, {number}" for number in range(len(held_out))]
-    images = Images(held_out.pictures, names, labels, f"{results['dataset']}, {results['split']}")
+    images = InspectionImages(held_out.pictures, names, labels, f"{results['dataset']}, {results['split']}")
     inspection = inspect_model(
-        model, processor, **images.to_inspect(NUM_SHOWN, NUM_INSPECTED), movement=results["token_movement"]
+        model, processor, **images.build_arguments(NUM_SHOWN, NUM_INSPECTED), token_movement=results["token_movement"]
     )
     write_page(folder / REPORT, inspection, folder.resolve().name, images.source)
     return inspection
 
 
 @torch.inference_mode()
-def inference_speed(model: Any, device: torch.device) -> dict[str, Any]:
-    """Images per second of the model's forward pass on pixels [B, C, H, W] that are on the device: the median of a few
-    passes. The batch is the largest, up to 32, that leaves this short."""
+def measure_inference_speed(model: Any, device: torch.device) -> dict[str, Any]:
+    """Return the images per second of the forward pass on pixels [B, C, H, W] on the device: the median of a few
+    passes. The batch size is at most 32, and smaller if the measurement would take too long."""
 
-    def seconds_of(pixel_values: torch.Tensor) -> float:
+    def measure_seconds(pixel_values: torch.Tensor) -> float:
         started = time.perf_counter()
         model(pixel_values)
         if device.type != "cpu":
@@ -156,11 +155,11 @@ def inference_speed(model: Any, device: torch.device) -> dict[str, Any]:
 
     config = model.config
     image = torch.rand(1, config.num_channels, *config.image_height_width, device=device, dtype=model.dtype)
-    seconds_of(image)  # warm up
-    fitting = int(SECONDS_OF_MEASURING / (NUM_REPEATS + 1) / min(seconds_of(image), seconds_of(image)))
+    measure_seconds(image)  # warm up
+    fitting = int(MEASURING_SECONDS / (NUM_REPEATS + 1) / min(measure_seconds(image), measure_seconds(image)))
     batch = image.expand(max(1, min(LARGEST_BATCH, fitting)), -1, -1, -1).contiguous()
-    seconds_of(batch)
-    seconds = [seconds_of(batch) for _ in range(NUM_REPEATS)]
+    measure_seconds(batch)
+    seconds = [measure_seconds(batch) for _ in range(NUM_REPEATS)]
     return {
         "images_per_second": round(len(batch) / statistics.median(seconds), 1),
         "batch_size": len(batch),
@@ -173,43 +172,44 @@ def inference_speed(model: Any, device: torch.device) -> dict[str, Any]:
 # Samples -------------------------------------------------------------------------------------------------------------
 
 
-def may_show_samples(
+def can_show_samples(
     options: FinetuneOptions | PretrainOptions, repository: str | None, warn: Callable[[str], None]
 ) -> bool:
-    """Whether held-out pictures may be in the card: not where that would publish those of this machine, unasked.
+    """Return whether the card may contain held-out images: not if a public repository would publish local images
+    without --card-samples.
 
     Args:
-        repository: that the result is pushed to; None: none.
-        warn: is told why not, in one line.
+        repository: repository that the result is pushed to, or None.
+        warn: prints the reason if the card may not.
     """
     run, dataset = options.run, options.data.dataset
     is_published = is_local(dataset) and repository is not None and not run.card_samples and run.report
     if not is_published or run.hub_private or is_private(str(repository)):
         return True
     warn(
-        f"the card shows no held-out pictures: those of {dataset} are of this machine, and {repository} is not known "
-        "to be private; --card-samples shows them"
+        f"the card contains no held-out images, because {dataset} is local and {repository} is not known to be "
+        "private. Set --card-samples to include images"
     )
     return False
 
 
-def samples_of(held_out: LabelledPictures, label_space: LabelSpace) -> list[Sample]:
-    """A few pictures that can be read, of different classes as far as there are, with their labels in words."""
-    return list(islice(readable(held_out, label_space), NUM_SAMPLES))
+def select_samples(held_out: LabelledPictures, label_space: LabelSpace) -> list[Sample]:
+    """Return a few readable images of different classes, if available, with their labels as text."""
+    return list(islice(iterate_readable(held_out, label_space), NUM_SAMPLES))
 
 
-def readable(held_out: LabelledPictures, label_space: LabelSpace) -> Iterator[Sample]:
-    """Pictures and labels, the first of each class before the others; those that cannot be read are left out."""
-    for index in islice(by_novelty(held_out.labels), MOST_TRIED):
+def iterate_readable(held_out: LabelledPictures, label_space: LabelSpace) -> Iterator[Sample]:
+    """Yield images and labels, the first of each class before the others; skip unreadable images."""
+    for index in islice(order_by_class(held_out.labels), MAX_IMAGES_TRIED):
         try:
-            picture = held_out.pictures[index]
-        except ValueError:  # BrokenPicture: it was named in the evaluation
+            image = held_out.pictures[index]
+        except ValueError:  # the evaluation has already reported the unreadable image
             continue
-        yield picture, label_space.in_words(held_out.labels[index]) if label_space.columns else None
+        yield image, label_space.in_words(held_out.labels[index]) if label_space.columns else None
 
 
-def by_novelty(labels: Iterable[Any]) -> Iterator[int]:
-    """Places of labels: the first of each kind, then all others."""
+def order_by_class(labels: Iterable[Any]) -> Iterator[int]:
+    """Yield the indices of labels: the first of each class, then all others."""
     first: dict[str, int] = {}
     others = []
     for index, label in enumerate(labels):
@@ -218,88 +218,90 @@ def by_novelty(labels: Iterable[Any]) -> Iterator[int]:
     return chain(first.values(), others)
 
 
-# The card and what goes with it --------------------------------------------------------------------------------------
+# Card and accompanying files -----------------------------------------------------------------------------------------
 
 
-def origin_of_run(options: FinetuneOptions | PretrainOptions) -> Origin | None:
-    """Of the model that a run started from; None for fresh weights."""
-    return None if is_preset(options.model.model) else origin_of(options.model.model)
+def get_model_provenance(options: FinetuneOptions | PretrainOptions) -> Provenance | None:
+    """Return the provenance of the initial model, or None for random weights."""
+    return None if is_preset(options.model.model) else find_provenance(options.model.model)
 
 
-def teacher_of_run(options: FinetuneOptions | PretrainOptions) -> Origin | None:
-    """Of the teacher; None where there is none."""
+def get_teacher_provenance(options: FinetuneOptions | PretrainOptions) -> Provenance | None:
+    """Return the provenance of the teacher, or None without a teacher."""
     teacher = options.distillation.teacher if isinstance(options, FinetuneOptions) else None
-    return origin_of(teacher) if teacher else None
+    return find_provenance(teacher) if teacher else None
 
 
 def write_card(
     folder: Path,
     card: ModelCard,
-    origin: Origin | None,
+    provenance: Provenance | None,
     results: dict[str, Any],
     options: RunOptions,
     warn: Callable[[str], None],
 ) -> None:
-    """Write README.md, the licence that the weights brought along, and what a benchmark's leaderboard takes.
+    """Write README.md, the license files of the initial model, and the entry for a benchmark's leaderboard.
 
     Raises:
         OSError: if the folder cannot be written.
     """
     card.save(folder / "README.md")
-    if origin is not None:
-        origin.copy_license(folder)
-    if message := overruled(options.license, origin):
+    if provenance is not None:
+        provenance.copy_license(folder)
+    if message := describe_license_conflict(options.license, provenance):
         warn(message)
-    (folder / BENCHMARK_FILE).unlink(missing_ok=True)  # of an earlier run
+    (folder / BENCHMARK_FILE).unlink(missing_ok=True)  # from an earlier run
     if options.eval_benchmark and options.eval_task_id:
-        entry = benchmark_entry(options.eval_benchmark, options.eval_task_id, results)
+        entry = build_benchmark_entry(options.eval_benchmark, options.eval_task_id, results)
         (folder / BENCHMARK_FILE).parent.mkdir(exist_ok=True)
         text = yaml.safe_dump(eval_result_entries_to_yaml([entry]), sort_keys=False, allow_unicode=True)
         (folder / BENCHMARK_FILE).write_text(text, encoding="utf-8")
 
 
-def benchmark_entry(benchmark: str, task_id: str, results: dict[str, Any]) -> EvalResultEntry:
-    """The first metric of the results, as the Hub's `.eval_results` has it (docs/hub/eval-results)."""
+def build_benchmark_entry(benchmark: str, task_id: str, results: dict[str, Any]) -> EvalResultEntry:
+    """Build the entry of the first metric for the Hub's `.eval_results` (docs/hub/eval-results)."""
     metric = "accuracy" if "accuracy" in results else "mean_average_precision"
-    known = results.get(f"{metric}_interval")
-    between = f", 95 % interval {known[0]:.4f} to {known[1]:.4f}" if known else ""
+    interval = results.get(f"{metric}_interval")
+    text = f", 95 % interval {interval[0]:.4f} to {interval[1]:.4f}" if interval else ""
     return EvalResultEntry(
         dataset_id=benchmark,
         task_id=task_id,
         value=results[metric],
         date=datetime.now(UTC).date().isoformat(),
-        notes=f"{metric} as a part of 1, on {results['num_images']} images of {results['dataset']} "
-        f"({results['split']}){between}",
+        notes=f"{metric} as a fraction, on {results['num_images']} images of {results['dataset']} "
+        f"({results['split']}){text}",
     )
 
 
-def tracked_pictures(folder: Path, drawn: Mapping[str, str], inspection: Inspection | None) -> dict[str, Image.Image]:
-    """Pictures by name.
+def collect_tracker_images(
+    folder: Path, drawn: Mapping[str, str], inspection: Inspection | None
+) -> dict[str, Image.Image]:
+    """Return images by name for the trackers.
 
     Args:
-        folder: of the run.
-        drawn: name of each picture of the card -> its path from the folder.
-        inspection: of the trained model; None where it failed.
+        folder: output folder of the run.
+        drawn: path in the folder of each image of the card by name.
+        inspection: inspection of the trained model; None if it failed.
     """
-    pictures: dict[str, Image.Image] = {name: Image.open(folder / path) for name, path in drawn.items()}
+    images: dict[str, Image.Image] = {name: Image.open(folder / path) for name, path in drawn.items()}
     if inspection is not None:
-        found = figures(inspection, with_samples="attention" in drawn)
-        pictures |= {name: as_picture(figure) for name, figure in found.items()}
-    return pictures
+        figures = build_report_figures(inspection, with_samples="attention" in drawn)
+        images |= {name: render_figure(figure) for name, figure in figures.items()}
+    return images
 
 
-def figures(inspection: Inspection, with_samples: bool) -> dict[str, Figure]:
-    """The main figures of the report, of what the model has; held-out pictures only where the card shows some, as
-    trackers may be elsewhere."""
+def build_report_figures(inspection: Inspection, with_samples: bool) -> dict[str, Figure]:
+    """Build the main figures of the report; held-out images are included only if the card contains some, because
+    trackers may be remote."""
     config, findings = inspection.config, inspection.findings
-    found = {
-        "patch_distance": curve_figure(config, findings, "patch_distance"),
-        "norms": norms_figure(config, findings),
+    figures = {
+        "patch_distance": plot_curve(config, findings, "patch_distance"),
+        "norms": plot_norms(config, findings),
     }
     if config.token_layout.num_prefix_tokens:
-        found |= {"entropy": curve_figure(config, findings, "entropy"), "mass": mass_figure(config, findings)}
-        if with_samples and inspection.readings:
-            found["attention_over_depth"] = depth_figure(config, inspection.readings[0])
+        figures |= {"entropy": plot_curve(config, findings, "entropy"), "mass": plot_attention_mass(config, findings)}
+        if with_samples and inspection.image_reports:
+            figures["attention_over_depth"] = plot_attention_by_layer(config, inspection.image_reports[0])
         if inspection.effects:
-            found["effects"] = effects_figure(config, inspection.effects)
-    return found
+            figures["effects"] = plot_ablation_effects(config, inspection.effects)
+    return figures

@@ -1,15 +1,13 @@
-"""One optimiser step of accumulated gradients: PyTorch's optimiser makes it in parts, DeepSpeed's engine in one go.
+"""Optimizer: parameter groups of AdamW, learning rate, optimizer step, and the moving average of the weights.
 
-updates = build_updates(accelerator, model, optimizer, max_gradient_norm)
-updates.backward(loss)                 for each accumulated batch
-norm = updates.step(check, look)       after the last of them
+    optimizer_step = build_optimizer_step(accelerator, model, optimizer, max_gradient_norm)
+    optimizer_step.backward(loss)                        for each accumulated batch
+    norm = optimizer_step.step(check, before_update)     after the last batch
 
-How parameters are updated: groups for AdamW, and the learning rate at each step.
+PyTorch's optimizer runs the step in parts, DeepSpeed's engine in one call.
 
-An exponential moving average of the trained weights (Polyak and Juditsky 1992; in ViTs, DeiT section 6).
-
-It lives beside the model as a list of tensors, in the order of the trained parameters, so that it works alike for
-one process, DDP and sharded models.
+The exponential moving average of the trained weights (Polyak and Juditsky 1992; in ViTs, DeiT section 6) is a list of
+tensors in the order of the trained parameters, for one process, DDP and sharded models.
 """
 
 import math
@@ -32,48 +30,50 @@ DECAYED_MODULES = (nn.Linear, nn.Conv2d)
 
 
 def build_optimizer(model: nn.Module, options: TrainingOptions) -> torch.optim.Optimizer:
-    """AdamW over the trained parameters, in its fused implementation."""
-    groups = parameter_groups(model, options.weight_decay, options.layer_decay)
+    """Build fused AdamW over the trained parameters."""
+    groups = build_parameter_groups(model, options.weight_decay, options.layer_decay)
     return torch.optim.AdamW(groups, lr=options.learning_rate, fused=True)
 
 
-def parameter_groups(model: nn.Module, weight_decay: float, layer_decay: float = 1.0) -> list[dict[str, Any]]:
-    """Parameters by depth and decay.
+def build_parameter_groups(model: nn.Module, weight_decay: float, layer_decay: float = 1.0) -> list[dict[str, Any]]:
+    """Group parameters by depth and weight decay.
 
-    Weights of linear and convolution layers decay; biases, norms, tokens, positions and scales do not. Each group has
-    `lr_scale`, its factor of the learning rate: `layer_decay` to the power of the layers behind it (BEiT, arXiv
-    2106.08254, appendix).
+    Weight decay applies to weights of linear and convolution layers, but not to biases, norms, tokens, position
+    embeddings and scales. Each group has `lr_scale`, its factor of the learning rate: `layer_decay` to the power of
+    the number of layers after it (BEiT, arXiv 2106.08254, appendix).
     """
     decayed = {id(module.weight) for module in model.modules() if isinstance(module, DECAYED_MODULES)}
-    depth_of = depths(model)
-    last = max(depth_of.values())
+    depths = get_parameter_depths(model)
+    last = max(depths.values())
     groups: dict[tuple[float, float], list[nn.Parameter]] = defaultdict(list)
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             decay = weight_decay if id(parameter) in decayed else 0.0
-            groups[layer_decay ** (last - depth_of[name]), decay].append(parameter)
+            groups[layer_decay ** (last - depths[name]), decay].append(parameter)
     return [
         {"params": parameters, "lr_scale": scale, "weight_decay": decay}
         for (scale, decay), parameters in groups.items()
     ]
 
 
-def depths(model: nn.Module) -> dict[str, int]:
-    """How deep each parameter stands: 0 for tokens, positions and patches, then the layers, then norm and heads."""
+def get_parameter_depths(model: nn.Module) -> dict[str, int]:
+    """Return the depth of each parameter: 0 for tokens, position and patch embeddings, then the layers, then norm and
+    heads."""
     names = [name for name, _ in model.named_parameters()]
-    layers = {name: int(found[1]) for name in names if (found := re.search(r"\blayers\.(\d+)\.", name))}
-    behind = max(layers.values(), default=-1) + 2
-    return {name: layers[name] + 1 if name in layers else 0 if "embeddings." in name else behind for name in names}
+    layers = {name: int(match[1]) for name in names if (match := re.search(r"\blayers\.(\d+)\.", name))}
+    head_depth = max(layers.values(), default=-1) + 2
+    return {name: layers[name] + 1 if name in layers else 0 if "embeddings." in name else head_depth for name in names}
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
-    """Give each group its share of the learning rate."""
+    """Set the learning rate of each group, scaled by its `lr_scale`."""
     for group in optimizer.param_groups:
         group["lr"] = learning_rate * group["lr_scale"]
 
 
-def learning_rate_at(step: int, num_steps: int, options: TrainingOptions) -> float:
-    """The learning rate of a step (from 0): a linear rise over `warmup` of the steps, then a cosine down to 0."""
+def get_learning_rate(step: int, num_steps: int, options: TrainingOptions) -> float:
+    """Return the learning rate of a step (from 0): linear warmup over the fraction `warmup` of the steps, then a
+    cosine decay to 0."""
     warmup_steps = round(options.warmup * num_steps)
     if step < warmup_steps:
         return options.learning_rate * (step + 1) / warmup_steps
@@ -81,23 +81,23 @@ def learning_rate_at(step: int, num_steps: int, options: TrainingOptions) -> flo
     return options.learning_rate * (1 + math.cos(math.pi * progress)) / 2
 
 
-class Updates(Protocol):
-    """Gradients, and what they do to the weights."""
+class OptimizerStep(Protocol):
+    """Interface for gradients and optimizer steps."""
 
     def backward(self, loss: torch.Tensor) -> None:
-        """Add a batch's gradients; they are divided by the accumulation steps."""
+        """Add a batch's gradients, divided by the number of accumulation steps."""
 
-    def step(self, check: Callable[[float], None], look: Callable[[], None]) -> float:
-        """Clip the gradients, change the weights; returns the norm of all gradients before they were clipped.
+    def step(self, check: Callable[[float], None], before_update: Callable[[], None]) -> float:
+        """Clip the gradients and update the weights; return the norm of all gradients before clipping.
 
         Args:
-            check: takes that norm; what it raises ends the step.
-            look: called when gradients are there, before the weights change.
+            check: receives the norm; an exception in it ends the step.
+            before_update: called once the gradients are computed and before the weights change.
         """
 
 
-class OptimizerUpdates:
-    """With PyTorch's optimiser: one process, DDP, FSDP2."""
+class TorchOptimizerStep:
+    """Step of PyTorch's optimizer: one process, DDP, FSDP2."""
 
     def __init__(
         self, accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.Optimizer, max_gradient_norm: float
@@ -108,53 +108,54 @@ class OptimizerUpdates:
         self.max_gradient_norm = max_gradient_norm
 
     def backward(self, loss: torch.Tensor) -> None:
-        """See `Updates`."""
+        """See `OptimizerStep`."""
         self.accelerator.backward(loss)
 
-    def step(self, check: Callable[[float], None], look: Callable[[], None]) -> float:
-        """See `Updates`. `look` sees clipped gradients."""
+    def step(self, check: Callable[[float], None], before_update: Callable[[], None]) -> float:
+        """See `OptimizerStep`. The gradients are clipped before `before_update`."""
         norm = float(self.accelerator.clip_grad_norm_(self.trained, self.max_gradient_norm))
         check(norm)
-        look()
+        before_update()
         self.optimizer.step()
         self.optimizer.zero_grad()
         return norm
 
 
-class EngineUpdates:
-    """With DeepSpeed's engine, which clips, steps and forgets the gradients in one call."""
+class DeepSpeedOptimizerStep:
+    """Step of DeepSpeed's engine, which clips, updates and discards the gradients in one call."""
 
     def __init__(self, accelerator: Accelerator, engine: Any) -> None:
         self.accelerator = accelerator
         self.engine = engine
 
     def backward(self, loss: torch.Tensor) -> None:
-        """See `Updates`."""
+        """See `OptimizerStep`."""
         self.engine.set_gradient_accumulation_boundary(self.accelerator.sync_gradients)
         self.engine.backward(loss)
 
-    def step(self, check: Callable[[float], None], look: Callable[[], None]) -> float:
-        """See `Updates`. The norm is known once the weights have changed; `look` sees gradients as they are."""
-        check(0.0)  # the losses
-        look()
+    def step(self, check: Callable[[float], None], before_update: Callable[[], None]) -> float:
+        """See `OptimizerStep`. The norm is available only after the update, and the gradients are not clipped before
+        `before_update`."""
+        check(0.0)  # checks only the losses
+        before_update()
         self.engine.step()
         norm = float(self.engine.get_global_grad_norm())
-        norm = norm if norm >= 0 else math.nan  # DeepSpeed's -1
+        norm = norm if norm >= 0 else math.nan  # DeepSpeed returns -1 for a non-finite norm
         check(norm)
         return norm
 
 
-def build_updates(
+def build_optimizer_step(
     accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.Optimizer, max_gradient_norm: float
-) -> Updates:
-    """The one that goes with what `Accelerator.prepare` returned."""
+) -> OptimizerStep:
+    """Build the optimizer step for a model and an optimizer from `Accelerator.prepare`."""
     if distributed.uses_deepspeed(accelerator):
-        return EngineUpdates(accelerator, model)
-    return OptimizerUpdates(accelerator, model, optimizer, max_gradient_norm)
+        return DeepSpeedOptimizerStep(accelerator, model)
+    return TorchOptimizerStep(accelerator, model, optimizer, max_gradient_norm)
 
 
 class Ema:
-    """The average: `shadow`, one tensor for each trained parameter of the model."""
+    """Exponential moving average: `shadow` contains one tensor for each trained parameter of the model."""
 
     def __init__(self, model: nn.Module, decay: float) -> None:
         self.decay = decay
@@ -163,23 +164,23 @@ class Ema:
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        """Take in the weights after `step` steps (from 1). Early on the average is shorter, so that it forgets the
-        initial weights."""
+        """Update the average with the weights after `step` steps (from 1). The decay is smaller in the first steps, so
+        that the initial weights lose their influence."""
         decay = min(self.decay, (1 + step) / (10 + step))
         get_ema_multi_avg_fn(decay)(self.shadow, self.trained, step)
 
     @contextmanager
-    def in_place(self) -> Iterator[None]:
-        """The model has the averaged weights inside this block, and its own again after it."""
-        own = [parameter.detach().clone() for parameter in self.trained]
+    def use_averaged_weights(self) -> Iterator[None]:
+        """Use the averaged weights of the model inside this block, and restore its own weights afterwards."""
+        weights = [parameter.detach().clone() for parameter in self.trained]
         self.load(self.shadow)
         try:
             yield
         finally:
-            self.load(own)
+            self.load(weights)
 
     @torch.no_grad()
     def load(self, weights: list[torch.Tensor]) -> None:
-        """Put weights into the model."""
+        """Copy weights into the model."""
         for parameter, weight in zip(self.trained, weights, strict=True):
             parameter.copy_(weight)

@@ -1,5 +1,4 @@
-"""What a run says: a summary, progress (a bar on a terminal, plain lines elsewhere), metrics.jsonl, trackers
-(numbers and, at the end, pictures).
+"""Output of a run: a summary, progress (a bar on a terminal, lines elsewhere), metrics.jsonl, and trackers.
 
 Only the main process prints and writes.
 """
@@ -20,10 +19,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 
-Track = Callable[[Mapping[str, Image.Image]], None]
+TrackImages = Callable[[Mapping[str, Image.Image]], None]
 
-HELD_OUT = "held_out_"  # before the names of metrics on held-out pictures
-AXES = {"tensorboard": {"dataformats": "NHWC"}}  # tracker -> what it has to be told about arrays of pictures
+HELD_OUT_PREFIX = "held_out_"  # prefix of metrics on held-out images
+LOG_IMAGES_ARGUMENTS = {"tensorboard": {"dataformats": "NHWC"}}  # arguments of log_images by tracker
 
 
 class Reporter:
@@ -45,41 +44,41 @@ class Reporter:
         self.task = self.progress.add_task("training", total=None, remaining="")
         self.num_steps = 0
         self.first_step = 0
-        self.started = 0.0  # when that step was begun
+        self.started = 0.0  # time at which the first step started
 
-    def say(self, name: str, what: str) -> None:
-        """One line of the summary."""
+    def print_line(self, name: str, what: str) -> None:
+        """Print one line of the summary."""
         self.console.print(f"{name:<9} {what}", markup=False)
 
     def warn(self, message: str) -> None:
-        """A line that should not be missed."""
+        """Print a highlighted warning."""
         self.console.print(f"WARNING: {message}", style="bold yellow", markup=False)
 
     def start_at(self, step: int, num_steps: int) -> None:
-        """Keep the records of the steps that are done, and drop those after them, which are done again.
+        """Keep the records up to `step`, and remove later records, whose steps are repeated.
 
         Raises:
-            OSError: in one line, on the main process, where metrics.jsonl cannot be written; as `log` does.
+            OSError: on the main process, if metrics.jsonl cannot be written.
         """
         self.num_steps = num_steps
         self.first_step, self.started = step, time.perf_counter()
         if self.is_main_process:
             lines = self.metrics_file.read_text(encoding="utf-8").splitlines() if self.metrics_file.exists() else []
-            kept = [line for line in lines if (number := step_of(line)) is not None and number <= step]
+            kept = [line for line in lines if (number := parse_step(line)) is not None and number <= step]
             partial = self.metrics_file.with_name(f".{self.metrics_file.name}.partial")
-            with self.writing():
+            with self.explain_write_errors():
                 partial.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
                 partial.replace(self.metrics_file)
         self.progress.update(self.task, completed=step, total=num_steps)
 
     @contextmanager
-    def writing(self) -> Iterator[None]:
-        """Say in one line what to do where metrics.jsonl cannot be written."""
+    def explain_write_errors(self) -> Iterator[None]:
+        """Raise an OSError with a remedy if metrics.jsonl cannot be written."""
         try:
             yield
         except OSError as error:
             raise OSError(
-                f"cannot write {self.metrics_file} ({error.strerror}): make room, then go on with --resume"
+                f"cannot write {self.metrics_file} ({error.strerror}). Free disk space, then use --resume"
             ) from error
 
     def __enter__(self) -> Self:
@@ -92,23 +91,27 @@ class Reporter:
         self.progress.stop()
 
     def log(self, record: dict[str, Any]) -> None:
-        """Append a record to metrics.jsonl, show it, and hand its numbers to the trackers."""
-        self.accelerator.log(flat(record), step=record["step"])
+        """Append a record to metrics.jsonl, print it, and send its numbers to the trackers.
+
+        Raises:
+            OSError: on the main process, if metrics.jsonl cannot be written.
+        """
+        self.accelerator.log(flatten(record), step=record["step"])
         if not self.is_main_process:
             return
         line = json.dumps(record, allow_nan=False)
-        with self.writing(), self.metrics_file.open("a", encoding="utf-8") as file:
+        with self.explain_write_errors(), self.metrics_file.open("a", encoding="utf-8") as file:
             file.write(line + "\n")
         text = f"epoch {record['epoch']:.1f}  loss {record['loss']:.3f}  lr {record['learning_rate']:.1e}  "
         text += f"{record['images_per_second']:.0f} images/s"
         if "utilisation" in record:
-            share = record["utilisation"]
-            text += ", utilization unknown" if share is None else f", {share:.1%} of peak"
+            fraction = record["utilisation"]
+            text += ", utilization unknown" if fraction is None else f", {fraction:.1%} of peak"
         held_out = "".join(
-            f"  held out: {shown_metric(name.removeprefix(HELD_OUT), value)}"
-            for name, value in [item for item in record.items() if item[0].startswith(HELD_OUT)][:1]
+            f"  held out: {format_metric(name.removeprefix(HELD_OUT_PREFIX), value)}"
+            for name, value in [item for item in record.items() if item[0].startswith(HELD_OUT_PREFIX)][:1]
         )
-        remaining = self.remaining_time(record["step"])
+        remaining = self.format_remaining_time(record["step"])
         if self.progress.disable:
             parts = [f"step {record['step']}/{self.num_steps}", text, remaining, held_out.strip()]
             self.console.print("  ".join(filter(None, parts)), markup=False)
@@ -117,29 +120,29 @@ class Reporter:
         if held_out:
             self.progress.console.print(f"epoch {record['epoch']:>5.1f}{held_out}", markup=False)
 
-    def remaining_time(self, step: int) -> str:
-        """Return the time until the last step at the speed so far, in words; empty after the last step."""
+    def format_remaining_time(self, step: int) -> str:
+        """Format the remaining time at the speed so far; empty after the last step."""
         done, missing = step - self.first_step, self.num_steps - step
         if done <= 0 or missing <= 0:
             return ""
-        return f"{duration((time.perf_counter() - self.started) / done * missing)} left"
+        return f"{format_duration((time.perf_counter() - self.started) / done * missing)} left"
 
     @property
-    def track(self) -> Track | None:
-        """Hands pictures, by name, to the trackers that take any, with the last step; to be called on the main process
-        alone. None where there is no such tracker."""
-        takers = [tracker for tracker in self.accelerator.trackers if hasattr(tracker, "log_images")]
+    def track_images(self) -> TrackImages | None:
+        """Return a function that sends named images to the trackers with the last step, or None if no tracker accepts
+        images. Call the function on the main process only."""
+        trackers = [tracker for tracker in self.accelerator.trackers if hasattr(tracker, "log_images")]
 
-        def hand_over(pictures: Mapping[str, Image.Image]) -> None:
-            arrays = {name: np.asarray(picture.convert("RGB"))[None] for name, picture in pictures.items()}  # NHWC
-            for tracker in takers:
-                tracker.log_images(arrays, step=self.num_steps, **AXES.get(tracker.name, {}))
+        def send(images: Mapping[str, Image.Image]) -> None:
+            arrays = {name: np.asarray(image.convert("RGB"))[None] for name, image in images.items()}  # NHWC
+            for tracker in trackers:
+                tracker.log_images(arrays, step=self.num_steps, **LOG_IMAGES_ARGUMENTS.get(tracker.name, {}))
 
-        return hand_over if takers else None
+        return send if trackers else None
 
 
-def duration(seconds: float) -> str:
-    """Return a duration in words, rounded to its two largest units: `42 s`, `7 min`, `3 h 20 min`, `2 d 5 h`."""
+def format_duration(seconds: float) -> str:
+    """Format a duration, rounded to its two largest units: `42 s`, `7 min`, `3 h 20 min`, `2 d 5 h`."""
     if seconds < 90:
         return f"{math.ceil(seconds)} s"
     minutes = round(seconds / 60)
@@ -151,8 +154,8 @@ def duration(seconds: float) -> str:
     return f"{hours // 24} d {hours % 24} h"
 
 
-def shown_metric(name: str, value: float | None) -> str:
-    """A metric as a person reads it."""
+def format_metric(name: str, value: float | None) -> str:
+    """Format a metric's name and value."""
     if value is None:
         return f"{name.replace('_', ' ')} unknown"
     return (
@@ -160,22 +163,22 @@ def shown_metric(name: str, value: float | None) -> str:
     )
 
 
-def step_of(line: str) -> int | None:
-    """The step of a line of metrics.jsonl; None for one that was cut off when its run was killed."""
+def parse_step(line: str) -> int | None:
+    """Return the step of a line of metrics.jsonl, or None for a truncated line."""
     try:
         return json.loads(line)["step"]
     except (ValueError, KeyError, TypeError):
         return None
 
 
-def flat(record: dict[str, Any], prefix: str = "") -> dict[str, float]:
-    """A record's numbers in the form that trackers take: `{"token_norm": {"cls[0]": 1.0}}` -> `token_norm/cls[0]`."""
+def flatten(record: dict[str, Any], prefix: str = "") -> dict[str, float]:
+    """Flatten a record's numbers for trackers: `{"token_norm": {"cls[0]": 1.0}}` becomes `token_norm/cls[0]`."""
     numbers: dict[str, float] = {}
     for name, value in record.items():
         if isinstance(value, list):
             value = {f"{index:02d}": item for index, item in enumerate(value)}
         if isinstance(value, dict):
-            numbers |= flat(value, f"{prefix}{name}/")
+            numbers |= flatten(value, f"{prefix}{name}/")
         elif isinstance(value, int | float):
             numbers[prefix + name] = value
     return numbers

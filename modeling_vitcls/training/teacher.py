@@ -1,20 +1,18 @@
-"""Teachers: classifiers of any architecture that answer about the student's own pixels, in the order of its labels.
+"""Teachers: image classifiers of any architecture that predict the student's labels on the student's pixels.
 
-    the student's pixels -> channels, size and scale of the teacher -> teacher -> logits in the student's order
+    student's pixels -> channels, size and scale of the teacher -> teacher -> logits in the student's order
 
-`FOLDER` or a Hub id     any image classifier that transformers has a class for, ours included; no other code is run
-`timm:NAME`              a timm model with its published weights; also `timm:hf-hub:ID` and `timm:local-dir:FOLDER`
-`timm:NAME@FILE`         a timm model with the weights in FILE (safetensors, or a state dict, read without unpickling
-                         anything else)
+`FOLDER` or a Hub id     any image classifier with a class in transformers or this package; no other code is executed
+`timm:NAME`              a timm model with its pretrained weights; also `timm:hf-hub:ID` and `timm:local-dir:FOLDER`
+`timm:NAME@FILE`         a timm model with the weights in FILE (safetensors, or a state dict, loaded with weights_only)
 
-The teacher sees the very crop that the student sees, resized as a whole (DeiT, arXiv 2012.12877): its own image
-processor decides size, filter, scale and normalisation, but cuts nothing off. Losses are in losses.py.
+The teacher's input is the same crop as the student's, resized as a whole (DeiT, arXiv 2012.12877). The teacher's image
+processor determines size, filter, scale and normalization, but does not crop. Losses are in losses.py.
 
-The teacher's answers, kept, so that it is asked once about each augmented view of a picture.
-
-With `--teacher-views V` every picture has V views that recur; a view is known by (view, index). The answers stay in
-memory and in no checkpoint: after a resumption the teacher is asked again, in other batches, and its answers
-are the same up to rounding before they are kept in half precision.
+TeacherCache stores the teacher's logits of each augmented view of an image. With `--teacher-views V`, every image has
+V views that recur, and (view, index) identifies a view. The logits stay in memory and are not part of checkpoints: a
+resumed run predicts them again, in other batches. The results are the same up to rounding before the logits are stored
+in half precision.
 """
 
 from collections import Counter
@@ -36,50 +34,55 @@ from transformers import (
 from transformers.image_utils import pil_torch_interpolation_mapping
 
 from ..data.labels import LabelSpace
-from ..hub.loading import load_timm, local_copy_of_any_kind
+from ..hub.loading import get_any_model_folder, load_timm
 from ..options import AugmentationOptions
 
 
 TIMM_PREFIX = "timm:"
-GREY, RGB = 1, 3
+GRAY, RGB = 1, 3
 
 
 @dataclass(frozen=True)
-class Preprocessing:
-    """What a teacher wants to see."""
+class TeacherPreprocessing:
+    """Preprocessing of a teacher's input."""
 
     num_channels: int
     height_width: tuple[int, int]
     interpolation: InterpolationMode
-    normalise: Callable[[torch.Tensor], torch.Tensor]  # [B, C, H, W] uint8 of that size -> float32
+    normalize: Callable[[torch.Tensor], torch.Tensor]  # [B, C, H, W] uint8 to float32
 
     def __call__(self, pixels: torch.Tensor) -> torch.Tensor:
-        """The student's pixels [B, C, H, W] of 0 to 255 -> the teacher's input; mixed pixels are rounded."""
+        """Convert the student's pixels [B, C, H, W] of 0 to 255 to the teacher's input; mixed pixels are rounded."""
         if pixels.is_floating_point():
             pixels = pixels.clamp(0, 255).round().to(torch.uint8)
-        pixels = with_channels(pixels, self.num_channels)
+        pixels = convert_channels(pixels, self.num_channels)
         if pixels.shape[-2:] != self.height_width:
             pixels = transforms.resize(pixels, list(self.height_width), self.interpolation, antialias=True)
-        return self.normalise(pixels)
+        return self.normalize(pixels)
 
 
 class Teacher(nn.Module):
-    """A frozen classifier, always in eval mode.
+    """Frozen classifier, always in eval mode.
 
     Attributes:
-        description: what it is, for a person.
-        note: what was assumed about its labels; empty if nothing was.
+        description: name and size of the teacher.
+        note: assumption about its labels; empty without one.
     """
 
     def __init__(
         self,
         model: nn.Module,
-        preprocessing: Preprocessing,
+        preprocessing: TeacherPreprocessing,
         columns: list[int] | None = None,
         description: str = "",
         note: str = "",
     ) -> None:
-        """`columns`: for each of the student's labels, its place in the teacher's logits; None: they are the same."""
+        """Store the model.
+
+        Args:
+            columns: for each of the student's labels, its index in the teacher's logits; None if the labels are the
+                same.
+        """
         super().__init__()
         self.model = model.requires_grad_(False)
         self.preprocessing = preprocessing
@@ -90,13 +93,14 @@ class Teacher(nn.Module):
 
     @torch.no_grad()
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
-        """The student's pixels [B, C, H, W], `uint8` or floats of 0 to 255 -> logits [B, labels of the student]."""
-        answer = self.model(self.preprocessing(pixels))
-        logits = answer if isinstance(answer, torch.Tensor) else answer.logits
+        """Return the logits [B, labels of the student] for the student's pixels [B, C, H, W], `uint8` or floats of 0
+        to 255."""
+        outputs = self.model(self.preprocessing(pixels))
+        logits = outputs if isinstance(outputs, torch.Tensor) else outputs.logits
         return logits if self.columns is None else logits[:, self.columns]
 
-    def ask(self, batch: dict[str, Any]) -> torch.Tensor:
-        """Its logits [B, labels] on the `pixels` of a batch."""
+    def predict(self, batch: dict[str, Any]) -> torch.Tensor:
+        """Return the logits [B, labels] for the `pixels` of a batch."""
         return self(batch["pixels"])
 
     def train(self, mode: bool = True) -> Self:
@@ -105,11 +109,11 @@ class Teacher(nn.Module):
 
 
 @dataclass(frozen=True)
-class Loaded:
-    """A teacher as it was found: label names by index, None where it has none."""
+class LoadedTeacher:
+    """Loaded teacher model; its label names by index are None if it has none."""
 
     model: nn.Module
-    preprocessing: Preprocessing
+    preprocessing: TeacherPreprocessing
     label_names: list[str] | None
     num_labels: int
 
@@ -117,18 +121,20 @@ class Loaded:
 def load_teacher(
     source: str, labels: LabelSpace, num_channels: int, height_width: tuple[int, int], device: torch.device
 ) -> Teacher:
-    """Load a teacher for a student with these labels, whose pictures have this many channels and this size.
+    """Load a teacher for a student with the given labels, number of channels and image size.
 
-    Its labels are matched by name. One without names, but with as many labels, is taken to have them in the same
-    order, which `note` then says.
+    Labels are matched by name. A teacher without label names, but with the same number of labels, is assumed to have
+    the same labels in the same order; `note` states this assumption.
 
     Raises:
-        ValueError: for labels that it lacks, a student of several tasks or several labels per picture, or what is no
-            image classifier.
-        OSError: for a teacher that cannot be found or read.
+        ValueError: if the teacher lacks labels or is not an image classifier, or the student has several tasks or
+            several labels per image.
+        OSError: if the teacher cannot be found or read.
     """
     if labels.kind != "single_label_classification":
-        raise ValueError(f"--teacher is for one label per picture, and the data set is of {labels.kind}: leave it out")
+        raise ValueError(
+            f"--teacher requires one label per image, but the data set is {labels.kind}. Remove --teacher"
+        )
     load = load_from_timm if source.startswith(TIMM_PREFIX) else load_from_transformers
     loaded = load(source, num_channels, height_width)
     columns, note = match_labels(source, loaded, labels.names)
@@ -138,216 +144,226 @@ def load_teacher(
     return Teacher(loaded.model, loaded.preprocessing, columns, description, note).to(device)
 
 
-def match_labels(source: str, teacher: Loaded, wanted: list[str]) -> tuple[list[int] | None, str]:
-    """For each label its place in the teacher's logits, None where those are the same, and what was assumed."""
+def match_labels(source: str, teacher: LoadedTeacher, labels: list[str]) -> tuple[list[int] | None, str]:
+    """Return the index of each label in the teacher's logits (None if the labels are the same), and a note on
+    assumptions."""
     names = teacher.label_names
     if names is None:
-        if teacher.num_labels != len(wanted):
+        if teacher.num_labels != len(labels):
             raise ValueError(
-                f"the teacher {source} has {teacher.num_labels} labels without names, and the data set has "
-                f"{len(wanted)}: give one that was trained on these labels"
+                f"the teacher {source} has {teacher.num_labels} labels without names, but the data set has "
+                f"{len(labels)}. Use a teacher that was trained on these labels"
             )
-        return None, f"the teacher's labels have no names: its {len(wanted)} are taken to be in the data set's order"
-    if names == wanted:
+        return None, f"the teacher's {len(labels)} labels have no names and are assumed to be in the data set's order"
+    if names == labels:
         return None, ""
-    if missing := [name for name in wanted if name not in names]:
+    if missing := [name for name in labels if name not in names]:
         raise ValueError(
-            f"the teacher {source} has no label {missing[0]!r}: it knows {shortened(names)}; give one that was "
-            "trained on these labels"
+            f"the teacher {source} has no label {missing[0]!r}, only {shorten_names(names)}. Use a teacher that "
+            "was trained on these labels"
         )
-    if ambiguous := [name for name in wanted if Counter(names)[name] > 1]:
-        raise ValueError(f"the teacher {source} has several labels {ambiguous[0]!r}: name them apart in its config")
-    note = f"{len(wanted)} of the teacher's {len(names)} labels are used" if len(names) > len(wanted) else ""
-    return [names.index(name) for name in wanted], note
+    if ambiguous := [name for name in labels if Counter(names)[name] > 1]:
+        raise ValueError(f"the teacher {source} has several labels {ambiguous[0]!r}. Rename the labels in its config")
+    note = f"{len(labels)} of the teacher's {len(names)} labels are used" if len(names) > len(labels) else ""
+    return [names.index(name) for name in labels], note
 
 
 # transformers --------------------------------------------------------------------------------------------------------
 
 
-def load_from_transformers(source: str, num_channels: int, height_width: tuple[int, int]) -> Loaded:
-    """A classifier with its image processor, weights in `float32`."""
+def load_from_transformers(source: str, num_channels: int, height_width: tuple[int, int]) -> LoadedTeacher:
+    """Load a classifier with its image processor and `float32` weights."""
     try:
-        folder = local_copy_of_any_kind(source)
+        folder = get_any_model_folder(source)
     except OSError as error:
         raise OSError(f"cannot load the teacher: {error}") from error
-    config = read(source, "config.json", AutoConfig.from_pretrained, folder, trust_remote_code=False)
+    config = load_part(source, "config.json", AutoConfig.from_pretrained, folder, trust_remote_code=False)
     if type(config) not in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING:
-        raise ValueError(f"the teacher {source} is a model of type {config.model_type!r}: give an image classifier")
+        raise ValueError(f"the teacher {source} is a model of type {config.model_type!r}. Use an image classifier")
     load_model = AutoModelForImageClassification.from_pretrained
-    model, info = read(
+    model, info = load_part(
         source, "model", load_model, folder, dtype=torch.float32, output_loading_info=True, trust_remote_code=False
     )
     if info["missing_keys"]:
         raise ValueError(
-            f"the teacher {source} was saved without {sorted(info['missing_keys'])[0]}: give a trained classifier"
+            f"the teacher {source} was saved without {sorted(info['missing_keys'])[0]}. Use a trained classifier"
         )
     names = [config.id2label[index] for index in range(config.num_labels)]
     has_names = names != [f"LABEL_{index}" for index in range(config.num_labels)]
-    processor = read(source, "image processor", AutoImageProcessor.from_pretrained, folder, trust_remote_code=False)
+    processor = load_part(
+        source, "image processor", AutoImageProcessor.from_pretrained, folder, trust_remote_code=False
+    )
     if config.model_type == "timm_wrapper":
-        preprocessing = preprocessing_of_timm(processor.data_config)
+        preprocessing = build_timm_preprocessing(processor.data_config)
     else:
-        preprocessing = preprocessing_of_processor(
+        preprocessing = build_processor_preprocessing(
             processor, getattr(config, "num_channels", RGB), num_channels, height_width
         )
-    return Loaded(model, preprocessing, names if has_names else None, config.num_labels)
+    return LoadedTeacher(model, preprocessing, names if has_names else None, config.num_labels)
 
 
-def preprocessing_of_processor(
+def build_processor_preprocessing(
     processor: Any, num_channels: int, student_channels: int, height_width: tuple[int, int]
-) -> Preprocessing:
-    """What an image processor of transformers does; the size is what it makes of a picture of the student's."""
+) -> TeacherPreprocessing:
+    """Build the preprocessing of an image processor of transformers; the size is the output size for an image of the
+    student."""
 
-    def normalise(pixels: torch.Tensor) -> torch.Tensor:
-        return call(processor, pixels, do_resize=False)
+    def normalize(pixels: torch.Tensor) -> torch.Tensor:
+        return run_processor(processor, pixels, do_resize=False)
 
     blank = torch.zeros(1, student_channels, *height_width, dtype=torch.uint8)
-    height, width = call(processor, with_channels(blank, num_channels)).shape[-2:]
-    interpolation = interpolation_of(getattr(processor, "resample", None))
-    return Preprocessing(num_channels, (height, width), interpolation, normalise)
+    height, width = run_processor(processor, convert_channels(blank, num_channels)).shape[-2:]
+    interpolation = get_interpolation(getattr(processor, "resample", None))
+    return TeacherPreprocessing(num_channels, (height, width), interpolation, normalize)
 
 
-def call(processor: Any, pixels: torch.Tensor, **settings: Any) -> torch.Tensor:
-    """An image processor on a batch [B, C, H, W] `uint8` -> [B, C, H', W'], on the same device."""
+def run_processor(processor: Any, pixels: torch.Tensor, **settings: Any) -> torch.Tensor:
+    """Run an image processor on a batch [B, C, H, W] `uint8` and return [B, C, H', W'] on the same device."""
     settings |= {"input_data_format": "channels_first", "return_tensors": "pt"}
     return processor(list(pixels), **settings)["pixel_values"]
 
 
-def read(source: str, what: str, load: Callable[..., Any], folder: str, **settings: Any) -> Any:
-    """`load(folder)`, with an error of one line that names the `source`."""
+def load_part(source: str, part: str, load: Callable[..., Any], folder: str, **settings: Any) -> Any:
+    """Return `load(folder)`, and raise a one-line error that names the `source` if it fails."""
     try:
         return load(folder, **settings)
-    except Exception as error:  # configurations and weights of others raise almost anything
+    except Exception as error:  # configurations and weights of other projects raise any error
         if "trust_remote_code" in str(error):
             raise ValueError(
-                f"the teacher {source} needs code of its own, which is not run: give one that transformers has a "
-                "class for, or timm:NAME"
+                f"the teacher {source} requires its own code, which is not executed. Use a model with a class in "
+                "transformers, or timm:NAME"
             ) from error
-        raise OSError(f"cannot load the {what} of the teacher {source} ({one_line(error)})") from error
+        raise OSError(f"cannot load the {part} of the teacher {source} ({format_error(error)})") from error
 
 
 # timm ----------------------------------------------------------------------------------------------------------------
 
 
-def load_from_timm(source: str, num_channels: int, height_width: tuple[int, int]) -> Loaded:
-    """A timm model with the preprocessing of its published weights; the student's size and channels do not matter."""
+def load_from_timm(source: str, num_channels: int, height_width: tuple[int, int]) -> LoadedTeacher:
+    """Load a timm model with the preprocessing of its weights; the student's size and channels are ignored."""
     try:
         import timm
     except ImportError as error:
-        raise OSError(f"the teacher {source} needs timm: pip install timm") from error
+        raise OSError(f"the teacher {source} requires timm: pip install timm") from error
 
     name, _, file = source.removeprefix(TIMM_PREFIX).partition("@")
     try:
-        model: Any = timm_with_weights(name, file) if file else load_timm(name)[0]
+        model: Any = load_timm_weights(name, file) if file else load_timm(name)[0]
     except Exception as error:  # unknown names, no network, weights that do not fit
-        raise OSError(f"cannot load the teacher {source} ({one_line(error)})") from error
-    preprocessing = preprocessing_of_timm(timm.data.resolve_model_data_config(model))
-    return Loaded(model, preprocessing, model.pretrained_cfg.get("label_names"), model.num_classes)
+        raise OSError(f"cannot load the teacher {source} ({format_error(error)})") from error
+    preprocessing = build_timm_preprocessing(timm.data.resolve_model_data_config(model))
+    return LoadedTeacher(model, preprocessing, model.pretrained_cfg.get("label_names"), model.num_classes)
 
 
-def timm_with_weights(name: str, file: str) -> nn.Module:
-    """A timm model with weights of its own, which say how many labels and channels it has."""
+def load_timm_weights(name: str, file: str) -> nn.Module:
+    """Load a timm model with weights from a file, which determine the number of labels and channels."""
     import timm
 
     if not Path(file).is_file():
         raise FileNotFoundError(f"there is no file {file}")
     weights = timm.models.load_state_dict(file, weights_only=True)
-    published: Any = timm.get_pretrained_cfg(name, allow_unregistered=False)
+    pretrained: Any = timm.get_pretrained_cfg(name, allow_unregistered=False)
     sizes = {
-        "num_classes": (first(published.classifier), 0),
-        "in_chans": (first(published.first_conv), 1),
+        "num_classes": (get_first(pretrained.classifier), 0),
+        "in_chans": (get_first(pretrained.first_conv), 1),
     }
-    known = {
+    sizes_in_file = {
         setting: weights[f"{module}.weight"].shape[dimension]
         for setting, (module, dimension) in sizes.items()
         if f"{module}.weight" in weights
     }
-    model = timm.create_model(name, pretrained=False, **known)
+    model = timm.create_model(name, pretrained=False, **sizes_in_file)
     model.load_state_dict(weights)
     return model
 
 
-def first(names: str | tuple[str, ...] | None) -> str | None:
-    """timm names one module or several."""
+def get_first(names: str | tuple[str, ...] | None) -> str | None:
+    """Return the first name; timm configurations name one module or several."""
     return names[0] if isinstance(names, tuple | list) else names
 
 
-def preprocessing_of_timm(settings: dict[str, Any]) -> Preprocessing:
-    """From timm's data configuration."""
+def build_timm_preprocessing(settings: dict[str, Any]) -> TeacherPreprocessing:
+    """Build the preprocessing from timm's data configuration."""
     num_channels, height, width = settings["input_size"]
     mean, std = list(settings["mean"]), list(settings["std"])
 
-    def normalise(pixels: torch.Tensor) -> torch.Tensor:
+    def normalize(pixels: torch.Tensor) -> torch.Tensor:
         return transforms.normalize(transforms.to_dtype(pixels, torch.float32, scale=True), mean, std)
 
-    return Preprocessing(num_channels, (height, width), interpolation_of(settings["interpolation"]), normalise)
+    return TeacherPreprocessing(num_channels, (height, width), get_interpolation(settings["interpolation"]), normalize)
 
 
-# Pictures and words --------------------------------------------------------------------------------------------------
+# Images and text -----------------------------------------------------------------------------------------------------
 
 
-def with_channels(pixels: torch.Tensor, num_channels: int) -> torch.Tensor:
-    """Grey [B, 1, H, W] to colour [B, 3, H, W], or colour to grey, where a teacher needs it.
+def convert_channels(pixels: torch.Tensor, num_channels: int) -> torch.Tensor:
+    """Convert gray [B, 1, H, W] to color [B, 3, H, W] or color to gray if the teacher requires it.
 
     Raises:
-        ValueError: for other numbers of channels that differ.
+        ValueError: for other combinations of channels.
     """
-    have = pixels.shape[1]
-    if have == num_channels:
+    student_channels = pixels.shape[1]
+    if student_channels == num_channels:
         return pixels
-    if (have, num_channels) == (GREY, RGB):
+    if (student_channels, num_channels) == (GRAY, RGB):
         return pixels.expand(-1, RGB, -1, -1)
-    if (have, num_channels) == (RGB, GREY):
+    if (student_channels, num_channels) == (RGB, GRAY):
         return transforms.rgb_to_grayscale(pixels)
-    raise ValueError(f"the teacher takes pictures of {num_channels} channel(s) and the student's have {have}")
+    raise ValueError(
+        f"the teacher requires images of {num_channels} channel(s), but the student's images have {student_channels}"
+    )
 
 
-def interpolation_of(resample: Any) -> InterpolationMode:
-    """PIL's number, or timm's name, of a filter as torchvision has it; Lanczos, which it lacks, becomes bicubic."""
+def get_interpolation(resample: Any) -> InterpolationMode:
+    """Return torchvision's interpolation mode for PIL's number or timm's name of a filter. Lanczos, which torchvision
+    lacks, becomes bicubic."""
     if resample is None or resample == "random":
         return InterpolationMode.BILINEAR
     mode = InterpolationMode(resample) if isinstance(resample, str) else pil_torch_interpolation_mapping[resample]
     return InterpolationMode.BICUBIC if mode is InterpolationMode.LANCZOS else mode
 
 
-def one_line(error: Exception) -> str:
-    """An error's message without line breaks."""
+def format_error(error: Exception) -> str:
+    """Format an error's type and message without line breaks."""
     return " ".join(f"{type(error).__name__}: {error}".split())
 
 
-def shortened(names: list[str]) -> str:
-    """The first few names."""
+def shorten_names(names: list[str]) -> str:
+    """Format the first few names."""
     return ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
 
 
 class TeacherCache:
-    """Asks a teacher about batches with `pixels`, `view` [B] and `index` [B].
+    """Cache of a teacher's logits for batches with `pixels`, `view` [B] and `index` [B].
 
-    Each process keeps what it has seen. An answer is rounded to the type it is kept in before it is used for the first
-    time, and a batch is always asked about as a whole, so that it makes no difference when it was asked.
+    Each process caches the images of its own batches. Logits are rounded to the dtype of the cache before their first
+    use, and the teacher always predicts whole batches, so the result does not depend on the time of the prediction.
     """
 
     def __init__(
-        self, teacher: Teacher, num_pictures: int, num_views: int, num_labels: int, dtype: torch.dtype = torch.float16
+        self, teacher: Teacher, num_images: int, num_views: int, num_labels: int, dtype: torch.dtype = torch.float16
     ) -> None:
-        """Takes num_views * num_pictures * num_labels numbers of `dtype` of memory."""
+        """Allocate num_views * num_pictures * num_labels numbers of `dtype`."""
         self.teacher = teacher
-        self.logits = torch.empty(num_views, num_pictures, num_labels, dtype=dtype)
-        self.is_known = torch.zeros(num_views, num_pictures, dtype=torch.bool)
+        self.logits = torch.empty(num_views, num_images, num_labels, dtype=dtype)
+        self.is_known = torch.zeros(num_views, num_images, dtype=torch.bool)
 
-    def ask(self, batch: dict[str, Any]) -> torch.Tensor:
-        """The teacher's logits [B, labels] on a batch, `float32`, on the device of its pixels."""
+    def predict(self, batch: dict[str, Any]) -> torch.Tensor:
+        """Return the teacher's logits [B, labels] for a batch in `float32`, on the device of its pixels."""
         view, index = batch["view"].cpu(), batch["index"].cpu()
         unknown = ~self.is_known[view, index]  # [B]
         if unknown.any():
-            answers = self.teacher.ask(batch).to("cpu", self.logits.dtype)
-            self.logits[view[unknown], index[unknown]] = answers[unknown]
+            logits = self.teacher.predict(batch).to("cpu", self.logits.dtype)
+            self.logits[view[unknown], index[unknown]] = logits[unknown]
             self.is_known[view, index] = True
         return self.logits[view, index].to(batch["pixels"].device, torch.float32)
 
 
 def check_teacher_views(num_views: int, augmentation: AugmentationOptions) -> None:
-    """Raise ValueError where pictures are mixed: then no view of one recurs."""
+    """Raise ValueError if images are mixed, because mixed views do not recur."""
     for flag in ("mixup", "cutmix"):
         if num_views and getattr(augmentation, flag):
-            raise ValueError(f"--teacher-views keeps answers about single pictures: leave out --{flag}, or it")
+            raise ValueError(
+                f"--teacher-views caches the logits of single images, but --{flag} mixes images. "
+                "Remove one of the two flags"
+            )

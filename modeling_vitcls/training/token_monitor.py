@@ -1,9 +1,9 @@
-"""Whether the special tokens learn. A CLS token without gradient, or that does not move, is the classic mistake.
+"""Metrics of the special tokens, to detect tokens that are not trained.
 
-norm              of the token
-gradient_norm     of its gradient, after clipping (under DeepSpeed, before it)
+norm              norm of the token
+gradient_norm     norm of its gradient after clipping (with DeepSpeed, before clipping)
 update_ratio      norm of the last update / norm of the token
-entropy           of what CLS attends to, in nats, per layer; ln(tokens) where it attends to all alike
+entropy           entropy of the CLS attention in nats, per layer; ln(tokens) for uniform attention
 """
 
 import math
@@ -15,25 +15,25 @@ import torch
 from torch import nn
 
 from ..blocks_vitcls import ViTCLSEmbeddings
-from .distributed_state import as_whole, whole_gradient
-from .trainable import set_training
+from .distributed_state import gather_gradient, gather_tensor
+from .trainable import set_train_mode
 
 
 Tokens = dict[str, torch.Tensor]  # "cls[0]" -> [D]
 
-ATTENTION_IMAGES = 8  # over which the entropy is averaged
+ATTENTION_IMAGES = 8  # number of images for the mean entropy
 
 
 @dataclass(frozen=True)
 class TokenHealth:
-    """The figures of each token, by name."""
+    """Metrics of each token by name."""
 
     norm: dict[str, float]
     gradient_norm: dict[str, float]
     update_ratio: dict[str, float]
 
-    def record(self) -> dict[str, dict[str, float | None]]:
-        """For metrics.jsonl; None where gradients overflowed, as they may under fp16."""
+    def to_record(self) -> dict[str, dict[str, float | None]]:
+        """Return the metrics for metrics.jsonl; None replaces values that are not finite, which fp16 may produce."""
         figures = {"norm": self.norm, "gradient_norm": self.gradient_norm, "update_ratio": self.update_ratio}
         return {
             f"token_{name}": {
@@ -44,93 +44,94 @@ class TokenHealth:
 
 
 class TokenMonitor:
-    """Reads the special tokens of a model while it is trained, and remembers how they started.
+    """Monitor of a model's special tokens during training, which stores their initial values.
 
-    A model that starts behind the embeddings, such as the head of a linear probe, has none.
+    A model without embeddings, such as the head of a linear probe, has no special tokens.
     """
 
     def __init__(self, model: nn.Module) -> None:
         embeddings = [module for module in model.modules() if isinstance(module, ViTCLSEmbeddings)]
         self.parameters = embeddings[0].get_special_tokens() if embeddings else {}
-        self.at_start = self.tokens()
-        self.named: set[str] = set()  # tokens that were found without gradient
+        self.at_start = self.get_tokens()
+        self.named: set[str] = set()  # tokens without gradient that were already returned
 
-    def tokens(self) -> Tokens:
-        """A copy of each token, on the CPU."""
+    def get_tokens(self) -> Tokens:
+        """Return a copy of each token on the CPU."""
         return {
             f"{group}[{index}]": token
             for group, parameter in self.parameters.items()
-            for index, token in enumerate(as_whole(parameter).detach().float().cpu().squeeze(0).clone())
+            for index, token in enumerate(gather_tensor(parameter).detach().float().cpu().squeeze(0).clone())
         }
 
-    def gradients(self) -> Tokens:
-        """The gradient of each token that has one."""
+    def get_gradients(self) -> Tokens:
+        """Return the gradient of each token that has a gradient."""
         return {
             f"{group}[{index}]": gradient
             for group, parameter in self.parameters.items()
-            if (whole := whole_gradient(parameter)) is not None
+            if (whole := gather_gradient(parameter)) is not None
             for index, gradient in enumerate(whole.float().cpu().squeeze(0).clone())
         }
 
-    def health(self, before: Tokens, gradients: Tokens) -> TokenHealth:
-        """After a step: the figures, from the tokens before it and the gradients that moved them."""
-        after = self.tokens()
-        gradient_norms = {name: norm(gradients[name]) if name in gradients else 0.0 for name in after}
+    def compute_health(self, before: Tokens, gradients: Tokens) -> TokenHealth:
+        """Compute the metrics after a step from the tokens and gradients before the update."""
+        after = self.get_tokens()
+        gradient_norms = {name: compute_norm(gradients[name]) if name in gradients else 0.0 for name in after}
         return TokenHealth(
-            norm={name: norm(token) for name, token in after.items()},
+            norm={name: compute_norm(token) for name, token in after.items()},
             gradient_norm=gradient_norms,
             update_ratio={
-                name: norm(token - before[name]) / max(norm(before[name]), 1e-12) for name, token in after.items()
+                name: compute_norm(token - before[name]) / max(compute_norm(before[name]), 1e-12)
+                for name, token in after.items()
             },
         )
 
-    def newly_without_gradient(self, health: TokenHealth) -> list[str]:
-        """Names of the tokens that got no gradient in this step, each once."""
-        found = [name for name, value in health.gradient_norm.items() if value == 0 and name not in self.named]
-        self.named.update(found)
-        return found
+    def find_new_without_gradient(self, health: TokenHealth) -> list[str]:
+        """Return the names of the tokens without gradient in this step; each name is returned once per run."""
+        names = [name for name, value in health.gradient_norm.items() if value == 0 and name not in self.named]
+        self.named.update(names)
+        return names
 
-    def unmoved(self) -> list[str]:
-        """Names of the tokens that are exactly as they started, such as `registers[1]`."""
-        return [name for name, token in self.tokens().items() if torch.equal(token, self.at_start[name])]
+    def find_unmoved(self) -> list[str]:
+        """Return the names of the tokens that have their initial values, such as `registers[1]`."""
+        return [name for name, token in self.get_tokens().items() if torch.equal(token, self.at_start[name])]
 
-    def movement(self) -> dict[str, float]:
-        """Euclidean norm of the change of each token since the start."""
-        return {name: norm(token - self.at_start[name]) for name, token in self.tokens().items()}
+    def compute_movement(self) -> dict[str, float]:
+        """Return the Euclidean norm of the change of each token since the start."""
+        return {name: compute_norm(token - self.at_start[name]) for name, token in self.get_tokens().items()}
 
 
 def build_attention_measure(
-    model: Any, normalise: Callable[[torch.Tensor], torch.Tensor]
+    model: Any, normalize: Callable[[torch.Tensor], torch.Tensor]
 ) -> Callable[[dict[str, Any]], dict[str, Any]]:
-    """`AttentionEntropy` of a model whose CLS attention can be read: not without CLS tokens, nor between merged
+    """Return `AttentionEntropy` if the CLS attention is available: the model has CLS tokens and does not merge
     patches."""
-    can_be_read = model.config.num_cls_tokens and not model.config.merged_patches_per_layer
-    return AttentionEntropy(model, normalise) if can_be_read else nothing
+    is_available = model.config.num_cls_tokens and not model.config.merged_patches_per_layer
+    return AttentionEntropy(model, normalize) if is_available else measure_nothing
 
 
-def nothing(batch: dict[str, Any]) -> dict[str, Any]:
-    """There is no CLS attention that could be measured."""
+def measure_nothing(batch: dict[str, Any]) -> dict[str, Any]:
+    """Return no metrics, for models without CLS attention."""
     return {}
 
 
 class AttentionEntropy:
-    """Measures, now and then, how much of the image the CLS tokens attend to."""
+    """Entropy of the CLS attention."""
 
-    def __init__(self, model: Any, normalise: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    def __init__(self, model: Any, normalize: Callable[[torch.Tensor], torch.Tensor]) -> None:
         self.model = model
-        self.normalise = normalise
+        self.normalize = normalize
 
     @torch.no_grad()
     def __call__(self, batch: dict[str, Any]) -> dict[str, list[float]]:
-        """Entropy in nats per layer: the mean over the batch's first images, heads and CLS tokens."""
-        pixel_values = self.normalise(batch["pixels"][:ATTENTION_IMAGES])  # [B, C, H, W]
+        """Return the entropy in nats per layer: the mean over the batch's first images, heads and CLS tokens."""
+        pixel_values = self.normalize(batch["pixels"][:ATTENTION_IMAGES])  # [B, C, H, W]
         self.model.eval()
         weights = self.model.token_attention(pixel_values, tokens=("cls",))  # [B, layers, heads, CLS, N]
-        set_training(self.model)
+        set_train_mode(self.model)
         entropy = torch.special.entr(weights.float()).sum(-1)  # [B, layers, heads, CLS]
         return {"cls_attention_entropy": [round(value, 4) for value in entropy.mean(dim=(0, 2, 3)).tolist()]}
 
 
-def norm(vector: torch.Tensor) -> float:
-    """Its Euclidean length."""
+def compute_norm(vector: torch.Tensor) -> float:
+    """Return the Euclidean norm."""
     return vector.norm().item()

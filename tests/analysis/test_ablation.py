@@ -11,21 +11,21 @@ from varied_models import with_varied_answers
 
 from modeling_vitcls import ViTCLSForImageClassification, ViTCLSForMultiTaskClassification, ViTCLSModel
 from modeling_vitcls.analysis.ablation import (
-    UNKNOWN,
-    Answers,
-    Effect,
-    ablation_effects,
-    answers_of,
-    decisions,
-    effect,
-    held_at_mean,
-    right_answers,
-    token_keys,
+    AblationEffect,
+    Predictions,
+    collect_predictions,
+    compute_ablation_effects,
+    compute_effect,
+    encode_label,
+    get_predicted_labels,
+    get_token_keys,
+    replace_token_by_mean,
 )
-from modeling_vitcls.analysis.image_report import answers_in_words
+from modeling_vitcls.analysis.image_report import build_image_predictions
 from modeling_vitcls.analysis.token_statistics import TokenStatistics
 from modeling_vitcls.attention_masks_vitcls import build_attention_mask
 from modeling_vitcls.conversion.random_weights import random_fill
+from modeling_vitcls.heads_vitcls import IGNORED_LABEL
 
 
 PIXELS = images(6)
@@ -83,14 +83,14 @@ def test_each_token_is_held_at_its_mean(layout: dict[str, Any]) -> None:
     model = classifier(**layout)
     means = mean_states(model)
     before = logits_by_hand(model, None, means)
-    assert largest_difference(answers_of(model, Batches()).logits, before) <= 1e-5
-    found = ablation_effects(model, Batches(), means)
-    assert list(found) == token_keys(model.config.token_layout)
+    assert largest_difference(collect_predictions(model, Batches()).logits, before) <= 1e-5
+    found = compute_ablation_effects(model, Batches(), means)
+    assert list(found) == get_token_keys(model.config.token_layout)
     scale = (before - before.mean(dim=0)).square().mean().sqrt()
     for place, name in enumerate(found):
         after = logits_by_hand(model, place, means)
-        with held_at_mean(model, place, means[:, place]):
-            assert largest_difference(answers_of(model, Batches()).logits, after) <= 1e-5
+        with replace_token_by_mean(model, place, means[:, place]):
+            assert largest_difference(collect_predictions(model, Batches()).logits, after) <= 1e-5
         change = ((after - before).square().mean().sqrt() / scale).item()
         assert found[name].logit_change == pytest.approx(change, abs=1e-5)
         changed = (after.argmax(-1) != before.argmax(-1)).float().mean().item()
@@ -112,8 +112,8 @@ def test_every_kind_of_layers(fields: dict[str, Any]) -> None:
     model = classifier(num_cls_tokens=2, num_register_tokens=2, **fields)
     means = mean_states(model)
     for place in range(4):
-        with held_at_mean(model, place, means[:, place]):
-            found = answers_of(model, Batches()).logits
+        with replace_token_by_mean(model, place, means[:, place]):
+            found = collect_predictions(model, Batches()).logits
         assert largest_difference(found, logits_by_hand(model, place, means)) <= 1e-5
 
 
@@ -121,13 +121,13 @@ def test_a_token_that_is_all_that_the_head_reads() -> None:
     """Without it all images get one answer."""
     model = classifier(num_register_tokens=2)
     means = mean_states(model)
-    own = answers_of(model, Batches()).chosen.squeeze(1)
+    own = collect_predictions(model, Batches()).predicted.squeeze(1)
     right = own.clone()
     right[0] = (right[0] + 1) % LABELS
-    with held_at_mean(model, 0, means[:, 0]):
-        logits = answers_of(model, Batches()).logits
+    with replace_token_by_mean(model, 0, means[:, 0]):
+        logits = collect_predictions(model, Batches()).logits
     assert largest_difference(logits, logits[:1].expand_as(logits)) <= 1e-5
-    found = ablation_effects(model, Batches(right), means)["cls[0]"]
+    found = compute_ablation_effects(model, Batches(right), means)["cls[0]"]
     answer = logits[0].argmax()
     assert len(own.unique()) > 1
     assert found.changed_answers == pytest.approx((own != answer).float().mean().item())
@@ -139,7 +139,7 @@ def test_a_token_that_nobody_attends_to() -> None:
     means = mean_states(model)
     with torch.no_grad():
         model.vitcls.gates.gates.copy_(torch.tensor([0.0, model.vitcls.gates.OPEN]))
-    found = ablation_effects(model, Batches(torch.arange(6)), means)
+    found = compute_ablation_effects(model, Batches(torch.arange(6)), means)
     assert found["registers[0]"].logit_change <= 1e-5
     assert found["registers[0]"].changed_answers == found["registers[0]"].accuracy_change == 0
     assert found["registers[1]"].logit_change > 1e-2
@@ -151,19 +151,19 @@ def test_tasks_have_an_answer_each() -> None:
     model = with_varied_answers(ViTCLSForMultiTaskClassification(config), PIXELS)
     with torch.no_grad():
         logits = model(PIXELS).logits
-    found = answers_of(model, Batches())
-    assert torch.equal(found.chosen, torch.stack([logits["age"].argmax(-1), logits["species"].argmax(-1)], dim=1))
-    right = found.chosen.clone()
-    right[:3, 0] = UNKNOWN
+    found = collect_predictions(model, Batches())
+    assert torch.equal(found.predicted, torch.stack([logits["age"].argmax(-1), logits["species"].argmax(-1)], dim=1))
+    right = found.predicted.clone()
+    right[:3, 0] = IGNORED_LABEL
     right[3, 0] = (right[3, 0] + 1) % 7
-    right[:5, 1] = UNKNOWN
-    assert answers_of(model, Batches(right)).accuracy() == pytest.approx(3 / 4)
-    effects = ablation_effects(model, Batches(right), mean_states(model))
+    right[:5, 1] = IGNORED_LABEL
+    assert collect_predictions(model, Batches(right)).accuracy() == pytest.approx(3 / 4)
+    effects = compute_ablation_effects(model, Batches(right), mean_states(model))
     for name, place in {"cls[0]": 0, "cls[1]": 1}.items():
-        with held_at_mean(model, place, mean_states(model)[:, place]):
-            after = answers_of(model, Batches(right))
-        assert len(after.chosen[:, place].unique()) == 1 < len(found.chosen[:, place].unique())
-        changed = (after.chosen != found.chosen).any(dim=1).float().mean().item()
+        with replace_token_by_mean(model, place, mean_states(model)[:, place]):
+            after = collect_predictions(model, Batches(right))
+        assert len(after.predicted[:, place].unique()) == 1 < len(found.predicted[:, place].unique())
+        changed = (after.predicted != found.predicted).any(dim=1).float().mean().item()
         assert effects[name].changed_answers == pytest.approx(changed)
         assert effects[name].accuracy_change == pytest.approx(after.accuracy() - 3 / 4)
 
@@ -172,32 +172,34 @@ def test_each_of_several_labels_is_an_answer() -> None:
     model = classifier(problem_type="multi_label_classification")
     with torch.no_grad():
         expected = (model(PIXELS).logits > 0).long()
-    found = answers_of(model, Batches())
-    assert torch.equal(found.chosen, expected) and 0 < expected.float().mean() < 1
+    found = collect_predictions(model, Batches())
+    assert torch.equal(found.predicted, expected) and 0 < expected.float().mean() < 1
     right = expected.float()
     right[0, :3] = 1 - right[0, :3]
-    right[1] = UNKNOWN
-    assert answers_of(model, Batches(right)).accuracy() == pytest.approx(1 - 3 / (5 * LABELS))
+    right[1] = IGNORED_LABEL
+    assert collect_predictions(model, Batches(right)).accuracy() == pytest.approx(1 - 3 / (5 * LABELS))
 
 
 def test_right_answers_that_are_not_known() -> None:
     model = classifier()
-    own = answers_of(model, Batches()).chosen.squeeze(1)
-    assert answers_of(model, Batches()).accuracy() is None
-    assert answers_of(model, Batches(torch.full((6,), UNKNOWN))).accuracy() is None
-    assert answers_of(model, Batches(own)).accuracy() == 1  # one for each image
-    assert answers_of(model, Batches(own[:, None])).accuracy() == 1
+    own = collect_predictions(model, Batches()).predicted.squeeze(1)
+    assert collect_predictions(model, Batches()).accuracy() is None
+    assert collect_predictions(model, Batches(torch.full((6,), IGNORED_LABEL))).accuracy() is None
+    assert collect_predictions(model, Batches(own)).accuracy() == 1  # one for each image
+    assert collect_predictions(model, Batches(own[:, None])).accuracy() == 1
     wrong = (own + 1) % LABELS
-    partly = torch.where(torch.arange(6) < 4, torch.tensor(UNKNOWN), torch.where(torch.arange(6) < 5, own, wrong))
-    assert answers_of(model, Batches(partly)).accuracy() == 0.5
-    found = ablation_effects(model, Batches(torch.full((6,), UNKNOWN)), mean_states(model))
+    partly = torch.where(
+        torch.arange(6) < 4, torch.tensor(IGNORED_LABEL), torch.where(torch.arange(6) < 5, own, wrong)
+    )
+    assert collect_predictions(model, Batches(partly)).accuracy() == 0.5
+    found = compute_ablation_effects(model, Batches(torch.full((6,), IGNORED_LABEL)), mean_states(model))
     assert found["cls[0]"].accuracy_change is None
 
     def first_batch_only() -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
         yield PIXELS[:4], own[:4]
         yield PIXELS[4:], None
 
-    assert answers_of(model, first_batch_only).accuracy() is None
+    assert collect_predictions(model, first_batch_only).accuracy() is None
 
 
 def test_answers_that_are_known_are_not_asked_for_again() -> None:
@@ -205,58 +207,58 @@ def test_answers_that_are_known_are_not_asked_for_again() -> None:
     means = mean_states(model)
     passes = []
     with model.register_forward_hook(lambda *_: passes.append(1)):
-        before = answers_of(model, Batches())
-        found = ablation_effects(model, Batches(), means, before)
+        before = collect_predictions(model, Batches())
+        found = compute_ablation_effects(model, Batches(), means, before)
     assert len(passes) == 2 + 2 * 2  # two batches, once as they are and once for each token
-    assert found == ablation_effects(model, Batches(), means)
+    assert found == compute_ablation_effects(model, Batches(), means)
 
 
 def test_chance_is_the_most_frequent_answer() -> None:
-    def answers(chosen: list[list[int]], right: list[list[int]]) -> Answers:
-        return Answers(torch.zeros(len(chosen), 2), torch.tensor(chosen), torch.tensor(right))
+    def answers(chosen: list[list[int]], right: list[list[int]]) -> Predictions:
+        return Predictions(torch.zeros(len(chosen), 2), torch.tensor(chosen), torch.tensor(right))
 
-    ten = [[0]] * 6 + [[1]] * 3 + [[UNKNOWN]]
+    ten = [[0]] * 6 + [[1]] * 3 + [[IGNORED_LABEL]]
     constant = answers([[0]] * 10, ten)
     assert constant.chance() == pytest.approx(constant.accuracy()) == pytest.approx(6 / 9)
     assert constant.is_better_than_chance() is False
     assert answers([[0]] * 6 + [[1]] * 4, ten).is_better_than_chance() is True  # 9 of 9, where 6 / 9 ± 0.31 are chance
     assert answers([[0]] * 7 + [[1]] * 3, ten).is_better_than_chance() is False  # 8 of 9
-    tasks = answers([[0, 1]] * 4, [[0, 1], [0, 1], [1, UNKNOWN], [0, 0]])
+    tasks = answers([[0, 1]] * 4, [[0, 1], [0, 1], [1, IGNORED_LABEL], [0, 0]])
     assert tasks.chance() == pytest.approx((3 + 2) / 7)
-    assert answers([[0]], [[UNKNOWN]]).is_better_than_chance() is None
-    assert Answers(torch.zeros(1, 2), torch.tensor([[0]]), None).chance() is None
+    assert answers([[0]], [[IGNORED_LABEL]]).is_better_than_chance() is None
+    assert Predictions(torch.zeros(1, 2), torch.tensor([[0]]), None).chance() is None
 
 
 def test_one_label_is_a_question_of_its_own() -> None:
     """As where answers are shown: yes from a probability of 0.5 on, whatever the problem is called."""
     config = tiny_config(num_labels=1)
     logits = torch.tensor([[-0.1], [0.1], [3.0]])
-    assert decisions([logits], config).tolist() == [[0], [1], [1]]
-    shown = [len(answers_in_words(one[None], config)[0].labels) for one in logits]
+    assert get_predicted_labels([logits], config).tolist() == [[0], [1], [1]]
+    shown = [len(build_image_predictions(one[None], config)[0].labels) for one in logits]
     assert shown == [0, 1, 1]
-    assert [right_answers(label, config).tolist() for label in (0, 1, None, -100, [1.0], [0.0])] == [
+    assert [encode_label(label, config).tolist() for label in (0, 1, None, -100, [1.0], [0.0])] == [
         [1],
         [0],
-        [UNKNOWN],
-        [UNKNOWN],
+        [IGNORED_LABEL],
+        [IGNORED_LABEL],
         [1],
         [0],
     ]
     model = with_varied_answers(ViTCLSForImageClassification(config), PIXELS)
-    assert 0 < answers_of(model, Batches()).chosen.float().mean() < 1
+    assert 0 < collect_predictions(model, Batches()).predicted.float().mean() < 1
 
 
 def test_effects_in_numbers() -> None:
     logits = torch.tensor([[2.0, 0.0], [0.0, 2.0]])
-    before = Answers(logits, torch.tensor([[0], [1]]), torch.tensor([[0], [0]]))
-    after = Answers(logits + torch.tensor([[0.0, 0.0], [4.0, 0.0]]), torch.tensor([[0], [0]]), before.right)
-    assert effect(before, after) == Effect(0.5, 2.0, 0.5, 2)
-    alike = Answers(torch.full((2, 2), 100.0), before.chosen, None)
-    rounding = Answers(alike.logits + 1e-5, before.chosen, None)
-    assert effect(alike, alike) == Effect(0.0, 0.0, None, 2)
-    assert effect(alike, rounding).logit_change < 1e-3  # and not divided by no variation at all
-    nothing = Answers(torch.zeros(2, 2), before.chosen, None)
-    assert effect(nothing, nothing).logit_change == 0
+    before = Predictions(logits, torch.tensor([[0], [1]]), torch.tensor([[0], [0]]))
+    after = Predictions(logits + torch.tensor([[0.0, 0.0], [4.0, 0.0]]), torch.tensor([[0], [0]]), before.labels)
+    assert compute_effect(before, after) == AblationEffect(0.5, 2.0, 0.5, 2)
+    alike = Predictions(torch.full((2, 2), 100.0), before.predicted, None)
+    rounding = Predictions(alike.logits + 1e-5, before.predicted, None)
+    assert compute_effect(alike, alike) == AblationEffect(0.0, 0.0, None, 2)
+    assert compute_effect(alike, rounding).logit_change < 1e-3  # and not divided by no variation at all
+    nothing = Predictions(torch.zeros(2, 2), before.predicted, None)
+    assert compute_effect(nothing, nothing).logit_change == 0
 
 
 def test_the_effect_over_one_image_is_none() -> None:
@@ -268,20 +270,20 @@ def test_the_effect_over_one_image_is_none() -> None:
     def batches() -> Iterator[tuple[torch.Tensor, None]]:
         yield PIXELS[:1], None
 
-    for found in ablation_effects(model, batches, means).values():
+    for found in compute_ablation_effects(model, batches, means).values():
         assert found.changed_answers == 0 and found.logit_change < 1e-3
 
 
 def test_the_model_is_left_as_it_was() -> None:
     model = classifier(num_register_tokens=1, hidden_dropout_prob=0.5)
     means = mean_states(model)
-    expected = ablation_effects(model, Batches(), means)
+    expected = compute_ablation_effects(model, Batches(), means)
     weights = {name: weight.clone() for name, weight in model.state_dict().items()}
     model.train()
     model.vitcls.layers[0].eval()
     modes = {name: module.training for name, module in model.named_modules()}
-    assert ablation_effects(model, Batches(), means) == expected
-    with raises_one_line("broken"), held_at_mean(model, 0, means[:, 0]):
+    assert compute_ablation_effects(model, Batches(), means) == expected
+    with raises_one_line("broken"), replace_token_by_mean(model, 0, means[:, 0]):
         raise ValueError("broken")
     assert {name: module.training for name, module in model.named_modules()} == modes
     assert all(torch.equal(weight, weights[name]) for name, weight in model.state_dict().items())
@@ -295,10 +297,10 @@ def hooks_of(model: nn.Module) -> list[Any]:
 def test_compiled_models() -> None:
     model = classifier(num_register_tokens=1)
     means = mean_states(model)
-    expected = ablation_effects(model, Batches(), means)
+    expected = compute_ablation_effects(model, Batches(), means)
     model.compile(backend="eager")
     model(PIXELS)  # compiled without hooks
-    found = ablation_effects(model, Batches(), means)
+    found = compute_ablation_effects(model, Batches(), means)
     for name, one in found.items():
         assert one.logit_change == pytest.approx(expected[name].logit_change, rel=1e-3)
     assert found["cls[0]"].logit_change > 0.1
@@ -306,25 +308,25 @@ def test_compiled_models() -> None:
 
 def test_what_cannot_be_measured_is_said() -> None:
     encoder = random_fill(ViTCLSModel(tiny_config(**LAYOUTS["three_cls"])))
-    with raises_one_line("use a classifier"):
-        ablation_effects(encoder, Batches(), mean_states(encoder))
+    with raises_one_line("Use a classifier"):
+        compute_ablation_effects(encoder, Batches(), mean_states(encoder))
     model = classifier()
     with raises_one_line("no images"):
-        answers_of(model, lambda: iter(()))
+        collect_predictions(model, lambda: iter(()))
     with raises_one_line("[4, 2]", "[4, 1]"):
-        answers_of(model, Batches(torch.zeros(6, 2)))
+        collect_predictions(model, Batches(torch.zeros(6, 2)))
     several = classifier(problem_type="multi_label_classification")
     with raises_one_line("[4]", f"[4, {LABELS}]"):
-        answers_of(several, Batches(torch.zeros(6)))
+        collect_predictions(several, Batches(torch.zeros(6)))
 
 
 def test_labels_of_data_sets_become_right_answers() -> None:
     plain = tiny_config()
-    assert right_answers(2, plain).tolist() == [2] and right_answers(None, plain).tolist() == [UNKNOWN]
+    assert encode_label(2, plain).tolist() == [2] and encode_label(None, plain).tolist() == [IGNORED_LABEL]
     several = tiny_config(problem_type="multi_label_classification")
-    assert right_answers([0.0, 1.0, 1.0], several).tolist() == [0, 1, 1]
-    assert right_answers(None, several).tolist() == [UNKNOWN] * 3
+    assert encode_label([0.0, 1.0, 1.0], several).tolist() == [0, 1, 1]
+    assert encode_label(None, several).tolist() == [IGNORED_LABEL] * 3
     tasks = tiny_config(num_cls_tokens=2, tasks=TASKS)
-    assert right_answers({"species": 3, "age": 1}, tasks).tolist() == [1, 3]
-    assert right_answers({"species": 3}, tasks).tolist() == [UNKNOWN, 3]
-    assert right_answers(None, tasks).tolist() == [UNKNOWN] * 2
+    assert encode_label({"species": 3, "age": 1}, tasks).tolist() == [1, 3]
+    assert encode_label({"species": 3}, tasks).tolist() == [IGNORED_LABEL, 3]
+    assert encode_label(None, tasks).tolist() == [IGNORED_LABEL] * 2

@@ -25,9 +25,9 @@ from modeling_vitcls import (
     ViTCLSForMultiTaskClassification,
     ViTCLSModel,
 )
-from modeling_vitcls.analysis.attention_recorder import recorded_attention
-from modeling_vitcls.analysis.attribution import attention_rollout, attribution
-from modeling_vitcls.analysis.model_utils import evaluating
+from modeling_vitcls.analysis.attention_recorder import record_attention_layers
+from modeling_vitcls.analysis.attribution import compute_attention_rollout, compute_attribution
+from modeling_vitcls.analysis.model_utils import evaluation_mode
 
 
 TOLERANCE = 1e-5
@@ -147,7 +147,7 @@ def test_rollout_is_the_product_of_all_layers(layout: dict[str, Any], implementa
     model.set_attn_implementation(implementation)
     num_special = model.config.token_layout.num_prefix_tokens
     for size in SIZES:
-        found = attention_rollout(model, images(2, *size))
+        found = compute_attention_rollout(model, images(2, *size))
         expected = rollout_by_products(model, images(2, *size))[:, :num_special]
         assert largest_difference(found, expected) <= TOLERANCE
         assert largest_difference(found.sum(-1), torch.ones(found.shape[:-1])) <= TOLERANCE
@@ -157,7 +157,7 @@ def test_rollout_is_the_product_of_all_layers(layout: dict[str, Any], implementa
 @each_kind_of_layers
 def test_rollout_of_every_kind_of_layers(fields: dict[str, Any]) -> None:
     model = filled(ViTCLSModel(tiny_config(**LAYERS | fields)))
-    found = attention_rollout(model, images())
+    found = compute_attention_rollout(model, images())
     expected = rollout_by_products(model, images())[:, : found.shape[1]]
     assert largest_difference(found, expected) <= TOLERANCE
 
@@ -169,7 +169,7 @@ def test_rollout_of_differential_attention(share: float) -> None:
     with torch.no_grad():
         for layer in model.layers:
             layer.attention.second_share.fill_(share)
-    found = attention_rollout(model, images())
+    found = compute_attention_rollout(model, images())
     assert largest_difference(found, rollout_by_products(model, images())[:, :1]) <= TOLERANCE
     assert largest_difference(found.sum(-1), torch.ones(found.shape[:-1])) <= TOLERANCE and found.min() >= 0
     with torch.no_grad():
@@ -177,7 +177,7 @@ def test_rollout_of_differential_attention(share: float) -> None:
             for part in (layer.attention.q_proj, layer.attention.k_proj):
                 part.weight.zero_()
                 part.bias.zero_()
-    same = attention_rollout(model, images())
+    same = compute_attention_rollout(model, images())
     assert (same[0, 0, 0].item() == pytest.approx(1)) == (share >= 1)
 
 
@@ -191,7 +191,7 @@ def test_rollout_of_every_class(name: str) -> None:
         "backbone": ViTCLSBackbone(tiny_config(out_indices=[0, 2])),
     }
     model = filled(models[name])
-    found = attention_rollout(model, images())
+    found = compute_attention_rollout(model, images())
     assert found.shape[1] == model.config.token_layout.num_prefix_tokens > 0
     assert largest_difference(found, rollout_by_products(model, images())[:, : found.shape[1]]) <= TOLERANCE
 
@@ -205,7 +205,7 @@ def test_attribution_is_from_what_the_head_reads(
     fields: dict[str, Any], special: list[float], patches: str, size: tuple[int, int]
 ) -> None:
     model = classifier(**fields)
-    found = attribution(model, images(2, *size), target=1)
+    found = compute_attribution(model, images(2, *size), target=1)
     relevance, sequence = relevance_by_products(model, images(2, *size), target=1)
     expected = (shares(special, patches, sequence)[:, None] @ relevance).squeeze(1)
     assert_same_relevance(found, expected)
@@ -217,7 +217,7 @@ def test_attribution_is_from_what_the_head_reads(
 def test_attribution_of_every_kind_of_layers(fields: dict[str, Any], implementation: str) -> None:
     model = classifier(**fields)
     model.set_attn_implementation(implementation)
-    found = attribution(model, images(), target=2)
+    found = compute_attribution(model, images(), target=2)
     expected = relevance_by_products(model, images(), target=2)[0][:, 0]
     assert_same_relevance(found, expected)
 
@@ -226,51 +226,51 @@ def test_attribution_of_tasks() -> None:
     """Each reads its own CLS token; they stand in alphabetical order."""
     model = filled(ViTCLSForMultiTaskClassification(tiny_config(**LAYERS, num_cls_tokens=2, tasks=TASKS)))
     for place, task in enumerate(["age", "species"]):
-        found = attribution(model, images(), target=1, task=task)
+        found = compute_attribution(model, images(), target=1, task=task)
         assert_same_relevance(found, relevance_by_products(model, images(), 1, task)[0][:, place])
-    assert largest_difference(found, attribution(model, images(), target=1, task="age")) > 1e-3
+    assert largest_difference(found, compute_attribution(model, images(), target=1, task="age")) > 1e-3
 
 
 def test_targets() -> None:
     model = classifier()
     pixels = images(3)
-    of_each = torch.stack([attribution(model, pixels, target) for target in range(3)])  # [class, B, N]
+    of_each = torch.stack([compute_attribution(model, pixels, target) for target in range(3)])  # [class, B, N]
     chosen = model(pixels).logits.argmax(dim=-1)
     assert largest_difference(of_each[0], of_each[1]) > 1e-3
-    assert torch.equal(attribution(model, pixels), of_each[chosen, torch.arange(3)])
+    assert torch.equal(compute_attribution(model, pixels), of_each[chosen, torch.arange(3)])
     for wanted in (torch.tensor([2, 0, 1]), torch.tensor([2, 0, 1], dtype=torch.int32)):
-        assert torch.equal(attribution(model, pixels, wanted), of_each[wanted.long(), torch.arange(3)])
+        assert torch.equal(compute_attribution(model, pixels, wanted), of_each[wanted.long(), torch.arange(3)])
 
 
 def test_what_cannot_be_attributed_is_said() -> None:
     model = classifier()
     for target in (3, -1, torch.tensor([0, 3])):
         with raises_one_line("target", "0 to 2"):
-            attribution(model, images(), target)
+            compute_attribution(model, images(), target)
     with raises_one_line("target", "3 classes", "2 images"):
-        attribution(model, images(), torch.tensor([0, 1, 2]))
+        compute_attribution(model, images(), torch.tensor([0, 1, 2]))
     with raises_one_line("'age'", "no tasks"):
-        attribution(model, images(), task="age")
-    with raises_one_line("use a classifier"):
-        attribution(filled(ViTCLSModel(tiny_config())), images())
+        compute_attribution(model, images(), task="age")
+    with raises_one_line("Use a classifier"):
+        compute_attribution(filled(ViTCLSModel(tiny_config())), images())
     tasks = filled(ViTCLSForMultiTaskClassification(tiny_config(num_cls_tokens=2, tasks=TASKS)))
     for task in (None, "colour"):
         with raises_one_line(repr(task), "age, species"):
-            attribution(tasks, images(), task=task)
+            compute_attribution(tasks, images(), task=task)
     assert_no_recording(model, tasks)
 
 
 @pytest.mark.parametrize("frozen", ["all", "encoder", "none"])
 def test_weights_are_left_alone(frozen: str) -> None:
     """Frozen ones are no obstacle, none gets a gradient, and gradients need not be switched on."""
-    expected = attribution(classifier(), images(), target=0)
+    expected = compute_attribution(classifier(), images(), target=0)
     model = classifier()
     part: nn.Module = {"all": model, "encoder": model.vitcls, "none": nn.Module()}[frozen]
     part.requires_grad_(False)
     pixels = images()
     for mode in (torch.no_grad, torch.inference_mode):
         with mode():
-            found = attribution(model, pixels, target=0)
+            found = compute_attribution(model, pixels, target=0)
         assert largest_difference(found, expected) <= TOLERANCE
     assert all(parameter.grad is None for parameter in model.parameters())
     assert pixels.grad is None and not pixels.requires_grad
@@ -281,25 +281,25 @@ def test_weights_are_left_alone(frozen: str) -> None:
 def test_the_mode_of_each_part_stays() -> None:
     """Dropout is left out, and frozen parts, which are in evaluation mode while others train, stay so."""
     model = classifier(hidden_dropout_prob=0.5, attention_probs_dropout_prob=0.5, drop_path_rate=0.5)
-    expected = attention_rollout(model, images()), attribution(model, images())
+    expected = compute_attention_rollout(model, images()), compute_attribution(model, images())
     model.train()
     model.vitcls.layers[0].eval()
     before = {name: module.training for name, module in model.named_modules()}
-    found = attention_rollout(model, images()), attribution(model, images())
+    found = compute_attention_rollout(model, images()), compute_attribution(model, images())
     for one, other in zip(found, expected, strict=True):
         assert torch.equal(one, other)
     assert {name: module.training for name, module in model.named_modules()} == before
-    with raises_one_line("broken"), evaluating(model):
+    with raises_one_line("broken"), evaluation_mode(model):
         raise ValueError("broken")
     assert {name: module.training for name, module in model.named_modules()} == before
 
 
 def test_compiled_models() -> None:
     model = classifier(num_register_tokens=1)
-    expected = attention_rollout(model, images()), attribution(model, images())
+    expected = compute_attention_rollout(model, images()), compute_attribution(model, images())
     model.compile(backend="eager")
     model(images())  # compiled without recorders
-    found = attention_rollout(model, images()), attribution(model, images())
+    found = compute_attention_rollout(model, images()), compute_attribution(model, images())
     for one, other in zip(found, expected, strict=True):
         assert largest_difference(one, other) <= TOLERANCE
 
@@ -307,7 +307,7 @@ def test_compiled_models() -> None:
 @torch.no_grad()
 def test_recorded_maps_in_half_precision_sum_to_one() -> None:
     model = classifier().bfloat16()
-    with recorded_attention(model) as layers:
+    with record_attention_layers(model) as layers:
         model(images())
     assert len(layers) == 3
     for layer in layers:

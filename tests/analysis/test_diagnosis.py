@@ -10,15 +10,15 @@ from tiny_models import TASKS, filled, images, tiny_config
 from varied_models import with_varied_answers
 
 from modeling_vitcls import ViTCLSForImageClassification, ViTCLSForMultiTaskClassification, ViTCLSModel
-from modeling_vitcls.analysis.ablation import ablation_effects, answers_of
-from modeling_vitcls.analysis.diagnosis import FEWEST_IMAGES, Verdict, artifact_verdict, depth_story, verdicts
-from modeling_vitcls.analysis.maps import token_names
+from modeling_vitcls.analysis.ablation import collect_predictions, compute_ablation_effects
+from modeling_vitcls.analysis.diagnosis import MIN_IMAGES, Verdict, describe_artifacts, describe_depth, diagnose_tokens
+from modeling_vitcls.analysis.maps import get_token_names
 from modeling_vitcls.analysis.report import SIGNS
 from modeling_vitcls.analysis.token_statistics import Findings, TokenStatistics
 from modeling_vitcls.training.token_monitor import TokenMonitor
 
 
-PIXELS = images(FEWEST_IMAGES)
+PIXELS = images(MIN_IMAGES)
 TOKENS: dict[str, Any] = {"num_distillation_tokens": 1, "num_register_tokens": 3}
 KEYS = ["cls[0]", "distillation[0]", "registers[0]", "registers[1]", "registers[2]"]
 NAMES = ["CLS", "distillation", "register 1", "register 2", "register 3"]
@@ -46,10 +46,10 @@ def judged(
     def batches() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         yield pixels, torch.zeros(len(pixels), dtype=torch.long) if right is None else right
 
-    findings, answers = findings_of(model, pixels), answers_of(model, batches)
-    effects = ablation_effects(model, batches, findings.mean_states, answers)
-    found = verdicts(model.config, findings, effects, movement, None if right is None else answers)
-    assert [verdict.token for verdict in found] == token_names(model.config)
+    findings, answers = findings_of(model, pixels), collect_predictions(model, batches)
+    effects = compute_ablation_effects(model, batches, findings.mean_states, answers)
+    found = diagnose_tokens(model.config, findings, effects, movement, None if right is None else answers)
+    assert [verdict.token for verdict in found] == get_token_names(model.config)
     for verdict in found:
         assert verdict.reason.endswith(".") and "\n" not in verdict.reason and any(map(str.isdigit, verdict.reason))
         assert (verdict.word, verdict.meaning) in SIGNS  # the page has a sign for it
@@ -73,8 +73,10 @@ def test_a_healthy_model() -> None:
     assert words(found) == dict.fromkeys(NAMES, "learned")
     assert {verdict.meaning for verdict in found.values()} == {"good"}
     assert "accuracy" in found["CLS"].reason and "(0.5 times its norm)" in found["CLS"].reason
-    assert "of 16 images" in found["CLS"].reason and "times their spread over images" in found["CLS"].reason
-    assert artifact_verdict(model.config, findings_of(model)).startswith("No artifacts")
+    assert (
+        "of 16 images" in found["CLS"].reason and "times their standard deviation over images" in found["CLS"].reason
+    )
+    assert describe_artifacts(model.config, findings_of(model)).startswith("No artifacts")
 
 
 def test_an_untrained_model_has_learned_nothing() -> None:
@@ -86,7 +88,7 @@ def test_an_untrained_model_has_learned_nothing() -> None:
             assert "learned" not in words(found).values() and "good" not in {one.meaning for one in found.values()}
     found = judged(classifier())
     assert words(found) == dict.fromkeys(NAMES, "in use") and found["CLS"].meaning == "neutral"
-    assert "not known" in found["CLS"].reason
+    assert "unknown" in found["CLS"].reason
 
 
 def test_answers_no_better_than_chance_are_worth_little() -> None:
@@ -96,7 +98,7 @@ def test_answers_no_better_than_chance_are_worth_little() -> None:
     assert len(own.unique()) > 2
     assert "chance" not in judged(model, moved_by(1), right=own)["CLS"].reason
     reason = judged(model, moved_by(1), right=(own + 1) % 8)["CLS"].reason
-    assert "no better than chance (0.0% right on 16 images" in reason
+    assert "not better than chance (0.0% on 16 images" in reason
 
 
 @pytest.mark.parametrize("token", ["cls", "distillation", "registers"])
@@ -126,12 +128,12 @@ def test_a_token_that_did_not_move_and_has_no_effect() -> None:
         model.vitcls.gates.gates.zero_()
     movement = moved_by(1) | {"registers[2]": 0.0}
     found = judged(model, movement)["register 3"]
-    assert (found.word, found.meaning) == ("not moved", "bad") and "moved by 0" in found.reason
+    assert (found.word, found.meaning) == ("not moved", "bad") and "(by 0)" in found.reason
     few = judged(model, movement, PIXELS[:3])["register 3"]
-    assert (few.word, few.meaning) == ("not moved", "neutral") and "3 images are no basis" in few.reason
+    assert (few.word, few.meaning) == ("not moved", "neutral") and "there are 3" in few.reason
     encoder = filled(ViTCLSModel(tiny_config()))
-    (frozen,) = verdicts(encoder.config, findings_of(encoder), None, {"cls[0]": 0.0})
-    assert (frozen.word, frozen.meaning) == ("not moved", "neutral") and "no classifier" in frozen.reason
+    (frozen,) = diagnose_tokens(encoder.config, findings_of(encoder), None, {"cls[0]": 0.0})
+    assert (frozen.word, frozen.meaning) == ("not moved", "neutral") and "Without a classifier" in frozen.reason
 
 
 def test_a_token_that_is_the_same_for_all_images() -> None:
@@ -180,7 +182,7 @@ def test_a_huge_channel_that_all_share_makes_no_two_tokens_one(is_encoder: bool)
     size = 2e3 * findings_of(model).mean_states[-1].norm(dim=-1).max()
     with model.base_model.layers[-1].mlp.register_forward_hook(shift):
         findings = findings_of(model)
-        found = verdicts(model.config, findings) if is_encoder else judged(model).values()
+        found = diagnose_tokens(model.config, findings) if is_encoder else judged(model).values()
     assert findings.between_tokens[-1].min() > 0.999 and findings.variation[-1].max() < 1e-3
     assert {verdict.word for verdict in found} <= {"in use", "ignored by the head", "not judged"}
 
@@ -193,7 +195,7 @@ def test_two_identical_cls_tokens_of_tasks() -> None:
         for tokens in (embeddings.cls_token, embeddings.position_embeddings.cls):
             tokens[:, 1] = tokens[:, 0]
     findings = findings_of(model)
-    found = verdicts(model.config, findings)
+    found = diagnose_tokens(model.config, findings)
     assert [verdict.word for verdict in found] == ["collapsed", "collapsed"]
     assert "CLS species" in found[0].reason and "CLS age" in found[1].reason
 
@@ -205,26 +207,29 @@ def test_a_register_without_effect() -> None:
         model.vitcls.gates.gates.copy_(torch.tensor([model.vitcls.gates.OPEN, 0.0]))
     found = judged(model, moved_by(1))
     assert words(found) == dict(zip(NAMES, [*["learned"] * 4, "ignored by the head"], strict=True))
-    assert "the answers to 0 of 16 images (0.0%" in found["register 3"].reason
+    assert "the predictions of 0 of 16 images (0.0%" in found["register 3"].reason
 
 
 def test_without_a_classifier_the_worth_is_not_judged() -> None:
     """But what the states show is."""
     model = filled(ViTCLSModel(tiny_config(num_register_tokens=2)))
-    assert {verdict.word for verdict in verdicts(model.config, findings_of(model))} == {"not judged"}
+    assert {verdict.word for verdict in diagnose_tokens(model.config, findings_of(model))} == {"not judged"}
     with torch.no_grad():
         model.embeddings.register_tokens[:, 1] = model.embeddings.register_tokens[:, 0]
-    found = [verdict.word for verdict in verdicts(model.config, findings_of(model))]
+    found = [verdict.word for verdict in diagnose_tokens(model.config, findings_of(model))]
     assert found == ["not judged", "collapsed", "collapsed"]
     none = filled(ViTCLSModel(tiny_config(num_cls_tokens=0, pooling="mean")))
-    assert verdicts(none.config, findings_of(none)) == [] == depth_story(none.config, findings_of(none))
+    assert diagnose_tokens(none.config, findings_of(none)) == [] == describe_depth(none.config, findings_of(none))
 
 
-@pytest.mark.parametrize("number", [1, 2, FEWEST_IMAGES - 1])
+@pytest.mark.parametrize("number", [1, 2, MIN_IMAGES - 1])
 def test_few_images_are_no_basis(number: int) -> None:
     found = judged(classifier(), moved_by(1), PIXELS[:number])
     assert words(found) == dict.fromkeys(NAMES, "not judged")
-    assert f"{number} image" in found["CLS"].reason and "give 16 or more" in found["CLS"].reason
+    assert (
+        f"there {'are' if number > 1 else 'is'} {number}" in found["CLS"].reason
+        and "16 or more images" in found["CLS"].reason
+    )
 
 
 # Artifacts -----------------------------------------------------------------------------------------------------------
@@ -234,10 +239,10 @@ def test_few_images_are_no_basis(number: int) -> None:
 def test_planted_artifacts(num_registers: int) -> None:
     """One patch of sixteen has a huge norm in every image, from its position on."""
     model = classifier(num_distillation_tokens=0, num_register_tokens=num_registers)
-    assert artifact_verdict(model.config, findings_of(model)).startswith("No artifacts")
+    assert describe_artifacts(model.config, findings_of(model)).startswith("No artifacts")
     with torch.no_grad():
         model.vitcls.embeddings.position_embeddings.patches[:, 5] += 200
-    found = artifact_verdict(model.config, findings_of(model))
+    found = describe_artifacts(model.config, findings_of(model))
     assert found.startswith("Artifacts") and "6.25%" in found and "3 times" in found
     assert ("more registers may" in found) == ("The registers" in found) == bool(num_registers)
 
@@ -252,31 +257,34 @@ def test_the_last_layers_decide() -> None:
     """Darcet et al. look at the output; what stands out on the way is named as such."""
     model = classifier(num_hidden_layers=8, num_register_tokens=0)
     findings = findings_of(model)
-    bump = artifact_verdict(model.config, with_patch(findings, [0, 0, 0, 0.02, 0.01, 0, 0, 0.004, 0]))
+    bump = describe_artifacts(model.config, with_patch(findings, [0, 0, 0, 0.02, 0.01, 0, 0, 0.004, 0]))
     assert bump.startswith("No artifacts: after the last layers at most 0.40%")
-    assert "Most on the way: 2.00%, after layer 3, which are gone at the end" in bump
-    through = artifact_verdict(model.config, with_patch(findings, [0, 0, 0, 0.02, 0.02, 0.02, 0.02, 0.02, 0.02]))
-    assert through.startswith("Artifacts: after layer 7, 2.00%") and "on the way" not in through
-    both = artifact_verdict(model.config, with_patch(findings, [0, 0, 0, 0.02, 0, 0, 0, 0, 0.01]))
-    assert both.startswith("Artifacts: after layer 8, 1.00%") and "Most on the way: 2.00%, after layer 3." in both
-    clean = artifact_verdict(model.config, with_patch(findings, [0.0] * 9))
-    assert "on the way" not in clean and "register" not in clean
-    last = artifact_verdict(model.config, with_patch(findings, [0, 0, 0, 0, 0, 0, 0, 0.01, 0]))
+    assert "Maximum in earlier layers: 2.00%, after layer 3, but not in the last layers" in bump
+    through = describe_artifacts(model.config, with_patch(findings, [0, 0, 0, 0.02, 0.02, 0.02, 0.02, 0.02, 0.02]))
+    assert through.startswith("Artifacts: after layer 7, 2.00%") and "earlier layers" not in through
+    both = describe_artifacts(model.config, with_patch(findings, [0, 0, 0, 0.02, 0, 0, 0, 0, 0.01]))
+    assert (
+        both.startswith("Artifacts: after layer 8, 1.00%")
+        and "Maximum in earlier layers: 2.00%, after layer 3." in both
+    )
+    clean = describe_artifacts(model.config, with_patch(findings, [0.0] * 9))
+    assert "earlier layers" not in clean and "register" not in clean
+    last = describe_artifacts(model.config, with_patch(findings, [0, 0, 0, 0, 0, 0, 0, 0.01, 0]))
     assert last.startswith("Artifacts: after layer 7")  # of 8 layers, 2 are the last
 
 
 def test_registers_stand_out_instead_or_not() -> None:
     model = classifier(num_distillation_tokens=0, num_register_tokens=2)
     findings = with_patch(findings_of(model), [0.0] * 4, [0, 0, 0.01, 0.03])
-    plain = artifact_verdict(model.config, findings)
-    assert "The registers do not stand out" in plain
+    plain = describe_artifacts(model.config, findings)
+    assert "The registers are not outliers" in plain
     assert "outliers after layer 3: 0.00%, with the registers hidden from attention 3.00%" in plain
     with torch.no_grad():
         model.vitcls.embeddings.register_tokens[:, 1] += 200
     findings = findings_of(model)
     ratio = findings.token_norms[-1, 2] / findings.patch_norms[-1].median()
-    found = artifact_verdict(model.config, findings)
-    assert ratio > 10 and f"stand out instead (at most {ratio:.1f} times the patches' median norm)" in found
+    found = describe_artifacts(model.config, findings)
+    assert ratio > 10 and f"are outliers instead (at most {ratio:.1f} times the median norm of the patches)" in found
 
 
 # Depth ---------------------------------------------------------------------------------------------------------------
@@ -290,18 +298,18 @@ def test_the_story_over_depth() -> None:
         first.attention.q_proj.weight.zero_()
         first.attention.q_proj.bias.zero_()
         last.attention.q_proj.weight *= 1000
-    (story,) = depth_story(model.config, findings_of(model))
+    (story,) = describe_depth(model.config, findings_of(model))
     assert story.startswith("CLS attends to 100%, ") and "most selective in layer 3: 1 token. " in story
 
 
 @pytest.mark.parametrize(
     ("selective", "end"),
     [
-        ([1], "As the story has it: near uniform early, selective in the middle."),
-        ([1, 2], "As the story has it: near uniform early, selective in the middle."),
-        ([0], "Unlike the story (near uniform early, selective in the middle)."),
-        ([0, 1, 2], "Unlike the story (near uniform early, selective in the middle)."),
-        ([2], "Unlike the story (near uniform early, selective in the middle)."),
+        ([1], "As expected: near uniform early, selective in the middle."),
+        ([1, 2], "As expected: near uniform early, selective in the middle."),
+        ([0], "Not as expected (near uniform early, selective in the middle)."),
+        ([0, 1, 2], "Not as expected (near uniform early, selective in the middle)."),
+        ([2], "Not as expected (near uniform early, selective in the middle)."),
         ([], "Uniform throughout: it selects nothing."),
     ],
 )
@@ -311,21 +319,21 @@ def test_whether_the_story_holds(selective: list[int], end: str) -> None:
         for index, layer in enumerate(model.vitcls.layers):
             layer.attention.q_proj.weight *= 1000 if index in selective else 0
             layer.attention.q_proj.bias *= index in selective
-    (story,) = depth_story(model.config, findings_of(model))
+    (story,) = describe_depth(model.config, findings_of(model))
     assert story.endswith(end)
 
 
 def test_the_story_is_about_tokens_that_answer() -> None:
     model = classifier()
-    stories = depth_story(model.config, findings_of(model))
-    assert ["story" in one or "throughout" in one for one in stories] == [True, True, False, False, False]
+    stories = describe_depth(model.config, findings_of(model))
+    assert ["expected" in one or "every layer" in one for one in stories] == [True, True, False, False, False]
 
 
 def test_two_layers_are_too_few_for_the_story() -> None:
     model = classifier(num_hidden_layers=2, num_distillation_tokens=0, num_register_tokens=0)
     with torch.no_grad():
         model.vitcls.layers[0].attention.q_proj.weight *= 1000
-    (story,) = depth_story(model.config, findings_of(model))
+    (story,) = describe_depth(model.config, findings_of(model))
     assert "too few layers" in story and "layer by layer" in story
 
 
@@ -337,5 +345,5 @@ def test_a_token_that_sees_a_part_is_measured_by_that_part() -> None:
         for layer in model.vitcls.layers:
             layer.attention.q_proj.weight.zero_()
             layer.attention.q_proj.bias.zero_()
-    for story in depth_story(model.config, findings_of(model)):
-        assert "attends to 100%, 100%, 100% of the tokens it may see" in story and story.endswith("selects nothing.")
+    for story in describe_depth(model.config, findings_of(model)):
+        assert "attends to 100%, 100%, 100% of the visible tokens" in story and story.endswith("selects no patches.")

@@ -23,15 +23,22 @@ from modeling_vitcls import (
     ViTCLSImageProcessor,
     ViTCLSModel,
 )
-from modeling_vitcls.analysis.card_images import MOST_BYTES, Sample, looks_at, small_png, title, write_pictures
-from modeling_vitcls.analysis.figures import (
-    GROUP_COLOURS,
-    attention_figure,
-    confusion_matrix_figure,
-    is_read,
-    token_layout_figure,
+from modeling_vitcls.analysis.card_images import (
+    MAX_BYTES,
+    Sample,
+    build_attention_samples,
+    encode_small_png,
+    format_title,
+    write_card_images,
 )
-from modeling_vitcls.analysis.maps import SeenPart, token_names
+from modeling_vitcls.analysis.figures import (
+    GROUP_COLORS,
+    is_read,
+    plot_attention,
+    plot_confusion_matrix,
+    plot_token_layout,
+)
+from modeling_vitcls.analysis.maps import VisibleRegion, get_token_names
 
 
 MANY = {"num_cls_tokens": 3, "num_distillation_tokens": 2, "num_register_tokens": 8}
@@ -52,7 +59,7 @@ def texts(figure: Figure) -> list[str]:
 def boxes_of(figure: Figure, group: str) -> list[Rectangle]:
     """Those in the colour of a group."""
     patches = [patch for patch in figure.axes[0].patches if isinstance(patch, Rectangle)]
-    return [patch for patch in patches if patch.get_facecolor() == to_rgba(GROUP_COLOURS[group])]
+    return [patch for patch in patches if patch.get_facecolor() == to_rgba(GROUP_COLORS[group])]
 
 
 # Token layout ----------------------------------------------------------------------------------------------------
@@ -68,15 +75,15 @@ LAYOUTS = {
 
 
 def test_the_palette_has_a_colour_for_each_group():
-    assert list(GROUP_COLOURS) == [name for name, _ in tiny_config().token_layout.items()]
-    assert len(set(GROUP_COLOURS.values())) == len(GROUP_COLOURS)
+    assert list(GROUP_COLORS) == [name for name, _ in tiny_config().token_layout.items()]
+    assert len(set(GROUP_COLORS.values())) == len(GROUP_COLORS)
 
 
 @pytest.mark.parametrize("fields", LAYOUTS.values(), ids=LAYOUTS)
 def test_the_layout_names_every_token_in_order_and_the_patches(fields):
     config = tiny_config(**fields)
-    figure = token_layout_figure(config)
-    names = [name.replace(" (", "\n(") for name in token_names(config)]
+    figure = plot_token_layout(config)
+    names = [name.replace(" (", "\n(") for name in get_token_names(config)]
     written = texts(figure)
     assert [text for text in written if text in names] == names
     rows, columns = config.grid_size
@@ -85,13 +92,13 @@ def test_the_layout_names_every_token_in_order_and_the_patches(fields):
     for group, tokens in config.token_layout.items():
         expected = 1 if group == "patches" else len(special[tokens])
         assert len(boxes_of(figure, group)) == expected
-    left_edges = [box.get_x() for group in GROUP_COLOURS for box in boxes_of(figure, group)]
+    left_edges = [box.get_x() for group in GROUP_COLORS for box in boxes_of(figure, group)]
     assert left_edges == sorted(left_edges)
 
 
 @pytest.mark.parametrize("fields", LAYOUTS.values(), ids=LAYOUTS)
 def test_the_layout_is_readable_at_800_pixels(fields):
-    figure = token_layout_figure(tiny_config(**fields))
+    figure = plot_token_layout(tiny_config(**fields))
     renderer = drawn(figure).get_renderer()
     assert (renderer.width, renderer.height) == (800, 290)
     places = []
@@ -107,7 +114,7 @@ def test_the_layout_is_readable_at_800_pixels(fields):
 
 def test_the_layout_draws_some_of_very_many_tokens():
     config = tiny_config(num_register_tokens=100)
-    figure = token_layout_figure(config)
+    figure = plot_token_layout(config)
     assert len(boxes_of(figure, "registers")) == 12
     assert {"register 1", "…", "register 100", "registers\n100"} <= set(texts(figure))
 
@@ -157,7 +164,7 @@ def test_arrows_lead_from_the_tokens_that_the_head_really_reads(fields):
         for place, index in enumerate(special[tokens]):
             read = index < len(gradient) and gradient[index] > 0
             assert is_read(config, group, place) == bool(read), (group, place)
-    figure = token_layout_figure(config)
+    figure = plot_token_layout(config)
     arrows = [text for text in figure.axes[0].texts if getattr(text, "arrow_patch", None) is not None]
     groups = [(group, place) for group, tokens in layout.items() for place in range(len(special[tokens]) or 1)]
     assert len(arrows) == sum(is_read(config, group, place) for group, place in set(groups) if exists(config, group))
@@ -174,7 +181,7 @@ def exists(config, group: str) -> bool:
 
 def test_a_confusion_matrix_shows_counts_and_shares_of_the_true_class():
     matrix = [[8, 2, 0], [0, 0, 0], [1, 0, 3]]
-    figure = confusion_matrix_figure(matrix, ["cat", "dog", "a very long name of a horse"])
+    figure = plot_confusion_matrix(matrix, ["cat", "dog", "a very long name of a horse"])
     axes = figure.axes[0]
     assert texts(figure) == ["8", "2", "0", "0", "0", "0", "1", "0", "3"]
     assert (axes.get_xlabel(), axes.get_ylabel()) == ("predicted", "true")
@@ -188,7 +195,7 @@ def test_a_confusion_matrix_shows_counts_and_shares_of_the_true_class():
 
 @pytest.mark.parametrize(("num_classes", "has_numbers", "has_names"), [(20, 1, 1), (21, 0, 1), (50, 0, 1), (51, 0, 0)])
 def test_numbers_and_names_are_written_where_there_is_room(num_classes, has_numbers, has_names):
-    figure = confusion_matrix_figure(np.eye(num_classes, dtype=int), [f"class {i}" for i in range(num_classes)])
+    figure = plot_confusion_matrix(np.eye(num_classes, dtype=int), [f"class {i}" for i in range(num_classes)])
     assert len(texts(figure)) == has_numbers * num_classes**2
     assert len(figure.axes[0].get_xticks()) == has_names * num_classes
     drawn(figure)
@@ -196,7 +203,7 @@ def test_numbers_and_names_are_written_where_there_is_room(num_classes, has_numb
 
 def test_a_matrix_and_names_that_do_not_fit_are_refused():
     with raises_one_line("(2, 2)", "3 class names"):
-        confusion_matrix_figure([[1, 0], [0, 1]], ["a", "b", "c"])
+        plot_confusion_matrix([[1, 0], [0, 1]], ["a", "b", "c"])
 
 
 # Attention -------------------------------------------------------------------------------------------------------
@@ -211,7 +218,7 @@ def shown(figure: Figure) -> list[list[str]]:
 
 def test_an_attention_figure_has_a_row_per_picture_and_a_column_per_token():
     pictures = [Image.new("RGB", (60, 40)), Image.new("L", (8, 8))]
-    figure = attention_figure(pictures, torch.rand(2, 3, 4, 4), ["CLS", "register 1", "register 2"], ["7", "8"])
+    figure = plot_attention(pictures, torch.rand(2, 3, 4, 4), ["CLS", "register 1", "register 2"], ["7", "8"])
     assert shown(figure) == [["7", "CLS", "register 1", "register 2"], ["8", "CLS", "register 1", "register 2"]]
     drawn(figure)
 
@@ -219,7 +226,7 @@ def test_an_attention_figure_has_a_row_per_picture_and_a_column_per_token():
 def test_tokens_beyond_the_width_go_on_below_their_picture():
     names = [str(place) for place in range(13)]
     pictures = [Image.new("RGB", (60, 40))] * 2
-    figure = attention_figure(pictures, torch.rand(2, 13, 4, 4), names, ["a", "b"])
+    figure = plot_attention(pictures, torch.rand(2, 13, 4, 4), names, ["a", "b"])
     first = [["a", *"01234"], ["", *"56789"], ["", "10", "11", "12", "", ""]]
     assert shown(figure) == [*first, ["b", *"01234"], *first[1:]]
 
@@ -228,7 +235,7 @@ def test_an_attention_figure_draws_each_map_over_its_own_picture():
     black, white = Image.new("RGB", (64, 64)), Image.new("RGB", (64, 64), "white")
     maps = torch.zeros(2, 1, 4, 4)
     maps[0, 0, 0, 0] = maps[1, 0, 3, 3] = 1
-    figure = attention_figure([black, white], maps, ["CLS"], ["", ""], [None, SeenPart(0, 0, 32, 64)])
+    figure = plot_attention([black, white], maps, ["CLS"], ["", ""], [None, VisibleRegion(0, 0, 32, 64)])
     first, second = (np.asarray(axes.images[0].get_array(), dtype=float).mean(axis=2) for axes in figure.axes[1::2])
     place = np.unravel_index(first.argmax(), first.shape)
     assert max(place) < len(first) / 4
@@ -239,16 +246,16 @@ def test_an_attention_figure_draws_each_map_over_its_own_picture():
 def test_attention_that_does_not_fit_is_refused():
     picture, maps = Image.new("L", (8, 8)), torch.rand(1, 2, 4, 4)
     with raises_one_line("1, 1, 2 and 1"):
-        attention_figure([picture], maps, ["CLS", "register"], ["a", "b"])
+        plot_attention([picture], maps, ["CLS", "register"], ["a", "b"])
     with raises_one_line("1 names", "[2]"):
-        attention_figure([picture], maps, ["CLS"], ["a"])
+        plot_attention([picture], maps, ["CLS"], ["a"])
     with raises_one_line("at least one"):
-        attention_figure([], [], ["CLS"], [])
+        plot_attention([], [], ["CLS"], [])
 
 
 def test_figures_leave_nothing_in_pyplot():
-    token_layout_figure(tiny_config())
-    confusion_matrix_figure([[1]], ["a"])
+    plot_token_layout(tiny_config())
+    plot_confusion_matrix([[1]], ["a"])
     assert not matplotlib.pyplot.get_fignums()
 
 
@@ -269,7 +276,7 @@ def written(folder: Path, paths: dict[str, str]) -> dict[str, Image.Image]:
     """The pictures, after a look at their files."""
     files = {str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file()}
     assert files == set(paths.values())
-    assert all((folder / path).stat().st_size < MOST_BYTES for path in paths.values())
+    assert all((folder / path).stat().st_size < MAX_BYTES for path in paths.values())
     opened = {name: Image.open(folder / path) for name, path in paths.items()}
     assert all(
         picture.format == "PNG" and picture.convert("RGB").getpixel((0, 0)) == (255, 255, 255)
@@ -282,7 +289,7 @@ def test_a_classifier_gets_all_pictures_and_stays_as_it_was(tmp_path):
     config = tiny_config(num_register_tokens=1, num_channels=1, hidden_dropout_prob=0.5)
     model = filled(ViTCLSForImageClassification(config)).train()
     results = {"accuracy": 0.9, "confusion_matrix": [[3, 0, 0], [1, 2, 0], [0, 0, 4]]}
-    paths = write_pictures(tmp_path, model, ViTCLSImageProcessor(**FITTING, **GREY), results, digits())
+    paths = write_card_images(tmp_path, model, ViTCLSImageProcessor(**FITTING, **GREY), results, digits())
     assert paths == {
         "token_layout": "pictures/token_layout.png",
         "confusion_matrix": "pictures/confusion_matrix.png",
@@ -302,7 +309,7 @@ def test_each_task_gets_its_matrix_unless_nothing_was_counted(tmp_path):
         "kind_confusion_matrix": np.eye(60, dtype=int).tolist(),
         "x_confusion_matrix": [[0, 0], [0, 0]],
     }
-    paths = write_pictures(tmp_path, model, ViTCLSImageProcessor(**FITTING), results)
+    paths = write_card_images(tmp_path, model, ViTCLSImageProcessor(**FITTING), results)
     assert list(paths) == ["token_layout", "confusion_matrix_age", "confusion_matrix_kind"]
     written(tmp_path, paths)
 
@@ -311,16 +318,16 @@ def test_each_task_gets_its_matrix_unless_nothing_was_counted(tmp_path):
 def test_an_encoder_shows_attention_without_answers(model_class):
     model = filled(model_class(tiny_config()))
     processor = ViTCLSImageProcessor(**FITTING)
-    assert [look.title for look in looks_at(model, processor, digits(3))] == ["0", "1", "2"]
+    assert [look.title for look in build_attention_samples(model, processor, digits(3))] == ["0", "1", "2"]
 
 
 def test_pictures_of_an_earlier_model_do_not_stay(tmp_path):
     processor = ViTCLSImageProcessor(**FITTING)
     classifier = filled(ViTCLSForImageClassification(tiny_config(num_labels=1)))
-    write_pictures(tmp_path, classifier, processor, {"confusion_matrix": [[1]]}, digits())
+    write_card_images(tmp_path, classifier, processor, {"confusion_matrix": [[1]]}, digits())
     (tmp_path / "pictures" / "mine.png").write_bytes(b"")
     no_tokens = filled(ViTCLSForImageClassification(tiny_config(num_cls_tokens=0, pooling="mean")))
-    assert set(write_pictures(tmp_path, no_tokens, processor, {}, digits())) == {"token_layout"}
+    assert set(write_card_images(tmp_path, no_tokens, processor, {}, digits())) == {"token_layout"}
     assert {file.name for file in (tmp_path / "pictures").iterdir()} == {"token_layout.png", "mine.png"}
 
 
@@ -331,22 +338,22 @@ def test_looks_are_the_last_layers_attention_with_label_and_answer():
     model = filled(ViTCLSForImageClassification(config)).train()
     processor = ViTCLSImageProcessor(size={"shortest_edge": 40}, do_center_crop=True, crop_size=[33, 38])
     picture = Image.fromarray(load_sample_images().images[0])
-    look = next(looks_at(model, processor, [(picture, None)]))
+    look = next(build_attention_samples(model, processor, [(picture, None)]))
     pixel_values = processor(picture, return_tensors="pt")["pixel_values"]
     outputs = model.eval()(pixel_values, output_attentions=True)
     expected = outputs.attentions[-1][0].mean(dim=0)[:4, 4:].unflatten(1, (4, 9))
     assert torch.allclose(look.maps, expected, atol=1e-6)
     assert look.title == f"predicted LABEL_{outputs.logits.argmax()}"
-    assert look.picture.size == picture.size
+    assert look.image.size == picture.size
     scale = picture.height / 40
-    assert look.seen.bottom - look.seen.top == pytest.approx(32 * scale)  # whole patches
-    assert look.seen.right - look.seen.left == pytest.approx(36 * picture.width / 59)
+    assert look.visible_region.bottom - look.visible_region.top == pytest.approx(32 * scale)  # whole patches
+    assert look.visible_region.right - look.visible_region.left == pytest.approx(36 * picture.width / 59)
 
 
 def test_samples_that_the_model_cannot_take_are_left_out():
     model = filled(ViTCLSForImageClassification(tiny_config(num_channels=1)))
     samples = [(Image.new("RGB", (9, 9)), "colour"), (Image.new("F", (9, 9)), "floats"), *digits(1)]
-    looks = list(looks_at(model, ViTCLSImageProcessor(**FITTING, **GREY), samples))
+    looks = list(build_attention_samples(model, ViTCLSImageProcessor(**FITTING, **GREY), samples))
     assert [look.title[:12] for look in looks] == ["0, predicted"]
 
 
@@ -367,7 +374,7 @@ TITLES = {
 
 @pytest.mark.parametrize(("label", "answer", "expected"), TITLES.values(), ids=TITLES)
 def test_titles(label, answer, expected):
-    assert title(label, answer) == expected
+    assert format_title(label, answer) == expected
 
 
 def test_large_photographs_and_many_tokens_make_small_files(tmp_path):
@@ -376,7 +383,7 @@ def test_large_photographs_and_many_tokens_make_small_files(tmp_path):
     samples: list[Sample] = [(noise, None), (photograph, None)]
     model = filled(ViTCLSForImageClassification(tiny_config(**MANY)))
     processor = ViTCLSImageProcessor(size={"shortest_edge": 36}, do_center_crop=True, crop_size=32)
-    opened = written(tmp_path, write_pictures(tmp_path, model, processor, {}, samples))
+    opened = written(tmp_path, write_card_images(tmp_path, model, processor, {}, samples))
     assert opened["attention"].width > 400
 
 
@@ -384,6 +391,6 @@ def test_a_figure_is_lowered_in_quality_until_it_is_small():
     figure = Figure(figsize=(7, 7), facecolor="white")
     axes = figure.add_axes((0, 0, 1, 1))
     axes.imshow(np.random.default_rng(0).random((900, 900, 3)))
-    png = small_png(figure)
-    assert MOST_BYTES / 3 < len(png) < MOST_BYTES
+    png = encode_small_png(figure)
+    assert MAX_BYTES / 3 < len(png) < MAX_BYTES
     assert Image.open(BytesIO(png)).width >= 400

@@ -24,22 +24,22 @@ from modeling_vitcls import (
 )
 from modeling_vitcls.analysis import (
     CURVES,
-    GROUP_COLOURS,
-    Effect,
+    GROUP_COLORS,
+    AblationEffect,
     Findings,
     TokenStatistics,
-    as_picture,
-    curve_figure,
-    depth_figure,
-    effects_figure,
-    layer_similarity_figure,
-    mass_figure,
-    norm_histogram_figure,
-    norms_figure,
+    build_image_report,
+    get_token_names,
     overlay,
-    read_picture,
-    token_names,
-    token_similarity_figure,
+    plot_ablation_effects,
+    plot_attention_by_layer,
+    plot_attention_mass,
+    plot_curve,
+    plot_layer_similarity,
+    plot_norm_histogram,
+    plot_norms,
+    plot_token_similarity,
+    render_figure,
 )
 
 
@@ -85,10 +85,10 @@ def is_readable(figure: Figure) -> None:
 @pytest.mark.parametrize("name", ["entropy", "spread", "received"])
 def test_a_line_is_the_mean_of_the_heads_and_its_band_their_range(found: Any, name: str) -> None:
     config, findings = found
-    (axes,) = curve_figure(config, findings, name).axes
+    (axes,) = plot_curve(config, findings, name).axes
     drawn, values = lines(axes), getattr(findings, name)  # [L, H, S]
-    assert list(drawn) == [*token_names(config), "uniform"]
-    for place, token in enumerate(token_names(config)):
+    assert list(drawn) == [*get_token_names(config), "uniform"]
+    for place, token in enumerate(get_token_names(config)):
         assert np.allclose(drawn[token], values[:, :, place].mean(dim=1))
         corners = axes.collections[place].get_paths()[0].vertices
         for layer in range(3):
@@ -101,27 +101,27 @@ def test_a_line_is_the_mean_of_the_heads_and_its_band_their_range(found: Any, na
 
 def test_tokens_have_the_colour_of_their_group_and_differ_within_it(found: Any) -> None:
     config, findings = found
-    (axes,) = curve_figure(config, findings, "entropy").axes
+    (axes,) = plot_curve(config, findings, "entropy").axes
     drawn = axes.get_lines()
-    assert to_rgb(drawn[0].get_color()) == to_rgb(GROUP_COLOURS["cls"])
-    assert to_rgb(drawn[2].get_color()) == to_rgb(GROUP_COLOURS["distillation"])
-    assert to_rgb(drawn[3].get_color()) == to_rgb(GROUP_COLOURS["registers"])
+    assert to_rgb(drawn[0].get_color()) == to_rgb(GROUP_COLORS["cls"])
+    assert to_rgb(drawn[2].get_color()) == to_rgb(GROUP_COLORS["distillation"])
+    assert to_rgb(drawn[3].get_color()) == to_rgb(GROUP_COLORS["registers"])
     assert len({(line.get_color(), line.get_linestyle(), line.get_marker()) for line in drawn[:6]}) == 6
 
 
 def test_states_have_no_band_and_no_baseline_and_begin_with_the_embeddings(found: Any) -> None:
     config, findings = found
     for name, values in {"variation": findings.variation, "to_patches": findings.to_patches}.items():
-        (axes,) = curve_figure(config, findings, name).axes
+        (axes,) = plot_curve(config, findings, name).axes
         drawn = lines(axes)
-        assert list(drawn) == token_names(config) and not axes.collections
+        assert list(drawn) == get_token_names(config) and not axes.collections
         assert np.allclose(drawn["register 2"], values[:, 4]) and len(values) == 4
         assert axes.get_xlabel() == "after layer"
 
 
 def test_patches_have_one_line(found: Any) -> None:
     config, findings = found
-    (axes,) = curve_figure(config, findings, "patch_distance").axes
+    (axes,) = plot_curve(config, findings, "patch_distance").axes
     drawn = lines(axes)
     assert np.allclose(drawn["patches"], findings.patch_distance.mean(dim=1))
     assert np.allclose(drawn["uniform"], findings.uniform["patch_distance"])
@@ -129,7 +129,7 @@ def test_patches_have_one_line(found: Any) -> None:
 
 def test_tokens_that_see_parts_of_the_image_have_baselines_of_their_own() -> None:
     config, findings = measured(num_cls_tokens=2, cls_scopes=["image", [2, 2, 0, 1]])
-    (axes,) = curve_figure(config, findings, "entropy").axes
+    (axes,) = plot_curve(config, findings, "entropy").axes
     baselines = {round(float(line.get_ydata()[0]), 4) for line in axes.get_lines() if line.get_linewidth() == 1}
     assert baselines == {round(value, 4) for value in findings.uniform_by_token["entropy"].tolist()}
     assert len(baselines) == 2
@@ -137,7 +137,7 @@ def test_tokens_that_see_parts_of_the_image_have_baselines_of_their_own() -> Non
 
 def test_another_name_is_refused(found: Any) -> None:
     with raises_one_line("no figure 'entropies'", "patch_distance"):
-        curve_figure(*found, "entropies")
+        plot_curve(*found, "entropies")
 
 
 # Where attention goes, and norms -------------------------------------------------------------------------------------
@@ -145,19 +145,19 @@ def test_another_name_is_refused(found: Any) -> None:
 
 def test_bars_of_mass_are_the_shares_and_fill_the_whole(found: Any) -> None:
     config, findings = found
-    figure = mass_figure(config, findings)
+    figure = plot_attention_mass(config, findings)
     shares = findings.mass.mean(dim=1)  # [L, S, 4]
     for place, axes in enumerate(figure.axes[:6]):
-        assert axes.get_title() == token_names(config)[place]
+        assert axes.get_title() == get_token_names(config)[place]
         bars = [one for one in axes.containers if isinstance(one, BarContainer)]
         heights = np.array([[bar.get_height() for bar in group] for group in bars])  # [4, L]
         assert np.allclose(heights.T, shares[:, place]) and np.allclose(heights.sum(axis=0), 1, atol=1e-5)
-        assert [to_rgb(group[0].get_facecolor()) for group in bars] == list(map(to_rgb, GROUP_COLOURS.values()))
+        assert [to_rgb(group[0].get_facecolor()) for group in bars] == list(map(to_rgb, GROUP_COLORS.values()))
 
 
 def test_norms_of_tokens_stand_against_those_of_patches(found: Any) -> None:
     config, findings = found
-    norms, outliers = norms_figure(config, findings).axes
+    norms, outliers = plot_norms(config, findings).axes
     drawn = lines(norms)
     assert np.allclose(drawn["patches"], findings.patch_norms.median(dim=1).values, rtol=0.05)
     assert np.allclose(drawn["CLS 2"], findings.token_norms[:, 1])
@@ -172,8 +172,8 @@ def test_norms_far_apart_are_drawn_on_a_logarithmic_scale(found: Any) -> None:
     near = replace(
         findings, token_norms=findings.token_norms.clamp(4, 5), patch_norms=findings.patch_norms.clamp(4, 5)
     )
-    assert norms_figure(config, far).axes[0].get_yscale() == "log"
-    assert norms_figure(config, near).axes[0].get_yscale() == "linear"
+    assert plot_norms(config, far).axes[0].get_yscale() == "log"
+    assert plot_norms(config, near).axes[0].get_yscale() == "linear"
 
 
 def test_the_histogram_marks_what_stands_out(found: Any) -> None:
@@ -181,19 +181,19 @@ def test_the_histogram_marks_what_stands_out(found: Any) -> None:
     norms = torch.full((4, 100), 2.0)
     norms[3, :5] = 40
     planted = replace(findings, patch_norms=norms, token_norms=torch.full((4, 6), 9.0))
-    figure = norm_histogram_figure(config, planted)
+    figure = plot_norm_histogram(config, planted)
     (axes,) = figure.axes
     (bars,) = axes.containers
     counted = {bar.get_height(): bar.get_facecolor() for bar in bars if bar.get_height()}
-    assert set(counted) == {95, 5} and to_rgb(counted[95]) == to_rgb(GROUP_COLOURS["patches"])
+    assert set(counted) == {95, 5} and to_rgb(counted[95]) == to_rgb(GROUP_COLORS["patches"])
     assert to_rgb(counted[5]) != to_rgb(counted[95])
     limit, registers = axes.get_lines()[:2]
     assert limit.get_xdata()[0] == 6.0  # three times the median
     assert list(registers.get_xdata()) == pytest.approx([9.0] * 3)
     assert axes.get_title() == "Norms of the patches, after layer 3"
-    assert norm_histogram_figure(config, planted, 0).axes[0].get_title() == "Norms of the patches, embeddings"
+    assert plot_norm_histogram(config, planted, 0).axes[0].get_title() == "Norms of the patches, embeddings"
     with raises_one_line("no layer 4", "the model has 3"):
-        norm_histogram_figure(config, planted, 4)
+        plot_norm_histogram(config, planted, 4)
 
 
 # Similarities and effects --------------------------------------------------------------------------------------------
@@ -201,30 +201,30 @@ def test_the_histogram_marks_what_stands_out(found: Any) -> None:
 
 def test_similarities_are_the_cosines(found: Any) -> None:
     config, findings = found
-    axes, _ = token_similarity_figure(config, findings, 2).axes
+    axes, _ = plot_token_similarity(config, findings, 2).axes
     assert np.allclose(axes.images[0].get_array(), findings.between_tokens[2])
     assert axes.images[0].get_clim() == (-1, 1)
     assert axes.texts[1].get_text() == f"{findings.between_tokens[2, 0, 1]:.2f}"
-    figure = layer_similarity_figure(config, findings)
+    figure = plot_layer_similarity(config, findings)
     for place in range(6):
         assert np.allclose(figure.axes[place].images[0].get_array(), findings.across_layers[place])
     with raises_one_line("no layer -5"):
-        token_similarity_figure(config, findings, -5)
+        plot_token_similarity(config, findings, -5)
 
 
 def test_effects_are_bars_and_the_accuracy_only_where_it_is_known(found: Any) -> None:
     config, _ = found
     keys = ["cls[0]", "cls[1]", "distillation[0]", "registers[0]", "registers[1]", "registers[2]"]
-    effects = {key: Effect(0.1 * place, place, -0.05 * place, 10) for place, key in enumerate(keys)}
-    axes = effects_figure(config, effects).axes
+    effects = {key: AblationEffect(0.1 * place, place, -0.05 * place, 10) for place, key in enumerate(keys)}
+    axes = plot_ablation_effects(config, effects).axes
     assert len(axes) == 3
     widths = [[bar.get_width() for bar in one.containers[0]] for one in axes]
     assert np.allclose(widths, [[0.1 * n for n in range(6)], range(6), [-0.05 * n for n in range(6)]])
-    assert [label.get_text() for label in axes[0].get_yticklabels()] == token_names(config)
+    assert [label.get_text() for label in axes[0].get_yticklabels()] == get_token_names(config)
     unknown = {key: replace(effect, accuracy_change=None) for key, effect in effects.items()}
-    assert len(effects_figure(config, unknown).axes) == 2
+    assert len(plot_ablation_effects(config, unknown).axes) == 2
     with raises_one_line("no tokens", "cls[0]"):
-        effects_figure(config, {})
+        plot_ablation_effects(config, {})
 
 
 # One picture ---------------------------------------------------------------------------------------------------------
@@ -232,16 +232,16 @@ def test_effects_are_bars_and_the_accuracy_only_where_it_is_known(found: Any) ->
 
 def reading_of(model: Any) -> Any:
     picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8))
-    return read_picture(model, ViTCLSImageProcessor(size={"height": 32, "width": 32}), picture, "photo")
+    return build_image_report(model, ViTCLSImageProcessor(size={"height": 32, "width": 32}), picture, "photo")
 
 
 def test_a_picture_over_depth_has_a_tile_per_layer_and_token() -> None:
     model = filled(ViTCLSForImageClassification(tiny_config(**TOKENS, num_hidden_layers=3)))
     reading = reading_of(model)
-    figure = depth_figure(model.config, reading)
+    figure = plot_attention_by_layer(model.config, reading)
     titles = [axes.get_title() for axes in figure.axes if axes.images]
     assert titles[:5] == ["photo", "layer 1", "layer 2", "layer 3", "rollout"]
-    assert f"for {reading.answers[0].first}" in titles
+    assert f"for {reading.predictions[0].first}" in titles
     assert sum(bool(axes.images) for axes in figure.axes) == 2 + 6 * 4
     columns = 5
     tile = figure.axes[2 * columns + 3]  # token 3, layer 3
@@ -249,15 +249,17 @@ def test_a_picture_over_depth_has_a_tile_per_layer_and_token() -> None:
     picture = np.asarray(figure.axes[0].images[0].get_array())
     expected = overlay(Image.fromarray(picture), reading.attention[2, :, 2].mean(dim=0))
     assert np.abs(np.asarray(tile.images[0].get_array()).astype(int) - np.asarray(expected)).max() <= 1
-    one = depth_figure(model.config, reading, head=1)
+    one = plot_attention_by_layer(model.config, reading, head=1)
     assert one.axes[2 * columns + 3].texts[0].get_text() == f"{reading.attention[2, 1, 2].sum():.0%}"
     with raises_one_line("no head 2", "the model has 2"):
-        depth_figure(model.config, reading, head=2)
+        plot_attention_by_layer(model.config, reading, head=2)
 
 
 def test_every_task_is_explained() -> None:
     model = filled(ViTCLSForMultiTaskClassification(tiny_config(num_cls_tokens=2, tasks=TASKS)))
-    titles = [axes.get_title() for axes in depth_figure(model.config, reading_of(model)).axes if axes.images]
+    titles = [
+        axes.get_title() for axes in plot_attention_by_layer(model.config, reading_of(model)).axes if axes.images
+    ]
     assert {title.split()[1] for title in titles if title.startswith("for ")} == set(TASKS)
 
 
@@ -273,24 +275,24 @@ DRAWN = {name: LAYOUTS[name] for name in ("one_cls", "no_cls", "no_special_token
 def test_every_layout_is_drawn_or_refused(layout: dict[str, Any]) -> None:
     config, findings = measured(num_hidden_layers=2, **layout)
     num_tokens = config.token_layout.num_prefix_tokens
-    for draw in (norms_figure, norm_histogram_figure):
+    for draw in (plot_norms, plot_norm_histogram):
         is_readable(draw(config, findings))
     for name in CURVES:
         if num_tokens or name == "patch_distance":
-            is_readable(curve_figure(config, findings, name))
+            is_readable(plot_curve(config, findings, name))
         else:
             with raises_one_line("no special tokens"):
-                curve_figure(config, findings, name)
-    for draw, least in ((mass_figure, 1), (layer_similarity_figure, 1), (token_similarity_figure, 2)):
+                plot_curve(config, findings, name)
+    for draw, least in ((plot_attention_mass, 1), (plot_layer_similarity, 1), (plot_token_similarity, 2)):
         if num_tokens >= least:
             is_readable(draw(config, findings))
         else:
             with raises_one_line("special tokens"):
                 draw(config, findings)
-    is_readable(depth_figure(config, reading_of(filled(ViTCLSModel(config)))))
+    is_readable(plot_attention_by_layer(config, reading_of(filled(ViTCLSModel(config)))))
 
 
 def test_nothing_stays_in_pyplot_and_a_figure_becomes_a_picture(found: Any) -> None:
-    picture = as_picture(curve_figure(*found, "entropy"), resolution=50)
+    picture = render_figure(plot_curve(*found, "entropy"), resolution=50)
     assert picture.mode == "RGB" and picture.width == 320
     assert not matplotlib.pyplot.get_fignums()

@@ -86,7 +86,7 @@ def test_a_folder_of_pictures(model: str, pictures: Path, tmp_path: Path) -> Non
     page, figures = tmp_path / "page.html", tmp_path / "figures.json"
     ran = run("--model", model, str(pictures), "--output", str(page), "--json", str(figures), "--num-images", "4")
     assert ran.returncode == 0, ran.stderr
-    assert ran.stderr.count("\n") == 1 and "left out an image" in ran.stderr and "broken.png" in ran.stderr
+    assert ran.stderr.count("\n") == 1 and "skipped an image" in ran.stderr and "broken.png" in ran.stderr
     found = json.loads(figures.read_text())
     words = [verdict["word"] for verdict in found["verdicts"]]
     assert all(word in ran.stdout for word in words) and "register 2" in ran.stdout
@@ -106,14 +106,14 @@ def test_digits_with_patch_sizes(tmp_path: Path, capsys: pytest.CaptureFixture[s
     model = saved(tmp_path / "model", labelled(DIGITS))
     write_json(tmp_path / "model" / "results.json", {"token_movement": {"cls[0]": 0.0}})
     found = inspect_tokens(options(model, tmp_path, dataset="digits", max_images=24, patch_sizes=(4, 16)))
-    assert found.findings.num_images == 24 and len(found.readings) == 8 and found.accuracy is not None
+    assert found.findings.num_images == 24 and len(found.image_reports) == 8 and found.accuracy is not None
     assert [verdict.word for verdict in found.verdicts] == ["not moved"]
     assert [row.patch_size for row in found.patch_sizes] == [4, 8, 16]
     text, printed = (tmp_path / "report.html").read_text(), capsys.readouterr().out
     for row in found.patch_sizes:
         assert f"<td>{row.sequence_length}</td>" in text and f"{row.accuracy:.1%}" in printed
     assert "digits, split test" in text
-    assert len({reading.truth for reading in found.readings}) > 2  # spread over the classes
+    assert len({reading.truth for reading in found.image_reports}) > 2  # spread over the classes
 
 
 @pytest.mark.parametrize(
@@ -129,7 +129,7 @@ def test_converted_models(name: str, pictures: Path, tmp_path: Path) -> None:
     found = inspect_tokens(options(str(tmp_path / "model"), tmp_path, pictures / "cat", max_images=4, num_images=1))
     assert len(found.verdicts) == converted.config.token_layout.num_prefix_tokens
     assert (found.effects is None) == ("dinov2" in name)
-    assert found.num_broken == 1
+    assert found.num_unreadable == 1
 
 
 def test_an_encoder_on_a_data_set(tmp_path: Path) -> None:
@@ -154,7 +154,7 @@ def test_a_revision_of_a_model_on_the_hub(
     (commit,) = (tmp_path / "cache" / "models--ann--pets" / "snapshots").iterdir()
     text = page.read_text()
     assert "<h1>ann/pets</h1>" in text and f"<code>{commit.name}</code>" in text and str(tmp_path) not in text
-    assert capsys.readouterr().err.startswith("error: ann/pets has no revision v2: give")
+    assert capsys.readouterr().err.startswith("error: ann/pets has no revision v2. Set")
 
 
 def test_several_tasks_on_paths(pictures: Path, tmp_path: Path) -> None:
@@ -192,7 +192,7 @@ def test_what_cannot_be_used(
         inspect_tokens(options(model, tmp_path, pictures, revision="main"))
     with raises_one_line("no images"):
         inspect_tokens(options(model, tmp_path, tmp_path))
-    with raises_one_line("none of the 1", "broken.png"):
+    with raises_one_line("None of the 1", "broken.png"):
         inspect_tokens(options(model, tmp_path, pictures / "cat" / "broken.png"))
     with raises_one_line("the data set has the label", "cat, dog, owl"):
         inspect_tokens(options(model, tmp_path, dataset="digits"))

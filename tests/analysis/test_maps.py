@@ -15,7 +15,14 @@ from modeling_vitcls import (
     ViTCLSImageProcessorPil,
     ViTCLSModel,
 )
-from modeling_vitcls.analysis.maps import SeenPart, on_picture, overlay, patch_maps, seen_part, token_names
+from modeling_vitcls.analysis.maps import (
+    VisibleRegion,
+    extract_patch_maps,
+    get_token_names,
+    get_visible_region,
+    overlay,
+    upsample_maps,
+)
 
 
 RAW = {"do_rescale": False, "do_normalize": False}
@@ -48,7 +55,7 @@ NAMES = {
 @pytest.mark.parametrize(("fields", "names"), NAMES.values(), ids=NAMES)
 def test_special_tokens_have_one_name_each_in_the_order_of_the_sequence(fields, names):
     config = tiny_config(**fields)
-    assert token_names(config) == names
+    assert get_token_names(config) == names
     assert len(names) == config.token_layout.num_prefix_tokens
 
 
@@ -61,7 +68,7 @@ def test_patch_maps_of_a_real_model_hold_the_attention_to_each_patch():
     model = filled(ViTCLSModel(config))
     pixel_values = images(height=24, width=41)  # 3 x 10 patches, and a pixel too many
     with torch.no_grad():
-        maps = patch_maps(model.token_attention(pixel_values), config, (24, 41))
+        maps = extract_patch_maps(model.token_attention(pixel_values), config, (24, 41))
         attentions = model(pixel_values, output_attentions=True).attentions
     assert maps.shape == (2, 2, 2, 6, 3, 10)
     for row in range(3):
@@ -74,15 +81,15 @@ def test_patch_maps_of_a_real_model_hold_the_attention_to_each_patch():
 def test_maps_of_another_image_size_are_refused():
     config = tiny_config(num_register_tokens=2)
     with raises_one_line("16 patches", "64 x 32", "8 x 4"):
-        patch_maps(torch.zeros(1, 3, 19), config, (64, 32))
+        extract_patch_maps(torch.zeros(1, 3, 19), config, (64, 32))
 
 
 def test_a_model_without_special_tokens_has_no_maps():
     config = tiny_config(num_cls_tokens=0, pooling="mean")
     rows = ViTCLSForImageClassification(config).token_attention(images())
-    maps = patch_maps(rows, config, (32, 32))
+    maps = extract_patch_maps(rows, config, (32, 32))
     assert maps.shape == (2, 2, 2, 0, 4, 4)
-    assert on_picture(maps, (50, 60), SeenPart(0, 0, 60, 50)).shape == (2, 2, 2, 0, 50, 60)
+    assert upsample_maps(maps, (50, 60), VisibleRegion(0, 0, 60, 50)).shape == (2, 2, 2, 0, 50, 60)
 
 
 # What the processor shows ----------------------------------------------------------------------------------------
@@ -134,7 +141,7 @@ PROCESSORS = {
 def test_the_seen_part_is_what_the_processor_really_shows(settings, backend, size):
     processor = backend(resample=2, **RAW, **settings)
     shown = processor(coordinates(*size), return_tensors="pt")["pixel_values"][0]  # [3, H, W]
-    left, top, right, bottom = seen_part(processor, size)
+    left, top, right, bottom = get_visible_region(processor, size)
     for axis, (start, stop) in enumerate([(left, right), (top, bottom)]):
         values = shown[axis].amax(dim=axis)  # along x, then y; padding is 0
         expected = start + (torch.arange(len(values)) + 0.5) * (stop - start) / len(values) - 0.5  # of centres
@@ -148,9 +155,9 @@ def test_the_seen_part_is_what_the_processor_really_shows(settings, backend, siz
 
 def test_whole_patches_alone_count():
     processor = ViTCLSImageProcessor(size={"height": 70, "width": 90})
-    assert seen_part(processor, (140, 180), (16, 20)) == SeenPart(0, 0, 160, 128)
+    assert get_visible_region(processor, (140, 180), (16, 20)) == VisibleRegion(0, 0, 160, 128)
     cropping = ViTCLSImageProcessor(size={"shortest_edge": 80}, do_center_crop=True, crop_size=70)
-    assert seen_part(cropping, (160, 160), (16, 16)) == SeenPart(10, 10, 138, 138)
+    assert get_visible_region(cropping, (160, 160), (16, 16)) == VisibleRegion(10, 10, 138, 138)
 
 
 # On the picture --------------------------------------------------------------------------------------------------
@@ -173,7 +180,7 @@ def test_a_spot_comes_back_to_its_place_on_the_picture(settings, place):
     processor = ViTCLSImageProcessor(**RAW, **settings)
     shown = processor(picture, return_tensors="pt")["pixel_values"]
     maps = torch.nn.functional.avg_pool2d(shown[:, :1].float(), config.patch_height_width)[0]
-    drawn = on_picture(maps, (480, 640), seen_part(processor, (480, 640), config.patch_height_width))
+    drawn = upsample_maps(maps, (480, 640), get_visible_region(processor, (480, 640), config.patch_height_width))
     assert drawn.shape == (1, 480, 640)
     weight = drawn[0].nan_to_num().clamp(min=0)
     y, x = torch.meshgrid(torch.arange(480) + 0.5, torch.arange(640) + 0.5, indexing="ij")
@@ -183,17 +190,17 @@ def test_a_spot_comes_back_to_its_place_on_the_picture(settings, place):
 
 def test_maps_are_bilinear_between_centres_and_nan_outside():
     maps = torch.tensor([[1.0, 3.0]])
-    drawn = on_picture(maps, (2, 8), SeenPart(1, 0, 7, 2))  # cells of 3 pixels, with centres at 2.5 and 5.5
+    drawn = upsample_maps(maps, (2, 8), VisibleRegion(1, 0, 7, 2))  # cells of 3 pixels, with centres at 2.5 and 5.5
     expected = torch.tensor([math.nan, 1, 1, 1 + 2 / 3, 1 + 4 / 3, 3, 3, math.nan])
     assert torch.allclose(drawn, expected.expand(2, 8), equal_nan=True, atol=1e-5)
 
 
 def test_maps_of_half_precision_and_any_leading_axes():
     maps = torch.rand(2, 3, 4, 5, 6).bfloat16()
-    drawn = on_picture(maps, (9, 7), SeenPart(0, 0, 7, 9))
+    drawn = upsample_maps(maps, (9, 7), VisibleRegion(0, 0, 7, 9))
     assert drawn.shape == (2, 3, 4, 9, 7)
     assert drawn.dtype == torch.float32
-    assert torch.equal(drawn[1, 2, 3], on_picture(maps[1, 2, 3], (9, 7), SeenPart(0, 0, 7, 9)))
+    assert torch.equal(drawn[1, 2, 3], upsample_maps(maps[1, 2, 3], (9, 7), VisibleRegion(0, 0, 7, 9)))
 
 
 # Overlays --------------------------------------------------------------------------------------------------------
@@ -226,14 +233,16 @@ def test_an_overlay_is_brightest_where_the_map_is():
 
 
 def test_maps_per_pixel_are_drawn_as_those_per_patch():
-    seen = SeenPart(15, 0, 75, 60)
-    per_pixel = on_picture(spot(), (60, 90), seen)
+    seen = VisibleRegion(15, 0, 75, 60)
+    per_pixel = upsample_maps(spot(), (60, 90), seen)
     difference = lightness(overlay(photograph(), per_pixel)) - lightness(overlay(photograph(), spot(), seen))
     assert np.abs(difference).max() <= 1
 
 
 def test_the_unseen_part_is_dark_and_the_seen_part_is_not():
-    drawn = lightness(overlay(Image.new("RGB", (90, 60), (200, 200, 200)), torch.zeros(4, 4), SeenPart(15, 0, 75, 60)))
+    drawn = lightness(
+        overlay(Image.new("RGB", (90, 60), (200, 200, 200)), torch.zeros(4, 4), VisibleRegion(15, 0, 75, 60))
+    )
     assert drawn[:, :15].max() < 110 < drawn[:, 15:75].min()
     assert drawn[:, 75:].max() < 110
     assert drawn[:, :15].std() > 5  # hatched
@@ -243,7 +252,7 @@ def test_overlays_of_large_and_small_pictures_are_scaled_on_request():
     assert overlay(photograph(600, 900), spot(), max_side=300).size == (300, 200)
     assert overlay(photograph(6, 9), spot(), min_side=40).size == (45, 30)
     assert overlay(photograph(), spot(), max_side=300, min_side=40).size == (90, 60)
-    seen = SeenPart(150, 0, 750, 600)
+    seen = VisibleRegion(150, 0, 750, 600)
     small, large = overlay(photograph(600, 900), spot(), seen, max_side=90), overlay(photograph(), spot(), seen)
     assert small.size == large.size
     assert (lightness(small)[:, :14] < 110).all()

@@ -20,10 +20,10 @@ from modeling_vitcls import (
 )
 from modeling_vitcls.analysis.patch_sizes import (
     PatchSizeRow,
-    operations,
-    patch_size_advice,
-    patch_size_sentences,
-    wanted_sizes,
+    compare_patch_sizes,
+    count_flops,
+    describe_patch_sizes,
+    sort_patch_sizes,
 )
 
 
@@ -63,7 +63,7 @@ def test_each_size_is_measured_on_the_adapted_model() -> None:
     assert len(set(labels)) > 1
     labels[0] = (labels[0] + 1) % 20  # one mistake of the model's own
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
-    rows = patch_size_advice(model.train(), processor, pictures(), labels, [16, 4, 8], batch_size=4)
+    rows = compare_patch_sizes(model.train(), processor, pictures(), labels, [16, 4, 8], batch_size=4)
     assert model.training and all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
     assert [row.patch_size for row in rows] == [4, 8, 16]
     assert [row.is_native for row in rows] == [False, True, False]
@@ -81,10 +81,10 @@ def test_each_size_is_measured_on_the_adapted_model() -> None:
 
 
 def test_the_models_own_size_is_always_there() -> None:
-    rows = patch_size_advice(classifier(), processor_for(), pictures(), None, [16])
+    rows = compare_patch_sizes(classifier(), processor_for(), pictures(), None, [16])
     assert [(row.patch_size, row.is_native) for row in rows] == [(8, True), (16, False)]
     assert [row.accuracy for row in rows] == [None, None] and rows[0].agreement == 1
-    own, other, *_ = patch_size_sentences(rows)
+    own, other, *_ = describe_patch_sizes(rows)
     assert "1/4 of the image's side: maybe too large" in own and "the model's own" in own
     assert "1/2 of the image's side: maybe too large" in other and "the model's own" not in other
 
@@ -94,11 +94,11 @@ def test_rectangles() -> None:
     model, processor = classifier(patch_size=[8, 4]), processor_for(24, 48)
     expected = answers(model.adapt(patch_size=8, image_size=[24, 48]), processor)
     assert not torch.equal(expected, answers(model, processor))
-    rows = patch_size_advice(model, processor, pictures(), expected.tolist(), [8])
+    rows = compare_patch_sizes(model, processor, pictures(), expected.tolist(), [8])
     assert [row.patch_size for row in rows] == [(8, 4), 8]
     assert [row.grid for row in rows] == [(3, 12), (3, 6)]
     assert rows[1].accuracy == 1 > rows[0].accuracy
-    assert patch_size_sentences(rows)[0].startswith("8 x 4 (the model's own): 37 tokens")
+    assert describe_patch_sizes(rows)[0].startswith("8 x 4 (the model's own): 37 tokens")
 
 
 @pytest.mark.parametrize(
@@ -120,7 +120,7 @@ def test_operations_are_those_of_the_real_model(fields: dict[str, Any]) -> None:
     model = classifier(**fields)
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):  # older ones miss fused kernels
         model(torch.zeros(1, 3, 24, 56))
-    total, in_maps = operations(model, (24, 56))
+    total, in_maps = count_flops(model, (24, 56))
     assert total == counter.get_total_flops()
     assert 0 < in_maps < total
     assert model.config._attn_implementation == "sdpa" and model.device.type == "cpu"
@@ -131,30 +131,30 @@ def test_operations_of_a_plain_model_by_hand() -> None:
     tokens, width, hidden, patches = 17, 16, 24, 16
     maps = 2 * 2 * tokens * tokens * width
     layer = 2 * tokens * (4 * width * width + 2 * width * hidden)
-    assert operations(model, (32, 32)) == (2 * patches * 8 * 8 * 3 * width + 2 * (layer + maps), 2 * maps)
+    assert count_flops(model, (32, 32)) == (2 * patches * 8 * 8 * 3 * width + 2 * (layer + maps), 2 * maps)
 
 
 def test_kinds_of_models() -> None:
     """Several tasks and several labels have answers; an encoder has none, but a cost."""
     tasks = filled(ViTCLSForMultiTaskClassification(tiny_config(num_cls_tokens=2, tasks=TASKS)))
     labels = [{"species": 1, "age": 0}, {"age": 1}, {}, None, {"species": 2}, {"age": 1, "species": -100}]
-    rows = patch_size_advice(tasks, processor_for(), pictures(), labels, [4])
+    rows = compare_patch_sizes(tasks, processor_for(), pictures(), labels, [4])
     assert all(0 <= row.accuracy <= 1 for row in rows) and rows[1].agreement == 1
     several = classifier(problem_type="multi_label_classification")
     labels = [[0.0, 1.0] * 10] * 5 + [None]
-    rows = patch_size_advice(several, processor_for(), pictures(), labels, [4])
+    rows = compare_patch_sizes(several, processor_for(), pictures(), labels, [4])
     (pixels,) = processor_for()(pictures(count=5), return_tensors="pt").values()
     with torch.no_grad():
         right = (several(pixels).logits > 0) == torch.tensor([False, True] * 10)
     assert rows[1].accuracy == pytest.approx(right.float().mean().item())
-    rows = patch_size_advice(filled(ViTCLSModel(tiny_config())), processor_for(), pictures(), [0] * 6, [4])
+    rows = compare_patch_sizes(filled(ViTCLSModel(tiny_config())), processor_for(), pictures(), [0] * 6, [4])
     assert [row.accuracy for row in rows] == [row.agreement for row in rows] == [None, None]
-    assert rows[0].gflops > rows[1].gflops and len(patch_size_sentences(rows)) == 2
+    assert rows[0].gflops > rows[1].gflops and len(describe_patch_sizes(rows)) == 2
 
 
 def test_nothing_is_logged_for_each_weight(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
-        patch_size_advice(classifier(), processor_for(), pictures(), None, [4])
+        compare_patch_sizes(classifier(), processor_for(), pictures(), None, [4])
     assert not caplog.records
     with caplog.at_level(logging.WARNING):
         classifier().adapt(patch_size=4)
@@ -164,19 +164,19 @@ def test_nothing_is_logged_for_each_weight(caplog: pytest.LogCaptureFixture) -> 
 def test_what_does_not_fit_is_one_line() -> None:
     model = classifier()
     with raises_one_line("patch size 5", "32 x 32", "1, 2, 4, 8, 16, 32"):
-        patch_size_advice(model, processor_for(), pictures(), None, [4, 5])
+        compare_patch_sizes(model, processor_for(), pictures(), None, [4, 5])
     with raises_one_line("patch size 16", "24 x 48", "1, 2, 3, 4, 6, 8, 12, 24"):
-        patch_size_advice(model, processor_for(24, 48), pictures(), None, [16])
+        compare_patch_sizes(model, processor_for(24, 48), pictures(), None, [16])
     with raises_one_line("no images"):
-        patch_size_advice(model, processor_for(), [], None, [4])
+        compare_patch_sizes(model, processor_for(), [], None, [4])
     scoped = classifier(num_cls_tokens=2, cls_scopes=["image", [4, 4, 0, 1]])
     with raises_one_line("patch size 16", "cls_scopes"):
-        patch_size_advice(scoped, processor_for(), pictures(), None, [16])
+        compare_patch_sizes(scoped, processor_for(), pictures(), None, [16])
     several = ViTCLSImageProcessor(size={"shortest_edge": 32})
     with raises_one_line("one size", "do_center_crop"):
-        patch_size_advice(model, several, [*pictures(), *pictures(40, 80)], None, [4])
-    assert wanted_sizes([4, 4, 14], (28, 56), 14) == [4, 14]
-    assert wanted_sizes([14], (27, 27), 14) == [14]  # the model's own may leave pixels over
+        compare_patch_sizes(model, several, [*pictures(), *pictures(40, 80)], None, [4])
+    assert sort_patch_sizes([4, 4, 14], (28, 56), 14) == [4, 14]
+    assert sort_patch_sizes([14], (27, 27), 14) == [14]  # the model's own may leave pixels over
 
 
 def row(patch_size: int, **values: Any) -> PatchSizeRow:
@@ -198,7 +198,7 @@ def row(patch_size: int, **values: Any) -> PatchSizeRow:
 
 def test_the_advice_in_words() -> None:
     native = row(16, is_native=True, sequence_length=197, gflops=10.0, milliseconds=10.0, accuracy=0.912, agreement=1)
-    sentences = patch_size_sentences([row(8), native])
+    sentences = describe_patch_sizes([row(8), native])
     assert sentences[0].startswith("16 (the model's own): 197 tokens, 10 GFLOPs and 10 ms")
     assert "some processor" in sentences[0] and "accuracy 91.2 %" in sentences[0]
     assert sentences[1] == (
@@ -206,17 +206,17 @@ def test_the_advice_in_words() -> None:
         "fine-tuning."
     )
     assert sentences[2] == (
-        "Worth its cost: 16 (the model's own), the cheapest within 1 point of the best accuracy on 200 images "
+        "Recommended: 16 (the model's own), the cheapest within 1 point of the best accuracy on 200 images "
         "(91.2 %, its own)."
     )
     assert "200 images" in sentences[3] and "before any fine-tuning" in sentences[3]
     remarkable = row(16, is_native=True, note="a patch spans 1/4 of the image's side: maybe too large")
-    assert patch_size_sentences([remarkable])[0].endswith("(a patch spans 1/4 of the image's side: maybe too large).")
+    assert describe_patch_sizes([remarkable])[0].endswith("(a patch spans 1/4 of the image's side: maybe too large).")
     unknown = [row(8, accuracy=None, note="coarse"), row(16, is_native=True, accuracy=None)]
-    assert patch_size_sentences(unknown)[1].endswith(
-        "the same answers for 93.0 % of the images before any fine-tuning (coarse)."
+    assert describe_patch_sizes(unknown)[1].endswith(
+        "the same predictions for 93.0 % of the images before any fine-tuning (coarse)."
     )
-    assert len(patch_size_sentences([native])) == 1
+    assert len(describe_patch_sizes([native])) == 1
 
 
 def test_cost_is_weighed_against_accuracy() -> None:
@@ -226,22 +226,22 @@ def test_cost_is_weighed_against_accuracy() -> None:
             row(2 ** (2 + place), is_native=place == 2, gflops=64 / 4**place, accuracy=accuracy)
             for place, accuracy in enumerate(accuracies)
         ]
-        return [sentence for sentence in patch_size_sentences(rows) if sentence.startswith("Worth its cost")]
+        return [sentence for sentence in describe_patch_sizes(rows) if sentence.startswith("Recommended")]
 
     start = "cheapest within 1 point of the best accuracy on 200 images"
     assert said(0.92, 0.911, 0.9, 0.5) == [
-        f"Worth its cost: 8, the {start} (92.0 %, with patches of 4), at 0.25 times its compute."
+        f"Recommended: 8, the {start} (92.0 %, with patches of 4), at 0.25 times its compute."
     ]
     (own,) = said(0.92, 0.915, 0.912, 0.9)
-    assert own.startswith(f"Worth its cost: 16 (the model's own), the {start} (92.0 %, with patches of 4), at 0.062")
-    assert said(0.9, 0.92, 0.92, 0.92) == [f"Worth its cost: 32, the {start} (92.0 %, its own)."]
-    assert said(0.95, 0.9, 0.9, 0.9) == [f"Worth its cost: 4, the {start} (95.0 %, its own)."]
+    assert own.startswith(f"Recommended: 16 (the model's own), the {start} (92.0 %, with patches of 4), at 0.062")
+    assert said(0.9, 0.92, 0.92, 0.92) == [f"Recommended: 32, the {start} (92.0 %, its own)."]
+    assert said(0.95, 0.9, 0.9, 0.9) == [f"Recommended: 4, the {start} (95.0 %, its own)."]
     assert said(None, None, None, None) == []
 
 
 def test_much_attention_is_said() -> None:
     """Small patches of large images: most of the compute is then in the maps."""
     model = filled(ViTCLSForImageClassification(tiny_config()))
-    rows = patch_size_advice(model, processor_for(), pictures(count=1), None, [1])
+    rows = compare_patch_sizes(model, processor_for(), pictures(count=1), None, [1])
     assert rows[0].patch_size == 1 and rows[0].attention_share > 0.5
-    assert "attention maps" in patch_size_sentences(rows)[1] and isinstance(model.vitcls, nn.Module)
+    assert "attention maps" in describe_patch_sizes(rows)[1] and isinstance(model.vitcls, nn.Module)

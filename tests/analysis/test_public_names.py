@@ -17,8 +17,8 @@ from varied_models import with_varied_answers
 
 import modeling_vitcls.analysis as analysis
 from modeling_vitcls import ViTCLSForImageClassification, ViTCLSImageProcessor, ViTCLSModel
-from modeling_vitcls.analysis.card_images import looks_at
-from modeling_vitcls.analysis.model_utils import is_classifier, plain_model
+from modeling_vitcls.analysis.card_images import build_attention_samples
+from modeling_vitcls.analysis.model_utils import is_classifier, unwrap_model
 
 
 # Names ---------------------------------------------------------------------------------------------------------------
@@ -40,13 +40,13 @@ def test_importing_the_package_is_cheap_and_hides_no_name() -> None:
     code = """
 import sys, modeling_vitcls
 before = set(sys.modules)
-from modeling_vitcls.analysis import attribution
+from modeling_vitcls.analysis import compute_attribution
 files = {name.rpartition(".")[2] for name in set(sys.modules) - before if name.startswith("modeling_vitcls.")}
 assert files == {"analysis", "attribution", "model_utils", "attention_recorder"}, files
 assert not {"matplotlib", "jinja2", "torchmetrics"} & (set(sys.modules) - before)
 import modeling_vitcls.analysis.image_report, modeling_vitcls.analysis.attribution
-from modeling_vitcls.analysis import attribution as again, overlay, write_report
-assert again is attribution and callable(attribution)
+from modeling_vitcls.analysis import compute_attribution as again, overlay, write_report
+assert again is compute_attribution and callable(again)
 """
     ran = run_fresh("-c", code)
     assert ran.returncode == 0, ran.stderr
@@ -95,10 +95,10 @@ def test_wrapped_models_are_inspected_as_what_they_are(wrapped: Callable[[], Any
     assert "There is no classifier" not in (tmp_path / "report.html").read_text()
     with torch.no_grad():
         logits = model(PROCESSOR(pictures(), return_tensors="pt")["pixel_values"]).logits
-    probabilities = [reading.answers[0].labels[0][1] for reading in found.readings]
+    probabilities = [reading.predictions[0].labels[0][1] for reading in found.image_reports]
     assert probabilities == pytest.approx(logits.softmax(dim=1).amax(dim=1).tolist(), abs=1e-5)
-    assert [len(reading.attributions) for reading in found.readings] == [1] * 4
-    (look, *_) = looks_at(model, PROCESSOR, [(pictures()[0], "cat")])
+    assert [len(reading.attributions) for reading in found.image_reports] == [1] * 4
+    (look, *_) = build_attention_samples(model, PROCESSOR, [(pictures()[0], "cat")])
     assert look.title.startswith("cat, predicted LABEL_")
 
 
@@ -106,19 +106,21 @@ def test_wrapped_models_are_inspected_as_what_they_are(wrapped: Callable[[], Any
 def test_each_function_takes_wrapped_models(name: str) -> None:
     """With the same numbers as of the model inside."""
     model = WRAPPERS[name]()
-    plain = plain_model(model)
+    plain = unwrap_model(model)
     assert type(plain) is ViTCLSForImageClassification
     pixels = images(2)
-    assert torch.allclose(analysis.attention_rollout(model, pixels), analysis.attention_rollout(plain, pixels))
-    assert torch.allclose(analysis.attribution(model, pixels), analysis.attribution(plain, pixels))
+    assert torch.allclose(
+        analysis.compute_attention_rollout(model, pixels), analysis.compute_attention_rollout(plain, pixels)
+    )
+    assert torch.allclose(analysis.compute_attribution(model, pixels), analysis.compute_attribution(plain, pixels))
     statistics = [analysis.TokenStatistics(one) for one in (model, plain)]
     for collected in statistics:
         collected.update(pixels)
     wrapped, unwrapped = (collected.compute() for collected in statistics)
     assert torch.allclose(wrapped.entropy, unwrapped.entropy)
     batches = lambda: [(pixels, None)]  # noqa: E731
-    effects = analysis.ablation_effects(model, batches, wrapped.mean_states)
-    assert effects == analysis.ablation_effects(plain, batches, unwrapped.mean_states)
+    effects = analysis.compute_ablation_effects(model, batches, wrapped.mean_states)
+    assert effects == analysis.compute_ablation_effects(plain, batches, unwrapped.mean_states)
 
 
 def test_code_of_a_repository_has_classes_of_its_own(tmp_path: Path) -> None:

@@ -26,10 +26,10 @@ from modeling_vitcls import (
     ViTCLSModel,
 )
 from modeling_vitcls.analysis import report_data
-from modeling_vitcls.analysis.diagnosis import FEWEST_IMAGES
+from modeling_vitcls.analysis.diagnosis import MIN_IMAGES
 from modeling_vitcls.analysis.inspection import Inspection, inspect_model
-from modeling_vitcls.analysis.maps import EVEN, overlay, patch_maps, seen_part, token_names
-from modeling_vitcls.analysis.report import facts, write_figures, write_page, write_report
+from modeling_vitcls.analysis.maps import MIN_SCALE, extract_patch_maps, get_token_names, get_visible_region, overlay
+from modeling_vitcls.analysis.report import build_page_header, write_json_values, write_page, write_report
 from modeling_vitcls.conversion.from_transformers import convert_from_transformers
 from modeling_vitcls.inference.predict import predict
 
@@ -56,7 +56,7 @@ def pictures() -> list[Image.Image]:
 def more_pictures() -> list[Image.Image]:
     """With the others as many as it takes to judge a token."""
     generator = np.random.default_rng(1)
-    noise = generator.integers(0, 256, (FEWEST_IMAGES - len(SIZES), 40, 40, 3), dtype=np.uint8)
+    noise = generator.integers(0, 256, (MIN_IMAGES - len(SIZES), 40, 40, 3), dtype=np.uint8)
     return [Image.fromarray(one) for one in noise]
 
 
@@ -122,9 +122,9 @@ def faulty(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any, Inspect
         pictures(),
         names=NAMES,
         labels=labels,
-        statistics_pictures=[*pictures(), *more_pictures()],
+        statistics_images=[*pictures(), *more_pictures()],
         statistics_labels=labels + [None] * len(more_pictures()),
-        movement=movement,
+        token_movement=movement,
         source="a test",
     )
     return file, model, found
@@ -180,13 +180,13 @@ def test_answers_and_truth(page_to_read: Page, faulty: Any) -> None:
     _, model, found = faulty
     with torch.no_grad():
         probabilities = model(pixels()).logits.softmax(dim=-1)
-    texts = page_to_read.locator(".picture > summary").all_inner_texts()
+    texts = page_to_read.locator(".image > summary").all_inner_texts()
     for place, text in enumerate(texts):
         best = int(probabilities[place].argmax())
         assert f"LABEL_{best} ({probabilities[place, best]:.1%})" in text
         if place < 2:
-            assert f"in truth LABEL_{place}" in text and ("✓ right" in text) == (best == place)
-    assert "in truth" not in texts[2]
+            assert f"true label LABEL_{place}" in text and ("✓ correct" in text) == (best == place)
+    assert "true label" not in texts[2]
     right = sum(int(probabilities[place].argmax()) == place for place in range(2))
     assert found.accuracy == right / 2
 
@@ -214,7 +214,7 @@ def test_what_tokens_are_worth(page_to_read: Page, faulty: Any) -> None:
 def attention_of(model: Any, place: int) -> torch.Tensor:
     """[layer, head, token, gh, gw]."""
     with torch.no_grad():
-        return patch_maps(model.token_attention(pixels())[place], model.config, (32, 32))
+        return extract_patch_maps(model.token_attention(pixels())[place], model.config, (32, 32))
 
 
 def cell(page: Page, label: str, place: int = 0) -> Locator:
@@ -231,9 +231,9 @@ def test_the_enlarged_map_is_the_overlay(browser: Browser, faulty: Any) -> None:
     """Pixel by pixel what maps.py draws, on the picture's own pixels: not square, and cropped."""
     _, model, _ = faulty
     picture = pictures()[0]
-    seen = seen_part(processor(), (60, 90), (8, 8))
+    seen = get_visible_region(processor(), (60, 90), (8, 8))
     values = attention_of(model, 0)[1].mean(dim=0)[2]
-    strongest = max(values.max(), EVEN * values.mean()).item()
+    strongest = max(values.max(), MIN_SCALE * values.mean()).item()
     drawn = overlay(picture, values, seen, strongest, min_side=900)
     with opened(browser, faulty[0]) as page:
         cell(page, "register 2, layer 2").click()
@@ -508,8 +508,8 @@ def test_several_tasks(browser: Browser, tmp_path: Path) -> None:
     found = write_report(tmp_path / "report.html", model, processor(), pictures(), labels=labels)
     assert found.accuracy is not None
     with opened(browser, tmp_path / "report.html") as page:
-        text = page.locator(".picture > summary").first.inner_text()
-        assert "age: " in text and "species: " in text and "in truth species LABEL_1" in text
+        text = page.locator(".image > summary").first.inner_text()
+        assert "age: " in text and "species: " in text and "true label species LABEL_1" in text
         assert page.locator('[data-maps="0"] .overview .cell').count() == 3  # attribution for each task
         assert page.locator('[data-maps="0"] .grid .token').all_inner_texts() == ["CLS age", "CLS species"]
 
@@ -524,8 +524,8 @@ def test_several_labels(browser: Browser, tmp_path: Path) -> None:
     assert found.accuracy == pytest.approx((chosen == torch.tensor(labels)).float().mean().item())
     with opened(browser, tmp_path / "report.html") as page:
         assert page.locator("h1").inner_text() == "ViTCLSForImageClassification"  # from no folder
-        assert page.locator("summary strong").first.inner_text() == "picture 1"
-        assert "in truth LABEL_0, LABEL_2" in page.locator(".picture > summary").first.inner_text()
+        assert page.locator("summary strong").first.inner_text() == "image 1"
+        assert "true label LABEL_0, LABEL_2" in page.locator(".image > summary").first.inner_text()
 
 
 @pytest.mark.parametrize("model_class", [ViTCLSModel, ViTCLSForMaskedImageModeling])
@@ -553,13 +553,13 @@ def test_images_of_several_sizes(tmp_path: Path) -> None:
     keeps = processor(do_center_crop=False, size={"shortest_edge": 32})
     found = write_report(tmp_path / "report.html", classifier(), keeps, pictures(), labels=[0, 1, 2])
     assert found.findings.num_images == 3
-    assert [tuple(reading.attention.shape[-2:]) for reading in found.readings] == [(4, 6), (6, 4), (4, 4)]
+    assert [tuple(reading.attention.shape[-2:]) for reading in found.image_reports] == [(4, 6), (6, 4), (4, 4)]
 
 
 def test_single_heads_are_left_out_of_large_pages(
     browser: Browser, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(report_data, "MOST_MAP_BYTES", 100)
+    monkeypatch.setattr(report_data, "MAX_MAP_BYTES", 100)
     write_report(tmp_path / "report.html", classifier(), processor(), pictures())
     with opened(browser, tmp_path / "report.html") as page:
         assert page.locator("#head option").count() == 1 and page.locator("#head-choice").is_hidden()
@@ -574,9 +574,9 @@ def test_the_head_states_the_patches_that_there_are(browser: Browser, tmp_path: 
     with opened(browser, tmp_path / "report.html") as page:
         assert "48 patches" in page.locator(".sequence").inner_text()
         assert "6 × 8 of 8 × 8 pixels" in page.locator(".sequence").inner_text()
-    assert facts(found, None, None)["num_patches"] == "48"
+    assert build_page_header(found, None, None)["num_patches"] == "48"
     keeps = processor(do_center_crop=False, size={"shortest_edge": 32})
-    several = facts(inspect_model(classifier(), keeps, pictures()), None, None)
+    several = build_page_header(inspect_model(classifier(), keeps, pictures()), None, None)
     assert several["num_patches"] == "16 to 24" and several["grid"] == "4 × 4, 4 × 6, 6 × 4"
 
 
@@ -592,13 +592,13 @@ def test_labels_hold_from_one_half_on(browser: Browser, tmp_path: Path, fields: 
         model.classifier.bias -= largest.sort().values[:2].mean()  # none for the picture with the least
     expected = predict(model, processor(), pictures())
     found = write_report(tmp_path / "report.html", model, processor(), pictures())
-    said = [[name for name, _ in reading.answers[0].labels] for reading in found.readings]
+    said = [[name for name, _ in reading.predictions[0].labels] for reading in found.image_reports]
     assert said == [row["labels"] for row in expected] and [] in said and any(said)
     nothing = said.index([])
     with opened(browser, tmp_path / "report.html") as page:
-        assert "nothing" in page.locator(".picture > summary").nth(nothing).inner_text()
+        assert "nothing" in page.locator(".image > summary").nth(nothing).inner_text()
         explained = page.locator(f'[data-maps="{nothing}"] .overview').text_content()
-        assert f"what speaks for {found.readings[nothing].answers[0].first}" in str(explained)
+        assert f"attribution of {found.image_reports[nothing].predictions[0].first}" in str(explained)
 
 
 def test_one_label_is_right_where_it_holds_in_truth(tmp_path: Path) -> None:
@@ -610,9 +610,9 @@ def test_one_label_is_right_where_it_holds_in_truth(tmp_path: Path) -> None:
     assert 0 < holds.sum() < 3
     found = write_report(tmp_path / "report.html", model, processor(), pictures(), labels=holds.tolist())
     assert found.accuracy == 1
-    for reading in found.readings:
-        assert reading.truth == (reading.answers[0].labels[0][0] if reading.answers[0].labels else "nothing")
-    assert (tmp_path / "report.html").read_text().count("✓ right") == 3
+    for reading in found.image_reports:
+        assert reading.truth == (reading.predictions[0].labels[0][0] if reading.predictions[0].labels else "nothing")
+    assert (tmp_path / "report.html").read_text().count("✓ correct") == 3
 
 
 # Converted models ----------------------------------------------------------------------------------------------------
@@ -632,12 +632,12 @@ def test_converted_families(name: str, tmp_path: Path) -> None:
     is_encoder = type(model) is ViTCLSModel
     assert len(found.verdicts) == model.config.token_layout.num_prefix_tokens
     assert (found.effects is None) == (found.accuracy is None) == is_encoder == (name == "dinov3")
-    for reading in found.readings:
+    for reading in found.image_reports:
         assert len(reading.attributions) == (0 if is_encoder else 1)
         for maps in (reading.attention, reading.rollout, *reading.attributions):
             assert (bool(maps.isfinite().all()) and bool((maps >= 0).all()) and maps.sum() > 0) or maps.numel() == 0
     text = (tmp_path / "report.html").read_text()
-    assert all(token in text for token in token_names(model.config)) and text.rstrip().endswith("</html>")
+    assert all(token in text for token in get_token_names(model.config)) and text.rstrip().endswith("</html>")
 
 
 # Python --------------------------------------------------------------------------------------------------------------
@@ -662,16 +662,16 @@ def test_statistics_over_other_pictures(tmp_path: Path) -> None:
         classifier(),
         processor(),
         pictures()[:1],
-        statistics_pictures=pictures(),
+        statistics_images=pictures(),
         statistics_labels=[0, 1, 2],
         batch_size=2,
     )
-    assert found.findings.num_images == 3 and len(found.readings) == 1 and found.accuracy is not None
+    assert found.findings.num_images == 3 and len(found.image_reports) == 1 and found.accuracy is not None
 
 
 def test_figures_for_programs(tmp_path: Path, faulty: Any) -> None:
     *_, found = faulty
-    write_figures(tmp_path / "figures.json", found, "mine")
+    write_json_values(tmp_path / "figures.json", found, "mine")
     figures = json.loads((tmp_path / "figures.json").read_text())
     assert figures["model"] == "mine" and figures["tokens"][0] == "CLS"
     assert [verdict["word"] for verdict in figures["verdicts"]] == ["not moved", "collapsed", "learned", "collapsed"]
@@ -700,8 +700,8 @@ def test_errors_are_one_line(tmp_path: Path) -> None:
         write_report(file, classifier(), processor(), [])
     grey = processor(do_convert_rgb=False, image_mean=[0.5], image_std=[0.5])
     warnings: list[str] = []
-    with raises_one_line("none of the 1", "1 channel"):
-        write_report(file, classifier(), grey, [pictures()[0].convert("L")], warn=warnings.append)
+    with raises_one_line("None of the 1", "1 channel"):
+        write_report(file, classifier(), grey, [pictures()[0].convert("L")], on_warning=warnings.append)
     assert len(warnings) == 1 and "left out an image" in warnings[0]
     damaged = classifier()
     with torch.no_grad():

@@ -13,9 +13,9 @@ from tiny_models import filled, images, largest_difference, raises_one_line, rel
 
 from modeling_vitcls import ViTCLSBackbone, ViTCLSConfig, ViTCLSForImageClassification, ViTCLSModel
 from modeling_vitcls.analysis.test_time_registers import (
+    add_test_time_register,
+    compute_outlier_fraction,
     find_register_neurons,
-    patch_norm_outliers,
-    with_test_time_register,
 )
 
 
@@ -74,18 +74,18 @@ def _outer(mlp: Any) -> torch.nn.Linear:
 @all_mlps
 def test_outliers_move_to_the_register(fields: dict[str, Any]) -> None:
     model = planted(**fields)
-    assert patch_norm_outliers(model, images()) == 2 / 16
+    assert compute_outlier_fraction(model, images()) == 2 / 16
     neurons = find_register_neurons(model, images(), num_neurons=2)
     assert sorted(neurons) == [[LAYER, neuron] for neuron in PLANTED]
-    better = with_test_time_register(model, neurons)
-    assert patch_norm_outliers(better, images()) == 0.0
+    better = add_test_time_register(model, neurons)
+    assert compute_outlier_fraction(better, images()) == 0.0
     assert better.config.num_register_tokens == 1
     assert better.config.register_neurons == neurons
     with torch.no_grad():
         norms = better(images(), output_hidden_states=True).hidden_states[-1].norm(dim=-1)  # [B, N]
     register = better.config.token_layout.registers
     assert (norms[:, register] > 3 * norms.median()).all()  # where the artifacts are now
-    assert patch_norm_outliers(model, images()) == 2 / 16  # the model given stays as it was
+    assert compute_outlier_fraction(model, images()) == 2 / 16  # the model given stays as it was
 
 
 @all_mlps
@@ -106,8 +106,8 @@ def test_neurons_with_large_negative_activations_are_found_and_moved() -> None:
     model = planted(mlp_type="swiglu", sign=-1.0)
     neurons = find_register_neurons(model, images(), num_neurons=2)
     assert sorted(neurons) == [[LAYER, neuron] for neuron in PLANTED]
-    better = with_test_time_register(model, neurons)
-    assert patch_norm_outliers(better, images()) == 0.0
+    better = add_test_time_register(model, neurons)
+    assert compute_outlier_fraction(better, images()) == 0.0
     before = _activations(model)[:, model.config.token_layout.patches]
     after = _activations(better)[:, better.config.token_layout.registers]
     for neuron, patch in zip(PLANTED, PATCHES, strict=True):
@@ -118,7 +118,7 @@ def test_neurons_with_large_negative_activations_are_found_and_moved() -> None:
 @all_mlps
 def test_only_planted_activations_of_patches_and_the_register_change(fields: dict[str, Any]) -> None:
     model = planted(**fields)
-    better = with_test_time_register(model, [[LAYER, neuron] for neuron in PLANTED])
+    better = add_test_time_register(model, [[LAYER, neuron] for neuron in PLANTED])
     register_neurons = better.layers[LAYER].mlp.register_neurons
     layout = better.config.token_layout
     activations = torch.randn(2, layout.num_prefix_tokens + 16, 32)
@@ -133,7 +133,7 @@ def test_only_planted_activations_of_patches_and_the_register_change(fields: dic
 
 def test_the_register_starts_at_zero_and_the_rest_stays() -> None:
     model = planted(ViTCLSForImageClassification, num_register_tokens=2)
-    better = with_test_time_register(model, [[LAYER, 5]])
+    better = add_test_time_register(model, [[LAYER, 5]])
     assert torch.equal(better.vitcls.embeddings.register_tokens[:, :2], model.vitcls.embeddings.register_tokens)
     assert not better.vitcls.embeddings.register_tokens[:, 2].any()
     assert not better.vitcls.embeddings.position_embeddings.registers[:, 2].any()
@@ -147,26 +147,26 @@ def test_the_register_starts_at_zero_and_the_rest_stays() -> None:
 
 def test_the_register_of_a_gated_group_is_open() -> None:
     model = planted().adapt(num_register_tokens=2, gate_new_tokens=True)
-    better = with_test_time_register(model, [[LAYER, neuron] for neuron in PLANTED])
+    better = add_test_time_register(model, [[LAYER, neuron] for neuron in PLANTED])
     assert better.gates.get_gate_values().tolist() == pytest.approx([1e-6, 1e-6, 1.0], abs=2e-7)
-    assert patch_norm_outliers(better, images()) == 0.0
+    assert compute_outlier_fraction(better, images()) == 0.0
 
 
 @pytest.mark.parametrize("model_class", [ViTCLSModel, ViTCLSForImageClassification, ViTCLSBackbone])
 def test_saved_and_loaded_models_answer_alike(model_class: type, tmp_path: Path) -> None:
     model = planted(model_class)
     neurons = find_register_neurons(model, images(), num_neurons=2)
-    better = with_test_time_register(model, neurons)
+    better = add_test_time_register(model, neurons)
     again = reloaded(better, tmp_path)
     assert again.config.register_neurons == neurons
-    assert patch_norm_outliers(again, images()) == 0.0
+    assert compute_outlier_fraction(again, images()) == 0.0
     with torch.no_grad():
         found, wanted = (one(images(), output_hidden_states=True).hidden_states for one in (again, better))
     assert all(torch.equal(one, other) for one, other in zip(found, wanted, strict=True))
 
 
 def test_loads_without_the_package(tmp_path: Path) -> None:
-    better = with_test_time_register(planted(), [[LAYER, neuron] for neuron in PLANTED])
+    better = add_test_time_register(planted(), [[LAYER, neuron] for neuron in PLANTED])
     better.save_pretrained(tmp_path / "model")
     torch.save(images(), tmp_path / "images.pt")
     child = run_fresh("-I", "-c", CHILD, tmp_path, environment={"HF_HOME": str(tmp_path / "home")})
@@ -196,7 +196,7 @@ with torch.no_grad():
 
 def test_a_model_keeps_its_mode_and_has_no_hooks_left() -> None:
     model = planted().train()
-    patch_norm_outliers(model, images())
+    compute_outlier_fraction(model, images())
     find_register_neurons(model, images())
     assert model.training
     assert not any(module._forward_pre_hooks for module in model.layers.modules())
@@ -211,8 +211,8 @@ def test_images_without_outliers_do_not_count() -> None:
     bright = images(1, seed=3) * 0.01
     bright[:, :, 8:16, 8:16] = 0.2
     dark = images(1, seed=4) * 0.01
-    assert patch_norm_outliers(model, bright) == 1 / 16
-    assert patch_norm_outliers(model, dark) == 0
+    assert compute_outlier_fraction(model, bright) == 1 / 16
+    assert compute_outlier_fraction(model, dark) == 0
     both = torch.cat([bright, dark])
     assert find_register_neurons(model, both, num_neurons=5) == find_register_neurons(model, bright, num_neurons=5)
 
@@ -224,10 +224,10 @@ def test_what_cannot_be_done_is_said() -> None:
     with raises_one_line("num_neurons is 65", "64"):
         find_register_neurons(planted(), images(), num_neurons=65)
     with raises_one_line("[1, 99]"):
-        with_test_time_register(healthy, [[1, 99]])
-    better = with_test_time_register(planted(), [[LAYER, 5]])
-    with raises_one_line("test-time register already"):
-        with_test_time_register(better, [[LAYER, 17]])
+        add_test_time_register(healthy, [[1, 99]])
+    better = add_test_time_register(planted(), [[LAYER, 5]])
+    with raises_one_line("already has a test-time register"):
+        add_test_time_register(better, [[LAYER, 17]])
     with raises_one_line("register_neurons", "num_register_tokens"):
         ViTCLSConfig(register_neurons=[[0, 0]])
 

@@ -264,8 +264,8 @@ def test_gated_tokens_and_biases_hide_nothing() -> None:
 def test_attention_of_each_patch_to_itself_reaches_nowhere() -> None:
     """Exactly, at the size of real images."""
     points = torch.cartesian_prod(torch.arange(14) * 16 + 8.0, torch.arange(14) * 16 + 8.0)
-    assert token_statistics.patch_distance(torch.eye(196)[None, None], points).item() == 0
-    assert token_statistics.spread(torch.eye(196), points).abs().max() <= 1e-4
+    assert token_statistics.compute_patch_distance(torch.eye(196)[None, None], points).item() == 0
+    assert token_statistics.compute_spread(torch.eye(196), points).abs().max() <= 1e-4
 
 
 def test_outliers_are_counted_after_each_layer() -> None:
@@ -310,7 +310,7 @@ def test_outliers_without_registers(fields: dict[str, Any]) -> None:
 
     with model.layers[1].register_forward_hook(plant):
         found = statistics_of(model, pixels[:3], pixels[3:])
-        of_images = token_statistics.outliers_without_registers(model, pixels)
+        of_images = token_statistics.compute_outliers_without_registers(model, pixels)
     assert found.outliers.max() == 0
     assert found.outliers_without_registers.tolist() == pytest.approx([0, 0, 1 / 16, 1 / 16])
     assert torch.equal(of_images.mean(dim=0), found.outliers_without_registers)
@@ -351,7 +351,7 @@ def test_half_precision() -> None:
 
 
 def test_norms_are_kept_up_to_a_number(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(token_statistics, "MOST_NORMS", 40)
+    monkeypatch.setattr(token_statistics, "MAX_NORMS", 40)
     model = filled(ViTCLSModel(tiny_config()))
     found = statistics_of(model, images(2), images(2), images(2))
     assert found.patch_norms.shape == (3, 40)

@@ -10,13 +10,13 @@ from huggingface_hub import ModelCard
 from source_checkpoints import NAMES, SIZES, saved, vit_classifier
 
 from modeling_vitcls import ViTCLSConfig
-from modeling_vitcls.analysis.card_images import write_pictures
+from modeling_vitcls.analysis.card_images import write_card_images
 from modeling_vitcls.conversion.conversion_card import build_conversion_card
 from modeling_vitcls.conversion.convert import take_over
 from modeling_vitcls.conversion.random_weights import random_fill
-from modeling_vitcls.hub.licenses import CONVERTED, Licence
-from modeling_vitcls.hub.manifest import contents_of
-from modeling_vitcls.hub.provenance import Origin
+from modeling_vitcls.hub.licenses import CONVERTED, WeightsLicense
+from modeling_vitcls.hub.manifest import collect_model_files
+from modeling_vitcls.hub.provenance import Provenance
 
 
 @pytest.fixture(autouse=True)
@@ -27,7 +27,7 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def converted(source: str, output: Path, **options: Any) -> ModelCard:
     """The card of a conversion."""
-    take_over(source, output, draw_images=write_pictures, **options)
+    take_over(source, output, draw_images=write_card_images, **options)
     return ModelCard.load(output / "README.md")
 
 
@@ -47,12 +47,12 @@ def test_what_it_says_of_a_trained_classifier(tmp_path: Path) -> None:
     text = card.text
     assert text.lstrip().startswith("# my-vit\n")
     assert str(tmp_path) not in text + (tmp_path / "my-vit" / "certificate.json").read_text()
-    assert "`theirs` as a ViTCLS model" in text and "nothing was trained" in text
+    assert "`theirs` as a ViTCLS model" in text and "was not trained further" in text
     assert "[ CLS x 1 | patch x 16 ]\n\n17 tokens of width 32 for an image of 32 x 32 pixels" in text
     assert "![The token sequence: 1 CLS and 16 patch tokens](pictures/token_layout.png)\n" in text
     num_parameters = vit_classifier().num_parameters()
-    assert f"the same numbers. {num_parameters:,} parameters; nothing was trained." in text
-    assert "heads. Other sizes work, too." in text
+    assert f"with the same outputs. It has {num_parameters:,} parameters and was not trained further." in text
+    assert "heads. Other sizes work as well." in text
     assert "| | 32 x 32 pixels | 24 x 48 pixels | largest value |" in text
     for group in ("cls", "patches", "logits"):
         row = next(line for line in text.splitlines() if line.startswith(f"| {group} |"))
@@ -62,7 +62,7 @@ def test_what_it_says_of_a_trained_classifier(tmp_path: Path) -> None:
     assert "settings of ViTImageProcessor, and differs from it by at most 0 of 255 grey levels" in text
     assert 'from_pretrained("my-vit", revision="<commit hash>", trust_remote_code=True)' in text
     assert 'pipeline("image-classification", model="my-vit", revision="<commit hash>", trust_remote_code=True)' in text
-    assert "under the licence of the source: mit. Its text is in LICENSE." in text
+    assert "under the license of the source: mit. The license text is in LICENSE." in text
     assert "convert.py --source transformers:path/to/theirs --output my-vit\n" in text
     assert f"transformers {transformers.__version__}" in text
     data = card.data.to_dict()
@@ -70,7 +70,7 @@ def test_what_it_says_of_a_trained_classifier(tmp_path: Path) -> None:
     assert "base_model_relation" not in data and "fine-tuned from" not in text  # theirs may be
     assert data["pipeline_tag"] == "image-classification"
     assert (tmp_path / "my-vit" / "LICENSE").read_text() == "MIT\n"
-    assert {"README.md", "LICENSE", "certificate.json", "pictures/token_layout.png"} <= contents_of(
+    assert {"README.md", "LICENSE", "certificate.json", "pictures/token_layout.png"} <= collect_model_files(
         tmp_path / "my-vit"
     ).keys()
 
@@ -79,8 +79,8 @@ def test_other_sizes_are_promised_only_where_one_was_compared(tmp_path: Path) ->
     certificate = take_over(their_folder(tmp_path / "theirs"), tmp_path / "mine")
     one = replace(certificate, comparisons=certificate.comparisons[:1], not_compared="the source refuses it")
     config = ViTCLSConfig.from_pretrained(tmp_path / "mine")
-    text = build_conversion_card("mine", config, 12345, one, Origin("theirs")).text
-    assert "Other sizes" not in text and "Not compared at a second size: the source refuses it." in text
+    text = build_conversion_card("mine", config, 12345, one, Provenance("theirs")).text
+    assert "Other sizes" not in text and "There was no comparison at a second size: the source refuses it." in text
     assert "12,345 parameters" in text
 
 
@@ -95,15 +95,15 @@ def test_a_folder_named_otherwise_than_by_its_path_is_hidden_too(
 
 def test_no_licence_is_made_up(tmp_path: Path) -> None:
     card = converted(their_folder(tmp_path / "theirs"), tmp_path / "mine")
-    assert "No licence was found" in card.text
+    assert "No license was found" in card.text
     assert card.data.license is None
     assert card.data.base_model is None
 
 
 def test_a_licence_of_their_own_is_named_and_linked() -> None:
-    origin = Origin("a/b", license="other", license_name="dinov3-license", license_link="https://example.com/l")
-    assert "licence of the source: [dinov3-license](https://example.com/l)." in str(Licence(CONVERTED, origin))
-    assert "licence of the source: mit." in str(Licence(CONVERTED, Origin("a/b", license="mit")))
+    origin = Provenance("a/b", license="other", license_name="dinov3-license", license_link="https://example.com/l")
+    assert "license of the source: [dinov3-license](https://example.com/l)." in str(WeightsLicense(CONVERTED, origin))
+    assert "license of the source: mit." in str(WeightsLicense(CONVERTED, Provenance("a/b", license="mit")))
 
 
 @pytest.mark.parametrize(

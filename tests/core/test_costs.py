@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from modeling_vitcls import ViTCLSConfig, ViTCLSForImageClassification, ViTCLSForMaskedImageModeling, ViTCLSModel
 from modeling_vitcls.system import gemm_peak
-from modeling_vitcls.training.costs import estimate_memory, forward_flops
+from modeling_vitcls.training.costs import count_forward_flops, estimate_memory
 
 
 # Fields that change what is multiplied with what, beside those that all tests share.
@@ -97,21 +97,21 @@ def loss_of(model: Any, autocast: torch.dtype | None = None, batch: int = 4, sid
 def test_operations_are_those_that_torch_counts(fields: dict[str, Any], attention: str) -> None:
     model = filled(ViTCLSForImageClassification(tiny_config(**fields)))
     model.set_attn_implementation(attention)
-    assert model.flops() == forward_flops(model) == counted(lambda: model(images(1)))
+    assert model.flops() == count_forward_flops(model) == counted(lambda: model(images(1)))
     larger = counted(lambda: model(images(3, 40, 56)))
-    assert model.flops([40, 56], batch_size=3) == forward_flops(model, [40, 56], batch_size=3) == larger
+    assert model.flops([40, 56], batch_size=3) == count_forward_flops(model, [40, 56], batch_size=3) == larger
 
 
 @each_kind
 def test_of_every_kind_of_model(model_class: type, fields: dict[str, Any], inputs: dict[str, Any]) -> None:
     model = filled(model_class(tiny_config(**fields)))
     wanted = counted(lambda: model(images(2, 32, 40)))
-    assert model.flops((32, 40), batch_size=2) == forward_flops(model, (32, 40), batch_size=2) == wanted
+    assert model.flops((32, 40), batch_size=2) == count_forward_flops(model, (32, 40), batch_size=2) == wanted
 
 
 @pytest.mark.parametrize("number", [3, 100], ids=["three pairs", "half of the patches"])
 def test_merged_patches_are_counted_as_they_are_computed(number: int) -> None:
-    """By hand; `forward_flops` counts as if no patches were merged."""
+    """By hand; `count_forward_flops` counts as if no patches were merged."""
     model = filled(ViTCLSModel(tiny_config(merged_patches_per_layer=number, num_register_tokens=2)))
     width, head_dim, intermediate, num_special, num_patches = 16, 8, 24, 3, 16
     wanted = 2 * num_patches * 3 * 8 * 8 * width  # patch projection
@@ -123,7 +123,7 @@ def test_merged_patches_are_counted_as_they_are_computed(number: int) -> None:
         num_patches -= num_pairs
         wanted += 2 * 2 * (num_special + num_patches) * width * intermediate  # MLP
     assert model.flops() == wanted == counted(lambda: model(images(1)))
-    assert forward_flops(model) == ViTCLSModel(tiny_config(num_register_tokens=2)).flops()
+    assert count_forward_flops(model) == ViTCLSModel(tiny_config(num_register_tokens=2)).flops()
 
 
 def test_all_tokens_of_the_last_layer_cost_more() -> None:
@@ -144,7 +144,7 @@ def test_without_weights() -> None:
     assert estimate_memory(model).parameters == 4 * sum(parameter.numel() for parameter in model.parameters())
 
 
-@pytest.mark.parametrize("function", [ViTCLSModel.flops, forward_flops, estimate_memory])
+@pytest.mark.parametrize("function", [ViTCLSModel.flops, count_forward_flops, estimate_memory])
 def test_images_that_are_too_small(function: Callable[..., Any]) -> None:
     with raises_one_line("32 x 7", "8 x 8"):
         function(ViTCLSModel(tiny_config()), (32, 7))

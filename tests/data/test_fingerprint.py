@@ -123,7 +123,7 @@ def test_a_changed_table_is_refused(tmp_path: Path, streaming: bool) -> None:
             prepare(options)
         reset_accelerate()
     write(rows)
-    assert prepare(options).session.facts is not None
+    assert prepare(options).runner.facts is not None
 
 
 def test_other_names_and_other_held_out_images_are_told_apart() -> None:

@@ -20,7 +20,7 @@ from modeling_vitcls.data.splits import (
     load_training_data,
     load_unlabelled_data,
 )
-from modeling_vitcls.hub.manifest import contents_of
+from modeling_vitcls.hub.manifest import collect_model_files
 from modeling_vitcls.inference.evaluate import evaluate_checkpoint, load_classifier
 from modeling_vitcls.options import (
     DataOptions,
@@ -256,7 +256,7 @@ def test_a_split_of_the_data_set_is_recorded_and_evaluated(tmp_path: Path) -> No
 def test_the_record_is_published_and_inspection_uses_it(tmp_path: Path) -> None:
     folder = write_photos(tmp_path / "photos", range(50))
     run(tmp_path / "run", folder, split_seed=7)
-    assert contents_of(tmp_path / "run")["results.json"] == tmp_path / "run" / "results.json"
+    assert collect_model_files(tmp_path / "run")["results.json"] == tmp_path / "run" / "results.json"
     model = load_classifier("run", str(tmp_path / "run"))
     options = InspectOptions(str(tmp_path / "run"), dataset=str(folder))
     images = open_images(options, model, read_record(tmp_path / "run"))

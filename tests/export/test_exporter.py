@@ -478,8 +478,7 @@ def test_errors_end_with_one_line_and_status_1(
         runpy.run_path(str(SCRIPT), run_name="__main__")
     assert ended.value.code == 1
     assert capsys.readouterr().err == (
-        f"error: {tmp_path / 'nowhere'} is no folder here, and cannot be the id of a model on the Hub: check the "
-        "path\n"
+        f"error: {tmp_path / 'nowhere'} is not a folder and not a valid id of a model on the Hub. Check the path\n"
     )
 
 

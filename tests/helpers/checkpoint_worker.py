@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from modeling_vitcls import ViTCLSConfig, ViTCLSForImageClassification
 from modeling_vitcls.checkpoints import CheckpointStore, newest_for_all, save_for_all
-from modeling_vitcls.training.distributed_state import gather_state, named_tensors, scatter_state
+from modeling_vitcls.training.distributed_state import gather_state, get_named_tensors, scatter_state
 from modeling_vitcls.training.interruption import Interruption
 from modeling_vitcls.training.optimizer import Ema
 
@@ -88,7 +88,7 @@ class Training:
         shadow = {f"shadow/{place}": tensor for place, tensor in enumerate(self.ema.shadow)}
         return {
             name: (value.to_local() if isinstance(value, DTensor) else value).clone()
-            for name, value in (named_tensors(self.model) | moments | shadow).items()
+            for name, value in (get_named_tensors(self.model) | moments | shadow).items()
         }
 
 
@@ -126,10 +126,10 @@ def another_number_of_shards(folder: Path, accelerator: Accelerator) -> None:
 def only_one_is_asked_to_stop(folder: Path, accelerator: Accelerator) -> None:
     for number, status in ((signal.SIGTERM, 143), (signal.SIGINT, 130)):
         with Interruption(accelerator) as interruption:
-            assert interruption.requested() is None
+            assert interruption.get_signal() is None
             if accelerator.process_index == 1:
                 os.kill(os.getpid(), number)
-            assert interruption.requested() == number.name
+            assert interruption.get_signal() == number.name
             assert interruption.exit_status == status
 
 

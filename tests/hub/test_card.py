@@ -16,18 +16,23 @@ from modeling_vitcls.data.images import BrokenPicture, LabelledPictures
 from modeling_vitcls.data.labels import LabelSpace
 from modeling_vitcls.hub.card import (
     build_card,
+    build_checkpoint_card,
+    build_common_metadata,
     build_encoder_card,
-    checkpoint_card,
-    layout_picture,
-    licence_of,
-    metadata_of_any_model,
+    format_token_layout,
+    get_license,
 )
-from modeling_vitcls.hub.card_training import shareable
-from modeling_vitcls.hub.provenance import Origin
+from modeling_vitcls.hub.card_training import get_shareable_flags
+from modeling_vitcls.hub.provenance import Provenance
 from modeling_vitcls.inference.metrics import without_large_matrices
 from modeling_vitcls.options import RunOptions
 from modeling_vitcls.system import WATTS_PER_CPU_THREAD, energy_estimate
-from modeling_vitcls.training.model_report import inference_speed, look_at_saved, samples_of, write_card
+from modeling_vitcls.training.model_report import (
+    build_model_report,
+    measure_inference_speed,
+    select_samples,
+    write_card,
+)
 
 
 CONFIG = ViTCLSConfig(
@@ -83,7 +88,7 @@ def test_text_says_tokens_results_and_how_to_load(card: ModelCard) -> None:
     assert "[ CLS x 1 | register x 2 | patch x 16 ]" in card.text
     assert "19 tokens of width 64 for an image of 32 x 32 pixels" in card.text
     assert "| Accuracy | 98.33% |" in card.text
-    assert "360 held-out images" in card.text
+    assert "360 images of the held-out split" in card.text
     assert "Top-5" not in card.text  # was not measured
     loading = 'pipeline("image-classification", model="my-model", revision="<commit hash>", trust_remote_code=True)'
     assert loading in card.text and 'revision = "<commit hash>"' in card.text
@@ -120,46 +125,50 @@ def test_a_folder_of_the_same_name_here_hides_no_data_set_of_the_hub(
     monkeypatch.chdir(tmp_path)
     card = build_card("my-model", CONFIG, RESULTS, FLAGS | {"dataset": "someone/pictures"})
     assert card.data.datasets == ["someone/pictures"]
-    assert shareable(FLAGS) == {"output_dir": "my-model", "model": "vitcls-tiny", "dataset": "digits"}
+    assert get_shareable_flags(FLAGS) == {"output_dir": "my-model", "model": "vitcls-tiny", "dataset": "digits"}
 
 
-def derived(origin: Origin, model: str = "someone/their-vitcls") -> ModelCard:
+def derived(origin: Provenance, model: str = "someone/their-vitcls") -> ModelCard:
     """The card of a model that started from another."""
     return ModelCard(str(build_card("my-model", CONFIG, RESULTS, FLAGS | {"model": model}, origin)))
 
 
 def test_a_model_that_started_from_another_names_it_and_no_licence() -> None:
-    card = derived(Origin("someone/their-vitcls", base_model="someone/their-vitcls"))
+    card = derived(Provenance("someone/their-vitcls", base_model="someone/their-vitcls"))
     assert (card.data.base_model, card.data.base_model_relation) == ("someone/their-vitcls", "finetune")
     assert card.data.license is None
     assert "fine-tuned from `someone/their-vitcls` on `digits`" in card.text
-    assert "whose licence is not known here" in card.text
+    assert "whose license is unknown" in card.text
 
 
 def test_the_licence_is_inherited(tmp_path: Path) -> None:
     """Of a folder of this machine, that was itself derived from a model that others can find."""
     link = "https://ai.meta.com/resources/models-and-libraries/dinov3-license/"
-    origin = Origin(tmp_path.name, "timm/their-dinov3", "other", "dinov3-license", link, (tmp_path / "LICENSE.md",))
+    origin = Provenance(
+        tmp_path.name, "timm/their-dinov3", "other", "dinov3-license", link, (tmp_path / "LICENSE.md",)
+    )
     card = derived(origin, str(tmp_path))
     assert (card.data.license, card.data.license_name, card.data.license_link) == ("other", "dinov3-license", link)
     assert card.data.base_model == "timm/their-dinov3"
     derivation = f"fine-tuned from `path/to/{tmp_path.name}`, which is derived from [timm/their-dinov3]("
     assert derivation in card.text
-    assert f"remain under its licence: [dinov3-license]({link}). Its text is in LICENSE.md." in card.text
+    assert f"remain under its license: [dinov3-license]({link}). The license text is in LICENSE.md." in card.text
 
 
 def test_a_teacher_is_named_and_is_no_base_model() -> None:
-    teacher = Origin("timm:their-teacher", "timm/their-teacher", license="mit")
+    teacher = Provenance("timm:their-teacher", "timm/their-teacher", license="mit")
     flags = FLAGS | {"teacher": "timm:their-teacher", "distillation": "soft"}
     results = RESULTS | {"teacher": "timm:their-teacher"}
     card = ModelCard(str(build_card("my-model", CONFIG, results, flags, teacher=teacher)))
-    sentence = "learned its probabilities from the teacher `timm:their-teacher`. Licence of the teacher: mit."
+    sentence = (
+        "trained on the predicted probabilities of the teacher `timm:their-teacher`. License of the teacher: mit."
+    )
     assert sentence in card.text
     assert card.data.base_model is None and card.data.license is None
     assert "distillation" in card.data.tags
-    assert "The teacher, from whose answers they learned, is under mit." in card.text.split("## Licence")[1]
-    unknown = build_card("my-model", CONFIG, results, flags, teacher=Origin("timm:their-teacher"))
-    assert "The teacher, from" not in unknown.text
+    assert "The teacher model of the distillation is licensed under mit." in card.text.split("## License")[1]
+    unknown = build_card("my-model", CONFIG, results, flags, teacher=Provenance("timm:their-teacher"))
+    assert "The teacher model" not in unknown.text
 
 
 def test_a_licence_is_named_by_those_who_trained() -> None:
@@ -167,42 +176,42 @@ def test_a_licence_is_named_by_those_who_trained() -> None:
     for built in (build_card("my-model", CONFIG, RESULTS, flags), build_encoder_card("x", CONFIG, ENCODER, flags)):
         card = ModelCard(str(built))
         assert card.data.license == "cc-by-4.0"
-        said = card.text.split("## Licence")[1]
-        assert "The weights are under cc-by-4.0. The Python files are under Apache-2.0." in said
+        said = card.text.split("## License")[1]
+        assert "The weights are licensed under cc-by-4.0. The Python files are licensed under Apache-2.0." in said
         assert "license" not in card.text.split("```yaml")[1].split("```")[0]  # whoever repeats it chooses his own
     for built in (build_card("my-model", CONFIG, RESULTS, FLAGS), build_encoder_card("x", CONFIG, ENCODER, FLAGS)):
-        said = ModelCard(str(built)).text.split("## Licence")[1]
-        assert "No licence was named for the weights" in said and "Python files are under Apache-2.0" in said
+        said = ModelCard(str(built)).text.split("## License")[1]
+        assert "named no license for the weights" in said and "Python files are licensed under Apache-2.0" in said
     with pytest.raises(ValueError, match="--license is Apache 2: set a value as the Hub writes it, such as apache-2"):
         RunOptions(license="Apache 2")
 
 
 def test_a_named_licence_does_not_replace_an_inherited_one(tmp_path: Path) -> None:
     flags = FLAGS | {"model": "someone/their-vitcls", "license": "mit"}
-    origin = Origin("someone/their-vitcls", "someone/their-vitcls", license="cc-by-nc-4.0")
+    origin = Provenance("someone/their-vitcls", "someone/their-vitcls", license="cc-by-nc-4.0")
     card = ModelCard(str(build_card("my-model", CONFIG, RESULTS, flags, origin)))
-    assert card.data.license == "cc-by-nc-4.0" and "remain under its licence: cc-by-nc-4.0." in card.text
+    assert card.data.license == "cc-by-nc-4.0" and "remain under its license: cc-by-nc-4.0." in card.text
     warnings: list[str] = []
     for license_named in ("mit", "cc-by-nc-4.0", None):
         write_card(tmp_path, card, origin, RESULTS, RunOptions(license=license_named), warnings.append)
     (warning,) = warnings
     assert "--license mit" in warning and "cc-by-nc-4.0" in warning and "\n" not in warning
-    unknown = ModelCard(str(build_card("my-model", CONFIG, RESULTS, flags, Origin("someone/their-vitcls"))))
-    assert unknown.data.license == "mit" and "The weights are under mit." in unknown.text
+    unknown = ModelCard(str(build_card("my-model", CONFIG, RESULTS, flags, Provenance("someone/their-vitcls"))))
+    assert unknown.data.license == "mit" and "The weights are licensed under mit." in unknown.text
 
 
 def test_the_card_of_a_checkpoint_names_the_same_licence() -> None:
     for named in ("mit", None):
         flags = FLAGS | {"license": named}
-        licence = licence_of(flags, None)
-        arguments = ("ann/x", "steps", 3, "ViTCLSForImageClassification", metadata_of_any_model(flags, None), licence)
-        card = ModelCard(str(checkpoint_card(*arguments, with_optimizer=False)))
-        assert card.data.license == named and card.text.rstrip().endswith(f"## Licence\n\n{licence}")
+        licence = get_license(flags, None)
+        arguments = ("ann/x", "steps", 3, "ViTCLSForImageClassification", build_common_metadata(flags, None), licence)
+        card = ModelCard(str(build_checkpoint_card(*arguments, with_optimizer=False)))
+        assert card.data.license == named and card.text.rstrip().endswith(f"## License\n\n{licence}")
 
 
 @pytest.mark.parametrize(("seconds", "words"), [(0.24, "0.2 s"), (58.4, "58 s"), (12345.6, "12,346 s")])
 def test_short_runs_took_some_time(seconds: float, words: str) -> None:
-    assert f"Training took {words}, evaluations included" in rendered(seconds=seconds).text
+    assert f"Training took {words}, including evaluations" in rendered(seconds=seconds).text
 
 
 PER_CLASS = [
@@ -228,7 +237,7 @@ def test_results_of_one_label() -> None:
     )
     assert "| Accuracy | 98.33% (95 % interval: 96.40% to 99.25%) |" in card.text
     assert "| Accuracy, CLS head | 50.00% |\n| Accuracy, distillation head | 60.00% |" in card.text
-    assert "3 more could not be read, and are not counted." in card.text
+    assert "3 more images were unreadable and are not counted." in card.text
     table = card.text.split("Per class:\n\n")[1].split("\n\n")[0].splitlines()
     assert table == [
         "| Class | Images | Recall | Precision | F1 |",
@@ -258,9 +267,9 @@ def test_results_of_several_labels() -> None:
     results["per_class"] = [row | {"average_precision": 0.125} for row in PER_CLASS]
     card = ModelCard(str(build_card("my-model", config, results, FLAGS)))
     assert card.data.metrics == ["mean_average_precision"]
-    assert "says which of 2 classes an image shows" in card.text
+    assert "for multi-label image classification with 2 classes" in card.text
     assert "| Mean average precision | 75.00% |" in card.text
-    assert "F1, mean over the classes" not in card.text  # was not measured
+    assert "F1, macro average" not in card.text  # was not measured
     assert "| dusk | 200 | 99.00% | 97.50% | 98.25% | 12.50% |" in card.text
 
 
@@ -275,7 +284,7 @@ def test_results_of_several_tasks() -> None:
         light_per_class=PER_CLASS,
         place_per_class=[row | {"name": "wood"} for row in PER_CLASS],
     )
-    assert "that answers several questions about an image: light (2 classes), place (3 classes)" in card.text
+    assert "for multi-task image classification: light (2 classes), place (3 classes)" in card.text
     assert "| light: Accuracy | 90.00% (95 % interval: 80.00% to 95.00%) |" in card.text
     assert "place: Accuracy" not in card.text
     assert "light, per class:" in card.text and "place, per class:" in card.text and "| wood | 160 |" in card.text
@@ -284,7 +293,7 @@ def test_results_of_several_tasks() -> None:
 
 def test_layout_leaves_out_groups_without_tokens() -> None:
     assert (
-        layout_picture({"cls": 0, "distillation": 1, "registers": 0, "patches": 4})
+        format_token_layout({"cls": 0, "distillation": 1, "registers": 0, "patches": 4})
         == "[ distillation x 1 | patch x 4 ]"
     )
 
@@ -299,7 +308,7 @@ def test_no_path_of_this_machine_is_in_the_recipe(tmp_path: Path) -> None:
         "timm:resnet18": "timm:resnet18",
         "ORG/TEACHER": "ORG/TEACHER",
     }.items():
-        shared = shareable(flags | {"teacher": teacher})
+        shared = get_shareable_flags(flags | {"teacher": teacher})
         assert shared["teacher"] == expected
         assert str(tmp_path) not in str(shared)
 
@@ -314,16 +323,18 @@ def test_limits_are_those_that_were_measured() -> None:
         per_class=[PER_CLASS[0], PER_CLASS[1] | {"recall": 0.9}],
         confusion_matrix=[[198, 2], [16, 144]],
     )
-    assert "measured on 360 images, which tells it no closer than between 96.40% and 99.25%" in card.text
-    assert "weakest class is `noon|late`: recall 90.00% on 160 images, 16 of which it took for `dusk`" in card.text
-    assert "differs from how often it is right by 1.23% on average" in card.text
+    assert "measured on 360 images. Its 95 % confidence interval is 96.40% to 99.25%." in card.text
+    assert (
+        "weakest class is `noon|late`: recall 90.00% on 160 images, 16 of which were predicted as `dusk`" in card.text
+    )
+    assert "differs from the accuracy by 1.23% on average" in card.text
     alike = [row | {"recall": 0.9} for row in PER_CLASS]
     for unknown in ({}, {"per_class": alike}, {"per_class": PER_CLASS[1:]}):
         assert "weakest" not in rendered(**unknown).text
 
 
 def test_the_classes_are_named_as_far_as_anybody_reads() -> None:
-    assert "answers with one of these, also where an image shows none of them: `dusk`, `noon`." in rendered().text
+    assert "predicts one of these classes, even if an image shows none of them: `dusk`, `noon`." in rendered().text
     many = ViTCLSConfig(**CONFIG.to_diff_dict() | {"id2label": {index: f"kind-{index}" for index in range(60)}})
     text = rendered(many).text
     assert "`kind-49` and 10 more" in text and "kind-50" not in text
@@ -332,7 +343,7 @@ def test_the_classes_are_named_as_far_as_anybody_reads() -> None:
 def test_settings_that_did_something_are_in_the_table() -> None:
     flags = FLAGS | {"batch_size": 16, "gradient_accumulation_steps": 2, "mixup": 0.0, "flip": True, "seed": 0}
     text = str(build_card("my-model", CONFIG, RESULTS | {"num_processes": 3}, flags))
-    assert "| Images per step | 96 |" in text and "| Mirrored at random | yes |" in text and "| Seed | 0 |" in text
+    assert "| Images per step | 96 |" in text and "| Random horizontal flip | yes |" in text and "| Seed | 0 |" in text
     assert "Mixup" not in text
 
 
@@ -350,17 +361,17 @@ def test_settings_that_did_something_are_in_the_table() -> None:
 )
 def test_patch_dropout_is_in_the_table_where_patches_were_left_out(flags: dict[str, Any], is_shown: bool) -> None:
     config = ViTCLSConfig(**CONFIG.to_diff_dict() | {"patch_drop_rate": 0.25})
-    row = "| Part of the patches left out in training | 0.25 |"
+    row = "| Patch dropout rate | 0.25 |"
     assert (row in str(build_card("my-model", config, RESULTS, FLAGS | flags))) == is_shown
-    assert "left out in training" not in str(build_card("my-model", CONFIG, RESULTS, FLAGS | flags))
+    assert "Patch dropout" not in str(build_card("my-model", CONFIG, RESULTS, FLAGS | flags))
 
 
-@pytest.mark.parametrize(("number", "words"), [(0, None), (1, "joins the pair of"), (8, "joins the 8 pairs of")])
+@pytest.mark.parametrize(("number", "words"), [(0, None), (1, "merges the pair of"), (8, "merges the 8 pairs of")])
 def test_a_model_that_merges_patches_is_said_to_be_inexact(number: int, words: str | None) -> None:
     config = ViTCLSConfig(**CONFIG.to_diff_dict() | {"merged_patches_per_layer": number})
     cards = (build_card("mine", config, RESULTS, FLAGS), build_encoder_card("mine", config, ENCODER, FLAGS))
     for tokens in (str(card).split("## Tokens")[1].split("##")[0] for card in cards):
-        assert ("answers are inexact" in tokens) == (words is not None) and (words or "") in tokens
+        assert ("outputs are approximate" in tokens) == (words is not None) and (words or "") in tokens
         assert "\n\n\n" not in tokens
 
 
@@ -373,12 +384,12 @@ def test_flags_of_starting_and_publishing_are_in_no_recipe() -> None:
 def test_pictures_are_shown_with_words_for_those_who_do_not_see_them() -> None:
     names = ("token_layout", "confusion_matrix", "attention")
     pictures = {name: f"pictures/{name}.png" for name in names}
-    card = ModelCard(str(build_card("my-model", CONFIG, RESULTS, FLAGS, pictures=pictures)))
+    card = ModelCard(str(build_card("my-model", CONFIG, RESULTS, FLAGS, images=pictures)))
     shown = dict(re.findall(r"!\[(.+)\]\((.+)\)", card.text))
     assert sorted(shown.values()) == sorted(pictures.values())
     assert "The token sequence: 1 CLS, 2 register and 16 patch tokens" in shown
     assert not re.search(r"\n\n\n", card.text)
-    assert "What the tokens look at" not in rendered().text and "![" not in rendered().text
+    assert "## Attention maps" not in rendered().text and "![" not in rendered().text
 
 
 def test_energy_is_never_without_its_assumption() -> None:
@@ -387,18 +398,21 @@ def test_energy_is_never_without_its_assumption() -> None:
     watts = torch.get_num_threads() * WATTS_PER_CPU_THREAD
     assert estimate["kilowatt_hours"] == pytest.approx(2 * watts / 1000)
     text = rendered(energy=estimate).text
-    assert "Its energy was not measured; the estimate is" in text
-    assert f"if {estimate['assumption']}" in text and f"{WATTS_PER_CPU_THREAD:.0f} W each" in estimate["assumption"]
+    assert "The energy was not measured. The estimate is" in text
+    assert (
+        f"assuming that {estimate['assumption']}" in text
+        and f"{WATTS_PER_CPU_THREAD:.0f} W each" in estimate["assumption"]
+    )
     assert energy_estimate(3600.0, 2, torch.device("meta")) is None
     assert "energy" not in rendered(energy=None).text.split("## Hardware")[1].partition("\n")[2]
 
 
 def test_speed_says_how_it_was_measured() -> None:
     model = filled(ViTCLSForImageClassification(tiny_config()))
-    speed = inference_speed(model, torch.device("cpu"))
+    speed = measure_inference_speed(model, torch.device("cpu"))
     assert speed["images_per_second"] > 0 and 1 <= speed["batch_size"] <= 32 and speed["dtype"] == "float32"
     text = rendered(inference=speed | {"images_per_second": 1234.0, "batch_size": 32}).text
-    assert "in float32, without reading and resizing images: 1,234 images per second in batches of 32" in text
+    assert "in float32, without reading and resizing images: 1,234 images/s in batches of 32" in text
 
 
 def test_an_encoder_says_what_was_asked_of_it() -> None:
@@ -406,7 +420,7 @@ def test_an_encoder_says_what_was_asked_of_it() -> None:
     flags = FLAGS | {"mask_ratio": 0.6, "label_smoothing": 0.1}
     card = ModelCard(str(build_encoder_card("my-encoder", CONFIG, results, flags)))
     assert card.data.pipeline_tag == "image-feature-extraction" and card.data.license is None
-    assert "| Part of the patches that is hidden | 0.6 |" in card.text
+    assert "| Mask ratio | 0.6 |" in card.text
     assert "smoothing" not in card.text  # there are no labels
     sections = re.split(r"^#+ .*$", card.text, flags=re.MULTILINE)[1:]
     assert len(sections) == 9 and all(section.strip() for section in sections)
@@ -429,17 +443,17 @@ def test_samples_are_of_different_classes() -> None:
     pictures = Pictures(Image.new("L", (4, 4), value) for value in range(7))
     labels = [0, 1, 0, 0, 1, 2, 2]
     space = LabelSpace("single_label_classification", {"label": ["dusk", "noon", "dawn"]})
-    samples = samples_of(LabelledPictures(pictures, labels), space)
+    samples = select_samples(LabelledPictures(pictures, labels), space)
     assert [(picture.getpixel((0, 0)), label) for picture, label in samples] == [
         *((0, "dusk"), (5, "dawn"), (2, "dusk"), (3, "dusk")),
     ]
     tasks = LabelSpace("multi_task", {"light": ["dusk", "noon"], "place": ["sea", "wood"]})
-    (sample,) = samples_of(LabelledPictures(pictures[:1], [{"light": 1, "place": -100}]), tasks)
+    (sample,) = select_samples(LabelledPictures(pictures[:1], [{"light": 1, "place": -100}]), tasks)
     assert sample[1] == "light noon"
     several = LabelSpace("multi_label_classification", {"tags": ["sea", "wood", "town"]})
-    (sample,) = samples_of(LabelledPictures(pictures[:1], [[1.0, 0.0, 1.0]]), several)
+    (sample,) = select_samples(LabelledPictures(pictures[:1], [[1.0, 0.0, 1.0]]), several)
     assert sample[1] == "sea, town"
-    (sample,) = samples_of(LabelledPictures(pictures[:1], [-100]), LabelSpace("single_label_classification", {}))
+    (sample,) = select_samples(LabelledPictures(pictures[:1], [-100]), LabelSpace("single_label_classification", {}))
     assert sample[1] is None
 
 
@@ -479,12 +493,12 @@ def test_a_run_is_not_lost_for_want_of_pictures(tmp_path: Path) -> None:
     space = LabelSpace("single_label_classification", {})
     warnings: list[str] = []
     given = (tmp_path, ViTCLSForImageClassification, results, none, space, torch.device("cpu"))
-    assert look_at_saved(*given, True, warnings.append) == {}
+    assert build_model_report(*given, True, warnings.append) == {}
     (warning,) = warnings
-    assert "the card has no pictures" in warning and "\n" not in warning
+    assert "the card has no images" in warning and "\n" not in warning
     assert results["inference"]["images_per_second"] > 0
     (tmp_path / "pictures").unlink()
-    assert look_at_saved(*given, False, warnings.append) == {} and len(warnings) == 1
-    drawn = look_at_saved(*given, True, warnings.append)
+    assert build_model_report(*given, False, warnings.append) == {} and len(warnings) == 1
+    drawn = build_model_report(*given, True, warnings.append)
     assert "report.html could not be written" in warnings[-1]  # of no picture
     assert drawn == {"token_layout": "pictures/token_layout.png"} and (tmp_path / drawn["token_layout"]).is_file()

@@ -25,14 +25,15 @@ from timm.models import save_for_hf
 from tiny_models import filled, raises_one_line, tiny_config
 
 import modeling_vitcls as vitcls
+from modeling_vitcls.analysis.card_images import write_card_images
 from modeling_vitcls.conversion.convert import take_over
 from modeling_vitcls.conversion.random_weights import random_fill
 from modeling_vitcls.data.labels import LabelSpace
 from modeling_vitcls.data.sources import load_splits
 from modeling_vitcls.data.splits import load_training_data, load_unlabelled_data
-from modeling_vitcls.demo.reader import Reader
+from modeling_vitcls.demo.reader import DemoModel
 from modeling_vitcls.hub import loading, provenance
-from modeling_vitcls.hub.loading import commit_of, local_copy
+from modeling_vitcls.hub.loading import get_cached_commit, get_model_folder
 from modeling_vitcls.hub.publish import push_folder
 from modeling_vitcls.options import DataOptions
 from modeling_vitcls.training.teacher import load_teacher
@@ -54,8 +55,8 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[LocalHub]:
         monkeypatch.setattr(datasets.config, "HF_ENDPOINT", running.url)
         monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
         monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "data")
-        monkeypatch.setattr(loading, "WAIT", 0.01)
-        monkeypatch.setattr(provenance, "PATIENCE", 0.5)
+        monkeypatch.setattr(loading, "RETRY_WAIT", 0.01)
+        monkeypatch.setattr(provenance, "TIMEOUT", 0.5)
         yield running
 
 
@@ -77,25 +78,25 @@ def test_a_data_set_of_the_hub_is_found_in_the_cache_where_the_hub_is_dead(
     content = (tmp_path / "train.parquet").read_bytes()
     hub.create("datasets/ann/pictures", private=False, files={"README.md": b"# x", "train.parquet": content})
     assert len(load_splits(DataOptions("ann/pictures")).parts["train"]) == 8
-    with raises_one_line("ann/none is no file or folder here", "the Hub has no such data set", error=OSError):
+    with raises_one_line("ann/none is not a file or folder", "the Hub has no such data set", error=OSError):
         load_splits(DataOptions("ann/none"))
-    with raises_one_line("a/b/c is no file or folder here", "cannot be the id of a data set", error=OSError):
+    with raises_one_line("a/b/c is not a file or folder", "not a valid id of a data set", error=OSError):
         load_splits(DataOptions("a/b/c"))
     go_away(monkeypatch)
     started = time.monotonic()
     assert len(load_splits(DataOptions("ann/pictures")).parts["train"]) == 8
-    assert "127.0.0.1:9 does not answer" in caplog.text and "ann/pictures comes from the cache" in caplog.text
+    assert "127.0.0.1:9 does not respond" in caplog.text and "loading ann/pictures from the cache" in caplog.text
     for streaming in (False, True):
-        with raises_one_line("ann/none", "nor complete in the cache", f"{DEAD} does not answer", error=OSError):
+        with raises_one_line("ann/none", "not complete in the cache", f"{DEAD} does not respond", error=OSError):
             load_training_data(DataOptions("ann/none", streaming=streaming))
-    with raises_one_line(f"{DEAD} does not answer", "Check the network", error=OSError):
+    with raises_one_line(f"{DEAD} does not respond", "Check the network", error=OSError):
         load_unlabelled_data(DataOptions("ann/none"))
     assert time.monotonic() - started < 10  # `datasets` alone takes 40 seconds for one of these
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     caplog.clear()
     assert len(load_splits(DataOptions("ann/pictures")).parts["train"]) == 8
-    assert "does not answer" not in caplog.text
+    assert "does not respond" not in caplog.text
 
 
 def test_a_timm_model_of_the_hub_is_pinned_and_found_in_the_cache_where_the_hub_is_dead(
@@ -115,9 +116,9 @@ def test_a_timm_model_of_the_hub_is_pinned_and_found_in_the_cache_where_the_hub_
     started = time.monotonic()
     take_over(f"timm:hf-hub:ann/vit@{commit}", tmp_path / "again")
     for source in ("timm:hf-hub:ann/none", "timm:vit_tiny_patch16_224"):
-        with raises_one_line(f"timm cannot load {source[5:]}", f"{DEAD} does not answer", error=OSError):
+        with raises_one_line(f"timm cannot load {source[5:]}", f"{DEAD} does not respond", error=OSError):
             take_over(source, tmp_path / "none")
-    with raises_one_line("timm:hf-hub:ann/none", f"{DEAD} does not answer", error=OSError):
+    with raises_one_line("timm:hf-hub:ann/none", f"{DEAD} does not respond", error=OSError):
         load_teacher("timm:hf-hub:ann/none", DIGITS, 1, (8, 8), torch.device("cpu"))
     assert time.monotonic() - started < 20
 
@@ -129,13 +130,13 @@ def test_a_source_on_the_hub_is_converted_at_the_commit_that_is_named(hub: Local
     repository = hub.create("ann/vit", private=False, files=files)
     commit = repository.branches["main"]
     repository.commit("main", "broken", {"config.json": hub.store("config.json", b"{}")})
-    take_over(f"transformers:ann/vit@{commit}", tmp_path / "mine")
+    take_over(f"transformers:ann/vit@{commit}", tmp_path / "mine", draw_images=write_card_images)
     certificate = json.loads((tmp_path / "mine" / "certificate.json").read_text())
     assert (certificate["source"], certificate["source_revision"]) == ("transformers:ann/vit", commit)
     card = (tmp_path / "mine" / "README.md").read_text()
     assert f"convert.py --source transformers:ann/vit@{commit} --output mine\n" in card
     assert "base_model: ann/vit\n" in card and "base_model_relation" not in card
-    assert "may list this one as fine-tuned from its source, which it is not" in card
+    assert "may list this model as fine-tuned from its source, although it was not" in card
     assert (tmp_path / "mine" / "pictures" / "token_layout.png").is_file()
 
 
@@ -166,9 +167,13 @@ def test_a_mistyped_folder_is_named_in_one_line(
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(ROOT / "scripts"))
     for name, words in {
-        "runs/none": ["here, and the Hub has no such"],
-        "runs/my/none": ["here, and cannot be the id of a"],
-        "runs/gone": ["here, nor complete in the cache", f"{DEAD} does not answer", "Check the network"],
+        "runs/none": [", and the Hub has no such"],
+        "runs/my/none": ["not a valid id of a"],
+        "runs/gone": [
+            "is not a folder and not complete in the cache",
+            f"{DEAD} does not respond",
+            "Check the network",
+        ],
     }.items():
         if name == "runs/gone":
             go_away(monkeypatch)
@@ -187,10 +192,10 @@ def test_the_demo_asks_nobody_once_its_model_is_here(
     filled(vitcls.ViTCLSForImageClassification(tiny_config(id2label=names))).save_pretrained(tmp_path / "mine")
     vitcls.ViTCLSImageProcessor(size={"height": 32, "width": 32}).save_pretrained(tmp_path / "mine")
     commit = push_folder(tmp_path / "mine", "ann/mine").commit
-    assert commit_of(local_copy("ann/mine")) == commit
+    assert get_cached_commit(get_model_folder("ann/mine")) == commit
     go_away(monkeypatch)
     started = time.monotonic()
-    with loading.offline():
-        reader = Reader.load("ann/mine", commit)
+    with loading.force_offline():
+        reader = DemoModel.load("ann/mine", commit)
     assert (reader.source, reader.commit) == ("ann/mine", commit)
     assert time.monotonic() - started < 10 and not constants.HF_HUB_OFFLINE

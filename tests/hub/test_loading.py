@@ -31,9 +31,9 @@ import modeling_vitcls as vitcls
 from modeling_vitcls.conversion.convert import take_over
 from modeling_vitcls.conversion.random_weights import random_fill
 from modeling_vitcls.hub import loading
-from modeling_vitcls.hub.loading import CONFIGURATION, commit_of, local_copy
+from modeling_vitcls.hub.loading import CONFIG_FILES, get_cached_commit, get_model_folder
 from modeling_vitcls.hub.publish import push_folder
-from modeling_vitcls.hub.shared_code import with_code_elsewhere, write_code
+from modeling_vitcls.hub.shared_code import use_shared_code, write_code
 
 
 ROOT = Path(__file__).parents[2]
@@ -235,7 +235,7 @@ def publish_two_versions(world: World, inputs: dict[str, torch.Tensor]) -> None:
         file.write_text(file.read_text() + OTHER_CODE)
     with_code["second"] = push_folder(folder, "ann/versions").commit
     HfApi().upload_folder(repo_id="ann/code", folder_path=code)
-    with_code_elsewhere(folder, "ann/code")
+    use_shared_code(folder, "ann/code")
     world.commits |= with_code | {"weights": push_folder(folder, "ann/weights").commit}
 
     classifier = "AutoModelForImageClassification"
@@ -279,7 +279,7 @@ def test_the_card_and_the_licence_travel_with_it(world: World) -> None:
     assert f"at commit `{world.commits['them/dino']}`" in card
     assert 'from_pretrained("ann/dino", revision="<commit hash>", trust_remote_code=True)' in card
     assert world.hub.read("ann/dino", "LICENSE.md") == b"You may.\n"
-    assert "No licence was found" in world.hub.read("ann/vit", "README.md").decode()
+    assert "No license was found" in world.hub.read("ann/vit", "README.md").decode()
     certificate = json.loads(world.hub.read("ann/dino", "certificate.json"))
     assert certificate["source_revision"] == world.commits["them/dino"]
 
@@ -300,18 +300,18 @@ def test_each_commit_answers_with_the_code_that_it_was_pushed_with(world: World,
 def test_code_elsewhere_is_a_matter_of_the_published_files(world: World, tmp_path: Path) -> None:
     assert not [name for name in world.hub.files("ann/weights") if name.endswith(".py")]
     folder = world.folder / "versions"
-    with_code_elsewhere(folder, "bob/code")  # moved once more
-    for file in CONFIGURATION:
+    use_shared_code(folder, "bob/code")  # moved once more
+    for file in CONFIG_FILES:
         text = (folder / file).read_text()
         assert "bob/code--" in text and "ann/code" not in text
     model = vitcls.ViTCLSForImageClassification.from_pretrained(folder)
     model.save_pretrained(tmp_path)
     assert "bob/code" not in (tmp_path / "config.json").read_text()
     assert (tmp_path / "modeling_vitcls.py").is_file()
-    with raises_one_line("'code' is no repository", "namespace/name"):
-        with_code_elsewhere(folder, "code")
-    with raises_one_line("is no folder"):
-        with_code_elsewhere(tmp_path / "nowhere", "bob/code")
+    with raises_one_line("'code' is not a repository id", "namespace/name"):
+        use_shared_code(folder, "code")
+    with raises_one_line("is not a folder"):
+        use_shared_code(tmp_path / "nowhere", "bob/code")
 
 
 # Offline and dead ----------------------------------------------------------------------------------------------------
@@ -355,7 +355,7 @@ def test_our_scripts_take_what_is_cached_where_the_hub_does_not_answer(world: Wo
     done = world.run("evaluate.py", *flags, HF_ENDPOINT="http://127.0.0.1:9")
     assert done.returncode == 0, done.stderr[-2000:]
     assert "ccuracy" in done.stdout
-    assert "does not answer" in done.stderr and "ann/versions comes from the cache" in done.stderr
+    assert "does not respond" in done.stderr and "loading ann/versions from the cache" in done.stderr
 
 
 def test_our_scripts_say_what_to_do_offline_with_an_empty_cache(world: World) -> None:
@@ -363,7 +363,7 @@ def test_our_scripts_say_what_to_do_offline_with_an_empty_cache(world: World) ->
     started = time.monotonic()
     done = world.run("evaluate.py", "--model", "ann/versions", "--dataset", "digits", **settings)
     assert time.monotonic() - started < SECONDS
-    assert_ends_with_one_line(done.returncode, done.stderr, "HF_HUB_OFFLINE", "run `hf download ann/versions`")
+    assert_ends_with_one_line(done.returncode, done.stderr, "HF_HUB_OFFLINE", "Run `hf download ann/versions`")
 
 
 @pytest.mark.slow
@@ -373,7 +373,7 @@ def test_our_scripts_give_up_on_a_closed_port(world: World) -> None:
     output = world.folder / "never"
     done = world.run("convert.py", "--source", "transformers:them/vit", "--output", output, **settings)
     assert time.monotonic() - started < SECONDS
-    assert_ends_with_one_line(done.returncode, done.stderr, "127.0.0.1:9 does not answer", "Check the network")
+    assert_ends_with_one_line(done.returncode, done.stderr, "127.0.0.1:9 does not respond", "Check the network")
     assert not output.exists()
 
 
@@ -398,17 +398,17 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[LocalHub]:
         running.create("ann/model", private=True, files={"config.json": b"{}", "model.safetensors": b"weights"})
         point_client_at(running.url, "hf_ann", monkeypatch, tmp_path / "home")
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
-        monkeypatch.setattr(loading, "WAIT", 0.01)
+        monkeypatch.setattr(loading, "RETRY_WAIT", 0.01)
         yield running
 
 
 def test_a_folder_is_itself_and_what_can_be_no_repository_is_nothing(hub: LocalHub, tmp_path: Path) -> None:
-    assert local_copy(str(tmp_path)) == str(tmp_path)
+    assert get_model_folder(str(tmp_path)) == str(tmp_path)
     for source in ("/not/there", "./not-there", "a/b/c"):
-        with raises_one_line(f"{source} is no folder here, and cannot be the id of a model", error=OSError):
-            local_copy(source)
-    with raises_one_line("--revision is about models on the Hub", str(tmp_path), "leave it out"):
-        local_copy(str(tmp_path), revision="main")
+        with raises_one_line(f"{source} is not a folder and not a valid id of a model", error=OSError):
+            get_model_folder(source)
+    with raises_one_line("--revision requires a model on the Hub", str(tmp_path), "Leave --revision out"):
+        get_model_folder(str(tmp_path), revision="main")
     assert not hub.requests
 
 
@@ -416,73 +416,73 @@ def test_a_revision_is_taken_where_one_is_named(hub: LocalHub, monkeypatch: pyte
     repository = hub.repositories["ann/model"]
     old = repository.branches["main"]
     repository.commit("main", "newer", repository.commits[old].files | {"config.json": hub.store("config.json", b"1")})
-    newest = commit_of(local_copy("ann/model"))
+    newest = get_cached_commit(get_model_folder("ann/model"))
     assert old != newest == repository.branches["main"]
-    assert commit_of(local_copy("ann/model", revision=old)) == old
+    assert get_cached_commit(get_model_folder("ann/model", revision=old)) == old
     with raises_one_line("ann/model has no revision gone", "a branch or a tag", error=OSError):
-        local_copy("ann/model", revision="gone")
+        get_model_folder("ann/model", revision="gone")
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
-    assert commit_of(local_copy("ann/model", revision=old)) == old
-    with raises_one_line("127.0.0.1:9 does not answer", error=OSError):
-        local_copy("ann/model", revision="gone")
+    assert get_cached_commit(get_model_folder("ann/model", revision=old)) == old
+    with raises_one_line("127.0.0.1:9 does not respond", error=OSError):
+        get_model_folder("ann/model", revision="gone")
 
 
 def test_what_is_needed_is_fetched_once_and_the_newest_is_taken(hub: LocalHub) -> None:
-    folder = local_copy("ann/model")
+    folder = get_model_folder("ann/model")
     assert sorted(file.name for file in Path(folder).iterdir()) == ["config.json", "model.safetensors"]
-    assert commit_of(folder) == hub.repositories["ann/model"].branches["main"]
+    assert get_cached_commit(folder) == hub.repositories["ann/model"].branches["main"]
     hub.requests.clear()
-    assert local_copy("ann/model") == folder
+    assert get_model_folder("ann/model") == folder
     assert not hub.asked("GET", "/resolve/") and not hub.asked("GET", "/objects/")
     repository = hub.repositories["ann/model"]
     newest = repository.commit("main", "more", repository.commits[repository.branches["main"]].files)
-    assert commit_of(local_copy("ann/model")) == newest
-    assert commit_of("runs/mine") is None
+    assert get_cached_commit(get_model_folder("ann/model")) == newest
+    assert get_cached_commit("runs/mine") is None
 
 
 def test_a_failure_that_passes_is_tried_again(hub: LocalHub) -> None:
     hub.fail("GET", "/api/models/ann/model", 503)
     hub.fail("GET", "/objects/", "cut")
-    assert Path(local_copy("ann/model"), "model.safetensors").read_bytes() == b"weights"
+    assert Path(get_model_folder("ann/model"), "model.safetensors").read_bytes() == b"weights"
 
 
 def test_a_closed_port_leaves_what_is_cached(
     hub: LocalHub, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    folder = local_copy("ann/model")
+    folder = get_model_folder("ann/model")
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
-    assert local_copy("ann/model") == folder
-    assert "127.0.0.1:9 does not answer" in caplog.text and "ann/model comes from the cache" in caplog.text
-    with raises_one_line("127.0.0.1:9 does not answer", "refused", "Check the network", error=OSError):
-        local_copy("ann/other")
+    assert get_model_folder("ann/model") == folder
+    assert "127.0.0.1:9 does not respond" in caplog.text and "loading ann/model from the cache" in caplog.text
+    with raises_one_line("127.0.0.1:9 does not respond", "refused", "Check the network", error=OSError):
+        get_model_folder("ann/other")
 
 
 def test_a_silent_hub_is_given_up_in_time(hub: LocalHub, silent: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", silent)
-    monkeypatch.setattr(loading, "PATIENCE", 0.5)
+    monkeypatch.setattr(loading, "TIMEOUT", 0.5)
     started = time.monotonic()
-    with raises_one_line(f"{silent} does not answer", "timed out", error=OSError):
-        local_copy("ann/model")
+    with raises_one_line(f"{silent} does not respond", "timed out", error=OSError):
+        get_model_folder("ann/model")
     assert 1.0 <= time.monotonic() - started < 10
 
 
 def test_what_may_not_be_read_is_not_taken_from_anywhere(hub: LocalHub, monkeypatch: pytest.MonkeyPatch) -> None:
     with raises_one_line("the Hub has no such model", "hf auth login", error=OSError):
-        local_copy("ann/typo")
+        get_model_folder("ann/typo")
     monkeypatch.setenv("HF_TOKEN", "hf_bob")
-    with raises_one_line("ann/model is no folder here", "your token may not see it", error=OSError):
-        local_copy("ann/model")
+    with raises_one_line("ann/model is not a folder", "the token cannot read it", error=OSError):
+        get_model_folder("ann/model")
     hub.create("ann/empty", private=False)
-    with raises_one_line("ann/empty holds no model", "no config.json", error=OSError):
-        local_copy("ann/empty")
+    with raises_one_line("ann/empty does not contain a model", "no config.json", error=OSError):
+        get_model_folder("ann/empty")
 
 
 def test_a_part_of_a_model_in_the_cache_is_none(hub: LocalHub, monkeypatch: pytest.MonkeyPatch) -> None:
-    local_copy("ann/model", CONFIGURATION)
+    get_model_folder("ann/model", CONFIG_FILES)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    assert commit_of(local_copy("ann/model", CONFIGURATION)) is not None
+    assert get_cached_commit(get_model_folder("ann/model", CONFIG_FILES)) is not None
     with raises_one_line("complete in the cache", "HF_HUB_OFFLINE", error=OSError):
-        local_copy("ann/model")
+        get_model_folder("ann/model")
 
 
 # At last, what had to wait -------------------------------------------------------------------------------------------
@@ -494,5 +494,5 @@ def test_our_scripts_give_up_on_a_hub_that_never_answers(
     process, started = kept_waiting
     _, errors = process.communicate(timeout=max(1.0, started + SECONDS - time.monotonic()))
     assert_ends_with_one_line(
-        process.returncode, errors, f"{silent} does not answer", "timed out", "Check the network"
+        process.returncode, errors, f"{silent} does not respond", "timed out", "Check the network"
     )

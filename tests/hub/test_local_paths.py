@@ -14,8 +14,8 @@ from PIL import Image
 from tiny_models import filled, raises_one_line, tiny_config
 
 from modeling_vitcls import ViTCLSForImageClassification, ViTCLSImageProcessor
-from modeling_vitcls.hub.local_paths import check_free, is_local, is_same_place, settled, without_folders
-from modeling_vitcls.hub.manifest import SAMPLES, contents_of, data_shown
+from modeling_vitcls.hub.local_paths import check_output_is_empty, is_local, is_same_path, resolve_name, strip_folders
+from modeling_vitcls.hub.manifest import SAMPLE_IMAGES, collect_model_files, find_local_dataset_in_card
 from modeling_vitcls.hub.publish import push_folder
 from modeling_vitcls.options import (
     DataOptions,
@@ -26,8 +26,8 @@ from modeling_vitcls.options import (
     RunOptions,
     as_flags,
 )
-from modeling_vitcls.training.model_report import may_show_samples
-from modeling_vitcls.training.runner import check_same_flags, open_session, with_settled_names
+from modeling_vitcls.training.model_report import can_show_samples
+from modeling_vitcls.training.runner import build_runner, check_same_flags, resolve_names
 
 
 @pytest.fixture
@@ -42,13 +42,13 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_what_is_a_path_becomes_absolute(here: Path) -> None:
     for name in ("acme/data", "data/teach", "weights.pt"):
-        assert settled(name) == settled(settled(name)) == str(here / name)
-    assert settled("timm:resnet18@weights.pt") == f"timm:resnet18@{here}/weights.pt"
-    assert settled("timm:local-dir:data/teach") == f"timm:local-dir:{here}/data/teach"
-    assert settled("transformers:data/teach") == f"transformers:{here}/data/teach"
+        assert resolve_name(name) == resolve_name(resolve_name(name)) == str(here / name)
+    assert resolve_name("timm:resnet18@weights.pt") == f"timm:resnet18@{here}/weights.pt"
+    assert resolve_name("timm:local-dir:data/teach") == f"timm:local-dir:{here}/data/teach"
+    assert resolve_name("transformers:data/teach") == f"transformers:{here}/data/teach"
     for other in ("acme/none", "timm:weights.pt", "timm:hf-hub:acme/data@main", "timm:resnet18@none.pt"):
-        assert settled(other) == other
-    assert settled("digits", known=True) == "digits"
+        assert resolve_name(other) == other
+    assert resolve_name("digits", is_built_in=True) == "digits"
 
 
 @pytest.mark.parametrize(
@@ -62,7 +62,7 @@ def test_what_is_a_path_becomes_absolute(here: Path) -> None:
     ],
 )
 def test_only_what_is_absolute_is_of_this_machine(here: Path, name: str, shared: str) -> None:
-    assert without_folders(name) == shared
+    assert strip_folders(name) == shared
     assert is_local(name) is (name != shared)
     assert not is_local(None) and not is_local(["/a"])
 
@@ -78,15 +78,15 @@ def test_what_was_trained_on_local_data_is_pushed_from_elsewhere_without_its_pat
     here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = tmp_path / "run"
-    session = open_session(options_of(folder, "../clinic/scans"))
-    session.claim_folder()
+    runner = build_runner(options_of(folder, "../clinic/scans"))
+    runner.claim_folder()
     filled(ViTCLSForImageClassification(tiny_config())).save_pretrained(folder)
     ViTCLSImageProcessor(size={"height": 32, "width": 32}).save_pretrained(folder)
     shutil.rmtree(tmp_path / "clinic")
     (here / "weights.pt").unlink()
     (tmp_path / "elsewhere" / "vitcls-tiny").mkdir(parents=True)
     monkeypatch.chdir(tmp_path / "elsewhere")
-    published = contents_of(folder)["config.resolved.yaml"]
+    published = collect_model_files(folder)["config.resolved.yaml"]
     assert isinstance(published, bytes)
     flags = yaml.safe_load(published)
     assert {name: flags[name] for name in ("dataset", "model", "teacher")} == {
@@ -98,15 +98,15 @@ def test_what_was_trained_on_local_data_is_pushed_from_elsewhere_without_its_pat
 
 
 def test_the_built_in_data_and_presets_go_before_folders_of_their_name(here: Path, tmp_path: Path) -> None:
-    options = open_session(options_of(tmp_path / "run", "digits")).options
+    options = build_runner(options_of(tmp_path / "run", "digits")).options
     assert (options.data.dataset, options.model.model) == ("digits", "vitcls-tiny")
-    pretraining = with_settled_names(PretrainOptions(tmp_path, DataOptions("data/teach"), ModelOptions("acme/data")))
+    pretraining = resolve_names(PretrainOptions(tmp_path, DataOptions("data/teach"), ModelOptions("acme/data")))
     assert (pretraining.data.dataset, pretraining.model.model) == (f"{here}/data/teach", f"{here}/acme/data")
 
 
 def test_a_run_is_resumed_with_its_data_written_otherwise(here: Path, tmp_path: Path) -> None:
     def flags(dataset: str) -> dict[str, Any]:
-        return as_flags(with_settled_names(options_of(tmp_path / "run", dataset)))
+        return as_flags(resolve_names(options_of(tmp_path / "run", dataset)))
 
     before = flags("data/teach")
     assert before["dataset"] == f"{here}/data/teach"
@@ -126,17 +126,17 @@ def test_a_run_is_resumed_with_its_data_written_otherwise(here: Path, tmp_path: 
 
 
 def test_names_on_the_hub_are_the_same_only_if_they_are_equal(here: Path) -> None:
-    assert is_same_place("acme/none", "acme/none") and not is_same_place("acme/none", "acme/other")
-    assert not is_same_place("timm:resnet18", "timm:resnet18@/w.pt") and not is_same_place(None, "acme/none")
+    assert is_same_path("acme/none", "acme/none") and not is_same_path("acme/none", "acme/other")
+    assert not is_same_path("timm:resnet18", "timm:resnet18@/w.pt") and not is_same_path(None, "acme/none")
 
 
 def test_a_folder_in_use_is_not_written_to(tmp_path: Path) -> None:
-    check_free(tmp_path / "new")
-    check_free(tmp_path)
+    check_output_is_empty(tmp_path / "new")
+    check_output_is_empty(tmp_path)
     (tmp_path / "file").touch()
     for used in (tmp_path, tmp_path / "file"):
         with raises_one_line(str(used), "not empty", "another --output"):
-            check_free(used)
+            check_output_is_empty(used)
 
 
 # Pictures of this machine --------------------------------------------------------------------------------------------
@@ -170,15 +170,15 @@ def test_pictures_of_this_machine_are_not_published_unasked(
     hub: LocalHub, here: Path, dataset: str, repository: str | None, flags: dict[str, Any], shows: bool
 ) -> None:
     warnings: list[str] = []
-    options = with_settled_names(options_of(here / "run", dataset, **flags))
-    assert may_show_samples(options, repository, warnings.append) is shows
+    options = resolve_names(options_of(here / "run", dataset, **flags))
+    assert can_show_samples(options, repository, warnings.append) is shows
     if shows:
         assert not warnings
     else:
         (warning,) = warnings
         assert f"{here}/data/teach" in warning and str(repository) in warning and "--card-samples" in warning
     quiet = replace(options, run=replace(options.run, report=False))
-    assert may_show_samples(quiet, repository, warnings.append) and len(warnings) == int(not shows)
+    assert can_show_samples(quiet, repository, warnings.append) and len(warnings) == int(not shows)
 
 
 @pytest.mark.parametrize("private", [True, False])
@@ -189,17 +189,17 @@ def test_a_push_says_who_can_see_the_pictures(
     filled(ViTCLSForImageClassification(tiny_config())).save_pretrained(folder)
     ViTCLSImageProcessor(size={"height": 32, "width": 32}).save_pretrained(folder)
     (folder / "config.resolved.yaml").write_text(yaml.safe_dump({"dataset": f"{here}/data/teach"}))
-    (folder / SAMPLES).parent.mkdir()
-    Image.new("L", (4, 4)).save(folder / SAMPLES)
+    (folder / SAMPLE_IMAGES).parent.mkdir()
+    Image.new("L", (4, 4)).save(folder / SAMPLE_IMAGES)
     with caplog.at_level(logging.WARNING):
         pushed = push_folder(folder, "ann/mine", private=private)
-    assert pushed.in_words == f"{pushed.url} ({'private' if private else 'public'})"
-    assert (SAMPLES in caplog.text) is not private
+    assert pushed.summary == f"{pushed.url} ({'private' if private else 'public'})"
+    assert (SAMPLE_IMAGES in caplog.text) is not private
     if not private:
         (message,) = [record.getMessage() for record in caplog.records]
         assert "ann/mine is public" in message and f"{here}/data/teach" in message and "\n" not in message
     for text in ("dataset: digits", f"dataset: {here}/data/teach\ncard_samples: true", "- no flags", "a: ["):
         (folder / "config.resolved.yaml").write_text(text)
-        assert data_shown(folder) is None
-    (folder / SAMPLES).unlink()
-    assert data_shown(folder) is None
+        assert find_local_dataset_in_card(folder) is None
+    (folder / SAMPLE_IMAGES).unlink()
+    assert find_local_dataset_in_card(folder) is None

@@ -11,8 +11,8 @@ from tiny_models import filled, tiny_config
 
 from modeling_vitcls import ViTCLSForImageClassification
 from modeling_vitcls.hub import provenance
-from modeling_vitcls.hub.manifest import contents_of
-from modeling_vitcls.hub.provenance import Origin, origin_of
+from modeling_vitcls.hub.manifest import collect_model_files
+from modeling_vitcls.hub.provenance import Provenance, find_provenance
 
 
 DINOV3 = "license: other\nlicense_name: dinov3-license\nlicense_link: LICENSE.md\n"
@@ -29,10 +29,10 @@ def folder_with(folder: Path, metadata: str, **files: str) -> Path:
 
 def test_a_folder_passes_on_what_its_card_says(tmp_path: Path) -> None:
     source = folder_with(tmp_path / "mine", f"{DINOV3}base_model: timm/dinov3\n", LICENSE_md="the text")
-    found = origin_of(str(source))
-    expected = Origin("mine", "timm/dinov3", "other", "dinov3-license", "LICENSE.md", (source / "LICENSE.md",))
-    assert found == expected == origin_of(f"transformers:{source}")
-    assert found.license_in_words == "dinov3-license"
+    found = find_provenance(str(source))
+    expected = Provenance("mine", "timm/dinov3", "other", "dinov3-license", "LICENSE.md", (source / "LICENSE.md",))
+    assert found == expected == find_provenance(f"transformers:{source}")
+    assert found.license_label == "dinov3-license"
     output = tmp_path / "out"
     output.mkdir()
     found.copy_license(output)
@@ -42,12 +42,12 @@ def test_a_folder_passes_on_what_its_card_says(tmp_path: Path) -> None:
 
 
 def test_a_link_to_a_file_that_is_not_there_is_dropped(tmp_path: Path) -> None:
-    assert origin_of(str(folder_with(tmp_path / "mine", DINOV3))).license_link is None
+    assert find_provenance(str(folder_with(tmp_path / "mine", DINOV3))).license_link is None
 
 
 def test_other_licences_are_linked_to_the_file_that_holds_them(tmp_path: Path) -> None:
     source = folder_with(tmp_path / "mine", "license: other\nlicense_name: x\n", LICENSE="the text")
-    assert origin_of(str(source)).license_link == "LICENSE"
+    assert find_provenance(str(source)).license_link == "LICENSE"
 
 
 def test_what_a_licence_asks_to_be_passed_on_goes_along(tmp_path: Path) -> None:
@@ -55,40 +55,40 @@ def test_what_a_licence_asks_to_be_passed_on_goes_along(tmp_path: Path) -> None:
     taken = ["COPYING", "LICENCE.txt", "NOTICE", "licence-weights.md", "license"]
     for name in (*taken, "license_plates.pkl", "noticed.bin", "copying.py", "about.md"):
         (source / name).write_text(name)
-    found = origin_of(str(source))
+    found = find_provenance(str(source))
     assert sorted(file.name for file in found.license_files) == taken
     assert found.license_link == "license"
     output = tmp_path / "out"
     filled(ViTCLSForImageClassification(tiny_config())).save_pretrained(output)
     found.copy_license(output)
     (output / "license_plates.pkl").write_text("")
-    assert {name for name in contents_of(output) if "ic" in name.lower() or name == "COPYING"} == set(taken)
+    assert {name for name in collect_model_files(output) if "ic" in name.lower() or name == "COPYING"} == set(taken)
 
 
 @pytest.mark.parametrize("card", ["", "license: unknown\n", "license: [unclosed\n", "tags:\n- vit\n"])
 def test_what_no_card_says_stays_unknown(tmp_path: Path, card: str) -> None:
-    assert origin_of(str(folder_with(tmp_path / "mine", card))) == Origin("mine")
+    assert find_provenance(str(folder_with(tmp_path / "mine", card))) == Provenance("mine")
     (tmp_path / "mine" / "README.md").unlink()
-    assert origin_of(str(tmp_path / "mine")) == Origin("mine")
+    assert find_provenance(str(tmp_path / "mine")) == Provenance("mine")
 
 
 def test_timm_knows_the_licence_of_its_weights() -> None:
-    found = origin_of("timm:vit_small_patch16_dinov3.lvd1689m")
+    found = find_provenance("timm:vit_small_patch16_dinov3.lvd1689m")
     assert (found.license, found.license_name) == ("other", "dinov3-license")
     assert found.license_link == "https://ai.meta.com/resources/models-and-libraries/dinov3-license/"
     assert found.base_model == "timm/vit_small_patch16_dinov3.lvd1689m"
-    assert origin_of("timm:vit_base_patch16_224.mae").license_metadata == {
+    assert find_provenance("timm:vit_base_patch16_224.mae").license_metadata == {
         "license": "cc-by-nc-4.0",
         "license_name": None,
         "license_link": None,
     }
-    assert origin_of("timm:vit_tiny_patch16_224@mine.safetensors") == Origin("timm:vit_tiny_patch16_224")
-    assert origin_of("timm:no_such_model") == Origin("timm:no_such_model")
+    assert find_provenance("timm:vit_tiny_patch16_224@mine.safetensors") == Provenance("timm:vit_tiny_patch16_224")
+    assert find_provenance("timm:no_such_model") == Provenance("timm:no_such_model")
 
 
 def test_timm_reads_folders_too(tmp_path: Path) -> None:
     source = folder_with(tmp_path / "mine", "license: mit\n")
-    assert origin_of(f"timm:local-dir:{source}").license == "mit"
+    assert find_provenance(f"timm:local-dir:{source}").license == "mit"
 
 
 # The Hub -------------------------------------------------------------------------------------------------------------
@@ -104,13 +104,13 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[LocalHub]:
         point_client_at(running.url, None, monkeypatch, tmp_path / "home")
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(provenance, "PATIENCE", 0.5)
+        monkeypatch.setattr(provenance, "TIMEOUT", 0.5)
         yield running
 
 
 @pytest.mark.parametrize("source", ["ann/dinov3", "transformers:ann/dinov3@main", "timm:hf-hub:ann/dinov3"])
 def test_a_model_on_the_hub_passes_on_its_licence(hub: LocalHub, tmp_path: Path, source: str) -> None:
-    found = origin_of(source)
+    found = find_provenance(source)
     assert (found.name, found.base_model, found.license_name) == ("ann/dinov3", "ann/dinov3", "dinov3-license")
     assert found.license_link == "LICENSE.md"
     found.copy_license(tmp_path)
@@ -119,25 +119,25 @@ def test_a_model_on_the_hub_passes_on_its_licence(hub: LocalHub, tmp_path: Path,
 
 
 def test_a_link_within_the_repository_becomes_an_address(hub: LocalHub) -> None:
-    assert origin_of("ann/linked").license_link == f"{hub.url}/ann/linked/blob/main/LICENSE.md"
+    assert find_provenance("ann/linked").license_link == f"{hub.url}/ann/linked/blob/main/LICENSE.md"
 
 
 def test_a_model_that_is_not_there_has_an_unknown_licence(hub: LocalHub) -> None:
-    assert origin_of("ann/nothing") == Origin("ann/nothing", base_model="ann/nothing")
-    assert origin_of("no id at all") == Origin("no id at all")
+    assert find_provenance("ann/nothing") == Provenance("ann/nothing", base_model="ann/nothing")
+    assert find_provenance("no id at all") == Provenance("no id at all")
 
 
 def test_without_a_network_the_cache_answers(hub: LocalHub, monkeypatch: pytest.MonkeyPatch) -> None:
-    known = origin_of("ann/dinov3")
+    known = find_provenance("ann/dinov3")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     asked = len(hub.requests)
-    assert origin_of("ann/dinov3") == known
-    assert origin_of("ann/linked").license is None
+    assert find_provenance("ann/dinov3") == known
+    assert find_provenance("ann/linked").license is None
     assert len(hub.requests) == asked
 
 
 def test_a_silent_hub_costs_seconds(hub: LocalHub) -> None:
     hub.fail("GET", "/api/models/ann/dinov3", "wait", times=9)
     started = time.perf_counter()
-    assert origin_of("ann/dinov3") == Origin("ann/dinov3", base_model="ann/dinov3")
+    assert find_provenance("ann/dinov3") == Provenance("ann/dinov3", base_model="ann/dinov3")
     assert time.perf_counter() - started < 10

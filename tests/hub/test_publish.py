@@ -26,10 +26,10 @@ from tiny_models import raises_one_line, tiny_config
 import modeling_vitcls as vitcls
 from modeling_vitcls.checkpoints import CheckpointStore, read_checkpoint
 from modeling_vitcls.hub import connection, publish, push_permissions
-from modeling_vitcls.hub.card_renaming import card_under
-from modeling_vitcls.hub.connection import patience
-from modeling_vitcls.hub.publish import PushFailed, push_command, push_folder
-from modeling_vitcls.hub.push_permissions import check_push_rights
+from modeling_vitcls.hub.card_renaming import rename_card
+from modeling_vitcls.hub.connection import set_hub_timeout
+from modeling_vitcls.hub.publish import PushFailed, build_push_command, push_folder
+from modeling_vitcls.hub.push_permissions import check_push_permissions
 
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "push_to_hub.py"
@@ -57,7 +57,7 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[LocalHub]:
     with running_hub() as running:
         running.tokens |= TOKENS
         point_client_at(running.url, "hf_ann", monkeypatch, tmp_path / "home")
-        monkeypatch.setattr(connection, "WAITS", (0.01, 0.02, 0.03))
+        monkeypatch.setattr(connection, "RETRY_WAITS", (0.01, 0.02, 0.03))
         yield running
 
 
@@ -189,12 +189,12 @@ def test_a_private_push_is_seen_by_its_owner_alone(hub: LocalHub, folder: Path, 
 @pytest.mark.parametrize(
     ("spoil", "words"),
     [
-        (lambda folder: (folder / "config.json").unlink(), ["holds no model", "config.json"]),
+        (lambda folder: (folder / "config.json").unlink(), ["does not contain a model", "config.json"]),
         (lambda folder: (folder / WEIGHTS).unlink(), ["lacks model.safetensors"]),
         (lambda folder: (folder / "modeling_vitcls.py").unlink(), ["lacks modeling_vitcls.py"]),
         (lambda folder: (folder / "config.json").write_text('{"model_type": "vit"}'), ["'vit'", "convert.py"]),
         (lambda folder: (folder / "config.json").write_text("{"), ["cannot read", "config.json"]),
-        (lambda folder: folder.rename(folder.with_name("other")), ["is no folder"]),
+        (lambda folder: folder.rename(folder.with_name("other")), ["is not a folder"]),
     ],
 )
 def test_a_folder_that_would_not_load_is_not_pushed(hub: LocalHub, folder: Path, spoil: Any, words: list[str]) -> None:
@@ -276,7 +276,7 @@ def test_the_card_is_published_under_the_repositorys_name(hub: LocalHub, folder:
     ],
 )
 def test_other_cards_stay_as_they_are_to_the_letter(text: str, is_changed: bool) -> None:
-    found = card_under("ann/other", text, "my-run")
+    found = rename_card("ann/other", text, "my-run")
     assert found == (text.replace("old/name", "ann/other") if is_changed else text)
 
 
@@ -312,7 +312,7 @@ def test_a_token_that_may_push_gives_the_full_id(
 ) -> None:
     hub.create("ann/there", private=False)
     monkeypatch.setenv("HF_TOKEN", token)
-    assert check_push_rights(asked, "my-run") == found
+    assert check_push_permissions(asked, "my-run") == found
     assert set(hub.repositories) == {"ann/there"}
     assert {method for method, _ in hub.requests} == {"GET"}
 
@@ -320,13 +320,13 @@ def test_a_token_that_may_push_gives_the_full_id(
 @pytest.mark.parametrize(
     ("token", "repo_id", "words"),
     [
-        (None, None, ["no Hugging Face token", "hf auth login", "HF_TOKEN"]),
-        ("hf_wrong", None, ["does not know", "hf auth login"]),
-        ("hf_read", None, ["may only read", "ann/my-run", "'write'"]),
+        (None, None, ["requires a Hugging Face token", "hf auth login", "HF_TOKEN"]),
+        ("hf_wrong", None, ["is invalid", "hf auth login"]),
+        ("hf_read", None, ["is read-only", "ann/my-run", "'write'"]),
         ("hf_fine_read", None, ["fine-grained", "ann/my-run", "Write access"]),
         ("hf_one_model", "ann/other", ["fine-grained", "ann/other"]),
         ("hf_one_model", "ann/deleted", ["fine-grained", "ann/deleted"]),  # which it may not make
-        ("hf_ann", "bob/model", ["bob is neither you nor", "ann, lab, club, school"]),
+        ("hf_ann", "bob/model", ["bob is neither your user name nor", "ann, lab, club, school"]),
         ("hf_ann", "school/model", ["role in school is 'read'"]),
         ("hf_ann", "ann/my model", ["--hub-model-id"]),
         ("hf_ann", "a/b/c", ["--hub-model-id"]),
@@ -341,7 +341,7 @@ def test_a_token_that_may_not_push_is_told_why_and_nothing_happens(
     else:
         monkeypatch.setenv("HF_TOKEN", token)
     with raises_one_line(*words):
-        check_push_rights(repo_id, "my-run")
+        check_push_permissions(repo_id, "my-run")
     assert set(hub.repositories) == {"ann/there"}
     assert {method for method, _ in hub.requests} <= {"GET"}
 
@@ -349,10 +349,10 @@ def test_a_token_that_may_not_push_is_told_why_and_nothing_happens(
 def test_a_public_repository_is_no_place_for_what_is_meant_to_be_private(hub: LocalHub) -> None:
     hub.create("ann/public", private=False)
     hub.create("ann/private", private=True)
-    assert check_push_rights("ann/private", "my-run", private=True) == "ann/private"
-    assert check_push_rights("ann/new", "my-run", private=True) == "ann/new"
+    assert check_push_permissions("ann/private", "my-run", private=True) == "ann/private"
+    assert check_push_permissions("ann/new", "my-run", private=True) == "ann/new"
     with raises_one_line("ann/public exists and is public"):
-        check_push_rights("ann/public", "my-run", private=True)
+        check_push_permissions("ann/public", "my-run", private=True)
 
 
 @pytest.mark.parametrize("token", ["hf_wrong", "hf_read", "hf_bob"])
@@ -361,7 +361,7 @@ def test_a_token_that_lost_its_rights_in_the_meantime(
 ) -> None:
     before = snapshot(folder)
     monkeypatch.setenv("HF_TOKEN", token)
-    with raises_one_line("HTTP 40", f"finish with: {push_command(folder, 'ann/model')}", error=PushFailed):
+    with raises_one_line("HTTP 40", f"finish with: {build_push_command(folder, 'ann/model')}", error=PushFailed):
         push_folder(folder, "ann/model")
     assert not hub.repositories
     assert hub.asked("POST", "/repos/create") == 1  # trying again would not help
@@ -423,7 +423,7 @@ def test_a_push_that_failed_is_finished_by_the_command_it_names(
     hub.fail("POST", "/commit/", 500, times=4)
     message = 'It\'s trained; "well"'
     how: dict[str, Any] = {"private": True, "branch": "new", "message": message, "with_optimizer": True}
-    command = push_command(folder, "ann/model", **how)
+    command = build_push_command(folder, "ann/model", **how)
     with raises_one_line("HTTP 500", f"finish with: {command}", error=PushFailed):
         push_folder(folder, "ann/model", **how)
     assert num_commits(hub, "ann/model") == 0
@@ -442,7 +442,8 @@ def test_a_push_that_failed_is_finished_by_the_command_it_names(
 
 def test_the_command_for_a_plain_push_is_short(folder: Path) -> None:
     assert (
-        push_command(folder, "ann/model") == f"python scripts/push_to_hub.py --model {folder} --hub-model-id ann/model"
+        build_push_command(folder, "ann/model")
+        == f"python scripts/push_to_hub.py --model {folder} --hub-model-id ann/model"
     )
 
 
@@ -480,22 +481,22 @@ def test_a_dead_endpoint_fails_in_seconds(folder: Path, monkeypatch: pytest.Monk
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
         point_client_at(f"http://127.0.0.1:{unused.getsockname()[1]}", "hf_ann", monkeypatch, tmp_path)
-        monkeypatch.setattr(connection, "WAITS", (0.01, 0.02, 0.03))
+        monkeypatch.setattr(connection, "RETRY_WAITS", (0.01, 0.02, 0.03))
         started = time.perf_counter()
-        with raises_one_line("does not answer", "HF_ENDPOINT", constants.ENDPOINT, error=OSError):
-            check_push_rights("ann/model", "my-run")
+        with raises_one_line("does not respond", "HF_ENDPOINT", constants.ENDPOINT, error=OSError):
+            check_push_permissions("ann/model", "my-run")
         with raises_one_line("finish with: python scripts/push_to_hub.py", error=PushFailed):
             push_folder(folder, "ann/model")
         assert time.perf_counter() - started < 5
 
 
 def test_a_silent_endpoint_is_given_up(hub: LocalHub, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(push_permissions, "PATIENCE", 0.3)
-    monkeypatch.setattr(publish, "PATIENCE", 0.3)
+    monkeypatch.setattr(push_permissions, "TIMEOUT", 0.3)
+    monkeypatch.setattr(publish, "TIMEOUT", 0.3)
     hub.fail("GET", "/whoami-v2", "wait")
     hub.fail("POST", "/repos/create", "wait", times=4)
-    with raises_one_line("does not answer", error=OSError):
-        check_push_rights("ann/model", "my-run")
+    with raises_one_line("does not respond", error=OSError):
+        check_push_permissions("ann/model", "my-run")
     with raises_one_line("finish with: ", error=PushFailed):
         push_folder(folder, "ann/model")
 
@@ -503,7 +504,7 @@ def test_a_silent_endpoint_is_given_up(hub: LocalHub, folder: Path, monkeypatch:
 def test_patience_ends_requests_that_the_client_sends_without_a_limit(hub: LocalHub) -> None:
     hub.create("ann/there", private=False)
     hub.fail("GET", "/api/models/ann/there", "wait", times=9)
-    with pytest.raises(connection.HTTPError), connection.patience(0.2):
+    with pytest.raises(connection.HTTPError), connection.set_hub_timeout(0.2):
         HfApi().model_info("ann/there")
 
 
@@ -514,13 +515,13 @@ def limits_of_a_request(hub: LocalHub, **options: Any) -> dict[str, float | None
 
 def limits(seconds: float | None) -> dict[str, float | None]:
     """The same for all."""
-    return dict.fromkeys(connection.LIMITED, seconds)
+    return dict.fromkeys(connection.TIMEOUT_NAMES, seconds)
 
 
-def test_the_shortest_patience_holds_for_all_threads(hub: LocalHub) -> None:
+def test_the_shortest_timeout_applies_to_all_threads(hub: LocalHub) -> None:
     """They share a client, whose own limit comes back when the last one is done."""
     before = limits_of_a_request(hub)
-    first, second, third = patience(30.0), patience(5.0), patience(60.0)
+    first, second, third = set_hub_timeout(30.0), set_hub_timeout(5.0), set_hub_timeout(60.0)
     for block, seconds in ((first, 30.0), (second, 5.0), (third, 5.0)):
         block.__enter__()
         assert limits_of_a_request(hub) == limits(seconds)
@@ -531,9 +532,9 @@ def test_the_shortest_patience_holds_for_all_threads(hub: LocalHub) -> None:
     assert limits_of_a_request(hub) == before == limits(None)
 
 
-def test_patience_survives_a_client_that_is_made_anew(hub: LocalHub) -> None:
+def test_a_timeout_applies_to_new_clients(hub: LocalHub) -> None:
     """huggingface_hub makes one whenever it cannot connect; blocks that overlap may see several."""
-    first, second = patience(30.0), patience(5.0)
+    first, second = set_hub_timeout(30.0), set_hub_timeout(5.0)
     first.__enter__()
     client = get_session()
     with socket.socket() as unused:
@@ -551,20 +552,20 @@ def test_patience_survives_a_client_that_is_made_anew(hub: LocalHub) -> None:
     assert limits_of_a_request(hub) == limits(None)
 
 
-def test_patience_keeps_the_users_own_client_and_limits_that_are_asked_for(hub: LocalHub) -> None:
+def test_a_timeout_keeps_the_users_client_factory_and_timeouts_of_requests(hub: LocalHub) -> None:
     """A client's own limit gives way, since it is for requests of all kinds; that of a single request stays."""
     own = get_session().__class__
     before = hub_http._GLOBAL_CLIENT_FACTORY
     set_client_factory(lambda: own(headers={"X-Mine": "yes"}, timeout=3.0))
     try:
-        with patience(30.0):
+        with set_hub_timeout(30.0):
             assert get_session().headers["X-Mine"] == "yes"
             assert limits_of_a_request(hub) == limits(30.0)
             assert limits_of_a_request(hub, timeout=7.0) == limits(7.0)
             assert limits_of_a_request(hub, timeout=None) == limits(30.0)
         assert get_session().headers["X-Mine"] == "yes"
         assert limits_of_a_request(hub) == limits(3.0)
-        with patience(30.0):
+        with set_hub_timeout(30.0):
             assert len(get_session().event_hooks["request"]) == 1  # watched once
     finally:
         set_client_factory(before)
@@ -599,7 +600,7 @@ def test_a_push_in_the_background_is_silent_and_starts_no_threads(
 def test_offline_says_so_at_once(hub: LocalHub, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with raises_one_line("HF_HUB_OFFLINE"):
-        check_push_rights("ann/model", "my-run")
+        check_push_permissions("ann/model", "my-run")
     with raises_one_line("HF_HUB_OFFLINE"):
         push_folder(folder, "ann/model")
     assert not hub.requests
@@ -611,9 +612,9 @@ def test_offline_says_so_at_once(hub: LocalHub, folder: Path, monkeypatch: pytes
 @pytest.mark.parametrize(
     ("token", "words"),
     [
-        (None, "no Hugging Face token was found"),
-        ("hf_wrong", "the Hub does not know the Hugging Face token"),
-        ("hf_bob", "cannot push to ann/model: ann is neither you nor"),
+        (None, "a push requires a Hugging Face token, but none was found"),
+        ("hf_wrong", "the Hugging Face token (HF_TOKEN, or the token of `hf auth login`) is invalid"),
+        ("hf_bob", "cannot push to ann/model: ann is neither your user name nor"),
         ("hf_fine_read", "the fine-grained Hugging Face token has no permission to write to ann/model"),
     ],
 )
@@ -664,7 +665,7 @@ def test_the_script_finds_no_checkpoint_to_push(
     hub: LocalHub, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     assert run_script(["--model", str(folder), "--push-optimizer"], monkeypatch) == 1
-    assert "checkpoints holds no undamaged checkpoint to publish" in capsys.readouterr().err
+    assert "checkpoints has no undamaged checkpoint to publish" in capsys.readouterr().err
     assert not hub.repositories
 
 
@@ -709,7 +710,7 @@ def test_the_script_ends_with_one_line_and_status_1(
     monkeypatch.setenv("HF_TOKEN", "hf_read")
     assert run_script(["--model", str(folder)], monkeypatch) == 1
     printed, error = capsys.readouterr()
-    assert error.startswith("error: the Hugging Face token may only read, so it cannot push to ann/my-run")
+    assert error.startswith("error: the Hugging Face token is read-only, so it cannot push to ann/my-run")
     assert len(error.strip().splitlines()) == 1 and not printed
     assert not hub.repositories
     assert snapshot(folder) == before

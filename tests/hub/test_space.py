@@ -35,20 +35,20 @@ from tiny_models import filled, raises_one_line, tiny_config
 
 import modeling_vitcls as vitcls
 from modeling_vitcls.demo.page import build_page, launch
-from modeling_vitcls.demo.reader import Reader, Reading
-from modeling_vitcls.demo.text import how_to_load, what_is_missing
+from modeling_vitcls.demo.reader import DemoModel, DemoResult
+from modeling_vitcls.demo.text import build_loading_code, explain_missing_output
 from modeling_vitcls.hub import connection
 from modeling_vitcls.hub.publish import PushFailed, push_folder
-from modeling_vitcls.hub.push_permissions import check_push_rights
-from modeling_vitcls.hub.shared_code import with_code_elsewhere
+from modeling_vitcls.hub.push_permissions import check_push_permissions
+from modeling_vitcls.hub.shared_code import use_shared_code
 from modeling_vitcls.hub.space import (
     FOLDER,
     PACKAGE,
-    SHIPPED,
+    PAGE_FILES,
     PublishedModel,
-    published_model,
+    build_space_files,
+    find_published_model,
     push_space,
-    space_contents,
     write_space,
 )
 
@@ -250,7 +250,7 @@ def test_a_file_that_is_no_picture_is_named_and_leaves_nothing_of_the_last_one(
         give(page, tmp_path / "notes.png")
         problem = page.locator("#problem")
         expect(problem).to_contain_text(
-            "No answer: cannot read an image from 'notes.png': it is not an image in a supported format"
+            "No prediction: cannot read an image from 'notes.png': it is not an image in a supported format"
         )
         expect(page.locator("#map img")).to_have_count(0)
         give(page, photo)
@@ -352,7 +352,7 @@ def test_the_model_is_asked_once_per_picture_also_about_several_tasks(
     tasks = {"species": ["oak", "elm", "ash"], "age": ["young", "old"]}
     config = tiny_config(num_cls_tokens=2, tasks=tasks)
     folder = saved(vitcls.ViTCLSForMultiTaskClassification(config), tmp_path / "tasks")
-    reader = Reader.load(str(folder))
+    reader = DemoModel.load(str(folder))
     runs: list[int] = []
     reader.model.vitcls.layers[0].register_forward_hook(lambda *_: runs.append(1))
     page_of_model = build_page(reader, [photo])
@@ -377,14 +377,14 @@ def test_the_model_is_asked_once_per_picture_also_about_several_tasks(
 def test_what_is_asked_for_while_something_is_drawn_is_drawn_in_the_end(
     browser: Browser, classifier: Path, photo: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    drawn_at_once = Reading.drawn_layers
+    drawn_at_once = DemoResult.draw_all_layers
 
-    def drawn_slowly(self: Reading, *args: Any) -> list[Image.Image]:
+    def drawn_slowly(self: DemoResult, *args: Any) -> list[Image.Image]:
         time.sleep(0.7)
         return drawn_at_once(self, *args)
 
-    monkeypatch.setattr(Reading, "drawn_layers", drawn_slowly)
-    page_of_model = build_page(Reader.load(str(classifier)))
+    monkeypatch.setattr(DemoResult, "draw_all_layers", drawn_slowly)
+    page_of_model = build_page(DemoModel.load(str(classifier)))
     address = launch(page_of_model)
     try:
         with opened(browser, address) as page:
@@ -405,17 +405,17 @@ def test_what_is_asked_for_while_something_is_drawn_is_drawn_in_the_end(
 
 
 def test_each_kind_of_classifier_answers_in_its_own_way(photo: Path, tmp_path: Path) -> None:
-    several = Reader.load(str(saved(classifier_of("multi_label_classification"), tmp_path / "several")))
-    numbers = Reader.load(str(saved(classifier_of("regression"), tmp_path / "numbers")))
+    several = DemoModel.load(str(saved(classifier_of("multi_label_classification"), tmp_path / "several")))
+    numbers = DemoModel.load(str(saved(classifier_of("regression"), tmp_path / "numbers")))
     logits = several.model(several.processor(photo, return_tensors="pt")["pixel_values"]).logits[0]
-    assert several.read(photo).answers == {
-        "Labels, each with a probability of its own": {
+    assert several.predict(photo).predictions == {
+        "Labels with independent probabilities": {
             f"LABEL_{index}": pytest.approx(value) for index, value in enumerate(logits.sigmoid().tolist())
         }
     }
     assert not several.has_winner and numbers.has_winner
     values = numbers.model(numbers.processor(photo, return_tensors="pt")["pixel_values"]).logits[0].tolist()
-    assert numbers.read(photo).answers == {
+    assert numbers.predict(photo).predictions == {
         "Numbers": ", ".join(f"LABEL_{index}: {value:.4g}" for index, value in enumerate(values))
     }
 
@@ -427,18 +427,18 @@ def classifier_of(problem_type: str) -> Any:
 
 
 def test_without_special_tokens_there_are_labels_and_a_word_about_it(photo: Path, tmp_path: Path) -> None:
-    reader = Reader.load(str(saved(classifier_of("single_label_classification"), tmp_path / "plain")))
-    assert sum(reader.read(photo).answers["Label"].values()) == pytest.approx(1)  # type: ignore[union-attr]
-    assert "no special tokens" in what_is_missing(reader)
+    reader = DemoModel.load(str(saved(classifier_of("single_label_classification"), tmp_path / "plain")))
+    assert sum(reader.predict(photo).predictions["Label"].values()) == pytest.approx(1)  # type: ignore[union-attr]
+    assert "no special tokens" in explain_missing_output(reader)
     assert components(build_page(reader)) == {"label": 1}
 
 
 def test_an_encoder_shows_attention_alone(photo: Path, tmp_path: Path) -> None:
     config = tiny_config(pooling="attention", num_register_tokens=1)
-    reader = Reader.load(str(saved(vitcls.ViTCLSModel(config, add_pooling_layer=False), tmp_path / "encoder")))
-    reading = reader.read(photo)
-    assert reading.answers == {} and reading.rows.shape == (2, 2, 2, 2 + 16)
-    assert "encoder without a classifier" in what_is_missing(reader)
+    reader = DemoModel.load(str(saved(vitcls.ViTCLSModel(config, add_pooling_layer=False), tmp_path / "encoder")))
+    reading = reader.predict(photo)
+    assert reading.predictions == {} and reading.rows.shape == (2, 2, 2, 2 + 16)
+    assert "encoder without a classifier" in explain_missing_output(reader)
     assert components(build_page(reader)) == {"radio": 1, "gallery": 1}
 
 
@@ -449,14 +449,14 @@ def components(page: Any) -> dict[str, int]:
 
 
 def test_a_map_covers_what_the_model_saw_and_its_shares_sum_to_one(classifier: Path, photo: Path) -> None:
-    reader = Reader.load(str(classifier))
-    reading = reader.read(photo)
+    reader = DemoModel.load(str(classifier))
+    reading = reader.predict(photo)
     assert reader.tokens == ["CLS 1", "CLS 2", "distillation", "register 1", "register 2"]
-    assert sum(reading.shares(3, 1, None)) == pytest.approx(1)
+    assert sum(reading.compute_attention_fractions(3, 1, None)) == pytest.approx(1)
     head = torch.stack([reading.maps[1, head, 3] for head in (0, 1)]).mean(dim=0)
-    shares = reading.shares(3, 1, None)
+    shares = reading.compute_attention_fractions(3, 1, None)
     assert shares[-1] == pytest.approx(head.sum().item(), abs=1e-5)
-    drawn = np.asarray(reading.drawn(3, 1, 0)).astype(int)  # [427, 640, 3]
+    drawn = np.asarray(reading.draw(3, 1, 0)).astype(int)  # [427, 640, 3]
     assert drawn.shape == (427, 640, 3)
     spread = drawn.max(axis=2) - drawn.min(axis=2)  # [427, 640], 0 is grey
     # 60 x 40 are left of 640 x 427, and the model is shown 32 x 32 of these.
@@ -472,39 +472,39 @@ def test_pictures_of_any_mode_reach_grey_models_and_colour_models(photo: Path, t
     of_grey = vitcls.ViTCLSForImageClassification(tiny_config(num_channels=1))
     of_colour = vitcls.ViTCLSForImageClassification(tiny_config())
     readers = [
-        Reader.load(str(saved(of_grey, tmp_path / "grey", grey))),
-        Reader.load(str(saved(of_colour, tmp_path / "colour"))),
+        DemoModel.load(str(saved(of_grey, tmp_path / "grey", grey))),
+        DemoModel.load(str(saved(of_colour, tmp_path / "colour"))),
     ]
     picture = Image.open(photo).resize((64, 48))
     for mode in ("1", "L", "LA", "P", "RGBA", "CMYK", "I;16"):
         file = tmp_path / "picture.tiff"
         (picture.convert("L").convert(mode) if mode == "I;16" else picture.convert(mode)).save(file)
         for reader in readers:
-            drawn = reader.read(file).drawn(0, 0, None)
+            drawn = reader.predict(file).draw(0, 0, None)
             assert drawn.size == (384, 288), mode  # 64 x 48, in whole steps to 384
 
 
 def test_large_pictures_are_shown_smaller(classifier: Path, tmp_path: Path) -> None:
     file = tmp_path / "large.png"
     Image.new("RGB", (3000, 1500), "teal").save(file)
-    reading = Reader.load(str(classifier)).read(file)
-    assert reading.drawn(0, 0, None).size == (1024, 512)
-    assert reading.seen.left == pytest.approx((1024 - 512 * 0.8) / 2, abs=8)
+    reading = DemoModel.load(str(classifier)).predict(file)
+    assert reading.draw(0, 0, None).size == (1024, 512)
+    assert reading.visible_region.left == pytest.approx((1024 - 512 * 0.8) / 2, abs=8)
 
 
 def test_models_that_cannot_be_shown_are_refused_in_one_line(tmp_path: Path) -> None:
     bare = saved(vitcls.ViTCLSModel(tiny_config(num_cls_tokens=0, pooling="mean")), tmp_path / "bare")
-    with raises_one_line("neither labels nor special tokens"):
-        Reader.load(str(bare))
+    with raises_one_line("no labels and no special tokens"):
+        DemoModel.load(str(bare))
     deep = saved(vitcls.ViTCLSForImageClassification(tiny_config(num_channels=4)), tmp_path / "deep")
     with raises_one_line("4 channels"):
-        Reader.load(str(deep))
+        DemoModel.load(str(deep))
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "config.json").write_text('{"model_type": "vit"}')
     with raises_one_line("model of type 'vit'", "scripts/convert.py"):
-        Reader.load(str(tmp_path / "other"))
+        DemoModel.load(str(tmp_path / "other"))
     with raises_one_line("there is no folder", error=OSError):
-        Reader.load(str(tmp_path / "nowhere"))
+        DemoModel.load(str(tmp_path / "nowhere"))
 
 
 def test_the_script_ends_with_one_line(
@@ -545,7 +545,7 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[LocalHub]:
         running.tokens |= TOKENS
         point_client_at(running.url, "hf_ann", monkeypatch, tmp_path / "home")
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "home" / "hub"))
-        monkeypatch.setattr(connection, "WAITS", (0.01, 0.02))
+        monkeypatch.setattr(connection, "RETRY_WAITS", (0.01, 0.02))
         yield running
 
 
@@ -553,7 +553,7 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[LocalHub]:
 def model(hub: LocalHub, classifier: Path) -> PublishedModel:
     """The classifier, on that Hub."""
     push_folder(classifier, "ann/mine")
-    return published_model("ann/mine")
+    return find_published_model("ann/mine")
 
 
 def test_the_pushed_space_runs_without_this_package(
@@ -569,9 +569,9 @@ def test_the_pushed_space_runs_without_this_package(
     mine = tmp_path / "mine"
     shutil.copytree(classifier, mine)
     code = push_folder(mine, "ann/code").commit
-    with_code_elsewhere(mine, "ann/code")
+    use_shared_code(mine, "ann/code")
     push_folder(mine, "ann/mine")
-    model = published_model("ann/mine")
+    model = find_published_model("ann/mine")
     assert model.code is not None and model.code.commit == code
     flags = ["--model", "ann/mine", "--space-id", "ann/try-mine", "--examples", str(photo)]
     assert run_script("push_space.py", flags, monkeypatch) == 0
@@ -597,7 +597,7 @@ def test_the_pushed_space_runs_without_this_package(
 
 
 def test_the_space_is_set_up_by_its_readme(hub: LocalHub, model: PublishedModel) -> None:
-    push_space(space_contents(model), model, "ann/demo")
+    push_space(build_space_files(model), model, "ann/demo")
     header, text = hub.read("spaces/ann/demo", "README.md").decode().split("---\n")[1:]
     settings = yaml.safe_load(header)
     import gradio
@@ -614,9 +614,9 @@ def test_the_space_is_set_up_by_its_readme(hub: LocalHub, model: PublishedModel)
 
 
 def test_what_is_shipped_needs_nothing_that_is_not(model: PublishedModel) -> None:
-    listed = {line.partition(">=")[0] for line in space_contents(model)["requirements.txt"].decode().splitlines()}  # type: ignore[union-attr]
+    listed = {line.partition(">=")[0] for line in build_space_files(model)["requirements.txt"].decode().splitlines()}  # type: ignore[union-attr]
     available = listed - {"pillow"} | {"PIL", "gradio"} | set(sys.stdlib_module_names)
-    for name in SHIPPED:
+    for name in PAGE_FILES:
         tree = ast.parse((PACKAGE / name).read_text())
         functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
         # imports all models, and is not called in a Space
@@ -624,7 +624,7 @@ def test_what_is_shipped_needs_nothing_that_is_not(model: PublishedModel) -> Non
         for node in set(ast.walk(tree)) - skipped:
             if isinstance(node, ast.ImportFrom) and node.level:
                 target = PACKAGE.joinpath(name).parents[node.level - 1] / f"{(node.module or '').replace('.', '/')}.py"
-                assert target.relative_to(PACKAGE).as_posix() in SHIPPED, f"{name} imports {target.name}"
+                assert target.relative_to(PACKAGE).as_posix() in PAGE_FILES, f"{name} imports {target.name}"
             elif isinstance(node, ast.ImportFrom):
                 assert (node.module or "").partition(".")[0] in available
             elif isinstance(node, ast.Import):
@@ -634,22 +634,22 @@ def test_what_is_shipped_needs_nothing_that_is_not(model: PublishedModel) -> Non
 def test_a_push_is_one_commit_and_removes_what_an_older_one_left(
     hub: LocalHub, model: PublishedModel, photo: Path
 ) -> None:
-    contents = space_contents(model, examples=[photo])
+    contents = build_space_files(model, examples=[photo])
     first = push_space(contents | {f"{FOLDER}/old.py": b"", "notes.txt": b"mine"}, model, "ann/demo")
     assert len(hub.repositories["spaces/ann/demo"].commits) == 2  # the first comes with the Space
-    second = push_space(space_contents(model), model, "ann/demo")
+    second = push_space(build_space_files(model), model, "ann/demo")
     assert first.commit != second.commit
-    assert set(hub.files("spaces/ann/demo")) == {".gitattributes", "notes.txt"} | set(space_contents(model))
-    assert push_space(space_contents(model), model, "ann/demo").commit == second.commit  # nothing has changed
+    assert set(hub.files("spaces/ann/demo")) == {".gitattributes", "notes.txt"} | set(build_space_files(model))
+    assert push_space(build_space_files(model), model, "ann/demo").commit == second.commit  # nothing has changed
 
 
 def test_what_fails_for_a_while_is_tried_again_and_else_there_is_a_command_to_finish_with(
     hub: LocalHub, model: PublishedModel, photo: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hub.fail("POST", "/spaces/ann/demo/commit/", 503)
-    push_space(space_contents(model), model, "ann/demo")
+    push_space(build_space_files(model), model, "ann/demo")
     hub.fail("POST", "/spaces/ann/other/commit/", 500, times=3)
-    contents = space_contents(model, title="Ann's own", examples=[photo])
+    contents = build_space_files(model, title="Ann's own", examples=[photo])
     with pytest.raises(PushFailed) as failed:
         push_space(contents, model, "ann/other", private=True, title="Ann's own")
     assert hub.repositories["spaces/ann/other"].private
@@ -669,16 +669,16 @@ def test_two_who_push_a_space_at_once_do_not_mix_their_files(
 ) -> None:
     """The first one's commit arrives after that of the second, on which it does not rest: it is built anew."""
     hub.fail("POST", "/spaces/ann/demo/commit/", "hold")
-    pushing = threading.Thread(target=push_space, args=(space_contents(model), model, "ann/demo"))
+    pushing = threading.Thread(target=push_space, args=(build_space_files(model), model, "ann/demo"))
     pushing.start()
     deadline = time.monotonic() + 60
     while not hub.asked("POST", "/spaces/ann/demo/commit/") and time.monotonic() < deadline:
         time.sleep(0.01)
-    push_space(space_contents(model, examples=[photo]), model, "ann/demo")
+    push_space(build_space_files(model, examples=[photo]), model, "ann/demo")
     assert "examples/temple.png" in hub.files("spaces/ann/demo")
     hub.released.set()
     pushing.join(timeout=60)
-    assert set(hub.files("spaces/ann/demo")) == {".gitattributes"} | set(space_contents(model))
+    assert set(hub.files("spaces/ann/demo")) == {".gitattributes"} | set(build_space_files(model))
 
 
 @pytest.mark.parametrize("more", ["--space-id ann/demo", "--private"])
@@ -702,37 +702,37 @@ def test_a_private_model_needs_a_secret(
 
 
 def test_rights_are_those_of_spaces(hub: LocalHub, model: PublishedModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    with raises_one_line("neither you nor an organisation of yours", "--space-id"):
-        check_push_rights("bob/demo", "demo", repo_type="space")
-    push_space(space_contents(model), model, "ann/demo")
+    with raises_one_line("neither your user name nor one of your organizations", "--space-id"):
+        check_push_permissions("bob/demo", "demo", repo_type="space")
+    push_space(build_space_files(model), model, "ann/demo")
     with raises_one_line("ann/demo exists and is public", "--space-id"):
-        check_push_rights("ann/demo", "demo", private=True, repo_type="space")
-    assert check_push_rights("ann/demo", "demo", private=True) == "ann/demo"  # no model has this name
+        check_push_permissions("ann/demo", "demo", private=True, repo_type="space")
+    assert check_push_permissions("ann/demo", "demo", private=True) == "ann/demo"  # no model has this name
     monkeypatch.setenv("HF_TOKEN", "hf_read")
-    with raises_one_line("may only read", "ann/demo"):
-        check_push_rights("ann/demo", "demo", repo_type="space")
+    with raises_one_line("is read-only", "ann/demo"):
+        check_push_permissions("ann/demo", "demo", repo_type="space")
 
 
 def test_models_that_a_space_cannot_load_are_refused(hub: LocalHub, classifier: Path, tmp_path: Path) -> None:
     with raises_one_line("is a folder", "python scripts/push_to_hub.py --model"):
-        published_model(str(classifier))
+        find_published_model(str(classifier))
     for name in ("ann/nothing", "no/such/folder"):
-        with raises_one_line(f"{name} is no folder here"):
-            published_model(name)
+        with raises_one_line(f"{name} is not a folder"):
+            find_published_model(name)
     hub.create("ann/other", private=False, files={"config.json": b'{"model_type": "vit"}'})
-    with raises_one_line("holds no vitcls model", "scripts/convert.py"):
-        published_model("ann/other")
+    with raises_one_line("does not contain a vitcls model", "scripts/convert.py"):
+        find_published_model("ann/other")
     hub.create("ann/empty", private=False)
-    with raises_one_line("holds no vitcls model"):
-        published_model("ann/empty")
+    with raises_one_line("does not contain a vitcls model"):
+        find_published_model("ann/empty")
 
 
 def test_examples_are_pictures_with_names_of_their_own(model: PublishedModel, photo: Path, tmp_path: Path) -> None:
     (tmp_path / "notes.png").write_text("no picture")
     with raises_one_line("notes.png", "not an image in a supported format"):
-        space_contents(model, examples=[tmp_path / "notes.png"])
-    with raises_one_line("two of the examples are called temple.png"):
-        space_contents(model, examples=[photo, photo])
+        build_space_files(model, examples=[tmp_path / "notes.png"])
+    with raises_one_line("two examples have the same name, temple.png"):
+        build_space_files(model, examples=[photo, photo])
 
 
 def test_the_files_can_be_written_without_a_push(
@@ -741,14 +741,14 @@ def test_the_files_can_be_written_without_a_push(
     target = tmp_path / "space"
     assert run_script("push_space.py", ["--model", "ann/mine", "--output", str(target)], monkeypatch) == 0
     written = {file.relative_to(target).as_posix() for file in target.rglob("*") if file.is_file()}
-    assert written == set(space_contents(model))
+    assert written == set(build_space_files(model))
     assert not [name for name in hub.repositories if name.startswith("spaces/")]
     with raises_one_line(str(target), "not empty", "--output"):
-        write_space(space_contents(model), target)
+        write_space(build_space_files(model), target)
 
 
 def test_the_line_to_load_a_model_with_works(classifier: Path) -> None:
-    code = re.search(r"```python\n(.*)```", how_to_load(Reader.load(str(classifier))), re.DOTALL)
+    code = re.search(r"```python\n(.*)```", build_loading_code(DemoModel.load(str(classifier))), re.DOTALL)
     assert code is not None
     found: dict[str, Any] = {}
     exec(code[1], found)

@@ -22,11 +22,11 @@ import modeling_vitcls as vitcls
 from modeling_vitcls.checkpoints import CheckpointStore
 from modeling_vitcls.hub import connection
 from modeling_vitcls.hub.publish import push_folder
-from modeling_vitcls.hub.shared_code import card_with_code_elsewhere, with_code_elsewhere
-from modeling_vitcls.hub.verification_process import NotVerified, clean_environment
-from modeling_vitcls.hub.verification_reference import Reference
-from modeling_vitcls.hub.verification_script import AUTO_CLASSES, collect
-from modeling_vitcls.hub.verify import differences, verify, verify_pushed
+from modeling_vitcls.hub.shared_code import pin_code_in_card, use_shared_code
+from modeling_vitcls.hub.verification_process import NotVerified, build_clean_environment
+from modeling_vitcls.hub.verification_reference import PackageLoader
+from modeling_vitcls.hub.verification_script import AUTO_CLASSES, collect_outputs
+from modeling_vitcls.hub.verify import compare_outputs, verify, verify_push
 
 
 ROOT = Path(__file__).parents[2]
@@ -42,7 +42,7 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[LocalHub]:
         running.tokens |= {"hf_ann": Token("ann"), "hf_bob": Token("bob")}
         point_client_at(running.url, "hf_ann", monkeypatch, tmp_path / "home")
         monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "cache"))  # which a fresh process must not use
-        monkeypatch.setattr(connection, "WAITS", (0.01, 0.02))
+        monkeypatch.setattr(connection, "RETRY_WAITS", (0.01, 0.02))
         yield running
 
 
@@ -93,7 +93,7 @@ def test_any_published_model_is_verified_by_any_revision(hub: LocalHub, tmp_path
     assert list(certificate.differences) == ["AutoModel", "AutoModelForImageClassification", *BACKENDS]
     assert certificate.classes["AutoModelForImageClassification"] == "ViTCLSForMultiTaskClassification"
     assert max(certificate.differences.values()) <= 1e-6
-    assert f'revision="{first}"' in certificate.load_line()
+    assert f'revision="{first}"' in certificate.build_load_line()
 
 
 # Code in a repository of its own -------------------------------------------------------------------------------------
@@ -103,13 +103,13 @@ def test_any_published_model_is_verified_by_any_revision(hub: LocalHub, tmp_path
 def test_code_may_live_in_one_repository_and_weights_in_another(hub: LocalHub, folder: Path) -> None:
     code = push_folder(folder, "ann/code")
     (folder / "README.md").write_text('## Use\n\nfrom_pretrained("x", revision="<commit hash>")\n')
-    with_code_elsewhere(folder, "ann/code")
+    use_shared_code(folder, "ann/code")
     assert 'code_revision="<commit hash of ann/code>"' in (folder / "README.md").read_text()
     pushed = push_folder(folder, "ann/weights")
     assert not [name for name in hub.files("ann/weights") if name.endswith(".py")]
     certificate = verify("ann/weights", pushed.commit, folder)
     assert list(certificate.differences) == ["AutoModel", "AutoModelForImageClassification", *BACKENDS, "pipeline"]
-    assert f'revision="{pushed.commit}", code_revision="{code.commit}"' in certificate.load_line()
+    assert f'revision="{pushed.commit}", code_revision="{code.commit}"' in certificate.build_load_line()
 
 
 @pytest.mark.parametrize("file", ["config.json", "preprocessor_config.json"])
@@ -119,11 +119,11 @@ def test_code_in_several_repositories_cannot_be_pinned(hub: LocalHub, folder: Pa
     settings = json.loads((folder / file).read_text())
     settings["auto_map"] = {name: elsewhere(reference) for name, reference in settings["auto_map"].items()}
     (folder / file).write_text(json.dumps(settings))
-    with raises_one_line("several repositories (ann/code, the one of the weights)", "shared_code.py"):
+    with raises_one_line("several repositories (ann/code, the model's own)", "shared_code.py"):
         push_folder(folder, "ann/weights")
     assert hub.repositories["ann/weights"].branches["main"] == commit
     HfApi().upload_file(path_or_fileobj=folder / file, path_in_repo=file, repo_id="ann/weights")
-    with raises_one_line("ann/weights at ", "several repositories (ann/code, the one of the weights)"):
+    with raises_one_line("ann/weights at ", "several repositories (ann/code, the model's own)"):
         verify("ann/weights")
 
 
@@ -143,22 +143,22 @@ def test_what_says_that_its_code_is_where_it_is_has_it_beside_the_weights(hub: L
 @pytest.mark.parametrize("template", TEMPLATES, ids=lambda file: file.name)
 def test_cards_of_all_kinds_pin_the_code_where_it_is(template: Path) -> None:
     text = template.read_text()
-    moved = card_with_code_elsewhere(text, "ann/code")
+    moved = pin_code_in_card(text, "ann/code")
     calls = re.findall(r"(?:from_pretrained|pipeline)\([^()]*\)", moved)
     assert len(calls) == len(re.findall(r"(?:from_pretrained|pipeline)\([^()]*\)", text))
     for call in calls:
         assert re.search(r' revision=("[^"]*"|\w+), code_revision=("[^"]*"|\w+), trust_remote_code=True', call), call
     if "revision=revision" in moved:
         assert re.search(r'(?m)^revision = .*\ncode_revision = "<commit hash of ann/code>"$', moved)
-    assert "beside the weights" not in moved
+    assert "next to the weights" not in moved
     if "## Use" in text and calls:
         assert "## Use\n\nThe weights are here, and their code is in another repository, `ann/code`" in moved
-    assert card_with_code_elsewhere(moved, "bob/code") == card_with_code_elsewhere(text, "bob/code")
+    assert pin_code_in_card(moved, "bob/code") == pin_code_in_card(text, "bob/code")
 
 
 def test_a_card_that_pins_nothing_stays_as_it_is() -> None:
     text = '# Mine\n\n## Use\n\n    AutoModel.from_pretrained("x")\n'
-    assert card_with_code_elsewhere(text, "ann/code") == text
+    assert pin_code_in_card(text, "ann/code") == text
 
 
 # A stranger's code ---------------------------------------------------------------------------------------------------
@@ -169,8 +169,8 @@ CHANGES = {
         "pool = TokenPooler.forward\nTokenPooler.forward = lambda self, tokens: 1.001 * pool(self, tokens)\n"
     ),
     "backbone": (
-        "drawn = ViTCLSBackbone.feature_map\n"
-        "ViTCLSBackbone.feature_map = lambda self, *args: 1.001 * drawn(self, *args)\n"
+        "drawn = ViTCLSBackbone.get_feature_map\n"
+        "ViTCLSBackbone.get_feature_map = lambda self, *args: 1.001 * drawn(self, *args)\n"
     ),
 }
 CHANGED_FILES = {"classifier": "heads_vitcls.py", "backbone": "modeling_vitcls.py"}
@@ -188,7 +188,7 @@ def test_published_code_that_answers_differently_is_found(
     code.write_text(code.read_text() + CHANGES[kind] + spy)
     pushed = push_folder(folder, "ann/model")
     monkeypatch.setenv("MY_SECRET", "42")
-    with raises_one_line("answers differently", "the limit is", error=NotVerified):
+    with raises_one_line("differ from the reference", "the limit is", error=NotVerified):
         verify("ann/model", pushed.commit)
     process, environment = json.loads(seen.read_text())
     assert process != os.getpid()
@@ -208,7 +208,7 @@ def test_what_is_compared_with_runs_no_code_of_the_folder(tmp_path: Path, kind: 
     for changed in (config, config | {"custom_pipelines": custom}):
         (folder / "config.json").write_text(json.dumps(changed))
         try:
-            answers, report = collect(Reference(folder))
+            answers, report = collect_outputs(PackageLoader(folder))
         except ValueError as error:  # an unknown field
             assert "custom_pipelines" in str(error)
         assert not ran.exists()
@@ -227,11 +227,11 @@ def test_only_a_closed_repository_is_loaded_with_the_token(
         "OMP_NUM_THREADS": "1",
     }.items():
         monkeypatch.setenv(name, value)
-    found = clean_environment(str(tmp_path), needs_token=False)
+    found = build_clean_environment(str(tmp_path), needs_token=False)
     assert not {"HF_TOKEN", "AWS_KEY", "RANK"} & found.keys()
     assert found["HF_HOME"] == found["HOME"] == str(tmp_path)
     assert found["no_proxy"] == "a" and found["OMP_NUM_THREADS"] == "1"
-    assert clean_environment(str(tmp_path), needs_token=True) == found | {"HF_TOKEN": "hf_ann"}
+    assert build_clean_environment(str(tmp_path), needs_token=True) == found | {"HF_TOKEN": "hf_ann"}
 
 
 @pytest.mark.slow
@@ -239,7 +239,7 @@ def test_code_that_needs_this_package_does_not_load(hub: LocalHub, folder: Path)
     code = folder / "modeling_vitcls.py"
     code.write_text("try:\n    import modeling_vitcls\nexcept ValueError:\n    pass\n" + code.read_text())
     pushed = push_folder(folder, "ann/model")
-    with raises_one_line("a fresh process cannot load ann/model", "modeling_vitcls", error=NotVerified):
+    with raises_one_line("a new process cannot load ann/model", "modeling_vitcls", error=NotVerified):
         verify("ann/model", pushed.commit, folder)
 
 
@@ -265,7 +265,7 @@ def test_the_state_of_the_optimiser_is_compared_too(hub: LocalHub, folder: Path)
     save_checkpoint(folder)
     commit = push_folder(folder, "ann/model", with_optimizer=True).commit
     save_checkpoint(folder, value=2.0)
-    with raises_one_line("checkpoints/step-00000002/", "is not the one in", error=NotVerified):
+    with raises_one_line("checkpoints/step-00000002/", "differs from the file in", error=NotVerified):
         verify("ann/model", commit, folder)
     pushed = push_folder(folder, "ann/model")  # which takes it away
     with raises_one_line("lacks checkpoints/step-00000002/", error=NotVerified):
@@ -273,7 +273,7 @@ def test_the_state_of_the_optimiser_is_compared_too(hub: LocalHub, folder: Path)
     assert not pushed.with_optimizer
     lost = replace(pushed, with_optimizer=True)
     with raises_one_line("pushed, but not verified", "lacks checkpoints/step-00000002/", error=OSError):
-        verify_pushed(lost, folder)
+        verify_push(lost, folder)
 
 
 def test_a_folder_that_changed_after_the_push_is_another_model(hub: LocalHub, folder: Path) -> None:
@@ -283,7 +283,7 @@ def test_a_folder_that_changed_after_the_push_is_another_model(hub: LocalHub, fo
         verify("ann/model", pushed.commit, folder)
     (folder / "README.md").unlink()
     saved(vitcls.ViTCLSForImageClassification(tiny_config(num_register_tokens=2)), folder)
-    with raises_one_line("is not the one in", "push it again", error=NotVerified):
+    with raises_one_line("differs from the file in", "Push it again", error=NotVerified):
         verify("ann/model", pushed.commit, folder)
 
 
@@ -292,12 +292,12 @@ def test_what_is_not_there_cannot_be_verified(hub: LocalHub, folder: Path, monke
     hub.create("ann/other", private=False)
     with raises_one_line("has no revision v9"):
         verify("ann/model", "v9")
-    with raises_one_line("holds no vitcls model", error=NotVerified):
+    with raises_one_line("does not contain a vitcls model", error=NotVerified):
         verify("ann/other")
-    with raises_one_line("ann/typo is no folder here, and the Hub has no such model"):
+    with raises_one_line("ann/typo is not a folder, and the Hub has no such model"):
         verify("ann/typo")
     monkeypatch.setenv("HF_TOKEN", "hf_bob")
-    with raises_one_line("ann/model is no folder here", "private", "hf auth login"):
+    with raises_one_line("ann/model is not a folder", "private", "hf auth login"):
         verify("ann/model")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with raises_one_line("HF_HUB_OFFLINE"):
@@ -307,7 +307,7 @@ def test_what_is_not_there_cannot_be_verified(hub: LocalHub, folder: Path, monke
 def test_a_hub_that_stays_down_is_given_up(hub: LocalHub, folder: Path) -> None:
     push_folder(folder, "ann/model")
     hub.fail("GET", "/api/models/ann/model", 500, times=3)
-    with raises_one_line("cannot ask the Hub for ann/model", "HTTP 500", error=OSError):
+    with raises_one_line("cannot look up ann/model", "HTTP 500", error=OSError):
         verify("ann/model")
 
 
@@ -325,9 +325,9 @@ def test_answers_may_differ_by_a_millionth(found: list[float], is_right: bool) -
     wanted = {"AutoModel/logits": torch.tensor([1.0, 100.0], dtype=torch.float64)}
     answers = {"AutoModel/logits": torch.tensor(found, dtype=torch.float64)}
     if is_right:
-        assert differences("ann/model", answers, wanted)["AutoModel"] <= 1e-4
+        assert compare_outputs("ann/model", answers, wanted)["AutoModel"] <= 1e-4
     else:
-        with raises_one_line("ann/model answers", "AutoModel/logits", error=NotVerified):
-            differences("ann/model", answers, wanted)
+        with raises_one_line("the outputs of ann/model", "AutoModel/logits", error=NotVerified):
+            compare_outputs("ann/model", answers, wanted)
     with raises_one_line("other tensors", "AutoModel/logits", error=NotVerified):
-        differences("ann/model", {}, wanted)
+        compare_outputs("ann/model", {}, wanted)

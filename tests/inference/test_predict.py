@@ -579,7 +579,7 @@ def test_models_without_labels_are_refused_in_one_line(models: Path, photos: Pat
         lost: "lacks classifier.bias",
         tmp_path: "holds a model of type 'vit'",
         "vitcls-tiny": "is a preset",
-        tmp_path / "absent": "is no folder here",
+        tmp_path / "absent": "is not a folder",
     }.items():
         with raises_one_line(words, error=(ValueError, OSError)):
             predict_images(PredictOptions(str(source), (str(photos),)))

@@ -19,8 +19,8 @@ from modeling_vitcls import (
     ViTCLSModel,
 )
 from modeling_vitcls.demo.page import build_page
-from modeling_vitcls.demo.reader import Reader
-from modeling_vitcls.demo.text import what_is_missing
+from modeling_vitcls.demo.reader import DemoModel
+from modeling_vitcls.demo.text import explain_missing_output
 from modeling_vitcls.options import (
     AugmentationOptions,
     DataOptions,
@@ -73,7 +73,7 @@ def test_a_run_ends_with_a_model_results_and_a_card(
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     assert len(records) == 2 and not any("cls_attention_entropy" in record for record in records)
     card = (folder / "README.md").read_text(encoding="utf-8")
-    assert "joins the 3 pairs of patches that are most similar" in card and "answers are inexact" in card
+    assert "merges the 3 pairs of most similar patches" in card and "outputs are approximate" in card
     output = capsys.readouterr()
     (warning,) = [line for line in (output.out + output.err).splitlines() if "WARNING" in line]
     assert "report.html" in warning and "merged_patches_per_layer=0" in warning
@@ -89,7 +89,7 @@ def digit(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_demo_answers_without_maps(digit: Path, tmp_path: Path) -> None:
     folder = saved(ViTCLSForImageClassification(tiny_config(**FIELDS)), tmp_path)
-    reader = Reader.load(str(folder))
+    reader = DemoModel.load(str(folder))
     reading = reader.read(digit)
     model = ViTCLSForImageClassification.from_pretrained(folder)
     with torch.no_grad():
@@ -99,12 +99,12 @@ def test_the_demo_answers_without_maps(digit: Path, tmp_path: Path) -> None:
     assert isinstance(answer, dict)
     assert {int(name.removeprefix("LABEL_")): value for name, value in answer.items()} == pytest.approx(expected)
     assert reading.rows.shape == (0, 2, 3, 3 + 16) and reading.maps.shape == (0, 2, 3, 4, 4)
-    assert reading.drawn_layers(token=0, head=None) == []
-    assert "merges patches" in what_is_missing(reader)
+    assert reading.draw_all_layers(token=0, head=None) == []
+    assert "merges patches" in explain_missing_output(reader)
     kinds = [component["type"] for component in build_page(reader).get_config_file()["components"]]
     assert "label" in kinds and "radio" not in kinds and "gallery" not in kinds
 
 
 def test_an_encoder_that_merges_patches_has_nothing_to_show(tmp_path: Path) -> None:
-    with raises_one_line("neither labels nor attention that can be read"):
-        Reader.load(str(saved(ViTCLSModel(tiny_config(**FIELDS), add_pooling_layer=False), tmp_path)))
+    with raises_one_line("no labels and no readable attention"):
+        DemoModel.load(str(saved(ViTCLSModel(tiny_config(**FIELDS), add_pooling_layer=False), tmp_path)))

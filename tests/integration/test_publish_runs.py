@@ -56,7 +56,7 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[LocalHub]:
     with running_hub() as running:
         running.tokens |= {"hf_ann": Token("ann"), "hf_read": Token("ann", role="read")}
         point_client_at(running.url, "hf_ann", monkeypatch, tmp_path / "home")
-        monkeypatch.setattr(connection, "WAITS", (0.01, 0.02, 0.03))
+        monkeypatch.setattr(connection, "RETRY_WAITS", (0.01, 0.02, 0.03))
         yield running
 
 
@@ -164,7 +164,7 @@ def test_a_hub_that_goes_away_before_it_is_verified(hub: LocalHub, tmp_path: Pat
 
 @pytest.mark.parametrize(
     ("token", "words"),
-    [(None, "no Hugging Face token"), ("hf_wrong", "does not know"), ("hf_read", "may only read")],
+    [(None, "requires a Hugging Face token"), ("hf_wrong", "is invalid"), ("hf_read", "is read-only")],
 )
 def test_without_the_right_to_push_there_is_no_training(
     hub: LocalHub, tmp_path: Path, script: Any, monkeypatch: pytest.MonkeyPatch, token: str | None, words: str
@@ -215,7 +215,7 @@ def test_the_branch_has_the_model_as_it_is_evaluated(hub: LocalHub, tmp_path: Pa
     assert steps == [1, 2, 3]
     card = hub.read("ann/my-run", "README.md", commit).decode()
     assert "# ann/my-run, step 3\n" in card and "AutoModelForImageClassification.from_pretrained" in card
-    assert "license: mit" in card and "The weights are under mit." in card and "--resume" not in card
+    assert "license: mit" in card and "The weights are licensed under mit." in card and "--resume" not in card
     checkpoint = folder / "checkpoints" / "step-00000003"
     wanted = load_file(checkpoint / WEIGHTS) | load_file(checkpoint / "ema.safetensors")
     assert_same(stored_weights(hub, "ann/my-run", commit), wanted)
@@ -284,7 +284,7 @@ def test_one_upload_at_a_time_and_the_end_waits_for_it(hub: LocalHub, tmp_path: 
     ended = script("finetune.py", RUN, "--output-dir", tmp_path / "my-run", *flags.split())
     assert ended.status == 0
     skipped = ended.lines("WARNING: ")
-    assert len(skipped) == 1 and "step 2 is not pushed, since the upload of step 1 is still under way" in skipped[0]
+    assert len(skipped) == 1 and "step 2 is not pushed, because the upload of step 1 is still running" in skipped[0]
     lines = ended.out.splitlines()
     waiting = next(index for index, line in enumerate(lines) if line.startswith("waiting   for the upload of step 1"))
     assert lines[waiting - 1].startswith("step 6/6")
@@ -313,7 +313,7 @@ def test_a_folder_that_cannot_be_written_costs_one_line(hub: LocalHub, tmp_path:
     ended = script("finetune.py", RUN, "--output-dir", folder, *flags.split())
     assert ended.status == 0
     (warning,) = ended.lines("WARNING: ")
-    assert "step 5 is not pushed, as it cannot be written" in warning
+    assert "step 5 is not pushed, because it cannot be written" in warning
 
 
 def test_a_rehearsal_pushes_nothing(hub: LocalHub, tmp_path: Path, script: Any) -> None:
@@ -352,7 +352,7 @@ def test_a_signal_waits_for_the_upload(hub: LocalHub, tmp_path: Path, script: An
     stop_at(3, tmp_path / "my-run")
     flags = "--push-to-hub --hub-checkpoint-every 2"
     ended = script("finetune.py", LONG, "--output-dir", tmp_path / "my-run", *flags.split())
-    assert ended.status == 143 and "a checkpoint was saved: go on with the same command and --resume" in ended.err
+    assert ended.status == 143 and "a checkpoint was saved: Resume with the same command and --resume" in ended.err
     assert "waiting   for the upload of step 2, 20 s at most" in ended.out
     assert (
         hub.repositories["ann/my-run"].commits[hub.repositories["ann/my-run"].branches["checkpoints"]].message
@@ -366,13 +366,13 @@ def test_a_signal_waits_no_longer_than_that(
     hub: LocalHub, tmp_path: Path, script: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(branch_uploads, "SECONDS_AFTER_A_SIGNAL", 0.2)
-    monkeypatch.setattr(publish, "PATIENCE", 1.0)
+    monkeypatch.setattr(publish, "TIMEOUT", 1.0)
     hub.fail("POST", "/commit/checkpoints", "wait", times=9)
     stop_at(3, tmp_path / "my-run")
     flags = "--push-to-hub --hub-checkpoint-every 2"
     ended = script("finetune.py", LONG, "--output-dir", tmp_path / "my-run", *flags.split())
     assert ended.status == 143
-    assert "WARNING: gave up the upload of step 2, which is not on the branch checkpoints" in ended.out
+    assert "WARNING: the upload of step 2 to the branch checkpoints was not finished in time" in ended.out
     assert not (tmp_path / "my-run" / ".hub-checkpoint").exists()
 
 

@@ -464,7 +464,7 @@ def test_two_processes_are_interrupted_then_killed(pictures: Path, folder: Path,
 def test_two_processes_rehearse_with_a_tracker(pictures: Path, folder: Path) -> None:
     pytest.importorskip("tensorboard")
     output = finish_two(folder, f"{RUN} --dataset {pictures} --dry-run --log-with tensorboard")
-    assert "nothing was kept" in output
+    assert "no files were kept" in output
     assert [path.name for path in folder.parent.iterdir()] == [log_of(folder).name]
 
 
@@ -495,15 +495,15 @@ def killed(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 CHANGES = {
-    "--learning-rate 0.001": "--learning-rate 0.003, and this is 0.001",
-    "--hidden-size 48": "--hidden-size 32, and this is 48",
-    "--dataset digits": "and this is digits",
-    "--seed 1": "--seed 0, and this is 1",
-    "--mixup 0.1": "--mixup 0.0, and this is 0.1",
-    "--batch-size 4": "has 23 steps of 8 images, and this is 45 of 4: make --batch-size x",
-    "--ema-decay 0.9": "--ema-decay unset, and this is 0.9",
-    "--epochs 9": "--epochs 5.0, and this is 9.0",
-    "--max-steps 40": "--max-steps unset, and this is 40",
+    "--learning-rate 0.001": "--learning-rate 0.003, but this run has 0.001",
+    "--hidden-size 48": "--hidden-size 32, but this run has 48",
+    "--dataset digits": "but this run has digits",
+    "--seed 1": "--seed 0, but this run has 1",
+    "--mixup 0.1": "--mixup 0.0, but this run has 0.1",
+    "--batch-size 4": "has 23 steps of 8 images, but this run has 45 of 4. Set --batch-size x",
+    "--ema-decay 0.9": "--ema-decay unset, but this run has 0.9",
+    "--epochs 9": "--epochs 5.0, but this run has 9.0",
+    "--max-steps 40": "--max-steps unset, but this run has 40",
 }
 
 
@@ -519,7 +519,7 @@ def test_another_run_is_refused(change: str, killed: Path, pictures: Path) -> No
 
 def test_an_unfinished_run_is_not_overwritten(killed: Path, pictures: Path) -> None:
     before = contents(killed)
-    assert "go on with --resume" in refusal(killed, f"{RUN} --dataset {pictures}")
+    assert "Continue it with --resume" in refusal(killed, f"{RUN} --dataset {pictures}")
     assert contents(killed) == before
 
 
@@ -528,7 +528,7 @@ def test_a_finished_run_says_so(pictures: Path, uninterrupted: Callable[[str], P
     folder = uninterrupted(flags)
     before = contents(folder)
     output = finish(folder, f"{flags} --resume")
-    assert "there is nothing to resume" in output and "step 2/" not in output
+    assert "already contains the results of this run" in output and "step 2/" not in output
     assert contents(folder) == before
 
 
@@ -573,7 +573,7 @@ def test_a_new_run_that_is_killed_early_leaves_no_old_model(pictures: Path, fold
     flags = f"{RUN} --dataset {pictures}"
     finish(folder, f"{flags} --max-steps 3")
     before = contents(folder)
-    assert "holds a finished run: replace it with --overwrite" in refusal(folder, flags)
+    assert "contains a finished run. Replace it with --overwrite" in refusal(folder, flags)
     assert contents(folder) == before
     run = start(folder, f"{flags} --save-every 1000 --overwrite --seed 1")
     deadline = time.monotonic() + 120

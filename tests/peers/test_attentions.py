@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from modeling_vitcls import convert_from_timm, convert_from_transformers
-from modeling_vitcls.analysis.attention_recorder import recorded_attention
+from modeling_vitcls.analysis.attention_recorder import record_attention_layers
 from peers import test_from_timm as timm_cases
 from peers.transformers_cases import CASES, Case, as_patches, encoder_of, images
 
@@ -22,7 +22,7 @@ LIMIT = 1e-5
 def check_maps(ours: Any, pixels: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """Three ways to our maps agree; returns those of eager attention, [B, maps, N, N] per layer."""
     rows = ours.token_attention(pixels)  # [B, layer, map, special token, N]
-    with recorded_attention(ours) as layers:
+    with record_attention_layers(ours) as layers:
         ours(pixels)
     recorded = [layer.weights() for layer in layers]
     ours.set_attn_implementation("eager")

@@ -31,7 +31,7 @@ from warm_processes import OFFLINE, READY, SECONDS, run_together
 from modeling_vitcls import ViTCLSConfig, ViTCLSForImageClassification
 from modeling_vitcls.checkpoints import CheckpointStore, file_digest
 from modeling_vitcls.data.workers import leave_signals_to_parent
-from modeling_vitcls.training.distributed_state import gather_state, named_tensors, scatter_state
+from modeling_vitcls.training.distributed_state import gather_state, get_named_tensors, scatter_state
 from modeling_vitcls.training.interruption import Interruption
 from modeling_vitcls.training.optimizer import Ema
 
@@ -458,8 +458,8 @@ def test_training_goes_on_to_the_bit(store: CheckpointStore, kind: str) -> None:
     assert checkpoint is not None
     scatter_state(checkpoint, checkpoint.facts, accelerator, other, other_optimizer, other_ema.shadow)
     assert [step_once(other, other_optimizer, other_ema, step) for step in range(3, 6)] == expected
-    for name, tensor in named_tensors(model).items():
-        assert torch.equal(tensor, named_tensors(other)[name]), name
+    for name, tensor in get_named_tensors(model).items():
+        assert torch.equal(tensor, get_named_tensors(other)[name]), name
     for mine, theirs in zip(ema.shadow, other_ema.shadow, strict=True):
         assert torch.equal(mine, theirs)
 
@@ -467,10 +467,10 @@ def test_training_goes_on_to_the_bit(store: CheckpointStore, kind: str) -> None:
 @pytest.mark.parametrize("kind", ["plain", "LoRA", "compiled"])
 def test_names_are_the_models_own(kind: str) -> None:
     model = build(kind, seed=0)
-    names = named_tensors(model).keys()
+    names = get_named_tensors(model).keys()
     assert all(name.startswith(("vitcls.", "classifier.")) for name in names)
     if kind != "LoRA":
-        assert names == named_tensors(build("plain", seed=0)).keys()
+        assert names == get_named_tensors(build("plain", seed=0)).keys()
 
 
 def test_the_loss_scaler_goes_on_too(store: CheckpointStore) -> None:
@@ -515,11 +515,11 @@ def test_a_signal_becomes_a_question(number: signal.Signals, status: int, monkey
     monkeypatch.setattr("modeling_vitcls.training.interruption.ECHO_SECONDS", SECONDS)  # a busy machine may pause here
     before = signal.getsignal(number)
     with Interruption(Accelerator(cpu=True)) as interruption:
-        assert interruption.requested() is None and interruption.exit_status == 0
+        assert interruption.get_signal() is None and interruption.exit_status == 0
         os.kill(os.getpid(), number)
-        assert interruption.requested() == number.name
+        assert interruption.get_signal() == number.name
         os.kill(os.getpid(), number)  # the launcher's echo
-        assert interruption.requested() == number.name
+        assert interruption.get_signal() == number.name
         assert interruption.exit_status == status
     assert signal.getsignal(number) is before
 
@@ -539,7 +539,7 @@ def test_ignored_signals_stay_ignored() -> None:
     try:
         with Interruption(Accelerator(cpu=True)) as interruption:
             os.kill(os.getpid(), signal.SIGINT)
-            assert interruption.requested() is None
+            assert interruption.get_signal() is None
     finally:
         signal.signal(signal.SIGINT, old)
 
@@ -551,7 +551,7 @@ def test_outside_of_the_main_thread_nothing_is_noted() -> None:
     def ask() -> None:
         with Interruption(Accelerator(cpu=True)) as interruption:
             answers.append(signal.getsignal(signal.SIGTERM))
-            answers.append(interruption.requested())
+            answers.append(interruption.get_signal())
 
     thread = threading.Thread(target=ask)
     thread.start()
@@ -595,11 +595,11 @@ def launch_and_die(sender: Any, variable: str) -> None:
     launcher = os.getpid()
     if os.fork() == 0:
         with Interruption(Accelerator(cpu=True)) as interruption:
-            assert interruption.requested() is None
+            assert interruption.get_signal() is None
             os.kill(launcher, signal.SIGKILL)
             while os.getppid() == launcher:
                 time.sleep(0.01)
-            sender.send(interruption.requested())
+            sender.send(interruption.get_signal())
         os._exit(0)
     time.sleep(60)
 

@@ -50,7 +50,7 @@ from modeling_vitcls.options import (
     RunOptions,
     TrainingOptions,
 )
-from modeling_vitcls.training.finetune import finetune, rehearse, save
+from modeling_vitcls.training.finetune import dry_run, finetune, save
 from modeling_vitcls.training.model import build_model
 from modeling_vitcls.training.runner import RunStopped
 from modeling_vitcls.training.setup import prepare
@@ -166,7 +166,7 @@ def test_run_leaves_results_of_every_held_out_image(launched: Path) -> None:
     assert results["steps"] == 7
     assert results["token_layout"] == {"cls": 2, "distillation": 1, "registers": 2, "patches": 16}
     assert results["sequence_length"] == 21
-    assert results["versions"]["torch"] == torch.__version__.split("+")[0]
+    assert results["versions"]["torch"] == torch.__version__
 
 
 def test_every_special_token_moves(launched: Path) -> None:
@@ -190,7 +190,7 @@ def test_summary_is_printed_first(launched: Path) -> None:
     lines = (launched.parent / "stdout").read_text(encoding="utf-8").splitlines()
     assert [line.split()[0] for line in lines[:5]] == ["data", "model", "tokens", "batches", "device"]
     assert "[ 2 cls | 1 distillation | 2 registers | 16 patches ] = 21" in lines[2]
-    assert "14 images a step = 14 x 1 accumulated x 1 process(es); 7 steps" in lines[3]
+    assert "14 images per step = 14 x 1 accumulated x 1 process(es); 7 steps" in lines[3]
 
 
 def test_two_processes_train_and_evaluate_as_one(launched: Path, tmp_path: Path) -> None:
@@ -346,7 +346,7 @@ def test_several_labels_per_image(tasks: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("flag", ["mixup", "cutmix"])
 def test_what_is_for_one_label_is_refused_for_several(tasks: Path, tmp_path: Path, flag: str) -> None:
-    with pytest.raises(ValueError, match=f"--{flag} is for one label per picture"):
+    with pytest.raises(ValueError, match=f"--{flag} requires one label per image"):
         prepare(tiny_options(tmp_path, tasks, label_column=("time", "kind"), **{flag: 0.5}))
 
 
@@ -417,7 +417,7 @@ def test_lora_is_merged_into_a_plain_model(pretrained: Path, tmp_path: Path) -> 
 
 
 def test_a_preset_is_no_checkpoint_to_freeze(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="--trainable head is for a trained checkpoint, and vitcls-tiny starts from"):
+    with pytest.raises(ValueError, match="--trainable head requires a trained checkpoint, but vitcls-tiny has random"):
         prepare(tiny_options(tmp_path, "digits", trainable="head"))
 
 
@@ -452,7 +452,7 @@ def test_kept_answers_of_the_teacher(teacher: Path, tmp_path: Path) -> None:
     options = {"teacher": str(teacher), "teacher_views": 1, "epochs": 1.2, "max_steps": None, "batch_size": 256}
     results = trained(tmp_path, "digits", **options)
     assert results["steps"] == 7
-    with pytest.raises(ValueError, match="--teacher-views keeps answers about single pictures"):
+    with pytest.raises(ValueError, match="--teacher-views caches the logits of single images"):
         prepare(tiny_options(tmp_path, "digits", **options, mixup=0.2))
 
 
@@ -567,16 +567,16 @@ def test_the_result_is_pushed(hub: LocalHub, tmp_path: Path, capsys: pytest.Capt
     assert "pushed    " in capsys.readouterr().out
 
 
-def test_a_rehearsal_asks_for_the_right_to_push(
+def test_a_dry_run_checks_push_permissions(
     hub: LocalHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     options = tiny_options(tmp_path / "my-model", "digits", push_to_hub=True)
-    rehearse(options)
+    dry_run(options)
     assert "ann/my-model may be pushed to" in capsys.readouterr().out
     assert not hub.repositories
     point_client_at(hub.url, "hf_read", monkeypatch, tmp_path / "other-home")
-    with pytest.raises(ValueError, match="may only read, so it cannot push to ann/my-model"):
-        rehearse(options)
+    with pytest.raises(ValueError, match="is read-only, so it cannot push to ann/my-model"):
+        dry_run(options)
     assert not (tmp_path / "my-model").exists()
 
 
@@ -603,14 +603,14 @@ def test_a_token_that_does_not_move_is_named(tmp_path: Path, capsys: pytest.Capt
     results = finetune(run)
     output = capsys.readouterr().out
     for index in (0, 1):
-        assert f"WARNING: the token registers[{index}] got no gradient in step 3" in output
-        assert f"WARNING: the token registers[{index}] did not move" in output
+        assert f"WARNING: the token registers[{index}] received no gradient in step 3" in output
+        assert f"WARNING: the token registers[{index}] did not change" in output
     assert "cls[0]" not in output
     assert results["token_movement"]["registers[0]"] == 0.0 < results["token_movement"]["cls[0]"]
 
 
 def test_a_loss_that_is_not_finite_names_its_images(tmp_path: Path) -> None:
-    with pytest.raises(RunStopped, match=r"not finite in step 2: try a lower --learning-rate.*non_finite\.json"):
+    with pytest.raises(RunStopped, match=r"not finite in step 2\. Try a lower --learning-rate.*non_finite\.json"):
         trained(tmp_path, "digits", learning_rate=1e38, warmup=0.0, max_steps=9)
     report = read_json(tmp_path / "non_finite.json")
     assert report["step"] == 2
@@ -622,7 +622,7 @@ def test_a_loss_that_is_not_finite_names_its_images(tmp_path: Path) -> None:
 def test_an_unfinished_run_is_not_thrown_away(tmp_path: Path) -> None:
     with pytest.raises(RunStopped):
         trained(tmp_path, "digits", learning_rate=1e38, warmup=0.0, max_steps=9, save_every=1)
-    with pytest.raises(ValueError, match=r"holds an unfinished run .* step 1\): go on with --resume, start anew"):
+    with pytest.raises(ValueError, match=r"an unfinished run .* step 1\)\. Continue it with --resume, restart"):
         prepare(tiny_options(tmp_path, "digits"))
     assert trained(tmp_path, "digits", overwrite=True)["steps"] == 3
     assert trained(tmp_path, "digits", max_steps=2, overwrite=True)["steps"] == 2  # also a finished one
@@ -659,7 +659,7 @@ def test_a_model_that_cannot_be_written_ends_in_one_line(tmp_path: Path) -> None
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
     try:
-        with raises_one_line("cannot write the model to", "File too large", "make room", error=RunStopped):
+        with raises_one_line("cannot write the model to", "File too large", "Free disk space", error=RunStopped):
             save(run, {})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -667,24 +667,24 @@ def test_a_model_that_cannot_be_written_ends_in_one_line(tmp_path: Path) -> None
 
 def test_a_loss_that_is_not_finite_is_said_on_a_full_disk_too(tmp_path: Path) -> None:
     (tmp_path / "non_finite").touch()  # in place of the folder
-    with raises_one_line("not finite in step 2", "could not be saved to look into: cannot write", error=RunStopped):
+    with raises_one_line("not finite in step 2", "could not be saved: cannot write", error=RunStopped):
         trained(tmp_path, "digits", learning_rate=1e38, warmup=0.0, max_steps=9)
 
 
 def test_metrics_that_cannot_be_written_end_in_one_line(tmp_path: Path) -> None:
     run = prepare(tiny_options(tmp_path, "digits", log_every=1))
-    run.session.reporter.metrics_file = Path("/dev/full")
-    with raises_one_line("cannot write /dev/full (No space left on device): make room", error=OSError):
-        run.session.reporter.log({"step": 1, "epoch": 0.0, "loss": 1.0, "images_per_second": 1.0})
+    run.runner.reporter.metrics_file = Path("/dev/full")
+    with raises_one_line("cannot write /dev/full (No space left on device). Free disk space", error=OSError):
+        run.runner.reporter.log({"step": 1, "epoch": 0.0, "loss": 1.0, "images_per_second": 1.0})
 
 
-def test_linear_probing_is_rehearsed_on_few_images(
+def test_a_dry_run_of_linear_probing_encodes_few_images(
     pretrained: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     options = tiny_options(tmp_path / "out", "digits", max_steps=None, trainable="head")
-    rehearse(replace(options, model=ModelOptions(model=str(pretrained))))
+    dry_run(replace(options, model=ModelOptions(model=str(pretrained))))
     output = capsys.readouterr().out
-    assert "encoding 24 images once" in output and "The run itself has 5,344 steps" in output
+    assert "encoding 24 images once" in output and "The full run has 5,344 steps" in output
 
 
 def fails() -> None:
@@ -716,9 +716,9 @@ def test_a_process_speaks_for_itself_unless_all_have_the_error(
 
 
 def test_a_dry_run_does_everything_and_keeps_nothing(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    rehearse(tiny_options(tmp_path / "out", "digits", max_steps=50, ema_decay=0.9))
+    dry_run(tiny_options(tmp_path / "out", "digits", max_steps=50, ema_decay=0.9))
     output = capsys.readouterr().out
-    assert "3 steps, an evaluation, a checkpoint, saving went well" in output
+    assert "3 steps, an evaluation, a checkpoint, saving succeeded" in output
     assert re.search(r"The run itself has 50 steps and takes about \d+ s$", output.strip())
     assert list(tmp_path.iterdir()) == []
 
@@ -736,7 +736,7 @@ def test_a_checkpoint_keeps_its_classifier_for_the_same_labels(launched: Path) -
     for name, weight in saved.state_dict().items():
         assert torch.equal(built.model.state_dict()[name], weight), name
     assert dict(built.processor.size) == {"height": 32, "width": 32}
-    assert built.fresh == set()
+    assert built.newly_initialized == set()
 
 
 def test_a_checkpoint_gets_a_fresh_classifier_for_other_labels(launched: Path) -> None:
@@ -750,7 +750,7 @@ def test_a_checkpoint_gets_a_fresh_classifier_for_other_labels(launched: Path) -
     assert dict(built.processor.size) == {"height": 48, "width": 64}
     assert model(torch.zeros(1, 3, 48, 64)).logits.shape == (1, 2)
     heads = {f"{head}.{part}" for head in ("classifier", "distillation_classifier") for part in ("weight", "bias")}
-    assert built.fresh == heads | {"vitcls.embeddings.register_tokens"}
+    assert built.newly_initialized == heads | {"vitcls.embeddings.register_tokens"}
 
 
 def test_every_trained_parameter_gets_a_gradient(tmp_path: Path) -> None:

@@ -30,15 +30,21 @@ from modeling_vitcls.inference.evaluator import Evaluator
 from modeling_vitcls.options import AugmentationOptions, TrainingOptions
 from modeling_vitcls.training.linear_probe import (
     build_head_only,
+    build_probe_evaluator,
     cache_features,
-    feature_batches,
-    features_of,
-    probe_evaluator,
-    shares,
-    trained_outside_heads,
+    compute_features,
+    find_trained_outside_heads,
+    iterate_feature_batches,
+    split_keys,
 )
-from modeling_vitcls.training.losses import Classification, MultiTaskLoss, PixelInputs, SingleLabelLoss, feature_inputs
-from modeling_vitcls.training.trainable import apply_trainable, set_training
+from modeling_vitcls.training.losses import (
+    Classification,
+    MultiTaskLoss,
+    PixelInputs,
+    SingleLabelLoss,
+    get_feature_inputs,
+)
+from modeling_vitcls.training.trainable import apply_trainable, set_train_mode
 
 
 NUM_PICTURES = 23
@@ -118,7 +124,7 @@ class Probe:
 
     def train(self, module: Any, batches: Any, inputs: Any) -> None:
         """Eight steps over each two batches, in train mode."""
-        set_training(module)
+        set_train_mode(module)
         objective = Classification(inputs, self.label_loss)
         trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
         optimizer = torch.optim.AdamW(trained, lr=1e-2)
@@ -142,7 +148,7 @@ class Probe:
 def test_heads_on_features_answer_as_the_whole_model(model_class: Any, fields: dict[str, Any]) -> None:
     model = filled(model_class(tiny_config(**fields)))
     with torch.no_grad():
-        found = build_head_only(model)(features_of(model, images()))
+        found = build_head_only(model)(compute_features(model, images()))
         assert_same_outputs(found, model(images()), tolerance=1e-6)
         assert type(found) is type(model(images()))
 
@@ -170,7 +176,7 @@ def test_what_is_trained_outside_the_heads(
     fields: dict[str, Any], choice: str, fresh: set[str], expected: set[str] | None
 ) -> None:
     model = apply_trainable(ViTCLSForImageClassification(tiny_config(**fields)), choice, 4, fresh)
-    found = trained_outside_heads(model)
+    found = find_trained_outside_heads(model)
     assert set(found) >= (fresh if expected is None else expected)
     assert bool(found) == (expected != set())
 
@@ -196,8 +202,8 @@ def test_trained_heads_are_those_of_the_frozen_encoder_run_in_every_step(changes
 
     cached = fast.cache()
     calls = fast.count_calls()
-    batches = feature_batches(cached, fast.plan, 0, fast.views)
-    fast.train(build_head_only(fast.model), batches, feature_inputs)
+    batches = iterate_feature_batches(cached, fast.plan, 0, fast.views)
+    fast.train(build_head_only(fast.model), batches, get_feature_inputs)
     assert calls == []  # more than two epochs
     assert fast.plan.epochs_after(fast.plan.num_steps) > 2
 
@@ -211,7 +217,7 @@ def test_batches_are_those_of_the_plan_but_for_the_pixels() -> None:
     probe = Probe(options=SHIFTED, views=2, broken=(4,))
     cached = probe.cache()
     expected = list(training_batches(probe.pictures, probe.plan, 0, 0))
-    found = list(feature_batches(cached, probe.plan, 0, 2))
+    found = list(iterate_feature_batches(cached, probe.plan, 0, 2))
     assert len(found) == len(expected) == 16
     for one, other in zip(found, expected, strict=True):
         pixels = other.pop("pixels")
@@ -219,8 +225,8 @@ def test_batches_are_those_of_the_plan_but_for_the_pixels() -> None:
         assert one.keys() == other.keys()
         assert all(torch.equal(one[name], other[name]) for name in other)
         with torch.no_grad():
-            assert largest_difference(features, features_of(probe.model.eval(), probe.normalise(pixels))) <= 1e-5
-    resumed = next(feature_batches(cached, probe.plan, 0, 2, first_step=5))
+            assert largest_difference(features, compute_features(probe.model.eval(), probe.normalise(pixels))) <= 1e-5
+    resumed = next(iterate_feature_batches(cached, probe.plan, 0, 2, first_step=5))
     assert torch.equal(resumed["index"], found[10]["index"]) and torch.equal(resumed["epoch"], found[10]["epoch"])
 
 
@@ -253,7 +259,7 @@ def test_an_error_of_a_worker_is_one_line() -> None:
 @pytest.mark.parametrize("num_processes", [1, 2, 3])
 def test_shares_put_together_by_rounds_are_all_keys_in_order(num_keys: int, num_processes: int) -> None:
     keys = [(0, index) for index in range(num_keys)]
-    parts = [shares(keys, 4, process, num_processes) for process in range(num_processes)]
+    parts = [split_keys(keys, 4, process, num_processes) for process in range(num_processes)]
     gathered = [key for turn in zip(*parts, strict=True) for batch in turn for key in batch]
     assert gathered[:num_keys] == keys
     assert set(gathered[num_keys:]) <= {keys[-1]}
@@ -280,7 +286,7 @@ def test_evaluation_of_the_heads_is_that_of_the_model_without_its_encoder() -> N
     probe.model.eval()
     expected = evaluator(probe.model)
     calls = probe.count_calls()
-    cheap = probe_evaluator(evaluator, probe.model)
+    cheap = build_probe_evaluator(evaluator, probe.model)
     assert sum(calls) == NUM_PICTURES - 1
     heads = build_head_only(probe.model).eval()
     for _ in range(2):
@@ -300,12 +306,12 @@ def share_of_a_probe(rank: int, num_processes: int) -> dict[str, Any]:
     plan = BatchPlan.from_options(NUM_PICTURES, training, num_processes)
     evaluator = Evaluator(probe.source, probe.processor, probe.labels, 8, 0, probe.accelerator)
     cached = probe.cache()
-    cheap = probe_evaluator(evaluator, probe.model)
+    cheap = build_probe_evaluator(evaluator, probe.model)
 
     heads = build_head_only(probe.model)
     prepared, optimizer = probe.accelerator.prepare(heads, torch.optim.SGD(heads.parameters(), lr=0.1))
-    objective = Classification(feature_inputs, probe.label_loss)
-    for batch in feature_batches(cached, plan, rank, probe.views):
+    objective = Classification(get_feature_inputs, probe.label_loss)
+    for batch in iterate_feature_batches(cached, plan, rank, probe.views):
         probe.accelerator.backward(objective(prepared, batch)["loss"])
         optimizer.step()
         optimizer.zero_grad()

@@ -33,7 +33,7 @@ from modeling_vitcls.training.losses import (
     SingleLabelLoss,
 )
 from modeling_vitcls.training.model import build_model
-from modeling_vitcls.training.optimizer import Ema, build_optimizer, learning_rate_at, parameter_groups
+from modeling_vitcls.training.optimizer import Ema, build_optimizer, build_parameter_groups, get_learning_rate
 from modeling_vitcls.training.token_monitor import AttentionEntropy, TokenMonitor
 
 
@@ -92,7 +92,7 @@ class Bench:
             log=self.records.append,
             warn=self.warnings.append,
             save=lambda is_best: self.saved.append((self.state.step, is_best)),
-            stop_requested=lambda: "SIGTERM" if self.state.step == self.signal_at else None,
+            get_stop_signal=lambda: "SIGTERM" if self.state.step == self.signal_at else None,
         )
         objective = Classification(PixelInputs(self.normalise), SingleLabelLoss(label_smoothing=0.1))
         self.loop = TrainingLoop(
@@ -129,7 +129,7 @@ def weights_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 def after_four_steps(**training: Any) -> dict[str, torch.Tensor]:
     """The weights after four steps of SGD without momentum, which hides no difference in scale."""
     reset_accelerate()
-    groups = lambda model: torch.optim.SGD(parameter_groups(model, 0.0), lr=1.0)  # noqa: E731
+    groups = lambda model: torch.optim.SGD(build_parameter_groups(model, 0.0), lr=1.0)  # noqa: E731
     bench = Bench(groups, **training)
     bench.run()
     assert bench.state.step == 4
@@ -156,11 +156,11 @@ def test_a_weighted_loss_accumulates_too() -> None:
 
 def test_learning_rate_rises_then_falls() -> None:
     options = TrainingOptions(learning_rate=1.0, warmup=0.1)
-    rates = [learning_rate_at(step, 100, options) for step in range(100)]
+    rates = [get_learning_rate(step, 100, options) for step in range(100)]
     assert rates[:10] == pytest.approx([0.1 * step for step in range(1, 11)])
     assert rates[10] == 1.0 and rates == [*rates[:10], *sorted(rates[10:], reverse=True)]
     assert 0 < rates[-1] < 0.001
-    assert learning_rate_at(0, 1, replace(options, warmup=0.0)) == 1.0
+    assert get_learning_rate(0, 1, replace(options, warmup=0.0)) == 1.0
 
 
 def test_each_logged_step_says_how_it_went() -> None:
@@ -168,7 +168,7 @@ def test_each_logged_step_says_how_it_went() -> None:
     metrics = bench.run()
     assert [record["step"] for record in bench.records] == [2, 4, 5]
     for record in bench.records:
-        assert record["learning_rate"] == learning_rate_at(record["step"] - 1, 5, bench.options)
+        assert record["learning_rate"] == get_learning_rate(record["step"] - 1, 5, bench.options)
         assert record["loss"] > 0 and record["gradient_norm"] > 0
         assert record["images_per_second"] > 0 and record["peak_memory_mb"] > 10
         for figure in ("token_norm", "token_gradient_norm", "token_update_ratio"):
@@ -195,7 +195,7 @@ def a_model(**values: Any) -> ViTCLSForImageClassification:
 def test_only_weights_of_linear_layers_and_patches_decay() -> None:
     model = a_model(num_distillation_tokens=1, pooling="attention", layer_scale_init_value=0.1)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    groups = parameter_groups(model, weight_decay=0.05)
+    groups = build_parameter_groups(model, weight_decay=0.05)
     assert len(groups) == 2
     by_decay = {group["weight_decay"]: [names[id(one)] for one in group["params"]] for group in groups}
     decayed, rest = by_decay[0.05], by_decay[0.0]
@@ -212,7 +212,7 @@ def test_learning_rates_fall_from_the_head_to_the_tokens() -> None:
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     scale_of = {
         names[id(parameter)]: group["lr_scale"]
-        for group in parameter_groups(model, weight_decay=0.05, layer_decay=0.5)
+        for group in build_parameter_groups(model, weight_decay=0.05, layer_decay=0.5)
         for parameter in group["params"]
     }
     assert scale_of.keys() == set(names.values())
@@ -322,7 +322,7 @@ def test_a_loss_that_is_not_finite_stops_before_it_does_harm(accumulation: int) 
     before = weights_of(bench.model)
     objective = bench.loop.objective
     bench.loop.objective = lambda model, batch: {"loss": objective(model, batch)["loss"] * math.nan}
-    with pytest.raises(NonFiniteLoss, match=r"not finite in step 2: try a lower --learning-rate") as caught:
+    with pytest.raises(NonFiniteLoss, match=r"not finite in step 2\. Try a lower --learning-rate") as caught:
         bench.loop.advance(batches)
     assert len(caught.value.batches) == accumulation
     assert caught.value.batches[0]["index"].shape == (8,)
@@ -336,7 +336,7 @@ def overflowing_bench(**training: Any) -> Bench:
     bench = Bench(**training)
     scaler = bench.accelerator.scaler = torch.amp.GradScaler("cpu")
     bench.state.optimizer = AcceleratedOptimizer(bench.state.optimizer.optimizer, scaler=scaler)
-    bench.loop.updates.optimizer = bench.state.optimizer
+    bench.loop.optimizer_step.optimizer = bench.state.optimizer
     for parameter in bench.model.parameters():
         parameter.register_hook(lambda gradient: gradient * math.inf)
     return bench
@@ -364,10 +364,10 @@ def test_a_token_without_gradient_is_named_once() -> None:
     )
     bench.run()
     assert bench.warnings == [
-        f"the token registers[{index}] got no gradient in step 2: it cannot learn" for index in (0, 1)
+        f"the token registers[{index}] received no gradient in step 2 and is not trained" for index in (0, 1)
     ]
-    assert bench.loop.monitor.unmoved() == ["registers[0]", "registers[1]"]
-    assert bench.loop.monitor.movement()["cls[0]"] > 0
+    assert bench.loop.monitor.find_unmoved() == ["registers[0]", "registers[1]"]
+    assert bench.loop.monitor.compute_movement()["cls[0]"] > 0
 
 
 def test_health_is_that_of_the_step() -> None:

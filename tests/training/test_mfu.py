@@ -40,14 +40,14 @@ from modeling_vitcls.training import mfu
 from modeling_vitcls.training.costs import estimate_memory
 from modeling_vitcls.training.finetune import finetune
 from modeling_vitcls.training.mfu import (
-    Utilisation,
-    in_units,
-    memory_beyond_weights,
-    start_utilisation,
-    training_flops,
+    Utilization,
+    count_training_flops,
+    estimate_memory_beyond_weights,
+    format_si,
+    start_utilization,
 )
 from modeling_vitcls.training.setup import prepare
-from modeling_vitcls.training.trainable import apply_trainable, set_training
+from modeling_vitcls.training.trainable import apply_trainable, set_train_mode
 
 
 BATCH = 3
@@ -104,7 +104,7 @@ def a_classifier(trainable: str = "full", **fields: Any) -> Any:
     model = filled(ViTCLSForImageClassification(tiny_config(**fields)))
     model.set_attn_implementation("eager")
     apply_trainable(model, trainable)
-    set_training(model)
+    set_train_mode(model)
     return model
 
 
@@ -114,9 +114,9 @@ def test_operations_are_those_that_torch_counts(fields: dict[str, Any], trainabl
     model = a_classifier(trainable, **fields)
     expected = counted(lambda: loss_of(model))
     if trainable == "lora" and not model.config.token_layout.num_prefix_tokens:  # nothing is trained below
-        assert expected < training_flops(model, BATCH) < 1.1 * expected
+        assert expected < count_training_flops(model, BATCH) < 1.1 * expected
     else:
-        assert training_flops(model, BATCH) == expected
+        assert count_training_flops(model, BATCH) == expected
 
 
 def test_by_hand() -> None:
@@ -125,49 +125,49 @@ def test_by_hand() -> None:
     first = 17 * (4 * 16 * 16 + 2 * 16 * 24) + 2 * 17 * 17 * 16
     last = 17 * 2 * 16 * 16 + (2 * 16 * 16 + 2 * 16 * 24) + 2 * 17 * 16
     head = 16 * 3
-    assert training_flops(a_classifier()) == 2 * (2 * patches + 3 * (first + last + head))
-    assert training_flops(a_classifier("last-1")) == 2 * (patches + first + 3 * (last + head))
-    assert training_flops(a_classifier("head")) == 2 * (patches + first + last + 2 * head)
-    assert training_flops(a_classifier(), 5) == 5 * training_flops(a_classifier())
+    assert count_training_flops(a_classifier()) == 2 * (2 * patches + 3 * (first + last + head))
+    assert count_training_flops(a_classifier("last-1")) == 2 * (patches + first + 3 * (last + head))
+    assert count_training_flops(a_classifier("head")) == 2 * (patches + first + last + 2 * head)
+    assert count_training_flops(a_classifier(), 5) == 5 * count_training_flops(a_classifier())
 
 
 def test_of_several_tasks() -> None:
     model: Any = filled(ViTCLSForMultiTaskClassification(tiny_config(num_cls_tokens=2, tasks=TASKS)))
     labels = {task: torch.zeros(BATCH, dtype=torch.long) for task in TASKS}
-    assert training_flops(model, BATCH) == counted(lambda: loss_of(model, labels))
+    assert count_training_flops(model, BATCH) == counted(lambda: loss_of(model, labels))
     apply_trainable(model, "head")
     model.zero_grad()
-    assert training_flops(model, BATCH) == counted(lambda: loss_of(model, labels))
+    assert count_training_flops(model, BATCH) == counted(lambda: loss_of(model, labels))
 
 
 def test_of_masked_images() -> None:
     model: Any = filled(ViTCLSForMaskedImageModeling(tiny_config())).train()
     mask = torch.arange(BATCH * 16).view(BATCH, 16) % 3 == 0
-    assert training_flops(model, BATCH) == counted(lambda: model(images(BATCH), bool_masked_pos=mask).loss)
+    assert count_training_flops(model, BATCH) == counted(lambda: model(images(BATCH), bool_masked_pos=mask).loss)
 
 
 def test_of_attention_pooling() -> None:
-    assert training_flops(pooled := a_classifier(pooling="attention"), BATCH) == counted(lambda: loss_of(pooled))
+    assert count_training_flops(pooled := a_classifier(pooling="attention"), BATCH) == counted(lambda: loss_of(pooled))
     probed = a_classifier("head", pooling="attention")
     of_what_is_read = BATCH * 2 * 2 * 16 * 16 * 16  # for keys and values, of 16 patches
-    assert training_flops(probed, BATCH) == counted(lambda: loss_of(probed)) + of_what_is_read
+    assert count_training_flops(probed, BATCH) == counted(lambda: loss_of(probed)) + of_what_is_read
 
 
 def test_what_is_computed_again_does_not_count() -> None:
     model = a_classifier()
-    once = training_flops(model, BATCH)
+    once = count_training_flops(model, BATCH)
     model.gradient_checkpointing_enable()
-    assert training_flops(model, BATCH) == once < counted(lambda: loss_of(model), computes_twice=True)
+    assert count_training_flops(model, BATCH) == once < counted(lambda: loss_of(model), computes_twice=True)
 
 
 # A run's share of the machine ----------------------------------------------------------------------------------------
 
 
-def test_utilisation_is_a_part_of_the_peak() -> None:
-    found = Utilisation(flops_per_image=2e9, peak=1e11, dtype="float32")
+def test_utilization_is_a_fraction_of_the_peak() -> None:
+    found = Utilization(flops_per_image=2e9, peak=1e11, dtype="float32")
     assert found.results() is None
-    assert found.note(num_images=100, seconds=4.0) == {"utilisation": 0.5}
-    assert found.note(num_images=100, seconds=12.0) == {"utilisation": 0.1667}
+    assert found.update(num_images=100, seconds=4.0) == {"utilisation": 0.5}
+    assert found.update(num_images=100, seconds=12.0) == {"utilisation": 0.1667}
     assert found.results() == {
         "of_training_steps": 0.25,  # of 16 seconds
         "training_flops_per_image": 2_000_000_000,
@@ -177,21 +177,21 @@ def test_utilisation_is_a_part_of_the_peak() -> None:
 
 
 def test_it_goes_on_after_a_checkpoint_on_another_machine() -> None:
-    before = Utilisation(flops_per_image=1e9, peak=1e10)
-    before.note(num_images=50, seconds=10.0)  # half of it
-    after = Utilisation(flops_per_image=1e9, peak=4e10)
-    after.go_on_from(json.loads(json.dumps(before.facts())))
-    after.note(num_images=50, seconds=10.0)  # an eighth
+    before = Utilization(flops_per_image=1e9, peak=1e10)
+    before.update(num_images=50, seconds=10.0)  # half of it
+    after = Utilization(flops_per_image=1e9, peak=4e10)
+    after.load_state(json.loads(json.dumps(before.get_state())))
+    after.update(num_images=50, seconds=10.0)  # an eighth
     assert (after.done, after.possible) == (1e11, 5e11)
-    old = Utilisation(flops_per_image=1e9, peak=1e10)
-    old.go_on_from({})
-    assert old.note(num_images=1, seconds=1.0) == {"utilisation": 0.1}
+    old = Utilization(flops_per_image=1e9, peak=1e10)
+    old.load_state({})
+    assert old.update(num_images=1, seconds=1.0) == {"utilisation": 0.1}
 
 
 def test_more_than_the_peak_is_unknown() -> None:
     """A peak that was measured while another program ran, and is not reached any more once that has ended."""
-    found = Utilisation(flops_per_image=1e9, peak=1e10)
-    assert found.note(num_images=147, seconds=10.0) == {"utilisation": None}
+    found = Utilization(flops_per_image=1e9, peak=1e10)
+    assert found.update(num_images=147, seconds=10.0) == {"utilisation": None}
     assert found.results() == {
         "of_training_steps": None,
         "training_flops_per_image": 1_000_000_000,
@@ -202,12 +202,12 @@ def test_more_than_the_peak_is_unknown() -> None:
 
 def test_the_largest_of_several_peaks_counts() -> None:
     later = [4e10, 1e10]
-    found = Utilisation(flops_per_image=1e9, peak=1e10, measure=lambda: later.pop(0))
-    found.go_on_from({"done": 1e11, "possible": 2e11})
-    assert found.note(num_images=90, seconds=9.0) == {"utilisation": 1.0} and len(later) == 2  # 9 s at the peak
-    assert found.note(num_images=20, seconds=1.0) == {"utilisation": 0.5} and later == [1e10]  # measured anew: 4e10
+    found = Utilization(flops_per_image=1e9, peak=1e10, measure=lambda: later.pop(0))
+    found.load_state({"done": 1e11, "possible": 2e11})
+    assert found.update(num_images=90, seconds=9.0) == {"utilisation": 1.0} and len(later) == 2  # 9 s at the peak
+    assert found.update(num_images=20, seconds=1.0) == {"utilisation": 0.5} and later == [1e10]  # measured anew: 4e10
     assert found.possible == 2e11 + 10 * 4e10  # of earlier steps, too
-    assert found.note(num_images=800, seconds=40.0) == {"utilisation": 0.5} and not later  # 20 s at the new peak
+    assert found.update(num_images=800, seconds=40.0) == {"utilisation": 0.5} and not later  # 20 s at the new peak
     assert found.peak == 4e10
 
 
@@ -230,8 +230,8 @@ def test_measuring_draws_no_random_numbers(peaks: list[float]) -> None:
 
 
 def test_without_a_peak_nothing_is_claimed() -> None:
-    unknown = Utilisation(flops_per_image=1e9)
-    assert unknown.note(num_images=50, seconds=10.0) == {} and unknown.results() is None
+    unknown = Utilization(flops_per_image=1e9)
+    assert unknown.update(num_images=50, seconds=10.0) == {} and unknown.results() is None
 
 
 @pytest.mark.parametrize(
@@ -246,26 +246,26 @@ def test_without_a_peak_nothing_is_claimed() -> None:
         (3e22, "3e+04 E"),
     ],
 )
-def test_numbers_in_units(value: float, shown: str) -> None:
-    assert in_units(value) == shown
+def test_numbers_format_si(value: float, shown: str) -> None:
+    assert format_si(value) == shown
 
 
 def a_plan(**changes: Any) -> BatchPlan:
     return BatchPlan.from_options(100, TrainingOptions(max_steps=3, **changes), num_processes=1)
 
 
-def started(model: Any, plan: BatchPlan) -> tuple[Utilisation, dict[str, str]]:
+def started(model: Any, plan: BatchPlan) -> tuple[Utilization, dict[str, str]]:
     lines: dict[str, str] = {}
-    return start_utilisation(model, plan, Accelerator(cpu=True), lines.__setitem__), lines
+    return start_utilization(model, plan, Accelerator(cpu=True), lines.__setitem__), lines
 
 
 def test_a_short_run_measures_nothing() -> None:
     model = a_classifier()
     plan = a_plan(batch_size=5, gradient_accumulation_steps=4)
     found, lines = started(model, plan)
-    assert found.peak is None and found.flops_per_image == training_flops(model)
+    assert found.peak is None and found.flops_per_image == count_training_flops(model)
     assert lines.keys() == {"costs"}
-    assert lines["costs"].startswith(f"{in_units(20 * training_flops(model))}FLOP a step, and about")
+    assert lines["costs"].startswith(f"{format_si(20 * count_training_flops(model))}FLOP per step, and about")
 
 
 def test_memory_is_what_the_model_estimates() -> None:
@@ -278,23 +278,23 @@ def test_memory_is_what_the_model_estimates() -> None:
 def test_memory_is_that_of_the_device_where_it_trains() -> None:
     """The model is still on the CPU, which would keep less."""
     model, accelerator = a_classifier(), Accelerator(cpu=True)
-    here = memory_beyond_weights(model, a_plan(), accelerator)
+    here = estimate_memory_beyond_weights(model, a_plan(), accelerator)
     accelerator.state.device = torch.device("cuda")
     of_mlps = 64 * (17 + 1) * 24 * 4  # bytes after the activations of both layers, the last for one token
-    assert memory_beyond_weights(model, a_plan(batch_size=64), accelerator) == here + of_mlps
+    assert estimate_memory_beyond_weights(model, a_plan(batch_size=64), accelerator) == here + of_mlps
 
 
 def test_nothing_is_claimed_of_a_model_that_merges_patches(peaks: list[float]) -> None:
     """Its costs are counted as if it merged none: it would seem to use more of the machine than it does."""
     found, lines = started(a_classifier(merged_patches_per_layer=2), a_plan())
-    assert found == Utilisation() and lines == {} and peaks == []
+    assert found == Utilization() and lines == {} and peaks == []
 
 
 def test_frozen_layers_see_whole_images() -> None:
     whole, half = (a_classifier("last-1", patch_drop_rate=rate) for rate in (0, 0.5))
-    assert training_flops(half) == training_flops(whole)
+    assert count_training_flops(half) == count_training_flops(whole)
     assert estimate_memory(half) == estimate_memory(whole)
-    assert training_flops(a_classifier(patch_drop_rate=0.5)) < training_flops(a_classifier())
+    assert count_training_flops(a_classifier(patch_drop_rate=0.5)) < count_training_flops(a_classifier())
 
 
 # Runs ----------------------------------------------------------------------------------------------------------------
@@ -314,7 +314,7 @@ def measure_soon(patch: pytest.MonkeyPatch) -> list[float]:
         return measured[-1]
 
     patch.setattr(system, "GEMM_SECONDS", 0.0)
-    patch.setattr(mfu, "FEWEST_FLOPS", 0.0)
+    patch.setattr(mfu, "MIN_FLOPS", 0.0)
     patch.setattr(mfu, "gemm_peak", measure)
     return measured
 
@@ -359,7 +359,7 @@ def records_of(folder: Path) -> list[dict[str, Any]]:
 
 def test_a_run_writes_what_it_uses(ran: Ran) -> None:
     found = ran.results["utilisation"]
-    flops = training_flops(ViTCLSForImageClassification.from_pretrained(ran.folder).train())
+    flops = count_training_flops(ViTCLSForImageClassification.from_pretrained(ran.folder).train())
     assert found["gemm_peak_flops_per_second"] == pytest.approx(ran.peak, rel=1e-3)
     assert (found["training_flops_per_image"], found["gemm_dtype"]) == (flops, "float32")
     shares = []
@@ -385,7 +385,7 @@ def test_a_disturbed_measurement_gives_no_number(
 ) -> None:
     """The first measurement finds the machine busy; after the first step it is measured again."""
     found = iter([1e3, 1e3, 1e15])
-    monkeypatch.setattr(mfu, "FEWEST_FLOPS", 0.0)
+    monkeypatch.setattr(mfu, "MIN_FLOPS", 0.0)
     monkeypatch.setattr(mfu, "gemm_peak", lambda device, dtype: next(found, 1e15))
     results = run(tmp_path)
     shares = [record["utilisation"] for record in records_of(tmp_path)]
@@ -450,6 +450,6 @@ def test_processes_share_the_machine() -> None:
     assert [process.exitcode for process in processes] == [0, 0]
     (first, total, per_image, line), (second, same_total, *_) = queue.get(), queue.get()
     assert total == same_total == pytest.approx(first + second)
-    flops = training_flops(a_classifier())
+    flops = count_training_flops(a_classifier())
     assert per_image == flops
-    assert line.startswith(f"{in_units(10 * flops)}FLOP a step, and about") and "MiB per process beyond" in line
+    assert line.startswith(f"{format_si(10 * flops)}FLOP per step, and about") and "MiB per process beyond" in line

@@ -48,7 +48,7 @@ def test_a_checkpoint_of_several_tasks_learns_other_labels(two_tasks: Path, labe
     saved = ViTCLSForMultiTaskClassification.from_pretrained(two_tasks)
     built = build_model(ModelOptions(model=str(two_tasks)), label_space)
     heads = {name for name, _ in built.model.named_parameters() if not name.startswith("vitcls.")}
-    assert heads <= built.fresh
+    assert heads <= built.newly_initialized
     kept = saved.vitcls.layers[0].mlp.fc1.weight
     assert torch.equal(built.model.vitcls.layers[0].mlp.fc1.weight, kept)
     logits = built.model(torch.zeros(1, 3, *built.model.config.image_height_width)).logits
@@ -65,7 +65,7 @@ def test_patches_are_left_out_of_layers_that_learn(two_tasks: Path, tmp_path: Pa
     """How many layers there are is known once the checkpoint is there."""
     model = ModelOptions(str(two_tasks), patch_drop_rate=0.5)
     options = FinetuneOptions(tmp_path / "out", DataOptions("digits"), model)
-    with raises_one_line("--patch-drop-rate", "--trainable last-1 freezes the first ones"):
+    with raises_one_line("--patch-drop-rate", "--trainable last-1 freezes them"):
         prepare(replace(options, training=TrainingOptions(trainable="last-1")))
     assert not (tmp_path / "out").exists()
     reset_accelerate()
@@ -77,16 +77,16 @@ def test_flags_that_contradict_each_other_are_refused() -> None:
     options = FinetuneOptions(Path("out"), DataOptions("digits"), ModelOptions("some/checkpoint"))
     check_combinations(options)
     refused = {
-        "--teacher needs a distillation token": {
+        "--teacher requires a distillation token": {
             "distillation": DistillationOptions(teacher="t"),
             "model": ModelOptions("vitcls-tiny", num_distillation_tokens=0),
         },
-        "--patch-drop-rate leaves patches out of layers that learn, and --trainable head": {
+        "--patch-drop-rate requires trained first layers, but --trainable head": {
             "model": ModelOptions("some/checkpoint", patch_drop_rate=0.5),
             "training": TrainingOptions(trainable="head"),
         },
-        "--feature-views is for --trainable head": {"training": TrainingOptions(feature_views=2)},
-        "--class-balance needs to know all labels": {
+        "--feature-views requires --trainable head": {"training": TrainingOptions(feature_views=2)},
+        "--class-balance requires all labels": {
             "data": DataOptions("digits", streaming=True),
             "training": TrainingOptions(class_balance="weights"),
         },

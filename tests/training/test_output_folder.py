@@ -18,9 +18,9 @@ from warm_processes import READY, SECONDS
 from modeling_vitcls.checkpoints import CheckpointStore
 from modeling_vitcls.options import DataOptions, FinetuneOptions, ModelOptions, RunOptions, TrainingOptions
 from modeling_vitcls.training import output_folder
-from modeling_vitcls.training.finetune import finetune, rehearse
+from modeling_vitcls.training.finetune import dry_run, finetune
 from modeling_vitcls.training.folder_lock import LOCK_FILE, FolderLock, LockOwner
-from modeling_vitcls.training.output_folder import final_files, remove_run
+from modeling_vitcls.training.output_folder import list_final_files, remove_run
 from modeling_vitcls.training.runner import RunStopped
 from modeling_vitcls.training.setup import prepare
 
@@ -213,7 +213,7 @@ def test_it_is_released_in_order(folder: Path) -> None:
     before = signal.getsignal(signal.SIGTERM)
     with FolderLock(folder) as lock:
         lock.acquire()
-        assert signal.getsignal(signal.SIGTERM) == lock.release_and_end
+        assert signal.getsignal(signal.SIGTERM) == lock.release_and_exit
         (folder / "metrics.jsonl").touch()
     assert signal.getsignal(signal.SIGTERM) == before
     assert [path.name for path in folder.iterdir()] == ["metrics.jsonl"]
@@ -280,7 +280,7 @@ def test_a_run_that_fails_releases_its_lock(folder: Path) -> None:
         run(folder, dataset="./no-such-folder")
     assert not folder.parent.exists()
     prepared = prepare(options_of(folder))
-    prepared.session.train = lambda *parts: (_ for _ in ()).throw(RunStopped("stopped"))
+    prepared.runner.train = lambda *parts: (_ for _ in ()).throw(RunStopped("stopped"))
     with pytest.raises(RunStopped):
         finetune(prepared)
     assert not (folder / LOCK_FILE).exists()
@@ -288,17 +288,17 @@ def test_a_run_that_fails_releases_its_lock(folder: Path) -> None:
 
 def test_a_finished_run_is_replaced_only_with_overwrite(earlier: Path) -> None:
     before = contents(earlier)
-    with raises_one_line(f"{earlier} holds a finished run: replace it with --overwrite"):
+    with raises_one_line(f"{earlier} contains a finished run. Replace it with --overwrite"):
         run(earlier)
     assert contents(earlier) == before
-    with raises_one_line(f"{earlier} holds a finished run"):
-        rehearse(options_of(earlier))
+    with raises_one_line(f"{earlier} contains a finished run"):
+        dry_run(options_of(earlier))
     assert run(earlier, max_steps=2, overwrite=True)["steps"] == 2
 
 
 def test_a_finished_run_is_not_begun_again_without_its_checkpoints(earlier: Path) -> None:
     CheckpointStore(earlier / "checkpoints", keep=1).clear()
-    with raises_one_line(f"{earlier} holds a finished run"):
+    with raises_one_line(f"{earlier} contains a finished run"):
         run(earlier, resume=True)
 
 
@@ -326,7 +326,7 @@ def test_the_old_model_never_stands_next_to_the_new_configuration(
     assert (earlier / "config.resolved.yaml").read_bytes() != config
     assert len(states) > 10 and "results.json" in states[0]
     assert not any("results.json" in names for names in states[1:])  # no part of a run passes for a finished one
-    prepared.session.lock.release()
+    prepared.runner.lock.release()
 
 
 def test_what_is_wrong_is_found_before_anything_is_removed(earlier: Path) -> None:
@@ -344,7 +344,7 @@ def test_a_resumed_run_that_is_finished_changes_nothing(earlier: Path) -> None:
 
 def test_the_model_to_start_from_is_not_removed(earlier: Path) -> None:
     before = contents(earlier)
-    with raises_one_line("--model is in --output-dir", "choose another folder"):
+    with raises_one_line("--model is in --output-dir", "Choose another --output-dir"):
         run(earlier, model=str(earlier), overwrite=True)
     assert contents(earlier) == before
 
@@ -372,7 +372,7 @@ def test_other_files_are_overwritten_on_request(folder: Path) -> None:
 
 
 def test_a_file_that_appears_while_a_run_is_stopped_stays(earlier: Path) -> None:
-    for name in final_files(earlier):
+    for name in list_final_files(earlier):
         (earlier / name).unlink()
     (earlier / "README.md").write_text("mine")
     with raises_one_line("would overwrite (README.md)"):
@@ -384,7 +384,7 @@ def test_a_file_that_appears_while_a_run_is_stopped_stays(earlier: Path) -> None
 
 def test_a_run_that_ended_before_its_first_checkpoint_is_replaced(folder: Path) -> None:
     reset_accelerate()
-    prepare(options_of(folder)).session.lock.release()
+    prepare(options_of(folder)).runner.lock.release()
     (folder / "metrics.jsonl").write_text('{"step": 1}\n')
     assert run(folder)["steps"] == 1
 
@@ -401,4 +401,4 @@ def test_only_the_files_of_a_run_are_removed(earlier: Path) -> None:
 def test_a_run_writes_what_it_is_known_to_write(finished: Path) -> None:
     """Or a file of an earlier run would stay next to those of the next one."""
     names = {name for name in contents(finished) if not name.startswith("checkpoints/")}
-    assert names == {*final_files(finished), output_folder.METRICS, output_folder.RECIPE}
+    assert names == {*list_final_files(finished), output_folder.METRICS, output_folder.RECIPE}

@@ -32,9 +32,9 @@ from modeling_vitcls.options import (
     TrainingOptions,
 )
 from modeling_vitcls.training import finetune as finetuning
-from modeling_vitcls.training.loop import score_of
+from modeling_vitcls.training.loop import get_score
 from modeling_vitcls.training.losses import MaskedImages
-from modeling_vitcls.training.pretrain import build_model, prepare, pretrain, rehearse
+from modeling_vitcls.training.pretrain import build_model, dry_run, prepare, pretrain
 from modeling_vitcls.training.runner import RunStopped
 
 
@@ -179,10 +179,10 @@ def test_the_measured_loss_is_the_mean_over_the_pictures() -> None:
 
 
 def test_the_best_evaluation_has_the_lowest_loss() -> None:
-    assert score_of({"reconstruction_loss": 0.5, "num_images": 9}) == -0.5
-    assert score_of({"accuracy": 0.5, "loss": 2.0}) == 0.5
-    assert score_of({"mean_average_precision": None}) is None
-    assert score_of({}) is None
+    assert get_score({"reconstruction_loss": 0.5, "num_images": 9}) == -0.5
+    assert get_score({"accuracy": 0.5, "loss": 2.0}) == 0.5
+    assert get_score({"mean_average_precision": None}) is None
+    assert get_score({}) is None
 
 
 # Runs ----------------------------------------------------------------------------------------------------------------
@@ -231,15 +231,15 @@ def test_resumption_hides_the_same_patches(pretrained: Path, tmp_path: Path) -> 
     (folder / "results.json").unlink()
     (folder / "model.safetensors").unlink()
     run = prepare(replace(tiny_options(folder), run=RunOptions(resume=True)))
-    assert run.session.facts is not None and run.session.facts["step"] == 6
+    assert run.runner.facts is not None and run.runner.facts["step"] == 6
     assert pretrain(run)["reconstruction_loss"] == read_json(pretrained / "results.json")["reconstruction_loss"]
     resumed, whole = (ViTCLSForMaskedImageModeling.from_pretrained(at).state_dict() for at in (folder, pretrained))
     assert all(torch.equal(resumed[name], whole[name]) for name in whole)
 
 
-def test_a_rehearsal_leaves_nothing(tmp_path: Path) -> None:
+def test_a_dry_run_leaves_nothing(tmp_path: Path) -> None:
     folder = tmp_path / "encoder"
-    rehearse(replace(tiny_options(folder, batch_size=8), run=RunOptions(dry_run=True)))
+    dry_run(replace(tiny_options(folder, batch_size=8), run=RunOptions(dry_run=True)))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -249,7 +249,7 @@ def test_flags_for_fine_tuning_are_refused(tmp_path: Path) -> None:
         prepare(replace(options, augmentation=AugmentationOptions(mixup=0.2)))
     with raises_one_line("--trainable", "no labels"):
         prepare(replace(options, training=TrainingOptions(trainable="last-1")))
-    with raises_one_line("--patch-drop-rate", "leave it out"):
+    with raises_one_line("Remove --patch-drop-rate"):
         prepare(replace(options, model=replace(TINY, patch_drop_rate=0.5)))
     assert not (tmp_path / "never").exists()
 
@@ -270,7 +270,7 @@ def test_the_card_says_what_was_measured(pretrained: Path) -> None:
     card = (pretrained / "README.md").read_text(encoding="utf-8")
     results = read_json(pretrained / "results.json")
     assert f"| {results['reconstruction_loss']:.4f} |" in card
-    assert "372 held-out images of `digits`" in card and "10 of 16 patches hidden" in card
+    assert "372 images of the held-out split of `digits`" in card and "10 of 16 patches masked" in card
     assert "[ CLS x 2 | distillation x 1 | register x 2 | patch x 16 ]" in card
     assert str(pretrained.parent) not in card
     assert "mask_ratio: 0.6" in card

@@ -10,8 +10,8 @@ from rich.console import Console
 
 from modeling_vitcls.options import FinetuneOptions, TrainingOptions
 from modeling_vitcls.training import reporter as reporter_module
-from modeling_vitcls.training.reporter import Reporter, duration
-from modeling_vitcls.training.runner import Session
+from modeling_vitcls.training.reporter import Reporter, format_duration
+from modeling_vitcls.training.runner import Runner
 
 
 RECORD = {"epoch": 0.5, "loss": 2.0, "learning_rate": 2.5e-4, "images_per_second": 100.0}
@@ -31,7 +31,7 @@ RECORD = {"epoch": 0.5, "loss": 2.0, "learning_rate": 2.5e-4, "images_per_second
     ],
 )
 def test_durations(seconds: float, words: str) -> None:
-    assert duration(seconds) == words
+    assert format_duration(seconds) == words
 
 
 @pytest.fixture
@@ -81,10 +81,10 @@ def test_a_dry_run_expects_steps_and_evaluations(tmp_path: Path) -> None:
         def epochs_after(self, step: int) -> float:
             return step / 40
 
-    session = Session.__new__(Session)
-    session.step_seconds, session.evaluation_seconds = [9.0, 0.5, 0.6], [2.0]
+    runner = Runner.__new__(Runner)
+    runner.step_seconds, runner.evaluation_seconds = [9.0, 0.5, 0.6], [2.0]
     options = FinetuneOptions.__new__(FinetuneOptions)
     object.__setattr__(options, "training", TrainingOptions())
-    session.options = options
+    runner.options = options
     plan: Any = Plan()
-    assert session.estimate_seconds(plan, 0.25) == 100 * 0.5 + 3 * 2.0 / 0.25
+    assert runner.estimate_seconds(plan, 0.25) == 100 * 0.5 + 3 * 2.0 / 0.25

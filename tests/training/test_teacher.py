@@ -256,7 +256,7 @@ def test_labels_that_the_teacher_has_twice_are_named(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["multi_label_classification", "multi_task"])
 def test_other_kinds_of_labels_are_refused(kind: Any, resnet: Path) -> None:
-    with raises_one_line("one label per picture", kind):
+    with raises_one_line("one label per image", kind):
         load_teacher(str(resnet), LabelSpace(kind, {"label": NAMES}), 3, (32, 32), CPU)
 
 
@@ -296,7 +296,7 @@ def test_code_of_others_is_not_run(tmp_path: Path) -> None:
     auto_map = '{"AutoConfig": "theirs.Config", "AutoModelForImageClassification": "theirs.Model"}'
     (tmp_path / "config.json").write_text(f'{{"model_type": "theirs", "auto_map": {auto_map}}}', encoding="utf-8")
     (tmp_path / "theirs.py").write_text("raise SystemExit('this code was run')", encoding="utf-8")
-    with raises_one_line("code of its own", "timm:NAME"):
+    with raises_one_line("its own code", "timm:NAME"):
         teach(tmp_path)
 
 
@@ -430,13 +430,13 @@ def views(num_pictures: int, num_views: int, seed: int) -> Iterator[dict[str, to
 
 def test_cache_asks_once_about_each_view(resnet: Path) -> None:
     teacher = teach(resnet)
-    calls, cache = Calls(teacher), TeacherCache(teacher, num_pictures=10, num_views=2, num_labels=3)
+    calls, cache = Calls(teacher), TeacherCache(teacher, num_images=10, num_views=2, num_labels=3)
     for seed in range(4):
         for batch in views(10, 2, seed):
-            answer = cache.ask(batch)
+            answer = cache.predict(batch)
             assert answer.dtype is torch.float32
             rounding = answer.abs().max() * 2**-11
-            assert largest_difference(answer, Teacher.ask(teacher, batch)) <= rounding
+            assert largest_difference(answer, Teacher.predict(teacher, batch)) <= rounding
             calls.batches -= 1
         assert calls.batches == 5
 
@@ -446,10 +446,10 @@ def test_cached_answers_are_the_same_whenever_they_are_asked(digits_teacher: tup
     teacher = teach(digits_teacher[0], *DIGITS)
     uninterrupted = TeacherCache(teacher, 24, 2, 10)
     for batch in views(24, 2, seed=0):
-        uninterrupted.ask(batch)
+        uninterrupted.predict(batch)
     resumed = TeacherCache(teacher, 24, 2, 10)
     for batch in views(24, 2, seed=1):
-        assert torch.equal(resumed.ask(batch), uninterrupted.ask(batch))
+        assert torch.equal(resumed.predict(batch), uninterrupted.predict(batch))
 
 
 def test_cache_with_mixed_pictures_is_refused() -> None:

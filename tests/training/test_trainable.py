@@ -13,7 +13,7 @@ from modeling_vitcls import ViTCLSForImageClassification, ViTCLSForMultiTaskClas
 from modeling_vitcls.data.labels import LabelSpace
 from modeling_vitcls.options import ModelOptions
 from modeling_vitcls.training.model import build_model
-from modeling_vitcls.training.trainable import apply_trainable, merged_weights, set_training
+from modeling_vitcls.training.trainable import apply_trainable, merge_lora, set_train_mode
 
 
 LAYOUT: dict[str, Any] = {"num_distillation_tokens": 1, "num_register_tokens": 2}
@@ -92,7 +92,7 @@ def test_heads_of_all_tasks_are_trained() -> None:
 
 def test_mask_token_stays_frozen_even_when_it_is_fresh() -> None:
     model = built(use_mask_token=True)
-    apply_trainable(model, "head", fresh={"vitcls.embeddings.mask_token"})
+    apply_trainable(model, "head", newly_initialized={"vitcls.embeddings.mask_token"})
     assert trained(model) == {"classifier"}
 
 
@@ -107,7 +107,7 @@ def test_added_tokens_are_trained_with_their_positions_and_gates(choice: str, tm
     labels = LabelSpace("single_label_classification", {"label": names})
     options = ModelOptions(model=str(tmp_path), num_distillation_tokens=1, num_register_tokens=3)
     start = build_model(options, labels)
-    found = trained(apply_trainable(start.model, choice, 4, start.fresh))
+    found = trained(apply_trainable(start.model, choice, 4, start.newly_initialized))
     new = {f"embeddings.{name}" for name in ("distillation_token", "register_tokens")}
     new |= {f"embeddings.position_embeddings.{group}" for group in ("distillation", "registers")}
     assert new <= found
@@ -118,7 +118,7 @@ def test_added_tokens_are_trained_with_their_positions_and_gates(choice: str, tm
 def test_gates_of_added_tokens_are_trained() -> None:
     fields = LAYOUT | {"gated_tokens": {"registers": 2}}
     fresh = {"vitcls.embeddings.register_tokens"}
-    assert "gates.gates" in trained(apply_trainable(built(**fields), "head", fresh=fresh))
+    assert "gates.gates" in trained(apply_trainable(built(**fields), "head", newly_initialized=fresh))
     assert "gates.gates" not in trained(apply_trainable(built(**fields), "head"))
 
 
@@ -141,7 +141,7 @@ def test_all_that_is_trained_gets_a_gradient_and_nothing_else_moves(
     """On several processes a trained parameter without a gradient stops the run."""
     model = apply_trainable(built(model_class, **fields), choice, 4)
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-    set_training(model)
+    set_train_mode(model)
     learns = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.SGD(learns, lr=0.1)
     for _ in range(2):  # LoRA's A moves from the second step on
@@ -175,14 +175,14 @@ def modes(model: Any) -> dict[str, bool]:
 )
 def test_frozen_parts_stay_in_eval_mode(choice: str, fresh: set[str], in_training: set[Any]) -> None:
     model = apply_trainable(built(), choice, 4, fresh)
-    set_training(model)
+    set_train_mode(model)
     assert {name for name, is_training in modes(model).items() if is_training} == in_training
 
 
 def test_frozen_encoder_drops_nothing_out() -> None:
     model = built(hidden_dropout_prob=0.5, drop_path_rate=0.5, attention_probs_dropout_prob=0.5)
     apply_trainable(model, "head")
-    set_training(torch.nn.Sequential(model))  # as a wrapper would hold it
+    set_train_mode(torch.nn.Sequential(model))  # as a wrapper would hold it
     first, second = (model(images()).logits for _ in range(2))
     assert torch.equal(first, second)
     model.train()
@@ -202,7 +202,7 @@ def test_frozen_encoder_drops_nothing_out() -> None:
 )
 def test_frozen_first_layers_see_whole_images(choice: str, fresh: set[str], drops: bool) -> None:
     model = apply_trainable(built(patch_drop_rate=0.5), choice, 4, fresh)
-    set_training(torch.nn.Sequential(model))
+    set_train_mode(torch.nn.Sequential(model))
     lengths: list[int] = []
     model.vitcls.layers[0].register_forward_pre_hook(lambda module, args: lengths.append(args[0].shape[1]))
     model(images())
@@ -239,7 +239,7 @@ def test_merged_model_answers_alike_and_is_plain(tmp_path: Path) -> None:
     model = with_lora(**LAYOUT)
     expected = model(images()).logits
     assert largest_difference(expected, built(**LAYOUT)(images()).logits) > 1e-3
-    weights = merged_weights(model.state_dict())
+    weights = merge_lora(model.state_dict())
     plain = ViTCLSForImageClassification(tiny_config(**LAYOUT)).eval()
     plain.load_state_dict(weights)
     assert largest_difference(plain(images()).logits, expected) <= 1e-5
@@ -252,7 +252,7 @@ def test_merged_model_answers_alike_and_is_plain(tmp_path: Path) -> None:
 
 def test_merging_is_pefts() -> None:
     model = with_lora()
-    weights = merged_weights(model.state_dict())
+    weights = merge_lora(model.state_dict())
     for name, layer in model.named_modules():
         if isinstance(layer, LoraLayer):
             layer.merge()
@@ -261,6 +261,6 @@ def test_merging_is_pefts() -> None:
 
 def test_weights_without_lora_stay_as_they_are() -> None:
     weights = built().state_dict()
-    merged = merged_weights(weights)
+    merged = merge_lora(weights)
     assert list(merged) == list(weights)
     assert all(merged[name] is weights[name] for name in weights)
