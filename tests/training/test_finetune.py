@@ -298,7 +298,7 @@ def test_an_impossible_model_ends_in_one_line(
         runpy.run_path(str(SCRIPTS / "finetune.py"), run_name="__main__")
     assert stopped.value.code == 1
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith('error: pooling="cls" reads a CLS token')
+    assert line.startswith('error: `pooling="cls"` requires a CLS token')
 
 
 # Runs of every kind --------------------------------------------------------------------------------------------------
