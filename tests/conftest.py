@@ -1,8 +1,8 @@
 """Fixtures of all tests, the browser, and the tiers of tests.
 
 Tests are `integration` if they start processes, a compiler, a browser or a Hub on this machine, themselves or through
-fixtures and helpers, or compare with other projects. `make test-quick` leaves them out. The mark is set here, not
-by hand.
+fixtures and helpers, or compare with other projects. The mark is set here, not by hand. With --quick, integration and
+slow tests are left out, and of each test with parameters only the first case runs.
 """
 
 import multiprocessing
@@ -51,8 +51,13 @@ PATIENCE = 60_000  # milliseconds that are waited for what is expected of a page
 # Tiers ---------------------------------------------------------------------------------------------------------------
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark the tests that start something outside this process as integration."""
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add the flag of `make test-quick`."""
+    parser.addoption("--quick", action="store_true", help="no slow or integration tests, one case of each other test")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Mark the tests that start something outside this process as integration; for --quick, select tests."""
     known: dict[FunctionType, bool] = {}
     for item in items:
         info = getattr(item, "_fixtureinfo", None)
@@ -60,6 +65,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         functions = [getattr(item, "function", None), *(fixture.func for fixture in definitions)]
         if FOLDERS & set(item.path.relative_to(TESTS).parts) or any(starts(each, known) for each in functions):
             item.add_marker(pytest.mark.integration)
+    if config.getoption("quick"):
+        first_cases: dict[str, pytest.Item] = {}
+        for item in items:
+            if not (item.get_closest_marker("slow") or item.get_closest_marker("integration")):
+                first_cases.setdefault(item.nodeid.partition("[")[0], item)
+        selected = set(first_cases.values())
+        config.hook.pytest_deselected(items=[item for item in items if item not in selected])
+        items[:] = [item for item in items if item in selected]
 
 
 def starts(function: Any, known: dict[FunctionType, bool]) -> bool:
