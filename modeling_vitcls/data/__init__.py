@@ -1,4 +1,4 @@
-"""From --dataset to batches of images and labels.
+"""Datasets: from --dataset to batches of images and labels.
 
     sources.py       digits, folders, CSV, Parquet, MNIST's files, the Hub -> splits by name
     columns.py       columns of images and labels
@@ -13,8 +13,8 @@
     ordering.py      order of the images in each epoch
     workers.py       DataLoader workers
     batches.py       images of each batch, on each process
-    fingerprint.py   Fingerprints of training data: `--resume` continues only on the data that the run was started with
-    held_out.py  Which images are held out if a data set has no split for evaluation, and what a run records about them
+    fingerprint.py   fingerprints of training data: `--resume` continues only on the same data
+    held_out.py      held-out images of datasets without an evaluation split, and their record in results.json
 
 Nothing here is copied to the Hub.
 """

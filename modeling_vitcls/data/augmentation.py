@@ -1,12 +1,12 @@
-"""Random changes of training pictures.
+"""Augmentation of training images.
 
-    picture -> fixed part (may be kept in memory) -> each: one by one -> together: whole batches -> pixels
+    image   -> fixed part (may be kept in memory) -> each: one by one -> together: whole batches -> pixels
                resize                                crop, RandAugment,   flip, rotation,
                                                      erasing              shift, zoom
     batch on the device -> BatchMixer: mixup, CutMix
 
-All but mixing works on 8-bit pixels and is a function of each picture's own seed. Nothing random happens to held-out
-pictures: those go through the image processor. Scaling and normalising are done on the model's device (batches.py).
+All parts except mixing process 8-bit pixels and depend only on the seed of each image. Held-out images are not
+augmented: the image processor prepares them. Pixels are rescaled and normalized on the model's device (batches.py).
 """
 
 import math
@@ -24,10 +24,10 @@ from .random_bits import fractions, random_bits
 
 @dataclass(frozen=True)
 class Augmentation:
-    """The three parts, in order."""
+    """The three parts of an augmentation, in order."""
 
     fixed: nn.Module  # [C, H, W] `uint8` -> [C, H, W] `uint8`
-    each: nn.Module | None  # the same, with torch's random numbers
+    each: nn.Module | None  # random transform of one image, same shapes; uses torch's generator
     together: "Placement"
 
     def __call__(
@@ -36,8 +36,8 @@ class Augmentation:
         """Apply the random parts.
 
         Args:
-            pixels: what `fixed` made of each picture; a tensor [B, C, H, W] where all are of one size.
-            seeds, indices: [B] `uint64`; what happens to a picture is a function of its own two.
+            pixels: output of `fixed` for each image; a tensor [B, C, H, W] if all images have the same size.
+            seeds, indices: [B] `uint64`; the augmentation of an image depends only on its seed and index.
 
         Returns:
             [B, C, H, W] `uint8`.
@@ -46,8 +46,8 @@ class Augmentation:
         if self.each is not None:
             with torch.random.fork_rng(devices=[]):
                 pixels = [
-                    seeded(self.each, picture, seed)
-                    for picture, seed in zip(pixels, (bits[:, 0] >> np.uint64(1)).tolist(), strict=True)
+                    seeded(self.each, image, seed)
+                    for image, seed in zip(pixels, (bits[:, 0] >> np.uint64(1)).tolist(), strict=True)
                 ]
         if not isinstance(pixels, torch.Tensor):
             pixels = torch.stack(list(pixels))
@@ -57,7 +57,7 @@ class Augmentation:
 def build_augmentation(
     options: AugmentationOptions, height_width: tuple[int, int], interpolation: InterpolationMode
 ) -> Augmentation:
-    """What `options` ask for, ending at `height_width` pixels."""
+    """Build the augmentation that `options` describe, with outputs of `height_width` pixels."""
     fixed: nn.Module = nn.Identity()
     each: list[nn.Module] = []
     if options.crop_scale < 1:
@@ -80,13 +80,13 @@ AUTO_AUGMENTS: dict[str, Callable[[AugmentationOptions], nn.Module]] = {
 
 
 def seeded(transform: nn.Module, pixels: torch.Tensor, seed: int) -> torch.Tensor:
-    """Apply a random transform whose outcome depends on `seed` alone. It leaves torch's generator changed."""
+    """Apply a random transform whose output depends only on `seed`. This changes the state of torch's generator."""
     torch.default_generator.manual_seed(seed)
     return transform(pixels)
 
 
 class Erasing(nn.Module):
-    """Random erasing (Zhong et al. 2020) with noise around mid-grey, which is what normalised pixels vary around."""
+    """Random erasing (Zhong et al. 2020) with noise around mid-gray, the approximate mean of normalized pixels."""
 
     MEAN, DEVIATION = 128.0, 64.0
 
@@ -95,13 +95,13 @@ class Erasing(nn.Module):
         self.erase = v2.RandomErasing(probability, value="random")
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
-        """[C, H, W] `uint8` -> [C, H, W] `uint8`."""
+        """Return the image [C, H, W] `uint8` with a random rectangle erased, in the same shape and type."""
         erased = self.erase((pixels.float() - self.MEAN) / self.DEVIATION)
         return (erased * self.DEVIATION + self.MEAN).round().clamp(0, 255).to(torch.uint8)
 
 
 class Placement:
-    """Flip, rotation, shift and zoom of a whole batch, each picture by its own numbers."""
+    """Flip, rotate, shift and zoom a whole batch, with separate random numbers for each image."""
 
     num_numbers = 5
 
@@ -112,7 +112,15 @@ class Placement:
         self.zoom = options.zoom
 
     def __call__(self, pixels: torch.Tensor, numbers: np.ndarray) -> torch.Tensor:
-        """Pixels [B, C, H, W] `uint8` and numbers [B, 5] of 0 to 1 -> pixels of the same shape."""
+        """Return the transformed pixels.
+
+        Args:
+            pixels: [B, C, H, W] `uint8`.
+            numbers: [B, 5] random numbers from 0 to 1.
+
+        Returns:
+            [B, C, H, W] `uint8`.
+        """
         flipped = torch.from_numpy(numbers[:, 0] < 0.5) & self.flip  # [B]
         if self.rotation or self.shift or self.zoom:
             return self.resampled(pixels, flipped, torch.from_numpy(numbers[:, 1:] * 2 - 1).float())
@@ -121,12 +129,15 @@ class Placement:
         return pixels
 
     def resampled(self, pixels: torch.Tensor, flipped: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
-        """Rotate, shift and zoom about the centre, bilinearly, with black around; `numbers` are [B, 4] of -1 to 1."""
+        """Return the pixels rotated, shifted and zoomed about the center, with bilinear interpolation.
+
+        Pixels from outside the image are black. `numbers` are [B, 4], from -1 to 1.
+        """
         height, width = pixels.shape[-2:]
         angle, right, down, zoom = numbers[:, :, None, None].unbind(1)  # [B, 1, 1] each
         scale = 1 + self.zoom * zoom
         cos, sin = (self.rotation * angle).cos() / scale, (self.rotation * angle).sin() / scale
-        # From each pixel of the result, in pixels from the centre, back to where it comes from.
+        # Map each output pixel to its input coordinates, in pixels from the center.
         x = torch.arange(width) - (width - 1) / 2 - right * self.shift * width  # [B, 1, W]
         y = (torch.arange(height) - (height - 1) / 2)[:, None] - down * self.shift * height  # [B, H, 1]
         mirrored = 1 - 2 * flipped[:, None, None].float()
@@ -138,11 +149,11 @@ class Placement:
 
 
 class BatchMixer:
-    """Mixup (Zhang et al. 2018) or CutMix (Yun et al. 2019), or one of them by chance, with torch's random numbers.
+    """Mixup (Zhang et al. 2018), CutMix (Yun et al. 2019), or a random choice of the two for each batch.
 
     Args:
         options: at least one of `mixup` and `cutmix` is above 0.
-        num_classes: of single labels.
+        num_classes: number of classes of single-label classification.
     """
 
     def __init__(self, options: AugmentationOptions, num_classes: int) -> None:
@@ -154,5 +165,10 @@ class BatchMixer:
         self.mix = mixers[0] if len(mixers) == 1 else v2.RandomChoice(mixers)
 
     def __call__(self, pixels: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Pixels [B, C, H, W] and classes [B] -> float pixels of 0 to 255 and probabilities [B, classes]."""
+        """Return mixed pixels [B, C, H, W] as floats from 0 to 255, and mixed labels as probabilities [B, classes].
+
+        Args:
+            pixels: [B, C, H, W].
+            labels: [B] class indices.
+        """
         return self.mix(pixels.float(), labels)

@@ -1,22 +1,22 @@
-"""Which pictures make which batch: a function of the seed and the step, so nothing about it has to be saved.
+"""Batches of training images. Their contents depend only on the seed and the step, so no state is saved.
 
-The training pictures are shuffled anew for each epoch (ordering.py) and laid end to end. Each optimiser step takes the
-next `batch size x accumulation steps x processes` of them, and each process its share:
+The training images are shuffled for each epoch (ordering.py), and the epochs are concatenated. Each optimizer step
+consumes the next `batch size x accumulation steps x processes` images, divided among the processes:
 
     epoch 0 ............ | epoch 1 ............ | ...
     step 0 | step 1 | step 2 | step 3 | ...
 
-So all batches are of one size, every picture is seen equally often, and one process with batches of 16 sees what two
-see with batches of 8, or what accumulation makes of two batches of 8. With repeated augmentation a step takes fewer
-pictures, and shows all of them, then all of them again.
+All batches have the same size, and every image is used equally often. One process with batches of 16, two processes
+with batches of 8, and two accumulated batches of 8 use the same images per step. With repeated augmentation, a step
+uses fewer different images, and repeats the whole sequence.
 
 A batch is a dict:
     pixels [B, C, H, W] `uint8`    augmented, of the model's size
     labels                         by kind (labels.py)
-    index  [B] `int64`             the picture
-    epoch  [B] `int64`             how many times it was shown before
-    view   [B] `int64`             which of its augmented views: `epoch`, or its remainder where views recur
-    broken [B] `int64`             index of a picture that cannot be read and that this one stands in for, else -1
+    index  [B] `int64`             index of the image
+    epoch  [B] `int64`             number of times that the image was used before
+    view   [B] `int64`             index of its augmented view: `epoch`, modulo the number of views if it is limited
+    broken [B] `int64`             index of the unreadable image that this image replaces, or -1
 """
 
 import math
@@ -37,17 +37,17 @@ from .random_bits import seed_for
 from .workers import from_workers
 
 
-KEPT_BYTES = 256 * 2**20  # pictures are decoded once and kept where all fit into this, per worker
+KEPT_BYTES = 256 * 2**20  # maximum size of the cache of decoded images per worker, in bytes
 
-Key = tuple[int, int]  # epoch, index of the picture
+Key = tuple[int, int]  # epoch, index of the image
 Batch = dict[str, Any]
 
 
 @dataclass(frozen=True, eq=False)
 class BatchPlan:
-    """The arithmetic of a run, and the pictures of every batch."""
+    """The number of steps of a run, and the images of every batch."""
 
-    num_pictures: int | None  # None for a stream, whose order is its own (streaming.py)
+    num_pictures: int | None  # None for a stream, which has its own order (streaming.py)
     batch_size: int
     accumulation_steps: int
     num_processes: int
@@ -65,15 +65,18 @@ class BatchPlan:
         labels: Sequence[int] | None = None,
         copies: int = 1,
     ) -> "BatchPlan":
-        """`max_steps`, or as many steps as show every picture `epochs` times (rounded up).
+        """Build a plan of `max_steps` steps, or of `epochs` epochs rounded up to whole steps.
 
         Args:
-            num_pictures: None for a stream.
-            labels: the pictures' classes, for `class_balance="sampling"`.
-            copies: of each picture in a step (`--repeated-augmentation`).
+            num_pictures: number of training images; None for a stream.
+            options: the training options.
+            num_processes: number of processes.
+            labels: class indices of the images, for `class_balance="sampling"`.
+            copies: number of copies of each image in a step (`--repeated-augmentation`).
 
         Raises:
-            ValueError: for a stream without `max_steps` or with balanced classes, or copies that do not fit a step.
+            ValueError: for a stream without `max_steps` or with balanced classes, or if `copies` does not divide the
+                number of images per step.
         """
         per_step = options.batch_size * options.gradient_accumulation_steps * num_processes
         if per_step % copies:
@@ -94,39 +97,39 @@ class BatchPlan:
 
     @property
     def pictures_per_step(self) -> int:
-        """Over all processes and accumulated batches, copies included."""
+        """Number of images per step over all processes and accumulated batches, including copies."""
         return self.batch_size * self.accumulation_steps * self.num_processes
 
     def epochs_after(self, step: int) -> float:
-        """Times that each picture has been seen after `step` steps; 0 for a stream, where that is not known."""
+        """Return the number of epochs after `step` steps; 0 for a stream, whose length is unknown."""
         return step * self.pictures_per_step / self.num_pictures if self.num_pictures else 0.0
 
     def batches(self, process: int, first_step: int = 0) -> Iterator[list[Key]]:
-        """The batches of one process from a step on, `accumulation_steps` of them per step."""
+        """Yield the batches of one process from `first_step` on, `accumulation_steps` batches per step."""
         for step in range(first_step, self.num_steps):
             for accumulated in range(self.accumulation_steps):
                 start = (accumulated * self.num_processes + process) * self.batch_size
-                yield [self.key(step, place) for place in range(start, start + self.batch_size)]
+                yield [self.key(step, position) for position in range(start, start + self.batch_size)]
 
-    def key(self, step: int, place: int) -> Key:
-        """The picture at a place of a step."""
+    def key(self, step: int, position: int) -> Key:
+        """Return the key of the image at a position in a step."""
         assert self.order is not None and self.num_pictures is not None, "a stream has its own order"
         different = self.pictures_per_step // self.copies
-        copy, offset = divmod(place, different)
+        copy, offset = divmod(position, different)
         number, at = divmod(step * different + offset, self.num_pictures)
         shown, indices = self.order.epoch(number)
         return int(shown[at]) * self.copies + copy, int(indices[at])
 
 
 def steps_for(epochs: float, num_pictures: int | None, per_step: int) -> int:
-    """Steps that show every picture `epochs` times."""
+    """Return the number of steps of `epochs` epochs, rounded up."""
     if num_pictures is None:
         raise ValueError("a streamed data set has no known end: say with --max-steps how long to train")
     return math.ceil(epochs * num_pictures / per_step)
 
 
 def build_order(num_pictures: int | None, options: TrainingOptions, labels: Sequence[int] | None) -> Order | None:
-    """The order of stored pictures; None for a stream."""
+    """Build the order of stored images; None for a stream."""
     if options.class_balance == "sampling":
         if labels is None:
             raise ValueError("--class-balance sampling needs to know all labels, one per image: leave it out")
@@ -134,19 +137,19 @@ def build_order(num_pictures: int | None, options: TrainingOptions, labels: Sequ
     return None if num_pictures is None else PlainOrder(num_pictures, options.seed)
 
 
-# Pictures ------------------------------------------------------------------------------------------------------------
+# Images --------------------------------------------------------------------------------------------------------------
 
 
 class Preparation:
-    """Decoded pictures -> batches: what training on stored and on streamed pictures shares.
+    """Build batches from decoded images, both stored and streamed.
 
-    What augmentation does to a picture is decided by (seed, view, index), whichever process or worker prepares it.
+    The augmentation of an image depends only on (seed, view, index), not on the process or worker that prepares it.
     """
 
     def __init__(
         self, augmentation: Augmentation, to_rgb: bool, seed: int, views: int = 0, num_channels: int | None = None
     ) -> None:
-        """`num_channels`: the model's; pictures of another number cannot be used. None where they are all alike."""
+        """`num_channels`: number of channels that the model requires; None skips the check of each image."""
         self.augmentation = augmentation
         self.to_rgb = to_rgb
         self.num_channels = num_channels
@@ -154,10 +157,10 @@ class Preparation:
         self.views = views
 
     def fixed_part(self, picture: Any) -> torch.Tensor:
-        """A PIL image before anything random happens to it: [C, H, W] `uint8`.
+        """Return a PIL image after the fixed part of the augmentation: [C, H, W] `uint8`.
 
         Raises:
-            BrokenPicture: if its values cannot be used.
+            BrokenPicture: if its mode or number of channels is not supported.
         """
         try:
             pixels = pil_to_tensor(picture, self.to_rgb)
@@ -169,7 +172,14 @@ class Preparation:
     def batch(
         self, pixels: torch.Tensor | list[torch.Tensor], labels: list[Any], keys: list[Key], broken: list[int]
     ) -> Batch:
-        """The batch of pictures after their fixed part; a tensor where all are of one size."""
+        """Return a batch of images that have been through the fixed part.
+
+        Args:
+            pixels: the images; a tensor [B, C, H, W] if all have the same size.
+            labels: the label of each image.
+            keys: the epoch and index of each image.
+            broken: index of the unreadable image that each image replaces, or -1.
+        """
         epochs, indices = (np.array(part, dtype=np.int64) for part in zip(*keys, strict=True))
         views = epochs % self.views if self.views else epochs
         seed_of = {view: seed_for(self.seed, view) for view in set(views.tolist())}
@@ -185,16 +195,16 @@ class Preparation:
 
 
 def collated(labels: list[Any]) -> Any:
-    """Labels of one kind -> [B] `int64`, [B, classes] `float32`, or {task: [B] `int64`}."""
+    """Return labels as [B] `int64`, [B, classes] `float32`, or {task: [B] `int64`}, by kind."""
     if isinstance(labels[0], dict):
         return {task: torch.tensor([label[task] for label in labels]) for task in labels[0]}
     return torch.tensor(labels, dtype=torch.float32 if isinstance(labels[0], list) else torch.int64)
 
 
 class TrainingPictures(Dataset):
-    """Augmented training pictures by (epoch, index).
+    """Augmented training images by (epoch, index).
 
-    A picture that cannot be read is replaced by the next one that can, by index.
+    An unreadable image is replaced by the readable image with the next index.
     """
 
     def __init__(
@@ -206,32 +216,32 @@ class TrainingPictures(Dataset):
         views: int = 0,
         num_channels: int | None = None,
     ) -> None:
-        """`views`: how many augmented views of a picture there are; 0 makes a new one for each epoch."""
+        """`views`: number of augmented views of each image; 0 makes a new view for each epoch."""
         self.source = source
         self.preparation = Preparation(augmentation, to_rgb, seed, views, num_channels)
         self.kept: dict[int, torch.Tensor] = {}
         self.broken: set[int] = set()
-        self.together = kept_arrays(source, augmentation)  # [pictures, 1, H, W]
+        self.together = kept_arrays(source, augmentation)  # [images, 1, H, W]
 
     def __len__(self) -> int:
         return len(self.source)
 
     def __getitem__(self, key: Key) -> Batch:
-        """A batch of one picture, without the batch dimension."""
+        """Return one image and its labels, without the batch dimension."""
         return {
             name: {task: part[0] for task, part in value.items()} if isinstance(value, dict) else value[0]
             for name, value in self.batch([key]).items()
         }
 
     def keys(self, plan: BatchPlan, process: int, first_step: int) -> Iterator[list[Key]]:
-        """The batches of one process from a step on."""
+        """Return the keys of each batch of one process from `first_step` on."""
         return plan.batches(process, first_step)
 
     def batch(self, keys: list[Key]) -> Batch:
-        """The batch of these pictures.
+        """Return the batch of the images with these keys.
 
         Raises:
-            ValueError: if no picture can be read.
+            ValueError: if no image can be read.
         """
         if self.together is not None:
             return self.batch_of_arrays(keys)
@@ -245,7 +255,7 @@ class TrainingPictures(Dataset):
         )
 
     def batch_of_arrays(self, keys: list[Key]) -> Batch:
-        """The same where all pictures are in memory as one tensor, and none can be broken."""
+        """Return the batch if all images are in memory as one tensor, so that every image is readable."""
         assert self.together is not None
         indices = [index for _, index in keys]
         pixels = self.together[indices]  # [B, 1, H, W]
@@ -257,7 +267,7 @@ class TrainingPictures(Dataset):
         return batch | {"pixels": batch["pixels"].expand(-1, channels, -1, -1)}
 
     def readable(self, index: int) -> tuple[int, torch.Tensor]:
-        """The first picture from `index` on that can be read: its index, and its fixed part."""
+        """Return the index and the fixed part of the first readable image from `index` on."""
         for candidate in (*range(index, len(self.source)), *range(index)):
             if candidate not in self.broken:
                 try:
@@ -267,7 +277,7 @@ class TrainingPictures(Dataset):
         raise ValueError(f"none of the {len(self.source)} images can be read, such as this: {self.describe(index)}")
 
     def fixed_part(self, index: int) -> torch.Tensor:
-        """The picture before anything random, from memory where it was kept."""
+        """Return the image after the fixed part of the augmentation, from the cache if possible."""
         if index in self.kept:
             return self.kept[index]
         pixels = self.preparation.fixed_part(self.source.pictures[index])
@@ -276,7 +286,7 @@ class TrainingPictures(Dataset):
         return pixels
 
     def describe(self, index: int) -> str:
-        """What is wrong with a broken picture."""
+        """Return the error message of an unreadable image."""
         try:
             self.preparation.fixed_part(self.source.pictures[index])
         except BrokenPicture as error:
@@ -285,13 +295,13 @@ class TrainingPictures(Dataset):
 
 
 def kept_arrays(source: LabelledPictures, augmentation: Augmentation) -> torch.Tensor | None:
-    """The fixed part of all pictures, [pictures, 1, H, W] `uint8`, where they are arrays and all fit into memory."""
+    """Return the fixed part of all images, [images, 1, H, W] `uint8`; None if they are not arrays or do not fit."""
     pictures: Any = source.pictures
     arrays = pictures.elements if isinstance(pictures, Chosen) else pictures
     if not isinstance(arrays, Arrays):
         return None
     values = arrays.values[pictures.indices] if isinstance(pictures, Chosen) else arrays.values
-    pixels = torch.from_numpy(np.array(values))[:, None]  # [pictures, 1, H, W]
+    pixels = torch.from_numpy(np.array(values))[:, None]  # [images, 1, H, W]
     if augmentation.fixed(pixels[:1]).nbytes * len(pixels) > KEPT_BYTES:
         return None
     return torch.cat([augmentation.fixed(part) for part in pixels.split(1024)])
@@ -301,13 +311,13 @@ def kept_arrays(source: LabelledPictures, augmentation: Augmentation) -> torch.T
 
 
 class Pictures(Protocol):
-    """What batches are made of: `TrainingPictures`, or the `TrainingStream` of streaming.py."""
+    """Interface of `TrainingPictures` and of `TrainingStream` in streaming.py."""
 
     def keys(self, plan: BatchPlan, process: int, first_step: int) -> Iterator[list[Any]]:
-        """What stands for the pictures of each batch of one process, from a step on; asked for in the main process."""
+        """Return the keys of each batch of one process from `first_step` on. Called in the main process."""
 
     def batch(self, keys: list[Any]) -> Batch:
-        """The batch; asked for in workers."""
+        """Return the batch with these keys. Called in workers."""
 
 
 @dataclass(frozen=True)
@@ -325,7 +335,7 @@ class PlannedKeys:
 
 @dataclass(frozen=True)
 class PreparedBatches(Dataset):
-    """Batches by their keys, in the form that DataLoader's workers ask for."""
+    """Batches by their keys, as a dataset for DataLoader."""
 
     pictures: Pictures
 
@@ -336,17 +346,17 @@ class PreparedBatches(Dataset):
 def training_batches(
     pictures: Pictures, plan: BatchPlan, process: int, num_workers: int, first_step: int = 0
 ) -> Generator[Batch, None, None]:
-    """The batches of one process from a step on, on the CPU. Close the iterator to end its workers.
+    """Yield the batches of one process from `first_step` on, on the CPU. Close the iterator to stop its workers.
 
     Raises:
-        ValueError: if no picture can be read, or a stream's example has no label.
+        ValueError: if no image can be read, or an example of a stream has no label.
     """
     keys = PlannedKeys(pictures, plan, process, first_step)
     yield from from_workers(PreparedBatches(pictures), keys, num_workers)
 
 
 class Normaliser:
-    """Pixels of 0 to 255 -> the image processor's `pixel_values`, for whole batches."""
+    """Convert batches of pixels from 0 to 255 to the `pixel_values` of the image processor."""
 
     def __init__(self, processor: Any, device: torch.device) -> None:
         factor = processor.rescale_factor if processor.do_rescale else 1.0
@@ -356,10 +366,10 @@ class Normaliser:
         self.offset = per_channel(mean, device) / per_channel(std, device)
 
     def __call__(self, pixels: torch.Tensor) -> torch.Tensor:
-        """[B, C, H, W] `uint8` or `float32` -> `float32`."""
+        """Return pixels [B, C, H, W], `uint8` or `float32`, rescaled and normalized as `float32`."""
         return pixels * self.scale - self.offset
 
 
 def per_channel(values: Any, device: torch.device) -> torch.Tensor:
-    """One number or one per channel -> [C or 1, 1, 1]."""
+    """Return one number, or one number per channel, as a tensor [C or 1, 1, 1]."""
     return torch.as_tensor(values, dtype=torch.float32, device=device).reshape(-1, 1, 1)

@@ -1,11 +1,11 @@
-"""Which columns of a data set hold images and labels, and how the values of label columns become labels.
+"""Image and label columns of a dataset, and the conversion of column values to labels.
 
-    several --label-column                             -> multi-task: a class index per task, -100 where it is missing
+    several --label-column                             -> multi-task: a class index per task, -100 if it is missing
     a column of lists, or text with --label-separator  -> multi-label: 0.0 or 1.0 per class
     any other column                                   -> single-label: a class index
 
-The names of labels are the declared ones (`ClassLabel`), else --label-names, else the distinct values in their natural
-order.
+The label names are declared by the dataset (`ClassLabel`), set by --label-names, or the sorted distinct values, in
+this order of precedence.
 """
 
 import math
@@ -32,13 +32,13 @@ class LabelColumn:
 
     column: str
     names: list[str]
-    is_declared: bool  # its values are indices of `names` already
+    is_declared: bool  # whether the values of the column are indices into `names`
 
     def index_of(self, value: Any, where: str) -> int:
-        """The class of one value, -100 for a missing one.
+        """Return the class index of one value; -100 for a missing value.
 
         Raises:
-            ValueError: for a value that is none of the classes.
+            ValueError: if the value is not one of the classes.
         """
         value = plain_value(value)
         if value is None or (self.is_declared and value == -1):
@@ -49,12 +49,12 @@ class LabelColumn:
         return index
 
     def is_place(self, value: Any) -> bool:
-        """Whether a value is an index into names, rather than a name."""
+        """Return whether a value is an index into `names` instead of a name."""
         return self.counts_places and isinstance(value, int) and 0 <= value < len(self.names)
 
     @cached_property
     def counts_places(self) -> bool:
-        """Whether numbers are indices into names: those of declared columns, or where no name is a number itself."""
+        """Whether integers are indices into `names`: if the column is declared, or no name is an integer."""
         return self.is_declared or not any(name.removeprefix("-").isdecimal() for name in self.names)
 
     @cached_property
@@ -65,7 +65,7 @@ class LabelColumn:
 
 @dataclass(frozen=True)
 class LabelReader:
-    """Rows of a data set -> labels."""
+    """Converts rows of a dataset to labels."""
 
     kind: LabelKind
     columns: list[LabelColumn]
@@ -73,18 +73,18 @@ class LabelReader:
 
     @property
     def space(self) -> LabelSpace:
-        """What the labels mean."""
+        """The kind of labels and their names."""
         return LabelSpace(self.kind, {column.column: column.names for column in self.columns})
 
     def read(self, row: Row, where: str) -> Any:
-        """The label of one row, as labels.py has them.
+        """Return the label of one row, in the format of labels.py.
 
         Args:
-            row: at least the values of the label columns.
-            where: names the row in errors.
+            row: the values of the label columns; other columns are ignored.
+            where: name of the row in error messages.
 
         Raises:
-            ValueError: for a value that is none of the classes, or none at all where there must be one.
+            ValueError: if a value is not one of the classes, or a single label is missing.
         """
         if self.kind == "multi_task":
             return {column.column: column.index_of(row[column.column], where) for column in self.columns}
@@ -105,15 +105,16 @@ UNLABELLED = LabelSpace("single_label_classification", {})
 def build_label_reader(
     options: DataOptions, features: Features, distinct: Callable[[str], Iterable[Any]] | None
 ) -> LabelReader:
-    """How the labels of a data set are read.
+    """Build the label reader of a dataset.
 
     Args:
-        features: the data set's columns.
-        distinct: the values of a column, for columns that do not declare their classes; None where they cannot all be
-            looked at.
+        options: the data options.
+        features: the columns of the dataset.
+        distinct: function that returns all values of a column, for columns that do not declare their classes; None if
+            not all values can be read.
 
     Raises:
-        ValueError: for columns that do not exist, hold no class labels, or whose classes are not known.
+        ValueError: if a column does not exist, contains no class labels, or has unknown classes.
     """
     asked = options.label_column or (find_column("label", None, features, is_label, LABEL_NAMES, options.dataset),)
     for column in asked:
@@ -136,7 +137,7 @@ def build_label_reader(
 def build_label_column(
     options: DataOptions, column: str, feature: Any, distinct: Callable[[str], Iterable[Any]] | None
 ) -> LabelColumn:
-    """The names of one column's classes: declared, else given, else the distinct values."""
+    """Build one label column. Its class names are declared, set by --label-names, or the distinct values."""
     declared = next((kind for kind in (feature, item_of(feature)) if type(kind).__name__ == "ClassLabel"), None)
     if declared is not None:
         return LabelColumn(column, list(declared.names), is_declared=True)
@@ -167,7 +168,7 @@ def find_column(
     usual_names: tuple[str, ...],
     dataset: str,
 ) -> str:
-    """The column of this kind: the one asked for, the only one of its type, or the first with a usual name."""
+    """Return the requested column, the only column of the matching type, or the first column with a usual name."""
     if asked is not None:
         if asked not in columns:
             raise ValueError(f"{dataset} has no column {asked!r}: choose one of {', '.join(columns)}")
@@ -184,30 +185,30 @@ def find_column(
 
 
 def find_image_column(options: DataOptions, features: Features) -> str:
-    """The column of images, or of their paths."""
+    """Return the name of the column of images or image paths."""
     return find_column("image", options.image_column, features, is_image, IMAGE_NAMES, options.dataset)
 
 
 def is_image(feature: Any) -> bool:
-    """Whether a column holds pictures rather than paths."""
+    """Return whether a column contains images instead of paths."""
     is_encoded = isinstance(feature, dict) and {"bytes", "path"} <= feature.keys()
     return type(feature).__name__ == "Image" or is_encoded or getattr(feature, "dtype", None) == "binary"
 
 
 def is_label(feature: Any) -> bool:
-    """Whether a column is declared to hold class labels."""
+    """Return whether a column is declared as class labels."""
     return any(type(kind).__name__ == "ClassLabel" for kind in (feature, item_of(feature)))
 
 
 def item_of(feature: Any) -> Any:
-    """The type of a list's items; None for other columns."""
+    """Return the item type of a list column; None for other columns."""
     if isinstance(feature, list):
         return feature[0]
     return feature.feature if type(feature).__name__ in ("List", "LargeList", "Sequence") else None
 
 
 def parts(value: Any, separator: str | None, where: str) -> list[Any]:
-    """The labels in one value: a list's items, what stands between separators, or the value itself."""
+    """Return the labels in one value: the items of a list, the text between separators, or the value itself."""
     if isinstance(value, list):
         return value
     if separator is None:
@@ -218,13 +219,13 @@ def parts(value: Any, separator: str | None, where: str) -> list[Any]:
 
 
 def plain_value(value: Any) -> Any:
-    """A label as text or whole number, None for a missing one; a file with gaps has its whole numbers as floats."""
+    """Return a label as text or integer, None if missing. Files with missing values store integers as floats."""
     if value == "" or (isinstance(value, float) and math.isnan(value)):
         return None
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def several_hot(indices: list[int], column: LabelColumn) -> list[float]:
-    """Class indices -> 1.0 for each of them, 0.0 for the other classes."""
+    """Return a multi-hot list: 1.0 for the given class indices and 0.0 for the other classes."""
     present = set(indices)
     return [float(index in present) for index in range(len(column.names))]

@@ -1,12 +1,12 @@
-"""Fingerprints of training data: `--resume` continues only on the data that the run was started with.
+"""Fingerprints of training data. `--resume` continues a run only on the data that it was started with.
 
     names_sha256         the images' names in order
-    name_set_sha256      the same in any order, which tells a new order from other images
+    name_set_sha256      the sorted names, to distinguish a new order from other images
     labels_sha256        the labels in order
     contents_sha256      the bytes of `NUM_SAMPLES` images, spread evenly over all
 
-Only the samples are read, so that a fingerprint takes little time however large the data set is. They reveal a change
-of many images under the same names, for example two class folders whose names were swapped.
+Only the samples are read, so a fingerprint of a large dataset takes little time. The samples reveal a change of many
+images under the same names, for example if the names of two class folders were swapped.
 """
 
 import hashlib

@@ -1,15 +1,15 @@
-"""Which images are held out if a data set has no split for evaluation, and what a run records about them.
+"""Held-out images of datasets without an evaluation split, and their record in the results of a run.
 
     image -> key: a checksum of its bytes if the data set contains them, else of its path within the data set
           -> a hash of the key and the split seed, as a number from 0 to below 1
           -> held out if that number is less than the fraction
 
-Each image is decided on its own, whatever the order, the labels and the other images are. So a data set that grows
-keeps its split: an image once held out is always held out, and an image once trained on is never held out later.
+The decision for an image does not depend on the order, the labels or the other images. So the split stays the same
+when images are added: a held-out image stays held out, and a training image stays a training image.
 
-Classes are therefore stratified only approximately: of n images, n x fraction are held out on average, with a standard
-deviation of sqrt(n x fraction x (1 - fraction)). A class of few images may have none held out, or none to train on,
-which training warns about.
+Classes are therefore stratified only approximately. Of n images, n x fraction are held out on average, with a standard
+deviation of sqrt(n x fraction x (1 - fraction)). A small class may have no held-out images or no training images, and
+training then prints a warning.
 
 A run writes `HeldOutRecord` to results.json ("held_out"), which is published with the model. scripts/evaluate.py reads
 it, holds out the same images, and compares their digest.
@@ -24,8 +24,8 @@ from pathlib import Path
 from typing import Any
 
 
-RESULTS_FILE = "results.json"  # of the run that made a model
-RECORD = "held_out"  # its entry about held-out images
+RESULTS_FILE = "results.json"  # results of the run that trained a model
+RECORD = "held_out"  # key of the held-out record in results.json
 
 
 @dataclass(frozen=True)
@@ -50,10 +50,10 @@ class HeldOutRecord:
 
     Attributes:
         split: the split of the data set that was held out, or None if the images were chosen by `HeldOutPart`.
-        fraction: of `HeldOutPart`.
-        split_seed: of `HeldOutPart`.
+        fraction: fraction of `HeldOutPart`.
+        split_seed: seed of `HeldOutPart`.
         num_images: number of held-out images.
-        sha256: digest of the keys of images that were chosen by `HeldOutPart`.
+        sha256: digest of the keys of the images that `HeldOutPart` selected.
     """
 
     split: str | None
@@ -97,15 +97,15 @@ def read_record(folder: str | Path) -> HeldOutRecord | None:
 
 
 def compute_key(content: bytes) -> int:
-    """Return the key of an image, of 63 bits, from its bytes or from its path."""
+    """Return the 63-bit key of an image from its bytes or its path."""
     return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "big") >> 1
 
 
 def get_relative_path(path: str, folder: Path) -> str:
-    """Return the path of an image within a data set, which may be moved as a whole; URLs stay."""
+    """Return the path of an image relative to the dataset folder, which may be moved. URLs are unchanged."""
     return path if "://" in path else Path(os.path.relpath(path or ".", folder)).as_posix()
 
 
 def digest_keys(keys: Iterable[int]) -> str:
-    """Return the SHA-256 of a set of keys, in any order."""
+    """Return the SHA-256 of a set of keys, independent of their order."""
     return hashlib.sha256(" ".join(map(str, sorted(keys))).encode()).hexdigest()

@@ -15,8 +15,8 @@ unclear what the folders are, and reading fails.
 Every file is counted. Files that are not used (other file types, hidden files, images next to class folders) are named
 in `ImageFolder.notes`.
 
-What the columns of other data sets mean is in columns.py. A folder that contains tables, and not more images
-than tables, is not an image folder: `datasets` reads it.
+The columns of other datasets are interpreted in columns.py. A folder that contains tables, and at most as many images
+as tables, is not an image folder: `datasets` reads it.
 """
 
 import hashlib
@@ -60,7 +60,7 @@ class ImageFolder:
     tables: list[str]
     others: list[str]  # hidden files, files of other types, and files whose names are not valid text
     empty: list[str]  # folders of the first level without images
-    notes: list[str] = field(default_factory=list)  # what was left out or may surprise, one line each
+    notes: list[str] = field(default_factory=list)  # one line for each kind of unused file or unexpected structure
 
     @property
     def is_image_folder(self) -> bool:
@@ -110,7 +110,7 @@ def is_hidden(name: str) -> bool:
 
 
 def make_printable(name: str) -> str:
-    """Return a file name as valid text, whatever bytes it has."""
+    """Return a file name as valid text, with invalid bytes replaced."""
     return os.fsencode(name).decode("utf-8", errors="replace")
 
 
@@ -120,7 +120,7 @@ def read_image_folder(folder: ImageFolder, labelled: bool) -> Any:
 
     Args:
         folder: the files, from `scan_folder`.
-        labelled: whether classes are needed; without, all images are used, wherever they are.
+        labelled: whether classes are needed. If not, all images at any depth are used.
 
     Raises:
         ValueError: if `labelled` and there are no class folders, or it is unclear which folders are splits.
@@ -280,7 +280,7 @@ def build_dataset(folder: ImageFolder, split: str, names: list[str], table: "pya
     for name in names:
         try:
             found = (folder.path / name).stat()
-        except OSError:  # it is named when it is read
+        except OSError:  # reported when the image is read
             continue
         fingerprint.update(f"{name} {found.st_size} {found.st_mtime_ns}\n".encode())
     return datasets.Dataset(
@@ -345,7 +345,7 @@ def read_metadata_file(folder: ImageFolder, file: str) -> tuple["pyarrow.Table",
         else:
             table = pyarrow.parquet.read_table(path)
         names = [str(name) for name in table.column("file_name").to_pylist()]
-    except (OSError, ValueError, KeyError) as error:  # those of pandas and Arrow are among them
+    except (OSError, ValueError, KeyError) as error:  # includes the errors of pandas and Arrow
         raise ValueError(
             f"cannot read {path}: {get_first_line(error)} (it requires a column `file_name` of paths relative to its "
             "folder)"

@@ -1,18 +1,18 @@
-"""Pictures that are decoded when they are asked for, by place, wherever they are kept.
+"""Sequences of images that are decoded on access, and the handling of unreadable images.
 
-    Arrays     in memory, all of one size (digits, MNIST)
+    Arrays     in memory, all of the same size (digits, MNIST)
     Files      files or URLs
-    Encoded    a column of a data set of the `datasets` library
-    Examples   encoded pictures in memory (from streamed data sets)
-    Chosen     some pictures of another sequence
+    Encoded    a column of a dataset of the `datasets` library
+    Examples   encoded images in memory (from streamed datasets)
+    Chosen     a subset of another sequence
 
-Each gives PIL images, and raises `BrokenPicture` for one that cannot be read. What happens to broken pictures is in
-images.py. Each also has, without decoding anything,
-    names()    what identifies an image cheaply: its path within the data set, or a checksum; "" if there is neither
+Each sequence returns PIL images, and raises `BrokenPicture` for an unreadable image. It also has three methods that
+decode no images:
+    names()    the path of each image within the dataset, or a checksum; "" if there is neither
     content()  the bytes of one image; None if they cannot be read or are remote
-    keys()     what decides whether it is held out (data/held_out.py): a checksum of its bytes, or of its path
+    keys()     a checksum of the bytes or the path of each image, which decides if it is held out (held_out.py)
 
-Counts and names pictures that cannot be read, and says when there are too many.
+`BrokenPictures` counts unreadable images, logs each of them once, and stops the run if there are too many.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -32,12 +32,12 @@ ROWS_AT_ONCE = 64  # number of encoded images that are read from disk at once
 
 
 class BrokenPicture(ValueError):
-    """A picture that cannot be read; the message, of one line, names it and says why."""
+    """An unreadable image. The message is one line with its name and the reason."""
 
 
 @dataclass(frozen=True)
 class LabelledPictures:
-    """Pictures, and the label of each: a class index, a list of 0.0 and 1.0 per class, or {task: class index}."""
+    """Images, and the label of each: a class index, a list of 0.0 and 1.0 per class, or {task: class index}."""
 
     pictures: Any  # one of the classes below, or any other sequence of PIL images
     labels: Sequence[Any]
@@ -46,14 +46,14 @@ class LabelledPictures:
         return len(self.labels)
 
     def chosen(self, indices: Iterable[int]) -> "LabelledPictures":
-        """Some of them, in the given order."""
+        """Return the images and labels at these indices, in this order."""
         indices = list(indices)
         return LabelledPictures(Chosen(self.pictures, indices), [self.labels[index] for index in indices])
 
 
 @dataclass(frozen=True)
 class Chosen(Sequence):
-    """Some elements of another sequence."""
+    """A subset of another sequence."""
 
     elements: Any
     indices: list[int]
@@ -81,7 +81,7 @@ class Chosen(Sequence):
 
 @dataclass(frozen=True, eq=False)
 class Arrays(Sequence):
-    """Grey pictures of one size: [pictures, H, W] `uint8`."""
+    """Grayscale images of the same size: [images, H, W] `uint8`."""
 
     values: np.ndarray
 
@@ -106,7 +106,7 @@ class Arrays(Sequence):
 
 @dataclass(frozen=True)
 class Files(Sequence):
-    """Pictures in files or behind URLs; `folder` is that of the data set."""
+    """Images in files or at URLs. `folder` is the folder of the dataset."""
 
     paths: list[str]
     folder: Path = Path()
@@ -132,7 +132,7 @@ class Files(Sequence):
 
 @dataclass(frozen=True)
 class Encoded(Sequence):
-    """Pictures in a column of a data set; it has the type `datasets.Image(decode=False)`, or holds bytes."""
+    """Images in a column of a dataset, of type `datasets.Image(decode=False)` or bytes."""
 
     part: Any
     column: str
@@ -167,7 +167,7 @@ class Encoded(Sequence):
 
 @dataclass(frozen=True)
 class Examples(Sequence):
-    """Encoded pictures, as `decoded` takes them."""
+    """Encoded images, in the format of `decoded`."""
 
     encoded: list[dict[str, Any]]
     folder: Path = Path()
@@ -210,12 +210,12 @@ def read_content(example: dict[str, Any] | None) -> bytes | None:
 
 
 def check_channels(picture: Image.Image, pixels: torch.Tensor, num_channels: int | None) -> None:
-    """Refuse a picture whose pixels [C, H, W] are not of a model's number of channels; None takes any.
+    """Check that the pixels [C, H, W] of an image have the model's number of channels; None skips the check.
 
-    The image processor brings all to three channels with `do_convert_rgb`, and leaves them as they are without.
+    The image processor converts images to three channels only if `do_convert_rgb` is set.
 
     Raises:
-        BrokenPicture: for another number.
+        BrokenPicture: if the number of channels differs.
     """
     if num_channels is not None and len(pixels) != num_channels:
         name = getattr(picture, "filename", "")
@@ -224,7 +224,7 @@ def check_channels(picture: Image.Image, pixels: torch.Tensor, num_channels: int
 
 
 def as_encoded(value: Any, folder: Path) -> dict[str, Any]:
-    """What a column of images or paths holds -> {"path", "bytes"}; relative paths start at `folder`."""
+    """Return a value of an image or path column as {"path", "bytes"}. Relative paths start at `folder`."""
     if isinstance(value, dict):
         return {"path": value["path"], "bytes": value["bytes"]}
     if isinstance(value, bytes):
@@ -233,21 +233,21 @@ def as_encoded(value: Any, folder: Path) -> dict[str, Any]:
 
 
 def path_in(folder: Path, path: str | None) -> str:
-    """A path relative to a folder; URLs and absolute paths stay, and a missing one is empty."""
+    """Return a path joined to a folder. URLs and absolute paths are unchanged, and a missing path is empty."""
     if not path or "://" in path:
         return path or ""
     return str(folder / path)
 
 
 def decoded(encoded: dict[str, Any] | None, place: str) -> Image.Image:
-    """One picture from its bytes or its path, upright, in the mode it was stored in.
+    """Decode an image from its bytes or its path, rotated upright, in the mode in which it is stored.
 
     Args:
         encoded: {"path": ..., "bytes": ...}, either of which may be None.
-        place: names the picture where it has no path.
+        place: name of the image in error messages if it has no path.
 
     Raises:
-        BrokenPicture: for anything that is not a whole picture.
+        BrokenPicture: if the image is missing, truncated or cannot be decoded.
     """
     if not encoded or not (encoded["bytes"] is not None or encoded["path"]):
         raise BrokenPicture(f"{place} has no image")
@@ -255,21 +255,21 @@ def decoded(encoded: dict[str, Any] | None, place: str) -> Image.Image:
         return named(from_path(encoded["path"]), encoded["path"])
     try:
         return named(read_image(encoded["bytes"]), encoded["path"] or place)
-    except Exception as error:  # Pillow's decoders raise almost anything on broken data
+    except Exception as error:  # Pillow's decoders raise many types of errors on damaged data
         name = shorten(encoded["path"]) if encoded["path"] else place
         raise BrokenPicture(f"cannot read the image {name}: {get_first_line(error)}") from error
 
 
 def named(picture: Image.Image, name: str) -> Image.Image:
-    """A picture that errors can call by its name, as one that Pillow has just opened."""
+    """Set the `filename` of an image, as Pillow does, for error messages, and return the image."""
     picture.filename = name  # type: ignore[attr-defined]
     return picture
 
 
 def from_path(path: str) -> Image.Image:
-    """One picture from a file, a URL, or a file of a data set on the Hub."""
+    """Read an image from a file, a URL, or a file of a dataset on the Hub."""
     try:
-        if path.startswith("hf://") or "::" in path:  # inside a repository or an archive: `datasets` opens it
+        if path.startswith("hf://") or "::" in path:  # in a repository or an archive, which `datasets` opens
             import datasets
 
             return datasets.Image().decode_example({"path": path, "bytes": None})
@@ -280,18 +280,18 @@ def from_path(path: str) -> Image.Image:
         ) from error
 
 
-NO_PICTURE = -1  # in a batch's `broken`: the picture is the one that the plan asked for
+NO_PICTURE = -1  # value in `broken` of a batch for an image that replaces no unreadable image
 
 
 class BrokenPictures:
-    """The tally of one run.
+    """Count the unreadable images of one run.
 
     Args:
-        describe: the index of a broken picture -> what is wrong with it, in one line.
-        warn: shows a line.
-        limit: the run stops at more broken pictures than these (`--max-broken-images`).
+        describe: function that returns the error message of an unreadable image, in one line, from its index.
+        warn: function that prints a line.
+        limit: maximum number of unreadable images (`--max-broken-images`); the run stops if there are more.
 
-    A run on several processes calls `note` on all of them with what all of them met: each then stops at the same step.
+    Every process calls `note` with the unreadable images of all processes, so that all stop at the same step.
     """
 
     def __init__(self, describe: Callable[[int], str], warn: Callable[[str], None], limit: int) -> None:
@@ -302,14 +302,14 @@ class BrokenPictures:
 
     @property
     def count(self) -> int:
-        """Different pictures that could not be read so far."""
+        """Number of different unreadable images so far."""
         return len(self.known)
 
     def note(self, indices: Iterable[int]) -> None:
-        """Take the values of a batch's `broken`, and name each picture the first time.
+        """Count the values of `broken` of a batch, and print a warning for each new unreadable image.
 
         Raises:
-            ValueError: beyond the limit.
+            ValueError: if there are more unreadable images than the limit.
         """
         for index in indices:
             if index == NO_PICTURE or index in self.known:

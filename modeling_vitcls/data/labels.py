@@ -1,6 +1,6 @@
-"""What labels are: one per image, several per image, or one per image and task.
+"""Kinds of labels: one per image, several per image, or one per image and task.
 
-kind                          label of one picture           batch of labels
+kind                          label of one image             batch of labels
 single_label_classification   class index                    [B] int64
 multi_label_classification    0.0 or 1.0 per class           [B, classes] float32
 multi_task                    {task: class index or -100}    {task: [B] int64}
@@ -12,14 +12,14 @@ from typing import Any, Literal
 from ..configuration_vitcls import ViTCLSConfig
 
 
-NOTHING = "nothing"  # in words, of a picture with none of several labels
+NOTHING = "nothing"  # text for an image without any of several labels
 
 LabelKind = Literal["single_label_classification", "multi_label_classification", "multi_task"]
 
 
 @dataclass(frozen=True)
 class LabelSpace:
-    """The kind of labels, and their names by column; only a multi-task data set has several columns."""
+    """The kind of labels, and their names by column. Only a multi-task dataset has several columns."""
 
     kind: LabelKind
     columns: dict[str, list[str]]
@@ -31,7 +31,7 @@ class LabelSpace:
         return names
 
     def config_values(self) -> dict[str, Any]:
-        """The fields of ViTCLSConfig that describe such labels."""
+        """Return the fields of ViTCLSConfig that describe these labels."""
         if self.kind == "multi_task":
             return {"tasks": self.columns}
         return {
@@ -41,13 +41,13 @@ class LabelSpace:
         }
 
     def in_words(self, label: Any) -> str | None:
-        """The label of one picture as people read it, such as "cat", "cat, dog" or "age old, kind cat".
+        """Return the label of one image as text, such as "cat", "cat, dog" or "age old, kind cat".
 
         Args:
-            label: as above; also None or, of a class index, a negative one, where it is not known.
+            label: a label in the format above; None or a negative class index if it is unknown.
 
         Returns:
-            None where nothing is known.
+            The text; None if the label is unknown.
         """
         if isinstance(label, dict):
             known = {task: names for task, names in self.columns.items() if is_known(label.get(task))}
@@ -58,7 +58,7 @@ class LabelSpace:
 
 
 def labels_of(config: ViTCLSConfig) -> LabelSpace:
-    """The labels that a classifier answers with."""
+    """Return the label space of a classifier."""
     if config.tasks:
         return LabelSpace("multi_task", config.task_labels())
     id2label: dict[Any, str] = dict(config.id2label or {})
@@ -70,10 +70,10 @@ def labels_of(config: ViTCLSConfig) -> LabelSpace:
 
 
 def is_known(label: int | None) -> bool:
-    """Whether a class index says anything: -100 (IGNORED_LABEL) and other negative ones do not."""
+    """Return whether a label is a valid class index; None, -100 (IGNORED_LABEL) and other negative values are not."""
     return label is not None and label >= 0
 
 
 def is_multi_label(config: ViTCLSConfig) -> bool:
-    """Whether each label is a question of its own, yes or no; so is a single label, as in transformers' pipeline."""
+    """Return whether each label has its own sigmoid; also with only one label, as in the transformers pipeline."""
     return not config.tasks and (config.problem_type == "multi_label_classification" or config.num_labels == 1)

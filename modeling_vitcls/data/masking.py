@@ -1,13 +1,13 @@
-"""Which patches masked image modelling hides.
+"""Masks for masked image modeling.
 
-    mask_block 1          mask_block 2          (ratio 0.5: in each case 8 of the 4 x 4 patches)
+    mask_block 1          mask_block 2          (ratio 0.5: 8 of the 4 x 4 patches are masked in both)
     # . . #               # # . .
     . # # .               # # . .
     # . . #               . . # #
     . # # .               . . # #
 
-Every image has exactly as many hidden patches as the ratio says, so that a mean over patches is one over images. What
-is put in their place, and the loss, are the model's.
+Every image has the same number of masked patches, so a mean over masked patches equals a mean over images. The model
+defines the mask token and the loss.
 """
 
 import torch
@@ -16,17 +16,17 @@ from ..options import MaskingOptions
 
 
 class MaskChooser:
-    """Draws masks for a grid of patches, by chance.
+    """Draw random masks for a grid of patches.
 
-    Single patches (MAE, arXiv 2111.06377, section 3), or squares of patches (SimMIM, arXiv 2111.09886, section 3.2).
+    The masks consist of single patches (MAE, arXiv 2111.06377, section 3) or square blocks of patches (SimMIM, arXiv
+    2111.09886, section 3.2).
     """
 
     def __init__(self, options: MaskingOptions, grid: tuple[int, int]) -> None:
-        """`grid`: rows and columns of patches.
+        """`grid`: number of rows and columns of patches.
 
         Raises:
-            ValueError: in one line, for a ratio that would hide none or all of the patches, or squares that are larger
-                than the part to hide.
+            ValueError: if the ratio masks none or all of the patches, or a block has more patches than are masked.
         """
         rows, columns = grid
         self.grid = grid
@@ -35,7 +35,7 @@ class MaskChooser:
         self.check(options.mask_ratio)
 
     def check(self, ratio: float) -> None:
-        """Raise ValueError for options that do not fit the grid."""
+        """Raise ValueError if the options do not fit the grid."""
         (rows, columns), block = self.grid, self.block
         if not 0 < self.num_hidden < rows * columns:
             raise ValueError(
@@ -51,10 +51,10 @@ class MaskChooser:
     def __call__(
         self, batch_size: int, device: torch.device, generator: torch.Generator | None = None
     ) -> torch.Tensor:
-        """Masks [B, rows * columns], true where hidden, from the device's own random numbers or a generator's.
+        """Return masks [B, rows * columns], True for masked patches.
 
-        Squares are hidden in random order. Of the last one only its first rows may be, where the number of patches
-        asks for that.
+        Blocks are masked in random order. The last block may be masked only in part, from its first row on, to reach
+        the exact number of patches. `generator` replaces the default generator of the device.
         """
         rows, columns = self.grid
         across = (batch_size, -(-rows // self.block), -(-columns // self.block))

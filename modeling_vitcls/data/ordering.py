@@ -1,10 +1,10 @@
-"""In which order the pictures come, epoch by epoch: functions of the seed.
+"""Order of the images in each epoch, as a function of the seed.
 
-    PlainOrder     every picture once per epoch
-    BalancedOrder  every class equally often per epoch, and within a class every picture equally often
+    PlainOrder     every image once per epoch
+    BalancedOrder  every class equally often per epoch, and within a class every image equally often
 
-An epoch has as many places as there are pictures. Each place holds a picture and how many times it was shown before,
-so that a picture that comes again soon is augmented anew.
+An epoch has as many positions as there are images. Each position has the index of an image and the number of times
+that the image was used before, so that a repeated image gets a new augmentation.
 """
 
 from collections.abc import Sequence
@@ -15,18 +15,18 @@ import torch
 from .random_bits import random_bits, seed_for
 
 
-Epoch = tuple[np.ndarray, np.ndarray]  # of each place: times shown before, index of the picture; [pictures] `int64`
+Epoch = tuple[np.ndarray, np.ndarray]  # for each position: number of earlier uses, index of the image; [images] `int64`
 
 
 class Order:
-    """An endless order; made epoch by epoch, of which the last two are kept: a batch may lie across their seam."""
+    """Endless order of images, computed per epoch. Two epochs are cached, because a batch may span two epochs."""
 
     def __init__(self, seed: int) -> None:
         self.seed = seed
         self.recent: dict[int, Epoch] = {}
 
     def epoch(self, number: int) -> Epoch:
-        """The places of one epoch."""
+        """Return the order of one epoch."""
         if number not in self.recent:
             self.recent = {kept: self.recent[kept] for kept in (number - 1, number + 1) if kept in self.recent}
             self.recent[number] = self.make(number)
@@ -37,28 +37,28 @@ class Order:
         raise NotImplementedError
 
     def shuffled(self, count: int, number: int) -> np.ndarray:
-        """0 to `count` - 1 in the order of one epoch."""
+        """Return 0 to `count` - 1, shuffled with the seed of one epoch."""
         generator = torch.Generator().manual_seed(seed_for(self.seed, number))
         return torch.randperm(count, generator=generator).numpy()
 
 
 class PlainOrder(Order):
-    """Every picture once per epoch."""
+    """Every image once per epoch."""
 
     def __init__(self, num_pictures: int, seed: int) -> None:
         super().__init__(seed)
         self.num_pictures = num_pictures
 
     def make(self, number: int) -> Epoch:
-        """All pictures, shuffled."""
+        """Compute one epoch: all images, shuffled."""
         return np.full(self.num_pictures, number), self.shuffled(self.num_pictures, number)
 
 
 class BalancedOrder(Order):
-    """Every class equally often; classes without pictures are left out.
+    """Every class equally often. Classes without images are left out.
 
-    Places are dealt to the classes in turn, and each class shows its pictures, shuffled anew for each round, one after
-    the other. So a rare class repeats its pictures, and a frequent one needs several epochs to show all of its.
+    Positions are assigned to the classes in turn. Each class cycles through its images, which are shuffled again for
+    each cycle. So a rare class repeats its images, and a frequent class needs several epochs for all of its images.
     """
 
     def __init__(self, labels: Sequence[int], seed: int) -> None:
@@ -68,7 +68,7 @@ class BalancedOrder(Order):
         self.members = [np.flatnonzero(of_class == label) for label in np.unique(of_class)]
 
     def make(self, number: int) -> Epoch:
-        """Each class's share, shuffled."""
+        """Compute one epoch: the positions of all classes, shuffled."""
         places = np.arange(number * self.num_pictures, (number + 1) * self.num_pictures)
         shown, indices = np.empty_like(places), np.empty_like(places)
         for turn, members in enumerate(self.members):
@@ -80,16 +80,16 @@ class BalancedOrder(Order):
         return shown[order], indices[order]
 
     def rounds(self, turn: int, rounds: np.ndarray, num_members: int) -> np.ndarray:
-        """The orders of one class's members, from the first to the last of `rounds`: [rounds, members]."""
+        """Return the orders of the images of one class, from the first to the last of `rounds`: [rounds, members]."""
         numbers = np.arange(rounds.min(), rounds.max() + 1, dtype=np.uint64)
         seeds = np.full(len(numbers), seed_for(self.seed, turn, self.num_pictures), dtype=np.uint64)
         return random_bits(seeds, numbers, num_members).argsort(axis=1)
 
 
 def class_weights(labels: Sequence[int], num_classes: int) -> torch.Tensor:
-    """Weights [classes] in inverse proportion to the classes' sizes, 1 on average over the pictures.
+    """Return class weights [classes], inversely proportional to the class sizes, with a mean of 1 over the images.
 
-    Missing labels (-100) do not count; a class without pictures weighs 0.
+    Missing labels (-100) are ignored. A class without images has weight 0.
     """
     counts = torch.bincount(torch.tensor([label for label in labels if label >= 0]), minlength=num_classes)
     present = counts > 0

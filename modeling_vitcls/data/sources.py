@@ -1,12 +1,12 @@
-"""Where data sets come from: `--dataset` -> splits by name.
+"""Datasets by name: `--dataset` -> splits.
 
-    digits                scikit-learn's 1,797 real handwritten digits of 8 x 8 pixels, in memory
-    a folder of idx files MNIST, Fashion-MNIST and others in their format, in memory
-    an image folder       a sub-folder per class, or metadata.csv; read by data/image_folder.py
+    digits                1,797 handwritten digits of 8 x 8 pixels from scikit-learn, in memory
+    a folder of idx files MNIST, Fashion-MNIST and other datasets in this format, in memory
+    an image folder       a sub-folder per class, or metadata.csv; read by image_folder.py
     CSV, Parquet          a file, or a folder with a file per split; read by the `datasets` library, without network
-    anything else         the id of a data set on the Hub
+    anything else         the id of a dataset on the Hub
 
-Which part of them is held out is in held_out.py; reading without keeping is in streaming.py.
+Held-out images are selected in held_out.py; streamed datasets are in streaming.py.
 """
 
 import gzip
@@ -43,27 +43,30 @@ IDX_NAMES = {
 
 log = logging.getLogger(__name__)
 
-Choice = Callable[[list[str]], Collection[str]]  # the names of all splits -> those that are used
+Choice = Callable[[list[str]], Collection[str]]  # names of all splits -> names of the splits to read
 
 
 @dataclass(frozen=True)
 class Splits:
-    """A data set as it came: those of its splits that are used, by name, and what its labels mean."""
+    """The splits of a dataset that are used, by name, and its label space."""
 
     name: str
     label_space: LabelSpace
     parts: dict[str, LabelledPictures]
-    names: list[str]  # of all splits
+    names: list[str]  # names of all splits
 
 
 def load_splits(options: DataOptions, labelled: bool = True, used: Choice = list) -> Splits:
-    """Read `--dataset`; unlabelled, every label is -100 and no column of labels is needed.
+    """Load the splits of `--dataset`.
 
     Args:
-        used: chooses splits by name; of others, whose labels may be hidden, nothing is read.
+        options: the data options.
+        labelled: whether labels are read. Otherwise every label is -100, and no label column is needed.
+        used: function that selects splits by name. Other splits, whose labels may be hidden, are not read.
 
     Raises:
-        ValueError: if it cannot be found or read, or has no column of images or labels; and what `used` raises.
+        ValueError: if the dataset cannot be found or read, or has no image or label column. Errors of `used` are
+            passed on.
     """
     if options.dataset == "digits":
         splits = load_digits()
@@ -79,7 +82,7 @@ def load_splits(options: DataOptions, labelled: bool = True, used: Choice = list
 
 
 def without_labels(pictures: Any) -> LabelledPictures:
-    """Pictures whose labels are all missing."""
+    """Return images with the label -100 for every image."""
     return LabelledPictures(pictures, [IGNORED_LABEL] * len(pictures))
 
 
@@ -87,7 +90,7 @@ def without_labels(pictures: Any) -> LabelledPictures:
 
 
 def load_digits() -> Splits:
-    """The handwritten digits that come with scikit-learn: 8 x 8 pixels of 17 grey levels."""
+    """Load the handwritten digits of scikit-learn: 8 x 8 pixels with 17 gray levels."""
     import sklearn.datasets
 
     digits = sklearn.datasets.load_digits()
@@ -97,21 +100,21 @@ def load_digits() -> Splits:
 
 
 def is_idx_folder(folder: Path) -> bool:
-    """Whether a folder holds images in MNIST's format."""
+    """Return whether a folder contains images in the MNIST format."""
     return any(idx_file(folder, split, "images-idx3") for split in IDX_SPLITS)
 
 
 def idx_file(folder: Path, split: str, kind: str) -> Path | None:
-    """A file of MNIST's format, compressed or not; None where there is none."""
+    """Return the path of a file in the MNIST format, compressed or not; None if it does not exist."""
     files = (folder / f"{split}-{kind}-ubyte{ending}" for ending in ("", ".gz"))
     return next((file for file in files if file.is_file()), None)
 
 
 def load_idx_folder(folder: Path) -> Splits:
-    """The splits `train` and `test` of a folder in MNIST's format.
+    """Load the splits `train` and `test` of a folder in the MNIST format.
 
     Raises:
-        ValueError: for a missing or damaged file.
+        ValueError: if a file is missing or damaged.
     """
     found = {}
     for split, name in IDX_SPLITS.items():
@@ -132,10 +135,10 @@ def load_idx_folder(folder: Path) -> Splits:
 
 
 def read_idx(file: Path, dimensions: int) -> np.ndarray:
-    """The bytes of an idx file: two zeros, type 8 (`uint8`), the number of dimensions, each one's size, the values.
+    """Read an idx file: two zero bytes, type 8 (`uint8`), number of dimensions, size of each dimension, values.
 
     Returns:
-        [pictures, H, W] or [pictures] `uint8`.
+        [images, H, W] or [images] `uint8`.
     """
     opener: Any = gzip.open if file.suffix == ".gz" else open
     try:
@@ -153,7 +156,7 @@ def read_idx(file: Path, dimensions: int) -> np.ndarray:
 
 
 def load_with_datasets(options: DataOptions, labelled: bool, used: Choice) -> Splits:
-    """A folder, a file, or a data set of the Hub."""
+    """Load a folder, a file or a dataset on the Hub with the `datasets` library."""
     opened = open_with_datasets(options, labelled)
     loaded = {name: opened[name] for name in used(list(opened))}
     features = next(iter(loaded.values())).features
@@ -180,15 +183,15 @@ def load_with_datasets(options: DataOptions, labelled: bool, used: Choice) -> Sp
 
 
 def open_with_datasets(options: DataOptions, labelled: bool = True) -> Any:
-    """Return the data set's splits by name, as `datasets` returns them; streamed, nothing is read yet.
+    """Return the splits of a dataset by name, as `datasets` returns them. With --streaming, no rows are read yet.
 
     Args:
-        options: the data set.
-        labelled: whether labels are needed. Without, an image folder needs no class folders.
+        options: the data options.
+        labelled: whether labels are needed. If not, an image folder needs no class folders.
 
     Raises:
-        ValueError: if it cannot be read.
-        OSError: if there is none of this name, here or on the Hub, or the Hub does not answer.
+        ValueError: if the dataset cannot be read.
+        OSError: if there is no dataset with this name, locally or on the Hub, or the Hub cannot be reached.
     """
     path = Path(options.dataset)
     if options.streaming and (options.dataset == "digits" or is_idx_folder(path)):
@@ -204,13 +207,13 @@ def open_with_datasets(options: DataOptions, labelled: bool = True) -> Any:
             return read_with_datasets(options)
     if not is_hub_id(options.dataset):
         raise OSError(describe_missing_repo(options.dataset, "dataset"))
-    with fall_back_to_cache(options.dataset, "dataset"):  # `datasets` alone asks for most of a minute
+    with fall_back_to_cache(options.dataset, "dataset"):  # without it, `datasets` retries for most of a minute
         return read_with_datasets(options)
 
 
 @contextmanager
 def hide_progress_bars() -> Iterator[None]:
-    """Hide the progress bars of `datasets`: for local files there is nothing to download."""
+    """Hide the progress bars of `datasets` for local files, which are not downloaded."""
     import datasets
 
     were_hidden = datasets.are_progress_bars_disabled()
@@ -223,10 +226,10 @@ def hide_progress_bars() -> Iterator[None]:
 
 
 def read_with_datasets(options: DataOptions) -> Any:
-    """`datasets.load_dataset`, with errors of one line.
+    """Load a dataset with `datasets.load_dataset`, with one-line errors.
 
     Raises:
-        ValueError: if it cannot be found or read.
+        ValueError: if the dataset cannot be found or read.
     """
     import datasets
 
@@ -238,7 +241,7 @@ def read_with_datasets(options: DataOptions) -> Any:
                 READERS[path.suffix], data_files=str(path), streaming=options.streaming, **separator
             )
         return datasets.load_dataset(options.dataset, streaming=options.streaming)
-    except Exception as error:  # the readers raise almost anything on broken data
+    except Exception as error:  # the readers raise many types of errors on damaged data
         reason = " ".join(str(error).split())
         raise ValueError(
             f"cannot read the data set {options.dataset!r} ({type(error).__name__}: {reason}): give `digits`, a "
@@ -248,24 +251,24 @@ def read_with_datasets(options: DataOptions) -> Any:
 
 
 def name_of(options: DataOptions) -> str:
-    """The data set's name: of a file or folder the last part."""
+    """Return the name of the dataset: the file or folder name, or the id on the Hub."""
     path = Path(options.dataset)
     return path.resolve().name if path.exists() else options.dataset
 
 
 def folder_of(options: DataOptions) -> Path:
-    """The folder that relative paths to images start at."""
+    """Return the folder that image paths are relative to."""
     path = Path(options.dataset)
     return path.parent if path.suffix in READERS else path
 
 
 def values_of(part: Any, column: str) -> list[Any]:
-    """All values of one column."""
+    """Return all values of one column."""
     return part.select_columns([column])[:][column]
 
 
 def pictures_of(part: Any, column: str, folder: Path) -> "Files | Encoded":
-    """The pictures of one split: encoded in it, or named by paths relative to the file that lists them."""
+    """Return the images of one split, which are encoded in the column or named by paths relative to `folder`."""
     import datasets
 
     if is_image(part.features[column]):

@@ -1,10 +1,9 @@
-"""Data sets: a training part and a held-out part.
+"""Training split and held-out split of a dataset.
 
-    --dataset -> sources.py: splits by name -> data/held_out.py where there is only one -> TrainingData
+    --dataset -> sources.py: splits by name -> held_out.py, if there is only one split -> TrainingData
               -> streaming.py, with --streaming
 
-Labels are read in columns.py; pictures are decoded when they are asked for (images.py). How they become batches is
-in batches.py.
+Labels are read in columns.py. Images are decoded on access (images.py) and batched in batches.py.
 """
 
 from collections.abc import Collection, Sequence
@@ -37,46 +36,46 @@ HELD_OUT_NAMES = ("validation", "valid", "val", "dev", "test")
 
 @dataclass(frozen=True)
 class TrainingData:
-    """What a run trains and evaluates on."""
+    """The training split and the held-out split of a run."""
 
     name: str
     label_space: LabelSpace
     train: LabelledPictures | StreamedPictures
     held_out: LabelledPictures
-    held_out_name: str  # a split's name, or how it was made
+    held_out_name: str  # name of the split, or the rule that selected its images
     record: HeldOutRecord
 
     @property
     def num_training_images(self) -> int | None:
-        """None for a stream, whose end is not known."""
+        """Number of training images; None for a stream, whose length is unknown."""
         return None if isinstance(self.train, StreamedPictures) else len(self.train)
 
 
 def load_training_data(options: DataOptions) -> TrainingData:
-    """A training part and a held-out part: the data set's own splits, else a seeded choice (data/held_out.py).
+    """Load the training split and the held-out split: splits of the dataset, or a seeded selection (held_out.py).
 
-    Of a stream the held-out part is read now, and kept in memory as it is encoded; without a split of its own, the
-    first 10,000 pictures of it.
+    The held-out images of a stream are read immediately and kept in memory, encoded. Without an evaluation split,
+    only the first 10,000 held-out images are kept.
 
     Raises:
-        ValueError: for a data set without images or labels, with a single class, or too small to be split.
+        ValueError: if the dataset has no images or labels, has a single class, or is too small to be split.
     """
     return load(options, labelled=True)
 
 
 def load_unlabelled_data(options: DataOptions) -> TrainingData:
-    """The same without labels: every label is -100, and the label space has no columns.
+    """Load both splits without labels: every label is -100, and the label space has no columns.
 
-    The held-out images are those that fine-tuning on the data set holds out.
+    Fine-tuning on the same dataset holds out the same images.
 
     Raises:
-        ValueError: for a data set without images, or too small to be split.
+        ValueError: if the dataset has no images or is too small to be split.
     """
     return load(options, labelled=False)
 
 
 def load(options: DataOptions, labelled: bool) -> TrainingData:
-    """Stored or streamed, with labels or without."""
+    """Load stored or streamed data, with or without labels."""
     if options.streaming:
         streams = open_streams(options, labelled)
         if labelled:
@@ -95,7 +94,7 @@ def check_num_classes(options: DataOptions, space: LabelSpace) -> None:
 
 
 class EvaluationData(NamedTuple):
-    """What a model is evaluated on."""
+    """The images and labels that a model is evaluated on."""
 
     label_space: LabelSpace
     pictures: LabelledPictures
@@ -106,18 +105,18 @@ class EvaluationData(NamedTuple):
 def load_evaluation_data(
     options: DataOptions, split: str | None, record: HeldOutRecord | None = None
 ) -> EvaluationData:
-    """Load one split, whole.
+    """Load all images of one split.
 
-    Of a data set with a single split, `"train"` is the part to train on and, if the split is not called so itself,
-    `"test"` the part that training holds out.
+    If the dataset has a single split, `"train"` means its training images. `"test"` means the images that training
+    holds out, unless the split itself has this name.
 
     Args:
-        options: the data set.
-        split: name of the split; None: see `choose_split`.
-        record: what the model's run held out, which is then held out here, too.
+        options: the data options.
+        split: name of the split; if None, `choose_split` selects it.
+        record: the held-out record of the model's run; the same images are held out here.
 
     Raises:
-        ValueError: for a split that does not exist, or options that hold out other images than `record`.
+        ValueError: if the split does not exist, or the options hold out other images than `record`.
     """
     options = apply_record(options, record)
     if options.streaming:
@@ -143,7 +142,7 @@ def load_evaluation_data(
 def load_streamed_evaluation_data(
     options: DataOptions, split: str | None, record: HeldOutRecord | None
 ) -> EvaluationData:
-    """The same for a stream, whose pictures are read now; of a single split, the part to train on cannot be had."""
+    """Load one split of a stream and read its images. The training images of a single split are not supported."""
     streams = open_streams(options)
     name = choose_split(split, list(streams), record)
     stream = streams[split_that_holds(name, list(streams), options)]
@@ -160,7 +159,7 @@ def load_streamed_evaluation_data(
 
 
 def split_that_holds(asked: str, names: list[str], options: DataOptions) -> str:
-    """The split to read for the one that is asked for: itself, or the only one, of which it is a part."""
+    """Return the stored split that contains the requested split: the split itself, or the only split."""
     if asked in names:
         return asked
     if len(names) == 1 and asked in ("train", "test"):
@@ -169,7 +168,7 @@ def split_that_holds(asked: str, names: list[str], options: DataOptions) -> str:
 
 
 def is_whole_split(asked: str, names: list[str]) -> bool:
-    """Whether what is asked for is a split, rather than a part of the only one."""
+    """Return whether the requested split is stored as such, and is not a part of the only split."""
     return asked in names and not (asked == "train" and len(names) == 1)
 
 
@@ -193,17 +192,19 @@ def apply_record(options: DataOptions, record: HeldOutRecord | None) -> DataOpti
 
 
 def choose_split(asked: str | None, names: Collection[str], record: HeldOutRecord | None) -> str:
-    """Return the split to evaluate on: the one that was asked for, else the one that the model's run held out if the
-    data set has it, else "test"."""
+    """Return the split to evaluate on.
+
+    This is the requested split, the split that the model's run held out if the dataset has it, or "test".
+    """
     if asked is not None:
         return asked
     return record.split if record is not None and record.split in names and record.split else "test"
 
 
 def describe_data(data: TrainingData) -> dict[str, Any]:
-    """Return what identifies a run's data, for its checkpoints: see data/fingerprint.py.
+    """Return the description of a run's data for its checkpoints (fingerprint.py).
 
-    Of a stream, whose images are not known, the held-out images and the classes are described.
+    The description of a stream contains only the held-out images and the classes.
     """
     known = data.held_out if isinstance(data.train, StreamedPictures) else data.train
     return {
@@ -215,27 +216,27 @@ def describe_data(data: TrainingData) -> dict[str, Any]:
     }
 
 
-# Dividing ------------------------------------------------------------------------------------------------------------
+# Splitting -----------------------------------------------------------------------------------------------------------
 
 
 def training_split(names: Collection[str]) -> str:
-    """The name of the split to train on."""
+    """Return the name of the training split."""
     return "train" if "train" in names else next(iter(names))
 
 
 def held_out_split(names: Collection[str]) -> str | None:
-    """The name of the split to evaluate on while training, if there is one."""
+    """Return the name of the split for evaluation during training; None if there is no such split."""
     return next((name for name in HELD_OUT_NAMES if name in names and name != training_split(names)), None)
 
 
 def used_in_training(names: list[str]) -> list[str]:
-    """The splits that training reads."""
+    """Return the names of the splits that training reads."""
     held_out = held_out_split(names)
     return [training_split(names), *([] if held_out is None else [held_out])]
 
 
 def divided(splits: Splits, options: DataOptions) -> TrainingData:
-    """The data set's own held-out part, or one taken out of its training part."""
+    """Return the dataset's own held-out split, or hold out images of its training split."""
     train = splits.parts[training_split(splits.parts)]
     name = held_out_split(splits.parts)
     if name is not None:
@@ -250,7 +251,7 @@ def divided(splits: Splits, options: DataOptions) -> TrainingData:
 def hold_out(
     pictures: LabelledPictures, part: HeldOutPart, options: DataOptions
 ) -> tuple[LabelledPictures, LabelledPictures, HeldOutRecord]:
-    """Return the images to train on, the held-out images, and the record of the latter.
+    """Return the training images, the held-out images, and the record of the held-out images.
 
     Raises:
         ValueError: if none or all of the images would be held out.
@@ -271,7 +272,7 @@ def hold_out(
 
 
 def divided_streams(streams: dict[str, StreamedPictures], options: DataOptions) -> TrainingData:
-    """The same for a stream, which is read for its held-out part."""
+    """Return the training split and the held-out split of a stream, and read the held-out images."""
     train = streams[training_split(streams)]
     name = held_out_split(streams)
     if name is not None:
@@ -291,8 +292,10 @@ def divided_streams(streams: dict[str, StreamedPictures], options: DataOptions) 
 
 
 def describe_missing_classes(data: TrainingData) -> list[str]:
-    """Return a warning if classes have no held-out image, and one if classes have no image to train on; for images
-    that were held out by chance, not for the splits of a data set."""
+    """Return warnings about classes without held-out images and classes without training images.
+
+    The splits of a dataset are not checked, only images that were held out by their checksum.
+    """
     if data.record.part is None or isinstance(data.train, StreamedPictures):
         return []
     trained, held_out = (find_classes(part.labels, data.label_space) for part in (data.train, data.held_out))
@@ -313,7 +316,7 @@ def describe_missing_classes(data: TrainingData) -> list[str]:
 
 
 def find_classes(labels: Sequence[Any], space: LabelSpace) -> set[str]:
-    """Return the names of the classes that labels contain; those of several tasks follow the name of their task."""
+    """Return the names of the classes in labels. With several tasks, each name starts with the name of its task."""
     if space.kind == "multi_task":
         named = [(task, names, label[task]) for task, names in space.columns.items() for label in labels]
         return {f"{task} {names[label]}" for task, names, label in named if label >= 0}

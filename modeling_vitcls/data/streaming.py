@@ -1,12 +1,12 @@
-"""Data sets that are read while training on them, without being downloaded or kept (`--streaming`).
+"""Datasets that are read during training, without being downloaded or stored (`--streaming`).
 
-    shards -> shuffled in a buffer -> this process's share -> skipped up to the step of a restart
+    shards -> shuffled in a buffer -> images of this process -> skipped up to the step of a restart
            -> batches of undecoded examples, read ahead by the main process -> decoded and augmented by workers
 
-Each process reads its own shards where these divide evenly among the processes, else it takes every n-th example of
-all. The order is a function of the seed; a process that comes to the end of its share starts again, in another order.
-An example's index is a checksum of its picture as it is encoded (or of its path), so that a picture keeps its index
-in every pass and on any process.
+Each process reads its own shards if the number of shards is a multiple of the number of processes; otherwise it reads
+all shards and uses every n-th example. The order depends only on the seed. At the end of its examples, a process
+starts again in another order. The index of an example is a checksum of its encoded image (or of its path), so an image
+has the same index in every pass and on every process.
 """
 
 from collections import deque
@@ -32,14 +32,14 @@ from .random_bits import seed_for
 from .sources import folder_of, name_of, open_with_datasets
 
 
-NAMES_KEPT = 10_000  # of the examples read last, to name broken ones
-BATCHES_AHEAD = 4
-HELD_OUT_PICTURES = 10_000  # at most so many are kept for evaluation where the stream has no split for it
+NAMES_KEPT = 10_000  # number of recent examples whose names are kept for error messages
+BATCHES_AHEAD = 4  # number of batches read ahead
+HELD_OUT_PICTURES = 10_000  # maximum number of held-out images of a stream without an evaluation split
 
 
 @dataclass(frozen=True)
 class Example:
-    """One picture, not decoded yet."""
+    """An encoded image and its label."""
 
     encoded: dict[str, Any]  # {"path", "bytes"}
     label: Any
@@ -49,10 +49,10 @@ class Example:
 
 @dataclass(frozen=True)
 class StreamedPictures:
-    """One split of a streamed data set, without its held-out part."""
+    """One split of a streamed dataset, without its held-out images."""
 
     name: str
-    stream: Any  # an IterableDataset, its pictures not decoded
+    stream: Any  # an IterableDataset whose images are not decoded
     image_column: str
     reader: LabelReader | None  # None: without labels
     folder: Path
@@ -61,14 +61,14 @@ class StreamedPictures:
 
     @property
     def label_space(self) -> LabelSpace:
-        """What the labels mean."""
+        """The kind of labels and their names."""
         return UNLABELLED if self.reader is None else self.reader.space
 
     def examples(self, seed: int, process: int, num_processes: int, start: int = 0) -> Iterator[Example]:
-        """The endless sequence of one process, from its `start`-th example on; `epoch` counts the passes.
+        """Yield the examples of one process endlessly, from example `start` on; `epoch` counts the passes.
 
         Raises:
-            ValueError: for an example without a label, or a process without examples.
+            ValueError: if an example has no label, or a process has no examples.
         """
         number = 0
         while True:
@@ -79,11 +79,11 @@ class StreamedPictures:
                     yield replace(example, epoch=number)
             if length == 0:
                 raise ValueError(f"{self.name} has no image to train on, for process {process} of {num_processes}")
-            passes, rest = divmod(start, length)  # all passes of a process are of one length
+            passes, rest = divmod(start, length)  # all passes of a process have the same length
             number, start = (number + passes, rest) if passes else (number + 1, 0)
 
     def one_pass(self, seed: int, number: int, process: int, num_processes: int) -> Iterator[Example]:
-        """One process's share of the data set, once, shuffled."""
+        """Yield each example of one process once, shuffled."""
         stream = self.stream
         by_shards = stream.num_shards % num_processes == 0
         if by_shards and num_processes > 1:
@@ -94,9 +94,9 @@ class StreamedPictures:
         return (self.example(row, index) for row, index in mine)
 
     def held_out_pictures(self) -> LabelledPictures:
-        """The held-out part, encoded, in the order of the stream; all of the stream where there is no such part.
+        """Return the encoded held-out images in the order of the stream; all images if `held_out` is None.
 
-        Of the part, the first `HELD_OUT_PICTURES` are kept and nothing behind them is read; training leaves out all.
+        Only the first `HELD_OUT_PICTURES` held-out images are read and kept. Training skips all held-out images.
         """
         rows = self.indexed(self.stream)
         if self.held_out is not None:
@@ -107,17 +107,17 @@ class StreamedPictures:
         return LabelledPictures(Examples([part.encoded for part in kept], self.folder), [part.label for part in kept])
 
     def is_held_out(self, index: int) -> bool:
-        """Whether a picture is kept out of training."""
+        """Return whether an image is excluded from training."""
         return self.held_out is not None and self.held_out.holds(index)
 
     def indexed(self, stream: Any) -> Iterator[tuple[dict[str, Any], int]]:
-        """Rows, their pictures in the form of `decoded`, with the pictures' keys."""
+        """Yield rows, with images in the format of `decoded`, and the keys of the images."""
         for row in stream:
             encoded = as_encoded(row[self.image_column], self.folder)
             yield row | {self.image_column: encoded}, compute_example_key(encoded, self.folder)
 
     def example(self, row: dict[str, Any], index: int) -> Example:
-        """A row with its label read."""
+        """Return the example of a row, with its label."""
         encoded = row[self.image_column]
         where = f"{self.name}: the image {encoded['path'] or hex(index)}"
         label = IGNORED_LABEL if self.reader is None else self.reader.read(row, where)
@@ -128,10 +128,10 @@ class StreamedPictures:
 
 
 def open_streams(options: DataOptions, labelled: bool = True) -> dict[str, StreamedPictures]:
-    """The splits of a data set, by name.
+    """Open the splits of a dataset by name.
 
     Raises:
-        ValueError: if it cannot be found, has no column of images or labels, or does not say what its labels are.
+        ValueError: if the dataset cannot be found, has no image or label column, or does not declare its labels.
     """
     import datasets
 
@@ -156,7 +156,7 @@ def open_streams(options: DataOptions, labelled: bool = True) -> dict[str, Strea
 
 
 def features_of(stream: Any, options: DataOptions) -> Features:
-    """The types of a stream's columns: the declared ones, else those of its first row."""
+    """Return the declared column types of a stream, or the types in its first row."""
     import datasets
 
     if stream.features is not None:
@@ -171,9 +171,9 @@ def features_of(stream: Any, options: DataOptions) -> Features:
 
 
 class TrainingStream:
-    """Augmented training pictures of a stream; used as `TrainingPictures` is.
+    """Augmented training images of a stream, with the interface of `TrainingPictures`.
 
-    A picture that cannot be read is replaced by the next one of its batch that can.
+    An unreadable image is replaced by the next readable image of its batch.
     """
 
     def __init__(
@@ -185,16 +185,17 @@ class TrainingStream:
         views: int = 0,
         num_channels: int | None = None,
     ) -> None:
-        """`views`: how many augmented views of a picture there are; 0 makes a new one for each pass."""
+        """`views`: number of augmented views of each image; 0 makes a new view for each pass."""
         self.source = source
         self.preparation = Preparation(augmentation, to_rgb, seed, views, num_channels)
         self.names: dict[int, str] = {}
 
     def keys(self, plan: BatchPlan, process: int, first_step: int) -> Iterator[list[Example]]:
-        """The batches of one process from a step on, undecoded.
+        """Return the batches of one process from `first_step` on, undecoded, and read batches ahead.
 
         Raises:
-            ValueError: for copies that do not fit a batch, and what `StreamedPictures.examples` raises.
+            ValueError: if the number of copies does not divide the batch size. Errors of `StreamedPictures.examples`
+                are passed on.
         """
         if plan.batch_size % plan.copies:
             raise ValueError(
@@ -203,7 +204,7 @@ class TrainingStream:
         return read_ahead(self.batches(plan, process, first_step), BATCHES_AHEAD)
 
     def batches(self, plan: BatchPlan, process: int, first_step: int) -> Iterator[list[Example]]:
-        """The same, read when asked for."""
+        """Yield the batches of one process from `first_step` on, undecoded, without reading ahead."""
         different = plan.batch_size // plan.copies
         done = first_step * plan.accumulation_steps
         examples = self.source.examples(plan.seed, process, plan.num_processes, start=done * different)
@@ -217,10 +218,10 @@ class TrainingStream:
             ]
 
     def batch(self, examples: list[Example]) -> Batch:
-        """The batch of these examples.
+        """Return the batch of these examples.
 
         Raises:
-            ValueError: if none of them can be read.
+            ValueError: if none of the images can be read.
         """
         pixels = [self.fixed_part(example) for example in examples]
         readable = [place for place, part in enumerate(pixels) if part is not None]
@@ -235,21 +236,21 @@ class TrainingStream:
         )
 
     def fixed_part(self, example: Example) -> torch.Tensor | None:
-        """The picture before anything random; None if it cannot be read."""
+        """Return the image after the fixed part of the augmentation; None if it cannot be read."""
         try:
             return self.preparation.fixed_part(decoded(example.encoded, hex(example.index)))
         except BrokenPicture:
             return None
 
     def remember(self, examples: list[Example]) -> None:
-        """Note the names of the pictures read last."""
+        """Store the names of the most recent images."""
         for example in examples:
             self.names[example.index] = example.encoded["path"] or ""
         while len(self.names) > NAMES_KEPT:
             del self.names[next(iter(self.names))]
 
     def describe(self, index: int) -> str:
-        """What is known of a broken picture."""
+        """Return the error message of an unreadable image."""
         name = self.names.get(index)
         return f"cannot read the image {shorten(name)}" if name else f"cannot read the image with checksum {index:x}"
 
@@ -262,14 +263,14 @@ def training_pictures(
     views: int = 0,
     num_channels: int | None = None,
 ) -> TrainingPictures | TrainingStream:
-    """Augmented training pictures, stored or streamed."""
+    """Build the dataset of augmented training images, stored or streamed."""
     if isinstance(source, StreamedPictures):
         return TrainingStream(source, augmentation, to_rgb, seed, views, num_channels)
     return TrainingPictures(source, augmentation, to_rgb, seed, views, num_channels)
 
 
 def read_ahead(items: Iterator[Any], count: int) -> Iterator[Any]:
-    """The same items, up to `count` of them read before they are asked for, in a thread of their own."""
+    """Yield the same items, with up to `count` items read ahead in a separate thread."""
     nothing = object()
     pool = ThreadPoolExecutor(max_workers=1)
     try:

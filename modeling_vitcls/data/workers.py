@@ -1,4 +1,4 @@
-"""Batches from DataLoader's workers, whose errors come through in one line. What is in a batch is not decided here."""
+"""DataLoader workers with one-line errors. The contents of the batches are defined in batches.py and streaming.py."""
 
 import os
 import signal
@@ -11,15 +11,15 @@ from torch.utils.data import DataLoader, Dataset
 
 
 def from_workers(batches: Dataset, keys: Iterable[Any], num_workers: int) -> Iterator[Any]:
-    """`batches[key]` of each key, in order, on the CPU. Close the iterator to end the workers.
+    """Yield `batches[key]` for each key, in order, on the CPU. Close the iterator to stop the workers.
 
     Args:
-        batches: key -> batch; asked in the workers.
-        keys: asked for in this process.
-        num_workers: processes besides this one; 0 for none.
+        batches: dataset that returns the batch of a key; runs in the workers.
+        keys: the keys; iterated in this process.
+        num_workers: number of worker processes; 0 loads the batches in this process.
 
     Raises:
-        ValueError: what `batches` raises, without the worker's traceback.
+        ValueError: the error that `batches` raises, without the traceback of the worker.
     """
     loader = DataLoader(
         batches,
@@ -32,16 +32,19 @@ def from_workers(batches: Dataset, keys: Iterable[Any], num_workers: int) -> Ite
     try:
         yield from loader
         return
-    except ValueError as error:  # of a worker: its traceback precedes the message
+    except ValueError as error:  # in a worker, the traceback precedes the message
         problem = str(error).strip().splitlines()[-1].removeprefix("ValueError: ")
-        error.__traceback__ = None  # it holds the loader, whose workers shall end now
+        error.__traceback__ = None  # it references the loader and would keep its workers alive
     raise ValueError(problem)
 
 
 def leave_signals_to_parent(worker: int) -> None:
-    """`worker_init_fn` of a DataLoader: signals sent to all processes must not end the workers before the step that
-    waits for their pictures. SIGTERM from the training process itself still does, but is lost while another's waits to
-    be noticed: close a loader's iterator, and its workers end without one."""
+    """Make a DataLoader worker ignore signals that were sent to all processes; used as `worker_init_fn`.
+
+    Otherwise the workers would stop before the training step that waits for their images. SIGTERM from the training
+    process still stops a worker, but is lost while a SIGTERM from another process is pending. To stop the workers
+    without a signal, close the iterator of the loader.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):  # not on macOS
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # in the thread below as well
@@ -49,7 +52,7 @@ def leave_signals_to_parent(worker: int) -> None:
 
 
 def wait_for_parents_signal() -> None:
-    """End this process at a SIGTERM from its parent; those from others have no effect."""
+    """End this process at a SIGTERM from its parent; a SIGTERM from another process is ignored."""
     while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
         pass
     os._exit(0)

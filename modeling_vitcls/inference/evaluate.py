@@ -1,9 +1,9 @@
-"""Evaluation of a saved model, from options to what is printed and written.
+"""Evaluation of a saved model, from options to printed and written results.
 
 options -> model, data -> labels matched by name -> Evaluator (evaluator.py) -> tables, and a JSON file
 
-If the data set has no split for evaluation, the images that the model's run held out are evaluated (data/held_out.py).
-Images that the model may have been trained on are never evaluated without a warning.
+If the dataset has no split for evaluation, the images that the model's run held out are evaluated (data/held_out.py).
+A warning is printed if the model may have been trained on evaluated images.
 """
 
 import time
@@ -34,20 +34,20 @@ from .load_model import CLASSES, Classifier, check_is_vitcls
 from .metrics import scalars
 
 
-SECONDS_BETWEEN_LINES = 10.0  # of progress, where there is no terminal
+SECONDS_BETWEEN_LINES = 10.0  # seconds between progress lines if the output is not a terminal
 
 
 def evaluate_checkpoint(options: EvaluateOptions) -> dict[str, Any]:
-    """Evaluate a saved model, print the results, and write them where asked; returns what was written.
+    """Evaluate a saved model, print the results, write them to `--output` if it is set, and return them.
 
     Raises:
-        ValueError: for another kind of model, a split that does not exist or that is not the one of the model's run,
-            labels that the model does not know, or too many broken images.
-        OSError: for a checkpoint that cannot be found or read, or an output that cannot be written.
+        ValueError: if the model type is not supported, the split does not exist or is not the split of the model's
+            run, the model does not have all labels of the dataset, or too many images are unreadable.
+        OSError: if the checkpoint cannot be found or read, or the output cannot be written.
     """
     accelerator = build_accelerator(mixed_precision=options.mixed_precision)
     console = Console(quiet=not accelerator.is_main_process, soft_wrap=True, highlight=False)
-    if options.output is not None:  # before the work is done
+    if options.output is not None:  # fails before the evaluation if the folder cannot be created
         options.output.parent.mkdir(parents=True, exist_ok=True)
     with accelerator.main_process_first():  # downloads once
         folder = get_model_folder(options.model, [*MODEL_FILES, RESULTS_FILE])
@@ -113,7 +113,7 @@ def describe_unknown_split(model: str, record: HeldOutRecord | None, held_out: L
 
 
 def facts(accelerator: Accelerator, num_images: int, seconds: float) -> dict[str, Any]:
-    """What the results say besides metrics."""
+    """Return the speed and the environment of the evaluation for the results."""
     return {
         "images_per_second": round(num_images / seconds, 1),
         "seconds": round(seconds, 2),
@@ -128,10 +128,14 @@ def facts(accelerator: Accelerator, num_images: int, seconds: float) -> dict[str
 
 
 def load_classifier(source: str, folder: str) -> Classifier:
-    """A saved classifier of any kind, from the folder that `source`, the name that the user gave, stands for.
+    """Load a saved classifier of any kind.
+
+    Args:
+        source: name of the model as the user wrote it, for error messages.
+        folder: folder of the model.
 
     Raises:
-        ValueError: for a model without a classifier, or of another kind than ours.
+        ValueError: if the model has no classifier or is not a vitcls model.
     """
     check_is_vitcls(source, folder)
     config = ViTCLSConfig.from_pretrained(folder)
@@ -148,14 +152,15 @@ def load_classifier(source: str, folder: str) -> Classifier:
 
 
 def relabelled(pictures: LabelledPictures, given: LabelSpace, known: LabelSpace) -> LabelledPictures:
-    """The pictures with the model's label indices in place of the data set's, matched by name.
+    """Return the images with label indices of the model instead of the dataset, matched by name.
 
     Args:
-        given: labels of the data set.
-        known: labels of the model. It may know more than the data set has.
+        pictures: the images and labels of the dataset.
+        given: label space of the dataset.
+        known: label space of the model, which may have more labels than the dataset.
 
     Raises:
-        ValueError: for another kind of labels or other tasks, or a label in use that the model does not know.
+        ValueError: if the kinds of labels or the tasks differ, or the model does not have a label that is used.
     """
     if given.kind != known.kind:
         raise ValueError(
@@ -178,13 +183,13 @@ DESCRIPTIONS: dict[LabelKind, str] = {
 
 
 def relabelled_single(labels: Iterable[int], given: LabelSpace, known: LabelSpace) -> list[int]:
-    """Class indices."""
+    """Return class indices of the model."""
     index = Matching(given.names, known.names)
     return [index[label] for label in labels]
 
 
 def relabelled_multi(labels: Iterable[list[float]], given: LabelSpace, known: LabelSpace) -> list[list[float]]:
-    """0.0 or 1.0 per class; 0.0 for classes that the data set does not have."""
+    """Return 0.0 or 1.0 per class of the model; 0.0 for classes that the dataset does not have."""
     index = Matching(given.names, known.names)
     matched = []
     for row in labels:
@@ -194,7 +199,7 @@ def relabelled_multi(labels: Iterable[list[float]], given: LabelSpace, known: La
 
 
 def relabelled_tasks(labels: Iterable[dict[str, int]], given: LabelSpace, known: LabelSpace) -> list[dict[str, int]]:
-    """Class indices by task; -100, for no label, stays."""
+    """Return class indices of the model by task. Missing labels (-100) are unchanged."""
     matching = {task: Matching(given.columns[task], names) for task, names in known.columns.items()}
     return [
         {task: IGNORED_LABEL if row[task] == IGNORED_LABEL else index[row[task]] for task, index in matching.items()}
@@ -210,7 +215,7 @@ RELABEL: dict[LabelKind, Callable[[Any, LabelSpace, LabelSpace], list[Any]]] = {
 
 
 class Matching:
-    """Index of a label in the data set -> index of the label of that name in the model."""
+    """Map the index of a label in the dataset to the index of the label with the same name in the model."""
 
     def __init__(self, given: list[str], known: list[str]) -> None:
         self.given = given
@@ -228,11 +233,11 @@ class Matching:
         return matched
 
 
-# What is printed -----------------------------------------------------------------------------------------------------
+# Output --------------------------------------------------------------------------------------------------------------
 
 
 def progress(console: Console, accelerator: Accelerator) -> Callable[[KeptBatches], Iterable[HeldOutBatch]]:
-    """Progress: a bar on a terminal, a line now and then elsewhere; of the main process."""
+    """Return a function that shows progress on the main process: a bar on a terminal, otherwise lines."""
     if not accelerator.is_main_process:
         return iter
     if console.is_terminal:
@@ -241,7 +246,7 @@ def progress(console: Console, accelerator: Accelerator) -> Callable[[KeptBatche
 
 
 def told(batches: KeptBatches, console: Console) -> Iterator[HeldOutBatch]:
-    """The batches, with a line about where they stand every few seconds."""
+    """Yield the batches, and print a progress line every few seconds."""
     last = time.monotonic()
     for number, batch in enumerate(batches):
         if time.monotonic() - last > SECONDS_BETWEEN_LINES:
@@ -251,7 +256,7 @@ def told(batches: KeptBatches, console: Console) -> Iterator[HeldOutBatch]:
 
 
 def show(results: dict[str, Any], config: ViTCLSConfig, console: Console) -> None:
-    """Print the metrics, and those of each class where there are few."""
+    """Print the metrics, and the metrics of each class if there are few classes."""
     split = ": ".join(filter(None, [results["split"], results["held_out_part"]]))
     counted = f"{results['num_images']:,} images of {results['dataset']} ({split}), each counted once"
     console.print(f"{counted}; {results['images_per_second']:,} images/s", markup=False)
@@ -261,7 +266,7 @@ def show(results: dict[str, Any], config: ViTCLSConfig, console: Console) -> Non
 
 
 def table(title: str, header: list[str], rows: list[list[str]]) -> Table:
-    """Columns of text, the first to the left and the others, numbers, to the right."""
+    """Build a table whose first column is left-aligned and whose other columns, numbers, are right-aligned."""
     printed = Table(title=title or None, title_justify="left")
     for place, name in enumerate(header):
         printed.add_column(name, justify="right" if place else "left")

@@ -1,12 +1,12 @@
-"""Evaluation of a model on labelled pictures, every one of them counted exactly once on any number of processes.
+"""Evaluation of a model on labelled images. Each image is counted exactly once on any number of processes.
 
-    pictures -> this process's share -> pixel_values and labels -> model -> metrics, of all processes together
+    images -> images of this process -> pixel_values and labels -> model -> metrics over all processes
 
-All processes run equally many batches of one size (sharded models need that): the pictures are dealt out in rounds of
-one batch per process, and what the last round lacks is filled with blank images, which have no labels and count
-nowhere. A picture that cannot be read becomes a blank one too; it is named, and counted as broken.
+All processes run the same number of batches of the same size, as sharded models require. The images are distributed in
+rounds of one batch per process, and the last round is padded with blank images, which have no labels and are not
+counted. An unreadable image is replaced by a blank image, reported by name, and counted as unreadable.
 
-What is measured is in metrics.py; evaluation of a saved model, with its output, in evaluate.py.
+The metrics are in metrics.py; evaluate.py evaluates a saved model and writes the results.
 """
 
 import copy
@@ -28,25 +28,25 @@ from ..options import DataOptions
 from .metrics import METRICS, scalars
 
 
-KEPT_BYTES = 256 * 2**20  # a process's images are prepared once and kept where all fit into this
+KEPT_BYTES = 256 * 2**20  # maximum size of the cache of prepared images per process, in bytes
 DECIMALS = 6
 
 
 @dataclass
 class HeldOutBatch:
-    """What a process evaluates at once: up to a batch of pictures that could be read, and those that could not."""
+    """One batch of a process: the readable images, and the error messages of unreadable images."""
 
-    pixel_values: torch.Tensor | None  # [G, C, H, W]; None where there is no picture
-    labels: Any  # of G pictures, by kind
-    broken: dict[int, str]  # index of the picture -> what is wrong with it
+    pixel_values: torch.Tensor | None  # [G, C, H, W]; None if there is no readable image
+    labels: Any  # labels of the G images, by kind
+    broken: dict[int, str]  # index of an unreadable image -> error message
 
     def copied(self) -> "HeldOutBatch":
-        """In this process's own memory: what workers send stays in shared memory, with an open file per tensor."""
+        """Return a copy outside of the shared memory of workers, which keeps one file open per tensor."""
         return copy.deepcopy(self)
 
 
 class HeldOutPictures(Dataset):
-    """One process's share of the pictures, in batches."""
+    """The images of one process, in batches."""
 
     def __init__(
         self,
@@ -80,7 +80,7 @@ class HeldOutPictures(Dataset):
                 check_channels(picture, pixels, self.num_channels)
                 images.append(pixels)
                 labels.append(self.source.labels[position])
-            except ValueError as error:  # BrokenPicture, or what the image processor cannot use
+            except ValueError as error:  # BrokenPicture, or an image that the image processor does not support
                 broken[position] = str(error)
         pixel_values = torch.stack(images) if images else None
         return HeldOutBatch(pixel_values, COLLATE[self.label_space.kind](labels, self.label_space), broken)
@@ -98,18 +98,18 @@ COLLATE: dict[LabelKind, Callable[[list[Any], LabelSpace], Any]] = {
 
 
 class Evaluator:
-    """Evaluates a model, again and again, on the same pictures.
+    """Evaluate models repeatedly on the same images.
 
     Args:
-        pictures: all of them, on every process.
-        processor: makes `pixel_values` of a picture.
-        label_space: of the labels; the model answers in its order.
-        batch_size: pictures per process and forward pass.
-        num_workers: processes that prepare pictures, for each process; 0 for none besides it.
+        pictures: all images and labels, on every process.
+        processor: image processor that returns `pixel_values`.
+        label_space: label space of the images, in the order of the model's logits.
+        batch_size: number of images per process and forward pass.
+        num_workers: number of worker processes per process; 0 prepares the images in the process itself.
         accelerator: device, precision and processes.
-        max_broken_images: pictures that cannot be read are left out; more than these end the evaluation.
-        warn: shows a line about each of them, once. Called on the main process.
-        num_channels: the model's; pictures that the processor gives another number of count as broken.
+        max_broken_images: maximum number of unreadable images, which are skipped; more stop the evaluation.
+        warn: function that prints a line about each unreadable image, once, on the main process.
+        num_channels: number of channels of the model; images with another number count as unreadable.
     """
 
     def __init__(
@@ -128,7 +128,7 @@ class Evaluator:
         self.label_space = label_space
         self.batch_size = batch_size
         self.accelerator = accelerator
-        self.described: dict[int, str] = {}  # index of a broken picture -> what is wrong with it; on all processes
+        self.described: dict[int, str] = {}  # index of an unreadable image -> error message; on all processes
         self.tally = BrokenPictures(self.described.__getitem__, accelerator.on_main_process(warn), max_broken_images)
         share = HeldOutPictures(
             pictures,
@@ -145,18 +145,18 @@ class Evaluator:
     def __call__(
         self, model: nn.Module, watch: Callable[["KeptBatches"], Iterable[HeldOutBatch]] = iter
     ) -> dict[str, Any]:
-        """Metrics of a model in evaluation mode, as metrics.py has them for the kind of labels.
+        """Return the metrics of a model in evaluation mode, as defined in metrics.py for the kind of labels.
 
-        Numbers come first, and the first of all is the one to compare models by. To them it adds `num_broken_images`,
-        which are not in `num_images`. Floats are rounded to six decimals.
+        Numbers come before lists and dicts. The first number is the metric for comparing models. `num_broken_images`
+        is added, and unreadable images are not included in `num_images`. Floats are rounded to six decimals.
 
         Args:
-            model: as `Accelerator.prepare` returned it, or on the device.
-            watch: sees this process's batches pass, for progress.
+            model: the model as `Accelerator.prepare` returned it, or moved to the device.
+            watch: function that yields the batches of this process and shows progress.
 
         Raises:
-            ValueError: if more pictures than allowed are broken, or all.
-            RuntimeError: if any picture was not counted exactly once.
+            ValueError: if too many images, or all images, are unreadable.
+            RuntimeError: if an image was not counted exactly once.
         """
         metrics = self.build_metrics()
         broken: dict[int, str] = {}
@@ -179,16 +179,16 @@ class Evaluator:
         return scalars(values) | {"num_broken_images": len(broken)} | values
 
     def build_metrics(self) -> Any:
-        """What is measured."""
+        """Build the metrics for the kind of labels."""
         return METRICS[self.label_space.kind](self.label_space, self.accelerator.device)
 
     def outputs(self, model: nn.Module, batch: HeldOutBatch) -> Any:
-        """The model's outputs for a whole batch."""
+        """Return the model outputs for a padded batch."""
         with self.accelerator.autocast():
             return model(self.filled_up(model, batch.pixel_values))
 
     def filled_up(self, model: nn.Module, pixel_values: torch.Tensor | None) -> torch.Tensor:
-        """Pixel values [G, C, H, W] and blank images behind them, [B, C, H, W] on the device."""
+        """Return pixel values [G, C, H, W] padded with blank images to [B, C, H, W], on the device."""
         if pixel_values is None:
             config = self.accelerator.unwrap_model(model).config
             pixel_values = torch.zeros(0, config.num_channels, *config.image_height_width)
@@ -199,7 +199,7 @@ class Evaluator:
 
 
 class KeptBatches:
-    """A process's batches, in order; from the second time on out of memory where all of them fit."""
+    """The batches of a process, in order. After the first pass they come from memory if all batches fit."""
 
     def __init__(self, share: HeldOutPictures, num_workers: int) -> None:
         self.loader = DataLoader(
@@ -207,7 +207,7 @@ class KeptBatches:
             batch_size=None,
             num_workers=num_workers,
             worker_init_fn=leave_signals_to_parent,
-            generator=torch.Generator(),  # its own: training must not depend on when it was evaluated
+            generator=torch.Generator(),  # a separate generator, so that evaluations do not change training
         )
         self.kept: list[HeldOutBatch] | None = None
 
@@ -231,7 +231,7 @@ class KeptBatches:
 
 
 def rounded(value: Any) -> Any:
-    """Floats, also within lists and dicts, to six decimals."""
+    """Return the value with all floats, including floats in lists and dicts, rounded to six decimals."""
     if isinstance(value, float):
         return round(value, DECIMALS)
     if isinstance(value, list):

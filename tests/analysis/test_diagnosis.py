@@ -113,7 +113,7 @@ def test_a_frozen_token_did_not_move(token: str) -> None:
         optimizer.zero_grad()
         model(PIXELS, labels=torch.arange(len(PIXELS)) % 8).loss.backward()
         optimizer.step()
-    found = judged(model, monitor.movement())
+    found = judged(model, monitor.compute_movement())
     frozen = {"cls": NAMES[:1], "distillation": NAMES[1:2], "registers": NAMES[2:]}[token]
     assert {name for name, word in words(found).items() if word == "not moved"} == set(frozen)
     assert set(words(found).values()) == {"not moved", "learned"}
@@ -310,7 +310,7 @@ def test_the_story_over_depth() -> None:
         ([0], "Not as expected (near uniform early, selective in the middle)."),
         ([0, 1, 2], "Not as expected (near uniform early, selective in the middle)."),
         ([2], "Not as expected (near uniform early, selective in the middle)."),
-        ([], "Uniform throughout: it selects nothing."),
+        ([], "Uniform in every layer: it selects no patches."),
     ],
 )
 def test_whether_the_story_holds(selective: list[int], end: str) -> None:

@@ -163,7 +163,7 @@ def test_norms_of_tokens_stand_against_those_of_patches(found: Any) -> None:
     assert np.allclose(drawn["CLS 2"], findings.token_norms[:, 1])
     shares = lines(outliers)
     assert np.allclose(shares["patches"], findings.outliers)
-    assert np.allclose(shares["patches, registers shut off"], findings.outliers_without_registers)
+    assert np.allclose(shares["patches, registers hidden"], findings.outliers_without_registers)
 
 
 def test_norms_far_apart_are_drawn_on_a_logarithmic_scale(found: Any) -> None:

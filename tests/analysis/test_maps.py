@@ -261,13 +261,13 @@ def test_overlays_of_large_and_small_pictures_are_scaled_on_request():
 def test_even_attention_does_not_glow():
     even, peaked = (lightness(overlay(photograph(), values)).max() for values in (torch.full((4, 6), 0.04), spot()))
     assert even < 150 < peaked
-    assert lightness(overlay(photograph(), torch.full((4, 6), 0.04), strongest=0.04)).max() > 190
+    assert lightness(overlay(photograph(), torch.full((4, 6), 0.04), max_value=0.04)).max() > 190
 
 
 def test_maps_share_a_scale_on_request():
     weak = spot() / 10
     assert lightness(overlay(photograph(), weak)).max() > 190
-    assert lightness(overlay(photograph(), weak, strongest=0.5)).max() < 150
+    assert lightness(overlay(photograph(), weak, max_value=0.5)).max() < 150
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "CMYK", "I;16"])
