@@ -15,7 +15,9 @@ import torch
 from .random_bits import random_bits, seed_for
 
 
-Epoch = tuple[np.ndarray, np.ndarray]  # for each position: number of earlier uses, index of the image; [images] `int64`
+Epoch = tuple[
+    np.ndarray, np.ndarray
+]  # for each position: number of earlier uses, index of the image; [images] `int64`
 
 
 class Order:
