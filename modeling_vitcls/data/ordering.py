@@ -15,7 +15,7 @@ import torch
 from .random_bits import random_bits, seed_for
 
 
-Epoch = tuple[np.ndarray, np.ndarray]  # for each position: number of earlier uses, index of the image; [images] `int64`
+Epoch = tuple[np.ndarray, np.ndarray]  # of each position: earlier uses and index of its image; [images] `int64`
 
 
 class Order:
