@@ -181,7 +181,7 @@ def judge_unmoved_token(token: TokenEvidence) -> tuple[Meaning, str]:
     if token.has_effect:
         return (
             "neutral",
-            f"not moved in this run (by 0), but in use; it is frozen or already trained: {effect}{token.caveat}.",
+            f"frozen or already trained: not moved in this run (by 0), but in use: {effect}{token.caveat}.",
         )
     if token.findings.num_images < MIN_IMAGES:
         missing = describe_missing_images(token.findings.num_images)

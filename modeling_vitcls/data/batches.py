@@ -124,7 +124,7 @@ class BatchPlan:
 def steps_for(epochs: float, num_pictures: int | None, per_step: int) -> int:
     """Return the number of steps of `epochs` epochs, rounded up."""
     if num_pictures is None:
-        raise ValueError("a streamed data set has no known end: say with --max-steps how long to train")
+        raise ValueError("a stream of unknown length requires a number of steps. Set --max-steps")
     return math.ceil(epochs * num_pictures / per_step)
 
 

@@ -319,6 +319,6 @@ class BrokenPictures:
             self.warn(f"skipped an image: {description}")
             if self.count > self.limit:
                 raise ValueError(
-                    f"more than {self.limit} images cannot be read, the last one: {description} (mend or remove them, "
-                    "or raise --max-broken-images)"
+                    f"more than {self.limit} images cannot be read, the last one: {description} (repair or remove "
+                    "them, or raise --max-broken-images)"
                 )

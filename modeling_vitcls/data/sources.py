@@ -126,7 +126,7 @@ def load_idx_folder(folder: Path) -> Splits:
             raise ValueError(f"{folder} has {images.name} without {split}-labels-idx1-ubyte")
         found[name] = (read_idx(images, dimensions=3), read_idx(labels, dimensions=1))
         if len(found[name][0]) != len(found[name][1]):
-            raise ValueError(f"{folder}: the split {name!r} has not as many labels as images")
+            raise ValueError(f"{folder}: the split {name!r} has different numbers of images and labels")
     num_classes = max(10, *(int(labels.max(initial=0)) + 1 for _, labels in found.values()))
     names = IDX_NAMES.get(folder.resolve().name, [str(index) for index in range(num_classes)])
     space = LabelSpace("single_label_classification", {"label": names[:num_classes]})
@@ -145,7 +145,7 @@ def read_idx(file: Path, dimensions: int) -> np.ndarray:
         with opener(file, "rb") as stream:
             content = stream.read()
         if content[:4] != bytes([0, 0, 8, dimensions]):
-            raise ValueError("it does not begin as such a file does")
+            raise ValueError("its header is not valid")
         shape = struct.unpack_from(f">{dimensions}I", content, 4)
         return np.frombuffer(content, np.uint8, offset=4 + 4 * dimensions).reshape(shape)
     except (OSError, EOFError, ValueError, struct.error) as error:

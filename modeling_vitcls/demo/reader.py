@@ -147,7 +147,7 @@ class DemoModel:
         if self.model.config.num_channels not in (1, 3):
             raise ValueError(
                 f"The demo requires images with 1 or 3 channels, but {self.source} requires "
-                f"{self.model.config.num_channels}."
+                f"{self.model.config.num_channels} channels."
             )
         if not self.has_labels and not self.has_attention:
             missing = "readable attention" if self.merges_patches else "special tokens"

@@ -1,16 +1,14 @@
-"""Where the images of a prediction come from: each gets a number, a name, and content that is not decoded yet.
+"""Inputs of a prediction: image records with an index, a name and undecoded content, and their preprocessing.
 
-    PATHS, --list, digits, MNIST's files    Listed    known at the start
-    other data sets                         Rows      read by the `datasets` library, in any order
-    --streaming                             Stream    read once from its beginning; what is not wanted is passed by
+    PATHS, --list, digits, MNIST files    Listed    known at the start
+    other datasets                        Rows      read by the `datasets` library, in any order
+    --streaming                           Stream    read once from the beginning; other images are skipped
 
-All are read in ranges of increasing numbers, so that several processes, and a second start, each take their part.
-Decoding is in inputs.py.
+All inputs are read in ranges of increasing indices, so that several processes or a restarted prediction can each read
+a part. Several threads decode and preprocess the images ahead of the model.
 
-From image records to the image processor's pixels, on several threads, ahead of the model.
-
-Threads rather than processes: decoding and resizing run outside Python's lock, and nothing has to be sent. On two
-cores they prepared JPEG files of 500 x 375 pixels 1.3 times as fast as two processes.
+Threads are faster than processes here, because decoding and resizing release the GIL and no data is copied between
+processes. On two cores, two threads prepared JPEG files of 500 x 375 pixels 1.3 times as fast as two processes.
 """
 
 import hashlib
@@ -36,14 +34,14 @@ from ..image_processing_vitcls import ViTCLSImageProcessor
 from ..options import DataOptions, PredictOptions
 
 
-ROWS_AT_ONCE = 64  # of encoded images read from disk
+ROWS_AT_ONCE = 64  # number of encoded images that are read from disk at once
 
 
 @dataclass(frozen=True)
 class Record:
-    """One image: its number in the input, what to call it, and its content.
+    """One image: its index in the input, its name and its content.
 
-    The content is a path, a URL, encoded bytes, anything that the image processor takes, or None if it is missing.
+    The content is a path, a URL, encoded bytes, any other input of the image processor, or None if it is missing.
     """
 
     index: int
@@ -52,25 +50,25 @@ class Record:
 
 
 class Source(Protocol):
-    """Images by number."""
+    """Images by index."""
 
     @property
     def num_images(self) -> int | None:
-        """How many there are; None for a stream whose end has not been seen."""
+        """Number of images; None for a stream whose end has not been reached."""
 
     def identity(self) -> dict[str, Any]:
-        """What tells this input from another, in values that JSON knows."""
+        """Return JSON values that identify the input."""
 
     def read(self, ranges: Iterable[range]) -> Iterator[Record]:
-        """The images of disjoint, increasing ranges."""
+        """Yield the images of disjoint, increasing ranges."""
 
 
 def open_source(options: PredictOptions) -> Source:
-    """What PATHS, `--list` or `--dataset` name.
+    """Open the input that PATHS, `--list` or `--dataset` name.
 
     Raises:
-        ValueError: for an input without images, or a data set that cannot be read.
-        OSError: for a list that cannot be read.
+        ValueError: if the input has no images, or a dataset cannot be read.
+        OSError: if the list cannot be read.
     """
     if options.dataset is not None:
         return open_dataset(options, options.dataset)
@@ -94,7 +92,7 @@ class Listed:
         return len(self.names)
 
     def identity(self) -> dict[str, Any]:
-        """Names of all, with sizes and times of files and the values of arrays, as a digest."""
+        """Return the number of images and a digest of names, file sizes and times, and array values."""
         digest = hashlib.sha256(json.dumps(list(self.names)).encode())
         if isinstance(self.contents, Arrays):
             digest.update(self.contents.values.tobytes())
@@ -110,10 +108,10 @@ class Listed:
 
 
 def listed_files(paths: Iterable[str]) -> Listed:
-    """Files and URLs as they are, folders as all images in them, sorted by name.
+    """Return files and URLs unchanged, and folders replaced by the images in them, sorted by name.
 
     Raises:
-        ValueError: if there are none.
+        ValueError: if there are no images.
     """
     files = [file for path in paths for file in (files_in(path) if Path(path).is_dir() else [path])]
     if not files:
@@ -123,7 +121,7 @@ def listed_files(paths: Iterable[str]) -> Listed:
 
 
 def files_in(folder: str) -> Iterator[str]:
-    """The images in a folder and all folders in it; hidden ones are left out."""
+    """Yield the images in a folder and its sub-folders, without hidden files and folders."""
     for parent, folders, files in os.walk(folder):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in sorted(files):
@@ -132,7 +130,7 @@ def files_in(folder: str) -> Iterator[str]:
 
 
 def read_list(file: Path) -> list[str]:
-    """The lines of a text file, without empty ones."""
+    """Return the non-empty lines of a text file."""
     lines = file.read_text(encoding="utf-8-sig", errors="surrogateescape").split("\n")
     paths = [path for line in lines if (path := line.removesuffix("\r")).strip()]
     if not paths:
@@ -141,7 +139,7 @@ def read_list(file: Path) -> list[str]:
 
 
 def size_and_time(path: str) -> list[int] | None:
-    """Bytes of a file, and when it was last modified, in nanoseconds; None for a URL or what cannot be found."""
+    """Return the size of a file in bytes and its modification time in nanoseconds; None for a URL or missing file."""
     try:
         found = Path(path).stat()
     except (OSError, ValueError):
@@ -150,7 +148,7 @@ def size_and_time(path: str) -> list[int] | None:
 
 
 def readable(path: str) -> str:
-    """A path as valid text, whatever bytes it has."""
+    """Return a path as valid text, with invalid bytes replaced."""
     return os.fsencode(path).decode("utf-8", errors="replace")
 
 
@@ -159,13 +157,13 @@ def readable(path: str) -> str:
 
 @dataclass(frozen=True)
 class ImageColumn:
-    """The column of a data set that holds images or their paths, and the folder that relative paths begin at."""
+    """The column of a dataset with images or their paths, and the folder that relative paths start at."""
 
     name: str
     folder: Path
 
     def record(self, index: int, value: Any) -> Record:
-        """One of its values, named by its path where it has one."""
+        """Return the record of one value, named by its path or its index."""
         if isinstance(value, str):
             return Record(index, readable(value), path_in(self.folder, value))
         if isinstance(value, dict):
@@ -176,7 +174,7 @@ class ImageColumn:
 
 @dataclass(frozen=True)
 class Rows:
-    """The rows of a data set on disk."""
+    """The rows of a dataset on disk."""
 
     part: Any  # datasets.Dataset
     column: ImageColumn
@@ -188,7 +186,7 @@ class Rows:
         return len(self.part)
 
     def identity(self) -> dict[str, Any]:
-        """What was asked for, how many rows it has, and the mark that `datasets` gave its content."""
+        """Return the options, the number of rows and the fingerprint of the `datasets` library."""
         return {**self.described, "images": self.num_images, "fingerprint": self.part._fingerprint}
 
     def read(self, ranges: Iterable[range]) -> Iterator[Record]:
@@ -202,7 +200,7 @@ class Rows:
 
 @dataclass
 class Stream:
-    """A data set that is read while predicting, from its beginning to the last range or to its end."""
+    """A dataset that is read during prediction, from its beginning to the last range or to its end."""
 
     examples: Any  # datasets.IterableDataset
     column: ImageColumn
@@ -210,15 +208,15 @@ class Stream:
     num_images: int | None = None
 
     def identity(self) -> dict[str, Any]:
-        """What was asked for."""
+        """Return the options."""
         return self.described
 
     def read(self, ranges: Iterable[range]) -> Iterator[Record]:
-        """The images of these ranges, as far as there are any; at its end, `num_images` is known."""
+        """Yield the images of these ranges up to the end of the stream, and set `num_images` there."""
         examples = iter(self.examples)
         position = 0
         for indices in ranges:
-            position += sum(1 for _ in islice(examples, indices.start - position))  # passed by, not decoded
+            position += sum(1 for _ in islice(examples, indices.start - position))  # skipped, not decoded
             for example in islice(examples, indices.stop - position):
                 yield self.column.record(position, example[self.column.name])
                 position += 1
@@ -228,10 +226,11 @@ class Stream:
 
 
 def open_dataset(options: PredictOptions, dataset: str) -> Source:
-    """A data set as scripts/finetune.py reads it; labels are not needed.
+    """Open a dataset in any format that scripts/finetune.py reads. Labels are not needed.
 
     Raises:
-        ValueError: if it cannot be found or read, has several splits and none is named, or no column of images.
+        ValueError: if the dataset cannot be found or read, has no image column, or has several splits and `--split`
+            is not set.
     """
     data = DataOptions(dataset, image_column=options.image_column, streaming=options.streaming)
     path = Path(dataset)
@@ -254,7 +253,7 @@ def open_dataset(options: PredictOptions, dataset: str) -> Source:
 
 
 def chosen_split(parts: Mapping[str, Any], options: PredictOptions) -> Any:
-    """The split that is asked for, or the only one."""
+    """Return the requested split, or the only split."""
     if options.split is None and len(parts) == 1:
         return next(iter(parts.values()))
     if options.split is None or options.split not in parts:
@@ -264,7 +263,7 @@ def chosen_split(parts: Mapping[str, Any], options: PredictOptions) -> Any:
 
 
 def undecoded(part: Any, column: str, features: Features) -> Any:
-    """The data set with its pictures as they are stored: only those that are wanted are decoded, and in parallel."""
+    """Return the dataset with encoded images, so that only the requested images are decoded, in parallel."""
     import datasets
 
     is_decoding = isinstance(features[column], datasets.Image)
@@ -273,7 +272,7 @@ def undecoded(part: Any, column: str, features: Features) -> Any:
 
 @dataclass(frozen=True)
 class Prepared:
-    """An image ready for the model, [C, H, W], or why there is none."""
+    """The preprocessed pixels of an image, [C, H, W], or an error message."""
 
     record: Record
     pixels: torch.Tensor | None = None
@@ -281,13 +280,13 @@ class Prepared:
 
 
 class CannotFetch(OSError):
-    """A failure of the network, which ends the run: a row would make it look like a broken image."""
+    """A network error. It stops the run, because a row with an error would look like an unreadable image."""
 
 
 def prepared_ahead(
     records: Iterator[Record], processor: ViTCLSImageProcessor, num_workers: int, num_ahead: int
 ) -> Iterator[Prepared]:
-    """The records in their order, prepared by `num_workers` threads, `num_ahead` of them before they are asked for."""
+    """Yield the records in order, prepared by `num_workers` threads, up to `num_ahead` records ahead."""
     pool = ThreadPoolExecutor(num_workers)
     waiting: deque[Future[Prepared]] = deque()
     try:
@@ -314,17 +313,17 @@ def prepare(processor: ViTCLSImageProcessor, record: Record) -> Prepared:
 
 
 def in_one_line(error: Exception) -> str:
-    """Its message as valid text of one line, whatever bytes a file name in it has."""
+    """Return an error message as one line of valid text. Invalid bytes in file names are replaced."""
     message = " ".join(str(error).split())
     return message.encode("utf-8", errors="replace").decode()
 
 
 def source_of(record: Record) -> Any:
-    """What the image processor reads, and names if it cannot.
+    """Return the input of the image processor, which contains the name of the image for error messages.
 
     Raises:
         ValueError: if there is no image.
-        CannotFetch: if a data set's file cannot be read over the network.
+        CannotFetch: if a file of a dataset cannot be read over the network.
     """
     content = record.content
     if content is None:
@@ -335,14 +334,12 @@ def source_of(record: Record) -> Any:
 
 
 def fetch(address: str) -> bytes:
-    """The content of a file of a streamed data set (`hf://`, `s3://`, a member of an archive)."""
+    """Return the content of a file of a streamed dataset (`hf://`, `s3://`, a member of an archive)."""
     import fsspec
 
     try:
         with fsspec.open(address, "rb") as file:
             return file.read()
-    except Exception as error:  # each file system has its own
+    except Exception as error:  # each file system raises its own types of errors
         reason = " ".join(str(error).split())
-        raise CannotFetch(
-            f"cannot fetch {address} ({type(error).__name__}: {reason}): start again to go on"
-        ) from error
+        raise CannotFetch(f"cannot fetch {address} ({type(error).__name__}: {reason}): restart to continue") from error

@@ -24,12 +24,12 @@ CLASSES: dict[str, type[Classifier]] = {
 
 
 def is_preset(name: str) -> bool:
-    """Whether `--model` names a preset, which starts with fresh weights."""
+    """Return whether `--model` names a preset, which has random weights."""
     return name.removeprefix("vitcls-") in PRESETS
 
 
 def check_is_vitcls(source: str, folder: str) -> None:
-    """Raise ValueError for another kind of model than ours; `source` is what the user calls it."""
+    """Raise ValueError if a model is not a vitcls model. `source` is the name that the user wrote."""
     model_type = PreTrainedConfig.get_config_dict(folder)[0].get("model_type", "no known")
     if model_type != ViTCLSConfig.model_type:
         raise ValueError(
@@ -39,14 +39,16 @@ def check_is_vitcls(source: str, folder: str) -> None:
 
 
 def load_model(source: str, with_head: bool) -> tuple[PreTrainedModel, ViTCLSImageProcessor]:
-    """A checkpoint of ours, with its classifier or without, and its image processor.
+    """Load a vitcls checkpoint, with or without its classifier, and its image processor.
 
     Raises:
-        ValueError: for another kind of model, or one without trained weights for what is asked of it.
-        OSError: for a checkpoint that cannot be found or read.
+        ValueError: if the checkpoint is not a vitcls model, or lacks trained weights.
+        OSError: if the checkpoint cannot be found or read.
     """
     if is_preset(source):
-        raise ValueError(f"{source} is a preset, which has learned nothing yet: give a folder, or a model of the Hub")
+        raise ValueError(
+            f"{source} is a preset without trained weights: set --model to a folder or a model on the Hub"
+        )
     folder = get_model_folder(source)
     settings = load_checkpoint(PreTrainedConfig.get_config_dict, folder)[0]
     if (model_type := settings.get("model_type", "no known")) != ViTCLSConfig.model_type:
@@ -60,7 +62,7 @@ def load_model(source: str, with_head: bool) -> tuple[PreTrainedModel, ViTCLSIma
         check_has_labels(source, settings)
         model_class = ViTCLSForMultiTaskClassification if settings.get("tasks") else ViTCLSForImageClassification
         keywords = {}
-    with without_warnings():  # what is missing is an error below; a classifier that is not used is none
+    with without_warnings():  # missing weights raise an error below; an unused classifier is not an error
         model, loading = model_class.from_pretrained(folder, output_loading_info=True, **keywords)
     if loading["missing_keys"]:
         raise ValueError(f"the checkpoint {source} lacks {min(loading['missing_keys'])}: train it first")
@@ -68,7 +70,7 @@ def load_model(source: str, with_head: bool) -> tuple[PreTrainedModel, ViTCLSIma
 
 
 def check_has_labels(source: str, settings: dict[str, Any]) -> None:
-    """Raise ValueError for a checkpoint that says itself that it has no classifier."""
+    """Raise ValueError if the config of a checkpoint lists an architecture without a classifier."""
     names = settings.get("architectures") or []
     if names and not any(name.endswith("Classification") for name in names):
         raise ValueError(

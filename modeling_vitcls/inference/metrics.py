@@ -1,9 +1,9 @@
-"""What is measured over labelled pictures, by kind of labels.
+"""Metrics over labelled images, by kind of labels.
 
     METRICS[label_space.kind](label_space, device)   .update(outputs, labels) per batch, then .compute() once
 
-torchmetrics adds up over batches and processes: `compute` has to be called on all of them, and `update` too where a
-process has no pictures (with no rows of labels). Which pictures are shown is not decided here: see evaluator.py.
+torchmetrics accumulates over batches and processes. All processes must call `compute`, and a process without images
+must call `update` with zero rows of labels. evaluator.py selects the images.
 """
 
 import math
@@ -26,8 +26,8 @@ from ..data.labels import LabelKind, LabelSpace
 from ..heads_vitcls import IGNORED_LABEL
 
 
-MOST_CLASSES_OF_MATRIX = 1000  # it grows with their square
-MOST_CLASSES_READ = 200  # of a matrix in the results of a run
+MOST_CLASSES_OF_MATRIX = 1000  # maximum number of classes of a confusion matrix, whose size is quadratic
+MOST_CLASSES_READ = 200  # maximum number of classes of a confusion matrix in the results of a run
 CALIBRATION_BINS = 15
 HEADS = {"cls_accuracy": "cls_logits", "distillation_accuracy": "distillation_logits"}
 
@@ -35,12 +35,12 @@ Values = dict[str, Any]
 
 
 def scalars(metrics: Mapping[str, Any]) -> dict[str, int | float]:
-    """Those that are one number, to log and to compare; in the same order."""
+    """Return the metrics that are single numbers, in the same order, for logging and comparison."""
     return {name: value for name, value in metrics.items() if isinstance(value, int | float)}
 
 
 def without_large_matrices(metrics: Mapping[str, Any]) -> dict[str, Any]:
-    """The metrics without confusion matrices of more classes than a person reads."""
+    """Return the metrics without confusion matrices of more than `MOST_CLASSES_READ` classes."""
     return {
         name: value
         for name, value in metrics.items()
@@ -53,31 +53,31 @@ class ClassificationMetrics(ABC):
 
     @abstractmethod
     def update(self, outputs: Any, labels: Any) -> None:
-        """Take one batch.
+        """Add one batch.
 
         Args:
-            outputs: of the model, for G pictures or more; what stands beyond the G rows of labels is not counted.
-            labels: of G pictures, as data/labels.py says. G may be 0.
+            outputs: model outputs of at least G images; rows after the first G are ignored.
+            labels: labels of G images, in the format of data/labels.py. G may be 0.
         """
 
     @abstractmethod
     def compute(self) -> Values:
-        """Numbers first, then lists. A value that these pictures cannot tell (0 of 0) is None. On all processes."""
+        """Return numbers first, then lists. Undefined values (0 / 0) are None. Must be called on all processes."""
 
 
 class SingleLabelMetrics(ClassificationMetrics):
-    """One class per picture.
+    """Metrics of single-label classification.
 
-    accuracy                top 1
-    top_5_accuracy          of more than five classes
-    balanced_accuracy       mean recall of the classes that have pictures
-    calibration_error       mean distance of confidence from accuracy in 15 bins (Guo et al. 2017, arXiv 1706.04599)
-    cls_accuracy, distillation_accuracy     of each head by itself, where there are two
+    accuracy                top-1 accuracy
+    top_5_accuracy          top-5 accuracy, with more than five classes
+    balanced_accuracy       mean recall of the classes that have images
+    calibration_error       expected calibration error in 15 bins (Guo et al. 2017, arXiv 1706.04599)
+    cls_accuracy, distillation_accuracy     accuracy of each head, if there are two
     loss                    cross-entropy, without label smoothing
     num_images
     accuracy_interval       [low, high], 95 % confidence
     per_class               name, images, recall (the accuracy on that class), precision and F1 of each class
-    confusion_matrix        rows are true classes, columns answers; left out above 1,000 classes
+    confusion_matrix        rows are true classes, columns are predictions; omitted above 1,000 classes
     """
 
     def __init__(self, label_space: LabelSpace, device: torch.device) -> None:
@@ -93,7 +93,7 @@ class SingleLabelMetrics(ClassificationMetrics):
             self.matrix = MulticlassConfusionMatrix(num_classes, validate_args=False).to(device)
 
     def update(self, outputs: Any, labels: torch.Tensor) -> None:
-        """Logits [B, L], also of each head where there are two; labels [G]."""
+        """Add logits [B, L], also of each head if there are two, and labels [G]."""
         self.count(outputs.logits, labels)
         if outputs.distillation_logits is not None:
             for name, attribute in HEADS.items():
@@ -101,7 +101,7 @@ class SingleLabelMetrics(ClassificationMetrics):
                 self.heads[name].update((answers == labels).float())
 
     def count(self, logits: torch.Tensor, labels: torch.Tensor) -> None:
-        """Take logits [B, L] and labels [G]; pictures with the label -100 do not count."""
+        """Add logits [B, L] and labels [G]. Images with the label -100 are ignored."""
         known = labels != IGNORED_LABEL
         logits, labels = logits[: len(labels)][known].float(), labels[known]
         answers = logits.argmax(dim=1)  # [G]
@@ -112,7 +112,7 @@ class SingleLabelMetrics(ClassificationMetrics):
             images=torch.bincount(labels, minlength=num_classes),
         )
         self.loss.update(nn.functional.cross_entropy(logits, labels, reduction="none"))
-        self.calibration.update(logits.softmax(dim=1), labels)  # given logits, it would guess from their range
+        self.calibration.update(logits.softmax(dim=1), labels)  # torchmetrics detects logits by range
         if self.top_5 is not None:
             self.top_5.update((logits.topk(5).indices == labels[:, None]).any(dim=1).float())
         if self.matrix is not None:
@@ -139,16 +139,16 @@ class SingleLabelMetrics(ClassificationMetrics):
 
 
 class MultiLabelMetrics(ClassificationMetrics):
-    """Any number of classes per picture; a class is answered where its probability is above 0.5.
+    """Metrics of multi-label classification. A class is predicted if its probability is above 0.5.
 
-    mean_average_precision  mean over the classes that have pictures
-    micro_f1, macro_f1      over all answers alike; mean over the classes
-    exact_match             part of the pictures with every class right
-    loss                    binary cross-entropy, mean over pictures and classes
+    mean_average_precision  mean over the classes that have images
+    micro_f1, macro_f1      F1 over all predictions; mean of the F1 of each class
+    exact_match             fraction of the images with all classes correct
+    loss                    binary cross-entropy, mean over images and classes
     num_images
     per_class               name, images, average precision, recall, precision and F1 of each class
 
-    Average precision keeps every probability in memory: 4 MB per thousand pictures and thousand classes.
+    Average precision stores all probabilities: 4 MB per thousand images and thousand classes.
     """
 
     def __init__(self, label_space: LabelSpace, device: torch.device) -> None:
@@ -159,9 +159,9 @@ class MultiLabelMetrics(ClassificationMetrics):
         self.num_images = number_of_pictures(device)
 
     def update(self, outputs: Any, labels: torch.Tensor) -> None:
-        """Logits [B, L]; labels [G, L], 0 or 1."""
+        """Add logits [B, L] and labels [G, L], 0 or 1."""
         logits = outputs.logits[: len(labels)].float()
-        probabilities = logits.sigmoid()  # given logits, torchmetrics would guess from their range
+        probabilities = logits.sigmoid()  # torchmetrics detects logits by their range
         answers, truth = probabilities > 0.5, labels > 0.5  # [G, L]
         self.counts.update(right=(answers & truth).sum(0), answered=answers.sum(0), images=truth.sum(0))
         self.precision.update(probabilities, truth.long())
@@ -176,7 +176,7 @@ class MultiLabelMetrics(ClassificationMetrics):
         num_right, num_answered, num_true = map(sum, counts)
         classes = per_class(self.names, counts)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about classes without pictures, which count as None here
+            warnings.simplefilter("ignore")  # about classes without images, whose value is None here
             precisions = self.precision.compute().tolist()
         for row, precision in zip(classes, precisions, strict=True):
             row["average_precision"] = precision if row["images"] else None
@@ -192,11 +192,11 @@ class MultiLabelMetrics(ClassificationMetrics):
 
 
 class MultiTaskMetrics(ClassificationMetrics):
-    """One class per picture and task: what `SingleLabelMetrics` has for each task, as `TASK_accuracy` and so on.
+    """Metrics of multi-task classification: `SingleLabelMetrics` of each task, as `TASK_accuracy` and so on.
 
-    accuracy                mean over the tasks that have labelled pictures
+    accuracy                mean over the tasks that have labelled images
     loss                    sum over the tasks, as in training
-    num_images              all pictures; `TASK_num_images` leaves out those without a label for the task
+    num_images              number of images; `TASK_num_images` excludes images without a label for the task
     """
 
     def __init__(self, label_space: LabelSpace, device: torch.device) -> None:
@@ -207,7 +207,7 @@ class MultiTaskMetrics(ClassificationMetrics):
         self.num_images = number_of_pictures(device)
 
     def update(self, outputs: Any, labels: dict[str, torch.Tensor]) -> None:
-        """Logits {task: [B, L]}; labels {task: [G]}, -100 where there is none."""
+        """Add logits {task: [B, L]} and labels {task: [G]}, -100 if missing."""
         for task, metrics in self.tasks.items():
             metrics.count(outputs.logits[task], labels[task])
         self.num_images.update(len(next(iter(labels.values()))))
@@ -231,13 +231,13 @@ METRICS: dict[LabelKind, type[Any]] = {
 }
 
 
-# What they are made of -----------------------------------------------------------------------------------------------
+# Helpers -------------------------------------------------------------------------------------------------------------
 
 
 class ClassCounts(Metric):
-    """Right answers, all answers and pictures of each class, [L] int64 each, of which the rest follows.
+    """Number of correct predictions, predictions and images of each class, [L] int64 each.
 
-    torchmetrics' own counts refuse batches of no pictures, and build a matrix of classes x classes at each update.
+    The counts of torchmetrics do not support empty batches, and build a matrix of classes x classes at each update.
     """
 
     full_state_update = False
@@ -257,27 +257,27 @@ class ClassCounts(Metric):
         self.images += images
 
     def compute(self) -> torch.Tensor:
-        """The three counts, [3, L]."""
+        """Return the three counts, [3, L]."""
         return torch.stack([self.right, self.answered, self.images])
 
 
 def mean_of_pictures(device: torch.device) -> MeanMetric:
-    """A mean over pictures; NaN shows in it."""
+    """Build a mean over images, which is NaN if any value is NaN."""
     return precise(MeanMetric(nan_strategy="disable"), device)
 
 
 def number_of_pictures(device: torch.device) -> SumMetric:
-    """A sum of counts."""
+    """Build a sum of counts."""
     return precise(SumMetric(nan_strategy="disable"), device)
 
 
 def precise(metric: Any, device: torch.device) -> Any:
-    """The metric on the device, in double precision where that knows it, so that the order of terms does not show."""
+    """Return the metric on the device, in float64 if supported, so that the order of batches has no visible effect."""
     return metric.set_dtype(torch.float32 if device.type == "mps" else torch.float64).to(device)
 
 
 def per_class(names: list[str], counts: list[list[int]]) -> list[Values]:
-    """Images, recall, precision and F1 of each class, from the three counts [3, L] of `ClassCounts`."""
+    """Return images, recall, precision and F1 of each class from the three counts [3, L] of `ClassCounts`."""
     return [
         {
             "name": name,
@@ -291,10 +291,10 @@ def per_class(names: list[str], counts: list[list[int]]) -> list[Values]:
 
 
 def wilson_interval(num_right: int, num_images: int, confidence: float = 0.95) -> list[float] | None:
-    """Confidence interval [low, high] of a part counted as `num_right` of `num_images`; None of no images.
+    """Return the confidence interval [low, high] of the accuracy `num_right` / `num_images`; None without images.
 
-    Wilson's score interval (Wilson 1927, "Probable inference, the law of succession, and statistical inference"). It
-    stays within 0 and 1, and has a width also where all answers are right.
+    This is the score interval of Wilson (1927, "Probable inference, the law of succession, and statistical
+    inference"). It lies within 0 and 1, and has a positive width even if all predictions are correct.
     """
     if num_images == 0:
         return None
@@ -306,16 +306,16 @@ def wilson_interval(num_right: int, num_images: int, confidence: float = 0.95) -
 
 
 def ratio(part: int, whole: int) -> float | None:
-    """`part` of `whole`; None of nothing."""
+    """Return `part` / `whole`; None if `whole` is 0."""
     return part / whole if whole else None
 
 
 def mean(values: list[float | None]) -> float | None:
-    """Mean of those that are known; None if none is."""
+    """Return the mean of the values that are not None; None if there are none."""
     known = [value for value in values if value is not None]
     return sum(known) / len(known) if known else None
 
 
 def number(value: torch.Tensor) -> float | None:
-    """A tensor of one value; None where it is not finite, which JSON could not hold."""
+    """Return the value of a one-element tensor; None if it is not finite, because JSON has no such numbers."""
     return value.item() if value.isfinite() else None

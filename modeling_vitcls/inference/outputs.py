@@ -1,17 +1,17 @@
-"""From rows to what a person or a program reads: a table, CSV, JSON, JSON lines, Parquet.
+"""Outputs of a prediction: a table, CSV, JSON, JSON lines, Parquet, a folder of Parquet files, and progress.
 
-A writer takes an iterator of rows and writes them as they come. Files appear under their name whole, or not at all.
+A writer writes the rows of an iterator as they are computed. An output file gets its name only when it is complete.
 
-A folder of Parquet files that grows until it holds the whole input, over as many starts as that takes.
+A folder of Parquet shards can be completed over several starts:
 
-    folder/.manifest.json          what it holds: the input, the model, the flags that change an answer
+    folder/.manifest.json          the input, the model, and the flags that change a prediction
     folder/shard-000000.parquet    images 0 .. size - 1
     folder/shard-000001.parquet    images size .. 2 * size - 1, and so on
 
-Which images make a shard depends on the input alone, so another start may have other processes. A shard is there
-whole or not at all. Names with a leading dot are passed over by whoever reads the folder as one data set.
+The images of a shard depend only on the input, so the number of processes may change between starts. A shard is either
+complete or missing. Programs that read the folder as one dataset ignore names with a leading dot.
 
-How far a prediction is: a bar on a terminal, a line now and then elsewhere; on stderr, apart from the table.
+Progress is written to stderr, as a bar on a terminal and otherwise as lines.
 """
 
 import csv
@@ -38,22 +38,22 @@ from .prediction_rows import Row
 
 
 LABEL_SEPARATOR = "|"  # in CSV, between the labels of one image
-WIDE = 100_000  # characters
-ROWS_PER_GROUP = 1024  # of a Parquet file: what is kept in memory while writing, and what readers load at once
+WIDE = 100_000  # width of a table that is not printed on a terminal, in characters
+ROWS_PER_GROUP = 1024  # rows per row group of a Parquet file: the number of rows in memory while writing
 
 Columns = dict[str, pa.DataType]
 
 
 def all_columns(answers: Columns) -> Columns:
-    """The columns of every output: the image, the answers about it, and what went wrong."""
+    """Return the columns of the output: the image, its predictions, and its error."""
     return {"index": pa.int64(), "image": pa.string(), **answers, "error": pa.string()}
 
 
 def write_rows(rows: Iterable[Row], columns: Columns, file: Path) -> None:
-    """Write a file in the format of its suffix, in place of one that was there.
+    """Write a file in the format of its suffix. An existing file is replaced.
 
     Raises:
-        OSError: if it cannot be written; nothing is left of it then.
+        OSError: if the file cannot be written; no partial file is left.
     """
     file.parent.mkdir(parents=True, exist_ok=True)
     with written_whole(file) as unfinished:
@@ -64,7 +64,7 @@ def write_rows(rows: Iterable[Row], columns: Columns, file: Path) -> None:
 
 
 def write_csv(rows: Iterable[Row], columns: Columns, file: Path) -> None:
-    """Comma-separated, with a header; several labels of one image in one cell."""
+    """Write comma-separated values with a header. Several labels of one image share a cell."""
     with file.open("w", newline="", encoding="utf-8") as text:
         writer = csv.DictWriter(text, list(columns))
         writer.writeheader()
@@ -72,18 +72,18 @@ def write_csv(rows: Iterable[Row], columns: Columns, file: Path) -> None:
 
 
 def in_one_cell(value: Any) -> Any:
-    """A list as text."""
+    """Return a list as text, and other values unchanged."""
     return LABEL_SEPARATOR.join(map(str, value)) if isinstance(value, list) else value
 
 
 def write_json_lines(rows: Iterable[Row], columns: Columns, file: Path) -> None:
-    """An object per line."""
+    """Write one JSON object per line."""
     with file.open("w", encoding="utf-8") as text:
         text.writelines(f"{as_json(row)}\n" for row in rows)
 
 
 def write_json(rows: Iterable[Row], columns: Columns, file: Path) -> None:
-    """A list of objects, one per line."""
+    """Write a JSON list of objects, one per line."""
     with file.open("w", encoding="utf-8") as text:
         text.write("[")
         write_separated(rows, text)
@@ -91,19 +91,19 @@ def write_json(rows: Iterable[Row], columns: Columns, file: Path) -> None:
 
 
 def write_separated(rows: Iterable[Row], text: TextIO) -> None:
-    """Objects with commas between them."""
+    """Write JSON objects separated by commas."""
     for place, row in enumerate(rows):
         text.write(",\n" if place else "\n")
         text.write(as_json(row))
 
 
 def as_json(row: Row) -> str:
-    """One row; what it does not have is null."""
+    """Return one row as JSON. Missing values are null."""
     return json.dumps(row, ensure_ascii=False, allow_nan=False, default=np.ndarray.tolist)
 
 
 def write_parquet(rows: Iterable[Row], columns: Columns, file: Path) -> None:
-    """Apache Parquet. Its metadata says under `failed` how many images have an error."""
+    """Write Apache Parquet. The metadata key `failed` is the number of images with an error."""
     schema = pa.schema(list(columns.items()))
     rows = iter(rows)
     failed = 0
@@ -126,7 +126,7 @@ WRITERS: dict[str, Callable[[Iterable[Row], Columns, Path], None]] = {
 
 
 def show_table(rows: Iterable[Row], columns: Columns) -> None:
-    """Print a table of all columns but the number; without `error` where there is none."""
+    """Print a table of all columns except `index`; without `error` if there are no errors."""
     rows = list(rows)
     shown = [name for name in columns if name != "index"]
     if all(row["error"] is None for row in rows):
@@ -139,12 +139,12 @@ def show_table(rows: Iterable[Row], columns: Columns) -> None:
         table.add_row(*(Text(as_text(row[name])) for name in shown))
     console = Console(highlight=False)
     if not console.is_terminal:
-        console.width = WIDE  # lines stay whole for the program that reads them
+        console.width = WIDE  # no line breaks within rows, for programs that read the table
     console.print(table)
 
 
 def as_text(value: Any) -> str:
-    """One cell of the table."""
+    """Return the text of one table cell."""
     if isinstance(value, list):
         return ", ".join(map(as_text, value))
     if isinstance(value, float):
@@ -156,7 +156,7 @@ SECONDS_BETWEEN_LINES = 10.0
 
 
 class Progress:
-    """Counts rows as they pass; use it as a context manager around what consumes them."""
+    """Count rows and show progress. Use it as a context manager around the code that consumes the rows."""
 
     def __init__(self, total: int | None, is_shown: bool) -> None:
         self.num_images = 0
@@ -186,7 +186,7 @@ class Progress:
             self.say()
 
     def counted(self, rows: Iterable[Row]) -> Iterator[Row]:
-        """The same rows."""
+        """Yield the same rows and count them."""
         for row in rows:
             self.num_images += 1
             self.num_failed += row["error"] is not None
@@ -196,7 +196,7 @@ class Progress:
             yield row
 
     def say(self) -> None:
-        """One line."""
+        """Print a progress line."""
         self.last_line = time.perf_counter()
         speed = self.num_images / (self.last_line - self.started)
         total = "" if self.total is None else f" of {self.total:,}"
@@ -210,31 +210,31 @@ FORMAT = 1
 
 @dataclass
 class ShardFolder:
-    """The folder, and how many images each of its files holds."""
+    """An output folder, and the number of images in each of its shards."""
 
     path: Path
     size: int
 
     def file(self, number: int) -> Path:
-        """Where a shard is, or will be."""
+        """Return the path of a shard."""
         return self.path / f"shard-{number:06}.parquet"
 
     def done(self) -> set[int]:
-        """The numbers of the shards that are there."""
+        """Return the numbers of the existing shards."""
         return {int(file.stem.removeprefix("shard-")) for file in self.path.glob("shard-*.parquet")}
 
     def begin(self, contents: dict[str, Any]) -> int | None:
-        """Create the folder, or check that it was begun with the same contents; only for the main process.
+        """Create the folder, or check that its manifest has the same contents. Call it only on the main process.
 
         Returns:
-            How many images the input has, if an earlier start has come to know.
+            Number of images of the input, if an earlier start recorded it.
 
         Raises:
-            ValueError: if it holds something else.
+            ValueError: if the folder has other contents.
         """
         self.path.mkdir(parents=True, exist_ok=True)
         for unfinished in self.path.glob(".*.unfinished"):
-            unfinished.unlink()  # of a start that was killed
+            unfinished.unlink()  # left by a process that was killed
         contents = {"format": FORMAT, "shard_size": self.size, **contents}
         manifest = self.manifest()
         if manifest is None:
@@ -248,28 +248,28 @@ class ShardFolder:
         return num_images
 
     def manifest(self) -> dict[str, Any] | None:
-        """What the folder says that it holds."""
+        """Return the manifest of the folder; None if there is none."""
         file = self.path / MANIFEST
         return json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
 
     def write_manifest(self, manifest: dict[str, Any]) -> None:
-        """Say what it holds."""
+        """Write the manifest of the folder."""
         with written_whole(self.path / MANIFEST) as unfinished:
             unfinished.write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
 
     def set_num_images(self, num_images: int) -> None:
-        """Note the length of the input, so that the next start need not look for its end."""
+        """Record the number of images in the manifest, so that the next start does not have to count them."""
         self.write_manifest({**(self.manifest() or {}), "num_images": num_images})
 
     def is_complete(self, num_images: int) -> bool:
-        """Whether all shards are there."""
+        """Return whether all shards exist."""
         return self.done().issuperset(range(math.ceil(num_images / self.size)))
 
     def counts(self, num_images: int) -> tuple[int, int]:
-        """Rows, and rows with an error, of all shards.
+        """Return the number of rows, and of rows with an error, in all shards.
 
         Raises:
-            ValueError: for a file that is damaged or has another number of rows.
+            ValueError: if a file is damaged or has a different number of rows.
         """
         rows = failed = 0
         for number, indices in enumerate(shard_ranges(num_images, self.size)):
@@ -288,7 +288,7 @@ class ShardFolder:
 
 
 def shard_ranges(num_images: int | None, size: int) -> Iterator[range]:
-    """The images of each shard; without end for an input whose length is not known."""
+    """Yield the image indices of each shard, endlessly if `num_images` is None."""
     numbers = count() if num_images is None else range(math.ceil(num_images / size))
     for number in numbers:
         end = (number + 1) * size
@@ -296,12 +296,12 @@ def shard_ranges(num_images: int | None, size: int) -> Iterator[range]:
 
 
 def share(ranges: Iterator[range], process: int, num_processes: int) -> Iterator[range]:
-    """The ranges that one process has to do, when they are dealt out in turn."""
+    """Return the ranges of one process. Ranges are assigned to the processes in turn."""
     return islice(ranges, process, None, num_processes)
 
 
 def first_difference(before: dict[str, Any], now: dict[str, Any]) -> str | None:
-    """What differs, in words; most names are flags."""
+    """Return a text with the first difference between two manifests, whose keys are mostly flags; None if equal."""
     for name in {**before, **now}:
         if before.get(name) != now.get(name):
             if name in ("format", "input", "model"):

@@ -1,16 +1,14 @@
 """Prediction from options to rows: labels, or features, of any number of images.
 
-    images -> records -> pixels -> answers -> rows -> table, file, or folder of Parquet files
+    images -> records -> pixels -> predictions -> rows -> table, file, or folder of Parquet files
 
-    inputs.py      where images come from
-    inputs.py    their pixels, on several threads
-    prediction_rows.py     what the model says
-    outputs.py     how it is written
-    outputs.py      a folder that grows over several starts
+    inputs.py            image records and their pixels
+    prediction_rows.py   predictions of the model as rows
+    outputs.py           tables, files and folders of shards
 
-The images are cut into equal pieces by their number alone, a file's into batches and a folder's into shards, and the
-pieces are dealt out to the processes in turn. Batches never cross pieces: so the numbers do not depend, to the bit, on
-how many processes there were, or where a start was killed.
+The images are divided by index into pieces of equal size: batches for a file, shards for a folder. The pieces are
+assigned to the processes in turn, and a batch never spans two pieces. So the output is bit-identical for any number of
+processes, and after a restart.
 """
 
 import hashlib
@@ -38,12 +36,12 @@ from .outputs import WRITERS, Progress, ShardFolder, all_columns, shard_ranges, 
 from .prediction_rows import AnswerColumns, Precision, Row, answer, build_answers
 
 
-SECONDS_BETWEEN_LOOKS = 0.5  # for shards of other processes
+SECONDS_BETWEEN_LOOKS = 0.5  # seconds between checks for shards of other processes
 
 
 @dataclass(frozen=True)
 class Predictor:
-    """Everything between images and rows."""
+    """A model with its image processor and the settings of a prediction."""
 
     model: PreTrainedModel
     processor: ViTCLSImageProcessor
@@ -53,7 +51,7 @@ class Predictor:
     num_workers: int
 
     def rows(self, source: Source, ranges: Iterable[range], piece: int) -> Iterator[Row]:
-        """A row for each image of the ranges, in order; images of different pieces share no batch."""
+        """Yield a row for each image of the ranges, in order. A batch contains images of one piece only."""
         records = source.read(ranges)
         images = prepared_ahead(records, self.processor, self.num_workers, num_ahead=2 * self.batch_size)
         return answer(batches(images, self.batch_size, piece), self.answers, self.model.device, self.precision)
@@ -61,7 +59,7 @@ class Predictor:
 
 @dataclass(frozen=True)
 class Summary:
-    """How many images there were, and for how many there is no answer; 0 of 0 on all but the main process."""
+    """Number of images, and of images without a prediction; both are 0 except on the main process."""
 
     num_images: int
     num_failed: int
@@ -77,19 +75,23 @@ def predict(
     batch_size: int = 32,
     num_workers: int | None = None,
 ) -> list[Row]:
-    """Labels, or features, of pictures, on the model's device; for notebooks and other programs.
+    """Return labels or features of images, computed on the model's device, for notebooks and other programs.
 
     Args:
-        pictures: a path, a URL, or a list of paths, URLs, encoded bytes, PIL images, arrays. Folders stand for all
-            images in them.
-        top_k, threshold, features: as the flags of scripts/predict.py.
+        model: the model.
+        processor: its image processor.
+        pictures: a path, a URL, or a list of paths, URLs, encoded bytes, PIL images and arrays. A folder is replaced
+            by all images in it.
+        top_k, threshold, features: see the flags of scripts/predict.py.
+        batch_size: number of images per forward pass.
+        num_workers: number of threads that prepare images; None for one per core, at most 8.
 
     Returns:
-        A dict for each image: `index`, `image` (its path, or its number), the columns that prediction_rows.py
-        lists, and `error`: None, or why there is no answer.
+        A dict for each image: `index`, `image` (its path or index), the columns listed in prediction_rows.py, and
+        `error`, an error message or None.
 
     Raises:
-        ValueError: if there are no images, or the model cannot give these answers.
+        ValueError: if there are no images, or the model does not support the requested labels or features.
     """
     source = listed_pictures([pictures] if isinstance(pictures, str | Path) else pictures)
     answers = build_answers(model, top_k, threshold, features)
@@ -103,7 +105,7 @@ def predict(
 
 
 def listed_pictures(pictures: Sequence[Any]) -> Listed:
-    """Paths with their folders searched, and pictures in memory, named by their number."""
+    """Return paths, the images in folders, and images in memory, which are named by their index."""
     parts = [
         listed_files([str(picture)]) if isinstance(picture, str | Path) else Listed([str(number)], [picture])
         for number, picture in enumerate(pictures)
@@ -114,10 +116,10 @@ def listed_pictures(pictures: Sequence[Any]) -> Listed:
 
 
 def predict_images(options: PredictOptions) -> Summary:
-    """What scripts/predict.py does: read, predict, and show or write.
+    """Run scripts/predict.py: read images, predict, and print or write the rows.
 
     Raises:
-        ValueError, OSError: in one line, for images, models or outputs that cannot be read, written or do not fit.
+        ValueError, OSError: in one line, if images or models cannot be read or outputs cannot be written.
     """
     accelerator = build_accelerator(mixed_precision=options.mixed_precision)
     with accelerator.main_process_first():  # downloads once
@@ -138,13 +140,13 @@ def predict_images(options: PredictOptions) -> Summary:
 
 
 def default_num_workers() -> int:
-    """One thread per core, shared by the processes of this machine; 8 at most."""
+    """Return the number of threads per process: the cores divided by the local processes, from 1 to 8."""
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     return max(1, min(8, (os.cpu_count() or 1) // processes))
 
 
 def batches(images: Iterator[Prepared], batch_size: int, piece: int) -> Iterator[list[Prepared]]:
-    """Groups of `batch_size` images, or fewer at the end of each piece."""
+    """Yield batches of `batch_size` images, with smaller batches at the end of each piece."""
     for _, group in groupby(images, key=lambda image: image.record.index // piece):
         while batch := list(islice(group, batch_size)):
             yield batch
@@ -156,7 +158,7 @@ def batches(images: Iterator[Prepared], batch_size: int, piece: int) -> Iterator
 def predict_to_file(
     options: PredictOptions, accelerator: Accelerator, source: Source, predictor: Predictor
 ) -> Summary:
-    """Show a table, or write one file; the main process gathers the rows of all."""
+    """Print a table or write one file. The main process gathers the rows of all processes."""
     piece = options.batch_size
     ranges = share(shard_ranges(source.num_images, piece), accelerator.process_index, accelerator.num_processes)
     rows = gathered(predictor.rows(source, ranges, piece), piece, accelerator)
@@ -165,7 +167,7 @@ def predict_to_file(
         rows = progress.counted(rows)
         if not accelerator.is_main_process:
             for _ in rows:
-                pass  # this process's part of the gathering
+                pass  # takes part in gathering
         elif options.output is None:
             table = list(rows)
         else:
@@ -176,7 +178,7 @@ def predict_to_file(
 
 
 def gathered(rows: Iterator[Row], piece: int, accelerator: Accelerator) -> Iterator[Row]:
-    """The rows of all processes in order: in each round, every process contributes the next piece that it has."""
+    """Yield the rows of all processes in order. In each round, every process contributes its next piece."""
     if accelerator.num_processes == 1:
         yield from rows
         return
@@ -192,9 +194,9 @@ def gathered(rows: Iterator[Row], piece: int, accelerator: Accelerator) -> Itera
 def predict_to_folder(
     options: PredictOptions, accelerator: Accelerator, source: Source, predictor: Predictor
 ) -> Summary:
-    """Write the shards that are missing, each process its own; the main process waits for the others' in the end.
+    """Write the missing shards, divided among the processes. The main process waits for all shards.
 
-    It looks for their files, because a collective operation would run into a time limit where one is slow.
+    It polls for the files, because a collective operation would time out if a process is slow.
     """
     assert options.output is not None
     folder = ShardFolder(options.output, options.shard_size)
@@ -214,7 +216,7 @@ def predict_to_folder(
             write_rows(shard, columns, folder.file(number))
         if not accelerator.is_main_process:
             return Summary(0, 0)
-        if num_images is None:  # a stream, of which the end has now been seen
+        if num_images is None:  # the end of the stream has now been reached
             num_images = source.num_images or 0
             folder.set_num_images(num_images)
         while not folder.is_complete(num_images):
@@ -225,9 +227,9 @@ def predict_to_folder(
 def begin(
     folder: ShardFolder, options: PredictOptions, accelerator: Accelerator, source: Source, predictor: Predictor
 ) -> tuple[int | None, set[int]]:
-    """Create or check the folder: how many images there are, if that is known, and which shards are done.
+    """Create or check the output folder. Return the number of images, None if unknown, and the completed shards.
 
-    The main process looks, and all go by what it finds.
+    The main process reads the folder and broadcasts the result.
     """
     found: list[Any] = [None, None, None]
     if accelerator.is_main_process:
@@ -256,7 +258,7 @@ def begin(
 
 
 def fingerprint(model: PreTrainedModel, processor: ViTCLSImageProcessor) -> str:
-    """A digest of weights, labels and preprocessing: another one means other answers."""
+    """Return a digest of weights, labels and preprocessing. Predictions may differ if the digest differs."""
     settings = [model.config.id2label, model.config.tasks, processor.to_dict()]
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
     for name, weights in sorted(model.state_dict().items()):

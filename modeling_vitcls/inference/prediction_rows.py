@@ -1,4 +1,4 @@
-"""From pixels to rows: what a model says about images, as named columns.
+"""Predictions of a model as rows with named columns.
 
 model                       columns
 one label per image         label, probability, label_2, probability_2, ... up to --top-k
@@ -25,28 +25,28 @@ from .inputs import Prepared
 
 
 Row = dict[str, Any]
-Precision = Callable[[], AbstractContextManager]  # gives what is entered for each forward pass
+Precision = Callable[[], AbstractContextManager]  # returns the context manager of each forward pass
 
 
 class AnswerColumns(Protocol):
-    """What is asked of a model, and how its output becomes columns."""
+    """The requested outputs of a model, and their conversion to columns."""
 
     @property
     def columns(self) -> dict[str, pa.DataType]:
-        """Names and types."""
+        """Names and types of the columns."""
 
     def values(self, pixel_values: torch.Tensor) -> dict[str, torch.Tensor]:
-        """What the model computes for images [B, C, H, W], by name, [B, ...] each, `float32`."""
+        """Return the model outputs for images [B, C, H, W] by name, [B, ...] `float32` each."""
 
     def rows(self, values: dict[str, torch.Tensor]) -> list[Row]:
-        """These columns for each image."""
+        """Return the columns of each image."""
 
 
 def build_answers(model: PreTrainedModel, top_k: int | None, threshold: float, features: str | None) -> AnswerColumns:
-    """The answers that this model gives.
+    """Build the output columns of a model.
 
     Raises:
-        ValueError: for a model that cannot give them.
+        ValueError: if the model does not support the requested labels or features.
     """
     config: Any = model.config
     if features is not None:
@@ -64,7 +64,7 @@ def build_answers(model: PreTrainedModel, top_k: int | None, threshold: float, f
 def answer(
     batches: Iterator[list[Prepared]], answers: AnswerColumns, device: torch.device, precision: Precision
 ) -> Iterator[Row]:
-    """A row for each image, in order."""
+    """Yield a row for each image, in order."""
     nothing = dict.fromkeys(answers.columns)
     for batch in batches:
         answered: dict[int, Row] = {}
@@ -84,7 +84,7 @@ def answer(
 
 
 def by_shape(pixels: Mapping[int, torch.Tensor]) -> list[dict[int, torch.Tensor]]:
-    """Images [C, H, W] by their number, in groups of one shape: an image processor may keep their proportions."""
+    """Group images [C, H, W] by shape, because an image processor may keep the aspect ratio."""
     groups: dict[torch.Size, dict[int, torch.Tensor]] = {}
     for number, image in pixels.items():
         groups.setdefault(image.shape, {})[number] = image
@@ -92,7 +92,7 @@ def by_shape(pixels: Mapping[int, torch.Tensor]) -> list[dict[int, torch.Tensor]
 
 
 def answers_to(pixel_values: torch.Tensor, answers: AnswerColumns, precision: Precision) -> list[Row]:
-    """A row for each of the images [B, C, H, W], or an error where the model refuses them or overflows."""
+    """Return a row for each image [B, C, H, W], with an error if the model raises one or its output overflows."""
     try:
         with torch.inference_mode(), precision():
             values = answers.values(pixel_values)
@@ -108,17 +108,23 @@ def answers_to(pixel_values: torch.Tensor, answers: AnswerColumns, precision: Pr
 
 
 Label = tuple[str, float]  # name and probability
-THRESHOLD = 0.5  # probability from which on one of several labels counts, unless another is asked for
+THRESHOLD = 0.5  # default minimum probability of a predicted label in multi-label classification
 
 
 def most_probable(logits: torch.Tensor, names: list[str], count: int) -> list[list[Label]]:
-    """Of labels of which one holds, the first ones for each image: logits [B, labels]."""
+    """Return the `count` most probable labels of each image from single-label logits [B, labels]."""
     top = logits.float().softmax(dim=1).topk(min(count, len(names)), dim=1)  # [B, count] twice
     return named(top.indices, top.values, names)
 
 
 def all_probable(logits: torch.Tensor, names: list[str], threshold: float = THRESHOLD) -> list[list[Label]]:
-    """Of labels that hold or not by themselves, those from `threshold` on for each image, the most probable first."""
+    """Return the labels of each image with a probability of at least `threshold`, the most probable first.
+
+    Args:
+        logits: multi-label logits [B, labels].
+        names: the label names.
+        threshold: minimum probability.
+    """
     ordered = logits.float().sigmoid().sort(dim=1, descending=True, stable=True)  # [B, labels] twice
     return [
         [(name, probability) for name, probability in image if probability >= threshold]
@@ -127,7 +133,7 @@ def all_probable(logits: torch.Tensor, names: list[str], threshold: float = THRE
 
 
 def named(indices: torch.Tensor, probabilities: torch.Tensor, names: list[str]) -> list[list[Label]]:
-    """The labels of each image: both [B, count]."""
+    """Return the labels of each image from indices and probabilities, [B, count] each."""
     return [
         [(names[index], probability) for index, probability in zip(*image, strict=True)]
         for image in zip(indices.tolist(), probabilities.tolist(), strict=True)
@@ -148,11 +154,11 @@ class TopLabels:
             self.columns |= {label: pa.string(), probability: pa.float32()}
 
     def rows(self, logits: torch.Tensor) -> list[Row]:
-        """Logits [B, labels] -> columns for each image."""
+        """Return the columns of each image from logits [B, labels]."""
         return [self.row(labels) for labels in most_probable(logits, self.names, self.count)]
 
     def row(self, labels: list[Label]) -> Row:
-        """The columns of one image."""
+        """Return the columns of one image."""
         row: Row = {}
         for (label_column, probability_column), (label, probability) in zip(self.pairs, labels, strict=True):
             row |= {label_column: label, probability_column: probability}
@@ -161,7 +167,7 @@ class TopLabels:
 
 @dataclass
 class OneLabel:
-    """Of a classifier with one label per image."""
+    """Output columns of a single-label classifier."""
 
     model: PreTrainedModel
     labels: TopLabels
@@ -176,34 +182,34 @@ class OneLabel:
         return {"logits": self.model(pixel_values).logits.float()}
 
     def rows(self, values: dict[str, torch.Tensor]) -> list[Row]:
-        """The most probable labels."""
+        """Return the most probable labels."""
         return self.labels.rows(values["logits"])
 
 
 @dataclass
 class TaskLabels:
-    """Of a classifier with several tasks."""
+    """Output columns of a multi-task classifier."""
 
     model: PreTrainedModel
     tasks: dict[str, TopLabels]
 
     @property
     def columns(self) -> dict[str, pa.DataType]:
-        """Those of each task."""
+        """The columns of all tasks."""
         return {name: kind for labels in self.tasks.values() for name, kind in labels.columns.items()}
 
     def values(self, pixel_values: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Logits [B, labels] of each task."""
+        """Return the logits [B, labels] of each task."""
         return {name: logits.float() for name, logits in self.model(pixel_values).logits.items()}
 
     def rows(self, values: dict[str, torch.Tensor]) -> list[Row]:
-        """The most probable labels of each task."""
+        """Return the most probable labels of each task."""
         by_task = [labels.rows(values[name]) for name, labels in self.tasks.items()]
         return [{name: value for row in rows for name, value in row.items()} for rows in zip(*by_task, strict=True)]
 
 
 class SeveralLabels:
-    """Of a classifier with any number of labels per image: those from `threshold` on, at most `top_k` of them."""
+    """Output columns of a multi-label classifier: up to `top_k` labels with probabilities of at least `threshold`."""
 
     def __init__(self, model: PreTrainedModel, names: list[str], top_k: int | None, threshold: float) -> None:
         self.columns = {"labels": pa.list_(pa.string()), "probabilities": pa.list_(pa.float32())}
@@ -217,7 +223,7 @@ class SeveralLabels:
         return {"logits": self.model(pixel_values).logits.float()}
 
     def rows(self, values: dict[str, torch.Tensor]) -> list[Row]:
-        """The labels that are probable enough, the most probable first."""
+        """Return the predicted labels, the most probable first."""
         rows = []
         for labels in all_probable(values["logits"], self.names, self.threshold):
             chosen = labels[: self.top_k]
@@ -240,7 +246,7 @@ class TokenFeatures:
         self.columns = {"features": one if self.count == 1 else pa.list_(one)}
 
     def values(self, pixel_values: torch.Tensor) -> dict[str, torch.Tensor]:
-        """[B, D], or [B, n, D] of several tokens."""
+        """Return features [B, D], or [B, n, D] if there are several tokens."""
         tokens = self.encoder(pixel_values).tokens
         if self.kind == "mean":
             return {"features": tokens["patches"].mean(dim=1).float()}
@@ -248,16 +254,16 @@ class TokenFeatures:
         return {"features": chosen[:, 0] if self.count == 1 else chosen}
 
     def rows(self, values: dict[str, torch.Tensor]) -> list[Row]:
-        """One array, or a list of one per token, for each image."""
+        """Return one array per image, or a list with one array per token."""
         features = values["features"].cpu().numpy()
         return [{"features": image if self.count == 1 else list(image)} for image in features]
 
 
 def number_of_tokens(config: ViTCLSConfig, group: str) -> int:
-    """Tokens in a group of special tokens.
+    """Return the number of tokens in a group of special tokens.
 
     Raises:
-        ValueError: if there are none.
+        ValueError: if the group has no tokens.
     """
     counts = dict(zip(("cls", "distillation", "registers"), config.token_counts, strict=True))
     if not counts[group]:

@@ -1,5 +1,6 @@
-"""How well a model fills in the hidden patches of held-out pictures: each picture once, always with the same patches
-hidden, whatever the batch size and the number of processes.
+"""Evaluation of masked image modeling on held-out images.
+
+Each image is evaluated once. Its mask does not depend on the batch size or the number of processes.
 """
 
 from collections.abc import Callable, Sequence
@@ -20,7 +21,7 @@ from .metrics import mean_of_pictures, number, number_of_pictures
 
 
 class ReconstructionEvaluator(Evaluator):
-    """Evaluates a masked autoencoder. In place of a label, a picture has its own number, which says what is hidden."""
+    """Evaluate a masked autoencoder. The label of an image is its index, which determines its mask."""
 
     def __init__(
         self,
@@ -35,7 +36,7 @@ class ReconstructionEvaluator(Evaluator):
         warn: Callable[[str], None],
         num_channels: int | None = None,
     ) -> None:
-        """As `Evaluator`; `mask_seed` chooses which patches are hidden."""
+        """See `Evaluator` for the arguments. `mask_seed` is the seed of the masks."""
         numbered = LabelledPictures(pictures, range(len(pictures)))
         super().__init__(
             numbered,
@@ -52,30 +53,29 @@ class ReconstructionEvaluator(Evaluator):
         self.mask_seed = mask_seed
 
     def build_metrics(self) -> "ReconstructionMetrics":
-        """The reconstruction loss."""
+        """Build the reconstruction metrics."""
         return ReconstructionMetrics(self.accelerator.device)
 
     def outputs(self, model: nn.Module, batch: HeldOutBatch) -> Any:
-        """The model's outputs for a whole batch; of the blank images that fill it up nothing is hidden, so that they
-        have no part in the loss."""
+        """Return the model outputs for a padded batch. Blank images have no masked patches and no loss."""
         pixel_values = self.filled_up(model, batch.pixel_values)  # [B, C, H, W]
         rows, columns = self.choose_masks.grid
         masks = torch.zeros(len(pixel_values), rows * columns, dtype=torch.bool)
-        for row, picture in enumerate(batch.labels.tolist()):
-            masks[row] = self.mask_of(picture)
+        for row, index in enumerate(batch.labels.tolist()):
+            masks[row] = self.mask_of(index)
         with self.accelerator.autocast():
             return model(pixel_values=pixel_values, bool_masked_pos=masks.to(pixel_values.device))
 
-    def mask_of(self, picture: int) -> torch.Tensor:
-        """What is hidden of one picture, [rows * columns]."""
-        generator = torch.Generator().manual_seed(seed_for(self.mask_seed, picture))
+    def mask_of(self, index: int) -> torch.Tensor:
+        """Return the mask of one image, [rows * columns], True for masked patches."""
+        generator = torch.Generator().manual_seed(seed_for(self.mask_seed, index))
         return self.choose_masks(1, torch.device("cpu"), generator)[0]
 
 
 class ReconstructionMetrics:
-    """Of a masked autoencoder, as metrics.py has them for classifiers.
+    """Metrics of a masked autoencoder, with the interface of the classes in metrics.py.
 
-    reconstruction_loss     the training loss, mean over the pictures
+    reconstruction_loss     the training loss, mean over the images
     num_images
     """
 
@@ -84,10 +84,10 @@ class ReconstructionMetrics:
         self.num_images = number_of_pictures(device)
 
     def update(self, outputs: Any, pictures: torch.Tensor) -> None:
-        """Take the mean loss of a batch, and the numbers [G] of its pictures."""
-        self.loss.update(outputs.loss.expand(len(pictures)))  # torchmetrics leaves weights out where NaN may show
+        """Add the mean loss of a batch of G images; `pictures` are their indices [G]."""
+        self.loss.update(outputs.loss.expand(len(pictures)))  # torchmetrics ignores weights if NaN is allowed
         self.num_images.update(len(pictures))
 
     def compute(self) -> dict[str, Any]:
-        """The numbers, over all processes."""
+        """Return the metrics over all processes."""
         return {"reconstruction_loss": number(self.loss.compute()), "num_images": int(self.num_images.compute())}

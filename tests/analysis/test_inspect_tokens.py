@@ -183,8 +183,8 @@ def test_what_cannot_be_used(
     flags = ["--model", model, str(tmp_path / "missing.png"), "--output", str(tmp_path / "report.html")]
     assert run_here(monkeypatch, *flags) == 1
     error = capsys.readouterr().err
-    assert error.startswith("error: there is no image") and error.count("\n") == 1
-    with raises_one_line("no folder", error=OSError):
+    assert error.startswith("error: Image ") and "does not exist" in error and error.count("\n") == 1
+    with raises_one_line("not a folder", error=OSError):
         inspect_tokens(options(str(tmp_path / "no" / "such" / "model"), tmp_path, pictures))
     with raises_one_line("preset"):
         inspect_tokens(options("vitcls-tiny", tmp_path, pictures))

@@ -267,7 +267,7 @@ def test_values_under_the_pointer(browser: Browser, faulty: Any) -> None:
         expect(tip).to_contain_text("CLS, layer 3, head 2")
         assert tip.inner_text().splitlines() == ["CLS, layer 3, head 2", said(maps[1, 2, 2])]
         canvas.hover(position={"x": 2, "y": at["y"]})
-        expect(tip).to_contain_text("does not see")
+        expect(tip).to_contain_text("outside the visible region")
         page.mouse.move(5, 5)
         expect(tip).to_be_hidden()
 
@@ -316,7 +316,7 @@ def test_keyboard(browser: Browser, faulty: Any) -> None:
         page.keyboard.press("Enter")
         title = page.locator("#enlarged-title")
         expect(title).to_have_text(f"register 1, layer 2, mean of the heads · {NAMES[0]}")
-        expect(page.locator("#enlarged-value")).to_contain_text("To one patch at most")
+        expect(page.locator("#enlarged-value")).to_contain_text("Maximum per patch")
         for key in ("ArrowRight", "ArrowRight", "ArrowRight", "ArrowUp"):  # the last one has nowhere to go
             page.keyboard.press(key)
         expect(title).to_have_text(f"CLS, rollout through all layers · {NAMES[0]}")
@@ -413,7 +413,10 @@ def test_a_token_that_sees_a_part_has_its_own_baseline(browser: Browser, tmp_pat
         page.keyboard.press("ArrowRight")
         expect(page.locator("#tip")).to_contain_text("layer 1")
         told = page.locator("#tip").inner_text().splitlines()
-        assert told[-2:] == [f"uniform: {number(alike[0])}", f"uniform, of what {second} sees: {number(alike[1])}"]
+        assert told[-2:] == [
+            f"uniform: {number(alike[0])}",
+            f"uniform over the region of {second}: {number(alike[1])}",
+        ]
 
 
 def number(value: Any) -> str:
@@ -647,7 +650,7 @@ def test_a_page_from_what_was_found(tmp_path: Path, faulty: Any) -> None:
     """Without measuring again: the same, but for the time it was made."""
     file, _, found = faulty
     write_page(tmp_path / "again.html", found, source="a test")
-    texts = [re.sub(r"<dt>made</dt>.*", "", one.read_text()) for one in (file, tmp_path / "again.html")]
+    texts = [re.sub(r"<dt>created</dt>.*", "", one.read_text()) for one in (file, tmp_path / "again.html")]
     assert texts[0] == texts[1]
 
 
@@ -702,7 +705,7 @@ def test_errors_are_one_line(tmp_path: Path) -> None:
     warnings: list[str] = []
     with raises_one_line("None of the 1", "1 channel"):
         write_report(file, classifier(), grey, [pictures()[0].convert("L")], on_warning=warnings.append)
-    assert len(warnings) == 1 and "left out an image" in warnings[0]
+    assert len(warnings) == 1 and "skipped an image" in warnings[0]
     damaged = classifier()
     with torch.no_grad():
         damaged.vitcls.embeddings.register_tokens.fill_(float("nan"))

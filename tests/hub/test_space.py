@@ -308,7 +308,7 @@ def asked(at: str, file: dict[str, Any]) -> Any:
     with urlopen(f"{at}/config", timeout=60) as answer:
         events = {event["api_name"]: event["id"] for event in json.load(answer)["dependencies"]}
     session = uuid.uuid4().hex
-    event = {"data": [file], "fn_index": events["ask"], "session_hash": session}
+    event = {"data": [file], "fn_index": events["predict"], "session_hash": session}
     request = Request(f"{at}/gradio_api/queue/join", json.dumps(event).encode(), {"Content-Type": "application/json"})
     with urlopen(request, timeout=60):
         pass
@@ -501,7 +501,7 @@ def test_models_that_cannot_be_shown_are_refused_in_one_line(tmp_path: Path) -> 
         DemoModel.load(str(deep))
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "config.json").write_text('{"model_type": "vit"}')
-    with raises_one_line("model of type 'vit'", "scripts/convert.py"):
+    with raises_one_line("model type 'vit'", "scripts/convert.py"):
         DemoModel.load(str(tmp_path / "other"))
     with raises_one_line("there is no folder", error=OSError):
         DemoModel.load(str(tmp_path / "nowhere"))
@@ -521,7 +521,7 @@ def test_a_port_that_is_taken_is_named(
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
         assert run_script("demo_app.py", ["--model", str(classifier), "--port", port], monkeypatch) == 1
-    assert capsys.readouterr().err.endswith(f"error: cannot listen at port {port}: give another --port that is free\n")
+    assert capsys.readouterr().err.endswith(f"error: Cannot listen on port {port}. Set --port to a free port.\n")
 
 
 def run_script(name: str, flags: list[str], monkeypatch: pytest.MonkeyPatch) -> int:
