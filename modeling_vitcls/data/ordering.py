@@ -15,9 +15,8 @@ import torch
 from .random_bits import random_bits, seed_for
 
 
-Epoch = tuple[
-    np.ndarray, np.ndarray
-]  # for each position: number of earlier uses, index of the image; [images] `int64`
+# For each position: number of earlier uses, and index of the image; [images] int64 each.
+Epoch = tuple[np.ndarray, np.ndarray]
 
 
 class Order:
