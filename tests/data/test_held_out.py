@@ -261,7 +261,7 @@ def test_the_record_is_published_and_inspection_uses_it(tmp_path: Path) -> None:
     options = InspectOptions(str(tmp_path / "run"), dataset=str(folder))
     images = open_images(options, model, read_record(tmp_path / "run"))
     expected = load_evaluation_data(DataOptions(str(folder), split_seed=7), "test").pictures
-    assert images.pictures.names() == expected.pictures.names()
+    assert images.images.names() == expected.pictures.names()
 
 
 def test_damaged_records_are_named(tmp_path: Path) -> None:

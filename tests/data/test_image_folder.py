@@ -217,7 +217,7 @@ def test_metadata_files_name_the_labels(tmp_path: Path) -> None:
 def test_faulty_metadata_is_named(tmp_path: Path) -> None:
     write_class(tmp_path, "images", 2)
     for text, words in (
-        ("path,label\nimages/0.png,a\n", "it needs a column `file_name`"),
+        ("path,label\nimages/0.png,a\n", "it requires a column `file_name`"),
         ("file_name,label\n../secret.png,a\n", "'../secret.png' is outside of the folder"),
         ("file_name,label\n/etc/secret.png,a\n", "'/etc/secret.png' is outside of the folder"),
     ):

@@ -8,7 +8,7 @@ from local_hub import LocalHub, point_client_at, running_hub
 from tiny_models import raises_one_line, tiny_config
 
 import modeling_vitcls as vitcls
-from modeling_vitcls.hub.manifest import contents_of, needed_code
+from modeling_vitcls.hub.manifest import collect_model_files, list_required_code
 from modeling_vitcls.hub.publish import push_folder
 
 
@@ -33,15 +33,15 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[LocalHub]:
 
 def test_all_code_is_needed(folder: Path) -> None:
     """Imports are followed: `auto_map` names three of the files."""
-    assert needed_code(folder) == set(CODE)
-    assert set(CODE) <= contents_of(folder).keys()
+    assert list_required_code(folder) == set(CODE)
+    assert set(CODE) <= collect_model_files(folder).keys()
 
 
 @pytest.mark.parametrize("name", CODE)
 def test_a_folder_that_lacks_code_is_refused(name: str, folder: Path) -> None:
     (folder / name).unlink()
     with raises_one_line(f"lacks {name}", "save the model again"):
-        contents_of(folder)
+        collect_model_files(folder)
 
 
 def test_nothing_of_an_incomplete_folder_is_pushed(hub: LocalHub, folder: Path) -> None:
@@ -57,4 +57,4 @@ def test_files_that_import_each_other(folder: Path) -> None:
         (folder / f"{name}_vitcls.py").write_text(f"from .{other}_vitcls import value\n")
     with (folder / "blocks_vitcls.py").open("a") as code:
         code.write("from .first_vitcls import value\n")
-    assert needed_code(folder) == {*CODE, "first_vitcls.py", "second_vitcls.py"}
+    assert list_required_code(folder) == {*CODE, "first_vitcls.py", "second_vitcls.py"}

@@ -90,12 +90,12 @@ def digit(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_demo_answers_without_maps(digit: Path, tmp_path: Path) -> None:
     folder = saved(ViTCLSForImageClassification(tiny_config(**FIELDS)), tmp_path)
     reader = DemoModel.load(str(folder))
-    reading = reader.read(digit)
+    reading = reader.predict(digit)
     model = ViTCLSForImageClassification.from_pretrained(folder)
     with torch.no_grad():
         pixels = ViTCLSImageProcessor.from_pretrained(folder)(Image.open(digit), return_tensors="pt")["pixel_values"]
         expected = dict(enumerate(model(pixels).logits[0].softmax(dim=0).tolist()))
-    answer = reading.answers["Label"]
+    answer = reading.predictions["Label"]
     assert isinstance(answer, dict)
     assert {int(name.removeprefix("LABEL_")): value for name, value in answer.items()} == pytest.approx(expected)
     assert reading.rows.shape == (0, 2, 3, 3 + 16) and reading.maps.shape == (0, 2, 3, 4, 4)

@@ -572,7 +572,7 @@ def test_a_dry_run_checks_push_permissions(
 ) -> None:
     options = tiny_options(tmp_path / "my-model", "digits", push_to_hub=True)
     dry_run(options)
-    assert "ann/my-model may be pushed to" in capsys.readouterr().out
+    assert "pushing to ann/my-model is permitted" in capsys.readouterr().out
     assert not hub.repositories
     point_client_at(hub.url, "hf_read", monkeypatch, tmp_path / "other-home")
     with pytest.raises(ValueError, match="is read-only, so it cannot push to ann/my-model"):
@@ -719,7 +719,7 @@ def test_a_dry_run_does_everything_and_keeps_nothing(tmp_path: Path, capsys: pyt
     dry_run(tiny_options(tmp_path / "out", "digits", max_steps=50, ema_decay=0.9))
     output = capsys.readouterr().out
     assert "3 steps, an evaluation, a checkpoint, saving succeeded" in output
-    assert re.search(r"The run itself has 50 steps and takes about \d+ s$", output.strip())
+    assert re.search(r"The full run has 50 steps and takes about \d+ s$", output.strip())
     assert list(tmp_path.iterdir()) == []
 
 

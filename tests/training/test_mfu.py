@@ -377,7 +377,7 @@ def test_a_run_says_what_it_uses(ran: Ran) -> None:
     assert f"lr {first['learning_rate']:.1e}  {first['images_per_second']:.0f} images/s" in line
     assert f" images/s, {first['utilisation']:.1%} of peak  " in line and line.endswith(" s left")
     card = (ran.folder / "README.md").read_text(encoding="utf-8")
-    assert f"reached {share:.1%} of the speed of large matrix products" in card
+    assert f"The model FLOPs utilization of the training steps was {share:.1%}" in card
 
 
 def test_a_disturbed_measurement_gives_no_number(
