@@ -68,7 +68,7 @@ def test_what_does_not_fit_is_refused() -> None:
         tiny_config(attention_type="differential", position_embedding_type="rope_2d")
     with raises_one_line("differential", "relative_position_bias"):
         tiny_config(attention_type="differential", relative_position_bias="layer")
-    with raises_one_line("differential", "even head width", "7"):
+    with raises_one_line("differential", "even head size", "7"):
         tiny_config(attention_type="differential", attention_head_size=7)
     with raises_one_line("attention_pool_heads=3", "hidden_size=16"):
         tiny_config(attention_head_size=4, num_attention_heads=3, pooling="attention")

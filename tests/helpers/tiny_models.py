@@ -17,6 +17,7 @@ from modeling_vitcls import (
     ViTCLSForMultiTaskClassification,
     ViTCLSModel,
 )
+from modeling_vitcls.modeling_vitcls import has_user_hooks
 
 
 SIZES: dict[str, Any] = {
@@ -118,10 +119,10 @@ def record_outputs(module: torch.nn.Module) -> list[Any]:
 
 
 def assert_no_recording(*models: torch.nn.Module) -> None:
-    """Check that no forward hook and no recorder is left in models."""
+    """Check that no hook of ours and no recorder is left in models; transformers leaves its own hooks."""
     for model in models:
         for module in model.modules():
-            assert not module._forward_pre_hooks and not module._forward_hooks
+            assert not has_user_hooks(module)
             assert getattr(module, "recorder", None) is None
 
 

@@ -40,7 +40,7 @@ def test_all_code_is_needed(folder: Path) -> None:
 @pytest.mark.parametrize("name", CODE)
 def test_a_folder_that_lacks_code_is_refused(name: str, folder: Path) -> None:
     (folder / name).unlink()
-    with raises_one_line(f"lacks {name}", "save the model again"):
+    with raises_one_line(f"lacks {name}", "Save the model again"):
         collect_model_files(folder)
 
 

@@ -170,7 +170,7 @@ def test_a_mistyped_folder_is_named_in_one_line(
         "runs/none": [", and the Hub has no such"],
         "runs/my/none": ["not a valid id of a"],
         "runs/gone": [
-            "is not a file or folder and not complete in the cache",
+            "and not complete in the cache",
             f"{DEAD} does not respond",
             "Check the network",
         ],
