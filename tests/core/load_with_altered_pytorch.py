@@ -55,6 +55,7 @@ def import_lazy_modules(folder: Path) -> None:
 
 def report(checkpoint: str, target: Path, alteration: str) -> None:
     """Save the results under an alteration, or the error."""
+    torch.set_num_threads(1)  # replaces the thread pool that a fork lacks, before several threads load weights
     alter(alteration)
     message = get_error(lambda: torch.nn.Linear(4, 3)(torch.ones(2, 4)).sum().backward())
     (target / f"{alteration}.torch_error").write_text(message)
