@@ -1,10 +1,10 @@
 """What a run can be asked for. Each field is a flag (`batch_size` is `--batch-size`) and a key of a recipe file.
 
-Only the standard library is imported here, so that `--help` and a wrong flag answer at once.
+This file imports only the standard library, so that `--help` and errors about flags appear without delay.
 
 What scripts/inspect_tokens.py can be asked for. Each field is a flag, as in options.py.
 
-Only the standard library is imported here, so that `--help` and a wrong flag answer at once.
+This file imports only the standard library, so that `--help` and errors about flags appear without delay.
 """
 
 import dataclasses

@@ -35,8 +35,8 @@ from .version import __version__
 SHARDED = {DistributedType.FSDP: "weights in parts by FSDP", DistributedType.DEEPSPEED: "in parts by DeepSpeed"}
 LIBRARIES = ("torch", "torchvision", "transformers", "accelerate")
 
-# Of mallopt in glibc's <malloc.h>.
-M_TRIM_THRESHOLD = -1  # bytes free at the end of the heap from which on they are given back; -1 for never
+# Parameters of mallopt in glibc's <malloc.h>.
+M_TRIM_THRESHOLD = -1  # free bytes at the end of the heap above which memory is returned to the system; -1 disables it
 M_MMAP_MAX = -4  # blocks that are taken from the system one by one; 0 for none
 
 

@@ -71,7 +71,7 @@ def folder(path: Path) -> tuple[list[Any], list[int]]:
 
 
 def transforms(augmentation: dict[str, Any], size: int) -> v2.Transform:
-    """As `build_augmentation` in data/augmentation.py, for one picture."""
+    """As `build_augmentation` in data/augmentation.py, for one image."""
     steps: list[v2.Transform] = [v2.PILToTensor()]
     if augmentation["crop_scale"] < 1:
         steps.append(v2.RandomResizedCrop((size, size), scale=(augmentation["crop_scale"], 1.0)))

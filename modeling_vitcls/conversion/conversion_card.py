@@ -1,7 +1,7 @@
 """The card of a converted model: what it was made from, how exact it is, under which licence, and how to load it.
 
 The text is in model_cards/conversion.md.j2. The numbers are those of the certificate, which convert.py
-measures; where a source and its licence are named is in hub/provenance.py.
+measures; where a source and its license are named is in hub/provenance.py.
 """
 
 import math

@@ -114,7 +114,7 @@ def settle_differential(weights: Weights, prefix: str, lambda_init: float) -> No
 
 
 def turns_interleaved_channels(model: TimmModule) -> bool:
-    """Whether rotary positions turn neighbouring channels."""
+    """Whether rotary positions rotate neighboring channels."""
     is_rotary = getattr(model, "rope", None) is not None
     return is_rotary and not getattr(model.blocks[0].attn, "rotate_half", False)
 

@@ -84,7 +84,7 @@ class ReconstructionMetrics:
         self.num_images = number_of_pictures(device)
 
     def update(self, outputs: Any, pictures: torch.Tensor) -> None:
-        """Add the mean loss of a batch of G images; `pictures` are their indices [G]."""
+        """Add the mean loss of a batch of G images; `pictures` contains their indices [G]."""
         self.loss.update(outputs.loss.expand(len(pictures)))  # torchmetrics ignores weights if NaN is allowed
         self.num_images.update(len(pictures))
 
