@@ -31,7 +31,7 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 @contextmanager
-def written_whole(file: Path) -> Iterator[Path]:
+def write_atomically(file: Path) -> Iterator[Path]:
     """A hidden file to write, which becomes `file` once it is complete and on disk, or is removed.
 
     Raises:

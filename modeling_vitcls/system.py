@@ -9,7 +9,7 @@ Energy is an estimate: the assumed or known power of the devices times the durat
 Peak throughput is measured with large matrix products on the machine as it is, with its number of threads, its clock
 and whatever else runs on it:
 
-    gemm_peak(torch.device("cuda"), torch.bfloat16)      # FLOP/s, a multiply-add counts as two
+    measure_gemm_peak(torch.device("cuda"), torch.bfloat16)      # FLOP/s, a multiply-add counts as two
 """
 
 import ctypes
@@ -40,7 +40,7 @@ M_TRIM_THRESHOLD = -1  # free bytes at the end of the heap above which memory is
 M_MMAP_MAX = -4  # blocks that are taken from the system one by one; 0 for none
 
 
-def keep_memory() -> None:
+def keep_freed_memory() -> None:
     """Let this process keep what its tensors free, and PyTorch ask for large pages if it has no tensors yet.
 
     What the user has set by variables of the environment stays, and so does another C library as it is.
@@ -58,7 +58,7 @@ JOULES_PER_KILOWATT_HOUR = 3.6e6
 NVIDIA_SMI_SECONDS = 10.0  # to answer
 
 
-def energy_estimate(seconds: float, num_processes: int, device: torch.device) -> dict[str, Any] | None:
+def estimate_energy(seconds: float, num_processes: int, device: torch.device) -> dict[str, Any] | None:
     """Kilowatt-hours of all processes, and what that number rests on; None where nothing is known of the device.
 
     Args:
@@ -70,7 +70,7 @@ def energy_estimate(seconds: float, num_processes: int, device: torch.device) ->
         "kilowatt_hours", "watts_per_process", and "assumption" in words, without which no number should be shown.
     """
     if device.type == "cuda":
-        watts, assumption = power_limit(device), "each GPU drew the power limit of its board"
+        watts, assumption = get_power_limit(device), "each GPU drew the power limit of its board"
     elif device.type == "cpu":
         threads = torch.get_num_threads()
         watts = threads * WATTS_PER_CPU_THREAD
@@ -86,7 +86,7 @@ def energy_estimate(seconds: float, num_processes: int, device: torch.device) ->
     }
 
 
-def power_limit(device: torch.device) -> float | None:
+def get_power_limit(device: torch.device) -> float | None:
     """Watts that a GPU may draw, as `nvidia-smi` says; None where it is not there or does not say."""
     board = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
     command = ["nvidia-smi", f"--id={board}", "--query-gpu=power.limit", "--format=csv,noheader,nounits"]
@@ -106,7 +106,7 @@ DEFAULT_MATRIX_SIDE = 4096
 
 
 @torch.no_grad()
-def gemm_peak(device: torch.device | str, dtype: torch.dtype) -> float:
+def measure_gemm_peak(device: torch.device | str, dtype: torch.dtype) -> float:
     """Return the FLOP/s of large matrix products: the fastest of many repetitions, in the fastest implementation.
 
     The measurement takes about half a second. On CPUs oneDNN is tried in addition to PyTorch's own choice, which may
@@ -120,30 +120,30 @@ def gemm_peak(device: torch.device | str, dtype: torch.dtype) -> float:
     if device.type == "cpu" and torch.backends.mkldnn.is_available() and dtype in (torch.float32, torch.bfloat16):
         packed_first, packed_second = first.to_mkldnn(), second.to_mkldnn()
         ways.append(lambda: nn.functional.linear(packed_first, packed_second))
-    return 2 * side**3 / min(fewest_seconds(multiply, device) for multiply in ways)
+    return 2 * side**3 / min(measure_fastest_call(multiply, device) for multiply in ways)
 
 
-def fewest_seconds(work: Callable[[], torch.Tensor], device: torch.device) -> float:
+def measure_fastest_call(work: Callable[[], torch.Tensor], device: torch.device) -> float:
     """Return the seconds of the fastest call, after a first call that does not count."""
     work()
     turns: list[float] = []
-    wait_for(device)
+    synchronize(device)
     started = time.perf_counter()
     while len(turns) < MIN_GEMM_TURNS or time.perf_counter() - started < GEMM_SECONDS:
         before = time.perf_counter()
         work()
-        wait_for(device)
+        synchronize(device)
         turns.append(time.perf_counter() - before)
     return min(turns)
 
 
-def wait_for(device: torch.device) -> None:
+def synchronize(device: torch.device) -> None:
     """Until everything that was asked of it is done."""
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
 
 
-def peak_memory(device: torch.device) -> int:
+def get_peak_memory(device: torch.device) -> int:
     """The most memory used so far, in bytes: of this device, or of this process on the CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
@@ -151,20 +151,20 @@ def peak_memory(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def forget_peak_memory(device: torch.device) -> None:
-    """Let `peak_memory` begin anew, with what is in use now. A process on the CPU cannot: its peak is for ever."""
+def reset_peak_memory(device: torch.device) -> None:
+    """Let `get_peak_memory` begin anew, with what is in use now. A process on the CPU cannot: its peak is for ever."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
 
 
-def device_name(accelerator: Accelerator) -> str:
+def describe_device(accelerator: Accelerator) -> str:
     """The device as a person would call it, and what divides the model among the processes, if anything does."""
-    name = name_of_device(accelerator.device) + (" per process" if accelerator.device.type == "cpu" else "")
+    name = format_device_name(accelerator.device) + (" per process" if accelerator.device.type == "cpu" else "")
     return ", ".join(filter(None, [name, SHARDED.get(accelerator.distributed_type)]))
 
 
-def name_of_device(device: torch.device) -> str:
+def format_device_name(device: torch.device) -> str:
     """A device as a person would call it."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
@@ -180,7 +180,7 @@ def get_versions(*libraries: str) -> dict[str, str]:
     return versions | {"torch": str(torch.__version__)}  # with its build, such as +cu132
 
 
-def processor_name() -> str:
+def get_processor_name() -> str:
     """As Linux has it; elsewhere what Python knows."""
     information = Path("/proc/cpuinfo")
     if information.is_file():

@@ -7,7 +7,7 @@ from importlib.metadata import PackageNotFoundError, version
 import torch
 
 from .. import cpu_kernels_vitcls as kernels
-from ..system import get_versions, name_of_device, processor_name
+from ..system import format_device_name, get_processor_name, get_versions
 
 
 # Optional libraries that change what the programs can do.
@@ -27,7 +27,9 @@ def format_environment() -> str:
     """Return the lines of a bug report."""
     facts = get_versions() | {name: find_version(name) for name in OPTIONAL}
     facts["platform"] = platform.platform()
-    facts["processor"] = f"{processor_name()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads in PyTorch"
+    facts["processor"] = (
+        f"{get_processor_name()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads in PyTorch"
+    )
     facts["instructions"] = torch.backends.cpu.get_cpu_capability()
     facts["devices"] = describe_devices()
     facts["CPU kernels"] = describe_cpu_kernels()
@@ -47,10 +49,10 @@ def find_version(library: str) -> str:
 def describe_devices() -> str:
     """Return the names of all GPUs with the CUDA version, of another accelerator, or of the CPU."""
     if torch.cuda.is_available():
-        names = [name_of_device(torch.device("cuda", index)) for index in range(torch.cuda.device_count())]
+        names = [format_device_name(torch.device("cuda", index)) for index in range(torch.cuda.device_count())]
         return f"{', '.join(names)}; CUDA {torch.version.cuda}"
     accelerator = torch.accelerator.current_accelerator(check_available=True)
-    return name_of_device(accelerator or torch.device("cpu"))
+    return format_device_name(accelerator or torch.device("cpu"))
 
 
 def describe_cpu_kernels() -> str:

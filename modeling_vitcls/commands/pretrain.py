@@ -16,6 +16,6 @@ OPTIONS = PretrainOptions
 
 def run(options: PretrainOptions) -> None:
     """Pre-train the model, or try everything once for --dry-run."""
-    from ..training.pretrain import dry_run, prepare, pretrain
+    from ..training.pretrain import PretrainTask
 
-    train(options, dry_run if options.run.dry_run else lambda checked: pretrain(prepare(checked)))
+    train(PretrainTask, options)

@@ -41,7 +41,10 @@ from huggingface_hub.utils import (
     validate_repo_id,
 )
 from torch import nn
+from transformers.configuration_utils import PreTrainedConfig
 
+from ..adaptation_vitcls import load_checkpoint
+from ..configuration_vitcls import ViTCLSConfig
 from .connection import HUB_ERRORS, describe_no_response, format_hub_error, get_endpoint, retry, set_hub_timeout
 
 
@@ -109,6 +112,27 @@ def get_model_folder(source: str, files: Sequence[str] = MODEL_FILES, revision: 
         )
         return folder
     return download_model(source, files, revision)
+
+
+def check_is_vitcls(source: str, folder: str | Path) -> dict[str, Any]:
+    """Check that a folder contains a vitcls model, and return the values in its config.json.
+
+    Args:
+        source: Name of the model as the user wrote it, for the error message.
+        folder: Folder of the model.
+
+    Raises:
+        ValueError: If the model has another type.
+        OSError: If config.json is missing or damaged.
+    """
+    settings = load_checkpoint(PreTrainedConfig.get_config_dict, folder)[0]
+    model_type = settings.get("model_type")
+    if model_type != ViTCLSConfig.model_type:
+        raise ValueError(
+            f"{source} contains a model of type {model_type!r}, not {ViTCLSConfig.model_type!r}. Convert it with "
+            "scripts/convert.py first"
+        )
+    return settings
 
 
 def get_any_model_folder(source: str, revision: str | None = None) -> str:

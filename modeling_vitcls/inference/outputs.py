@@ -33,7 +33,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ..files import written_whole
+from ..files import write_atomically
 from .prediction_rows import Row
 
 
@@ -56,7 +56,7 @@ def write_rows(rows: Iterable[Row], columns: Columns, file: Path) -> None:
         OSError: if the file cannot be written; no partial file is left.
     """
     file.parent.mkdir(parents=True, exist_ok=True)
-    with written_whole(file) as unfinished:
+    with write_atomically(file) as unfinished:
         WRITERS[file.suffix.lower()](rows, columns, unfinished)
 
 
@@ -254,7 +254,7 @@ class ShardFolder:
 
     def write_manifest(self, manifest: dict[str, Any]) -> None:
         """Write the manifest of the folder."""
-        with written_whole(self.path / MANIFEST) as unfinished:
+        with write_atomically(self.path / MANIFEST) as unfinished:
             unfinished.write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
 
     def set_num_images(self, num_images: int) -> None:

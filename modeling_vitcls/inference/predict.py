@@ -30,10 +30,10 @@ from transformers import PreTrainedModel
 from ..distributed import build_accelerator
 from ..image_processing_vitcls import ViTCLSImageProcessor
 from ..options import PredictOptions
-from .inputs import Listed, Prepared, Source, listed_files, open_source, prepared_ahead
+from .inputs import Listed, Prepared, Source, open_image_files, open_image_source, prepared_ahead
 from .load_model import load_model
 from .outputs import WRITERS, Progress, ShardFolder, all_columns, shard_ranges, share, show_table, write_rows
-from .prediction_rows import AnswerColumns, Precision, Row, answer, build_answers
+from .prediction_rows import AnswerColumns, Precision, Row, answer, build_prediction_columns
 
 
 SECONDS_BETWEEN_LOOKS = 0.5  # seconds between checks for shards of other processes
@@ -68,7 +68,7 @@ class Summary:
 def predict(
     model: PreTrainedModel,
     processor: ViTCLSImageProcessor,
-    pictures: Any,
+    images: Any,
     top_k: int | None = None,
     threshold: float = 0.5,
     features: str | None = None,
@@ -80,7 +80,7 @@ def predict(
     Args:
         model: the model.
         processor: its image processor.
-        pictures: a path, a URL, or a list of paths, URLs, encoded bytes, PIL images and arrays. A folder is replaced
+        images: a path, a URL, or a list of paths, URLs, encoded bytes, PIL images and arrays. A folder is replaced
             by all images in it.
         top_k, threshold, features: see the flags of scripts/predict.py.
         batch_size: number of images per forward pass.
@@ -93,8 +93,8 @@ def predict(
     Raises:
         ValueError: if there are no images, or the model does not support the requested labels or features.
     """
-    source = listed_pictures([pictures] if isinstance(pictures, str | Path) else pictures)
-    answers = build_answers(model, top_k, threshold, features)
+    source = wrap_images([images] if isinstance(images, str | Path) else images)
+    answers = build_prediction_columns(model, top_k, threshold, features)
     predictor = Predictor(model, processor, answers, nullcontext, batch_size, num_workers or default_num_workers())
     was_training = model.training
     model.eval()
@@ -104,11 +104,11 @@ def predict(
         model.train(was_training)
 
 
-def listed_pictures(pictures: Sequence[Any]) -> Listed:
+def wrap_images(images: Sequence[Any]) -> Listed:
     """Return paths, the images in folders, and images in memory, which are named by their index."""
     parts = [
-        listed_files([str(picture)]) if isinstance(picture, str | Path) else Listed([str(number)], [picture])
-        for number, picture in enumerate(pictures)
+        open_image_files([str(image)]) if isinstance(image, str | Path) else Listed([str(number)], [image])
+        for number, image in enumerate(images)
     ]
     if not parts:
         raise ValueError("no images were given: the list is empty")
@@ -123,12 +123,12 @@ def predict_images(options: PredictOptions) -> Summary:
     """
     accelerator = build_accelerator(mixed_precision=options.mixed_precision)
     with accelerator.main_process_first():  # downloads once
-        source = open_source(options)
+        source = open_image_source(options)
         model, processor = load_model(options.model, with_head=options.features is None)
     predictor = Predictor(
         model=model.to(accelerator.device),
         processor=processor,
-        answers=build_answers(model, options.top_k, options.threshold, options.features),
+        answers=build_prediction_columns(model, options.top_k, options.threshold, options.features),
         precision=accelerator.autocast,
         batch_size=options.batch_size,
         num_workers=options.num_workers or default_num_workers(),

@@ -343,7 +343,7 @@ class TeacherCache:
     def __init__(
         self, teacher: Teacher, num_images: int, num_views: int, num_labels: int, dtype: torch.dtype = torch.float16
     ) -> None:
-        """Allocate num_views * num_pictures * num_labels numbers of `dtype`."""
+        """Allocate num_views * num_images * num_labels numbers of `dtype`."""
         self.teacher = teacher
         self.logits = torch.empty(num_views, num_images, num_labels, dtype=dtype)
         self.is_known = torch.zeros(num_views, num_images, dtype=torch.bool)

@@ -24,7 +24,7 @@ from modeling_vitcls.analysis.ablation import (
 from modeling_vitcls.analysis.image_report import build_image_predictions
 from modeling_vitcls.analysis.token_statistics import TokenStatistics
 from modeling_vitcls.attention_masks_vitcls import build_attention_mask
-from modeling_vitcls.conversion.random_weights import random_fill
+from modeling_vitcls.conversion.random_weights import randomize_weights
 from modeling_vitcls.heads_vitcls import IGNORED_LABEL
 
 
@@ -307,7 +307,7 @@ def test_compiled_models() -> None:
 
 
 def test_what_cannot_be_measured_is_said() -> None:
-    encoder = random_fill(ViTCLSModel(tiny_config(**LAYOUTS["three_cls"])))
+    encoder = randomize_weights(ViTCLSModel(tiny_config(**LAYOUTS["three_cls"])))
     with raises_one_line("Use a classifier"):
         compute_ablation_effects(encoder, Batches(), mean_states(encoder))
     model = classifier()

@@ -169,7 +169,7 @@ def test_help_and_wrong_flags_answer_at_once(model: str, tmp_path: Path) -> None
     wrong = {
         "--dataset, in one of": ["--model", model],
         "--num-images": ["--model", model, "a.png", "--num-images", "0"],
-        "name a .html file": ["--model", model, "a.png", "--output", "page.pdf"],
+        "set the name of a .html file": ["--model", model, "a.png", "--output", "page.pdf"],
         "about a data set": ["--model", model, "a.png", "--label-column", "x"],
     }
     for words, flags in wrong.items():

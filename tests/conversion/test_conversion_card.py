@@ -1,4 +1,4 @@
-"""The card that conversion writes: what it says about the source, exactness, classifier, images and licence."""
+"""The card that conversion writes: what it says about the source, exactness, classifier, images and license."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -12,8 +12,8 @@ from source_checkpoints import NAMES, SIZES, saved, vit_classifier
 from modeling_vitcls import ViTCLSConfig
 from modeling_vitcls.analysis.card_images import write_card_images
 from modeling_vitcls.conversion.conversion_card import build_conversion_card
-from modeling_vitcls.conversion.convert import take_over
-from modeling_vitcls.conversion.random_weights import random_fill
+from modeling_vitcls.conversion.convert import convert_checkpoint
+from modeling_vitcls.conversion.random_weights import randomize_weights
 from modeling_vitcls.hub.licenses import CONVERTED, WeightsLicense
 from modeling_vitcls.hub.manifest import collect_model_files
 from modeling_vitcls.hub.provenance import Provenance
@@ -27,7 +27,7 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def converted(source: str, output: Path, **options: Any) -> ModelCard:
     """The card of a conversion."""
-    take_over(source, output, draw_images=write_card_images, **options)
+    convert_checkpoint(source, output, draw_images=write_card_images, **options)
     return ModelCard.load(output / "README.md")
 
 
@@ -58,8 +58,8 @@ def test_what_it_says_of_a_trained_classifier(tmp_path: Path) -> None:
         row = next(line for line in text.splitlines() if line.startswith(f"| {group} |"))
         *differences, largest = [float(cell) for cell in row.split("|")[2:-1]]
         assert len(differences) == 2 and max(differences) <= 1e-5 < 0.1 < largest
-    assert "of 3 labels, is kept" in text
-    assert "settings of ViTImageProcessor, and differs from it by at most 0 of 255 grey levels" in text
+    assert "has the classifier of the source, with 3 labels." in text
+    assert "settings of ViTImageProcessor. On a test image, the pixels differ by at most 0 of 255 gray levels." in text
     assert 'from_pretrained("my-vit", revision="<commit hash>", trust_remote_code=True)' in text
     assert 'pipeline("image-classification", model="my-vit", revision="<commit hash>", trust_remote_code=True)' in text
     assert "under the license of the source: mit. The license text is in LICENSE." in text
@@ -76,8 +76,8 @@ def test_what_it_says_of_a_trained_classifier(tmp_path: Path) -> None:
 
 
 def test_other_sizes_are_promised_only_where_one_was_compared(tmp_path: Path) -> None:
-    certificate = take_over(their_folder(tmp_path / "theirs"), tmp_path / "mine")
-    one = replace(certificate, comparisons=certificate.comparisons[:1], not_compared="the source refuses it")
+    report = convert_checkpoint(their_folder(tmp_path / "theirs"), tmp_path / "mine")
+    one = replace(report, comparisons=report.comparisons[:1], not_compared="the source refuses it")
     config = ViTCLSConfig.from_pretrained(tmp_path / "mine")
     text = build_conversion_card("mine", config, 12345, one, Provenance("theirs")).text
     assert "Other sizes" not in text and "There was no comparison at a second size: the source refuses it." in text
@@ -93,16 +93,20 @@ def test_a_folder_named_otherwise_than_by_its_path_is_hidden_too(
     assert "--source transformers:path/to/theirs --output mine\n" in card.text and "secret" not in card.text
 
 
-def test_no_licence_is_made_up(tmp_path: Path) -> None:
+def test_no_license_is_made_up(tmp_path: Path) -> None:
     card = converted(their_folder(tmp_path / "theirs"), tmp_path / "mine")
     assert "No license was found" in card.text
     assert card.data.license is None
     assert card.data.base_model is None
 
 
-def test_a_licence_of_their_own_is_named_and_linked() -> None:
-    origin = Provenance("a/b", license="other", license_name="dinov3-license", license_link="https://example.com/l")
-    assert "license of the source: [dinov3-license](https://example.com/l)." in str(WeightsLicense(CONVERTED, origin))
+def test_a_license_of_their_own_is_named_and_linked() -> None:
+    provenance = Provenance(
+        "a/b", license="other", license_name="dinov3-license", license_link="https://example.com/l"
+    )
+    assert "license of the source: [dinov3-license](https://example.com/l)." in str(
+        WeightsLicense(CONVERTED, provenance)
+    )
     assert "license of the source: mit." in str(WeightsLicense(CONVERTED, Provenance("a/b", license="mit")))
 
 
@@ -111,10 +115,10 @@ def test_a_licence_of_their_own_is_named_and_linked() -> None:
     [
         (
             {"classifier": "new", "num_labels": 7},
-            "of 7 labels, is new and untrained",
+            "with 7 labels, is new and untrained",
             "--classifier new --num-labels 7",
         ),
-        ({"classifier": "drop"}, "was left out", "--classifier drop"),
+        ({"classifier": "drop"}, "was dropped", "--classifier drop"),
     ],
 )
 def test_what_became_of_the_classifier(options: dict[str, Any], sentence: str, remade: str, tmp_path: Path) -> None:
@@ -130,13 +134,13 @@ def test_what_became_of_the_classifier(options: dict[str, Any], sentence: str, r
 def test_an_encoder_of_which_much_is_assumed(tmp_path: Path) -> None:
     """No classifier, no image processor, no pooler: each is said."""
     model = transformers.ViTModel(transformers.ViTConfig(**SIZES, id2label=NAMES), add_pooling_layer=False)
-    card = converted(saved(random_fill(model), tmp_path / "theirs"), tmp_path / "mine")
+    card = converted(saved(randomize_weights(model), tmp_path / "theirs"), tmp_path / "mine")
     assert "The source has no classifier" in card.text
-    assert "image processor is ASSUMED, because the source has no image processor: check it" in card.text
-    assert "Note: the checkpoint has no pooler, and so has the converted model." in card.text
+    assert "image processor is ASSUMED, because the source has no image processor. Check its settings" in card.text
+    assert "Note: the checkpoint has no pooler, so the converted model has none." in card.text
 
 
-def test_random_weights_have_no_licence_and_no_base_model(tmp_path: Path) -> None:
+def test_random_weights_have_no_license_and_no_base_model(tmp_path: Path) -> None:
     card = converted("timm:test_vit", tmp_path / "mine", random_init=True)
     assert "\n**Every weight is a random number.** This is the architecture of" in card.text
     assert "timm/test_vit.r160_in1k" in card.text

@@ -37,8 +37,8 @@ from modeling_vitcls import (
     convert_from_timm,
 )
 from modeling_vitcls.conversion import processors, source_models
-from modeling_vitcls.conversion.convert import take_over
-from modeling_vitcls.conversion.random_weights import random_fill
+from modeling_vitcls.conversion.convert import convert_checkpoint
+from modeling_vitcls.conversion.random_weights import randomize_weights
 from modeling_vitcls.conversion.weight_rules import ConversionError
 
 
@@ -103,7 +103,7 @@ def from_transformers(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, s
 
 def test_a_model_of_timm(from_timm: tuple[Path, str]) -> None:
     folder, _ = from_timm
-    source = random_fill(timm.create_model("test_vit"))
+    source = randomize_weights(timm.create_model("test_vit"))
     model = ViTCLSForImageClassification.from_pretrained(folder)
     pixel_values = torch.randn(2, 3, 160, 160, generator=torch.Generator().manual_seed(5))
     with torch.no_grad():
@@ -134,26 +134,26 @@ def test_a_checkpoint_of_transformers(from_transformers: tuple[Path, str, Path])
         assert (model(**found).logits - source(**wanted).logits).abs().max() <= LIMIT
 
 
-def test_the_certificate(from_timm: tuple[Path, str], from_transformers: tuple[Path, str, Path]) -> None:
+def test_the_parity_report(from_timm: tuple[Path, str], from_transformers: tuple[Path, str, Path]) -> None:
     for folder, printed, *_ in (from_timm, from_transformers):
-        certificate = json.loads((folder / "certificate.json").read_text())
+        report = json.loads((folder / "certificate.json").read_text())
         weights = (folder / "model.safetensors").read_bytes()
-        assert certificate["sha256"] == {"model.safetensors": hashlib.sha256(weights).hexdigest()}
-        assert certificate["sha256"]["model.safetensors"] in printed
+        assert report["sha256"] == {"model.safetensors": hashlib.sha256(weights).hexdigest()}
+        assert report["sha256"]["model.safetensors"] in printed
         for library in (torch, transformers, timm):
-            assert certificate["versions"][library.__name__] == library.__version__
-        assert certificate["limit"] == LIMIT
-        assert certificate["classifier"] == "kept"
-        native, rectangle = certificate["comparisons"]
+            assert report["versions"][library.__name__] == library.__version__
+        assert report["limit"] == LIMIT
+        assert report["classifier"] == "kept"
+        native, rectangle = report["comparisons"]
         for comparison in (native, rectangle):
             assert comparison["differences"].keys() >= {"cls", "patches", "logits"}
             assert all(0 <= value <= LIMIT for value in comparison["differences"].values())
             assert all(value > 0.1 for value in comparison["magnitudes"].values())
         assert native["image_size"][0] == native["image_size"][1]
         assert rectangle["image_size"][0] < rectangle["image_size"][1]
-    assert certificate["source_class"] == "ViTForImageClassification"
-    assert certificate["source"].startswith("transformers:")
-    assert not certificate["random_init"]
+    assert report["source_class"] == "ViTForImageClassification"
+    assert report["source"].startswith("transformers:")
+    assert not report["random_init"]
 
 
 CHILD = """
@@ -183,7 +183,7 @@ def test_the_printed_lines_load_it_without_the_package(from_timm: tuple[Path, st
     words = ["-I", "-c", CHILD.format(loading=loading), tmp_path / "china.png", tmp_path / "logits"]
     child = run_fresh(*words, environment={"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"})
     assert child.returncode == 0, child.stderr[-2000:]
-    source = random_fill(timm.create_model("test_vit"))
+    source = randomize_weights(timm.create_model("test_vit"))
     transform = create_transform(**resolve_data_config(model=source), is_training=False)
     with torch.no_grad():
         wanted = source(transform(photograph("china.jpg")).unsqueeze(0))
@@ -281,7 +281,7 @@ def test_a_failure_while_writing_leaves_nothing(method: str, tmp_path: Path, mon
 
     monkeypatch.setattr(ViTCLSImageProcessor if method == "save_pretrained" else Path, method, full)
     with pytest.raises(OSError, match="No space"):
-        take_over("timm:test_vit", tmp_path / "deep" / "made", random_init=True)
+        convert_checkpoint("timm:test_vit", tmp_path / "deep" / "made", random_init=True)
     assert not everything_in(tmp_path)
 
 
@@ -296,7 +296,7 @@ def test_weights_that_do_not_load_as_they_are_abort(tmp_path: Path, monkeypatch:
 
     monkeypatch.setattr(ViTCLSForImageClassification, "save_pretrained", wrong)
     with pytest.raises(ConversionError, match=r"written weights differ.*classifier\.bias"):
-        take_over("timm:test_vit", tmp_path / "made", random_init=True)
+        convert_checkpoint("timm:test_vit", tmp_path / "made", random_init=True)
     assert not everything_in(tmp_path)
 
 
@@ -305,10 +305,10 @@ def test_an_output_in_use_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "used" / "mine.txt").write_text("mine")
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="not empty"):
-        take_over("timm:test_vit", tmp_path / "used", random_init=True)
+        convert_checkpoint("timm:test_vit", tmp_path / "used", random_init=True)
     with pytest.raises(ValueError, match="not empty"):
-        take_over("timm:test_vit", tmp_path / "used" / "mine.txt", random_init=True)
-    take_over("timm:test_vit", tmp_path / "empty", random_init=True)
+        convert_checkpoint("timm:test_vit", tmp_path / "used" / "mine.txt", random_init=True)
+    convert_checkpoint("timm:test_vit", tmp_path / "empty", random_init=True)
     assert (tmp_path / "empty" / "certificate.json").is_file()
     assert [path.name for path in (tmp_path / "used").iterdir()] == ["mine.txt"]
     assert len(list(tmp_path.iterdir())) == 2
@@ -319,7 +319,7 @@ def test_an_output_in_use_is_left_alone(tmp_path: Path) -> None:
 
 def test_random_values_are_the_same_each_time_and_everywhere(tmp_path: Path) -> None:
     for name in ("one", "two"):
-        take_over("timm:test_vit", tmp_path / name, random_init=True)
+        convert_checkpoint("timm:test_vit", tmp_path / name, random_init=True)
     one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
     assert all(torch.equal(weight, two[name]) for name, weight in one.items())
     assert all(weight.std() > 0.01 for weight in one.values() if weight.numel() > 1)
@@ -329,14 +329,14 @@ def test_random_init_needs_no_weights(tmp_path: Path) -> None:
     transformers.Dinov2WithRegistersConfig(
         **WIDTHS, image_size=32, patch_size=8, architectures=["Dinov2WithRegistersModel"]
     ).save_pretrained(tmp_path / "source")
-    made = take_over(f"transformers:{tmp_path / 'source'}", tmp_path / "made", random_init=True)
+    made = convert_checkpoint(f"transformers:{tmp_path / 'source'}", tmp_path / "made", random_init=True)
     assert made.model_class == "ViTCLSModel"
     assert made.classifier == "none"
     assert [set(comparison.differences) for comparison in made.comparisons] == [
         {"cls", "registers", "patches", "pooled"}
     ] * 2
     with pytest.raises(OSError, match="cannot load"):
-        take_over(f"transformers:{tmp_path / 'source'}", tmp_path / "again")
+        convert_checkpoint(f"transformers:{tmp_path / 'source'}", tmp_path / "again")
 
 
 CHOICES = [
@@ -350,7 +350,7 @@ CHOICES = [
 def test_the_classifier(
     options: dict[str, Any], outcome: str, compared: set[str], shape: tuple[int, int] | None, tmp_path: Path
 ) -> None:
-    made = take_over(saved(vit_classifier(), tmp_path / "source"), tmp_path / "made", **options)
+    made = convert_checkpoint(saved(vit_classifier(), tmp_path / "source"), tmp_path / "made", **options)
     assert made.classifier == outcome
     assert made.comparisons[0].differences.keys() == {"cls", "patches"} | compared
     weights = load_file(tmp_path / "made" / "model.safetensors")
@@ -359,16 +359,16 @@ def test_the_classifier(
 
 
 def test_a_classifier_of_another_width_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(ConversionError, match="3 labels and num_labels=7"):
-        take_over(saved(vit_classifier(), tmp_path / "source"), tmp_path / "made", num_labels=7)
+    with pytest.raises(ConversionError, match="3 labels, but num_labels=7"):
+        convert_checkpoint(saved(vit_classifier(), tmp_path / "source"), tmp_path / "made", num_labels=7)
     assert not (tmp_path / "made").exists()
 
 
 def test_the_vision_part_of_a_larger_model(tmp_path: Path) -> None:
     text = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
     config = transformers.CLIPConfig(vision_config=SIZES, text_config=text)
-    clip = random_fill(transformers.CLIPModel(config))
-    made = take_over(saved(clip, tmp_path / "source"), tmp_path / "made")
+    clip = randomize_weights(transformers.CLIPModel(config))
+    made = convert_checkpoint(saved(clip, tmp_path / "source"), tmp_path / "made")
     assert made.source_class == "CLIPVisionModel"
     model = ViTCLSModel.from_pretrained(tmp_path / "made")
     pixel_values = torch.randn(2, 3, 32, 32)
@@ -378,33 +378,36 @@ def test_the_vision_part_of_a_larger_model(tmp_path: Path) -> None:
 
 
 def test_a_pooler_that_was_never_trained_is_not_made_up(tmp_path: Path) -> None:
-    model = random_fill(transformers.ViTModel(transformers.ViTConfig(**SIZES), add_pooling_layer=False))
-    made = take_over(saved(model, tmp_path / "source"), tmp_path / "made")
+    model = randomize_weights(transformers.ViTModel(transformers.ViTConfig(**SIZES), add_pooling_layer=False))
+    made = convert_checkpoint(saved(model, tmp_path / "source"), tmp_path / "made")
     assert "no pooler" in made.notes[0]
     assert ViTCLSModel.from_pretrained(tmp_path / "made").config.pooled_activation is None
 
 
 def test_missing_weights_are_an_error(tmp_path: Path) -> None:
-    encoder = random_fill(transformers.ViTModel(transformers.ViTConfig(**SIZES)))
+    encoder = randomize_weights(transformers.ViTModel(transformers.ViTConfig(**SIZES)))
     saved(encoder, tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"architectures": ["ViTForImageClassification"]}))
-    with pytest.raises(ConversionError, match=r"lacks 2 weights of ViTForImageClassification, such as classifier\."):
-        take_over(f"transformers:{tmp_path}", tmp_path / "made")
+    with pytest.raises(
+        ConversionError,
+        match=r"ViTForImageClassification requires 2 weights that are missing in .*, for example classifier\.",
+    ):
+        convert_checkpoint(f"transformers:{tmp_path}", tmp_path / "made")
 
 
 def test_half_precision_is_kept_where_it_is_exact(tmp_path: Path) -> None:
     half = vit_classifier().to(torch.bfloat16)
-    made = take_over(saved(half, tmp_path / "source"), tmp_path / "made")
-    assert not made.comparisons[0].exceeding()
+    made = convert_checkpoint(saved(half, tmp_path / "source"), tmp_path / "made")
+    assert max(made.comparisons[0].differences.values()) <= LIMIT
     weights = load_file(tmp_path / "made" / "model.safetensors")
     assert {weight.dtype for weight in weights.values()} == {torch.bfloat16}
-    take_over(saved(half, tmp_path / "source"), tmp_path / "new", classifier="new")
+    convert_checkpoint(saved(half, tmp_path / "source"), tmp_path / "new", classifier="new")
     assert {w.dtype for w in load_file(tmp_path / "new" / "model.safetensors").values()} == {torch.bfloat16}
     sizes = {"num_hidden_layers": 2, "hidden_size": 32, "num_attention_heads": 4, "mlp_ratio": 2.0, "patch_size": 8}
     radio = transformers.RadioModel(transformers.RadioConfig(**sizes, image_size=32, max_img_size=64))
-    made = take_over(saved(random_fill(radio).half(), tmp_path / "radio"), tmp_path / "radio made")
-    assert "written in float32" in made.notes[0]  # its normalisation of pixels is folded into the patch projection
+    made = convert_checkpoint(saved(randomize_weights(radio).half(), tmp_path / "radio"), tmp_path / "radio made")
+    assert "written in float32" in made.notes[0]  # its normalization of pixels is folded into the patch projection
     weights = load_file(tmp_path / "radio made" / "model.safetensors")
     assert {weight.dtype for weight in weights.values()} == {torch.float32}
 
@@ -413,9 +416,9 @@ def test_a_difference_over_the_limit_is_refused_also_where_values_are_large(tmp_
     """The limit is absolute and in float32: rounding of large values is no excuse, and nothing is written."""
     aim = transformers.Aimv2VisionModel(transformers.Aimv2VisionConfig(**SIZES))
     with torch.no_grad():
-        random_fill(aim).rms_norm.weight.mul_(300)
+        randomize_weights(aim).rms_norm.weight.mul_(300)
     with pytest.raises(ConversionError, match="the limit is 1e-05"):
-        take_over(saved(aim, tmp_path / "source"), tmp_path / "made")
+        convert_checkpoint(saved(aim, tmp_path / "source"), tmp_path / "made")
     assert not (tmp_path / "made").exists()
 
 
@@ -423,10 +426,10 @@ REFUSED: dict[str, Callable[[Path], str]] = {
     "SwinModel cannot be converted": lambda folder: saved(
         transformers.SwinModel(transformers.SwinConfig(embed_dim=8, depths=[1], num_heads=[1], image_size=32)), folder
     ),
-    "timm 1.* has no model vit_huuge: did you mean": lambda folder: "timm:vit_huuge",
+    "timm 1.* has no model vit_huuge. Did you mean": lambda folder: "timm:vit_huuge",
     "nowhere/at/all is not a folder": lambda folder: f"transformers:{folder}/nowhere/at/all",
     "cannot read the configuration of": lambda folder: f"transformers:{folder.parent}",  # without config.json
-    "'resnet' is no source": lambda folder: "resnet",
+    "source 'resnet' is not supported": lambda folder: "resnet",
     "global_pool='avgmax'": lambda folder: "timm:test_vit",
 }
 
@@ -439,7 +442,7 @@ def test_refusals_are_one_line(message: str, tmp_path: Path, monkeypatch: pytest
     source = REFUSED[message](tmp_path / "source")
     before = everything_in(tmp_path)
     with pytest.raises((ValueError, OSError), match=message) as raised:
-        take_over(source, tmp_path / "made", random_init=True)
+        convert_checkpoint(source, tmp_path / "made", random_init=True)
     assert "\n" not in str(raised.value)
     assert everything_in(tmp_path) == before
 
@@ -467,11 +470,11 @@ class Configured(torch.nn.Module):
 @pytest.mark.parametrize("picture", PHOTOGRAPHS)
 @pytest.mark.parametrize("name", TIMM_CONFIGS.values(), ids=TIMM_CONFIGS)
 def test_timm_images_come_out_the_same(name: str, picture: str, tmp_path: Path) -> None:
-    """Equal with PIL, which timm uses; within 2 of 255 grey levels with torchvision."""
+    """Equal with PIL, which timm uses; within 2 of 255 gray levels with torchvision."""
     model = Configured(name)
-    made = processors.preprocessing_of_timm(model)
+    made = processors.convert_timm_preprocessing(model)
     assert made.difference == 0
-    assert not made.assumed
+    assert not made.default_reason
     made.processor.save_pretrained(tmp_path)
     config = resolve_data_config(pretrained_cfg=model.pretrained_cfg)
     wanted = create_transform(**config, is_training=False)(photograph(picture))
@@ -492,7 +495,7 @@ THEIRS: dict[str, tuple[str, dict[str, Any], float]] = {
     "siglip": ("SiglipImageProcessor", {}, 0.0),
     "dinov2": ("BitImageProcessor", {"size": {"shortest_edge": 256}}, 0.0),
     "dinov3": ("DINOv3ViTImageProcessor", {}, 1.0),  # resizes before it rounds
-    "not normalised": ("CLIPImageProcessor", {"do_normalize": False}, 0.0),
+    "not normalized": ("CLIPImageProcessor", {"do_normalize": False}, 0.0),
     "not resized": ("ViTImageProcessor", {"do_resize": False}, 0.0),
 }
 
@@ -503,8 +506,8 @@ def test_transformers_images_come_out_the_same(
 ) -> None:
     theirs = getattr(transformers, name)(**settings)
     theirs.save_pretrained(tmp_path / "source")
-    made = processors.preprocessing_of_transformers(str(tmp_path / "source"), (32, 32))
-    assert not made.assumed
+    made = processors.convert_transformers_preprocessing(str(tmp_path / "source"), (32, 32))
+    assert not made.default_reason
     assert made.difference is not None and made.difference <= limit
     made.processor.save_pretrained(tmp_path / "made")
     theirs = AutoImageProcessor.from_pretrained(tmp_path / "source")
@@ -525,8 +528,8 @@ def test_transformers_images_come_out_the_same(
 def test_a_default_is_stated(theirs: Any, reason: str, tmp_path: Path) -> None:
     if theirs is not None:
         theirs.save_pretrained(tmp_path)
-    made = processors.preprocessing_of_transformers(str(tmp_path), (32, 48))
-    assert reason in made.assumed
+    made = processors.convert_transformers_preprocessing(str(tmp_path), (32, 48))
+    assert reason in made.default_reason
     assert made.difference is None
     assert dict(made.processor.size) == {"height": 32, "width": 48}
 
@@ -538,18 +541,18 @@ def test_unknown_settings_of_timm_give_the_default() -> None:
     ):
         model = Configured(TIMM_CONFIGS["crop"])
         model.pretrained_cfg |= change
-        made = processors.preprocessing_of_timm(model)
-        assert reason in made.assumed
+        made = processors.convert_timm_preprocessing(model)
+        assert reason in made.default_reason
         height, width = model.pretrained_cfg["input_size"][1:]
         assert dict(made.processor.size) == {"height": height, "width": width}
 
 
 def test_a_processor_that_differs_is_not_written(monkeypatch: pytest.MonkeyPatch) -> None:
     """The check on a picture sees a crop that is one pixel off."""
-    settings = processors.timm_settings
-    monkeypatch.setattr(processors, "timm_settings", lambda **values: settings(**values | {"crop_pct": 0.89}))
-    made = processors.preprocessing_of_timm(Configured(TIMM_CONFIGS["crop"]))
-    assert "grey levels" in made.assumed
+    settings = processors.convert_timm_settings
+    monkeypatch.setattr(processors, "convert_timm_settings", lambda **values: settings(**values | {"crop_pct": 0.89}))
+    made = processors.convert_timm_preprocessing(Configured(TIMM_CONFIGS["crop"]))
+    assert "gray levels" in made.default_reason
 
 
 def test_where_a_crop_begins() -> None:

@@ -14,7 +14,7 @@ from tiny_models import BLOCKS, LAYOUTS, each_kind, filled, images, raises_one_l
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from modeling_vitcls import ViTCLSConfig, ViTCLSForImageClassification, ViTCLSForMaskedImageModeling, ViTCLSModel
-from modeling_vitcls.system import gemm_peak
+from modeling_vitcls.system import measure_gemm_peak
 from modeling_vitcls.training.costs import count_forward_flops, estimate_memory
 
 
@@ -243,6 +243,6 @@ def test_the_peak_is_above_what_a_model_reaches() -> None:
         seconds.append(time.perf_counter() - started)
     reached = 2 * side**3 / statistics.median(seconds)  # something else may run during a few of them
     began = time.perf_counter()
-    peak = gemm_peak("cpu", torch.float32)
+    peak = measure_gemm_peak("cpu", torch.float32)
     assert time.perf_counter() - began < 20  # about half a second on an idle machine
     assert 0.05 * peak < reached < 4 * peak

@@ -9,7 +9,7 @@ import torch
 from torchvision.transforms import InterpolationMode, v2
 
 from modeling_vitcls.data.augmentation import Augmentation, BatchMixer, Erasing, Placement, build_augmentation
-from modeling_vitcls.data.random_bits import fractions, random_bits, seed_for
+from modeling_vitcls.data.sampling import derive_seed, fractions, random_bits
 from modeling_vitcls.options import AugmentationOptions
 
 
@@ -167,7 +167,7 @@ def test_with_both_each_batch_gets_one_of_the_two() -> None:
 
 
 def test_random_numbers_are_uniform_and_unrelated() -> None:
-    seeds = np.repeat(np.array([seed_for(0), seed_for(1)], dtype=np.uint64), 20_000)
+    seeds = np.repeat(np.array([derive_seed(0), derive_seed(1)], dtype=np.uint64), 20_000)
     indices = np.tile(np.arange(20_000, dtype=np.uint64), 2)
     numbers = fractions(random_bits(seeds, indices, 3))  # [40000, 3]
     assert numbers.min() >= 0 and numbers.max() < 1

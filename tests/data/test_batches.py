@@ -15,26 +15,26 @@ from PIL import Image
 
 from modeling_vitcls import ViTCLSImageProcessor
 from modeling_vitcls.data.augmentation import build_augmentation
-from modeling_vitcls.data.batches import Batch, BatchPlan, Normaliser, TrainingPictures, training_batches
-from modeling_vitcls.data.images import Arrays, Files, LabelledPictures
-from modeling_vitcls.data.ordering import class_weights
+from modeling_vitcls.data.batches import Batch, Normalizer, TrainingImages, iterate_training_batches
+from modeling_vitcls.data.images import Arrays, Files, LabeledImages
+from modeling_vitcls.data.sampling import BatchPlan, compute_class_weights
 from modeling_vitcls.data.splits import load_training_data
 from modeling_vitcls.options import AugmentationOptions, DataOptions, TrainingOptions
 
 
-def plan_for(num_pictures: int, num_processes: int = 1, **options: Any) -> BatchPlan:
+def plan_for(num_images: int, num_processes: int = 1, **options: Any) -> BatchPlan:
     data = {name: options.pop(name) for name in ("labels", "copies") if name in options}
-    return BatchPlan.from_options(num_pictures, TrainingOptions(**options), num_processes, **data)
+    return BatchPlan.from_options(num_images, TrainingOptions(**options), num_processes, **data)
 
 
 def keys_of(plan: BatchPlan, process: int = 0) -> list[tuple[int, int]]:
-    return [key for batch in plan.batches(process) for key in batch]
+    return [key for batch in plan.iterate_keys(process) for key in batch]
 
 
-def pictures_of(source: LabelledPictures, seed: int = 0, views: int = 0, **options: Any) -> TrainingPictures:
+def pictures_of(source: LabeledImages, seed: int = 0, views: int = 0, **options: Any) -> TrainingImages:
     options = {"crop_scale": 1.0, "flip": False} | options
     augmentation = build_augmentation(AugmentationOptions(**options), (16, 16), 3)
-    return TrainingPictures(source, augmentation, to_rgb=True, seed=seed, views=views)
+    return TrainingImages(source, augmentation, to_rgb=True, seed=seed, views=views)
 
 
 def noise(count: int) -> list[Image.Image]:
@@ -71,13 +71,13 @@ def test_batches_are_the_same_however_they_are_divided(extra: dict[str, Any]) ->
 @pytest.mark.parametrize("extra", [{}, {"copies": 3}, {"class_balance": "sampling", "labels": [0] * 8 + [1, 1]}])
 def test_batches_can_start_anywhere(extra: dict[str, Any]) -> None:
     plan, again = (plan_for(10, max_steps=9, batch_size=3, **extra) for _ in range(2))
-    assert list(plan.batches(process=0, first_step=4)) == list(again.batches(process=0))[4:]
+    assert list(plan.iterate_keys(process=0, first_step=4)) == list(again.batches(process=0))[4:]
 
 
 def test_repeated_augmentation_shows_copies_in_the_same_step() -> None:
     plan = plan_for(10, epochs=6, batch_size=12, copies=3)
     assert plan.num_steps == 5
-    for batch in plan.batches(process=0):
+    for batch in plan.iterate_keys(process=0):
         assert set(Counter(index for _, index in batch).values()) == {3}
         assert len(set(batch)) == 12  # copies differ in their epoch, and so in their augmentation
         assert all(first[1] != second[1] for first, second in pairwise(batch))  # mixing takes neighbours
@@ -109,7 +109,7 @@ def test_balanced_sampling_of_classes_that_do_not_divide() -> None:
 
 def test_weights_are_inverse_to_frequency_and_one_on_average() -> None:
     labels = [0] * 6 + [1] * 3 + [3] + [-100] * 5
-    weights = class_weights(labels, 5)
+    weights = compute_class_weights(labels, 5)
     assert weights.tolist() == pytest.approx([10 / 18, 10 / 9, 0, 10 / 3, 0])
     assert sum(weights[label].item() for label in labels[:10]) / 10 == pytest.approx(1)
 
@@ -119,14 +119,14 @@ def test_streams_need_an_end() -> None:
         BatchPlan.from_options(None, TrainingOptions(), 1)
     with pytest.raises(ValueError, match="--class-balance sampling needs to know all labels"):
         BatchPlan.from_options(None, TrainingOptions(max_steps=3, class_balance="sampling"), 1)
-    assert BatchPlan.from_options(None, TrainingOptions(max_steps=3), 1).epochs_after(2) == 0
+    assert BatchPlan.from_options(None, TrainingOptions(max_steps=3), 1).count_epochs(2) == 0
 
 
 # Pictures ------------------------------------------------------------------------------------------------------------
 
 
 def test_a_batch_says_what_is_in_it() -> None:
-    source = LabelledPictures(noise(5), [0, 1, 2, 3, 4])
+    source = LabeledImages(noise(5), [0, 1, 2, 3, 4])
     batch = pictures_of(source).batch([(3, 4), (0, 2)])
     assert {name: (list(value.shape), value.dtype) for name, value in batch.items()} == {
         "pixels": ([2, 3, 16, 16], torch.uint8),
@@ -138,7 +138,7 @@ def test_a_batch_says_what_is_in_it() -> None:
     }
     assert batch["labels"].tolist() == batch["index"].tolist() == [4, 2]
     assert batch["epoch"].tolist() == batch["view"].tolist() == [3, 0]
-    assert batch["broken"].tolist() == [-1, -1]
+    assert batch["replaced"].tolist() == [-1, -1]
 
 
 @pytest.mark.parametrize(
@@ -149,7 +149,7 @@ def test_a_batch_says_what_is_in_it() -> None:
     ],
 )
 def test_labels_of_any_kind(labels: list[Any], expected: Any) -> None:
-    pictures = pictures_of(LabelledPictures(noise(2), labels))
+    pictures = pictures_of(LabeledImages(noise(2), labels))
     torch.testing.assert_close(pictures.batch([(0, 0), (0, 1)])["labels"], expected)
     second = {task: part[1] for task, part in expected.items()} if isinstance(expected, dict) else expected[1]
     torch.testing.assert_close(pictures[0, 1]["labels"], second)
@@ -160,7 +160,7 @@ def test_labels_of_any_kind(labels: list[Any], expected: Any) -> None:
 def test_pixels_depend_on_seed_epoch_and_picture_alone(as_arrays: bool, options: dict[str, Any]) -> None:
     values = np.random.default_rng(0).integers(0, 256, (4, 10, 12), dtype=np.uint8)
     arrays = Arrays(values)
-    source = LabelledPictures(arrays if as_arrays else list(arrays), [0] * 4)
+    source = LabeledImages(arrays if as_arrays else list(arrays), [0] * 4)
 
     def pixels(seed: int, epoch: int) -> torch.Tensor:
         torch.rand(1)  # the state of the global generator must not matter
@@ -172,12 +172,12 @@ def test_pixels_depend_on_seed_epoch_and_picture_alone(as_arrays: bool, options:
     assert not torch.equal(pixels(0, 0), pixels(1, 0))
     whole = pictures_of(source, **options).batch([(1, 2), (0, 3), (2, 0)])["pixels"]
     assert torch.equal(whole[1], pixels(0, 0))
-    other = LabelledPictures(list(arrays) if as_arrays else arrays, [0] * 4)
+    other = LabeledImages(list(arrays) if as_arrays else arrays, [0] * 4)
     assert torch.equal(pictures_of(other, **options)[0, 3]["pixels"], pixels(0, 0))  # wherever they are kept
 
 
 def test_views_recur_while_epochs_go_on() -> None:
-    pictures = pictures_of(LabelledPictures(noise(3), [0, 1, 2]), views=2, rotation=20)
+    pictures = pictures_of(LabeledImages(noise(3), [0, 1, 2]), views=2, rotation=20)
     batch = pictures.batch([(0, 1), (1, 1), (2, 1), (7, 1)])
     assert batch["epoch"].tolist() == [0, 1, 2, 7]
     assert batch["view"].tolist() == [0, 1, 0, 1]
@@ -192,8 +192,8 @@ def test_pixels_match_the_image_processor() -> None:
     processor = ViTCLSImageProcessor(size={"height": 16, "width": 16})
     pictures = pictures_of(data.train)
     keys = [(0, index) for index in range(9)]
-    expected = processor([data.train.pictures[index] for _, index in keys], return_tensors="pt")["pixel_values"]
-    measured = Normaliser(processor, torch.device("cpu"))(pictures.batch(keys)["pixels"])
+    expected = processor([data.train.images[index] for _, index in keys], return_tensors="pt")["pixel_values"]
+    measured = Normalizer(processor, torch.device("cpu"))(pictures.batch(keys)["pixels"])
     torch.testing.assert_close(measured, expected, atol=1e-5, rtol=0)
 
 
@@ -201,7 +201,7 @@ def test_small_data_sets_are_decoded_once(tmp_path: Path) -> None:
     paths = [tmp_path / f"{index}.png" for index in range(3)]
     for path, picture in zip(paths, noise(3), strict=True):
         picture.save(path)
-    pictures = pictures_of(LabelledPictures(Files(list(map(str, paths))), [0, 1, 2]), crop_scale=0.5)
+    pictures = pictures_of(LabeledImages(Files(list(map(str, paths))), [0, 1, 2]), crop_scale=0.5)
     before = pictures.batch([(5, 0), (5, 1), (5, 2)])
     for path in paths:
         path.unlink()
@@ -212,42 +212,42 @@ def test_small_data_sets_are_decoded_once(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def half_broken(tmp_path: Path) -> LabelledPictures:
+def half_broken(tmp_path: Path) -> LabeledImages:
     """Six pictures, of which the second, the third and the last cannot be read."""
     for index, picture in enumerate(noise(6)):
         if index in (1, 2, 5):
             (tmp_path / f"{index}.png").write_bytes(b"no picture")
         else:
             picture.save(tmp_path / f"{index}.png")
-    return LabelledPictures(Files([str(tmp_path / f"{index}.png") for index in range(6)]), list(range(6)))
+    return LabeledImages(Files([str(tmp_path / f"{index}.png") for index in range(6)]), list(range(6)))
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_the_next_picture_stands_in_for_a_broken_one(half_broken: LabelledPictures, num_workers: int) -> None:
+def test_the_next_picture_stands_in_for_a_broken_one(half_broken: LabeledImages, num_workers: int) -> None:
     plan = plan_for(6, epochs=3, batch_size=3)
-    batches = list(training_batches(pictures_of(half_broken, rotation=20), plan, 0, num_workers))
+    batches = list(iterate_training_batches(pictures_of(half_broken, rotation=20), plan, 0, num_workers))
     assert len(batches) == 6
     stands_in = {1: 3, 2: 3, 5: 0}
-    for keys, batch in zip(plan.batches(0), batches, strict=True):
+    for keys, batch in zip(plan.iterate_keys(0), batches, strict=True):
         wanted = [index for _, index in keys]
         assert batch["index"].tolist() == batch["labels"].tolist() == [stands_in.get(at, at) for at in wanted]
-        assert batch["broken"].tolist() == [at if at in stands_in else -1 for at in wanted]
-    resumed = training_batches(pictures_of(half_broken, rotation=20), plan, 0, num_workers, first_step=4)
+        assert batch["replaced"].tolist() == [at if at in stands_in else -1 for at in wanted]
+    resumed = iterate_training_batches(pictures_of(half_broken, rotation=20), plan, 0, num_workers, first_step=4)
     assert all(equal(*pair) for pair in zip(resumed, batches[4:], strict=True))
 
 
-def test_a_broken_picture_is_described(half_broken: LabelledPictures) -> None:
+def test_a_broken_picture_is_described(half_broken: LabeledImages) -> None:
     assert "5.png" in pictures_of(half_broken).describe(5)
-    floats = pictures_of(LabelledPictures([Image.new("F", (9, 9)), *noise(1)], [0, 1]))
+    floats = pictures_of(LabeledImages([Image.new("F", (9, 9)), *noise(1)], [0, 1]))
     assert floats.batch([(0, 0)])["broken"].tolist() == [0]  # decoded, yet of no use
-    assert "mode F" in floats.describe(0)
+    assert "mode F" in floats.describe_unreadable(0)
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_a_data_set_without_any_readable_picture_ends_in_one_line(tmp_path: Path, num_workers: int) -> None:
-    source = LabelledPictures(Files([str(tmp_path / f"{index}.png") for index in range(3)]), [0, 1, 2])
+    source = LabeledImages(Files([str(tmp_path / f"{index}.png") for index in range(3)]), [0, 1, 2])
     with pytest.raises(ValueError, match=r"none of the 3 images can be read, such as this: .*\.png") as caught:
-        next(training_batches(pictures_of(source), plan_for(3, batch_size=2), 0, num_workers))
+        next(iterate_training_batches(pictures_of(source), plan_for(3, batch_size=2), 0, num_workers))
     assert "\n" not in str(caught.value)
 
 
@@ -256,19 +256,19 @@ def test_a_data_set_without_any_readable_picture_ends_in_one_line(tmp_path: Path
 
 @pytest.mark.parametrize("first_step", [0, 3])
 def test_workers_change_nothing(first_step: int) -> None:
-    source = LabelledPictures(noise(7), list(range(7)))
+    source = LabeledImages(noise(7), list(range(7)))
     options = {"crop_scale": 0.5, "flip": True, "auto_augment": "trivial", "random_erasing": 0.5}
     plan = plan_for(7, max_steps=6, batch_size=4)
-    alone = list(training_batches(pictures_of(source, **options), plan, 0, num_workers=0))
-    shared = list(training_batches(pictures_of(source, **options), plan, 0, 2, first_step=first_step))
+    alone = list(iterate_training_batches(pictures_of(source, **options), plan, 0, num_workers=0))
+    shared = list(iterate_training_batches(pictures_of(source, **options), plan, 0, 2, first_step=first_step))
     assert len(shared) == 6 - first_step
     assert all(equal(*pair) for pair in zip(alone[first_step:], shared, strict=True))
 
 
 def test_workers_outlive_the_signals_that_stop_a_run() -> None:
     """Ctrl-C and a cluster's SIGTERM reach all processes; the main one still has to save."""
-    source = LabelledPictures(noise(4), [0] * 4)
-    batches = training_batches(pictures_of(source), plan_for(4, max_steps=60, batch_size=2), 0, num_workers=2)
+    source = LabeledImages(noise(4), [0] * 4)
+    batches = iterate_training_batches(pictures_of(source), plan_for(4, max_steps=60, batch_size=2), 0, num_workers=2)
     before = multiprocessing.active_children()
     for _ in range(2):
         next(batches)  # one from each worker: both are up
@@ -283,9 +283,9 @@ def test_workers_outlive_the_signals_that_stop_a_run() -> None:
 def test_a_grey_model_skips_pictures_in_colour() -> None:
     pictures = [picture.convert(mode) for picture, mode in zip(noise(4), ("L", "RGB", "RGBA", "LA"), strict=True)]
     augmentation = build_augmentation(AugmentationOptions(crop_scale=1.0, flip=False), (16, 16), 3)
-    source = LabelledPictures(pictures, [0, 1, 2, 3])
-    prepared = TrainingPictures(source, augmentation, to_rgb=False, seed=0, num_channels=1)
+    source = LabeledImages(pictures, [0, 1, 2, 3])
+    prepared = TrainingImages(source, augmentation, to_rgb=False, seed=0, num_channels=1)
     batch = prepared.batch([(0, 0), (0, 1), (0, 2), (0, 3)])
     assert batch["pixels"].shape == (4, 1, 16, 16)
-    assert (batch["index"].tolist(), batch["broken"].tolist()) == ([0, 3, 3, 3], [-1, 1, 2, -1])
-    assert prepared.describe(1) == "an image of mode RGB has 3 channels, the model takes 1"
+    assert (batch["index"].tolist(), batch["replaced"].tolist()) == ([0, 3, 3, 3], [-1, 1, 2, -1])
+    assert prepared.describe_unreadable(1) == "an image of mode RGB has 3 channels, the model takes 1"

@@ -10,7 +10,7 @@ from accelerate_state import reset_accelerate
 from PIL import Image
 from tiny_models import raises_one_line
 
-from modeling_vitcls.data.fingerprint import compute_fingerprint, describe_change
+from modeling_vitcls.data.splits import compute_fingerprint, describe_change
 from modeling_vitcls.options import (
     DataOptions,
     FinetuneOptions,
@@ -20,9 +20,9 @@ from modeling_vitcls.options import (
     RunOptions,
     TrainingOptions,
 )
-from modeling_vitcls.training import pretrain
-from modeling_vitcls.training.finetune import finetune
-from modeling_vitcls.training.setup import prepare
+from modeling_vitcls.training.finetune import FinetuneTask
+from modeling_vitcls.training.pretrain import PretrainTask
+from modeling_vitcls.training.task import run_task
 
 
 MODEL = ModelOptions(
@@ -68,7 +68,7 @@ def get_options(dataset: Path, streaming: bool = False) -> FinetuneOptions:
 
 def start(options: FinetuneOptions) -> FinetuneOptions:
     """Leave an unfinished run behind; returns the options to resume it with."""
-    finetune(prepare(options))
+    run_task(FinetuneTask(options))
     (options.output_dir / "results.json").unlink()
     reset_accelerate()
     return replace(options, run=replace(options.run, resume=True))
@@ -95,11 +95,11 @@ CHANGES: dict[str, tuple[Callable[[Path], object], str]] = {
 def test_a_changed_folder_is_refused(tmp_path: Path, change: Callable[[Path], object], reason: str) -> None:
     photos = write_photos(tmp_path / "photos", range(20), "cat", "dog")
     options = start(get_options(photos))
-    prepare(options)  # with the same data
+    FinetuneTask(options)  # with the same data
     reset_accelerate()
     change(photos)
     with raises_one_line("--resume: the data set has changed since the run in", reason, "Restore the data set"):
-        prepare(options)
+        FinetuneTask(options)
 
 
 @pytest.mark.parametrize("streaming", [False, True])
@@ -120,10 +120,10 @@ def test_a_changed_table_is_refused(tmp_path: Path, streaming: bool) -> None:
     ):
         write(lines)
         with raises_one_line("--resume: the data set has changed", reason):
-            prepare(options)
+            FinetuneTask(options)
         reset_accelerate()
     write(rows)
-    assert prepare(options).runner.facts is not None
+    assert FinetuneTask(options).runner.facts is not None
 
 
 def test_other_names_and_other_held_out_images_are_told_apart() -> None:
@@ -146,9 +146,9 @@ def test_pre_training_is_checked_too(tmp_path: Path) -> None:
         training=TrainingOptions(max_steps=2, batch_size=8),
         run=RunOptions(report=False),
     )
-    pretrain.pretrain(pretrain.prepare(options))
+    run_task(PretrainTask(options))
     (tmp_path / "run" / "results.json").unlink()
     reset_accelerate()
     write_photos(photos, range(20, 60), "cat")
     with raises_one_line("--resume: the data set has changed", "training images, and now there are"):
-        pretrain.prepare(replace(options, run=replace(options.run, resume=True)))
+        PretrainTask(replace(options, run=replace(options.run, resume=True)))

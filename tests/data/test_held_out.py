@@ -13,12 +13,12 @@ from PIL import Image
 from tiny_models import raises_one_line
 
 from modeling_vitcls.analysis.inspection_inputs import open_images
-from modeling_vitcls.data.held_out import HeldOutPart, HeldOutRecord, read_record
+from modeling_vitcls.data.held_out import HeldOutRecord, HeldOutRule, read_record
 from modeling_vitcls.data.splits import (
     describe_missing_classes,
     load_evaluation_data,
     load_training_data,
-    load_unlabelled_data,
+    load_unlabeled_data,
 )
 from modeling_vitcls.hub.manifest import collect_model_files
 from modeling_vitcls.inference.evaluate import evaluate_checkpoint, load_classifier
@@ -31,8 +31,8 @@ from modeling_vitcls.options import (
     RunOptions,
     TrainingOptions,
 )
-from modeling_vitcls.training.finetune import finetune
-from modeling_vitcls.training.setup import prepare
+from modeling_vitcls.training.finetune import FinetuneTask
+from modeling_vitcls.training.task import run_task
 
 
 SIZES: dict[str, Any] = {
@@ -68,13 +68,13 @@ def read(dataset: object, **options: Any) -> Any:
 
 
 def get_names(part: Any) -> set[str]:
-    return set(part.pictures.names())
+    return set(part.images.get_names())
 
 
 def run(output: Path, dataset: Path, model: str = "vitcls-tiny", **data: Any) -> dict[str, Any]:
     """Fine-tune for two steps; returns what results.json holds."""
-    return finetune(
-        prepare(
+    return run_task(
+        FinetuneTask(
             FinetuneOptions(
                 output,
                 data=DataOptions(str(dataset), num_workers=0, **data),
@@ -115,7 +115,7 @@ def test_the_split_is_that_of_the_names_wherever_the_folder_is(
     monkeypatch.chdir(tmp_path)
     assert get_names(read("there", split_seed=3).held_out) == held_out
     assert get_names(read("there", split_seed=3, streaming=True).held_out) == held_out
-    assert get_names(load_unlabelled_data(DataOptions("there", split_seed=3)).held_out) == held_out
+    assert get_names(load_unlabeled_data(DataOptions("there", split_seed=3)).held_out) == held_out
     rows = [f"there/{path.relative_to(tmp_path / 'there')},x" for path in (tmp_path / "there").glob("*/*.png")]
     (tmp_path / "list.csv").write_text("\n".join(["image,label", *rows[:40], "a.png,y", *rows[40:]]), encoding="utf-8")
     listed = get_names(read("list.csv", split_seed=3).held_out)
@@ -131,17 +131,17 @@ def test_images_without_names_are_chosen_by_their_content(tmp_path: Path) -> Non
         rows = {"image": [path.read_bytes() for path in order], "label": [path.parent.name for path in order]}
         datasets.Dataset.from_dict(rows).to_parquet(tmp_path / "table.parquet")
         data = read(tmp_path / "table.parquet")
-        found.append({picture.tobytes() for picture in data.held_out.pictures})
-        assert not found[-1] & {picture.tobytes() for picture in data.train.pictures}
+        found.append({picture.tobytes() for picture in data.held_out.images})
+        assert not found[-1] & {picture.tobytes() for picture in data.train.images}
     streamed = read(tmp_path / "table.parquet", streaming=True, label_names=("cat", "dog"))
-    found.append({picture.tobytes() for picture in streamed.held_out.pictures})
+    found.append({picture.tobytes() for picture in streamed.held_out.images})
     assert found[0] == found[1] == found[2] == found[3] and 0 < len(found[0]) < 60
 
 
 def test_the_fraction_is_kept_on_average(tmp_path: Path) -> None:
     """Of 20,000 images, within 5 standard deviations; and a larger fraction holds what a smaller one holds."""
     for fraction in (0.05, 0.2, 0.5):
-        part, larger = HeldOutPart(fraction, 1), HeldOutPart(fraction + 0.1, 1)
+        part, larger = HeldOutRule(fraction, 1), HeldOutRule(fraction + 0.1, 1)
         held_out = [key for key in range(20_000) if part.holds(key)]
         assert abs(len(held_out) - 20_000 * fraction) < 5 * (20_000 * fraction * (1 - fraction)) ** 0.5
         assert all(larger.holds(key) for key in held_out)
@@ -180,7 +180,7 @@ def test_evaluation_uses_the_images_that_the_run_held_out(tmp_path: Path, capsys
     folder = write_photos(tmp_path / "photos", range(50))
     trained = run(tmp_path / "run", folder, split_seed=7, held_out_fraction=0.3)
     held_out = read(folder, split_seed=7, held_out_fraction=0.3).held_out
-    assert trained["held_out"] == HeldOutRecord.from_keys(HeldOutPart(0.3, 7), held_out.pictures.keys()).to_dict()
+    assert trained["held_out"] == HeldOutRecord.from_keys(HeldOutRule(0.3, 7), held_out.images.compute_keys()).to_dict()
     measured = evaluate(tmp_path / "run", folder)
     for name in ("num_images", "accuracy", "confusion_matrix"):
         assert measured[name] == trained[name]
@@ -260,8 +260,8 @@ def test_the_record_is_published_and_inspection_uses_it(tmp_path: Path) -> None:
     model = load_classifier("run", str(tmp_path / "run"))
     options = InspectOptions(str(tmp_path / "run"), dataset=str(folder))
     images = open_images(options, model, read_record(tmp_path / "run"))
-    expected = load_evaluation_data(DataOptions(str(folder), split_seed=7), "test").pictures
-    assert images.images.names() == expected.pictures.names()
+    expected = load_evaluation_data(DataOptions(str(folder), split_seed=7), "test").images
+    assert images.images.get_names() == expected.images.get_names()
 
 
 def test_damaged_records_are_named(tmp_path: Path) -> None:

@@ -10,8 +10,8 @@ from tiny_models import raises_one_line
 
 from modeling_vitcls.data.image_folder import read_image_folder, scan_folder
 from modeling_vitcls.data.splits import load_evaluation_data, load_training_data
-from modeling_vitcls.data.streaming import StreamedPictures
-from modeling_vitcls.inference.inputs import open_source
+from modeling_vitcls.data.streaming import StreamedImages
+from modeling_vitcls.inference.inputs import open_image_source
 from modeling_vitcls.options import DataOptions, PredictOptions
 
 
@@ -63,8 +63,8 @@ def test_a_class_called_train_is_not_a_split(tmp_path: Path) -> None:
     data = load(tmp_path)
     assert (len(data.train), len(data.held_out), data.held_out_name) == (12, 12, "split 'test'")
     assert data.label_space.names == ["bus", "train"]
-    trained = {picture.filename for picture in data.train.pictures}
-    held_out = {picture.filename for picture in data.held_out.pictures}
+    trained = {picture.filename for picture in data.train.images}
+    held_out = {picture.filename for picture in data.held_out.images}
     assert len(trained) == len(held_out) == 12 and not trained & held_out
 
 
@@ -254,15 +254,15 @@ def test_streams(tmp_path: Path) -> None:
     write_class(tmp_path, "dog", 20)
     write_images(tmp_path, "stray.png")
     streamed = load(tmp_path, streaming=True)
-    assert isinstance(streamed.train, StreamedPictures) and streamed.label_space.names == ["cat", "dog"]
+    assert isinstance(streamed.train, StreamedImages) and streamed.label_space.names == ["cat", "dog"]
 
 
 def test_predictions_are_for_every_image(tmp_path: Path) -> None:
     write_images(tmp_path, "1.png", "test_2.png", "deep/3.png")
-    source = open_source(PredictOptions("model", dataset=str(tmp_path)))
+    source = open_image_source(PredictOptions("model", dataset=str(tmp_path)))
     names = [record.name for record in source.read([range(3)])]
     assert names == [str(tmp_path / name) for name in ("1.png", "deep/3.png", "test_2.png")]
     before = source.identity()
-    assert open_source(PredictOptions("model", dataset=str(tmp_path))).identity() == before
+    assert open_image_source(PredictOptions("model", dataset=str(tmp_path))).identity() == before
     Image.new("RGB", (9, 9)).save(tmp_path / "1.png")
-    assert open_source(PredictOptions("model", dataset=str(tmp_path))).identity() != before
+    assert open_image_source(PredictOptions("model", dataset=str(tmp_path))).identity() != before

@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from modeling_vitcls.data.images import BrokenPicture, BrokenPictures, LabelledPictures
+from modeling_vitcls.data.images import LabeledImages, UnreadableImage, UnreadableImages
 from modeling_vitcls.data.sources import load_splits
-from modeling_vitcls.data.splits import load_evaluation_data, load_training_data, load_unlabelled_data
+from modeling_vitcls.data.splits import load_evaluation_data, load_training_data, load_unlabeled_data
 from modeling_vitcls.image_processing_vitcls import pil_to_tensor
 from modeling_vitcls.options import DataOptions
 
@@ -39,7 +39,7 @@ def read(dataset: object, **options: Any) -> Any:
     return load_training_data(DataOptions(dataset=str(dataset), **options))
 
 
-def read_whole(dataset: object) -> LabelledPictures:
+def read_whole(dataset: object) -> LabeledImages:
     """The only split, without a held-out part."""
     (part,) = load_splits(DataOptions(dataset=str(dataset))).parts.values()
     return part
@@ -47,7 +47,7 @@ def read_whole(dataset: object) -> LabelledPictures:
 
 def everything(data: Any) -> list[tuple[Any, Any]]:
     """All pictures of both parts with their labels."""
-    return [pair for part in (data.train, data.held_out) for pair in zip(part.pictures, part.labels, strict=True)]
+    return [pair for part in (data.train, data.held_out) for pair in zip(part.images, part.labels, strict=True)]
 
 
 def is_noon(picture: Image.Image) -> bool:
@@ -132,7 +132,7 @@ def test_declared_labels_are_indices_whatever_their_names(colours: Path, tmp_pat
     file = write_table(tmp_path / "table.parquet", rows, image=datasets.Image(), label=labels)
     space, held_out, *_ = load_evaluation_data(DataOptions(dataset=str(file)), "test")
     assert space.names == ["1", "0"]
-    for picture, label in zip(held_out.pictures, held_out.labels, strict=True):
+    for picture, label in zip(held_out.images, held_out.labels, strict=True):
         assert is_noon(picture) == (label == 1)
 
 
@@ -152,11 +152,11 @@ def test_given_names_are_classes_by_name_or_by_place(colours: Path, tmp_path: Pa
 def test_digits() -> None:
     data = read("digits")
     assert data.label_space.names == [str(digit) for digit in range(10)]
-    assert len(set(data.train.pictures.indices) & set(data.held_out.pictures.indices)) == 0
+    assert len(set(data.train.images.indices) & set(data.held_out.images.indices)) == 0
     assert len(data.train) + len(data.held_out) == 1797
     assert len(data.held_out) == 372 and Counter(data.held_out.labels).keys() == set(range(10))
-    assert read("digits").held_out.pictures.indices == data.held_out.pictures.indices
-    assert read("digits", split_seed=1).held_out.pictures.indices != data.held_out.pictures.indices
+    assert read("digits").held_out.images.indices == data.held_out.images.indices
+    assert read("digits", split_seed=1).held_out.images.indices != data.held_out.images.indices
 
 
 def write_idx(file: Path, values: np.ndarray) -> None:
@@ -181,8 +181,8 @@ def test_folder_in_the_format_of_mnist(tmp_path: Path, ending: str) -> None:
     assert (data.name, data.held_out_name, len(data.train), len(data.held_out)) == ("mine", "split 'test'", 12, 4)
     assert data.label_space.names == [str(digit) for digit in range(10)]
     assert list(data.train.labels) == [*range(10), 0, 1]
-    assert np.array_equal(np.asarray(data.train.pictures[11]), images[11])
-    assert data.train.pictures[0].size == (7, 5)
+    assert np.array_equal(np.asarray(data.train.images[11]), images[11])
+    assert data.train.images[0].size == (7, 5)
 
 
 def test_damaged_folders_in_the_format_of_mnist_are_named(tmp_path: Path) -> None:
@@ -206,7 +206,7 @@ def test_fashion_mnist() -> None:
     data = read(FASHION_MNIST)
     assert (data.name, len(data.train), len(data.held_out)) == ("fashion-mnist", 60_000, 10_000)
     assert data.label_space.names[0] == "T-shirt/top" and data.label_space.names[9] == "Ankle boot"
-    assert data.train.pictures[0].size == (28, 28)
+    assert data.train.images[0].size == (28, 28)
 
 
 # Labels --------------------------------------------------------------------------------------------------------------
@@ -343,7 +343,7 @@ def test_parts_of_the_only_split(colours: Path) -> None:
     options = DataOptions(dataset=str(colours))
     data = load_training_data(options)
     for part, name in ((data.train, "train"), (data.held_out, "test")):
-        assert load_evaluation_data(options, name)[1].pictures.indices == part.pictures.indices
+        assert load_evaluation_data(options, name)[1].images.indices == part.images.indices
     with pytest.raises(ValueError, match=r"single split, .* leave out --streaming, or choose `test`"):
         load_evaluation_data(DataOptions(dataset=str(colours), streaming=True), "train")
 
@@ -358,15 +358,15 @@ def test_unlabelled_images(colours: Path, tmp_path: Path) -> None:
     for path in paths_in(colours):
         (tmp_path / f"{Path(path).parent.name}-{Path(path).name}").symlink_to(path)
     for folder in (tmp_path, colours):  # without and with sub-folders
-        data = load_unlabelled_data(DataOptions(dataset=str(folder)))
+        data = load_unlabeled_data(DataOptions(dataset=str(folder)))
         assert len(data.train) + len(data.held_out) == 20
         assert data.label_space.columns == {}
         assert {label for _, label in everything(data)} == {-100}
         assert len({np.asarray(picture.convert("RGB")).tobytes() for picture, _ in everything(data)}) == 20
-    digits = load_unlabelled_data(DataOptions(dataset="digits"))
+    digits = load_unlabeled_data(DataOptions(dataset="digits"))
     assert set(digits.train.labels) == {-100} and len(digits.train) == 1425
     labelled = load_training_data(DataOptions(dataset="digits"))  # fine-tuning must not have seen what it holds out
-    assert digits.held_out.pictures.indices == labelled.held_out.pictures.indices
+    assert digits.held_out.images.indices == labelled.held_out.images.indices
     with pytest.raises(ValueError, match="holds images but no class folders"):
         read(tmp_path)
 
@@ -416,7 +416,7 @@ def write_broken_pictures(folder: Path) -> list[Path]:
     return sorted(folder.iterdir())
 
 
-def as_three_sources(paths: list[Path], folder: Path) -> list[LabelledPictures]:
+def as_three_sources(paths: list[Path], folder: Path) -> list[LabeledImages]:
     """The same files by path, in a column of images, and as bytes, each in its order."""
     folder.mkdir()
     names = ["x", "y"] * (len(paths) // 2)
@@ -437,7 +437,7 @@ def test_odd_pictures_are_read(tmp_path: Path) -> None:
     (tmp_path / "images").mkdir()
     paths = write_odd_pictures(tmp_path / "images")
     for source in as_three_sources(paths, tmp_path / "tables"):
-        for path, picture in zip(paths, source.pictures, strict=True):
+        for path, picture in zip(paths, source.images, strict=True):
             assert pil_to_tensor(picture, to_rgb=True).shape == (3, 9, 6), path
 
 
@@ -448,28 +448,28 @@ def test_broken_pictures_are_named(tmp_path: Path) -> None:
     by_path, in_column, as_bytes = as_three_sources(paths, tmp_path / "tables")
     for index, path in enumerate(paths):
         for source, name in ((by_path, path.name), (in_column, path.name), (as_bytes, f"row {index}")):
-            with pytest.raises(BrokenPicture, match=name) as caught:
-                source.pictures[index]
+            with pytest.raises(UnreadableImage, match=name) as caught:
+                source.images[index]
             assert "\n" not in str(caught.value)
 
 
 def test_missing_pictures_are_broken(tmp_path: Path) -> None:
     (tmp_path / "list.csv").write_text("image,label\nabsent.png,x\n,x\nabsent.png,x\n", encoding="utf-8")
-    pictures = read_whole(tmp_path / "list.csv").pictures
-    with pytest.raises(BrokenPicture, match=r"absent\.png"):
+    pictures = read_whole(tmp_path / "list.csv").images
+    with pytest.raises(UnreadableImage, match=r"absent\.png"):
         pictures[0]
-    with pytest.raises(BrokenPicture, match="row 1 has no image"):
+    with pytest.raises(UnreadableImage, match="row 1 has no image"):
         pictures[1]
     table = write_table(tmp_path / "table.parquet", {"image": [None, b"", None], "label": ["x"] * 3})
-    pictures = read_whole(table).pictures
+    pictures = read_whole(table).images
     for index in range(3):
-        with pytest.raises(BrokenPicture, match=f"row {index}"):
+        with pytest.raises(UnreadableImage, match=f"row {index}"):
             pictures[index]
 
 
 def test_the_tally_names_each_broken_picture_once_and_stops_beyond_the_limit() -> None:
     lines: list[str] = []
-    tally = BrokenPictures(lambda index: f"file {index} is empty", lines.append, limit=2)
+    tally = UnreadableImages(lambda index: f"file {index} is empty", lines.append, limit=2)
     tally.note([-1, 7, -1, 7])
     tally.note(iter([7, 3]))
     assert lines == ["skipped an image: file 7 is empty", "skipped an image: file 3 is empty"]

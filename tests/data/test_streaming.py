@@ -16,10 +16,11 @@ from PIL import Image
 from modeling_vitcls.data import splits as training_data
 from modeling_vitcls.data import streaming
 from modeling_vitcls.data.augmentation import build_augmentation
-from modeling_vitcls.data.batches import Batch, BatchPlan, training_batches
-from modeling_vitcls.data.held_out import HeldOutPart
-from modeling_vitcls.data.splits import TrainingData, load_evaluation_data, load_training_data, load_unlabelled_data
-from modeling_vitcls.data.streaming import StreamedPictures, TrainingStream, read_ahead, training_pictures
+from modeling_vitcls.data.batches import Batch, iterate_training_batches
+from modeling_vitcls.data.held_out import HeldOutRule
+from modeling_vitcls.data.sampling import BatchPlan
+from modeling_vitcls.data.splits import TrainingData, load_evaluation_data, load_training_data, load_unlabeled_data
+from modeling_vitcls.data.streaming import StreamedImages, TrainingStream, augment_images, read_ahead
 from modeling_vitcls.options import AugmentationOptions, DataOptions, TrainingOptions
 
 
@@ -74,15 +75,15 @@ def read(folder: Path, **options: Any) -> TrainingData:
 
 
 def plan_for(num_processes: int = 1, copies: int = 1, **options: Any) -> BatchPlan:
-    return BatchPlan.from_options(None, TrainingOptions(**options), num_processes, copies=copies)
+    return BatchPlan.from_options(None, TrainingOptions(**options), num_processes, num_copies=copies)
 
 
 def batches_of(
     source: Any, plan: BatchPlan, process: int = 0, num_workers: int = 0, first_step: int = 0, views: int = 0
 ) -> list[Batch]:
     augmentation = build_augmentation(AugmentationOptions(crop_scale=0.5, rotation=10), (8, 8), 3)
-    pictures = training_pictures(source, augmentation, True, plan.seed, views)
-    return list(training_batches(pictures, plan, process, num_workers, first_step))
+    pictures = augment_images(source, augmentation, True, plan.seed, views)
+    return list(iterate_training_batches(pictures, plan, process, num_workers, first_step))
 
 
 def shown(examples: Any) -> list[int]:
@@ -91,7 +92,7 @@ def shown(examples: Any) -> list[int]:
 
 
 def held_out_of(data: TrainingData) -> list[int]:
-    return [picture.getpixel((0, 0))[0] for picture in data.held_out.pictures]
+    return [picture.getpixel((0, 0))[0] for picture in data.held_out.images]
 
 
 def equal(first: Batch, second: Batch) -> bool:
@@ -100,7 +101,7 @@ def equal(first: Batch, second: Batch) -> bool:
 
 def test_every_pass_shows_each_picture_once_in_another_order(shards: Path) -> None:
     data = read(shards)
-    assert isinstance(data.train, StreamedPictures) and data.num_training_images is None
+    assert isinstance(data.train, StreamedImages) and data.num_training_images is None
     assert data.label_space.columns == {"label": ["a", "b", "c"]}
     held_out = held_out_of(data)
     length = NUM_PICTURES - len(held_out)
@@ -192,7 +193,7 @@ def test_the_next_picture_of_the_batch_stands_in_for_a_broken_one(tmp_path: Path
             stand_in = next(at % 8 for at in range(place, place + 8) if not is_broken[at % 8])
             assert batch["index"][place] == chosen[stand_in].index
             assert batch["labels"][place] == chosen[stand_in].label
-            assert batch["broken"][place] == (example.index if is_broken[place] else -1)
+            assert batch["replaced"][place] == (example.index if is_broken[place] else -1)
     assert found > 4
 
 
@@ -202,13 +203,13 @@ def test_broken_pictures_are_described_by_their_path(tmp_path: Path) -> None:
         file.parent.mkdir(exist_ok=True)
         file.write_bytes(b"no picture" if index == 7 else encoded(index))
     source = read(tmp_path).train
-    assert isinstance(source, StreamedPictures)
+    assert isinstance(source, StreamedImages)
     pictures = TrainingStream(source, build_augmentation(AugmentationOptions(), (8, 8), 3), True, seed=0)
-    batches = list(training_batches(pictures, plan_for(max_steps=8, batch_size=4), 0, 0))
-    indices = {index for batch in batches for index in batch["broken"].tolist()} - {-1}
+    batches = list(iterate_training_batches(pictures, plan_for(max_steps=8, batch_size=4), 0, 0))
+    indices = {index for batch in batches for index in batch["replaced"].tolist()} - {-1}
     assert len(indices) == 1
-    assert "7.png" in pictures.describe(*indices)
-    assert pictures.describe(10**6) == "cannot read the image with checksum f4240"
+    assert "7.png" in pictures.describe_unreadable(*indices)
+    assert pictures.describe_unreadable(10**6) == "cannot read the image with checksum f4240"
 
 
 # Held-out parts and labels -------------------------------------------------------------------------------------------
@@ -234,10 +235,10 @@ def test_of_a_large_held_out_part_the_first_pictures_are_kept(
 ) -> None:
     whole = held_out_of(read(two_shards))
     for module in (streaming, training_data):
-        monkeypatch.setattr(module, "HELD_OUT_PICTURES", 3)
+        monkeypatch.setattr(module, "MAX_HELD_OUT_IMAGES", 3)
     passed: list[int] = []
-    holds = HeldOutPart.holds
-    monkeypatch.setattr(HeldOutPart, "holds", lambda part, index: passed.append(index) or holds(part, index))
+    holds = HeldOutRule.holds
+    monkeypatch.setattr(HeldOutRule, "holds", lambda part, index: passed.append(index) or holds(part, index))
     data = read(two_shards)
     assert held_out_of(data) == whole[:3]
     assert sum(holds(data.train.held_out, index) for index in passed) == 3 and len(passed) < NUM_PICTURES
@@ -264,7 +265,7 @@ def test_a_split_of_the_data_set_is_read_whole(two_shards: Path, tmp_path: Path)
     data = read(tmp_path)
     assert data.held_out_name == "split 'validation'"
     assert sorted(held_out_of(data)) == list(range(1, NUM_PICTURES, 2))
-    assert isinstance(data.train, StreamedPictures)
+    assert isinstance(data.train, StreamedImages)
     assert sorted(shown(islice(data.train.examples(0, 0, 1), 30))) == list(range(0, NUM_PICTURES, 2))
     _, pictures, *_ = load_evaluation_data(DataOptions(dataset=str(tmp_path), streaming=True), "validation")
     assert len(pictures) == 30
@@ -295,7 +296,7 @@ def test_table_of_paths(tmp_path: Path) -> None:
 
 def test_unlabelled(two_shards: Path) -> None:
     options = DataOptions(dataset=str(two_shards), streaming=True)
-    data = load_unlabelled_data(options)
+    data = load_unlabeled_data(options)
     assert data.label_space.columns == {}
     (batch,) = batches_of(data.train, plan_for(max_steps=1, batch_size=4))
     assert batch["labels"].tolist() == [-100] * 4

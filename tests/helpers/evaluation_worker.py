@@ -26,7 +26,7 @@ from modeling_vitcls import (
     ViTCLSForMultiTaskClassification,
     ViTCLSImageProcessor,
 )
-from modeling_vitcls.data.images import Examples, LabelledPictures
+from modeling_vitcls.data.images import Examples, LabeledImages
 from modeling_vitcls.data.labels import LabelSpace
 from modeling_vitcls.distributed import build_accelerator
 from modeling_vitcls.inference.evaluate import evaluate_checkpoint
@@ -55,7 +55,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
 def build_classifier(name: str) -> Any:
     """A model in evaluation mode, with the same random weights each time."""
     torch.manual_seed(3)
-    config = ViTCLSConfig(**SIZES, **CONFIGS[name], **SPACES[name].config_values())
+    config = ViTCLSConfig(**SIZES, **CONFIGS[name], **SPACES[name].to_config_values())
     model_class = ViTCLSForMultiTaskClassification if config.tasks else ViTCLSForImageClassification
     return model_class(config).eval()
 
@@ -69,7 +69,7 @@ def random_label(name: str, random: np.random.Generator) -> Any:
     return {"age": int(random.integers(2)), "species": int(random.choice([-100, 0, 3, 5]))}
 
 
-def build_pictures(name: str, number: int = NUM_PICTURES, broken: tuple[int, ...] = ()) -> LabelledPictures:
+def build_pictures(name: str, number: int = NUM_PICTURES, broken: tuple[int, ...] = ()) -> LabeledImages:
     """Labelled noise as PNG files in memory; broken ones end early."""
     random = np.random.default_rng(0)
     encoded, labels = [], []
@@ -79,11 +79,11 @@ def build_pictures(name: str, number: int = NUM_PICTURES, broken: tuple[int, ...
         content = file.getvalue()
         encoded.append({"path": f"{index}.png", "bytes": content[:200] if index in broken else content})
         labels.append(random_label(name, random))
-    return LabelledPictures(Examples(encoded), labels)
+    return LabeledImages(Examples(encoded), labels)
 
 
 def build_evaluator(
-    name: str, accelerator: Accelerator, pictures: LabelledPictures | None = None, **options: Any
+    name: str, accelerator: Accelerator, pictures: LabeledImages | None = None, **options: Any
 ) -> Evaluator:
     """An evaluator of one kind of labels."""
     pictures = pictures or build_pictures(name)

@@ -12,7 +12,7 @@ from PIL import Image
 from tiny_models import filled, tiny_config
 
 from modeling_vitcls import ViTCLSConfig, ViTCLSForImageClassification, ViTCLSImageProcessor
-from modeling_vitcls.data.images import BrokenPicture, LabelledPictures
+from modeling_vitcls.data.images import LabeledImages, UnreadableImage
 from modeling_vitcls.data.labels import LabelSpace
 from modeling_vitcls.hub.card import (
     build_card,
@@ -24,9 +24,9 @@ from modeling_vitcls.hub.card import (
 )
 from modeling_vitcls.hub.card_training import get_shareable_flags
 from modeling_vitcls.hub.provenance import Provenance
-from modeling_vitcls.inference.metrics import without_large_matrices
+from modeling_vitcls.inference.metrics import drop_large_matrices
 from modeling_vitcls.options import RunOptions
-from modeling_vitcls.system import WATTS_PER_CPU_THREAD, energy_estimate
+from modeling_vitcls.system import WATTS_PER_CPU_THREAD, estimate_energy
 from modeling_vitcls.training.model_report import (
     build_model_report,
     measure_inference_speed,
@@ -393,7 +393,7 @@ def test_pictures_are_shown_with_words_for_those_who_do_not_see_them() -> None:
 
 
 def test_energy_is_never_without_its_assumption() -> None:
-    estimate = energy_estimate(3600.0, 2, torch.device("cpu"))
+    estimate = estimate_energy(3600.0, 2, torch.device("cpu"))
     assert estimate is not None
     watts = torch.get_num_threads() * WATTS_PER_CPU_THREAD
     assert estimate["kilowatt_hours"] == pytest.approx(2 * watts / 1000)
@@ -403,7 +403,7 @@ def test_energy_is_never_without_its_assumption() -> None:
         f"assuming that {estimate['assumption']}" in text
         and f"{WATTS_PER_CPU_THREAD:.0f} W each" in estimate["assumption"]
     )
-    assert energy_estimate(3600.0, 2, torch.device("meta")) is None
+    assert estimate_energy(3600.0, 2, torch.device("meta")) is None
     assert "energy" not in rendered(energy=None).text.split("## Hardware")[1].partition("\n")[2]
 
 
@@ -435,7 +435,7 @@ class Pictures(list):
 
     def __getitem__(self, index: Any) -> Any:
         if index == 1:
-            raise BrokenPicture("cannot be read")
+            raise UnreadableImage("cannot be read")
         return super().__getitem__(index)
 
 
@@ -443,17 +443,17 @@ def test_samples_are_of_different_classes() -> None:
     pictures = Pictures(Image.new("L", (4, 4), value) for value in range(7))
     labels = [0, 1, 0, 0, 1, 2, 2]
     space = LabelSpace("single_label_classification", {"label": ["dusk", "noon", "dawn"]})
-    samples = select_samples(LabelledPictures(pictures, labels), space)
+    samples = select_samples(LabeledImages(pictures, labels), space)
     assert [(picture.getpixel((0, 0)), label) for picture, label in samples] == [
         *((0, "dusk"), (5, "dawn"), (2, "dusk"), (3, "dusk")),
     ]
     tasks = LabelSpace("multi_task", {"light": ["dusk", "noon"], "place": ["sea", "wood"]})
-    (sample,) = select_samples(LabelledPictures(pictures[:1], [{"light": 1, "place": -100}]), tasks)
+    (sample,) = select_samples(LabeledImages(pictures[:1], [{"light": 1, "place": -100}]), tasks)
     assert sample[1] == "light noon"
     several = LabelSpace("multi_label_classification", {"tags": ["sea", "wood", "town"]})
-    (sample,) = select_samples(LabelledPictures(pictures[:1], [[1.0, 0.0, 1.0]]), several)
+    (sample,) = select_samples(LabeledImages(pictures[:1], [[1.0, 0.0, 1.0]]), several)
     assert sample[1] == "sea, town"
-    (sample,) = select_samples(LabelledPictures(pictures[:1], [-100]), LabelSpace("single_label_classification", {}))
+    (sample,) = select_samples(LabeledImages(pictures[:1], [-100]), LabelSpace("single_label_classification", {}))
     assert sample[1] is None
 
 
@@ -473,7 +473,7 @@ def test_the_result_for_a_benchmark_is_written_where_one_is_named(tmp_path: Path
 
 
 def test_a_benchmark_needs_a_task_and_an_id() -> None:
-    with pytest.raises(ValueError, match="--eval-benchmark and --eval-task-id go together"):
+    with pytest.raises(ValueError, match="--eval-benchmark and --eval-task-id require each other"):
         RunOptions(eval_benchmark="org/benchmark")
     with pytest.raises(ValueError, match=r"--eval-benchmark is benchmark: set a value such as `namespace/name`"):
         RunOptions(eval_benchmark="benchmark", eval_task_id="top_1")
@@ -481,7 +481,7 @@ def test_a_benchmark_needs_a_task_and_an_id() -> None:
 
 def test_large_matrices_are_left_out() -> None:
     metrics = {"accuracy": 1.0, "a_confusion_matrix": [[0]] * 200, "b_confusion_matrix": [[0]] * 201}
-    assert without_large_matrices(metrics).keys() == {"accuracy", "a_confusion_matrix"}
+    assert drop_large_matrices(metrics).keys() == {"accuracy", "a_confusion_matrix"}
 
 
 def test_a_run_is_not_lost_for_want_of_pictures(tmp_path: Path) -> None:
@@ -489,7 +489,7 @@ def test_a_run_is_not_lost_for_want_of_pictures(tmp_path: Path) -> None:
     ViTCLSImageProcessor(size={"height": 32, "width": 32}).save_pretrained(tmp_path)
     (tmp_path / "pictures").touch()  # in place of the folder
     results: dict[str, Any] = {}
-    none = LabelledPictures([], [])
+    none = LabeledImages([], [])
     space = LabelSpace("single_label_classification", {})
     warnings: list[str] = []
     given = (tmp_path, ViTCLSForImageClassification, results, none, space, torch.device("cpu"))

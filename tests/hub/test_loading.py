@@ -28,8 +28,8 @@ from source_checkpoints import SIZES, saved
 from tiny_models import filled, raises_one_line, tiny_config
 
 import modeling_vitcls as vitcls
-from modeling_vitcls.conversion.convert import take_over
-from modeling_vitcls.conversion.random_weights import random_fill
+from modeling_vitcls.conversion.convert import convert_checkpoint
+from modeling_vitcls.conversion.random_weights import randomize_weights
 from modeling_vitcls.hub import loading
 from modeling_vitcls.hub.loading import CONFIG_FILES, get_cached_commit, get_model_folder
 from modeling_vitcls.hub.publish import push_folder
@@ -185,7 +185,7 @@ def kept_waiting(
 def publish_theirs(world: World, pixel_values: torch.Tensor) -> None:
     """Models of transformers, pushed by those who made them, one with a licence of its own."""
     for name, (model_class, config_class, fields) in SOURCES.items():
-        model = random_fill(model_class(config_class(**SIZES, **fields, id2label=NAMES)))
+        model = randomize_weights(model_class(config_class(**SIZES, **fields, id2label=NAMES)))
         folder = world.folder / f"their-{name}"
         saved(model, folder)
         transformers.ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(folder)
@@ -209,7 +209,7 @@ def convert_and_push(world: World) -> None:
             assert done.returncode == 0, done.stderr[-2000:]
             assert f"python scripts/push_to_hub.py --model {converted} --hub-model-id" in done.stdout
         else:
-            take_over(f"transformers:them/{name}", converted)
+            convert_checkpoint(f"transformers:them/{name}", converted)
         commit = push_folder(converted, f"ann/{name}").commit
         world.ask(name, world.wanted[name], "AutoModelForImageClassification", f"ann/{name}", revision=commit)
 

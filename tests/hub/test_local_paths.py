@@ -24,7 +24,7 @@ from modeling_vitcls.options import (
     ModelOptions,
     PretrainOptions,
     RunOptions,
-    as_flags,
+    to_flags,
 )
 from modeling_vitcls.training.model_report import can_show_samples
 from modeling_vitcls.training.runner import build_runner, check_same_flags, resolve_names
@@ -106,7 +106,7 @@ def test_the_built_in_data_and_presets_go_before_folders_of_their_name(here: Pat
 
 def test_a_run_is_resumed_with_its_data_written_otherwise(here: Path, tmp_path: Path) -> None:
     def flags(dataset: str) -> dict[str, Any]:
-        return as_flags(resolve_names(options_of(tmp_path / "run", dataset)))
+        return to_flags(resolve_names(options_of(tmp_path / "run", dataset)))
 
     before = flags("data/teach")
     assert before["dataset"] == f"{here}/data/teach"

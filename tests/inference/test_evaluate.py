@@ -39,14 +39,20 @@ from torch import nn
 from warm_processes import OFFLINE, run_together
 
 from modeling_vitcls import ViTCLSConfig, ViTCLSForMaskedImageModeling, ViTCLSImageProcessor, ViTCLSModel
-from modeling_vitcls.data.images import Examples, LabelledPictures
-from modeling_vitcls.data.labels import LabelSpace, labels_of
+from modeling_vitcls.data.images import Examples, LabeledImages
+from modeling_vitcls.data.labels import LabelSpace, get_label_space
 from modeling_vitcls.distributed import build_accelerator
 from modeling_vitcls.inference import evaluate as evaluate_module
 from modeling_vitcls.inference import evaluator as evaluator_module
-from modeling_vitcls.inference.evaluate import evaluate_checkpoint, progress, relabelled
-from modeling_vitcls.inference.evaluator import HeldOutPictures
-from modeling_vitcls.inference.metrics import METRICS, MultiLabelMetrics, SingleLabelMetrics, scalars, wilson_interval
+from modeling_vitcls.inference.evaluate import evaluate_checkpoint, match_labels, progress
+from modeling_vitcls.inference.evaluator import HeldOutImages
+from modeling_vitcls.inference.metrics import (
+    METRICS,
+    MultiLabelMetrics,
+    SingleLabelMetrics,
+    select_scalars,
+    wilson_interval,
+)
 from modeling_vitcls.options import DataOptions, EvaluateOptions
 
 
@@ -83,7 +89,7 @@ def by_two_processes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("two")
     labels = LabelSpace("single_label_classification", {"label": list("9876543210")})
     model = build_classifier("single")
-    config = ViTCLSConfig(**model.config.to_diff_dict() | labels.config_values())
+    config = ViTCLSConfig(**model.config.to_diff_dict() | labels.to_config_values())
     type(model)(config).save_pretrained(folder)
     ViTCLSImageProcessor(size=16).save_pretrained(folder)
     worker = Path(__file__).parents[1] / "helpers" / "evaluation_worker.py"
@@ -99,7 +105,7 @@ def answers_of(name: str) -> tuple[Any, list[Any]]:
     """The model's outputs for all pictures of a scenario at once, and their labels."""
     pictures = build_pictures(name)
     processor = ViTCLSImageProcessor(size=16)
-    pixel_values = processor(list(pictures.pictures), return_tensors="pt")["pixel_values"]
+    pixel_values = processor(list(pictures.images), return_tensors="pt")["pixel_values"]
     with torch.no_grad():
         return build_classifier(name)(pixel_values), list(pictures.labels)
 
@@ -221,7 +227,7 @@ def test_multi_task_metrics(by_one_process: dict[str, Any]) -> None:
 def test_numbers_come_first_and_the_first_compares_models(by_one_process: dict[str, Any]) -> None:
     for name, first in (("single", "accuracy"), ("multi_label", "mean_average_precision"), ("multi_task", "accuracy")):
         metrics = by_one_process[name]
-        numbers = scalars(metrics)
+        numbers = select_scalars(metrics)
         assert next(iter(numbers)) == first
         assert list(metrics)[: len(numbers)] == list(numbers)
         assert "num_broken_images" in numbers and not any(isinstance(value, list) for value in numbers.values())
@@ -283,19 +289,19 @@ def test_only_the_main_process_prints(by_two_processes: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("num_pictures", "batch_size", "num_processes"), [(10, 3, 1), (10, 3, 2), (1, 4, 3), (12, 3, 2)]
+    ("num_images", "batch_size", "num_processes"), [(10, 3, 1), (10, 3, 2), (1, 4, 3), (12, 3, 2)]
 )
-def test_each_picture_has_one_place(num_pictures: int, batch_size: int, num_processes: int) -> None:
-    pictures = build_pictures("single", num_pictures)
-    numbered = LabelledPictures(pictures.pictures, range(num_pictures))
+def test_each_picture_has_one_place(num_images: int, batch_size: int, num_processes: int) -> None:
+    pictures = build_pictures("single", num_images)
+    numbered = LabeledImages(pictures.images, range(num_images))
     processor = ViTCLSImageProcessor(size=16)
     shares = [
-        HeldOutPictures(numbered, processor, SPACES["single"], batch_size, process, num_processes)
+        HeldOutImages(numbered, processor, SPACES["single"], batch_size, process, num_processes)
         for process in range(num_processes)
     ]
     assert len({len(share) for share in shares}) == 1  # sharded models need as many batches on all processes
     batches = [share[place] for share in shares for place in range(len(share))]
-    assert sorted(label for batch in batches for label in batch.labels.tolist()) == list(range(num_pictures))
+    assert sorted(label for batch in batches for label in batch.labels.tolist()) == list(range(num_images))
     assert all(len(batch.labels) <= batch_size for batch in batches)
 
 
@@ -348,9 +354,9 @@ def test_pictures_in_colour_count_as_broken_for_a_grey_model() -> None:
     for mode in ("L", "RGB", "RGBA", "L"):
         Image.new(mode, (16, 16)).save(file := io.BytesIO(), "PNG")
         encoded.append({"path": f"{mode}.png", "bytes": file.getvalue()})
-    pictures = LabelledPictures(Examples(encoded), [0, 1, 2, 3])
+    pictures = LabeledImages(Examples(encoded), [0, 1, 2, 3])
     processor = ViTCLSImageProcessor(size=16, do_convert_rgb=False, image_mean=0.5, image_std=0.5)
-    batch = HeldOutPictures(pictures, processor, SPACES["single"], 4, 0, 1, num_channels=1)[0]
+    batch = HeldOutImages(pictures, processor, SPACES["single"], 4, 0, 1, num_channels=1)[0]
     assert batch.pixel_values is not None and batch.pixel_values.shape == (2, 1, 16, 16)
     assert batch.labels.tolist() == [0, 3]
     assert batch.broken == {
@@ -375,8 +381,8 @@ def test_small_data_sets_are_prepared_once(
 ) -> None:
     monkeypatch.setattr(evaluator_module, "KEPT_BYTES", kept_bytes)
     pictures = build_pictures("single")
-    counted = Counted(pictures.pictures)
-    evaluator = build_evaluator("single", build_accelerator(), LabelledPictures(counted, pictures.labels))
+    counted = Counted(pictures.images)
+    evaluator = build_evaluator("single", build_accelerator(), LabeledImages(counted, pictures.labels))
     for _ in range(3):
         assert evaluator(build_classifier("single")) == by_one_process["single"]
     assert counted.num_reads == num_reads * NUM_PICTURES
@@ -428,7 +434,7 @@ def write_table(folder: Path, name: str, header: list[str], text: Any) -> Path:
         writer = csv.writer(file)
         writer.writerow(["path", *header])
         for index, label in enumerate(pictures.labels):
-            pictures.pictures[index].save(folder / f"{name}{index}.png")
+            pictures.images[index].save(folder / f"{name}{index}.png")
             writer.writerows([[f"{name}{index}.png", *text(label)]] * 2)
     return folder / f"{name}.csv"
 
@@ -542,9 +548,9 @@ def test_a_model_without_a_classifier_is_refused(tmp_path: Path) -> None:
 
 def test_labels_of_a_model() -> None:
     for name, space in SPACES.items():
-        assert labels_of(build_classifier(name).config) == space
+        assert get_label_space(build_classifier(name).config) == space
     unsaid = ViTCLSConfig(id2label={0: "dusk", 1: "noon"})
-    assert labels_of(unsaid) == LabelSpace("single_label_classification", {"label": ["dusk", "noon"]})
+    assert get_label_space(unsaid) == LabelSpace("single_label_classification", {"label": ["dusk", "noon"]})
 
 
 # Labels by name ------------------------------------------------------------------------------------------------------
@@ -555,28 +561,30 @@ def single(*names: str) -> LabelSpace:
 
 
 def test_labels_are_matched_to_the_model_by_name() -> None:
-    pictures = LabelledPictures([], [0, 1, 0])
-    assert relabelled(pictures, single("noon", "dusk"), single("dawn", "dusk", "noon")).labels == [2, 1, 2]
+    pictures = LabeledImages([], [0, 1, 0])
+    assert match_labels(pictures, single("noon", "dusk"), single("dawn", "dusk", "noon")).labels == [2, 1, 2]
     with pytest.raises(ValueError, match=r"the label 'noon' and the model does not: it knows dusk$"):
-        relabelled(pictures, single("noon", "dusk"), single("dusk"))
-    relabelled(replace(pictures, labels=[1]), single("noon", "dusk"), single("dusk"))  # a name not in use is no matter
+        match_labels(pictures, single("noon", "dusk"), single("dusk"))
+    match_labels(
+        replace(pictures, labels=[1]), single("noon", "dusk"), single("dusk")
+    )  # a name not in use is no matter
 
 
 def test_several_labels_are_matched_by_name() -> None:
     kind = "multi_label_classification"
     given, known = LabelSpace(kind, {"tags": ["b", "c", "a"]}), LabelSpace(kind, {"label": ["a", "b", "d"]})
-    matched = relabelled(LabelledPictures([], [[1.0, 0.0, 0.0], [1.0, 0.0, 1.0], [0.0, 0.0, 0.0]]), given, known)
+    matched = match_labels(LabeledImages([], [[1.0, 0.0, 0.0], [1.0, 0.0, 1.0], [0.0, 0.0, 0.0]]), given, known)
     assert matched.labels == [[0.0, 1.0, 0.0], [1.0, 1.0, 0.0], [0.0, 0.0, 0.0]]
     with pytest.raises(ValueError, match="the label 'c' and the model does not"):
-        relabelled(LabelledPictures([], [[0.0, 1.0, 0.0]]), given, known)
+        match_labels(LabeledImages([], [[0.0, 1.0, 0.0]]), given, known)
 
 
 def test_tasks_are_matched_by_name() -> None:
     given = LabelSpace("multi_task", {"b": ["y", "x"], "a": ["q", "p"]})
     known = LabelSpace("multi_task", {"a": ["p", "q"], "b": ["x", "y"]})
-    matched = relabelled(LabelledPictures([], [{"b": 0, "a": 0}, {"b": -100, "a": 1}]), given, known)
+    matched = match_labels(LabeledImages([], [{"b": 0, "a": 0}, {"b": -100, "a": 1}]), given, known)
     assert matched.labels == [{"a": 1, "b": 1}, {"a": 0, "b": -100}]
     with pytest.raises(ValueError, match="the data set has the tasks b, a and the model a, c: choose"):
-        relabelled(LabelledPictures([], []), given, LabelSpace("multi_task", {"a": ["p"], "c": ["x"]}))
+        match_labels(LabeledImages([], []), given, LabelSpace("multi_task", {"a": ["p"], "c": ["x"]}))
     with pytest.raises(ValueError, match="has several tasks with one label each and the model one label per image"):
-        relabelled(LabelledPictures([], []), given, single("a"))
+        match_labels(LabeledImages([], []), given, single("a"))

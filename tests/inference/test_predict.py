@@ -35,7 +35,7 @@ from modeling_vitcls import (
     ViTCLSImageProcessor,
     ViTCLSModel,
 )
-from modeling_vitcls.inference.inputs import CannotFetch, Prepared, Record, Stream, open_source
+from modeling_vitcls.inference.inputs import FetchError, Prepared, Record, Stream, open_image_source
 from modeling_vitcls.inference.outputs import ShardFolder, all_columns, shard_ranges, share, write_rows
 from modeling_vitcls.inference.predict import Summary, batches, predict, predict_images
 from modeling_vitcls.options import PredictOptions
@@ -305,7 +305,7 @@ def test_tokens_that_a_model_does_not_have_are_refused() -> None:
 def test_a_list_names_files_and_folders(photos: Path, tmp_path: Path) -> None:
     file = tmp_path / "list.txt"
     file.write_bytes(f"\ufeff{photos / 'c.png'}\r\n\n{photos / 'inner'}\n".encode() + b"odd-\xff.png\n")
-    source = open_source(PredictOptions("model", list=file))
+    source = open_image_source(PredictOptions("model", list=file))
     names = [record.name for record in source.read([range(source.num_images)])]
     assert names == [*sorted_photos(photos)[2:], "odd-\ufffd.png"]
 
@@ -349,7 +349,7 @@ def test_an_input_is_known_by_its_content(photos: Path, tmp_path: Path) -> None:
     ]
 
     def identities() -> list[dict[str, Any]]:
-        return [open_source(PredictOptions("model", **options)).identity() for options in given]
+        return [open_image_source(PredictOptions("model", **options)).identity() for options in given]
 
     first = identities()
     assert identities() == first
@@ -360,7 +360,7 @@ def test_an_input_is_known_by_its_content(photos: Path, tmp_path: Path) -> None:
 
 
 def test_digits_are_read(models: Path) -> None:
-    source = open_source(PredictOptions("model", dataset="digits"))
+    source = open_image_source(PredictOptions("model", dataset="digits"))
     assert source.num_images == 1797
     (record,) = source.read([range(1796, 1797)])
     assert record.content.size == (8, 8) and record.name == "digits/1796"
@@ -369,13 +369,13 @@ def test_digits_are_read(models: Path) -> None:
 def test_data_sets_that_cannot_be_used_are_named(tmp_path: Path) -> None:
     (tmp_path / "table.csv").write_text("a,b\n1,2\n", encoding="utf-8")
     with raises_one_line("no column is clearly the image", "--image-column"):
-        open_source(PredictOptions("model", dataset=str(tmp_path / "table.csv")))
+        open_image_source(PredictOptions("model", dataset=str(tmp_path / "table.csv")))
     with raises_one_line("has no column 'c': choose one of a, b"):
-        open_source(PredictOptions("model", dataset=str(tmp_path / "table.csv"), image_column="c"))
+        open_image_source(PredictOptions("model", dataset=str(tmp_path / "table.csv"), image_column="c"))
     with raises_one_line("has no split 'test'", "train"):
-        open_source(PredictOptions("model", dataset=str(tmp_path / "table.csv"), split="test"))
+        open_image_source(PredictOptions("model", dataset=str(tmp_path / "table.csv"), split="test"))
     with raises_one_line("there are no images in"):
-        open_source(PredictOptions("model", (str(tmp_path),)))
+        open_image_source(PredictOptions("model", (str(tmp_path),)))
 
 
 def test_what_a_stream_passes_by_is_not_decoded(photos: Path, tmp_path: Path) -> None:
@@ -383,7 +383,7 @@ def test_what_a_stream_passes_by_is_not_decoded(photos: Path, tmp_path: Path) ->
     values = [{"bytes": b"broken" if index < 6 else good, "path": None} for index in range(10)]
     table = datasets.Dataset.from_dict({"image": values}).cast_column("image", datasets.Image())
     table.to_parquet(tmp_path / "images.parquet")
-    source = open_source(PredictOptions("model", dataset=str(tmp_path / "images.parquet"), streaming=True))
+    source = open_image_source(PredictOptions("model", dataset=str(tmp_path / "images.parquet"), streaming=True))
     assert isinstance(source, Stream) and source.num_images is None
     assert [(record.index, record.content) for record in source.read([range(6, 8)])] == [(6, good), (7, good)]
     assert source.num_images is None
@@ -396,7 +396,7 @@ def test_a_network_failure_is_no_broken_image(models: Path, tmp_path: Path, phot
     (tmp_path / "table.csv").write_text("image\nmemory://absent.jpg\n", encoding="utf-8")
     output = tmp_path / "out.csv"
     options = PredictOptions(str(models / "one_label"), dataset=str(tmp_path / "table.csv"), output=output)
-    with raises_one_line("cannot fetch memory://absent.jpg", error=CannotFetch):
+    with raises_one_line("cannot fetch memory://absent.jpg", error=FetchError):
         predict_images(options)
     assert [file.name for file in tmp_path.iterdir()] == ["table.csv"]
 
@@ -645,9 +645,9 @@ def test_wrong_flags_end_before_torch_is_imported() -> None:
     [
         (["a.png", "--features", "cls", "--output", "o.csv"], "CSV"),
         (["a.png", "--features", "cls"], "a table"),
-        (["a.png", "--output", "o.txt"], "name a .csv, .json, .jsonl or"),
+        (["a.png", "--output", "o.txt"], "set a .csv, .json, .jsonl or"),
         (["a.png", "--dataset", "digits"], "in one of these ways"),
-        ([], "give images as PATHS"),
+        ([], "Set exactly one of PATHS"),
         (["a.png", "--streaming"], "name it with --dataset"),
         (["a.png", "--top-k", "0"], "1 or more"),
         (["a.png", "--threshold", "2"], "0 to 1"),

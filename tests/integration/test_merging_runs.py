@@ -29,8 +29,9 @@ from modeling_vitcls.options import (
     PretrainOptions,
     TrainingOptions,
 )
-from modeling_vitcls.training import finetune as finetuning
-from modeling_vitcls.training import pretrain as pretraining
+from modeling_vitcls.training.finetune import FinetuneTask
+from modeling_vitcls.training.pretrain import PretrainTask
+from modeling_vitcls.training.task import run_task
 
 
 FIELDS: dict[str, Any] = {"num_cls_tokens": 2, "num_register_tokens": 1, "merged_patches_per_layer": 3}
@@ -55,9 +56,9 @@ def test_a_run_ends_with_a_model_results_and_a_card(
     kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     checkpoint, folder = saved(ViTCLSModel(tiny_config(**FIELDS)), tmp_path / "checkpoint"), tmp_path / "out"
-    options_class, script, model_class = {
-        "fine-tuned": (FinetuneOptions, finetuning.finetune, ViTCLSForImageClassification),
-        "pre-trained": (PretrainOptions, pretraining.pretrain, ViTCLSForMaskedImageModeling),
+    options_class, task_class, model_class = {
+        "fine-tuned": (FinetuneOptions, FinetuneTask, ViTCLSForImageClassification),
+        "pre-trained": (PretrainOptions, PretrainTask, ViTCLSForMaskedImageModeling),
     }[kind]
     options = options_class(
         output_dir=folder,
@@ -66,8 +67,7 @@ def test_a_run_ends_with_a_model_results_and_a_card(
         augmentation=AugmentationOptions(crop_scale=1.0, flip=False),
         training=TrainingOptions(max_steps=2, batch_size=8, log_every=1, health_every=1),
     )
-    prepare = finetuning.prepare if kind == "fine-tuned" else pretraining.prepare
-    results = script(prepare(options))
+    results = run_task(task_class(options))
     assert json.loads((folder / "results.json").read_text(encoding="utf-8")) == results
     assert model_class.from_pretrained(folder).config.merged_patches_per_layer == 3
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]

@@ -179,8 +179,8 @@ def test_without_the_right_to_push_there_is_no_training(
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        ("--hub-checkpoint-every 2", "--hub-checkpoint-every needs --push-to-hub"),
-        ("--hub-push-optimizer", "--hub-push-optimizer needs --push-to-hub"),
+        ("--hub-checkpoint-every 2", "--hub-checkpoint-every requires --push-to-hub"),
+        ("--hub-push-optimizer", "--hub-push-optimizer requires --push-to-hub"),
         ("--push-to-hub --hub-checkpoint-every 0", "--hub-checkpoint-every is 0"),
         ("--push-to-hub --hub-checkpoint-branch main", "--hub-checkpoint-branch is main"),
     ],

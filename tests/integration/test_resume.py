@@ -351,7 +351,7 @@ def test_a_damaged_checkpoint_costs_a_warning(
     weights = newest / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-7])
     output = finish(folder, f"{flags} --resume")
-    assert f"WARNING: the checkpoint {newest} is damaged: model.safetensors is not what was written" in output
+    assert f"WARNING: the checkpoint {newest} is damaged: model.safetensors differs from the written file" in output
     assert resumed_after(output) == step_of(before)
     assert_equal_runs(folder, uninterrupted(flags))
 
@@ -362,7 +362,7 @@ def test_only_damaged_checkpoints_are_refused(pictures: Path, folder: Path) -> N
     for state in (folder / "checkpoints").glob("step-*/state.json"):
         state.write_text("{", encoding="utf-8")
     message = refusal(folder, f"{flags} --resume")
-    assert message.startswith("error: every checkpoint in") and "leave out --resume" in message
+    assert message.startswith("error: all checkpoints in") and "--overwrite instead of --resume" in message
 
 
 def test_resume_without_a_checkpoint_starts_from_the_beginning(

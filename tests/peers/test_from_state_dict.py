@@ -174,7 +174,7 @@ def test_dinov3(name: str, mlp: str, bias: bool) -> None:
 
 def test_dinov3_with_something_else() -> None:
     weights = dinov3_weights()
-    with pytest.raises(ConversionError, match="other periods"):
+    with pytest.raises(ConversionError, match="differs from the rotary periods of DINOv3"):
         convert_state_dict(weights | {"rope_embed.periods": torch.ones(3)}, "dinov3", num_attention_heads=HEADS)
     unmasked = {name: part for name, part in weights.items() if not name.endswith("bias_mask")}
     with pytest.raises(ConversionError, match="bias of the keys"):
@@ -353,14 +353,17 @@ def test_layer_before_the_classifier() -> None:
 def test_errors_say_what_to_do() -> None:
     weights = random_weights(vit_shapes(1 + GRID**2))
     errors = {
-        "unknown family 'dino': use one of dinov2": ((weights, "dino"), {}),
-        "pass num_attention_heads=": ((weights, "deit"), {}),
-        "pass image_size=": (
+        "family='dino' is unknown. Use one of dinov2": ((weights, "dino"), {}),
+        "Set num_attention_heads=": ((weights, "deit"), {}),
+        "Set image_size=": (
             (weights | {"pos_embed": torch.zeros(1, 1 + 3 * 6, WIDTH)}, "mae"),
             {"num_attention_heads": 4},
         ),
-        "no patch_embed.proj.weight among the weights": (({"cls": torch.zeros(1, 1, 4)}, "dinov2"), {}),
-        "no embedding/kernel among the weights": ((weights, "big_vision"), {}),
+        "requires the weight patch_embed.proj.weight, but the weights are cls, ": (
+            ({"cls": torch.zeros(1, 1, 4)}, "dinov2"),
+            {},
+        ),
+        "requires the weight embedding/kernel, but the weights are": ((weights, "big_vision"), {}),
         "weights missing: .*layernorm.weight": (
             ({name: part for name, part in weights.items() if name != "norm.weight"}, "deit"),
             {"num_attention_heads": 4},
@@ -369,7 +372,7 @@ def test_errors_say_what_to_do() -> None:
             (weights | {"blocks.0.extra": torch.zeros(1)}, "deit"),
             {"num_attention_heads": 4},
         ),
-        "is no array of numbers": (({"cls_token": np.zeros(2, dtype="V2")}, "deit"), {}),
+        "is not an array of numbers": (({"cls_token": np.zeros(2, dtype="V2")}, "deit"), {}),
     }
     for message, (arguments, fields) in errors.items():
         with pytest.raises(ConversionError, match=message):

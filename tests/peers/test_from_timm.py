@@ -18,7 +18,7 @@ from torch import nn
 
 from modeling_vitcls import ViTCLSForImageClassification, ViTCLSModel
 from modeling_vitcls.conversion.from_timm import convert_from_timm
-from modeling_vitcls.conversion.random_weights import random_fill
+from modeling_vitcls.conversion.random_weights import randomize_weights
 from modeling_vitcls.conversion.weight_rules import ConversionError
 
 
@@ -124,22 +124,28 @@ REFUSED: dict[str, tuple[str, dict[str, Any]]] = {
     "an MLP gated by gelu": ("vit_tiny_patch16_224", {"mlp_layer": GluMlp}),
     "global_pool='avgmax'": ("vit_tiny_patch16_224", {"global_pool": "avgmax"}),
     "global_pool='prr'": ("vit_tiny_patch16_224", {"global_pool": "prr"}),
-    "a classifier of every token": ("vit_tiny_patch16_224", {"global_pool": ""}),
-    "mean pooling of special tokens": ("vit_tiny_patch16_224", {"global_pool": "avg", "pool_include_prefix": True}),
+    "a classifier on every token": ("vit_tiny_patch16_224", {"global_pool": ""}),
+    "mean pooling that includes special tokens": (
+        "vit_tiny_patch16_224",
+        {"global_pool": "avg", "pool_include_prefix": True},
+    ),
     "dynamic_img_pad": ("vit_tiny_patch16_224", {"dynamic_img_size": True, "dynamic_img_pad": True}),
     "activation Mish": ("vit_tiny_patch16_224", {"act_layer": "mish"}),
     "norm SimpleNorm": ("vit_tiny_patch16_224", {"norm_layer": "simplenorm"}),
-    "norms of different kinds or eps": (
+    "norms of different types or eps": (
         "vit_tiny_patch16_224",
         {"embed_norm_layer": LayerNorm, "norm_layer": RmsNorm},
     ),
-    "parallel blocks without biases": ("vit_base_patch16_xp_224", {"proj_bias": False}),
+    "parallel blocks without output biases": ("vit_base_patch16_xp_224", {"proj_bias": False}),
     "norms of queries and keys in parallel branches": ("vit_small_patch16_18x2_224", {"qk_norm": True}),
-    "norms within parallel branches": ("vit_small_patch16_18x2_224", {"scale_mlp_norm": True}),
-    "attention pooling with an activation of its own": ("vit_pe_core_tiny_patch16_384", {"swiglu_mlp": False}),
+    "norms inside parallel branches": ("vit_small_patch16_18x2_224", {"scale_mlp_norm": True}),
+    "attention pooling with another activation than the blocks": (
+        "vit_pe_core_tiny_patch16_384",
+        {"swiglu_mlp": False},
+    ),
     "RotaryEmbeddingMRope": ("eva02_tiny_patch14_224", {"rope_type": "mrope", "rope_mrope_section": (2, 3, 3)}),
-    "an offset of centred rotary positions": ("vit_small_patch16_dinov3", {"rope_grid_offset": 0.5}),
-    "registers beside a distillation token": ("deit_tiny_distilled_patch16_224", {"reg_tokens": 2}),
+    "an offset of centered rotary positions": ("vit_small_patch16_dinov3", {"rope_grid_offset": 0.5}),
+    "registers together with a distillation token": ("deit_tiny_distilled_patch16_224", {"reg_tokens": 2}),
     "multiple of 4": ("vit_small_patch16_dinov3", {"embed_dim": 24}),
 }
 
@@ -164,7 +170,7 @@ def peer(name: str, **arguments: Any) -> nn.Module:
         arguments = {"num_kv_heads": (arguments["num_heads"], arguments["num_heads"] // 2), **arguments}
     model = timm.create_model(name, **{"depth": 2, "num_classes": 7, **arguments})
     model.set_input_size(img_size=pixels(model, NATIVE))
-    random_fill(model)
+    randomize_weights(model)
     for weight_name, weight in model.named_parameters():
         if "lambda_" in weight_name:  # their products are exponentiated
             weight.data *= 0.1
@@ -217,7 +223,7 @@ def test_own_arguments(what: str) -> None:
 def test_what_is_missing_is_named(feature: str) -> None:
     name, arguments = REFUSED[feature]
     model = peer(name, **TINY | arguments)
-    if feature == "attention pooling with an activation of its own":
+    if feature == "attention pooling with another activation than the blocks":
         model.attn_pool.mlp.act = nn.ReLU()
     with pytest.raises(ConversionError) as raised:
         convert_from_timm(model)
@@ -232,9 +238,9 @@ def test_gates_and_foreign_layers_are_refused() -> None:
         convert_from_timm(gated)
     larger = peer("vit_tiny_patch16_224", **TINY)
     larger.head = nn.Sequential(nn.Linear(96, 7), nn.Linear(7, 7))
-    with pytest.raises(ConversionError, match="a head that is Sequential"):
+    with pytest.raises(ConversionError, match="a head of class Sequential"):
         convert_from_timm(larger)
-    with pytest.raises(ConversionError, match="ResNet is none of timm's"):
+    with pytest.raises(ConversionError, match="ResNet cannot be converted. Supported classes of timm"):
         convert_from_timm(timm.create_model("resnet18", num_classes=2))
 
 
@@ -261,7 +267,7 @@ def test_classifier_choices() -> None:
     new = convert_from_timm(model, classifier="new", num_labels=3)
     assert new.classifier.out_features == new.distillation_classifier.out_features == 3
     assert type(convert_from_timm(model, classifier="drop")) is ViTCLSModel
-    with pytest.raises(ConversionError, match="7 labels and num_labels=3"):
+    with pytest.raises(ConversionError, match="7 labels, but num_labels=3"):
         convert_from_timm(model, num_labels=3)
     headless = peer("vit_small_patch16_dinov3", **TINY | {"num_classes": 0})
     assert convert_from_timm(headless, num_labels=5).classifier.out_features == 5

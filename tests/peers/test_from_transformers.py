@@ -13,8 +13,8 @@ import transformers
 from torch import nn
 
 from modeling_vitcls import ViTCLSForImageClassification, ViTCLSModel, convert_from_transformers
-from modeling_vitcls.conversion.from_transformers import SOURCES
-from modeling_vitcls.conversion.random_weights import random_fill
+from modeling_vitcls.conversion.from_transformers import CONVERTIBLE_CLASSES
+from modeling_vitcls.conversion.random_weights import randomize_weights
 from modeling_vitcls.conversion.weight_rules import ConversionError
 from peers.transformers_cases import BASE, CASES, PLAIN, RADIO, RATIO, Case, answered, expected, images
 
@@ -39,7 +39,7 @@ def test_same_numbers(name: str, size: tuple[int, int]) -> None:
 
 
 def test_every_class_is_tested() -> None:
-    assert {case.model for case in CASES.values()} == set(SOURCES)
+    assert {case.model for case in CASES.values()} == set(CONVERTIBLE_CLASSES)
 
 
 @pytest.mark.parametrize("name", ["deit distilled", "beit shared and per layer", "radio", "siglip", "clip projection"])
@@ -130,10 +130,10 @@ class TestClassifierOfTheSource:
     @pytest.mark.parametrize(
         ("name", "options", "message"),
         [
-            ("vit classifier", {"num_labels": 7}, 'has 3 labels and num_labels=7: pass classifier="new"'),
+            ("vit classifier", {"num_labels": 7}, 'has 3 labels, but num_labels=7. Set classifier="new"'),
             ("vit classifier", {"classifier": "drop", "num_labels": 7}, "contradict each other"),
-            ("vit classifier", {"classifier": "replace"}, "classifier='replace': choose"),
-            ("dinov3", {"classifier": "new"}, "give num_labels"),
+            ("vit classifier", {"classifier": "replace"}, "classifier='replace' is not supported"),
+            ("dinov3", {"classifier": "new"}, "requires num_labels"),
         ],
     )
     def test_never_changed_silently(self, name: str, options: dict[str, Any], message: str) -> None:
@@ -163,13 +163,13 @@ REFUSED = {
         {},
         "ResNetModel cannot be converted",
     ),
-    "another task": ("ViTForMaskedImageModeling", "ViTConfig", PLAIN, {}, "convert its .vit"),
+    "another task": ("ViTForMaskedImageModeling", "ViTConfig", PLAIN, {}, "Convert its .vit"),
     "text beside it": (
         "CLIPModel",
         "CLIPConfig",
         {"vision_config": PLAIN, "text_config": TINY_CLIP},
         {},
-        "convert its .vision_model",
+        "Convert its .vision_model",
     ),
     "a wider pooler": ("ViTModel", "ViTConfig", PLAIN | {"pooler_output_size": 64}, {}, "pooler_output_size=64"),
     "a pooler on a patch": ("IJepaModel", "IJepaConfig", PLAIN, {"add_pooling_layer": True}, "reads the first patch"),
@@ -179,14 +179,14 @@ REFUSED = {
         "Dinov2Config",
         RATIO | {"image_size": [16, 64]},
         {},
-        "those of a square grid",
+        "as a square grid",
     ),
     "rectangular distances": (
         "BeitModel",
         "BeitConfig",
         PLAIN | {"image_size": [16, 64]},
         {},
-        "those of a square grid",
+        "as a square grid",
     ),
 }
 
@@ -235,11 +235,11 @@ class TestWeightsThatDoNotFit:
             convert_from_transformers(source)
 
 
-def test_random_fill_reaches_every_weight() -> None:
+def test_randomize_weights_reaches_every_weight() -> None:
     source = Case(
         "SiglipVisionModel", "SiglipVisionConfig", BASE | {"image_size": 32, "intermediate_size": 48}
     ).build()
-    again = random_fill(type(source)(source.config))
+    again = randomize_weights(type(source)(source.config))
     for name, weight in source.state_dict().items():
         assert weight.std() > 0.05, name
         assert torch.equal(weight, again.state_dict()[name]), name

@@ -17,7 +17,7 @@ from modeling_vitcls import (
     convert_from_transformers,
     convert_to_transformers,
 )
-from modeling_vitcls.conversion.random_weights import random_fill
+from modeling_vitcls.conversion.random_weights import randomize_weights
 from modeling_vitcls.conversion.weight_rules import ConversionError
 from peers.transformers_cases import CASES, answered, expected, images
 
@@ -116,7 +116,7 @@ HELD = [
 @pytest.mark.parametrize(("model_class", "values", "built_in", "case"), HELD)
 @torch.no_grad()
 def test_same_numbers(model_class: Any, values: dict, built_in: str, case: str, size: tuple[int, int]) -> None:
-    model = random_fill(model_class(ViTCLSConfig(**BASE | values)))
+    model = randomize_weights(model_class(ViTCLSConfig(**BASE | values)))
     there = convert_to_transformers(model)
     assert type(there).__name__ == built_in
     given = answered(model, images(size))
@@ -177,8 +177,8 @@ def test_the_switch_in_the_way_is_named(model_class: Any, values: dict, obstacle
 
 
 def test_a_classifier_hears_what_holds_its_encoder() -> None:
-    model = random_fill(ViTCLSForImageClassification(ViTCLSConfig(**BASE, position_embedding_type="rope_2d")))
-    with pytest.raises(ConversionError, match=r"model\.vitcls, fits into DINOv3ViTModel"):
+    model = randomize_weights(ViTCLSForImageClassification(ViTCLSConfig(**BASE, position_embedding_type="rope_2d")))
+    with pytest.raises(ConversionError, match=r"model\.vitcls, can be converted to DINOv3ViTModel"):
         convert_to_transformers(model)
     assert type(convert_to_transformers(model.vitcls)).__name__ == "DINOv3ViTModel"
 
@@ -187,14 +187,14 @@ def test_a_classifier_hears_what_holds_its_encoder() -> None:
     "model_class", [ViTCLSForMaskedImageModeling, ViTCLSForMultiTaskClassification, ViTCLSBackbone]
 )
 def test_other_tasks_are_refused(model_class: Any) -> None:
-    with pytest.raises(ConversionError, match=f"{model_class.__name__}: no built-in class"):
+    with pytest.raises(ConversionError, match=f"no class for the task of {model_class.__name__}"):
         convert_to_transformers(model_class(ViTCLSConfig(**BASE, tasks={"species": 2})))
 
 
-def test_weights_without_a_place_are_listed() -> None:
+def test_weights_without_a_counterpart_are_listed() -> None:
     model = ViTCLSModel(ViTCLSConfig(**BASE))
     model.layers[0].mlp.adapter = nn.Linear(2, 2)
-    with pytest.raises(ConversionError, match=re.escape("without a place: layers.0.mlp.adapter.bias")):
+    with pytest.raises(ConversionError, match=re.escape("without a counterpart: layers.0.mlp.adapter.bias")):
         convert_to_transformers(model)
 
 

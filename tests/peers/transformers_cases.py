@@ -9,7 +9,7 @@ import torch
 import transformers
 from torch import nn
 
-from modeling_vitcls.conversion.random_weights import random_fill
+from modeling_vitcls.conversion.random_weights import randomize_weights
 
 
 NATIVE, OTHER, AS_MANY_PATCHES = (32, 32), (48, 24), (16, 64)
@@ -42,7 +42,7 @@ class Case:
             pytest.skip(f"transformers {transformers.__version__} has no {self.model}")
         model = getattr(transformers, self.model)(getattr(transformers, self.config)(**self.values), **self.options)
         self.change(model)
-        return random_fill(model)
+        return randomize_weights(model)
 
 
 CASES = {

@@ -50,10 +50,10 @@ from modeling_vitcls.options import (
     RunOptions,
     TrainingOptions,
 )
-from modeling_vitcls.training.finetune import dry_run, finetune, save
+from modeling_vitcls.training.finetune import FinetuneTask
 from modeling_vitcls.training.model import build_model
 from modeling_vitcls.training.runner import RunStopped
-from modeling_vitcls.training.setup import prepare
+from modeling_vitcls.training.task import dry_run, run_task, save_output
 
 
 REPOSITORY = Path(__file__).parents[2]
@@ -150,7 +150,7 @@ def tiny_options(output_dir: Path, dataset: object, **others: Any) -> FinetuneOp
 def trained(output_dir: Path, dataset: object, **others: Any) -> dict[str, Any]:
     """The results of such a run."""
     reset_accelerate()
-    return finetune(prepare(tiny_options(output_dir, dataset, **others)))
+    return run_task(FinetuneTask(tiny_options(output_dir, dataset, **others)))
 
 
 # A run through accelerate launch -------------------------------------------------------------------------------------
@@ -278,7 +278,7 @@ def test_an_unknown_preset_lists_the_presets(tmp_path: Path) -> None:
     with raises_one_line(
         "--model vitcls-smal is not a preset", "vitcls-tiny, vitcls-small, vitcls-base, vitcls-large"
     ):
-        prepare(replace(options, model=ModelOptions(model="vitcls-smal")))
+        FinetuneTask(replace(options, model=ModelOptions(model="vitcls-smal")))
     assert not (tmp_path / "out").exists()
 
 
@@ -347,7 +347,7 @@ def test_several_labels_per_image(tasks: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("flag", ["mixup", "cutmix"])
 def test_what_is_for_one_label_is_refused_for_several(tasks: Path, tmp_path: Path, flag: str) -> None:
     with pytest.raises(ValueError, match=f"--{flag} requires one label per image"):
-        prepare(tiny_options(tmp_path, tasks, label_column=("time", "kind"), **{flag: 0.5}))
+        FinetuneTask(tiny_options(tmp_path, tasks, label_column=("time", "kind"), **{flag: 0.5}))
 
 
 def test_a_stream_is_learned(colours: Path, tmp_path: Path) -> None:
@@ -355,7 +355,7 @@ def test_a_stream_is_learned(colours: Path, tmp_path: Path) -> None:
     assert results["num_training_images"] is None and results["num_images"] > 4
     assert results["accuracy"] == 1.0
     with pytest.raises(ValueError, match="--max-steps"):
-        prepare(tiny_options(tmp_path / "other", colours, streaming=True, max_steps=None))
+        FinetuneTask(tiny_options(tmp_path / "other", colours, streaming=True, max_steps=None))
 
 
 def test_broken_images_are_named_and_skipped(colours: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -418,7 +418,7 @@ def test_lora_is_merged_into_a_plain_model(pretrained: Path, tmp_path: Path) -> 
 
 def test_a_preset_is_no_checkpoint_to_freeze(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="--trainable head requires a trained checkpoint, but vitcls-tiny has random"):
-        prepare(tiny_options(tmp_path, "digits", trainable="head"))
+        FinetuneTask(tiny_options(tmp_path, "digits", trainable="head"))
 
 
 @pytest.fixture(scope="module")
@@ -453,7 +453,7 @@ def test_kept_answers_of_the_teacher(teacher: Path, tmp_path: Path) -> None:
     results = trained(tmp_path, "digits", **options)
     assert results["steps"] == 7
     with pytest.raises(ValueError, match="--teacher-views caches the logits of single images"):
-        prepare(tiny_options(tmp_path, "digits", **options, mixup=0.2))
+        FinetuneTask(tiny_options(tmp_path, "digits", **options, mixup=0.2))
 
 
 def test_everything_at_once(tmp_path: Path) -> None:
@@ -542,7 +542,7 @@ def test_without_a_report_none_of_an_earlier_run_stays(tmp_path: Path, capsys: p
 
 
 def test_a_tracker_that_is_not_installed_is_named() -> None:
-    with pytest.raises(ValueError, match="--log-with wandbox needs the package wandbox: pip install wandbox"):
+    with pytest.raises(ValueError, match="--log-with wandbox requires the package wandbox: pip install wandbox"):
         check_installed(("wandbox",))
 
 
@@ -571,12 +571,12 @@ def test_a_dry_run_checks_push_permissions(
     hub: LocalHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     options = tiny_options(tmp_path / "my-model", "digits", push_to_hub=True)
-    dry_run(options)
+    dry_run(FinetuneTask, options)
     assert "pushing to ann/my-model is permitted" in capsys.readouterr().out
     assert not hub.repositories
     point_client_at(hub.url, "hf_read", monkeypatch, tmp_path / "other-home")
     with pytest.raises(ValueError, match="is read-only, so it cannot push to ann/my-model"):
-        dry_run(options)
+        dry_run(FinetuneTask, options)
     assert not (tmp_path / "my-model").exists()
 
 
@@ -587,10 +587,10 @@ def test_a_finished_run_can_be_pushed(hub: LocalHub, tmp_path: Path) -> None:
 
 
 def test_a_push_that_fails_leaves_the_model_and_says_how_to_finish(hub: LocalHub, tmp_path: Path) -> None:
-    run = prepare(tiny_options(tmp_path / "my-model", "digits", push_to_hub=True))
+    run = FinetuneTask(tiny_options(tmp_path / "my-model", "digits", push_to_hub=True))
     hub.fail("POST", "/api/repos/create", 403)
     with pytest.raises(RunStopped, match=r"python scripts/push_to_hub\.py --model .*my-model"):
-        finetune(run)
+        run_task(run)
     ViTCLSForImageClassification.from_pretrained(tmp_path / "my-model")
 
 
@@ -598,9 +598,9 @@ def test_a_push_that_fails_leaves_the_model_and_says_how_to_finish(hub: LocalHub
 
 
 def test_a_token_that_does_not_move_is_named(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    run = prepare(tiny_options(tmp_path, "digits"))
+    run = FinetuneTask(tiny_options(tmp_path, "digits"))
     run.model.vitcls.embeddings.register_tokens.requires_grad_(False)
-    results = finetune(run)
+    results = run_task(run)
     output = capsys.readouterr().out
     for index in (0, 1):
         assert f"WARNING: the token registers[{index}] received no gradient in step 3" in output
@@ -623,7 +623,7 @@ def test_an_unfinished_run_is_not_thrown_away(tmp_path: Path) -> None:
     with pytest.raises(RunStopped):
         trained(tmp_path, "digits", learning_rate=1e38, warmup=0.0, max_steps=9, save_every=1)
     with pytest.raises(ValueError, match=r"an unfinished run .* step 1\)\. Continue it with --resume, restart"):
-        prepare(tiny_options(tmp_path, "digits"))
+        FinetuneTask(tiny_options(tmp_path, "digits"))
     assert trained(tmp_path, "digits", overwrite=True)["steps"] == 3
     assert trained(tmp_path, "digits", max_steps=2, overwrite=True)["steps"] == 2  # also a finished one
 
@@ -638,10 +638,10 @@ def test_an_evaluation_that_fails_is_made_again(tmp_path: Path) -> None:
     settings = {"max_steps": 6, "batch_size": 479, "log_every": 2, "ema_decay": 0.9}  # three steps an epoch
     whole = trained(tmp_path / "whole", "digits", **settings)
     reset_accelerate()
-    run = prepare(tiny_options(tmp_path / "cut", "digits", **settings))
-    run.data = replace(run.data, held_out=replace(run.data.held_out, pictures=Gone()))
+    run = FinetuneTask(tiny_options(tmp_path / "cut", "digits", **settings))
+    run.data = replace(run.data, held_out=replace(run.data.held_out, images=Gone()))
     with pytest.raises(RunStopped, match="the disk is gone"):
-        finetune(run)
+        run_task(run)
     assert (tmp_path / "cut" / "checkpoints" / "step-00000003").is_dir()
     (tmp_path / "cut" / "metrics.jsonl").open("a").write('{"step": 3}\n')  # killed once it was logged
     again = trained(tmp_path / "cut", "digits", resume=True, **settings)
@@ -655,12 +655,12 @@ def test_an_evaluation_that_fails_is_made_again(tmp_path: Path) -> None:
 
 def test_a_model_that_cannot_be_written_ends_in_one_line(tmp_path: Path) -> None:
     """As under a quota: the system refuses to write."""
-    run = prepare(tiny_options(tmp_path, "digits"))
+    run = FinetuneTask(tiny_options(tmp_path, "digits"))
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
     try:
         with raises_one_line("cannot write the model to", "File too large", "Free disk space", error=RunStopped):
-            save(run, {})
+            save_output(run, {})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
@@ -672,17 +672,17 @@ def test_a_loss_that_is_not_finite_is_said_on_a_full_disk_too(tmp_path: Path) ->
 
 
 def test_metrics_that_cannot_be_written_end_in_one_line(tmp_path: Path) -> None:
-    run = prepare(tiny_options(tmp_path, "digits", log_every=1))
+    run = FinetuneTask(tiny_options(tmp_path, "digits", log_every=1))
     run.runner.reporter.metrics_file = Path("/dev/full")
     with raises_one_line("cannot write /dev/full (No space left on device). Free disk space", error=OSError):
-        run.runner.reporter.log({"step": 1, "epoch": 0.0, "loss": 1.0, "images_per_second": 1.0})
+        run.runner.reporter.log({"step": 1, "epoch": 0.0, "loss": 1.0, "images_per_second": 1.0}, "accuracy")
 
 
 def test_a_dry_run_of_linear_probing_encodes_few_images(
     pretrained: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     options = tiny_options(tmp_path / "out", "digits", max_steps=None, trainable="head")
-    dry_run(replace(options, model=ModelOptions(model=str(pretrained))))
+    dry_run(FinetuneTask, replace(options, model=ModelOptions(model=str(pretrained))))
     output = capsys.readouterr().out
     assert "encoding 24 images once" in output and "The full run has 5,344 steps" in output
 
@@ -716,7 +716,7 @@ def test_a_process_speaks_for_itself_unless_all_have_the_error(
 
 
 def test_a_dry_run_does_everything_and_keeps_nothing(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    dry_run(tiny_options(tmp_path / "out", "digits", max_steps=50, ema_decay=0.9))
+    dry_run(FinetuneTask, tiny_options(tmp_path / "out", "digits", max_steps=50, ema_decay=0.9))
     output = capsys.readouterr().out
     assert "3 steps, an evaluation, a checkpoint, saving succeeded" in output
     assert re.search(r"The full run has 50 steps and takes about \d+ s$", output.strip())
@@ -759,8 +759,8 @@ def test_every_trained_parameter_gets_a_gradient(tmp_path: Path) -> None:
     config.distillation_inference = "cls"
     ViTCLSForImageClassification(config).save_pretrained(tmp_path)
     ViTCLSImageProcessor(size=32).save_pretrained(tmp_path)
-    run = prepare(tiny_options(tmp_path / "out", "digits", **from_checkpoint(tmp_path)))
-    finetune(run)
+    run = FinetuneTask(tiny_options(tmp_path / "out", "digits", **from_checkpoint(tmp_path)))
+    run_task(run)
     assert not run.model.vitcls.embeddings.mask_token.requires_grad
     before = ViTCLSForImageClassification.from_pretrained(tmp_path).state_dict()
     still = {

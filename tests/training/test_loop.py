@@ -20,7 +20,8 @@ from modeling_vitcls import (
     ViTCLSForMultiTaskClassification,
 )
 from modeling_vitcls.data.augmentation import build_augmentation
-from modeling_vitcls.data.batches import BatchPlan, Normaliser, TrainingPictures, training_batches
+from modeling_vitcls.data.batches import Normalizer, TrainingImages, iterate_training_batches
+from modeling_vitcls.data.sampling import BatchPlan
 from modeling_vitcls.data.splits import load_training_data
 from modeling_vitcls.options import AugmentationOptions, DataOptions, ModelOptions, TrainingOptions
 from modeling_vitcls.training.loop import Hooks, Interrupted, NonFiniteLoss, TrainingLoop, TrainingState
@@ -80,7 +81,7 @@ class Bench:
         if self.options.ema_decay:
             self.state.ema = Ema(self.state.model, self.options.ema_decay)
         self.plan = BatchPlan.from_options(len(DIGITS.train), self.options, num_processes=1)
-        self.normalise = Normaliser(built.processor, self.accelerator.device)
+        self.normalise = Normalizer(built.processor, self.accelerator.device)
         self.records: list[dict[str, Any]] = []
         self.warnings: list[str] = []
         self.saved: list[tuple[int, bool]] = []
@@ -103,17 +104,18 @@ class Bench:
             self.accelerator,
             hooks,
             TokenMonitor(self.model),
+            "accuracy",
             save_every,
         )
 
     def evaluate(self) -> dict[str, Any]:
         assert not self.model.training
         self.evaluations.append(weights_of(self.model))
-        return {"accuracy": next(self.accuracies), "num_images": 7, "per_class": []}
+        return {"loss": 1.0, "accuracy": next(self.accuracies), "num_images": 7, "per_class": []}
 
     def batches(self) -> Iterator[Any]:
-        pictures = TrainingPictures(DIGITS.train, build_augmentation(PLAIN, (32, 32), 3), to_rgb=True, seed=0)
-        return training_batches(pictures, self.plan, process=0, num_workers=0, first_step=self.state.step)
+        pictures = TrainingImages(DIGITS.train, build_augmentation(PLAIN, (32, 32), 3), to_rgb=True, seed=0)
+        return iterate_training_batches(pictures, self.plan, process=0, num_workers=0, first_step=self.state.step)
 
     def run(self) -> dict[str, Any]:
         return self.loop.run(self.batches())
@@ -431,10 +433,15 @@ def test_multi_task_loss_leaves_out_missing_labels() -> None:
     normalise = lambda pixels: pixels / 255  # noqa: E731
     batch = {"pixels": torch.randint(256, (2, 3, 32, 32), dtype=torch.uint8), "labels": labels}
     loss = Classification(PixelInputs(normalise), MultiTaskLoss(0.0))(model, batch)["loss"]
-    logits = model(normalise(batch["pixels"])).logits["age"]
-    torch.testing.assert_close(loss, torch.nn.functional.cross_entropy(logits[:1], torch.tensor([0])) / 2)
+    outputs = model(normalise(batch["pixels"]), labels=labels)
+    expected = torch.nn.functional.cross_entropy(outputs.logits["age"][:1], torch.tensor([0]))
+    torch.testing.assert_close(loss, expected / 2)
+    torch.testing.assert_close(outputs.loss, expected)  # the mean over the labeled images, as Trainer uses it
     loss.backward()
     assert all(parameter.grad is not None for parameter in model.parameters())  # DDP waits for all of them
+    complete = {"age": torch.tensor([0, 2]), "kind": torch.tensor([1, 0])}
+    loss = Classification(PixelInputs(normalise), MultiTaskLoss(0.0))(model, batch | {"labels": complete})["loss"]
+    torch.testing.assert_close(loss, model(normalise(batch["pixels"]), labels=complete).loss)
 
 
 def test_every_head_learns_without_a_teacher() -> None:

@@ -27,7 +27,7 @@ from modeling_vitcls import (
     ViTCLSForMultiTaskClassification,
     system,
 )
-from modeling_vitcls.data.batches import BatchPlan
+from modeling_vitcls.data.sampling import BatchPlan
 from modeling_vitcls.options import (
     AugmentationOptions,
     DataOptions,
@@ -38,7 +38,7 @@ from modeling_vitcls.options import (
 )
 from modeling_vitcls.training import mfu
 from modeling_vitcls.training.costs import estimate_memory
-from modeling_vitcls.training.finetune import finetune
+from modeling_vitcls.training.finetune import FinetuneTask
 from modeling_vitcls.training.mfu import (
     Utilization,
     count_training_flops,
@@ -46,8 +46,8 @@ from modeling_vitcls.training.mfu import (
     format_si,
     start_utilization,
 )
-from modeling_vitcls.training.setup import prepare
-from modeling_vitcls.training.trainable import apply_trainable, set_train_mode
+from modeling_vitcls.training.model import apply_trainable, set_train_mode
+from modeling_vitcls.training.task import run_task
 
 
 BATCH = 3
@@ -219,13 +219,13 @@ def test_the_fastest_turn_counts(monkeypatch: pytest.MonkeyPatch) -> None:
         return torch.zeros(())
 
     monkeypatch.setattr(system.time, "perf_counter", lambda: now[0])
-    assert system.fewest_seconds(work, torch.device("cpu")) == pytest.approx(0.1)
+    assert system.measure_fastest_call(work, torch.device("cpu")) == pytest.approx(0.1)
 
 
 def test_measuring_draws_no_random_numbers(peaks: list[float]) -> None:
     torch.manual_seed(0)
     before = torch.get_rng_state()
-    mfu.gemm_peak(torch.device("cpu"), torch.float32)
+    mfu.measure_gemm_peak(torch.device("cpu"), torch.float32)
     assert torch.equal(torch.get_rng_state(), before) and len(peaks) == 1
 
 
@@ -310,12 +310,12 @@ def measure_soon(patch: pytest.MonkeyPatch) -> list[float]:
     measured: list[float] = []
 
     def measure(device: Any, dtype: torch.dtype) -> float:
-        measured.append(system.gemm_peak(device, dtype))
+        measured.append(system.measure_gemm_peak(device, dtype))
         return measured[-1]
 
     patch.setattr(system, "GEMM_SECONDS", 0.0)
     patch.setattr(mfu, "MIN_FLOPS", 0.0)
-    patch.setattr(mfu, "gemm_peak", measure)
+    patch.setattr(mfu, "measure_gemm_peak", measure)
     return measured
 
 
@@ -331,7 +331,7 @@ def run(folder: Path, resume: bool = False, model: ModelOptions | None = None, *
         training=TrainingOptions(**settings),
         run=RunOptions(report=False, save_every=2, resume=resume),
     )
-    return finetune(prepare(options))
+    return run_task(FinetuneTask(options))
 
 
 class Ran(NamedTuple):
@@ -386,7 +386,7 @@ def test_a_disturbed_measurement_gives_no_number(
     """The first measurement finds the machine busy; after the first step it is measured again."""
     found = iter([1e3, 1e3, 1e15])
     monkeypatch.setattr(mfu, "MIN_FLOPS", 0.0)
-    monkeypatch.setattr(mfu, "gemm_peak", lambda device, dtype: next(found, 1e15))
+    monkeypatch.setattr(mfu, "measure_gemm_peak", lambda device, dtype: next(found, 1e15))
     results = run(tmp_path)
     shares = [record["utilisation"] for record in records_of(tmp_path)]
     assert shares[0] is None and all(0 <= share <= 1 for share in shares[1:]) and len(shares) == STEPS
@@ -394,7 +394,7 @@ def test_a_disturbed_measurement_gives_no_number(
     (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step 1/")]
     assert "images/s, utilization unknown  " in line
 
-    monkeypatch.setattr(mfu, "gemm_peak", lambda device, dtype: 1e3)
+    monkeypatch.setattr(mfu, "measure_gemm_peak", lambda device, dtype: 1e3)
     assert run(tmp_path / "again")["utilisation"]["of_training_steps"] is None
     assert "utilization is unknown" in (tmp_path / "again" / "README.md").read_text(encoding="utf-8")
 

@@ -107,7 +107,7 @@ def test_small_cnn_teaches_digits_in_the_students_order(digits_teacher: tuple[Pa
     held_out = load_training_data(DataOptions(dataset="digits")).held_out
     teacher = teach(folder, *DIGITS, channels=1)
     grey = [
-        np.asarray(held_out.pictures[index].resize((32, 32), Image.Resampling.BILINEAR))
+        np.asarray(held_out.images[index].resize((32, 32), Image.Resampling.BILINEAR))
         for index in range(len(held_out))
     ]
     answers = teacher(torch.from_numpy(np.stack(grey))[:, None]).argmax(-1)
@@ -420,12 +420,12 @@ class Calls:
         self.batches += 1
 
 
-def views(num_pictures: int, num_views: int, seed: int) -> Iterator[dict[str, torch.Tensor]]:
+def views(num_images: int, num_views: int, seed: int) -> Iterator[dict[str, torch.Tensor]]:
     """Every view of every picture once, in a random order, in batches of four."""
-    everything = pixels(num_pictures * num_views, seed=99)
+    everything = pixels(num_images * num_views, seed=99)
     order = torch.randperm(len(everything), generator=torch.Generator().manual_seed(seed))
     for chosen in order.split(4):
-        yield {"pixels": everything[chosen], "view": chosen // num_pictures, "index": chosen % num_pictures}
+        yield {"pixels": everything[chosen], "view": chosen // num_images, "index": chosen % num_images}
 
 
 def test_cache_asks_once_about_each_view(resnet: Path) -> None:
