@@ -444,8 +444,7 @@ class PredictOptions:
 class InspectOptions:
     """Show what the special tokens of a vitcls model do: write an HTML report and print a summary.
 
-    Images come from PATHS or --dataset. If the subfolders of PATHS have the names of the model's classes, these are the
-    labels.
+    Images come from PATHS or --dataset. Subfolders of PATHS that have the names of the model's classes are labels.
     """
 
     model: str
@@ -475,7 +474,7 @@ class InspectOptions:
     max_images: int = 256
     """Maximum number of images for the statistics, spread evenly over all images and kept in memory."""
     batch_size: int = 32
-    """Maximum number of images per forward pass. Complete attention maps reduce it, to save memory."""
+    """Maximum number of images per forward pass. Complete attention maps reduce it to save memory."""
     patch_sizes: tuple[int, ...] = ()
     """Patch sizes in pixels to compare, such as 8 16 32, by sequence length, cost and, with labels, accuracy."""
 

@@ -17,6 +17,7 @@ from PIL import Image
 
 from ..data.images import ImageSubset, check_channels
 from ..data.labels import get_label_space
+from ..errors import format_error
 from ..inference.prediction_rows import group_by_shape
 from .ablation import AblationEffect, Batches, collect_predictions, compute_ablation_effects, encode_label
 from .diagnosis import Verdict, describe_artifacts, describe_depth, diagnose_tokens
@@ -199,7 +200,7 @@ class ImagePreparer:
             pixels = self.processor(image, return_tensors="pt")["pixel_values"][0]  # [C, H, W]
             check_channels(image, pixels, self.num_channels)
         except (ValueError, OSError) as error:
-            message = " ".join(str(error).split())
+            message = format_error(error)
             if message not in self.problems:
                 self.problems.add(message)
                 self.on_warning(f"skipped an image: {message}")

@@ -28,7 +28,7 @@ from sklearn.datasets import load_sample_images
 
 from ..image_processing_vitcls import ViTCLSImageProcessor
 from ..inference.inputs import open_image_files
-from ..inference.predict import Predictor, default_num_workers
+from ..inference.predict import Predictor, get_num_workers
 from ..inference.prediction_rows import build_prediction_columns
 from ..system import keep_freed_memory
 from .comparison import (
@@ -233,9 +233,9 @@ def build_our_predict(size: ModelSize, folder: Path) -> PredictFiles:
     columns = build_prediction_columns(model, top_k=5, threshold=0.5, features=None)
 
     def predict(batch_size: int) -> list[TopLabel]:
-        predictor = Predictor(model, processor, columns, nullcontext, batch_size, default_num_workers())
+        predictor = Predictor(model, processor, columns, nullcontext, batch_size, get_num_workers())
         source = open_image_files([str(folder / "photographs")])
-        rows = predictor.rows(source, [range(source.num_images)], piece=source.num_images)
+        rows = predictor.iterate_rows(source, [range(source.num_images)], piece=source.num_images)
         return [(row["error"] or row["label"], row["probability"]) for row in rows]
 
     return predict

@@ -135,26 +135,28 @@ def check_feature_off(row: InexactRow, plain: ViTCLSForImageClassification, size
 # Attention -----------------------------------------------------------------------------------------------------------
 
 
-ReadAttention = Callable[[Any, torch.Tensor], torch.Tensor]  # model, images [B, C, H, W] -> any tensor
+ReadAttention = Callable[
+    [ViTCLSForImageClassification, torch.Tensor], torch.Tensor
+]  # model, images [B, C, H, W] -> any tensor
 
 ATTENTION_LIMIT = 1e-5  # largest difference between attention of SDPA and eager attention / largest value, at least 1
 NUM_REGISTERS = 4
 
 
-def read_token_attention(model: Any, pixel_values: torch.Tensor) -> torch.Tensor:
+def read_token_attention(model: ViTCLSForImageClassification, pixel_values: torch.Tensor) -> torch.Tensor:
     """Return the attention rows of the special tokens of all layers."""
     rows: torch.Tensor = model.token_attention(pixel_values)
     return rows
 
 
-def compute_entropy(model: Any, pixel_values: torch.Tensor) -> torch.Tensor:
+def compute_entropy(model: ViTCLSForImageClassification, pixel_values: torch.Tensor) -> torch.Tensor:
     """Compute the statistics of the HTML report, and return the entropies."""
     statistics = TokenStatistics(model)
     statistics.update(pixel_values)
     return statistics.compute().entropy
 
 
-def read_eager_maps(model: Any, pixel_values: torch.Tensor) -> torch.Tensor:
+def read_eager_maps(model: ViTCLSForImageClassification, pixel_values: torch.Tensor) -> torch.Tensor:
     """Return the rows of the special tokens from the complete maps of eager attention."""
     implementation = model.config._attn_implementation
     model.set_attn_implementation("eager")
@@ -209,7 +211,9 @@ def build_attention_inputs(batch_size: int, toy: bool) -> tuple[ViTCLSForImageCl
 
 
 @torch.no_grad()
-def check_attention(row: AttentionRow, model: Any, pixel_values: torch.Tensor, name: str) -> float:
+def check_attention(
+    row: AttentionRow, model: ViTCLSForImageClassification, pixel_values: torch.Tensor, name: str
+) -> float:
     """Return the largest difference to the reference for one image.
 
     Raises:
@@ -266,7 +270,9 @@ def compare_probes(rows: tuple[str, ...], settings: BenchmarkSettings) -> Iterat
         yield Comparison("linear probe", name, "recomputing the backbone", *speeds, difference, details)
 
 
-def train_with_cache(model: Any, pixel_values: torch.Tensor, labels: torch.Tensor, row: ProbeRow) -> torch.Tensor:
+def train_with_cache(
+    model: ViTCLSForImageClassification, pixel_values: torch.Tensor, labels: torch.Tensor, row: ProbeRow
+) -> torch.Tensor:
     """Train the classifier on features of images that are encoded once; return its weights [labels, P]."""
     with torch.no_grad():
         batches = [compute_features(model, images) for images in pixel_values.split(row.batch_size)]
@@ -274,14 +280,16 @@ def train_with_cache(model: Any, pixel_values: torch.Tensor, labels: torch.Tenso
     return train_head(model, lambda batch: features[batch], labels, row)
 
 
-def train_without_cache(model: Any, pixel_values: torch.Tensor, labels: torch.Tensor, row: ProbeRow) -> torch.Tensor:
+def train_without_cache(
+    model: ViTCLSForImageClassification, pixel_values: torch.Tensor, labels: torch.Tensor, row: ProbeRow
+) -> torch.Tensor:
     """Train the classifier on images that are encoded in every epoch; return its weights [labels, P]."""
     encode = torch.no_grad()(lambda batch: compute_features(model, pixel_values[batch]))
     return train_head(model, encode, labels, row)
 
 
 def train_head(
-    model: Any, encode: Callable[[slice], torch.Tensor], labels: torch.Tensor, row: ProbeRow
+    model: ViTCLSForImageClassification, encode: Callable[[slice], torch.Tensor], labels: torch.Tensor, row: ProbeRow
 ) -> torch.Tensor:
     """Train a copy of the model's head; return the weights of its classifier.
 

@@ -2,7 +2,6 @@
 
 import os
 import platform
-from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
@@ -25,7 +24,7 @@ VARIABLES = (
 
 def format_environment() -> str:
     """Return the lines of a bug report."""
-    facts = get_versions() | {name: find_version(name) for name in OPTIONAL}
+    facts = get_versions() | dict.fromkeys(OPTIONAL, "not installed") | get_versions(*OPTIONAL)
     facts["platform"] = platform.platform()
     facts["processor"] = (
         f"{get_processor_name()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads in PyTorch"
@@ -38,14 +37,6 @@ def format_environment() -> str:
     return "\n".join(f"{name:<{width}}  {fact}" for name, fact in facts.items())
 
 
-def find_version(library: str) -> str:
-    """Return the installed version of a library."""
-    try:
-        return version(library)
-    except PackageNotFoundError:
-        return "not installed"
-
-
 def describe_devices() -> str:
     """Return the names of all GPUs with the CUDA version, of another accelerator, or of the CPU."""
     if torch.cuda.is_available():
@@ -56,11 +47,11 @@ def describe_devices() -> str:
 
 
 def describe_cpu_kernels() -> str:
-    """Return whether the kernels of cpu_kernels_vitcls.py are on, and why they are not."""
+    """Return whether the kernels of cpu_kernels_vitcls.py are on, and the reason if they are off."""
     if os.environ.get("VITCLS_CPU_KERNELS") == "0":
         return "off: VITCLS_CPU_KERNELS is 0"
     if not kernels.HAS_PRIVATE_NAMES:
-        return f"off: PyTorch {torch.__version__} lacks a private name that they need"
+        return f"off: PyTorch {torch.__version__} lacks a private name that they require"
     if not kernels.is_onednn_enabled():
         return "off: torch.backends.mkldnn is disabled"
     dtypes = sorted({str(dtype).removeprefix("torch.") for dtype, _ in kernels.MIN_WORK})

@@ -32,7 +32,8 @@ class ExportOptions:
     output: Path
     """A file that does not exist."""
     image_size: tuple[int, int] | None = None
-    """Height and width in pixels for which the graph is optimized. Default: the size of the model."""
+    """Height and width in pixels: the fixed image size, or the main size of the comparison if the size is dynamic.
+    Default: the size of the model."""
     dynamic: bool = True
     """Accept images of any size instead of --image-size only. The batch size is always dynamic."""
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"

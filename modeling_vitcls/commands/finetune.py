@@ -4,7 +4,7 @@
     accelerate launch scripts/finetune.py --model vitcls-tiny --dataset path/to/images --output-dir runs/mine
 
 To continue an interrupted run, repeat its command with --resume. With --dry-run, one step of everything is tried. The
-training is implemented in modeling_vitcls/training/finetune.py.
+training is implemented in modeling_vitcls/training/task.py and finetune.py.
 """
 
 from typing import TYPE_CHECKING, Any

@@ -4,7 +4,7 @@
     accelerate launch scripts/finetune.py --model runs/pretrained --dataset path/to/labeled --output-dir runs/mine
 
 To continue an interrupted run, repeat its command with --resume. With --dry-run, one step of everything is tried. The
-training is implemented in modeling_vitcls/training/pretrain.py.
+training is implemented in modeling_vitcls/training/task.py and pretrain.py.
 """
 
 from ..options import PretrainOptions

@@ -53,5 +53,6 @@ def get_std(module: nn.Module, name: str, tensor: torch.Tensor) -> float:
     if "bias" in name and tensor.ndim == 1:
         return 0.2
     if isinstance(module, nn.Linear | nn.Conv2d | nn.MultiheadAttention) and tensor.ndim >= 2:
-        return float(tensor[0].numel()) ** -0.5
+        std: float = tensor[0].numel() ** -0.5
+        return std
     return 0.5

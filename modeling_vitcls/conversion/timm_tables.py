@@ -96,28 +96,22 @@ PARALLEL_RULES = [
     Rule("blocks.{i}.ls.gamma", "layers.{i}.layer_scale1.lambda1"),
 ]
 
+MLP_NORM = Rule("blocks.{i}.mlp.norm.{rest}", "layers.{i}.mlp.norm.{rest}")
+MLP_DOWN = Rule("blocks.{i}.mlp.fc2.{rest}", "layers.{i}.mlp.down_proj.{rest}")
 # Rules by the class of the MLP and, if its first layer is fused, by the position of the gate.
 MLP_RULES = {
     "Mlp": [
         Rule("blocks.{i}.mlp.fc1.{rest}", "layers.{i}.mlp.fc1.{rest}"),
         Rule("blocks.{i}.mlp.fc2.{rest}", "layers.{i}.mlp.fc2.{rest}"),
-        Rule("blocks.{i}.mlp.norm.{rest}", "layers.{i}.mlp.norm.{rest}"),
+        MLP_NORM,
     ],
-    "GluMlp, gate first": [
-        Rule("blocks.{i}.mlp.fc1.{rest}", GATED_MLP, split_halves),
-        Rule("blocks.{i}.mlp.fc2.{rest}", "layers.{i}.mlp.down_proj.{rest}"),
-        Rule("blocks.{i}.mlp.norm.{rest}", "layers.{i}.mlp.norm.{rest}"),
-    ],
-    "GluMlp, gate last": [
-        Rule("blocks.{i}.mlp.fc1.{rest}", GATED_MLP, split_halves_swapped),
-        Rule("blocks.{i}.mlp.fc2.{rest}", "layers.{i}.mlp.down_proj.{rest}"),
-        Rule("blocks.{i}.mlp.norm.{rest}", "layers.{i}.mlp.norm.{rest}"),
-    ],
+    "GluMlp, gate first": [Rule("blocks.{i}.mlp.fc1.{rest}", GATED_MLP, split_halves), MLP_DOWN, MLP_NORM],
+    "GluMlp, gate last": [Rule("blocks.{i}.mlp.fc1.{rest}", GATED_MLP, split_halves_swapped), MLP_DOWN, MLP_NORM],
     "SwiGLU": [
         Rule("blocks.{i}.mlp.fc1_g.{rest}", "layers.{i}.mlp.gate_proj.{rest}"),
         Rule("blocks.{i}.mlp.fc1_x.{rest}", "layers.{i}.mlp.up_proj.{rest}"),
-        Rule("blocks.{i}.mlp.fc2.{rest}", "layers.{i}.mlp.down_proj.{rest}"),
-        Rule("blocks.{i}.mlp.norm.{rest}", "layers.{i}.mlp.norm.{rest}"),
+        MLP_DOWN,
+        MLP_NORM,
     ],
 }
 

@@ -19,6 +19,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
 from ..configuration_vitcls import ViTCLSConfig
+from ..errors import format_error
 from ..modeling_vitcls import ViTCLSPreTrainedModel
 from .from_transformers import CONVERTIBLE_CLASSES, HEAD_RULES, ConvertibleClass, read_labels, split_head
 from .transformers_families import SHARED_FIELDS, compute_dinov2_mlp_size
@@ -173,7 +174,7 @@ def compare_with_target(target: Target, config: ViTCLSConfig) -> TargetMatch:
         fields = convertible.family.read_fields(candidate.config, weights) | dict(convertible.fields)
         target_config = ViTCLSConfig(**fields)
     except (TypeError, ValueError) as error:  # a value that this class, or this version of it, does not support
-        return TargetMatch(target, [" ".join(str(error).split())], [])
+        return TargetMatch(target, [format_error(error)], [])
     has_head = convertible.encoder is not None
     values, target_values = get_effective_fields(config, has_head), get_effective_fields(target_config, has_head)
     ignored = POOLING_FIELDS if not target.always_pools and has_weightless_pooler(config) else set()
@@ -198,8 +199,8 @@ def is_mismatch(name: str, value: Any, target_value: Any) -> bool:
     if name == "layer_scale_init_value":
         return value is not None and target_value is None
     if name.endswith("_bias") and name != "relative_position_bias":
-        return value and not target_value
-    return (value or None) != (target_value or None)
+        return bool(value and not target_value)
+    return bool((value or None) != (target_value or None))
 
 
 def describe_nearest(match: TargetMatch) -> str:

@@ -131,14 +131,19 @@ def read_pixio(config: Any, weights: Weights) -> Fields:
     }
 
 
-# DINOv2 (arXiv 2304.07193), DINOv2 with registers (2309.16588), and families with the same layers.
-DINOV2_LAYER_RULES = [
-    Rule("encoder.layer.{i}.norm1.{rest}", "layers.{i}.layernorm_before.{rest}"),
-    Rule("encoder.layer.{i}.norm2.{rest}", "layers.{i}.layernorm_after.{rest}"),
+# Parameter names as in BERT's attention.
+BERT_ATTENTION_RULES = [
     Rule("encoder.layer.{i}.attention.attention.query.{rest}", "layers.{i}.attention.q_proj.{rest}"),
     Rule("encoder.layer.{i}.attention.attention.key.{rest}", "layers.{i}.attention.k_proj.{rest}"),
     Rule("encoder.layer.{i}.attention.attention.value.{rest}", "layers.{i}.attention.v_proj.{rest}"),
     Rule("encoder.layer.{i}.attention.output.dense.{rest}", "layers.{i}.attention.o_proj.{rest}"),
+]
+
+# DINOv2 (arXiv 2304.07193), DINOv2 with registers (2309.16588), and families with the same layers.
+DINOV2_LAYER_RULES = [
+    Rule("encoder.layer.{i}.norm1.{rest}", "layers.{i}.layernorm_before.{rest}"),
+    Rule("encoder.layer.{i}.norm2.{rest}", "layers.{i}.layernorm_after.{rest}"),
+    *BERT_ATTENTION_RULES,
     Rule(
         "encoder.layer.{i}.mlp.weights_in.{rest}",
         ["layers.{i}.mlp.gate_proj.{rest}", "layers.{i}.mlp.up_proj.{rest}"],
@@ -362,10 +367,7 @@ DATA2VEC_RULES = [
         "encoder.layer.{i}.attention.attention.relative_position_bias.relative_position_bias_table",
         "view.tables[{i}]",
     ),
-    Rule("encoder.layer.{i}.attention.attention.query.{rest}", "layers.{i}.attention.q_proj.{rest}"),
-    Rule("encoder.layer.{i}.attention.attention.key.{rest}", "layers.{i}.attention.k_proj.{rest}"),
-    Rule("encoder.layer.{i}.attention.attention.value.{rest}", "layers.{i}.attention.v_proj.{rest}"),
-    Rule("encoder.layer.{i}.attention.output.dense.{rest}", "layers.{i}.attention.o_proj.{rest}"),
+    *BERT_ATTENTION_RULES,
     Rule("encoder.layer.{i}.intermediate.dense.{rest}", "layers.{i}.mlp.fc1.{rest}"),
     Rule("encoder.layer.{i}.output.dense.{rest}", "layers.{i}.mlp.fc2.{rest}"),
     Rule("encoder.layer.{i}.lambda_1", "layers.{i}.layer_scale1.lambda1"),

@@ -1,8 +1,8 @@
 """Augmentation of training images, and masks for masked image modeling.
 
-    image   -> fixed: one image (may be cached) -> each: one image   -> together: a batch -> pixels
-               resize                              crop, RandAugment,   flip, rotation,
-                                                   erasing              shift, zoom
+    image   -> fixed: one image -> image_transform: one image -> batch_transform: a batch -> pixels
+               resize (cached)     crop, RandAugment,            flip, rotation,
+                                   erasing                       shift, zoom
     batch on the device -> BatchMixer: mixup, CutMix
                         -> MaskGenerator: hidden patches
 
@@ -28,8 +28,8 @@ class Augmentation:
     """The three parts of an augmentation, in order."""
 
     fixed: nn.Module  # [C, H, W] `uint8` -> [C, H, W] `uint8`
-    each: nn.Module | None  # random transform of one image, same shapes; uses torch's generator
-    together: "BatchTransform"
+    image_transform: nn.Module | None  # random transform of one image, same shapes; uses torch's generator
+    batch_transform: "BatchTransform"
 
     def __call__(
         self, pixels: torch.Tensor | list[torch.Tensor], seeds: np.ndarray, indices: np.ndarray
@@ -43,16 +43,16 @@ class Augmentation:
         Returns:
             [B, C, H, W] `uint8`.
         """
-        bits = draw_random_bits(seeds, indices, 1 + self.together.num_numbers)
-        if self.each is not None:
+        bits = draw_random_bits(seeds, indices, 1 + self.batch_transform.num_numbers)
+        if self.image_transform is not None:
             with torch.random.fork_rng(devices=[]):
                 pixels = [
-                    apply_with_seed(self.each, image, seed)
+                    apply_with_seed(self.image_transform, image, seed)
                     for image, seed in zip(pixels, (bits[:, 0] >> np.uint64(1)).tolist(), strict=True)
                 ]
         if not isinstance(pixels, torch.Tensor):
             pixels = torch.stack(list(pixels))
-        return self.together(pixels, convert_to_fractions(bits[:, 1:]))
+        return self.batch_transform(pixels, convert_to_fractions(bits[:, 1:]))
 
 
 def build_augmentation(
@@ -60,16 +60,18 @@ def build_augmentation(
 ) -> Augmentation:
     """Build the augmentation that `options` describe, with outputs of `height_width` pixels."""
     fixed: nn.Module = nn.Identity()
-    each: list[nn.Module] = []
+    transforms: list[nn.Module] = []
     if options.crop_scale < 1:
-        each.append(v2.RandomResizedCrop(height_width, scale=(options.crop_scale, 1.0), interpolation=interpolation))
+        transforms.append(
+            v2.RandomResizedCrop(height_width, scale=(options.crop_scale, 1.0), interpolation=interpolation)
+        )
     else:
         fixed = v2.Resize(height_width, interpolation=interpolation)
     if options.auto_augment != "none":
-        each.append(AUTO_AUGMENTS[options.auto_augment](options))
+        transforms.append(AUTO_AUGMENTS[options.auto_augment](options))
     if options.random_erasing:
-        each.append(Erasing(options.random_erasing))
-    return Augmentation(fixed, v2.Compose(each) if each else None, BatchTransform(options))
+        transforms.append(Erasing(options.random_erasing))
+    return Augmentation(fixed, v2.Compose(transforms) if transforms else None, BatchTransform(options))
 
 
 AUTO_AUGMENTS: dict[str, Callable[[AugmentationOptions], nn.Module]] = {
@@ -122,14 +124,14 @@ class BatchTransform:
         Returns:
             [B, C, H, W] `uint8`.
         """
-        flipped = torch.from_numpy(numbers[:, 0] < 0.5) & self.flip  # [B]
+        is_flipped = torch.from_numpy(numbers[:, 0] < 0.5) & self.flip  # [B]
         if self.rotation or self.shift or self.zoom:
-            return self.resample(pixels, flipped, torch.from_numpy(numbers[:, 1:] * 2 - 1).float())
+            return self.resample(pixels, is_flipped, torch.from_numpy(numbers[:, 1:] * 2 - 1).float())
         if self.flip:
-            return torch.where(flipped[:, None, None, None], pixels.flip(-1), pixels)
+            return torch.where(is_flipped[:, None, None, None], pixels.flip(-1), pixels)
         return pixels
 
-    def resample(self, pixels: torch.Tensor, flipped: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
+    def resample(self, pixels: torch.Tensor, is_flipped: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
         """Return the pixels flipped, rotated, shifted and zoomed about the center, with bilinear interpolation.
 
         Pixels from outside the image are black. `numbers` are [B, 4], from -1 to 1.
@@ -141,7 +143,7 @@ class BatchTransform:
         # Map each output pixel to its input coordinates, in pixels from the center.
         x = torch.arange(width) - (width - 1) / 2 - right * self.shift * width  # [B, 1, W]
         y = (torch.arange(height) - (height - 1) / 2)[:, None] - down * self.shift * height  # [B, H, 1]
-        sign = 1 - 2 * flipped[:, None, None].float()
+        sign = 1 - 2 * is_flipped[:, None, None].float()
         grid = torch.empty(len(pixels), height, width, 2)
         grid[..., 0] = (cos * sign * 2 / width) * x + (sin * sign * 2 / width) * y
         grid[..., 1] = (cos * 2 / height) * y - (sin * 2 / height) * x
@@ -204,8 +206,8 @@ class MaskGenerator:
         self.num_masked = round(options.mask_ratio * rows * columns)
         if not 0 < self.num_masked < rows * columns:
             raise ValueError(
-                f"--mask-ratio must mask some patches, but not all, but {options.mask_ratio} masks {self.num_masked} of "
-                f"{rows} x {columns} patches. Set another --mask-ratio or a smaller --patch-size"
+                f"--mask-ratio requires masked and visible patches, but {options.mask_ratio} masks {self.num_masked} "
+                f"of the {rows} x {columns} patches. Set another --mask-ratio or a smaller --patch-size"
             )
         if min(block, rows) * min(block, columns) > self.num_masked:
             raise ValueError(

@@ -116,21 +116,12 @@ class TrainingImages:
     An unreadable image is replaced by the readable image with the next index.
     """
 
-    def __init__(
-        self,
-        source: LabeledImages,
-        augmentation: Augmentation,
-        to_rgb: bool,
-        seed: int,
-        num_views: int = 0,
-        num_channels: int | None = None,
-    ) -> None:
-        """See `BatchBuilder` for the arguments."""
+    def __init__(self, source: LabeledImages, builder: BatchBuilder) -> None:
         self.source = source
-        self.builder = BatchBuilder(augmentation, to_rgb, seed, num_views, num_channels)
+        self.builder = builder
         self.cache: dict[int, torch.Tensor] = {}
         self.unreadable: set[int] = set()
-        self.arrays = load_arrays(source, augmentation)  # [images, 1, H, W]
+        self.arrays = load_arrays(source, builder.augmentation)  # [images, 1, H, W]
 
     def __len__(self) -> int:
         return len(self.source)
@@ -161,7 +152,7 @@ class TrainingImages:
         indices = [index for _, index in keys]
         pixels = arrays[indices]  # [B, 1, H, W]
         num_channels = 3 if self.builder.to_rgb else 1
-        if self.builder.augmentation.each is not None:
+        if self.builder.augmentation.image_transform is not None:
             pixels = pixels.expand(-1, num_channels, -1, -1)
         labels = [self.source.labels[index] for index in indices]
         batch = self.builder.build(pixels, labels, keys, [NOT_REPLACED] * len(keys))

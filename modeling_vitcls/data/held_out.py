@@ -90,11 +90,11 @@ def read_record(folder: str | Path) -> HeldOutRecord | None:
     file = Path(folder, RESULTS_FILE)
     if not file.is_file():
         return None
-    record = read_json(file).get(RECORD)
     try:
+        record = read_json(file).get(RECORD)
         return None if record is None else HeldOutRecord(**record)
-    except TypeError as error:
-        raise ValueError(f"cannot read {RECORD!r} in {file}: {error}") from error
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{file} is damaged: {error}. Remove it to use the model without it") from error
 
 
 def compute_key(content: bytes) -> int:

@@ -245,8 +245,8 @@ def read_with_datasets(options: DataOptions) -> Any:
     except Exception as error:  # the readers raise many types of errors on damaged data
         raise ValueError(
             f"cannot read the dataset {options.dataset!r} ({type(error).__name__}: {format_error(error)}). Set "
-            "--dataset to `digits`, a folder with a sub-folder of images per class, a CSV or Parquet file, a folder of MNIST's "
-            "idx files, or the id of a dataset on the Hub"
+            "--dataset to `digits`, a folder with a sub-folder of images per class, a CSV or Parquet file, a folder "
+            "of MNIST's idx files, or the id of a dataset on the Hub"
         ) from error
 
 

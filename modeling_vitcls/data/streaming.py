@@ -188,18 +188,9 @@ class TrainingStream:
     An unreadable image is replaced by the next readable image of its batch.
     """
 
-    def __init__(
-        self,
-        source: StreamedImages,
-        augmentation: Augmentation,
-        to_rgb: bool,
-        seed: int,
-        num_views: int = 0,
-        num_channels: int | None = None,
-    ) -> None:
-        """See `BatchBuilder` for the arguments."""
+    def __init__(self, source: StreamedImages, builder: BatchBuilder) -> None:
         self.source = source
-        self.builder = BatchBuilder(augmentation, to_rgb, seed, num_views, num_channels)
+        self.builder = builder
         self.names: dict[int, str] = {}
 
     def iterate_keys(self, plan: BatchPlan, process: int, first_step: int) -> Iterator[list[Example]]:
@@ -278,9 +269,9 @@ def augment_images(
     num_views: int = 0,
     num_channels: int | None = None,
 ) -> TrainingImages | TrainingStream:
-    """Build the dataset of augmented training images, stored or streamed."""
-    dataset: Any = TrainingStream if isinstance(source, StreamedImages) else TrainingImages
-    return dataset(source, augmentation, to_rgb, seed, num_views, num_channels)
+    """Build the dataset of augmented training images, stored or streamed. See `BatchBuilder` for the arguments."""
+    builder = BatchBuilder(augmentation, to_rgb, seed, num_views, num_channels)
+    return TrainingStream(source, builder) if isinstance(source, StreamedImages) else TrainingImages(source, builder)
 
 
 def read_ahead(items: Iterator[Any], count: int) -> Iterator[Any]:

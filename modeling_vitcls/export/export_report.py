@@ -1,7 +1,7 @@
 """Compare an exported file with the model, and describe the inputs and outputs of the file.
 
-The reference outputs are computed by the loaded model in float32, in eager mode. The outputs of the file are computed by
-the runtime of its format.
+The loaded model computes the reference outputs in float32, in eager mode. The runtime of the format computes the
+outputs of the file.
 """
 
 import dataclasses

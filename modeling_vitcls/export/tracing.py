@@ -81,9 +81,7 @@ def find_fixed_size_reason(config: ViTCLSConfig, has_antialias: bool) -> str:
         return "position_antialias=True, but the runtime of this format downsamples positions differently from PyTorch"
     rows, columns = config.grid_size
     if config.position_interpolation == "crop" and rows != columns:
-        return (
-            'position_interpolation="crop" crops positions at every size except the native size of a rectangular grid'
-        )
+        return 'position_interpolation="crop" crops the positions of a rectangular grid except at the native size'
     return ""
 
 

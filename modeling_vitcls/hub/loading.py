@@ -41,10 +41,10 @@ from huggingface_hub.utils import (
     validate_repo_id,
 )
 from torch import nn
-from transformers.configuration_utils import PreTrainedConfig
 
-from ..adaptation_vitcls import load_checkpoint
+from ..adaptation_vitcls import check_folder
 from ..configuration_vitcls import ViTCLSConfig
+from ..files import read_json
 from .connection import HUB_ERRORS, describe_no_response, format_hub_error, get_endpoint, retry, set_hub_timeout
 
 
@@ -122,10 +122,11 @@ def check_is_vitcls(source: str, folder: str | Path) -> dict[str, Any]:
         folder: Folder of the model.
 
     Raises:
-        ValueError: If the model has another type.
-        OSError: If config.json is missing or damaged.
+        ValueError: If the model has another type, or config.json is damaged.
+        OSError: If config.json is missing.
     """
-    settings = load_checkpoint(PreTrainedConfig.get_config_dict, folder)[0]
+    check_folder(str(folder), config_is_elsewhere=False)
+    settings = read_json(Path(folder, CONFIG))
     model_type = settings.get("model_type")
     if model_type != ViTCLSConfig.model_type:
         raise ValueError(

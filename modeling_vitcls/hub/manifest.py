@@ -21,9 +21,9 @@ from ..checkpoints import (
     Checkpoint,
     CheckpointStore,
     DamagedCheckpoint,
+    format_state,
     read_checkpoint,
     read_state,
-    format_state,
 )
 from ..files import read_json
 from .card_renaming import rename_card

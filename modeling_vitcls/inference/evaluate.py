@@ -113,7 +113,9 @@ def describe_unknown_split(model: str, record: HeldOutRecord | None, held_out: L
     if record is None:
         return f"{model} has no record of its held-out images ({RECORD!r} in {RESULTS_FILE}). {risk}"
     if record.rule is None:
-        return f"{model} was trained with the held-out split {record.split!r}, but the dataset has no such split. {risk}"
+        return (
+            f"{model} was trained with the held-out split {record.split!r}, but the dataset has no such split. {risk}"
+        )
     if compute_keys_digest(held_out.images.compute_keys()) == record.sha256:
         return None
     return (
@@ -140,8 +142,8 @@ def match_labels(images: LabeledImages, data_space: LabelSpace, model_space: Lab
     if data_space.kind != model_space.kind:
         raise ValueError(
             f"the model was trained with {DESCRIPTIONS[model_space.kind]}, but the dataset has "
-            f"{DESCRIPTIONS[data_space.kind]}. Set other columns with --label-column, and --label-separator for a column "
-            "with several labels"
+            f"{DESCRIPTIONS[data_space.kind]}. Set other columns with --label-column, and --label-separator for a "
+            "column with several labels"
         )
     if data_space.kind == "multi_task" and data_space.columns.keys() != model_space.columns.keys():
         raise ValueError(

@@ -40,7 +40,9 @@ def load_model(source: str, with_head: bool) -> tuple[PreTrainedModel, ViTCLSIma
         OSError: if the checkpoint cannot be found or read.
     """
     if is_preset(source):
-        raise ValueError(f"{source} is a preset without trained weights. Set --model to a folder or a model on the Hub")
+        raise ValueError(
+            f"{source} is a preset without trained weights. Set --model to a folder or a model on the Hub"
+        )
     folder = get_model_folder(source)
     settings = check_is_vitcls(source, folder)
     model_class: Any = ViTCLSModel
@@ -72,7 +74,7 @@ def load_classifier(source: str, folder: str) -> Classifier:
     saved = (config.architectures or ["a model of unknown class"])[0]
     if saved not in classes or not (config.tasks or config.num_labels):
         raise ValueError(
-            f"evaluation requires a classifier, but {source} contains {saved}. Fine-tune it first (scripts/finetune.py)"
+            f"evaluation requires a classifier, but {source} contains {saved}. Fine-tune it with scripts/finetune.py"
         )
     if config.problem_type == "regression":
         raise ValueError(f"evaluation requires a classifier, but {source} was trained for regression")

@@ -85,7 +85,9 @@ class SingleLabelMetrics(ClassificationMetrics):
         num_classes = len(self.names)
         self.counts = ClassCounts(num_classes).to(device)
         self.loss = build_mean(device)
-        self.calibration = MulticlassCalibrationError(num_classes, NUM_CALIBRATION_BINS, validate_args=False).to(device)
+        self.calibration = MulticlassCalibrationError(num_classes, NUM_CALIBRATION_BINS, validate_args=False).to(
+            device
+        )
         self.top_5 = build_mean(device) if num_classes > 5 else None
         self.heads = {name: build_mean(device) for name in HEADS}
         self.matrix = None
@@ -252,28 +254,7 @@ METRICS: dict[LabelKind, type[Any]] = {
 }
 
 # Metric that selects the best checkpoint of a run, by kind of labels.
-SELECTION_class ReconstructionMetrics:
-    """Metrics of a masked autoencoder.
-
-    reconstruction_loss     the training loss, mean over the images
-    num_images
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self.loss = build_mean(device)
-        self.num_images = build_sum(device)
-
-    def update(self, outputs: Any, indices: torch.Tensor) -> None:
-        """Add the mean loss of a batch of G images with these indices [G]."""
-        self.loss.update(outputs.loss.expand(len(indices)))  # torchmetrics ignores weights if NaN is allowed
-        self.num_images.update(len(indices))
-
-    def compute(self) -> Values:
-        """Return the metrics that the class lists."""
-        return {"reconstruction_loss": to_number(self.loss.compute()), "num_images": int(self.num_images.compute())}
-
-
-METRICS: dict[LabelKind, str] = {
+SELECTION_METRICS: dict[LabelKind, str] = {
     "single_label_classification": "accuracy",
     "multi_label_classification": "mean_average_precision",
     "multi_task": "accuracy",

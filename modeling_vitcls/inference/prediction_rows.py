@@ -54,9 +54,13 @@ def build_prediction_columns(
     if features is not None:
         return FeatureColumns(model, features)
     if config.tasks:
-        return MultiTaskColumns(model, {name: TopLabelColumns(names, top_k, name) for name, names in config.task_labels().items()})
+        return MultiTaskColumns(
+            model, {name: TopLabelColumns(names, top_k, name) for name, names in config.task_labels().items()}
+        )
     if not config.num_labels or config.problem_type == "regression":
-        raise ValueError("prediction requires labels, but the model has no labels. Fine-tune it first, or set --features")
+        raise ValueError(
+            "prediction requires labels, but the model has no labels. Fine-tune it first, or set --features"
+        )
     names = [config.id2label[index] for index in range(config.num_labels)]
     if is_multi_label(config):
         return MultiLabelColumns(model, names, top_k, threshold)

@@ -149,7 +149,8 @@ def gather_weights(model: nn.Module, is_main: bool) -> Tensors:
     on the others. All processes must call it together."""
     if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):  # ZeRO-3
         return gather(model.state_dict(keep_vars=True), is_main)
-    return get_model_state_dict(model, options=FULL_ON_MAIN)
+    weights: dict[str, Any] = get_model_state_dict(model, options=FULL_ON_MAIN)
+    return weights
 
 
 def gather(tensors: Tensors, is_main: bool) -> Tensors:
@@ -195,10 +196,12 @@ def scatter_weights(whole: Tensors | None, model: nn.Module, accelerator: Accele
     Raises:
         ValueError: if a tensor is missing, unknown, or has another shape.
     """
-    on_main(accelerator, lambda: check_same_tensors(whole or {}, get_model_state_dict(model)))
+    weights: dict[str, Any] = {} if whole is None else {**whole}
+    targets: dict[str, Any] = get_model_state_dict(model)
+    on_main(accelerator, lambda: check_same_tensors(weights, targets))
     is_distributed = accelerator.num_processes > 1
     options = StateDictOptions(full_state_dict=is_distributed, broadcast_from_rank0=is_distributed)
-    set_model_state_dict(model, whole or {}, options=options)
+    set_model_state_dict(model, weights, options=options)
 
 
 @torch.no_grad()

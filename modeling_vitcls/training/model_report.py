@@ -259,8 +259,8 @@ def write_card(
 
 
 def build_benchmark_entry(benchmark: str, task_id: str, results: dict[str, Any]) -> EvalResultEntry:
-    """Build the entry of the first metric for the Hub's `.eval_results` (docs/hub/eval-results)."""
-    metric = "accuracy" if "accuracy" in results else "mean_average_precision"
+    """Build the entry of the selection metric for the Hub's `.eval_results` (docs/hub/eval-results)."""
+    metric = results["selection_metric"]
     interval = results.get(f"{metric}_interval")
     text = f", 95 % interval {interval[0]:.4f} to {interval[1]:.4f}" if interval else ""
     return EvalResultEntry(

@@ -20,9 +20,8 @@ from ..hub.card import build_encoder_card
 from ..hub.loading import check_is_vitcls, get_model_folder
 from ..hub.provenance import Provenance
 from ..image_processing_vitcls import ViTCLSImageProcessor
-from ..inference.evaluator import Evaluator
+from ..inference.evaluator import Evaluator, ReconstructionEvaluator
 from ..inference.load_model import is_preset
-from ..inference.reconstruction import ReconstructionEvaluator
 from ..modeling_vitcls import ViTCLSForMaskedImageModeling
 from ..options import ModelOptions, PretrainOptions, to_flags
 from .loop import Metrics

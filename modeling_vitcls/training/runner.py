@@ -12,7 +12,7 @@ from collections.abc import Callable, Generator, Iterator
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 import torch
 import yaml
@@ -69,7 +69,7 @@ class Uploads(Protocol):
 
 @dataclass
 class Components:
-    """What a run trains, and on what.
+    """Trained module, batches, loss and evaluation of a run.
 
     Attributes:
         model: plain module, the model or only its heads.
@@ -87,8 +87,6 @@ class Components:
     measure_attention: Callable[[Batch], Metrics]
     describe_unreadable: Callable[[int], str]
 
-
-Options = TypeVar("Options", FinetuneOptions, PretrainOptions)
 
 # Flags that may change on --resume, because they do not change the result.
 CHANGEABLE_FLAGS = (
@@ -245,9 +243,7 @@ class Runner:
             loop = TrainingLoop(
                 state, components.objective, plan, training, accelerator, hooks, monitor, selection_metric, save_every
             )
-            with closing(
-                components.batches(state.step)
-            ) as own_batches:  # ends the workers here, not when Python exits
+            with closing(components.batches(state.step)) as own_batches:  # ends the workers before Python exits
                 metrics = loop.run(own_batches)
             self.seconds = self.get_training_seconds()
         if state.ema is not None:
@@ -444,7 +440,7 @@ class Runner:
         return file
 
 
-def build_runner(options: Options) -> Runner:
+def build_runner(options: FinetuneOptions | PretrainOptions) -> Runner:
     """Lock and check the output folder, and find the checkpoint to resume from. The runner's options contain absolute
     paths.
 

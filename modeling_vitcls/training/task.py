@@ -33,6 +33,7 @@ from ..data.sampling import BatchPlan
 from ..data.splits import TrainingData, describe_data
 from ..data.streaming import TrainingStream, augment_images
 from ..distributed import on_main
+from ..errors import format_error
 from ..files import read_json, write_json
 from ..hub.provenance import Provenance
 from ..hub.publish import push_folder
@@ -338,7 +339,7 @@ def save_output(task: Task, results: dict[str, Any]) -> None:
             with disable_progress_bars():
                 write()
         except WRITE_ERRORS as error:
-            raise OSError(" ".join(str(error).split())) from error
+            raise OSError(format_error(error)) from error
 
     try:
         on_main(runner.accelerator, write_quietly)

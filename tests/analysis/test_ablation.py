@@ -320,7 +320,7 @@ def test_what_cannot_be_measured_is_said() -> None:
         collect_predictions(several, Batches(torch.zeros(6)))
 
 
-def test_labels_of_data_sets_become_right_answers() -> None:
+def test_labels_of_datasets_become_right_answers() -> None:
     plain = tiny_config()
     assert encode_label(2, plain).tolist() == [2] and encode_label(None, plain).tolist() == [IGNORED_LABEL]
     several = tiny_config(problem_type="multi_label_classification")

@@ -40,7 +40,7 @@ LIMIT = 1e-4
 TASKS = {"age": 2, "species": 4}
 NAMES = {0: "ant", 1: "bee", 2: "cow"}
 
-# Every kind of token, position, pooling, mask and block, together in few models: class, fields, names of the outputs.
+# Models that together have every token, position, pooling, mask and block type: class, fields, names of the outputs.
 MODELS: dict[str, tuple[type, dict[str, Any], list[str]]] = {
     "tokens": (
         ViTCLSForImageClassification,
@@ -103,12 +103,12 @@ MODELS: dict[str, tuple[type, dict[str, Any], list[str]]] = {
 
 
 def slow(*values: Any) -> Any:
-    """A case for `make test-all` only."""
+    """Return a case that only `make test-all` runs."""
     return pytest.param(*values, marks=pytest.mark.slow)
 
 
 def checkpoint(folder: Path, model_class: type = ViTCLSForImageClassification, **fields: Any) -> Any:
-    """A small model with random weights, saved with an image processor."""
+    """Save a small model with random weights and an image processor, and return the model."""
     model = filled(model_class(tiny_config(**fields)))
     model.save_pretrained(folder)
     ViTCLSImageProcessor(size={"height": 32, "width": 32}, image_mean=[0.5, 0.4, 0.3]).save_pretrained(folder)
@@ -116,14 +116,14 @@ def checkpoint(folder: Path, model_class: type = ViTCLSForImageClassification, *
 
 
 def run_onnx(file: Path, pixel_values: torch.Tensor) -> dict[str, np.ndarray]:
-    """What onnxruntime outputs, by the names in the file."""
+    """Run a file with onnxruntime and return its outputs by name."""
     session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
     names = [output.name for output in session.get_outputs()]
     return dict(zip(names, session.run(None, {"pixel_values": pixel_values.numpy()}), strict=True))
 
 
 def compute_outputs(model: Any, pixel_values: torch.Tensor) -> dict[str, np.ndarray]:
-    """The model's own, read from its outputs here."""
+    """Return the outputs of the model by name."""
     with torch.no_grad():
         outputs = model(pixel_values)
     if isinstance(model, ViTCLSForMultiTaskClassification):
@@ -138,7 +138,7 @@ def compute_outputs(model: Any, pixel_values: torch.Tensor) -> dict[str, np.ndar
 
 
 def assert_close(found: dict[str, np.ndarray], wanted: dict[str, np.ndarray], limit: float = LIMIT) -> None:
-    """The same names, and values within the limit."""
+    """Check that the names are equal and the values are within the limit."""
     assert found.keys() == wanted.keys()
     for name, value in wanted.items():
         assert found[name].shape == value.shape
@@ -147,7 +147,7 @@ def assert_close(found: dict[str, np.ndarray], wanted: dict[str, np.ndarray], li
 
 
 def run(*flags: Any) -> subprocess.CompletedProcess[str]:
-    """The script, in a process of its own."""
+    """Run the script in a separate process."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "200", "HF_HUB_OFFLINE": "1"}
     return run_fresh(SCRIPT, *flags, environment=environment)
 
@@ -167,7 +167,7 @@ def test_an_onnx_file_has_the_outputs_of_the_model(name: str, tmp_path: Path) ->
         assert_close(run_onnx(file, pixel_values), compute_outputs(model, pixel_values))
     assert list(report.outputs) == names
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "model.onnx", "model.onnx.json"]
-    assert str(ROOT).encode() not in file.read_bytes()  # nor the folders of this machine
+    assert str(ROOT).encode() not in file.read_bytes()  # nor paths of this machine
 
 
 @pytest.mark.slow
@@ -179,7 +179,7 @@ def test_every_layout_and_block(fields: dict[str, Any], tmp_path: Path) -> None:
     assert_close(run_onnx(tmp_path / "model.onnx", pixel_values), compute_outputs(model, pixel_values))
 
 
-def test_the_graph_has_fused_attention_whatever_the_model_was_left_with() -> None:
+def test_the_graph_has_fused_attention_for_any_attn_implementation() -> None:
     model = filled(ViTCLSForImageClassification(tiny_config(num_register_tokens=1)))
     model.set_attn_implementation("eager")
     graph = trace_model(model, select_graph_shape(model, None, dynamic=True), torch.float32)
@@ -190,12 +190,12 @@ def test_the_graph_has_fused_attention_whatever_the_model_was_left_with() -> Non
     torch.testing.assert_close(graph.module()(pixel_values)["logits"], model(pixel_values).logits)
 
 
-def test_one_size_holds_positions_that_were_resampled_before(tmp_path: Path) -> None:
+def test_a_graph_of_one_size_contains_resampled_positions(tmp_path: Path) -> None:
     model = checkpoint(tmp_path / "model", num_hidden_layers=1)
     file = tmp_path / "model.onnx"
     report = export_model(str(tmp_path / "model"), "onnx", file, image_size=(24, 56), dynamic=False)
     assert report.input["shape"] == ["batch", 3, 24, 56]
-    assert not report.fixed_because  # nothing else was asked for
+    assert not report.fixed_because  # a dynamic size was not requested
     pixel_values = images(4, 24, 56, seed=7)
     assert_close(run_onnx(file, pixel_values), compute_outputs(model, pixel_values))
     assert b"Resize" not in file.read_bytes()
@@ -213,7 +213,7 @@ def test_one_size_holds_positions_that_were_resampled_before(tmp_path: Path) -> 
 def test_positions_that_a_graph_cannot_resample_fix_the_size(
     fields: dict[str, Any], word: str, tmp_path: Path
 ) -> None:
-    """At the model's own size, and at another."""
+    """The size is fixed to the model's size, or to another requested size."""
     model = checkpoint(tmp_path / "model", **fields)
     for size in (model.config.image_height_width, (40, 24)):
         file = tmp_path / f"{size[0]}.onnx"
@@ -251,7 +251,7 @@ def test_merged_patches_in_every_format(format_name: str, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize(("format_name", "dtype"), [("onnx", "float16"), slow("torch", "bfloat16")])
-def test_half_precision_has_a_limit_of_its_own(format_name: str, dtype: str, tmp_path: Path) -> None:
+def test_half_precision_has_another_limit(format_name: str, dtype: str, tmp_path: Path) -> None:
     model = checkpoint(tmp_path / "model", num_hidden_layers=1, num_register_tokens=1)
     file = tmp_path / f"half{formats.FORMATS[format_name].suffix}"
     report = export_model(str(tmp_path / "model"), format_name, file, dtype=dtype)
@@ -264,7 +264,7 @@ def test_half_precision_has_a_limit_of_its_own(format_name: str, dtype: str, tmp
 
 
 def test_an_encoder_without_pooler(tmp_path: Path) -> None:
-    """Saved without one, it has none; a learned pooler that is missing is not made up."""
+    """A model that was saved without a pooler is exported without a pooler."""
     model = filled(ViTCLSModel(tiny_config(pooling="attention"), add_pooling_layer=False))
     model.save_pretrained(tmp_path / "model")
     loaded = load_exportable(str(tmp_path / "model"))
@@ -286,7 +286,7 @@ def test_a_preset_has_random_weights() -> None:
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path, str]:
-    """A model, its ONNX file, and what the script printed."""
+    """Return a model, its ONNX file, and the printed text."""
     folder = tmp_path_factory.mktemp("exported")
     model = checkpoint(folder / "model", id2label=NAMES)
     done = run("--model", folder / "model", "--format", "onnx", "--output", folder / "new" / "vit.onnx")
@@ -319,7 +319,7 @@ def test_the_report_describes_inputs_and_outputs(exported: tuple[Any, Path, str]
 
 
 def test_the_printed_lines_run_the_graph(exported: tuple[Any, Path, str]) -> None:
-    """Without this package, nor torch."""
+    """The printed code requires neither this package nor torch."""
     model, file, printed = exported
     lines = [line.strip() for line in printed.splitlines() if line.startswith("  ")]
     np.save(file.parent / "in.npy", images(2, 40, 24).numpy())
@@ -337,7 +337,7 @@ def test_the_printed_lines_run_the_graph(exported: tuple[Any, Path, str]) -> Non
     assert_close({"logits": np.load(file.parent / "out.npy")}, wanted)
 
 
-def test_the_torch_format_is_checked_in_a_fresh_process(tmp_path: Path) -> None:
+def test_the_torch_format_is_checked_in_a_new_process(tmp_path: Path) -> None:
     model_class, fields, names = MODELS["tasks"]
     model = checkpoint(tmp_path / "model", model_class, **fields)
     file = tmp_path / "vit.pt2"
@@ -384,16 +384,14 @@ def test_openvino(tmp_path: Path) -> None:
 
 def test_openvino_does_not_shrink_positions_as_pytorch_does() -> None:
     model = filled(ViTCLSForImageClassification(tiny_config(position_antialias=True)))
-    openvino = formats.FORMATS["openvino"]
-    shape = select_graph_shape(model, (24, 40), dynamic=True, has_antialias=openvino.has_antialias)
+    openvino, onnx = (formats.FORMATS[name].has_antialias for name in ("openvino", "onnx"))
+    shape = select_graph_shape(model, (24, 40), dynamic=True, has_antialias=openvino)
     assert "position_antialias" in shape.fixed_size_reason
     assert (shape.is_dynamic, shape.image_size) == (False, (24, 40))
-    assert select_graph_shape(
-        model, None, dynamic=True, has_antialias=formats.FORMATS["onnx"].has_antialias
-    ).is_dynamic
+    assert select_graph_shape(model, None, dynamic=True, has_antialias=onnx).is_dynamic
 
 
-# What is refused
+# Errors
 
 
 def test_a_difference_over_the_limit_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -406,7 +404,7 @@ def test_a_difference_over_the_limit_leaves_nothing(tmp_path: Path, monkeypatch:
 
 @pytest.mark.slow
 def test_outputs_of_another_graph_raise_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The comparison is with the model as it was loaded, not with what was traced."""
+    """The reference outputs are from the loaded model, not from the traced model."""
     checkpoint(tmp_path / "model", num_hidden_layers=1)
 
     def trace_wrongly(model: Any, *args: Any) -> Any:
@@ -438,7 +436,7 @@ def test_other_names_or_shapes_raise_an_error() -> None:
             export_report.compare_outputs([images()], wanted, [found], "float32")
 
 
-def test_models_without_an_exported_form(tmp_path: Path) -> None:
+def test_unsupported_models(tmp_path: Path) -> None:
     checkpoint(tmp_path / "masked", ViTCLSForMaskedImageModeling)
     with raises_one_line("contains ViTCLSForMaskedImageModeling"):
         export_model(str(tmp_path / "masked"), "torch", tmp_path / "vit.pt2")
@@ -450,7 +448,7 @@ def test_models_without_an_exported_form(tmp_path: Path) -> None:
         export_model(str(tmp_path / "incomplete"), "torch", tmp_path / "vit.pt2")
 
 
-def test_sizes_that_cannot_be(tmp_path: Path) -> None:
+def test_unsupported_sizes(tmp_path: Path) -> None:
     checkpoint(tmp_path / "model", num_cls_tokens=2, cls_scopes=["image", [2, 3, 1, 2]])
     with raises_one_line("at least 16 x 24 pixels, but --image-size is 32 16"):
         export_model(str(tmp_path / "model"), "onnx", tmp_path / "vit.onnx", image_size=(32, 16))
@@ -458,7 +456,7 @@ def test_sizes_that_cannot_be(tmp_path: Path) -> None:
         export_model(str(tmp_path / "model"), "onnx", tmp_path / "vit.onnx", image_size=(41, 32), dynamic=False)
 
 
-def test_files_that_are_in_the_way(tmp_path: Path) -> None:
+def test_existing_files(tmp_path: Path) -> None:
     for name in ("vit.onnx", "other.onnx.json"):
         (tmp_path / name).touch()
         with raises_one_line(f"{tmp_path / name} exists"):

@@ -39,7 +39,7 @@ SIZES |= {"num_attention_heads": 3, "intermediate_size": 45, "num_register_token
 
 
 class Training:
-    """A model on both processes, with optimiser and moving average."""
+    """A model on both processes, with optimizer and moving average."""
 
     def __init__(self, kind: str, seed: int, accelerator: Accelerator) -> None:
         torch.manual_seed(seed)

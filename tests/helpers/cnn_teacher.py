@@ -50,7 +50,7 @@ def train_cnn_teacher(folder: Path, label_names: list[str] | None = None, seed: 
 
 
 def train_network(model: nn.Module, pixel_values: torch.Tensor, labels: torch.Tensor) -> None:
-    """One-cycle AdamW on shifted pictures."""
+    """One-cycle AdamW on shifted images."""
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.05)
     steps = EPOCHS * (len(labels) // BATCH_SIZE)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=5e-3, total_steps=steps)

@@ -36,7 +36,7 @@ from modeling_vitcls.options import DataOptions, EvaluateOptions
 
 BATCH_SIZE = 3
 NUM_PICTURES = 13  # divides into rounds of neither 3 nor 2 x 3
-BROKEN = (0, 5, 11, 12)  # the last batch has no picture that can be read
+BROKEN = (0, 5, 11, 12)  # the last batch has no image that can be read
 CLASSES = ["ant", "bee", "cat", "dog", "eel", "fox", "gnu"]
 SIZES: dict[str, Any] = {"image_size": 16, "patch_size": 8, "hidden_size": 16, "num_hidden_layers": 2}
 SIZES |= {"num_attention_heads": 2, "intermediate_size": 24, "initializer_range": 0.5}
@@ -61,7 +61,7 @@ def build_classifier(name: str) -> Any:
 
 
 def random_label(name: str, random: np.random.Generator) -> Any:
-    """No picture is of the last class, and some have no species."""
+    """No image is of the last class, and some have no species."""
     if name == "single":
         return int(random.integers(6))
     if name == "multi_label":

@@ -1,6 +1,6 @@
 """What loads where the Hub is dead: what is cached, at once; of anything else one line says what to do, in seconds.
 
-Data sets come through `datasets`, models of timm through timm, which alone would ask for most of a minute. The scripts
+Datasets come through `datasets`, models of timm through timm, which alone would ask for most of a minute. The scripts
 run in this process.
 """
 
@@ -69,7 +69,7 @@ def go_away(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(datasets.config, "HF_ENDPOINT", DEAD)
 
 
-def test_a_data_set_of_the_hub_is_found_in_the_cache_where_the_hub_is_dead(
+def test_a_dataset_of_the_hub_is_found_in_the_cache_where_the_hub_is_dead(
     hub: LocalHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     pictures = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["cat", "dog"])})

@@ -32,7 +32,7 @@ from modeling_vitcls.training.runner import build_runner, check_same_flags, reso
 
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The current folder, with folders of misleading names in it, and data beside it."""
+    """The current folder, with folders of misleading names in it, and data next to it."""
     for name in ("here/digits", "here/vitcls-tiny", "here/acme/data", "here/data/teach", "clinic/scans"):
         (tmp_path / name).mkdir(parents=True)
     (tmp_path / "here" / "weights.pt").touch()
@@ -139,7 +139,7 @@ def test_a_folder_in_use_is_not_written_to(tmp_path: Path) -> None:
             check_output_is_empty(used)
 
 
-# Pictures of this machine --------------------------------------------------------------------------------------------
+# Images of this machine ----------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -166,7 +166,7 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[LocalHub]:
         ("acme/none", "ann/public", {}, True),
     ],
 )
-def test_pictures_of_this_machine_are_not_published_unasked(
+def test_images_of_this_machine_are_not_published_unasked(
     hub: LocalHub, here: Path, dataset: str, repository: str | None, flags: dict[str, Any], shows: bool
 ) -> None:
     warnings: list[str] = []
@@ -182,7 +182,7 @@ def test_pictures_of_this_machine_are_not_published_unasked(
 
 
 @pytest.mark.parametrize("private", [True, False])
-def test_a_push_says_who_can_see_the_pictures(
+def test_a_push_says_who_can_see_the_images(
     hub: LocalHub, here: Path, tmp_path: Path, private: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
     folder = tmp_path / "run"

@@ -1,7 +1,7 @@
-"""Every ViT of timm against ours: the same numbers after conversion, or an error that names what is missing.
+"""Compare every ViT of timm with its conversion: same outputs, or an error that names the unsupported feature.
 
-All parameters of timm's models are random first (random_weights.py). Compared are all tokens that leave the encoder
-and the logits, at the native size and, after timm's own resampling, at a rectangle.
+All parameters are filled with random values. The tests compare all tokens of the encoder and the logits, at the native
+size and, after `set_input_size`, at a rectangle.
 """
 
 import copy
@@ -125,7 +125,7 @@ REFUSED: dict[str, tuple[str, dict[str, Any]]] = {
     "global_pool='avgmax'": ("vit_tiny_patch16_224", {"global_pool": "avgmax"}),
     "global_pool='prr'": ("vit_tiny_patch16_224", {"global_pool": "prr"}),
     "a classifier on every token": ("vit_tiny_patch16_224", {"global_pool": ""}),
-    "mean pooling that includes special tokens": (
+    "mean pooling that includes special": (
         "vit_tiny_patch16_224",
         {"global_pool": "avg", "pool_include_prefix": True},
     ),
@@ -139,7 +139,7 @@ REFUSED: dict[str, tuple[str, dict[str, Any]]] = {
     "parallel blocks without output biases": ("vit_base_patch16_xp_224", {"proj_bias": False}),
     "norms of queries and keys in parallel branches": ("vit_small_patch16_18x2_224", {"qk_norm": True}),
     "norms inside parallel branches": ("vit_small_patch16_18x2_224", {"scale_mlp_norm": True}),
-    "attention pooling with another activation than the blocks": (
+    "attention pooling with another activation": (
         "vit_pe_core_tiny_patch16_384",
         {"swiglu_mlp": False},
     ),
@@ -152,7 +152,7 @@ REFUSED: dict[str, tuple[str, dict[str, Any]]] = {
 
 @pytest.fixture(autouse=True, scope="module")
 def one_thread() -> Iterator[None]:
-    """Threads that wait for each other cost more than these small models."""
+    """Use one thread, which is faster for small models."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -160,13 +160,13 @@ def one_thread() -> Iterator[None]:
 
 
 def all_names() -> list[str]:
-    """timm's architectures."""
+    """Return the names of timm's architectures."""
     return [name for module in MODULES for name in timm.list_models(module=module)]
 
 
 def peer(name: str, **arguments: Any) -> nn.Module:
-    """A model of timm's with two blocks, for images of `NATIVE` patches, random throughout."""
-    if "sapiens2" in name:  # by default one number for each of all its blocks
+    """Build a timm model with two blocks and random values, for images of `NATIVE` patches."""
+    if "sapiens2" in name:  # by default one value per block of the full depth
         arguments = {"num_kv_heads": (arguments["num_heads"], arguments["num_heads"] // 2), **arguments}
     model = timm.create_model(name, **{"depth": 2, "num_classes": 7, **arguments})
     model.set_input_size(img_size=pixels(model, NATIVE))
@@ -178,7 +178,7 @@ def peer(name: str, **arguments: Any) -> nn.Module:
 
 
 def peer_of_own_width(name: str) -> nn.Module:
-    """As `peer`, as wide as the architecture is, up to 1024; wider ones have eight of their heads."""
+    """Build a `peer` with the width of the architecture, or with eight heads if the width is above 1024."""
     original = timm.create_model(name, device="meta")
     heads = next(module.num_heads for module in original.modules() if hasattr(module, "num_heads"))
     head_dim = original.embed_dim // heads
@@ -187,14 +187,14 @@ def peer_of_own_width(name: str) -> nn.Module:
 
 
 def pixels(model: nn.Module, grid: tuple[int, int]) -> tuple[int, int]:
-    """Height and width of an image of so many patches."""
+    """Return (height, width) in pixels of an image with a grid of patches."""
     height, width = model.patch_embed.patch_size
     return grid[0] * height, grid[1] * width
 
 
 @torch.no_grad()
 def largest_difference(model: nn.Module, ours: ViTCLSForImageClassification) -> float:
-    """Of all tokens and of the logits, at both sizes. timm's model is resized on the way."""
+    """Return the largest difference of tokens and logits at both sizes; the timm model keeps the last size."""
     differences = []
     for grid in (NATIVE, RECTANGLE):
         size = pixels(model, grid)
@@ -220,10 +220,10 @@ def test_own_arguments(what: str) -> None:
 
 
 @pytest.mark.parametrize("feature", REFUSED)
-def test_what_is_missing_is_named(feature: str) -> None:
+def test_errors_name_the_unsupported_feature(feature: str) -> None:
     name, arguments = REFUSED[feature]
     model = peer(name, **TINY | arguments)
-    if feature == "attention pooling with another activation than the blocks":
+    if feature == "attention pooling with another activation":
         model.attn_pool.mlp.act = nn.ReLU()
     with pytest.raises(ConversionError) as raised:
         convert_from_timm(model)
@@ -231,7 +231,7 @@ def test_what_is_missing_is_named(feature: str) -> None:
     assert "\n" not in str(raised.value)
 
 
-def test_gates_and_foreign_layers_are_refused() -> None:
+def test_gates_and_foreign_layers_raise_an_error() -> None:
     gated = peer("vit_tiny_patch16_224", **TINY)
     gated.blocks[0].attn.gate = nn.Linear(96, 96)
     with pytest.raises(ConversionError, match="gated attention"):
@@ -240,7 +240,7 @@ def test_gates_and_foreign_layers_are_refused() -> None:
     larger.head = nn.Sequential(nn.Linear(96, 7), nn.Linear(7, 7))
     with pytest.raises(ConversionError, match="a head of class Sequential"):
         convert_from_timm(larger)
-    with pytest.raises(ConversionError, match="ResNet cannot be converted. Supported classes of timm"):
+    with pytest.raises(ConversionError, match="ResNet cannot be converted"):
         convert_from_timm(timm.create_model("resnet18", num_classes=2))
 
 
@@ -288,7 +288,7 @@ def test_dtype_labels_and_the_source_are_kept() -> None:
 
 
 def test_in_float64() -> None:
-    """What is left of the differences is rounding: without float32 in timm's rotary positions, next to nothing."""
+    """In float64, differences are at most 1e-12, except for timm's rotary positions, which are in float32."""
     for name in ("vit_small_patch16_18x2_224", "vit_base_patch16_xp_224", "beit3_base_patch16_224"):
         model = peer(name, **TINY).double()
         assert largest_at_native_size(model, convert_from_timm(model)) <= 1e-12
@@ -302,7 +302,7 @@ def largest_at_native_size(model: nn.Module, ours: ViTCLSForImageClassification)
 
 @pytest.mark.slow
 def test_every_architecture() -> None:
-    """All of timm's names: none is wrong, and at least 215 are exact."""
+    """No architecture of timm differs after conversion, and at least 215 can be converted."""
     names = all_names()
     exact, refused, wrong = [], [], {}
     for name in names:

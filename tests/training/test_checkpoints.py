@@ -14,19 +14,18 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from accelerate import Accelerator
-from accelerate_state import reset_accelerate
 from checkpoint_worker import CHECKS, NUM_PROCESSES
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_model_state_dict
 from torch.utils.data import DataLoader
-from warm_processes import OFFLINE, READY, SECONDS, run_together
+from warm_processes import READY, SECONDS, run_checks
 
 from modeling_vitcls import ViTCLSConfig, ViTCLSForImageClassification
 from modeling_vitcls.checkpoints import CheckpointStore, file_digest
@@ -37,17 +36,11 @@ from modeling_vitcls.training.model import apply_trainable
 from modeling_vitcls.training.optimizer import Ema
 
 
+pytestmark = pytest.mark.usefixtures("fresh_accelerate")
+
 SIZES: dict[str, Any] = {"image_size": 16, "patch_size": 8, "hidden_size": 32, "num_hidden_layers": 2}
 SIZES |= {"num_attention_heads": 4, "intermediate_size": 48, "num_register_tokens": 2}
 needs_fork = pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="needs fork")
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerate() -> Iterator[None]:
-    """Accelerate keeps its settings in singletons: each test starts without."""
-    reset_accelerate()
-    yield
-    reset_accelerate()
 
 
 @pytest.fixture
@@ -613,12 +606,8 @@ def launch_and_die(sender: Any, variable: str) -> None:
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Check -> what went wrong in checkpoint_worker.py."""
-    folder = tmp_path_factory.mktemp("two")
-    worker = Path(__file__).parents[1] / "helpers" / "checkpoint_worker.py"
-    run_together(worker, folder, log=folder / "log", environment=OFFLINE, processes=NUM_PROCESSES, may_fail=True)
-    assert (folder / "report.json").is_file(), (folder / "log.errors").read_text()[-4000:]
-    return json.loads((folder / "report.json").read_text())
+    """Check -> error, empty if it passed."""
+    return run_checks("checkpoint_worker.py", tmp_path_factory.mktemp("two"), NUM_PROCESSES)
 
 
 @pytest.mark.parametrize("name", CHECKS)

@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
-from accelerate_state import reset_accelerate
 from PIL import Image
 from tiny_models import (
     LAYOUTS,
@@ -19,14 +18,15 @@ from tiny_models import (
     raises_one_line,
     tiny_config,
 )
-from warm_processes import METHOD, free_port
+from warm_processes import METHOD, find_free_port
 
 from modeling_vitcls import ViTCLSForImageClassification, ViTCLSForMultiTaskClassification, ViTCLSImageProcessor
 from modeling_vitcls.data.augmentation import build_augmentation
-from modeling_vitcls.data.batches import Normalizer, TrainingImages, iterate_training_batches
+from modeling_vitcls.data.batches import Normalizer, iterate_training_batches
 from modeling_vitcls.data.images import LabeledImages, UnreadableImage
 from modeling_vitcls.data.labels import LabelSpace
 from modeling_vitcls.data.sampling import BatchPlan
+from modeling_vitcls.data.streaming import augment_images
 from modeling_vitcls.inference.evaluator import Evaluator
 from modeling_vitcls.options import AugmentationOptions, TrainingOptions
 from modeling_vitcls.training.linear_probe import (
@@ -48,6 +48,8 @@ from modeling_vitcls.training.losses import (
 from modeling_vitcls.training.model import apply_trainable, set_train_mode
 
 
+pytestmark = pytest.mark.usefixtures("fresh_accelerate")
+
 NUM_PICTURES = 23
 NAMES = ["ant", "bee", "cat"]
 STILL = AugmentationOptions(crop_scale=1.0, flip=False)
@@ -65,15 +67,8 @@ MODELS: dict[str, tuple[Any, dict[str, Any]]] = {
 each_model = pytest.mark.parametrize(("model_class", "fields"), MODELS.values(), ids=MODELS)
 
 
-@pytest.fixture(autouse=True)
-def fresh_accelerate() -> Any:
-    reset_accelerate()
-    yield
-    reset_accelerate()
-
-
 class Pictures:
-    """Pictures in memory, of which some may be broken."""
+    """Images in memory, of which some may be broken."""
 
     def __init__(self, broken: tuple[int, ...] = ()) -> None:
         generator = torch.Generator().manual_seed(0)
@@ -113,7 +108,7 @@ class Probe:
         columns = {name: [str(i) for i in range(n)] for name, n in tasks.items()} if tasks else {"label": NAMES}
         self.labels = LabelSpace("multi_task" if tasks else "single_label_classification", columns)
         augmentation = build_augmentation(options, (32, 32), self.processor.resample)
-        self.images = TrainingImages(self.source, augmentation, to_rgb=True, seed=3, views=views)
+        self.images = augment_images(self.source, augmentation, to_rgb=True, seed=3, num_views=views)
         self.label_loss = MultiTaskLoss(0.1) if tasks else SingleLabelLoss(0.1)
         training = TrainingOptions(max_steps=8, batch_size=4, gradient_accumulation_steps=2)
         self.plan = BatchPlan.from_options(NUM_PICTURES, training, num_processes=1)
@@ -231,7 +226,7 @@ def test_batches_are_those_of_the_plan_but_for_the_pixels() -> None:
     assert torch.equal(resumed["index"], found[10]["index"]) and torch.equal(resumed["epoch"], found[10]["epoch"])
 
 
-def test_each_view_of_each_picture_is_encoded_once() -> None:
+def test_each_view_of_each_image_is_encoded_once() -> None:
     probe = Probe(options=SHIFTED, views=3)
     calls = probe.count_calls()
     cached = probe.cache(batch_size=7)
@@ -300,7 +295,7 @@ def test_evaluation_of_the_heads_is_that_of_the_model_without_its_encoder() -> N
 
 
 def share_of_a_probe(rank: int, num_processes: int) -> dict[str, Any]:
-    """One process's part: encode, train the heads for four steps of eight pictures in all, evaluate."""
+    """One process's part: encode, train the heads for four steps of eight images in all, evaluate."""
     probe = Probe(num_distillation_tokens=1, options=SHIFTED, views=2)
     assert probe.accelerator.num_processes == num_processes
     training = TrainingOptions(max_steps=4, batch_size=8 // num_processes)
@@ -329,7 +324,7 @@ def probe_in_a_process(rank: int, port: int, folder: Path) -> None:
 
 
 def test_two_processes_do_what_one_does(tmp_path: Path) -> None:
-    torch.multiprocessing.start_processes(probe_in_a_process, (free_port(), tmp_path), 2, start_method=METHOD)
+    torch.multiprocessing.start_processes(probe_in_a_process, (find_free_port(), tmp_path), 2, start_method=METHOD)
     alone = share_of_a_probe(0, 1)
     for record in (torch.load(tmp_path / f"{rank}.pt") for rank in range(2)):
         assert torch.equal(record["cached"]["index"], alone["cached"]["index"])

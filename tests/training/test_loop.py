@@ -11,6 +11,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from accelerate_state import reset_accelerate
+from tiny_options import PLAIN, TINY
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from modeling_vitcls import (
@@ -20,10 +21,11 @@ from modeling_vitcls import (
     ViTCLSForMultiTaskClassification,
 )
 from modeling_vitcls.data.augmentation import build_augmentation
-from modeling_vitcls.data.batches import Normalizer, TrainingImages, iterate_training_batches
+from modeling_vitcls.data.batches import Normalizer, iterate_training_batches
 from modeling_vitcls.data.sampling import BatchPlan
 from modeling_vitcls.data.splits import load_training_data
-from modeling_vitcls.options import AugmentationOptions, DataOptions, ModelOptions, TrainingOptions
+from modeling_vitcls.data.streaming import augment_images
+from modeling_vitcls.options import DataOptions, TrainingOptions
 from modeling_vitcls.training.loop import Hooks, Interrupted, NonFiniteLoss, TrainingLoop, TrainingState
 from modeling_vitcls.training.losses import (
     Classification,
@@ -38,26 +40,9 @@ from modeling_vitcls.training.optimizer import Ema, build_optimizer, build_param
 from modeling_vitcls.training.token_monitor import AttentionEntropy, TokenMonitor
 
 
-TINY = ModelOptions(
-    model="vitcls-tiny",
-    hidden_size=32,
-    num_hidden_layers=2,
-    num_attention_heads=2,
-    intermediate_size=64,
-    image_size=32,
-    patch_size=16,
-    num_register_tokens=2,
-)
-PLAIN = AugmentationOptions(crop_scale=1.0, flip=False)
+pytestmark = pytest.mark.usefixtures("fresh_accelerate")
+
 DIGITS = load_training_data(DataOptions(dataset="digits"))
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerate() -> Iterator[None]:
-    """Accelerate keeps its settings in singletons: each test starts without."""
-    reset_accelerate()
-    yield
-    reset_accelerate()
 
 
 class Bench:
@@ -114,7 +99,7 @@ class Bench:
         return {"loss": 1.0, "accuracy": next(self.accuracies), "num_images": 7, "per_class": []}
 
     def batches(self) -> Iterator[Any]:
-        pictures = TrainingImages(DIGITS.train, build_augmentation(PLAIN, (32, 32), 3), to_rgb=True, seed=0)
+        pictures = augment_images(DIGITS.train, build_augmentation(PLAIN, (32, 32), 3), to_rgb=True, seed=0)
         return iterate_training_batches(pictures, self.plan, process=0, num_workers=0, first_step=self.state.step)
 
     def run(self) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import io
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,7 +19,7 @@ from accelerate_state import reset_accelerate
 from tiny_models import TASKS, filled, images, tiny_config
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
-from warm_processes import READY, SECONDS, free_port, ranked
+from warm_processes import READY, SECONDS, find_free_port, get_rank_variables
 
 from modeling_vitcls import (
     ViTCLSForImageClassification,
@@ -50,6 +50,8 @@ from modeling_vitcls.training.model import apply_trainable, set_train_mode
 from modeling_vitcls.training.task import run_task
 
 
+pytestmark = pytest.mark.usefixtures("fresh_accelerate")
+
 BATCH = 3
 TOKENS = {"num_cls_tokens": 2, "num_distillation_tokens": 1, "num_register_tokens": 3}
 # Fields of the configuration that change what is multiplied, or which gradients there are.
@@ -72,14 +74,6 @@ MODEL = {
     "patch_size": 16,
 }
 STEPS, SIZE = 4, 8
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerate() -> Iterator[None]:
-    """Accelerate keeps its settings in singletons: each test starts without."""
-    reset_accelerate()
-    yield
-    reset_accelerate()
 
 
 # Operations ----------------------------------------------------------------------------------------------------------
@@ -430,7 +424,7 @@ def test_heads_on_cached_features_use_nothing(
 
 def one_of_two(rank: int, port: int, queue: Any) -> None:
     """What a run on two processes begins with."""
-    os.environ.update(ranked(rank, 2, port))
+    os.environ.update(get_rank_variables(rank, 2, port))
     torch.set_num_threads(1)
     plan = BatchPlan.from_options(100, TrainingOptions(max_steps=3, batch_size=5), num_processes=2)
     with pytest.MonkeyPatch.context() as patch:
@@ -441,7 +435,7 @@ def one_of_two(rank: int, port: int, queue: Any) -> None:
 
 def test_processes_share_the_machine() -> None:
     """Each measures what it reaches while the others do; the peak of the run is their sum."""
-    port, queue = free_port(), READY.SimpleQueue()
+    port, queue = find_free_port(), READY.SimpleQueue()
     processes = [READY.Process(target=one_of_two, args=(rank, port, queue)) for rank in range(2)]
     for process in processes:
         process.start()

@@ -1,7 +1,6 @@
 """The model that training starts from, flags that are refused, what `--trainable` trains, and LoRA's plain models."""
 
 import re
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,12 +18,7 @@ from modeling_vitcls.training.finetune import FinetuneTask, check_combinations
 from modeling_vitcls.training.model import apply_trainable, build_model, merge_lora, set_train_mode
 
 
-@pytest.fixture(autouse=True)
-def fresh_accelerate() -> Iterator[None]:
-    """Accelerate keeps its settings in singletons: each test starts without."""
-    reset_accelerate()
-    yield
-    reset_accelerate()
+pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
 
 @pytest.fixture(scope="module")

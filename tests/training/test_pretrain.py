@@ -1,8 +1,7 @@
-"""Masked image modelling: what is hidden, what is measured on held-out pictures, and the encoder it leaves behind."""
+"""Masked image modeling: what is hidden, what is measured on held-out images, and the encoder it leaves behind."""
 
 import json
 import shutil
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,8 @@ import torch
 from accelerate import Accelerator
 from accelerate_state import reset_accelerate
 from tiny_models import raises_one_line, tiny_config
+from tiny_options import PLAIN
+from tiny_options import TINY as TINY_FINETUNING
 from transformers import AutoModel, AutoModelForMaskedImageModeling
 
 from modeling_vitcls import ViTCLSForMaskedImageModeling, ViTCLSImageProcessor, ViTCLSModel
@@ -20,7 +21,7 @@ from modeling_vitcls.data.batches import Normalizer
 from modeling_vitcls.data.sampling import derive_seed
 from modeling_vitcls.data.splits import load_unlabeled_data
 from modeling_vitcls.heads_vitcls import masked_pixel_loss
-from modeling_vitcls.inference.reconstruction import ReconstructionEvaluator
+from modeling_vitcls.inference.evaluator import ReconstructionEvaluator
 from modeling_vitcls.options import (
     AugmentationOptions,
     DataOptions,
@@ -39,30 +40,12 @@ from modeling_vitcls.training.runner import RunStopped
 from modeling_vitcls.training.task import dry_run, run_task
 
 
+pytestmark = pytest.mark.usefixtures("fresh_accelerate")
+
 CPU = torch.device("cpu")
 NUM_HELD_OUT_DIGITS = 372
 DIGITS = DataOptions(dataset="digits", num_workers=0)
-TINY = ModelOptions(
-    model="vitcls-tiny",
-    hidden_size=32,
-    num_hidden_layers=2,
-    num_attention_heads=2,
-    intermediate_size=64,
-    image_size=32,
-    patch_size=8,
-    num_cls_tokens=2,
-    num_distillation_tokens=1,
-    num_register_tokens=2,
-)
-PLAIN = AugmentationOptions(crop_scale=1.0, flip=False)
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerate() -> Iterator[None]:
-    """Accelerate keeps its settings in singletons: each test starts without."""
-    reset_accelerate()
-    yield
-    reset_accelerate()
+TINY = replace(TINY_FINETUNING, patch_size=8, num_cls_tokens=2, num_distillation_tokens=1)
 
 
 def tiny_options(folder: Path, **training: Any) -> PretrainOptions:
@@ -129,11 +112,11 @@ def test_masks_follow_torchs_seed() -> None:
 
 
 def test_masks_that_make_no_sense_are_refused() -> None:
-    with raises_one_line("--mask-ratio 0.01", "hides 0 of the 4 x 4 patches"):
+    with raises_one_line("--mask-ratio", "0.01 masks 0 of the 4 x 4 patches"):
         MaskGenerator(MaskingOptions(mask_ratio=0.01), (4, 4))
-    with raises_one_line("--mask-ratio 0.99", "hides 16 of the 4 x 4 patches"):
+    with raises_one_line("--mask-ratio", "0.99 masks 16 of the 4 x 4 patches"):
         MaskGenerator(MaskingOptions(mask_ratio=0.99), (4, 4))
-    with raises_one_line("--mask-block 3", "8 of 4 x 4 patches"):
+    with raises_one_line("--mask-block 3", "more masked patches than the 8 of 4 x 4"):
         MaskGenerator(MaskingOptions(mask_ratio=0.5, mask_block=3), (4, 4))
 
 
@@ -148,7 +131,7 @@ def measured(model: ViTCLSForMaskedImageModeling, batch_size: int, mask_seed: in
         processor,
         MaskGenerator(MaskingOptions(mask_ratio=0.5), (4, 4)),
         mask_seed,
-        batch_size,
+        batch_size=batch_size,
         num_workers=0,
         accelerator=Accelerator(cpu=True),
         max_broken_images=0,
@@ -159,7 +142,7 @@ def measured(model: ViTCLSForMaskedImageModeling, batch_size: int, mask_seed: in
     return first
 
 
-def test_the_measured_loss_is_the_mean_over_the_pictures() -> None:
+def test_the_measured_loss_is_the_mean_over_the_images() -> None:
     torch.manual_seed(0)
     model, processor = build_model(TINY)
     model.eval()
@@ -214,7 +197,9 @@ def test_a_run_learns_to_fill_in(pretrained: Path) -> None:
 def test_the_best_checkpoint_is_that_of_the_lowest_loss(pretrained: Path) -> None:
     newest = read_json(pretrained / "checkpoints" / "step-00000009" / "state.json")
     assert newest["is_best"]
-    assert newest["facts"]["best_score"] == -read_json(pretrained / "results.json")["reconstruction_loss"]
+    results = read_json(pretrained / "results.json")
+    assert results["selection_metric"] == "reconstruction_loss"
+    assert newest["facts"]["best_score"] == -results["reconstruction_loss"]
 
 
 def test_no_token_is_said_not_to_learn(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

@@ -1,4 +1,4 @@
-"""What a run prints while it trains."""
+"""Output of a run during training (reporter.py)."""
 
 import io
 from pathlib import Path

@@ -1,6 +1,6 @@
 """`--resume` on other data than the run was started with: refused, with the true reason."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,6 +25,8 @@ from modeling_vitcls.training.pretrain import PretrainTask
 from modeling_vitcls.training.task import run_task
 
 
+pytestmark = pytest.mark.usefixtures("fresh_accelerate")
+
 MODEL = ModelOptions(
     "vitcls-tiny",
     image_size=8,
@@ -34,14 +36,6 @@ MODEL = ModelOptions(
     num_attention_heads=2,
     intermediate_size=16,
 )
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerate() -> Iterator[None]:
-    """Accelerate keeps its settings in singletons: each test starts without."""
-    reset_accelerate()
-    yield
-    reset_accelerate()
 
 
 def write_photos(root: Path, numbers: range, *names: str) -> Path:
@@ -81,13 +75,13 @@ def swap_classes(photos: Path) -> None:
 
 
 CHANGES: dict[str, tuple[Callable[[Path], object], str]] = {
-    "grown": (lambda photos: write_photos(photos, range(20, 60), "cat"), "training images, and now there are"),
-    "shrunk": (lambda photos: [path.unlink() for path in photos.glob("*/1*.png")], "training images, and now there"),
+    "grown": (lambda photos: write_photos(photos, range(20, 60), "cat"), "training images, but there are"),
+    "shrunk": (lambda photos: [path.unlink() for path in photos.glob("*/1*.png")], "training images, but there are"),
     "class added": (
         lambda photos: write_photos(photos, range(20), "ant"),
-        "the classes of 'label' were 2 (cat, dog) and are 3 (ant, cat, dog)",
+        "the classes of 'label' were 2 (cat, dog), but are 3 (ant, cat, dog) now",
     ),
-    "classes swapped": (swap_classes, "the names of the images are the same, but their contents are not"),
+    "classes swapped": (swap_classes, "the names of the images are the same, but their contents differ"),
 }
 
 
@@ -115,8 +109,8 @@ def test_a_changed_table_is_refused(tmp_path: Path, streaming: bool) -> None:
     write(rows)
     options = start(get_options(table, streaming))
     for lines, reason in (
-        (rows[::-1], "the images are the same, but in another order"),
-        ([row.replace(",cat", ",dog") for row in rows], "the images are the same, but some have other labels"),
+        (rows[::-1], "the images are the same, but their order differs"),
+        ([row.replace(",cat", ",dog") for row in rows], "the images are the same, but some labels differ"),
     ):
         write(lines)
         with raises_one_line("--resume: the data set has changed", reason):
@@ -132,7 +126,7 @@ def test_other_names_and_other_held_out_images_are_told_apart() -> None:
     before = counts | compute_fingerprint(names, labels, lambda index: b"")
     renamed = counts | compute_fingerprint([*names[:-1], "new.png"], labels, lambda index: b"")
     assert describe_change(before, before) is None
-    assert describe_change(before, renamed) == "there are as many images as before, but with other names"
+    assert describe_change(before, renamed) == "the number of images is the same, but their names differ"
     assert describe_change(before, before | {"held_out": 2}) == "other images are held out"
 
 
@@ -150,5 +144,5 @@ def test_pre_training_is_checked_too(tmp_path: Path) -> None:
     (tmp_path / "run" / "results.json").unlink()
     reset_accelerate()
     write_photos(photos, range(20, 60), "cat")
-    with raises_one_line("--resume: the data set has changed", "training images, and now there are"):
+    with raises_one_line("--resume: the data set has changed", "training images, but there are"):
         PretrainTask(replace(options, run=replace(options.run, resume=True)))
