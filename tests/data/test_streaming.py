@@ -230,9 +230,7 @@ def test_the_held_out_part_does_not_depend_on_order_or_files(shards: Path, two_s
         load_evaluation_data(options, "tset")
 
 
-def test_of_a_large_held_out_part_the_first_images_are_kept(
-    two_shards: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_of_a_large_held_out_part_the_first_images_are_kept(two_shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = held_out_of(read(two_shards))
     for module in (streaming, training_data):
         monkeypatch.setattr(module, "MAX_HELD_OUT_IMAGES", 3)
