@@ -91,8 +91,8 @@ class Study:
         for factor, level in levels.items():
             for name, flags in split_by_stage(self.factors[factor][level]).items():
                 stages[name] = None if flags is None else (stages.get(name) or {}) | flags
-        used = {name: stages[name] for name in STAGES if stages.get(name) is not None}
-        return {name: flags | ({"seed": seed} if name in SEEDED_STAGES else {}) for name, flags in used.items()}
+        seeded = {name: {"seed": seed} if name in SEEDED_STAGES else {} for name in STAGES}
+        return {name: flags | seeded[name] for name in STAGES if (flags := stages.get(name)) is not None}
 
 
 def load_study(file: Path) -> Study:
