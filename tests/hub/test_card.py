@@ -205,7 +205,14 @@ def test_the_card_of_a_checkpoint_names_the_same_license() -> None:
     for named in ("mit", None):
         flags = FLAGS | {"license": named}
         license_text = get_license(flags, None)
-        arguments = ("ann/x", "steps", 3, "ViTCLSForImageClassification", build_common_metadata(flags, None), license_text)
+        arguments = (
+            "ann/x",
+            "steps",
+            3,
+            "ViTCLSForImageClassification",
+            build_common_metadata(flags, None),
+            license_text,
+        )
         card = ModelCard(str(build_checkpoint_card(*arguments, with_optimizer=False)))
         assert card.data.license == named and card.text.rstrip().endswith(f"## License\n\n{license_text}")
 
