@@ -502,8 +502,8 @@ def check_same_flags(before: dict[str, Any], now: dict[str, Any], folder: Path) 
                 f"start another run with --model {folder}"
             )
         raise ValueError(
-            f"--resume: the run in {folder} was started with --{name.replace('_', '-')} {format_flag_value(value)}, but "
-            f"this run has {format_flag_value(now.get(name))}. {advice}"
+            f"--resume: the run in {folder} was started with --{name.replace('_', '-')} "
+            f"{format_flag_value(value)}, but this run has {format_flag_value(now.get(name))}. {advice}"
         )
 
 
