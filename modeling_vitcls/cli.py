@@ -48,7 +48,7 @@ COMMANDS = {
     "demo": Command("Show the predictions and attention of a model in a browser", "demo"),
     "space": Command("Publish that page as a Space on the Hub", "space"),
 }
-OTHERS = {
+OTHER_COMMANDS = {
     "env": "Print versions, devices and CPU kernels, for bug reports",
     "completion": f"Print a completion script for a shell: {', '.join(SHELLS)}",
 }
@@ -135,7 +135,7 @@ def format_description(module: ModuleType) -> str:
 def format_help() -> str:
     """Return the text of `vitcls --help`."""
     width = max(20, shutil.get_terminal_size().columns)
-    summaries = {name: command.summary for name, command in COMMANDS.items()} | OTHERS
+    summaries = {name: command.summary for name, command in COMMANDS.items()} | OTHER_COMMANDS
     indent = max(map(len, summaries)) + 4
     lines = [
         textwrap.fill(f"  {name:<{indent - 2}}{summary}", width, subsequent_indent=" " * indent)
@@ -146,7 +146,7 @@ def format_help() -> str:
 
 def exit_on_wrong_command(name: str) -> NoReturn:
     """Exit with status 2 and one line about a wrong subcommand."""
-    known = [*COMMANDS, *OTHERS]
+    known = [*COMMANDS, *OTHER_COMMANDS]
     if name == "completion":
         message = f"error: vitcls completion requires the name of a shell: {', '.join(SHELLS)}"
     elif name == "env":

@@ -62,7 +62,7 @@ def build_accelerator(
     accelerator = Accelerator(
         cpu=on_cpu and not with_deepspeed,
         mixed_precision=mixed_precision,
-        log_with=check_installed(trackers) or None,
+        log_with=check_trackers(trackers) or None,
         kwargs_handlers=[
             InitProcessGroupKwargs(backend="gloo" if on_cpu and with_deepspeed else None, timeout=LONGEST_WAIT)
         ],
@@ -101,7 +101,7 @@ def shard_by_layer(accelerator: Accelerator, model: nn.Module) -> None:
     warnings.filterwarnings("ignore", message=r"FSDP2-wrapped module \(FSDPViTCLSPatchEmbeddings\)")
 
 
-def check_installed(trackers: tuple[str, ...]) -> list[str]:
+def check_trackers(trackers: tuple[str, ...]) -> list[str]:
     """Return the trackers as a list. Raise ValueError if one is not installed; Accelerate would silently ignore it."""
     for name in trackers:
         if importlib.util.find_spec(name) is None:

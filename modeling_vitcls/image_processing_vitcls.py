@@ -200,7 +200,7 @@ class ViTCLSImageProcessor(ViTCLSBaseImageProcessor, TorchvisionBackend):  # typ
     r"""Prepares images for the ViTCLS models with torchvision: in batches, and on a GPU if `device` is set.
 
     By default, images are resized to 224 x 224 pixels (bicubic) and normalized with ImageNet statistics (DeiT, DINO).
-    Other checkpoints require their training settings, such as `resample=2` and statistics of 0.5 for transformers' ViT.
+    Other checkpoints require other settings: transformers' ViT uses `resample=2`, and 0.5 as each mean and deviation.
 
     The input is an image, a batch or a list, the output a `BatchFeature` with `pixel_values` [B, C, H, W] float32. An
     image is a path (`str`, `pathlib.Path`), a URL (`http`, `https`, `data`), an encoded file as `bytes`, a PIL image,

@@ -45,7 +45,7 @@ SEEDED_STAGES = ("pretrain", "finetune")  # stages with the flag --seed
 REQUIRED_KEYS = ("title", "question", "seeds", "stages", "factors", "metrics", "baseline")
 OPTIONAL_KEYS = ("answer", "subsets")
 POLL_SECONDS = 0.2
-GIB = 1024**3
+BYTES_PER_GIB = 1024**3
 
 Flags = dict[str, Any]
 
@@ -233,7 +233,7 @@ class StudyRunner:
         folder = self.get_folder(run)
         commands = []
         for stage, flags in run.stages.items():
-            values = {name: self.fill(value, run) for name, value in flags.items()}
+            values = {name: self.fill_placeholders(value, run) for name, value in flags.items()}
             if stage in SEEDED_STAGES:
                 values["output_dir"] = str(folder / stage)
                 has_checkpoint = any((folder / stage / "checkpoints").glob("*"))
@@ -246,7 +246,7 @@ class StudyRunner:
             commands.append((stage, [token for name, value in values.items() for token in to_arguments(name, value)]))
         return commands
 
-    def fill(self, value: Any, run: StudyRun) -> Any:
+    def fill_placeholders(self, value: Any, run: StudyRun) -> Any:
         """Replace the placeholders in the value of a flag."""
         if not isinstance(value, str):
             return value
@@ -260,7 +260,7 @@ class StudyRunner:
             return True
         if not self.largest_run:
             return False  # the memory of a run is not known yet
-        return (len(running) + 1) * self.largest_run <= self.memory_limit * GIB
+        return (len(running) + 1) * self.largest_run <= self.memory_limit * BYTES_PER_GIB
 
     def measure_memory(self, running: list[RunProcess]) -> None:
         """Update the peak memory of a run."""

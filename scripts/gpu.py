@@ -13,7 +13,7 @@ from torch import nn
 
 from modeling_vitcls import ViTCLSConfig, ViTCLSForImageClassification
 from modeling_vitcls.benchmarking.comparison import BenchmarkSettings, measure_throughput
-from modeling_vitcls.benchmarking.peers import random_images
+from modeling_vitcls.benchmarking.peers import build_random_images
 from modeling_vitcls.benchmarking.tables import format_markdown, print_comparison
 from modeling_vitcls.benchmarking.work import compare
 from modeling_vitcls.system import measure_gemm_peak
@@ -72,7 +72,7 @@ def measure_forward_passes(
     """
     for tokens, num_registers in REGISTERS.items():
         model = build(num_registers).eval()
-        images = random_images(batch_size, model.config.image_size)
+        images = build_random_images(batch_size, model.config.image_size)
         with torch.inference_mode():
             expected = model(images[:2]).logits
         for precision, dtype in DTYPES.items():
@@ -99,7 +99,7 @@ def measure_steps(device: str, batch_size: int = BATCH_SIZE, build: Callable = b
     for tokens, num_registers in REGISTERS.items():
         for mode, compile_mode in MODES.items():
             model = build(num_registers).to(device).train()
-            pixel_values = random_images(batch_size, model.config.image_size).to(device)
+            pixel_values = build_random_images(batch_size, model.config.image_size).to(device)
             labels = torch.arange(batch_size, device=device) % model.config.num_labels
             optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
             forward = compile_model(model, compile_mode)

@@ -19,7 +19,7 @@ import tyro
 from matplotlib.figure import Figure
 from sklearn.decomposition import PCA
 
-from modeling_vitcls.commands.parsing import errors_in_one_line
+from modeling_vitcls.commands.parsing import exit_on_error
 
 
 SCRIPTS = Path(__file__).parent
@@ -45,7 +45,7 @@ def main() -> None:
     options = tyro.cli(HeroOptions, description=__doc__)
     if not options.model.exists():
         train(options.model)
-    with errors_in_one_line():
+    with exit_on_error():
         figure = draw_rows(*compute_maps(options.model))
         options.output.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(options.output, dpi=100, facecolor=BACKGROUND, metadata={"Software": None})

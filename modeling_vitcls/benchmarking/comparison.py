@@ -83,7 +83,7 @@ class Comparison:
         """Return our speed divided by theirs, for each pair."""
         return [ours / theirs for ours, theirs in zip(self.ours, self.theirs, strict=True)]
 
-    def as_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """Return the entry of the JSON file."""
         lower, ratio, upper = compute_quartiles(self.ratios)
         return {

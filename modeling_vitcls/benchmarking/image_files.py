@@ -203,7 +203,7 @@ class PredictionProcess:
         self.process = subprocess.Popen(self.command, stdin=pipe, stdout=pipe, stderr=self.log, text=True)
         return self
 
-    def __exit__(self, *error: object) -> None:
+    def __exit__(self, *exc_info: object) -> None:
         """Kill the process."""
         self.process.kill()
         self.process.communicate()
@@ -225,7 +225,7 @@ class PredictionProcess:
         raise ValueError(f"{' '.join(self.command[2:5])} failed: {last_line}")
 
 
-def build_our_predict(size: ModelSize, folder: Path) -> PredictFiles:
+def build_vitcls_predictor(size: ModelSize, folder: Path) -> PredictFiles:
     """Return a function that predicts as `vitcls predict` does."""
     keep_freed_memory()
     processor, _ = build_image_processors(size, folder / "ours")
@@ -235,13 +235,13 @@ def build_our_predict(size: ModelSize, folder: Path) -> PredictFiles:
     def predict(batch_size: int) -> list[TopLabel]:
         predictor = Predictor(model, processor, columns, nullcontext, batch_size, get_num_workers())
         source = open_image_files([str(folder / "photographs")])
-        rows = predictor.iterate_rows(source, [range(source.num_images)], piece=source.num_images)
+        rows = predictor.iterate_rows(source, [range(source.num_images)], piece_size=source.num_images)
         return [(row["error"] or row["label"], row["probability"]) for row in rows]
 
     return predict
 
 
-def build_their_predict(size: ModelSize, folder: Path) -> PredictFiles:
+def build_pipeline_predictor(size: ModelSize, folder: Path) -> PredictFiles:
     """Return a function that predicts with transformers' pipeline."""
     from transformers import pipeline
 
@@ -257,7 +257,7 @@ def build_their_predict(size: ModelSize, folder: Path) -> PredictFiles:
     return predict
 
 
-SIDES = {"ours": build_our_predict, "theirs": build_their_predict}
+SIDES = {"ours": build_vitcls_predictor, "theirs": build_pipeline_predictor}
 
 
 def main() -> None:

@@ -37,7 +37,7 @@ from .comparison import (
     parse_memory_flags,
     select_rows,
 )
-from .peers import TRAINING_STEPS, ModelSize, StepRunner, get_model_size, random_images
+from .peers import TRAINING_STEPS, ModelSize, StepRunner, build_random_images, get_model_size
 
 
 def build_model(size: ModelSize, **fields: Any) -> ViTCLSForImageClassification:
@@ -46,7 +46,7 @@ def build_model(size: ModelSize, **fields: Any) -> ViTCLSForImageClassification:
     return ViTCLSForImageClassification(config).eval()
 
 
-def get_predict(model: nn.Module) -> Predict:
+def build_predict_function(model: nn.Module) -> Predict:
     """Return the function from images [B, C, H, W] to logits [B, labels]."""
     return lambda pixel_values: model(pixel_values).logits
 
@@ -62,14 +62,14 @@ Work = Callable[[], object]
 
 def build_forward_pass(model: nn.Module, size: ModelSize, device: str) -> tuple[Work, int]:
     """Return a function that runs a forward pass in float32, and its number of images."""
-    pixel_values = random_images(INEXACT_BATCH_SIZE, size.image_size).to(device)
+    pixel_values = build_random_images(INEXACT_BATCH_SIZE, size.image_size).to(device)
     return torch.inference_mode()(lambda: model(pixel_values)), INEXACT_BATCH_SIZE
 
 
 def build_training_step(model: nn.Module, size: ModelSize, device: str) -> tuple[Work, int]:
     """Return a function that takes a training step, and its number of images."""
     row = TRAINING_STEPS[INEXACT_STEP]
-    return StepRunner(model, get_predict(model), row, size, device), row.batch_size
+    return StepRunner(model, build_predict_function(model), row, size, device), row.batch_size
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ class InexactRow:
 
 
 # ViT-S/16 at 224 pixels.
-INEXACT = {
+INEXACT_ROWS = {
     f"merged_patches_per_layer {number}, inference in fp32, batch {INEXACT_BATCH_SIZE}": InexactRow(
         "merged_patches_per_layer", number, build_forward_pass
     )
@@ -94,13 +94,13 @@ INEXACT = {
 
 
 def compare_inexact(rows: tuple[str, ...], settings: BenchmarkSettings) -> Iterator[Comparison]:
-    """Compare rows of `INEXACT` with the plain model; all rows if none is named.
+    """Compare rows of `INEXACT_ROWS` with the plain model; all rows if none is named.
 
     Raises:
         ValueError: If a row does not exist, or outputs differ with the feature set to 0.
     """
     size = get_model_size(settings.toy)
-    for name, row in select_rows(INEXACT, rows).items():
+    for name, row in select_rows(INEXACT_ROWS, rows).items():
         plain = build_model(size)
         randomize_weights(plain)
         nn.Module.to(plain, settings.device)
@@ -128,8 +128,8 @@ def check_feature_off(row: InexactRow, plain: ViTCLSForImageClassification, size
         ValueError: If the difference exceeds the limit or is NaN.
     """
     off = copy_model(plain, size, **{row.field: type(row.value)(0)})
-    pixel_values = random_images(2, size.image_size).to(plain.device)
-    return check_logits(get_predict(off), get_predict(plain), pixel_values, f"{name}, set to 0")
+    pixel_values = build_random_images(2, size.image_size).to(plain.device)
+    return check_logits(build_predict_function(off), build_predict_function(plain), pixel_values, f"{name}, set to 0")
 
 
 # Attention -----------------------------------------------------------------------------------------------------------
@@ -207,7 +207,7 @@ def build_attention_inputs(batch_size: int, toy: bool) -> tuple[ViTCLSForImageCl
     size = get_model_size(toy)
     model = build_model(size, num_register_tokens=NUM_REGISTERS)
     randomize_weights(model)
-    return model, random_images(batch_size, size.image_size)
+    return model, build_random_images(batch_size, size.image_size)
 
 
 @torch.no_grad()
@@ -242,21 +242,21 @@ class ProbeRow:
 
 
 # ViT-S/16 at 224 pixels, float32.
-PROBES = {"10 epochs, batch 16": ProbeRow(num_epochs=10, num_images=32, batch_size=16)}
+PROBE_ROWS = {"10 epochs, batch 16": ProbeRow(num_epochs=10, num_images=32, batch_size=16)}
 PROBE_LIMIT = 1e-4  # largest difference between the trained weights / largest weight
 
 
 def compare_probes(rows: tuple[str, ...], settings: BenchmarkSettings) -> Iterator[Comparison]:
-    """Compare rows of `PROBES`, with and without cached features; all rows if none is named.
+    """Compare rows of `PROBE_ROWS`, with and without cached features; all rows if none is named.
 
     Raises:
         ValueError: If a row does not exist or the trained weights differ.
     """
     size = get_model_size(settings.toy)
-    for name, row in select_rows(PROBES, rows).items():
+    for name, row in select_rows(PROBE_ROWS, rows).items():
         model = build_model(size)
         randomize_weights(model)
-        pixel_values = random_images(row.num_images, size.image_size)
+        pixel_values = build_random_images(row.num_images, size.image_size)
         labels = torch.randint(size.num_labels, (row.num_images,), generator=torch.Generator().manual_seed(0))
         cached, plain = (
             partial(train, model, pixel_values, labels, row) for train in (train_with_cache, train_without_cache)
@@ -323,7 +323,7 @@ def main() -> None:
     flags = parse_memory_flags(ATTENTION_ROWS)
     row = ATTENTION_ROWS[flags.row]
     model, pixel_values = build_attention_inputs(row.batch_size, flags.toy)
-    read = get_predict(model) if flags.theirs else lambda images: row.read(model, images)
+    read = build_predict_function(model) if flags.theirs else lambda images: row.read(model, images)
     with torch.no_grad():  # the warm-up is one image
         print(measure_memory_growth(lambda: read(pixel_values[:1]), lambda: read(pixel_values)))
 

@@ -137,7 +137,7 @@ PEERS: dict[str, Callable[[ModelSize], Peer]] = {
 PEERS_WITH_REGISTERS: dict[str, Callable[[ModelSize, int], Peer]] = {"timm": build_timm_peer}
 
 
-def random_images(num_images: int, image_size: int) -> torch.Tensor:
+def build_random_images(num_images: int, image_size: int) -> torch.Tensor:
     """Return random images [B, 3, H, W], the same in every call."""
     return torch.randn(num_images, 3, image_size, image_size, generator=torch.Generator().manual_seed(0))
 
@@ -186,7 +186,7 @@ def compare_forward_pass(name: str, row: ForwardPass, peer: Peer, settings: Benc
         torch.compiler.reset()  # of earlier rows
         peer.ours.compile()
         peer.theirs.compile()
-    pixel_values = random_images(row.batch_size, peer.size.image_size).to(settings.device, row.dtype)
+    pixel_values = build_random_images(row.batch_size, peer.size.image_size).to(settings.device, row.dtype)
     speeds, difference = compare_predictions(peer, pixel_values, name, settings)
     details = {"device": settings.device, "size": vars(peer.size)}
     return Comparison("inference", name, peer.name, *speeds, difference, details)
@@ -234,7 +234,7 @@ class StepRunner:
         self.model = model.train()
         self.predict = predict
         self.row = row
-        self.pixel_values = random_images(row.batch_size, size.image_size).to(device)
+        self.pixel_values = build_random_images(row.batch_size, size.image_size).to(device)
         generator = torch.Generator().manual_seed(0)
         self.labels = torch.randint(size.num_labels, (row.batch_size,), generator=generator).to(device)
         self.optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)

@@ -29,7 +29,7 @@ from ..conversion.from_transformers import convert_from_transformers
 from ..image_processing_vitcls import ViTCLSImageProcessor
 from .comparison import BenchmarkSettings, Comparison, check_logits, get_last_line, measure_in_turns, select_rows
 from .image_files import write_photographs
-from .own_features import get_predict
+from .own_features import build_predict_function
 from .peers import SMALL, ModelSize, build_transformers_vit
 
 
@@ -121,7 +121,7 @@ def save_models(run: TrainingRun, label_names: list[str], folder: Path, name: st
     theirs = build_transformers_vit(run.size, **labels).eval()
     ours = convert_from_transformers(theirs)
     pixel_values = torch.randn(2, 3, run.size.image_size, run.size.image_size)
-    difference = check_logits(get_predict(ours), get_predict(theirs), pixel_values, name)
+    difference = check_logits(build_predict_function(ours), build_predict_function(theirs), pixel_values, name)
     theirs.save_pretrained(folder / "their_model")
     ours.save_pretrained(folder / "our_model")
     sides = {"height": run.size.image_size, "width": run.size.image_size}
@@ -190,7 +190,7 @@ class SuspendedRun:
             raise
         return self
 
-    def __exit__(self, *error: object) -> None:
+    def __exit__(self, *exc_info: object) -> None:
         """Kill the run."""
         if self.process.poll() is None:
             self.send_signal(signal.SIGKILL)

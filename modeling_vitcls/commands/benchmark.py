@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from .parsing import errors_in_one_line, stop
+from .parsing import exit_on_error, exit_with_message
 
 
 PLOT_SUFFIXES = (".png", ".svg")
@@ -61,13 +61,13 @@ OPTIONS = BenchmarkOptions
 def check(options: BenchmarkOptions) -> None:
     """Exit with status 2 if flags contradict each other."""
     if options.pairs < 1:
-        stop(f"error: --pairs is {options.pairs}: set a value 1 or more")
+        exit_with_message(f"error: --pairs is {options.pairs}: set a value 1 or more")
     if not options.work or not options.against:
-        stop("error: --work and --against require a value. --help lists the values")
+        exit_with_message("error: --work and --against require a value. --help lists the values")
     if options.plot is not None and "growth" not in options.work:
-        stop("error: --plot requires growth, but --work does not include it. Add growth to --work")
+        exit_with_message("error: --plot requires growth, but --work does not include it. Add growth to --work")
     if options.plot is not None and options.plot.suffix not in PLOT_SUFFIXES:
-        stop(f"error: --plot {options.plot}: set a name that ends in {' or '.join(PLOT_SUFFIXES)}")
+        exit_with_message(f"error: --plot {options.plot}: set a name that ends in {' or '.join(PLOT_SUFFIXES)}")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing is downloaded; huggingface_hub reads this when imported
 
 
@@ -78,7 +78,7 @@ def run(options: BenchmarkOptions) -> None:
     from ..benchmarking.work import compare
 
     settings = BenchmarkSettings(options.against, options.pairs, options.toy, options.precision, options.device)
-    with errors_in_one_line():
+    with exit_on_error():
         comparisons = [print_comparison(comparison) for comparison in compare(options.work, options.rows, settings)]
         write_reports(comparisons, options.output, options.markdown, options.plot)
     print_tables(comparisons)

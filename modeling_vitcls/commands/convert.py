@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from .parsing import errors_in_one_line, stop
+from .parsing import exit_on_error, exit_with_message
 
 
 if TYPE_CHECKING:
@@ -39,9 +39,9 @@ OPTIONS = ConvertOptions
 def check(options: ConvertOptions) -> None:
     """Exit with status 2 if a flag has a wrong value."""
     if not options.source.startswith(("timm:", "transformers:")):
-        stop(f"--source {options.source} is not supported. Use timm:NAME or transformers:PATH_OR_ID")
+        exit_with_message(f"--source {options.source} is not supported. Use timm:NAME or transformers:PATH_OR_ID")
     if options.num_labels is not None and options.num_labels < 1:
-        stop(f"--num-labels must be at least 1, but is {options.num_labels}")
+        exit_with_message(f"--num-labels must be at least 1, but is {options.num_labels}")
 
 
 def run(options: ConvertOptions) -> None:
@@ -52,7 +52,7 @@ def run(options: ConvertOptions) -> None:
     from ..conversion.convert import convert_checkpoint
 
     disable_progress_bar()
-    with errors_in_one_line():
+    with exit_on_error():
         report = convert_checkpoint(
             options.source,
             options.output,

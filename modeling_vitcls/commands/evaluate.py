@@ -6,7 +6,7 @@ The evaluation is implemented in modeling_vitcls/inference/evaluate.py.
 """
 
 from ..options import EvaluateOptions
-from .parsing import errors_in_one_line
+from .parsing import exit_on_error
 
 
 OPTIONS = EvaluateOptions
@@ -16,5 +16,5 @@ def run(options: EvaluateOptions) -> None:
     """Evaluate the model and print the metrics."""
     from ..inference.evaluate import evaluate_checkpoint
 
-    with errors_in_one_line():
+    with exit_on_error():
         evaluate_checkpoint(options)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from .parsing import errors_in_one_line, stop
+from .parsing import exit_on_error, exit_with_message
 
 
 if TYPE_CHECKING:
@@ -48,11 +48,11 @@ OPTIONS = ExportOptions
 def check(options: ExportOptions) -> None:
     """Exit with status 2 if a flag has a wrong value or flags contradict each other."""
     if options.image_size is not None and min(options.image_size) < 1:
-        stop(f"--image-size must be at least 1, but is {' '.join(map(str, options.image_size))}")
+        exit_with_message(f"--image-size must be at least 1, but is {' '.join(map(str, options.image_size))}")
     if options.opset is not None and options.format == "torch":
-        stop("--opset requires --format onnx or openvino, but --format is torch")
+        exit_with_message("--opset requires --format onnx or openvino, but --format is torch")
     if options.opset is not None and options.opset < MIN_OPSET:
-        stop(f"--opset must be at least {MIN_OPSET}, but is {options.opset}")
+        exit_with_message(f"--opset must be at least {MIN_OPSET}, but is {options.opset}")
 
 
 def run(options: ExportOptions) -> None:
@@ -63,7 +63,7 @@ def run(options: ExportOptions) -> None:
 
     disable_progress_bar()
     warnings.filterwarnings("ignore", module=r"torch\.|onnxscript|copyreg")  # warnings of exporters
-    with errors_in_one_line():
+    with exit_on_error():
         report = export_model(
             options.model,
             options.format,

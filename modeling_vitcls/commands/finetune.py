@@ -10,7 +10,7 @@ training is implemented in modeling_vitcls/training/task.py and finetune.py.
 from typing import TYPE_CHECKING, Any
 
 from ..options import FinetuneOptions
-from .parsing import errors_in_one_line, stop
+from .parsing import exit_on_error, exit_with_message
 
 
 if TYPE_CHECKING:
@@ -34,10 +34,10 @@ def train(task_class: "type[Task]", options: Any) -> None:
     from ..training.task import dry_run, run_task
 
     try:
-        with errors_in_one_line():
+        with exit_on_error():
             if options.run.dry_run:
                 dry_run(task_class, options)
             else:
                 run_task(task_class(options))
     except RunStopped as stopped:
-        stop(str(stopped), stopped.exit_status, stopped.on_all)
+        exit_with_message(str(stopped), stopped.exit_status, stopped.on_all)

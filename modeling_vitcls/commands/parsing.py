@@ -99,7 +99,9 @@ def check_abbreviations(arguments: list[str], known: set[str]) -> None:
         name = argument.partition("=")[0].removeprefix("--").replace("-", "_")
         full_name = ABBREVIATIONS.get(name)
         if argument.startswith("--") and name not in known and full_name in known:
-            stop(f"error: there is no flag --{name.replace('_', '-')}: use --{str(full_name).replace('_', '-')}")
+            exit_with_message(
+                f"error: there is no flag --{name.replace('_', '-')}: use --{str(full_name).replace('_', '-')}"
+            )
 
 
 def parse_flags(options_class: type, arguments: list[str], **settings: Any) -> Any:
@@ -107,7 +109,7 @@ def parse_flags(options_class: type, arguments: list[str], **settings: Any) -> A
     try:
         return tyro.cli(options_class, args=arguments, **settings)
     except ValueError as error:  # from __post_init__, if tyro is older than 1.0
-        stop(f"error: {error}")
+        exit_with_message(f"error: {error}")
 
 
 def read_recipe(path: Path, known: set[str]) -> list[str]:
@@ -116,30 +118,30 @@ def read_recipe(path: Path, known: set[str]) -> list[str]:
         text = path.read_text(encoding="utf-8")
         recipe = yaml.safe_load(text) or {}
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        stop(f"error: cannot read the recipe {path}: {' '.join(str(error).split())}")
+        exit_with_message(f"error: cannot read the recipe {path}: {' '.join(str(error).split())}")
     if not isinstance(recipe, dict):
-        stop(f"error: the recipe {path} requires lines of the form `flag: value`")
+        exit_with_message(f"error: the recipe {path} requires lines of the form `flag: value`")
     for key, _ in yaml.compose(text).value if recipe else ():
         name = str(key.value).replace("-", "_")
         if name not in known and name.removeprefix("no_") not in known:
             close = ABBREVIATIONS.get(name) or next(iter(difflib.get_close_matches(name, known, n=1)), None)
             advice = f"use {close}" if close in known else "`--help` lists the flags"
-            stop(f"error: {path}, line {key.start_mark.line + 1}: there is no flag {key.value}: {advice}")
+            exit_with_message(f"error: {path}, line {key.start_mark.line + 1}: there is no flag {key.value}: {advice}")
     return [token for name, value in recipe.items() for token in to_arguments(str(name), value)]
 
 
 @contextmanager
-def errors_in_one_line() -> Iterator[None]:
+def exit_on_error() -> Iterator[None]:
     """End the program with status 1 and a one-line message if the block raises ValueError or OSError."""
     try:
         yield
     except (ValueError, OSError) as error:
         if isinstance(error, BrokenPipeError) and is_closed_pipe(sys.stdout):
             raise  # cli.py ends the program
-        stop(f"error: {error}", status=1, on_all=is_on_all_processes(error))
+        exit_with_message(f"error: {error}", status=1, on_all=is_on_all_processes(error))
 
 
-def stop(message: str, status: int = 2, on_all: bool = True) -> NoReturn:
+def exit_with_message(message: str, status: int = 2, on_all: bool = True) -> NoReturn:
     """Print the message on stderr and end the program. Status 2 is for a wrong flag.
 
     Args:

@@ -9,7 +9,7 @@ A push requires a token: `hf auth login`, or HF_TOKEN. The push is implemented i
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-from .parsing import errors_in_one_line
+from .parsing import exit_on_error
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ OPTIONS = PushOptions
 
 def run(options: PushOptions) -> None:
     """Push and verify, or verify only."""
-    with errors_in_one_line():
+    with exit_on_error():
         if options.verify_only is None:
             push(options)
         else:

@@ -9,7 +9,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from .parsing import errors_in_one_line
+from .parsing import exit_on_error
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ OPTIONS = SpaceOptions
 
 def run(options: SpaceOptions) -> None:
     """Push the Space, or write its files, and print where they are."""
-    with errors_in_one_line():
+    with exit_on_error():
         publish(options)
 
 

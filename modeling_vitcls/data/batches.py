@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from ..image_processing_vitcls import pil_to_tensor
 from .augmentation import Augmentation
-from .images import NOT_REPLACED, Arrays, ImageSubset, LabeledImages, UnreadableImage, check_channels
+from .images import NOT_REPLACED, ArrayImages, ImageSubset, LabeledImages, UnreadableImage, check_channels
 from .sampling import BatchPlan, Key, derive_seed
 
 
@@ -192,7 +192,7 @@ def load_arrays(source: LabeledImages, augmentation: Augmentation) -> torch.Tens
     """Return the fixed part of all images, [images, 1, H, W] `uint8`; None if they are not arrays or do not fit."""
     images: Any = source.images
     arrays = images.elements if isinstance(images, ImageSubset) else images
-    if not isinstance(arrays, Arrays):
+    if not isinstance(arrays, ArrayImages):
         return None
     values = arrays.values[images.indices] if isinstance(images, ImageSubset) else arrays.values
     pixels = torch.from_numpy(np.array(values))[:, None]  # [images, 1, H, W]

@@ -36,7 +36,7 @@ class HeldOutRule:
     fraction: float
     seed: int
 
-    def selects(self, key: int) -> bool:
+    def is_held_out(self, key: int) -> bool:
         """Return whether the image with this key is held out."""
         bits = hashlib.blake2b(f"{self.seed} {key}".encode(), digest_size=8).digest()
         return int.from_bytes(bits, "big") / 2**64 < self.fraction

@@ -137,7 +137,7 @@ def read_image_folder(folder: ImageFolder, use_labels: bool) -> Any:
         parts = label_by_folder(folder, splits, depth=1 if are_folders else 0)
     else:
         parts = {split: build_split(folder, split, names) for split, names in splits.items()}
-    note_left_out(folder, sorted([*folder.others, *folder.tables]), "of other types")
+    add_unused_note(folder, sorted([*folder.others, *folder.tables]), "of other types")
     if folder.empty:
         folder.notes.append(f"{folder.path}: folders without images: {shorten_list(folder.empty)}")
     return datasets.DatasetDict(parts)
@@ -156,13 +156,13 @@ def divide_into_splits(folder: ImageFolder) -> tuple[dict[str, list[str]], bool]
     for name in folder.images:
         if "/" in name:
             first_level.setdefault(name.partition("/")[0], []).append(name)
-    named = [first for first in first_level if first.lower() in SPLIT_NAMES]
-    if not named or len(named) < len(first_level):
+    split_folders = [first for first in first_level if first.lower() in SPLIT_NAMES]
+    if not split_folders or len(split_folders) < len(first_level):
         if not folder.metadata:
-            check_are_classes(folder, first_level, named)
+            check_are_class_folders(folder, first_level, split_folders)
         return {"train": folder.images}, False
     splits: dict[str, str] = {}
-    for first in named:
+    for first in split_folders:
         split = SPLIT_NAMES[first.lower()]
         if split in splits:
             raise ValueError(
@@ -170,16 +170,16 @@ def divide_into_splits(folder: ImageFolder) -> tuple[dict[str, list[str]], bool]
                 "Merge or rename them"
             )
         splits[split] = first
-    note_left_out(folder, [name for name in folder.images if "/" not in name], "next to the split folders")
+    add_unused_note(folder, [name for name in folder.images if "/" not in name], "next to the split folders")
     return {split: first_level[splits[split]] for split in SPLITS if split in splits}, True
 
 
-def check_are_classes(folder: ImageFolder, first_level: dict[str, list[str]], named: list[str]) -> None:
+def check_are_class_folders(folder: ImageFolder, first_level: dict[str, list[str]], split_folders: list[str]) -> None:
     """Raise ValueError if a folder with a split name, next to folders with other names, contains folders of images."""
-    for first in named:
+    for first in split_folders:
         inner = sorted({name.split("/")[1] for name in first_level[first] if name.count("/") > 1})
         if inner:
-            other = next(name for name in first_level if name not in named)
+            other = next(name for name in first_level if name not in split_folders)
             raise ValueError(
                 f"{folder.path}: the folder {first!r} has the name and the class folders of a split "
                 f"({shorten_list(inner)}), but {other!r} next to it is not the name of a split ({', '.join(SPLITS)}). "
@@ -209,7 +209,7 @@ def label_by_folder(folder: ImageFolder, splits: dict[str, list[str]], depth: in
             f"{parent} contains images, but no class folders. Move the images of each class into a separate folder "
             f"({parent / 'CLASS' / 'IMAGE'}), or set --dataset to a table of images and labels"
         )
-    note_left_out(folder, stray, "outside of class folders")
+    add_unused_note(folder, stray, "outside of class folders")
     deep = sorted({str(PurePosixPath(name).parent) for name in folder.images if name.count("/") > depth + 1})
     if deep:
         folder.notes.append(
@@ -316,7 +316,7 @@ def read_metadata(folder: ImageFolder, splits: dict[str, list[str]], are_folders
         ) from error
     names = [name for _, images in tables for name in images]
     unlisted = sorted(set(folder.images) - set(names))
-    note_left_out(folder, unlisted, "not listed in a metadata file")
+    add_unused_note(folder, unlisted, "not listed in a metadata file")
     features = datasets.Features({"image": datasets.Image(), **datasets.Features.from_arrow_schema(table.schema)})
     parts = {}
     for split in splits:
@@ -363,7 +363,7 @@ def read_metadata_file(folder: ImageFolder, file: str) -> tuple["pyarrow.Table",
 # Notes ---------------------------------------------------------------------------------------------------------------
 
 
-def note_left_out(folder: ImageFolder, names: list[str], reason: str) -> None:
+def add_unused_note(folder: ImageFolder, names: list[str], reason: str) -> None:
     """Add a note on files that are not used, if there are any. `reason` follows the noun "files"."""
     if names:
         files = "1 file" if len(names) == 1 else f"{len(names):,} files"

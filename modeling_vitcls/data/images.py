@@ -1,9 +1,9 @@
 """Sequences of images that are decoded on access, and the handling of unreadable images.
 
-    Arrays         in memory, all of the same size (digits, MNIST)
-    Files          files or URLs
-    EncodedColumn  a column of a dataset of the `datasets` library
-    Examples       encoded images in memory (from streamed datasets)
+    ArrayImages    in memory, all of the same size (digits, MNIST)
+    FileImages     files or URLs
+    ColumnImages  a column of a dataset of the `datasets` library
+    EncodedImages  encoded images in memory (from streamed datasets)
     ImageSubset    a subset of another sequence
 
 Each sequence returns PIL images, and raises `UnreadableImage` for an unreadable image. It also has three methods that
@@ -82,7 +82,7 @@ class ImageSubset(Sequence):
 
 
 @dataclass(frozen=True, eq=False)
-class Arrays(Sequence):
+class ArrayImages(Sequence):
     """Grayscale images of the same size: [images, H, W] `uint8`."""
 
     values: np.ndarray
@@ -107,7 +107,7 @@ class Arrays(Sequence):
 
 
 @dataclass(frozen=True)
-class Files(Sequence):
+class FileImages(Sequence):
     """Images in files or at URLs. `folder` is the folder of the dataset."""
 
     paths: list[str]
@@ -133,7 +133,7 @@ class Files(Sequence):
 
 
 @dataclass(frozen=True)
-class EncodedColumn(Sequence):
+class ColumnImages(Sequence):
     """Images in a column of a dataset, of type `datasets.Image(decode=False)` or bytes."""
 
     dataset: Any
@@ -168,7 +168,7 @@ class EncodedColumn(Sequence):
 
 
 @dataclass(frozen=True)
-class Examples(Sequence):
+class EncodedImages(Sequence):
     """Encoded images, in the format of `decode_image`."""
 
     encoded: list[dict[str, Any]]
@@ -221,8 +221,8 @@ def check_channels(image: Image.Image, pixels: torch.Tensor, num_channels: int |
     """
     if num_channels is not None and len(pixels) != num_channels:
         name = getattr(image, "filename", "")
-        which = f"the image {shorten(name)}" if name else f"an image of mode {image.mode}"
-        raise UnreadableImage(f"{which} has {len(pixels)} channels, but the model requires {num_channels}")
+        image_name = f"the image {shorten(name)}" if name else f"an image of mode {image.mode}"
+        raise UnreadableImage(f"{image_name} has {len(pixels)} channels, but the model requires {num_channels}")
 
 
 def encode_value(value: Any, folder: Path) -> dict[str, Any]:
@@ -241,31 +241,31 @@ def resolve_path(folder: Path, path: str | None) -> str:
     return str(folder / path)
 
 
-def decode_image(encoded: dict[str, Any] | None, where: str) -> Image.Image:
+def decode_image(encoded: dict[str, Any] | None, fallback_name: str) -> Image.Image:
     """Decode an image from its bytes or its path, rotated upright, in the mode in which it is stored.
 
     The `filename` of the image is set, as Pillow does, for error messages.
 
     Args:
         encoded: {"path": ..., "bytes": ...}, either of which may be None.
-        where: name of the image in error messages if it has no path.
+        fallback_name: name of the image in error messages if it has no path.
 
     Raises:
         UnreadableImage: if the image is missing, truncated or cannot be decoded.
     """
     if not encoded or not (encoded["bytes"] is not None or encoded["path"]):
-        raise UnreadableImage(f"{where} has no image")
+        raise UnreadableImage(f"{fallback_name} has no image")
     content, path = encoded["bytes"], encoded["path"]
     try:
         image = read_image_file(path) if content is None else read_image(content)
     except Exception as error:  # Pillow's decoders raise many types of errors on damaged data
         message = format_error(error)
         if content is not None:
-            message = f"cannot read the image {shorten(path) if path else where}: {message}"
+            message = f"cannot read the image {shorten(path) if path else fallback_name}: {message}"
         elif not isinstance(error, ValueError):  # the messages of `read_image` contain the path
             message = f"{shorten(path)}: {message}"
         raise UnreadableImage(message) from error
-    image.filename = path or where  # type: ignore[union-attr]
+    image.filename = path or fallback_name  # type: ignore[union-attr]
     return image
 
 

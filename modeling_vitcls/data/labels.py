@@ -107,7 +107,7 @@ class LabelColumn:
     classes: list[str]
     is_declared: bool  # whether the values of the column are indices into `classes`
 
-    def get_index(self, value: Any, where: str) -> int:
+    def get_index(self, value: Any, row_name: str) -> int:
         """Return the class index of one value; -100 for a missing value.
 
         Raises:
@@ -119,12 +119,12 @@ class LabelColumn:
         if self.has_indices and isinstance(value, int) and 0 <= value < len(self.classes):
             return value
         if str(value) not in self.indices:
-            self.raise_unknown_label(value, where)
+            self.raise_unknown_label(value, row_name)
         return self.indices[str(value)]
 
-    def raise_unknown_label(self, value: Any, where: str) -> NoReturn:
+    def raise_unknown_label(self, value: Any, row_name: str) -> NoReturn:
         """Raise ValueError for a value that is not one of the classes."""
-        raise ValueError(f"{where} has the label {value!r}, which is not one of the {len(self.classes)} classes")
+        raise ValueError(f"{row_name} has the label {value!r}, which is not one of the {len(self.classes)} classes")
 
     @cached_property
     def has_indices(self) -> bool:
@@ -150,26 +150,26 @@ class LabelReader:
         """The kind of labels and their names."""
         return LabelSpace(self.kind, {column.name: column.classes for column in self.columns})
 
-    def read(self, row: Row, where: str) -> Any:
+    def read(self, row: Row, row_name: str) -> Any:
         """Return the label of one row, in the format of its kind.
 
         Args:
             row: the values of the label columns; other columns are ignored.
-            where: name of the row in error messages.
+            row_name: name of the row in error messages.
 
         Raises:
             ValueError: if a value is not one of the classes, or a single label is missing.
         """
         if self.kind == "multi_task":
-            return {column.name: column.get_index(row[column.name], where) for column in self.columns}
+            return {column.name: column.get_index(row[column.name], row_name) for column in self.columns}
         (column,) = self.columns
         value = row[column.name]
         if self.kind == "multi_label_classification":
-            present = {column.get_index(label, where) for label in split_labels(value, self.separator, where)}
+            present = {column.get_index(label, row_name) for label in split_labels(value, self.separator, row_name)}
             return [float(index in present) for index in range(len(column.classes))]
-        index = column.get_index(value, where)
+        index = column.get_index(value, row_name)
         if index == IGNORED_LABEL:
-            column.raise_unknown_label(value, where)
+            column.raise_unknown_label(value, row_name)
         return index
 
 
@@ -228,14 +228,14 @@ def build_label_column(
     return LabelColumn(name, classes, is_declared=False)
 
 
-def split_labels(value: Any, separator: str | None, where: str) -> list[Any]:
+def split_labels(value: Any, separator: str | None, row_name: str) -> list[Any]:
     """Return the labels in one value: the items of a list, the text between separators, or the value itself."""
     if isinstance(value, list):
         return value
     if separator is None:
         return [value]
     if value is not None and not isinstance(value, str):
-        raise ValueError(f"{where} has the label {value!r}, but --label-separator requires a column of text")
+        raise ValueError(f"{row_name} has the label {value!r}, but --label-separator requires a column of text")
     return [label.strip() for label in (value or "").split(separator) if label.strip()]
 
 
@@ -258,7 +258,7 @@ def find_column(
     kind: str,
     name: str | None,
     features: Features,
-    has_type: Callable[[Any], bool],
+    has_matching_type: Callable[[Any], bool],
     usual_names: tuple[str, ...],
     dataset: str,
 ) -> str:
@@ -268,7 +268,7 @@ def find_column(
         if name not in features:
             raise ValueError(f"{dataset} has no column {name!r}. Choose one of {columns}")
         return name
-    by_type = [column for column, feature in features.items() if has_type(feature)]
+    by_type = [column for column, feature in features.items() if has_matching_type(feature)]
     if len(by_type) == 1:
         return by_type[0]
     by_name = [usual for usual in usual_names if usual in (by_type or features)]

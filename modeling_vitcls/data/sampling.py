@@ -29,7 +29,7 @@ Key = tuple[int, int]
 # Random numbers ------------------------------------------------------------------------------------------------------
 
 
-GOLDEN = np.uint64(0x9E3779B97F4A7C15)  # increment of SplitMix64: 2**64 divided by the golden ratio
+GOLDEN_GAMMA = np.uint64(0x9E3779B97F4A7C15)  # increment of SplitMix64: 2**64 divided by the golden ratio
 
 
 def derive_seed(*numbers: int) -> int:
@@ -50,8 +50,8 @@ def draw_random_bits(seeds: np.ndarray, indices: np.ndarray, count: int) -> np.n
     Returns:
         [images, count] `uint64`; each row depends only on its seed and index.
     """
-    starts = mix_bits(seeds ^ mix_bits(indices + GOLDEN))  # [images]
-    return mix_bits(starts[:, None] + GOLDEN * np.arange(1, count + 1, dtype=np.uint64))
+    starts = mix_bits(seeds ^ mix_bits(indices + GOLDEN_GAMMA))  # [images]
+    return mix_bits(starts[:, None] + GOLDEN_GAMMA * np.arange(1, count + 1, dtype=np.uint64))
 
 
 def mix_bits(values: np.ndarray) -> np.ndarray:
@@ -98,7 +98,7 @@ class Order:
         return torch.randperm(self.num_images, generator=generator).numpy()
 
 
-class PlainOrder(Order):
+class ShuffledOrder(Order):
     """Every image once per epoch."""
 
     def compute_epoch(self, number: int) -> Epoch:
@@ -146,7 +146,7 @@ def build_order(num_images: int | None, options: TrainingOptions, labels: Sequen
                 "several columns are not known in advance. Remove --class-balance"
             )
         return BalancedOrder(labels, options.seed)
-    return None if num_images is None else PlainOrder(num_images, options.seed)
+    return None if num_images is None else ShuffledOrder(num_images, options.seed)
 
 
 def compute_class_weights(labels: Sequence[int], num_classes: int) -> torch.Tensor:

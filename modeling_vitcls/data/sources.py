@@ -26,7 +26,7 @@ from ..heads_vitcls import IGNORED_LABEL
 from ..hub.loading import describe_missing_repo, fall_back_to_cache, is_hub_id
 from ..options import DataOptions
 from .image_folder import read_image_folder, scan_folder
-from .images import Arrays, EncodedColumn, Files, LabeledImages, resolve_path
+from .images import ArrayImages, ColumnImages, FileImages, LabeledImages, resolve_path
 from .labels import UNLABELED, LabelSpace, build_label_reader, find_image_column, is_image
 
 
@@ -95,7 +95,7 @@ def load_digits() -> Splits:
     digits = sklearn.datasets.load_digits()
     levels = (digits.images * (255 / 16)).round().astype(np.uint8)  # [1797, 8, 8]
     space = LabelSpace("single_label_classification", {"label": [str(name) for name in digits.target_names]})
-    return Splits("digits", space, {"train": LabeledImages(Arrays(levels), digits.target.tolist())}, ["train"])
+    return Splits("digits", space, {"train": LabeledImages(ArrayImages(levels), digits.target.tolist())}, ["train"])
 
 
 def is_idx_folder(folder: Path) -> bool:
@@ -126,7 +126,7 @@ def load_idx_folder(folder: Path) -> Splits:
         if len(images) != len(labels):
             raise ValueError(f"{folder}: the split {name!r} has {len(images)} images, but {len(labels)} labels")
         num_classes = max(num_classes, int(labels.max(initial=0)) + 1)
-        parts[name] = LabeledImages(Arrays(images), labels.tolist())
+        parts[name] = LabeledImages(ArrayImages(images), labels.tolist())
     name = folder.resolve().name
     classes = IDX_CLASSES.get(name, [str(index) for index in range(num_classes)])
     space = LabelSpace("single_label_classification", {"label": classes[:num_classes]})
@@ -267,11 +267,11 @@ def read_column(dataset: Any, column: str) -> list[Any]:
     return dataset.select_columns([column])[:][column]
 
 
-def build_images(dataset: Any, column: str, folder: Path) -> "Files | EncodedColumn":
+def build_images(dataset: Any, column: str, folder: Path) -> "FileImages | ColumnImages":
     """Return the images of one split, which are encoded in the column or named by paths relative to `folder`."""
     import datasets
 
     if not is_image(dataset.features[column]):
-        return Files([resolve_path(folder, path) for path in read_column(dataset, column)], folder)
+        return FileImages([resolve_path(folder, path) for path in read_column(dataset, column)], folder)
     encoded = dataset.select_columns([column]).cast_column(column, datasets.Image(decode=False))
-    return EncodedColumn(encoded, column, folder)
+    return ColumnImages(encoded, column, folder)

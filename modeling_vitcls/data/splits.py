@@ -120,7 +120,7 @@ def split_dataset(splits: Splits, options: DataOptions) -> TrainingData:
         record = HeldOutRecord(name, len(held_out))
     else:
         rule = get_held_out_rule(options)
-        train, held_out, record = hold_out(train, rule, options)
+        train, held_out, record = hold_out_images(train, rule, options)
         description = str(rule)
     return TrainingData(splits.name, splits.label_space, train, held_out, description, record)
 
@@ -147,7 +147,7 @@ def get_held_out_rule(options: DataOptions) -> HeldOutRule:
     return HeldOutRule(options.held_out_fraction, options.split_seed)
 
 
-def hold_out(
+def hold_out_images(
     images: LabeledImages, rule: HeldOutRule, options: DataOptions
 ) -> tuple[LabeledImages, LabeledImages, HeldOutRecord]:
     """Return the training images, the held-out images, and the record of the held-out images.
@@ -156,7 +156,7 @@ def hold_out(
         ValueError: if none or all of the images would be held out.
     """
     keys = images.images.compute_keys()
-    is_held_out = [rule.selects(key) for key in keys]
+    is_held_out = [rule.is_held_out(key) for key in keys]
     train = [index for index in range(len(keys)) if not is_held_out[index]]
     held_out = [index for index in range(len(keys)) if is_held_out[index]]
     if not train or not held_out:
@@ -212,7 +212,7 @@ def load_evaluation_data(
     if is_whole_split(name, splits.names):
         return EvaluationData(splits.label_space, images, name, None)
     rule = get_held_out_rule(options)
-    train, held_out, _ = hold_out(images, rule, options)
+    train, held_out, _ = hold_out_images(images, rule, options)
     if name == "train":
         return EvaluationData(splits.label_space, train, name, None)
     return EvaluationData(splits.label_space, held_out, name, rule)
@@ -329,28 +329,28 @@ def compute_digest(values: Iterable[Any]) -> str:
     return digest.hexdigest()
 
 
-def describe_change(before: dict[str, Any], now: dict[str, Any]) -> str | None:
+def describe_change(stored: dict[str, Any], current: dict[str, Any]) -> str | None:
     """Return how data differs from the data that a run was started with; None if it is the same.
 
     Args:
-        before: the result of `describe_data` when the run was started.
-        now: the result of `describe_data` now.
+        stored: the result of `describe_data` when the run was started.
+        current: the result of `describe_data` for the current data.
     """
-    if before == now:
+    if stored == current:
         return None
-    for column, names in now["classes"].items():
-        if (previous := before["classes"].get(column)) != names:
+    for column, names in current["classes"].items():
+        if (previous := stored["classes"].get(column)) != names:
             return f"the classes of {column!r} were {format_classes(previous)}, but are {format_classes(names)} now"
     for name, noun in (("num_training_images", "training images"), ("num_held_out_images", "held-out images")):
-        if before[name] != now[name]:
-            return f"there were {before[name]:,} {noun}, but there are {now[name]:,} now"
-    if before["name_set_sha256"] != now["name_set_sha256"]:
+        if stored[name] != current[name]:
+            return f"there were {stored[name]:,} {noun}, but there are {current[name]:,} now"
+    if stored["name_set_sha256"] != current["name_set_sha256"]:
         return "the number of images is the same, but their names differ"
-    if before["names_sha256"] != now["names_sha256"]:
+    if stored["names_sha256"] != current["names_sha256"]:
         return "the images are the same, but their order differs"
-    if before["labels_sha256"] != now["labels_sha256"]:
+    if stored["labels_sha256"] != current["labels_sha256"]:
         return "the images are the same, but some labels differ"
-    if before["contents_sha256"] != now["contents_sha256"]:
+    if stored["contents_sha256"] != current["contents_sha256"]:
         return "the names of the images are the same, but their contents differ; classes may have been swapped"
     return "other images are held out"
 

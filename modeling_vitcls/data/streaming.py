@@ -27,7 +27,7 @@ from .batches import Batch, BatchBuilder, TrainingImages
 from .held_out import HeldOutRule
 from .images import (
     NOT_REPLACED,
-    Examples,
+    EncodedImages,
     LabeledImages,
     UnreadableImage,
     compute_example_key,
@@ -39,7 +39,7 @@ from .sampling import BatchPlan, derive_seed
 from .sources import get_dataset_folder, get_dataset_name, open_with_datasets
 
 
-NUM_NAMES = 10_000  # number of recent examples whose names are stored for error messages
+MAX_STORED_NAMES = 10_000  # number of recent examples whose names are stored for error messages
 NUM_BATCHES_AHEAD = 4  # number of batches read ahead
 MAX_HELD_OUT_IMAGES = 10_000  # maximum number of held-out images of a stream without an evaluation split
 
@@ -114,7 +114,7 @@ class StreamedImages:
         examples = [self.build_example(row) for row in rows]
         if not examples:
             raise ValueError(f"{self.name}: no image is held out. Set a larger --held-out-fraction")
-        images = Examples([example.encoded for example in examples], self.folder)
+        images = EncodedImages([example.encoded for example in examples], self.folder)
         return LabeledImages(images, [example.label for example in examples])
 
     def iterate_rows(self, stream: Any) -> Iterator[StreamRow]:
@@ -125,14 +125,14 @@ class StreamedImages:
 
     def is_held_out(self, row: StreamRow) -> bool:
         """Return whether an image is excluded from training."""
-        return self.held_out is not None and self.held_out.selects(row[1])
+        return self.held_out is not None and self.held_out.is_held_out(row[1])
 
     def build_example(self, row: StreamRow) -> Example:
         """Return the example of a row, with its label."""
         values, index = row
         encoded = values[self.image_column]
-        where = f"{self.name}: the image {encoded['path'] or hex(index)}"
-        label = IGNORED_LABEL if self.reader is None else self.reader.read(values, where)
+        row_name = f"{self.name}: the image {encoded['path'] or hex(index)}"
+        label = IGNORED_LABEL if self.reader is None else self.reader.read(values, row_name)
         return Example(encoded, label, index)
 
 
@@ -252,7 +252,7 @@ class TrainingStream:
         """Store the names of the most recent images."""
         for example in examples:
             self.names[example.index] = example.encoded["path"] or ""
-        while len(self.names) > NUM_NAMES:
+        while len(self.names) > MAX_STORED_NAMES:
             del self.names[next(iter(self.names))]
 
     def describe_unreadable(self, index: int) -> str:

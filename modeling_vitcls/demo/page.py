@@ -110,7 +110,7 @@ def build_page(demo_model: DemoModel, examples: Sequence[str | Path] = ()) -> gr
                 image_input = ImageInput(examples)
             with gr.Column():
                 labels = [
-                    gr.Label(label=name, num_top_classes=TOP_K, show_heading=demo_model.has_winner)
+                    gr.Label(label=name, num_top_classes=TOP_K, show_heading=demo_model.has_top_label)
                     for name in demo_model.output_names
                 ]
                 if missing := explain_missing_output(demo_model):

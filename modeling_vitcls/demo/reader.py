@@ -193,7 +193,7 @@ class DemoModel:
         return list(self.model.config.task_labels()) or [get_problem_type(self.model.config).title]
 
     @property
-    def has_winner(self) -> bool:
+    def has_top_label(self) -> bool:
         """Return whether the most probable label is the prediction (not for multi-label models)."""
         return (
             bool(self.model.config.tasks)

@@ -18,7 +18,7 @@ import torch
 from torch.export import ExportedProgram
 
 from ..errors import format_error
-from .exportable import INPUT, Outputs
+from .exportable import INPUT_NAME, Outputs
 from .tracing import GraphShape, build_dynamic_shapes
 
 
@@ -111,7 +111,7 @@ def write_onnx(traced: TracedModel, file: Path) -> int:
         program = torch.onnx.export(
             traced.graph,
             dynamo=True,
-            input_names=[INPUT],
+            input_names=[INPUT_NAME],
             output_names=traced.names,
             dynamic_shapes=build_dynamic_shapes(traced.shape),
             opset_version=traced.opset,
@@ -141,7 +141,7 @@ def run_onnx(file: Path, batches: Sequence[torch.Tensor], names: list[str]) -> l
     options.log_severity_level = 3  # errors
     try:
         session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
-        return [name_outputs(names, session.run(names, {INPUT: images.numpy()})) for images in batches]
+        return [name_outputs(names, session.run(names, {INPUT_NAME: images.numpy()})) for images in batches]
     except Exception as error:  # onnxruntime raises undocumented types of errors
         raise ValueError(f"onnxruntime cannot run the written graph on the CPU: {format_error(error)}") from error
 
@@ -178,7 +178,7 @@ def run_openvino(file: Path, batches: Sequence[torch.Tensor], names: list[str]) 
     settings = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": torch.get_num_threads()}
     try:
         compiled = openvino.Core().compile_model(file, "CPU", settings)
-        outputs = [compiled({INPUT: images.numpy()}) for images in batches]
+        outputs = [compiled({INPUT_NAME: images.numpy()}) for images in batches]
         return [name_outputs(names, [arrays[name] for name in names]) for arrays in outputs]
     except RuntimeError as error:
         raise ValueError(f"OpenVINO cannot run the written graph on the CPU: {format_error(error)}") from error

@@ -16,7 +16,7 @@ from torch.export import Dim, ExportedProgram
 from ..configuration_vitcls import ViTCLSConfig
 from ..errors import format_error
 from ..modeling_vitcls import ViTCLSPreTrainedModel
-from .exportable import INPUT, NamedOutputs
+from .exportable import INPUT_NAME, NamedOutputs
 
 
 # Minimum rows and columns of patches, and images of the example batch: torch.export treats a size of 1 as a constant.
@@ -143,4 +143,4 @@ def build_dynamic_shapes(shape: GraphShape) -> dict[str, Any]:
     if shape.is_dynamic:
         height, width = shape.smallest_size
         axes |= {2: Dim("height", min=height), 3: Dim("width", min=width)}
-    return {INPUT: axes}
+    return {INPUT_NAME: axes}

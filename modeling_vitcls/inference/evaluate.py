@@ -141,19 +141,19 @@ def match_labels(images: LabeledImages, data_space: LabelSpace, model_space: Lab
     """
     if data_space.kind != model_space.kind:
         raise ValueError(
-            f"the model was trained with {DESCRIPTIONS[model_space.kind]}, but the dataset has "
-            f"{DESCRIPTIONS[data_space.kind]}. Set other columns with --label-column, and --label-separator for a "
-            "column with several labels"
+            f"the model was trained with {LABEL_DESCRIPTIONS[model_space.kind]}, but the dataset has "
+            f"{LABEL_DESCRIPTIONS[data_space.kind]}. Set other columns with --label-column, and --label-separator for "
+            "a column with several labels"
         )
     if data_space.kind == "multi_task" and data_space.columns.keys() != model_space.columns.keys():
         raise ValueError(
             f"the model has the tasks {', '.join(model_space.columns)}, but the dataset has "
             f"{', '.join(data_space.columns)}. Set the columns with --label-column"
         )
-    return LabeledImages(images.images, MATCHERS[model_space.kind](images.labels, data_space, model_space))
+    return LabeledImages(images.images, LABEL_MATCHERS[model_space.kind](images.labels, data_space, model_space))
 
 
-DESCRIPTIONS: dict[LabelKind, str] = {
+LABEL_DESCRIPTIONS: dict[LabelKind, str] = {
     "single_label_classification": "one label per image",
     "multi_label_classification": "any number of labels per image",
     "multi_task": "several tasks with one label each",
@@ -187,7 +187,7 @@ def match_tasks(
     ]
 
 
-MATCHERS: dict[LabelKind, Callable[[Any, LabelSpace, LabelSpace], list[Any]]] = {
+LABEL_MATCHERS: dict[LabelKind, Callable[[Any, LabelSpace, LabelSpace], list[Any]]] = {
     "single_label_classification": match_single,
     "multi_label_classification": match_multi,
     "multi_task": match_tasks,

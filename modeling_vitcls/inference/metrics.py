@@ -133,7 +133,7 @@ class SingleLabelMetrics(ClassificationMetrics):
         values |= {name: to_number(head.compute()) for name, head in self.heads.items() if head.update_called}
         values["loss"] = to_number(self.loss.compute())
         values["num_images"] = num_images
-        values["accuracy_interval"] = wilson_interval(num_correct, num_images)
+        values["accuracy_interval"] = compute_wilson_interval(num_correct, num_images)
         values["per_class"] = classes
         if self.matrix is not None:
             values["confusion_matrix"] = self.matrix.compute().tolist()
@@ -320,7 +320,7 @@ def compute_class_metrics(names: list[str], counts: list[list[int]]) -> list[Val
     ]
 
 
-def wilson_interval(num_correct: int, num_images: int, confidence: float = 0.95) -> list[float] | None:
+def compute_wilson_interval(num_correct: int, num_images: int, confidence: float = 0.95) -> list[float] | None:
     """Return the confidence interval [low, high] of the accuracy `num_correct` / `num_images`; None without images.
 
     This is the score interval of Wilson (1927, "Probable inference, the law of succession, and statistical

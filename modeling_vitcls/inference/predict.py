@@ -42,7 +42,7 @@ from .outputs import (
     print_table,
     write_rows,
 )
-from .prediction_rows import Precision, PredictionColumns, Row, build_prediction_columns, predict_rows
+from .prediction_rows import AutocastFactory, PredictionColumns, Row, build_prediction_columns, predict_rows
 
 
 @dataclass(frozen=True)
@@ -52,16 +52,16 @@ class Predictor:
     model: PreTrainedModel
     processor: ViTCLSImageProcessor
     columns: PredictionColumns
-    precision: Precision
+    autocast: AutocastFactory
     batch_size: int
     num_workers: int
 
-    def iterate_rows(self, source: PredictionInput, ranges: Iterable[range], piece: int) -> Iterator[Row]:
+    def iterate_rows(self, source: PredictionInput, ranges: Iterable[range], piece_size: int) -> Iterator[Row]:
         """Yield a row for each image of the ranges, in order. A batch contains images of one piece only."""
         records = source.read(ranges)
         images = prepare_ahead(records, self.processor, self.num_workers, num_ahead=2 * self.batch_size)
-        batches = iterate_batches(images, self.batch_size, piece)
-        return predict_rows(batches, self.columns, self.model.device, self.precision)
+        batches = iterate_batches(images, self.batch_size, piece_size)
+        return predict_rows(batches, self.columns, self.model.device, self.autocast)
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ def predict(
     was_training = model.training
     model.eval()
     try:
-        return list(predictor.iterate_rows(source, [range(source.num_images)], piece=source.num_images))
+        return list(predictor.iterate_rows(source, [range(source.num_images)], piece_size=source.num_images))
     finally:
         model.train(was_training)
 
@@ -139,7 +139,7 @@ def predict_images(options: PredictOptions) -> PredictionCounts:
         model=model.to(accelerator.device),
         processor=processor,
         columns=build_prediction_columns(model, options.top_k, options.threshold, options.features),
-        precision=accelerator.autocast,
+        autocast=accelerator.autocast,
         batch_size=options.batch_size,
         num_workers=options.num_workers or get_num_workers(),
     )
@@ -155,9 +155,11 @@ def get_num_workers() -> int:
     return max(1, min(8, (os.cpu_count() or 1) // num_processes))
 
 
-def iterate_batches(images: Iterator[PreparedImage], batch_size: int, piece: int) -> Iterator[list[PreparedImage]]:
+def iterate_batches(
+    images: Iterator[PreparedImage], batch_size: int, piece_size: int
+) -> Iterator[list[PreparedImage]]:
     """Yield batches of `batch_size` images, with smaller batches at the end of each piece."""
-    for _, group in groupby(images, key=lambda image: image.record.index // piece):
+    for _, group in groupby(images, key=lambda image: image.record.index // piece_size):
         while batch := list(islice(group, batch_size)):
             yield batch
 
@@ -169,11 +171,11 @@ def predict_to_file(
     options: PredictOptions, accelerator: Accelerator, source: PredictionInput, predictor: Predictor
 ) -> PredictionCounts:
     """Print a table or write one file. The main process gathers the rows of all processes."""
-    piece = options.batch_size
+    piece_size = options.batch_size
     ranges = assign_ranges(
-        iterate_shards(source.num_images, piece), accelerator.process_index, accelerator.num_processes
+        iterate_shards(source.num_images, piece_size), accelerator.process_index, accelerator.num_processes
     )
-    rows = gather_rows(predictor.iterate_rows(source, ranges, piece), piece, accelerator)
+    rows = gather_rows(predictor.iterate_rows(source, ranges, piece_size), piece_size, accelerator)
     columns = get_output_columns(predictor.columns.columns)
     with Progress(source.num_images, is_shown=accelerator.is_main_process) as progress:
         rows = progress.count(rows)
@@ -193,12 +195,12 @@ def predict_to_file(
     )
 
 
-def gather_rows(rows: Iterator[Row], piece: int, accelerator: Accelerator) -> Iterator[Row]:
+def gather_rows(rows: Iterator[Row], piece_size: int, accelerator: Accelerator) -> Iterator[Row]:
     """Yield the rows of all processes in order. In each round, every process contributes its next piece."""
     if accelerator.num_processes == 1:
         yield from rows
         return
-    pieces = (list(group) for _, group in groupby(rows, key=lambda row: row["index"] // piece))
+    pieces = (list(group) for _, group in groupby(rows, key=lambda row: row["index"] // piece_size))
     while any(parts := gather_object([next(pieces, [])])):
         for part in parts:
             yield from part

@@ -49,8 +49,8 @@ from modeling_vitcls.inference.metrics import (
     METRICS,
     MultiLabelMetrics,
     SingleLabelMetrics,
+    compute_wilson_interval,
     select_scalars,
-    wilson_interval,
 )
 from modeling_vitcls.options import DataOptions, EvaluateOptions
 
@@ -224,8 +224,8 @@ def test_numbers_come_first_and_the_first_compares_models(by_one_process: dict[s
 @pytest.mark.parametrize(("num_right", "num_images"), [(0, 7), (7, 7), (353, 360), (1, 2)])
 def test_wilson_interval(num_right: int, num_images: int) -> None:
     expected = scipy.stats.binomtest(num_right, num_images).proportion_ci(method="wilson")
-    assert wilson_interval(num_right, num_images) == pytest.approx([expected.low, expected.high], abs=1e-12)
-    assert wilson_interval(0, 0) is None
+    assert compute_wilson_interval(num_right, num_images) == pytest.approx([expected.low, expected.high], abs=1e-12)
+    assert compute_wilson_interval(0, 0) is None
 
 
 def test_logits_between_0_and_1_are_not_taken_for_probabilities() -> None:

@@ -39,9 +39,9 @@ from modeling_vitcls import (
     ViTCLSForMultiTaskClassification,
     ViTCLSImageProcessor,
 )
-from modeling_vitcls.commands.parsing import errors_in_one_line, parse
+from modeling_vitcls.commands.parsing import exit_on_error, parse
 from modeling_vitcls.data.labels import LabelSpace
-from modeling_vitcls.distributed import check_installed, on_main
+from modeling_vitcls.distributed import check_trackers, on_main
 from modeling_vitcls.options import (
     DataOptions,
     EvaluateOptions,
@@ -520,7 +520,7 @@ def test_without_a_report_none_of_an_earlier_run_stays(tmp_path: Path, capsys: p
 
 def test_a_tracker_that_is_not_installed_is_named() -> None:
     with pytest.raises(ValueError, match="--log-with wandbox requires the package wandbox: pip install wandbox"):
-        check_installed(("wandbox",))
+        check_trackers(("wandbox",))
 
 
 # The Hub ------------------------------------------------------------------------------------------------------------
@@ -687,7 +687,7 @@ def test_a_process_speaks_for_itself_unless_all_have_the_error(
     Accelerator(cpu=True)
     monkeypatch.setenv("RANK", process)
     capsys.readouterr()
-    with pytest.raises(SystemExit), errors_in_one_line():
+    with pytest.raises(SystemExit), exit_on_error():
         action()
     assert capsys.readouterr().err == said
 
