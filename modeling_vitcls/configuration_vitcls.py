@@ -10,6 +10,16 @@ tiers: what you choose, and what other projects' checkpoints need. All checks of
 that a model that can be constructed can also run. This file builds no modules.
 """
 
+import transformers
+
+
+MIN_TRANSFORMERS = (5, 4)
+if tuple(map(int, transformers.__version__.split(".")[:2])) < MIN_TRANSFORMERS:  # older versions fail in the imports
+    raise ImportError(
+        f"This checkpoint requires transformers >= {'.'.join(map(str, MIN_TRANSFORMERS))}, but "
+        f"{transformers.__version__} is installed. Run: pip install -U transformers"
+    )
+
 import dataclasses
 import difflib
 import importlib
@@ -18,7 +28,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, ClassVar, Literal
 
-import transformers
 from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassError
 from transformers.activations import ACT2FN
@@ -440,10 +449,19 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
         over `trust_remote_code` and `revision` in every later load of this process.
 
         The files are imported by name, because they import this file. The remote-code loader of transformers finds the
-        files that it has to copy by these two lines:
+        files that it has to copy by these lines (in versions before 5.17, only by lines of this file):
 
-            from .image_processing_vitcls import ViTCLSImageProcessor
-            from .modeling_vitcls import ViTCLSModel
+            from .adaptation_vitcls import *
+            from .attention_masks_vitcls import *
+            from .blocks_vitcls import *
+            from .cpu_kernels_vitcls import *
+            from .fast_image_processing_vitcls import *
+            from .heads_vitcls import *
+            from .image_processing_vitcls import *
+            from .modeling_vitcls import *
+            from .positions_vitcls import *
+            from .token_attention_vitcls import *
+            from .variants_vitcls import *
         """
         images = importlib.import_module(".image_processing_vitcls", __package__)
         models = importlib.import_module(".modeling_vitcls", __package__)
