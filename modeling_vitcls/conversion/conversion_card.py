@@ -13,9 +13,9 @@ from huggingface_hub import ModelCard, ModelCardData
 from ..configuration_vitcls import ViTCLSConfig
 from ..hub.card import describe_token_layout, format_token_layout
 from ..hub.card_training import TEMPLATE
+from ..hub.card_use import CITATION, build_use_section
 from ..hub.licenses import CONVERTED, WeightsLicense
 from ..hub.provenance import Provenance
-from ..hub.verification_script import AUTO_CLASSES
 
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ CLASSIFIER = {
     "kept": "The classifier of the source, of {num_labels} labels, is kept.",
     "new": "The classifier, of {num_labels} labels, is new and untrained: fine-tune the model before it is asked.",
     "dropped": "The classifier of the source was left out: this is its encoder alone.",
-    "none": "The source has no classifier, and this is an encoder.",
+    "none": "The model is an encoder, as its source is.",
 }
 
 
@@ -67,7 +67,13 @@ def build_conversion_card(
         sequence_length=sequence_length,
         classifier=CLASSIFIER[certificate.classifier].format(num_labels=config.num_labels),
         preprocessing=preprocessing(certificate),
-        auto_class=AUTO_CLASSES.get(certificate.model_class, "AutoModel"),
+        use=build_use_section(
+            name,
+            certificate.model_class,
+            has_pipeline=certificate.classifier == "kept" and not random_init,
+            finetune_dataset="path/to/images",
+        ),
+        citation=CITATION,
         license_text=WeightsLicense(CONVERTED, origin),
         command=command(name, certificate, config),
     )

@@ -51,6 +51,9 @@ PARTS = {
 }
 
 
+WHAT_TO_DO_WITH_VITCLS = "Use it as --model, or write it as a class of transformers with --to transformers --model"
+
+
 class Source(ABC):
     """A model of another project.
 
@@ -177,6 +180,8 @@ class TransformersSource(Source):
             config = transformers.AutoConfig.from_pretrained(folder)
         except Exception as error:  # ValueError for unknown types, OSError for missing files, and the Hub's own
             raise OSError(f"transformers cannot read the configuration of {path}: {in_one_line(error)}") from error
+        if config.model_type == "vitcls":
+            raise ConversionError(f"{path} is a ViTCLS model already. {WHAT_TO_DO_WITH_VITCLS}")
         model_class = class_for(config)
         if random_init:
             return cls(path, folder, random_fill(model_class(config)), [])
