@@ -10,7 +10,7 @@ that size only, as transformers resamples positions of squares alone.
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,8 +18,10 @@ import transformers
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
+from ..adaptation_vitcls import replace_fields
 from ..configuration_vitcls import ViTCLSConfig
 from ..modeling_vitcls import ViTCLSPreTrainedModel
+from .equivalent_models import REWRITES, Rewrite
 from .from_transformers import HEAD_RULES, SOURCES, Source, classifier_labels, split_head
 from .transformers_families import SAME_FIELDS, Settings, Weights, as_size, dinov2_mlp_width
 from .weight_rules import ConversionError, revert_weights
@@ -28,24 +30,32 @@ from .weight_rules import ConversionError, revert_weights
 logger = logging.get_logger(__name__)
 
 
-def convert_to_transformers(model: ViTCLSPreTrainedModel) -> PreTrainedModel:
+def convert_to_transformers(model: ViTCLSPreTrainedModel, native_size_only: bool = False) -> PreTrainedModel:
     """Hand a model to the built-in class that can hold it: same outputs, dtype and device, in eval mode.
 
     `ViTCLSForImageClassification` becomes a class of ViT, DeiT, DINOv2 or DINOv2 with registers with a classifier,
     `ViTCLSModel` a base model of these or of DINOv3. Biases and LayerScales that only the built-in class has are
-    neutral. A mask token that it has no place for is left out, which is logged.
+    neutral. A mask token that it has no place for is left out, which is logged. If no class supports the model as it
+    is, an equivalent form of the model is converted (equivalent_models.py).
+
+    Args:
+        model: The model.
+        native_size_only: Whether the outputs have to be the same only for images of `config.image_size`. The class of
+            transformers may then resample positions differently for other sizes.
 
     Raises:
-        ConversionError: naming the switches that stand in the way where no class can hold the model.
+        ConversionError: If no class supports the model. The message names the nearest class and the fields in the way.
     """
     kind = type(model).__name__
     if kind not in TARGETS:
         raise ConversionError(f"{kind}: no built-in class does its task; convert its encoder, .vitcls, if it has one")
-    fits = [fit_into(target, model.config) for target in TARGETS[kind]]
-    best = min(fits, key=lambda fit: len(fit.obstacles))  # the first of the best
+    best = find_best_fit(kind, model.config, native_size_only)
     if best.obstacles:
-        raise ConversionError(f"{', '.join(best.obstacles)}{describe_nearest(best)}{hint_at_encoder(model)}")
-    return build(best.target, model)
+        hint = hint_at_encoder(model)
+        if not native_size_only and not (native := find_best_fit(kind, model.config, True)).obstacles:
+            hint = f". {native.target.name} is exact at the native size: set native_size_only=True"
+        raise ConversionError(f"{', '.join(best.obstacles)}{describe_nearest(best)}{hint}")
+    return build(best, model)
 
 
 @dataclass(frozen=True)
@@ -140,11 +150,40 @@ TARGETS: dict[str, list[Target]] = {
 
 @dataclass(frozen=True)
 class Fit:
-    """How well a target holds a configuration: the fields that stand in the way, and what it has in their place."""
+    """How well a target holds a configuration: the fields that stand in the way, and what it has in their place.
+
+    Attributes:
+        config: The configuration, after `steps`.
+        names: Names of the fields in the way.
+        steps: Rewrites of the model, each with the configuration before and after it.
+    """
 
     target: Target
+    config: ViTCLSConfig
     obstacles: list[str]
     instead: list[str]
+    names: frozenset[str] = frozenset()
+    steps: tuple[tuple[Rewrite, ViTCLSConfig, ViTCLSConfig], ...] = ()
+
+
+def find_best_fit(kind: str, config: ViTCLSConfig, native_size_only: bool) -> Fit:
+    """Return the fit with the fewest obstacles, then with the fewest rewrites, for a model class."""
+    fits = [fit_equivalent(target, config, native_size_only) for target in TARGETS[kind]]
+    return min(fits, key=lambda fit: (len(fit.obstacles), len(fit.steps)))
+
+
+def fit_equivalent(target: Target, config: ViTCLSConfig, native_size_only: bool) -> Fit:
+    """Return the fit of a configuration after all rewrites that remove obstacles."""
+    fit = fit_into(target, config)
+    for rewrite in REWRITES:
+        if not rewrite.fields & fit.names or (rewrite.at_native_size_only and not native_size_only):
+            continue
+        for changes in rewrite.list_changes(fit.config):
+            changed = fit_into(target, replace_fields(fit.config, changes))
+            if len(changed.obstacles) < len(fit.obstacles):
+                fit = replace(changed, steps=(*fit.steps, (rewrite, fit.config, changed.config)))
+                break
+    return fit
 
 
 def fit_into(target: Target, config: ViTCLSConfig) -> Fit:
@@ -154,12 +193,13 @@ def fit_into(target: Target, config: ViTCLSConfig) -> Fit:
             candidate = target.build(config)
         read_back = read_settings(target.source, candidate)
     except (TypeError, ValueError) as error:  # what this class, or this version of it, does not take
-        return Fit(target, [" ".join(str(error).split())], [])
+        return Fit(target, config, [" ".join(str(error).split())], [])
     classifies = target.source.encoder is not None
     ours, theirs = decisive_values(config, classifies), decisive_values(read_back, classifies)
     harmless = POOLING if not target.pools and has_bare_pooler(config) else set()
     names = [name for name in ours if name in theirs and name not in harmless and differs(name, ours, theirs)]
-    return Fit(target, [f"{name}={ours[name]!r}" for name in names], [f"{name}={theirs[name]!r}" for name in names])
+    obstacles, instead = ([f"{name}={values[name]!r}" for name in names] for values in (ours, theirs))
+    return Fit(target, config, obstacles, instead, frozenset(names))
 
 
 def read_settings(source: Source, model: PreTrainedModel) -> ViTCLSConfig:
@@ -191,9 +231,8 @@ def hint_at_encoder(model: ViTCLSPreTrainedModel) -> str:
     """For a classifier: the built-in class that can hold its encoder, if there is one."""
     if not hasattr(model, "vitcls"):
         return ""
-    fits = [fit_into(target, model.config) for target in TARGETS["ViTCLSModel"]]
-    names = [fit.target.name for fit in fits if not fit.obstacles]
-    return f". Its encoder, model.vitcls, fits into {names[0]}" if names else ""
+    fit = find_best_fit("ViTCLSModel", model.config, native_size_only=False)
+    return "" if fit.obstacles else f". Its encoder, model.vitcls, fits into {fit.target.name}"
 
 
 POOLING = {"pooling", "cls_pooling", "pooled_cls_tokens"}
@@ -293,10 +332,14 @@ def positioned_tokens(config: ViTCLSConfig) -> str:
 NEUTRAL_WEIGHTS = {"bias": 0.0, "lambda1": 1.0, "mask_token": 0.0}
 
 
-def build(target: Target, model: ViTCLSPreTrainedModel) -> PreTrainedModel:
+def build(fit: Fit, model: ViTCLSPreTrainedModel) -> PreTrainedModel:
     """The built-in model with our weights."""
-    built_in = target.build(model.config)
-    encoder, head = split_head(model.state_dict(), "vitcls" if target.source.encoder else None)
+    target = fit.target
+    built_in = target.build(fit.config)
+    parts = split_head(model.state_dict(), "vitcls" if target.source.encoder else None)
+    encoder, head = map(dict, parts)
+    for rewrite, old, new in fit.steps:
+        rewrite.rewrite_weights(encoder, head, old, new)
     wanted_encoder, wanted_head = split_head(built_in.state_dict(), target.source.encoder)
     prefix = f"{target.source.encoder}." if target.source.encoder else ""
     encoder = without_homeless_mask_token(encoder, wanted_encoder, target)
