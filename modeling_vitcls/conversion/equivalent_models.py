@@ -23,7 +23,8 @@ from torch.nn.functional import pad
 
 from ..blocks_vitcls import SinCosPositions
 from ..configuration_vitcls import ViTCLSConfig
-from .transformers_families import Settings, dinov2_mlp_width
+from .transformers_families import compute_dinov2_mlp_size
+from .weight_rules import Fields
 
 
 WeightDict = dict[str, torch.Tensor]
@@ -41,7 +42,7 @@ TOKENS = {
     "registers": "embeddings.register_tokens",
 }
 POSITIONS = "embeddings.position_embeddings"
-POLICIES: tuple[Settings, ...] = tuple(
+POLICIES: tuple[Fields, ...] = tuple(
     {"position_interpolation": "bicubic", "position_offset": 0.0, "position_antialias": antialias}
     for antialias in (False, True)
 )
@@ -64,7 +65,7 @@ class Rewrite:
     """
 
     fields: frozenset[str]
-    list_changes: Callable[[ViTCLSConfig], list[Settings]]
+    list_changes: Callable[[ViTCLSConfig], list[Fields]]
     rewrite_weights: RewriteWeights = keep_weights
     at_native_size_only: bool = False
 
@@ -72,7 +73,7 @@ class Rewrite:
 # Classifiers ---------------------------------------------------------------------------------------------------------
 
 
-def list_cls_mean(config: ViTCLSConfig) -> list[Settings]:
+def list_cls_mean(config: ViTCLSConfig) -> list[Fields]:
     """Return the pooling of DINOv2's classifier, for a linear classifier on the CLS token or the mean."""
     is_linear = config.num_labels > 0 and config.head_type == "linear" and config.num_cls_tokens > 0
     return [{"pooling": "cls_mean"}] if is_linear and config.pooling in ("cls", "mean") else []
@@ -85,7 +86,7 @@ def widen_classifier(encoder: WeightDict, head: WeightDict, old: ViTCLSConfig, n
     head["classifier.weight"] = torch.cat(halves if old.pooling == "cls" else halves[::-1], dim=1)
 
 
-def list_single_head(config: ViTCLSConfig) -> list[Settings]:
+def list_single_head(config: ViTCLSConfig) -> list[Fields]:
     """Return a model without distillation classifier, if inference does not read it."""
     is_unread = config.has_distillation_head and config.distillation_inference == "cls"
     return [{"distillation_inference": "mean", "distillation_head": False}] if is_unread else []
@@ -100,7 +101,7 @@ def drop_distillation_classifier(encoder: WeightDict, head: WeightDict, old: ViT
 # Positions -----------------------------------------------------------------------------------------------------------
 
 
-def list_positioned_tokens(config: ViTCLSConfig) -> list[Settings]:
+def list_positioned_tokens(config: ViTCLSConfig) -> list[Fields]:
     """Return all values of `position_embedding_tokens`, for learned positions."""
     if not config.position_embedding_type.startswith("learned"):
         return []
@@ -117,7 +118,7 @@ def move_positions(encoder: WeightDict, head: WeightDict, old: ViTCLSConfig, new
             encoder[f"{POSITIONS}.{group}"] = torch.zeros_like(encoder[token])
 
 
-def list_learned_positions(config: ViTCLSConfig, fixed_type: str) -> list[Settings]:
+def list_learned_positions(config: ViTCLSConfig, fixed_type: str) -> list[Fields]:
     """Return learned positions for any tokens, in place of positions of `fixed_type`."""
     if config.position_embedding_type != fixed_type:
         return []
@@ -144,10 +145,11 @@ def add_learned_positions(encoder: WeightDict, head: WeightDict, old: ViTCLSConf
 # MLP -----------------------------------------------------------------------------------------------------------------
 
 
-def list_wider_mlp(config: ViTCLSConfig) -> list[Settings]:
+def list_wider_mlp(config: ViTCLSConfig) -> list[Fields]:
     """Return the next larger size of DINOv2's MLP, which is a multiple of the hidden size."""
     widths = (
-        dinov2_mlp_width(config.hidden_size, ratio, config.mlp_type != "mlp") for ratio in range(1, MAX_MLP_RATIO + 1)
+        compute_dinov2_mlp_size(config.hidden_size, ratio, config.mlp_type != "mlp")
+        for ratio in range(1, MAX_MLP_RATIO + 1)
     )
     return [{"intermediate_size": width} for width in widths if width > config.intermediate_size][:1]
 
