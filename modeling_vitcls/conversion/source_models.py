@@ -51,6 +51,9 @@ PARTIAL_CLASSES = {
 }
 
 
+WHAT_TO_DO_WITH_VITCLS = "Use it as --model, or write it as a class of transformers with --to transformers --model"
+
+
 class SourceModel(ABC):
     """A model of another project.
 
@@ -178,6 +181,8 @@ class TransformersSource(SourceModel):
             config = transformers.AutoConfig.from_pretrained(folder)
         except Exception as error:  # ValueError for unknown types, OSError for missing files, errors of the Hub
             raise OSError(f"transformers cannot read the configuration of {path}: {format_error(error)}") from error
+        if config.model_type == "vitcls":
+            raise ConversionError(f"{path} is a ViTCLS model already. {WHAT_TO_DO_WITH_VITCLS}")
         model_class = get_convertible_class(config)
         if random_init:
             return cls(path, folder, randomize_weights(model_class(config)), [])
