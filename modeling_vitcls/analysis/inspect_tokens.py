@@ -103,6 +103,7 @@ def print_inspection(inspection: Inspection, options: InspectOptions, console: C
     console.print(inspection.artifacts, markup=False)
     for sentence in inspection.depth:
         console.print(sentence, markup=False)
+    console.print(f"Diagnosis: {inspection.summary}", markup=False)
     if inspection.patch_sizes:
         patch_sizes = build_patch_size_table(inspection.patch_sizes)
         console.print(table("Patch sizes", patch_sizes["header"], patch_sizes["rows"]))
@@ -117,11 +118,11 @@ def print_inspection(inspection: Inspection, options: InspectOptions, console: C
 
 
 def build_verdict_table(inspection: Inspection) -> Table:
-    """Build a table of tokens, verdicts and reasons."""
+    """Build a table of tokens, groups of several tokens, verdicts and reasons."""
     verdicts = Table()
     for name in ("token", "verdict", "reason"):
         verdicts.add_column(name)
-    for verdict in inspection.verdicts:
+    for verdict in [*inspection.verdicts, *inspection.group_verdicts]:
         sign = SIGNS[verdict.word, verdict.meaning]
         word = f"[{STYLES[verdict.meaning]}]{sign} {verdict.word}[/]"
         verdicts.add_row(escape(verdict.token), word, escape(verdict.reason))

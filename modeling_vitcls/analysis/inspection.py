@@ -2,8 +2,10 @@
 
     inspection = inspect_model(model, processor, images)
 
-    images -> pixels in memory -> token_statistics.py, ablation.py -> diagnosis.py
+    images -> pixels in memory -> token_statistics.py -> ablation.py -> diagnosis.py
            -> image_report.py, for the images to show
+
+The forward passes of the statistics also give the outputs before ablations and without registers.
 
 The report itself is written in report.py.
 """
@@ -18,15 +20,37 @@ from PIL import Image
 from ..data.images import Chosen, check_channels
 from ..data.labels import labels_of
 from ..inference.prediction_rows import by_shape
-from .ablation import AblationEffect, Batches, collect_predictions, compute_ablation_effects, encode_label
-from .diagnosis import Verdict, describe_artifacts, describe_depth, diagnose_tokens
+from .ablation import (
+    MIN_IMAGES,
+    AblationEffect,
+    Ablations,
+    Batches,
+    OutputCollector,
+    Predictions,
+    compute_ablations,
+    count_null_passes,
+    encode_label,
+    get_ablated_parts,
+    get_token_keys,
+)
+from .diagnosis import (
+    PatchDiagnosis,
+    Verdict,
+    describe_depth,
+    diagnose_groups,
+    diagnose_patches,
+    diagnose_tokens,
+    summarize_diagnosis,
+)
 from .image_report import ImageReport, build_image_report
 from .model_utils import is_classifier, unwrap_model
 from .patch_sizes import PatchSizeRow, compare_patch_sizes
 from .token_statistics import Findings, TokenStatistics
 
 
-MAX_ATTENTION_WEIGHTS = 2**26  # maximum number of attention weights of a batch in one layer (256 MiB in float32)
+MAX_BATCH_BYTES = 2**29  # maximum memory of a batch: hidden states, and the attention and MLP of one layer
+# Maximum number of images of the null distributions, and maximum operations of a pass over these images
+MAX_NULL_IMAGES, MAX_NULL_FLOPS = 64, 2e12
 
 ProgressCallback = Callable[[str, int, int], None]  # (description, finished steps, total steps)
 WarningCallback = Callable[[str], None]
@@ -42,9 +66,12 @@ class Inspection:
         num_parameters: number of parameters of the model.
         has_head: whether the model is a classifier.
         findings: statistics over `findings.num_images` images.
-        effects: effect of replacing each token by its mean; None without a classifier.
+        ablations: effects of each special token and each group, with null distributions (`compute_ablations`).
+        effects: effect of replacing each token by its mean on predictions; None without a classifier.
         accuracy: accuracy on the same images, 0 to 1; None if no labels are known.
         verdicts: one per special token.
+        group_verdicts: one per group of several special tokens.
+        patches: diagnosis of the norms of patches.
         artifacts: sentences about patches with large norms.
         depth: one text per special token, on its attention over depth.
         image_reports: reports of the images to show.
@@ -57,14 +84,32 @@ class Inspection:
     num_parameters: int
     has_head: bool
     findings: Findings
-    effects: dict[str, AblationEffect] | None
+    ablations: Ablations
     accuracy: float | None
     verdicts: list[Verdict]
-    artifacts: str
+    group_verdicts: list[Verdict]
+    patches: PatchDiagnosis
     depth: list[str]
     image_reports: list[ImageReport]
     patch_sizes: list[PatchSizeRow]
     num_unreadable: int
+
+    @property
+    def effects(self) -> dict[str, AblationEffect] | None:
+        """Return the effect of replacing each token by its mean on predictions, or None without a classifier."""
+        if not self.has_head:
+            return None
+        return {key: self.ablations["information"][key].effect for key in get_token_keys(self.config.token_layout)}
+
+    @property
+    def artifacts(self) -> str:
+        """Return the sentences about patches with large norms."""
+        return self.patches.reason
+
+    @property
+    def summary(self) -> str:
+        """Return the diagnosis in one line."""
+        return summarize_diagnosis(self.verdicts, self.group_verdicts, self.patches)
 
 
 def ignore(*args: Any) -> None:
@@ -114,30 +159,36 @@ def inspect_model(
     pixel_labels = None if statistics_labels is None else [statistics_labels[index] for index in pixels]
     batches = InspectionBatches(model, list(pixels.values()), pixel_labels, batch_size)
 
-    findings = collect_statistics(model, batches, on_progress)
-    effects, predictions = None, None
-    if is_classifier(model):
-        num_passes = config.token_layout.num_prefix_tokens + 1
-        reported = batches.report_progress(on_progress, num_passes, "replacing tokens by their means")
-        predictions = collect_predictions(model, reported)
-        effects = compute_ablation_effects(model, reported, findings.mean_states, predictions)
+    findings, before, without_registers = collect_statistics(model, batches, on_progress)
+    parts = get_ablated_parts(config.token_layout)
+    sample_batches, sampled = batches.sample(get_num_null_images(model, pixels))
+    ablations = compute_ablations(
+        model,
+        batches.report_progress(on_progress, 2 * len(parts), "ablating tokens"),
+        findings.mean_states,
+        before,
+        (sample_batches.report_progress(on_progress, count_null_passes(model), "measuring null effects"), sampled),
+        without_registers,
+    )
     rows = []
     if patch_sizes:
         on_progress("comparing patch sizes", 0, 1)
         rows = compare_patch_sizes(
             model, processor, Chosen(statistics_images, list(pixels)), pixel_labels, patch_sizes
         )
+    has_head, predictions = is_classifier(model), before if isinstance(before, Predictions) else None
     return Inspection(
         config=config,
         model_class=type(model).__name__,
         num_parameters=sum(parameter.numel() for parameter in model.parameters()),
-        has_head=is_classifier(model),
+        has_head=has_head,
         findings=findings,
-        effects=effects,
+        ablations=ablations,
         accuracy=None if predictions is None else predictions.accuracy(),
-        verdicts=diagnose_tokens(config, findings, effects, token_movement, predictions),
-        artifacts=describe_artifacts(config, findings),
-        depth=describe_depth(config, findings),
+        verdicts=diagnose_tokens(config, findings, ablations, token_movement, predictions, has_head),
+        group_verdicts=diagnose_groups(config, ablations, predictions),
+        patches=diagnose_patches(config, findings, has_head),
+        depth=describe_depth(config, findings, has_head),
         image_reports=image_reports,
         patch_sizes=rows,
         num_unreadable=len(preparer.problems),
@@ -165,19 +216,28 @@ def build_image_reports(
     return image_reports
 
 
-def collect_statistics(model: Any, batches: "InspectionBatches", on_progress: ProgressCallback) -> Findings:
-    """Return the statistics over all images.
+def collect_statistics(
+    model: Any, batches: "InspectionBatches", on_progress: ProgressCallback
+) -> tuple[Findings, Any, dict[str, Any]]:
+    """Return the statistics over all images, the outputs of the same forward passes, and the outputs with the
+    registers hidden from attention (`known` of `compute_ablations`).
 
     Raises:
         ValueError: if hidden states are not finite.
     """
     statistics = TokenStatistics(model)
-    for pixel_values, _ in batches.report_progress(on_progress, 1, "collecting statistics")():
-        statistics.update(pixel_values)
+    collector, collector_without_registers = OutputCollector(model), OutputCollector(model)
+    for pixel_values, labels in batches.report_progress(on_progress, 1, "collecting statistics")():
+        outputs, outputs_without_registers = statistics.update(pixel_values)
+        collector.add(outputs, labels)
+        if outputs_without_registers is not None:
+            collector_without_registers.add(outputs_without_registers, labels)
     findings = statistics.compute()
     if not bool(findings.patch_norms.isfinite().all() and findings.token_norms.isfinite().all()):
         raise ValueError("The hidden states of the model are not finite. Check its weights, or load it in float32.")
-    return findings
+    num_registers = model.config.num_register_tokens
+    key = "registers[0]" if num_registers == 1 else "registers"
+    return findings, collector.build(), {key: collector_without_registers.build()} if num_registers else {}
 
 
 # Pixels --------------------------------------------------------------------------------------------------------------
@@ -232,13 +292,15 @@ class InspectionBatches:
     Args:
         pixels: [C, H, W] each.
         labels: see `inspect_model`.
-        batch_size: maximum batch size; reduced if one layer would have more than MAX_ATTENTION_WEIGHTS attention
-            weights.
+        batch_size: maximum batch size; reduced if a batch would require more than MAX_BATCH_BYTES of memory.
     """
 
     def __init__(self, model: Any, pixels: list[torch.Tensor], labels: list[Any] | None, batch_size: int) -> None:
+        self.model = model
         self.device = model.device
+        self.batch_size = batch_size
         self.pixels = pixels
+        self.raw_labels = labels
         self.labels = None
         if labels is not None and is_classifier(model):
             self.labels = torch.stack([encode_label(label, model.config) for label in labels])  # [images, A]
@@ -255,6 +317,16 @@ class InspectionBatches:
             pixel_values = torch.stack([self.pixels[index] for index in chunk]).to(self.device)  # [B, C, H, W]
             yield pixel_values, None if self.labels is None else self.labels[chunk]
 
+    def sample(self, count: int) -> tuple["InspectionBatches", list[int]]:
+        """Return batches of at most `count` images at even distances, and the indices of these images among the images
+        that this object yields."""
+        order = [index for chunk in self.chunks for index in chunk]
+        count = min(count, len(order))
+        positions = [(2 * number + 1) * len(order) // (2 * count) for number in range(count)]
+        labels = None if self.raw_labels is None else [self.raw_labels[order[position]] for position in positions]
+        pixels = [self.pixels[order[position]] for position in positions]
+        return InspectionBatches(self.model, pixels, labels, self.batch_size), positions
+
     def report_progress(self, on_progress: ProgressCallback, num_passes: int, description: str) -> Batches:
         """Return a function that yields the same batches and reports progress over `num_passes` calls."""
         num_finished = 0
@@ -269,11 +341,28 @@ class InspectionBatches:
         return batches
 
 
+def count_tokens(model: Any, shape: torch.Size) -> int:
+    """Return the number of tokens of an image [C, H, W]."""
+    (height, width), (patch_height, patch_width) = shape[-2:], model.config.patch_height_width
+    return model.config.token_layout.num_prefix_tokens + (height // patch_height) * (width // patch_width)
+
+
 def get_max_batch_size(model: Any, shape: torch.Size) -> int:
-    """Return the number of images [C, H, W] with at most MAX_ATTENTION_WEIGHTS attention weights in one layer;
-    at least 1."""
-    config = model.config
-    (height, width), (patch_height, patch_width) = shape[-2:], config.patch_height_width
-    num_tokens = config.token_layout.num_prefix_tokens + (height // patch_height) * (width // patch_width)
+    """Return the number of images [C, H, W] that require at most MAX_BATCH_BYTES of memory; at least 1.
+
+    The estimate includes the hidden states of all layers, a few copies of the attention maps of one layer, and the
+    activations of its MLP.
+    """
+    config, num_tokens = model.config, count_tokens(model, shape)
     num_maps = config.num_attention_heads * (2 if config.attention_type == "differential" else 1)
-    return max(MAX_ATTENTION_WEIGHTS // (num_maps * num_tokens**2), 1)
+    states = (config.num_hidden_layers + 8) * num_tokens * config.hidden_size
+    activations = 2 * num_tokens * config.intermediate_size
+    num_values = states + activations + 3 * num_maps * num_tokens**2
+    return max(MAX_BATCH_BYTES // (4 * num_values), 1)
+
+
+def get_num_null_images(model: Any, pixels: Mapping[int, torch.Tensor]) -> int:
+    """Return the number of images for null distributions: fewer for large models, since these require many passes."""
+    num_parameters = sum(parameter.numel() for parameter in model.parameters())
+    flops = 2 * num_parameters * max(count_tokens(model, image.shape) for image in pixels.values())
+    return min(max(int(MAX_NULL_FLOPS / flops), MIN_IMAGES), MAX_NULL_IMAGES)

@@ -82,6 +82,47 @@ def get_head_names(config: ViTCLSConfig) -> list[str]:
     return heads
 
 
+# Tokens that are read ------------------------------------------------------------------------------------------------
+
+
+def is_read(config: ViTCLSConfig, group: str, index: int, has_head: bool = True) -> bool:
+    """Return whether the head reads the output of the token at this index of its group.
+
+    Without a head, the output consists of the CLS tokens, the distillation tokens and the patches.
+    """
+    if not has_head:
+        return group != "registers"
+    if is_masked_image_model(config):
+        return group == "patches"
+    if config.pooling == "attention" and config.attention_pool_tokens == "all":
+        return True
+    if group == "cls":
+        pooled = config.pooled_cls_indices if config.cls_pooling != "first" else config.pooled_cls_indices[:1]
+        return bool(config.tasks) or (config.pooling in ("cls", "cls_mean") and index in pooled)
+    if group == "distillation":
+        return config.has_distillation_head and not config.tasks
+    return group == "patches" and config.pooling != "cls"
+
+
+def is_masked_image_model(config: ViTCLSConfig) -> bool:
+    """Return whether the model is for masked image modeling."""
+    return "ViTCLSForMaskedImageModeling" in (config.architectures or ())
+
+
+def count_read_layers(config: ViTCLSConfig, has_head: bool) -> list[int]:
+    """Return the number of layers whose output is read, for each special token and then for the patches.
+
+    This is the number of layers for a token that the head reads, and one less for any other token, whose last output
+    nothing reads. The attention of a token is read in the same layers.
+    """
+    groups = get_token_names_by_group(config) | {"patches": ["patches"]}
+    return [
+        config.num_hidden_layers - (not is_read(config, group, index, has_head))
+        for group, names in groups.items()
+        for index in range(len(names))
+    ]
+
+
 # Maps ----------------------------------------------------------------------------------------------------------------
 
 

@@ -18,11 +18,11 @@ from matplotlib import colormaps
 from PIL import Image
 
 from .ablation import get_token_keys
-from .diagnosis import MANY_OUTLIERS
+from .diagnosis import Verdict
 from .figures_of_states import compute_norm_histogram
 from .image_report import ImageReport
 from .inspection import Inspection
-from .maps import COLORMAP, MIN_SCALE, get_head_names, get_token_names
+from .maps import COLORMAP, MIN_SCALE, count_read_layers, get_head_names, get_token_names
 from .token_statistics import Findings
 
 
@@ -36,8 +36,9 @@ def build_page_data(inspection: Inspection) -> dict[str, Any]:
     """Return all values that the scripts of the page read."""
     with_heads = has_room_for_heads(inspection.image_reports)
     return {
-        "tokens": describe_tokens(inspection.config),
+        "tokens": describe_tokens(inspection.config, inspection.has_head),
         "layers": len(inspection.findings.entropy),
+        "patches_read": count_read_layers(inspection.config, inspection.has_head)[-1],
         "heads": get_head_names(inspection.config) if with_heads else [],
         "colors": "".join(f"{value:02x}" for value in build_color_table().flatten()),
         "min_scale": MIN_SCALE,
@@ -47,11 +48,13 @@ def build_page_data(inspection: Inspection) -> dict[str, Any]:
     }
 
 
-def describe_tokens(config: Any) -> list[dict[str, str]]:
-    """Return name and group of each special token."""
+def describe_tokens(config: Any, has_head: bool) -> list[dict[str, Any]]:
+    """Return name, group and number of layers whose output is read of each special token."""
+    *read_layers, _ = count_read_layers(config, has_head)
     keys = get_token_keys(config.token_layout)
     return [
-        {"name": name, "group": key.partition("[")[0]} for name, key in zip(get_token_names(config), keys, strict=True)
+        {"name": name, "group": key.partition("[")[0], "read": read}
+        for name, key, read in zip(get_token_names(config), keys, read_layers, strict=True)
     ]
 
 
@@ -144,7 +147,6 @@ def build_curves(findings: Findings) -> dict[str, Any]:
         "patch_norms": compute_norm_quantiles(findings),
         "outliers": round_values(findings.outliers),
         "outliers_without_registers": round_values(findings.outliers_without_registers),
-        "many_outliers": MANY_OUTLIERS,
     }
 
 
@@ -193,17 +195,24 @@ def round_values(values: Any) -> Any:
 
 
 def build_json_values(inspection: Inspection) -> dict[str, Any]:
-    """Return findings, effects and verdicts. Mean states are omitted, and patch norms are summarized by quantiles."""
+    """Return all statements with their numbers, and the findings. Mean states are omitted, and patch norms are
+    summarized by quantiles."""
     findings = {
         field.name: getattr(inspection.findings, field.name)
         for field in dataclasses.fields(inspection.findings)
-        if field.name not in ("mean_states", "patch_norms")
+        if field.name not in ("mean_states", "patch_norms", "patch_ratios", "patch_ratios_without_registers")
     }
     effects = inspection.effects
     return round_values(
         {
-            "tokens": get_token_names(inspection.config),
-            "verdicts": [dataclasses.asdict(verdict) for verdict in inspection.verdicts],
+            "diagnosis": inspection.summary,
+            "tokens": build_statements(inspection.verdicts),
+            "groups": build_statements(inspection.group_verdicts),
+            "patches": build_patch_statement(inspection),
+            "verdicts": [
+                {name: getattr(verdict, name) for name in ("token", "word", "meaning", "reason")}
+                for verdict in inspection.verdicts
+            ],
             "artifacts": inspection.artifacts,
             "depth": inspection.depth,
             "accuracy": inspection.accuracy,
@@ -226,3 +235,40 @@ def build_json_values(inspection: Inspection) -> dict[str, Any]:
             "num_broken": inspection.num_unreadable,
         }
     )
+
+
+def build_statements(verdicts: list[Verdict]) -> list[dict[str, Any]]:
+    """Return the verdicts with their numbers.
+
+    `effect` is the change of the logits in standard deviations over images (of an encoder: the largest cosine change
+    of its features) if the token is held at its mean, `interval` its 95 % interval, and `null` the smallest effect and
+    the limit of the null distributions. "information" and "presence" contain all numbers of both ablations.
+    """
+    return [
+        {
+            "token": verdict.token,
+            "diagnosis": verdict.word,
+            "meaning": verdict.meaning,
+            "statement": verdict.reason,
+            **verdict.numbers,
+        }
+        for verdict in verdicts
+    ]
+
+
+def build_patch_statement(inspection: Inspection) -> dict[str, Any]:
+    """Return the diagnosis of the patches with its numbers and the histogram of its layer."""
+    patches = inspection.patches
+    histogram = compute_norm_histogram(inspection.config, inspection.findings, patches.layer)
+    return {
+        "diagnosis": patches.word,
+        "meaning": patches.meaning,
+        "statement": patches.reason,
+        "layer": patches.layer,
+        "num_patches": patches.num_patches,
+        "second_mode": None if patches.mode is None else dataclasses.asdict(patches.mode),
+        "second_mode_without_registers": None
+        if patches.mode_without_registers is None
+        else dataclasses.asdict(patches.mode_without_registers),
+        "histogram": dataclasses.asdict(histogram),
+    }

@@ -70,6 +70,9 @@ function getMaxValue(spot) {
   return strongest;
 }
 
+// Whether nothing reads the output of the token in the layer of a spot.
+const isUnread = ({ kind, layer, token }) => kind === "attention" && layer >= data.tokens[token].read;
+
 function getTitle(spot) {
   const image = images[spot.image];
   if (spot.kind === "image") return image.name;
@@ -199,10 +202,11 @@ function describeValue(spot, patch) {
 function getSummary(spot) {
   if (spot.kind === "image") return "";
   const { largest, sum } = getMap(spot);
+  const unread = isUnread(spot) ? " Nothing reads the output of this token in this layer." : "";
   if (spot.kind === "attribution") return "Point at the map for its values, relative to the maximum.";
   return `Maximum per patch ${percent(largest)}, all patches ${percent(sum)}; uniform attention would be ${percent(
     1 / (data.tokens.length + images[spot.image].grid[0] * images[spot.image].grid[1]),
-  )} per token.`;
+  )} per token.${unread}`;
 }
 
 // The grids ------------------------------------------------------------------------------------------------------
@@ -230,7 +234,7 @@ function repaint(canvas) {
   const spot = cells.get(canvas);
   paint(canvas, spot, SIDE);
   const share = canvas.parentElement.querySelector(".share");
-  if (share) share.textContent = percent(Number(getMap(spot).sum.toPrecision(2)));
+  if (share) share.textContent = percent(Number(getMap(spot).sum.toPrecision(2))) + (isUnread(spot) ? ", not read" : "");
 }
 
 function cell(spot, label) {

@@ -79,6 +79,8 @@ def save_output(
             reporter.track_images,
             can_show_samples(options, repository, reporter.warn),
         )
+        if "diagnosis" in results:
+            reporter.print_line("diagnosis", results["diagnosis"])
         provenance = get_model_provenance(options)
         card = build(repository or folder.resolve().name, provenance, images)
         write_card(folder, card, provenance, results, options.run, reporter.warn)
