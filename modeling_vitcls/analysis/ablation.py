@@ -286,6 +286,7 @@ class AblationEffect:
         changed_interval: exact interval of `changed_answers` (Clopper and Pearson 1934).
         logit_interval: interval of `logit_change`, from bootstrap samples of the images.
         improvement: p-value of an accuracy that does not rise (exact McNemar test); None if no label is known.
+        is_better_than_chance: whether the accuracy after the ablation is better than chance; None if unknown.
     """
 
     changed_answers: float
@@ -295,6 +296,7 @@ class AblationEffect:
     changed_interval: Interval = (0.0, 1.0)
     logit_interval: Interval = (0.0, math.inf)
     improvement: float | None = None
+    is_better_than_chance: bool | None = None
 
     @property
     def size(self) -> float:
@@ -365,6 +367,7 @@ def compare_predictions(before: Predictions, after: Predictions) -> AblationEffe
         changed_interval=compute_binomial_interval(int(is_changed.sum()), len(before)),
         logit_interval=tuple(value**0.5 for value in bootstrap_mean(changes)),
         improvement=compute_improvement(before, after) if has_labels else None,
+        is_better_than_chance=after.is_better_than_chance(),
     )
 
 

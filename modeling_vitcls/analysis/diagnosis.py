@@ -262,13 +262,13 @@ def judge_token(token: TokenEvidence) -> tuple[Word, Meaning, str]:
         same = f"it is the same for every image (it varies by {variation:.1g} times the norm of its mean state)"
         word: Word = "not moved" if token.movement == 0 else "same for all images"
         return word, "bad", f"{where} {same}; {token.describe_movement()}."
+    if token.harm is not None:
+        kind, effect = token.harm
+        return "harmful", "bad", f"{describe_harm(kind, effect)}; {token.describe_movement()}."
     if token.norm_ratio > MAX_NORM_RATIO and token.embedding_similarity > MAX_EMBEDDING_SIMILARITY:
         ratio = f"its embedding has {token.norm_ratio:.3g} times the median norm of the patches"
         kept = f"layers hardly change it (cosine {token.embedding_similarity:.3f} with its last state)"
         return "norm too large", "bad", f"{ratio}, so {kept}{token.caveat}."
-    if token.harm is not None:
-        kind, effect = token.harm
-        return "harmful", "bad", f"{describe_harm(kind, effect)}; {token.describe_movement()}."
     if token.map_twin is not None:
         other, distance = token.map_twin
         equal = f"its attention maps are nearly equal to those of {token.names[other]} in all layers that are read"
@@ -345,11 +345,13 @@ def judge_group(ablations: dict[str, Ablation], num_tests: int, caveat: str) -> 
 
 
 def find_harm(ablations: dict[str, Ablation], num_tests: int) -> tuple[str, AblationEffect] | None:
-    """Return the kind and effect of an ablation after which predictions are significantly more accurate, or None."""
+    """Return the kind and effect of an ablation after which predictions are significantly more accurate, and better
+    than a constant prediction; None if there is none."""
     for kind, ablation in ablations.items():
         effect = ablation.effect
-        improvement = getattr(effect, "improvement", None)
-        if improvement is not None and improvement < MAX_HARM_PROBABILITY / num_tests:
+        if not isinstance(effect, AblationEffect) or effect.improvement is None or not effect.is_better_than_chance:
+            continue
+        if effect.improvement < MAX_HARM_PROBABILITY / num_tests:
             return kind, effect
     return None
 

@@ -23,7 +23,7 @@ from ..options import InspectOptions
 from .inspection import Inspection, ProgressCallback, ignore, inspect_model
 from .inspection_inputs import open_images
 from .report import SIGNS, build_patch_size_table, get_model_name, write_json_values, write_page
-from .report_data import has_room_for_heads
+from .report_data import count_images_with_heads
 
 
 STYLES = {"good": "green", "bad": "red", "doubtful": "yellow", "neutral": "dim"}
@@ -111,7 +111,8 @@ def print_inspection(inspection: Inspection, options: InspectOptions, console: C
             console.print(sentence, markup=False)
     size = options.output.stat().st_size / 2**20
     counts = f"statistics over {inspection.findings.num_images:,} images, {len(inspection.image_reports)} shown"
-    omitted = "" if has_room_for_heads(inspection.image_reports) else "; maps of single heads omitted for size"
+    num_with_heads, num_shown = count_images_with_heads(inspection.image_reports), len(inspection.image_reports)
+    omitted = "" if num_with_heads == num_shown else f"; maps of single heads only for the first {num_with_heads}"
     console.print(f"saved {options.output} ({size:.1f} MB{omitted}; {counts})", markup=False)
     if options.json is not None:
         console.print(f"saved {options.json}", markup=False)

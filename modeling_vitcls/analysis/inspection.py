@@ -18,7 +18,8 @@ import torch
 from PIL import Image
 
 from ..data.images import Chosen, check_channels
-from ..data.labels import labels_of
+from ..data.labels import is_multi_label, labels_of
+from ..heads_vitcls import IGNORED_LABEL
 from ..inference.prediction_rows import by_shape
 from .ablation import (
     MIN_IMAGES,
@@ -125,6 +126,7 @@ def inspect_model(
     labels: Sequence[Any] | None = None,
     statistics_images: Sequence[Image.Image] | None = None,
     statistics_labels: Sequence[Any] | None = None,
+    num_shown: int | None = None,
     token_movement: Mapping[str, float] | None = None,
     patch_sizes: Sequence[int] = (),
     batch_size: int = 32,
@@ -141,6 +143,8 @@ def inspect_model(
         labels: labels of the images: class indices, lists of 0.0 and 1.0 per class, or {task: class index}; None or
             -100 if unknown.
         statistics_images, statistics_labels: images and labels for the statistics. Default: `images` and `labels`.
+        num_shown: number of images to show, selected from `images` by their predictions (`select_images`); requires
+            that the statistics are over the same images. Default: all images.
         token_movement: distance that each token moved in training (`token_movement` in results.json).
         patch_sizes: patch sizes to compare, in pixels.
         batch_size: maximum number of images per forward pass.
@@ -150,11 +154,12 @@ def inspect_model(
     Raises:
         ValueError: if no image can be read, or the hidden states of the model are not finite.
     """
+    if num_shown is not None and statistics_images is not None:
+        raise ValueError("num_shown requires statistics over the images themselves. Set statistics_images=None.")
     if statistics_images is None:
         statistics_images, statistics_labels = images, labels
     model = unwrap_model(model)
     config, preparer = model.config, ImagePreparer(processor, model.config.num_channels, on_warning)
-    image_reports = build_image_reports(model, processor, images, names, labels, preparer, on_progress)
     pixels = preparer.prepare_all(statistics_images, on_progress)
     pixel_labels = None if statistics_labels is None else [statistics_labels[index] for index in pixels]
     batches = InspectionBatches(model, list(pixels.values()), pixel_labels, batch_size)
@@ -170,6 +175,12 @@ def inspect_model(
         (sample_batches.report_progress(on_progress, count_null_passes(model), "measuring null effects"), sampled),
         without_registers,
     )
+    chosen = dict.fromkeys(range(len(images)))
+    if num_shown is not None:
+        indices = list(pixels)
+        selected = select_images(before, config, num_shown)
+        chosen = {indices[batches.order[position]]: kind for position, kind in selected.items()}
+    image_reports = build_image_reports(model, processor, images, names, labels, chosen, preparer, on_progress)
     rows = []
     if patch_sizes:
         on_progress("comparing patch sizes", 0, 1)
@@ -201,19 +212,60 @@ def build_image_reports(
     images: Sequence[Image.Image],
     names: Sequence[str] | None,
     labels: Sequence[Any] | None,
+    chosen: Mapping[int, str | None],
     preparer: "ImagePreparer",
     on_progress: ProgressCallback,
 ) -> list[ImageReport]:
-    """Build a report of each readable image."""
+    """Build a report of each readable image whose index is in `chosen`, with its kind."""
     image_reports, label_space = [], labels_of(model.config)
     labels = labels if is_classifier(model) else None
-    for index in range(len(images)):
-        on_progress("computing maps", index, len(images))
+    for number, (index, kind) in enumerate(chosen.items()):
+        on_progress("computing maps", number, len(chosen))
         if preparer.prepare(images, index) is not None:
             name = f"image {index + 1}" if names is None else names[index]
             truth = None if labels is None else label_space.in_words(labels[index])
-            image_reports.append(build_image_report(model, processor, images[index], name, truth))
+            image_reports.append(build_image_report(model, processor, images[index], name, truth, kind))
     return image_reports
+
+
+def select_images(before: Any, config: Any, count: int) -> dict[int, str | None]:
+    """Return the indices of the most instructive images with their kind: wrong predictions (at most half, the most
+    confident first), the least confident of the others (at most a quarter), and typical images at even distances.
+
+    Args:
+        before: `Predictions`; the images of an encoder are selected at even distances, without a kind.
+        count: number of images to select.
+    """
+    if not isinstance(before, Predictions):
+        return dict.fromkeys(spread_evenly(list(range(len(before))), count))
+    confidences = compute_confidences(before.logits, config).tolist()
+    by_confidence = sorted(range(len(before)), key=lambda index: confidences[index])
+    is_wrong = torch.zeros(len(before), dtype=torch.bool)
+    if before.labels is not None:
+        is_wrong = ((before.predicted != before.labels) & (before.labels != IGNORED_LABEL)).any(dim=1)
+    wrong = [index for index in reversed(by_confidence) if is_wrong[index]][: (count + 1) // 2]
+    others = [index for index in by_confidence if not is_wrong[index]]
+    uncertain = others[: (count + 3) // 4]
+    typical = spread_evenly(sorted(others[len(uncertain) :]), count - len(wrong) - len(uncertain))
+    selected = {"wrong": wrong, "uncertain": uncertain, "typical": typical}
+    return dict([(index, kind) for kind, indices in selected.items() for index in indices][:count])
+
+
+def compute_confidences(logits: torch.Tensor, config: Any) -> torch.Tensor:
+    """Return the probability [images] of the prediction for logits [images, labels] of all tasks; the smallest of
+    several tasks or labels."""
+    if is_multi_label(config):
+        probabilities = logits.sigmoid()
+        return probabilities.maximum(1 - probabilities).amin(dim=1)
+    sizes = [len(names) for names in config.task_labels().values()] if config.tasks else [logits.shape[1]]
+    by_task = [part.softmax(dim=1).amax(dim=1) for part in logits.split(sizes, dim=1)]
+    return torch.stack(by_task).amin(dim=0)
+
+
+def spread_evenly(indices: list[int], count: int) -> list[int]:
+    """Return at most `count` of the indices, at even distances."""
+    count = max(min(count, len(indices)), 0)
+    return [indices[(2 * number + 1) * len(indices) // (2 * count)] for number in range(count)]
 
 
 def collect_statistics(
@@ -310,6 +362,7 @@ class InspectionBatches:
             for size in [min(batch_size, get_max_batch_size(model, pixels[indices[0]].shape))]
             for start in range(0, len(indices), size)
         ]
+        self.order = [index for chunk in self.chunks for index in chunk]
 
     def __call__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
         """Yield all images once."""
@@ -320,11 +373,9 @@ class InspectionBatches:
     def sample(self, count: int) -> tuple["InspectionBatches", list[int]]:
         """Return batches of at most `count` images at even distances, and the indices of these images among the images
         that this object yields."""
-        order = [index for chunk in self.chunks for index in chunk]
-        count = min(count, len(order))
-        positions = [(2 * number + 1) * len(order) // (2 * count) for number in range(count)]
-        labels = None if self.raw_labels is None else [self.raw_labels[order[position]] for position in positions]
-        pixels = [self.pixels[order[position]] for position in positions]
+        positions = spread_evenly(list(range(len(self.order))), count)
+        labels = None if self.raw_labels is None else [self.raw_labels[self.order[index]] for index in positions]
+        pixels = [self.pixels[self.order[index]] for index in positions]
         return InspectionBatches(self.model, pixels, labels, self.batch_size), positions
 
     def report_progress(self, on_progress: ProgressCallback, num_passes: int, description: str) -> Batches:

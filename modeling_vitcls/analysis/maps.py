@@ -151,12 +151,15 @@ def extract_patch_maps(rows: torch.Tensor, config: ViTCLSConfig, image_size: Siz
     return to_patches.unflatten(-1, (grid_height, grid_width))
 
 
-def upsample_maps(maps: torch.Tensor, image_size: Size, visible_region: VisibleRegion) -> torch.Tensor:
+def upsample_maps(
+    maps: torch.Tensor, image_size: Size, visible_region: VisibleRegion, interpolate: bool = True
+) -> torch.Tensor:
     """Interpolate maps [..., gh, gw] to the pixels of an image, bilinearly between patch centers.
 
     Args:
         image_size: Height and width of the upright image.
         visible_region: The region that the maps cover (`get_visible_region`).
+        interpolate: Whether to interpolate; otherwise, all pixels of a patch have its value.
 
     Returns:
         [..., h, w] float32, NaN outside the visible region.
@@ -167,7 +170,11 @@ def upsample_maps(maps: torch.Tensor, image_size: Size, visible_region: VisibleR
     grid = torch.stack(torch.broadcast_tensors(x[None, :], y[:, None]), dim=-1)  # [h, w, 2]
     flat = maps.float().reshape(1, -1, *maps.shape[-2:])  # [1, maps, gh, gw]
     upsampled = nn.functional.grid_sample(
-        flat, grid[None], mode="bilinear", padding_mode="border", align_corners=False
+        flat,
+        grid[None],
+        mode="bilinear" if interpolate else "nearest",
+        padding_mode="border",
+        align_corners=False,
     )
     outside = (grid.abs() > 1).any(dim=-1)  # [h, w]
     return upsampled.masked_fill(outside, math.nan).reshape(*maps.shape[:-2], height, width)

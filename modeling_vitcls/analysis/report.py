@@ -30,7 +30,7 @@ from ..version import __version__
 from .ablation import Ablation, AblationEffect, get_groups, get_token_keys
 from .diagnosis import ABLATION_TERMS, describe_changed_answers
 from .figures import GROUP_COLORS, describe_head
-from .image_report import ImageReport
+from .image_report import IMAGE_KINDS, ImageReport
 from .inspection import Inspection, inspect_model
 from .maps import get_token_names_by_group, is_read
 from .patch_sizes import PatchSizeRow, describe_patch_sizes, format_patch_size
@@ -142,6 +142,7 @@ def render_page(inspection: Inspection, about: dict[str, Any]) -> str:
         findings=inspection.findings,
         effects=build_effect_table(inspection),
         patch_sizes=build_patch_size_table(inspection.patch_sizes),
+        image_kinds=IMAGE_KINDS,
         layout=build_layout(inspection.config, about["has_head"]),
         signs=SIGNS,
         outlier_ratio=OUTLIER_RATIO,

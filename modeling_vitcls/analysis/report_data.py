@@ -9,6 +9,7 @@ report.html.j2.
 import base64
 import dataclasses
 import io
+import itertools
 import math
 from typing import Any
 
@@ -23,10 +24,13 @@ from .figures_of_states import compute_norm_histogram
 from .image_report import ImageReport
 from .inspection import Inspection
 from .maps import COLORMAP, MIN_SCALE, count_read_layers, get_head_names, get_token_names
+from .patch_features import NUM_COMPONENTS, compress_patch_features, compute_patch_colors
 from .token_statistics import Findings
 
 
-MAX_MAP_BYTES = 11 * 2**20  # for all images (a third more in base64); above it, maps of single heads are omitted
+# Maximum bytes of the maps of single heads, and of compressed patch features, a third more in base64. The first images
+# that fit have them.
+MAX_MAP_BYTES, MAX_FEATURE_BYTES = 11 * 2**20, 6 * 2**20
 IMAGE_SIDE = 640  # maximum pixels of the longer side of an image in the page
 LOSSLESS_SIDE = 96  # maximum pixels of the longer side of an image stored as PNG
 QUANTILES = {"low": 0.05, "median": 0.5, "high": 0.95, "largest": 1.0}  # of the patch norms
@@ -34,15 +38,21 @@ QUANTILES = {"low": 0.05, "median": 0.5, "high": 0.95, "largest": 1.0}  # of the
 
 def build_page_data(inspection: Inspection) -> dict[str, Any]:
     """Return all values that the scripts of the page read."""
-    with_heads = has_room_for_heads(inspection.image_reports)
+    reports = inspection.image_reports
+    num_with_heads = count_images_with_heads(reports)
+    patch_colors, components = build_patch_data(reports)
     return {
         "tokens": describe_tokens(inspection.config, inspection.has_head),
         "layers": len(inspection.findings.entropy),
         "patches_read": count_read_layers(inspection.config, inspection.has_head)[-1],
-        "heads": get_head_names(inspection.config) if with_heads else [],
+        "heads": get_head_names(inspection.config) if num_with_heads else [],
         "colors": "".join(f"{value:02x}" for value in build_color_table().flatten()),
         "min_scale": MIN_SCALE,
-        "images": [build_image_data(report, with_heads) for report in inspection.image_reports],
+        "components": components,
+        "images": [
+            build_image_data(report, index < num_with_heads) | patch_colors[index]
+            for index, report in enumerate(reports)
+        ],
         "curves": build_curves(inspection.findings),
         "histograms": build_histograms(inspection),
     }
@@ -66,9 +76,41 @@ def build_color_table() -> np.ndarray:
 # Images and their maps ---------------------------------------------------------------------------------------------
 
 
-def has_room_for_heads(image_reports: list[ImageReport]) -> bool:
-    """Return whether the maps of single heads fit into the page."""
-    return sum(report.attention.numel() for report in image_reports) <= MAX_MAP_BYTES
+def count_images_with_heads(image_reports: list[ImageReport]) -> int:
+    """Return the number of images, from the first, whose maps of single heads fit into the page."""
+    sizes = itertools.accumulate(report.attention.numel() for report in image_reports)
+    return sum(size <= MAX_MAP_BYTES for size in sizes)
+
+
+def build_patch_data(image_reports: list[ImageReport]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Return the patch features of each image, and the unit of their components in each layer.
+
+    "colors" are RGBA of all patches and of the foreground patches, for all layers. "features" are the compressed
+    features of all layers (`PatchComponents`), of as many images, from the first, as fit into the page.
+    """
+    by_layer = [
+        [report.features[layer] for report in image_reports] for layer in range(len(image_reports[0].features))
+    ]
+    sizes = itertools.accumulate(report.features[..., 0].numel() * NUM_COMPONENTS for report in image_reports)
+    num_with_features = sum(size <= MAX_FEATURE_BYTES for size in sizes)
+    colors = [[compute_patch_colors(layer, is_foreground) for layer in by_layer] for is_foreground in (False, True)]
+    compressed = [compress_patch_features(layer[:num_with_features]) for layer in by_layer if num_with_features]
+    images = [
+        {
+            "colors": [encode_base64(torch.stack([to_rgba(layer[index]) for layer in layers])) for layers in colors],
+            "features": encode_base64(torch.stack([layer.values[index] for layer in compressed]))
+            if index < num_with_features
+            else None,
+        }
+        for index in range(len(image_reports))
+    ]
+    return images, [{"scale": round_values(layer.scale), "offset": layer.offset} for layer in compressed]
+
+
+def to_rgba(colors: torch.Tensor) -> torch.Tensor:
+    """Return colors [gh, gw, 3] from 0 to 1 as [gh, gw, 4] bytes; the background (NaN) is transparent."""
+    alpha = (~colors.isnan().any(dim=-1, keepdim=True)).float()
+    return (torch.cat([colors.nan_to_num(), alpha], dim=-1) * 255).round().to(torch.uint8)
 
 
 def build_image_data(report: ImageReport, with_heads: bool) -> dict[str, Any]:
@@ -86,6 +128,7 @@ def build_image_data(report: ImageReport, with_heads: bool) -> dict[str, Any]:
         "grid": list(attention.shape[-2:]),
         "attention": pack_maps(attention),
         "rollout": pack_maps(report.rollout),
+        "num_heads": report.attention.shape[1] if with_heads else 0,
         "attribution": pack_maps(torch.stack(report.attributions)) if report.attributions else None,
         "attributed": [
             f"{prediction.task}: {prediction.first}" if prediction.task else prediction.first

@@ -25,7 +25,7 @@ from .test_time_registers import OUTLIER_RATIO
 
 MAX_NORMS = 200_000  # maximum number of patch norms stored for histograms
 # Second mode of the norms: width of a histogram bin as a natural logarithm, and widths of windows in bins
-BIN_WIDTH, WINDOWS = 0.05, (5, 9)
+BIN_WIDTH, WINDOWS = 0.05, (5, 9, 17)
 MAX_LOG_RATIO = 5.0  # larger norms, as logarithms of their ratio to the median, are counted in the last bin
 MIN_VALLEY = 0.25  # minimum logarithm of the ratio between the modes
 MIN_MODE_SCORE = 4.0  # minimum difference between mode and valley, in standard deviations of a Poisson distribution

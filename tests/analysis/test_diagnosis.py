@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import pytest
@@ -142,16 +143,15 @@ def test_a_cls_token_of_100_times_its_norm(model: Any) -> None:
 
 
 def test_a_cls_token_that_is_cut_off_from_the_patches(model: Any) -> None:
-    """Its keys are of its own direction: it attends to itself alone."""
-    attend_to_itself(model)
-    found = judged_digits(model)["CLS"]
+    with cls_attends_to_itself(model):
+        found = judged_digits(model)["CLS"]
     assert (found.word, found.meaning) == ("cut off from the patches", "bad")
     assert "at most 0.00% of its attention goes to patches" in found.reason
 
 
-def attend_to_itself(model: Any) -> None:
-    """Hide all tokens but CLS from CLS, as a mask that was built wrongly would."""
-    layers = model.vitcls.layers
+@contextmanager
+def cls_attends_to_itself(model: Any) -> Iterator[None]:
+    """Hide all other tokens from CLS, as a mask that was built wrongly would."""
 
     def hide(attention: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
         states = args[0] if args else kwargs["hidden_states"]
@@ -159,8 +159,10 @@ def attend_to_itself(model: Any) -> None:
         mask[:, :, 0, 1:] = False
         return (states, mask, *args[2:]), kwargs
 
-    for layer in layers:
-        layer.attention.register_forward_pre_hook(hide, with_kwargs=True)
+    with ExitStack() as hooks:
+        for layer in model.vitcls.layers:
+            hooks.enter_context(layer.attention.register_forward_pre_hook(hide, with_kwargs=True))
+        yield
 
 
 def test_a_harmful_register(model: Any) -> None:
@@ -170,7 +172,7 @@ def test_a_harmful_register(model: Any) -> None:
         model.vitcls.embeddings.register_tokens[:, 1] = find_harmful_token(model, pixels, labels)
         accuracy = (model(pixels).logits.argmax(-1) == labels).float().mean()
     found = judged_digits(model)
-    assert accuracy < 0.8
+    assert accuracy < 0.6
     assert (found["register 2"].word, found["register 2"].meaning) == ("harmful", "bad")
     assert "the accuracy changes by +" in found["register 2"].reason and "p = " in found["register 2"].reason
 
@@ -180,7 +182,7 @@ def find_harmful_token(model: Any, pixels: torch.Tensor, labels: torch.Tensor) -
     tokens = model.vitcls.embeddings.register_tokens
     tokens.requires_grad_()
     with torch.enable_grad():
-        for _ in range(30):
+        for _ in range(60):
             model.zero_grad()
             model(pixels[:64], labels=labels[:64]).loss.backward()
             with torch.no_grad():
@@ -193,8 +195,6 @@ def test_registers_of_nearly_equal_attention(model: Any) -> None:
     with torch.no_grad():
         registers = model.vitcls.embeddings.register_tokens
         registers[:, 1] = registers[:, 0] + 0.05 * registers[:, 0].norm() * torch.randn(registers.shape[-1]) / 6
-        for layer in model.vitcls.layers:
-            layer.attention.q_proj.weight *= 1
     found = judged_digits(model)
     assert found["register 1"].word == found["register 2"].word == "equal attention"
     assert found["register 1"].meaning == "doubtful" and "those of register 2" in found["register 1"].reason
@@ -244,12 +244,8 @@ def test_rare_false_alarms_of_random_tokens() -> None:
 
 
 def reseeded(seed: int) -> Any:
-    """A model of random weights, and registers of one norm in random directions."""
-    model = classifier(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.copy_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(seed)) * 0.3)
-    return model
+    """A model of random weights, and registers in random directions."""
+    return filled(classifier(), seed)
 
 
 # Single faults in models with random weights -------------------------------------------------------------------------
@@ -310,30 +306,25 @@ def test_a_token_that_is_the_same_for_all_images() -> None:
 
 
 def test_states_that_nothing_reads_are_not_judged() -> None:
-    """In the last layer, registers become one and the same; the layer before is the last that is read."""
+    """In the last layer, two registers are one and the same, and do not depend on the image; the head reads CLS."""
     model = classifier(num_distillation_tokens=0)
+    findings = findings_of(model)
 
-    def overwrite(layer: torch.nn.Module, args: tuple, states: torch.Tensor) -> torch.Tensor:
-        states = states.clone()
-        states[:, 1:4] = 1.0
-        return states
+    def judge(layer: int, has_head: bool = True) -> list[str]:
+        planted = dataclasses.replace(
+            findings,
+            **{name: getattr(findings, name).clone() for name in ("between_tokens", "apart", "variation")},
+            channel_variation=findings.channel_variation.clone(),
+        )
+        planted.between_tokens[layer, 1, 2] = planted.between_tokens[layer, 2, 1] = 1
+        planted.apart[layer, 1, 2] = planted.apart[layer, 2, 1] = 0
+        planted.variation[layer, 3] = planted.channel_variation[layer, 3] = 0
+        found = diagnose_tokens(model.config, planted, has_head=has_head)
+        assert ("after layer 2, the last that is read," in found[1].reason) == (found[1].word == "collapsed")
+        return [verdict.word for verdict in found]
 
-    with model.vitcls.layers[2].register_forward_hook(overwrite):
-        unread = judged(model)
-    assert set(words(unread).values()) <= EFFECTS
-    with model.vitcls.layers[1].register_forward_hook(overwrite):
-        read = judged(model)
-    assert {read[name].word for name in NAMES[2:]} == {"collapsed"}
-    assert "after layer 2, the last that is read," in read["register 1"].reason
-    with model.vitcls.layers[2].register_forward_hook(overwrite):
-        everything_is_read = judged(with_pooling(model))
-    assert {everything_is_read[name].word for name in NAMES[2:]} == {"collapsed"}
-
-
-def with_pooling(model: Any) -> Any:
-    """The same model whose head reads all tokens."""
-    model.config.pooling, model.config.attention_pool_tokens = "attention", "all"
-    return model
+    assert judge(3) == ["not judged"] * 4
+    assert judge(2) == ["not judged", "collapsed", "collapsed", "same for all images"]
 
 
 def test_two_identical_registers() -> None:
@@ -564,5 +555,7 @@ def test_a_token_that_sees_a_part_is_measured_by_that_part() -> None:
         for layer in model.vitcls.layers:
             layer.attention.q_proj.weight.zero_()
             layer.attention.q_proj.bias.zero_()
-    for story in describe_depth(model.config, findings_of(model)):
+    for story in describe_depth(model.config, findings_of(model), has_head=False):
         assert "attends to 100%, 100%, 100% of the visible tokens" in story and story.endswith("selects no patches.")
+    _, unread = describe_depth(model.config, findings_of(model))  # of the second, the head reads nothing
+    assert "attends to 100%, 100% of the visible tokens layer by layer" in unread
