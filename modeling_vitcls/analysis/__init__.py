@@ -8,6 +8,7 @@
     token_statistics.py     statistics over many images, per layer, head and token
     ablation.py             effects of tokens on predictions or features, with null distributions
     diagnosis.py            verdicts in words, with their numbers
+    map_checks.py           whether rollout and attribution show what predictions depend on
     patch_features.py       patches as colors (PCA), and their similarity to one patch
     attention_recorder.py   attention of every layer of a forward pass
     model_utils.py          unwrap models; evaluation mode
@@ -52,6 +53,7 @@ PUBLIC = {
     ),
     "figures_over_depth": ("CURVES", "plot_attention_mass", "plot_curve", "plot_norms"),
     "inspection": ("Inspection", "inspect_model"),
+    "map_checks": ("MapCheck", "check_maps"),
     "maps": (
         "VisibleRegion",
         "extract_patch_maps",

@@ -103,6 +103,8 @@ def print_inspection(inspection: Inspection, options: InspectOptions, console: C
     console.print(inspection.artifacts, markup=False)
     for sentence in inspection.depth:
         console.print(sentence, markup=False)
+    for name, check in inspection.map_checks.items():
+        console.print(check.describe(name).capitalize(), markup=False)
     console.print(f"Diagnosis: {inspection.summary}", markup=False)
     if inspection.patch_sizes:
         patch_sizes = build_patch_size_table(inspection.patch_sizes)

@@ -44,6 +44,7 @@ from .diagnosis import (
     summarize_diagnosis,
 )
 from .image_report import ImageReport, build_image_report
+from .map_checks import MapCheck, check_maps
 from .model_utils import is_classifier, unwrap_model
 from .patch_sizes import PatchSizeRow, compare_patch_sizes
 from .token_statistics import Findings, TokenStatistics
@@ -52,6 +53,7 @@ from .token_statistics import Findings, TokenStatistics
 MAX_BATCH_BYTES = 2**29  # maximum memory of a batch: hidden states, and the attention and MLP of one layer
 # Maximum number of images of the null distributions, and maximum operations of a pass over these images
 MAX_NULL_IMAGES, MAX_NULL_FLOPS = 64, 2e12
+MIN_CHECKED_IMAGES, MAX_CHECKED_IMAGES = 2, 16  # of the checks of maps, which require many passes per image
 
 ProgressCallback = Callable[[str, int, int], None]  # (description, finished steps, total steps)
 WarningCallback = Callable[[str], None]
@@ -76,6 +78,8 @@ class Inspection:
         artifacts: sentences about patches with large norms.
         depth: one text per special token, on its attention over depth.
         image_reports: reports of the images to show.
+        map_checks: checks of rollout and attribution (`check_maps`); empty unless the model is a classifier of one
+            label.
         patch_sizes: comparison of patch sizes; empty unless requested.
         num_unreadable: number of images that could not be read.
     """
@@ -92,6 +96,7 @@ class Inspection:
     patches: PatchDiagnosis
     depth: list[str]
     image_reports: list[ImageReport]
+    map_checks: dict[str, MapCheck]
     patch_sizes: list[PatchSizeRow]
     num_unreadable: int
 
@@ -166,7 +171,8 @@ def inspect_model(
 
     findings, before, without_registers = collect_statistics(model, batches, on_progress)
     parts = get_ablated_parts(config.token_layout)
-    sample_batches, sampled = batches.sample(get_num_null_images(model, pixels))
+    num_affordable = count_affordable_images(model, batches.pixels)
+    sample_batches, sampled = batches.sample(min(max(num_affordable, MIN_IMAGES), MAX_NULL_IMAGES))
     ablations = compute_ablations(
         model,
         batches.report_progress(on_progress, 2 * len(parts), "ablating tokens"),
@@ -201,6 +207,7 @@ def inspect_model(
         patches=diagnose_patches(config, findings, has_head),
         depth=describe_depth(config, findings, has_head),
         image_reports=image_reports,
+        map_checks=check_sampled_maps(model, batches, on_progress),
         patch_sizes=rows,
         num_unreadable=len(preparer.problems),
     )
@@ -226,6 +233,17 @@ def build_image_reports(
             truth = None if labels is None else label_space.in_words(labels[index])
             image_reports.append(build_image_report(model, processor, images[index], name, truth, kind))
     return image_reports
+
+
+def check_sampled_maps(model: Any, batches: "InspectionBatches", on_progress: ProgressCallback) -> dict[str, MapCheck]:
+    """Return the checks of rollout and attribution for a few images; empty unless the model is a classifier of one
+    label."""
+    if not is_classifier(model) or model.config.tasks or is_multi_label(model.config):
+        return {}
+    on_progress("checking maps", 0, 1)
+    num_images = min(max(count_affordable_images(model, batches.pixels) // 8, MIN_CHECKED_IMAGES), MAX_CHECKED_IMAGES)
+    sample, _ = batches.sample(num_images)
+    return check_maps(model, [image.unsqueeze(0) for pixel_values, _ in sample() for image in pixel_values])
 
 
 def select_images(before: Any, config: Any, count: int) -> dict[int, str | None]:
@@ -412,8 +430,8 @@ def get_max_batch_size(model: Any, shape: torch.Size) -> int:
     return max(MAX_BATCH_BYTES // (4 * num_values), 1)
 
 
-def get_num_null_images(model: Any, pixels: Mapping[int, torch.Tensor]) -> int:
-    """Return the number of images for null distributions: fewer for large models, since these require many passes."""
+def count_affordable_images(model: Any, pixels: Sequence[torch.Tensor]) -> int:
+    """Return the number of images that a pass with MAX_NULL_FLOPS operations can process."""
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
-    flops = 2 * num_parameters * max(count_tokens(model, image.shape) for image in pixels.values())
-    return min(max(int(MAX_NULL_FLOPS / flops), MIN_IMAGES), MAX_NULL_IMAGES)
+    flops = 2 * num_parameters * max(count_tokens(model, image.shape) for image in pixels)
+    return int(MAX_NULL_FLOPS / flops)

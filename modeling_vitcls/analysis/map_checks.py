@@ -2,10 +2,10 @@
 
     checks = check_maps(model, [pixel_values])       # name of the map -> MapCheck
 
-Deletion and insertion (Petsiuk et al. 2018, arXiv 1806.07421) replace the patches of highest value by the mean color, or
-all other patches. A faithful map lowers the probability of the predicted class faster, or raises it faster, than a
-random order of patches. The randomized-weights check (Adebayo et al. 2018, arXiv 1810.03292) shuffles the values of all
-weights: a map that depends on the weights changes.
+Deletion and insertion (Petsiuk et al. 2018, arXiv 1806.07421) replace the patches of highest value by the mean color,
+or all other patches. A faithful map lowers the probability of the predicted class faster, or raises it faster, than a
+random order of patches. The randomized-weights check (Adebayo et al. 2018, arXiv 1810.03292) shuffles the values of
+all weights: a map that depends on the weights changes.
 """
 
 import copy
@@ -21,7 +21,7 @@ from .maps import extract_patch_maps, get_token_names, is_read
 from .model_utils import evaluation_mode, unwrap_model
 
 
-FRACTIONS = (0.0, 0.1, 0.2, 0.4, 0.6, 0.8, 1.0)  # of the patches that are replaced
+FRACTIONS = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)  # of the patches that are replaced
 MAX_CORRELATION = 0.5  # maximum rank correlation of a map that depends on the weights
 
 
@@ -109,7 +109,9 @@ def compute_maps(
     config, logits = model.config, trace.outputs.logits
     size = (pixel_values.shape[-2], pixel_values.shape[-1])
     best = logits[0].argmax() if target is None else target
-    maps = {"attribution": extract_patch_maps(trace.compute_attribution(logits[:, best])[0].float().cpu(), config, size)}
+    maps = {
+        "attribution": extract_patch_maps(trace.compute_attribution(logits[:, best])[0].float().cpu(), config, size)
+    }
     token = find_read_token(config)
     if token is not None:
         maps["rollout"] = extract_patch_maps(trace.compute_rollout()[0, token].float().cpu(), config, size)

@@ -262,6 +262,16 @@ function outliers(figure) {
   lineChart(figure, { series, labels: afterLayers, xTitle: "after layer", format: percent });
 }
 
+// Deletion and insertion curves of the maps, and of a random order of patches.
+const curveChart = (name, verb) => (figure) => {
+  const checks = Object.entries(data.map_checks);
+  const colors = ["var(--cls)", "var(--registers)"];
+  const series = checks.map(([map, check], index) => ({ name: map, index, color: colors[index], mean: check[name] }));
+  series.push({ name: "random order", index: 2, color: "var(--patches)", mean: checks[0][1][`random_${name}`] });
+  const labels = data.check_fractions.map((fraction) => 100 * fraction);
+  lineChart(figure, { series, labels, xTitle: `% of the patches ${verb}`, format: percent });
+};
+
 // Bars -------------------------------------------------------------------------------------------------------------
 
 function mass(box) {
@@ -432,6 +442,8 @@ const CHARTS = {
   norms,
   outliers,
   histogram,
+  deletion: curveChart("deletion", "replaced"),
+  insertion: curveChart("insertion", "kept"),
   variation: stateChart("variation", { format: percent }),
   to_patches: stateChart("to_patches"),
   between_tokens: betweenTokens,

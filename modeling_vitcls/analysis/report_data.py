@@ -23,6 +23,7 @@ from .diagnosis import Verdict
 from .figures_of_states import compute_norm_histogram
 from .image_report import ImageReport
 from .inspection import Inspection
+from .map_checks import FRACTIONS
 from .maps import COLORMAP, MIN_SCALE, count_read_layers, get_head_names, get_token_names
 from .patch_features import NUM_COMPONENTS, compress_patch_features, compute_patch_colors
 from .token_statistics import Findings
@@ -55,6 +56,8 @@ def build_page_data(inspection: Inspection) -> dict[str, Any]:
         ],
         "curves": build_curves(inspection.findings),
         "histograms": build_histograms(inspection),
+        "map_checks": round_values({name: dataclasses.asdict(check) for name, check in inspection.map_checks.items()}),
+        "check_fractions": FRACTIONS,
     }
 
 
@@ -258,6 +261,14 @@ def build_json_values(inspection: Inspection) -> dict[str, Any]:
             ],
             "artifacts": inspection.artifacts,
             "depth": inspection.depth,
+            "map_checks": {
+                name: {
+                    "statement": check.describe(name),
+                    "is_faithful": check.is_faithful,
+                    **dataclasses.asdict(check),
+                }
+                for name, check in inspection.map_checks.items()
+            },
             "accuracy": inspection.accuracy,
             "effects": None
             if effects is None

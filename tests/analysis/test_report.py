@@ -487,7 +487,7 @@ def test_touch_enlarges_and_reads(browser: Browser, faulty: Any) -> None:
 
 def test_every_figure_is_drawn(page_to_read: Page, faulty: Any) -> None:
     charts = page_to_read.locator("[data-chart]")
-    assert charts.count() == 12
+    assert charts.count() == 14
     for chart in charts.all():
         assert chart.locator("svg[role=img]").count() in (1, 4)  # one, or one for each token
         for svg in chart.locator("svg[role=img]").all():
