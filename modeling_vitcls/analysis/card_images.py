@@ -19,9 +19,9 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from ..configuration_vitcls import ViTCLSConfig
-from ..data.labels import NOTHING, labels_of
+from ..data.labels import NO_LABELS, get_label_space
 from ..image_processing_vitcls import ViTCLSImageProcessor
-from ..inference.prediction_rows import THRESHOLD, Row, answers_to, build_answers
+from ..inference.prediction_rows import THRESHOLD, Row, build_prediction_columns, predict_batch
 from .figures import plot_attention, plot_confusion_matrix, plot_token_layout, render_figure
 from .maps import (
     VisibleRegion,
@@ -103,7 +103,7 @@ def find_confusion_matrices(
     if config.tasks:
         candidates = [(f"{MATRIX}_{task}", f"{task}_{MATRIX}", names) for task, names in config.task_labels().items()]
     else:
-        candidates = [(MATRIX, MATRIX, labels_of(config).names)]
+        candidates = [(MATRIX, MATRIX, get_label_space(config).names)]
     for name, key, class_names in candidates:
         matrix = results.get(key)
         if matrix and any(map(any, matrix)):
@@ -130,14 +130,18 @@ def build_attention_samples(
     model = unwrap_model(model)
     num_read = count_read_layers(model.config, is_classifier(model))[:-1]
     layers = torch.tensor(num_read).sub(1).clamp(min=0)  # [T]
-    predict = build_answers(model, top_k=None, threshold=THRESHOLD, features=None) if is_classifier(model) else None
+    predict = (
+        build_prediction_columns(model, top_k=None, threshold=THRESHOLD, features=None)
+        if is_classifier(model)
+        else None
+    )
     for image, label in samples:
         try:
             pixel_values = processor(image, return_tensors="pt")["pixel_values"].to(model.device)  # [1, C, H, W]
             with evaluation_mode(model), torch.no_grad():
                 rows = model.token_attention(pixel_values)[0].float().mean(dim=1)  # [L, T, key]
                 rows = rows[layers, torch.arange(len(layers))]  # [T, key]
-                prediction = answers_to(pixel_values, predict, nullcontext)[0] if predict else {}
+                prediction = predict_batch(pixel_values, predict, nullcontext)[0] if predict else {}
         except ValueError:  # evaluation skips such images too
             continue
         image_height, image_width = pixel_values.shape[-2:]
@@ -156,7 +160,7 @@ def format_title(label: str | None, prediction: Row) -> str:
         elif column.endswith("_label"):
             words.append(f"{column.removesuffix('_label')} {value}")
         elif column == "labels":
-            words.append(", ".join(value) or NOTHING)
+            words.append(", ".join(value) or NO_LABELS)
     predicted = f"predicted {', '.join(words)}" if words else None
     return ", ".join(text for text in (label, predicted) if text)
 

@@ -17,10 +17,11 @@ from typing import Any
 import torch
 from PIL import Image
 
-from ..data.images import Chosen, check_channels
-from ..data.labels import is_multi_label, labels_of
+from ..data.images import ImageSubset, check_channels
+from ..data.labels import get_label_space, is_multi_label
+from ..errors import format_error
 from ..heads_vitcls import IGNORED_LABEL
-from ..inference.prediction_rows import by_shape
+from ..inference.prediction_rows import group_by_shape
 from .ablation import (
     MIN_IMAGES,
     AblationEffect,
@@ -191,7 +192,7 @@ def inspect_model(
     if patch_sizes:
         on_progress("comparing patch sizes", 0, 1)
         rows = compare_patch_sizes(
-            model, processor, Chosen(statistics_images, list(pixels)), pixel_labels, patch_sizes
+            model, processor, ImageSubset(statistics_images, list(pixels)), pixel_labels, patch_sizes
         )
     has_head, predictions = is_classifier(model), before if isinstance(before, Predictions) else None
     return Inspection(
@@ -224,13 +225,13 @@ def build_image_reports(
     on_progress: ProgressCallback,
 ) -> list[ImageReport]:
     """Build a report of each readable image whose index is in `chosen`, with its kind."""
-    image_reports, label_space = [], labels_of(model.config)
+    image_reports, label_space = [], get_label_space(model.config)
     labels = labels if is_classifier(model) else None
     for number, (index, kind) in enumerate(chosen.items()):
         on_progress("computing maps", number, len(chosen))
         if preparer.prepare(images, index) is not None:
             name = f"image {index + 1}" if names is None else names[index]
-            truth = None if labels is None else label_space.in_words(labels[index])
+            truth = None if labels is None else label_space.format_label(labels[index])
             image_reports.append(build_image_report(model, processor, images[index], name, truth, kind))
     return image_reports
 
@@ -329,7 +330,7 @@ class ImagePreparer:
             pixels = self.processor(image, return_tensors="pt")["pixel_values"][0]  # [C, H, W]
             check_channels(image, pixels, self.num_channels)
         except (ValueError, OSError) as error:
-            message = " ".join(str(error).split())
+            message = format_error(error)
             if message not in self.problems:
                 self.problems.add(message)
                 self.on_warning(f"skipped an image: {message}")
@@ -376,7 +377,7 @@ class InspectionBatches:
             self.labels = torch.stack([encode_label(label, model.config) for label in labels])  # [images, A]
         self.chunks = [
             indices[start : start + size]
-            for indices in map(list, by_shape(dict(enumerate(pixels))))
+            for indices in map(list, group_by_shape(dict(enumerate(pixels))))
             for size in [min(batch_size, get_max_batch_size(model, pixels[indices[0]].shape))]
             for start in range(0, len(indices), size)
         ]
@@ -413,7 +414,7 @@ class InspectionBatches:
 def count_tokens(model: Any, shape: torch.Size) -> int:
     """Return the number of tokens of an image [C, H, W]."""
     (height, width), (patch_height, patch_width) = shape[-2:], model.config.patch_height_width
-    return model.config.token_layout.num_prefix_tokens + (height // patch_height) * (width // patch_width)
+    return model.config.token_layout.get_num_tokens(height // patch_height, width // patch_width)
 
 
 def get_max_batch_size(model: Any, shape: torch.Size) -> int:

@@ -269,7 +269,7 @@ class DemoModel:
         if self.merges_patches:
             with torch.inference_mode():
                 predictions = get_predictions(self.model(pixel_values).logits, config)
-            num_tokens = config.token_layout.num_prefix_tokens + grid[0] * grid[1]
+            num_tokens = config.token_layout.get_num_tokens(*grid)
             shape = (0, len(self.heads), len(self.tokens))
             return {
                 "predictions": predictions,
