@@ -82,6 +82,47 @@ def get_head_names(config: ViTCLSConfig) -> list[str]:
     return heads
 
 
+# Tokens that are read ------------------------------------------------------------------------------------------------
+
+
+def is_read(config: ViTCLSConfig, group: str, index: int, has_head: bool = True) -> bool:
+    """Return whether the head reads the output of the token at this index of its group.
+
+    Without a head, the output consists of the CLS tokens, the distillation tokens and the patches.
+    """
+    if not has_head:
+        return group != "registers"
+    if is_masked_image_model(config):
+        return group == "patches"
+    if config.pooling == "attention" and config.attention_pool_tokens == "all":
+        return True
+    if group == "cls":
+        pooled = config.pooled_cls_indices if config.cls_pooling != "first" else config.pooled_cls_indices[:1]
+        return bool(config.tasks) or (config.pooling in ("cls", "cls_mean") and index in pooled)
+    if group == "distillation":
+        return config.has_distillation_head and not config.tasks
+    return group == "patches" and config.pooling != "cls"
+
+
+def is_masked_image_model(config: ViTCLSConfig) -> bool:
+    """Return whether the model is for masked image modeling."""
+    return "ViTCLSForMaskedImageModeling" in (config.architectures or ())
+
+
+def count_read_layers(config: ViTCLSConfig, has_head: bool) -> list[int]:
+    """Return the number of layers whose output is read, for each special token and then for the patches.
+
+    This is the number of layers for a token that the head reads, and one less for any other token, whose last output
+    nothing reads. The attention of a token is read in the same layers.
+    """
+    groups = get_token_names_by_group(config) | {"patches": ["patches"]}
+    return [
+        config.num_hidden_layers - (not is_read(config, group, index, has_head))
+        for group, names in groups.items()
+        for index in range(len(names))
+    ]
+
+
 # Maps ----------------------------------------------------------------------------------------------------------------
 
 
@@ -110,12 +151,15 @@ def extract_patch_maps(rows: torch.Tensor, config: ViTCLSConfig, image_size: Siz
     return to_patches.unflatten(-1, (grid_height, grid_width))
 
 
-def upsample_maps(maps: torch.Tensor, image_size: Size, visible_region: VisibleRegion) -> torch.Tensor:
+def upsample_maps(
+    maps: torch.Tensor, image_size: Size, visible_region: VisibleRegion, interpolate: bool = True
+) -> torch.Tensor:
     """Interpolate maps [..., gh, gw] to the pixels of an image, bilinearly between patch centers.
 
     Args:
         image_size: Height and width of the upright image.
         visible_region: The region that the maps cover (`get_visible_region`).
+        interpolate: Whether to interpolate; otherwise, all pixels of a patch have its value.
 
     Returns:
         [..., h, w] float32, NaN outside the visible region.
@@ -126,7 +170,11 @@ def upsample_maps(maps: torch.Tensor, image_size: Size, visible_region: VisibleR
     grid = torch.stack(torch.broadcast_tensors(x[None, :], y[:, None]), dim=-1)  # [h, w, 2]
     flat = maps.float().reshape(1, -1, *maps.shape[-2:])  # [1, maps, gh, gw]
     upsampled = nn.functional.grid_sample(
-        flat, grid[None], mode="bilinear", padding_mode="border", align_corners=False
+        flat,
+        grid[None],
+        mode="bilinear" if interpolate else "nearest",
+        padding_mode="border",
+        align_corners=False,
     )
     outside = (grid.abs() > 1).any(dim=-1)  # [h, w]
     return upsampled.masked_fill(outside, math.nan).reshape(*maps.shape[:-2], height, width)

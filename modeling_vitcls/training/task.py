@@ -306,7 +306,7 @@ def save_output(task: Task, results: dict[str, Any]) -> None:
     must call it together.
 
     Args:
-        results: content of results.json; the speed of the model is added.
+        results: content of results.json; the speed of the model and the diagnosis of its tokens are added.
 
     Raises:
         RunStopped: on all processes, if the folder cannot be written.
@@ -329,6 +329,8 @@ def save_output(task: Task, results: dict[str, Any]) -> None:
             runner.reporter.track_images,
             can_show_samples(options, task.hub_model_id, warn),
         )
+        if "diagnosis" in results:
+            runner.reporter.print_line("diagnosis", results["diagnosis"])
         provenance = get_model_provenance(options)
         card = task.build_card(task.hub_model_id or folder.resolve().name, results, provenance, images)
         write_card(folder, card, provenance, results, options.run, warn)
