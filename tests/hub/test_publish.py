@@ -175,6 +175,29 @@ def test_a_branch_gets_its_own_commits(hub: LocalHub, folder: Path) -> None:
     assert {ref.name for ref in refs.branches} == {"main", "checkpoints/step-100"}
 
 
+def test_a_push_removes_only_outdated_files_of_its_own_branch(hub: LocalHub, folder: Path) -> None:
+    """Neither branch has all files of the other branch."""
+    push_folder(folder, "ann/model")
+    push_folder(folder, "ann/model", branch="new")
+    HfApi().upload_file(path_or_fileobj=b"{}", path_in_repo="metrics.jsonl", repo_id="ann/model", revision="new")
+    HfApi().delete_file("results.json", "ann/model")
+    (folder / "results.json").unlink()
+    push_folder(folder, "ann/model", branch="new")
+    assert not {"metrics.jsonl", "results.json"} & set(hub.files("ann/model", "new"))
+    HfApi().upload_file(path_or_fileobj=b"{}", path_in_repo="metrics.jsonl", repo_id="ann/model")
+    push_folder(folder, "ann/model", branch="new")  # fails if it deletes a file that only main has
+    assert "metrics.jsonl" in hub.files("ann/model")
+
+
+@pytest.mark.parametrize(("private", "is_private"), [(False, True), (True, True)])
+def test_a_new_repository_has_the_visibility_of_its_organization(
+    hub: LocalHub, folder: Path, private: bool, is_private: bool
+) -> None:
+    hub.private_by_default.add("lab")
+    pushed = push_folder(folder, "lab/model", private=private)
+    assert hub.repositories["lab/model"].private is pushed.is_private is is_private
+
+
 def test_a_private_push_is_seen_by_its_owner_alone(hub: LocalHub, folder: Path, tmp_path: Path) -> None:
     push_folder(folder, "ann/model", private=True)
     assert hub.repositories["ann/model"].private
