@@ -64,12 +64,11 @@ class ViTCLSPatchEmbeddings(nn.Module):
         """Return rows and columns of patches in these images.
 
         Raises:
-            ValueError: if `pixel_values` is not a batch of images, has another number of channels, or is smaller than
-                one patch.
+            ValueError: if the batch is empty, or has other dimensions or channels, or less than one patch.
         """
-        if pixel_values.ndim != 4:
+        if pixel_values.ndim != 4 or pixel_values.shape[0] == 0:
             raise ValueError(
-                f"pixel_values has shape {tuple(pixel_values.shape)}: pass [batch, channels, height, width]"
+                f"pixel_values has shape {tuple(pixel_values.shape)}: pass images [batch, channels, height, width]"
             )
         _, channels, height, width = pixel_values.shape
         if channels != self.num_channels:

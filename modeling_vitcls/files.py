@@ -1,4 +1,4 @@
-"""Read JSON, and write files completely or not at all."""
+"""Read JSON, write files completely or not at all, and show text from files."""
 
 import json
 import os
@@ -28,6 +28,11 @@ def read_json(file: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError(f"cannot read {file}: it does not contain a JSON object")
     return content
+
+
+def replace_control_characters(text: str) -> str:
+    """Return text in one line, with control characters and invalid bytes of file names replaced."""
+    return "".join(char if char.isprintable() else " " if char.isspace() else "\ufffd" for char in text)
 
 
 @contextmanager

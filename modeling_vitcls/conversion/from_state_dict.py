@@ -152,12 +152,15 @@ def read_vit(weights: Weights, heads: Mapping[int, int]) -> Fields:
     """What the shapes tell of any of these ViTs; `heads` is width -> heads of the published ones."""
     projection = needed(weights, "patch_embed.proj.weight")
     width, channels, patch_height, patch_width = projection.shape
-    blocks = [int(found[1]) for name in weights if (found := re.match(r"blocks\.(\d+)\.", name))]
+    blocks = {int(found[1]) for name in weights if (found := re.match(r"blocks\.(\d{1,9})\.", name))}
+    if blocks != set(range(len(blocks))):
+        missing = next(index for index in range(len(blocks)) if index not in blocks)
+        raise ConversionError(f"the weights have blocks up to {max(blocks)}, but no block {missing}")
     fields: Fields = {
         "hidden_size": width,
         "num_channels": channels,
         "patch_size": [patch_height, patch_width],
-        "num_hidden_layers": max(blocks, default=-1) + 1,
+        "num_hidden_layers": len(blocks),
         "num_attention_heads": heads.get(width),
         "qkv_bias": "blocks.0.attn.qkv.bias" in weights,
         "use_mask_token": "mask_token" in weights,

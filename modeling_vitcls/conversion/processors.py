@@ -113,7 +113,7 @@ def timm_settings(
 def preprocessing_of_transformers(folder: str, image_size: tuple[int, int]) -> Preprocessing:
     """As the image processor in the source's folder; `image_size` (height, width) is for the default."""
     try:
-        theirs = AutoImageProcessor.from_pretrained(folder)
+        theirs = AutoImageProcessor.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError):
         return default_preprocessing(image_size, "the source has no image processor")
     backend = ViTCLSImageProcessorPil if isinstance(theirs, PilBackend) else ViTCLSImageProcessor

@@ -174,7 +174,7 @@ class TransformersSource(Source):
             get_model_folder(path, CONFIG_FILES, revision) if random_init else get_any_model_folder(path, revision)
         )
         try:
-            config = transformers.AutoConfig.from_pretrained(folder)
+            config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
         except Exception as error:  # ValueError for unknown types, OSError for missing files, and the Hub's own
             raise OSError(f"transformers cannot read the configuration of {path}: {in_one_line(error)}") from error
         model_class = class_for(config)
@@ -301,17 +301,21 @@ def load_complete(model_class: Any, path: str, folder: str) -> tuple[Any, list[s
         OSError: if it cannot be loaded.
         ConversionError: if weights are missing.
     """
+    notes: list[str] = []
+    options: dict[str, Any] = {"dtype": "auto", "output_loading_info": True}
     try:
-        model, info = model_class.from_pretrained(folder, dtype="auto", output_loading_info=True)
-        missing = sorted(info["missing_keys"])
-        if missing and all(name.startswith("pooler.") for name in missing):
-            model = model_class.from_pretrained(folder, dtype="auto", add_pooling_layer=False)
-            return model, ["the checkpoint has no pooler, and so has the converted model"]
+        model, info = model_class.from_pretrained(folder, **options)
+        if info["missing_keys"] and all(name.startswith("pooler.") for name in info["missing_keys"]):
+            model, info = model_class.from_pretrained(folder, **options, add_pooling_layer=False)
+            notes.append("the checkpoint has no pooler, and so has the converted model")
     except Exception as error:  # whatever the download raises
         raise OSError(f"transformers cannot load {path}: {in_one_line(error)}") from error
-    if missing:
+    if missing := sorted(info["missing_keys"]):
         raise ConversionError(f"{path} lacks {len(missing)} weights of {model_class.__name__}, such as {missing[0]}")
-    return model, []
+    unexpected = sorted(info["unexpected_keys"])
+    if unexpected and model_class.__name__ in (model.config.architectures or []):
+        notes.append(f"{model_class.__name__} does not use {len(unexpected)} weights, for example {unexpected[0]}")
+    return model, notes
 
 
 def flattened_patches(pixel_values: torch.Tensor, patch_size: int) -> dict[str, Any]:

@@ -33,11 +33,12 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ..files import written_whole
+from ..files import replace_control_characters, written_whole
 from .prediction_rows import Row
 
 
 LABEL_SEPARATOR = "|"  # in CSV, between the labels of one image
+FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")  # first characters of spreadsheet formulas
 WIDE = 100_000  # width of a table that is not printed on a terminal, in characters
 ROWS_PER_GROUP = 1024  # rows per row group of a Parquet file: the number of rows in memory while writing
 
@@ -66,14 +67,16 @@ def write_rows(rows: Iterable[Row], columns: Columns, file: Path) -> None:
 def write_csv(rows: Iterable[Row], columns: Columns, file: Path) -> None:
     """Write comma-separated values with a header. Several labels of one image share a cell."""
     with file.open("w", newline="", encoding="utf-8") as text:
-        writer = csv.DictWriter(text, list(columns))
-        writer.writeheader()
-        writer.writerows({name: in_one_cell(value) for name, value in row.items()} for row in rows)
+        writer = csv.writer(text)
+        writer.writerow(map(in_one_cell, columns))
+        writer.writerows([in_one_cell(row[name]) for name in columns] for row in rows)
 
 
 def in_one_cell(value: Any) -> Any:
-    """Return a list as text, and other values unchanged."""
-    return LABEL_SEPARATOR.join(map(str, value)) if isinstance(value, list) else value
+    """Return a list as text, and text that a spreadsheet would run as a formula with an apostrophe in front."""
+    if isinstance(value, list):
+        value = LABEL_SEPARATOR.join(map(str, value))
+    return f"'{value}" if isinstance(value, str) and value.startswith(FORMULA_STARTS) else value
 
 
 def write_json_lines(rows: Iterable[Row], columns: Columns, file: Path) -> None:
@@ -134,7 +137,9 @@ def show_table(rows: Iterable[Row], columns: Columns) -> None:
     table = Table()
     for name in shown:
         is_number = pa.types.is_floating(columns[name])
-        table.add_column(name, justify="right" if is_number else "left", overflow="fold")
+        table.add_column(
+            Text(replace_control_characters(name)), justify="right" if is_number else "left", overflow="fold"
+        )
     for row in rows:
         table.add_row(*(Text(as_text(row[name])) for name in shown))
     console = Console(highlight=False)
@@ -149,7 +154,7 @@ def as_text(value: Any) -> str:
         return ", ".join(map(as_text, value))
     if isinstance(value, float):
         return f"{value:.4f}"
-    return "" if value is None else str(value)
+    return "" if value is None else replace_control_characters(str(value))
 
 
 SECONDS_BETWEEN_LINES = 10.0

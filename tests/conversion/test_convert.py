@@ -23,7 +23,7 @@ import timm
 import torch
 import transformers
 from fresh_processes import run_fresh
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from sklearn.datasets import load_sample_image
 from source_checkpoints import NAMES, SIZES, WIDTHS, saved, vit_classifier
 from timm.data import create_transform, resolve_data_config
@@ -382,6 +382,31 @@ def test_a_pooler_that_was_never_trained_is_not_made_up(tmp_path: Path) -> None:
     made = take_over(saved(model, tmp_path / "source"), tmp_path / "made")
     assert "no pooler" in made.notes[0]
     assert ViTCLSModel.from_pretrained(tmp_path / "made").config.pooled_activation is None
+
+
+def save_without_pooler(folder: Path, names: dict[str, str]) -> str:
+    """Save a ViTModel without its pooler, with these weights renamed; return it as a source."""
+    encoder = random_fill(transformers.ViTModel(transformers.ViTConfig(**SIZES)))
+    source = saved(encoder, folder)
+    weights = load_file(folder / "model.safetensors")
+    weights = {names.get(name, name): value for name, value in weights.items() if not name.startswith("pooler.")}
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    return source
+
+
+def test_a_checkpoint_without_a_pooler_must_have_all_other_weights(tmp_path: Path) -> None:
+    source = save_without_pooler(tmp_path / "source", {"layernorm.weight": "layernorm.scale"})
+    with pytest.raises(ConversionError, match=r"lacks 3 weights of ViTModel, such as layernorm\.weight"):
+        take_over(source, tmp_path / "made")
+    assert not (tmp_path / "made").exists()
+
+
+def test_weights_that_the_source_does_not_use_are_named(tmp_path: Path) -> None:
+    source = saved(random_fill(transformers.ViTModel(transformers.ViTConfig(**SIZES))), tmp_path / "source")
+    file = tmp_path / "source" / "model.safetensors"
+    save_file(load_file(file) | {"layernorm.scale": torch.ones(32)}, file, metadata={"format": "pt"})
+    made = take_over(source, tmp_path / "made")
+    assert made.notes == ["ViTModel does not use 1 weights, for example layernorm.scale"]
 
 
 def test_missing_weights_are_an_error(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import local_hub_server
@@ -428,6 +429,17 @@ def test_too_many_requests_are_followed_by_the_wait_that_is_asked_for(
     push_folder(folder, "ann/model")
     assert time.perf_counter() - started > 1
     assert "HTTP 429" in caplog.text and "trying again in 1 s" in caplog.text
+
+
+@pytest.mark.parametrize(("retry_after", "seconds"), [(30, 30.0), (86_400, 300.0)])
+def test_a_requested_wait_has_an_upper_bound(
+    hub: LocalHub, folder: Path, retry_after: int, seconds: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waits: list[float] = []
+    monkeypatch.setattr(connection, "time", SimpleNamespace(sleep=waits.append))
+    hub.fail("POST", "/commit/", 429, retry_after=retry_after)
+    push_folder(folder, "ann/model")
+    assert waits == [seconds]
 
 
 def test_a_short_wait_is_not_called_0_s(hub: LocalHub, folder: Path, caplog: pytest.LogCaptureFixture) -> None:
