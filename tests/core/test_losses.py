@@ -165,8 +165,21 @@ def test_float_labels_need_a_problem_type() -> None:
 
 @pytest.mark.parametrize("label", [3, -1, 99])
 def test_an_unknown_label_id_is_named(label: int) -> None:
-    with raises_one_line(f"label id {label}", "3 labels", "0 to 2"):
+    with raises_one_line(f"Target {label} is out of bounds", "3 labels", "0 to 2"):
         classifier()(images(), labels=torch.tensor([0, label]))
+
+
+def test_per_sample_gradients() -> None:
+    model, labels = classifier().eval(), torch.tensor([0, 2])
+    weights = dict(model.named_parameters())
+
+    def compute_loss(weights: dict[str, torch.Tensor], image: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
+        return torch.func.functional_call(model, weights, (image[None],), {"labels": label[None]}).loss
+
+    gradients = torch.func.vmap(torch.func.grad(compute_loss), in_dims=(None, 0, 0))(weights, images(), labels)
+    model(images(), labels=labels).loss.backward()
+    for name, parameter in weights.items():
+        torch.testing.assert_close(gradients[name].mean(0), parameter.grad, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -251,7 +264,7 @@ def test_an_unknown_task_is_named() -> None:
 
 
 def test_an_unknown_label_id_names_its_task() -> None:
-    with raises_one_line("age", "label id 2", "0 to 1"):
+    with raises_one_line("age", "Target 2 is out of bounds", "0 to 1"):
         multi_task()(images(), labels={"age": torch.tensor([0, 2])})
 
 
