@@ -11,6 +11,7 @@ A source can be converted, asked what it answers (by our names, for comparison),
 import copy
 import difflib
 import inspect
+import pickle
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +22,7 @@ import transformers
 from torch import nn
 
 from ..errors import in_one_line
+from ..hub.connection import iter_causes
 from ..hub.loading import CONFIG_FILES, get_any_model_folder, get_cached_commit, get_model_folder, load_timm
 from ..modeling_vitcls import ViTCLSPreTrainedModel
 from .from_timm import convert_from_timm
@@ -176,6 +178,11 @@ class TransformersSource(Source):
         try:
             config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
         except Exception as error:  # ValueError for unknown types, OSError for missing files, and the Hub's own
+            if "trust_remote_code" in str(error):
+                raise ConversionError(
+                    f"{path} requires the code in its own repository, which is never run. Use a model with a class in "
+                    "transformers, or timm:NAME"
+                ) from error
             raise OSError(f"transformers cannot read the configuration of {path}: {in_one_line(error)}") from error
         model_class = class_for(config)
         if random_init:
@@ -309,6 +316,7 @@ def load_complete(model_class: Any, path: str, folder: str) -> tuple[Any, list[s
             model, info = model_class.from_pretrained(folder, **options, add_pooling_layer=False)
             notes.append("the checkpoint has no pooler, and so has the converted model")
     except Exception as error:  # whatever the download raises
+        check_not_pickled_code(path, error)
         raise OSError(f"transformers cannot load {path}: {in_one_line(error)}") from error
     if missing := sorted(info["missing_keys"]):
         raise ConversionError(f"{path} lacks {len(missing)} weights of {model_class.__name__}, such as {missing[0]}")
@@ -316,6 +324,15 @@ def load_complete(model_class: Any, path: str, folder: str) -> tuple[Any, list[s
     if unexpected and model_class.__name__ in (model.config.architectures or []):
         notes.append(f"{model_class.__name__} does not use {len(unexpected)} weights, for example {unexpected[0]}")
     return model, notes
+
+
+def check_not_pickled_code(path: str, error: BaseException) -> None:
+    """Raise ConversionError if loading failed because a pickle contains other objects than tensors."""
+    if any(isinstance(cause, pickle.UnpicklingError) for cause in iter_causes(error)):
+        raise ConversionError(
+            f"{path} is a pickle with other objects than tensors, which could run code when they are loaded. Save its "
+            "tensors as safetensors"
+        ) from error
 
 
 def flattened_patches(pixel_values: torch.Tensor, patch_size: int) -> dict[str, Any]:
