@@ -78,7 +78,7 @@ class AttentionPooler(nn.Module):
         )  # [1 or B, heads, 1 or N, head_dim]
         query = query.expand(sequence.shape[0], -1, -1, -1)
         attended = nn.functional.scaled_dot_product_attention(query, key, value)  # [B, heads, 1, head_dim]
-        pooled = self.o_proj(attended.transpose(1, 2).flatten(1))
+        pooled: Tensor = self.o_proj(attended.transpose(1, 2).flatten(1))
         return pooled if self.transform is None else self.transform(pooled)
 
 
@@ -141,7 +141,7 @@ class PixelDecoder(nn.Module):
     def forward(self, patches: Tensor, grid: tuple[int, int]) -> Tensor:
         """[B, rows * columns, D] -> pixels [B, C, rows * patch height, columns * patch width]."""
         (rows, columns), (patch_height, patch_width) = grid, self.patch_size
-        pixels = self.projection(patches)  # [B, rows * columns, C * patch height * patch width]
+        pixels: Tensor = self.projection(patches)  # [B, rows * columns, C * patch height * patch width]
         pixels = pixels.view(-1, rows, columns, self.num_channels, patch_height, patch_width)
         return pixels.permute(0, 3, 1, 4, 2, 5).reshape(
             -1, self.num_channels, rows * patch_height, columns * patch_width

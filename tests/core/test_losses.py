@@ -245,7 +245,7 @@ def test_missing_tasks_are_ignored() -> None:
     assert list(output.logits) == sorted(TASKS)
     output.loss.backward()
     trained = [bool(classifier.weight.grad.any()) for classifier in model.classifiers.children()]
-    assert trained == [False, True, False]  # age, colour, species
+    assert trained == [False, True, False]  # age, color, species
 
 
 def test_a_task_without_any_label_in_the_batch_gives_zero() -> None:
@@ -289,7 +289,7 @@ def test_any_identifier_is_a_task_name(name: str) -> None:
     assert list(output.losses) == [name]
 
 
-# Masked image modelling
+# Masked image modeling
 
 MASK = torch.arange(32).view(2, 16) % 3 == 0
 
@@ -333,7 +333,7 @@ def test_pixel_losses_are_computed_in_float32(fields: dict[str, Any], dtype: tor
 
 
 def test_normalised_targets_of_a_uniform_patch_are_zero() -> None:
-    """A patch of one grey has no deviation to divide by."""
+    """A patch of one gray has no deviation to divide by."""
     config = tiny_config(norm_pixel_target=True, mim_loss="l2")
     grey = torch.full((1, 3, 32, 32), 0.7)
     loss = masked_pixel_loss(torch.zeros(1, 3, 32, 32), grey, torch.ones(1, 16, dtype=torch.bool), config)

@@ -26,7 +26,7 @@ from modeling_vitcls import (
     ViTCLSForMultiTaskClassification,
     ViTCLSImageProcessor,
 )
-from modeling_vitcls.data.images import Examples, LabelledPictures
+from modeling_vitcls.data.images import Examples, LabeledImages
 from modeling_vitcls.data.labels import LabelSpace
 from modeling_vitcls.distributed import build_accelerator
 from modeling_vitcls.inference.evaluate import evaluate_checkpoint
@@ -36,7 +36,7 @@ from modeling_vitcls.options import DataOptions, EvaluateOptions
 
 BATCH_SIZE = 3
 NUM_PICTURES = 13  # divides into rounds of neither 3 nor 2 x 3
-BROKEN = (0, 5, 11, 12)  # the last batch has no picture that can be read
+BROKEN = (0, 5, 11, 12)  # the last batch has no image that can be read
 CLASSES = ["ant", "bee", "cat", "dog", "eel", "fox", "gnu"]
 SIZES: dict[str, Any] = {"image_size": 16, "patch_size": 8, "hidden_size": 16, "num_hidden_layers": 2}
 SIZES |= {"num_attention_heads": 2, "intermediate_size": 24, "initializer_range": 0.5}
@@ -55,13 +55,13 @@ CONFIGS: dict[str, dict[str, Any]] = {
 def build_classifier(name: str) -> Any:
     """A model in evaluation mode, with the same random weights each time."""
     torch.manual_seed(3)
-    config = ViTCLSConfig(**SIZES, **CONFIGS[name], **SPACES[name].config_values())
+    config = ViTCLSConfig(**SIZES, **CONFIGS[name], **SPACES[name].to_config_values())
     model_class = ViTCLSForMultiTaskClassification if config.tasks else ViTCLSForImageClassification
     return model_class(config).eval()
 
 
 def random_label(name: str, random: np.random.Generator) -> Any:
-    """No picture is of the last class, and some have no species."""
+    """No image is of the last class, and some have no species."""
     if name == "single":
         return int(random.integers(6))
     if name == "multi_label":
@@ -69,7 +69,7 @@ def random_label(name: str, random: np.random.Generator) -> Any:
     return {"age": int(random.integers(2)), "species": int(random.choice([-100, 0, 3, 5]))}
 
 
-def build_pictures(name: str, number: int = NUM_PICTURES, broken: tuple[int, ...] = ()) -> LabelledPictures:
+def build_pictures(name: str, number: int = NUM_PICTURES, broken: tuple[int, ...] = ()) -> LabeledImages:
     """Labelled noise as PNG files in memory; broken ones end early."""
     random = np.random.default_rng(0)
     encoded, labels = [], []
@@ -79,11 +79,11 @@ def build_pictures(name: str, number: int = NUM_PICTURES, broken: tuple[int, ...
         content = file.getvalue()
         encoded.append({"path": f"{index}.png", "bytes": content[:200] if index in broken else content})
         labels.append(random_label(name, random))
-    return LabelledPictures(Examples(encoded), labels)
+    return LabeledImages(Examples(encoded), labels)
 
 
 def build_evaluator(
-    name: str, accelerator: Accelerator, pictures: LabelledPictures | None = None, **options: Any
+    name: str, accelerator: Accelerator, pictures: LabeledImages | None = None, **options: Any
 ) -> Evaluator:
     """An evaluator of one kind of labels."""
     pictures = pictures or build_pictures(name)

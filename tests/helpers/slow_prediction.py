@@ -1,7 +1,7 @@
 """Run scripts/predict.py with a second process that is slow or dies: LAST_SHARD=slow|die slow_prediction.py FLAG...
 
 slow    the second process writes its shard after the main process has checked twice whether the folder is complete
-die     the second process exits before it writes its shard, and the main process once it has checked twice
+die     the second process exits before it writes its shard
 """
 
 import os
@@ -9,23 +9,22 @@ import runpy
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
-from modeling_vitcls.inference import predict
+from modeling_vitcls.inference import outputs, predict
 
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "predict.py"
 CHECKS = Path(sys.argv[sys.argv.index("--output") + 1]).with_name("checks")  # one character per check
+is_complete = outputs.ShardFolder.is_complete
+write_rows = predict.write_rows
 
 
-def check_again(_seconds: float) -> None:
-    """Replace the wait of the main process between two checks."""
+def record_check(*arguments: Any) -> bool:
+    """Replace `is_complete` of the main process."""
     with CHECKS.open("a") as checks:
         checks.write(".")
-    if os.environ["LAST_SHARD"] == "die" and len(CHECKS.read_text()) >= 2:
-        os._exit(1)  # as the launcher would end it
-    time.sleep(0.05)
+    return is_complete(*arguments)
 
 
 def write_late(*arguments: Any) -> None:
@@ -38,9 +37,9 @@ def write_late(*arguments: Any) -> None:
 
 
 if __name__ == "__main__":
-    write_rows = predict.write_rows
+    outputs.SECONDS_BETWEEN_CHECKS, outputs.SECONDS_BETWEEN_HEARTBEATS, outputs.MAX_SILENT_SECONDS = 0.05, 0.1, 5.0
     if os.environ["RANK"] == "0":
-        predict.time = SimpleNamespace(sleep=check_again)  # type: ignore[assignment]
+        outputs.ShardFolder.is_complete = record_check  # type: ignore[method-assign]
     else:
         predict.write_rows = write_late
     sys.argv[0] = str(SCRIPT)

@@ -24,12 +24,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from modeling_vitcls import ViTCLSConfig, ViTCLSImageProcessor
-from modeling_vitcls.checkpoints import CheckpointStore, DamagedCheckpoint, read_checkpoint, state_text
+from modeling_vitcls.checkpoints import CheckpointStore, DamagedCheckpoint, format_state, read_checkpoint
 from modeling_vitcls.conversion.from_state_dict import FAMILIES, convert_state_dict
 from modeling_vitcls.data.sources import load_splits
 from modeling_vitcls.hub.card_results import format_name
 from modeling_vitcls.image_processing_vitcls import IMAGE_FORMATS
-from modeling_vitcls.inference.outputs import FORMULA_STARTS, in_one_cell
+from modeling_vitcls.inference.outputs import FORMULA_STARTS, format_cell
 from modeling_vitcls.options import DataOptions
 
 
@@ -266,7 +266,7 @@ def test_state_files(changes: Any, has_checksum: bool, edits: list[tuple[str, fl
         state = json.loads((folder / "state.json").read_text())
         if isinstance(changes, dict) and has_checksum:
             state.pop("sha256")
-            (folder / "state.json").write_text(state_text(state | changes))
+            (folder / "state.json").write_text(format_state(state | changes))
         elif has_checksum:
             (folder / "state.json").write_text(json.dumps(changes))
         else:
@@ -299,7 +299,7 @@ def test_metadata_tables(header: str, rows: list[tuple[str, str]], garbage: byte
 @given(st.text())
 def test_names_of_labels(name: str) -> None:
     """In CSV cells, Markdown and YAML."""
-    cell = in_one_cell(name)
+    cell = format_cell(name)
     assert not cell.startswith(FORMULA_STARTS) and cell.removeprefix("'") == name.removeprefix("'")
     code = format_name(name)
     assert code.startswith("`") and code.endswith("`") and "`" not in code[1:-1]
