@@ -407,7 +407,7 @@ def convert_to_tensor(name: str, value: Any) -> torch.Tensor:
     """
     try:
         return torch.as_tensor(value)
-    except TypeError:
+    except (TypeError, ValueError, RuntimeError):
         raise ConversionError(
             f"{name} is not an array of numbers that torch supports. Convert it to float32"
         ) from None

@@ -44,7 +44,7 @@ from modeling_vitcls.inference.outputs import (
     assign_ranges,
     get_output_columns,
     iterate_shards,
-    show_table,
+    print_table,
     write_rows,
 )
 from modeling_vitcls.inference.predict import PredictionCounts, iterate_batches, predict, predict_images
@@ -613,7 +613,7 @@ def test_text_in_csv_files_is_not_a_formula(tmp_path: Path) -> None:
 def test_tables_show_no_control_characters(capsys: pytest.CaptureFixture) -> None:
     """A terminal would run escape sequences in names of files and classes."""
     name = "\x1b]0;title\x07\x1b[31m[bold]red\u202e\n\r2"
-    show_table(
+    print_table(
         [{"image": name, name: name, "error": None}], {"image": pa.string(), name: pa.string(), "error": pa.string()}
     )
     printed = capsys.readouterr().out

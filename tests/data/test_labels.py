@@ -6,7 +6,7 @@ import datasets
 import pytest
 from tiny_models import raises_one_line
 
-from modeling_vitcls.data.columns import LabelReader, build_label_reader
+from modeling_vitcls.data.labels import LabelReader, build_label_reader
 from modeling_vitcls.options import DataOptions
 
 
@@ -30,7 +30,7 @@ def test_minus_one_is_a_class_unless_the_column_is_declared() -> None:
     assert read_all(reader, [-1, 0, 1]) == [0, 1, 2]
     declared = build_reader([], datasets.ClassLabel(names=["no", "yes"]))
     assert read_all(declared, [0, 1]) == [0, 1]
-    with raises_one_line("row has the label -1, which is none of the 2 classes"):
+    with raises_one_line("row has the label -1, which is not one of the 2 classes"):
         declared.read({"label": -1}, "row")
 
 
@@ -39,7 +39,7 @@ def test_undeclared_integers_are_names_sorted_by_value() -> None:
     assert reader.space.names == ["9", "10", "100"]
     assert read_all(reader, [9, 10, 100, 10.0, "9"]) == [0, 1, 2, 1, 0]
     for value in (0, 1, 2, -1, 3):  # no index
-        with raises_one_line(f"row has the label {value}, which is none of the 3 classes"):
+        with raises_one_line(f"row has the label {value}, which is not one of the 3 classes"):
             reader.read({"label": value}, "row")
 
 
@@ -48,7 +48,7 @@ def test_integers_are_never_indices_if_any_name_is_an_integer(names: tuple[str, 
     reader = build_reader([], names=names)
     assert read_all(reader, ["cat", int(names[1]), names[1], "dog"]) == [0, 1, 1, 2]
     for value in (0, 1, 2, -1):
-        with raises_one_line(f"row has the label {value}, which is none of the 3 classes"):
+        with raises_one_line(f"row has the label {value}, which is not one of the 3 classes"):
             reader.read({"label": value}, "row")
 
 
@@ -56,7 +56,7 @@ def test_integers_are_indices_if_no_name_is_an_integer() -> None:
     reader = build_reader([], names=("cat", "dog"))
     assert read_all(reader, [0, 1, 1.0, "cat", "dog"]) == [0, 1, 1, 0, 1]
     for value in (-1, 2, "0", 0.5):
-        with raises_one_line(f"row has the label {value!r}, which is none of the 2 classes"):
+        with raises_one_line(f"row has the label {value!r}, which is not one of the 2 classes"):
             reader.read({"label": value}, "row")
 
 
