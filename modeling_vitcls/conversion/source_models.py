@@ -147,14 +147,17 @@ class TimmSource(SourceModel):
 
     def compute_outputs(self, pixel_values: torch.Tensor) -> Outputs:
         """Return the outputs; for images of another size, of a copy after `set_input_size`."""
-        model: Any = self.model
-        size = tuple(pixel_values.shape[-2:])
-        if size != self.image_size:
-            model = copy.deepcopy(model)
-            model.set_input_size(img_size=size)
+        height, width = pixel_values.shape[-2:]
+        model: Any = self.model if (height, width) == self.image_size else self.build_resized_model((height, width))
         sequence = model.forward_features(pixel_values)
         head = "logits" if self.has_classifier else "pooled"
         return {"sequence": sequence, head: model.forward_head(sequence)}
+
+    def build_resized_model(self, size: tuple[int, int]) -> Any:
+        """Return a copy of the model for images of (height, width) pixels."""
+        model: Any = copy.deepcopy(self.model)
+        model.set_input_size(img_size=size)
+        return model
 
     def convert_preprocessing(self) -> ConvertedPreprocessing:
         """Convert `pretrained_cfg`."""
