@@ -37,6 +37,7 @@ import yaml
 
 from .errors import format_error
 from .files import read_json
+from .options import to_arguments
 
 
 STAGES = ("pretrain", "finetune", "evaluate", "inspect")
@@ -91,8 +92,8 @@ class Study:
         for factor, level in levels.items():
             for name, flags in split_by_stage(self.factors[factor][level]).items():
                 stages[name] = None if flags is None else (stages.get(name) or {}) | flags
-        used = {name: stages[name] for name in STAGES if stages.get(name) is not None}
-        return {name: flags | ({"seed": seed} if name in SEEDED_STAGES else {}) for name, flags in used.items()}
+        seeded = {name: {"seed": seed} if name in SEEDED_STAGES else {} for name in STAGES}
+        return {name: flags | seeded[name] for name in STAGES if (flags := stages.get(name)) is not None}
 
 
 def load_study(file: Path) -> Study:
@@ -229,8 +230,6 @@ class StudyRunner:
 
     def build_commands(self, run: StudyRun) -> list[tuple[str, list[str]]]:
         """Return the flags of each stage of a run, on the command line."""
-        from .commands.parsing import format_flag
-
         folder = self.get_folder(run)
         commands = []
         for stage, flags in run.stages.items():
@@ -244,7 +243,7 @@ class StudyRunner:
                 values["output" if stage == "evaluate" else "json"] = str(self.get_result_file(run, stage))
                 if stage == "inspect":
                     values["output"] = str(folder / "report.html")
-            commands.append((stage, [token for name, value in values.items() for token in format_flag(name, value)]))
+            commands.append((stage, [token for name, value in values.items() for token in to_arguments(name, value)]))
         return commands
 
     def fill(self, value: Any, run: StudyRun) -> Any:

@@ -26,6 +26,7 @@ WRAPPERS = {
     "push": "push_to_hub",
     "demo": "demo_app",
     "space": "push_space",
+    "study": "study",
 }
 # The command as a program of its own, then the names of loaded libraries on stderr.
 COMMAND = """

@@ -21,6 +21,7 @@ import yaml
 
 from ..errors import is_on_all_processes
 from ..files import is_closed_pipe
+from ..options import to_arguments
 
 
 PACKAGE = Path(__file__).parents[1]
@@ -124,15 +125,7 @@ def read_recipe(path: Path, known: set[str]) -> list[str]:
             close = ABBREVIATIONS.get(name) or next(iter(difflib.get_close_matches(name, known, n=1)), None)
             advice = f"use {close}" if close in known else "`--help` lists the flags"
             stop(f"error: {path}, line {key.start_mark.line + 1}: there is no flag {key.value}: {advice}")
-    return [token for name, value in recipe.items() for token in format_flag(str(name), value)]
-
-
-def format_flag(name: str, value: Any) -> list[str]:
-    """Return a flag and its value as arguments of the command line."""
-    name = name.replace("_", "-")
-    if isinstance(value, bool):
-        return [f"--{name}" if value else f"--no-{name}"]
-    return [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+    return [token for name, value in recipe.items() for token in to_arguments(str(name), value)]
 
 
 @contextmanager

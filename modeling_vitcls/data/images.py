@@ -268,7 +268,7 @@ def decode_image(encoded: dict[str, Any] | None, where: str) -> Image.Image:
         elif not isinstance(error, ValueError):  # the messages of `read_image` contain the path
             message = f"{shorten(path)}: {message}"
         raise UnreadableImage(message) from error
-    image.filename = path or where
+    image.filename = path or where  # type: ignore[union-attr]
     return image
 
 

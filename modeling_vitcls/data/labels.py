@@ -187,8 +187,8 @@ def build_label_reader(
     Raises:
         ValueError: if a column does not exist, contains no class labels, or has unknown classes.
     """
-    names: tuple[str | None, ...] = options.label_column or (None,)
-    names = tuple(find_column("label", name, features, is_label, LABEL_NAMES, options.dataset) for name in names)
+    given: tuple[str | None, ...] = options.label_column or (None,)
+    names = tuple(find_column("label", name, features, is_label, LABEL_NAMES, options.dataset) for name in given)
     lists = [name for name in names if get_item_type(features[name]) is not None or options.label_separator]
     if lists and len(names) > 1:
         raise ValueError(

@@ -390,7 +390,7 @@ class Runner:
             folder.mkdir(exist_ok=True)
         self.accelerator.wait_for_everyone()
         flags = {
-            name: format_flag(value) for name, value in to_flags(self.options).items()
+            name: format_flag_value(value) for name, value in to_flags(self.options).items()
         }  # TensorBoard does not accept lists
         self.accelerator.init_trackers(
             self.folder.resolve().name, config=flags, init_kwargs={"wandb": {"dir": str(folder)}}
@@ -507,11 +507,11 @@ def check_same_flags(before: dict[str, Any], now: dict[str, Any], folder: Path) 
                 f"start another run with --model {folder}"
             )
         raise ValueError(
-            f"--resume: the run in {folder} was started with --{name.replace('_', '-')} {format_flag(value)}, but "
-            f"this run has {format_flag(now.get(name))}. {advice}"
+            f"--resume: the run in {folder} was started with --{name.replace('_', '-')} "
+            f"{format_flag_value(value)}, but this run has {format_flag_value(now.get(name))}. {advice}"
         )
 
 
-def format_flag(value: Any) -> str:
+def format_flag_value(value: Any) -> str:
     """Format a flag's value as on the command line."""
     return "unset" if value is None else " ".join(map(str, value)) if isinstance(value, list) else str(value)
