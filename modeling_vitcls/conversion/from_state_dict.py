@@ -23,6 +23,7 @@ from typing import Any
 import torch
 
 from ..configuration_vitcls import ViTCLSConfig
+from ..files import replace_control_characters
 from ..modeling_vitcls import ViTCLSPreTrainedModel
 from .head_transfer import ClassifierChoice, build_model, split_classifier
 from .timm_tables import BLOCK_RULES, GATED_MLP, MLP_RULES, STEM_RULES, build_head_rules
@@ -85,7 +86,8 @@ def convert_state_dict(
     conversion = FAMILIES[family]
     if not isinstance(weights, Mapping):
         raise ConversionError(f"a conversion requires a state dict, but weights is a {type(weights).__name__}")
-    used = {name: value for name, value in weights.get("model", weights).items() if not name.startswith(tuple(drop))}
+    named = {replace_control_characters(str(name)): value for name, value in weights.get("model", weights).items()}
+    used = {name: value for name, value in named.items() if not name.startswith(tuple(drop))}
     tensors = conversion.prepare({name: convert_to_tensor(name, value) for name, value in used.items()})
     fields = conversion.read_fields(tensors) | fields
     for name in ("num_attention_heads", "image_size"):

@@ -421,7 +421,7 @@ def describe_differences(family: str, config: ViTCLSConfig) -> list[str]:
     """Return notes on rules that differ between the authors' code, timm, transformers and the converted model."""
     if config.rope_periods is not None:
         return [
-            "rotary periods: as stored in the file (the authors' code); timm and transformers recompute the periods in "
+            "rotary periods: as stored in the file (the authors' code); timm and transformers compute the periods in "
             "float32"
         ]
     if family == "big_vision":

@@ -296,7 +296,7 @@ def test_labels_that_contradict_each_other_are_named(colours: Path, tmp_path: Pa
             "has the label 0.5, but --label-separator requires a column",
         ),
         ({"label_column": ("shade", "size"), "label_names": ("a",)}, "'shade' is one of several"),
-        ({"label_column": ("absent",)}, "has no column 'absent': Choose one of image, tags, size, shade"),
+        ({"label_column": ("absent",)}, "has no column 'absent'. Choose one of image, tags, size, shade"),
     ):
         with pytest.raises(ValueError, match=message):
             read(file, **options)
@@ -469,8 +469,8 @@ def test_contents_of_pipes_are_not_read(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.png")
     (tmp_path / "file.png").write_bytes(b"content")
     paths = [str(tmp_path / name) for name in ("pipe.png", "file.png", "missing.png")] + ["https://example.org/a.png"]
-    assert [Files(paths).content(index) for index in range(4)] == [None, b"content", None, None]
-    assert Examples([{"path": None, "bytes": None}]).content(0) is None
+    assert [Files(paths).read_content(index) for index in range(4)] == [None, b"content", None, None]
+    assert Examples([{"path": None, "bytes": None}]).read_content(0) is None
 
 
 def test_missing_images_are_broken(tmp_path: Path) -> None:

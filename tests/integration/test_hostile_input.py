@@ -154,7 +154,6 @@ CHANGED_TENSORS: dict[str, Callable[[torch.Tensor], Any]] = {
     "integers": torch.Tensor.long,
     "complex": lambda tensor: tensor.to(torch.complex64),
     "not finite": lambda tensor: tensor * float("nan"),
-    "meta": lambda tensor: tensor.to("meta"),
     "text": lambda tensor: "text",
     "nothing": lambda tensor: None,
     "array": lambda tensor: tensor.numpy(),
