@@ -59,9 +59,9 @@ class ViTCLSPatchEmbeddings(nn.Module):
 
     def get_grid_size(self, pixel_values: Tensor) -> tuple[int, int]:
         """Return rows and columns of patches. Raises ValueError for images that the model does not accept."""
-        if pixel_values.ndim != 4:
+        if pixel_values.ndim != 4 or pixel_values.shape[0] == 0:
             raise ValueError(
-                f"pixel_values has shape {tuple(pixel_values.shape)}: pass [batch, channels, height, width]"
+                f"pixel_values has shape {tuple(pixel_values.shape)}: pass images [batch, channels, height, width]"
             )
         _, channels, height, width = pixel_values.shape
         if channels != self.num_channels:

@@ -157,6 +157,8 @@ def read_idx(file: Path, num_dimensions: int) -> np.ndarray:
 def load_with_datasets(options: DataOptions, use_labels: bool, select: SplitSelector) -> Splits:
     """Load a folder, a file or a dataset on the Hub with the `datasets` library."""
     opened = open_with_datasets(options, use_labels)
+    if not opened:
+        raise ValueError(f"{options.dataset} contains no rows. Check its tables")
     datasets = {split: opened[split] for split in select(list(opened))}
     features = next(iter(datasets.values())).features
     image_column = find_image_column(options, features)

@@ -26,7 +26,7 @@ from ..data.sampling import BatchPlan
 from ..data.splits import describe_change
 from ..distributed import build_accelerator, check_deepspeed_flags, on_main, set_deepspeed_batch_size, shard_by_layer
 from ..errors import is_on_all_processes, on_all_processes
-from ..hub.local_paths import BUILT_IN_DATASET, is_same_path, resolve_name
+from ..hub.local_paths import BUILT_IN_DATASET, is_same_path, make_relative, resolve_name
 from ..hub.manifest import RECIPE
 from ..inference.load_model import is_preset
 from ..options import FinetuneOptions, PretrainOptions, to_flags
@@ -313,11 +313,16 @@ class Runner:
         def claim() -> None:
             if self.facts is None:
                 remove_run(self.folder, self.store)
-            flags = {name: value for name, value in to_flags(self.options).items() if name not in START_FLAGS}
+            flags = {name: value for name, value in self.get_flags().items() if name not in START_FLAGS}
             (self.folder / RECIPE).write_text(yaml.safe_dump(flags, sort_keys=False), encoding="utf-8")
 
         if not self.is_finished:
             on_main(self.accelerator, claim)
+
+    def get_flags(self) -> dict[str, Any]:
+        """Return all flags of the run, with paths relative to the current folder."""
+        flags = to_flags(self.options)
+        return flags | {name: make_relative(flags.get(name)) for name in ("output_dir", *PATH_FLAGS) if name in flags}
 
     @contextmanager
     def release_lock_on_error(self) -> Iterator[None]:
@@ -373,7 +378,7 @@ class Runner:
             "num_steps": plan.num_steps,
             "mixed_precision": self.accelerator.mixed_precision,
             "data": self.data,
-            "flags": to_flags(self.options),
+            "flags": self.get_flags(),
         }
         tensors, rest = gather_state(self.accelerator, state.model, state.optimizer, self.get_ema_weights(state))
         return tensors, facts | rest

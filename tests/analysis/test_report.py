@@ -95,8 +95,10 @@ def opened(browser: Browser, file: Path, scheme: Any = "light", width: int = 128
     page.on("console", lambda message: said.append(message.text))
     page.on("pageerror", lambda error: said.append(str(error)))
     page.on("request", lambda request: said.append(request.url) if not is_local(request.url, file) else None)
+    page.add_init_script("addEventListener('error', () => { window.hasFailed = true })")
     page.goto(file.as_uri())
     page.wait_for_function(EVERYTHING_IS_DRAWN)
+    assert said == []
     yield page
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
     assert said == []
@@ -105,6 +107,7 @@ def opened(browser: Browser, file: Path, scheme: Any = "light", width: int = 128
 
 # Charts are drawn after they have been laid out, which moves what is below them.
 EVERYTHING_IS_DRAWN = """
+    window.hasFailed ||
     [...document.querySelectorAll('[data-thumbnail]')].every((canvas) => Math.max(canvas.width, canvas.height) === 200)
     && [...document.querySelectorAll('[data-chart] svg[role=img]')].every((chart) => chart.childElementCount)
 """
