@@ -350,6 +350,13 @@ class EvaluateOptions:
     """Images per process and forward pass."""
     mixed_precision: Literal["no", "bf16", "fp16"] | None = None
     """Precision of the forward pass. Default: what `accelerate launch` says."""
+    frozen: str | None = None
+    """Evaluate the frozen encoder instead of the model's classifier: fit `knn`, `logreg` (logistic regression) or
+    `few-shot:N` (logistic regression on N images per class) to the features of the training images."""
+    frozen_layers: Literal["last", "all"] = "last"
+    """With --frozen: layers whose features are evaluated."""
+    frozen_repeats: int = 10
+    """With --frozen few-shot:N: number of random selections of the N images."""
     output: Path | None = None
     """JSON file for the results: these metrics, those of each class, and the confusion matrix."""
     config: Path | None = None
@@ -357,6 +364,9 @@ class EvaluateOptions:
 
     def __post_init__(self) -> None:
         require(self, "batch_size", self.batch_size >= 1, "1 or more")
+        require(self, "frozen_repeats", self.frozen_repeats >= 1, "1 or more")
+        is_known = self.frozen in (None, "knn", "logreg") or re.fullmatch(r"few-shot:[1-9]\d*", str(self.frozen))
+        require(self, "frozen", bool(is_known), "of knn, logreg, or few-shot:N such as few-shot:5")
 
 
 @dataclass(frozen=True)
