@@ -129,9 +129,7 @@ def describe_amount(facts: RunFacts) -> str:
 DEFAULTS = (
     Default("training", "learning_rate", choose_learning_rate, describe_width),
     Default("model", "initializer_range", choose_initializer_range, describe_width),
-    Default(
-        "training", "layer_decay", choose_layer_decay, describe_weights
-    ),
+    Default("training", "layer_decay", choose_layer_decay, describe_weights),
     Default("training", "epochs", choose_epochs, describe_amount),
     Default("augmentation", "crop_scale", lambda facts: 1.0 if has_small_images(facts) else 0.35, describe_size),
     Default("augmentation", "shift", lambda facts: 0.1 if has_small_images(facts) else 0.0, describe_size),
