@@ -309,7 +309,7 @@ ADAPTERS: dict[str, Callable[[Weight], Adapted]] = {
 
 
 # Loading errors ------------------------------------------------------------------------------------------------------
-def load_checkpoint(load: Callable, source: Any, *args: Any, **kwargs: Any) -> Any:
+def load_checkpoint(load: Callable[..., Any], source: Any, *args: Any, **kwargs: Any) -> Any:
     """Return `load(source, ...)`, a `from_pretrained`, with errors in one line that name the file or weight.
 
     transformers reports mismatched weights in a table, does not name a damaged file, and builds a model of default
@@ -352,7 +352,7 @@ def check_folder(source: Any, config_is_elsewhere: bool) -> None:
         raise OSError(f"there is no config.json in {source}: save_pretrained writes it next to the weights")
 
 
-def describe_mismatch(load: Callable, source: Any, *args: Any, **kwargs: Any) -> str:
+def describe_mismatch(load: Callable[..., Any], source: Any, *args: Any, **kwargs: Any) -> str:
     """Return an error message that names the weights whose shapes differ, by loading again without them."""
     kwargs = {**kwargs, "ignore_mismatched_sizes": True, "output_loading_info": True}
     _, info = load(source, *args, **kwargs)

@@ -108,8 +108,7 @@ def build_cls_attention_mask(
 def build_cls_visibility(config: ViTCLSConfig, grid: tuple[int, int], device: torch.device) -> Tensor:
     """Return a boolean matrix [N, N]: row q, column k is true if token q may attend to token k."""
     layout = config.token_layout
-    rows, columns = grid
-    num_tokens = layout.num_prefix_tokens + rows * columns
+    num_tokens = layout.get_num_tokens(*grid)
     visible = torch.ones(num_tokens, num_tokens, dtype=torch.bool, device=device)
     for index, scope in enumerate(config.cls_scopes or ()):
         if not isinstance(scope, str):  # "image" hides nothing
@@ -164,7 +163,7 @@ class RelativePositionBias(nn.Module):
         down = y[:, None] - y[None, :] + rows - 1
         right = x[:, None] - x[None, :] + columns - 1
         num_distances = (2 * rows - 1) * (2 * columns - 1)
-        num_tokens = layout.num_prefix_tokens + rows * columns
+        num_tokens = layout.get_num_tokens(rows, columns)
         index = torch.full((num_tokens, num_tokens), num_distances + 2, dtype=torch.long, device=device)
         index[: layout.num_prefix_tokens, layout.patches] = num_distances
         index[layout.patches, : layout.num_prefix_tokens] = num_distances + 1

@@ -56,7 +56,7 @@ class ViTCLSPatchEmbeddings(nn.Module):
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         """Project the patches of images that `get_grid_size` accepts."""
-        patches = self.projection(pixel_values)  # [B, D, rows, columns]
+        patches: Tensor = self.projection(pixel_values)  # [B, D, rows, columns]
         patches = patches.flatten(2).transpose(1, 2)  # [B, rows * columns, D]
         return patches if self.norm is None else self.norm(patches)
 
@@ -64,8 +64,7 @@ class ViTCLSPatchEmbeddings(nn.Module):
         """Return rows and columns of patches in these images.
 
         Raises:
-            ValueError: if `pixel_values` is not a batch of images, has another number of channels, or is smaller than
-                one patch.
+            ValueError: if `pixel_values` is not [B, C, H, W], has other channels, or is smaller than one patch.
         """
         if pixel_values.ndim != 4:
             raise ValueError(
@@ -111,13 +110,12 @@ class ViTCLSEmbeddings(nn.Module):
         """
         batch_size = pixel_values.shape[0]
         grid = self.patch_embeddings.get_grid_size(pixel_values)
-        patches = self.patch_embeddings(pixel_values)  # [B, rows * columns, D]
-        patches = self.mask_patches(patches, bool_masked_pos)
+        patches = self.mask_patches(self.patch_embeddings(pixel_values), bool_masked_pos)  # [B, rows * columns, D]
         special_tokens = self.get_special_tokens()  # name -> [1, n, D]
         if self.position_embeddings is not None:
             special_tokens, patches = self.position_embeddings(special_tokens, patches, grid)
         special = [tokens.expand(batch_size, -1, -1) for tokens in special_tokens.values()]
-        tokens = self.dropout(torch.cat([*special, patches], dim=1))  # [B, N, D]
+        tokens: Tensor = self.dropout(torch.cat([*special, patches], dim=1))  # [B, N, D]
         return tokens if self.norm is None else self.norm(tokens)
 
     def get_special_tokens(self) -> dict[str, Tensor]:
@@ -315,7 +313,7 @@ class ViTCLSAttention(nn.Module):
             self.recorder(query, key, value, attention_mask, self.scaling, attended)
         return attended, weights
 
-    def get_attention_function(self) -> Callable:
+    def get_attention_function(self) -> Callable[..., tuple[Tensor, Tensor | None]]:
         """Return the function of `config._attn_implementation`, from the attention interface of transformers."""
         return ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
 

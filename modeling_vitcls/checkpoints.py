@@ -1,14 +1,14 @@
-"""Checkpoints on disk: folders of tensors and facts that are there whole, or not at all.
+"""Checkpoints on disk: folders of tensors and metadata, which are written completely or not at all.
 
     checkpoints/
       step-00000120/           model.safetensors, optimizer.safetensors, ...: named tensors
-                               state.json: step, facts, the SHA-256 of every file, and its own
+                               state.json: step, metadata, the SHA-256 of each file, and its own
       step-00000240/
-      .step-00000360.partial/  what a killed save, or removal, left behind; the next save removes it
+      .step-00000360.partial/  left by a killed save or removal; the next save removes it
 
-A checkpoint is written into a hidden folder, forced onto the disk and then renamed, so that a process killed at any
-moment leaves the one before. Reading is safetensors and JSON alone: nothing is unpickled, and nothing is run.
-What the tensors mean, and how several processes hold them, is in training/distributed_state.py.
+A checkpoint is written to a hidden folder, synchronized to the disk and then renamed. A process that is killed at any
+moment therefore leaves the previous checkpoint. Only safetensors and JSON are read: nothing is unpickled or executed.
+training/distributed_state.py collects the tensors from the processes.
 """
 
 import hashlib
@@ -35,48 +35,48 @@ Tensors = dict[str, torch.Tensor]
 
 STATE_FILE = "state.json"
 COMPLETE = re.compile(r"step-(\d{8,})")
-PARTIAL, REPLACED = ".partial", ".replaced"  # ends of hidden folders: not whole; whole, but about to be replaced
-WRITE_ERRORS = (OSError, SafetensorError)  # safetensors wraps the system's errors in its own
+PARTIAL, REPLACED = ".partial", ".replaced"  # suffixes of hidden folders: incomplete; complete, but being replaced
+WRITE_ERRORS = (OSError, SafetensorError)  # safetensors wraps the system's errors in its own error
 
 
 class DamagedCheckpoint(ValueError):
-    """A checkpoint whose files are not those that were written."""
+    """Error for a checkpoint whose files are missing or differ from the written files."""
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """One checkpoint on disk, verified."""
+    """Verified checkpoint on disk."""
 
     folder: Path
     step: int
     facts: dict[str, Any]
 
     def tensors(self, name: str) -> Tensors:
-        """The tensors of `name`.safetensors, on the CPU."""
+        """Return the tensors in `name`.safetensors, on the CPU."""
         return load_file(self.folder / f"{name}.safetensors")
 
 
 class CheckpointStore:
-    """The checkpoints of one run. One process writes and reads them: the main one."""
+    """Checkpoints of one run. Only the main process writes and reads them."""
 
     def __init__(self, folder: Path, keep: int) -> None:
-        """`keep`: how many of the newest to keep, besides the best one."""
+        """Store the folder, and the number of newest checkpoints to keep in addition to the best one."""
         self.folder = folder
         self.keep = keep
 
     def save(self, step: int, tensors: dict[str, Tensors], facts: dict[str, Any], is_best: bool) -> Path:
-        """Write a checkpoint, then remove those that are no longer kept.
+        """Write a checkpoint, then remove old checkpoints.
 
         Args:
-            tensors: file name without its ending -> named tensors, on any device.
-            facts: what JSON can hold. Floats come back to the bit, tuples as lists.
-            is_best: whether the model is the best one so far; the newest such checkpoint is always kept.
+            tensors: file name without its suffix -> named tensors, on any device.
+            facts: metadata in JSON types. Floats are restored to the bit, tuples become lists.
+            is_best: whether the model is the best so far; the newest such checkpoint is always kept.
 
         Raises:
-            OSError: in one line, where it cannot be written; what was there before is then untouched.
+            OSError: if the checkpoint cannot be written; earlier checkpoints are unchanged.
         """
         target = self.folder / f"step-{step:08d}"
-        partial = hidden(target, PARTIAL)
+        partial = get_hidden_path(target, PARTIAL)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             self.remove_leftovers()
@@ -85,18 +85,18 @@ class CheckpointStore:
             move_into_place(partial, target)
         except WRITE_ERRORS as error:
             shutil.rmtree(partial, ignore_errors=True)
-            raise OSError(self.why_not_saved(step, tensors, error)) from error
+            raise OSError(self.describe_write_error(step, tensors, error)) from error
         self.prune(step)
         return target
 
     def newest(self, warn: Callable[[str], None]) -> Checkpoint | None:
-        """The newest undamaged checkpoint, or None where there is none at all.
+        """Return the newest undamaged checkpoint, or None if there are no checkpoints.
 
         Args:
-            warn: takes one line about each damaged checkpoint that was passed over.
+            warn: prints a warning about a damaged checkpoint.
 
         Raises:
-            ValueError: in one line, where every checkpoint is damaged.
+            ValueError: if all checkpoints are damaged.
         """
         self.remove_leftovers()
         damaged = []
@@ -105,35 +105,35 @@ class CheckpointStore:
                 return read_checkpoint(self.path(step))
             except DamagedCheckpoint as error:
                 damaged.append(str(error))
-                warn(f"{error}; taking the checkpoint before it")
+                warn(f"{error}; the previous checkpoint is used")
         if damaged:
             raise ValueError(
-                f"every checkpoint in {self.folder} is damaged ({damaged[0]}): remove that folder, or leave out "
-                "--resume, to start from the beginning"
+                f"all checkpoints in {self.folder} are damaged ({damaged[0]}). To start from the beginning, set "
+                "--overwrite instead of --resume"
             )
         return None
 
     def clear(self) -> None:
-        """Remove all checkpoints of an earlier run, and the folder if nothing else is in it."""
+        """Remove all checkpoints of an earlier run, and the folder if it contains nothing else."""
         self.remove_leftovers()
         for step in self.steps():
             remove(self.path(step))
-        with suppress(OSError):  # not there, or it holds files that are no checkpoints
+        with suppress(OSError):  # missing, or not empty
             self.folder.rmdir()
 
     def steps(self) -> list[int]:
-        """Steps of the checkpoints that are there, rising."""
+        """Return the steps of the checkpoints in ascending order."""
         if not self.folder.is_dir():
             return []
         names = [COMPLETE.fullmatch(path.name) for path in self.folder.iterdir() if path.is_dir()]
         return sorted(int(name[1]) for name in names if name)
 
     def path(self, step: int) -> Path:
-        """Folder of a step's checkpoint."""
+        """Return the folder of a step's checkpoint."""
         return self.folder / f"step-{step:08d}"
 
     def prune(self, step: int) -> None:
-        """Keep the newest and the best up to `step`. Later ones belong to a run that has gone back before them."""
+        """Keep the newest checkpoints and the best one up to `step`. Later checkpoints are from before a resume."""
         steps = self.steps()
         past = [other for other in steps if other <= step]
         best = [other for other in past if was_best(self.path(other))]
@@ -143,7 +143,7 @@ class CheckpointStore:
                 remove(self.path(other))
 
     def remove_leftovers(self) -> None:
-        """Undo what a killed save had begun."""
+        """Remove or restore the hidden folders of a killed save."""
         for replaced in self.folder.glob(f".step-*{REPLACED}"):
             target = self.folder / replaced.name.removeprefix(".").removesuffix(REPLACED)
             if target.exists():
@@ -153,16 +153,16 @@ class CheckpointStore:
         for partial in self.folder.glob(f".step-*{PARTIAL}"):
             shutil.rmtree(partial)
 
-    def why_not_saved(self, step: int, tensors: dict[str, Tensors], error: Exception) -> str:
-        """One line for the person who finds the run stopped."""
-        needed = sum(tensor.nbytes for named in tensors.values() for tensor in named.values())
+    def describe_write_error(self, step: int, tensors: dict[str, Tensors], error: Exception) -> str:
+        """Return the error message for a checkpoint that cannot be written, with required and free space."""
+        required = sum(tensor.nbytes for named in tensors.values() for tensor in named.values())
         steps = self.steps()
-        last = f"the one of step {steps[-1]} is intact" if steps else "there is none before it"
+        last = f"the checkpoint of step {steps[-1]} is intact" if steps else "there is no earlier checkpoint"
         existing = next(folder for folder in (self.folder, *self.folder.absolute().parents) if folder.exists())
         return (
-            f"cannot write the checkpoint of step {step} to {self.folder}: {' '.join(str(error).split())}. It takes "
-            f"{megabytes(needed)}, and {megabytes(shutil.disk_usage(existing).free)} are free; {last}. Make room and "
-            "go on with --resume"
+            f"cannot write the checkpoint of step {step} to {self.folder}: {' '.join(str(error).split())}. It "
+            f"requires {format_megabytes(required)}, but {format_megabytes(shutil.disk_usage(existing).free)} are "
+            f"free; {last}. Free disk space, then use --resume"
         )
 
 
@@ -177,7 +177,7 @@ def save_for_all(
     facts: dict[str, Any],
     is_best: bool,
 ) -> None:
-    """`CheckpointStore.save` on the main process, while all wait; where it fails, it fails on all of them."""
+    """Save a checkpoint on the main process while the others wait. An error is raised on all processes."""
 
     def save() -> None:
         store.save(step, tensors, facts, is_best)
@@ -188,16 +188,16 @@ def save_for_all(
 def newest_for_all(
     store: CheckpointStore, accelerator: Accelerator, warn: Callable[[str], None]
 ) -> tuple[Checkpoint | None, dict[str, Any] | None]:
-    """`CheckpointStore.newest` on the main process: the checkpoint there (None elsewhere), and its facts on all
-    processes (None where there is no checkpoint)."""
-    found: list[Checkpoint | None] = [None]
+    """Return the newest checkpoint on the main process (None on the others), and its metadata on all processes (None
+    if there are no checkpoints)."""
+    newest: list[Checkpoint | None] = [None]
 
-    def look() -> dict[str, Any] | None:
-        found[0] = newest = store.newest(warn)
-        return None if newest is None else newest.facts
+    def read() -> dict[str, Any] | None:
+        newest[0] = checkpoint = store.newest(warn)
+        return None if checkpoint is None else checkpoint.facts
 
-    facts = on_main(accelerator, look)
-    return found[0], facts
+    facts = on_main(accelerator, read)
+    return newest[0], facts
 
 
 # One checkpoint's files ----------------------------------------------------------------------------------------------
@@ -206,58 +206,59 @@ def newest_for_all(
 def write_checkpoint(
     folder: Path, step: int, tensors: dict[str, Tensors], facts: dict[str, Any], is_best: bool
 ) -> None:
-    """Fill an empty folder, and wait until all of it is on the disk."""
+    """Write the files of a checkpoint to an empty folder, and synchronize the folder to the disk."""
     for name, named in tensors.items():
-        save_file(separate(named), folder / f"{name}.safetensors")
+        save_file(copy_shared_memory(named), folder / f"{name}.safetensors")
     files = {path.name: file_digest(path) for path in sorted(folder.iterdir())}
     state = {"format": 1, "step": step, "is_best": is_best, "facts": facts, "files": files}
-    (folder / STATE_FILE).write_text(state_text(state), encoding="utf-8")
+    (folder / STATE_FILE).write_text(format_state(state), encoding="utf-8")
     for path in (*folder.iterdir(), folder):
-        force_to_disk(path)
+        sync_to_disk(path)
 
 
 def read_checkpoint(folder: Path) -> Checkpoint:
-    """Verify a checkpoint. Raises DamagedCheckpoint, naming the file, unless all of it is as it was written."""
+    """Verify and return a checkpoint. Raise DamagedCheckpoint with the file name if a file differs from the written
+    file."""
     state = read_state(folder)
     for name, expected in state["files"].items():
         file = folder / name
         if not file.is_file():
             raise DamagedCheckpoint(f"the checkpoint {folder} is damaged: {name} is missing")
         if file_digest(file) != expected:
-            raise DamagedCheckpoint(f"the checkpoint {folder} is damaged: {name} is not what was written")
+            raise DamagedCheckpoint(f"the checkpoint {folder} is damaged: {name} differs from the written file")
     return Checkpoint(folder, state["step"], state["facts"])
 
 
 def read_state(folder: Path) -> dict[str, Any]:
-    """What state.json holds. Raises DamagedCheckpoint unless it is as it was written."""
+    """Return the content of state.json. Raise DamagedCheckpoint if it differs from the written content."""
     try:
         state = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
         expected = state.pop("sha256")
     except FileNotFoundError:
         raise DamagedCheckpoint(f"the checkpoint {folder} is damaged: {STATE_FILE} is missing") from None
-    except (ValueError, KeyError, TypeError, AttributeError):  # no JSON, no checksum in it, no object
+    except (ValueError, KeyError, TypeError, AttributeError):  # not JSON, not an object, or without checksum
         raise DamagedCheckpoint(f"the checkpoint {folder} is damaged: {STATE_FILE} cannot be read") from None
     if digest(state) != expected:
-        raise DamagedCheckpoint(f"the checkpoint {folder} is damaged: {STATE_FILE} is not what was written")
+        raise DamagedCheckpoint(f"the checkpoint {folder} is damaged: {STATE_FILE} differs from the written file")
     return state
 
 
-def state_text(state: dict[str, Any]) -> str:
-    """state.json of what `read_state` gives."""
+def format_state(state: dict[str, Any]) -> str:
+    """Return the text of state.json for a state from `read_state`."""
     return json.dumps(state | {"sha256": digest(state)}, indent=1) + "\n"
 
 
 def was_best(folder: Path) -> bool:
-    """Whether the checkpoint was the best one when it was written."""
+    """Return whether the checkpoint was the best one when it was written."""
     try:
         return bool(read_state(folder)["is_best"])
     except DamagedCheckpoint:
         return False
 
 
-def separate(tensors: Tensors) -> Tensors:
-    """The same values on the CPU, contiguous, each in memory of its own: tied weights share theirs, and safetensors
-    refuses that."""
+def copy_shared_memory(tensors: Tensors) -> Tensors:
+    """Return the tensors on the CPU, contiguous, with separate memory. Safetensors does not support the shared memory
+    of tied weights."""
     seen: set[int] = set()
     result: Tensors = {}
     for name, tensor in tensors.items():
@@ -269,28 +270,28 @@ def separate(tensors: Tensors) -> Tensors:
 
 
 def move_into_place(partial: Path, target: Path) -> None:
-    """Rename a complete folder; a checkpoint of the same step steps aside first."""
-    replaced = hidden(target, REPLACED)
+    """Rename a complete folder; an earlier checkpoint of the same step is hidden first, then removed."""
+    replaced = get_hidden_path(target, REPLACED)
     if target.exists():
         target.rename(replaced)
     partial.rename(target)
-    force_to_disk(target.parent)
+    sync_to_disk(target.parent)
     shutil.rmtree(replaced, ignore_errors=True)
 
 
 def remove(checkpoint: Path) -> None:
-    """Remove a checkpoint; hidden first, so that a part that a killed run leaves of it is not taken for damaged."""
-    leftover = checkpoint.rename(hidden(checkpoint, PARTIAL))
+    """Remove a checkpoint. It is hidden first, so that a killed removal does not leave a damaged checkpoint."""
+    leftover = checkpoint.rename(get_hidden_path(checkpoint, PARTIAL))
     shutil.rmtree(leftover, ignore_errors=True)
 
 
-def hidden(folder: Path, end: str) -> Path:
-    """The folder's name while it is no checkpoint."""
-    return folder.with_name(f".{folder.name}{end}")
+def get_hidden_path(folder: Path, suffix: str) -> Path:
+    """Return the path of a folder while it is not a checkpoint."""
+    return folder.with_name(f".{folder.name}{suffix}")
 
 
-def force_to_disk(path: Path) -> None:
-    """Wait until a file, or the list of files in a folder, is on the disk."""
+def sync_to_disk(path: Path) -> None:
+    """Wait until a file, or the list of files in a folder, is on the disk (fsync)."""
     if path.is_dir() and os.name == "nt":  # Windows cannot open folders
         return
     descriptor = os.open(path, os.O_RDONLY if os.name != "nt" else os.O_RDWR)
@@ -301,16 +302,16 @@ def force_to_disk(path: Path) -> None:
 
 
 def file_digest(file: Path) -> str:
-    """SHA-256 of a file."""
+    """Return the SHA-256 of a file."""
     with file.open("rb") as opened:
         return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def digest(state: dict[str, Any]) -> str:
-    """SHA-256 of a JSON object, however it is laid out."""
+    """Return the SHA-256 of a JSON object, independent of its formatting."""
     return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
 
 
-def megabytes(size: int) -> str:
-    """Bytes as a person reads them, rounded up."""
+def format_megabytes(size: int) -> str:
+    """Format a size in bytes as megabytes, rounded up."""
     return f"{math.ceil(size / 1e6):,} MB"

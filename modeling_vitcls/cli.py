@@ -10,12 +10,15 @@ appear at once. The programs are in commands/; nothing in the package imports th
 
 import difflib
 import importlib
+import os
 import shutil
 import sys
 import textwrap
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Annotated, Any, Union
+from typing import Annotated, Any, NoReturn, Union
+
+from .files import is_closed_pipe
 
 
 SHELLS = ("bash", "zsh", "tcsh")
@@ -41,6 +44,7 @@ COMMANDS = {
     "push": Command("Push a model to the Hub and verify the pushed commit", "push"),
     "export": Command("Export a model to torch.export, ONNX or OpenVINO", "export"),
     "benchmark": Command("Compare speed and memory with transformers and timm", "benchmark"),
+    "study": Command("Measure what a choice is worth: a grid of runs over factors and seeds", "study"),
     "demo": Command("Show the predictions and attention of a model in a browser", "demo"),
     "space": Command("Publish that page as a Space on the Hub", "space"),
 }
@@ -54,12 +58,27 @@ EPILOG = "`vitcls COMMAND --help` lists the flags of a command. `vitcls --versio
 def main(arguments: list[str] | None = None) -> None:
     """Run a subcommand. Exits with status 2 if the command line is wrong.
 
+    If the reader of the output closes the pipe (`vitcls env | head`), the program ends without a message.
+
     Args:
-        arguments: The subcommand and its flags. Default: those of the command line.
+        arguments: The subcommand and its flags. Default: `sys.argv[1:]`.
     """
+    try:
+        run_command(arguments)
+    except BrokenPipeError:
+        if not is_closed_pipe(sys.stdout):
+            raise
+        raise SystemExit(1) from None
+    finally:
+        if is_closed_pipe(sys.stdout):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes the output again at exit
+
+
+def run_command(arguments: list[str] | None) -> None:
+    """Run a subcommand, or print the help or the version."""
     name, *flags = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
     if name in COMMANDS:
-        run(name, flags)
+        run_program(name, flags)
     elif name in ("--help", "-h", "help"):
         print(format_help())
     elif name in ("--version", "-V"):
@@ -73,16 +92,16 @@ def main(arguments: list[str] | None = None) -> None:
     elif name == "completion" and len(flags) == 1 and flags[0] in SHELLS:
         print_completion(flags[0])
     else:
-        stop(name)
+        exit_on_wrong_command(name)
 
 
-def run(name: str, flags: list[str]) -> None:
+def run_program(name: str, flags: list[str]) -> None:
     """Parse the flags of a subcommand, register the Auto classes and run it."""
-    command, module = COMMANDS[name], load(name)
-    from .commands.parsing import from_flags, parse
+    command, module = COMMANDS[name], load_module(name)
+    from .commands.parsing import parse, parse_flags
 
     settings = {"prog": f"vitcls {name}", "description": format_description(module)}
-    options = (parse if command.reads_recipes else from_flags)(module.OPTIONS, flags, **settings)
+    options = (parse if command.reads_recipes else parse_flags)(module.OPTIONS, flags, **settings)
     if hasattr(module, "check"):
         module.check(options)
 
@@ -92,7 +111,7 @@ def run(name: str, flags: list[str]) -> None:
     module.run(options)
 
 
-def load(name: str) -> ModuleType:
+def load_module(name: str) -> ModuleType:
     """Import the module of a subcommand, which has OPTIONS, run(options) and perhaps check(options).
 
     Exits with status 1 if the libraries of the command line are not installed.
@@ -125,13 +144,13 @@ def format_help() -> str:
     return "\n".join(["usage: vitcls COMMAND [FLAGS]", "", *lines, "", textwrap.fill(EPILOG, width)])
 
 
-def stop(name: str) -> None:
+def exit_on_wrong_command(name: str) -> NoReturn:
     """Exit with status 2 and one line about a wrong subcommand."""
     known = [*COMMANDS, *OTHERS]
     if name == "completion":
-        message = f"vitcls completion needs the name of a shell: {', '.join(SHELLS)}"
+        message = f"error: vitcls completion requires the name of a shell: {', '.join(SHELLS)}"
     elif name == "env":
-        message = "vitcls env has no flags"
+        message = "error: vitcls env has no flags"
     else:
         close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
         advice = f"did you mean {close[0]}?" if close else f"choose from {', '.join(known)}"
@@ -142,7 +161,7 @@ def stop(name: str) -> None:
 
 def print_completion(shell: str) -> None:
     """Print the completion script of all subcommands and their flags for a shell."""
-    modules = {name: load(name) for name in COMMANDS}
+    modules = {name: load_module(name) for name in COMMANDS}
     import tyro
 
     programs: list[Any] = [

@@ -111,6 +111,10 @@ class TokenLayout:
             num_prefix_tokens=num_prefix_tokens,
         )
 
+    def get_num_tokens(self, rows: int, columns: int) -> int:
+        """Return the length of the sequence for images of `rows` x `columns` patches."""
+        return self.num_prefix_tokens + rows * columns
+
     def items(self) -> Iterator[tuple[str, slice]]:
         """Return `(name, slice)` of the four groups, in sequence order."""
         return ((name, getattr(self, name)) for name in ("cls", "distillation", "registers", "patches"))

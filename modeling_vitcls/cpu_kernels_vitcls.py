@@ -108,7 +108,7 @@ class CPULinear(CPUKernel, nn.Linear):
         """Apply weight and bias."""
         if can_use_onednn(self, inputs):
             parameters = self._parameters  # reading them as attributes takes ten times as long
-            linear: Callable = onednn_linear_autograd if torch.is_grad_enabled() else onednn_linear
+            linear: Callable[..., Tensor] = onednn_linear_autograd if torch.is_grad_enabled() else onednn_linear
             return linear(inputs, parameters["weight"], parameters["bias"])
         if is_emulated(inputs) and has_plain_parameters(self):
             return linear_in_float32(inputs, self.weight, self.bias)
@@ -121,7 +121,7 @@ class CPUPatchProjection(CPUKernel, nn.Conv2d):
     def forward(self, images: Tensor) -> Tensor:
         """Project each patch; pixels beyond the last whole patch are ignored."""
         if images.dtype == torch.bfloat16 and can_use_onednn(self, images):
-            linear: Callable = onednn_linear
+            linear: Callable[..., Tensor] = onednn_linear
         elif is_emulated(images) and has_plain_parameters(self):
             linear = linear_in_float32
         else:
@@ -177,7 +177,7 @@ class CPUAttentionKernel(CPUKernel, ViTCLSAttention):
         """As `ViTCLSAttention.project_qkv`; under autocast the three projections keep one copy of their input."""
         return super().project_qkv(cast_for_autocast(hidden_states), num_queries)
 
-    def get_attention_function(self) -> Callable:
+    def get_attention_function(self) -> Callable[..., tuple[Tensor, Tensor | None]]:
         """Return our function for "sdpa"; other implementations as in `ViTCLSAttention`."""
         return sdpa_attention if self.config._attn_implementation == "sdpa" else super().get_attention_function()
 

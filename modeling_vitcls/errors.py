@@ -1,15 +1,25 @@
-"""Error messages of one line, and errors that all processes share."""
+"""Error messages of one line, and errors that all processes of a run raise."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 
+MAX_LENGTH = 400  # maximum length of an error message from another library, in characters
 ON_ALL_PROCESSES = "on all processes"  # note on errors that every process of a run raises
+
+
+def format_error(error: BaseException) -> str:
+    """Return an error message as one line of valid text, at most 400 characters, or the type if there is no message.
+
+    Invalid bytes in file names are replaced.
+    """
+    message = " ".join(str(error).split()).encode("utf-8", errors="replace").decode() or type(error).__name__
+    return message if len(message) <= MAX_LENGTH else f"{message[: MAX_LENGTH - 3]}..."
 
 
 @contextmanager
 def on_all_processes() -> Iterator[None]:
-    """Note on an error from inside this block that all processes have it: one of them says so for all."""
+    """Mark errors of this block as raised on all processes, so that only one process prints the message."""
     try:
         yield
     except (ValueError, OSError) as error:
@@ -18,10 +28,5 @@ def on_all_processes() -> Iterator[None]:
 
 
 def is_on_all_processes(error: BaseException) -> bool:
-    """Whether an error bears that note."""
+    """Return whether an error is marked by `on_all_processes`."""
     return ON_ALL_PROCESSES in getattr(error, "__notes__", ())
-
-
-def in_one_line(error: Exception) -> str:
-    """The first line of an error's message, or its type."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

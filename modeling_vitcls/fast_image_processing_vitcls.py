@@ -44,7 +44,7 @@ def read_jpeg(source: Any) -> Tensor | None:
         return None
     try:
         data = torch.frombuffer(encoded, dtype=torch.uint8)
-        pixels = decode_jpeg(data, mode=ImageReadMode.UNCHANGED, apply_exif_orientation=True)
+        pixels: Tensor = decode_jpeg(data, mode=ImageReadMode.UNCHANGED, apply_exif_orientation=True)
     except RuntimeError:
         return None
     if len(pixels) == 1:

@@ -1,18 +1,12 @@
-"""Read JSON, and write files completely or not at all."""
+"""Read JSON, write files atomically, and detect closed pipes."""
 
 import json
 import os
+import select
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
-
-
-def write_json(file: Path, values: dict[str, Any]) -> None:
-    """Write a JSON file, whole or not at all."""
-    partial = file.with_name(f".{file.name}.partial")
-    partial.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-    partial.replace(file)
+from typing import Any, TextIO
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -30,12 +24,22 @@ def read_json(file: Path) -> dict[str, Any]:
     return content
 
 
-@contextmanager
-def written_whole(file: Path) -> Iterator[Path]:
-    """A hidden file to write, which becomes `file` once it is complete and on disk, or is removed.
+def write_json(file: Path, values: dict[str, Any]) -> None:
+    """Write a JSON file completely or not at all.
 
     Raises:
-        OSError: naming `file`, if it cannot be written.
+        OSError: If the file cannot be written.
+    """
+    with write_atomically(file) as unfinished:
+        unfinished.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+
+
+@contextmanager
+def write_atomically(file: Path) -> Iterator[Path]:
+    """Yield a hidden file to write, and rename it to `file` after the block, or remove it if there is an error.
+
+    Raises:
+        OSError: If the file cannot be written. The message contains `file`.
     """
     unfinished = file.with_name(f".{file.name}.{os.getpid()}.unfinished")
     try:
@@ -44,13 +48,26 @@ def written_whole(file: Path) -> Iterator[Path]:
             os.fsync(written.fileno())
         unfinished.replace(file)
     except OSError as error:
-        if error.errno is None:  # of what is to be written, rather than of writing it
+        if error.errno is None:  # raised by the source of the contents, not by writing
             raise
         raise OSError(f"cannot write {file}: {error.strerror}") from error
     finally:
         unfinished.unlink(missing_ok=True)
     folder = os.open(file.parent, os.O_RDONLY)
     try:
-        os.fsync(folder)  # the new name as well
+        os.fsync(folder)  # the new name
     finally:
         os.close(folder)
+
+
+def is_closed_pipe(stream: TextIO) -> bool:
+    """Flush a stream, and return whether it is a pipe whose reader has closed it."""
+    poll = select.poll()
+    try:
+        stream.flush()
+        poll.register(stream, 0)
+    except BrokenPipeError:
+        return True
+    except (OSError, ValueError):  # not a file of the operating system
+        return False
+    return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))

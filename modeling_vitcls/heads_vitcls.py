@@ -78,7 +78,7 @@ class AttentionPooler(nn.Module):
         )  # [1 or B, heads, 1 or N, head_dim]
         query = query.expand(sequence.shape[0], -1, -1, -1)
         attended = nn.functional.scaled_dot_product_attention(query, key, value)  # [B, heads, 1, head_dim]
-        pooled = self.o_proj(attended.transpose(1, 2).flatten(1))
+        pooled: Tensor = self.o_proj(attended.transpose(1, 2).flatten(1))
         return pooled if self.transform is None else self.transform(pooled)
 
 
@@ -141,7 +141,7 @@ class PixelDecoder(nn.Module):
     def forward(self, patches: Tensor, grid: tuple[int, int]) -> Tensor:
         """[B, rows * columns, D] -> pixels [B, C, rows * patch height, columns * patch width]."""
         (rows, columns), (patch_height, patch_width) = grid, self.patch_size
-        pixels = self.projection(patches)  # [B, rows * columns, C * patch height * patch width]
+        pixels: Tensor = self.projection(patches)  # [B, rows * columns, C * patch height * patch width]
         pixels = pixels.view(-1, rows, columns, self.num_channels, patch_height, patch_width)
         return pixels.permute(0, 3, 1, 4, 2, 5).reshape(
             -1, self.num_channels, rows * patch_height, columns * patch_width
@@ -196,30 +196,23 @@ def cross_entropy(
     """Return the cross-entropy of logits [B, C] with classes [B]; -100 is ignored, and a batch of only -100 gives 0.
 
     Raises:
-        ValueError: for another number of labels than images, or a label beyond the classes (checked on the CPU only,
-            because elsewhere it would synchronize).
+        ValueError: for another number of labels than images, or a label beyond the classes (on the CPU; PyTorch
+            does not check classes elsewhere).
     """
     if labels.numel() != logits.shape[0]:
         raise ValueError(
             f"labels have shape {list(labels.shape)}, but there are {logits.shape[0]} images: pass one class per image"
         )
     labels = labels.reshape(-1).long()
-    check_class_labels(labels, logits.shape[-1], task)
-    total = nn.functional.cross_entropy(logits.float(), labels, ignore_index=IGNORED_LABEL, reduction="sum")
+    try:
+        total = nn.functional.cross_entropy(logits.float(), labels, ignore_index=IGNORED_LABEL, reduction="sum")
+    except IndexError as error:
+        num_labels = logits.shape[-1]
+        message = f"unknown label id: {task} has {num_labels} labels, 0 to {num_labels - 1}. {error}"
+        raise ValueError(message) from error
     if num_items_in_batch is not None:
         return total / num_items_in_batch
     return total / (labels != IGNORED_LABEL).sum().clamp(min=1)
-
-
-def check_class_labels(labels: Tensor, num_labels: int, task: str) -> None:
-    """Raise ValueError if a class label is not in [0, num_labels) and not -100."""
-    if labels.device.type != "cpu" or torch.compiler.is_compiling():
-        return
-    unknown = labels[((labels < 0) | (labels >= num_labels)) & (labels != IGNORED_LABEL)]
-    if unknown.numel():
-        raise ValueError(
-            f"unknown label id {unknown[0].item()}: {task} has {num_labels} labels, 0 to {num_labels - 1}"
-        )
 
 
 def check_label_shape(labels: Tensor, logits: Tensor) -> None:

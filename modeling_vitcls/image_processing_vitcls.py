@@ -122,7 +122,8 @@ class ViTCLSBaseImageProcessor(BaseImageProcessor):
         """Prepare an image, a batch or a list; keywords override the settings of this processor for this call."""
         check_setting_names(kwargs)
         with raise_one_line_errors():
-            return super().preprocess(images, *args, **kwargs)
+            batch: BatchFeature = super().preprocess(images, *args, **kwargs)
+        return batch
 
     def fetch_images(self, images: Any) -> Any:
         """Read every path, URL and encoded image of a (nested) list. Images in memory are returned unchanged.

@@ -230,7 +230,7 @@ class ViTCLSPreTrainedModel(AdaptableModel):
             pixel_values = torch.empty(batch_size, config.num_channels, height, width, dtype=model.dtype)
             with FlopCounterMode(display=False) as counter:
                 model(pixel_values)
-        return counter.get_total_flops()
+        return int(counter.get_total_flops())
 
 
 TOKEN_INITS: dict[str, Callable[[Tensor, float], Any]] = {
@@ -444,14 +444,14 @@ class ViTCLSForMultiTaskClassification(ViTCLSPreTrainedModel):
         )
 
     def compute_losses(self, logits: dict[str, Tensor], labels: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Return the cross-entropy of each task; 0 for a task without labels, so that all parameters get gradients."""
+        """Return each task's mean cross-entropy over its labeled images (finetune.py divides by all images), or 0."""
         if unknown := sorted(set(labels) - set(logits)):
             raise ValueError(f"labels for unknown task {unknown[0]!r}: the tasks are {', '.join(logits)}")
         losses = {}
         for name, task_logits in logits.items():
             task_labels = labels.get(name)
             if task_labels is None:
-                task_labels = torch.full((task_logits.shape[0],), IGNORED_LABEL)
+                task_labels = torch.full((task_logits.shape[0],), IGNORED_LABEL)  # all parameters get gradients
             losses[name] = cross_entropy(task_logits, task_labels.to(task_logits.device), task=f"task {name!r}")
         return losses
 
@@ -475,7 +475,7 @@ def get_num_tokens_read(encoder: ViTCLSModel, kwargs: Mapping[str, Any]) -> int 
         return None
     if any(map(has_user_hooks, (encoder, encoder.layers, encoder.layernorm, *last_layer.modules()))):
         return None
-    return config.token_layout.distillation.stop if config.has_distillation_head else config.token_layout.cls.stop
+    return int(config.token_layout.distillation.stop if config.has_distillation_head else config.token_layout.cls.stop)
 
 
 def has_user_hooks(module: nn.Module | None) -> bool:
@@ -567,10 +567,10 @@ class ViTCLSBackbone(BackboneMixin, ViTCLSModel):
         is_last = stage == self.stage_names[-1]
         if self.layernorm is not None and (self.config.apply_layernorm or is_last):
             hidden_states = self.layernorm(hidden_states)
-        patches = hidden_states[:, self.config.token_layout.patches]
-        if not self.config.reshape_hidden_states:
-            return patches
-        return patches.transpose(1, 2).unflatten(2, grid).contiguous()  # [B, D, rows, columns]
+        patches: Tensor = hidden_states[:, self.config.token_layout.patches]
+        if self.config.reshape_hidden_states:
+            patches = patches.transpose(1, 2).unflatten(2, grid).contiguous()  # [B, D, rows, columns]
+        return patches
 
     def new_like(self, config: ViTCLSConfig) -> Self:
         """Return a backbone with fresh weights, for another configuration."""

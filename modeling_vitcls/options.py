@@ -1,10 +1,7 @@
-"""What a run can be asked for. Each field is a flag (`batch_size` is `--batch-size`) and a key of a recipe file.
+"""The flags of `vitcls finetune`, `pretrain`, `evaluate`, `predict` and `inspect`.
 
-This file imports only the standard library, so that `--help` and errors about flags appear without delay.
-
-What scripts/inspect_tokens.py can be asked for. Each field is a flag, as in options.py.
-
-This file imports only the standard library, so that `--help` and errors about flags appear without delay.
+Each field is a flag (`batch_size` is `--batch-size`) and a key of a recipe file; its docstring is the text of --help.
+This file imports only the standard library, so that `--help` and errors about flags appear at once.
 """
 
 import dataclasses
@@ -19,29 +16,30 @@ class DataOptions:
     """The images."""
 
     dataset: str
-    """`digits` (scikit-learn's), a folder with a sub-folder per class, a CSV or Parquet file, a folder of MNIST's idx
-    files, or a Hub data set."""
+    """`digits` (scikit-learn), a folder with a subfolder per class, a CSV or Parquet file, a folder of MNIST's idx
+    files, or a dataset id on the Hub."""
     image_column: str | None = None
-    """Column of images or their paths. Default: found by its type or name."""
+    """Column with the images or their paths. Default: detected by its type or name."""
     label_column: tuple[str, ...] | None = None
-    """Column of labels; several columns are several tasks. Default: found by its type or name."""
+    """Column with the labels; several columns are several tasks. Default: detected by its type or name."""
     label_separator: str | None = None
-    """What stands between the labels of one image, where a text column holds several (`cat|dog`)."""
+    """Separator of the labels in a text column with several labels per image (`cat|dog`)."""
     label_names: tuple[str, ...] | None = None
-    """All labels, where a streamed data set does not declare them."""
+    """All labels, for a streamed dataset that does not declare them."""
     held_out_fraction: float = 0.2
-    """Fraction of the images to hold out for evaluation if the data set has no split for it. Each image is held out or
-    not by a checksum, so the split stays the same when images are added."""
+    """Fraction of the images to hold out for evaluation if the dataset has no split for it. A checksum of each image
+    decides, so the split stays the same when images are added."""
     split_seed: int = 0
-    """Chooses which images are held out. Keep it when comparing runs; evaluation uses that of the model's run."""
+    """Random seed of the held-out split. Keep it to compare runs. Evaluation uses the seed of the model's run."""
     streaming: bool = False
-    """Read the data set while training, without downloading or keeping it. Needs --max-steps."""
+    """Read the dataset during training, without downloading or storing it. Requires --max-steps."""
     shuffle_buffer: int = 1000
-    """Images from which a streamed data set draws the next one. A folder streams class by class: make it as large."""
+    """Number of images from which a streamed dataset draws the next one. A folder streams class by class: set it to
+    the number of images."""
     max_broken_images: int = 100
-    """Images that cannot be read are named and skipped; more than these stop the run."""
+    """Maximum number of unreadable images. They are reported and skipped; if there are more, the run stops."""
     num_workers: int = 2
-    """Processes that prepare images, for each training process. 0: none besides it."""
+    """Data loading processes per training process. 0: load in the training process."""
 
     def __post_init__(self) -> None:
         require(self, "held_out_fraction", 0 < self.held_out_fraction < 1, "between 0 and 1")
@@ -52,76 +50,77 @@ class DataOptions:
 
 @dataclass(frozen=True)
 class ModelOptions:
-    """The model. Fields left at None keep the preset's or checkpoint's own value."""
+    """The model. Fields that are not set keep the value of the preset or checkpoint."""
 
     model: str
-    """`vitcls-tiny`, `-small`, `-base` or `-large` (from scratch), a folder, or a Hub id of a vitcls model."""
+    """A preset to train from scratch (`vitcls-tiny`, `vitcls-small`, `vitcls-base`, `vitcls-large`), a folder or Hub
+    id of a vitcls model, or another ViT that is converted (`timm:NAME`, `transformers:ID`, a folder, a file)."""
     num_cls_tokens: int | None = None
-    """Class tokens."""
+    """Number of CLS tokens."""
     num_distillation_tokens: int | None = None
-    """Distillation tokens."""
+    """Number of distillation tokens."""
     num_register_tokens: int | None = None
-    """Register tokens."""
+    """Number of register tokens."""
     pooling: Literal["cls", "mean", "cls_mean", "max", "attention"] | None = None
-    """What the classifier reads."""
+    """Tokens that the classifier receives."""
     cls_pooling: Literal["first", "mean", "concat"] | None = None
-    """How several class tokens become one vector."""
+    """Reduction of several CLS tokens to one vector."""
     head_type: Literal["linear", "mlp"] | None = None
-    """The classifier."""
+    """Type of the classifier."""
     image_size: int | tuple[int, int] | None = None
-    """Pixels; two numbers are height and width."""
+    """Image size in pixels; two numbers are height and width."""
     patch_size: int | tuple[int, int] | None = None
-    """Pixels; two numbers are height and width."""
+    """Patch size in pixels; two numbers are height and width."""
     position_embedding_type: Literal["learned", "sincos_2d", "rope_2d", "none"] | None = None
-    """How patches know their place."""
+    """Type of the position embeddings of patches."""
     hidden_size: int | None = None
-    """Width of the tokens."""
+    """Embedding dimension."""
     num_hidden_layers: int | None = None
-    """Layers."""
+    """Number of layers."""
     num_attention_heads: int | None = None
-    """Attention heads."""
+    """Number of attention heads per layer."""
     intermediate_size: int | None = None
-    """Width of the MLP."""
+    """Hidden dimension of the MLP."""
     drop_path_rate: float | None = None
-    """Rate of dropped residual branches at the last layer."""
+    """Stochastic depth rate of the last layer; it increases linearly from 0 in the first layer."""
     patch_drop_rate: float | None = None
-    """Part of the patches that each image leaves out in training, at random: faster, less accurate."""
+    """Fraction of patches to drop from each training image at random: faster, less accurate."""
     initializer_range: float | None = None
-    """Standard deviation of fresh weights. Narrow models learn faster with more than the usual 0.02."""
+    """Standard deviation of new weights. Narrow models learn faster with more than the usual 0.02."""
 
     def config_values(self) -> dict[str, Any]:
-        """The fields of ViTCLSConfig that were set."""
+        """Return the fields of ViTCLSConfig that are set."""
         return {name: value for name, value in vars(self).items() if name != "model" and value is not None}
 
 
 @dataclass(frozen=True)
 class AugmentationOptions:
-    """Random changes of training images."""
+    """Random augmentation of training images."""
 
     crop_scale: float = 0.35
-    """Smallest part of the area that a random crop keeps. 1: the whole image, resized."""
+    """Minimum area of a random crop, as a fraction of the image. 1: resize the whole image."""
     flip: bool = True
-    """Mirror half of the images left to right."""
+    """Flip half of the images horizontally."""
     rotation: float = 0.0
-    """Largest rotation, degrees."""
+    """Maximum rotation in degrees."""
     shift: float = 0.0
-    """Largest shift along each axis, as a part of the image."""
+    """Maximum translation along each axis, as a fraction of the image."""
     zoom: float = 0.0
-    """Largest change of size, as a part of it: 0.1 is from 0.9 to 1.1."""
+    """Maximum change of scale: 0.1 is from 0.9 to 1.1."""
     auto_augment: Literal["none", "rand", "trivial"] = "none"
-    """RandAugment (Cubuk et al. 2020) or TrivialAugment (Müller and Hutter 2021)."""
+    """Automatic augmentation: RandAugment (Cubuk et al. 2020) or TrivialAugment (Müller and Hutter 2021)."""
     rand_augment_operations: int = 2
-    """Operations of RandAugment on each image."""
+    """Number of RandAugment operations per image."""
     rand_augment_magnitude: int = 9
-    """Strength of RandAugment, 0 to 30."""
+    """Magnitude of RandAugment, 0 to 30. DeiT uses 9."""
     random_erasing: float = 0.0
-    """Probability of filling a random rectangle with noise (Zhong et al. 2020)."""
+    """Probability of replacing a random rectangle by noise (Zhong et al. 2020)."""
     mixup: float = 0.0
-    """Alpha of mixup (Zhang et al. 2018). 0: none. With --cutmix too, each batch gets one of the two."""
+    """Alpha of mixup (Zhang et al. 2018). 0: off. If --cutmix is also set, each batch uses one of the two."""
     cutmix: float = 0.0
-    """Alpha of CutMix (Yun et al. 2019). 0: none."""
+    """Alpha of CutMix (Yun et al. 2019). 0: off."""
     repeated_augmentation: int = 1
-    """Differently augmented copies of an image in the same step (Hoffer et al. 2020). DeiT has 3."""
+    """Augmented copies of each image in a batch (Hoffer et al. 2020). DeiT uses 3."""
 
     def __post_init__(self) -> None:
         require(self, "crop_scale", 0 < self.crop_scale <= 1, "above 0 and at most 1")
@@ -138,53 +137,58 @@ class AugmentationOptions:
 
 @dataclass(frozen=True)
 class TrainingOptions:
-    """Optimisation."""
+    """Optimization."""
 
     epochs: float = 30.0
-    """Times that each training image is seen."""
+    """Number of passes over the training images."""
     max_steps: int | None = None
-    """Optimiser steps, instead of --epochs."""
+    """Number of optimizer steps, instead of --epochs."""
     batch_size: int = 64
-    """Images per process and forward pass."""
+    """Training images per process and forward pass."""
     gradient_accumulation_steps: int = 1
-    """Forward passes per optimiser step."""
+    """Forward and backward passes per optimizer step."""
     learning_rate: float = 5e-4
-    """The highest learning rate; it rises to it linearly and falls to 0 along a cosine."""
+    """Peak learning rate. It rises linearly (--warmup), then falls to 0 along a cosine."""
     layer_decay: float = 1.0
-    """Factor of the learning rate from each layer to the one before it; tokens and positions come before layer 0
-    (BEiT, Bao et al. 2021). 1: the same for all; 0.65 to 0.8 are usual for fine-tuning pre-trained models."""
+    """Factor of the learning rate from each layer to the layer before it; tokens and positions count as the layer
+    before the first (BEiT, Bao et al. 2021). 1: the same rate for all. 0.65 to 0.8 are usual to fine-tune pre-trained
+    models."""
     warmup: float = 0.1
-    """Part of the steps over which it rises."""
+    """Fraction of the training steps used for learning rate warmup."""
     weight_decay: float = 0.05
-    """On the weights of linear layers and patches; never on biases, norms, tokens and positions."""
+    """Weight decay of linear layers and the patch projection. Biases, norms, tokens and positions have none. 0.05 is
+    the value of DeiT."""
     label_smoothing: float = 0.1
-    """Probability that is spread over all classes."""
+    """Label smoothing: probability that is spread evenly over all classes. 0.1 is the value of DeiT."""
     class_balance: Literal["none", "weights", "sampling"] = "none"
-    """For classes of unequal size: weigh the loss by the inverse of their size, or show all classes equally often."""
+    """Compensation for classes of different sizes: weight the loss by the inverse class size, or sample all classes
+    equally often."""
     max_gradient_norm: float = 1.0
-    """Gradients are scaled down to this norm."""
+    """Maximum norm of the gradients; larger gradients are scaled down. 1 is the value of the ViT paper."""
     ema_decay: float | None = None
-    """Keep an exponential moving average of the weights, evaluate and save it (0.999 for a few thousand steps)."""
+    """Decay of an exponential moving average of the weights, which is evaluated and saved instead of the weights.
+    0.999 suits a few thousand steps. Default: no average."""
     trainable: str = "full"
     """What is trained: `full`, `head` (linear probing), `last-N` (the last N layers and the head), or `lora`."""
     feature_views: int = 0
-    """With `--trainable head`: so many augmented views of each image are encoded, once. 0: the image as it is."""
+    """With `--trainable head`: number of augmented views of each image, which are encoded once. 0: the image without
+    augmentation."""
     lora_rank: int = 8
-    """Rank of LoRA's matrices, on queries and values (Hu et al. 2021)."""
+    """Rank of the LoRA matrices of queries and values (Hu et al. 2021)."""
     mixed_precision: Literal["no", "bf16", "fp16"] | None = None
-    """Precision of the forward pass. Default: what `accelerate launch` says."""
+    """Precision of the forward pass. Default: the setting of `accelerate launch`."""
     compile: bool = False
     """Compile the model with torch.compile."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, more time."""
     seed: int = 0
-    """Initial weights, order of the images, augmentation, drop path."""
+    """Random seed of initial weights, image order, augmentation and drop path."""
     log_every: int = 10
-    """Steps between two lines of metrics.jsonl."""
+    """Steps per line of metrics.jsonl."""
     health_every: int = 100
-    """Steps between two measurements of the entropy of CLS attention, per layer. 0: never."""
+    """Steps between measurements of the entropy of the CLS attention per layer. 0: off."""
     evaluate_every: int = 1
-    """Epochs between two evaluations on held-out images. There is always one at the end."""
+    """Epochs between evaluations on held-out images. The last step is always evaluated."""
 
     def __post_init__(self) -> None:
         require(self, "epochs", self.epochs > 0, "above 0")
@@ -205,19 +209,23 @@ class TrainingOptions:
 
 @dataclass(frozen=True)
 class DistillationOptions:
-    """Learning from a teacher (DeiT, Touvron et al. 2021): the distillation token answers as the teacher does, the
-    CLS token as the labels say. A model without a distillation token gets one."""
+    """Distillation from a teacher (DeiT, Touvron et al. 2021).
+
+    The distillation token learns the predictions of the teacher, the CLS token learns the labels. A model without a
+    distillation token gets one.
+    """
 
     teacher: str | None = None
-    """A classifier: a folder or Hub id of any transformers model, or `timm:NAME`."""
+    """A classifier: a folder or Hub id of a transformers model, or `timm:NAME`. Default: no distillation."""
     distillation: Literal["soft", "hard"] = "hard"
-    """Against the teacher's probabilities, or its answer."""
+    """Target of the distillation token: class probabilities (soft) or top class (hard) of the teacher."""
     distillation_alpha: float = 0.5
-    """Weight of the teacher; the labels have the rest."""
+    """Weight of the distillation loss; the loss of the labels has the rest. 0.5 is the value of DeiT."""
     distillation_tau: float = 3.0
-    """Temperature of soft distillation."""
+    """Temperature of soft distillation. 3 is the value of the DeiT paper."""
     teacher_views: int = 0
-    """Ask the teacher only once about each of so many augmented views of an image, which then recur. 0: always ask."""
+    """Number of augmented views per image, for each of which the teacher predicts once; later epochs repeat the views.
+    0: new views and predictions in every step."""
 
     def __post_init__(self) -> None:
         require(self, "distillation_alpha", 0 < self.distillation_alpha <= 1, "above 0 and at most 1")
@@ -227,93 +235,102 @@ class DistillationOptions:
 
 @dataclass(frozen=True)
 class RunOptions:
-    """Checkpoints, trackers, the Hub."""
+    """Output, checkpoints, experiment trackers and the Hub."""
 
     resume: bool = False
-    """Go on from the newest checkpoint in --output-dir; start from the beginning where there is none."""
+    """Resume from the newest checkpoint in --output-dir, or start from the beginning if there is none."""
     overwrite: bool = False
-    """Replace an earlier run in --output-dir, finished or not, and other files with the names of the output's."""
+    """Replace an earlier run in --output-dir, and other files that have the name of an output file."""
     save_every: int | None = None
-    """Steps between two checkpoints. Default: one at each evaluation; every 1,000 of a stream."""
+    """Steps between checkpoints. Default: one at each evaluation; every 1,000 steps for a streamed dataset."""
     keep_checkpoints: int = 2
-    """Newest checkpoints to keep, besides the best one."""
+    """Number of newest checkpoints to keep, in addition to the best one."""
     log_with: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
-    """Trackers to log to as well."""
+    """Experiment trackers to log to, in addition to metrics.jsonl."""
     report: bool = True
-    """Draw what the special tokens do: report.html (see scripts/inspect_tokens.py), and pictures in the card."""
+    """Write report.html (see `vitcls inspect`) and add images of attention to the model card."""
     dry_run: bool = False
-    """Try a few steps, evaluation, checkpoint, saving and the right to push, remove the result, and print how long the
-    run takes."""
+    """Test the run and estimate its duration: run a few steps, an evaluation, a checkpoint and saving, and check the
+    permission to push. The output is removed."""
     push_to_hub: bool = False
-    """Push the result to the Hub, and load it from there in a fresh process to verify it."""
+    """Push the result to the Hub and verify the pushed commit."""
     hub_model_id: str | None = None
-    """Repository to push to. Default: the name of --output-dir, under your own name."""
+    """Repository to push to. Default: the name of --output-dir, in your account."""
     hub_private: bool = False
-    """Make the repository private where it is created."""
+    """Make the repository private if it is created."""
     hub_verify: bool = True
-    """Verify what was pushed."""
+    """Load the pushed commit in a new process and compare its outputs."""
     hub_checkpoint_every: int | None = None
-    """Push the model after every so many steps, too, in the background, to a branch. Needs --push-to-hub."""
+    """Steps between pushes of the model to --hub-checkpoint-branch, in the background. Requires --push-to-hub.
+    Default: no such pushes."""
     hub_checkpoint_branch: str = "checkpoints"
-    """That branch, made where it does not exist."""
+    """Branch of these pushes. It is created if it does not exist."""
     hub_push_optimizer: bool = False
-    """Also push what --resume needs: the newest checkpoint with the result, and that of the step with each model on
-    the branch. To go on elsewhere: `hf download ID --revision BRANCH --local-dir FOLDER`, then the same command with
-    --output-dir FOLDER --resume. Needs --push-to-hub."""
+    """Also push the checkpoint that --resume requires, to main and to --hub-checkpoint-branch. To resume on another
+    machine, run `hf download ID --revision BRANCH --local-dir FOLDER`, then the same command with --output-dir FOLDER
+    --resume. Requires --push-to-hub."""
     license: str | None = None
-    """Licence of the trained weights, by its identifier on the Hub, such as apache-2.0: the card names it. Weights
-    that started from a model with a licence keep that one. Default: none is named."""
+    """License identifier of the trained weights on the Hub, such as apache-2.0, for the model card. Weights that
+    started from a model with a license keep that license. Default: no license in the card."""
     card_samples: bool = False
-    """Show a few held-out pictures in the card also where a public repository gets it and the data set is of this
-    machine. Those of `digits` or of a data set on the Hub are shown anyway."""
+    """Show a few held-out images in the card, even if the repository is public and the images are local files. Images
+    of `digits` and of datasets on the Hub are always shown."""
     eval_benchmark: str | None = None
-    """Benchmark on the Hub (`namespace/name`) whose own test images are those held out here: the result is written for
-    its leaderboard (.eval_results/). Needs --eval-task-id."""
+    """Benchmark on the Hub (`namespace/name`) whose test images are the held-out split: the result is written for its
+    leaderboard (.eval_results/). Requires --eval-task-id."""
     eval_task_id: str | None = None
-    """Task of that benchmark, as its eval.yaml names it."""
+    """Task of the benchmark, as named in its eval.yaml."""
 
     def __post_init__(self) -> None:
         require(self, "save_every", self.save_every is None or self.save_every >= 1, "1 or more")
         require(self, "keep_checkpoints", self.keep_checkpoints >= 1, "1 or more")
         every = self.hub_checkpoint_every
         require(self, "hub_checkpoint_every", every is None or every >= 1, "1 or more")
-        has_place = self.hub_checkpoint_branch not in ("", "main")
-        require(self, "hub_checkpoint_branch", has_place, "other than main, where the result goes")
+        is_separate = self.hub_checkpoint_branch not in ("", "main")
+        require(self, "hub_checkpoint_branch", is_separate, "other than main, which receives the result")
         is_identifier = self.license is None or bool(re.fullmatch(r"[a-z0-9][a-z0-9.-]*", self.license))
         require(self, "license", is_identifier, "as the Hub writes it, such as apache-2.0 or cc-by-4.0")
         for name in ("hub_checkpoint_every", "hub_push_optimizer"):
             if getattr(self, name) and not self.push_to_hub:
-                raise ValueError(f"--{name.replace('_', '-')} needs --push-to-hub: give both, or leave it out")
+                raise ValueError(
+                    f"--{name.replace('_', '-')} requires --push-to-hub, but it is off. Set --push-to-hub."
+                )
         if (self.eval_benchmark is None) != (self.eval_task_id is None):
-            raise ValueError("--eval-benchmark and --eval-task-id go together: give both, or neither")
+            raise ValueError("--eval-benchmark and --eval-task-id require each other. Set both, or neither.")
         is_id = self.eval_benchmark is None or bool(re.fullmatch(r"[\w.-]+/[\w.-]+", self.eval_benchmark))
-        require(self, "eval_benchmark", is_id, "such as `namespace/name`, a data set on the Hub")
+        require(self, "eval_benchmark", is_id, "such as `namespace/name`, a dataset on the Hub")
 
 
 @dataclass(frozen=True)
-class FinetuneOptions:
-    """Fine-tune a ViT on labelled images, evaluate it on held-out ones, and write model, card and results."""
+class TaskOptions:
+    """The flags that fine-tuning and pre-training share."""
 
     output_dir: Path
-    """Folder to write. An earlier run in it is continued with --resume, or replaced with --overwrite."""
+    """Folder to write to. --resume continues an earlier run in it, --overwrite replaces it."""
     data: DataOptions
     model: ModelOptions
     augmentation: AugmentationOptions = field(default_factory=AugmentationOptions)
     training: TrainingOptions = field(default_factory=TrainingOptions)
-    distillation: DistillationOptions = field(default_factory=DistillationOptions)
     run: RunOptions = field(default_factory=RunOptions)
     config: Path | None = None
-    """A recipe: a YAML file of flags. Flags on the command line override it."""
+    """Recipe: a YAML file of flags. Flags on the command line override it."""
+
+
+@dataclass(frozen=True)
+class FinetuneOptions(TaskOptions):
+    """Fine-tune a ViT on labeled images, evaluate it on held-out images, and write model, card and results."""
+
+    distillation: DistillationOptions = field(default_factory=DistillationOptions)
 
 
 @dataclass(frozen=True)
 class MaskingOptions:
-    """Which patches are hidden in masked image modelling."""
+    """Masks of masked image modeling."""
 
     mask_ratio: float = 0.6
-    """Part of the patches to hide (SimMIM has 0.6, Xie et al. 2021)."""
+    """Fraction of the patches to mask. 0.6 is the value of SimMIM (Xie et al. 2021)."""
     mask_block: int = 1
-    """Patches along the side of the squares that are hidden together (SimMIM hides 32 x 32 pixels)."""
+    """Side of the square blocks of patches that are masked together. SimMIM masks blocks of 32 x 32 pixels."""
 
     def __post_init__(self) -> None:
         require(self, "mask_ratio", 0 < self.mask_ratio < 1, "between 0 and 1")
@@ -321,94 +338,76 @@ class MaskingOptions:
 
 
 @dataclass(frozen=True)
-class PretrainOptions:
-    """Pre-train a ViT on images without labels: it learns to fill in hidden patches. Fine-tune its output next."""
+class PretrainOptions(TaskOptions):
+    """Pre-train a ViT on images without labels by masked image modeling. Then fine-tune the output."""
 
-    output_dir: Path
-    """Folder to write. An earlier run in it is continued with --resume, or replaced with --overwrite."""
-    data: DataOptions
-    model: ModelOptions
     masking: MaskingOptions = field(default_factory=MaskingOptions)
-    augmentation: AugmentationOptions = field(default_factory=AugmentationOptions)
-    training: TrainingOptions = field(default_factory=TrainingOptions)
-    run: RunOptions = field(default_factory=RunOptions)
-    config: Path | None = None
-    """A recipe: a YAML file of flags. Flags on the command line override it."""
 
 
 @dataclass(frozen=True)
 class EvaluateOptions:
-    """Evaluate a vitcls model on labelled images, each exactly once."""
+    """Evaluate a vitcls model on labeled images, each image exactly once."""
 
     model: str
-    """A folder, or the id of a vitcls model on the Hub."""
+    """Folder or Hub id of a vitcls model."""
     data: DataOptions
     split: str | None = None
-    """Split of the data set; for a data set of one split, `test` is the part that fine-tuning holds out, unless that
-    split itself is called `test`. Default: what the model's run held out, or `test`."""
+    """Split of the dataset. In a dataset with one split that is not called `test`, `test` is the held-out split of
+    fine-tuning. Default: the held-out split of the model's run, or `test`."""
     batch_size: int = 64
     """Images per process and forward pass."""
     mixed_precision: Literal["no", "bf16", "fp16"] | None = None
-    """Precision of the forward pass. Default: what `accelerate launch` says."""
-    frozen: str | None = None
-    """Evaluate the frozen encoder instead of the model's classifier: fit `knn`, `logreg` (logistic regression) or
-    `few-shot:N` (logistic regression on N images per class) to the features of the training images."""
-    frozen_layers: Literal["last", "all"] = "last"
-    """With --frozen: layers whose features are evaluated."""
-    frozen_repeats: int = 10
-    """With --frozen few-shot:N: number of random selections of the N images."""
+    """Precision of the forward pass. Default: the setting of `accelerate launch`."""
     output: Path | None = None
-    """JSON file for the results: these metrics, those of each class, and the confusion matrix."""
+    """JSON file to write the metrics, the metrics of each class and the confusion matrix to."""
     config: Path | None = None
-    """A YAML file of flags. Flags on the command line override it."""
+    """Recipe: a YAML file of flags. Flags on the command line override it."""
 
     def __post_init__(self) -> None:
         require(self, "batch_size", self.batch_size >= 1, "1 or more")
-        require(self, "frozen_repeats", self.frozen_repeats >= 1, "1 or more")
-        is_known = self.frozen in (None, "knn", "logreg") or re.fullmatch(r"few-shot:[1-9]\d*", str(self.frozen))
-        require(self, "frozen", bool(is_known), "of knn, logreg, or few-shot:N such as few-shot:5")
 
 
 @dataclass(frozen=True)
 class PredictOptions:
     """Predict the labels of images, or write their features.
 
-    The images are those at PATHS, those of --list, or those of --dataset. An image that cannot be read gets a row with
-    its error. Started on several processes, each takes a share.
+    Images come from PATHS, --list or --dataset. The row of an unreadable image contains its error. Several processes
+    share the images.
     """
 
     model: str
-    """A folder, or the id of a vitcls model on the Hub."""
+    """Folder or Hub id of a vitcls model."""
     paths: tuple[str, ...] = ()
     """Image files, folders (with all folders in them), or URLs."""
     list: Path | None = None
-    """A text file with one of these in each line."""
+    """Text file with one image file, folder or URL per line."""
     dataset: str | None = None
-    """`digits` (scikit-learn's), a folder, a CSV or Parquet file, a folder of MNIST's idx files, or a Hub data set."""
+    """`digits` (scikit-learn), a folder with a subfolder per class, a CSV or Parquet file, a folder of MNIST's idx
+    files, or a dataset id on the Hub."""
     split: str | None = None
-    """Split of the data set. Default: the only one."""
+    """Split of the dataset. Default: the only one."""
     image_column: str | None = None
-    """Column of images or their paths. Default: found by its type or name."""
+    """Column with the images or their paths. Default: detected by its type or name."""
     streaming: bool = False
-    """Read the data set without downloading or keeping it."""
+    """Read the dataset without downloading or storing it."""
     output: Path | None = None
-    """A .csv, .json, .jsonl or .parquet file; or a folder, for Parquet files of --shard-size images each, to which a
-    second start adds what is missing. Default: a table on the terminal."""
+    """A .csv, .json, .jsonl or .parquet file; or a folder for Parquet files of --shard-size images each. If the folder
+    exists, only missing files are written. Default: a table on the terminal."""
     shard_size: int = 10_000
-    """Images in each Parquet file of a folder."""
+    """Images per Parquet file of a folder."""
     top_k: int | None = None
-    """Labels for each image, the most probable first. Default: one; of a multi-label model, all from
-    --threshold on."""
+    """Number of labels per image, the most probable first. Default: 1; for a multi-label model all labels with a
+    probability of --threshold or more."""
     threshold: float = 0.5
-    """Probability from which on a multi-label model's label counts."""
+    """Minimum probability of a label of a multi-label model."""
     features: Literal["cls", "mean", "registers", "distillation"] | None = None
-    """Write these tokens of the last layer (`mean`: the mean of the patches) in place of labels."""
+    """Write these tokens of the last layer (`mean`: the mean of the patches) instead of labels."""
     batch_size: int = 32
     """Images per process and forward pass."""
     num_workers: int | None = None
-    """Threads that prepare images, for each process. Default: one per core, 8 at most."""
+    """Threads per process that load images. Default: one per core, at most 8."""
     mixed_precision: Literal["no", "bf16", "fp16"] | None = None
-    """Precision of the forward pass. Default: what `accelerate launch` says."""
+    """Precision of the forward pass. Default: the setting of `accelerate launch`."""
 
     def __post_init__(self) -> None:
         for name in ("shard_size", "batch_size"):
@@ -417,101 +416,112 @@ class PredictOptions:
             require(self, name, getattr(self, name) is None or getattr(self, name) >= 1, "1 or more")
         require(self, "threshold", 0 <= self.threshold <= 1, "0 to 1")
         if sum(map(bool, (self.paths, self.list, self.dataset))) != 1:
-            raise ValueError("give images as PATHS, with --list or with --dataset, in one of these ways")
+            raise ValueError("Set exactly one of PATHS, --list and --dataset: they name the images.")
         if self.dataset is None and (self.split or self.image_column or self.streaming):
-            raise ValueError("--split, --image-column and --streaming are about a data set: name it with --dataset")
+            raise ValueError("--split, --image-column and --streaming require --dataset, but it is not set.")
         self.check_output()
 
     def check_output(self) -> None:
-        """Raise ValueError for an output that cannot hold what is asked for."""
+        """Check that the format of the output is known and can hold features if they are written.
+
+        Raises:
+            ValueError: If not.
+        """
         suffix = "" if self.output is None or self.output.is_dir() else self.output.suffix.lower()
         if suffix not in ("", ".csv", ".json", ".jsonl", ".parquet"):
             raise ValueError(
-                f"--output {self.output}: name a .csv, .json, .jsonl or .parquet file, or a folder without a suffix"
+                f"--output {self.output}: set a .csv, .json, .jsonl or .parquet file, or a folder without a suffix"
             )
         if self.features and (self.output is None or suffix == ".csv"):
-            where = "a table" if self.output is None else "CSV"
+            output = "a table" if self.output is None else "CSV"
             raise ValueError(
-                f"--features {self.features} are long vectors, which {where} cannot hold well: set --output to a "
-                ".parquet, .json or .jsonl file, or a folder"
+                f"--features {self.features} requires an output for long vectors, but it is {output}. Set --output to "
+                "a .parquet, .json or .jsonl file, or to a folder."
             )
-
-
-def require(options: Any, name: str, holds: bool, allowed: str) -> None:
-    """Raise ValueError, naming the flag, unless its value is allowed."""
-    if not holds:
-        raise ValueError(f"--{name.replace('_', '-')} is {getattr(options, name)}: set a value {allowed}")
-
-
-def as_flags(options: Any) -> dict[str, Any]:
-    """All flags of a run by name, in values that YAML and JSON know; `--config` is resolved in them."""
-    flags: dict[str, Any] = {}
-    for item in dataclasses.fields(options):
-        value = getattr(options, item.name)
-        if dataclasses.is_dataclass(value):
-            flags |= as_flags(value)
-        elif item.name != "config":
-            flags[item.name] = plain(value)
-    return flags
-
-
-def plain(value: Any) -> Any:
-    """Paths as text, tuples as lists."""
-    if isinstance(value, Path):
-        return str(value)
-    return list(value) if isinstance(value, tuple) else value
 
 
 @dataclass(frozen=True)
 class InspectOptions:
-    """See what the special tokens of a vitcls model do: writes a page, and prints what it comes to.
+    """Show what the special tokens of a vitcls model do: write an HTML report and print a summary.
 
-    The images are those at PATHS or those of --dataset. Where the folders at PATHS are named like the model's classes,
-    they are the labels.
+    Images come from PATHS or --dataset. Subfolders of PATHS that have the names of the model's classes are labels.
     """
 
     model: str
-    """A folder, or the id of a vitcls model on the Hub."""
+    """Folder or Hub id of a vitcls model."""
     paths: tuple[str, ...] = ()
     """Image files, folders (with all folders in them), or URLs."""
     dataset: str | None = None
-    """`digits` (scikit-learn's), a folder with a sub-folder per class, a CSV or Parquet file, a folder of MNIST's idx
-    files, or a Hub data set."""
+    """`digits` (scikit-learn), a folder with a subfolder per class, a CSV or Parquet file, a folder of MNIST's idx
+    files, or a dataset id on the Hub."""
     split: str | None = None
-    """Split of the data set; for a data set of one split, `test` is the part that fine-tuning holds out. Default: what
-    the model's run held out, or `test`."""
+    """Split of the dataset. In a dataset with one split, `test` is the held-out split of fine-tuning. Default: the
+    held-out split of the model's run, or `test`."""
     image_column: str | None = None
-    """Column of images or their paths. Default: found by its type or name."""
+    """Column with the images or their paths. Default: detected by its type or name."""
     label_column: tuple[str, ...] | None = None
-    """Column of labels; several columns are several tasks. Default: found by its type or name."""
+    """Column with the labels; several columns are several tasks. Default: detected by its type or name."""
     label_separator: str | None = None
-    """What stands between the labels of one image, where a text column holds several (`cat|dog`)."""
+    """Separator of the labels in a text column with several labels per image (`cat|dog`)."""
     revision: str | None = None
-    """Commit, branch or tag of a model on the Hub. Default: the newest."""
+    """Commit hash, branch or tag of a model on the Hub. Default: the newest commit."""
     output: Path = Path("report.html")
-    """The page to write."""
+    """HTML file to write the report to."""
     json: Path | None = None
-    """A file for the figures themselves, for programs."""
+    """JSON file to write the values of the report to."""
     num_images: int = 8
-    """Images that the page shows, spread evenly over all."""
+    """Number of images in the report, spread evenly over all images."""
     max_images: int = 256
-    """Images for the statistics, spread evenly over all; they are kept in memory."""
+    """Maximum number of images for the statistics, spread evenly over all images and kept in memory."""
     batch_size: int = 32
-    """Images per forward pass at most; fewer where whole attention maps would need much memory."""
+    """Maximum number of images per forward pass. Complete attention maps reduce it to save memory."""
     patch_sizes: tuple[int, ...] = ()
-    """Patch sizes to compare, such as 8 16 32: sequence length, cost and, with labels, accuracy."""
+    """Patch sizes in pixels to compare, such as 8 16 32, by sequence length, cost and, with labels, accuracy."""
 
     def __post_init__(self) -> None:
         for name in ("num_images", "max_images", "batch_size"):
             require(self, name, getattr(self, name) >= 1, "1 or more")
         require(self, "patch_sizes", all(size >= 1 for size in self.patch_sizes), "of 1 or more pixels each")
         if bool(self.paths) == (self.dataset is not None):
-            raise ValueError("give images as PATHS or with --dataset, in one of these ways")
+            raise ValueError("Set exactly one of PATHS and --dataset: they name the images.")
         if self.dataset is None and (self.image_column or self.label_column or self.label_separator):
             raise ValueError(
-                "--image-column, --label-column and --label-separator are about a data set: name it with --dataset"
+                "--image-column, --label-column and --label-separator require --dataset, but it is not set."
             )
         if self.output.suffix.lower() not in (".html", ".htm"):
-            raise ValueError(f"--output {self.output}: name a .html file")
+            raise ValueError(f"--output {self.output}: set the name of a .html file")
         if self.json is not None and self.json.suffix.lower() != ".json":
-            raise ValueError(f"--json {self.json}: name a .json file")
+            raise ValueError(f"--json {self.json}: set the name of a .json file")
+
+
+def require(options: Any, name: str, is_valid: bool, allowed: str) -> None:
+    """Raise ValueError with the name of the flag if its value is not valid."""
+    if not is_valid:
+        raise ValueError(f"--{name.replace('_', '-')} is {getattr(options, name)}: set a value {allowed}")
+
+
+def to_flags(options: Any) -> dict[str, Any]:
+    """Return name and value of all flags of a run except `--config`, in types of YAML and JSON."""
+    flags: dict[str, Any] = {}
+    for item in dataclasses.fields(options):
+        value = getattr(options, item.name)
+        if dataclasses.is_dataclass(value):
+            flags |= to_flags(value)
+        elif item.name != "config":
+            flags[item.name] = to_plain_value(value)
+    return flags
+
+
+def to_plain_value(value: Any) -> Any:
+    """Convert paths to text and tuples to lists."""
+    if isinstance(value, Path):
+        return str(value)
+    return list(value) if isinstance(value, tuple) else value
+
+
+def to_arguments(name: str, value: Any) -> list[str]:
+    """Return a flag and its value as arguments of the command line."""
+    name = name.replace("_", "-")
+    if isinstance(value, bool):
+        return [f"--{name}" if value else f"--no-{name}"]
+    return [f"--{name}", *map(str, value if isinstance(value, list) else [value])]

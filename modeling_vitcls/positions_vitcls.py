@@ -140,13 +140,13 @@ def resample_positions(
         rows, columns = (torch.arange(length, device=maps.device) for length in new_grid)
         maps = square.index_select(2, rows).index_select(3, columns)  # slices would fix the shape of exported graphs
     else:
-        target: dict = {"size": new_grid}
+        factors: list[float] | None = None
         if config.position_offset:  # DINOv2: the scale factor is (new + offset) / old instead of new / old
-            factors = ((new + config.position_offset) / old for new, old in zip(new_grid, grid, strict=True))
-            target = {"scale_factor": tuple(factors)}
+            factors = [(new + config.position_offset) / old for new, old in zip(new_grid, grid, strict=True)]
         maps = nn.functional.interpolate(
             maps,
-            **target,
+            size=None if factors else new_grid,
+            scale_factor=factors,
             mode=config.position_interpolation,
             align_corners=False,
             antialias=config.position_antialias,
@@ -164,8 +164,8 @@ def resize_patch_kernel(kernel: Tensor, new_size: tuple[int, int]) -> Tensor:
     basis = torch.eye(height * width, dtype=torch.float64).view(-1, 1, height, width)  # on the CPU: MPS has no float64
     resized = nn.functional.interpolate(basis, size=new_size, mode="bilinear", align_corners=False)
     to_new = torch.linalg.pinv(resized.flatten(1))  # [new pixels, old pixels]: the pseudo-inverse of B transposed
-    new_kernel = kernel.cpu().double().flatten(2) @ to_new.T  # [D, C, new pixels]
-    return new_kernel.unflatten(2, new_size).to(device=kernel.device, dtype=kernel.dtype)
+    new_kernel: Tensor = (kernel.cpu().double().flatten(2) @ to_new.T).unflatten(2, new_size)  # [D, C, *new_size]
+    return new_kernel.to(device=kernel.device, dtype=kernel.dtype)
 
 
 def resize_decoded_patches(weight: Tensor, size: tuple[int, int], new_size: tuple[int, int]) -> Tensor:

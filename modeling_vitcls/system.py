@@ -1,15 +1,14 @@
-"""The machine: versions of libraries, names of devices and processors, memory, energy, peak matrix throughput.
+"""Versions of libraries, names of devices and processors, memory, energy, peak throughput of matrix products.
 
-Energy is an estimate: the assumed or known power of the devices times the duration. Nothing is measured for it.
+Energy is an estimate, power times duration:
 
-    GPU     the power limit of the board, as its driver reports it
-    CPU     `WATTS_PER_CPU_THREAD` for each thread
-    others  no estimate
+    GPU             power limit of the board, from its driver
+    CPU             `WATTS_PER_CPU_THREAD` per thread
+    other devices   no estimate
 
-Peak throughput is measured with large matrix products on the machine as it is, with its number of threads, its clock
-and whatever else runs on it:
+Peak throughput is measured with large matrix products, with the threads, clock and load that the machine has:
 
-    gemm_peak(torch.device("cuda"), torch.bfloat16)      # FLOP/s, a multiply-add counts as two
+    measure_gemm_peak(torch.device("cuda"), torch.bfloat16)      # FLOP/s; a multiply-add counts as two
 """
 
 import ctypes
@@ -32,18 +31,18 @@ from torch import nn
 from .version import __version__
 
 
-SHARDED = {DistributedType.FSDP: "weights in parts by FSDP", DistributedType.DEEPSPEED: "in parts by DeepSpeed"}
+SHARDED = {DistributedType.FSDP: "weights sharded by FSDP", DistributedType.DEEPSPEED: "sharded by DeepSpeed"}
 LIBRARIES = ("torch", "torchvision", "transformers", "accelerate")
 
 # Parameters of mallopt in glibc's <malloc.h>.
 M_TRIM_THRESHOLD = -1  # free bytes at the end of the heap above which memory is returned to the system; -1 disables it
-M_MMAP_MAX = -4  # blocks that are taken from the system one by one; 0 for none
+M_MMAP_MAX = -4  # maximum number of blocks that are allocated with mmap, each returned when it is freed
 
 
-def keep_memory() -> None:
-    """Let this process keep what its tensors free, and PyTorch ask for large pages if it has no tensors yet.
+def keep_freed_memory() -> None:
+    """Keep the memory of freed tensors in this process, and let PyTorch use large pages if no tensor exists yet.
 
-    What the user has set by variables of the environment stays, and so does another C library as it is.
+    Environment variables of the user take precedence. C libraries other than glibc stay unchanged.
     """
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     is_set = any(name.startswith(("MALLOC_", "GLIBC_TUNABLES")) for name in os.environ)
@@ -55,22 +54,22 @@ def keep_memory() -> None:
 
 WATTS_PER_CPU_THREAD = 10.0  # server processors: 100 to 300 W over 16 to 64 cores, with memory and power supply
 JOULES_PER_KILOWATT_HOUR = 3.6e6
-NVIDIA_SMI_SECONDS = 10.0  # to answer
+NVIDIA_SMI_SECONDS = 10.0  # timeout of nvidia-smi
 
 
-def energy_estimate(seconds: float, num_processes: int, device: torch.device) -> dict[str, Any] | None:
-    """Kilowatt-hours of all processes, and what that number rests on; None where nothing is known of the device.
+def estimate_energy(seconds: float, num_processes: int, device: torch.device) -> dict[str, Any] | None:
+    """Return the estimated energy of all processes, or None for devices of unknown power.
 
     Args:
-        seconds: that the run took.
-        num_processes: each on a device like this one.
-        device: of this process.
+        seconds: duration of the run.
+        num_processes: number of processes, each on a device like this one.
+        device: device of this process.
 
     Returns:
-        "kilowatt_hours", "watts_per_process", and "assumption" in words, without which no number should be shown.
+        "kilowatt_hours", "watts_per_process", and "assumption", the text that must accompany the numbers.
     """
     if device.type == "cuda":
-        watts, assumption = power_limit(device), "each GPU drew the power limit of its board"
+        watts, assumption = get_power_limit(device), "each GPU drew the power limit of its board"
     elif device.type == "cpu":
         threads = torch.get_num_threads()
         watts = threads * WATTS_PER_CPU_THREAD
@@ -86,19 +85,19 @@ def energy_estimate(seconds: float, num_processes: int, device: torch.device) ->
     }
 
 
-def power_limit(device: torch.device) -> float | None:
-    """Watts that a GPU may draw, as `nvidia-smi` says; None where it is not there or does not say."""
+def get_power_limit(device: torch.device) -> float | None:
+    """Return the power limit of a GPU in watts, or None if `nvidia-smi` is missing or does not report it."""
     board = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
     command = ["nvidia-smi", f"--id={board}", "--query-gpu=power.limit", "--format=csv,noheader,nounits"]
     try:
-        ran = subprocess.run(command, capture_output=True, text=True, timeout=NVIDIA_SMI_SECONDS, check=True)
-        return float(ran.stdout.strip())
+        process = subprocess.run(command, capture_output=True, text=True, timeout=NVIDIA_SMI_SECONDS, check=True)
+        return float(process.stdout.strip())
     except (OSError, subprocess.SubprocessError, ValueError):
         return None
 
 
-GEMM_SECONDS = 0.25  # of measuring, for each way to multiply
-MIN_GEMM_TURNS = 3
+GEMM_SECONDS = 0.25  # duration of the measurement of each implementation
+MIN_GEMM_CALLS = 3
 
 # Side of the square matrices: large enough to keep the device busy, small enough for several turns.
 MATRIX_SIDES = {"cpu": 1024, "cuda": 8192}
@@ -106,7 +105,7 @@ DEFAULT_MATRIX_SIDE = 4096
 
 
 @torch.no_grad()
-def gemm_peak(device: torch.device | str, dtype: torch.dtype) -> float:
+def measure_gemm_peak(device: torch.device | str, dtype: torch.dtype) -> float:
     """Return the FLOP/s of large matrix products: the fastest of many repetitions, in the fastest implementation.
 
     The measurement takes about half a second. On CPUs oneDNN is tried in addition to PyTorch's own choice, which may
@@ -114,58 +113,58 @@ def gemm_peak(device: torch.device | str, dtype: torch.dtype) -> float:
     """
     device = torch.device(device)
     side = MATRIX_SIDES.get(device.type, DEFAULT_MATRIX_SIDE)
-    generator = torch.Generator(device)  # training continues with the random numbers that it would have had
+    generator = torch.Generator(device)  # the random state of training stays unchanged
     first, second = (torch.randn(side, side, device=device, dtype=dtype, generator=generator) for _ in range(2))
-    ways: list[Callable[[], torch.Tensor]] = [lambda: nn.functional.linear(first, second)]
+    implementations: list[Callable[[], torch.Tensor]] = [lambda: nn.functional.linear(first, second)]
     if device.type == "cpu" and torch.backends.mkldnn.is_available() and dtype in (torch.float32, torch.bfloat16):
         packed_first, packed_second = first.to_mkldnn(), second.to_mkldnn()
-        ways.append(lambda: nn.functional.linear(packed_first, packed_second))
-    return 2 * side**3 / min(fewest_seconds(multiply, device) for multiply in ways)
+        implementations.append(lambda: nn.functional.linear(packed_first, packed_second))
+    return 2 * side**3 / min(measure_fastest_call(multiply, device) for multiply in implementations)
 
 
-def fewest_seconds(work: Callable[[], torch.Tensor], device: torch.device) -> float:
+def measure_fastest_call(work: Callable[[], torch.Tensor], device: torch.device) -> float:
     """Return the seconds of the fastest call, after a first call that does not count."""
     work()
-    turns: list[float] = []
-    wait_for(device)
+    durations: list[float] = []
+    synchronize(device)
     started = time.perf_counter()
-    while len(turns) < MIN_GEMM_TURNS or time.perf_counter() - started < GEMM_SECONDS:
+    while len(durations) < MIN_GEMM_CALLS or time.perf_counter() - started < GEMM_SECONDS:
         before = time.perf_counter()
         work()
-        wait_for(device)
-        turns.append(time.perf_counter() - before)
-    return min(turns)
+        synchronize(device)
+        durations.append(time.perf_counter() - before)
+    return min(durations)
 
 
-def wait_for(device: torch.device) -> None:
-    """Until everything that was asked of it is done."""
+def synchronize(device: torch.device) -> None:
+    """Wait until a device has finished its work."""
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
 
 
-def peak_memory(device: torch.device) -> int:
-    """The most memory used so far, in bytes: of this device, or of this process on the CPU."""
+def get_peak_memory(device: torch.device) -> int:
+    """Return the peak memory so far in bytes: of the GPU, or of this process on other devices."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def forget_peak_memory(device: torch.device) -> None:
-    """Let `peak_memory` begin anew, with what is in use now. A process on the CPU cannot: its peak is for ever."""
+def reset_peak_memory(device: torch.device) -> None:
+    """Reset the peak memory of a GPU to the memory in use. The peak of a process cannot be reset."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
 
 
-def device_name(accelerator: Accelerator) -> str:
-    """The device as a person would call it, and what divides the model among the processes, if anything does."""
-    name = name_of_device(accelerator.device) + (" per process" if accelerator.device.type == "cpu" else "")
+def describe_device(accelerator: Accelerator) -> str:
+    """Return the name of the device, and how the model is sharded over the processes if it is."""
+    name = format_device_name(accelerator.device) + (" per process" if accelerator.device.type == "cpu" else "")
     return ", ".join(filter(None, [name, SHARDED.get(accelerator.distributed_type)]))
 
 
-def name_of_device(device: torch.device) -> str:
-    """A device as a person would call it."""
+def format_device_name(device: torch.device) -> str:
+    """Return the name of a GPU, the number of CPU threads, or the type of another device."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"CPU, {torch.get_num_threads()} thread(s)" if device.type == "cpu" else device.type
@@ -180,8 +179,8 @@ def get_versions(*libraries: str) -> dict[str, str]:
     return versions | {"torch": str(torch.__version__)}  # with its build, such as +cu132
 
 
-def processor_name() -> str:
-    """As Linux has it; elsewhere what Python knows."""
+def get_processor_name() -> str:
+    """Return the model of the processor from /proc/cpuinfo, or from Python if the system is not Linux."""
     information = Path("/proc/cpuinfo")
     if information.is_file():
         for line in information.read_text(encoding="utf-8").splitlines():

@@ -254,10 +254,8 @@ def select_block_mask(mask: Any, indices: Tensor) -> Any:
 def select_position_embeddings(position_embeddings: PositionEmbeddings, kept: Tensor) -> PositionEmbeddings:
     """Return cos and sin of the kept patches, [B, heads or 1, n, head_dim]."""
     index = kept[:, None, :, None]
-    cos, sin = (
-        torch.take_along_dim(part.reshape(1, -1, *part.shape[-2:]), index, dim=2) for part in position_embeddings
-    )
-    return cos, sin
+    cos, sin = (part.reshape(1, -1, *part.shape[-2:]) for part in position_embeddings)
+    return torch.take_along_dim(cos, index, dim=2), torch.take_along_dim(sin, index, dim=2)
 
 
 # Token merging -------------------------------------------------------------------------------------------------------

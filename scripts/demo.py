@@ -1,4 +1,4 @@
-"""What `make demo` runs: train a small ViT on real handwritten digits, then load and use it in a fresh process.
+"""Train a small ViT on handwritten digits, then load it in a new process (`make demo`).
 
 python scripts/demo.py [flags of scripts/finetune.py, to override the recipe]
 """
@@ -17,55 +17,55 @@ SCRIPTS = Path(os.path.relpath(Path(__file__).parent))
 RECIPE = SCRIPTS / "recipes" / "digits.yaml"
 OUTPUT = Path("runs", "demo")
 
-# Named, so that accelerate does not list the defaults that it would have chosen anyway.
+# The defaults of accelerate, which prints a list of them if they are not set.
 LAUNCH_FLAGS = "--quiet --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no".split()
 
 console = Console(soft_wrap=True, highlight=False)
 
 
 def main() -> None:
-    """Train, load, and say what to do next. Ends with the status of the step that failed, if one did."""
+    """Train, load, and print what to do next. If a step fails, exit with its status."""
     started = time.perf_counter()
-    output = output_dir(sys.argv[1:])
+    output = get_output_dir(sys.argv[1:])
     recipe = [SCRIPTS / "finetune.py", "--config", RECIPE, "--output-dir", OUTPUT]
-    if output == OUTPUT:  # its own folder, where it replaces an earlier demo
+    if output == OUTPUT:  # replaces an earlier demo
         recipe.append("--overwrite")
-    step(
+    run_step(
         "1. Fine-tune a small ViT on 1,425 handwritten digits",
         ["accelerate", "launch", *recipe],
         [sys.executable, "-m", "accelerate.commands.launch", *LAUNCH_FLAGS, *recipe, *sys.argv[1:]],
     )
-    step(
-        "2. Load it in a fresh process, without importing this package, and classify the 372 held-out digits",
+    run_step(
+        "2. Load it in a new process, without importing this package, and classify the 372 held-out digits",
         ["python", SCRIPTS / "demo_load.py", output],
         [sys.executable, SCRIPTS / "demo_load.py", output],
     )
-    console.print(f"\n[bold green]Done in {time.perf_counter() - started:.0f} s.[/] Where to look next:")
-    console.print(f"  {output / 'README.md'}: the model card; beside it the weights, results.json and metrics.jsonl")
+    console.print(f"\n[bold green]Done in {time.perf_counter() - started:.0f} s.[/] Next:")
+    console.print(f"  {output / 'README.md'}: the model card, next to the weights, results.json and metrics.jsonl")
     if (output / "report.html").exists():
-        console.print(f"  {output / 'report.html'}: open it in a browser to see what its tokens look at")
-    console.print(f"  {RECIPE}: what was trained; change a token count and run again")
-    console.print("  your own images, in one folder per class:")
+        console.print(f"  {output / 'report.html'}: open it in a browser to see the attention of the tokens")
+    console.print(f"  {RECIPE}: the recipe; change a number of tokens and run it again")
+    console.print("  train on your own images, in one folder per class:")
     console.print(
         "    accelerate launch scripts/finetune.py --model vitcls-tiny --dataset FOLDER --output-dir runs/mine"
     )
     console.print("  docs/README.md: the documentation, one page per task")
 
 
-def step(title: str, shown: list[object], command: list[object]) -> None:
-    """Announce and run one command."""
-    console.print(f"\n[bold]{title}[/]\n  $ {' '.join(map(str, shown))}\n")
-    # One thread: a model this small gains little from more, and loses much where other programs use the cores.
+def run_step(title: str, printed_command: list[object], command: list[object]) -> None:
+    """Print a title and a short form of a command, and run the command."""
+    console.print(f"\n[bold]{title}[/]\n  $ {' '.join(map(str, printed_command))}\n")
+    # One thread: a small model gains little from more, and loses much if other programs use the cores.
     environment = {"OMP_NUM_THREADS": "1"} | os.environ
     status = subprocess.run(list(map(str, command)), env=environment, check=False).returncode
     if status:
         raise SystemExit(status)
 
 
-def output_dir(flags: list[str]) -> Path:
-    """The last --output-dir, which is the one that counts."""
-    chosen = [Path(value) for name, value in pairwise(flags) if name == "--output-dir"]
-    return chosen[-1] if chosen else OUTPUT
+def get_output_dir(flags: list[str]) -> Path:
+    """Return the value of the last --output-dir, or the default."""
+    values = [Path(value) for name, value in pairwise(flags) if name == "--output-dir"]
+    return values[-1] if values else OUTPUT
 
 
 if __name__ == "__main__":

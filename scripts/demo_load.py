@@ -1,8 +1,8 @@
-"""The second half of `make demo`: load a model folder as any user of transformers would, and check what it claims.
+"""Load a model folder with transformers and check the accuracy in its results.json (second step of `make demo`).
 
     python scripts/demo_load.py runs/demo
 
-Nothing of this repository is imported: the code comes from the model's own folder.
+The script imports nothing from this repository: the code of the model is in its folder.
 """
 
 import hashlib
@@ -19,33 +19,34 @@ from transformers.utils.logging import disable_progress_bar
 
 
 def main(folder: str) -> None:
-    """Load, predict, compare with results.json. Ends with status 1 if they differ."""
-    disable_progress_bar()  # of "Loading weights"
+    """Load the model, predict, and compare with results.json. Exits with status 1 if they differ."""
+    disable_progress_bar()  # for loading weights
     model = AutoModelForImageClassification.from_pretrained(folder, trust_remote_code=True)
     print(f"AutoModelForImageClassification: {type(model).__name__}, {model.num_parameters():,} parameters")
     for name, group in model.config.token_layout.items():
         print(f"  config.token_layout.{name} = {group}")
 
     classify = pipeline("image-classification", model=folder, trust_remote_code=True)
-    pictures, labels = held_out_digits()
+    images, labels = load_held_out_digits()
     started = time.perf_counter()
-    answers = [best[0] for best in classify(pictures, top_k=1, batch_size=60)]
+    predictions = [top_labels[0] for top_labels in classify(images, top_k=1, batch_size=60)]
     seconds = time.perf_counter() - started
 
-    for answer, label in list(zip(answers, labels, strict=True))[:5]:
-        print(f"  a handwritten {label}: the model says {answer['label']} ({answer['score']:.0%} sure)")
-    num_right = sum(answer["label"] == label for answer, label in zip(answers, labels, strict=True))
+    pairs = list(zip(predictions, labels, strict=True))
+    for prediction, label in pairs[:5]:
+        print(f"  a handwritten {label}: prediction {prediction['label']}, probability {prediction['score']:.0%}")
+    num_correct = sum(prediction["label"] == label for prediction, label in pairs)
     speed = len(labels) / seconds
-    print(f"accuracy {num_right / len(labels):.2%} on {len(labels)} held-out images, {speed:.0f} images/s")
+    print(f"accuracy {num_correct / len(labels):.2%} on {len(labels)} held-out images, {speed:.0f} images/s")
 
-    claimed = json.loads(Path(folder, "results.json").read_text(encoding="utf-8"))
-    if len(labels) != claimed["num_images"] or num_right != round(claimed["accuracy"] * claimed["num_images"]):
-        raise SystemExit(f"results.json says {claimed['accuracy']:.2%} of {claimed['num_images']}: that is not equal")
-    print("equal to what training reported in results.json")
+    results = json.loads(Path(folder, "results.json").read_text(encoding="utf-8"))
+    if len(labels) != results["num_images"] or num_correct != round(results["accuracy"] * results["num_images"]):
+        raise SystemExit(f"error: results.json has {results['accuracy']:.2%} on {results['num_images']} images")
+    print("equal to the accuracy in results.json")
 
 
-def held_out_digits() -> tuple[list[Image.Image], list[str]]:
-    """The pictures and labels that the digits recipe holds out."""
+def load_held_out_digits() -> tuple[list[Image.Image], list[str]]:
+    """Return images and labels of the held-out split of the digits recipe."""
     digits = load_digits()
     levels = (digits.images * (255 / 16)).round().astype(np.uint8)  # [1797, 8, 8]
     held_out = [index for index, pixels in enumerate(levels) if is_held_out(pixels.tobytes())]

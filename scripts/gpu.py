@@ -12,11 +12,11 @@ import torch
 from torch import nn
 
 from modeling_vitcls import ViTCLSConfig, ViTCLSForImageClassification
-from modeling_vitcls.benchmarking.comparison import per_second
-from modeling_vitcls.benchmarking.forward_passes import SECONDS_PER_TURN, random_images
-from modeling_vitcls.benchmarking.tables import markdown, said
-from modeling_vitcls.benchmarking.work import Plan, compare
-from modeling_vitcls.system import gemm_peak
+from modeling_vitcls.benchmarking.comparison import BenchmarkSettings, measure_throughput
+from modeling_vitcls.benchmarking.peers import random_images
+from modeling_vitcls.benchmarking.tables import format_markdown, print_comparison
+from modeling_vitcls.benchmarking.work import compare
+from modeling_vitcls.system import measure_gemm_peak
 from modeling_vitcls.training.mfu import training_flops
 
 
@@ -38,8 +38,8 @@ def main() -> None:
         print("PyTorch finds no CUDA device on this machine: nothing was tested or measured")
         return
     status = subprocess.run([sys.executable, "-m", "pytest", "-q", *TESTS], cwd=REPOSITORY, check=False).returncode
-    plan = Plan(("transformers", "timm"), num_pairs=9, toy=False, device="cuda")
-    comparisons = [said(comparison) for comparison in compare(COMPARED, (), plan)]
+    settings = BenchmarkSettings(("transformers", "timm"), num_pairs=9, device="cuda")
+    comparisons = [print_comparison(comparison) for comparison in compare(COMPARED, (), settings)]
     sections = [
         f"# Speed on {torch.cuda.get_device_name()}",
         f"Written by `make gpu`. ViT-S/16 at 224 pixels, PyTorch {torch.__version__}, CUDA {torch.version.cuda}.",
@@ -48,7 +48,7 @@ def main() -> None:
         f"## Training steps, batch {BATCH_SIZE}, bf16 autocast, fused AdamW",
         format_table(("mode", "tokens", "images/s", "MFU"), measure_steps("cuda")),
         "## Compared with transformers and timm",
-        markdown(comparisons),
+        format_markdown(comparisons),
     ]
     OUTPUT.write_text("\n\n".join(sections).rstrip() + "\n", encoding="utf-8")
     print(f"written to {OUTPUT}")
@@ -84,7 +84,7 @@ def measure_forward_passes(
                 difference = ((logits - expected).abs().max() / expected.abs().max()).item()
                 if not difference <= LIMITS[precision]:
                     raise ValueError(f"{precision}, {mode}: logits differ from the CPU's by {difference:.1e}")
-                speed = per_second(in_inference(predict, pixel_values), batch_size, SECONDS_PER_TURN)
+                speed = measure_throughput(in_inference(predict, pixel_values), batch_size)
                 yield precision, mode, tokens, f"{speed:,.0f}", f"{difference:.1e}"
 
 
@@ -95,7 +95,7 @@ def in_inference(predict: Callable, pixel_values: torch.Tensor) -> Callable[[], 
 
 def measure_steps(device: str, batch_size: int = BATCH_SIZE, build: Callable = build_model) -> Rows:
     """Yield a row with the model FLOPs utilization (MFU) of a training step for each mode and number of tokens."""
-    peak = gemm_peak(device, torch.bfloat16)
+    peak = measure_gemm_peak(device, torch.bfloat16)
     for tokens, num_registers in REGISTERS.items():
         for mode, compile_mode in MODES.items():
             model = build(num_registers).to(device).train()
@@ -111,7 +111,7 @@ def measure_steps(device: str, batch_size: int = BATCH_SIZE, build: Callable = b
                 optimizer.step()
                 optimizer.zero_grad()
 
-            speed = per_second(step, batch_size, SECONDS_PER_TURN)
+            speed = measure_throughput(step, batch_size)
             yield mode, tokens, f"{speed:,.0f}", f"{speed * training_flops(model) / peak:.0%}"
 
 

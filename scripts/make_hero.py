@@ -67,7 +67,7 @@ def compute_maps(folder: Path) -> tuple[list[np.ndarray], np.ndarray, np.ndarray
     from sklearn.datasets import load_digits
 
     from modeling_vitcls import ViTCLSForImageClassification, ViTCLSImageProcessor
-    from modeling_vitcls.analysis import patch_maps
+    from modeling_vitcls.analysis import extract_patch_maps
 
     digits = load_digits()
     pixels = (digits.images * (255 / 16)).round().astype(np.uint8)  # [images, 8, 8]
@@ -91,7 +91,7 @@ def compute_maps(folder: Path) -> tuple[list[np.ndarray], np.ndarray, np.ndarray
 
     rows = model.token_attention(pixel_values, tokens=("cls", "registers")).mean(dim=2)  # [digits, layer, token, key]
     rows = torch.cat([rows[:, -1, : layout.cls.stop], rows[:, -2, layout.cls.stop :]], dim=1)
-    return [pixels[index] for index in shown], colors, patch_maps(rows, model.config, size).numpy()
+    return [pixels[index] for index in shown], colors, extract_patch_maps(rows, model.config, size).numpy()
 
 
 def draw_rows(images: list[np.ndarray], colors: np.ndarray, maps: np.ndarray) -> Figure:

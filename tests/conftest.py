@@ -19,6 +19,7 @@ import local_hub
 import pytest
 import torch
 from accelerate.utils import set_seed
+from accelerate_state import reset_accelerate
 from fresh_processes import run_fresh
 from playwright.sync_api import Browser, Error, expect, sync_playwright
 from warm_processes import READY
@@ -118,6 +119,14 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     set_seed(zlib.crc32(item.nodeid.encode()))
 
 
+@pytest.fixture
+def fresh_accelerate() -> Iterator[None]:
+    """Reset the singletons in which Accelerate keeps its settings, before and after the test."""
+    reset_accelerate()
+    yield
+    reset_accelerate()
+
+
 @pytest.fixture(autouse=True, scope="session")
 def ctrl_c_is_heard() -> None:
     """A shell's background jobs ignore Ctrl-C, and so would every process that a test sends one to."""
@@ -127,7 +136,7 @@ def ctrl_c_is_heard() -> None:
 
 @pytest.fixture
 def verified_quickly(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The fresh processes that verify what was pushed have torch at once."""
+    """The new processes that verify what was pushed have torch at once."""
 
     def run(command: list[str], cwd: str, env: dict[str, str], **_: Any) -> subprocess.CompletedProcess[str]:
         return run_fresh(*command[1:], environment=env, cwd=Path(cwd))

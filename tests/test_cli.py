@@ -5,7 +5,9 @@ import os
 import runpy
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TextIO
 
 import pytest
 from fresh_processes import run_fresh
@@ -13,7 +15,7 @@ from fresh_processes import run_fresh
 import modeling_vitcls
 from modeling_vitcls import cli
 from modeling_vitcls.commands import env
-from modeling_vitcls.commands.parsing import find_recipe
+from modeling_vitcls.commands.parsing import errors_in_one_line, find_recipe
 from modeling_vitcls.version import __version__
 
 
@@ -24,6 +26,7 @@ WRAPPERS = {
     "push": "push_to_hub",
     "demo": "demo_app",
     "space": "push_space",
+    "study": "study",
 }
 # The command as a program of its own, then the names of loaded libraries on stderr.
 COMMAND = """
@@ -49,6 +52,48 @@ def run_here(*arguments: str) -> int:
     except SystemExit as ended:
         return int(ended.code or 0)
     return 0
+
+
+@pytest.fixture
+def closed_pipe() -> Iterator[TextIO]:
+    """A pipe whose reader has closed it."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as stream:
+        yield stream
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize("arguments", [("--help",), ("env",), ("finetune", "--help")])
+def test_a_closed_pipe_ends_the_program_quietly(
+    arguments: tuple[str, ...], unbuffered: str, closed_pipe: TextIO
+) -> None:
+    command = [sys.executable, "-m", "modeling_vitcls.cli", *arguments]
+    environment = os.environ | {"PYTHONUNBUFFERED": unbuffered}
+    ran = subprocess.run(
+        command, stdout=closed_pipe, stderr=subprocess.PIPE, env=environment, text=True, timeout=300, check=False
+    )
+    assert ran.stderr == "" and ran.returncode in (0, 1)
+
+
+def test_output_to_a_closed_pipe_stops_the_program(closed_pipe: TextIO, monkeypatch: pytest.MonkeyPatch) -> None:
+    def print_twice(arguments: list[str] | None) -> None:
+        with errors_in_one_line():
+            print("first", flush=True)
+            pytest.fail("the program continues")
+
+    monkeypatch.setattr(sys, "stdout", closed_pipe)
+    monkeypatch.setattr(cli, "run_command", print_twice)
+    assert run_here() == 1
+
+
+def test_other_closed_pipes_are_errors(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def fail(arguments: list[str] | None) -> None:
+        raise BrokenPipeError("a worker has ended")
+
+    monkeypatch.setattr(cli, "run_command", fail)
+    with pytest.raises(BrokenPipeError, match="a worker has ended"):
+        cli.main([])
 
 
 @pytest.mark.parametrize("arguments", [(), ("--help",), ("finetune", "--help"), ("finetune", "--epoch", "3")])
@@ -80,8 +125,8 @@ def test_the_version(capsys: pytest.CaptureFixture[str]) -> None:
     [
         (["finetun"], "error: vitcls has no command finetun: did you mean finetune?\n"),
         (["tokens"], "error: vitcls has no command tokens: choose from finetune, pretrain, "),
-        (["completion"], "vitcls completion needs the name of a shell: bash, zsh, tcsh\n"),
-        (["env", "now"], "vitcls env has no flags\n"),
+        (["completion"], "error: vitcls completion requires the name of a shell: bash, zsh, tcsh\n"),
+        (["env", "now"], "error: vitcls env has no flags\n"),
     ],
 )
 def test_wrong_commands_are_one_line(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

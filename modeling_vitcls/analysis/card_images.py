@@ -19,9 +19,9 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from ..configuration_vitcls import ViTCLSConfig
-from ..data.labels import NOTHING, labels_of
+from ..data.labels import NO_LABELS, get_label_space
 from ..image_processing_vitcls import ViTCLSImageProcessor
-from ..inference.prediction_rows import THRESHOLD, Row, answers_to, build_answers
+from ..inference.prediction_rows import THRESHOLD, Row, build_prediction_columns, predict_batch
 from .figures import plot_attention, plot_confusion_matrix, plot_token_layout, render_figure
 from .maps import VisibleRegion, extract_patch_maps, get_token_names, get_visible_region, to_upright_rgb
 from .model_utils import evaluation_mode, is_classifier, unwrap_model
@@ -96,7 +96,7 @@ def find_confusion_matrices(
     if config.tasks:
         candidates = [(f"{MATRIX}_{task}", f"{task}_{MATRIX}", names) for task, names in config.task_labels().items()]
     else:
-        candidates = [(MATRIX, MATRIX, labels_of(config).names)]
+        candidates = [(MATRIX, MATRIX, get_label_space(config).names)]
     for name, key, class_names in candidates:
         matrix = results.get(key)
         if matrix and any(map(any, matrix)):
@@ -120,13 +120,17 @@ def build_attention_samples(
 ) -> Iterator[AttentionSample]:
     """Yield the attention in the last layer, averaged over heads, for each sample that the model accepts."""
     model = unwrap_model(model)
-    predict = build_answers(model, top_k=None, threshold=THRESHOLD, features=None) if is_classifier(model) else None
+    predict = (
+        build_prediction_columns(model, top_k=None, threshold=THRESHOLD, features=None)
+        if is_classifier(model)
+        else None
+    )
     for image, label in samples:
         try:
             pixel_values = processor(image, return_tensors="pt")["pixel_values"].to(model.device)  # [1, C, H, W]
             with evaluation_mode(model), torch.no_grad():
                 rows = model.token_attention(pixel_values, layers=[-1])[0, 0].float().mean(dim=0)  # [T, key]
-                prediction = answers_to(pixel_values, predict, nullcontext)[0] if predict else {}
+                prediction = predict_batch(pixel_values, predict, nullcontext)[0] if predict else {}
         except ValueError:  # evaluation skips such images too
             continue
         image_height, image_width = pixel_values.shape[-2:]
@@ -145,7 +149,7 @@ def format_title(label: str | None, prediction: Row) -> str:
         elif column.endswith("_label"):
             words.append(f"{column.removesuffix('_label')} {value}")
         elif column == "labels":
-            words.append(", ".join(value) or NOTHING)
+            words.append(", ".join(value) or NO_LABELS)
     predicted = f"predicted {', '.join(words)}" if words else None
     return ", ".join(text for text in (label, predicted) if text)
 

@@ -12,8 +12,8 @@ import torch
 from PIL import Image
 
 from ..configuration_vitcls import ViTCLSConfig
-from ..data.labels import is_multi_label, labels_of
-from ..inference.prediction_rows import Label, all_probable, most_probable
+from ..data.labels import get_label_space, is_multi_label
+from ..inference.prediction_rows import Label, select_probable_labels, select_top_labels
 from .attribution import compute_attention_rollout, compute_attribution
 from .maps import VisibleRegion, extract_patch_maps, get_visible_region, to_upright_rgb
 from .model_utils import evaluation_mode, is_classifier, unwrap_model
@@ -103,13 +103,13 @@ def build_image_predictions(logits: Any, config: ViTCLSConfig) -> list[ImagePred
     """Return the predictions for the logits [1, labels] of one image, or for a dict of such logits per task."""
     if config.tasks:
         return [build_image_prediction(task, logits[task], names) for task, names in config.task_labels().items()]
-    return [build_image_prediction(None, logits, labels_of(config).names, is_multi_label(config))]
+    return [build_image_prediction(None, logits, get_label_space(config).names, is_multi_label(config))]
 
 
 def build_image_prediction(
     task: str | None, logits: torch.Tensor, names: list[str], is_multi_label: bool = False
 ) -> ImagePrediction:
     """Return the prediction for logits [1, labels]."""
-    (most_probable_labels,) = most_probable(logits, names, MAX_LABELS)
-    (labels,) = all_probable(logits, names) if is_multi_label else [most_probable_labels]
+    (most_probable_labels,) = select_top_labels(logits, names, MAX_LABELS)
+    (labels,) = select_probable_labels(logits, names) if is_multi_label else [most_probable_labels]
     return ImagePrediction(task, labels, first=most_probable_labels[0][0])

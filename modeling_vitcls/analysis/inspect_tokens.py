@@ -17,7 +17,7 @@ from ..adaptation_vitcls import load_checkpoint
 from ..data.held_out import RESULTS_FILE, read_record
 from ..files import read_json
 from ..hub.loading import MODEL_FILES, get_model_folder
-from ..inference.evaluate import table
+from ..inference.evaluate import build_table
 from ..inference.load_model import is_preset, load_model
 from ..options import InspectOptions
 from .inspection import Inspection, ProgressCallback, ignore, inspect_model
@@ -105,7 +105,7 @@ def print_inspection(inspection: Inspection, options: InspectOptions, console: C
         console.print(sentence, markup=False)
     if inspection.patch_sizes:
         patch_sizes = build_patch_size_table(inspection.patch_sizes)
-        console.print(table("Patch sizes", patch_sizes["header"], patch_sizes["rows"]))
+        console.print(build_table("Patch sizes", patch_sizes["header"], patch_sizes["rows"]))
         for sentence in patch_sizes["sentences"]:
             console.print(sentence, markup=False)
     size = options.output.stat().st_size / 2**20

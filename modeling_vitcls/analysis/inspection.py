@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from PIL import Image
 
-from ..data.images import Chosen, check_channels
-from ..data.labels import labels_of
-from ..inference.prediction_rows import by_shape
+from ..data.images import ImageSubset, check_channels
+from ..data.labels import get_label_space
+from ..errors import format_error
+from ..inference.prediction_rows import group_by_shape
 from .ablation import AblationEffect, Batches, collect_predictions, compute_ablation_effects, encode_label
 from .diagnosis import Verdict, describe_artifacts, describe_depth, diagnose_tokens
 from .image_report import ImageReport, build_image_report
@@ -125,7 +126,7 @@ def inspect_model(
     if patch_sizes:
         on_progress("comparing patch sizes", 0, 1)
         rows = compare_patch_sizes(
-            model, processor, Chosen(statistics_images, list(pixels)), pixel_labels, patch_sizes
+            model, processor, ImageSubset(statistics_images, list(pixels)), pixel_labels, patch_sizes
         )
     return Inspection(
         config=config,
@@ -154,13 +155,13 @@ def build_image_reports(
     on_progress: ProgressCallback,
 ) -> list[ImageReport]:
     """Build a report of each readable image."""
-    image_reports, label_space = [], labels_of(model.config)
+    image_reports, label_space = [], get_label_space(model.config)
     labels = labels if is_classifier(model) else None
     for index in range(len(images)):
         on_progress("computing maps", index, len(images))
         if preparer.prepare(images, index) is not None:
             name = f"image {index + 1}" if names is None else names[index]
-            truth = None if labels is None else label_space.in_words(labels[index])
+            truth = None if labels is None else label_space.format_label(labels[index])
             image_reports.append(build_image_report(model, processor, images[index], name, truth))
     return image_reports
 
@@ -199,7 +200,7 @@ class ImagePreparer:
             pixels = self.processor(image, return_tensors="pt")["pixel_values"][0]  # [C, H, W]
             check_channels(image, pixels, self.num_channels)
         except (ValueError, OSError) as error:
-            message = " ".join(str(error).split())
+            message = format_error(error)
             if message not in self.problems:
                 self.problems.add(message)
                 self.on_warning(f"skipped an image: {message}")
@@ -244,7 +245,7 @@ class InspectionBatches:
             self.labels = torch.stack([encode_label(label, model.config) for label in labels])  # [images, A]
         self.chunks = [
             indices[start : start + size]
-            for indices in map(list, by_shape(dict(enumerate(pixels))))
+            for indices in map(list, group_by_shape(dict(enumerate(pixels))))
             for size in [min(batch_size, get_max_batch_size(model, pixels[indices[0]].shape))]
             for start in range(0, len(indices), size)
         ]
@@ -274,6 +275,6 @@ def get_max_batch_size(model: Any, shape: torch.Size) -> int:
     at least 1."""
     config = model.config
     (height, width), (patch_height, patch_width) = shape[-2:], config.patch_height_width
-    num_tokens = config.token_layout.num_prefix_tokens + (height // patch_height) * (width // patch_width)
+    num_tokens = config.token_layout.get_num_tokens(height // patch_height, width // patch_width)
     num_maps = config.num_attention_heads * (2 if config.attention_type == "differential" else 1)
     return max(MAX_ATTENTION_WEIGHTS // (num_maps * num_tokens**2), 1)

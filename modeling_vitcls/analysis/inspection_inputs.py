@@ -14,13 +14,13 @@ from typing import Any
 from PIL import Image
 
 from ..data.held_out import HeldOutRecord
-from ..data.images import Chosen, Files
-from ..data.labels import labels_of
+from ..data.images import Files, ImageSubset
+from ..data.labels import get_label_space
 from ..data.sources import load_splits
 from ..data.splits import load_evaluation_data
 from ..heads_vitcls import IGNORED_LABEL
-from ..inference.evaluate import relabelled
-from ..inference.inputs import listed_files
+from ..inference.evaluate import match_labels
+from ..inference.inputs import open_image_files
 from ..options import DataOptions, InspectOptions
 from .model_utils import is_classifier
 
@@ -43,7 +43,7 @@ class InspectionImages:
             return self
         indices = [(2 * number + 1) * len(self) // (2 * count) for number in range(count)]
         return InspectionImages(
-            Chosen(self.images, indices),
+            ImageSubset(self.images, indices),
             [self.names[index] for index in indices],
             None if self.labels is None else [self.labels[index] for index in indices],
             self.source,
@@ -79,7 +79,7 @@ def open_images(options: InspectOptions, model: Any, record: HeldOutRecord | Non
 
 def load_from_paths(paths: Sequence[str], model: Any) -> InspectionImages:
     """Load image files, with labels from the names of their folders."""
-    listed = listed_files(paths)
+    listed = open_image_files(paths)
     files = [str(content) for content in listed.contents]
     for file in files:
         if "://" not in file and not Path(file).exists():
@@ -101,7 +101,7 @@ def get_folder_labels(files: Sequence[str], model: Any) -> list[int] | None:
     config = model.config
     if not is_classifier(model) or config.tasks or config.problem_type == "multi_label_classification":
         return None
-    class_indices = {name: index for index, name in enumerate(labels_of(config).names)}
+    class_indices = {name: index for index, name in enumerate(get_label_space(config).names)}
     labels = [class_indices.get(Path(file).resolve().parent.name, IGNORED_LABEL) for file in files]
     return labels if any(label != IGNORED_LABEL for label in labels) else None
 
@@ -117,8 +117,8 @@ def load_from_dataset(options: InspectOptions, model: Any, record: HeldOutRecord
     )
     if is_classifier(model):
         label_space, examples, split, _ = load_evaluation_data(data, options.split, record)
-        examples = relabelled(examples, label_space, labels_of(model.config))
-        images, labels = examples.pictures, examples.labels
+        examples = match_labels(examples, label_space, get_label_space(model.config))
+        images, labels = examples.images, examples.labels
     else:
         split = options.split or "test"
         images, labels = load_unlabeled(data, split), None
@@ -135,5 +135,5 @@ def load_unlabeled(data: DataOptions, split: str) -> Sequence[Image.Image]:
             raise ValueError(f"{data.dataset} has no split {split!r}. Choose one of {', '.join(names)}.")
         return [split if split in names else names[0]]
 
-    (examples,) = load_splits(data, labelled=False, used=select_split).parts.values()
-    return examples.pictures
+    (examples,) = load_splits(data, use_labels=False, select=select_split).parts.values()
+    return examples.images

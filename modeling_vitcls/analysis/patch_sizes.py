@@ -21,7 +21,7 @@ from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..adaptation_vitcls import logger as adaptation_logger
-from ..system import name_of_device, processor_name
+from ..system import format_device_name, get_processor_name
 from .ablation import Predictions, encode_label, get_predicted_labels, get_task_logits
 from .model_utils import evaluation_mode, is_classifier, unwrap_model
 
@@ -271,7 +271,7 @@ def build_row(
         patch_size=candidate.patch_size,
         is_native=candidate.is_native,
         grid=grid,
-        sequence_length=candidate.model.config.token_layout.num_prefix_tokens + math.prod(grid),
+        sequence_length=candidate.model.config.token_layout.get_num_tokens(*grid),
         gflops=total_flops / 1e9,
         attention_share=attention_flops / total_flops,
         milliseconds=statistics.median(candidate.milliseconds),
@@ -286,9 +286,9 @@ def build_row(
 def get_device_name(device: torch.device) -> str:
     """Return the name of the accelerator, or of the processor with the number of threads."""
     if device.type != "cpu":
-        return name_of_device(device)
+        return format_device_name(device)
     num_threads = torch.get_num_threads()
-    return f"{processor_name()}, {num_threads} thread{'s' if num_threads > 1 else ''}"
+    return f"{get_processor_name()}, {num_threads} thread{'s' if num_threads > 1 else ''}"
 
 
 # Sentences -----------------------------------------------------------------------------------------------------------

@@ -24,7 +24,7 @@ import jinja2
 from markupsafe import Markup
 from PIL import Image
 
-from ..files import written_whole
+from ..files import write_atomically
 from ..hub.loading import get_cached_commit
 from ..version import __version__
 from .ablation import AblationEffect
@@ -96,7 +96,7 @@ def write_page(file: str | Path, inspection: Inspection, title: str | None = Non
     """
     html = render_page(inspection, build_page_header(inspection, title, source))
     Path(file).parent.mkdir(parents=True, exist_ok=True)
-    with written_whole(Path(file)) as partial:
+    with write_atomically(Path(file)) as partial:
         partial.write_text(html, encoding="utf-8")
 
 
@@ -114,7 +114,7 @@ def write_json_values(file: str | Path, inspection: Inspection, title: str | Non
     }
     text = json.dumps(about | build_json_values(inspection), indent=1, allow_nan=False) + "\n"
     Path(file).parent.mkdir(parents=True, exist_ok=True)
-    with written_whole(Path(file)) as partial:
+    with write_atomically(Path(file)) as partial:
         partial.write_text(text, encoding="utf-8")
 
 

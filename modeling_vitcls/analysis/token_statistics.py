@@ -223,8 +223,7 @@ def compute_outliers_without_registers(model: Any, pixel_values: torch.Tensor) -
         [B, L + 1], for the embeddings and after each layer.
     """
     layout: TokenLayout = model.config.token_layout
-    rows, columns = model.base_model.embeddings.patch_embeddings.get_grid_size(pixel_values)
-    num_tokens = layout.num_prefix_tokens + rows * columns
+    num_tokens = layout.get_num_tokens(*model.base_model.embeddings.patch_embeddings.get_grid_size(pixel_values))
     mask = torch.ones(len(pixel_values), num_tokens, dtype=torch.long, device=pixel_values.device)
     mask[:, layout.registers] = 0
     with evaluation_mode(model):

@@ -1,14 +1,20 @@
-"""Paired measurements and what is said about them.
+"""Paired measurements of two sides, checks that both compute the same, and peak memory.
 
-Machines are shared and clocks vary, so the two sides take turns, and each turn is compared with its neighbour alone.
+Other programs share the machine and clock speeds vary, so the two sides take turns, and each turn is compared with the
+neighboring turn of the other side. Nothing is measured if the outputs of the sides differ.
 
-Nothing is measured unless both sides give the same outputs, so that no speed is bought with wrong numbers.
+Memory on the CPU is the growth of a process (Linux only, from /proc), and on a GPU the peak of PyTorch's allocator.
 """
 
+import argparse
+import os
 import statistics
+import subprocess
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -16,17 +22,52 @@ import torch
 
 Row = TypeVar("Row")
 
+SECONDS_PER_TURN = 0.5
+# Variables of glibc: blocks of 64 KiB or more are returned to the system when they are freed, so that the C library
+# keeps no memory for later allocations.
+MALLOC_VARIABLES = {"MALLOC_MMAP_THRESHOLD_": str(2**16)}
+# Largest difference of the logits / largest logit.
+LIMITS = {torch.float32: 1e-4, torch.bfloat16: 0.05}
+
+Predict = Callable[[torch.Tensor], torch.Tensor]  # images [B, C, H, W] -> logits [B, labels]
+Speeds = tuple[list[float], list[float]]  # images per second of each turn, ours and theirs
+
+
+@dataclass(frozen=True)
+class BenchmarkSettings:
+    """The flags of `vitcls benchmark` that apply to all rows.
+
+    Attributes:
+        against: names of `peers.PEERS`, for work that is compared with other projects.
+        num_pairs: turns of each side.
+        toy: whether models and data are tiny and a turn is one call.
+        precision: "fp32" or "bf16", for the growth rows; other rows have their own precision.
+        device: "cpu" or "cuda".
+    """
+
+    against: tuple[str, ...]
+    num_pairs: int
+    toy: bool = False
+    precision: str = "fp32"
+    device: str = "cpu"
+
+    @property
+    def toy_flag(self) -> tuple[str, ...]:
+        """Return the flag that measuring processes receive."""
+        return ("--toy",) if self.toy else ()
+
 
 @dataclass(frozen=True)
 class Comparison:
-    """One piece of work done by two sides in turns.
+    """The result of one row.
 
     Attributes:
-        work, name: kind of work and row of its table.
-        against: the other side.
+        work: kind of work, for the reports.
+        name: name of the row.
+        against: name of the other side.
         ours, theirs: images per second of each turn, pair by pair.
         difference: largest absolute difference of the outputs.
-        details: what was done, for the report.
+        details: further keys and values of the JSON file.
     """
 
     work: str
@@ -39,12 +80,12 @@ class Comparison:
 
     @property
     def ratios(self) -> list[float]:
-        """How many times as fast ours was, in each pair."""
+        """Return our speed divided by theirs, for each pair."""
         return [ours / theirs for ours, theirs in zip(self.ours, self.theirs, strict=True)]
 
     def as_dict(self) -> dict[str, Any]:
-        """What the JSON file holds of it."""
-        lower, ratio, upper = quartiles(self.ratios)
+        """Return the entry of the JSON file."""
+        lower, ratio, upper = compute_quartiles(self.ratios)
         return {
             "work": self.work,
             "name": self.name,
@@ -60,40 +101,11 @@ class Comparison:
         }
 
 
-def in_turns(
-    ours: Callable[[], float], theirs: Callable[[], float], num_pairs: int
-) -> tuple[list[float], list[float]]:
-    """Measure both sides `num_pairs` times; who begins changes from pair to pair."""
-    measured: tuple[list[float], list[float]] = ([], [])
-    for pair in range(num_pairs):
-        for side in (0, 1) if pair % 2 == 0 else (1, 0):
-            measured[side].append((ours, theirs)[side]())
-    return measured
-
-
-def per_second(work: Callable[[], object], num_images: int, seconds: float) -> float:
-    """Do it, once or more, for that long; the first time, which warms caches up, does not count."""
-    work()
-    wait_for_gpu()
-    calls, started = 0, time.perf_counter()
-    while calls == 0 or time.perf_counter() - started < seconds:
-        work()
-        wait_for_gpu()
-        calls += 1
-    return calls * num_images / (time.perf_counter() - started)
-
-
-def wait_for_gpu() -> None:
-    """Until it has done all that it was given, if one is used at all."""
-    if torch.cuda.is_initialized():
-        torch.cuda.synchronize()
-
-
-def chosen(table: dict[str, Row], names: tuple[str, ...]) -> dict[str, Row]:
-    """The named rows of a table of work; all for no names.
+def select_rows(table: dict[str, Row], names: tuple[str, ...]) -> dict[str, Row]:
+    """Return the rows of a table with the given names, or all rows if there are no names.
 
     Raises:
-        ValueError: for a row that does not exist.
+        ValueError: If a row does not exist.
     """
     for name in names:
         if name not in table:
@@ -101,41 +113,160 @@ def chosen(table: dict[str, Row], names: tuple[str, ...]) -> dict[str, Row]:
     return {name: table[name] for name in names or table}
 
 
-def last_words(output: str) -> str:
-    """The last line that a process printed."""
-    lines = output.strip().splitlines()
-    return lines[-1] if lines else "it said nothing"
-
-
-def quartiles(values: list[float]) -> tuple[float, float, float]:
-    """Lower quartile, median, upper quartile; the value itself if there is one only."""
+def compute_quartiles(values: list[float]) -> tuple[float, float, float]:
+    """Return lower quartile, median and upper quartile; three times the value if there is only one."""
     if len(values) == 1:
         return values[0], values[0], values[0]
     lower, median, upper = statistics.quantiles(values, n=4, method="inclusive")
     return lower, median, upper
 
 
-Answer = Callable[[torch.Tensor], torch.Tensor]  # images [B, C, H, W] -> logits [B, labels]
+def get_last_line(output: str) -> str:
+    """Return the last line of a process's output."""
+    lines = output.strip().splitlines()
+    return lines[-1] if lines else "it printed nothing"
 
-# Largest difference of logits, as a part of the largest logit.
-LIMITS = {torch.float32: 1e-4, torch.bfloat16: 0.05}
+
+# Speed ---------------------------------------------------------------------------------------------------------------
+
+
+def measure_in_turns(ours: Callable[[], float], theirs: Callable[[], float], num_pairs: int) -> Speeds:
+    """Call both functions `num_pairs` times; the side that starts alternates from pair to pair."""
+    speeds: Speeds = ([], [])
+    for pair in range(num_pairs):
+        for side in (0, 1) if pair % 2 == 0 else (1, 0):
+            speeds[side].append((ours, theirs)[side]())
+    return speeds
+
+
+def measure_throughput(function: Callable[[], object], num_images: int, seconds: float = SECONDS_PER_TURN) -> float:
+    """Return the images per second of repeated calls over at least `seconds`, after a first call that does not count.
+
+    Args:
+        num_images: images that one call processes.
+    """
+    function()
+    synchronize_gpu()
+    num_calls, started = 0, time.perf_counter()
+    while num_calls == 0 or time.perf_counter() - started < seconds:
+        function()
+        synchronize_gpu()
+        num_calls += 1
+    return num_calls * num_images / (time.perf_counter() - started)
+
+
+def synchronize_gpu() -> None:
+    """Wait until the GPU has finished, if this process uses one."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+
+
+def compare_throughput(
+    ours: Callable[[], object], theirs: Callable[[], object], num_images: int, settings: BenchmarkSettings
+) -> Speeds:
+    """Measure the images per second of two functions in turns."""
+    seconds = 0.0 if settings.toy else SECONDS_PER_TURN
+    return measure_in_turns(
+        lambda: measure_throughput(ours, num_images, seconds),
+        lambda: measure_throughput(theirs, num_images, seconds),
+        settings.num_pairs,
+    )
+
+
+# Equal outputs -------------------------------------------------------------------------------------------------------
+
+
+def check_difference(difference: float, limit: float, name: str, outputs: str) -> float:
+    """Return the difference of two sides.
+
+    Args:
+        outputs: what was compared, for the message.
+
+    Raises:
+        ValueError: If the difference exceeds the limit or is NaN.
+    """
+    if not difference <= limit:
+        raise ValueError(
+            f"{name}: {outputs} differ by {difference:.2g}, more than {limit:.2g}. "
+            "Speed is only compared for equal work."
+        )
+    return difference
 
 
 @torch.inference_mode()
-def check_agreement(ours: Answer, theirs: Answer, pixel_values: torch.Tensor, name: str) -> float:
-    """The largest absolute difference of the logits.
+def check_logits(ours: Predict, theirs: Predict, pixel_values: torch.Tensor, name: str) -> float:
+    """Return the largest absolute difference of the logits.
 
     Raises:
-        ValueError: if it exceeds the limit, or is no number.
+        ValueError: If the shapes differ, or the difference exceeds `LIMITS` or is NaN.
     """
-    found, wanted = ours(pixel_values).float(), theirs(pixel_values).float()
-    if found.shape != wanted.shape:
-        raise ValueError(f"{name}: outputs are {list(found.shape)} and {list(wanted.shape)}: they cannot be compared")
-    difference = (found - wanted).abs().max().item()
-    limit = LIMITS[pixel_values.dtype] * wanted.abs().max().item()
-    if not difference <= limit:
-        raise ValueError(
-            f"{name}: the outputs differ by {difference:.2g}, more than {limit:.2g}: these models do not do the same "
-            "work, so their speed is not compared"
-        )
-    return difference
+    logits, expected = ours(pixel_values).float(), theirs(pixel_values).float()
+    if logits.shape != expected.shape:
+        raise ValueError(f"{name}: the outputs have the shapes {list(logits.shape)} and {list(expected.shape)}")
+    limit = LIMITS[pixel_values.dtype] * expected.abs().max().item()
+    return check_difference((logits - expected).abs().max().item(), limit, name, "the outputs")
+
+
+# Memory --------------------------------------------------------------------------------------------------------------
+
+
+def parse_memory_flags(rows: Iterable[str], peers: Iterable[str] = ()) -> argparse.Namespace:
+    """Parse the flags of a process that `measure_peaks` starts: row, side, and peer if there are several."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("row", choices=tuple(rows))
+    if peers:
+        parser.add_argument("peer", choices=tuple(peers))
+    parser.add_argument("--theirs", action="store_true")
+    parser.add_argument("--precision", default="fp32")
+    parser.add_argument("--toy", action="store_true")
+    return parser.parse_args()
+
+
+def measure_peaks(module: str, *arguments: str) -> dict[str, int]:
+    """Return the peak memory of both sides in bytes, as entries of `Comparison.details`.
+
+    Each side is measured in a new process. The module receives the flag --theirs for the other side.
+    """
+    return {
+        "ours_peak_bytes": measure_peak_in_process(module, *arguments),
+        "theirs_peak_bytes": measure_peak_in_process(module, *arguments, "--theirs"),
+    }
+
+
+def measure_peak_in_process(module: str, *arguments: str) -> int:
+    """Run a module in a new process and return the number that it prints last, its `measure_memory_growth` in bytes.
+
+    Raises:
+        ValueError: If the process fails.
+    """
+    command = [sys.executable, "-m", module, *arguments]
+    process = subprocess.run(command, capture_output=True, text=True, env=os.environ | MALLOC_VARIABLES)
+    if process.returncode:
+        raise ValueError(f"cannot measure the memory of {' '.join(arguments)}: {get_last_line(process.stderr)}")
+    return int(process.stdout.strip().splitlines()[-1])
+
+
+def measure_memory_growth(warm_up: Callable[[], object], function: Callable[[], object]) -> int:
+    """Return the peak growth of this process during `function` in bytes, after `warm_up`."""
+    warm_up()
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak, VmHWM
+    before = read_memory_status("VmRSS")
+    function()
+    return max(read_memory_status("VmHWM") - before, 0)
+
+
+def measure_gpu_memory_growth(function: Callable[[], object]) -> int:
+    """Return the peak growth of the allocated GPU memory in bytes. Call the function once before as a warm-up."""
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    function()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def read_memory_status(name: str) -> int:
+    """Return a value of /proc/self/status in bytes."""
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    (line,) = [line for line in lines if line.startswith(f"{name}:")]
+    return int(line.split()[1]) * 1024

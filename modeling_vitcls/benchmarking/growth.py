@@ -1,30 +1,42 @@
-"""How the cost of a forward pass grows with image size, patch size, tokens and batch: time in turns, and memory.
+"""Time and memory of a forward pass by image size, patch size, number of tokens and batch size, and their figure.
 
-    python -m modeling_vitcls.benchmarking.growth "image size 448" timm [--theirs] [--precision bf16]   memory, bytes
+    python -m modeling_vitcls.benchmarking.growth "image size 448" timm [--theirs] [--precision bf16]    peak in bytes
+    plot_growth(comparisons, "processor, versions")    each as `Comparison.as_dict()`, or from the file of --output
 
-Each axis leads away from one base point, which all of them share and which is measured once. What is drawn of it is in
-growth_figure.py.
-
-Tokens are added as registers. transformers' ViT has none (its DINOv2 with registers is another model, with more work
-in every layer), so on that axis timm alone is beside us.
+All axes share one base point, which is measured once; each axis varies one of its values. Tokens are added as
+registers. The ViT of transformers has no registers (DINOv2 with registers is another model, with more work per layer),
+so this axis is compared with timm only.
 """
 
-import argparse
-from collections.abc import Iterator
+import statistics
+import textwrap
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 
-from .comparison import Answer, Comparison, check_agreement, chosen, in_turns
-from .forward_passes import SECONDS_PER_TURN, images_per_second, random_images
-from .memory import growth, growth_on_gpu, peak_in_a_process
-from .peers import PEERS, SMALL, TOY, WITH_REGISTERS, Peer
+from ..analysis.figures import INK, create_figure
+from ..analysis.figures_over_depth import hide_frame
+from .comparison import (
+    BenchmarkSettings,
+    Comparison,
+    Predict,
+    measure_gpu_memory_growth,
+    measure_memory_growth,
+    measure_peaks,
+    parse_memory_flags,
+    select_rows,
+)
+from .peers import PEERS, PEERS_WITH_REGISTERS, TOY, Peer, compare_predictions, get_model_size, random_images
 
 
 @dataclass(frozen=True)
-class Point:
-    """One row of the report."""
+class GrowthPoint:
+    """A row of the report."""
 
     image_size: int
     patch_size: int
@@ -33,11 +45,11 @@ class Point:
 
     @property
     def num_tokens(self) -> int:
-        """With the CLS token."""
+        """Return the length of the sequence with one CLS token."""
         return (self.image_size // self.patch_size) ** 2 + 1 + self.num_registers
 
 
-# Field of a `Point` -> name of its rows.
+# Field of a `GrowthPoint` -> name of its rows.
 AXES = {
     "image_size": "image size {}",
     "patch_size": "patch size {}",
@@ -46,107 +58,91 @@ AXES = {
 }
 
 
-def points(base: Point, **values: tuple[int, ...]) -> dict[str, Point]:
-    """The base point, and those that differ from it in the value of one axis, by name."""
+def build_points(base: GrowthPoint, **values: tuple[int, ...]) -> dict[str, GrowthPoint]:
+    """Return the base point, and one point for each value of each axis, by name."""
     name = f"image size {base.image_size}, patch size {base.patch_size}, batch {base.batch_size}"
     return {name: base} | {
         AXES[field].format(value): replace(base, **{field: value})
-        for field, taken in values.items()
-        for value in taken
+        for field, axis_values in values.items()
+        for value in axis_values
     }
 
 
 # ViT-S/16.
-BASE = Point(image_size=224, patch_size=16, batch_size=4)
-POINTS = points(
+BASE = GrowthPoint(image_size=224, patch_size=16, batch_size=4)
+POINTS = build_points(
     BASE,
     image_size=(112, 160, 320, 448),
     patch_size=(32, 8),
     num_registers=(64, 128, 256),
     batch_size=(1, 8, 32),
 )
-TOY_BASE = Point(image_size=32, patch_size=8, batch_size=2)
-TOY_POINTS = points(TOY_BASE, image_size=(16, 48), patch_size=(16,), num_registers=(4,), batch_size=(1,))
+TOY_BASE = GrowthPoint(image_size=32, patch_size=8, batch_size=2)
+TOY_POINTS = build_points(TOY_BASE, image_size=(16, 48), patch_size=(16,), num_registers=(4,), batch_size=(1,))
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-def compare_growth(
-    rows: tuple[str, ...],
-    against: tuple[str, ...],
-    num_pairs: int,
-    toy: bool,
-    precision: str = "fp32",
-    device: str = "cpu",
-) -> Iterator[Comparison]:
-    """The named rows of `POINTS`, or all, against every peer that can do that work.
+def compare_growth(rows: tuple[str, ...], settings: BenchmarkSettings) -> Iterator[Comparison]:
+    """Compare rows of `POINTS` with each peer that has the features of the row; all rows if none is named.
 
     Raises:
-        ValueError: for an unknown row, if no peer can do the work, if outputs differ, or if memory cannot be measured
-            here.
+        ValueError: If a row does not exist, no peer has the features, outputs differ, or memory cannot be measured on
+            this machine.
     """
-    table = chosen(TOY_POINTS if toy else POINTS, rows)
+    table = select_rows(TOY_POINTS if settings.toy else POINTS, rows)
     pairs = [
         (name, peer)
         for name, point in table.items()
-        for peer in against
-        if point.num_registers == 0 or peer in WITH_REGISTERS
+        for peer in settings.against
+        if point.num_registers == 0 or peer in PEERS_WITH_REGISTERS
     ]
     if not pairs:
-        raise ValueError(f"--against: {' and '.join(WITH_REGISTERS)} alone can be compared with at {', '.join(table)}")
+        able = " ".join(PEERS_WITH_REGISTERS)
+        raise ValueError(f"--rows {', '.join(table)} requires a peer with registers. Set --against {able}.")
     for name, peer in pairs:
-        point = table[name]
-        yield compare_point(name, point, model_at(point, peer, toy), num_pairs, toy, precision, device)
+        yield compare_point(name, table[name], build_peer(table[name], peer, settings.toy), settings)
 
 
-def model_at(point: Point, against: str, toy: bool) -> Peer:
-    """The peer's model for that point, and ours."""
-    size = replace(TOY if toy else SMALL, image_size=point.image_size, patch_size=point.patch_size)
+def build_peer(point: GrowthPoint, against: str, toy: bool) -> Peer:
+    """Build the models of a point."""
+    size = replace(get_model_size(toy), image_size=point.image_size, patch_size=point.patch_size)
     if point.num_registers:
-        return WITH_REGISTERS[against](size, point.num_registers)
+        return PEERS_WITH_REGISTERS[against](size, point.num_registers)
     return PEERS[against](size)
 
 
-def compare_point(
-    name: str, point: Point, peer: Peer, num_pairs: int, toy: bool, precision: str, device: str
-) -> Comparison:
-    """One row against one peer, its time and memory.
+def compare_point(name: str, point: GrowthPoint, peer: Peer, settings: BenchmarkSettings) -> Comparison:
+    """Compare time and memory of one row with one peer.
 
     Raises:
-        ValueError: if outputs differ, or if memory cannot be measured here.
+        ValueError: If outputs differ or memory cannot be measured on this machine.
     """
-    dtype = PRECISIONS[precision]
-    peer = peer.to(dtype, device)
-    pixel_values = random_images(point.batch_size, point.image_size).to(device, dtype)
-    difference = check_agreement(peer.our_answer, peer.their_answer, pixel_values, f"{name} against {peer.name}")
-    seconds = 0.0 if toy else SECONDS_PER_TURN
-    ours, theirs = in_turns(
-        lambda: images_per_second(peer.our_answer, pixel_values, seconds),
-        lambda: images_per_second(peer.their_answer, pixel_values, seconds),
-        num_pairs,
-    )
+    precision, device = settings.precision, settings.device
+    peer = peer.to(PRECISIONS[precision], device)
+    pixel_values = random_images(point.batch_size, point.image_size).to(device, PRECISIONS[precision])
+    speeds, difference = compare_predictions(peer, pixel_values, name, settings)
     if device == "cpu":
-        arguments = (name, peer.name, "--precision", precision, *(["--toy"] if toy else []))
-        our_peak = peak_in_a_process(__name__, *arguments)
-        their_peak = peak_in_a_process(__name__, *arguments, "--theirs")
+        peaks = measure_peaks(__name__, name, peer.name, "--precision", precision, *settings.toy_flag)
     else:
-        our_peak = peak_on_gpu(peer.our_answer, pixel_values)
-        their_peak = peak_on_gpu(peer.their_answer, pixel_values)
+        peaks = {
+            "ours_peak_bytes": measure_gpu_peak(peer.predict_ours, pixel_values),
+            "theirs_peak_bytes": measure_gpu_peak(peer.predict_theirs, pixel_values),
+        }
     details = {
         **vars(point),
         "num_tokens": point.num_tokens,
-        "axis": axis_of(point, TOY_BASE if toy else BASE),
+        "axis": get_axis(point, TOY_BASE if settings.toy else BASE),
         "precision": precision,
         "device": device,
         "size": vars(peer.size),
-        "ours_peak_bytes": our_peak,
-        "theirs_peak_bytes": their_peak,
+        **peaks,
     }
-    return Comparison(f"growth in {precision}", name, peer.name, ours, theirs, difference, details)
+    return Comparison(f"growth in {precision}", name, peer.name, *speeds, difference, details)
 
 
-def axis_of(point: Point, base: Point) -> str | None:
-    """The one field in which it differs from the base point; None for the base point itself."""
+def get_axis(point: GrowthPoint, base: GrowthPoint) -> str | None:
+    """Return the field in which a point differs from the base point; None for the base point."""
     return next((field for field in AXES if getattr(point, field) != getattr(base, field)), None)
 
 
@@ -154,37 +150,197 @@ def axis_of(point: Point, base: Point) -> str | None:
 
 
 @torch.inference_mode()
-def peak(answer: Answer, pixel_values: torch.Tensor, toy: Answer, toy_images: torch.Tensor) -> int:
-    """Bytes that one forward pass needs beyond the weights.
+def measure_peak(predict: Predict, pixel_values: torch.Tensor, predict_toy: Predict, toy_images: torch.Tensor) -> int:
+    """Return the peak memory of a forward pass in bytes, without the parameters.
 
-    A tiny model warms up what happens once in a process: an earlier pass of the same model would leave memory behind
-    that this one could use unseen.
+    The warm-up is a pass of a toy model, which allocates what a process allocates once. A pass of the same model would
+    leave free memory behind, which the measured pass could use without growing the process.
     """
-    return growth(lambda: toy(toy_images), lambda: answer(pixel_values))
+    return measure_memory_growth(lambda: predict_toy(toy_images), lambda: predict(pixel_values))
 
 
 @torch.inference_mode()
-def peak_on_gpu(answer: Answer, pixel_values: torch.Tensor) -> int:
-    """The same on a GPU that has run it before."""
-    return growth_on_gpu(lambda: answer(pixel_values))
+def measure_gpu_peak(predict: Predict, pixel_values: torch.Tensor) -> int:
+    """Return the peak GPU memory of a forward pass in bytes, without the parameters. A pass must have run before."""
+    return measure_gpu_memory_growth(lambda: predict(pixel_values))
 
 
 def main() -> None:
-    """Measure the memory of one side of one row, in this process."""
-    known: dict[str, Any] = POINTS | TOY_POINTS
-    parser = argparse.ArgumentParser()
-    parser.add_argument("row", choices=known)
-    parser.add_argument("peer", choices=PEERS)
-    parser.add_argument("--theirs", action="store_true")
-    parser.add_argument("--precision", choices=PRECISIONS, default="fp32")
-    parser.add_argument("--toy", action="store_true")
-    arguments = parser.parse_args()
-    point = (TOY_POINTS if arguments.toy else POINTS)[arguments.row]
-    dtype = PRECISIONS[arguments.precision]
-    peers = model_at(point, arguments.peer, arguments.toy), PEERS[arguments.peer](TOY)
-    answer, toy = (each.to(dtype).their_answer if arguments.theirs else each.to(dtype).our_answer for each in peers)
-    images = random_images(point.batch_size, point.image_size).to(dtype)
-    print(peak(answer, images, toy, random_images(2, TOY.image_size).to(dtype)))
+    """Print the peak memory of a forward pass of one side in bytes."""
+    flags = parse_memory_flags(POINTS | TOY_POINTS, PEERS)
+    point = (TOY_POINTS if flags.toy else POINTS)[flags.row]
+    dtype = PRECISIONS[flags.precision]
+    peers = [build_peer(point, flags.peer, flags.toy).to(dtype), PEERS[flags.peer](TOY).to(dtype)]
+    predict, predict_toy = (peer.predict_theirs if flags.theirs else peer.predict_ours for peer in peers)
+    pixel_values = random_images(point.batch_size, point.image_size).to(dtype)
+    print(measure_peak(predict, pixel_values, predict_toy, random_images(2, TOY.image_size).to(dtype)))
+
+
+# Figure --------------------------------------------------------------------------------------------------------------
+
+
+Entry = dict[str, Any]  # a comparison of the JSON file
+Costs = dict[str, dict[int, float]]  # side -> value on the x axis -> cost
+
+WIDTH, HEIGHT = 12.0, 6.6  # inches
+CHARACTERS_PER_INCH = 12.5  # of the caption
+OURS = "modeling_vitcls"
+# Colors of Okabe and Ito, and markers.
+STYLES = {OURS: ("#0072B2", "o"), "timm": ("#009E73", "^"), "transformers": ("#D55E00", "s")}
+MIN_BYTES = 2**12  # one page, drawn for smaller values: logarithmic axes have no 0
+DEVICES = {"cpu": "the CPU", "cuda": "the GPU"}
+
+
+@dataclass(frozen=True)
+class Panel:
+    """How an axis is drawn.
+
+    Attributes:
+        title, label: above the panels and below the x axis.
+        value: key of the values on the x axis.
+        tick: key of the numbers in parentheses below the ticks.
+        logarithmic: whether the x axis is logarithmic.
+        falling: whether the cost grows to the left.
+    """
+
+    title: str
+    label: str
+    value: str
+    tick: str | None = None
+    logarithmic: bool = True
+    falling: bool = False
+
+
+PANELS = {
+    "image_size": Panel("Image size", "pixels (tokens)", "image_size", "num_tokens"),
+    "patch_size": Panel("Patch size", "pixels (tokens)", "patch_size", "num_tokens", falling=True),
+    "num_registers": Panel("Tokens", "tokens (registers)", "num_tokens", "num_registers", logarithmic=False),
+    "batch_size": Panel("Batch", "images", "batch_size"),
+}
+
+
+def plot_growth(comparisons: list[Entry], machine: str) -> Figure:
+    """Plot the time per image above the memory of a batch, with a column for each axis that was measured.
+
+    Args:
+        comparisons: entries of the JSON file; other work than growth is skipped.
+        machine: hardware and versions, for the caption.
+
+    Raises:
+        ValueError: If no axis of growth was measured.
+    """
+    comparisons = [entry for entry in comparisons if "axis" in entry]
+    columns = [axis for axis in PANELS if any(entry["axis"] == axis for entry in comparisons)]
+    if not columns:
+        raise ValueError("--plot requires growth in at least one direction. Set --work growth and leave --rows out.")
+    figure = create_figure(max(WIDTH * len(columns) / len(PANELS), WIDTH / 2), HEIGHT)
+    grid = figure.subplots(2, len(columns), squeeze=False, sharey="row", sharex="col")
+    for (time, memory), axis in zip(grid.T, columns, strict=True):
+        panel = PANELS[axis]
+        entries = [entry for entry in comparisons if entry["axis"] in (None, axis)]
+        draw_lines(time, panel, get_times(entries, panel))
+        draw_lines(memory, panel, get_memory(entries, panel))
+        time.set_title(panel.title, fontsize=12, color=INK)
+        memory.set_xlabel(panel.label, fontsize=11)
+        draw_ticks(memory, panel, entries)
+    grid[0, 0].set_ylabel("time per image, ms", fontsize=11)
+    grid[1, 0].set_ylabel("peak memory of a batch\nwithout parameters, MiB", fontsize=11)
+    lines = {line.get_label(): line for axes in grid.flat for line in axes.get_lines()}
+    names = [name for name in STYLES if name in lines]
+    handles = [lines[name] for name in names]
+    figure.legend(handles, names, loc="outside upper center", ncols=len(names), frameon=False, fontsize=12)
+    text = textwrap.fill(format_caption(comparisons, machine), int(CHARACTERS_PER_INCH * figure.get_figwidth()))
+    figure.supxlabel(text, fontsize=9, color=INK)
+    return figure
+
+
+def get_times(comparisons: list[Entry], panel: Panel) -> Costs:
+    """Return milliseconds per image: ours, and for each peer ours times the median ratio of the pairs.
+
+    The distance of the lines is therefore the ratio of paired turns, even if the load of the machine changed.
+    """
+    return get_costs(
+        comparisons,
+        panel,
+        lambda entry: 1000 / entry["ours_images_per_second"],
+        lambda entry, ours: ours * entry["ratio"],
+    )
+
+
+def get_memory(comparisons: list[Entry], panel: Panel) -> Costs:
+    """Return the peak memory in MiB, at least `MIN_BYTES`."""
+    return get_costs(
+        comparisons,
+        panel,
+        lambda entry: max(entry["ours_peak_bytes"], MIN_BYTES) / 2**20,
+        lambda entry, ours: max(entry["theirs_peak_bytes"], MIN_BYTES) / 2**20,
+    )
+
+
+def get_costs(
+    comparisons: list[Entry], panel: Panel, ours: Callable[[Entry], float], theirs: Callable[[Entry, float], float]
+) -> Costs:
+    """Return our cost, the median over the peers that it was measured with, and the cost of each peer given ours."""
+    costs: Costs = {OURS: {}}
+    for value in sorted({entry[panel.value] for entry in comparisons}):
+        entries = [entry for entry in comparisons if entry[panel.value] == value]
+        costs[OURS][value] = statistics.median(ours(entry) for entry in entries)
+        for entry in entries:
+            costs.setdefault(entry["against"], {})[value] = theirs(entry, costs[OURS][value])
+    return costs
+
+
+def draw_lines(axes: Axes, panel: Panel, costs: Costs) -> None:
+    """Draw one line per side."""
+    for name, by_value in costs.items():
+        color, marker = STYLES[name]
+        axes.plot(
+            list(by_value), list(by_value.values()), color=color, marker=marker, markersize=6, linewidth=2, label=name
+        )
+    axes.set_xscale("log" if panel.logarithmic else "linear", **({"base": 2} if panel.logarithmic else {}))
+    axes.xaxis.set_inverted(panel.falling)
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, index: f"{value:g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.grid(axis="y", color="#E4E4E4", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.tick_params(labelsize=10)
+    hide_frame(axes)
+
+
+def draw_ticks(axes: Axes, panel: Panel, comparisons: list[Entry]) -> None:
+    """Draw a tick for each value, with the number of tokens or registers below."""
+    labels = {
+        entry[panel.value]: f"{entry[panel.value]}" + (f"\n({entry[panel.tick]})" if panel.tick else "")
+        for entry in comparisons
+    }
+    axes.set_xticks(list(labels), list(labels.values()))
+    axes.xaxis.set_minor_locator(NullLocator())
+
+
+def format_caption(comparisons: list[Entry], machine: str) -> str:
+    """Return what was measured, how and on which machine."""
+    first = comparisons[0]
+    size = first["size"]
+    model = f"width {size['hidden_size']}, {size['num_hidden_layers']} layers"
+    base = next((entry for entry in comparisons if entry["axis"] is None), None)
+    fixed = (
+        f"; {base['image_size']} pixels, patch {base['patch_size']}, batch {base['batch_size']} except on their axes"
+        if base is not None
+        else ""
+    )
+    lacks_registers = any(entry["against"] == "transformers" for entry in comparisons) and any(
+        entry["axis"] == "num_registers" for entry in comparisons
+    )
+    sentences = (
+        f"Inference in {first['precision']} on {DEVICES[first['device']]}: ViT, {model}{fixed}; equal outputs.",
+        f"Medians of {min(entry['pairs'] for entry in comparisons)} pairs of turns.",
+        "The ViT of transformers has no registers." if lacks_registers else "",
+        f"{machine}.",
+    )
+    return " ".join(sentence for sentence in sentences if sentence)
 
 
 if __name__ == "__main__":

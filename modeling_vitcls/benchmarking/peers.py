@@ -1,21 +1,44 @@
-"""Other projects' ViTs, with random weights, and ours converted from them."""
+"""Forward passes and training steps, compared with the ViTs of other projects.
 
-from collections.abc import Callable
+    python -m modeling_vitcls.benchmarking.peers "fp32, batch 16" timm [--theirs]    peak memory of a step in bytes
+
+Both sides have the same random weights: our model is converted from the other project's. A training step is the
+forward pass, the backward pass and AdamW, without data loading; training_runs.py compares whole training runs.
+"""
+
+import copy
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
+from ..configuration_vitcls import ViTCLSConfig
 from ..conversion.from_timm import convert_from_timm
 from ..conversion.from_transformers import convert_from_transformers
-from ..conversion.random_weights import random_fill
-from .comparison import Answer
+from ..conversion.random_weights import randomize_weights
+from ..cpu_kernels_vitcls import uninstall_cpu_kernels
+from ..modeling_vitcls import ViTCLSForImageClassification
+from .comparison import (
+    BenchmarkSettings,
+    Comparison,
+    Predict,
+    Speeds,
+    check_difference,
+    check_logits,
+    compare_throughput,
+    measure_gpu_memory_growth,
+    measure_memory_growth,
+    measure_peaks,
+    parse_memory_flags,
+    select_rows,
+)
 
 
 @dataclass(frozen=True)
-class Size:
-    """What decides how much work a plain ViT is."""
+class ModelSize:
+    """The fields of a plain ViT that determine its cost."""
 
     image_size: int
     patch_size: int
@@ -26,45 +49,62 @@ class Size:
 
     @property
     def intermediate_size(self) -> int:
-        """Width of the MLP."""
+        """Return the width of the MLP."""
         return 4 * self.hidden_size
 
 
-SMALL = Size(image_size=224, patch_size=16, hidden_size=384, num_hidden_layers=12, num_attention_heads=6)
-TOY = Size(image_size=32, patch_size=8, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, num_labels=5)
+SMALL = ModelSize(image_size=224, patch_size=16, hidden_size=384, num_hidden_layers=12, num_attention_heads=6)
+TOY = ModelSize(image_size=32, patch_size=8, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, num_labels=5)
+
+
+def get_model_size(toy: bool) -> ModelSize:
+    """Return the size of a ViT-S/16 at 224 pixels, or of the toy model."""
+    return TOY if toy else SMALL
 
 
 @dataclass(frozen=True)
 class Peer:
-    """A model of another project, and ours with the same weights."""
+    """A model of another project, and our model with the same weights."""
 
     name: str
-    size: Size
+    size: ModelSize
     theirs: nn.Module
-    ours: nn.Module
-    their_answer: Answer
-    our_answer: Answer
+    ours: ViTCLSForImageClassification
+    predict_theirs: Predict
+
+    def predict_ours(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Return the logits [B, labels] of our model."""
+        logits: torch.Tensor = self.ours(pixel_values).logits
+        return logits
 
     def to(self, dtype: torch.dtype, device: str = "cpu") -> "Peer":
-        """Both in another precision, and on a device."""
+        """Convert both models to a precision and move them to a device."""
         self.theirs.to(device, dtype)
-        self.ours.to(device, dtype)
+        nn.Module.to(self.ours, device, dtype)
         return self
 
 
-def transformers_vit(size: Size, **labels: Any) -> Any:
-    """The ViT that transformers has built in, with fresh weights."""
+def build_transformers_vit(size: ModelSize, **labels: Any) -> Any:
+    """Build the ViT of transformers with new weights. `labels` are id2label and label2id, instead of num_labels."""
     from transformers import ViTConfig, ViTForImageClassification
 
     values = vars(size) if not labels else {name: value for name, value in vars(size).items() if name != "num_labels"}
     return ViTForImageClassification(ViTConfig(**values, **labels, intermediate_size=size.intermediate_size))
 
 
-def timm_vit(size: Size, num_registers: int = 0) -> nn.Module:
-    """timm's ViT, with fresh weights."""
+def build_transformers_peer(size: ModelSize) -> Peer:
+    """Build the ViT of transformers and ours."""
+    theirs = build_transformers_vit(size)
+    randomize_weights(theirs)
+    ours: Any = convert_from_transformers(theirs)
+    return Peer("transformers", size, theirs, ours, lambda pixel_values: theirs(pixel_values).logits)
+
+
+def build_timm_peer(size: ModelSize, num_registers: int = 0) -> Peer:
+    """Build the ViT of timm and ours."""
     from timm.models import VisionTransformer
 
-    return VisionTransformer(
+    theirs = VisionTransformer(
         img_size=size.image_size,
         patch_size=size.patch_size,
         embed_dim=size.hidden_size,
@@ -73,24 +113,221 @@ def timm_vit(size: Size, num_registers: int = 0) -> nn.Module:
         num_classes=size.num_labels,
         reg_tokens=num_registers,
     )
+    randomize_weights(theirs)
+    ours: Any = convert_from_timm(theirs)
+    return Peer("timm", size, theirs, ours, theirs)
 
 
-def against_transformers(size: Size) -> Peer:
-    """transformers' built-in ViT and ours."""
-    theirs = transformers_vit(size)
-    random_fill(theirs)
-    ours = convert_from_transformers(theirs)
-    return Peer(
-        "transformers", size, theirs, ours, lambda pixels: theirs(pixels).logits, lambda pixels: ours(pixels).logits
-    )
+def build_plain_peer(size: ModelSize) -> Peer:
+    """Build our ViT without CPU kernels and with them."""
+    config = ViTCLSConfig(**vars(size), intermediate_size=size.intermediate_size)
+    ours = ViTCLSForImageClassification(config)
+    randomize_weights(ours)
+    theirs = copy.deepcopy(ours)
+    uninstall_cpu_kernels(theirs)
+    return Peer("plain", size, theirs, ours, lambda pixel_values: theirs(pixel_values).logits)
 
 
-def against_timm(size: Size, num_registers: int = 0) -> Peer:
-    """timm's ViT and ours."""
-    theirs = random_fill(timm_vit(size, num_registers))
-    ours = convert_from_timm(theirs)
-    return Peer("timm", size, theirs, ours, theirs, lambda pixels: ours(pixels).logits)
+PEERS: dict[str, Callable[[ModelSize], Peer]] = {
+    "transformers": build_transformers_peer,
+    "timm": build_timm_peer,
+    "plain": build_plain_peer,
+}
+# The ViT of transformers has no registers.
+PEERS_WITH_REGISTERS: dict[str, Callable[[ModelSize, int], Peer]] = {"timm": build_timm_peer}
 
 
-PEERS: dict[str, Callable[[Size], Peer]] = {"transformers": against_transformers, "timm": against_timm}
-WITH_REGISTERS: dict[str, Callable[[Size, int], Peer]] = {"timm": against_timm}  # transformers' ViT has none
+def random_images(num_images: int, image_size: int) -> torch.Tensor:
+    """Return random images [B, 3, H, W], the same in every call."""
+    return torch.randn(num_images, 3, image_size, image_size, generator=torch.Generator().manual_seed(0))
+
+
+# Forward passes ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ForwardPass:
+    """A row of the report. If `compiled`, torch.compile compiles both models."""
+
+    dtype: torch.dtype
+    batch_size: int
+    compiled: bool = False
+
+
+# ViT-S/16 at 224 pixels.
+FORWARD_PASSES = {
+    "fp32, batch 8": ForwardPass(torch.float32, 8),
+    "fp32, batch 1": ForwardPass(torch.float32, 1),
+    "bf16, batch 16": ForwardPass(torch.bfloat16, 16),
+    "bf16, batch 1": ForwardPass(torch.bfloat16, 1),
+    "bf16, batch 16, compiled": ForwardPass(torch.bfloat16, 16, compiled=True),
+}
+
+
+def compare_inference(rows: tuple[str, ...], settings: BenchmarkSettings) -> Iterator[Comparison]:
+    """Compare rows of `FORWARD_PASSES` with each peer; all rows if none is named.
+
+    Raises:
+        ValueError: If a row does not exist or outputs differ.
+    """
+    for name, row in select_rows(FORWARD_PASSES, rows).items():
+        for peer in settings.against:
+            yield compare_forward_pass(name, row, PEERS[peer](get_model_size(settings.toy)), settings)
+
+
+def compare_forward_pass(name: str, row: ForwardPass, peer: Peer, settings: BenchmarkSettings) -> Comparison:
+    """Compare one row with one peer.
+
+    Raises:
+        ValueError: If the outputs differ.
+    """
+    peer = peer.to(row.dtype, settings.device)
+    if row.compiled:
+        torch.compiler.reset()  # of earlier rows
+        peer.ours.compile()
+        peer.theirs.compile()
+    pixel_values = random_images(row.batch_size, peer.size.image_size).to(settings.device, row.dtype)
+    speeds, difference = compare_predictions(peer, pixel_values, name, settings)
+    details = {"device": settings.device, "size": vars(peer.size)}
+    return Comparison("inference", name, peer.name, *speeds, difference, details)
+
+
+@torch.inference_mode()
+def compare_predictions(
+    peer: Peer, pixel_values: torch.Tensor, name: str, settings: BenchmarkSettings
+) -> tuple[Speeds, float]:
+    """Compare the forward passes of both models for a batch; return their speeds and the difference of the logits.
+
+    Raises:
+        ValueError: If the outputs differ.
+    """
+    difference = check_logits(peer.predict_ours, peer.predict_theirs, pixel_values, f"{name} against {peer.name}")
+    ours, theirs = (lambda: peer.predict_ours(pixel_values)), (lambda: peer.predict_theirs(pixel_values))
+    return compare_throughput(ours, theirs, len(pixel_values), settings), difference
+
+
+# Training steps ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class TrainingStep:
+    """A row of the report. Weights are float32; `limit` is the largest relative difference of the gradients."""
+
+    autocast: torch.dtype | None
+    batch_size: int
+    limit: float
+
+
+# ViT-S/16 at 224 pixels.
+TRAINING_STEPS = {
+    "bf16 autocast, batch 16": TrainingStep(torch.bfloat16, 16, 0.1),
+    "fp32, batch 16": TrainingStep(None, 16, 1e-3),
+}
+
+
+class StepRunner:
+    """A model in training mode, its optimizer, and one batch of images and labels."""
+
+    def __init__(
+        self, model: nn.Module, predict: Predict, row: TrainingStep, size: ModelSize, device: str | torch.device
+    ) -> None:
+        self.model = model.train()
+        self.predict = predict
+        self.row = row
+        self.pixel_values = random_images(row.batch_size, size.image_size).to(device)
+        generator = torch.Generator().manual_seed(0)
+        self.labels = torch.randint(size.num_labels, (row.batch_size,), generator=generator).to(device)
+        self.optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
+
+    def compute_gradients(self, num_images: int) -> None:
+        """Replace the gradients by those of the loss of the first images."""
+        self.optimizer.zero_grad()
+        with torch.autocast(self.labels.device.type, self.row.autocast, enabled=self.row.autocast is not None):
+            logits = self.predict(self.pixel_values[:num_images])
+            loss = nn.functional.cross_entropy(logits, self.labels[:num_images])
+        loss.backward()
+
+    def compute_patch_gradient(self, num_images: int) -> torch.Tensor:
+        """Return the gradient of the patch projection [D, C, p, p], which depends on every layer."""
+        self.compute_gradients(num_images)
+        (kernel,) = [parameter for parameter in self.model.parameters() if parameter.ndim == 4]
+        assert kernel.grad is not None
+        return kernel.grad.clone()
+
+    def __call__(self, num_images: int | None = None) -> None:
+        """Take one step on the first images, or on all."""
+        self.compute_gradients(num_images or len(self.labels))
+        self.optimizer.step()
+
+    def measure_gpu_peak(self) -> int:
+        """Return the peak GPU memory of a step in bytes, excluding parameters and optimizer state.
+
+        The optimizer must have taken a step before, which allocates its state.
+        """
+        self.optimizer.zero_grad()
+        peak = measure_gpu_memory_growth(self)
+        self.optimizer.zero_grad()
+        return peak
+
+
+def compare_steps(rows: tuple[str, ...], settings: BenchmarkSettings) -> Iterator[Comparison]:
+    """Compare rows of `TRAINING_STEPS` with each peer; all rows if none is named.
+
+    Raises:
+        ValueError: If a row does not exist, gradients differ, or memory cannot be measured on this machine.
+    """
+    for name, row in select_rows(TRAINING_STEPS, rows).items():
+        for peer in settings.against:
+            yield compare_step(name, row, PEERS[peer](get_model_size(settings.toy)), settings)
+
+
+def compare_step(name: str, row: TrainingStep, peer: Peer, settings: BenchmarkSettings) -> Comparison:
+    """Compare time and memory of one row with one peer.
+
+    Raises:
+        ValueError: If gradients differ or memory cannot be measured on this machine.
+    """
+    ours, theirs = build_step_runners(row, peer, settings.device)
+    difference = check_gradients(ours, theirs, f"{name} against {peer.name}")
+    speeds = compare_throughput(ours, theirs, row.batch_size, settings)
+    if settings.device == "cpu":
+        peaks = measure_peaks(__name__, name, peer.name, *settings.toy_flag)
+    else:
+        peaks = {"ours_peak_bytes": ours.measure_gpu_peak(), "theirs_peak_bytes": theirs.measure_gpu_peak()}
+    details = {"device": settings.device, "size": vars(peer.size), **peaks}
+    return Comparison("training step", name, peer.name, *speeds, difference, details)
+
+
+def build_step_runners(row: TrainingStep, peer: Peer, device: str = "cpu") -> tuple[StepRunner, StepRunner]:
+    """Build our runner and theirs, with the same images."""
+    peer = peer.to(torch.float32, device)
+    ours = StepRunner(peer.ours, peer.predict_ours, row, peer.size, device)
+    return ours, StepRunner(peer.theirs, peer.predict_theirs, row, peer.size, device)
+
+
+def check_gradients(ours: StepRunner, theirs: StepRunner, name: str, num_images: int = 2) -> float:
+    """Return the relative difference of the gradients of the patch projection.
+
+    Raises:
+        ValueError: If the difference exceeds the limit of the row or is NaN.
+    """
+    gradient, expected = (runner.compute_patch_gradient(num_images) for runner in (ours, theirs))
+    difference = ((gradient - expected).norm() / expected.norm()).item()
+    return check_difference(difference, ours.row.limit, name, "the gradients, relative to their norm,")
+
+
+def main() -> None:
+    """Print the peak memory of a training step of one side in bytes, excluding parameters and optimizer state."""
+    flags = parse_memory_flags(TRAINING_STEPS, PEERS)
+    runners = build_step_runners(TRAINING_STEPS[flags.row], PEERS[flags.peer](get_model_size(flags.toy)))
+    runner = runners[flags.theirs]
+
+    def warm_up() -> None:
+        runner(num_images=1)
+        runner.optimizer.zero_grad()
+
+    print(measure_memory_growth(warm_up, runner))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,9 +1,5 @@
-"""What is said about comparisons: a table for people, a JSON file for programs, and the machine behind both.
+"""Reports of comparisons: tables on the terminal, Markdown and JSON files, the figure of growth.py."""
 
-The figure of growth is made in growth_figure.py.
-"""
-
-import json
 import os
 import statistics
 from pathlib import Path
@@ -13,15 +9,19 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from ..system import get_versions, processor_name
-from .comparison import Comparison, quartiles
-from .growth_figure import growth_figure
+from ..files import write_json
+from ..system import get_processor_name, get_versions
+from .comparison import Comparison, compute_quartiles
+from .growth import plot_growth
 
 
-def machine() -> dict[str, Any]:
-    """The processor, how much of it is used, and how busy it is with other things."""
+HEADER = ("work", "images/s", "times as fast (quartiles)", "peak memory, ours / theirs")
+
+
+def get_machine() -> dict[str, Any]:
+    """Return processor, cores, threads, load and GPU of this machine."""
     return {
-        "processor": processor_name(),
+        "processor": get_processor_name(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "load": os.getloadavg()[0],
@@ -29,134 +29,113 @@ def machine() -> dict[str, Any]:
     }
 
 
-def table_of(comparisons: list[Comparison]) -> Table:
-    """One row per comparison."""
-    table = Table("work", "against", "ours", "theirs", "ratio", "quartiles", title="images per second")
-    for found in (comparison.as_dict() for comparison in comparisons):
-        lower, upper = found["quartiles"]
-        table.add_row(
-            f"{found['work']}: {found['name']}",
-            found["against"],
-            f"{found['ours_images_per_second']:.1f}",
-            f"{found['theirs_images_per_second']:.1f}",
-            f"{found['ratio']:.2f}",
-            f"{lower:.2f} to {upper:.2f}",
-        )
-    return table
+def describe_machine(comparisons: list[Comparison]) -> str:
+    """Return hardware and versions in one line, with the GPU if it was used."""
+    machine = get_machine()
+    text = f"{machine['processor']}, {machine['threads']} threads on {machine['cores']} cores"
+    text = f"{text}, load {machine['load']:.1f}"
+    if any(comparison.details.get("device") == "cuda" for comparison in comparisons):
+        text = f"{machine['accelerator']}; {text}"
+    return f"{text}; {', '.join(f'{name} {number}' for name, number in get_versions('timm').items())}"
 
 
-def memory_table_of(comparisons: list[Comparison]) -> Table | None:
-    """One row per comparison of memory; None where there are none."""
-    table = Table("work", "against", "ours", "theirs", title="MiB at most, beyond what is there before")
-    for found in (comparison.as_dict() for comparison in comparisons):
-        if "ours_peak_bytes" in found:
-            sizes = (f"{found[f'{side}_peak_bytes'] / 2**20:.0f}" for side in ("ours", "theirs"))
-            table.add_row(f"{found['work']}: {found['name']}", found["against"], *sizes)
-    return table if table.row_count else None
-
-
-def better_peers(comparisons: list[Comparison]) -> dict[tuple[str, str], float]:
-    """Work that was compared with several -> how many times as fast ours was as the better of them (median)."""
+def compute_lowest_ratios(comparisons: list[Comparison]) -> dict[tuple[str, str], float]:
+    """Return the median ratio to the faster peer for each row that was compared with several."""
     ratios: dict[tuple[str, str], list[float]] = {}
     for comparison in comparisons:
-        ratios.setdefault((comparison.work, comparison.name), []).append(quartiles(comparison.ratios)[1])
-    return {row: min(of_row) for row, of_row in ratios.items() if len(of_row) > 1}
+        ratio = compute_quartiles(comparison.ratios)[1]
+        ratios.setdefault((comparison.work, comparison.name), []).append(ratio)
+    return {row: min(row_ratios) for row, row_ratios in ratios.items() if len(row_ratios) > 1}
 
 
-def better_table_of(comparisons: list[Comparison]) -> Table | None:
-    """One row for all work that was compared with several; None where there is none."""
-    table = Table("work", "ratio", title="over the better of those compared with")
-    for (work, name), ratio in better_peers(comparisons).items():
-        table.add_row(f"{work}: {name}", f"{ratio:.2f}")
-    return table if table.row_count else None
+# Terminal ------------------------------------------------------------------------------------------------------------
 
 
-HEADERS = ("work", "images/s", "times as fast (quartiles)", "peak memory, part of theirs")
-
-
-def markdown(comparisons: list[Comparison]) -> str:
-    """The comparisons as a table for a README, one line for each work, with what they were measured on under it.
-
-    Columns in which nothing stands are left out.
-    """
-    of_work: dict[tuple[str, str], list[dict[str, Any]]] = {}
-    for comparison in comparisons:
-        of_work.setdefault((comparison.work, comparison.name), []).append(comparison.as_dict())
-    table = [HEADERS, *(cells(work, name, found) for (work, name), found in of_work.items())]
-    kept = [place for place in range(len(HEADERS)) if any(row[place] for row in table[1:])]
-    lines = [f"| {' | '.join(row[place] for place in kept)} |" for row in table]
-    rule = f"|{'---|' * len(kept)}"
-    pairs = sorted({len(comparison.ratios) for comparison in comparisons})
-    taken = " to ".join(str(number) for number in sorted({pairs[0], pairs[-1]}))
-    below = f"Medians of {taken} pairs of neighbouring turns. {measured_on(comparisons)}."
-    return "\n".join([lines[0], rule, *lines[1:], "", below, ""])
-
-
-def cells(work: str, name: str, found: list[dict[str, Any]]) -> tuple[str, ...]:
-    """One work, beside all that it was compared with."""
-    speed = statistics.median(each["ours_images_per_second"] for each in found)
-    ratios = (
-        "{} {:.2f} ({:.2f} to {:.2f})".format(each["against"], each["ratio"], *each["quartiles"]) for each in found
-    )
-    memory = (
-        f"{each['against']} {each['ours_peak_bytes'] / each['theirs_peak_bytes']:.2f}"
-        for each in found
-        if each.get("theirs_peak_bytes")
-    )
-    return f"{work}: {name}", f"{speed:.1f}", ", ".join(ratios), ", ".join(memory)
-
-
-def measured_on(comparisons: list[Comparison]) -> str:
-    """Machine and versions, in one line; the accelerator too, if any of it was measured there."""
-    here = machine()
-    place = f"{here['processor']}, {here['threads']} threads on {here['cores']} cores, load {here['load']:.1f}"
-    if any(comparison.details.get("device") == "cuda" for comparison in comparisons):
-        place = f"{here['accelerator']}; {place}"
-    return f"{place}; {', '.join(f'{name} {number}' for name, number in get_versions('timm').items())}"
-
-
-def said(comparison: Comparison) -> Comparison:
-    """The comparison, once one line about it is printed: the next one may take minutes."""
-    lower, ratio, upper = quartiles(comparison.ratios)
+def print_comparison(comparison: Comparison) -> Comparison:
+    """Print one line about a comparison, because the next one may take minutes; return the comparison."""
+    lower, ratio, upper = compute_quartiles(comparison.ratios)
     name = f"{comparison.work}: {comparison.name}, against {comparison.against}"
     print(f"{name}: {ratio:.2f} times as fast ({lower:.2f} to {upper:.2f})", flush=True)
     return comparison
 
 
-def show(comparisons: list[Comparison]) -> None:
-    """Print the table and where it was measured."""
+def print_tables(comparisons: list[Comparison]) -> None:
+    """Print tables of speed, of the ratio to the faster peer and of memory, and the machine."""
+    speed = Table("work", "against", "ours", "theirs", "ratio", "quartiles", title="images per second")
+    memory = Table("work", "against", "ours", "theirs", title="peak memory in MiB, without what existed before")
+    lowest = Table("work", "ratio", title="ratio to the faster peer")
+    for entry in (comparison.as_dict() for comparison in comparisons):
+        row = (f"{entry['work']}: {entry['name']}", entry["against"])
+        speeds = (f"{entry[f'{side}_images_per_second']:.1f}" for side in ("ours", "theirs"))
+        lower, upper = entry["quartiles"]
+        speed.add_row(*row, *speeds, f"{entry['ratio']:.2f}", f"{lower:.2f} to {upper:.2f}")
+        if "ours_peak_bytes" in entry:
+            memory.add_row(*row, *(f"{entry[f'{side}_peak_bytes'] / 2**20:.0f}" for side in ("ours", "theirs")))
+    for (work, name), ratio in compute_lowest_ratios(comparisons).items():
+        lowest.add_row(f"{work}: {name}", f"{ratio:.2f}")
     console = Console(highlight=False)
-    for table in (table_of(comparisons), better_table_of(comparisons), memory_table_of(comparisons)):
-        if table is not None:
+    for table in (speed, lowest, memory):
+        if table.row_count:
             console.print(table)
-    console.print(measured_on(comparisons))
+    console.print(describe_machine(comparisons))
 
 
-def write_markdown(comparisons: list[Comparison], file: Path) -> None:
-    """The table for a README."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(markdown(comparisons), encoding="utf-8")
+# Files ---------------------------------------------------------------------------------------------------------------
 
 
-def write_plot(comparisons: list[Comparison], file: Path) -> None:
-    """The figure of growth, as PNG or SVG.
+def format_markdown(comparisons: list[Comparison]) -> str:
+    """Return a Markdown table with one row for each row of work, without empty columns, and a line on the machine."""
+    rows: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for comparison in comparisons:
+        rows.setdefault((comparison.work, comparison.name), []).append(comparison.as_dict())
+    table = [HEADER, *(format_cells(work, name, entries) for (work, name), entries in rows.items())]
+    columns = [index for index in range(len(HEADER)) if any(row[index] for row in table[1:])]
+    lines = [f"| {' | '.join(row[index] for index in columns)} |" for row in table]
+    num_pairs = sorted({len(comparison.ratios) for comparison in comparisons})
+    pairs = " to ".join(str(number) for number in sorted({num_pairs[0], num_pairs[-1]}))
+    caption = f"Medians of {pairs} pairs of neighboring turns. {describe_machine(comparisons)}."
+    return "\n".join([lines[0], f"|{'---|' * len(columns)}", *lines[1:], "", caption, ""])
+
+
+def format_cells(work: str, name: str, entries: list[dict[str, Any]]) -> tuple[str, ...]:
+    """Return the Markdown cells of a row of work, with all peers that it was compared with."""
+    speed = statistics.median(entry["ours_images_per_second"] for entry in entries)
+    ratios = (
+        "{} {:.2f} ({:.2f} to {:.2f})".format(entry["against"], entry["ratio"], *entry["quartiles"])
+        for entry in entries
+    )
+    memory = (
+        f"{entry['against']} {entry['ours_peak_bytes'] / entry['theirs_peak_bytes']:.2f}"
+        for entry in entries
+        if entry.get("theirs_peak_bytes")
+    )
+    return f"{work}: {name}", f"{speed:.1f}", ", ".join(ratios), ", ".join(memory)
+
+
+def write_reports(
+    comparisons: list[Comparison], output: Path | None, markdown: Path | None, plot: Path | None
+) -> None:
+    """Write the results to a JSON file, a Markdown file and a figure (PNG or SVG), if their paths are given.
 
     Raises:
-        ValueError: if too little of growth was measured.
+        ValueError: If the figure requires measurements of growth that are missing.
     """
-    figure = growth_figure([comparison.as_dict() for comparison in comparisons], measured_on(comparisons))
-    file.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(file, dpi=150)
-
-
-def write(comparisons: list[Comparison], file: Path) -> None:
-    """Everything that was measured."""
-    better = better_peers(comparisons)
-    found = {
-        "machine": machine(),
-        "versions": get_versions("timm"),
-        "comparisons": [comparison.as_dict() for comparison in comparisons],
-        "over_the_better": [{"work": work, "name": name, "ratio": ratio} for (work, name), ratio in better.items()],
-    }
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+    for file in (output, markdown, plot):
+        if file is not None:
+            file.parent.mkdir(parents=True, exist_ok=True)
+    entries = [comparison.as_dict() for comparison in comparisons]
+    if output is not None:
+        lowest = compute_lowest_ratios(comparisons)
+        results = {
+            "machine": get_machine(),
+            "versions": get_versions("timm"),
+            "comparisons": entries,
+            "over_the_better": [
+                {"work": work, "name": name, "ratio": ratio} for (work, name), ratio in lowest.items()
+            ],
+        }
+        write_json(output, results)
+    if markdown is not None:
+        markdown.write_text(format_markdown(comparisons), encoding="utf-8")
+    if plot is not None:
+        plot_growth(entries, describe_machine(comparisons)).savefig(plot, dpi=150)

@@ -1,8 +1,10 @@
-"""Training runs, ours and transformers' Trainer's in turns: the whole way from pictures to updated weights.
+"""Training runs: `vitcls finetune` and transformers' Trainer in turns, from images to updated weights.
 
-Both sides run as they would alone, in processes of their own: scripts/finetune.py, and transformers_trainer.py. Each
-appends a line to a file every few steps. All but the one whose turn it is are suspended, and what is measured is the
-time between lines, by this process's clock. Needs signals to suspend processes, so no Windows.
+    python -m modeling_vitcls.benchmarking.training_runs SETTINGS.json    run transformers' Trainer until stopped
+
+Each side is a process that runs as its users start it, and appends a line to a file every `log_every` steps. The
+process whose turn it is not is suspended. The time between lines is measured here, by the clock of this process.
+Suspending processes requires POSIX signals.
 """
 
 import json
@@ -18,24 +20,41 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
+from PIL import Image
+from torch.utils.data import Dataset
+from torchvision.transforms import v2
+from transformers import Trainer, TrainerCallback, TrainingArguments, ViTForImageClassification
 
 from ..conversion.from_transformers import convert_from_transformers
 from ..image_processing_vitcls import ViTCLSImageProcessor
-from .comparison import Comparison, check_agreement, chosen, in_turns, last_words
-from .image_processing import write_photographs
-from .peers import SMALL, Size, transformers_vit
+from .comparison import BenchmarkSettings, Comparison, check_logits, get_last_line, measure_in_turns, select_rows
+from .image_files import write_photographs
+from .own_features import get_predict
+from .peers import SMALL, ModelSize, build_transformers_vit
 
 
 @dataclass(frozen=True)
 class TrainingRun:
-    """One row of the report: AdamW, warm-up and cosine, label smoothing and clipping are the same for all."""
+    """A row of the report. Both sides use AdamW, warmup and cosine decay, label smoothing and gradient clipping.
 
-    dataset: str  # "digits" or "photographs"
-    size: Size
+    Attributes:
+        dataset: "digits" or "photographs".
+        size: model size.
+        batch_size: images per step.
+        mixed_precision: "no" or "bf16".
+        num_workers: data loading processes.
+        log_every: steps per line of metrics.
+        lines_per_turn: lines per turn.
+        learning_rate: peak learning rate.
+        augmentation: values of the flags of `AugmentationOptions`.
+    """
+
+    dataset: str
+    size: ModelSize
     batch_size: int
     mixed_precision: str
     num_workers: int
-    log_every: int  # steps between two lines
+    log_every: int
     lines_per_turn: int
     learning_rate: float
     augmentation: dict[str, Any]
@@ -45,8 +64,8 @@ CROPS = {"crop_scale": 0.35, "flip": True, "rotation": 0, "shift": 0.0, "zoom": 
 SMALL_SHIFTS = {"crop_scale": 1.0, "flip": False, "rotation": 10, "shift": 0.1, "zoom": 0.1}
 
 PHOTOGRAPHS = TrainingRun("photographs", SMALL, 16, "bf16", 1, 1, 3, 5e-4, CROPS)
-# As in scripts/recipes/digits.yaml, but for the registers, which the other side does not have.
-DIGITS = TrainingRun("digits", Size(32, 8, 64, 4, 4), 64, "no", 0, 20, 3, 2e-3, SMALL_SHIFTS)
+# scripts/recipes/digits.yaml without registers, which the other side does not have.
+DIGITS = TrainingRun("digits", ModelSize(32, 8, 64, 4, 4), 64, "no", 0, 20, 3, 2e-3, SMALL_SHIFTS)
 
 TRAINING_RUNS = {
     "ViT-S/16 at 224, bf16": PHOTOGRAPHS,
@@ -54,64 +73,55 @@ TRAINING_RUNS = {
     "digits, fp32": DIGITS,
     "digits, bf16": replace(DIGITS, mixed_precision="bf16"),
 }
-TOY_RUNS = {"toy": replace(DIGITS, size=Size(32, 8, 32, 2, 2), log_every=1, lines_per_turn=1)}
+TOY_RUNS = {"toy": replace(DIGITS, size=ModelSize(32, 8, 32, 2, 2), log_every=1, lines_per_turn=1)}
 
-MAX_STEPS = 1_000_000  # never reached
-PHOTOGRAPHS_PER_CLASS = 512  # no epoch ends while it is measured: Trainer then starts its workers anew
-WARM_UP_LINES = 2
-LONGEST_TURN = 600  # seconds
+MAX_STEPS = 1_000_000  # more than any benchmark takes
+PHOTOGRAPHS_PER_CLASS = 512  # enough that no epoch ends during a measurement: Trainer restarts its workers after each
+WARMUP_LINES = 2
+MAX_SECONDS_PER_LINE = 600
 
 
-def compare_training(rows: tuple[str, ...], num_pairs: int, toy: bool) -> Iterator[Comparison]:
-    """The named rows of `TRAINING_RUNS`, or all, against transformers.
+def compare_training(rows: tuple[str, ...], settings: BenchmarkSettings) -> Iterator[Comparison]:
+    """Compare rows of `TRAINING_RUNS` with transformers' Trainer; all rows if none is named.
 
     Raises:
-        ValueError: for an unknown row, if outputs differ, or if a run fails.
+        ValueError: If a row does not exist, outputs differ, or a run fails.
     """
-    for name, run in chosen(TOY_RUNS if toy else TRAINING_RUNS, rows).items():
+    for name, run in select_rows(TOY_RUNS if settings.toy else TRAINING_RUNS, rows).items():
         with tempfile.TemporaryDirectory() as folder:
-            yield compare_runs(name, run, num_pairs, Path(folder))
+            yield compare_runs(name, run, settings.num_pairs, Path(folder))
 
 
 def compare_runs(name: str, run: TrainingRun, num_pairs: int, folder: Path) -> Comparison:
-    """One row."""
-    dataset, label_names = prepare_data(run.dataset, folder)
-    difference = prepare_models(run, label_names, folder, name)
+    """Compare one row; data, models and logs are written to a folder."""
+    dataset, label_names = "digits", [str(digit) for digit in range(10)]
+    if run.dataset == "photographs":
+        dataset = str(write_photographs(folder / "photographs", PHOTOGRAPHS_PER_CLASS))
+        label_names = ["china", "flower"]
+    difference = save_models(run, label_names, folder, name)
     with (
-        Contestant(our_command(run, dataset, folder), folder / "ours" / "metrics.jsonl", run) as ours,
-        Contestant(their_command(run, dataset, folder), folder / "theirs.jsonl", run) as theirs,
+        SuspendedRun(build_our_command(run, dataset, folder), folder / "ours" / "metrics.jsonl", run) as ours,
+        SuspendedRun(build_their_command(run, dataset, folder), folder / "theirs.jsonl", run) as theirs,
     ):
-        measured = in_turns(ours.turn, theirs.turn, num_pairs)
-    return Comparison("training", name, "transformers", *measured, difference, asdict(run))
+        speeds = measure_in_turns(ours.take_turn, theirs.take_turn, num_pairs)
+    return Comparison("training", name, "transformers", *speeds, difference, asdict(run))
 
 
-# Data and models, the same for both ----------------------------------------------------------------------------------
-
-
-def prepare_data(dataset: str, folder: Path) -> tuple[str, list[str]]:
-    """What to pass as `--dataset`, and the names of the labels."""
-    if dataset == "digits":
-        return dataset, [str(digit) for digit in range(10)]
-    return str(write_photographs(folder / "photographs", PHOTOGRAPHS_PER_CLASS)), ["china", "flower"]
-
-
-def prepare_models(run: TrainingRun, label_names: list[str], folder: Path, name: str) -> float:
-    """Save transformers' ViT and ours with the same weights; the largest difference of their outputs.
+def save_models(run: TrainingRun, label_names: list[str], folder: Path, name: str) -> float:
+    """Save the ViT of transformers and ours with the same weights; return the largest difference of their logits.
 
     Raises:
-        ValueError: if they differ.
+        ValueError: If the logits differ.
     """
     torch.manual_seed(0)
     labels = {
         "id2label": dict(enumerate(label_names)),
         "label2id": {label: index for index, label in enumerate(label_names)},
     }
-    theirs = transformers_vit(run.size, **labels).eval()
+    theirs = build_transformers_vit(run.size, **labels).eval()
     ours = convert_from_transformers(theirs)
     pixel_values = torch.randn(2, 3, run.size.image_size, run.size.image_size)
-    difference = check_agreement(
-        lambda pixels: ours(pixels).logits, lambda pixels: theirs(pixels).logits, pixel_values, name
-    )
+    difference = check_logits(get_predict(ours), get_predict(theirs), pixel_values, name)
     theirs.save_pretrained(folder / "their_model")
     ours.save_pretrained(folder / "our_model")
     sides = {"height": run.size.image_size, "width": run.size.image_size}
@@ -119,10 +129,10 @@ def prepare_models(run: TrainingRun, label_names: list[str], folder: Path, name:
     return difference
 
 
-# The two sides -------------------------------------------------------------------------------------------------------
+# Processes -----------------------------------------------------------------------------------------------------------
 
 
-def our_command(run: TrainingRun, dataset: str, folder: Path) -> list[str]:
+def build_our_command(run: TrainingRun, dataset: str, folder: Path) -> list[str]:
     """Return the command line of `vitcls finetune`, without evaluations and checkpoints."""
     flags = {
         "model": folder / "our_model",
@@ -138,13 +148,13 @@ def our_command(run: TrainingRun, dataset: str, folder: Path) -> list[str]:
         "held-out-fraction": 0.1,
         **{name.replace("_", "-"): value for name, value in run.augmentation.items() if name != "flip"},
     }
-    listed = [part for name, value in flags.items() for part in (f"--{name}", str(value))]
+    arguments = [argument for name, value in flags.items() for argument in (f"--{name}", str(value))]
     program = [sys.executable, "-m", "modeling_vitcls.cli", "finetune"]
-    return [*program, *listed, "--flip" if run.augmentation["flip"] else "--no-flip"]
+    return [*program, *arguments, "--flip" if run.augmentation["flip"] else "--no-flip"]
 
 
-def their_command(run: TrainingRun, dataset: str, folder: Path) -> list[str]:
-    """transformers_trainer.py."""
+def build_their_command(run: TrainingRun, dataset: str, folder: Path) -> list[str]:
+    """Write the settings of transformers' Trainer; return the command line of `main`."""
     settings = {
         **{name: value for name, value in vars(run).items() if name != "size"},
         "model": str(folder / "their_model"),
@@ -152,74 +162,185 @@ def their_command(run: TrainingRun, dataset: str, folder: Path) -> list[str]:
         "dataset": dataset,
         "output_dir": str(folder / "theirs"),
         "metrics": str(folder / "theirs.jsonl"),
-        "max_steps": MAX_STEPS,
     }
     file = folder / "theirs.json"
     file.write_text(json.dumps(settings), encoding="utf-8")
-    return [sys.executable, "-m", "modeling_vitcls.benchmarking.transformers_trainer", str(file)]
+    return [sys.executable, "-m", __name__, str(file)]
 
 
-class Contestant:
-    """A training run that is suspended but for its turns. Use it as a context manager."""
+class SuspendedRun:
+    """A training run that is suspended except during its turns. Use it as a context manager."""
 
-    def __init__(self, command: list[str], lines: Path, run: TrainingRun) -> None:
+    def __init__(self, command: list[str], metrics: Path, run: TrainingRun) -> None:
         self.command = command
-        self.lines = lines
+        self.metrics = metrics
         self.run = run
         self.log = tempfile.TemporaryFile()  # noqa: SIM115  # closed by __exit__
 
     def __enter__(self) -> Self:
-        """Start, warm up, and suspend."""
+        """Start the run, wait for the warmup, and suspend it."""
         self.process = subprocess.Popen(
             self.command, stdout=self.log, stderr=subprocess.STDOUT, start_new_session=True
         )
         try:
-            self.wait_for_lines(WARM_UP_LINES)
-            self.signal(signal.SIGSTOP)
+            self.wait_for_lines(WARMUP_LINES)
+            self.send_signal(signal.SIGSTOP)
         except BaseException:
             self.__exit__()
             raise
         return self
 
     def __exit__(self, *error: object) -> None:
+        """Kill the run."""
         if self.process.poll() is None:
-            self.signal(signal.SIGKILL)
+            self.send_signal(signal.SIGKILL)
         self.process.wait()
         self.log.close()
 
-    def turn(self) -> float:
-        """Images per second over `lines_per_turn` lines; the line during which it was suspended does not count."""
-        before = self.num_lines()
-        self.signal(signal.SIGCONT)
-        started = self.wait_for_lines(before + 1)
-        first = self.num_lines()
+    def take_turn(self) -> float:
+        """Return the images per second over `lines_per_turn` lines.
+
+        The first line does not count, because the run was suspended during its steps.
+        """
+        num_lines = self.count_lines()
+        self.send_signal(signal.SIGCONT)
+        started = self.wait_for_lines(num_lines + 1)
+        first = self.count_lines()
         ended = self.wait_for_lines(first + self.run.lines_per_turn)
-        num_images = (self.num_lines() - first) * self.run.log_every * self.run.batch_size
-        self.signal(signal.SIGSTOP)
+        num_images = (self.count_lines() - first) * self.run.log_every * self.run.batch_size
+        self.send_signal(signal.SIGSTOP)
         return num_images / (ended - started)
 
-    def wait_for_lines(self, number: int) -> float:
-        """The time at which so many lines are there.
+    def wait_for_lines(self, num_lines: int) -> float:
+        """Wait until the run has written a number of lines; return the time.
 
         Raises:
-            ValueError: if the run ends, or nothing comes.
+            ValueError: If the run ends or writes nothing for too long.
         """
-        begun = time.perf_counter()
-        while self.num_lines() < number:
-            if self.process.poll() is not None or time.perf_counter() - begun > LONGEST_TURN:
-                raise ValueError(f"{' '.join(self.command[1:3])} failed: {self.last_words()}")
+        started = time.perf_counter()
+        while self.count_lines() < num_lines:
+            if self.process.poll() is not None or time.perf_counter() - started > MAX_SECONDS_PER_LINE:
+                self.log.seek(0)
+                last_line = get_last_line(self.log.read().decode(errors="replace"))
+                raise ValueError(f"{' '.join(self.command[1:3])} failed: {last_line}")
             time.sleep(0.001)
         return time.perf_counter()
 
-    def num_lines(self) -> int:
-        """Lines written so far."""
-        return self.lines.read_bytes().count(b"\n") if self.lines.is_file() else 0
+    def count_lines(self) -> int:
+        """Return the number of lines that the run has written."""
+        return self.metrics.read_bytes().count(b"\n") if self.metrics.is_file() else 0
 
-    def last_words(self) -> str:
-        """The last line that it printed."""
-        self.log.seek(0)
-        return last_words(self.log.read().decode(errors="replace"))
-
-    def signal(self, number: signal.Signals) -> None:
-        """To the run and the workers that it started."""
+    def send_signal(self, number: signal.Signals) -> None:
+        """Send a signal to the run and its workers."""
         os.killpg(self.process.pid, number)
+
+
+# transformers' Trainer, as in its example for image classification ---------------------------------------------------
+
+
+class TransformedImages(Dataset[dict[str, Any]]):
+    """Labeled images, in memory or in files, with transforms."""
+
+    def __init__(self, images: list[Any], labels: list[int], transform: v2.Transform) -> None:
+        self.images = images
+        self.labels = labels
+        self.transform = transform
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        image = self.images[index]
+        if isinstance(image, Path):
+            with Image.open(image) as file:
+                image = file.convert("RGB")
+        return {"pixel_values": self.transform(image), "labels": self.labels[index]}
+
+
+class LineWriter(TrainerCallback):
+    """Appends a line to a file every `log_every` steps."""
+
+    def __init__(self, file: Path, log_every: int) -> None:
+        self.file = file
+        self.log_every = log_every
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Append a line if a multiple of `log_every` steps is done."""
+        if state.global_step % self.log_every == 0:
+            with self.file.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": state.global_step}) + "\n")
+
+
+def load_dataset(name: str, size: int) -> tuple[list[Any], list[int]]:
+    """Return the resized digits of scikit-learn or the files of a folder with a subfolder per class, and labels."""
+    if name != "digits":
+        files = sorted(Path(name).glob("*/*.jpg"))
+        classes = sorted({file.parent.name for file in files})
+        return list(files), [classes.index(file.parent.name) for file in files]
+    from sklearn.datasets import load_digits
+
+    data = load_digits()
+    arrays = (data.images * (255 / 16)).round().astype("uint8")  # [1797, 8, 8]
+    images = [
+        Image.fromarray(array).convert("RGB").resize((size, size), Image.Resampling.BILINEAR) for array in arrays
+    ]
+    return images, data.target.tolist()
+
+
+def build_transforms(augmentation: dict[str, Any], size: int) -> v2.Transform:
+    """Build the transforms of data/augmentation.py for single images."""
+    steps: list[v2.Transform] = [v2.PILToTensor()]
+    if augmentation["crop_scale"] < 1:
+        steps.append(v2.RandomResizedCrop((size, size), scale=(augmentation["crop_scale"], 1.0)))
+    if augmentation["flip"]:
+        steps.append(v2.RandomHorizontalFlip())
+    if augmentation["rotation"]:
+        shift, zoom = augmentation["shift"], augmentation["zoom"]
+        steps.append(
+            v2.RandomAffine(
+                degrees=augmentation["rotation"],
+                translate=(shift, shift),
+                scale=(1 - zoom, 1 + zoom),
+                interpolation=v2.InterpolationMode.BILINEAR,
+            )
+        )
+    return v2.Compose([*steps, v2.ToDtype(torch.float32, scale=True), v2.Normalize([0.5] * 3, [0.5] * 3)])
+
+
+def main(settings: dict[str, Any]) -> None:
+    """Train until the process is stopped."""
+    model = ViTForImageClassification.from_pretrained(settings["model"])
+    size = settings["image_size"]
+    images, labels = load_dataset(settings["dataset"], size)
+    arguments = TrainingArguments(
+        output_dir=settings["output_dir"],
+        max_steps=MAX_STEPS,
+        per_device_train_batch_size=settings["batch_size"],
+        learning_rate=settings["learning_rate"],
+        lr_scheduler_type="cosine",
+        warmup_steps=MAX_STEPS // 10,
+        weight_decay=0.05,
+        label_smoothing_factor=0.1,
+        max_grad_norm=1.0,
+        optim="adamw_torch_fused",
+        bf16=settings["mixed_precision"] == "bf16",
+        use_cpu=not torch.accelerator.is_available(),
+        dataloader_num_workers=settings["num_workers"],
+        dataloader_drop_last=True,
+        remove_unused_columns=False,
+        logging_strategy="no",
+        save_strategy="no",
+        report_to=[],
+        disable_tqdm=True,
+    )
+    trainer = Trainer(
+        model,
+        arguments,
+        train_dataset=TransformedImages(images, labels, build_transforms(settings["augmentation"], size)),
+        callbacks=[LineWriter(Path(settings["metrics"]), settings["log_every"])],
+    )
+    trainer.train()
+
+
+if __name__ == "__main__":
+    main(json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")))

@@ -1,4 +1,4 @@
-"""All kinds of work that are compared, by the name that `vitcls benchmark --work` has for them."""
+"""The kinds of work of `vitcls benchmark --work`, by name."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -6,82 +6,58 @@ from typing import Any
 
 import torch
 
-from .attention_reads import ATTENTION_READS, compare_attention
-from .comparison import Comparison, chosen
-from .forward_passes import FORWARD_PASSES, compare_inference
+from .comparison import BenchmarkSettings, Comparison, select_rows
 from .growth import POINTS, TOY_POINTS, compare_growth
-from .image_processing import PIXEL_ROWS, compare_pixels
-from .inexact import INEXACT, compare_inexact
-from .predictions import PREDICTION_ROWS, compare_prediction
-from .probes import PROBES, compare_probes
+from .image_files import PIXEL_ROWS, PREDICTION_ROWS, compare_pixels, compare_prediction
+from .own_features import ATTENTION_ROWS, INEXACT, PROBES, compare_attention, compare_inexact, compare_probes
+from .peers import FORWARD_PASSES, TRAINING_STEPS, compare_inference, compare_steps
 from .training_runs import TOY_RUNS, TRAINING_RUNS, compare_training
-from .training_steps import TRAINING_STEPS, compare_steps
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What is to be measured, and how often: the flags of the script."""
-
-    against: tuple[str, ...]
-    num_pairs: int
-    toy: bool
-    precision: str = "fp32"  # of growth: the rows of other work name theirs
-    device: str = "cpu"
-
-
-@dataclass(frozen=True)
-class Work:
-    """The rows of one kind of work, for toy models where they differ, and what measures some of them."""
+class WorkKind:
+    """A table of rows, the function that compares some of them, and the rows of toy models if they differ."""
 
     rows: dict[str, Any]
-    compare: Callable[[tuple[str, ...], Plan], Iterator[Comparison]]
+    compare: Callable[[tuple[str, ...], BenchmarkSettings], Iterator[Comparison]]
     toy_rows: dict[str, Any] | None = None
-    on_gpu: bool = False  # whether it can be measured there
+    supports_gpu: bool = False
 
-    def names(self, toy: bool) -> list[str]:
-        """Of the rows."""
+    def get_row_names(self, toy: bool) -> list[str]:
+        """Return the names of the rows."""
         return list(self.toy_rows if toy and self.toy_rows is not None else self.rows)
 
 
 WORK = {
-    "inference": Work(
-        FORWARD_PASSES,
-        lambda rows, do: compare_inference(rows, do.against, do.num_pairs, do.toy, do.device),
-        on_gpu=True,
-    ),
-    "growth": Work(
-        POINTS,
-        lambda rows, do: compare_growth(rows, do.against, do.num_pairs, do.toy, do.precision, do.device),
-        TOY_POINTS,
-        on_gpu=True,
-    ),
-    "step": Work(
-        TRAINING_STEPS, lambda rows, do: compare_steps(rows, do.against, do.num_pairs, do.toy, do.device), on_gpu=True
-    ),
-    "inexact": Work(INEXACT, lambda rows, do: compare_inexact(rows, do.num_pairs, do.toy, do.device), on_gpu=True),
-    "pixels": Work(PIXEL_ROWS, lambda rows, do: compare_pixels(rows, do.num_pairs, do.toy)),
-    "prediction": Work(PREDICTION_ROWS, lambda rows, do: compare_prediction(rows, do.num_pairs, do.toy)),
-    "probe": Work(PROBES, lambda rows, do: compare_probes(rows, do.num_pairs, do.toy)),
-    "training": Work(TRAINING_RUNS, lambda rows, do: compare_training(rows, do.num_pairs, do.toy), TOY_RUNS),
-    "attention": Work(ATTENTION_READS, lambda rows, do: compare_attention(rows, do.num_pairs, do.toy)),
+    "inference": WorkKind(FORWARD_PASSES, compare_inference, supports_gpu=True),
+    "growth": WorkKind(POINTS, compare_growth, TOY_POINTS, supports_gpu=True),
+    "step": WorkKind(TRAINING_STEPS, compare_steps, supports_gpu=True),
+    "inexact": WorkKind(INEXACT, compare_inexact, supports_gpu=True),
+    "pixels": WorkKind(PIXEL_ROWS, compare_pixels),
+    "prediction": WorkKind(PREDICTION_ROWS, compare_prediction),
+    "probe": WorkKind(PROBES, compare_probes),
+    "training": WorkKind(TRAINING_RUNS, compare_training, TOY_RUNS),
+    "attention": WorkKind(ATTENTION_ROWS, compare_attention),
 }
 
 
-def compare(names: tuple[str, ...], rows: tuple[str, ...], plan: Plan) -> Iterator[Comparison]:
-    """The rows of these kinds of work: all, or those that are named, wherever there is one of that name.
+def compare(names: tuple[str, ...], rows: tuple[str, ...], settings: BenchmarkSettings) -> Iterator[Comparison]:
+    """Compare kinds of work: all their rows, or those of the given names in every kind that has them.
 
     Raises:
-        ValueError: for a row that none of them has, or work that cannot be done on that device, before anything is
-            measured; if outputs differ.
+        ValueError: If a row does not exist or the device is not available, before anything is measured; if outputs
+            differ.
     """
-    if plan.device != "cpu" and not torch.cuda.is_available():
-        raise ValueError(f"--device {plan.device}: PyTorch finds no such GPU here: leave it out to measure on the CPU")
-    on_cpu_alone = [name for name in names if not WORK[name].on_gpu]
-    if plan.device != "cpu" and on_cpu_alone:
-        able = ", ".join(name for name, work in WORK.items() if work.on_gpu)
-        raise ValueError(f"--work {' '.join(on_cpu_alone)} is measured on the CPU: --device cuda is for {able}")
-    of_work = {name: WORK[name].names(plan.toy) for name in names}
-    chosen({row: None for known in of_work.values() for row in known}, rows)
-    for name, known in of_work.items():
-        if wanted := tuple(row for row in known if not rows or row in rows):
-            yield from WORK[name].compare(wanted, plan)
+    if settings.device != "cpu":
+        if not torch.cuda.is_available():
+            raise ValueError(
+                "--device cuda requires a GPU, but PyTorch finds none. Leave it out to measure on the CPU."
+            )
+        if cpu_only := [name for name in names if not WORK[name].supports_gpu]:
+            able = ", ".join(name for name, kind in WORK.items() if kind.supports_gpu)
+            raise ValueError(f"--work {' '.join(cpu_only)} is measured on the CPU, but --device cuda is for {able}.")
+    row_names = {name: WORK[name].get_row_names(settings.toy) for name in names}
+    select_rows({row: None for known in row_names.values() for row in known}, rows)
+    for name, known in row_names.items():
+        if selected := tuple(row for row in known if not rows or row in rows):
+            yield from WORK[name].compare(selected, settings)

@@ -18,69 +18,67 @@ from typing import Literal
 from .parsing import errors_in_one_line, stop
 
 
-PLOTS = (".png", ".svg")
+PLOT_SUFFIXES = (".png", ".svg")
 
 
 @dataclass(frozen=True)
 class BenchmarkOptions:
-    """Compare the speed of ours and others' on the same work."""
+    """Compare speed and memory with other projects on the same work."""
 
     work: tuple[
         Literal["inference", "growth", "step", "inexact", "pixels", "prediction", "probe", "training", "attention"],
         ...,
     ]
-    """Forward passes; how their time and memory grow with image size, patch size, tokens and batch; bare training
-    steps, with their memory; merged and dropped patches against the plain model; from a JPEG file to pixel_values, and
-    to a label; a linear probe with cached features against one without; vitcls finetune against transformers'
-    Trainer; reading attention, with its memory, against a plain forward pass."""
-    against: tuple[Literal["transformers", "timm"], ...] = ("transformers", "timm")
-    """Whom forward passes, their growth and training steps are compared with."""
+    """Kinds of work. inference: forward passes. growth: time and memory of a forward pass by image size, patch size,
+    tokens and batch size. step: training steps without data loading, and their memory. inexact: merged and dropped
+    patches, compared with the plain model. pixels: from a JPEG file to pixel_values. prediction: from a JPEG file to a
+    label. probe: a linear probe with cached features, compared with one without. training: `vitcls finetune`, compared
+    with transformers' Trainer. attention: reading attention, compared with a plain forward pass, and its memory."""
+    against: tuple[Literal["transformers", "timm", "plain"], ...] = ("transformers", "timm")
+    """What to compare inference, growth and step with: the ViT of another project, or plain, our ViT without CPU
+    kernels."""
     rows: tuple[str, ...] = ()
-    """Names of the rows to measure, of any of the work. Default: all."""
+    """Names of the rows to measure. Default: all rows of --work."""
     pairs: int = 9
     """Turns of each side."""
     output: Path | None = None
-    """JSON file for the results."""
+    """JSON file to write the results to."""
     markdown: Path | None = None
-    """Markdown file for a table of them."""
+    """Markdown file to write a table of the results to."""
     plot: Path | None = None
-    """PNG or SVG file for a figure of growth."""
+    """PNG or SVG file to write a figure of growth to."""
     precision: Literal["fp32", "bf16"] = "fp32"
-    """Of growth."""
+    """Precision of growth. Other rows have the precision in their name."""
     device: Literal["cpu", "cuda"] = "cpu"
-    """Where forward passes, their growth, training steps and what is inexact are measured."""
+    """Device of inference, growth, step and inexact. Other work is measured on the CPU."""
     toy: bool = False
-    """Tiny models: tries the script, and measures nothing worth knowing."""
+    """Use tiny models and one call per turn, to test the program. The numbers mean nothing."""
 
 
 OPTIONS = BenchmarkOptions
 
 
 def check(options: BenchmarkOptions) -> None:
-    """Exit with status 2 if flags do not go together."""
+    """Exit with status 2 if flags contradict each other."""
     if options.pairs < 1:
-        stop(f"--pairs is {options.pairs}: set a value 1 or more")
+        stop(f"error: --pairs is {options.pairs}: set a value 1 or more")
     if not options.work or not options.against:
-        stop("--work and --against need a value: see --help")
+        stop("error: --work and --against require a value. --help lists the values")
     if options.plot is not None and "growth" not in options.work:
-        stop("--plot draws growth: add it to --work")
-    if options.plot is not None and options.plot.suffix not in PLOTS:
-        stop(f"--plot {options.plot}: choose a name that ends in {' or '.join(PLOTS)}")
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when huggingface_hub is imported: nothing is downloaded
+        stop("error: --plot requires growth, but --work does not include it. Add growth to --work")
+    if options.plot is not None and options.plot.suffix not in PLOT_SUFFIXES:
+        stop(f"error: --plot {options.plot}: set a name that ends in {' or '.join(PLOT_SUFFIXES)}")
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing is downloaded; huggingface_hub reads this when imported
 
 
 def run(options: BenchmarkOptions) -> None:
     """Measure, print the tables and write the files."""
-    from ..benchmarking.tables import said, show, write, write_markdown, write_plot
-    from ..benchmarking.work import Plan, compare
+    from ..benchmarking.comparison import BenchmarkSettings
+    from ..benchmarking.tables import print_comparison, print_tables, write_reports
+    from ..benchmarking.work import compare
 
-    plan = Plan(options.against, options.pairs, options.toy, options.precision, options.device)
+    settings = BenchmarkSettings(options.against, options.pairs, options.toy, options.precision, options.device)
     with errors_in_one_line():
-        comparisons = [said(comparison) for comparison in compare(options.work, options.rows, plan)]
-        if options.output is not None:
-            write(comparisons, options.output)
-        if options.markdown is not None:
-            write_markdown(comparisons, options.markdown)
-        if options.plot is not None:
-            write_plot(comparisons, options.plot)
-    show(comparisons)
+        comparisons = [print_comparison(comparison) for comparison in compare(options.work, options.rows, settings)]
+        write_reports(comparisons, options.output, options.markdown, options.plot)
+    print_tables(comparisons)

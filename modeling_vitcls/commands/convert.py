@@ -14,23 +14,23 @@ from .parsing import errors_in_one_line, stop
 
 
 if TYPE_CHECKING:
-    from ..conversion.parity_report import Certificate
+    from ..conversion.parity_report import ParityReport
 
 
 @dataclass
 class ConvertOptions:
-    """Convert a ViT and write it to a folder. A difference over the limit writes nothing."""
+    """Convert a ViT and write it to a folder. Nothing is written if a difference exceeds the limit."""
 
     source: str
-    """timm:NAME, or transformers:PATH_OR_ID; of an id @REVISION may follow: a commit hash, branch or tag."""
+    """timm:NAME or transformers:PATH_OR_ID. An id may end with @REVISION, a commit hash, branch or tag."""
     output: Path
-    """A folder that does not exist yet, or is empty."""
+    """A folder that does not exist or is empty."""
     random_init: bool = False
-    """Fill the source with random values first: a test of the conversion that needs no trained weights."""
+    """Fill the source with random values, to test the conversion without trained weights."""
     classifier: Literal["keep", "new", "drop"] = "keep"
-    """What becomes of the source's classifier."""
+    """Keep the classifier of the source, replace it by a new classifier, or drop it."""
     num_labels: int | None = None
-    """Labels of a new classifier, also on a source without one."""
+    """Number of labels of a new classifier, also if the source has no classifier."""
 
 
 OPTIONS = ConvertOptions
@@ -39,9 +39,9 @@ OPTIONS = ConvertOptions
 def check(options: ConvertOptions) -> None:
     """Exit with status 2 if a flag has a wrong value."""
     if not options.source.startswith(("timm:", "transformers:")):
-        stop(f"--source {options.source}: give timm:NAME or transformers:PATH_OR_ID")
+        stop(f"--source {options.source} is not supported. Use timm:NAME or transformers:PATH_OR_ID")
     if options.num_labels is not None and options.num_labels < 1:
-        stop(f"--num-labels {options.num_labels}: give 1 or more")
+        stop(f"--num-labels must be at least 1, but is {options.num_labels}")
 
 
 def run(options: ConvertOptions) -> None:
@@ -49,11 +49,11 @@ def run(options: ConvertOptions) -> None:
     from transformers.utils.logging import disable_progress_bar
 
     from ..analysis.card_images import write_card_images
-    from ..conversion.convert import take_over
+    from ..conversion.convert import convert_checkpoint
 
     disable_progress_bar()
     with errors_in_one_line():
-        certificate = take_over(
+        report = convert_checkpoint(
             options.source,
             options.output,
             options.random_init,
@@ -61,48 +61,48 @@ def run(options: ConvertOptions) -> None:
             options.num_labels,
             write_card_images,
         )
-    show(certificate, options.output)
+    print_report(report, options.output)
 
 
-def show(certificate: "Certificate", output: Path) -> None:
-    """Print the certificate, and how to load what was written."""
+def print_report(report: "ParityReport", output: Path) -> None:
+    """Print the parity report, and the code and command that load and publish the model."""
     from rich.console import Console
     from rich.table import Table
 
     from ..hub.publish import build_push_command
 
     console = Console(soft_wrap=True, highlight=False)
-    table = Table(title=f"{certificate.source} -> {certificate.model_class}: largest differences")
+    table = Table(title=f"Largest differences of {report.model_class} from {report.source}")
     table.add_column("values")
-    for comparison in certificate.comparisons:
+    for comparison in report.comparisons:
         height, width = comparison.image_size
         table.add_column(f"{height} x {width} pixels", justify="right")
-    for name in certificate.comparisons[0].differences:
-        table.add_row(name, *(f"{comparison.differences[name]:.1e}" for comparison in certificate.comparisons))
+    for name in report.comparisons[0].differences:
+        table.add_row(name, *(f"{comparison.differences[name]:.1e}" for comparison in report.comparisons))
     console.print(table)
-    for line in remarks(certificate):
+    for line in format_notes(report):
         console.print(line)
-    auto_class = "AutoModelForImageClassification" if "Classification" in certificate.model_class else "AutoModel"
-    console.print(f"\nWritten to {output}. Load it with")
+    auto_class = "AutoModelForImageClassification" if "Classification" in report.model_class else "AutoModel"
+    console.print(f"\nWritten to {output}. Load the model with")
     console.print(f'  model = {auto_class}.from_pretrained("{output}", trust_remote_code=True)')
     console.print(f'  processor = AutoImageProcessor.from_pretrained("{output}", trust_remote_code=True)')
-    console.print("or publish it, card and all, and prove that it loads from there:")
+    console.print("or publish the model and its card, and verify the published model, with")
     console.print(f"  {build_push_command(output, f'YOUR-NAME/{output.resolve().name}')}")
 
 
-def remarks(certificate: "Certificate") -> list[str]:
-    """What else the certificate says, in lines."""
-    preprocessing = certificate.preprocessing
+def format_notes(report: "ParityReport") -> list[str]:
+    """Return the parity report without the differences, as lines of text."""
+    preprocessing = report.preprocessing
     if preprocessing["assumed_because"]:
-        processor = f"Image processor: ASSUMED, because {preprocessing['assumed_because']}; check it"
+        processor = f"Image processor: ASSUMED, because {preprocessing['assumed_because']}. Check its settings"
     else:
         difference = preprocessing["largest_difference_in_grey_levels"]
-        processor = f"Image processor: from {preprocessing['origin']}, within {difference:.2g} of 255 grey levels"
+        processor = f"Image processor: from {preprocessing['origin']}, within {difference:.2g} of 255 gray levels"
     return [
-        *([f"Not compared at a second size: {certificate.not_compared}"] if certificate.not_compared else []),
-        *certificate.notes,
-        f"Classifier: {certificate.classifier}. Limit of differences: {certificate.limit:g}",
+        *([f"Not compared at a second size: {report.not_compared}"] if report.not_compared else []),
+        *report.notes,
+        f"Classifier: {report.classifier}. Maximum difference: {report.limit:g}",
         processor,
-        "Versions: " + ", ".join(f"{name} {version}" for name, version in certificate.versions.items()),
-        *(f"SHA-256 of {file}: {digest}" for file, digest in certificate.sha256.items()),
+        "Versions: " + ", ".join(f"{name} {version}" for name, version in report.versions.items()),
+        *(f"SHA-256 of {file}: {digest}" for file, digest in report.sha256.items()),
     ]

@@ -14,18 +14,18 @@ from .parsing import errors_in_one_line
 
 @dataclass(frozen=True)
 class DemoOptions:
-    """Show in a browser what a model sees in pictures."""
+    """Show the predictions and attention of a model in a browser."""
 
     model: str
-    """Folder of a model, or its id on the Hub."""
+    """Folder or Hub id of a vitcls model."""
     revision: str | None = None
     """Commit hash, branch or tag on the Hub. Default: the newest commit."""
     examples: tuple[Path, ...] = ()
-    """Picture files to offer."""
+    """Image files to offer as examples."""
     host: str = "127.0.0.1"
-    """Address to listen at; 0.0.0.0 lets other machines in."""
+    """Address to serve at. 0.0.0.0 allows connections from other machines."""
     port: int | None = None
-    """Default: the first that is free from 7860 on."""
+    """Port to serve at. Default: the first free port from 7860."""
 
 
 OPTIONS = DemoOptions

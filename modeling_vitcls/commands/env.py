@@ -2,12 +2,11 @@
 
 import os
 import platform
-from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
 from .. import cpu_kernels_vitcls as kernels
-from ..system import get_versions, name_of_device, processor_name
+from ..system import format_device_name, get_processor_name, get_versions
 
 
 # Optional libraries that change what the programs can do.
@@ -25,9 +24,11 @@ VARIABLES = (
 
 def format_environment() -> str:
     """Return the lines of a bug report."""
-    facts = get_versions() | {name: find_version(name) for name in OPTIONAL}
+    facts = get_versions() | dict.fromkeys(OPTIONAL, "not installed") | get_versions(*OPTIONAL)
     facts["platform"] = platform.platform()
-    facts["processor"] = f"{processor_name()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads in PyTorch"
+    facts["processor"] = (
+        f"{get_processor_name()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads in PyTorch"
+    )
     facts["instructions"] = torch.backends.cpu.get_cpu_capability()
     facts["devices"] = describe_devices()
     facts["CPU kernels"] = describe_cpu_kernels()
@@ -36,29 +37,21 @@ def format_environment() -> str:
     return "\n".join(f"{name:<{width}}  {fact}" for name, fact in facts.items())
 
 
-def find_version(library: str) -> str:
-    """Return the installed version of a library."""
-    try:
-        return version(library)
-    except PackageNotFoundError:
-        return "not installed"
-
-
 def describe_devices() -> str:
     """Return the names of all GPUs with the CUDA version, of another accelerator, or of the CPU."""
     if torch.cuda.is_available():
-        names = [name_of_device(torch.device("cuda", index)) for index in range(torch.cuda.device_count())]
+        names = [format_device_name(torch.device("cuda", index)) for index in range(torch.cuda.device_count())]
         return f"{', '.join(names)}; CUDA {torch.version.cuda}"
     accelerator = torch.accelerator.current_accelerator(check_available=True)
-    return name_of_device(accelerator or torch.device("cpu"))
+    return format_device_name(accelerator or torch.device("cpu"))
 
 
 def describe_cpu_kernels() -> str:
-    """Return whether the kernels of cpu_kernels_vitcls.py are on, and why they are not."""
+    """Return whether the kernels of cpu_kernels_vitcls.py are on, and the reason if they are off."""
     if os.environ.get("VITCLS_CPU_KERNELS") == "0":
         return "off: VITCLS_CPU_KERNELS is 0"
     if not kernels.HAS_PRIVATE_NAMES:
-        return f"off: PyTorch {torch.__version__} lacks a private name that they need"
+        return f"off: PyTorch {torch.__version__} lacks a private name that they require"
     if not kernels.is_onednn_enabled():
         return "off: torch.backends.mkldnn is disabled"
     dtypes = sorted({str(dtype).removeprefix("torch.") for dtype, _ in kernels.MIN_WORK})

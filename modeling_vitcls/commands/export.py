@@ -16,42 +16,43 @@ from .parsing import errors_in_one_line, stop
 
 
 if TYPE_CHECKING:
-    from ..export.export_report import Certificate
+    from ..export.export_report import ExportReport
 
-LOWEST_OPSET = 18  # of torch.onnx
+MIN_OPSET = 18  # lowest ONNX opset that torch.onnx exports
 
 
 @dataclass(frozen=True)
 class ExportOptions:
-    """Export a model. A difference over the limit writes nothing."""
+    """Export a model. Nothing is written if a difference exceeds the limit."""
 
     model: str
-    """A folder, a model of the Hub, or a preset (random weights)."""
+    """A model folder, a model on the Hub, or a preset (random weights)."""
     format: Literal["torch", "onnx", "openvino"]
     """torch.export (.pt2), ONNX (.onnx), or OpenVINO (.xml and .bin)."""
     output: Path
-    """A file that does not exist yet."""
+    """A file that does not exist."""
     image_size: tuple[int, int] | None = None
-    """Height and width in pixels that the graph is meant for. Default: the model's."""
+    """Height and width in pixels: the fixed image size, or the main size of the comparison if the size is dynamic.
+    Default: the size of the model."""
     dynamic: bool = True
-    """Take images of any size; otherwise of --image-size alone. Batches are of any size in either case."""
+    """Accept images of any size instead of --image-size only. The batch size is always dynamic."""
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"
-    """Of weights and calculations; the graph takes and gives float32."""
+    """dtype of weights and computations. Inputs and outputs are float32."""
     opset: int | None = None
-    """Version of the ONNX operators. Default: torch's choice."""
+    """ONNX opset. Default: the default of torch."""
 
 
 OPTIONS = ExportOptions
 
 
 def check(options: ExportOptions) -> None:
-    """Exit with status 2 if flags do not go together."""
+    """Exit with status 2 if a flag has a wrong value or flags contradict each other."""
     if options.image_size is not None and min(options.image_size) < 1:
-        stop(f"--image-size {' '.join(map(str, options.image_size))}: give 1 or more")
+        stop(f"--image-size must be at least 1, but is {' '.join(map(str, options.image_size))}")
     if options.opset is not None and options.format == "torch":
-        stop("--opset is for ONNX, and --format is torch")
-    if options.opset is not None and options.opset < LOWEST_OPSET:
-        stop(f"--opset {options.opset}: torch exports {LOWEST_OPSET} or later")
+        stop("--opset requires --format onnx or openvino, but --format is torch")
+    if options.opset is not None and options.opset < MIN_OPSET:
+        stop(f"--opset must be at least {MIN_OPSET}, but is {options.opset}")
 
 
 def run(options: ExportOptions) -> None:
@@ -61,9 +62,9 @@ def run(options: ExportOptions) -> None:
     from ..export.exporter import export_model
 
     disable_progress_bar()
-    warnings.filterwarnings("ignore", module=r"torch\.|onnxscript|copyreg")  # of the exporters, about themselves
+    warnings.filterwarnings("ignore", module=r"torch\.|onnxscript|copyreg")  # warnings of exporters
     with errors_in_one_line():
-        certificate = export_model(
+        report = export_model(
             options.model,
             options.format,
             options.output,
@@ -72,63 +73,57 @@ def run(options: ExportOptions) -> None:
             options.dtype,
             options.opset,
         )
-    show(certificate, options.output)
+    print_report(report, options.output)
 
 
-def show(certificate: "Certificate", output: Path) -> None:
-    """Print the certificate, and how to run what was written."""
+def print_report(report: "ExportReport", output: Path) -> None:
+    """Print the report, and code that runs the exported file."""
     from rich.console import Console
     from rich.table import Table
 
     console = Console(soft_wrap=True, highlight=False)
-    table = Table(
-        title=f"{certificate.model} -> {certificate.format}: largest differences, limit {limit(certificate)}"
-    )
+    absolute, relative = report.limit
+    limit = f"{absolute:g}" + (f" + {relative:g} of the largest value" if relative else "")
+    table = Table(title=f"Largest differences of {report.format} from {report.model} (limit {limit})")
     table.add_column("images")
-    for name in certificate.outputs:
+    for name in report.outputs:
         table.add_column(name, justify="right")
-    for trial in certificate.tried:
-        batch, _, height, width = trial.shape
-        table.add_row(f"{batch} of {height} x {width}", *(f"{value:.1e}" for value in trial.differences.values()))
+    for comparison in report.tried:
+        batch, _, height, width = comparison.shape
+        table.add_row(f"{batch} of {height} x {width}", *(f"{value:.1e}" for value in comparison.differences.values()))
     console.print(table)
-    for line in remarks(certificate):
+    for line in format_notes(report):
         console.print(line, markup=False)
-    console.print(f"\nWritten to {output}; how to feed it: {output}.json. Run it with", markup=False)
-    for line in USES[certificate.format]:
+    console.print(f"\nWritten to {output}. {output}.json describes its inputs and outputs. Run it with", markup=False)
+    for line in USAGE[report.format]:
         console.print(f"  {line.format(file=output)}", markup=False)
 
 
-def limit(certificate: "Certificate") -> str:
-    """The limit in words."""
-    absolute, relative = certificate.limit
-    return f"{absolute:g}" + (f" + {relative:g} of the largest value" if relative else "")
-
-
-def remarks(certificate: "Certificate") -> list[str]:
-    """What else the certificate says, in lines."""
-    height, width = certificate.input["image_size"]
-    smallest = " x ".join(map(str, certificate.input["smallest_image_size"]))
-    sizes = f"any image size from {smallest} pixels"
-    if "height" not in certificate.input["shape"]:
-        sizes = f"images of {height} x {width} pixels alone"
-    opset = [] if certificate.opset is None else [f"opset {certificate.opset}"]
+def format_notes(report: "ExportReport") -> list[str]:
+    """Return the report without the differences, as lines of text."""
+    height, width = report.input["image_size"]
+    smallest = " x ".join(map(str, report.input["smallest_image_size"]))
+    sizes = f"images of at least {smallest} pixels"
+    if "height" not in report.input["shape"]:
+        sizes = f"only images of {height} x {width} pixels"
+    opset = [] if report.opset is None else [f"opset {report.opset}"]
     return [
-        f"Takes any batch, {sizes}",
-        *([f"One image size only: {certificate.fixed_because}"] if certificate.fixed_because else []),
-        *(["The weights are random: a preset has learned nothing"] if certificate.weights == "random" else []),
-        *(["No image processor stands beside the weights"] if certificate.preprocessing is None else []),
-        "Versions: " + ", ".join([*opset, *(f"{name} {version}" for name, version in certificate.versions.items())]),
+        f"Accepts any batch size and {sizes}",
+        *([f"The image size is fixed: {report.fixed_because}"] if report.fixed_because else []),
+        *(["The weights are random, because a preset is untrained"] if report.weights == "random" else []),
+        *(["The checkpoint has no image processor"] if report.preprocessing is None else []),
+        "Versions: " + ", ".join([*opset, *(f"{name} {version}" for name, version in report.versions.items())]),
     ]
 
 
-USES = {
-    "torch": ('answers = torch.export.load("{file}").module()(pixel_values)',),
+USAGE = {
+    "torch": ('outputs = torch.export.load("{file}").module()(pixel_values)',),
     "onnx": (
         'session = onnxruntime.InferenceSession("{file}")',
-        'answers = session.run(None, {{"pixel_values": pixel_values}})',
+        'outputs = session.run(None, {{"pixel_values": pixel_values}})',
     ),
     "openvino": (
         'compiled = openvino.Core().compile_model("{file}", "CPU", {{"INFERENCE_PRECISION_HINT": "f32"}})',
-        'answers = compiled({{"pixel_values": pixel_values}})',
+        'outputs = compiled({{"pixel_values": pixel_values}})',
     ),
 }

@@ -4,14 +4,17 @@
     accelerate launch scripts/finetune.py --model vitcls-tiny --dataset path/to/images --output-dir runs/mine
 
 To continue an interrupted run, repeat its command with --resume. With --dry-run, one step of everything is tried. The
-training is implemented in modeling_vitcls/training/finetune.py.
+training is implemented in modeling_vitcls/training/task.py and finetune.py.
 """
 
-from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..options import FinetuneOptions
 from .parsing import errors_in_one_line, stop
+
+
+if TYPE_CHECKING:
+    from ..training.task import Task
 
 
 OPTIONS = FinetuneOptions
@@ -19,18 +22,22 @@ OPTIONS = FinetuneOptions
 
 def run(options: FinetuneOptions) -> None:
     """Fine-tune the model, or try everything once for --dry-run."""
-    from ..training.finetune import dry_run, finetune
-    from ..training.setup import prepare
+    from ..training.finetune import FinetuneTask
 
-    train(options, dry_run if options.run.dry_run else lambda checked: finetune(prepare(checked)))
+    train(FinetuneTask, options)
 
 
-def train(options: Any, run_training: Callable[[Any], object]) -> None:
-    """Call `run_training(options)`. A run that stops early ends the program with its exit status."""
+def train(task_class: "type[Task]", options: Any) -> None:
+    """Run a task, or try everything once for --dry-run. A run that stops early ends the program with its exit
+    status."""
     from ..training.runner import RunStopped
+    from ..training.task import dry_run, run_task
 
     try:
         with errors_in_one_line():
-            run_training(options)
+            if options.run.dry_run:
+                dry_run(task_class, options)
+            else:
+                run_task(task_class(options))
     except RunStopped as stopped:
         stop(str(stopped), stopped.exit_status, stopped.on_all)

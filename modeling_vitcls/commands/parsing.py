@@ -20,13 +20,15 @@ import tyro
 import yaml
 
 from ..errors import is_on_all_processes
+from ..files import is_closed_pipe
+from ..options import to_arguments
 
 
 PACKAGE = Path(__file__).parents[1]
-# The recipes that --config takes by name: in the installed package, or else in the checkout.
+# Folders with the recipes that --config accepts by name: in the installed package, and in a checkout.
 RECIPE_FOLDERS = (PACKAGE / "recipes", PACKAGE.parent / "scripts" / "recipes")
 
-# Names of flags in other programs -> ours.
+# Flags of other programs -> our flags.
 ABBREVIATIONS = {
     "lr": "learning_rate",
     "bs": "batch_size",
@@ -54,7 +56,7 @@ ABBREVIATIONS = {
 
 @dataclass
 class Recipe:
-    """The one flag that has to be known before the others."""
+    """The flag that is parsed before the others."""
 
     config: Path | None = None
 
@@ -67,12 +69,12 @@ def parse(options_class: type, arguments: list[str], **settings: Any) -> Any:
         arguments: Flags.
         settings: Further arguments of `tyro.cli`, such as the name of the program.
     """
-    known = flag_names(options_class)
+    known = get_flag_names(options_class)
     recipe, _ = tyro.cli(Recipe, args=arguments, return_unknown_args=True, add_help=False)
     check_abbreviations(arguments, known)
     if recipe.config is not None:
-        arguments = [*recipe_flags(find_recipe(recipe.config), known), *arguments]
-    return from_flags(options_class, arguments, **settings, config=(tyro.conf.OmitArgPrefixes,))
+        arguments = [*read_recipe(find_recipe(recipe.config), known), *arguments]
+    return parse_flags(options_class, arguments, **settings, config=(tyro.conf.OmitArgPrefixes,))
 
 
 def find_recipe(path: Path) -> Path:
@@ -83,16 +85,16 @@ def find_recipe(path: Path) -> Path:
     return next((file for file in found if file.is_file()), path)
 
 
-def flag_names(options_class: Any) -> set[str]:
+def get_flag_names(options_class: Any) -> set[str]:
     """Return the names of all flags of a dataclass, including its nested dataclasses: `batch_size`."""
     names: set[str] = set()
     for item in dataclasses.fields(options_class):
-        names |= flag_names(item.type) if dataclasses.is_dataclass(item.type) else {item.name}
+        names |= get_flag_names(item.type) if dataclasses.is_dataclass(item.type) else {item.name}
     return names
 
 
 def check_abbreviations(arguments: list[str], known: set[str]) -> None:
-    """Exit with status 2 if a flag is the usual abbreviation of another one: tyro compares only the spelling."""
+    """Exit with status 2 if a flag has the name that other programs use; tyro only suggests similar spellings."""
     for argument in arguments:
         name = argument.partition("=")[0].removeprefix("--").replace("-", "_")
         full_name = ABBREVIATIONS.get(name)
@@ -100,7 +102,7 @@ def check_abbreviations(arguments: list[str], known: set[str]) -> None:
             stop(f"error: there is no flag --{name.replace('_', '-')}: use --{str(full_name).replace('_', '-')}")
 
 
-def from_flags(options_class: type, arguments: list[str], **settings: Any) -> Any:
+def parse_flags(options_class: type, arguments: list[str], **settings: Any) -> Any:
     """Build the options from flags. Exits with status 2 if a flag is wrong."""
     try:
         return tyro.cli(options_class, args=arguments, **settings)
@@ -108,30 +110,22 @@ def from_flags(options_class: type, arguments: list[str], **settings: Any) -> An
         stop(f"error: {error}")
 
 
-def recipe_flags(path: Path, known: set[str]) -> list[str]:
-    """Return the flags of a recipe. Exits with status 2 if it cannot be read or has a key that is no flag."""
+def read_recipe(path: Path, known: set[str]) -> list[str]:
+    """Return the flags of a recipe. Exits with status 2 if it cannot be read or has a key that is not a flag."""
     try:
         text = path.read_text(encoding="utf-8")
         recipe = yaml.safe_load(text) or {}
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        stop(f"cannot read the recipe {path}: {' '.join(str(error).split())}")
+        stop(f"error: cannot read the recipe {path}: {' '.join(str(error).split())}")
     if not isinstance(recipe, dict):
-        stop(f"the recipe {path} is no list of `flag: value` lines")
+        stop(f"error: the recipe {path} requires lines of the form `flag: value`")
     for key, _ in yaml.compose(text).value if recipe else ():
         name = str(key.value).replace("-", "_")
         if name not in known and name.removeprefix("no_") not in known:
             close = ABBREVIATIONS.get(name) or next(iter(difflib.get_close_matches(name, known, n=1)), None)
             advice = f"use {close}" if close in known else "`--help` lists the flags"
             stop(f"error: {path}, line {key.start_mark.line + 1}: there is no flag {key.value}: {advice}")
-    return [token for name, value in recipe.items() for token in flag(str(name), value)]
-
-
-def flag(name: str, value: Any) -> list[str]:
-    """One flag with its value, as on the command line."""
-    name = name.replace("_", "-")
-    if isinstance(value, bool):
-        return [f"--{name}" if value else f"--no-{name}"]
-    return [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+    return [token for name, value in recipe.items() for token in to_arguments(str(name), value)]
 
 
 @contextmanager
@@ -140,6 +134,8 @@ def errors_in_one_line() -> Iterator[None]:
     try:
         yield
     except (ValueError, OSError) as error:
+        if isinstance(error, BrokenPipeError) and is_closed_pipe(sys.stdout):
+            raise  # cli.py ends the program
         stop(f"error: {error}", status=1, on_all=is_on_all_processes(error))
 
 

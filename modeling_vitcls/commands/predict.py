@@ -39,6 +39,6 @@ def run(options: Predict) -> None:
     with errors_in_one_line():
         summary = predict_images(options)
     if options.output is not None and summary.num_images:
-        print(f"{options.output}: {summary.num_images:,} images, {summary.num_failed:,} without an answer")
+        print(f"{options.output}: {summary.num_images:,} images, {summary.num_failed:,} without a prediction")
     if summary.num_failed and summary.num_failed == summary.num_images:
-        stop(f"error: no answer for any of the {summary.num_images} images: see the column `error`", status=1)
+        stop(f"error: none of the {summary.num_images} images has a prediction: see the column `error`", status=1)

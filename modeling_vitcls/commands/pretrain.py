@@ -4,7 +4,7 @@
     accelerate launch scripts/finetune.py --model runs/pretrained --dataset path/to/labeled --output-dir runs/mine
 
 To continue an interrupted run, repeat its command with --resume. With --dry-run, one step of everything is tried. The
-training is implemented in modeling_vitcls/training/pretrain.py.
+training is implemented in modeling_vitcls/training/task.py and pretrain.py.
 """
 
 from ..options import PretrainOptions
@@ -16,6 +16,6 @@ OPTIONS = PretrainOptions
 
 def run(options: PretrainOptions) -> None:
     """Pre-train the model, or try everything once for --dry-run."""
-    from ..training.pretrain import dry_run, prepare, pretrain
+    from ..training.pretrain import PretrainTask
 
-    train(options, dry_run if options.run.dry_run else lambda checked: pretrain(prepare(checked)))
+    train(PretrainTask, options)

@@ -3,8 +3,7 @@
     python scripts/push_to_hub.py --model runs/mine --hub-model-id me/my-model
     python scripts/push_to_hub.py --verify-only someone/their-model --revision COMMIT
 
-A push needs a token: `hf auth login`, or HF_TOKEN. The push is implemented in
-modeling_vitcls/hub/.
+A push requires a token: `hf auth login`, or HF_TOKEN. The push is implemented in modeling_vitcls/hub/.
 """
 
 from dataclasses import dataclass, fields
@@ -15,48 +14,48 @@ from .parsing import errors_in_one_line
 
 @dataclass(frozen=True)
 class PushOptions:
-    """Push a model folder to the Hub and verify it, or verify what is there."""
+    """Push a model folder to the Hub and verify the pushed commit, or verify a repository."""
 
     model: Path | None = None
-    """The folder that the model was saved to."""
+    """Folder of the model."""
     hub_model_id: str | None = None
-    """Repository to push to. Default: the name of the folder, under your own name."""
+    """Repository to push to. Default: the name of the folder, in your account."""
     private: bool = False
-    """Make the repository private where it is created."""
+    """Make the repository private if it is created."""
     branch: str | None = None
-    """Branch to push to, made where it does not exist. Default: main."""
+    """Branch to push to. It is created if it does not exist. Default: main."""
     message: str = "Upload model"
-    """Of the commit."""
+    """Message of the commit."""
     push_optimizer: bool = False
-    """Publish the newest checkpoint of FOLDER/checkpoints too, optimiser state included: safetensors and JSON. Others
-    go on from it with `hf download ID --include "checkpoints/*" --local-dir DIR`, then the run's command with
-    --output-dir DIR --resume."""
+    """Also push the newest checkpoint in the folder, with the optimizer state. To resume from it, run
+    `hf download ID --include "checkpoints/*" --local-dir DIR`, then the command of the run with --output-dir DIR
+    --resume."""
     verify: bool = True
-    """Load the pushed commit in a fresh process, and compare."""
+    """Load the pushed commit in a new process and compare its outputs."""
     verify_only: str | None = None
-    """Push nothing; verify this repository, against --model if it is given. This runs the code in it."""
+    """Repository to verify without a push, compared with --model if it is set. This runs its code."""
     revision: str | None = None
     """Commit hash, branch or tag to verify with --verify-only. Default: main."""
 
     def __post_init__(self) -> None:
         if self.verify_only is None:
             if self.model is None:
-                raise ValueError("give --model FOLDER to push, or --verify-only ID")
+                raise ValueError("Set --model FOLDER to push, or --verify-only ID to verify")
             if self.revision is not None:
-                raise ValueError("--revision is what --verify-only looks at: give both, or --branch to push to one")
+                raise ValueError("--revision requires --verify-only. To push to a branch, set --branch")
             return
         for field in fields(self):
-            if field.name not in FOR_VERIFYING and getattr(self, field.name) != field.default:
+            if field.name not in VERIFICATION_FIELDS and getattr(self, field.name) != field.default:
                 raise ValueError(
-                    f"--verify-only pushes nothing, so {flag(field.name)} does not go with it: leave it out"
+                    f"--verify-only pushes nothing, but {format_flag(field.name)} is for pushes. Leave one of them out"
                 )
 
 
-FOR_VERIFYING = ("verify_only", "revision", "model")
+VERIFICATION_FIELDS = ("verify_only", "revision", "model")
 
 
-def flag(name: str) -> str:
-    """A field's name as it is given on the command line."""
+def format_flag(name: str) -> str:
+    """Return the flag of a field that is not at its default."""
     return "--no-verify" if name == "verify" else f"--{name.replace('_', '-')}"
 
 
@@ -73,7 +72,7 @@ def run(options: PushOptions) -> None:
 
 
 def push(options: PushOptions) -> None:
-    """Check the rights, push, and verify the commit."""
+    """Check the permissions, push, and verify the commit."""
     from ..hub.manifest import check_is_model
     from ..hub.publish import push_folder
     from ..hub.push_permissions import check_push_permissions
@@ -88,12 +87,12 @@ def push(options: PushOptions) -> None:
     )
     print(f"pushed    {pushed.summary}", flush=True)
     if options.verify:
-        print("verifying loading it from there in a fresh process", flush=True)
+        print("verifying the pushed commit in a new process", flush=True)
         print("\n".join(verify_push(pushed, folder).format_lines()))
 
 
 def verify(repo_id: str, revision: str, folder: Path | None) -> None:
-    """Verify what is published, and print the certificate."""
+    """Verify a commit on the Hub and print the report."""
     from ..hub.verify import verify as verify_published
 
     print("\n".join(verify_published(repo_id, revision, folder).format_lines()))

@@ -14,27 +14,27 @@ from .parsing import errors_in_one_line
 
 @dataclass(frozen=True)
 class SpaceOptions:
-    """Publish a page where anyone can try a model of the Hub."""
+    """Publish a Space with the predictions and attention of a model on the Hub."""
 
     model: str
-    """The model's id on the Hub."""
+    """Hub id of the model."""
     revision: str = "main"
-    """Commit hash, branch or tag. The Space stays at the commit that this is now."""
+    """Commit hash, branch or tag. The Space keeps using the commit that it is today."""
     space_id: str | None = None
-    """Space to push to. Default: the model's name and -demo, under your own name."""
+    """Space to push to. Default: the name of the model with -demo, in your account."""
     private: bool = False
-    """Make the Space private where it is created."""
+    """Make the Space private if it is created."""
     title: str | None = None
-    """In the Hub's lists. Default: from the model's name."""
+    """Title of the Space. Default: derived from the name of the model."""
     examples: tuple[Path, ...] = ()
-    """Picture files to offer."""
+    """Image files to offer as examples."""
     output: Path | None = None
-    """Push nothing: write the Space's files to this folder."""
+    """Folder to write the files of the Space to, instead of a push."""
 
     def __post_init__(self) -> None:
         if self.output is not None and (self.space_id is not None or self.private):
             flag = "--space-id" if self.space_id is not None else "--private"
-            raise ValueError(f"--output pushes nothing, so {flag} does not go with it: leave one of them out")
+            raise ValueError(f"--output pushes nothing, but {flag} is for pushes. Leave one of them out")
 
 
 OPTIONS = SpaceOptions
@@ -47,7 +47,7 @@ def run(options: SpaceOptions) -> None:
 
 
 def publish(options: SpaceOptions) -> None:
-    """Look the model up, build the files, and push them."""
+    """Find the model, build the files, and push or write them."""
     from ..hub.push_permissions import check_push_permissions
     from ..hub.space import build_space_files, find_published_model, push_space, write_space
 

@@ -1,21 +1,20 @@
-"""Checkpoints of other projects -> ours and back: rules as tables, applied by one function.
+"""Convert checkpoints of other projects to this package and back, with tables of rules for parameter names.
 
-    weight_rules.py           rules for parameter names and shapes, and their application in both directions
+    weight_rules.py           rules for parameter names and shapes, applied in both directions
     random_weights.py         random values for every parameter, for conversions without a checkpoint
     head_transfer.py          keep, replace or drop the classifier
-    from_transformers.py      models of transformers -> ours
-    transformers_families.py  transformers' families as tables
-    from_timm.py              timm's models -> ours; rewrites that rules cannot express
-    timm_modules.py           timm's modules -> configuration fields
-    timm_tables.py            timm's parameter names
-    from_state_dict.py        published state dicts -> ours
-    big_vision.py             big_vision's .npz checkpoints
-    to_transformers.py        ours -> models of transformers
-    processors.py             preprocessing of other projects -> our image processor
-    source_models.py          name -> model of timm or transformers
+    from_transformers.py      convert models of transformers
+    transformers_families.py  parameter names and configurations of transformers
+    from_timm.py              convert models of timm, with rewrites of several parameters
+    timm_modules.py           configuration fields from timm's modules
+    timm_tables.py            parameter names of timm
+    from_state_dict.py        convert published state dicts of DINOv2, DINOv3, DeiT, MAE and big_vision
+    to_transformers.py        convert models of this package to transformers
+    processors.py             convert preprocessing to an image processor
+    source_models.py          load a model of timm or transformers by name
     parity_report.py          largest differences between source and converted model
     conversion_card.py        card of a converted model
-    convert.py                the program scripts/convert.py
+    convert.py                implementation of scripts/convert.py
 
-Nothing here is copied to the Hub.
+These files are not copied to the Hub.
 """

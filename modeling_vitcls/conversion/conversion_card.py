@@ -1,10 +1,9 @@
-"""The card of a converted model: what it was made from, how exact it is, under which licence, and how to load it.
+"""Build the card of a converted model: its source, accuracy, license and usage.
 
-The text is in model_cards/conversion.md.j2. The numbers are those of the certificate, which convert.py
-measures; where a source and its license are named is in hub/provenance.py.
+The text is in model_cards/conversion.md.j2. The numbers are from the parity report, and the source and its license are
+from hub/provenance.py.
 """
 
-import math
 import shlex
 from typing import TYPE_CHECKING
 
@@ -19,14 +18,14 @@ from ..hub.verification_script import AUTO_CLASSES
 
 
 if TYPE_CHECKING:
-    from .parity_report import Certificate
+    from .parity_report import ParityReport
 
 
-CLASSIFIER = {
-    "kept": "The classifier of the source, of {num_labels} labels, is kept.",
-    "new": "The classifier, of {num_labels} labels, is new and untrained: fine-tune the model before it is asked.",
-    "dropped": "The classifier of the source was left out: this is its encoder alone.",
-    "none": "The source has no classifier, and this is an encoder.",
+CLASSIFIER_SENTENCES = {
+    "kept": "The model has the classifier of the source, with {num_labels} labels.",
+    "new": "The classifier, with {num_labels} labels, is new and untrained. Fine-tune the model before you use it.",
+    "dropped": "The classifier of the source was dropped: the model is only the encoder.",
+    "none": "The source has no classifier, and the model is an encoder.",
 }
 
 
@@ -34,98 +33,96 @@ def build_conversion_card(
     name: str,
     config: ViTCLSConfig,
     num_parameters: int,
-    certificate: "Certificate",
-    origin: Provenance,
-    pictures: dict[str, str] | None = None,
+    report: "ParityReport",
+    provenance: Provenance,
+    images: dict[str, str] | None = None,
 ) -> ModelCard:
-    """The card of a model that was taken over from another project.
+    """Build the card of a converted model.
 
     Args:
-        name: of the model: its folder's, until a push puts the repository's in its place.
-        config: of the converted model.
-        num_parameters: of the converted model.
-        certificate: what was measured.
-        origin: of the source. Random weights have none of its licence.
-        pictures: name -> path in the folder, as `write_card_images` returns them.
+        name: Name of the model's folder. A push replaces it by the name of the repository.
+        config: Configuration of the converted model.
+        num_parameters: Number of parameters of the converted model.
+        report: Parity report of the conversion.
+        provenance: Provenance of the source. A card of random weights does not name its license.
+        images: Names -> paths in the folder, as returned by `write_card_images`.
     """
-    random_init = certificate.random_init
-    sequence_length = config.token_layout.num_prefix_tokens + math.prod(config.grid_size)
+    sequence_length = config.token_layout.get_num_tokens(*config.grid_size)
     layout = {group: len(range(sequence_length)[tokens]) for group, tokens in config.token_layout.items()}
-    return ModelCard.from_template(
-        card_metadata(certificate, origin),
+    card: ModelCard = ModelCard.from_template(
+        build_metadata(report, provenance),
         template_path=str(TEMPLATE.with_name("conversion.md.j2")),
         name=name,
         config=config,
         num_parameters=num_parameters,
-        certificate=certificate,
-        random_init=random_init,
-        source=described(certificate, origin),
+        report=report,
+        random_init=report.random_init,
+        source=describe_source(report, provenance),
         layout=format_token_layout(layout),
         layout_description=describe_token_layout(layout),
-        images=pictures or {},
-        is_copy=is_copy(certificate, origin),
+        images=images or {},
+        is_copy=is_copy(report, provenance),
         sequence_length=sequence_length,
-        classifier=CLASSIFIER[certificate.classifier].format(num_labels=config.num_labels),
-        preprocessing=preprocessing(certificate),
-        auto_class=AUTO_CLASSES.get(certificate.model_class, "AutoModel"),
-        license_text=WeightsLicense(CONVERTED, origin),
-        command=command(name, certificate, config),
+        classifier=CLASSIFIER_SENTENCES[report.classifier].format(num_labels=config.num_labels),
+        preprocessing=describe_preprocessing(report),
+        auto_class=AUTO_CLASSES.get(report.model_class, "AutoModel"),
+        license_text=WeightsLicense(CONVERTED, provenance),
+        command=build_command(name, report, config),
     )
+    return card
 
 
-def card_metadata(certificate: "Certificate", origin: Provenance) -> ModelCardData:
-    """The card's YAML header. Random weights are derived from nothing.
+def build_metadata(report: "ParityReport", provenance: Provenance) -> ModelCardData:
+    """Build the YAML header of the card. Random weights have no base model and no license.
 
-    No `base_model_relation`: the Hub knows `adapter`, `finetune`, `merge` and `quantized`, and a copy that keeps every
-    number is none of them.
+    `base_model_relation` is not set, because the Hub supports only `adapter`, `finetune`, `merge` and `quantized`, and
+    an exact copy is none of these.
     """
-    tags = ["vision", "vit", "vitcls"]
-    can_classify = certificate.classifier == "kept"
-    pipeline_tag = "image-classification" if can_classify else "image-feature-extraction"
-    if certificate.random_init:
-        return ModelCardData(library_name="transformers", pipeline_tag=pipeline_tag, tags=tags)
     return ModelCardData(
-        base_model=origin.base_model,
         library_name="transformers",
-        pipeline_tag=pipeline_tag,
-        tags=tags,
-        **origin.license_metadata,
+        pipeline_tag="image-classification" if report.classifier == "kept" else "image-feature-extraction",
+        tags=["vision", "vit", "vitcls"],
+        base_model=None if report.random_init else provenance.base_model,
+        **({} if report.random_init else provenance.license_metadata),
     )
 
 
-def is_copy(certificate: "Certificate", origin: Provenance) -> bool:
-    """Whether the base model in the header is the source itself, rather than what the source was made from."""
-    return isinstance(origin.base_model, str) and origin.name in (origin.base_model, certificate.source)
+def is_copy(report: "ParityReport", provenance: Provenance) -> bool:
+    """Return whether the base model in the header is the source itself, and not the base model of the source."""
+    return isinstance(provenance.base_model, str) and provenance.name in (provenance.base_model, report.source)
 
 
-def described(certificate: "Certificate", origin: Provenance) -> str:
-    """The source in Markdown: a link where others can find it, and the commit where it is known."""
-    name = f"`{origin.name}`"
-    if is_copy(certificate, origin):
-        name = f"[{name}](https://huggingface.co/{origin.base_model})"
-    revision = certificate.source_revision
+def describe_source(report: "ParityReport", provenance: Provenance) -> str:
+    """Return the source in Markdown, with a link if it is on the Hub and the commit if it is known."""
+    name = f"`{provenance.name}`"
+    if is_copy(report, provenance):
+        name = f"[{name}](https://huggingface.co/{provenance.base_model})"
+    revision = report.source_revision
     return f"{name} (at commit `{revision}`)" if revision else name
 
 
-def preprocessing(certificate: "Certificate") -> str:
-    """Where the image processor is from, in a sentence or two."""
-    facts = certificate.preprocessing
-    if facts["assumed_because"]:
-        return f"The image processor is ASSUMED, because {facts['assumed_because']}: check it before you rely on it."
-    difference = facts["largest_difference_in_grey_levels"]
+def describe_preprocessing(report: "ParityReport") -> str:
+    """Return a sentence on the settings of the image processor and their accuracy."""
+    preprocessing = report.preprocessing
+    if preprocessing["assumed_because"]:
+        return (
+            f"The image processor is ASSUMED, because {preprocessing['assumed_because']}. Check its settings before "
+            "you use it."
+        )
+    difference = preprocessing["largest_difference_in_grey_levels"]
     return (
-        f"The image processor has the settings of {facts['origin']}, and differs from it by at most {difference:.2g} "
-        "of 255 grey levels on a check picture."
+        f"The image processor has the settings of {preprocessing['origin']}. On a test image, the pixels differ by at "
+        f"most {difference:.2g} of 255 gray levels."
     )
 
 
-def command(name: str, certificate: "Certificate", config: ViTCLSConfig) -> str:
-    """The command line that makes the model again, from the same commit where that is known."""
-    source = certificate.source
-    if certificate.source_revision:
-        source = f"{source.partition('@')[0]}@{certificate.source_revision}"
+def build_command(name: str, report: "ParityReport", config: ViTCLSConfig) -> str:
+    """Build the command line that repeats the conversion, with the commit of the source if it is known."""
+    source = report.source
+    if report.source_revision:
+        source = f"{source.partition('@')[0]}@{report.source_revision}"
     flags = ["--source", source, "--output", name]
-    flags += ["--random-init"] if certificate.random_init else []
-    flags += ["--classifier", "new", "--num-labels", str(config.num_labels)] if certificate.classifier == "new" else []
-    flags += ["--classifier", "drop"] if certificate.classifier == "dropped" else []
+    flags += ["--random-init"] if report.random_init else []
+    flags += ["--classifier", "new", "--num-labels", str(config.num_labels)] if report.classifier == "new" else []
+    flags += ["--classifier", "drop"] if report.classifier == "dropped" else []
     return f"python scripts/convert.py {shlex.join(flags)}"

@@ -1,4 +1,4 @@
-"""State dicts as their authors publish them -> ours: facebookresearch's DINOv2, DINOv3, DeiT and MAE, and big_vision.
+"""Convert published state dicts: DINOv2, DINOv3, DeiT and MAE of facebookresearch, and big_vision.
 
     weights = torch.load("dinov2_vits14_reg4_pretrain.pth", weights_only=True)
     model = convert_state_dict(weights, family="dinov2")
@@ -6,8 +6,12 @@
     weights = dict(np.load("ViT-B_16.npz"))
     model = convert_state_dict(weights, family="big_vision")
 
-A state dict has no configuration. What its shapes do not tell (heads, eps, how positions are resampled) is in the
-reader of its family, as its authors' code has it. big_vision's tables are in big_vision.py.
+A state dict has no configuration. Values that do not follow from its shapes (number of heads, eps, resampling of
+positions) are taken from the authors' code and set by the `read_` function of the family.
+
+Arrays of big_vision and its predecessor google-research/vision_transformer have the layout of Flax: dense kernels are
+[in, out], attention kernels [D, heads, head_dim], and the patch kernel [height, width, C, D]. Parts of their names are
+separated by slashes.
 """
 
 import math
@@ -20,24 +24,34 @@ import torch
 
 from ..configuration_vitcls import ViTCLSConfig
 from ..modeling_vitcls import ViTCLSPreTrainedModel
-from .big_vision import RULES as BIG_VISION_RULES
-from .big_vision import prepare_big_vision, read_big_vision
-from .head_transfer import ClassifierChoice, assemble, split_classifier
-from .timm_tables import BLOCKS, GATED_MLP, MLPS, STEM, head_rules, in_halves
-from .weight_rules import ConversionError, Rule, convert_weights
-
-
-Fields = dict[str, Any]
-Weights = dict[str, torch.Tensor]
+from .head_transfer import ClassifierChoice, build_model, split_classifier
+from .timm_tables import BLOCK_RULES, GATED_MLP, MLP_RULES, STEM_RULES, build_head_rules
+from .weight_rules import (
+    POSITIONS,
+    ConversionError,
+    Fields,
+    Rule,
+    Weights,
+    convert_weights,
+    reshape_token,
+    split_halves,
+    split_positions,
+)
 
 
 @dataclass(frozen=True)
-class Family:
-    """How one repository's checkpoints become ours: tidied, read, translated."""
+class StateDictFamily:
+    """Conversion of the checkpoints of one repository.
 
-    prepare: Callable[[Weights], Weights]
-    read: Callable[[Weights], Fields]
+    Attributes:
+        read_fields: Function of the prepared weights that returns fields of `ViTCLSConfig`.
+        rules: Rules for the prepared weights.
+        prepare: Function that rewrites the published weights first.
+    """
+
+    read_fields: Callable[[Weights], Fields]
     rules: Sequence[Rule]
+    prepare: Callable[[Weights], Weights] = dict
 
 
 def convert_state_dict(
@@ -49,88 +63,160 @@ def convert_state_dict(
     num_labels: int | None = None,
     **fields: Any,
 ) -> ViTCLSPreTrainedModel:
-    """A published state dict as one of our models, in eval mode: a classifier where it has one.
+    """Convert a published state dict to a model in eval mode, with a classifier if the state dict has one.
 
     Args:
-        weights: names -> tensors or arrays, as saved; a `{"model": ...}` around them is taken off.
-        family: `"dinov2"`, `"dinov3"`, `"deit"` (also DeiT III, and DINO), `"mae"` or `"big_vision"`.
-        drop: beginnings of names to leave out, such as `("decoder", "mask_token")` of a full MAE checkpoint.
-        classifier: "keep" the source's, start a "new" one, or "drop" it (`ViTCLSModel`).
-        num_labels: of a new classifier.
-        fields: of `ViTCLSConfig`, where they are other than published (`num_attention_heads` of an unusual width,
-            `image_size` of an oblong grid of positions), or for labels (`id2label`).
+        weights: Mapping of names to tensors or arrays, as saved, optionally inside `{"model": ...}`.
+        family: `"dinov2"`, `"dinov3"`, `"deit"` (also DeiT III and DINO), `"mae"` or `"big_vision"`.
+        drop: Prefixes of weights to ignore, such as `("decoder", "mask_token")` for a full MAE checkpoint.
+        classifier: "keep" the classifier of the source, create a "new" classifier, or "drop" it (`ViTCLSModel`).
+        num_labels: Number of labels of a new classifier.
+        fields: Fields of `ViTCLSConfig` that differ from the published models (`num_attention_heads` for another
+            width, `image_size` for a rectangular grid of positions), or labels (`id2label`).
 
     Raises:
-        ConversionError: for an unknown family, weights that do not belong to it (they are listed), or sizes that have
-            to be given.
+        ConversionError: If the family is unknown, weights do not belong to the family (the message lists the weights),
+            or a field does not follow from the weights and is not set.
     """
     if family not in FAMILIES:
-        raise ConversionError(f"unknown family {family!r}: use one of {', '.join(FAMILIES)}")
-    known = FAMILIES[family]
-    kept = {name: part for name, part in weights.get("model", weights).items() if not name.startswith(tuple(drop))}
-    tensors = known.prepare({name: as_tensor(name, part) for name, part in kept.items()})
-    merged = {**known.read(tensors), **fields}
+        raise ConversionError(f"family={family!r} is unknown. Use one of {', '.join(FAMILIES)}")
+    conversion = FAMILIES[family]
+    used = {name: value for name, value in weights.get("model", weights).items() if not name.startswith(tuple(drop))}
+    tensors = conversion.prepare({name: convert_to_tensor(name, value) for name, value in used.items()})
+    fields = conversion.read_fields(tensors) | fields
     for name in ("num_attention_heads", "image_size"):
-        if merged[name] is None:
-            raise ConversionError(f"{name} cannot be told from the weights: pass {name}=...")
-    config = ViTCLSConfig(**merged)
-    encoder, head = split_classifier(convert_weights(tensors, known.rules, config))
-    return assemble(config, encoder, head, classifier, num_labels)
+        if fields[name] is None:
+            raise ConversionError(f"{name} does not follow from the weights. Set {name}=...")
+    config = ViTCLSConfig(**fields)
+    encoder, head = split_classifier(convert_weights(tensors, conversion.rules, config))
+    return build_model(config, encoder, head, classifier, num_labels)
 
 
-def flatten_mask_token(tensor: torch.Tensor, config: ViTCLSConfig) -> list[torch.Tensor]:
-    """[1, D] -> [1, 1, D]."""
-    return [tensor.view(1, 1, -1)]
-
-
-def without_key(tensor: torch.Tensor, config: ViTCLSConfig) -> list[torch.Tensor]:
-    """Biases of queries, keys and values [3 * D], of which that of the keys does nothing."""
+def drop_key_bias(tensor: torch.Tensor, config: ViTCLSConfig) -> Sequence[torch.Tensor]:
+    """Return the biases of queries and values from a fused bias [3 * D]; the bias of the keys is zero."""
     query, _, value = tensor.chunk(3)
     return [query, tensor.new_empty(0), value]
 
 
-# The names that timm shares with them.
-VIT = [*STEM, *BLOCKS, *head_rules("pooler")]
+# Parameter names that these repositories share with timm.
+VIT_RULES = [*STEM_RULES, *BLOCK_RULES, *build_head_rules("pooler"), *MLP_RULES["Mlp"]]
 
-DINOV2 = [
+DINOV2_RULES = [
     Rule("register_tokens", "embeddings.register_tokens"),
-    Rule("mask_token", "embeddings.mask_token", flatten_mask_token),
-    Rule("blocks.{i}.mlp.w12.{rest}", GATED_MLP, in_halves),
+    Rule("mask_token", "embeddings.mask_token", reshape_token),
+    Rule("blocks.{i}.mlp.w12.{rest}", GATED_MLP, split_halves),
     Rule("blocks.{i}.mlp.w3.{rest}", "layers.{i}.mlp.down_proj.{rest}"),
-    *VIT,
-    *MLPS["Mlp"],
+    *VIT_RULES,
 ]
 
-DINOV3 = [
+DINOV3_RULES = [
     Rule("storage_tokens", "embeddings.register_tokens"),
-    Rule("mask_token", "embeddings.mask_token", flatten_mask_token),
+    Rule("mask_token", "embeddings.mask_token", reshape_token),
     Rule("rope_embed.periods", []),  # checked by prepare_dinov3
-    Rule("local_cls_norm.{rest}", []),  # for the small crops of pre-training
-    Rule("blocks.{i}.attn.qkv.bias", [f"layers.{{i}}.attention.{letter}_proj.bias" for letter in "qkv"], without_key),
+    Rule("local_cls_norm.{rest}", []),  # for local crops in pre-training
+    Rule(
+        "blocks.{i}.attn.qkv.bias", [f"layers.{{i}}.attention.{letter}_proj.bias" for letter in "qkv"], drop_key_bias
+    ),
     Rule("blocks.{i}.mlp.w1.{rest}", "layers.{i}.mlp.gate_proj.{rest}"),
     Rule("blocks.{i}.mlp.w2.{rest}", "layers.{i}.mlp.up_proj.{rest}"),
     Rule("blocks.{i}.mlp.w3.{rest}", "layers.{i}.mlp.down_proj.{rest}"),
-    *VIT,
-    *MLPS["Mlp"],
+    *VIT_RULES,
 ]
 
 
-def as_it_is(weights: Weights) -> Weights:
-    """Nothing to tidy."""
-    return weights
+# Prefixes of the image model: in a two-tower model (SigLIP), as the only model, or next to the optimizer state.
+PREFIXES = ("params/img/", "params/", "opt/target/img/", "opt/target/", "img/")
 
 
-def without_chunks(weights: Weights) -> Weights:
-    """DINOv2's larger models number their blocks `blocks.CHUNK.BLOCK`: drop the chunk."""
-    return {re.sub(r"^blocks\.\d+\.(\d+)\.", r"blocks.\1.", name): part for name, part in weights.items()}
+def transpose_kernel(tensor: torch.Tensor, config: ViTCLSConfig) -> Sequence[torch.Tensor]:
+    """Convert a kernel [in, out] to a weight [out, in]."""
+    return [tensor.T]
+
+
+def convert_qkv_kernel(tensor: torch.Tensor, config: ViTCLSConfig) -> Sequence[torch.Tensor]:
+    """Convert a kernel [D, heads, head_dim] to a weight [heads * head_dim, D]."""
+    return [tensor.flatten(1).T]
+
+
+def convert_output_kernel(tensor: torch.Tensor, config: ViTCLSConfig) -> Sequence[torch.Tensor]:
+    """Convert a kernel [heads, head_dim, D] to a weight [D, heads * head_dim]."""
+    return [tensor.flatten(0, 1).T]
+
+
+def flatten_bias(tensor: torch.Tensor, config: ViTCLSConfig) -> Sequence[torch.Tensor]:
+    """Flatten a bias [heads, head_dim] to [heads * head_dim]."""
+    return [tensor.flatten()]
+
+
+def convert_patch_kernel(tensor: torch.Tensor, config: ViTCLSConfig) -> Sequence[torch.Tensor]:
+    """Convert a kernel [height, width, C, D] to a weight [D, C, height, width]."""
+    return [tensor.permute(3, 2, 0, 1)]
+
+
+def build_attention_rules(source: str, target: str) -> list[Rule]:
+    """Build the rules for query, key, value and output projections."""
+    return [
+        rule
+        for name, letter in (("query", "q"), ("key", "k"), ("value", "v"))
+        for rule in (
+            Rule(f"{source}/{name}/kernel", f"{target}.{letter}_proj.weight", convert_qkv_kernel),
+            Rule(f"{source}/{name}/bias", f"{target}.{letter}_proj.bias", flatten_bias),
+        )
+    ] + [
+        Rule(f"{source}/out/kernel", f"{target}.o_proj.weight", convert_output_kernel),
+        Rule(f"{source}/out/bias", f"{target}.o_proj.bias"),
+    ]
+
+
+def build_norm_rules(source: str, target: str) -> list[Rule]:
+    """Build the rules for scale and bias of a LayerNorm."""
+    return [Rule(f"{source}/scale", f"{target}.weight"), Rule(f"{source}/bias", f"{target}.bias")]
+
+
+def build_dense_rules(source: str, target: str) -> list[Rule]:
+    """Build the rules for kernel and bias of a dense layer."""
+    return [Rule(f"{source}/kernel", f"{target}.weight", transpose_kernel), Rule(f"{source}/bias", f"{target}.bias")]
+
+
+BLOCK = "Transformer/encoderblock_{i}"
+
+# `{n}` is the index of a module in its block, which differs between the two projects.
+BIG_VISION_RULES = [
+    Rule("cls", "embeddings.cls_token"),
+    Rule("embedding/kernel", "embeddings.patch_embeddings.projection.weight", convert_patch_kernel),
+    Rule("embedding/bias", "embeddings.patch_embeddings.projection.bias"),
+    Rule("pos_embedding", POSITIONS, split_positions, axis=1),
+    Rule("Transformer/posembed_input/pos_embedding", POSITIONS, split_positions, axis=1),
+    *build_norm_rules(f"{BLOCK}/LayerNorm_0", "layers.{i}.layernorm_before"),
+    *build_attention_rules(f"{BLOCK}/MultiHeadDotProductAttention_{{n}}", "layers.{i}.attention"),
+    *build_norm_rules(f"{BLOCK}/LayerNorm_{{n}}", "layers.{i}.layernorm_after"),
+    *build_dense_rules(f"{BLOCK}/MlpBlock_{{n}}/Dense_0", "layers.{i}.mlp.fc1"),
+    *build_dense_rules(f"{BLOCK}/MlpBlock_{{n}}/Dense_1", "layers.{i}.mlp.fc2"),
+    *build_norm_rules("Transformer/encoder_norm", "layernorm"),
+    Rule("MAPHead_0/probe", "pooler.probe"),
+    *build_attention_rules("MAPHead_0/MultiHeadDotProductAttention_0", "pooler"),
+    *build_norm_rules("MAPHead_0/LayerNorm_0", "pooler.transform.layernorm"),
+    *build_dense_rules("MAPHead_0/MlpBlock_0/Dense_0", "pooler.transform.fc1"),
+    *build_dense_rules("MAPHead_0/MlpBlock_0/Dense_1", "pooler.transform.fc2"),
+    *build_dense_rules("pre_logits", "pooler.dense"),
+    *build_dense_rules("head", "classifier"),
+]
+
+
+def remove_chunk_indices(weights: Weights) -> Weights:
+    """Rename `blocks.CHUNK.BLOCK` of larger DINOv2 models to `blocks.BLOCK`."""
+    return {re.sub(r"^blocks\.\d+\.(\d+)\.", r"blocks.\1.", name): weight for name, weight in weights.items()}
 
 
 def prepare_dinov3(weights: Weights) -> Weights:
-    """Apply the mask of the biases, which leaves the keys without; check that rotary positions are the usual ones.
+    """Apply the masks of the biases, and check that keys have no bias and that the rotary periods are the defaults.
 
-    The published periods are in bfloat16; ours, as transformers' and timm's, are computed in float32.
+    The published periods are in bfloat16. Like transformers and timm, this package computes the periods in float32.
+
+    Raises:
+        ConversionError: If a check fails.
     """
-    prepared = {name: part for name, part in weights.items() if not name.endswith("bias_mask")}
+    prepared = {name: weight for name, weight in weights.items() if not name.endswith("bias_mask")}
     for name in prepared:
         if not name.endswith("attn.qkv.bias"):
             continue
@@ -140,25 +226,24 @@ def prepare_dinov3(weights: Weights) -> Weights:
                 raise ConversionError(f"{name}_mask has values other than 0 and 1")
             prepared[name] = prepared[name] * mask
         if prepared[name].chunk(3)[1].any():
-            raise ConversionError(f"{name} has a bias of the keys: DINOv3 has none")
+            raise ConversionError(f"{name} contains a bias of the keys, but DINOv3 has none")
     if (periods := weights.get("rope_embed.periods")) is not None:
-        usual = 100.0 ** (torch.arange(len(periods), dtype=torch.float64) / len(periods))
-        if not torch.allclose(periods.double().cpu(), usual, rtol=0.01):
-            raise ConversionError("rope_embed.periods: rotary positions with other periods than DINOv3's")
+        expected = 100.0 ** (torch.arange(len(periods), dtype=torch.float64) / len(periods))
+        if not torch.allclose(periods.double().cpu(), expected, rtol=0.01):
+            raise ConversionError("rope_embed.periods differs from the rotary periods of DINOv3")
     return prepared
 
 
-def read_vit(weights: Weights, heads: Mapping[int, int]) -> Fields:
-    """What the shapes tell of any of these ViTs; `heads` is width -> heads of the published ones."""
-    projection = needed(weights, "patch_embed.proj.weight")
-    width, channels, patch_height, patch_width = projection.shape
-    blocks = [int(found[1]) for name in weights if (found := re.match(r"blocks\.(\d+)\.", name))]
+def read_vit(weights: Weights, num_heads: Mapping[int, int]) -> Fields:
+    """Return the fields that follow from the shapes; `num_heads` maps widths to the heads of published models."""
+    width, channels, patch_height, patch_width = get_weight(weights, "patch_embed.proj.weight").shape
+    blocks = [int(match[1]) for name in weights if (match := re.match(r"blocks\.(\d+)\.", name))]
     fields: Fields = {
         "hidden_size": width,
         "num_channels": channels,
         "patch_size": [patch_height, patch_width],
         "num_hidden_layers": max(blocks, default=-1) + 1,
-        "num_attention_heads": heads.get(width),
+        "num_attention_heads": num_heads.get(width),
         "qkv_bias": "blocks.0.attn.qkv.bias" in weights,
         "use_mask_token": "mask_token" in weights,
         **read_mlp(weights),
@@ -171,15 +256,15 @@ def read_vit(weights: Weights, heads: Mapping[int, int]) -> Fields:
 
 
 def read_mlp(weights: Weights) -> Fields:
-    """Kind and width of the MLPs."""
+    """Return the type and hidden size of the MLPs."""
     if "blocks.0.mlp.w3.weight" in weights:
         return {"mlp_type": "swiglu", "intermediate_size": weights["blocks.0.mlp.w3.weight"].shape[1]}
-    return {"intermediate_size": needed(weights, "blocks.0.mlp.fc1.weight").shape[0]}
+    return {"intermediate_size": get_weight(weights, "blocks.0.mlp.fc1.weight").shape[0]}
 
 
 def read_positions(weights: Weights, num_special: int) -> Fields:
-    """The grid of learned positions [1, N, D], beside those of special tokens or alone; None if it is no square."""
-    count = needed(weights, "pos_embed").shape[1]
+    """Return the positioned tokens and the image size for positions [1, N, D]; None if the grid is not square."""
+    count = get_weight(weights, "pos_embed").shape[1]
     patch_height, patch_width = weights["patch_embed.proj.weight"].shape[-2:]
     for special, positioned in ((num_special, "cls" if num_special == 1 else "all"), (0, "patches")):
         side = math.isqrt(count - special)
@@ -190,7 +275,7 @@ def read_positions(weights: Weights, num_special: int) -> Fields:
 
 
 def read_dinov2(weights: Weights) -> Fields:
-    """DINOv2 (arXiv 2304.07193), without or with registers (arXiv 2309.16588)."""
+    """Return the fields of DINOv2 (arXiv 2304.07193), with or without registers (arXiv 2309.16588)."""
     registers = weights.get("register_tokens")
     resampling: Fields = {"position_offset": 0.1} if registers is None else {"position_antialias": True}
     return {
@@ -202,19 +287,19 @@ def read_dinov2(weights: Weights) -> Fields:
 
 
 def read_dinov3(weights: Weights) -> Fields:
-    """DINOv3 (arXiv 2508.10104)."""
+    """Return the fields of DINOv3 (arXiv 2508.10104)."""
     fields = read_vit(weights, {384: 6, 768: 12, 1024: 16, 1280: 20, 4096: 32})
     return fields | {
         "image_size": 16 * fields["patch_size"][0],
         "key_bias": False,
-        "num_register_tokens": needed(weights, "storage_tokens").shape[1],
+        "num_register_tokens": get_weight(weights, "storage_tokens").shape[1],
         "position_embedding_type": "rope_2d",
         "layer_norm_eps": 1e-5,
     }
 
 
 def read_deit(weights: Weights) -> Fields:
-    """DeiT (arXiv 2012.12877), distilled or not, DeiT III (arXiv 2204.07118) and DINO (arXiv 2104.14294)."""
+    """Return the fields of DeiT (arXiv 2012.12877), DeiT III (arXiv 2204.07118) and DINO (arXiv 2104.14294)."""
     special = [name for name in ("cls_token", "dist_token") if name in weights]
     return {
         **read_vit(weights, {192: 3, 384: 6, 512: 8, 768: 12, 1024: 16, 1280: 16}),
@@ -224,7 +309,7 @@ def read_deit(weights: Weights) -> Fields:
 
 
 def read_mae(weights: Weights) -> Fields:
-    """The encoder of MAE (arXiv 2111.06377), pre-trained or fine-tuned. Its fixed positions become learned ones."""
+    """Return the fields of MAE (arXiv 2111.06377), pre-trained or fine-tuned; fixed positions become learned."""
     pools_mean = "fc_norm.weight" in weights
     return {
         **read_vit(weights, {768: 12, 1024: 16, 1280: 16}),
@@ -235,26 +320,114 @@ def read_mae(weights: Weights) -> Fields:
     }
 
 
-def as_tensor(name: str, part: Any) -> torch.Tensor:
-    """A tensor of a tensor or array."""
+def prepare_big_vision(weights: Weights) -> Weights:
+    """Return the weights of the image model without prefix, and split arrays in which all blocks are stacked."""
+    prefix = next((prefix for prefix in PREFIXES if f"{prefix}embedding/kernel" in weights), "")
+    prepared: Weights = {}
+    for name, weight in weights.items():
+        if not name.startswith(prefix):
+            continue
+        name = name.removeprefix(prefix)
+        if name.startswith("Transformer/encoderblock/"):
+            for index, layer in enumerate(weight):
+                prepared[name.replace("encoderblock", f"encoderblock_{index}", 1)] = layer
+        else:
+            prepared[name] = weight
+    return prepared
+
+
+def read_big_vision(weights: Weights) -> Fields:
+    """Return the fields of a big_vision model. `nn.gelu` of Flax is the tanh approximation."""
+    patch_height, patch_width, channels, width = get_weight(weights, "embedding/kernel").shape
+    blocks = [int(match[1]) for name in weights if (match := re.match(r"Transformer/encoderblock_(\d+)/", name))]
+    first_block = {name.removeprefix("Transformer/encoderblock_0/"): weight for name, weight in weights.items()}
+    query = next(
+        (weight for name, weight in first_block.items() if re.fullmatch(r"MultiHead\w+/query/kernel", name)), None
+    )
+    mlp = next(
+        (weight for name, weight in first_block.items() if re.fullmatch(r"MlpBlock_\d/Dense_0/kernel", name)), None
+    )
+    if query is None or mlp is None:
+        raise ConversionError(
+            "big_vision requires attention and MLP weights in Transformer/encoderblock_0, but there are none"
+        )
+    return {
+        "hidden_size": width,
+        "num_channels": channels,
+        "patch_size": [patch_height, patch_width],
+        "num_hidden_layers": max(blocks) + 1,
+        "num_attention_heads": query.shape[1],
+        "intermediate_size": mlp.shape[1],
+        "hidden_act": "gelu_pytorch_tanh",
+        "num_cls_tokens": int("cls" in weights),
+        **read_big_vision_positions(weights, (patch_height, patch_width)),
+        **read_big_vision_pooling(weights),
+    }
+
+
+def read_big_vision_positions(weights: Weights, patch_size: tuple[int, int]) -> Fields:
+    """Return the fields of learned positions: of patches in big_vision, also of the CLS token in its predecessor."""
+    fields: Fields = {"position_interpolation": "bilinear"}
+    if "Transformer/posembed_input/pos_embedding" in weights:
+        count = weights["Transformer/posembed_input/pos_embedding"].shape[1] - int("cls" in weights)
+        fields["position_embedding_tokens"] = "cls" if "cls" in weights else "patches"
+    elif "pos_embedding" in weights:
+        count = weights["pos_embedding"].numel() // weights["pos_embedding"].shape[-1]
+        fields["position_embedding_tokens"] = "patches"
+    else:
+        raise ConversionError(
+            "the weights contain no positions. ViTCLS does not support the fixed positions of big_vision"
+        )
+    side = math.isqrt(count)
+    image_size = [side * patch for patch in patch_size] if side * side == count else None
+    return {**fields, "image_size": image_size}
+
+
+def read_big_vision_pooling(weights: Weights) -> Fields:
+    """Return the pooling (CLS token, attention or mean), the dense layer before the classifier, and the labels."""
+    fields: Fields = {"pooling": "cls" if "cls" in weights else "mean"}
+    if "MAPHead_0/probe" in weights:
+        fields["pooling"] = "attention"
+        fields["attention_pool_intermediate_size"] = weights["MAPHead_0/MlpBlock_0/Dense_0/kernel"].shape[1]
+    if "pre_logits/kernel" in weights:
+        fields["pooled_activation"] = "tanh"
+    if "head/kernel" in weights:
+        fields["num_labels"] = weights["head/kernel"].shape[1]
+    return fields
+
+
+def convert_to_tensor(name: str, value: Any) -> torch.Tensor:
+    """Convert an array to a tensor.
+
+    Raises:
+        ConversionError: If torch does not support the dtype.
+    """
     try:
-        return torch.as_tensor(part)
+        return torch.as_tensor(value)
     except TypeError:
-        raise ConversionError(f"{name} is no array of numbers that torch knows: convert it to float32") from None
+        raise ConversionError(
+            f"{name} is not an array of numbers that torch supports. Convert it to float32"
+        ) from None
 
 
-def needed(weights: Weights, name: str) -> torch.Tensor:
-    """The weight of this name, without which nothing can be read."""
+def get_weight(weights: Weights, name: str) -> torch.Tensor:
+    """Return a weight of the state dict.
+
+    Raises:
+        ConversionError: If the weight is missing.
+    """
     if name not in weights:
-        found = ", ".join(list(weights)[:4])
-        raise ConversionError(f"no {name} among the weights ({found}, ...): are they of another family?")
+        first = ", ".join(list(weights)[:4])
+        raise ConversionError(
+            f"the family requires the weight {name}, but the weights are {first}, ... Set family=..."
+        )
     return weights[name]
 
 
 FAMILIES = {
-    "dinov2": Family(without_chunks, read_dinov2, DINOV2),
-    "dinov3": Family(prepare_dinov3, read_dinov3, DINOV3),
-    "deit": Family(as_it_is, read_deit, [*VIT, *MLPS["Mlp"]]),
-    "mae": Family(as_it_is, read_mae, [*VIT, *MLPS["Mlp"]]),
-    "big_vision": Family(prepare_big_vision, read_big_vision, BIG_VISION_RULES),
+    "dinov2": StateDictFamily(read_dinov2, DINOV2_RULES, remove_chunk_indices),
+    "dinov3": StateDictFamily(read_dinov3, DINOV3_RULES, prepare_dinov3),
+    "deit": StateDictFamily(read_deit, VIT_RULES),
+    "mae": StateDictFamily(read_mae, VIT_RULES),
+    "big_vision": StateDictFamily(read_big_vision, BIG_VISION_RULES, prepare_big_vision),
 }

@@ -1,10 +1,11 @@
-"""Models of transformers -> ours, with the same numbers.
+"""Convert models of transformers to this package, with the same outputs.
 
     model = convert_from_transformers(AutoModel.from_pretrained("facebook/dinov2-base"))
-    model = convert_from_transformers(model, num_labels=10)                       # and a new classifier on it
+    model = convert_from_transformers(model, num_labels=10)                       # with a new classifier
     model = convert_from_transformers(classifier, classifier="new", num_labels=10)
 
-This file lists the classes; how a family's names and configuration become ours is in transformers_families.py.
+This file lists the supported classes. The parameter names and configurations of each family are in
+transformers_families.py.
 """
 
 import re
@@ -17,7 +18,7 @@ from transformers import PreTrainedModel
 
 from ..configuration_vitcls import ViTCLSConfig
 from ..modeling_vitcls import ViTCLSPreTrainedModel
-from .head_transfer import ClassifierChoice, assemble
+from .head_transfer import ClassifierChoice, build_model
 from .transformers_families import (
     AIMV2,
     BEIT,
@@ -33,91 +34,93 @@ from .transformers_families import (
     SIGLIP,
     SIGLIP2,
     VIT,
-    Family,
-    Weights,
+    TransformersFamily,
 )
-from .weight_rules import ConversionError, Rule, convert_weights
+from .weight_rules import ConversionError, Fields, Rule, Weights, append_zero_bias, convert_weights
 
 
 def convert_from_transformers(
     model: PreTrainedModel, *, classifier: ClassifierChoice = "keep", num_labels: int | None = None
 ) -> ViTCLSPreTrainedModel:
-    """Take over a ViT of transformers: same outputs, same dtype and device, in eval mode; the source stays as it is.
+    """Convert a ViT of transformers: same outputs, dtype and device, in eval mode. The source is unchanged.
 
-    A classifier becomes `ViTCLSForImageClassification`, with its labels; an image embedding model (CLIP with
-    projection) too, its logits being the embeddings; any other model `ViTCLSModel`. Where transformers has no class
-    with a classifier (DINOv3, MAE, Pixio, AIMv2, RADIO), `num_labels` gives one on the exact encoder.
+    A classifier becomes `ViTCLSForImageClassification` with the same labels. An image embedding model (CLIP with
+    projection) becomes the same class, with the embeddings as logits. Any other model becomes `ViTCLSModel`. If
+    transformers has no classification class (DINOv3, MAE, Pixio, AIMv2, RADIO), set `num_labels` to add a classifier.
 
-    Images of other sizes are taken as the source takes them with its `interpolate_pos_encoding`. Two things differ in
-    form: MAE's encoder sees all patches, in order, and RADIO's `image_size` is its largest, the size of its positions.
+    Images of other sizes give the outputs of the source with `interpolate_pos_encoding`. Two models differ in
+    form: the encoder of MAE reads all patches in order, and the `image_size` of RADIO is its maximum size, for which
+    it has position embeddings.
 
     Args:
-        classifier: "keep" the source's, start a "new" one, or "drop" it (`ViTCLSModel`).
-        num_labels: of a new classifier. It reads what the source pools, or else the CLS token, or the patches' mean.
+        classifier: "keep" the classifier of the source, create a "new" classifier, or "drop" it (`ViTCLSModel`).
+        num_labels: Number of labels of a new classifier. The classifier reads the pooled output of the source. If the
+            source has no pooler, it reads the CLS token or, without CLS tokens, the mean of the patches.
 
     Raises:
-        ConversionError: for a class or a feature that is not supported, weights that are missing or unexpected (they
-            are listed), or a choice of classifier that does not fit the source.
+        ConversionError: If the class or a feature is not supported, weights are missing or unexpected (the message
+            lists the weights), or the source does not allow the choice of classifier.
     """
-    source = source_of(model)
-    weights, head = split_head(model.state_dict(), source.encoder)
-    settings = source.family.settings(getattr(model.config, "vision_config", model.config), weights)
-    config = ViTCLSConfig(**settings | dict(source.settings) | source.labels(model.config))
-    rules = [*(Rule(name, []) for name in source.unused), *source.family.rules]
-    encoder_weights = convert_weights(source.family.prepare(weights), rules, config)
-    head_weights = None if source.encoder is None else convert_weights(head, HEAD_RULES, config)
-    return assemble(config, encoder_weights, head_weights, classifier, num_labels)
+    convertible = find_convertible_class(model)
+    weights, head = split_head(model.state_dict(), convertible.encoder)
+    fields = convertible.family.read_fields(getattr(model.config, "vision_config", model.config), weights)
+    config = ViTCLSConfig(**fields | dict(convertible.fields) | convertible.read_labels(model.config))
+    rules = [*(Rule(name, []) for name in convertible.unused), *convertible.family.rules]
+    encoder_weights = convert_weights(convertible.family.prepare(weights), rules, config)
+    head_weights = None if convertible.encoder is None else convert_weights(head, HEAD_RULES, config)
+    return build_model(config, encoder_weights, head_weights, classifier, num_labels)
 
 
-def classifier_labels(config: Any) -> dict[str, Any]:
-    """Number and names of the source's labels."""
+def read_labels(config: Any) -> Fields:
+    """Return the names of the labels and the problem type of the source, as far as they are set."""
     labels = {"id2label": config.id2label, "label2id": config.label2id, "problem_type": config.problem_type}
     return {name: value for name, value in labels.items() if value is not None}
 
 
-def embedding_width(config: Any) -> dict[str, Any]:
-    """An image embedding counts as so many labels."""
+def read_embedding_size(config: Any) -> Fields:
+    """Return the size of the image embedding as the number of labels."""
     return {"num_labels": config.projection_dim}
 
 
 @dataclass(frozen=True)
-class Source:
-    """A class of transformers.
+class ConvertibleClass:
+    """A class of transformers that can be converted.
 
     Attributes:
-        encoder: the attribute that holds the encoder, None if the class is the encoder.
-        settings: fields of `ViTCLSConfig` that the class decides.
-        unused: weights of the encoder that this class leaves unused.
+        encoder: Attribute that contains the encoder; None if the class is the encoder.
+        fields: Fields of `ViTCLSConfig` that depend on the class.
+        unused: Patterns of encoder weights that the class does not use.
+        read_labels: Function that reads the labels from the configuration.
     """
 
-    family: Family
+    family: TransformersFamily
     encoder: str | None = None
-    settings: Mapping[str, Any] = field(default_factory=dict)
+    fields: Mapping[str, Any] = field(default_factory=dict)
     unused: tuple[str, ...] = ()
-    labels: Callable[[Any], dict[str, Any]] = classifier_labels
+    read_labels: Callable[[Any], Fields] = read_labels
 
 
-def source_of(model: PreTrainedModel) -> Source:
-    """How to convert a model of this class.
+def find_convertible_class(model: PreTrainedModel) -> ConvertibleClass:
+    """Return the entry of `CONVERTIBLE_CLASSES` for a model.
 
     Raises:
-        ConversionError: if it is none of `SOURCES`; names a part that can be converted, if there is one.
+        ConversionError: If there is no entry; the message names a submodule that can be converted, if there is one.
     """
-    if is_known(model):
-        return SOURCES[type(model).__name__]
-    parts = [name for name, part in model.named_children() if is_known(part)]
-    families = sorted({re.split("(Vision)?(Model|For)", name)[0] for name in SOURCES})
-    hint = f"convert its .{parts[0]}" if parts else f"the classes that can be are those of {', '.join(families)}"
-    raise ConversionError(f"{type(model).__name__} cannot be converted: {hint}")
+    if is_convertible(model):
+        return CONVERTIBLE_CLASSES[type(model).__name__]
+    submodules = [name for name, module in model.named_children() if is_convertible(module)]
+    families = sorted({re.split("(Vision)?(Model|For)", name)[0] for name in CONVERTIBLE_CLASSES})
+    hint = f"Convert its .{submodules[0]}" if submodules else f"Supported families: {', '.join(families)}"
+    raise ConversionError(f"{type(model).__name__} cannot be converted. {hint}")
 
 
-def is_known(module: torch.nn.Module) -> bool:
-    """Whether it is transformers' own class of a name in `SOURCES`, no subclass."""
-    return type(module).__name__ in SOURCES and type(module).__module__.startswith("transformers.")
+def is_convertible(module: torch.nn.Module) -> bool:
+    """Return whether a module is an instance of a supported class of transformers; subclasses do not count."""
+    return type(module).__name__ in CONVERTIBLE_CLASSES and type(module).__module__.startswith("transformers.")
 
 
 def split_head(weights: Weights, encoder: str | None) -> tuple[Weights, Weights]:
-    """The encoder's weights, by their names within it, and the others."""
+    """Split a state dict into the encoder's weights, without the prefix of the encoder, and the other weights."""
     if encoder is None:
         return weights, {}
     prefix = f"{encoder}."
@@ -125,56 +128,57 @@ def split_head(weights: Weights, encoder: str | None) -> tuple[Weights, Weights]
     return inside, {name: weight for name, weight in weights.items() if not name.startswith(prefix)}
 
 
-def with_zero_bias(tensor: torch.Tensor, config: ViTCLSConfig) -> list[torch.Tensor]:
-    """A projection without bias -> its weight and a bias of zeros."""
-    return [tensor, tensor.new_zeros(len(tensor))]
-
-
 HEAD_RULES = [
     Rule("classifier.{rest}", "classifier.{rest}"),
     Rule("cls_classifier.{rest}", "classifier.{rest}"),
     Rule("distillation_classifier.{rest}", "distillation_classifier.{rest}"),
-    Rule("visual_projection.weight", ["classifier.weight", "classifier.bias"], with_zero_bias),
+    Rule("visual_projection.weight", ["classifier.weight", "classifier.bias"], append_zero_bias),
 ]
 
-CLS_ALONE = {"distillation_head": False}
+NO_DISTILLATION_HEAD = {"distillation_head": False}
 CLS_AND_MEAN = {"pooling": "cls_mean"}
 MEAN = {"pooling": "mean"}
-NORMED_CLS = {"pooled_norm": True}
+POOLED_NORM = {"pooled_norm": True}
 POST_NORM = ("post_layernorm.{rest}",)
 ATTENTION_HEAD = ("head.{rest}",)
 
-SOURCES: dict[str, Source] = {
-    "ViTModel": Source(VIT),
-    "ViTForImageClassification": Source(VIT, "vit"),
-    "DeiTModel": Source(DEIT),
-    "DeiTForImageClassification": Source(DEIT, "deit", CLS_ALONE),
-    "DeiTForImageClassificationWithTeacher": Source(DEIT, "deit"),
-    "ViTMSNModel": Source(VIT),
-    "ViTMSNForImageClassification": Source(VIT, "vit"),
-    "ViTMAEModel": Source(VIT),
-    "IJepaModel": Source(IJEPA),
-    "IJepaForImageClassification": Source(IJEPA, "ijepa"),
-    "Dinov2Model": Source(DINOV2),
-    "Dinov2ForImageClassification": Source(DINOV2, "dinov2", CLS_AND_MEAN),
-    "Dinov2WithRegistersModel": Source(DINOV2_WITH_REGISTERS),
-    "Dinov2WithRegistersForImageClassification": Source(DINOV2_WITH_REGISTERS, "dinov2_with_registers", CLS_AND_MEAN),
-    "DINOv3ViTModel": Source(DINOV3),
-    "CLIPVisionModel": Source(CLIP, settings=NORMED_CLS),
-    "CLIPVisionModelWithProjection": Source(CLIP, "vision_model", NORMED_CLS, labels=embedding_width),
-    "CLIPForImageClassification": Source(CLIP, "vision_model", MEAN, unused=POST_NORM),
-    "MetaClip2VisionModel": Source(CLIP, settings=NORMED_CLS),
-    "MetaClip2VisionModelWithProjection": Source(CLIP, "vision_model", NORMED_CLS, labels=embedding_width),
-    "MetaClip2ForImageClassification": Source(CLIP, "vision_model", MEAN, unused=POST_NORM),
-    "SiglipVisionModel": Source(SIGLIP),
-    "SiglipForImageClassification": Source(SIGLIP, "vision_model", MEAN, unused=ATTENTION_HEAD),
-    "Siglip2VisionModel": Source(SIGLIP2),
-    "Siglip2ForImageClassification": Source(SIGLIP2, "vision_model", MEAN, unused=ATTENTION_HEAD),
-    "PixioModel": Source(PIXIO),
-    "Aimv2VisionModel": Source(AIMV2),
-    "BeitModel": Source(BEIT),
-    "BeitForImageClassification": Source(BEIT, "beit"),
-    "Data2VecVisionModel": Source(DATA2VEC),
-    "Data2VecVisionForImageClassification": Source(DATA2VEC, "data2vec_vision"),
-    "RadioModel": Source(RADIO),
+CONVERTIBLE_CLASSES: dict[str, ConvertibleClass] = {
+    "ViTModel": ConvertibleClass(VIT),
+    "ViTForImageClassification": ConvertibleClass(VIT, "vit"),
+    "DeiTModel": ConvertibleClass(DEIT),
+    "DeiTForImageClassification": ConvertibleClass(DEIT, "deit", NO_DISTILLATION_HEAD),
+    "DeiTForImageClassificationWithTeacher": ConvertibleClass(DEIT, "deit"),
+    "ViTMSNModel": ConvertibleClass(VIT),
+    "ViTMSNForImageClassification": ConvertibleClass(VIT, "vit"),
+    "ViTMAEModel": ConvertibleClass(VIT),
+    "IJepaModel": ConvertibleClass(IJEPA),
+    "IJepaForImageClassification": ConvertibleClass(IJEPA, "ijepa"),
+    "Dinov2Model": ConvertibleClass(DINOV2),
+    "Dinov2ForImageClassification": ConvertibleClass(DINOV2, "dinov2", CLS_AND_MEAN),
+    "Dinov2WithRegistersModel": ConvertibleClass(DINOV2_WITH_REGISTERS),
+    "Dinov2WithRegistersForImageClassification": ConvertibleClass(
+        DINOV2_WITH_REGISTERS, "dinov2_with_registers", CLS_AND_MEAN
+    ),
+    "DINOv3ViTModel": ConvertibleClass(DINOV3),
+    "CLIPVisionModel": ConvertibleClass(CLIP, fields=POOLED_NORM),
+    "CLIPVisionModelWithProjection": ConvertibleClass(
+        CLIP, "vision_model", POOLED_NORM, read_labels=read_embedding_size
+    ),
+    "CLIPForImageClassification": ConvertibleClass(CLIP, "vision_model", MEAN, unused=POST_NORM),
+    "MetaClip2VisionModel": ConvertibleClass(CLIP, fields=POOLED_NORM),
+    "MetaClip2VisionModelWithProjection": ConvertibleClass(
+        CLIP, "vision_model", POOLED_NORM, read_labels=read_embedding_size
+    ),
+    "MetaClip2ForImageClassification": ConvertibleClass(CLIP, "vision_model", MEAN, unused=POST_NORM),
+    "SiglipVisionModel": ConvertibleClass(SIGLIP),
+    "SiglipForImageClassification": ConvertibleClass(SIGLIP, "vision_model", MEAN, unused=ATTENTION_HEAD),
+    "Siglip2VisionModel": ConvertibleClass(SIGLIP2),
+    "Siglip2ForImageClassification": ConvertibleClass(SIGLIP2, "vision_model", MEAN, unused=ATTENTION_HEAD),
+    "PixioModel": ConvertibleClass(PIXIO),
+    "Aimv2VisionModel": ConvertibleClass(AIMV2),
+    "BeitModel": ConvertibleClass(BEIT),
+    "BeitForImageClassification": ConvertibleClass(BEIT, "beit"),
+    "Data2VecVisionModel": ConvertibleClass(DATA2VEC),
+    "Data2VecVisionForImageClassification": ConvertibleClass(DATA2VEC, "data2vec_vision"),
+    "RadioModel": ConvertibleClass(RADIO),
 }

@@ -1,92 +1,89 @@
-"""What becomes of the source's classifier: kept, replaced by a new one, or dropped; always by the caller's choice.
+"""Keep, replace or drop the classifier of the source, as requested by the caller.
 
-Every converter ends here, with the encoder's and the classifier's weights by our names.
+Every converter calls `build_model` with the converted weights of the encoder and of the classifier.
 """
 
-from collections.abc import Mapping
 from contextlib import nullcontext
 from typing import Literal
 
-import torch
 from transformers.initialization import no_init_weights
 
 from ..configuration_vitcls import ViTCLSConfig
 from ..modeling_vitcls import ViTCLSForImageClassification, ViTCLSModel, ViTCLSPreTrainedModel
-from .weight_rules import ConversionError, load_converted
+from .weight_rules import ConversionError, Weights, load_converted_weights
 
 
-Weights = Mapping[str, torch.Tensor]
 ClassifierChoice = Literal["keep", "new", "drop"]
 
 
-def assemble(
+def build_model(
     config: ViTCLSConfig,
     encoder: Weights,
     head: Weights | None,
     classifier: ClassifierChoice = "keep",
     num_labels: int | None = None,
-    with_pooler: bool = True,
+    add_pooling_layer: bool = True,
 ) -> ViTCLSPreTrainedModel:
-    """Build the model of converted weights, in eval mode, with their dtype and on their device.
+    """Build a model from converted weights, in eval mode, with the dtype and device of the weights.
 
     Args:
-        encoder: weights of `ViTCLSModel`.
-        head: weights of `ViTCLSForImageClassification` besides the encoder's; None if the source has no classifier.
-        classifier: "keep" the source's (a source without one gives a `ViTCLSModel`, or a new classifier where
-            `num_labels` is given), start a "new" one, or "drop" it for a `ViTCLSModel`.
-        num_labels: of a new classifier.
-        with_pooler: whether a `ViTCLSModel` pools.
+        encoder: Weights of `ViTCLSModel`.
+        head: Weights of `ViTCLSForImageClassification` outside the encoder; None if the source has no classifier.
+        classifier: "keep" the classifier of the source, create a "new" classifier, or "drop" the classifier and
+            return a `ViTCLSModel`. "keep" creates a new classifier if the source has no classifier and `num_labels` is
+            set.
+        num_labels: Number of labels of a new classifier.
+        add_pooling_layer: Whether a `ViTCLSModel` has a pooler.
 
     Raises:
-        ConversionError: for a choice that the source does not allow, or weights that do not fit; they are listed.
+        ConversionError: If the source does not allow the choice of classifier, or weights do not fit; the message
+            lists the weights.
     """
-    wants_new = is_new(classifier, num_labels, None if head is None else config.num_labels)
+    create_head = requires_new_head(classifier, num_labels, None if head is None else config.num_labels)
     if num_labels is not None:
         config.num_labels = num_labels
-    classifies = wants_new or (classifier == "keep" and head is not None)
-    model: ViTCLSPreTrainedModel
-    with nullcontext() if wants_new else no_init_weights():
-        if classifies:
-            model = ViTCLSForImageClassification(config)
-        else:
-            model = ViTCLSModel(config, add_pooling_layer=with_pooler)
     weights = dict(encoder)
-    if classifies:
-        fresh = {name: weight for name, weight in model.state_dict().items() if not name.startswith("vitcls.")}
-        weights = {f"vitcls.{name}": weight for name, weight in encoder.items()}
-        weights |= fresh if wants_new else dict(head or {})
-    like = encoder["embeddings.patch_embeddings.projection.weight"]
-    model.to(device=like.device, dtype=like.dtype)  # type: ignore[call-arg]  # transformers wraps `to` untyped
-    return load_converted(model, weights)
+    model: ViTCLSPreTrainedModel
+    with nullcontext() if create_head else no_init_weights():
+        if create_head or (classifier == "keep" and head is not None):
+            model = ViTCLSForImageClassification(config)
+            if create_head:
+                head = {n: weight for n, weight in model.state_dict().items() if not n.startswith("vitcls.")}
+            weights = {f"vitcls.{name}": weight for name, weight in encoder.items()} | (head or {})
+        else:
+            model = ViTCLSModel(config, add_pooling_layer=add_pooling_layer)
+    kernel = encoder["embeddings.patch_embeddings.projection.weight"]
+    model.to(device=kernel.device, dtype=kernel.dtype)  # type: ignore[call-arg]  # transformers wraps `to` untyped
+    return load_converted_weights(model, weights)
 
 
 def split_classifier(weights: Weights) -> tuple[Weights, Weights | None]:
-    """Weights by our names -> the encoder's, the classifier's (None if there is none)."""
+    """Split converted weights into the encoder's weights and the classifier's weights, None without a classifier."""
     head = {name: weight for name, weight in weights.items() if name.partition(".")[0].endswith("classifier")}
     return {name: weight for name, weight in weights.items() if name not in head}, head or None
 
 
-def is_new(classifier: str, num_labels: int | None, source_labels: int | None) -> bool:
-    """Whether a new classifier is to be made; `source_labels` is None for a source without one.
+def requires_new_head(classifier: str, num_labels: int | None, source_labels: int | None) -> bool:
+    """Return whether to create a new classifier; `source_labels` is None for a source without a classifier.
 
     Raises:
-        ConversionError: for contradictions.
+        ConversionError: If the options contradict each other or the source.
     """
     if classifier not in ("keep", "new", "drop"):
-        raise ConversionError(f'classifier={classifier!r}: choose "keep", "new" or "drop"')
+        raise ConversionError(f'classifier={classifier!r} is not supported. Use "keep", "new" or "drop"')
     if classifier == "drop":
         if num_labels is not None:
-            raise ConversionError(f'classifier="drop" and num_labels={num_labels} contradict each other: choose one')
+            raise ConversionError(f'classifier="drop" and num_labels={num_labels} contradict each other. Set only one')
         return False
     if classifier == "new":
         if num_labels is None and source_labels is None:
-            raise ConversionError('classifier="new" on a source without classifier: give num_labels')
+            raise ConversionError('classifier="new" requires num_labels, as the source has no classifier')
         return True
     if source_labels is None:
         return num_labels is not None
     if num_labels not in (None, source_labels):
         raise ConversionError(
-            f'the source\'s classifier has {source_labels} labels and num_labels={num_labels}: pass classifier="new" '
-            'to start a new one, or "drop" to convert the encoder alone'
+            f"the classifier of the source has {source_labels} labels, but num_labels={num_labels}. Set "
+            'classifier="new" to create a new classifier, or "drop" to convert only the encoder'
         )
     return False

@@ -1,65 +1,61 @@
-"""The proof of a conversion: how far the converted model is from its source, measured, with versions and hashes.
+"""Measure the differences between a source and the converted model, and write them to certificate.json.
 
-    comparisons, not_compared = compare(source, model, with_logits=True)      # raises where a limit is exceeded
+    comparisons, reason = compare_models(source, model, with_logits=True)      # raises if a difference exceeds LIMIT
 
-Compared are every token of the final hidden state, by group, and the logits, on random images of the native size and
-of a rectangle, for which positions are interpolated, where the source takes one.
+The comparison covers every token of the final hidden state, by token group, and the logits. The inputs are random
+images of the native size and, if the source supports other sizes, of a rectangle with resampled positions.
 """
 
 import copy
 import dataclasses
-import hashlib
-import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ..errors import in_one_line
+from ..checkpoints import file_digest
+from ..errors import format_error
+from ..files import write_json
 from ..modeling_vitcls import ViTCLSForImageClassification, ViTCLSPreTrainedModel
-from .source_models import Answers, Source
+from .source_models import Outputs, SourceModel
 from .weight_rules import ConversionError
 
 
-# DESIGN.md, "Accuracy of equivalence": the largest difference of any value, in float32.
+# Maximum absolute difference of any output in float32.
 LIMIT = 1e-5
 
 NUM_IMAGES = 2
 FILE_NAME = "certificate.json"
 
-Numbers = dict[str, float]
-
 
 @dataclasses.dataclass(frozen=True)
-class Comparison:
-    """Differences at one image size, by "cls", "distillation", "registers", "patches", "logits", "pooled".
+class SizeComparison:
+    """Differences at one image size, by "cls", "distillation", "registers", "patches", "logits" or "pooled".
 
     Attributes:
-        image_size: (height, width), pixels.
-        differences: largest absolute difference in float32.
-        magnitudes: largest absolute value of the source.
+        image_size: (height, width) in pixels.
+        differences: Largest absolute differences in float32.
+        magnitudes: Largest absolute values of the source.
     """
 
     image_size: tuple[int, int]
-    differences: Numbers
-    magnitudes: Numbers
-
-    def exceeding(self) -> list[str]:
-        """What is beyond the limit; NaN is."""
-        return [name for name, value in self.differences.items() if not value <= LIMIT]
+    differences: dict[str, float]
+    magnitudes: dict[str, float]
 
 
 @dataclasses.dataclass(frozen=True)
-class Certificate:
-    """What was converted, into what, how exactly, from which preprocessing, with which versions.
+class ParityReport:
+    """The content of certificate.json.
 
     Attributes:
-        source: `timm:NAME` or `transformers:PATH_OR_ID`, without the folders of this machine.
-        source_revision: the hash of the source's commit on the Hub; None where it is not known.
-        classifier: "kept", "new", "dropped" or "none" (the source has none).
-        not_compared: why there is no second comparison; empty if there is one.
-        preprocessing: `Preprocessing` without the processor itself.
-        sha256: file name -> hash of the written weights.
+        source: `timm:NAME` or `transformers:PATH_OR_ID`, without local folders.
+        source_revision: Commit hash of the source on the Hub; None if it is unknown.
+        classifier: "kept", "new", "dropped" or "none" (the source has no classifier).
+        limit: Maximum absolute difference.
+        not_compared: Reason why there is no second comparison; empty if there is one.
+        preprocessing: The result of `ConvertedPreprocessing.describe`.
+        sha256: File name -> hash of the weights.
     """
 
     source: str
@@ -69,7 +65,7 @@ class Certificate:
     model_class: str
     classifier: str
     limit: float
-    comparisons: list[Comparison]
+    comparisons: list[SizeComparison]
     not_compared: str
     preprocessing: dict[str, Any]
     versions: dict[str, str]
@@ -78,113 +74,90 @@ class Certificate:
 
     def save(self, folder: Path) -> None:
         """Write certificate.json."""
-        text = json.dumps(dataclasses.asdict(self), indent=2)
-        (folder / FILE_NAME).write_text(text + "\n", encoding="utf-8")
+        write_json(folder / FILE_NAME, dataclasses.asdict(self))
 
 
-def compare(source: Source, model: ViTCLSPreTrainedModel, with_logits: bool) -> tuple[list[Comparison], str]:
-    """Compare at the native size and at a rectangle; and why there is no second comparison, empty if there is one.
-
-    The source's model is in float32, and is left so.
+@torch.no_grad()
+def compare_models(
+    source: SourceModel, model: ViTCLSPreTrainedModel, with_logits: bool
+) -> tuple[list[SizeComparison], str]:
+    """Compare the outputs at the native size and at a rectangle.
 
     Args:
-        with_logits: whether the model has the source's classifier.
+        source: Source with its model in float32.
+        with_logits: Whether the model has the classifier of the source.
+
+    Returns:
+        The comparisons, and the reason why there is no second comparison, which is empty if there is one.
 
     Raises:
-        ConversionError: where a difference exceeds the limit.
+        ConversionError: If a difference exceeds `LIMIT`.
     """
-    native, rectangle = source.image_size, rectangle_for(source, model)
-    comparisons = [compare_at(native, source, model, with_logits)]
-    try:
-        source_answers(source, images(model, rectangle))
-    except Exception as error:  # whatever the source raises for a size that it does not take
-        return comparisons, f"the source refuses {rectangle[0]} x {rectangle[1]} pixels: {in_one_line(error)}"
-    return [*comparisons, compare_at(rectangle, source, model, with_logits)], ""
+    comparisons: list[SizeComparison] = []
+    for height, width in (source.image_size, get_rectangle_size(source, model)):
+        pixel_values = build_random_images((NUM_IMAGES, model.config.num_channels, height, width))
+        try:
+            source_outputs = source.compute_outputs(pixel_values)
+        except Exception as error:  # any error of a source that does not support the size
+            if not comparisons:
+                raise
+            return comparisons, f"the source does not support {height} x {width} pixels: {format_error(error)}"
+        expected = split_token_groups(source_outputs, model)
+        outputs = compute_model_outputs(model, pixel_values)
+        names = [name for name in expected if name in outputs and (with_logits or "logits" not in name)]
+        if with_logits and "logits" not in names:
+            raise ConversionError(f"the logits of {source.name} cannot be compared")
+        differences = {name: get_max_magnitude(outputs[name] - expected[name]) for name in names}
+        excessive = [f"{name} by {value:.2g}" for name, value in differences.items() if not value <= LIMIT]  # or NaN
+        if excessive:
+            raise ConversionError(
+                f"the converted model differs from {source.name} at {height} x {width} pixels: "
+                f"{', '.join(excessive)}; the limit is {LIMIT:g}"
+            )
+        magnitudes = {name: get_max_magnitude(expected[name]) for name in names}
+        comparisons.append(SizeComparison((height, width), differences, magnitudes))
+    return comparisons, ""
 
 
-def rectangle_for(source: Source, model: ViTCLSPreTrainedModel) -> tuple[int, int]:
-    """A size of fewer rows and more columns of patches than the native one."""
+def get_rectangle_size(source: SourceModel, model: ViTCLSPreTrainedModel) -> tuple[int, int]:
+    """Return a size with fewer rows and more columns of patches than the native size."""
     (height, width), (patch_height, patch_width) = source.image_size, model.config.patch_height_width
     rows, columns = height // patch_height, width // patch_width
     return max(1, rows * 3 // 4) * patch_height, (columns * 5 // 4 + 1) * patch_width
 
 
-def compare_at(size: tuple[int, int], source: Source, model: ViTCLSPreTrainedModel, with_logits: bool) -> Comparison:
-    """Compare on images of one size.
-
-    Raises:
-        ConversionError: where a difference exceeds the limit.
-    """
-    comparison = Comparison(size, *differences_at(size, source, model, with_logits))
-    if exceeding := comparison.exceeding():
-        listed = ", ".join(f"{name} by {comparison.differences[name]:.2g}" for name in exceeding)
-        raise ConversionError(
-            f"the converted model differs from {source.name} at {size[0]} x {size[1]} pixels: {listed}; the limit is "
-            f"{LIMIT:g}"
-        )
-    return comparison
+def build_random_images(shape: tuple[int, int, int, int]) -> torch.Tensor:
+    """Build random images [B, C, height, width], the same in each call."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0))
 
 
-def differences_at(
-    size: tuple[int, int], source: Source, model: ViTCLSPreTrainedModel, with_logits: bool
-) -> tuple[Numbers, Numbers]:
-    """Largest absolute differences, and largest absolute values of the source."""
-    pixel_values = images(model, size)
-    wanted = by_group(source_answers(source, pixel_values), model)
-    found = model_answers(model, pixel_values)
-    names = [name for name in wanted if name in found and (with_logits or "logits" not in name)]
-    if with_logits and "logits" not in names:
-        raise ConversionError(f"the logits of {source.name} cannot be compared")
-    differences = {name: largest(found[name] - wanted[name]) for name in names}
-    return differences, {name: largest(wanted[name]) for name in names}
-
-
-def images(model: ViTCLSPreTrainedModel, size: tuple[int, int]) -> torch.Tensor:
-    """Random images [B, C, height, width], the same each time."""
-    generator = torch.Generator().manual_seed(0)
-    return torch.randn(NUM_IMAGES, model.config.num_channels, *size, generator=generator)
-
-
-@torch.no_grad()
-def source_answers(source: Source, pixel_values: torch.Tensor) -> Answers:
-    """What the source, which is in float32, answers."""
-    return source.answers(pixel_values)
-
-
-@torch.no_grad()
-def model_answers(model: ViTCLSPreTrainedModel, pixel_values: torch.Tensor) -> Answers:
-    """What ours answers, by the same names and by token group, in float32 too."""
+def compute_model_outputs(model: ViTCLSPreTrainedModel, pixel_values: torch.Tensor) -> Outputs:
+    """Return the outputs of the converted model by token group, in the dtype of the images."""
     if model.dtype != pixel_values.dtype:
         model = copy.deepcopy(model)
         model.to(dtype=pixel_values.dtype)  # type: ignore[call-arg]  # transformers wraps `to` untyped
-    encoded = model.base_model(pixel_values)
-    answers = by_group({"sequence": encoded.last_hidden_state}, model)
+    encoder_outputs = model.base_model(pixel_values)
+    groups = split_token_groups({"sequence": encoder_outputs.last_hidden_state}, model)
     if not isinstance(model, ViTCLSForImageClassification):
-        return answers | ({} if encoded.pooler_output is None else {"pooled": encoded.pooler_output})
+        pooled = encoder_outputs.pooler_output
+        return groups | ({} if pooled is None else {"pooled": pooled})
     outputs = model(pixel_values)
-    answers |= {name: outputs[name] for name in ("logits", "cls_logits", "distillation_logits") if name in outputs}
-    return answers
+    return groups | {n: outputs[n] for n in ("logits", "cls_logits", "distillation_logits") if n in outputs}
 
 
-def by_group(answers: Answers, model: ViTCLSPreTrainedModel) -> Answers:
-    """With each group of tokens, those that there are, in place of the whole sequence [B, N, D]."""
-    sequence = answers["sequence"]
+def split_token_groups(outputs: Outputs, model: ViTCLSPreTrainedModel) -> Outputs:
+    """Replace the output "sequence" [B, N, D] by one output per token group that has tokens."""
+    sequence = outputs["sequence"]
     groups = {name: sequence[:, group] for name, group in model.config.token_layout.items()}
-    others = {name: answer for name, answer in answers.items() if name != "sequence"}
+    others = {name: output for name, output in outputs.items() if name != "sequence"}
     return {name: tokens for name, tokens in groups.items() if tokens.shape[1]} | others
 
 
-def largest(values: torch.Tensor) -> float:
-    """The largest magnitude; NaN if any is."""
+def get_max_magnitude(values: torch.Tensor) -> float:
+    """Return the largest absolute value, or NaN if any value is NaN."""
     return values.abs().max().item()
 
 
-def hashes(folder: Path) -> dict[str, str]:
-    """SHA-256 of each file of weights."""
-    return {file.name: sha256(file) for file in sorted(folder.glob("*.safetensors"))}
-
-
-def sha256(file: Path) -> str:
-    """Of a file, in hexadecimal digits."""
-    with file.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
+def hash_files(files: Iterable[Path]) -> dict[str, str]:
+    """Return file name -> SHA-256."""
+    return {file.name: file_digest(file) for file in sorted(files)}

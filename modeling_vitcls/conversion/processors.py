@@ -1,10 +1,10 @@
-"""Other projects' preprocessing -> our image processor, checked on a picture.
+"""Convert preprocessing of other projects to an image processor of this package, checked on a test image.
 
     timm            `pretrained_cfg`: input_size, interpolation, mean, std, crop_pct, crop_mode
     transformers    `preprocessor_config.json`, read by AutoImageProcessor
 
-Where a source has no such settings, or ours cannot do what they say, a stated default stands in, and the certificate
-says so.
+If a source has no such settings, or the image processor does not support them, a default image processor is used, and
+the parity report gives the reason.
 """
 
 import math
@@ -22,59 +22,60 @@ from transformers.image_processing_backends import PilBackend
 from ..image_processing_vitcls import ViTCLSImageProcessor, ViTCLSImageProcessorPil
 
 
-# Grey levels out of 255 by which any pixel may differ from the source's own preprocessing on the check picture, both
-# with PIL or both with torchvision. It is 0 but for sources that resize before they round to whole levels (DINOv3).
+# Maximum difference of a pixel from the source's own preprocessing of the test image, in gray levels out of 255, both
+# with PIL or both with torchvision. It is 0 except for sources that resize before they round to gray levels (DINOv3).
 LIMIT = 1.0
 
 FILTERS = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3}
 
-# Settings with the same name and meaning in transformers and here.
-SAME_SETTINGS = (
+# Settings with the same name and meaning in transformers and in this package.
+SHARED_SETTINGS = (
     "do_convert_rgb do_resize size resample do_center_crop crop_size do_rescale rescale_factor do_normalize "
     "image_mean image_std"
 ).split()
 
 
 @dataclass(frozen=True)
-class Preprocessing:
-    """An image processor, where its settings are from, and how far it is from the source's own.
+class ConvertedPreprocessing:
+    """An image processor and its difference from the source's own preprocessing.
 
     Attributes:
-        difference: largest, in grey levels, on `check_picture`; None for a default, which has nothing to differ from.
-        assumed: why a default stands in; empty if none does.
+        provenance: Name of the settings from which the image processor was built.
+        difference: Largest difference of `build_test_image`, in gray levels; None for the default.
+        default_reason: Reason for the default; empty if the settings were converted.
     """
 
     processor: ViTCLSImageProcessor
-    origin: str
+    provenance: str
     difference: float | None
-    assumed: str = ""
+    default_reason: str = ""
 
-    def described(self) -> dict[str, Any]:
-        """All but the processor, for the certificate."""
+    def describe(self) -> dict[str, Any]:
+        """Return everything except the processor, for the parity report."""
         return {
-            "origin": self.origin,
+            "origin": self.provenance,
             "largest_difference_in_grey_levels": self.difference,
             "limit": LIMIT,
-            "assumed_because": self.assumed,
+            "assumed_because": self.default_reason,
         }
 
 
-def preprocessing_of_timm(model: nn.Module) -> Preprocessing:
-    """As timm's own transform for evaluation, by the model's `pretrained_cfg`."""
+def convert_timm_preprocessing(model: nn.Module) -> ConvertedPreprocessing:
+    """Convert timm's transform for evaluation, which follows from the model's `pretrained_cfg`."""
     from timm.data import create_transform, resolve_data_config
 
     settings: Any = resolve_data_config(pretrained_cfg=model.pretrained_cfg)
     _, height, width = settings["input_size"]
-    own_transform: Any = create_transform(**settings, is_training=False)
+    source_transform: Any = create_transform(**settings, is_training=False)
     try:
-        processor = ViTCLSImageProcessor(**timm_settings(**settings), crop_rounding="even")
-        ours = ViTCLSImageProcessorPil.from_dict(processor.to_dict())  # timm resizes with PIL
-        return checked(processor, ours, own_transform, "timm's pretrained_cfg")
+        processor = ViTCLSImageProcessor(**convert_timm_settings(**settings), crop_rounding="even")
+        same_backend = ViTCLSImageProcessorPil.from_dict(processor.to_dict())  # timm resizes with PIL
+        return check_processor(processor, same_backend, source_transform, "timm's pretrained_cfg")
     except ValueError as error:
-        return default_preprocessing((height, width), str(error))
+        return build_default_preprocessing((height, width), str(error))
 
 
-def timm_settings(
+def convert_timm_settings(
     input_size: tuple[int, int, int],
     interpolation: str,
     mean: tuple[float, ...],
@@ -82,22 +83,22 @@ def timm_settings(
     crop_pct: float,
     crop_mode: str,
 ) -> dict[str, Any]:
-    """Settings of our processor for those of `timm.data.resolve_data_config`.
+    """Convert settings of `timm.data.resolve_data_config` to settings of the image processor.
 
     Raises:
-        ValueError: for those that it does not have.
+        ValueError: If a setting is not supported.
     """
     channels, height, width = input_size
     scaled_height, scaled_width = math.floor(height / crop_pct), math.floor(width / crop_pct)
     if interpolation not in FILTERS:
-        raise ValueError(f"interpolation={interpolation!r} of timm's pretrained_cfg has no counterpart here")
+        raise ValueError(f"interpolation={interpolation!r} in timm's pretrained_cfg is not supported")
     if crop_mode == "squash":
         size = {"height": scaled_height, "width": scaled_width}
     elif crop_mode == "center" and height == width:
         size = {"shortest_edge": scaled_height}
     else:
         raise ValueError(
-            f"crop_mode={crop_mode!r} for {height} x {width} pixels in timm's pretrained_cfg has none here"
+            f"crop_mode={crop_mode!r} for {height} x {width} pixels in timm's pretrained_cfg is not supported"
         )
     return {
         "do_convert_rgb": channels == 3,
@@ -110,67 +111,77 @@ def timm_settings(
     }
 
 
-def preprocessing_of_transformers(folder: str, image_size: tuple[int, int]) -> Preprocessing:
-    """As the image processor in the source's folder; `image_size` (height, width) is for the default."""
+def convert_transformers_preprocessing(folder: str, image_size: tuple[int, int]) -> ConvertedPreprocessing:
+    """Convert the image processor in a folder; the default uses `image_size` (height, width)."""
     try:
-        theirs = AutoImageProcessor.from_pretrained(folder)
+        source_processor = AutoImageProcessor.from_pretrained(folder)
     except (OSError, ValueError):
-        return default_preprocessing(image_size, "the source has no image processor")
-    backend = ViTCLSImageProcessorPil if isinstance(theirs, PilBackend) else ViTCLSImageProcessor
-    settings = {name: value for name, value in theirs.to_dict().items() if name in SAME_SETTINGS and value is not None}
-    origin = type(theirs).__name__
+        return build_default_preprocessing(image_size, "the source has no image processor")
+    backend = ViTCLSImageProcessorPil if isinstance(source_processor, PilBackend) else ViTCLSImageProcessor
+    settings = source_processor.to_dict()
+    settings = {name: settings[name] for name in SHARED_SETTINGS if settings.get(name) is not None}
 
-    def own_preprocessing(picture: PIL.Image.Image) -> torch.Tensor:
-        return theirs(picture, return_tensors="pt")["pixel_values"][0]
+    def preprocess(image: PIL.Image.Image) -> torch.Tensor:
+        pixels: torch.Tensor = source_processor(image, return_tensors="pt")["pixel_values"][0]
+        return pixels
 
     try:
         processor = ViTCLSImageProcessor(**settings)
-        return checked(processor, backend.from_dict(processor.to_dict()), own_preprocessing, origin)
+        same_backend = backend.from_dict(processor.to_dict())
+        return check_processor(processor, same_backend, preprocess, type(source_processor).__name__)
     except ValueError as error:
-        return default_preprocessing(image_size, str(error))
+        return build_default_preprocessing(image_size, str(error))
 
 
-def checked(
+def check_processor(
     processor: ViTCLSImageProcessor,
-    ours: ViTCLSImageProcessor | ViTCLSImageProcessorPil,
-    theirs: Callable[[PIL.Image.Image], torch.Tensor],
-    origin: str,
-) -> Preprocessing:
-    """Compare `ours`, which has the settings of `processor` and the source's backend, with the source.
+    same_backend: ViTCLSImageProcessor | ViTCLSImageProcessorPil,
+    preprocess: Callable[[PIL.Image.Image], torch.Tensor],
+    provenance: str,
+) -> ConvertedPreprocessing:
+    """Compare an image processor with the source's own preprocessing.
+
+    Args:
+        same_backend: Processor with the settings of `processor` and the backend of the source.
+        preprocess: The source's own preprocessing.
+        provenance: Name of the settings from which `processor` was built.
 
     Raises:
-        ValueError: if they differ by more than `LIMIT`.
+        ValueError: If the difference exceeds `LIMIT`.
     """
-    difference = largest_difference(ours, theirs)
+    difference = measure_difference(same_backend, preprocess)
     if not difference <= LIMIT:
-        raise ValueError(f"the processor made from {origin} differs from it by {difference:.3g} grey levels")
-    return Preprocessing(processor, origin, difference)
+        raise ValueError(f"the processor built from {provenance} differs from it by {difference:.3g} gray levels")
+    return ConvertedPreprocessing(processor, provenance, difference)
 
 
-def largest_difference(
-    ours: ViTCLSImageProcessor | ViTCLSImageProcessorPil, theirs: Callable[[PIL.Image.Image], torch.Tensor]
+def measure_difference(
+    processor: ViTCLSImageProcessor | ViTCLSImageProcessorPil, preprocess: Callable[[PIL.Image.Image], torch.Tensor]
 ) -> float:
-    """Of any pixel of `check_picture`, upright and on its side, in grey levels; infinite for other shapes."""
-    differences = []
-    for picture in (check_picture(301, 428), check_picture(428, 301)):
-        picture = picture if ours.do_convert_rgb else picture.convert("L")
-        found, wanted = ours(picture, return_tensors="pt")["pixel_values"][0], theirs(picture)
-        if found.shape != wanted.shape:
+    """Return the largest difference of a pixel in gray levels, for test images in portrait and landscape format.
+
+    The difference is infinite if the shapes differ.
+    """
+    differences: list[float] = []
+    for image in (build_test_image(301, 428), build_test_image(428, 301)):
+        image = image if processor.do_convert_rgb else image.convert("L")
+        pixels, expected = processor(image, return_tensors="pt")["pixel_values"][0], preprocess(image)
+        if pixels.shape != expected.shape:
             return math.inf
-        std = torch.tensor(ours.image_std if ours.do_normalize else 1.0).view(-1, 1, 1)
-        differences.append(((found - wanted).abs() * std * 255).max().item())
+        std = torch.tensor(processor.image_std if processor.do_normalize else 1.0).view(-1, 1, 1)
+        differences.append(((pixels - expected).abs() * std * 255).max().item())
     return max(differences)
 
 
-def check_picture(height: int, width: int) -> PIL.Image.Image:
-    """A smooth picture with an edge, of a size that leaves half pixels beside most crops."""
+def build_test_image(height: int, width: int) -> PIL.Image.Image:
+    """Build a smooth image with an edge. For odd sizes, most center crops start at half pixels."""
     y, x = np.mgrid[0:height, 0:width] / 60.0
     channels = [127 + 100 * np.sin(x * frequency + y) + 25 * (x > y) for frequency in (1.0, 2.0, 3.0)]
     return PIL.Image.fromarray(np.stack(channels, axis=-1).clip(0, 255).astype(np.uint8))
 
 
-def default_preprocessing(image_size: tuple[int, int], reason: str) -> Preprocessing:
-    """Exactly `image_size` (height, width), bicubic, mean and standard deviation of ImageNet."""
+def build_default_preprocessing(image_size: tuple[int, int], reason: str) -> ConvertedPreprocessing:
+    """Build the default: bicubic resizing to `image_size` (height, width), mean and standard deviation of ImageNet."""
     height, width = image_size
     processor = ViTCLSImageProcessor(size={"height": height, "width": width})
-    return Preprocessing(processor, "the default", None, assumed=reason)
+    return ConvertedPreprocessing(processor, "the default", None, default_reason=reason)

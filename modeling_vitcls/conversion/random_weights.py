@@ -1,7 +1,7 @@
-"""Random values for every weight of a model, for conversions that are tried without a checkpoint.
+"""Fill a model with random values, to test a conversion without a checkpoint.
 
-Fresh models hide mistakes: zero biases and positions, LayerScales of 1e-5. Values here keep activations near 1, which
-makes an absolute limit on differences meaningful. Buffers that are derived and not saved stay as they are.
+A freshly initialized model hides mistakes, because biases and positions are zero and LayerScale values are 1e-5. The
+values in this file keep activations close to 1, so that an absolute limit on differences is meaningful.
 """
 
 import torch
@@ -9,35 +9,36 @@ from torch import nn
 
 
 @torch.no_grad()
-def random_fill(model: nn.Module, seed: int = 0) -> nn.Module:
-    """Fill a model in place, the same way for the same seed; returns it in eval mode.
+def randomize_weights(model: nn.Module, seed: int = 0) -> nn.Module:
+    """Fill a model in place with random values and return it in eval mode; the same seed gives the same values.
 
-    Weights that multiply sums are normal with 1 / sqrt(fan in), scales (norms, LayerScale, variances) uniform from 0.5
-    to 1.5, biases normal with 0.2, and all else (tokens, positions, tables) normal with 0.5. The lambdas of
-    differential attention, whose products are exponentiated, are normal with 0.1.
+    Weights of linear and convolution layers are normal with standard deviation 1 / sqrt(fan in). Scales (norms,
+    LayerScale, variances) are uniform from 0.5 to 1.5, and biases are normal with 0.2. The lambdas of differential
+    attention are normal with 0.1, because their products are exponentiated. Other tensors (tokens, positions, tables)
+    are normal with 0.5. Non-persistent buffers are unchanged.
     """
     generator = torch.Generator().manual_seed(seed)
     for module in model.modules():
-        for name, tensor in own_tensors(module).items():
+        for name, tensor in get_own_tensors(module).items():
             values = torch.empty(tensor.shape, dtype=torch.float32)
             if is_scale(name, tensor):
                 values.uniform_(0.5, 1.5, generator=generator)
             else:
-                values.normal_(std=standard_deviation(module, name, tensor), generator=generator)
+                values.normal_(std=get_std(module, name, tensor), generator=generator)
             tensor.copy_(values)
     return model.eval()
 
 
-def own_tensors(module: nn.Module) -> dict[str, torch.Tensor]:
-    """Parameters and saved floating-point buffers of one module, without its children's."""
-    derived = module._non_persistent_buffers_set
-    buffers = {name: buffer for name, buffer in module.named_buffers(recurse=False) if name not in derived}
+def get_own_tensors(module: nn.Module) -> dict[str, torch.Tensor]:
+    """Return the floating-point parameters and persistent buffers of a module, excluding its children."""
+    non_persistent = module._non_persistent_buffers_set
+    buffers = {name: buffer for name, buffer in module.named_buffers(recurse=False) if name not in non_persistent}
     tensors = dict(module.named_parameters(recurse=False)) | buffers
     return {name: tensor for name, tensor in tensors.items() if tensor.is_floating_point()}
 
 
 def is_scale(name: str, tensor: torch.Tensor) -> bool:
-    """Factors, which must not be near zero: norms' weights, LayerScale, variances and standard deviations."""
+    """Return whether a tensor is a factor that must not be near zero: a norm weight, LayerScale or a variance."""
     if name.startswith("lambda_"):
         return False
     if "std" in name or "var" in name:
@@ -45,13 +46,13 @@ def is_scale(name: str, tensor: torch.Tensor) -> bool:
     return tensor.ndim == 1 and any(part in name for part in ("weight", "lambda", "gamma", "scale"))
 
 
-def standard_deviation(module: nn.Module, name: str, tensor: torch.Tensor) -> float:
-    """What keeps activations near 1."""
+def get_std(module: nn.Module, name: str, tensor: torch.Tensor) -> float:
+    """Return the standard deviation of the random values of a tensor."""
     if name.startswith("lambda_"):
         return 0.1
     if "bias" in name and tensor.ndim == 1:
         return 0.2
-    multiplies = isinstance(module, nn.Linear | nn.Conv2d | nn.MultiheadAttention)
-    if multiplies and tensor.ndim >= 2:
-        return tensor[0].numel() ** -0.5
+    if isinstance(module, nn.Linear | nn.Conv2d | nn.MultiheadAttention) and tensor.ndim >= 2:
+        std: float = tensor[0].numel() ** -0.5
+        return std
     return 0.5

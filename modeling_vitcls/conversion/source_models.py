@@ -1,11 +1,11 @@
-"""Where a conversion starts: a model of timm or transformers by its name, loaded or with random values.
+"""Load a model of timm or transformers, with its trained weights or with random values.
 
     source = load_source("timm:vit_base_patch16_clip_224.openai")
     source = load_source("transformers:facebook/dinov2-base")
-    source = load_source("transformers:facebook/dinov2-base@COMMIT")                # or a branch or tag, on the Hub
-    source = load_source("transformers:path/to/checkpoint", random_init=True)      # from its config.json alone
+    source = load_source("transformers:facebook/dinov2-base@COMMIT")                # commit, branch or tag on the Hub
+    source = load_source("transformers:path/to/checkpoint", random_init=True)      # requires only config.json
 
-A source can be converted, asked what it answers (by our names, for comparison), and has an image processor.
+A source converts its model and its preprocessing, and computes reference outputs for the parity report.
 """
 
 import copy
@@ -20,21 +20,21 @@ import torch
 import transformers
 from torch import nn
 
-from ..errors import in_one_line
+from ..errors import format_error
 from ..hub.loading import CONFIG_FILES, get_any_model_folder, get_cached_commit, get_model_folder, load_timm
 from ..modeling_vitcls import ViTCLSPreTrainedModel
 from .from_timm import convert_from_timm
-from .from_transformers import SOURCES, convert_from_transformers
+from .from_transformers import CONVERTIBLE_CLASSES, convert_from_transformers
 from .head_transfer import ClassifierChoice
-from .processors import Preprocessing, preprocessing_of_timm, preprocessing_of_transformers
-from .random_weights import random_fill
+from .processors import ConvertedPreprocessing, convert_timm_preprocessing, convert_transformers_preprocessing
+from .random_weights import randomize_weights
 from .weight_rules import ConversionError
 
 
-Answers = dict[str, torch.Tensor]
+Outputs = dict[str, torch.Tensor]
 
-# Architectures whose vision part, or encoder, is what can be converted: the class that reads it from a checkpoint.
-PARTS = {
+# Architecture of a checkpoint -> class that loads the part of the checkpoint that can be converted.
+PARTIAL_CLASSES = {
     "CLIPModel": "CLIPVisionModel",
     "MetaClip2Model": "MetaClip2VisionModel",
     "SiglipModel": "SiglipVisionModel",
@@ -51,99 +51,100 @@ PARTS = {
 }
 
 
-class Source(ABC):
+class SourceModel(ABC):
     """A model of another project.
 
     Attributes:
-        name: as on the command line.
-        model: in eval mode.
-        revision: the hash of the commit that it was loaded from, if its name says where on the Hub it is.
-        notes: what the user should know about how it was loaded.
+        name: Name on the command line.
+        model: The model in eval mode.
+        revision: Commit hash on the Hub; None if it is unknown.
+        notes: Sentences for the user on how the model was loaded.
     """
 
-    revision: str | None = None
-
-    def __init__(self, name: str, model: nn.Module) -> None:
+    def __init__(self, name: str, model: nn.Module, revision: str | None, notes: list[str]) -> None:
         self.name = name
         self.model = model.eval()
-        self.notes: list[str] = []
+        self.revision = revision
+        self.notes = notes
 
     @property
     @abstractmethod
     def image_size(self) -> tuple[int, int]:
-        """Height and width in pixels for which it was built."""
+        """Native height and width in pixels."""
 
     @property
     @abstractmethod
     def has_classifier(self) -> bool:
-        """Whether it answers "logits"."""
+        """Whether the model returns logits."""
 
     @abstractmethod
     def convert(self, classifier: ClassifierChoice, num_labels: int | None) -> ViTCLSPreTrainedModel:
-        """Our model with its weights.
+        """Convert the model.
 
         Raises:
-            ConversionError: where that cannot be exact; what is missing is named.
+            ConversionError: If the conversion cannot be exact; the message names the unsupported feature.
         """
 
     @abstractmethod
-    def answers(self, pixel_values: torch.Tensor) -> Answers:
-        """What it gives for images [B, C, H, W] of any size it takes: "sequence", "pooled", "logits", ...
+    def compute_outputs(self, pixel_values: torch.Tensor) -> Outputs:
+        """Return the outputs "sequence", "pooled", "logits", ... for images [B, C, H, W].
 
         Raises:
-            Exception: any, for images of a size that it does not take.
+            Exception: Any type, if the model does not support the image size.
         """
 
     @abstractmethod
-    def preprocessing(self) -> Preprocessing:
-        """The image processor that gives what the source's own preprocessing gives."""
+    def convert_preprocessing(self) -> ConvertedPreprocessing:
+        """Convert the preprocessing of the source to an image processor."""
 
 
-class TimmSource(Source):
+class TimmSource(SourceModel):
     """A model of timm."""
 
     @classmethod
     def load(cls, name: str, random_init: bool) -> "TimmSource":
-        """By its name in timm, with a tag or without; `hf-hub:` and `local-dir:` are timm's own ways to others.
+        """Load a model by its timm name, with or without a tag, or with timm's prefixes `hf-hub:` and `local-dir:`.
 
         Raises:
-            ValueError: for a name that timm does not know.
-            OSError: if its weights cannot be loaded.
+            ConversionError: If timm is not installed or has no such model.
+            OSError: If the weights cannot be loaded.
         """
         try:
             import timm
         except ImportError as error:
-            raise ConversionError("timm is not installed: pip install timm") from error
+            raise ConversionError(
+                "a timm source requires timm, but it is not installed. Run pip install timm"
+            ) from error
         architecture = name.partition(".")[0]
         if ":" not in name and not timm.is_model(architecture):
             similar = difflib.get_close_matches(architecture, timm.list_models(), n=1)
-            hint = f": did you mean {similar[0]}?" if similar else ""
+            hint = f". Did you mean {similar[0]}?" if similar else ""
             raise ConversionError(f"timm {timm.__version__} has no model {architecture}{hint}")
         try:
             model, commit = load_timm(name, with_weights=not random_init)
-        except Exception as error:  # whatever the download raises
-            raise OSError(f"timm cannot load {name}: {in_one_line(error)} (--random-init needs no weights)") from error
-        source = cls(f"timm:{name}", random_fill(model) if random_init else model)
-        source.revision = commit
-        return source
+        except Exception as error:  # any error of the download
+            raise OSError(
+                f"timm cannot load {name}: {format_error(error)}. Set --random-init to convert without weights"
+            ) from error
+        return cls(f"timm:{name}", randomize_weights(model) if random_init else model, commit, [])
 
     @property
     def image_size(self) -> tuple[int, int]:
-        """As the model has it; by its preprocessing where the model leaves it open."""
+        """Native size of the model, or of its preprocessing if the model has none."""
         model: Any = self.model
         return tuple(model.patch_embed.img_size or model.pretrained_cfg["input_size"][1:])
 
     @property
     def has_classifier(self) -> bool:
-        """Unless it was built with `num_classes=0`."""
+        """Whether `num_classes` is not 0."""
         return bool(self.model.num_classes)
 
     def convert(self, classifier: ClassifierChoice, num_labels: int | None) -> ViTCLSPreTrainedModel:
-        """See `convert_from_timm`."""
+        """Convert the model with `convert_from_timm`."""
         return convert_from_timm(self.model, classifier=classifier, num_labels=num_labels)
 
-    def answers(self, pixel_values: torch.Tensor) -> Answers:
-        """Images of other sizes are taken after `set_input_size`, by a copy."""
+    def compute_outputs(self, pixel_values: torch.Tensor) -> Outputs:
+        """Return the outputs; for images of another size, of a copy after `set_input_size`."""
         model: Any = self.model
         size = tuple(pixel_values.shape[-2:])
         if size != self.image_size:
@@ -153,45 +154,42 @@ class TimmSource(Source):
         head = "logits" if self.has_classifier else "pooled"
         return {"sequence": sequence, head: model.forward_head(sequence)}
 
-    def preprocessing(self) -> Preprocessing:
-        """From its `pretrained_cfg`."""
-        return preprocessing_of_timm(self.model)
+    def convert_preprocessing(self) -> ConvertedPreprocessing:
+        """Convert `pretrained_cfg`."""
+        return convert_timm_preprocessing(self.model)
 
 
-class TransformersSource(Source):
+class TransformersSource(SourceModel):
     """A model of transformers."""
 
     @classmethod
     def load(cls, name: str, random_init: bool) -> "TransformersSource":
-        """A folder, or an id on the Hub, perhaps with `@REVISION`; with `random_init`, its config.json alone.
+        """Load a folder or a Hub id, optionally with `@REVISION`. `random_init` requires only config.json.
 
         Raises:
-            OSError: if it cannot be found or loaded.
-            ConversionError: for an architecture that is not supported, or weights that are missing.
+            OSError: If the model cannot be found or loaded.
+            ConversionError: If the architecture is not supported, or weights are missing.
         """
-        path, revision = path_and_revision(name)
+        path, revision = split_revision(name)
         folder = (
             get_model_folder(path, CONFIG_FILES, revision) if random_init else get_any_model_folder(path, revision)
         )
         try:
             config = transformers.AutoConfig.from_pretrained(folder)
-        except Exception as error:  # ValueError for unknown types, OSError for missing files, and the Hub's own
-            raise OSError(f"transformers cannot read the configuration of {path}: {in_one_line(error)}") from error
-        model_class = class_for(config)
+        except Exception as error:  # ValueError for unknown types, OSError for missing files, errors of the Hub
+            raise OSError(f"transformers cannot read the configuration of {path}: {format_error(error)}") from error
+        model_class = get_convertible_class(config)
         if random_init:
-            return cls(path, folder, random_fill(model_class(config)), [])
-        return cls(path, folder, *load_complete(model_class, path, folder))
+            return cls(path, folder, randomize_weights(model_class(config)), [])
+        return cls(path, folder, *load_complete_model(model_class, path, folder))
 
     def __init__(self, path: str, folder: str, model: nn.Module, notes: list[str]) -> None:
-        super().__init__(f"transformers:{path}", model)
-        self.path = path
+        super().__init__(f"transformers:{path}", model, get_cached_commit(folder), notes)
         self.folder = folder
-        self.revision = get_cached_commit(folder)
-        self.notes = notes
 
     @property
     def image_size(self) -> tuple[int, int]:
-        """By its configuration; SigLIP 2 has a number of patches instead."""
+        """Image size of the configuration; for SigLIP 2, the square with its number of patches."""
         config: Any = self.model.config
         config = getattr(config, "vision_config", config)
         if hasattr(config, "image_size"):
@@ -202,120 +200,127 @@ class TransformersSource(Source):
 
     @property
     def has_classifier(self) -> bool:
-        """Of a classification class; an embedding counts as logits too."""
+        """Whether the model has logits or an image embedding, which counts as logits."""
         return self.encoder is not self.model
 
     def convert(self, classifier: ClassifierChoice, num_labels: int | None) -> ViTCLSPreTrainedModel:
-        """See `convert_from_transformers`."""
+        """Convert the model with `convert_from_transformers`."""
         model: Any = self.model
         return convert_from_transformers(model, classifier=classifier, num_labels=num_labels)
 
-    def answers(self, pixel_values: torch.Tensor) -> Answers:
-        """Images of other sizes are taken with `interpolate_pos_encoding`, where the model has that."""
-        encoder, inputs = self.encoder, self.inputs(pixel_values)
-        encoded = encoder(**inputs)
-        answers = {"sequence": encoded.last_hidden_state}
+    def compute_outputs(self, pixel_values: torch.Tensor) -> Outputs:
+        """Return the outputs; for images of another size, with `interpolate_pos_encoding` if the model has it."""
+        encoder, inputs = self.encoder, self.build_inputs(pixel_values)
+        encoder_outputs = encoder(**inputs)
+        outputs = {"sequence": encoder_outputs.last_hidden_state}
         if encoder is self.model:
-            answers["pooled"] = encoded.get("summary", encoded.get("pooler_output"))
+            outputs["pooled"] = encoder_outputs.get("summary", encoder_outputs.get("pooler_output"))
         else:
-            outputs = self.model(**inputs)
-            answers["logits"] = outputs.get("logits", outputs.get("image_embeds"))
-            answers |= {name: outputs.get(name) for name in ("cls_logits", "distillation_logits")}
-        return {name: answer for name, answer in answers.items() if answer is not None}
+            head_outputs = self.model(**inputs)
+            outputs["logits"] = head_outputs.get("logits", head_outputs.get("image_embeds"))
+            outputs |= {name: head_outputs.get(name) for name in ("cls_logits", "distillation_logits")}
+        return {name: output for name, output in outputs.items() if output is not None}
 
     @property
     def encoder(self) -> nn.Module:
-        """The base model, which gives the sequence."""
-        name = SOURCES[type(self.model).__name__].encoder
+        """The base model, which returns the token sequence."""
+        name = CONVERTIBLE_CLASSES[type(self.model).__name__].encoder
         return self.model if name is None else getattr(self.model, name)
 
-    def inputs(self, pixel_values: torch.Tensor) -> dict[str, Any]:
-        """Keywords for these images, for the encoder, and for the model, which takes the same or passes them on."""
+    def build_inputs(self, pixel_values: torch.Tensor) -> dict[str, Any]:
+        """Build the keyword arguments of the encoder and of the model for images [B, C, H, W]."""
         config: Any = self.encoder.config
         parameters = inspect.signature(self.encoder.forward).parameters
         if "spatial_shapes" in parameters:
-            return flattened_patches(pixel_values, config.patch_size)
+            return flatten_patches(pixel_values, config.patch_size)
         inputs: dict[str, Any] = {"pixel_values": pixel_values}
         if "interpolate_pos_encoding" in parameters and tuple(pixel_values.shape[-2:]) != self.image_size:
             inputs["interpolate_pos_encoding"] = True
-        if "noise" in parameters:  # MAE: the order in which it shuffles patches, of which it would drop the last
+        if "noise" in parameters:  # MAE shuffles patches by this noise and masks the last ones
             config.mask_ratio = 0.0
             height, width = pixel_values.shape[-2:]
             num_patches = (height // config.patch_size) * (width // config.patch_size)
             inputs["noise"] = torch.arange(num_patches, dtype=torch.float32).expand(len(pixel_values), -1)
         return inputs
 
-    def preprocessing(self) -> Preprocessing:
-        """From its preprocessor_config.json, where it has one."""
-        return preprocessing_of_transformers(self.folder, self.image_size)
+    def convert_preprocessing(self) -> ConvertedPreprocessing:
+        """Convert preprocessor_config.json, if the source has one."""
+        return convert_transformers_preprocessing(self.folder, self.image_size)
 
 
-LOADERS: dict[str, Callable[[str, bool], Source]] = {"timm": TimmSource.load, "transformers": TransformersSource.load}
+LOADERS: dict[str, Callable[[str, bool], SourceModel]] = {
+    "timm": TimmSource.load,
+    "transformers": TransformersSource.load,
+}
 
 
-def load_source(source: str, random_init: bool = False) -> Source:
-    """`timm:NAME`, or `transformers:PATH_OR_ID`, an id perhaps with `@REVISION`.
+def load_source(source: str, random_init: bool = False) -> SourceModel:
+    """Load a source by its name on the command line.
 
     Args:
-        random_init: Random values in place of trained weights, which are then not needed.
+        source: `timm:NAME` or `transformers:PATH_OR_ID`, where an id may end with `@REVISION`.
+        random_init: Whether to use random values instead of trained weights, which are then not required.
 
     Raises:
-        ValueError, OSError: in one line, for a source that is not there or not supported.
+        ValueError, OSError: If the source does not exist or is not supported; the message has one line.
     """
     project, _, name = source.partition(":")
     if project not in LOADERS or not name:
-        raise ConversionError(f"{source!r} is no source: give timm:NAME or transformers:PATH_OR_ID")
+        raise ConversionError(f"source {source!r} is not supported. Use timm:NAME or transformers:PATH_OR_ID")
     return LOADERS[project](name, random_init)
 
 
-def path_and_revision(name: str) -> tuple[str, str | None]:
-    """What stands before and after the last `@`, which may also be a part of a folder's name."""
-    path, at, revision = name.rpartition("@")
-    return (path, revision) if at and revision and not Path(name).exists() else (name, None)
+def split_revision(name: str) -> tuple[str, str | None]:
+    """Split a name at the last `@` into path and revision; None for an existing folder or without `@`."""
+    path, _, revision = name.rpartition("@")
+    return (path, revision) if path and revision and not Path(name).exists() else (name, None)
 
 
-def class_for(config: transformers.PreTrainedConfig) -> Any:
-    """The class of transformers that reads what can be converted of a checkpoint.
+def get_convertible_class(config: transformers.PreTrainedConfig) -> Any:
+    """Return the class of transformers that loads the convertible part of a checkpoint.
 
     Raises:
-        ConversionError: if there is none.
+        ConversionError: If there is none.
     """
     architecture = (config.architectures or [""])[0]
-    name = PARTS.get(architecture, architecture)
+    name = PARTIAL_CLASSES.get(architecture, architecture)
     if not architecture:
         model_class: Any = transformers.MODEL_MAPPING.get(type(config), None)
         name = getattr(model_class, "__name__", "")
-    if name not in SOURCES:
+    if name not in CONVERTIBLE_CLASSES:
         raise ConversionError(
-            f"{architecture or type(config).__name__} cannot be converted: it is no plain ViT that this package knows"
+            f"{architecture or type(config).__name__} cannot be converted, as it is not a supported plain ViT"
         )
     return getattr(transformers, name)
 
 
-def load_complete(model_class: Any, path: str, folder: str) -> tuple[Any, list[str]]:
-    """A model in its saved dtype, and notes on its loading, from the folder that `path` stands for.
+def load_complete_model(model_class: Any, path: str, folder: str) -> tuple[Any, list[str]]:
+    """Load a model of transformers in its saved dtype, and return it with notes on loading.
 
-    A checkpoint without a pooler gives a model without: transformers would add one with random values.
+    If the checkpoint has no pooler, the model has none. By default, transformers adds a pooler with random values.
 
     Raises:
-        OSError: if it cannot be loaded.
-        ConversionError: if weights are missing.
+        OSError: If the model cannot be loaded.
+        ConversionError: If weights are missing.
     """
     try:
         model, info = model_class.from_pretrained(folder, dtype="auto", output_loading_info=True)
         missing = sorted(info["missing_keys"])
         if missing and all(name.startswith("pooler.") for name in missing):
             model = model_class.from_pretrained(folder, dtype="auto", add_pooling_layer=False)
-            return model, ["the checkpoint has no pooler, and so has the converted model"]
-    except Exception as error:  # whatever the download raises
-        raise OSError(f"transformers cannot load {path}: {in_one_line(error)}") from error
+            return model, ["the checkpoint has no pooler, so the converted model has none"]
+    except Exception as error:  # any error of the download
+        raise OSError(f"transformers cannot load {path}: {format_error(error)}") from error
     if missing:
-        raise ConversionError(f"{path} lacks {len(missing)} weights of {model_class.__name__}, such as {missing[0]}")
+        raise ConversionError(
+            f"{model_class.__name__} requires {len(missing)} weights that are missing in {path}, for example "
+            f"{missing[0]}"
+        )
     return model, []
 
 
-def flattened_patches(pixel_values: torch.Tensor, patch_size: int) -> dict[str, Any]:
-    """What SigLIP 2 takes: patches with channels last, as rows, and how many there are of them."""
+def flatten_patches(pixel_values: torch.Tensor, patch_size: int) -> dict[str, Any]:
+    """Build the inputs of SigLIP 2: flattened patches with channels last, and the size of the patch grid."""
     batch_size, _, height, width = pixel_values.shape
     rows, columns = height // patch_size, width // patch_size
     patches = pixel_values.unflatten(2, (rows, patch_size)).unflatten(4, (columns, patch_size))

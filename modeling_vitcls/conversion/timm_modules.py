@@ -1,8 +1,8 @@
-"""timm's modules -> fields of `ViTCLSConfig`.
+"""Read fields of `ViTCLSConfig` from the modules of a timm model.
 
-A model is read from its modules and their shapes, not from its name, so that any `timm.create_model(..., **kwargs)`
-converts. Modules are known by the name of their class; timm itself is never imported. What cannot be held exactly is
-refused here, by name. How the weights are named is in timm_tables.py.
+The fields come from the modules and their shapes, not from the model's name, so models from any
+`timm.create_model(..., **kwargs)` can be converted. Modules are identified by their class names, without importing
+timm. Unsupported features raise an error that names them. The parameter names are in timm_tables.py.
 """
 
 from collections.abc import Callable
@@ -10,11 +10,10 @@ from typing import Any
 
 from torch import nn
 
-from .weight_rules import ConversionError
+from .weight_rules import ConversionError, Fields, simplify_size
 
 
-Fields = dict[str, Any]
-TimmModule = Any  # a model or layer of timm's, whose attributes no type here describes
+TimmModule = Any  # a model or layer of timm, which has no type annotations for its attributes
 
 NORMS = {"LayerNorm": "layernorm", "RmsNorm": "rmsnorm", "RMSNorm": "rmsnorm"}
 
@@ -30,10 +29,10 @@ POOLINGS = {"token": "cls", "avg": "mean", "max": "max", "map": "attention"}
 
 
 def read_model(model: TimmModule) -> Fields:
-    """The configuration of a `VisionTransformer`, `VisionTransformerDistilled` or `Eva`.
+    """Return the configuration of a `VisionTransformer`, `VisionTransformerDistilled` or `Eva`.
 
     Raises:
-        ConversionError: for a model that ours cannot hold; it names the feature that is missing.
+        ConversionError: If a feature is not supported; the message names the feature.
     """
     blocks = read_blocks(model)
     return {
@@ -50,15 +49,15 @@ def read_model(model: TimmModule) -> Fields:
 
 
 def read_image_and_patches(model: TimmModule) -> Fields:
-    """Image, patches and their projection. The image is as large as its whole patches: timm ignores what is beyond."""
+    """Return the fields of the patch embedding. The image size covers whole patches; timm ignores other pixels."""
     embedding = model.patch_embed
-    require(class_name(embedding) == "PatchEmbed", f"patch embedding {class_name(embedding)}")
-    require(not embedding.dynamic_img_pad, "dynamic_img_pad, which fills images up to whole patches")
+    require(get_class_name(embedding) == "PatchEmbed", f"patch embedding {get_class_name(embedding)}")
+    require(not embedding.dynamic_img_pad, "dynamic_img_pad, which pads images to whole patches")
     height, width = embedding.patch_size
     rows, columns = embedding.grid_size
     return {
-        "image_size": square_or_pair(rows * height, columns * width),
-        "patch_size": square_or_pair(height, width),
+        "image_size": simplify_size(rows * height, columns * width),
+        "patch_size": simplify_size(height, width),
         "num_channels": embedding.proj.in_channels,
         "hidden_size": embedding.proj.out_channels,
         "patch_bias": embedding.proj.bias is not None,
@@ -68,42 +67,42 @@ def read_image_and_patches(model: TimmModule) -> Fields:
 
 
 def read_tokens(model: TimmModule) -> Fields:
-    """How many special tokens there are."""
+    """Return the numbers of special tokens."""
     registers = getattr(model, "reg_token", None)
-    distilled = getattr(model, "dist_token", None) is not None
-    require(not (distilled and registers is not None), "registers beside a distillation token")
+    has_distillation = getattr(model, "dist_token", None) is not None
+    require(not (has_distillation and registers is not None), "registers together with a distillation token")
     return {
         "num_cls_tokens": int(model.cls_token is not None),
-        "num_distillation_tokens": int(distilled),
+        "num_distillation_tokens": int(has_distillation),
         "num_register_tokens": 0 if registers is None else registers.shape[1],
     }
 
 
 def read_positions(model: TimmModule) -> Fields:
-    """Learned positions. timm resamples them bicubically with antialiasing."""
+    """Return the fields of learned positions. timm resamples positions bicubically with antialiasing."""
     if model.pos_embed is None:
         return {"position_embedding_type": "none"}
     tokens = read_tokens(model)
     others = tokens["num_distillation_tokens"] + tokens["num_register_tokens"]
     if model.no_embed_class or not (others or tokens["num_cls_tokens"]):
-        positioned = "patches"
+        positioned_tokens = "patches"
     else:
-        positioned = "all" if others else "cls"
+        positioned_tokens = "all" if others else "cls"
     return {
         "position_embedding_type": "learned",
-        "position_embedding_tokens": positioned,
+        "position_embedding_tokens": positioned_tokens,
         "position_interpolation": "bicubic",
         "position_antialias": True,
     }
 
 
 def read_rotary_positions(model: TimmModule) -> Fields:
-    """Rotary positions, in place of learned ones or beside them."""
+    """Return the fields of rotary positions, which replace or complement learned positions."""
     rope = getattr(model, "rope", None)
     if rope is None:
         return {}
-    name = class_name(rope)
-    require(name in ROTARY_POSITIONS, f"rotary positions {name}")
+    name = get_class_name(rope)
+    require(name in ROTARY_POSITIONS, f"rotary positions of class {name}")
     kind = "rope_mixed" if name == "RotaryEmbeddingMixed" else "rope_2d"
     return {
         "position_embedding_type": kind if model.pos_embed is None else f"learned_{kind}",
@@ -114,7 +113,7 @@ def read_rotary_positions(model: TimmModule) -> Fields:
 
 
 def read_grid_coordinates(rope: TimmModule) -> Fields:
-    """Coordinates in patches (EVA-02, Perception Encoder)."""
+    """Return the fields of coordinates in patches (EVA-02, Perception Encoder)."""
     require(not rope.in_pixels and getattr(rope, "grid_type", "index") == "index", "rotary positions in pixels")
     reference = rope.ref_feat_shape
     return {
@@ -125,15 +124,15 @@ def read_grid_coordinates(rope: TimmModule) -> Fields:
 
 
 def read_centered_coordinates(rope: TimmModule) -> Fields:
-    """Coordinates from -1 to 1 (DINOv3)."""
-    require(rope.min_period is None or rope.max_period is None, "rotary positions by shortest and longest period")
+    """Return the fields of coordinates from -1 to 1 (DINOv3)."""
+    require(rope.min_period is None or rope.max_period is None, "rotary positions with min_period and max_period")
     require(rope.normalize_coords == "separate", f"rotary positions with normalize_coords={rope.normalize_coords!r}")
-    require(not rope.grid_offset, "an offset of centred rotary positions")
+    require(not rope.grid_offset, "an offset of centered rotary positions")
     return {"rope_coordinates": "centered"}
 
 
 def read_mixed_coordinates(rope: TimmModule) -> Fields:
-    """Coordinates in patches, with learned frequencies (RoPE-ViT)."""
+    """Return the fields of coordinates in patches with learned frequencies (RoPE-ViT)."""
     return {"rope_coordinates": "grid"}
 
 
@@ -145,16 +144,16 @@ ROTARY_POSITIONS: dict[str, Callable[[TimmModule], Fields]] = {
 
 
 def read_norms(model: TimmModule) -> Fields:
-    """The one kind of norm that the model has, and where it ends with one."""
+    """Return the type and eps of the norms, and whether the model has a final norm."""
     norms = {
-        (class_name(module), module.eps)
+        (get_class_name(module), module.eps)
         for name, module in model.named_modules()
-        if "Norm" in class_name(module) and hasattr(module, "eps") and not name.endswith(".sub_norm")
+        if "Norm" in get_class_name(module) and hasattr(module, "eps") and not name.endswith(".sub_norm")
     }
     for name, _ in norms:
         require(name in NORMS, f"norm {name}")
     kinds = {(NORMS[name], eps) for name, eps in norms}
-    require(len(kinds) == 1, f"norms of different kinds or eps: {', '.join(f'{n} {e}' for n, e in sorted(kinds))}")
+    require(len(kinds) == 1, f"norms of different types or eps: {', '.join(f'{n} {e}' for n, e in sorted(kinds))}")
     [(kind, eps)] = kinds
     return {
         "norm_type": kind,
@@ -165,14 +164,14 @@ def read_norms(model: TimmModule) -> Fields:
 
 
 def read_blocks(model: TimmModule) -> Fields:
-    """Number and make of the blocks, which are all alike but for the number of key and value heads."""
+    """Return the fields of the blocks, which differ only in the number of key and value heads."""
     block = model.blocks[0]
-    require(class_name(block) in BLOCKS, f"blocks {class_name(block)}")
-    return {"num_hidden_layers": len(model.blocks), **BLOCKS[class_name(block)](block)}
+    require(get_class_name(block) in BLOCKS, f"blocks of class {get_class_name(block)}")
+    return {"num_hidden_layers": len(model.blocks), **BLOCKS[get_class_name(block)](block)}
 
 
 def read_block(block: TimmModule) -> Fields:
-    """Attention, then MLP, each on its own norm."""
+    """Return the fields of a pre-norm block: attention, then MLP."""
     return {
         "layer_type": "standard",
         **read_attention(block.attn),
@@ -182,14 +181,14 @@ def read_block(block: TimmModule) -> Fields:
 
 
 def read_post_norm_block(block: TimmModule) -> Fields:
-    """Norms behind attention and MLP."""
+    """Return the fields of a block with norms after attention and MLP."""
     return {**read_block(block), "layer_type": "post"}
 
 
 def read_parallel_block(block: TimmModule) -> Fields:
-    """Attention and MLP at once on one norm; their projections are fused."""
+    """Return the fields of a block that applies attention and MLP in parallel, with fused projections."""
     output = block.out_proj if block.out_proj is not None else block.attn_out_proj
-    require(output.bias is not None, "parallel blocks without biases at their outputs")
+    require(output.bias is not None, "parallel blocks without output biases")
     is_differential = hasattr(block, "sub_norm")
     return {
         "layer_type": "parallel",
@@ -205,19 +204,21 @@ def read_parallel_block(block: TimmModule) -> Fields:
 
 
 def read_branched_block(block: TimmModule) -> Fields:
-    """Several attentions at once, then several MLPs at once: one of each, as wide as all (`merge_branches`)."""
+    """Return the fields of a block with parallel branches, as merged by `merge_branches` in from_timm.py."""
     attention, mlp = block.attns[0].attn, block.ffns[0].mlp
     fields = read_attention(attention) | read_mlp(mlp)
     require(fields["attention_type"] == "softmax" and fields["mlp_type"] == "mlp", "gated or differential branches")
     require(not fields["qk_norm"], "norms of queries and keys in parallel branches")
-    require(not fields["attention_norm"] and not fields["mlp_norm"], "norms within parallel branches")
-    branches = len(block.attns)
+    require(not fields["attention_norm"] and not fields["mlp_norm"], "norms inside parallel branches")
+    num_branches = len(block.attns)
     return fields | {
         "layer_type": "standard",
-        "num_attention_heads": branches * attention.num_heads,
+        "num_attention_heads": num_branches * attention.num_heads,
         "attention_head_size": attention.head_dim,
-        "intermediate_size": branches * mlp.fc1.out_features,
-        **dict.fromkeys(("qkv_bias", "projection_bias", "mlp_bias"), True),  # norms' biases become theirs
+        "intermediate_size": num_branches * mlp.fc1.out_features,
+        **dict.fromkeys(
+            ("qkv_bias", "projection_bias", "mlp_bias"), True
+        ),  # biases of the norms are folded into the projections
     }
 
 
@@ -233,9 +234,9 @@ BLOCKS: dict[str, Callable[[TimmModule], Fields]] = {
 
 
 def read_attention(attention: TimmModule) -> Fields:
-    """Heads, biases and norms of an attention module."""
-    name = class_name(attention)
-    require(name in ("Attention", "AttentionRope", "EvaAttention", "DiffAttention"), f"attention {name}")
+    """Return the heads, biases and norms of an attention module."""
+    name = get_class_name(attention)
+    require(name in ("Attention", "AttentionRope", "EvaAttention", "DiffAttention"), f"attention of class {name}")
     require(getattr(attention, "gate", None) is None, "gated attention")
     is_differential = name == "DiffAttention"
     head_dim = attention.head_dim * (2 if is_differential else 1)
@@ -253,7 +254,7 @@ def read_attention(attention: TimmModule) -> Fields:
 
 
 def read_input_biases(attention: TimmModule) -> Fields:
-    """Which of queries, keys and values have a bias: EVA's keys have none."""
+    """Return which of queries, keys and values have a bias. The keys of EVA have no bias."""
     if getattr(attention, "q_bias", None) is not None:
         biases = {"query_bias": True, "key_bias": False, "value_bias": True}
     elif attention.qkv is None:
@@ -261,18 +262,18 @@ def read_input_biases(attention: TimmModule) -> Fields:
         biases = {f"{name}_bias": projection.bias is not None for name, projection in projections.items()}
     else:
         return {"qkv_bias": attention.qkv.bias is not None}
-    all_alike = len(set(biases.values())) == 1
-    return {"qkv_bias": biases["query_bias"]} if all_alike else biases
+    are_equal = len(set(biases.values())) == 1
+    return {"qkv_bias": biases["query_bias"]} if are_equal else biases
 
 
 def read_mlp(mlp: TimmModule) -> Fields:
-    """Width, activation, biases and norm of an MLP, plain or gated."""
-    name = class_name(mlp)
-    require(name in ("Mlp", "GluMlp", "SwiGLU"), f"MLP {name}")
+    """Return the hidden size, activation, biases and norm of an MLP, plain or gated."""
+    name = get_class_name(mlp)
+    require(name in ("Mlp", "GluMlp", "SwiGLU"), f"MLP of class {name}")
     activation = read_activation(mlp.act)
     require(name == "Mlp" or activation == "silu", f"an MLP gated by {activation}")
     biases = {layer.bias is not None for layer in mlp.children() if isinstance(layer, nn.Linear)}
-    require(len(biases) == 1, "an MLP with biases in some of its layers")
+    require(len(biases) == 1, "an MLP with biases in some layers only")
     fields = {"mlp_type": "swiglu"} if name != "Mlp" else {"mlp_type": "mlp", "hidden_act": activation}
     return {
         **fields,
@@ -283,7 +284,7 @@ def read_mlp(mlp: TimmModule) -> Fields:
 
 
 def read_layer_scale(block: TimmModule) -> Fields:
-    """Start of the learned scale of residual branches. Where the MLP's branch has none, ours becomes ones."""
+    """Return the initial LayerScale value. If only attention has LayerScale, the MLP's values become 1."""
     scale = getattr(block, "ls1", getattr(block, "ls", None))  # VisionTransformer
     if scale is not None and is_present(scale):
         return {"layer_scale_init_value": float(scale.init_values)}
@@ -292,33 +293,35 @@ def read_layer_scale(block: TimmModule) -> Fields:
 
 
 def read_drop_path_rate(last_block: TimmModule) -> float:
-    """How often the last block's branches are dropped in training: it has the highest rate."""
-    rates = [module.drop_prob for module in last_block.modules() if class_name(module) == "DropPath"]
+    """Return the drop path rate of the last block, which is the highest."""
+    rates = [module.drop_prob for module in last_block.modules() if get_class_name(module) == "DropPath"]
     return float(max(rates, default=0.0))
 
 
 def read_pooling(model: TimmModule, hidden_act: str | None) -> Fields:
-    """What the head reads."""
+    """Return the pooling of the head."""
     pooling = POOLINGS.get(model.global_pool)
     if not model.global_pool:
-        require(not model.num_classes, "a classifier of every token (global_pool='')")
-        return {"pooling": "cls" if model.cls_token is not None else "mean"}  # not built: see has_pooler
+        require(not model.num_classes, "a classifier on every token (global_pool='')")
+        return {"pooling": "cls" if model.cls_token is not None else "mean"}  # without a pooler, see has_pooler
     require(pooling is not None, f"global_pool={model.global_pool!r}")
     if pooling == "attention":
         return {"pooling": pooling, **read_attention_pool(model, hidden_act)}
-    sees_all = getattr(model, "pool_include_prefix", False)
-    require(pooling == "cls" or not sees_all, f"{pooling} pooling of special tokens too")
+    includes_prefix = getattr(model, "pool_include_prefix", False)
+    require(pooling == "cls" or not includes_prefix, f"{pooling} pooling that includes special tokens")
     return {"pooling": pooling}
 
 
 def read_attention_pool(model: TimmModule, hidden_act: str | None) -> Fields:
-    """A learned query: `VisionTransformer` shows it the patches, `Eva` all tokens."""
+    """Return the fields of attention pooling. The query attends to patches in `VisionTransformer`, to all in `Eva`."""
     pool = model.attn_pool
-    require(class_name(pool) == "AttentionPoolLatent", f"pooling {class_name(pool)}")
-    require(pool.latent.shape[1] == 1 and pool.pos_embed is None, "several queries or positions in attention pooling")
-    require(is_present(pool.q) and not is_present(pool.q_norm), "attention pooling without q_proj or with its norm")
+    require(get_class_name(pool) == "AttentionPoolLatent", f"pooling of class {get_class_name(pool)}")
+    require(
+        pool.latent.shape[1] == 1 and pool.pos_embed is None, "several queries, or positions, in attention pooling"
+    )
+    require(is_present(pool.q) and not is_present(pool.q_norm), "attention pooling without q_proj or with q_norm")
     activation = read_activation(pool.mlp.act)
-    require(hidden_act in (activation, None), "attention pooling with an activation of its own")
+    require(hidden_act in (activation, None), "attention pooling with another activation than the blocks")
     return {
         "attention_pool_tokens": "all" if getattr(model, "pool_include_prefix", True) else "patches",
         "attention_pool_heads": pool.num_heads,
@@ -328,8 +331,8 @@ def read_attention_pool(model: TimmModule, hidden_act: str | None) -> Fields:
 
 
 def read_labels(model: TimmModule) -> Fields:
-    """Number of classes, and their names where the model knows them."""
-    require(class_name(model.head) in ("Linear", "Identity"), f"a head that is {class_name(model.head)}")
+    """Return the names of the classes if the model has names, or else their number."""
+    require(get_class_name(model.head) in ("Linear", "Identity"), f"a head of class {get_class_name(model.head)}")
     if not model.num_classes:
         return {}
     names = (getattr(model, "pretrained_cfg", None) or {}).get("label_names")
@@ -339,8 +342,8 @@ def read_labels(model: TimmModule) -> Fields:
 
 
 def read_activation(module: TimmModule) -> str:
-    """transformers' name of an activation."""
-    name = class_name(module)
+    """Return the name of an activation in transformers."""
+    name = get_class_name(module)
     require(name in ACTIVATIONS, f"activation {name}")
     if getattr(module, "approximate", "none") == "tanh":
         return ACTIVATIONS["GELUTanh"]
@@ -348,26 +351,21 @@ def read_activation(module: TimmModule) -> str:
 
 
 def has_pooler(model: TimmModule) -> bool:
-    """Whether the model pools: not with `global_pool=""`, nor does DeiT's pair of tokens become one vector of ours."""
+    """Return whether the model has one pooled output: not with `global_pool=""`, and not with a distillation token."""
     return bool(model.global_pool) and getattr(model, "dist_token", None) is None
 
 
-def class_name(module: TimmModule) -> str:
-    """Name of the module's class."""
+def get_class_name(module: TimmModule) -> str:
+    """Return the class name of a module."""
     return type(module).__name__
 
 
 def is_present(module: TimmModule) -> bool:
-    """Whether the module does anything."""
+    """Return whether a module is neither None nor an identity."""
     return module is not None and not isinstance(module, nn.Identity)
 
 
-def square_or_pair(height: int, width: int) -> int | list[int]:
-    """One number for a square."""
-    return height if height == width else [height, width]
-
-
 def require(condition: bool, feature: str) -> None:
-    """Refuse a model that has `feature`, unless the condition holds."""
+    """Raise ConversionError with the name of a feature unless the condition holds."""
     if not condition:
-        raise ConversionError(f"{feature}: ViTCLS has nothing of the kind")
+        raise ConversionError(f"ViTCLS does not support {feature}")

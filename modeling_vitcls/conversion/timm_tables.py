@@ -1,13 +1,15 @@
-"""timm's parameter names -> ours. The modules that the names belong to are read in timm_modules.py.
+"""Rules for the parameter names of timm. The modules are read in timm_modules.py.
 
-What needs more than one parameter at a time is rewritten before or after by from_timm.py.
+Rewrites that involve several parameters are in from_timm.py.
 """
+
+from collections.abc import Sequence
 
 import torch
 
 from ..configuration_vitcls import ViTCLSConfig
-from .timm_modules import TimmModule, class_name, is_present
-from .weight_rules import POSITIONS, Rule, in_thirds, split_positions
+from .timm_modules import TimmModule, get_class_name, is_present
+from .weight_rules import POSITIONS, Rule, append_zero_bias, split_halves, split_positions, split_qkv
 
 
 QKV = [f"layers.{{i}}.attention.{letter}_proj.{{rest}}" for letter in "qkv"]
@@ -15,44 +17,34 @@ GATED_MLP = ["layers.{i}.mlp.gate_proj.{rest}", "layers.{i}.mlp.up_proj.{rest}"]
 LAYER_SCALES = ["layers.{i}.layer_scale1.lambda1", "layers.{i}.layer_scale2.lambda1"]
 
 
-def in_halves(tensor: torch.Tensor, config: ViTCLSConfig) -> list[torch.Tensor]:
-    """Two projections in one, [2 * D, ...] -> two."""
-    return list(tensor.chunk(2))
+def split_halves_swapped(tensor: torch.Tensor, config: ViTCLSConfig) -> Sequence[torch.Tensor]:
+    """Split two fused projections [2 * D, ...] into two tensors [D, ...], second half first."""
+    return tensor.chunk(2)[::-1]
 
 
-def in_halves_swapped(tensor: torch.Tensor, config: ViTCLSConfig) -> list[torch.Tensor]:
-    """As `in_halves`, the second half first."""
-    return list(tensor.chunk(2))[::-1]
-
-
-def for_every_head(tensor: torch.Tensor, config: ViTCLSConfig) -> list[torch.Tensor]:
-    """Keys or values [heads * head_dim, ...] of fewer heads (grouped-query attention), repeated for each query."""
+def repeat_kv(tensor: torch.Tensor, config: ViTCLSConfig) -> Sequence[torch.Tensor]:
+    """Repeat the key or value heads [heads * head_dim, ...] of grouped-query attention for every query head."""
     heads = tensor.unflatten(0, (-1, config.head_dim))
     return [heads.repeat_interleave(config.num_attention_heads // len(heads), dim=0).flatten(0, 1)]
 
 
-def mlp_and_thirds(tensor: torch.Tensor, config: ViTCLSConfig) -> list[torch.Tensor]:
-    """The input projection of a parallel block [mlp + 3 * D, ...] -> MLP, query, key, value."""
+def split_mlp_qkv(tensor: torch.Tensor, config: ViTCLSConfig) -> Sequence[torch.Tensor]:
+    """Split the input projection of a parallel block [mlp + 3 * D, ...] into MLP, query, key and value."""
     mlp, qkv = tensor.tensor_split([config.intermediate_size])
     return [mlp, *qkv.chunk(3)]
 
 
-def attention_and_mlp(tensor: torch.Tensor, config: ViTCLSConfig) -> list[torch.Tensor]:
-    """The output projection of a parallel block [D, D + mlp] -> attention, MLP."""
-    return list(tensor.tensor_split([config.hidden_size], dim=1))
+def split_attention_mlp(tensor: torch.Tensor, config: ViTCLSConfig) -> Sequence[torch.Tensor]:
+    """Split the output projection of a parallel block [D, D + mlp] into attention and MLP."""
+    return tensor.tensor_split([config.hidden_size], dim=1)
 
 
-def and_zeros(tensor: torch.Tensor, config: ViTCLSConfig) -> list[torch.Tensor]:
-    """One bias of a sum is enough."""
-    return [tensor, torch.zeros_like(tensor)]
-
-
-def and_ones(tensor: torch.Tensor, config: ViTCLSConfig) -> list[torch.Tensor]:
-    """A LayerScale of attention, and one of the MLP that changes nothing."""
+def append_unit_scale(tensor: torch.Tensor, config: ViTCLSConfig) -> Sequence[torch.Tensor]:
+    """Return the LayerScale of attention, and LayerScale values of 1 for the MLP."""
     return [tensor, torch.ones_like(tensor)]
 
 
-STEM = [
+STEM_RULES = [
     Rule("cls_token", "embeddings.cls_token"),
     Rule("dist_token", "embeddings.distillation_token"),
     Rule("reg_token", "embeddings.register_tokens"),
@@ -63,15 +55,15 @@ STEM = [
     Rule("rope.freqs", "rotary_positions.frequencies"),
 ]
 
-BLOCKS = [
+BLOCK_RULES = [
     Rule("blocks.{i}.norm1.{rest}", "layers.{i}.layernorm_before.{rest}"),
     Rule("blocks.{i}.norm2.{rest}", "layers.{i}.layernorm_after.{rest}"),
-    Rule("blocks.{i}.attn.qkv.{rest}", QKV, in_thirds),
+    Rule("blocks.{i}.attn.qkv.{rest}", QKV, split_qkv),
     Rule("blocks.{i}.attn.q_bias", "layers.{i}.attention.q_proj.bias"),
     Rule("blocks.{i}.attn.v_bias", "layers.{i}.attention.v_proj.bias"),
     Rule("blocks.{i}.attn.q_proj.{rest}", "layers.{i}.attention.q_proj.{rest}"),
-    Rule("blocks.{i}.attn.k_proj.{rest}", "layers.{i}.attention.k_proj.{rest}", for_every_head),
-    Rule("blocks.{i}.attn.v_proj.{rest}", "layers.{i}.attention.v_proj.{rest}", for_every_head),
+    Rule("blocks.{i}.attn.k_proj.{rest}", "layers.{i}.attention.k_proj.{rest}", repeat_kv),
+    Rule("blocks.{i}.attn.v_proj.{rest}", "layers.{i}.attention.v_proj.{rest}", repeat_kv),
     Rule("blocks.{i}.attn.q_norm.{rest}", "layers.{i}.attention.q_norm.{rest}"),
     Rule("blocks.{i}.attn.k_norm.{rest}", "layers.{i}.attention.k_norm.{rest}"),
     Rule("blocks.{i}.attn.second_share", "layers.{i}.attention.second_share"),
@@ -82,9 +74,9 @@ BLOCKS = [
     Rule("blocks.{i}.gamma_{n}", "layers.{i}.layer_scale{n}.lambda1"),  # Eva
 ]
 
-PARALLEL_BLOCKS = [
+PARALLEL_RULES = [
     Rule("blocks.{i}.in_norm.{rest}", "layers.{i}.layernorm_before.{rest}"),
-    Rule("blocks.{i}.in_proj.{rest}", ["layers.{i}.mlp.fc1.{rest}", *QKV], mlp_and_thirds),
+    Rule("blocks.{i}.in_proj.{rest}", ["layers.{i}.mlp.fc1.{rest}", *QKV], split_mlp_qkv),
     Rule("blocks.{i}.mlp_bias", "layers.{i}.mlp.fc1.bias"),
     Rule("blocks.{i}.q_norm.{rest}", "layers.{i}.attention.q_norm.{rest}"),
     Rule("blocks.{i}.k_norm.{rest}", "layers.{i}.attention.k_norm.{rest}"),
@@ -95,43 +87,39 @@ PARALLEL_BLOCKS = [
     Rule(
         "blocks.{i}.out_proj.weight",
         ["layers.{i}.attention.o_proj.weight", "layers.{i}.mlp.fc2.weight"],
-        attention_and_mlp,
+        split_attention_mlp,
         axis=1,
     ),
-    Rule("blocks.{i}.out_proj.bias", ["layers.{i}.attention.o_proj.bias", "layers.{i}.mlp.fc2.bias"], and_zeros),
+    Rule(
+        "blocks.{i}.out_proj.bias", ["layers.{i}.attention.o_proj.bias", "layers.{i}.mlp.fc2.bias"], append_zero_bias
+    ),
     Rule("blocks.{i}.ls.gamma", "layers.{i}.layer_scale1.lambda1"),
 ]
 
-# By the kind of MLP: its class, and for a packed one where the gate is.
-MLPS = {
+MLP_NORM = Rule("blocks.{i}.mlp.norm.{rest}", "layers.{i}.mlp.norm.{rest}")
+MLP_DOWN = Rule("blocks.{i}.mlp.fc2.{rest}", "layers.{i}.mlp.down_proj.{rest}")
+# Rules by the class of the MLP and, if its first layer is fused, by the position of the gate.
+MLP_RULES = {
     "Mlp": [
         Rule("blocks.{i}.mlp.fc1.{rest}", "layers.{i}.mlp.fc1.{rest}"),
         Rule("blocks.{i}.mlp.fc2.{rest}", "layers.{i}.mlp.fc2.{rest}"),
-        Rule("blocks.{i}.mlp.norm.{rest}", "layers.{i}.mlp.norm.{rest}"),
+        MLP_NORM,
     ],
-    "GluMlp, gate first": [
-        Rule("blocks.{i}.mlp.fc1.{rest}", GATED_MLP, in_halves),
-        Rule("blocks.{i}.mlp.fc2.{rest}", "layers.{i}.mlp.down_proj.{rest}"),
-        Rule("blocks.{i}.mlp.norm.{rest}", "layers.{i}.mlp.norm.{rest}"),
-    ],
-    "GluMlp, gate last": [
-        Rule("blocks.{i}.mlp.fc1.{rest}", GATED_MLP, in_halves_swapped),
-        Rule("blocks.{i}.mlp.fc2.{rest}", "layers.{i}.mlp.down_proj.{rest}"),
-        Rule("blocks.{i}.mlp.norm.{rest}", "layers.{i}.mlp.norm.{rest}"),
-    ],
+    "GluMlp, gate first": [Rule("blocks.{i}.mlp.fc1.{rest}", GATED_MLP, split_halves), MLP_DOWN, MLP_NORM],
+    "GluMlp, gate last": [Rule("blocks.{i}.mlp.fc1.{rest}", GATED_MLP, split_halves_swapped), MLP_DOWN, MLP_NORM],
     "SwiGLU": [
         Rule("blocks.{i}.mlp.fc1_g.{rest}", "layers.{i}.mlp.gate_proj.{rest}"),
         Rule("blocks.{i}.mlp.fc1_x.{rest}", "layers.{i}.mlp.up_proj.{rest}"),
-        Rule("blocks.{i}.mlp.fc2.{rest}", "layers.{i}.mlp.down_proj.{rest}"),
-        Rule("blocks.{i}.mlp.norm.{rest}", "layers.{i}.mlp.norm.{rest}"),
+        MLP_DOWN,
+        MLP_NORM,
     ],
 }
 
-ATTENTION_ONLY_LAYER_SCALE = [Rule("blocks.{i}.gamma_1", LAYER_SCALES, and_ones)]
+ATTENTION_SCALE_RULES = [Rule("blocks.{i}.gamma_1", LAYER_SCALES, append_unit_scale)]
 
 
-def head_rules(attention_pool: str) -> list[Rule]:
-    """Names behind the blocks; `attention_pool` is ours of an attention pooler."""
+def build_head_rules(attention_pool: str) -> list[Rule]:
+    """Build the rules for modules after the blocks; `attention_pool` is the name of the attention pooler."""
     return [
         Rule("norm.{rest}", "layernorm.{rest}"),
         Rule("attn_pool.latent", f"{attention_pool}.probe"),
@@ -139,7 +127,7 @@ def head_rules(attention_pool: str) -> list[Rule]:
         Rule(
             "attn_pool.kv.{rest}",
             [f"{attention_pool}.k_proj.{{rest}}", f"{attention_pool}.v_proj.{{rest}}"],
-            in_halves,
+            split_halves,
         ),
         Rule("attn_pool.proj.{rest}", f"{attention_pool}.o_proj.{{rest}}"),
         Rule("attn_pool.norm.{rest}", f"{attention_pool}.transform.layernorm.{{rest}}"),
@@ -150,23 +138,23 @@ def head_rules(attention_pool: str) -> list[Rule]:
     ]
 
 
-def rules_for(model: TimmModule) -> list[Rule]:
-    """The rules for this model's modules."""
+def build_rules(model: TimmModule) -> list[Rule]:
+    """Build the rules for the modules of a model."""
     block = model.blocks[0]
     pooler = "pooler.pooler" if is_present(model.fc_norm) else "pooler"
     attention_only_scale = getattr(block, "gamma_1", None) is not None and block.gamma_2 is None
     return [
-        *STEM,
-        *(ATTENTION_ONLY_LAYER_SCALE if attention_only_scale else []),
-        *BLOCKS,
-        *PARALLEL_BLOCKS,
-        *MLPS[kind_of_mlp(getattr(block, "mlp", None))],
-        *head_rules(pooler),
+        *STEM_RULES,
+        *(ATTENTION_SCALE_RULES if attention_only_scale else []),
+        *BLOCK_RULES,
+        *PARALLEL_RULES,
+        *MLP_RULES[get_mlp_key(getattr(block, "mlp", None))],
+        *build_head_rules(pooler),
     ]
 
 
-def kind_of_mlp(mlp: TimmModule) -> str:
-    """A key of `MLPS`. Blocks that fuse theirs with attention have a plain one."""
-    if class_name(mlp) == "GluMlp":
+def get_mlp_key(mlp: TimmModule) -> str:
+    """Return a key of `MLP_RULES`. Blocks that fuse the MLP with attention have a plain MLP."""
+    if get_class_name(mlp) == "GluMlp":
         return f"GluMlp, gate {'last' if mlp.gate_last else 'first'}"
-    return "Mlp" if mlp is None else class_name(mlp)
+    return "Mlp" if mlp is None else get_class_name(mlp)

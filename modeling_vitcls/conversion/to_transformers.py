@@ -1,15 +1,15 @@
-"""Our models -> transformers' own classes, with the same numbers, where one of `TARGETS` can hold them.
+"""Convert models of this package to classes of transformers, with the same outputs.
 
     built_in = convert_to_transformers(ViTCLSForImageClassification.from_pretrained(path))
 
-A class can hold a model if its configuration, read back by the tables of the other direction, decides all that ours
-decides. Fields that differ stand in the way, and the error names them. What has no effect on a model's numbers outside
-training (dropout, drop path, initialisation) does not count. A ViT or DeiT of a rectangular image_size takes images of
-that size only, as transformers resamples positions of squares alone.
+A class of `TARGETS` supports a model if its configuration, converted by transformers_families.py, equals the model's
+configuration. Otherwise the error names the fields that differ. Fields that do not affect outputs in eval mode
+(dropout, drop path, initialization) are ignored. A ViT or DeiT with a rectangular image_size accepts images of that
+size only, since transformers resamples the positions of squares only.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,92 +19,104 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
 from ..configuration_vitcls import ViTCLSConfig
+from ..errors import format_error
 from ..modeling_vitcls import ViTCLSPreTrainedModel
-from .from_transformers import HEAD_RULES, SOURCES, Source, classifier_labels, split_head
-from .transformers_families import SAME_FIELDS, Settings, Weights, as_size, dinov2_mlp_width
-from .weight_rules import ConversionError, revert_weights
+from .from_transformers import CONVERTIBLE_CLASSES, HEAD_RULES, ConvertibleClass, read_labels, split_head
+from .transformers_families import SHARED_FIELDS, compute_dinov2_mlp_size
+from .weight_rules import ConversionError, revert_weights, simplify_size
 
 
 logger = logging.get_logger(__name__)
 
+Settings = dict[str, Any]  # fields of a configuration of transformers
+
 
 def convert_to_transformers(model: ViTCLSPreTrainedModel) -> PreTrainedModel:
-    """Hand a model to the built-in class that can hold it: same outputs, dtype and device, in eval mode.
+    """Convert a model to a class of transformers: same outputs, dtype and device, in eval mode.
 
-    `ViTCLSForImageClassification` becomes a class of ViT, DeiT, DINOv2 or DINOv2 with registers with a classifier,
-    `ViTCLSModel` a base model of these or of DINOv3. Biases and LayerScales that only the built-in class has are
-    neutral. A mask token that it has no place for is left out, which is logged.
+    `ViTCLSForImageClassification` becomes the classifier of ViT, DeiT, DINOv2 or DINOv2 with registers. `ViTCLSModel`
+    becomes the base model of these or of DINOv3. Biases and LayerScale values that only the class of transformers has
+    are set to 0 and 1. A mask token is dropped with a warning if the class has none.
 
     Raises:
-        ConversionError: naming the switches that stand in the way where no class can hold the model.
+        ConversionError: If no class supports the model; the message names the fields that prevent it.
     """
-    kind = type(model).__name__
-    if kind not in TARGETS:
-        raise ConversionError(f"{kind}: no built-in class does its task; convert its encoder, .vitcls, if it has one")
-    fits = [fit_into(target, model.config) for target in TARGETS[kind]]
-    best = min(fits, key=lambda fit: len(fit.obstacles))  # the first of the best
-    if best.obstacles:
-        raise ConversionError(f"{', '.join(best.obstacles)}{describe_nearest(best)}{hint_at_encoder(model)}")
-    return build(best.target, model)
+    name = type(model).__name__
+    if name not in TARGETS:
+        raise ConversionError(f"transformers has no class for the task of {name}. Convert its encoder, .vitcls")
+    matches = [compare_with_target(target, model.config) for target in TARGETS[name]]
+    best = min(matches, key=lambda match: len(match.mismatches))
+    if best.mismatches:
+        raise ConversionError(f"{', '.join(best.mismatches)}{describe_nearest(best)}{describe_encoder_target(model)}")
+    return build_transformers_model(best.target, model)
 
 
 @dataclass(frozen=True)
 class Target:
-    """A built-in class: its configuration and its constructor's options from ours."""
+    """A class of transformers.
+
+    Attributes:
+        build_settings: Function that returns the configuration of the class.
+        build_options: Function that returns keyword arguments of the constructor.
+        always_pools: Whether the class has a pooled output even if the model has no pooler with weights.
+    """
 
     name: str
-    settings: Callable[[ViTCLSConfig], Settings]
-    options: Callable[[ViTCLSConfig], dict[str, bool]] = lambda config: {}
-    pools: bool = True  # whether it gives a pooled vector where no pooler with weights is asked for
+    build_settings: Callable[[ViTCLSConfig], Settings]
+    build_options: Callable[[ViTCLSConfig], dict[str, bool]] = lambda config: {}
+    always_pools: bool = True
 
     @property
-    def source(self) -> Source:
-        """The class in the other direction."""
-        return SOURCES[self.name]
+    def convertible(self) -> ConvertibleClass:
+        """The entry of `CONVERTIBLE_CLASSES` for the reverse direction."""
+        return CONVERTIBLE_CLASSES[self.name]
 
     def build(self, config: ViTCLSConfig) -> PreTrainedModel:
-        """A model with fresh weights."""
+        """Build a model with fresh weights."""
         model_class = getattr(transformers, self.name)
-        known = {field.name for field in dataclasses.fields(model_class.config_class)}
-        same = {name: getattr(config, name) for name in SAME_FIELDS if name in known}
-        sizes = {"image_size": as_size(config.image_height_width), "patch_size": as_size(config.patch_height_width)}
-        settings = same | sizes | self.settings(config) | classifier_labels(config)
-        return model_class(model_class.config_class(**settings), **self.options(config))
+        supported = {field.name for field in dataclasses.fields(model_class.config_class)}
+        settings = {name: getattr(config, name) for name in SHARED_FIELDS if name in supported} | {
+            "image_size": simplify_size(*config.image_height_width),
+            "patch_size": simplify_size(*config.patch_height_width),
+        }
+        settings |= self.build_settings(config) | read_labels(config)
+        model: PreTrainedModel = model_class(model_class.config_class(**settings), **self.build_options(config))
+        return model
 
 
-def vit_settings(config: ViTCLSConfig) -> Settings:
-    """Configuration of ViT and DeiT."""
-    return {"qkv_bias": any(biases(config)), "pooler_act": config.pooled_activation or "tanh"}
+def build_vit_settings(config: ViTCLSConfig) -> Settings:
+    """Build the configuration of ViT and DeiT."""
+    return {"qkv_bias": any(get_qkv_biases(config)), "pooler_act": config.pooled_activation or "tanh"}
 
 
-def vit_options(config: ViTCLSConfig) -> dict[str, bool]:
-    """Constructor of their base models."""
+def build_vit_options(config: ViTCLSConfig) -> dict[str, bool]:
+    """Build the constructor arguments of the base models of ViT and DeiT."""
     return {"add_pooling_layer": config.pooled_activation is not None, "use_mask_token": config.use_mask_token}
 
 
-def dinov2_settings(config: ViTCLSConfig) -> Settings:
-    """Configuration of DINOv2."""
+def build_dinov2_settings(config: ViTCLSConfig) -> Settings:
+    """Build the configuration of DINOv2."""
     is_gated = config.mlp_type != "mlp"
-    widths = {dinov2_mlp_width(config.hidden_size, ratio, is_gated): ratio for ratio in range(16, 0, -1)}
+    ratios = {compute_dinov2_mlp_size(config.hidden_size, ratio, is_gated): ratio for ratio in range(16, 0, -1)}
     return {
-        "qkv_bias": any(biases(config)),
-        "mlp_ratio": widths.get(config.intermediate_size, 4),
+        "qkv_bias": any(get_qkv_biases(config)),
+        "mlp_ratio": ratios.get(config.intermediate_size, 4),
         "use_swiglu_ffn": is_gated,
         "layerscale_value": float(config.layer_scale_init_value or 1.0),
         "use_mask_token": config.use_mask_token,
     }
 
 
-def registers_settings(config: ViTCLSConfig) -> Settings:
-    """Configuration of DINOv2 with registers, which always has a mask token."""
-    settings = dinov2_settings(config) | {"num_register_tokens": config.num_register_tokens}
+def build_registers_settings(config: ViTCLSConfig) -> Settings:
+    """Build the configuration of DINOv2 with registers, which always has a mask token."""
+    settings = build_dinov2_settings(config) | {"num_register_tokens": config.num_register_tokens}
     del settings["use_mask_token"]
     return settings
 
 
-def dinov3_settings(config: ViTCLSConfig) -> Settings:
-    """Configuration of DINOv3."""
-    query_bias, key_bias, value_bias = biases(config)
+def build_dinov3_settings(config: ViTCLSConfig) -> Settings:
+    """Build the configuration of DINOv3."""
+    query_bias, key_bias, value_bias = get_qkv_biases(config)
     return {
         "num_register_tokens": config.num_register_tokens,
         "rope_theta": float(config.rope_theta),
@@ -114,7 +126,7 @@ def dinov3_settings(config: ViTCLSConfig) -> Settings:
         "proj_bias": config.projection_bias,
         "mlp_bias": config.mlp_bias,
         "use_gated_mlp": config.mlp_type != "mlp",
-        "hidden_act": activation(config),
+        "hidden_act": get_activation(config),
         "attention_dropout": config.attention_probs_dropout_prob,
         "layerscale_value": float(config.layer_scale_init_value or 1.0),
     }
@@ -122,90 +134,104 @@ def dinov3_settings(config: ViTCLSConfig) -> Settings:
 
 TARGETS: dict[str, list[Target]] = {
     "ViTCLSModel": [
-        Target("ViTModel", vit_settings, vit_options, pools=False),
-        Target("DeiTModel", vit_settings, vit_options, pools=False),
-        Target("Dinov2Model", dinov2_settings),
-        Target("Dinov2WithRegistersModel", registers_settings),
-        Target("DINOv3ViTModel", dinov3_settings),
+        Target("ViTModel", build_vit_settings, build_vit_options, always_pools=False),
+        Target("DeiTModel", build_vit_settings, build_vit_options, always_pools=False),
+        Target("Dinov2Model", build_dinov2_settings),
+        Target("Dinov2WithRegistersModel", build_registers_settings),
+        Target("DINOv3ViTModel", build_dinov3_settings),
     ],
     "ViTCLSForImageClassification": [
-        Target("ViTForImageClassification", vit_settings),
-        Target("DeiTForImageClassificationWithTeacher", vit_settings),
-        Target("DeiTForImageClassification", vit_settings),
-        Target("Dinov2ForImageClassification", dinov2_settings),
-        Target("Dinov2WithRegistersForImageClassification", registers_settings),
+        Target("ViTForImageClassification", build_vit_settings),
+        Target("DeiTForImageClassificationWithTeacher", build_vit_settings),
+        Target("DeiTForImageClassification", build_vit_settings),
+        Target("Dinov2ForImageClassification", build_dinov2_settings),
+        Target("Dinov2WithRegistersForImageClassification", build_registers_settings),
     ],
 }
 
 
 @dataclass(frozen=True)
-class Fit:
-    """How well a target holds a configuration: the fields that stand in the way, and what it has in their place."""
+class TargetMatch:
+    """Comparison of a configuration with a target.
+
+    Attributes:
+        mismatches: Fields that the target does not support, as `name=value`, or an error message.
+        target_values: Values of these fields in the target, as `name=value`.
+    """
 
     target: Target
-    obstacles: list[str]
-    instead: list[str]
+    mismatches: list[str]
+    target_values: list[str]
 
 
-def fit_into(target: Target, config: ViTCLSConfig) -> Fit:
-    """Compare a configuration with what the target makes of it."""
+def compare_with_target(target: Target, config: ViTCLSConfig) -> TargetMatch:
+    """Compare a configuration with the configuration of a model that the target builds from it."""
+    convertible = target.convertible
     try:
         with torch.device("meta"):
             candidate = target.build(config)
-        read_back = read_settings(target.source, candidate)
-    except (TypeError, ValueError) as error:  # what this class, or this version of it, does not take
-        return Fit(target, [" ".join(str(error).split())], [])
-    classifies = target.source.encoder is not None
-    ours, theirs = decisive_values(config, classifies), decisive_values(read_back, classifies)
-    harmless = POOLING if not target.pools and has_bare_pooler(config) else set()
-    names = [name for name in ours if name in theirs and name not in harmless and differs(name, ours, theirs)]
-    return Fit(target, [f"{name}={ours[name]!r}" for name in names], [f"{name}={theirs[name]!r}" for name in names])
+        weights, _ = split_head(candidate.state_dict(), convertible.encoder)
+        fields = convertible.family.read_fields(candidate.config, weights) | dict(convertible.fields)
+        target_config = ViTCLSConfig(**fields)
+    except (TypeError, ValueError) as error:  # a value that this class, or this version of it, does not support
+        return TargetMatch(target, [format_error(error)], [])
+    has_head = convertible.encoder is not None
+    values, target_values = get_effective_fields(config, has_head), get_effective_fields(target_config, has_head)
+    ignored = POOLING_FIELDS if not target.always_pools and has_weightless_pooler(config) else set()
+    names = [
+        name
+        for name in values
+        if name in target_values and name not in ignored and is_mismatch(name, values[name], target_values[name])
+    ]
+    return TargetMatch(
+        target,
+        [f"{name}={values[name]!r}" for name in names],
+        [f"{name}={target_values[name]!r}" for name in names],
+    )
 
 
-def read_settings(source: Source, model: PreTrainedModel) -> ViTCLSConfig:
-    """The configuration that `convert_from_transformers` would give this model."""
-    weights, _ = split_head(model.state_dict(), source.encoder)
-    return ViTCLSConfig(**source.family.settings(model.config, weights) | dict(source.settings))
+def is_mismatch(name: str, value: Any, target_value: Any) -> bool:
+    """Return whether the target does not support the value of a field.
 
-
-def differs(name: str, ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> bool:
-    """Whether a field stands in the way. Of LayerScale only its presence counts, the values are weights.
-
-    Biases and LayerScale that we lack can be filled so that they do nothing (`NEUTRAL_WEIGHTS`).
+    A target may have biases and LayerScale that the model does not have, because `NEUTRAL_WEIGHTS` fills them. Initial
+    LayerScale values are not compared.
     """
     if name == "layer_scale_init_value":
-        return ours[name] is not None and theirs[name] is None
+        return value is not None and target_value is None
     if name.endswith("_bias") and name != "relative_position_bias":
-        return ours[name] and not theirs[name]
-    return (ours[name] or None) != (theirs[name] or None)
+        return bool(value and not target_value)
+    return bool((value or None) != (target_value or None))
 
 
-def describe_nearest(fit: Fit) -> str:
-    """What the nearest class has in place of the obstacles, where it is not said already."""
-    if not fit.instead:
+def describe_nearest(match: TargetMatch) -> str:
+    """Return a clause on the nearest class; empty if the mismatch is an error message."""
+    if not match.target_values:
         return ""
-    return f": no built-in class can hold this; the nearest, {fit.target.name}, has {', '.join(fit.instead)}"
+    return (
+        f" cannot be converted: no class of transformers supports it. The nearest class, {match.target.name}, has "
+        f"{', '.join(match.target_values)}"
+    )
 
 
-def hint_at_encoder(model: ViTCLSPreTrainedModel) -> str:
-    """For a classifier: the built-in class that can hold its encoder, if there is one."""
+def describe_encoder_target(model: ViTCLSPreTrainedModel) -> str:
+    """Return a sentence on the class that supports the encoder of a classifier; empty if there is none."""
     if not hasattr(model, "vitcls"):
         return ""
-    fits = [fit_into(target, model.config) for target in TARGETS["ViTCLSModel"]]
-    names = [fit.target.name for fit in fits if not fit.obstacles]
-    return f". Its encoder, model.vitcls, fits into {names[0]}" if names else ""
+    matches = [compare_with_target(target, model.config) for target in TARGETS["ViTCLSModel"]]
+    names = [match.target.name for match in matches if not match.mismatches]
+    return f". Its encoder, model.vitcls, can be converted to {names[0]}" if names else ""
 
 
-POOLING = {"pooling", "cls_pooling", "pooled_cls_tokens"}
-HEADS = {"head_type", "head_hidden_size", "distillation_head", "distillation_inference"}
-LEARNED_POSITIONS = {
+POOLING_FIELDS = {"pooling", "cls_pooling", "pooled_cls_tokens"}
+HEAD_FIELDS = {"head_type", "head_hidden_size", "distillation_head", "distillation_inference"}
+LEARNED_POSITION_FIELDS = {
     "position_embedding_tokens",
     "position_interpolation",
     "position_antialias",
     "position_offset",
 }
-# Act in training only, or say what is built around the model. The mask token is looked after in `build`.
-NOT_DECISIVE = {
+# Fields that act in training only or do not affect the model. `build_transformers_model` handles the mask token.
+IGNORED_FIELDS = {
     "use_mask_token",
     "token_init",
     "initializer_range",
@@ -223,12 +249,12 @@ NOT_DECISIVE = {
 }
 
 
-def decisive_values(config: ViTCLSConfig, classifies: bool) -> dict[str, Any]:
-    """The fields that decide a model's numbers, in one form where several mean the same."""
+def get_effective_fields(config: ViTCLSConfig, has_head: bool) -> dict[str, Any]:
+    """Return the fields that affect a model's outputs; equivalent values are replaced by one of them."""
     inherited = {field.name for field in dataclasses.fields(PreTrainedConfig)}
-    names = [field.name for field in dataclasses.fields(config) if field.name not in inherited | NOT_DECISIVE]
+    names = [field.name for field in dataclasses.fields(config) if field.name not in inherited | IGNORED_FIELDS]
     values = {name: getattr(config, name) for name in names}
-    query_bias, key_bias, value_bias = biases(config)
+    query_bias, key_bias, value_bias = get_qkv_biases(config)
     values |= {
         "image_size": list(config.image_height_width),
         "patch_size": list(config.patch_height_width),
@@ -237,93 +263,89 @@ def decisive_values(config: ViTCLSConfig, classifies: bool) -> dict[str, Any]:
         "key_bias": key_bias,
         "value_bias": value_bias,
         "mlp_type": "mlp" if config.mlp_type == "mlp" else "glu",
-        "hidden_act": activation(config),
-        "position_embedding_tokens": positioned_tokens(config),
+        "hidden_act": get_activation(config),
+        "position_embedding_tokens": get_positioned_tokens(config),
         "distillation_head": config.has_distillation_head,
         "cls_scopes": config.cls_scopes if any(scope != "image" for scope in config.cls_scopes or ()) else None,
     }
-    for is_idle, idle_names in idle_fields(config, classifies):
-        if is_idle:
-            values = {name: value for name, value in values.items() if name not in idle_names}
-    return values
+    unused = get_unused_fields(config, has_head)
+    return {name: value for name, value in values.items() if name not in unused}
 
 
-def idle_fields(config: ViTCLSConfig, classifies: bool) -> list[tuple[bool, set[str]]]:
-    """Fields that others leave without effect, with whether they do."""
+def get_unused_fields(config: ViTCLSConfig, has_head: bool) -> set[str]:
+    """Return the fields that have no effect because of other fields."""
     pools_one_cls = config.num_cls_tokens == 1 or config.pooling not in ("cls", "cls_mean")
     attention_pool = {field.name for field in dataclasses.fields(config) if field.name.startswith("attention_pool_")}
     rotary = {field.name for field in dataclasses.fields(config) if field.name.startswith("rope_")}
-    return [
-        (not classifies, HEADS),
-        (not config.position_embedding_type.startswith("learned"), LEARNED_POSITIONS),
+    conditions = [
+        (not has_head, HEAD_FIELDS),
+        (not config.position_embedding_type.startswith("learned"), LEARNED_POSITION_FIELDS),
         (not config.has_rotary_positions, rotary),
         (pools_one_cls, {"cls_pooling", "pooled_cls_tokens"}),
         (config.pooling != "attention", attention_pool),
         (config.head_type == "linear", {"head_hidden_size"}),
         (not config.has_distillation_head, {"distillation_inference"}),
     ]
+    return {name for is_unused, names in conditions if is_unused for name in names}
 
 
-def has_bare_pooler(config: ViTCLSConfig) -> bool:
-    """Whether pooling has no weights, which a class without pooler may then leave to its caller."""
+def has_weightless_pooler(config: ViTCLSConfig) -> bool:
+    """Return whether pooling has no weights, so that callers of a class without a pooler can pool the tokens."""
     return config.pooling != "attention" and not config.pooled_norm and config.pooled_activation is None
 
 
-def biases(config: ViTCLSConfig) -> tuple[bool, bool, bool]:
-    """Whether queries, keys and values have a bias."""
+def get_qkv_biases(config: ViTCLSConfig) -> tuple[bool, bool, bool]:
+    """Return whether queries, keys and values have a bias."""
     query, key, value = (
         config.qkv_bias if bias is None else bias for bias in (config.query_bias, config.key_bias, config.value_bias)
     )
     return query, key, value
 
 
-def activation(config: ViTCLSConfig) -> str:
-    """The activation of the MLP or of its gate."""
+def get_activation(config: ViTCLSConfig) -> str:
+    """Return the activation of the MLP or of its gate."""
     return "silu" if config.mlp_type == "swiglu" else config.hidden_act
 
 
-def positioned_tokens(config: ViTCLSConfig) -> str:
-    """`position_embedding_tokens`, by the tokens that exist."""
+def get_positioned_tokens(config: ViTCLSConfig) -> str:
+    """Return `position_embedding_tokens`, restricted to tokens that the model has."""
     if config.position_embedding_tokens == "all" and config.num_distillation_tokens + config.num_register_tokens:
         return "all"
     return "patches" if config.position_embedding_tokens == "patches" or not config.num_cls_tokens else "cls"
 
 
-# End of a name -> value with which a weight of theirs does nothing; the mask token starts at zero there too.
+# Last part of a parameter name -> value with which the parameter has no effect. Mask tokens are initialized to zero.
 NEUTRAL_WEIGHTS = {"bias": 0.0, "lambda1": 1.0, "mask_token": 0.0}
 
 
-def build(target: Target, model: ViTCLSPreTrainedModel) -> PreTrainedModel:
-    """The built-in model with our weights."""
-    built_in = target.build(model.config)
-    encoder, head = split_head(model.state_dict(), "vitcls" if target.source.encoder else None)
-    wanted_encoder, wanted_head = split_head(built_in.state_dict(), target.source.encoder)
-    prefix = f"{target.source.encoder}." if target.source.encoder else ""
-    encoder = without_homeless_mask_token(encoder, wanted_encoder, target)
-    weights = revert_weights(encoder, target.source.family.rules, wanted_encoder)
-    reverted = {f"{prefix}{name}": weight for name, weight in weights.items()}
-    reverted |= revert_weights(head, HEAD_RULES, wanted_head)
-    for name, like in built_in.state_dict().items():
-        if name not in reverted:
-            reverted[name] = neutral_weight(name, like)
-    built_in.to(device=model.device, dtype=model.dtype)  # type: ignore[call-arg]  # transformers wraps `to` untyped
-    built_in.load_state_dict(reverted)
-    return built_in.eval()
+def build_transformers_model(target: Target, model: ViTCLSPreTrainedModel) -> PreTrainedModel:
+    """Build the model of transformers with the weights of a model."""
+    converted = target.build(model.config)
+    encoder_name = target.convertible.encoder
+    encoder, head = split_head(model.state_dict(), "vitcls" if encoder_name else None)
+    target_encoder, target_head = split_head(converted.state_dict(), encoder_name)
+    if "embeddings.mask_token" in encoder and "embeddings.mask_token" not in target_encoder:
+        logger.warning(f"{target.name} has no mask token, so the mask token is dropped")
+        encoder = {name: weight for name, weight in encoder.items() if name != "embeddings.mask_token"}
+    encoder = revert_weights(encoder, target.convertible.family.rules, target_encoder)
+    weights = {f"{encoder_name}.{name}" if encoder_name else name: weight for name, weight in encoder.items()}
+    weights |= revert_weights(head, HEAD_RULES, target_head)
+    for name, weight in converted.state_dict().items():
+        if name not in weights:
+            weights[name] = build_neutral_weight(name, weight)
+    converted.to(device=model.device, dtype=model.dtype)  # type: ignore[call-arg]  # transformers wraps `to` untyped
+    converted.load_state_dict(weights)
+    converted.eval()
+    return converted
 
 
-def without_homeless_mask_token(
-    weights: Weights, wanted: Mapping[str, torch.Tensor], target: Target
-) -> dict[str, torch.Tensor]:
-    """Leave out the mask token, with a log line, for a class that has none: a classifier never uses it."""
-    if "embeddings.mask_token" in wanted or "embeddings.mask_token" not in weights:
-        return dict(weights)
-    logger.warning(f"the mask token is left out: {target.name} has none")
-    return {name: weight for name, weight in weights.items() if name != "embeddings.mask_token"}
+def build_neutral_weight(name: str, weight: torch.Tensor) -> torch.Tensor:
+    """Build a value of a parameter with which the parameter has no effect.
 
-
-def neutral_weight(name: str, like: torch.Tensor) -> torch.Tensor:
-    """A weight that does nothing, in place of one that we lack."""
+    Raises:
+        ConversionError: If there is no such value.
+    """
     kind = name.rsplit(".", 1)[-1]
-    if kind not in NEUTRAL_WEIGHTS and like.numel():
+    if kind not in NEUTRAL_WEIGHTS and weight.numel():
         raise ConversionError(f"weights missing: {name}")
-    return torch.full_like(like, NEUTRAL_WEIGHTS.get(kind, 0.0))
+    return torch.full_like(weight, NEUTRAL_WEIGHTS.get(kind, 0.0))

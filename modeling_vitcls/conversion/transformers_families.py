@@ -1,11 +1,10 @@
-"""transformers' plain ViTs, family by family: their parameter names -> ours, their configuration -> our fields.
+"""Parameter names and configurations of the plain ViTs of transformers, one table per family.
 
-Which class belongs to which family, and what its head reads, is in from_transformers.py. Where transformers has
-renamed parameters between versions, both names are listed. Dropout and drop path are taken over, but act where ours
-do.
+The classes of each family are listed in from_transformers.py. If transformers renamed a parameter between versions,
+both names are listed. The rates of dropout and drop path are kept, but apply at the positions of this package.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import isqrt
 from typing import Any
@@ -13,79 +12,74 @@ from typing import Any
 import torch
 
 from ..configuration_vitcls import ViTCLSConfig
-from .weight_rules import POSITIONS, ConversionError, Rule, in_thirds, split_positions
-
-
-Weights = Mapping[str, torch.Tensor]
-Settings = dict[str, Any]
-
-
-def unchanged(weights: Weights) -> Weights:
-    """For families whose rules need no preparation."""
-    return weights
+from .weight_rules import (
+    POSITIONS,
+    ConversionError,
+    Fields,
+    Rule,
+    Weights,
+    append_zero_bias,
+    reshape_token,
+    simplify_size,
+    split_halves,
+    split_positions,
+    split_qkv,
+)
 
 
 @dataclass(frozen=True)
-class Family:
-    """How one architecture becomes ours.
+class TransformersFamily:
+    """Rules and configuration of one architecture.
 
-    `settings` reads its configuration, and the names of its weights, into fields of `ViTCLSConfig`. `prepare` rewrites
-    its weights where several of them make one of ours.
+    Attributes:
+        rules: Rules for the weights of the encoder.
+        read_fields: Function of the configuration and the weights that returns fields of `ViTCLSConfig`.
+        prepare: Function that rewrites the weights first, if several weights become one.
     """
 
     rules: Sequence[Rule]
-    settings: Callable[[Any, Weights], Settings]
-    prepare: Callable[[Weights], Weights] = unchanged
+    read_fields: Callable[[Any, Weights], Fields]
+    prepare: Callable[[Weights], Weights] = dict
 
 
-# What has the same name and meaning in their configurations and ours.
-SAME_FIELDS = (
+# Fields with the same name and meaning in configurations of transformers and in ViTCLSConfig.
+SHARED_FIELDS = (
     "hidden_size num_hidden_layers num_attention_heads intermediate_size hidden_act layer_norm_eps qkv_bias "
     "patch_size num_channels hidden_dropout_prob attention_probs_dropout_prob drop_path_rate initializer_range"
 ).split()
 
 
-def common(config: Any, weights: Weights) -> Settings:
-    """The fields that most families share."""
-    settings = {name: getattr(config, name) for name in SAME_FIELDS if hasattr(config, name)}
+def read_common(config: Any, weights: Weights) -> Fields:
+    """Return the fields that most families share."""
+    fields = {name: getattr(config, name) for name in SHARED_FIELDS if hasattr(config, name)}
     if hasattr(config, "attention_dropout"):
-        settings["attention_probs_dropout_prob"] = config.attention_dropout
+        fields["attention_probs_dropout_prob"] = config.attention_dropout
     if hasattr(config, "image_size"):
-        settings["image_size"] = whole_patches(config.image_size, config.patch_size)
-    return settings | {
+        fields["image_size"] = round_to_patches(config.image_size, config.patch_size)
+    return fields | {
         "attention_head_size": getattr(config, "head_dim", None),
         "use_mask_token": "embeddings.mask_token" in weights,
     }
 
 
-def whole_patches(image_size: Any, patch_size: Any) -> int | list[int]:
-    """The pixels that patches cover: SigLIP's 384 hold 27 patches of 14, which makes 378."""
+def round_to_patches(image_size: Any, patch_size: Any) -> int | list[int]:
+    """Round an image size down to whole patches, in pixels. SigLIP's 384 become 378, which are 27 patches of 14."""
     pairs = ((size, size) if isinstance(size, int) else size for size in (image_size, patch_size))
-    return as_size([pixels // patch * patch for pixels, patch in zip(*pairs, strict=True)])
-
-
-def as_size(pair: Sequence[int]) -> int | list[int]:
-    """[height, width], as one number for a square."""
-    height, width = pair
-    return height if height == width else [height, width]
+    height, width = (pixels // patch * patch for pixels, patch in zip(*pairs, strict=True))
+    return simplify_size(height, width)
 
 
 def require_square(config: Any) -> None:
-    """Refuse rectangles where transformers reads the positions of one as those of a square."""
-    if not isinstance(whole_patches(config.image_size, config.patch_size), int):
+    """Raise ConversionError if the image is not square and transformers supports only square position grids."""
+    if not isinstance(round_to_patches(config.image_size, config.patch_size), int):
         raise ConversionError(
-            f"image_size={config.image_size}: transformers resamples the positions of {type(config).__name__} as "
-            "those of a square grid, which this is not"
+            f"image_size={config.image_size} is not square, but transformers resamples the positions of "
+            f"{type(config).__name__} as a square grid"
         )
 
 
-def as_token(tensor: torch.Tensor, config: ViTCLSConfig) -> Sequence[torch.Tensor]:
-    """[D] or [1, D] -> [1, 1, D]."""
-    return [tensor.reshape(1, 1, -1)]
-
-
 # ViT (arXiv 2010.11929), DeiT (2012.12877), ViTMSN (2204.07141), ViTMAE (2111.06377), I-JEPA (2301.08243), Pixio.
-# Our layers carry their names.
+# Layers have the same parameter names in this package.
 VIT_RULES = [
     Rule("embeddings.position_embeddings", POSITIONS, split_positions, axis=1),
     Rule("embeddings.{rest}", "embeddings.{rest}"),
@@ -95,104 +89,112 @@ VIT_RULES = [
 ]
 
 
-def vit(config: Any, weights: Weights) -> Settings:
-    """The base models of ViT and DeiT pool by a dense layer on the CLS token, where they have a pooler."""
-    settings = common(config, weights)
+def read_vit(config: Any, weights: Weights) -> Fields:
+    """Return the fields of ViT; the optional pooler of its base model is a dense layer on the CLS token."""
+    fields = read_common(config, weights)
     if "pooler.dense.weight" in weights:
         if config.pooler_output_size != config.hidden_size:
             raise ConversionError(
-                f"pooler_output_size={config.pooler_output_size}: a pooler whose width is not hidden_size="
-                f"{config.hidden_size} is missing here: load the model with add_pooling_layer=False"
+                f"pooler_output_size={config.pooler_output_size} differs from hidden_size={config.hidden_size}, but "
+                "ViTCLS supports only poolers of the same width. Load the model with add_pooling_layer=False"
             )
-        settings["pooled_activation"] = config.pooler_act
-    return settings
+        fields["pooled_activation"] = config.pooler_act
+    return fields
 
 
-def deit(config: Any, weights: Weights) -> Settings:
-    """Has a distillation token, with a position."""
-    return vit(config, weights) | {"num_distillation_tokens": 1, "position_embedding_tokens": "all"}
+def read_deit(config: Any, weights: Weights) -> Fields:
+    """Return the fields of DeiT: ViT with a distillation token, which has a position embedding."""
+    return read_vit(config, weights) | {"num_distillation_tokens": 1, "position_embedding_tokens": "all"}
 
 
-def ijepa(config: Any, weights: Weights) -> Settings:
-    """Patches alone; its classifier reads their mean."""
+def read_ijepa(config: Any, weights: Weights) -> Fields:
+    """Return the fields of I-JEPA: no special tokens, and a classifier on the mean of the patches."""
     if "pooler.dense.weight" in weights:
-        raise ConversionError("IJepaModel with a pooler reads the first patch as if it were a CLS token: leave it out")
-    return common(config, weights) | {"num_cls_tokens": 0, "pooling": "mean", "position_embedding_tokens": "patches"}
+        raise ConversionError(
+            "the pooler of IJepaModel reads the first patch instead of a CLS token. Load the model with "
+            "add_pooling_layer=False"
+        )
+    return read_common(config, weights) | {
+        "num_cls_tokens": 0,
+        "pooling": "mean",
+        "position_embedding_tokens": "patches",
+    }
 
 
-def pixio(config: Any, weights: Weights) -> Settings:
-    """Several CLS tokens, averaged."""
+def read_pixio(config: Any, weights: Weights) -> Fields:
+    """Return the fields of Pixio: several CLS tokens, pooled by their mean."""
     require_square(config)
-    return common(config, weights) | {
+    return read_common(config, weights) | {
         "num_cls_tokens": config.n_cls_tokens,
         "cls_pooling": "mean",
         "intermediate_size": int(config.hidden_size * config.mlp_ratio),
     }
 
 
-def in_halves(tensor: torch.Tensor, config: ViTCLSConfig) -> Sequence[torch.Tensor]:
-    """A fused gate and up projection -> two."""
-    return tensor.chunk(2)
-
-
-# DINOv2 (arXiv 2304.07193), also with registers (2309.16588), and what its layers were copied to.
-DINOV2_LAYER_RULES = [
-    Rule("encoder.layer.{i}.norm1.{rest}", "layers.{i}.layernorm_before.{rest}"),
-    Rule("encoder.layer.{i}.norm2.{rest}", "layers.{i}.layernorm_after.{rest}"),
+# Parameter names as in BERT's attention.
+BERT_ATTENTION_RULES = [
     Rule("encoder.layer.{i}.attention.attention.query.{rest}", "layers.{i}.attention.q_proj.{rest}"),
     Rule("encoder.layer.{i}.attention.attention.key.{rest}", "layers.{i}.attention.k_proj.{rest}"),
     Rule("encoder.layer.{i}.attention.attention.value.{rest}", "layers.{i}.attention.v_proj.{rest}"),
     Rule("encoder.layer.{i}.attention.output.dense.{rest}", "layers.{i}.attention.o_proj.{rest}"),
+]
+
+# DINOv2 (arXiv 2304.07193), DINOv2 with registers (2309.16588), and families with the same layers.
+DINOV2_LAYER_RULES = [
+    Rule("encoder.layer.{i}.norm1.{rest}", "layers.{i}.layernorm_before.{rest}"),
+    Rule("encoder.layer.{i}.norm2.{rest}", "layers.{i}.layernorm_after.{rest}"),
+    *BERT_ATTENTION_RULES,
     Rule(
         "encoder.layer.{i}.mlp.weights_in.{rest}",
         ["layers.{i}.mlp.gate_proj.{rest}", "layers.{i}.mlp.up_proj.{rest}"],
-        in_halves,
+        split_halves,
     ),
     Rule("encoder.layer.{i}.mlp.weights_out.{rest}", "layers.{i}.mlp.down_proj.{rest}"),
     Rule("encoder.layer.{i}.{rest}", "layers.{i}.{rest}"),
 ]
 DINOV2_RULES = [
     Rule("embeddings.position_embeddings", POSITIONS, split_positions, axis=1),
-    Rule("embeddings.mask_token", "embeddings.mask_token", as_token),
+    Rule("embeddings.mask_token", "embeddings.mask_token", reshape_token),
     Rule("embeddings.{rest}", "embeddings.{rest}"),
     *DINOV2_LAYER_RULES,
     Rule("layernorm.{rest}", "layernorm.{rest}"),
 ]
 
 
-def dinov2_mlp_width(hidden_size: int, ratio: float, is_gated: bool) -> int:
-    """Gated MLPs are narrower, for as many weights."""
+def compute_dinov2_mlp_size(hidden_size: int, ratio: float, is_gated: bool) -> int:
+    """Return the hidden size of the MLP. Gated MLPs are narrower and have about the same number of parameters."""
     width = int(hidden_size * ratio)
     return (int(width * 2 / 3) + 7) // 8 * 8 if is_gated else width
 
 
-def dinov2_layers(config: Any) -> Settings:
-    """Width and kind of the MLP, and LayerScale."""
+def read_dinov2_layers(config: Any) -> Fields:
+    """Return the fields of the MLP and of LayerScale."""
     return {
-        "intermediate_size": dinov2_mlp_width(config.hidden_size, config.mlp_ratio, config.use_swiglu_ffn),
+        "intermediate_size": compute_dinov2_mlp_size(config.hidden_size, config.mlp_ratio, config.use_swiglu_ffn),
         "mlp_type": "swiglu" if config.use_swiglu_ffn else "mlp",
         "layer_scale_init_value": config.layerscale_value,
     }
 
 
-def dinov2(config: Any, weights: Weights) -> Settings:
-    """In transformers, unlike in its own code, positions are resampled without offset."""
+def read_dinov2(config: Any, weights: Weights) -> Fields:
+    """Return the fields of DINOv2. Unlike the original code, transformers resamples positions without an offset."""
     require_square(config)
-    return common(config, weights) | dinov2_layers(config)
+    return read_common(config, weights) | read_dinov2_layers(config)
 
 
-def dinov2_with_registers(config: Any, weights: Weights) -> Settings:
-    """Registers have no positions."""
-    return dinov2(config, weights) | {"num_register_tokens": config.num_register_tokens, "position_antialias": True}
+def read_dinov2_with_registers(config: Any, weights: Weights) -> Fields:
+    """Return the fields of DINOv2 with registers; registers have no position embeddings."""
+    fields = read_dinov2(config, weights)
+    return fields | {"num_register_tokens": config.num_register_tokens, "position_antialias": True}
 
 
-def by_mlp_type(tensor: torch.Tensor, config: ViTCLSConfig) -> Sequence[torch.Tensor]:
-    """To the first target for a plain MLP, to the second for a gated one."""
-    nothing = tensor[:0]
-    return [tensor, nothing] if config.mlp_type == "mlp" else [nothing, tensor]
+def select_by_mlp_type(tensor: torch.Tensor, config: ViTCLSConfig) -> Sequence[torch.Tensor]:
+    """Return the tensor for the first target if the MLP is plain, and for the second target if it is gated."""
+    empty = tensor[:0]
+    return [tensor, empty] if config.mlp_type == "mlp" else [empty, tensor]
 
 
-# DINOv3 (arXiv 2508.10104). Its plain MLP has the names of a gated one without the gate.
+# DINOv3 (arXiv 2508.10104). The plain MLP has the parameter names of a gated MLP without the gate.
 DINOV3_RULES = [
     Rule("embeddings.patch_embeddings.{rest}", "embeddings.patch_embeddings.projection.{rest}"),
     Rule("embeddings.{rest}", "embeddings.{rest}"),
@@ -201,21 +203,21 @@ DINOV3_RULES = [
     Rule(
         "model.layer.{i}.mlp.up_proj.{rest}",
         ["layers.{i}.mlp.fc1.{rest}", "layers.{i}.mlp.up_proj.{rest}"],
-        by_mlp_type,
+        select_by_mlp_type,
     ),
     Rule(
         "model.layer.{i}.mlp.down_proj.{rest}",
         ["layers.{i}.mlp.fc2.{rest}", "layers.{i}.mlp.down_proj.{rest}"],
-        by_mlp_type,
+        select_by_mlp_type,
     ),
     Rule("model.layer.{i}.{rest}", "layers.{i}.{rest}"),
     Rule("norm.{rest}", "layernorm.{rest}"),
 ]
 
 
-def dinov3(config: Any, weights: Weights) -> Settings:
-    """Rotary positions."""
-    return common(config, weights) | {
+def read_dinov3(config: Any, weights: Weights) -> Fields:
+    """Return the fields of DINOv3, which has rotary positions."""
+    return read_common(config, weights) | {
         "num_register_tokens": config.num_register_tokens,
         "position_embedding_type": "rope_2d",
         "rope_theta": config.rope_theta,
@@ -224,13 +226,13 @@ def dinov3(config: Any, weights: Weights) -> Settings:
         "value_bias": config.value_bias,
         "projection_bias": config.proj_bias,
         "mlp_bias": config.mlp_bias,
-        "mlp_type": gated(config) if config.use_gated_mlp else "mlp",
+        "mlp_type": get_glu_type(config) if config.use_gated_mlp else "mlp",
         "layer_scale_init_value": config.layerscale_value,
     }
 
 
-def gated(config: Any) -> str:
-    """The kind of a gated MLP."""
+def get_glu_type(config: Any) -> str:
+    """Return the `mlp_type` of a gated MLP."""
     return "swiglu" if config.hidden_act in ("silu", "swish") else "glu"
 
 
@@ -243,7 +245,7 @@ CLIP_LAYER_RULES = [
     Rule("encoder.layers.{i}.mlp.{rest}", "layers.{i}.mlp.{rest}"),
 ]
 CLIP_RULES = [
-    Rule("embeddings.class_embedding", "embeddings.cls_token", as_token),
+    Rule("embeddings.class_embedding", "embeddings.cls_token", reshape_token),
     Rule("embeddings.patch_embedding.{rest}", "embeddings.patch_embeddings.projection.{rest}"),
     Rule("embeddings.position_embedding.weight", POSITIONS, split_positions, axis=1),
     Rule("pre_layrnorm.{rest}", "embeddings.norm.{rest}"),
@@ -252,9 +254,9 @@ CLIP_RULES = [
 ]
 
 
-def clip(config: Any, weights: Weights) -> Settings:
-    """Normalises before the layers, and afterwards only what is pooled."""
-    return common(config, weights) | {"patch_bias": False, "pre_norm": True, "final_norm": False}
+def read_clip(config: Any, weights: Weights) -> Fields:
+    """Return the fields of CLIP: a norm before the first layer, and a final norm on the pooled output only."""
+    return read_common(config, weights) | {"patch_bias": False, "pre_norm": True, "final_norm": False}
 
 
 SIGLIP_RULES = [
@@ -263,53 +265,53 @@ SIGLIP_RULES = [
     *CLIP_LAYER_RULES,
     Rule("post_layernorm.{rest}", "layernorm.{rest}"),
     Rule("head.probe", "pooler.probe"),
-    Rule("head.attention.in_proj_{rest}", [f"pooler.{x}_proj.{{rest}}" for x in "qkv"], in_thirds),
+    Rule("head.attention.in_proj_{rest}", [f"pooler.{x}_proj.{{rest}}" for x in "qkv"], split_qkv),
     Rule("head.attention.out_proj.{rest}", "pooler.o_proj.{rest}"),
     Rule("head.layernorm.{rest}", "pooler.transform.layernorm.{rest}"),
     Rule("head.mlp.{rest}", "pooler.transform.{rest}"),
 ]
 
 
-def siglip(config: Any, weights: Weights) -> Settings:
-    """Patches alone, pooled by attention where the model has its head."""
-    return common(config, weights) | {
+def read_siglip(config: Any, weights: Weights) -> Fields:
+    """Return the fields of SigLIP: no special tokens, and attention pooling if the model has a head."""
+    return read_common(config, weights) | {
         "num_cls_tokens": 0,
         "position_embedding_tokens": "patches",
         "pooling": "attention" if "head.probe" in weights else "mean",
     }
 
 
-def as_channels_last_kernel(tensor: torch.Tensor, config: ViTCLSConfig) -> Sequence[torch.Tensor]:
-    """A projection of flattened patches [D, height * width * C] -> [D, C, height, width]."""
+def unflatten_channels_last(tensor: torch.Tensor, config: ViTCLSConfig) -> Sequence[torch.Tensor]:
+    """Reshape a patch projection [D, height * width * C] to [D, C, height, width]."""
     return [tensor.unflatten(1, (*config.patch_height_width, config.num_channels)).permute(0, 3, 1, 2)]
 
 
 SIGLIP2_RULES = [
     Rule(
-        "embeddings.patch_embedding.weight", "embeddings.patch_embeddings.projection.weight", as_channels_last_kernel
+        "embeddings.patch_embedding.weight", "embeddings.patch_embeddings.projection.weight", unflatten_channels_last
     ),
     *SIGLIP_RULES,
 ]
 
 
-def siglip2(config: Any, weights: Weights) -> Settings:
-    """Takes patches in place of images: ours takes the images that they are cut from."""
-    return siglip(config, weights) | {
+def read_siglip2(config: Any, weights: Weights) -> Fields:
+    """Return the fields of SigLIP 2. Its input is flattened patches, but the converted model reads images."""
+    return read_siglip(config, weights) | {
         "image_size": isqrt(config.num_patches) * config.patch_size,
         "position_interpolation": "bilinear",
         "position_antialias": True,
     }
 
 
-def as_query(tensor: torch.Tensor, config: ViTCLSConfig) -> Sequence[torch.Tensor]:
-    """A query that is used without a projection -> probe, identity weight, zero bias."""
+def add_identity_projection(tensor: torch.Tensor, config: ViTCLSConfig) -> Sequence[torch.Tensor]:
+    """Return a query that has no projection as a probe, an identity weight and a zero bias."""
     identity = torch.eye(config.hidden_size, dtype=tensor.dtype, device=tensor.device)
     return [tensor, identity, identity.new_zeros(config.hidden_size)]
 
 
-def with_bias(tensor: torch.Tensor, config: ViTCLSConfig) -> Sequence[torch.Tensor]:
-    """A weight -> itself, and a zero bias unless there is one of its own."""
-    return [tensor, tensor.new_zeros(0 if config.qkv_bias else len(tensor))]
+def append_missing_bias(tensor: torch.Tensor, config: ViTCLSConfig) -> Sequence[torch.Tensor]:
+    """Return a weight and, if the model has no query, key and value biases, a zero bias."""
+    return [tensor, tensor[:0]] if config.qkv_bias else append_zero_bias(tensor, config)
 
 
 # AIMv2 (arXiv 2411.14402).
@@ -323,17 +325,17 @@ AIMV2_RULES = [
     Rule("encoder.layers.{i}.rms_norm1.{rest}", "layers.{i}.layernorm_before.{rest}"),
     Rule("encoder.layers.{i}.rms_norm2.{rest}", "layers.{i}.layernorm_after.{rest}"),
     Rule("rms_norm.{rest}", "layernorm.{rest}"),
-    Rule("head.cls_token", ["pooler.probe", "pooler.q_proj.weight", "pooler.q_proj.bias"], as_query),
-    Rule("head.k_proj.weight", ["pooler.k_proj.weight", "pooler.k_proj.bias"], with_bias),
-    Rule("head.v_proj.weight", ["pooler.v_proj.weight", "pooler.v_proj.bias"], with_bias),
+    Rule("head.cls_token", ["pooler.probe", "pooler.q_proj.weight", "pooler.q_proj.bias"], add_identity_projection),
+    Rule("head.k_proj.weight", ["pooler.k_proj.weight", "pooler.k_proj.bias"], append_missing_bias),
+    Rule("head.v_proj.weight", ["pooler.v_proj.weight", "pooler.v_proj.bias"], append_missing_bias),
     Rule("head.output_proj.{rest}", "pooler.o_proj.{rest}"),
     Rule("head.{rest}", "pooler.{rest}"),
 ]
 
 
-def aimv2(config: Any, weights: Weights) -> Settings:
-    """Patches alone, RMS norms, also on the embedded patches, and gated MLPs."""
-    return common(config, weights) | {
+def read_aimv2(config: Any, weights: Weights) -> Fields:
+    """Return the fields of AIMv2: no special tokens, RMS norms (also after the patch embedding) and gated MLPs."""
+    return read_common(config, weights) | {
         "num_cls_tokens": 0,
         "position_embedding_type": "sincos_2d" if config.is_native else "learned",
         "position_embedding_tokens": "patches",
@@ -341,7 +343,7 @@ def aimv2(config: Any, weights: Weights) -> Settings:
         "layer_norm_eps": config.rms_norm_eps,
         "patch_norm": True,
         "projection_bias": config.qkv_bias,
-        "mlp_type": gated(config),
+        "mlp_type": get_glu_type(config),
         "mlp_bias": config.mlp_bias,
         "pooling": "attention" if config.use_head else "mean",
         "attention_pool_mlp": False,
@@ -365,10 +367,7 @@ DATA2VEC_RULES = [
         "encoder.layer.{i}.attention.attention.relative_position_bias.relative_position_bias_table",
         "view.tables[{i}]",
     ),
-    Rule("encoder.layer.{i}.attention.attention.query.{rest}", "layers.{i}.attention.q_proj.{rest}"),
-    Rule("encoder.layer.{i}.attention.attention.key.{rest}", "layers.{i}.attention.k_proj.{rest}"),
-    Rule("encoder.layer.{i}.attention.attention.value.{rest}", "layers.{i}.attention.v_proj.{rest}"),
-    Rule("encoder.layer.{i}.attention.output.dense.{rest}", "layers.{i}.attention.o_proj.{rest}"),
+    *BERT_ATTENTION_RULES,
     Rule("encoder.layer.{i}.intermediate.dense.{rest}", "layers.{i}.mlp.fc1.{rest}"),
     Rule("encoder.layer.{i}.output.dense.{rest}", "layers.{i}.mlp.fc2.{rest}"),
     Rule("encoder.layer.{i}.lambda_1", "layers.{i}.layer_scale1.lambda1"),
@@ -379,12 +378,12 @@ DATA2VEC_RULES = [
 ]
 
 
-def beit(config: Any, weights: Weights) -> Settings:
-    """Relative positions as a bias of attention; absolute ones, or both, on request."""
+def read_beit(config: Any, weights: Weights) -> Fields:
+    """Return the fields of BEiT: a relative position bias, position embeddings, or both."""
     require_square(config)
     by_layer = "layer" if config.use_relative_position_bias else None
     shared = "shared" if config.use_shared_relative_position_bias else None
-    return common(config, weights) | {
+    return read_common(config, weights) | {
         "key_bias": False,
         "layer_scale_init_value": config.layer_scale_init_value if config.layer_scale_init_value > 0 else None,
         "position_embedding_type": "learned" if config.use_absolute_position_embeddings else "none",
@@ -396,34 +395,34 @@ def beit(config: Any, weights: Weights) -> Settings:
 
 
 def add_shared_bias(weights: Weights) -> Weights:
-    """Where layers have a table of their own and a shared one, which act as their sum: add the shared to each."""
-    shared = [name for name in weights if is_shared(name)]
-    own = [name for name in weights if name.endswith("relative_position_bias_table") and name not in shared]
-    if not shared or not own:
+    """Add the bias table that all layers share to the table of each layer, if the model has both."""
+    tables = [name for name in weights if name.endswith("relative_position_bias_table")]
+    shared = [name for name in tables if name.startswith(("shared_position_bias.", "encoder.relative_position_bias."))]
+    per_layer = [name for name in tables if name not in shared]
+    if not shared or not per_layer:
         return weights
-    summed = {name: weights[name] + weights[shared[0]] for name in own}
+    summed = {name: weights[name] + weights[shared[0]] for name in per_layer}
     return {name: tensor for name, tensor in weights.items() if name not in shared} | summed
 
 
-def is_shared(name: str) -> bool:
-    """Whether a table is the one of all layers."""
-    return name.startswith(("shared_position_bias.", "encoder.relative_position_bias."))
-
-
 def split_special_tokens(tensor: torch.Tensor, config: ViTCLSConfig) -> Sequence[torch.Tensor]:
-    """CLS and register tokens [n, D] -> [1, CLS, D], [1, registers, D]."""
+    """Split CLS and register tokens [n, D] into [1, num_cls_tokens, D] and [1, num_register_tokens, D]."""
     layout = config.token_layout
     return [tensor[None, layout.cls], tensor[None, layout.registers]]
 
 
-def as_kernel(tensor: torch.Tensor, config: ViTCLSConfig) -> Sequence[torch.Tensor]:
-    """A projection of flattened patches [D, C * height * width] -> [D, C, height, width]."""
+def unflatten_channels_first(tensor: torch.Tensor, config: ViTCLSConfig) -> Sequence[torch.Tensor]:
+    """Reshape a patch projection [D, C * height * width] to [D, C, height, width]."""
     return [tensor.unflatten(1, (config.num_channels, *config.patch_height_width))]
 
 
 # RADIO (arXiv 2312.06709).
 RADIO_RULES = [
-    Rule("embeddings.patch_projection.weight", "embeddings.patch_embeddings.projection.weight", as_kernel),
+    Rule(
+        "embeddings.patch_projection.weight",
+        "embeddings.patch_embeddings.projection.weight",
+        unflatten_channels_first,
+    ),
     Rule("embeddings.patch_projection.bias", "embeddings.patch_embeddings.projection.bias"),
     Rule("embeddings.position_embedding", POSITIONS, split_positions, axis=1),
     Rule(
@@ -434,15 +433,15 @@ RADIO_RULES = [
 ]
 
 
-def radio(config: Any, weights: Weights) -> Settings:
-    """Several CLS tokens, of which some are concatenated; positions for the largest image, cut to the actual one."""
+def read_radio(config: Any, weights: Weights) -> Fields:
+    """Return the fields of RADIO: concatenated CLS tokens, and positions that are cropped to the image size."""
     if "embeddings.video_patch_projection.weight" in weights:
-        raise ConversionError("video_patch_projection: a second patch projection, for videos, is missing here")
+        raise ConversionError("ViTCLS does not support video_patch_projection, a second patch projection for videos")
     return (
-        common(config, weights)
-        | dinov2_layers(config)
+        read_common(config, weights)
+        | read_dinov2_layers(config)
         | {
-            "image_size": whole_patches(config.max_img_size, config.patch_size),
+            "image_size": round_to_patches(config.max_img_size, config.patch_size),
             "num_cls_tokens": config.num_cls_tokens,
             "num_register_tokens": config.num_registers,
             "cls_pooling": "concat",
@@ -455,33 +454,33 @@ def radio(config: Any, weights: Weights) -> Settings:
     )
 
 
-def fold_conditioner(weights: Weights) -> Weights:
-    """Put the normalisation of pixels, (x - mean) / std, into the patch projection; computed in float64."""
-    if "input_conditioner.norm_mean" not in weights:  # detached by the user
+def fold_pixel_normalization(weights: Weights) -> Weights:
+    """Fold the normalization of pixels, (x - mean) / std, into the patch projection, in float64."""
+    if "input_conditioner.norm_mean" not in weights:  # removed by the user
         return weights
-    rest = dict(weights)
-    mean = rest.pop("input_conditioner.norm_mean").double().flatten()  # [C]
-    std = rest.pop("input_conditioner.norm_std").double().flatten()
-    old = weights["embeddings.patch_projection.weight"]  # [D, C * height * width]
-    kernel = old.double().unflatten(1, (len(mean), -1)) / std[:, None]  # [D, C, height * width]
+    folded = dict(weights)
+    mean = folded.pop("input_conditioner.norm_mean").double().flatten()  # [C]
+    std = folded.pop("input_conditioner.norm_std").double().flatten()  # [C]
+    weight = weights["embeddings.patch_projection.weight"]  # [D, C * height * width]
+    kernel = weight.double().unflatten(1, (len(mean), -1)) / std[:, None]  # [D, C, height * width]
     bias = -(kernel * mean[:, None]).sum(dim=(1, 2))  # [D]
-    return rest | {
-        "embeddings.patch_projection.weight": kernel.flatten(1).to(old.dtype),
-        "embeddings.patch_projection.bias": bias.to(old.dtype),
+    return folded | {
+        "embeddings.patch_projection.weight": kernel.flatten(1).to(weight.dtype),
+        "embeddings.patch_projection.bias": bias.to(weight.dtype),
     }
 
 
-VIT = Family(VIT_RULES, vit)
-DEIT = Family(VIT_RULES, deit)
-IJEPA = Family(VIT_RULES, ijepa)
-PIXIO = Family(VIT_RULES, pixio)
-DINOV2 = Family(DINOV2_RULES, dinov2)
-DINOV2_WITH_REGISTERS = Family(DINOV2_RULES, dinov2_with_registers)
-DINOV3 = Family(DINOV3_RULES, dinov3)
-CLIP = Family(CLIP_RULES, clip)
-SIGLIP = Family(SIGLIP_RULES, siglip)
-SIGLIP2 = Family(SIGLIP2_RULES, siglip2)
-AIMV2 = Family(AIMV2_RULES, aimv2)
-BEIT = Family(BEIT_RULES, beit, add_shared_bias)
-DATA2VEC = Family(DATA2VEC_RULES, beit, add_shared_bias)
-RADIO = Family(RADIO_RULES, radio, fold_conditioner)
+VIT = TransformersFamily(VIT_RULES, read_vit)
+DEIT = TransformersFamily(VIT_RULES, read_deit)
+IJEPA = TransformersFamily(VIT_RULES, read_ijepa)
+PIXIO = TransformersFamily(VIT_RULES, read_pixio)
+DINOV2 = TransformersFamily(DINOV2_RULES, read_dinov2)
+DINOV2_WITH_REGISTERS = TransformersFamily(DINOV2_RULES, read_dinov2_with_registers)
+DINOV3 = TransformersFamily(DINOV3_RULES, read_dinov3)
+CLIP = TransformersFamily(CLIP_RULES, read_clip)
+SIGLIP = TransformersFamily(SIGLIP_RULES, read_siglip)
+SIGLIP2 = TransformersFamily(SIGLIP2_RULES, read_siglip2)
+AIMV2 = TransformersFamily(AIMV2_RULES, read_aimv2)
+BEIT = TransformersFamily(BEIT_RULES, read_beit, add_shared_bias)
+DATA2VEC = TransformersFamily(DATA2VEC_RULES, read_beit, add_shared_bias)
+RADIO = TransformersFamily(RADIO_RULES, read_radio, fold_pixel_normalization)

@@ -1,21 +1,22 @@
-"""Other projects' weights -> ours, and back, by tables.
+"""Convert weights of other projects to this package, and back, with tables of rules.
 
-A family of checkpoints is a table of rules, their parameter name -> ours, and a function that reads their
-configuration into a `ViTCLSConfig`. This file applies the rules and lives without knowledge of any family.
+A family of checkpoints is a table of rules, which map its parameter names to the names of this package, and a function
+that builds a `ViTCLSConfig` from its configuration. This file applies the rules and is independent of any family.
 
     rules = [
         Rule("pos_embed", POSITIONS, split_positions, axis=1),
         Rule("patch_embed.proj.{rest}", "embeddings.patch_embeddings.projection.{rest}"),
-        Rule("blocks.{i}.attn.qkv.{rest}", [f"layers.{{i}}.attention.{x}_proj.{{rest}}" for x in "qkv"], in_thirds),
-        Rule("head_drop.{rest}", []),                      # known, and not needed
+        Rule("blocks.{i}.attn.qkv.{rest}", [f"layers.{{i}}.attention.{x}_proj.{{rest}}" for x in "qkv"], split_qkv),
+        Rule("head_drop.{rest}", []),                      # ignored
     ]
 
-A pattern's `{i}` stands for a number and `{rest}` for anything. The first rule that matches is the one that applies.
+In a pattern, `{i}` matches a number and `{rest}` matches any text. The first matching rule applies.
 """
 
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -23,6 +24,8 @@ from ..configuration_vitcls import TokenLayout, ViTCLSConfig
 from ..modeling_vitcls import ViTCLSPreTrainedModel
 
 
+Weights = dict[str, torch.Tensor]
+Fields = dict[str, Any]  # fields of ViTCLSConfig
 Transform = Callable[[torch.Tensor, ViTCLSConfig], Sequence[torch.Tensor]]
 
 # Targets of `split_positions`.
@@ -30,21 +33,26 @@ POSITIONS = [f"embeddings.position_embeddings.{group}" for group in ("cls", "dis
 
 
 class ConversionError(ValueError):
-    """A checkpoint that cannot be taken over exactly; the message names what stands in the way."""
+    """A checkpoint that cannot be converted exactly; the message names the unsupported feature."""
 
 
-def as_it_is(tensor: torch.Tensor, config: ViTCLSConfig) -> Sequence[torch.Tensor]:
-    """One tensor, one target."""
+def keep_tensor(tensor: torch.Tensor, config: ViTCLSConfig) -> Sequence[torch.Tensor]:
+    """Return the tensor unchanged."""
     return [tensor]
 
 
-def in_thirds(tensor: torch.Tensor, config: ViTCLSConfig) -> Sequence[torch.Tensor]:
-    """A fused query, key, value projection [3 * D, ...] -> three."""
+def split_qkv(tensor: torch.Tensor, config: ViTCLSConfig) -> Sequence[torch.Tensor]:
+    """Split a fused query, key and value projection [3 * D, ...] into three tensors [D, ...]."""
     return tensor.chunk(3)
 
 
+def split_halves(tensor: torch.Tensor, config: ViTCLSConfig) -> Sequence[torch.Tensor]:
+    """Split two fused projections [2 * D, ...] into two tensors [D, ...]."""
+    return tensor.chunk(2)
+
+
 def split_positions(tensor: torch.Tensor, config: ViTCLSConfig) -> Sequence[torch.Tensor]:
-    """One table of positions [1, N, D] or [N, D] -> the groups of `POSITIONS`, [1, n, D] each."""
+    """Split position embeddings [1, N, D] or [N, D] into the groups of `POSITIONS`, [1, n, D] each."""
     positions = tensor.reshape(1, -1, config.hidden_size)
     counts = [config.num_cls_tokens, config.num_distillation_tokens, config.num_register_tokens]
     num_positioned_groups = {"patches": 0, "cls": 1, "all": 3}[config.position_embedding_tokens]
@@ -52,131 +60,143 @@ def split_positions(tensor: torch.Tensor, config: ViTCLSConfig) -> Sequence[torc
     return [positions[:, group] for _, group in TokenLayout.from_counts(*counts).items()]
 
 
+def reshape_token(tensor: torch.Tensor, config: ViTCLSConfig) -> Sequence[torch.Tensor]:
+    """Reshape a token [D] or [1, D] to [1, 1, D]."""
+    return [tensor.reshape(1, 1, -1)]
+
+
+def append_zero_bias(tensor: torch.Tensor, config: ViTCLSConfig) -> Sequence[torch.Tensor]:
+    """Return a weight or bias [D, ...] and a zero bias [D]."""
+    return [tensor, tensor.new_zeros(len(tensor))]
+
+
+def simplify_size(height: int, width: int) -> int | list[int]:
+    """Return one number for a square, and [height, width] otherwise."""
+    return height if height == width else [height, width]
+
+
 @dataclass(frozen=True)
 class Rule:
-    """What becomes of one kind of parameter: its targets in our model, none for what is not needed.
+    """Conversion of one kind of parameter.
 
-    A target that the model lacks (positions of a group without tokens) receives a tensor without elements from the
-    transform, and is left out. On the way back the targets are joined along `axis`.
+    Attributes:
+        pattern: Parameter name in the other project, with placeholders in braces.
+        targets: Parameter names in this package; empty if the parameter is ignored.
+        transform: Function that returns one tensor per target. A tensor without elements is skipped, for example the
+            positions of a token group that the model does not have.
+        axis: Axis along which the targets are concatenated in the reverse direction.
     """
 
     pattern: str
     targets: str | Sequence[str]
-    transform: Transform = as_it_is
+    transform: Transform = keep_tensor
     axis: int = 0
 
     def match(self, name: str) -> dict[str, str] | None:
-        """The values of the pattern's placeholders in `name`, None if it does not fit."""
-        found = re.fullmatch(_regular_expression(self.pattern), name)
-        return found.groupdict() if found else None
+        """Return the values of the placeholders in `name`, or None if the pattern does not match."""
+        escaped = re.escape(self.pattern).replace(r"\{i\}", r"(?P<i>\d+)")
+        match = re.fullmatch(re.sub(r"\\\{(\w+)\\\}", r"(?P<\1>.+)", escaped), name)
+        return match.groupdict() if match else None
 
-    def apply(self, tensor: torch.Tensor, config: ViTCLSConfig, values: Mapping[str, str]) -> dict[str, torch.Tensor]:
-        """Our names and tensors for one of theirs."""
-        names = self.names(values)
+    def apply(self, tensor: torch.Tensor, config: ViTCLSConfig, values: Mapping[str, str]) -> Weights:
+        """Convert one parameter, given the values of the placeholders."""
+        names = self.format_targets(values)
         if not names:
             return {}
         return dict(zip(names, self.transform(tensor, config), strict=True))
 
-    def names(self, values: Mapping[str, str]) -> list[str]:
-        """The targets for these values of the placeholders."""
+    def format_targets(self, values: Mapping[str, str]) -> list[str]:
+        """Return the names of the targets, given the values of the placeholders."""
         targets = [self.targets] if isinstance(self.targets, str) else self.targets
         return [target.format(**values) for target in targets]
 
 
-def convert_weights(
-    weights: Mapping[str, torch.Tensor], rules: Iterable[Rule], config: ViTCLSConfig
-) -> dict[str, torch.Tensor]:
-    """Translate a state dict.
+def convert_weights(weights: Mapping[str, torch.Tensor], rules: Iterable[Rule], config: ViTCLSConfig) -> Weights:
+    """Convert a state dict of another project.
 
-    Targets that end in `[i]` fill one slice of a stacked parameter.
+    Targets that end with `[i]` are stacked into one parameter.
 
     Raises:
-        ConversionError: for parameters that no rule knows; they are listed.
+        ConversionError: If no rule matches a parameter; the message lists the parameters.
     """
     rules = list(rules)
-    converted: dict[str, torch.Tensor] = {}
-    stacked: dict[str, dict[int, torch.Tensor]] = {}
-    unknown = []
+    converted: Weights = {}
+    stacked: dict[str, Weights] = {}
+    unmatched = []
     for name, tensor in weights.items():
-        rule, values = _first_match(rules, name)
+        rule, values = find_rule(rules, name)
         if rule is None:
-            unknown.append(name)
+            unmatched.append(name)
             continue
         for target, part in rule.apply(tensor, config, values).items():
             if slot := re.fullmatch(r"(.+)\[(\d+)\]", target):
-                stacked.setdefault(slot[1], {})[int(slot[2])] = part
+                stacked.setdefault(slot[1], {})[slot[2]] = part
             elif part.numel():
                 converted[target] = part
-    if unknown:
-        raise ConversionError(f"unexpected weights: {_listed(unknown)}")
+    if unmatched:
+        raise ConversionError(f"unexpected weights: {join_names(unmatched)}")
     for target, parts in stacked.items():
-        converted[target] = torch.stack([parts[index] for index in sorted(parts)])
+        converted[target] = torch.stack([parts[index] for index in sorted(parts, key=int)])
     return converted
 
 
 def revert_weights(
-    weights: Mapping[str, torch.Tensor], rules: Iterable[Rule], wanted: Mapping[str, torch.Tensor]
-) -> dict[str, torch.Tensor]:
-    """Translate back: our weights -> those of `wanted`, a state dict that gives their names and shapes.
+    weights: Mapping[str, torch.Tensor], rules: Iterable[Rule], reference: Mapping[str, torch.Tensor]
+) -> Weights:
+    """Convert a state dict of this package to the names and shapes of `reference`, a state dict of another project.
 
-    What we lack of theirs is left out.
+    Parameters of `reference` without a counterpart are omitted.
 
     Raises:
-        ConversionError: for weights of ours that have no place there; they are listed.
+        ConversionError: If a weight has no counterpart in `reference`; the message lists the weights.
     """
     rules = list(rules)
-    reverted: dict[str, torch.Tensor] = {}
+    reverted: Weights = {}
     used = set()
-    for name, like in wanted.items():
-        rule, values = _first_match(rules, name)
-        present = [target for target in rule.names(values) if target in weights] if rule else []
-        used.update(present)
-        if rule and present:
-            joined = torch.cat([weights[target] for target in present], dim=rule.axis)
-            reverted[name] = joined.reshape(like.shape)
+    for name, reference_weight in reference.items():
+        rule, values = find_rule(rules, name)
+        targets = [target for target in rule.format_targets(values) if target in weights] if rule else []
+        used.update(targets)
+        if rule and targets:
+            joined = torch.cat([weights[target] for target in targets], dim=rule.axis)
+            reverted[name] = joined.reshape(reference_weight.shape)
     if unused := sorted(weights.keys() - used):
-        raise ConversionError(f"weights without a place: {_listed(unused)}")
+        raise ConversionError(f"weights without a counterpart: {join_names(unused)}")
     return reverted
 
 
-def load_converted(model: ViTCLSPreTrainedModel, weights: Mapping[str, torch.Tensor]) -> ViTCLSPreTrainedModel:
-    """Put translated weights into a model, every one of them, and nothing left over.
-
-    Raises:
-        ConversionError: for weights that are missing, unexpected or of another shape; they are listed.
-    """
-    expected = model.state_dict()
-    for kind, names in (
-        ("missing", sorted(expected.keys() - weights.keys())),
-        ("unexpected", sorted(weights.keys() - expected.keys())),
-        (
-            "of another shape",
-            [n for n in sorted(expected.keys() & weights.keys()) if expected[n].shape != weights[n].shape],
-        ),
-    ):
-        if names:
-            shapes = [f"{n} {_shape(weights, n)} (the model has {_shape(expected, n)})" for n in names]
-            raise ConversionError(f"weights {kind}: {_listed(shapes)}")
-    model.load_state_dict({name: tensor.contiguous() for name, tensor in weights.items()})
-    return model.eval()
-
-
-def _first_match(rules: list[Rule], name: str) -> tuple[Rule | None, dict[str, str]]:
+def find_rule(rules: list[Rule], name: str) -> tuple[Rule | None, dict[str, str]]:
+    """Return the first rule that matches `name`, and the values of its placeholders."""
     for rule in rules:
         if (values := rule.match(name)) is not None:
             return rule, values
     return None, {}
 
 
-def _regular_expression(pattern: str) -> str:
-    escaped = re.escape(pattern).replace(r"\{i\}", r"(?P<i>\d+)")
-    return re.sub(r"\\\{(\w+)\\\}", r"(?P<\1>.+)", escaped)
+def load_converted_weights(model: ViTCLSPreTrainedModel, weights: Mapping[str, torch.Tensor]) -> ViTCLSPreTrainedModel:
+    """Load converted weights into a model and return the model in eval mode.
+
+    Raises:
+        ConversionError: If weights are missing, are unexpected or have another shape; the message lists the weights.
+    """
+    expected = model.state_dict()
+    mismatched = sorted(n for n in expected.keys() & weights.keys() if expected[n].shape != weights[n].shape)
+    for problem, names in (
+        ("missing", sorted(expected.keys() - weights.keys())),
+        ("unexpected", [f"{n} {list(weights[n].shape)}" for n in sorted(weights.keys() - expected.keys())]),
+        (
+            "of another shape",
+            [f"{n} {list(weights[n].shape)} (the model has {list(expected[n].shape)})" for n in mismatched],
+        ),
+    ):
+        if names:
+            raise ConversionError(f"weights {problem}: {join_names(names)}")
+    model.load_state_dict({name: tensor.contiguous() for name, tensor in weights.items()})
+    model.eval()
+    return model
 
 
-def _shape(weights: Mapping[str, torch.Tensor], name: str) -> str:
-    return str(list(weights[name].shape)) if name in weights else "nothing"
-
-
-def _listed(names: Sequence[str], most: int = 8) -> str:
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
+def join_names(names: Sequence[str], max_names: int = 8) -> str:
+    """Return the first names, separated by commas, and the number of the other names."""
+    more = f" and {len(names) - max_names} more" if len(names) > max_names else ""
+    return ", ".join(names[:max_names]) + more

@@ -1,20 +1,15 @@
 """Datasets: from --dataset to batches of images and labels.
 
     sources.py       digits, folders, CSV, Parquet, MNIST's files, the Hub -> splits by name
-    columns.py       columns of images and labels
-    labels.py        label spaces: single label, multi-label, multi-task
-    images.py        images decoded on demand; unreadable images
     image_folder.py  folders of images
-    splits.py        training split and held-out split
-    streaming.py     datasets that are read during training
-    augmentation.py  random changes of training images
-    masking.py       patches that masked image modeling hides
-    random_bits.py   random numbers as functions of the seed and their purpose
-    ordering.py      order of the images in each epoch
-    workers.py       DataLoader workers
-    batches.py       images of each batch, on each process
-    fingerprint.py   fingerprints of training data: `--resume` continues only on the same data
+    labels.py        columns of images and labels; single label, multi-label, multi-task
+    images.py        images decoded on demand; unreadable images
     held_out.py      held-out images of datasets without an evaluation split, and their record in results.json
+    streaming.py     datasets that are read during training
+    splits.py        training split and held-out split; fingerprints, which `--resume` compares
+    augmentation.py  random changes of training images, and masks for masked image modeling
+    sampling.py      images of each batch, as a function of the seed and the step
+    batches.py       batches, loaded and augmented in workers
 
 Nothing here is copied to the Hub.
 """

@@ -1,11 +1,12 @@
-"""Augmentation of training images.
+"""Augmentation of training images, and masks for masked image modeling.
 
-    image   -> fixed part (may be kept in memory) -> each: one by one -> together: whole batches -> pixels
-               resize                                crop, RandAugment,   flip, rotation,
-                                                     erasing              shift, zoom
+    image   -> fixed: one image -> image_transform: one image -> batch_transform: a batch -> pixels
+               resize (cached)     crop, RandAugment,            flip, rotation,
+                                   erasing                       shift, zoom
     batch on the device -> BatchMixer: mixup, CutMix
+                        -> MaskGenerator: hidden patches
 
-All parts except mixing process 8-bit pixels and depend only on the seed of each image. Held-out images are not
+All parts before the device process 8-bit pixels and depend only on the seed of each image. Held-out images are not
 augmented: the image processor prepares them. Pixels are rescaled and normalized on the model's device (batches.py).
 """
 
@@ -18,8 +19,8 @@ import torch
 from torch import nn
 from torchvision.transforms import InterpolationMode, v2
 
-from ..options import AugmentationOptions
-from .random_bits import fractions, random_bits
+from ..options import AugmentationOptions, MaskingOptions
+from .sampling import convert_to_fractions, draw_random_bits
 
 
 @dataclass(frozen=True)
@@ -27,8 +28,8 @@ class Augmentation:
     """The three parts of an augmentation, in order."""
 
     fixed: nn.Module  # [C, H, W] `uint8` -> [C, H, W] `uint8`
-    each: nn.Module | None  # random transform of one image, same shapes; uses torch's generator
-    together: "Placement"
+    image_transform: nn.Module | None  # random transform of one image, same shapes; uses torch's generator
+    batch_transform: "BatchTransform"
 
     def __call__(
         self, pixels: torch.Tensor | list[torch.Tensor], seeds: np.ndarray, indices: np.ndarray
@@ -42,16 +43,16 @@ class Augmentation:
         Returns:
             [B, C, H, W] `uint8`.
         """
-        bits = random_bits(seeds, indices, 1 + self.together.num_numbers)
-        if self.each is not None:
+        bits = draw_random_bits(seeds, indices, 1 + self.batch_transform.num_numbers)
+        if self.image_transform is not None:
             with torch.random.fork_rng(devices=[]):
                 pixels = [
-                    seeded(self.each, image, seed)
+                    apply_with_seed(self.image_transform, image, seed)
                     for image, seed in zip(pixels, (bits[:, 0] >> np.uint64(1)).tolist(), strict=True)
                 ]
         if not isinstance(pixels, torch.Tensor):
             pixels = torch.stack(list(pixels))
-        return self.together(pixels, fractions(bits[:, 1:]))
+        return self.batch_transform(pixels, convert_to_fractions(bits[:, 1:]))
 
 
 def build_augmentation(
@@ -59,16 +60,18 @@ def build_augmentation(
 ) -> Augmentation:
     """Build the augmentation that `options` describe, with outputs of `height_width` pixels."""
     fixed: nn.Module = nn.Identity()
-    each: list[nn.Module] = []
+    transforms: list[nn.Module] = []
     if options.crop_scale < 1:
-        each.append(v2.RandomResizedCrop(height_width, scale=(options.crop_scale, 1.0), interpolation=interpolation))
+        transforms.append(
+            v2.RandomResizedCrop(height_width, scale=(options.crop_scale, 1.0), interpolation=interpolation)
+        )
     else:
         fixed = v2.Resize(height_width, interpolation=interpolation)
     if options.auto_augment != "none":
-        each.append(AUTO_AUGMENTS[options.auto_augment](options))
+        transforms.append(AUTO_AUGMENTS[options.auto_augment](options))
     if options.random_erasing:
-        each.append(Erasing(options.random_erasing))
-    return Augmentation(fixed, v2.Compose(each) if each else None, Placement(options))
+        transforms.append(Erasing(options.random_erasing))
+    return Augmentation(fixed, v2.Compose(transforms) if transforms else None, BatchTransform(options))
 
 
 AUTO_AUGMENTS: dict[str, Callable[[AugmentationOptions], nn.Module]] = {
@@ -79,7 +82,7 @@ AUTO_AUGMENTS: dict[str, Callable[[AugmentationOptions], nn.Module]] = {
 }
 
 
-def seeded(transform: nn.Module, pixels: torch.Tensor, seed: int) -> torch.Tensor:
+def apply_with_seed(transform: nn.Module, pixels: torch.Tensor, seed: int) -> torch.Tensor:
     """Apply a random transform whose output depends only on `seed`. This changes the state of torch's generator."""
     torch.default_generator.manual_seed(seed)
     return transform(pixels)
@@ -100,7 +103,7 @@ class Erasing(nn.Module):
         return (erased * self.DEVIATION + self.MEAN).round().clamp(0, 255).to(torch.uint8)
 
 
-class Placement:
+class BatchTransform:
     """Flip, rotate, shift and zoom a whole batch, with separate random numbers for each image."""
 
     num_numbers = 5
@@ -121,15 +124,15 @@ class Placement:
         Returns:
             [B, C, H, W] `uint8`.
         """
-        flipped = torch.from_numpy(numbers[:, 0] < 0.5) & self.flip  # [B]
+        is_flipped = torch.from_numpy(numbers[:, 0] < 0.5) & self.flip  # [B]
         if self.rotation or self.shift or self.zoom:
-            return self.resampled(pixels, flipped, torch.from_numpy(numbers[:, 1:] * 2 - 1).float())
+            return self.resample(pixels, is_flipped, torch.from_numpy(numbers[:, 1:] * 2 - 1).float())
         if self.flip:
-            return torch.where(flipped[:, None, None, None], pixels.flip(-1), pixels)
+            return torch.where(is_flipped[:, None, None, None], pixels.flip(-1), pixels)
         return pixels
 
-    def resampled(self, pixels: torch.Tensor, flipped: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
-        """Return the pixels rotated, shifted and zoomed about the center, with bilinear interpolation.
+    def resample(self, pixels: torch.Tensor, is_flipped: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
+        """Return the pixels flipped, rotated, shifted and zoomed about the center, with bilinear interpolation.
 
         Pixels from outside the image are black. `numbers` are [B, 4], from -1 to 1.
         """
@@ -140,12 +143,12 @@ class Placement:
         # Map each output pixel to its input coordinates, in pixels from the center.
         x = torch.arange(width) - (width - 1) / 2 - right * self.shift * width  # [B, 1, W]
         y = (torch.arange(height) - (height - 1) / 2)[:, None] - down * self.shift * height  # [B, H, 1]
-        mirrored = 1 - 2 * flipped[:, None, None].float()
+        sign = 1 - 2 * is_flipped[:, None, None].float()
         grid = torch.empty(len(pixels), height, width, 2)
-        grid[..., 0] = (cos * mirrored * 2 / width) * x + (sin * mirrored * 2 / width) * y
+        grid[..., 0] = (cos * sign * 2 / width) * x + (sin * sign * 2 / width) * y
         grid[..., 1] = (cos * 2 / height) * y - (sin * 2 / height) * x
-        moved = nn.functional.grid_sample(pixels.float(), grid, align_corners=False)  # [B, C, H, W]
-        return moved.round_().to(torch.uint8)
+        resampled = nn.functional.grid_sample(pixels.float(), grid, align_corners=False)  # [B, C, H, W]
+        return resampled.round_().to(torch.uint8)
 
 
 class BatchMixer:
@@ -172,3 +175,57 @@ class BatchMixer:
             labels: [B] class indices.
         """
         return self.mix(pixels.float(), labels)
+
+
+class MaskGenerator:
+    """Draw random masks for a grid of patches.
+
+        mask_block 1          mask_block 2          (ratio 0.5: 8 of the 4 x 4 patches are masked in both)
+        # . . #               # # . .
+        . # # .               # # . .
+        # . . #               . . # #
+        . # # .               . . # #
+
+    The masks consist of single patches (MAE, arXiv 2111.06377, section 3) or square blocks of patches (SimMIM, arXiv
+    2111.09886, section 3.2). Every image has the same number of masked patches, so a mean over masked patches equals a
+    mean over images. The model defines the mask token and the loss.
+    """
+
+    def __init__(self, options: MaskingOptions, grid: tuple[int, int]) -> None:
+        """Initialize the generator.
+
+        Args:
+            options: the masking options.
+            grid: number of rows and columns of patches.
+
+        Raises:
+            ValueError: if the ratio masks none or all of the patches, or a block has more patches than are masked.
+        """
+        self.grid = rows, columns = grid
+        self.block = block = options.mask_block
+        self.num_masked = round(options.mask_ratio * rows * columns)
+        if not 0 < self.num_masked < rows * columns:
+            raise ValueError(
+                f"--mask-ratio requires masked and visible patches, but {options.mask_ratio} masks {self.num_masked} "
+                f"of the {rows} x {columns} patches. Set another --mask-ratio or a smaller --patch-size"
+            )
+        if min(block, rows) * min(block, columns) > self.num_masked:
+            raise ValueError(
+                f"--mask-block {block} requires more masked patches than the {self.num_masked} of {rows} x {columns} "
+                f"that --mask-ratio {options.mask_ratio} masks. Set a smaller --mask-block"
+            )
+
+    def __call__(
+        self, batch_size: int, device: torch.device, generator: torch.Generator | None = None
+    ) -> torch.Tensor:
+        """Return masks [B, rows * columns], True for masked patches.
+
+        Blocks are masked in random order. The last block may be masked only in part, from its first row on, to reach
+        the exact number of patches. `generator` replaces the default generator of the device.
+        """
+        rows, columns = self.grid
+        num_blocks = (batch_size, -(-rows // self.block), -(-columns // self.block))
+        blocks = torch.rand(num_blocks, device=device, generator=generator)  # [B, block rows, block columns]
+        patches = blocks.repeat_interleave(self.block, dim=1).repeat_interleave(self.block, dim=2)
+        order = patches[:, :rows, :columns].flatten(1).argsort(dim=1, stable=True)  # [B, rows * columns]
+        return torch.zeros_like(order, dtype=torch.bool).scatter(1, order[:, : self.num_masked], True)

@@ -1,27 +1,28 @@
 """Held-out images of datasets without an evaluation split, and their record in the results of a run.
 
-    image -> key: a checksum of its bytes if the data set contains them, else of its path within the data set
-          -> a hash of the key and the split seed, as a number from 0 to below 1
-          -> held out if that number is less than the fraction
+    image -> key: a checksum of its bytes if the dataset contains them, otherwise of its path within the dataset
+          -> hash of the key and the split seed, as a number in [0, 1)
+          -> held out if this number is less than the fraction
 
 The decision for an image does not depend on the order, the labels or the other images. So the split stays the same
 when images are added: a held-out image stays held out, and a training image stays a training image.
 
 Classes are therefore stratified only approximately. Of n images, n x fraction are held out on average, with a standard
-deviation of sqrt(n x fraction x (1 - fraction)). A small class may have no held-out images or no training images, and
-training then prints a warning.
+deviation of sqrt(n x fraction x (1 - fraction)). A small class may have no held-out images or no training images.
+Training then prints a warning.
 
 A run writes `HeldOutRecord` to results.json ("held_out"), which is published with the model. scripts/evaluate.py reads
 it, holds out the same images, and compares their digest.
 """
 
 import hashlib
-import json
 import os
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+from ..files import read_json
 
 
 RESULTS_FILE = "results.json"  # results of the run that trained a model
@@ -29,13 +30,13 @@ RECORD = "held_out"  # key of the held-out record in results.json
 
 
 @dataclass(frozen=True)
-class HeldOutPart:
-    """The images of a data set that are held out."""
+class HeldOutRule:
+    """Rule that selects held-out images by the hash of their keys."""
 
     fraction: float
     seed: int
 
-    def holds(self, key: int) -> bool:
+    def selects(self, key: int) -> bool:
         """Return whether the image with this key is held out."""
         bits = hashlib.blake2b(f"{self.seed} {key}".encode(), digest_size=8).digest()
         return int.from_bytes(bits, "big") / 2**64 < self.fraction
@@ -46,14 +47,14 @@ class HeldOutPart:
 
 @dataclass(frozen=True)
 class HeldOutRecord:
-    """What a run records about its held-out images.
+    """The held-out images of a run, as recorded in its results.
 
     Attributes:
-        split: the split of the data set that was held out, or None if the images were chosen by `HeldOutPart`.
-        fraction: fraction of `HeldOutPart`.
-        split_seed: seed of `HeldOutPart`.
+        split: the split of the dataset that was held out; None if a `HeldOutRule` selected the images.
         num_images: number of held-out images.
-        sha256: digest of the keys of the images that `HeldOutPart` selected.
+        fraction: fraction of the `HeldOutRule`.
+        split_seed: seed of the `HeldOutRule`.
+        sha256: digest of the keys of the images that `HeldOutRule` selected.
     """
 
     split: str | None
@@ -63,17 +64,17 @@ class HeldOutRecord:
     sha256: str | None = None
 
     @classmethod
-    def from_keys(cls, part: HeldOutPart, keys: Iterable[int]) -> "HeldOutRecord":
-        """Build the record of images that were chosen by `part`."""
+    def from_keys(cls, rule: HeldOutRule, keys: Iterable[int]) -> "HeldOutRecord":
+        """Build the record of images that `rule` selected."""
         keys = list(keys)
-        return cls(None, len(keys), part.fraction, part.seed, digest_keys(keys))
+        return cls(None, len(keys), rule.fraction, rule.seed, compute_keys_digest(keys))
 
     @property
-    def part(self) -> HeldOutPart | None:
-        """The rule that chose the images; None for a split of the data set."""
+    def rule(self) -> HeldOutRule | None:
+        """The rule that selected the images; None for a split of the dataset."""
         if self.fraction is None or self.split_seed is None:
             return None
-        return HeldOutPart(self.fraction, self.split_seed)
+        return HeldOutRule(self.fraction, self.split_seed)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the entry in results.json."""
@@ -90,10 +91,10 @@ def read_record(folder: str | Path) -> HeldOutRecord | None:
     if not file.is_file():
         return None
     try:
-        found = json.loads(file.read_text(encoding="utf-8")).get(RECORD)
-        return None if found is None else HeldOutRecord(**found)
-    except (ValueError, TypeError, AttributeError) as error:
-        raise ValueError(f"cannot read {file}: {error}; remove it to use the model without it") from error
+        record = read_json(file).get(RECORD)
+        return None if record is None else HeldOutRecord(**record)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{file} is damaged: {error}. Remove it to use the model without it") from error
 
 
 def compute_key(content: bytes) -> int:
@@ -106,6 +107,6 @@ def get_relative_path(path: str, folder: Path) -> str:
     return path if "://" in path else Path(os.path.relpath(path or ".", folder)).as_posix()
 
 
-def digest_keys(keys: Iterable[int]) -> str:
+def compute_keys_digest(keys: Iterable[int]) -> str:
     """Return the SHA-256 of a set of keys, independent of their order."""
     return hashlib.sha256(" ".join(map(str, sorted(keys))).encode()).hexdigest()

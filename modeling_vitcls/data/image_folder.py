@@ -4,8 +4,8 @@
     photos/cat/2024/may/1.jpg                           class cat: a class folder is searched at any depth
     photos/train/cat/1.jpg, photos/Testing/cat/2.jpg    splits "train" and "test"
     photos/bus/1.jpg, photos/train/2.jpg                classes bus, train
-    photos/1.jpg                                        no classes: for predictions and pre-training only
-    photos/metadata.csv (or .jsonl, .parquet)           columns from the table, images from its column `file_name`
+    photos/1.jpg                                        no classes: only for predictions and pre-training
+    photos/metadata.csv (or .jsonl, .parquet)           columns of the table, images by its column `file_name`
 
 Splits are recognized by the names of the folders at the first level only (`SPLIT_NAMES`, in any case); other folder
 and file names never matter. The first-level folders are splits if all of them that contain images have split names. If
@@ -15,7 +15,7 @@ unclear what the folders are, and reading fails.
 Every file is counted. Files that are not used (other file types, hidden files, images next to class folders) are named
 in `ImageFolder.notes`.
 
-The columns of other datasets are interpreted in columns.py. A folder that contains tables, and at most as many images
+The columns of other datasets are interpreted in labels.py. A folder that contains tables, and at most as many images
 as tables, is not an image folder: `datasets` reads it.
 """
 
@@ -26,7 +26,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
-from ..image_processing_vitcls import get_first_line
+from ..errors import format_error
 
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ SPLIT_NAMES = {
     **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
 }
 SPLITS = ("train", "validation", "test")
-NUM_NAMED = 3  # maximum number of files that a note names
+MAX_NAMES = 3  # maximum number of names in a message
 
 
 @dataclass(frozen=True)
@@ -70,17 +70,19 @@ class ImageFolder:
 
 def scan_folder(path: Path) -> ImageFolder:
     """Return the files of a folder and of all folders in it; links to folders are followed."""
-    found: dict[str, list[str]] = {"images": [], "metadata": [], "tables": [], "others": []}
+    files: dict[str, list[str]] = {"images": [], "metadata": [], "tables": [], "others": []}
     for name in list_files(path, ""):
-        found[get_file_kind(name)].append(name)
-    with_images = {PurePosixPath(name).parts[0] for name in found["images"]}
+        files[get_file_kind(name)].append(name)
+    with_images = {PurePosixPath(name).parts[0] for name in files["images"]}
     folders = sorted(entry.name for entry in os.scandir(path) if entry.is_dir() and not is_hidden(entry.name))
-    return ImageFolder(path, **found, empty=[name for name in folders if name not in with_images])
+    return ImageFolder(path, **files, empty=[name for name in folders if name not in with_images])
 
 
 def list_files(root: Path, folder: str, parents: tuple[str, ...] = ()) -> Iterator[str]:
-    """Yield the files below `root`/`folder`, sorted within each folder. A link to a folder that contains it is not
-    followed."""
+    """Yield the files below `root`/`folder`, sorted within each folder.
+
+    A link to a folder that contains the link is not followed.
+    """
     real = os.path.realpath(root / folder)
     if real in parents:
         return
@@ -114,23 +116,24 @@ def make_printable(name: str) -> str:
     return os.fsencode(name).decode("utf-8", errors="replace")
 
 
-def read_image_folder(folder: ImageFolder, labelled: bool) -> Any:
-    """Return a `datasets.DatasetDict` of the splits: a column `image`, and with `labelled` a column `label`; or the
-    columns of the metadata files, if there are any. What is left out is added to `folder.notes`.
+def read_image_folder(folder: ImageFolder, use_labels: bool) -> Any:
+    """Return a `datasets.DatasetDict` of the splits, and add notes about unused files to `folder.notes`.
+
+    The columns are `image`, and `label` if labels are used; or the columns of the metadata files, if there are any.
 
     Args:
         folder: the files, from `scan_folder`.
-        labelled: whether classes are needed. If not, all images at any depth are used.
+        use_labels: whether classes are needed. If not, all images at any depth are used.
 
     Raises:
-        ValueError: if `labelled` and there are no class folders, or it is unclear which folders are splits.
+        ValueError: if `use_labels` is set and there are no class folders, or it is unclear which folders are splits.
     """
     import datasets
 
     splits, are_folders = divide_into_splits(folder)
     if folder.metadata:
         parts = read_metadata(folder, splits, are_folders)
-    elif labelled:
+    elif use_labels:
         parts = label_by_folder(folder, splits, depth=1 if are_folders else 0)
     else:
         parts = {split: build_split(folder, split, names) for split, names in splits.items()}
@@ -163,8 +166,8 @@ def divide_into_splits(folder: ImageFolder) -> tuple[dict[str, list[str]], bool]
         split = SPLIT_NAMES[first.lower()]
         if split in splits:
             raise ValueError(
-                f"{folder.path}: the folders {splits[split]!r} and {first!r} are both the split {split!r}: merge or "
-                "rename them"
+                f"{folder.path}: the folders {splits[split]!r} and {first!r} are both named like the split {split!r}. "
+                "Merge or rename them"
             )
         splits[split] = first
     note_left_out(folder, [name for name in folder.images if "/" not in name], "next to the split folders")
@@ -178,9 +181,9 @@ def check_are_classes(folder: ImageFolder, first_level: dict[str, list[str]], na
         if inner:
             other = next(name for name in first_level if name not in named)
             raise ValueError(
-                f"{folder.path}: the folder {first!r} contains folders of images ({shorten_list(inner)}), as a split "
-                f"does, but {other!r} next to it is not the name of a split ({', '.join(SPLITS)}): move {other!r} "
-                f"elsewhere if these are splits, or rename {first!r} if it is a class"
+                f"{folder.path}: the folder {first!r} has the name and the class folders of a split "
+                f"({shorten_list(inner)}), but {other!r} next to it is not the name of a split ({', '.join(SPLITS)}). "
+                f"If they are splits, move {other!r} elsewhere; if they are classes, rename {first!r}"
             )
 
 
@@ -198,13 +201,13 @@ def label_by_folder(folder: ImageFolder, splits: dict[str, list[str]], depth: in
     import datasets
 
     classes = sorted({label for names in splits.values() for name in names if (label := get_class(name, depth))})
-    index = {name: position for position, name in enumerate(classes)}
+    indices = {name: index for index, name in enumerate(classes)}
     stray = [name for names in splits.values() for name in names if get_class(name, depth) is None]
     if not classes:
-        place = folder.path / PurePosixPath(stray[0]).parent
+        parent = folder.path / PurePosixPath(stray[0]).parent
         raise ValueError(
-            f"{place} holds images but no class folders: put the images of each class into a folder of their own "
-            f"({place / 'CLASS' / 'IMAGE'}), or give a table of images and labels as --dataset"
+            f"{parent} contains images, but no class folders. Move the images of each class into a separate folder "
+            f"({parent / 'CLASS' / 'IMAGE'}), or set --dataset to a table of images and labels"
         )
     note_left_out(folder, stray, "outside of class folders")
     deep = sorted({str(PurePosixPath(name).parent) for name in folder.images if name.count("/") > depth + 1})
@@ -214,7 +217,7 @@ def label_by_folder(folder: ImageFolder, splits: dict[str, list[str]], depth: in
         )
     parts = {}
     for split, names in splits.items():
-        labels = {name: index[label] for name in names if (label := get_class(name, depth))}
+        labels = {name: indices[label] for name in names if (label := get_class(name, depth))}
         if labels:
             feature = datasets.ClassLabel(names=classes)
             parts[split] = build_split(folder, split, list(labels), list(labels.values()), feature)
@@ -228,21 +231,19 @@ def get_class(name: str, depth: int) -> str | None:
 
 
 def describe_single_class(dataset: str, name: str) -> str:
-    """Return an error message for a data set, which may be an image folder, with only one class."""
+    """Return an error message for a dataset, which may be an image folder, with only one class."""
     path = Path(dataset)
     if not path.is_dir():
-        return f"{dataset}: all images have the label {name!r}, and a classifier needs two or more classes"
+        return f"a classifier requires two or more classes, but all images of {dataset} have the label {name!r}"
     parents = [path, *(entry for entry in sorted(path.iterdir()) if entry.name.lower() in SPLIT_NAMES)]
     folders = [parent / name for parent in parents if (parent / name).is_dir()]
     inner = sorted({entry.name for folder in folders for entry in folder.iterdir() if entry.is_dir()})
-    hint = (
-        f"; if its folders ({shorten_list(inner)}) are the classes or splits, set --dataset {folders[0]}"
-        if inner
-        else ""
-    )
+    hint = ""
+    if inner:
+        hint = f". If its folders ({shorten_list(inner)}) are the classes or splits, set --dataset {folders[0]}"
     return (
-        f"{path} has a single class folder, {name!r}, and a classifier needs two or more: put the images of each "
-        f"class into a folder of their own{hint}"
+        f"a classifier requires two or more classes, but {path} has a single class folder, {name!r}. Move the images "
+        f"of each class into a separate folder{hint}"
     )
 
 
@@ -279,10 +280,10 @@ def build_dataset(folder: ImageFolder, split: str, names: list[str], table: "pya
     fingerprint = hashlib.sha256(repr(table.drop(["image"]).to_pydict()).encode())
     for name in names:
         try:
-            found = (folder.path / name).stat()
+            state = (folder.path / name).stat()
         except OSError:  # reported when the image is read
             continue
-        fingerprint.update(f"{name} {found.st_size} {found.st_mtime_ns}\n".encode())
+        fingerprint.update(f"{name} {state.st_size} {state.st_mtime_ns}\n".encode())
     return datasets.Dataset(
         datasets.table.InMemoryTable(table),
         info=datasets.DatasetInfo(features=features),
@@ -292,7 +293,7 @@ def build_dataset(folder: ImageFolder, split: str, names: list[str], table: "pya
 
 
 def read_metadata(folder: ImageFolder, splits: dict[str, list[str]], are_folders: bool) -> dict[str, Any]:
-    """Return the rows of the metadata files by split, with the images that their column `file_name` names.
+    """Return the rows of the metadata files by split, with the images in their column `file_name`.
 
     Args:
         folder: the files.
@@ -310,8 +311,10 @@ def read_metadata(folder: ImageFolder, splits: dict[str, list[str]], are_folders
         table = pyarrow.concat_tables([table for table, _ in tables], promote_options="permissive")
     except pyarrow.ArrowInvalid as error:
         files = ", ".join(folder.metadata)
-        raise ValueError(f"{folder.path}: {files} have columns of different types: {get_first_line(error)}") from error
-    names = [name for _, listed in tables for name in listed]
+        raise ValueError(
+            f"the columns of {files} in {folder.path} have different types: {format_error(error)}"
+        ) from error
+    names = [name for _, images in tables for name in images]
     unlisted = sorted(set(folder.images) - set(names))
     note_left_out(folder, unlisted, "not listed in a metadata file")
     features = datasets.Features({"image": datasets.Image(), **datasets.Features.from_arrow_schema(table.schema)})
@@ -323,14 +326,14 @@ def read_metadata(folder: ImageFolder, splits: dict[str, list[str]], are_folders
             if not are_folders or SPLIT_NAMES.get(name.partition("/")[0].lower()) == split
         ]
         if rows:
-            chosen = [names[row] for row in rows]
-            columns = table.take(rows).add_column(0, "image", build_image_column(folder, chosen))
-            parts[split] = build_dataset(folder, split, chosen, columns, features)
+            images = [names[row] for row in rows]
+            columns = table.take(rows).add_column(0, "image", build_image_column(folder, images))
+            parts[split] = build_dataset(folder, split, images, columns, features)
     return parts
 
 
 def read_metadata_file(folder: ImageFolder, file: str) -> tuple["pyarrow.Table", list[str]]:
-    """Return the columns of a metadata file other than `file_name`, and the images that it names."""
+    """Return the columns of a metadata file other than `file_name`, and the images in `file_name`."""
     import pandas
     import pyarrow
     import pyarrow.json
@@ -347,12 +350,12 @@ def read_metadata_file(folder: ImageFolder, file: str) -> tuple["pyarrow.Table",
         names = [str(name) for name in table.column("file_name").to_pylist()]
     except (OSError, ValueError, KeyError) as error:  # includes the errors of pandas and Arrow
         raise ValueError(
-            f"cannot read {path}: {get_first_line(error)} (it requires a column `file_name` of paths relative to its "
-            "folder)"
+            f"cannot read {path}: {format_error(error)}. It requires a column `file_name` of paths relative to its "
+            "folder"
         ) from error
     for name in names:
         if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts or "://" in name:
-            raise ValueError(f"{path}: the image {name!r} is outside of the folder of this file: move it there")
+            raise ValueError(f"{path}: the image {name!r} is outside of the folder of this file. Move it there")
     parent = PurePosixPath(file).parent
     return table.drop(["file_name"]), [(parent / name).as_posix() for name in names]
 
@@ -369,5 +372,5 @@ def note_left_out(folder: ImageFolder, names: list[str], reason: str) -> None:
 
 def shorten_list(names: list[str]) -> str:
     """Return the first names, and how many more there are."""
-    more = f" and {len(names) - NUM_NAMED:,} more" if len(names) > NUM_NAMED else ""
-    return ", ".join(map(make_printable, names[:NUM_NAMED])) + more
+    more = f" and {len(names) - MAX_NAMES:,} more" if len(names) > MAX_NAMES else ""
+    return ", ".join(map(make_printable, names[:MAX_NAMES])) + more

@@ -1,18 +1,18 @@
 """Sequences of images that are decoded on access, and the handling of unreadable images.
 
-    Arrays     in memory, all of the same size (digits, MNIST)
-    Files      files or URLs
-    Encoded    a column of a dataset of the `datasets` library
-    Examples   encoded images in memory (from streamed datasets)
-    Chosen     a subset of another sequence
+    Arrays         in memory, all of the same size (digits, MNIST)
+    Files          files or URLs
+    EncodedColumn  a column of a dataset of the `datasets` library
+    Examples       encoded images in memory (from streamed datasets)
+    ImageSubset    a subset of another sequence
 
-Each sequence returns PIL images, and raises `BrokenPicture` for an unreadable image. It also has three methods that
+Each sequence returns PIL images, and raises `UnreadableImage` for an unreadable image. It also has three methods that
 decode no images:
-    names()    the path of each image within the dataset, or a checksum; "" if there is neither
-    content()  the bytes of one image; None if they cannot be read or are remote
-    keys()     a checksum of the bytes or the path of each image, which decides if it is held out (held_out.py)
+    get_names()    the path of each image within the dataset, or a checksum; "" if there is neither
+    read_content() the bytes of one image; None if they cannot be read or are remote
+    compute_keys() a checksum of the bytes or the path of each image, which decides if it is held out (held_out.py)
 
-`BrokenPictures` counts unreadable images, logs each of them once, and stops the run if there are too many.
+`UnreadableImages` counts unreadable images, logs each of them once, and stops the run if there are too many.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -24,35 +24,37 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ..image_processing_vitcls import get_first_line, read_image, shorten
+from ..errors import format_error
+from ..image_processing_vitcls import read_image, shorten
 from .held_out import compute_key, get_relative_path
 
 
-ROWS_AT_ONCE = 64  # number of encoded images that are read from disk at once
+NUM_ROWS_AT_ONCE = 64  # number of encoded images that are read from disk at once
+NOT_REPLACED = -1  # value in `replaced` of a batch for an image that replaces no unreadable image
 
 
-class BrokenPicture(ValueError):
+class UnreadableImage(ValueError):
     """An unreadable image. The message is one line with its name and the reason."""
 
 
 @dataclass(frozen=True)
-class LabelledPictures:
+class LabeledImages:
     """Images, and the label of each: a class index, a list of 0.0 and 1.0 per class, or {task: class index}."""
 
-    pictures: Any  # one of the classes below, or any other sequence of PIL images
+    images: Any  # one of the classes below, or any other sequence of PIL images
     labels: Sequence[Any]
 
     def __len__(self) -> int:
         return len(self.labels)
 
-    def chosen(self, indices: Iterable[int]) -> "LabelledPictures":
+    def select(self, indices: Iterable[int]) -> "LabeledImages":
         """Return the images and labels at these indices, in this order."""
         indices = list(indices)
-        return LabelledPictures(Chosen(self.pictures, indices), [self.labels[index] for index in indices])
+        return LabeledImages(ImageSubset(self.images, indices), [self.labels[index] for index in indices])
 
 
 @dataclass(frozen=True)
-class Chosen(Sequence):
+class ImageSubset(Sequence):
     """A subset of another sequence."""
 
     elements: Any
@@ -64,18 +66,18 @@ class Chosen(Sequence):
     def __getitem__(self, index: Any) -> Any:
         return self.elements[self.indices[index]]
 
-    def names(self) -> list[str]:
-        """Return the names of the chosen elements."""
-        names = self.elements.names()
+    def get_names(self) -> list[str]:
+        """Return the names of the selected elements."""
+        names = self.elements.get_names()
         return [names[index] for index in self.indices]
 
-    def content(self, index: int) -> bytes | None:
-        """Return the bytes of one of the chosen elements."""
-        return self.elements.content(self.indices[index])
+    def read_content(self, index: int) -> bytes | None:
+        """Return the bytes of one of the selected elements."""
+        return self.elements.read_content(self.indices[index])
 
-    def keys(self) -> list[int]:
-        """Return the keys of the chosen elements."""
-        keys = self.elements.keys()
+    def compute_keys(self) -> list[int]:
+        """Return the keys of the selected elements."""
+        keys = self.elements.compute_keys()
         return [keys[index] for index in self.indices]
 
 
@@ -91,15 +93,15 @@ class Arrays(Sequence):
     def __getitem__(self, index: Any) -> Any:
         return Image.fromarray(self.values[index])
 
-    def names(self) -> list[str]:
+    def get_names(self) -> list[str]:
         """Return checksums of the pixels."""
-        return [f"{key:x}" for key in self.keys()]
+        return [f"{key:x}" for key in self.compute_keys()]
 
-    def content(self, index: int) -> bytes:
+    def read_content(self, index: int) -> bytes:
         """Return the pixels of one image."""
         return self.values[index].tobytes()
 
-    def keys(self) -> list[int]:
+    def compute_keys(self) -> list[int]:
         """Return checksums of the pixels."""
         return [compute_key(values.tobytes()) for values in self.values]
 
@@ -115,59 +117,59 @@ class Files(Sequence):
         return len(self.paths)
 
     def __getitem__(self, index: Any) -> Any:
-        return decoded({"path": self.paths[index], "bytes": None}, f"row {index}")
+        return decode_image({"path": self.paths[index], "bytes": None}, f"row {index}")
 
-    def names(self) -> list[str]:
-        """Return paths within the data set."""
+    def get_names(self) -> list[str]:
+        """Return paths within the dataset."""
         return [get_relative_path(path, self.folder) for path in self.paths]
 
-    def content(self, index: int) -> bytes | None:
+    def read_content(self, index: int) -> bytes | None:
         """Return the bytes of one file."""
-        return read_content({"path": self.paths[index], "bytes": None})
+        return read_encoded({"path": self.paths[index], "bytes": None})
 
-    def keys(self) -> list[int]:
+    def compute_keys(self) -> list[int]:
         """Return checksums of the paths."""
-        return [compute_key(name.encode()) for name in self.names()]
+        return [compute_key(name.encode()) for name in self.get_names()]
 
 
 @dataclass(frozen=True)
-class Encoded(Sequence):
+class EncodedColumn(Sequence):
     """Images in a column of a dataset, of type `datasets.Image(decode=False)` or bytes."""
 
-    part: Any
+    dataset: Any
     column: str
     folder: Path = Path()
 
     def __len__(self) -> int:
-        return len(self.part)
+        return len(self.dataset)
 
     def __getitem__(self, index: Any) -> Any:
-        return decoded(self.part[index][self.column], f"row {index}")
+        return decode_image(self.dataset[index][self.column], f"row {index}")
 
-    def names(self) -> list[str]:
-        """Return paths within the data set, "" for images without one. The bytes of images are not read."""
+    def get_names(self) -> list[str]:
+        """Return paths within the dataset, "" for images without one. The bytes of images are not read."""
         import pyarrow.compute
 
-        values = self.part.with_format("arrow")[:][self.column]  # not copied
+        values = self.dataset.with_format("arrow")[:][self.column]  # not copied
         paths = pyarrow.compute.struct_field(values, "path").to_pylist()
         return [get_relative_path(path, self.folder) if path else "" for path in paths]
 
-    def content(self, index: int) -> bytes | None:
+    def read_content(self, index: int) -> bytes | None:
         """Return the bytes of one image."""
-        return read_content(self.part[index][self.column])
+        return read_encoded(self.dataset[index][self.column])
 
-    def keys(self) -> list[int]:
-        """Return checksums of the bytes, or of the paths of images that are not in the data set itself."""
+    def compute_keys(self) -> list[int]:
+        """Return checksums of the bytes, or of the paths of images that are not in the dataset itself."""
         keys: list[int] = []
-        for start in range(0, len(self), ROWS_AT_ONCE):
-            rows = self.part[start : start + ROWS_AT_ONCE][self.column]
+        for start in range(0, len(self), NUM_ROWS_AT_ONCE):
+            rows = self.dataset[start : start + NUM_ROWS_AT_ONCE][self.column]
             keys += [compute_example_key(row, self.folder) for row in rows]
         return keys
 
 
 @dataclass(frozen=True)
 class Examples(Sequence):
-    """Encoded images, in the format of `decoded`."""
+    """Encoded images, in the format of `decode_image`."""
 
     encoded: list[dict[str, Any]]
     folder: Path = Path()
@@ -176,18 +178,18 @@ class Examples(Sequence):
         return len(self.encoded)
 
     def __getitem__(self, index: Any) -> Any:
-        return decoded(self.encoded[index], f"example {index}")
+        return decode_image(self.encoded[index], f"example {index}")
 
-    def names(self) -> list[str]:
-        """Return paths within the data set, "" for images without one."""
+    def get_names(self) -> list[str]:
+        """Return paths within the dataset, "" for images without one."""
         paths = [example["path"] for example in self.encoded]
         return [get_relative_path(path, self.folder) if path else "" for path in paths]
 
-    def content(self, index: int) -> bytes | None:
+    def read_content(self, index: int) -> bytes | None:
         """Return the bytes of one image."""
-        return read_content(self.encoded[index])
+        return read_encoded(self.encoded[index])
 
-    def keys(self) -> list[int]:
+    def compute_keys(self) -> list[int]:
         """Return checksums of the bytes, or of the paths of images without bytes."""
         return [compute_example_key(example, self.folder) for example in self.encoded]
 
@@ -199,7 +201,7 @@ def compute_example_key(example: dict[str, Any] | None, folder: Path) -> int:
     return compute_key(get_relative_path((example and example["path"]) or "", folder).encode())
 
 
-def read_content(example: dict[str, Any] | None) -> bytes | None:
+def read_encoded(example: dict[str, Any] | None) -> bytes | None:
     """Return the bytes of an encoded image, which may be in a file; None if it cannot be read or is remote."""
     if not example or example["bytes"] is not None:
         return example["bytes"] if example else None
@@ -209,81 +211,74 @@ def read_content(example: dict[str, Any] | None) -> bytes | None:
         return None
 
 
-def check_channels(picture: Image.Image, pixels: torch.Tensor, num_channels: int | None) -> None:
+def check_channels(image: Image.Image, pixels: torch.Tensor, num_channels: int | None) -> None:
     """Check that the pixels [C, H, W] of an image have the model's number of channels; None skips the check.
 
     The image processor converts images to three channels only if `do_convert_rgb` is set.
 
     Raises:
-        BrokenPicture: if the number of channels differs.
+        UnreadableImage: if the number of channels differs.
     """
     if num_channels is not None and len(pixels) != num_channels:
-        name = getattr(picture, "filename", "")
-        which = f"the image {shorten(name)}" if name else f"an image of mode {picture.mode}"
-        raise BrokenPicture(f"{which} has {len(pixels)} channels, the model takes {num_channels}")
+        name = getattr(image, "filename", "")
+        which = f"the image {shorten(name)}" if name else f"an image of mode {image.mode}"
+        raise UnreadableImage(f"{which} has {len(pixels)} channels, but the model requires {num_channels}")
 
 
-def as_encoded(value: Any, folder: Path) -> dict[str, Any]:
+def encode_value(value: Any, folder: Path) -> dict[str, Any]:
     """Return a value of an image or path column as {"path", "bytes"}. Relative paths start at `folder`."""
     if isinstance(value, dict):
         return {"path": value["path"], "bytes": value["bytes"]}
     if isinstance(value, bytes):
         return {"path": None, "bytes": value}
-    return {"path": path_in(folder, value), "bytes": None}
+    return {"path": resolve_path(folder, value), "bytes": None}
 
 
-def path_in(folder: Path, path: str | None) -> str:
+def resolve_path(folder: Path, path: str | None) -> str:
     """Return a path joined to a folder. URLs and absolute paths are unchanged, and a missing path is empty."""
     if not path or "://" in path:
         return path or ""
     return str(folder / path)
 
 
-def decoded(encoded: dict[str, Any] | None, place: str) -> Image.Image:
+def decode_image(encoded: dict[str, Any] | None, where: str) -> Image.Image:
     """Decode an image from its bytes or its path, rotated upright, in the mode in which it is stored.
+
+    The `filename` of the image is set, as Pillow does, for error messages.
 
     Args:
         encoded: {"path": ..., "bytes": ...}, either of which may be None.
-        place: name of the image in error messages if it has no path.
+        where: name of the image in error messages if it has no path.
 
     Raises:
-        BrokenPicture: if the image is missing, truncated or cannot be decoded.
+        UnreadableImage: if the image is missing, truncated or cannot be decoded.
     """
     if not encoded or not (encoded["bytes"] is not None or encoded["path"]):
-        raise BrokenPicture(f"{place} has no image")
-    if encoded["bytes"] is None:
-        return named(from_path(encoded["path"]), encoded["path"])
+        raise UnreadableImage(f"{where} has no image")
+    content, path = encoded["bytes"], encoded["path"]
     try:
-        return named(read_image(encoded["bytes"]), encoded["path"] or place)
+        image = read_image_file(path) if content is None else read_image(content)
     except Exception as error:  # Pillow's decoders raise many types of errors on damaged data
-        name = shorten(encoded["path"]) if encoded["path"] else place
-        raise BrokenPicture(f"cannot read the image {name}: {get_first_line(error)}") from error
+        message = format_error(error)
+        if content is not None:
+            message = f"cannot read the image {shorten(path) if path else where}: {message}"
+        elif not isinstance(error, ValueError):  # the messages of `read_image` contain the path
+            message = f"{shorten(path)}: {message}"
+        raise UnreadableImage(message) from error
+    image.filename = path or where  # type: ignore[union-attr]
+    return image
 
 
-def named(picture: Image.Image, name: str) -> Image.Image:
-    """Set the `filename` of an image, as Pillow does, for error messages, and return the image."""
-    picture.filename = name  # type: ignore[attr-defined]
-    return picture
-
-
-def from_path(path: str) -> Image.Image:
+def read_image_file(path: str) -> Any:
     """Read an image from a file, a URL, or a file of a dataset on the Hub."""
-    try:
-        if path.startswith("hf://") or "::" in path:  # in a repository or an archive, which `datasets` opens
-            import datasets
+    if path.startswith("hf://") or "::" in path:  # in a repository or an archive, which `datasets` opens
+        import datasets
 
-            return datasets.Image().decode_example({"path": path, "bytes": None})
-        return read_image(path)
-    except Exception as error:
-        raise BrokenPicture(
-            get_first_line(error) if isinstance(error, ValueError) else f"{shorten(path)}: {get_first_line(error)}"
-        ) from error
+        return datasets.Image().decode_example({"path": path, "bytes": None})
+    return read_image(path)
 
 
-NO_PICTURE = -1  # value in `broken` of a batch for an image that replaces no unreadable image
-
-
-class BrokenPictures:
+class UnreadableImages:
     """Count the unreadable images of one run.
 
     Args:
@@ -291,34 +286,32 @@ class BrokenPictures:
         warn: function that prints a line.
         limit: maximum number of unreadable images (`--max-broken-images`); the run stops if there are more.
 
-    Every process calls `note` with the unreadable images of all processes, so that all stop at the same step.
+    Every process calls `add` with the unreadable images of all processes, so that all stop at the same step.
     """
 
     def __init__(self, describe: Callable[[int], str], warn: Callable[[str], None], limit: int) -> None:
         self.describe = describe
         self.warn = warn
         self.limit = limit
-        self.known: set[int] = set()
+        self.indices: set[int] = set()
 
-    @property
-    def count(self) -> int:
-        """Number of different unreadable images so far."""
-        return len(self.known)
+    def __len__(self) -> int:
+        return len(self.indices)
 
-    def note(self, indices: Iterable[int]) -> None:
-        """Count the values of `broken` of a batch, and print a warning for each new unreadable image.
+    def add(self, indices: Iterable[int]) -> None:
+        """Count the values of `replaced` of a batch, and print a warning for each new unreadable image.
 
         Raises:
             ValueError: if there are more unreadable images than the limit.
         """
         for index in indices:
-            if index == NO_PICTURE or index in self.known:
+            if index == NOT_REPLACED or index in self.indices:
                 continue
-            self.known.add(index)
+            self.indices.add(index)
             description = self.describe(index)
             self.warn(f"skipped an image: {description}")
-            if self.count > self.limit:
+            if len(self) > self.limit:
                 raise ValueError(
-                    f"more than {self.limit} images cannot be read, the last one: {description} (repair or remove "
-                    "them, or raise --max-broken-images)"
+                    f"more than {self.limit} images cannot be read; the last one: {description}. Repair or remove "
+                    "them, or set a larger --max-broken-images"
                 )

@@ -1,20 +1,35 @@
-"""Kinds of labels: one per image, several per image, or one per image and task.
+"""Labels of a dataset: the columns that contain them, and their conversion to class indices.
 
-kind                          label of one image             batch of labels
-single_label_classification   class index                    [B] int64
-multi_label_classification    0.0 or 1.0 per class           [B, classes] float32
-multi_task                    {task: class index or -100}    {task: [B] int64}
+                                                      label of one image            batch of labels
+    several --label-column
+        multi_task                                    {task: class index or -100}   {task: [B] int64}
+    a column of lists, or text with --label-separator
+        multi_label_classification                    0.0 or 1.0 per class          [B, classes] float32
+    any other column
+        single_label_classification                   class index                   [B] int64
+
+The label names are declared by the dataset (`ClassLabel`), set by --label-names, or the sorted distinct values, in
+this order of precedence. The column of the images is found here as well.
 """
 
+import math
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, Literal
+from functools import cached_property
+from typing import Any, Literal, NoReturn
 
 from ..configuration_vitcls import ViTCLSConfig
+from ..heads_vitcls import IGNORED_LABEL
+from ..options import DataOptions
 
 
-NOTHING = "nothing"  # text for an image without any of several labels
+IMAGE_NAMES = ("image", "img", "picture", "photo", "pixel_values", "file_name", "filename", "file", "path")
+LABEL_NAMES = ("label", "labels", "class", "target", "category", "fine_label")
+NO_LABELS = "nothing"  # text for an image without any of several labels
 
 LabelKind = Literal["single_label_classification", "multi_label_classification", "multi_task"]
+Features = dict[str, Any]  # the type of each column, in the terms of `datasets`
+Row = dict[str, Any]  # values by column
 
 
 @dataclass(frozen=True)
@@ -30,7 +45,7 @@ class LabelSpace:
         (names,) = self.columns.values()
         return names
 
-    def config_values(self) -> dict[str, Any]:
+    def to_config_values(self) -> dict[str, Any]:
         """Return the fields of ViTCLSConfig that describe these labels."""
         if self.kind == "multi_task":
             return {"tasks": self.columns}
@@ -40,7 +55,7 @@ class LabelSpace:
             "problem_type": self.kind,
         }
 
-    def in_words(self, label: Any) -> str | None:
+    def format_label(self, label: Any) -> str | None:
         """Return the label of one image as text, such as "cat", "cat, dog" or "age old, kind cat".
 
         Args:
@@ -53,20 +68,22 @@ class LabelSpace:
             known = {task: names for task, names in self.columns.items() if is_known(label.get(task))}
             return ", ".join(f"{task} {names[label[task]]}" for task, names in known.items()) or None
         if isinstance(label, list | tuple):
-            return ", ".join(name for name, value in zip(self.names, label, strict=True) if value) or NOTHING
+            return ", ".join(name for name, value in zip(self.names, label, strict=True) if value) or NO_LABELS
         return self.names[label] if is_known(label) else None
 
 
-def labels_of(config: ViTCLSConfig) -> LabelSpace:
+UNLABELED = LabelSpace("single_label_classification", {})  # label space of datasets that are read without labels
+
+
+def get_label_space(config: ViTCLSConfig) -> LabelSpace:
     """Return the label space of a classifier."""
     if config.tasks:
         return LabelSpace("multi_task", config.task_labels())
     id2label: dict[Any, str] = dict(config.id2label or {})
-    names = [id2label[index] for index in range(len(id2label))]
-    is_multi_label = config.problem_type == "multi_label_classification"
-    return LabelSpace(
-        "multi_label_classification" if is_multi_label else "single_label_classification", {"label": names}
-    )
+    kind: LabelKind = "single_label_classification"
+    if config.problem_type == "multi_label_classification":
+        kind = "multi_label_classification"
+    return LabelSpace(kind, {"label": [id2label[index] for index in range(len(id2label))]})
 
 
 def is_known(label: int | None) -> bool:
@@ -77,3 +94,202 @@ def is_known(label: int | None) -> bool:
 def is_multi_label(config: ViTCLSConfig) -> bool:
     """Return whether each label has its own sigmoid; also with only one label, as in the transformers pipeline."""
     return not config.tasks and (config.problem_type == "multi_label_classification" or config.num_labels == 1)
+
+
+# Reading -------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class LabelColumn:
+    """One column of labels, and the names of its classes."""
+
+    name: str
+    classes: list[str]
+    is_declared: bool  # whether the values of the column are indices into `classes`
+
+    def get_index(self, value: Any, where: str) -> int:
+        """Return the class index of one value; -100 for a missing value.
+
+        Raises:
+            ValueError: if the value is not one of the classes.
+        """
+        value = normalize_value(value)
+        if value is None or (self.is_declared and value == -1):
+            return IGNORED_LABEL
+        if self.has_indices and isinstance(value, int) and 0 <= value < len(self.classes):
+            return value
+        if str(value) not in self.indices:
+            self.raise_unknown_label(value, where)
+        return self.indices[str(value)]
+
+    def raise_unknown_label(self, value: Any, where: str) -> NoReturn:
+        """Raise ValueError for a value that is not one of the classes."""
+        raise ValueError(f"{where} has the label {value!r}, which is not one of the {len(self.classes)} classes")
+
+    @cached_property
+    def has_indices(self) -> bool:
+        """Whether integers are indices into `classes`: if the column is declared, or no class name is an integer."""
+        return self.is_declared or not any(name.removeprefix("-").isdecimal() for name in self.classes)
+
+    @cached_property
+    def indices(self) -> dict[str, int]:
+        """Class indices by name; empty if the values are indices."""
+        return {} if self.is_declared else {name: index for index, name in enumerate(self.classes)}
+
+
+@dataclass(frozen=True)
+class LabelReader:
+    """Converts rows of a dataset to labels."""
+
+    kind: LabelKind
+    columns: list[LabelColumn]
+    separator: str | None = None
+
+    @property
+    def space(self) -> LabelSpace:
+        """The kind of labels and their names."""
+        return LabelSpace(self.kind, {column.name: column.classes for column in self.columns})
+
+    def read(self, row: Row, where: str) -> Any:
+        """Return the label of one row, in the format of its kind.
+
+        Args:
+            row: the values of the label columns; other columns are ignored.
+            where: name of the row in error messages.
+
+        Raises:
+            ValueError: if a value is not one of the classes, or a single label is missing.
+        """
+        if self.kind == "multi_task":
+            return {column.name: column.get_index(row[column.name], where) for column in self.columns}
+        (column,) = self.columns
+        value = row[column.name]
+        if self.kind == "multi_label_classification":
+            present = {column.get_index(label, where) for label in split_labels(value, self.separator, where)}
+            return [float(index in present) for index in range(len(column.classes))]
+        index = column.get_index(value, where)
+        if index == IGNORED_LABEL:
+            column.raise_unknown_label(value, where)
+        return index
+
+
+def build_label_reader(
+    options: DataOptions, features: Features, read_column: Callable[[str], Iterable[Any]] | None
+) -> LabelReader:
+    """Build the label reader of a dataset.
+
+    Args:
+        options: the data options.
+        features: the columns of the dataset.
+        read_column: function that returns all values of a column, for columns that do not declare their classes; None
+            if not all values can be read.
+
+    Raises:
+        ValueError: if a column does not exist, contains no class labels, or has unknown classes.
+    """
+    given: tuple[str | None, ...] = options.label_column or (None,)
+    names = tuple(find_column("label", name, features, is_label, LABEL_NAMES, options.dataset) for name in given)
+    lists = [name for name in names if get_item_type(features[name]) is not None or options.label_separator]
+    if lists and len(names) > 1:
+        raise ValueError(
+            f"{options.dataset}: several label columns require one label per image in each column, but {lists[0]!r} "
+            "contains several labels per image. Set one --label-column, or remove --label-separator"
+        )
+    kind: LabelKind = "multi_label_classification" if lists else "single_label_classification"
+    columns = [build_label_column(options, name, features[name], read_column) for name in names]
+    return LabelReader("multi_task" if len(names) > 1 else kind, columns, options.label_separator)
+
+
+def build_label_column(
+    options: DataOptions, name: str, feature: Any, read_column: Callable[[str], Iterable[Any]] | None
+) -> LabelColumn:
+    """Build one label column. Its class names are declared, set by --label-names, or the distinct values."""
+    declared = next((kind for kind in (feature, get_item_type(feature)) if type(kind).__name__ == "ClassLabel"), None)
+    if declared is not None:
+        return LabelColumn(name, list(declared.names), is_declared=True)
+    if options.label_names is not None:
+        if options.label_column is not None and len(options.label_column) > 1:
+            raise ValueError(
+                f"--label-names requires a single label column, but {name!r} is one of several. Remove --label-names"
+            )
+        return LabelColumn(name, list(options.label_names), is_declared=False)
+    if read_column is None:
+        raise ValueError(f"{options.dataset} does not declare the classes of {name!r}. Set --label-names to all names")
+    values = {
+        normalize_value(label)
+        for value in read_column(name)
+        for label in split_labels(value, options.label_separator, f"{options.dataset}, column {name!r}: a row")
+    } - {None}
+    if any(isinstance(value, float | dict) for value in values):
+        raise ValueError(
+            f"{options.dataset}: the column {name!r} does not contain class labels. Set another --label-column"
+        )
+    classes = [str(value) for value in sorted(values, key=lambda value: (isinstance(value, str), value))]
+    return LabelColumn(name, classes, is_declared=False)
+
+
+def split_labels(value: Any, separator: str | None, where: str) -> list[Any]:
+    """Return the labels in one value: the items of a list, the text between separators, or the value itself."""
+    if isinstance(value, list):
+        return value
+    if separator is None:
+        return [value]
+    if value is not None and not isinstance(value, str):
+        raise ValueError(f"{where} has the label {value!r}, but --label-separator requires a column of text")
+    return [label.strip() for label in (value or "").split(separator) if label.strip()]
+
+
+def normalize_value(value: Any) -> Any:
+    """Return a label as text or integer, None if missing. Files with missing values store integers as floats."""
+    if value == "" or (isinstance(value, float) and math.isnan(value)):
+        return None
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+# Columns -------------------------------------------------------------------------------------------------------------
+
+
+def find_image_column(options: DataOptions, features: Features) -> str:
+    """Return the name of the column of images or image paths."""
+    return find_column("image", options.image_column, features, is_image, IMAGE_NAMES, options.dataset)
+
+
+def find_column(
+    kind: str,
+    name: str | None,
+    features: Features,
+    has_type: Callable[[Any], bool],
+    usual_names: tuple[str, ...],
+    dataset: str,
+) -> str:
+    """Return the requested column, the only column of the matching type, or the first column with a usual name."""
+    columns = ", ".join(features)
+    if name is not None:
+        if name not in features:
+            raise ValueError(f"{dataset} has no column {name!r}. Choose one of {columns}")
+        return name
+    by_type = [column for column, feature in features.items() if has_type(feature)]
+    if len(by_type) == 1:
+        return by_type[0]
+    by_name = [usual for usual in usual_names if usual in (by_type or features)]
+    if by_name:
+        return by_name[0]
+    raise ValueError(f"{dataset}: cannot determine the {kind} column among {columns}. Set --{kind}-column")
+
+
+def is_image(feature: Any) -> bool:
+    """Return whether a column contains images instead of paths."""
+    is_encoded = isinstance(feature, dict) and {"bytes", "path"} <= feature.keys()
+    return type(feature).__name__ == "Image" or is_encoded or getattr(feature, "dtype", None) == "binary"
+
+
+def is_label(feature: Any) -> bool:
+    """Return whether a column is declared as class labels."""
+    return any(type(kind).__name__ == "ClassLabel" for kind in (feature, get_item_type(feature)))
+
+
+def get_item_type(feature: Any) -> Any:
+    """Return the item type of a list column; None for other columns."""
+    if isinstance(feature, list):
+        return feature[0]
+    return feature.feature if type(feature).__name__ in ("List", "LargeList", "Sequence") else None

@@ -1,37 +1,39 @@
-"""Training split and held-out split of a dataset.
+"""Training split and held-out split of a dataset, and fingerprints of training data.
 
     --dataset -> sources.py: splits by name -> held_out.py, if there is only one split -> TrainingData
               -> streaming.py, with --streaming
 
-Labels are read in columns.py. Images are decoded on access (images.py) and batched in batches.py.
+Labels are read in labels.py. Images are decoded on access (images.py) and batched in batches.py.
+
+`--resume` continues a run only on the data that it was started with. The fingerprint of the data contains
+    names_sha256         the images' names in order
+    name_set_sha256      the sorted names, to distinguish a new order from other images
+    labels_sha256        the labels in order
+    contents_sha256      the bytes of `NUM_SAMPLES` images, spread evenly over all
+Only the samples are read, so the fingerprint of a large dataset takes little time. The samples reveal a change of many
+images under the same names, for example if the names of two class folders were swapped.
 """
 
-from collections.abc import Collection, Sequence
+import hashlib
+import json
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from ..options import DataOptions
-from .fingerprint import compute_fingerprint
-from .held_out import HeldOutPart, HeldOutRecord
+from .held_out import HeldOutRecord, HeldOutRule
 from .image_folder import describe_single_class, shorten_list
-from .images import BrokenPicture, LabelledPictures
+from .images import LabeledImages
 from .labels import LabelSpace
 from .sources import Splits, load_splits
-from .streaming import HELD_OUT_PICTURES, StreamedPictures, open_streams
+from .streaming import MAX_HELD_OUT_IMAGES, StreamedImages, open_streams
 
-
-__all__ = [
-    "BrokenPicture",
-    "EvaluationData",
-    "LabelledPictures",
-    "StreamedPictures",
-    "TrainingData",
-    "load_evaluation_data",
-    "load_training_data",
-    "load_unlabelled_data",
-]
 
 HELD_OUT_NAMES = ("validation", "valid", "val", "dev", "test")
+NUM_SAMPLES = 32  # number of images whose bytes are part of a fingerprint
+
+
+# Training ------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -40,30 +42,30 @@ class TrainingData:
 
     name: str
     label_space: LabelSpace
-    train: LabelledPictures | StreamedPictures
-    held_out: LabelledPictures
+    train: LabeledImages | StreamedImages
+    held_out: LabeledImages
     held_out_name: str  # name of the split, or the rule that selected its images
     record: HeldOutRecord
 
     @property
     def num_training_images(self) -> int | None:
         """Number of training images; None for a stream, whose length is unknown."""
-        return None if isinstance(self.train, StreamedPictures) else len(self.train)
+        return None if isinstance(self.train, StreamedImages) else len(self.train)
 
 
 def load_training_data(options: DataOptions) -> TrainingData:
     """Load the training split and the held-out split: splits of the dataset, or a seeded selection (held_out.py).
 
-    The held-out images of a stream are read immediately and kept in memory, encoded. Without an evaluation split,
-    only the first 10,000 held-out images are kept.
+    The held-out images of a stream are read immediately and stored in memory, encoded. Without an evaluation split,
+    only the first 10,000 held-out images are stored.
 
     Raises:
         ValueError: if the dataset has no images or labels, has a single class, or is too small to be split.
     """
-    return load(options, labelled=True)
+    return load_data(options, use_labels=True)
 
 
-def load_unlabelled_data(options: DataOptions) -> TrainingData:
+def load_unlabeled_data(options: DataOptions) -> TrainingData:
     """Load both splits without labels: every label is -100, and the label space has no columns.
 
     Fine-tuning on the same dataset holds out the same images.
@@ -71,20 +73,20 @@ def load_unlabelled_data(options: DataOptions) -> TrainingData:
     Raises:
         ValueError: if the dataset has no images or is too small to be split.
     """
-    return load(options, labelled=False)
+    return load_data(options, use_labels=False)
 
 
-def load(options: DataOptions, labelled: bool) -> TrainingData:
+def load_data(options: DataOptions, use_labels: bool) -> TrainingData:
     """Load stored or streamed data, with or without labels."""
     if options.streaming:
-        streams = open_streams(options, labelled)
-        if labelled:
+        streams = open_streams(options, use_labels)
+        if use_labels:
             check_num_classes(options, next(iter(streams.values())).label_space)
-        return divided_streams(streams, options)
-    splits = load_splits(options, labelled, used=used_in_training)
-    if labelled:
+        return split_streams(streams, options)
+    splits = load_splits(options, use_labels, select=select_training_splits)
+    if use_labels:
         check_num_classes(options, splits.label_space)
-    return divided(splits, options)
+    return split_dataset(splits, options)
 
 
 def check_num_classes(options: DataOptions, space: LabelSpace) -> None:
@@ -93,13 +95,90 @@ def check_num_classes(options: DataOptions, space: LabelSpace) -> None:
         raise ValueError(describe_single_class(options.dataset, space.names[0]))
 
 
+def get_training_split(names: Collection[str]) -> str:
+    """Return the name of the training split."""
+    return "train" if "train" in names else next(iter(names))
+
+
+def get_held_out_split(names: Collection[str]) -> str | None:
+    """Return the name of the split for evaluation during training; None if there is no such split."""
+    return next((name for name in HELD_OUT_NAMES if name in names and name != get_training_split(names)), None)
+
+
+def select_training_splits(names: list[str]) -> list[str]:
+    """Return the names of the splits that training reads."""
+    held_out = get_held_out_split(names)
+    return [get_training_split(names), *([] if held_out is None else [held_out])]
+
+
+def split_dataset(splits: Splits, options: DataOptions) -> TrainingData:
+    """Return the dataset's own held-out split, or hold out images of its training split."""
+    train = splits.parts[get_training_split(splits.parts)]
+    name = get_held_out_split(splits.parts)
+    if name is not None:
+        held_out, description = splits.parts[name], f"split {name!r}"
+        record = HeldOutRecord(name, len(held_out))
+    else:
+        rule = get_held_out_rule(options)
+        train, held_out, record = hold_out(train, rule, options)
+        description = str(rule)
+    return TrainingData(splits.name, splits.label_space, train, held_out, description, record)
+
+
+def split_streams(streams: dict[str, StreamedImages], options: DataOptions) -> TrainingData:
+    """Return the training split and the held-out split of a stream, and read the held-out images."""
+    train = streams[get_training_split(streams)]
+    name = get_held_out_split(streams)
+    if name is not None:
+        held_out, description = streams[name].read_held_out_images(), f"split {name!r}"
+        record = HeldOutRecord(name, len(held_out))
+    else:
+        rule = get_held_out_rule(options)
+        train = replace(train, held_out=rule)
+        held_out, description = train.read_held_out_images(), str(rule)
+        record = HeldOutRecord.from_keys(rule, held_out.images.compute_keys())
+        if len(held_out) == MAX_HELD_OUT_IMAGES:
+            description += f", evaluated on the first {MAX_HELD_OUT_IMAGES:,}"
+    return TrainingData(train.name, train.label_space, train, held_out, description, record)
+
+
+def get_held_out_rule(options: DataOptions) -> HeldOutRule:
+    """Return the rule that the options describe."""
+    return HeldOutRule(options.held_out_fraction, options.split_seed)
+
+
+def hold_out(
+    images: LabeledImages, rule: HeldOutRule, options: DataOptions
+) -> tuple[LabeledImages, LabeledImages, HeldOutRecord]:
+    """Return the training images, the held-out images, and the record of the held-out images.
+
+    Raises:
+        ValueError: if none or all of the images would be held out.
+    """
+    keys = images.images.compute_keys()
+    is_held_out = [rule.selects(key) for key in keys]
+    train = [index for index in range(len(keys)) if not is_held_out[index]]
+    held_out = [index for index in range(len(keys)) if is_held_out[index]]
+    if not train or not held_out:
+        number, change = (f"all {len(keys)}", "smaller") if held_out else (f"none of the {len(keys)}", "larger")
+        raise ValueError(
+            f"{options.dataset}: {number} images would be held out by --held-out-fraction {rule.fraction} and "
+            f"--split-seed {rule.seed}. Set a {change} --held-out-fraction or another --split-seed, or add images"
+        )
+    record = HeldOutRecord.from_keys(rule, [keys[index] for index in held_out])
+    return images.select(train), images.select(held_out), record
+
+
+# Evaluation ----------------------------------------------------------------------------------------------------------
+
+
 class EvaluationData(NamedTuple):
     """The images and labels that a model is evaluated on."""
 
     label_space: LabelSpace
-    pictures: LabelledPictures
+    images: LabeledImages
     split: str
-    part: HeldOutPart | None  # None: `pictures` are a whole split, or the training images
+    rule: HeldOutRule | None  # None if `images` are a whole split, or the training images
 
 
 def load_evaluation_data(
@@ -112,7 +191,7 @@ def load_evaluation_data(
 
     Args:
         options: the data options.
-        split: name of the split; if None, `choose_split` selects it.
+        split: name of the split; if None, the split that the model's run held out, or "test".
         record: the held-out record of the model's run; the same images are held out here.
 
     Raises:
@@ -121,22 +200,22 @@ def load_evaluation_data(
     options = apply_record(options, record)
     if options.streaming:
         return load_streamed_evaluation_data(options, split, record)
-    chosen = []
+    name = ""
 
-    def find_split(names: list[str]) -> list[str]:
-        chosen.append(choose_split(split, names, record))
-        return [split_that_holds(chosen[-1], names, options)]
+    def select_split(names: list[str]) -> list[str]:
+        nonlocal name
+        name = choose_split(split, names, record)
+        return [get_stored_split(name, names, options)]
 
-    splits = load_splits(options, used=find_split)
-    (pictures,) = splits.parts.values()
-    (name,) = chosen
+    splits = load_splits(options, select=select_split)
+    (images,) = splits.parts.values()
     if is_whole_split(name, splits.names):
-        return EvaluationData(splits.label_space, pictures, name, None)
-    part = HeldOutPart(options.held_out_fraction, options.split_seed)
-    train, held_out, _ = hold_out(pictures, part, options)
+        return EvaluationData(splits.label_space, images, name, None)
+    rule = get_held_out_rule(options)
+    train, held_out, _ = hold_out(images, rule, options)
     if name == "train":
         return EvaluationData(splits.label_space, train, name, None)
-    return EvaluationData(splits.label_space, held_out, name, part)
+    return EvaluationData(splits.label_space, held_out, name, rule)
 
 
 def load_streamed_evaluation_data(
@@ -145,31 +224,41 @@ def load_streamed_evaluation_data(
     """Load one split of a stream and read its images. The training images of a single split are not supported."""
     streams = open_streams(options)
     name = choose_split(split, list(streams), record)
-    stream = streams[split_that_holds(name, list(streams), options)]
-    part = None
+    stream = streams[get_stored_split(name, list(streams), options)]
+    rule = None
     if not is_whole_split(name, list(streams)):
         if name == "train":
             raise ValueError(
-                f"{options.dataset} has a single split, and the part of it to train on cannot be evaluated as a "
-                "stream: leave out --streaming, or choose `test`, the part that is held out"
+                f"evaluation on the training images of the single split of {options.dataset} is not supported for "
+                "streams. Remove --streaming, or set --split test to evaluate the held-out images"
             )
-        part = HeldOutPart(options.held_out_fraction, options.split_seed)
-        stream = replace(stream, held_out=part)
-    return EvaluationData(stream.label_space, stream.held_out_pictures(), name, part)
+        rule = get_held_out_rule(options)
+        stream = replace(stream, held_out=rule)
+    return EvaluationData(stream.label_space, stream.read_held_out_images(), name, rule)
 
 
-def split_that_holds(asked: str, names: list[str], options: DataOptions) -> str:
+def choose_split(split: str | None, names: Collection[str], record: HeldOutRecord | None) -> str:
+    """Return the split to evaluate on.
+
+    This is the requested split, the split that the model's run held out if the dataset has it, or "test".
+    """
+    if split is not None:
+        return split
+    return record.split if record is not None and record.split in names and record.split else "test"
+
+
+def get_stored_split(split: str, names: list[str], options: DataOptions) -> str:
     """Return the stored split that contains the requested split: the split itself, or the only split."""
-    if asked in names:
-        return asked
-    if len(names) == 1 and asked in ("train", "test"):
+    if split in names:
+        return split
+    if len(names) == 1 and split in ("train", "test"):
         return names[0]
-    raise ValueError(f"{options.dataset} has no split {asked!r}: choose one of {', '.join(names)}")
+    raise ValueError(f"{options.dataset} has no split {split!r}. Choose one of {', '.join(names)}")
 
 
-def is_whole_split(asked: str, names: list[str]) -> bool:
+def is_whole_split(split: str, names: list[str]) -> bool:
     """Return whether the requested split is stored as such, and is not a part of the only split."""
-    return asked in names and not (asked == "train" and len(names) == 1)
+    return split in names and not (split == "train" and len(names) == 1)
 
 
 def apply_record(options: DataOptions, record: HeldOutRecord | None) -> DataOptions:
@@ -178,114 +267,99 @@ def apply_record(options: DataOptions, record: HeldOutRecord | None) -> DataOpti
     Raises:
         ValueError: if --split-seed or --held-out-fraction were set to other values.
     """
-    part = None if record is None else record.part
-    if part is None:
+    rule = None if record is None else record.rule
+    if rule is None:
         return options
-    for name, recorded in (("split_seed", part.seed), ("held_out_fraction", part.fraction)):
+    for name, recorded in (("split_seed", rule.seed), ("held_out_fraction", rule.fraction)):
         value = getattr(options, name)
         if value not in (recorded, getattr(DataOptions, name)):
+            flag = f"--{name.replace('_', '-')}"
             raise ValueError(
-                f"--{name.replace('_', '-')} {value}: the model's run used {recorded}, and with another value the "
-                "model would be evaluated on images that it was trained on: leave it out"
+                f"{flag} is {value}, but training used {recorded}, so the model would be evaluated on images that it "
+                f"was trained on. Remove {flag}"
             )
-    return replace(options, split_seed=part.seed, held_out_fraction=part.fraction)
+    return replace(options, split_seed=rule.seed, held_out_fraction=rule.fraction)
 
 
-def choose_split(asked: str | None, names: Collection[str], record: HeldOutRecord | None) -> str:
-    """Return the split to evaluate on.
-
-    This is the requested split, the split that the model's run held out if the dataset has it, or "test".
-    """
-    if asked is not None:
-        return asked
-    return record.split if record is not None and record.split in names and record.split else "test"
+# Fingerprints --------------------------------------------------------------------------------------------------------
 
 
 def describe_data(data: TrainingData) -> dict[str, Any]:
-    """Return the description of a run's data for its checkpoints (fingerprint.py).
+    """Return the description of a run's data for its checkpoints.
 
     The description of a stream contains only the held-out images and the classes.
     """
-    known = data.held_out if isinstance(data.train, StreamedPictures) else data.train
+    known = data.held_out if isinstance(data.train, StreamedImages) else data.train
     return {
         "num_training_images": data.num_training_images,
         "num_held_out_images": len(data.held_out),
         "held_out": data.record.to_dict(),
         "classes": data.label_space.columns,
-        **compute_fingerprint(known.pictures.names(), known.labels, known.pictures.content),
+        **compute_fingerprint(known.images.get_names(), known.labels, known.images.read_content),
     }
 
 
-# Splitting -----------------------------------------------------------------------------------------------------------
+def compute_fingerprint(
+    names: Sequence[str], labels: Iterable[Any], read_content: Callable[[int], bytes | None]
+) -> dict[str, str]:
+    """Return the digests that are listed at the top of this file.
 
-
-def training_split(names: Collection[str]) -> str:
-    """Return the name of the training split."""
-    return "train" if "train" in names else next(iter(names))
-
-
-def held_out_split(names: Collection[str]) -> str | None:
-    """Return the name of the split for evaluation during training; None if there is no such split."""
-    return next((name for name in HELD_OUT_NAMES if name in names and name != training_split(names)), None)
-
-
-def used_in_training(names: list[str]) -> list[str]:
-    """Return the names of the splits that training reads."""
-    held_out = held_out_split(names)
-    return [training_split(names), *([] if held_out is None else [held_out])]
-
-
-def divided(splits: Splits, options: DataOptions) -> TrainingData:
-    """Return the dataset's own held-out split, or hold out images of its training split."""
-    train = splits.parts[training_split(splits.parts)]
-    name = held_out_split(splits.parts)
-    if name is not None:
-        held_out = splits.parts[name]
-        record = HeldOutRecord(name, len(held_out))
-        return TrainingData(splits.name, splits.label_space, train, held_out, f"split {name!r}", record)
-    part = HeldOutPart(options.held_out_fraction, options.split_seed)
-    train, held_out, record = hold_out(train, part, options)
-    return TrainingData(splits.name, splits.label_space, train, held_out, str(part), record)
-
-
-def hold_out(
-    pictures: LabelledPictures, part: HeldOutPart, options: DataOptions
-) -> tuple[LabelledPictures, LabelledPictures, HeldOutRecord]:
-    """Return the training images, the held-out images, and the record of the held-out images.
-
-    Raises:
-        ValueError: if none or all of the images would be held out.
+    Args:
+        names: the name of each image.
+        labels: the label of each image, in values that JSON supports.
+        read_content: function that returns the bytes of an image from its index; None if it cannot be read.
     """
-    keys = pictures.pictures.keys()
-    held_out = [index for index, key in enumerate(keys) if part.holds(key)]
-    if not 0 < len(held_out) < len(keys):
-        found = f"all of its {len(keys)}" if held_out else f"none of its {len(keys)}"
-        change = "a smaller" if held_out else "a larger"
-        raise ValueError(
-            f"{options.dataset}: {found} images would be held out by --held-out-fraction {part.fraction} and "
-            f"--split-seed {part.seed}: set {change} fraction or another seed, or add images"
-        )
-    chosen = set(held_out)
-    train = [index for index in range(len(keys)) if index not in chosen]
-    record = HeldOutRecord.from_keys(part, [keys[index] for index in held_out])
-    return pictures.chosen(train), pictures.chosen(held_out), record
+    samples = sorted({len(names) * number // NUM_SAMPLES for number in range(NUM_SAMPLES)}) if names else []
+    contents = (read_content(index) for index in samples)
+    return {
+        "names_sha256": compute_digest(names),
+        "name_set_sha256": compute_digest(sorted(names)),
+        "labels_sha256": compute_digest(labels),
+        "contents_sha256": compute_digest(
+            hashlib.sha256(content).hexdigest() for content in contents if content is not None
+        ),
+    }
 
 
-def divided_streams(streams: dict[str, StreamedPictures], options: DataOptions) -> TrainingData:
-    """Return the training split and the held-out split of a stream, and read the held-out images."""
-    train = streams[training_split(streams)]
-    name = held_out_split(streams)
-    if name is not None:
-        held_out, how = streams[name].held_out_pictures(), f"split {name!r}"
-        record = HeldOutRecord(name, len(held_out))
-    else:
-        part = HeldOutPart(options.held_out_fraction, options.split_seed)
-        train = replace(train, held_out=part)
-        held_out, how = train.held_out_pictures(), str(part)
-        record = HeldOutRecord.from_keys(part, held_out.pictures.keys())
-        if len(held_out) == HELD_OUT_PICTURES:
-            how += f", evaluated on the first {HELD_OUT_PICTURES:,}"
-    return TrainingData(train.name, train.label_space, train, held_out, how, record)
+def compute_digest(values: Iterable[Any]) -> str:
+    """Return the SHA-256 of values that JSON supports."""
+    digest = hashlib.sha256()
+    for value in values:
+        digest.update(json.dumps(value, sort_keys=True).encode() + b"\n")
+    return digest.hexdigest()
+
+
+def describe_change(before: dict[str, Any], now: dict[str, Any]) -> str | None:
+    """Return how data differs from the data that a run was started with; None if it is the same.
+
+    Args:
+        before: the result of `describe_data` when the run was started.
+        now: the result of `describe_data` now.
+    """
+    if before == now:
+        return None
+    for column, names in now["classes"].items():
+        if (previous := before["classes"].get(column)) != names:
+            return f"the classes of {column!r} were {format_classes(previous)}, but are {format_classes(names)} now"
+    for name, noun in (("num_training_images", "training images"), ("num_held_out_images", "held-out images")):
+        if before[name] != now[name]:
+            return f"there were {before[name]:,} {noun}, but there are {now[name]:,} now"
+    if before["name_set_sha256"] != now["name_set_sha256"]:
+        return "the number of images is the same, but their names differ"
+    if before["names_sha256"] != now["names_sha256"]:
+        return "the images are the same, but their order differs"
+    if before["labels_sha256"] != now["labels_sha256"]:
+        return "the images are the same, but some labels differ"
+    if before["contents_sha256"] != now["contents_sha256"]:
+        return "the names of the images are the same, but their contents differ; classes may have been swapped"
+    return "other images are held out"
+
+
+def format_classes(names: Sequence[str] | None) -> str:
+    """Return the number of classes and the first names."""
+    if not names:
+        return "none"
+    return f"{len(names)} ({', '.join(names[:5])}{', ...' if len(names) > 5 else ''})"
 
 
 # Warnings ------------------------------------------------------------------------------------------------------------
@@ -294,23 +368,23 @@ def divided_streams(streams: dict[str, StreamedPictures], options: DataOptions) 
 def describe_missing_classes(data: TrainingData) -> list[str]:
     """Return warnings about classes without held-out images and classes without training images.
 
-    The splits of a dataset are not checked, only images that were held out by their checksum.
+    Only images that were held out by a `HeldOutRule` are checked, not the splits of a dataset.
     """
-    if data.record.part is None or isinstance(data.train, StreamedPictures):
+    if data.record.rule is None or isinstance(data.train, StreamedImages):
         return []
-    trained, held_out = (find_classes(part.labels, data.label_space) for part in (data.train, data.held_out))
-    num_classes = len(trained | held_out)
+    train, held_out = (find_classes(part.labels, data.label_space) for part in (data.train, data.held_out))
+    num_classes = len(train | held_out)
     remedy = "Add images, or set another --split-seed or --held-out-fraction"
     warnings = []
-    if missing := sorted(trained - held_out):
+    if missing := sorted(train - held_out):
         warnings.append(
-            f"no image of {len(missing)} of the {num_classes} classes is held out ({shorten_list(missing)}): their "
+            f"{len(missing)} of the {num_classes} classes have no held-out images ({shorten_list(missing)}), so their "
             f"accuracy is not measured. {remedy}"
         )
-    if missing := sorted(held_out - trained):
+    if missing := sorted(held_out - train):
         warnings.append(
-            f"all images of {len(missing)} of the {num_classes} classes are held out ({shorten_list(missing)}): the "
-            f"model cannot learn them. {remedy}"
+            f"{len(missing)} of the {num_classes} classes have no training images ({shorten_list(missing)}), because "
+            f"all of their images are held out. {remedy}"
         )
     return warnings
 
@@ -318,8 +392,12 @@ def describe_missing_classes(data: TrainingData) -> list[str]:
 def find_classes(labels: Sequence[Any], space: LabelSpace) -> set[str]:
     """Return the names of the classes in labels. With several tasks, each name starts with the name of its task."""
     if space.kind == "multi_task":
-        named = [(task, names, label[task]) for task, names in space.columns.items() for label in labels]
-        return {f"{task} {names[label]}" for task, names, label in named if label >= 0}
+        return {
+            f"{task} {names[label[task]]}"
+            for task, names in space.columns.items()
+            for label in labels
+            if label[task] >= 0
+        }
     if not space.columns:
         return set()
     if space.kind == "multi_label_classification":

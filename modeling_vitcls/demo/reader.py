@@ -228,8 +228,8 @@ class DemoModel:
     def compute_attention_rows(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """Return `DemoResult.rows` for one image [1, C, H, W]."""
         if self.merges_patches:
-            rows, columns = self.model.base_model.embeddings.patch_embeddings.get_grid_size(pixel_values)
-            num_tokens = self.model.config.token_layout.num_prefix_tokens + rows * columns
+            grid = self.model.base_model.embeddings.patch_embeddings.get_grid_size(pixel_values)
+            num_tokens = self.model.config.token_layout.get_num_tokens(*grid)
             return torch.empty(0, len(self.heads), len(self.tokens), num_tokens)
         return self.model.token_attention(pixel_values)[0].float().cpu()
 

@@ -1,10 +1,10 @@
-"""A model as one graph that runs without this package: torch.export, ONNX, OpenVINO; each compared with the model.
+"""Export a model to a graph that runs without this package: torch.export, ONNX or OpenVINO, compared with the model.
 
-    exportable.py     checkpoint or preset -> model, image processor and the outputs that are exported
-    tracing.py        model -> graph, with variable image sizes where possible
-    formats.py        graph -> file, and the outputs of that file in its own runtime
-    export_report.py  images that are compared, largest differences, facts for users of the file
-    exporter.py       the program scripts/export.py
+    exportable.py     load the model and image processor, and return its outputs by name
+    tracing.py        trace the model to a graph, with dynamic image size if possible
+    formats.py        write the graph to a file, and run the file in its runtime
+    export_report.py  largest differences, and descriptions of inputs and outputs
+    exporter.py       implementation of scripts/export.py
 
-Nothing here is copied to the Hub. The packages of other projects are the extra `export`.
+These files are not copied to the Hub. The required packages are the extra `export`.
 """

@@ -1,30 +1,30 @@
-"""A checkpoint exported, compared and written, with its certificate beside it; all or nothing.
+"""Export a checkpoint, compare the file with the model, and write the file and its report, or write nothing.
 
-certificate = export_model("runs/mine", "onnx", Path("mine.onnx"))      # and mine.onnx.json
+report = export_model("runs/mine", "onnx", Path("mine.onnx"))      # also writes mine.onnx.json
 """
 
+import dataclasses
 import tempfile
 from pathlib import Path
 
+from ..conversion.parity_report import build_random_images, hash_files
+from ..files import write_json
 from ..hub.local_paths import resolve_name, strip_folders
 from ..system import get_versions
 from .export_report import (
     LIMITS,
-    Certificate,
-    compared,
-    hashes,
-    images,
-    input_facts,
-    label_names,
-    largest_differences,
-    model_answers,
-    output_shapes,
-    preprocessing_facts,
-    shapes_to_try,
+    ExportReport,
+    compare_outputs,
+    describe_input,
+    describe_outputs,
+    describe_preprocessing,
+    get_label_names,
+    get_largest_differences,
+    select_image_shapes,
 )
-from .exportable import load_exportable
-from .formats import FORMATS, Format, Traced
-from .tracing import DTYPES, plan_for, traced
+from .exportable import compute_named_outputs, load_exportable
+from .formats import FORMATS, Format, TracedModel
+from .tracing import DTYPES, select_graph_shape, trace_model
 
 
 def export_model(
@@ -35,37 +35,42 @@ def export_model(
     dynamic: bool = True,
     dtype: str = "float32",
     opset: int | None = None,
-) -> Certificate:
-    """Write the graph of a model to `output`, and its certificate to `output` with `.json` behind it.
+) -> ExportReport:
+    """Write the graph of a model to `output`, and its report to the same name with `.json` appended.
 
     Args:
-        source: A folder, a model of the Hub, or a preset, which gets random weights.
+        source: A model folder, a model on the Hub, or a preset, which has random weights.
         format_name: "torch", "onnx" or "openvino".
-        output: A file that does not exist yet, with the suffix of the format.
-        image_size: (height, width), pixels, that the graph is meant for. Default: the model's own.
-        dynamic: Leave the image size open. Where the model does not allow it, the certificate says why.
-        dtype: Of weights and calculations; the graph takes and gives float32.
-        opset: Of ONNX. Default: torch's.
+        output: A file that does not exist, with the suffix of the format.
+        image_size: (height, width) in pixels: the fixed image size, or the main size of the comparison if the size is
+            dynamic. Default: the size of the model.
+        dynamic: Whether the graph accepts any image size. If this is impossible, the report gives the reason.
+        dtype: dtype of weights and computations; inputs and outputs are float32.
+        opset: ONNX opset. Default: the default of torch.
 
     Raises:
-        ValueError, OSError: in one line; nothing is written then. For a model that cannot be found or exported, a
-            difference over the limit, packages that are missing, or an `output` that is in use.
+        ValueError, OSError: If the model cannot be found or exported, a difference exceeds the limit, packages are
+            missing, or `output` exists. The message has one line, and nothing is written.
     """
-    chosen = FORMATS[format_name]
-    check_output(output, chosen)
-    check_packages(format_name, chosen)
+    file_format = FORMATS[format_name]
+    check_output_path(output, file_format)
+    if missing := file_format.find_missing_packages():
+        raise ValueError(
+            f"--format {format_name} requires {', '.join(missing)}. Run pip install 'modeling_vitcls[export]'"
+        )
     exportable = load_exportable(source)
     model = exportable.model
-    plan = plan_for(model, image_size, dynamic, chosen.has_antialias)
-    batches = [images(shape) for shape in shapes_to_try(model.config, plan)]
-    wanted = model_answers(model, batches)
-    names = list(wanted[0])
-    graph = Traced(traced(model, plan, DTYPES[dtype]), plan, names, opset)
-    with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=existing_folder(output)) as partial:
+    shape = select_graph_shape(model, image_size, dynamic, file_format.has_antialias)
+    batches = [build_random_images(batch_shape) for batch_shape in select_image_shapes(model.config, shape)]
+    expected = compute_named_outputs(model, batches)
+    names = list(expected[0])
+    graph = TracedModel(trace_model(model, shape, DTYPES[dtype]), shape, names, opset)
+    parent = next(folder for folder in output.absolute().parents if folder.is_dir())
+    with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=parent) as partial:
         file = Path(partial, output.name)
-        written_opset = chosen.write(graph, file)
-        trials = compared(batches, wanted, chosen.answers(file, batches, names), dtype)
-        certificate = Certificate(
+        written_opset = file_format.write(graph, file)
+        comparisons = compare_outputs(batches, expected, file_format.run(file, batches, names), dtype)
+        report = ExportReport(
             format=format_name,
             model=strip_folders(resolve_name(source, is_built_in=not exportable.is_trained)),
             model_class=type(model).__name__,
@@ -73,62 +78,49 @@ def export_model(
             dtype=dtype,
             opset=written_opset,
             limit=LIMITS[dtype],
-            largest_differences=largest_differences(trials),
-            tried=trials,
-            input=input_facts(model.config, plan),
-            outputs=output_shapes(wanted[0], plan),
-            fixed_because=plan.reason,
-            preprocessing=preprocessing_facts(exportable.processor),
-            labels=label_names(model.config, names),
-            versions=get_versions("timm", *chosen.packages),
-            sha256=hashes(Path(partial)),
+            largest_differences=get_largest_differences(comparisons),
+            tried=comparisons,
+            input=describe_input(model.config, shape),
+            outputs=describe_outputs(expected[0], shape),
+            fixed_because=shape.fixed_size_reason,
+            preprocessing=describe_preprocessing(exportable.processor),
+            labels=get_label_names(model.config, names),
+            versions=get_versions("timm", *file_format.packages),
+            sha256=hash_files(Path(partial).iterdir()),
         )
-        certificate.save(certificate_beside(file))
-        move_all(Path(partial), output.parent)
-    return certificate
+        write_json(get_report_path(file), dataclasses.asdict(report))
+        move_files(Path(partial), output.parent)
+    return report
 
 
-def certificate_beside(file: Path) -> Path:
-    """Where the certificate of an exported file is."""
+def get_report_path(file: Path) -> Path:
+    """Return the path of the report of an exported file."""
     return file.with_name(f"{file.name}.json")
 
 
-def check_output(output: Path, chosen: Format) -> None:
-    """Raise ValueError for another suffix than the format's, or a file that exists."""
-    if output.suffix != chosen.suffix:
-        raise ValueError(f"--output {output}: give a file name that ends with {chosen.suffix}")
-    for file in (output, certificate_beside(output)):
-        check_free(file)
+def check_output_path(output: Path, file_format: Format) -> None:
+    """Raise ValueError if the path has another suffix than the format, or if the file or its report exists."""
+    if output.suffix != file_format.suffix:
+        raise ValueError(f"--output must end with {file_format.suffix}, but is {output}")
+    for file in (output, get_report_path(output)):
+        check_does_not_exist(file)
 
 
-def check_free(file: Path) -> None:
-    """Raise ValueError if there is one already."""
+def check_does_not_exist(file: Path) -> None:
+    """Raise ValueError if a file exists."""
     if file.exists():
-        raise ValueError(f"{file} exists: name another file, or remove it")
+        raise ValueError(f"{file} exists. Set another --output, or remove the file")
 
 
-def existing_folder(output: Path) -> Path:
-    """The folder of `output`, or the nearest one above it that exists."""
-    return next(folder for folder in output.absolute().parents if folder.is_dir())
-
-
-def move_all(source: Path, target: Path) -> None:
-    """Move the files of one folder to another, which is made if need be.
+def move_files(source: Path, target: Path) -> None:
+    """Move all files of a folder to another folder, which is created if it does not exist.
 
     Raises:
-        ValueError: if one of them is there already; none is moved then.
+        ValueError: If a file exists in the target; no file is moved then.
     """
     files = sorted(source.iterdir())
     for file in files:
-        check_free(target / file.name)
+        check_does_not_exist(target / file.name)
     target.mkdir(parents=True, exist_ok=True)
     for file in files:
         file.rename(target / file.name)
-
-
-def check_packages(format_name: str, chosen: Format) -> None:
-    """Raise ValueError where some of other projects' packages are missing."""
-    if missing := chosen.missing_packages():
-        raise ValueError(
-            f"--format {format_name} needs {', '.join(missing)}: run pip install 'modeling_vitcls[export]'"
-        )

@@ -1,8 +1,8 @@
-"""The file formats: how a graph is written, and what the file answers in the runtime that it is meant for.
+"""Write a graph to a file, and run the file in the runtime of its format.
 
-torch     .pt2     torch.export.load, in a process of its own that has torch alone
-onnx      .onnx    onnxruntime; weights beyond 2 GB stand in a second file, FILE.data
-openvino  .xml     OpenVINO, with its weights in FILE.bin; made from the ONNX graph
+torch     .pt2     torch.export.load, in a separate process that can import torch but not this package
+onnx      .onnx    onnxruntime; weights of more than 1.9 GB are written to a second file, FILE.data
+openvino  .xml     OpenVINO, with weights in FILE.bin; converted from the ONNX graph
 """
 
 import subprocess
@@ -17,54 +17,56 @@ from typing import Any
 import torch
 from torch.export import ExportedProgram
 
-from .exportable import INPUT, Answers
-from .tracing import Plan, first_line, open_shapes
+from ..errors import format_error
+from .exportable import INPUT, Outputs
+from .tracing import GraphShape, build_dynamic_shapes
 
 
-# An ONNX file is one protobuf message, which may not be longer than 2 GB.
-LARGEST_IN_ONE_FILE = 1_900_000_000  # bytes of weights
+# Maximum size of the weights inside an ONNX file, in bytes. The file is a protobuf message, which is limited to 2 GB.
+MAX_ONNX_WEIGHTS = 1_900_000_000
 
 
 @dataclass(frozen=True)
-class Traced:
-    """A graph to be written.
+class TracedModel:
+    """A graph and its settings.
 
     Attributes:
-        names: of its answers, in order.
-        opset: of ONNX; None for the exporter's own choice.
+        names: Names of the outputs, in order.
+        opset: ONNX opset; None for the default of the exporter.
     """
 
     graph: ExportedProgram
-    plan: Plan
+    shape: GraphShape
     names: list[str]
     opset: int | None
 
 
 @dataclass(frozen=True)
 class Format:
-    """One file format.
+    """A file format.
 
     Attributes:
-        write: writes the graph, and returns the ONNX opset where there is one.
-        answers: what the file answers to each batch of images.
-        packages: what has to be installed.
-        has_antialias: whether it shrinks as PyTorch does; OpenVINO's answers were 1e-4 to 1e-3 away.
+        packages: Names of the required packages.
+        write: Function that writes a graph and returns the ONNX opset, or None.
+        run: Function that returns the outputs of a file for each batch of images.
+        has_antialias: Whether the runtime downsamples with the same antialiasing as PyTorch. Outputs of OpenVINO
+            differed by 1e-4 to 1e-3.
     """
 
     suffix: str
     packages: tuple[str, ...]
-    write: Callable[[Traced, Path], int | None]
-    answers: Callable[[Path, Sequence[torch.Tensor], list[str]], list[Answers]]
+    write: Callable[[TracedModel, Path], int | None]
+    run: Callable[[Path, Sequence[torch.Tensor], list[str]], list[Outputs]]
     has_antialias: bool = True
 
-    def missing_packages(self) -> list[str]:
-        """Those that are not installed."""
+    def find_missing_packages(self) -> list[str]:
+        """Return the names of the required packages that are not installed."""
         return [name for name in self.packages if find_spec(name) is None]
 
 
 # torch ---------------------------------------------------------------------------------------------------------------
 
-IN_A_FRESH_PROCESS = """
+RUN_SCRIPT = """
 import sys
 sys.modules["modeling_vitcls"] = None  # importing it fails
 import torch
@@ -74,36 +76,36 @@ with torch.no_grad():
 """
 
 
-def write_torch(traced: Traced, file: Path) -> None:
-    """Save with torch.export.save."""
+def write_torch(traced: TracedModel, file: Path) -> None:
+    """Write a graph with torch.export.save."""
     torch.export.save(traced.graph, file)
 
 
-def torch_answers(file: Path, batches: Sequence[torch.Tensor], names: list[str]) -> list[Answers]:
-    """What the file answers where this package does not exist.
+def run_torch(file: Path, batches: Sequence[torch.Tensor], names: list[str]) -> list[Outputs]:
+    """Run a file in a separate process that cannot import this package, and return its outputs.
 
     Raises:
-        ValueError: if it cannot be loaded or run there.
+        ValueError: If the process cannot load or run the file.
     """
     with tempfile.TemporaryDirectory() as folder:
-        asked, answered = Path(folder, "asked"), Path(folder, "answered")
-        torch.save(list(batches), asked)
-        command = [sys.executable, "-I", "-c", IN_A_FRESH_PROCESS, str(file), str(asked), str(answered)]
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode != 0:
-            why = done.stderr.strip().splitlines()[-1:] or [f"exit status {done.returncode}"]
-            raise ValueError(f"the written graph does not run in a fresh process: {why[0]}")
-        return torch.load(answered)
+        inputs, outputs = Path(folder, "inputs"), Path(folder, "outputs")
+        torch.save(list(batches), inputs)
+        command = [sys.executable, "-I", "-c", RUN_SCRIPT, str(file), str(inputs), str(outputs)]
+        process = subprocess.run(command, capture_output=True, text=True)
+        if process.returncode != 0:
+            reason = process.stderr.strip().splitlines()[-1:] or [f"exit status {process.returncode}"]
+            raise ValueError(f"the written graph does not run in a separate process: {reason[0]}")
+        return torch.load(outputs)
 
 
 # ONNX ----------------------------------------------------------------------------------------------------------------
 
 
-def write_onnx(traced: Traced, file: Path) -> int:
-    """Export with torch.onnx; returns the opset.
+def write_onnx(traced: TracedModel, file: Path) -> int:
+    """Write a graph with torch.onnx and return the opset.
 
     Raises:
-        ValueError: for operations that ONNX does not have.
+        ValueError: If ONNX does not support an operation or the opset.
     """
     try:
         program = torch.onnx.export(
@@ -111,79 +113,79 @@ def write_onnx(traced: Traced, file: Path) -> int:
             dynamo=True,
             input_names=[INPUT],
             output_names=traced.names,
-            dynamic_shapes=open_shapes(traced.plan),
+            dynamic_shapes=build_dynamic_shapes(traced.shape),
             opset_version=traced.opset,
             verbose=False,
         )
-    except Exception as error:  # whatever the exporter raises for what it does not know
-        raise ValueError(f"torch.onnx cannot export this model: {first_line(error)}") from error
+    except Exception as error:  # the exporter raises many types of errors
+        raise ValueError(f"torch.onnx cannot export this model: {format_error(error)}") from error
     assert program is not None
     num_bytes = sum(weight.nbytes for weight in traced.graph.state_dict.values())
-    program.save(file, external_data=num_bytes > LARGEST_IN_ONE_FILE)
+    program.save(file, external_data=num_bytes > MAX_ONNX_WEIGHTS)
     opset = program.model.opset_imports[""]
     if traced.opset not in (None, opset):
-        raise ValueError(f"--opset {traced.opset}: torch.onnx gives this model opset {opset}: leave the flag out")
+        raise ValueError(f"torch.onnx exports with opset {opset}, but --opset is {traced.opset}. Omit --opset")
     return opset
 
 
-def onnx_answers(file: Path, batches: Sequence[torch.Tensor], names: list[str]) -> list[Answers]:
-    """What onnxruntime answers on the CPU.
+def run_onnx(file: Path, batches: Sequence[torch.Tensor], names: list[str]) -> list[Outputs]:
+    """Run a file with onnxruntime on the CPU and return its outputs.
 
     Raises:
-        ValueError: if it cannot load or run the file.
+        ValueError: If onnxruntime cannot load or run the file.
     """
     import onnxruntime
 
-    settings = onnxruntime.SessionOptions()
-    settings.intra_op_num_threads = torch.get_num_threads()
-    settings.log_severity_level = 3  # errors
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    options.log_severity_level = 3  # errors
     try:
-        session = onnxruntime.InferenceSession(str(file), settings, providers=["CPUExecutionProvider"])
-        return [named(names, session.run(names, {INPUT: images.numpy()})) for images in batches]
-    except Exception as error:  # onnxruntime's own types, none of which it documents
-        raise ValueError(f"onnxruntime does not run the written graph on the CPU: {first_line(error)}") from error
+        session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+        return [name_outputs(names, session.run(names, {INPUT: images.numpy()})) for images in batches]
+    except Exception as error:  # onnxruntime raises undocumented types of errors
+        raise ValueError(f"onnxruntime cannot run the written graph on the CPU: {format_error(error)}") from error
 
 
 # OpenVINO ------------------------------------------------------------------------------------------------------------
 
 
-def write_openvino(traced: Traced, file: Path) -> int:
-    """Export to ONNX, and let OpenVINO read and save it; returns the opset of the former.
+def write_openvino(traced: TracedModel, file: Path) -> int:
+    """Write a graph to ONNX, convert the ONNX file with OpenVINO, and return the opset of the ONNX file.
 
     Raises:
-        ValueError: for operations that either does not have.
+        ValueError: If ONNX or OpenVINO does not support an operation.
     """
     import openvino
 
     with tempfile.TemporaryDirectory() as folder:
-        between = Path(folder, "model.onnx")
-        opset = write_onnx(traced, between)
+        onnx_file = Path(folder, "model.onnx")
+        opset = write_onnx(traced, onnx_file)
         try:
-            openvino.save_model(openvino.Core().read_model(between), file, compress_to_fp16=False)
+            openvino.save_model(openvino.Core().read_model(onnx_file), file, compress_to_fp16=False)
         except RuntimeError as error:
-            raise ValueError(f"OpenVINO cannot read this model: {first_line(error)}") from error
+            raise ValueError(f"OpenVINO cannot read this model: {format_error(error)}") from error
     return opset
 
 
-def openvino_answers(file: Path, batches: Sequence[torch.Tensor], names: list[str]) -> list[Answers]:
-    """What OpenVINO answers on the CPU, calculating in float32: left alone it takes bfloat16 where that is faster.
+def run_openvino(file: Path, batches: Sequence[torch.Tensor], names: list[str]) -> list[Outputs]:
+    """Run a file with OpenVINO on the CPU in float32 and return its outputs. OpenVINO's default may be bfloat16.
 
     Raises:
-        ValueError: if it cannot load or run the file.
+        ValueError: If OpenVINO cannot load or run the file.
     """
     import openvino
 
     settings = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": torch.get_num_threads()}
     try:
         compiled = openvino.Core().compile_model(file, "CPU", settings)
-        answers = [compiled({INPUT: images.numpy()}) for images in batches]
-        return [named(names, [answer[name] for name in names]) for answer in answers]
+        outputs = [compiled({INPUT: images.numpy()}) for images in batches]
+        return [name_outputs(names, [arrays[name] for name in names]) for arrays in outputs]
     except RuntimeError as error:
-        raise ValueError(f"OpenVINO does not run the written graph on the CPU: {first_line(error)}") from error
+        raise ValueError(f"OpenVINO cannot run the written graph on the CPU: {format_error(error)}") from error
 
 
-def named(names: list[str], arrays: Sequence[Any]) -> Answers:
-    """Arrays as tensors, by name."""
+def name_outputs(names: list[str], arrays: Sequence[Any]) -> Outputs:
+    """Convert arrays to tensors and return them by name."""
     return {name: torch.from_numpy(array.copy()) for name, array in zip(names, arrays, strict=True)}
 
 
@@ -191,7 +193,7 @@ ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 OPENVINO_PACKAGES = ("onnx", "onnxscript", "openvino")
 
 FORMATS: dict[str, Format] = {
-    "torch": Format(".pt2", (), write_torch, torch_answers),
-    "onnx": Format(".onnx", ONNX_PACKAGES, write_onnx, onnx_answers),
-    "openvino": Format(".xml", OPENVINO_PACKAGES, write_openvino, openvino_answers, has_antialias=False),
+    "torch": Format(".pt2", (), write_torch, run_torch),
+    "onnx": Format(".onnx", ONNX_PACKAGES, write_onnx, run_onnx),
+    "openvino": Format(".xml", OPENVINO_PACKAGES, write_openvino, run_openvino, has_antialias=False),
 }

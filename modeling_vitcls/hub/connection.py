@@ -19,6 +19,8 @@ from huggingface_hub.utils import (
 )
 from huggingface_hub.utils import logging as hub_logging
 
+from ..errors import format_error
+
 
 # Any request may raise the base class of the HTTP library that huggingface_hub uses: httpx or httpx2.
 HTTPError: type[Exception] = next(base for base in HfHubHTTPError.__bases__ if base is not OSError)
@@ -206,12 +208,12 @@ def format_hub_error(error: BaseException) -> str:
 
 def get_message(error: BaseException) -> str:
     """Return the message of an error, without its causes."""
-    message = str(error)
     if isinstance(error, HfHubHTTPError):
         message = f"HTTP {error.response.status_code}, {error.server_message or error.response.reason_phrase}"
+        return " ".join(message.split()).rstrip(".")
     if isinstance(error, json.JSONDecodeError):
-        message = "its response is not JSON"
-    return " ".join(message.split()).rstrip(".") or type(error).__name__
+        return "its response is not JSON"
+    return format_error(error).rstrip(".")
 
 
 def describe_no_response(error: BaseException) -> str:

@@ -42,6 +42,9 @@ from huggingface_hub.utils import (
 )
 from torch import nn
 
+from ..adaptation_vitcls import check_folder
+from ..configuration_vitcls import ViTCLSConfig
+from ..files import read_json
 from .connection import HUB_ERRORS, describe_no_response, format_hub_error, get_endpoint, retry, set_hub_timeout
 
 
@@ -109,6 +112,28 @@ def get_model_folder(source: str, files: Sequence[str] = MODEL_FILES, revision: 
         )
         return folder
     return download_model(source, files, revision)
+
+
+def check_is_vitcls(source: str, folder: str | Path) -> dict[str, Any]:
+    """Check that a folder contains a vitcls model, and return the values in its config.json.
+
+    Args:
+        source: Name of the model as the user wrote it, for the error message.
+        folder: Folder of the model.
+
+    Raises:
+        ValueError: If the model has another type, or config.json is damaged.
+        OSError: If config.json is missing.
+    """
+    check_folder(str(folder), config_is_elsewhere=False)
+    settings = read_json(Path(folder, CONFIG))
+    model_type = settings.get("model_type")
+    if model_type != ViTCLSConfig.model_type:
+        raise ValueError(
+            f"{source} contains a model of type {model_type!r}, not {ViTCLSConfig.model_type!r}. Convert it with "
+            "scripts/convert.py first"
+        )
+    return settings
 
 
 def get_any_model_folder(source: str, revision: str | None = None) -> str:

@@ -21,14 +21,14 @@ from ..checkpoints import (
     Checkpoint,
     CheckpointStore,
     DamagedCheckpoint,
+    format_state,
     read_checkpoint,
     read_state,
-    state_text,
 )
-from ..configuration_vitcls import ViTCLSConfig
 from ..files import read_json
 from .card_renaming import rename_card
 from .card_training import get_shareable_flags
+from .loading import check_is_vitcls
 from .local_paths import is_local
 from .provenance import LICENSE_FILES
 
@@ -118,12 +118,7 @@ def check_is_model(folder: Path) -> None:
         raise ValueError(f"{folder} is not a folder. Set the folder of a saved model")
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder} does not contain a model: it has no config.json. Set the folder of a saved model")
-    model_type = read_json(folder / "config.json").get("model_type")
-    if model_type != ViTCLSConfig.model_type:
-        raise ValueError(
-            f"{folder} contains a model of type {model_type!r}, not {ViTCLSConfig.model_type!r}. Convert it with "
-            "scripts/convert.py first"
-        )
+    check_is_vitcls(str(folder), folder)
 
 
 def read_code_references(folder: Path) -> list[str]:
@@ -205,7 +200,7 @@ def collect_checkpoint_files(folder: Path) -> RepoFiles:
     state["facts"]["flags"] = {
         name: value for name, value in state["facts"]["flags"].items() if name != "output_dir" and not is_local(value)
     }
-    files[f"{path}/{STATE_FILE}"] = state_text(state).encode()
+    files[f"{path}/{STATE_FILE}"] = format_state(state).encode()
     return files
 
 

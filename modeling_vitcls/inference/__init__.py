@@ -1,10 +1,9 @@
 """Evaluation, prediction and features of saved models, on any number of processes.
 
-    load_model.py       name -> model; checks that it is a vitcls checkpoint
-    metrics.py          metrics by kind of labels
+    load_model.py       name -> model; checks that it is a classifier
+    metrics.py          metrics by kind of labels, and of masked autoencoders
     evaluator.py        evaluate a model on a held-out split, each image exactly once
     evaluate.py         the program scripts/evaluate.py
-    reconstruction.py   evaluation of masked image modeling
     inputs.py           images of a prediction, decoded ahead of the model
     prediction_rows.py  pixels -> rows of labels, probabilities or features
     outputs.py          rows -> table, CSV, JSON, Parquet; shards; progress

@@ -1,4 +1,4 @@
-"""Evaluation of a model on labelled images. Each image is counted exactly once on any number of processes.
+"""Evaluation of a model on labeled images. Each image is counted exactly once on any number of processes.
 
     images -> images of this process -> pixel_values and labels -> model -> metrics over all processes
 
@@ -10,26 +10,29 @@ The metrics are in metrics.py; evaluate.py evaluates a saved model and writes th
 """
 
 import copy
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object, send_to_device
+from PIL import Image
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
-from ..data.images import BrokenPictures, LabelledPictures, check_channels
-from ..data.labels import LabelKind, LabelSpace
-from ..data.workers import leave_signals_to_parent
+from ..data.augmentation import MaskGenerator
+from ..data.batches import leave_signals_to_parent
+from ..data.images import LabeledImages, UnreadableImages, check_channels
+from ..data.labels import UNLABELED, LabelKind, LabelSpace
+from ..data.sampling import derive_seed
 from ..image_processing_vitcls import ViTCLSImageProcessor
 from ..options import DataOptions
-from .metrics import METRICS, scalars
+from .metrics import METRICS, ReconstructionMetrics, select_scalars
 
 
-KEPT_BYTES = 256 * 2**20  # maximum size of the cache of prepared images per process, in bytes
-DECIMALS = 6
+MAX_CACHE_BYTES = 256 * 2**20  # maximum size of the cache of prepared images per process, in bytes
+NUM_DECIMALS = 6  # decimals of metrics
 
 
 @dataclass
@@ -38,19 +41,15 @@ class HeldOutBatch:
 
     pixel_values: torch.Tensor | None  # [G, C, H, W]; None if there is no readable image
     labels: Any  # labels of the G images, by kind
-    broken: dict[int, str]  # index of an unreadable image -> error message
-
-    def copied(self) -> "HeldOutBatch":
-        """Return a copy outside of the shared memory of workers, which keeps one file open per tensor."""
-        return copy.deepcopy(self)
+    unreadable: dict[int, str]  # error messages by index of the unreadable image
 
 
-class HeldOutPictures(Dataset):
+class HeldOutImages(Dataset):
     """The images of one process, in batches."""
 
     def __init__(
         self,
-        source: LabelledPictures,
+        source: LabeledImages,
         processor: ViTCLSImageProcessor,
         label_space: LabelSpace,
         batch_size: int,
@@ -70,20 +69,23 @@ class HeldOutPictures(Dataset):
         return len(self.batches)
 
     def __getitem__(self, index: int) -> HeldOutBatch:
-        images, labels, broken = [], [], {}
+        pixel_values, labels, unreadable = [], [], {}
         for position in self.batches[index]:
             if position >= len(self.source):
                 break
             try:
-                picture = self.source.pictures[position]
-                pixels = self.processor(picture, return_tensors="pt")["pixel_values"][0]  # [C, H, W]
-                check_channels(picture, pixels, self.num_channels)
-                images.append(pixels)
+                image = self.source.images[position]
+                pixels = self.processor(image, return_tensors="pt")["pixel_values"][0]  # [C, H, W]
+                check_channels(image, pixels, self.num_channels)
+                pixel_values.append(pixels)
                 labels.append(self.source.labels[position])
-            except ValueError as error:  # BrokenPicture, or an image that the image processor does not support
-                broken[position] = str(error)
-        pixel_values = torch.stack(images) if images else None
-        return HeldOutBatch(pixel_values, COLLATE[self.label_space.kind](labels, self.label_space), broken)
+            except ValueError as error:  # UnreadableImage, or an image that the image processor does not support
+                unreadable[position] = str(error)
+        return HeldOutBatch(
+            torch.stack(pixel_values) if pixel_values else None,
+            COLLATE[self.label_space.kind](labels, self.label_space),
+            unreadable,
+        )
 
 
 COLLATE: dict[LabelKind, Callable[[list[Any], LabelSpace], Any]] = {
@@ -101,7 +103,7 @@ class Evaluator:
     """Evaluate models repeatedly on the same images.
 
     Args:
-        pictures: all images and labels, on every process.
+        images: all images and labels, on every process.
         processor: image processor that returns `pixel_values`.
         label_space: label space of the images, in the order of the model's logits.
         batch_size: number of images per process and forward pass.
@@ -114,7 +116,7 @@ class Evaluator:
 
     def __init__(
         self,
-        pictures: LabelledPictures,
+        images: LabeledImages,
         processor: ViTCLSImageProcessor,
         label_space: LabelSpace,
         batch_size: int,
@@ -124,14 +126,16 @@ class Evaluator:
         warn: Callable[[str], None] = print,
         num_channels: int | None = None,
     ) -> None:
-        self.num_pictures = len(pictures)
+        self.num_images = len(images)
         self.label_space = label_space
         self.batch_size = batch_size
         self.accelerator = accelerator
-        self.described: dict[int, str] = {}  # index of an unreadable image -> error message; on all processes
-        self.tally = BrokenPictures(self.described.__getitem__, accelerator.on_main_process(warn), max_broken_images)
-        share = HeldOutPictures(
-            pictures,
+        self.messages: dict[int, str] = {}  # error messages by index of the unreadable image, on all processes
+        self.unreadable = UnreadableImages(
+            self.messages.__getitem__, accelerator.on_main_process(warn), max_broken_images
+        )
+        own_images = HeldOutImages(
+            images,
             processor,
             label_space,
             batch_size,
@@ -139,11 +143,11 @@ class Evaluator:
             accelerator.num_processes,
             num_channels,
         )
-        self.batches = KeptBatches(share, num_workers)
+        self.batches = CachedBatches(own_images, num_workers)
 
     @torch.no_grad()
     def __call__(
-        self, model: nn.Module, watch: Callable[["KeptBatches"], Iterable[HeldOutBatch]] = iter
+        self, model: nn.Module, show_progress: Callable[["CachedBatches"], Iterable[HeldOutBatch]] = iter
     ) -> dict[str, Any]:
         """Return the metrics of a model in evaluation mode, as defined in metrics.py for the kind of labels.
 
@@ -152,90 +156,129 @@ class Evaluator:
 
         Args:
             model: the model as `Accelerator.prepare` returned it, or moved to the device.
-            watch: function that yields the batches of this process and shows progress.
+            show_progress: function that yields the batches of this process and shows progress.
 
         Raises:
             ValueError: if too many images, or all images, are unreadable.
             RuntimeError: if an image was not counted exactly once.
         """
         metrics = self.build_metrics()
-        broken: dict[int, str] = {}
-        for batch in watch(self.batches):
-            broken |= batch.broken
+        unreadable: dict[int, str] = {}
+        for batch in show_progress(self.batches):
+            unreadable |= batch.unreadable
             labels = send_to_device(batch.labels, self.accelerator.device)
-            metrics.update(self.outputs(model, batch), labels)
+            metrics.update(self.compute_outputs(model, batch), labels)
 
-        broken = dict(gather_object(list(broken.items())))
-        self.described |= broken
-        self.tally.note(sorted(broken))
-        if len(broken) == self.num_pictures:
-            raise ValueError(f"there is nothing to evaluate on: none of the {self.num_pictures} images can be read")
-        values = rounded(metrics.compute())
-        if values["num_images"] + len(broken) != self.num_pictures:
+        unreadable = dict(gather_object(list(unreadable.items())))
+        self.messages |= unreadable
+        self.unreadable.add(sorted(unreadable))
+        if len(unreadable) == self.num_images:
+            raise ValueError(f"evaluation requires images, but none of the {self.num_images} images can be read")
+        values = round_floats(metrics.compute())
+        if values["num_images"] + len(unreadable) != self.num_images:
             raise RuntimeError(
-                f"evaluation counted {values['num_images']} images and {len(broken)} broken ones of "
-                f"{self.num_pictures}: this is a bug"
+                f"evaluation counted {values['num_images']} images and {len(unreadable)} unreadable images of "
+                f"{self.num_images}. This is a bug"
             )
-        return scalars(values) | {"num_broken_images": len(broken)} | values
+        return select_scalars(values) | {"num_broken_images": len(unreadable)} | values
 
     def build_metrics(self) -> Any:
         """Build the metrics for the kind of labels."""
         return METRICS[self.label_space.kind](self.label_space, self.accelerator.device)
 
-    def outputs(self, model: nn.Module, batch: HeldOutBatch) -> Any:
+    def compute_outputs(self, model: nn.Module, batch: HeldOutBatch) -> Any:
         """Return the model outputs for a padded batch."""
         with self.accelerator.autocast():
-            return model(self.filled_up(model, batch.pixel_values))
+            return model(self.pad_batch(model, batch.pixel_values))
 
-    def filled_up(self, model: nn.Module, pixel_values: torch.Tensor | None) -> torch.Tensor:
+    def pad_batch(self, model: nn.Module, pixel_values: torch.Tensor | None) -> torch.Tensor:
         """Return pixel values [G, C, H, W] padded with blank images to [B, C, H, W], on the device."""
         if pixel_values is None:
             config = self.accelerator.unwrap_model(model).config
             pixel_values = torch.zeros(0, config.num_channels, *config.image_height_width)
-        missing = self.batch_size - len(pixel_values)
-        if missing:
-            pixel_values = torch.cat([pixel_values, pixel_values.new_zeros(missing, *pixel_values.shape[1:])])
+        num_missing = self.batch_size - len(pixel_values)
+        if num_missing:
+            pixel_values = torch.cat([pixel_values, pixel_values.new_zeros(num_missing, *pixel_values.shape[1:])])
         return pixel_values.to(self.accelerator.device)
 
 
-class KeptBatches:
+class ReconstructionEvaluator(Evaluator):
+    """Evaluate a masked autoencoder.
+
+    The label of an image is its index, which determines its mask on any number of processes and for any batch size.
+    """
+
+    def __init__(
+        self,
+        images: Sequence[Image.Image],
+        processor: ViTCLSImageProcessor,
+        mask_generator: MaskGenerator,
+        mask_seed: int,
+        **options: Any,
+    ) -> None:
+        """`mask_seed`: seed of the masks; `options`: the other arguments of `Evaluator`."""
+        super().__init__(LabeledImages(images, range(len(images))), processor, UNLABELED, **options)
+        self.mask_generator = mask_generator
+        self.mask_seed = mask_seed
+
+    def build_metrics(self) -> ReconstructionMetrics:
+        """Build the reconstruction metrics."""
+        return ReconstructionMetrics(self.accelerator.device)
+
+    def compute_outputs(self, model: nn.Module, batch: HeldOutBatch) -> Any:
+        """Return the model outputs for a padded batch. Blank images have no masked patches and no loss."""
+        pixel_values = self.pad_batch(model, batch.pixel_values)  # [B, C, H, W]
+        rows, columns = self.mask_generator.grid
+        masks = torch.zeros(len(pixel_values), rows * columns, dtype=torch.bool)
+        for row, index in enumerate(batch.labels.tolist()):
+            masks[row] = self.build_mask(index)
+        with self.accelerator.autocast():
+            return model(pixel_values=pixel_values, bool_masked_pos=masks.to(pixel_values.device))
+
+    def build_mask(self, index: int) -> torch.Tensor:
+        """Return the mask of one image, [rows * columns], True for masked patches."""
+        generator = torch.Generator().manual_seed(derive_seed(self.mask_seed, index))
+        return self.mask_generator(1, torch.device("cpu"), generator)[0]
+
+
+class CachedBatches:
     """The batches of a process, in order. After the first pass they come from memory if all batches fit."""
 
-    def __init__(self, share: HeldOutPictures, num_workers: int) -> None:
+    def __init__(self, images: HeldOutImages, num_workers: int) -> None:
         self.loader = DataLoader(
-            share,
+            images,
             batch_size=None,
             num_workers=num_workers,
             worker_init_fn=leave_signals_to_parent,
             generator=torch.Generator(),  # a separate generator, so that evaluations do not change training
         )
-        self.kept: list[HeldOutBatch] | None = None
+        self.cache: list[HeldOutBatch] | None = None
 
     def __len__(self) -> int:
         return len(self.loader)
 
     def __iter__(self) -> Iterator[HeldOutBatch]:
-        if self.kept is not None:
-            yield from self.kept
+        if self.cache is not None:
+            yield from self.cache
             return
-        keeping: list[HeldOutBatch] | None = []
+        cache: list[HeldOutBatch] | None = []
         num_bytes = 0
         for batch in self.loader:
             num_bytes += batch.pixel_values.nbytes if batch.pixel_values is not None else 0
-            if num_bytes > KEPT_BYTES:
-                keeping = None
-            elif keeping is not None:
-                keeping.append(batch.copied())
+            if num_bytes > MAX_CACHE_BYTES:
+                cache = None
+            elif cache is not None:
+                cache.append(copy.deepcopy(batch))  # outside of the shared memory, which keeps a file open per tensor
             yield batch
-        self.kept = keeping
+        self.cache = cache
 
 
-def rounded(value: Any) -> Any:
+def round_floats(value: Any) -> Any:
     """Return the value with all floats, including floats in lists and dicts, rounded to six decimals."""
     if isinstance(value, float):
-        return round(value, DECIMALS)
+        return round(value, NUM_DECIMALS)
     if isinstance(value, list):
-        return [rounded(item) for item in value]
+        return [round_floats(item) for item in value]
     if isinstance(value, dict):
-        return {name: rounded(item) for name, item in value.items()}
+        return {name: round_floats(item) for name, item in value.items()}
     return value

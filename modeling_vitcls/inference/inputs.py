@@ -1,8 +1,8 @@
 """Inputs of a prediction: image records with an index, a name and undecoded content, and their preprocessing.
 
-    PATHS, --list, digits, MNIST files    Listed    known at the start
-    other datasets                        Rows      read by the `datasets` library, in any order
-    --streaming                           Stream    read once from the beginning; other images are skipped
+    PATHS, --list, digits, MNIST files    ListInput      known at the start
+    other datasets                        DatasetInput   read by the `datasets` library, in any order
+    --streaming                           StreamInput    read once from the beginning; other images are skipped
 
 All inputs are read in ranges of increasing indices, so that several processes or a restarted prediction can each read
 a part. Several threads decode and preprocess the images ahead of the model.
@@ -18,27 +18,24 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 
-from ..data.columns import Features, find_image_column
-from ..data.image_folder import IMAGE_SUFFIXES
-from ..data.images import Arrays, path_in
-from ..data.sources import folder_of, is_idx_folder, load_splits, open_with_datasets
-from ..data.streaming import features_of
+from ..data.image_folder import IMAGE_SUFFIXES, make_printable
+from ..data.images import NUM_ROWS_AT_ONCE, Arrays, resolve_path
+from ..data.labels import find_image_column
+from ..data.sources import get_dataset_folder, is_idx_folder, load_splits, open_with_datasets
+from ..data.streaming import read_features
+from ..errors import format_error
 from ..image_processing_vitcls import ViTCLSImageProcessor
 from ..options import DataOptions, PredictOptions
 
 
-ROWS_AT_ONCE = 64  # number of encoded images that are read from disk at once
-
-
 @dataclass(frozen=True)
-class Record:
+class ImageRecord:
     """One image: its index in the input, its name and its content.
 
     The content is a path, a URL, encoded bytes, any other input of the image processor, or None if it is missing.
@@ -49,22 +46,22 @@ class Record:
     content: Any
 
 
-class Source(Protocol):
+class PredictionInput(Protocol):
     """Images by index."""
 
     @property
     def num_images(self) -> int | None:
         """Number of images; None for a stream whose end has not been reached."""
 
-    def identity(self) -> dict[str, Any]:
+    def compute_identity(self) -> dict[str, Any]:
         """Return JSON values that identify the input."""
 
-    def read(self, ranges: Iterable[range]) -> Iterator[Record]:
+    def read(self, ranges: Iterable[range]) -> Iterator[ImageRecord]:
         """Yield the images of disjoint, increasing ranges."""
 
 
-def open_source(options: PredictOptions) -> Source:
-    """Open the input that PATHS, `--list` or `--dataset` name.
+def open_input(options: PredictOptions) -> PredictionInput:
+    """Open the input from PATHS, `--list` or `--dataset`.
 
     Raises:
         ValueError: if the input has no images, or a dataset cannot be read.
@@ -72,15 +69,14 @@ def open_source(options: PredictOptions) -> Source:
     """
     if options.dataset is not None:
         return open_dataset(options, options.dataset)
-    lines = list(options.paths) if options.list is None else read_list(options.list)
-    return listed_files(lines)
+    return open_image_files(list(options.paths) if options.list is None else read_list(options.list))
 
 
-# Listed --------------------------------------------------------------------------------------------------------------
+# Lists ---------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class Listed:
+class ListInput:
     """Images that are known at the start."""
 
     names: Sequence[str]
@@ -88,39 +84,39 @@ class Listed:
 
     @property
     def num_images(self) -> int:
-        """How many there are."""
+        """Number of images."""
         return len(self.names)
 
-    def identity(self) -> dict[str, Any]:
+    def compute_identity(self) -> dict[str, Any]:
         """Return the number of images and a digest of names, file sizes and times, and array values."""
         digest = hashlib.sha256(json.dumps(list(self.names)).encode())
         if isinstance(self.contents, Arrays):
             digest.update(self.contents.values.tobytes())
         else:
-            digest.update(json.dumps([size_and_time(content) for content in self.contents]).encode())
+            digest.update(json.dumps([get_file_state(content) for content in self.contents]).encode())
         return {"images": self.num_images, "sha256": digest.hexdigest()}
 
-    def read(self, ranges: Iterable[range]) -> Iterator[Record]:
-        """The images of these ranges."""
+    def read(self, ranges: Iterable[range]) -> Iterator[ImageRecord]:
+        """Yield the images of these ranges."""
         for indices in ranges:
             for index in indices:
-                yield Record(index, self.names[index], self.contents[index])
+                yield ImageRecord(index, self.names[index], self.contents[index])
 
 
-def listed_files(paths: Iterable[str]) -> Listed:
+def open_image_files(paths: Iterable[str]) -> ListInput:
     """Return files and URLs unchanged, and folders replaced by the images in them, sorted by name.
 
     Raises:
         ValueError: if there are no images.
     """
-    files = [file for path in paths for file in (files_in(path) if Path(path).is_dir() else [path])]
+    files = [file for path in paths for file in (list_image_files(path) if Path(path).is_dir() else [path])]
     if not files:
         suffixes = " ".join(sorted(IMAGE_SUFFIXES))
-        raise ValueError(f"there are no images in {', '.join(paths)}: folders are searched for files named {suffixes}")
-    return Listed([readable(file) for file in files], files)
+        raise ValueError(f"there are no images in {', '.join(paths)}. Folders are searched for files with {suffixes}")
+    return ListInput([make_printable(file) for file in files], files)
 
 
-def files_in(folder: str) -> Iterator[str]:
+def list_image_files(folder: str) -> Iterator[str]:
     """Yield the images in a folder and its sub-folders, without hidden files and folders."""
     for parent, folders, files in os.walk(folder):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
@@ -134,25 +130,20 @@ def read_list(file: Path) -> list[str]:
     lines = file.read_text(encoding="utf-8-sig", errors="surrogateescape").split("\n")
     paths = [path for line in lines if (path := line.removesuffix("\r")).strip()]
     if not paths:
-        raise ValueError(f"the list {file} is empty: write one path in each line")
+        raise ValueError(f"the list {file} is empty. Write one path in each line")
     return paths
 
 
-def size_and_time(path: str) -> list[int] | None:
+def get_file_state(path: str) -> list[int] | None:
     """Return the size of a file in bytes and its modification time in nanoseconds; None for a URL or missing file."""
     try:
-        found = Path(path).stat()
+        state = Path(path).stat()
     except (OSError, ValueError):
         return None
-    return [found.st_size, found.st_mtime_ns]
+    return [state.st_size, state.st_mtime_ns]
 
 
-def readable(path: str) -> str:
-    """Return a path as valid text, with invalid bytes replaced."""
-    return os.fsencode(path).decode("utf-8", errors="replace")
-
-
-# Data sets -----------------------------------------------------------------------------------------------------------
+# Datasets ------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -162,178 +153,162 @@ class ImageColumn:
     name: str
     folder: Path
 
-    def record(self, index: int, value: Any) -> Record:
+    def build_record(self, index: int, value: Any) -> ImageRecord:
         """Return the record of one value, named by its path or its index."""
         if isinstance(value, str):
-            return Record(index, readable(value), path_in(self.folder, value))
+            return ImageRecord(index, make_printable(value), resolve_path(self.folder, value))
         if isinstance(value, dict):
             name, encoded = value.get("path"), value.get("bytes")
-            return Record(index, readable(name or str(index)), name if encoded is None else encoded)
-        return Record(index, str(index), value)
+            return ImageRecord(index, make_printable(name or str(index)), name if encoded is None else encoded)
+        return ImageRecord(index, str(index), value)
 
 
 @dataclass(frozen=True)
-class Rows:
+class DatasetInput:
     """The rows of a dataset on disk."""
 
-    part: Any  # datasets.Dataset
+    dataset: Any  # datasets.Dataset
     column: ImageColumn
-    described: dict[str, Any]
+    settings: dict[str, Any]
 
     @property
     def num_images(self) -> int:
-        """How many there are."""
-        return len(self.part)
+        """Number of images."""
+        return len(self.dataset)
 
-    def identity(self) -> dict[str, Any]:
+    def compute_identity(self) -> dict[str, Any]:
         """Return the options, the number of rows and the fingerprint of the `datasets` library."""
-        return {**self.described, "images": self.num_images, "fingerprint": self.part._fingerprint}
+        return {**self.settings, "images": self.num_images, "fingerprint": self.dataset._fingerprint}
 
-    def read(self, ranges: Iterable[range]) -> Iterator[Record]:
-        """The images of these ranges."""
+    def read(self, ranges: Iterable[range]) -> Iterator[ImageRecord]:
+        """Yield the images of these ranges."""
         for indices in ranges:
-            for start in range(indices.start, indices.stop, ROWS_AT_ONCE):
-                values = self.part[start : min(start + ROWS_AT_ONCE, indices.stop)][self.column.name]
+            for start in range(indices.start, indices.stop, NUM_ROWS_AT_ONCE):
+                values = self.dataset[start : min(start + NUM_ROWS_AT_ONCE, indices.stop)][self.column.name]
                 for index, value in enumerate(values, start):
-                    yield self.column.record(index, value)
+                    yield self.column.build_record(index, value)
 
 
 @dataclass
-class Stream:
+class StreamInput:
     """A dataset that is read during prediction, from its beginning to the last range or to its end."""
 
-    examples: Any  # datasets.IterableDataset
+    dataset: Any  # datasets.IterableDataset
     column: ImageColumn
-    described: dict[str, Any]
+    settings: dict[str, Any]
     num_images: int | None = None
 
-    def identity(self) -> dict[str, Any]:
+    def compute_identity(self) -> dict[str, Any]:
         """Return the options."""
-        return self.described
+        return self.settings
 
-    def read(self, ranges: Iterable[range]) -> Iterator[Record]:
+    def read(self, ranges: Iterable[range]) -> Iterator[ImageRecord]:
         """Yield the images of these ranges up to the end of the stream, and set `num_images` there."""
-        examples = iter(self.examples)
+        examples = iter(self.dataset)
         position = 0
         for indices in ranges:
             position += sum(1 for _ in islice(examples, indices.start - position))  # skipped, not decoded
             for example in islice(examples, indices.stop - position):
-                yield self.column.record(position, example[self.column.name])
+                yield self.column.build_record(position, example[self.column.name])
                 position += 1
             if position < indices.stop:
                 self.num_images = position
                 return
 
 
-def open_dataset(options: PredictOptions, dataset: str) -> Source:
+def open_dataset(options: PredictOptions, dataset: str) -> PredictionInput:
     """Open a dataset in any format that scripts/finetune.py reads. Labels are not needed.
 
     Raises:
         ValueError: if the dataset cannot be found or read, has no image column, or has several splits and `--split`
             is not set.
     """
+    import datasets
+
     data = DataOptions(dataset, image_column=options.image_column, streaming=options.streaming)
     path = Path(dataset)
     if not options.streaming and (dataset == "digits" or is_idx_folder(path)):
-        pictures = chosen_split(load_splits(data, labelled=False).parts, options).pictures
-        return Listed([f"{path.name}/{index}" for index in range(len(pictures))], pictures)
+        images = select_split(load_splits(data, use_labels=False).parts, options).images
+        return ListInput([f"{path.name}/{index}" for index in range(len(images))], images)
 
-    part = chosen_split(open_with_datasets(data, labelled=False), options)
-    features = features_of(part, data)
-    column = ImageColumn(find_image_column(data, features), folder_of(data))
-    described: dict[str, Any] = {"dataset": dataset, "split": options.split, "column": column.name}
+    split = select_split(open_with_datasets(data, use_labels=False), options)
+    features = read_features(split, data)
+    column = ImageColumn(find_image_column(data, features), get_dataset_folder(data))
+    settings: dict[str, Any] = {"dataset": dataset, "split": options.split, "column": column.name}
     if path.is_file():
-        described["bytes and time"] = size_and_time(dataset)
-    part = undecoded(part.select_columns([column.name]), column.name, features)
+        settings["bytes and time"] = get_file_state(dataset)
+    split = split.select_columns([column.name])
+    if isinstance(features[column.name], datasets.Image):  # so that several threads decode only the requested images
+        split = split.cast_column(column.name, datasets.Image(decode=False))
     if options.streaming:
-        return Stream(part, column, described)
-    if not len(part):
-        raise ValueError(f"the data set {dataset} is empty")
-    return Rows(part, column, described)
+        return StreamInput(split, column, settings)
+    if not len(split):
+        raise ValueError(f"the dataset {dataset} is empty")
+    return DatasetInput(split, column, settings)
 
 
-def chosen_split(parts: Mapping[str, Any], options: PredictOptions) -> Any:
+def select_split(splits: Mapping[str, Any], options: PredictOptions) -> Any:
     """Return the requested split, or the only split."""
-    if options.split is None and len(parts) == 1:
-        return next(iter(parts.values()))
-    if options.split is None or options.split not in parts:
-        asked = "has several splits" if options.split is None else f"has no split {options.split!r}"
-        raise ValueError(f"{options.dataset} {asked}: set --split to one of {', '.join(parts)}")
-    return parts[options.split]
+    if options.split is None and len(splits) == 1:
+        return next(iter(splits.values()))
+    if options.split is None or options.split not in splits:
+        problem = "has several splits" if options.split is None else f"has no split {options.split!r}"
+        raise ValueError(f"{options.dataset} {problem}. Set --split to one of {', '.join(splits)}")
+    return splits[options.split]
 
 
-def undecoded(part: Any, column: str, features: Features) -> Any:
-    """Return the dataset with encoded images, so that only the requested images are decoded, in parallel."""
-    import datasets
-
-    is_decoding = isinstance(features[column], datasets.Image)
-    return part.cast_column(column, datasets.Image(decode=False)) if is_decoding else part
+# Preprocessing -------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class Prepared:
+class PreparedImage:
     """The preprocessed pixels of an image, [C, H, W], or an error message."""
 
-    record: Record
+    record: ImageRecord
     pixels: torch.Tensor | None = None
     error: str | None = None
 
 
-class CannotFetch(OSError):
+class FetchError(OSError):
     """A network error. It stops the run, because a row with an error would look like an unreadable image."""
 
 
-def prepared_ahead(
-    records: Iterator[Record], processor: ViTCLSImageProcessor, num_workers: int, num_ahead: int
-) -> Iterator[Prepared]:
+def prepare_ahead(
+    records: Iterator[ImageRecord], processor: ViTCLSImageProcessor, num_workers: int, num_ahead: int
+) -> Iterator[PreparedImage]:
     """Yield the records in order, prepared by `num_workers` threads, up to `num_ahead` records ahead."""
     pool = ThreadPoolExecutor(num_workers)
-    waiting: deque[Future[Prepared]] = deque()
+    futures: deque[Future[PreparedImage]] = deque()
     try:
         for record in records:
-            waiting.append(pool.submit(partial(prepare, processor), record))
-            if len(waiting) > num_ahead:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
+            futures.append(pool.submit(prepare_image, processor, record))
+            if len(futures) > num_ahead:
+                yield futures.popleft().result()
+        while futures:
+            yield futures.popleft().result()
     finally:
         pool.shutdown(cancel_futures=True)
 
 
-def prepare(processor: ViTCLSImageProcessor, record: Record) -> Prepared:
-    """Read, decode and process one image."""
-    try:
-        picture = source_of(record)
-        pixels = processor(picture, return_tensors="pt")["pixel_values"][0]  # [C, H, W]
-    except CannotFetch:
-        raise
-    except (ValueError, OSError) as error:
-        return Prepared(record, error=in_one_line(error))
-    return Prepared(record, pixels)
-
-
-def in_one_line(error: Exception) -> str:
-    """Return an error message as one line of valid text. Invalid bytes in file names are replaced."""
-    message = " ".join(str(error).split())
-    return message.encode("utf-8", errors="replace").decode()
-
-
-def source_of(record: Record) -> Any:
-    """Return the input of the image processor, which contains the name of the image for error messages.
+def prepare_image(processor: ViTCLSImageProcessor, record: ImageRecord) -> PreparedImage:
+    """Read, decode and process one image.
 
     Raises:
-        ValueError: if there is no image.
-        CannotFetch: if a file of a dataset cannot be read over the network.
+        FetchError: if a file of a dataset cannot be read over the network.
     """
     content = record.content
     if content is None:
-        raise ValueError(f"there is no image in row {record.index}")
+        return PreparedImage(record, error=f"row {record.index} has no image")
     if isinstance(content, str) and "://" in content and not content.startswith(("http://", "https://")):
-        content = fetch(content)
-    return content
+        content = fetch_file(content)
+    try:
+        pixels = processor(content, return_tensors="pt")["pixel_values"][0]  # [C, H, W]
+    except (ValueError, OSError) as error:
+        return PreparedImage(record, error=format_error(error))
+    return PreparedImage(record, pixels)
 
 
-def fetch(address: str) -> bytes:
+def fetch_file(address: str) -> bytes:
     """Return the content of a file of a streamed dataset (`hf://`, `s3://`, a member of an archive)."""
     import fsspec
 
@@ -341,5 +316,5 @@ def fetch(address: str) -> bytes:
         with fsspec.open(address, "rb") as file:
             return file.read()
     except Exception as error:  # each file system raises its own types of errors
-        reason = " ".join(str(error).split())
-        raise CannotFetch(f"cannot fetch {address} ({type(error).__name__}: {reason}): restart to continue") from error
+        reason = f"{type(error).__name__}: {format_error(error)}"
+        raise FetchError(f"cannot fetch {address} ({reason}). Restart to continue") from error

@@ -1,4 +1,4 @@
-"""Metrics over labelled images, by kind of labels.
+"""Metrics over labeled images, by kind of labels, and metrics of masked autoencoders.
 
     METRICS[label_space.kind](label_space, device)   .update(outputs, labels) per batch, then .compute() once
 
@@ -26,30 +26,30 @@ from ..data.labels import LabelKind, LabelSpace
 from ..heads_vitcls import IGNORED_LABEL
 
 
-MOST_CLASSES_OF_MATRIX = 1000  # maximum number of classes of a confusion matrix, whose size is quadratic
-MOST_CLASSES_READ = 200  # maximum number of classes of a confusion matrix in the results of a run
-CALIBRATION_BINS = 15
+MAX_MATRIX_CLASSES = 1000  # maximum number of classes of a confusion matrix, whose size is quadratic
+MAX_RECORDED_MATRIX_CLASSES = 200  # maximum number of classes of a confusion matrix in the results of a run
+NUM_CALIBRATION_BINS = 15
 HEADS = {"cls_accuracy": "cls_logits", "distillation_accuracy": "distillation_logits"}
 
 Values = dict[str, Any]
 
 
-def scalars(metrics: Mapping[str, Any]) -> dict[str, int | float]:
+def select_scalars(metrics: Mapping[str, Any]) -> dict[str, int | float]:
     """Return the metrics that are single numbers, in the same order, for logging and comparison."""
     return {name: value for name, value in metrics.items() if isinstance(value, int | float)}
 
 
-def without_large_matrices(metrics: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the metrics without confusion matrices of more than `MOST_CLASSES_READ` classes."""
+def drop_large_matrices(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the metrics without confusion matrices of more than `MAX_RECORDED_MATRIX_CLASSES` classes."""
     return {
         name: value
         for name, value in metrics.items()
-        if not (name.endswith("confusion_matrix") and len(value) > MOST_CLASSES_READ)
+        if not (name.endswith("confusion_matrix") and len(value) > MAX_RECORDED_MATRIX_CLASSES)
     }
 
 
 class ClassificationMetrics(ABC):
-    """Metrics of a classifier over the batches it was updated with, on all processes."""
+    """Metrics of a classifier over all batches of all processes."""
 
     @abstractmethod
     def update(self, outputs: Any, labels: Any) -> None:
@@ -76,7 +76,7 @@ class SingleLabelMetrics(ClassificationMetrics):
     loss                    cross-entropy, without label smoothing
     num_images
     accuracy_interval       [low, high], 95 % confidence
-    per_class               name, images, recall (the accuracy on that class), precision and F1 of each class
+    per_class               name, images, recall (the accuracy on the class), precision and F1 of each class
     confusion_matrix        rows are true classes, columns are predictions; omitted above 1,000 classes
     """
 
@@ -84,31 +84,33 @@ class SingleLabelMetrics(ClassificationMetrics):
         self.names = label_space.names
         num_classes = len(self.names)
         self.counts = ClassCounts(num_classes).to(device)
-        self.loss = mean_of_pictures(device)
-        self.calibration = MulticlassCalibrationError(num_classes, CALIBRATION_BINS, validate_args=False).to(device)
-        self.top_5 = mean_of_pictures(device) if num_classes > 5 else None
-        self.heads = {name: mean_of_pictures(device) for name in HEADS}
+        self.loss = build_mean(device)
+        self.calibration = MulticlassCalibrationError(num_classes, NUM_CALIBRATION_BINS, validate_args=False).to(
+            device
+        )
+        self.top_5 = build_mean(device) if num_classes > 5 else None
+        self.heads = {name: build_mean(device) for name in HEADS}
         self.matrix = None
-        if num_classes <= MOST_CLASSES_OF_MATRIX:
+        if num_classes <= MAX_MATRIX_CLASSES:
             self.matrix = MulticlassConfusionMatrix(num_classes, validate_args=False).to(device)
 
     def update(self, outputs: Any, labels: torch.Tensor) -> None:
         """Add logits [B, L], also of each head if there are two, and labels [G]."""
-        self.count(outputs.logits, labels)
+        self.update_logits(outputs.logits, labels)
         if outputs.distillation_logits is not None:
             for name, attribute in HEADS.items():
-                answers = getattr(outputs, attribute)[: len(labels)].argmax(dim=1)  # [G]
-                self.heads[name].update((answers == labels).float())
+                predictions = getattr(outputs, attribute)[: len(labels)].argmax(dim=1)  # [G]
+                self.heads[name].update((predictions == labels).float())
 
-    def count(self, logits: torch.Tensor, labels: torch.Tensor) -> None:
+    def update_logits(self, logits: torch.Tensor, labels: torch.Tensor) -> None:
         """Add logits [B, L] and labels [G]. Images with the label -100 are ignored."""
-        known = labels != IGNORED_LABEL
-        logits, labels = logits[: len(labels)][known].float(), labels[known]
-        answers = logits.argmax(dim=1)  # [G]
+        is_known = labels != IGNORED_LABEL
+        logits, labels = logits[: len(labels)][is_known].float(), labels[is_known]
+        predictions = logits.argmax(dim=1)  # [G]
         num_classes = len(self.names)
         self.counts.update(
-            right=torch.bincount(labels[answers == labels], minlength=num_classes),
-            answered=torch.bincount(answers, minlength=num_classes),
+            correct=torch.bincount(labels[predictions == labels], minlength=num_classes),
+            predicted=torch.bincount(predictions, minlength=num_classes),
             images=torch.bincount(labels, minlength=num_classes),
         )
         self.loss.update(nn.functional.cross_entropy(logits, labels, reduction="none"))
@@ -116,22 +118,22 @@ class SingleLabelMetrics(ClassificationMetrics):
         if self.top_5 is not None:
             self.top_5.update((logits.topk(5).indices == labels[:, None]).any(dim=1).float())
         if self.matrix is not None:
-            self.matrix.update(answers, labels)
+            self.matrix.update(predictions, labels)
 
     def compute(self) -> Values:
-        """See the class."""
+        """Return the metrics that the class lists."""
         counts = self.counts.compute().tolist()
-        num_right, _, num_images = map(sum, counts)
-        classes = per_class(self.names, counts)
-        values: Values = {"accuracy": ratio(num_right, num_images)}
+        num_correct, _, num_images = map(sum, counts)
+        classes = compute_class_metrics(self.names, counts)
+        values: Values = {"accuracy": divide(num_correct, num_images)}
         if self.top_5 is not None:
-            values["top_5_accuracy"] = number(self.top_5.compute())
-        values["balanced_accuracy"] = mean([row["recall"] for row in classes])
-        values["calibration_error"] = number(self.calibration.compute())
-        values |= {name: number(head.compute()) for name, head in self.heads.items() if head.update_called}
-        values["loss"] = number(self.loss.compute())
+            values["top_5_accuracy"] = to_number(self.top_5.compute())
+        values["balanced_accuracy"] = compute_mean([row["recall"] for row in classes])
+        values["calibration_error"] = to_number(self.calibration.compute())
+        values |= {name: to_number(head.compute()) for name, head in self.heads.items() if head.update_called}
+        values["loss"] = to_number(self.loss.compute())
         values["num_images"] = num_images
-        values["accuracy_interval"] = wilson_interval(num_right, num_images)
+        values["accuracy_interval"] = wilson_interval(num_correct, num_images)
         values["per_class"] = classes
         if self.matrix is not None:
             values["confusion_matrix"] = self.matrix.compute().tolist()
@@ -155,37 +157,37 @@ class MultiLabelMetrics(ClassificationMetrics):
         self.names = label_space.names
         self.counts = ClassCounts(len(self.names)).to(device)
         self.precision = MultilabelAveragePrecision(len(self.names), average=None, validate_args=False).to(device)
-        self.exact_match, self.loss = mean_of_pictures(device), mean_of_pictures(device)
-        self.num_images = number_of_pictures(device)
+        self.exact_match, self.loss = build_mean(device), build_mean(device)
+        self.num_images = build_sum(device)
 
     def update(self, outputs: Any, labels: torch.Tensor) -> None:
         """Add logits [B, L] and labels [G, L], 0 or 1."""
         logits = outputs.logits[: len(labels)].float()
         probabilities = logits.sigmoid()  # torchmetrics detects logits by their range
-        answers, truth = probabilities > 0.5, labels > 0.5  # [G, L]
-        self.counts.update(right=(answers & truth).sum(0), answered=answers.sum(0), images=truth.sum(0))
+        predictions, truth = probabilities > 0.5, labels > 0.5  # [G, L]
+        self.counts.update(correct=(predictions & truth).sum(0), predicted=predictions.sum(0), images=truth.sum(0))
         self.precision.update(probabilities, truth.long())
-        self.exact_match.update((answers == truth).all(dim=1).float())
+        self.exact_match.update((predictions == truth).all(dim=1).float())
         losses = nn.functional.binary_cross_entropy_with_logits(logits, labels.float(), reduction="none")
         self.loss.update(losses.mean(dim=1))
         self.num_images.update(len(labels))
 
     def compute(self) -> Values:
-        """See the class."""
+        """Return the metrics that the class lists."""
         counts = self.counts.compute().tolist()
-        num_right, num_answered, num_true = map(sum, counts)
-        classes = per_class(self.names, counts)
+        num_correct, num_predicted, num_true = map(sum, counts)
+        classes = compute_class_metrics(self.names, counts)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about classes without images, whose value is None here
             precisions = self.precision.compute().tolist()
         for row, precision in zip(classes, precisions, strict=True):
             row["average_precision"] = precision if row["images"] else None
         return {
-            "mean_average_precision": mean([row["average_precision"] for row in classes]),
-            "micro_f1": ratio(2 * num_right, num_answered + num_true),
-            "macro_f1": mean([row["f1"] for row in classes]),
-            "exact_match": number(self.exact_match.compute()),
-            "loss": number(self.loss.compute()),
+            "mean_average_precision": compute_mean([row["average_precision"] for row in classes]),
+            "micro_f1": divide(2 * num_correct, num_predicted + num_true),
+            "macro_f1": compute_mean([row["f1"] for row in classes]),
+            "exact_match": to_number(self.exact_match.compute()),
+            "loss": to_number(self.loss.compute()),
             "num_images": int(self.num_images.compute()),
             "per_class": classes,
         }
@@ -194,7 +196,7 @@ class MultiLabelMetrics(ClassificationMetrics):
 class MultiTaskMetrics(ClassificationMetrics):
     """Metrics of multi-task classification: `SingleLabelMetrics` of each task, as `TASK_accuracy` and so on.
 
-    accuracy                mean over the tasks that have labelled images
+    accuracy                mean over the tasks that have labeled images
     loss                    sum over the tasks, as in training
     num_images              number of images; `TASK_num_images` excludes images without a label for the task
     """
@@ -204,30 +206,58 @@ class MultiTaskMetrics(ClassificationMetrics):
             task: SingleLabelMetrics(LabelSpace("single_label_classification", {task: names}), device)
             for task, names in label_space.columns.items()
         }
-        self.num_images = number_of_pictures(device)
+        self.num_images = build_sum(device)
 
     def update(self, outputs: Any, labels: dict[str, torch.Tensor]) -> None:
         """Add logits {task: [B, L]} and labels {task: [G]}, -100 if missing."""
         for task, metrics in self.tasks.items():
-            metrics.count(outputs.logits[task], labels[task])
+            metrics.update_logits(outputs.logits[task], labels[task])
         self.num_images.update(len(next(iter(labels.values()))))
 
     def compute(self) -> Values:
-        """See the class."""
+        """Return the metrics that the class lists."""
         by_task = {task: metrics.compute() for task, metrics in self.tasks.items()}
         values = {
-            "accuracy": mean([metrics["accuracy"] for metrics in by_task.values()]),
+            "accuracy": compute_mean([metrics["accuracy"] for metrics in by_task.values()]),
             "loss": sum(metrics["loss"] or 0.0 for metrics in by_task.values()),
             "num_images": int(self.num_images.compute()),
         }
-        each = {f"{task}_{name}": value for task, metrics in by_task.items() for name, value in metrics.items()}
-        return values | scalars(each) | each
+        task_values = {f"{task}_{name}": value for task, metrics in by_task.items() for name, value in metrics.items()}
+        return values | select_scalars(task_values) | task_values
+
+
+class ReconstructionMetrics:
+    """Metrics of a masked autoencoder.
+
+    reconstruction_loss     the training loss, mean over the images
+    num_images
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.loss = build_mean(device)
+        self.num_images = build_sum(device)
+
+    def update(self, outputs: Any, indices: torch.Tensor) -> None:
+        """Add the mean loss of a batch of G images with these indices [G]."""
+        self.loss.update(outputs.loss.expand(len(indices)))  # torchmetrics ignores weights if NaN is allowed
+        self.num_images.update(len(indices))
+
+    def compute(self) -> Values:
+        """Return the metrics that the class lists."""
+        return {"reconstruction_loss": to_number(self.loss.compute()), "num_images": int(self.num_images.compute())}
 
 
 METRICS: dict[LabelKind, type[Any]] = {
     "single_label_classification": SingleLabelMetrics,
     "multi_label_classification": MultiLabelMetrics,
     "multi_task": MultiTaskMetrics,
+}
+
+# Metric that selects the best checkpoint of a run, by kind of labels.
+SELECTION_METRICS: dict[LabelKind, str] = {
+    "single_label_classification": "accuracy",
+    "multi_label_classification": "mean_average_precision",
+    "multi_task": "accuracy",
 }
 
 
@@ -241,57 +271,57 @@ class ClassCounts(Metric):
     """
 
     full_state_update = False
-    right: torch.Tensor
-    answered: torch.Tensor
+    correct: torch.Tensor
+    predicted: torch.Tensor
     images: torch.Tensor
 
     def __init__(self, num_classes: int) -> None:
         super().__init__()
-        for name in ("right", "answered", "images"):
+        for name in ("correct", "predicted", "images"):
             self.add_state(name, torch.zeros(num_classes, dtype=torch.long), dist_reduce_fx="sum")
 
-    def update(self, right: torch.Tensor, answered: torch.Tensor, images: torch.Tensor) -> None:
+    def update(self, correct: torch.Tensor, predicted: torch.Tensor, images: torch.Tensor) -> None:
         """Add the counts [L] of one batch."""
-        self.right += right
-        self.answered += answered
+        self.correct += correct
+        self.predicted += predicted
         self.images += images
 
     def compute(self) -> torch.Tensor:
         """Return the three counts, [3, L]."""
-        return torch.stack([self.right, self.answered, self.images])
+        return torch.stack([self.correct, self.predicted, self.images])
 
 
-def mean_of_pictures(device: torch.device) -> MeanMetric:
+def build_mean(device: torch.device) -> MeanMetric:
     """Build a mean over images, which is NaN if any value is NaN."""
-    return precise(MeanMetric(nan_strategy="disable"), device)
+    return use_float64(MeanMetric(nan_strategy="disable"), device)
 
 
-def number_of_pictures(device: torch.device) -> SumMetric:
+def build_sum(device: torch.device) -> SumMetric:
     """Build a sum of counts."""
-    return precise(SumMetric(nan_strategy="disable"), device)
+    return use_float64(SumMetric(nan_strategy="disable"), device)
 
 
-def precise(metric: Any, device: torch.device) -> Any:
+def use_float64(metric: Any, device: torch.device) -> Any:
     """Return the metric on the device, in float64 if supported, so that the order of batches has no visible effect."""
     return metric.set_dtype(torch.float32 if device.type == "mps" else torch.float64).to(device)
 
 
-def per_class(names: list[str], counts: list[list[int]]) -> list[Values]:
+def compute_class_metrics(names: list[str], counts: list[list[int]]) -> list[Values]:
     """Return images, recall, precision and F1 of each class from the three counts [3, L] of `ClassCounts`."""
     return [
         {
             "name": name,
             "images": images,
-            "recall": ratio(right, images),
-            "precision": ratio(right, answered),
-            "f1": ratio(2 * right, images + answered),
+            "recall": divide(correct, images),
+            "precision": divide(correct, predicted),
+            "f1": divide(2 * correct, images + predicted),
         }
-        for name, right, answered, images in zip(names, *counts, strict=True)
+        for name, correct, predicted, images in zip(names, *counts, strict=True)
     ]
 
 
-def wilson_interval(num_right: int, num_images: int, confidence: float = 0.95) -> list[float] | None:
-    """Return the confidence interval [low, high] of the accuracy `num_right` / `num_images`; None without images.
+def wilson_interval(num_correct: int, num_images: int, confidence: float = 0.95) -> list[float] | None:
+    """Return the confidence interval [low, high] of the accuracy `num_correct` / `num_images`; None without images.
 
     This is the score interval of Wilson (1927, "Probable inference, the law of succession, and statistical
     inference"). It lies within 0 and 1, and has a positive width even if all predictions are correct.
@@ -299,23 +329,23 @@ def wilson_interval(num_right: int, num_images: int, confidence: float = 0.95) -
     if num_images == 0:
         return None
     z = NormalDist().inv_cdf((1 + confidence) / 2)
-    part, weight = num_right / num_images, z**2 / num_images
-    centre = (part + weight / 2) / (1 + weight)
-    distance = z / (1 + weight) * math.sqrt(part * (1 - part) / num_images + weight / (4 * num_images))
-    return [max(centre - distance, 0.0), min(centre + distance, 1.0)]
+    accuracy, weight = num_correct / num_images, z**2 / num_images
+    center = (accuracy + weight / 2) / (1 + weight)
+    distance = z / (1 + weight) * math.sqrt(accuracy * (1 - accuracy) / num_images + weight / (4 * num_images))
+    return [max(center - distance, 0.0), min(center + distance, 1.0)]
 
 
-def ratio(part: int, whole: int) -> float | None:
-    """Return `part` / `whole`; None if `whole` is 0."""
-    return part / whole if whole else None
+def divide(numerator: int, denominator: int) -> float | None:
+    """Return the quotient; None if the denominator is 0."""
+    return numerator / denominator if denominator else None
 
 
-def mean(values: list[float | None]) -> float | None:
+def compute_mean(values: list[float | None]) -> float | None:
     """Return the mean of the values that are not None; None if there are none."""
     known = [value for value in values if value is not None]
     return sum(known) / len(known) if known else None
 
 
-def number(value: torch.Tensor) -> float | None:
+def to_number(value: torch.Tensor) -> float | None:
     """Return the value of a one-element tensor; None if it is not finite, because JSON has no such numbers."""
     return value.item() if value.isfinite() else None

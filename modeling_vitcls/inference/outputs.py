@@ -7,23 +7,26 @@ A folder of Parquet shards can be completed over several starts:
     folder/.manifest.json          the input, the model, and the flags that change a prediction
     folder/shard-000000.parquet    images 0 .. size - 1
     folder/shard-000001.parquet    images size .. 2 * size - 1, and so on
+    folder/.process-1.unfinished   heartbeat of a process that is still writing shards
 
 The images of a shard depend only on the input, so the number of processes may change between starts. A shard is either
 complete or missing. Programs that read the folder as one dataset ignore names with a leading dot.
 
-Progress is written to stderr, as a bar on a terminal and otherwise as lines.
+Progress is written to stderr: a bar on a terminal, otherwise lines.
 """
 
 import csv
 import json
 import math
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import count, islice
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self, TextIO
+from typing import Any, Self
 
 import numpy as np
 import pyarrow as pa
@@ -33,20 +36,27 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ..files import written_whole
+from ..errors import format_error
+from ..files import read_json, write_atomically, write_json
 from .prediction_rows import Row
 
 
 LABEL_SEPARATOR = "|"  # in CSV, between the labels of one image
-WIDE = 100_000  # width of a table that is not printed on a terminal, in characters
-ROWS_PER_GROUP = 1024  # rows per row group of a Parquet file: the number of rows in memory while writing
+TABLE_WIDTH = 100_000  # width of a table that is not printed on a terminal, in characters
+ROWS_PER_GROUP = 1024  # number of rows per row group of a Parquet file, which are in memory while writing
+SECONDS_BETWEEN_CHECKS = 0.5  # seconds between checks for shards of other processes
+SECONDS_BETWEEN_HEARTBEATS = 5.0
+MAX_SILENT_SECONDS = 120.0  # maximum time without a heartbeat; network file systems may delay it by a minute
+SECONDS_BETWEEN_LINES = 10.0  # seconds between progress lines if the output is not a terminal
+MANIFEST = ".manifest.json"
+FORMAT = 1  # version of the manifest
 
 Columns = dict[str, pa.DataType]
 
 
-def all_columns(answers: Columns) -> Columns:
+def get_output_columns(columns: Columns) -> Columns:
     """Return the columns of the output: the image, its predictions, and its error."""
-    return {"index": pa.int64(), "image": pa.string(), **answers, "error": pa.string()}
+    return {"index": pa.int64(), "image": pa.string(), **columns, "error": pa.string()}
 
 
 def write_rows(rows: Iterable[Row], columns: Columns, file: Path) -> None:
@@ -56,7 +66,7 @@ def write_rows(rows: Iterable[Row], columns: Columns, file: Path) -> None:
         OSError: if the file cannot be written; no partial file is left.
     """
     file.parent.mkdir(parents=True, exist_ok=True)
-    with written_whole(file) as unfinished:
+    with write_atomically(file) as unfinished:
         WRITERS[file.suffix.lower()](rows, columns, unfinished)
 
 
@@ -68,36 +78,32 @@ def write_csv(rows: Iterable[Row], columns: Columns, file: Path) -> None:
     with file.open("w", newline="", encoding="utf-8") as text:
         writer = csv.DictWriter(text, list(columns))
         writer.writeheader()
-        writer.writerows({name: in_one_cell(value) for name, value in row.items()} for row in rows)
-
-
-def in_one_cell(value: Any) -> Any:
-    """Return a list as text, and other values unchanged."""
-    return LABEL_SEPARATOR.join(map(str, value)) if isinstance(value, list) else value
+        for row in rows:
+            writer.writerow(
+                {
+                    name: LABEL_SEPARATOR.join(map(str, value)) if isinstance(value, list) else value
+                    for name, value in row.items()
+                }
+            )
 
 
 def write_json_lines(rows: Iterable[Row], columns: Columns, file: Path) -> None:
     """Write one JSON object per line."""
     with file.open("w", encoding="utf-8") as text:
-        text.writelines(f"{as_json(row)}\n" for row in rows)
+        text.writelines(f"{format_json(row)}\n" for row in rows)
 
 
-def write_json(rows: Iterable[Row], columns: Columns, file: Path) -> None:
+def write_json_list(rows: Iterable[Row], columns: Columns, file: Path) -> None:
     """Write a JSON list of objects, one per line."""
     with file.open("w", encoding="utf-8") as text:
         text.write("[")
-        write_separated(rows, text)
+        for index, row in enumerate(rows):
+            text.write(",\n" if index else "\n")
+            text.write(format_json(row))
         text.write("\n]\n")
 
 
-def write_separated(rows: Iterable[Row], text: TextIO) -> None:
-    """Write JSON objects separated by commas."""
-    for place, row in enumerate(rows):
-        text.write(",\n" if place else "\n")
-        text.write(as_json(row))
-
-
-def as_json(row: Row) -> str:
+def format_json(row: Row) -> str:
     """Return one row as JSON. Missing values are null."""
     return json.dumps(row, ensure_ascii=False, allow_nan=False, default=np.ndarray.tolist)
 
@@ -106,53 +112,50 @@ def write_parquet(rows: Iterable[Row], columns: Columns, file: Path) -> None:
     """Write Apache Parquet. The metadata key `failed` is the number of images with an error."""
     schema = pa.schema(list(columns.items()))
     rows = iter(rows)
-    failed = 0
+    num_failed = 0
     with pq.ParquetWriter(file, schema) as writer:
         while group := list(islice(rows, ROWS_PER_GROUP)):
-            failed += sum(row["error"] is not None for row in group)
+            num_failed += sum(row["error"] is not None for row in group)
             writer.write_table(pa.Table.from_pylist(group, schema))
-        writer.add_key_value_metadata({"failed": str(failed)})
+        writer.add_key_value_metadata({"failed": str(num_failed)})
 
 
 WRITERS: dict[str, Callable[[Iterable[Row], Columns, Path], None]] = {
     ".csv": write_csv,
-    ".json": write_json,
+    ".json": write_json_list,
     ".jsonl": write_json_lines,
     ".parquet": write_parquet,
 }
 
 
-# Table ---------------------------------------------------------------------------------------------------------------
+# Terminal ------------------------------------------------------------------------------------------------------------
 
 
-def show_table(rows: Iterable[Row], columns: Columns) -> None:
+def print_table(rows: Iterable[Row], columns: Columns) -> None:
     """Print a table of all columns except `index`; without `error` if there are no errors."""
     rows = list(rows)
-    shown = [name for name in columns if name != "index"]
+    names = [name for name in columns if name != "index"]
     if all(row["error"] is None for row in rows):
-        shown.remove("error")
+        names.remove("error")
     table = Table()
-    for name in shown:
+    for name in names:
         is_number = pa.types.is_floating(columns[name])
         table.add_column(name, justify="right" if is_number else "left", overflow="fold")
     for row in rows:
-        table.add_row(*(Text(as_text(row[name])) for name in shown))
+        table.add_row(*(Text(format_value(row[name])) for name in names))
     console = Console(highlight=False)
     if not console.is_terminal:
-        console.width = WIDE  # no line breaks within rows, for programs that read the table
+        console.width = TABLE_WIDTH  # no line breaks within rows, for programs that read the table
     console.print(table)
 
 
-def as_text(value: Any) -> str:
+def format_value(value: Any) -> str:
     """Return the text of one table cell."""
     if isinstance(value, list):
-        return ", ".join(map(as_text, value))
+        return ", ".join(map(format_value, value))
     if isinstance(value, float):
         return f"{value:.4f}"
     return "" if value is None else str(value)
-
-
-SECONDS_BETWEEN_LINES = 10.0
 
 
 class Progress:
@@ -183,29 +186,28 @@ class Progress:
     ) -> None:
         self.bar.stop()
         if error is None:
-            self.say()
+            self.print_line()
 
-    def counted(self, rows: Iterable[Row]) -> Iterator[Row]:
+    def count(self, rows: Iterable[Row]) -> Iterator[Row]:
         """Yield the same rows and count them."""
         for row in rows:
             self.num_images += 1
             self.num_failed += row["error"] is not None
             self.bar.update(self.task, completed=self.num_images)
             if self.bar.disable and time.perf_counter() - self.last_line > SECONDS_BETWEEN_LINES:
-                self.say()
+                self.print_line()
             yield row
 
-    def say(self) -> None:
+    def print_line(self) -> None:
         """Print a progress line."""
         self.last_line = time.perf_counter()
         speed = self.num_images / (self.last_line - self.started)
         total = "" if self.total is None else f" of {self.total:,}"
-        failed = f", {self.num_failed:,} without an answer (see the column `error`)" if self.num_failed else ""
+        failed = f", {self.num_failed:,} without a prediction (see the column `error`)" if self.num_failed else ""
         self.console.print(f"{self.num_images:,}{total} images, {speed:,.0f} images/s{failed}", markup=False)
 
 
-MANIFEST = ".manifest.json"
-FORMAT = 1
+# Shards --------------------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -215,15 +217,15 @@ class ShardFolder:
     path: Path
     size: int
 
-    def file(self, number: int) -> Path:
+    def get_file(self, number: int) -> Path:
         """Return the path of a shard."""
         return self.path / f"shard-{number:06}.parquet"
 
-    def done(self) -> set[int]:
+    def list_shards(self) -> set[int]:
         """Return the numbers of the existing shards."""
         return {int(file.stem.removeprefix("shard-")) for file in self.path.glob("shard-*.parquet")}
 
-    def begin(self, contents: dict[str, Any]) -> int | None:
+    def open(self, contents: dict[str, Any]) -> int | None:
         """Create the folder, or check that its manifest has the same contents. Call it only on the main process.
 
         Returns:
@@ -236,58 +238,110 @@ class ShardFolder:
         for unfinished in self.path.glob(".*.unfinished"):
             unfinished.unlink()  # left by a process that was killed
         contents = {"format": FORMAT, "shard_size": self.size, **contents}
-        manifest = self.manifest()
-        if manifest is None:
+        file = self.path / MANIFEST
+        if not file.exists():
             if any(self.path.iterdir()):
-                raise ValueError(f"--output {self.path} holds other files: name a new or empty folder")
-            self.write_manifest({"num_images": None, **contents})
+                raise ValueError(f"--output {self.path} contains other files. Set a new or empty folder")
+            write_json(file, {"num_images": None, **contents})
             return None
+        manifest = read_json(file)
         num_images = manifest.pop("num_images", None)
-        if difference := first_difference(manifest, contents):
-            raise ValueError(f"--output {self.path} was begun with {difference}: repeat that, or name another folder")
+        if difference := describe_difference(manifest, contents):
+            raise ValueError(
+                f"--output {self.path} was written with {difference}. Use the same flags, or a new folder"
+            )
         return num_images
 
-    def manifest(self) -> dict[str, Any] | None:
-        """Return the manifest of the folder; None if there is none."""
+    def record_num_images(self, num_images: int) -> None:
+        """Write the number of images to the manifest, so that the next start does not have to count them."""
         file = self.path / MANIFEST
-        return json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
-
-    def write_manifest(self, manifest: dict[str, Any]) -> None:
-        """Write the manifest of the folder."""
-        with written_whole(self.path / MANIFEST) as unfinished:
-            unfinished.write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
-
-    def set_num_images(self, num_images: int) -> None:
-        """Record the number of images in the manifest, so that the next start does not have to count them."""
-        self.write_manifest({**(self.manifest() or {}), "num_images": num_images})
+        write_json(file, {**read_json(file), "num_images": num_images})
 
     def is_complete(self, num_images: int) -> bool:
         """Return whether all shards exist."""
-        return self.done().issuperset(range(math.ceil(num_images / self.size)))
+        return self.list_shards().issuperset(range(math.ceil(num_images / self.size)))
 
-    def counts(self, num_images: int) -> tuple[int, int]:
+    def get_heartbeat_file(self, process: int) -> Path:
+        """Return the path of the heartbeat of a process. `open` removes files with this suffix."""
+        return self.path / f".process-{process}.unfinished"
+
+    def wait_for_shards(self, num_images: int, num_processes: int) -> None:
+        """Wait on process 0 until all shards exist. All processes have started their heartbeats.
+
+        Raises:
+            OSError: if shards are missing, but no other process has a heartbeat file, or a heartbeat is too old.
+        """
+        own, *others = map(self.get_heartbeat_file, range(num_processes))
+        while True:
+            own.touch()
+            now = own.stat().st_mtime  # the file system's clock
+            times = []
+            for file in others:
+                with suppress(FileNotFoundError):  # the process has written its shards
+                    times.append(file.stat().st_mtime)
+            is_gone = not times or now - min(times) > MAX_SILENT_SECONDS
+            if self.is_complete(num_images):
+                return
+            if is_gone:
+                raise OSError(
+                    f"{self.path} lacks shards of a process that has ended. Repeat the command to write the missing "
+                    "shards"
+                )
+            time.sleep(SECONDS_BETWEEN_CHECKS)
+
+    def count_rows(self, num_images: int) -> tuple[int, int]:
         """Return the number of rows, and of rows with an error, in all shards.
 
         Raises:
             ValueError: if a file is damaged or has a different number of rows.
         """
-        rows = failed = 0
-        for number, indices in enumerate(shard_ranges(num_images, self.size)):
-            file = self.file(number)
+        num_rows = num_failed = 0
+        for number, indices in enumerate(iterate_shards(num_images, self.size)):
+            file = self.get_file(number)
             try:
                 footer = pq.read_metadata(file)
-            except Exception as error:  # pyarrow raises several kinds
-                raise ValueError(f"{file} is damaged ({error}): delete it and start again") from error
+            except Exception as error:  # pyarrow raises several types of errors
+                raise ValueError(f"{file} is damaged ({format_error(error)}). Delete it and restart") from error
             if footer.num_rows != len(indices):
                 raise ValueError(
-                    f"{file} has {footer.num_rows} rows in place of {len(indices)}: delete it and start again"
+                    f"{file} must have {len(indices)} rows, but has {footer.num_rows}. Delete it and restart"
                 )
-            rows += footer.num_rows
-            failed += int(footer.metadata[b"failed"])
-        return rows, failed
+            num_rows += footer.num_rows
+            num_failed += int(footer.metadata[b"failed"])
+        return num_rows, num_failed
 
 
-def shard_ranges(num_images: int | None, size: int) -> Iterator[range]:
+class Heartbeat:
+    """Context manager that updates the modification time of a file in a thread, and removes the file at the end.
+
+    The file shows the other processes, also on other hosts, that this process is running.
+    """
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+        self.has_ended = threading.Event()
+        self.thread = threading.Thread(target=self.update, daemon=True)
+
+    def __enter__(self) -> Self:
+        self.file.touch()
+        self.thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.has_ended.set()
+        self.thread.join()
+        self.file.unlink(missing_ok=True)
+
+    def update(self) -> None:
+        """Update the file until the end of the block."""
+        while not self.has_ended.wait(SECONDS_BETWEEN_HEARTBEATS):
+            with suppress(OSError):  # a full disk
+                self.file.touch()
+
+
+def iterate_shards(num_images: int | None, size: int) -> Iterator[range]:
     """Yield the image indices of each shard, endlessly if `num_images` is None."""
     numbers = count() if num_images is None else range(math.ceil(num_images / size))
     for number in numbers:
@@ -295,13 +349,13 @@ def shard_ranges(num_images: int | None, size: int) -> Iterator[range]:
         yield range(number * size, end if num_images is None else min(end, num_images))
 
 
-def share(ranges: Iterator[range], process: int, num_processes: int) -> Iterator[range]:
+def assign_ranges(ranges: Iterator[range], process: int, num_processes: int) -> Iterator[range]:
     """Return the ranges of one process. Ranges are assigned to the processes in turn."""
     return islice(ranges, process, None, num_processes)
 
 
-def first_difference(before: dict[str, Any], now: dict[str, Any]) -> str | None:
-    """Return a text with the first difference between two manifests, whose keys are mostly flags; None if equal."""
+def describe_difference(before: dict[str, Any], now: dict[str, Any]) -> str | None:
+    """Return the first difference between two manifests, whose keys are mostly flags; None if they are equal."""
     for name in {**before, **now}:
         if before.get(name) != now.get(name):
             if name in ("format", "input", "model"):

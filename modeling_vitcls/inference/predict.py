@@ -14,7 +14,6 @@ processes, and after a restart.
 import hashlib
 import json
 import os
-import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -30,13 +29,20 @@ from transformers import PreTrainedModel
 from ..distributed import build_accelerator
 from ..image_processing_vitcls import ViTCLSImageProcessor
 from ..options import PredictOptions
-from .inputs import Listed, Prepared, Source, listed_files, open_source, prepared_ahead
+from .inputs import ListInput, PredictionInput, PreparedImage, open_image_files, open_input, prepare_ahead
 from .load_model import load_model
-from .outputs import WRITERS, Progress, ShardFolder, all_columns, shard_ranges, share, show_table, write_rows
-from .prediction_rows import AnswerColumns, Precision, Row, answer, build_answers
-
-
-SECONDS_BETWEEN_LOOKS = 0.5  # seconds between checks for shards of other processes
+from .outputs import (
+    WRITERS,
+    Heartbeat,
+    Progress,
+    ShardFolder,
+    assign_ranges,
+    get_output_columns,
+    iterate_shards,
+    print_table,
+    write_rows,
+)
+from .prediction_rows import Precision, PredictionColumns, Row, build_prediction_columns, predict_rows
 
 
 @dataclass(frozen=True)
@@ -45,20 +51,21 @@ class Predictor:
 
     model: PreTrainedModel
     processor: ViTCLSImageProcessor
-    answers: AnswerColumns
+    columns: PredictionColumns
     precision: Precision
     batch_size: int
     num_workers: int
 
-    def rows(self, source: Source, ranges: Iterable[range], piece: int) -> Iterator[Row]:
+    def iterate_rows(self, source: PredictionInput, ranges: Iterable[range], piece: int) -> Iterator[Row]:
         """Yield a row for each image of the ranges, in order. A batch contains images of one piece only."""
         records = source.read(ranges)
-        images = prepared_ahead(records, self.processor, self.num_workers, num_ahead=2 * self.batch_size)
-        return answer(batches(images, self.batch_size, piece), self.answers, self.model.device, self.precision)
+        images = prepare_ahead(records, self.processor, self.num_workers, num_ahead=2 * self.batch_size)
+        batches = iterate_batches(images, self.batch_size, piece)
+        return predict_rows(batches, self.columns, self.model.device, self.precision)
 
 
 @dataclass(frozen=True)
-class Summary:
+class PredictionCounts:
     """Number of images, and of images without a prediction; both are 0 except on the main process."""
 
     num_images: int
@@ -68,7 +75,7 @@ class Summary:
 def predict(
     model: PreTrainedModel,
     processor: ViTCLSImageProcessor,
-    pictures: Any,
+    images: Any,
     top_k: int | None = None,
     threshold: float = 0.5,
     features: str | None = None,
@@ -80,7 +87,7 @@ def predict(
     Args:
         model: the model.
         processor: its image processor.
-        pictures: a path, a URL, or a list of paths, URLs, encoded bytes, PIL images and arrays. A folder is replaced
+        images: a path, a URL, or a list of paths, URLs, encoded bytes, PIL images and arrays. A folder is replaced
             by all images in it.
         top_k, threshold, features: see the flags of scripts/predict.py.
         batch_size: number of images per forward pass.
@@ -93,29 +100,32 @@ def predict(
     Raises:
         ValueError: if there are no images, or the model does not support the requested labels or features.
     """
-    source = listed_pictures([pictures] if isinstance(pictures, str | Path) else pictures)
-    answers = build_answers(model, top_k, threshold, features)
-    predictor = Predictor(model, processor, answers, nullcontext, batch_size, num_workers or default_num_workers())
+    source = wrap_images([images] if isinstance(images, str | Path) else images)
+    columns = build_prediction_columns(model, top_k, threshold, features)
+    predictor = Predictor(model, processor, columns, nullcontext, batch_size, num_workers or get_num_workers())
     was_training = model.training
     model.eval()
     try:
-        return list(predictor.rows(source, [range(source.num_images)], piece=source.num_images))
+        return list(predictor.iterate_rows(source, [range(source.num_images)], piece=source.num_images))
     finally:
         model.train(was_training)
 
 
-def listed_pictures(pictures: Sequence[Any]) -> Listed:
+def wrap_images(images: Sequence[Any]) -> ListInput:
     """Return paths, the images in folders, and images in memory, which are named by their index."""
-    parts = [
-        listed_files([str(picture)]) if isinstance(picture, str | Path) else Listed([str(number)], [picture])
-        for number, picture in enumerate(pictures)
-    ]
-    if not parts:
-        raise ValueError("no images were given: the list is empty")
-    return Listed([name for part in parts for name in part.names], [one for part in parts for one in part.contents])
+    if not images:
+        raise ValueError("prediction requires images, but the list is empty")
+    names: list[str] = []
+    contents: list[Any] = []
+    for index, image in enumerate(images):
+        is_path = isinstance(image, str | Path)
+        part = open_image_files([str(image)]) if is_path else ListInput([str(index)], [image])
+        names += part.names
+        contents += part.contents
+    return ListInput(names, contents)
 
 
-def predict_images(options: PredictOptions) -> Summary:
+def predict_images(options: PredictOptions) -> PredictionCounts:
     """Run scripts/predict.py: read images, predict, and print or write the rows.
 
     Raises:
@@ -123,29 +133,29 @@ def predict_images(options: PredictOptions) -> Summary:
     """
     accelerator = build_accelerator(mixed_precision=options.mixed_precision)
     with accelerator.main_process_first():  # downloads once
-        source = open_source(options)
+        source = open_input(options)
         model, processor = load_model(options.model, with_head=options.features is None)
     predictor = Predictor(
         model=model.to(accelerator.device),
         processor=processor,
-        answers=build_answers(model, options.top_k, options.threshold, options.features),
+        columns=build_prediction_columns(model, options.top_k, options.threshold, options.features),
         precision=accelerator.autocast,
         batch_size=options.batch_size,
-        num_workers=options.num_workers or default_num_workers(),
+        num_workers=options.num_workers or get_num_workers(),
     )
-    to_one_place = options.output is None or options.output.suffix.lower() in WRITERS
-    summary = (predict_to_file if to_one_place else predict_to_folder)(options, accelerator, source, predictor)
+    is_folder = options.output is not None and options.output.suffix.lower() not in WRITERS
+    counts = (predict_to_folder if is_folder else predict_to_file)(options, accelerator, source, predictor)
     accelerator.end_training()
-    return summary
+    return counts
 
 
-def default_num_workers() -> int:
+def get_num_workers() -> int:
     """Return the number of threads per process: the cores divided by the local processes, from 1 to 8."""
-    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return max(1, min(8, (os.cpu_count() or 1) // processes))
+    num_processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return max(1, min(8, (os.cpu_count() or 1) // num_processes))
 
 
-def batches(images: Iterator[Prepared], batch_size: int, piece: int) -> Iterator[list[Prepared]]:
+def iterate_batches(images: Iterator[PreparedImage], batch_size: int, piece: int) -> Iterator[list[PreparedImage]]:
     """Yield batches of `batch_size` images, with smaller batches at the end of each piece."""
     for _, group in groupby(images, key=lambda image: image.record.index // piece):
         while batch := list(islice(group, batch_size)):
@@ -156,28 +166,34 @@ def batches(images: Iterator[Prepared], batch_size: int, piece: int) -> Iterator
 
 
 def predict_to_file(
-    options: PredictOptions, accelerator: Accelerator, source: Source, predictor: Predictor
-) -> Summary:
+    options: PredictOptions, accelerator: Accelerator, source: PredictionInput, predictor: Predictor
+) -> PredictionCounts:
     """Print a table or write one file. The main process gathers the rows of all processes."""
     piece = options.batch_size
-    ranges = share(shard_ranges(source.num_images, piece), accelerator.process_index, accelerator.num_processes)
-    rows = gathered(predictor.rows(source, ranges, piece), piece, accelerator)
-    columns = all_columns(predictor.answers.columns)
+    ranges = assign_ranges(
+        iterate_shards(source.num_images, piece), accelerator.process_index, accelerator.num_processes
+    )
+    rows = gather_rows(predictor.iterate_rows(source, ranges, piece), piece, accelerator)
+    columns = get_output_columns(predictor.columns.columns)
     with Progress(source.num_images, is_shown=accelerator.is_main_process) as progress:
-        rows = progress.counted(rows)
+        rows = progress.count(rows)
         if not accelerator.is_main_process:
             for _ in rows:
-                pass  # takes part in gathering
+                pass  # the other processes only contribute their rows
         elif options.output is None:
             table = list(rows)
         else:
             write_rows(rows, columns, options.output)
     if options.output is None and accelerator.is_main_process:
-        show_table(table, columns)
-    return Summary(progress.num_images, progress.num_failed) if accelerator.is_main_process else Summary(0, 0)
+        print_table(table, columns)
+    return (
+        PredictionCounts(progress.num_images, progress.num_failed)
+        if accelerator.is_main_process
+        else PredictionCounts(0, 0)
+    )
 
 
-def gathered(rows: Iterator[Row], piece: int, accelerator: Accelerator) -> Iterator[Row]:
+def gather_rows(rows: Iterator[Row], piece: int, accelerator: Accelerator) -> Iterator[Row]:
     """Yield the rows of all processes in order. In each round, every process contributes its next piece."""
     if accelerator.num_processes == 1:
         yield from rows
@@ -192,72 +208,80 @@ def gathered(rows: Iterator[Row], piece: int, accelerator: Accelerator) -> Itera
 
 
 def predict_to_folder(
-    options: PredictOptions, accelerator: Accelerator, source: Source, predictor: Predictor
-) -> Summary:
+    options: PredictOptions, accelerator: Accelerator, source: PredictionInput, predictor: Predictor
+) -> PredictionCounts:
     """Write the missing shards, divided among the processes. The main process waits for all shards.
 
     It polls for the files, because a collective operation would time out if a process is slow.
+
+    Raises:
+        OSError: if a process has ended without writing its shards.
     """
     assert options.output is not None
     folder = ShardFolder(options.output, options.shard_size)
-    num_images, done = begin(folder, options, accelerator, source, predictor)
-    missing = (
-        indices for indices in shard_ranges(num_images, folder.size) if indices.start // folder.size not in done
-    )
-    own: Iterable[range] = share(missing, accelerator.process_index, accelerator.num_processes)
+    num_images, finished = open_shard_folder(folder, options, accelerator, source, predictor)
+    shards = iterate_shards(num_images, folder.size)
+    missing = (indices for indices in shards if indices.start // folder.size not in finished)
+    own: Iterable[range] = assign_ranges(missing, accelerator.process_index, accelerator.num_processes)
     total = None
     if num_images is not None:
         own = list(own)
         total = sum(map(len, own))
-    columns = all_columns(predictor.answers.columns)
-    with Progress(total, is_shown=accelerator.is_main_process) as progress:
-        rows = progress.counted(predictor.rows(source, own, folder.size))
+    columns = get_output_columns(predictor.columns.columns)
+    with (
+        Heartbeat(folder.get_heartbeat_file(accelerator.process_index)),
+        Progress(total, is_shown=accelerator.is_main_process) as progress,
+    ):
+        accelerator.wait_for_everyone()  # all processes have a heartbeat
+        rows = progress.count(predictor.iterate_rows(source, own, folder.size))
         for number, shard in groupby(rows, key=lambda row: row["index"] // folder.size):
-            write_rows(shard, columns, folder.file(number))
+            write_rows(shard, columns, folder.get_file(number))
         if not accelerator.is_main_process:
-            return Summary(0, 0)
+            return PredictionCounts(0, 0)
         if num_images is None:  # the end of the stream has now been reached
             num_images = source.num_images or 0
-            folder.set_num_images(num_images)
-        while not folder.is_complete(num_images):
-            time.sleep(SECONDS_BETWEEN_LOOKS)
-    return Summary(*folder.counts(num_images))
+            folder.record_num_images(num_images)
+        folder.wait_for_shards(num_images, accelerator.num_processes)
+    return PredictionCounts(*folder.count_rows(num_images))
 
 
-def begin(
-    folder: ShardFolder, options: PredictOptions, accelerator: Accelerator, source: Source, predictor: Predictor
+def open_shard_folder(
+    folder: ShardFolder,
+    options: PredictOptions,
+    accelerator: Accelerator,
+    source: PredictionInput,
+    predictor: Predictor,
 ) -> tuple[int | None, set[int]]:
-    """Create or check the output folder. Return the number of images, None if unknown, and the completed shards.
+    """Create or check the output folder. Return the number of images, None if unknown, and the finished shards.
 
     The main process reads the folder and broadcasts the result.
     """
-    found: list[Any] = [None, None, None]
+    identity = source.compute_identity()
+    state: list[Any] = [None, None, None]  # error message, number of images, finished shards
     if accelerator.is_main_process:
+        contents = {
+            "features": options.features,
+            "top_k": options.top_k,
+            "threshold": options.threshold,
+            "mixed_precision": accelerator.mixed_precision,
+            "input": identity,
+            "model": compute_model_digest(predictor.model, predictor.processor),
+        }
         try:
-            num_images = folder.begin(
-                {
-                    "features": options.features,
-                    "top_k": options.top_k,
-                    "threshold": options.threshold,
-                    "mixed_precision": accelerator.mixed_precision,
-                    "input": source.identity(),
-                    "model": fingerprint(predictor.model, predictor.processor),
-                }
-            )
-            known = source.num_images if num_images is None else num_images
-            found = [None, known, folder.done()]
+            num_images = folder.open(contents)
+            state = [None, source.num_images if num_images is None else num_images, folder.list_shards()]
         except (ValueError, OSError) as error:
-            found[0] = str(error)
-    problem, num_images, done = broadcast_object_list(found)
+            state[0] = str(error)
+    problem, num_images, finished = broadcast_object_list(state)
     if problem is not None:
         raise ValueError(problem)
-    first, *others = gather_object([source.identity()])
+    first, *others = gather_object([identity])
     if any(other != first for other in others):
-        raise ValueError("not all processes find the same images: give all machines the same files")
-    return num_images, done
+        raise ValueError("prediction requires the same images on all processes, but the files of the machines differ")
+    return num_images, finished
 
 
-def fingerprint(model: PreTrainedModel, processor: ViTCLSImageProcessor) -> str:
+def compute_model_digest(model: PreTrainedModel, processor: ViTCLSImageProcessor) -> str:
     """Return a digest of weights, labels and preprocessing. Predictions may differ if the digest differs."""
     settings = [model.config.id2label, model.config.tasks, processor.to_dict()]
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())

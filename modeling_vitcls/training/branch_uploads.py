@@ -26,11 +26,11 @@ from ..hub.connection import format_hub_error
 from ..hub.manifest import CARD, RECIPE
 from ..hub.provenance import Provenance
 from ..hub.publish import push_folder
-from ..options import as_flags
-from .distributed_state import gather, get_named_tensors
+from ..options import to_flags
+from .distributed_state import gather_weights
 from .loop import Interrupted, TrainingState
 from .model_report import get_model_provenance, get_teacher_provenance
-from .results import disable_progress_bars
+from .reporter import disable_progress_bars
 from .runner import Runner
 
 
@@ -106,7 +106,7 @@ class BranchUploads:
             tensors, facts = gather_checkpoint()
             self.write(step, lambda: self.get_store().save(step, tensors, facts, is_best=False))
         with nullcontext() if state.ema is None else state.ema.use_averaged_weights():
-            weights = gather(get_named_tensors(self.model), self.accelerator.is_main_process)
+            weights = gather_weights(self.model, self.accelerator.is_main_process)
             self.write(step, lambda: self.fill_folder(step, weights))
         if self.accelerator.is_main_process:
             self.start(step)
@@ -162,7 +162,7 @@ class BranchUploads:
             if (self.options.output_dir / name).is_file():
                 shutil.copyfile(self.options.output_dir / name, self.folder / name)
         architecture = read_json(self.folder / "config.json")["architectures"][0]
-        flags = as_flags(self.options)
+        flags = to_flags(self.options)
         card = build_checkpoint_card(
             self.repo_id,
             self.branch,

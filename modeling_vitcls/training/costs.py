@@ -79,12 +79,12 @@ def get_sequence_lengths(config: ViTCLSConfig, image_size: ImageSize) -> tuple[i
     """
     height, width = get_image_size(config, image_size)
     patch_height, patch_width = config.patch_height_width
-    num_patches = (height // patch_height) * (width // patch_width)
-    if not num_patches:
+    rows, columns = height // patch_height, width // patch_width
+    if not rows * columns:
         raise ValueError(
             f"image_size is {height} x {width}, smaller than one patch of {patch_height} x {patch_width} pixels"
         )
-    return num_patches, config.token_layout.num_prefix_tokens + num_patches
+    return rows * columns, config.token_layout.get_num_tokens(rows, columns)
 
 
 def get_image_size(config: ViTCLSConfig, image_size: ImageSize) -> tuple[int, int]:
@@ -316,7 +316,7 @@ def count_saved_mlp_channels(mlp: Any, on_cpu: bool) -> int:
 
 def get_num_training_tokens(model: Any, num_patches: int, num_tokens: int) -> int:
     """Return the number of tokens in the layers in training. Patch dropout reduces it, unless the first layers are
-    frozen (training/trainable.py)."""
+    frozen (training/model.py)."""
     if get_first_trained_layer(model.base_model) > 0:
         return num_tokens
     return num_tokens - num_patches + get_num_kept_patches(model.config.patch_drop_rate, num_patches)

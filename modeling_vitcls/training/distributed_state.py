@@ -5,19 +5,28 @@ With DeepSpeed, only weights and gradients are supported.
     model, optimizer, EMA weights      <->   {"model", "optimizer", "ema"} -> name -> full tensor on the CPU
     on every process, maybe sharded          on the main process
 
-Full tensors do not depend on the number of processes. Names are the model's own, without prefixes of DDP,
-torch.compile or PEFT. The state excludes values that follow from the flags and the step: the optimizer's
-hyperparameters, and random number generators, which are seeded in each step. checkpoints.py writes the tensors to
-disk.
+Full tensors do not depend on the number of processes. Names are the model's own, without prefixes of DDP or
+torch.compile. The state excludes values that follow from the flags and the step: the optimizer's hyperparameters, and
+random number generators, which are seeded in each step. checkpoints.py writes the tensors to disk.
+
+torch.distributed.checkpoint.state_dict gathers weights and moments, and distributes weights. Its function for loading
+moments is not used: it gives parameters without moments in the checkpoint a step count of 1.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from accelerate import Accelerator, DistributedType
 from accelerate.optimizer import AcceleratedOptimizer
+from accelerate.utils import extract_model_from_parallel
 from torch import distributed, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+)
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 
@@ -25,7 +34,7 @@ from ..checkpoints import Checkpoint, Tensors
 from ..distributed import on_main
 
 
-PEFT_PREFIX = "base_model.model."
+FULL_ON_MAIN = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
 def get_unsupported_reason(accelerator: Accelerator) -> str | None:
@@ -53,16 +62,15 @@ def gather_state(
     reason = get_unsupported_reason(accelerator)
     if reason:
         raise ValueError(f"no checkpoint can be written: {reason}")
-    is_main = accelerator.is_main_process
-    inner = unwrap_optimizer(optimizer)
-    names = {id(parameter): name for name, parameter in get_named_parameters(model).items()}
+    is_main, inner = accelerator.is_main_process, unwrap_optimizer(optimizer)
+    states: Any = get_optimizer_state_dict(model, inner, options=FULL_ON_MAIN).get("state", {}) if inner.state else {}
     moments: Tensors = {}
     others: dict[str, Any] = {}
-    for parameter in get_optimizer_parameters(inner):
-        for key, value in inner.state.get(parameter, {}).items():
+    for name, state in states.items():
+        for key, value in state.items():
             target = moments if isinstance(value, torch.Tensor) else others
-            target[f"{key}/{names[id(parameter)]}"] = value
-    tensors = {"model": gather(get_named_tensors(model), is_main), "optimizer": gather(moments, is_main)}
+            target[f"{key}/{name}"] = value
+    tensors = {"model": gather_weights(model, is_main), "optimizer": moments}
     if shadow is not None:
         tensors["ema"] = gather(dict(zip(get_trainable_names(model), shadow, strict=True)), is_main)
     scaler = accelerator.scaler.state_dict() if accelerator.scaler is not None else {}
@@ -91,7 +99,7 @@ def scatter_state(
     def read(name: str) -> Tensors | None:
         return None if checkpoint is None else checkpoint.tensors(name)
 
-    scatter(read("model"), get_named_tensors(model), accelerator)
+    scatter_weights(read("model"), model, accelerator)
     if shadow is not None:
         scatter(read("ema"), dict(zip(get_trainable_names(model), shadow, strict=True)), accelerator)
     scatter_optimizer(read("optimizer"), facts["optimizer"], accelerator, model, optimizer)
@@ -113,25 +121,9 @@ def reshard(model: nn.Module) -> None:
 # Names ---------------------------------------------------------------------------------------------------------------
 
 
-def get_plain_name(name: str) -> str:
-    """Return a name without wrapper prefixes: `module._orig_mod.vitcls.x` becomes `vitcls.x`."""
-    parts = [part for part in name.split(".") if part != "_orig_mod"]  # torch.compile of the model or its modules
-    return ".".join(parts[parts[0] == "module" :]).removeprefix(PEFT_PREFIX)  # DDP
-
-
-def rename_tensors(tensors: Iterable[tuple[str, Any]]) -> Tensors:
-    """Return tensors by their plain names, without values that are not tensors."""
-    return {get_plain_name(name): tensor for name, tensor in tensors if isinstance(tensor, torch.Tensor)}
-
-
-def get_named_tensors(model: nn.Module) -> Tensors:
-    """Return parameters and persistent buffers, which share memory with the model."""
-    return rename_tensors(model.state_dict(keep_vars=True).items())
-
-
-def get_named_parameters(model: nn.Module) -> dict[str, torch.Tensor]:
+def get_named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """Return all parameters; tied weights have one name."""
-    return rename_tensors(model.named_parameters())
+    return dict(extract_model_from_parallel(model, keep_torch_compile=False).named_parameters())
 
 
 def get_trainable_names(model: nn.Module) -> list[str]:
@@ -150,6 +142,15 @@ def get_optimizer_parameters(optimizer: torch.optim.Optimizer) -> list[torch.Ten
 
 
 # Tensors across processes --------------------------------------------------------------------------------------------
+
+
+def gather_weights(model: nn.Module, is_main: bool) -> Tensors:
+    """Return parameters and persistent buffers as full tensors on the CPU of the main process, and an empty dictionary
+    on the others. All processes must call it together."""
+    if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):  # ZeRO-3
+        return gather(model.state_dict(keep_vars=True), is_main)
+    weights: dict[str, Any] = get_model_state_dict(model, options=FULL_ON_MAIN)
+    return weights
 
 
 def gather(tensors: Tensors, is_main: bool) -> Tensors:
@@ -189,6 +190,20 @@ def get_num_elements(parameter: torch.Tensor) -> int:
     return getattr(parameter, "ds_numel", parameter.numel())
 
 
+def scatter_weights(whole: Tensors | None, model: nn.Module, accelerator: Accelerator) -> None:
+    """Load full tensors of the main process into the model on all processes.
+
+    Raises:
+        ValueError: if a tensor is missing, unknown, or has another shape.
+    """
+    weights: dict[str, Any] = {} if whole is None else {**whole}
+    targets: dict[str, Any] = get_model_state_dict(model)
+    on_main(accelerator, lambda: check_same_tensors(weights, targets))
+    is_distributed = accelerator.num_processes > 1
+    options = StateDictOptions(full_state_dict=is_distributed, broadcast_from_rank0=is_distributed)
+    set_model_state_dict(model, weights, options=options)
+
+
 @torch.no_grad()
 def scatter(whole: Tensors | None, targets: Tensors, accelerator: Accelerator) -> None:
     """Copy full tensors from the main process into `targets` on all processes.
@@ -224,7 +239,7 @@ def scatter_optimizer(
     optimizer: torch.optim.Optimizer,
 ) -> None:
     """Load the optimizer's state: moments are sharded like their parameters, step counts are copied."""
-    parameters = get_named_parameters(model)
+    parameters: Tensors = {**get_named_parameters(model)}
     inner = unwrap_optimizer(optimizer)
     indices = {id(parameter): index for index, parameter in enumerate(get_optimizer_parameters(inner))}
 

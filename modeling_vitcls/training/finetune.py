@@ -1,8 +1,9 @@
-"""Fine-tuning, from options to output folder.
+"""Fine-tuning on labeled images. task.py contains the run from top to bottom.
 
-    options -> setup.py: data, model, teacher, batch plan -> components.py -> runner.py: training -> model folder
+    full model         trains on pixels; with --teacher, the distillation token learns from the teacher
+    linear probing     encodes each image once, then trains only the heads on the cached features (linear_probe.py)
 
-The folder then contains
+The output folder then contains
     config.json, model.safetensors, preprocessor_config.json, *_vitcls.py    files for from_pretrained
     README.md, pictures/                                                     model card
     report.html                                                              analysis of the special tokens
@@ -13,162 +14,317 @@ The folder then contains
     config.resolved.yaml    all flags; pass it to `--config` to repeat the run
 """
 
+from collections.abc import Callable, Generator
 from dataclasses import replace
-from functools import partial
+from pathlib import Path
 from typing import Any
 
+import torch
+from accelerate import DistributedType
 from huggingface_hub import ModelCard
 
-from ..data.held_out import RECORD
-from ..data.images import LabelledPictures
-from ..data.splits import describe_missing_classes
+from ..data.augmentation import BatchMixer
+from ..data.batches import Normalizer, TrainingImages
+from ..data.held_out import RESULTS_FILE, read_record
+from ..data.images import LabeledImages
+from ..data.sampling import compute_class_weights
+from ..data.splits import TrainingData, describe_missing_classes, load_training_data
+from ..files import read_json
 from ..hub.card import build_card
+from ..hub.loading import MODEL_FILES, get_model_folder
 from ..hub.local_paths import strip_folders
 from ..hub.provenance import Provenance
 from ..inference.evaluator import Evaluator
-from ..inference.metrics import without_large_matrices
-from ..options import FinetuneOptions, as_flags
-from .branch_uploads import build_branch_uploads
-from .components import build_components
-from .distributed_state import gather, get_named_tensors
-from .finish import finish_run, push_finished_run, save_output, write_model
-from .loop import Metrics
-from .model_report import (
-    get_teacher_provenance,
+from ..inference.load_model import is_preset
+from ..inference.metrics import SELECTION_METRICS
+from ..options import AugmentationOptions, FinetuneOptions, to_flags
+from .linear_probe import (
+    build_head_only,
+    build_probe_evaluator,
+    cache_features,
+    find_trained_outside_heads,
+    iterate_feature_batches,
 )
-from .reporter import format_metric
-from .results import describe_batches, describe_model, describe_run
-from .runner import execute_dry_run
-from .setup import FinetuneSetup, build_plan, describe_other_split, prepare
+from .loop import Metrics
+from .losses import (
+    Batch,
+    Classification,
+    Distillation,
+    LabelLoss,
+    MultiLabelLoss,
+    MultiTaskLoss,
+    Objective,
+    PixelInputs,
+    SingleLabelLoss,
+    get_feature_inputs,
+)
+from .model import apply_trainable, build_model, uses_patch_dropout
+from .model_report import get_teacher_provenance
+from .runner import Components
+from .task import Task, format_values
+from .teacher import Teacher, TeacherCache, check_teacher_views, load_teacher
+from .token_monitor import measure_nothing
 
 
-def finetune(setup: FinetuneSetup) -> dict[str, Any]:
-    """Train, evaluate and write the output folder; return the content of results.json.
+NO_AUGMENTATION = AugmentationOptions(crop_scale=1.0, flip=False)
+
+
+class FinetuneTask(Task):
+    """Fine-tuning of a classifier, optionally with a teacher."""
+
+    options: FinetuneOptions
+    teacher: Teacher | None  # set by `load_model`
+
+    # Options, data and model -----------------------------------------------------------------------------------------
+
+    @staticmethod
+    def check_options(options: FinetuneOptions) -> FinetuneOptions:
+        """Set one distillation token if a teacher is given and their number is not, and check the options."""
+        if options.distillation.teacher is not None and options.model.num_distillation_tokens is None:
+            options = replace(options, model=replace(options.model, num_distillation_tokens=1))
+        check_combinations(options)
+        return options
+
+    def load_data(self) -> TrainingData:
+        """Load both splits with labels."""
+        data = load_training_data(self.options.data)
+        check_labels(self.options, data.label_space.kind)
+        return data
+
+    def load_model(self) -> None:
+        """Load the model and the teacher, and freeze the parameters that are not trained."""
+        options, training = self.options, self.options.training
+        built = build_model(options.model, self.data.label_space)
+        config, self.processor, self.teacher = built.model.config, built.processor, None
+        if options.distillation.teacher is not None:
+            self.teacher = load_teacher(
+                options.distillation.teacher,
+                self.data.label_space,
+                config.num_channels,
+                config.image_height_width,
+                self.runner.accelerator.device,
+            )
+        self.model = apply_trainable(built.model, training.trainable, training.lora_rank, built.newly_initialized)
+        if options.model.patch_drop_rate and not uses_patch_dropout(self.model.vitcls):
+            raise ValueError(describe_useless_patch_dropout(options))
+
+    def find_warnings(self) -> list[str]:
+        """Return warnings about classes that a split lacks, and about other held-out images of the initial model."""
+        other_split = describe_other_split(self.options.model.model, self.data)
+        return [*describe_missing_classes(self.data), *([other_split] if other_split else [])]
+
+    # Training --------------------------------------------------------------------------------------------------------
+
+    def build_components(self, evaluator: Evaluator) -> Components:
+        """Build the components of linear probing on cached features if possible, or of the full model."""
+        if self.options.training.trainable != "head":
+            return super().build_components(evaluator)
+        if reason := self.find_caching_obstacle():
+            self.runner.reporter.print_line("features", f"computed in every step, because {reason}")
+            return super().build_components(evaluator)
+        return self.build_head_components(evaluator)
+
+    def find_caching_obstacle(self) -> str | None:
+        """Return why linear probing must run the encoder in every step, or None if features can be cached."""
+        augmentation = self.options.augmentation
+        if self.teacher is not None:
+            return "the teacher requires images"
+        if self.data.num_training_images is None:
+            return "a stream is not cached"
+        if augmentation.mixup or augmentation.cutmix:
+            return "images are mixed"
+        if self.runner.accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+            return "the model is sharded"
+        trained = find_trained_outside_heads(self.model)
+        return f"{trained[0]} is trained" if trained else None
+
+    def build_head_components(self, evaluator: Evaluator) -> Components:
+        """Build the components that train the heads on features that are computed once."""
+        accelerator, options = self.runner.accelerator, self.options
+        model = self.model.to(accelerator.device)
+        is_augmented, views = options.training.feature_views > 0, max(options.training.feature_views, 1)
+        images = self.build_training_images(options.augmentation if is_augmented else NO_AUGMENTATION, views)
+        assert isinstance(images, TrainingImages), "streams cannot be cached"
+        keys = [(view, index) for view in range(views) for index in range(self.data.num_training_images or 0)]
+        unaugmented = (
+            "" if options.training.feature_views else " without augmentation (--feature-views N augments them)"
+        )
+        self.runner.reporter.print_line(
+            "features", f"encoding {len(keys):,} images once{unaugmented}; then only the heads are trained"
+        )
+        normalize = Normalizer(self.processor, accelerator.device)
+        workers, batch_size = options.data.num_workers, options.training.batch_size
+        cached = cache_features(model, images, keys, normalize, batch_size, workers, accelerator)
+
+        def batches(first_step: int) -> Generator[Batch, None, None]:
+            return iterate_feature_batches(cached, self.plan, accelerator.process_index, views, first_step)
+
+        objective = Classification(get_feature_inputs, self.build_label_loss())
+        evaluate = build_probe_evaluator(evaluator, model)
+        heads, describe = build_head_only(model), images.describe_unreadable
+        return Components(heads, objective, batches, evaluate, measure_nothing, describe)
+
+    def get_num_views(self) -> int:
+        """Return the number of views for which the teacher's logits are cached (`--teacher-views`)."""
+        return self.options.distillation.teacher_views
+
+    def build_objective(self, normalize: Normalizer) -> Objective:
+        """Build the loss on the labels, with distillation if there is a teacher."""
+        augmentation, distillation = self.options.augmentation, self.options.distillation
+        mixes = augmentation.mixup or augmentation.cutmix
+        inputs = PixelInputs(normalize, BatchMixer(augmentation, len(self.data.label_space.names)) if mixes else None)
+        if self.teacher is None:
+            return Classification(inputs, self.build_label_loss())
+        predict = self.build_teacher_function(self.teacher)
+
+        def compute_teacher_logits(batch: Batch) -> torch.Tensor:
+            with self.runner.accelerator.autocast():
+                return predict(batch)
+
+        return Distillation(
+            inputs,
+            self.build_label_loss(),
+            compute_teacher_logits,
+            distillation.distillation,
+            distillation.distillation_alpha,
+            distillation.distillation_tau,
+        )
+
+    def build_teacher_function(self, teacher: Teacher) -> Callable[[Batch], torch.Tensor]:
+        """Return the function that predicts the teacher's logits [B, labels], with a cache for `--teacher-views`."""
+        views, num_labels = self.get_num_views(), len(self.data.label_space.names)
+        if not views:
+            return teacher.predict
+        return TeacherCache(teacher, self.data.num_training_images or 0, views, num_labels).predict
+
+    def build_label_loss(self) -> LabelLoss:
+        """Build the loss for the data set's kind of labels."""
+        smoothing, labels = self.options.training.label_smoothing, self.data.label_space
+        if labels.kind == "multi_task":
+            return MultiTaskLoss(smoothing)
+        if labels.kind == "multi_label_classification":
+            return MultiLabelLoss(smoothing)
+        weights = None
+        if self.options.training.class_balance == "weights" and isinstance(self.data.train, LabeledImages):
+            weights = compute_class_weights(self.data.train.labels, len(labels.names)).to(
+                self.runner.accelerator.device
+            )
+        return SingleLabelLoss(smoothing, weights)
+
+    # Evaluation and output -------------------------------------------------------------------------------------------
+
+    @property
+    def selection_metric(self) -> str:
+        """Name of the metric that selects the best checkpoint, by kind of labels."""
+        return SELECTION_METRICS[self.data.label_space.kind]
+
+    def build_evaluator(self) -> Evaluator:
+        """Build the evaluator on the held-out images."""
+        arguments = self.get_evaluation_arguments()
+        return Evaluator(self.data.held_out, self.processor, self.data.label_space, **arguments)
+
+    def describe_labels(self) -> str:
+        """Return the number of classes of each column, and the kind of labels."""
+        labels = self.data.label_space
+        classes = " + ".join(f"{len(names)} of {column!r}" for column, names in labels.columns.items())
+        return f"classes: {classes}, {labels.kind.replace('_', ' ')}"
+
+    def summarize(self) -> dict[str, str]:
+        """Return the line about the teacher."""
+        if self.teacher is None:
+            return {}
+        return {"teacher": "; ".join(filter(None, [self.teacher.description, self.teacher.note]))}
+
+    def collect_facts(self) -> dict[str, Any]:
+        """Return the name of the teacher."""
+        teacher = self.options.distillation.teacher
+        return {"teacher": strip_folders(teacher) if teacher else None}
+
+    def format_result(self, metrics: Metrics) -> str:
+        """Format the selection metric and the accuracy of each head."""
+        values = format_values(metrics, self.selection_metric, "cls_accuracy", "distillation_accuracy")
+        return f"{values} on {metrics['num_images']:,} held-out images"
+
+    def build_card(
+        self, name: str, results: dict[str, Any], provenance: Provenance | None, images: dict[str, str]
+    ) -> ModelCard:
+        """Build the card of a classifier."""
+        teacher = get_teacher_provenance(self.options)
+        return build_card(name, self.model.config, results, to_flags(self.options), provenance, teacher, images)
+
+
+# Checks --------------------------------------------------------------------------------------------------------------
+
+
+def check_combinations(options: FinetuneOptions) -> None:
+    """Raise ValueError for contradictory flags, before anything is loaded."""
+    training = options.training
+    if options.distillation.teacher is not None and not options.model.num_distillation_tokens:
+        raise ValueError("--teacher requires a distillation token. Remove --num-distillation-tokens 0")
+    if training.trainable != "full" and is_preset(options.model.model):
+        raise ValueError(
+            f"--trainable {training.trainable} requires a trained checkpoint, but {options.model.model} has random "
+            "weights. Set --model to a checkpoint"
+        )
+    if options.model.patch_drop_rate and training.trainable == "head" and options.distillation.teacher is None:
+        raise ValueError(describe_useless_patch_dropout(options))
+    if training.feature_views and training.trainable != "head":
+        raise ValueError("--feature-views requires --trainable head. Set --trainable head, or remove --feature-views")
+    if options.data.streaming and options.distillation.teacher_views:
+        raise ValueError(
+            "--teacher-views caches the teacher's logits of each image, but a stream has an unknown number of images. "
+            "Remove --teacher-views or --streaming"
+        )
+    if options.data.streaming and training.class_balance != "none":
+        raise ValueError(
+            "--class-balance requires all labels, but a stream provides them during training. "
+            "Remove --class-balance or --streaming"
+        )
+    check_teacher_views(options.distillation.teacher_views, options.augmentation)
+
+
+def describe_useless_patch_dropout(options: FinetuneOptions) -> str:
+    """Return the error message for --patch-drop-rate with frozen first layers, which process whole images."""
+    return (
+        f"--patch-drop-rate requires trained first layers, but --trainable {options.training.trainable} freezes them. "
+        "Remove one of the two flags"
+    )
+
+
+def check_labels(options: FinetuneOptions, kind: str) -> None:
+    """Raise ValueError if a flag that requires one label per image is set for other labels."""
+    if kind == "single_label_classification":
+        return
+    flags = {
+        "--mixup": bool(options.augmentation.mixup),
+        "--cutmix": bool(options.augmentation.cutmix),
+        "--class-balance": options.training.class_balance != "none",
+        "--teacher": options.distillation.teacher is not None,
+    }
+    for flag, is_set in flags.items():
+        if is_set:
+            raise ValueError(f"{flag} requires one label per image, but the data set is {kind}. Remove {flag}")
+
+
+def describe_other_split(source: str, data: TrainingData) -> str | None:
+    """Return a warning if the initial model was trained on images of this data set that are held out now.
+
+    Args:
+        source: value of `--model`.
+        data: data of this run.
 
     Raises:
-        RunStopped: see `Runner.train`; also if the result cannot be written or pushed.
+        ValueError, OSError: if the model cannot be found, or its results.json is damaged.
     """
-    with setup.runner.lock:
-        return train_and_save(setup)
-
-
-def train_and_save(setup: FinetuneSetup) -> dict[str, Any]:
-    """Train, evaluate and write the output folder while it is locked."""
-    runner = setup.runner
-    if runner.is_finished:
-        return push_finished_run(runner, setup.hub_model_id)
-    for name, text in summarize(setup).items():
-        runner.reporter.print_line(name, text)
-    other_split = describe_other_split(setup.options.model.model, setup.data)
-    for warning in [*describe_missing_classes(setup.data), *([other_split] if other_split else [])]:
-        runner.reporter.warn(warning)
-    evaluator = build_evaluator(setup)
-    components = build_components(setup, evaluator)
-    metrics = runner.train(
-        components.model,
-        components.objective,
-        setup.plan,
-        components.batches,
-        components.evaluate,
-        components.measure_attention,
-        components.describe_unreadable,
-        build_branch_uploads(
-            runner, setup.hub_model_id, setup.model, partial(write_model, setup.built.model, setup.built.processor)
-        ),
+    if is_preset(source) or data.record.rule is None:
+        return None
+    folder = get_model_folder(source, [*MODEL_FILES, RESULTS_FILE])
+    record, part = read_record(folder), data.record.rule
+    if record is None or record.rule is None or read_json(Path(folder, RESULTS_FILE)).get("dataset") != data.name:
+        return None
+    if part.seed == record.rule.seed and part.fraction <= record.rule.fraction:
+        return None
+    return (
+        f"{source} was trained on {data.name} with other images held out, so it may have been trained on images that "
+        f"this run evaluates. Set --split-seed {record.rule.seed} --held-out-fraction {record.rule.fraction}"
     )
-    if components.model is not setup.model:  # only the heads were trained: evaluate the whole model
-        metrics |= evaluator(setup.built.model.eval())
-    results = collect_results(setup) | without_large_matrices(metrics)
-    save(setup, results)
-    finish_run(runner, format_result(metrics), setup.hub_model_id)
-    return results
-
-
-def dry_run(options: FinetuneOptions) -> None:
-    """Run a few steps, an evaluation, a checkpoint and saving on a few images, in a temporary folder (`--dry-run`).
-
-    Raises:
-        ValueError, OSError, RunStopped: like `prepare` and `finetune`.
-    """
-    execute_dry_run(options, prepare, finetune, build_plan, limit_training_images)
-
-
-def limit_training_images(setup: FinetuneSetup) -> None:
-    """Keep only the training images of the planned steps for linear probing, which encodes all images first."""
-    if setup.options.training.trainable == "head" and isinstance(setup.data.train, LabelledPictures):
-        plan = setup.plan
-        batches = [batch for process in range(plan.num_processes) for batch in plan.batches(process)]
-        indices = sorted({index for batch in batches for _, index in batch})
-        setup.data = replace(setup.data, train=setup.data.train.chosen(indices))
-        setup.plan = build_plan(setup.options, setup.data, plan.num_processes)
-
-
-def build_evaluator(setup: FinetuneSetup) -> Evaluator:
-    """Build the evaluator on the held-out images."""
-    return Evaluator(
-        setup.data.held_out,
-        setup.built.processor,
-        setup.data.label_space,
-        batch_size=setup.options.training.batch_size,
-        num_workers=setup.options.data.num_workers,
-        accelerator=setup.runner.accelerator,
-        max_broken_images=setup.options.data.max_broken_images,
-        warn=setup.runner.reporter.warn,
-        num_channels=setup.built.model.config.num_channels,
-    )
-
-
-# Output --------------------------------------------------------------------------------------------------------------
-
-
-def save(setup: FinetuneSetup, results: dict[str, Any]) -> None:
-    """Write model, image processor, card and results to the output folder."""
-    options, config = setup.options, setup.built.model.config
-
-    def build(name: str, provenance: Provenance | None, images: dict[str, str]) -> ModelCard:
-        teacher = get_teacher_provenance(options)
-        return build_card(name, config, results, as_flags(options), provenance, teacher, images)
-
-    weights = gather(get_named_tensors(setup.model), setup.runner.accelerator.is_main_process)  # collective
-    save_output(
-        setup.runner, setup.built.model, setup.built.processor, weights, setup.data, results, setup.hub_model_id, build
-    )
-
-
-# Summary and results -------------------------------------------------------------------------------------------------
-
-
-def summarize(setup: FinetuneSetup) -> dict[str, str]:
-    """Return the lines that are printed before training."""
-    data, labels = setup.data, setup.data.label_space
-    classes = " + ".join(f"{len(names)} of {column!r}" for column, names in labels.columns.items())
-    number = "a stream of" if setup.data.num_training_images is None else f"{setup.data.num_training_images:,}"
-    lines = {
-        "data": f"{data.name}: {number} images to train on, {len(data.held_out):,} held out ({data.held_out_name}); "
-        f"classes: {classes}, {labels.kind.replace('_', ' ')}",
-        **describe_model(setup.options.model.model, setup.model, setup.built.model.config),
-    }
-    if setup.teacher is not None:
-        lines["teacher"] = "; ".join(filter(None, [setup.teacher.description, setup.teacher.note]))
-    return lines | describe_batches(setup.plan, setup.runner.accelerator)
-
-
-def collect_results(setup: FinetuneSetup) -> dict[str, Any]:
-    """Return the content of results.json except the metrics."""
-    runner, teacher = setup.runner, setup.options.distillation.teacher
-    data = {
-        "dataset": setup.data.name,
-        "split": setup.data.held_out_name,
-        RECORD: setup.data.record.to_dict(),
-        "num_training_images": setup.data.num_training_images,
-        "teacher": strip_folders(teacher) if teacher else None,
-    }
-    config = setup.built.model.config
-    return data | describe_run(setup.plan, setup.built.model, config, runner.accelerator, runner.seconds)
-
-
-def format_result(metrics: Metrics) -> str:
-    """Format the result in one line."""
-    names = [next(iter(metrics)), *(name for name in ("cls_accuracy", "distillation_accuracy") if name in metrics)]
-    values = ", ".join(format_metric(name, metrics[name]) for name in names)
-    return f"{values} on {metrics['num_images']:,} held-out images"

@@ -19,8 +19,8 @@ from accelerate import Accelerator
 from accelerate.utils import send_to_device
 from torch import nn
 
-from ..data.batches import Batch, BatchPlan, Key, PreparedBatches, TrainingPictures
-from ..data.workers import from_workers
+from ..data.batches import Batch, TrainingImages, load_with_workers
+from ..data.sampling import BatchPlan, Key
 from ..heads_vitcls import combine_logits
 from ..inference.evaluator import Evaluator, HeldOutBatch
 from ..modeling_vitcls import (
@@ -106,7 +106,7 @@ def find_trained_outside_heads(model: nn.Module) -> list[str]:
 @torch.no_grad()
 def cache_features(
     model: nn.Module,
-    images: TrainingPictures,
+    images: TrainingImages,
     keys: Sequence[Key],
     normalize: Callable[[torch.Tensor], torch.Tensor],
     batch_size: int,
@@ -128,7 +128,7 @@ def cache_features(
     model.eval()
     batches: list[Batch] = []
     share = split_keys(keys, batch_size, accelerator.process_index, accelerator.num_processes)
-    for batch in from_workers(PreparedBatches(images), share, num_workers):
+    for batch in load_with_workers(images, share, num_workers):
         pixels = batch.pop("pixels").to(accelerator.device, non_blocking=True)
         with accelerator.autocast():
             features = compute_features(model, normalize(pixels)).float()
@@ -154,7 +154,7 @@ def iterate_feature_batches(
     `cached` contains all images, view by view: epoch e uses view e modulo `num_views`.
     """
     num_images = len(cached["features"]) // num_views
-    for keys in plan.batches(process, first_step):
+    for keys in plan.iterate_keys(process, first_step):
         epochs, indices = torch.tensor(keys).unbind(dim=1)
         yield select_rows(cached, epochs % num_views * num_images + indices) | {"epoch": epochs}
 
@@ -169,7 +169,7 @@ def build_probe_evaluator(evaluator: Evaluator, model: nn.Module) -> Evaluator:
     model.eval()
     encoded = copy.copy(evaluator)
     encoded.batches = copy.copy(evaluator.batches)
-    encoded.batches.kept = [encode_batch(batch, model, evaluator.accelerator) for batch in evaluator.batches]
+    encoded.batches.cache = [encode_batch(batch, model, evaluator.accelerator) for batch in evaluator.batches]
     model.train(was_training)
     return encoded
 
@@ -181,7 +181,7 @@ def encode_batch(batch: HeldOutBatch, model: Any, accelerator: Accelerator) -> H
         num_images, pixel_values = len(batch.pixel_values), batch.pixel_values
     with accelerator.autocast():
         features = compute_features(model, pixel_values.to(accelerator.device)).float()
-    return HeldOutBatch(features[:num_images].cpu(), batch.labels, batch.broken)
+    return HeldOutBatch(features[:num_images].cpu(), batch.labels, batch.unreadable)
 
 
 # Nested batches ------------------------------------------------------------------------------------------------------

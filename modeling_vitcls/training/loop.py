@@ -9,32 +9,38 @@ caller provides model, loss, evaluation and checkpoint storage.
 """
 
 import math
+import os
+import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from types import FrameType, TracebackType
+from typing import Any, Self
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import send_to_device
-from torch import nn
+from torch import distributed, nn
 
-from ..data.batches import BatchPlan
-from ..data.random_bits import seed_for
-from ..inference.metrics import scalars
+from ..data.sampling import BatchPlan, derive_seed
+from ..inference.metrics import select_scalars
 from ..options import TrainingOptions
-from ..system import peak_memory
+from ..system import get_peak_memory
 from .distributed_state import reshard
 from .losses import Batch, Losses, Objective
+from .model import set_train_mode
 from .optimizer import Ema, build_optimizer_step, get_learning_rate, set_learning_rate
 from .token_monitor import TokenMonitor, Tokens
-from .trainable import set_train_mode
 
 
 Metrics = dict[str, Any]
 
 # Maximum number of consecutive steps that fp16's loss scaler may skip. One more would reduce its scale by 2^20.
 MAX_OVERFLOWS = 19
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+LAUNCHERS = ("ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID")  # variables that accelerate and torchrun set
+ECHO_SECONDS = 1.0  # time in seconds in which a launcher may forward a Ctrl-C that the terminal has already sent
 
 
 @dataclass
@@ -96,11 +102,13 @@ class TrainingLoop:
         accelerator: Accelerator,
         hooks: Hooks,
         monitor: TokenMonitor,
+        selection_metric: str,
         save_every: int | None = None,
     ) -> None:
         """Store the components.
 
         Args:
+            selection_metric: name of the metric that selects the best checkpoint.
             save_every: steps between two checkpoints; None saves one at each evaluation.
         """
         self.state = state
@@ -110,6 +118,7 @@ class TrainingLoop:
         self.accelerator = accelerator
         self.hooks = hooks
         self.save_every = save_every
+        self.selection_metric = selection_metric
         self.monitor = monitor
         self.optimizer_step = build_optimizer_step(
             accelerator, state.model, state.optimizer, options.max_gradient_norm
@@ -136,9 +145,9 @@ class TrainingLoop:
             metrics = self.advance(batches)
             if self.state.step == self.plan.num_steps:
                 break
-            if signal := self.hooks.get_stop_signal():
+            if name := self.hooks.get_stop_signal():
                 self.hooks.save(self.is_best)
-                raise Interrupted(signal)
+                raise Interrupted(name)
             self.hooks.publish()
         return metrics or self.evaluate()
 
@@ -177,10 +186,10 @@ class TrainingLoop:
         """Evaluate the last step, log its record, and save a checkpoint if its score is the best so far."""
         state = self.state
         metrics = self.evaluate()
-        score = get_score(metrics)
+        score = get_score(metrics, self.selection_metric)
         self.is_best = score is not None and (state.best_score is None or score > state.best_score)
         state.best_score = score if self.is_best else state.best_score
-        self.hooks.log(state.record | {f"held_out_{name}": value for name, value in scalars(metrics).items()})
+        self.hooks.log(state.record | {f"held_out_{name}": value for name, value in select_scalars(metrics).items()})
         state.record = {}
         if self.is_best:
             self.hooks.save(True)
@@ -207,7 +216,7 @@ class TrainingLoop:
             self.hooks.on_batch(batch)
             batches_used.append(batch)
             batch = send_to_device(batch, accelerator.device, non_blocking=True)
-            torch.manual_seed(seed_for(self.plan.seed, state.step, accumulated, accelerator.process_index))
+            torch.manual_seed(derive_seed(self.plan.seed, state.step, accumulated, accelerator.process_index))
             with accelerator.accumulate(state.model):
                 batch_losses = self.objective(state.model, batch)
                 losses.append({name: loss.detach() for name, loss in batch_losses.items()})
@@ -220,7 +229,7 @@ class TrainingLoop:
         state.window += [{name: loss.item() for name, loss in batch_losses.items()} for batch_losses in losses]
         record: Metrics = {
             "step": state.step,
-            "epoch": round(self.plan.epochs_after(state.step), 4),
+            "epoch": round(self.plan.count_epochs(state.step), 4),
             "learning_rate": learning_rate,
             "gradient_norm": round(gradient_norm, 6) if math.isfinite(gradient_norm) else None,
         }
@@ -267,8 +276,8 @@ class TrainingLoop:
             math.fsum(batch_losses[name] for batch_losses in self.state.window) / len(self.state.window)
             for name in names
         ]
-        num_images, seconds = len(self.seconds) * self.plan.pictures_per_step, math.fsum(self.seconds)
-        self.peak_memory = max(self.peak_memory, peak_memory(self.accelerator.device))  # `record_speed` resets it
+        num_images, seconds = len(self.seconds) * self.plan.images_per_step, math.fsum(self.seconds)
+        self.peak_memory = max(self.peak_memory, get_peak_memory(self.accelerator.device))  # `record_speed` resets it
         self.state.window.clear()
         self.seconds.clear()
         losses = self.accelerator.reduce(torch.tensor(means, device=self.accelerator.device), "mean").tolist()
@@ -282,11 +291,89 @@ class TrainingLoop:
 
 def is_end_of_epochs(step: int, every: int, plan: BatchPlan) -> bool:
     """Return whether the step completes another `every` epochs."""
-    return math.floor(plan.epochs_after(step) / every) > math.floor(plan.epochs_after(step - 1) / every)
+    return math.floor(plan.count_epochs(step) / every) > math.floor(plan.count_epochs(step - 1) / every)
 
 
-def get_score(metrics: Metrics) -> float | None:
-    """Return the value that evaluations are compared by (higher is better): the first metric, negated if it is a loss.
-    None if there is no metric or its value is unknown."""
-    name, value = next(iter(metrics.items()), ("", None))
-    return -value if value is not None and name.endswith("loss") else value
+def get_score(metrics: Metrics, selection_metric: str) -> float | None:
+    """Return the value that evaluations are compared by (higher is better): the selection metric, negated if it is a
+    loss; None if its value is unknown."""
+    value = metrics[selection_metric]
+    return -value if value is not None and selection_metric.endswith("loss") else value
+
+
+# Signals ------------------------------------------------------------------------------------------------------------
+
+
+class Interruption:
+    """Context manager that stores the first Ctrl-C or SIGTERM. A second Ctrl-C raises KeyboardInterrupt.
+
+        with Interruption(accelerator) as interruption:
+            ...one step...
+            if interruption.get_signal(): save a checkpoint, and exit with interruption.exit_status
+
+    Clusters send SIGTERM some time before they stop a machine. The launcher determines which processes receive a
+    signal:
+
+        python                    the process itself
+        accelerate, 1 process     SIGTERM: often only the launcher, which ends; `get_signal` then detects that the
+                                  parent process has changed. Ctrl-C: both; the shell's prompt appears before the
+                                  checkpoint is saved
+        accelerate, N processes   torchrun's agent forwards both to all processes, including DataLoader workers, and
+                                  kills the processes after 30 s
+
+    The launcher's exit status may differ from the exit status of this process: torchrun's agent exits with 1 after any
+    signal.
+
+    It stores no signals outside of the main thread, where Python does not allow signal handlers. Ignored signals (a
+    shell's background jobs ignore Ctrl-C) stay ignored.
+    """
+
+    def __init__(self, accelerator: Accelerator) -> None:
+        self.received: signal.Signals | None = None
+        self.received_at = 0.0
+        self.old_handlers: dict[signal.Signals, Any] = {}
+        self.parent = os.getppid() if any(name in os.environ for name in LAUNCHERS) else None
+        # A group on the CPU avoids synchronization with the device.
+        self.group: Any = distributed.new_group(backend="gloo") if accelerator.num_processes > 1 else None
+        self.agreed: signal.Signals | None = None
+
+    def __enter__(self) -> Self:
+        if threading.current_thread() is threading.main_thread():
+            for number in SIGNALS:
+                old = signal.getsignal(number)
+                if old not in (signal.SIG_IGN, None):  # None: set by something other than Python
+                    self.old_handlers[number] = old
+                    signal.signal(number, self.handle_signal)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        for number, handler in self.old_handlers.items():
+            signal.signal(number, handler)
+        self.old_handlers.clear()
+
+    def handle_signal(self, number: int, frame: FrameType | None) -> None:
+        """Handle a signal."""
+        if self.received is None:
+            self.received, self.received_at = signal.Signals(number), time.monotonic()
+        elif number == signal.SIGINT and time.monotonic() - self.received_at > ECHO_SECONDS:
+            raise KeyboardInterrupt
+
+    def get_signal(self) -> str | None:
+        """Return the name of the received stop signal, or None; the result is the same on all processes. All processes
+        must call it together."""
+        if self.received is None and self.parent not in (None, os.getppid()):
+            self.received = signal.SIGTERM
+        number = int(self.received or 0)
+        if self.group is not None:
+            largest = torch.tensor(number)
+            distributed.all_reduce(largest, op=distributed.ReduceOp.MAX, group=self.group)
+            number = int(largest)
+        self.agreed = signal.Signals(number) if number else None
+        return self.agreed.name if self.agreed else None
+
+    @property
+    def exit_status(self) -> int:
+        """Return the exit status: 130 after Ctrl-C, 143 after SIGTERM, 0 without a signal."""
+        return 128 + self.agreed if self.agreed else 0

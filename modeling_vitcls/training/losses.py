@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..data.batches import Normaliser
+from ..data.batches import Normalizer
 from ..heads_vitcls import IGNORED_LABEL
 
 
@@ -34,7 +34,7 @@ LabelLoss = Callable[[Any, Any], torch.Tensor]  # computes the mean loss from lo
 class PixelInputs:
     """Convert batches with pixels [B, C, H, W] of 0 to 255 to normalized model inputs, optionally mixed."""
 
-    def __init__(self, normalize: Normaliser, mixer: Callable[[Any, Any], tuple[Any, Any]] | None = None) -> None:
+    def __init__(self, normalize: Normalizer, mixer: Callable[[Any, Any], tuple[Any, Any]] | None = None) -> None:
         self.normalize = normalize
         self.mixer = mixer
 
@@ -87,7 +87,12 @@ class MultiLabelLoss:
 
 class MultiTaskLoss:
     """Sum over tasks of the cross-entropy of {task: logits [B, L]} against {task: classes [B]}; the label -100 is
-    ignored."""
+    ignored.
+
+    Each task's mean is over all images of the batch, so that accumulated batches result in the loss of the large
+    batch. `ViTCLSForMultiTaskClassification` (used by Trainer) divides by the number of labeled images instead. Both
+    losses are equal if no labels are missing.
+    """
 
     def __init__(self, label_smoothing: float) -> None:
         self.label_smoothing = label_smoothing
@@ -159,14 +164,16 @@ class Distillation:
 class MaskedImages:
     """Reconstruction of masked patches; the model computes the loss (MAE, SimMIM)."""
 
-    def __init__(self, normalize: Normaliser, choose_masks: Callable[[int, torch.device], torch.Tensor]) -> None:
+    def __init__(self, normalize: Normalizer, mask_generator: Callable[[int, torch.device], torch.Tensor]) -> None:
         self.normalize = normalize
-        self.choose_masks = choose_masks  # returns masks [B, patches] from batch size and device; True hides a patch
+        self.mask_generator = (
+            mask_generator  # returns masks [B, patches] from batch size and device; True hides a patch
+        )
 
     def __call__(self, model: nn.Module, batch: Batch) -> Losses:
         """Return the loss of one batch on the model's device."""
         pixels = batch["pixels"]
-        masks = self.choose_masks(len(pixels), pixels.device)
+        masks = self.mask_generator(len(pixels), pixels.device)
         return {"loss": model(pixel_values=self.normalize(pixels), bool_masked_pos=masks).loss}
 
 

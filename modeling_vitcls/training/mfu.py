@@ -24,10 +24,10 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from ..data.batches import BatchPlan
+from ..data.sampling import BatchPlan
 from ..distributed import get_precision
 from ..modeling_vitcls import ViTCLSPreTrainedModel
-from ..system import SHARDED, forget_peak_memory, gemm_peak
+from ..system import SHARDED, measure_gemm_peak, reset_peak_memory
 from .costs import (
     count_attention_flops,
     count_forward_flops,
@@ -167,7 +167,7 @@ def start_utilization(
         f"{estimate_memory_beyond_weights(model, plan, accelerator) / 2**20:,.0f} MiB{per_process} beyond the weights "
         "(estimated)",
     )
-    utilization = Utilization(flops * plan.num_processes / plan.pictures_per_step)
+    utilization = Utilization(flops * plan.num_processes / plan.images_per_step)
     if flops * plan.num_steps >= MIN_FLOPS:
         utilization.dtype = str(dtype).removeprefix("torch.")
         utilization.measure = partial(measure_peak, accelerator, dtype)
@@ -183,10 +183,10 @@ def measure_peak(accelerator: Accelerator, dtype: torch.dtype) -> float:
     """
     accelerator.wait_for_everyone()
     try:
-        peak = gemm_peak(accelerator.device, dtype)
+        peak = measure_gemm_peak(accelerator.device, dtype)
     except torch.OutOfMemoryError:
         peak = 0.0
-    forget_peak_memory(accelerator.device)  # excludes these matrices from the training's peak memory
+    reset_peak_memory(accelerator.device)  # excludes these matrices from the training's peak memory
     return float(accelerator.reduce(torch.tensor(peak, device=accelerator.device), "sum"))
 
 
@@ -219,7 +219,7 @@ def count_training_flops(model: ViTCLSPreTrainedModel, batch_size: int = 1) -> i
 
     Each product of the forward pass has two products in the backward pass, one for the gradient of each factor.
     Gradients of pixels and frozen weights, and gradients below the first trained layer, are not computed. Patch
-    dropout reduces the number of tokens, unless the first layers are frozen (trainable.py).
+    dropout reduces the number of tokens, unless the first layers are frozen (model.py).
 
     Modules after the encoder are trained under every `--trainable`. On a frozen encoder, heads do not compute the
     gradient of their input. For a pooler with weights it is counted nevertheless (1 % of a ViT-S).

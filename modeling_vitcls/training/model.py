@@ -1,20 +1,43 @@
-"""Construction of the model to train and its image processor, for a given set of labels."""
+"""The model to train and its image processor for a set of labels, and the parameters that are trained.
+
+Trained parameters by `--trainable`:
+
+    full      all parameters
+    head      classifiers, and a pooler with parameters; not the final norm (linear probing)
+    last-N    the last N layers, the final norm and the head
+    lora      low-rank updates of queries and values (Hu et al. 2021, arXiv 2106.09685), special tokens and the head
+
+Parameters that are missing in the checkpoint are always trained, because they would otherwise stay random. An example
+is a new distillation token with its position embedding and its gate. Parameters that are already frozen (the mask
+token) stay frozen.
+"""
 
 import copy
+import re
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers.image_utils import SizeDict
 
+from ..blocks_vitcls import EncoderLayer, ViTCLSEmbeddings
 from ..configuration_vitcls import ViTCLSConfig
 from ..data.labels import LabelSpace
-from ..hub.loading import get_model_folder
+from ..hub.loading import check_is_vitcls, get_model_folder
 from ..image_processing_vitcls import ViTCLSImageProcessor
-from ..inference.load_model import CLASSES, Classifier, check_is_vitcls, is_preset, list_presets
+from ..inference.load_model import CLASSES, Classifier, is_preset, list_presets
 from ..modeling_vitcls import ViTCLSModel
 from ..options import ModelOptions
+from .costs import get_first_trained_layer
+
+
+ENCODER = "vitcls."
+POOLER = "vitcls.pooler."
+LORA_TARGETS = r".*\.layers\.\d+\.attention\.[qv]_proj"  # excludes attention poolers
+LORA_A, LORA_B = ".lora_A.default.weight", ".lora_B.default.weight"
 
 
 @dataclass(frozen=True)
@@ -40,7 +63,7 @@ def build_model(options: ModelOptions, label_space: LabelSpace) -> BuiltModel:
     if label_space.kind == "multi_task":
         values = {"num_cls_tokens": len(label_space.columns)} | values
     if is_preset(options.model):
-        config = ViTCLSConfig.from_preset(options.model, **values, **label_space.config_values())
+        config = ViTCLSConfig.from_preset(options.model, **values, **label_space.to_config_values())
         model = CLASSES[label_space.kind](config)
         processor = ViTCLSImageProcessor()
         newly_initialized = {name for name, _ in model.named_parameters()}
@@ -77,7 +100,7 @@ def load_for_labels(source: str, values: dict[str, Any], label_space: LabelSpace
         )
         config = copy.deepcopy(encoder.config)
         config.tasks = None
-        for name, value in label_space.config_values().items():
+        for name, value in label_space.to_config_values().items():
             setattr(config, name, value)
         model = model_class(config)
         load = model.vitcls.load_state_dict(encoder.state_dict(), strict=label_space.kind != "multi_task")
@@ -91,7 +114,7 @@ def has_labels(config: ViTCLSConfig, label_space: LabelSpace) -> bool:
     if label_space.kind == "multi_task":
         return config.task_labels() == label_space.columns
     has_kind = (config.problem_type or "single_label_classification") == label_space.kind
-    return not config.tasks and has_kind and config.id2label == label_space.config_values()["id2label"]
+    return not config.tasks and has_kind and config.id2label == label_space.to_config_values()["id2label"]
 
 
 def get_added_token_names(stored: ViTCLSConfig, model: Classifier) -> set[str]:
@@ -115,3 +138,120 @@ def fit_processor(processor: Any, config: ViTCLSConfig) -> None:
     if (output.height, output.width) != (height, width):
         processor.size = SizeDict(height=height, width=width)
         processor.do_center_crop = False
+
+
+# Trained parameters -------------------------------------------------------------------------------------------------
+
+
+def apply_trainable(
+    model: nn.Module, trainable: str, lora_rank: int = 8, newly_initialized: Collection[str] = frozenset()
+) -> nn.Module:
+    """Freeze the parameters that are not trained, in place; with "lora", add LoRA layers to queries and values. Return
+    the model.
+
+    Args:
+        model: a ViTCLS classifier, on one device.
+        trainable: "full", "head", "last-N" or "lora".
+        newly_initialized: names of the parameters that were not loaded from a checkpoint.
+
+    Raises:
+        ValueError: if N exceeds the number of layers, the value is unknown, or PEFT is missing for "lora".
+    """
+    if trainable == "full":
+        return model
+    names = {name for name, _ in model.named_parameters()}
+    trained = {name for name in names if is_head(name)} | get_last_layer_names(model, trainable)
+    if trainable == "lora":
+        trained |= get_special_token_names(model)
+    trained |= add_token_parameters(model, set(newly_initialized))
+    trained -= {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    if trainable == "lora":
+        add_lora(model, lora_rank)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in trained or ".lora_" in name)
+    return model
+
+
+def is_head(name: str) -> bool:
+    """Return whether a parameter belongs to the pooler or a classifier."""
+    return not name.startswith(ENCODER) or name.startswith(POOLER)
+
+
+def get_last_layer_names(model: Any, trainable: str) -> set[str]:
+    """Return the names of the parameters that "last-N" adds to the head; empty for the other values."""
+    if trainable in ("head", "lora"):
+        return set()
+    match = re.fullmatch(r"last-([1-9]\d*)", trainable)
+    if match is None:
+        raise ValueError(f"unknown --trainable {trainable!r}. Use full, head, lora, or last-N such as last-2")
+    num_trained, num_layers = int(match[1]), len(model.vitcls.layers)
+    if num_trained > num_layers:
+        raise ValueError(
+            f"--trainable is {trainable}, but the model has {num_layers} layers. Use a smaller N, or full"
+        )
+    prefixes = [f"{ENCODER}layers.{index}." for index in range(num_layers - num_trained, num_layers)]
+    prefixes.append(f"{ENCODER}layernorm.")
+    return {name for name, _ in model.named_parameters() if name.startswith(tuple(prefixes))}
+
+
+def get_special_token_names(model: Any) -> set[str]:
+    """Return the names of the special token parameters."""
+    tokens = {id(token) for token in model.vitcls.embeddings.get_special_tokens().values()}
+    return {name for name, parameter in model.named_parameters() if id(parameter) in tokens}
+
+
+def add_token_parameters(model: Any, newly_initialized: set[str]) -> set[str]:
+    """Return the new parameters, with the position embeddings and the gates of new tokens."""
+    tokens = model.vitcls.embeddings.get_special_tokens()
+    names = {name for name, _ in model.named_parameters()}
+    new_groups = [
+        group
+        for group, token in tokens.items()
+        if any(parameter is token and name in newly_initialized for name, parameter in model.named_parameters())
+    ]
+    token_parameters = {f"{ENCODER}embeddings.position_embeddings.{group}" for group in new_groups}
+    if new_groups:
+        token_parameters.add(f"{ENCODER}gates.gates")
+    return names & (newly_initialized | token_parameters)
+
+
+def set_train_mode(model: nn.Module) -> None:
+    """Set train mode, but keep frozen embeddings and layers in eval mode, so that their outputs are the same as in
+    inference. Patch dropout is disabled if embeddings and first layer are frozen. Use it instead of `model.train()`,
+    also for wrapped models."""
+    model.train()
+    for module in model.modules():
+        if isinstance(module, ViTCLSModel) and module.patch_dropout is not None:
+            module.patch_dropout.train(uses_patch_dropout(module))
+        if isinstance(module, ViTCLSEmbeddings | EncoderLayer):
+            module.train(any(parameter.requires_grad for parameter in module.parameters()))
+
+
+def uses_patch_dropout(encoder: ViTCLSModel) -> bool:
+    """Return whether training drops patches: the rate is positive, and embeddings or first layer are trained."""
+    return encoder.config.patch_drop_rate > 0 and get_first_trained_layer(encoder) == 0
+
+
+# LoRA ----------------------------------------------------------------------------------------------------------------
+
+
+def add_lora(model: nn.Module, rank: int) -> None:
+    """Replace the query and value projections by PEFT's layers with a scaling of 1: W x becomes W x + B A x."""
+    try:
+        from peft import LoraConfig, inject_adapter_in_model
+    except ImportError as error:
+        raise ValueError("--trainable lora requires PEFT: pip install peft") from error
+    inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=rank, target_modules=LORA_TARGETS), model)
+
+
+def merge_lora(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Merge LoRA weights into a state dict, as W + B A; return a state dict without LoRA weights unchanged.
+
+    The state dict must contain full tensors.
+    """
+    plain = {name.replace(".base_layer.", "."): weight for name, weight in weights.items() if ".lora_" not in name}
+    for name, down in weights.items():
+        if name.endswith(LORA_A):
+            layer = name.removesuffix(LORA_A)
+            plain[f"{layer}.weight"] = plain[f"{layer}.weight"] + weights[f"{layer}{LORA_B}"] @ down
+    return plain

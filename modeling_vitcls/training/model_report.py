@@ -31,7 +31,7 @@ from ..analysis.figures_over_depth import plot_attention_mass, plot_curve, plot_
 from ..analysis.inspection import Inspection, inspect_model
 from ..analysis.inspection_inputs import InspectionImages
 from ..analysis.report import write_page
-from ..data.images import LabelledPictures
+from ..data.images import LabeledImages
 from ..data.labels import LabelSpace
 from ..hub.licenses import describe_license_conflict
 from ..hub.local_paths import is_local
@@ -40,7 +40,7 @@ from ..hub.push_permissions import is_private
 from ..image_processing_vitcls import ViTCLSImageProcessor
 from ..inference.load_model import is_preset
 from ..options import FinetuneOptions, PretrainOptions, RunOptions
-from ..system import name_of_device
+from ..system import format_device_name
 from .reporter import TrackImages
 
 
@@ -66,7 +66,7 @@ def build_model_report(
     folder: Path,
     model_class: Any,
     results: dict[str, Any],
-    held_out: LabelledPictures,
+    held_out: LabeledImages,
     label_space: LabelSpace,
     device: torch.device,
     draws: bool,
@@ -127,13 +127,13 @@ def inspect_saved(
     model: Any,
     processor: ViTCLSImageProcessor,
     results: dict[str, Any],
-    held_out: LabelledPictures,
+    held_out: LabeledImages,
     label_space: LabelSpace,
 ) -> Inspection:
     """Write report.html about the special tokens, with held-out images, and return the inspection."""
     labels = held_out.labels if label_space.columns else None
     names = [f"held out, {number}" for number in range(len(held_out))]
-    images = InspectionImages(held_out.pictures, names, labels, f"{results['dataset']}, {results['split']}")
+    images = InspectionImages(held_out.images, names, labels, f"{results['dataset']}, {results['split']}")
     inspection = inspect_model(
         model, processor, **images.build_arguments(NUM_SHOWN, NUM_INSPECTED), token_movement=results["token_movement"]
     )
@@ -165,7 +165,7 @@ def measure_inference_speed(model: Any, device: torch.device) -> dict[str, Any]:
         "batch_size": len(batch),
         "repeats": NUM_REPEATS,
         "dtype": str(model.dtype).removeprefix("torch."),
-        "device": name_of_device(device),
+        "device": format_device_name(device),
     }
 
 
@@ -193,19 +193,19 @@ def can_show_samples(
     return False
 
 
-def select_samples(held_out: LabelledPictures, label_space: LabelSpace) -> list[Sample]:
+def select_samples(held_out: LabeledImages, label_space: LabelSpace) -> list[Sample]:
     """Return a few readable images of different classes, if available, with their labels as text."""
     return list(islice(iterate_readable(held_out, label_space), NUM_SAMPLES))
 
 
-def iterate_readable(held_out: LabelledPictures, label_space: LabelSpace) -> Iterator[Sample]:
+def iterate_readable(held_out: LabeledImages, label_space: LabelSpace) -> Iterator[Sample]:
     """Yield images and labels, the first of each class before the others; skip unreadable images."""
     for index in islice(order_by_class(held_out.labels), MAX_IMAGES_TRIED):
         try:
-            image = held_out.pictures[index]
+            image = held_out.images[index]
         except ValueError:  # the evaluation has already reported the unreadable image
             continue
-        yield image, label_space.in_words(held_out.labels[index]) if label_space.columns else None
+        yield image, label_space.format_label(held_out.labels[index]) if label_space.columns else None
 
 
 def order_by_class(labels: Iterable[Any]) -> Iterator[int]:
@@ -259,8 +259,8 @@ def write_card(
 
 
 def build_benchmark_entry(benchmark: str, task_id: str, results: dict[str, Any]) -> EvalResultEntry:
-    """Build the entry of the first metric for the Hub's `.eval_results` (docs/hub/eval-results)."""
-    metric = "accuracy" if "accuracy" in results else "mean_average_precision"
+    """Build the entry of the selection metric for the Hub's `.eval_results` (docs/hub/eval-results)."""
+    metric = results["selection_metric"]
     interval = results.get(f"{metric}_interval")
     text = f", 95 % interval {interval[0]:.4f} to {interval[1]:.4f}" if interval else ""
     return EvalResultEntry(

@@ -7,18 +7,48 @@
 
 A run first removes the files of the run that it replaces, starting with results.json and the model. Then it writes its
 own files. A run that is killed at any moment therefore never leaves an old model next to a new configuration.
+
+Only one run at a time writes to a folder:
+
+    lock = FolderLock(folder)
+    lock.acquire()                 ValueError if another run holds the lock
+    with lock: ...                 released at the end, also after an exception
+
+The lock is the file `.vitcls.lock` in the folder, which contains the host, the process and its start time. SIGTERM
+also releases the lock. A process that was killed with -9 leaves the file. The next run on the same host checks that
+the process has ended, and replaces the lock. The state of a process on another host is unknown, so its lock is
+respected.
 """
 
+import atexit
+import json
+import os
 import shutil
-from contextlib import suppress
+import signal
+import socket
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from types import FrameType, TracebackType
+from typing import Any, Self
+
+import psutil
 
 from ..checkpoints import CheckpointStore
 from ..hub.local_paths import is_local, split_prefix
 from ..hub.manifest import EXTRA_PATTERNS, MODEL_PATTERNS, RECIPE, is_match
 from ..options import FinetuneOptions, PretrainOptions
 from .model_report import REPORT
+
+
+fcntl: Any
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 
 RESULTS = "results.json"
@@ -32,6 +62,9 @@ NON_FINITE_STATE = "non_finite"  # folder of a checkpoint
 CHECKPOINTS = "checkpoints"
 # Files that a run writes during training. The configuration, which identifies the run, is removed last.
 TRAINING_FILES = (METRICS, NON_FINITE, RECIPE)
+
+LOCK_FILE = ".vitcls.lock"
+CLOCK_TOLERANCE = 1.0  # maximum difference in seconds between two measurements of a process's start time
 
 MAX_LISTED = 3  # maximum number of files in an error message
 
@@ -109,3 +142,178 @@ def list_final_files(folder: Path) -> list[str]:
         name: [number for number, kind in enumerate(FINAL_FILES) if is_match(name, (kind,))] for name in sorted(names)
     }
     return sorted((name for name in order if order[name]), key=order.__getitem__)
+
+
+# Lock ---------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class LockOwner:
+    """Process that holds a lock.
+
+    Attributes:
+        host: name of its machine.
+        pid: its process ID.
+        started_after_boot: seconds between the start of the machine and the start of the process. It distinguishes
+            processes with the same ID and, unlike the time of day, does not change if the clock is set.
+        since: time at which the lock was acquired.
+    """
+
+    host: str
+    pid: int
+    started_after_boot: float
+    since: str
+
+    @classmethod
+    def this_process(cls) -> Self:
+        """Return the owner for this process."""
+        return cls(
+            socket.gethostname(),
+            os.getpid(),
+            get_start_time(psutil.Process()),
+            datetime.now(UTC).isoformat(timespec="seconds"),
+        )
+
+    @classmethod
+    def from_text(cls, text: str) -> Self | None:
+        """Return the owner from the text of a lock file, or None if the text is invalid."""
+        try:
+            return cls(**json.loads(text))
+        except (ValueError, TypeError):
+            return None
+
+    @property
+    def is_on_this_host(self) -> bool:
+        """Whether the owner is a process of this machine."""
+        return self.host == socket.gethostname()
+
+    def is_alive(self) -> bool:
+        """Return whether the owner, a process of this machine, is running."""
+        try:
+            process = psutil.Process(self.pid)
+            is_same = abs(get_start_time(process) - self.started_after_boot) < CLOCK_TOLERANCE
+            return is_same and process.status() != psutil.STATUS_ZOMBIE
+        except psutil.NoSuchProcess:
+            return False
+
+
+class FolderLock:
+    """Lock of one output folder; use it as a context manager to release the lock."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.file = folder / LOCK_FILE
+        self.owner: LockOwner | None = None  # this process, while it holds the lock
+        self.created: list[Path] = []  # folders that were created for the lock, innermost first
+
+    def acquire(self) -> None:
+        """Acquire the lock; create the folder if it does not exist.
+
+        Raises:
+            ValueError: if another run holds the lock.
+            OSError: if the folder cannot be written.
+        """
+        self.created = [folder for folder in (self.folder, *self.folder.parents) if not folder.exists()]
+        self.folder.mkdir(parents=True, exist_ok=True)
+        owner = LockOwner.this_process()
+        with exclude_other_processes(self.folder):
+            while not self.create_file(owner):
+                self.remove_stale()
+        self.owner = owner
+        atexit.register(self.release)
+        if (
+            threading.current_thread() is threading.main_thread()
+            and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+        ):
+            signal.signal(signal.SIGTERM, self.release_and_exit)
+
+    def release(self) -> None:
+        """Remove the lock if this process holds it, and remove empty folders that were created for it."""
+        if self.owner is None or self.owner.pid != os.getpid():  # a forked process does not hold it
+            return
+        with suppress(FileNotFoundError):
+            if LockOwner.from_text(self.file.read_text(encoding="utf-8")) == self.owner:
+                self.file.unlink()
+        self.owner = None
+        atexit.unregister(self.release)
+        replace_sigterm_handler(self.release_and_exit, signal.SIG_DFL)
+        with suppress(OSError):  # not empty
+            for folder in self.created:
+                folder.rmdir()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.release()
+
+    def release_and_exit(self, number: int, frame: FrameType | None) -> None:
+        """Handle SIGTERM: release the lock, then end the process by the default handler."""
+        self.release()
+        signal.signal(number, signal.SIG_DFL)
+        os.kill(os.getpid(), number)
+
+    # The file --------------------------------------------------------------------------------------------------------
+
+    def create_file(self, owner: LockOwner) -> bool:
+        """Create the lock file; return False if it exists."""
+        try:
+            descriptor = os.open(self.file, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
+        except FileExistsError:
+            return False
+        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+            file.write(json.dumps(asdict(owner)) + "\n")
+        return True
+
+    def remove_stale(self) -> None:
+        """Remove the lock if its owner has ended.
+
+        Raises:
+            ValueError: if the owner is running or may be running.
+        """
+        try:
+            owner = LockOwner.from_text(self.file.read_text(encoding="utf-8"))
+        except FileNotFoundError:  # released by its owner
+            return
+        if owner is None:
+            raise ValueError(
+                f"the lock file {self.file} cannot be read. If no other run uses the folder, delete the file"
+            )
+        if owner.is_on_this_host and (owner.pid == os.getpid() or not owner.is_alive()):
+            self.file.unlink(missing_ok=True)
+            return
+        where = "this machine" if owner.is_on_this_host else f"the host {owner.host}"
+        advice = "Wait until it has ended, or choose another --output-dir"
+        if not owner.is_on_this_host:
+            advice += f". If it has already ended, delete {self.file}"
+        raise ValueError(
+            f"{self.folder} is in use by another run (process {owner.pid} on {where}, since {owner.since}). {advice}"
+        )
+
+
+@contextmanager
+def exclude_other_processes(folder: Path) -> Iterator[None]:
+    """Exclude other processes of this machine from this block, if the system and the file system support locks."""
+    if fcntl is None:
+        yield
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # not on every network file system
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def get_start_time(process: psutil.Process) -> float:
+    """Return the start time of a process in seconds after the start of its machine."""
+    return round(process.create_time() - psutil.boot_time(), 2)
+
+
+def replace_sigterm_handler(old: Any, new: Any) -> None:
+    """Replace the SIGTERM handler `old` by `new`; Python allows this only in the main thread."""
+    if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) == old:
+        signal.signal(signal.SIGTERM, new)

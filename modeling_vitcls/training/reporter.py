@@ -1,4 +1,5 @@
-"""Output of a run: a summary, progress (a bar on a terminal, lines elsewhere), metrics.jsonl, and trackers.
+"""Output of a run: progress (a bar on a terminal, lines elsewhere), metrics.jsonl, trackers, and the facts about a run
+in its summary and results.json.
 
 Only the main process prints and writes.
 """
@@ -17,6 +18,14 @@ from accelerate import Accelerator
 from PIL import Image
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from torch import nn
+from transformers.utils import logging
+
+from ..configuration_vitcls import ViTCLSConfig
+from ..data.sampling import BatchPlan
+from ..distributed import get_precision
+from ..system import describe_device, estimate_energy, get_versions
+from .distributed_state import get_num_elements
 
 
 TrackImages = Callable[[Mapping[str, Image.Image]], None]
@@ -90,8 +99,8 @@ class Reporter:
     ) -> None:
         self.progress.stop()
 
-    def log(self, record: dict[str, Any]) -> None:
-        """Append a record to metrics.jsonl, print it, and send its numbers to the trackers.
+    def log(self, record: dict[str, Any], selection_metric: str) -> None:
+        """Append a record to metrics.jsonl, print it with the selection metric, and send its numbers to the trackers.
 
         Raises:
             OSError: on the main process, if metrics.jsonl cannot be written.
@@ -107,10 +116,9 @@ class Reporter:
         if "utilisation" in record:
             fraction = record["utilisation"]
             text += ", utilization unknown" if fraction is None else f", {fraction:.1%} of peak"
-        held_out = "".join(
-            f"  held out: {format_metric(name.removeprefix(HELD_OUT_PREFIX), value)}"
-            for name, value in [item for item in record.items() if item[0].startswith(HELD_OUT_PREFIX)][:1]
-        )
+        held_out = ""
+        if (name := f"{HELD_OUT_PREFIX}{selection_metric}") in record:
+            held_out = f"  held out: {format_metric(selection_metric, record[name])}"
         remaining = self.format_remaining_time(record["step"])
         if self.progress.disable:
             parts = [f"step {record['step']}/{self.num_steps}", text, remaining, held_out.strip()]
@@ -182,3 +190,75 @@ def flatten(record: dict[str, Any], prefix: str = "") -> dict[str, float]:
         elif isinstance(value, int | float):
             numbers[prefix + name] = value
     return numbers
+
+
+# Facts about a run --------------------------------------------------------------------------------------------------
+
+
+def describe_model(source: str, model: nn.Module, config: ViTCLSConfig) -> dict[str, str]:
+    """Return the summary lines about the model."""
+    counts = {name: count for name, count in count_tokens(config).items() if count}
+    tokens = " | ".join(f"{count} {name}" for name, count in counts.items())
+    height, width = config.image_height_width
+    trained = count_parameters(model, trained_only=True)
+    return {
+        "model": f"{source}: {count_parameters(model):,} parameters, {trained:,} trained, {config.num_hidden_layers} "
+        f"layers of width {config.hidden_size}, pooling {config.pooling}",
+        "tokens": f"[ {tokens} ] = {sum(counts.values())} for {height} x {width} pixels",
+    }
+
+
+def describe_batches(plan: BatchPlan, accelerator: Accelerator) -> dict[str, str]:
+    """Return the summary lines about batches and device."""
+    batch = f"{plan.batch_size} x {plan.accumulation_steps} accumulated x {plan.num_processes} process(es)"
+    epochs = f" = {plan.count_epochs(plan.num_steps):.1f} epochs" if plan.num_images else ""
+    return {
+        "batches": f"{plan.images_per_step} images per step = {batch}; {plan.num_steps:,} steps{epochs}",
+        "device": f"{describe_device(accelerator)}, mixed precision: {get_precision(accelerator)}",
+    }
+
+
+def describe_run(
+    plan: BatchPlan, model: nn.Module, config: ViTCLSConfig, accelerator: Accelerator, seconds: float
+) -> dict[str, Any]:
+    """Return the facts about steps, model, speed and device for results.json."""
+    counts = count_tokens(config)
+    return {
+        "steps": plan.num_steps,
+        "epochs": round(plan.count_epochs(plan.num_steps), 4) if plan.num_images else None,
+        "seconds": round(seconds, 2),
+        "images_per_second": round(plan.num_steps * plan.images_per_step / seconds, 1),
+        "num_parameters": count_parameters(model),
+        "token_layout": counts,
+        "sequence_length": sum(counts.values()),
+        "device": describe_device(accelerator),
+        "mixed_precision": get_precision(accelerator),
+        "num_processes": accelerator.num_processes,
+        "energy": estimate_energy(seconds, accelerator.num_processes, accelerator.device),
+        "versions": get_versions(),
+    }
+
+
+def count_tokens(config: ViTCLSConfig) -> dict[str, int]:
+    """Return the number of tokens in each group, for images of the configured size."""
+    sequence = range(config.token_layout.get_num_tokens(*config.grid_size))
+    return {name: len(sequence[group]) for name, group in config.token_layout.items()}
+
+
+def count_parameters(model: nn.Module, trained_only: bool = False) -> int:
+    """Return the number of parameters, optionally only of trained parameters."""
+    return sum(
+        get_num_elements(parameter) for parameter in model.parameters() if parameter.requires_grad or not trained_only
+    )
+
+
+@contextmanager
+def disable_progress_bars() -> Iterator[None]:
+    """Disable the progress bars of Transformers inside this block."""
+    were_shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if were_shown:
+            logging.enable_progress_bar()

@@ -1,22 +1,18 @@
-"""The part of a run that fine-tuning and pre-training share: output folder, checkpoints, signals, trackers, training.
+"""Output folder, checkpoints, signals and trackers around the training loop.
 
     runner = build_runner(options)        locks and checks the output folder; finds the checkpoint to resume from
     metrics = runner.train(...)           trains, and writes metrics.jsonl and checkpoints/
 
-finetune.py and pretrain.py build the model, the data and the objective.
+task.py contains the whole run, loop.py the steps.
 """
 
 import json
-import math
-import os
-import shutil
-import tempfile
 import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 import torch
 import yaml
@@ -25,20 +21,17 @@ from accelerate.utils import gather_object, set_seed
 from torch import nn
 
 from ..checkpoints import Checkpoint, CheckpointStore, Tensors, newest_for_all, save_for_all
-from ..data.batches import BatchPlan
-from ..data.fingerprint import describe_change
-from ..data.images import NO_PICTURE, BrokenPictures
-from ..data.splits import TrainingData
+from ..data.images import NOT_REPLACED, UnreadableImages
+from ..data.sampling import BatchPlan
+from ..data.splits import describe_change
 from ..distributed import build_accelerator, check_deepspeed_flags, on_main, set_deepspeed_batch_size, shard_by_layer
 from ..errors import is_on_all_processes, on_all_processes
 from ..hub.local_paths import BUILT_IN_DATASET, is_same_path, resolve_name
 from ..hub.manifest import RECIPE
 from ..inference.load_model import is_preset
-from ..options import FinetuneOptions, PretrainOptions, as_flags
+from ..options import FinetuneOptions, PretrainOptions, to_flags
 from .distributed_state import gather_state, get_unsupported_reason, scatter_state
-from .folder_lock import FolderLock
-from .interruption import Interruption
-from .loop import Hooks, Interrupted, Metrics, NonFiniteLoss, TrainingLoop, TrainingState
+from .loop import Hooks, Interrupted, Interruption, Metrics, NonFiniteLoss, TrainingLoop, TrainingState
 from .losses import Batch, Objective
 from .mfu import Utilization, start_utilization
 from .model import check_preset
@@ -50,11 +43,12 @@ from .output_folder import (
     NON_FINITE,
     NON_FINITE_STATE,
     RESULTS,
+    FolderLock,
     check_no_other_files,
     check_replaceable,
     remove_run,
 )
-from .reporter import Reporter, format_duration
+from .reporter import Reporter
 from .token_monitor import TokenMonitor
 
 
@@ -73,7 +67,26 @@ class Uploads(Protocol):
         """Wait for the last upload."""
 
 
-Options = TypeVar("Options", FinetuneOptions, PretrainOptions)
+@dataclass
+class Components:
+    """Trained module, batches, loss and evaluation of a run.
+
+    Attributes:
+        model: plain module, the model or only its heads.
+        objective: training loss of a batch.
+        batches: returns this process's batches from a given step.
+        evaluate: returns the metrics of the prepared model on held-out images.
+        measure_attention: returns values to log every `health_every` steps from a batch on the device.
+        describe_unreadable: returns the error message of an unreadable image from its index.
+    """
+
+    model: nn.Module
+    objective: Objective
+    batches: Callable[[int], Generator[Batch, None, None]]
+    evaluate: Callable[[nn.Module], Metrics]
+    measure_attention: Callable[[Batch], Metrics]
+    describe_unreadable: Callable[[int], str]
+
 
 # Flags that may change on --resume, because they do not change the result.
 CHANGEABLE_FLAGS = (
@@ -86,7 +99,6 @@ CHANGEABLE_FLAGS = (
 PATH_FLAGS = ("dataset", "model", "teacher")  # flags whose values may be paths
 START_FLAGS = ("resume", "overwrite", "dry_run")  # flags that are not part of the run's recipe
 LENGTH_FLAGS = ("epochs", "max_steps")
-NUM_DRY_RUN_STEPS = 3  # the first step is slower than the others
 
 STREAM_SAVE_EVERY = 1000  # default of --save-every in steps for streams, which have no epochs
 TOKEN_TRAINING_MODES = ("full", "lora")  # values of --trainable that train the special tokens
@@ -142,30 +154,20 @@ class Runner:
         return get_unsupported_reason(self.accelerator) is None
 
     def train(
-        self,
-        model: nn.Module,
-        objective: Objective,
-        plan: BatchPlan,
-        batches: Callable[[int], Generator[Batch, None, None]],
-        evaluate: Callable[[nn.Module], Metrics],
-        measure_attention: Callable[[Batch], Metrics],
-        describe_unreadable: Callable[[int], str],
-        uploads: Uploads | None = None,
+        self, components: Components, plan: BatchPlan, selection_metric: str, uploads: Uploads | None = None
     ) -> Metrics:
         """Train from the beginning or from the checkpoint, and return the metrics of the last evaluation. With
         `--ema-decay`, the model has the averaged weights afterwards.
 
         Args:
-            model: the plain model.
-            batches: returns this process's batches from a given step.
-            evaluate: returns the metrics of the prepared model on held-out images.
-            measure_attention: returns values to log every `health_every` steps from a batch on the device.
-            describe_unreadable: returns the error message of an unreadable image from its index.
+            selection_metric: name of the metric that selects the best checkpoint; lower is better if the name ends
+                with "loss".
             uploads: checkpoint uploads to the Hub; None disables them.
 
         Raises:
             RunStopped: after a signal, a non-finite loss, too many unreadable images, or a full disk.
         """
+        model = components.model
         training, accelerator = self.options.training, self.accelerator
         if training.compile:
             model.compile()
@@ -175,8 +177,8 @@ class Runner:
         state = TrainingState(*accelerator.prepare(model, build_optimizer(model, training)))
         state.ema = Ema(state.model, training.ema_decay) if training.ema_decay else None
         monitor = TokenMonitor(accelerator.unwrap_model(state.model))  # stores the initial tokens, also on --resume
-        unreadable_images = BrokenPictures(
-            describe_unreadable, self.reporter.warn, self.options.data.max_broken_images
+        unreadable_images = UnreadableImages(
+            components.describe_unreadable, self.reporter.warn, self.options.data.max_broken_images
         )
         new_unreadable: list[int] = []  # unreadable images that this process has not reported yet
         self.restore(plan, state, unreadable_images)
@@ -186,12 +188,12 @@ class Runner:
 
         def report_unreadable() -> None:
             with on_all_processes():
-                unreadable_images.note(gather_object(new_unreadable))
+                unreadable_images.add(gather_object(new_unreadable))
             new_unreadable.clear()
 
         def log(record: Metrics) -> None:
             report_unreadable()
-            self.reporter.log(record)
+            self.reporter.log(record, selection_metric)
 
         def gather_all() -> tuple[dict[str, Tensors], dict[str, Any]]:
             report_unreadable()
@@ -203,7 +205,7 @@ class Runner:
 
         def timed_evaluate() -> Metrics:
             started = time.perf_counter()
-            metrics = evaluate(state.model)
+            metrics = components.evaluate(state.model)
             self.evaluation_seconds.append(time.perf_counter() - started)
             return metrics
 
@@ -229,15 +231,19 @@ class Runner:
                 log=log,
                 warn=self.reporter.warn if training.trainable in TOKEN_TRAINING_MODES else lambda message: None,
                 save=save,
-                on_batch=lambda batch: new_unreadable.extend(batch["broken"][batch["broken"] != NO_PICTURE].tolist()),
-                measure_attention=measure_attention,
+                on_batch=lambda batch: new_unreadable.extend(
+                    batch["replaced"][batch["replaced"] != NOT_REPLACED].tolist()
+                ),
+                measure_attention=components.measure_attention,
                 record_speed=record_speed,
                 get_stop_signal=interruption.get_signal,
                 publish=publish,
             )
-            save_every = self.options.run.save_every or (None if plan.num_pictures else STREAM_SAVE_EVERY)
-            loop = TrainingLoop(state, objective, plan, training, accelerator, hooks, monitor, save_every)
-            with closing(batches(state.step)) as own_batches:  # ends the workers here, not when Python exits
+            save_every = self.options.run.save_every or (None if plan.num_images else STREAM_SAVE_EVERY)
+            loop = TrainingLoop(
+                state, components.objective, plan, training, accelerator, hooks, monitor, selection_metric, save_every
+            )
+            with closing(components.batches(state.step)) as own_batches:  # ends the workers before Python exits
                 metrics = loop.run(own_batches)
             self.seconds = self.get_training_seconds()
         if state.ema is not None:
@@ -245,10 +251,10 @@ class Runner:
         if training.trainable in TOKEN_TRAINING_MODES:
             for token in monitor.find_unmoved():
                 self.reporter.warn(f"the token {token} did not change in {plan.num_steps} steps")
-        if unreadable_images.count:
-            self.reporter.warn(f"{unreadable_images.count} training image(s) could not be read and were skipped")
+        if len(unreadable_images):
+            self.reporter.warn(f"{len(unreadable_images)} training image(s) could not be read and were skipped")
         return metrics | {
-            "num_broken_training_images": unreadable_images.count,
+            "num_broken_training_images": len(unreadable_images),
             "token_movement": monitor.compute_movement(),
             "utilisation": self.utilization.results(),
         }
@@ -281,10 +287,10 @@ class Runner:
                 f"--resume: the run in {self.folder} was started in mixed precision {facts['mixed_precision']}, but "
                 f"this run uses {precision}. Use the same precision, or choose another --output-dir"
             )
-        if facts and (facts["pictures_per_step"] != plan.pictures_per_step or facts["num_steps"] != plan.num_steps):
+        if facts and (facts["images_per_step"] != plan.images_per_step or facts["num_steps"] != plan.num_steps):
             raise ValueError(
-                f"--resume: the run in {self.folder} has {facts['num_steps']:,} steps of {facts['pictures_per_step']} "
-                f"images, but this run has {plan.num_steps:,} of {plan.pictures_per_step}. Set --batch-size x "
+                f"--resume: the run in {self.folder} has {facts['num_steps']:,} steps of {facts['images_per_step']} "
+                f"images, but this run has {plan.num_steps:,} of {plan.images_per_step}. Set --batch-size x "
                 "--gradient-accumulation-steps x processes to the previous value"
             )
 
@@ -293,7 +299,7 @@ class Runner:
         if self.facts is None:
             check_replaceable(self.options, self.store)
             return
-        check_same_flags(self.facts["flags"], as_flags(self.options), self.folder)
+        check_same_flags(self.facts["flags"], to_flags(self.options), self.folder)
         if not (self.folder / MODEL).exists() and not self.options.run.overwrite:
             check_no_other_files(self.folder)
 
@@ -307,7 +313,7 @@ class Runner:
         def claim() -> None:
             if self.facts is None:
                 remove_run(self.folder, self.store)
-            flags = {name: value for name, value in as_flags(self.options).items() if name not in START_FLAGS}
+            flags = {name: value for name, value in to_flags(self.options).items() if name not in START_FLAGS}
             (self.folder / RECIPE).write_text(yaml.safe_dump(flags, sort_keys=False), encoding="utf-8")
 
         if not self.is_finished:
@@ -322,7 +328,7 @@ class Runner:
             self.lock.release()
             raise
 
-    def restore(self, plan: BatchPlan, state: TrainingState, unreadable_images: BrokenPictures) -> None:
+    def restore(self, plan: BatchPlan, state: TrainingState, unreadable_images: UnreadableImages) -> None:
         """Load the checkpoint into `state` if the run is resumed."""
         if self.facts is not None:
             try:
@@ -342,7 +348,7 @@ class Runner:
             state.window = windows[self.accelerator.process_index % len(windows)]
             state.attention = self.facts["attention"]
             state.record = self.facts["record"]
-            unreadable_images.known.update(self.facts["broken"])
+            unreadable_images.indices.update(self.facts["broken"])
             self.seconds = self.facts["seconds"]
             self.utilization.load_state(self.facts.get("utilisation", {}))
             self.reporter.print_line("resumed", f"after step {state.step:,} of {plan.num_steps:,}")
@@ -350,7 +356,7 @@ class Runner:
         self.accelerator.wait_for_everyone()
 
     def gather_checkpoint(
-        self, state: TrainingState, plan: BatchPlan, unreadable_images: BrokenPictures
+        self, state: TrainingState, plan: BatchPlan, unreadable_images: UnreadableImages
     ) -> tuple[dict[str, Tensors], dict[str, Any]]:
         """Return the tensors (on the main process) and the metadata that `restore` requires. All processes must call
         it together."""
@@ -362,52 +368,15 @@ class Runner:
             "windows": gather_object([state.window]),
             "attention": state.attention,
             "record": state.record,
-            "broken": sorted(unreadable_images.known),
-            "pictures_per_step": plan.pictures_per_step,
+            "broken": sorted(unreadable_images.indices),
+            "images_per_step": plan.images_per_step,
             "num_steps": plan.num_steps,
             "mixed_precision": self.accelerator.mixed_precision,
             "data": self.data,
-            "flags": as_flags(self.options),
+            "flags": to_flags(self.options),
         }
         tensors, rest = gather_state(self.accelerator, state.model, state.optimizer, self.get_ema_weights(state))
         return tensors, facts | rest
-
-    def report_dry_run(
-        self, started: float, plan: BatchPlan, evaluation_share: float, hub_model_id: str | None
-    ) -> None:
-        """Print what the dry run executed, and the expected duration of the full run.
-
-        Args:
-            started: start time of the dry run.
-            plan: batch plan of the full run.
-            evaluation_share: fraction of the held-out images that the dry run evaluates.
-            hub_model_id: repository that the full run pushes to, or None.
-        """
-        parts = [
-            f"{len(self.step_seconds)} steps",
-            "an evaluation",
-            *(["a checkpoint"] if self.can_save_checkpoints else []),
-            "saving",
-        ]
-        may_push = f"; pushing to {hub_model_id} is permitted" if hub_model_id else ""
-        seconds = time.perf_counter() - started
-        expected = format_duration(self.estimate_seconds(plan, evaluation_share))
-        self.reporter.print_line(
-            "dry run",
-            f"{', '.join(parts)} succeeded in {seconds:.0f} s{may_push}; no files were kept. The full run has "
-            f"{plan.num_steps:,} steps and takes about {expected}",
-        )
-
-    def estimate_seconds(self, plan: BatchPlan, evaluation_share: float) -> float:
-        """Return the expected duration of the full run's steps and evaluations in seconds, extrapolated from the dry
-        run.
-
-        The first step is slower than the others. It is ignored if there are others.
-        """
-        epochs = plan.epochs_after(plan.num_steps) if plan.num_pictures else 1.0
-        num_evaluations = math.ceil(epochs / self.options.training.evaluate_every)
-        step = min(self.step_seconds[1:] or self.step_seconds)
-        return plan.num_steps * step + num_evaluations * min(self.evaluation_seconds) / evaluation_share
 
     def start_trackers(self) -> None:
         """Initialize Accelerate's trackers, which write to the output folder."""
@@ -416,7 +385,7 @@ class Runner:
             folder.mkdir(exist_ok=True)
         self.accelerator.wait_for_everyone()
         flags = {
-            name: format_flag(value) for name, value in as_flags(self.options).items()
+            name: format_flag_value(value) for name, value in to_flags(self.options).items()
         }  # TensorBoard does not accept lists
         self.accelerator.init_trackers(
             self.folder.resolve().name, config=flags, init_kwargs={"wandb": {"dir": str(folder)}}
@@ -471,7 +440,7 @@ class Runner:
         return file
 
 
-def build_runner(options: Options) -> Runner:
+def build_runner(options: FinetuneOptions | PretrainOptions) -> Runner:
     """Lock and check the output folder, and find the checkpoint to resume from. The runner's options contain absolute
     paths.
 
@@ -533,62 +502,11 @@ def check_same_flags(before: dict[str, Any], now: dict[str, Any], folder: Path) 
                 f"start another run with --model {folder}"
             )
         raise ValueError(
-            f"--resume: the run in {folder} was started with --{name.replace('_', '-')} {format_flag(value)}, but "
-            f"this run has {format_flag(now.get(name))}. {advice}"
+            f"--resume: the run in {folder} was started with --{name.replace('_', '-')} "
+            f"{format_flag_value(value)}, but this run has {format_flag_value(now.get(name))}. {advice}"
         )
 
 
-def format_flag(value: Any) -> str:
+def format_flag_value(value: Any) -> str:
     """Format a flag's value as on the command line."""
     return "unset" if value is None else " ".join(map(str, value)) if isinstance(value, list) else str(value)
-
-
-@contextmanager
-def make_dry_run_options(options: Options) -> Iterator[Options]:
-    """Return the options of a dry run of a few steps, in a temporary folder that is removed afterwards.
-
-    Raises:
-        ValueError: if the content of the output folder does not allow the full run.
-    """
-    if not options.run.resume:
-        check_replaceable(resolve_names(options), CheckpointStore(options.output_dir / CHECKPOINTS, keep=1))
-    parent, prefix = options.output_dir.absolute().parent, f".{options.output_dir.name}-dry-run-"
-    folder = parent / prefix
-    if os.environ.get("RANK", "0") == "0":  # Accelerate is not initialized yet
-        parent.mkdir(parents=True, exist_ok=True)  # checks write permission as the full run would
-        folder = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
-    try:
-        yield replace(
-            options,
-            output_dir=folder / options.output_dir.name,
-            training=replace(options.training, max_steps=NUM_DRY_RUN_STEPS, log_every=1),
-            run=replace(options.run, resume=False, dry_run=True),
-        )
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def execute_dry_run(
-    options: Options,
-    prepare: Callable[[Options], Any],
-    train: Callable[[Any], Any],
-    build_plan: Callable[[Options, TrainingData, int], BatchPlan],
-    limit_training_images: Callable[[Any], None] = lambda setup: None,
-) -> None:
-    """Run a few steps, an evaluation, a checkpoint and saving on a few images, in a temporary folder.
-
-    Args:
-        prepare: returns the setup of a run from its options.
-        train: runs a setup.
-        build_plan: builds the batch plan from options, data and number of processes.
-        limit_training_images: removes training images that the setup does not require.
-    """
-    started = time.perf_counter()
-    with make_dry_run_options(options) as short:
-        setup = prepare(short)
-        plan, num_held_out = build_plan(options, setup.data, setup.plan.num_processes), len(setup.data.held_out)
-        indices = range(min(num_held_out, setup.plan.batch_size * setup.plan.num_processes))
-        setup.data = replace(setup.data, held_out=setup.data.held_out.chosen(indices))
-        limit_training_images(setup)
-        train(setup)
-    setup.runner.report_dry_run(started, plan, len(indices) / num_held_out, setup.hub_model_id)

@@ -34,6 +34,7 @@ from transformers import (
 from transformers.image_utils import pil_torch_interpolation_mapping
 
 from ..data.labels import LabelSpace
+from ..errors import format_error
 from ..hub.loading import get_any_model_folder, load_timm
 from ..options import AugmentationOptions
 
@@ -233,7 +234,8 @@ def load_part(source: str, part: str, load: Callable[..., Any], folder: str, **s
                 f"the teacher {source} requires its own code, which is not executed. Use a model with a class in "
                 "transformers, or timm:NAME"
             ) from error
-        raise OSError(f"cannot load the {part} of the teacher {source} ({format_error(error)})") from error
+        reason = f"{type(error).__name__}: {format_error(error)}"
+        raise OSError(f"cannot load the {part} of the teacher {source} ({reason})") from error
 
 
 # timm ----------------------------------------------------------------------------------------------------------------
@@ -250,7 +252,7 @@ def load_from_timm(source: str, num_channels: int, height_width: tuple[int, int]
     try:
         model: Any = load_timm_weights(name, file) if file else load_timm(name)[0]
     except Exception as error:  # unknown names, no network, weights that do not fit
-        raise OSError(f"cannot load the teacher {source} ({format_error(error)})") from error
+        raise OSError(f"cannot load the teacher {source} ({type(error).__name__}: {format_error(error)})") from error
     preprocessing = build_timm_preprocessing(timm.data.resolve_model_data_config(model))
     return LoadedTeacher(model, preprocessing, model.pretrained_cfg.get("label_names"), model.num_classes)
 
@@ -323,11 +325,6 @@ def get_interpolation(resample: Any) -> InterpolationMode:
     return InterpolationMode.BICUBIC if mode is InterpolationMode.LANCZOS else mode
 
 
-def format_error(error: Exception) -> str:
-    """Format an error's type and message without line breaks."""
-    return " ".join(f"{type(error).__name__}: {error}".split())
-
-
 def shorten_names(names: list[str]) -> str:
     """Format the first few names."""
     return ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
@@ -343,7 +340,7 @@ class TeacherCache:
     def __init__(
         self, teacher: Teacher, num_images: int, num_views: int, num_labels: int, dtype: torch.dtype = torch.float16
     ) -> None:
-        """Allocate num_views * num_pictures * num_labels numbers of `dtype`."""
+        """Allocate num_views * num_images * num_labels numbers of `dtype`."""
         self.teacher = teacher
         self.logits = torch.empty(num_views, num_images, num_labels, dtype=dtype)
         self.is_known = torch.zeros(num_views, num_images, dtype=torch.bool)

@@ -16,7 +16,7 @@ from torch import nn
 
 from ..blocks_vitcls import ViTCLSEmbeddings
 from .distributed_state import gather_gradient, gather_tensor
-from .trainable import set_train_mode
+from .model import set_train_mode
 
 
 Tokens = dict[str, torch.Tensor]  # "cls[0]" -> [D]

@@ -24,7 +24,7 @@ from modeling_vitcls.analysis.ablation import (
 from modeling_vitcls.analysis.image_report import build_image_predictions
 from modeling_vitcls.analysis.token_statistics import TokenStatistics
 from modeling_vitcls.attention_masks_vitcls import build_attention_mask
-from modeling_vitcls.conversion.random_weights import random_fill
+from modeling_vitcls.conversion.random_weights import randomize_weights
 from modeling_vitcls.heads_vitcls import IGNORED_LABEL
 
 
@@ -307,7 +307,7 @@ def test_compiled_models() -> None:
 
 
 def test_what_cannot_be_measured_is_said() -> None:
-    encoder = random_fill(ViTCLSModel(tiny_config(**LAYOUTS["three_cls"])))
+    encoder = randomize_weights(ViTCLSModel(tiny_config(**LAYOUTS["three_cls"])))
     with raises_one_line("Use a classifier"):
         compute_ablation_effects(encoder, Batches(), mean_states(encoder))
     model = classifier()
@@ -320,7 +320,7 @@ def test_what_cannot_be_measured_is_said() -> None:
         collect_predictions(several, Batches(torch.zeros(6)))
 
 
-def test_labels_of_data_sets_become_right_answers() -> None:
+def test_labels_of_datasets_become_right_answers() -> None:
     plain = tiny_config()
     assert encode_label(2, plain).tolist() == [2] and encode_label(None, plain).tolist() == [IGNORED_LABEL]
     several = tiny_config(problem_type="multi_label_classification")

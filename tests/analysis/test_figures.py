@@ -1,4 +1,4 @@
-"""Figures of tokens and answers, and the pictures of a model card: that they show what is true of the model."""
+"""Figures of tokens and answers, and the images of a model card: that they show what is true of the model."""
 
 from io import BytesIO
 from pathlib import Path
@@ -57,7 +57,7 @@ def texts(figure: Figure) -> list[str]:
 
 
 def boxes_of(figure: Figure, group: str) -> list[Rectangle]:
-    """Those in the colour of a group."""
+    """Those in the color of a group."""
     patches = [patch for patch in figure.axes[0].patches if isinstance(patch, Rectangle)]
     return [patch for patch in patches if patch.get_facecolor() == to_rgba(GROUP_COLORS[group])]
 
@@ -74,7 +74,7 @@ LAYOUTS = {
 }
 
 
-def test_the_palette_has_a_colour_for_each_group():
+def test_the_palette_has_a_color_for_each_group():
     assert list(GROUP_COLORS) == [name for name, _ in tiny_config().token_layout.items()]
     assert len(set(GROUP_COLORS.values())) == len(GROUP_COLORS)
 
@@ -210,20 +210,20 @@ def test_a_matrix_and_names_that_do_not_fit_are_refused():
 
 
 def shown(figure: Figure) -> list[list[str]]:
-    """Titles of the pictures in each row of a figure, "" where there is none."""
+    """Titles of the images in each row of a figure, "" where there is none."""
     columns = figure.axes[0].get_gridspec().ncols
     titles = [axes.get_title() if axes.images else "" for axes in figure.axes]
     return [titles[start : start + columns] for start in range(0, len(titles), columns)]
 
 
-def test_an_attention_figure_has_a_row_per_picture_and_a_column_per_token():
+def test_an_attention_figure_has_a_row_per_image_and_a_column_per_token():
     pictures = [Image.new("RGB", (60, 40)), Image.new("L", (8, 8))]
     figure = plot_attention(pictures, torch.rand(2, 3, 4, 4), ["CLS", "register 1", "register 2"], ["7", "8"])
     assert shown(figure) == [["7", "CLS", "register 1", "register 2"], ["8", "CLS", "register 1", "register 2"]]
     drawn(figure)
 
 
-def test_tokens_beyond_the_width_go_on_below_their_picture():
+def test_tokens_beyond_the_width_go_on_below_their_image():
     names = [str(place) for place in range(13)]
     pictures = [Image.new("RGB", (60, 40))] * 2
     figure = plot_attention(pictures, torch.rand(2, 13, 4, 4), names, ["a", "b"])
@@ -231,7 +231,7 @@ def test_tokens_beyond_the_width_go_on_below_their_picture():
     assert shown(figure) == [*first, ["b", *"01234"], *first[1:]]
 
 
-def test_an_attention_figure_draws_each_map_over_its_own_picture():
+def test_an_attention_figure_draws_each_map_over_its_own_image():
     black, white = Image.new("RGB", (64, 64)), Image.new("RGB", (64, 64), "white")
     maps = torch.zeros(2, 1, 4, 4)
     maps[0, 0, 0, 0] = maps[1, 0, 3, 3] = 1
@@ -259,21 +259,21 @@ def test_figures_leave_nothing_in_pyplot():
     assert not matplotlib.pyplot.get_fignums()
 
 
-# Pictures of a card ----------------------------------------------------------------------------------------------
+# Images of a card ------------------------------------------------------------------------------------------------
 
 FITTING = {"size": {"height": 32, "width": 32}}
 GREY = {"do_convert_rgb": False, "image_mean": [0.5], "image_std": [0.5]}
 
 
 def digits(count: int = 5) -> list[tuple[Image.Image, str]]:
-    """Handwritten digits, 8 x 8 pixels, grey, and what they are."""
+    """Handwritten digits, 8 x 8 pixels, gray, and what they are."""
     data = load_digits()
     pictures = [Image.fromarray((values * 15).astype(np.uint8)) for values in data.images[:count]]
     return [(picture, str(label)) for picture, label in zip(pictures, data.target[:count], strict=True)]
 
 
 def written(folder: Path, paths: dict[str, str]) -> dict[str, Image.Image]:
-    """The pictures, after a look at their files."""
+    """The images, after a look at their files."""
     files = {str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file()}
     assert files == set(paths.values())
     assert all((folder / path).stat().st_size < MAX_BYTES for path in paths.values())
@@ -285,7 +285,7 @@ def written(folder: Path, paths: dict[str, str]) -> dict[str, Image.Image]:
     return opened
 
 
-def test_a_classifier_gets_all_pictures_and_stays_as_it_was(tmp_path):
+def test_a_classifier_gets_all_images_and_stays_as_it_was(tmp_path):
     config = tiny_config(num_register_tokens=1, num_channels=1, hidden_dropout_prob=0.5)
     model = filled(ViTCLSForImageClassification(config)).train()
     results = {"accuracy": 0.9, "confusion_matrix": [[3, 0, 0], [1, 2, 0], [0, 0, 4]]}
@@ -321,7 +321,7 @@ def test_an_encoder_shows_attention_without_answers(model_class):
     assert [look.title for look in build_attention_samples(model, processor, digits(3))] == ["0", "1", "2"]
 
 
-def test_pictures_of_an_earlier_model_do_not_stay(tmp_path):
+def test_images_of_an_earlier_model_do_not_stay(tmp_path):
     processor = ViTCLSImageProcessor(**FITTING)
     classifier = filled(ViTCLSForImageClassification(tiny_config(num_labels=1)))
     write_card_images(tmp_path, classifier, processor, {"confusion_matrix": [[1]]}, digits())

@@ -99,7 +99,7 @@ def test_a_line_is_the_mean_of_the_heads_and_its_band_their_range(found: Any, na
     assert np.allclose(drawn["uniform"], uniform, rtol=1e-4)
 
 
-def test_tokens_have_the_colour_of_their_group_and_differ_within_it(found: Any) -> None:
+def test_tokens_have_the_color_of_their_group_and_differ_within_it(found: Any) -> None:
     config, findings = found
     (axes,) = plot_curve(config, findings, "entropy").axes
     drawn = axes.get_lines()
@@ -227,7 +227,7 @@ def test_effects_are_bars_and_the_accuracy_only_where_it_is_known(found: Any) ->
         plot_ablation_effects(config, {})
 
 
-# One picture ---------------------------------------------------------------------------------------------------------
+# One image -----------------------------------------------------------------------------------------------------------
 
 
 def reading_of(model: Any) -> Any:
@@ -235,7 +235,7 @@ def reading_of(model: Any) -> Any:
     return build_image_report(model, ViTCLSImageProcessor(size={"height": 32, "width": 32}), picture, "photo")
 
 
-def test_a_picture_over_depth_has_a_tile_per_layer_and_token() -> None:
+def test_a_image_over_depth_has_a_tile_per_layer_and_token() -> None:
     model = filled(ViTCLSForImageClassification(tiny_config(**TOKENS, num_hidden_layers=3)))
     reading = reading_of(model)
     figure = plot_attention_by_layer(model.config, reading)
@@ -292,7 +292,7 @@ def test_every_layout_is_drawn_or_refused(layout: dict[str, Any]) -> None:
     is_readable(plot_attention_by_layer(config, reading_of(filled(ViTCLSModel(config)))))
 
 
-def test_nothing_stays_in_pyplot_and_a_figure_becomes_a_picture(found: Any) -> None:
+def test_nothing_stays_in_pyplot_and_a_figure_becomes_a_image(found: Any) -> None:
     picture = render_figure(plot_curve(*found, "entropy"), resolution=50)
     assert picture.mode == "RGB" and picture.width == 320
     assert not matplotlib.pyplot.get_fignums()

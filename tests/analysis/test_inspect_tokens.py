@@ -1,4 +1,4 @@
-"""The command scripts/inspect_tokens.py: folders of pictures, data sets, converted models, and errors in one line."""
+"""The command scripts/inspect_tokens.py: folders of images, datasets, converted models, and errors in one line."""
 
 import json
 import runpy
@@ -52,7 +52,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Five pictures each in folders called cat and owl, one of no class, and a file that is none."""
+    """Five images each in folders called cat and owl, one of no class, and a file that is none."""
     folder = tmp_path_factory.mktemp("photos")
     generator = np.random.default_rng(0)
     for name, count in {"cat": 5, "owl": 5, "else": 1}.items():
@@ -81,7 +81,7 @@ def run_here(monkeypatch: pytest.MonkeyPatch, *flags: str) -> int:
     return 0
 
 
-def test_a_folder_of_pictures(model: str, pictures: Path, tmp_path: Path) -> None:
+def test_a_folder_of_images(model: str, pictures: Path, tmp_path: Path) -> None:
     """Its folders say the labels; the broken one is named; the table says what the page says."""
     page, figures = tmp_path / "page.html", tmp_path / "figures.json"
     ran = run("--model", model, str(pictures), "--output", str(page), "--json", str(figures), "--num-images", "4")
@@ -132,7 +132,7 @@ def test_converted_models(name: str, pictures: Path, tmp_path: Path) -> None:
     assert found.num_unreadable == 1
 
 
-def test_an_encoder_on_a_data_set(tmp_path: Path) -> None:
+def test_an_encoder_on_a_dataset(tmp_path: Path) -> None:
     model = saved(tmp_path / "model", filled(ViTCLSModel(tiny_config(num_register_tokens=1))))
     found = inspect_tokens(options(model, tmp_path, dataset="digits", max_images=5))
     assert found.findings.num_images == 5 and found.effects is None and found.accuracy is None
@@ -167,10 +167,10 @@ def test_several_tasks_on_paths(pictures: Path, tmp_path: Path) -> None:
 def test_help_and_wrong_flags_answer_at_once(model: str, tmp_path: Path) -> None:
     """With 2, and before torch is loaded."""
     wrong = {
-        "--dataset, in one of": ["--model", model],
+        "Set exactly one of PATHS": ["--model", model],
         "--num-images": ["--model", model, "a.png", "--num-images", "0"],
-        "name a .html file": ["--model", model, "a.png", "--output", "page.pdf"],
-        "about a data set": ["--model", model, "a.png", "--label-column", "x"],
+        "set the name of a .html file": ["--model", model, "a.png", "--output", "page.pdf"],
+        "require --dataset": ["--model", model, "a.png", "--label-column", "x"],
     }
     for words, flags in wrong.items():
         ran = run(*flags)
@@ -194,7 +194,7 @@ def test_what_cannot_be_used(
         inspect_tokens(options(model, tmp_path, tmp_path))
     with raises_one_line("None of the 1", "broken.png"):
         inspect_tokens(options(model, tmp_path, pictures / "cat" / "broken.png"))
-    with raises_one_line("the data set has the label", "cat, dog, owl"):
+    with raises_one_line("the dataset has the label", "cat, dog, owl"):
         inspect_tokens(options(model, tmp_path, dataset="digits"))
     with raises_one_line("no split 'nothing'"):
         inspect_tokens(options(model, tmp_path, dataset="digits", split="nothing"))

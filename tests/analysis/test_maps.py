@@ -1,4 +1,4 @@
-"""Maps of attention on the picture's own pixels, checked against what the real image processors show to a model."""
+"""Maps of attention on the image's own pixels, checked against what the real image processors show to a model."""
 
 import math
 
@@ -98,7 +98,7 @@ BLACK = 10  # what is added to coordinates, so that padding shows
 
 
 def coordinates(height: int, width: int) -> Image.Image:
-    """A picture whose red is each pixel's column, and green its row, from 10."""
+    """A image whose red is each pixel's column, and green its row, from 10."""
     y, x = np.mgrid[0:height, 0:width]
     return Image.fromarray(np.stack([x + BLACK, y + BLACK, 0 * x], axis=-1).astype(np.uint8))
 
@@ -144,13 +144,13 @@ def test_the_seen_part_is_what_the_processor_really_shows(settings, backend, siz
     left, top, right, bottom = get_visible_region(processor, size)
     for axis, (start, stop) in enumerate([(left, right), (top, bottom)]):
         values = shown[axis].amax(dim=axis)  # along x, then y; padding is 0
-        expected = start + (torch.arange(len(values)) + 0.5) * (stop - start) / len(values) - 0.5  # of centres
+        expected = start + (torch.arange(len(values)) + 0.5) * (stop - start) / len(values) - 0.5  # of centers
         inside = (expected > -0.5) & (expected < size[1 - axis] - 0.5)
         assert torch.equal(values > 0, inside)
         edge = (stop - start) / len(values) + 1  # where the filter lacks pixels on one side
         whole = (expected > edge) & (expected < size[1 - axis] - 1 - edge)
         assert whole.sum() > 10
-        assert (values[whole] - BLACK - expected[whole]).abs().max() < 0.76  # rounded to whole grey levels
+        assert (values[whole] - BLACK - expected[whole]).abs().max() < 0.76  # rounded to whole gray levels
 
 
 def test_whole_patches_alone_count():
@@ -160,7 +160,7 @@ def test_whole_patches_alone_count():
     assert get_visible_region(cropping, (160, 160), (16, 16)) == VisibleRegion(10, 10, 138, 138)
 
 
-# On the picture --------------------------------------------------------------------------------------------------
+# On the image ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("place", [(60, 250), (400, 300), (230, 460)], ids=str)
@@ -172,7 +172,7 @@ def test_whole_patches_alone_count():
     ],
     ids=["rectangle", "crop"],
 )
-def test_a_spot_comes_back_to_its_place_on_the_picture(settings, place):
+def test_a_spot_comes_back_to_its_place_on_the_image(settings, place):
     """Real pixels through the real processor; the means of the model's patches serve as its attention."""
     config = ViTCLSConfig(image_size=96, patch_size=[2, 3])
     picture = np.zeros((480, 640, 3), np.uint8)
@@ -190,7 +190,7 @@ def test_a_spot_comes_back_to_its_place_on_the_picture(settings, place):
 
 def test_maps_are_bilinear_between_centres_and_nan_outside():
     maps = torch.tensor([[1.0, 3.0]])
-    drawn = upsample_maps(maps, (2, 8), VisibleRegion(1, 0, 7, 2))  # cells of 3 pixels, with centres at 2.5 and 5.5
+    drawn = upsample_maps(maps, (2, 8), VisibleRegion(1, 0, 7, 2))  # cells of 3 pixels, with centers at 2.5 and 5.5
     expected = torch.tensor([math.nan, 1, 1, 1 + 2 / 3, 1 + 4 / 3, 3, 3, math.nan])
     assert torch.allclose(drawn, expected.expand(2, 8), equal_nan=True, atol=1e-5)
 
@@ -207,7 +207,7 @@ def test_maps_of_half_precision_and_any_leading_axes():
 
 
 def photograph(height: int = 60, width: int = 90) -> Image.Image:
-    """A random colour picture."""
+    """A random color image."""
     return Image.fromarray(np.random.default_rng(0).integers(60, 200, (height, width, 3)).astype(np.uint8))
 
 
@@ -248,7 +248,7 @@ def test_the_unseen_part_is_dark_and_the_seen_part_is_not():
     assert drawn[:, :15].std() > 5  # hatched
 
 
-def test_overlays_of_large_and_small_pictures_are_scaled_on_request():
+def test_overlays_of_large_and_small_images_are_scaled_on_request():
     assert overlay(photograph(600, 900), spot(), max_side=300).size == (300, 200)
     assert overlay(photograph(6, 9), spot(), min_side=40).size == (45, 30)
     assert overlay(photograph(), spot(), max_side=300, min_side=40).size == (90, 60)
@@ -271,7 +271,7 @@ def test_maps_share_a_scale_on_request():
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "CMYK", "I;16"])
-def test_pictures_of_all_modes_are_drawn(mode):
+def test_images_of_all_modes_are_drawn(mode):
     picture = photograph().convert("L" if mode == "I;16" else mode)
     if mode == "I;16":
         picture = Image.fromarray(np.asarray(picture).astype(np.uint16) * 257)

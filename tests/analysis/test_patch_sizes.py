@@ -48,7 +48,7 @@ def classifier(**fields: Any) -> ViTCLSForImageClassification:
 
 @torch.no_grad()
 def answers(model: Any, processor: Any) -> torch.Tensor:
-    """The class of each picture, [images]."""
+    """The class of each image, [images]."""
     return model(processor(pictures(), return_tensors="pt")["pixel_values"]).logits.argmax(dim=-1)
 
 

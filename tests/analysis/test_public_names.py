@@ -36,7 +36,7 @@ def test_every_public_name_can_be_imported() -> None:
 
 
 def test_importing_the_package_is_cheap_and_hides_no_name() -> None:
-    """In a fresh process: no figures nor pages, and a function stays one whatever imports the file of its name."""
+    """In a new process: no figures nor pages, and a function stays one whatever imports the file of its name."""
     code = """
 import sys, modeling_vitcls
 before = set(sys.modules)

@@ -41,7 +41,7 @@ PATIENCE = 60_000  # milliseconds that the browser waits
 
 
 def processor(**settings: Any) -> ViTCLSImageProcessor:
-    """Shows the middle of a picture, 32 x 32 of 40 along its shorter side."""
+    """Shows the middle of a image, 32 x 32 of 40 along its shorter side."""
     crop = {"height": 32, "width": 32}
     return ViTCLSImageProcessor(
         **{"size": {"shortest_edge": 40}, "do_center_crop": True, "crop_size": crop, **settings}
@@ -228,7 +228,7 @@ def in_view(part: Locator) -> None:
 
 
 def test_the_enlarged_map_is_the_overlay(browser: Browser, faulty: Any) -> None:
-    """Pixel by pixel what maps.py draws, on the picture's own pixels: not square, and cropped."""
+    """Pixel by pixel what maps.py draws, on the image's own pixels: not square, and cropped."""
     _, model, _ = faulty
     picture = pictures()[0]
     seen = get_visible_region(processor(), (60, 90), (8, 8))
@@ -250,7 +250,7 @@ def test_the_enlarged_map_is_the_overlay(browser: Browser, faulty: Any) -> None:
 
 
 def test_values_under_the_pointer(browser: Browser, faulty: Any) -> None:
-    """In the middle of the wide picture, in the mean of the heads and in one; and beside what the model sees."""
+    """In the middle of the wide image, in the mean of the heads and in one; and next to what the model sees."""
     _, model, _ = faulty
     maps = attention_of(model, 0)[2, :, 0]  # [head, gh, gw]
     with opened(browser, faulty[0]) as page:
@@ -305,7 +305,7 @@ def test_the_share_that_goes_to_patches(browser: Browser, faulty: Any) -> None:
 
 
 def test_keyboard(browser: Browser, faulty: Any) -> None:
-    """One tab stop for a picture, arrows from map to map, Enter enlarges, arrows walk on, Escape closes."""
+    """One tab stop for a image, arrows from map to map, Enter enlarges, arrows walk on, Escape closes."""
     with opened(browser, faulty[0]) as page:
         first = page.locator('[data-maps="0"] .cell').first
         assert page.locator('[data-maps="0"] .cell[tabindex="0"]').count() == 1
@@ -327,7 +327,7 @@ def test_keyboard(browser: Browser, faulty: Any) -> None:
 
 
 def test_brightness_of_all_layers_alike(browser: Browser, faulty: Any) -> None:
-    """Then only the strongest of all maps reaches the brightest colour."""
+    """Then only the strongest of all maps reaches the brightest color."""
     with opened(browser, faulty[0]) as page:
         brightest = """() => [...document.querySelectorAll('[data-maps="0"] .grid canvas')].map((painted) => {
             const canvas = new OffscreenCanvas(painted.width, painted.height).getContext('2d');
@@ -496,7 +496,7 @@ def test_any_layout(browser: Browser, tmp_path: Path, layout: dict[str, Any]) ->
     assert len(found.verdicts) == len(found.depth) == num_tokens
     with opened(browser, tmp_path / "report.html") as page:
         assert page.locator('[data-maps="0"] .grid .cell').count() == 3 * num_tokens  # two layers, and rollout
-        assert page.locator('[data-maps="0"] .overview .cell').count() == 2  # the picture, and attribution
+        assert page.locator('[data-maps="0"] .overview .cell').count() == 2  # the image, and attribution
         caption = page.locator(".layout figcaption").inner_text()
         assert ("no CLS token" in caption) == (model.config.num_cls_tokens == 0)
         assert ("no other special token" in caption) == (num_tokens == 0)
@@ -540,7 +540,7 @@ def test_without_a_classifier(browser: Browser, tmp_path: Path, model_class: typ
     with opened(browser, tmp_path / "report.html") as page:
         assert "no classifier" in page.locator(".layout figcaption").inner_text()
         assert page.locator("#worth").count() == 0 and page.locator(".read").count() == 0
-        assert page.locator('[data-maps="0"] .overview .cell').count() == 1  # the picture alone
+        assert page.locator('[data-maps="0"] .overview .cell').count() == 1  # the image alone
 
 
 def test_differential_attention_has_two_maps_per_head(browser: Browser, tmp_path: Path) -> None:
@@ -592,7 +592,7 @@ def test_labels_hold_from_one_half_on(browser: Browser, tmp_path: Path, fields: 
     model = classifier(**fields)
     with torch.no_grad():
         largest = model(pixels()).logits.amax(dim=1)
-        model.classifier.bias -= largest.sort().values[:2].mean()  # none for the picture with the least
+        model.classifier.bias -= largest.sort().values[:2].mean()  # none for the image with the least
     expected = predict(model, processor(), pictures())
     found = write_report(tmp_path / "report.html", model, processor(), pictures())
     said = [[name for name, _ in reading.predictions[0].labels] for reading in found.image_reports]
@@ -659,7 +659,7 @@ def test_an_argument_that_does_not_exist_is_refused(tmp_path: Path) -> None:
         write_report(tmp_path / "report.html", classifier(), processor(), pictures(), lables=[0, 1, 2])
 
 
-def test_statistics_over_other_pictures(tmp_path: Path) -> None:
+def test_statistics_over_other_images(tmp_path: Path) -> None:
     found = write_report(
         tmp_path / "report.html",
         classifier(),

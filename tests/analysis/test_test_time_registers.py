@@ -30,7 +30,7 @@ all_mlps = pytest.mark.parametrize("fields", MLPS.values(), ids=MLPS)
 
 @torch.no_grad()
 def planted(model_class: type = ViTCLSModel, sign: float = 1.0, **fields: Any) -> Any:
-    """A model in which each planted neuron fires at one patch, which it recognises by a channel of the position.
+    """A model in which each planted neuron fires at one patch, which it recognizes by a channel of the position.
 
     That channel is zero at all other tokens up to layer 1. The neuron writes far along channel 2.
     """
@@ -207,7 +207,7 @@ def test_images_without_outliers_do_not_count() -> None:
     model = planted()
     with torch.no_grad():
         model.embeddings.position_embeddings.patches[:, PATCHES, :2] = 0
-        model.embeddings.patch_embeddings.projection.weight[0] = 1.0  # now a patch is recognised by its brightness
+        model.embeddings.patch_embeddings.projection.weight[0] = 1.0  # now a patch is recognized by its brightness
     bright = images(1, seed=3) * 0.01
     bright[:, :, 8:16, 8:16] = 0.2
     dark = images(1, seed=4) * 0.01

@@ -1,4 +1,4 @@
-"""scripts/benchmark.py --work growth at toy size: what it compares, what it refuses, and the figure of it."""
+"""`vitcls benchmark --work growth` at toy size: comparisons, errors and the figure."""
 
 import json
 import subprocess
@@ -14,24 +14,27 @@ from matplotlib.figure import Figure
 from PIL import Image
 from tiny_models import raises_one_line
 
-from modeling_vitcls.benchmarking import growth
-from modeling_vitcls.benchmarking.comparison import Comparison
+from modeling_vitcls.benchmarking import comparison, growth
+from modeling_vitcls.benchmarking.comparison import BenchmarkSettings, Comparison, measure_peak_in_process
 from modeling_vitcls.benchmarking.growth import (
     AXES,
     BASE,
+    MIN_BYTES,
+    OURS,
+    PANELS,
     POINTS,
+    STYLES,
     TOY_BASE,
     TOY_POINTS,
-    axis_of,
+    build_peer,
     compare_growth,
     compare_point,
-    model_at,
+    get_axis,
+    plot_growth,
 )
-from modeling_vitcls.benchmarking.growth_figure import OURS, PAGE, PANELS, STYLES, growth_figure
-from modeling_vitcls.benchmarking.memory import peak_in_a_process
-from modeling_vitcls.benchmarking.peers import PEERS, TOY, WITH_REGISTERS, Peer
-from modeling_vitcls.benchmarking.tables import markdown, show, write_plot
-from modeling_vitcls.benchmarking.work import Plan, compare
+from modeling_vitcls.benchmarking.peers import PEERS, PEERS_WITH_REGISTERS, TOY, Peer
+from modeling_vitcls.benchmarking.tables import format_markdown, print_tables, write_reports
+from modeling_vitcls.benchmarking.work import compare
 
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "benchmark.py"
@@ -39,17 +42,17 @@ MEBIBYTE = 2**20
 
 
 @pytest.fixture
-def without_processes(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, ...]]:
-    """Memory is not measured but made up, for it takes a process each time; what was asked for."""
-    asked: list[tuple[str, ...]] = []
+def memory_requests(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, ...]]:
+    """Replace the processes that measure memory by constants; return the list of their arguments."""
+    requests: list[tuple[str, ...]] = []
 
-    def made_up(module: str, *arguments: str) -> int:
+    def measure(module: str, *arguments: str) -> int:
         assert module == growth.__name__
-        asked.append(arguments)
+        requests.append(arguments)
         return 100 if "--theirs" in arguments else 90
 
-    monkeypatch.setattr(growth, "peak_in_a_process", made_up)
-    return asked
+    monkeypatch.setattr(comparison, "measure_peak_in_process", measure)
+    return requests
 
 
 def run_script(*flags: str) -> subprocess.CompletedProcess[str]:
@@ -61,7 +64,7 @@ def run_script(*flags: str) -> subprocess.CompletedProcess[str]:
 
 def test_every_axis_leads_away_from_one_base_point() -> None:
     for table, base in ((POINTS, BASE), (TOY_POINTS, TOY_BASE)):
-        varied = [axis_of(point, base) for point in table.values()]
+        varied = [get_axis(point, base) for point in table.values()]
         assert varied[0] is None and None not in varied[1:] and set(varied[1:]) == set(AXES) == set(PANELS)
         for point in table.values():
             assert sum(getattr(point, field) != getattr(base, field) for field in AXES) <= 1
@@ -71,21 +74,23 @@ def test_every_axis_leads_away_from_one_base_point() -> None:
     assert {point.batch_size for point in POINTS.values()} >= {1, 32}
 
 
-def test_all_points_are_compared(without_processes: list[tuple[str, ...]]) -> None:
+def test_all_points_are_compared(memory_requests: list[tuple[str, ...]]) -> None:
     """In one precision, and with every peer that can do the work: transformers' ViT has no registers."""
-    plan = Plan(("transformers", "timm"), 2, toy=True, precision="bf16")
-    found = [comparison.as_dict() for comparison in compare(("growth",), (), plan)]
-    wanted = [(name, peer) for name in TOY_POINTS for peer in PEERS if (name, peer) != ("4 registers", "transformers")]
-    assert [(each["name"], each["against"]) for each in found] == wanted
+    settings = BenchmarkSettings(("transformers", "timm"), 2, toy=True, precision="bf16")
+    entries = [result.as_dict() for result in compare(("growth",), (), settings)]
+    expected = [
+        (name, peer) for name in TOY_POINTS for peer in PEERS if (name, peer) != ("4 registers", "transformers")
+    ]
+    assert [(entry["name"], entry["against"]) for entry in entries] == expected
     flags = ("--precision", "bf16", "--toy")
-    assert without_processes == [(*pair, *flags, *side) for pair in wanted for side in ((), ("--theirs",))]
-    for each in found:
-        point = TOY_POINTS[each["name"]]
-        assert each["work"] == "growth in bf16" and len(each["ratios"]) == 2
-        assert 0 < each["largest_difference_of_outputs"] < 0.1
-        assert each["num_tokens"] == point.num_tokens and each["axis"] == axis_of(point, TOY_BASE)
-        assert (each["ours_peak_bytes"], each["theirs_peak_bytes"]) == (90, 100)
-    assert json.dumps(found)
+    assert memory_requests == [(*pair, *flags, *side) for pair in expected for side in ((), ("--theirs",))]
+    for entry in entries:
+        point = TOY_POINTS[entry["name"]]
+        assert entry["work"] == "growth in bf16" and len(entry["ratios"]) == 2
+        assert 0 < entry["largest_difference_of_outputs"] < 0.1
+        assert entry["num_tokens"] == point.num_tokens and entry["axis"] == get_axis(point, TOY_BASE)
+        assert (entry["ours_peak_bytes"], entry["theirs_peak_bytes"]) == (90, 100)
+    assert json.dumps(entries)
 
 
 @pytest.mark.parametrize(
@@ -93,12 +98,12 @@ def test_all_points_are_compared(without_processes: list[tuple[str, ...]]) -> No
     [
         (name, against)
         for name, point in TOY_POINTS.items()
-        for against in (WITH_REGISTERS if point.num_registers else PEERS)
+        for against in (PEERS_WITH_REGISTERS if point.num_registers else PEERS)
     ],
 )
 def test_models_do_the_work_that_the_point_says(name: str, against: str) -> None:
     point = TOY_POINTS[name]
-    peer = model_at(point, against, toy=True)
+    peer = build_peer(point, against, toy=True)
     ours: Any = peer.ours
     assert ours.config.image_size == point.image_size and ours.config.patch_size == point.patch_size
     assert ours.config.num_register_tokens == point.num_registers
@@ -110,21 +115,21 @@ def test_models_do_the_work_that_the_point_says(name: str, against: str) -> None
 @pytest.mark.parametrize("against", PEERS)
 def test_points_whose_outputs_differ_are_not_compared(against: str) -> None:
     name, point = next(iter(TOY_POINTS.items()))
-    peer = model_at(point, against, toy=True)
+    peer = build_peer(point, against, toy=True)
     with torch.no_grad():
         peer.ours.get_parameter("vitcls.layers.1.mlp.fc1.weight").mul_(1.5)
     with raises_one_line(f"{name} against {against}", "the outputs differ"):
-        compare_point(name, point, peer, 1, toy=True, precision="fp32", device="cpu")
+        compare_point(name, point, peer, BenchmarkSettings((against,), 1, toy=True))
 
 
 def test_wrong_requests_are_one_line() -> None:
     with raises_one_line("--rows: there is no 'batch 3'", "'batch 32'"):
-        next(compare_growth(("batch 3",), ("timm",), 1, toy=False))
-    with raises_one_line("--against: timm alone", "64 registers"):
-        next(compare_growth(("64 registers",), ("transformers",), 1, toy=False))
+        next(compare_growth(("batch 3",), BenchmarkSettings(("timm",), 1)))
+    with raises_one_line("64 registers", "Set --against timm"):
+        next(compare_growth(("64 registers",), BenchmarkSettings(("transformers",), 1)))
     if not torch.cuda.is_available():
-        with raises_one_line("--device cuda", "no such GPU"):
-            next(compare(("growth",), (), Plan(("timm",), 1, toy=True, device="cuda")))
+        with raises_one_line("--device cuda", "finds none"):
+            next(compare(("growth",), (), BenchmarkSettings(("timm",), 1, toy=True, device="cuda")))
 
 
 @pytest.mark.parametrize(
@@ -137,46 +142,46 @@ def test_plots_that_cannot_be_made_are_refused_first(flags: tuple[str, ...]) -> 
 
 def test_work_for_the_cpu_is_not_measured_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    plan = Plan(("timm",), 1, toy=True, device="cuda")
+    settings = BenchmarkSettings(("timm",), 1, toy=True, device="cuda")
     with raises_one_line("--work pixels probe", "inference, growth, step"):
-        next(compare(("inference", "pixels", "probe"), (), plan))
+        next(compare(("inference", "pixels", "probe"), (), settings))
 
 
 # Memory --------------------------------------------------------------------------------------------------------------
 
 
 def test_memory_is_that_of_each_side() -> None:
-    """In a fresh process, as it is measured: one that has run other tests holds free memory, which hides work."""
+    """A process that has run other tests holds free memory, so the test starts a new one."""
     code = """
         import torch
-        from modeling_vitcls.benchmarking.growth import peak
+        from modeling_vitcls.benchmarking.growth import measure_peak
         images = torch.zeros(2, 3, 32, 32)
-        answers = {size: lambda pixels, size=size: torch.ones(size, 2**18) for size in (1, 64, 128)}  # so many MiB
-        print(*(peak(answers[size], images, answers[1], images) for size in (64, 128)))
+        models = {size: lambda pixels, size=size: torch.ones(size, 2**18) for size in (1, 64, 128)}  # size in MiB
+        print(*(measure_peak(models[size], images, models[1], images) for size in (64, 128)))
     """
     done = subprocess.run([sys.executable, "-c", dedent(code)], capture_output=True, text=True, check=True)
     ours, theirs = map(int, done.stdout.split())
     assert 50 * MEBIBYTE < ours < 80 * MEBIBYTE < 110 * MEBIBYTE < theirs < 150 * MEBIBYTE
 
 
-def test_each_process_measures_the_side_that_it_is_asked_for(
+def test_each_process_measures_the_side_of_its_flags(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The answers say whose they are."""
-    sides = Peer("timm", TOY, *[torch.nn.Identity()] * 2, lambda pixels: pixels + 2, lambda pixels: pixels + 1)
-    monkeypatch.setattr(growth, "model_at", lambda point, against, toy: sides)
-    monkeypatch.setattr(growth, "peak", lambda answer, *others: int(answer(torch.zeros(1))))
-    for flags, wanted in (((), 1), (("--theirs",), 2)):
+    """The outputs of the two sides differ, and are returned as their memory."""
+    peer = Peer("timm", TOY, torch.nn.Identity(), torch.nn.Identity(), lambda pixels: pixels + 2)
+    monkeypatch.setattr(Peer, "predict_ours", lambda self, pixels: pixels + 1)
+    monkeypatch.setattr(growth, "build_peer", lambda point, against, toy: peer)
+    monkeypatch.setattr(growth, "measure_peak", lambda predict, *others: int(predict(torch.zeros(1))))
+    for flags, expected in (((), 1), (("--theirs",), 2)):
         monkeypatch.setattr(sys, "argv", ["growth", "image size 48", "timm", "--toy", *flags])
         growth.main()
-        assert int(capsys.readouterr().out) == wanted
+        assert int(capsys.readouterr().out) == expected
 
 
 @pytest.mark.slow
 def test_memory_grows_with_the_batch() -> None:
-    """Measured in processes of their own."""
     for side in ((), ("--theirs",)):
-        few, many = (peak_in_a_process(growth.__name__, name, "timm", *side) for name in ("batch 1", "batch 8"))
+        few, many = (measure_peak_in_process(growth.__name__, name, "timm", *side) for name in ("batch 1", "batch 8"))
         assert 2 < many / few < 9
 
 
@@ -199,50 +204,51 @@ def test_the_script_writes_all_three_files(tmp_path: Path) -> None:
 
 
 def made_up_comparisons() -> list[Comparison]:
-    """10 ms per image of ours beside timm and 14 beside transformers, which are 2 and 3 times as slow."""
-    measured = []
+    """Return comparisons in which ours takes 10 ms per image next to timm, which is 2 times as slow, and 14 ms next to
+    transformers, which is 3 times as slow."""
+    results = []
     for name, point in POINTS.items():
         for against, ours, ratio in (("transformers", 14.0, 3.0), ("timm", 10.0, 2.0)):
-            if point.num_registers == 0 or against in WITH_REGISTERS:
+            if point.num_registers == 0 or against in PEERS_WITH_REGISTERS:
                 speed = 1000 / ours
                 details = {
                     **vars(point),
                     "num_tokens": point.num_tokens,
-                    "axis": axis_of(point, BASE),
+                    "axis": get_axis(point, BASE),
                     "precision": "fp32",
                     "device": "cpu",
                     "size": {"hidden_size": 384, "num_hidden_layers": 12},
                     "ours_peak_bytes": point.batch_size * MEBIBYTE,
                     "theirs_peak_bytes": 2 * point.batch_size * MEBIBYTE,
                 }
-                measured.append(
+                results.append(
                     Comparison("growth in fp32", name, against, [speed] * 3, [speed / ratio] * 3, 0.0, details)
                 )
-    return measured
+    return results
 
 
-def lines_of(figure: Figure, place: int) -> dict[str, tuple[list[float], list[float]]]:
-    """Who -> values along and up, in one pair of axes."""
-    lines = figure.axes[place].get_lines()
+def get_lines(figure: Figure, index: int) -> dict[str, tuple[list[float], list[float]]]:
+    """Return name -> (x values, y values) of the lines in one panel."""
+    lines = figure.axes[index].get_lines()
     return {str(line.get_label()): (list(line.get_xdata()), list(line.get_ydata())) for line in lines}
 
 
 def test_the_figure_has_a_column_for_each_axis() -> None:
-    figure = growth_figure([comparison.as_dict() for comparison in made_up_comparisons()], "Some machine")
+    figure = plot_growth([result.as_dict() for result in made_up_comparisons()], "Some machine")
     assert [axes.get_title() for axes in figure.axes[:4]] == ["Image size", "Patch size", "Tokens", "Batch"]
-    time, memory = lines_of(figure, 0), lines_of(figure, 7)
+    time, memory = get_lines(figure, 0), get_lines(figure, 7)
     assert set(time) == {OURS, "timm", "transformers"}
     assert time[OURS] == ([112, 160, 224, 320, 448], [pytest.approx(12.0)] * 5)  # the median
     assert time["timm"][1] == [pytest.approx(24.0)] * 5 and time["transformers"][1] == [pytest.approx(36.0)] * 5
     assert memory[OURS] == ([1, 4, 8, 32], [1, 4, 8, 32])
     assert memory["timm"][1] == [2, 8, 16, 64]
-    tokens = lines_of(figure, 2)
+    tokens = get_lines(figure, 2)
     assert tokens["timm"][0] == [197, 261, 325, 453] and tokens["transformers"][0] == [197]
     assert figure.axes[1].xaxis.get_inverted()
 
 
 def test_the_figure_names_units_and_conditions() -> None:
-    figure = growth_figure([comparison.as_dict() for comparison in made_up_comparisons()], "Some machine")
+    figure = plot_growth([result.as_dict() for result in made_up_comparisons()], "Some machine")
     (legend,) = figure.legends
     assert [text.get_text() for text in legend.get_texts()] == list(STYLES)
     assert "ms" in figure.axes[0].get_ylabel() and "MiB" in figure.axes[4].get_ylabel()
@@ -257,7 +263,7 @@ def test_the_figure_names_units_and_conditions() -> None:
 @pytest.mark.parametrize("axes", [tuple(AXES), ("image_size",)])
 def test_no_text_is_cut_off(axes: tuple[str, ...]) -> None:
     some = [each.as_dict() for each in made_up_comparisons() if each.details["axis"] in axes]
-    figure = growth_figure(some, "Some processor with a long name, 2 threads on 2 cores; versions of many libraries")
+    figure = plot_growth(some, "Some processor with a long name, 2 threads on 2 cores; versions of many libraries")
     FigureCanvasAgg(figure).draw()
     for text in figure.findobj(lambda artist: hasattr(artist, "get_text") and artist.get_visible()):
         extent = text.get_window_extent()
@@ -267,47 +273,47 @@ def test_no_text_is_cut_off(axes: tuple[str, ...]) -> None:
 def test_the_figure_shows_what_was_measured(tmp_path: Path) -> None:
     some = [each for each in made_up_comparisons() if each.details["axis"] == "batch_size" and each.against == "timm"]
     other = Comparison("inference", "row", "timm", [1.0], [1.0], 0.0, {})
-    figure = growth_figure([each.as_dict() for each in (*some, other)], "Some machine")
+    figure = plot_growth([each.as_dict() for each in (*some, other)], "Some machine")
     assert [axes.get_title() for axes in figure.axes] == ["Batch", ""]
-    assert set(lines_of(figure, 0)) == {OURS, "timm"}
-    assert "but for what varies" not in figure.get_supxlabel() and "registers" not in figure.get_supxlabel()
-    write_plot([*some, other], tmp_path / "folder" / "growth.svg")
+    assert set(get_lines(figure, 0)) == {OURS, "timm"}
+    assert "except on their axes" not in figure.get_supxlabel() and "registers" not in figure.get_supxlabel()
+    write_reports([*some, other], None, None, tmp_path / "folder" / "growth.svg")
     assert "<svg" in (tmp_path / "folder" / "growth.svg").read_text()
-    with raises_one_line("no growth to draw"):
-        growth_figure([other.as_dict()], "Some machine")
+    with raises_one_line("--plot requires growth"):
+        plot_growth([other.as_dict()], "Some machine")
 
 
 @pytest.mark.filterwarnings("error")
 def test_memory_of_nothing_is_drawn_at_the_bottom() -> None:
-    """What a tiny model needs may have been there before; logarithms have no 0."""
+    """A toy model may fit into memory that the process already has; logarithmic axes have no 0."""
     found = [each.as_dict() for each in made_up_comparisons()]
     for each in found:
         each["ours_peak_bytes"] = 0
-    figure = growth_figure(found, "Some machine")
+    figure = plot_growth(found, "Some machine")
     FigureCanvasAgg(figure).draw()
-    memory = lines_of(figure, 7)
-    assert memory[OURS][1] == [PAGE / MEBIBYTE] * 4 and memory["timm"][1] == [2, 8, 16, 64]
+    memory = get_lines(figure, 7)
+    assert memory[OURS][1] == [MIN_BYTES / MEBIBYTE] * 4 and memory["timm"][1] == [2, 8, 16, 64]
     for each in found:
         each["theirs_peak_bytes"] = 0
-    FigureCanvasAgg(growth_figure(found, "Some machine")).draw()
+    FigureCanvasAgg(plot_growth(found, "Some machine")).draw()
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_reports_name_the_accelerator_where_it_was_used(
     device: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Below the Markdown table, on the console and in the figure; not for what the CPU did beside a GPU."""
+    """Markdown, terminal and figure name it; measurements of the CPU on a machine with a GPU do not."""
     name = "Some accelerator"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: name)
     found = made_up_comparisons()
     found[-1].details["device"] = device
     file = tmp_path / "growth.svg"
-    write_plot(found, file)
-    show(found)
-    said = capsys.readouterr().out
-    assert "MiB at most, beyond what is there before" in said
-    reports = (markdown(found).splitlines()[-1], said, file.read_text())
+    write_reports(found, None, None, file)
+    print_tables(found)
+    printed = capsys.readouterr().out
+    assert "peak memory in MiB, without what existed before" in printed
+    reports = (format_markdown(found).splitlines()[-1], printed, file.read_text())
     assert [name in report for report in reports] == [device == "cuda"] * 3
     other = Comparison("pixels", "row", "transformers", [1.0], [1.0], 0.0, {})
-    assert name not in markdown([other])
+    assert name not in format_markdown([other])

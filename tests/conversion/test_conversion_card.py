@@ -1,4 +1,4 @@
-"""The card that conversion writes: what it says about the source, exactness, classifier, images and licence."""
+"""Test the card of a converted model: source, accuracy, classifier, images and license."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -12,8 +12,8 @@ from source_checkpoints import NAMES, SIZES, saved, vit_classifier
 from modeling_vitcls import ViTCLSConfig
 from modeling_vitcls.analysis.card_images import write_card_images
 from modeling_vitcls.conversion.conversion_card import build_conversion_card
-from modeling_vitcls.conversion.convert import take_over
-from modeling_vitcls.conversion.random_weights import random_fill
+from modeling_vitcls.conversion.convert import convert_checkpoint
+from modeling_vitcls.conversion.random_weights import randomize_weights
 from modeling_vitcls.hub.licenses import CONVERTED, WeightsLicense
 from modeling_vitcls.hub.manifest import collect_model_files
 from modeling_vitcls.hub.provenance import Provenance
@@ -21,18 +21,18 @@ from modeling_vitcls.hub.provenance import Provenance
 
 @pytest.fixture(autouse=True)
 def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Sources here are folders, or have random weights; nobody is asked about them."""
+    """Work offline: sources are folders or have random weights."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
 
 
-def converted(source: str, output: Path, **options: Any) -> ModelCard:
-    """The card of a conversion."""
-    take_over(source, output, draw_images=write_card_images, **options)
+def convert_and_load_card(source: str, output: Path, **options: Any) -> ModelCard:
+    """Convert a source and return its card."""
+    convert_checkpoint(source, output, draw_images=write_card_images, **options)
     return ModelCard.load(output / "README.md")
 
 
-def their_folder(folder: Path, card: str = "") -> str:
-    """A classifier of transformers with its image processor, and a card if one is given, as a source."""
+def save_source(folder: Path, card: str = "") -> str:
+    """Save a classifier of transformers with its image processor and optionally a card, and return the source name."""
     source = saved(vit_classifier(), folder)
     transformers.ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(folder)
     if card:
@@ -40,10 +40,10 @@ def their_folder(folder: Path, card: str = "") -> str:
     return source
 
 
-def test_what_it_says_of_a_trained_classifier(tmp_path: Path) -> None:
-    source = their_folder(tmp_path / "theirs", "---\nlicense: mit\nbase_model: google/vit\n---\n")
+def test_a_trained_classifier(tmp_path: Path) -> None:
+    source = save_source(tmp_path / "theirs", "---\nlicense: mit\nbase_model: google/vit\n---\n")
     (tmp_path / "theirs" / "LICENSE").write_text("MIT\n")
-    card = converted(source, tmp_path / "my-vit")
+    card = convert_and_load_card(source, tmp_path / "my-vit")
     text = card.text
     assert text.lstrip().startswith("# my-vit\n")
     assert str(tmp_path) not in text + (tmp_path / "my-vit" / "certificate.json").read_text()
@@ -58,8 +58,8 @@ def test_what_it_says_of_a_trained_classifier(tmp_path: Path) -> None:
         row = next(line for line in text.splitlines() if line.startswith(f"| {group} |"))
         *differences, largest = [float(cell) for cell in row.split("|")[2:-1]]
         assert len(differences) == 2 and max(differences) <= 1e-5 < 0.1 < largest
-    assert "of 3 labels, is kept" in text
-    assert "settings of ViTImageProcessor, and differs from it by at most 0 of 255 grey levels" in text
+    assert "has the classifier of the source, with 3 labels." in text
+    assert "settings of ViTImageProcessor. On a test image, the pixels differ by at most 0 of 255 gray levels." in text
     assert 'from_pretrained("my-vit", revision="<commit hash>", trust_remote_code=True)' in text
     assert 'pipeline("image-classification", model="my-vit", revision="<commit hash>", trust_remote_code=True)' in text
     assert "under the license of the source: mit. The license text is in LICENSE." in text
@@ -67,7 +67,9 @@ def test_what_it_says_of_a_trained_classifier(tmp_path: Path) -> None:
     assert f"transformers {transformers.__version__}" in text
     data = card.data.to_dict()
     assert (data["license"], data["base_model"]) == ("mit", "google/vit")
-    assert "base_model_relation" not in data and "fine-tuned from" not in text  # theirs may be
+    assert (
+        "base_model_relation" not in data and "fine-tuned from" not in text
+    )  # the source may be fine-tuned from google/vit
     assert data["pipeline_tag"] == "image-classification"
     assert (tmp_path / "my-vit" / "LICENSE").read_text() == "MIT\n"
     assert {"README.md", "LICENSE", "certificate.json", "pictures/token_layout.png"} <= collect_model_files(
@@ -75,34 +77,36 @@ def test_what_it_says_of_a_trained_classifier(tmp_path: Path) -> None:
     ).keys()
 
 
-def test_other_sizes_are_promised_only_where_one_was_compared(tmp_path: Path) -> None:
-    certificate = take_over(their_folder(tmp_path / "theirs"), tmp_path / "mine")
-    one = replace(certificate, comparisons=certificate.comparisons[:1], not_compared="the source refuses it")
+def test_other_sizes_are_named_only_if_one_was_compared(tmp_path: Path) -> None:
+    report = convert_checkpoint(save_source(tmp_path / "theirs"), tmp_path / "mine")
+    one = replace(report, comparisons=report.comparisons[:1], not_compared="the source refuses it")
     config = ViTCLSConfig.from_pretrained(tmp_path / "mine")
     text = build_conversion_card("mine", config, 12345, one, Provenance("theirs")).text
     assert "Other sizes" not in text and "There was no comparison at a second size: the source refuses it." in text
     assert "12,345 parameters" in text
 
 
-def test_a_folder_named_otherwise_than_by_its_path_is_hidden_too(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    their_folder(tmp_path / "secret" / "theirs")
+def test_a_relative_path_is_replaced_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_source(tmp_path / "secret" / "theirs")
     monkeypatch.chdir(tmp_path / "secret")
-    card = converted("transformers:theirs", tmp_path / "mine")
+    card = convert_and_load_card("transformers:theirs", tmp_path / "mine")
     assert "--source transformers:path/to/theirs --output mine\n" in card.text and "secret" not in card.text
 
 
-def test_no_licence_is_made_up(tmp_path: Path) -> None:
-    card = converted(their_folder(tmp_path / "theirs"), tmp_path / "mine")
+def test_an_unknown_license_is_not_invented(tmp_path: Path) -> None:
+    card = convert_and_load_card(save_source(tmp_path / "theirs"), tmp_path / "mine")
     assert "No license was found" in card.text
     assert card.data.license is None
     assert card.data.base_model is None
 
 
-def test_a_licence_of_their_own_is_named_and_linked() -> None:
-    origin = Provenance("a/b", license="other", license_name="dinov3-license", license_link="https://example.com/l")
-    assert "license of the source: [dinov3-license](https://example.com/l)." in str(WeightsLicense(CONVERTED, origin))
+def test_a_custom_license_is_named_and_linked() -> None:
+    provenance = Provenance(
+        "a/b", license="other", license_name="dinov3-license", license_link="https://example.com/l"
+    )
+    assert "license of the source: [dinov3-license](https://example.com/l)." in str(
+        WeightsLicense(CONVERTED, provenance)
+    )
     assert "license of the source: mit." in str(WeightsLicense(CONVERTED, Provenance("a/b", license="mit")))
 
 
@@ -111,14 +115,14 @@ def test_a_licence_of_their_own_is_named_and_linked() -> None:
     [
         (
             {"classifier": "new", "num_labels": 7},
-            "of 7 labels, is new and untrained",
+            "with 7 labels, is new and untrained",
             "--classifier new --num-labels 7",
         ),
-        ({"classifier": "drop"}, "was left out", "--classifier drop"),
+        ({"classifier": "drop"}, "was dropped", "--classifier drop"),
     ],
 )
-def test_what_became_of_the_classifier(options: dict[str, Any], sentence: str, remade: str, tmp_path: Path) -> None:
-    card = converted(their_folder(tmp_path / "theirs"), tmp_path / "mine", **options)
+def test_classifier_choices(options: dict[str, Any], sentence: str, remade: str, tmp_path: Path) -> None:
+    card = convert_and_load_card(save_source(tmp_path / "theirs"), tmp_path / "mine", **options)
     assert sentence in card.text
     assert f"--output mine {remade}\n" in card.text
     assert "pipeline(" not in card.text and "| logits |" not in card.text
@@ -127,17 +131,17 @@ def test_what_became_of_the_classifier(options: dict[str, Any], sentence: str, r
     assert f"model = {auto_class}.from_pretrained(" in card.text
 
 
-def test_an_encoder_of_which_much_is_assumed(tmp_path: Path) -> None:
-    """No classifier, no image processor, no pooler: each is said."""
+def test_an_encoder_without_pooler_and_processor(tmp_path: Path) -> None:
+    """The card names the missing classifier, image processor and pooler."""
     model = transformers.ViTModel(transformers.ViTConfig(**SIZES, id2label=NAMES), add_pooling_layer=False)
-    card = converted(saved(random_fill(model), tmp_path / "theirs"), tmp_path / "mine")
+    card = convert_and_load_card(saved(randomize_weights(model), tmp_path / "theirs"), tmp_path / "mine")
     assert "The source has no classifier" in card.text
-    assert "image processor is ASSUMED, because the source has no image processor: check it" in card.text
-    assert "Note: the checkpoint has no pooler, and so has the converted model." in card.text
+    assert "image processor is ASSUMED, because the source has no image processor. Check its settings" in card.text
+    assert "Note: the checkpoint has no pooler, so the converted model has none." in card.text
 
 
-def test_random_weights_have_no_licence_and_no_base_model(tmp_path: Path) -> None:
-    card = converted("timm:test_vit", tmp_path / "mine", random_init=True)
+def test_random_weights_have_no_license_and_no_base_model(tmp_path: Path) -> None:
+    card = convert_and_load_card("timm:test_vit", tmp_path / "mine", random_init=True)
     assert "\n**Every weight is a random number.** This is the architecture of" in card.text
     assert "timm/test_vit.r160_in1k" in card.text
     assert "icence" not in card.text and "pipeline(" not in card.text

@@ -1,7 +1,7 @@
-"""scripts/convert.py: what it writes, what it prints, and that a failure writes nothing.
+"""Test scripts/convert.py: its files, its output, and that a failure writes nothing.
 
-The real script runs in a process of its own for a model of transformers, and in this one for the others; what it wrote
-is loaded in another process that cannot import this package.
+The script runs in a separate process for a model of transformers, and in this process for other models. A test loads
+the written model in a process that cannot import this package.
 """
 
 import copy
@@ -37,8 +37,8 @@ from modeling_vitcls import (
     convert_from_timm,
 )
 from modeling_vitcls.conversion import processors, source_models
-from modeling_vitcls.conversion.convert import take_over
-from modeling_vitcls.conversion.random_weights import random_fill
+from modeling_vitcls.conversion.convert import convert_checkpoint
+from modeling_vitcls.conversion.random_weights import randomize_weights
 from modeling_vitcls.conversion.weight_rules import ConversionError
 
 
@@ -49,18 +49,18 @@ PHOTOGRAPHS = ("china.jpg", "flower.jpg")
 
 
 def photograph(name: str) -> PIL.Image.Image:
-    """A real one of 640 x 427 pixels: uneven, so that crops leave half pixels."""
+    """Return a photograph of 640 x 427 pixels, an odd size, so that crops start at half pixels."""
     return PIL.Image.fromarray(load_sample_image(name))
 
 
 def run(*flags: Any) -> subprocess.CompletedProcess[str]:
-    """The script, in a process of its own."""
+    """Run the script in a separate process."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "200", "HF_HUB_OFFLINE": "1"}
     return run_fresh(SCRIPT, *flags, environment=environment)
 
 
 def run_here(*flags: Any) -> int:
-    """The script in this process; its exit status."""
+    """Run the script in this process and return its exit status."""
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(SCRIPT.parent)
         patch.setattr(sys, "argv", [str(SCRIPT), *map(str, flags)])
@@ -73,8 +73,8 @@ def run_here(*flags: Any) -> int:
     return 0
 
 
-def everything_in(folder: Path) -> list[Path]:
-    """All files and folders, hidden ones too."""
+def list_all(folder: Path) -> list[Path]:
+    """Return all files and folders, including hidden ones."""
     return sorted(folder.rglob("*"))
 
 
@@ -83,7 +83,7 @@ def everything_in(folder: Path) -> list[Path]:
 
 @pytest.fixture(scope="module")
 def from_timm(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """What the script wrote and printed for a model of timm."""
+    """Return the folder and the printed text for a model of timm."""
     folder = tmp_path_factory.mktemp("timm") / "not" / "there"
     with redirect_stdout(io.StringIO()) as printed:
         assert run_here("--source", "timm:test_vit", "--output", folder, "--random-init") == 0
@@ -92,7 +92,7 @@ def from_timm(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
 
 @pytest.fixture(scope="module")
 def from_transformers(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str, Path]:
-    """What the script wrote and printed for a checkpoint of transformers, and the checkpoint."""
+    """Return the folder, the printed text and the source for a checkpoint of transformers."""
     base = tmp_path_factory.mktemp("transformers")
     saved(vit_classifier(), base / "source")
     transformers.ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(base / "source")
@@ -103,7 +103,7 @@ def from_transformers(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, s
 
 def test_a_model_of_timm(from_timm: tuple[Path, str]) -> None:
     folder, _ = from_timm
-    source = random_fill(timm.create_model("test_vit"))
+    source = randomize_weights(timm.create_model("test_vit"))
     model = ViTCLSForImageClassification.from_pretrained(folder)
     pixel_values = torch.randn(2, 3, 160, 160, generator=torch.Generator().manual_seed(5))
     with torch.no_grad():
@@ -117,7 +117,7 @@ def test_a_model_of_timm(from_timm: tuple[Path, str]) -> None:
         "modeling_vitcls.py",
         "image_processing_vitcls.py",
     }
-    assert [path.name for path in folder.parent.iterdir()] == ["there"]  # nothing is left beside it
+    assert [path.name for path in folder.parent.iterdir()] == ["there"]  # no temporary folder is left
 
 
 def test_a_checkpoint_of_transformers(from_transformers: tuple[Path, str, Path]) -> None:
@@ -134,26 +134,26 @@ def test_a_checkpoint_of_transformers(from_transformers: tuple[Path, str, Path])
         assert (model(**found).logits - source(**wanted).logits).abs().max() <= LIMIT
 
 
-def test_the_certificate(from_timm: tuple[Path, str], from_transformers: tuple[Path, str, Path]) -> None:
+def test_the_parity_report(from_timm: tuple[Path, str], from_transformers: tuple[Path, str, Path]) -> None:
     for folder, printed, *_ in (from_timm, from_transformers):
-        certificate = json.loads((folder / "certificate.json").read_text())
+        report = json.loads((folder / "certificate.json").read_text())
         weights = (folder / "model.safetensors").read_bytes()
-        assert certificate["sha256"] == {"model.safetensors": hashlib.sha256(weights).hexdigest()}
-        assert certificate["sha256"]["model.safetensors"] in printed
+        assert report["sha256"] == {"model.safetensors": hashlib.sha256(weights).hexdigest()}
+        assert report["sha256"]["model.safetensors"] in printed
         for library in (torch, transformers, timm):
-            assert certificate["versions"][library.__name__] == library.__version__
-        assert certificate["limit"] == LIMIT
-        assert certificate["classifier"] == "kept"
-        native, rectangle = certificate["comparisons"]
+            assert report["versions"][library.__name__] == library.__version__
+        assert report["limit"] == LIMIT
+        assert report["classifier"] == "kept"
+        native, rectangle = report["comparisons"]
         for comparison in (native, rectangle):
             assert comparison["differences"].keys() >= {"cls", "patches", "logits"}
             assert all(0 <= value <= LIMIT for value in comparison["differences"].values())
             assert all(value > 0.1 for value in comparison["magnitudes"].values())
         assert native["image_size"][0] == native["image_size"][1]
         assert rectangle["image_size"][0] < rectangle["image_size"][1]
-    assert certificate["source_class"] == "ViTForImageClassification"
-    assert certificate["source"].startswith("transformers:")
-    assert not certificate["random_init"]
+    assert report["source_class"] == "ViTForImageClassification"
+    assert report["source"].startswith("transformers:")
+    assert not report["random_init"]
 
 
 CHILD = """
@@ -165,16 +165,16 @@ import torch
 from PIL import Image
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
-picture = Image.open(sys.argv[1])
+image = Image.open(sys.argv[1])
 {loading}
-logits = model.eval()(**processor(picture, return_tensors="pt")).logits
+logits = model.eval()(**processor(image, return_tensors="pt")).logits
 assert type(model).__module__.startswith("transformers_modules."), type(model)
 torch.save(logits, sys.argv[2])
 """
 
 
 def test_the_printed_lines_load_it_without_the_package(from_timm: tuple[Path, str], tmp_path: Path) -> None:
-    """From a photograph to logits: the converted model and processor against timm's model and transform."""
+    """Compare the logits of a photograph with timm's model and transform."""
     _, printed = from_timm
     photograph("china.jpg").save(tmp_path / "china.png")
     lines = [line.strip() for line in printed.splitlines() if "from_pretrained(" in line]
@@ -183,21 +183,19 @@ def test_the_printed_lines_load_it_without_the_package(from_timm: tuple[Path, st
     words = ["-I", "-c", CHILD.format(loading=loading), tmp_path / "china.png", tmp_path / "logits"]
     child = run_fresh(*words, environment={"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"})
     assert child.returncode == 0, child.stderr[-2000:]
-    source = random_fill(timm.create_model("test_vit"))
+    source = randomize_weights(timm.create_model("test_vit"))
     transform = create_transform(**resolve_data_config(model=source), is_training=False)
     with torch.no_grad():
         wanted = source(transform(photograph("china.jpg")).unsqueeze(0))
     assert (torch.load(tmp_path / "logits") - wanted).abs().max() <= LIMIT
 
 
-def test_what_is_not_supported_ends_with_one_line_and_status_1(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_unsupported_models_end_with_one_line_and_status_1(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run_here("--source", "timm:resnet18", "--output", tmp_path / "made", "--random-init") == 1
     error = capsys.readouterr().err
     assert error.strip().splitlines()[-1].startswith("error: ResNet")
     assert "Traceback" not in error
-    assert not everything_in(tmp_path)
+    assert not list_all(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -219,18 +217,18 @@ def test_wrong_flags_end_with_status_2(flags: list[str]) -> None:
 # A wrong conversion writes nothing
 
 
-def add_to(part: str) -> Callable[[Any], None]:
-    """Makes one weight wrong by 1e-3."""
+def add_to_weight(name: str) -> Callable[[Any], None]:
+    """Return a function that adds 1e-3 to one weight."""
 
     def spoil(model: Any) -> None:
         with torch.no_grad():
-            model.get_parameter(part).view(-1)[0] += 1e-3
+            model.get_parameter(name).view(-1)[0] += 1e-3
 
     return spoil
 
 
-def read_bilinearly(model: Any) -> None:
-    """Wrong only where positions are interpolated."""
+def use_bilinear_interpolation(model: Any) -> None:
+    """Change the interpolation of positions."""
     positions = model.vitcls.embeddings.position_embeddings
     assert (positions.config.position_interpolation, positions.config.position_antialias) == ("bicubic", True)
     positions.config = copy.deepcopy(positions.config)
@@ -238,16 +236,16 @@ def read_bilinearly(model: Any) -> None:
 
 
 def make_nan(model: Any) -> None:
-    """No difference is larger than NaN."""
+    """Fill a bias with NaN, which no comparison exceeds."""
     with torch.no_grad():
         model.classifier.bias.fill_(float("nan"))
 
 
 WRONG: dict[str, tuple[Callable[[Any], None], str]] = {
-    "a token": (add_to("vitcls.embeddings.cls_token"), "160 x 160 pixels: cls by"),
-    "a layer": (add_to("vitcls.layers.3.mlp.fc1.bias"), "160 x 160 pixels: cls by"),
-    "the classifier": (add_to("classifier.bias"), "160 x 160 pixels: logits by 0.001"),
-    "the interpolation": (read_bilinearly, "112 x 208 pixels: cls by"),
+    "a token": (add_to_weight("vitcls.embeddings.cls_token"), "160 x 160 pixels: cls by"),
+    "a layer": (add_to_weight("vitcls.layers.3.mlp.fc1.bias"), "160 x 160 pixels: cls by"),
+    "the classifier": (add_to_weight("classifier.bias"), "160 x 160 pixels: logits by 0.001"),
+    "the interpolation": (use_bilinear_interpolation, "112 x 208 pixels: cls by"),
     "nan": (make_nan, "logits by nan"),
 }
 
@@ -271,7 +269,7 @@ def test_a_wrong_weight_aborts_and_writes_nothing(
     assert error.startswith("error: ")
     assert message in error
     assert "1e-05" in error
-    assert not everything_in(tmp_path)
+    assert not list_all(tmp_path)
 
 
 @pytest.mark.parametrize("method", ["save_pretrained", "rename"])
@@ -281,8 +279,8 @@ def test_a_failure_while_writing_leaves_nothing(method: str, tmp_path: Path, mon
 
     monkeypatch.setattr(ViTCLSImageProcessor if method == "save_pretrained" else Path, method, full)
     with pytest.raises(OSError, match="No space"):
-        take_over("timm:test_vit", tmp_path / "deep" / "made", random_init=True)
-    assert not everything_in(tmp_path)
+        convert_checkpoint("timm:test_vit", tmp_path / "deep" / "made", random_init=True)
+    assert not list_all(tmp_path)
 
 
 def test_weights_that_do_not_load_as_they_are_abort(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -296,19 +294,19 @@ def test_weights_that_do_not_load_as_they_are_abort(tmp_path: Path, monkeypatch:
 
     monkeypatch.setattr(ViTCLSForImageClassification, "save_pretrained", wrong)
     with pytest.raises(ConversionError, match=r"written weights differ.*classifier\.bias"):
-        take_over("timm:test_vit", tmp_path / "made", random_init=True)
-    assert not everything_in(tmp_path)
+        convert_checkpoint("timm:test_vit", tmp_path / "made", random_init=True)
+    assert not list_all(tmp_path)
 
 
-def test_an_output_in_use_is_left_alone(tmp_path: Path) -> None:
+def test_an_output_that_is_not_empty_is_unchanged(tmp_path: Path) -> None:
     (tmp_path / "used").mkdir()
     (tmp_path / "used" / "mine.txt").write_text("mine")
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="not empty"):
-        take_over("timm:test_vit", tmp_path / "used", random_init=True)
+        convert_checkpoint("timm:test_vit", tmp_path / "used", random_init=True)
     with pytest.raises(ValueError, match="not empty"):
-        take_over("timm:test_vit", tmp_path / "used" / "mine.txt", random_init=True)
-    take_over("timm:test_vit", tmp_path / "empty", random_init=True)
+        convert_checkpoint("timm:test_vit", tmp_path / "used" / "mine.txt", random_init=True)
+    convert_checkpoint("timm:test_vit", tmp_path / "empty", random_init=True)
     assert (tmp_path / "empty" / "certificate.json").is_file()
     assert [path.name for path in (tmp_path / "used").iterdir()] == ["mine.txt"]
     assert len(list(tmp_path.iterdir())) == 2
@@ -319,7 +317,7 @@ def test_an_output_in_use_is_left_alone(tmp_path: Path) -> None:
 
 def test_random_values_are_the_same_each_time_and_everywhere(tmp_path: Path) -> None:
     for name in ("one", "two"):
-        take_over("timm:test_vit", tmp_path / name, random_init=True)
+        convert_checkpoint("timm:test_vit", tmp_path / name, random_init=True)
     one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
     assert all(torch.equal(weight, two[name]) for name, weight in one.items())
     assert all(weight.std() > 0.01 for weight in one.values() if weight.numel() > 1)
@@ -329,14 +327,14 @@ def test_random_init_needs_no_weights(tmp_path: Path) -> None:
     transformers.Dinov2WithRegistersConfig(
         **WIDTHS, image_size=32, patch_size=8, architectures=["Dinov2WithRegistersModel"]
     ).save_pretrained(tmp_path / "source")
-    made = take_over(f"transformers:{tmp_path / 'source'}", tmp_path / "made", random_init=True)
+    made = convert_checkpoint(f"transformers:{tmp_path / 'source'}", tmp_path / "made", random_init=True)
     assert made.model_class == "ViTCLSModel"
     assert made.classifier == "none"
     assert [set(comparison.differences) for comparison in made.comparisons] == [
         {"cls", "registers", "patches", "pooled"}
     ] * 2
     with pytest.raises(OSError, match="cannot load"):
-        take_over(f"transformers:{tmp_path / 'source'}", tmp_path / "again")
+        convert_checkpoint(f"transformers:{tmp_path / 'source'}", tmp_path / "again")
 
 
 CHOICES = [
@@ -350,7 +348,7 @@ CHOICES = [
 def test_the_classifier(
     options: dict[str, Any], outcome: str, compared: set[str], shape: tuple[int, int] | None, tmp_path: Path
 ) -> None:
-    made = take_over(saved(vit_classifier(), tmp_path / "source"), tmp_path / "made", **options)
+    made = convert_checkpoint(saved(vit_classifier(), tmp_path / "source"), tmp_path / "made", **options)
     assert made.classifier == outcome
     assert made.comparisons[0].differences.keys() == {"cls", "patches"} | compared
     weights = load_file(tmp_path / "made" / "model.safetensors")
@@ -359,16 +357,16 @@ def test_the_classifier(
 
 
 def test_a_classifier_of_another_width_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(ConversionError, match="3 labels and num_labels=7"):
-        take_over(saved(vit_classifier(), tmp_path / "source"), tmp_path / "made", num_labels=7)
+    with pytest.raises(ConversionError, match="3 labels, but num_labels=7"):
+        convert_checkpoint(saved(vit_classifier(), tmp_path / "source"), tmp_path / "made", num_labels=7)
     assert not (tmp_path / "made").exists()
 
 
 def test_the_vision_part_of_a_larger_model(tmp_path: Path) -> None:
     text = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
     config = transformers.CLIPConfig(vision_config=SIZES, text_config=text)
-    clip = random_fill(transformers.CLIPModel(config))
-    made = take_over(saved(clip, tmp_path / "source"), tmp_path / "made")
+    clip = randomize_weights(transformers.CLIPModel(config))
+    made = convert_checkpoint(saved(clip, tmp_path / "source"), tmp_path / "made")
     assert made.source_class == "CLIPVisionModel"
     model = ViTCLSModel.from_pretrained(tmp_path / "made")
     pixel_values = torch.randn(2, 3, 32, 32)
@@ -377,71 +375,74 @@ def test_the_vision_part_of_a_larger_model(tmp_path: Path) -> None:
         assert (model(pixel_values).pooler_output - wanted).abs().max() <= LIMIT
 
 
-def test_a_pooler_that_was_never_trained_is_not_made_up(tmp_path: Path) -> None:
-    model = random_fill(transformers.ViTModel(transformers.ViTConfig(**SIZES), add_pooling_layer=False))
-    made = take_over(saved(model, tmp_path / "source"), tmp_path / "made")
+def test_a_missing_pooler_is_not_initialized(tmp_path: Path) -> None:
+    model = randomize_weights(transformers.ViTModel(transformers.ViTConfig(**SIZES), add_pooling_layer=False))
+    made = convert_checkpoint(saved(model, tmp_path / "source"), tmp_path / "made")
     assert "no pooler" in made.notes[0]
     assert ViTCLSModel.from_pretrained(tmp_path / "made").config.pooled_activation is None
 
 
 def test_missing_weights_are_an_error(tmp_path: Path) -> None:
-    encoder = random_fill(transformers.ViTModel(transformers.ViTConfig(**SIZES)))
+    encoder = randomize_weights(transformers.ViTModel(transformers.ViTConfig(**SIZES)))
     saved(encoder, tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"architectures": ["ViTForImageClassification"]}))
-    with pytest.raises(ConversionError, match=r"lacks 2 weights of ViTForImageClassification, such as classifier\."):
-        take_over(f"transformers:{tmp_path}", tmp_path / "made")
+    with pytest.raises(
+        ConversionError,
+        match=r"ViTForImageClassification requires 2 weights that are missing in .*, for example classifier\.",
+    ):
+        convert_checkpoint(f"transformers:{tmp_path}", tmp_path / "made")
 
 
-def test_half_precision_is_kept_where_it_is_exact(tmp_path: Path) -> None:
+def test_half_precision_is_kept_if_it_is_exact(tmp_path: Path) -> None:
     half = vit_classifier().to(torch.bfloat16)
-    made = take_over(saved(half, tmp_path / "source"), tmp_path / "made")
-    assert not made.comparisons[0].exceeding()
+    made = convert_checkpoint(saved(half, tmp_path / "source"), tmp_path / "made")
+    assert max(made.comparisons[0].differences.values()) <= LIMIT
     weights = load_file(tmp_path / "made" / "model.safetensors")
     assert {weight.dtype for weight in weights.values()} == {torch.bfloat16}
-    take_over(saved(half, tmp_path / "source"), tmp_path / "new", classifier="new")
+    convert_checkpoint(saved(half, tmp_path / "source"), tmp_path / "new", classifier="new")
     assert {w.dtype for w in load_file(tmp_path / "new" / "model.safetensors").values()} == {torch.bfloat16}
     sizes = {"num_hidden_layers": 2, "hidden_size": 32, "num_attention_heads": 4, "mlp_ratio": 2.0, "patch_size": 8}
     radio = transformers.RadioModel(transformers.RadioConfig(**sizes, image_size=32, max_img_size=64))
-    made = take_over(saved(random_fill(radio).half(), tmp_path / "radio"), tmp_path / "radio made")
-    assert "written in float32" in made.notes[0]  # its normalisation of pixels is folded into the patch projection
+    made = convert_checkpoint(saved(randomize_weights(radio).half(), tmp_path / "radio"), tmp_path / "radio made")
+    assert "written in float32" in made.notes[0]  # its normalization of pixels is folded into the patch projection
     weights = load_file(tmp_path / "radio made" / "model.safetensors")
     assert {weight.dtype for weight in weights.values()} == {torch.float32}
 
 
-def test_a_difference_over_the_limit_is_refused_also_where_values_are_large(tmp_path: Path) -> None:
-    """The limit is absolute and in float32: rounding of large values is no excuse, and nothing is written."""
+def test_a_difference_over_the_limit_fails_also_if_values_are_large(tmp_path: Path) -> None:
+    """The limit is absolute and in float32, also for large values, and nothing is written."""
     aim = transformers.Aimv2VisionModel(transformers.Aimv2VisionConfig(**SIZES))
     with torch.no_grad():
-        random_fill(aim).rms_norm.weight.mul_(300)
+        randomize_weights(aim).rms_norm.weight.mul_(300)
     with pytest.raises(ConversionError, match="the limit is 1e-05"):
-        take_over(saved(aim, tmp_path / "source"), tmp_path / "made")
+        convert_checkpoint(saved(aim, tmp_path / "source"), tmp_path / "made")
     assert not (tmp_path / "made").exists()
 
 
-REFUSED: dict[str, Callable[[Path], str]] = {
+UNSUPPORTED: dict[str, Callable[[Path], str]] = {
     "SwinModel cannot be converted": lambda folder: saved(
         transformers.SwinModel(transformers.SwinConfig(embed_dim=8, depths=[1], num_heads=[1], image_size=32)), folder
     ),
-    "timm 1.* has no model vit_huuge: did you mean": lambda folder: "timm:vit_huuge",
+    "timm 1.* has no model vit_huuge. Did you mean": lambda folder: "timm:vit_huuge",
     "nowhere/at/all is not a folder": lambda folder: f"transformers:{folder}/nowhere/at/all",
     "cannot read the configuration of": lambda folder: f"transformers:{folder.parent}",  # without config.json
-    "'resnet' is no source": lambda folder: "resnet",
+    "source 'resnet' is not supported": lambda folder: "resnet",
     "global_pool='avgmax'": lambda folder: "timm:test_vit",
 }
 
 
-@pytest.mark.parametrize("message", REFUSED)
-def test_refusals_are_one_line(message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    if "global_pool" in message:  # no name of timm's has it
+@pytest.mark.parametrize("message", UNSUPPORTED)
+def test_errors_have_one_line(message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if "global_pool" in message:  # no architecture of timm has it
         create = timm.create_model
         monkeypatch.setattr(timm, "create_model", lambda name, pretrained: create(name, global_pool="avgmax"))
-    source = REFUSED[message](tmp_path / "source")
-    before = everything_in(tmp_path)
+    source = UNSUPPORTED[message](tmp_path / "source")
+    before = list_all(tmp_path)
     with pytest.raises((ValueError, OSError), match=message) as raised:
-        take_over(source, tmp_path / "made", random_init=True)
+        convert_checkpoint(source, tmp_path / "made", random_init=True)
     assert "\n" not in str(raised.value)
-    assert everything_in(tmp_path) == before
+    assert list_all(tmp_path) == before
 
 
 # Image processors, on real photographs
@@ -456,28 +457,28 @@ TIMM_CONFIGS = {
 }
 
 
-class Configured(torch.nn.Module):
-    """A model, as far as timm's preprocessing knows it."""
+class PretrainedConfigOnly(torch.nn.Module):
+    """A model with only the attribute that timm's preprocessing reads."""
 
     def __init__(self, name: str) -> None:
         super().__init__()
         self.pretrained_cfg = timm.get_pretrained_cfg(name).to_dict()
 
 
-@pytest.mark.parametrize("picture", PHOTOGRAPHS)
+@pytest.mark.parametrize("image", PHOTOGRAPHS)
 @pytest.mark.parametrize("name", TIMM_CONFIGS.values(), ids=TIMM_CONFIGS)
-def test_timm_images_come_out_the_same(name: str, picture: str, tmp_path: Path) -> None:
-    """Equal with PIL, which timm uses; within 2 of 255 grey levels with torchvision."""
-    model = Configured(name)
-    made = processors.preprocessing_of_timm(model)
+def test_timm_preprocessing_is_equal(name: str, image: str, tmp_path: Path) -> None:
+    """Pixels are equal with PIL, which timm uses, and within 2 of 255 gray levels with torchvision."""
+    model = PretrainedConfigOnly(name)
+    made = processors.convert_timm_preprocessing(model)
     assert made.difference == 0
-    assert not made.assumed
+    assert not made.default_reason
     made.processor.save_pretrained(tmp_path)
     config = resolve_data_config(pretrained_cfg=model.pretrained_cfg)
-    wanted = create_transform(**config, is_training=False)(photograph(picture))
+    wanted = create_transform(**config, is_training=False)(photograph(image))
     std = torch.tensor(config["std"]).view(3, 1, 1)
     for backend, limit in ((ViTCLSImageProcessorPil, 1e-3), (ViTCLSImageProcessor, 2.01)):
-        found = backend.from_pretrained(tmp_path)(photograph(picture), return_tensors="pt")["pixel_values"][0]
+        found = backend.from_pretrained(tmp_path)(photograph(image), return_tensors="pt")["pixel_values"][0]
         assert found.shape == wanted.shape
         assert ((found - wanted).abs() * std * 255).max() <= limit
 
@@ -491,26 +492,26 @@ THEIRS: dict[str, tuple[str, dict[str, Any], float]] = {
     "clip with pil": ("CLIPImageProcessorPil", {}, 0.0),
     "siglip": ("SiglipImageProcessor", {}, 0.0),
     "dinov2": ("BitImageProcessor", {"size": {"shortest_edge": 256}}, 0.0),
-    "dinov3": ("DINOv3ViTImageProcessor", {}, 1.0),  # resizes before it rounds
-    "not normalised": ("CLIPImageProcessor", {"do_normalize": False}, 0.0),
+    "dinov3": ("DINOv3ViTImageProcessor", {}, 1.0),  # resizes before rounding
+    "not normalized": ("CLIPImageProcessor", {"do_normalize": False}, 0.0),
     "not resized": ("ViTImageProcessor", {"do_resize": False}, 0.0),
 }
 
 
 @pytest.mark.parametrize(("name", "settings", "limit"), THEIRS.values(), ids=THEIRS)
-def test_transformers_images_come_out_the_same(
+def test_transformers_preprocessing_is_equal(
     name: str, settings: dict[str, Any], limit: float, tmp_path: Path
 ) -> None:
     theirs = getattr(transformers, name)(**settings)
     theirs.save_pretrained(tmp_path / "source")
-    made = processors.preprocessing_of_transformers(str(tmp_path / "source"), (32, 32))
-    assert not made.assumed
+    made = processors.convert_transformers_preprocessing(str(tmp_path / "source"), (32, 32))
+    assert not made.default_reason
     assert made.difference is not None and made.difference <= limit
     made.processor.save_pretrained(tmp_path / "made")
     theirs = AutoImageProcessor.from_pretrained(tmp_path / "source")
     ours = ViTCLSImageProcessor.from_pretrained(tmp_path / "made")
-    for picture in map(photograph, PHOTOGRAPHS):
-        wanted, found = (one(picture, return_tensors="pt")["pixel_values"][0] for one in (theirs, ours))
+    for image in map(photograph, PHOTOGRAPHS):
+        wanted, found = (one(image, return_tensors="pt")["pixel_values"][0] for one in (theirs, ours))
         std = torch.tensor(ours.image_std if ours.do_normalize else [1.0]).view(-1, 1, 1)
         assert ((found - wanted).abs() * std * 255).max() <= limit + 1e-4
 
@@ -525,8 +526,8 @@ def test_transformers_images_come_out_the_same(
 def test_a_default_is_stated(theirs: Any, reason: str, tmp_path: Path) -> None:
     if theirs is not None:
         theirs.save_pretrained(tmp_path)
-    made = processors.preprocessing_of_transformers(str(tmp_path), (32, 48))
-    assert reason in made.assumed
+    made = processors.convert_transformers_preprocessing(str(tmp_path), (32, 48))
+    assert reason in made.default_reason
     assert made.difference is None
     assert dict(made.processor.size) == {"height": 32, "width": 48}
 
@@ -536,24 +537,24 @@ def test_unknown_settings_of_timm_give_the_default() -> None:
         ({"crop_mode": "border"}, "crop_mode='border'"),
         ({"input_size": (3, 224, 192)}, "crop_mode='center' for 224 x 192"),
     ):
-        model = Configured(TIMM_CONFIGS["crop"])
+        model = PretrainedConfigOnly(TIMM_CONFIGS["crop"])
         model.pretrained_cfg |= change
-        made = processors.preprocessing_of_timm(model)
-        assert reason in made.assumed
+        made = processors.convert_timm_preprocessing(model)
+        assert reason in made.default_reason
         height, width = model.pretrained_cfg["input_size"][1:]
         assert dict(made.processor.size) == {"height": height, "width": width}
 
 
 def test_a_processor_that_differs_is_not_written(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The check on a picture sees a crop that is one pixel off."""
-    settings = processors.timm_settings
-    monkeypatch.setattr(processors, "timm_settings", lambda **values: settings(**values | {"crop_pct": 0.89}))
-    made = processors.preprocessing_of_timm(Configured(TIMM_CONFIGS["crop"]))
-    assert "grey levels" in made.assumed
+    """The check on a test image detects a crop that is shifted by one pixel."""
+    settings = processors.convert_timm_settings
+    monkeypatch.setattr(processors, "convert_timm_settings", lambda **values: settings(**values | {"crop_pct": 0.89}))
+    made = processors.convert_timm_preprocessing(PretrainedConfigOnly(TIMM_CONFIGS["crop"]))
+    assert "gray levels" in made.default_reason
 
 
-def test_where_a_crop_begins() -> None:
-    """Half pixels: transformers rounds down, torchvision to the even number."""
+def test_rounding_of_crops() -> None:
+    """At half pixels, transformers rounds down, and torchvision rounds to even."""
     columns = torch.arange(7, dtype=torch.uint8).expand(3, 7, 7)
     for processor_class in (ViTCLSImageProcessor, ViTCLSImageProcessorPil):
         for rounding, first in (("down", 1), ("even", 2)):

@@ -14,11 +14,11 @@ from tiny_models import BLOCKS, LAYOUTS, each_kind, filled, images, raises_one_l
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from modeling_vitcls import ViTCLSConfig, ViTCLSForImageClassification, ViTCLSForMaskedImageModeling, ViTCLSModel
-from modeling_vitcls.system import gemm_peak
+from modeling_vitcls.system import measure_gemm_peak
 from modeling_vitcls.training.costs import count_forward_flops, estimate_memory
 
 
-# Fields that change what is multiplied with what, beside those that all tests share.
+# Fields that change what is multiplied with what, next to those that all tests share.
 OTHERS: dict[str, dict[str, Any]] = {
     "parallel": {"layer_type": "parallel"},
     "post": {"layer_type": "post"},
@@ -165,7 +165,7 @@ def test_activations_are_about_those_that_autograd_keeps(
     assert CLOSE[0] <= estimate / kept(model, lambda: loss_of(model, autocast)) <= CLOSE[1]
 
 
-def test_activations_of_masked_image_modelling() -> None:
+def test_activations_of_masked_image_modeling() -> None:
     model = filled(ViTCLSForMaskedImageModeling(tiny_config(**WIDER))).train()
     mask = torch.arange(4 * 64).view(4, 64) % 3 == 0
     measured = kept(model, lambda: model(images(4, 64, 64), bool_masked_pos=mask).loss)
@@ -243,6 +243,6 @@ def test_the_peak_is_above_what_a_model_reaches() -> None:
         seconds.append(time.perf_counter() - started)
     reached = 2 * side**3 / statistics.median(seconds)  # something else may run during a few of them
     began = time.perf_counter()
-    peak = gemm_peak("cpu", torch.float32)
+    peak = measure_gemm_peak("cpu", torch.float32)
     assert time.perf_counter() - began < 20  # about half a second on an idle machine
     assert 0.05 * peak < reached < 4 * peak

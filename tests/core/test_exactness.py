@@ -160,7 +160,7 @@ def test_vit_of_a_rectangle() -> None:
 
 @pytest.mark.parametrize("swiglu", [False, True])
 def test_dinov2_with_registers(swiglu: bool) -> None:
-    """Registers, LayerScale, antialiased positions, the mean of the patches beside the CLS token, the mask token."""
+    """Registers, LayerScale, antialiased positions, the mean of the patches next to the CLS token, the mask token."""
     sizes = {name: size for name, size in SIZES.items() if name != "intermediate_size"}
     peer_config = transformers.Dinov2WithRegistersConfig(
         **sizes, mlp_ratio=2, num_register_tokens=3, use_swiglu_ffn=swiglu
@@ -380,7 +380,7 @@ def test_sincos_positions(size: tuple[int, int]) -> None:
     assert largest_difference(added[3:], torch.tensor(expected, dtype=torch.float32)) <= TOLERANCE
 
 
-def test_masked_image_modelling_is_simmim() -> None:
+def test_masked_image_modeling_is_simmim() -> None:
     peer_config = transformers.ViTConfig(**SIZES, encoder_stride=8)
     peer = filled(transformers.ViTForMaskedImageModeling(peer_config))
     weights = renamed(peer.state_dict(), VIT)

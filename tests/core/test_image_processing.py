@@ -388,7 +388,7 @@ def test_supported_formats_are_read(backend: type, file_format: str, tmp_path: P
         assert raw_values(backend, source).shape == (3, 16, 16)
 
 
-def test_multi_picture_files_of_cameras_are_read(backend: type) -> None:
+def test_multi_image_files_of_cameras_are_read(backend: type) -> None:
     file = encoded(gradient(), "MPO", save_all=True, append_images=[gradient()])
     assert raw_values(backend, file).shape == (3, 5, 6)
 

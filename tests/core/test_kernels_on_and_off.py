@@ -15,6 +15,7 @@ from peft import LoraConfig, get_peft_model
 from tiny_models import assert_same_outputs, filled, images, tiny_config
 from torch import nn
 from torch.profiler import profile
+from torchao import quantization
 
 from modeling_vitcls import ViTCLSForImageClassification, cpu_kernels_vitcls
 from modeling_vitcls.blocks_vitcls import ViTCLSAttention, ViTCLSMLP
@@ -213,7 +214,6 @@ def test_lora() -> None:
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["Int8WeightOnlyConfig", "Int8DynamicActivationInt8WeightConfig"])
 def test_int8(name: str) -> None:
-    quantization = pytest.importorskip("torchao.quantization", reason="torchao is not installed")
     fast, plain = build_models(hidden_size=32, intermediate_size=64)
     for model in (fast, plain):
         quantization.quantize_(model, getattr(quantization, name)())

@@ -165,8 +165,21 @@ def test_float_labels_need_a_problem_type() -> None:
 
 @pytest.mark.parametrize("label", [3, -1, 99])
 def test_an_unknown_label_id_is_named(label: int) -> None:
-    with raises_one_line(f"label id {label}", "3 labels", "0 to 2"):
+    with raises_one_line(f"Target {label} is out of bounds", "3 labels", "0 to 2"):
         classifier()(images(), labels=torch.tensor([0, label]))
+
+
+def test_per_sample_gradients() -> None:
+    model, labels = classifier().eval(), torch.tensor([0, 2])
+    weights = dict(model.named_parameters())
+
+    def compute_loss(weights: dict[str, torch.Tensor], image: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
+        return torch.func.functional_call(model, weights, (image[None],), {"labels": label[None]}).loss
+
+    gradients = torch.func.vmap(torch.func.grad(compute_loss), in_dims=(None, 0, 0))(weights, images(), labels)
+    model(images(), labels=labels).loss.backward()
+    for name, parameter in weights.items():
+        torch.testing.assert_close(gradients[name].mean(0), parameter.grad, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -232,7 +245,7 @@ def test_missing_tasks_are_ignored() -> None:
     assert list(output.logits) == sorted(TASKS)
     output.loss.backward()
     trained = [bool(classifier.weight.grad.any()) for classifier in model.classifiers.children()]
-    assert trained == [False, True, False]  # age, colour, species
+    assert trained == [False, True, False]  # age, color, species
 
 
 def test_a_task_without_any_label_in_the_batch_gives_zero() -> None:
@@ -251,7 +264,7 @@ def test_an_unknown_task_is_named() -> None:
 
 
 def test_an_unknown_label_id_names_its_task() -> None:
-    with raises_one_line("age", "label id 2", "0 to 1"):
+    with raises_one_line("age", "Target 2 is out of bounds", "0 to 1"):
         multi_task()(images(), labels={"age": torch.tensor([0, 2])})
 
 
@@ -276,7 +289,7 @@ def test_any_identifier_is_a_task_name(name: str) -> None:
     assert list(output.losses) == [name]
 
 
-# Masked image modelling
+# Masked image modeling
 
 MASK = torch.arange(32).view(2, 16) % 3 == 0
 
@@ -320,7 +333,7 @@ def test_pixel_losses_are_computed_in_float32(fields: dict[str, Any], dtype: tor
 
 
 def test_normalised_targets_of_a_uniform_patch_are_zero() -> None:
-    """A patch of one grey has no deviation to divide by."""
+    """A patch of one gray has no deviation to divide by."""
     config = tiny_config(norm_pixel_target=True, mim_loss="l2")
     grey = torch.full((1, 3, 32, 32), 0.7)
     loss = masked_pixel_loss(torch.zeros(1, 3, 32, 32), grey, torch.ones(1, 16, dtype=torch.bool), config)

@@ -82,7 +82,7 @@ def test_merging_equal_patches_changes_nothing(pooling: str, implementation: str
 
 
 @torch.no_grad()
-def test_patches_of_one_colour_are_found() -> None:
+def test_patches_of_one_color_are_found() -> None:
     """Of two kinds of patches no two of different kinds are joined."""
     model = classifier(4, position_embedding_type="none")
     outputs, pixel_values = record_groups(model), two_colours()

@@ -1,4 +1,4 @@
-"""The model classes: shapes, block options, saving, masked image modelling, the backbone, and errors.
+"""The model classes: shapes, block options, saving, masked image modeling, the backbone, and errors.
 
 Special tokens are in test_tokens.py, positions in test_positions.py, losses in test_losses.py, precision and
 compilation in test_runtime.py, equality with other implementations in test_exactness.py.
@@ -351,12 +351,12 @@ def test_any_class_loads_the_encoder_of_any_other(saver: type, loader: type, tmp
     assert_same_outputs(*states)
 
 
-# Masked image modelling
+# Masked image modeling
 
 
 @each_layout
 @pytest.mark.parametrize("size", [(32, 32), (24, 56)], ids=str)
-def test_masked_image_modelling(layout: dict[str, Any], size: tuple[int, int]) -> None:
+def test_masked_image_modeling(layout: dict[str, Any], size: tuple[int, int]) -> None:
     model = filled(ViTCLSForMaskedImageModeling(tiny_config(**layout)))
     mask = torch.rand(2, size[0] * size[1] // 64) < 0.5
     output = model(images(2, *size), bool_masked_pos=mask)

@@ -1,17 +1,16 @@
-"""int8 weights and activations by torchao, as users of transformers ask for them. Skipped where it is missing."""
+"""int8 weights and activations: `from_pretrained` with transformers' TorchAoConfig."""
 
 from pathlib import Path
 
 import pytest
 import torch
 from tiny_models import images, largest_difference, tiny_config
+from torchao import quantization
 from transformers import TorchAoConfig
 
 from modeling_vitcls import ViTCLSForImageClassification
 from modeling_vitcls.cpu_kernels_vitcls import CPULinear
 
-
-quantization = pytest.importorskip("torchao.quantization")
 
 CONFIGS = ("Int8WeightOnlyConfig", "Int8DynamicActivationInt8WeightConfig")
 
@@ -25,8 +24,8 @@ def test_loading_in_int8(name: str, tmp_path: Path) -> None:
     exact.save_pretrained(tmp_path / "exact")
     config = TorchAoConfig(getattr(quantization, name)(), modules_to_not_convert=["classifier"])
     model = ViTCLSForImageClassification.from_pretrained(tmp_path / "exact", quantization_config=config)
-    quantised = {module for module in model.modules() if isinstance(module, CPULinear)}
-    assert len(quantised) == 2 * 6 and {type(module.weight).__name__ for module in quantised} == {"Int8Tensor"}
+    quantized = [module for module in model.vitcls.layers.modules() if isinstance(module, CPULinear)]
+    assert len(quantized) == 2 * 6 and {type(module.weight).__name__ for module in quantized} == {"Int8Tensor"}
     assert type(model.classifier.weight) is torch.nn.Parameter
     found, wanted = model(images()).logits, exact(images()).logits
     assert 0 < largest_difference(found, wanted) <= 0.05 * wanted.abs().max().item()

@@ -124,7 +124,7 @@ def test_every_special_token_gets_gradient_and_moves(layout: dict[str, Any], tok
 
 
 @pytest.mark.parametrize("layout", [layout for layout in LAYOUTS.values() if layout.get("num_cls_tokens", 1)])
-def test_special_tokens_learn_in_masked_image_modelling(layout: dict[str, Any]) -> None:
+def test_special_tokens_learn_in_masked_image_modeling(layout: dict[str, Any]) -> None:
     torch.manual_seed(0)
     model = ViTCLSForMaskedImageModeling(tiny_config(**layout)).train()
     tokens = {name: getattr(model.vitcls.embeddings, name) for name in [*PARAMETERS.values(), "mask_token"]}

@@ -1,4 +1,4 @@
-"""Random changes of training pictures: what they do, and what decides about them."""
+"""Random changes of training images: what they do, and what decides about them."""
 
 import math
 from typing import Any
@@ -8,8 +8,8 @@ import pytest
 import torch
 from torchvision.transforms import InterpolationMode, v2
 
-from modeling_vitcls.data.augmentation import Augmentation, BatchMixer, Erasing, Placement, build_augmentation
-from modeling_vitcls.data.random_bits import fractions, random_bits, seed_for
+from modeling_vitcls.data.augmentation import Augmentation, BatchMixer, BatchTransform, Erasing, build_augmentation
+from modeling_vitcls.data.sampling import convert_to_fractions, derive_seed, draw_random_bits
 from modeling_vitcls.options import AugmentationOptions
 
 
@@ -61,19 +61,19 @@ def test_the_global_generator_is_left_alone() -> None:
     assert torch.equal(torch.rand(3), expected)
 
 
-def test_pictures_of_different_sizes_become_one_batch() -> None:
+def test_images_of_different_sizes_become_one_batch() -> None:
     sources = [*pictures(1, (40, 36)), *pictures(1, (17, 90))]
     for options in (ALL, STILL):
         assert augmented(build(**options), sources, 0, [0, 1]).shape == (2, 3, 24, 32)
 
 
-def test_without_changes_pictures_are_resized() -> None:
+def test_without_changes_images_are_resized() -> None:
     (source,) = pictures(1)
     resize = v2.Resize((24, 32), interpolation=InterpolationMode.BICUBIC)
     assert torch.equal(augmented(build(**STILL), [source], 0, [0])[0], resize(source))
 
 
-def test_half_of_the_pictures_are_mirrored() -> None:
+def test_half_of_the_images_are_mirrored() -> None:
     (source,) = pictures(1, (24, 32))
     results = augmented(build(crop_scale=1.0, flip=True), [source] * 400, 0, list(range(400)))
     mirrored = [torch.equal(result, source.flip(-1)) for result in results]
@@ -97,19 +97,19 @@ def test_placement_is_torchvisions_affine(
     """Numbers 0 and 1 are the ends of each range; unused ones are anything."""
     affine = affine or {"angle": 20, "translate": [-8, 6], "scale": 0.5}
     smooth = v2.functional.gaussian_blur(torch.stack(pictures(2, (24, 32))), [7, 7], [3.0, 3.0])
-    placed = Placement(AugmentationOptions(crop_scale=1.0, flip=False, **change))(smooth, np.array([numbers] * 2))
+    placed = BatchTransform(AugmentationOptions(crop_scale=1.0, flip=False, **change))(smooth, np.array([numbers] * 2))
     full = {"angle": 0, "translate": [0, 0], "scale": 1.0, "shear": [0.0, 0.0]} | affine
     expected = v2.functional.affine(smooth.float(), interpolation=InterpolationMode.BILINEAR, **full)
     inside = (slice(None), slice(None), slice(2, -2), slice(2, -2))
     torch.testing.assert_close(placed.float()[inside], expected[inside], atol=1.0, rtol=0)
 
 
-def test_a_mirrored_picture_is_placed_like_any_other() -> None:
+def test_a_mirrored_image_is_placed_like_any_other() -> None:
     source = torch.stack(pictures(1, (24, 32)))
     options = AugmentationOptions(crop_scale=1.0, flip=True, rotation=25, shift=0.2, zoom=0.1)
     numbers = np.array([[0.9, 0.8, 0.1, 0.7, 0.3]])
-    of_mirrored = Placement(options)(source.flip(-1), numbers)
-    mirrored = Placement(options)(source, numbers * [0, 1, 1, 1, 1])
+    of_mirrored = BatchTransform(options)(source.flip(-1), numbers)
+    mirrored = BatchTransform(options)(source, numbers * [0, 1, 1, 1, 1])
     torch.testing.assert_close(mirrored.float(), of_mirrored.float(), atol=1.0, rtol=0)
 
 
@@ -128,7 +128,7 @@ def test_erasing_changes_a_rectangle_and_nothing_else() -> None:
 
 
 @pytest.mark.parametrize("kind", ["rand", "trivial"])
-def test_automatic_augmentation_changes_pictures(kind: str) -> None:
+def test_automatic_augmentation_changes_images(kind: str) -> None:
     source = v2.functional.gaussian_blur(pictures(1, (24, 32))[0], [7, 7], [3.0, 3.0])
     results = augmented(build(**STILL, auto_augment=kind), [source] * 12, 0, list(range(12)))
     assert len({result.numpy().tobytes() for result in results}) > 6
@@ -138,13 +138,13 @@ def test_automatic_augmentation_changes_pictures(kind: str) -> None:
 
 
 def mixed(**options: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Four pictures of one value each, of four classes."""
+    """Four images of one value each, of four classes."""
     pixels = torch.tensor([0, 80, 160, 240], dtype=torch.uint8)[:, None, None, None].expand(4, 3, 16, 16)
     return BatchMixer(AugmentationOptions(**options), num_classes=5)(pixels, torch.arange(4))
 
 
 @pytest.mark.parametrize("options", [{"mixup": 0.8}, {"cutmix": 1.0}, {"mixup": 0.8, "cutmix": 1.0}])
-def test_mixed_labels_say_how_much_of_each_picture_is_there(options: dict[str, float]) -> None:
+def test_mixed_labels_say_how_much_of_each_image_is_there(options: dict[str, float]) -> None:
     for seed in range(5):
         torch.manual_seed(seed)
         pixels, labels = mixed(**options)
@@ -167,12 +167,12 @@ def test_with_both_each_batch_gets_one_of_the_two() -> None:
 
 
 def test_random_numbers_are_uniform_and_unrelated() -> None:
-    seeds = np.repeat(np.array([seed_for(0), seed_for(1)], dtype=np.uint64), 20_000)
+    seeds = np.repeat(np.array([derive_seed(0), derive_seed(1)], dtype=np.uint64), 20_000)
     indices = np.tile(np.arange(20_000, dtype=np.uint64), 2)
-    numbers = fractions(random_bits(seeds, indices, 3))  # [40000, 3]
+    numbers = convert_to_fractions(draw_random_bits(seeds, indices, 3))  # [40000, 3]
     assert numbers.min() >= 0 and numbers.max() < 1
     assert np.allclose(numbers.mean(axis=0), 0.5, atol=0.01)
     assert np.allclose(numbers.std(axis=0), math.sqrt(1 / 12), atol=0.01)
     related = np.corrcoef(np.stack([*numbers[:20_000].T, *numbers[20_000:].T, *numbers[1:20_001].T]))
     assert np.abs(related - np.eye(9)).max() < 0.03
-    assert np.array_equal(fractions(random_bits(seeds[5:6], indices[5:6], 3)), numbers[5:6])
+    assert np.array_equal(convert_to_fractions(draw_random_bits(seeds[5:6], indices[5:6], 3)), numbers[5:6])

@@ -1,7 +1,6 @@
-"""Held-out images: which they are when data sets grow or move, and that evaluation uses those of the model's run."""
+"""Held-out images: which they are when datasets grow or move, and that evaluation uses those of the model's run."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +12,16 @@ from PIL import Image
 from tiny_models import raises_one_line
 
 from modeling_vitcls.analysis.inspection_inputs import open_images
-from modeling_vitcls.data.held_out import HeldOutPart, HeldOutRecord, read_record
+from modeling_vitcls.data.held_out import HeldOutRecord, HeldOutRule, read_record
 from modeling_vitcls.data.splits import (
     describe_missing_classes,
     load_evaluation_data,
     load_training_data,
-    load_unlabelled_data,
+    load_unlabeled_data,
 )
 from modeling_vitcls.hub.manifest import collect_model_files
-from modeling_vitcls.inference.evaluate import evaluate_checkpoint, load_classifier
+from modeling_vitcls.inference.evaluate import evaluate_checkpoint
+from modeling_vitcls.inference.load_model import load_classifier
 from modeling_vitcls.options import (
     DataOptions,
     EvaluateOptions,
@@ -31,9 +31,11 @@ from modeling_vitcls.options import (
     RunOptions,
     TrainingOptions,
 )
-from modeling_vitcls.training.finetune import finetune
-from modeling_vitcls.training.setup import prepare
+from modeling_vitcls.training.finetune import FinetuneTask
+from modeling_vitcls.training.task import run_task
 
+
+pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
 SIZES: dict[str, Any] = {
     "image_size": 8,
@@ -43,14 +45,6 @@ SIZES: dict[str, Any] = {
     "num_attention_heads": 2,
     "intermediate_size": 16,
 }
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerate() -> Iterator[None]:
-    """Accelerate keeps its settings in singletons: each test starts without."""
-    reset_accelerate()
-    yield
-    reset_accelerate()
 
 
 def write_photos(root: Path, numbers: range, names: tuple[str, ...] = ("cat", "dog")) -> Path:
@@ -68,13 +62,13 @@ def read(dataset: object, **options: Any) -> Any:
 
 
 def get_names(part: Any) -> set[str]:
-    return set(part.pictures.names())
+    return set(part.images.get_names())
 
 
 def run(output: Path, dataset: Path, model: str = "vitcls-tiny", **data: Any) -> dict[str, Any]:
     """Fine-tune for two steps; returns what results.json holds."""
-    return finetune(
-        prepare(
+    return run_task(
+        FinetuneTask(
             FinetuneOptions(
                 output,
                 data=DataOptions(str(dataset), num_workers=0, **data),
@@ -115,7 +109,7 @@ def test_the_split_is_that_of_the_names_wherever_the_folder_is(
     monkeypatch.chdir(tmp_path)
     assert get_names(read("there", split_seed=3).held_out) == held_out
     assert get_names(read("there", split_seed=3, streaming=True).held_out) == held_out
-    assert get_names(load_unlabelled_data(DataOptions("there", split_seed=3)).held_out) == held_out
+    assert get_names(load_unlabeled_data(DataOptions("there", split_seed=3)).held_out) == held_out
     rows = [f"there/{path.relative_to(tmp_path / 'there')},x" for path in (tmp_path / "there").glob("*/*.png")]
     (tmp_path / "list.csv").write_text("\n".join(["image,label", *rows[:40], "a.png,y", *rows[40:]]), encoding="utf-8")
     listed = get_names(read("list.csv", split_seed=3).held_out)
@@ -131,20 +125,20 @@ def test_images_without_names_are_chosen_by_their_content(tmp_path: Path) -> Non
         rows = {"image": [path.read_bytes() for path in order], "label": [path.parent.name for path in order]}
         datasets.Dataset.from_dict(rows).to_parquet(tmp_path / "table.parquet")
         data = read(tmp_path / "table.parquet")
-        found.append({picture.tobytes() for picture in data.held_out.pictures})
-        assert not found[-1] & {picture.tobytes() for picture in data.train.pictures}
+        found.append({picture.tobytes() for picture in data.held_out.images})
+        assert not found[-1] & {picture.tobytes() for picture in data.train.images}
     streamed = read(tmp_path / "table.parquet", streaming=True, label_names=("cat", "dog"))
-    found.append({picture.tobytes() for picture in streamed.held_out.pictures})
+    found.append({picture.tobytes() for picture in streamed.held_out.images})
     assert found[0] == found[1] == found[2] == found[3] and 0 < len(found[0]) < 60
 
 
 def test_the_fraction_is_kept_on_average(tmp_path: Path) -> None:
     """Of 20,000 images, within 5 standard deviations; and a larger fraction holds what a smaller one holds."""
     for fraction in (0.05, 0.2, 0.5):
-        part, larger = HeldOutPart(fraction, 1), HeldOutPart(fraction + 0.1, 1)
-        held_out = [key for key in range(20_000) if part.holds(key)]
+        part, larger = HeldOutRule(fraction, 1), HeldOutRule(fraction + 0.1, 1)
+        held_out = [key for key in range(20_000) if part.selects(key)]
         assert abs(len(held_out) - 20_000 * fraction) < 5 * (20_000 * fraction * (1 - fraction)) ** 0.5
-        assert all(larger.holds(key) for key in held_out)
+        assert all(larger.selects(key) for key in held_out)
 
 
 def test_classes_that_one_part_lacks_are_named(tmp_path: Path) -> None:
@@ -155,19 +149,21 @@ def test_classes_that_one_part_lacks_are_named(tmp_path: Path) -> None:
         (warning,) = describe_missing_classes(read(folder, split_seed=seed))
         seeds[warning] = seed
     assert len(seeds) == 2
-    missing, unlearned = sorted(seeds, reverse=True)
-    assert missing.startswith("no image of 1 of the 3 classes is held out (rare): their accuracy is not measured")
-    assert unlearned.startswith("all images of 1 of the 3 classes are held out (rare): the model cannot learn them")
+    missing, unlearned = sorted(seeds)
+    assert missing.startswith("1 of the 3 classes have no held-out images (rare), so their accuracy is not measured")
+    assert unlearned.startswith("1 of the 3 classes have no training images (rare), because all")
     write_photos(tmp_path, range(60), ("rare",))
     assert describe_missing_classes(read(folder)) == []
 
 
 def test_parts_without_images_are_refused(tmp_path: Path) -> None:
     folder = write_photos(tmp_path, range(2))
-    with raises_one_line("none of its 4 images would be held out", "--held-out-fraction 1e-06", "a larger fraction"):
+    with raises_one_line(
+        "none of the 4 images would be held out", "--held-out-fraction 1e-06", "a larger --held-out-fraction"
+    ):
         read(folder, held_out_fraction=1e-6)
     with raises_one_line(
-        "all of its 4 images would be held out", "--held-out-fraction 0.999999", "a smaller fraction"
+        "all 4 images would be held out", "--held-out-fraction 0.999999", "a smaller --held-out-fraction"
     ):
         read(folder, held_out_fraction=0.999999)
 
@@ -180,16 +176,19 @@ def test_evaluation_uses_the_images_that_the_run_held_out(tmp_path: Path, capsys
     folder = write_photos(tmp_path / "photos", range(50))
     trained = run(tmp_path / "run", folder, split_seed=7, held_out_fraction=0.3)
     held_out = read(folder, split_seed=7, held_out_fraction=0.3).held_out
-    assert trained["held_out"] == HeldOutRecord.from_keys(HeldOutPart(0.3, 7), held_out.pictures.keys()).to_dict()
+    expected = HeldOutRecord.from_keys(HeldOutRule(0.3, 7), held_out.images.compute_keys())
+    assert trained["held_out"] == expected.to_dict()
     measured = evaluate(tmp_path / "run", folder)
     for name in ("num_images", "accuracy", "confusion_matrix"):
         assert measured[name] == trained[name]
     assert measured["loss"] == pytest.approx(trained["loss"], abs=1e-5)
     assert measured["held_out_part"] == "about 30%, by checksum, split seed 7" and measured["is_recorded_part"] is True
     assert "WARNING" not in capsys.readouterr().out
-    with raises_one_line("--split-seed 3: the model's run used 7", "images that it was trained on: leave it out"):
+    with raises_one_line(
+        "--split-seed is 3, but training used 7", "images that it was trained on. Remove --split-seed"
+    ):
         evaluate(tmp_path / "run", folder, split_seed=3)
-    with raises_one_line("--held-out-fraction 0.5: the model's run used 0.3"):
+    with raises_one_line("--held-out-fraction is 0.5, but training used 0.3"):
         evaluate(tmp_path / "run", folder, held_out_fraction=0.5)
 
 
@@ -209,7 +208,7 @@ def test_evaluation_warns_of_images_that_may_have_been_trained_on(
     assert get_warnings(folder) == []
     write_photos(folder, range(30, 60))
     (line,) = get_warnings(folder)
-    assert "held-out images are not the" in line and "the data set has changed or is another one" in line
+    assert "held-out images are not the" in line and "the dataset has changed or is another dataset" in line
     (line,) = get_warnings(write_photos(tmp_path / "others", range(1000, 1030)))
     assert "held-out images are not the" in line
 
@@ -220,13 +219,13 @@ def test_evaluation_warns_of_images_that_may_have_been_trained_on(
         json.dumps(results | {"held_out": {"split": "validation", "num_images": 3}}), encoding="utf-8"
     )
     (line,) = get_warnings(folder)
-    assert "held out the split 'validation', and this data set has no such split" in line
+    assert "with the held-out split 'validation', but the dataset has no such split" in line
     (tmp_path / "run" / "results.json").unlink()
     (line,) = get_warnings(folder)
     assert "has no record of its held-out images" in line
 
 
-def test_training_on_other_images_of_the_same_data_set_is_warned_of(
+def test_training_on_other_images_of_the_same_dataset_is_warned_of(
     tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     folder = write_photos(tmp_path / "photos", range(50))
@@ -242,7 +241,7 @@ def test_training_on_other_images_of_the_same_data_set_is_warned_of(
         assert found is is_warned
 
 
-def test_a_split_of_the_data_set_is_recorded_and_evaluated(tmp_path: Path) -> None:
+def test_a_split_of_the_dataset_is_recorded_and_evaluated(tmp_path: Path) -> None:
     write_photos(tmp_path / "photos" / "train", range(20))
     write_photos(tmp_path / "photos" / "val", range(20, 30))
     trained = run(tmp_path / "run", tmp_path / "photos")
@@ -260,15 +259,15 @@ def test_the_record_is_published_and_inspection_uses_it(tmp_path: Path) -> None:
     model = load_classifier("run", str(tmp_path / "run"))
     options = InspectOptions(str(tmp_path / "run"), dataset=str(folder))
     images = open_images(options, model, read_record(tmp_path / "run"))
-    expected = load_evaluation_data(DataOptions(str(folder), split_seed=7), "test").pictures
-    assert images.images.names() == expected.pictures.names()
+    expected = load_evaluation_data(DataOptions(str(folder), split_seed=7), "test").images
+    assert images.images.get_names() == expected.images.get_names()
 
 
 def test_damaged_records_are_named(tmp_path: Path) -> None:
     assert read_record(tmp_path) is None
     for text in ("{", "[]", '{"held_out": {"seed": 1}}', '{"held_out": 3}'):
         (tmp_path / "results.json").write_text(text, encoding="utf-8")
-        with raises_one_line("cannot read", "results.json", "remove it"):
+        with raises_one_line("results.json is damaged", "Remove it"):
             read_record(tmp_path)
     (tmp_path / "results.json").write_text('{"split": "20%, stratified"}', encoding="utf-8")
     assert read_record(tmp_path) is None

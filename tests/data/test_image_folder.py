@@ -10,8 +10,8 @@ from tiny_models import raises_one_line
 
 from modeling_vitcls.data.image_folder import read_image_folder, scan_folder
 from modeling_vitcls.data.splits import load_evaluation_data, load_training_data
-from modeling_vitcls.data.streaming import StreamedPictures
-from modeling_vitcls.inference.inputs import open_source
+from modeling_vitcls.data.streaming import StreamedImages
+from modeling_vitcls.inference.inputs import open_input
 from modeling_vitcls.options import DataOptions, PredictOptions
 
 
@@ -63,8 +63,8 @@ def test_a_class_called_train_is_not_a_split(tmp_path: Path) -> None:
     data = load(tmp_path)
     assert (len(data.train), len(data.held_out), data.held_out_name) == (12, 12, "split 'test'")
     assert data.label_space.names == ["bus", "train"]
-    trained = {picture.filename for picture in data.train.pictures}
-    held_out = {picture.filename for picture in data.held_out.pictures}
+    trained = {picture.filename for picture in data.train.images}
+    held_out = {picture.filename for picture in data.held_out.images}
     assert len(trained) == len(held_out) == 12 and not trained & held_out
 
 
@@ -117,11 +117,13 @@ def test_folders_that_may_be_splits_or_classes_are_refused(tmp_path: Path) -> No
     write_class(tmp_path / "a", "train/cat", 2)
     write_class(tmp_path / "a", "test/cat", 2)
     write_class(tmp_path / "a", "extra/cat", 2)
-    with raises_one_line("'test' contains folders of images (cat)", "'extra' next to it", "rename 'test'"):
+    with raises_one_line(
+        "'test' has the name and the class folders of a split (cat)", "'extra' next to it", "rename 'test'"
+    ):
         read(tmp_path / "a")
     write_class(tmp_path / "b", "val/cat", 2)
     write_class(tmp_path / "b", "dev/cat", 2)
-    with raises_one_line("'dev' and 'val' are both the split 'validation'"):
+    with raises_one_line("'dev' and 'val' are both named like the split 'validation'"):
         read(tmp_path / "b")
 
 
@@ -172,15 +174,17 @@ def test_a_clean_folder_has_no_notes(tmp_path: Path) -> None:
 
 
 def test_errors_are_about_folders(tmp_path: Path) -> None:
-    with raises_one_line("holds images but no class folders", "put the images of each class into a folder"):
+    with raises_one_line(
+        "contains images, but no class folders", "Move the images of each class into a separate folder"
+    ):
         load(write_class(tmp_path, "flat", 12) / "flat")
-    with raises_one_line("flat/train holds images but no class folders"):
+    with raises_one_line("flat/train contains images, but no class folders"):
         load(write_class(tmp_path, "flat/train", 3) / "flat")
-    with raises_one_line("has a single class folder, 'cat', and a classifier needs two or more"):
+    with raises_one_line("has a single class folder, 'cat'. Move the images"):
         load(write_class(tmp_path, "one/cat", 1) / "one")
     write_class(tmp_path, "packed/photos/cat", 9)
     write_class(tmp_path, "packed/photos/dog", 9)
-    with raises_one_line("if its folders (cat, dog) are the classes or splits, set --dataset", "packed/photos"):
+    with raises_one_line("If its folders (cat, dog) are the classes or splits, set --dataset", "packed/photos"):
         load(tmp_path / "packed")
 
 
@@ -217,7 +221,7 @@ def test_metadata_files_name_the_labels(tmp_path: Path) -> None:
 def test_faulty_metadata_is_named(tmp_path: Path) -> None:
     write_class(tmp_path, "images", 2)
     for text, words in (
-        ("path,label\nimages/0.png,a\n", "it requires a column `file_name`"),
+        ("path,label\nimages/0.png,a\n", "It requires a column `file_name`"),
         ("file_name,label\n../secret.png,a\n", "'../secret.png' is outside of the folder"),
         ("file_name,label\n/etc/secret.png,a\n", "'/etc/secret.png' is outside of the folder"),
     ):
@@ -239,7 +243,7 @@ def test_a_folder_of_tables_is_read_by_datasets(tmp_path: Path) -> None:
     assert (len(data.train), len(data.held_out), data.held_out_name) == (8, 4, "split 'test'")
 
 
-def test_local_data_sets_show_no_progress(tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
+def test_local_datasets_show_no_progress(tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
     write_class(tmp_path, "photos/cat", 9)
     write_class(tmp_path, "photos/dog", 9)
     rows = [f"photos/{name}/{number}.png,{name}" for name in ("cat", "dog") for number in range(9)]
@@ -254,15 +258,15 @@ def test_streams(tmp_path: Path) -> None:
     write_class(tmp_path, "dog", 20)
     write_images(tmp_path, "stray.png")
     streamed = load(tmp_path, streaming=True)
-    assert isinstance(streamed.train, StreamedPictures) and streamed.label_space.names == ["cat", "dog"]
+    assert isinstance(streamed.train, StreamedImages) and streamed.label_space.names == ["cat", "dog"]
 
 
 def test_predictions_are_for_every_image(tmp_path: Path) -> None:
     write_images(tmp_path, "1.png", "test_2.png", "deep/3.png")
-    source = open_source(PredictOptions("model", dataset=str(tmp_path)))
+    source = open_input(PredictOptions("model", dataset=str(tmp_path)))
     names = [record.name for record in source.read([range(3)])]
     assert names == [str(tmp_path / name) for name in ("1.png", "deep/3.png", "test_2.png")]
-    before = source.identity()
-    assert open_source(PredictOptions("model", dataset=str(tmp_path))).identity() == before
+    before = source.compute_identity()
+    assert open_input(PredictOptions("model", dataset=str(tmp_path))).compute_identity() == before
     Image.new("RGB", (9, 9)).save(tmp_path / "1.png")
-    assert open_source(PredictOptions("model", dataset=str(tmp_path))).identity() != before
+    assert open_input(PredictOptions("model", dataset=str(tmp_path))).compute_identity() != before

@@ -1,4 +1,4 @@
-"""Data sets: where they come from, which columns count, what labels become, what is held out, broken pictures."""
+"""Datasets: where they come from, which columns count, what labels become, what is held out, unreadable images."""
 
 import gzip
 import io
@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from modeling_vitcls.data.images import BrokenPicture, BrokenPictures, LabelledPictures
+from modeling_vitcls.data.images import LabeledImages, UnreadableImage, UnreadableImages
 from modeling_vitcls.data.sources import load_splits
-from modeling_vitcls.data.splits import load_evaluation_data, load_training_data, load_unlabelled_data
+from modeling_vitcls.data.splits import load_evaluation_data, load_training_data, load_unlabeled_data
 from modeling_vitcls.image_processing_vitcls import pil_to_tensor
 from modeling_vitcls.options import DataOptions
 
@@ -39,15 +39,15 @@ def read(dataset: object, **options: Any) -> Any:
     return load_training_data(DataOptions(dataset=str(dataset), **options))
 
 
-def read_whole(dataset: object) -> LabelledPictures:
+def read_whole(dataset: object) -> LabeledImages:
     """The only split, without a held-out part."""
     (part,) = load_splits(DataOptions(dataset=str(dataset))).parts.values()
     return part
 
 
 def everything(data: Any) -> list[tuple[Any, Any]]:
-    """All pictures of both parts with their labels."""
-    return [pair for part in (data.train, data.held_out) for pair in zip(part.pictures, part.labels, strict=True)]
+    """All images of both parts with their labels."""
+    return [pair for part in (data.train, data.held_out) for pair in zip(part.images, part.labels, strict=True)]
 
 
 def is_noon(picture: Image.Image) -> bool:
@@ -132,7 +132,7 @@ def test_declared_labels_are_indices_whatever_their_names(colours: Path, tmp_pat
     file = write_table(tmp_path / "table.parquet", rows, image=datasets.Image(), label=labels)
     space, held_out, *_ = load_evaluation_data(DataOptions(dataset=str(file)), "test")
     assert space.names == ["1", "0"]
-    for picture, label in zip(held_out.pictures, held_out.labels, strict=True):
+    for picture, label in zip(held_out.images, held_out.labels, strict=True):
         assert is_noon(picture) == (label == 1)
 
 
@@ -145,18 +145,18 @@ def test_given_names_are_classes_by_name_or_by_place(colours: Path, tmp_path: Pa
         assert data.label_space.names == list(names)
         for picture, label in everything(data):
             assert (names[label] in ("light", "noon")) == is_noon(picture)
-    with pytest.raises(ValueError, match="row 10 has the label 'noon', which is none of the 2 classes"):
+    with pytest.raises(ValueError, match="row 10 has the label 'noon', which is not one of the 2 classes"):
         read(words, label_names=("dusk", "dawn"))
 
 
 def test_digits() -> None:
     data = read("digits")
     assert data.label_space.names == [str(digit) for digit in range(10)]
-    assert len(set(data.train.pictures.indices) & set(data.held_out.pictures.indices)) == 0
+    assert len(set(data.train.images.indices) & set(data.held_out.images.indices)) == 0
     assert len(data.train) + len(data.held_out) == 1797
     assert len(data.held_out) == 372 and Counter(data.held_out.labels).keys() == set(range(10))
-    assert read("digits").held_out.pictures.indices == data.held_out.pictures.indices
-    assert read("digits", split_seed=1).held_out.pictures.indices != data.held_out.pictures.indices
+    assert read("digits").held_out.images.indices == data.held_out.images.indices
+    assert read("digits", split_seed=1).held_out.images.indices != data.held_out.images.indices
 
 
 def write_idx(file: Path, values: np.ndarray) -> None:
@@ -181,8 +181,8 @@ def test_folder_in_the_format_of_mnist(tmp_path: Path, ending: str) -> None:
     assert (data.name, data.held_out_name, len(data.train), len(data.held_out)) == ("mine", "split 'test'", 12, 4)
     assert data.label_space.names == [str(digit) for digit in range(10)]
     assert list(data.train.labels) == [*range(10), 0, 1]
-    assert np.array_equal(np.asarray(data.train.pictures[11]), images[11])
-    assert data.train.pictures[0].size == (7, 5)
+    assert np.array_equal(np.asarray(data.train.images[11]), images[11])
+    assert data.train.images[0].size == (7, 5)
 
 
 def test_damaged_folders_in_the_format_of_mnist_are_named(tmp_path: Path) -> None:
@@ -193,11 +193,13 @@ def test_damaged_folders_in_the_format_of_mnist_are_named(tmp_path: Path) -> Non
     short = gzip.compress(gzip.decompress(whole)[:-1])
     for content in (whole[:40], b"not compressed", gzip.compress(b""), signed, short):
         file.write_bytes(content)
-        with pytest.raises(ValueError, match=r"cannot read .*train-images-idx3-ubyte\.gz as a file of MNIST"):
+        with pytest.raises(
+            ValueError, match=r"cannot read .*train-images-idx3-ubyte\.gz as a file in the MNIST format"
+        ):
             read(tmp_path)
     file.write_bytes(whole)
     (tmp_path / "train-labels-idx1-ubyte.gz").unlink()
-    with pytest.raises(ValueError, match="without train-labels-idx1-ubyte"):
+    with pytest.raises(ValueError, match="but not train-labels-idx1-ubyte"):
         read(tmp_path)
 
 
@@ -206,7 +208,7 @@ def test_fashion_mnist() -> None:
     data = read(FASHION_MNIST)
     assert (data.name, len(data.train), len(data.held_out)) == ("fashion-mnist", 60_000, 10_000)
     assert data.label_space.names[0] == "T-shirt/top" and data.label_space.names[9] == "Ankle boot"
-    assert data.train.pictures[0].size == (28, 28)
+    assert data.train.images[0].size == (28, 28)
 
 
 # Labels --------------------------------------------------------------------------------------------------------------
@@ -270,9 +272,9 @@ def test_a_row_without_its_only_label_is_named(colours: Path, tmp_path: Path) ->
     path = paths_in(colours)[0]
     rows = {"image": [path] * 3, "label": [0, 1, -1]}
     names = datasets.ClassLabel(names=["a", "b"])
-    with pytest.raises(ValueError, match="row 2 has the label -1, which is none of the 2 classes"):
+    with pytest.raises(ValueError, match="row 2 has the label -1, which is not one of the 2 classes"):
         read(write_table(tmp_path / "a.parquet", rows, label=names))
-    with pytest.raises(ValueError, match="row 1 has the label None, which is none of the 2 classes"):
+    with pytest.raises(ValueError, match="row 1 has the label None, which is not one of the 2 classes"):
         read(write_table(tmp_path / "b.parquet", {"image": [path] * 3, "label": ["x", None, "y"]}))
 
 
@@ -281,12 +283,15 @@ def test_labels_that_contradict_each_other_are_named(colours: Path, tmp_path: Pa
     rows = {"image": paths, "tags": [["x"]] * 20, "size": [0.5] * 20, "shade": ["a"] * 20}
     file = write_table(tmp_path / "table.parquet", rows)
     for options, message in (
-        ({"label_column": ("tags", "shade")}, "'tags' holds several: give one --label-column"),
-        ({"label_column": ("shade", "size"), "label_separator": "|"}, "'shade' holds several"),
-        ({"label_column": ("size",)}, "'size' holds no class labels: name the right one with --label-column"),
-        ({"label_column": ("size",), "label_separator": "|"}, "has the label 0.5: --label-separator is for columns"),
+        ({"label_column": ("tags", "shade")}, "'tags' contains several labels per image. Set one --label-column"),
+        ({"label_column": ("shade", "size"), "label_separator": "|"}, "'shade' contains several"),
+        ({"label_column": ("size",)}, "'size' does not contain class labels. Set another --label-column"),
+        (
+            {"label_column": ("size",), "label_separator": "|"},
+            "has the label 0.5, but --label-separator requires a column",
+        ),
         ({"label_column": ("shade", "size"), "label_names": ("a",)}, "'shade' is one of several"),
-        ({"label_column": ("absent",)}, "has no column 'absent': choose one of image, tags, size, shade"),
+        ({"label_column": ("absent",)}, "has no column 'absent': Choose one of image, tags, size, shade"),
     ):
         with pytest.raises(ValueError, match=message):
             read(file, **options)
@@ -295,7 +300,7 @@ def test_labels_that_contradict_each_other_are_named(colours: Path, tmp_path: Pa
 # Held-out parts ------------------------------------------------------------------------------------------------------
 
 
-def test_a_split_of_the_data_set_is_used_where_there_is_one(colours: Path, tmp_path: Path) -> None:
+def test_a_split_of_the_dataset_is_used_where_there_is_one(colours: Path, tmp_path: Path) -> None:
     for split, names in (("train", range(7)), ("test", range(7, 10))):
         for label in ("dusk", "noon"):
             (tmp_path / split / label).mkdir(parents=True)
@@ -305,7 +310,7 @@ def test_a_split_of_the_data_set_is_used_where_there_is_one(colours: Path, tmp_p
     assert (len(data.train), len(data.held_out), data.held_out_name) == (14, 6, "split 'test'")
     options = DataOptions(dataset=str(tmp_path))
     assert len(load_evaluation_data(options, "test")[1]) == 6
-    with pytest.raises(ValueError, match="no split 'tset': choose one of train, test"):
+    with pytest.raises(ValueError, match=r"no split 'tset'. Choose one of train, test"):
         load_evaluation_data(options, "tset")
 
 
@@ -343,52 +348,52 @@ def test_parts_of_the_only_split(colours: Path) -> None:
     options = DataOptions(dataset=str(colours))
     data = load_training_data(options)
     for part, name in ((data.train, "train"), (data.held_out, "test")):
-        assert load_evaluation_data(options, name)[1].pictures.indices == part.pictures.indices
-    with pytest.raises(ValueError, match=r"single split, .* leave out --streaming, or choose `test`"):
+        assert load_evaluation_data(options, name)[1].images.indices == part.images.indices
+    with pytest.raises(ValueError, match=r"single split of .* Remove --streaming, or set --split test"):
         load_evaluation_data(DataOptions(dataset=str(colours), streaming=True), "train")
 
 
 def test_images_too_few_to_be_divided_are_named(colours: Path, tmp_path: Path) -> None:
     rows = {"image": paths_in(colours)[:4], "label": ["a", "b", "c", "d"]}
-    with pytest.raises(ValueError, match=r"of its 4 images would be held out by --held-out-fraction 1e-06 and"):
+    with pytest.raises(ValueError, match=r"of the 4 images would be held out by --held-out-fraction 1e-06 and"):
         read(write_table(tmp_path / "table.parquet", rows), held_out_fraction=1e-6)
 
 
-def test_unlabelled_images(colours: Path, tmp_path: Path) -> None:
+def test_unlabeled_images(colours: Path, tmp_path: Path) -> None:
     for path in paths_in(colours):
         (tmp_path / f"{Path(path).parent.name}-{Path(path).name}").symlink_to(path)
     for folder in (tmp_path, colours):  # without and with sub-folders
-        data = load_unlabelled_data(DataOptions(dataset=str(folder)))
+        data = load_unlabeled_data(DataOptions(dataset=str(folder)))
         assert len(data.train) + len(data.held_out) == 20
         assert data.label_space.columns == {}
         assert {label for _, label in everything(data)} == {-100}
         assert len({np.asarray(picture.convert("RGB")).tobytes() for picture, _ in everything(data)}) == 20
-    digits = load_unlabelled_data(DataOptions(dataset="digits"))
+    digits = load_unlabeled_data(DataOptions(dataset="digits"))
     assert set(digits.train.labels) == {-100} and len(digits.train) == 1425
     labelled = load_training_data(DataOptions(dataset="digits"))  # fine-tuning must not have seen what it holds out
-    assert digits.held_out.pictures.indices == labelled.held_out.pictures.indices
-    with pytest.raises(ValueError, match="holds images but no class folders"):
+    assert digits.held_out.images.indices == labelled.held_out.images.indices
+    with pytest.raises(ValueError, match="contains images, but no class folders"):
         read(tmp_path)
 
 
 def test_data_that_cannot_be_used_is_named(tmp_path: Path) -> None:
     (tmp_path / "table.csv").write_text("a,b,c\n1,2,3\n", encoding="utf-8")
-    with pytest.raises(ValueError, match=r"no column is clearly the image .*--image-column"):
+    with pytest.raises(ValueError, match=r"cannot determine the image column .*--image-column"):
         read(tmp_path / "table.csv")
-    with pytest.raises(ValueError, match="has no column 'd': choose one of a, b, c"):
+    with pytest.raises(ValueError, match=r"has no column 'd'. Choose one of a, b, c"):
         read(tmp_path / "table.csv", image_column="d")
-    with pytest.raises(ValueError, match="cannot read the data set") as caught:
+    with pytest.raises(ValueError, match="cannot read the dataset") as caught:
         read(tmp_path / "absent.csv")
     assert "\n" not in str(caught.value)
-    with pytest.raises(ValueError, match="digits fits into memory: leave out --streaming"):
+    with pytest.raises(ValueError, match=r"digits is always loaded into memory. Remove --streaming"):
         read("digits", streaming=True)
 
 
-# Odd and broken pictures ---------------------------------------------------------------------------------------------
+# Odd and unreadable images -------------------------------------------------------------------------------------------
 
 
 def write_odd_pictures(folder: Path) -> list[Path]:
-    """Pictures that are unusual, and whole."""
+    """Images that are unusual, and whole."""
     colour = Image.fromarray(np.random.default_rng(0).integers(0, 256, (9, 6, 3), dtype=np.uint8))
     colour.convert("CMYK").save(folder / "cmyk.jpg")
     colour.convert("P").save(folder / "palette.png")
@@ -404,7 +409,7 @@ def write_odd_pictures(folder: Path) -> list[Path]:
 
 
 def write_broken_pictures(folder: Path) -> list[Path]:
-    """Files that are no whole picture."""
+    """Files that are no whole image."""
     jpeg = io.BytesIO()
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8)).save(jpeg, "JPEG")
     (folder / "truncated.jpg").write_bytes(jpeg.getvalue()[:-200])
@@ -416,7 +421,7 @@ def write_broken_pictures(folder: Path) -> list[Path]:
     return sorted(folder.iterdir())
 
 
-def as_three_sources(paths: list[Path], folder: Path) -> list[LabelledPictures]:
+def as_three_sources(paths: list[Path], folder: Path) -> list[LabeledImages]:
     """The same files by path, in a column of images, and as bytes, each in its order."""
     folder.mkdir()
     names = ["x", "y"] * (len(paths) // 2)
@@ -433,46 +438,48 @@ def as_three_sources(paths: list[Path], folder: Path) -> list[LabelledPictures]:
     return [read_whole(file) for file in files]
 
 
-def test_odd_pictures_are_read(tmp_path: Path) -> None:
+def test_odd_images_are_read(tmp_path: Path) -> None:
     (tmp_path / "images").mkdir()
     paths = write_odd_pictures(tmp_path / "images")
     for source in as_three_sources(paths, tmp_path / "tables"):
-        for path, picture in zip(paths, source.pictures, strict=True):
+        for path, picture in zip(paths, source.images, strict=True):
             assert pil_to_tensor(picture, to_rgb=True).shape == (3, 9, 6), path
 
 
-def test_broken_pictures_are_named(tmp_path: Path) -> None:
+def test_unreadable_images_are_named(tmp_path: Path) -> None:
     (tmp_path / "images").mkdir()
     paths = [*write_broken_pictures(tmp_path / "images")]
     assert len(paths) == 4
     by_path, in_column, as_bytes = as_three_sources(paths, tmp_path / "tables")
     for index, path in enumerate(paths):
         for source, name in ((by_path, path.name), (in_column, path.name), (as_bytes, f"row {index}")):
-            with pytest.raises(BrokenPicture, match=name) as caught:
-                source.pictures[index]
+            with pytest.raises(UnreadableImage, match=name) as caught:
+                source.images[index]
             assert "\n" not in str(caught.value)
 
 
-def test_missing_pictures_are_broken(tmp_path: Path) -> None:
+def test_missing_images_are_broken(tmp_path: Path) -> None:
     (tmp_path / "list.csv").write_text("image,label\nabsent.png,x\n,x\nabsent.png,x\n", encoding="utf-8")
-    pictures = read_whole(tmp_path / "list.csv").pictures
-    with pytest.raises(BrokenPicture, match=r"absent\.png"):
+    pictures = read_whole(tmp_path / "list.csv").images
+    with pytest.raises(UnreadableImage, match=r"absent\.png"):
         pictures[0]
-    with pytest.raises(BrokenPicture, match="row 1 has no image"):
+    with pytest.raises(UnreadableImage, match="row 1 has no image"):
         pictures[1]
     table = write_table(tmp_path / "table.parquet", {"image": [None, b"", None], "label": ["x"] * 3})
-    pictures = read_whole(table).pictures
+    pictures = read_whole(table).images
     for index in range(3):
-        with pytest.raises(BrokenPicture, match=f"row {index}"):
+        with pytest.raises(UnreadableImage, match=f"row {index}"):
             pictures[index]
 
 
-def test_the_tally_names_each_broken_picture_once_and_stops_beyond_the_limit() -> None:
+def test_the_tally_names_each_unreadable_image_once_and_stops_beyond_the_limit() -> None:
     lines: list[str] = []
-    tally = BrokenPictures(lambda index: f"file {index} is empty", lines.append, limit=2)
-    tally.note([-1, 7, -1, 7])
-    tally.note(iter([7, 3]))
+    tally = UnreadableImages(lambda index: f"file {index} is empty", lines.append, limit=2)
+    tally.add([-1, 7, -1, 7])
+    tally.add(iter([7, 3]))
     assert lines == ["skipped an image: file 7 is empty", "skipped an image: file 3 is empty"]
-    assert tally.count == 2
-    with pytest.raises(ValueError, match=r"more than 2 images cannot be read, the last one: file 9 is empty .*raise"):
-        tally.note([3, 9])
+    assert len(tally) == 2
+    with pytest.raises(
+        ValueError, match=r"more than 2 images cannot be read; the last one: file 9 is empty\. .*set a larger"
+    ):
+        tally.add([3, 9])

@@ -1,4 +1,4 @@
-"""Streamed data sets: the same order from the same seed, every picture once per pass on any number of processes,
+"""Streamed datasets: the same order from the same seed, every image once per pass on any number of processes,
 restarts at any step, and a held-out part that is never trained on."""
 
 import io
@@ -16,10 +16,11 @@ from PIL import Image
 from modeling_vitcls.data import splits as training_data
 from modeling_vitcls.data import streaming
 from modeling_vitcls.data.augmentation import build_augmentation
-from modeling_vitcls.data.batches import Batch, BatchPlan, training_batches
-from modeling_vitcls.data.held_out import HeldOutPart
-from modeling_vitcls.data.splits import TrainingData, load_evaluation_data, load_training_data, load_unlabelled_data
-from modeling_vitcls.data.streaming import StreamedPictures, TrainingStream, read_ahead, training_pictures
+from modeling_vitcls.data.batches import Batch, iterate_training_batches
+from modeling_vitcls.data.held_out import HeldOutRule
+from modeling_vitcls.data.sampling import BatchPlan
+from modeling_vitcls.data.splits import TrainingData, load_evaluation_data, load_training_data, load_unlabeled_data
+from modeling_vitcls.data.streaming import StreamedImages, augment_images, read_ahead
 from modeling_vitcls.options import AugmentationOptions, DataOptions, TrainingOptions
 
 
@@ -73,45 +74,45 @@ def read(folder: Path, **options: Any) -> TrainingData:
     return load_training_data(DataOptions(dataset=str(folder), streaming=True, shuffle_buffer=8, **options))
 
 
-def plan_for(num_processes: int = 1, copies: int = 1, **options: Any) -> BatchPlan:
-    return BatchPlan.from_options(None, TrainingOptions(**options), num_processes, copies=copies)
+def plan_for(num_processes: int = 1, num_copies: int = 1, **options: Any) -> BatchPlan:
+    return BatchPlan.from_options(None, TrainingOptions(**options), num_processes, num_copies=num_copies)
 
 
 def batches_of(
     source: Any, plan: BatchPlan, process: int = 0, num_workers: int = 0, first_step: int = 0, views: int = 0
 ) -> list[Batch]:
     augmentation = build_augmentation(AugmentationOptions(crop_scale=0.5, rotation=10), (8, 8), 3)
-    pictures = training_pictures(source, augmentation, True, plan.seed, views)
-    return list(training_batches(pictures, plan, process, num_workers, first_step))
+    pictures = augment_images(source, augmentation, True, plan.seed, views)
+    return list(iterate_training_batches(pictures, plan, process, num_workers, first_step))
 
 
 def shown(examples: Any) -> list[int]:
-    """The numbers of the pictures."""
+    """The numbers of the images."""
     return [Image.open(io.BytesIO(example.encoded["bytes"])).getpixel((0, 0))[0] for example in examples]
 
 
 def held_out_of(data: TrainingData) -> list[int]:
-    return [picture.getpixel((0, 0))[0] for picture in data.held_out.pictures]
+    return [picture.getpixel((0, 0))[0] for picture in data.held_out.images]
 
 
 def equal(first: Batch, second: Batch) -> bool:
     return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
 
-def test_every_pass_shows_each_picture_once_in_another_order(shards: Path) -> None:
+def test_every_pass_shows_each_image_once_in_another_order(shards: Path) -> None:
     data = read(shards)
-    assert isinstance(data.train, StreamedPictures) and data.num_training_images is None
+    assert isinstance(data.train, StreamedImages) and data.num_training_images is None
     assert data.label_space.columns == {"label": ["a", "b", "c"]}
     held_out = held_out_of(data)
     length = NUM_PICTURES - len(held_out)
-    examples = list(islice(data.train.examples(0, 0, 1), 3 * length))
+    examples = list(islice(data.train.iterate_examples(0, 0, 1), 3 * length))
     passes = [shown(examples[start : start + length]) for start in (0, length, 2 * length)]
     for number, order in enumerate(passes):
         assert sorted([*order, *held_out]) == list(range(NUM_PICTURES))
         assert {example.epoch for example in examples[number * length : (number + 1) * length]} == {number}
     assert passes[0] != passes[1] != passes[2]
     assert all(example.label == number % 3 for example, number in zip(examples, shown(examples), strict=True))
-    assert shown(islice(data.train.examples(1, 0, 1), length)) != passes[0]
+    assert shown(islice(data.train.iterate_examples(1, 0, 1), length)) != passes[0]
 
 
 @pytest.mark.parametrize("num_processes", [2, 3, 4])
@@ -121,7 +122,7 @@ def test_processes_share_each_pass(shards: Path, num_processes: int) -> None:
     for process in range(num_processes):
         trained += shown(
             example
-            for example in islice(data.train.examples(0, process, num_processes), NUM_PICTURES)
+            for example in islice(data.train.iterate_examples(0, process, num_processes), NUM_PICTURES)
             if example.epoch == 0
         )
     assert sorted([*trained, *held_out_of(data)]) == list(range(NUM_PICTURES))
@@ -138,7 +139,7 @@ def test_two_processes_see_in_a_step_what_one_sees(tmp_path: Path) -> None:
         assert sorted(pieces.tolist()) == sorted(batch["index"].tolist())
 
 
-def test_batches_are_like_those_of_stored_pictures(two_shards: Path) -> None:
+def test_batches_are_like_those_of_stored_images(two_shards: Path) -> None:
     (batch,) = batches_of(read(two_shards).train, plan_for(max_steps=1, batch_size=4))
     assert {name: (list(value.shape), value.dtype) for name, value in batch.items()} == {
         "pixels": ([4, 3, 8, 8], torch.uint8),
@@ -146,7 +147,7 @@ def test_batches_are_like_those_of_stored_pictures(two_shards: Path) -> None:
         "index": ([4], torch.int64),
         "epoch": ([4], torch.int64),
         "view": ([4], torch.int64),
-        "broken": ([4], torch.int64),
+        "replaced": ([4], torch.int64),
     }
     assert torch.equal(batch["pixels"].amax(dim=(1, 2, 3)) % 3, batch["labels"])  # the rest may be turned to black
 
@@ -165,24 +166,24 @@ def test_a_restart_gives_the_same_batches(two_shards: Path, first_step: int, num
 
 def test_copies_and_views(two_shards: Path) -> None:
     source = read(two_shards).train
-    batches = batches_of(source, plan_for(copies=3, max_steps=20, batch_size=6), views=2)
+    batches = batches_of(source, plan_for(num_copies=3, max_steps=20, batch_size=6), views=2)
     for batch in batches:
         assert set(Counter(batch["index"].tolist()).values()) == {3}
         assert torch.equal(batch["view"], batch["epoch"] % 2)
     keys = [key for batch in batches for key in zip(batch["index"].tolist(), batch["epoch"].tolist(), strict=True)]
     assert len(set(keys)) == len(keys)
     with pytest.raises(ValueError, match="--repeated-augmentation 4 does not divide --batch-size 6"):
-        batches_of(source, plan_for(copies=4, max_steps=2, batch_size=6, gradient_accumulation_steps=2))
+        batches_of(source, plan_for(num_copies=4, max_steps=2, batch_size=6, gradient_accumulation_steps=2))
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_the_next_picture_of_the_batch_stands_in_for_a_broken_one(tmp_path: Path, num_workers: int) -> None:
+def test_the_next_image_of_the_batch_stands_in_for_a_broken_one(tmp_path: Path, num_workers: int) -> None:
     broken = (3, 4, 5, 30, 31, 32, 33, 34)
     folder = write_shards(tmp_path / "data", 2, datasets.ClassLabel(names=["a", "b", "c"]), broken)
     source = read(folder).train
     plan = plan_for(max_steps=10, batch_size=8)
     batches = batches_of(source, plan, num_workers=num_workers)
-    examples = source.examples(plan.seed, 0, 1)
+    examples = source.iterate_examples(plan.seed, 0, 1)
     found = 0
     for batch in batches:
         chosen = list(islice(examples, 8))
@@ -192,23 +193,23 @@ def test_the_next_picture_of_the_batch_stands_in_for_a_broken_one(tmp_path: Path
             stand_in = next(at % 8 for at in range(place, place + 8) if not is_broken[at % 8])
             assert batch["index"][place] == chosen[stand_in].index
             assert batch["labels"][place] == chosen[stand_in].label
-            assert batch["broken"][place] == (example.index if is_broken[place] else -1)
+            assert batch["replaced"][place] == (example.index if is_broken[place] else -1)
     assert found > 4
 
 
-def test_broken_pictures_are_described_by_their_path(tmp_path: Path) -> None:
+def test_unreadable_images_are_described_by_their_path(tmp_path: Path) -> None:
     for index in range(12):
         file = tmp_path / "xy"[index % 2] / f"{index}.png"
         file.parent.mkdir(exist_ok=True)
         file.write_bytes(b"no picture" if index == 7 else encoded(index))
     source = read(tmp_path).train
-    assert isinstance(source, StreamedPictures)
-    pictures = TrainingStream(source, build_augmentation(AugmentationOptions(), (8, 8), 3), True, seed=0)
-    batches = list(training_batches(pictures, plan_for(max_steps=8, batch_size=4), 0, 0))
-    indices = {index for batch in batches for index in batch["broken"].tolist()} - {-1}
+    assert isinstance(source, StreamedImages)
+    pictures = augment_images(source, build_augmentation(AugmentationOptions(), (8, 8), 3), True, seed=0)
+    batches = list(iterate_training_batches(pictures, plan_for(max_steps=8, batch_size=4), 0, 0))
+    indices = {index for batch in batches for index in batch["replaced"].tolist()} - {-1}
     assert len(indices) == 1
-    assert "7.png" in pictures.describe(*indices)
-    assert pictures.describe(10**6) == "cannot read the image with checksum f4240"
+    assert "7.png" in pictures.describe_unreadable(*indices)
+    assert pictures.describe_unreadable(10**6) == "cannot read the image with checksum f4240"
 
 
 # Held-out parts and labels -------------------------------------------------------------------------------------------
@@ -225,24 +226,22 @@ def test_the_held_out_part_does_not_depend_on_order_or_files(shards: Path, two_s
     options = DataOptions(dataset=str(two_shards), streaming=True)
     space, pictures, *_ = load_evaluation_data(options, "test")
     assert space.names == ["a", "b", "c"] and len(pictures) == len(held_out)
-    with pytest.raises(ValueError, match="no split 'tset': choose one of train"):
+    with pytest.raises(ValueError, match=r"no split 'tset'. Choose one of train"):
         load_evaluation_data(options, "tset")
 
 
-def test_of_a_large_held_out_part_the_first_pictures_are_kept(
-    two_shards: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_of_a_large_held_out_part_the_first_images_are_kept(two_shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = held_out_of(read(two_shards))
     for module in (streaming, training_data):
-        monkeypatch.setattr(module, "HELD_OUT_PICTURES", 3)
+        monkeypatch.setattr(module, "MAX_HELD_OUT_IMAGES", 3)
     passed: list[int] = []
-    holds = HeldOutPart.holds
-    monkeypatch.setattr(HeldOutPart, "holds", lambda part, index: passed.append(index) or holds(part, index))
+    holds = HeldOutRule.selects
+    monkeypatch.setattr(HeldOutRule, "selects", lambda part, index: passed.append(index) or holds(part, index))
     data = read(two_shards)
     assert held_out_of(data) == whole[:3]
     assert sum(holds(data.train.held_out, index) for index in passed) == 3 and len(passed) < NUM_PICTURES
     assert data.held_out_name == "about 20%, by checksum, split seed 0, evaluated on the first 3"
-    trained = shown(islice(data.train.examples(0, 0, 1), NUM_PICTURES - len(whole)))
+    trained = shown(islice(data.train.iterate_examples(0, 0, 1), NUM_PICTURES - len(whole)))
     assert sorted([*trained, *whole]) == list(range(NUM_PICTURES))  # none of the held-out part
 
 
@@ -258,26 +257,26 @@ def test_the_held_out_part_of_a_folder_stays_when_it_moves(tmp_path: Path, monke
     assert held_out_of(read(Path("there"), split_seed=1)) == held_out
 
 
-def test_a_split_of_the_data_set_is_read_whole(two_shards: Path, tmp_path: Path) -> None:
+def test_a_split_of_the_dataset_is_read_whole(two_shards: Path, tmp_path: Path) -> None:
     for split, shard in (("train", 0), ("validation", 1)):
         (tmp_path / f"{split}.parquet").symlink_to(two_shards / f"train-{shard}.parquet")
     data = read(tmp_path)
     assert data.held_out_name == "split 'validation'"
     assert sorted(held_out_of(data)) == list(range(1, NUM_PICTURES, 2))
-    assert isinstance(data.train, StreamedPictures)
-    assert sorted(shown(islice(data.train.examples(0, 0, 1), 30))) == list(range(0, NUM_PICTURES, 2))
+    assert isinstance(data.train, StreamedImages)
+    assert sorted(shown(islice(data.train.iterate_examples(0, 0, 1), 30))) == list(range(0, NUM_PICTURES, 2))
     _, pictures, *_ = load_evaluation_data(DataOptions(dataset=str(tmp_path), streaming=True), "validation")
     assert len(pictures) == 30
 
 
 def test_labels_that_are_not_declared_have_to_be_named(tmp_path: Path) -> None:
     folder = write_shards(tmp_path / "data", 2, datasets.Value("string"))
-    with pytest.raises(ValueError, match="does not declare the labels of 'label': name all with --label-names"):
+    with pytest.raises(ValueError, match=r"does not declare the classes of 'label'. Set --label-names"):
         read(folder)
     data = read(folder, label_names=("c", "b", "a"))
     assert data.label_space.names == ["c", "b", "a"]
     assert list(data.held_out.labels) == [2 - number % 3 for number in held_out_of(data)]
-    with pytest.raises(ValueError, match="has the label 'c', which is none of the 2 classes"):
+    with pytest.raises(ValueError, match="has the label 'c', which is not one of the 2 classes"):
         read(folder, label_names=("a", "b"))
 
 
@@ -293,9 +292,9 @@ def test_table_of_paths(tmp_path: Path) -> None:
         assert torch.equal(batch["pixels"].amax(dim=(1, 2, 3)) % 2, batch["labels"])
 
 
-def test_unlabelled(two_shards: Path) -> None:
+def test_unlabeled(two_shards: Path) -> None:
     options = DataOptions(dataset=str(two_shards), streaming=True)
-    data = load_unlabelled_data(options)
+    data = load_unlabeled_data(options)
     assert data.label_space.columns == {}
     (batch,) = batches_of(data.train, plan_for(max_steps=1, batch_size=4))
     assert batch["labels"].tolist() == [-100] * 4

@@ -1,7 +1,7 @@
-"""scripts/export.py: graphs that answer as the model does, for any batch and size, and what is refused.
+"""Test scripts/export.py: graphs with the outputs of the model for any batch and image size, and error messages.
 
-Whatever is written is read again here by its own runtime, at sizes that the script did not try. The script runs in
-processes of its own for each format; its parts are tested in this process.
+The tests run each written file in the runtime of its format, at sizes that the script did not compare. One test runs
+the script in a separate process; the others call its functions.
 """
 
 import json
@@ -29,9 +29,9 @@ from modeling_vitcls import (
     ViTCLSModel,
 )
 from modeling_vitcls.export import export_report, exporter, formats
-from modeling_vitcls.export.exportable import NamedAnswers, load_exportable
+from modeling_vitcls.export.exportable import NamedOutputs, load_exportable
 from modeling_vitcls.export.exporter import export_model
-from modeling_vitcls.export.tracing import plan_for, smallest_size, traced
+from modeling_vitcls.export.tracing import get_smallest_size, select_graph_shape, trace_model
 
 
 ROOT = Path(__file__).parents[2]
@@ -40,7 +40,7 @@ LIMIT = 1e-4
 TASKS = {"age": 2, "species": 4}
 NAMES = {0: "ant", 1: "bee", 2: "cow"}
 
-# Every kind of token, position, pooling, mask and block, together in few models: class, fields, names of the answers.
+# Models that together have every token, position, pooling, mask and block type: class, fields, names of the outputs.
 MODELS: dict[str, tuple[type, dict[str, Any], list[str]]] = {
     "tokens": (
         ViTCLSForImageClassification,
@@ -103,42 +103,42 @@ MODELS: dict[str, tuple[type, dict[str, Any], list[str]]] = {
 
 
 def slow(*values: Any) -> Any:
-    """A case for `make test-all` only."""
+    """Return a case that only `make test-all` runs."""
     return pytest.param(*values, marks=pytest.mark.slow)
 
 
 def checkpoint(folder: Path, model_class: type = ViTCLSForImageClassification, **fields: Any) -> Any:
-    """A small model with random weights, saved with an image processor."""
+    """Save a small model with random weights and an image processor, and return the model."""
     model = filled(model_class(tiny_config(**fields)))
     model.save_pretrained(folder)
     ViTCLSImageProcessor(size={"height": 32, "width": 32}, image_mean=[0.5, 0.4, 0.3]).save_pretrained(folder)
     return model
 
 
-def onnx_answers(file: Path, pixel_values: torch.Tensor) -> dict[str, np.ndarray]:
-    """What onnxruntime answers, by the names in the file."""
+def run_onnx(file: Path, pixel_values: torch.Tensor) -> dict[str, np.ndarray]:
+    """Run a file with onnxruntime and return its outputs by name."""
     session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
     names = [output.name for output in session.get_outputs()]
     return dict(zip(names, session.run(None, {"pixel_values": pixel_values.numpy()}), strict=True))
 
 
-def wanted_answers(model: Any, pixel_values: torch.Tensor) -> dict[str, np.ndarray]:
-    """The model's own, read from its outputs here."""
+def compute_outputs(model: Any, pixel_values: torch.Tensor) -> dict[str, np.ndarray]:
+    """Return the outputs of the model by name."""
     with torch.no_grad():
         outputs = model(pixel_values)
     if isinstance(model, ViTCLSForMultiTaskClassification):
-        answers = outputs.logits
+        outputs = outputs.logits
     elif isinstance(model, ViTCLSBackbone):
-        answers = dict(zip(model.out_features, outputs.feature_maps, strict=True))
+        outputs = dict(zip(model.out_features, outputs.feature_maps, strict=True))
     else:
-        answers = {name: value for name, value in outputs.items() if isinstance(value, torch.Tensor)}
-        if isinstance(model, ViTCLSForImageClassification) and answers["logits"] is answers["cls_logits"]:
-            answers = {"logits": answers["logits"]}
-    return {name: answer.numpy() for name, answer in answers.items()}
+        outputs = {name: value for name, value in outputs.items() if isinstance(value, torch.Tensor)}
+        if isinstance(model, ViTCLSForImageClassification) and outputs["logits"] is outputs["cls_logits"]:
+            outputs = {"logits": outputs["logits"]}
+    return {name: output.numpy() for name, output in outputs.items()}
 
 
 def assert_close(found: dict[str, np.ndarray], wanted: dict[str, np.ndarray], limit: float = LIMIT) -> None:
-    """The same names, and values within the limit."""
+    """Check that the names are equal and the values are within the limit."""
     assert found.keys() == wanted.keys()
     for name, value in wanted.items():
         assert found[name].shape == value.shape
@@ -147,7 +147,7 @@ def assert_close(found: dict[str, np.ndarray], wanted: dict[str, np.ndarray], li
 
 
 def run(*flags: Any) -> subprocess.CompletedProcess[str]:
-    """The script, in a process of its own."""
+    """Run the script in a separate process."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "200", "HF_HUB_OFFLINE": "1"}
     return run_fresh(SCRIPT, *flags, environment=environment)
 
@@ -156,18 +156,18 @@ def run(*flags: Any) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.parametrize("name", [name if name in ("tokens", "masks") else slow(name) for name in MODELS])
-def test_an_onnx_file_answers_as_the_model_does(name: str, tmp_path: Path) -> None:
+def test_an_onnx_file_has_the_outputs_of_the_model(name: str, tmp_path: Path) -> None:
     model_class, fields, names = MODELS[name]
     model = checkpoint(tmp_path / "model", model_class, **fields)
     file = tmp_path / "model.onnx"
-    proof = export_model(str(tmp_path / "model"), "onnx", file)
-    assert not proof.fixed_because
-    for batch, height, width in ((1, 32, 32), (5, 24, 72), (2, 61, 30), (1, *smallest_size(model.config))):
+    report = export_model(str(tmp_path / "model"), "onnx", file)
+    assert not report.fixed_because
+    for batch, height, width in ((1, 32, 32), (5, 24, 72), (2, 61, 30), (1, *get_smallest_size(model.config))):
         pixel_values = images(batch, height, width, seed=7)
-        assert_close(onnx_answers(file, pixel_values), wanted_answers(model, pixel_values))
-    assert list(proof.outputs) == names
+        assert_close(run_onnx(file, pixel_values), compute_outputs(model, pixel_values))
+    assert list(report.outputs) == names
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "model.onnx", "model.onnx.json"]
-    assert str(ROOT).encode() not in file.read_bytes()  # nor the folders of this machine
+    assert str(ROOT).encode() not in file.read_bytes()  # nor paths of this machine
 
 
 @pytest.mark.slow
@@ -176,13 +176,13 @@ def test_every_layout_and_block(fields: dict[str, Any], tmp_path: Path) -> None:
     model = checkpoint(tmp_path / "model", **fields)
     export_model(str(tmp_path / "model"), "onnx", tmp_path / "model.onnx")
     pixel_values = images(2, 48, 24, seed=7)
-    assert_close(onnx_answers(tmp_path / "model.onnx", pixel_values), wanted_answers(model, pixel_values))
+    assert_close(run_onnx(tmp_path / "model.onnx", pixel_values), compute_outputs(model, pixel_values))
 
 
-def test_the_graph_has_fused_attention_whatever_the_model_was_left_with() -> None:
+def test_the_graph_has_fused_attention_for_any_attn_implementation() -> None:
     model = filled(ViTCLSForImageClassification(tiny_config(num_register_tokens=1)))
     model.set_attn_implementation("eager")
-    graph = traced(model, plan_for(model, None, dynamic=True), torch.float32)
+    graph = trace_model(model, select_graph_shape(model, None, dynamic=True), torch.float32)
     operators = {str(node.target) for node in graph.graph.nodes}
     assert "aten.scaled_dot_product_attention.default" in operators
     assert model.config._attn_implementation == "eager"  # the caller's model stays as it was
@@ -190,17 +190,17 @@ def test_the_graph_has_fused_attention_whatever_the_model_was_left_with() -> Non
     torch.testing.assert_close(graph.module()(pixel_values)["logits"], model(pixel_values).logits)
 
 
-def test_one_size_holds_positions_that_were_resampled_before(tmp_path: Path) -> None:
+def test_a_graph_of_one_size_contains_resampled_positions(tmp_path: Path) -> None:
     model = checkpoint(tmp_path / "model", num_hidden_layers=1)
     file = tmp_path / "model.onnx"
-    proof = export_model(str(tmp_path / "model"), "onnx", file, image_size=(24, 56), dynamic=False)
-    assert proof.input["shape"] == ["batch", 3, 24, 56]
-    assert not proof.fixed_because  # nothing else was asked for
+    report = export_model(str(tmp_path / "model"), "onnx", file, image_size=(24, 56), dynamic=False)
+    assert report.input["shape"] == ["batch", 3, 24, 56]
+    assert not report.fixed_because  # a dynamic size was not requested
     pixel_values = images(4, 24, 56, seed=7)
-    assert_close(onnx_answers(file, pixel_values), wanted_answers(model, pixel_values))
+    assert_close(run_onnx(file, pixel_values), compute_outputs(model, pixel_values))
     assert b"Resize" not in file.read_bytes()
     with pytest.raises(Exception, match="index: 3 Got: 48 Expected: 56"):
-        onnx_answers(file, images(1, 24, 48))
+        run_onnx(file, images(1, 24, 48))
 
 
 @pytest.mark.parametrize(
@@ -213,22 +213,22 @@ def test_one_size_holds_positions_that_were_resampled_before(tmp_path: Path) -> 
 def test_positions_that_a_graph_cannot_resample_fix_the_size(
     fields: dict[str, Any], word: str, tmp_path: Path
 ) -> None:
-    """At the model's own size, and at another."""
+    """The size is fixed to the model's size, or to another requested size."""
     model = checkpoint(tmp_path / "model", **fields)
     for size in (model.config.image_height_width, (40, 24)):
         file = tmp_path / f"{size[0]}.onnx"
-        proof = export_model(str(tmp_path / "model"), "onnx", file, image_size=size)
-        assert word in proof.fixed_because
-        assert proof.input["shape"] == ["batch", 3, *size]
-        assert_close(onnx_answers(file, images(2, *size)), wanted_answers(model, images(2, *size)))
+        report = export_model(str(tmp_path / "model"), "onnx", file, image_size=size)
+        assert word in report.fixed_because
+        assert report.input["shape"] == ["batch", 3, *size]
+        assert_close(run_onnx(file, images(2, *size)), compute_outputs(model, images(2, *size)))
 
 
 @torch.no_grad()
 def test_merged_patches_fix_the_size_and_leave_the_batch_open() -> None:
     model = filled(ViTCLSForImageClassification(tiny_config(merged_patches_per_layer=3, num_register_tokens=2))).eval()
-    plan = plan_for(model, (32, 24), dynamic=True)
-    assert not plan.any_size and "merged_patches_per_layer" in plan.reason
-    graph = traced(model, plan, torch.float32).module()
+    shape = select_graph_shape(model, (32, 24), dynamic=True)
+    assert not shape.is_dynamic and "merged_patches_per_layer" in shape.fixed_size_reason
+    graph = trace_model(model, shape, torch.float32).module()
     adapted = model.adapt(image_size=[32, 24])
     for batch in (1, 2, 5):
         pixel_values = images(batch, 32, 24, seed=7)
@@ -242,41 +242,43 @@ def test_merged_patches_fix_the_size_and_leave_the_batch_open() -> None:
 def test_merged_patches_in_every_format(format_name: str, tmp_path: Path) -> None:
     model = checkpoint(tmp_path / "model", merged_patches_per_layer=3, num_hidden_layers=3)
     file = tmp_path / f"merging{formats.FORMATS[format_name].suffix}"
-    proof = export_model(str(tmp_path / "model"), format_name, file)
-    assert proof.largest_differences["logits"] <= LIMIT and "merged_patches" in proof.fixed_because
-    assert len({trial.shape[0] for trial in proof.tried}) > 1
+    report = export_model(str(tmp_path / "model"), format_name, file)
+    assert report.largest_differences["logits"] <= LIMIT and "merged_patches" in report.fixed_because
+    assert len({trial.shape[0] for trial in report.tried}) > 1
     if format_name == "onnx":
         pixel_values = images(5, 32, 32, seed=7)
-        assert_close(onnx_answers(file, pixel_values), wanted_answers(model, pixel_values))
+        assert_close(run_onnx(file, pixel_values), compute_outputs(model, pixel_values))
 
 
 @pytest.mark.parametrize(("format_name", "dtype"), [("onnx", "float16"), slow("torch", "bfloat16")])
-def test_half_precision_has_a_limit_of_its_own(format_name: str, dtype: str, tmp_path: Path) -> None:
+def test_half_precision_has_another_limit(format_name: str, dtype: str, tmp_path: Path) -> None:
     model = checkpoint(tmp_path / "model", num_hidden_layers=1, num_register_tokens=1)
     file = tmp_path / f"half{formats.FORMATS[format_name].suffix}"
-    proof = export_model(str(tmp_path / "model"), format_name, file, dtype=dtype)
-    assert LIMIT < proof.largest_differences["logits"] < 0.05 * np.abs(wanted_answers(model, images())["logits"]).max()
-    assert proof.dtype == dtype
+    report = export_model(str(tmp_path / "model"), format_name, file, dtype=dtype)
+    assert (
+        LIMIT < report.largest_differences["logits"] < 0.05 * np.abs(compute_outputs(model, images())["logits"]).max()
+    )
+    assert report.dtype == dtype
     whole = tmp_path / "model" / "model.safetensors"
     assert file.stat().st_size < whole.stat().st_size + 300_000  # the weights are half as long; the graph is not
 
 
 def test_an_encoder_without_pooler(tmp_path: Path) -> None:
-    """Saved without one, it has none; a learned pooler that is missing is not made up."""
+    """A model that was saved without a pooler is exported without a pooler."""
     model = filled(ViTCLSModel(tiny_config(pooling="attention"), add_pooling_layer=False))
     model.save_pretrained(tmp_path / "model")
     loaded = load_exportable(str(tmp_path / "model"))
     assert loaded.processor is None
-    answers = NamedAnswers(loaded.model)(images())
-    assert list(answers) == ["last_hidden_state"]
-    assert torch.equal(answers["last_hidden_state"], model(images()).last_hidden_state)
+    outputs = NamedOutputs(loaded.model)(images())
+    assert list(outputs) == ["last_hidden_state"]
+    assert torch.equal(outputs["last_hidden_state"], model(images()).last_hidden_state)
 
 
 def test_a_preset_has_random_weights() -> None:
     loaded = load_exportable("vitcls-tiny")
     assert not loaded.is_trained
     assert load_exportable("vitcls-tiny").model.config.hidden_size == 192
-    assert export_report.preprocessing_facts(loaded.processor)["size"] == {"height": 224, "width": 224}
+    assert export_report.describe_preprocessing(loaded.processor)["size"] == {"height": 224, "width": 224}
 
 
 # The script
@@ -284,7 +286,7 @@ def test_a_preset_has_random_weights() -> None:
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path, str]:
-    """A model, its ONNX file, and what the script printed."""
+    """Return a model, its ONNX file, and the printed text."""
     folder = tmp_path_factory.mktemp("exported")
     model = checkpoint(folder / "model", id2label=NAMES)
     done = run("--model", folder / "model", "--format", "onnx", "--output", folder / "new" / "vit.onnx")
@@ -293,31 +295,31 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path, str]:
     return model, folder / "new" / "vit.onnx", done.stdout
 
 
-def test_the_certificate_says_how_to_feed_the_graph(exported: tuple[Any, Path, str]) -> None:
+def test_the_report_describes_inputs_and_outputs(exported: tuple[Any, Path, str]) -> None:
     _, file, _ = exported
-    proof = json.loads((file.parent / "vit.onnx.json").read_text())
-    assert proof["input"]["shape"] == ["batch", 3, "height", "width"]
-    assert proof["input"]["smallest_image_size"] == [16, 16]
-    assert proof["outputs"] == {"logits": ["batch", 3]}
-    assert proof["labels"] == {"logits": list(NAMES.values())}
-    assert proof["preprocessing"]["image_mean"] == [0.5, 0.4, 0.3]
-    assert proof["preprocessing"]["size"] == {"height": 32, "width": 32}
-    assert proof["preprocessing"]["resample"] == "bicubic"
-    assert proof["versions"].keys() >= {"torch", "onnx", "onnxruntime", "onnxscript", "transformers"}
-    assert proof["opset"] >= 18
-    assert proof["limit"] == [LIMIT, 0.0]
-    assert str(file.parent.parent) not in json.dumps(proof)
-    shapes = [tuple(trial["shape"]) for trial in proof["tried"]]
+    report = json.loads((file.parent / "vit.onnx.json").read_text())
+    assert report["input"]["shape"] == ["batch", 3, "height", "width"]
+    assert report["input"]["smallest_image_size"] == [16, 16]
+    assert report["outputs"] == {"logits": ["batch", 3]}
+    assert report["labels"] == {"logits": list(NAMES.values())}
+    assert report["preprocessing"]["image_mean"] == [0.5, 0.4, 0.3]
+    assert report["preprocessing"]["size"] == {"height": 32, "width": 32}
+    assert report["preprocessing"]["resample"] == "bicubic"
+    assert report["versions"].keys() >= {"torch", "onnx", "onnxruntime", "onnxscript", "transformers"}
+    assert report["opset"] >= 18
+    assert report["limit"] == [LIMIT, 0.0]
+    assert str(file.parent.parent) not in json.dumps(report)
+    shapes = [tuple(trial["shape"]) for trial in report["tried"]]
     assert len({shape[0] for shape in shapes}) > 1
     assert any(height < width for _, _, height, width in shapes)
     assert any(height > width for _, _, height, width in shapes)
-    for trial in proof["tried"]:
-        assert trial["differences"]["logits"] <= proof["largest_differences"]["logits"] <= LIMIT
+    for trial in report["tried"]:
+        assert trial["differences"]["logits"] <= report["largest_differences"]["logits"] <= LIMIT
         assert trial["magnitudes"]["logits"] > 0.01
 
 
 def test_the_printed_lines_run_the_graph(exported: tuple[Any, Path, str]) -> None:
-    """Without this package, nor torch."""
+    """The printed code requires neither this package nor torch."""
     model, file, printed = exported
     lines = [line.strip() for line in printed.splitlines() if line.startswith("  ")]
     np.save(file.parent / "in.npy", images(2, 40, 24).numpy())
@@ -327,30 +329,31 @@ def test_the_printed_lines_run_the_graph(exported: tuple[Any, Path, str]) -> Non
             f"pixel_values = numpy.load({str(file.parent / 'in.npy')!r})",
             *lines,
             "assert not {'torch', 'modeling_vitcls'} & set(sys.modules)",
-            f"numpy.save({str(file.parent / 'out.npy')!r}, answers[0])",
+            f"numpy.save({str(file.parent / 'out.npy')!r}, outputs[0])",
         ]
     )
     subprocess.run([sys.executable, "-I", "-c", program], check=True, timeout=300)
-    wanted = wanted_answers(model, images(2, 40, 24))
+    wanted = compute_outputs(model, images(2, 40, 24))
     assert_close({"logits": np.load(file.parent / "out.npy")}, wanted)
 
 
-def test_the_torch_format_is_checked_in_a_fresh_process(tmp_path: Path) -> None:
+def test_the_torch_format_is_checked_in_a_new_process(tmp_path: Path) -> None:
     model_class, fields, names = MODELS["tasks"]
     model = checkpoint(tmp_path / "model", model_class, **fields)
     file = tmp_path / "vit.pt2"
     export_model(str(tmp_path / "model"), "torch", file)
-    proof = json.loads((tmp_path / "vit.pt2.json").read_text())
-    assert proof["opset"] is None
-    assert list(proof["labels"]) == names
+    report = json.loads((tmp_path / "vit.pt2.json").read_text())
+    assert report["opset"] is None
+    assert list(report["labels"]) == names
     graph = torch.export.load(file).module()
     for size in ((32, 32), (48, 24)):
         pixel_values = images(4, *size, seed=7)
         assert_close(
-            {name: answer.numpy() for name, answer in graph(pixel_values).items()}, wanted_answers(model, pixel_values)
+            {name: output.numpy() for name, output in graph(pixel_values).items()},
+            compute_outputs(model, pixel_values),
         )
     assert str(ROOT).encode() not in file.read_bytes()
-    with pytest.raises(Exception, match=">= 24"):  # smaller than the certificate allows
+    with pytest.raises(Exception, match=">= 24"):  # smaller than the smallest size in the report
         graph(images(1, 32, 16))
 
 
@@ -360,9 +363,9 @@ def test_every_model_in_the_other_formats(name: str, tmp_path: Path) -> None:
     model_class, fields, names = MODELS[name]
     checkpoint(tmp_path / "model", model_class, **fields)
     for format_name, suffix in (("torch", ".pt2"), ("openvino", ".xml")):
-        proof = export_model(str(tmp_path / "model"), format_name, tmp_path / f"vit{suffix}")
-        assert list(proof.largest_differences) == names
-        assert bool(proof.fixed_because) == (format_name == "openvino" and fields.get("position_antialias", False))
+        report = export_model(str(tmp_path / "model"), format_name, tmp_path / f"vit{suffix}")
+        assert list(report.largest_differences) == names
+        assert bool(report.fixed_because) == (format_name == "openvino" and fields.get("position_antialias", False))
 
 
 def test_openvino(tmp_path: Path) -> None:
@@ -372,23 +375,23 @@ def test_openvino(tmp_path: Path) -> None:
     assert (tmp_path / "vit.bin").is_file()
     compiled = openvino.Core().compile_model(tmp_path / "vit.xml", "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     pixel_values = images(2, 56, 24, seed=7)
-    answers = compiled({"pixel_values": pixel_values.numpy()})
-    wanted = wanted_answers(model, pixel_values)
-    assert_close({name: answers[name] for name in wanted}, wanted)
+    outputs = compiled({"pixel_values": pixel_values.numpy()})
+    wanted = compute_outputs(model, pixel_values)
+    assert_close({name: outputs[name] for name in wanted}, wanted)
     shutil.rmtree(tmp_path / "model")
     assert str(tmp_path).encode() not in b"".join(path.read_bytes() for path in tmp_path.iterdir())
 
 
 def test_openvino_does_not_shrink_positions_as_pytorch_does() -> None:
     model = filled(ViTCLSForImageClassification(tiny_config(position_antialias=True)))
-    chosen = formats.FORMATS["openvino"]
-    plan = plan_for(model, (24, 40), dynamic=True, has_antialias=chosen.has_antialias)
-    assert "position_antialias" in plan.reason
-    assert (plan.any_size, plan.image_size) == (False, (24, 40))
-    assert plan_for(model, None, dynamic=True, has_antialias=formats.FORMATS["onnx"].has_antialias).any_size
+    openvino, onnx = (formats.FORMATS[name].has_antialias for name in ("openvino", "onnx"))
+    shape = select_graph_shape(model, (24, 40), dynamic=True, has_antialias=openvino)
+    assert "position_antialias" in shape.fixed_size_reason
+    assert (shape.is_dynamic, shape.image_size) == (False, (24, 40))
+    assert select_graph_shape(model, None, dynamic=True, has_antialias=onnx).is_dynamic
 
 
-# What is refused
+# Errors
 
 
 def test_a_difference_over_the_limit_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -400,19 +403,19 @@ def test_a_difference_over_the_limit_leaves_nothing(tmp_path: Path, monkeypatch:
 
 
 @pytest.mark.slow
-def test_answers_of_another_graph_are_found_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The comparison is with the model as it was loaded, not with what was traced."""
+def test_outputs_of_another_graph_raise_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The reference outputs are from the loaded model, not from the traced model."""
     checkpoint(tmp_path / "model", num_hidden_layers=1)
 
-    def traced_wrongly(model: Any, *args: Any) -> Any:
+    def trace_wrongly(model: Any, *args: Any) -> Any:
         with torch.no_grad():
             model.vitcls.embeddings.cls_token.mul_(1.5)
         try:
-            return traced(model, *args)
+            return trace_model(model, *args)
         finally:
             model.vitcls.embeddings.cls_token.data.div_(1.5)
 
-    monkeypatch.setattr(exporter, "traced", traced_wrongly)
+    monkeypatch.setattr(exporter, "trace_model", trace_wrongly)
     with raises_one_line("differs from the model"):
         export_model(str(tmp_path / "model"), "onnx", tmp_path / "vit.onnx")
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
@@ -421,21 +424,21 @@ def test_answers_of_another_graph_are_found_out(tmp_path: Path, monkeypatch: pyt
 def test_nan_is_over_the_limit() -> None:
     batch = [images()]
     with raises_one_line("logits by nan"):
-        export_report.compared(
+        export_report.compare_outputs(
             batch, [{"logits": torch.zeros(2)}], [{"logits": torch.tensor([0.0, torch.nan])}], "float16"
         )
 
 
-def test_other_names_or_shapes_are_found_out() -> None:
+def test_other_names_or_shapes_raise_an_error() -> None:
     wanted = [{"logits": torch.zeros(2, 3)}]
-    for found in ({"logits": torch.zeros(1, 3)}, {"answer": torch.zeros(2, 3)}):
-        with raises_one_line("other answers"):
-            export_report.compared([images()], wanted, [found], "float32")
+    for found in ({"logits": torch.zeros(1, 3)}, {"output": torch.zeros(2, 3)}):
+        with raises_one_line("the written graph must have the outputs [('logits', [2, 3])]"):
+            export_report.compare_outputs([images()], wanted, [found], "float32")
 
 
-def test_models_without_an_exported_form(tmp_path: Path) -> None:
+def test_unsupported_models(tmp_path: Path) -> None:
     checkpoint(tmp_path / "masked", ViTCLSForMaskedImageModeling)
-    with raises_one_line("ViTCLSForMaskedImageModeling, which is not exported"):
+    with raises_one_line("contains ViTCLSForMaskedImageModeling"):
         export_model(str(tmp_path / "masked"), "torch", tmp_path / "vit.pt2")
     checkpoint(tmp_path / "incomplete", ViTCLSModel)
     settings = json.loads((tmp_path / "incomplete" / "config.json").read_text())
@@ -445,26 +448,26 @@ def test_models_without_an_exported_form(tmp_path: Path) -> None:
         export_model(str(tmp_path / "incomplete"), "torch", tmp_path / "vit.pt2")
 
 
-def test_sizes_that_cannot_be(tmp_path: Path) -> None:
+def test_unsupported_sizes(tmp_path: Path) -> None:
     checkpoint(tmp_path / "model", num_cls_tokens=2, cls_scopes=["image", [2, 3, 1, 2]])
-    with raises_one_line("--image-size 32 16", "16 x 24 pixels or more"):
+    with raises_one_line("at least 16 x 24 pixels, but --image-size is 32 16"):
         export_model(str(tmp_path / "model"), "onnx", tmp_path / "vit.onnx", image_size=(32, 16))
     with raises_one_line("41 is not a multiple"):
         export_model(str(tmp_path / "model"), "onnx", tmp_path / "vit.onnx", image_size=(41, 32), dynamic=False)
 
 
-def test_files_that_are_in_the_way(tmp_path: Path) -> None:
+def test_existing_files(tmp_path: Path) -> None:
     for name in ("vit.onnx", "other.onnx.json"):
         (tmp_path / name).touch()
         with raises_one_line(f"{tmp_path / name} exists"):
             export_model("nowhere", "onnx", tmp_path / name.removesuffix(".json"))
-    with raises_one_line("ends with .pt2"):
+    with raises_one_line("must end with .pt2"):
         export_model("nowhere", "torch", tmp_path / "vit.onnx")
 
 
 def test_packages_that_are_not_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(formats, "find_spec", lambda name: None if name == "onnxruntime" else name)
-    with raises_one_line("--format onnx needs onnxruntime", "pip install 'modeling_vitcls[export]'"):
+    with raises_one_line("--format onnx requires onnxruntime", "pip install 'modeling_vitcls[export]'"):
         export_model("nowhere", "onnx", tmp_path / "vit.onnx")
 
 
@@ -487,8 +490,8 @@ def test_errors_end_with_one_line_and_status_1(
     [
         (["--format", "tflite"], "tflite"),
         (["--format", "torch", "--opset", "18"], "--opset"),
-        (["--format", "onnx", "--opset", "9"], "--opset 9"),
-        (["--format", "onnx", "--image-size", "0", "32"], "--image-size 0 32"),
+        (["--format", "onnx", "--opset", "9"], "--opset must be at least 18, but is 9"),
+        (["--format", "onnx", "--image-size", "0", "32"], "--image-size must be at least 1, but is 0 32"),
     ],
 )
 def test_wrong_flags_end_with_status_2(flags: list[str], word: str, tmp_path: Path) -> None:

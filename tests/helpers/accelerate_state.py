@@ -1,9 +1,9 @@
-"""What tests of training share: Accelerate's settings, which it keeps in singletons, forgotten."""
+"""Reset Accelerate, which keeps its settings in singletons."""
 
 from accelerate.state import AcceleratorState, GradientState
 
 
 def reset_accelerate() -> None:
-    """As in a process that has not made an `Accelerator` yet."""
+    """Reset the state of Accelerate to that of a process without an `Accelerator`."""
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()

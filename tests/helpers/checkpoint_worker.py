@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
 from torch import distributed, nn
+from torch.distributed.checkpoint.state_dict import get_model_state_dict
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
@@ -26,8 +27,8 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from modeling_vitcls import ViTCLSConfig, ViTCLSForImageClassification
 from modeling_vitcls.checkpoints import CheckpointStore, newest_for_all, save_for_all
-from modeling_vitcls.training.distributed_state import gather_state, get_named_tensors, scatter_state
-from modeling_vitcls.training.interruption import Interruption
+from modeling_vitcls.training.distributed_state import gather_state, scatter_state
+from modeling_vitcls.training.loop import Interruption
 from modeling_vitcls.training.optimizer import Ema
 
 
@@ -38,7 +39,7 @@ SIZES |= {"num_attention_heads": 3, "intermediate_size": 45, "num_register_token
 
 
 class Training:
-    """A model on both processes, with optimiser and moving average."""
+    """A model on both processes, with optimizer and moving average."""
 
     def __init__(self, kind: str, seed: int, accelerator: Accelerator) -> None:
         torch.manual_seed(seed)
@@ -88,7 +89,7 @@ class Training:
         shadow = {f"shadow/{place}": tensor for place, tensor in enumerate(self.ema.shadow)}
         return {
             name: (value.to_local() if isinstance(value, DTensor) else value).clone()
-            for name, value in (get_named_tensors(self.model) | moments | shadow).items()
+            for name, value in (get_model_state_dict(self.model) | moments | shadow).items()
         }
 
 

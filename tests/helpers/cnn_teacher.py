@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from transformers import ResNetConfig, ResNetForImageClassification, ViTImageProcessor
 
-from modeling_vitcls.data.images import LabelledPictures
+from modeling_vitcls.data.images import LabeledImages
 from modeling_vitcls.data.splits import load_training_data
 from modeling_vitcls.options import DataOptions
 
@@ -35,8 +35,8 @@ def train_cnn_teacher(folder: Path, label_names: list[str] | None = None, seed: 
     model = ResNetForImageClassification(config)
     processor = ViTImageProcessor(size={"height": SIZE, "width": SIZE}, image_mean=[0.5] * 3, image_std=[0.5] * 3)
 
-    def prepared(part: LabelledPictures) -> tuple[torch.Tensor, torch.Tensor]:
-        pictures = [part.pictures[index].convert("RGB") for index in range(len(part))]
+    def prepared(part: LabeledImages) -> tuple[torch.Tensor, torch.Tensor]:
+        pictures = [part.images[index].convert("RGB") for index in range(len(part))]
         labels = torch.tensor([label_names.index(names[label]) for label in part.labels])
         return processor(pictures, return_tensors="pt")["pixel_values"], labels
 
@@ -50,7 +50,7 @@ def train_cnn_teacher(folder: Path, label_names: list[str] | None = None, seed: 
 
 
 def train_network(model: nn.Module, pixel_values: torch.Tensor, labels: torch.Tensor) -> None:
-    """One-cycle AdamW on shifted pictures."""
+    """One-cycle AdamW on shifted images."""
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.05)
     steps = EPOCHS * (len(labels) // BATCH_SIZE)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=5e-3, total_steps=steps)

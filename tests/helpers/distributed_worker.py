@@ -173,7 +173,7 @@ def data_parallel_with_a_task_missing(folder: Path) -> None:
 
 
 def data_parallel_after_masked_images(folder: Path) -> None:
-    """A classifier that starts from masked image modelling trains like any other."""
+    """A classifier that starts from masked image modeling trains like any other."""
     accelerator = Accelerator(cpu=True)
     _, path = saved_model("masked images", folder)
     model = accelerator.prepare(vitcls.ViTCLSForImageClassification.from_pretrained(path))

@@ -26,18 +26,17 @@ from modeling_vitcls import (
     ViTCLSForMultiTaskClassification,
     ViTCLSImageProcessor,
 )
-from modeling_vitcls.data.images import Examples, LabelledPictures
+from modeling_vitcls.data.images import Examples, LabeledImages
 from modeling_vitcls.data.labels import LabelSpace
 from modeling_vitcls.distributed import build_accelerator
 from modeling_vitcls.inference.evaluate import evaluate_checkpoint
 from modeling_vitcls.inference.evaluator import Evaluator
-from modeling_vitcls.inference.frozen import evaluate_frozen
 from modeling_vitcls.options import DataOptions, EvaluateOptions
 
 
 BATCH_SIZE = 3
 NUM_PICTURES = 13  # divides into rounds of neither 3 nor 2 x 3
-BROKEN = (0, 5, 11, 12)  # the last batch has no picture that can be read
+BROKEN = (0, 5, 11, 12)  # the last batch has no image that can be read
 CLASSES = ["ant", "bee", "cat", "dog", "eel", "fox", "gnu"]
 SIZES: dict[str, Any] = {"image_size": 16, "patch_size": 8, "hidden_size": 16, "num_hidden_layers": 2}
 SIZES |= {"num_attention_heads": 2, "intermediate_size": 24, "initializer_range": 0.5}
@@ -56,13 +55,13 @@ CONFIGS: dict[str, dict[str, Any]] = {
 def build_classifier(name: str) -> Any:
     """A model in evaluation mode, with the same random weights each time."""
     torch.manual_seed(3)
-    config = ViTCLSConfig(**SIZES, **CONFIGS[name], **SPACES[name].config_values())
+    config = ViTCLSConfig(**SIZES, **CONFIGS[name], **SPACES[name].to_config_values())
     model_class = ViTCLSForMultiTaskClassification if config.tasks else ViTCLSForImageClassification
     return model_class(config).eval()
 
 
 def random_label(name: str, random: np.random.Generator) -> Any:
-    """No picture is of the last class, and some have no species."""
+    """No image is of the last class, and some have no species."""
     if name == "single":
         return int(random.integers(6))
     if name == "multi_label":
@@ -70,7 +69,7 @@ def random_label(name: str, random: np.random.Generator) -> Any:
     return {"age": int(random.integers(2)), "species": int(random.choice([-100, 0, 3, 5]))}
 
 
-def build_pictures(name: str, number: int = NUM_PICTURES, broken: tuple[int, ...] = ()) -> LabelledPictures:
+def build_pictures(name: str, number: int = NUM_PICTURES, broken: tuple[int, ...] = ()) -> LabeledImages:
     """Labelled noise as PNG files in memory; broken ones end early."""
     random = np.random.default_rng(0)
     encoded, labels = [], []
@@ -80,11 +79,11 @@ def build_pictures(name: str, number: int = NUM_PICTURES, broken: tuple[int, ...
         content = file.getvalue()
         encoded.append({"path": f"{index}.png", "bytes": content[:200] if index in broken else content})
         labels.append(random_label(name, random))
-    return LabelledPictures(Examples(encoded), labels)
+    return LabeledImages(Examples(encoded), labels)
 
 
 def build_evaluator(
-    name: str, accelerator: Accelerator, pictures: LabelledPictures | None = None, **options: Any
+    name: str, accelerator: Accelerator, pictures: LabeledImages | None = None, **options: Any
 ) -> Evaluator:
     """An evaluator of one kind of labels."""
     pictures = pictures or build_pictures(name)
@@ -122,12 +121,6 @@ def evaluate_digits(model: Path, output: Path | None = None) -> dict[str, Any]:
     return evaluate_checkpoint(EvaluateOptions(model=str(model), data=data, batch_size=7, output=output))
 
 
-def evaluate_frozen_digits(model: Path, output: Path | None = None) -> dict[str, Any]:
-    """Return what scripts/evaluate.py --frozen measures."""
-    data = DataOptions(dataset="digits", num_workers=0)
-    return evaluate_frozen(EvaluateOptions(str(model), data, batch_size=7, frozen="knn", output=output))
-
-
 def main() -> None:
     """Evaluate; the main process writes what came out."""
     folder = Path(sys.argv[1])
@@ -136,7 +129,6 @@ def main() -> None:
     if accelerator.is_main_process:
         (folder / "scenarios.json").write_text(json.dumps(results), encoding="utf-8")
     evaluate_digits(folder, folder / "new" / "digits.json")
-    evaluate_frozen_digits(folder, folder / "frozen.json")
 
 
 if __name__ == "__main__":

@@ -1,11 +1,10 @@
-"""New Python processes that have torch at once: forks of a server that has imported it, and nothing of ours.
+"""New Python processes that have torch at once: forks of a server that has imported it, but not this package.
 
     ran = run_fresh(script, "--flag", environment=environment)    as subprocess.run([sys.executable, script, "--flag"])
     ran = run_fresh("-I", "-c", code, folder)                     the same, isolated
 
-Such a process imports this package, transformers and all else that reads the environment itself, or finds that it
-cannot. What must be seen from the first import on is tested in real processes, as test_predict.py does; what may be as
-warm as it likes starts from warm_processes.py.
+The process itself imports this package, transformers and the other libraries that read the environment. Tests of the
+first import start real processes, as in test_predict.py. Tests that need no new import use warm_processes.py.
 """
 
 import atexit
@@ -32,22 +31,30 @@ PRELOADED = (
     "tyro",
 )
 NOT_LOADED = {"modeling_vitcls", "transformers", "huggingface_hub", "datasets", "accelerate"}
-SECONDS = 300  # after which a process is ended
+SECONDS = 300  # timeout of a process
 OPTIONS = {"-I", "-P"}
+# Environment variables of scripts: this repository, one thread, no GPU, no Hub, wide terminals.
+SCRIPT_ENVIRONMENT = {
+    "PYTHONPATH": str(Path(__file__).parents[2]),
+    "OMP_NUM_THREADS": "1",
+    "CUDA_VISIBLE_DEVICES": "",
+    "HF_HUB_OFFLINE": "1",
+    "COLUMNS": "200",
+}
 
 
-# In the tests' process -----------------------------------------------------------------------------------------------
+# In the test process -------------------------------------------------------------------------------------------------
 
 
 def run_fresh(
     *arguments: object, environment: Mapping[str, str] | None = None, cwd: Path | None = None
 ) -> subprocess.CompletedProcess[str]:
-    """A Python process, until it has ended, with what it printed.
+    """Run a Python process and return its exit status and output.
 
     Args:
-        arguments: `-I` or `-P` if wanted, then a script or `-c CODE`, then its flags.
-        environment: all of it, or else this process's.
-        cwd: where it starts, or else here.
+        arguments: options `-I` or `-P`, then a script or `-c CODE`, then its flags.
+        environment: complete environment. Default: that of this process.
+        cwd: working directory. Default: that of this process.
     """
     words = list(map(str, arguments))
     with tempfile.TemporaryDirectory() as folder:
@@ -58,20 +65,20 @@ def run_fresh(
             "cwd": str(cwd or Path.cwd()),
             "outputs": list(map(str, outputs)),
         }
-        requests, answers = server().stdin, server().stdout
-        assert requests is not None and answers is not None
+        requests, replies = start_server().stdin, start_server().stdout
+        assert requests is not None and replies is not None
         print(json.dumps(request), file=requests, flush=True)
-        answer = answers.readline()
-        assert answer, "the server of fresh processes has ended"
-        status = int(answer)
+        reply = replies.readline()
+        assert reply, "the server of new processes has ended"
+        status = int(reply)
         printed, errors = (output.read_text(encoding="utf-8") for output in outputs)
     assert status != -signal.SIGKILL, f"{words} did not end in {SECONDS} s: {printed}{errors}"
     return subprocess.CompletedProcess(words, status, printed, errors)
 
 
 @functools.cache
-def server() -> subprocess.Popen[str]:
-    """Started when first asked for; it ends when its input does, with this process at the latest."""
+def start_server() -> subprocess.Popen[str]:
+    """Start the server at the first call and return it. It ends when its input is closed."""
     process = subprocess.Popen(
         [sys.executable, "-I", __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
@@ -83,9 +90,9 @@ def server() -> subprocess.Popen[str]:
 
 
 def serve() -> None:
-    """Answer each request by the exit status of a fork that did it."""
+    """Run each request in a fork, and print the exit status of the fork."""
     for line in sys.stdin:
-        process = multiprocessing.get_context("fork").Process(target=become, kwargs=json.loads(line))
+        process = multiprocessing.get_context("fork").Process(target=run_request, kwargs=json.loads(line))
         process.start()
         process.join(SECONDS)
         process.kill()
@@ -93,8 +100,8 @@ def serve() -> None:
         print(process.exitcode, flush=True)
 
 
-def become(words: list[str], environment: dict[str, str], cwd: str, outputs: list[str]) -> None:
-    """Run what was asked for as if this process had been started for it."""
+def run_request(words: list[str], environment: dict[str, str], cwd: str, outputs: list[str]) -> None:
+    """Run a Python command in this process as if the process had been started for it."""
     for descriptor, file in enumerate(outputs, start=1):
         os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT), descriptor)
     os.environ.clear()

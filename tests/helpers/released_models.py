@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import save_file
 
 import modeling_vitcls as vitcls
-from modeling_vitcls.conversion.random_weights import random_fill
+from modeling_vitcls.conversion.random_weights import randomize_weights
 from modeling_vitcls.version import __version__
 
 
@@ -74,7 +74,7 @@ def main() -> None:
 def write(kind: str, folder: Path) -> None:
     """Save the model of a kind, its image processor and what they answer."""
     model_class, fields, settings = KINDS[kind]
-    model = random_fill(model_class(vitcls.ViTCLSConfig(**SIZES, **fields)))
+    model = randomize_weights(model_class(vitcls.ViTCLSConfig(**SIZES, **fields)))
     processor = vitcls.ViTCLSImageProcessor(**settings)
     model.save_pretrained(folder)
     processor.save_pretrained(folder)

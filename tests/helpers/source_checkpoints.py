@@ -5,7 +5,7 @@ from typing import Any
 
 import transformers
 
-from modeling_vitcls.conversion.random_weights import random_fill
+from modeling_vitcls.conversion.random_weights import randomize_weights
 
 
 WIDTHS = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
@@ -21,6 +21,6 @@ def saved(model: transformers.PreTrainedModel, folder: Path) -> str:
 
 def vit_classifier(**fields: Any) -> transformers.PreTrainedModel:
     """A small ViT of transformers."""
-    return random_fill(
+    return randomize_weights(
         transformers.ViTForImageClassification(transformers.ViTConfig(**SIZES, id2label=NAMES, **fields))
     )

@@ -43,7 +43,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 each_layout = pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
 
 TASKS = {"species": 4, "age": 2}
-# Each model class: its class, fields that it needs, inputs beside the images.
+# Each model class: its class, fields that it needs, inputs next to the images.
 KINDS: dict[str, tuple[type, dict[str, Any], dict[str, Any]]] = {
     "model": (ViTCLSModel, {}, {}),
     "classifier": (ViTCLSForImageClassification, {"num_distillation_tokens": 1}, {"labels": torch.tensor([0, 2])}),

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from modeling_vitcls.conversion.random_weights import random_fill
+from modeling_vitcls.conversion.random_weights import randomize_weights
 
 
 @torch.no_grad()
@@ -14,7 +14,7 @@ def with_varied_answers(model: Any, pixels: torch.Tensor) -> Any:
 
     Random weights alone often give all images the same answer.
     """
-    random_fill(model)
+    randomize_weights(model)
     by_task = model(pixels).logits
     heads = dict(zip(by_task, model.classifiers.values(), strict=True)) if isinstance(by_task, dict) else {}
     for task, head in (heads or {None: model.classifier}).items():

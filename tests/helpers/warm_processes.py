@@ -1,13 +1,14 @@
-"""Processes that start at once: forks of a server that has imported the large libraries, and done nothing else.
+"""Processes that start at once: forks of a server that has imported the large libraries.
 
     process = READY.Process(target=run_script, args=("finetune.py", flags, log, errors, environment))
-    printed = run_together("finetune.py", *flags, log=log)      two that work together, until they have ended
+    output = run_together("finetune.py", *flags, log=log)      two processes that work together
 
-Forks of the tests' own process would know what tests before them have left, and cannot compute gradients once that
-has computed some. What libraries read from the environment at import, such as HF_ENDPOINT, is what it was for the
-server. Real launchers are tested in test_accelerate_configs.py and test_resume.py.
+Forks of the test process would inherit the state of earlier tests, and could not compute gradients after the test
+process has. Libraries read variables such as HF_ENDPOINT when the server imports them. test_accelerate_configs.py and
+test_resume.py test real launchers.
 """
 
+import json
 import multiprocessing
 import os
 import runpy
@@ -24,22 +25,22 @@ PRELOADED = ["modeling_vitcls.training.finetune", "datasets", "peft", "psutil", 
 PRELOADED += ["sklearn.datasets", "sklearn.model_selection", "tyro"]
 METHOD = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
 READY = multiprocessing.get_context(METHOD)
-if multiprocessing.parent_process() is None:  # not in what the server has started
+if multiprocessing.parent_process() is None:  # not in the forks
     READY.set_forkserver_preload(PRELOADED)
-SECONDS = 240.0
-OFFLINE = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "COLUMNS": "200"}  # for what is started
+SECONDS = 240.0  # timeout of a process
+OFFLINE = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "COLUMNS": "200"}  # environment of scripts
 
 
 def run_script(
     script: str | Path, flags: Sequence[str], log: Path, errors: Path, environment: Mapping[str, str]
 ) -> None:
-    """What such a process does to be a script, in a session of its own, with the ends of these files as its output."""
-    os.setsid()  # signals can be sent to it and its workers alone
+    """Run a script in this process, in a new session; output and errors are appended to files."""
+    os.setsid()  # signals to the session reach only this process and its workers
     for descriptor, file in ((1, log), (2, errors)):
         os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND), descriptor)
     sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # noqa: SIM115
     os.environ.update(environment)
-    multiprocessing.set_start_method(None, force=True)  # its workers start as they always do
+    multiprocessing.set_start_method(None, force=True)  # the default for workers
     torch.set_num_threads(1)
     sys.argv = [str(SCRIPTS / script), *flags]
     sys.path.insert(0, str(SCRIPTS))
@@ -58,22 +59,28 @@ def run_together(
     processes: int = 2,
     may_fail: bool = False,
 ) -> str:
-    """A script on processes that work together, until all have ended; what they printed.
+    """Run a script on processes that work together; return their output.
 
     Args:
-        script: a name in scripts/, or a path.
-        flags: for each of them.
-        log: what they print is added to it, and their errors to one with .errors at its end.
-        environment: in addition to this one's and what a launcher sets.
-        processes: how many.
-        may_fail: whether their exit status does not matter.
+        script: name in scripts/, or path.
+        flags: flags of each process.
+        log: file to which output is appended; errors are appended to the file with the suffix .errors.
+        environment: variables in addition to the environment of the server and the variables of a launcher.
+        processes: number of processes.
+        may_fail: whether the exit status is ignored.
     """
     errors = log.with_name(f"{log.name}.errors")
-    port = free_port()
+    port = find_free_port()
     started = [
         READY.Process(
             target=run_script,
-            args=(script, list(map(str, flags)), log, errors, dict(environment or {}) | ranked(rank, processes, port)),
+            args=(
+                script,
+                list(map(str, flags)),
+                log,
+                errors,
+                dict(environment or {}) | get_rank_variables(rank, processes, port),
+            ),
         )
         for rank in range(processes)
     ]
@@ -90,21 +97,32 @@ def run_together(
     return log.read_text(encoding="utf-8")
 
 
-def ranked(rank: int, world: int, port: int) -> dict[str, str]:
-    """What a launcher tells one of several processes on the CPU."""
+def get_rank_variables(rank: int, world: int, port: int) -> dict[str, str]:
+    """Return the environment variables that a launcher sets for one of several processes on the CPU."""
     several = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
     several |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    cpu = {"CUDA_VISIBLE_DEVICES": "", "GLOO_SOCKET_IFNAME": loopback()}
+    cpu = {"CUDA_VISIBLE_DEVICES": "", "GLOO_SOCKET_IFNAME": get_loopback()}
     return {name: str(value) for name, value in several.items()} | cpu
 
 
-def free_port() -> int:
-    """A port of this machine that nobody listens at."""
+def find_free_port() -> int:
+    """Return a free port of this machine."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         return free.getsockname()[1]
 
 
-def loopback() -> str:
-    """The network interface that leads back to this machine."""
+def get_loopback() -> str:
+    """Return the name of the loopback network interface."""
     return "lo0" if sys.platform == "darwin" else "lo"
+
+
+def run_checks(worker: str, folder: Path, num_processes: int) -> dict[str, str]:
+    """Run the checks of a helper on several processes; return the error of each check, empty if it passed.
+
+    The exit status is ignored: with torch 2.11, threads of gloo sometimes abort a process that has finished.
+    """
+    script = Path(__file__).parent / worker
+    run_together(script, folder, log=folder / "log", environment=OFFLINE, processes=num_processes, may_fail=True)
+    assert (folder / "report.json").is_file(), (folder / "log.errors").read_text()[-4000:]
+    return json.loads((folder / "report.json").read_text())

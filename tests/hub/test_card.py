@@ -12,7 +12,7 @@ from PIL import Image
 from tiny_models import filled, tiny_config
 
 from modeling_vitcls import ViTCLSConfig, ViTCLSForImageClassification, ViTCLSImageProcessor
-from modeling_vitcls.data.images import BrokenPicture, LabelledPictures
+from modeling_vitcls.data.images import LabeledImages, UnreadableImage
 from modeling_vitcls.data.labels import LabelSpace
 from modeling_vitcls.hub.card import (
     build_card,
@@ -24,9 +24,9 @@ from modeling_vitcls.hub.card import (
 )
 from modeling_vitcls.hub.card_training import get_shareable_flags
 from modeling_vitcls.hub.provenance import Provenance
-from modeling_vitcls.inference.metrics import without_large_matrices
+from modeling_vitcls.inference.metrics import drop_large_matrices
 from modeling_vitcls.options import RunOptions
-from modeling_vitcls.system import WATTS_PER_CPU_THREAD, energy_estimate
+from modeling_vitcls.system import WATTS_PER_CPU_THREAD, estimate_energy
 from modeling_vitcls.training.model_report import (
     build_model_report,
     measure_inference_speed,
@@ -45,6 +45,7 @@ CONFIG = ViTCLSConfig(
     id2label={0: "dusk", 1: "noon"},
 )
 RESULTS: dict[str, Any] = {
+    "selection_metric": "accuracy",
     "accuracy": 0.983333,
     "loss": 0.1,
     "num_images": 360,
@@ -117,7 +118,7 @@ def test_recipe_keeps_what_was_set_and_no_path_of_the_machine(card: ModelCard, t
     assert local.data.datasets is None and local.data.base_model is None
 
 
-def test_a_folder_of_the_same_name_here_hides_no_data_set_of_the_hub(
+def test_a_folder_of_the_same_name_here_hides_no_dataset_of_the_hub(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("digits", "vitcls-tiny", "someone/pictures"):
@@ -133,7 +134,7 @@ def derived(origin: Provenance, model: str = "someone/their-vitcls") -> ModelCar
     return ModelCard(str(build_card("my-model", CONFIG, RESULTS, FLAGS | {"model": model}, origin)))
 
 
-def test_a_model_that_started_from_another_names_it_and_no_licence() -> None:
+def test_a_model_that_started_from_another_names_it_and_no_license() -> None:
     card = derived(Provenance("someone/their-vitcls", base_model="someone/their-vitcls"))
     assert (card.data.base_model, card.data.base_model_relation) == ("someone/their-vitcls", "finetune")
     assert card.data.license is None
@@ -141,7 +142,7 @@ def test_a_model_that_started_from_another_names_it_and_no_licence() -> None:
     assert "whose license is unknown" in card.text
 
 
-def test_the_licence_is_inherited(tmp_path: Path) -> None:
+def test_the_license_is_inherited(tmp_path: Path) -> None:
     """Of a folder of this machine, that was itself derived from a model that others can find."""
     link = "https://ai.meta.com/resources/models-and-libraries/dinov3-license/"
     origin = Provenance(
@@ -171,7 +172,7 @@ def test_a_teacher_is_named_and_is_no_base_model() -> None:
     assert "The teacher model" not in unknown.text
 
 
-def test_a_licence_is_named_by_those_who_trained() -> None:
+def test_a_license_is_named_by_those_who_trained() -> None:
     flags = FLAGS | {"license": "cc-by-4.0"}
     for built in (build_card("my-model", CONFIG, RESULTS, flags), build_encoder_card("x", CONFIG, ENCODER, flags)):
         card = ModelCard(str(built))
@@ -186,7 +187,7 @@ def test_a_licence_is_named_by_those_who_trained() -> None:
         RunOptions(license="Apache 2")
 
 
-def test_a_named_licence_does_not_replace_an_inherited_one(tmp_path: Path) -> None:
+def test_a_named_license_does_not_replace_an_inherited_one(tmp_path: Path) -> None:
     flags = FLAGS | {"model": "someone/their-vitcls", "license": "mit"}
     origin = Provenance("someone/their-vitcls", "someone/their-vitcls", license="cc-by-nc-4.0")
     card = ModelCard(str(build_card("my-model", CONFIG, RESULTS, flags, origin)))
@@ -200,13 +201,20 @@ def test_a_named_licence_does_not_replace_an_inherited_one(tmp_path: Path) -> No
     assert unknown.data.license == "mit" and "The weights are licensed under mit." in unknown.text
 
 
-def test_the_card_of_a_checkpoint_names_the_same_licence() -> None:
+def test_the_card_of_a_checkpoint_names_the_same_license() -> None:
     for named in ("mit", None):
         flags = FLAGS | {"license": named}
-        licence = get_license(flags, None)
-        arguments = ("ann/x", "steps", 3, "ViTCLSForImageClassification", build_common_metadata(flags, None), licence)
+        license_text = get_license(flags, None)
+        arguments = (
+            "ann/x",
+            "steps",
+            3,
+            "ViTCLSForImageClassification",
+            build_common_metadata(flags, None),
+            license_text,
+        )
         card = ModelCard(str(build_checkpoint_card(*arguments, with_optimizer=False)))
-        assert card.data.license == named and card.text.rstrip().endswith(f"## License\n\n{licence}")
+        assert card.data.license == named and card.text.rstrip().endswith(f"## License\n\n{license_text}")
 
 
 @pytest.mark.parametrize(("seconds", "words"), [(0.24, "0.2 s"), (58.4, "58 s"), (12345.6, "12,346 s")])
@@ -381,7 +389,7 @@ def test_flags_of_starting_and_publishing_are_in_no_recipe() -> None:
     assert yaml.safe_load(recipe) == {"output_dir": "my-model", "model": "vitcls-tiny", "dataset": "digits", "seed": 3}
 
 
-def test_pictures_are_shown_with_words_for_those_who_do_not_see_them() -> None:
+def test_images_are_shown_with_words_for_those_who_do_not_see_them() -> None:
     names = ("token_layout", "confusion_matrix", "attention")
     pictures = {name: f"pictures/{name}.png" for name in names}
     card = ModelCard(str(build_card("my-model", CONFIG, RESULTS, FLAGS, images=pictures)))
@@ -393,7 +401,7 @@ def test_pictures_are_shown_with_words_for_those_who_do_not_see_them() -> None:
 
 
 def test_energy_is_never_without_its_assumption() -> None:
-    estimate = energy_estimate(3600.0, 2, torch.device("cpu"))
+    estimate = estimate_energy(3600.0, 2, torch.device("cpu"))
     assert estimate is not None
     watts = torch.get_num_threads() * WATTS_PER_CPU_THREAD
     assert estimate["kilowatt_hours"] == pytest.approx(2 * watts / 1000)
@@ -403,7 +411,7 @@ def test_energy_is_never_without_its_assumption() -> None:
         f"assuming that {estimate['assumption']}" in text
         and f"{WATTS_PER_CPU_THREAD:.0f} W each" in estimate["assumption"]
     )
-    assert energy_estimate(3600.0, 2, torch.device("meta")) is None
+    assert estimate_energy(3600.0, 2, torch.device("meta")) is None
     assert "energy" not in rendered(energy=None).text.split("## Hardware")[1].partition("\n")[2]
 
 
@@ -427,15 +435,15 @@ def test_an_encoder_says_what_was_asked_of_it() -> None:
     assert not re.search(r"More Information Needed|None|\{\{|\{%|\n\n\n", card.text)
 
 
-# What a run writes beside its card -----------------------------------------------------------------------------------
+# What a run writes next to its card ----------------------------------------------------------------------------------
 
 
 class Pictures(list):
-    """Pictures of which the second is broken."""
+    """Images of which the second is broken."""
 
     def __getitem__(self, index: Any) -> Any:
         if index == 1:
-            raise BrokenPicture("cannot be read")
+            raise UnreadableImage("cannot be read")
         return super().__getitem__(index)
 
 
@@ -443,17 +451,17 @@ def test_samples_are_of_different_classes() -> None:
     pictures = Pictures(Image.new("L", (4, 4), value) for value in range(7))
     labels = [0, 1, 0, 0, 1, 2, 2]
     space = LabelSpace("single_label_classification", {"label": ["dusk", "noon", "dawn"]})
-    samples = select_samples(LabelledPictures(pictures, labels), space)
+    samples = select_samples(LabeledImages(pictures, labels), space)
     assert [(picture.getpixel((0, 0)), label) for picture, label in samples] == [
         *((0, "dusk"), (5, "dawn"), (2, "dusk"), (3, "dusk")),
     ]
     tasks = LabelSpace("multi_task", {"light": ["dusk", "noon"], "place": ["sea", "wood"]})
-    (sample,) = select_samples(LabelledPictures(pictures[:1], [{"light": 1, "place": -100}]), tasks)
+    (sample,) = select_samples(LabeledImages(pictures[:1], [{"light": 1, "place": -100}]), tasks)
     assert sample[1] == "light noon"
     several = LabelSpace("multi_label_classification", {"tags": ["sea", "wood", "town"]})
-    (sample,) = select_samples(LabelledPictures(pictures[:1], [[1.0, 0.0, 1.0]]), several)
+    (sample,) = select_samples(LabeledImages(pictures[:1], [[1.0, 0.0, 1.0]]), several)
     assert sample[1] == "sea, town"
-    (sample,) = select_samples(LabelledPictures(pictures[:1], [-100]), LabelSpace("single_label_classification", {}))
+    (sample,) = select_samples(LabeledImages(pictures[:1], [-100]), LabelSpace("single_label_classification", {}))
     assert sample[1] is None
 
 
@@ -473,7 +481,7 @@ def test_the_result_for_a_benchmark_is_written_where_one_is_named(tmp_path: Path
 
 
 def test_a_benchmark_needs_a_task_and_an_id() -> None:
-    with pytest.raises(ValueError, match="--eval-benchmark and --eval-task-id go together"):
+    with pytest.raises(ValueError, match="--eval-benchmark and --eval-task-id require each other"):
         RunOptions(eval_benchmark="org/benchmark")
     with pytest.raises(ValueError, match=r"--eval-benchmark is benchmark: set a value such as `namespace/name`"):
         RunOptions(eval_benchmark="benchmark", eval_task_id="top_1")
@@ -481,15 +489,15 @@ def test_a_benchmark_needs_a_task_and_an_id() -> None:
 
 def test_large_matrices_are_left_out() -> None:
     metrics = {"accuracy": 1.0, "a_confusion_matrix": [[0]] * 200, "b_confusion_matrix": [[0]] * 201}
-    assert without_large_matrices(metrics).keys() == {"accuracy", "a_confusion_matrix"}
+    assert drop_large_matrices(metrics).keys() == {"accuracy", "a_confusion_matrix"}
 
 
-def test_a_run_is_not_lost_for_want_of_pictures(tmp_path: Path) -> None:
+def test_a_run_is_not_lost_for_want_of_images(tmp_path: Path) -> None:
     filled(ViTCLSForImageClassification(tiny_config())).save_pretrained(tmp_path)
     ViTCLSImageProcessor(size={"height": 32, "width": 32}).save_pretrained(tmp_path)
     (tmp_path / "pictures").touch()  # in place of the folder
     results: dict[str, Any] = {}
-    none = LabelledPictures([], [])
+    none = LabeledImages([], [])
     space = LabelSpace("single_label_classification", {})
     warnings: list[str] = []
     given = (tmp_path, ViTCLSForImageClassification, results, none, space, torch.device("cpu"))
@@ -500,5 +508,5 @@ def test_a_run_is_not_lost_for_want_of_pictures(tmp_path: Path) -> None:
     (tmp_path / "pictures").unlink()
     assert build_model_report(*given, False, warnings.append) == {} and len(warnings) == 1
     drawn = build_model_report(*given, True, warnings.append)
-    assert "report.html could not be written" in warnings[-1]  # of no picture
+    assert "report.html could not be written" in warnings[-1]  # of no image
     assert drawn == {"token_layout": "pictures/token_layout.png"} and (tmp_path / drawn["token_layout"]).is_file()

@@ -1,6 +1,6 @@
 """What loads where the Hub is dead: what is cached, at once; of anything else one line says what to do, in seconds.
 
-Data sets come through `datasets`, models of timm through timm, which alone would ask for most of a minute. The scripts
+Datasets come through `datasets`, models of timm through timm, which alone would ask for most of a minute. The scripts
 run in this process.
 """
 
@@ -26,11 +26,11 @@ from tiny_models import filled, raises_one_line, tiny_config
 
 import modeling_vitcls as vitcls
 from modeling_vitcls.analysis.card_images import write_card_images
-from modeling_vitcls.conversion.convert import take_over
-from modeling_vitcls.conversion.random_weights import random_fill
+from modeling_vitcls.conversion.convert import convert_checkpoint
+from modeling_vitcls.conversion.random_weights import randomize_weights
 from modeling_vitcls.data.labels import LabelSpace
 from modeling_vitcls.data.sources import load_splits
-from modeling_vitcls.data.splits import load_training_data, load_unlabelled_data
+from modeling_vitcls.data.splits import load_training_data, load_unlabeled_data
 from modeling_vitcls.demo.reader import DemoModel
 from modeling_vitcls.hub import loading, provenance
 from modeling_vitcls.hub.loading import get_cached_commit, get_model_folder
@@ -69,7 +69,7 @@ def go_away(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(datasets.config, "HF_ENDPOINT", DEAD)
 
 
-def test_a_data_set_of_the_hub_is_found_in_the_cache_where_the_hub_is_dead(
+def test_a_dataset_of_the_hub_is_found_in_the_cache_where_the_hub_is_dead(
     hub: LocalHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     pictures = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["cat", "dog"])})
@@ -90,7 +90,7 @@ def test_a_data_set_of_the_hub_is_found_in_the_cache_where_the_hub_is_dead(
         with raises_one_line("ann/none", "not complete in the cache", f"{DEAD} does not respond", error=OSError):
             load_training_data(DataOptions("ann/none", streaming=streaming))
     with raises_one_line(f"{DEAD} does not respond", "Check the network", error=OSError):
-        load_unlabelled_data(DataOptions("ann/none"))
+        load_unlabeled_data(DataOptions("ann/none"))
     assert time.monotonic() - started < 10  # `datasets` alone takes 40 seconds for one of these
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
@@ -103,34 +103,34 @@ def test_a_timm_model_of_the_hub_is_pinned_and_found_in_the_cache_where_the_hub_
     hub: LocalHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     save_for_hf(
-        random_fill(timm.create_model("test_vit", num_classes=3)), tmp_path / "theirs", safe_serialization=True
+        randomize_weights(timm.create_model("test_vit", num_classes=3)), tmp_path / "theirs", safe_serialization=True
     )
     files = {file.name: file.read_bytes() for file in (tmp_path / "theirs").iterdir()}
     commit = hub.create("ann/vit", private=False, files=files).branches["main"]
-    take_over("timm:hf-hub:ann/vit", tmp_path / "mine")
+    convert_checkpoint("timm:hf-hub:ann/vit", tmp_path / "mine")
     certificate = json.loads((tmp_path / "mine" / "certificate.json").read_text())
     assert certificate["source_revision"] == commit
     command = f"--source timm:hf-hub:ann/vit@{commit} --output mine"
     assert command in (tmp_path / "mine" / "README.md").read_text()
     go_away(monkeypatch)
     started = time.monotonic()
-    take_over(f"timm:hf-hub:ann/vit@{commit}", tmp_path / "again")
+    convert_checkpoint(f"timm:hf-hub:ann/vit@{commit}", tmp_path / "again")
     for source in ("timm:hf-hub:ann/none", "timm:vit_tiny_patch16_224"):
         with raises_one_line(f"timm cannot load {source[5:]}", f"{DEAD} does not respond", error=OSError):
-            take_over(source, tmp_path / "none")
+            convert_checkpoint(source, tmp_path / "none")
     with raises_one_line("timm:hf-hub:ann/none", f"{DEAD} does not respond", error=OSError):
         load_teacher("timm:hf-hub:ann/none", DIGITS, 1, (8, 8), torch.device("cpu"))
     assert time.monotonic() - started < 20
 
 
 def test_a_source_on_the_hub_is_converted_at_the_commit_that_is_named(hub: LocalHub, tmp_path: Path) -> None:
-    source = random_fill(transformers.ViTForImageClassification(transformers.ViTConfig(**SIZES)))
+    source = randomize_weights(transformers.ViTForImageClassification(transformers.ViTConfig(**SIZES)))
     saved(source, tmp_path / "theirs")
     files = {file.name: file.read_bytes() for file in (tmp_path / "theirs").iterdir()}
     repository = hub.create("ann/vit", private=False, files=files)
     commit = repository.branches["main"]
     repository.commit("main", "broken", {"config.json": hub.store("config.json", b"{}")})
-    take_over(f"transformers:ann/vit@{commit}", tmp_path / "mine", draw_images=write_card_images)
+    convert_checkpoint(f"transformers:ann/vit@{commit}", tmp_path / "mine", draw_images=write_card_images)
     certificate = json.loads((tmp_path / "mine" / "certificate.json").read_text())
     assert (certificate["source"], certificate["source_revision"]) == ("transformers:ann/vit", commit)
     card = (tmp_path / "mine" / "README.md").read_text()

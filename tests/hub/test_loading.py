@@ -28,8 +28,8 @@ from source_checkpoints import SIZES, saved
 from tiny_models import filled, raises_one_line, tiny_config
 
 import modeling_vitcls as vitcls
-from modeling_vitcls.conversion.convert import take_over
-from modeling_vitcls.conversion.random_weights import random_fill
+from modeling_vitcls.conversion.convert import convert_checkpoint
+from modeling_vitcls.conversion.random_weights import randomize_weights
 from modeling_vitcls.hub import loading
 from modeling_vitcls.hub.loading import CONFIG_FILES, get_cached_commit, get_model_folder
 from modeling_vitcls.hub.publish import push_folder
@@ -42,7 +42,7 @@ LIMIT = 1e-5  # DESIGN.md
 SECONDS = 120.0  # within which a script gives up: ten or twenty, or more where other processes keep it from working
 NAMES = {index: str(index) for index in range(10)}  # as the digits have
 
-# Other projects' models: the class, the configuration, and what it has beside the common sizes.
+# Other projects' models: the class, the configuration, and what it has next to the common sizes.
 SOURCES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "vit": (transformers.ViTForImageClassification, transformers.ViTConfig, {}),
     "deit": (transformers.DeiTForImageClassificationWithTeacher, transformers.DeiTConfig, {}),
@@ -119,7 +119,7 @@ def environment_of_ann(url: str, home: Path) -> dict[str, str]:
 
 
 def images(folder: Path) -> dict[str, torch.Tensor]:
-    """The inputs of all requests, also in a file: pixel values [2, 3, 32, 32], and a picture [3, 40, 50]."""
+    """The inputs of all requests, also in a file: pixel values [2, 3, 32, 32], and a image [3, 40, 50]."""
     generator = torch.Generator().manual_seed(0)
     inputs = {
         "pixel_values": torch.randn(2, 3, 32, 32, generator=generator),
@@ -183,9 +183,9 @@ def kept_waiting(
 
 
 def publish_theirs(world: World, pixel_values: torch.Tensor) -> None:
-    """Models of transformers, pushed by those who made them, one with a licence of its own."""
+    """Models of transformers, pushed by those who made them, one with a license of its own."""
     for name, (model_class, config_class, fields) in SOURCES.items():
-        model = random_fill(model_class(config_class(**SIZES, **fields, id2label=NAMES)))
+        model = randomize_weights(model_class(config_class(**SIZES, **fields, id2label=NAMES)))
         folder = world.folder / f"their-{name}"
         saved(model, folder)
         transformers.ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(folder)
@@ -209,7 +209,7 @@ def convert_and_push(world: World) -> None:
             assert done.returncode == 0, done.stderr[-2000:]
             assert f"python scripts/push_to_hub.py --model {converted} --hub-model-id" in done.stdout
         else:
-            take_over(f"transformers:them/{name}", converted)
+            convert_checkpoint(f"transformers:them/{name}", converted)
         commit = push_folder(converted, f"ann/{name}").commit
         world.ask(name, world.wanted[name], "AutoModelForImageClassification", f"ann/{name}", revision=commit)
 
@@ -251,7 +251,7 @@ def publish_two_versions(world: World, inputs: dict[str, torch.Tensor]) -> None:
 
 
 def picture(world: World) -> Path:
-    """A picture in a file."""
+    """A image in a file."""
     file = world.folder / "picture.png"
     if not file.exists():
         image = load_file(world.folder / "inputs.safetensors")["image"]
@@ -272,7 +272,7 @@ def test_a_model_of_another_project_is_converted_by_its_id_pushed_and_loaded_by_
     assert (answers[name] - world.wanted[name]).abs().max() <= LIMIT
 
 
-def test_the_card_and_the_licence_travel_with_it(world: World) -> None:
+def test_the_card_and_the_license_travel_with_it(world: World) -> None:
     card = world.hub.read("ann/dino", "README.md").decode()
     for line in ("base_model: them/dino", "license: other", "license_name: dinov3-license"):
         assert f"\n{line}\n" in card

@@ -24,7 +24,7 @@ from modeling_vitcls.options import (
     ModelOptions,
     PretrainOptions,
     RunOptions,
-    as_flags,
+    to_flags,
 )
 from modeling_vitcls.training.model_report import can_show_samples
 from modeling_vitcls.training.runner import build_runner, check_same_flags, resolve_names
@@ -32,7 +32,7 @@ from modeling_vitcls.training.runner import build_runner, check_same_flags, reso
 
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The current folder, with folders of misleading names in it, and data beside it."""
+    """The current folder, with folders of misleading names in it, and data next to it."""
     for name in ("here/digits", "here/vitcls-tiny", "here/acme/data", "here/data/teach", "clinic/scans"):
         (tmp_path / name).mkdir(parents=True)
     (tmp_path / "here" / "weights.pt").touch()
@@ -106,7 +106,7 @@ def test_the_built_in_data_and_presets_go_before_folders_of_their_name(here: Pat
 
 def test_a_run_is_resumed_with_its_data_written_otherwise(here: Path, tmp_path: Path) -> None:
     def flags(dataset: str) -> dict[str, Any]:
-        return as_flags(resolve_names(options_of(tmp_path / "run", dataset)))
+        return to_flags(resolve_names(options_of(tmp_path / "run", dataset)))
 
     before = flags("data/teach")
     assert before["dataset"] == f"{here}/data/teach"
@@ -139,7 +139,7 @@ def test_a_folder_in_use_is_not_written_to(tmp_path: Path) -> None:
             check_output_is_empty(used)
 
 
-# Pictures of this machine --------------------------------------------------------------------------------------------
+# Images of this machine ----------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -166,7 +166,7 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[LocalHub]:
         ("acme/none", "ann/public", {}, True),
     ],
 )
-def test_pictures_of_this_machine_are_not_published_unasked(
+def test_images_of_this_machine_are_not_published_unasked(
     hub: LocalHub, here: Path, dataset: str, repository: str | None, flags: dict[str, Any], shows: bool
 ) -> None:
     warnings: list[str] = []
@@ -182,7 +182,7 @@ def test_pictures_of_this_machine_are_not_published_unasked(
 
 
 @pytest.mark.parametrize("private", [True, False])
-def test_a_push_says_who_can_see_the_pictures(
+def test_a_push_says_who_can_see_the_images(
     hub: LocalHub, here: Path, tmp_path: Path, private: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
     folder = tmp_path / "run"

@@ -1,4 +1,4 @@
-"""Where a model comes from: licences are inherited as they are written, and never made up."""
+"""Where a model comes from: licenses are inherited as they are written, and never made up."""
 
 import time
 from collections.abc import Iterator
@@ -45,12 +45,12 @@ def test_a_link_to_a_file_that_is_not_there_is_dropped(tmp_path: Path) -> None:
     assert find_provenance(str(folder_with(tmp_path / "mine", DINOV3))).license_link is None
 
 
-def test_other_licences_are_linked_to_the_file_that_holds_them(tmp_path: Path) -> None:
+def test_other_licenses_are_linked_to_the_file_that_holds_them(tmp_path: Path) -> None:
     source = folder_with(tmp_path / "mine", "license: other\nlicense_name: x\n", LICENSE="the text")
     assert find_provenance(str(source)).license_link == "LICENSE"
 
 
-def test_what_a_licence_asks_to_be_passed_on_goes_along(tmp_path: Path) -> None:
+def test_what_a_license_asks_to_be_passed_on_goes_along(tmp_path: Path) -> None:
     source = folder_with(tmp_path / "mine", "license: other\nlicense_name: x\n")
     taken = ["COPYING", "LICENCE.txt", "NOTICE", "licence-weights.md", "license"]
     for name in (*taken, "license_plates.pkl", "noticed.bin", "copying.py", "about.md"):
@@ -72,7 +72,7 @@ def test_what_no_card_says_stays_unknown(tmp_path: Path, card: str) -> None:
     assert find_provenance(str(tmp_path / "mine")) == Provenance("mine")
 
 
-def test_timm_knows_the_licence_of_its_weights() -> None:
+def test_timm_knows_the_license_of_its_weights() -> None:
     found = find_provenance("timm:vit_small_patch16_dinov3.lvd1689m")
     assert (found.license, found.license_name) == ("other", "dinov3-license")
     assert found.license_link == "https://ai.meta.com/resources/models-and-libraries/dinov3-license/"
@@ -109,7 +109,7 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[LocalHub]:
 
 
 @pytest.mark.parametrize("source", ["ann/dinov3", "transformers:ann/dinov3@main", "timm:hf-hub:ann/dinov3"])
-def test_a_model_on_the_hub_passes_on_its_licence(hub: LocalHub, tmp_path: Path, source: str) -> None:
+def test_a_model_on_the_hub_passes_on_its_license(hub: LocalHub, tmp_path: Path, source: str) -> None:
     found = find_provenance(source)
     assert (found.name, found.base_model, found.license_name) == ("ann/dinov3", "ann/dinov3", "dinov3-license")
     assert found.license_link == "LICENSE.md"
@@ -122,7 +122,7 @@ def test_a_link_within_the_repository_becomes_an_address(hub: LocalHub) -> None:
     assert find_provenance("ann/linked").license_link == f"{hub.url}/ann/linked/blob/main/LICENSE.md"
 
 
-def test_a_model_that_is_not_there_has_an_unknown_licence(hub: LocalHub) -> None:
+def test_a_model_that_is_not_there_has_an_unknown_license(hub: LocalHub) -> None:
     assert find_provenance("ann/nothing") == Provenance("ann/nothing", base_model="ann/nothing")
     assert find_provenance("no id at all") == Provenance("no id at all")
 

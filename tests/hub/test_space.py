@@ -82,7 +82,7 @@ def photo(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def classifier(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A classifier with special tokens of all kinds, whose image processor cuts pictures."""
+    """A classifier with special tokens of all kinds, whose image processor cuts images."""
     config = tiny_config(
         num_cls_tokens=2,
         num_distillation_tokens=1,
@@ -181,12 +181,12 @@ def assert_shows(labels: dict[str, str], wanted: dict[str, float]) -> None:
 
 
 def source_of_map(page: Page) -> str:
-    """The address of the picture that is drawn."""
+    """The address of the image that is drawn."""
     return page.locator("#map img").get_attribute("src") or ""
 
 
 def assert_changes(page: Page, before: str) -> str:
-    """Another picture is drawn; gives its address."""
+    """Another image is drawn; gives its address."""
     expect(page.locator("#map img")).not_to_have_attribute("src", before)
     return source_of_map(page)
 
@@ -238,7 +238,7 @@ def test_token_layer_and_head_change_the_map(browser: Browser, demo: str, photo:
         assert len({first, second, third, fourth, fifth}) == 5
 
 
-def test_a_file_that_is_no_picture_is_named_and_leaves_nothing_of_the_last_one(
+def test_a_file_that_is_no_image_is_named_and_leaves_nothing_of_the_last_one(
     browser: Browser, demo: str, photo: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "notes.png").write_text("no picture")
@@ -264,7 +264,7 @@ def test_only_what_was_uploaded_is_opened(demo: str, classifier: Path, photo: Pa
 
 
 def assert_opens_nothing_else(at: str, photo: Path, folder: Path) -> None:
-    """The server of a page answers about an uploaded picture alone, and says of others not even whether they exist."""
+    """The server of a page answers about an uploaded image alone, and says of others not even whether they exist."""
     uploaded = upload(at, photo)
     assert "confidences" in json.dumps(asked(at, {"path": uploaded}))
     secret = folder / "secret.png"
@@ -346,7 +346,7 @@ def listening() -> Iterator[tuple[str, list[str]]]:
         server.server_close()
 
 
-def test_the_model_is_asked_once_per_picture_also_about_several_tasks(
+def test_the_model_is_asked_once_per_image_also_about_several_tasks(
     browser: Browser, photo: Path, tmp_path: Path
 ) -> None:
     tasks = {"species": ["oak", "elm", "ash"], "age": ["young", "old"]}
@@ -458,14 +458,14 @@ def test_a_map_covers_what_the_model_saw_and_its_shares_sum_to_one(classifier: P
     assert shares[-1] == pytest.approx(head.sum().item(), abs=1e-5)
     drawn = np.asarray(reading.draw(3, 1, 0)).astype(int)  # [427, 640, 3]
     assert drawn.shape == (427, 640, 3)
-    spread = drawn.max(axis=2) - drawn.min(axis=2)  # [427, 640], 0 is grey
+    spread = drawn.max(axis=2) - drawn.min(axis=2)  # [427, 640], 0 is gray
     # 60 x 40 are left of 640 x 427, and the model is shown 32 x 32 of these.
     assert spread[50:376, 160:480].any()
     for unseen in (spread[:40], spread[388:], spread[:, :135], spread[:, 505:]):
         assert not unseen.any()
 
 
-def test_pictures_of_any_mode_reach_grey_models_and_colour_models(photo: Path, tmp_path: Path) -> None:
+def test_images_of_any_mode_reach_grey_models_and_color_models(photo: Path, tmp_path: Path) -> None:
     grey = vitcls.ViTCLSImageProcessor(
         size={"height": 32, "width": 32}, do_convert_rgb=False, image_mean=[0.5], image_std=[0.5]
     )
@@ -484,7 +484,7 @@ def test_pictures_of_any_mode_reach_grey_models_and_colour_models(photo: Path, t
             assert drawn.size == (384, 288), mode  # 64 x 48, in whole steps to 384
 
 
-def test_large_pictures_are_shown_smaller(classifier: Path, tmp_path: Path) -> None:
+def test_large_images_are_shown_smaller(classifier: Path, tmp_path: Path) -> None:
     file = tmp_path / "large.png"
     Image.new("RGB", (3000, 1500), "teal").save(file)
     reading = DemoModel.load(str(classifier)).predict(file)
@@ -727,7 +727,7 @@ def test_models_that_a_space_cannot_load_are_refused(hub: LocalHub, classifier: 
         find_published_model("ann/empty")
 
 
-def test_examples_are_pictures_with_names_of_their_own(model: PublishedModel, photo: Path, tmp_path: Path) -> None:
+def test_examples_are_images_with_names_of_their_own(model: PublishedModel, photo: Path, tmp_path: Path) -> None:
     (tmp_path / "notes.png").write_text("no picture")
     with raises_one_line("notes.png", "not an image in a supported format"):
         build_space_files(model, examples=[tmp_path / "notes.png"])

@@ -1,6 +1,6 @@
-"""Published models, loaded in fresh processes: what is right gets a certificate, what is wrong a reason.
+"""Published models, loaded in new processes: what is right gets a certificate, what is wrong a reason.
 
-The fresh processes are real where that matters, so there are few of them: what can be refused before is.
+The new processes are real where that matters, so there are few of them: what can be refused before is.
 """
 
 import json
@@ -41,7 +41,7 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[LocalHub]:
     with running_hub() as running:
         running.tokens |= {"hf_ann": Token("ann"), "hf_bob": Token("bob")}
         point_client_at(running.url, "hf_ann", monkeypatch, tmp_path / "home")
-        monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "cache"))  # which a fresh process must not use
+        monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "cache"))  # which a new process must not use
         monkeypatch.setattr(connection, "RETRY_WAITS", (0.01, 0.02))
         yield running
 
@@ -261,7 +261,7 @@ def save_checkpoint(folder: Path, value: float = 1.0) -> None:
     CheckpointStore(folder / "checkpoints", keep=1).save(2, tensors, {"step": 2, "flags": {}}, False)
 
 
-def test_the_state_of_the_optimiser_is_compared_too(hub: LocalHub, folder: Path) -> None:
+def test_the_state_of_the_optimizer_is_compared_too(hub: LocalHub, folder: Path) -> None:
     save_checkpoint(folder)
     commit = push_folder(folder, "ann/model", with_optimizer=True).commit
     save_checkpoint(folder, value=2.0)

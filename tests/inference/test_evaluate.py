@@ -1,4 +1,4 @@
-"""Evaluation: metrics against plain computations, every picture counted once, saved models and their results.
+"""Evaluation: metrics against plain computations, every image counted once, saved models and their results.
 
 Two processes are started by the real `accelerate launch`, once, with evaluation_worker.py: they have to give exactly
 what one process gives.
@@ -8,7 +8,6 @@ import csv
 import io
 import json
 import os
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,7 +19,6 @@ import scipy.stats
 import sklearn.metrics
 import torch
 from accelerate import Accelerator
-from accelerate_state import reset_accelerate
 from evaluation_worker import (
     BATCH_SIZE,
     BROKEN,
@@ -32,44 +30,38 @@ from evaluation_worker import (
     build_pictures,
     evaluate_all,
     evaluate_digits,
-    evaluate_frozen_digits,
 )
+from fresh_processes import SCRIPT_ENVIRONMENT
 from PIL import Image
 from rich.console import Console
 from torch import nn
 from warm_processes import OFFLINE, run_together
 
 from modeling_vitcls import ViTCLSConfig, ViTCLSForMaskedImageModeling, ViTCLSImageProcessor, ViTCLSModel
-from modeling_vitcls.data.images import Examples, LabelledPictures
-from modeling_vitcls.data.labels import LabelSpace, labels_of
+from modeling_vitcls.data.images import Examples, LabeledImages
+from modeling_vitcls.data.labels import LabelSpace, get_label_space
 from modeling_vitcls.distributed import build_accelerator
 from modeling_vitcls.inference import evaluate as evaluate_module
 from modeling_vitcls.inference import evaluator as evaluator_module
-from modeling_vitcls.inference.evaluate import evaluate_checkpoint, progress, relabelled
-from modeling_vitcls.inference.evaluator import HeldOutPictures
-from modeling_vitcls.inference.metrics import METRICS, MultiLabelMetrics, SingleLabelMetrics, scalars, wilson_interval
+from modeling_vitcls.inference.evaluate import build_progress, evaluate_checkpoint, match_labels
+from modeling_vitcls.inference.evaluator import HeldOutImages
+from modeling_vitcls.inference.metrics import (
+    METRICS,
+    MultiLabelMetrics,
+    SingleLabelMetrics,
+    select_scalars,
+    wilson_interval,
+)
 from modeling_vitcls.options import DataOptions, EvaluateOptions
 
 
+pytestmark = pytest.mark.usefixtures("fresh_accelerate")
+
 REPOSITORY = Path(__file__).parents[2]
-ENVIRONMENT = os.environ | {
-    "PYTHONPATH": str(REPOSITORY),
-    "OMP_NUM_THREADS": "1",
-    "CUDA_VISIBLE_DEVICES": "",
-    "HF_HUB_OFFLINE": "1",
-    "COLUMNS": "160",
-}
+ENVIRONMENT = os.environ | SCRIPT_ENVIRONMENT
 CPU = torch.device("cpu")
 NUM_HELD_OUT_DIGITS = 372
 MEASURED = ("images_per_second", "seconds", "num_processes", "device")  # differ from run to run
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerate() -> Iterator[None]:
-    """Accelerate keeps its settings in singletons: each test starts without."""
-    reset_accelerate()
-    yield
-    reset_accelerate()
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +76,7 @@ def by_two_processes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("two")
     labels = LabelSpace("single_label_classification", {"label": list("9876543210")})
     model = build_classifier("single")
-    config = ViTCLSConfig(**model.config.to_diff_dict() | labels.config_values())
+    config = ViTCLSConfig(**model.config.to_diff_dict() | labels.to_config_values())
     type(model)(config).save_pretrained(folder)
     ViTCLSImageProcessor(size=16).save_pretrained(folder)
     worker = Path(__file__).parents[1] / "helpers" / "evaluation_worker.py"
@@ -97,10 +89,10 @@ def read_json(file: Path) -> Any:
 
 
 def answers_of(name: str) -> tuple[Any, list[Any]]:
-    """The model's outputs for all pictures of a scenario at once, and their labels."""
+    """The model's outputs for all images of a scenario at once, and their labels."""
     pictures = build_pictures(name)
     processor = ViTCLSImageProcessor(size=16)
-    pixel_values = processor(list(pictures.pictures), return_tensors="pt")["pixel_values"]
+    pixel_values = processor(list(pictures.images), return_tensors="pt")["pixel_values"]
     with torch.no_grad():
         return build_classifier(name)(pixel_values), list(pictures.labels)
 
@@ -147,7 +139,7 @@ def test_single_label_metrics(by_one_process: dict[str, Any]) -> None:
 
 
 def assert_per_class(measured: list[dict[str, Any]], truth: np.ndarray, answers: np.ndarray) -> None:
-    """Recall, precision and F1 of each class, for 0 or 1 per picture and class [N, L]; None where it is 0 of 0."""
+    """Recall, precision and F1 of each class, for 0 or 1 per image and class [N, L]; None where it is 0 of 0."""
     expected = sklearn.metrics.precision_recall_fscore_support(truth, answers, zero_division=np.nan)
     assert [row["name"] for row in measured] == CLASSES
     for row, precision, recall, f1, support in zip(measured, *expected, strict=True):
@@ -189,7 +181,7 @@ def test_multi_label_metrics(by_one_process: dict[str, Any]) -> None:
     assert metrics["num_images"] == NUM_PICTURES
     assert_per_class(metrics["per_class"], truth, answers)
     measured = [row["average_precision"] for row in metrics["per_class"]]
-    assert measured == [*map(close, precisions), None]  # no picture is of the last class
+    assert measured == [*map(close, precisions), None]  # no image is of the last class
 
 
 def test_exact_match_needs_every_class() -> None:
@@ -222,7 +214,7 @@ def test_multi_task_metrics(by_one_process: dict[str, Any]) -> None:
 def test_numbers_come_first_and_the_first_compares_models(by_one_process: dict[str, Any]) -> None:
     for name, first in (("single", "accuracy"), ("multi_label", "mean_average_precision"), ("multi_task", "accuracy")):
         metrics = by_one_process[name]
-        numbers = scalars(metrics)
+        numbers = select_scalars(metrics)
         assert next(iter(numbers)) == first
         assert list(metrics)[: len(numbers)] == list(numbers)
         assert "num_broken_images" in numbers and not any(isinstance(value, list) for value in numbers.values())
@@ -266,7 +258,7 @@ def test_a_loss_that_is_no_number_is_none() -> None:
     assert metrics.compute()["loss"] is None
 
 
-# Every picture once --------------------------------------------------------------------------------------------------
+# Every image once ----------------------------------------------------------------------------------------------------
 
 
 def test_two_processes_give_what_one_gives(by_one_process: dict[str, Any], by_two_processes: Path) -> None:
@@ -284,26 +276,26 @@ def test_only_the_main_process_prints(by_two_processes: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("num_pictures", "batch_size", "num_processes"), [(10, 3, 1), (10, 3, 2), (1, 4, 3), (12, 3, 2)]
+    ("num_images", "batch_size", "num_processes"), [(10, 3, 1), (10, 3, 2), (1, 4, 3), (12, 3, 2)]
 )
-def test_each_picture_has_one_place(num_pictures: int, batch_size: int, num_processes: int) -> None:
-    pictures = build_pictures("single", num_pictures)
-    numbered = LabelledPictures(pictures.pictures, range(num_pictures))
+def test_each_image_has_one_place(num_images: int, batch_size: int, num_processes: int) -> None:
+    pictures = build_pictures("single", num_images)
+    numbered = LabeledImages(pictures.images, range(num_images))
     processor = ViTCLSImageProcessor(size=16)
     shares = [
-        HeldOutPictures(numbered, processor, SPACES["single"], batch_size, process, num_processes)
+        HeldOutImages(numbered, processor, SPACES["single"], batch_size, process, num_processes)
         for process in range(num_processes)
     ]
     assert len({len(share) for share in shares}) == 1  # sharded models need as many batches on all processes
     batches = [share[place] for share in shares for place in range(len(share))]
-    assert sorted(label for batch in batches for label in batch.labels.tolist()) == list(range(num_pictures))
+    assert sorted(label for batch in batches for label in batch.labels.tolist()) == list(range(num_images))
     assert all(len(batch.labels) <= batch_size for batch in batches)
 
 
-def test_a_picture_that_is_not_counted_is_an_error() -> None:
+def test_a_image_that_is_not_counted_is_an_error() -> None:
     evaluator = build_evaluator("single", build_accelerator())
     evaluator.batches.loader.dataset.batches.pop()
-    with pytest.raises(RuntimeError, match="counted 12 images and 0 broken ones of 13"):
+    with pytest.raises(RuntimeError, match="counted 12 images and 0 unreadable images of 13"):
         evaluator(build_classifier("single"))
 
 
@@ -315,7 +307,7 @@ def test_batches_are_of_one_size() -> None:
     assert sizes == [BATCH_SIZE] * 5
 
 
-def test_broken_pictures_are_named_once_and_not_counted(by_one_process: dict[str, Any]) -> None:
+def test_unreadable_images_are_named_once_and_not_counted(by_one_process: dict[str, Any]) -> None:
     said: list[str] = []
     evaluator = build_evaluator(
         "single", build_accelerator(), build_pictures("single", broken=BROKEN), max_broken_images=4, warn=said.append
@@ -332,11 +324,11 @@ def test_broken_pictures_are_named_once_and_not_counted(by_one_process: dict[str
     assert metrics["accuracy"] == close(right.float().mean().item())
 
 
-def test_too_many_broken_pictures_stop() -> None:
+def test_too_many_unreadable_images_stop() -> None:
     accelerator = build_accelerator()
     pictures = build_pictures("single", broken=BROKEN)
     evaluator = build_evaluator("single", accelerator, pictures, max_broken_images=3)
-    with pytest.raises(ValueError, match=r"more than 3 images cannot be read, the last one: .*'12\.png'") as raised:
+    with pytest.raises(ValueError, match=r"more than 3 images cannot be read; the last one: .*'12\.png'") as raised:
         evaluator(build_classifier("single"))
     assert "\n" not in str(raised.value)
     evaluator = build_evaluator("single", accelerator, build_pictures("single", number=2, broken=(0, 1)))
@@ -344,24 +336,24 @@ def test_too_many_broken_pictures_stop() -> None:
         evaluator(build_classifier("single"))
 
 
-def test_pictures_in_colour_count_as_broken_for_a_grey_model() -> None:
+def test_images_in_color_count_as_broken_for_a_grey_model() -> None:
     encoded = []
     for mode in ("L", "RGB", "RGBA", "L"):
         Image.new(mode, (16, 16)).save(file := io.BytesIO(), "PNG")
         encoded.append({"path": f"{mode}.png", "bytes": file.getvalue()})
-    pictures = LabelledPictures(Examples(encoded), [0, 1, 2, 3])
+    pictures = LabeledImages(Examples(encoded), [0, 1, 2, 3])
     processor = ViTCLSImageProcessor(size=16, do_convert_rgb=False, image_mean=0.5, image_std=0.5)
-    batch = HeldOutPictures(pictures, processor, SPACES["single"], 4, 0, 1, num_channels=1)[0]
+    batch = HeldOutImages(pictures, processor, SPACES["single"], 4, 0, 1, num_channels=1)[0]
     assert batch.pixel_values is not None and batch.pixel_values.shape == (2, 1, 16, 16)
     assert batch.labels.tolist() == [0, 3]
-    assert batch.broken == {
-        1: "the image 'RGB.png' has 3 channels, the model takes 1",
-        2: "the image 'RGBA.png' has 4 channels, the model takes 1",
+    assert batch.unreadable == {
+        1: "the image 'RGB.png' has 3 channels, but the model requires 1",
+        2: "the image 'RGBA.png' has 4 channels, but the model requires 1",
     }
 
 
 class Counted(list):
-    """Pictures that count how often they are asked for."""
+    """Images that count how often they are asked for."""
 
     num_reads = 0
 
@@ -371,13 +363,13 @@ class Counted(list):
 
 
 @pytest.mark.parametrize(("kept_bytes", "num_reads"), [(2**20, 1), (NUM_PICTURES * 3 * 16 * 16 * 4 - 1, 3)])
-def test_small_data_sets_are_prepared_once(
+def test_small_datasets_are_prepared_once(
     kept_bytes: int, num_reads: int, monkeypatch: pytest.MonkeyPatch, by_one_process: dict[str, Any]
 ) -> None:
-    monkeypatch.setattr(evaluator_module, "KEPT_BYTES", kept_bytes)
+    monkeypatch.setattr(evaluator_module, "MAX_CACHE_BYTES", kept_bytes)
     pictures = build_pictures("single")
-    counted = Counted(pictures.pictures)
-    evaluator = build_evaluator("single", build_accelerator(), LabelledPictures(counted, pictures.labels))
+    counted = Counted(pictures.images)
+    evaluator = build_evaluator("single", build_accelerator(), LabeledImages(counted, pictures.labels))
     for _ in range(3):
         assert evaluator(build_classifier("single")) == by_one_process["single"]
     assert counted.num_reads == num_reads * NUM_PICTURES
@@ -423,13 +415,13 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def write_table(folder: Path, name: str, header: list[str], text: Any) -> Path:
-    """The pictures of a scenario as files, and a CSV file with what `text` makes of each label; each picture twice."""
+    """The images of a scenario as files, and a CSV file with what `text` makes of each label; each image twice."""
     pictures = build_pictures(name)
     with (folder / f"{name}.csv").open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["path", *header])
         for index, label in enumerate(pictures.labels):
-            pictures.pictures[index].save(folder / f"{name}{index}.png")
+            pictures.images[index].save(folder / f"{name}{index}.png")
             writer.writerows([[f"{name}{index}.png", *text(label)]] * 2)
     return folder / f"{name}.csv"
 
@@ -445,7 +437,7 @@ def evaluate(model: Path, dataset: object, **data: Any) -> dict[str, Any]:
 
 
 def whole(parts: dict[str, Any], name: str, count: str = "num_images") -> float:
-    """A mean over pictures, from those of the parts."""
+    """A mean over images, from those of the parts."""
     return np.average(parts[name], weights=parts[count])
 
 
@@ -477,7 +469,9 @@ def test_a_multi_task_model(models: Path, tmp_path: Path, by_one_process: dict[s
     for task in ("species", "age"):
         assert sum(parts[f"{task}_num_images"]) == 2 * expected[f"{task}_num_images"]
         assert whole(parts, f"{task}_loss", f"{task}_num_images") == close(expected[f"{task}_loss"])
-    with pytest.raises(ValueError, match="the data set has one label per image and the model several tasks"):
+    with pytest.raises(
+        ValueError, match="with several tasks with one label each, but the dataset has one label per image"
+    ):
         evaluate(models / "multi_task", table, label_column=("age",))
 
 
@@ -495,7 +489,7 @@ def test_a_single_label_model(
         assert words in printed
 
 
-def test_streamed_pictures(models: Path, tmp_path: Path, by_one_process: dict[str, Any]) -> None:
+def test_streamed_images(models: Path, tmp_path: Path, by_one_process: dict[str, Any]) -> None:
     """A stream's held-out part is chosen otherwise, and all of a split can be had where there are several."""
     (tmp_path / "data").mkdir()
     table = write_table(tmp_path, "single", ["animal"], lambda label: [CLASSES[label]])
@@ -522,19 +516,12 @@ def test_two_processes_evaluate_a_saved_model(by_two_processes: Path) -> None:
     assert [file.name for file in (by_two_processes / "new").iterdir()] == ["digits.json"]  # nothing half written
 
 
-def test_two_processes_evaluate_frozen_features(by_two_processes: Path) -> None:
-    two, one = read_json(by_two_processes / "frozen.json"), evaluate_frozen_digits(by_two_processes)
-    assert (two["num_processes"], one["num_processes"]) == (2, 1)
-    assert two["num_images"] == NUM_HELD_OUT_DIGITS
-    assert {**two, **dict.fromkeys(MEASURED)} == {**one, **dict.fromkeys(MEASURED)}
-
-
 @pytest.mark.parametrize(("is_terminal", "shown"), [(True, "100%"), (False, "evaluating: batch 4/5")])
 def test_progress(is_terminal: bool, shown: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(evaluate_module, "SECONDS_BETWEEN_LINES", 0.0)
     console = Console(file=io.StringIO(), force_terminal=is_terminal)
     accelerator = build_accelerator()
-    metrics = build_evaluator("single", accelerator)(build_classifier("single"), progress(console, accelerator))
+    metrics = build_evaluator("single", accelerator)(build_classifier("single"), build_progress(console, accelerator))
     assert metrics["num_images"] == NUM_PICTURES
     assert shown in console.file.getvalue()
     assert ("\x1b" in console.file.getvalue()) is is_terminal
@@ -544,15 +531,17 @@ def test_a_model_without_a_classifier_is_refused(tmp_path: Path) -> None:
     config = ViTCLSConfig(**build_classifier("multi_label").config.to_diff_dict())
     for model_class in (ViTCLSModel, ViTCLSForMaskedImageModeling):
         model_class(config).save_pretrained(tmp_path)
-        with pytest.raises(ValueError, match=f"holds a {model_class.__name__} without a classifier: fine-tune"):
+        with pytest.raises(
+            ValueError, match=f"requires a classifier, but .* contains {model_class.__name__}. Fine-tune"
+        ):
             evaluate_checkpoint(EvaluateOptions(model=str(tmp_path), data=DataOptions(dataset="digits")))
 
 
 def test_labels_of_a_model() -> None:
     for name, space in SPACES.items():
-        assert labels_of(build_classifier(name).config) == space
+        assert get_label_space(build_classifier(name).config) == space
     unsaid = ViTCLSConfig(id2label={0: "dusk", 1: "noon"})
-    assert labels_of(unsaid) == LabelSpace("single_label_classification", {"label": ["dusk", "noon"]})
+    assert get_label_space(unsaid) == LabelSpace("single_label_classification", {"label": ["dusk", "noon"]})
 
 
 # Labels by name ------------------------------------------------------------------------------------------------------
@@ -563,28 +552,32 @@ def single(*names: str) -> LabelSpace:
 
 
 def test_labels_are_matched_to_the_model_by_name() -> None:
-    pictures = LabelledPictures([], [0, 1, 0])
-    assert relabelled(pictures, single("noon", "dusk"), single("dawn", "dusk", "noon")).labels == [2, 1, 2]
-    with pytest.raises(ValueError, match=r"the label 'noon' and the model does not: it knows dusk$"):
-        relabelled(pictures, single("noon", "dusk"), single("dusk"))
-    relabelled(replace(pictures, labels=[1]), single("noon", "dusk"), single("dusk"))  # a name not in use is no matter
+    pictures = LabeledImages([], [0, 1, 0])
+    assert match_labels(pictures, single("noon", "dusk"), single("dawn", "dusk", "noon")).labels == [2, 1, 2]
+    with pytest.raises(ValueError, match=r"the label 'noon', but the model has only the labels dusk$"):
+        match_labels(pictures, single("noon", "dusk"), single("dusk"))
+    match_labels(
+        replace(pictures, labels=[1]), single("noon", "dusk"), single("dusk")
+    )  # a name not in use is no matter
 
 
 def test_several_labels_are_matched_by_name() -> None:
     kind = "multi_label_classification"
     given, known = LabelSpace(kind, {"tags": ["b", "c", "a"]}), LabelSpace(kind, {"label": ["a", "b", "d"]})
-    matched = relabelled(LabelledPictures([], [[1.0, 0.0, 0.0], [1.0, 0.0, 1.0], [0.0, 0.0, 0.0]]), given, known)
+    matched = match_labels(LabeledImages([], [[1.0, 0.0, 0.0], [1.0, 0.0, 1.0], [0.0, 0.0, 0.0]]), given, known)
     assert matched.labels == [[0.0, 1.0, 0.0], [1.0, 1.0, 0.0], [0.0, 0.0, 0.0]]
-    with pytest.raises(ValueError, match="the label 'c' and the model does not"):
-        relabelled(LabelledPictures([], [[0.0, 1.0, 0.0]]), given, known)
+    with pytest.raises(ValueError, match="the label 'c', but the model has only the labels"):
+        match_labels(LabeledImages([], [[0.0, 1.0, 0.0]]), given, known)
 
 
 def test_tasks_are_matched_by_name() -> None:
     given = LabelSpace("multi_task", {"b": ["y", "x"], "a": ["q", "p"]})
     known = LabelSpace("multi_task", {"a": ["p", "q"], "b": ["x", "y"]})
-    matched = relabelled(LabelledPictures([], [{"b": 0, "a": 0}, {"b": -100, "a": 1}]), given, known)
+    matched = match_labels(LabeledImages([], [{"b": 0, "a": 0}, {"b": -100, "a": 1}]), given, known)
     assert matched.labels == [{"a": 1, "b": 1}, {"a": 0, "b": -100}]
-    with pytest.raises(ValueError, match="the data set has the tasks b, a and the model a, c: choose"):
-        relabelled(LabelledPictures([], []), given, LabelSpace("multi_task", {"a": ["p"], "c": ["x"]}))
-    with pytest.raises(ValueError, match="has several tasks with one label each and the model one label per image"):
-        relabelled(LabelledPictures([], []), given, single("a"))
+    with pytest.raises(ValueError, match=r"the model has the tasks a, c, but the dataset has b, a. Set"):
+        match_labels(LabeledImages([], []), given, LabelSpace("multi_task", {"a": ["p"], "c": ["x"]}))
+    with pytest.raises(
+        ValueError, match="with one label per image, but the dataset has several tasks with one label each"
+    ):
+        match_labels(LabeledImages([], []), given, single("a"))

@@ -23,6 +23,7 @@ import pytest
 import sklearn.datasets
 import torch
 from accelerate_state import reset_accelerate
+from fresh_processes import SCRIPT_ENVIRONMENT
 from PIL import Image
 from tiny_models import filled, raises_one_line, tiny_config
 from transformers import pipeline
@@ -35,21 +36,24 @@ from modeling_vitcls import (
     ViTCLSImageProcessor,
     ViTCLSModel,
 )
-from modeling_vitcls.inference.inputs import CannotFetch, Prepared, Record, Stream, open_source
-from modeling_vitcls.inference.outputs import ShardFolder, all_columns, shard_ranges, share, write_rows
-from modeling_vitcls.inference.predict import Summary, batches, predict, predict_images
+from modeling_vitcls.inference import outputs
+from modeling_vitcls.inference.inputs import FetchError, ImageRecord, PreparedImage, StreamInput, open_input
+from modeling_vitcls.inference.outputs import (
+    ShardFolder,
+    assign_ranges,
+    get_output_columns,
+    iterate_shards,
+    write_rows,
+)
+from modeling_vitcls.inference.predict import PredictionCounts, iterate_batches, predict, predict_images
 from modeling_vitcls.options import PredictOptions
 
 
+pytestmark = pytest.mark.usefixtures("fresh_accelerate")
+
 REPOSITORY = Path(__file__).parents[2]
 SCRIPT = REPOSITORY / "scripts" / "predict.py"
-ENVIRONMENT = os.environ | {
-    "PYTHONPATH": str(REPOSITORY),
-    "OMP_NUM_THREADS": "1",
-    "CUDA_VISIBLE_DEVICES": "",
-    "HF_HUB_OFFLINE": "1",
-    "COLUMNS": "200",
-}
+ENVIRONMENT = os.environ | SCRIPT_ENVIRONMENT
 NAMES = ["ant", "bee", "cat"]
 LABELS = {"id2label": dict(enumerate(NAMES)), "label2id": {name: index for index, name in enumerate(NAMES)}}
 TOKENS = {"num_cls_tokens": 1, "num_distillation_tokens": 2, "num_register_tokens": 3}
@@ -64,14 +68,6 @@ KINDS = {
     "masked": lambda: ViTCLSForMaskedImageModeling(tiny_config()),
 }
 NUM_STREAMED = 1000
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerate() -> Any:
-    """Accelerate keeps its settings in singletons: each test starts without."""
-    reset_accelerate()
-    yield
-    reset_accelerate()
 
 
 @pytest.fixture(scope="module")
@@ -168,7 +164,7 @@ def test_table_names_images_labels_and_errors(
     assert f"{broken}/1-whole.jpg" in first and any(name in first for name in NAMES)
     assert "2-cut.jpg" in second and "truncated" in second.lower()
     assert "3-text.png" in third and "not an image in a supported format" in third
-    assert "3 of 3 images" in printed.err and "2 without an answer" in printed.err
+    assert "3 of 3 images" in printed.err and "2 without a prediction" in printed.err
 
 
 def test_without_any_answer_the_status_is_1(
@@ -177,7 +173,7 @@ def test_without_any_answer_the_status_is_1(
     images = [broken / "2-cut.jpg", broken / "3-text.png", broken / "absent.jpg"]
     assert run(monkeypatch, "--model", models / "one_label", *images, "--output", tmp_path / "out.json") == 1
     last = capsys.readouterr().err.splitlines()[-1]
-    assert last == "error: no answer for any of the 3 images: see the column `error`"
+    assert last == "error: none of the 3 images has a prediction: see the column `error`"
     rows = read_json(tmp_path / "out.json")
     assert [row["label"] for row in rows] == [None] * 3
     assert "No such file" in rows[2]["error"]
@@ -200,7 +196,7 @@ def test_labels_are_those_of_the_model_and_of_the_pipeline(models: Path, photos:
 def test_every_format_holds_the_same(models: Path, broken: Path, tmp_path: Path, suffix: str) -> None:
     for file in (tmp_path / "out.json", tmp_path / f"out{suffix}"):
         options = PredictOptions(str(models / "one_label"), (str(broken),), output=file, top_k=7)  # of three labels
-        assert predict_images(options) == Summary(num_images=3, num_failed=2)
+        assert predict_images(options) == PredictionCounts(num_images=3, num_failed=2)
         reset_accelerate()
     file = tmp_path / f"out{suffix}"
     rows: list[dict[str, Any]]
@@ -284,7 +280,7 @@ def test_features_are_the_tokens_of_the_model(
     assert rows[0].keys() == {"index", "image", "features", "error"}
 
 
-def test_a_broken_image_has_no_features(models: Path, broken: Path, tmp_path: Path) -> None:
+def test_a_unreadable_image_has_no_features(models: Path, broken: Path, tmp_path: Path) -> None:
     for kind in ("cls", "registers"):
         file = tmp_path / f"{kind}.parquet"
         options = PredictOptions(str(models / "encoder"), (str(broken),), output=file, features=kind)  # type: ignore
@@ -295,7 +291,7 @@ def test_a_broken_image_has_no_features(models: Path, broken: Path, tmp_path: Pa
 
 
 def test_tokens_that_a_model_does_not_have_are_refused() -> None:
-    with raises_one_line("no registers tokens", "cls, mean"):
+    with raises_one_line("requires registers tokens", "cls, mean"):
         predict(ViTCLSModel(tiny_config()), ViTCLSImageProcessor(size=32), ["a.jpg"], features="registers")
 
 
@@ -305,12 +301,12 @@ def test_tokens_that_a_model_does_not_have_are_refused() -> None:
 def test_a_list_names_files_and_folders(photos: Path, tmp_path: Path) -> None:
     file = tmp_path / "list.txt"
     file.write_bytes(f"\ufeff{photos / 'c.png'}\r\n\n{photos / 'inner'}\n".encode() + b"odd-\xff.png\n")
-    source = open_source(PredictOptions("model", list=file))
+    source = open_input(PredictOptions("model", list=file))
     names = [record.name for record in source.read([range(source.num_images)])]
     assert names == [*sorted_photos(photos)[2:], "odd-\ufffd.png"]
 
 
-def test_data_sets_are_read_like_files(models: Path, photos: Path, tmp_path: Path) -> None:
+def test_datasets_are_read_like_files(models: Path, photos: Path, tmp_path: Path) -> None:
     """A CSV of relative paths, Parquet with images in it, as a stream too: the same answers."""
     paths = sorted_photos(photos)
     lines = [str(Path(path).relative_to(photos)) for path in paths]
@@ -335,7 +331,7 @@ def test_data_sets_are_read_like_files(models: Path, photos: Path, tmp_path: Pat
 
 
 def test_an_input_is_known_by_its_content(photos: Path, tmp_path: Path) -> None:
-    """Of the same names and sizes: files, a folder as a data set, a table, as a stream too."""
+    """Of the same names and sizes: files, a folder as a dataset, a table, as a stream too."""
     folder, table = tmp_path / "data" / "x", tmp_path / "table.csv"
     folder.mkdir(parents=True)
     table.write_text("image\nb.png\n", encoding="utf-8")
@@ -349,7 +345,7 @@ def test_an_input_is_known_by_its_content(photos: Path, tmp_path: Path) -> None:
     ]
 
     def identities() -> list[dict[str, Any]]:
-        return [open_source(PredictOptions("model", **options)).identity() for options in given]
+        return [open_input(PredictOptions("model", **options)).compute_identity() for options in given]
 
     first = identities()
     assert identities() == first
@@ -360,22 +356,22 @@ def test_an_input_is_known_by_its_content(photos: Path, tmp_path: Path) -> None:
 
 
 def test_digits_are_read(models: Path) -> None:
-    source = open_source(PredictOptions("model", dataset="digits"))
+    source = open_input(PredictOptions("model", dataset="digits"))
     assert source.num_images == 1797
     (record,) = source.read([range(1796, 1797)])
     assert record.content.size == (8, 8) and record.name == "digits/1796"
 
 
-def test_data_sets_that_cannot_be_used_are_named(tmp_path: Path) -> None:
+def test_datasets_that_cannot_be_used_are_named(tmp_path: Path) -> None:
     (tmp_path / "table.csv").write_text("a,b\n1,2\n", encoding="utf-8")
-    with raises_one_line("no column is clearly the image", "--image-column"):
-        open_source(PredictOptions("model", dataset=str(tmp_path / "table.csv")))
-    with raises_one_line("has no column 'c': choose one of a, b"):
-        open_source(PredictOptions("model", dataset=str(tmp_path / "table.csv"), image_column="c"))
+    with raises_one_line("cannot determine the image column", "--image-column"):
+        open_input(PredictOptions("model", dataset=str(tmp_path / "table.csv")))
+    with raises_one_line("has no column 'c'. Choose one of a, b"):
+        open_input(PredictOptions("model", dataset=str(tmp_path / "table.csv"), image_column="c"))
     with raises_one_line("has no split 'test'", "train"):
-        open_source(PredictOptions("model", dataset=str(tmp_path / "table.csv"), split="test"))
+        open_input(PredictOptions("model", dataset=str(tmp_path / "table.csv"), split="test"))
     with raises_one_line("there are no images in"):
-        open_source(PredictOptions("model", (str(tmp_path),)))
+        open_input(PredictOptions("model", (str(tmp_path),)))
 
 
 def test_what_a_stream_passes_by_is_not_decoded(photos: Path, tmp_path: Path) -> None:
@@ -383,20 +379,20 @@ def test_what_a_stream_passes_by_is_not_decoded(photos: Path, tmp_path: Path) ->
     values = [{"bytes": b"broken" if index < 6 else good, "path": None} for index in range(10)]
     table = datasets.Dataset.from_dict({"image": values}).cast_column("image", datasets.Image())
     table.to_parquet(tmp_path / "images.parquet")
-    source = open_source(PredictOptions("model", dataset=str(tmp_path / "images.parquet"), streaming=True))
-    assert isinstance(source, Stream) and source.num_images is None
+    source = open_input(PredictOptions("model", dataset=str(tmp_path / "images.parquet"), streaming=True))
+    assert isinstance(source, StreamInput) and source.num_images is None
     assert [(record.index, record.content) for record in source.read([range(6, 8)])] == [(6, good), (7, good)]
     assert source.num_images is None
-    ranges = share(shard_ranges(None, 4), process=1, num_processes=2)  # 4 .. 7, then beyond the end
+    ranges = assign_ranges(iterate_shards(None, 4), process=1, num_processes=2)  # 4 .. 7, then beyond the end
     assert [record.index for record in source.read(ranges)] == [4, 5, 6, 7]
     assert source.num_images == 10
 
 
-def test_a_network_failure_is_no_broken_image(models: Path, tmp_path: Path, photos: Path) -> None:
+def test_a_network_failure_is_no_unreadable_image(models: Path, tmp_path: Path, photos: Path) -> None:
     (tmp_path / "table.csv").write_text("image\nmemory://absent.jpg\n", encoding="utf-8")
     output = tmp_path / "out.csv"
     options = PredictOptions(str(models / "one_label"), dataset=str(tmp_path / "table.csv"), output=output)
-    with raises_one_line("cannot fetch memory://absent.jpg", error=CannotFetch):
+    with raises_one_line("cannot fetch memory://absent.jpg", error=FetchError):
         predict_images(options)
     assert [file.name for file in tmp_path.iterdir()] == ["table.csv"]
 
@@ -435,7 +431,7 @@ def test_killed_in_the_middle_then_two_processes_go_on(models: Path, streamed: P
     (folder / ".shard-000031.parquet.1.unfinished").write_bytes(b"half a file")
 
     printed = run_together("predict.py", *flags, "--output", folder, log=tmp_path / "log", environment=OFFLINE)
-    assert printed == f"{folder}: 1,000 images, 10 without an answer\n"
+    assert printed == f"{folder}: 1,000 images, 10 without a prediction\n"
     assert all((folder / name).stat().st_mtime_ns == written for name, written in before.items())
     assert sorted(file.name for file in folder.iterdir()) == [
         ".manifest.json",
@@ -468,7 +464,7 @@ def test_two_processes_write_the_same_file_as_one(models: Path, streamed: Path, 
     for processes, name in ((1, "one.csv"), (2, "two.csv")):
         how = {"log": tmp_path / f"{name}.log", "environment": OFFLINE, "processes": processes}
         printed = run_together("predict.py", *flags, "--output", tmp_path / name, **how)
-        assert printed == f"{tmp_path / name}: 1,000 images, 10 without an answer\n"
+        assert printed == f"{tmp_path / name}: 1,000 images, 10 without a prediction\n"
     assert (tmp_path / "one.csv").read_bytes() == (tmp_path / "two.csv").read_bytes()
 
 
@@ -477,12 +473,12 @@ def test_a_second_start_must_ask_for_the_same(
 ) -> None:
     folder = tmp_path / "labels"
 
-    def again(model: str = "one_label", path: Path = photos, **others: Any) -> Summary:
+    def again(model: str = "one_label", path: Path = photos, **others: Any) -> PredictionCounts:
         reset_accelerate()
         options: dict[str, Any] = {"shard_size": 4, **others}
         return predict_images(PredictOptions(str(models / model), (str(path),), output=folder, **options))
 
-    assert again() == Summary(9, 0)
+    assert again() == PredictionCounts(9, 0)
     written = {file: file.stat().st_mtime_ns for file in folder.iterdir()}
     assert len(written) == 4
     for change, words in {
@@ -493,16 +489,16 @@ def test_a_second_start_must_ask_for_the_same(
         "model": ("another model", {"model": "several_labels"}),
         "input": ("another input", {"path": photos / "inner"}),
     }.values():
-        with raises_one_line(f"--output {folder} was begun with {change}"):
+        with raises_one_line(f"--output {folder} was written with {change}"):
             again(**words)
-    assert again(batch_size=3, num_workers=1) == Summary(9, 0)  # may differ
+    assert again(batch_size=3, num_workers=1) == PredictionCounts(9, 0)  # may differ
     assert {file: file.stat().st_mtime_ns for file in folder.iterdir()} == written
 
     (folder / "shard-000001.parquet").unlink()
-    assert again() == Summary(9, 0)
+    assert again() == PredictionCounts(9, 0)
     assert [row["index"] for row in read_shards(folder)] == list(range(9))
     (folder / "shard-000002.parquet").write_bytes(b"half")
-    with raises_one_line("shard-000002.parquet is damaged", "delete it and start again"):
+    with raises_one_line("shard-000002.parquet is damaged", "Delete it and restart"):
         again()
     flags = ["--model", models / "one_label", photos, "--output", folder, "--top-k", 3]
     assert run(monkeypatch, *flags) == 1
@@ -511,23 +507,25 @@ def test_a_second_start_must_ask_for_the_same(
 
 def test_a_folder_with_other_files_is_refused(models: Path, photos: Path, tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("", encoding="utf-8")
-    with raises_one_line("holds other files"):
+    with raises_one_line("contains other files"):
         predict_images(PredictOptions(str(models / "one_label"), (str(photos),), output=tmp_path))
 
 
 @pytest.mark.parametrize("num_images", [1, 7, 8, 9])
 def test_shards_do_not_depend_on_the_processes(num_images: int) -> None:
-    shards = list(shard_ranges(num_images, 4))
+    shards = list(iterate_shards(num_images, 4))
     assert [index for indices in shards for index in indices] == list(range(num_images))
     for processes in (1, 2, 3):
-        shares = [list(share(shard_ranges(num_images, 4), process, processes)) for process in range(processes)]
+        shares = [
+            list(assign_ranges(iterate_shards(num_images, 4), process, processes)) for process in range(processes)
+        ]
         together = sorted((indices for one in shares for indices in one), key=lambda indices: indices.start)
         assert together == shards
 
 
 def test_batches_do_not_cross_pieces() -> None:
-    images = (Prepared(Record(index, str(index), None)) for index in (0, 1, 2, 3, 4, 10, 11, 12))
-    sizes = [[image.record.index for image in batch] for batch in batches(images, batch_size=3, piece=5)]
+    images = (PreparedImage(ImageRecord(index, str(index), None)) for index in (0, 1, 2, 3, 4, 10, 11, 12))
+    sizes = [[image.record.index for image in batch] for batch in iterate_batches(images, batch_size=3, piece=5)]
     assert sizes == [[0, 1, 2], [3, 4], [10, 11, 12]]
 
 
@@ -543,7 +541,7 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
         file = tmp_path / f"out{suffix}"
         file.write_text("from before", encoding="utf-8")
         with pytest.raises(ValueError, match="ends early"):
-            write_rows(rows(), all_columns({}), file)
+            write_rows(rows(), get_output_columns({}), file)
         assert file.read_text(encoding="utf-8") == "from before"
     assert len(list(tmp_path.iterdir())) == 4
 
@@ -551,16 +549,51 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
 def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "out.json").mkdir()
     with raises_one_line(f"cannot write {tmp_path / 'out.json'}", error=OSError):
-        write_rows([], all_columns({}), tmp_path / "out.json")
+        write_rows([], get_output_columns({}), tmp_path / "out.json")
+
+
+HEARTBEAT = """
+import sys, time
+from pathlib import Path
+from modeling_vitcls.inference import outputs
+outputs.SECONDS_BETWEEN_HEARTBEATS = 0.05
+with outputs.Heartbeat(outputs.ShardFolder(Path(sys.argv[1]), 4).get_heartbeat_file(1)):
+    print("ready", flush=True)
+    time.sleep(600)
+"""
+
+
+def test_a_process_that_was_killed_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(outputs, "SECONDS_BETWEEN_HEARTBEATS", 0.05)
+    monkeypatch.setattr(outputs, "MAX_SILENT_SECONDS", 2.0)
+    folder = outputs.ShardFolder(tmp_path, 4)
+    command = [sys.executable, "-c", HEARTBEAT, tmp_path]
+    with (
+        subprocess.Popen(command, stdout=subprocess.PIPE, env=SCRIPT_ENVIRONMENT) as other,
+        outputs.Heartbeat(folder.get_heartbeat_file(0)),
+    ):
+        assert other.stdout is not None and other.stdout.readline() == b"ready\n"
+        last = folder.get_heartbeat_file(1).stat().st_mtime_ns
+        while folder.get_heartbeat_file(1).stat().st_mtime_ns == last:
+            time.sleep(0.01)
+        other.kill()
+        with raises_one_line("lacks shards of a process that has ended. Repeat the command", error=OSError):
+            folder.wait_for_shards(4, 2)
+        folder.get_heartbeat_file(1).unlink()  # as after an error
+        with raises_one_line("lacks shards of a process that has ended. Repeat the command", error=OSError):
+            folder.wait_for_shards(4, 2)
+        folder.get_file(0).touch()
+        folder.wait_for_shards(4, 2)
+    assert [file.name for file in tmp_path.iterdir()] == ["shard-000000.parquet"]
 
 
 def test_unfinished_files_of_a_killed_start_are_removed(tmp_path: Path) -> None:
     (tmp_path / ".shard-000000.parquet.77.unfinished").write_bytes(b"half")
     folder = ShardFolder(tmp_path, size=2)
-    assert folder.begin({"input": "this"}) is None
+    assert folder.open({"input": "this"}) is None
     assert [file.name for file in tmp_path.iterdir()] == [".manifest.json"]
-    folder.set_num_images(5)
-    assert folder.begin({"input": "this"}) == 5
+    folder.record_num_images(5)
+    assert folder.open({"input": "this"}) == 5
     assert not folder.is_complete(5)
 
 
@@ -574,17 +607,17 @@ def test_models_without_labels_are_refused_in_one_line(models: Path, photos: Pat
     weights = {name: value for name, value in model.state_dict().items() if "classifier" not in name}
     model.save_pretrained(lost, state_dict=weights)
     for source, words in {
-        models / "encoder": "holds a ViTCLSModel, which has no labels",
-        models / "masked": "holds a ViTCLSForMaskedImageModeling, which has no labels",
-        lost: "lacks classifier.bias",
-        tmp_path: "holds a model of type 'vit'",
+        models / "encoder": "contains ViTCLSModel. Fine-tune it first",
+        models / "masked": "contains ViTCLSForMaskedImageModeling",
+        lost: "does not contain classifier.bias",
+        tmp_path: "contains a model of type 'vit'",
         "vitcls-tiny": "is a preset",
         tmp_path / "absent": "is not a folder",
     }.items():
         with raises_one_line(words, error=(ValueError, OSError)):
             predict_images(PredictOptions(str(source), (str(photos),)))
         reset_accelerate()
-    with raises_one_line("no labels to predict"):
+    with raises_one_line("the model has no labels"):
         predict(ViTCLSForImageClassification(tiny_config(num_labels=0)), ViTCLSImageProcessor(size=32), photos)
 
 
@@ -603,7 +636,7 @@ def test_mixed_precision_is_near(models: Path, photos: Path, tmp_path: Path) -> 
 # From Python, and flags ----------------------------------------------------------------------------------------------
 
 
-def test_predict_takes_pictures_of_any_kind(photos: Path) -> None:
+def test_predict_takes_images_of_any_kind(photos: Path) -> None:
     model = filled(ViTCLSForImageClassification(tiny_config(**LABELS, hidden_dropout_prob=0.9))).train()
     picture = photos / "a.jpg"
     given = [str(picture), picture, picture.read_bytes(), Image.open(picture), np.asarray(Image.open(picture))]
@@ -615,7 +648,7 @@ def test_predict_takes_pictures_of_any_kind(photos: Path) -> None:
     assert model.training
     (alone,) = predict(model, ViTCLSImageProcessor(size=32), picture)
     assert alone["image"] == str(picture) and alone["label"] == rows[0]["label"]
-    with raises_one_line("no images were given"):
+    with raises_one_line("the list is empty"):
         predict(model, ViTCLSImageProcessor(size=32), [])
 
 
@@ -645,10 +678,10 @@ def test_wrong_flags_end_before_torch_is_imported() -> None:
     [
         (["a.png", "--features", "cls", "--output", "o.csv"], "CSV"),
         (["a.png", "--features", "cls"], "a table"),
-        (["a.png", "--output", "o.txt"], "name a .csv, .json, .jsonl or"),
-        (["a.png", "--dataset", "digits"], "in one of these ways"),
-        ([], "give images as PATHS"),
-        (["a.png", "--streaming"], "name it with --dataset"),
+        (["a.png", "--output", "o.txt"], "set a .csv, .json, .jsonl or"),
+        (["a.png", "--dataset", "digits"], "Set exactly one of PATHS"),
+        ([], "Set exactly one of PATHS"),
+        (["a.png", "--streaming"], "require --dataset"),
         (["a.png", "--top-k", "0"], "1 or more"),
         (["a.png", "--threshold", "2"], "0 to 1"),
     ],

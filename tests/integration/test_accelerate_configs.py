@@ -20,6 +20,7 @@ import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils.launch import prepare_multi_gpu_env
+from fresh_processes import SCRIPT_ENVIRONMENT
 from safetensors.torch import load_file
 from warm_processes import OFFLINE, run_together
 
@@ -29,12 +30,7 @@ from modeling_vitcls import ViTCLSForImageClassification
 REPOSITORY = Path(__file__).parents[2]
 CONFIGS = REPOSITORY / "scripts" / "accelerate"
 FILES = sorted(CONFIGS.glob("*.yaml"))
-ENVIRONMENT = os.environ | {
-    "PYTHONPATH": str(REPOSITORY),
-    "OMP_NUM_THREADS": "1",
-    "CUDA_VISIBLE_DEVICES": "",
-    "HF_HUB_OFFLINE": "1",
-}
+ENVIRONMENT = os.environ | SCRIPT_ENVIRONMENT
 NUM_HELD_OUT_DIGITS = 372
 TINY = [
     *("--model", "vitcls-tiny", "--dataset", "digits", "--image-size", 32, "--patch-size", 8),
@@ -143,7 +139,7 @@ def test_fsdp2_trains_as_ddp(ddp: Path, fsdp2: Path) -> None:
         assert all(moved > 0 for moved in results["token_movement"].values())
         evaluated = [record["step"] for record in read_metrics(folder) if "held_out_accuracy" in record]
         assert evaluated == [2, 4, 6]
-    assert "weights in parts by FSDP" in read_json(fsdp2 / "results.json")["device"]
+    assert "weights sharded by FSDP" in read_json(fsdp2 / "results.json")["device"]
     assert "parts" not in read_json(ddp / "results.json")["device"]
     losses = [record["loss"] for record in read_metrics(fsdp2)]
     assert losses[-1] < losses[0]

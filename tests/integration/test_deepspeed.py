@@ -43,7 +43,7 @@ def config_file(folder: Path, stage: int, precision: str = "no") -> str:
             "deepspeed_config_file": str(folder / "zero3.json"),
             "zero3_init_flag": settings["deepspeed_config"]["zero3_init_flag"],
         }
-        del settings["mixed_precision"]  # the launcher refuses it beside a file of DeepSpeed's; the flag is ours
+        del settings["mixed_precision"]  # the launcher refuses it next to a file of DeepSpeed's; the flag is ours
     file = folder / "launch.yaml"
     file.write_text(yaml.safe_dump(settings), encoding="utf-8")
     return str(file)
@@ -62,7 +62,7 @@ def test_it_trains_as_ddp(script: str, stage: int, flags: list[Any], tmp_path: P
     assert output.count("no checkpoints are saved") == output.count("WARNING: ") == 1
     assert not (zero / "checkpoints").exists()
     results, others = read_json(zero / "results.json"), read_json(ddp / "results.json")
-    assert "in parts by DeepSpeed" in results["device"] and results["num_processes"] == 2
+    assert "sharded by DeepSpeed" in results["device"] and results["num_processes"] == 2
     for name in ("num_parameters", "num_images", "steps"):
         assert results[name] == others[name]
     for token, moved in others["token_movement"].items():

@@ -53,6 +53,7 @@ PROGRAMS = {
     "benchmark": "benchmark.py",
     "demo": "demo_app.py",
     "space": "push_space.py",
+    "study": "study.py",
 }
 MODULE = ["-m", "modeling_vitcls.cli"]
 OTHER_PROGRAMS = (["vitcls", "--version"], ["vitcls", "env"], ["vitcls", "completion"])

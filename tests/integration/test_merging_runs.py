@@ -1,13 +1,11 @@
 """Models that merge patches, trained and shown: what cannot be read of them is left out, and all else is as ever."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from accelerate_state import reset_accelerate
 from PIL import Image
 from sklearn.datasets import load_digits
 from tiny_models import filled, raises_one_line, tiny_config
@@ -29,19 +27,14 @@ from modeling_vitcls.options import (
     PretrainOptions,
     TrainingOptions,
 )
-from modeling_vitcls.training import finetune as finetuning
-from modeling_vitcls.training import pretrain as pretraining
+from modeling_vitcls.training.finetune import FinetuneTask
+from modeling_vitcls.training.pretrain import PretrainTask
+from modeling_vitcls.training.task import run_task
 
+
+pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
 FIELDS: dict[str, Any] = {"num_cls_tokens": 2, "num_register_tokens": 1, "merged_patches_per_layer": 3}
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerate() -> Iterator[None]:
-    """Accelerate keeps its settings in singletons: each test starts without."""
-    reset_accelerate()
-    yield
-    reset_accelerate()
 
 
 def saved(model: Any, folder: Path) -> Path:
@@ -55,9 +48,9 @@ def test_a_run_ends_with_a_model_results_and_a_card(
     kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     checkpoint, folder = saved(ViTCLSModel(tiny_config(**FIELDS)), tmp_path / "checkpoint"), tmp_path / "out"
-    options_class, script, model_class = {
-        "fine-tuned": (FinetuneOptions, finetuning.finetune, ViTCLSForImageClassification),
-        "pre-trained": (PretrainOptions, pretraining.pretrain, ViTCLSForMaskedImageModeling),
+    options_class, task_class, model_class = {
+        "fine-tuned": (FinetuneOptions, FinetuneTask, ViTCLSForImageClassification),
+        "pre-trained": (PretrainOptions, PretrainTask, ViTCLSForMaskedImageModeling),
     }[kind]
     options = options_class(
         output_dir=folder,
@@ -66,8 +59,7 @@ def test_a_run_ends_with_a_model_results_and_a_card(
         augmentation=AugmentationOptions(crop_scale=1.0, flip=False),
         training=TrainingOptions(max_steps=2, batch_size=8, log_every=1, health_every=1),
     )
-    prepare = finetuning.prepare if kind == "fine-tuned" else pretraining.prepare
-    results = script(prepare(options))
+    results = run_task(task_class(options))
     assert json.loads((folder / "results.json").read_text(encoding="utf-8")) == results
     assert model_class.from_pretrained(folder).config.merged_patches_per_layer == 3
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
@@ -81,7 +73,7 @@ def test_a_run_ends_with_a_model_results_and_a_card(
 
 @pytest.fixture(scope="module")
 def digit(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A picture of 8 x 8 pixels."""
+    """A image of 8 x 8 pixels."""
     file = tmp_path_factory.mktemp("pictures") / "digit.png"
     Image.fromarray((16 * load_digits().images[0]).clip(0, 255).astype("uint8")).save(file)
     return file

@@ -1,6 +1,6 @@
 """Runs of scripts/finetune.py and scripts/pretrain.py that push: the result, verified, and checkpoints on the way.
 
-The scripts run in this process, against a Hub on this machine. The fresh processes that verify are real, so most runs
+The scripts run in this process, against a Hub on this machine. The new processes that verify are real, so most runs
 leave that out.
 """
 
@@ -25,12 +25,14 @@ from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.utils import are_progress_bars_disabled
 from local_hub import LocalHub, Token, point_client_at, running_hub
 from safetensors.torch import load, load_file
-from warm_processes import READY, SECONDS, free_port, ranked, run_script
+from warm_processes import READY, SECONDS, find_free_port, get_rank_variables, run_script
 
 from modeling_vitcls import ViTCLSForImageClassification, ViTCLSImageProcessor
 from modeling_vitcls.hub import connection, publish
 from modeling_vitcls.training import branch_uploads
 
+
+pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 WEIGHTS = "model.safetensors"
@@ -40,14 +42,6 @@ TINY = (
     "--no-report"
 )
 RUN = f"{TINY} --max-steps 6 --batch-size 16 --log-every 1 --save-every 3"
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerate() -> Iterator[None]:
-    """Accelerate keeps its settings in singletons: each test starts without."""
-    reset_accelerate()
-    yield
-    reset_accelerate()
 
 
 @pytest.fixture
@@ -179,8 +173,8 @@ def test_without_the_right_to_push_there_is_no_training(
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        ("--hub-checkpoint-every 2", "--hub-checkpoint-every needs --push-to-hub"),
-        ("--hub-push-optimizer", "--hub-push-optimizer needs --push-to-hub"),
+        ("--hub-checkpoint-every 2", "--hub-checkpoint-every requires --push-to-hub"),
+        ("--hub-push-optimizer", "--hub-push-optimizer requires --push-to-hub"),
         ("--push-to-hub --hub-checkpoint-every 0", "--hub-checkpoint-every is 0"),
         ("--push-to-hub --hub-checkpoint-branch main", "--hub-checkpoint-branch is main"),
     ],
@@ -235,7 +229,7 @@ def test_pushing_on_the_way_changes_nothing_about_the_run(hub: LocalHub, tmp_pat
 
 
 def test_additions_of_lora_are_merged_on_the_branch(hub: LocalHub, tmp_path: Path, script: Any) -> None:
-    """The licence of the model that they are added to goes with them."""
+    """The license of the model that they are added to goes with them."""
     assert script("finetune.py", RUN, "--output-dir", tmp_path / "base").status == 0
     terms = "---\nlicense: other\nlicense_name: terms\nlicense_link: LICENSE.md\n---\n"
     (tmp_path / "base" / "README.md").write_text(terms)
@@ -439,7 +433,7 @@ def run_as(rank: int, port: int, url: str, folder: Path, flags: str, fsdp: bool)
     """One of two processes, which talks to the Hub at `url`; what it prints goes to FOLDER.RANK.log."""
     log = folder.with_name(f"{folder.name}.{rank}.log")
     point_client_at(url, "hf_ann", pytest.MonkeyPatch(), folder.with_name("home"))
-    several = ranked(rank, 2, port)
+    several = get_rank_variables(rank, 2, port)
     if fsdp:
         several |= {
             "ACCELERATE_USE_FSDP": "true",
@@ -452,7 +446,7 @@ def run_as(rank: int, port: int, url: str, folder: Path, flags: str, fsdp: bool)
 @pytest.mark.parametrize("fsdp", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["fsdp2", "ddp"])
 def test_two_processes_push_and_verify_once(hub: LocalHub, tmp_path: Path, fsdp: bool) -> None:
     """All gather the weights, in parts under FSDP; the second one waits while the first one verifies."""
-    folder, port = tmp_path / "my-run", free_port()
+    folder, port = tmp_path / "my-run", find_free_port()
     flags = f"{RUN} --ema-decay 0.9 --keep-checkpoints 9 --push-to-hub --hub-checkpoint-every 3 --hub-push-optimizer"
     started = [READY.Process(target=run_as, args=(rank, port, hub.url, folder, flags, fsdp)) for rank in range(2)]
     for process in started:

@@ -20,29 +20,23 @@ import datasets
 import psutil
 import pytest
 import torch
+from fresh_processes import SCRIPT_ENVIRONMENT
 from PIL import Image
 from safetensors.torch import load_file
-from warm_processes import READY, SCRIPTS, free_port, loopback, ranked, run_script
+from warm_processes import READY, SCRIPTS, find_free_port, get_loopback, get_rank_variables, run_script
 
-from modeling_vitcls.data import workers
+from modeling_vitcls.data import batches
 
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="needs sessions of processes")
 
 REPOSITORY = Path(__file__).parents[2]
-ENVIRONMENT = {
-    "PYTHONPATH": str(REPOSITORY),
-    "OMP_NUM_THREADS": "1",
-    "CUDA_VISIBLE_DEVICES": "",
-    "HF_HUB_OFFLINE": "1",
-    "COLUMNS": "200",
-    "GLOO_SOCKET_IFNAME": loopback(),
-}
+ENVIRONMENT = SCRIPT_ENVIRONMENT | {"GLOO_SOCKET_IFNAME": get_loopback()}
 TINY = (
     "--model vitcls-tiny --hidden-size 32 --num-hidden-layers 2 --num-attention-heads 2 --intermediate-size 64 "
     "--image-size 32 --patch-size 16 --num-register-tokens 2 --drop-path-rate 0.2 --no-report"
 )
-# 36 pictures: 4.5 steps an epoch, 23 steps. Checkpoints and lines of metrics fall on different steps.
+# 36 images: 4.5 steps an epoch, 23 steps. Checkpoints and lines of metrics fall on different steps.
 SCHEDULE = (
     "--epochs 5 --batch-size 8 --learning-rate 3e-3 --num-workers 0 --save-every 3 --log-every 2 --health-every 0"
 )
@@ -139,8 +133,8 @@ def finetune(flags: list[str], log: Path, environment: dict[str, str]) -> None:
 
 def finetune_with_late_workers(flags: list[str], log: Path, environment: dict[str, str]) -> None:
     """As on a busy machine: a worker's thread that waits for SIGTERM does not get to run for a while."""
-    wait = workers.wait_for_parents_signal
-    workers.wait_for_parents_signal = lambda: (time.sleep(3), wait())
+    wait = batches.wait_for_parent_signal
+    batches.wait_for_parent_signal = lambda: (time.sleep(3), wait())
     finetune(flags, log, environment)
 
 
@@ -197,8 +191,8 @@ def kill_and_resume(folder: Path, flags: str, kills: list[int]) -> str:
 
 def start_two(folder: Path, flags: str) -> list[Started]:
     """Two processes that work together, the main one first."""
-    port = free_port()
-    return [Started(folder, flags, ready(folder, flags, **ranked(rank, 2, port))) for rank in range(2)]
+    port = find_free_port()
+    return [Started(folder, flags, ready(folder, flags, **get_rank_variables(rank, 2, port))) for rank in range(2)]
 
 
 def finish_two(folder: Path, flags: str) -> str:
@@ -253,7 +247,7 @@ def resumed_after(output: str) -> int:
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of 36 pictures of noise to train on and 10 to test, in two classes, one darker; one cannot be read."""
+    """A folder of 36 images of noise to train on and 10 to test, in two classes, one darker; one cannot be read."""
     folder = tmp_path_factory.mktemp("pictures")
     noise = random.Random(0)
     for index in range(23):
@@ -351,7 +345,7 @@ def test_a_damaged_checkpoint_costs_a_warning(
     weights = newest / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-7])
     output = finish(folder, f"{flags} --resume")
-    assert f"WARNING: the checkpoint {newest} is damaged: model.safetensors is not what was written" in output
+    assert f"WARNING: the checkpoint {newest} is damaged: model.safetensors differs from the written file" in output
     assert resumed_after(output) == step_of(before)
     assert_equal_runs(folder, uninterrupted(flags))
 
@@ -362,7 +356,7 @@ def test_only_damaged_checkpoints_are_refused(pictures: Path, folder: Path) -> N
     for state in (folder / "checkpoints").glob("step-*/state.json"):
         state.write_text("{", encoding="utf-8")
     message = refusal(folder, f"{flags} --resume")
-    assert message.startswith("error: every checkpoint in") and "leave out --resume" in message
+    assert message.startswith("error: all checkpoints in") and "--overwrite instead of --resume" in message
 
 
 def test_resume_without_a_checkpoint_starts_from_the_beginning(
@@ -551,9 +545,11 @@ def test_a_second_run_in_the_folder_is_refused(
         assert process.exitcode == 1
         assert log.read_text().splitlines()[-1].startswith(f"error: {folder} is in use by another run (process ")
     log = folder.with_name("two.log")
-    port = free_port()
+    port = find_free_port()
     both = [
-        READY.Process(target=finetune, args=(command(folder, flags)[1:], log, ENVIRONMENT | ranked(rank, 2, port)))
+        READY.Process(
+            target=finetune, args=(command(folder, flags)[1:], log, ENVIRONMENT | get_rank_variables(rank, 2, port))
+        )
         for rank in range(2)
     ]
     for process in both:

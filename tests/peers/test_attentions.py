@@ -1,6 +1,7 @@
-"""What tokens attend to, in every family that is converted: the source's own maps, ours with eager attention, those
-recorded from fused attention (analysis/attention_recorder.py), and the special tokens' rows (`token_attention`) are
-the same.
+"""Compare attention maps in every family that can be converted.
+
+The maps of the source, of eager attention and of the recorder for fused attention must be equal, and so must the rows
+of special tokens (`token_attention`).
 """
 
 from dataclasses import replace
@@ -13,14 +14,14 @@ from torch import nn
 from modeling_vitcls import convert_from_timm, convert_from_transformers
 from modeling_vitcls.analysis.attention_recorder import record_attention_layers
 from peers import test_from_timm as timm_cases
-from peers.transformers_cases import CASES, Case, as_patches, encoder_of, images
+from peers.transformers_cases import CASES, Case, build_inputs, get_encoder, images
 
 
 LIMIT = 1e-5
 
 
 def check_maps(ours: Any, pixels: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Three ways to our maps agree; returns those of eager attention, [B, maps, N, N] per layer."""
+    """Check that three ways to compute attention maps agree, and return the maps [B, maps, N, N] per layer."""
     rows = ours.token_attention(pixels)  # [B, layer, map, special token, N]
     with record_attention_layers(ours) as layers:
         ours(pixels)
@@ -29,7 +30,7 @@ def check_maps(ours: Any, pixels: torch.Tensor) -> tuple[torch.Tensor, ...]:
     maps = ours(pixels, output_attentions=True).attentions
     num_special = ours.config.token_layout.num_prefix_tokens
     for index, (by_record, by_eager) in enumerate(zip(recorded, maps, strict=True)):
-        assert by_eager.std() > 0.001, "the maps are too alike to tell"
+        assert by_eager.std() > 0.001, "the maps are too uniform for a comparison"
         assert difference(by_record, by_eager) <= LIMIT
         assert difference(rows[:, index], by_eager[:, :, :num_special]) <= LIMIT
         assert difference(layers[index].weights(2), by_eager[:, :, :2]) <= LIMIT
@@ -37,7 +38,7 @@ def check_maps(ours: Any, pixels: torch.Tensor) -> tuple[torch.Tensor, ...]:
 
 
 def difference(first: torch.Tensor, second: torch.Tensor) -> float:
-    """The largest; 0 of nothing."""
+    """Return the largest absolute difference; 0 for empty tensors."""
     assert first.shape == second.shape
     return (first - second).abs().max().item() if first.numel() else 0.0
 
@@ -49,32 +50,27 @@ def test_of_transformers(name: str) -> None:
     source = case.build()
     pixels = images(case.sizes[-1])
     maps = check_maps(convert_from_transformers(source), pixels)
-    for ours, theirs in zip(maps, maps_of(source, case, pixels), strict=True):
+    for ours, theirs in zip(maps, compute_source_maps(source, case, pixels), strict=True):
         assert difference(ours, theirs) <= LIMIT
 
 
 def with_eager_attention(case: Case) -> Case:
-    """The case of a source that returns its maps."""
+    """Return the case with eager attention, so that the source returns its attention maps."""
     values = dict(case.values)
     values["attn_implementation"] = "eager"
     return replace(case, values=values)
 
 
-def maps_of(source: nn.Module, case: Case, pixels: torch.Tensor) -> list[torch.Tensor]:
-    """The source's maps [B, heads, N, N] per layer, its patches in their places."""
-    inputs: dict[str, Any] = {"pixel_values": pixels}
-    if case.model.startswith("Siglip2"):
-        inputs = as_patches(pixels, case.values.get("vision_config", case.values)["patch_size"])
-    elif case.ask and pixels.shape[-2:] != case.sizes[0]:
-        inputs["interpolate_pos_encoding"] = True
-    encoded = encoder_of(source)(**inputs, output_attentions=True)
-    if "ids_restore" not in encoded:
-        return list(encoded.attentions)
-    places = torch.cat([torch.zeros(len(pixels), 1, dtype=torch.long), encoded.ids_restore + 1], dim=1)  # [B, N]
+def compute_source_maps(source: nn.Module, case: Case, pixels: torch.Tensor) -> list[torch.Tensor]:
+    """Return the attention maps of the source, [B, heads, N, N] per layer, with patches in their original order."""
+    outputs = get_encoder(source)(**build_inputs(case, pixels), output_attentions=True)
+    if "ids_restore" not in outputs:
+        return list(outputs.attentions)
+    indices = torch.cat([torch.zeros(len(pixels), 1, dtype=torch.long), outputs.ids_restore + 1], dim=1)  # [B, N]
     image = torch.arange(len(pixels))[:, None, None]
     return [
-        maps.transpose(0, 1)[:, image, places[:, :, None], places[:, None, :]].transpose(0, 1)
-        for maps in encoded.attentions
+        maps.transpose(0, 1)[:, image, indices[:, :, None], indices[:, None, :]].transpose(0, 1)
+        for maps in outputs.attentions
     ]
 
 
@@ -90,7 +86,7 @@ def test_of_own_arguments_in_timm(what: str) -> None:
 
 @torch.no_grad()
 def check_timm(name: str, arguments: dict[str, Any]) -> None:
-    """At a size that the model was not trained at."""
+    """Check the attention maps of a timm model at another size than its native size."""
     model = timm_cases.peer(name, **timm_cases.TINY | arguments)
     size = timm_cases.pixels(model, timm_cases.RECTANGLE)
     model.set_input_size(img_size=size)

@@ -1,6 +1,7 @@
-"""State dicts under the names and shapes of their repositories, loaded by us and by timm's own filters: same numbers.
+"""Compare converted state dicts with timm models that load the same state dicts.
 
-The small state dicts here are random; timm's `checkpoint_filter_fn` and `load_pretrained` are the independent reading.
+The state dicts are small and random, with the names and shapes of the published ones. timm loads them with
+`checkpoint_filter_fn` and `load_pretrained`.
 """
 
 import math
@@ -29,21 +30,21 @@ Shapes = dict[str, tuple[int, ...]]
 
 
 def random_weights(shapes: Shapes, seed: int = 0) -> Weights:
-    """Values that keep activations near 1."""
+    """Build random values that keep activations close to 1."""
     generator = torch.Generator().manual_seed(seed)
     return {
-        name: spread(name, shape) * torch.randn(shape, generator=generator) + is_scale(name, shape)
+        name: get_std(name, shape) * torch.randn(shape, generator=generator) + is_scale(name, shape)
         for name, shape in shapes.items()
     }
 
 
 def is_scale(name: str, shape: tuple[int, ...]) -> bool:
-    """Whether values are factors, around 1."""
+    """Return whether the values are factors close to 1."""
     return len(shape) == 1 and any(part in name for part in ("weight", "gamma", "scale"))
 
 
-def spread(name: str, shape: tuple[int, ...]) -> float:
-    """Standard deviation: small for matrices that sum over much."""
+def get_std(name: str, shape: tuple[int, ...]) -> float:
+    """Return the standard deviation of the values."""
     if len(shape) == 1:
         return 0.2
     if name.endswith("weight"):
@@ -52,7 +53,7 @@ def spread(name: str, shape: tuple[int, ...]) -> float:
 
 
 def vit_shapes(num_positions: int, mlp: str = "plain") -> Shapes:
-    """The names that DINOv2, DINOv3, DeiT and MAE share."""
+    """Return the shapes of the weights that DINOv2, DINOv3, DeiT and MAE share."""
     shapes: Shapes = {"pos_embed": (1, num_positions, WIDTH)} if num_positions else {}
     shapes |= {
         "cls_token": (1, 1, WIDTH),
@@ -81,7 +82,7 @@ def layer_scales(names: tuple[str, str]) -> Shapes:
 
 
 def timm_model(name: str, weights: Weights, **arguments: Any) -> nn.Module:
-    """timm's model with the weights, read by its own filter."""
+    """Build a timm model and load the weights with timm's filter."""
     model = timm.create_model(name, **{**TINY, **PIXELS, **arguments}).eval()
     module = eva if isinstance(model, eva.Eva) else vision_transformer
     extra = {"adapt_layer_scale": True} if "deit3" in name else {}
@@ -116,12 +117,12 @@ def test_dinov2() -> None:
     ours = convert_state_dict(weights, "dinov2", num_attention_heads=HEADS)
     assert token_difference(timm_model("vit_small_patch14_dinov2", weights), ours) <= TOLERANCE
     assert torch.equal(ours.embeddings.mask_token[0], weights["mask_token"])
-    # Its own code resamples with an offset and no antialias; timm, which we compare with, otherwise.
+    # The original code resamples with an offset and without antialiasing, unlike timm.
     assert (ours.config.position_offset, ours.config.position_antialias) == (0.1, False)
 
 
 def test_dinov2_with_registers() -> None:
-    """Its own code resamples as timm does."""
+    """The original code resamples like timm."""
     weights = dinov2_weights(registers=4)
     ours = convert_state_dict(weights, "dinov2", num_attention_heads=HEADS)
     model = timm_model("vit_small_patch14_reg4_dinov2", weights)
@@ -130,7 +131,7 @@ def test_dinov2_with_registers() -> None:
 
 
 def test_dinov2_giant_in_chunks() -> None:
-    """The gated MLP; blocks numbered by chunk and block."""
+    """Gated MLPs, and block names with chunk indices."""
     weights = dinov2_weights("DINOv2 giant", registers=4)
     chunked = {re.sub(r"^blocks\.(\d+)\.", r"blocks.\1.\1.", name): part for name, part in weights.items()}
     assert "blocks.1.1.mlp.w12.weight" in chunked
@@ -174,7 +175,7 @@ def test_dinov3(name: str, mlp: str, bias: bool) -> None:
 
 def test_dinov3_with_something_else() -> None:
     weights = dinov3_weights()
-    with pytest.raises(ConversionError, match="other periods"):
+    with pytest.raises(ConversionError, match="differs from the rotary periods of DINOv3"):
         convert_state_dict(weights | {"rope_embed.periods": torch.ones(3)}, "dinov3", num_attention_heads=HEADS)
     unmasked = {name: part for name, part in weights.items() if not name.endswith("bias_mask")}
     with pytest.raises(ConversionError, match="bias of the keys"):
@@ -208,7 +209,7 @@ def test_deit(name: str, num_positions: int, extra: Shapes) -> None:
 
 
 def test_mae() -> None:
-    """A pre-trained encoder; a whole checkpoint, whose decoder has to be dropped by name."""
+    """Convert a pre-trained encoder, and a full checkpoint whose decoder is dropped by name."""
     weights = random_weights(vit_shapes(1 + GRID**2))
     model = timm_model("vit_base_patch16_224", weights)
     ours = convert_state_dict({"model": weights}, "mae", num_attention_heads=HEADS)
@@ -287,7 +288,7 @@ BIG_VISION = ((0, 1, 0), "pos_embedding")
 
 
 def saved(weights: Weights, file: Path, prefix: str = "") -> dict[str, np.ndarray]:
-    """Write an .npz and read it again."""
+    """Write an .npz file and load it."""
     np.savez(file, **{f"{prefix}{name}": part.numpy() for name, part in weights.items()})
     with np.load(file) as arrays:
         return dict(arrays)
@@ -350,17 +351,20 @@ def test_layer_before_the_classifier() -> None:
     assert (outputs.pooler_output - expected).abs().max() <= TOLERANCE
 
 
-def test_errors_say_what_to_do() -> None:
+def test_errors_name_the_remedy() -> None:
     weights = random_weights(vit_shapes(1 + GRID**2))
     errors = {
-        "unknown family 'dino': use one of dinov2": ((weights, "dino"), {}),
-        "pass num_attention_heads=": ((weights, "deit"), {}),
-        "pass image_size=": (
+        "family='dino' is unknown. Use one of dinov2": ((weights, "dino"), {}),
+        "Set num_attention_heads=": ((weights, "deit"), {}),
+        "Set image_size=": (
             (weights | {"pos_embed": torch.zeros(1, 1 + 3 * 6, WIDTH)}, "mae"),
             {"num_attention_heads": 4},
         ),
-        "no patch_embed.proj.weight among the weights": (({"cls": torch.zeros(1, 1, 4)}, "dinov2"), {}),
-        "no embedding/kernel among the weights": ((weights, "big_vision"), {}),
+        "requires the weight patch_embed.proj.weight, but": (
+            ({"cls": torch.zeros(1, 1, 4)}, "dinov2"),
+            {},
+        ),
+        "requires the weight embedding/kernel, but the weights are": ((weights, "big_vision"), {}),
         "weights missing: .*layernorm.weight": (
             ({name: part for name, part in weights.items() if name != "norm.weight"}, "deit"),
             {"num_attention_heads": 4},
@@ -369,7 +373,7 @@ def test_errors_say_what_to_do() -> None:
             (weights | {"blocks.0.extra": torch.zeros(1)}, "deit"),
             {"num_attention_heads": 4},
         ),
-        "is no array of numbers": (({"cls_token": np.zeros(2, dtype="V2")}, "deit"), {}),
+        "is not an array of numbers": (({"cls_token": np.zeros(2, dtype="V2")}, "deit"), {}),
     }
     for message, (arguments, fields) in errors.items():
         with pytest.raises(ConversionError, match=message):

@@ -1,7 +1,7 @@
-"""Every ViT of timm against ours: the same numbers after conversion, or an error that names what is missing.
+"""Compare every ViT of timm with its conversion: same outputs, or an error that names the unsupported feature.
 
-All parameters of timm's models are random first (random_weights.py). Compared are all tokens that leave the encoder
-and the logits, at the native size and, after timm's own resampling, at a rectangle.
+All parameters are filled with random values. The tests compare all tokens of the encoder and the logits, at the native
+size and, after `set_input_size`, at a rectangle.
 """
 
 import copy
@@ -18,7 +18,7 @@ from torch import nn
 
 from modeling_vitcls import ViTCLSForImageClassification, ViTCLSModel
 from modeling_vitcls.conversion.from_timm import convert_from_timm
-from modeling_vitcls.conversion.random_weights import random_fill
+from modeling_vitcls.conversion.random_weights import randomize_weights
 from modeling_vitcls.conversion.weight_rules import ConversionError
 
 
@@ -124,29 +124,35 @@ REFUSED: dict[str, tuple[str, dict[str, Any]]] = {
     "an MLP gated by gelu": ("vit_tiny_patch16_224", {"mlp_layer": GluMlp}),
     "global_pool='avgmax'": ("vit_tiny_patch16_224", {"global_pool": "avgmax"}),
     "global_pool='prr'": ("vit_tiny_patch16_224", {"global_pool": "prr"}),
-    "a classifier of every token": ("vit_tiny_patch16_224", {"global_pool": ""}),
-    "mean pooling of special tokens": ("vit_tiny_patch16_224", {"global_pool": "avg", "pool_include_prefix": True}),
+    "a classifier on every token": ("vit_tiny_patch16_224", {"global_pool": ""}),
+    "mean pooling that includes special": (
+        "vit_tiny_patch16_224",
+        {"global_pool": "avg", "pool_include_prefix": True},
+    ),
     "dynamic_img_pad": ("vit_tiny_patch16_224", {"dynamic_img_size": True, "dynamic_img_pad": True}),
     "activation Mish": ("vit_tiny_patch16_224", {"act_layer": "mish"}),
     "norm SimpleNorm": ("vit_tiny_patch16_224", {"norm_layer": "simplenorm"}),
-    "norms of different kinds or eps": (
+    "norms of different types or eps": (
         "vit_tiny_patch16_224",
         {"embed_norm_layer": LayerNorm, "norm_layer": RmsNorm},
     ),
-    "parallel blocks without biases": ("vit_base_patch16_xp_224", {"proj_bias": False}),
+    "parallel blocks without output biases": ("vit_base_patch16_xp_224", {"proj_bias": False}),
     "norms of queries and keys in parallel branches": ("vit_small_patch16_18x2_224", {"qk_norm": True}),
-    "norms within parallel branches": ("vit_small_patch16_18x2_224", {"scale_mlp_norm": True}),
-    "attention pooling with an activation of its own": ("vit_pe_core_tiny_patch16_384", {"swiglu_mlp": False}),
+    "norms inside parallel branches": ("vit_small_patch16_18x2_224", {"scale_mlp_norm": True}),
+    "attention pooling with another activation": (
+        "vit_pe_core_tiny_patch16_384",
+        {"swiglu_mlp": False},
+    ),
     "RotaryEmbeddingMRope": ("eva02_tiny_patch14_224", {"rope_type": "mrope", "rope_mrope_section": (2, 3, 3)}),
-    "an offset of centred rotary positions": ("vit_small_patch16_dinov3", {"rope_grid_offset": 0.5}),
-    "registers beside a distillation token": ("deit_tiny_distilled_patch16_224", {"reg_tokens": 2}),
+    "an offset of centered rotary positions": ("vit_small_patch16_dinov3", {"rope_grid_offset": 0.5}),
+    "registers together with a distillation token": ("deit_tiny_distilled_patch16_224", {"reg_tokens": 2}),
     "multiple of 4": ("vit_small_patch16_dinov3", {"embed_dim": 24}),
 }
 
 
 @pytest.fixture(autouse=True, scope="module")
 def one_thread() -> Iterator[None]:
-    """Threads that wait for each other cost more than these small models."""
+    """Use one thread, which is faster for small models."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -154,17 +160,17 @@ def one_thread() -> Iterator[None]:
 
 
 def all_names() -> list[str]:
-    """timm's architectures."""
+    """Return the names of timm's architectures."""
     return [name for module in MODULES for name in timm.list_models(module=module)]
 
 
 def peer(name: str, **arguments: Any) -> nn.Module:
-    """A model of timm's with two blocks, for images of `NATIVE` patches, random throughout."""
-    if "sapiens2" in name:  # by default one number for each of all its blocks
+    """Build a timm model with two blocks and random values, for images of `NATIVE` patches."""
+    if "sapiens2" in name:  # by default one value per block of the full depth
         arguments = {"num_kv_heads": (arguments["num_heads"], arguments["num_heads"] // 2), **arguments}
     model = timm.create_model(name, **{"depth": 2, "num_classes": 7, **arguments})
     model.set_input_size(img_size=pixels(model, NATIVE))
-    random_fill(model)
+    randomize_weights(model)
     for weight_name, weight in model.named_parameters():
         if "lambda_" in weight_name:  # their products are exponentiated
             weight.data *= 0.1
@@ -172,7 +178,7 @@ def peer(name: str, **arguments: Any) -> nn.Module:
 
 
 def peer_of_own_width(name: str) -> nn.Module:
-    """As `peer`, as wide as the architecture is, up to 1024; wider ones have eight of their heads."""
+    """Build a `peer` with the width of the architecture, or with eight heads if the width is above 1024."""
     original = timm.create_model(name, device="meta")
     heads = next(module.num_heads for module in original.modules() if hasattr(module, "num_heads"))
     head_dim = original.embed_dim // heads
@@ -181,14 +187,14 @@ def peer_of_own_width(name: str) -> nn.Module:
 
 
 def pixels(model: nn.Module, grid: tuple[int, int]) -> tuple[int, int]:
-    """Height and width of an image of so many patches."""
+    """Return (height, width) in pixels of an image with a grid of patches."""
     height, width = model.patch_embed.patch_size
     return grid[0] * height, grid[1] * width
 
 
 @torch.no_grad()
 def largest_difference(model: nn.Module, ours: ViTCLSForImageClassification) -> float:
-    """Of all tokens and of the logits, at both sizes. timm's model is resized on the way."""
+    """Return the largest difference of tokens and logits at both sizes; the timm model keeps the last size."""
     differences = []
     for grid in (NATIVE, RECTANGLE):
         size = pixels(model, grid)
@@ -214,10 +220,10 @@ def test_own_arguments(what: str) -> None:
 
 
 @pytest.mark.parametrize("feature", REFUSED)
-def test_what_is_missing_is_named(feature: str) -> None:
+def test_errors_name_the_unsupported_feature(feature: str) -> None:
     name, arguments = REFUSED[feature]
     model = peer(name, **TINY | arguments)
-    if feature == "attention pooling with an activation of its own":
+    if feature == "attention pooling with another activation":
         model.attn_pool.mlp.act = nn.ReLU()
     with pytest.raises(ConversionError) as raised:
         convert_from_timm(model)
@@ -225,16 +231,16 @@ def test_what_is_missing_is_named(feature: str) -> None:
     assert "\n" not in str(raised.value)
 
 
-def test_gates_and_foreign_layers_are_refused() -> None:
+def test_gates_and_foreign_layers_raise_an_error() -> None:
     gated = peer("vit_tiny_patch16_224", **TINY)
     gated.blocks[0].attn.gate = nn.Linear(96, 96)
     with pytest.raises(ConversionError, match="gated attention"):
         convert_from_timm(gated)
     larger = peer("vit_tiny_patch16_224", **TINY)
     larger.head = nn.Sequential(nn.Linear(96, 7), nn.Linear(7, 7))
-    with pytest.raises(ConversionError, match="a head that is Sequential"):
+    with pytest.raises(ConversionError, match="a head of class Sequential"):
         convert_from_timm(larger)
-    with pytest.raises(ConversionError, match="ResNet is none of timm's"):
+    with pytest.raises(ConversionError, match="ResNet cannot be converted"):
         convert_from_timm(timm.create_model("resnet18", num_classes=2))
 
 
@@ -261,7 +267,7 @@ def test_classifier_choices() -> None:
     new = convert_from_timm(model, classifier="new", num_labels=3)
     assert new.classifier.out_features == new.distillation_classifier.out_features == 3
     assert type(convert_from_timm(model, classifier="drop")) is ViTCLSModel
-    with pytest.raises(ConversionError, match="7 labels and num_labels=3"):
+    with pytest.raises(ConversionError, match="7 labels, but num_labels=3"):
         convert_from_timm(model, num_labels=3)
     headless = peer("vit_small_patch16_dinov3", **TINY | {"num_classes": 0})
     assert convert_from_timm(headless, num_labels=5).classifier.out_features == 5
@@ -282,7 +288,7 @@ def test_dtype_labels_and_the_source_are_kept() -> None:
 
 
 def test_in_float64() -> None:
-    """What is left of the differences is rounding: without float32 in timm's rotary positions, next to nothing."""
+    """In float64, differences are at most 1e-12, except for timm's rotary positions, which are in float32."""
     for name in ("vit_small_patch16_18x2_224", "vit_base_patch16_xp_224", "beit3_base_patch16_224"):
         model = peer(name, **TINY).double()
         assert largest_at_native_size(model, convert_from_timm(model)) <= 1e-12
@@ -296,7 +302,7 @@ def largest_at_native_size(model: nn.Module, ours: ViTCLSForImageClassification)
 
 @pytest.mark.slow
 def test_every_architecture() -> None:
-    """All of timm's names: none is wrong, and at least 215 are exact."""
+    """No architecture of timm differs after conversion, and at least 215 can be converted."""
     names = all_names()
     exact, refused, wrong = [], [], {}
     for name in names:

@@ -1,4 +1,4 @@
-"""Every plain ViT of transformers against its conversion: the same numbers on every token, at two sizes.
+"""Compare every plain ViT of transformers with its conversion: same outputs for every token, at two sizes.
 
 The models are in transformers_cases.py.
 """
@@ -13,20 +13,30 @@ import transformers
 from torch import nn
 
 from modeling_vitcls import ViTCLSForImageClassification, ViTCLSModel, convert_from_transformers
-from modeling_vitcls.conversion.from_transformers import SOURCES
-from modeling_vitcls.conversion.random_weights import random_fill
+from modeling_vitcls.conversion.from_transformers import CONVERTIBLE_CLASSES
+from modeling_vitcls.conversion.random_weights import randomize_weights
 from modeling_vitcls.conversion.weight_rules import ConversionError
-from peers.transformers_cases import BASE, CASES, PLAIN, RADIO, RATIO, Case, answered, expected, images
+from peers.transformers_cases import (
+    BASE,
+    CASES,
+    PLAIN,
+    RADIO,
+    RATIO,
+    Case,
+    compute_outputs,
+    compute_source_outputs,
+    images,
+)
 
 
 LIMIT = 1e-5  # DESIGN.md, accuracy of equivalence
 SIZES = [pytest.param(name, size, id=f"{name}-{size[0]}x{size[1]}") for name, c in CASES.items() for size in c.sizes]
 
 
-def assert_same(given: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> None:
+def assert_same(outputs: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> None:
     for key, value in wanted.items():
-        assert value.abs().max() > 0.1, f"{key} is too small to tell"
-        difference = (given[key] - value).abs().max().item()
+        assert value.abs().max() > 0.1, f"{key} is too small for a comparison"
+        difference = (outputs[key] - value).abs().max().item()
         assert difference <= LIMIT, f"{key} differs by {difference:.1e}"
 
 
@@ -34,12 +44,12 @@ def assert_same(given: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor])
 @torch.no_grad()
 def test_same_numbers(name: str, size: tuple[int, int]) -> None:
     source = CASES[name].build()
-    wanted = expected(CASES[name], source, images(size))
-    assert_same(answered(convert_from_transformers(source), images(size)), wanted)
+    wanted = compute_source_outputs(CASES[name], source, images(size))
+    assert_same(compute_outputs(convert_from_transformers(source), images(size)), wanted)
 
 
 def test_every_class_is_tested() -> None:
-    assert {case.model for case in CASES.values()} == set(SOURCES)
+    assert {case.model for case in CASES.values()} == set(CONVERTIBLE_CLASSES)
 
 
 @pytest.mark.parametrize("name", ["deit distilled", "beit shared and per layer", "radio", "siglip", "clip projection"])
@@ -50,10 +60,13 @@ def test_saved_and_loaded_again(name: str, tmp_path: Path) -> None:
     model = convert_from_transformers(source)
     model.save_pretrained(tmp_path)
     size = case.sizes[-1]
-    assert_same(answered(type(model).from_pretrained(tmp_path), images(size)), expected(case, source, images(size)))
+    assert_same(
+        compute_outputs(type(model).from_pretrained(tmp_path), images(size)),
+        compute_source_outputs(case, source, images(size)),
+    )
 
 
-def test_the_source_stays_and_shares_nothing() -> None:
+def test_the_source_is_unchanged_and_shares_no_memory() -> None:
     source = CASES["radio"].build()
     before = {name: weight.clone() for name, weight in source.state_dict().items()}
     model = convert_from_transformers(source)
@@ -74,7 +87,7 @@ def test_dtype_labels_and_mode_are_kept(name: str) -> None:
     assert model.config.label2id == source.config.label2id
 
 
-def test_rates_for_training_are_taken_over() -> None:
+def test_dropout_rates_are_kept() -> None:
     rates = {"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.2, "drop_path_rate": 0.3}
     config = convert_from_transformers(Case("Dinov2Model", "Dinov2Config", RATIO | rates).build()).config
     assert {name: getattr(config, name) for name in rates} == rates
@@ -92,10 +105,10 @@ def test_new_classifier_on_an_exact_encoder(name: str) -> None:
     source = case.build()
     model = convert_from_transformers(source, num_labels=10)
     assert isinstance(model, ViTCLSForImageClassification)
-    given = answered(model, images(case.sizes[0]))
-    assert_same(given, expected(case, source, images(case.sizes[0])))
-    assert given["logits"].shape == (2, 10)
-    assert given["logits"].std() > 0  # initialised, not zero
+    outputs = compute_outputs(model, images(case.sizes[0]))
+    assert_same(outputs, compute_source_outputs(case, source, images(case.sizes[0])))
+    assert outputs["logits"].shape == (2, 10)
+    assert outputs["logits"].std() > 0  # initialized, not zero
     assert len(model.config.id2label) == 10
 
 
@@ -130,10 +143,10 @@ class TestClassifierOfTheSource:
     @pytest.mark.parametrize(
         ("name", "options", "message"),
         [
-            ("vit classifier", {"num_labels": 7}, 'has 3 labels and num_labels=7: pass classifier="new"'),
+            ("vit classifier", {"num_labels": 7}, 'has 3 labels, but num_labels=7. Set classifier="new"'),
             ("vit classifier", {"classifier": "drop", "num_labels": 7}, "contradict each other"),
-            ("vit classifier", {"classifier": "replace"}, "classifier='replace': choose"),
-            ("dinov3", {"classifier": "new"}, "give num_labels"),
+            ("vit classifier", {"classifier": "replace"}, "classifier='replace' is not supported"),
+            ("dinov3", {"classifier": "new"}, "requires num_labels"),
         ],
     )
     def test_never_changed_silently(self, name: str, options: dict[str, Any], message: str) -> None:
@@ -163,13 +176,13 @@ REFUSED = {
         {},
         "ResNetModel cannot be converted",
     ),
-    "another task": ("ViTForMaskedImageModeling", "ViTConfig", PLAIN, {}, "convert its .vit"),
+    "another task": ("ViTForMaskedImageModeling", "ViTConfig", PLAIN, {}, "Convert its .vit"),
     "text beside it": (
         "CLIPModel",
         "CLIPConfig",
         {"vision_config": PLAIN, "text_config": TINY_CLIP},
         {},
-        "convert its .vision_model",
+        "Convert its .vision_model",
     ),
     "a wider pooler": ("ViTModel", "ViTConfig", PLAIN | {"pooler_output_size": 64}, {}, "pooler_output_size=64"),
     "a pooler on a patch": ("IJepaModel", "IJepaConfig", PLAIN, {"add_pooling_layer": True}, "reads the first patch"),
@@ -179,14 +192,14 @@ REFUSED = {
         "Dinov2Config",
         RATIO | {"image_size": [16, 64]},
         {},
-        "those of a square grid",
+        "as a square grid",
     ),
     "rectangular distances": (
         "BeitModel",
         "BeitConfig",
         PLAIN | {"image_size": [16, 64]},
         {},
-        "those of a square grid",
+        "as a square grid",
     ),
 }
 
@@ -235,11 +248,11 @@ class TestWeightsThatDoNotFit:
             convert_from_transformers(source)
 
 
-def test_random_fill_reaches_every_weight() -> None:
+def test_randomize_weights_reaches_every_weight() -> None:
     source = Case(
         "SiglipVisionModel", "SiglipVisionConfig", BASE | {"image_size": 32, "intermediate_size": 48}
     ).build()
-    again = random_fill(type(source)(source.config))
+    again = randomize_weights(type(source)(source.config))
     for name, weight in source.state_dict().items():
         assert weight.std() > 0.05, name
         assert torch.equal(weight, again.state_dict()[name]), name

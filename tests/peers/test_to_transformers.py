@@ -1,4 +1,4 @@
-"""Our models handed to transformers' own classes: there and back to the bit, and clear refusals."""
+"""Test conversion to classes of transformers: bit-identical round trips, and error messages."""
 
 import re
 from typing import Any
@@ -17,9 +17,9 @@ from modeling_vitcls import (
     convert_from_transformers,
     convert_to_transformers,
 )
-from modeling_vitcls.conversion.random_weights import random_fill
+from modeling_vitcls.conversion.random_weights import randomize_weights
 from modeling_vitcls.conversion.weight_rules import ConversionError
-from peers.transformers_cases import CASES, answered, expected, images
+from peers.transformers_cases import CASES, compute_outputs, compute_source_outputs, images
 
 
 BASE: dict[str, Any] = {
@@ -36,7 +36,7 @@ LAYER_SCALE = {"layer_scale_init_value": 0.1}
 REGISTERS = {"num_register_tokens": 4, "position_antialias": True}
 DISTILLED = {"num_distillation_tokens": 1, "position_embedding_tokens": "all"}
 
-THERE_AND_BACK = [
+ROUND_TRIPS = [
     "vit",
     "vit without pooler",
     "vit with mask token",
@@ -60,8 +60,8 @@ THERE_AND_BACK = [
 ]
 
 
-@pytest.mark.parametrize("name", THERE_AND_BACK)
-def test_there_and_back_to_the_bit(name: str) -> None:
+@pytest.mark.parametrize("name", ROUND_TRIPS)
+def test_round_trips_are_bit_identical(name: str) -> None:
     source = CASES[name].build()
     back = convert_to_transformers(convert_from_transformers(source))
     assert type(back) is type(source)
@@ -72,8 +72,8 @@ def test_there_and_back_to_the_bit(name: str) -> None:
         assert torch.equal(weights[weight_name], weight), weight_name
 
 
-# What ours is -> the built-in class, and a case of that class that says how to call it.
-HELD = [
+# Model class, fields, class of transformers, and a case of that class.
+SUPPORTED = [
     (ViTCLSModel, {}, "ViTModel", "vit without pooler"),
     (ViTCLSModel, {"pooled_activation": "relu"}, "ViTModel", "vit"),
     (ViTCLSModel, {"pooling": "mean"}, "ViTModel", "vit without pooler"),
@@ -113,31 +113,31 @@ HELD = [
 
 
 @pytest.mark.parametrize("size", [(32, 32), (48, 24)], ids=["native", "interpolated"])
-@pytest.mark.parametrize(("model_class", "values", "built_in", "case"), HELD)
+@pytest.mark.parametrize(("model_class", "values", "built_in", "case"), SUPPORTED)
 @torch.no_grad()
 def test_same_numbers(model_class: Any, values: dict, built_in: str, case: str, size: tuple[int, int]) -> None:
-    model = random_fill(model_class(ViTCLSConfig(**BASE | values)))
-    there = convert_to_transformers(model)
-    assert type(there).__name__ == built_in
-    given = answered(model, images(size))
-    for name, value in expected(CASES[case], there, images(size)).items():
-        assert (given[name] - value).abs().max() <= 1e-5, name
+    model = randomize_weights(model_class(ViTCLSConfig(**BASE | values)))
+    converted = convert_to_transformers(model)
+    assert type(converted).__name__ == built_in
+    outputs = compute_outputs(model, images(size))
+    for name, value in compute_source_outputs(CASES[case], converted, images(size)).items():
+        assert (outputs[name] - value).abs().max() <= 1e-5, name
 
 
 def test_everything_about_the_model_is_kept() -> None:
     labels = {"id2label": {0: "ant", 1: "bee"}, "label2id": {"ant": 0, "bee": 1}}
     config = ViTCLSConfig(**{k: v for k, v in BASE.items() if k != "num_labels"} | labels, hidden_dropout_prob=0.1)
     model = ViTCLSForImageClassification(config).to(torch.bfloat16).train()
-    there = convert_to_transformers(model)
-    assert there.config.id2label == labels["id2label"]
-    assert there.config.label2id == labels["label2id"]
-    assert there.config.hidden_dropout_prob == 0.1
-    assert there.dtype == torch.bfloat16
-    assert not there.training
+    converted = convert_to_transformers(model)
+    assert converted.config.id2label == labels["id2label"]
+    assert converted.config.label2id == labels["label2id"]
+    assert converted.config.hidden_dropout_prob == 0.1
+    assert converted.dtype == torch.bfloat16
+    assert not converted.training
     assert model.training
 
 
-OBSTACLES = [
+UNSUPPORTED = [
     (ViTCLSModel, {"num_cls_tokens": 3}, "num_cls_tokens=3"),
     (ViTCLSForImageClassification, {"num_cls_tokens": 3}, "num_cls_tokens=3"),
     (ViTCLSModel, {"num_cls_tokens": 0, "pooling": "mean"}, "num_cls_tokens=0"),
@@ -168,17 +168,17 @@ OBSTACLES = [
 ]
 
 
-@pytest.mark.parametrize(("model_class", "values", "obstacle"), OBSTACLES)
-def test_the_switch_in_the_way_is_named(model_class: Any, values: dict, obstacle: str) -> None:
-    with pytest.raises(ConversionError, match=re.escape(obstacle)) as error:
+@pytest.mark.parametrize(("model_class", "values", "field"), UNSUPPORTED)
+def test_errors_name_the_unsupported_field(model_class: Any, values: dict, field: str) -> None:
+    with pytest.raises(ConversionError, match=re.escape(field)) as error:
         convert_to_transformers(model_class(ViTCLSConfig(**BASE | values)))
-    assert str(error.value).startswith(obstacle), "names something else first"
+    assert str(error.value).startswith(field), "the message starts with another field"
     assert "\n" not in str(error.value)
 
 
-def test_a_classifier_hears_what_holds_its_encoder() -> None:
-    model = random_fill(ViTCLSForImageClassification(ViTCLSConfig(**BASE, position_embedding_type="rope_2d")))
-    with pytest.raises(ConversionError, match=r"model\.vitcls, fits into DINOv3ViTModel"):
+def test_the_error_names_the_class_for_the_encoder() -> None:
+    model = randomize_weights(ViTCLSForImageClassification(ViTCLSConfig(**BASE, position_embedding_type="rope_2d")))
+    with pytest.raises(ConversionError, match=r"model\.vitcls, can be converted to DINOv3ViTModel"):
         convert_to_transformers(model)
     assert type(convert_to_transformers(model.vitcls)).__name__ == "DINOv3ViTModel"
 
@@ -186,15 +186,15 @@ def test_a_classifier_hears_what_holds_its_encoder() -> None:
 @pytest.mark.parametrize(
     "model_class", [ViTCLSForMaskedImageModeling, ViTCLSForMultiTaskClassification, ViTCLSBackbone]
 )
-def test_other_tasks_are_refused(model_class: Any) -> None:
-    with pytest.raises(ConversionError, match=f"{model_class.__name__}: no built-in class"):
+def test_other_tasks_raise_an_error(model_class: Any) -> None:
+    with pytest.raises(ConversionError, match=f"no class for the task of {model_class.__name__}"):
         convert_to_transformers(model_class(ViTCLSConfig(**BASE, tasks={"species": 2})))
 
 
-def test_weights_without_a_place_are_listed() -> None:
+def test_weights_without_a_counterpart_are_listed() -> None:
     model = ViTCLSModel(ViTCLSConfig(**BASE))
     model.layers[0].mlp.adapter = nn.Linear(2, 2)
-    with pytest.raises(ConversionError, match=re.escape("without a place: layers.0.mlp.adapter.bias")):
+    with pytest.raises(ConversionError, match=re.escape("without a counterpart: layers.0.mlp.adapter.bias")):
         convert_to_transformers(model)
 
 

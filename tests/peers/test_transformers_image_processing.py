@@ -1,6 +1,6 @@
-"""transformers' own image processor tests on ours: whatever the built-in ViT's processors pass, ours pass.
+"""Run the image processor tests of transformers on the image processors of this package, with both backends.
 
-Both are run by the same mixin (transformers_suite.py), on both backends. The tests of what is our own (sources, modes,
+The built-in ViT's processors run the same tests. Tests of features that only this package has (sources, modes,
 messages) are in test_image_processing.py.
 """
 
@@ -18,13 +18,13 @@ from peers.transformers_suite import load
 
 common = load("test_image_processing_common")
 
-# In place of a photograph from the Hub, for which the mixin asks under this name.
+# A local photograph instead of the photograph that the mixin downloads from the Hub.
 PHOTOGRAPH = Path(sklearn.datasets.__file__).parent / "images" / "china.jpg"
 common.url_to_local_path = lambda url: str(PHOTOGRAPH)
 
 
 class SmallImages(common.ImageProcessingTester):
-    """The inputs and settings that the mixin asks for, under the names that it expects."""
+    """Inputs and settings with the attributes that the mixin reads."""
 
     batch_size = 3
     num_channels = 3
@@ -47,7 +47,7 @@ class SmallImages(common.ImageProcessingTester):
 
 
 class ProcessorTests(common.ImageProcessingTestMixin):
-    """The mixin on `image_processing_classes`, which transformers would look up by the folder of this file."""
+    """The mixin with explicit `image_processing_classes`, which transformers derives from the folder of the file."""
 
     test_cast_dtype = True
     image_processing_classes: ClassVar[dict[str, type]]
@@ -74,7 +74,7 @@ class ViTCLSTest(ProcessorTests, unittest.TestCase):
     }
 
     def test_call_numpy_4_channels(self) -> None:
-        # In older versions this test relies on do_convert_rgb being off by default; newer ones switch it off too.
+        # In older versions of transformers, this test requires do_convert_rgb=False as the default.
         self.image_processor_tester.settings["do_convert_rgb"] = False
         super().test_call_numpy_4_channels()
 

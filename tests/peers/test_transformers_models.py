@@ -1,7 +1,7 @@
-"""transformers' own tests on our model classes: whatever the built-in ViT passes, ours pass, in every token layout.
+"""Run the model tests of transformers on the model classes of this package, in every token layout.
 
-One class per layout and family of models; the tests themselves are transformers' (transformers_suite.py). Left out:
-its PipelineTesterMixin, which needs checkpoints from the Hub for the built-in models too.
+There is one class per layout and family of models; the tests are from transformers (transformers_suite.py).
+PipelineTesterMixin is excluded, because it requires checkpoints from the Hub.
 """
 
 import tempfile
@@ -38,7 +38,7 @@ DISTILLED_WITH_REGISTERS = {"num_cls_tokens": 1, "num_distillation_tokens": 1, "
 NO_CLS = {"num_cls_tokens": 0, "num_register_tokens": 2, "pooling": "mean"}
 THREE_CLS = {"num_cls_tokens": 3}
 
-# The mixins look up in these tables which labels a class takes; classes outside transformers are not listed there.
+# Tables in which the mixins look up the labels of a class. Classes outside transformers are added here.
 AUTO_TABLES = {
     "MODEL_MAPPING_NAMES": "ViTCLSModel",
     "MODEL_FOR_BACKBONE_MAPPING_NAMES": "ViTCLSBackbone",
@@ -47,14 +47,14 @@ AUTO_TABLES = {
 }
 
 
-class OurModelTests(SkipsLikeReference, ModelTests):
-    """The model tests on our classes, for the token layout `layout`."""
+class ViTCLSModelTests(SkipsLikeReference, ModelTests):
+    """Model tests for the token layout `layout`."""
 
     reference = BuiltInViT
     all_model_classes = (ViTCLSModel, ViTCLSForImageClassification, ViTCLSForMaskedImageModeling, ViTCLSBackbone)
-    # transformers runs this one only on models that came after 2022, which it tells by the licence header.
+    # transformers runs this test only on models after 2022, which it identifies by the license header.
     test_can_init_all_missing_weights_before_2023 = True
-    # The built-in ViT renames its weights between file and model; ours have one name, in both.
+    # The built-in ViT renames weights between file and model, but ViTCLS does not.
     own_skips = ("No conversion found for <class>",)
     layout: ClassVar[dict[str, Any]]
 
@@ -70,30 +70,30 @@ class OurModelTests(SkipsLikeReference, ModelTests):
             self.addCleanup(entry.stop)
 
 
-class OneCLSTest(OurModelTests, unittest.TestCase):
+class OneCLSTest(ViTCLSModelTests, unittest.TestCase):
     layout = ONE_CLS
 
 
-class DistilledWithRegistersTest(OurModelTests, unittest.TestCase):
+class DistilledWithRegistersTest(ViTCLSModelTests, unittest.TestCase):
     layout = DISTILLED_WITH_REGISTERS
 
 
-class NoCLSTest(OurModelTests, unittest.TestCase):
+class NoCLSTest(ViTCLSModelTests, unittest.TestCase):
     layout = NO_CLS
 
 
-class ThreeCLSTest(OurModelTests, unittest.TestCase):
+class ThreeCLSTest(ViTCLSModelTests, unittest.TestCase):
     layout = THREE_CLS
 
 
-class MultiTaskTests(OurModelTests):
-    """The same for the multi-task class, which needs a task for each CLS token. Its labels and logits are dicts."""
+class MultiTaskTests(ViTCLSModelTests):
+    """Model tests for the multi-task class, which has one task per CLS token, and dicts of labels and logits."""
 
     all_model_classes = (ViTCLSModel, ViTCLSForMultiTaskClassification)
 
     def setUp(self) -> None:
         super().setUp()
-        # These compare `logits` as one tensor; the next test compares ours task by task.
+        # These tests compare `logits` as one tensor; the next test compares the logits of each task.
         if self._testMethodName.startswith(("test_determinism", "test_eager_matches_sdpa_inference")):
             self.all_model_classes = (ViTCLSModel,)
 
@@ -138,11 +138,11 @@ class OneTaskWithRegistersTest(MultiTaskTests, unittest.TestCase):
 
 
 class ThreeTasksTest(MultiTaskTests, unittest.TestCase):
-    layout = THREE_CLS | {"tasks": {"digit": ["odd", "even"], "colour": ["red", "green", "blue"], "size": ["any"]}}
+    layout = THREE_CLS | {"tasks": {"digit": ["odd", "even"], "color": ["red", "green", "blue"], "size": ["any"]}}
 
 
-class OurBackboneTests(SkipsLikeReference, backbone_tests.BackboneTesterMixin):
-    """The backbone tests on our backbone, for the token layout `layout`."""
+class ViTCLSBackboneTests(SkipsLikeReference, backbone_tests.BackboneTesterMixin):
+    """Backbone tests for the token layout `layout`."""
 
     reference = BuiltInBackbone
     all_model_classes = (ViTCLSBackbone,)
@@ -154,17 +154,17 @@ class OurBackboneTests(SkipsLikeReference, backbone_tests.BackboneTesterMixin):
         self.model_tester = SmallModel(ViTCLSConfig, num_prefix_tokens, **self.layout)
 
 
-class OneCLSBackboneTest(OurBackboneTests, unittest.TestCase):
+class OneCLSBackboneTest(ViTCLSBackboneTests, unittest.TestCase):
     layout = ONE_CLS
 
 
-class DistilledWithRegistersBackboneTest(OurBackboneTests, unittest.TestCase):
+class DistilledWithRegistersBackboneTest(ViTCLSBackboneTests, unittest.TestCase):
     layout = DISTILLED_WITH_REGISTERS
 
 
-class NoCLSBackboneTest(OurBackboneTests, unittest.TestCase):
+class NoCLSBackboneTest(ViTCLSBackboneTests, unittest.TestCase):
     layout = NO_CLS
 
 
-class ThreeCLSBackboneTest(OurBackboneTests, unittest.TestCase):
+class ThreeCLSBackboneTest(ViTCLSBackboneTests, unittest.TestCase):
     layout = THREE_CLS

@@ -1,11 +1,11 @@
-"""transformers' built-in models under transformers' own tests: what ours are measured against.
+"""Built-in models of transformers under the tests of transformers, as a reference for the models of this package.
 
     SkipsLikeReference     a test may be skipped only where the built-in model skips it too, for the same reason
-    BuiltInViT             ViT: model, classifier, masked image modelling
+    BuiltInViT             ViT: model, classifier, masked image modeling
     BuiltInBackbone        DINOv2 with registers, the built-in backbone closest to ours
 
-A test that ours run passes or fails by itself, so only its skips need a comparison: the built-in model then runs the
-same test, in the same process and versions. The tests of our models are in test_transformers_models.py.
+Only skipped tests are compared: if a test of this package is skipped, the built-in model runs the same test in the
+same process. The tests of our models are in test_transformers_models.py.
 """
 
 import functools
@@ -31,7 +31,7 @@ backbone_tests = load("test_backbone_common")
 configuration_tests = load("test_configuration_common")
 modeling_tests = load("test_modeling_common")
 
-# 5 x 5 patches: no mixin needs more, and attention maps are made hundreds of times.
+# 5 x 5 patches: enough for every mixin, and fast.
 SIZES: dict[str, int] = {
     "image_size": 10,
     "patch_size": 2,
@@ -44,9 +44,9 @@ SIZES: dict[str, int] = {
 
 
 class SmallModel:
-    """The small model and inputs that the mixins ask for, under the names that they expect.
+    """A small model and its inputs, with the attributes that the mixins read.
 
-    `config_class(**SIZES, **options)` is the model; its sequence has `num_prefix_tokens` tokens before the patches.
+    The configuration is `config_class(**SIZES, **options)`; `num_prefix_tokens` tokens precede the patches.
     """
 
     is_training = True
@@ -70,7 +70,7 @@ class SmallModel:
 
 
 class ModelTests(modeling_tests.ModelTesterMixin):
-    """transformers' model and configuration tests as every vision model there runs them."""
+    """Model and configuration tests of transformers for vision models."""
 
     test_resize_embeddings = False
     config_tester: Any
@@ -91,7 +91,7 @@ class ModelTests(modeling_tests.ModelTesterMixin):
 
 
 class BuiltInViT(ModelTests, unittest.TestCase):
-    """The built-in ViT. `__test__`: it is run for comparison, and not collected."""
+    """Tests of the built-in ViT, which pytest does not collect."""
 
     __test__ = False
     all_model_classes = (ViTModel, ViTForImageClassification, ViTForMaskedImageModeling)
@@ -102,7 +102,7 @@ class BuiltInViT(ModelTests, unittest.TestCase):
 
 
 class BuiltInBackbone(backbone_tests.BackboneTesterMixin, unittest.TestCase):
-    """The built-in backbone."""
+    """Tests of the built-in backbone, which pytest does not collect."""
 
     __test__ = False
     all_model_classes = (Dinov2WithRegistersBackbone,)
@@ -114,25 +114,27 @@ class BuiltInBackbone(backbone_tests.BackboneTesterMixin, unittest.TestCase):
 
 
 class SkipsLikeReference:
-    """Turns a skip into a failure where `reference`, running the same test, does not skip for the same reason.
+    """Fail instead of skipping a test if `reference` does not skip the same test for the same reason.
 
-    Tests that are skipped by a decorator are the same functions there and here. `own_skips` lists the reasons that
-    only ours have, with "<class>" for the class under test.
+    Tests that a decorator skips are the same functions in both classes. `own_skips` lists reasons that only models of
+    this package have, with "<class>" for the class under test.
     """
 
     reference: type[unittest.TestCase]
     own_skips: tuple[str, ...] = ()
 
     def skipTest(self, reason: str) -> None:
-        theirs = skip_reasons(self.reference, self._testMethodName)
-        if _neutral(reason, self) not in (*theirs, *self.own_skips):
-            self.fail(f"skipped ({reason}), but {self.reference.__name__}: {', '.join(theirs) or 'not skipped'}")
+        reference_reasons = find_skip_reasons(self.reference, self._testMethodName)
+        if _neutral(reason, self) not in (*reference_reasons, *self.own_skips):
+            self.fail(
+                f"skipped ({reason}), but {self.reference.__name__}: {', '.join(reference_reasons) or 'not skipped'}"
+            )
         super().skipTest(reason)
 
 
 @functools.cache
-def skip_reasons(case: type[unittest.TestCase], name: str) -> tuple[str, ...]:
-    """Run one test of a reference and return why it was skipped, once for each subtest; () if it was not."""
+def find_skip_reasons(case: type[unittest.TestCase], name: str) -> tuple[str, ...]:
+    """Run one test of a reference and return its skip reasons, one per subtest."""
     result = unittest.TestResult()
     test = case(name)
     test.run(result)
@@ -140,7 +142,7 @@ def skip_reasons(case: type[unittest.TestCase], name: str) -> tuple[str, ...]:
 
 
 def _neutral(reason: str, case: Any) -> str:
-    """A skip reason without the names of the classes under test."""
+    """Replace the names of the classes under test in a skip reason."""
     names = [type(case).__name__, *(model_class.__name__ for model_class in case.all_model_classes)]
     reason = re.sub(r"<class '[\w.]+\.(\w+)'>", r"\1", reason)
     return re.sub(rf"\b({'|'.join(names)})\b", "<class>", reason)

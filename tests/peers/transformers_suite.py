@@ -1,13 +1,13 @@
-"""transformers' own test mixins, for the version of transformers that is installed.
+"""Load test mixins of the installed version of transformers.
 
-`load("test_modeling_common")` returns that module of transformers' test folder. The folder is not part of the wheel,
-only of the source distribution, so the first call fetches that with pip (seconds) and unpacks it into a cache:
+`load("test_modeling_common")` returns a module of transformers' test folder. Only the source distribution contains the
+folder, so the first call downloads it with pip and unpacks it into a cache:
 
     <cache>/transformers-<version>/transformers_tests/   transformers' `tests`, importable as a package
                                    utils/                the one helper of its repository that the tests import
 
-Later runs need no network. <cache> is $VITCLS_TESTS_CACHE, else `vitcls-tests` in the user's cache directory. Nothing
-of it belongs in this repository. What does not live here: the tests that use the mixins (test_transformers_*.py).
+Later runs require no network. <cache> is $VITCLS_TESTS_CACHE, or `vitcls-tests` in the user's cache directory. The
+tests that use the mixins are in test_transformers_*.py.
 """
 
 import functools
@@ -29,7 +29,7 @@ from filelock import FileLock
 
 PACKAGE = "transformers_tests"
 
-# What the tests import and the source distribution leaves out. None of it tests a vision model.
+# Modules that the tests import and the source distribution lacks. They do not test vision models.
 STUBS = {
     f"{PACKAGE}/exporters/test_export.py": "class ExportTesterMixin:\n    pass\n",
     f"{PACKAGE}/generation/test_utils.py": "class GenerationTesterMixin:\n    pass\n",
@@ -39,13 +39,13 @@ STUBS = {
 
 
 class SuiteUnavailableError(RuntimeError):
-    """transformers' tests are neither cached nor to be had from the package registry."""
+    """The tests of transformers are not cached and cannot be downloaded."""
 
 
 def load(name: str) -> ModuleType:
     """Import one module of transformers' test folder, such as "test_modeling_common".
 
-    Skips the test module that calls it, with the reason, where the tests cannot be fetched.
+    The calling test module is skipped if the tests cannot be downloaded.
     """
     try:
         _import_package()
@@ -54,10 +54,10 @@ def load(name: str) -> ModuleType:
     return importlib.import_module(f"{PACKAGE}.{name}")
 
 
-def marker_names() -> set[str]:
-    """The pytest markers that transformers' tests use; none where the tests cannot be fetched."""
+def list_marker_names() -> set[str]:
+    """Return the pytest markers in transformers' tests; empty if the tests cannot be downloaded."""
     try:
-        sources = [*(installed_suite() / PACKAGE).glob("*.py")]
+        sources = [*(get_installed_suite() / PACKAGE).glob("*.py")]
     except SuiteUnavailableError:
         return set()
     spec = importlib.util.find_spec("transformers")
@@ -66,24 +66,27 @@ def marker_names() -> set[str]:
     return {name for source in sources for name in re.findall(r"\bmark\.(\w+)", source.read_text(encoding="utf-8"))}
 
 
-def installed_suite() -> Path:
-    """`fetch` for the version of transformers that is installed."""
+def get_installed_suite() -> Path:
+    """Return the folder with the tests of the installed version of transformers."""
     return fetch(importlib.metadata.version("transformers"))
 
 
-def cache_dir() -> Path:
-    """Where fetched test suites are kept: $VITCLS_TESTS_CACHE, else `vitcls-tests` in the user's cache directory."""
-    if chosen := os.environ.get("VITCLS_TESTS_CACHE"):
-        return Path(chosen).expanduser()
+def get_cache_dir() -> Path:
+    """Return $VITCLS_TESTS_CACHE, or `vitcls-tests` in the user's cache directory."""
+    if folder := os.environ.get("VITCLS_TESTS_CACHE"):
+        return Path(folder).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "vitcls-tests"
 
 
 def fetch(version: str) -> Path:
-    """The folder with the test suite of that version of transformers, downloaded if it is not cached.
+    """Return the folder with the tests of a version of transformers, and download it if it is not cached.
 
-    Safe to call from several processes at once. Raises SuiteUnavailableError if the suite cannot be had.
+    Several processes may call this function at once.
+
+    Raises:
+        SuiteUnavailableError: If the tests cannot be downloaded.
     """
-    folder = cache_dir() / f"transformers-{version}"
+    folder = get_cache_dir() / f"transformers-{version}"
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{folder}.lock"):
         if not folder.exists():
@@ -91,14 +94,14 @@ def fetch(version: str) -> Path:
                 staged = Path(scratch) / "suite"
                 _unpack(_download(version, Path(scratch)), staged)
                 _add_stubs(staged)
-                staged.rename(folder)  # complete or absent: an interrupted run leaves no half of a suite
+                staged.rename(folder)  # an interrupted run leaves no partial folder
     return folder
 
 
 @functools.cache
 def _import_package() -> None:
-    """Make transformers' tests importable as PACKAGE: by file, for `tests` is our name and sys.path stays as it is."""
-    folder = installed_suite() / PACKAGE
+    """Make transformers' tests importable as PACKAGE, without changing sys.path."""
+    folder = get_installed_suite() / PACKAGE
     init = folder / "__init__.py"
     spec = importlib.util.spec_from_file_location(PACKAGE, init, submodule_search_locations=[str(folder)])
     assert spec is not None and spec.loader is not None
@@ -108,22 +111,22 @@ def _import_package() -> None:
 
 
 def _download(version: str, into: Path) -> Path:
-    """Fetch transformers' source distribution with pip; without build isolation, as nothing is to be built."""
+    """Download the source distribution of transformers with pip, without building it."""
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--retries", "1"]
     command += ["--no-deps", "--no-build-isolation", "--no-binary", "transformers", "--dest", str(into)]
     run = subprocess.run([*command, f"transformers=={version}"], capture_output=True, text=True, check=False)
     archives = list(into.glob("transformers-*.tar.gz"))
     if run.returncode or not archives:
-        last_line = (run.stderr.strip().splitlines() or ["no archive came"])[-1]
+        last_line = (run.stderr.strip().splitlines() or ["no archive was downloaded"])[-1]
         raise SuiteUnavailableError(
-            f"transformers' own tests: not in {cache_dir()}, and pip could not download the source distribution of "
+            f"transformers' tests are not in {get_cache_dir()}, and pip could not download the source distribution of "
             f"transformers {version} ({last_line}). Run the tests once where a package registry can be reached."
         )
     return archives[0]
 
 
 def _unpack(archive: Path, into: Path) -> None:
-    """Take the `tests` folder out of a source distribution, as `into`/PACKAGE."""
+    """Unpack the `tests` folder of a source distribution into `into`/PACKAGE."""
     with tarfile.open(archive) as tar:
         for member in tar.getmembers():
             _, *inner = Path(member.name).parts
@@ -132,11 +135,11 @@ def _unpack(archive: Path, into: Path) -> None:
                 target.parent.mkdir(parents=True, exist_ok=True)
                 target.write_bytes(source.read())
     if not (into / PACKAGE).exists():
-        raise SuiteUnavailableError(f"transformers' own tests: {archive.name} no longer contains them")
+        raise SuiteUnavailableError(f"{archive.name} does not contain transformers' tests")
 
 
 def _add_stubs(folder: Path) -> None:
-    """Add what makes the unpacked tests importable; files that transformers does ship are left alone."""
+    """Add the missing modules and `__init__.py` files to the unpacked tests."""
     for path, text in STUBS.items():
         stub = folder / path
         stub.parent.mkdir(parents=True, exist_ok=True)

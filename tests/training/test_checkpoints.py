@@ -14,39 +14,33 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from accelerate import Accelerator
-from accelerate_state import reset_accelerate
 from checkpoint_worker import CHECKS, NUM_PROCESSES
-from peft import LoraConfig, get_peft_model
 from torch import nn
+from torch.distributed.checkpoint.state_dict import get_model_state_dict
 from torch.utils.data import DataLoader
-from warm_processes import OFFLINE, READY, SECONDS, run_together
+from warm_processes import READY, SECONDS, run_checks
 
 from modeling_vitcls import ViTCLSConfig, ViTCLSForImageClassification
 from modeling_vitcls.checkpoints import CheckpointStore, file_digest
-from modeling_vitcls.data.workers import leave_signals_to_parent
-from modeling_vitcls.training.distributed_state import gather_state, get_named_tensors, scatter_state
-from modeling_vitcls.training.interruption import Interruption
+from modeling_vitcls.data.batches import leave_signals_to_parent
+from modeling_vitcls.training.distributed_state import gather_state, scatter_state
+from modeling_vitcls.training.loop import Interruption
+from modeling_vitcls.training.model import apply_trainable
 from modeling_vitcls.training.optimizer import Ema
 
+
+pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
 SIZES: dict[str, Any] = {"image_size": 16, "patch_size": 8, "hidden_size": 32, "num_hidden_layers": 2}
 SIZES |= {"num_attention_heads": 4, "intermediate_size": 48, "num_register_tokens": 2}
 needs_fork = pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="needs fork")
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerate() -> Iterator[None]:
-    """Accelerate keeps its settings in singletons: each test starts without."""
-    reset_accelerate()
-    yield
-    reset_accelerate()
 
 
 @pytest.fixture
@@ -194,11 +188,15 @@ def edit(file: Path) -> None:
 
 
 DAMAGES: dict[str, tuple[str, Callable[[Path], None], str]] = {
-    "truncated tensors": ("model.safetensors", truncate, "model.safetensors is not what was written"),
-    "a flipped bit in the tensors": ("optimizer.safetensors", flip, "optimizer.safetensors is not what was written"),
+    "truncated tensors": ("model.safetensors", truncate, "model.safetensors differs from the written file"),
+    "a flipped bit in the tensors": (
+        "optimizer.safetensors",
+        flip,
+        "optimizer.safetensors differs from the written file",
+    ),
     "missing tensors": ("optimizer.safetensors", Path.unlink, "optimizer.safetensors is missing"),
     "truncated facts": ("state.json", truncate, "state.json cannot be read"),
-    "edited facts": ("state.json", edit, "state.json is not what was written"),
+    "edited facts": ("state.json", edit, "state.json differs from the written file"),
     "no facts": ("state.json", Path.unlink, "state.json is missing"),
     "a list in place of facts": (
         "state.json",
@@ -228,7 +226,7 @@ def test_only_damaged_checkpoints_are_refused(store: CheckpointStore) -> None:
     save(store, 10, 20)
     for step in (10, 20):
         truncate(store.path(step) / "model.safetensors")
-    with pytest.raises(ValueError, match=r"every checkpoint in .* is damaged .*step-00000020.*leave out --resume"):
+    with pytest.raises(ValueError, match=r"all checkpoints in .* are damaged .*step-00000020.*--overwrite"):
         found(store)
 
 
@@ -352,7 +350,7 @@ def no_room_message(store: CheckpointStore) -> str:
     message = str(raised.value)
     assert "\n" not in message
     assert f"cannot write the checkpoint of step 20 to {store.folder}" in message
-    assert "It takes 5 MB" in message and "--resume" in message
+    assert "It requires 5 MB" in message and "--resume" in message
     return message
 
 
@@ -365,7 +363,7 @@ def test_files_that_may_not_grow(store: CheckpointStore) -> None:
         message = no_room_message(store)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert "File too large" in message and "the one of step 10 is intact" in message
+    assert "File too large" in message and "the checkpoint of step 10 is intact" in message
     assert [path.name for path in store.folder.iterdir()] == ["step-00000010"]
     assert found(store) == (10, [])
 
@@ -379,12 +377,12 @@ def test_a_full_disk(tmp_path: Path) -> None:
     try:
         store = CheckpointStore(tmp_path / "checkpoints", keep=2)
         message = no_room_message(store)
-        assert "No space left on device" in message and "there is none before it" in message
+        assert "No space left on device" in message and "there is no earlier checkpoint" in message
         save(store, 10)
         filler = tmp_path / "filler"
         filler.write_bytes(bytes(shutil.disk_usage(tmp_path).free))  # not even room for state.json
         message = no_room_message(store)
-        assert "0 MB are free" in message and "the one of step 10 is intact" in message
+        assert "0 MB are free" in message and "the checkpoint of step 10 is intact" in message
         assert found(store) == (10, [])
         filler.unlink()
         save(store, 20)
@@ -408,8 +406,7 @@ def build(kind: str, seed: int) -> nn.Module:
     if kind == "head only":
         model.vitcls.requires_grad_(False)
     if kind == "LoRA":
-        lora = LoraConfig(target_modules=["q_proj", "v_proj"], modules_to_save=["classifier"])
-        model = get_peft_model(model, lora)
+        apply_trainable(model, "lora")
     if kind == "tied":
         model.vitcls.layers[1].mlp.fc1.weight = model.vitcls.layers[0].mlp.fc1.weight
     if kind == "compiled":
@@ -458,8 +455,8 @@ def test_training_goes_on_to_the_bit(store: CheckpointStore, kind: str) -> None:
     assert checkpoint is not None
     scatter_state(checkpoint, checkpoint.facts, accelerator, other, other_optimizer, other_ema.shadow)
     assert [step_once(other, other_optimizer, other_ema, step) for step in range(3, 6)] == expected
-    for name, tensor in get_named_tensors(model).items():
-        assert torch.equal(tensor, get_named_tensors(other)[name]), name
+    for name, tensor in get_model_state_dict(model).items():
+        assert torch.equal(tensor, get_model_state_dict(other)[name]), name
     for mine, theirs in zip(ema.shadow, other_ema.shadow, strict=True):
         assert torch.equal(mine, theirs)
 
@@ -467,10 +464,10 @@ def test_training_goes_on_to_the_bit(store: CheckpointStore, kind: str) -> None:
 @pytest.mark.parametrize("kind", ["plain", "LoRA", "compiled"])
 def test_names_are_the_models_own(kind: str) -> None:
     model = build(kind, seed=0)
-    names = get_named_tensors(model).keys()
+    names = get_model_state_dict(model).keys()
     assert all(name.startswith(("vitcls.", "classifier.")) for name in names)
     if kind != "LoRA":
-        assert names == get_named_tensors(build("plain", seed=0)).keys()
+        assert names == get_model_state_dict(build("plain", seed=0)).keys()
 
 
 def test_the_loss_scaler_goes_on_too(store: CheckpointStore) -> None:
@@ -512,7 +509,7 @@ def test_another_models_checkpoint_is_refused(store: CheckpointStore) -> None:
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_becomes_a_question(number: signal.Signals, status: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("modeling_vitcls.training.interruption.ECHO_SECONDS", SECONDS)  # a busy machine may pause here
+    monkeypatch.setattr("modeling_vitcls.training.loop.ECHO_SECONDS", SECONDS)  # a busy machine may pause here
     before = signal.getsignal(number)
     with Interruption(Accelerator(cpu=True)) as interruption:
         assert interruption.get_signal() is None and interruption.exit_status == 0
@@ -609,12 +606,8 @@ def launch_and_die(sender: Any, variable: str) -> None:
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Check -> what went wrong in checkpoint_worker.py."""
-    folder = tmp_path_factory.mktemp("two")
-    worker = Path(__file__).parents[1] / "helpers" / "checkpoint_worker.py"
-    run_together(worker, folder, log=folder / "log", environment=OFFLINE, processes=NUM_PROCESSES, may_fail=True)
-    assert (folder / "report.json").is_file(), (folder / "log.errors").read_text()[-4000:]
-    return json.loads((folder / "report.json").read_text())
+    """Check -> error, empty if it passed."""
+    return run_checks("checkpoint_worker.py", tmp_path_factory.mktemp("two"), NUM_PROCESSES)
 
 
 @pytest.mark.parametrize("name", CHECKS)

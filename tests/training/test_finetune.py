@@ -24,11 +24,12 @@ import torch
 import yaml
 from accelerate import Accelerator
 from accelerate_state import reset_accelerate
-from fresh_processes import run_fresh
+from fresh_processes import SCRIPT_ENVIRONMENT, run_fresh
 from local_hub import LocalHub, Token, point_client_at, running_hub
 from PIL import Image
 from safetensors.torch import load_file
 from tiny_models import raises_one_line
+from tiny_options import PLAIN, TINY
 from transformers import ResNetConfig, ResNetForImageClassification, ViTImageProcessor
 from warm_processes import OFFLINE, run_together
 
@@ -42,7 +43,6 @@ from modeling_vitcls.commands.parsing import errors_in_one_line, parse
 from modeling_vitcls.data.labels import LabelSpace
 from modeling_vitcls.distributed import check_installed, on_main
 from modeling_vitcls.options import (
-    AugmentationOptions,
     DataOptions,
     EvaluateOptions,
     FinetuneOptions,
@@ -50,33 +50,18 @@ from modeling_vitcls.options import (
     RunOptions,
     TrainingOptions,
 )
-from modeling_vitcls.training.finetune import dry_run, finetune, save
+from modeling_vitcls.training.finetune import FinetuneTask
 from modeling_vitcls.training.model import build_model
 from modeling_vitcls.training.runner import RunStopped
-from modeling_vitcls.training.setup import prepare
+from modeling_vitcls.training.task import dry_run, run_task, save_output
 
+
+pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
 REPOSITORY = Path(__file__).parents[2]
 SCRIPTS = REPOSITORY / "scripts"
 RECIPE = SCRIPTS / "recipes" / "digits.yaml"
-ENVIRONMENT = os.environ | {
-    "PYTHONPATH": str(REPOSITORY),
-    "OMP_NUM_THREADS": "1",
-    "CUDA_VISIBLE_DEVICES": "",
-    "HF_HUB_OFFLINE": "1",
-    "COLUMNS": "200",
-}
-TINY = ModelOptions(
-    model="vitcls-tiny",
-    hidden_size=32,
-    num_hidden_layers=2,
-    num_attention_heads=2,
-    intermediate_size=64,
-    image_size=32,
-    patch_size=16,
-    num_register_tokens=2,
-)
-PLAIN = AugmentationOptions(crop_scale=1.0, flip=False)
+ENVIRONMENT = os.environ | SCRIPT_ENVIRONMENT
 NUM_HELD_OUT_DIGITS = 372
 
 
@@ -92,14 +77,6 @@ def read_json(file: Path) -> Any:
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerate() -> Iterator[None]:
-    """Accelerate keeps its settings in singletons: each test starts without."""
-    reset_accelerate()
-    yield
-    reset_accelerate()
 
 
 @pytest.fixture(scope="module")
@@ -150,7 +127,7 @@ def tiny_options(output_dir: Path, dataset: object, **others: Any) -> FinetuneOp
 def trained(output_dir: Path, dataset: object, **others: Any) -> dict[str, Any]:
     """The results of such a run."""
     reset_accelerate()
-    return finetune(prepare(tiny_options(output_dir, dataset, **others)))
+    return run_task(FinetuneTask(tiny_options(output_dir, dataset, **others)))
 
 
 # A run through accelerate launch -------------------------------------------------------------------------------------
@@ -158,7 +135,7 @@ def trained(output_dir: Path, dataset: object, **others: Any) -> dict[str, Any]:
 
 def test_run_leaves_results_of_every_held_out_image(launched: Path) -> None:
     results = read_json(launched / "results.json")
-    assert results["num_images"] == NUM_HELD_OUT_DIGITS
+    assert results["num_images"] == NUM_HELD_OUT_DIGITS and results["selection_metric"] == "accuracy"
     right = results["accuracy"] * NUM_HELD_OUT_DIGITS
     assert right == pytest.approx(round(right), abs=1e-3)
     assert 0 <= results["accuracy"] <= results["top_5_accuracy"] <= 1
@@ -225,7 +202,7 @@ def test_the_folder_loads_without_the_package(launched: Path) -> None:
     ran = run_fresh("-P", SCRIPTS / "demo_load.py", launched, environment=environment, cwd=launched.parent)
     assert ran.returncode == 0, f"{ran.stdout}\n{ran.stderr}"
     assert "on 372 held-out images" in ran.stdout
-    assert "equal to what training reported" in ran.stdout
+    assert "equal to the accuracy in results.json" in ran.stdout
 
 
 # Flags ---------------------------------------------------------------------------------------------------------------
@@ -278,7 +255,7 @@ def test_an_unknown_preset_lists_the_presets(tmp_path: Path) -> None:
     with raises_one_line(
         "--model vitcls-smal is not a preset", "vitcls-tiny, vitcls-small, vitcls-base, vitcls-large"
     ):
-        prepare(replace(options, model=ModelOptions(model="vitcls-smal")))
+        FinetuneTask(replace(options, model=ModelOptions(model="vitcls-smal")))
     assert not (tmp_path / "out").exists()
 
 
@@ -314,7 +291,7 @@ def test_image_folder_is_learned(colours: Path, tmp_path: Path, capsys: pytest.C
 
 @pytest.fixture(scope="module")
 def tasks(colours: Path) -> Path:
-    """The same pictures with two columns of labels, a few of them missing, and one column of several labels."""
+    """The same images with two columns of labels, a few of them missing, and one column of several labels."""
     rows = [
         (str(path), path.parent.name, "" if index % 7 == 0 else f"kind {index % 3}", f"{path.parent.name}|all")
         for index, path in enumerate(sorted(colours.glob("*/*.png")))
@@ -338,7 +315,7 @@ def test_several_tasks(tasks: Path, tmp_path: Path) -> None:
 def test_several_labels_per_image(tasks: Path, tmp_path: Path) -> None:
     options = {"label_column": ("tags",), "label_separator": "|", "max_steps": 30}
     results = trained(tmp_path, tasks, **options)
-    assert results["mean_average_precision"] == 1.0
+    assert results[results["selection_metric"]] == results["mean_average_precision"] == 1.0
     model = ViTCLSForImageClassification.from_pretrained(tmp_path)
     assert model.config.problem_type == "multi_label_classification"
     assert set(model.config.label2id) == {"all", "dusk", "noon"}
@@ -347,7 +324,7 @@ def test_several_labels_per_image(tasks: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("flag", ["mixup", "cutmix"])
 def test_what_is_for_one_label_is_refused_for_several(tasks: Path, tmp_path: Path, flag: str) -> None:
     with pytest.raises(ValueError, match=f"--{flag} requires one label per image"):
-        prepare(tiny_options(tmp_path, tasks, label_column=("time", "kind"), **{flag: 0.5}))
+        FinetuneTask(tiny_options(tmp_path, tasks, label_column=("time", "kind"), **{flag: 0.5}))
 
 
 def test_a_stream_is_learned(colours: Path, tmp_path: Path) -> None:
@@ -355,10 +332,10 @@ def test_a_stream_is_learned(colours: Path, tmp_path: Path) -> None:
     assert results["num_training_images"] is None and results["num_images"] > 4
     assert results["accuracy"] == 1.0
     with pytest.raises(ValueError, match="--max-steps"):
-        prepare(tiny_options(tmp_path / "other", colours, streaming=True, max_steps=None))
+        FinetuneTask(tiny_options(tmp_path / "other", colours, streaming=True, max_steps=None))
 
 
-def test_broken_images_are_named_and_skipped(colours: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_unreadable_images_are_named_and_skipped(colours: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     folder = tmp_path / "pictures"
     for path in colours.glob("*/*.png"):
         (folder / path.parent.name).mkdir(parents=True, exist_ok=True)
@@ -418,7 +395,7 @@ def test_lora_is_merged_into_a_plain_model(pretrained: Path, tmp_path: Path) -> 
 
 def test_a_preset_is_no_checkpoint_to_freeze(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="--trainable head requires a trained checkpoint, but vitcls-tiny has random"):
-        prepare(tiny_options(tmp_path, "digits", trainable="head"))
+        FinetuneTask(tiny_options(tmp_path, "digits", trainable="head"))
 
 
 @pytest.fixture(scope="module")
@@ -453,7 +430,7 @@ def test_kept_answers_of_the_teacher(teacher: Path, tmp_path: Path) -> None:
     results = trained(tmp_path, "digits", **options)
     assert results["steps"] == 7
     with pytest.raises(ValueError, match="--teacher-views caches the logits of single images"):
-        prepare(tiny_options(tmp_path, "digits", **options, mixup=0.2))
+        FinetuneTask(tiny_options(tmp_path, "digits", **options, mixup=0.2))
 
 
 def test_everything_at_once(tmp_path: Path) -> None:
@@ -479,7 +456,7 @@ def test_everything_at_once(tmp_path: Path) -> None:
 
 
 def test_class_weights_help_the_rare_class(tmp_path: Path) -> None:
-    """40 grey pictures of one class and 8 of another, which differ by noise: without weights the frequent one wins."""
+    """40 gray images of one class and 8 of another, which differ by noise: without weights the frequent one wins."""
     generator = torch.Generator().manual_seed(0)
     for name, count, level in (("often", 40, 120), ("rare", 8, 136)):
         for index in range(count):
@@ -513,7 +490,7 @@ def test_trackers_get_the_numbers(tmp_path: Path) -> None:
     assert [event.step for event in events.Scalars("loss")] == [1, 2, 3]
 
 
-def test_trackers_get_the_main_pictures_at_the_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_trackers_get_the_main_images_at_the_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Those of the card, and figures of the report, which the last line names."""
     event_files = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     trained(tmp_path, "digits", log_with=("tensorboard",), report=True)
@@ -542,7 +519,7 @@ def test_without_a_report_none_of_an_earlier_run_stays(tmp_path: Path, capsys: p
 
 
 def test_a_tracker_that_is_not_installed_is_named() -> None:
-    with pytest.raises(ValueError, match="--log-with wandbox needs the package wandbox: pip install wandbox"):
+    with pytest.raises(ValueError, match="--log-with wandbox requires the package wandbox: pip install wandbox"):
         check_installed(("wandbox",))
 
 
@@ -571,12 +548,12 @@ def test_a_dry_run_checks_push_permissions(
     hub: LocalHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     options = tiny_options(tmp_path / "my-model", "digits", push_to_hub=True)
-    dry_run(options)
+    dry_run(FinetuneTask, options)
     assert "pushing to ann/my-model is permitted" in capsys.readouterr().out
     assert not hub.repositories
     point_client_at(hub.url, "hf_read", monkeypatch, tmp_path / "other-home")
     with pytest.raises(ValueError, match="is read-only, so it cannot push to ann/my-model"):
-        dry_run(options)
+        dry_run(FinetuneTask, options)
     assert not (tmp_path / "my-model").exists()
 
 
@@ -587,10 +564,10 @@ def test_a_finished_run_can_be_pushed(hub: LocalHub, tmp_path: Path) -> None:
 
 
 def test_a_push_that_fails_leaves_the_model_and_says_how_to_finish(hub: LocalHub, tmp_path: Path) -> None:
-    run = prepare(tiny_options(tmp_path / "my-model", "digits", push_to_hub=True))
+    run = FinetuneTask(tiny_options(tmp_path / "my-model", "digits", push_to_hub=True))
     hub.fail("POST", "/api/repos/create", 403)
     with pytest.raises(RunStopped, match=r"python scripts/push_to_hub\.py --model .*my-model"):
-        finetune(run)
+        run_task(run)
     ViTCLSForImageClassification.from_pretrained(tmp_path / "my-model")
 
 
@@ -598,9 +575,9 @@ def test_a_push_that_fails_leaves_the_model_and_says_how_to_finish(hub: LocalHub
 
 
 def test_a_token_that_does_not_move_is_named(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    run = prepare(tiny_options(tmp_path, "digits"))
+    run = FinetuneTask(tiny_options(tmp_path, "digits"))
     run.model.vitcls.embeddings.register_tokens.requires_grad_(False)
-    results = finetune(run)
+    results = run_task(run)
     output = capsys.readouterr().out
     for index in (0, 1):
         assert f"WARNING: the token registers[{index}] received no gradient in step 3" in output
@@ -623,7 +600,7 @@ def test_an_unfinished_run_is_not_thrown_away(tmp_path: Path) -> None:
     with pytest.raises(RunStopped):
         trained(tmp_path, "digits", learning_rate=1e38, warmup=0.0, max_steps=9, save_every=1)
     with pytest.raises(ValueError, match=r"an unfinished run .* step 1\)\. Continue it with --resume, restart"):
-        prepare(tiny_options(tmp_path, "digits"))
+        FinetuneTask(tiny_options(tmp_path, "digits"))
     assert trained(tmp_path, "digits", overwrite=True)["steps"] == 3
     assert trained(tmp_path, "digits", max_steps=2, overwrite=True)["steps"] == 2  # also a finished one
 
@@ -638,10 +615,10 @@ def test_an_evaluation_that_fails_is_made_again(tmp_path: Path) -> None:
     settings = {"max_steps": 6, "batch_size": 479, "log_every": 2, "ema_decay": 0.9}  # three steps an epoch
     whole = trained(tmp_path / "whole", "digits", **settings)
     reset_accelerate()
-    run = prepare(tiny_options(tmp_path / "cut", "digits", **settings))
-    run.data = replace(run.data, held_out=replace(run.data.held_out, pictures=Gone()))
+    run = FinetuneTask(tiny_options(tmp_path / "cut", "digits", **settings))
+    run.data = replace(run.data, held_out=replace(run.data.held_out, images=Gone()))
     with pytest.raises(RunStopped, match="the disk is gone"):
-        finetune(run)
+        run_task(run)
     assert (tmp_path / "cut" / "checkpoints" / "step-00000003").is_dir()
     (tmp_path / "cut" / "metrics.jsonl").open("a").write('{"step": 3}\n')  # killed once it was logged
     again = trained(tmp_path / "cut", "digits", resume=True, **settings)
@@ -655,12 +632,12 @@ def test_an_evaluation_that_fails_is_made_again(tmp_path: Path) -> None:
 
 def test_a_model_that_cannot_be_written_ends_in_one_line(tmp_path: Path) -> None:
     """As under a quota: the system refuses to write."""
-    run = prepare(tiny_options(tmp_path, "digits"))
+    run = FinetuneTask(tiny_options(tmp_path, "digits"))
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
     try:
         with raises_one_line("cannot write the model to", "File too large", "Free disk space", error=RunStopped):
-            save(run, {})
+            save_output(run, {})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
@@ -672,17 +649,17 @@ def test_a_loss_that_is_not_finite_is_said_on_a_full_disk_too(tmp_path: Path) ->
 
 
 def test_metrics_that_cannot_be_written_end_in_one_line(tmp_path: Path) -> None:
-    run = prepare(tiny_options(tmp_path, "digits", log_every=1))
+    run = FinetuneTask(tiny_options(tmp_path, "digits", log_every=1))
     run.runner.reporter.metrics_file = Path("/dev/full")
     with raises_one_line("cannot write /dev/full (No space left on device). Free disk space", error=OSError):
-        run.runner.reporter.log({"step": 1, "epoch": 0.0, "loss": 1.0, "images_per_second": 1.0})
+        run.runner.reporter.log({"step": 1, "epoch": 0.0, "loss": 1.0, "images_per_second": 1.0}, "accuracy")
 
 
 def test_a_dry_run_of_linear_probing_encodes_few_images(
     pretrained: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     options = tiny_options(tmp_path / "out", "digits", max_steps=None, trainable="head")
-    dry_run(replace(options, model=ModelOptions(model=str(pretrained))))
+    dry_run(FinetuneTask, replace(options, model=ModelOptions(model=str(pretrained))))
     output = capsys.readouterr().out
     assert "encoding 24 images once" in output and "The full run has 5,344 steps" in output
 
@@ -716,7 +693,7 @@ def test_a_process_speaks_for_itself_unless_all_have_the_error(
 
 
 def test_a_dry_run_does_everything_and_keeps_nothing(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    dry_run(tiny_options(tmp_path / "out", "digits", max_steps=50, ema_decay=0.9))
+    dry_run(FinetuneTask, tiny_options(tmp_path / "out", "digits", max_steps=50, ema_decay=0.9))
     output = capsys.readouterr().out
     assert "3 steps, an evaluation, a checkpoint, saving succeeded" in output
     assert re.search(r"The full run has 50 steps and takes about \d+ s$", output.strip())
@@ -759,8 +736,8 @@ def test_every_trained_parameter_gets_a_gradient(tmp_path: Path) -> None:
     config.distillation_inference = "cls"
     ViTCLSForImageClassification(config).save_pretrained(tmp_path)
     ViTCLSImageProcessor(size=32).save_pretrained(tmp_path)
-    run = prepare(tiny_options(tmp_path / "out", "digits", **from_checkpoint(tmp_path)))
-    finetune(run)
+    run = FinetuneTask(tiny_options(tmp_path / "out", "digits", **from_checkpoint(tmp_path)))
+    run_task(run)
     assert not run.model.vitcls.embeddings.mask_token.requires_grad
     before = ViTCLSForImageClassification.from_pretrained(tmp_path).state_dict()
     still = {
@@ -771,7 +748,7 @@ def test_every_trained_parameter_gets_a_gradient(tmp_path: Path) -> None:
 
 def test_another_kind_of_model_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "vit"}', encoding="utf-8")
-    with pytest.raises(ValueError, match="holds a model of type 'vit'"):
+    with pytest.raises(ValueError, match="contains a model of type 'vit'"):
         build_model(ModelOptions(model=str(tmp_path)), digits_named(["a", "b"]))
 
 

@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
-from accelerate_state import reset_accelerate
 from PIL import Image
 from tiny_models import (
     LAYOUTS,
@@ -19,13 +18,15 @@ from tiny_models import (
     raises_one_line,
     tiny_config,
 )
-from warm_processes import METHOD, free_port
+from warm_processes import METHOD, find_free_port
 
 from modeling_vitcls import ViTCLSForImageClassification, ViTCLSForMultiTaskClassification, ViTCLSImageProcessor
 from modeling_vitcls.data.augmentation import build_augmentation
-from modeling_vitcls.data.batches import BatchPlan, Normaliser, TrainingPictures, training_batches
-from modeling_vitcls.data.images import BrokenPicture, LabelledPictures
+from modeling_vitcls.data.batches import Normalizer, iterate_training_batches
+from modeling_vitcls.data.images import LabeledImages, UnreadableImage
 from modeling_vitcls.data.labels import LabelSpace
+from modeling_vitcls.data.sampling import BatchPlan
+from modeling_vitcls.data.streaming import augment_images
 from modeling_vitcls.inference.evaluator import Evaluator
 from modeling_vitcls.options import AugmentationOptions, TrainingOptions
 from modeling_vitcls.training.linear_probe import (
@@ -44,8 +45,10 @@ from modeling_vitcls.training.losses import (
     SingleLabelLoss,
     get_feature_inputs,
 )
-from modeling_vitcls.training.trainable import apply_trainable, set_train_mode
+from modeling_vitcls.training.model import apply_trainable, set_train_mode
 
+
+pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
 NUM_PICTURES = 23
 NAMES = ["ant", "bee", "cat"]
@@ -64,29 +67,22 @@ MODELS: dict[str, tuple[Any, dict[str, Any]]] = {
 each_model = pytest.mark.parametrize(("model_class", "fields"), MODELS.values(), ids=MODELS)
 
 
-@pytest.fixture(autouse=True)
-def fresh_accelerate() -> Any:
-    reset_accelerate()
-    yield
-    reset_accelerate()
-
-
 class Pictures:
-    """Pictures in memory, of which some may be broken."""
+    """Images in memory, of which some may be broken."""
 
     def __init__(self, broken: tuple[int, ...] = ()) -> None:
         generator = torch.Generator().manual_seed(0)
         arrays = torch.randint(0, 256, (NUM_PICTURES, 40, 36, 3), generator=generator, dtype=torch.uint8)
-        self.pictures = [Image.fromarray(array.numpy()) for array in arrays]
+        self.images = [Image.fromarray(array.numpy()) for array in arrays]
         self.broken = broken
 
     def __len__(self) -> int:
-        return len(self.pictures)
+        return len(self.images)
 
     def __getitem__(self, index: int) -> Image.Image:
         if index in self.broken:
-            raise BrokenPicture(f"picture {index} is broken")
-        return self.pictures[index]
+            raise UnreadableImage(f"picture {index} is broken")
+        return self.images[index]
 
 
 class Probe:
@@ -102,17 +98,17 @@ class Probe:
     ) -> None:
         self.model = apply_trainable(filled(model_class(tiny_config(**fields))), "head")
         self.processor = ViTCLSImageProcessor(size={"height": 32, "width": 32})
-        self.normalise = Normaliser(self.processor, torch.device("cpu"))
+        self.normalise = Normalizer(self.processor, torch.device("cpu"))
         self.accelerator = Accelerator(cpu=True)
         self.views = views
         tasks = fields.get("tasks")
         one = range(NUM_PICTURES)
         labels: list[Any] = [{task: i % n for task, n in tasks.items()} if tasks else i % 3 for i in one]
-        self.source = LabelledPictures(Pictures(broken), labels)  # type: ignore[arg-type]
+        self.source = LabeledImages(Pictures(broken), labels)  # type: ignore[arg-type]
         columns = {name: [str(i) for i in range(n)] for name, n in tasks.items()} if tasks else {"label": NAMES}
         self.labels = LabelSpace("multi_task" if tasks else "single_label_classification", columns)
         augmentation = build_augmentation(options, (32, 32), self.processor.resample)
-        self.pictures = TrainingPictures(self.source, augmentation, to_rgb=True, seed=3, views=views)
+        self.images = augment_images(self.source, augmentation, to_rgb=True, seed=3, num_views=views)
         self.label_loss = MultiTaskLoss(0.1) if tasks else SingleLabelLoss(0.1)
         training = TrainingOptions(max_steps=8, batch_size=4, gradient_accumulation_steps=2)
         self.plan = BatchPlan.from_options(NUM_PICTURES, training, num_processes=1)
@@ -120,7 +116,7 @@ class Probe:
     def cache(self, **changes: Any) -> dict[str, Any]:
         keys = [(view, index) for view in range(self.views) for index in range(NUM_PICTURES)]
         settings = {"batch_size": 5, "num_workers": 0, "accelerator": self.accelerator} | changes
-        return cache_features(self.model, self.pictures, keys, self.normalise, **settings)
+        return cache_features(self.model, self.images, keys, self.normalise, **settings)
 
     def train(self, module: Any, batches: Any, inputs: Any) -> None:
         """Eight steps over each two batches, in train mode."""
@@ -198,14 +194,14 @@ def test_what_is_trained_outside_the_heads(
 def test_trained_heads_are_those_of_the_frozen_encoder_run_in_every_step(changes: dict[str, Any]) -> None:
     noisy: dict[str, Any] = {"drop_path_rate": 0.5, "hidden_dropout_prob": 0.3}
     slow, fast = Probe(**noisy, **changes), Probe(**noisy, **changes)
-    slow.train(slow.model, training_batches(slow.pictures, slow.plan, 0, 0), PixelInputs(slow.normalise))
+    slow.train(slow.model, iterate_training_batches(slow.images, slow.plan, 0, 0), PixelInputs(slow.normalise))
 
     cached = fast.cache()
     calls = fast.count_calls()
     batches = iterate_feature_batches(cached, fast.plan, 0, fast.views)
     fast.train(build_head_only(fast.model), batches, get_feature_inputs)
     assert calls == []  # more than two epochs
-    assert fast.plan.epochs_after(fast.plan.num_steps) > 2
+    assert fast.plan.count_epochs(fast.plan.num_steps) > 2
 
     before = dict(filled(type(fast.model)(fast.model.config)).named_parameters())
     for (name, wanted), found in zip(slow.model.named_parameters(), fast.model.parameters(), strict=True):
@@ -216,7 +212,7 @@ def test_trained_heads_are_those_of_the_frozen_encoder_run_in_every_step(changes
 def test_batches_are_those_of_the_plan_but_for_the_pixels() -> None:
     probe = Probe(options=SHIFTED, views=2, broken=(4,))
     cached = probe.cache()
-    expected = list(training_batches(probe.pictures, probe.plan, 0, 0))
+    expected = list(iterate_training_batches(probe.images, probe.plan, 0, 0))
     found = list(iterate_feature_batches(cached, probe.plan, 0, 2))
     assert len(found) == len(expected) == 16
     for one, other in zip(found, expected, strict=True):
@@ -230,7 +226,7 @@ def test_batches_are_those_of_the_plan_but_for_the_pixels() -> None:
     assert torch.equal(resumed["index"], found[10]["index"]) and torch.equal(resumed["epoch"], found[10]["epoch"])
 
 
-def test_each_view_of_each_picture_is_encoded_once() -> None:
+def test_each_view_of_each_image_is_encoded_once() -> None:
     probe = Probe(options=SHIFTED, views=3)
     calls = probe.count_calls()
     cached = probe.cache(batch_size=7)
@@ -299,7 +295,7 @@ def test_evaluation_of_the_heads_is_that_of_the_model_without_its_encoder() -> N
 
 
 def share_of_a_probe(rank: int, num_processes: int) -> dict[str, Any]:
-    """One process's part: encode, train the heads for four steps of eight pictures in all, evaluate."""
+    """One process's part: encode, train the heads for four steps of eight images in all, evaluate."""
     probe = Probe(num_distillation_tokens=1, options=SHIFTED, views=2)
     assert probe.accelerator.num_processes == num_processes
     training = TrainingOptions(max_steps=4, batch_size=8 // num_processes)
@@ -328,7 +324,7 @@ def probe_in_a_process(rank: int, port: int, folder: Path) -> None:
 
 
 def test_two_processes_do_what_one_does(tmp_path: Path) -> None:
-    torch.multiprocessing.start_processes(probe_in_a_process, (free_port(), tmp_path), 2, start_method=METHOD)
+    torch.multiprocessing.start_processes(probe_in_a_process, (find_free_port(), tmp_path), 2, start_method=METHOD)
     alone = share_of_a_probe(0, 1)
     for record in (torch.load(tmp_path / f"{rank}.pt") for rank in range(2)):
         assert torch.equal(record["cached"]["index"], alone["cached"]["index"])

@@ -11,6 +11,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from accelerate_state import reset_accelerate
+from tiny_options import PLAIN, TINY
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from modeling_vitcls import (
@@ -20,9 +21,11 @@ from modeling_vitcls import (
     ViTCLSForMultiTaskClassification,
 )
 from modeling_vitcls.data.augmentation import build_augmentation
-from modeling_vitcls.data.batches import BatchPlan, Normaliser, TrainingPictures, training_batches
+from modeling_vitcls.data.batches import Normalizer, iterate_training_batches
+from modeling_vitcls.data.sampling import BatchPlan
 from modeling_vitcls.data.splits import load_training_data
-from modeling_vitcls.options import AugmentationOptions, DataOptions, ModelOptions, TrainingOptions
+from modeling_vitcls.data.streaming import augment_images
+from modeling_vitcls.options import DataOptions, TrainingOptions
 from modeling_vitcls.training.loop import Hooks, Interrupted, NonFiniteLoss, TrainingLoop, TrainingState
 from modeling_vitcls.training.losses import (
     Classification,
@@ -37,26 +40,9 @@ from modeling_vitcls.training.optimizer import Ema, build_optimizer, build_param
 from modeling_vitcls.training.token_monitor import AttentionEntropy, TokenMonitor
 
 
-TINY = ModelOptions(
-    model="vitcls-tiny",
-    hidden_size=32,
-    num_hidden_layers=2,
-    num_attention_heads=2,
-    intermediate_size=64,
-    image_size=32,
-    patch_size=16,
-    num_register_tokens=2,
-)
-PLAIN = AugmentationOptions(crop_scale=1.0, flip=False)
+pytestmark = pytest.mark.usefixtures("fresh_accelerate")
+
 DIGITS = load_training_data(DataOptions(dataset="digits"))
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerate() -> Iterator[None]:
-    """Accelerate keeps its settings in singletons: each test starts without."""
-    reset_accelerate()
-    yield
-    reset_accelerate()
 
 
 class Bench:
@@ -80,7 +66,7 @@ class Bench:
         if self.options.ema_decay:
             self.state.ema = Ema(self.state.model, self.options.ema_decay)
         self.plan = BatchPlan.from_options(len(DIGITS.train), self.options, num_processes=1)
-        self.normalise = Normaliser(built.processor, self.accelerator.device)
+        self.normalise = Normalizer(built.processor, self.accelerator.device)
         self.records: list[dict[str, Any]] = []
         self.warnings: list[str] = []
         self.saved: list[tuple[int, bool]] = []
@@ -103,17 +89,18 @@ class Bench:
             self.accelerator,
             hooks,
             TokenMonitor(self.model),
+            "accuracy",
             save_every,
         )
 
     def evaluate(self) -> dict[str, Any]:
         assert not self.model.training
         self.evaluations.append(weights_of(self.model))
-        return {"accuracy": next(self.accuracies), "num_images": 7, "per_class": []}
+        return {"loss": 1.0, "accuracy": next(self.accuracies), "num_images": 7, "per_class": []}
 
     def batches(self) -> Iterator[Any]:
-        pictures = TrainingPictures(DIGITS.train, build_augmentation(PLAIN, (32, 32), 3), to_rgb=True, seed=0)
-        return training_batches(pictures, self.plan, process=0, num_workers=0, first_step=self.state.step)
+        pictures = augment_images(DIGITS.train, build_augmentation(PLAIN, (32, 32), 3), to_rgb=True, seed=0)
+        return iterate_training_batches(pictures, self.plan, process=0, num_workers=0, first_step=self.state.step)
 
     def run(self) -> dict[str, Any]:
         return self.loop.run(self.batches())
@@ -431,10 +418,15 @@ def test_multi_task_loss_leaves_out_missing_labels() -> None:
     normalise = lambda pixels: pixels / 255  # noqa: E731
     batch = {"pixels": torch.randint(256, (2, 3, 32, 32), dtype=torch.uint8), "labels": labels}
     loss = Classification(PixelInputs(normalise), MultiTaskLoss(0.0))(model, batch)["loss"]
-    logits = model(normalise(batch["pixels"])).logits["age"]
-    torch.testing.assert_close(loss, torch.nn.functional.cross_entropy(logits[:1], torch.tensor([0])) / 2)
+    outputs = model(normalise(batch["pixels"]), labels=labels)
+    expected = torch.nn.functional.cross_entropy(outputs.logits["age"][:1], torch.tensor([0]))
+    torch.testing.assert_close(loss, expected / 2)
+    torch.testing.assert_close(outputs.loss, expected)  # the mean over the labeled images, as Trainer uses it
     loss.backward()
     assert all(parameter.grad is not None for parameter in model.parameters())  # DDP waits for all of them
+    complete = {"age": torch.tensor([0, 2]), "kind": torch.tensor([1, 0])}
+    loss = Classification(PixelInputs(normalise), MultiTaskLoss(0.0))(model, batch | {"labels": complete})["loss"]
+    torch.testing.assert_close(loss, model(normalise(batch["pixels"]), labels=complete).loss)
 
 
 def test_every_head_learns_without_a_teacher() -> None:

@@ -8,7 +8,7 @@ import io
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,7 +19,7 @@ from accelerate_state import reset_accelerate
 from tiny_models import TASKS, filled, images, tiny_config
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
-from warm_processes import READY, SECONDS, free_port, ranked
+from warm_processes import READY, SECONDS, find_free_port, get_rank_variables
 
 from modeling_vitcls import (
     ViTCLSForImageClassification,
@@ -27,7 +27,7 @@ from modeling_vitcls import (
     ViTCLSForMultiTaskClassification,
     system,
 )
-from modeling_vitcls.data.batches import BatchPlan
+from modeling_vitcls.data.sampling import BatchPlan
 from modeling_vitcls.options import (
     AugmentationOptions,
     DataOptions,
@@ -38,7 +38,7 @@ from modeling_vitcls.options import (
 )
 from modeling_vitcls.training import mfu
 from modeling_vitcls.training.costs import estimate_memory
-from modeling_vitcls.training.finetune import finetune
+from modeling_vitcls.training.finetune import FinetuneTask
 from modeling_vitcls.training.mfu import (
     Utilization,
     count_training_flops,
@@ -46,9 +46,11 @@ from modeling_vitcls.training.mfu import (
     format_si,
     start_utilization,
 )
-from modeling_vitcls.training.setup import prepare
-from modeling_vitcls.training.trainable import apply_trainable, set_train_mode
+from modeling_vitcls.training.model import apply_trainable, set_train_mode
+from modeling_vitcls.training.task import run_task
 
+
+pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
 BATCH = 3
 TOKENS = {"num_cls_tokens": 2, "num_distillation_tokens": 1, "num_register_tokens": 3}
@@ -72,14 +74,6 @@ MODEL = {
     "patch_size": 16,
 }
 STEPS, SIZE = 4, 8
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerate() -> Iterator[None]:
-    """Accelerate keeps its settings in singletons: each test starts without."""
-    reset_accelerate()
-    yield
-    reset_accelerate()
 
 
 # Operations ----------------------------------------------------------------------------------------------------------
@@ -219,13 +213,13 @@ def test_the_fastest_turn_counts(monkeypatch: pytest.MonkeyPatch) -> None:
         return torch.zeros(())
 
     monkeypatch.setattr(system.time, "perf_counter", lambda: now[0])
-    assert system.fewest_seconds(work, torch.device("cpu")) == pytest.approx(0.1)
+    assert system.measure_fastest_call(work, torch.device("cpu")) == pytest.approx(0.1)
 
 
 def test_measuring_draws_no_random_numbers(peaks: list[float]) -> None:
     torch.manual_seed(0)
     before = torch.get_rng_state()
-    mfu.gemm_peak(torch.device("cpu"), torch.float32)
+    mfu.measure_gemm_peak(torch.device("cpu"), torch.float32)
     assert torch.equal(torch.get_rng_state(), before) and len(peaks) == 1
 
 
@@ -310,12 +304,12 @@ def measure_soon(patch: pytest.MonkeyPatch) -> list[float]:
     measured: list[float] = []
 
     def measure(device: Any, dtype: torch.dtype) -> float:
-        measured.append(system.gemm_peak(device, dtype))
+        measured.append(system.measure_gemm_peak(device, dtype))
         return measured[-1]
 
     patch.setattr(system, "GEMM_SECONDS", 0.0)
     patch.setattr(mfu, "MIN_FLOPS", 0.0)
-    patch.setattr(mfu, "gemm_peak", measure)
+    patch.setattr(mfu, "measure_gemm_peak", measure)
     return measured
 
 
@@ -331,7 +325,7 @@ def run(folder: Path, resume: bool = False, model: ModelOptions | None = None, *
         training=TrainingOptions(**settings),
         run=RunOptions(report=False, save_every=2, resume=resume),
     )
-    return finetune(prepare(options))
+    return run_task(FinetuneTask(options))
 
 
 class Ran(NamedTuple):
@@ -386,7 +380,7 @@ def test_a_disturbed_measurement_gives_no_number(
     """The first measurement finds the machine busy; after the first step it is measured again."""
     found = iter([1e3, 1e3, 1e15])
     monkeypatch.setattr(mfu, "MIN_FLOPS", 0.0)
-    monkeypatch.setattr(mfu, "gemm_peak", lambda device, dtype: next(found, 1e15))
+    monkeypatch.setattr(mfu, "measure_gemm_peak", lambda device, dtype: next(found, 1e15))
     results = run(tmp_path)
     shares = [record["utilisation"] for record in records_of(tmp_path)]
     assert shares[0] is None and all(0 <= share <= 1 for share in shares[1:]) and len(shares) == STEPS
@@ -394,7 +388,7 @@ def test_a_disturbed_measurement_gives_no_number(
     (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step 1/")]
     assert "images/s, utilization unknown  " in line
 
-    monkeypatch.setattr(mfu, "gemm_peak", lambda device, dtype: 1e3)
+    monkeypatch.setattr(mfu, "measure_gemm_peak", lambda device, dtype: 1e3)
     assert run(tmp_path / "again")["utilisation"]["of_training_steps"] is None
     assert "utilization is unknown" in (tmp_path / "again" / "README.md").read_text(encoding="utf-8")
 
@@ -430,7 +424,7 @@ def test_heads_on_cached_features_use_nothing(
 
 def one_of_two(rank: int, port: int, queue: Any) -> None:
     """What a run on two processes begins with."""
-    os.environ.update(ranked(rank, 2, port))
+    os.environ.update(get_rank_variables(rank, 2, port))
     torch.set_num_threads(1)
     plan = BatchPlan.from_options(100, TrainingOptions(max_steps=3, batch_size=5), num_processes=2)
     with pytest.MonkeyPatch.context() as patch:
@@ -441,7 +435,7 @@ def one_of_two(rank: int, port: int, queue: Any) -> None:
 
 def test_processes_share_the_machine() -> None:
     """Each measures what it reaches while the others do; the peak of the run is their sum."""
-    port, queue = free_port(), READY.SimpleQueue()
+    port, queue = find_free_port(), READY.SimpleQueue()
     processes = [READY.Process(target=one_of_two, args=(rank, port, queue)) for rank in range(2)]
     for process in processes:
         process.start()

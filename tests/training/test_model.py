@@ -1,27 +1,24 @@
-"""The model that training starts from: checkpoints of several tasks for other labels than their own; flags refused."""
+"""The model that training starts from, flags that are refused, what `--trainable` trains, and LoRA's plain models."""
 
-from collections.abc import Iterator
+import re
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from accelerate_state import reset_accelerate
-from tiny_models import raises_one_line, tiny_config
+from peft.tuners.lora import LoraLayer
+from tiny_models import filled, images, largest_difference, raises_one_line, tiny_config
 
-from modeling_vitcls import ViTCLSForMultiTaskClassification, ViTCLSImageProcessor
+from modeling_vitcls import ViTCLSForImageClassification, ViTCLSForMultiTaskClassification, ViTCLSImageProcessor
 from modeling_vitcls.data.labels import LabelSpace
 from modeling_vitcls.options import DataOptions, DistillationOptions, FinetuneOptions, ModelOptions, TrainingOptions
-from modeling_vitcls.training.model import build_model
-from modeling_vitcls.training.setup import check_combinations, prepare
+from modeling_vitcls.training.finetune import FinetuneTask, check_combinations
+from modeling_vitcls.training.model import apply_trainable, build_model, merge_lora, set_train_mode
 
 
-@pytest.fixture(autouse=True)
-def fresh_accelerate() -> Iterator[None]:
-    """Accelerate keeps its settings in singletons: each test starts without."""
-    reset_accelerate()
-    yield
-    reset_accelerate()
+pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
 
 @pytest.fixture(scope="module")
@@ -66,11 +63,11 @@ def test_patches_are_left_out_of_layers_that_learn(two_tasks: Path, tmp_path: Pa
     model = ModelOptions(str(two_tasks), patch_drop_rate=0.5)
     options = FinetuneOptions(tmp_path / "out", DataOptions("digits"), model)
     with raises_one_line("--patch-drop-rate", "--trainable last-1 freezes them"):
-        prepare(replace(options, training=TrainingOptions(trainable="last-1")))
+        FinetuneTask(replace(options, training=TrainingOptions(trainable="last-1")))
     assert not (tmp_path / "out").exists()
     reset_accelerate()
-    run = prepare(replace(options, training=TrainingOptions(trainable="last-2")))
-    assert run.built.model.config.patch_drop_rate == 0.5
+    run = FinetuneTask(replace(options, training=TrainingOptions(trainable="last-2")))
+    assert run.model.config.patch_drop_rate == 0.5
 
 
 def test_flags_that_contradict_each_other_are_refused() -> None:
@@ -94,3 +91,253 @@ def test_flags_that_contradict_each_other_are_refused() -> None:
     for message, changes in refused.items():
         with pytest.raises(ValueError, match=message):
             check_combinations(replace(options, **changes))
+
+
+LAYOUT: dict[str, Any] = {"num_distillation_tokens": 1, "num_register_tokens": 2}
+TASKS: dict[str, Any] = {"num_cls_tokens": 2, "tasks": {"species": 4, "age": 2}}
+CHOICES = ["head", "last-1", "last-2", "lora"]
+MODELS: dict[str, tuple[Any, dict[str, Any]]] = {
+    "two heads": (ViTCLSForImageClassification, LAYOUT),
+    "attention pooling": (ViTCLSForImageClassification, {"pooling": "attention", "num_cls_tokens": 0}),
+    "mlp heads": (ViTCLSForImageClassification, LAYOUT | {"head_type": "mlp", "pooling": "cls_mean"}),
+    "several tasks": (ViTCLSForMultiTaskClassification, TASKS),
+    "mask token": (ViTCLSForImageClassification, LAYOUT | {"use_mask_token": True}),
+    "gates": (ViTCLSForImageClassification, LAYOUT | {"gated_tokens": {"registers": 2}}),
+}
+each_choice = pytest.mark.parametrize("choice", CHOICES)
+each_model = pytest.mark.parametrize(("model_class", "fields"), MODELS.values(), ids=MODELS)
+
+
+def built(model_class: Any = ViTCLSForImageClassification, **fields: Any) -> Any:
+    """A model with random weights, its mask token frozen as in training."""
+    model = filled(model_class(tiny_config(**fields)))
+    if model.vitcls.embeddings.mask_token is not None:
+        model.vitcls.embeddings.mask_token.requires_grad_(False)
+    return model
+
+
+def trained(model: torch.nn.Module) -> set[str]:
+    """Names of what is trained, by what it belongs to: `layers.1`, `lora`, or the parameter's module."""
+    names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    groups = {re.sub(r"^vitcls\.|^embeddings\.", "", name) for name in names}
+    groups = {"lora" if "lora_" in name else name for name in groups}
+    return {
+        re.sub(r"(layers\.\d+|pooler|classifiers?|layernorm|distillation_classifier)\..*", r"\1", n) for n in groups
+    }
+
+
+def loss_of(model: Any) -> torch.Tensor:
+    """A loss over everything that the model answers."""
+    outputs = model(images())
+    if isinstance(outputs.logits, dict):
+        return torch.stack([answer.square().mean() for answer in outputs.logits.values()]).sum()
+    heads = [logits for logits in (outputs.cls_logits, outputs.distillation_logits) if logits is not None]
+    return torch.stack([logits.square().mean() for logits in heads]).sum()
+
+
+# What is trained -----------------------------------------------------------------------------------------------------
+
+
+HEADS = {"classifier", "distillation_classifier"}
+TOKENS = {f"embeddings.{name}" for name in ("cls_token", "distillation_token", "register_tokens")}
+EXPECTED = {
+    "head": HEADS,
+    "last-1": HEADS | {"layernorm", "layers.1"},
+    "last-2": HEADS | {"layernorm", "layers.0", "layers.1"},
+    "lora": HEADS | TOKENS | {"lora"},
+}
+
+
+@pytest.mark.parametrize(("choice", "expected"), EXPECTED.items())
+def test_what_is_trained(choice: str, expected: set[str]) -> None:
+    assert trained(apply_trainable(built(**LAYOUT), choice, 4)) == expected
+
+
+def test_full_trains_everything_but_what_was_frozen() -> None:
+    model = apply_trainable(built(use_mask_token=True), "full")
+    frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
+    assert frozen == ["vitcls.embeddings.mask_token"]
+
+
+def test_pooler_with_parameters_belongs_to_the_head() -> None:
+    assert trained(apply_trainable(built(pooling="attention"), "head")) == {"pooler", "classifier"}
+
+
+def test_heads_of_all_tasks_are_trained() -> None:
+    assert trained(apply_trainable(built(ViTCLSForMultiTaskClassification, **TASKS), "head")) == {"classifiers"}
+
+
+def test_mask_token_stays_frozen_even_when_it_is_fresh() -> None:
+    model = built(use_mask_token=True)
+    apply_trainable(model, "head", newly_initialized={"vitcls.embeddings.mask_token"})
+    assert trained(model) == {"classifier"}
+
+
+@pytest.mark.parametrize("choice", ["head", "last-1", "lora"])
+def test_added_tokens_are_trained_with_their_positions_and_gates(choice: str, tmp_path: Path) -> None:
+    """From the checkpoint's configuration to what is trained: nothing new stays random."""
+    fields = {"position_embedding_tokens": "all", "num_register_tokens": 1}
+    names = ["ant", "bee", "cat"]
+    saved = ViTCLSForImageClassification(tiny_config(**fields, id2label=dict(enumerate(names))))
+    filled(saved).save_pretrained(tmp_path)
+    ViTCLSImageProcessor(size={"height": 32, "width": 32}).save_pretrained(tmp_path)
+    labels = LabelSpace("single_label_classification", {"label": names})
+    options = ModelOptions(model=str(tmp_path), num_distillation_tokens=1, num_register_tokens=3)
+    start = build_model(options, labels)
+    found = trained(apply_trainable(start.model, choice, 4, start.newly_initialized))
+    new = {f"embeddings.{name}" for name in ("distillation_token", "register_tokens")}
+    new |= {f"embeddings.position_embeddings.{group}" for group in ("distillation", "registers")}
+    assert new <= found
+    assert "embeddings.position_embeddings.cls" not in found
+    assert ("embeddings.cls_token" in found) == (choice == "lora")
+
+
+def test_gates_of_added_tokens_are_trained() -> None:
+    fields = LAYOUT | {"gated_tokens": {"registers": 2}}
+    fresh = {"vitcls.embeddings.register_tokens"}
+    assert "gates.gates" in trained(apply_trainable(built(**fields), "head", newly_initialized=fresh))
+    assert "gates.gates" not in trained(apply_trainable(built(**fields), "head"))
+
+
+def test_choices_that_cannot_be() -> None:
+    with raises_one_line("last-3", "2 layers"):
+        apply_trainable(built(), "last-3")
+    for choice in ("last-0", "tail", "last-"):
+        with raises_one_line(repr(choice), "last-2"):
+            apply_trainable(built(), choice)
+
+
+# That it learns ------------------------------------------------------------------------------------------------------
+
+
+@each_choice
+@each_model
+def test_all_that_is_trained_gets_a_gradient_and_nothing_else_moves(
+    choice: str, model_class: Any, fields: dict[str, Any]
+) -> None:
+    """On several processes a trained parameter without a gradient stops the run."""
+    model = apply_trainable(built(model_class, **fields), choice, 4)
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    set_train_mode(model)
+    learns = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.SGD(learns, lr=0.1)
+    for _ in range(2):  # LoRA's A moves from the second step on
+        optimizer.zero_grad()
+        loss_of(model).backward()
+        assert all(parameter.grad is not None for parameter in learns)
+        optimizer.step()
+    moved = {name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])}
+    wanted = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert moved <= wanted
+    assert all("k_proj.bias" in name for name in wanted - moved)  # softmax does not see the keys' bias
+
+
+# Modes ---------------------------------------------------------------------------------------------------------------
+
+
+def modes(model: Any) -> dict[str, bool]:
+    parts = {"embeddings": model.vitcls.embeddings, "heads": model.classifier}
+    return {name: part.training for name, part in (parts | dict(enumerate(model.vitcls.layers))).items()}
+
+
+@pytest.mark.parametrize(
+    ("choice", "fresh", "in_training"),
+    [
+        ("full", set(), {"embeddings", 0, 1, "heads"}),
+        ("head", set(), {"heads"}),
+        ("last-1", set(), {1, "heads"}),
+        ("lora", set(), {"embeddings", 0, 1, "heads"}),
+        ("head", {"vitcls.embeddings.cls_token"}, {"embeddings", "heads"}),
+    ],
+)
+def test_frozen_parts_stay_in_eval_mode(choice: str, fresh: set[str], in_training: set[Any]) -> None:
+    model = apply_trainable(built(), choice, 4, fresh)
+    set_train_mode(model)
+    assert {name for name, is_training in modes(model).items() if is_training} == in_training
+
+
+def test_frozen_encoder_drops_nothing_out() -> None:
+    model = built(hidden_dropout_prob=0.5, drop_path_rate=0.5, attention_probs_dropout_prob=0.5)
+    apply_trainable(model, "head")
+    set_train_mode(torch.nn.Sequential(model))  # as a wrapper would hold it
+    first, second = (model(images()).logits for _ in range(2))
+    assert torch.equal(first, second)
+    model.train()
+    assert not torch.equal(model(images()).logits, second)
+
+
+@pytest.mark.parametrize(
+    ("choice", "fresh", "drops"),
+    [
+        ("full", set(), True),
+        ("head", set(), False),
+        ("last-1", set(), False),
+        ("last-2", set(), True),
+        ("lora", set(), True),
+        ("head", {"vitcls.embeddings.cls_token"}, True),
+    ],
+)
+def test_frozen_first_layers_see_whole_images(choice: str, fresh: set[str], drops: bool) -> None:
+    model = apply_trainable(built(patch_drop_rate=0.5), choice, 4, fresh)
+    set_train_mode(torch.nn.Sequential(model))
+    lengths: list[int] = []
+    model.vitcls.layers[0].register_forward_pre_hook(lambda module, args: lengths.append(args[0].shape[1]))
+    model(images())
+    assert lengths == [1 + 8 if drops else 1 + 16]
+
+
+# LoRA ----------------------------------------------------------------------------------------------------------------
+
+
+def with_lora(**fields: Any) -> Any:
+    """A model with additions that are not zero."""
+    model = apply_trainable(built(**fields), "lora", 4)
+    generator = torch.Generator().manual_seed(1)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(parameter, std=0.3, generator=generator)
+    return model.eval()
+
+
+def test_lora_changes_nothing_at_first() -> None:
+    expected = built(**LAYOUT)(images()).logits
+    found = apply_trainable(built(**LAYOUT), "lora", 4)(images()).logits
+    torch.testing.assert_close(found, expected, atol=1e-6, rtol=0)
+
+
+def test_lora_is_in_queries_and_values_of_the_layers_alone() -> None:
+    model = apply_trainable(built(pooling="attention"), "lora", 3)
+    found = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
+    assert set(found) == {f"vitcls.layers.{layer}.attention.{part}_proj" for layer in (0, 1) for part in "qv"}
+    assert {module.r["default"] for module in found.values()} == {3}
+
+
+def test_merged_model_answers_alike_and_is_plain(tmp_path: Path) -> None:
+    model = with_lora(**LAYOUT)
+    expected = model(images()).logits
+    assert largest_difference(expected, built(**LAYOUT)(images()).logits) > 1e-3
+    weights = merge_lora(model.state_dict())
+    plain = ViTCLSForImageClassification(tiny_config(**LAYOUT)).eval()
+    plain.load_state_dict(weights)
+    assert largest_difference(plain(images()).logits, expected) <= 1e-5
+
+    model.save_pretrained(tmp_path, state_dict=weights)
+    loaded, info = ViTCLSForImageClassification.from_pretrained(tmp_path, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    assert torch.equal(loaded(images()).logits, plain(images()).logits)
+
+
+def test_merging_is_pefts() -> None:
+    model = with_lora()
+    weights = merge_lora(model.state_dict())
+    for name, layer in model.named_modules():
+        if isinstance(layer, LoraLayer):
+            layer.merge()
+            assert largest_difference(weights[f"{name}.weight"], layer.get_base_layer().weight) <= 1e-6
+
+
+def test_weights_without_lora_stay_as_they_are() -> None:
+    weights = built().state_dict()
+    merged = merge_lora(weights)
+    assert list(merged) == list(weights)
+    assert all(merged[name] is weights[name] for name in weights)

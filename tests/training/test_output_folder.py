@@ -18,11 +18,10 @@ from warm_processes import READY, SECONDS
 from modeling_vitcls.checkpoints import CheckpointStore
 from modeling_vitcls.options import DataOptions, FinetuneOptions, ModelOptions, RunOptions, TrainingOptions
 from modeling_vitcls.training import output_folder
-from modeling_vitcls.training.finetune import dry_run, finetune
-from modeling_vitcls.training.folder_lock import LOCK_FILE, FolderLock, LockOwner
-from modeling_vitcls.training.output_folder import list_final_files, remove_run
+from modeling_vitcls.training.finetune import FinetuneTask
+from modeling_vitcls.training.output_folder import LOCK_FILE, FolderLock, LockOwner, list_final_files, remove_run
 from modeling_vitcls.training.runner import RunStopped
-from modeling_vitcls.training.setup import prepare
+from modeling_vitcls.training.task import dry_run, run_task
 
 
 TINY = {
@@ -235,7 +234,7 @@ def options_of(folder: Path, dataset: str = "digits", max_steps: int = 1, **run:
 
 def run(folder: Path, **changes: Any) -> dict[str, Any]:
     reset_accelerate()
-    return finetune(prepare(options_of(folder, **changes)))
+    return run_task(FinetuneTask(options_of(folder, **changes)))
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -262,9 +261,9 @@ def earlier(finished: Path, folder: Path) -> Path:
 
 def test_a_run_locks_its_folder_until_it_ends(folder: Path) -> None:
     reset_accelerate()
-    prepared = prepare(options_of(folder))
+    prepared = FinetuneTask(options_of(folder))
     assert owner_of(folder)["pid"] == os.getpid()
-    finetune(prepared)
+    run_task(prepared)
     assert not (folder / LOCK_FILE).exists()
 
 
@@ -279,10 +278,10 @@ def test_a_run_that_fails_releases_its_lock(folder: Path) -> None:
     with raises_one_line("no-such-folder", error=(ValueError, OSError)):
         run(folder, dataset="./no-such-folder")
     assert not folder.parent.exists()
-    prepared = prepare(options_of(folder))
+    prepared = FinetuneTask(options_of(folder))
     prepared.runner.train = lambda *parts: (_ for _ in ()).throw(RunStopped("stopped"))
     with pytest.raises(RunStopped):
-        finetune(prepared)
+        run_task(prepared)
     assert not (folder / LOCK_FILE).exists()
 
 
@@ -292,7 +291,7 @@ def test_a_finished_run_is_replaced_only_with_overwrite(earlier: Path) -> None:
         run(earlier)
     assert contents(earlier) == before
     with raises_one_line(f"{earlier} contains a finished run"):
-        dry_run(options_of(earlier))
+        dry_run(FinetuneTask, options_of(earlier))
     assert run(earlier, max_steps=2, overwrite=True)["steps"] == 2
 
 
@@ -320,7 +319,7 @@ def test_the_old_model_never_stands_next_to_the_new_configuration(
 
     monkeypatch.setattr(Path, "unlink", note)
     reset_accelerate()
-    prepared = prepare(options_of(earlier, max_steps=2, overwrite=True))
+    prepared = FinetuneTask(options_of(earlier, max_steps=2, overwrite=True))
     monkeypatch.undo()
     assert set(contents(earlier)) == {"config.resolved.yaml", "notes.txt", LOCK_FILE}
     assert (earlier / "config.resolved.yaml").read_bytes() != config
@@ -384,7 +383,7 @@ def test_a_file_that_appears_while_a_run_is_stopped_stays(earlier: Path) -> None
 
 def test_a_run_that_ended_before_its_first_checkpoint_is_replaced(folder: Path) -> None:
     reset_accelerate()
-    prepare(options_of(folder)).runner.lock.release()
+    FinetuneTask(options_of(folder)).runner.lock.release()
     (folder / "metrics.jsonl").write_text('{"step": 1}\n')
     assert run(folder)["steps"] == 1
 

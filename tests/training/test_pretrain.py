@@ -1,8 +1,7 @@
-"""Masked image modelling: what is hidden, what is measured on held-out pictures, and the encoder it leaves behind."""
+"""Masked image modeling: what is hidden, what is measured on held-out images, and the encoder it leaves behind."""
 
 import json
 import shutil
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,15 +11,17 @@ import torch
 from accelerate import Accelerator
 from accelerate_state import reset_accelerate
 from tiny_models import raises_one_line, tiny_config
+from tiny_options import PLAIN
+from tiny_options import TINY as TINY_FINETUNING
 from transformers import AutoModel, AutoModelForMaskedImageModeling
 
 from modeling_vitcls import ViTCLSForMaskedImageModeling, ViTCLSImageProcessor, ViTCLSModel
-from modeling_vitcls.data.batches import Normaliser
-from modeling_vitcls.data.masking import MaskChooser
-from modeling_vitcls.data.random_bits import seed_for
-from modeling_vitcls.data.splits import load_unlabelled_data
+from modeling_vitcls.data.augmentation import MaskGenerator
+from modeling_vitcls.data.batches import Normalizer
+from modeling_vitcls.data.sampling import derive_seed
+from modeling_vitcls.data.splits import load_unlabeled_data
 from modeling_vitcls.heads_vitcls import masked_pixel_loss
-from modeling_vitcls.inference.reconstruction import ReconstructionEvaluator
+from modeling_vitcls.inference.evaluator import ReconstructionEvaluator
 from modeling_vitcls.options import (
     AugmentationOptions,
     DataOptions,
@@ -31,37 +32,20 @@ from modeling_vitcls.options import (
     RunOptions,
     TrainingOptions,
 )
-from modeling_vitcls.training import finetune as finetuning
+from modeling_vitcls.training.finetune import FinetuneTask
 from modeling_vitcls.training.loop import get_score
 from modeling_vitcls.training.losses import MaskedImages
-from modeling_vitcls.training.pretrain import build_model, dry_run, prepare, pretrain
+from modeling_vitcls.training.pretrain import PretrainTask, build_model
 from modeling_vitcls.training.runner import RunStopped
+from modeling_vitcls.training.task import dry_run, run_task
 
+
+pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
 CPU = torch.device("cpu")
 NUM_HELD_OUT_DIGITS = 372
 DIGITS = DataOptions(dataset="digits", num_workers=0)
-TINY = ModelOptions(
-    model="vitcls-tiny",
-    hidden_size=32,
-    num_hidden_layers=2,
-    num_attention_heads=2,
-    intermediate_size=64,
-    image_size=32,
-    patch_size=8,
-    num_cls_tokens=2,
-    num_distillation_tokens=1,
-    num_register_tokens=2,
-)
-PLAIN = AugmentationOptions(crop_scale=1.0, flip=False)
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerate() -> Iterator[None]:
-    """Accelerate keeps its settings in singletons: each test starts without."""
-    reset_accelerate()
-    yield
-    reset_accelerate()
+TINY = replace(TINY_FINETUNING, patch_size=8, num_cls_tokens=2, num_distillation_tokens=1)
 
 
 def tiny_options(folder: Path, **training: Any) -> PretrainOptions:
@@ -80,7 +64,7 @@ def pretrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder that a short run leaves behind."""
     folder = tmp_path_factory.mktemp("pretrained") / "encoder"
     reset_accelerate()
-    pretrain(prepare(tiny_options(folder)))
+    run_task(PretrainTask(tiny_options(folder)))
     return folder
 
 
@@ -99,14 +83,14 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
 @pytest.mark.parametrize("block", [1, 2, 3])
 @pytest.mark.parametrize("ratio", [0.5, 0.75])
 def test_each_image_has_exactly_its_part_hidden(grid: tuple[int, int], block: int, ratio: float) -> None:
-    masks = MaskChooser(MaskingOptions(mask_ratio=ratio, mask_block=block), grid)(50, CPU)
+    masks = MaskGenerator(MaskingOptions(mask_ratio=ratio, mask_block=block), grid)(50, CPU)
     assert masks.shape == (50, grid[0] * grid[1]) and masks.dtype == torch.bool
     assert masks.sum(dim=1).unique().tolist() == [round(ratio * grid[0] * grid[1])]
     assert len(masks.unique(dim=0)) > 5
 
 
 def test_squares_are_hidden_whole() -> None:
-    masks = MaskChooser(MaskingOptions(mask_ratio=0.5, mask_block=2), (6, 8))(20, CPU)
+    masks = MaskGenerator(MaskingOptions(mask_ratio=0.5, mask_block=2), (6, 8))(20, CPU)
     squares = masks.view(20, 3, 2, 4, 2).sum(dim=(2, 4))  # [20, squares down, squares across]
     assert squares.unique().tolist() == [0, 4]
 
@@ -114,12 +98,12 @@ def test_squares_are_hidden_whole() -> None:
 def test_every_patch_is_hidden_equally_often() -> None:
     torch.manual_seed(0)
     for block in (1, 2):
-        masks = MaskChooser(MaskingOptions(mask_ratio=0.5, mask_block=block), (4, 4))(4000, CPU)
+        masks = MaskGenerator(MaskingOptions(mask_ratio=0.5, mask_block=block), (4, 4))(4000, CPU)
         assert masks.float().mean(dim=0).sub(0.5).abs().max() < 0.04  # five standard deviations
 
 
 def test_masks_follow_torchs_seed() -> None:
-    choose = MaskChooser(MaskingOptions(), (4, 4))
+    choose = MaskGenerator(MaskingOptions(), (4, 4))
     torch.manual_seed(3)
     first = choose(8, CPU)
     assert not torch.equal(choose(8, CPU), first)
@@ -128,12 +112,12 @@ def test_masks_follow_torchs_seed() -> None:
 
 
 def test_masks_that_make_no_sense_are_refused() -> None:
-    with raises_one_line("--mask-ratio 0.01", "hides 0 of the 4 x 4 patches"):
-        MaskChooser(MaskingOptions(mask_ratio=0.01), (4, 4))
-    with raises_one_line("--mask-ratio 0.99", "hides 16 of the 4 x 4 patches"):
-        MaskChooser(MaskingOptions(mask_ratio=0.99), (4, 4))
-    with raises_one_line("--mask-block 3", "8 of 4 x 4 patches"):
-        MaskChooser(MaskingOptions(mask_ratio=0.5, mask_block=3), (4, 4))
+    with raises_one_line("--mask-ratio", "0.01 masks 0 of the 4 x 4 patches"):
+        MaskGenerator(MaskingOptions(mask_ratio=0.01), (4, 4))
+    with raises_one_line("--mask-ratio", "0.99 masks 16 of the 4 x 4 patches"):
+        MaskGenerator(MaskingOptions(mask_ratio=0.99), (4, 4))
+    with raises_one_line("--mask-block 3", "more masked patches than the 8 of 4 x 4"):
+        MaskGenerator(MaskingOptions(mask_ratio=0.5, mask_block=3), (4, 4))
 
 
 # Evaluation ----------------------------------------------------------------------------------------------------------
@@ -143,11 +127,11 @@ def measured(model: ViTCLSForMaskedImageModeling, batch_size: int, mask_seed: in
     """The metrics of a model on the held-out digits."""
     processor = build_model(TINY)[1]
     evaluator = ReconstructionEvaluator(
-        load_unlabelled_data(DIGITS).held_out.pictures,
+        load_unlabeled_data(DIGITS).held_out.images,
         processor,
-        MaskChooser(MaskingOptions(mask_ratio=0.5), (4, 4)),
+        MaskGenerator(MaskingOptions(mask_ratio=0.5), (4, 4)),
         mask_seed,
-        batch_size,
+        batch_size=batch_size,
         num_workers=0,
         accelerator=Accelerator(cpu=True),
         max_broken_images=0,
@@ -158,7 +142,7 @@ def measured(model: ViTCLSForMaskedImageModeling, batch_size: int, mask_seed: in
     return first
 
 
-def test_the_measured_loss_is_the_mean_over_the_pictures() -> None:
+def test_the_measured_loss_is_the_mean_over_the_images() -> None:
     torch.manual_seed(0)
     model, processor = build_model(TINY)
     model.eval()
@@ -167,11 +151,11 @@ def test_the_measured_loss_is_the_mean_over_the_pictures() -> None:
     assert measured(model, batch_size=7) == metrics
     assert measured(model, batch_size=7, mask_seed=1) != metrics
 
-    choose_masks = MaskChooser(MaskingOptions(mask_ratio=0.5), (4, 4))
+    mask_generator = MaskGenerator(MaskingOptions(mask_ratio=0.5), (4, 4))
     losses = []
-    for index, picture in enumerate(load_unlabelled_data(DIGITS).held_out.pictures):
+    for index, picture in enumerate(load_unlabeled_data(DIGITS).held_out.images):
         pixels = processor(picture, return_tensors="pt")["pixel_values"]
-        mask = choose_masks(1, CPU, torch.Generator().manual_seed(seed_for(0, index)))
+        mask = mask_generator(1, CPU, torch.Generator().manual_seed(derive_seed(0, index)))
         with torch.no_grad():
             reconstruction = model(pixels, bool_masked_pos=mask).reconstruction
         losses.append(masked_pixel_loss(reconstruction, pixels, mask, model.config).item())
@@ -179,10 +163,9 @@ def test_the_measured_loss_is_the_mean_over_the_pictures() -> None:
 
 
 def test_the_best_evaluation_has_the_lowest_loss() -> None:
-    assert get_score({"reconstruction_loss": 0.5, "num_images": 9}) == -0.5
-    assert get_score({"accuracy": 0.5, "loss": 2.0}) == 0.5
-    assert get_score({"mean_average_precision": None}) is None
-    assert get_score({}) is None
+    assert get_score({"num_images": 9, "reconstruction_loss": 0.5}, PretrainTask.selection_metric) == -0.5
+    assert get_score({"loss": 2.0, "accuracy": 0.5}, "accuracy") == 0.5
+    assert get_score({"mean_average_precision": None}, "mean_average_precision") is None
 
 
 # Runs ----------------------------------------------------------------------------------------------------------------
@@ -193,7 +176,7 @@ def test_every_parameter_gets_a_gradient() -> None:
     wait for any that is missing."""
     torch.manual_seed(0)
     model, processor = build_model(TINY)
-    objective = MaskedImages(Normaliser(processor, CPU), MaskChooser(MaskingOptions(), (4, 4)))
+    objective = MaskedImages(Normalizer(processor, CPU), MaskGenerator(MaskingOptions(), (4, 4)))
     objective(model, {"pixels": torch.randint(256, (4, 3, 32, 32), dtype=torch.uint8)})["loss"].backward()
     assert [name for name, parameter in model.named_parameters() if parameter.grad is None] == []
     tokens = model.vitcls.embeddings.get_special_tokens()
@@ -214,11 +197,13 @@ def test_a_run_learns_to_fill_in(pretrained: Path) -> None:
 def test_the_best_checkpoint_is_that_of_the_lowest_loss(pretrained: Path) -> None:
     newest = read_json(pretrained / "checkpoints" / "step-00000009" / "state.json")
     assert newest["is_best"]
-    assert newest["facts"]["best_score"] == -read_json(pretrained / "results.json")["reconstruction_loss"]
+    results = read_json(pretrained / "results.json")
+    assert results["selection_metric"] == "reconstruction_loss"
+    assert newest["facts"]["best_score"] == -results["reconstruction_loss"]
 
 
 def test_no_token_is_said_not_to_learn(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    pretrain(prepare(tiny_options(tmp_path, max_steps=2, log_every=1)))
+    run_task(PretrainTask(tiny_options(tmp_path, max_steps=2, log_every=1)))
     output = capsys.readouterr().out
     assert "reconstruction loss" in output and "WARNING" not in output
 
@@ -230,27 +215,27 @@ def test_resumption_hides_the_same_patches(pretrained: Path, tmp_path: Path) -> 
     shutil.rmtree(folder / "checkpoints" / "step-00000009")
     (folder / "results.json").unlink()
     (folder / "model.safetensors").unlink()
-    run = prepare(replace(tiny_options(folder), run=RunOptions(resume=True)))
+    run = PretrainTask(replace(tiny_options(folder), run=RunOptions(resume=True)))
     assert run.runner.facts is not None and run.runner.facts["step"] == 6
-    assert pretrain(run)["reconstruction_loss"] == read_json(pretrained / "results.json")["reconstruction_loss"]
+    assert run_task(run)["reconstruction_loss"] == read_json(pretrained / "results.json")["reconstruction_loss"]
     resumed, whole = (ViTCLSForMaskedImageModeling.from_pretrained(at).state_dict() for at in (folder, pretrained))
     assert all(torch.equal(resumed[name], whole[name]) for name in whole)
 
 
 def test_a_dry_run_leaves_nothing(tmp_path: Path) -> None:
     folder = tmp_path / "encoder"
-    dry_run(replace(tiny_options(folder, batch_size=8), run=RunOptions(dry_run=True)))
+    dry_run(PretrainTask, replace(tiny_options(folder, batch_size=8), run=RunOptions(dry_run=True)))
     assert list(tmp_path.iterdir()) == []
 
 
 def test_flags_for_fine_tuning_are_refused(tmp_path: Path) -> None:
     options = tiny_options(tmp_path / "never")
     with raises_one_line("--mixup", "no labels"):
-        prepare(replace(options, augmentation=AugmentationOptions(mixup=0.2)))
+        PretrainTask(replace(options, augmentation=AugmentationOptions(mixup=0.2)))
     with raises_one_line("--trainable", "no labels"):
-        prepare(replace(options, training=TrainingOptions(trainable="last-1")))
+        PretrainTask(replace(options, training=TrainingOptions(trainable="last-1")))
     with raises_one_line("Remove --patch-drop-rate"):
-        prepare(replace(options, model=replace(TINY, patch_drop_rate=0.5)))
+        PretrainTask(replace(options, model=replace(TINY, patch_drop_rate=0.5)))
     assert not (tmp_path / "never").exists()
 
 
@@ -301,18 +286,18 @@ def test_fine_tuning_starts_from_the_encoder(pretrained: Path, tmp_path: Path) -
         augmentation=PLAIN,
         training=TrainingOptions(max_steps=2, batch_size=32, learning_rate=1e-3),
     )
-    run = finetuning.prepare(options)
+    run = FinetuneTask(options)
     trained = ViTCLSForMaskedImageModeling.from_pretrained(pretrained).vitcls.state_dict()
-    encoder = run.built.model.vitcls.state_dict()
+    encoder = run.model.vitcls.state_dict()
     for name, weight in trained.items():
         assert torch.equal(encoder[name], weight), name
-    results = finetuning.finetune(run)
+    results = run_task(run)
     assert results["num_images"] == NUM_HELD_OUT_DIGITS
     assert results["token_layout"]["cls"] == 2
 
 
 def test_a_broken_output_folder_ends_in_one_line(tmp_path: Path) -> None:
-    run = prepare(tiny_options(tmp_path / "encoder", max_steps=1, batch_size=8))
+    run = PretrainTask(tiny_options(tmp_path / "encoder", max_steps=1, batch_size=8))
     (tmp_path / "encoder" / "README.md").mkdir()  # in the way of the card
     with raises_one_line("cannot write the model to", "--resume", error=RunStopped):
-        pretrain(run)
+        run_task(run)

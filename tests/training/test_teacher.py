@@ -53,13 +53,13 @@ def teach(source: object, *names: str, channels: int = 3, size: tuple[int, int] 
 
 
 def pixels(batch: int = 2, channels: int = 3, height: int = 32, width: int = 32, seed: int = 0) -> torch.Tensor:
-    """Random 8-bit pictures [B, C, H, W]."""
+    """Random 8-bit images [B, C, H, W]."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(0, 256, (batch, channels, height, width), generator=generator, dtype=torch.uint8)
 
 
 def smooth_pixels(height: int, width: int) -> torch.Tensor:
-    """One colour picture [1, 3, H, W] without sharp edges, which every filter resizes much alike."""
+    """One color image [1, 3, H, W] without sharp edges, which every filter resizes much alike."""
     rows, columns = torch.meshgrid(torch.linspace(0, 1, height), torch.linspace(0, 1, width), indexing="ij")
     return (torch.stack([rows, columns, rows * columns]) * 255).to(torch.uint8)[None]
 
@@ -107,7 +107,7 @@ def test_small_cnn_teaches_digits_in_the_students_order(digits_teacher: tuple[Pa
     held_out = load_training_data(DataOptions(dataset="digits")).held_out
     teacher = teach(folder, *DIGITS, channels=1)
     grey = [
-        np.asarray(held_out.pictures[index].resize((32, 32), Image.Resampling.BILINEAR))
+        np.asarray(held_out.images[index].resize((32, 32), Image.Resampling.BILINEAR))
         for index in range(len(held_out))
     ]
     answers = teacher(torch.from_numpy(np.stack(grey))[:, None]).argmax(-1)
@@ -164,7 +164,7 @@ def test_whole_crop_is_seen_where_the_processor_would_cut_off_its_borders(tmp_pa
     teacher = teach(folder)
     assert teacher.preprocessing.height_width == (16, 16)
     border = pixels()
-    border[:, :, 8:24, 8:24] = 100  # all that a centre crop would leave
+    border[:, :, 8:24, 8:24] = 100  # all that a center crop would leave
     other = border.clone()
     other[:, :, :8] = 0
     assert largest_difference(teacher(border), teacher(other)) > 1e-3
@@ -181,7 +181,7 @@ def test_filter_is_the_processors(tmp_path: Path) -> None:
     assert largest_difference(teach(folders["bilinear"])(batch), teach(folders["bicubic"])(batch)) > 1e-3
 
 
-def test_size_follows_the_shape_of_the_students_pictures(tmp_path: Path) -> None:
+def test_size_follows_the_shape_of_the_students_images(tmp_path: Path) -> None:
     folder = saved(tmp_path / "edges", tiny_resnet(), half_processor(size={"shortest_edge": 20}))
     teacher = teach(folder, size=(32, 48))
     assert teacher.preprocessing.height_width == (20, 30)
@@ -195,7 +195,7 @@ def test_mixed_pixels_are_rounded(resnet: Path) -> None:
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-def test_grey_and_colour_are_converted(channels: int, tmp_path: Path) -> None:
+def test_grey_and_color_are_converted(channels: int, tmp_path: Path) -> None:
     one_mean = {"image_mean": [0.5], "image_std": [0.5]}
     grey = saved(tmp_path / "grey", tiny_resnet(num_channels=1), half_processor(**one_mean))
     colour = saved(tmp_path / "colour", tiny_resnet(), half_processor())
@@ -305,7 +305,7 @@ def test_code_of_others_is_not_run(tmp_path: Path) -> None:
 
 @pytest.fixture
 def timm_weights(tmp_path: Path) -> tuple[Path, nn.Module]:
-    """A grey test_resnet of three labels."""
+    """A gray test_resnet of three labels."""
     model = filled(timm.create_model("test_resnet", num_classes=3, in_chans=1))
     save_file(model.state_dict(), tmp_path / "weights.safetensors")
     torch.save({"state_dict": model.state_dict()}, tmp_path / "weights.pt")
@@ -420,12 +420,12 @@ class Calls:
         self.batches += 1
 
 
-def views(num_pictures: int, num_views: int, seed: int) -> Iterator[dict[str, torch.Tensor]]:
-    """Every view of every picture once, in a random order, in batches of four."""
-    everything = pixels(num_pictures * num_views, seed=99)
+def views(num_images: int, num_views: int, seed: int) -> Iterator[dict[str, torch.Tensor]]:
+    """Every view of every image once, in a random order, in batches of four."""
+    everything = pixels(num_images * num_views, seed=99)
     order = torch.randperm(len(everything), generator=torch.Generator().manual_seed(seed))
     for chosen in order.split(4):
-        yield {"pixels": everything[chosen], "view": chosen // num_pictures, "index": chosen % num_pictures}
+        yield {"pixels": everything[chosen], "view": chosen // num_images, "index": chosen % num_images}
 
 
 def test_cache_asks_once_about_each_view(resnet: Path) -> None:
@@ -442,7 +442,7 @@ def test_cache_asks_once_about_each_view(resnet: Path) -> None:
 
 
 def test_cached_answers_are_the_same_whenever_they_are_asked(digits_teacher: tuple[Path, float]) -> None:
-    """A run that is resumed after the first epoch asks again, in batches of other pictures: to the bit the same."""
+    """A run that is resumed after the first epoch asks again, in batches of other images: to the bit the same."""
     teacher = teach(digits_teacher[0], *DIGITS)
     uninterrupted = TeacherCache(teacher, 24, 2, 10)
     for batch in views(24, 2, seed=0):
@@ -452,7 +452,7 @@ def test_cached_answers_are_the_same_whenever_they_are_asked(digits_teacher: tup
         assert torch.equal(resumed.predict(batch), uninterrupted.predict(batch))
 
 
-def test_cache_with_mixed_pictures_is_refused() -> None:
+def test_cache_with_mixed_images_is_refused() -> None:
     check_teacher_views(0, AugmentationOptions(mixup=0.8, cutmix=1.0))
     check_teacher_views(3, AugmentationOptions())
     with raises_one_line("--teacher-views", "--mixup"):

@@ -1,4 +1,4 @@
-"""What a run prints while it trains."""
+"""Output of a run during training (reporter.py)."""
 
 import io
 from pathlib import Path
@@ -12,6 +12,7 @@ from modeling_vitcls.options import FinetuneOptions, TrainingOptions
 from modeling_vitcls.training import reporter as reporter_module
 from modeling_vitcls.training.reporter import Reporter, format_duration
 from modeling_vitcls.training.runner import Runner
+from modeling_vitcls.training.task import estimate_seconds
 
 
 RECORD = {"epoch": 0.5, "loss": 2.0, "learning_rate": 2.5e-4, "images_per_second": 100.0}
@@ -53,11 +54,11 @@ def test_a_line_shows_the_learning_rate_and_the_remaining_time(tmp_path: Path, c
     reporter, output = a_reporter(tmp_path)
     reporter.start_at(10, 20)
     clock[0] += 240
-    reporter.log(RECORD | {"step": 12, "held_out_accuracy": 0.25})
+    reporter.log(RECORD | {"step": 12, "held_out_loss": 1.0, "held_out_accuracy": 0.25}, "accuracy")
     assert output.getvalue() == (
         "step 12/20  epoch 0.5  loss 2.000  lr 2.5e-04  100 images/s  16 min left  held out: accuracy 25.00%\n"
     )
-    reporter.log(RECORD | {"step": 20})
+    reporter.log(RECORD | {"step": 20}, "accuracy")
     assert output.getvalue().endswith("100 images/s\n")  # there is nothing left
 
 
@@ -67,7 +68,7 @@ def test_the_time_on_the_bar_is_labeled(tmp_path: Path, clock: list[float]) -> N
     reporter.start_at(0, 20)
     with reporter:
         clock[0] += 240
-        reporter.log(RECORD | {"step": 2})
+        reporter.log(RECORD | {"step": 2}, "accuracy")
     (last,) = [line for line in output.getvalue().splitlines() if "36 min left" in line][-1:]
     assert "lr 2.5e-04" in last and "2/20" in last
 
@@ -76,9 +77,9 @@ def test_a_dry_run_expects_steps_and_evaluations(tmp_path: Path) -> None:
     """The first step, which takes longer, does not count; the evaluation is of a quarter of the images."""
 
     class Plan:
-        num_steps, num_pictures = 100, 50
+        num_steps, num_images = 100, 50
 
-        def epochs_after(self, step: int) -> float:
+        def count_epochs(self, step: int) -> float:
             return step / 40
 
     runner = Runner.__new__(Runner)
@@ -87,4 +88,4 @@ def test_a_dry_run_expects_steps_and_evaluations(tmp_path: Path) -> None:
     object.__setattr__(options, "training", TrainingOptions())
     runner.options = options
     plan: Any = Plan()
-    assert runner.estimate_seconds(plan, 0.25) == 100 * 0.5 + 3 * 2.0 / 0.25
+    assert estimate_seconds(runner, plan, 0.25) == 100 * 0.5 + 3 * 2.0 / 0.25

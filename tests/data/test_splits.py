@@ -1,6 +1,6 @@
 """`--resume` on other data than the run was started with: refused, with the true reason."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,7 +10,7 @@ from accelerate_state import reset_accelerate
 from PIL import Image
 from tiny_models import raises_one_line
 
-from modeling_vitcls.data.fingerprint import compute_fingerprint, describe_change
+from modeling_vitcls.data.splits import compute_fingerprint, describe_change
 from modeling_vitcls.options import (
     DataOptions,
     FinetuneOptions,
@@ -20,10 +20,12 @@ from modeling_vitcls.options import (
     RunOptions,
     TrainingOptions,
 )
-from modeling_vitcls.training import pretrain
-from modeling_vitcls.training.finetune import finetune
-from modeling_vitcls.training.setup import prepare
+from modeling_vitcls.training.finetune import FinetuneTask
+from modeling_vitcls.training.pretrain import PretrainTask
+from modeling_vitcls.training.task import run_task
 
+
+pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
 MODEL = ModelOptions(
     "vitcls-tiny",
@@ -34,14 +36,6 @@ MODEL = ModelOptions(
     num_attention_heads=2,
     intermediate_size=16,
 )
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerate() -> Iterator[None]:
-    """Accelerate keeps its settings in singletons: each test starts without."""
-    reset_accelerate()
-    yield
-    reset_accelerate()
 
 
 def write_photos(root: Path, numbers: range, *names: str) -> Path:
@@ -68,7 +62,7 @@ def get_options(dataset: Path, streaming: bool = False) -> FinetuneOptions:
 
 def start(options: FinetuneOptions) -> FinetuneOptions:
     """Leave an unfinished run behind; returns the options to resume it with."""
-    finetune(prepare(options))
+    run_task(FinetuneTask(options))
     (options.output_dir / "results.json").unlink()
     reset_accelerate()
     return replace(options, run=replace(options.run, resume=True))
@@ -81,13 +75,13 @@ def swap_classes(photos: Path) -> None:
 
 
 CHANGES: dict[str, tuple[Callable[[Path], object], str]] = {
-    "grown": (lambda photos: write_photos(photos, range(20, 60), "cat"), "training images, and now there are"),
-    "shrunk": (lambda photos: [path.unlink() for path in photos.glob("*/1*.png")], "training images, and now there"),
+    "grown": (lambda photos: write_photos(photos, range(20, 60), "cat"), "training images, but there are"),
+    "shrunk": (lambda photos: [path.unlink() for path in photos.glob("*/1*.png")], "training images, but there are"),
     "class added": (
         lambda photos: write_photos(photos, range(20), "ant"),
-        "the classes of 'label' were 2 (cat, dog) and are 3 (ant, cat, dog)",
+        "the classes of 'label' were 2 (cat, dog), but are 3 (ant, cat, dog) now",
     ),
-    "classes swapped": (swap_classes, "the names of the images are the same, but their contents are not"),
+    "classes swapped": (swap_classes, "the names of the images are the same, but their contents differ"),
 }
 
 
@@ -95,11 +89,11 @@ CHANGES: dict[str, tuple[Callable[[Path], object], str]] = {
 def test_a_changed_folder_is_refused(tmp_path: Path, change: Callable[[Path], object], reason: str) -> None:
     photos = write_photos(tmp_path / "photos", range(20), "cat", "dog")
     options = start(get_options(photos))
-    prepare(options)  # with the same data
+    FinetuneTask(options)  # with the same data
     reset_accelerate()
     change(photos)
     with raises_one_line("--resume: the data set has changed since the run in", reason, "Restore the data set"):
-        prepare(options)
+        FinetuneTask(options)
 
 
 @pytest.mark.parametrize("streaming", [False, True])
@@ -115,15 +109,15 @@ def test_a_changed_table_is_refused(tmp_path: Path, streaming: bool) -> None:
     write(rows)
     options = start(get_options(table, streaming))
     for lines, reason in (
-        (rows[::-1], "the images are the same, but in another order"),
-        ([row.replace(",cat", ",dog") for row in rows], "the images are the same, but some have other labels"),
+        (rows[::-1], "the images are the same, but their order differs"),
+        ([row.replace(",cat", ",dog") for row in rows], "the images are the same, but some labels differ"),
     ):
         write(lines)
         with raises_one_line("--resume: the data set has changed", reason):
-            prepare(options)
+            FinetuneTask(options)
         reset_accelerate()
     write(rows)
-    assert prepare(options).runner.facts is not None
+    assert FinetuneTask(options).runner.facts is not None
 
 
 def test_other_names_and_other_held_out_images_are_told_apart() -> None:
@@ -132,7 +126,7 @@ def test_other_names_and_other_held_out_images_are_told_apart() -> None:
     before = counts | compute_fingerprint(names, labels, lambda index: b"")
     renamed = counts | compute_fingerprint([*names[:-1], "new.png"], labels, lambda index: b"")
     assert describe_change(before, before) is None
-    assert describe_change(before, renamed) == "there are as many images as before, but with other names"
+    assert describe_change(before, renamed) == "the number of images is the same, but their names differ"
     assert describe_change(before, before | {"held_out": 2}) == "other images are held out"
 
 
@@ -146,9 +140,9 @@ def test_pre_training_is_checked_too(tmp_path: Path) -> None:
         training=TrainingOptions(max_steps=2, batch_size=8),
         run=RunOptions(report=False),
     )
-    pretrain.pretrain(pretrain.prepare(options))
+    run_task(PretrainTask(options))
     (tmp_path / "run" / "results.json").unlink()
     reset_accelerate()
     write_photos(photos, range(20, 60), "cat")
-    with raises_one_line("--resume: the data set has changed", "training images, and now there are"):
-        pretrain.prepare(replace(options, run=replace(options.run, resume=True)))
+    with raises_one_line("--resume: the data set has changed", "training images, but there are"):
+        PretrainTask(replace(options, run=replace(options.run, resume=True)))

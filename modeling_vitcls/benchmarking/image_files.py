@@ -1,0 +1,282 @@
+"""From JPEG files to pixel values, and to labels.
+
+    pixels        `ViTCLSImageProcessor`, compared with AutoImageProcessor
+    prediction    `vitcls predict`, compared with transformers' pipeline
+
+    python -m modeling_vitcls.benchmarking.image_files FOLDER ours [--toy]
+
+The files are crops of the two photographs of scikit-learn, in a usual size and with several JPEG settings. Each side
+reads them again in each turn. For predictions each side is a process of its own, because ours changes the memory
+allocation of its process (system.py). The process reads requests, `labels 16` or `speed 16` for batches of 16, and
+prints a line of JSON for each: the most probable label and its probability for each file, or images per second.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from PIL import Image
+from sklearn.datasets import load_sample_images
+
+from ..image_processing_vitcls import ViTCLSImageProcessor
+from ..inference.inputs import open_image_files
+from ..inference.predict import Predictor, get_num_workers
+from ..inference.prediction_rows import build_prediction_columns
+from ..system import keep_freed_memory
+from .comparison import (
+    BenchmarkSettings,
+    Comparison,
+    check_difference,
+    compare_throughput,
+    get_last_line,
+    measure_in_turns,
+    measure_throughput,
+    select_rows,
+)
+from .peers import ModelSize, build_transformers_peer, get_model_size
+
+
+# Keyword arguments of PIL's JPEG writer, used in turn.
+JPEG_SETTINGS: list[dict[str, Any]] = [
+    {"quality": 90},
+    {"quality": 75, "optimize": True},
+    {"quality": 95, "subsampling": "4:4:4"},
+    {"quality": 85, "progressive": True},
+]
+
+
+def write_photographs(folder: Path, per_class: int = 64, height_width: tuple[int, int] = (375, 500)) -> Path:
+    """Write JPEG files with random crops to a subfolder per photograph; return the folder."""
+    height, width = height_width
+    generator = torch.Generator().manual_seed(0)
+    for name, photograph in zip(("china", "flower"), load_sample_images().images, strict=True):
+        (folder / name).mkdir(parents=True)
+        rows, columns, _ = photograph.shape  # 427 x 640
+        for index in range(per_class):
+            y = int(torch.randint(rows - height + 1, (), generator=generator))
+            x = int(torch.randint(columns - width + 1, (), generator=generator))
+            crop = Image.fromarray(photograph[y : y + height, x : x + width])
+            crop.save(folder / name / f"{index:03}.jpg", **JPEG_SETTINGS[index % len(JPEG_SETTINGS)])
+    return folder
+
+
+def write_benchmark_files(folder: Path, toy: bool) -> list[str]:
+    """Write the photographs of a benchmark; return the paths of the files."""
+    write_photographs(folder / "photographs", per_class=2 if toy else 32)
+    return sorted(map(str, folder.rglob("*.jpg")))
+
+
+def build_image_processors(size: ModelSize, folder: Path) -> tuple[ViTCLSImageProcessor, Any]:
+    """Build our image processor, and load that of the ViT of transformers with AutoImageProcessor."""
+    from transformers import AutoImageProcessor, ViTImageProcessor
+
+    sides = {"height": size.image_size, "width": size.image_size}
+    ViTImageProcessor(size=sides).save_pretrained(folder / "processor")
+    ours = ViTCLSImageProcessor(size=sides, resample=2, image_mean=[0.5] * 3, image_std=[0.5] * 3)
+    return ours, AutoImageProcessor.from_pretrained(folder / "processor")
+
+
+# Pixel values --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class PixelRow:
+    """A row of the report: the number of files per call, and the function that opens a file for the other side."""
+
+    num_files: int
+    open_file: Callable[[str], Any]
+
+
+PIXEL_ROWS = {
+    "one file": PixelRow(1, Image.open),
+    "lists of 16 files": PixelRow(16, Image.open),
+    "one file, as a path for both": PixelRow(1, str),
+    "lists of 16 files, as paths for both": PixelRow(16, str),
+}
+
+
+def compare_pixels(rows: tuple[str, ...], settings: BenchmarkSettings) -> Iterator[Comparison]:
+    """Compare rows of `PIXEL_ROWS` with AutoImageProcessor; all rows if none is named.
+
+    Raises:
+        ValueError: If a row does not exist or a value differs.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        files = write_benchmark_files(Path(folder), settings.toy)
+        ours, theirs = build_image_processors(get_model_size(settings.toy), Path(folder))
+        for name, row in select_rows(PIXEL_ROWS, rows).items():
+            yield compare_processors(name, row, files, ours, theirs, settings)
+
+
+def compare_processors(
+    name: str, row: PixelRow, files: list[str], ours: Any, theirs: Any, settings: BenchmarkSettings
+) -> Comparison:
+    """Compare one row.
+
+    Raises:
+        ValueError: If a value differs.
+    """
+    batches = [files[start : start + row.num_files] for start in range(0, len(files), row.num_files)]
+
+    def process_ours() -> list[torch.Tensor]:
+        return [ours(batch, return_tensors="pt")["pixel_values"] for batch in batches]
+
+    def process_theirs() -> list[torch.Tensor]:
+        return [
+            theirs([row.open_file(file) for file in batch], return_tensors="pt")["pixel_values"] for batch in batches
+        ]
+
+    for _ in range(2):  # the first call also prepares the settings
+        if not all(map(torch.equal, process_ours(), process_theirs())):
+            raise ValueError(f"{name}: the pixel values differ. Speed is only compared for equal work.")
+    speeds = compare_throughput(process_ours, process_theirs, len(files), settings)
+    return Comparison("file to pixel_values", name, "AutoImageProcessor", *speeds, 0.0, {"num_files": len(files)})
+
+
+# Predictions ---------------------------------------------------------------------------------------------------------
+
+
+MAX_DIFFERENCE = 1e-4  # between probabilities
+PREDICTION_ROWS = {"fp32, batch 16": 16, "fp32, batch 1": 1}  # name -> batch size
+
+TopLabel = tuple[str, float]  # the most probable label and its probability
+PredictFiles = Callable[[int], list[TopLabel]]  # batch size -> labels of all files, sorted by path
+
+
+def compare_prediction(rows: tuple[str, ...], settings: BenchmarkSettings) -> Iterator[Comparison]:
+    """Compare rows of `PREDICTION_ROWS` with transformers' pipeline, after both have loaded the model.
+
+    Raises:
+        ValueError: If a row does not exist, labels or probabilities differ, or a side fails.
+    """
+    batch_sizes = select_rows(PREDICTION_ROWS, rows)
+    with tempfile.TemporaryDirectory() as folder:
+        num_files = len(write_benchmark_files(Path(folder), settings.toy))
+        details = {"num_files": num_files, "size": vars(get_model_size(settings.toy))}
+        with (
+            PredictionProcess("ours", folder, settings) as ours,
+            PredictionProcess("theirs", folder, settings) as theirs,
+        ):
+            for name, batch_size in batch_sizes.items():
+                labels, expected = (side.request("labels", batch_size) for side in (ours, theirs))
+                difference = check_labels(labels, expected, name)
+                speeds = measure_in_turns(
+                    lambda size=batch_size: ours.request("speed", size),  # type: ignore[misc]
+                    lambda size=batch_size: theirs.request("speed", size),  # type: ignore[misc]
+                    settings.num_pairs,
+                )
+                yield Comparison("predict.py on JPEG files", name, "pipeline", *speeds, difference, details)
+
+
+def check_labels(labels: list[TopLabel], expected: list[TopLabel], name: str) -> float:
+    """Return the largest difference between the probabilities of the most probable labels.
+
+    Raises:
+        ValueError: If labels differ, or probabilities by more than `MAX_DIFFERENCE`.
+    """
+    difference = 0.0
+    for index, ((ours, probability), (theirs, their_probability)) in enumerate(zip(labels, expected, strict=True)):
+        if ours != theirs:
+            raise ValueError(f"{name}: we predict {ours} for image {index}, but the pipeline predicts {theirs}")
+        difference = max(difference, abs(probability - their_probability))
+    return check_difference(difference, MAX_DIFFERENCE, name, "the probabilities")
+
+
+class PredictionProcess:
+    """The process of one side, which waits between requests. Use it as a context manager."""
+
+    def __init__(self, side: str, folder: str, settings: BenchmarkSettings) -> None:
+        self.command = [sys.executable, "-m", __name__, folder, side, *settings.toy_flag]
+        self.log = tempfile.TemporaryFile()  # noqa: SIM115  # closed by __exit__
+
+    def __enter__(self) -> Self:
+        """Start the process."""
+        pipe = subprocess.PIPE
+        self.process = subprocess.Popen(self.command, stdin=pipe, stdout=pipe, stderr=self.log, text=True)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Kill the process."""
+        self.process.kill()
+        self.process.communicate()
+        self.log.close()
+
+    def request(self, kind: str, batch_size: int) -> Any:
+        """Send a request and return the reply.
+
+        Raises:
+            ValueError: If the process ends instead.
+        """
+        stdin, stdout = self.process.stdin, self.process.stdout
+        assert stdin is not None and stdout is not None
+        print(kind, batch_size, file=stdin, flush=True)
+        if reply := stdout.readline():
+            return json.loads(reply)
+        self.log.seek(0)
+        last_line = get_last_line(self.log.read().decode(errors="replace"))
+        raise ValueError(f"{' '.join(self.command[2:5])} failed: {last_line}")
+
+
+def build_our_predict(size: ModelSize, folder: Path) -> PredictFiles:
+    """Return a function that predicts as `vitcls predict` does."""
+    keep_freed_memory()
+    processor, _ = build_image_processors(size, folder / "ours")
+    model = build_transformers_peer(size).ours.eval()
+    columns = build_prediction_columns(model, top_k=5, threshold=0.5, features=None)
+
+    def predict(batch_size: int) -> list[TopLabel]:
+        predictor = Predictor(model, processor, columns, nullcontext, batch_size, get_num_workers())
+        source = open_image_files([str(folder / "photographs")])
+        rows = predictor.iterate_rows(source, [range(source.num_images)], piece=source.num_images)
+        return [(row["error"] or row["label"], row["probability"]) for row in rows]
+
+    return predict
+
+
+def build_their_predict(size: ModelSize, folder: Path) -> PredictFiles:
+    """Return a function that predicts with transformers' pipeline."""
+    from transformers import pipeline
+
+    _, processor = build_image_processors(size, folder / "theirs")
+    model: Any = build_transformers_peer(size).theirs.eval()
+    files = sorted(map(str, folder.rglob("*.jpg")))
+    classify = pipeline("image-classification", model=model, image_processor=processor, device="cpu")
+
+    def predict(batch_size: int) -> list[TopLabel]:
+        predictions = classify(files, batch_size=batch_size, top_k=5)
+        return [(labels[0]["label"], labels[0]["score"]) for labels in predictions]
+
+    return predict
+
+
+SIDES = {"ours": build_our_predict, "theirs": build_their_predict}
+
+
+def main() -> None:
+    """Reply to the requests on standard input until it ends."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("side", choices=SIDES)
+    parser.add_argument("--toy", action="store_true")
+    flags = parser.parse_args()
+    predict = SIDES[flags.side](get_model_size(flags.toy), flags.folder)
+    num_files = len(list(flags.folder.rglob("*.jpg")))
+    for line in sys.stdin:
+        kind, batch_size = line.split()
+        if kind == "labels":
+            reply: Any = predict(int(batch_size))
+        else:
+            reply = measure_throughput(lambda size=int(batch_size): predict(size), num_files, 0.0)  # type: ignore[misc]
+        print(json.dumps(reply), flush=True)
+
+
+if __name__ == "__main__":
+    main()

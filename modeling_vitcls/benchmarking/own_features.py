@@ -1,0 +1,332 @@
+"""Our models with and without a feature, or in two ways.
+
+    inexact     merged or dropped patches, compared with the plain model
+    attention   reading attention, compared with a plain forward pass: time and memory
+    probe       a linear probe with cached features, compared with one that encodes each batch again
+
+    python -m modeling_vitcls.benchmarking.own_features "token_attention, batch 16" [--theirs]    peak in bytes
+
+Merged and dropped patches change the outputs. Only the model with the feature set to 0 is checked against the plain
+one. The cost in accuracy depends on the data: measure it with scripts/finetune.py and scripts/evaluate.py.
+"""
+
+import copy
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..analysis.attribution import compute_attention_rollout, compute_attribution
+from ..analysis.token_statistics import TokenStatistics
+from ..configuration_vitcls import ViTCLSConfig
+from ..conversion.random_weights import randomize_weights
+from ..modeling_vitcls import ViTCLSForImageClassification
+from ..training.linear_probe import build_head_only, compute_features
+from .comparison import (
+    BenchmarkSettings,
+    Comparison,
+    Predict,
+    check_difference,
+    check_logits,
+    compare_throughput,
+    measure_memory_growth,
+    measure_peaks,
+    parse_memory_flags,
+    select_rows,
+)
+from .peers import TRAINING_STEPS, ModelSize, StepRunner, get_model_size, random_images
+
+
+def build_model(size: ModelSize, **fields: Any) -> ViTCLSForImageClassification:
+    """Build a classifier with new weights, in evaluation mode."""
+    config = ViTCLSConfig(**vars(size), intermediate_size=size.intermediate_size, **fields)
+    return ViTCLSForImageClassification(config).eval()
+
+
+def get_predict(model: nn.Module) -> Predict:
+    """Return the function from images [B, C, H, W] to logits [B, labels]."""
+    return lambda pixel_values: model(pixel_values).logits
+
+
+# Merged and dropped patches ------------------------------------------------------------------------------------------
+
+
+INEXACT_BATCH_SIZE = 4  # images per forward pass
+INEXACT_STEP = "bf16 autocast, batch 16"  # row of TRAINING_STEPS
+
+Work = Callable[[], object]
+
+
+def build_forward_pass(model: nn.Module, size: ModelSize, device: str) -> tuple[Work, int]:
+    """Return a function that runs a forward pass in float32, and its number of images."""
+    pixel_values = random_images(INEXACT_BATCH_SIZE, size.image_size).to(device)
+    return torch.inference_mode()(lambda: model(pixel_values)), INEXACT_BATCH_SIZE
+
+
+def build_training_step(model: nn.Module, size: ModelSize, device: str) -> tuple[Work, int]:
+    """Return a function that takes a training step, and its number of images."""
+    row = TRAINING_STEPS[INEXACT_STEP]
+    return StepRunner(model, get_predict(model), row, size, device), row.batch_size
+
+
+@dataclass(frozen=True)
+class InexactRow:
+    """A row of the report: a field that is 0 in the plain model, its value, and what both models compute."""
+
+    field: str
+    value: float
+    build: Callable[[nn.Module, ModelSize, str], tuple[Work, int]]
+
+
+# ViT-S/16 at 224 pixels.
+INEXACT = {
+    f"merged_patches_per_layer {number}, inference in fp32, batch {INEXACT_BATCH_SIZE}": InexactRow(
+        "merged_patches_per_layer", number, build_forward_pass
+    )
+    for number in (4, 8, 16)
+} | {
+    f"patch_drop_rate {rate}, step in {INEXACT_STEP}": InexactRow("patch_drop_rate", rate, build_training_step)
+    for rate in (0.25, 0.5)
+}
+
+
+def compare_inexact(rows: tuple[str, ...], settings: BenchmarkSettings) -> Iterator[Comparison]:
+    """Compare rows of `INEXACT` with the plain model; all rows if none is named.
+
+    Raises:
+        ValueError: If a row does not exist, or outputs differ with the feature set to 0.
+    """
+    size = get_model_size(settings.toy)
+    for name, row in select_rows(INEXACT, rows).items():
+        plain = build_model(size)
+        randomize_weights(plain)
+        nn.Module.to(plain, settings.device)
+        difference = check_feature_off(row, plain, size, name)
+        inexact = copy_model(plain, size, **{row.field: row.value})
+        ours, num_images = row.build(inexact, size, settings.device)
+        theirs, _ = row.build(plain, size, settings.device)
+        speeds = compare_throughput(ours, theirs, num_images, settings)
+        details = {row.field: row.value, "device": settings.device, "size": vars(size)}
+        yield Comparison("inexact", name, "the plain model", *speeds, difference, details)
+
+
+def copy_model(plain: ViTCLSForImageClassification, size: ModelSize, **fields: Any) -> ViTCLSForImageClassification:
+    """Build a model with the same weights and other fields."""
+    model = build_model(size, **fields)
+    model.load_state_dict(plain.state_dict())
+    nn.Module.to(model, plain.device)
+    return model
+
+
+def check_feature_off(row: InexactRow, plain: ViTCLSForImageClassification, size: ModelSize, name: str) -> float:
+    """Return the largest difference of the logits between the plain model and one with the feature set to 0.
+
+    Raises:
+        ValueError: If the difference exceeds the limit or is NaN.
+    """
+    off = copy_model(plain, size, **{row.field: type(row.value)(0)})
+    pixel_values = random_images(2, size.image_size).to(plain.device)
+    return check_logits(get_predict(off), get_predict(plain), pixel_values, f"{name}, set to 0")
+
+
+# Attention -----------------------------------------------------------------------------------------------------------
+
+
+ReadAttention = Callable[
+    [ViTCLSForImageClassification, torch.Tensor], torch.Tensor
+]  # model, images [B, C, H, W] -> any tensor
+
+ATTENTION_LIMIT = 1e-5  # largest difference between attention of SDPA and eager attention / largest value, at least 1
+NUM_REGISTERS = 4
+
+
+def read_token_attention(model: ViTCLSForImageClassification, pixel_values: torch.Tensor) -> torch.Tensor:
+    """Return the attention rows of the special tokens of all layers."""
+    rows: torch.Tensor = model.token_attention(pixel_values)
+    return rows
+
+
+def compute_entropy(model: ViTCLSForImageClassification, pixel_values: torch.Tensor) -> torch.Tensor:
+    """Compute the statistics of the HTML report, and return the entropies."""
+    statistics = TokenStatistics(model)
+    statistics.update(pixel_values)
+    return statistics.compute().entropy
+
+
+def read_eager_maps(model: ViTCLSForImageClassification, pixel_values: torch.Tensor) -> torch.Tensor:
+    """Return the rows of the special tokens from the complete maps of eager attention."""
+    implementation = model.config._attn_implementation
+    model.set_attn_implementation("eager")
+    maps = model(pixel_values, output_attentions=True).attentions
+    model.set_attn_implementation(implementation)
+    return torch.stack(maps, dim=1)[..., : model.config.token_layout.num_prefix_tokens, :]
+
+
+@dataclass(frozen=True)
+class AttentionRow:
+    """A row of the report. `reference` returns the same numbers in another way; default: eager attention."""
+
+    read: ReadAttention
+    batch_size: int
+    reference: ReadAttention | None = None
+
+
+# ViT-S/16 at 224 pixels with four registers, float32.
+ATTENTION_ROWS = {
+    "token_attention, batch 16": AttentionRow(read_token_attention, 16, read_eager_maps),
+    "token_attention, batch 1": AttentionRow(read_token_attention, 1, read_eager_maps),
+    "whole maps of eager attention, batch 16": AttentionRow(read_eager_maps, 16, read_token_attention),
+    "attention rollout, batch 16": AttentionRow(compute_attention_rollout, 16),
+    "attribution, batch 16": AttentionRow(compute_attribution, 16),
+    "statistics, batch 16": AttentionRow(compute_entropy, 16),
+}
+
+
+@torch.no_grad()
+def compare_attention(rows: tuple[str, ...], settings: BenchmarkSettings) -> Iterator[Comparison]:
+    """Compare rows of `ATTENTION_ROWS` with a plain forward pass of the same images; all rows if none is named.
+
+    Raises:
+        ValueError: If a row does not exist, values differ, or memory cannot be measured on this machine.
+    """
+    for name, row in select_rows(ATTENTION_ROWS, rows).items():
+        model, pixel_values = build_attention_inputs(row.batch_size, settings.toy)
+        difference = check_attention(row, model, pixel_values, name)
+        ours, theirs = partial(row.read, model, pixel_values), partial(model, pixel_values)
+        speeds = compare_throughput(ours, theirs, row.batch_size, settings)
+        peaks = measure_peaks(__name__, name, *settings.toy_flag)
+        details = {"batch_size": row.batch_size, "size": vars(get_model_size(settings.toy)), **peaks}
+        yield Comparison("attention", name, "a plain forward pass", *speeds, difference, details)
+
+
+def build_attention_inputs(batch_size: int, toy: bool) -> tuple[ViTCLSForImageClassification, torch.Tensor]:
+    """Build a model with registers, and images [B, 3, H, W]."""
+    size = get_model_size(toy)
+    model = build_model(size, num_register_tokens=NUM_REGISTERS)
+    randomize_weights(model)
+    return model, random_images(batch_size, size.image_size)
+
+
+@torch.no_grad()
+def check_attention(
+    row: AttentionRow, model: ViTCLSForImageClassification, pixel_values: torch.Tensor, name: str
+) -> float:
+    """Return the largest difference to the reference for one image.
+
+    Raises:
+        ValueError: If the difference exceeds the limit or is NaN.
+    """
+    image = pixel_values[:1]
+    values = row.read(model, image)
+    if row.reference is None:
+        model.set_attn_implementation("eager")
+    expected = (row.reference or row.read)(model, image)
+    model.set_attn_implementation("sdpa")
+    limit = ATTENTION_LIMIT * max(1.0, expected.abs().max().item())
+    return check_difference((values - expected).abs().max().item(), limit, name, "the values")
+
+
+# Linear probe --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ProbeRow:
+    """A row of the report."""
+
+    num_epochs: int
+    num_images: int
+    batch_size: int
+
+
+# ViT-S/16 at 224 pixels, float32.
+PROBES = {"10 epochs, batch 16": ProbeRow(num_epochs=10, num_images=32, batch_size=16)}
+PROBE_LIMIT = 1e-4  # largest difference between the trained weights / largest weight
+
+
+def compare_probes(rows: tuple[str, ...], settings: BenchmarkSettings) -> Iterator[Comparison]:
+    """Compare rows of `PROBES`, with and without cached features; all rows if none is named.
+
+    Raises:
+        ValueError: If a row does not exist or the trained weights differ.
+    """
+    size = get_model_size(settings.toy)
+    for name, row in select_rows(PROBES, rows).items():
+        model = build_model(size)
+        randomize_weights(model)
+        pixel_values = random_images(row.num_images, size.image_size)
+        labels = torch.randint(size.num_labels, (row.num_images,), generator=torch.Generator().manual_seed(0))
+        cached, plain = (
+            partial(train, model, pixel_values, labels, row) for train in (train_with_cache, train_without_cache)
+        )
+        difference = check_weights(cached(), plain(), name)
+        # One training run is long enough for a turn.
+        speeds = compare_throughput(
+            cached, plain, row.num_epochs * row.num_images, BenchmarkSettings((), settings.num_pairs, toy=True)
+        )
+        details = {"size": vars(size), **vars(row)}
+        yield Comparison("linear probe", name, "recomputing the backbone", *speeds, difference, details)
+
+
+def train_with_cache(
+    model: ViTCLSForImageClassification, pixel_values: torch.Tensor, labels: torch.Tensor, row: ProbeRow
+) -> torch.Tensor:
+    """Train the classifier on features of images that are encoded once; return its weights [labels, P]."""
+    with torch.no_grad():
+        batches = [compute_features(model, images) for images in pixel_values.split(row.batch_size)]
+    features = torch.cat(batches)  # [N, P]
+    return train_head(model, lambda batch: features[batch], labels, row)
+
+
+def train_without_cache(
+    model: ViTCLSForImageClassification, pixel_values: torch.Tensor, labels: torch.Tensor, row: ProbeRow
+) -> torch.Tensor:
+    """Train the classifier on images that are encoded in every epoch; return its weights [labels, P]."""
+    encode = torch.no_grad()(lambda batch: compute_features(model, pixel_values[batch]))
+    return train_head(model, encode, labels, row)
+
+
+def train_head(
+    model: ViTCLSForImageClassification, encode: Callable[[slice], torch.Tensor], labels: torch.Tensor, row: ProbeRow
+) -> torch.Tensor:
+    """Train a copy of the model's head; return the weights of its classifier.
+
+    Args:
+        encode: returns the features [B, P] of a slice of the images.
+    """
+    head: Any = copy.deepcopy(build_head_only(model))
+    optimizer = torch.optim.AdamW(head.parameters(), lr=1e-3, fused=True)
+    for _ in range(row.num_epochs):
+        for start in range(0, row.num_images, row.batch_size):
+            batch = slice(start, start + row.batch_size)
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(head(encode(batch)).logits, labels[batch]).backward()
+            optimizer.step()
+    weight: torch.Tensor = head.classifier.weight.detach()
+    return weight
+
+
+def check_weights(weights: torch.Tensor, expected: torch.Tensor, name: str) -> float:
+    """Return the largest difference of the trained weights.
+
+    Raises:
+        ValueError: If the difference exceeds the limit or is NaN.
+    """
+    limit = PROBE_LIMIT * expected.abs().max().item()
+    return check_difference((weights - expected).abs().max().item(), limit, name, "the trained weights")
+
+
+def main() -> None:
+    """Print the peak memory of reading attention, or of a plain forward pass, in bytes."""
+    flags = parse_memory_flags(ATTENTION_ROWS)
+    row = ATTENTION_ROWS[flags.row]
+    model, pixel_values = build_attention_inputs(row.batch_size, flags.toy)
+    read = get_predict(model) if flags.theirs else lambda images: row.read(model, images)
+    with torch.no_grad():  # the warm-up is one image
+        print(measure_memory_growth(lambda: read(pixel_values[:1]), lambda: read(pixel_values)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,56 @@
+"""`vitcls study`: a grid of fine-tuning runs over factors and seeds, with a page of tables and plots.
+
+    python scripts/study.py --config scripts/recipes/study_digits.yaml --output-dir runs/study --jobs 2
+
+To continue an interrupted study, repeat its command. The study file is described in modeling_vitcls/study.py.
+"""
+
+import shlex
+from dataclasses import dataclass
+from pathlib import Path
+
+from .parsing import errors_in_one_line, find_recipe, stop
+
+
+@dataclass(frozen=True)
+class StudyOptions:
+    """Measure what a choice is worth: a grid of runs over factors and seeds, with a page of tables and plots."""
+
+    config: Path
+    """Study file, or the name of a study of the package, such as study_digits."""
+    output_dir: Path
+    """Folder for the runs and the page. Finished runs in it are not repeated."""
+    jobs: int = 1
+    """Maximum number of runs at a time."""
+    threads: int = 1
+    """CPU threads per run."""
+    memory_limit: float | None = None
+    """Memory of all runs together, in GiB. Default: no limit."""
+
+    def __post_init__(self) -> None:
+        for name in ("jobs", "threads"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name} is {getattr(self, name)}: set 1 or more")
+
+
+OPTIONS = StudyOptions
+
+
+def run(options: StudyOptions) -> None:
+    """Execute the study. Exits with status 1 if runs failed."""
+    from ..study import load_study, run_study
+
+    flags = {"--config": options.config, "--output-dir": options.output_dir, "--jobs": options.jobs}
+    command = shlex.join(["vitcls", "study", *(str(item) for pair in flags.items() for item in pair)])
+    with errors_in_one_line():
+        rows = run_study(
+            load_study(find_recipe(options.config)),
+            options.output_dir,
+            command,
+            jobs=options.jobs,
+            threads=options.threads,
+            memory_limit=options.memory_limit,
+        )
+    num_unfinished = sum(row["status"] != "finished" for row in rows)
+    if num_unfinished:
+        stop(f"error: {num_unfinished} of {len(rows)} runs failed. See log.txt in their folders", status=1)

@@ -1,0 +1,245 @@
+"""The images of each batch as a function of the seed and the step, so that no sampler or generator state is saved.
+
+The training images are shuffled for each epoch, and the epochs are concatenated. Each optimizer step consumes the next
+`batch size x accumulation steps x processes` images, divided among the processes:
+
+    epoch 0 ............ | epoch 1 ............ | ...
+    step 0 | step 1 | step 2 | step 3 | ...
+
+All batches have the same size, and every image is used equally often. One process with batches of 16, two processes
+with batches of 8, and two accumulated batches of 8 use the same images per step. With repeated augmentation, a step
+uses fewer different images, and repeats the whole sequence.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from ..options import TrainingOptions
+
+
+# Index of the epoch and index of the image. If an image is used several times per epoch, the first number counts its
+# earlier uses, so that every use has another augmentation.
+Key = tuple[int, int]
+
+
+# Random numbers ------------------------------------------------------------------------------------------------------
+
+
+GOLDEN = np.uint64(0x9E3779B97F4A7C15)  # increment of SplitMix64: 2**64 divided by the golden ratio
+
+
+def derive_seed(*numbers: int) -> int:
+    """Return a 63-bit seed from several non-negative integers. Different integers give unrelated seeds."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
+
+
+def draw_random_bits(seeds: np.ndarray, indices: np.ndarray, count: int) -> np.ndarray:
+    """Return random 64-bit numbers for several images, from one SplitMix64 sequence per image.
+
+    Source: Steele, Lea and Flood 2014.
+
+    Args:
+        seeds: [images] `uint64`.
+        indices: [images] `uint64`; different indices give unrelated numbers.
+        count: number of random numbers per image.
+
+    Returns:
+        [images, count] `uint64`; each row depends only on its seed and index.
+    """
+    starts = mix_bits(seeds ^ mix_bits(indices + GOLDEN))  # [images]
+    return mix_bits(starts[:, None] + GOLDEN * np.arange(1, count + 1, dtype=np.uint64))
+
+
+def mix_bits(values: np.ndarray) -> np.ndarray:
+    """Return the SplitMix64 output for each counter value."""
+    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return values ^ (values >> np.uint64(31))
+
+
+def convert_to_fractions(bits: np.ndarray) -> np.ndarray:
+    """Return random bits as `float64` in [0, 1)."""
+    return (bits >> np.uint64(11)) * 2.0**-53
+
+
+# Epochs --------------------------------------------------------------------------------------------------------------
+
+
+# Number of earlier uses and index of the image at each position of an epoch; [images] int64 each.
+Epoch = tuple[np.ndarray, np.ndarray]
+
+
+class Order:
+    """Endless order of images, computed per epoch. Two epochs are cached, because a batch may span two epochs."""
+
+    def __init__(self, num_images: int, seed: int) -> None:
+        self.num_images = num_images
+        self.seed = seed
+        self.cache: dict[int, Epoch] = {}
+
+    def get_epoch(self, number: int) -> Epoch:
+        """Return the order of one epoch, with as many positions as there are images."""
+        if number not in self.cache:
+            self.cache = {other: epoch for other, epoch in self.cache.items() if abs(other - number) == 1}
+            self.cache[number] = self.compute_epoch(number)
+        return self.cache[number]
+
+    def compute_epoch(self, number: int) -> Epoch:
+        """Compute the order of one epoch."""
+        raise NotImplementedError
+
+    def shuffle(self, number: int) -> np.ndarray:
+        """Return the indices of all images, shuffled with the seed of one epoch."""
+        generator = torch.Generator().manual_seed(derive_seed(self.seed, number))
+        return torch.randperm(self.num_images, generator=generator).numpy()
+
+
+class PlainOrder(Order):
+    """Every image once per epoch."""
+
+    def compute_epoch(self, number: int) -> Epoch:
+        """Compute the order of one epoch: all images, shuffled."""
+        return np.full(self.num_images, number), self.shuffle(number)
+
+
+class BalancedOrder(Order):
+    """Every class equally often, and within a class every image equally often. Classes without images are left out.
+
+    Positions are assigned to the classes in turn. Each class cycles through its images, which are shuffled again for
+    each cycle. So a rare class repeats its images, and a frequent class needs several epochs for all of its images.
+    """
+
+    def __init__(self, labels: Sequence[int], seed: int) -> None:
+        super().__init__(len(labels), seed)
+        self.members = [np.flatnonzero(np.asarray(labels) == label) for label in np.unique(labels)]
+
+    def compute_epoch(self, number: int) -> Epoch:
+        """Compute the order of one epoch: the positions of all classes, shuffled."""
+        positions = np.arange(number * self.num_images, (number + 1) * self.num_images)
+        num_uses, indices = np.empty_like(positions), np.empty_like(positions)
+        for class_index, members in enumerate(self.members):
+            is_member = positions % len(self.members) == class_index
+            cycles, offsets = np.divmod(positions[is_member] // len(self.members), len(members))
+            orders = self.shuffle_class(class_index, cycles, len(members))
+            num_uses[is_member] = cycles
+            indices[is_member] = members[orders[cycles - cycles[:1], offsets]]
+        order = self.shuffle(number)
+        return num_uses[order], indices[order]
+
+    def shuffle_class(self, class_index: int, cycles: np.ndarray, num_members: int) -> np.ndarray:
+        """Return the orders of the images of one class, from the first to the last of `cycles`: [cycles, members]."""
+        numbers = np.arange(cycles.min(), cycles.max() + 1, dtype=np.uint64)
+        seeds = np.full(len(numbers), derive_seed(self.seed, class_index, self.num_images), dtype=np.uint64)
+        return draw_random_bits(seeds, numbers, num_members).argsort(axis=1)
+
+
+def build_order(num_images: int | None, options: TrainingOptions, labels: Sequence[int] | None) -> Order | None:
+    """Build the order of stored images; None for a stream."""
+    if options.class_balance == "sampling":
+        if labels is None:
+            raise ValueError(
+                "--class-balance sampling requires one known label per image, but the labels of a stream and of "
+                "several columns are not known in advance. Remove --class-balance"
+            )
+        return BalancedOrder(labels, options.seed)
+    return None if num_images is None else PlainOrder(num_images, options.seed)
+
+
+def compute_class_weights(labels: Sequence[int], num_classes: int) -> torch.Tensor:
+    """Return class weights [classes], inversely proportional to the class sizes, with a mean of 1 over the images.
+
+    Missing labels (-100) are ignored. A class without images has weight 0.
+    """
+    counts = torch.bincount(torch.tensor([label for label in labels if label >= 0]), minlength=num_classes)
+    is_present = counts > 0
+    return torch.where(is_present, counts.sum() / (is_present.sum() * counts.clamp(min=1)), 0.0)
+
+
+# Batches -------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class BatchPlan:
+    """The number of steps of a run, and the images of every batch."""
+
+    num_images: int | None  # None for a stream, which has its own order (streaming.py)
+    batch_size: int
+    accumulation_steps: int
+    num_processes: int
+    num_steps: int
+    seed: int
+    num_copies: int
+    order: Order | None
+
+    @classmethod
+    def from_options(
+        cls,
+        num_images: int | None,
+        options: TrainingOptions,
+        num_processes: int,
+        labels: Sequence[int] | None = None,
+        num_copies: int = 1,
+    ) -> "BatchPlan":
+        """Build a plan of `max_steps` steps, or of `epochs` epochs rounded up to whole steps.
+
+        Args:
+            num_images: number of training images; None for a stream.
+            options: the training options.
+            num_processes: number of processes.
+            labels: class indices of the images, for `class_balance="sampling"`.
+            num_copies: number of copies of each image in a step (`--repeated-augmentation`).
+
+        Raises:
+            ValueError: if a stream has no `max_steps` or balanced classes, or if `num_copies` does not divide the
+                number of images per step.
+        """
+        images_per_step = options.batch_size * options.gradient_accumulation_steps * num_processes
+        if images_per_step % num_copies:
+            raise ValueError(
+                f"--repeated-augmentation {num_copies} does not divide the {images_per_step} images of a step. Set "
+                "another --batch-size"
+            )
+        num_steps = options.max_steps
+        if not num_steps:
+            if num_images is None:
+                raise ValueError("a stream of unknown length requires a number of steps. Set --max-steps")
+            num_steps = math.ceil(options.epochs * num_images / images_per_step)
+        return cls(
+            num_images=num_images,
+            batch_size=options.batch_size,
+            accumulation_steps=options.gradient_accumulation_steps,
+            num_processes=num_processes,
+            num_steps=num_steps,
+            seed=options.seed,
+            num_copies=num_copies,
+            order=build_order(num_images, options, labels),
+        )
+
+    @property
+    def images_per_step(self) -> int:
+        """Number of images per step over all processes and accumulated batches, including copies."""
+        return self.batch_size * self.accumulation_steps * self.num_processes
+
+    def count_epochs(self, step: int) -> float:
+        """Return the number of epochs after `step` steps; 0 for a stream, whose length is unknown."""
+        return step * self.images_per_step / self.num_images if self.num_images else 0.0
+
+    def iterate_keys(self, process: int, first_step: int = 0) -> Iterator[list[Key]]:
+        """Yield the keys of one process's batches from `first_step` on, `accumulation_steps` batches per step."""
+        for step in range(first_step, self.num_steps):
+            for accumulated in range(self.accumulation_steps):
+                start = (accumulated * self.num_processes + process) * self.batch_size
+                yield [self.compute_key(step, position) for position in range(start, start + self.batch_size)]
+
+    def compute_key(self, step: int, position: int) -> Key:
+        """Return the key of the image at a position in a step."""
+        assert self.order is not None and self.num_images is not None, "a stream has its own order"
+        num_different = self.images_per_step // self.num_copies
+        copy, offset = divmod(position, num_different)
+        number, index = divmod(step * num_different + offset, self.num_images)
+        num_uses, indices = self.order.get_epoch(number)
+        return int(num_uses[index]) * self.num_copies + copy, int(indices[index])

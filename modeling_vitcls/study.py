@@ -1,0 +1,486 @@
+"""A study: a grid of runs over factors and seeds, and one page with tables and plots.
+
+A study file (scripts/recipes/study_*.yaml) contains
+    title, question    text for the page
+    answer             the conclusion, in one sentence, written after the measurement (optional)
+    seeds              list of seeds; each combination of factor levels runs once per seed
+    subsets            name -> {dataset, num_images, seed}: random training subsets to measure on (optional)
+    stages             stage -> flags of that vitcls subcommand; stages run in the order of STAGES
+    factors            factor -> level -> flags of `finetune`, or {stage: flags}; `null` for a stage skips it
+    metrics            names of numbers in results.json, for the tables
+    baseline           factor -> level to which the other levels are compared
+
+`{run}` in a flag is the folder of the run, `{folder}` the folder of the study and `{subset:NAME}` a subset.
+
+The output folder contains
+    README.md, images/*.png    the page: means with 95 % confidence intervals, and paired differences by seed
+    runs.parquet               one row per run: factor levels, seed, status, and all numbers of results.json
+    runs/NAME/                 the output folder of each stage, and log.txt
+"""
+
+import itertools
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+import yaml
+
+from .errors import format_error
+from .files import read_json
+from .options import to_arguments
+
+
+STAGES = ("pretrain", "finetune", "evaluate", "inspect")
+SEEDED_STAGES = ("pretrain", "finetune")  # stages with the flag --seed
+REQUIRED_KEYS = ("title", "question", "seeds", "stages", "factors", "metrics", "baseline")
+OPTIONAL_KEYS = ("answer", "subsets")
+POLL_SECONDS = 0.2
+GIB = 1024**3
+
+Flags = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class StudyRun:
+    """One run of a study: a level per factor, a seed, and the flags of each stage."""
+
+    name: str
+    levels: dict[str, str]
+    seed: int
+    stages: dict[str, Flags]
+
+
+@dataclass(frozen=True)
+class Study:
+    """A study file."""
+
+    title: str
+    question: str
+    seeds: list[int]
+    stages: dict[str, Flags]
+    factors: dict[str, dict[str, Flags]]
+    metrics: list[str]
+    baseline: dict[str, str]
+    answer: str | None = None
+    subsets: dict[str, Flags] = field(default_factory=dict)
+
+    def plan_runs(self) -> list[StudyRun]:
+        """Return the runs of the grid: all seeds of a combination of levels, then the next combination."""
+        runs = []
+        for levels in itertools.product(*self.factors.values()):
+            combination = dict(zip(self.factors, levels, strict=True))
+            for seed in self.seeds:
+                name = "_".join(
+                    [*(to_file_name(f"{factor}-{level}") for factor, level in combination.items()), f"seed-{seed}"]
+                )
+                runs.append(StudyRun(name, combination, seed, self.combine_flags(combination, seed)))
+        return runs
+
+    def combine_flags(self, levels: Mapping[str, str], seed: int) -> dict[str, Flags]:
+        """Return the flags of each stage of a run."""
+        stages: dict[str, Flags | None] = {name: dict(flags or {}) for name, flags in self.stages.items()}
+        for factor, level in levels.items():
+            for name, flags in split_by_stage(self.factors[factor][level]).items():
+                stages[name] = None if flags is None else (stages.get(name) or {}) | flags
+        seeded = {name: {"seed": seed} if name in SEEDED_STAGES else {} for name in STAGES}
+        return {name: flags | seeded[name] for name in STAGES if (flags := stages.get(name)) is not None}
+
+
+def load_study(file: Path) -> Study:
+    """Load a study file.
+
+    Raises:
+        ValueError: If it is not YAML, or a key is missing or unknown.
+        OSError: If it cannot be read.
+    """
+    try:
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ValueError(f"cannot read {file}: {format_error(error)}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{file} does not contain keys. A study requires {', '.join(REQUIRED_KEYS)}")
+    if missing := [key for key in REQUIRED_KEYS if not content.get(key)]:
+        raise ValueError(f"{file} has no value for {', '.join(missing)}")
+    if unknown := sorted(set(content) - {*REQUIRED_KEYS, *OPTIONAL_KEYS}):
+        raise ValueError(f"{file} has unknown keys: {', '.join(unknown)}")
+    factors = {
+        str(name): {str(level): flags or {} for level, flags in levels.items()}
+        for name, levels in content["factors"].items()
+    }
+    baseline = {str(factor): str(level) for factor, level in content["baseline"].items()}
+    for factor, level in baseline.items():
+        if level not in factors.get(factor, {}):
+            raise ValueError(f"{file}: the baseline {factor}: {level} is not a level of a factor")
+    stages = {
+        *content["stages"],
+        *(stage for levels in factors.values() for flags in levels.values() for stage in split_by_stage(flags)),
+    }
+    if unknown := sorted(stages - set(STAGES)):
+        raise ValueError(f"{file}: {', '.join(unknown)} is not a stage. Choose from {', '.join(STAGES)}")
+    return Study(**content | {"factors": factors, "baseline": baseline})
+
+
+def split_by_stage(flags: Mapping[str, Any]) -> dict[str, Flags | None]:
+    """Return the flags of a level per stage. Flags without a stage are flags of `finetune`."""
+    stages = {name: value for name, value in flags.items() if name in STAGES}
+    others = {name: value for name, value in flags.items() if name not in STAGES}
+    return stages | ({"finetune": (stages.get("finetune") or {}) | others} if others else {})
+
+
+def to_file_name(text: str) -> str:
+    """Return a text as part of a file name: `100 %` -> `100-`."""
+    return "".join(character if character.isalnum() or character in "-." else "-" for character in text)
+
+
+# Execution -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class RunProcess:
+    """A run that is being executed."""
+
+    run: StudyRun
+    process: subprocess.Popen[bytes]
+    stages: Iterator[tuple[str, list[str]]]
+    started: float
+
+
+class StudyRunner:
+    """Executes the runs of a study in parallel processes. Finished runs are not repeated; killed runs are resumed."""
+
+    def __init__(self, study: Study, folder: Path, jobs: int = 1, threads: int = 1, memory_limit: float | None = None):
+        """Store the settings.
+
+        Args:
+            jobs: Maximum number of runs at a time.
+            threads: Threads per run.
+            memory_limit: Memory of all runs together, in GiB. A run starts only if the largest run until then would
+                still fit.
+        """
+        self.study, self.folder = study, folder
+        self.jobs, self.threads, self.memory_limit = jobs, threads, memory_limit
+        self.largest_run = 0.0  # peak memory of a run until now, in bytes
+        self.seconds: list[float] = []  # durations of the runs of this process
+
+    def execute(self) -> None:
+        """Execute all runs that are not finished. A failed run does not stop the others."""
+        self.write_subsets()
+        runs = self.study.plan_runs()
+        waiting = [run for run in runs if not self.is_finished(run)]
+        num_finished = len(runs) - len(waiting)
+        print(f"{len(runs)} runs, {num_finished} of them already finished", flush=True)
+        running: list[RunProcess] = []
+        try:
+            while waiting or running:
+                while waiting and len(running) < self.jobs and self.has_memory(running):
+                    running.append(self.start(waiting.pop(0)))
+                time.sleep(POLL_SECONDS)
+                self.measure_memory(running)
+                for item in [item for item in running if item.process.poll() is not None]:
+                    if item.process.returncode == 0 and (stage := next(item.stages, None)) is not None:
+                        item.process = self.start_process(item.run, *stage)
+                        continue
+                    running.remove(item)
+                    num_finished += 1
+                    self.seconds.append(time.monotonic() - item.started)
+                    self.print_progress(item, num_finished, len(waiting) + len(running))
+        finally:
+            for item in running:
+                item.process.send_signal(signal.SIGTERM)  # the run saves a checkpoint
+            for item in running:
+                item.process.wait()
+
+    def get_folder(self, run: StudyRun) -> Path:
+        """Return the folder of a run."""
+        return self.folder / "runs" / run.name
+
+    def is_finished(self, run: StudyRun) -> bool:
+        """Return whether the outputs of all stages of a run exist."""
+        return all(self.get_result_file(run, stage).exists() for stage in run.stages)
+
+    def get_result_file(self, run: StudyRun, stage: str) -> Path:
+        """Return the file with the numbers of a stage."""
+        folder = self.get_folder(run)
+        return folder / stage / "results.json" if stage in SEEDED_STAGES else folder / f"{stage}.json"
+
+    def start(self, run: StudyRun) -> RunProcess:
+        """Start the first unfinished stage of a run."""
+        self.get_folder(run).mkdir(parents=True, exist_ok=True)
+        stages = iter([item for item in self.build_commands(run) if not self.get_result_file(run, item[0]).exists()])
+        return RunProcess(run, self.start_process(run, *next(stages)), stages, time.monotonic())
+
+    def start_process(self, run: StudyRun, stage: str, flags: list[str]) -> subprocess.Popen[bytes]:
+        """Start the process of a stage. Its output is appended to log.txt."""
+        environment = os.environ | {"OMP_NUM_THREADS": str(self.threads), "MKL_NUM_THREADS": str(self.threads)}
+        with (self.get_folder(run) / "log.txt").open("ab") as log:
+            log.write(f"$ vitcls {stage} {' '.join(flags)}\n".encode())
+            log.flush()
+            command = [sys.executable, "-m", "modeling_vitcls.cli", stage, *flags]
+            return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
+
+    def build_commands(self, run: StudyRun) -> list[tuple[str, list[str]]]:
+        """Return the flags of each stage of a run, on the command line."""
+        folder = self.get_folder(run)
+        commands = []
+        for stage, flags in run.stages.items():
+            values = {name: self.fill(value, run) for name, value in flags.items()}
+            if stage in SEEDED_STAGES:
+                values["output_dir"] = str(folder / stage)
+                has_checkpoint = any((folder / stage / "checkpoints").glob("*"))
+                values["resume" if has_checkpoint else "overwrite"] = True
+            else:
+                values.setdefault("model", str(folder / "finetune"))
+                values["output" if stage == "evaluate" else "json"] = str(self.get_result_file(run, stage))
+                if stage == "inspect":
+                    values["output"] = str(folder / "report.html")
+            commands.append((stage, [token for name, value in values.items() for token in to_arguments(name, value)]))
+        return commands
+
+    def fill(self, value: Any, run: StudyRun) -> Any:
+        """Replace the placeholders in the value of a flag."""
+        if not isinstance(value, str):
+            return value
+        for name in self.study.subsets:
+            value = value.replace(f"{{subset:{name}}}", str(self.get_subset_folder(name)))
+        return value.replace("{run}", str(self.get_folder(run))).replace("{folder}", str(self.folder))
+
+    def has_memory(self, running: list[RunProcess]) -> bool:
+        """Return whether another run fits into the memory limit. The first run always starts."""
+        if self.memory_limit is None or not running:
+            return True
+        if not self.largest_run:
+            return False  # the memory of a run is not known yet
+        return (len(running) + 1) * self.largest_run <= self.memory_limit * GIB
+
+    def measure_memory(self, running: list[RunProcess]) -> None:
+        """Update the peak memory of a run."""
+        for item in running:
+            try:
+                process = psutil.Process(item.process.pid)
+                used = sum(each.memory_info().rss for each in [process, *process.children(recursive=True)])
+            except psutil.Error:  # it has just ended
+                continue
+            self.largest_run = max(self.largest_run, used)
+
+    def print_progress(self, item: RunProcess, num_finished: int, num_left: int) -> None:
+        """Print one line about a run that has ended."""
+        levels = ", ".join(f"{factor} {level}" for factor, level in item.run.levels.items())
+        result = "failed: " + read_last_line(self.get_folder(item.run) / "log.txt")
+        if item.process.returncode == 0:
+            row = collect_row(self, item.run)
+            result = ", ".join(f"{name} {row[name]:.4g}" for name in self.study.metrics if name in row)
+        seconds = sum(self.seconds) / len(self.seconds) * num_left / self.jobs
+        left = f"; about {max(1, round(seconds / 60))} min remain" if num_left else ""
+        print(f"[{num_finished}/{num_finished + num_left}] {levels}, seed {item.run.seed}: {result}{left}", flush=True)
+
+    # Subsets ---------------------------------------------------------------------------------------------------------
+
+    def get_subset_folder(self, name: str) -> Path:
+        """Return the folder of a training subset."""
+        return self.folder / "subsets" / to_file_name(name)
+
+    def write_subsets(self) -> None:
+        """Write the training subsets as Parquet files: `num_images` random images of the split `train`. The other
+        splits are copied completely."""
+        from datasets import load_dataset
+
+        for name, subset in self.study.subsets.items():
+            folder = self.get_subset_folder(name)
+            if folder.exists():
+                continue
+            partial = folder.with_name(f".{folder.name}.partial")
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+            source = os.path.expandvars(subset["dataset"])
+            files = {file.stem: str(file) for file in sorted(Path(source).glob("*.parquet"))}
+            data = load_dataset("parquet", data_files=files) if files else load_dataset(source)
+            for split, images in data.items():
+                if split == "train":
+                    images = images.shuffle(seed=subset.get("seed", 0)).select(range(subset["num_images"]))
+                images.to_parquet(partial / f"{split}.parquet")
+            partial.rename(folder)
+
+
+def read_last_line(file: Path) -> str:
+    """Return the last line of a log that is not empty."""
+    lines = [line for line in file.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+    return lines[-1] if lines else "no output"
+
+
+# Results -------------------------------------------------------------------------------------------------------------
+
+
+def collect_row(runner: StudyRunner, run: StudyRun) -> dict[str, Any]:
+    """Return the row of a run in runs.parquet: factor levels, seed, status and the numbers of its stages.
+
+    Numbers of `finetune` keep their name; names of other stages start with the stage: `inspect.patches.outliers`.
+    """
+    row: dict[str, Any] = {
+        **run.levels,
+        "seed": run.seed,
+        "status": "finished" if runner.is_finished(run) else "unfinished",
+    }
+    for stage in run.stages:
+        file = runner.get_result_file(run, stage)
+        if file.exists():
+            row |= flatten_numbers(read_json(file), "" if stage == "finetune" else f"{stage}.")
+    return row
+
+
+def flatten_numbers(values: Mapping[str, Any], prefix: str) -> dict[str, float]:
+    """Return the numbers of a nested JSON object under names such as `energy.kilowatt_hours`. Lists are left out."""
+    numbers: dict[str, float] = {}
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            numbers |= flatten_numbers(value, f"{prefix}{name}.")
+        elif isinstance(value, int | float) and not isinstance(value, bool):
+            numbers[f"{prefix}{name}"] = float(value)
+    return numbers
+
+
+def write_results(runner: StudyRunner) -> list[dict[str, Any]]:
+    """Write runs.parquet and return its rows."""
+    import pyarrow
+    from pyarrow import parquet
+
+    rows = [collect_row(runner, run) for run in runner.study.plan_runs()]
+    names = {name: None for row in rows for name in row}
+    table = pyarrow.Table.from_pylist([{name: row.get(name) for name in names} for row in rows])
+    parquet.write_table(table, runner.folder / "runs.parquet")
+    return rows
+
+
+def compute_interval(values: list[float]) -> tuple[float, float]:
+    """Return the mean, and half the width of the 95 % confidence interval (Student's t); NaN for a single value."""
+    import numpy as np
+    from scipy import stats
+
+    if len(values) < 2:
+        return float(np.mean(values)), float("nan")
+    return float(np.mean(values)), float(stats.sem(values) * stats.t.ppf(0.975, len(values) - 1))
+
+
+def write_page(runner: StudyRunner, rows: list[dict[str, Any]], command: str) -> Path:
+    """Write README.md and its plots, and return its path."""
+    from .system import get_versions
+
+    study = runner.study
+    finished = [row for row in rows if row["status"] == "finished"]
+    (runner.folder / "images").mkdir(exist_ok=True)
+    seconds = sum(row.get("seconds", 0.0) for row in finished)
+    parts = [f"# {study.title}", study.question]
+    if study.answer:
+        parts.append(f"**Answer:** {' '.join(study.answer.split())}")
+    for metric in study.metrics:
+        groups = group_values(study, finished, metric)
+        if groups:
+            image = Path("images") / f"{to_file_name(metric)}.png"
+            draw_groups(groups, metric, runner.folder / image)
+            parts += [
+                f"## {metric}",
+                format_table(study, groups, metric),
+                f"![{metric} per combination of levels]({image})",
+            ]
+    seeds = ", ".join(map(str, study.seeds))
+    parts.append(
+        f"## How it was measured\n\n{len(finished)} of {len(rows)} runs finished, seeds {seeds}; {seconds / 60:.0f} "
+        f"minutes of training in total, {runner.threads} thread(s) per run. A value is the mean over seeds with its "
+        "95 % confidence interval (Student's t). A difference is paired by seed. "
+        "Each test image is used once per finished run.\n\n"
+        f"```bash\n{command}\n```\n\n"
+        + ", ".join(f"{name} {version}" for name, version in get_versions("transformers", "timm").items())
+    )
+    page = runner.folder / "README.md"
+    page.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+    return page
+
+
+def group_values(study: Study, rows: list[dict[str, Any]], metric: str) -> dict[tuple[str, ...], dict[int, float]]:
+    """Return the value of a metric per combination of levels and seed."""
+    groups: dict[tuple[str, ...], dict[int, float]] = {}
+    for row in rows:
+        if metric in row:
+            groups.setdefault(tuple(row[factor] for factor in study.factors), {})[row["seed"]] = row[metric]
+    return groups
+
+
+def format_table(study: Study, groups: dict[tuple[str, ...], dict[int, float]], metric: str) -> str:
+    """Return a Markdown table: means with intervals, and paired differences from the baseline."""
+    header = [*study.factors, "runs", metric, "difference from the baseline"]
+    lines = [f"| {' | '.join(header)} |", "|---" * len(header) + "|"]
+    for levels, values in groups.items():
+        reference = tuple(
+            study.baseline.get(factor, level) for factor, level in zip(study.factors, levels, strict=True)
+        )
+        shared = sorted(values.keys() & groups.get(reference, {}).keys())
+        difference = "baseline"
+        if reference != levels:
+            difference = (
+                format_interval([values[seed] - groups[reference][seed] for seed in shared], "+") if shared else ""
+            )
+        lines.append(
+            f"| {' | '.join([*levels, str(len(values)), format_interval(list(values.values())), difference])} |"
+        )
+    return "\n".join(lines)
+
+
+def format_interval(values: list[float], sign: str = "") -> str:
+    """Return `0.978 ± 0.0041`, or the mean alone for a single value."""
+    mean, half_width = compute_interval(values)
+    return f"{mean:{sign}.4g}" + ("" if math.isnan(half_width) else f" ± {half_width:.2g}")
+
+
+def draw_groups(groups: dict[tuple[str, ...], dict[int, float]], metric: str, file: Path) -> None:
+    """Draw each run as a dot, and mean and interval per combination of levels, to a PNG file."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 1 + 0.35 * len(groups)), layout="constrained")
+    axes = figure.add_subplot()
+    for row, values in enumerate(groups.values()):
+        mean, half_width = compute_interval(list(values.values()))
+        axes.plot(list(values.values()), [row] * len(values), "o", color="#9aa5b1", markersize=4)
+        axes.errorbar(
+            [mean],
+            [row],
+            xerr=None if math.isnan(half_width) else [[half_width], [half_width]],
+            fmt="D",
+            color="#1f5fbf",
+        )
+    axes.set_yticks(range(len(groups)), [", ".join(levels) for levels in groups])
+    axes.invert_yaxis()
+    axes.set_xlabel(f"{metric} (dots: runs; diamonds: mean and 95 % interval)")
+    axes.grid(axis="x", alpha=0.3)
+    figure.savefig(file, dpi=120)
+
+
+def run_study(study: Study, folder: Path, command: str, **settings: Any) -> list[dict[str, Any]]:
+    """Execute a study and write its results; return the rows of runs.parquet.
+
+    Args:
+        folder: Output folder.
+        command: Command line for the page.
+        settings: Further arguments of `StudyRunner`.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    record = folder / "study.json"
+    plan = json.loads(json.dumps({"stages": study.stages, "factors": study.factors, "subsets": study.subsets}))
+    if record.exists() and read_json(record) != plan:
+        raise ValueError(f"{folder} contains runs of a study with other flags. Set another --output-dir")
+    record.write_text(json.dumps(plan, indent=2) + "\n", encoding="utf-8")
+    runner = StudyRunner(study, folder, **settings)
+    try:
+        runner.execute()
+    finally:
+        rows = write_results(runner)
+        print(f"page: {write_page(runner, rows, command)}", flush=True)
+    return rows

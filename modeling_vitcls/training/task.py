@@ -1,0 +1,483 @@
+"""A run from top to bottom: what fine-tuning and pre-training share.
+
+    task = FinetuneTask(options)    checks the options, locks the output folder, loads data and model
+    results = run_task(task)        trains, evaluates, writes the output folder, pushes it
+    dry_run(FinetuneTask, options)  does the same for a few steps in a temporary folder (`--dry-run`)
+
+The tasks (finetune.py, pretrain.py) supply data, model, loss, evaluator and card. runner.py trains.
+"""
+
+import math
+import os
+import shutil
+import tempfile
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCard
+from torch.distributed.fsdp import FSDPModule
+from transformers import PreTrainedModel
+
+from ..checkpoints import WRITE_ERRORS, CheckpointStore, Tensors
+from ..data.augmentation import build_augmentation
+from ..data.batches import Normalizer, TrainingImages, iterate_training_batches
+from ..data.held_out import RECORD
+from ..data.images import LabeledImages
+from ..data.sampling import BatchPlan
+from ..data.splits import TrainingData, describe_data
+from ..data.streaming import TrainingStream, augment_images
+from ..distributed import on_main
+from ..errors import format_error
+from ..files import read_json, write_json
+from ..hub.provenance import Provenance
+from ..hub.publish import push_folder
+from ..hub.push_permissions import check_push_permissions
+from ..hub.verify import verify_push
+from ..image_processing_vitcls import ViTCLSImageProcessor
+from ..inference.evaluator import Evaluator
+from ..inference.metrics import drop_large_matrices
+from ..options import AugmentationOptions, TrainingOptions
+from .branch_uploads import build_branch_uploads
+from .distributed_state import gather_weights, get_unsupported_reason
+from .loop import Metrics
+from .losses import Batch, Objective
+from .model import merge_lora
+from .model_report import REPORT, build_model_report, can_show_samples, get_model_provenance, write_card
+from .output_folder import CHECKPOINTS, RESULTS, check_replaceable
+from .reporter import (
+    describe_batches,
+    describe_model,
+    describe_run,
+    disable_progress_bars,
+    format_duration,
+    format_metric,
+)
+from .runner import Components, Runner, RunStopped, build_runner, resolve_names
+from .token_monitor import build_attention_measure
+
+
+NUM_DRY_RUN_STEPS = 3  # the first step is slower than the others
+
+
+class Task(ABC):
+    """Checked options and loaded objects of a run.
+
+    Attributes:
+        options: FinetuneOptions or PretrainOptions, with absolute paths.
+        runner: holds the lock of the output folder until `run_task` ends.
+        hub_model_id: repository to push to, or None.
+        data: training split and held-out split.
+        plan: batch plan, which determines the order of the training images.
+        model: plain model, in which parameters that are not trained are frozen.
+        processor: image processor of the model.
+    """
+
+    model: Any  # ViTCLS model, set by `load_model`
+    processor: ViTCLSImageProcessor  # set by `load_model`
+
+    def __init__(self, options: Any) -> None:
+        """Check the options, lock the output folder, load data and model, and write config.resolved.yaml.
+
+        Raises:
+            ValueError, OSError: if data or models cannot be read or do not fit the options.
+        """
+        self.runner: Runner = build_runner(self.check_options(options))
+        self.options = self.runner.options
+        accelerator = self.runner.accelerator
+        with self.runner.release_lock_on_error():
+            self.hub_model_id = self.check_repository()
+            with accelerator.main_process_first():  # downloads once
+                self.data: TrainingData = self.load_data()
+                self.runner.check_data(describe_data(self.data))
+                self.plan = self.build_plan(self.options.training)
+                self.load_model()
+            if self.options.training.gradient_checkpointing:
+                self.model.gradient_checkpointing_enable()
+            self.runner.check_plan(self.plan)
+            self.runner.claim_folder()
+
+    # Supplied by each task -------------------------------------------------------------------------------------------
+
+    @staticmethod
+    @abstractmethod
+    def check_options(options: Any) -> Any:
+        """Return the options with defaults that depend on other options. Raise ValueError for contradictory flags."""
+
+    @abstractmethod
+    def load_data(self) -> TrainingData:
+        """Load both splits."""
+
+    @abstractmethod
+    def load_model(self) -> None:
+        """Set `model` and `processor`, and load whatever else the task requires."""
+
+    @property
+    @abstractmethod
+    def selection_metric(self) -> str:
+        """Name of the metric that selects the best checkpoint; lower is better if the name ends with "loss"."""
+
+    @abstractmethod
+    def build_evaluator(self) -> Evaluator:
+        """Build the evaluator on the held-out images."""
+
+    @abstractmethod
+    def build_objective(self, normalize: Normalizer) -> Objective:
+        """Build the training loss."""
+
+    @abstractmethod
+    def describe_labels(self) -> str:
+        """Return the part of the summary about labels."""
+
+    @abstractmethod
+    def summarize(self) -> dict[str, str]:
+        """Return the lines about the task in the summary by name."""
+
+    @abstractmethod
+    def collect_facts(self) -> dict[str, Any]:
+        """Return the entries of results.json that only this task has."""
+
+    @abstractmethod
+    def format_result(self, metrics: Metrics) -> str:
+        """Format the result in one line."""
+
+    @abstractmethod
+    def build_card(
+        self, name: str, results: dict[str, Any], provenance: Provenance | None, images: dict[str, str]
+    ) -> ModelCard:
+        """Build the model card.
+
+        Args:
+            name: repository, or name of the output folder.
+            results: content of results.json.
+            provenance: provenance of the initial model, or None.
+            images: path of each image of the card by name.
+        """
+
+    def find_warnings(self) -> list[str]:
+        """Return the warnings to print before training."""
+        return []
+
+    # Shared by the tasks ---------------------------------------------------------------------------------------------
+
+    def check_repository(self) -> str | None:
+        """Return the repository for `--push-to-hub` after checking the permissions; None without `--push-to-hub`.
+
+        Raises:
+            ValueError, OSError: on all processes, if pushing is not permitted or the Hub cannot be reached.
+        """
+        run, accelerator, name = self.options.run, self.runner.accelerator, self.runner.folder.resolve().name
+        if not run.push_to_hub:
+            return None
+        if run.hub_push_optimizer and (reason := get_unsupported_reason(accelerator)):
+            raise ValueError(f"--hub-push-optimizer requires checkpoints: {reason}")
+        return on_main(accelerator, lambda: check_push_permissions(run.hub_model_id, name, run.hub_private))
+
+    def build_plan(self, training: TrainingOptions) -> BatchPlan:
+        """Build the batch plan for these training options."""
+        labels = self.data.train.labels if isinstance(self.data.train, LabeledImages) else None
+        copies = self.options.augmentation.repeated_augmentation
+        num_processes = self.runner.accelerator.num_processes
+        return BatchPlan.from_options(self.data.num_training_images, training, num_processes, labels, copies)
+
+    def build_components(self, evaluator: Evaluator) -> Components:
+        """Build the components that train the model on pixels."""
+        normalize = Normalizer(self.processor, self.runner.accelerator.device)
+        images = self.build_training_images(self.options.augmentation, self.get_num_views())
+
+        def batches(first_step: int) -> Generator[Batch, None, None]:
+            process, num_workers = self.runner.accelerator.process_index, self.options.data.num_workers
+            return iterate_training_batches(images, self.plan, process, num_workers, first_step)
+
+        return Components(
+            self.model,
+            self.build_objective(normalize),
+            batches,
+            evaluator,
+            build_attention_measure(self.model, normalize),
+            images.describe_unreadable,
+        )
+
+    def get_num_views(self) -> int:
+        """Return the number of different views of an image; 0 augments each image anew in every epoch."""
+        return 0
+
+    def build_training_images(
+        self, augmentation: AugmentationOptions, num_views: int
+    ) -> TrainingImages | TrainingStream:
+        """Build the augmented training images; `num_views` as in `get_num_views`."""
+        processor, config = self.processor, self.model.config
+        transform = build_augmentation(augmentation, config.image_height_width, processor.resample)
+        to_rgb, seed = bool(processor.do_convert_rgb), self.options.training.seed
+        return augment_images(self.data.train, transform, to_rgb, seed, num_views, config.num_channels)
+
+    def get_evaluation_arguments(self) -> dict[str, Any]:
+        """Return the arguments that all evaluators share."""
+        return {
+            "batch_size": self.options.training.batch_size,
+            "num_workers": self.options.data.num_workers,
+            "accelerator": self.runner.accelerator,
+            "max_broken_images": self.options.data.max_broken_images,
+            "warn": self.runner.reporter.warn,
+            "num_channels": self.model.config.num_channels,
+        }
+
+
+# A run ---------------------------------------------------------------------------------------------------------------
+
+
+def run_task(task: Task) -> dict[str, Any]:
+    """Train, evaluate and write the output folder; return the content of results.json.
+
+    Raises:
+        RunStopped: see `Runner.train`; also if the result cannot be written or pushed.
+    """
+    runner, reporter = task.runner, task.runner.reporter
+    with runner.lock:
+        if runner.is_finished:
+            reporter.print_line("finished", f"{runner.folder} already contains the results of this run")
+            push(task)
+            return read_json(runner.folder / RESULTS)
+        for name, text in summarize(task).items():
+            reporter.print_line(name, text)
+        for warning in task.find_warnings():
+            reporter.warn(warning)
+
+        evaluator = task.build_evaluator()
+        components = task.build_components(evaluator)
+        write = partial(write_model, task.model, task.processor)
+        uploads = build_branch_uploads(runner, task.hub_model_id, task.model, write)
+        metrics = runner.train(components, task.plan, task.selection_metric, uploads)
+        if components.model is not task.model:  # only the heads were trained: evaluate the whole model
+            metrics |= evaluator(task.model.eval())
+
+        results = collect_results(task) | drop_large_matrices(metrics)
+        save_output(task, results)
+        reporter.print_line("result", task.format_result(metrics))
+        files = ["README.md", *([REPORT] if (runner.folder / REPORT).exists() else []), RESULTS]
+        reporter.print_line("saved", f"{runner.folder} (model, image processor, {', '.join(files)})")
+        push(task)
+        runner.accelerator.end_training()
+        return results
+
+
+def summarize(task: Task) -> dict[str, str]:
+    """Return the lines that are printed before training by name."""
+    data = task.data
+    number = "a stream of" if data.num_training_images is None else f"{data.num_training_images:,}"
+    return {
+        "data": f"{data.name}: {number} images to train on, {len(data.held_out):,} held out "
+        f"({data.held_out_name}); {task.describe_labels()}",
+        **describe_model(task.options.model.model, task.model, task.model.config),
+        **task.summarize(),
+        **describe_batches(task.plan, task.runner.accelerator),
+    }
+
+
+def collect_results(task: Task) -> dict[str, Any]:
+    """Return the content of results.json except the metrics."""
+    runner, data = task.runner, task.data
+    facts = {
+        "dataset": data.name,
+        "split": data.held_out_name,
+        RECORD: data.record.to_dict(),
+        "num_training_images": data.num_training_images,
+        **task.collect_facts(),
+        "selection_metric": task.selection_metric,
+    }
+    return facts | describe_run(task.plan, task.model, task.model.config, runner.accelerator, runner.seconds)
+
+
+def format_values(metrics: Metrics, *names: str) -> str:
+    """Format these metrics in one line; missing metrics are omitted."""
+    return ", ".join(format_metric(name, metrics[name]) for name in names if name in metrics)
+
+
+# Output --------------------------------------------------------------------------------------------------------------
+
+
+def save_output(task: Task, results: dict[str, Any]) -> None:
+    """Write model, image processor, card and, last, results.json, which marks the folder as complete. All processes
+    must call it together.
+
+    Args:
+        results: content of results.json; the speed of the model is added.
+
+    Raises:
+        RunStopped: on all processes, if the folder cannot be written.
+    """
+    runner, options, warn = task.runner, task.options, task.runner.reporter.warn
+    folder = runner.folder
+    weights = gather_weights(task.model, runner.accelerator.is_main_process)
+
+    def write() -> None:
+        write_model(task.model, task.processor, folder, weights)
+        images = build_model_report(
+            folder,
+            type(task.model),
+            results,
+            task.data.held_out,
+            task.data.label_space,
+            runner.accelerator.device,
+            options.run.report,
+            warn,
+            runner.reporter.track_images,
+            can_show_samples(options, task.hub_model_id, warn),
+        )
+        provenance = get_model_provenance(options)
+        card = task.build_card(task.hub_model_id or folder.resolve().name, results, provenance, images)
+        write_card(folder, card, provenance, results, options.run, warn)
+        write_json(folder / RESULTS, results)
+
+    def write_quietly() -> None:
+        try:
+            with disable_progress_bars():
+                write()
+        except WRITE_ERRORS as error:
+            raise OSError(format_error(error)) from error
+
+    try:
+        on_main(runner.accelerator, write_quietly)
+    except OSError as error:
+        again = "use the same command with --resume" if runner.can_save_checkpoints else "restart the run"
+        raise RunStopped(f"cannot write the model to {folder} ({error}). Free disk space, then {again}") from error
+
+
+def write_model(model: PreTrainedModel, processor: ViTCLSImageProcessor, folder: Path, weights: Tensors) -> None:
+    """Write weights, configuration, code and image processor. Call it on the main process.
+
+    Args:
+        model: the plain model, which may be sharded.
+        weights: all full tensors of the model by name; LoRA weights are merged.
+    """
+    with use_plain_class(model):
+        model.save_pretrained(folder, state_dict=merge_lora(weights))
+    processor.save_pretrained(folder)
+
+
+@contextmanager
+def use_plain_class(model: PreTrainedModel) -> Iterator[None]:
+    """Restore the model's own class inside this block.
+
+    FSDP2 replaces the class, and Transformers would save PyTorch's source files as the model's code.
+    """
+    wrapped = type(model)
+    plain: Any = next(base for base in wrapped.__mro__ if not issubclass(base, FSDPModule))
+    model.__class__ = plain
+    try:
+        yield
+    finally:
+        model.__class__ = wrapped
+
+
+def push(task: Task) -> None:
+    """Push the output folder and verify the pushed files. Do nothing without a repository or in a dry run.
+
+    Raises:
+        RunStopped: with the command that repeats the push.
+    """
+    options, reporter, folder, repository = (
+        task.options.run,
+        task.runner.reporter,
+        task.runner.folder,
+        task.hub_model_id,
+    )
+    if repository is None or options.dry_run:
+        return
+
+    def push_and_verify() -> None:
+        pushed = push_folder(folder, repository, options.hub_private, with_optimizer=options.hub_push_optimizer)
+        reporter.print_line("pushed", pushed.summary)
+        if options.hub_verify:
+            reporter.print_line("verifying", "loading the pushed model in a new process")
+            reporter.console.print("\n".join(verify_push(pushed, folder).format_lines()), markup=False)
+
+    try:
+        on_main(task.runner.accelerator, push_and_verify)  # the others wait up to LONGEST_WAIT (distributed.py)
+    except (ValueError, OSError) as error:
+        raise RunStopped(str(error)) from error
+
+
+# Dry run -------------------------------------------------------------------------------------------------------------
+
+
+def dry_run(task_class: type[Task], options: Any) -> None:
+    """Run a few steps, an evaluation, a checkpoint and saving on a few images, in a temporary folder (`--dry-run`).
+    Print what was executed, and the expected duration of the full run.
+
+    Raises:
+        ValueError, OSError, RunStopped: see `Task` and `run_task`.
+    """
+    started = time.perf_counter()
+    with make_dry_run_options(options) as short:
+        task = task_class(short)
+        runner, plan, num_held_out = task.runner, task.build_plan(options.training), len(task.data.held_out)
+        indices = range(min(num_held_out, plan.batch_size * plan.num_processes))
+        task.data = replace(task.data, held_out=task.data.held_out.select(indices))
+        if short.training.trainable == "head":
+            limit_training_images(task)
+        run_task(task)
+    steps, evaluation = f"{len(runner.step_seconds)} steps", "an evaluation"
+    parts = [steps, evaluation, *(["a checkpoint"] if runner.can_save_checkpoints else []), "saving"]
+    may_push = f"; pushing to {task.hub_model_id} is permitted" if task.hub_model_id else ""
+    expected = format_duration(estimate_seconds(runner, plan, len(indices) / num_held_out))
+    runner.reporter.print_line(
+        "dry run",
+        f"{', '.join(parts)} succeeded in {time.perf_counter() - started:.0f} s{may_push}; no files were kept. The "
+        f"full run has {plan.num_steps:,} steps and takes about {expected}",
+    )
+
+
+@contextmanager
+def make_dry_run_options(options: Any) -> Iterator[Any]:
+    """Return the options of a dry run of a few steps, in a temporary folder that is removed afterwards.
+
+    Raises:
+        ValueError: if the content of the output folder does not allow the full run.
+    """
+    if not options.run.resume:
+        check_replaceable(resolve_names(options), CheckpointStore(options.output_dir / CHECKPOINTS, keep=1))
+    parent, prefix = options.output_dir.absolute().parent, f".{options.output_dir.name}-dry-run-"
+    folder = parent / prefix
+    if os.environ.get("RANK", "0") == "0":  # Accelerate is not initialized yet
+        parent.mkdir(parents=True, exist_ok=True)  # checks write permission as the full run would
+        folder = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
+    try:
+        yield replace(
+            options,
+            output_dir=folder / options.output_dir.name,
+            training=replace(options.training, max_steps=NUM_DRY_RUN_STEPS, log_every=1),
+            run=replace(options.run, resume=False, dry_run=True),
+        )
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def limit_training_images(task: Task) -> None:
+    """Keep only the training images of the planned steps, because linear probing encodes all images first."""
+    if isinstance(task.data.train, LabeledImages):
+        batches = [batch for process in range(task.plan.num_processes) for batch in task.plan.iterate_keys(process)]
+        indices = sorted({index for batch in batches for _, index in batch})
+        task.data = replace(task.data, train=task.data.train.select(indices))
+        task.plan = task.build_plan(task.options.training)
+
+
+def estimate_seconds(runner: Runner, plan: BatchPlan, evaluation_share: float) -> float:
+    """Return the expected duration of the full run's steps and evaluations in seconds, extrapolated from a dry run.
+
+    The first step is slower than the others. It is ignored if there are others.
+
+    Args:
+        runner: runner of the finished dry run.
+        plan: batch plan of the full run.
+        evaluation_share: fraction of the held-out images that the dry run evaluated.
+    """
+    epochs = plan.count_epochs(plan.num_steps) if plan.num_images else 1.0
+    num_evaluations = math.ceil(epochs / runner.options.training.evaluate_every)
+    step = min(runner.step_seconds[1:] or runner.step_seconds)
+    return plan.num_steps * step + num_evaluations * min(runner.evaluation_seconds) / evaluation_share

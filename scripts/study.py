@@ -1,0 +1,23 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["modeling_vitcls[scripts]", "timm>=1.0.31"]
+#
+# [tool.uv.sources]
+# modeling_vitcls = { path = "..", editable = true }
+# ///
+"""Measure what a choice is worth, with a grid of runs: the same program as `vitcls study`.
+
+    python scripts/study.py --config scripts/recipes/study_digits.yaml --output-dir runs/study --jobs 2
+
+`--help` lists the flags. The program is modeling_vitcls/commands/study.py.
+"""
+
+import sys
+
+
+if __name__ == "__main__":
+    sys.argv[:1] = ["vitcls", "study"]
+
+    from modeling_vitcls.cli import main
+
+    main()

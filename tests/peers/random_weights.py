@@ -1,6 +1,0 @@
-"""Random values for every weight of a peer, so that no zero bias or small LayerScale hides a mistake."""
-
-from modeling_vitcls.conversion.random_weights import random_fill
-
-
-__all__ = ["random_fill"]

@@ -1,0 +1,164 @@
+"""Studies: the grid of runs, the page, failed runs and resuming. The runs are real fine-tuning processes."""
+
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from pyarrow import parquet
+from scipy import stats
+
+from modeling_vitcls.study import Study, StudyRunner, compute_interval, format_table, group_values, load_study
+
+
+RECIPES = Path(__file__).parents[1] / "scripts" / "recipes"
+SIZES = {"model": "vitcls-tiny", "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+FINETUNE = {"dataset": "digits", **SIZES, "image_size": 32, "patch_size": 16, "intermediate_size": 16, "report": False}
+STUDY = {
+    "title": "Pooling",
+    "question": "Which pooling?",
+    "seeds": [0, 1],
+    "stages": {"finetune": {**FINETUNE, "max_steps": 4, "num_workers": 0}},
+    "factors": {"pooling": {"cls": None, "mean": {"pooling": "mean"}}},
+    "metrics": ["accuracy", "loss"],
+    "baseline": {"pooling": "cls"},
+}
+
+
+def write_study(folder: Path, **changes: object) -> Path:
+    """Write a study file with two poolings and two seeds, and return its path."""
+    file = folder / "study.yaml"
+    file.write_text(yaml.safe_dump(STUDY | changes, sort_keys=False))
+    return file
+
+
+def start_study(file: Path, output: Path, *flags: str) -> subprocess.Popen[str]:
+    """Start `vitcls study` in a process."""
+    command = [
+        sys.executable,
+        "-m",
+        "modeling_vitcls.cli",
+        "study",
+        "--config",
+        str(file),
+        "--output-dir",
+        str(output),
+    ]
+    return subprocess.Popen([*command, *flags], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def test_the_grid_combines_levels_seeds_and_stages(tmp_path: Path) -> None:
+    factors = {
+        "pretraining": {"none": {"pretrain": None}, "masked": {"model": "{run}/pretrain"}},
+        "pooling": {"cls": {}, "mean": {"pooling": "mean"}},
+    }
+    stages = {"finetune": {"model": "vitcls-tiny"}, "pretrain": {"epochs": 2}}
+    file = write_study(tmp_path, factors=factors, stages=stages, baseline={"pretraining": "none"})
+    runs = load_study(file).plan_runs()
+    assert len(runs) == len({run.name for run in runs}) == 2 * 2 * 2
+    by_levels = {(*run.levels.values(), run.seed): run.stages for run in runs}
+    assert by_levels["none", "cls", 1] == {"finetune": {"model": "vitcls-tiny", "seed": 1}}
+    assert by_levels["masked", "mean", 0] == {
+        "pretrain": {"epochs": 2, "seed": 0},
+        "finetune": {"model": "{run}/pretrain", "pooling": "mean", "seed": 0},
+    }
+    runner = StudyRunner(load_study(file), tmp_path / "out")
+    masked = next(run for run in runs if run.levels["pretraining"] == "masked")
+    (first, _), (second, flags) = runner.build_commands(masked)
+    assert (first, second) == ("pretrain", "finetune")
+    assert flags[flags.index("--model") + 1] == str(tmp_path / "out" / "runs" / masked.name / "pretrain")
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"seeds": []}, "no value for seeds"),
+        ({"metric": ["loss"]}, "unknown keys: metric"),
+        ({"baseline": {"pooling": "max"}}, "baseline pooling: max"),
+        ({"stages": {"train": {}}}, "train is not a stage"),
+    ],
+)
+def test_a_wrong_study_file_gets_one_line(tmp_path: Path, changes: dict[str, object], words: str) -> None:
+    with pytest.raises(ValueError, match=words) as caught:
+        load_study(write_study(tmp_path, **changes))
+    assert "\n" not in str(caught.value)
+
+
+def test_the_studies_of_the_repository_load() -> None:
+    files = sorted(RECIPES.glob("study_*.yaml"))
+    assert files
+    for file in files:
+        assert load_study(file).plan_runs(), file
+
+
+def test_differences_are_paired_by_seed() -> None:
+    study = Study(**STUDY | {"factors": {"pooling": {"cls": {}, "mean": {}}}})
+    values = {"cls": [0.5, 0.7, 0.9], "mean": [0.6, 0.8, 0.98]}
+    rows = [
+        {"pooling": level, "seed": seed, "accuracy": value}
+        for level, column in values.items()
+        for seed, value in enumerate(column)
+    ]
+    table = format_table(study, group_values(study, rows, "accuracy"), "accuracy").splitlines()
+    low, high = stats.t.interval(0.95, 2, loc=0.7, scale=stats.sem(values["cls"]))
+    mean, half_width = compute_interval(values["cls"])
+    assert (mean - half_width, mean + half_width) == pytest.approx((low, high))
+    difference = stats.ttest_rel(values["mean"], values["cls"]).confidence_interval(0.95)
+    assert table[2].endswith("| baseline |")
+    assert f"{sum(difference) / 2:+.4g} ± {(difference.high - difference.low) / 2:.2g}" in table[3]
+
+
+def test_a_failed_run_does_not_stop_the_others_and_nothing_is_repeated(tmp_path: Path) -> None:
+    factors = {"pooling": {"cls": {}, "wrong": {"pooling": "median"}}}
+    file, output = write_study(tmp_path, factors=factors, seeds=[0]), tmp_path / "out"
+    process = start_study(file, output)
+    out, error = process.communicate()
+    assert process.returncode == 1 and error.splitlines()[-1].startswith("error: 1 of 2 runs failed"), error
+    rows = {row["pooling"]: row for row in parquet.read_table(output / "runs.parquet").to_pylist()}
+    assert rows["cls"]["status"] == "finished" and 0 <= rows["cls"]["accuracy"] <= 1
+    assert rows["wrong"]["status"] == "unfinished" and rows["wrong"]["accuracy"] is None
+    assert "1 of 2 runs finished" in (output / "README.md").read_text()
+    assert "failed: " in out
+    written = (output / "runs" / "pooling-cls_seed-0" / "finetune" / "results.json").stat().st_mtime_ns
+    start_study(file, output).communicate()
+    assert (output / "runs" / "pooling-cls_seed-0" / "finetune" / "results.json").stat().st_mtime_ns == written
+
+
+def test_other_flags_require_another_folder(tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    output.mkdir()
+    (output / "study.json").write_text("{}")
+    process = start_study(write_study(tmp_path), output)
+    _, error = process.communicate()
+    assert process.returncode == 1 and "study with other flags" in error.splitlines()[-1]
+
+
+@pytest.mark.slow
+def test_a_killed_study_resumes_its_runs(tmp_path: Path) -> None:
+    stages = {"finetune": {**STUDY["stages"]["finetune"], "max_steps": 60, "save_every": 5}}
+    file, output = write_study(tmp_path, stages=stages), tmp_path / "out"
+    process = start_study(file, output, "--jobs", "2")
+    while not list(output.glob("runs/*/finetune/checkpoints/*")):
+        assert process.poll() is None
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    process.communicate()
+    process = start_study(file, output, "--jobs", "2")
+    _, error = process.communicate()
+    assert process.returncode == 0, error
+    assert "--resume" in "".join(log.read_text() for log in output.glob("runs/*/log.txt"))
+    rows = parquet.read_table(output / "runs.parquet").to_pylist()
+    assert len(rows) == 4 and all(row["status"] == "finished" and row["steps"] == 60 for row in rows)
+
+
+@pytest.mark.slow
+def test_the_study_of_digits(tmp_path: Path) -> None:
+    process = start_study(RECIPES / "study_digits.yaml", tmp_path / "out", "--jobs", "2")
+    _, error = process.communicate()
+    assert process.returncode == 0, error
+    rows = parquet.read_table(tmp_path / "out" / "runs.parquet").to_pylist()
+    assert len(rows) == 9 and min(row["accuracy"] for row in rows) > 0.5
+    assert sorted(file.name for file in (tmp_path / "out" / "images").iterdir()) == ["accuracy.png", "loss.png"]
