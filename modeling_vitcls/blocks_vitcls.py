@@ -71,10 +71,8 @@ class ViTCLSPatchEmbeddings(nn.Module):
             )
         patch_height, patch_width = self.patch_size
         if height < patch_height or width < patch_width:
-            raise ValueError(
-                f"the images are {height} x {width} pixels, smaller than one patch of {patch_height} x {patch_width}: "
-                "enlarge them"
-            )
+            size, patch = f"{height} x {width}", f"{patch_height} x {patch_width}"
+            raise ValueError(f"the images are {size} pixels, smaller than one patch of {patch}: enlarge them")
         return height // patch_height, width // patch_width
 
 

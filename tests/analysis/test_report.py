@@ -28,7 +28,7 @@ from modeling_vitcls import (
 from modeling_vitcls.analysis import report_data
 from modeling_vitcls.analysis.diagnosis import MIN_IMAGES
 from modeling_vitcls.analysis.inspection import Inspection, inspect_model
-from modeling_vitcls.analysis.maps import MIN_SCALE, extract_patch_maps, get_token_names, get_visible_region, overlay
+from modeling_vitcls.analysis.maps import MIN_SCALE, extract_patch_maps, get_visible_region, overlay
 from modeling_vitcls.analysis.patch_features import (
     compute_patch_colors,
     compute_patch_features,
@@ -38,6 +38,7 @@ from modeling_vitcls.analysis.patch_features import (
 from modeling_vitcls.analysis.report import build_page_header, write_json_values, write_page, write_report
 from modeling_vitcls.conversion.from_transformers import convert_from_transformers
 from modeling_vitcls.inference.predict import predict
+from modeling_vitcls.token_names import get_token_names
 
 
 NAMES = ["</script><b>wide</b>.png", "tall.png", "square & small.png"]
@@ -407,7 +408,7 @@ def test_a_click_shows_the_similarity_to_that_patch(browser: Browser, faulty: An
         canvas = cell(page, "patches (PCA), layer 1").locator("canvas")
         in_view(canvas)
         box = canvas.bounding_box()
-        left, top, right, bottom = get_visible_region(processor(), (60, 90), (8, 8))
+        left, _, right, _ = get_visible_region(processor(), (60, 90), (8, 8))
         x = (left + (right - left) * 0.9) / 90 * box["width"]  # column 4 of 4
         canvas.click(position={"x": x, "y": box["height"] * 0.05})  # row 1
         similar = cell(page, "similarity to a patch, layer 1").locator("canvas")
