@@ -10,6 +10,7 @@ appear at once. The programs are in commands/; nothing in the package imports th
 
 import difflib
 import importlib
+import logging
 import os
 import shutil
 import sys
