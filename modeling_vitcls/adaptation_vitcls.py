@@ -312,8 +312,7 @@ ADAPTERS: dict[str, Callable[[Weight], AdaptedWeight]] = {
 def load_checkpoint(load: Callable[..., Any], source: Any, *args: Any, **kwargs: Any) -> Any:
     """Return the output of `load`, a `from_pretrained` method; errors are one line that names the file or weight.
 
-    transformers reports mismatched weights in a table, does not name a damaged file, and builds a model of default
-    size if config.json is missing.
+    transformers reports mismatched weights in a table, and builds a default model if config.json is missing.
 
     Raises:
         OSError: if the folder, config.json or the weights are missing or damaged.

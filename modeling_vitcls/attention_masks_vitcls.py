@@ -6,9 +6,8 @@
     RelativePositionBias              a learned bias per distance between patches (`config.relative_position_bias`)
     TokenGates                        a learned gate on added tokens (`config.gated_tokens`)
 
-`build_attention_mask` combines them into the mask that an attention implementation adds to the scores before the
-softmax. All tokens can attend to special tokens. `config.cls_scopes` hides patches only from CLS tokens: patches and
-registers still attend to the whole image.
+`build_attention_mask` combines them into what an attention implementation adds to the scores before the softmax. All
+tokens can attend to special tokens. `config.cls_scopes` hides patches from CLS tokens only.
 """
 
 from typing import Any
@@ -189,10 +188,9 @@ class TokenGates(nn.Module):
     g = 1e-6 the outputs of the other tokens change by less than 1e-5. The parameter `gates` is designed for optimizers
     such as Adam, whose step length does not depend on the size of the gradient:
 
-    - It is linear in g. With log(g) as parameter, the gradient of a closed gate would be a million times smaller.
-    - g is 50 times its magnitude, because a gate moves from 0 to 1, but other weights are about 0.02.
-    - Its sign is ignored. A gate clamped at zero would have no gradient after one step below zero. A gate that half
-      precision rounds to zero still learns.
+    - It is linear in g. The gradient with respect to log(g) would be a millionth of the gradient of an open token.
+    - g is 50 times its magnitude, because a gate moves from 0 to 1 while other weights are about 0.02.
+    - Its sign is ignored. A gate clamped at zero would stay there after one step below zero.
     """
 
     SCALE = 50.0

@@ -196,8 +196,7 @@ def cross_entropy(
     """Return the cross-entropy of logits [B, C] with classes [B]; -100 is ignored; 0 if all labels are -100.
 
     Raises:
-        ValueError: if the numbers of labels and images differ, or a label is not a class index (on the CPU; PyTorch
-            does not check labels on other devices).
+        ValueError: for another number of labels than images, or, on the CPU only, a label beyond the classes.
     """
     if labels.numel() != logits.shape[0]:
         raise ValueError(
