@@ -28,7 +28,7 @@ class Augmentation:
     """The three parts of an augmentation, in order."""
 
     fixed: nn.Module  # [C, H, W] `uint8` -> [C, H, W] `uint8`
-    image_transform: nn.Module | None  # random transform of one image, same shapes; uses torch's generator
+    image_transform: nn.Module | None  # random transform of one image that keeps its shape; uses torch's generator
     batch_transform: "BatchTransform"
 
     def __call__(
@@ -58,7 +58,7 @@ class Augmentation:
 def build_augmentation(
     options: AugmentationOptions, height_width: tuple[int, int], interpolation: InterpolationMode
 ) -> Augmentation:
-    """Build the augmentation that `options` describe, with outputs of `height_width` pixels."""
+    """Build the augmentation described by `options`, with outputs of `height_width` pixels."""
     fixed: nn.Module = nn.Identity()
     transforms: list[nn.Module] = []
     assert options.crop_scale is not None, "resolved by defaults.py"
@@ -156,7 +156,7 @@ class BatchMixer:
     """Mixup (Zhang et al. 2018), CutMix (Yun et al. 2019), or a random choice of the two for each batch.
 
     Args:
-        options: at least one of `mixup` and `cutmix` is above 0.
+        options: augmentation options with `mixup` or `cutmix` above 0.
         num_classes: number of classes of single-label classification.
     """
 
@@ -221,8 +221,8 @@ class MaskGenerator:
     ) -> torch.Tensor:
         """Return masks [B, rows * columns], True for masked patches.
 
-        Blocks are masked in random order. The last block may be masked only in part, from its first row on, to reach
-        the exact number of patches. `generator` replaces the default generator of the device.
+        Blocks are masked in random order. The last block may be masked only in part, starting with its first row, to
+        reach the exact number of patches. `generator` replaces the default generator of the device.
         """
         rows, columns = self.grid
         num_blocks = (batch_size, -(-rows // self.block), -(-columns // self.block))

@@ -4,8 +4,8 @@
           -> hash of the key and the split seed, as a number in [0, 1)
           -> held out if this number is less than the fraction
 
-The decision for an image does not depend on the order, the labels or the other images. So the split stays the same
-when images are added: a held-out image stays held out, and a training image stays a training image.
+The decision for an image does not depend on the order, the labels or the other images. So the split is stable when
+images are added: held-out images stay held out, and training images stay training images.
 
 Classes are therefore stratified only approximately. Of n images, n x fraction are held out on average, with a standard
 deviation of sqrt(n x fraction x (1 - fraction)). A small class may have no held-out images or no training images.
@@ -88,7 +88,8 @@ class HeldOutRecord:
 
 
 def read_record(folder: str | Path) -> HeldOutRecord | None:
-    """Return the record in a model folder; None if there is none, as in models that were not trained by this package.
+    """Return the record in a model folder; None if there is no record, for example if this package did not train the
+    model.
 
     Raises:
         ValueError: if results.json is damaged.

@@ -8,12 +8,12 @@
     photos/metadata.csv (or .jsonl, .parquet)           columns of the table, images by its column `file_name`
 
 Splits are recognized by the names of the folders at the first level only (`SPLIT_NAMES`, in any case); other folder
-and file names never matter. The first-level folders are splits if all of them that contain images have split names. If
-only some of them do, all of them are classes; but if one with a split name contains class folders of its own, it is
-unclear what the folders are, and reading fails.
+and file names are not interpreted. The first-level folders are splits if all of them that contain images have split
+names. If only some of them do, all of them are classes; but if one of them has a split name and contains class
+folders, the structure is ambiguous, and reading raises an error.
 
-Every file is counted. Files that are not used (other file types, hidden files, images next to class folders) are named
-in `ImageFolder.notes`.
+Every file is counted. `ImageFolder.notes` names the unused files (other file types, hidden files, images next to class
+folders).
 
 The columns of other datasets are interpreted in labels.py. A folder that contains tables, and at most as many images
 as tables, is not an image folder: `datasets` reads it.
@@ -59,7 +59,7 @@ class ImageFolder:
     images: list[str]
     metadata: list[str]
     tables: list[str]
-    others: list[str]  # hidden files, files of other types, and files whose names are not valid text
+    others: list[str]  # hidden files, files of other types, and files with names that are not valid text
     empty: list[str]  # folders of the first level without images
     notes: list[str] = field(default_factory=list)  # one line for each kind of unused file or unexpected structure
 
@@ -70,7 +70,7 @@ class ImageFolder:
 
 
 def scan_folder(path: Path) -> ImageFolder:
-    """Return the files of a folder and of all folders in it; links to folders are followed."""
+    """Return the files of a folder and all its subfolders; links to folders are followed."""
     files: dict[str, list[str]] = {"images": [], "metadata": [], "tables": [], "others": []}
     for name in list_files(path, ""):
         files[get_file_kind(name)].append(name)
@@ -108,7 +108,7 @@ def get_file_kind(name: str) -> str:
 
 
 def is_hidden(name: str) -> bool:
-    """Return whether a file or folder was made by an operating system, not by the user."""
+    """Return whether a file or folder was created by an operating system, not by the user."""
     return name.startswith(".") or name == "__MACOSX"
 
 
@@ -127,7 +127,7 @@ def read_image_folder(folder: ImageFolder, use_labels: bool) -> Any:
         use_labels: whether classes are needed. If not, all images at any depth are used.
 
     Raises:
-        ValueError: if `use_labels` is set and there are no class folders, or it is unclear which folders are splits.
+        ValueError: if `use_labels` is set and there are no class folders, or the split folders are ambiguous.
     """
     import datasets
 
@@ -148,10 +148,11 @@ def read_image_folder(folder: ImageFolder, use_labels: bool) -> Any:
 
 
 def divide_into_splits(folder: ImageFolder) -> tuple[dict[str, list[str]], bool]:
-    """Return the images of each split, by the rule at the top of this file, and whether the first level is splits.
+    """Return the images of each split, by the rules at the top of this file, and whether the first level consists of
+    splits.
 
     Raises:
-        ValueError: if two folders are the same split, or it is unclear whether folders are splits or classes.
+        ValueError: if two folders are the same split, or a folder may be a split or a class.
     """
     first_level: dict[str, list[str]] = {}
     for name in folder.images:
@@ -167,7 +168,7 @@ def divide_into_splits(folder: ImageFolder) -> tuple[dict[str, list[str]], bool]
         split = SPLIT_NAMES[first.lower()]
         if split in splits:
             raise ValueError(
-                f"{folder.path}: the folders {splits[split]!r} and {first!r} are both named like the split {split!r}. "
+                f"{folder.path}: the folders {splits[split]!r} and {first!r} are both names of the split {split!r}. "
                 "Merge or rename them"
             )
         splits[split] = first
@@ -189,7 +190,7 @@ def check_are_class_folders(folder: ImageFolder, first_level: dict[str, list[str
 
 
 def label_by_folder(folder: ImageFolder, splits: dict[str, list[str]], depth: int) -> dict[str, Any]:
-    """Return each split with the class folders of its images as labels. A split without class folders is left out.
+    """Return each split with the class folders of its images as labels. A split without class folders is skipped.
 
     Args:
         folder: the files.
@@ -232,7 +233,7 @@ def get_class(name: str, depth: int) -> str | None:
 
 
 def describe_single_class(dataset: str, name: str) -> str:
-    """Return an error message for a dataset, which may be an image folder, with only one class."""
+    """Return the error message for a dataset with only one class; the dataset may be an image folder."""
     path = Path(dataset)
     if not path.is_dir():
         return f"a classifier requires two or more classes, but all images of {dataset} have the label {name!r}"
@@ -275,7 +276,7 @@ def build_image_column(folder: ImageFolder, names: list[str]) -> "pyarrow.Array"
 
 
 def build_dataset(folder: ImageFolder, split: str, names: list[str], table: "pyarrow.Table", features: Any) -> Any:
-    """Return a `datasets.Dataset` in memory. Its fingerprint is made of the names, sizes and times of the files."""
+    """Return a `datasets.Dataset` in memory. Its fingerprint is a hash of the names, sizes and times of the files."""
     import datasets
 
     fingerprint = hashlib.sha256(repr(table.drop(["image"]).to_pydict()).encode())
@@ -356,7 +357,7 @@ def read_metadata_file(folder: ImageFolder, file: str) -> tuple["pyarrow.Table",
         ) from error
     for name in names:
         if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts or "://" in name:
-            raise ValueError(f"{path}: the image {name!r} is outside of the folder of this file. Move it there")
+            raise ValueError(f"{path}: the image {name!r} is outside the folder of this file. Move it there")
     parent = PurePosixPath(file).parent
     return table.drop(["file_name"]), [(parent / name).as_posix() for name in names]
 
@@ -365,13 +366,13 @@ def read_metadata_file(folder: ImageFolder, file: str) -> tuple["pyarrow.Table",
 
 
 def add_unused_note(folder: ImageFolder, names: list[str], reason: str) -> None:
-    """Add a note on files that are not used, if there are any. `reason` follows the noun "files"."""
+    """Add a note about unused files, if there are any. `reason` follows the noun "files"."""
     if names:
         files = "1 file" if len(names) == 1 else f"{len(names):,} files"
-        folder.notes.append(f"{folder.path}: left out {files} {reason}: {shorten_list(names)}")
+        folder.notes.append(f"{folder.path}: skipped {files} {reason}: {shorten_list(names)}")
 
 
 def shorten_list(names: list[str]) -> str:
-    """Return the first names, and how many more there are."""
+    """Return the first names and the number of omitted names."""
     more = f" and {len(names) - MAX_NAMES:,} more" if len(names) > MAX_NAMES else ""
     return ", ".join(map(replace_control_characters, names[:MAX_NAMES])) + more

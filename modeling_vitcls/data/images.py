@@ -1,18 +1,19 @@
-"""Sequences of images that are decoded on access, and the handling of unreadable images.
+"""Sequences of images that are decoded on access, and the count of unreadable images.
 
-    ArrayImages    in memory, all of the same size (digits, MNIST)
+    ArrayImages    images of the same size in memory (digits, MNIST)
     FileImages     files or URLs
     ColumnImages  a column of a dataset of the `datasets` library
     EncodedImages  encoded images in memory (from streamed datasets)
     ImageSubset    a subset of another sequence
 
 Each sequence returns PIL images, and raises `UnreadableImage` for an unreadable image. It also has three methods that
-decode no images:
+do not decode images:
     get_names()    the path of each image within the dataset, or a checksum; "" if there is neither
     read_content() the bytes of one image; None if they cannot be read or are remote
-    compute_keys() a checksum of the bytes or the path of each image, which decides if it is held out (held_out.py)
+    compute_keys() a checksum of the bytes or the path of each image, which determines whether it is held out
+    (held_out.py)
 
-`UnreadableImages` counts unreadable images, logs each of them once, and stops the run if there are too many.
+`UnreadableImages` counts unreadable images, logs each of them once, and stops the run if their number exceeds a limit.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -30,7 +31,7 @@ from .held_out import compute_key, get_relative_path
 
 
 NUM_ROWS_AT_ONCE = 64  # number of encoded images that are read from disk at once
-NOT_REPLACED = -1  # value in `replaced` of a batch for an image that replaces no unreadable image
+NOT_REPLACED = -1  # value in `replaced` of a batch for an image that does not replace an unreadable image
 
 
 class UnreadableImage(ValueError):
@@ -238,14 +239,14 @@ def encode_value(value: Any, folder: Path) -> dict[str, Any]:
 
 
 def resolve_path(folder: Path, path: str | None) -> str:
-    """Return a path joined to a folder. URLs and absolute paths are unchanged, and a missing path is empty."""
+    """Join a path to a folder. URLs and absolute paths are unchanged, and a missing path is empty."""
     if not path or "://" in path:
         return path or ""
     return str(folder / path)
 
 
 def decode_image(encoded: dict[str, Any] | None, fallback_name: str) -> Image.Image:
-    """Decode an image from its bytes or its path, rotated upright, in the mode in which it is stored.
+    """Decode an image from its bytes or its path; return it upright, in its stored mode.
 
     The `filename` of the image is set, as Pillow does, for error messages.
 
@@ -289,7 +290,7 @@ class UnreadableImages:
         warn: function that prints a line.
         limit: maximum number of unreadable images (`--max-broken-images`); the run stops if there are more.
 
-    Every process calls `add` with the unreadable images of all processes, so that all stop at the same step.
+    Every process calls `add` with the unreadable images of all processes, so that all processes stop at the same step.
     """
 
     def __init__(self, describe: Callable[[int], str], warn: Callable[[str], None], limit: int) -> None:
@@ -315,6 +316,6 @@ class UnreadableImages:
             self.warn(f"skipped an image: {description}")
             if len(self) > self.limit:
                 raise ValueError(
-                    f"more than {self.limit} images cannot be read; the last one: {description}. Repair or remove "
+                    f"more than {self.limit} images cannot be read; the last of them: {description}. Repair or remove "
                     "them, or set a larger --max-broken-images"
                 )

@@ -9,7 +9,7 @@
         single_label_classification                   class index                   [B] int64
 
 The label names are declared by the dataset (`ClassLabel`), set by --label-names, or the sorted distinct values, in
-this order of precedence. The column of the images is found here as well.
+this order of precedence. The column of the images is also selected here.
 """
 
 import math
@@ -25,10 +25,10 @@ from ..options import DataOptions
 
 IMAGE_NAMES = ("image", "img", "picture", "photo", "pixel_values", "file_name", "filename", "file", "path")
 LABEL_NAMES = ("label", "labels", "class", "target", "category", "fine_label")
-NO_LABELS = "nothing"  # text for an image without any of several labels
+NO_LABELS = "nothing"  # text for an image without labels in a multi-label dataset
 
 LabelKind = Literal["single_label_classification", "multi_label_classification", "multi_task"]
-Features = dict[str, Any]  # the type of each column, in the terms of `datasets`
+Features = dict[str, Any]  # the type of each column, as in `datasets`
 Row = dict[str, Any]  # values by column
 
 
@@ -59,7 +59,7 @@ class LabelSpace:
         """Return the label of one image as text, such as "cat", "cat, dog" or "age old, kind cat".
 
         Args:
-            label: a label in the format above; None or a negative class index if it is unknown.
+            label: a label in the format above; unknown if None or negative.
 
         Returns:
             The text; None if the label is unknown.
@@ -92,7 +92,7 @@ def is_known(label: int | None) -> bool:
 
 
 def is_multi_label(config: ViTCLSConfig) -> bool:
-    """Return whether each label has its own sigmoid; also with only one label, as in the transformers pipeline."""
+    """Return whether each label has its own sigmoid; True for a single label, as in the pipelines of transformers."""
     return not config.tasks and (config.problem_type == "multi_label_classification" or config.num_labels == 1)
 
 
@@ -262,7 +262,7 @@ def find_column(
     usual_names: tuple[str, ...],
     dataset: str,
 ) -> str:
-    """Return the requested column, the only column of the matching type, or the first column with a usual name."""
+    """Return the requested column, the only column of the matching type, or the first column with a common name."""
     columns = ", ".join(features)
     if name is not None:
         if name not in features:

@@ -8,7 +8,7 @@ The training images are shuffled for each epoch, and the epochs are concatenated
 
 All batches have the same size, and every image is used equally often. One process with batches of 16, two processes
 with batches of 8, and two accumulated batches of 8 use the same images per step. With repeated augmentation, a step
-uses fewer different images, and repeats the whole sequence.
+contains fewer distinct images, and repeats their sequence.
 """
 
 import math
@@ -22,7 +22,7 @@ from ..options import TrainingOptions
 
 
 # Index of the epoch and index of the image. If an image is used several times per epoch, the first number counts its
-# earlier uses, so that every use has another augmentation.
+# earlier uses, so that each use has a different augmentation.
 Key = tuple[int, int]
 
 
@@ -33,7 +33,7 @@ GOLDEN_GAMMA = np.uint64(0x9E3779B97F4A7C15)  # increment of SplitMix64: 2**64 d
 
 
 def derive_seed(*numbers: int) -> int:
-    """Return a 63-bit seed from several non-negative integers. Different integers give unrelated seeds."""
+    """Return a 63-bit seed from several non-negative integers. Different integers result in unrelated seeds."""
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
 
 
@@ -44,7 +44,7 @@ def draw_random_bits(seeds: np.ndarray, indices: np.ndarray, count: int) -> np.n
 
     Args:
         seeds: [images] `uint64`.
-        indices: [images] `uint64`; different indices give unrelated numbers.
+        indices: [images] `uint64`; different indices result in unrelated numbers.
         count: number of random numbers per image.
 
     Returns:
@@ -99,7 +99,7 @@ class Order:
 
 
 class ShuffledOrder(Order):
-    """Every image once per epoch."""
+    """Order that contains every image once per epoch."""
 
     def compute_epoch(self, number: int) -> Epoch:
         """Compute the order of one epoch: all images, shuffled."""
@@ -107,10 +107,11 @@ class ShuffledOrder(Order):
 
 
 class BalancedOrder(Order):
-    """Every class equally often, and within a class every image equally often. Classes without images are left out.
+    """Order in which all classes, and all images of a class, are equally frequent. Classes without images are skipped.
 
     Positions are assigned to the classes in turn. Each class cycles through its images, which are shuffled again for
-    each cycle. So a rare class repeats its images, and a frequent class needs several epochs for all of its images.
+    each cycle. So the images of a rare class are repeated within an epoch, and a frequent class requires several
+    epochs to use all of its images.
     """
 
     def __init__(self, labels: Sequence[int], seed: int) -> None:

@@ -52,7 +52,7 @@ SplitSelector = Callable[[list[str]], Collection[str]]  # names of all splits ->
 
 @dataclass(frozen=True)
 class Splits:
-    """The splits of a dataset that are used, by name, and its label space."""
+    """The selected splits of a dataset by name, and its label space."""
 
     name: str
     label_space: LabelSpace
@@ -70,7 +70,7 @@ def load_splits(options: DataOptions, use_labels: bool = True, select: SplitSele
 
     Raises:
         ValueError: if the dataset cannot be found or read, or has no image or label column. Errors of `select` are
-            passed on.
+            propagated.
     """
     if options.dataset == "digits":
         splits = load_digits()
@@ -109,7 +109,7 @@ def is_idx_folder(folder: Path) -> bool:
 
 
 def find_idx_file(folder: Path, split: str, kind: str) -> Path | None:
-    """Return the path of a file in the MNIST format, compressed or not; None if it does not exist."""
+    """Return the path of a file in the MNIST format, with or without compression; None if it does not exist."""
     files = (folder / f"{split}-{kind}-ubyte{ending}" for ending in ("", ".gz"))
     return next((file for file in files if file.is_file()), None)
 
@@ -209,7 +209,7 @@ def open_with_datasets(options: DataOptions, use_labels: bool = True) -> Any:
         return get_dataset(options.dataset)
     if path.is_dir() and (folder := scan_folder(path)).is_image_folder:
         opened = read_image_folder(folder, use_labels)
-        if os.environ.get("RANK", "0") == "0":  # once for all processes
+        if os.environ.get("RANK", "0") == "0":  # shared by all processes
             for note in folder.notes:
                 log.warning("%s", note)
         return {name: part.to_iterable_dataset() for name, part in opened.items()} if options.streaming else opened
@@ -218,7 +218,7 @@ def open_with_datasets(options: DataOptions, use_labels: bool = True) -> Any:
             return read_with_datasets(options)
     if not is_hub_id(options.dataset):
         raise OSError(describe_missing_repo(options.dataset, "dataset"))
-    with fall_back_to_cache(options.dataset, "dataset"):  # otherwise `datasets` retries for most of a minute
+    with fall_back_to_cache(options.dataset, "dataset"):  # otherwise `datasets` retries for almost a minute
         return read_with_datasets(options)
 
 
@@ -279,7 +279,7 @@ def get_dataset_name(options: DataOptions) -> str:
 
 
 def get_dataset_folder(options: DataOptions) -> Path:
-    """Return the folder that image paths are relative to."""
+    """Return the folder to which image paths are relative."""
     path = Path(options.dataset)
     return path.parent if path.suffix in READERS else path
 

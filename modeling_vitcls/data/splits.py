@@ -5,13 +5,13 @@
 
 Labels are read in labels.py. Images are decoded on access (images.py) and batched in batches.py.
 
-`--resume` continues a run only on the data that it was started with. The fingerprint of the data contains
+`--resume` continues a run only with the data that it started with. The fingerprint of the data contains
     names_sha256         the images' names in order
     name_set_sha256      the sorted names, to distinguish a new order from other images
     labels_sha256        the labels in order
     contents_sha256      the bytes of `NUM_SAMPLES` images, spread evenly over all
-Only the samples are read, so the fingerprint of a large dataset takes little time. The samples reveal a change of many
-images under the same names, for example if the names of two class folders were swapped.
+Only the samples are read, so the fingerprint of a large dataset takes little time. The samples detect a change of many
+images with the same names, for example if the names of two class folders were swapped.
 """
 
 import hashlib
@@ -232,7 +232,7 @@ def load_evaluation_data(
         record: the held-out record of the model's run; the same images are held out here.
 
     Raises:
-        ValueError: if the split does not exist, or the options hold out other images than `record`.
+        ValueError: if the split does not exist, or the options do not hold out the images of `record`.
     """
     options = apply_record(options, record)
     if options.streaming:
@@ -294,12 +294,12 @@ def get_stored_split(split: str, names: list[str], options: DataOptions) -> str:
 
 
 def is_whole_split(split: str, names: list[str]) -> bool:
-    """Return whether the requested split is stored as such, and is not a part of the only split."""
+    """Return whether the requested split is a stored split, not a part of the only split."""
     return split in names and not (split == "train" and len(names) == 1)
 
 
 def apply_record(options: DataOptions, record: HeldOutRecord | None) -> DataOptions:
-    """Return options that hold out the images that a model's run held out; the same options if it recorded none.
+    """Return options that hold out the same images as a model's run; unchanged options if the run has no record.
 
     Raises:
         ValueError: if --split-seed or --held-out-fraction were set to other values.
@@ -367,7 +367,7 @@ def compute_digest(values: Iterable[Any]) -> str:
 
 
 def describe_change(stored: dict[str, Any], current: dict[str, Any]) -> str | None:
-    """Return how data differs from the data that a run was started with; None if it is the same.
+    """Describe how the data differs from the data that a run started with; None if they are equal.
 
     Args:
         stored: the result of `describe_data` when the run was started.
@@ -389,7 +389,7 @@ def describe_change(stored: dict[str, Any], current: dict[str, Any]) -> str | No
         return "the images are the same, but some labels differ"
     if stored["contents_sha256"] != current["contents_sha256"]:
         return "the names of the images are the same, but their contents differ; classes may have been swapped"
-    return "other images are held out"
+    return "different images are held out"
 
 
 def format_classes(names: Sequence[str] | None) -> str:

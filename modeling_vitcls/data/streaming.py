@@ -1,11 +1,11 @@
-"""Datasets that are read during training, without being downloaded or stored (`--streaming`).
+"""Datasets that are read during training, without downloading or storing them first (`--streaming`).
 
     shards -> shuffle buffer -> examples of this process -> skip the examples of completed steps
            -> batches of encoded examples, read ahead by the main process -> decoding and augmentation in workers
 
 Each process reads its own shards if the number of shards is a multiple of the number of processes; otherwise it reads
-all shards and uses every n-th example. The order depends only on the seed. At the end of its examples, a process
-starts again in another order. The index of an example is a checksum of its encoded image (or of its path), so an image
+all shards and uses every n-th example. The order depends only on the seed. After its last example, a process starts
+again in a different order. The index of an example is a checksum of its encoded image (or of its path), so an image
 has the same index in every pass and on every process.
 """
 
@@ -40,7 +40,7 @@ from .sampling import BatchPlan, derive_seed
 from .sources import get_dataset_folder, get_dataset_name, open_with_datasets
 
 
-MAX_STORED_NAMES = 10_000  # number of recent examples whose names are stored for error messages
+MAX_STORED_NAMES = 10_000  # maximum number of recent examples with stored names, for error messages
 NUM_BATCHES_AHEAD = 4  # number of batches read ahead
 MAX_HELD_OUT_IMAGES = 10_000  # maximum number of held-out images of a stream without an evaluation split
 

@@ -25,7 +25,7 @@ from typing import Any, Protocol
 import torch
 
 from ..data.image_folder import IMAGE_SUFFIXES, make_printable
-from ..data.images import NUM_ROWS_AT_ONCE, Arrays, resolve_path
+from ..data.images import NUM_ROWS_AT_ONCE, ArrayImages, resolve_path
 from ..data.labels import find_image_column
 from ..data.sources import get_dataset_folder, is_idx_folder, load_splits, open_with_datasets
 from ..data.streaming import read_features
@@ -90,7 +90,7 @@ class ListInput:
     def compute_identity(self) -> dict[str, Any]:
         """Return the number of images and a digest of names, file sizes and times, and array values."""
         digest = hashlib.sha256(json.dumps(list(self.names)).encode())
-        if isinstance(self.contents, Arrays):
+        if isinstance(self.contents, ArrayImages):
             digest.update(self.contents.values.tobytes())
         else:
             digest.update(json.dumps([get_file_state(content) for content in self.contents]).encode())

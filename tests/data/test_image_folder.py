@@ -132,7 +132,7 @@ def test_a_split_without_class_folders_is_left_out_and_named(tmp_path: Path) -> 
     write_class(tmp_path, "train/dog", 2)
     write_class(tmp_path, "test", 5)
     assert list(read(tmp_path)) == ["train"]
-    assert "left out 5 files outside of class folders: test/0.png, test/1.png" in get_notes(tmp_path)
+    assert "skipped 5 files outside of class folders: test/0.png, test/1.png" in get_notes(tmp_path)
     assert {split: len(found[""]) for split, found in read(tmp_path, labelled=False).items()} == {
         "train": 4,
         "test": 5,
@@ -161,8 +161,8 @@ def test_every_file_that_is_left_out_is_named(tmp_path: Path, caplog: pytest.Log
     assert len(data.train) + len(data.held_out) == 18
     lines = [record.getMessage() for record in caplog.records]
     assert lines == [
-        f"{tmp_path}: left out 1 file outside of class folders: stray.png",
-        f"{tmp_path}: left out 3 files of other types: .thumbnails/1.png, cat/notes.txt, labels.csv",
+        f"{tmp_path}: skipped 1 file outside of class folders: stray.png",
+        f"{tmp_path}: skipped 3 files of other types: .thumbnails/1.png, cat/notes.txt, labels.csv",
         f"{tmp_path}: folders without images: cow",
     ]
 
@@ -215,7 +215,7 @@ def test_metadata_files_name_the_labels(tmp_path: Path) -> None:
     data = load(tmp_path, label_column=("shade",))
     assert (len(data.train), len(data.held_out), data.held_out_name) == (9, 5, "split 'test'")
     assert list(data.held_out.labels) == [0, 1, 0, 1, 0]
-    assert "left out 1 file not listed in a metadata file: train/9.png" in get_notes(tmp_path)
+    assert "skipped 1 file not listed in a metadata file: train/9.png" in get_notes(tmp_path)
 
 
 def test_faulty_metadata_is_named(tmp_path: Path) -> None:

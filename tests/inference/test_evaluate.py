@@ -39,7 +39,7 @@ from torch import nn
 from warm_processes import OFFLINE, run_together
 
 from modeling_vitcls import ViTCLSConfig, ViTCLSForMaskedImageModeling, ViTCLSImageProcessor, ViTCLSModel
-from modeling_vitcls.data.images import Examples, LabeledImages
+from modeling_vitcls.data.images import EncodedImages, LabeledImages
 from modeling_vitcls.data.labels import LabelSpace, get_label_space
 from modeling_vitcls.distributed import build_accelerator
 from modeling_vitcls.inference import evaluate as evaluate_module
@@ -342,7 +342,7 @@ def test_images_in_color_count_as_broken_for_a_grey_model() -> None:
     for mode in ("L", "RGB", "RGBA", "L"):
         Image.new(mode, (16, 16)).save(file := io.BytesIO(), "PNG")
         encoded.append({"path": f"{mode}.png", "bytes": file.getvalue()})
-    pictures = LabeledImages(Examples(encoded), [0, 1, 2, 3])
+    pictures = LabeledImages(EncodedImages(encoded), [0, 1, 2, 3])
     processor = ViTCLSImageProcessor(size=16, do_convert_rgb=False, image_mean=0.5, image_std=0.5)
     batch = HeldOutImages(pictures, processor, SPACES["single"], 4, 0, 1, num_channels=1)[0]
     assert batch.pixel_values is not None and batch.pixel_values.shape == (2, 1, 16, 16)
