@@ -23,12 +23,12 @@ from .files import is_closed_pipe
 
 
 SHELLS = ("bash", "zsh", "tcsh")
-LIBRARIES = ("tyro", "yaml")  # of the extra `scripts`
+LIBRARIES = ("tyro", "yaml")  # libraries of the extra `scripts`
 
 
 @dataclass(frozen=True)
 class Command:
-    """A subcommand: its line in `vitcls --help`, its module in commands/, and whether it reads recipes (--config)."""
+    """A subcommand: its line in `vitcls --help`, its module in commands/, and whether it supports --config."""
 
     summary: str
     module: str
@@ -45,9 +45,9 @@ COMMANDS = {
     "push": Command("Push a model to the Hub and verify the pushed commit", "push"),
     "export": Command("Export a model to torch.export, ONNX or OpenVINO", "export"),
     "benchmark": Command("Compare speed and memory with transformers and timm", "benchmark"),
-    "study": Command("Measure what a choice is worth: a grid of runs over factors and seeds", "study"),
+    "study": Command("Measure the effect of choices: a grid of runs over factors and seeds", "study"),
     "demo": Command("Show the predictions and attention of a model in a browser", "demo"),
-    "space": Command("Publish that page as a Space on the Hub", "space"),
+    "space": Command("Publish the demo as a Space on the Hub", "space"),
 }
 OTHER_COMMANDS = {
     "env": "Print versions, devices and CPU kernels, for bug reports",

@@ -42,5 +42,5 @@ def run(options: DemoOptions) -> None:
         folder = get_model_folder(options.model, revision=options.revision)
         from ..demo.page import serve_demo  # gradio takes seconds to import
 
-        with force_offline():  # all files are local now
+        with force_offline():  # all files are local at this point
             serve_demo(options.model, get_cached_commit(folder), options.examples, options.host, options.port)

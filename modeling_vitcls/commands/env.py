@@ -9,7 +9,7 @@ from .. import cpu_kernels_vitcls as kernels
 from ..system import format_device_name, get_processor_name, get_versions
 
 
-# Optional libraries that change what the programs can do.
+# Optional libraries that enable features of the programs.
 OPTIONAL_LIBRARIES = (
     "huggingface_hub",
     "datasets",
@@ -21,7 +21,7 @@ OPTIONAL_LIBRARIES = (
     "gradio",
     "tyro",
 )
-# Environment variables that change results, speed or what is loaded. Tokens are never printed.
+# Environment variables that change results, speed or the loaded files. Tokens are never printed.
 ENVIRONMENT_VARIABLES = (
     "OMP_NUM_THREADS",
     "CUDA_VISIBLE_DEVICES",
@@ -57,7 +57,7 @@ def describe_devices() -> str:
 
 
 def describe_cpu_kernels() -> str:
-    """Return whether the kernels of cpu_kernels_vitcls.py are on, and the reason if they are off."""
+    """Describe whether the kernels of cpu_kernels_vitcls.py are on, and why if they are off."""
     if os.environ.get("VITCLS_CPU_KERNELS") == "0":
         return "off: VITCLS_CPU_KERNELS is 0"
     if not kernels.HAS_PRIVATE_NAMES:

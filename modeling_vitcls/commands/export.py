@@ -1,4 +1,4 @@
-"""`vitcls export`: write a model as one graph that runs without this package, compared with the model.
+"""`vitcls export`: export a model to a graph that runs without this package, and compare the graph with the model.
 
     python scripts/export.py --model runs/mine --format onnx --output mine.onnx
     python scripts/export.py --model runs/mine --format torch --output mine.pt2 --no-dynamic --image-size 224 320
@@ -35,7 +35,7 @@ class ExportOptions:
     """Height and width in pixels: the fixed image size, or the main size of the comparison if the size is dynamic.
     Default: the size of the model."""
     dynamic: bool = True
-    """Accept images of any size instead of --image-size only. The batch size is always dynamic."""
+    """Accept images of any size, not only of --image-size. The batch size is always dynamic."""
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"
     """dtype of weights and computations. Inputs and outputs are float32."""
     opset: int | None = None
@@ -94,7 +94,7 @@ def print_report(report: "ExportReport", output: Path) -> None:
     console.print(table)
     for line in format_notes(report):
         console.print(line, markup=False)
-    console.print(f"\nWritten to {output}. {output}.json describes its inputs and outputs. Run it with", markup=False)
+    console.print(f"\nWrote {output}; {output}.json describes its inputs and outputs. Run it with", markup=False)
     for line in USAGE[report.format]:
         console.print(f"  {line.format(file=output)}", markup=False)
 

@@ -3,8 +3,8 @@
     accelerate launch scripts/finetune.py --config scripts/recipes/digits.yaml --output-dir runs/digits
     accelerate launch scripts/finetune.py --model vitcls-tiny --dataset path/to/images --output-dir runs/mine
 
-To continue an interrupted run, repeat its command with --resume. With --dry-run, one step of everything is tried. The
-training is implemented in modeling_vitcls/training/task.py and finetune.py.
+To continue an interrupted run, repeat its command with --resume. --dry-run tests every part of a run with a few steps.
+The training is implemented in modeling_vitcls/training/task.py and finetune.py.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -21,15 +21,14 @@ OPTIONS = FinetuneOptions
 
 
 def run(options: FinetuneOptions) -> None:
-    """Fine-tune the model, or try everything once for --dry-run."""
+    """Fine-tune the model, or test the run for --dry-run."""
     from ..training.finetune import FinetuneTask
 
     train(FinetuneTask, options)
 
 
 def train(task_class: "type[Task]", options: Any) -> None:
-    """Run a task, or try everything once for --dry-run. A run that stops early ends the program with its exit
-    status."""
+    """Run a task, or test the run for --dry-run. If the run stops early, exit with its status."""
     from ..training.runner import RunStopped
     from ..training.task import dry_run, run_task
 

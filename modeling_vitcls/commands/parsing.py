@@ -28,7 +28,7 @@ PACKAGE = Path(__file__).parents[1]
 # Folders with the recipes that --config accepts by name: in the installed package, and in a checkout.
 RECIPE_FOLDERS = (PACKAGE / "recipes", PACKAGE.parent / "scripts" / "recipes")
 
-# Flags of other programs -> our flags.
+# Flags of other programs -> equivalent flags of these programs.
 ABBREVIATIONS = {
     "lr": "learning_rate",
     "bs": "batch_size",
@@ -60,7 +60,7 @@ SYNONYMS = {"private": "hub_private", "hub_private": "private"}
 
 @dataclass
 class Recipe:
-    """The flag that is parsed before the others."""
+    """The flag --config, which is parsed before all other flags."""
 
     config: Path | None = None
 
@@ -98,7 +98,7 @@ def get_flag_names(options_class: Any) -> set[str]:
 
 
 def check_abbreviations(arguments: list[str], known: set[str]) -> None:
-    """Exit with status 2 if a flag has the name that other programs use; tyro only suggests similar spellings."""
+    """Exit with status 2 if a flag has its name in other programs; tyro only suggests similar spellings."""
     for argument in arguments:
         name = argument.partition("=")[0].removeprefix("--").replace("-", "_")
         full_name = ABBREVIATIONS.get(name)
@@ -157,7 +157,7 @@ def exit_on_error() -> Iterator[None]:
 
 
 def exit_with_message(message: str, status: int = 2, on_all: bool = True) -> NoReturn:
-    """Print the message on stderr and end the program. Status 2 is for a wrong flag.
+    """Print the message on stderr and end the program. Status 2 means a wrong flag.
 
     Args:
         on_all: whether all processes of the run end with this message; then only the first process prints it.

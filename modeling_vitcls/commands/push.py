@@ -27,7 +27,7 @@ class PushOptions:
     message: str = "Upload model"
     """Message of the commit."""
     push_optimizer: bool = False
-    """Also push the newest checkpoint in the folder, with the optimizer state. To resume from it, run
+    """Also push the newest checkpoint in the folder, with the optimizer state. To resume, run
     `hf download ID --include "checkpoints/*" --local-dir DIR`, then the command of the run with --output-dir DIR
     --resume."""
     verify: bool = True
@@ -47,7 +47,7 @@ class PushOptions:
         for field in fields(self):
             if field.name not in VERIFICATION_FIELDS and getattr(self, field.name) != field.default:
                 raise ValueError(
-                    f"--verify-only pushes nothing, but {format_flag(field.name)} is for pushes. Leave one of them out"
+                    f"--verify-only pushes nothing, but {format_flag(field.name)} only applies to pushes. Omit one of them"
                 )
 
 

@@ -14,7 +14,7 @@ from .parsing import exit_on_error, exit_with_message, find_recipe
 
 @dataclass(frozen=True)
 class StudyOptions:
-    """Measure what a choice is worth: a grid of runs over factors and seeds, with a page of tables and plots."""
+    """Measure the effect of choices: a grid of runs over factors and seeds, with a page of tables and plots."""
 
     config: Path
     """Study file, or the name of a study of the package, such as study_digits."""
@@ -30,7 +30,7 @@ class StudyOptions:
     def __post_init__(self) -> None:
         for name in ("jobs", "threads"):
             if getattr(self, name) < 1:
-                raise ValueError(f"--{name} is {getattr(self, name)}: set 1 or more")
+                raise ValueError(f"--{name} is {getattr(self, name)}: set it to 1 or more")
 
 
 OPTIONS = StudyOptions

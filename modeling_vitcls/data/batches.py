@@ -5,8 +5,8 @@ A batch is a dict:
     labels                           by kind (labels.py)
     index    [B] `int64`             index of the image
     epoch    [B] `int64`             number of times that the image was used before
-    view     [B] `int64`             index of its augmented view: `epoch`, modulo the number of views if that is
-    limited replaced [B] `int64`             index of the unreadable image that this image replaces, or -1
+    view     [B] `int64`             index of its augmented view: `epoch`, modulo the number of views if it is limited
+    replaced [B] `int64`             index of the unreadable image that this image replaces, or -1
 """
 
 import os
@@ -189,8 +189,7 @@ class TrainingImages:
 
 
 def load_arrays(source: LabeledImages, augmentation: Augmentation) -> torch.Tensor | None:
-    """Return all images after the fixed part of the augmentation, [images, 1, H, W] `uint8`; None if they are not
-    arrays or exceed the cache."""
+    """Return all images after the fixed part, [images, 1, H, W] `uint8`; None if not arrays or beyond the cache."""
     images: Any = source.images
     arrays = images.elements if isinstance(images, ImageSubset) else images
     if not isinstance(arrays, ArrayImages):

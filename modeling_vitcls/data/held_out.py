@@ -88,8 +88,7 @@ class HeldOutRecord:
 
 
 def read_record(folder: str | Path) -> HeldOutRecord | None:
-    """Return the record in a model folder; None if there is no record, for example if this package did not train the
-    model.
+    """Return the record in a model folder; None without a record, as in models that this package did not train.
 
     Raises:
         ValueError: if results.json is damaged.

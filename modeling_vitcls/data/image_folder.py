@@ -148,8 +148,7 @@ def read_image_folder(folder: ImageFolder, use_labels: bool) -> Any:
 
 
 def divide_into_splits(folder: ImageFolder) -> tuple[dict[str, list[str]], bool]:
-    """Return the images of each split, by the rules at the top of this file, and whether the first level consists of
-    splits.
+    """Return the images of each split, and whether the first level consists of splits (rules: top of this file).
 
     Raises:
         ValueError: if two folders are the same split, or a folder may be a split or a class.

@@ -6,12 +6,12 @@
     EncodedImages  encoded images in memory (from streamed datasets)
     ImageSubset    a subset of another sequence
 
-Each sequence returns PIL images, and raises `UnreadableImage` for an unreadable image. It also has three methods that
-do not decode images:
+Each sequence returns PIL images, and raises `UnreadableImage` for unreadable images. Three other methods do not decode
+images:
+
     get_names()    the path of each image within the dataset, or a checksum; "" if there is neither
     read_content() the bytes of one image; None if they cannot be read or are remote
-    compute_keys() a checksum of the bytes or the path of each image, which determines whether it is held out
-    (held_out.py)
+    compute_keys() a checksum of the bytes or the path of each image; determines whether it is held out (held_out.py)
 
 `UnreadableImages` counts unreadable images, logs each of them once, and stops the run if their number exceeds a limit.
 """

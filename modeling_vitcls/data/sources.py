@@ -209,7 +209,7 @@ def open_with_datasets(options: DataOptions, use_labels: bool = True) -> Any:
         return get_dataset(options.dataset)
     if path.is_dir() and (folder := scan_folder(path)).is_image_folder:
         opened = read_image_folder(folder, use_labels)
-        if os.environ.get("RANK", "0") == "0":  # shared by all processes
+        if os.environ.get("RANK", "0") == "0":  # print it once, not on every process
             for note in folder.notes:
                 log.warning("%s", note)
         return {name: part.to_iterable_dataset() for name, part in opened.items()} if options.streaming else opened

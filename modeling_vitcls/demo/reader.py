@@ -126,7 +126,7 @@ class DemoResult:
 
 
 def select_head(heads: torch.Tensor, head: int | None) -> torch.Tensor:
-    """Return one head of [head, ...], or the mean over heads if `head` is None."""
+    """Return one head of an array [head, ...], or the mean over heads if `head` is None."""
     return heads.mean(dim=0) if head is None else heads[head]
 
 
@@ -152,8 +152,8 @@ class DemoModel:
         """Load a vitcls checkpoint, as a classifier if it has one.
 
         Args:
-            source: a folder or a Hub id. If this package is not installed, the code in the repository runs. Pin a
-                revision for safety.
+            source: a folder or a Hub id. If this package is not installed, the code in the repository is executed. Pin
+                a revision for safety.
             revision: commit hash, branch or tag.
             code_revision: commit hash, branch or tag of the code, if it is in a separate repository.
 
@@ -212,7 +212,7 @@ class DemoModel:
     @property
     def merges_patches(self) -> bool:
         """Return whether the model merges patches, so that attention is not available."""
-        return bool(getattr(self.model.config, "merged_patches_per_layer", 0))  # missing in code of older repositories
+        return bool(getattr(self.model.config, "merged_patches_per_layer", 0))  # missing in older repositories
 
     @property
     def has_attention(self) -> bool:
@@ -374,7 +374,7 @@ def get_logits(outputs: Any, config: Any) -> dict[str, torch.Tensor]:
 
 
 def get_predictions(logits: Any, config: Any) -> dict[str, Prediction]:
-    """Return name -> prediction for the logits of one image, [1, labels] or a dict of these per task."""
+    """Return name -> prediction for the logits of one image, [1, labels] or {task: [1, labels]}."""
     if config.tasks:
         task_labels = config.task_labels()
         return {task: get_softmax_scores(logits[task][0].float().cpu(), task_labels[task]) for task in task_labels}

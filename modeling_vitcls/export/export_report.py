@@ -106,7 +106,7 @@ def compare_outputs(
     """Compare the outputs of a file with the outputs of the model, one comparison per batch.
 
     Raises:
-        ValueError: If an output has another name or shape, is NaN, or differs by more than `LIMITS`.
+        ValueError: If an output has a different name or shape, is NaN, or differs by more than `LIMITS`.
     """
     absolute, relative = LIMITS[dtype]
     comparisons = []

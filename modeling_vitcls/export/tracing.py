@@ -32,7 +32,7 @@ class GraphShape:
     Attributes:
         image_size: (height, width) in pixels; the only size unless `is_dynamic`.
         smallest_size: (height, width) in pixels.
-        is_dynamic: Whether the graph accepts other sizes than `image_size`.
+        is_dynamic: Whether the graph accepts sizes other than `image_size`.
         fixed_size_reason: Reason why the size is fixed although a dynamic size was requested; empty otherwise.
     """
 
@@ -123,7 +123,7 @@ def trace_model(model: ViTCLSPreTrainedModel, shape: GraphShape, dtype: torch.dt
             f"torch.export cannot trace this {type(model).__name__} ({format_error(error)}){hint}"
         ) from error
     for node in graph.graph.nodes:
-        node.meta.pop("stack_trace", None)  # contains paths of this machine
+        node.meta.pop("stack_trace", None)  # contains local paths
     return graph
 
 

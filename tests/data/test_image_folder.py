@@ -123,7 +123,7 @@ def test_folders_that_may_be_splits_or_classes_are_refused(tmp_path: Path) -> No
         read(tmp_path / "a")
     write_class(tmp_path / "b", "val/cat", 2)
     write_class(tmp_path / "b", "dev/cat", 2)
-    with raises_one_line("'dev' and 'val' are both named like the split 'validation'"):
+    with raises_one_line("'dev' and 'val' are both names of the split 'validation'"):
         read(tmp_path / "b")
 
 
@@ -222,8 +222,8 @@ def test_faulty_metadata_is_named(tmp_path: Path) -> None:
     write_class(tmp_path, "images", 2)
     for text, words in (
         ("path,label\nimages/0.png,a\n", "It requires a column `file_name`"),
-        ("file_name,label\n../secret.png,a\n", "'../secret.png' is outside of the folder"),
-        ("file_name,label\n/etc/secret.png,a\n", "'/etc/secret.png' is outside of the folder"),
+        ("file_name,label\n../secret.png,a\n", "'../secret.png' is outside the folder"),
+        ("file_name,label\n/etc/secret.png,a\n", "'/etc/secret.png' is outside the folder"),
     ):
         (tmp_path / "metadata.csv").write_text(text, encoding="utf-8")
         with raises_one_line("metadata.csv", words):

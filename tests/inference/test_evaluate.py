@@ -329,7 +329,7 @@ def test_too_many_unreadable_images_stop() -> None:
     accelerator = build_accelerator()
     pictures = build_pictures("single", broken=BROKEN)
     evaluator = build_evaluator("single", accelerator, pictures, max_broken_images=3)
-    with pytest.raises(ValueError, match=r"more than 3 images cannot be read; the last one: .*'12\.png'") as raised:
+    with pytest.raises(ValueError, match=r"more than 3 images cannot be read; the last of .*'12\.png'") as raised:
         evaluator(build_classifier("single"))
     assert "\n" not in str(raised.value)
     evaluator = build_evaluator("single", accelerator, build_pictures("single", number=2, broken=(0, 1)))
