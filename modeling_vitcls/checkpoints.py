@@ -206,7 +206,7 @@ def save_for_all(
 def newest_for_all(
     store: CheckpointStore, accelerator: Accelerator, warn: Callable[[str], None]
 ) -> tuple[Checkpoint | None, dict[str, Any] | None]:
-    """Return the newest checkpoint on the main process, and its metadata on all processes; None without checkpoints."""
+    """Return the newest checkpoint on the main process, and its metadata on all; None without checkpoints."""
     newest: list[Checkpoint | None] = [None]
 
     def read() -> dict[str, Any] | None:

@@ -49,7 +49,7 @@ class GrowthPoint:
         return (self.image_size // self.patch_size) ** 2 + 1 + self.num_registers
 
 
-# Field of a `GrowthPoint` -> name of its rows.
+# Field of a `GrowthPoint` -> names of its rows.
 AXES = {
     "image_size": "image size {}",
     "patch_size": "patch size {}",
@@ -84,7 +84,7 @@ PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def compare_growth(rows: tuple[str, ...], settings: BenchmarkSettings) -> Iterator[Comparison]:
-    """Compare rows of `POINTS` with each peer that has the features of the row; all rows if none is named.
+    """Compare rows of `POINTS` with each peer that has the features of the row; all rows if no rows are named.
 
     Raises:
         ValueError: If a row does not exist, no peer has the features, outputs differ, or memory cannot be measured on
@@ -153,15 +153,15 @@ def get_axis(point: GrowthPoint, base: GrowthPoint) -> str | None:
 def measure_peak(predict: Predict, pixel_values: torch.Tensor, predict_toy: Predict, toy_images: torch.Tensor) -> int:
     """Return the peak memory of a forward pass in bytes, without the parameters.
 
-    The warm-up is a pass of a toy model, which allocates what a process allocates once. A pass of the same model would
-    leave free memory behind, which the measured pass could use without growing the process.
+    The warm-up is a forward pass of a toy model, which triggers the one-time allocations of a process. A pass of the
+    same model would leave free memory, so that the measured pass would not grow the process.
     """
     return measure_memory_growth(lambda: predict_toy(toy_images), lambda: predict(pixel_values))
 
 
 @torch.inference_mode()
 def measure_gpu_peak(predict: Predict, pixel_values: torch.Tensor) -> int:
-    """Return the peak GPU memory of a forward pass in bytes, without the parameters. A pass must have run before."""
+    """Return the peak GPU memory of a forward pass in bytes, without the parameters. Run the model once before."""
     return measure_gpu_memory_growth(lambda: predict(pixel_values))
 
 
@@ -179,7 +179,7 @@ def main() -> None:
 # Figure --------------------------------------------------------------------------------------------------------------
 
 
-ComparisonDict = dict[str, Any]  # a comparison of the JSON file
+ComparisonDict = dict[str, Any]  # an entry of the JSON file
 Costs = dict[str, dict[int, float]]  # side -> value on the x axis -> cost
 
 WIDTH, HEIGHT = 12.0, 6.6  # inches
@@ -187,13 +187,13 @@ CHARACTERS_PER_INCH = 12.5  # of the caption
 OURS = "modeling_vitcls"
 # Colors of Okabe and Ito, and markers.
 LINE_STYLES = {OURS: ("#0072B2", "o"), "timm": ("#009E73", "^"), "transformers": ("#D55E00", "s")}
-MIN_BYTES = 2**12  # one page, drawn for smaller values: logarithmic axes have no 0
+MIN_BYTES = 2**12  # 4 KiB, a memory page; smaller values are drawn as 4 KiB, because logarithmic axes have no 0
 DEVICES = {"cpu": "the CPU", "cuda": "the GPU"}
 
 
 @dataclass(frozen=True)
 class Panel:
-    """How an axis is drawn.
+    """Labels and scale of an axis.
 
     Attributes:
         title, label: above the panels and below the x axis.
@@ -223,7 +223,7 @@ def plot_growth(comparisons: list[ComparisonDict], machine: str) -> Figure:
     """Plot the time per image above the memory of a batch, with a column for each axis that was measured.
 
     Args:
-        comparisons: entries of the JSON file; other work than growth is skipped.
+        comparisons: entries of the JSON file; entries of other kinds of work are skipped.
         machine: hardware and versions, for the caption.
 
     Raises:
@@ -232,7 +232,7 @@ def plot_growth(comparisons: list[ComparisonDict], machine: str) -> Figure:
     comparisons = [entry for entry in comparisons if "axis" in entry]
     columns = [axis for axis in PANELS if any(entry["axis"] == axis for entry in comparisons)]
     if not columns:
-        raise ValueError("--plot requires growth in at least one direction. Set --work growth and leave --rows out.")
+        raise ValueError("--plot requires growth in at least one direction. Set --work growth and omit --rows.")
     figure = create_figure(max(WIDTH * len(columns) / len(PANELS), WIDTH / 2), HEIGHT)
     grid = figure.subplots(2, len(columns), squeeze=False, sharey="row", sharex="col")
     for (time, memory), axis in zip(grid.T, columns, strict=True):
@@ -255,7 +255,8 @@ def plot_growth(comparisons: list[ComparisonDict], machine: str) -> Figure:
 
 
 def get_times(comparisons: list[ComparisonDict], panel: Panel) -> Costs:
-    """Return milliseconds per image: ours, and for each peer ours times the median ratio of the pairs.
+    """Return milliseconds per image of this package, and, for each peer, this value times the median ratio of the
+    pairs.
 
     The distance of the lines is therefore the ratio of paired turns, even if the load of the machine changed.
     """
@@ -283,7 +284,7 @@ def get_costs(
     ours: Callable[[ComparisonDict], float],
     theirs: Callable[[ComparisonDict, float], float],
 ) -> Costs:
-    """Return our cost, the median over the peers that it was measured with, and the cost of each peer given ours."""
+    """Return the cost of this package (its median over the peers) and of each peer (computed from it by `theirs`)."""
     costs: Costs = {OURS: {}}
     for value in sorted({entry[panel.value] for entry in comparisons}):
         entries = [entry for entry in comparisons if entry[panel.value] == value]
@@ -324,7 +325,7 @@ def draw_ticks(axes: Axes, panel: Panel, comparisons: list[ComparisonDict]) -> N
 
 
 def format_caption(comparisons: list[ComparisonDict], machine: str) -> str:
-    """Return what was measured, how and on which machine."""
+    """Describe the measured models, the method and the machine."""
     first = comparisons[0]
     size = first["size"]
     model = f"width {size['hidden_size']}, {size['num_hidden_layers']} layers"

@@ -5,10 +5,11 @@
 
     python -m modeling_vitcls.benchmarking.image_files FOLDER ours [--toy]
 
-The files are crops of the two photographs of scikit-learn, in a usual size and with several JPEG settings. Each side
-reads them again in each turn. For predictions each side is a process of its own, because ours changes the memory
-allocation of its process (system.py). The process reads requests, `labels 16` or `speed 16` for batches of 16, and
-prints a line of JSON for each: the most probable label and its probability for each file, or images per second.
+The files are crops of the two photographs of scikit-learn, in a common size and with several JPEG settings. Each side
+reads the files in each turn. For predictions, each side runs in a separate process, because `vitcls predict` changes
+the memory allocation of its process (system.py). The process reads requests, `labels 16` or `speed 16` for batches of
+16, and prints a line of JSON for each: the most probable label and its probability for each file, or images per
+second.
 """
 
 import argparse
@@ -44,7 +45,7 @@ from .comparison import (
 from .peers import ModelSize, build_transformers_peer, get_model_size
 
 
-# Keyword arguments of PIL's JPEG writer, used in turn.
+# Keyword arguments of PIL's JPEG writer, used alternately.
 JPEG_SETTINGS: list[dict[str, Any]] = [
     {"quality": 90},
     {"quality": 75, "optimize": True},
@@ -75,7 +76,7 @@ def write_benchmark_files(folder: Path, toy: bool) -> list[str]:
 
 
 def build_image_processors(size: ModelSize, folder: Path) -> tuple[ViTCLSImageProcessor, Any]:
-    """Build our image processor, and load that of the ViT of transformers with AutoImageProcessor."""
+    """Build the image processor of this package, and load that of transformers' ViT with AutoImageProcessor."""
     from transformers import AutoImageProcessor, ViTImageProcessor
 
     sides = {"height": size.image_size, "width": size.image_size}
@@ -191,7 +192,7 @@ def check_labels(labels: list[TopLabel], expected: list[TopLabel], name: str) ->
 
 
 class PredictionProcess:
-    """The process of one side, which waits between requests. Use it as a context manager."""
+    """Process of one side, which waits for requests. Use it as a context manager."""
 
     def __init__(self, side: str, folder: str, settings: BenchmarkSettings) -> None:
         self.command = [sys.executable, "-m", __name__, folder, side, *settings.toy_flag]

@@ -1,13 +1,13 @@
-"""Our models with and without a feature, or in two ways.
+"""Models of this package with and without a feature, or two implementations of a computation.
 
     inexact     merged or dropped patches, compared with the plain model
     attention   reading attention, compared with a plain forward pass: time and memory
-    probe       a linear probe with cached features, compared with one that encodes each batch again
+    probe       a linear probe with cached features, compared with a probe that encodes each batch again
 
     python -m modeling_vitcls.benchmarking.own_features "token_attention, batch 16" [--theirs]    peak in bytes
 
-Merged and dropped patches change the outputs. Only the model with the feature set to 0 is checked against the plain
-one. The cost in accuracy depends on the data: measure it with scripts/finetune.py and scripts/evaluate.py.
+Merged and dropped patches change the outputs. The outputs are only compared with the feature set to 0. The cost in
+accuracy depends on the data: measure it with scripts/finetune.py and scripts/evaluate.py.
 """
 
 import copy
@@ -47,7 +47,7 @@ def build_model(size: ModelSize, **fields: Any) -> ViTCLSForImageClassification:
 
 
 def build_predict_function(model: nn.Module) -> Predict:
-    """Return the function from images [B, C, H, W] to logits [B, labels]."""
+    """Return a function that maps images [B, C, H, W] to logits [B, labels]."""
     return lambda pixel_values: model(pixel_values).logits
 
 
@@ -74,7 +74,7 @@ def build_training_step(model: nn.Module, size: ModelSize, device: str) -> tuple
 
 @dataclass(frozen=True)
 class InexactRow:
-    """A row of the report: a field that is 0 in the plain model, its value, and what both models compute."""
+    """A row of the report: a field that is 0 in the plain model, its value, and the computation to measure."""
 
     field: str
     value: float
@@ -122,7 +122,7 @@ def copy_model(plain: ViTCLSForImageClassification, size: ModelSize, **fields: A
 
 
 def check_feature_off(row: InexactRow, plain: ViTCLSForImageClassification, size: ModelSize, name: str) -> float:
-    """Return the largest difference of the logits between the plain model and one with the feature set to 0.
+    """Return the largest difference of the logits between the plain model and a model with the feature set to 0.
 
     Raises:
         ValueError: If the difference exceeds the limit or is NaN.
@@ -139,7 +139,7 @@ ReadAttention = Callable[
     [ViTCLSForImageClassification, torch.Tensor], torch.Tensor
 ]  # model, images [B, C, H, W] -> any tensor
 
-ATTENTION_LIMIT = 1e-5  # largest difference between attention of SDPA and eager attention / largest value, at least 1
+ATTENTION_LIMIT = 1e-5  # maximum of |SDPA - eager attention| / max(1, largest value)
 NUM_REGISTERS = 4
 
 
@@ -167,7 +167,7 @@ def read_eager_maps(model: ViTCLSForImageClassification, pixel_values: torch.Ten
 
 @dataclass(frozen=True)
 class AttentionRow:
-    """A row of the report. `reference` returns the same numbers in another way; default: eager attention."""
+    """A row of the report. `reference` computes the same values differently; default: eager attention."""
 
     read: ReadAttention
     batch_size: int
@@ -262,7 +262,7 @@ def compare_probes(rows: tuple[str, ...], settings: BenchmarkSettings) -> Iterat
             partial(train, model, pixel_values, labels, row) for train in (train_with_cache, train_without_cache)
         )
         difference = check_weights(cached(), plain(), name)
-        # One training run is long enough for a turn.
+        # A turn is one training run.
         speeds = compare_throughput(
             cached, plain, row.num_epochs * row.num_images, BenchmarkSettings((), settings.num_pairs, toy=True)
         )
@@ -294,7 +294,7 @@ def train_head(
     """Train a copy of the model's head; return the weights of its classifier.
 
     Args:
-        encode: returns the features [B, P] of a slice of the images.
+        encode: function that returns the features [B, P] of a slice of the images.
     """
     head: Any = copy.deepcopy(build_head_only(model))
     optimizer = torch.optim.AdamW(head.parameters(), lr=1e-3, fused=True)
@@ -319,7 +319,7 @@ def check_weights(weights: torch.Tensor, expected: torch.Tensor, name: str) -> f
 
 
 def main() -> None:
-    """Print the peak memory of reading attention, or of a plain forward pass, in bytes."""
+    """Print the peak memory in bytes of computing attention, or of a plain forward pass."""
     flags = parse_memory_flags(ATTENTION_ROWS)
     row = ATTENTION_ROWS[flags.row]
     model, pixel_values = build_attention_inputs(row.batch_size, flags.toy)

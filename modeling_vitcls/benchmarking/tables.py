@@ -30,7 +30,7 @@ def get_machine() -> dict[str, Any]:
 
 
 def describe_machine(comparisons: list[Comparison]) -> str:
-    """Return hardware and versions in one line, with the GPU if it was used."""
+    """Return hardware and versions in one line, with the GPU if one was used."""
     machine = get_machine()
     text = f"{machine['processor']}, {machine['threads']} threads on {machine['cores']} cores"
     text = f"{text}, load {machine['load']:.1f}"
@@ -40,7 +40,7 @@ def describe_machine(comparisons: list[Comparison]) -> str:
 
 
 def compute_lowest_ratios(comparisons: list[Comparison]) -> dict[tuple[str, str], float]:
-    """Return the median ratio to the faster peer for each row that was compared with several."""
+    """Return the median ratio to the faster peer, for each row with several peers."""
     ratios: dict[tuple[str, str], list[float]] = {}
     for comparison in comparisons:
         ratio = compute_quartiles(comparison.ratios)[1]

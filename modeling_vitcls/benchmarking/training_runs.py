@@ -1,10 +1,10 @@
-"""Training runs: `vitcls finetune` and transformers' Trainer in turns, from images to updated weights.
+"""Training runs: `vitcls finetune` and transformers' Trainer take turns, from images to updated weights.
 
     python -m modeling_vitcls.benchmarking.training_runs SETTINGS.json    run transformers' Trainer until stopped
 
-Each side is a process that runs as its users start it, and appends a line to a file every `log_every` steps. The
-process whose turn it is not is suspended. The time between lines is measured here, by the clock of this process.
-Suspending processes requires POSIX signals.
+Each side is a process with the command line of a user, and appends a line to a file every `log_every` steps. The other
+process is suspended. The time between lines is measured in this process. Suspending processes
+requires POSIX signals.
 """
 
 import json
@@ -64,7 +64,7 @@ CROPS = {"crop_scale": 0.35, "flip": True, "rotation": 0, "shift": 0.0, "zoom": 
 SMALL_SHIFTS = {"crop_scale": 1.0, "flip": False, "rotation": 10, "shift": 0.1, "zoom": 0.1}
 
 PHOTOGRAPHS = TrainingRun("photographs", SMALL, 16, "bf16", 1, 1, 3, 5e-4, CROPS)
-# scripts/recipes/digits.yaml without registers, which the other side does not have.
+# scripts/recipes/digits.yaml without registers, which transformers' ViT does not support.
 DIGITS = TrainingRun("digits", ModelSize(32, 8, 64, 4, 4), 64, "no", 0, 20, 3, 2e-3, SMALL_SHIFTS)
 
 TRAINING_RUNS = {
@@ -75,7 +75,7 @@ TRAINING_RUNS = {
 }
 TOY_RUNS = {"toy": replace(DIGITS, size=ModelSize(32, 8, 32, 2, 2), log_every=1, lines_per_turn=1)}
 
-MAX_STEPS = 1_000_000  # more than any benchmark takes
+MAX_STEPS = 1_000_000  # more steps than any benchmark takes
 PHOTOGRAPHS_PER_CLASS = 512  # enough that no epoch ends during a measurement: Trainer restarts its workers after each
 WARMUP_LINES = 2
 MAX_SECONDS_PER_LINE = 600
@@ -200,7 +200,7 @@ class SuspendedRun:
     def take_turn(self) -> float:
         """Return the images per second over `lines_per_turn` lines.
 
-        The first line does not count, because the run was suspended during its steps.
+        The first line is excluded, because the run was suspended during its steps.
         """
         num_lines = self.count_lines()
         self.send_signal(signal.SIGCONT)
@@ -265,7 +265,7 @@ class LineWriter(TrainerCallback):
         self.log_every = log_every
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Append a line if a multiple of `log_every` steps is done."""
+        """Append a line after each multiple of `log_every` steps."""
         if state.global_step % self.log_every == 0:
             with self.file.open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"step": state.global_step}) + "\n")

@@ -51,7 +51,7 @@ def compare(names: tuple[str, ...], rows: tuple[str, ...], settings: BenchmarkSe
     if settings.device != "cpu":
         if not torch.cuda.is_available():
             raise ValueError(
-                "--device cuda requires a GPU, but PyTorch finds none. Leave it out to measure on the CPU."
+                "--device cuda requires a GPU, but PyTorch finds no GPU. Omit the flag to measure on the CPU."
             )
         if cpu_only := [name for name in names if not WORK[name].supports_gpu]:
             able = ", ".join(name for name, kind in WORK.items() if kind.supports_gpu)

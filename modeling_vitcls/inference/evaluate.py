@@ -103,7 +103,7 @@ def evaluate_checkpoint(options: EvaluateOptions) -> dict[str, Any]:
 
 
 def describe_unknown_split(model: str, record: HeldOutRecord | None, held_out: LabeledImages) -> str | None:
-    """Return why the model may have been trained on held-out images; None if its run held out the same images.
+    """Describe why the model may have been trained on held-out images; None if its run held out the same images.
 
     Args:
         model: the model as the user wrote it.
@@ -248,7 +248,7 @@ def print_results(results: dict[str, Any], config: ViTCLSConfig, console: Consol
 
 
 def build_table(title: str, header: list[str], rows: list[list[str]]) -> Table:
-    """Build a table whose first column is left-aligned and whose other columns, numbers, are right-aligned."""
+    """Build a table with a left-aligned first column and right-aligned columns of numbers."""
     table = Table(title=title or None, title_justify="left")
     for index, name in enumerate(header):
         table.add_column(name, justify="right" if index else "left")

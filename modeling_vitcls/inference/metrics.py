@@ -3,7 +3,7 @@
     METRICS[label_space.kind](label_space, device)   .update(outputs, labels) per batch, then .compute() once
 
 torchmetrics accumulates over batches and processes. All processes must call `compute`, and a process without images
-must call `update` with zero rows of labels. evaluator.py selects the images.
+must call `update` with 0 labels. evaluator.py selects the images.
 """
 
 import math
@@ -178,7 +178,7 @@ class MultiLabelMetrics(ClassificationMetrics):
         num_correct, num_predicted, num_true = map(sum, counts)
         classes = compute_class_metrics(self.names, counts)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about classes without images, whose value is None here
+            warnings.simplefilter("ignore")  # a warning about classes without images, whose value is None here
             precisions = self.precision.compute().tolist()
         for row, precision in zip(classes, precisions, strict=True):
             row["average_precision"] = precision if row["images"] else None
@@ -302,7 +302,8 @@ def build_sum(device: torch.device) -> SumMetric:
 
 
 def use_float64(metric: Any, device: torch.device) -> Any:
-    """Return the metric on the device, in float64 if supported, so that the order of batches has no visible effect."""
+    """Return the metric on the device, in float64 if supported, so that the order of batches has a negligible
+    effect."""
     return metric.set_dtype(torch.float32 if device.type == "mps" else torch.float64).to(device)
 
 
@@ -347,5 +348,6 @@ def compute_mean(values: list[float | None]) -> float | None:
 
 
 def to_number(value: torch.Tensor) -> float | None:
-    """Return the value of a one-element tensor; None if it is not finite, because JSON has no such numbers."""
+    """Return the value of a one-element tensor; None if it is not finite, because JSON does not support such
+    numbers."""
     return value.item() if value.isfinite() else None

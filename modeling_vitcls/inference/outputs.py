@@ -1,8 +1,9 @@
 """Outputs of a prediction: a table, CSV, JSON, JSON lines, Parquet, a folder of Parquet files, and progress.
 
-A writer writes the rows of an iterator as they are computed. An output file gets its name only when it is complete.
+A writer writes the rows of an iterator as they are computed. An output file is renamed to its final name when it is
+complete.
 
-A folder of Parquet shards can be completed over several starts:
+A folder of Parquet shards can be completed in several starts of the program:
 
     folder/.manifest.json          the input, the model, and the flags that change a prediction
     folder/shard-000000.parquet    images 0 .. size - 1
@@ -240,7 +241,7 @@ class ShardFolder:
         """
         self.path.mkdir(parents=True, exist_ok=True)
         for unfinished in self.path.glob(".*.unfinished"):
-            unfinished.unlink()  # left by a process that was killed
+            unfinished.unlink()  # left behind by a killed process
         contents = {"format": MANIFEST_VERSION, "shard_size": self.size, **contents}
         file = self.path / MANIFEST_FILE
         if not file.exists():

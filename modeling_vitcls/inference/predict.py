@@ -8,7 +8,7 @@
 
 The images are divided by index into pieces of equal size: batches for a file, shards for a folder. The pieces are
 assigned to the processes in turn, and a batch never spans two pieces. So the output is bit-identical for any number of
-processes, and after a restart.
+processes, and after restarts.
 """
 
 import hashlib
@@ -57,7 +57,7 @@ class Predictor:
     num_workers: int
 
     def iterate_rows(self, source: PredictionInput, ranges: Iterable[range], piece_size: int) -> Iterator[Row]:
-        """Yield a row for each image of the ranges, in order. A batch contains images of one piece only."""
+        """Yield a row for each image of the ranges, in order. A batch does not span two pieces."""
         records = source.read(ranges)
         images = prepare_ahead(records, self.processor, self.num_workers, num_ahead=2 * self.batch_size)
         batches = iterate_batches(images, self.batch_size, piece_size)
@@ -166,7 +166,7 @@ def wrap_images(images: Sequence[Any]) -> ListInput:
 
 
 def predict_images(options: PredictOptions) -> PredictionCounts:
-    """Run scripts/predict.py: read images, predict, and print or write the rows.
+    """Predict the images of the options, and print or write the rows.
 
     Raises:
         ValueError, OSError: in one line, if images or models cannot be read or outputs cannot be written.
@@ -272,7 +272,7 @@ def predict_to_folder(
             write_rows(shard, columns, folder.get_file(number))
         if not accelerator.is_main_process:
             return PredictionCounts(0, 0)
-        if num_images is None:  # the end of the stream has now been reached
+        if num_images is None:  # the end of the stream has been reached
             num_images = source.num_images or 0
             folder.record_num_images(num_images)
         folder.wait_for_shards(num_images, accelerator.num_processes)

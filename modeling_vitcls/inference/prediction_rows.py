@@ -84,7 +84,7 @@ def predict_rows(
 
 
 def group_by_shape(pixels: Mapping[int, torch.Tensor]) -> list[dict[int, torch.Tensor]]:
-    """Group images [C, H, W] by shape, because an image processor may keep the aspect ratio."""
+    """Group images [C, H, W] by shape, because image processors may preserve the aspect ratio."""
     groups: dict[torch.Size, dict[int, torch.Tensor]] = {}
     for index, image in pixels.items():
         groups.setdefault(image.shape, {})[index] = image

@@ -228,7 +228,7 @@ def test_a_wrong_flag_is_named_before_anything_is_loaded() -> None:
 def test_a_wrong_value_is_named() -> None:
     ran = run_script("finetune.py", "--config", RECIPE, "--output-dir", "unused", "--batch-size", "0")
     assert ran.returncode == 2
-    assert "--batch-size is 0: set a value 1 or more" in ran.stderr
+    assert "--batch-size is 0, but it must be 1 or more" in ran.stderr
 
 
 def test_a_wrong_key_in_a_recipe_is_named(tmp_path: Path) -> None:
