@@ -434,10 +434,10 @@ def format_table(study: Study, groups: dict[tuple[str, ...], dict[int, float]], 
     return "\n".join(lines)
 
 
-def format_interval(values: list[float], sign: str = "") -> str:
+def format_interval(values: list[float], sign_format: str = "") -> str:
     """Return `0.978 ± 0.0041`, or only the mean for a single value."""
     mean, half_width = compute_interval(values)
-    return f"{mean:{sign}.4g}" + ("" if math.isnan(half_width) else f" ± {half_width:.2g}")
+    return f"{mean:{sign_format}.4g}" + ("" if math.isnan(half_width) else f" ± {half_width:.2g}")
 
 
 def draw_groups(groups: dict[tuple[str, ...], dict[int, float]], metric: str, file: Path) -> None:

@@ -40,21 +40,21 @@ class BenchmarkSettings:
     Attributes:
         against: names of `peers.PEERS`, for comparisons with other projects.
         num_pairs: turns of each side.
-        toy: whether to use tiny models and data, and one call per turn.
+        is_toy: whether to use tiny models and data, and one call per turn.
         precision: "fp32" or "bf16", for the growth rows; other rows specify their precision.
         device: "cpu" or "cuda".
     """
 
     against: tuple[str, ...]
     num_pairs: int
-    toy: bool = False
+    is_toy: bool = False
     precision: str = "fp32"
     device: str = "cpu"
 
     @property
     def toy_flag(self) -> tuple[str, ...]:
         """Return the flag --toy for the measuring processes, if toy models are used."""
-        return ("--toy",) if self.toy else ()
+        return ("--toy",) if self.is_toy else ()
 
 
 @dataclass(frozen=True)
@@ -165,7 +165,7 @@ def compare_throughput(
     ours: Callable[[], object], theirs: Callable[[], object], num_images: int, settings: BenchmarkSettings
 ) -> Speeds:
     """Measure the images per second of two functions in turns."""
-    seconds = 0.0 if settings.toy else SECONDS_PER_TURN
+    seconds = 0.0 if settings.is_toy else SECONDS_PER_TURN
     return measure_in_turns(
         lambda: measure_throughput(ours, num_images, seconds),
         lambda: measure_throughput(theirs, num_images, seconds),

@@ -90,7 +90,7 @@ def compare_growth(rows: tuple[str, ...], settings: BenchmarkSettings) -> Iterat
         ValueError: If a row does not exist, no peer has the features, outputs differ, or memory cannot be measured on
             this machine.
     """
-    table = select_rows(TOY_POINTS if settings.toy else POINTS, rows)
+    table = select_rows(TOY_POINTS if settings.is_toy else POINTS, rows)
     pairs = [
         (name, peer)
         for name, point in table.items()
@@ -101,12 +101,12 @@ def compare_growth(rows: tuple[str, ...], settings: BenchmarkSettings) -> Iterat
         able = " ".join(PEERS_WITH_REGISTERS)
         raise ValueError(f"--rows {', '.join(table)} requires a peer with registers. Set --against {able}.")
     for name, peer in pairs:
-        yield compare_point(name, table[name], build_peer(table[name], peer, settings.toy), settings)
+        yield compare_point(name, table[name], build_peer(table[name], peer, settings.is_toy), settings)
 
 
-def build_peer(point: GrowthPoint, against: str, toy: bool) -> Peer:
+def build_peer(point: GrowthPoint, against: str, is_toy: bool) -> Peer:
     """Build the models of a point."""
-    size = replace(get_model_size(toy), image_size=point.image_size, patch_size=point.patch_size)
+    size = replace(get_model_size(is_toy), image_size=point.image_size, patch_size=point.patch_size)
     if point.num_registers:
         return PEERS_WITH_REGISTERS[against](size, point.num_registers)
     return PEERS[against](size)
@@ -132,7 +132,7 @@ def compare_point(name: str, point: GrowthPoint, peer: Peer, settings: Benchmark
     details = {
         **vars(point),
         "num_tokens": point.num_tokens,
-        "axis": get_axis(point, TOY_BASE_POINT if settings.toy else BASE_POINT),
+        "axis": get_axis(point, TOY_BASE_POINT if settings.is_toy else BASE_POINT),
         "precision": precision,
         "device": device,
         "size": vars(peer.size),

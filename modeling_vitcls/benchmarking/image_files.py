@@ -69,9 +69,9 @@ def write_photographs(folder: Path, per_class: int = 64, height_width: tuple[int
     return folder
 
 
-def write_benchmark_files(folder: Path, toy: bool) -> list[str]:
+def write_benchmark_files(folder: Path, is_toy: bool) -> list[str]:
     """Write the photographs of a benchmark; return the paths of the files."""
-    write_photographs(folder / "photographs", per_class=2 if toy else 32)
+    write_photographs(folder / "photographs", per_class=2 if is_toy else 32)
     return sorted(map(str, folder.rglob("*.jpg")))
 
 
@@ -111,8 +111,8 @@ def compare_pixels(rows: tuple[str, ...], settings: BenchmarkSettings) -> Iterat
         ValueError: If a row does not exist or a value differs.
     """
     with tempfile.TemporaryDirectory() as folder:
-        files = write_benchmark_files(Path(folder), settings.toy)
-        ours, theirs = build_image_processors(get_model_size(settings.toy), Path(folder))
+        files = write_benchmark_files(Path(folder), settings.is_toy)
+        ours, theirs = build_image_processors(get_model_size(settings.is_toy), Path(folder))
         for name, row in select_rows(PIXEL_ROWS, rows).items():
             yield compare_processors(name, row, files, ours, theirs, settings)
 
@@ -160,8 +160,8 @@ def compare_prediction(rows: tuple[str, ...], settings: BenchmarkSettings) -> It
     """
     batch_sizes = select_rows(PREDICTION_ROWS, rows)
     with tempfile.TemporaryDirectory() as folder:
-        num_files = len(write_benchmark_files(Path(folder), settings.toy))
-        details = {"num_files": num_files, "size": vars(get_model_size(settings.toy))}
+        num_files = len(write_benchmark_files(Path(folder), settings.is_toy))
+        details = {"num_files": num_files, "size": vars(get_model_size(settings.is_toy))}
         with (
             PredictionProcess("ours", folder, settings) as ours,
             PredictionProcess("theirs", folder, settings) as theirs,

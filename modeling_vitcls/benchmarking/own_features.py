@@ -57,16 +57,16 @@ def build_predict_function(model: nn.Module) -> Predict:
 INEXACT_BATCH_SIZE = 4  # images per forward pass
 INEXACT_STEP = "bf16 autocast, batch 16"  # row of TRAINING_STEPS
 
-Work = Callable[[], object]
+Computation = Callable[[], object]
 
 
-def build_forward_pass(model: nn.Module, size: ModelSize, device: str) -> tuple[Work, int]:
+def build_forward_pass(model: nn.Module, size: ModelSize, device: str) -> tuple[Computation, int]:
     """Return a function that runs a forward pass in float32, and its number of images."""
     pixel_values = build_random_images(INEXACT_BATCH_SIZE, size.image_size).to(device)
     return torch.inference_mode()(lambda: model(pixel_values)), INEXACT_BATCH_SIZE
 
 
-def build_training_step(model: nn.Module, size: ModelSize, device: str) -> tuple[Work, int]:
+def build_training_step(model: nn.Module, size: ModelSize, device: str) -> tuple[Computation, int]:
     """Return a function that takes a training step, and its number of images."""
     row = TRAINING_STEPS[INEXACT_STEP]
     return StepRunner(model, build_predict_function(model), row, size, device), row.batch_size
@@ -78,7 +78,7 @@ class InexactRow:
 
     field: str
     value: float
-    build: Callable[[nn.Module, ModelSize, str], tuple[Work, int]]
+    build: Callable[[nn.Module, ModelSize, str], tuple[Computation, int]]
 
 
 # ViT-S/16 at 224 pixels.
@@ -99,7 +99,7 @@ def compare_inexact(rows: tuple[str, ...], settings: BenchmarkSettings) -> Itera
     Raises:
         ValueError: If a row does not exist, or outputs differ with the feature set to 0.
     """
-    size = get_model_size(settings.toy)
+    size = get_model_size(settings.is_toy)
     for name, row in select_rows(INEXACT_ROWS, rows).items():
         plain = build_model(size)
         randomize_weights(plain)
@@ -193,18 +193,18 @@ def compare_attention(rows: tuple[str, ...], settings: BenchmarkSettings) -> Ite
         ValueError: If a row does not exist, values differ, or memory cannot be measured on this machine.
     """
     for name, row in select_rows(ATTENTION_ROWS, rows).items():
-        model, pixel_values = build_attention_inputs(row.batch_size, settings.toy)
+        model, pixel_values = build_attention_inputs(row.batch_size, settings.is_toy)
         difference = check_attention(row, model, pixel_values, name)
         ours, theirs = partial(row.read, model, pixel_values), partial(model, pixel_values)
         speeds = compare_throughput(ours, theirs, row.batch_size, settings)
         peaks = measure_peaks(__name__, name, *settings.toy_flag)
-        details = {"batch_size": row.batch_size, "size": vars(get_model_size(settings.toy)), **peaks}
+        details = {"batch_size": row.batch_size, "size": vars(get_model_size(settings.is_toy)), **peaks}
         yield Comparison("attention", name, "a plain forward pass", *speeds, difference, details)
 
 
-def build_attention_inputs(batch_size: int, toy: bool) -> tuple[ViTCLSForImageClassification, torch.Tensor]:
+def build_attention_inputs(batch_size: int, is_toy: bool) -> tuple[ViTCLSForImageClassification, torch.Tensor]:
     """Build a model with registers, and images [B, 3, H, W]."""
-    size = get_model_size(toy)
+    size = get_model_size(is_toy)
     model = build_model(size, num_register_tokens=NUM_REGISTERS)
     randomize_weights(model)
     return model, build_random_images(batch_size, size.image_size)
@@ -252,7 +252,7 @@ def compare_probes(rows: tuple[str, ...], settings: BenchmarkSettings) -> Iterat
     Raises:
         ValueError: If a row does not exist or the trained weights differ.
     """
-    size = get_model_size(settings.toy)
+    size = get_model_size(settings.is_toy)
     for name, row in select_rows(PROBE_ROWS, rows).items():
         model = build_model(size)
         randomize_weights(model)
@@ -264,7 +264,7 @@ def compare_probes(rows: tuple[str, ...], settings: BenchmarkSettings) -> Iterat
         difference = check_weights(cached(), plain(), name)
         # A turn is one training run.
         speeds = compare_throughput(
-            cached, plain, row.num_epochs * row.num_images, BenchmarkSettings((), settings.num_pairs, toy=True)
+            cached, plain, row.num_epochs * row.num_images, BenchmarkSettings((), settings.num_pairs, is_toy=True)
         )
         details = {"size": vars(size), **vars(row)}
         yield Comparison("linear probe", name, "recomputing the backbone", *speeds, difference, details)

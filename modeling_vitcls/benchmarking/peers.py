@@ -57,9 +57,9 @@ SMALL = ModelSize(image_size=224, patch_size=16, hidden_size=384, num_hidden_lay
 TOY = ModelSize(image_size=32, patch_size=8, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, num_labels=5)
 
 
-def get_model_size(toy: bool) -> ModelSize:
+def get_model_size(is_toy: bool) -> ModelSize:
     """Return the size of ViT-S/16 at 224 pixels, or of the toy model."""
-    return TOY if toy else SMALL
+    return TOY if is_toy else SMALL
 
 
 @dataclass(frozen=True)
@@ -148,11 +148,11 @@ def build_random_images(num_images: int, image_size: int) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class ForwardPass:
-    """A row of the report. If `compiled`, torch.compile compiles both models."""
+    """A row of the report. If `use_compile`, torch.compile compiles both models."""
 
     dtype: torch.dtype
     batch_size: int
-    compiled: bool = False
+    use_compile: bool = False
 
 
 # ViT-S/16 at 224 pixels.
@@ -161,7 +161,7 @@ FORWARD_PASSES = {
     "fp32, batch 1": ForwardPass(torch.float32, 1),
     "bf16, batch 16": ForwardPass(torch.bfloat16, 16),
     "bf16, batch 1": ForwardPass(torch.bfloat16, 1),
-    "bf16, batch 16, compiled": ForwardPass(torch.bfloat16, 16, compiled=True),
+    "bf16, batch 16, compiled": ForwardPass(torch.bfloat16, 16, use_compile=True),
 }
 
 
@@ -173,7 +173,7 @@ def compare_inference(rows: tuple[str, ...], settings: BenchmarkSettings) -> Ite
     """
     for name, row in select_rows(FORWARD_PASSES, rows).items():
         for peer in settings.against:
-            yield compare_forward_pass(name, row, PEERS[peer](get_model_size(settings.toy)), settings)
+            yield compare_forward_pass(name, row, PEERS[peer](get_model_size(settings.is_toy)), settings)
 
 
 def compare_forward_pass(name: str, row: ForwardPass, peer: Peer, settings: BenchmarkSettings) -> Comparison:
@@ -183,7 +183,7 @@ def compare_forward_pass(name: str, row: ForwardPass, peer: Peer, settings: Benc
         ValueError: If the outputs differ.
     """
     peer = peer.to(row.dtype, settings.device)
-    if row.compiled:
+    if row.use_compile:
         torch.compiler.reset()  # of earlier rows
         peer.ours.compile()
         peer.theirs.compile()
@@ -279,7 +279,7 @@ def compare_steps(rows: tuple[str, ...], settings: BenchmarkSettings) -> Iterato
     """
     for name, row in select_rows(TRAINING_STEPS, rows).items():
         for peer in settings.against:
-            yield compare_step(name, row, PEERS[peer](get_model_size(settings.toy)), settings)
+            yield compare_step(name, row, PEERS[peer](get_model_size(settings.is_toy)), settings)
 
 
 def compare_step(name: str, row: TrainingStep, peer: Peer, settings: BenchmarkSettings) -> Comparison:

@@ -87,7 +87,7 @@ def compare_training(rows: tuple[str, ...], settings: BenchmarkSettings) -> Iter
     Raises:
         ValueError: If a row does not exist, outputs differ, or a run fails.
     """
-    for name, run in select_rows(TOY_RUNS if settings.toy else TRAINING_RUNS, rows).items():
+    for name, run in select_rows(TOY_RUNS if settings.is_toy else TRAINING_RUNS, rows).items():
         with tempfile.TemporaryDirectory() as folder:
             yield compare_runs(name, run, settings.num_pairs, Path(folder))
 

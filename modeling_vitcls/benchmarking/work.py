@@ -23,9 +23,9 @@ class WorkKind:
     toy_rows: dict[str, Any] | None = None
     supports_gpu: bool = False
 
-    def get_row_names(self, toy: bool) -> list[str]:
+    def get_row_names(self, is_toy: bool) -> list[str]:
         """Return the names of the rows."""
-        return list(self.toy_rows if toy and self.toy_rows is not None else self.rows)
+        return list(self.toy_rows if is_toy and self.toy_rows is not None else self.rows)
 
 
 WORK = {
@@ -56,7 +56,7 @@ def compare(names: tuple[str, ...], rows: tuple[str, ...], settings: BenchmarkSe
         if cpu_only := [name for name in names if not WORK[name].supports_gpu]:
             able = ", ".join(name for name, kind in WORK.items() if kind.supports_gpu)
             raise ValueError(f"--work {' '.join(cpu_only)} is measured on the CPU, but --device cuda is for {able}.")
-    row_names = {name: WORK[name].get_row_names(settings.toy) for name in names}
+    row_names = {name: WORK[name].get_row_names(settings.is_toy) for name in names}
     select_rows({row: None for known in row_names.values() for row in known}, rows)
     for name, known in row_names.items():
         if selected := tuple(row for row in known if not rows or row in rows):

@@ -1,8 +1,8 @@
 """Augmentation of training images, and masks for masked image modeling.
 
-    image   -> fixed: one image -> image_transform: one image -> batch_transform: a batch -> pixels
-               resize (cached)     crop, RandAugment,            flip, rotation,
-                                   erasing                       shift, zoom
+    image   -> fixed_transform: one image -> image_transform: one image -> batch_transform: a batch -> pixels
+               resize (cached)               crop, RandAugment,            flip, rotation,
+                                             erasing                       shift, zoom
     batch on the device -> BatchMixer: mixup, CutMix
                         -> MaskGenerator: hidden patches
 
@@ -27,7 +27,7 @@ from .sampling import convert_to_fractions, draw_random_bits
 class Augmentation:
     """The three parts of an augmentation, in order."""
 
-    fixed: nn.Module  # [C, H, W] `uint8` -> [C, H, W] `uint8`
+    fixed_transform: nn.Module  # [C, H, W] `uint8` -> [C, H, W] `uint8`
     image_transform: nn.Module | None  # random transform of one image that keeps its shape; uses torch's generator
     batch_transform: "BatchTransform"
 
@@ -37,7 +37,7 @@ class Augmentation:
         """Apply the random parts.
 
         Args:
-            pixels: output of `fixed` for each image; a tensor [B, C, H, W] if all images have the same size.
+            pixels: output of `fixed_transform` for each image; a tensor [B, C, H, W] if all images have the same size.
             seeds, indices: [B] `uint64`; the augmentation of an image depends only on its seed and index.
 
         Returns:
@@ -59,7 +59,7 @@ def build_augmentation(
     options: AugmentationOptions, height_width: tuple[int, int], interpolation: InterpolationMode
 ) -> Augmentation:
     """Build the augmentation described by `options`, with outputs of `height_width` pixels."""
-    fixed: nn.Module = nn.Identity()
+    fixed_transform: nn.Module = nn.Identity()
     transforms: list[nn.Module] = []
     assert options.crop_scale is not None, "resolved by defaults.py"
     if options.crop_scale < 1:
@@ -67,12 +67,12 @@ def build_augmentation(
             v2.RandomResizedCrop(height_width, scale=(options.crop_scale, 1.0), interpolation=interpolation)
         )
     else:
-        fixed = v2.Resize(height_width, interpolation=interpolation)
+        fixed_transform = v2.Resize(height_width, interpolation=interpolation)
     if options.auto_augment != "none":
         transforms.append(AUTO_AUGMENTS[options.auto_augment](options))
     if options.random_erasing:
         transforms.append(Erasing(options.random_erasing))
-    return Augmentation(fixed, v2.Compose(transforms) if transforms else None, BatchTransform(options))
+    return Augmentation(fixed_transform, v2.Compose(transforms) if transforms else None, BatchTransform(options))
 
 
 AUTO_AUGMENTS: dict[str, Callable[[AugmentationOptions], nn.Module]] = {

@@ -66,7 +66,7 @@ class BatchBuilder:
         except ValueError as error:
             raise UnreadableImage(str(error)) from error
         check_channels(image, pixels, self.num_channels)
-        return self.augmentation.fixed(pixels)
+        return self.augmentation.fixed_transform(pixels)
 
     def build(
         self, pixels: torch.Tensor | list[torch.Tensor], labels: list[Any], keys: list[Key], replaced: list[int]
@@ -196,9 +196,9 @@ def load_arrays(source: LabeledImages, augmentation: Augmentation) -> torch.Tens
         return None
     values = arrays.values[images.indices] if isinstance(images, ImageSubset) else arrays.values
     pixels = torch.from_numpy(np.array(values))[:, None]  # [images, 1, H, W]
-    if augmentation.fixed(pixels[:1]).nbytes * len(pixels) > MAX_CACHE_BYTES:
+    if augmentation.fixed_transform(pixels[:1]).nbytes * len(pixels) > MAX_CACHE_BYTES:
         return None
-    return torch.cat([augmentation.fixed(part) for part in pixels.split(1024)])
+    return torch.cat([augmentation.fixed_transform(part) for part in pixels.split(1024)])
 
 
 # Workers -------------------------------------------------------------------------------------------------------------
@@ -212,11 +212,11 @@ def iterate_training_batches(
     Raises:
         ValueError: if no image can be read, or an example of a stream has no label.
     """
-    yield from load_with_workers(source, PlannedKeys(source, plan, process, first_step), num_workers)
+    yield from load_with_workers(source, KeySampler(source, plan, process, first_step), num_workers)
 
 
 @dataclass(frozen=True)
-class PlannedKeys:
+class KeySampler:
     """Sampler of the keys of one process's batches."""
 
     source: BatchSource

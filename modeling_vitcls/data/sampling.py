@@ -81,29 +81,29 @@ class Order:
         self.seed = seed
         self.cache: dict[int, Epoch] = {}
 
-    def get_epoch(self, number: int) -> Epoch:
+    def get_epoch(self, epoch: int) -> Epoch:
         """Return the order of one epoch, with as many positions as there are images."""
-        if number not in self.cache:
-            self.cache = {other: epoch for other, epoch in self.cache.items() if abs(other - number) == 1}
-            self.cache[number] = self.compute_epoch(number)
-        return self.cache[number]
+        if epoch not in self.cache:
+            self.cache = {key: order for key, order in self.cache.items() if abs(key - epoch) == 1}
+            self.cache[epoch] = self.compute_epoch(epoch)
+        return self.cache[epoch]
 
-    def compute_epoch(self, number: int) -> Epoch:
+    def compute_epoch(self, epoch: int) -> Epoch:
         """Compute the order of one epoch."""
         raise NotImplementedError
 
-    def shuffle(self, number: int) -> np.ndarray:
+    def shuffle(self, epoch: int) -> np.ndarray:
         """Return the indices of all images, shuffled with the seed of one epoch."""
-        generator = torch.Generator().manual_seed(derive_seed(self.seed, number))
+        generator = torch.Generator().manual_seed(derive_seed(self.seed, epoch))
         return torch.randperm(self.num_images, generator=generator).numpy()
 
 
 class ShuffledOrder(Order):
     """Order that contains every image once per epoch."""
 
-    def compute_epoch(self, number: int) -> Epoch:
+    def compute_epoch(self, epoch: int) -> Epoch:
         """Compute the order of one epoch: all images, shuffled."""
-        return np.full(self.num_images, number), self.shuffle(number)
+        return np.full(self.num_images, epoch), self.shuffle(epoch)
 
 
 class BalancedOrder(Order):
@@ -118,9 +118,9 @@ class BalancedOrder(Order):
         super().__init__(len(labels), seed)
         self.members = [np.flatnonzero(np.asarray(labels) == label) for label in np.unique(labels)]
 
-    def compute_epoch(self, number: int) -> Epoch:
+    def compute_epoch(self, epoch: int) -> Epoch:
         """Compute the order of one epoch: the positions of all classes, shuffled."""
-        positions = np.arange(number * self.num_images, (number + 1) * self.num_images)
+        positions = np.arange(epoch * self.num_images, (epoch + 1) * self.num_images)
         num_uses, indices = np.empty_like(positions), np.empty_like(positions)
         for class_index, members in enumerate(self.members):
             is_member = positions % len(self.members) == class_index
@@ -128,7 +128,7 @@ class BalancedOrder(Order):
             orders = self.shuffle_class(class_index, cycles, len(members))
             num_uses[is_member] = cycles
             indices[is_member] = members[orders[cycles - cycles[:1], offsets]]
-        order = self.shuffle(number)
+        order = self.shuffle(epoch)
         return num_uses[order], indices[order]
 
     def shuffle_class(self, class_index: int, cycles: np.ndarray, num_members: int) -> np.ndarray:

@@ -40,8 +40,8 @@ IMAGE_HEIGHT = 360  # pixels
 UPLOAD_REQUIRED = "the image has to be uploaded to this page or be one of its examples"
 # Without "always_last", gradio drops requests that arrive during another request. A shared concurrency id prevents
 # two drawings at the same time.
-LATEST: dict[str, Any] = {"trigger_mode": "always_last"}
-LATEST_DRAWING: dict[str, Any] = LATEST | {"concurrency_id": "drawing"}
+LATEST_REQUEST: dict[str, Any] = {"trigger_mode": "always_last"}
+LATEST_DRAWING_REQUEST: dict[str, Any] = LATEST_REQUEST | {"concurrency_id": "drawing"}
 
 SYSTEM_FONTS: dict[str, Any] = {
     "font": ("system-ui", "-apple-system", "Segoe UI", "Roboto", "sans-serif"),
@@ -147,9 +147,9 @@ def build_page(demo_model: DemoModel, examples: Sequence[str | Path] = ()) -> gr
             shown = page.load(lambda: str(examples[0]), None, image_input.image, show_progress="hidden")
             add_listeners.append(shown.then)
         for add_listener in add_listeners:
-            event = add_listener(predict, [image_input.image], outputs, preprocess=False, **LATEST)
+            event = add_listener(predict, [image_input.image], outputs, preprocess=False, **LATEST_REQUEST)
             for view in views:
-                event.then(view.draw_all, view.inputs, view.outputs, **LATEST_DRAWING)
+                event.then(view.draw_all, view.inputs, view.outputs, **LATEST_DRAWING_REQUEST)
     return page
 
 
@@ -250,8 +250,8 @@ class AttentionView:
         self.inputs = [state, token, layer, head]
         self.outputs = [drawn, words, layers, through]
         for control in (token, head):
-            control.input(self.draw_all, self.inputs, self.outputs, show_progress="hidden", **LATEST_DRAWING)
-        layer.change(self.draw, self.inputs, [drawn, words], show_progress="hidden", **LATEST_DRAWING)
+            control.input(self.draw_all, self.inputs, self.outputs, show_progress="hidden", **LATEST_DRAWING_REQUEST)
+        layer.change(self.draw, self.inputs, [drawn, words], show_progress="hidden", **LATEST_DRAWING_REQUEST)
         layers.select(get_clicked_layer, None, layer, show_progress="hidden")
 
     def draw(self, result: DemoResult | None, token: int, layer: int, head: int) -> tuple[Image.Image | None, str]:
@@ -296,9 +296,9 @@ class PatchView:
         self.inputs = [state, layer, foreground, patch]
         self.outputs = [colors, similarity, words]
         for add_listener in (layer.change, foreground.input):
-            add_listener(self.draw_all, self.inputs, self.outputs, show_progress="hidden", **LATEST_DRAWING)
+            add_listener(self.draw_all, self.inputs, self.outputs, show_progress="hidden", **LATEST_DRAWING_REQUEST)
         colors.select(find_clicked_patch, [state, colors], patch, show_progress="hidden").then(
-            self.draw_all, self.inputs, self.outputs, show_progress="hidden", **LATEST_DRAWING
+            self.draw_all, self.inputs, self.outputs, show_progress="hidden", **LATEST_DRAWING_REQUEST
         )
 
     def draw_all(

@@ -100,7 +100,7 @@ def trace_model(model: ViTCLSPreTrainedModel, shape: GraphShape, dtype: torch.dt
     The graph uses PyTorch's fused attention. The model is unchanged.
 
     Raises:
-        ValueError: If the model cannot be traced.
+        ValueError: If the model cannot be traced_model.
     """
     config = model.config
     if not shape.is_dynamic and shape.image_size != config.image_height_width:

@@ -161,13 +161,15 @@ LABEL_DESCRIPTIONS: dict[LabelKind, str] = {
 }
 
 
-def match_single(labels: Iterable[int], data_space: LabelSpace, model_space: LabelSpace) -> list[int]:
+def match_single_labels(labels: Iterable[int], data_space: LabelSpace, model_space: LabelSpace) -> list[int]:
     """Return class indices of the model."""
     index = LabelIndex(data_space.names, model_space.names)
     return [index[label] for label in labels]
 
 
-def match_multi(labels: Iterable[list[float]], data_space: LabelSpace, model_space: LabelSpace) -> list[list[float]]:
+def match_multi_labels(
+    labels: Iterable[list[float]], data_space: LabelSpace, model_space: LabelSpace
+) -> list[list[float]]:
     """Return 0.0 or 1.0 per class of the model; 0.0 for classes that the dataset does not have."""
     index = LabelIndex(data_space.names, model_space.names)
     matched = []
@@ -177,7 +179,7 @@ def match_multi(labels: Iterable[list[float]], data_space: LabelSpace, model_spa
     return matched
 
 
-def match_tasks(
+def match_task_labels(
     labels: Iterable[dict[str, int]], data_space: LabelSpace, model_space: LabelSpace
 ) -> list[dict[str, int]]:
     """Return class indices of the model by task. Missing labels (-100) are unchanged."""
@@ -189,9 +191,9 @@ def match_tasks(
 
 
 LABEL_MATCHERS: dict[LabelKind, Callable[[Any, LabelSpace, LabelSpace], list[Any]]] = {
-    "single_label_classification": match_single,
-    "multi_label_classification": match_multi,
-    "multi_task": match_tasks,
+    "single_label_classification": match_single_labels,
+    "multi_label_classification": match_multi_labels,
+    "multi_task": match_task_labels,
 }
 
 

@@ -31,7 +31,7 @@ MAX_RECORDED_MATRIX_CLASSES = 200  # maximum number of classes of a confusion ma
 NUM_CALIBRATION_BINS = 15
 HEADS = {"cls_accuracy": "cls_logits", "distillation_accuracy": "distillation_logits"}
 
-Values = dict[str, Any]
+MetricValues = dict[str, Any]
 
 
 def select_scalars(metrics: Mapping[str, Any]) -> dict[str, int | float]:
@@ -61,7 +61,7 @@ class ClassificationMetrics(ABC):
         """
 
     @abstractmethod
-    def compute(self) -> Values:
+    def compute(self) -> MetricValues:
         """Return numbers first, then lists. Undefined values (0 / 0) are None. Must be called on all processes."""
 
 
@@ -120,12 +120,12 @@ class SingleLabelMetrics(ClassificationMetrics):
         if self.matrix is not None:
             self.matrix.update(predictions, labels)
 
-    def compute(self) -> Values:
+    def compute(self) -> MetricValues:
         """Return the metrics that the class lists."""
         counts = self.counts.compute().tolist()
         num_correct, _, num_images = map(sum, counts)
         classes = compute_class_metrics(self.names, counts)
-        values: Values = {"accuracy": divide(num_correct, num_images)}
+        values: MetricValues = {"accuracy": divide(num_correct, num_images)}
         if self.top_5 is not None:
             values["top_5_accuracy"] = to_number(self.top_5.compute())
         values["balanced_accuracy"] = compute_mean([row["recall"] for row in classes])
@@ -172,7 +172,7 @@ class MultiLabelMetrics(ClassificationMetrics):
         self.loss.update(losses.mean(dim=1))
         self.num_images.update(len(labels))
 
-    def compute(self) -> Values:
+    def compute(self) -> MetricValues:
         """Return the metrics that the class lists."""
         counts = self.counts.compute().tolist()
         num_correct, num_predicted, num_true = map(sum, counts)
@@ -214,7 +214,7 @@ class MultiTaskMetrics(ClassificationMetrics):
             metrics.update_logits(outputs.logits[task], labels[task])
         self.num_images.update(len(next(iter(labels.values()))))
 
-    def compute(self) -> Values:
+    def compute(self) -> MetricValues:
         """Return the metrics that the class lists."""
         by_task = {task: metrics.compute() for task, metrics in self.tasks.items()}
         values = {
@@ -242,7 +242,7 @@ class ReconstructionMetrics:
         self.loss.update(outputs.loss.expand(len(indices)))  # torchmetrics ignores weights if NaN is allowed
         self.num_images.update(len(indices))
 
-    def compute(self) -> Values:
+    def compute(self) -> MetricValues:
         """Return the metrics that the class lists."""
         return {"reconstruction_loss": to_number(self.loss.compute()), "num_images": int(self.num_images.compute())}
 
@@ -271,24 +271,24 @@ class ClassCounts(Metric):
     """
 
     full_state_update = False
-    correct: torch.Tensor
-    predicted: torch.Tensor
-    images: torch.Tensor
+    num_correct: torch.Tensor
+    num_predicted: torch.Tensor
+    num_images: torch.Tensor
 
     def __init__(self, num_classes: int) -> None:
         super().__init__()
-        for name in ("correct", "predicted", "images"):
+        for name in ("num_correct", "num_predicted", "num_images"):
             self.add_state(name, torch.zeros(num_classes, dtype=torch.long), dist_reduce_fx="sum")
 
-    def update(self, correct: torch.Tensor, predicted: torch.Tensor, images: torch.Tensor) -> None:
+    def update(self, num_correct: torch.Tensor, num_predicted: torch.Tensor, num_images: torch.Tensor) -> None:
         """Add the counts [L] of one batch."""
-        self.correct += correct
-        self.predicted += predicted
-        self.images += images
+        self.num_correct += num_correct
+        self.num_predicted += num_predicted
+        self.num_images += num_images
 
     def compute(self) -> torch.Tensor:
         """Return the three counts, [3, L]."""
-        return torch.stack([self.correct, self.predicted, self.images])
+        return torch.stack([self.num_correct, self.num_predicted, self.num_images])
 
 
 def build_mean(device: torch.device) -> MeanMetric:
@@ -307,7 +307,7 @@ def use_float64(metric: Any, device: torch.device) -> Any:
     return metric.set_dtype(torch.float32 if device.type == "mps" else torch.float64).to(device)
 
 
-def compute_class_metrics(names: list[str], counts: list[list[int]]) -> list[Values]:
+def compute_class_metrics(names: list[str], counts: list[list[int]]) -> list[MetricValues]:
     """Return images, recall, precision and F1 of each class from the three counts [3, L] of `ClassCounts`."""
     return [
         {

@@ -60,7 +60,7 @@ from modeling_vitcls.benchmarking.work import WORK, compare
 from modeling_vitcls.conversion.random_weights import randomize_weights
 
 
-TOY_SETTINGS = BenchmarkSettings(("timm",), 1, toy=True)
+TOY_SETTINGS = BenchmarkSettings(("timm",), 1, is_toy=True)
 SCRIPT = Path(__file__).parents[2] / "scripts" / "benchmark.py"
 KEYS = {
     "work",
@@ -135,7 +135,7 @@ def test_the_script_compares_reading_attention(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["pixels", "prediction", "probe"])
 def test_work_without_peers_is_compared(name: str) -> None:
-    found = list(compare((name,), (), BenchmarkSettings(("transformers",), 2, toy=True)))
+    found = list(compare((name,), (), BenchmarkSettings(("transformers",), 2, is_toy=True)))
     assert [each.name for each in found] == list(WORK[name].rows)
     assert all(len(each.ratios) == 2 and each.difference < 1e-4 for each in found)
     assert all("ratio" in each.to_dict() for each in found)
@@ -145,14 +145,14 @@ def test_work_without_peers_is_compared(name: str) -> None:
 @pytest.mark.parametrize("against", PEERS)
 def test_compiled_models_are_compared(against: str) -> None:
     row = replace(FORWARD_PASSES["bf16, batch 16, compiled"], batch_size=2)
-    assert row.compiled
+    assert row.use_compile
     assert compare_forward_pass("row", row, PEERS[against](TOY), TOY_SETTINGS).difference < 0.1
 
 
 @pytest.mark.parametrize("name", ATTENTION_ROWS)
 def test_attention_is_checked_before_it_is_measured(name: str) -> None:
     row = ATTENTION_ROWS[name]
-    model, pixel_values = build_attention_inputs(row.batch_size, toy=True)
+    model, pixel_values = build_attention_inputs(row.batch_size, is_toy=True)
     assert len(pixel_values) == row.batch_size
     assert check_attention(row, model, pixel_values, name) < 1e-5
     with torch.no_grad():
@@ -196,7 +196,7 @@ def test_gradients_are_compared_before_steps_are_measured(name: str, against: st
 
 
 def test_pixels_that_differ_are_not_compared(tmp_path: Path) -> None:
-    files = write_benchmark_files(tmp_path, toy=True)
+    files = write_benchmark_files(tmp_path, is_toy=True)
     ours, theirs = build_image_processors(TOY, tmp_path)
     name, row = next(iter(PIXEL_ROWS.items()))
     ours.resample = 3

@@ -76,7 +76,7 @@ def test_every_axis_leads_away_from_one_base_point() -> None:
 
 def test_all_points_are_compared(memory_requests: list[tuple[str, ...]]) -> None:
     """In one precision, and with every peer that can do the work: transformers' ViT has no registers."""
-    settings = BenchmarkSettings(("transformers", "timm"), 2, toy=True, precision="bf16")
+    settings = BenchmarkSettings(("transformers", "timm"), 2, is_toy=True, precision="bf16")
     entries = [result.to_dict() for result in compare(("growth",), (), settings)]
     expected = [
         (name, peer) for name in TOY_POINTS for peer in PEERS if (name, peer) != ("4 registers", "transformers")
@@ -103,7 +103,7 @@ def test_all_points_are_compared(memory_requests: list[tuple[str, ...]]) -> None
 )
 def test_models_do_the_work_that_the_point_says(name: str, against: str) -> None:
     point = TOY_POINTS[name]
-    peer = build_peer(point, against, toy=True)
+    peer = build_peer(point, against, is_toy=True)
     ours: Any = peer.ours
     assert ours.config.image_size == point.image_size and ours.config.patch_size == point.patch_size
     assert ours.config.num_register_tokens == point.num_registers
@@ -115,11 +115,11 @@ def test_models_do_the_work_that_the_point_says(name: str, against: str) -> None
 @pytest.mark.parametrize("against", PEERS)
 def test_points_whose_outputs_differ_are_not_compared(against: str) -> None:
     name, point = next(iter(TOY_POINTS.items()))
-    peer = build_peer(point, against, toy=True)
+    peer = build_peer(point, against, is_toy=True)
     with torch.no_grad():
         peer.ours.get_parameter("vitcls.layers.1.mlp.fc1.weight").mul_(1.5)
     with raises_one_line(f"{name} against {against}", "the outputs differ"):
-        compare_point(name, point, peer, BenchmarkSettings((against,), 1, toy=True))
+        compare_point(name, point, peer, BenchmarkSettings((against,), 1, is_toy=True))
 
 
 def test_wrong_requests_are_one_line() -> None:
@@ -129,7 +129,7 @@ def test_wrong_requests_are_one_line() -> None:
         next(compare_growth(("64 registers",), BenchmarkSettings(("transformers",), 1)))
     if not torch.cuda.is_available():
         with raises_one_line("--device cuda", "finds none"):
-            next(compare(("growth",), (), BenchmarkSettings(("timm",), 1, toy=True, device="cuda")))
+            next(compare(("growth",), (), BenchmarkSettings(("timm",), 1, is_toy=True, device="cuda")))
 
 
 @pytest.mark.parametrize(
@@ -142,7 +142,7 @@ def test_plots_that_cannot_be_made_are_refused_first(flags: tuple[str, ...]) -> 
 
 def test_work_for_the_cpu_is_not_measured_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    settings = BenchmarkSettings(("timm",), 1, toy=True, device="cuda")
+    settings = BenchmarkSettings(("timm",), 1, is_toy=True, device="cuda")
     with raises_one_line("--work pixels probe", "inference, growth, step"):
         next(compare(("inference", "pixels", "probe"), (), settings))
 
@@ -170,7 +170,7 @@ def test_each_process_measures_the_side_of_its_flags(
     """The outputs of the two sides differ, and are returned as their memory."""
     peer = Peer("timm", TOY, torch.nn.Identity(), torch.nn.Identity(), lambda pixels: pixels + 2)
     monkeypatch.setattr(Peer, "predict_ours", lambda self, pixels: pixels + 1)
-    monkeypatch.setattr(growth, "build_peer", lambda point, against, toy: peer)
+    monkeypatch.setattr(growth, "build_peer", lambda point, against, is_toy: peer)
     monkeypatch.setattr(growth, "measure_peak", lambda predict, *others: int(predict(torch.zeros(1))))
     for flags, expected in (((), 1), (("--theirs",), 2)):
         monkeypatch.setattr(sys, "argv", ["growth", "image size 48", "timm", "--toy", *flags])
