@@ -196,7 +196,7 @@ def cross_entropy(
     """Return the cross-entropy of logits [B, C] with classes [B]; -100 is ignored; 0 if all labels are -100.
 
     Raises:
-        ValueError: for another number of labels than images, or, on the CPU only, a label beyond the classes.
+        ValueError: if the numbers of labels and images differ or, only on the CPU, a label is not a class index.
     """
     if labels.numel() != logits.shape[0]:
         raise ValueError(

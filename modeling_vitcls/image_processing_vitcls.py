@@ -213,8 +213,8 @@ class ViTCLSImageProcessor(ViTCLSBaseImageProcessor, TorchvisionBackend):  # typ
           has no defined range and raises an error.
         - Channels, `do_convert_rgb=True`: All modes become RGB. Transparent images are composited on white.
         - Channels, `do_convert_rgb=False`: Gray images have 1 channel (transparency is composited on white), color
-          images 3, transparent color images 4; arrays are unchanged. `image_mean` and `image_std` need one value per
-          channel. For a model with `num_channels=1`: `do_convert_rgb=False, image_mean=[0.5], image_std=[0.5]`.
+          images 3, transparent color images 4; arrays are unchanged. `image_mean` and `image_std` require one value
+          per channel. For a model with `num_channels=1`: `do_convert_rgb=False, image_mean=[0.5], image_std=[0.5]`.
 
     `ViTCLSImageProcessorPil` returns the same values up to float rounding if images are not resized. With bilinear or
     bicubic resizing, the backends differ on photographs by at most 2 of 255 gray levels and by 0.05 on average, on

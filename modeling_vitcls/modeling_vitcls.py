@@ -361,7 +361,7 @@ class ViTCLSForImageClassification(ViTCLSPreTrainedModel):
             self.distillation_classifier = build_head(self.config, self.config.hidden_size, self.num_labels)
 
     def reset_classifier(self, num_classes: int) -> None:
-        """Replace the classifiers by new ones, like the method of this name in timm; 0 labels: none."""
+        """Replace the classifiers by new classifiers, as in timm; 0 labels: no classifiers."""
         self.config.id2label, self.config.label2id = {}, {}
         self.config.num_labels = num_classes
         self.build_classifiers()

@@ -196,7 +196,8 @@ class TrainingOptions:
     evaluate_every: int = 1
     """Epochs between evaluations on held-out images. The last step is always evaluated."""
     select: Literal["last", "best"] = "last"
-    """Checkpoint to save and report: that of the last step, or the best of all evaluations. The best is selected on
+    """Checkpoint to save and report: the checkpoint of the last step, or the best of all evaluations. The best is
+    selected on
     images that are not reported: the validation split if there is a test split, otherwise a further part of the
     training images."""
     patience: int | None = None

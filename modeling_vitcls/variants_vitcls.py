@@ -199,7 +199,7 @@ class PatchDropout(nn.Module):
 
 
 def get_num_kept_patches(rate: float, num_patches: int) -> int:
-    """Return how many patches of an image are kept in training: rounded to nearest, at least one."""
+    """Return the number of patches of an image that training keeps: rounded to nearest, at least one."""
     return max(1, round(num_patches * (1 - rate)))
 
 

@@ -3,8 +3,8 @@
     python scripts/make_hero.py                       trains the model first (a few minutes on one CPU thread)
     python scripts/make_hero.py --model runs/hero     draws with a model that was trained before
 
-The model is that of the digits recipe, with patches of 4 instead of 8 pixels. Its head reads the CLS token, so nothing
-reads the patches and registers of the last layer: their features and maps are those of the layer before it.
+The model is the model of the digits recipe, with patches of 4 instead of 8 pixels. Its head reads the CLS token, so
+the patches and registers of the last layer are not read: their features and maps are taken from the layer before it.
 """
 
 import subprocess

@@ -76,7 +76,7 @@ def write_benchmark_files(folder: Path, is_toy: bool) -> list[str]:
 
 
 def build_image_processors(size: ModelSize, folder: Path) -> tuple[ViTCLSImageProcessor, Any]:
-    """Build the image processor of this package, and load that of transformers' ViT with AutoImageProcessor."""
+    """Build the image processor of this package, and load AutoImageProcessor's for transformers' ViT."""
     from transformers import AutoImageProcessor, ViTImageProcessor
 
     sides = {"height": size.image_size, "width": size.image_size}

@@ -42,7 +42,7 @@ WORK = {
 
 
 def compare(names: tuple[str, ...], rows: tuple[str, ...], settings: BenchmarkSettings) -> Iterator[Comparison]:
-    """Compare kinds of work: all their rows, or those of the given names in every kind that has them.
+    """Compare kinds of work: all their rows, or only the rows with the given names.
 
     Raises:
         ValueError: If a row does not exist or the device is not available, before anything is measured; if outputs

@@ -30,7 +30,7 @@ class ConvertOptions:
     classifier: Literal["keep", "new", "drop"] = "keep"
     """Keep the classifier of the source, replace it by a new classifier, or drop it."""
     num_labels: int | None = None
-    """Number of labels of a new classifier; the source does not need a classifier."""
+    """Number of labels of a new classifier; the source may have no classifier."""
     family: str | None = None
     """Family of a state-dict file, such as dino, ibot, mae or dinov2. Default: detected."""
 

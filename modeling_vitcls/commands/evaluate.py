@@ -3,7 +3,7 @@
     accelerate launch scripts/evaluate.py --model runs/digits --dataset digits
     accelerate launch scripts/evaluate.py --model runs/digits --dataset digits --frozen knn
 
-The evaluation is implemented in modeling_vitcls/inference/evaluate.py, that of frozen features in frozen.py.
+The evaluation is implemented in modeling_vitcls/inference/evaluate.py, and in frozen.py for frozen features.
 """
 
 from ..options import EvaluateOptions

@@ -124,7 +124,7 @@ def read_image_folder(folder: ImageFolder, use_labels: bool) -> Any:
 
     Args:
         folder: the files, from `scan_folder`.
-        use_labels: whether classes are needed. If not, all images at any depth are used.
+        use_labels: whether classes are required. If not, all images at any depth are used.
 
     Raises:
         ValueError: if `use_labels` is set and there are no class folders, or the split folders are ambiguous.
