@@ -152,7 +152,7 @@ def test_planted_faults_are_named(page_to_read: Page, faulty: Any) -> None:
     assert words[1] == "register 1: ≡ collapsed" and words[3] == "register 3: ≡ collapsed"
     assert words[0].startswith("CLS: ") and "not moved" in words[0] and words[5] == "patches: ✕ artifacts"
     assert words[2].split(": ")[0] == "register 2" and words[4].startswith("all 3 registers: ")
-    assert "null: random patches" in cards[2] and "random tokens" in cards[2] and "95% interval" in cards[4]
+    assert "null: patches" in cards[2] and "random tokens" in cards[2] and "95% interval" in cards[4]
     assert "identical to register 3" in cards[1] and "6.25%" in cards[5]
 
 
