@@ -109,9 +109,7 @@ def compute_maps(
     config, logits = model.config, trace.outputs.logits
     size = (pixel_values.shape[-2], pixel_values.shape[-1])
     best = logits[0].argmax() if target is None else target
-    maps = {
-        "attribution": extract_patch_maps(trace.compute_attribution(logits[:, best])[0].float().cpu(), config, size)
-    }
+    maps = {"attribution": extract_patch_maps(trace.compute_attribution(best)[0].float().cpu(), config, size)}
     token = find_read_token(config)
     if token is not None:
         maps["rollout"] = extract_patch_maps(trace.compute_rollout()[0, token].float().cpu(), config, size)
