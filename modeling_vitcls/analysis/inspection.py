@@ -248,8 +248,9 @@ def check_sampled_maps(model: Any, batches: "InspectionBatches", on_progress: Pr
 
 
 def select_images(before: Any, config: Any, count: int) -> dict[int, str | None]:
-    """Return the indices of the most instructive images with their kind: wrong predictions (half at most if there are
-    enough others, the most confident first), the least confident of the others (at most a quarter), and typical images at even distances.
+    """Return the indices of the most instructive images with their kind: wrong predictions (at most half if there are
+    enough others, the most confident first), the least confident of the others (at most a quarter), and typical images
+    at even distances.
 
     Args:
         before: `Predictions`; the images of an encoder are selected at even distances, without a kind.
