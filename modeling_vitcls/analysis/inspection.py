@@ -54,7 +54,7 @@ from .token_statistics import Findings, TokenStatistics
 MAX_BATCH_BYTES = 2**29  # maximum memory of a batch: hidden states, and the attention and MLP of one layer
 # Maximum number of images of the null distributions, and maximum operations of a pass over these images
 MAX_NULL_IMAGES, MAX_NULL_FLOPS = 64, 2e12
-MIN_CHECKED_IMAGES, MAX_CHECKED_IMAGES = 2, 16  # of the checks of maps, which require many passes per image
+MIN_CHECKED_IMAGES, MAX_CHECKED_IMAGES = 5, 16  # of the checks of maps, which require many passes per image
 
 ProgressCallback = Callable[[str, int, int], None]  # (description, finished steps, total steps)
 WarningCallback = Callable[[str], None]
