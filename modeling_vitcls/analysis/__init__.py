@@ -57,7 +57,6 @@ PUBLIC = {
     "maps": (
         "VisibleRegion",
         "extract_patch_maps",
-        "get_token_names",
         "get_visible_region",
         "overlay",
         "upsample_maps",

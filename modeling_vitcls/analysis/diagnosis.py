@@ -19,8 +19,9 @@ from typing import Any, Literal
 import torch
 
 from ..configuration_vitcls import ViTCLSConfig
+from ..token_names import get_token_names, get_token_names_by_group
 from .ablation import KINDS, MIN_IMAGES, Ablation, AblationEffect, Ablations, Predictions, get_groups, get_token_keys
-from .maps import count_read_layers, get_token_names, get_token_names_by_group
+from .maps import count_read_layers
 from .token_statistics import Findings, SecondMode, find_second_mode
 
 

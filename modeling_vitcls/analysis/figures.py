@@ -27,17 +27,9 @@ from matplotlib.patches import Rectangle
 from PIL import Image
 
 from ..configuration_vitcls import ViTCLSConfig
+from ..token_names import get_token_names, get_token_names_by_group
 from .image_report import ImageReport
-from .maps import (
-    VisibleRegion,
-    get_token_names,
-    get_token_names_by_group,
-    is_masked_image_model,
-    is_read,
-    overlay,
-    resize_with_region,
-    to_upright_rgb,
-)
+from .maps import VisibleRegion, is_masked_image_model, is_read, overlay, resize_with_region, to_upright_rgb
 
 
 # Color of each group of `config.token_layout` in all figures and pages (palette of Okabe and Ito, distinguishable for

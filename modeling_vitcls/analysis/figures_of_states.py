@@ -22,10 +22,10 @@ from matplotlib.image import AxesImage
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from ..configuration_vitcls import ViTCLSConfig
+from ..token_names import get_token_names
 from .ablation import AblationEffect, get_token_keys
 from .figures import GROUP_COLORS, INK, create_figure, shorten
 from .figures_over_depth import MAX_NAME_LENGTH, create_token_grid, hide_frame
-from .maps import get_token_names
 from .token_statistics import Findings, SecondMode, find_second_mode
 
 

@@ -23,8 +23,8 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from ..configuration_vitcls import ViTCLSConfig
+from ..token_names import get_token_names, get_token_names_by_group
 from .figures import GROUP_COLORS, INK, TERMS, create_figure, shorten
-from .maps import get_token_names, get_token_names_by_group
 from .test_time_registers import OUTLIER_RATIO
 from .token_statistics import Findings
 

@@ -14,9 +14,10 @@ from rich.table import Table
 from transformers.configuration_utils import PreTrainedConfig
 
 from ..adaptation_vitcls import load_checkpoint
+from ..conversion.any_checkpoint import resolve_checkpoint
 from ..data.held_out import RESULTS_FILE, read_record
 from ..files import read_json
-from ..hub.loading import MODEL_FILES, get_model_folder
+from ..hub.loading import MODEL_FILES
 from ..inference.evaluate import build_table
 from ..inference.load_model import is_preset, load_model
 from ..options import InspectOptions
@@ -40,7 +41,8 @@ def inspect_tokens(options: InspectOptions) -> Inspection:
     errors = Console(stderr=True, soft_wrap=True, highlight=False)
     if is_preset(options.model):
         raise ValueError(f"{options.model} is a preset without trained weights. Pass a folder or a Hub id.")
-    folder = get_model_folder(options.model, [*MODEL_FILES, RESULTS_FILE], options.revision)
+    source = options.model if options.revision is None else f"{options.model}@{options.revision}"
+    folder = resolve_checkpoint(source, [*MODEL_FILES, RESULTS_FILE])
     model, processor = load_model_and_processor(folder)
     model = model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
     images = open_images(options, model, read_record(folder))

@@ -16,8 +16,9 @@ from typing import Any
 import torch
 from scipy import stats
 
+from ..token_names import get_token_names
 from .attribution import trace_attention
-from .maps import extract_patch_maps, get_token_names, is_read
+from .maps import extract_patch_maps, is_read
 from .model_utils import evaluation_mode, unwrap_model
 
 

@@ -1,4 +1,4 @@
-"""Attention to patches as maps on the pixels of an image, and names of tokens and attention maps.
+"""Attention to patches as maps on the pixels of an image, and names of attention maps.
 
     rows [..., key] -> extract_patch_maps [..., gh, gw] -> upsample_maps [..., h, w] -> overlay, an image
                                                            |
@@ -21,13 +21,11 @@ from transformers.image_utils import ChannelDimension, get_image_size_for_max_he
 
 from ..configuration_vitcls import ViTCLSConfig
 from ..image_processing_vitcls import CROP_ROUNDINGS, pil_to_tensor
+from ..token_names import get_token_names_by_group
 
 
 Size = tuple[int, int]  # height, width in pixels
 Processor = Any  # ViTCLSImageProcessor or ViTCLSImageProcessorPil; attributes are set by transformers
-
-# Group of `config.token_layout` -> name of one of its tokens.
-TOKEN_TERMS = {"cls": "CLS", "distillation": "distillation", "registers": "register"}
 
 
 class VisibleRegion(NamedTuple):
@@ -40,38 +38,6 @@ class VisibleRegion(NamedTuple):
     top: float
     right: float
     bottom: float
-
-
-# Names ---------------------------------------------------------------------------------------------------------------
-
-
-def get_token_names(config: ViTCLSConfig) -> list[str]:
-    """Return the name of each special token, in sequence order.
-
-    Names are "CLS", or "CLS 1", "CLS 2" if there are several; "CLS species" for the token of a task; "CLS 2 (cell 1, 2
-    of 2 x 2)" for a token restricted to row 1, column 2 of a grid (`config.cls_scopes`). "distillation" and "register"
-    are numbered in the same way.
-    """
-    return [name for names in get_token_names_by_group(config).values() for name in names]
-
-
-def get_token_names_by_group(config: ViTCLSConfig) -> dict[str, list[str]]:
-    """Return `get_token_names` for each of the three special groups of `config.token_layout`."""
-    layout = config.token_layout
-    special = range(layout.num_prefix_tokens)
-    names = {group: number_names(word, len(special[getattr(layout, group)])) for group, word in TOKEN_TERMS.items()}
-    if config.tasks:
-        names["cls"] = [f"{TOKEN_TERMS['cls']} {task}" for task in config.task_labels()]
-    for index, scope in enumerate(config.cls_scopes or ()):
-        if not isinstance(scope, str):
-            rows, columns, row, column = scope
-            names["cls"][index] += f" (cell {row + 1}, {column + 1} of {rows} x {columns})"
-    return names
-
-
-def number_names(word: str, count: int) -> list[str]:
-    """Return the word itself for one token, or the word with numbers from 1 for several."""
-    return [word] if count == 1 else [f"{word} {number}" for number in range(1, count + 1)]
 
 
 def get_head_names(config: ViTCLSConfig) -> list[str]:

@@ -26,13 +26,14 @@ from PIL import Image
 
 from ..files import write_atomically
 from ..hub.loading import get_cached_commit
+from ..token_names import get_token_names_by_group
 from ..version import __version__
 from .ablation import Ablation, AblationEffect, get_groups, get_token_keys
 from .diagnosis import ABLATION_TERMS, describe_changed_answers
 from .figures import GROUP_COLORS, describe_head
 from .image_report import IMAGE_KINDS, ImageReport
 from .inspection import Inspection, inspect_model
-from .maps import get_token_names_by_group, is_read
+from .maps import is_read
 from .patch_sizes import PatchSizeRow, describe_patch_sizes, format_patch_size
 from .report_data import build_json_values, build_page_data
 from .test_time_registers import OUTLIER_RATIO

@@ -18,13 +18,14 @@ import torch
 from matplotlib import colormaps
 from PIL import Image
 
+from ..token_names import get_token_names
 from .ablation import get_token_keys
 from .diagnosis import Verdict
 from .figures_of_states import compute_norm_histogram
 from .image_report import ImageReport
 from .inspection import Inspection
 from .map_checks import FRACTIONS
-from .maps import COLORMAP, MIN_SCALE, count_read_layers, get_head_names, get_token_names
+from .maps import COLORMAP, MIN_SCALE, count_read_layers, get_head_names
 from .patch_features import NUM_COMPONENTS, compress_patch_features, compute_patch_colors
 from .token_statistics import Findings
 

@@ -27,7 +27,6 @@ from ..analysis.maps import (
     count_read_layers,
     extract_patch_maps,
     get_head_names,
-    get_token_names,
     get_visible_region,
     overlay,
 )
@@ -37,6 +36,7 @@ from ..analysis.patch_features import (
     compute_patch_similarity,
     draw_patch_colors,
 )
+from ..token_names import get_token_names
 
 
 MODEL_TYPE = "vitcls"

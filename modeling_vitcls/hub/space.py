@@ -45,6 +45,7 @@ PAGE_FILES = (
     "demo/text.py",
     "analysis/attention_recorder.py",
     "analysis/attribution.py",
+    "token_names.py",
     "analysis/maps.py",
     "analysis/model_utils.py",
     "analysis/patch_features.py",

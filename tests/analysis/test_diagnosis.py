@@ -28,10 +28,10 @@ from modeling_vitcls.analysis.diagnosis import (
     diagnose_tokens,
     summarize_diagnosis,
 )
-from modeling_vitcls.analysis.maps import get_token_names
 from modeling_vitcls.analysis.model_utils import is_classifier
 from modeling_vitcls.analysis.report import SIGNS
 from modeling_vitcls.analysis.token_statistics import Findings, TokenStatistics, find_second_mode
+from modeling_vitcls.token_names import get_token_names
 from modeling_vitcls.training.token_monitor import TokenMonitor
 
 

@@ -29,7 +29,6 @@ from modeling_vitcls.analysis import (
     Findings,
     TokenStatistics,
     build_image_report,
-    get_token_names,
     overlay,
     plot_ablation_effects,
     plot_attention_by_layer,
@@ -41,6 +40,7 @@ from modeling_vitcls.analysis import (
     plot_token_similarity,
     render_figure,
 )
+from modeling_vitcls.token_names import get_token_names
 
 
 TOKENS = {"num_cls_tokens": 2, "num_distillation_tokens": 1, "num_register_tokens": 3}

@@ -32,7 +32,6 @@ from modeling_vitcls.analysis.maps import (
     MIN_SCALE,
     VisibleRegion,
     extract_patch_maps,
-    get_token_names,
     get_visible_region,
     overlay,
     upsample_maps,
@@ -46,6 +45,7 @@ from modeling_vitcls.analysis.patch_features import (
 from modeling_vitcls.analysis.report import build_page_header, write_json_values, write_page, write_report
 from modeling_vitcls.conversion.from_transformers import convert_from_transformers
 from modeling_vitcls.inference.predict import predict
+from modeling_vitcls.token_names import get_token_names
 
 
 NAMES = ["</script><b>wide</b>.png", "tall.png", "square & small.png"]
@@ -103,8 +103,10 @@ def opened(browser: Browser, file: Path, scheme: Any = "light", width: int = 128
     page.on("console", lambda message: said.append(message.text))
     page.on("pageerror", lambda error: said.append(str(error)))
     page.on("request", lambda request: said.append(request.url) if not is_local(request.url, file) else None)
+    page.add_init_script("addEventListener('error', () => { window.hasFailed = true })")
     page.goto(file.as_uri())
     page.wait_for_function(EVERYTHING_IS_DRAWN)
+    assert said == []
     yield page
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
     assert said == []
@@ -113,6 +115,7 @@ def opened(browser: Browser, file: Path, scheme: Any = "light", width: int = 128
 
 # Charts are drawn after they have been laid out, which moves what is below them.
 EVERYTHING_IS_DRAWN = """
+    window.hasFailed ||
     [...document.querySelectorAll('[data-thumbnail]')].every((canvas) => Math.max(canvas.width, canvas.height) === 200)
     && [...document.querySelectorAll('[data-chart] svg[role=img]')].every((chart) => chart.childElementCount)
 """
@@ -412,7 +415,7 @@ def test_a_click_shows_the_similarity_to_that_patch(browser: Browser, faulty: An
         canvas = cell(page, "patches (PCA), layer 1").locator("canvas")
         in_view(canvas)
         box = canvas.bounding_box()
-        left, top, right, bottom = get_visible_region(processor(), (60, 90), (8, 8))
+        left, _, right, _ = get_visible_region(processor(), (60, 90), (8, 8))
         x = (left + (right - left) * 0.9) / 90 * box["width"]  # column 4 of 4
         canvas.click(position={"x": x, "y": box["height"] * 0.05})  # row 1
         similar = cell(page, "similarity to a patch, layer 1").locator("canvas")
