@@ -39,6 +39,9 @@ WEIGHTS_INDEX = "model.safetensors.index.json"
 RECIPE = "config.resolved.yaml"
 CARD = "README.md"
 REPORT = "report.html"  # shows held-out images
+PARITY_REPORT = "certificate.json"  # of a conversion
+# Types of the models that conversion/native.py writes.
+NATIVE_MODEL_TYPES = ("vit", "deit", "dinov2", "dinov2_with_registers", "dinov3_vit")
 
 # Files that define the model. A push removes such files of an earlier push: an old model.safetensors would be loaded
 # instead of new shards.
@@ -55,7 +58,7 @@ RECORD_PATTERNS = (
     "results.json",
     "metrics.jsonl",
     RECIPE,
-    "certificate.json",  # of a conversion
+    PARITY_REPORT,
     REPORT,
 )
 CHECKPOINT_PATTERNS = ("checkpoints/step-*/*.safetensors", "checkpoints/step-*/state.json")
@@ -122,12 +125,19 @@ def find_outdated_files(published: Iterable[str], files: RepoFiles) -> list[str]
 
 
 def check_is_model(folder: Path) -> None:
-    """Raise ValueError unless the folder contains a vitcls model."""
+    """Raise ValueError unless the folder contains a vitcls model, or one that was converted to transformers."""
     if not folder.is_dir():
         raise ValueError(f"{folder} is not a folder. Set the folder of a saved model")
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder} does not contain a model: it has no config.json. Set the folder of a saved model")
-    check_is_vitcls(str(folder), folder)
+    if not is_native_model(folder):
+        check_is_vitcls(str(folder), folder)
+
+
+def is_native_model(folder: Path) -> bool:
+    """Return whether a vitcls model was converted to a class of transformers in this folder, and no code is used."""
+    is_native = read_json(folder / "config.json").get("model_type") in NATIVE_MODEL_TYPES
+    return is_native and (folder / PARITY_REPORT).is_file() and not read_code_references(folder)
 
 
 def read_code_references(folder: Path) -> list[str]:
