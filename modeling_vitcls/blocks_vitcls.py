@@ -59,9 +59,9 @@ class ViTCLSPatchEmbeddings(nn.Module):
 
     def get_grid_size(self, pixel_values: Tensor) -> tuple[int, int]:
         """Return rows and columns of patches. Raises ValueError for images that the model does not accept."""
-        if pixel_values.ndim != 4:
+        if pixel_values.ndim != 4 or pixel_values.shape[0] == 0:
             raise ValueError(
-                f"pixel_values has shape {tuple(pixel_values.shape)}: pass [batch, channels, height, width]"
+                f"pixel_values has shape {tuple(pixel_values.shape)}: pass images [batch, channels, height, width]"
             )
         _, channels, height, width = pixel_values.shape
         if channels != self.num_channels:
@@ -71,10 +71,8 @@ class ViTCLSPatchEmbeddings(nn.Module):
             )
         patch_height, patch_width = self.patch_size
         if height < patch_height or width < patch_width:
-            raise ValueError(
-                f"the images are {height} x {width} pixels, smaller than one patch of {patch_height} x {patch_width}: "
-                "enlarge them"
-            )
+            size, patch = f"{height} x {width}", f"{patch_height} x {patch_width}"
+            raise ValueError(f"the images are {size} pixels, smaller than one patch of {patch}: enlarge them")
         return height // patch_height, width // patch_width
 
 

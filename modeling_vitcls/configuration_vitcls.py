@@ -232,9 +232,10 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
         position_interpolation (`"bicubic"`, `"bilinear"` or `"crop"`, defaults to `"bicubic"`): How learned positions
             are resampled for other image sizes. `"crop"` crops a square that covers the image (RADIO).
         position_antialias (`bool`, defaults to `False`): Whether downsampling of learned positions uses antialiasing.
-        position_offset (`float`, defaults to 0.0): Number that is added to the size of the new grid to compute the
-            scale factor (0.1 in the original code of DINOv2).
+        position_offset (`float`, defaults to 0.0): Number added to the new grid size (0.1 in DINO, iBOT and DINOv2).
         rope_theta (`float`, defaults to 100.0): Base period of the rotary positions.
+        rope_periods (`list[float]`, *optional*): `head_dim / 4` rotary periods, for checkpoints that store rounded
+            periods (DINOv3). Default: computed in float32 from `rope_theta`.
         rope_coordinates (`"centered"` or `"grid"`, defaults to `"centered"`): Rotary coordinates: patch centers from
             -1 to 1 over the image (DINOv3), or patch indices (EVA-02).
         rope_reference_grid (`[rows, columns]`, *optional*): Grid to which `"grid"` coordinates are scaled.
@@ -342,6 +343,7 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
     position_antialias: bool = False
     position_offset: float | int = 0.0
     rope_theta: float | int = 100.0
+    rope_periods: list[float] | None = None
     rope_coordinates: Literal["centered", "grid"] = "centered"
     rope_reference_grid: list[int] | tuple[int, int] | None = None
     rope_grid_offset: float | int = 0.0
@@ -764,10 +766,13 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
 
     # Checks of what other projects' checkpoints need -----------------------------------------------------------------
     def validate_rope_reference_grid(self) -> None:
-        """Check that the reference grid of rotary positions has rows and columns."""
+        """Check the reference grid and the periods of rotary positions."""
         grid = self.rope_reference_grid
         if grid is not None and (len(grid) != 2 or min(grid) < 1):
             raise ValueError(f"`rope_reference_grid` must be two positive numbers [rows, columns], but it is {grid}.")
+        periods, count = self.rope_periods, self.head_dim // 4
+        if periods is not None and (len(periods) != count or not 0 < min(periods) <= max(periods) < math.inf):
+            raise ValueError(f"`rope_periods` must be head_dim / 4 = {count} positive numbers, but it is {periods}.")
 
     def validate_attention_pool(self) -> None:
         """Check that the heads of the attention pooler divide the hidden size."""

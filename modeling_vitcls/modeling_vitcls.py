@@ -283,7 +283,7 @@ class ViTCLSModel(ViTCLSPreTrainedModel):
             pixel_values: [B, C, H, W], of any size of at least one patch.
             bool_masked_pos: [B, rows * columns], true for patches to replace by the mask token.
             attention_mask: [B, N] over all tokens, special tokens first; 1 if a token may be attended to.
-            num_tokens_read: compute and return only this many tokens in the last layer, all of them special.
+            num_tokens_read: compute the last layer for, and return, only this many special tokens. Default: all.
             interpolate_pos_encoding: has no effect, because positions are always resampled to the image size.
             output_hidden_states, output_attentions, return_dict: as in all models of transformers.
 
@@ -294,6 +294,8 @@ class ViTCLSModel(ViTCLSPreTrainedModel):
         for name in kwargs:
             if name not in TransformersKwargs.__annotations__:
                 raise TypeError(f"forward() got an unexpected argument {name!r}")
+        if not isinstance(pixel_values, Tensor):
+            raise ValueError(f"pixel_values is a {type(pixel_values).__name__}: pass a tensor [B, C, H, W]")
         pixel_values = pixel_values.to(self.embeddings.patch_embeddings.projection.weight.dtype)
         hidden_states = self.embeddings(pixel_values, bool_masked_pos)  # [B, N, D]
 

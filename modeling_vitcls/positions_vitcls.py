@@ -37,6 +37,7 @@ class AxialRotaryPositions(nn.Module):
         super().__init__()
         self.config = config
         self.theta = float(config.rope_theta)
+        self.periods = config.rope_periods
         self.head_dim = config.head_dim
 
     def forward(self, grid: tuple[int, int], hidden_states: Tensor) -> PositionEmbeddings:
@@ -44,7 +45,8 @@ class AxialRotaryPositions(nn.Module):
         device = hidden_states.device
         coordinates = get_patch_coordinates(self.config, grid, device)  # [rows * columns, 2]
         exponents = torch.arange(self.head_dim // 4, dtype=torch.float32, device=device) * 4 / self.head_dim
-        angles = coordinates[:, :, None] * self.theta**-exponents  # [rows * columns, 2, head_dim / 4]
+        frequencies = self.theta**-exponents if self.periods is None else 1 / exponents.new_tensor(self.periods)
+        angles = coordinates[:, :, None] * frequencies  # [rows * columns, 2, head_dim / 4]
         angles = angles.flatten(1).tile(2)  # [rows * columns, head_dim]
         return angles.cos().to(hidden_states.dtype), angles.sin().to(hidden_states.dtype)
 

@@ -26,7 +26,7 @@ class ConvertOptions:
     output: Path
     """A folder that does not exist or is empty."""
     source: str | None = None
-    """timm:NAME or transformers:PATH_OR_ID. An id may end with @REVISION, a commit hash, branch or tag."""
+    """timm:NAME, transformers:PATH_OR_ID or a state-dict file. An id may end with @REVISION (commit, branch, tag)."""
     to: Literal["vitcls", "transformers"] = "vitcls"
     """Convert --source to a vitcls model, or --model to a class of transformers, which requires no code."""
     model: str | None = None
@@ -39,6 +39,8 @@ class ConvertOptions:
     """Keep the classifier of the source, replace it by a new classifier, or drop it."""
     num_labels: int | None = None
     """Number of labels of a new classifier, also if the source has no classifier."""
+    family: str | None = None
+    """Family of a state-dict file, such as dino, ibot, mae or dinov2. Default: detected."""
 
 
 OPTIONS = ConvertOptions
@@ -54,8 +56,10 @@ def check(options: ConvertOptions) -> None:
         stop("a conversion to vitcls requires --source, and does not support --model")
     if Path(options.source, "config.json").is_file() and is_vitcls_folder(Path(options.source)):
         stop(f"{options.source} is a ViTCLS model already. Use it as --model, or set --to transformers --model")
-    if not options.source.startswith(("timm:", "transformers:")):
-        stop(f"--source {options.source} is not supported. Use timm:NAME or transformers:PATH_OR_ID")
+    if not options.source.startswith(("timm:", "transformers:")) and not Path(options.source).suffix:
+        stop(
+            f"--source {options.source} is not supported. Use timm:NAME, transformers:PATH_OR_ID or a state-dict file"
+        )
     if options.num_labels is not None and options.num_labels < 1:
         stop(f"--num-labels must be at least 1, but is {options.num_labels}")
 
@@ -81,6 +85,7 @@ def run(options: ConvertOptions) -> None:
             options.classifier,
             options.num_labels,
             write_card_images,
+            options.family,
         )
     print_report(report, options.output)
 
@@ -133,5 +138,6 @@ def format_notes(report: "ParityReport") -> list[str]:
         f"Classifier: {report.classifier}. Maximum difference: {report.limit:g}",
         processor,
         "Versions: " + ", ".join(f"{name} {version}" for name, version in report.versions.items()),
+        *([f"SHA-256 of the source, {report.family}: {report.source_sha256}"] if report.source_sha256 else []),
         *(f"SHA-256 of {file}: {digest}" for file, digest in report.sha256.items()),
     ]

@@ -129,6 +129,7 @@ def build_command(name: str, report: "ParityReport", config: ViTCLSConfig) -> st
         source = f"{source.partition('@')[0]}@{report.source_revision}"
     flags = ["--source", source, "--output", name]
     flags += ["--random-init"] if report.random_init else []
+    flags += ["--family", report.family] if report.family else []
     flags += ["--classifier", "new", "--num-labels", str(config.num_labels)] if report.classifier == "new" else []
     flags += ["--classifier", "drop"] if report.classifier == "dropped" else []
     return f"python scripts/convert.py {shlex.join(flags)}"

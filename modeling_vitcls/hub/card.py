@@ -156,6 +156,7 @@ def build_common_fields(
         "name": name,
         "config": config,
         "results": results,
+        "dataset": format_name(results["dataset"]),
         "layout": format_token_layout(results["token_layout"]),
         "layout_description": describe_token_layout(results["token_layout"]),
         "image_size": " x ".join(map(str, config.image_height_width)),
@@ -295,7 +296,7 @@ def describe_token_layout(counts: dict[str, int]) -> str:
 
 def describe_base_model(flags: dict[str, Any], base: Provenance | None) -> str:
     """Return the model that training started from, in Markdown; for a local folder with its own base model."""
-    model = f"`{strip_folders(flags['model'])}`"
+    model = format_name(strip_folders(flags["model"]))
     base_models = base.base_model if base else None
     if isinstance(base_models, str):
         base_models = [base_models]

@@ -237,6 +237,12 @@ def get_cached_commit(folder: str) -> str | None:
     return path.name if is_commit else None
 
 
+def split_revision(name: str) -> tuple[str, str | None]:
+    """Split a name at the last `@` into path and revision; None for an existing folder or without `@`."""
+    path, _, revision = name.rpartition("@")
+    return (path, revision) if path and revision and not Path(name).exists() else (name, None)
+
+
 def is_hub_id(source: str) -> bool:
     """Return whether a name is a valid repository id."""
     try:

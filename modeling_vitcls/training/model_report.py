@@ -74,8 +74,8 @@ def build_model_report(
     track: TrackImages | None = None,
     with_samples: bool = True,
 ) -> dict[str, str]:
-    """Load the saved model, add its speed to the results as "inference", and write images and report.html to the
-    folder. Files of an earlier run are removed.
+    """Load the saved model, add its speed to the results as "inference" and the diagnosis of its tokens as
+    "diagnosis", and write images and report.html to the folder. Files of an earlier run are removed.
 
     An error does not end the run: it is printed as a warning.
 
@@ -106,6 +106,7 @@ def build_model_report(
             inspection = None
             with warn_on_error(warn, f"{REPORT} could not be written"):
                 inspection = inspect_saved(folder, model, processor, results, held_out, label_space)
+                results["diagnosis"] = inspection.summary
             if track is not None:
                 with warn_on_error(warn, "no images were sent to the trackers"):
                     track(collect_tracker_images(folder, drawn, inspection))

@@ -368,7 +368,8 @@ def test_reconstructions_of_rectangular_patches_and_grey_images() -> None:
     model = filled(ViTCLSForMaskedImageModeling(tiny_config(patch_size=[4, 8], num_channels=1)))
     output = model(images(2, 15, 17, 1), bool_masked_pos=torch.ones(2, 6, dtype=torch.bool))
     assert output.reconstruction.shape == (2, 1, 12, 16)
-    assert output.loss.isfinite()
+    expected = (output.reconstruction - images(2, 15, 17, 1)[:, :, :12, :16]).abs().mean()
+    torch.testing.assert_close(output.loss, expected)
 
 
 def test_masked_pixels_are_not_seen() -> None:
@@ -381,6 +382,20 @@ def test_masked_pixels_are_not_seen() -> None:
     assert torch.equal(first, second)
     other[:, :, 0, 0] += 1.0
     assert not torch.equal(first, model(other, bool_masked_pos=mask).reconstruction)
+
+
+@each_kind
+def test_calls_without_images_are_refused(model_class: type, fields: dict[str, Any], inputs: dict[str, Any]) -> None:
+    model = model_class(tiny_config(**fields))
+    for pixel_values, words in (
+        (None, "pixel_values is a NoneType: pass a tensor"),
+        (images().numpy(), "pixel_values is a ndarray: pass a tensor"),
+        ([images()], "pixel_values is a list: pass a tensor"),
+        (images()[:0], "pixel_values has shape (0, 3, 32, 32): pass images"),
+        (images()[0], "pixel_values has shape (3, 32, 32): pass images"),
+    ):
+        with raises_one_line(words, "channels, height, width]" if "shape" in words else "[B, C, H, W]"):
+            model(pixel_values, **inputs)
 
 
 def test_the_callers_configuration_is_left_alone() -> None:

@@ -3,6 +3,7 @@
 The new processes are real where that matters, so there are few of them: what can be refused before is.
 """
 
+import copy
 import json
 import os
 import re
@@ -22,11 +23,12 @@ import modeling_vitcls as vitcls
 from modeling_vitcls.checkpoints import CheckpointStore
 from modeling_vitcls.hub import connection
 from modeling_vitcls.hub.publish import push_folder
+from modeling_vitcls.hub.revisions import HubCommit
 from modeling_vitcls.hub.shared_code import pin_code_in_card, use_shared_code
 from modeling_vitcls.hub.verification_process import NotVerified, build_clean_environment
 from modeling_vitcls.hub.verification_reference import PackageLoader
 from modeling_vitcls.hub.verification_script import AUTO_CLASSES, collect_outputs
-from modeling_vitcls.hub.verify import compare_outputs, verify, verify_push
+from modeling_vitcls.hub.verify import check_script_report, compare_outputs, verify, verify_push
 
 
 ROOT = Path(__file__).parents[2]
@@ -297,6 +299,70 @@ def test_a_hub_that_stays_down_is_given_up(hub: LocalHub, folder: Path) -> None:
     push_folder(folder, "ann/model")
     hub.fail("GET", "/api/models/ann/model", 500, times=3)
     with raises_one_line("cannot look up ann/model", "HTTP 500", error=OSError):
+        verify("ann/model")
+
+
+MODEL = HubCommit("ann/model", "a" * 40, needs_token=False)
+CODE = HubCommit("ann/code", "c" * 40, needs_token=False)
+SCRIPT_REPORT = {
+    "has_package": False,
+    "commits": [MODEL.commit],
+    "code_commits": [CODE.commit],
+    "models": {
+        "AutoModel": {"class": "ViTCLSModel", "module": "transformers_modules.x.modeling_vitcls", "missing": []}
+    },
+}
+
+
+def replace_in_report(path: str, value: Any) -> dict[str, Any]:
+    """Return a copy of `SCRIPT_REPORT` with another value at a path such as `models.AutoModel.module`."""
+    report = copy.deepcopy(SCRIPT_REPORT)
+    *parents, name = path.split(".")
+    target: Any = report
+    for parent in parents:
+        target = target[parent]
+    target[name] = value
+    return report
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "words"),
+    [
+        ("has_package", True, "imported modeling_vitcls, so it did not test the published code"),
+        ("commits", ["b" * 40], f"loaded {'b' * 40}, not only ann/model at {MODEL.commit}"),
+        ("commits", [MODEL.commit, "b" * 40], f"not only ann/model at {MODEL.commit}"),
+        ("commits", [], f"not only ann/model at {MODEL.commit}"),
+        ("code_commits", ["b" * 40], f"loaded code from {'b' * 40}, not only ann/code at {CODE.commit}"),
+        ("code_commits", [CODE.commit, "b" * 40], f"not only ann/code at {CODE.commit}"),
+        ("code_commits", [], f"not only ann/code at {CODE.commit}"),
+        (
+            "models.AutoModel.module",
+            "modeling_vitcls.modeling_vitcls",
+            "AutoModel loaded ViTCLSModel from modeling_vitcls",
+        ),
+        (
+            "models.AutoModel.module",
+            "transformers.models.vit",
+            "AutoModel loaded ViTCLSModel from transformers.models",
+        ),
+        ("models.AutoModel.missing", ["head.weight"], "lacks the weights head.weight"),
+    ],
+)
+def test_a_report_of_another_model_or_code_is_rejected(path: str, value: Any, words: str) -> None:
+    check_script_report(MODEL, CODE, SCRIPT_REPORT)
+    with raises_one_line(words, error=NotVerified):
+        check_script_report(MODEL, CODE, replace_in_report(path, value))
+
+
+def test_the_code_commit_is_checked_only_for_code_in_another_repository() -> None:
+    check_script_report(MODEL, None, replace_in_report("code_commits", []))
+
+
+def test_verify_checks_the_report_of_the_process(hub: LocalHub, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    push_folder(folder, "ann/model")
+    report = replace_in_report("commits", ["b" * 40])
+    monkeypatch.setattr("modeling_vitcls.hub.verify.run_verification", lambda *args: ({}, report))
+    with raises_one_line(f"loaded {'b' * 40}, not only ann/model at ", error=NotVerified):
         verify("ann/model")
 
 
