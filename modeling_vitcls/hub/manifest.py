@@ -26,6 +26,7 @@ from ..checkpoints import (
     read_state,
 )
 from ..files import read_json
+from .adapters import ADAPTER_PATTERNS, check_adapter, is_adapter
 from .card_renaming import rename_card
 from .card_training import get_shareable_flags
 from .code_files import CODE_LICENSE_FILE, read_code_license
@@ -80,7 +81,7 @@ RepoFiles = dict[str, Path | bytes]
 
 
 def collect_model_files(folder: Path, repo_id: str | None = None) -> RepoFiles:
-    """Return the files of a model folder to publish.
+    """Return the files of a model folder, or of an adapter, to publish.
 
     config.resolved.yaml is published without local paths, README.md with the repository id, report.html only if it
     shows no images of a local data set, and code files with their license.
@@ -92,9 +93,13 @@ def collect_model_files(folder: Path, repo_id: str | None = None) -> RepoFiles:
     Raises:
         ValueError: If the folder does not contain a complete vitcls model, or its code is in several repositories.
     """
+    paths = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
+    if is_adapter(folder):
+        check_adapter(folder)
+        adapter: RepoFiles = {name: path for name, path in paths.items() if is_match(name, ADAPTER_PATTERNS)}
+        return rename_card_in_files(adapter, folder, repo_id)
     check_is_model(folder)
     find_code_repository(folder, repo_id)
-    paths = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
     files: RepoFiles = {
         name: path for name, path in paths.items() if is_match(name, (*MODEL_PATTERNS, *EXTRA_PATTERNS))
     }
@@ -108,9 +113,14 @@ def collect_model_files(folder: Path, repo_id: str | None = None) -> RepoFiles:
     if RECIPE in files:
         flags = get_shareable_flags(yaml.safe_load(read_text(folder / RECIPE)))
         files[RECIPE] = yaml.safe_dump(flags, sort_keys=False).encode()
-    if CARD in files and repo_id is not None:
-        files[CARD] = rename_card(repo_id, read_text(folder / CARD), folder.resolve().name).encode()
-    return files
+    return rename_card_in_files(files, folder, repo_id)
+
+
+def rename_card_in_files(files: RepoFiles, folder: Path, repo_id: str | None) -> RepoFiles:
+    """Return the files with the repository id in README.md."""
+    if CARD not in files or repo_id is None:
+        return files
+    return files | {CARD: rename_card(repo_id, read_text(folder / CARD), folder.resolve().name).encode()}
 
 
 def is_match(name: str, patterns: Iterable[str]) -> bool:
