@@ -30,6 +30,8 @@ class PushOptions:
     """Also push the newest checkpoint in the folder, with the optimizer state. To resume from it, run
     `hf download ID --include "checkpoints/*" --local-dir DIR`, then the command of the run with --output-dir DIR
     --resume."""
+    endpoint_handler: bool = False
+    """Push handler.py, with which Inference Endpoints of Hugging Face serve the model."""
     verify: bool = True
     """Load the pushed commit in a new process and compare its outputs."""
     verify_only: str | None = None
@@ -84,7 +86,13 @@ def push(options: PushOptions) -> None:
     (check_adapter if is_adapter(folder) else check_is_model)(folder)
     repo_id = check_push_permissions(options.hub_model_id, folder.resolve().name, options.private)
     pushed = push_folder(
-        folder, repo_id, options.private, options.message, options.branch, with_optimizer=options.push_optimizer
+        folder,
+        repo_id,
+        options.private,
+        options.message,
+        options.branch,
+        with_optimizer=options.push_optimizer,
+        with_handler=options.endpoint_handler,
     )
     print(f"pushed    {pushed.summary}", flush=True)
     if options.verify and not is_adapter(folder):  # the outputs of an adapter depend on its base model

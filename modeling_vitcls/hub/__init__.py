@@ -16,6 +16,7 @@
     push_permissions.py        checks before training that the token may push
     manifest.py                published files of a model folder; resumable checkpoints; sample images in cards
     publish.py                 push: one commit, with retries
+    endpoint_handler.py        handler.py for Inference Endpoints; it does not import this package
     verify.py                  loads a published commit in a new process and compares its outputs
     verification_process.py    starts that process
     verification_script.py     the script of that process; it does not import this package
