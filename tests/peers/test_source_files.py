@@ -10,7 +10,16 @@ import pytest
 import timm
 import torch
 from safetensors.torch import save_file
-from test_from_state_dict import (
+from tiny_models import raises_one_line
+from torch import nn
+
+from modeling_vitcls import ViTCLSForImageClassification, ViTCLSModel
+from modeling_vitcls.conversion.convert import convert_checkpoint, load_model_file
+from modeling_vitcls.conversion.from_state_dict import convert_state_dict
+from modeling_vitcls.conversion.random_weights import randomize_weights
+from modeling_vitcls.conversion.source_files import FileSource
+from modeling_vitcls.conversion.weight_rules import ConversionError
+from peers.test_from_state_dict import (
     BIG_VISION,
     GRID,
     HEADS,
@@ -25,15 +34,6 @@ from test_from_state_dict import (
     saved,
     vit_shapes,
 )
-from tiny_models import raises_one_line
-from torch import nn
-
-from modeling_vitcls import ViTCLSForImageClassification, ViTCLSModel
-from modeling_vitcls.conversion.convert import convert_checkpoint, load_model_file
-from modeling_vitcls.conversion.from_state_dict import convert_state_dict
-from modeling_vitcls.conversion.random_weights import randomize_weights
-from modeling_vitcls.conversion.source_files import FileSource
-from modeling_vitcls.conversion.weight_rules import ConversionError
 
 
 HEAD_WIDTH = 64  # the published width of one head
