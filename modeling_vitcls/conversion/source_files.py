@@ -15,6 +15,7 @@ Families with rules are converted in from_state_dict.py; the others (`TIMM_FAMIL
 import argparse
 import math
 import re
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from torch import nn
 from ..checkpoints import file_digest
 from ..configuration_vitcls import ViTCLSConfig
 from ..errors import format_error
-from ..modeling_vitcls import ViTCLSPreTrainedModel
+from ..modeling_vitcls import ViTCLSForImageClassification, ViTCLSPreTrainedModel
 from .from_state_dict import FAMILIES, convert_state_dict
 from .from_timm import convert_from_timm
 from .head_transfer import ClassifierChoice
@@ -48,7 +49,7 @@ SIGNATURES = {
     "aimv2": r"(image_encoder\.)?preprocessor\.patchifier\.proj\.weight",
     "clip": r"(visual\.)?class_embedding",
     "beit": r".*relative_position_bias_table",
-    "eva02": r"blocks\.0\.(attn\.inner_attn_ln|mlp\.ffn_ln|attn\.rope|attn\.q_proj)\..*",
+    "eva02": r"rope\.freqs_cos|blocks\.0\.(attn\.inner_attn_ln|mlp\.ffn_ln|attn\.q_proj)\..*",
     "dinov2": r"register_tokens|blocks\.0(\.0)?\.(ls1\.gamma|mlp\.w12\.weight)",
     "ibot": r"masked_embed",
     "mae": r"decoder_embed\.weight|fc_norm\.weight",
@@ -132,9 +133,9 @@ class FileSource(TimmSource):
             if family in TIMM_FAMILIES:
                 model = build_timm_model(weights, family)
             else:
-                config = convert_state_dict(weights, family).config
-                model = build_reference(weights, family, config, file)
-                notes += describe_differences(family, config)
+                converted = convert_state_dict(weights, family)
+                model = build_reference(weights, family, converted, file)
+                notes += describe_differences(family, converted.config)
         except (KeyError, IndexError, RuntimeError) as error:  # of timm, for weights that do not fit
             raise ConversionError(f"{file} does not contain weights of {family}: {format_error(error)}") from error
         model.to(dtype=next(iter(weights.values())).dtype)
@@ -199,7 +200,8 @@ def read_file(file: Path) -> Mapping[str, Any]:
                 return dict(arrays)
         if file.suffix == ".safetensors":
             return load_file(file)
-        with torch.serialization.safe_globals([argparse.Namespace]):  # flags of the authors' training script
+        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about TorchScript archives, which raise an error
             weights = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # damaged files raise any error
         check_not_pickled_code(str(file), error)
@@ -274,17 +276,19 @@ def detect_family(weights: Weights, container: str | None, file: Path) -> str:
 # Reference models ----------------------------------------------------------------------------------------------------
 
 
-def build_reference(weights: Weights, family: str, config: ViTCLSConfig, file: Path) -> Any:
+def build_reference(weights: Weights, family: str, converted: ViTCLSPreTrainedModel, file: Path) -> Any:
     """Build timm's model of a family that this package has rules for, and load the weights with timm's functions.
 
     Args:
         weights: The state dict.
         family: One of `FAMILIES`.
-        config: Configuration of the converted model, for the sizes.
+        converted: The converted model, for the sizes.
         file: File of the weights; timm reads .npz files itself.
     """
     timm, eva, vision_transformer = import_timm()
-    is_gated, has_head = config.mlp_type != "mlp", "head.weight" in weights or "head/kernel" in weights
+    config: ViTCLSConfig = converted.config
+    is_gated = config.mlp_type != "mlp"
+    has_head = isinstance(converted, ViTCLSForImageClassification) and "linear_head.weight" not in weights
     options: dict[str, Any] = {
         "img_size": config.image_height_width,
         "patch_size": config.patch_height_width[0],
@@ -319,8 +323,8 @@ def build_reference(weights: Weights, family: str, config: ViTCLSConfig, file: P
     name = names.get(family, lambda: "vit_small_patch16_224.dino")()
     if config.num_register_tokens:
         options["reg_tokens" if family == "dinov2" else "num_reg_tokens"] = config.num_register_tokens
-    if family == "mae" and config.pooling == "mean":
-        options["global_pool"] = "avg"
+    if family == "dinov3" or (family == "mae" and config.pooling == "mean"):
+        options["global_pool"] = "token" if family == "dinov3" else "avg"
     if family == "big_vision":
         return load_npz(timm, name, options, config, file)
     model = timm.create_model(name, pretrained=False, **options)
@@ -375,7 +379,8 @@ def build_timm_model(weights: Weights, family: str) -> Any:
             f"{patch_size}. Use timm:NAME"
         )
     side = math.isqrt(positions.shape[-2])
-    options: dict[str, Any] = {"img_size": side * patch_size, "num_classes": 0}
+    blocks = {int(match[1]) for name in weights if (match := re.search(r"blocks\.(\d{1,9})\.", name))}
+    options: dict[str, Any] = {"img_size": side * patch_size, "depth": len(blocks), "num_classes": 0}
     for head in ("visual.proj", "proj"):
         options["num_classes"] = weights[head].shape[1] if head in weights else options["num_classes"]
     if "head.weight" in weights:
