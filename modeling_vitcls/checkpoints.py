@@ -120,6 +120,17 @@ class CheckpointStore:
             )
         return None
 
+    def best(self) -> Checkpoint:
+        """Return the checkpoint with the best evaluation.
+
+        Raises:
+            ValueError: in one line, if there is none, or it is damaged.
+        """
+        for step in reversed(self.steps()):
+            if was_best(self.path(step)):
+                return read_checkpoint(self.path(step))
+        raise ValueError(f"{self.folder} contains no checkpoint with the best evaluation. Restart with --overwrite")
+
     def clear(self) -> None:
         """Remove all checkpoints of an earlier run, and the folder if it contains nothing else."""
         self.remove_leftovers()

@@ -14,7 +14,6 @@ import inspect
 import pickle
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,7 +22,14 @@ from torch import nn
 
 from ..errors import format_error
 from ..hub.connection import iter_causes
-from ..hub.loading import CONFIG_FILES, get_any_model_folder, get_cached_commit, get_model_folder, load_timm
+from ..hub.loading import (
+    CONFIG_FILES,
+    get_any_model_folder,
+    get_cached_commit,
+    get_model_folder,
+    load_timm,
+    split_revision,
+)
 from ..modeling_vitcls import ViTCLSPreTrainedModel
 from .from_timm import convert_from_timm
 from .from_transformers import CONVERTIBLE_CLASSES, convert_from_transformers
@@ -51,6 +57,9 @@ PARTIAL_CLASSES = {
     "DINOv3ViTBackbone": "DINOv3ViTModel",
     "PixioBackbone": "PixioModel",
 }
+
+
+WHAT_TO_DO_WITH_VITCLS = "Use it as --model, or write it as a class of transformers with --to transformers --model"
 
 
 class SourceModel(ABC):
@@ -188,6 +197,8 @@ class TransformersSource(SourceModel):
                     "transformers, or timm:NAME"
                 ) from error
             raise OSError(f"transformers cannot read the configuration of {path}: {format_error(error)}") from error
+        if config.model_type == "vitcls":
+            raise ConversionError(f"{path} is a ViTCLS model already. {WHAT_TO_DO_WITH_VITCLS}")
         model_class = get_convertible_class(config)
         if random_init:
             return cls(path, folder, randomize_weights(model_class(config)), [])
@@ -278,12 +289,6 @@ def load_source(source: str, random_init: bool = False) -> SourceModel:
     if project not in LOADERS or not name:
         raise ConversionError(f"source {source!r} is not supported. Use timm:NAME or transformers:PATH_OR_ID")
     return LOADERS[project](name, random_init)
-
-
-def split_revision(name: str) -> tuple[str, str | None]:
-    """Split a name at the last `@` into path and revision; None for an existing folder or without `@`."""
-    path, _, revision = name.rpartition("@")
-    return (path, revision) if path and revision and not Path(name).exists() else (name, None)
 
 
 def get_convertible_class(config: transformers.PreTrainedConfig) -> Any:

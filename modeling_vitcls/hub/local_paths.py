@@ -52,6 +52,11 @@ def make_relative(name: Any) -> Any:
     return prefix + (relative if relative.startswith(RELATIVE_STARTS) else f"./{relative}")
 
 
+def can_publish_images(flags: dict[str, Any]) -> bool:
+    """Return whether images of the data set may be published: it is not local, or `--card-samples` was set."""
+    return bool(flags.get("card_samples")) or not is_local(flags.get("dataset"))
+
+
 def strip_folders(name: str) -> str:
     """Return a resolved name for publication: local paths are reduced to their last component."""
     prefix, path = split_prefix(name)

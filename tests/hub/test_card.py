@@ -92,7 +92,7 @@ def test_text_says_tokens_results_and_how_to_load(card: ModelCard) -> None:
     assert "| Accuracy | 98.33% |" in card.text
     assert "360 images of the held-out split" in card.text
     assert "Top-5" not in card.text  # was not measured
-    loading = 'pipeline("image-classification", model="my-model", revision="<commit hash>", trust_remote_code=True)'
+    loading = 'pipeline("image-classification", model="my-model", revision="main", trust_remote_code=True)'
     assert loading in card.text and 'revision = "<commit hash>"' in card.text
     assert card.text.count("from_pretrained(") == card.text.count("revision=revision") == 2
     assert "torch 2.15.0" in card.text
@@ -100,7 +100,7 @@ def test_text_says_tokens_results_and_how_to_load(card: ModelCard) -> None:
 
 def test_no_section_is_empty(card: ModelCard) -> None:
     sections = re.split(r"^#+ .*$", card.text, flags=re.MULTILINE)[1:]
-    assert len(sections) == 9
+    assert len(sections) == 10
     assert all(section.strip() for section in sections)
     assert not re.search(r"More Information Needed|None|\{\{|\{%|\n\n\n", card.text)
 
@@ -297,7 +297,7 @@ def test_results_of_several_tasks() -> None:
     assert "| light: Accuracy | 90.00% (95 % interval: 80.00% to 95.00%) |" in card.text
     assert "place: Accuracy" not in card.text
     assert "light, per class:" in card.text and "place, per class:" in card.text and "| `wood` | 160 |" in card.text
-    assert "pipeline(" not in card.text  # it knows no tasks
+    assert "pipeline(" not in card.text and card.data.pipeline_tag == "image-feature-extraction"
 
 
 def test_layout_leaves_out_groups_without_tokens() -> None:
@@ -431,8 +431,11 @@ def test_an_encoder_says_what_was_asked_of_it() -> None:
     assert card.data.pipeline_tag == "image-feature-extraction" and card.data.license is None
     assert "| Mask ratio | 0.6 |" in card.text
     assert "smoothing" not in card.text  # there are no labels
+    unused = {"head_type": "mlp", "pooling": "mean", "trainable": "head"}
+    text = str(build_encoder_card("my-encoder", CONFIG, results, flags | unused))
+    assert "head" not in text.replace("4 heads", "") and "classifier" not in text and "pooling" not in text
     sections = re.split(r"^#+ .*$", card.text, flags=re.MULTILINE)[1:]
-    assert len(sections) == 9 and all(section.strip() for section in sections)
+    assert len(sections) == 10 and all(section.strip() for section in sections)
     assert not re.search(r"More Information Needed|None|\{\{|\{%|\n\n\n", card.text)
 
 

@@ -111,12 +111,29 @@ def test_a_push_is_one_commit_of_what_belongs_to_the_model(hub: LocalHub, folder
     assert pushed.url == f"{hub.url}/ann/model/commit/{pushed.commit}"
     accompanying = {"README.md", "results.json", "config.resolved.yaml", "pictures/attention.png"}
     essential = CODE | {WEIGHTS, "config.json", "preprocessor_config.json"}
-    assert set(hub.files("ann/model")) == {".gitattributes"} | essential | accompanying
+    assert set(hub.files("ann/model")) == {".gitattributes", "CODE_LICENSE"} | essential | accompanying
+    assert hub.read("ann/model", "CODE_LICENSE") == (Path(__file__).parents[2] / "LICENSE").read_bytes()
     for name in essential | accompanying - {"config.resolved.yaml"}:
         assert hub.read("ann/model", name) == (folder / name).read_bytes()
     assert hub.files("ann/model")[WEIGHTS].is_lfs
     assert not hub.repositories["ann/model"].private
     assert snapshot(folder) == before
+
+
+def test_the_report_is_pushed_unless_it_shows_images_of_a_local_data_set(hub: LocalHub, folder: Path) -> None:
+    (folder / "report.html").write_text("<html>")
+    recipe = folder / "config.resolved.yaml"
+    for flags, is_pushed in (
+        ({"dataset": "digits"}, True),
+        ({"dataset": "/home/ann/photos"}, False),
+        ({"dataset": "/home/ann/photos", "card_samples": True}, True),
+    ):
+        recipe.write_text(yaml.safe_dump(flags))
+        push_folder(folder, "ann/model")
+        assert ("report.html" in hub.files("ann/model")) == is_pushed
+    recipe.unlink()  # then nobody knows whose images the report shows
+    push_folder(folder, "ann/model")
+    assert "report.html" not in hub.files("ann/model")
 
 
 def test_the_recipe_is_pushed_without_the_paths_of_this_machine(hub: LocalHub, folder: Path) -> None:
