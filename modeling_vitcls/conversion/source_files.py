@@ -6,8 +6,8 @@
 1. The file is read without running code: .npz, .safetensors, or a pickle of tensors.
 2. Containers (`teacher`, `target_encoder`, `model`, ...) and prefixes (`module.`, `backbone.`) are removed.
 3. The family is detected by names that only its weights have. Other files require a family.
-4. timm's module of the family loads the same weights. Positions for other image sizes are resampled as in the
-   authors' code, which is often not as in timm.
+4. timm's module of the family loads the same weights. For other image sizes, its positions are replaced by positions
+   that this package resamples as in the authors' code, which is often not as in timm.
 
 Families with rules are converted in from_state_dict.py; the others (`TIMM_FAMILIES`) by way of timm's module.
 """
@@ -29,6 +29,7 @@ from ..checkpoints import file_digest
 from ..configuration_vitcls import ViTCLSConfig
 from ..errors import format_error
 from ..modeling_vitcls import ViTCLSForImageClassification, ViTCLSPreTrainedModel
+from ..positions_vitcls import resample_positions
 from .from_state_dict import FAMILIES, convert_state_dict
 from .from_timm import convert_from_timm
 from .head_transfer import ClassifierChoice
@@ -159,8 +160,9 @@ class FileSource(TimmSource):
         if self.family in FAMILIES and self.model.pos_embed is not None:
             config = convert_state_dict(self.weights, self.family).config
             num_prefix = 0 if self.model.no_embed_class else self.model.num_prefix_tokens
-            positions = resample_positions(self.model.pos_embed.data, num_prefix, model.patch_embed.grid_size, config)
-            model.pos_embed.data = positions
+            prefix, patches = self.model.pos_embed.data.tensor_split([num_prefix], dim=1)
+            patches = resample_positions(patches, config.grid_size, model.patch_embed.grid_size, config)
+            model.pos_embed.data = torch.cat([prefix, patches], dim=1)
         return model
 
     def compute_outputs(self, pixel_values: torch.Tensor) -> Outputs:
@@ -405,21 +407,6 @@ def import_timm() -> tuple[Any, Any, Any]:
     except ImportError as error:
         raise ConversionError("a file requires timm, but it is not installed. Run pip install timm") from error
     return timm, eva, vision_transformer
-
-
-def resample_positions(
-    positions: torch.Tensor, num_prefix: int, grid: tuple[int, int], config: ViTCLSConfig
-) -> torch.Tensor:
-    """Resample positions [1, N, D] as in the authors' code, which the configuration describes."""
-    prefix, patches = positions[:, :num_prefix], positions[:, num_prefix:]
-    maps = patches.unflatten(1, config.grid_size).permute(0, 3, 1, 2)  # [1, D, rows, columns]
-    offset = config.position_offset
-    factors = [(new + offset) / old for new, old in zip(grid, config.grid_size, strict=True)]
-    target: dict[str, Any] = {"scale_factor": factors} if offset else {"size": grid}
-    maps = nn.functional.interpolate(
-        maps, **target, mode=config.position_interpolation, antialias=config.position_antialias, align_corners=False
-    )
-    return torch.cat([prefix, maps.flatten(2).transpose(1, 2)], dim=1)
 
 
 def describe_differences(family: str, config: ViTCLSConfig) -> list[str]:
