@@ -14,6 +14,7 @@ from .version import __version__
 
 
 if TYPE_CHECKING:
+    from .api import evaluate, finetune, inspect_tokens, predict, pretrain
     from .configuration_vitcls import TokenLayout, ViTCLSConfig
     from .conversion.from_state_dict import convert_state_dict
     from .conversion.from_timm import convert_from_timm
@@ -45,10 +46,16 @@ __all__ = [
     "convert_from_transformers",
     "convert_state_dict",
     "convert_to_transformers",
+    "evaluate",
+    "finetune",
+    "inspect_tokens",
+    "predict",
+    "pretrain",
 ]
 
 # Module -> its public names.
 PUBLIC = {
+    "api": ("evaluate", "finetune", "inspect_tokens", "predict", "pretrain"),
     "configuration_vitcls": ("TokenLayout", "ViTCLSConfig"),
     "conversion.from_state_dict": ("convert_state_dict",),
     "conversion.from_timm": ("convert_from_timm",),

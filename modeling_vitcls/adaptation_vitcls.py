@@ -312,8 +312,7 @@ ADAPTERS: dict[str, Callable[[Weight], Adapted]] = {
 def load_checkpoint(load: Callable[..., Any], source: Any, *args: Any, **kwargs: Any) -> Any:
     """Return `load(source, ...)`, a `from_pretrained`, with errors in one line that name the file or weight.
 
-    transformers reports mismatched weights in a table, does not name a damaged file, and builds a model of default
-    size if config.json is missing.
+    transformers reports mismatched weights in a table, and builds a default model if config.json is missing.
 
     Raises:
         OSError: for a folder, config.json or weights that are missing or damaged.

@@ -7,8 +7,7 @@
     TokenGates                        a learned gate on added tokens (`config.gated_tokens`)
 
 `build_attention_mask` combines them into what an attention implementation adds to the scores before the softmax. All
-tokens can attend to special tokens. `config.cls_scopes` hides patches from a CLS token only: patches and registers
-still attend to the whole image.
+tokens can attend to special tokens. `config.cls_scopes` hides patches from CLS tokens only.
 """
 
 from typing import Any
@@ -191,8 +190,7 @@ class TokenGates(nn.Module):
 
     - It is linear in g. The gradient with respect to log(g) would be a millionth of the gradient of an open token.
     - g is 50 times its magnitude, because a gate moves from 0 to 1 while other weights are about 0.02.
-    - Its sign is ignored. A gate clamped at zero would stay there after one step below zero. A gate that is rounded to
-      zero in half precision still learns.
+    - Its sign is ignored. A gate clamped at zero would stay there after one step below zero.
     """
 
     SCALE = 50.0

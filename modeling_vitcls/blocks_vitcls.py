@@ -41,10 +41,7 @@ def build_norm(config: ViTCLSConfig, width: int | None = None) -> nn.Module:
 
 # Embeddings ----------------------------------------------------------------------------------------------------------
 class ViTCLSPatchEmbeddings(nn.Module):
-    """Split images into patches and project each patch. Pixels beyond the last whole patch are ignored.
-
-    Shapes: [B, C, H, W] -> [B, rows * columns, D], row by row.
-    """
+    """Project each patch, [B, C, H, W] -> [B, rows * columns, D]; pixels beyond the last whole patch are ignored."""
 
     def __init__(self, config: ViTCLSConfig) -> None:
         super().__init__()
@@ -61,14 +58,10 @@ class ViTCLSPatchEmbeddings(nn.Module):
         return patches if self.norm is None else self.norm(patches)
 
     def get_grid_size(self, pixel_values: Tensor) -> tuple[int, int]:
-        """Return rows and columns of patches in these images.
-
-        Raises:
-            ValueError: if `pixel_values` is not [B, C, H, W], has other channels, or is smaller than one patch.
-        """
-        if pixel_values.ndim != 4:
+        """Return rows and columns of patches. Raises ValueError for images that the model does not accept."""
+        if pixel_values.ndim != 4 or pixel_values.shape[0] == 0:
             raise ValueError(
-                f"pixel_values has shape {tuple(pixel_values.shape)}: pass [batch, channels, height, width]"
+                f"pixel_values has shape {tuple(pixel_values.shape)}: pass images [batch, channels, height, width]"
             )
         _, channels, height, width = pixel_values.shape
         if channels != self.num_channels:
@@ -78,18 +71,13 @@ class ViTCLSPatchEmbeddings(nn.Module):
             )
         patch_height, patch_width = self.patch_size
         if height < patch_height or width < patch_width:
-            raise ValueError(
-                f"the images are {height} x {width} pixels, smaller than one patch of {patch_height} x {patch_width}: "
-                "enlarge them"
-            )
+            size, patch = f"{height} x {width}", f"{patch_height} x {patch_width}"
+            raise ValueError(f"the images are {size} pixels, smaller than one patch of {patch}: enlarge them")
         return height // patch_height, width // patch_width
 
 
 class ViTCLSEmbeddings(nn.Module):
-    """Build the token sequence: special tokens first, then patches, all with their positions.
-
-    Shapes: pixel_values [B, C, H, W] -> [B, N, D], N = special tokens + patches. Groups without tokens are None.
-    """
+    """Build the token sequence [B, N, D] of images [B, C, H, W]: special tokens, then patches, with positions."""
 
     def __init__(self, config: ViTCLSConfig) -> None:
         super().__init__()
@@ -141,10 +129,7 @@ class ViTCLSEmbeddings(nn.Module):
 
 
 class LearnedPositions(nn.Module):
-    """A learned vector for each patch, and for the special tokens that `config.position_embedding_tokens` names.
-
-    For images of another size the vectors of the patches are resampled (ViT, section 3.2).
-    """
+    """Learned positions of patches, resampled to other grids, and of `config.position_embedding_tokens`."""
 
     def __init__(self, config: ViTCLSConfig) -> None:
         super().__init__()

@@ -50,10 +50,17 @@ class Checkpoint:
     folder: Path
     step: int
     facts: dict[str, Any]
+    files: dict[str, str]  # name -> SHA-256, of all files except state.json
 
     def tensors(self, name: str) -> Tensors:
-        """Return the tensors in `name`.safetensors, on the CPU."""
-        return load_file(self.folder / f"{name}.safetensors")
+        """Return the tensors of `name`.safetensors on the CPU. Raises DamagedCheckpoint if it has no checksum."""
+        file = f"{name}.safetensors"
+        if file not in self.files:
+            raise DamagedCheckpoint(f"the checkpoint {self.folder} is damaged: {STATE_FILE} has no checksum of {file}")
+        try:
+            return load_file(self.folder / file)
+        except SafetensorError as error:
+            raise DamagedCheckpoint(f"the checkpoint {self.folder} is damaged: {file} ({error})") from error
 
 
 class CheckpointStore:
@@ -112,6 +119,17 @@ class CheckpointStore:
                 "--overwrite instead of --resume"
             )
         return None
+
+    def best(self) -> Checkpoint:
+        """Return the checkpoint with the best evaluation.
+
+        Raises:
+            ValueError: in one line, if there is none, or it is damaged.
+        """
+        for step in reversed(self.steps()):
+            if was_best(self.path(step)):
+                return read_checkpoint(self.path(step))
+        raise ValueError(f"{self.folder} contains no checkpoint with the best evaluation. Restart with --overwrite")
 
     def clear(self) -> None:
         """Remove all checkpoints of an earlier run, and the folder if it contains nothing else."""
@@ -226,21 +244,34 @@ def read_checkpoint(folder: Path) -> Checkpoint:
             raise DamagedCheckpoint(f"the checkpoint {folder} is damaged: {name} is missing")
         if file_digest(file) != expected:
             raise DamagedCheckpoint(f"the checkpoint {folder} is damaged: {name} differs from the written file")
-    return Checkpoint(folder, state["step"], state["facts"])
+    return Checkpoint(folder, state["step"], state["facts"], state["files"])
 
 
 def read_state(folder: Path) -> dict[str, Any]:
-    """Return the content of state.json. Raise DamagedCheckpoint if it differs from the written content."""
+    """Return the content of state.json. Raises DamagedCheckpoint unless it is as it was written."""
+    if not (folder / STATE_FILE).is_file():
+        raise DamagedCheckpoint(f"the checkpoint {folder} is damaged: {STATE_FILE} is missing")
     try:
         state = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
         expected = state.pop("sha256")
-    except FileNotFoundError:
-        raise DamagedCheckpoint(f"the checkpoint {folder} is damaged: {STATE_FILE} is missing") from None
-    except (ValueError, KeyError, TypeError, AttributeError):  # not JSON, not an object, or without checksum
-        raise DamagedCheckpoint(f"the checkpoint {folder} is damaged: {STATE_FILE} cannot be read") from None
-    if digest(state) != expected:
+        is_undamaged = digest(state) == expected
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):  # not a JSON object with a checksum
+        raise DamagedCheckpoint(f"the checkpoint {folder} is damaged: {STATE_FILE} is unreadable") from None
+    if not is_undamaged or not is_state(state):
         raise DamagedCheckpoint(f"the checkpoint {folder} is damaged: {STATE_FILE} differs from the written file")
     return state
+
+
+def is_state(state: dict[str, Any]) -> bool:
+    """Return whether a JSON object has the fields of state.json, and names only files of the same folder."""
+    files, facts = state.get("files"), state.get("facts")
+    return (
+        type(state.get("step")) is int
+        and isinstance(facts, dict)
+        and isinstance(facts.get("flags", {}), dict)
+        and isinstance(files, dict)
+        and all(Path(name).name == name and isinstance(sha256, str) for name, sha256 in files.items())
+    )
 
 
 def format_state(state: dict[str, Any]) -> str:

@@ -10,6 +10,7 @@ appear at once. The programs are in commands/; nothing in the package imports th
 
 import difflib
 import importlib
+import logging
 import os
 import shutil
 import sys
@@ -105,6 +106,8 @@ def run_program(name: str, flags: list[str]) -> None:
     if hasattr(module, "check"):
         module.check(options)
 
+    # torchao, which transformers imports if it is installed, uses a deprecated function of PyTorch 2.15.
+    logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)
     from .configuration_vitcls import ViTCLSConfig
 
     ViTCLSConfig.register_auto_classes()  # __init__.py leaves it to this program

@@ -10,6 +10,16 @@ tiers: what you choose, and what other projects' checkpoints need. All checks of
 that a model that can be constructed can also run. This file builds no modules.
 """
 
+import transformers
+
+
+MIN_TRANSFORMERS = (5, 4)
+if tuple(map(int, transformers.__version__.split(".")[:2])) < MIN_TRANSFORMERS:  # older versions fail in the imports
+    raise ImportError(
+        f"This checkpoint requires transformers >= {'.'.join(map(str, MIN_TRANSFORMERS))}, but "
+        f"{transformers.__version__} is installed. Run: pip install -U transformers"
+    )
+
 import dataclasses
 import difflib
 import importlib
@@ -18,7 +28,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, ClassVar, Literal
 
-import transformers
 from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassError
 from transformers.activations import ACT2FN
@@ -74,6 +83,8 @@ SIZE_LIMITS: dict[str, tuple[int, int]] = {
     **dict.fromkeys(("attention_head_size", "attention_pool_heads"), (1, 1_000_000)),
     "attention_pool_intermediate_size": (1, 1_000_000),
 }
+# Fields that config.json contains even at their defaults, unless they are None.
+SAVED_FIELDS = {"image_size", "patch_size", "pooling", *SIZE_LIMITS}
 MAX_LABELS = 1_000_000  # maximum number of labels of one classifier
 
 # Field -> values that `merged_patches_per_layer` supports; others need single positions, or several sets of keys.
@@ -133,16 +144,14 @@ def raise_one_line_errors() -> Iterator[None]:
 class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
     r"""Configuration of a Vision Transformer with configurable CLS, distillation and register tokens.
 
-    The defaults are ViT-B/16 at 224 pixels (Dosovitskiy et al. 2020, arXiv 2010.11929, table 1): one CLS token, 196
-    patches, a sequence of 197 tokens.
+    The defaults are ViT-B/16 at 224 pixels (arXiv 2010.11929, table 1): one CLS token and 196 patches.
 
     **What you choose**
 
     Tokens:
         num_cls_tokens (`int`, defaults to 1): Number of CLS tokens, at the start of the sequence. With 0, the model
             has no CLS token. Several CLS tokens serve several tasks (`tasks`) or parts of the image (`cls_scopes`).
-        num_distillation_tokens (`int`, defaults to 0): Number of tokens that learn from a teacher (DeiT, arXiv
-            2012.12877, section 4).
+        num_distillation_tokens (`int`, defaults to 0): Number of tokens that learn from a teacher (DeiT, 2012.12877).
         num_register_tokens (`int`, defaults to 0): Number of tokens without a task, in which the model can keep global
             information that it would otherwise store in patches (Darcet et al. 2023, arXiv 2309.16588).
         use_mask_token (`bool`, defaults to `False`): Whether the model has a learned token that replaces masked
@@ -168,8 +177,7 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
         pooled_cls_tokens (`list[int]`, *optional*): Indices of the CLS tokens that are pooled. Default: all.
         head_type (`"linear"` or `"mlp"`, defaults to `"linear"`): `"mlp"` is Linear, GELU, Linear.
         head_hidden_size (`int`, *optional*): Hidden size of the MLP head. Default: `hidden_size`.
-        distillation_head (`bool`, *optional*): Whether the distillation token has its own classifier. Default: `True`
-            if the model has a distillation token.
+        distillation_head (`bool`, *optional*): Whether the distillation token has a classifier. Default: `True`.
         distillation_inference (`"mean"`, `"cls"` or `"distillation"`, defaults to `"mean"`): Which logits are returned
             in inference if there are two heads (DeiT, section 5.2: their mean).
 
@@ -208,12 +216,11 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
 
     Masked image modeling:
         mim_loss (`"l1"` or `"l2"`, defaults to `"l1"`): Loss on masked pixels, as in SimMIM (arXiv 2111.09886) or MAE.
-        norm_pixel_target (`bool`, defaults to `False`): Whether the target pixels are normalized per patch (MAE, arXiv
-            2111.06377, section 3).
+        norm_pixel_target (`bool`, defaults to `False`): Whether the target pixels are normalized per patch (MAE).
 
     Backbone:
-        out_features, out_indices (`list`, *optional*): Stages whose feature maps `ViTCLSBackbone` returns: `"stem"`,
-            `"stage1"`, ... Default: the last stage.
+        out_features, out_indices (`list`, *optional*): Stages of `ViTCLSBackbone`, `"stem"`, `"stage1"`, ... Default:
+            the last stage.
         apply_layernorm (`bool`, defaults to `True`): Whether the final norm is also applied to earlier stages.
         reshape_hidden_states (`bool`, defaults to `True`): Reshape tokens to [batch, channels, rows, columns].
 
@@ -223,12 +230,12 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
         position_embedding_tokens (`"patches"`, `"cls"` or `"all"`, defaults to `"cls"`): Tokens that have a learned
             position: patches only, CLS and patches (ViT, DINOv2), or all tokens.
         position_interpolation (`"bicubic"`, `"bilinear"` or `"crop"`, defaults to `"bicubic"`): How learned positions
-            are resampled for other image sizes. `"crop"` resamples bilinearly to a square that covers the image, and
-            crops it (RADIO).
+            are resampled for other image sizes. `"crop"` crops a square that covers the image (RADIO).
         position_antialias (`bool`, defaults to `False`): Whether downsampling of learned positions uses antialiasing.
-        position_offset (`float`, defaults to 0.0): Number that is added to the size of the new grid to compute the
-            scale factor (0.1 in the original code of DINOv2).
+        position_offset (`float`, defaults to 0.0): Number added to the new grid size (0.1 in DINO, iBOT and DINOv2).
         rope_theta (`float`, defaults to 100.0): Base period of the rotary positions.
+        rope_periods (`list[float]`, *optional*): `head_dim / 4` rotary periods, for checkpoints that store rounded
+            periods (DINOv3). Default: computed in float32 from `rope_theta`.
         rope_coordinates (`"centered"` or `"grid"`, defaults to `"centered"`): Rotary coordinates: patch centers from
             -1 to 1 over the image (DINOv3), or patch indices (EVA-02).
         rope_reference_grid (`[rows, columns]`, *optional*): Grid to which `"grid"` coordinates are scaled.
@@ -252,8 +259,7 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
     Biases:
         patch_bias (`bool`, defaults to `True`): Bias of the patch projection (CLIP has none).
         qkv_bias (`bool`, defaults to `True`): Biases of the query, key and value projections.
-        query_bias, key_bias, value_bias (`bool`, *optional*): Bias of one projection (DINOv3 has no key bias).
-            Default: `qkv_bias`.
+        query_bias, key_bias, value_bias (`bool`, *optional*): Bias of one projection. Default: `qkv_bias`.
         projection_bias, mlp_bias (`bool`, defaults to `True`): Biases of the attention output projection and the MLP.
 
     Pooling:
@@ -337,6 +343,7 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
     position_antialias: bool = False
     position_offset: float | int = 0.0
     rope_theta: float | int = 100.0
+    rope_periods: list[float] | None = None
     rope_coordinates: Literal["centered", "grid"] = "centered"
     rope_reference_grid: list[int] | tuple[int, int] | None = None
     rope_grid_offset: float | int = 0.0
@@ -430,6 +437,13 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
         self.auto_map = self.build_auto_map()
         super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
 
+    def to_diff_dict(self) -> dict[str, Any]:
+        """Return the values to save: `SAVED_FIELDS` that are not None, and fields that differ from defaults."""
+        defaults: dict[str, Any] = {field.name: field.default for field in dataclasses.fields(self)}
+        defaults |= dict.fromkeys(SAVED_FIELDS)
+        values = super().to_diff_dict()
+        return {name: value for name, value in values.items() if name not in defaults or value != defaults[name]}
+
     def build_auto_map(self) -> dict[str, str]:
         """Build the map from Auto class to file and class. A multi-task checkpoint has its own classifier."""
         if self.tasks is None:
@@ -444,10 +458,19 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
         over `trust_remote_code` and `revision` in every later load of this process.
 
         The files are imported by name, because they import this file. The remote-code loader of transformers finds the
-        files that it has to copy by these two lines:
+        files that it has to copy by these lines (in versions before 5.17, only by lines of this file):
 
-            from .image_processing_vitcls import ViTCLSImageProcessor
-            from .modeling_vitcls import ViTCLSModel
+            from .adaptation_vitcls import *
+            from .attention_masks_vitcls import *
+            from .blocks_vitcls import *
+            from .cpu_kernels_vitcls import *
+            from .fast_image_processing_vitcls import *
+            from .heads_vitcls import *
+            from .image_processing_vitcls import *
+            from .modeling_vitcls import *
+            from .positions_vitcls import *
+            from .token_attention_vitcls import *
+            from .variants_vitcls import *
         """
         images = importlib.import_module(".image_processing_vitcls", __package__)
         models = importlib.import_module(".modeling_vitcls", __package__)
@@ -743,10 +766,13 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
 
     # Checks of what other projects' checkpoints need -----------------------------------------------------------------
     def validate_rope_reference_grid(self) -> None:
-        """Check that the reference grid of rotary positions has rows and columns."""
+        """Check the reference grid and the periods of rotary positions."""
         grid = self.rope_reference_grid
         if grid is not None and (len(grid) != 2 or min(grid) < 1):
             raise ValueError(f"`rope_reference_grid` must be two positive numbers [rows, columns], but it is {grid}.")
+        periods, count = self.rope_periods, self.head_dim // 4
+        if periods is not None and (len(periods) != count or not 0 < min(periods) <= max(periods) < math.inf):
+            raise ValueError(f"`rope_periods` must be head_dim / 4 = {count} positive numbers, but it is {periods}.")
 
     def validate_attention_pool(self) -> None:
         """Check that the heads of the attention pooler divide the hidden size."""

@@ -366,7 +366,6 @@ if HAS_ONEDNN and torch.backends.cpu.get_cpu_capability().startswith("AVX512") a
 
 
 # Half precision on CPUs without its instructions ---------------------------------------------------------------------
-#
 # PyTorch multiplies such numbers one by one there, 8 times as slowly as float32, and a checkpoint saved in bfloat16 is
 # loaded in bfloat16. Sums are float32 in both ways. The backward pass keeps tensors in half precision.
 
@@ -447,7 +446,6 @@ def can_recompute(inputs: Tensor) -> bool:
 
 
 # Chunked attention ---------------------------------------------------------------------------------------------------
-#
 # Scores, softmax and weighted sum for a few images at a time, so that the scores stay in the cache. The backward pass
 # recomputes the weights chunk by chunk.
 
@@ -496,8 +494,7 @@ def prefers_chunks(query: Tensor, key: Tensor) -> bool:
 def chunked_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
     """Return the attended values [B, n, heads, d] of queries [B, heads, n, d], keys and values [B, heads, N, d].
 
-    The mask, [B or 1, heads or 1, n or 1, N] or None, is boolean (true: visible) or additive. The softmax is computed
-    in the dtype of the scores.
+    The mask, [B or 1, heads or 1, n or 1, N] or None, is boolean (true: visible) or additive.
     """
     if torch.compiler.is_compiling():  # compilers choose their own chunks
         return mix_values(query * scaling, key, value, mask).contiguous()

@@ -1,4 +1,4 @@
-"""Read JSON, write files atomically, and detect closed pipes."""
+"""Read JSON, write files atomically, show text from files, and detect closed pipes."""
 
 import json
 import os
@@ -22,6 +22,11 @@ def read_json(file: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError(f"cannot read {file}: it does not contain a JSON object")
     return content
+
+
+def replace_control_characters(text: str) -> str:
+    """Return text in one line, with control characters and invalid bytes of file names replaced."""
+    return "".join(char if char.isprintable() else " " if char.isspace() else "\ufffd" for char in text)
 
 
 def write_json(file: Path, values: dict[str, Any]) -> None:

@@ -196,8 +196,7 @@ def cross_entropy(
     """Return the cross-entropy of logits [B, C] with classes [B]; -100 is ignored, and a batch of only -100 gives 0.
 
     Raises:
-        ValueError: for another number of labels than images, or a label beyond the classes (on the CPU; PyTorch
-            does not check classes elsewhere).
+        ValueError: for another number of labels than images, or, on the CPU only, a label beyond the classes.
     """
     if labels.numel() != logits.shape[0]:
         raise ValueError(

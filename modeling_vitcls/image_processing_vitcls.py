@@ -211,8 +211,7 @@ class ViTCLSImageProcessor(ViTCLSBaseImageProcessor, TorchvisionBackend):  # typ
         - Bit depth: 1 bit becomes 0 and 255. 16 bits (PIL modes `I;16` and `I`, `uint16` arrays) are divided by 257,
           never clipped. Other arrays contain 0 to 255, or any floats with `do_rescale=False`. PIL's float mode `F` has
           no defined range and raises an error.
-        - Channels, `do_convert_rgb=True`: Gray, palette, CMYK and all other modes become RGB. Transparent images are
-          composited on white.
+        - Channels, `do_convert_rgb=True`: All modes become RGB. Transparent images are composited on white.
         - Channels, `do_convert_rgb=False`: Gray images have 1 channel (transparency is composited on white), color
           images 3, transparent color images 4; arrays are unchanged. `image_mean` and `image_std` need one value per
           channel. For a model with `num_channels=1`: `do_convert_rgb=False, image_mean=[0.5], image_std=[0.5]`.
@@ -226,8 +225,7 @@ class ViTCLSImageProcessor(ViTCLSBaseImageProcessor, TorchvisionBackend):  # typ
         do_resize (`bool`, defaults to `True`): Whether to resize to `size`.
         size (`dict` or `int`, defaults to `{"height": 224, "width": 224}`): Size in pixels, exact or with the aspect
             ratio of the image: `{"shortest_edge": 256}`, usually before a center crop. An `int` is height and width.
-        resample (`PILImageResampling`, defaults to bicubic): Filter for resizing, with antialiasing: 0 (nearest),
-            1 (Lanczos), 2 (bilinear) or 3 (bicubic).
+        resample (`int`, defaults to 3): Filter with antialiasing: 0 nearest, 1 Lanczos, 2 bilinear, 3 bicubic.
         do_center_crop (`bool`, *optional*): Whether to crop `crop_size` from the center.
         crop_size (`dict` or `int`, *optional*): Crop size in pixels, at most the size after resizing.
         crop_rounding (`"down"` or `"even"`, defaults to `"down"`): Rounding of crop margins that are not whole pixels:
@@ -240,7 +238,6 @@ class ViTCLSImageProcessor(ViTCLSBaseImageProcessor, TorchvisionBackend):  # typ
     Raises:
         ValueError: If a file is missing, truncated or not an image, an object is not an image, sizes, channels or
             values contradict each other, or a setting is misspelled. The message is one line and names the cause.
-        ImportError: At construction, if torchvision is not installed. `ViTCLSImageProcessorPil` does not need it.
     """
 
     _checked_settings: tuple[Any, ...] | None = None  # settings of the last successful call, if the fast path applies

@@ -150,6 +150,7 @@ class ViTCLSPreTrainedModel(AdaptableModel):
         if not config._unchecked:
             config.validate()  # fields may have been set since its construction
         super().__init__(config, *args, **kwargs)
+        self.num_features = config.hidden_size  # as in timm
 
     def post_init(self) -> None:
         """Initialize the weights, then install the CPU kernels (VITCLS_CPU_KERNELS=0: plain PyTorch)."""
@@ -187,6 +188,10 @@ class ViTCLSPreTrainedModel(AdaptableModel):
             init.constant_(module.gates, module.CLOSED)
         else:
             super()._init_weights(module)  # norms
+
+    def forward_features(self, pixel_values: Tensor) -> Tensor:
+        """Return the encoded tokens of images [B, C, H, W], [B, N, D], like the method of this name in timm."""
+        return self.base_model(pixel_values).last_hidden_state
 
     def token_attention(
         self,
@@ -269,6 +274,7 @@ class ViTCLSModel(ViTCLSPreTrainedModel):
         bool_masked_pos: Tensor | None = None,
         attention_mask: Tensor | None = None,
         num_tokens_read: int | None = None,
+        interpolate_pos_encoding: bool = True,
         **kwargs: Unpack[TransformersKwargs],
     ) -> ViTCLSModelOutput:
         """Encode images.
@@ -277,8 +283,8 @@ class ViTCLSModel(ViTCLSPreTrainedModel):
             pixel_values: [B, C, H, W], of any size of at least one patch.
             bool_masked_pos: [B, rows * columns], true for patches to replace by the mask token.
             attention_mask: [B, N] over all tokens, special tokens first; 1 if a token may be attended to.
-            num_tokens_read: compute the last layer only for this many tokens, all of them special, and return only
-                these. Default: all tokens.
+            num_tokens_read: compute the last layer for, and return, only this many special tokens. Default: all.
+            interpolate_pos_encoding: has no effect, because positions are always resampled to the image size.
             output_hidden_states, output_attentions, return_dict: as in all models of transformers.
 
         Raises:
@@ -288,6 +294,8 @@ class ViTCLSModel(ViTCLSPreTrainedModel):
         for name in kwargs:
             if name not in TransformersKwargs.__annotations__:
                 raise TypeError(f"forward() got an unexpected argument {name!r}")
+        if not isinstance(pixel_values, Tensor):
+            raise ValueError(f"pixel_values is a {type(pixel_values).__name__}: pass a tensor [B, C, H, W]")
         pixel_values = pixel_values.to(self.embeddings.patch_embeddings.projection.weight.dtype)
         hidden_states = self.embeddings(pixel_values, bool_masked_pos)  # [B, N, D]
 
@@ -342,13 +350,26 @@ class ViTCLSForImageClassification(ViTCLSPreTrainedModel):
         super().__init__(config)
         if config.tasks:
             raise ValueError("config.tasks requires ViTCLSForMultiTaskClassification: use that class, or omit tasks")
-        self.num_labels = config.num_labels
         self.vitcls = ViTCLSModel(config)
-        self.classifier = build_head(config, config.pooled_size, config.num_labels)
-        self.distillation_classifier = None
-        if config.has_distillation_head and config.num_labels:
-            self.distillation_classifier = build_head(config, config.hidden_size, config.num_labels)
+        self.build_classifiers()
         self.post_init()
+
+    def build_classifiers(self) -> None:
+        """Build the classifiers of `config.num_labels` labels."""
+        self.num_labels = self.config.num_labels
+        self.classifier = build_head(self.config, self.config.pooled_size, self.num_labels)
+        self.distillation_classifier = None
+        if self.config.has_distillation_head and self.num_labels:
+            self.distillation_classifier = build_head(self.config, self.config.hidden_size, self.num_labels)
+
+    def reset_classifier(self, num_classes: int) -> None:
+        """Replace the classifiers by new ones, like the method of this name in timm; 0 labels: none."""
+        self.config.id2label, self.config.label2id = {}, {}
+        self.config.num_labels = num_classes
+        self.build_classifiers()
+        for head in filter(None, (self.classifier, self.distillation_classifier)):
+            head.to(self.device, self.dtype).apply(self._init_weights)
+        install_cpu_kernels(self)
 
     @can_return_tuple
     def forward(
@@ -536,6 +557,8 @@ class ViTCLSBackbone(BackboneMixin, ViTCLSModel):
 
     def __init__(self, config: ViTCLSConfig) -> None:
         super().__init__(config, add_pooling_layer=False)
+        if not config.reshape_hidden_states and not config.num_cls_tokens:
+            raise ValueError("reshape_hidden_states=False requires a CLS token, but num_cls_tokens is 0. Set it to 1.")
         self.num_features = [config.hidden_size] * (config.num_hidden_layers + 1)
 
     @can_return_tuple
@@ -545,8 +568,9 @@ class ViTCLSBackbone(BackboneMixin, ViTCLSModel):
     ) -> BackboneOutput:
         """Return the feature maps of `config.out_features`.
 
-        Maps are [B, D, rows, columns] each, or [B, rows * columns, D] with `config.reshape_hidden_states=False`. The
-        last stage, and with `config.apply_layernorm` every stage, is normalized.
+        Maps are [B, D, rows, columns] each, or, with `config.reshape_hidden_states=False`, the first CLS token and the
+        patches, [B, 1 + rows * columns, D], which DPT and Depth Anything require. The last stage, and with
+        `config.apply_layernorm` every stage, is normalized.
         """
         require_all_patches(self, self.config)
         outputs = ViTCLSModel.forward(self, pixel_values, attention_mask=attention_mask, **kwargs)
@@ -563,14 +587,14 @@ class ViTCLSBackbone(BackboneMixin, ViTCLSModel):
         )
 
     def get_feature_map(self, hidden_states: Tensor, stage: str, grid: tuple[int, int]) -> Tensor:
-        """Return the patches of one stage's hidden states [B, N, D]."""
+        """Return the feature map of one stage's hidden states [B, N, D]."""
         is_last = stage == self.stage_names[-1]
         if self.layernorm is not None and (self.config.apply_layernorm or is_last):
             hidden_states = self.layernorm(hidden_states)
         patches: Tensor = hidden_states[:, self.config.token_layout.patches]
-        if self.config.reshape_hidden_states:
-            patches = patches.transpose(1, 2).unflatten(2, grid).contiguous()  # [B, D, rows, columns]
-        return patches
+        if not self.config.reshape_hidden_states:
+            return torch.cat([hidden_states[:, :1], patches], dim=1)
+        return patches.transpose(1, 2).unflatten(2, grid).contiguous()  # [B, D, rows, columns]
 
     def new_like(self, config: ViTCLSConfig) -> Self:
         """Return a backbone with fresh weights, for another configuration."""

@@ -86,7 +86,8 @@ class ModelOptions:
     patch_drop_rate: float | None = None
     """Fraction of patches to drop from each training image at random: faster, less accurate."""
     initializer_range: float | None = None
-    """Standard deviation of new weights. Narrow models learn faster with more than the usual 0.02."""
+    """Standard deviation of new weights. Default: by the width of a preset (training/defaults.py), because narrow
+    models learn slowly with the usual 0.02."""
 
     def config_values(self) -> dict[str, Any]:
         """Return the fields of ViTCLSConfig that are set."""
@@ -97,8 +98,9 @@ class ModelOptions:
 class AugmentationOptions:
     """Random augmentation of training images."""
 
-    crop_scale: float = 0.35
-    """Minimum area of a random crop, as a fraction of the image. 1: resize the whole image."""
+    crop_scale: float | None = None
+    """Minimum area of a random crop, as a fraction of the image. 1: resize the whole image. Default: 0.35, or 1 for
+    images of at most 64 pixels."""
     flip: bool = True
     """Flip half of the images horizontally."""
     rotation: float = 0.0
@@ -123,7 +125,7 @@ class AugmentationOptions:
     """Augmented copies of each image in a batch (Hoffer et al. 2020). DeiT uses 3."""
 
     def __post_init__(self) -> None:
-        require(self, "crop_scale", 0 < self.crop_scale <= 1, "above 0 and at most 1")
+        require(self, "crop_scale", self.crop_scale is None or 0 < self.crop_scale <= 1, "above 0 and at most 1")
         require(self, "rotation", 0 <= self.rotation <= 180, "0 to 180")
         require(self, "rand_augment_operations", self.rand_augment_operations >= 1, "1 or more")
         require(self, "rand_augment_magnitude", 0 <= self.rand_augment_magnitude <= 30, "0 to 30")
@@ -139,20 +141,23 @@ class AugmentationOptions:
 class TrainingOptions:
     """Optimization."""
 
-    epochs: float = 30.0
-    """Number of passes over the training images."""
+    epochs: float | None = None
+    """Number of passes over the training images. Default: 30, or 10 for pre-trained weights and 10,000 images or
+    more."""
     max_steps: int | None = None
     """Number of optimizer steps, instead of --epochs."""
     batch_size: int = 64
     """Training images per process and forward pass."""
     gradient_accumulation_steps: int = 1
     """Forward and backward passes per optimizer step."""
-    learning_rate: float = 5e-4
-    """Peak learning rate. It rises linearly (--warmup), then falls to 0 along a cosine."""
-    layer_decay: float = 1.0
+    learning_rate: float | None = None
+    """Peak learning rate. It rises linearly (--warmup), then falls to 0 along a cosine. Default: by the initial
+    weights and the width (training/defaults.py), for example 5e-4 for a random ViT-Ti and 5e-5 for a pre-trained
+    ViT-B."""
+    layer_decay: float | None = None
     """Factor of the learning rate from each layer to the layer before it; tokens and positions count as the layer
-    before the first (BEiT, Bao et al. 2021). 1: the same rate for all. 0.65 to 0.8 are usual to fine-tune pre-trained
-    models."""
+    before the first (BEiT, Bao et al. 2021). 1: the same rate for all. Default: 0.75 for pre-trained weights,
+    otherwise 1."""
     warmup: float = 0.1
     """Fraction of the training steps used for learning rate warmup."""
     weight_decay: float = 0.05
@@ -189,17 +194,26 @@ class TrainingOptions:
     """Steps between measurements of the entropy of the CLS attention per layer. 0: off."""
     evaluate_every: int = 1
     """Epochs between evaluations on held-out images. The last step is always evaluated."""
+    select: Literal["last", "best"] = "last"
+    """Checkpoint to save and report: that of the last step, or the best of all evaluations. The best is selected on
+    images that are not reported: the validation split if there is a test split, otherwise a further part of the
+    training images."""
+    patience: int | None = None
+    """With --select best: stop after this number of evaluations without improvement. Default: train all steps."""
 
     def __post_init__(self) -> None:
-        require(self, "epochs", self.epochs > 0, "above 0")
+        require(self, "epochs", self.epochs is None or self.epochs > 0, "above 0")
         require(self, "max_steps", self.max_steps is None or self.max_steps >= 1, "1 or more")
         for name in ("batch_size", "gradient_accumulation_steps", "log_every", "evaluate_every", "lora_rank"):
             require(self, name, getattr(self, name) >= 1, "1 or more")
-        for name in ("learning_rate", "max_gradient_norm"):
-            require(self, name, getattr(self, name) > 0, "above 0")
+        require(self, "learning_rate", self.learning_rate is None or self.learning_rate > 0, "above 0")
+        require(self, "max_gradient_norm", self.max_gradient_norm > 0, "above 0")
         for name in ("warmup", "label_smoothing"):
             require(self, name, 0 <= getattr(self, name) < 1, "at least 0 and below 1")
-        require(self, "layer_decay", 0 < self.layer_decay <= 1, "above 0 and at most 1")
+        require(self, "patience", self.patience is None or self.patience >= 1, "1 or more")
+        if self.patience is not None and self.select != "best":
+            raise ValueError("--patience requires --select best, but it is last. Set --select best")
+        require(self, "layer_decay", self.layer_decay is None or 0 < self.layer_decay <= 1, "above 0 and at most 1")
         require(self, "ema_decay", self.ema_decay is None or 0 < self.ema_decay < 1, "between 0 and 1")
         for name in ("weight_decay", "seed", "health_every", "feature_views"):
             require(self, name, getattr(self, name) >= 0, "0 or more")
@@ -358,6 +372,13 @@ class EvaluateOptions:
     """Images per process and forward pass."""
     mixed_precision: Literal["no", "bf16", "fp16"] | None = None
     """Precision of the forward pass. Default: the setting of `accelerate launch`."""
+    frozen: str | None = None
+    """Evaluate the frozen encoder instead of the model's classifier: fit `knn`, `logreg` (logistic regression) or
+    `few-shot:N` (logistic regression on N images per class) to the features of the training images."""
+    frozen_layers: Literal["last", "all"] = "last"
+    """With --frozen: layers whose features are evaluated."""
+    frozen_repeats: int = 10
+    """With --frozen few-shot:N: number of random selections of the N images."""
     output: Path | None = None
     """JSON file to write the metrics, the metrics of each class and the confusion matrix to."""
     config: Path | None = None
@@ -365,6 +386,9 @@ class EvaluateOptions:
 
     def __post_init__(self) -> None:
         require(self, "batch_size", self.batch_size >= 1, "1 or more")
+        require(self, "frozen_repeats", self.frozen_repeats >= 1, "1 or more")
+        is_known = self.frozen in (None, "knn", "logreg") or re.fullmatch(r"few-shot:[1-9]\d*", str(self.frozen))
+        require(self, "frozen", bool(is_known), "of knn, logreg, or few-shot:N such as few-shot:5")
 
 
 @dataclass(frozen=True)

@@ -37,6 +37,7 @@ class AxialRotaryPositions(nn.Module):
         super().__init__()
         self.config = config
         self.theta = float(config.rope_theta)
+        self.periods = config.rope_periods
         self.head_dim = config.head_dim
 
     def forward(self, grid: tuple[int, int], hidden_states: Tensor) -> PositionEmbeddings:
@@ -44,7 +45,8 @@ class AxialRotaryPositions(nn.Module):
         device = hidden_states.device
         coordinates = get_patch_coordinates(self.config, grid, device)  # [rows * columns, 2]
         exponents = torch.arange(self.head_dim // 4, dtype=torch.float32, device=device) * 4 / self.head_dim
-        angles = coordinates[:, :, None] * self.theta**-exponents  # [rows * columns, 2, head_dim / 4]
+        frequencies = self.theta**-exponents if self.periods is None else 1 / exponents.new_tensor(self.periods)
+        angles = coordinates[:, :, None] * frequencies  # [rows * columns, 2, head_dim / 4]
         angles = angles.flatten(1).tile(2)  # [rows * columns, head_dim]
         return angles.cos().to(hidden_states.dtype), angles.sin().to(hidden_states.dtype)
 
@@ -116,10 +118,7 @@ def rotate_patches(query: Tensor, key: Tensor, position_embeddings: PositionEmbe
 
 # Resampling ----------------------------------------------------------------------------------------------------------
 def needs_resampling(grid: tuple[int, int], new_grid: tuple[int, int]) -> bool:
-    """Return whether two grids differ; always True while a graph for images of any size is exported.
-
-    An exported graph would contain the result of the comparison. Resampling to the same grid changes nothing.
-    """
+    """Return whether two grids differ; always True in export, because the graph would contain the comparison."""
     if torch.compiler.is_exporting() and any(isinstance(size, torch.SymInt) for size in new_grid):
         return True
     return grid != new_grid
@@ -128,10 +127,7 @@ def needs_resampling(grid: tuple[int, int], new_grid: tuple[int, int]) -> bool:
 def resample_positions(
     positions: Tensor, grid: tuple[int, int], new_grid: tuple[int, int], config: ViTCLSConfig
 ) -> Tensor:
-    """Resample learned positions [1, rows * columns, D] to another grid, in float32 (ViT, section 3.2).
-
-    The policy is `config.position_interpolation`, `position_antialias` and `position_offset`.
-    """
+    """Resample learned positions [1, rows * columns, D] to another grid, in float32, as `config` specifies."""
     maps = positions.float().unflatten(1, grid).permute(0, 3, 1, 2)  # [1, D, rows, columns]
     if config.position_interpolation == "crop":
         # a square as long as the longer side, then its top left part (RADIO, arXiv 2312.06709)
@@ -169,10 +165,7 @@ def resize_patch_kernel(kernel: Tensor, new_size: tuple[int, int]) -> Tensor:
 
 
 def resize_decoded_patches(weight: Tensor, size: tuple[int, int], new_size: tuple[int, int]) -> Tensor:
-    """Resize the weight or bias [C * height * width, ...] of a layer that outputs pixels, in float32.
-
-    The output of the new layer is the output of the old layer, resized bilinearly.
-    """
+    """Resize the weight or bias [C * height * width, ...] of a layer so that its output pixels are resized."""
     patches = weight.float().reshape(weight.shape[0], -1).T.unflatten(1, (-1, *size))  # [inputs or 1, C, *size]
     patches = nn.functional.interpolate(patches, size=new_size, mode="bilinear", align_corners=False, antialias=True)
     return patches.flatten(1).T.reshape(-1, *weight.shape[1:]).to(weight.dtype)

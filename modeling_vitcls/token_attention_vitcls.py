@@ -46,8 +46,7 @@ def compute_token_attention(
 def record_attention(encoder: Any, layers: Iterable[int], record: Callable[..., None]) -> Iterator[None]:
     """Call `record(layer, query, key, value, mask, scaling, attended)` for each of these layers within the context.
 
-    Compiled models run eagerly within the context, because compiled code does not call recorders. A recorder that was
-    set before is restored afterwards.
+    Compiled models run eagerly within the context. A recorder that was set before is restored afterwards.
     """
     attentions = {index: encoder.layers[index].attention for index in layers}
     previous = {index: attention.recorder for index, attention in attentions.items()}
@@ -62,11 +61,7 @@ def record_attention(encoder: Any, layers: Iterable[int], record: Callable[..., 
 
 
 def get_token_indices(tokens: Sequence[str], layout: TokenLayout) -> list[int]:
-    """Return the indices in the sequence of the special tokens of these groups, in ascending order.
-
-    Raises:
-        ValueError: for an unknown group.
-    """
+    """Return the sorted indices of the special tokens of these groups. Raises ValueError for an unknown group."""
     for name in tokens:
         if name not in SPECIAL_TOKENS:
             raise ValueError(f"tokens: unknown group {name!r}: use {', '.join(SPECIAL_TOKENS)}")
@@ -75,11 +70,7 @@ def get_token_indices(tokens: Sequence[str], layout: TokenLayout) -> list[int]:
 
 
 def get_layer_indices(layers: Layers, num_layers: int) -> list[int]:
-    """Return the indices of the layers, from 0.
-
-    Raises:
-        ValueError: for no layer, or an index out of range.
-    """
+    """Return the indices of the layers, from 0. Raises ValueError for no layer, or an index out of range."""
     if layers == "all":
         return list(range(num_layers))
     if isinstance(layers, str) or not layers:
@@ -103,8 +94,7 @@ def compute_attention_rows(query: Tensor, key: Tensor, mask: Tensor | None, scal
 def select_mask_rows(mask: Any, query: Tensor, key: Tensor) -> Tensor | None:
     """Return the first rows of a mask, as many as there are queries, for any attention implementation.
 
-    Masks are None, [B, N] over keys (flash), [B or 1, heads or 1, N or 1, N] boolean or additive (SDPA, eager), or a
-    function of the indices (flex attention).
+    Masks are None, [B, N] (flash), [B or 1, heads or 1, N or 1, N] (SDPA, eager) or a function (flex attention).
     """
     if mask is None or query.shape[2] == 0:
         return None

@@ -128,9 +128,8 @@ def get_layer_classes(config: ViTCLSConfig) -> tuple[type[ViTCLSLayer], type[ViT
 class RegisterNeurons(nn.Module):
     """Move the activations of single MLP neurons from the patches to the last register, without training.
 
-    The register receives the largest activation of the patches by magnitude (a gated MLP's may be negative), the
-    patches become zero, and other special tokens keep theirs, as in the authors' code (Jiang et al. 2025, arXiv
-    2506.08010, section 4).
+    The register receives the largest activation of the patches by magnitude, the patches become zero, and other
+    special tokens keep theirs, as in the authors' code (Jiang et al. 2025, arXiv 2506.08010, section 4).
     """
 
     def __init__(self, config: ViTCLSConfig, neurons: list[int]) -> None:
@@ -228,8 +227,7 @@ def select_tokens(hidden_states: Tensor, indices: Tensor) -> Tensor:
 def select_mask(mask: Any, indices: Tensor) -> Any:
     """Return the part of a mask that belongs to the tokens at `indices` [B, n], for any attention implementation.
 
-    Masks are [B, N] over keys (flash), [B or 1, heads or 1, N or 1, N] boolean or additive (SDPA, eager), or a
-    function of the indices (flex attention).
+    Masks are [B, N] (flash), [B or 1, heads or 1, N or 1, N] (SDPA, eager) or a function (flex attention).
     """
     if not isinstance(mask, Tensor):
         return select_block_mask(mask, indices)

@@ -6,8 +6,10 @@
     maps.py                 attention to patches as maps on the pixels of an image
     attribution.py          attention rollout and gradient attribution through all layers
     token_statistics.py     statistics over many images, per layer, head and token
-    ablation.py             effect of each token on predictions
+    ablation.py             effects of tokens on predictions or features, with null distributions
     diagnosis.py            verdicts in words, with their numbers
+    map_checks.py           whether rollout and attribution show what predictions depend on
+    patch_features.py       patches as colors (PCA), and their similarity to one patch
     attention_recorder.py   attention of every layer of a forward pass
     model_utils.py          unwrap models; evaluation mode
     image_report.py         one image: predictions and maps
@@ -24,7 +26,7 @@
     inspect_tokens.py       the program scripts/inspect_tokens.py
 
 PUBLIC lists the public names. A file is imported when one of its names is used. No file of this folder is copied to
-the Hub, except maps.py, which is part of the demo (hub/space.py).
+the Hub, except maps.py and patch_features.py, which are part of the demo (hub/space.py).
 """
 
 import importlib
@@ -33,7 +35,7 @@ from typing import Any
 
 # File -> its public names.
 PUBLIC = {
-    "ablation": ("AblationEffect", "compute_ablation_effects"),
+    "ablation": ("Ablation", "AblationEffect", "FeatureEffect", "compute_ablation_effects", "compute_ablations"),
     "attribution": ("compute_attention_rollout", "compute_attribution"),
     "figures": (
         "GROUP_COLORS",
@@ -51,19 +53,25 @@ PUBLIC = {
     ),
     "figures_over_depth": ("CURVES", "plot_attention_mass", "plot_curve", "plot_norms"),
     "inspection": ("Inspection", "inspect_model"),
+    "map_checks": ("MapCheck", "check_maps"),
     "maps": (
         "VisibleRegion",
         "extract_patch_maps",
-        "get_token_names",
         "get_visible_region",
         "overlay",
         "upsample_maps",
     ),
+    "patch_features": (
+        "compute_patch_colors",
+        "compute_patch_features",
+        "compute_patch_similarity",
+        "draw_patch_colors",
+    ),
     "patch_sizes": ("PatchSizeRow", "compare_patch_sizes", "describe_patch_sizes"),
     "image_report": ("ImageReport", "build_image_report"),
     "report": ("write_json_values", "write_page", "write_report"),
-    "token_statistics": ("Findings", "TokenStatistics"),
-    "diagnosis": ("Verdict", "describe_artifacts", "describe_depth"),
+    "token_statistics": ("Findings", "SecondMode", "TokenStatistics", "find_second_mode"),
+    "diagnosis": ("PatchDiagnosis", "Verdict", "describe_artifacts", "describe_depth"),
 }
 FILES = {name: file for file, names in PUBLIC.items() for name in names}
 

@@ -7,7 +7,7 @@
 The `recorder` of each layer's attention receives queries, keys and values, so memory grows with N, not N².
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -42,6 +42,14 @@ class RecordedLayer:
 def record_attention_layers(model: Any) -> Iterator[list[RecordedLayer]]:
     """Record the attention of the forward pass inside the block, including all tokens of the last layer."""
     layers: list[RecordedLayer] = []
+    with process_attention_layers(model, layers.append):
+        yield layers
+
+
+@contextmanager
+def process_attention_layers(model: Any, process: Callable[[RecordedLayer], None]) -> Iterator[None]:
+    """Call `process` with the attention of each layer during forward passes inside the block, so that the attention of
+    only one layer is in memory."""
     encoder = unwrap_model(model).base_model
 
     def record(
@@ -53,7 +61,7 @@ def record_attention_layers(model: Any) -> Iterator[list[RecordedLayer]]:
         scaling: float,
         attended: torch.Tensor,
     ) -> None:
-        layers.append(RecordedLayer(query, key, value, mask, scaling, attended))
+        process(RecordedLayer(query, key, value, mask, scaling, attended))
 
     with record_attention(encoder, range(len(encoder.layers)), record):
-        yield layers
+        yield

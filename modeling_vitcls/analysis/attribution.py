@@ -10,6 +10,7 @@ memory. They support every attention implementation.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -34,14 +35,7 @@ def compute_attention_rollout(model: Any, pixel_values: torch.Tensor) -> torch.T
     Returns:
         [B, special token, key]; each row sums to 1. The second dimension is 0 if the model has no special tokens.
     """
-    model = unwrap_model(model)
-    with evaluation_mode(model), record_attention_layers(model) as layers:
-        model(pixel_values)
-    attentions = [layer.attention for layer in model.base_model.layers]
-    flow = build_identity_rows(layers[-1], model.config.token_layout.num_prefix_tokens)  # [B, S, N]
-    for layer, attention in zip(reversed(layers), reversed(attentions), strict=True):
-        flow = 0.5 * flow + 0.5 * flow @ average_heads(layer.weights(), attention)
-    return flow
+    return trace_attention(model, pixel_values).compute_rollout()
 
 
 def average_heads(weights: torch.Tensor, attention: Any) -> torch.Tensor:
@@ -78,26 +72,74 @@ def compute_attribution(
     Raises:
         ValueError: if the model has no classifier, or the task or class does not exist.
     """
+    trace = trace_attention(model, pixel_values, needs_gradients=True)
+    logits = select_task_logits(trace.outputs, task)  # [B, labels]
+    return trace.compute_attribution(select_class_logits(logits, target))
+
+
+@dataclass(frozen=True)
+class AttentionTrace:
+    """A forward pass with the attention of all layers, from which several maps are computed.
+
+    Attributes:
+        config: configuration of the model.
+        outputs: output of the model, with hidden states.
+        layers: attention of each layer.
+        attentions: the attention modules of the layers.
+        last_hidden_state: [B, N, D], the output of the encoder.
+    """
+
+    config: ViTCLSConfig
+    outputs: Any
+    layers: list[RecordedLayer]
+    attentions: list[Any]
+    last_hidden_state: torch.Tensor
+
+    @torch.no_grad()
+    def compute_rows(self) -> torch.Tensor:
+        """Return the attention of the special tokens [B, L, maps, S, N], as `model.token_attention`."""
+        num_rows = self.config.token_layout.num_prefix_tokens
+        return torch.stack([layer.weights(num_rows) for layer in self.layers], dim=1)
+
+    @torch.no_grad()
+    def compute_rollout(self) -> torch.Tensor:
+        """Return the attention rollout [B, S, N] (`compute_attention_rollout`)."""
+        flow = build_identity_rows(self.layers[-1], self.config.token_layout.num_prefix_tokens)  # [B, S, N]
+        for layer, attention in zip(reversed(self.layers), reversed(self.attentions), strict=True):
+            flow = 0.5 * flow + 0.5 * flow @ average_heads(layer.weights(), attention)
+        return flow
+
+    def compute_attribution(self, logits: torch.Tensor) -> torch.Tensor:
+        """Return the attribution [B, N] of one logit [B] per image (`compute_attribution`). The trace requires
+        gradients."""
+        recorded = [*(layer.attended for layer in self.layers), self.last_hidden_state]
+        *gradients, token_gradient = torch.autograd.grad(logits.sum(), recorded, retain_graph=True)
+        with torch.no_grad():
+            start = flow = compute_read_weights(token_gradient, self.config)  # [B, 1, N]
+            for layer, gradient in zip(reversed(self.layers), reversed(gradients), strict=True):
+                map_gradient = gradient.transpose(1, 2) @ layer.value.transpose(2, 3)  # [B, maps, N, N]
+                flow = flow + flow @ (map_gradient * layer.weights()).clamp(min=0).mean(dim=1)
+            return (flow - start).squeeze(1)  # excludes the start weights, which do not depend on attention
+
+
+def trace_attention(model: Any, pixel_values: torch.Tensor, needs_gradients: bool = False) -> AttentionTrace:
+    """Run the model on images [B, C, H, W] in evaluation mode, and record the attention of all layers."""
     model = unwrap_model(model)
-    with torch.inference_mode(False), torch.enable_grad(), evaluation_mode(model):
-        inputs = pixel_values.detach().clone().requires_grad_()  # gradients flow even if all weights are frozen
+    with torch.inference_mode(False), torch.set_grad_enabled(needs_gradients), evaluation_mode(model):
+        inputs = pixel_values.detach().clone().requires_grad_(needs_gradients)  # even if all weights are frozen
         with record_attention_layers(model) as layers, record_last_hidden_state(model) as sequences:
-            logits = select_task_logits(model(inputs), task)  # [B, labels]
-        recorded = [*(layer.attended for layer in layers), *sequences]
-        *gradients, token_gradient = torch.autograd.grad(select_class_logits(logits, target).sum(), recorded)
-    with torch.no_grad():
-        start = flow = compute_read_weights(token_gradient, model.config)  # [B, 1, N]
-        for layer, gradient in zip(reversed(layers), reversed(gradients), strict=True):
-            map_gradient = gradient.transpose(1, 2) @ layer.value.transpose(2, 3)  # [B, maps, N, N]
-            flow = flow + flow @ (map_gradient * layer.weights()).clamp(min=0).mean(dim=1)
-        return (flow - start).squeeze(1)  # excludes the start weights, which do not depend on attention
+            outputs = model(inputs, output_hidden_states=True)
+    attentions = [layer.attention for layer in model.base_model.layers]
+    return AttentionTrace(model.config, outputs, layers, attentions, sequences[-1])
 
 
 @contextmanager
 def record_last_hidden_state(model: Any) -> Iterator[list[torch.Tensor]]:
     """Record the encoder's last hidden state [B, N, D] of the forward pass inside the block."""
     sequences: list[torch.Tensor] = []
-    hook = model.base_model.register_forward_hook(lambda _, args, output: sequences.append(output.last_hidden_state))
+    hook = model.base_model.register_forward_hook(
+        lambda _, args, output: sequences.append(getattr(output, "last_hidden_state", None))
+    )
     try:
         yield sequences
     finally:

@@ -22,8 +22,9 @@ from ..configuration_vitcls import ViTCLSConfig
 from ..data.labels import NO_LABELS, get_label_space
 from ..image_processing_vitcls import ViTCLSImageProcessor
 from ..inference.prediction_rows import THRESHOLD, Row, build_prediction_columns, predict_batch
+from ..token_names import get_token_names
 from .figures import plot_attention, plot_confusion_matrix, plot_token_layout, render_figure
-from .maps import VisibleRegion, extract_patch_maps, get_token_names, get_visible_region, to_upright_rgb
+from .maps import VisibleRegion, count_read_layers, extract_patch_maps, get_visible_region, to_upright_rgb
 from .model_utils import evaluation_mode, is_classifier, unwrap_model
 
 
@@ -118,8 +119,11 @@ class AttentionSample(NamedTuple):
 def build_attention_samples(
     model: Any, processor: ViTCLSImageProcessor, samples: Sequence[Sample]
 ) -> Iterator[AttentionSample]:
-    """Yield the attention in the last layer, averaged over heads, for each sample that the model accepts."""
+    """Yield the attention of each special token in the last layer whose output is read, averaged over heads, for each
+    sample that the model accepts."""
     model = unwrap_model(model)
+    num_read = count_read_layers(model.config, is_classifier(model))[:-1]
+    layers = torch.tensor(num_read).sub(1).clamp(min=0)  # [T]
     predict = (
         build_prediction_columns(model, top_k=None, threshold=THRESHOLD, features=None)
         if is_classifier(model)
@@ -129,7 +133,8 @@ def build_attention_samples(
         try:
             pixel_values = processor(image, return_tensors="pt")["pixel_values"].to(model.device)  # [1, C, H, W]
             with evaluation_mode(model), torch.no_grad():
-                rows = model.token_attention(pixel_values, layers=[-1])[0, 0].float().mean(dim=0)  # [T, key]
+                rows = model.token_attention(pixel_values)[0].float().mean(dim=1)  # [L, T, key]
+                rows = rows[layers, torch.arange(len(layers))]  # [T, key]
                 prediction = predict_batch(pixel_values, predict, nullcontext)[0] if predict else {}
         except ValueError:  # evaluation skips such images too
             continue

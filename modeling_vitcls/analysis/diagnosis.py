@@ -1,130 +1,226 @@
-"""Diagnosis in words, with measured values: did each special token learn, do patches hold artifacts, and how selective
-is attention over depth.
+"""Diagnosis in words, with measured values: what each special token and each group does, whether patches hold
+artifacts, and how selective attention is over depth.
 
-diagnose_tokens(config, findings, effects, token_movement, predictions)   one Verdict per special token
-describe_artifacts(config, findings)                                      sentences about patches with large norms
-describe_depth(config, findings)                                          sentences per special token
+    diagnose_tokens(config, findings, ablations, ...)   one Verdict per special token
+    diagnose_groups(config, ablations, ...)             one Verdict per group of several tokens
+    diagnose_patches(config, findings, ...)             a PatchDiagnosis: norms with a second mode
+    describe_depth(config, findings)                    sentences per special token
+    summarize_diagnosis(...)                            one line
+
+Statements about effects compare an effect with null distributions measured on the same images (ablation.py). The
+output of a token in the last layer is read only if the head reads this token (`count_read_layers`), so states and
+attention are judged in the last layer whose output is read.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import torch
 
 from ..configuration_vitcls import ViTCLSConfig
-from .ablation import AblationEffect, Predictions, get_token_keys
-from .maps import get_token_names
-from .test_time_registers import OUTLIER_RATIO
-from .token_statistics import Findings
+from ..token_names import get_token_names, get_token_names_by_group
+from .ablation import KINDS, MIN_IMAGES, Ablation, AblationEffect, Ablations, Predictions, get_groups, get_token_keys
+from .maps import count_read_layers
+from .token_statistics import Findings, SecondMode, find_second_mode
 
 
 Word = Literal[
-    "learned", "in use", "not moved", "same for all images", "collapsed", "ignored by the head", "not judged"
+    "effect beyond the null",
+    "no measurable effect",
+    "harmful",
+    "norm too large",
+    "not moved",
+    "same for all images",
+    "cut off from the patches",
+    "collapsed",
+    "equal attention",
+    "not judged",
 ]
 Meaning = Literal["good", "neutral", "doubtful", "bad"]
 
-MIN_IMAGES = 16  # minimum number of images to judge the effect of a token
-MIN_MOVEMENT = 1e-3  # minimum movement in training of a token that learned, as a fraction of its norm
 MIN_IMAGE_VARIATION = 1e-3  # minimum variation of a token whose state depends on the image
 MIN_TWIN_SIMILARITY = 0.999  # minimum cosine similarity of identical tokens
 MAX_TWIN_DISTANCE = 0.01  # maximum distance of identical tokens, as a fraction of their variation over images
+MAX_MAP_DISTANCE = 0.1  # maximum distance of equal attention maps, as a fraction of their distance from uniform maps
+MIN_PATCH_MASS = (
+    0.01  # minimum fraction of attention to patches, in any layer and head, of a token that the head reads
+)
+MAX_NORM_RATIO = 3.0  # maximum norm of a token's embedding, as a multiple of the median norm of embedded patches
+MAX_EMBEDDING_SIMILARITY = 0.9  # maximum cosine similarity to its embedding of a token that layers change
 ROUNDING_ERROR = 1e-6  # as a fraction of the norm of a state
-MIN_EFFECT = 1e-3  # minimum logit change of a token in use, as a fraction of the standard deviation of the logits
-MANY_OUTLIERS = 0.005  # fraction of patches; Darcet et al. 2023 find about 0.02 in DINOv2 without registers
+MAX_HARM_PROBABILITY = 0.05  # maximum p-value of a harmful token, divided by the number of ablations
+MIN_RISE_SCORE = 4.0  # minimum rise of outliers without registers, in standard deviations of a binomial distribution
 # Expected attention over depth: minimum fraction of tokens attended to in the first third of the layers, and maximum
 # ratio of the middle third to the first third.
 MIN_EARLY_FRACTION, MAX_MIDDLE_RATIO = 0.75, 2 / 3
 MIN_UNIFORM_FRACTION = 0.9  # minimum fraction of tokens attended to in every layer by uniform attention
 
+ABLATION_TERMS = {"information": "held at {} mean", "presence": "hidden from attention"}
+
 
 @dataclass(frozen=True)
 class Verdict:
-    """Verdict on one special token.
+    """Verdict on one special token, or on a group of them.
 
     Attributes:
-        token: name of the token, such as "register 1".
-        word: "collapsed" (identical to another token), "same for all images", "not moved" (by training), "ignored by
-            the head", "learned" (training moved it, and predictions depend on it), "in use" (predictions depend on it;
-            its movement is unknown or small), or "not judged".
+        token: name of the token, such as "register 1", or of the group, such as "all 4 registers".
+        word: "effect beyond the null" (predictions or features depend on it more than on random tokens and patches),
+            "no measurable effect", "harmful" (the accuracy rises without it), "norm too large" (its embedding
+            dominates its state), "not moved" (by training), "same for all images", "cut off from the patches",
+            "collapsed" (identical to another token), "equal attention" (to that of another token), or "not judged".
         meaning: "good", "neutral", "doubtful" or "bad".
-        reason: one sentence with the measured value.
+        reason: one sentence with the measured values.
+        numbers: the measured values by name.
     """
 
     token: str
     word: Word
     meaning: Meaning
     reason: str
+    numbers: dict[str, Any] = field(default_factory=dict)
 
 
 def diagnose_tokens(
     config: ViTCLSConfig,
     findings: Findings,
-    effects: Mapping[str, AblationEffect] | None = None,
+    ablations: Ablations | None = None,
     token_movement: Mapping[str, float] | None = None,
     predictions: Predictions | None = None,
+    has_head: bool = True,
 ) -> list[Verdict]:
     """Return one verdict per special token, in sequence order.
 
     Args:
         config: configuration of the model.
         findings: statistics over a few dozen images or more; with fewer than MIN_IMAGES, effects are not judged.
-        effects: `compute_ablation_effects`; None for a model without a classifier.
+        ablations: `compute_ablations`; without it, effects are not judged.
         token_movement: distance that training moved each token, with keys such as `cls[0]` (`token_movement` in
             results.json); None if unknown.
         predictions: predictions with known labels (`collect_predictions`). If their accuracy is not better than
             chance, the verdicts state this, since effects on such predictions have little meaning.
+        has_head: whether the model is a classifier.
     """
     names = get_token_names(config)
+    read_layers = count_read_layers(config, has_head)
     verdicts = []
     for index, key in enumerate(get_token_keys(config.token_layout)):
         evidence = TokenEvidence(
             findings=findings,
             index=index,
             names=names,
-            effect=None if effects is None else effects[key],
+            read_layers=read_layers,
+            ablations={} if ablations is None else {kind: ablations[kind][key] for kind in KINDS},
+            num_tests=1 if ablations is None else sum(map(len, ablations.values())),
             movement=None if token_movement is None else token_movement.get(key),
+            other_tokens_moved=any((token_movement or {}).values()),
             caveat=describe_chance_accuracy(predictions),
         )
-        verdicts.append(Verdict(names[index], *judge_token(evidence)))
+        verdicts.append(Verdict(names[index], *judge_token(evidence), numbers=evidence.collect_numbers()))
     return verdicts
 
 
 @dataclass(frozen=True)
 class TokenEvidence:
-    """Measurements of the token at one sequence index; `names` are the names of all special tokens."""
+    """Measurements of the token at one sequence index.
+
+    Attributes:
+        names: names of all special tokens.
+        read_layers: `count_read_layers`.
+        ablations: by kind; empty if not measured.
+        num_tests: number of ablations of the model.
+        other_tokens_moved: whether training moved any token.
+        caveat: clause for statements about predictions.
+    """
 
     findings: Findings
     index: int
     names: list[str]
-    effect: AblationEffect | None
+    read_layers: list[int]
+    ablations: dict[str, Ablation]
+    num_tests: int
     movement: float | None
+    other_tokens_moved: bool
     caveat: str
 
     @property
-    def has_effect(self) -> bool:
-        """Return whether replacing the token by its mean changes logits or predictions."""
-        return self.effect is not None and (self.effect.logit_change >= MIN_EFFECT or self.effect.changed_answers > 0)
+    def last(self) -> int:
+        """Return the index of the last state that is read; 0 is the embedding."""
+        return self.read_layers[self.index]
+
+    @property
+    def is_read_by_head(self) -> bool:
+        """Return whether the head reads the token."""
+        return self.last == len(self.findings.entropy)
 
     @property
     def is_same_for_all_images(self) -> bool:
-        """Return whether the state after the last layer is the same for all images. Both the variation of the whole
-        state and the median over channels must be small, so that one channel of large magnitude cannot hide variation.
-        """
+        """Return whether the last state that is read is the same for all images. Both the variation of the whole state
+        and the median over channels must be small, so that one channel of large magnitude cannot hide variation."""
         findings, index = self.findings, self.index
-        variation = torch.stack([findings.variation[-1, index], findings.channel_variation[-1, index]]).max()
-        return findings.num_images > 1 and variation.item() < MIN_IMAGE_VARIATION
+        variation = torch.stack([each[self.last, index] for each in (findings.variation, findings.channel_variation)])
+        return self.last > 0 and findings.num_images > 1 and variation.max().item() < MIN_IMAGE_VARIATION
 
     @property
-    def twin(self) -> int | None:
-        """Return the index of an identical token after the last layer, or None."""
+    def twin(self) -> tuple[int, int] | None:
+        """Return the index of an identical token and the last state that is read of both, or None."""
         findings, index = self.findings, self.index
-        norms = findings.mean_states[-1].norm(dim=-1)  # [S]
-        variation = findings.variation[-1] * norms  # [S], in the unit of `apart`
-        limit = MAX_TWIN_DISTANCE * variation.minimum(variation[index]) + ROUNDING_ERROR * norms
-        is_twin = (findings.between_tokens[-1, index] >= MIN_TWIN_SIMILARITY) & (findings.apart[-1, index] <= limit)
-        is_twin[index] = False
-        return int(findings.apart[-1, index].where(is_twin, torch.inf).argmin()) if bool(is_twin.any()) else None
+        candidates = []
+        for other in range(len(self.names)):
+            last = min(self.last, self.read_layers[other])
+            norms = findings.mean_states[last].norm(dim=-1)  # [S]
+            variation = findings.variation[last] * norms  # [S], in the unit of `apart`
+            limit = MAX_TWIN_DISTANCE * min(variation[index], variation[other]) + ROUNDING_ERROR * norms[index]
+            distance = findings.apart[last, index, other]
+            is_similar = bool(findings.between_tokens[last, index, other] >= MIN_TWIN_SIMILARITY)
+            if other != index and is_similar and bool(distance <= limit):
+                candidates.append((distance.item(), other, last))
+        return min(candidates)[1:] if candidates else None
+
+    @property
+    def map_twin(self) -> tuple[int, float] | None:
+        """Return the index of a token with nearly equal attention maps, and their distance as a fraction of their
+        distance from uniform maps; None if there is no such token."""
+        findings, index = self.findings, self.index
+        candidates = []
+        for other in range(len(self.names)):
+            layers = slice(0, min(self.last, self.read_layers[other]))
+            distance = findings.map_distance[layers, index, other].sum().item()
+            selectivity = findings.map_selectivity[layers][:, [index, other]].mean(dim=1).sum().item()
+            if other != index and selectivity > 0:
+                candidates.append((distance / selectivity, other))
+        if not candidates or min(candidates)[0] > MAX_MAP_DISTANCE:
+            return None
+        distance, other = min(candidates)
+        return other, distance
+
+    @property
+    def patch_mass(self) -> float:
+        """Return the largest fraction of attention to patches in any layer and head whose output is read; 1 if there
+        is no such layer."""
+        mass = self.findings.mass[: self.last, :, self.index, -1]  # [layers, H]
+        return mass.max().item() if mass.numel() else 1.0
+
+    @property
+    def norm_ratio(self) -> float:
+        """Return the norm of the token's embedding as a multiple of the median norm of embedded patches."""
+        median = self.findings.patch_norms[0].median().clamp(min=1e-12)
+        return (self.findings.token_norms[0, self.index] / median).item()
+
+    @property
+    def embedding_similarity(self) -> float:
+        """Return the cosine similarity between the token's embedding and its last state that is read."""
+        return self.findings.across_layers[self.index, 0, self.last].item()
+
+    @property
+    def effect_kinds(self) -> list[str]:
+        """Return the kinds of ablation whose effect is beyond the null."""
+        return [kind for kind, ablation in self.ablations.items() if ablation.is_beyond_null]
+
+    @property
+    def harm(self) -> tuple[str, AblationEffect] | None:
+        """Return the kind and effect of an ablation that makes predictions significantly more accurate, or None."""
+        return find_harm(self.ablations, self.num_tests)
 
     def describe_movement(self) -> str:
         """Describe how far training moved the token."""
@@ -133,60 +229,169 @@ class TokenEvidence:
         norm = self.findings.token_norms[0, self.index].item()
         return f"training moved it by {self.movement:.3g} ({self.movement / max(norm, 1e-12):.2g} times its norm)"
 
-    @property
-    def has_moved(self) -> bool:
-        """Return whether training is known to have moved the token."""
-        norm = self.findings.token_norms[0, self.index].item()
-        return self.movement is not None and self.movement >= MIN_MOVEMENT * norm
+    def collect_numbers(self) -> dict[str, Any]:
+        """Return the measured values by name."""
+        findings, map_twin = self.findings, self.map_twin
+        return summarize_ablations(self.ablations) | {
+            "movement": self.movement,
+            "read_layers": self.last,
+            "variation": findings.variation[self.last, self.index].item(),
+            "patch_mass": self.patch_mass,
+            "norm_ratio": self.norm_ratio,
+            "embedding_similarity": self.embedding_similarity,
+            "identical_token": None if self.twin is None else self.names[self.twin[0]],
+            "equal_attention_token": None if map_twin is None else self.names[map_twin[0]],
+            "equal_attention_distance": None if map_twin is None else map_twin[1],
+        }
 
 
 def judge_token(token: TokenEvidence) -> tuple[Word, Meaning, str]:
     """Return word, meaning and reason of a verdict. The first condition that holds decides."""
-    findings, effect = token.findings, token.effect
+    findings = token.findings
+    where = "after the last layer" if token.is_read_by_head else f"after layer {token.last}, the last that is read,"
     if token.twin is not None:
-        similarity = findings.between_tokens[-1, token.index, token.twin].item()
-        distance = findings.apart[-1, token.index, token.twin].item()
-        twin = f"{token.names[token.twin]} (cosine {similarity:.4f}, distance {distance:.2g})"
-        return "collapsed", "bad", f"after the last layer it is identical to {twin}."
+        other, last = token.twin
+        similarity = findings.between_tokens[last, token.index, other].item()
+        distance = findings.apart[last, token.index, other].item()
+        twin = f"{token.names[other]} (cosine {similarity:.4f}, distance {distance:.2g})"
+        return "collapsed", "bad", f"{where} it is identical to {twin}."
+    if token.is_read_by_head and token.patch_mass < MIN_PATCH_MASS:
+        limit = f"in each layer and head at most {token.patch_mass:.2%} of its attention goes to patches"
+        return "cut off from the patches", "bad", f"{limit}, although the head reads it."
     if token.is_same_for_all_images:
-        variation = findings.variation[-1, token.index].item()
+        variation = findings.variation[token.last, token.index].item()
         same = f"it is the same for every image (it varies by {variation:.1g} times the norm of its mean state)"
         word: Word = "not moved" if token.movement == 0 else "same for all images"
-        return word, "bad", f"after the last layer {same}; {token.describe_movement()}."
+        return word, "bad", f"{where} {same}; {token.describe_movement()}."
+    if token.harm is not None:
+        kind, effect = token.harm
+        return "harmful", "bad", f"{describe_harm(kind, effect)}; {token.describe_movement()}."
+    if token.norm_ratio > MAX_NORM_RATIO and token.embedding_similarity > MAX_EMBEDDING_SIMILARITY:
+        ratio = f"its embedding has {token.norm_ratio:.3g} times the median norm of the patches"
+        kept = f"layers hardly change it (cosine {token.embedding_similarity:.3f} with its last state)"
+        return "norm too large", "bad", f"{ratio}, so {kept}{token.caveat}."
+    if token.map_twin is not None:
+        other, distance = token.map_twin
+        equal = f"its attention maps are nearly equal to those of {token.names[other]} in all layers that are read"
+        return "equal attention", "doubtful", f"{equal} (distance {distance:.2g} of that from uniform attention)."
     if token.movement == 0:
         return "not moved", *judge_unmoved_token(token)
-    if effect is None:
-        return (
-            "not judged",
-            "neutral",
-            "the effect of replacing 1 token by its mean cannot be measured without a classifier.",
-        )
+    if not token.ablations:
+        return "not judged", "neutral", "the effects of 2 ablations were not measured."
     if findings.num_images < MIN_IMAGES:
         return "not judged", "neutral", f"{describe_missing_images(findings.num_images)}."
-    if not token.has_effect:
-        return "ignored by the head", "doubtful", f"{describe_effect(effect)}."
-    reason = f"{describe_effect(effect)}; {token.describe_movement()}{token.caveat}."
-    return ("learned", "good", reason) if token.has_moved else ("in use", "neutral", reason)
+    reason = f"{describe_comparison(token.ablations)}; {token.describe_movement()}{token.caveat}."
+    if not token.effect_kinds:
+        return "no measurable effect", "neutral", reason
+    return "effect beyond the null", "neutral" if token.caveat else "good", reason
 
 
 def judge_unmoved_token(token: TokenEvidence) -> tuple[Meaning, str]:
     """Return meaning and reason for a token with a movement of 0, which may be frozen or already trained."""
-    if token.effect is None:
-        return (
-            "neutral",
-            "not moved in this run (by 0): it is frozen or receives no gradient. Without a classifier, its effect "
-            "cannot be measured.",
-        )
-    effect = describe_effect(token.effect)
-    if token.has_effect:
-        return (
-            "neutral",
-            f"frozen or already trained: not moved in this run (by 0), but in use: {effect}{token.caveat}.",
-        )
     if token.findings.num_images < MIN_IMAGES:
         missing = describe_missing_images(token.findings.num_images)
         return "neutral", f"not moved in this run (by 0); its effect is unknown: {missing}."
-    return "bad", f"training did not move it (by 0), and it has no effect: {effect}."
+    if not token.ablations:
+        return "neutral", "not moved in this run (by 0): it is frozen or receives no gradient."
+    comparison = describe_comparison(token.ablations)
+    if token.effect_kinds:
+        return "neutral", f"frozen or already trained: not moved in this run (by 0); {comparison}{token.caveat}."
+    if token.other_tokens_moved:
+        return "bad", f"training moved other tokens, but not this one (by 0), and {comparison}{token.caveat}."
+    return "neutral", f"frozen, like all tokens of this run (moved by 0); {comparison}{token.caveat}."
+
+
+# Effects -------------------------------------------------------------------------------------------------------------
+
+
+def diagnose_groups(
+    config: ViTCLSConfig, ablations: Ablations | None, predictions: Predictions | None = None
+) -> list[Verdict]:
+    """Return one verdict per group of several special tokens: single registers can be redundant, while all of them
+    together have an effect.
+
+    Args:
+        config: configuration of the model.
+        ablations: `compute_ablations`; without it, there are no verdicts.
+        predictions: see `diagnose_tokens`.
+    """
+    verdicts = []
+    for group, members in get_groups(config.token_layout).items():
+        if ablations is None or len(members) == 1:
+            continue
+        by_kind = {kind: ablations[kind][group] for kind in KINDS}
+        names = get_token_names_by_group(config)[group]
+        name = f"all {len(members)} {names[0].rpartition(' ')[0] if group != 'cls' else 'CLS token'}s"
+        verdicts.append(
+            Verdict(
+                name,
+                *judge_group(by_kind, sum(map(len, ablations.values())), describe_chance_accuracy(predictions)),
+                numbers=summarize_ablations(by_kind),
+            )
+        )
+    return verdicts
+
+
+def judge_group(ablations: dict[str, Ablation], num_tests: int, caveat: str) -> tuple[Word, Meaning, str]:
+    """Return word, meaning and reason of the verdict on a group."""
+    num_images = ablations[KINDS[0]].effect.num_images
+    if num_images < MIN_IMAGES:
+        return "not judged", "neutral", f"{describe_missing_images(num_images)}."
+    if (harm := find_harm(ablations, num_tests)) is not None:
+        return "harmful", "bad", f"{describe_harm(*harm, possessive='their')}."
+    reason = f"{describe_comparison(ablations, possessive='their')}{caveat}."
+    if not any(ablation.is_beyond_null for ablation in ablations.values()):
+        return "no measurable effect", "neutral", reason
+    return "effect beyond the null", "neutral" if caveat else "good", reason
+
+
+def find_harm(ablations: dict[str, Ablation], num_tests: int) -> tuple[str, AblationEffect] | None:
+    """Return the kind and effect of an ablation after which predictions are significantly more accurate, and better
+    than a constant prediction; None if there is none."""
+    for kind, ablation in ablations.items():
+        effect = ablation.effect
+        if not isinstance(effect, AblationEffect) or effect.improvement is None or not effect.is_better_than_chance:
+            continue
+        if effect.improvement < MAX_HARM_PROBABILITY / num_tests:
+            return kind, effect
+    return None
+
+
+def summarize_ablations(ablations: dict[str, Ablation]) -> dict[str, Any]:
+    """Return the values of the ablations of a token or group by name: the values of the information ablation as
+    `effect`, `interval` and `null` (smallest effect and limit), and all values by kind."""
+    if not ablations:
+        return {"effect": None, "interval": None, "null": None}
+    information = ablations["information"]
+    return {
+        "effect": information.effect.size,
+        "interval": list(information.effect.interval),
+        "null": None if information.null is None else list(information.null),
+    } | {kind: summarize_ablation(ablation) for kind, ablation in ablations.items()}
+
+
+def summarize_ablation(ablation: Ablation) -> dict[str, Any]:
+    """Return the values of one ablation by name."""
+    effect, null = ablation.effect, ablation.null
+    values: dict[str, Any] = {
+        "effect": effect.size,
+        "interval": list(effect.interval),
+        "null": None if null is None else list(null),
+        "null_patches": ablation.patches,
+        "null_redrawn": ablation.redrawn,
+        "effect_on_null_images": ablation.compared,
+        "is_beyond_null": ablation.is_beyond_null,
+        "redraw_effect": ablation.redraw_effect,
+        "num_images": effect.num_images,
+    }
+    if isinstance(effect, AblationEffect):
+        return values | {
+            "changed_answers": effect.changed_answers,
+            "changed_answers_interval": list(effect.changed_interval),
+            "accuracy_change": effect.accuracy_change,
+            "p_value_of_improvement": effect.improvement,
+        }
+    return values | {"cosine_change": effect.cosine_change, "knn_agreement": effect.knn_agreement}
 
 
 def describe_missing_images(num_images: int) -> str:
@@ -196,15 +401,46 @@ def describe_missing_images(num_images: int) -> str:
     )
 
 
-def describe_effect(effect: AblationEffect) -> str:
-    """Describe the change in predictions when the token is replaced by its mean."""
-    accuracy = ""
-    if effect.accuracy_change is not None:
-        accuracy = f", accuracy {effect.accuracy_change * 100:+.1f} points"
+def describe_comparison(ablations: dict[str, Ablation], possessive: str = "its") -> str:
+    """Compare the effects of ablations with their null distributions."""
+    beyond = [kind for kind, ablation in ablations.items() if ablation.is_beyond_null]
+    clause = f"effect beyond the null ({' and '.join(beyond)})" if beyond else "no effect beyond the null"
+    details = [
+        f"{ABLATION_TERMS[kind].format(possessive)}, {describe_effect(each)}" for kind, each in ablations.items()
+    ]
+    return f"{clause}: {'; '.join(details)}"
+
+
+def describe_effect(ablation: Ablation) -> str:
+    """Describe the effect of an ablation, with its interval and its null distributions."""
+    effect = ablation.effect
+    low, high = effect.interval
+    if isinstance(effect, AblationEffect):
+        accuracy = "" if effect.accuracy_change is None else f", accuracy {effect.accuracy_change * 100:+.1f} points"
+        text = f"{describe_changed_answers(effect)} predictions change{accuracy}, and logits by {effect.size:.2g} "
+        text += "standard deviations over images"
+    else:
+        changes = ", ".join(f"{name} {value:.2g}" for name, value in effect.cosine_change.items())
+        text = f"the cosine change of the features is {changes}"
+        if effect.knn_agreement is not None:
+            text += f", and {effect.knn_agreement:.0%} of the nearest images stay the same"
+    nulls = {"random patches": ablation.patches, "random tokens": ablation.redrawn}
+    ranges = [f"{name} {min(sizes):.2g} to {max(sizes):.2g}" for name, sizes in nulls.items() if sizes]
+    null = f"; null: {', '.join(ranges)}" if ranges else ""
+    return f"{text} (95% interval {low:.2g} to {high:.2g}{null})"
+
+
+def describe_changed_answers(effect: AblationEffect) -> str:
+    """Return the number of changed predictions and the upper end of its 95 % interval, such as
+    `0 of 256 (at most 1.2%)`."""
+    return f"{format_count(effect.changed_answers, effect.num_images)} (at most {effect.changed_interval[1]:.1%})"
+
+
+def describe_harm(kind: str, effect: AblationEffect, possessive: str = "its") -> str:
+    """Describe an ablation after which predictions are more accurate."""
     return (
-        "replacing it by its mean changes the predictions of "
-        f"{format_count(effect.changed_answers, effect.num_images)} images ({effect.changed_answers:.1%}{accuracy}), "
-        f"and the logits by {effect.logit_change:.2g} times their standard deviation over images"
+        f"{ABLATION_TERMS[kind].format(possessive)}, the accuracy changes by {effect.accuracy_change or 0:+.1%} "
+        f"(p = {effect.improvement:.1g}, {effect.num_images:,} images)"
     )
 
 
@@ -213,9 +449,9 @@ def format_count(fraction: float, num_images: int) -> str:
     return f"{round(fraction * num_images):,} of {num_images:,}"
 
 
-def describe_chance_accuracy(predictions: Predictions | None) -> str:
+def describe_chance_accuracy(predictions: Any) -> str:
     """Return a clause that the accuracy is not better than chance; empty if it is better or unknown."""
-    if predictions is None or predictions.is_better_than_chance() is not False:
+    if not isinstance(predictions, Predictions) or predictions.is_better_than_chance() is not False:
         return ""
     return (
         f"; but the accuracy of the model is not better than chance ({predictions.accuracy():.1%} on "
@@ -226,70 +462,113 @@ def describe_chance_accuracy(predictions: Predictions | None) -> str:
 # Artifacts -----------------------------------------------------------------------------------------------------------
 
 
-def describe_artifacts(config: ViTCLSConfig, findings: Findings) -> str:
-    """Describe artifacts in the last quarter of the layers, registers that absorb them (Darcet et al. 2023, arXiv
-    2309.16588, measure the output), and outliers in earlier layers."""
-    outliers = findings.outliers[1:]  # [L], after each layer
-    first_of_last = len(outliers) - max(len(outliers) // 4, 1)
-    layer = first_of_last + int(outliers[first_of_last:].argmax())
-    fraction = outliers[layer].item()
-    limit = f"above {OUTLIER_RATIO:g} times the median of their image"
-    parts = [f"No artifacts: after the last layers at most {fraction:.2%} of the patches have a norm {limit}"]
-    if fraction >= MANY_OUTLIERS:
+@dataclass(frozen=True)
+class PatchDiagnosis:
+    """Diagnosis of the norms of patches.
+
+    Attributes:
+        word: "artifacts" if the norms have a second mode in the last layers that are read, "no artifacts" otherwise.
+        meaning: "bad" or "good".
+        reason: sentences with the measured values.
+        layer: the layer of the values; 0 are the embeddings.
+        mode: the second mode after this layer; None if there is no second mode.
+        mode_without_registers: the second mode with the registers hidden from attention.
+        num_patches: number of patches.
+    """
+
+    word: Literal["artifacts", "no artifacts"]
+    meaning: Meaning
+    reason: str
+    layer: int
+    mode: SecondMode | None
+    mode_without_registers: SecondMode | None
+    num_patches: int
+
+
+def diagnose_patches(config: ViTCLSConfig, findings: Findings, has_head: bool = True) -> PatchDiagnosis:
+    """Return whether the norms of patches have a second mode in the last quarter of the layers that are read (Darcet
+    et al. 2023, arXiv 2309.16588, measure the output), in earlier layers, and whether registers absorb outliers."""
+    last = count_read_layers(config, has_head)[-1]
+    first = max(last - max(last // 4, 1) + 1, min(last, 1))
+    modes = {layer: find_second_mode(findings.patch_ratios[layer]) for layer in range(last + 1)}
+    fractions = {layer: mode.fraction if mode else 0.0 for layer, mode in modes.items()}
+    layer = max(range(first, last + 1), key=lambda each: fractions[each])
+    mode, ratios = modes[layer], findings.patch_ratios[layer]
+    after = f"after layer {layer}" if layer else "in the embeddings"
+    largest = f"the largest norm is {ratios.max():.1f} times the median of its image"
+    parts = [f"No artifacts: the norms of {len(ratios):,} patches have one mode {after}; {largest}"]
+    if mode is not None:
         more = "more registers" if config.num_register_tokens else "registers"
         advice = f"{more} may absorb them (train with --num-register-tokens, or see analysis.test_time_registers)"
-        parts = [f"Artifacts: after layer {layer + 1}, {fraction:.2%} of the patches have a norm {limit}; {advice}"]
-    earlier = outliers[:first_of_last]
-    if len(earlier) and (maximum := earlier.max().item()) >= max(MANY_OUTLIERS, 1.01 * fraction):
-        gone = "" if fraction >= MANY_OUTLIERS else ", but not in the last layers"
-        parts.append(f"Maximum in earlier layers: {maximum:.2%}, after layer {int(earlier.argmax()) + 1}{gone}")
-    parts += describe_registers(config, findings, layer)
-    return ". ".join(parts) + "."
-
-
-def describe_registers(config: ViTCLSConfig, findings: Findings, layer: int) -> list[str]:
-    """Describe whether registers are outliers, and the outliers with registers hidden; empty without registers.
-
-    Args:
-        layer: index of the layer after which outliers are counted.
-    """
-    norms = findings.token_norms[-1, config.token_layout.registers]  # [registers]
-    if not len(norms) or findings.outliers_without_registers is None:
-        return []
-    ratio = norms.max().item() / findings.patch_norms[-1].median().clamp(min=1e-12).item()
-    times = f"at most {ratio:.1f} times the median norm of the patches"
-    registers = f"The registers are not outliers ({times})"
-    if ratio > OUTLIER_RATIO:
-        instead = "instead" if findings.outliers[layer + 1] < MANY_OUTLIERS else "as well"
-        registers = f"The registers are outliers {instead} ({times})"
-    with_registers, without = (
-        fractions[layer + 1].item() for fractions in (findings.outliers, findings.outliers_without_registers)
+        share = f"{mode.fraction:.2%} of the patches form a second mode of norms"
+        parts = [f"Artifacts: {after}, {share}, at {mode.ratio:.1f} times the median of their image; {advice}"]
+    earlier = max(range(first), key=lambda each: fractions[each], default=0)
+    if earlier < first and fractions[earlier] > 1.01 * fractions[layer]:
+        gone = "" if mode is not None else ", but not in the last layers that are read"
+        where = f"after layer {earlier}" if earlier else "in the embeddings"
+        parts.append(f"Largest second mode in earlier layers: {fractions[earlier]:.2%}, {where}{gone}")
+    hidden, absorbed = compare_without_registers(findings, layer)
+    return PatchDiagnosis(
+        word="artifacts" if mode is not None else "no artifacts",
+        meaning="bad" if mode is not None else "good",
+        reason=". ".join(parts + absorbed) + ".",
+        layer=layer,
+        mode=mode,
+        mode_without_registers=hidden,
+        num_patches=len(ratios),
     )
-    hidden = "with the registers hidden from attention"
-    return [f"{registers}; outliers after layer {layer + 1}: {with_registers:.2%}, {hidden} {without:.2%}"]
+
+
+def describe_artifacts(config: ViTCLSConfig, findings: Findings, has_head: bool = True) -> str:
+    """Return the sentences of `diagnose_patches`."""
+    return diagnose_patches(config, findings, has_head).reason
+
+
+def compare_without_registers(findings: Findings, layer: int) -> tuple[SecondMode | None, list[str]]:
+    """Return the second mode of the norms with the registers hidden from attention, and a sentence if outliers rise:
+    only then do the registers absorb them."""
+    if findings.patch_ratios_without_registers is None:
+        return None, []
+    ratios, without = findings.patch_ratios[layer], findings.patch_ratios_without_registers[layer]
+    hidden = find_second_mode(without)
+    if hidden is None:
+        return None, []
+    before, after = ((each > hidden.threshold).float().mean().item() for each in (ratios, without))
+    pooled = (before + after) / 2
+    if after - before < MIN_RISE_SCORE * (2 * pooled * (1 - pooled) / len(ratios)) ** 0.5:
+        return hidden, []
+    rise = f"with the registers hidden from attention, outliers rise from {before:.2%} to {after:.2%} of the patches"
+    return hidden, [f"The registers absorb outliers: {rise} (above {hidden.threshold:.1f} times the median)"]
 
 
 # Depth ---------------------------------------------------------------------------------------------------------------
 
 
-def describe_depth(config: ViTCLSConfig, findings: Findings) -> list[str]:
-    """Describe the selectivity of each special token in the first, middle and last third of the layers. For CLS and
-    distillation tokens, compare it with the expected pattern: near uniform early, selective in the middle.
+def describe_depth(config: ViTCLSConfig, findings: Findings, has_head: bool = True) -> list[str]:
+    """Describe the selectivity of each special token in the first, middle and last third of the layers whose output is
+    read. For CLS and distillation tokens, compare it with the expected pattern: near uniform early, selective in the
+    middle.
 
     The number of tokens attended to is the exponential of the entropy; 100% are all visible tokens.
     """
     widths = findings.entropy.mean(dim=1).exp()  # [L, S], number of tokens attended to, mean over heads
     fractions = widths / findings.uniform_by_token["entropy"].exp()  # [L, S]
-    thirds = torch.stack([part.mean(dim=0) for part in fractions.tensor_split(3) if len(part)])  # [3 or fewer, S]
-    where = "in the first, middle and last layers" if len(thirds) == 3 else "layer by layer"
     texts = []
-    for index, name in enumerate(get_token_names(config)):
-        narrowest = int(widths[:, index].argmin())
+    for index, (name, num_layers) in enumerate(
+        zip(get_token_names(config), count_read_layers(config, has_head), strict=False)
+    ):
+        if num_layers == 0:
+            texts.append(f"{name} attends to other tokens only in layer 1, and nothing reads its output.")
+            continue
+        read = fractions[:num_layers, index]
+        thirds = torch.stack([part.mean() for part in read.tensor_split(3) if len(part)])  # [3 or fewer]
+        where = "in the first, middle and last layers" if len(thirds) == 3 else "layer by layer"
+        narrowest = int(widths[:num_layers, index].argmin())
         width = round(widths[narrowest, index].item())
         is_register = index >= config.token_layout.registers.start
-        pattern = "" if is_register else f" {describe_depth_pattern(fractions[:, index], thirds[:, index])}"
+        pattern = "" if is_register else f" {describe_depth_pattern(read, thirds)}"
         texts.append(
-            f"{name} attends to {', '.join(f'{third:.0%}' for third in thirds[:, index].tolist())} of the visible "
+            f"{name} attends to {', '.join(f'{third:.0%}' for third in thirds.tolist())} of the visible "
             f"tokens {where} (100% is uniform), most selective in layer {narrowest + 1}: {width} "
             f"token{'s' if width != 1 else ''}.{pattern}"
         )
@@ -307,3 +586,15 @@ def describe_depth_pattern(fractions: torch.Tensor, thirds: torch.Tensor) -> str
     if early >= MIN_EARLY_FRACTION and middle <= MAX_MIDDLE_RATIO * early:
         return "As expected: near uniform early, selective in the middle."
     return "Not as expected (near uniform early, selective in the middle)."
+
+
+# Summary -------------------------------------------------------------------------------------------------------------
+
+
+def summarize_diagnosis(verdicts: Sequence[Verdict], groups: Sequence[Verdict], patches: PatchDiagnosis) -> str:
+    """Return one line: the tokens and groups by verdict, and whether patches hold artifacts."""
+    by_word: dict[str, list[str]] = {}
+    for verdict in [*verdicts, *groups]:
+        by_word.setdefault(verdict.word, []).append(verdict.token)
+    parts = [f"{', '.join(tokens)}: {word}" for word, tokens in by_word.items()]
+    return "; ".join([*parts, f"patches: {patches.word}"])

@@ -27,8 +27,9 @@ from matplotlib.patches import Rectangle
 from PIL import Image
 
 from ..configuration_vitcls import ViTCLSConfig
+from ..token_names import get_token_names, get_token_names_by_group
 from .image_report import ImageReport
-from .maps import VisibleRegion, get_token_names, get_token_names_by_group, overlay, resize_with_region, to_upright_rgb
+from .maps import VisibleRegion, is_masked_image_model, is_read, overlay, resize_with_region, to_upright_rgb
 
 
 # Color of each group of `config.token_layout` in all figures and pages (palette of Okabe and Ito, distinguishable for
@@ -176,20 +177,6 @@ def draw_grid(axes: Axes, left: float, config: ViTCLSConfig) -> None:
         axes.hlines(y + height * np.arange(1, rows) / rows, x, x + width, colors="white", linewidth=line_width)
 
 
-def is_read(config: ViTCLSConfig, group: str, index: int) -> bool:
-    """Return whether a head reads the token at this index of its group, in the last layer."""
-    if is_masked_image_model(config):
-        return group == "patches"
-    if config.pooling == "attention" and config.attention_pool_tokens == "all":
-        return True
-    if group == "cls":
-        pooled = config.pooled_cls_indices if config.cls_pooling != "first" else config.pooled_cls_indices[:1]
-        return bool(config.tasks) or (config.pooling in ("cls", "cls_mean") and index in pooled)
-    if group == "distillation":
-        return config.has_distillation_head and not config.tasks
-    return group == "patches" and config.pooling != "cls"
-
-
 def describe_head(config: ViTCLSConfig) -> str:
     """Describe what reads the tokens."""
     if is_masked_image_model(config):
@@ -199,11 +186,6 @@ def describe_head(config: ViTCLSConfig) -> str:
     if config.has_distillation_head:
         return f'read by two heads: pooling "{config.pooling}", and distillation'
     return f'read by the head, pooling "{config.pooling}"'
-
-
-def is_masked_image_model(config: ViTCLSConfig) -> bool:
-    """Return whether the model is for masked image modeling."""
-    return "ViTCLSForMaskedImageModeling" in (config.architectures or ())
 
 
 # Confusion matrix ----------------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ Each function returns a matplotlib `Figure` on white, in the colors of figures.p
 means the embeddings. Curves are in figures_over_depth.py.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -21,15 +22,15 @@ from matplotlib.image import AxesImage
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from ..configuration_vitcls import ViTCLSConfig
+from ..token_names import get_token_names
 from .ablation import AblationEffect, get_token_keys
 from .figures import GROUP_COLORS, INK, create_figure, shorten
 from .figures_over_depth import MAX_NAME_LENGTH, create_token_grid, hide_frame
-from .maps import get_token_names
-from .test_time_registers import OUTLIER_RATIO
-from .token_statistics import Findings
+from .token_statistics import Findings, SecondMode, find_second_mode
 
 
 BINS = 48  # number of bins of a histogram
+MIN_RATIO = 1e-3  # smaller norms are drawn here, as multiples of the median
 OUTLIER_COLOR = "#B3261E"  # bars of outlier patches
 OPPOSITE_COLOR, SAME_COLOR = "#B14A00", "#0B5A94"  # cosines of -1 and 1; 0 is white
 COSINES = LinearSegmentedColormap.from_list("cosines", [OPPOSITE_COLOR, "#FFFFFF", SAME_COLOR])
@@ -41,34 +42,37 @@ MAX_NUMBERED_TOKENS = 12
 
 @dataclass(frozen=True)
 class NormHistogram:
-    """Norms of the patches after one layer.
+    """Norms of the patches after one layer, as multiples of the median of their image.
 
     Attributes:
-        counts: [BINS], number of patches per bin, from 0 to `end`.
-        end: upper edge of the last bin.
-        limit: minimum norm of outlier patches, OUTLIER_RATIO times the median.
-        registers: mean norms of the registers.
+        counts: [BINS], number of patches per bin; the edges of the bins have equal ratios.
+        low, high: lower edge of the first and upper edge of the last bin.
+        mode: patches in a second mode (`find_second_mode`); None if the norms have one mode.
+        registers: mean norms of the registers, as multiples of the median norm of all patches.
     """
 
     counts: list[int]
-    end: float
-    limit: float
+    low: float
+    high: float
+    mode: SecondMode | None
     registers: list[float]
 
 
 def compute_norm_histogram(config: ViTCLSConfig, findings: Findings, layer: int) -> NormHistogram:
     """Return the histogram of patch norms after a layer; 0 are the embeddings."""
-    norms = findings.patch_norms[layer].float()
-    registers = findings.token_norms[layer, config.token_layout.registers].tolist()
-    limit = OUTLIER_RATIO * norms.median().item()
-    end = max(norms.max().item(), 1.05 * limit, *registers)
-    return NormHistogram(norms.histc(BINS, min=0, max=end).int().tolist(), end, limit, registers)
+    ratios = findings.patch_ratios[layer].float().clamp(min=MIN_RATIO)
+    median = findings.patch_norms[layer].median().clamp(min=1e-12)
+    registers = (findings.token_norms[layer, config.token_layout.registers] / median).clamp(min=MIN_RATIO).tolist()
+    low, high = min(ratios.min().item(), 0.5, *registers), max(ratios.max().item(), 2.0, *registers)
+    counts = ratios.log().histc(BINS, min=math.log(low), max=math.log(high)).int().tolist()
+    return NormHistogram(counts, low, high, find_second_mode(findings.patch_ratios[layer]), registers)
 
 
 def plot_norm_histogram(config: ViTCLSConfig, findings: Findings, layer: int = -1) -> Figure:
-    """Plot a histogram of the patch norms after a layer, on a logarithmic scale.
+    """Plot a histogram of the patch norms after a layer, relative to the median of their image, on logarithmic scales.
 
-    The dashed line is OUTLIER_RATIO times the median of all patches. Triangles are the registers.
+    If the norms have a second mode, its patches are red, and the dashed line is its lower limit. Triangles are the
+    registers.
 
     Args:
         config: configuration of the model.
@@ -81,26 +85,28 @@ def plot_norm_histogram(config: ViTCLSConfig, findings: Findings, layer: int = -
     layer = normalize_layer(layer, findings)
     histogram = compute_norm_histogram(config, findings, layer)
     figure, axes = create_single_axes(6.4, 3.4, f"Norms of the patches, {describe_layer(layer)}")
-    edges = np.linspace(0, histogram.end, BINS + 1)
-    centers, step = (edges[:-1] + edges[1:]) / 2, edges[1]
-    colors = [OUTLIER_COLOR if center > histogram.limit else GROUP_COLORS["patches"] for center in centers]
-    axes.bar(centers, histogram.counts, width=0.94 * step, color=colors)
+    edges = np.geomspace(histogram.low, histogram.high, BINS + 1)
+    limit = math.inf if histogram.mode is None else histogram.mode.threshold
+    colors = [OUTLIER_COLOR if edge >= limit else GROUP_COLORS["patches"] for edge in np.sqrt(edges[1:] * edges[:-1])]
+    axes.bar(edges[:-1], histogram.counts, width=0.94 * np.diff(edges), align="edge", color=colors)
+    axes.set_xscale("log")
     axes.set_yscale("log")
     axes.set_ylim(0.7, 2 * max(*histogram.counts, 5))
-    axes.set_xlim(0, histogram.end)
-    axes.axvline(histogram.limit, color=INK, linewidth=1, linestyle=(0, (5, 3)))
-    axes.annotate(
-        f"{OUTLIER_RATIO:g} × median",
-        (histogram.limit, 0.97),
-        xycoords=("data", "axes fraction"),
-        xytext=(-4, 0),
-        textcoords="offset points",
-        rotation=90,
-        ha="right",
-        va="top",
-        fontsize=8,
-        color=INK,
-    )
+    axes.set_xlim(histogram.low, histogram.high)
+    if histogram.mode is not None:
+        axes.axvline(limit, color=INK, linewidth=1, linestyle=(0, (5, 3)))
+        axes.annotate(
+            f"second mode: {histogram.mode.fraction:.2%} of the patches, at {histogram.mode.ratio:.1f} × median",
+            (limit, 0.97),
+            xycoords=("data", "axes fraction"),
+            xytext=(-4, 0),
+            textcoords="offset points",
+            rotation=90,
+            ha="right",
+            va="top",
+            fontsize=8,
+            color=INK,
+        )
     top = axes.get_xaxis_transform()
     axes.plot(
         histogram.registers,
@@ -113,8 +119,8 @@ def plot_norm_histogram(config: ViTCLSConfig, findings: Findings, layer: int = -
     if histogram.registers:
         axes.plot([], [], "v", color=GROUP_COLORS["registers"], label="registers")
         figure.legend(loc="outside lower center", frameon=False, fontsize=8.5)
-    axes.set_xlabel("norm")
-    axes.set_ylabel("patches")
+    axes.set_xlabel("norm / median norm of the image, logarithmic")
+    axes.set_ylabel("patches, logarithmic")
     hide_frame(axes)
     return figure
 

@@ -23,9 +23,8 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from ..configuration_vitcls import ViTCLSConfig
-from .diagnosis import MANY_OUTLIERS
+from ..token_names import get_token_names, get_token_names_by_group
 from .figures import GROUP_COLORS, INK, TERMS, create_figure, shorten
-from .maps import get_token_names, get_token_names_by_group
 from .test_time_registers import OUTLIER_RATIO
 from .token_statistics import Findings
 
@@ -249,14 +248,14 @@ def plot_norms(config: ViTCLSConfig, findings: Findings) -> Figure:
     plotted = torch.cat([low, high, findings.token_norms.flatten()])
     if plotted.min() > 0 and plotted.max() > MIN_LOG_RATIO * plotted.min():
         norms.set_yscale("log")
+        norms.set_ylabel("norm, logarithmic")
     else:
         norms.set_ylim(bottom=0)
+        norms.set_ylabel("norm")
     outliers.set_title(f"Patches above {OUTLIER_RATIO:g} times the median", fontsize=11, color=INK)
     for index, (name, share) in enumerate(shares.items()):
         draw_line(outliers, LineStyle(name, to_rgb(PATCHES), index), share, share, share, 0)
-    outliers.axhline(MANY_OUTLIERS, color=INK, linewidth=1, linestyle=(0, (5, 3)))
-    outliers.annotate("many", (0, MANY_OUTLIERS), xytext=(0, 3), textcoords="offset points", fontsize=8, color=INK)
-    outliers.set_ylim(0, max(1.1 * max(share.max().item() for share in shares.values()), 2 * MANY_OUTLIERS))
+    outliers.set_ylim(0, max(1.1 * max(share.max().item() for share in shares.values()), 0.01))
     outliers.yaxis.set_major_formatter(PercentFormatter(xmax=1))
     for axes in (norms, outliers):
         format_layer_axis(axes, len(median), 0)

@@ -14,12 +14,14 @@ from PIL import Image
 from ..configuration_vitcls import ViTCLSConfig
 from ..data.labels import get_label_space, is_multi_label
 from ..inference.prediction_rows import Label, select_probable_labels, select_top_labels
-from .attribution import compute_attention_rollout, compute_attribution
+from .attribution import trace_attention
 from .maps import VisibleRegion, extract_patch_maps, get_visible_region, to_upright_rgb
-from .model_utils import evaluation_mode, is_classifier, unwrap_model
+from .model_utils import is_classifier, unwrap_model
+from .patch_features import arrange_patch_features
 
 
 MAX_LABELS = 3  # maximum number of labels shown per prediction
+IMAGE_KINDS = {"wrong": "wrong predictions", "uncertain": "least confident", "typical": "typical"}  # in this order
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,8 @@ class ImageReport:
         attention: [L, H, S, gh, gw], attention of each special token to the patches.
         rollout: [S, gh, gw], attention through all layers (`compute_attention_rollout`).
         attributions: [gh, gw] for each prediction, attribution of its most probable label (`compute_attribution`).
+        features: [L, gh, gw, D], patches after each layer (`compute_patch_features`).
+        kind: why the image is shown, one of IMAGE_KINDS; None if it was not selected by its prediction.
     """
 
     name: str
@@ -61,16 +65,24 @@ class ImageReport:
     attention: torch.Tensor
     rollout: torch.Tensor
     attributions: list[torch.Tensor]
+    features: torch.Tensor
+    kind: str | None = None
 
 
 def build_image_report(
-    model: Any, processor: Any, image: Image.Image, name: str = "", truth: str | None = None
+    model: Any,
+    processor: Any,
+    image: Image.Image,
+    name: str = "",
+    truth: str | None = None,
+    kind: str | None = None,
 ) -> ImageReport:
-    """Run the model on one image and return its predictions and maps.
+    """Run the model on one image, once, and return its predictions, maps and patch features.
 
     Args:
         name: name of the image in the report.
         truth: the true label in words.
+        kind: one of IMAGE_KINDS.
 
     Raises:
         ValueError: if the processor or the model does not accept the image.
@@ -80,10 +92,16 @@ def build_image_report(
     pixel_values = processor(image, return_tensors="pt")["pixel_values"].to(model.device)  # [1, C, H, W]
     size = (pixel_values.shape[-2], pixel_values.shape[-1])
     upright = to_upright_rgb(image)
-    with torch.no_grad(), evaluation_mode(model):
-        rows = model.token_attention(pixel_values)[0]  # [L, H, S, N]
-        predictions = build_image_predictions(model(pixel_values).logits, config) if is_classifier(model) else []
-    attributions = [compute_attribution(model, pixel_values, task=prediction.task)[0] for prediction in predictions]
+    trace = trace_attention(model, pixel_values, needs_gradients=is_classifier(model))
+    rows = trace.compute_rows()[0]  # [L, H, S, N]
+    predictions, attributions = [], []
+    if is_classifier(model):
+        logits = trace.outputs.logits
+        predictions = build_image_predictions(detach_logits(logits), config)
+        for prediction in predictions:
+            task_logits = logits if prediction.task is None else logits[prediction.task]
+            attributions.append(trace.compute_attribution(task_logits.amax(dim=-1))[0])
+    hidden_states = [state.detach() for state in trace.outputs.hidden_states]
     return ImageReport(
         name=name,
         image=upright,
@@ -91,9 +109,18 @@ def build_image_report(
         truth=truth,
         predictions=predictions,
         attention=extract_patch_maps(rows.float().cpu(), config, size),
-        rollout=extract_patch_maps(compute_attention_rollout(model, pixel_values)[0].float().cpu(), config, size),
+        rollout=extract_patch_maps(trace.compute_rollout()[0].float().cpu(), config, size),
         attributions=[extract_patch_maps(row.float().cpu(), config, size) for row in attributions],
+        features=arrange_patch_features(hidden_states, model.base_model, pixel_values)[0],
+        kind=kind,
     )
+
+
+def detach_logits(logits: Any) -> Any:
+    """Return logits, or a dict of logits per task, without gradients."""
+    if isinstance(logits, dict):
+        return {task: values.detach() for task, values in logits.items()}
+    return logits.detach()
 
 
 # Predictions ---------------------------------------------------------------------------------------------------------

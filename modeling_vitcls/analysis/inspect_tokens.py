@@ -14,16 +14,17 @@ from rich.table import Table
 from transformers.configuration_utils import PreTrainedConfig
 
 from ..adaptation_vitcls import load_checkpoint
+from ..conversion.any_checkpoint import resolve_checkpoint
 from ..data.held_out import RESULTS_FILE, read_record
 from ..files import read_json
-from ..hub.loading import MODEL_FILES, get_model_folder
+from ..hub.loading import MODEL_FILES
 from ..inference.evaluate import build_table
 from ..inference.load_model import is_preset, load_model
 from ..options import InspectOptions
 from .inspection import Inspection, ProgressCallback, ignore, inspect_model
 from .inspection_inputs import open_images
 from .report import SIGNS, build_patch_size_table, get_model_name, write_json_values, write_page
-from .report_data import has_room_for_heads
+from .report_data import count_images_with_heads
 
 
 STYLES = {"good": "green", "bad": "red", "doubtful": "yellow", "neutral": "dim"}
@@ -40,7 +41,8 @@ def inspect_tokens(options: InspectOptions) -> Inspection:
     errors = Console(stderr=True, soft_wrap=True, highlight=False)
     if is_preset(options.model):
         raise ValueError(f"{options.model} is a preset without trained weights. Pass a folder or a Hub id.")
-    folder = get_model_folder(options.model, [*MODEL_FILES, RESULTS_FILE], options.revision)
+    source = options.model if options.revision is None else f"{options.model}@{options.revision}"
+    folder = resolve_checkpoint(source, [*MODEL_FILES, RESULTS_FILE])
     model, processor = load_model_and_processor(folder)
     model = model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
     images = open_images(options, model, read_record(folder))
@@ -103,6 +105,9 @@ def print_inspection(inspection: Inspection, options: InspectOptions, console: C
     console.print(inspection.artifacts, markup=False)
     for sentence in inspection.depth:
         console.print(sentence, markup=False)
+    for name, check in inspection.map_checks.items():
+        console.print(check.describe(name).capitalize(), markup=False)
+    console.print(f"Diagnosis: {inspection.summary}", markup=False)
     if inspection.patch_sizes:
         patch_sizes = build_patch_size_table(inspection.patch_sizes)
         console.print(build_table("Patch sizes", patch_sizes["header"], patch_sizes["rows"]))
@@ -110,18 +115,19 @@ def print_inspection(inspection: Inspection, options: InspectOptions, console: C
             console.print(sentence, markup=False)
     size = options.output.stat().st_size / 2**20
     counts = f"statistics over {inspection.findings.num_images:,} images, {len(inspection.image_reports)} shown"
-    omitted = "" if has_room_for_heads(inspection.image_reports) else "; maps of single heads omitted for size"
+    num_with_heads, num_shown = count_images_with_heads(inspection.image_reports), len(inspection.image_reports)
+    omitted = "" if num_with_heads == num_shown else f"; maps of single heads only for the first {num_with_heads}"
     console.print(f"saved {options.output} ({size:.1f} MB{omitted}; {counts})", markup=False)
     if options.json is not None:
         console.print(f"saved {options.json}", markup=False)
 
 
 def build_verdict_table(inspection: Inspection) -> Table:
-    """Build a table of tokens, verdicts and reasons."""
+    """Build a table of tokens, groups of several tokens, verdicts and reasons."""
     verdicts = Table()
     for name in ("token", "verdict", "reason"):
         verdicts.add_column(name)
-    for verdict in inspection.verdicts:
+    for verdict in [*inspection.verdicts, *inspection.group_verdicts]:
         sign = SIGNS[verdict.word, verdict.meaning]
         word = f"[{STYLES[verdict.meaning]}]{sign} {verdict.word}[/]"
         verdicts.add_row(escape(verdict.token), word, escape(verdict.reason))

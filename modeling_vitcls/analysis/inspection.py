@@ -2,8 +2,10 @@
 
     inspection = inspect_model(model, processor, images)
 
-    images -> pixels in memory -> token_statistics.py, ablation.py -> diagnosis.py
+    images -> pixels in memory -> token_statistics.py -> ablation.py -> diagnosis.py
            -> image_report.py, for the images to show
+
+The forward passes of the statistics also give the outputs before ablations and without registers.
 
 The report itself is written in report.py.
 """
@@ -16,18 +18,43 @@ import torch
 from PIL import Image
 
 from ..data.images import ImageSubset, check_channels
-from ..data.labels import get_label_space
+from ..data.labels import get_label_space, is_multi_label
 from ..errors import format_error
+from ..heads_vitcls import IGNORED_LABEL
 from ..inference.prediction_rows import group_by_shape
-from .ablation import AblationEffect, Batches, collect_predictions, compute_ablation_effects, encode_label
-from .diagnosis import Verdict, describe_artifacts, describe_depth, diagnose_tokens
+from .ablation import (
+    MIN_IMAGES,
+    AblationEffect,
+    Ablations,
+    Batches,
+    OutputCollector,
+    Predictions,
+    compute_ablations,
+    count_null_passes,
+    encode_label,
+    get_ablated_parts,
+    get_token_keys,
+)
+from .diagnosis import (
+    PatchDiagnosis,
+    Verdict,
+    describe_depth,
+    diagnose_groups,
+    diagnose_patches,
+    diagnose_tokens,
+    summarize_diagnosis,
+)
 from .image_report import ImageReport, build_image_report
+from .map_checks import MapCheck, check_maps
 from .model_utils import is_classifier, unwrap_model
 from .patch_sizes import PatchSizeRow, compare_patch_sizes
 from .token_statistics import Findings, TokenStatistics
 
 
-MAX_ATTENTION_WEIGHTS = 2**26  # maximum number of attention weights of a batch in one layer (256 MiB in float32)
+MAX_BATCH_BYTES = 2**29  # maximum memory of a batch: hidden states, and the attention and MLP of one layer
+# Maximum number of images of the null distributions, and maximum operations of a pass over these images
+MAX_NULL_IMAGES, MAX_NULL_FLOPS = 64, 2e12
+MIN_CHECKED_IMAGES, MAX_CHECKED_IMAGES = 2, 16  # of the checks of maps, which require many passes per image
 
 ProgressCallback = Callable[[str, int, int], None]  # (description, finished steps, total steps)
 WarningCallback = Callable[[str], None]
@@ -43,12 +70,17 @@ class Inspection:
         num_parameters: number of parameters of the model.
         has_head: whether the model is a classifier.
         findings: statistics over `findings.num_images` images.
-        effects: effect of replacing each token by its mean; None without a classifier.
+        ablations: effects of each special token and each group, with null distributions (`compute_ablations`).
+        effects: effect of replacing each token by its mean on predictions; None without a classifier.
         accuracy: accuracy on the same images, 0 to 1; None if no labels are known.
         verdicts: one per special token.
+        group_verdicts: one per group of several special tokens.
+        patches: diagnosis of the norms of patches.
         artifacts: sentences about patches with large norms.
         depth: one text per special token, on its attention over depth.
         image_reports: reports of the images to show.
+        map_checks: checks of rollout and attribution (`check_maps`); empty unless the model is a classifier of one
+            label.
         patch_sizes: comparison of patch sizes; empty unless requested.
         num_unreadable: number of images that could not be read.
     """
@@ -58,14 +90,33 @@ class Inspection:
     num_parameters: int
     has_head: bool
     findings: Findings
-    effects: dict[str, AblationEffect] | None
+    ablations: Ablations
     accuracy: float | None
     verdicts: list[Verdict]
-    artifacts: str
+    group_verdicts: list[Verdict]
+    patches: PatchDiagnosis
     depth: list[str]
     image_reports: list[ImageReport]
+    map_checks: dict[str, MapCheck]
     patch_sizes: list[PatchSizeRow]
     num_unreadable: int
+
+    @property
+    def effects(self) -> dict[str, AblationEffect] | None:
+        """Return the effect of replacing each token by its mean on predictions, or None without a classifier."""
+        if not self.has_head:
+            return None
+        return {key: self.ablations["information"][key].effect for key in get_token_keys(self.config.token_layout)}
+
+    @property
+    def artifacts(self) -> str:
+        """Return the sentences about patches with large norms."""
+        return self.patches.reason
+
+    @property
+    def summary(self) -> str:
+        """Return the diagnosis in one line."""
+        return summarize_diagnosis(self.verdicts, self.group_verdicts, self.patches)
 
 
 def ignore(*args: Any) -> None:
@@ -81,6 +132,7 @@ def inspect_model(
     labels: Sequence[Any] | None = None,
     statistics_images: Sequence[Image.Image] | None = None,
     statistics_labels: Sequence[Any] | None = None,
+    num_shown: int | None = None,
     token_movement: Mapping[str, float] | None = None,
     patch_sizes: Sequence[int] = (),
     batch_size: int = 32,
@@ -97,6 +149,8 @@ def inspect_model(
         labels: labels of the images: class indices, lists of 0.0 and 1.0 per class, or {task: class index}; None or
             -100 if unknown.
         statistics_images, statistics_labels: images and labels for the statistics. Default: `images` and `labels`.
+        num_shown: number of images to show, selected from `images` by their predictions (`select_images`); requires
+            that the statistics are over the same images. Default: all images.
         token_movement: distance that each token moved in training (`token_movement` in results.json).
         patch_sizes: patch sizes to compare, in pixels.
         batch_size: maximum number of images per forward pass.
@@ -106,40 +160,55 @@ def inspect_model(
     Raises:
         ValueError: if no image can be read, or the hidden states of the model are not finite.
     """
+    if num_shown is not None and statistics_images is not None:
+        raise ValueError("num_shown requires statistics over the images themselves. Set statistics_images=None.")
     if statistics_images is None:
         statistics_images, statistics_labels = images, labels
     model = unwrap_model(model)
     config, preparer = model.config, ImagePreparer(processor, model.config.num_channels, on_warning)
-    image_reports = build_image_reports(model, processor, images, names, labels, preparer, on_progress)
     pixels = preparer.prepare_all(statistics_images, on_progress)
     pixel_labels = None if statistics_labels is None else [statistics_labels[index] for index in pixels]
     batches = InspectionBatches(model, list(pixels.values()), pixel_labels, batch_size)
 
-    findings = collect_statistics(model, batches, on_progress)
-    effects, predictions = None, None
-    if is_classifier(model):
-        num_passes = config.token_layout.num_prefix_tokens + 1
-        reported = batches.report_progress(on_progress, num_passes, "replacing tokens by their means")
-        predictions = collect_predictions(model, reported)
-        effects = compute_ablation_effects(model, reported, findings.mean_states, predictions)
+    findings, before, without_registers = collect_statistics(model, batches, on_progress)
+    parts = get_ablated_parts(config.token_layout)
+    num_affordable = count_affordable_images(model, batches.pixels)
+    sample_batches, sampled = batches.sample(min(max(num_affordable, MIN_IMAGES), MAX_NULL_IMAGES))
+    ablations = compute_ablations(
+        model,
+        batches.report_progress(on_progress, 2 * len(parts), "ablating tokens"),
+        findings.mean_states,
+        before,
+        (sample_batches.report_progress(on_progress, count_null_passes(model), "measuring null effects"), sampled),
+        without_registers,
+    )
+    chosen = dict.fromkeys(range(len(images)))
+    if num_shown is not None:
+        indices = list(pixels)
+        selected = select_images(before, config, num_shown)
+        chosen = {indices[batches.order[position]]: kind for position, kind in selected.items()}
+    image_reports = build_image_reports(model, processor, images, names, labels, chosen, preparer, on_progress)
     rows = []
     if patch_sizes:
         on_progress("comparing patch sizes", 0, 1)
         rows = compare_patch_sizes(
             model, processor, ImageSubset(statistics_images, list(pixels)), pixel_labels, patch_sizes
         )
+    has_head, predictions = is_classifier(model), before if isinstance(before, Predictions) else None
     return Inspection(
         config=config,
         model_class=type(model).__name__,
         num_parameters=sum(parameter.numel() for parameter in model.parameters()),
-        has_head=is_classifier(model),
+        has_head=has_head,
         findings=findings,
-        effects=effects,
+        ablations=ablations,
         accuracy=None if predictions is None else predictions.accuracy(),
-        verdicts=diagnose_tokens(config, findings, effects, token_movement, predictions),
-        artifacts=describe_artifacts(config, findings),
-        depth=describe_depth(config, findings),
+        verdicts=diagnose_tokens(config, findings, ablations, token_movement, predictions, has_head),
+        group_verdicts=diagnose_groups(config, ablations, predictions),
+        patches=diagnose_patches(config, findings, has_head),
+        depth=describe_depth(config, findings, has_head),
         image_reports=image_reports,
+        map_checks=check_sampled_maps(model, batches, on_progress),
         patch_sizes=rows,
         num_unreadable=len(preparer.problems),
     )
@@ -151,34 +220,95 @@ def build_image_reports(
     images: Sequence[Image.Image],
     names: Sequence[str] | None,
     labels: Sequence[Any] | None,
+    chosen: Mapping[int, str | None],
     preparer: "ImagePreparer",
     on_progress: ProgressCallback,
 ) -> list[ImageReport]:
-    """Build a report of each readable image."""
+    """Build a report of each readable image whose index is in `chosen`, with its kind."""
     image_reports, label_space = [], get_label_space(model.config)
     labels = labels if is_classifier(model) else None
-    for index in range(len(images)):
-        on_progress("computing maps", index, len(images))
+    for number, (index, kind) in enumerate(chosen.items()):
+        on_progress("computing maps", number, len(chosen))
         if preparer.prepare(images, index) is not None:
             name = f"image {index + 1}" if names is None else names[index]
             truth = None if labels is None else label_space.format_label(labels[index])
-            image_reports.append(build_image_report(model, processor, images[index], name, truth))
+            image_reports.append(build_image_report(model, processor, images[index], name, truth, kind))
     return image_reports
 
 
-def collect_statistics(model: Any, batches: "InspectionBatches", on_progress: ProgressCallback) -> Findings:
-    """Return the statistics over all images.
+def check_sampled_maps(model: Any, batches: "InspectionBatches", on_progress: ProgressCallback) -> dict[str, MapCheck]:
+    """Return the checks of rollout and attribution for a few images; empty unless the model is a classifier of one
+    label."""
+    if not is_classifier(model) or model.config.tasks or is_multi_label(model.config):
+        return {}
+    on_progress("checking maps", 0, 1)
+    num_images = min(max(count_affordable_images(model, batches.pixels) // 8, MIN_CHECKED_IMAGES), MAX_CHECKED_IMAGES)
+    sample, _ = batches.sample(num_images)
+    return check_maps(model, [image.unsqueeze(0) for pixel_values, _ in sample() for image in pixel_values])
+
+
+def select_images(before: Any, config: Any, count: int) -> dict[int, str | None]:
+    """Return the indices of the most instructive images with their kind: wrong predictions (at most half, the most
+    confident first), the least confident of the others (at most a quarter), and typical images at even distances.
+
+    Args:
+        before: `Predictions`; the images of an encoder are selected at even distances, without a kind.
+        count: number of images to select.
+    """
+    if not isinstance(before, Predictions):
+        return dict.fromkeys(spread_evenly(list(range(len(before))), count))
+    confidences = compute_confidences(before.logits, config).tolist()
+    by_confidence = sorted(range(len(before)), key=lambda index: confidences[index])
+    is_wrong = torch.zeros(len(before), dtype=torch.bool)
+    if before.labels is not None:
+        is_wrong = ((before.predicted != before.labels) & (before.labels != IGNORED_LABEL)).any(dim=1)
+    wrong = [index for index in reversed(by_confidence) if is_wrong[index]][: (count + 1) // 2]
+    others = [index for index in by_confidence if not is_wrong[index]]
+    uncertain = others[: (count + 3) // 4]
+    typical = spread_evenly(sorted(others[len(uncertain) :]), count - len(wrong) - len(uncertain))
+    selected = {"wrong": wrong, "uncertain": uncertain, "typical": typical}
+    return dict([(index, kind) for kind, indices in selected.items() for index in indices][:count])
+
+
+def compute_confidences(logits: torch.Tensor, config: Any) -> torch.Tensor:
+    """Return the probability [images] of the prediction for logits [images, labels] of all tasks; the smallest of
+    several tasks or labels."""
+    if is_multi_label(config):
+        probabilities = logits.sigmoid()
+        return probabilities.maximum(1 - probabilities).amin(dim=1)
+    sizes = [len(names) for names in config.task_labels().values()] if config.tasks else [logits.shape[1]]
+    by_task = [part.softmax(dim=1).amax(dim=1) for part in logits.split(sizes, dim=1)]
+    return torch.stack(by_task).amin(dim=0)
+
+
+def spread_evenly(indices: list[int], count: int) -> list[int]:
+    """Return at most `count` of the indices, at even distances."""
+    count = max(min(count, len(indices)), 0)
+    return [indices[(2 * number + 1) * len(indices) // (2 * count)] for number in range(count)]
+
+
+def collect_statistics(
+    model: Any, batches: "InspectionBatches", on_progress: ProgressCallback
+) -> tuple[Findings, Any, dict[str, Any]]:
+    """Return the statistics over all images, the outputs of the same forward passes, and the outputs with the
+    registers hidden from attention (`known` of `compute_ablations`).
 
     Raises:
         ValueError: if hidden states are not finite.
     """
     statistics = TokenStatistics(model)
-    for pixel_values, _ in batches.report_progress(on_progress, 1, "collecting statistics")():
-        statistics.update(pixel_values)
+    collector, collector_without_registers = OutputCollector(model), OutputCollector(model)
+    for pixel_values, labels in batches.report_progress(on_progress, 1, "collecting statistics")():
+        outputs, outputs_without_registers = statistics.update(pixel_values)
+        collector.add(outputs, labels)
+        if outputs_without_registers is not None:
+            collector_without_registers.add(outputs_without_registers, labels)
     findings = statistics.compute()
     if not bool(findings.patch_norms.isfinite().all() and findings.token_norms.isfinite().all()):
         raise ValueError("The hidden states of the model are not finite. Check its weights, or load it in float32.")
-    return findings
+    num_registers = model.config.num_register_tokens
+    key = "registers[0]" if num_registers == 1 else "registers"
+    return findings, collector.build(), {key: collector_without_registers.build()} if num_registers else {}
 
 
 # Pixels --------------------------------------------------------------------------------------------------------------
@@ -233,13 +363,15 @@ class InspectionBatches:
     Args:
         pixels: [C, H, W] each.
         labels: see `inspect_model`.
-        batch_size: maximum batch size; reduced if one layer would have more than MAX_ATTENTION_WEIGHTS attention
-            weights.
+        batch_size: maximum batch size; reduced if a batch would require more than MAX_BATCH_BYTES of memory.
     """
 
     def __init__(self, model: Any, pixels: list[torch.Tensor], labels: list[Any] | None, batch_size: int) -> None:
+        self.model = model
         self.device = model.device
+        self.batch_size = batch_size
         self.pixels = pixels
+        self.raw_labels = labels
         self.labels = None
         if labels is not None and is_classifier(model):
             self.labels = torch.stack([encode_label(label, model.config) for label in labels])  # [images, A]
@@ -249,12 +381,21 @@ class InspectionBatches:
             for size in [min(batch_size, get_max_batch_size(model, pixels[indices[0]].shape))]
             for start in range(0, len(indices), size)
         ]
+        self.order = [index for chunk in self.chunks for index in chunk]
 
     def __call__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
         """Yield all images once."""
         for chunk in self.chunks:
             pixel_values = torch.stack([self.pixels[index] for index in chunk]).to(self.device)  # [B, C, H, W]
             yield pixel_values, None if self.labels is None else self.labels[chunk]
+
+    def sample(self, count: int) -> tuple["InspectionBatches", list[int]]:
+        """Return batches of at most `count` images at even distances, and the indices of these images among the images
+        that this object yields."""
+        positions = spread_evenly(list(range(len(self.order))), count)
+        labels = None if self.raw_labels is None else [self.raw_labels[self.order[index]] for index in positions]
+        pixels = [self.pixels[self.order[index]] for index in positions]
+        return InspectionBatches(self.model, pixels, labels, self.batch_size), positions
 
     def report_progress(self, on_progress: ProgressCallback, num_passes: int, description: str) -> Batches:
         """Return a function that yields the same batches and reports progress over `num_passes` calls."""
@@ -270,11 +411,28 @@ class InspectionBatches:
         return batches
 
 
+def count_tokens(model: Any, shape: torch.Size) -> int:
+    """Return the number of tokens of an image [C, H, W]."""
+    (height, width), (patch_height, patch_width) = shape[-2:], model.config.patch_height_width
+    return model.config.token_layout.get_num_tokens(height // patch_height, width // patch_width)
+
+
 def get_max_batch_size(model: Any, shape: torch.Size) -> int:
-    """Return the number of images [C, H, W] with at most MAX_ATTENTION_WEIGHTS attention weights in one layer;
-    at least 1."""
-    config = model.config
-    (height, width), (patch_height, patch_width) = shape[-2:], config.patch_height_width
-    num_tokens = config.token_layout.get_num_tokens(height // patch_height, width // patch_width)
+    """Return the number of images [C, H, W] that require at most MAX_BATCH_BYTES of memory; at least 1.
+
+    The estimate includes the hidden states of all layers, a few copies of the attention maps of one layer, and the
+    activations of its MLP.
+    """
+    config, num_tokens = model.config, count_tokens(model, shape)
     num_maps = config.num_attention_heads * (2 if config.attention_type == "differential" else 1)
-    return max(MAX_ATTENTION_WEIGHTS // (num_maps * num_tokens**2), 1)
+    states = (config.num_hidden_layers + 8) * num_tokens * config.hidden_size
+    activations = 2 * num_tokens * config.intermediate_size
+    num_values = states + activations + 3 * num_maps * num_tokens**2
+    return max(MAX_BATCH_BYTES // (4 * num_values), 1)
+
+
+def count_affordable_images(model: Any, pixels: Sequence[torch.Tensor]) -> int:
+    """Return the number of images that a pass with MAX_NULL_FLOPS operations can process."""
+    num_parameters = sum(parameter.numel() for parameter in model.parameters())
+    flops = 2 * num_parameters * max(count_tokens(model, image.shape) for image in pixels)
+    return int(MAX_NULL_FLOPS / flops)

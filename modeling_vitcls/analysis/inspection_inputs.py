@@ -22,6 +22,7 @@ from ..heads_vitcls import IGNORED_LABEL
 from ..inference.evaluate import match_labels
 from ..inference.inputs import open_image_files
 from ..options import DataOptions, InspectOptions
+from .inspection import spread_evenly
 from .model_utils import is_classifier
 
 
@@ -41,7 +42,7 @@ class InspectionImages:
         """Return at most `count` images at even distances, since datasets are often sorted by class."""
         if len(self) <= count:
             return self
-        indices = [(2 * number + 1) * len(self) // (2 * count) for number in range(count)]
+        indices = spread_evenly(list(range(len(self))), count)
         return InspectionImages(
             ImageSubset(self.images, indices),
             [self.names[index] for index in indices],
@@ -50,14 +51,14 @@ class InspectionImages:
         )
 
     def build_arguments(self, num_shown: int, num_measured: int) -> dict[str, Any]:
-        """Return arguments of `inspect_model`: `num_shown` images to show and `num_measured` for the statistics."""
-        shown, measured = self.sample_evenly(num_shown), self.sample_evenly(num_measured)
+        """Return arguments of `inspect_model`: `num_measured` images for the statistics, of which `num_shown` are
+        shown."""
+        measured = self.sample_evenly(num_measured)
         return {
-            "images": shown.images,
-            "names": shown.names,
-            "labels": shown.labels,
-            "statistics_images": measured.images,
-            "statistics_labels": measured.labels,
+            "images": measured.images,
+            "names": measured.names,
+            "labels": measured.labels,
+            "num_shown": num_shown,
         }
 
 

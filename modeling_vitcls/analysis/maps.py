@@ -1,4 +1,4 @@
-"""Attention to patches as maps on the pixels of an image, and names of tokens and attention maps.
+"""Attention to patches as maps on the pixels of an image, and names of attention maps.
 
     rows [..., key] -> extract_patch_maps [..., gh, gw] -> upsample_maps [..., h, w] -> overlay, an image
                                                            |
@@ -21,13 +21,11 @@ from transformers.image_utils import ChannelDimension, get_image_size_for_max_he
 
 from ..configuration_vitcls import ViTCLSConfig
 from ..image_processing_vitcls import CROP_ROUNDINGS, pil_to_tensor
+from ..token_names import get_token_names_by_group
 
 
 Size = tuple[int, int]  # height, width in pixels
 Processor = Any  # ViTCLSImageProcessor or ViTCLSImageProcessorPil; attributes are set by transformers
-
-# Group of `config.token_layout` -> name of one of its tokens.
-TOKEN_TERMS = {"cls": "CLS", "distillation": "distillation", "registers": "register"}
 
 
 class VisibleRegion(NamedTuple):
@@ -42,44 +40,53 @@ class VisibleRegion(NamedTuple):
     bottom: float
 
 
-# Names ---------------------------------------------------------------------------------------------------------------
-
-
-def get_token_names(config: ViTCLSConfig) -> list[str]:
-    """Return the name of each special token, in sequence order.
-
-    Names are "CLS", or "CLS 1", "CLS 2" if there are several; "CLS species" for the token of a task; "CLS 2 (cell 1, 2
-    of 2 x 2)" for a token restricted to row 1, column 2 of a grid (`config.cls_scopes`). "distillation" and "register"
-    are numbered in the same way.
-    """
-    return [name for names in get_token_names_by_group(config).values() for name in names]
-
-
-def get_token_names_by_group(config: ViTCLSConfig) -> dict[str, list[str]]:
-    """Return `get_token_names` for each of the three special groups of `config.token_layout`."""
-    layout = config.token_layout
-    special = range(layout.num_prefix_tokens)
-    names = {group: number_names(word, len(special[getattr(layout, group)])) for group, word in TOKEN_TERMS.items()}
-    if config.tasks:
-        names["cls"] = [f"{TOKEN_TERMS['cls']} {task}" for task in config.task_labels()]
-    for index, scope in enumerate(config.cls_scopes or ()):
-        if not isinstance(scope, str):
-            rows, columns, row, column = scope
-            names["cls"][index] += f" (cell {row + 1}, {column + 1} of {rows} x {columns})"
-    return names
-
-
-def number_names(word: str, count: int) -> list[str]:
-    """Return the word itself for one token, or the word with numbers from 1 for several."""
-    return [word] if count == 1 else [f"{word} {number}" for number in range(1, count + 1)]
-
-
 def get_head_names(config: ViTCLSConfig) -> list[str]:
     """Return the names of a layer's attention maps; differential attention has two per head."""
     heads = [f"head {number}" for number in range(1, config.num_attention_heads + 1)]
     if config.attention_type == "differential":
         return [f"{head}, {which} map" for head in heads for which in ("first", "second")]
     return heads
+
+
+# Tokens that are read ------------------------------------------------------------------------------------------------
+
+
+def is_read(config: ViTCLSConfig, group: str, index: int, has_head: bool = True) -> bool:
+    """Return whether the head reads the output of the token at this index of its group.
+
+    Without a head, the output consists of the CLS tokens, the distillation tokens and the patches.
+    """
+    if not has_head:
+        return group != "registers"
+    if is_masked_image_model(config):
+        return group == "patches"
+    if config.pooling == "attention" and config.attention_pool_tokens == "all":
+        return True
+    if group == "cls":
+        pooled = config.pooled_cls_indices if config.cls_pooling != "first" else config.pooled_cls_indices[:1]
+        return bool(config.tasks) or (config.pooling in ("cls", "cls_mean") and index in pooled)
+    if group == "distillation":
+        return config.has_distillation_head and not config.tasks
+    return group == "patches" and config.pooling != "cls"
+
+
+def is_masked_image_model(config: ViTCLSConfig) -> bool:
+    """Return whether the model is for masked image modeling."""
+    return "ViTCLSForMaskedImageModeling" in (config.architectures or ())
+
+
+def count_read_layers(config: ViTCLSConfig, has_head: bool) -> list[int]:
+    """Return the number of layers whose output is read, for each special token and then for the patches.
+
+    This is the number of layers for a token that the head reads, and one less for any other token, whose last output
+    nothing reads. The attention of a token is read in the same layers.
+    """
+    groups = get_token_names_by_group(config) | {"patches": ["patches"]}
+    return [
+        config.num_hidden_layers - (not is_read(config, group, index, has_head))
+        for group, names in groups.items()
+        for index in range(len(names))
+    ]
 
 
 # Maps ----------------------------------------------------------------------------------------------------------------
@@ -110,12 +117,15 @@ def extract_patch_maps(rows: torch.Tensor, config: ViTCLSConfig, image_size: Siz
     return to_patches.unflatten(-1, (grid_height, grid_width))
 
 
-def upsample_maps(maps: torch.Tensor, image_size: Size, visible_region: VisibleRegion) -> torch.Tensor:
+def upsample_maps(
+    maps: torch.Tensor, image_size: Size, visible_region: VisibleRegion, interpolate: bool = True
+) -> torch.Tensor:
     """Interpolate maps [..., gh, gw] to the pixels of an image, bilinearly between patch centers.
 
     Args:
         image_size: Height and width of the upright image.
         visible_region: The region that the maps cover (`get_visible_region`).
+        interpolate: Whether to interpolate; otherwise, all pixels of a patch have its value.
 
     Returns:
         [..., h, w] float32, NaN outside the visible region.
@@ -126,7 +136,11 @@ def upsample_maps(maps: torch.Tensor, image_size: Size, visible_region: VisibleR
     grid = torch.stack(torch.broadcast_tensors(x[None, :], y[:, None]), dim=-1)  # [h, w, 2]
     flat = maps.float().reshape(1, -1, *maps.shape[-2:])  # [1, maps, gh, gw]
     upsampled = nn.functional.grid_sample(
-        flat, grid[None], mode="bilinear", padding_mode="border", align_corners=False
+        flat,
+        grid[None],
+        mode="bilinear" if interpolate else "nearest",
+        padding_mode="border",
+        align_corners=False,
     )
     outside = (grid.abs() > 1).any(dim=-1)  # [h, w]
     return upsampled.masked_fill(outside, math.nan).reshape(*maps.shape[:-2], height, width)

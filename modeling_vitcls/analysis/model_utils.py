@@ -2,6 +2,7 @@
 
 unwrap_model(model)      the ViTCLS model inside the wrappers
 is_classifier(model)     whether the model predicts labels
+get_runner(model)        the classifier, or the encoder inside any other model
 evaluation_mode(model)   evaluation mode inside a block
 """
 
@@ -37,6 +38,11 @@ def is_classifier(model: Any) -> bool:
     config = plain.config
     has_head = any(kind.__name__ in CLASSIFIERS for kind in type(plain).__mro__)
     return has_head and bool(config.tasks or config.num_labels) and config.problem_type != "regression"
+
+
+def get_runner(model: Any) -> Any:
+    """Return the classifier, or the encoder inside any other unwrapped model."""
+    return model if is_classifier(model) else model.base_model
 
 
 @contextmanager

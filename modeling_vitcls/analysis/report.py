@@ -26,13 +26,14 @@ from PIL import Image
 
 from ..files import write_atomically
 from ..hub.loading import get_cached_commit
+from ..token_names import get_token_names_by_group
 from ..version import __version__
-from .ablation import AblationEffect
-from .diagnosis import MANY_OUTLIERS, format_count
-from .figures import GROUP_COLORS, describe_head, is_read
-from .image_report import ImageReport
+from .ablation import Ablation, AblationEffect, get_groups, get_token_keys
+from .diagnosis import ABLATION_TERMS, describe_changed_answers
+from .figures import GROUP_COLORS, describe_head
+from .image_report import IMAGE_KINDS, ImageReport
 from .inspection import Inspection, inspect_model
-from .maps import get_token_names, get_token_names_by_group
+from .maps import is_read
 from .patch_sizes import PatchSizeRow, describe_patch_sizes, format_patch_size
 from .report_data import build_json_values, build_page_data
 from .test_time_registers import OUTLIER_RATIO
@@ -44,14 +45,20 @@ SCRIPTS = ("report_page.js", "report_maps.js", "report_charts.js")  # in loading
 
 # (verdict, meaning) -> sign, so that verdicts are distinguishable without color.
 SIGNS = {
-    ("learned", "good"): "✓",
-    ("in use", "neutral"): "•",
+    ("effect beyond the null", "good"): "✓",
+    ("effect beyond the null", "neutral"): "•",
+    ("no measurable effect", "neutral"): "○",
+    ("harmful", "bad"): "✕",
+    ("norm too large", "bad"): "✕",
     ("not moved", "neutral"): "•",
     ("not moved", "bad"): "✕",
     ("same for all images", "bad"): "✕",
+    ("cut off from the patches", "bad"): "✕",
     ("collapsed", "bad"): "≡",
-    ("ignored by the head", "doubtful"): "∅",
+    ("equal attention", "doubtful"): "≈",
     ("not judged", "neutral"): "?",
+    ("artifacts", "bad"): "✕",
+    ("no artifacts", "good"): "✓",
 }
 
 
@@ -134,24 +141,51 @@ def render_page(inspection: Inspection, about: dict[str, Any]) -> str:
         about=about,
         inspection=inspection,
         findings=inspection.findings,
-        effects=get_named_effects(inspection),
+        effects=build_effect_table(inspection),
         patch_sizes=build_patch_size_table(inspection.patch_sizes),
+        image_kinds=IMAGE_KINDS,
         layout=build_layout(inspection.config, about["has_head"]),
         signs=SIGNS,
-        format_count=format_count,
         outlier_ratio=OUTLIER_RATIO,
-        many_outliers=MANY_OUTLIERS,
         data=to_script_json(build_page_data(inspection)),
         style=read_page_file("report.css"),
         scripts=[read_page_file(name) for name in SCRIPTS],
     )
 
 
-def get_named_effects(inspection: Inspection) -> list[tuple[str, AblationEffect]]:
-    """Return (token name, effect) pairs; empty if the model has no classifier."""
-    if inspection.effects is None:
-        return []
-    return list(zip(get_token_names(inspection.config), inspection.effects.values(), strict=True))
+def build_effect_table(inspection: Inspection) -> dict[str, Any]:
+    """Return `header` and `rows` of text: for each token and each group, its effect without information and without
+    presence, and the null distributions."""
+    rows = []
+    keys = [*get_token_keys(inspection.config.token_layout), *(get_groups(inspection.config.token_layout))]
+    verdicts = [*inspection.verdicts, *inspection.group_verdicts]
+    present = [key for key in keys if key in inspection.ablations["information"]]
+    for key, verdict in zip(present, verdicts, strict=True):
+        for kind, by_key in inspection.ablations.items():
+            rows.append({"token": verdict.token, "ablation": f"{kind}: {ABLATION_TERMS[kind].format('its')}"})
+            rows[-1] |= format_effect(by_key[key])
+    header = list(rows[0]) if rows else []
+    return {"header": header, "rows": [[row.get(name, "") for name in header] for row in rows]}
+
+
+def format_effect(ablation: Ablation) -> dict[str, str]:
+    """Return the values of an ablation as text by column header."""
+    effect = ablation.effect
+    columns: dict[str, str] = {}
+    if isinstance(effect, AblationEffect):
+        columns["changed predictions"] = describe_changed_answers(effect)
+        columns["logit change / standard deviation over images"] = f"{effect.logit_change:.2g}"
+    else:
+        columns |= {f"cosine change, {name}": f"{value:.2g}" for name, value in effect.cosine_change.items()}
+        if effect.knn_agreement is not None:
+            columns["same nearest images"] = f"{effect.knn_agreement:.0%}"
+    low, high = effect.interval
+    columns["95% interval"] = f"{low:.2g} to {high:.2g}"
+    for name, sizes in {"random patches": ablation.patches, "random tokens": ablation.redrawn}.items():
+        columns[f"null: {name}"] = f"{min(sizes):.2g} to {max(sizes):.2g}" if sizes else ""
+    if isinstance(effect, AblationEffect) and effect.accuracy_change is not None:
+        columns["accuracy change, points"] = f"{effect.accuracy_change * 100:+.1f}"
+    return columns
 
 
 def read_page_file(name: str) -> Markup:

@@ -12,12 +12,13 @@ const inLayers = afterLayers.slice(1);
 // Style of the lines -----------------------------------------------------------------------------------------------
 
 // One color per group; tokens of a group differ in lightness, dashes and markers.
-const tokenStyles = data.tokens.map(({ name, group }, place) => {
+const tokenStyles = data.tokens.map(({ name, group, read }, place) => {
   const members = data.tokens.filter((token) => token.group === group);
   const index = place - data.tokens.findIndex((token) => token.group === group);
   const fade = members.length > 1 ? Math.round((55 * index) / (members.length - 1)) : 0;
-  return { name, color: `color-mix(in oklab, var(--${group}), var(--fade) ${fade}%)`, index };
+  return { name, group, read, color: `color-mix(in oklab, var(--${group}), var(--fade) ${fade}%)`, index };
 });
+const patchStyle = { name: "patches", group: "patches", read: data.patches_read, color: "var(--patches)", index: 0 };
 
 function marker(index, x, y, color) {
   const r = 3.2;
@@ -79,6 +80,17 @@ function drawAxes(svg, width, height, y, labels, xOf, xTitle) {
       svg.append(element("text", { x: xOf(place), y: height - MARGIN.bottom + 15, class: "tick middle" }, plain(label)));
   });
   svg.append(element("text", { x: (MARGIN.left + width - MARGIN.right) / 2, y: height - 2, class: "tick middle" }, xTitle));
+}
+
+// Shade the last layer if nothing reads the output of some of the lines there, and name these.
+function drawUnread(svg, width, height, lines, labels, xOf) {
+  const unread = lines.filter(({ read }) => read !== undefined && read < labels.at(-1));
+  if (!unread.length || labels.length < 2) return;
+  const left = (xOf(labels.length - 2) + xOf(labels.length - 1)) / 2;
+  const names = [...new Set(unread.map(({ group, name }) => (lines.filter((line) => line.group === group).every((line) => unread.includes(line)) ? GROUP_WORDS[group] : name)))];
+  const box = { x: left, y: MARGIN.top, width: width - MARGIN.right - left, height: height - MARGIN.top - MARGIN.bottom };
+  svg.append(element("rect", { ...box, class: "unread" }));
+  svg.append(element("text", { x: width - MARGIN.right - 2, y: MARGIN.top + 10, class: "tick end unread-label" }, `not read: ${names.join(", ")}`));
 }
 
 // An SVG in a figure, redrawn for each width.
@@ -169,6 +181,7 @@ function lineChart(figure, { series, labels, xTitle, baselines = [], format = pl
     const y = yAxis([...values, ...baselines.map(({ value }) => value)], height, { log, format });
     const room = width - MARGIN.left - MARGIN.right - 12;
     const xOf = (place) => MARGIN.left + 6 + (labels.length > 1 ? (room * place) / (labels.length - 1) : room / 2);
+    drawUnread(svg, width, height, shown, labels, xOf);
     drawAxes(svg, width, height, y, labels, xOf, xTitle);
     for (const { value } of baselines) {
       const at = y.place(value);
@@ -229,13 +242,13 @@ const stateChart = (name, more = {}) => (figure) =>
 
 function patchDistance(figure) {
   const [distances] = data.curves.patch_distance;
-  const series = [{ name: "patches", color: "var(--patches)", index: 0, ...distances }];
+  const series = [{ ...patchStyle, ...distances }];
   lineChart(figure, { series, labels: inLayers, xTitle: "layer", baselines: uniform("patch_distance") });
 }
 
 function norms(figure) {
   const { median, low, high } = data.curves.patch_norms;
-  const patches = { name: "patches", color: "var(--patches)", index: 0, mean: median, low, high };
+  const patches = { ...patchStyle, mean: median, low, high };
   const series = [patches, ...ofTokens(data.curves.token_norms)];
   const values = series.flatMap(({ mean, low: lowest = [], high: highest = [] }) => [...mean, ...lowest, ...highest]).filter((value) => value !== null);
   const log = Math.min(...values) > 0 && Math.max(...values) > MIN_LOG_RATIO * Math.min(...values);
@@ -243,20 +256,31 @@ function norms(figure) {
 }
 
 function outliers(figure) {
-  const series = [{ name: "patches", color: "var(--patches)", index: 0, mean: data.curves.outliers }];
+  const series = [{ ...patchStyle, mean: data.curves.outliers }];
   const withoutRegisters = data.curves.outliers_without_registers;
   if (withoutRegisters) series.push({ name: "registers hidden from attention", color: "var(--registers)", index: 1, mean: withoutRegisters });
-  lineChart(figure, { series, labels: afterLayers, xTitle: "after layer", format: percent, baselines: [{ name: "many", value: data.curves.many_outliers }] });
+  lineChart(figure, { series, labels: afterLayers, xTitle: "after layer", format: percent });
 }
+
+// Deletion and insertion curves of the maps, and of a random order of patches.
+const curveChart = (name, verb) => (figure) => {
+  const checks = Object.entries(data.map_checks);
+  const colors = ["var(--cls)", "var(--registers)"];
+  const series = checks.map(([map, check], index) => ({ name: map, index, color: colors[index], mean: check[name] }));
+  series.push({ name: "random order", index: 2, color: "var(--patches)", mean: checks[0][1][`random_${name}`] });
+  const labels = data.check_fractions.map((fraction) => 100 * fraction);
+  lineChart(figure, { series, labels, xTitle: `% of the patches ${verb}`, format: percent });
+};
 
 // Bars -------------------------------------------------------------------------------------------------------------
 
 function mass(box) {
   const groups = Object.keys(GROUP_WORDS);
   const visibleGroups = groups.filter((group) => group === "patches" || data.tokens.some((token) => token.group === group));
-  data.tokens.forEach(({ name }, token) => {
+  data.tokens.forEach(({ name, read }, token) => {
     const figure = element("figure", {}, element("figcaption", {}, element("h4", {}, name)));
     box.append(figure);
+    if (read < data.layers) figure.firstChild.append(element("p", {}, `Nothing reads layer ${data.layers} of this token.`));
     const height = 150;
     drawing(figure, height, `where the attention of ${name} goes, by layer`, (svg, width) => {
       const y = yAxis([0, 1], height, { format: percent });
@@ -268,7 +292,7 @@ function mass(box) {
         for (const group of visibleGroups) {
           const share = data.curves.mass[token][groups.indexOf(group)][layer];
           const top = Math.min(below + share, 1);
-          svg.append(element("rect", { x: xOf(layer) - step * 0.46, width: step * 0.92, y: y.place(top), height: Math.max(y.place(below) - y.place(top), 0), class: `bar g-${group}` }));
+          svg.append(element("rect", { x: xOf(layer) - step * 0.46, width: step * 0.92, y: y.place(top), height: Math.max(y.place(below) - y.place(top), 0), class: `bar g-${group}${layer < read ? "" : " unread-bar"}` }));
           below = top;
         }
       });
@@ -286,7 +310,8 @@ function layerSlider(figure, show) {
   const output = element("output");
   const slider = element("input", { type: "range", min: 0, max: data.layers, value: data.layers, "aria-label": "layer" });
   const choose = () => {
-    output.textContent = Number(slider.value) ? `after layer ${slider.value}` : "the embeddings";
+    const unread = figure.dataset.chart === "histogram" && slider.value > data.patches_read ? " (nothing reads the patches)" : "";
+    output.textContent = (Number(slider.value) ? `after layer ${slider.value}` : "the embeddings") + unread;
     show(Number(slider.value));
   };
   slider.addEventListener("input", choose);
@@ -297,33 +322,38 @@ function layerSlider(figure, show) {
 function histogram(figure) {
   const height = 240;
   let layer = data.layers;
+  const mode = element("p", { class: "mode" });
   const redraw = drawing(figure, height, "norms of the patches, a histogram", (svg, width) => {
-    const { counts, end, limit, registers } = data.histograms[layer];
+    const { counts, low, high, mode: second, registers } = data.histograms[layer];
     const y = yAxis([1, Math.max(...counts, 10)], height, { log: true, format: (tick) => tick.toLocaleString("en") });
     const room = width - MARGIN.left - MARGIN.right;
-    const xFor = (norm) => MARGIN.left + (room * norm) / end;
-    const middle = (bin) => xFor(((bin + 0.5) * end) / counts.length);
-    drawAxes(svg, width, height, y, [], middle, "norm");
-    for (const tick of ticksFor(0, end).filter((value) => value <= end))
+    const xFor = (ratio) => MARGIN.left + (room * Math.log(ratio / low)) / Math.log(high / low);
+    const edge = (bin) => low * (high / low) ** (bin / counts.length);
+    const middle = (bin) => xFor(edge(bin + 0.5));
+    drawAxes(svg, width, height, y, [], middle, "norm / median norm of the image, logarithmic");
+    for (const tick of logarithmicTicks(low, high))
       svg.append(element("text", { x: xFor(tick), y: height - MARGIN.bottom + 15, class: "tick middle" }, plain(tick)));
     const step = room / counts.length;
     const floor = height - MARGIN.bottom;
+    const limit = second ? second.threshold : Infinity;
     counts.forEach((count, bin) => {
       if (!count) return;
-      const isBeyond = ((bin + 0.5) * end) / counts.length > limit;
+      const isBeyond = edge(bin + 0.5) > limit;
       const top = Math.min(y.place(count), floor - 3); // keep a single patch visible
       svg.append(element("rect", { x: MARGIN.left + bin * step + 0.5, width: Math.max(step - 1, 1), y: top, height: floor - top, class: isBeyond ? "bar beyond" : "bar g-patches" }));
     });
-    svg.append(element("line", { x1: xFor(limit), x2: xFor(limit), y1: MARGIN.top, y2: floor, class: "baseline" }));
+    if (second) svg.append(element("line", { x1: xFor(limit), x2: xFor(limit), y1: MARGIN.top, y2: floor, class: "baseline" }));
     for (const norm of registers) {
       const x = xFor(norm);
       svg.append(element("path", { d: `M${x - 5},${MARGIN.top}L${x + 5},${MARGIN.top}L${x},${MARGIN.top + 9}Z`, class: "bar g-registers" }));
     }
+    mode.textContent = second ? `Second mode: ${percent(second.fraction)} of the patches, at ${plain(second.ratio)} times the median.` : "One mode.";
     readable(svg, counts.length, middle, (bin) => [
-      `norm ${plain((bin * end) / counts.length)} to ${plain(((bin + 1) * end) / counts.length)}`,
+      `${plain(edge(bin))} to ${plain(edge(bin + 1))} times the median`,
       `${counts[bin].toLocaleString("en")} patches`,
     ], height);
   });
+  figure.append(mode);
   layerSlider(figure, (chosen) => {
     layer = chosen;
     redraw();
@@ -412,6 +442,8 @@ const CHARTS = {
   norms,
   outliers,
   histogram,
+  deletion: curveChart("deletion", "replaced"),
+  insertion: curveChart("insertion", "kept"),
   variation: stateChart("variation", { format: percent }),
   to_patches: stateChart("to_patches"),
   between_tokens: betweenTokens,

@@ -9,6 +9,7 @@ report.html.j2.
 import base64
 import dataclasses
 import io
+import itertools
 import math
 from typing import Any
 
@@ -17,16 +18,21 @@ import torch
 from matplotlib import colormaps
 from PIL import Image
 
+from ..token_names import get_token_names
 from .ablation import get_token_keys
-from .diagnosis import MANY_OUTLIERS
+from .diagnosis import Verdict
 from .figures_of_states import compute_norm_histogram
 from .image_report import ImageReport
 from .inspection import Inspection
-from .maps import COLORMAP, MIN_SCALE, get_head_names, get_token_names
+from .map_checks import FRACTIONS
+from .maps import COLORMAP, MIN_SCALE, count_read_layers, get_head_names
+from .patch_features import NUM_COMPONENTS, compress_patch_features, compute_patch_colors
 from .token_statistics import Findings
 
 
-MAX_MAP_BYTES = 11 * 2**20  # for all images (a third more in base64); above it, maps of single heads are omitted
+# Maximum bytes of the maps of single heads, and of compressed patch features, a third more in base64. The first images
+# that fit have them.
+MAX_MAP_BYTES, MAX_FEATURE_BYTES = 11 * 2**20, 6 * 2**20
 IMAGE_SIDE = 640  # maximum pixels of the longer side of an image in the page
 LOSSLESS_SIDE = 96  # maximum pixels of the longer side of an image stored as PNG
 QUANTILES = {"low": 0.05, "median": 0.5, "high": 0.95, "largest": 1.0}  # of the patch norms
@@ -34,24 +40,35 @@ QUANTILES = {"low": 0.05, "median": 0.5, "high": 0.95, "largest": 1.0}  # of the
 
 def build_page_data(inspection: Inspection) -> dict[str, Any]:
     """Return all values that the scripts of the page read."""
-    with_heads = has_room_for_heads(inspection.image_reports)
+    reports = inspection.image_reports
+    num_with_heads = count_images_with_heads(reports)
+    patch_colors, components = build_patch_data(reports)
     return {
-        "tokens": describe_tokens(inspection.config),
+        "tokens": describe_tokens(inspection.config, inspection.has_head),
         "layers": len(inspection.findings.entropy),
-        "heads": get_head_names(inspection.config) if with_heads else [],
+        "patches_read": count_read_layers(inspection.config, inspection.has_head)[-1],
+        "heads": get_head_names(inspection.config) if num_with_heads else [],
         "colors": "".join(f"{value:02x}" for value in build_color_table().flatten()),
         "min_scale": MIN_SCALE,
-        "images": [build_image_data(report, with_heads) for report in inspection.image_reports],
+        "components": components,
+        "images": [
+            build_image_data(report, index < num_with_heads) | patch_colors[index]
+            for index, report in enumerate(reports)
+        ],
         "curves": build_curves(inspection.findings),
         "histograms": build_histograms(inspection),
+        "map_checks": round_values({name: dataclasses.asdict(check) for name, check in inspection.map_checks.items()}),
+        "check_fractions": FRACTIONS,
     }
 
 
-def describe_tokens(config: Any) -> list[dict[str, str]]:
-    """Return name and group of each special token."""
+def describe_tokens(config: Any, has_head: bool) -> list[dict[str, Any]]:
+    """Return name, group and number of layers whose output is read of each special token."""
+    *read_layers, _ = count_read_layers(config, has_head)
     keys = get_token_keys(config.token_layout)
     return [
-        {"name": name, "group": key.partition("[")[0]} for name, key in zip(get_token_names(config), keys, strict=True)
+        {"name": name, "group": key.partition("[")[0], "read": read}
+        for name, key, read in zip(get_token_names(config), keys, read_layers, strict=True)
     ]
 
 
@@ -63,9 +80,41 @@ def build_color_table() -> np.ndarray:
 # Images and their maps ---------------------------------------------------------------------------------------------
 
 
-def has_room_for_heads(image_reports: list[ImageReport]) -> bool:
-    """Return whether the maps of single heads fit into the page."""
-    return sum(report.attention.numel() for report in image_reports) <= MAX_MAP_BYTES
+def count_images_with_heads(image_reports: list[ImageReport]) -> int:
+    """Return the number of images, from the first, whose maps of single heads fit into the page."""
+    sizes = itertools.accumulate(report.attention.numel() for report in image_reports)
+    return sum(size <= MAX_MAP_BYTES for size in sizes)
+
+
+def build_patch_data(image_reports: list[ImageReport]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Return the patch features of each image, and the unit of their components in each layer.
+
+    "colors" are RGBA of all patches and of the foreground patches, for all layers. "features" are the compressed
+    features of all layers (`PatchComponents`), of as many images, from the first, as fit into the page.
+    """
+    by_layer = [
+        [report.features[layer] for report in image_reports] for layer in range(len(image_reports[0].features))
+    ]
+    sizes = itertools.accumulate(report.features[..., 0].numel() * NUM_COMPONENTS for report in image_reports)
+    num_with_features = sum(size <= MAX_FEATURE_BYTES for size in sizes)
+    colors = [[compute_patch_colors(layer, is_foreground) for layer in by_layer] for is_foreground in (False, True)]
+    compressed = [compress_patch_features(layer[:num_with_features]) for layer in by_layer if num_with_features]
+    images = [
+        {
+            "colors": [encode_base64(torch.stack([to_rgba(layer[index]) for layer in layers])) for layers in colors],
+            "features": encode_base64(torch.stack([layer.values[index] for layer in compressed]))
+            if index < num_with_features
+            else None,
+        }
+        for index in range(len(image_reports))
+    ]
+    return images, [{"scale": round_values(layer.scale), "offset": layer.offset} for layer in compressed]
+
+
+def to_rgba(colors: torch.Tensor) -> torch.Tensor:
+    """Return colors [gh, gw, 3] from 0 to 1 as [gh, gw, 4] bytes; the background (NaN) is transparent."""
+    alpha = (~colors.isnan().any(dim=-1, keepdim=True)).float()
+    return (torch.cat([colors.nan_to_num(), alpha], dim=-1) * 255).round().to(torch.uint8)
 
 
 def build_image_data(report: ImageReport, with_heads: bool) -> dict[str, Any]:
@@ -83,6 +132,7 @@ def build_image_data(report: ImageReport, with_heads: bool) -> dict[str, Any]:
         "grid": list(attention.shape[-2:]),
         "attention": pack_maps(attention),
         "rollout": pack_maps(report.rollout),
+        "num_heads": report.attention.shape[1] if with_heads else 0,
         "attribution": pack_maps(torch.stack(report.attributions)) if report.attributions else None,
         "attributed": [
             f"{prediction.task}: {prediction.first}" if prediction.task else prediction.first
@@ -144,7 +194,6 @@ def build_curves(findings: Findings) -> dict[str, Any]:
         "patch_norms": compute_norm_quantiles(findings),
         "outliers": round_values(findings.outliers),
         "outliers_without_registers": round_values(findings.outliers_without_registers),
-        "many_outliers": MANY_OUTLIERS,
     }
 
 
@@ -193,19 +242,34 @@ def round_values(values: Any) -> Any:
 
 
 def build_json_values(inspection: Inspection) -> dict[str, Any]:
-    """Return findings, effects and verdicts. Mean states are omitted, and patch norms are summarized by quantiles."""
+    """Return all statements with their numbers, and the findings. Mean states are omitted, and patch norms are
+    summarized by quantiles."""
     findings = {
         field.name: getattr(inspection.findings, field.name)
         for field in dataclasses.fields(inspection.findings)
-        if field.name not in ("mean_states", "patch_norms")
+        if field.name not in ("mean_states", "patch_norms", "patch_ratios", "patch_ratios_without_registers")
     }
     effects = inspection.effects
     return round_values(
         {
-            "tokens": get_token_names(inspection.config),
-            "verdicts": [dataclasses.asdict(verdict) for verdict in inspection.verdicts],
+            "diagnosis": inspection.summary,
+            "tokens": build_statements(inspection.verdicts),
+            "groups": build_statements(inspection.group_verdicts),
+            "patches": build_patch_statement(inspection),
+            "verdicts": [
+                {name: getattr(verdict, name) for name in ("token", "word", "meaning", "reason")}
+                for verdict in inspection.verdicts
+            ],
             "artifacts": inspection.artifacts,
             "depth": inspection.depth,
+            "map_checks": {
+                name: {
+                    "statement": check.describe(name),
+                    "is_faithful": check.is_faithful,
+                    **dataclasses.asdict(check),
+                }
+                for name, check in inspection.map_checks.items()
+            },
             "accuracy": inspection.accuracy,
             "effects": None
             if effects is None
@@ -226,3 +290,40 @@ def build_json_values(inspection: Inspection) -> dict[str, Any]:
             "num_broken": inspection.num_unreadable,
         }
     )
+
+
+def build_statements(verdicts: list[Verdict]) -> list[dict[str, Any]]:
+    """Return the verdicts with their numbers.
+
+    `effect` is the change of the logits in standard deviations over images (of an encoder: the largest cosine change
+    of its features) if the token is held at its mean, `interval` its 95 % interval, and `null` the smallest effect and
+    the limit of the null distributions. "information" and "presence" contain all numbers of both ablations.
+    """
+    return [
+        {
+            "token": verdict.token,
+            "diagnosis": verdict.word,
+            "meaning": verdict.meaning,
+            "statement": verdict.reason,
+            **verdict.numbers,
+        }
+        for verdict in verdicts
+    ]
+
+
+def build_patch_statement(inspection: Inspection) -> dict[str, Any]:
+    """Return the diagnosis of the patches with its numbers and the histogram of its layer."""
+    patches = inspection.patches
+    histogram = compute_norm_histogram(inspection.config, inspection.findings, patches.layer)
+    return {
+        "diagnosis": patches.word,
+        "meaning": patches.meaning,
+        "statement": patches.reason,
+        "layer": patches.layer,
+        "num_patches": patches.num_patches,
+        "second_mode": None if patches.mode is None else dataclasses.asdict(patches.mode),
+        "second_mode_without_registers": None
+        if patches.mode_without_registers is None
+        else dataclasses.asdict(patches.mode_without_registers),
+        "histogram": dataclasses.asdict(histogram),
+    }

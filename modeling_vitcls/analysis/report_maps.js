@@ -1,7 +1,8 @@
 // Maps over images: drawn when they become visible, with values at the pointer, and enlarged on click.
 //
 // A spot identifies a map: { image, kind, layer, token }, where kind is "attention", "rollout" (one per token),
-// "attribution" (`token` is the index of the prediction) or "image" (without a map).
+// "attribution" (`token` is the index of the prediction), "colors" (principal components of the patches), "similarity"
+// (of the patches to the selected patch) or "image" (without a map).
 "use strict";
 
 const SIDE = 200; // pixels of the longer side of a map in the grid
@@ -25,13 +26,18 @@ const images = data.images.map((image) => ({
   attention: unpackMaps(image.attention),
   rollout: unpackMaps(image.rollout),
   attribution: unpackMaps(image.attribution),
+  colors: image.colors.map(decodeBytes), // of all patches, and of the foreground
+  features: image.features && new Int8Array(decodeBytes(image.features).buffer),
+  selected: Math.floor(image.grid[0] / 2) * image.grid[1] + Math.floor(image.grid[1] / 2),
   loaded: loadImage(image.url),
   grays: new Map(),
 }));
 
-const headChoice = document.getElementById("head");
-const brightnessChoice = document.getElementById("brightness");
-const head = () => Number(headChoice?.value ?? 0);
+const control = (id) => document.getElementById(id);
+const head = () => Number(control("head")?.value ?? 0);
+const scaleMode = () => control("brightness")?.value ?? "each";
+const asBlocks = () => control("blocks").checked;
+const foreground = () => Number(control("foreground").checked);
 
 async function loadImage(url) {
   const bitmap = new Image();
@@ -44,39 +50,76 @@ async function loadImage(url) {
 
 function getMapIndex(spot) {
   if (spot.kind !== "attention") return spot.token;
-  return (spot.layer * (1 + data.heads.length) + head()) * data.tokens.length + spot.token;
+  const { num_heads } = images[spot.image]; // images without maps of single heads show the mean
+  return (spot.layer * (1 + num_heads) + (num_heads ? head() : 0)) * data.tokens.length + spot.token;
 }
 
-// The bytes of a map, its largest value, and the sum over patches.
+// The values of a map, its largest value, and the sum over patches.
 function getMap(spot) {
   const image = images[spot.image];
-  const [rows, columns] = image.grid;
+  const count = image.grid[0] * image.grid[1];
+  if (spot.kind === "similarity") return getSimilarity(image, spot.layer, count);
   const { values, largest, sum } = image[spot.kind];
   const number = getMapIndex(spot);
-  const start = number * rows * columns;
-  return { bytes: values.subarray(start, start + rows * columns), largest: largest[number], sum: sum[number] };
+  const unit = largest[number];
+  const bytes = values.subarray(number * count, (number + 1) * count);
+  return { values: Float32Array.from(bytes, (byte) => SQUARES[byte] * unit), largest: unit, sum: sum[number] };
 }
 
-// The value of the brightest color, for one map or for all layers of an image. As in maps.py, uniform attention is not
-// bright everywhere.
+// Cosine similarity of the compressed features (patch_features.py) to the selected patch.
+function getSimilarity(image, layer, count) {
+  const { scale, offset } = data.components[layer];
+  const length = scale.length;
+  const start = layer * count * length;
+  const rows = image.features.subarray(start, start + count * length);
+  const multiply = (one, other) => {
+    let sum = offset;
+    for (let part = 0; part < length; part++)
+      sum += scale[part] ** 2 * rows[one * length + part] * rows[other * length + part];
+    return sum;
+  };
+  const own = multiply(image.selected, image.selected);
+  const values = Float32Array.from(
+    { length: count },
+    (_, patch) => multiply(patch, image.selected) / Math.sqrt(Math.max(own * multiply(patch, patch), 1e-12)),
+  );
+  return { values, largest: 1, sum: 0 };
+}
+
+// The value of the brightest color: for one map, for all layers of a token, or for all maps of an image. As in maps.py,
+// uniform attention is not bright everywhere.
 function getMaxValue(spot) {
-  const [rows, columns] = images[spot.image].grid;
-  const getScale = ({ largest, sum }) => Math.max(largest, (data.min_scale * sum) / (rows * columns));
-  if (spot.kind !== "attention" || brightnessChoice.value === "each") return getScale(getMap(spot));
+  if (spot.kind === "similarity") return 1;
+  const image = images[spot.image];
+  const getScale = (other) => {
+    const number = getMapIndex(other);
+    const { largest, sum } = image[other.kind];
+    return Math.max(largest[number], (data.min_scale * sum[number]) / (image.grid[0] * image.grid[1]));
+  };
+  if (spot.kind !== "attention" || scaleMode() === "each") return getScale(spot);
+  const tokens = scaleMode() === "token" ? [spot.token] : data.tokens.map((_, token) => token);
   let strongest = 0;
   for (let layer = 0; layer < data.layers; layer++)
-    for (let token = 0; token < data.tokens.length; token++)
-      strongest = Math.max(strongest, getScale(getMap({ ...spot, layer, token })));
+    for (const token of tokens) strongest = Math.max(strongest, getScale({ ...spot, layer, token }));
   return strongest;
+}
+
+// Whether nothing reads the output of the token, or of the patches, in the layer of a spot.
+function isUnread({ kind, layer, token }) {
+  if (kind === "attention") return layer >= data.tokens[token].read;
+  return (kind === "colors" || kind === "similarity") && layer >= data.patches_read;
 }
 
 function getTitle(spot) {
   const image = images[spot.image];
   if (spot.kind === "image") return image.name;
+  if (spot.kind === "colors") return `patch features, layer ${spot.layer + 1}, principal components`;
+  if (spot.kind === "similarity") return `similarity to a patch, layer ${spot.layer + 1}`;
   if (spot.kind === "attribution") return `attribution of ${image.attributed[spot.token]}`;
   const name = data.tokens[spot.token].name;
   if (spot.kind === "rollout") return `${name}, rollout through all layers`;
-  return `${name}, layer ${spot.layer + 1}, ${head() ? data.heads[head() - 1] : "mean of the heads"}`;
+  const heads = head() && image.num_heads ? data.heads[head() - 1] : "mean of the heads";
+  return `${name}, layer ${spot.layer + 1}, ${heads}`;
 }
 
 // Painting -------------------------------------------------------------------------------------------------------
@@ -111,17 +154,17 @@ function getGray(image, bitmap, longer) {
 }
 
 // For each pixel along a side: the two neighboring patches, and the weight of the second; -1 outside.
-function between(length, start, stop, patches) {
+function between(length, start, stop, patches, blocks) {
   const first = new Int16Array(length).fill(-1);
   const second = new Int16Array(length);
   const weight = new Float32Array(length);
   for (let pixel = 0; pixel < length; pixel++) {
     const part = ((pixel + 0.5) / length - start) / (stop - start);
     if (part < 0 || part > 1) continue;
-    const place = Math.min(Math.max(part * patches - 0.5, 0), patches - 1);
+    const place = Math.min(Math.max(part * patches - (blocks ? 0 : 0.5), 0), patches - 1);
     first[pixel] = Math.floor(place);
     second[pixel] = Math.min(first[pixel] + 1, patches - 1);
-    weight[pixel] = place - first[pixel];
+    weight[pixel] = blocks ? 0 : place - first[pixel];
   }
   return { first, second, weight };
 }
@@ -136,20 +179,10 @@ async function paint(canvas, spot, longer) {
   const { gray, width, height } = getGray(image, bitmap, longer);
   const [left, top, right, bottom] = image.visible_region;
   const [rows, columns] = image.grid;
-  const x = between(width, left, right, columns);
-  const y = between(height, top, bottom, rows);
-  const { bytes, largest } = getMap(spot);
-  const strongest = getMaxValue(spot) || 1;
-  const strength = (row, column) => SQUARES[bytes[row * columns + column]];
-  const mixed = (row, column) => {
-    const upper =
-      strength(y.first[row], x.first[column]) * (1 - x.weight[column]) +
-      strength(y.first[row], x.second[column]) * x.weight[column];
-    const lower =
-      strength(y.second[row], x.first[column]) * (1 - x.weight[column]) +
-      strength(y.second[row], x.second[column]) * x.weight[column];
-    return (upper * (1 - y.weight[row]) + lower * y.weight[row]) * (largest / strongest);
-  };
+  const blocks = asBlocks() || spot.kind === "colors";
+  const x = between(width, left, right, columns, blocks);
+  const y = between(height, top, bottom, rows, blocks);
+  const drawPixel = spot.kind === "colors" ? colorPatches(image, spot, x, y) : colorValues(spot, columns, x, y);
   const painted = new ImageData(width, height);
   const period = Math.max(Math.round(Math.max(height, width) / 40), 2);
   for (let row = 0, pixel = 0; row < height; row++) {
@@ -159,19 +192,62 @@ async function paint(canvas, spot, longer) {
       if (y.first[row] < 0 || x.first[column] < 0) {
         const line = (row + column) % period < Math.max(period / 8, 1) ? 0.12 * 255 : 0;
         painted.data.fill(gray[pixel] * HIDDEN_BRIGHTNESS + line, target, target + 3);
-        continue;
-      }
-      const value = Math.min(mixed(row, column), 1);
-      const color = 3 * Math.min(Math.floor(value * 256), 255);
-      const opacity = MIN_OPACITY + OPACITY_RANGE * value;
-      for (let channel = 0; channel < 3; channel++)
-        painted.data[target + channel] =
-          gray[pixel] * IMAGE_BRIGHTNESS * (1 - opacity) + COLORS[color + channel] * opacity;
+      } else drawPixel(painted.data, target, row, column, gray[pixel]);
     }
   }
   canvas.width = width;
   canvas.height = height;
-  canvas.getContext("2d").putImageData(painted, 0, 0);
+  const context = canvas.getContext("2d");
+  context.putImageData(painted, 0, 0);
+  if (spot.kind === "colors" || spot.kind === "similarity") outlineSelected(context, image);
+}
+
+// A function that draws one pixel in the color of its value, over the gray image.
+function colorValues(spot, columns, x, y) {
+  const { values } = getMap(spot);
+  const strongest = getMaxValue(spot) || 1;
+  const strength = (row, column) => values[row * columns + column];
+  return (pixels, target, row, column, gray) => {
+    const upper =
+      strength(y.first[row], x.first[column]) * (1 - x.weight[column]) +
+      strength(y.first[row], x.second[column]) * x.weight[column];
+    const lower =
+      strength(y.second[row], x.first[column]) * (1 - x.weight[column]) +
+      strength(y.second[row], x.second[column]) * x.weight[column];
+    const mixed = (upper * (1 - y.weight[row]) + lower * y.weight[row]) / strongest;
+    const value = Math.min(Math.max(mixed, 0), 1);
+    const color = 3 * Math.min(Math.floor(value * 256), 255);
+    const opacity = MIN_OPACITY + OPACITY_RANGE * value;
+    for (let channel = 0; channel < 3; channel++)
+      pixels[target + channel] = gray * IMAGE_BRIGHTNESS * (1 - opacity) + COLORS[color + channel] * opacity;
+  };
+}
+
+// A function that draws one pixel in the color of its patch; the background is dark.
+function colorPatches(image, spot, x, y) {
+  const [rows, columns] = image.grid;
+  const colors = image.colors[foreground()];
+  const start = spot.layer * rows * columns;
+  return (pixels, target, row, column, gray) => {
+    const first = 4 * (start + y.first[row] * columns + x.first[column]);
+    for (let channel = 0; channel < 3; channel++)
+      pixels[target + channel] = colors[first + 3] ? colors[first + channel] : gray * HIDDEN_BRIGHTNESS;
+  };
+}
+
+function outlineSelected(context, image) {
+  if (!image.features) return;
+  const [left, top, right, bottom] = image.visible_region;
+  const [rows, columns] = image.grid;
+  const { width, height } = context.canvas;
+  const patch = { width: ((right - left) * width) / columns, height: ((bottom - top) * height) / rows };
+  const at = { x: left * width + (image.selected % columns) * patch.width };
+  at.y = top * height + Math.floor(image.selected / columns) * patch.height;
+  for (const [color, line] of [["#000", 4], ["#fff", 2]]) {
+    context.strokeStyle = color;
+    context.lineWidth = line * Math.max(width / 400, 1);
+    context.strokeRect(at.x, at.y, patch.width, patch.height);
+  }
 }
 
 // Values at the pointer --- ---------------------------------------------------------------------------------------
@@ -189,20 +265,30 @@ function findPatch(canvas, image, event) {
 function describeValue(spot, patch) {
   if (!patch) return "outside the visible region of the model";
   const columns = images[spot.image].grid[1];
-  const { bytes, largest } = getMap(spot);
-  const share = SQUARES[bytes[patch.row * columns + patch.column]];
   const where = `row ${patch.row + 1}, column ${patch.column + 1}`;
-  if (spot.kind === "attribution") return `${where}: ${plain(share)} of the maximum`;
-  return `${where}: ${percent(share * largest)} of ${spot.kind === "rollout" ? "its rollout" : "its attention"}`;
+  if (spot.kind === "colors") return where;
+  const { values, largest } = getMap(spot);
+  const value = values[patch.row * columns + patch.column];
+  if (spot.kind === "similarity") return `${where}: cosine ${plain(value)}`;
+  if (spot.kind === "attribution") return `${where}: ${plain(value / (largest || 1))} of the maximum`;
+  return `${where}: ${percent(value)} of ${spot.kind === "rollout" ? "its rollout" : "its attention"}`;
 }
 
 function getSummary(spot) {
+  const unread = isUnread(spot) ? " Nothing reads this output of the layer." : "";
   if (spot.kind === "image") return "";
-  const { largest, sum } = getMap(spot);
   if (spot.kind === "attribution") return "Point at the map for its values, relative to the maximum.";
+  if (spot.kind === "colors" || spot.kind === "similarity") {
+    const { features, selected, grid } = images[spot.image];
+    if (!features) return `Similar colors mean similar features.${unread}`;
+    const where = `row ${Math.floor(selected / grid[1]) + 1}, column ${(selected % grid[1]) + 1}`;
+    const meaning = spot.kind === "colors" ? "Similar colors mean similar features" : "Cosine similarity";
+    return `${meaning}; selected patch: ${where}. Click or tap to select another patch.${unread}`;
+  }
+  const { largest, sum } = getMap(spot);
   return `Maximum per patch ${percent(largest)}, all patches ${percent(sum)}; uniform attention would be ${percent(
     1 / (data.tokens.length + images[spot.image].grid[0] * images[spot.image].grid[1]),
-  )} per token.`;
+  )} per token.${unread}`;
 }
 
 // The grids ------------------------------------------------------------------------------------------------------
@@ -221,31 +307,54 @@ const watcher = new IntersectionObserver(
   { rootMargin: "200px" },
 );
 
-const getState = () => `${head()} ${brightnessChoice?.value}`;
+const getState = (spot) =>
+  [head(), scaleMode(), asBlocks() ? "blocks" : "smooth", foreground(), images[spot.image].selected].join(" ");
 
 // Redraw a canvas of a grid if its state has changed.
 function repaint(canvas) {
-  if (canvas.dataset.state === getState()) return;
-  canvas.dataset.state = getState();
   const spot = cells.get(canvas);
+  const state = getState(spot);
+  if (canvas.dataset.state === state) return;
+  canvas.dataset.state = state;
   paint(canvas, spot, SIDE);
   const share = canvas.parentElement.querySelector(".share");
-  if (share) share.textContent = percent(Number(getMap(spot).sum.toPrecision(2)));
+  if (!share) return;
+  const { largest, sum } = getMap(spot);
+  const short = (value) => percent(Number(value.toPrecision(2)));
+  share.replaceChildren(short(sum), element("span", {}, `, peak ${short(largest)}${isUnread(spot) ? ", not read" : ""}`));
 }
 
-function cell(spot, label) {
+const selectsPatch = ({ kind, image }) => (kind === "colors" || kind === "similarity") && images[image].features;
+
+function selectPatch(spot, canvas, event) {
+  const image = images[spot.image];
+  const patch = findPatch(canvas, image, event);
+  if (patch) image.selected = patch.row * image.grid[1] + patch.column;
+  inView.forEach(repaint);
+}
+
+function cell(spot, label, row, column) {
   const canvas = element("canvas", { "aria-hidden": "true" });
   const button = element("button", { type: "button", class: "cell", "aria-label": `${label}: enlarge`, tabindex: -1 });
+  Object.assign(button.dataset, { row, column });
   const image = images[spot.image];
   canvas.style.aspectRatio = `${image.width} / ${image.height}`;
   button.append(canvas);
   if (spot.kind === "attention" || spot.kind === "rollout") button.append(element("span", { class: "share" }));
+  else if (isUnread(spot)) button.append(element("span", { class: "share" }, "not read"));
   cells.set(canvas, spot);
   watcher.observe(canvas);
-  button.addEventListener("click", () => enlarge(spot, button));
+  button.addEventListener("click", (event) => {
+    if (event.detail && selectsPatch(spot)) selectPatch(spot, canvas, event); // detail is 0 for the keyboard
+    else enlarge(spot, button);
+  });
+  if (selectsPatch(spot)) {
+    button.classList.add("selects");
+    button.addEventListener("dblclick", () => enlarge(spot, button));
+  }
   if (spot.kind !== "image")
     canvas.addEventListener("pointermove", (event) => {
-      if (event.pointerType === "touch") return; // a tap enlarges
+      if (event.pointerType === "touch") return; // a tap enlarges or selects
       const text = describeValue(spot, findPatch(canvas, image, event));
       tip.show(event.clientX, event.clientY, [getTitle(spot), text]);
     });
@@ -257,51 +366,76 @@ function captioned(button, text) {
   return element("div", { class: "captioned" }, button, element("span", {}, text));
 }
 
-// The image, the attributions of its predictions, and the grid of tokens and layers.
-function fill(box) {
-  const place = Number(box.dataset.maps);
-  const image = images[place];
-  box.style.setProperty("--ratio", Math.min(image.width / image.height, 1.6));
-  box.style.setProperty("--columns", data.layers + 1);
-  const overview = element("div", { class: "overview" });
-  overview.append(captioned(cell({ image: place, kind: "image" }, image.name), "image"));
-  image.attributed.forEach((name, token) => {
-    const spot = { image: place, kind: "attribution", token };
-    overview.append(captioned(cell(spot, getTitle(spot)), `attribution of ${name}`));
-  });
-  box.append(overview);
-  if (data.tokens.length) box.append(buildGrid(place));
-  const buttons = [...box.querySelectorAll(".cell")];
-  buttons[0].tabIndex = 0;
-  box.addEventListener("keydown", (event) => walkFocus(event, box, buttons));
+// Indices of the layers to show: every n-th and the last, which has to be in any selection.
+function getShownLayers() {
+  const every = Number(control("every")?.value ?? 1);
+  return Array.from({ length: data.layers }, (_, layer) => layer).filter((layer) => (data.layers - 1 - layer) % every === 0);
 }
 
-function buildGrid(place) {
+// The image, the attributions of its predictions, and the grid of patches, tokens and layers.
+function fill(box) {
+  for (const canvas of box.querySelectorAll(".cell canvas")) {
+    cells.delete(canvas);
+    inView.delete(canvas);
+    watcher.unobserve(canvas);
+  }
+  const place = Number(box.dataset.maps);
+  const image = images[place];
+  const layers = getShownLayers();
+  box.style.setProperty("--ratio", Math.min(image.width / image.height, 1.6));
+  box.style.setProperty("--columns", layers.length + 1);
+  const overview = element("div", { class: "overview" });
+  overview.append(captioned(cell({ image: place, kind: "image" }, image.name, 0, 0), "image"));
+  image.attributed.forEach((name, token) => {
+    const spot = { image: place, kind: "attribution", token };
+    overview.append(captioned(cell(spot, getTitle(spot), 0, token + 1), `attribution of ${name}`));
+  });
+  box.replaceChildren(overview, buildGrid(place, layers));
+  if (data.heads.length > 1 && !image.num_heads)
+    box.append(element("p", { class: "quiet" }, "Maps of single heads are omitted for this image to limit the size of the page."));
+  box.querySelector(".cell").tabIndex = 0;
+}
+
+function buildGrid(place, layers) {
   const grid = element("div", { class: "grid" });
-  grid.append(element("span", { class: "corner" }));
-  for (let layer = 1; layer <= data.layers; layer++) grid.append(element("span", { class: "layer" }, `layer ${layer}`));
-  grid.append(element("span", { class: "layer" }, "rollout"));
+  const addRow = (title, row, first, spotOf, label) => {
+    grid.append(title, first);
+    for (const [column, layer] of layers.entries())
+      grid.append(cell(spotOf(layer), `${label}, layer ${layer + 1}`, row, column + 1));
+  };
+  grid.append(element("span", { class: "corner" }), element("span", { class: "layer" }, data.tokens.length ? "rollout" : ""));
+  for (const layer of layers) grid.append(element("span", { class: "layer" }, `layer ${layer + 1}`));
+  const kinds = { colors: "patches (PCA)", similarity: "similarity to a patch" };
+  Object.entries(kinds).forEach(([kind, name], row) => {
+    if (kind === "similarity" && !images[place].features) return;
+    const title = element("span", { class: "token g-patches" }, name);
+    addRow(title, row + 1, element("span", {}), (layer) => ({ image: place, kind, layer }), name);
+  });
   data.tokens.forEach(({ name, group }, token) => {
-    grid.append(element("span", { class: `token g-${group}` }, name));
-    for (let layer = 0; layer < data.layers; layer++)
-      grid.append(cell({ image: place, kind: "attention", layer, token }, `${name}, layer ${layer + 1}`));
-    grid.append(cell({ image: place, kind: "rollout", token }, `${name}, rollout`));
+    const title = element("span", { class: `token g-${group}` }, name);
+    const rollout = cell({ image: place, kind: "rollout", token }, `${name}, rollout`, token + 3, 0);
+    addRow(title, token + 3, rollout, (layer) => ({ image: place, kind: "attention", layer, token }), name);
   });
   return grid;
 }
 
 // Arrow keys move between maps; each image is one tab stop.
-function walkFocus(event, box, buttons) {
-  const inOverview = box.querySelectorAll(".overview .cell").length;
-  const steps = { ArrowLeft: -1, ArrowRight: 1, ArrowUp: -(data.layers + 1), ArrowDown: data.layers + 1 };
-  const from = buttons.indexOf(document.activeElement);
-  if (!(event.key in steps) || from < 0) return;
-  let to = from + steps[event.key];
-  if (event.key === "ArrowDown" && from < inOverview) to = inOverview;
-  if (event.key === "ArrowUp" && from >= inOverview && to < inOverview) to = 0;
-  if (!buttons[to]) return;
+function walkFocus(event) {
+  const step = { ArrowLeft: [0, -1], ArrowRight: [0, 1], ArrowUp: [-1, 0], ArrowDown: [1, 0] }[event.key];
+  const box = event.currentTarget;
+  const from = document.activeElement;
+  if (!step || !from.matches(".cell")) return;
+  const buttons = [...box.querySelectorAll(".cell")];
+  const [row, column] = [Number(from.dataset.row), Number(from.dataset.column)];
+  const rows = [...new Set(buttons.map((button) => Number(button.dataset.row)))].sort((one, other) => one - other);
+  const wanted = rows[rows.indexOf(row) + step[0]];
+  const distance = (button) => Math.abs(Number(button.dataset.column) - (column + step[1]));
+  const [to] = buttons
+    .filter((button) => Number(button.dataset.row) === wanted)
+    .sort((one, other) => distance(one) - distance(other));
+  if (!to || to === from) return;
   event.preventDefault();
-  focusOn(buttons, buttons[to]);
+  focusOn(buttons, to);
 }
 
 function focusOn(buttons, button) {
@@ -314,6 +448,7 @@ function focusOn(buttons, button) {
 const dialog = document.getElementById("enlarged");
 const enlargedMap = document.getElementById("enlarged-map");
 const enlargedValue = document.getElementById("enlarged-value");
+const BY_LAYER = ["attention", "rollout", "colors", "similarity"];
 let enlarged = null; // the enlarged spot
 let openedBy = null; // the button that opened the dialog
 
@@ -334,26 +469,26 @@ function showEnlarged(spot) {
   const ratio = image.width / image.height;
   enlargedMap.style.aspectRatio = ratio;
   enlargedMap.style.width = `min(100%, ${ratio} * 66vh)`;
-  dialog.querySelector(".walk").hidden = !["attention", "rollout"].includes(spot.kind);
+  dialog.querySelector(".walk").hidden = !BY_LAYER.includes(spot.kind);
   paint(enlargedMap, spot, Math.min(900, Math.max(innerWidth, innerHeight) * devicePixelRatio));
 }
 
-// Arrow keys and buttons: layers to the left and right, rollout after the last; tokens up and down.
+// Arrow keys and buttons: layers to the left and right, rollout before the first; tokens up and down.
 function walk(direction) {
-  if (!["attention", "rollout"].includes(enlarged.kind)) return;
-  const clamp = (value, most) => Math.min(Math.max(value, 0), most);
-  const layer = enlarged.kind === "rollout" ? data.layers : enlarged.layer;
+  if (!BY_LAYER.includes(enlarged.kind)) return;
+  const clamp = (value, least, most) => Math.min(Math.max(value, least), most);
   const [across, down] = { left: [-1, 0], right: [1, 0], up: [0, -1], down: [0, 1] }[direction];
-  const to = clamp(layer + across, data.layers);
-  const token = clamp(enlarged.token + down, data.tokens.length - 1);
-  const kind = to === data.layers ? "rollout" : "attention";
-  showEnlarged({ image: enlarged.image, kind, layer: to, token });
+  const isToken = enlarged.kind === "attention" || enlarged.kind === "rollout";
+  const layer = clamp((enlarged.kind === "rollout" ? -1 : enlarged.layer) + across, isToken ? -1 : 0, data.layers - 1);
+  if (!isToken) return showEnlarged({ ...enlarged, layer });
+  const token = clamp(enlarged.token + down, 0, data.tokens.length - 1);
+  showEnlarged({ image: enlarged.image, kind: layer < 0 ? "rollout" : "attention", layer, token });
 }
 
 function findButton(spot) {
   for (const [canvas, other] of cells)
     if (["image", "kind", "token"].every((key) => other[key] === spot[key]))
-      if (spot.kind !== "attention" || other.layer === spot.layer) return canvas.parentElement;
+      if (spot.kind === "rollout" || other.layer === spot.layer) return canvas.parentElement;
   return openedBy;
 }
 
@@ -376,6 +511,11 @@ dialog.addEventListener("close", () => {
 for (const kind of ["pointermove", "pointerdown"])
   enlargedMap.addEventListener(kind, (event) => {
     if (enlarged.kind === "image") return;
+    if (kind === "pointerdown" && selectsPatch(enlarged)) {
+      selectPatch(enlarged, enlargedMap, event);
+      showEnlarged(enlarged);
+      return;
+    }
     enlargedValue.textContent = describeValue(enlarged, findPatch(enlargedMap, images[enlarged.image], event));
   });
 enlargedMap.addEventListener("pointerleave", (event) => {
@@ -384,21 +524,34 @@ enlargedMap.addEventListener("pointerleave", (event) => {
 
 // At the start ---------------------------------------------------------------------------------------------------
 
-for (const box of document.querySelectorAll("[data-maps]")) fill(box);
+const boxes = [...document.querySelectorAll("[data-maps]")];
+for (const box of boxes) {
+  fill(box);
+  box.addEventListener("keydown", walkFocus);
+}
 for (const canvas of document.querySelectorAll("[data-thumbnail]"))
   paint(canvas, { image: Number(canvas.dataset.thumbnail), kind: "image" }, SIDE);
 
-if (headChoice) {
-  data.heads.forEach((name, place) => headChoice.append(element("option", { value: place + 1 }, name)));
-  document.getElementById("head-choice").hidden = data.heads.length < 2;
-  const scale = document.getElementById("scale").getContext("2d");
+if (control("head")) {
+  data.heads.forEach((name, place) => control("head").append(element("option", { value: place + 1 }, name)));
+  control("head-choice").hidden = data.heads.length < 2;
+  const scale = control("scale").getContext("2d");
   for (let step = 0; step < 256; step++) {
     scale.fillStyle = `rgb(${COLORS.subarray(3 * step, 3 * step + 3).join(" ")})`;
     scale.fillRect(step, 0, 1, 1);
   }
-  for (const choice of [headChoice, brightnessChoice])
-    choice.addEventListener("change", () => inView.forEach(repaint));
 }
+for (const name of ["head", "brightness", "blocks", "foreground"])
+  control(name)?.addEventListener("change", () => inView.forEach(repaint));
+control("every").addEventListener("change", () => boxes.forEach(fill));
+control("size").addEventListener("input", () => {
+  control("images").style.setProperty("--size", control("size").value);
+});
+control("filter")?.addEventListener("change", () => {
+  const wanted = control("filter").value;
+  for (const details of document.querySelectorAll(".image"))
+    details.hidden = wanted !== "all" && details.dataset.kind !== wanted;
+});
 addEventListener("beforeprint", () => {
   for (const canvas of cells.keys()) if (canvas.closest("details").open) repaint(canvas);
 });

@@ -8,6 +8,8 @@
 Maps of single images are in maps.py and attribution.py, and effects of tokens on predictions in ablation.py.
 """
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,12 +17,19 @@ import torch
 
 from ..configuration_vitcls import TokenLayout
 from ..token_attention_vitcls import select_mask_rows
-from .attention_recorder import RecordedLayer, record_attention_layers
-from .model_utils import evaluation_mode, unwrap_model
-from .test_time_registers import OUTLIER_RATIO, is_outlier
+from .ablation import build_hiding_mask
+from .attention_recorder import RecordedLayer, process_attention_layers
+from .model_utils import evaluation_mode, get_runner, unwrap_model
+from .test_time_registers import OUTLIER_RATIO
 
 
 MAX_NORMS = 200_000  # maximum number of patch norms stored for histograms
+# Second mode of the norms: width of a histogram bin as a natural logarithm, and widths of windows in bins
+BIN_WIDTH, WINDOWS = 0.05, (5, 9, 17)
+MAX_LOG_RATIO = 5.0  # larger norms, as logarithms of their ratio to the median, are counted in the last bin
+MIN_VALLEY = 0.25  # minimum logarithm of the ratio between the modes
+MIN_MODE_SCORE = 4.0  # minimum difference between mode and valley, in standard deviations of a Poisson distribution
+MODE_FRACTIONS = 0.001, 0.2  # minimum and maximum fraction of the patches in a second mode; more are not outliers
 
 
 @dataclass(frozen=True)
@@ -55,6 +64,13 @@ class Findings:
             arXiv 2309.16588, find artifacts by their norm).
         outliers_without_registers: [L + 1], `outliers` with the registers hidden from attention; None without
             registers.
+        patch_ratios: [L + 1, n], norms of patch states divided by the median of their image, for the same patches.
+        patch_ratios_without_registers: `patch_ratios` with the registers hidden from attention; None without
+            registers.
+        map_distance: [L, S, S], mean total variation distance between the attention maps of two special tokens (half
+            the sum of absolute differences, 0 to 1).
+        map_selectivity: [L, S], mean total variation distance between the attention maps of a special token and
+            uniform attention to all visible tokens.
         token_norms: [L + 1, S], norms of the special tokens' states.
     """
 
@@ -76,6 +92,10 @@ class Findings:
     patch_norms: torch.Tensor
     outliers: torch.Tensor
     outliers_without_registers: torch.Tensor | None
+    patch_ratios: torch.Tensor
+    patch_ratios_without_registers: torch.Tensor | None
+    map_distance: torch.Tensor
+    map_selectivity: torch.Tensor
     token_norms: torch.Tensor
 
 
@@ -87,30 +107,47 @@ class TokenStatistics:
         self.layout: TokenLayout = self.model.config.token_layout
         self.num_images = 0
         self.sums: dict[str, torch.Tensor] = {}
-        self.norms: list[torch.Tensor] = []  # [L + 1, n] of a batch
+        self.patches: dict[str, list[torch.Tensor]] = {}  # values of single patches, [L + 1, n] of a batch
 
     @torch.no_grad()
-    def update(self, pixel_values: torch.Tensor) -> None:
-        """Add a batch [B, C, H, W] on the model's device. Models with registers run a second forward pass with the
-        registers hidden."""
-        with evaluation_mode(self.model), record_attention_layers(self.model) as layers:
-            outputs = self.model.base_model(pixel_values, output_hidden_states=True)
-        states = torch.stack(outputs.hidden_states, dim=1).float()  # [B, L + 1, N, D]
+    def update(self, pixel_values: torch.Tensor) -> tuple[Any, Any]:
+        """Add a batch [B, C, H, W] on the model's device.
+
+        Returns:
+            The output of the classifier, or of the encoder inside any other model, and its output with the registers
+            hidden from attention, or None without registers.
+        """
         centers = self.get_patch_centers(pixel_values)  # [P, 2]
-        per_layer = [self.compute_layer_statistics(layer, centers) for layer in layers]
+        per_layer: list[dict[str, torch.Tensor]] = []
+        runner = get_runner(self.model)
+        outputs_without_registers = None
+
+        def process(layer: RecordedLayer) -> None:
+            per_layer.append(self.compute_layer_statistics(layer, centers))
+
+        with evaluation_mode(self.model):
+            with process_attention_layers(self.model, process):
+                outputs = runner(pixel_values, output_hidden_states=True)
+            if self.model.config.num_register_tokens:
+                mask = build_register_mask(self.model, pixel_values)
+                outputs_without_registers = runner(pixel_values, attention_mask=mask, output_hidden_states=True)
         values = {name: torch.stack([layer[name] for layer in per_layer], dim=1) for name in per_layer[0]}
-        values |= (
-            self.compute_state_statistics(states)
-            | self.uniform(centers, states)
-            | self.uniform_by_token(centers, layers[0])
-        )
-        if self.model.config.num_register_tokens:
-            values["outliers_without_registers"] = compute_outliers_without_registers(self.model, pixel_values)
+        values |= {name: values.pop(name)[:, 0] for name in ("token_entropy", "token_spread")}  # of the first layer
+        norms = self.compute_patch_norms(outputs.hidden_states)  # [B, L + 1, P]
+        values |= self.compute_state_statistics(outputs.hidden_states, norms)
+        values |= self.uniform(centers, pixel_values)
+        patches = {"norms": norms, "ratios": divide_by_median(norms)}
+        if outputs_without_registers is not None:
+            norms = self.compute_patch_norms(outputs_without_registers.hidden_states)
+            patches["ratios_without_registers"] = divide_by_median(norms)
+            values["outliers_without_registers"] = compute_outlier_fractions(norms)
         self.add(values)
-        num_stored = sum(norms.shape[1] for norms in self.norms)
-        norms = states[:, :, self.layout.patches].norm(dim=-1).transpose(0, 1).flatten(1)  # [L + 1, B * P]
-        self.norms.append(norms[:, : MAX_NORMS - num_stored].cpu())
+        for name, per_patch in patches.items():
+            stored = self.patches.setdefault(name, [])
+            num_stored = sum(part.shape[1] for part in stored)
+            stored.append(per_patch.transpose(0, 1).flatten(1)[:, : MAX_NORMS - num_stored].cpu())
         self.num_images += len(pixel_values)
+        return outputs, outputs_without_registers
 
     def compute(self) -> Findings:
         """Return the means over all images.
@@ -133,7 +170,11 @@ class TokenStatistics:
             variation=(deviations.norm(dim=-1) / mean_states.norm(dim=-1).clamp(min=1e-12)).float(),
             channel_variation=(deviations / magnitudes.clamp(min=1e-12)).median(dim=-1).values.float(),
             apart=means.pop("squared_distances").sqrt().float(),
-            patch_norms=torch.cat(self.norms, dim=1),
+            patch_norms=torch.cat(self.patches["norms"], dim=1),
+            patch_ratios=torch.cat(self.patches["ratios"], dim=1),
+            patch_ratios_without_registers=None
+            if without is None
+            else torch.cat(self.patches["ratios_without_registers"], dim=1),
             outliers_without_registers=None if without is None else without.float(),
             uniform=uniform,
             uniform_by_token=by_token,
@@ -154,7 +195,13 @@ class TokenStatistics:
         weights = layer.weights()  # [B, H, N, N]
         rows = weights[:, :, : layout.num_prefix_tokens]  # [B, H, S, N]
         from_patches = weights[:, :, layout.patches]  # [B, H, P, N]
+        visible = get_visible_keys(layer, layout.num_prefix_tokens).float()  # [B, S, N]
+        uniform = visible / visible.sum(dim=-1, keepdim=True)
         return {
+            "token_entropy": visible.sum(dim=-1).log(),
+            "token_spread": compute_spread(visible[..., layout.patches], centers),
+            "map_distance": torch.cdist(rows, rows, p=1).mean(dim=1) / 2,
+            "map_selectivity": (rows - uniform.unsqueeze(1)).abs().sum(dim=-1).mean(dim=1) / 2,
             "entropy": torch.special.entr(rows).sum(dim=-1),
             "spread": compute_spread(rows[..., layout.patches], centers),
             "mass": torch.stack([rows[..., group].sum(dim=-1) for _, group in layout.items()], dim=-1),
@@ -162,11 +209,19 @@ class TokenStatistics:
             "patch_distance": compute_patch_distance(from_patches[..., layout.patches], centers),
         }
 
-    def compute_state_statistics(self, states: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Return the statistics of the hidden states [B, L + 1, N, D]."""
-        special, patches = states[:, :, : self.layout.num_prefix_tokens], states[:, :, self.layout.patches]
+    def compute_patch_norms(self, hidden_states: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Return the norms of the patches [B, L + 1, P] of the hidden states [B, N, D]."""
+        return torch.stack([state[:, self.layout.patches].float().norm(dim=-1) for state in hidden_states], dim=1)
+
+    def compute_state_statistics(
+        self, hidden_states: Sequence[torch.Tensor], norms: torch.Tensor
+    ) -> dict[str, torch.Tensor]:
+        """Return the statistics of the hidden states [B, N, D], with patch norms [B, L + 1, P]."""
+        num_special, patches = self.layout.num_prefix_tokens, self.layout.patches
+        special = torch.stack([state[:, :num_special] for state in hidden_states], dim=1).float()  # [B, L + 1, S, D]
+        mean_patches = torch.stack([state[:, patches].float().mean(dim=1) for state in hidden_states], dim=1)
         directions = torch.nn.functional.normalize(special, dim=-1)  # [B, L + 1, S, D]
-        patch_direction = torch.nn.functional.normalize(patches.mean(dim=2), dim=-1)  # [B, L + 1, D]
+        patch_direction = torch.nn.functional.normalize(mean_patches, dim=-1)  # [B, L + 1, D]
         by_token = directions.transpose(1, 2)  # [B, S, L + 1, D]
         return {
             "between_tokens": directions @ directions.transpose(-1, -2),
@@ -176,27 +231,19 @@ class TokenStatistics:
             "states": special,
             "squares": special.cpu().double().square(),
             "token_norms": special.norm(dim=-1),
-            "outliers": compute_outlier_fractions(patches),
+            "outliers": compute_outlier_fractions(norms),
         }
 
-    def uniform(self, centers: torch.Tensor, states: torch.Tensor) -> dict[str, torch.Tensor]:
+    def uniform(self, centers: torch.Tensor, pixel_values: torch.Tensor) -> dict[str, torch.Tensor]:
         """Return the values of uniform attention, [B] each."""
-        batch, _, num_tokens, _ = states.shape
+        num_tokens = self.layout.num_prefix_tokens + len(centers)
         uniform = centers.new_full((1, 1, 1, len(centers)), 1 / len(centers))
         values = {
             "uniform_entropy": torch.tensor(num_tokens).log(),
             "uniform_spread": compute_spread(uniform, centers).squeeze(),
             "uniform_patch_distance": compute_distances(centers).mean(),
         }
-        return {name: value.expand(batch) for name, value in values.items()}
-
-    def uniform_by_token(self, centers: torch.Tensor, layer: RecordedLayer) -> dict[str, torch.Tensor]:
-        """Return the values of uniform attention to all tokens that each special token may attend to, [B, S] each."""
-        visible = get_visible_keys(layer, self.layout.num_prefix_tokens)  # [B, S, N]
-        return {
-            "token_entropy": visible.sum(dim=-1).log(),
-            "token_spread": compute_spread(visible[..., self.layout.patches].float(), centers),
-        }
+        return {name: value.expand(len(pixel_values)) for name, value in values.items()}
 
     def get_patch_centers(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """Return the center (row, column) of each patch in pixels, [P, 2]."""
@@ -208,33 +255,21 @@ class TokenStatistics:
         )
 
 
-@torch.no_grad()
-def compute_outliers_without_registers(model: Any, pixel_values: torch.Tensor) -> torch.Tensor:
-    """Return the fraction of outlier patches with the registers hidden from attention.
-
-    The difference to the normal forward pass shows what registers absorb. Test-time registers (test_time_registers.py)
-    still receive activations of the patches.
-
-    Args:
-        model: any ViTCLS model with registers.
-        pixel_values: [B, C, H, W], on the model's device.
-
-    Returns:
-        [B, L + 1], for the embeddings and after each layer.
-    """
-    layout: TokenLayout = model.config.token_layout
-    num_tokens = layout.get_num_tokens(*model.base_model.embeddings.patch_embeddings.get_grid_size(pixel_values))
-    mask = torch.ones(len(pixel_values), num_tokens, dtype=torch.long, device=pixel_values.device)
-    mask[:, layout.registers] = 0
-    with evaluation_mode(model):
-        outputs = model.base_model(pixel_values, attention_mask=mask, output_hidden_states=True)
-    return compute_outlier_fractions(torch.stack([state[:, layout.patches] for state in outputs.hidden_states], dim=1))
+def build_register_mask(model: Any, pixel_values: torch.Tensor) -> torch.Tensor:
+    """Return an attention mask that hides the registers, to see what they absorb. Test-time registers
+    (test_time_registers.py) still receive activations of the patches."""
+    registers = model.config.token_layout.registers
+    return build_hiding_mask(model, pixel_values, range(registers.start, registers.stop))
 
 
-def compute_outlier_fractions(patches: torch.Tensor) -> torch.Tensor:
-    """Return the fraction of outlier patches [B, L + 1] for states [B, L + 1, P, D]."""
-    fractions = [is_outlier(state, OUTLIER_RATIO).float().mean(dim=1) for state in patches.unbind(dim=1)]
-    return torch.stack(fractions, dim=1)
+def compute_outlier_fractions(norms: torch.Tensor) -> torch.Tensor:
+    """Return the fraction of outlier patches [B, L + 1] for norms [B, L + 1, P]."""
+    return (divide_by_median(norms) > OUTLIER_RATIO).float().mean(dim=-1)
+
+
+def divide_by_median(norms: torch.Tensor) -> torch.Tensor:
+    """Return norms [..., P] divided by the median of their image."""
+    return norms / norms.median(dim=-1, keepdim=True).values.clamp(min=1e-12)
 
 
 def get_visible_keys(layer: RecordedLayer, num_rows: int) -> torch.Tensor:
@@ -267,3 +302,57 @@ def compute_distances(points: torch.Tensor) -> torch.Tensor:
     """Return the pairwise distances [..., P, P] of points [..., P, D], without matrix products, whose rounding errors
     are large with TF32."""
     return torch.cdist(points, points, compute_mode="donot_use_mm_for_euclid_dist")
+
+
+# Second mode of the patch norms --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class SecondMode:
+    """Patches whose norms form a second, higher mode in the distribution of logarithms.
+
+    Attributes:
+        threshold: smallest norm of a patch in the mode, as a multiple of the median of its image.
+        ratio: median norm in the mode, as a multiple of the median of its image.
+        fraction: fraction of the patches in the mode.
+        score: difference between mode and valley, in standard deviations of a Poisson distribution.
+    """
+
+    threshold: float
+    ratio: float
+    fraction: float
+    score: float
+
+
+def find_second_mode(ratios: torch.Tensor) -> SecondMode | None:
+    """Return the second mode of the patch norms, or None if their distribution has one mode.
+
+    Artifacts form a mode of their own at any distance (Darcet et al. 2023, arXiv 2309.16588, figure 3), but a wide
+    distribution with one mode has patches above any fixed limit. A second mode is a window of the histogram of
+    logarithms that holds significantly more patches than a window (the valley) between this window and the median.
+
+    Args:
+        ratios: [n], norms divided by the median of their image (`Findings.patch_ratios` of one layer).
+    """
+    logarithms = ratios.float().clamp(min=1e-12).log().clamp(max=MAX_LOG_RATIO)
+    num_bins = round(MAX_LOG_RATIO / BIN_WIDTH)
+    counts = logarithms[logarithms > 0].histc(num_bins, min=0, max=MAX_LOG_RATIO)
+    positions = torch.arange(num_bins)
+    best: SecondMode | None = None
+    for width in WINDOWS:
+        windows = counts.unfold(0, width, 1).sum(dim=-1)  # [num_bins - width + 1]
+        first = math.ceil(MIN_VALLEY / BIN_WIDTH)
+        valley, peak = windows[:, None], windows[None, :]
+        scores = (peak - valley) / (peak + valley).clamp(min=1).sqrt()
+        starts = positions[: len(windows)]
+        is_pair = (starts[:, None] >= first) & (starts[None, :] >= starts[:, None] + width)
+        scores = scores.where(is_pair, -torch.inf)
+        score = scores.max().item()
+        valleys = (scores >= score).any(dim=1).nonzero().flatten()  # equally deep windows; the middle is the threshold
+        threshold = math.exp((valleys.float().mean().item() + width / 2) * BIN_WIDTH)
+        is_in_mode = ratios > threshold
+        fraction = is_in_mode.float().mean().item()
+        least, most = MODE_FRACTIONS
+        if score >= MIN_MODE_SCORE and least <= fraction <= most and (best is None or score > best.score):
+            best = SecondMode(threshold, ratios[is_in_mode].median().item(), fraction, score)
+    return best

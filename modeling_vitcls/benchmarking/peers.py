@@ -6,6 +6,7 @@ Both sides have the same random weights: our model is converted from the other p
 forward pass, the backward pass and AdamW, without data loading; training_runs.py compares whole training runs.
 """
 
+import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -13,9 +14,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..configuration_vitcls import ViTCLSConfig
 from ..conversion.from_timm import convert_from_timm
 from ..conversion.from_transformers import convert_from_transformers
 from ..conversion.random_weights import randomize_weights
+from ..cpu_kernels_vitcls import uninstall_cpu_kernels
 from ..modeling_vitcls import ViTCLSForImageClassification
 from .comparison import (
     BenchmarkSettings,
@@ -115,7 +118,21 @@ def build_timm_peer(size: ModelSize, num_registers: int = 0) -> Peer:
     return Peer("timm", size, theirs, ours, theirs)
 
 
-PEERS: dict[str, Callable[[ModelSize], Peer]] = {"transformers": build_transformers_peer, "timm": build_timm_peer}
+def build_plain_peer(size: ModelSize) -> Peer:
+    """Build our ViT without CPU kernels and with them."""
+    config = ViTCLSConfig(**vars(size), intermediate_size=size.intermediate_size)
+    ours = ViTCLSForImageClassification(config)
+    randomize_weights(ours)
+    theirs = copy.deepcopy(ours)
+    uninstall_cpu_kernels(theirs)
+    return Peer("plain", size, theirs, ours, lambda pixel_values: theirs(pixel_values).logits)
+
+
+PEERS: dict[str, Callable[[ModelSize], Peer]] = {
+    "transformers": build_transformers_peer,
+    "timm": build_timm_peer,
+    "plain": build_plain_peer,
+}
 # The ViT of transformers has no registers.
 PEERS_WITH_REGISTERS: dict[str, Callable[[ModelSize, int], Peer]] = {"timm": build_timm_peer}
 

@@ -34,8 +34,9 @@ class BenchmarkOptions:
     patches, compared with the plain model. pixels: from a JPEG file to pixel_values. prediction: from a JPEG file to a
     label. probe: a linear probe with cached features, compared with one without. training: `vitcls finetune`, compared
     with transformers' Trainer. attention: reading attention, compared with a plain forward pass, and its memory."""
-    against: tuple[Literal["transformers", "timm"], ...] = ("transformers", "timm")
-    """Projects to compare inference, growth and step with."""
+    against: tuple[Literal["transformers", "timm", "plain"], ...] = ("transformers", "timm")
+    """What to compare inference, growth and step with: the ViT of another project, or plain, our ViT without CPU
+    kernels."""
     rows: tuple[str, ...] = ()
     """Names of the rows to measure. Default: all rows of --work."""
     pairs: int = 9

@@ -22,7 +22,7 @@ class ConvertOptions:
     """Convert a ViT and write it to a folder. Nothing is written if a difference exceeds the limit."""
 
     source: str
-    """timm:NAME or transformers:PATH_OR_ID. An id may end with @REVISION, a commit hash, branch or tag."""
+    """timm:NAME, transformers:PATH_OR_ID or a state-dict file. An id may end with @REVISION (commit, branch, tag)."""
     output: Path
     """A folder that does not exist or is empty."""
     random_init: bool = False
@@ -31,6 +31,8 @@ class ConvertOptions:
     """Keep the classifier of the source, replace it by a new classifier, or drop it."""
     num_labels: int | None = None
     """Number of labels of a new classifier, also if the source has no classifier."""
+    family: str | None = None
+    """Family of a state-dict file, such as dino, ibot, mae or dinov2. Default: detected."""
 
 
 OPTIONS = ConvertOptions
@@ -38,8 +40,10 @@ OPTIONS = ConvertOptions
 
 def check(options: ConvertOptions) -> None:
     """Exit with status 2 if a flag has a wrong value."""
-    if not options.source.startswith(("timm:", "transformers:")):
-        stop(f"--source {options.source} is not supported. Use timm:NAME or transformers:PATH_OR_ID")
+    if not options.source.startswith(("timm:", "transformers:")) and not Path(options.source).suffix:
+        stop(
+            f"--source {options.source} is not supported. Use timm:NAME, transformers:PATH_OR_ID or a state-dict file"
+        )
     if options.num_labels is not None and options.num_labels < 1:
         stop(f"--num-labels must be at least 1, but is {options.num_labels}")
 
@@ -60,6 +64,7 @@ def run(options: ConvertOptions) -> None:
             options.classifier,
             options.num_labels,
             write_card_images,
+            options.family,
         )
     print_report(report, options.output)
 
@@ -104,5 +109,6 @@ def format_notes(report: "ParityReport") -> list[str]:
         f"Classifier: {report.classifier}. Maximum difference: {report.limit:g}",
         processor,
         "Versions: " + ", ".join(f"{name} {version}" for name, version in report.versions.items()),
+        *([f"SHA-256 of the source, {report.family}: {report.source_sha256}"] if report.source_sha256 else []),
         *(f"SHA-256 of {file}: {digest}" for file, digest in report.sha256.items()),
     ]

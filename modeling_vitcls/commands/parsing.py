@@ -54,6 +54,10 @@ ABBREVIATIONS = {
 }
 
 
+# Flags that are named differently in programs that push a model, and accepted in all of them.
+SYNONYMS = {"private": "hub_private", "hub_private": "private"}
+
+
 @dataclass
 class Recipe:
     """The flag that is parsed before the others."""
@@ -104,10 +108,21 @@ def check_abbreviations(arguments: list[str], known: set[str]) -> None:
 
 def parse_flags(options_class: type, arguments: list[str], **settings: Any) -> Any:
     """Build the options from flags. Exits with status 2 if a flag is wrong."""
+    known = get_flag_names(options_class)
+    arguments = [rename_synonym(argument, known) for argument in arguments]
     try:
         return tyro.cli(options_class, args=arguments, **settings)
     except ValueError as error:  # from __post_init__, if tyro is older than 1.0
         stop(f"error: {error}")
+
+
+def rename_synonym(argument: str, known: set[str]) -> str:
+    """Return a flag of `SYNONYMS` by the name that this program has for it; any other argument unchanged."""
+    for prefix in ("--no-", "--"):
+        name = argument.removeprefix(prefix).replace("-", "_")
+        if argument.startswith(prefix) and name not in known and SYNONYMS.get(name) in known:
+            return f"{prefix}{SYNONYMS[name].replace('_', '-')}"
+    return argument
 
 
 def read_recipe(path: Path, known: set[str]) -> list[str]:

@@ -8,7 +8,8 @@
     from_timm.py              convert models of timm, with rewrites of several parameters
     timm_modules.py           configuration fields from timm's modules
     timm_tables.py            parameter names of timm
-    from_state_dict.py        convert published state dicts of DINOv2, DINOv3, DeiT, MAE and big_vision
+    from_state_dict.py        convert published state dicts of DINO, DINOv2, DINOv3, DeiT, MAE, big_vision, ...
+    source_files.py           load a published state-dict file: containers, family, reference model
     to_transformers.py        convert models of this package to transformers
     processors.py             convert preprocessing to an image processor
     source_models.py          load a model of timm or transformers by name

@@ -12,9 +12,9 @@ from huggingface_hub import ModelCard, ModelCardData
 from ..configuration_vitcls import ViTCLSConfig
 from ..hub.card import describe_token_layout, format_token_layout
 from ..hub.card_training import TEMPLATE
+from ..hub.card_use import CITATION, build_use_section
 from ..hub.licenses import CONVERTED, WeightsLicense
 from ..hub.provenance import Provenance
-from ..hub.verification_script import AUTO_CLASSES
 
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ CLASSIFIER_SENTENCES = {
     "kept": "The model has the classifier of the source, with {num_labels} labels.",
     "new": "The classifier, with {num_labels} labels, is new and untrained. Fine-tune the model before you use it.",
     "dropped": "The classifier of the source was dropped: the model is only the encoder.",
-    "none": "The source has no classifier, and the model is an encoder.",
+    "none": "The model is an encoder, as its source is.",
 }
 
 
@@ -65,7 +65,13 @@ def build_conversion_card(
         sequence_length=sequence_length,
         classifier=CLASSIFIER_SENTENCES[report.classifier].format(num_labels=config.num_labels),
         preprocessing=describe_preprocessing(report),
-        auto_class=AUTO_CLASSES.get(report.model_class, "AutoModel"),
+        use=build_use_section(
+            name,
+            report.model_class,
+            has_pipeline=report.classifier == "kept" and not report.random_init,
+            finetune_dataset="path/to/images",
+        ),
+        citation=CITATION,
         license_text=WeightsLicense(CONVERTED, provenance),
         command=build_command(name, report, config),
     )
@@ -123,6 +129,7 @@ def build_command(name: str, report: "ParityReport", config: ViTCLSConfig) -> st
         source = f"{source.partition('@')[0]}@{report.source_revision}"
     flags = ["--source", source, "--output", name]
     flags += ["--random-init"] if report.random_init else []
+    flags += ["--family", report.family] if report.family else []
     flags += ["--classifier", "new", "--num-labels", str(config.num_labels)] if report.classifier == "new" else []
     flags += ["--classifier", "drop"] if report.classifier == "dropped" else []
     return f"python scripts/convert.py {shlex.join(flags)}"

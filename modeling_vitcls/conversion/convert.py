@@ -13,12 +13,14 @@ from typing import Any
 import torch
 
 from ..hub.local_paths import check_output_is_empty, resolve_name, strip_folders
-from ..hub.provenance import find_provenance
+from ..hub.provenance import Provenance, find_provenance
+from ..image_processing_vitcls import ViTCLSImageProcessor
 from ..modeling_vitcls import ViTCLSForImageClassification, ViTCLSPreTrainedModel
 from ..system import get_versions
 from .conversion_card import build_conversion_card
 from .head_transfer import ClassifierChoice
 from .parity_report import LIMIT, ParityReport, compare_models, hash_files
+from .source_files import FileSource
 from .source_models import SourceModel, load_source
 from .weight_rules import ConversionError
 
@@ -34,24 +36,26 @@ def convert_checkpoint(
     classifier: ClassifierChoice = "keep",
     num_labels: int | None = None,
     draw_images: DrawImages | None = None,
+    family: str | None = None,
 ) -> ParityReport:
     """Write the converted model, image processor, parity report, card and license of the source to `output`.
 
     Args:
-        source_name: `timm:NAME` or `transformers:PATH_OR_ID`, where an id may end with `@REVISION`.
+        source_name: `timm:NAME`, `transformers:PATH_OR_ID`, (ids may end with `@REVISION`), or a weight file.
         output: A folder that does not exist or is empty.
         random_init: Whether to fill the source with random values; its trained weights are then not required.
         classifier: "keep" the classifier of the source, create a "new" classifier, or "drop" the classifier.
         num_labels: Number of labels of a new classifier.
         draw_images: Function that draws the images of the card, such as `analysis.card_images.write_card_images`.
             Default: no images.
+        family: Family of a state-dict file. Default: detected.
 
     Raises:
         ValueError, OSError: If the source does not exist or is not supported, a difference exceeds the limit, or
             `output` is not empty. The message has one line, and nothing is written.
     """
     check_output_is_empty(output)
-    source = load_source(source_name, random_init)
+    source = load_any_source(source_name, random_init, family)
     model = convert_source(source, classifier, num_labels)
     classifier_state = get_classifier_state(source, model, classifier)
     comparisons, not_compared = compare_models(source, model, with_logits=classifier_state == "kept")
@@ -74,6 +78,8 @@ def convert_checkpoint(
             versions=get_versions("timm"),
             sha256=hash_files(folder.glob("*.safetensors")),
             notes=source.notes,
+            family=source.family if isinstance(source, FileSource) else None,
+            source_sha256=source.sha256 if isinstance(source, FileSource) else None,
         )
         report.save(folder)
         images = draw_images(folder, model, preprocessing.processor, {}) if draw_images else {}
@@ -84,6 +90,44 @@ def convert_checkpoint(
         if not random_init:
             provenance.copy_license(folder)
     return report
+
+
+def load_any_source(source_name: str, random_init: bool = False, family: str | None = None) -> SourceModel:
+    """Load `timm:NAME`, `transformers:PATH_OR_ID`, or a state-dict file with an optional family.
+
+    Raises:
+        ValueError, OSError: If the source does not exist or is not supported; the message has one line.
+    """
+    if source_name.startswith(("timm:", "transformers:")) or not Path(source_name).suffix:
+        if family is not None:
+            raise ConversionError(f"--family {family} requires a state-dict file, but the source is {source_name}")
+        return load_source(source_name, random_init)
+    if random_init:
+        raise ConversionError(f"--random-init requires timm:NAME or transformers:PATH_OR_ID, not {source_name}")
+    return FileSource.load(Path(source_name), family)
+
+
+def load_model_file(
+    file: Path, family: str | None = None, classifier: ClassifierChoice = "keep", num_labels: int | None = None
+) -> tuple[ViTCLSPreTrainedModel, ViTCLSImageProcessor, Provenance]:
+    """Load a published state-dict file as a model, after a comparison with the reference of its family.
+
+    Args:
+        file: A .npz, .safetensors or PyTorch file; see source_files.py.
+        family: Family of the weights. Default: detected.
+        classifier: "keep" the classifier of the file, create a "new" classifier, or "drop" it.
+        num_labels: Number of labels of a new classifier.
+
+    Returns:
+        The model in eval mode, its image processor, and its provenance, whose license is unknown.
+
+    Raises:
+        ValueError, OSError: If the file is not supported, or a difference exceeds the limit.
+    """
+    source = FileSource.load(file, family)
+    model = convert_source(source, classifier, num_labels)
+    compare_models(source, model, with_logits=get_classifier_state(source, model, classifier) == "kept")
+    return model, source.convert_preprocessing().processor, Provenance(file.name)
 
 
 def convert_source(source: SourceModel, classifier: ClassifierChoice, num_labels: int | None) -> ViTCLSPreTrainedModel:

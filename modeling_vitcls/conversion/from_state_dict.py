@@ -1,4 +1,4 @@
-"""Convert published state dicts: DINOv2, DINOv3, DeiT and MAE of facebookresearch, and big_vision.
+"""Convert published state dicts: DINO, iBOT, MSN, DINOv2, DINOv3, DeiT, MAE, I-JEPA, and big_vision.
 
     weights = torch.load("dinov2_vits14_reg4_pretrain.pth", weights_only=True)
     model = convert_state_dict(weights, family="dinov2")
@@ -23,6 +23,7 @@ from typing import Any
 import torch
 
 from ..configuration_vitcls import ViTCLSConfig
+from ..files import replace_control_characters
 from ..modeling_vitcls import ViTCLSPreTrainedModel
 from .head_transfer import ClassifierChoice, build_model, split_classifier
 from .timm_tables import BLOCK_RULES, GATED_MLP, MLP_RULES, STEM_RULES, build_head_rules
@@ -67,12 +68,14 @@ def convert_state_dict(
 
     Args:
         weights: Mapping of names to tensors or arrays, as saved, optionally inside `{"model": ...}`.
-        family: `"dinov2"`, `"dinov3"`, `"deit"` (also DeiT III and DINO), `"mae"` or `"big_vision"`.
+        family: `"dinov2"`, `"dinov3"`, `"deit"` (also DeiT III), `"dino"`, `"ibot"`, `"msn"`, `"mae"`, `"ijepa"` or
+            `"big_vision"`. DINOv2 with `linear_head.weight` and `linear_head.bias` becomes a classifier.
         drop: Prefixes of weights to ignore, such as `("decoder", "mask_token")` for a full MAE checkpoint.
         classifier: "keep" the classifier of the source, create a "new" classifier, or "drop" it (`ViTCLSModel`).
         num_labels: Number of labels of a new classifier.
         fields: Fields of `ViTCLSConfig` that differ from the published models (`num_attention_heads` for another
-            width, `image_size` for a rectangular grid of positions), or labels (`id2label`).
+            width, `image_size` for a rectangular grid of positions), or labels (`id2label`). `rope_periods=None`
+            computes the periods of DINOv3 in float32, as timm and transformers do, instead of using the stored ones.
 
     Raises:
         ConversionError: If the family is unknown, weights do not belong to the family (the message lists the weights),
@@ -81,7 +84,10 @@ def convert_state_dict(
     if family not in FAMILIES:
         raise ConversionError(f"family={family!r} is unknown. Use one of {', '.join(FAMILIES)}")
     conversion = FAMILIES[family]
-    used = {name: value for name, value in weights.get("model", weights).items() if not name.startswith(tuple(drop))}
+    if not isinstance(weights, Mapping):
+        raise ConversionError(f"a conversion requires a state dict, but weights is a {type(weights).__name__}")
+    named = {replace_control_characters(str(name)): value for name, value in weights.get("model", weights).items()}
+    used = {name: value for name, value in named.items() if not name.startswith(tuple(drop))}
     tensors = conversion.prepare({name: convert_to_tensor(name, value) for name, value in used.items()})
     fields = conversion.read_fields(tensors) | fields
     for name in ("num_attention_heads", "image_size"):
@@ -101,8 +107,11 @@ def drop_key_bias(tensor: torch.Tensor, config: ViTCLSConfig) -> Sequence[torch.
 # Parameter names that these repositories share with timm.
 VIT_RULES = [*STEM_RULES, *BLOCK_RULES, *build_head_rules("pooler"), *MLP_RULES["Mlp"]]
 
+DINO_RULES = [Rule("masked_embed", "embeddings.mask_token", reshape_token), *VIT_RULES]
+
 DINOV2_RULES = [
     Rule("register_tokens", "embeddings.register_tokens"),
+    Rule("linear_head.{rest}", "classifier.{rest}"),
     Rule("mask_token", "embeddings.mask_token", reshape_token),
     Rule("blocks.{i}.mlp.w12.{rest}", GATED_MLP, split_halves),
     Rule("blocks.{i}.mlp.w3.{rest}", "layers.{i}.mlp.down_proj.{rest}"),
@@ -112,7 +121,7 @@ DINOV2_RULES = [
 DINOV3_RULES = [
     Rule("storage_tokens", "embeddings.register_tokens"),
     Rule("mask_token", "embeddings.mask_token", reshape_token),
-    Rule("rope_embed.periods", []),  # checked by prepare_dinov3
+    Rule("rope_embed.periods", []),  # in `rope_periods`
     Rule("local_cls_norm.{rest}", []),  # for local crops in pre-training
     Rule(
         "blocks.{i}.attn.qkv.bias", [f"layers.{{i}}.attention.{letter}_proj.bias" for letter in "qkv"], drop_key_bias
@@ -209,9 +218,7 @@ def remove_chunk_indices(weights: Weights) -> Weights:
 
 
 def prepare_dinov3(weights: Weights) -> Weights:
-    """Apply the masks of the biases, and check that keys have no bias and that the rotary periods are the defaults.
-
-    The published periods are in bfloat16. Like transformers and timm, this package computes the periods in float32.
+    """Apply the masks of the biases, and check that keys have no bias.
 
     Raises:
         ConversionError: If a check fails.
@@ -227,22 +234,21 @@ def prepare_dinov3(weights: Weights) -> Weights:
             prepared[name] = prepared[name] * mask
         if prepared[name].chunk(3)[1].any():
             raise ConversionError(f"{name} contains a bias of the keys, but DINOv3 has none")
-    if (periods := weights.get("rope_embed.periods")) is not None:
-        expected = 100.0 ** (torch.arange(len(periods), dtype=torch.float64) / len(periods))
-        if not torch.allclose(periods.double().cpu(), expected, rtol=0.01):
-            raise ConversionError("rope_embed.periods differs from the rotary periods of DINOv3")
     return prepared
 
 
 def read_vit(weights: Weights, num_heads: Mapping[int, int]) -> Fields:
     """Return the fields that follow from the shapes; `num_heads` maps widths to the heads of published models."""
     width, channels, patch_height, patch_width = get_weight(weights, "patch_embed.proj.weight").shape
-    blocks = [int(match[1]) for name in weights if (match := re.match(r"blocks\.(\d+)\.", name))]
+    blocks = {int(found[1]) for name in weights if (found := re.match(r"blocks\.(\d{1,9})\.", name))}
+    if blocks != set(range(len(blocks))):
+        missing = next(index for index in range(len(blocks)) if index not in blocks)
+        raise ConversionError(f"the weights have blocks up to {max(blocks)}, but no block {missing}")
     fields: Fields = {
         "hidden_size": width,
         "num_channels": channels,
         "patch_size": [patch_height, patch_width],
-        "num_hidden_layers": max(blocks, default=-1) + 1,
+        "num_hidden_layers": len(blocks),
         "num_attention_heads": num_heads.get(width),
         "qkv_bias": "blocks.0.attn.qkv.bias" in weights,
         "use_mask_token": "mask_token" in weights,
@@ -275,37 +281,63 @@ def read_positions(weights: Weights, num_special: int) -> Fields:
 
 
 def read_dinov2(weights: Weights) -> Fields:
-    """Return the fields of DINOv2 (arXiv 2304.07193), with or without registers (arXiv 2309.16588)."""
+    """Return the fields of DINOv2 (arXiv 2304.07193), with or without registers (arXiv 2309.16588).
+
+    The published linear classifiers read the CLS token and the mean of the patches.
+
+    Raises:
+        ConversionError: If the linear classifier also reads the CLS tokens of earlier layers.
+    """
     registers = weights.get("register_tokens")
+    head, width = weights.get("linear_head.weight"), get_weight(weights, "patch_embed.proj.weight").shape[0]
+    if head is not None and head.shape[-1] != 2 * width:
+        raise ConversionError(
+            f"the linear classifier of DINOv2 reads {head.shape[-1] // width - 1} layers, but only classifiers of the "
+            "last layer are supported. Use the classifier of one layer (linear_head, not linear4_head)"
+        )
     resampling: Fields = {"position_offset": 0.1} if registers is None else {"position_antialias": True}
     return {
         **read_vit(weights, {384: 6, 768: 12, 1024: 16, 1536: 24}),
         **read_positions(weights, num_special=1),
         **resampling,
+        **({} if head is None else {"num_labels": len(head), "pooling": "cls_mean"}),
         "num_register_tokens": 0 if registers is None else registers.shape[1],
     }
 
 
 def read_dinov3(weights: Weights) -> Fields:
-    """Return the fields of DINOv3 (arXiv 2508.10104)."""
+    """Return the fields of DINOv3 (arXiv 2508.10104). The authors' code uses the periods as stored, in bfloat16."""
+    periods = weights.get("rope_embed.periods")
     fields = read_vit(weights, {384: 6, 768: 12, 1024: 16, 1280: 20, 4096: 32})
     return fields | {
         "image_size": 16 * fields["patch_size"][0],
         "key_bias": False,
         "num_register_tokens": get_weight(weights, "storage_tokens").shape[1],
         "position_embedding_type": "rope_2d",
+        "rope_periods": None if periods is None else periods.float().tolist(),
         "layer_norm_eps": 1e-5,
     }
 
 
 def read_deit(weights: Weights) -> Fields:
-    """Return the fields of DeiT (arXiv 2012.12877), DeiT III (arXiv 2204.07118) and DINO (arXiv 2104.14294)."""
+    """Return the fields of DeiT (arXiv 2012.12877), DeiT III (arXiv 2204.07118) and MSN (arXiv 2204.07141)."""
     special = [name for name in ("cls_token", "dist_token") if name in weights]
     return {
         **read_vit(weights, {192: 3, 384: 6, 512: 8, 768: 12, 1024: 16, 1280: 16}),
         **read_positions(weights, num_special=len(special)),
         "num_distillation_tokens": special.count("dist_token"),
     }
+
+
+def read_dino(weights: Weights) -> Fields:
+    """Return the fields of DINO (arXiv 2104.14294) and iBOT (arXiv 2111.07832), with the authors' interpolation."""
+    return read_deit(weights) | {"position_offset": 0.1, "use_mask_token": "masked_embed" in weights}
+
+
+def read_ijepa(weights: Weights) -> Fields:
+    """Return the fields of I-JEPA (arXiv 2301.08243), which has no CLS token."""
+    fields = read_vit(weights, {768: 12, 1024: 16, 1280: 16, 1408: 16}) | read_positions(weights, num_special=0)
+    return fields | {"num_cls_tokens": 0, "position_embedding_tokens": "patches", "pooling": "mean"}
 
 
 def read_mae(weights: Weights) -> Fields:
@@ -404,7 +436,7 @@ def convert_to_tensor(name: str, value: Any) -> torch.Tensor:
     """
     try:
         return torch.as_tensor(value)
-    except TypeError:
+    except (TypeError, ValueError, RuntimeError):
         raise ConversionError(
             f"{name} is not an array of numbers that torch supports. Convert it to float32"
         ) from None
@@ -428,6 +460,10 @@ FAMILIES = {
     "dinov2": StateDictFamily(read_dinov2, DINOV2_RULES, remove_chunk_indices),
     "dinov3": StateDictFamily(read_dinov3, DINOV3_RULES, prepare_dinov3),
     "deit": StateDictFamily(read_deit, VIT_RULES),
+    "dino": StateDictFamily(read_dino, DINO_RULES),
+    "ibot": StateDictFamily(read_dino, DINO_RULES),
+    "msn": StateDictFamily(read_deit, VIT_RULES),
     "mae": StateDictFamily(read_mae, VIT_RULES),
+    "ijepa": StateDictFamily(read_ijepa, VIT_RULES),
     "big_vision": StateDictFamily(read_big_vision, BIG_VISION_RULES, prepare_big_vision),
 }

@@ -56,6 +56,9 @@ class ParityReport:
         not_compared: Reason why there is no second comparison; empty if there is one.
         preprocessing: The result of `ConvertedPreprocessing.describe`.
         sha256: File name -> hash of the weights.
+        notes: Sentences on the loading, and on rules that differ from other implementations.
+        family: Family of a state-dict file; None for other sources.
+        source_sha256: Hash of the state-dict file; None for other sources.
     """
 
     source: str
@@ -71,6 +74,8 @@ class ParityReport:
     versions: dict[str, str]
     sha256: dict[str, str]
     notes: list[str]
+    family: str | None = None
+    source_sha256: str | None = None
 
     def save(self, folder: Path) -> None:
         """Write certificate.json."""

@@ -114,7 +114,7 @@ def convert_timm_settings(
 def convert_transformers_preprocessing(folder: str, image_size: tuple[int, int]) -> ConvertedPreprocessing:
     """Convert the image processor in a folder; the default uses `image_size` (height, width)."""
     try:
-        source_processor = AutoImageProcessor.from_pretrained(folder)
+        source_processor = AutoImageProcessor.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError):
         return build_default_preprocessing(image_size, "the source has no image processor")
     backend = ViTCLSImageProcessorPil if isinstance(source_processor, PilBackend) else ViTCLSImageProcessor

@@ -11,9 +11,9 @@ A source converts its model and its preprocessing, and computes reference output
 import copy
 import difflib
 import inspect
+import pickle
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,7 +21,15 @@ import transformers
 from torch import nn
 
 from ..errors import format_error
-from ..hub.loading import CONFIG_FILES, get_any_model_folder, get_cached_commit, get_model_folder, load_timm
+from ..hub.connection import iter_causes
+from ..hub.loading import (
+    CONFIG_FILES,
+    get_any_model_folder,
+    get_cached_commit,
+    get_model_folder,
+    load_timm,
+    split_revision,
+)
 from ..modeling_vitcls import ViTCLSPreTrainedModel
 from .from_timm import convert_from_timm
 from .from_transformers import CONVERTIBLE_CLASSES, convert_from_transformers
@@ -49,6 +57,9 @@ PARTIAL_CLASSES = {
     "DINOv3ViTBackbone": "DINOv3ViTModel",
     "PixioBackbone": "PixioModel",
 }
+
+
+WHAT_TO_DO_WITH_VITCLS = "Use it as --model, or write it as a class of transformers with --to transformers --model"
 
 
 class SourceModel(ABC):
@@ -145,14 +156,17 @@ class TimmSource(SourceModel):
 
     def compute_outputs(self, pixel_values: torch.Tensor) -> Outputs:
         """Return the outputs; for images of another size, of a copy after `set_input_size`."""
-        model: Any = self.model
-        size = tuple(pixel_values.shape[-2:])
-        if size != self.image_size:
-            model = copy.deepcopy(model)
-            model.set_input_size(img_size=size)
+        height, width = pixel_values.shape[-2:]
+        model: Any = self.model if (height, width) == self.image_size else self.build_resized_model((height, width))
         sequence = model.forward_features(pixel_values)
         head = "logits" if self.has_classifier else "pooled"
         return {"sequence": sequence, head: model.forward_head(sequence)}
+
+    def build_resized_model(self, size: tuple[int, int]) -> Any:
+        """Return a copy of the model for images of (height, width) pixels."""
+        model: Any = copy.deepcopy(self.model)
+        model.set_input_size(img_size=size)
+        return model
 
     def convert_preprocessing(self) -> ConvertedPreprocessing:
         """Convert `pretrained_cfg`."""
@@ -175,9 +189,16 @@ class TransformersSource(SourceModel):
             get_model_folder(path, CONFIG_FILES, revision) if random_init else get_any_model_folder(path, revision)
         )
         try:
-            config = transformers.AutoConfig.from_pretrained(folder)
+            config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
         except Exception as error:  # ValueError for unknown types, OSError for missing files, errors of the Hub
+            if "trust_remote_code" in str(error):
+                raise ConversionError(
+                    f"{path} requires the code in its own repository, which is never run. Use a model with a class in "
+                    "transformers, or timm:NAME"
+                ) from error
             raise OSError(f"transformers cannot read the configuration of {path}: {format_error(error)}") from error
+        if config.model_type == "vitcls":
+            raise ConversionError(f"{path} is a ViTCLS model already. {WHAT_TO_DO_WITH_VITCLS}")
         model_class = get_convertible_class(config)
         if random_init:
             return cls(path, folder, randomize_weights(model_class(config)), [])
@@ -270,12 +291,6 @@ def load_source(source: str, random_init: bool = False) -> SourceModel:
     return LOADERS[project](name, random_init)
 
 
-def split_revision(name: str) -> tuple[str, str | None]:
-    """Split a name at the last `@` into path and revision; None for an existing folder or without `@`."""
-    path, _, revision = name.rpartition("@")
-    return (path, revision) if path and revision and not Path(name).exists() else (name, None)
-
-
 def get_convertible_class(config: transformers.PreTrainedConfig) -> Any:
     """Return the class of transformers that loads the convertible part of a checkpoint.
 
@@ -303,20 +318,34 @@ def load_complete_model(model_class: Any, path: str, folder: str) -> tuple[Any, 
         OSError: If the model cannot be loaded.
         ConversionError: If weights are missing.
     """
+    notes: list[str] = []
+    options: dict[str, Any] = {"dtype": "auto", "output_loading_info": True}
     try:
-        model, info = model_class.from_pretrained(folder, dtype="auto", output_loading_info=True)
-        missing = sorted(info["missing_keys"])
-        if missing and all(name.startswith("pooler.") for name in missing):
-            model = model_class.from_pretrained(folder, dtype="auto", add_pooling_layer=False)
-            return model, ["the checkpoint has no pooler, so the converted model has none"]
+        model, info = model_class.from_pretrained(folder, **options)
+        if info["missing_keys"] and all(name.startswith("pooler.") for name in info["missing_keys"]):
+            model, info = model_class.from_pretrained(folder, **options, add_pooling_layer=False)
+            notes.append("the checkpoint has no pooler, so the converted model has none")
     except Exception as error:  # any error of the download
+        check_not_pickled_code(path, error)
         raise OSError(f"transformers cannot load {path}: {format_error(error)}") from error
-    if missing:
+    if missing := sorted(info["missing_keys"]):
         raise ConversionError(
             f"{model_class.__name__} requires {len(missing)} weights that are missing in {path}, for example "
             f"{missing[0]}"
         )
-    return model, []
+    unexpected = sorted(info["unexpected_keys"])
+    if unexpected and model_class.__name__ in (model.config.architectures or []):
+        notes.append(f"{model_class.__name__} does not use {len(unexpected)} weights, for example {unexpected[0]}")
+    return model, notes
+
+
+def check_not_pickled_code(path: str, error: BaseException) -> None:
+    """Raise ConversionError if loading failed because a pickle contains other objects than tensors."""
+    if any(isinstance(cause, pickle.UnpicklingError) for cause in iter_causes(error)):
+        raise ConversionError(
+            f"{path} is a pickle with other objects than tensors, which could run code when they are loaded. Save its "
+            "tensors as safetensors"
+        ) from error
 
 
 def flatten_patches(pixel_values: torch.Tensor, patch_size: int) -> dict[str, Any]:

@@ -10,7 +10,7 @@ size only, since transformers resamples the positions of squares only.
 
 import dataclasses
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,9 +18,11 @@ import transformers
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
+from ..adaptation_vitcls import replace_fields
 from ..configuration_vitcls import ViTCLSConfig
 from ..errors import format_error
 from ..modeling_vitcls import ViTCLSPreTrainedModel
+from .equivalent_models import REWRITES, Rewrite
 from .from_transformers import CONVERTIBLE_CLASSES, HEAD_RULES, ConvertibleClass, read_labels, split_head
 from .transformers_families import SHARED_FIELDS, compute_dinov2_mlp_size
 from .weight_rules import ConversionError, revert_weights, simplify_size
@@ -31,24 +33,33 @@ logger = logging.get_logger(__name__)
 Settings = dict[str, Any]  # fields of a configuration of transformers
 
 
-def convert_to_transformers(model: ViTCLSPreTrainedModel) -> PreTrainedModel:
+def convert_to_transformers(model: ViTCLSPreTrainedModel, native_size_only: bool = False) -> PreTrainedModel:
     """Convert a model to a class of transformers: same outputs, dtype and device, in eval mode.
 
     `ViTCLSForImageClassification` becomes the classifier of ViT, DeiT, DINOv2 or DINOv2 with registers. `ViTCLSModel`
     becomes the base model of these or of DINOv3. Biases and LayerScale values that only the class of transformers has
-    are set to 0 and 1. A mask token is dropped with a warning if the class has none.
+    are set to 0 and 1. A mask token is dropped with a warning if the class has none. If no class supports the model as
+    it is, an equivalent form of the model is converted (equivalent_models.py).
+
+    Args:
+        model: The model.
+        native_size_only: Whether the outputs have to be the same only for images of `config.image_size`. The class of
+            transformers may then resample positions differently for other sizes.
 
     Raises:
-        ConversionError: If no class supports the model; the message names the fields that prevent it.
+        ConversionError: If no class supports the model; the message names the nearest class and the fields that
+            prevent it.
     """
     name = type(model).__name__
     if name not in TARGETS:
         raise ConversionError(f"transformers has no class for the task of {name}. Convert its encoder, .vitcls")
-    matches = [compare_with_target(target, model.config) for target in TARGETS[name]]
-    best = min(matches, key=lambda match: len(match.mismatches))
+    best = find_best_match(name, model.config, native_size_only)
     if best.mismatches:
-        raise ConversionError(f"{', '.join(best.mismatches)}{describe_nearest(best)}{describe_encoder_target(model)}")
-    return build_transformers_model(best.target, model)
+        hint = describe_encoder_target(model)
+        if not native_size_only and not (native := find_best_match(name, model.config, True)).mismatches:
+            hint = f". {native.target.name} is exact at the native size: set native_size_only=True"
+        raise ConversionError(f"{', '.join(best.mismatches)}{describe_nearest(best)}{hint}")
+    return build_transformers_model(best, model)
 
 
 @dataclass(frozen=True)
@@ -155,13 +166,39 @@ class TargetMatch:
     """Comparison of a configuration with a target.
 
     Attributes:
+        config: The configuration, after `steps`.
         mismatches: Fields that the target does not support, as `name=value`, or an error message.
         target_values: Values of these fields in the target, as `name=value`.
+        names: Names of these fields.
+        steps: Rewrites of the model, each with the configuration before and after it.
     """
 
     target: Target
+    config: ViTCLSConfig
     mismatches: list[str]
     target_values: list[str]
+    names: frozenset[str] = frozenset()
+    steps: tuple[tuple[Rewrite, ViTCLSConfig, ViTCLSConfig], ...] = ()
+
+
+def find_best_match(model_class: str, config: ViTCLSConfig, native_size_only: bool) -> TargetMatch:
+    """Return the match with the fewest mismatches, then with the fewest rewrites, for a model class."""
+    matches = [match_equivalent(target, config, native_size_only) for target in TARGETS[model_class]]
+    return min(matches, key=lambda match: (len(match.mismatches), len(match.steps)))
+
+
+def match_equivalent(target: Target, config: ViTCLSConfig, native_size_only: bool) -> TargetMatch:
+    """Return the match of a configuration after all rewrites that remove mismatches."""
+    match = compare_with_target(target, config)
+    for rewrite in REWRITES:
+        if not rewrite.fields & match.names or (rewrite.at_native_size_only and not native_size_only):
+            continue
+        for changes in rewrite.list_changes(match.config):
+            changed = compare_with_target(target, replace_fields(match.config, changes))
+            if len(changed.mismatches) < len(match.mismatches):
+                match = replace(changed, steps=(*match.steps, (rewrite, match.config, changed.config)))
+                break
+    return match
 
 
 def compare_with_target(target: Target, config: ViTCLSConfig) -> TargetMatch:
@@ -174,7 +211,7 @@ def compare_with_target(target: Target, config: ViTCLSConfig) -> TargetMatch:
         fields = convertible.family.read_fields(candidate.config, weights) | dict(convertible.fields)
         target_config = ViTCLSConfig(**fields)
     except (TypeError, ValueError) as error:  # a value that this class, or this version of it, does not support
-        return TargetMatch(target, [format_error(error)], [])
+        return TargetMatch(target, config, [format_error(error)], [])
     has_head = convertible.encoder is not None
     values, target_values = get_effective_fields(config, has_head), get_effective_fields(target_config, has_head)
     ignored = POOLING_FIELDS if not target.always_pools and has_weightless_pooler(config) else set()
@@ -185,8 +222,10 @@ def compare_with_target(target: Target, config: ViTCLSConfig) -> TargetMatch:
     ]
     return TargetMatch(
         target,
+        config,
         [f"{name}={values[name]!r}" for name in names],
         [f"{name}={target_values[name]!r}" for name in names],
+        frozenset(names),
     )
 
 
@@ -217,9 +256,8 @@ def describe_encoder_target(model: ViTCLSPreTrainedModel) -> str:
     """Return a sentence on the class that supports the encoder of a classifier; empty if there is none."""
     if not hasattr(model, "vitcls"):
         return ""
-    matches = [compare_with_target(target, model.config) for target in TARGETS["ViTCLSModel"]]
-    names = [match.target.name for match in matches if not match.mismatches]
-    return f". Its encoder, model.vitcls, can be converted to {names[0]}" if names else ""
+    match = find_best_match("ViTCLSModel", model.config, native_size_only=False)
+    return "" if match.mismatches else f". Its encoder, model.vitcls, can be converted to {match.target.name}"
 
 
 POOLING_FIELDS = {"pooling", "cls_pooling", "pooled_cls_tokens"}
@@ -318,11 +356,14 @@ def get_positioned_tokens(config: ViTCLSConfig) -> str:
 NEUTRAL_WEIGHTS = {"bias": 0.0, "lambda1": 1.0, "mask_token": 0.0}
 
 
-def build_transformers_model(target: Target, model: ViTCLSPreTrainedModel) -> PreTrainedModel:
+def build_transformers_model(match: TargetMatch, model: ViTCLSPreTrainedModel) -> PreTrainedModel:
     """Build the model of transformers with the weights of a model."""
-    converted = target.build(model.config)
+    target = match.target
+    converted = target.build(match.config)
     encoder_name = target.convertible.encoder
-    encoder, head = split_head(model.state_dict(), "vitcls" if encoder_name else None)
+    encoder, head = map(dict, split_head(model.state_dict(), "vitcls" if encoder_name else None))
+    for rewrite, old, new in match.steps:
+        rewrite.rewrite_weights(encoder, head, old, new)
     target_encoder, target_head = split_head(converted.state_dict(), encoder_name)
     if "embeddings.mask_token" in encoder and "embeddings.mask_token" not in target_encoder:
         logger.warning(f"{target.name} has no mask token, so the mask token is dropped")

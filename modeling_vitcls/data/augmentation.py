@@ -61,6 +61,7 @@ def build_augmentation(
     """Build the augmentation that `options` describe, with outputs of `height_width` pixels."""
     fixed: nn.Module = nn.Identity()
     transforms: list[nn.Module] = []
+    assert options.crop_scale is not None, "resolved by defaults.py"
     if options.crop_scale < 1:
         transforms.append(
             v2.RandomResizedCrop(height_width, scale=(options.crop_scale, 1.0), interpolation=interpolation)

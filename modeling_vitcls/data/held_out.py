@@ -31,14 +31,20 @@ RECORD = "held_out"  # key of the held-out record in results.json
 
 @dataclass(frozen=True)
 class HeldOutRule:
-    """Rule that selects held-out images by the hash of their keys."""
+    """Rule that selects held-out images by the hash of their keys.
+
+    `purpose` makes two rules with the same seed independent: "" for the images that are reported, "selection" for the
+    images that select the best checkpoint.
+    """
 
     fraction: float
     seed: int
+    purpose: str = ""
 
     def selects(self, key: int) -> bool:
         """Return whether the image with this key is held out."""
-        bits = hashlib.blake2b(f"{self.seed} {key}".encode(), digest_size=8).digest()
+        text = f"{self.seed} {self.purpose} {key}" if self.purpose else f"{self.seed} {key}"
+        bits = hashlib.blake2b(text.encode(), digest_size=8).digest()
         return int.from_bytes(bits, "big") / 2**64 < self.fraction
 
     def __str__(self) -> str:

@@ -205,9 +205,12 @@ def read_encoded(example: dict[str, Any] | None) -> bytes | None:
     """Return the bytes of an encoded image, which may be in a file; None if it cannot be read or is remote."""
     if not example or example["bytes"] is not None:
         return example["bytes"] if example else None
+    if not example["path"] or "://" in example["path"]:
+        return None
     try:
-        return None if "://" in example["path"] else Path(example["path"]).read_bytes()
-    except (OSError, TypeError):
+        file = Path(example["path"])
+        return file.read_bytes() if file.is_file() else None  # reading a pipe would block
+    except (OSError, ValueError):
         return None
 
 

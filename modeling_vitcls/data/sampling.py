@@ -191,22 +191,18 @@ class BatchPlan:
             options: the training options.
             num_processes: number of processes.
             labels: class indices of the images, for `class_balance="sampling"`.
-            num_copies: number of copies of each image in a step (`--repeated-augmentation`).
+            num_copies: number of copies of each image in a step (`--repeated-augmentation`). If it does not divide
+                the number of images per step, some images have one copy less.
 
         Raises:
-            ValueError: if a stream has no `max_steps` or balanced classes, or if `num_copies` does not divide the
-                number of images per step.
+            ValueError: if a stream has no `max_steps` or balanced classes.
         """
         images_per_step = options.batch_size * options.gradient_accumulation_steps * num_processes
-        if images_per_step % num_copies:
-            raise ValueError(
-                f"--repeated-augmentation {num_copies} does not divide the {images_per_step} images of a step. Set "
-                "another --batch-size"
-            )
         num_steps = options.max_steps
         if not num_steps:
             if num_images is None:
                 raise ValueError("a stream of unknown length requires a number of steps. Set --max-steps")
+            assert options.epochs is not None, "resolved by defaults.py"
             num_steps = math.ceil(options.epochs * num_images / images_per_step)
         return cls(
             num_images=num_images,
@@ -238,7 +234,7 @@ class BatchPlan:
     def compute_key(self, step: int, position: int) -> Key:
         """Return the key of the image at a position in a step."""
         assert self.order is not None and self.num_images is not None, "a stream has its own order"
-        num_different = self.images_per_step // self.num_copies
+        num_different = math.ceil(self.images_per_step / self.num_copies)
         copy, offset = divmod(position, num_different)
         number, index = divmod(step * num_different + offset, self.num_images)
         num_uses, indices = self.order.get_epoch(number)

@@ -3,7 +3,10 @@
     digits                1,797 handwritten digits of 8 x 8 pixels from scikit-learn, in memory
     a folder of idx files MNIST, Fashion-MNIST and other datasets in this format, in memory
     an image folder       a sub-folder per class, or metadata.csv; read by image_folder.py
-    CSV, Parquet          a file, or a folder with a file per split; read by the `datasets` library, without network
+    CSV, JSON Lines,      a file, or a folder with a file per split; read by the `datasets` library, without network
+    Parquet
+    saved with `datasets` a folder that `save_to_disk` wrote
+    memory:...            a data set in memory (in_memory.py)
     anything else         the id of a dataset on the Hub
 
 Held-out images are selected in held_out.py; streamed datasets are in streaming.py.
@@ -27,10 +30,12 @@ from ..hub.loading import describe_missing_repo, fall_back_to_cache, is_hub_id
 from ..options import DataOptions
 from .image_folder import read_image_folder, scan_folder
 from .images import Arrays, EncodedColumn, Files, LabeledImages, resolve_path
+from .in_memory import PREFIX, get_dataset
 from .labels import UNLABELED, LabelSpace, build_label_reader, find_image_column, is_image
 
 
-READERS = {".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
+READERS = {".csv": "csv", ".tsv": "csv", ".jsonl": "json", ".parquet": "parquet"}
+SAVED_FILES = ("dataset_dict.json", "state.json")  # files that `save_to_disk` writes
 
 IDX_SPLITS = {"train": "train", "t10k": "test"}
 IDX_CLASSES = {
@@ -157,6 +162,8 @@ def read_idx(file: Path, num_dimensions: int) -> np.ndarray:
 def load_with_datasets(options: DataOptions, use_labels: bool, select: SplitSelector) -> Splits:
     """Load a folder, a file or a dataset on the Hub with the `datasets` library."""
     opened = open_with_datasets(options, use_labels)
+    if not opened:
+        raise ValueError(f"{options.dataset} contains no rows. Check its tables")
     datasets = {split: opened[split] for split in select(list(opened))}
     features = next(iter(datasets.values())).features
     image_column = find_image_column(options, features)
@@ -195,8 +202,11 @@ def open_with_datasets(options: DataOptions, use_labels: bool = True) -> Any:
         OSError: if there is no dataset with this name, locally or on the Hub, or the Hub cannot be reached.
     """
     path = Path(options.dataset)
-    if options.streaming and (options.dataset == "digits" or is_idx_folder(path)):
+    is_in_memory = options.dataset.startswith(PREFIX)
+    if options.streaming and (is_in_memory or options.dataset == "digits" or is_idx_folder(path)):
         raise ValueError(f"{options.dataset} is always loaded into memory. Remove --streaming")
+    if is_in_memory:
+        return get_dataset(options.dataset)
     if path.is_dir() and (folder := scan_folder(path)).is_image_folder:
         opened = read_image_folder(folder, use_labels)
         if os.environ.get("RANK", "0") == "0":  # once for all processes
@@ -241,13 +251,25 @@ def read_with_datasets(options: DataOptions) -> Any:
             return datasets.load_dataset(
                 READERS[path.suffix], data_files=str(path), streaming=options.streaming, **separator
             )
+        if any((path / file).is_file() for file in SAVED_FILES):
+            return read_saved_dataset(path, options.streaming)
         return datasets.load_dataset(options.dataset, streaming=options.streaming)
     except Exception as error:  # the readers raise many types of errors on damaged data
         raise ValueError(
             f"cannot read the dataset {options.dataset!r} ({type(error).__name__}: {format_error(error)}). Set "
-            "--dataset to `digits`, a folder with a sub-folder of images per class, a CSV or Parquet file, a folder "
-            "of MNIST's idx files, or the id of a dataset on the Hub"
+            "--dataset to `digits`, a folder with a sub-folder of images per class, a CSV, JSON Lines or Parquet "
+            "file, a folder that `save_to_disk` wrote, a folder of MNIST's idx files, or the id of a dataset on the "
+            "Hub"
         ) from error
+
+
+def read_saved_dataset(folder: Path, streaming: bool) -> Any:
+    """Return the splits in a folder that `save_to_disk` wrote; a single split is "train"."""
+    import datasets
+
+    saved = datasets.load_from_disk(folder)
+    parts = saved if isinstance(saved, dict) else {"train": saved}
+    return {name: part.to_iterable_dataset() for name, part in parts.items()} if streaming else parts
 
 
 def get_dataset_name(options: DataOptions) -> str:

@@ -18,6 +18,7 @@ import hashlib
 import json
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, NamedTuple
 
 from ..options import DataOptions
@@ -29,7 +30,8 @@ from .sources import Splits, load_splits
 from .streaming import MAX_HELD_OUT_IMAGES, StreamedImages, open_streams
 
 
-HELD_OUT_NAMES = ("validation", "valid", "val", "dev", "test")
+VALIDATION_NAMES = ("validation", "valid", "val", "dev")
+HELD_OUT_NAMES = (*VALIDATION_NAMES, "test")
 NUM_SAMPLES = 32  # number of images whose bytes are part of a fingerprint
 
 
@@ -46,6 +48,8 @@ class TrainingData:
     held_out: LabeledImages
     held_out_name: str  # name of the split, or the rule that selected its images
     record: HeldOutRecord
+    selection: LabeledImages | None = None  # images that select the best checkpoint (`--select best`)
+    selection_name: str = ""  # as `held_out_name`
 
     @property
     def num_training_images(self) -> int | None:
@@ -53,8 +57,12 @@ class TrainingData:
         return None if isinstance(self.train, StreamedImages) else len(self.train)
 
 
-def load_training_data(options: DataOptions) -> TrainingData:
+def load_training_data(options: DataOptions, with_selection: bool = False) -> TrainingData:
     """Load the training split and the held-out split: splits of the dataset, or a seeded selection (held_out.py).
+
+    With `with_selection`, the images that select a checkpoint are separate from the held-out images, which are
+    reported: the validation split if the dataset also has a test split, otherwise a further part of the training
+    images.
 
     The held-out images of a stream are read immediately and stored in memory, encoded. Without an evaluation split,
     only the first 10,000 held-out images are stored.
@@ -62,10 +70,10 @@ def load_training_data(options: DataOptions) -> TrainingData:
     Raises:
         ValueError: if the dataset has no images or labels, has a single class, or is too small to be split.
     """
-    return load_data(options, use_labels=True)
+    return load_data(options, use_labels=True, with_selection=with_selection)
 
 
-def load_unlabeled_data(options: DataOptions) -> TrainingData:
+def load_unlabeled_data(options: DataOptions, with_selection: bool = False) -> TrainingData:
     """Load both splits without labels: every label is -100, and the label space has no columns.
 
     Fine-tuning on the same dataset holds out the same images.
@@ -73,20 +81,20 @@ def load_unlabeled_data(options: DataOptions) -> TrainingData:
     Raises:
         ValueError: if the dataset has no images or is too small to be split.
     """
-    return load_data(options, use_labels=False)
+    return load_data(options, use_labels=False, with_selection=with_selection)
 
 
-def load_data(options: DataOptions, use_labels: bool) -> TrainingData:
+def load_data(options: DataOptions, use_labels: bool, with_selection: bool) -> TrainingData:
     """Load stored or streamed data, with or without labels."""
     if options.streaming:
         streams = open_streams(options, use_labels)
         if use_labels:
             check_num_classes(options, next(iter(streams.values())).label_space)
-        return split_streams(streams, options)
-    splits = load_splits(options, use_labels, select=select_training_splits)
+        return split_streams(streams, options, with_selection)
+    splits = load_splits(options, use_labels, select=partial(select_training_splits, with_selection=with_selection))
     if use_labels:
         check_num_classes(options, splits.label_space)
-    return split_dataset(splits, options)
+    return split_dataset(splits, options, with_selection)
 
 
 def check_num_classes(options: DataOptions, space: LabelSpace) -> None:
@@ -100,21 +108,31 @@ def get_training_split(names: Collection[str]) -> str:
     return "train" if "train" in names else next(iter(names))
 
 
-def get_held_out_split(names: Collection[str]) -> str | None:
-    """Return the name of the split for evaluation during training; None if there is no such split."""
+def get_held_out_split(names: Collection[str], with_selection: bool = False) -> str | None:
+    """Return the name of the split to report; None if there is no such split. A validation split comes before the test
+    split, unless it selects the checkpoint."""
+    if get_selection_split(names, with_selection) is not None:
+        return "test"
     return next((name for name in HELD_OUT_NAMES if name in names and name != get_training_split(names)), None)
 
 
-def select_training_splits(names: list[str]) -> list[str]:
+def get_selection_split(names: Collection[str], with_selection: bool) -> str | None:
+    """Return the name of the validation split if it selects the checkpoint, so that the test split is reported."""
+    if not with_selection or "test" not in names or get_training_split(names) == "test":
+        return None
+    return next((name for name in VALIDATION_NAMES if name in names), None)
+
+
+def select_training_splits(names: list[str], with_selection: bool = False) -> list[str]:
     """Return the names of the splits that training reads."""
-    held_out = get_held_out_split(names)
-    return [get_training_split(names), *([] if held_out is None else [held_out])]
+    used = [get_held_out_split(names, with_selection), get_selection_split(names, with_selection)]
+    return [get_training_split(names), *(name for name in used if name is not None)]
 
 
-def split_dataset(splits: Splits, options: DataOptions) -> TrainingData:
+def split_dataset(splits: Splits, options: DataOptions, with_selection: bool = False) -> TrainingData:
     """Return the dataset's own held-out split, or hold out images of its training split."""
     train = splits.parts[get_training_split(splits.parts)]
-    name = get_held_out_split(splits.parts)
+    name = get_held_out_split(splits.parts, with_selection)
     if name is not None:
         held_out, description = splits.parts[name], f"split {name!r}"
         record = HeldOutRecord(name, len(held_out))
@@ -122,13 +140,30 @@ def split_dataset(splits: Splits, options: DataOptions) -> TrainingData:
         rule = get_held_out_rule(options)
         train, held_out, record = hold_out(train, rule, options)
         description = str(rule)
-    return TrainingData(splits.name, splits.label_space, train, held_out, description, record)
+    selection, selection_name = None, ""
+    if selection_split := get_selection_split(splits.parts, with_selection):
+        selection, selection_name = splits.parts[selection_split], f"split {selection_split!r}"
+    elif with_selection:
+        rule = replace(get_held_out_rule(options), purpose="selection")
+        train, selection, _ = hold_out(train, rule, options)
+        selection_name = f"{rule} of the training images"
+    return TrainingData(
+        splits.name, splits.label_space, train, held_out, description, record, selection, selection_name
+    )
 
 
-def split_streams(streams: dict[str, StreamedImages], options: DataOptions) -> TrainingData:
+def split_streams(
+    streams: dict[str, StreamedImages], options: DataOptions, with_selection: bool = False
+) -> TrainingData:
     """Return the training split and the held-out split of a stream, and read the held-out images."""
     train = streams[get_training_split(streams)]
-    name = get_held_out_split(streams)
+    name = get_held_out_split(streams, with_selection)
+    selection_split = get_selection_split(streams, with_selection)
+    if with_selection and selection_split is None:
+        raise ValueError(
+            f"--select best requires a validation and a test split for a stream, but {options.dataset} has "
+            f"{', '.join(streams)}. Remove --streaming or --select best"
+        )
     if name is not None:
         held_out, description = streams[name].read_held_out_images(), f"split {name!r}"
         record = HeldOutRecord(name, len(held_out))
@@ -139,7 +174,9 @@ def split_streams(streams: dict[str, StreamedImages], options: DataOptions) -> T
         record = HeldOutRecord.from_keys(rule, held_out.images.compute_keys())
         if len(held_out) == MAX_HELD_OUT_IMAGES:
             description += f", evaluated on the first {MAX_HELD_OUT_IMAGES:,}"
-    return TrainingData(train.name, train.label_space, train, held_out, description, record)
+    selection = None if selection_split is None else streams[selection_split].read_held_out_images()
+    selection_name = "" if selection_split is None else f"split {selection_split!r}"
+    return TrainingData(train.name, train.label_space, train, held_out, description, record, selection, selection_name)
 
 
 def get_held_out_rule(options: DataOptions) -> HeldOutRule:

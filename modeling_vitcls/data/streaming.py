@@ -9,6 +9,7 @@ starts again in another order. The index of an example is a checksum of its enco
 has the same index in every pass and on every process.
 """
 
+import math
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -197,30 +198,25 @@ class TrainingStream:
         """Yield the encoded examples of each batch of one process from `first_step` on, and read batches ahead.
 
         Raises:
-            ValueError: if the number of copies does not divide the batch size. Errors of
-                `StreamedImages.iterate_examples` are passed on.
+            ValueError: see `StreamedImages.iterate_examples`.
         """
-        if plan.batch_size % plan.num_copies:
-            raise ValueError(
-                f"--repeated-augmentation {plan.num_copies} does not divide --batch-size {plan.batch_size}. Set "
-                "another value for one of them"
-            )
         return read_ahead(self.iterate_batches(plan, process, first_step), NUM_BATCHES_AHEAD)
 
     def iterate_batches(self, plan: BatchPlan, process: int, first_step: int) -> Iterator[list[Example]]:
         """Yield the encoded examples of each batch of one process from `first_step` on, without reading ahead."""
-        num_different = plan.batch_size // plan.num_copies
+        num_different = math.ceil(plan.batch_size / plan.num_copies)
         first_batch = first_step * plan.accumulation_steps
         start = first_batch * num_different
         examples = self.source.iterate_examples(plan.seed, process, plan.num_processes, start)
         for _ in range(first_batch, plan.num_steps * plan.accumulation_steps):
             batch = list(islice(examples, num_different))
             self.store_names(batch)
-            yield [
+            copies = [
                 replace(example, epoch=example.epoch * plan.num_copies + copy)
                 for copy in range(plan.num_copies)
                 for example in batch
             ]
+            yield copies[: plan.batch_size]
 
     def load_batch(self, examples: list[Example]) -> Batch:
         """Return the batch of these examples.

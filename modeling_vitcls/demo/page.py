@@ -11,8 +11,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from matplotlib import colormaps
+from matplotlib.colors import to_hex
 from PIL import Image
 
+from ..analysis.maps import COLORMAP
 from .reader import DemoModel, DemoResult
 from .text import (
     MEAN_OF_HEADS,
@@ -47,8 +50,17 @@ SYSTEM_FONTS: dict[str, Any] = {
 # Maps of all layers have a minimum width and as many columns as fit.
 CSS = """
 #problem { border-left: 4px solid #dc2626; padding-left: 0.75rem; }
-#layers .grid-container { grid-template-columns: repeat(auto-fill, minmax(120px, 1fr)); }
+#layers .grid-container, #through .grid-container { grid-template-columns: repeat(auto-fill, minmax(120px, 1fr)); }
+#layers .grid-wrap, #through .grid-wrap { min-height: 0; height: auto; }
+#input img { width: 100%; height: 100%; object-fit: contain; }
+.scale { display: flex; gap: 0.5rem; align-items: center; font-size: 0.85rem; }
+.scale i { flex: 0 1 160px; height: 10px; border-radius: 3px; background: linear-gradient(to right, COLORS); }
 """
+NUM_COLOR_STOPS = 9  # of the color scale
+PATCHES_TEXT = (
+    "Similar colors mean similar features: red, green and blue are the first three principal components of the "
+    "patches of this image. Click a patch to see which patches are similar to it."
+)
 
 
 def serve_demo(
@@ -87,7 +99,7 @@ def launch(page: gr.Blocks, host: str | None = None, port: int | None = None) ->
         server_name=host,
         server_port=port,
         theme=gr.themes.Default(**SYSTEM_FONTS),
-        css=CSS,
+        css=CSS.replace("COLORS", ", ".join(get_color_stops())),
         footer_links=["gradio", "settings"],
         share=False,
         ssr_mode=False,
@@ -95,6 +107,12 @@ def launch(page: gr.Blocks, host: str | None = None, port: int | None = None) ->
         quiet=True,
     )
     return address
+
+
+def get_color_stops() -> list[str]:
+    """Return the colors of maps from the darkest to the brightest."""
+    colors = colormaps[COLORMAP]([index / (NUM_COLOR_STOPS - 1) for index in range(NUM_COLOR_STOPS)])
+    return [to_hex(color) for color in colors]
 
 
 def build_page(demo_model: DemoModel, examples: Sequence[str | Path] = ()) -> gr.Blocks:
@@ -116,7 +134,7 @@ def build_page(demo_model: DemoModel, examples: Sequence[str | Path] = ()) -> gr
                 if missing := explain_missing_output(demo_model):
                     gr.Markdown(missing)
         state = gr.State(time_to_live=CACHE_SECONDS)
-        view = AttentionView(demo_model, state) if demo_model.has_attention else None
+        views = build_views(demo_model, state)
 
         def predict(file: dict[str, Any] | None) -> list[Any]:
             image, problem, result = image_input.predict(demo_model, file)
@@ -124,11 +142,23 @@ def build_page(demo_model: DemoModel, examples: Sequence[str | Path] = ()) -> gr
             return [image, problem, *predictions, result]
 
         outputs = [image_input.image, image_input.problem, *labels, state]
-        for add_listener in image_input.events:
+        add_listeners = [*image_input.events]
+        if examples:
+            shown = page.load(lambda: str(examples[0]), None, image_input.image, show_progress="hidden")
+            add_listeners.append(shown.then)
+        for add_listener in add_listeners:
             event = add_listener(predict, [image_input.image], outputs, preprocess=False, **LATEST)
-            if view is not None:
+            for view in views:
                 event.then(view.draw_all, view.inputs, view.outputs, **LATEST_DRAWING)
     return page
+
+
+def build_views(demo_model: DemoModel, state: gr.State) -> list[Any]:
+    """Build the parts of the page that show the attention of special tokens and the patches."""
+    if demo_model.merges_patches:
+        return []
+    views: list[Any] = [AttentionView(demo_model, state)] if demo_model.has_attention else []
+    return [*views, PatchView(demo_model, state)]
 
 
 class ImageInput:
@@ -139,7 +169,9 @@ class ImageInput:
     """
 
     def __init__(self, examples: Sequence[str | Path]) -> None:
-        self.image = gr.Image(label="Image", type="filepath", sources=["upload", "clipboard"], height=IMAGE_HEIGHT)
+        self.image = gr.Image(
+            label="Image", type="filepath", sources=["upload", "clipboard"], height=IMAGE_HEIGHT, elem_id="input"
+        )
         cache_file = self.image.async_move_resource_to_block_cache
 
         async def cache_uploaded_file(path_or_url: str | Path | None) -> str | None:
@@ -209,19 +241,14 @@ class AttentionView:
                     elem_id="map",
                 )
                 words = gr.Markdown(elem_id="shares")
+                gr.HTML('<div class="scale"><span>0</span><i></i><span>maximum of the map</span></div>')
             with gr.Column():
-                layers = gr.Gallery(
-                    label="All layers for this token and head",
-                    show_label=False,
-                    allow_preview=False,
-                    object_fit="contain",
-                    height="auto",
-                    buttons=[],
-                    elem_id="layers",
-                )
+                layers = build_gallery("All layers for this token and head", "layers")
                 gr.Markdown("All layers, each with its own scale. Click a map to enlarge it.")
+                through = build_gallery("Through all layers", "through")
+                gr.Markdown("Through all layers: attention rollout of the token, and attribution of the prediction.")
         self.inputs = [state, token, layer, head]
-        self.outputs = [drawn, words, layers]
+        self.outputs = [drawn, words, layers, through]
         for control in (token, head):
             control.input(self.draw_all, self.inputs, self.outputs, show_progress="hidden", **LATEST_DRAWING)
         layer.change(self.draw, self.inputs, [drawn, words], show_progress="hidden", **LATEST_DRAWING)
@@ -238,13 +265,75 @@ class AttentionView:
 
     def draw_all(
         self, result: DemoResult | None, token: int, layer: int, head: int
-    ) -> tuple[Image.Image | None, str, list[tuple[Image.Image, str]]]:
-        """Return the output of `draw`, and small maps of all layers."""
+    ) -> tuple[Image.Image | None, str, list[tuple[Image.Image, str]], list[tuple[Image.Image, str]]]:
+        """Return the output of `draw`, small maps of all layers, and maps through all layers."""
         if result is None:
-            return None, "", []
+            return None, "", [], []
         maps = result.draw_all_layers(token, head - 1 if head else None)
         named = [(small, f"layer {number}") for number, small in enumerate(maps, start=1)]
-        return *self.draw(result, token, layer, head), named
+        return *self.draw(result, token, layer, head), named, result.draw_through_layers(token)
+
+
+class PatchView:
+    """Patches as colors, and the similarity of all patches to a clicked one, in a layer."""
+
+    def __init__(self, demo_model: DemoModel, state: gr.State) -> None:
+        num_layers = demo_model.num_layers
+        gr.Markdown(f"## Patch features\n{PATCHES_TEXT}")
+        with gr.Row():
+            layer = gr.Slider(
+                1, num_layers, value=num_layers, step=1, label="Layer of the patches", visible=num_layers > 1
+            )
+            foreground = gr.Checkbox(label="Colors of the foreground only")
+        with gr.Row():
+            options: dict[str, Any] = {"show_label": False, "interactive": False, "buttons": ["fullscreen"]}
+            with gr.Column():
+                colors = gr.Image(label="Patches as colors", elem_id="patches", **options)
+            with gr.Column():
+                similarity = gr.Image(label="Similarity to a patch", elem_id="similarity", **options)
+                words = gr.Markdown(elem_id="similar")
+        patch = gr.State()
+        self.inputs = [state, layer, foreground, patch]
+        self.outputs = [colors, similarity, words]
+        for add_listener in (layer.change, foreground.input):
+            add_listener(self.draw_all, self.inputs, self.outputs, show_progress="hidden", **LATEST_DRAWING)
+        colors.select(find_clicked_patch, [state, colors], patch, show_progress="hidden").then(
+            self.draw_all, self.inputs, self.outputs, show_progress="hidden", **LATEST_DRAWING
+        )
+
+    def draw_all(
+        self, result: DemoResult | None, layer: int, foreground: bool, patch: tuple[int, int] | None
+    ) -> tuple[Image.Image | None, Image.Image | None, str]:
+        """Return the patches as colors, the similarity to the selected patch or to the middle one, and a sentence."""
+        if result is None:
+            return None, None, ""
+        rows, columns = result.features.shape[1:3]
+        row, column = patch if patch and patch[0] < rows and patch[1] < columns else (rows // 2, columns // 2)
+        words = (
+            f"Cosine similarity to the patch in row {row + 1}, column {column + 1}; 0 and less is dark, 1 is bright."
+        )
+        return result.draw_colors(layer - 1, foreground), result.draw_similarity(layer - 1, row, column), words
+
+
+def build_gallery(label: str, elem_id: str) -> gr.Gallery:
+    """Build a gallery of small maps without a preview."""
+    return gr.Gallery(
+        label=label,
+        show_label=False,
+        allow_preview=False,
+        object_fit="contain",
+        height="auto",
+        buttons=[],
+        elem_id=elem_id,
+    )
+
+
+def find_clicked_patch(result: DemoResult | None, drawn: Any, event: gr.SelectData) -> tuple[int, int] | None:
+    """Return row and column of the clicked patch, or None outside the visible region."""
+    if result is None or drawn is None:
+        return None
+    height, width = drawn.shape[:2]
+    return result.find_patch(*event.index, width, height)
 
 
 def get_clicked_layer(event: gr.SelectData) -> int:

@@ -4,6 +4,7 @@
     result = demo_model.predict("cat.jpg")
     result.predictions                               # {"Label": {"cat": 0.9, ...}}
     result.draw(token=0, layer=2, head=None)         # the image with the map over it
+    result.draw_colors(layer=2)                      # the patches as colors
 
 Models are loaded with the Auto classes, so the code may come from their repository. The page is in page.py.
 """
@@ -20,14 +21,22 @@ from transformers.configuration_utils import PreTrainedConfig
 from transformers.utils import cached_file
 
 from ..adaptation_vitcls import load_checkpoint
+from ..analysis.attribution import trace_attention
 from ..analysis.maps import (
     VisibleRegion,
+    count_read_layers,
     extract_patch_maps,
     get_head_names,
-    get_token_names,
     get_visible_region,
     overlay,
 )
+from ..analysis.patch_features import (
+    arrange_patch_features,
+    compute_patch_colors,
+    compute_patch_similarity,
+    draw_patch_colors,
+)
+from ..token_names import get_token_names
 
 
 MODEL_TYPE = "vitcls"
@@ -49,6 +58,10 @@ class DemoResult:
         rows: attention of the special tokens [layer, head, special token, key], float32; 0 layers if attention is not
             available.
         maps: attention to patches [layer, head, special token, gh, gw].
+        rollout: attention to patches through all layers [special token, gh, gw].
+        attributions: label -> contribution of each patch [gh, gw] to this label, the most probable one of each
+            prediction.
+        features: patches after each layer [layer, gh, gw, channel], float16; 0 layers if not available.
     """
 
     image: Image.Image
@@ -56,6 +69,9 @@ class DemoResult:
     predictions: dict[str, Prediction]
     rows: torch.Tensor
     maps: torch.Tensor
+    rollout: torch.Tensor
+    attributions: dict[str, torch.Tensor]
+    features: torch.Tensor
 
     def draw(self, token: int, layer: int, head: int | None) -> Image.Image:
         """Draw the attention of a token in a layer over the image. `head` None is the mean over heads."""
@@ -73,6 +89,34 @@ class DemoResult:
             )
             for maps in self.maps
         ]
+
+    def draw_through_layers(self, token: int | None) -> list[tuple[Image.Image, str]]:
+        """Draw the rollout of a token, if there is one, and the attribution of each prediction, with their names."""
+        maps = {} if token is None else {"rollout through all layers": self.rollout[token]}
+        maps |= {f"attribution of {label}": values for label, values in self.attributions.items()}
+        sizes: dict[str, Any] = {"max_side": IMAGE_SIDE, "min_side": MIN_SIDE}
+        return [(overlay(self.image, values, self.visible_region, **sizes), name) for name, values in maps.items()]
+
+    def draw_colors(self, layer: int, foreground: bool = False) -> Image.Image:
+        """Draw the principal components of the patches after a layer as colors."""
+        (colors,) = compute_patch_colors([self.features[layer].float()], foreground)
+        return draw_patch_colors(self.image, colors, self.visible_region, min_side=MIN_SIDE)
+
+    def draw_similarity(self, layer: int, row: int, column: int) -> Image.Image:
+        """Draw the cosine similarity of all patches after a layer to one patch; 0 and less is dark."""
+        similarity = compute_patch_similarity(self.features[layer].float(), row, column).clamp(min=0)
+        return overlay(self.image, similarity, self.visible_region, max_value=1, min_side=MIN_SIDE)
+
+    def find_patch(self, x: float, y: float, width: int, height: int) -> tuple[int, int] | None:
+        """Return row and column of the patch at pixel (x, y) of a drawn image of this size; None outside the visible
+        region."""
+        left, top, right, bottom = self.visible_region
+        across = (x / width * self.image.width - left) / (right - left)
+        down = (y / height * self.image.height - top) / (bottom - top)
+        if not (0 <= across < 1 and 0 <= down < 1):
+            return None
+        rows, columns = self.features.shape[1:3]
+        return int(down * rows), int(across * columns)
 
     def compute_attention_fractions(self, token: int, layer: int, head: int | None) -> list[float]:
         """Return the fractions of a token's attention to each special token, then to all patches; they sum to 1."""
@@ -149,10 +193,10 @@ class DemoModel:
                 f"The demo requires images with 1 or 3 channels, but {self.source} requires "
                 f"{self.model.config.num_channels} channels."
             )
-        if not self.has_labels and not self.has_attention:
-            missing = "readable attention" if self.merges_patches else "special tokens"
+        if not self.has_labels and self.merges_patches:
             raise ValueError(
-                f"The demo requires labels or attention, but {self.source} has no labels and no {missing}."
+                f"The demo requires labels, attention or patches, but {self.source} has no labels and merges patches. "
+                "Set merged_patches_per_layer=0."
             )
 
     @property
@@ -200,7 +244,6 @@ class DemoModel:
             or get_problem_type(self.model.config).format_prediction is not get_sigmoid_scores
         )
 
-    @torch.inference_mode()
     def predict(self, file: str | Path) -> DemoResult:
         """Run the model on an image.
 
@@ -212,26 +255,61 @@ class DemoModel:
         if config.num_channels == 1:
             image = to_grayscale(image)
         pixel_values = self.processor(image, return_tensors="pt")["pixel_values"].to(self.model.device)
-        predictions: dict[str, Prediction] = {}
-        if self.has_labels:
-            predictions = get_predictions(self.model(pixel_values).logits, config)
-        rows = self.compute_attention_rows(pixel_values)
-        height, width = pixel_values.shape[-2:]
-        maps = extract_patch_maps(rows, config, (height, width))
         left, top, right, bottom = get_visible_region(self.processor, image.size[::-1], config.patch_height_width)
         small = image.copy()
         small.thumbnail((IMAGE_SIDE, IMAGE_SIDE))
         across, down = small.width / image.width, small.height / image.height
         visible_region = VisibleRegion(left * across, top * down, right * across, bottom * down)
-        return DemoResult(small, visible_region, predictions, rows, maps)
+        return DemoResult(small, visible_region, **self.run_model(pixel_values))
 
-    def compute_attention_rows(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """Return `DemoResult.rows` for one image [1, C, H, W]."""
+    def run_model(self, pixel_values: torch.Tensor) -> dict[str, Any]:
+        """Run the model once on one image [1, C, H, W], and return all other fields of `DemoResult`."""
+        config, encoder = self.model.config, self.model.base_model
+        grid = encoder.embeddings.patch_embeddings.get_grid_size(pixel_values)
         if self.merges_patches:
-            grid = self.model.base_model.embeddings.patch_embeddings.get_grid_size(pixel_values)
-            num_tokens = self.model.config.token_layout.get_num_tokens(*grid)
-            return torch.empty(0, len(self.heads), len(self.tokens), num_tokens)
-        return self.model.token_attention(pixel_values)[0].float().cpu()
+            with torch.inference_mode():
+                predictions = get_predictions(self.model(pixel_values).logits, config)
+            num_tokens = config.token_layout.get_num_tokens(*grid)
+            shape = (0, len(self.heads), len(self.tokens))
+            return {
+                "predictions": predictions,
+                "rows": torch.empty(*shape, num_tokens),
+                "maps": torch.empty(*shape, *grid),
+                "rollout": torch.empty(0, *grid),
+                "attributions": {},
+                "features": torch.empty(0, *grid, config.hidden_size),
+            }
+        trace = trace_attention(self.model, pixel_values, needs_gradients=self.has_labels)
+        size = (pixel_values.shape[-2], pixel_values.shape[-1])
+        attributions = {}
+        for name, logits in get_logits(trace.outputs, config).items() if self.has_labels else ():
+            best = int(logits[0].argmax())
+            label = f"{name}: {self.get_label(name, best)}" if config.tasks else self.get_label(name, best)
+            attribution = trace.compute_attribution(logits[:, best])[0].float().cpu()
+            attributions[label] = extract_patch_maps(attribution, config, size)
+        rows = trace.compute_rows()[0].float().cpu()
+        hidden_states = [state.detach() for state in trace.outputs.hidden_states]
+        predictions = {}
+        if self.has_labels:
+            with torch.no_grad():
+                predictions = get_predictions(trace.outputs.logits, config)
+        return {
+            "predictions": predictions,
+            "rows": rows,
+            "maps": extract_patch_maps(rows, config, size),
+            "rollout": extract_patch_maps(trace.compute_rollout()[0].float().cpu(), config, size),
+            "attributions": attributions,
+            "features": arrange_patch_features(hidden_states, encoder, pixel_values)[0].half(),
+        }
+
+    def get_label(self, name: str, index: int) -> str:
+        """Return the name of a label of a prediction, or of a task."""
+        config = self.model.config
+        return config.task_labels()[name][index] if config.tasks else config.id2label[index]
+
+    def is_read(self, token: int, layer: int) -> bool:
+        """Return whether the model reads the output of a special token in a layer."""
+        return layer < count_read_layers(self.model.config, self.has_labels)[token]
 
 
 def resolve_commit(source: str, revision: str | None) -> str | None:
@@ -288,6 +366,11 @@ def get_problem_type(config: Any) -> ProblemType:
     if config.num_labels == 1 and config.problem_type != "regression":
         return PROBLEM_TYPES["multi_label_classification"]
     return PROBLEM_TYPES[config.problem_type]
+
+
+def get_logits(outputs: Any, config: Any) -> dict[str, torch.Tensor]:
+    """Return name -> logits [1, labels] of each prediction."""
+    return dict(outputs.logits) if config.tasks else {get_problem_type(config).title: outputs.logits}
 
 
 def get_predictions(logits: Any, config: Any) -> dict[str, Prediction]:

@@ -57,8 +57,8 @@ def explain_missing_output(demo_model: DemoModel) -> str:
     """Explain why the page has no labels or no attention; empty if it has both."""
     if not demo_model.has_labels:
         return (
-            "This model is an encoder without a classifier, so there are no labels. See below for the attention of "
-            "its tokens."
+            "This model is an encoder without a classifier, so there are no labels. See below for its patches and the "
+            "attention of its tokens."
         )
     if not demo_model.tokens:
         return "This model has no special tokens (CLS, distillation, register), so there is no attention to show."
@@ -77,8 +77,9 @@ def describe_attention(demo_model: DemoModel, token: int, layer: int, head: int 
     """
     heads = MEAN_OF_HEADS if head is None else demo_model.heads[head]
     *special, patches = fractions
+    unread = "" if demo_model.is_read(token, layer) else " Nothing reads the output of this token in this layer."
     others = ", ".join(f"{name} {fraction:.1%}" for name, fraction in zip(demo_model.tokens, special, strict=True))
     return (
         f"**{demo_model.tokens[token]}**, layer {layer + 1} of {demo_model.num_layers}, {heads}: {patches:.1%} of its "
-        f"attention goes to the patches, {sum(special):.1%} to special tokens ({others})."
+        f"attention goes to the patches, {sum(special):.1%} to special tokens ({others}).{unread}"
     )

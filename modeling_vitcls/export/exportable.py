@@ -15,7 +15,8 @@ from torch import nn
 
 from ..adaptation_vitcls import check_folder, load_checkpoint
 from ..configuration_vitcls import ViTCLSConfig
-from ..hub.loading import check_is_vitcls, get_model_folder
+from ..conversion.any_checkpoint import resolve_checkpoint
+from ..hub.loading import check_is_vitcls
 from ..image_processing_vitcls import ViTCLSImageProcessor
 from ..inference.load_model import is_preset
 from ..modeling_vitcls import (
@@ -111,7 +112,7 @@ def load_exportable(source: str) -> ExportableModel:
         processor = ViTCLSImageProcessor()
         fit_processor(processor, model.config)
         return ExportableModel(model.eval(), processor, is_trained=False)
-    folder = get_model_folder(source)
+    folder = resolve_checkpoint(source)
     check_folder(folder, config_is_elsewhere=False)
     check_is_vitcls(source, folder)
     config = load_checkpoint(ViTCLSConfig.from_pretrained, folder)

@@ -9,6 +9,8 @@
     card.py                    model cards: classifiers, encoders, training checkpoints
     card_results.py            measured values in a card
     card_training.py           the training section of a card
+    card_use.py                the sections of a card on using and citing a model
+    code_files.py              the code files of a model: digest, reading order, differences from this package
     card_renaming.py           replaces the model's name in a card by the repository id
     push_permissions.py        checks before training that the token may push
     manifest.py                published files of a model folder; resumable checkpoints; sample images in cards

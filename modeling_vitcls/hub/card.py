@@ -24,16 +24,20 @@ from .card_results import (
     get_metric_names,
 )
 from .card_training import TEMPLATE, build_training_section
+from .card_use import CITATION, build_use_section
 from .licenses import WeightsLicense, get_run_license
-from .local_paths import BUILT_IN_DATASET, is_local, strip_folders
+from .local_paths import BUILT_IN_DATASET, can_publish_images, is_local, strip_folders
 from .provenance import Provenance
-from .verification_script import AUTO_CLASSES
 
 
 TAGS = ["vision", "vit", "vitcls"]
 TOKEN_NAMES = {"cls": "CLS", "distillation": "distillation", "registers": "register", "patches": "patch"}
 MAX_LISTED_CLASSES = 50
-LABEL_FLAGS = ("label_smoothing", "class_balance", "trainable", "mixup", "cutmix")  # without effect in pre-training
+# Flags without effect in pre-training.
+LABEL_FLAGS = (
+    *("label_smoothing", "class_balance", "trainable", "feature_views", "lora_rank", "mixup", "cutmix"),
+    *("pooling", "cls_pooling", "head_type"),
+)
 SCRIPTS = {"ViTCLSForMaskedImageModeling": "pretrain.py"}  # model class -> script; finetune.py for other classes
 
 
@@ -67,6 +71,7 @@ def build_card(
         purpose=describe_purpose(config),
         classes=describe_classes(config),
         limits=describe_limits(results, config),
+        use=build_use_section(name, "ViTCLSForImageClassification", has_pipeline=not config.tasks),
         **build_common_fields(name, config, results, flags, base, teacher, images, "finetune.py"),
     )
 
@@ -97,6 +102,7 @@ def build_encoder_card(
             tags=[*TAGS, "masked-image-modeling"],
         ),
         template_path=str(TEMPLATE.with_name("encoder.md.j2")),
+        use=build_use_section(name, "ViTCLSModel", has_pipeline=False, finetune_dataset="path/to/labeled/images"),
         **build_common_fields(name, config, results, flags, base, None, images or {}, "pretrain.py"),
     )
 
@@ -127,7 +133,8 @@ def build_checkpoint_card(
         repo_id=repo_id,
         branch=branch,
         step=f"{step:,}",
-        auto_class=AUTO_CLASSES.get(architecture, "AutoModel"),
+        use=build_use_section(repo_id, architecture, has_pipeline=False, revision=branch),
+        citation=CITATION,
         script=SCRIPTS.get(architecture, "finetune.py"),
         license_text=weights_license,
         with_optimizer=with_optimizer,
@@ -149,12 +156,15 @@ def build_common_fields(
         "name": name,
         "config": config,
         "results": results,
+        "dataset": format_name(results["dataset"]),
         "layout": format_token_layout(results["token_layout"]),
         "layout_description": describe_token_layout(results["token_layout"]),
         "image_size": " x ".join(map(str, config.image_height_width)),
         "from_scratch": is_from_scratch(flags),
         "base_model": describe_base_model(flags, base),
         "images": images,
+        "report": images.get("report") if can_publish_images(flags) else None,
+        "citation": CITATION,
         "training": build_training_section(config, results, flags, script, teacher),
         "license_text": get_license(flags, base, teacher),
     }
@@ -174,7 +184,8 @@ def build_metadata(
     """Return the YAML header of a classifier's card."""
     return ModelCardData(
         **build_common_metadata(flags, base),
-        pipeline_tag="image-classification",
+        # The pipeline for image classification does not support several tasks.
+        pipeline_tag="image-feature-extraction" if config.tasks else "image-classification",
         tags=get_tags(config, results),
         metrics=["accuracy" if "accuracy" in results else "mean_average_precision"],
         model_name=name,
@@ -285,7 +296,7 @@ def describe_token_layout(counts: dict[str, int]) -> str:
 
 def describe_base_model(flags: dict[str, Any], base: Provenance | None) -> str:
     """Return the model that training started from, in Markdown; for a local folder with its own base model."""
-    model = f"`{strip_folders(flags['model'])}`"
+    model = format_name(strip_folders(flags["model"]))
     base_models = base.base_model if base else None
     if isinstance(base_models, str):
         base_models = [base_models]

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from ..configuration_vitcls import ViTCLSConfig
+from ..files import replace_control_characters
 
 
 METRIC_NAMES = {
@@ -69,7 +70,7 @@ def build_class_row(metrics: dict[str, Any]) -> dict[str, str]:
     values = {
         CLASS_COLUMNS[key]: format_percent(value) for key, value in metrics.items() if key not in ("name", "images")
     }
-    return {"Class": metrics["name"], "Images": f"{metrics['images']:,}", **values}
+    return {"Class": format_name(metrics["name"]), "Images": f"{metrics['images']:,}", **values}
 
 
 def format_percent(value: float | None) -> str:
@@ -136,6 +137,10 @@ def describe_confusion(matrix: list[list[int]] | None, rows: list[dict[str, Any]
     return f", {errors[most_frequent]:,} of which were predicted as {format_name(rows[most_frequent]['name'])}"
 
 
+MAX_NAME_LENGTH = 100  # characters
+
+
 def format_name(name: str) -> str:
-    """Return a class name for a sentence in Markdown."""
-    return f"`{name.replace('`', '')}`"
+    """Return a name that a data set defines as inline code in Markdown: one line, in which nothing is markup."""
+    name = replace_control_characters(name).replace("`", "'")
+    return f"`{name if len(name) <= MAX_NAME_LENGTH else f'{name[: MAX_NAME_LENGTH - 1]}…'}`"

@@ -3,6 +3,7 @@
 The text is in model_cards/training.md.j2.
 """
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import yaml
 from jinja2 import Template
 
 from ..configuration_vitcls import ViTCLSConfig
+from .card_results import format_name
 from .local_paths import strip_folders
 from .provenance import Provenance
 
@@ -65,6 +67,7 @@ def build_training_section(
     recipe = {
         name: value for name, value in get_shareable_flags(flags).items() if not name.startswith(NON_RECIPE_FLAGS)
     }
+    recipe_text = yaml.safe_dump(recipe, sort_keys=False).strip()
     seconds = results["seconds"]
     return template.render(
         config=config,
@@ -75,7 +78,9 @@ def build_training_section(
         energy=format_energy(results.get("energy")),
         utilization=describe_utilization(results.get("utilisation")),
         script=script,
-        recipe=yaml.safe_dump(recipe, sort_keys=False).strip(),
+        dataset=format_name(results["dataset"]),
+        recipe=recipe_text,
+        fence=max(["```", *(f"{run}`" for run in re.findall("`+", recipe_text))], key=len),
     ).strip()
 
 
@@ -145,7 +150,8 @@ def describe_teacher(flags: dict[str, Any], teacher: Provenance | None) -> str |
         flags.get("distillation", ""), "predictions"
     )
     return (
-        f"The distillation token was trained on the {targets} of the teacher `{strip_folders(flags['teacher'])}`."
+        f"The distillation token was trained on the {targets} of the teacher "
+        f"{format_name(strip_folders(flags['teacher']))}."
         f"{license_text}"
     )
 

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -10,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from huggingface_hub import constants, is_offline_mode, set_client_factory
-from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.errors import GatedRepoError, HfHubHTTPError
 from huggingface_hub.utils import _http as hub_http
 from huggingface_hub.utils import (
     are_progress_bars_disabled,
@@ -208,12 +209,23 @@ def format_hub_error(error: BaseException) -> str:
 
 def get_message(error: BaseException) -> str:
     """Return the message of an error, without its causes."""
-    if isinstance(error, HfHubHTTPError):
+    if isinstance(error, GatedRepoError):
+        message = describe_gated_repo(error)
+    elif isinstance(error, HfHubHTTPError):
         message = f"HTTP {error.response.status_code}, {error.server_message or error.response.reason_phrase}"
         return " ".join(message.split()).rstrip(".")
     if isinstance(error, json.JSONDecodeError):
         return "its response is not JSON"
     return format_error(error).rstrip(".")
+
+
+def describe_gated_repo(error: GatedRepoError) -> str:
+    """Return the message for a repository whose conditions the user has not accepted: the reason and the remedy."""
+    path = re.sub(r"^/(api/models/|api/)?|/(resolve|revision|tree|paths-info)/.*", "", error.response.url.path)
+    return (
+        f"{path} is gated. Accept its conditions at {get_endpoint()}/{path}, and log in with `hf auth login` or set "
+        "HF_TOKEN"
+    )
 
 
 def describe_no_response(error: BaseException) -> str:

@@ -45,7 +45,15 @@ from torch import nn
 from ..adaptation_vitcls import check_folder
 from ..configuration_vitcls import ViTCLSConfig
 from ..files import read_json
-from .connection import HUB_ERRORS, describe_no_response, format_hub_error, get_endpoint, retry, set_hub_timeout
+from .connection import (
+    HUB_ERRORS,
+    describe_gated_repo,
+    describe_no_response,
+    format_hub_error,
+    iter_causes,
+    retry,
+    set_hub_timeout,
+)
 
 
 # Files of a model that the package reads. Code files are not needed, because the package has its own code.
@@ -161,6 +169,8 @@ def fetch_repo_info(repo_id: str, repo_type: RepoType = "model", revision: str |
             f"looking up {repo_id}",
             waits=(RETRY_WAIT,),
         )
+    except GatedRepoError as error:  # a subclass of RepositoryNotFoundError
+        raise OSError(describe_gated_repo(error)) from None
     except RepositoryNotFoundError:
         raise OSError(describe_missing_repo(repo_id, repo_type)) from None
     except RevisionNotFoundError:
@@ -181,8 +191,8 @@ def fall_back_to_cache(
         The hash of the commit on the Hub; None if the Hub was not reached.
 
     Raises:
-        OSError: If there is no such repository, or if the Hub does not respond and the block fails. The message is one
-            line with the remedy.
+        OSError: If there is no such repository, if it is gated, or if the Hub does not respond and the block fails.
+            The message is one line with the remedy.
     """
     if is_offline_mode():
         yield None
@@ -192,7 +202,12 @@ def fall_back_to_cache(
     except HubUnreachable as error:
         unreachable = error
     else:
-        yield commit
+        try:
+            yield commit
+        except Exception as error:  # libraries raise different errors for gated repositories
+            if gated := next((link for link in iter_causes(error) if isinstance(link, GatedRepoError)), None):
+                raise OSError(describe_gated_repo(gated)) from error
+            raise
         return
     try:
         with force_offline():
@@ -222,6 +237,12 @@ def get_cached_commit(folder: str) -> str | None:
     return path.name if is_commit else None
 
 
+def split_revision(name: str) -> tuple[str, str | None]:
+    """Split a name at the last `@` into path and revision; None for an existing folder or without `@`."""
+    path, _, revision = name.rpartition("@")
+    return (path, revision) if path and revision and not Path(name).exists() else (name, None)
+
+
 def is_hub_id(source: str) -> bool:
     """Return whether a name is a valid repository id."""
     try:
@@ -249,11 +270,8 @@ def download_model(repo_id: str, files: Sequence[str], revision: str | None) -> 
                 f"downloading {repo_id}",
                 waits=(RETRY_WAIT,),
             )
-    except GatedRepoError:
-        raise OSError(
-            f"{repo_id} is gated. Accept its conditions at {get_endpoint()}/{repo_id}, and log in with "
-            "`hf auth login` or set HF_TOKEN"
-        ) from None
+    except GatedRepoError as error:
+        raise OSError(describe_gated_repo(error)) from None
     except HUB_ERRORS as error:
         raise OSError(f"cannot download {repo_id}: {format_hub_error(error)}") from error
     if not Path(folder, CONFIG).is_file():

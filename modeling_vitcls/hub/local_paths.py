@@ -3,17 +3,21 @@
     resolve_name("data/teach")                  -> "/home/me/data/teach"        if the path exists
     resolve_name("timm:resnet18@weights.pt")    -> "timm:resnet18@/home/me/weights.pt"
     resolve_name("someone/their-model")         -> unchanged, like any name that is not an existing path
+    make_relative("/home/me/data/teach")        -> "./data/teach"               in the files of a run
     strip_folders("/home/me/data/teach")        -> "path/to/teach"              for publication
 
-Each name is resolved once, when a run starts, relative to the current folder. Afterwards an absolute path is a local
-path, even if the file has been removed or another process has another current folder.
+Each name is resolved once, when a run starts, relative to the current folder. Afterwards an absolute path, or a path
+that starts with `./` or `../`, is a local path, even if the file has been removed or another process has another
+current folder. The files of a run contain relative paths, and repeat the run from the same folder.
 """
 
+import os
 from pathlib import Path
 from typing import Any
 
 
 BUILT_IN_DATASET = "digits"  # comes with scikit-learn; not on the Hub
+RELATIVE_STARTS = ("./", "../")  # starts of relative paths that are not Hub ids
 
 
 def resolve_name(name: str, is_built_in: bool = False) -> str:
@@ -30,7 +34,27 @@ def resolve_name(name: str, is_built_in: bool = False) -> str:
 
 def is_local(name: Any) -> bool:
     """Return whether a resolved name is a local file or folder; False for values that are not strings."""
-    return isinstance(name, str) and Path(split_prefix(name)[1]).is_absolute()
+    if not isinstance(name, str):
+        return False
+    path = split_prefix(name)[1]
+    return Path(path).is_absolute() or path.startswith(RELATIVE_STARTS)
+
+
+def make_relative(name: Any) -> Any:
+    """Return a resolved name with its absolute path relative to the current folder; other values unchanged."""
+    if not is_local(name):
+        return name
+    prefix, path = split_prefix(name)
+    try:
+        relative = Path(os.path.relpath(path)).as_posix()
+    except ValueError:  # on another drive of Windows
+        return name
+    return prefix + (relative if relative.startswith(RELATIVE_STARTS) else f"./{relative}")
+
+
+def can_publish_images(flags: dict[str, Any]) -> bool:
+    """Return whether images of the data set may be published: it is not local, or `--card-samples` was set."""
+    return bool(flags.get("card_samples")) or not is_local(flags.get("dataset"))
 
 
 def strip_folders(name: str) -> str:

@@ -28,8 +28,9 @@ from ..checkpoints import (
 from ..files import read_json
 from .card_renaming import rename_card
 from .card_training import get_shareable_flags
+from .code_files import CODE_LICENSE_FILE, read_code_license
 from .loading import check_is_vitcls
-from .local_paths import is_local
+from .local_paths import can_publish_images, is_local
 from .provenance import LICENSE_FILES
 
 
@@ -37,6 +38,7 @@ WEIGHTS = "model.safetensors"
 WEIGHTS_INDEX = "model.safetensors.index.json"
 RECIPE = "config.resolved.yaml"
 CARD = "README.md"
+REPORT = "report.html"  # shows held-out images
 
 # Files that define the model. A push removes such files of an earlier push: an old model.safetensors would be loaded
 # instead of new shards.
@@ -54,12 +56,14 @@ RECORD_PATTERNS = (
     "metrics.jsonl",
     RECIPE,
     "certificate.json",  # of a conversion
+    REPORT,
 )
 CHECKPOINT_PATTERNS = ("checkpoints/step-*/*.safetensors", "checkpoints/step-*/state.json")
 # Files that describe the model.
 EXTRA_PATTERNS = (
     CARD,
     *LICENSE_FILES,
+    CODE_LICENSE_FILE,
     *RECORD_PATTERNS,
     *(f"pictures/*.{extension}" for extension in ("png", "jpg", "jpeg", "svg", "webp")),
     ".eval_results/*.yaml",
@@ -75,7 +79,8 @@ RepoFiles = dict[str, Path | bytes]
 def collect_model_files(folder: Path, repo_id: str | None = None) -> RepoFiles:
     """Return the files of a model folder to publish.
 
-    config.resolved.yaml is published without local paths, and README.md with the repository id.
+    config.resolved.yaml is published without local paths, README.md with the repository id, report.html only if it
+    shows no images of a local data set, and code files with their license.
 
     Args:
         folder: Folder of the model.
@@ -93,6 +98,10 @@ def collect_model_files(folder: Path, repo_id: str | None = None) -> RepoFiles:
     for name in sorted(list_required_code(folder) | list_weight_files(folder)):
         if name not in files:
             raise ValueError(f"{folder} lacks {name}, which is required to load the model. Save the model again")
+    if REPORT in files and not can_publish_report(folder):
+        del files[REPORT]
+    if any(name.endswith(".py") for name in files):
+        files[CODE_LICENSE_FILE] = read_code_license()
     if RECIPE in files:
         flags = get_shareable_flags(yaml.safe_load(read_text(folder / RECIPE)))
         files[RECIPE] = yaml.safe_dump(flags, sort_keys=False).encode()
@@ -226,15 +235,25 @@ SAMPLE_IMAGES = "pictures/attention.png"  # the only figure that shows images of
 
 def find_local_dataset_in_card(folder: Path) -> str | None:
     """Return the local data set whose images the card shows; None if there is none or `--card-samples` was set."""
-    if not (folder / SAMPLE_IMAGES).is_file() or not (folder / RECIPE).is_file():
+    flags = read_recipe(folder)
+    if not (folder / SAMPLE_IMAGES).is_file() or flags is None or can_publish_images(flags):
         return None
+    return flags["dataset"]
+
+
+def can_publish_report(folder: Path) -> bool:
+    """Return whether report.html is from a run, and shows no images of a local data set."""
+    flags = read_recipe(folder)
+    return flags is not None and can_publish_images(flags)
+
+
+def read_recipe(folder: Path) -> dict[str, Any] | None:
+    """Return the flags of the run that wrote the folder; None if there are none."""
     try:
         flags: Any = yaml.safe_load((folder / RECIPE).read_text(encoding="utf-8"))
-    except (ValueError, yaml.YAMLError):  # not UTF-8, or not YAML
+    except (OSError, ValueError, yaml.YAMLError):  # no such file, not UTF-8, or not YAML
         return None
-    if not isinstance(flags, dict) or flags.get("card_samples"):
-        return None
-    return flags["dataset"] if is_local(flags.get("dataset")) else None
+    return flags if isinstance(flags, dict) else None
 
 
 def describe_published_images(folder: Path, dataset: str, repo_id: str) -> str:

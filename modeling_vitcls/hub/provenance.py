@@ -20,6 +20,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from .connection import HUB_ERRORS, get_endpoint, set_hub_timeout, silence_hub_client
+from .loading import split_revision
 
 
 CARD = "README.md"
@@ -91,7 +92,11 @@ def find_provenance(source: str) -> Provenance:
         source = source.removeprefix("transformers:")
         if not Path(source).exists():
             return fetch_hub_provenance(source.partition("@")[0])
-    return read_folder_provenance(Path(source)) if Path(source).exists() else fetch_hub_provenance(source)
+    return (
+        read_folder_provenance(Path(source))
+        if Path(source).exists()
+        else fetch_hub_provenance(split_revision(source)[0])
+    )
 
 
 # Folders and the Hub -------------------------------------------------------------------------------------------------

@@ -16,20 +16,18 @@ from pathlib import Path
 from typing import Any
 
 from ..files import read_json
+from .code_files import CODE_PATTERN, PACKAGE
 from .loading import is_hub_id
 from .manifest import CARD, CODE_REFERENCE_FILES, REPO_SEPARATOR, check_is_model, read_text
 
 
-PACKAGE = Path(__file__).parents[1]
-CODE_PATTERN = "*_vitcls.py"
-
 # Parts of a card: code that pins the weights, the location of the code, and the note about both repositories.
-PIN_IN_CALL = re.compile(r'(?<!code_)revision="([^"]*)"(, code_revision="[^"]*")?')
+PIN_IN_CALL = re.compile(r'(?<!code_)revision="(?!main")([^"]*)"(, code_revision="[^"]*")?')
 PIN_BY_NAME = re.compile(r"(?<!code_)revision=revision\b(, code_revision=code_revision\b)?")
 NAMED_PIN = re.compile(r"^(?P<line>(?P<indent> *)revision = .*)$(\n *code_revision = .*$)?", re.MULTILINE)
 CODE_LOCATION = re.compile(r"Python files (next to the weights|in `[^`]*`)")
 NOTE = "The weights are here, and their code is in another repository"
-NOTE_IN_CARD = re.compile(rf"^## Use\n(\n{NOTE}.*\n)?", re.MULTILINE)
+NOTE_IN_CARD = re.compile(rf"^(?:{NOTE}.*\n\n)?(`trust_remote_code=True` runs )", re.MULTILINE)
 
 
 def write_code(folder: str | Path) -> list[str]:
@@ -103,4 +101,4 @@ def pin_code_in_card(text: str, repo_id: str) -> str:
         f"{NOTE}, `{repo_id}`. `revision` pins the weights and `code_revision` pins the code. Without "
         "`code_revision`, the newest code of that repository runs."
     )
-    return NOTE_IN_CARD.sub(f"## Use\n\n{note}\n", text)
+    return NOTE_IN_CARD.sub(lambda match: f"{note}\n\n{match[1]}", text)

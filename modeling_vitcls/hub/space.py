@@ -43,13 +43,19 @@ PAGE_FILES = (
     "demo/page.py",
     "demo/reader.py",
     "demo/text.py",
+    "analysis/attention_recorder.py",
+    "analysis/attribution.py",
+    "token_names.py",
     "analysis/maps.py",
+    "analysis/model_utils.py",
+    "analysis/patch_features.py",
     "configuration_vitcls.py",
     "fast_image_processing_vitcls.py",
     "image_processing_vitcls.py",
     "adaptation_vitcls.py",
     "attention_masks_vitcls.py",
     "positions_vitcls.py",
+    "token_attention_vitcls.py",
 )
 # Libraries that these files and the model's code import. gradio comes with the Space's SDK.
 REQUIRED_LIBRARIES = (
@@ -57,6 +63,7 @@ REQUIRED_LIBRARIES = (
     "matplotlib",
     "numpy",
     "pillow",
+    "scikit-learn",
     "safetensors",
     "torch",
     "torchvision",
@@ -85,8 +92,8 @@ CARD_TEMPLATE = """---
 ---
 # {title}
 
-Upload an image to see the predictions of the Vision Transformer [{model}]({address}), and the attention maps of its
-special tokens (CLS, distillation, registers) in every layer.
+Upload an image to see the predictions of the Vision Transformer [{model}]({address}), the attention maps of its
+special tokens (CLS, distillation, registers) and its patch features in every layer.
 
 The model is loaded at commit [`{commit}`]({address}/tree/{commit}){code}, which is set in `app.py`. To run
 this page on your own machine: `pip install gradio=={gradio} -r requirements.txt`, then `python app.py`.

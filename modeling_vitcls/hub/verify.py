@@ -25,6 +25,7 @@ from transformers.utils import logging
 
 from ..system import get_versions
 from ..version import __version__
+from .code_files import compare_code
 from .connection import HUB_ERRORS, check_is_online, format_hub_error, retry, set_hub_timeout
 from .manifest import (
     CHECKPOINT_PATTERNS,
@@ -63,6 +64,7 @@ class VerificationReport:
         classes: Way to load -> name of the loaded class.
         differences: Way to load -> maximum absolute difference of its outputs, in float32.
         versions: Versions of the libraries.
+        code_comparison: One line that compares the published code with the code of this package.
         code_revision: The commit of the code; None if the code is next to the weights.
     """
 
@@ -73,6 +75,7 @@ class VerificationReport:
     classes: dict[str, str]
     differences: dict[str, float]
     versions: dict[str, str]
+    code_comparison: str
     code_revision: str | None = None
 
     def build_load_line(self) -> str:
@@ -89,7 +92,7 @@ class VerificationReport:
         width = max(map(len, self.differences))
         return [
             f"verified: {self.repo_id} at {self.revision}",
-            f"  {self.num_files} files match their hashes",
+            f"  {self.num_files} files match their hashes; {self.code_comparison}",
             f"  a new process with an empty cache, without modeling_vitcls, compared with {self.reference}:",
             *(
                 f"    {way:{width}}  {self.classes.get(way, ''):30}  largest difference {difference:.1e}"
@@ -128,6 +131,8 @@ def verify(
         if folder is not None:
             check_same_files(repo_id, files, folder, with_optimizer)
         code = resolve_code_commit(model, files)
+        code_folder = files if code is None else download_code(code, scratch / "code")
+        code_comparison = compare_code(code_folder).describe()
         expected, _ = collect_outputs(PackageLoader(folder or files))
         outputs, report = run_verification(model, code, scratch)
     check_script_report(model, code, report)
@@ -140,6 +145,7 @@ def verify(
         | {f"AutoImageProcessor, {backend}": name for backend, name in report["processors"].items()},
         differences=compare_outputs(repo_id, outputs, expected),
         versions=get_versions("huggingface_hub"),
+        code_comparison=code_comparison,
         code_revision=code.commit if code else None,
     )
 
@@ -174,7 +180,7 @@ def download_files(model: HubCommit, target: Path) -> int:
                     repo_id,
                     revision=commit,
                     local_dir=target,
-                    allow_patterns=[*MODEL_PATTERNS, *EXTRA_PATTERNS, *CHECKPOINT_PATTERNS],
+                    allow_patterns=[*MODEL_PATTERNS, *EXTRA_PATTERNS, *CHECKPOINT_PATTERNS, "*.py"],
                 ),
                 f"downloading {repo_id}",
             )
@@ -192,6 +198,21 @@ def download_files(model: HubCommit, target: Path) -> int:
     except ValueError:
         raise NotVerified(f"{repo_id} at {commit} does not contain a vitcls model") from None
     return check.checked_count
+
+
+def download_code(code: HubCommit, target: Path) -> Path:
+    """Download the Python files of a repository and return their folder. Raises OSError if the download fails."""
+    try:
+        with set_hub_timeout(TIMEOUT):
+            retry(
+                lambda: HfApi().snapshot_download(
+                    code.repo_id, revision=code.commit, local_dir=target, allow_patterns="*.py"
+                ),
+                f"downloading {code.repo_id}",
+            )
+    except HUB_ERRORS as error:
+        raise OSError(f"cannot download {code.repo_id}: {format_hub_error(error)}") from error
+    return target
 
 
 def check_same_files(repo_id: str, published: Path, folder: Path, with_optimizer: bool) -> None:

@@ -17,6 +17,7 @@ from rich.progress import track
 from rich.table import Table
 
 from ..configuration_vitcls import ViTCLSConfig
+from ..conversion.any_checkpoint import resolve_checkpoint
 from ..data.held_out import RECORD, RESULTS_FILE, HeldOutRecord, compute_keys_digest, read_record
 from ..data.images import LabeledImages
 from ..data.labels import LabelKind, LabelSpace, get_label_space
@@ -25,7 +26,7 @@ from ..distributed import build_accelerator
 from ..files import write_json
 from ..heads_vitcls import IGNORED_LABEL
 from ..hub.card_results import build_class_tables, build_metric_rows
-from ..hub.loading import MODEL_FILES, get_model_folder
+from ..hub.loading import MODEL_FILES
 from ..image_processing_vitcls import ViTCLSImageProcessor
 from ..options import EvaluateOptions
 from ..system import describe_device, get_versions
@@ -54,7 +55,7 @@ def evaluate_checkpoint(options: EvaluateOptions) -> dict[str, Any]:
         console.print(f"WARNING: {message}", style="bold yellow", markup=False)
 
     with accelerator.main_process_first():  # downloads once
-        folder = get_model_folder(options.model, [*MODEL_FILES, RESULTS_FILE])
+        folder = resolve_checkpoint(options.model, [*MODEL_FILES, RESULTS_FILE])
         model = load_classifier(options.model, folder).to(accelerator.device).eval()
         processor = ViTCLSImageProcessor.from_pretrained(folder)
         record = read_record(folder)

@@ -9,7 +9,8 @@ from transformers.utils import logging
 
 from ..adaptation_vitcls import load_checkpoint
 from ..configuration_vitcls import PRESETS, ViTCLSConfig
-from ..hub.loading import check_is_vitcls, get_model_folder
+from ..conversion.any_checkpoint import resolve_checkpoint
+from ..hub.loading import check_is_vitcls
 from ..image_processing_vitcls import ViTCLSImageProcessor
 from ..modeling_vitcls import ViTCLSForImageClassification, ViTCLSForMultiTaskClassification, ViTCLSModel
 
@@ -43,7 +44,7 @@ def load_model(source: str, with_head: bool) -> tuple[PreTrainedModel, ViTCLSIma
         raise ValueError(
             f"{source} is a preset without trained weights. Set --model to a folder or a model on the Hub"
         )
-    folder = get_model_folder(source)
+    folder = resolve_checkpoint(source)
     settings = check_is_vitcls(source, folder)
     model_class: Any = ViTCLSModel
     arguments = {"add_pooling_layer": False}

@@ -37,11 +37,12 @@ from rich.table import Table
 from rich.text import Text
 
 from ..errors import format_error
-from ..files import read_json, write_atomically, write_json
+from ..files import read_json, replace_control_characters, write_atomically, write_json
 from .prediction_rows import Row
 
 
 LABEL_SEPARATOR = "|"  # in CSV, between the labels of one image
+FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")  # first characters of spreadsheet formulas
 TABLE_WIDTH = 100_000  # width of a table that is not printed on a terminal, in characters
 ROWS_PER_GROUP = 1024  # number of rows per row group of a Parquet file, which are in memory while writing
 SECONDS_BETWEEN_CHECKS = 0.5  # seconds between checks for shards of other processes
@@ -76,15 +77,16 @@ def write_rows(rows: Iterable[Row], columns: Columns, file: Path) -> None:
 def write_csv(rows: Iterable[Row], columns: Columns, file: Path) -> None:
     """Write comma-separated values with a header. Several labels of one image share a cell."""
     with file.open("w", newline="", encoding="utf-8") as text:
-        writer = csv.DictWriter(text, list(columns))
-        writer.writeheader()
-        for row in rows:
-            writer.writerow(
-                {
-                    name: LABEL_SEPARATOR.join(map(str, value)) if isinstance(value, list) else value
-                    for name, value in row.items()
-                }
-            )
+        writer = csv.writer(text)
+        writer.writerow(map(format_cell, columns))
+        writer.writerows([format_cell(row[name]) for name in columns] for row in rows)
+
+
+def format_cell(value: Any) -> Any:
+    """Return a list as text, and text that a spreadsheet would run as a formula with an apostrophe in front."""
+    if isinstance(value, list):
+        value = LABEL_SEPARATOR.join(map(str, value))
+    return f"'{value}" if isinstance(value, str) and value.startswith(FORMULA_STARTS) else value
 
 
 def write_json_lines(rows: Iterable[Row], columns: Columns, file: Path) -> None:
@@ -140,7 +142,9 @@ def print_table(rows: Iterable[Row], columns: Columns) -> None:
     table = Table()
     for name in names:
         is_number = pa.types.is_floating(columns[name])
-        table.add_column(name, justify="right" if is_number else "left", overflow="fold")
+        table.add_column(
+            Text(replace_control_characters(name)), justify="right" if is_number else "left", overflow="fold"
+        )
     for row in rows:
         table.add_row(*(Text(format_value(row[name])) for name in names))
     console = Console(highlight=False)
@@ -155,7 +159,7 @@ def format_value(value: Any) -> str:
         return ", ".join(map(format_value, value))
     if isinstance(value, float):
         return f"{value:.4f}"
-    return "" if value is None else str(value)
+    return "" if value is None else replace_control_characters(str(value))
 
 
 class Progress:

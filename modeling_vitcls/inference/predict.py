@@ -106,9 +106,49 @@ def predict(
     was_training = model.training
     model.eval()
     try:
-        return list(predictor.iterate_rows(source, [range(source.num_images)], piece=source.num_images))
+        return collect_rows(predictor, source)
     finally:
         model.train(was_training)
+
+
+def predict_from_options(options: PredictOptions, images: list[Any]) -> list[Row]:
+    """Return the rows of scripts/predict.py in this process, instead of writing them.
+
+    Args:
+        options: the options, without an output.
+        images: images as in `predict`, which replace PATHS; empty for `--list` and `--dataset`.
+
+    Raises:
+        ValueError, OSError: in one line, if images or models cannot be read.
+    """
+    accelerator = build_accelerator(mixed_precision=options.mixed_precision)
+    source = wrap_images(images) if images else open_input(options)
+    predictor = build_predictor(options, accelerator)
+    return collect_rows(predictor, source)
+
+
+def collect_rows(predictor: Predictor, source: PredictionInput) -> list[Row]:
+    """Return the rows of all images.
+
+    Raises:
+        ValueError: if the number of images is unknown, because they are a stream.
+    """
+    if source.num_images is None:
+        raise ValueError("streaming requires an output, because the number of images is unknown. Remove streaming")
+    return list(predictor.iterate_rows(source, [range(source.num_images)], piece=source.num_images))
+
+
+def build_predictor(options: PredictOptions, accelerator: Accelerator) -> Predictor:
+    """Load the model and its image processor, and build the predictor on the accelerator's device."""
+    model, processor = load_model(options.model, with_head=options.features is None)
+    return Predictor(
+        model=model.to(accelerator.device),
+        processor=processor,
+        columns=build_prediction_columns(model, options.top_k, options.threshold, options.features),
+        precision=accelerator.autocast,
+        batch_size=options.batch_size,
+        num_workers=options.num_workers or get_num_workers(),
+    )
 
 
 def wrap_images(images: Sequence[Any]) -> ListInput:
@@ -134,15 +174,7 @@ def predict_images(options: PredictOptions) -> PredictionCounts:
     accelerator = build_accelerator(mixed_precision=options.mixed_precision)
     with accelerator.main_process_first():  # downloads once
         source = open_input(options)
-        model, processor = load_model(options.model, with_head=options.features is None)
-    predictor = Predictor(
-        model=model.to(accelerator.device),
-        processor=processor,
-        columns=build_prediction_columns(model, options.top_k, options.threshold, options.features),
-        precision=accelerator.autocast,
-        batch_size=options.batch_size,
-        num_workers=options.num_workers or get_num_workers(),
-    )
+        predictor = build_predictor(options, accelerator)
     is_folder = options.output is not None and options.output.suffix.lower() not in WRITERS
     counts = (predict_to_folder if is_folder else predict_to_file)(options, accelerator, source, predictor)
     accelerator.end_training()

@@ -96,15 +96,24 @@ def scatter_state(
         ValueError: if the checkpoint belongs to another model or optimizer.
     """
 
+    scatter_checkpoint(checkpoint, accelerator, model, shadow)
+    moments = None if checkpoint is None else checkpoint.tensors("optimizer")
+    scatter_optimizer(moments, facts["optimizer"], accelerator, model, optimizer)
+    if accelerator.scaler is not None and facts["scaler"]:
+        accelerator.scaler.load_state_dict(facts["scaler"])
+
+
+def scatter_checkpoint(
+    checkpoint: Checkpoint | None, accelerator: Accelerator, model: nn.Module, shadow: Sequence[torch.Tensor] | None
+) -> None:
+    """Load the weights and averaged weights of a state. Arguments and errors are as in `scatter_state`."""
+
     def read(name: str) -> Tensors | None:
         return None if checkpoint is None else checkpoint.tensors(name)
 
     scatter_weights(read("model"), model, accelerator)
     if shadow is not None:
         scatter(read("ema"), dict(zip(get_trainable_names(model), shadow, strict=True)), accelerator)
-    scatter_optimizer(read("optimizer"), facts["optimizer"], accelerator, model, optimizer)
-    if accelerator.scaler is not None and facts["scaler"]:
-        accelerator.scaler.load_state_dict(facts["scaler"])
 
 
 def reshard(model: nn.Module) -> None:

@@ -23,6 +23,7 @@ import torch
 from accelerate import DistributedType
 from huggingface_hub import ModelCard
 
+from ..conversion.any_checkpoint import resolve_checkpoint
 from ..data.augmentation import BatchMixer
 from ..data.batches import Normalizer, TrainingImages
 from ..data.held_out import RESULTS_FILE, read_record
@@ -31,7 +32,7 @@ from ..data.sampling import compute_class_weights
 from ..data.splits import TrainingData, describe_missing_classes, load_training_data
 from ..files import read_json
 from ..hub.card import build_card
-from ..hub.loading import MODEL_FILES, get_model_folder
+from ..hub.loading import MODEL_FILES
 from ..hub.local_paths import strip_folders
 from ..hub.provenance import Provenance
 from ..inference.evaluator import Evaluator
@@ -87,7 +88,7 @@ class FinetuneTask(Task):
 
     def load_data(self) -> TrainingData:
         """Load both splits with labels."""
-        data = load_training_data(self.options.data)
+        data = load_training_data(self.options.data, self.options.training.select == "best")
         check_labels(self.options, data.label_space.kind)
         return data
 
@@ -218,10 +219,10 @@ class FinetuneTask(Task):
         """Name of the metric that selects the best checkpoint, by kind of labels."""
         return SELECTION_METRICS[self.data.label_space.kind]
 
-    def build_evaluator(self) -> Evaluator:
-        """Build the evaluator on the held-out images."""
+    def build_evaluator(self, images: LabeledImages) -> Evaluator:
+        """Build the evaluator on these held-out images."""
         arguments = self.get_evaluation_arguments()
-        return Evaluator(self.data.held_out, self.processor, self.data.label_space, **arguments)
+        return Evaluator(images, self.processor, self.data.label_space, **arguments)
 
     def describe_labels(self) -> str:
         """Return the number of classes of each column, and the kind of labels."""
@@ -318,7 +319,7 @@ def describe_other_split(source: str, data: TrainingData) -> str | None:
     """
     if is_preset(source) or data.record.rule is None:
         return None
-    folder = get_model_folder(source, [*MODEL_FILES, RESULTS_FILE])
+    folder = resolve_checkpoint(source, [*MODEL_FILES, RESULTS_FILE])
     record, part = read_record(folder), data.record.rule
     if record is None or record.rule is None or read_json(Path(folder, RESULTS_FILE)).get("dataset") != data.name:
         return None

@@ -52,6 +52,7 @@ class TrainingState:
     ema: Ema | None = None
     step: int = 0  # number of completed optimizer steps
     best_score: float | None = None  # best score of the evaluations so far
+    num_worse: int = 0  # number of evaluations since the best one
     window: list[dict[str, float]] = field(default_factory=list)  # losses of the batches since the last logged step
     attention: Metrics = field(default_factory=dict)  # attention metrics since the last logged step
     record: Metrics = field(default_factory=dict)  # record of the last step until its evaluation is finished
@@ -141,15 +142,20 @@ class TrainingLoop:
         """
         set_train_mode(self.state.model)
         metrics = self.evaluate_step() if self.state.record else {}
-        while self.state.step < self.plan.num_steps:
+        while self.state.step < self.plan.num_steps and not self.is_out_of_patience:
             metrics = self.advance(batches)
-            if self.state.step == self.plan.num_steps:
+            if self.state.step == self.plan.num_steps or self.is_out_of_patience:
                 break
             if name := self.hooks.get_stop_signal():
                 self.hooks.save(self.is_best)
                 raise Interrupted(name)
             self.hooks.publish()
         return metrics or self.evaluate()
+
+    @property
+    def is_out_of_patience(self) -> bool:
+        """Whether the last `patience` evaluations were worse than the best one."""
+        return self.options.patience is not None and self.state.num_worse >= self.options.patience
 
     def advance(self, batches: Iterator[Batch]) -> Metrics:
         """Run one step and the actions that are due after it; return the metrics if the step was evaluated.
@@ -189,6 +195,7 @@ class TrainingLoop:
         score = get_score(metrics, self.selection_metric)
         self.is_best = score is not None and (state.best_score is None or score > state.best_score)
         state.best_score = score if self.is_best else state.best_score
+        state.num_worse = 0 if self.is_best else state.num_worse + 1
         self.hooks.log(state.record | {f"held_out_{name}": value for name, value in select_scalars(metrics).items()})
         state.record = {}
         if self.is_best:

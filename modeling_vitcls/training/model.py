@@ -25,8 +25,9 @@ from transformers.image_utils import SizeDict
 
 from ..blocks_vitcls import EncoderLayer, ViTCLSEmbeddings
 from ..configuration_vitcls import ViTCLSConfig
+from ..conversion.any_checkpoint import resolve_checkpoint
 from ..data.labels import LabelSpace
-from ..hub.loading import check_is_vitcls, get_model_folder
+from ..hub.loading import check_is_vitcls
 from ..image_processing_vitcls import ViTCLSImageProcessor
 from ..inference.load_model import CLASSES, Classifier, is_preset, list_presets
 from ..modeling_vitcls import ViTCLSModel
@@ -68,7 +69,7 @@ def build_model(options: ModelOptions, label_space: LabelSpace) -> BuiltModel:
         processor = ViTCLSImageProcessor()
         newly_initialized = {name for name, _ in model.named_parameters()}
     else:
-        folder = get_model_folder(options.model)
+        folder = resolve_checkpoint(options.model)
         check_is_vitcls(options.model, folder)
         model, newly_initialized = load_for_labels(folder, values, label_space)
         processor = ViTCLSImageProcessor.from_pretrained(folder)

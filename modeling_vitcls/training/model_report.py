@@ -35,6 +35,7 @@ from ..data.images import LabeledImages
 from ..data.labels import LabelSpace
 from ..hub.licenses import describe_license_conflict
 from ..hub.local_paths import is_local
+from ..hub.manifest import REPORT
 from ..hub.provenance import Provenance, find_provenance
 from ..hub.push_permissions import is_private
 from ..image_processing_vitcls import ViTCLSImageProcessor
@@ -53,7 +54,6 @@ LARGEST_BATCH = 32
 NUM_REPEATS = 5
 MEASURING_SECONDS = 2.0
 
-REPORT = "report.html"
 BENCHMARK_FILE = Path(".eval_results", "results.yaml")
 
 Sample = tuple[Image.Image, str | None]
@@ -74,8 +74,8 @@ def build_model_report(
     track: TrackImages | None = None,
     with_samples: bool = True,
 ) -> dict[str, str]:
-    """Load the saved model, add its speed to the results as "inference", and write images and report.html to the
-    folder. Files of an earlier run are removed.
+    """Load the saved model, add its speed to the results as "inference" and the diagnosis of its tokens as
+    "diagnosis", and write images and report.html to the folder. Files of an earlier run are removed.
 
     An error does not end the run: it is printed as a warning.
 
@@ -89,10 +89,10 @@ def build_model_report(
         draws: whether to draw images.
         warn: prints a warning.
         track: sends named images to the trackers (`Reporter.track_images`).
-        with_samples: whether the card may contain held-out images; report.html, which is not published, always does.
+        with_samples: whether the card may contain held-out images; report.html always does.
 
     Returns:
-        Path of each image in the folder by name.
+        Path of each image, and of the report, in the folder by name.
     """
     drawn: dict[str, str] = {}
     (folder / REPORT).unlink(missing_ok=True)
@@ -106,9 +106,12 @@ def build_model_report(
             inspection = None
             with warn_on_error(warn, f"{REPORT} could not be written"):
                 inspection = inspect_saved(folder, model, processor, results, held_out, label_space)
+                results["diagnosis"] = inspection.summary
             if track is not None:
                 with warn_on_error(warn, "no images were sent to the trackers"):
                     track(collect_tracker_images(folder, drawn, inspection))
+            if inspection is not None:
+                drawn["report"] = REPORT
     return drawn
 
 

@@ -31,6 +31,7 @@ DECAYED_MODULES = (nn.Linear, nn.Conv2d)
 
 def build_optimizer(model: nn.Module, options: TrainingOptions) -> torch.optim.Optimizer:
     """Build fused AdamW over the trained parameters."""
+    assert options.learning_rate is not None and options.layer_decay is not None, "resolved by defaults.py"
     groups = build_parameter_groups(model, options.weight_decay, options.layer_decay)
     return torch.optim.AdamW(groups, lr=options.learning_rate, fused=True)
 
@@ -74,6 +75,7 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) ->
 def get_learning_rate(step: int, num_steps: int, options: TrainingOptions) -> float:
     """Return the learning rate of a step (from 0): linear warmup over the fraction `warmup` of the steps, then a
     cosine decay to 0."""
+    assert options.learning_rate is not None, "resolved by defaults.py"
     warmup_steps = round(options.warmup * num_steps)
     if step < warmup_steps:
         return options.learning_rate * (step + 1) / warmup_steps

@@ -13,11 +13,13 @@ import torch
 from huggingface_hub import ModelCard
 
 from ..configuration_vitcls import ViTCLSConfig
+from ..conversion.any_checkpoint import resolve_checkpoint
 from ..data.augmentation import MaskGenerator
 from ..data.batches import Normalizer
+from ..data.images import LabeledImages
 from ..data.splits import TrainingData, load_unlabeled_data
 from ..hub.card import build_encoder_card
-from ..hub.loading import check_is_vitcls, get_model_folder
+from ..hub.loading import check_is_vitcls
 from ..hub.provenance import Provenance
 from ..image_processing_vitcls import ViTCLSImageProcessor
 from ..inference.evaluator import Evaluator, ReconstructionEvaluator
@@ -45,7 +47,7 @@ class PretrainTask(Task):
 
     def load_data(self) -> TrainingData:
         """Load both splits without labels."""
-        return load_unlabeled_data(self.options.data)
+        return load_unlabeled_data(self.options.data, self.options.training.select == "best")
 
     def load_model(self) -> None:
         """Load the model, and build the generator of masks."""
@@ -56,10 +58,10 @@ class PretrainTask(Task):
         """Build the reconstruction loss."""
         return MaskedImages(normalize, self.mask_generator)
 
-    def build_evaluator(self) -> Evaluator:
-        """Build the evaluator on the held-out images. `--split-seed` determines their masks."""
+    def build_evaluator(self, images: LabeledImages) -> Evaluator:
+        """Build the evaluator on these held-out images. `--split-seed` determines their masks."""
         return ReconstructionEvaluator(
-            self.data.held_out.images,
+            images.images,
             self.processor,
             self.mask_generator,
             mask_seed=self.options.data.split_seed,
@@ -124,7 +126,7 @@ def build_model(options: ModelOptions) -> tuple[ViTCLSForMaskedImageModeling, Vi
         model = ViTCLSForMaskedImageModeling(ViTCLSConfig.from_preset(options.model, **values))
         processor = ViTCLSImageProcessor()
     else:
-        folder = get_model_folder(options.model)
+        folder = resolve_checkpoint(options.model)
         check_is_vitcls(options.model, folder)
         model = ViTCLSForMaskedImageModeling.from_pretrained(folder, dtype=torch.float32, **values)
         processor = ViTCLSImageProcessor.from_pretrained(folder)

@@ -219,15 +219,15 @@ def describe_batches(plan: BatchPlan, accelerator: Accelerator) -> dict[str, str
 
 
 def describe_run(
-    plan: BatchPlan, model: nn.Module, config: ViTCLSConfig, accelerator: Accelerator, seconds: float
+    plan: BatchPlan, num_steps: int, model: nn.Module, config: ViTCLSConfig, accelerator: Accelerator, seconds: float
 ) -> dict[str, Any]:
-    """Return the facts about steps, model, speed and device for results.json."""
+    """Return the facts about steps, model, speed and device for results.json. `num_steps` steps were executed."""
     counts = count_tokens(config)
     return {
-        "steps": plan.num_steps,
-        "epochs": round(plan.count_epochs(plan.num_steps), 4) if plan.num_images else None,
+        "steps": num_steps,
+        "epochs": round(plan.count_epochs(num_steps), 4) if plan.num_images else None,
         "seconds": round(seconds, 2),
-        "images_per_second": round(plan.num_steps * plan.images_per_step / seconds, 1),
+        "images_per_second": round(num_steps * plan.images_per_step / seconds, 1),
         "num_parameters": count_parameters(model),
         "token_layout": counts,
         "sequence_length": sum(counts.values()),

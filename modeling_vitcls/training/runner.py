@@ -21,16 +21,18 @@ from accelerate.utils import gather_object, set_seed
 from torch import nn
 
 from ..checkpoints import Checkpoint, CheckpointStore, Tensors, newest_for_all, save_for_all
+from ..conversion.any_checkpoint import is_pinned, pin_revision
 from ..data.images import NOT_REPLACED, UnreadableImages
 from ..data.sampling import BatchPlan
 from ..data.splits import describe_change
 from ..distributed import build_accelerator, check_deepspeed_flags, on_main, set_deepspeed_batch_size, shard_by_layer
 from ..errors import is_on_all_processes, on_all_processes
-from ..hub.local_paths import BUILT_IN_DATASET, is_same_path, resolve_name
+from ..hub.local_paths import BUILT_IN_DATASET, is_same_path, make_relative, resolve_name
 from ..hub.manifest import RECIPE
 from ..inference.load_model import is_preset
 from ..options import FinetuneOptions, PretrainOptions, to_flags
-from .distributed_state import gather_state, get_unsupported_reason, scatter_state
+from .defaults import DEFAULTS
+from .distributed_state import gather_state, get_unsupported_reason, scatter_checkpoint, scatter_state
 from .loop import Hooks, Interrupted, Interruption, Metrics, NonFiniteLoss, TrainingLoop, TrainingState
 from .losses import Batch, Objective
 from .mfu import Utilization, start_utilization
@@ -96,6 +98,7 @@ CHANGEABLE_FLAGS = (
 ).split()
 
 
+RESOLVED_FLAGS = tuple(default.name for default in DEFAULTS)  # flags whose default depends on the run
 PATH_FLAGS = ("dataset", "model", "teacher")  # flags whose values may be paths
 START_FLAGS = ("resume", "overwrite", "dry_run")  # flags that are not part of the run's recipe
 LENGTH_FLAGS = ("epochs", "max_steps")
@@ -135,6 +138,7 @@ class Runner:
     step_seconds: list[float] = field(default_factory=list)  # duration of each step of a dry run
     evaluation_seconds: list[float] = field(default_factory=list)  # duration of each evaluation
     state: TrainingState | None = field(default=None, repr=False)
+    selected_step: int | None = None  # step of the weights that `--select best` selected
     utilization: Utilization = field(default_factory=Utilization)
     data: dict[str, Any] = field(default_factory=dict)  # fingerprint of the data, from `describe_data`
 
@@ -245,6 +249,8 @@ class Runner:
             )
             with closing(components.batches(state.step)) as own_batches:  # ends the workers before Python exits
                 metrics = loop.run(own_batches)
+                if training.select == "best":
+                    self.load_best(state)
             self.seconds = self.get_training_seconds()
         if state.ema is not None:
             state.ema.load(state.ema.shadow)
@@ -258,6 +264,23 @@ class Runner:
             "token_movement": monitor.compute_movement(),
             "utilisation": self.utilization.results(),
         }
+
+    def load_best(self, state: TrainingState) -> None:
+        """Load the weights with the best evaluation into `state`, and print their step.
+
+        Raises:
+            ValueError: if their checkpoint is damaged or missing.
+        """
+        found: list[Checkpoint] = []
+
+        def find() -> int:
+            found.append(self.store.best())
+            return found[0].step
+
+        step = on_main(self.accelerator, find)
+        scatter_checkpoint(found[0] if found else None, self.accelerator, state.model, self.get_ema_weights(state))
+        self.selected_step = step
+        self.reporter.print_line("selected", f"the checkpoint of step {step:,}, with the best evaluation")
 
     def check_data(self, data: dict[str, Any]) -> None:
         """Store the fingerprint of the data for checkpoints.
@@ -278,6 +301,34 @@ class Runner:
                 f"--resume: the data set has changed since the run in {self.folder} was started: {change}. Restore "
                 "the data set, or choose another --output-dir"
             )
+
+    def pin_models(self, options: Any) -> Any:
+        """Return the options with the commits of models on the Hub; a resumed run keeps its commits.
+
+        Raises:
+            ValueError, OSError: if a model cannot be found.
+        """
+        before = self.facts["flags"] if self.facts else {}
+
+        def pin(flag: str, source: str) -> str:
+            return before[flag] if is_pinned(before.get(flag), source) else pin_revision(source)
+
+        if not is_preset(options.model.model):
+            options = replace(options, model=replace(options.model, model=pin("model", options.model.model)))
+        if isinstance(options, FinetuneOptions) and options.distillation.teacher is not None:
+            teacher = pin("teacher", options.distillation.teacher)
+            options = replace(options, distillation=replace(options.distillation, teacher=teacher))
+        return options
+
+    def set_options(self, options: Any) -> None:
+        """Set the final options.
+
+        Raises:
+            ValueError: if --resume would continue the run with other flags.
+        """
+        self.options = options
+        if self.facts is not None:
+            check_same_flags(self.facts["flags"], to_flags(options), self.folder)
 
     def check_plan(self, plan: BatchPlan) -> None:
         """Raise ValueError if --resume would change the precision, or the number or the size of the steps."""
@@ -313,11 +364,16 @@ class Runner:
         def claim() -> None:
             if self.facts is None:
                 remove_run(self.folder, self.store)
-            flags = {name: value for name, value in to_flags(self.options).items() if name not in START_FLAGS}
+            flags = {name: value for name, value in self.get_flags().items() if name not in START_FLAGS}
             (self.folder / RECIPE).write_text(yaml.safe_dump(flags, sort_keys=False), encoding="utf-8")
 
         if not self.is_finished:
             on_main(self.accelerator, claim)
+
+    def get_flags(self) -> dict[str, Any]:
+        """Return all flags of the run, with paths relative to the current folder."""
+        flags = to_flags(self.options)
+        return flags | {name: make_relative(flags.get(name)) for name in ("output_dir", *PATH_FLAGS) if name in flags}
 
     @contextmanager
     def release_lock_on_error(self) -> Iterator[None]:
@@ -344,6 +400,7 @@ class Runner:
                 raise RunStopped(f"--resume: {error}", on_all=is_on_all_processes(error)) from error
             state.step = self.facts["step"]
             state.best_score = self.facts["best_score"]
+            state.num_worse = self.facts.get("num_worse", 0)
             windows = self.facts["windows"]
             state.window = windows[self.accelerator.process_index % len(windows)]
             state.attention = self.facts["attention"]
@@ -363,6 +420,7 @@ class Runner:
         facts = {
             "step": state.step,
             "best_score": state.best_score,
+            "num_worse": state.num_worse,
             "seconds": self.get_training_seconds(),
             "utilisation": self.utilization.get_state(),
             "windows": gather_object([state.window]),
@@ -373,7 +431,7 @@ class Runner:
             "num_steps": plan.num_steps,
             "mixed_precision": self.accelerator.mixed_precision,
             "data": self.data,
-            "flags": to_flags(self.options),
+            "flags": self.get_flags(),
         }
         tensors, rest = gather_state(self.accelerator, state.model, state.optimizer, self.get_ema_weights(state))
         return tensors, facts | rest
@@ -487,12 +545,20 @@ def resolve_names(options: Any) -> Any:
 
 
 def check_same_flags(before: dict[str, Any], now: dict[str, Any], folder: Path) -> None:
-    """Raise ValueError if --resume would continue the run with other flags."""
+    """Raise ValueError if --resume would continue the run with other flags.
+
+    Args:
+        before: flags of the checkpoint.
+        now: flags of this run; a flag without a value will get its default, and a model its commit.
+        folder: output folder.
+    """
     for name, value in before.items():
         if (
             name in CHANGEABLE_FLAGS
             or now.get(name) == value
             or (name in PATH_FLAGS and is_same_path(value, now.get(name)))
+            or is_pinned(value, now.get(name))
+            or (name in RESOLVED_FLAGS and now.get(name) is None)
         ):
             continue
         advice = "Use the same flags, or choose another --output-dir"

@@ -44,7 +44,8 @@ from ..inference.evaluator import Evaluator
 from ..inference.metrics import drop_large_matrices
 from ..options import AugmentationOptions, TrainingOptions
 from .branch_uploads import build_branch_uploads
-from .distributed_state import gather_weights, get_unsupported_reason
+from .defaults import describe_random_weights, format_defaults, get_facts, resolve_defaults
+from .distributed_state import gather_weights, get_unsupported_reason, reshard
 from .loop import Metrics
 from .losses import Batch, Objective
 from .model import merge_lora
@@ -76,6 +77,7 @@ class Task(ABC):
         plan: batch plan, which determines the order of the training images.
         model: plain model, in which parameters that are not trained are frozen.
         processor: image processor of the model.
+        start: lines about random weights and defaults, or None, by name.
     """
 
     model: Any  # ViTCLS model, set by `load_model`
@@ -95,12 +97,24 @@ class Task(ABC):
             with accelerator.main_process_first():  # downloads once
                 self.data: TrainingData = self.load_data()
                 self.runner.check_data(describe_data(self.data))
+                self.resolve_options()
                 self.plan = self.build_plan(self.options.training)
                 self.load_model()
             if self.options.training.gradient_checkpointing:
                 self.model.gradient_checkpointing_enable()
             self.runner.check_plan(self.plan)
             self.runner.claim_folder()
+
+    def resolve_options(self) -> None:
+        """Set flags whose default depends on the run (defaults.py), and the commits of models on the Hub."""
+        self.options = self.runner.pin_models(self.options)
+        facts = get_facts(self.options, self.data.num_training_images)
+        self.options, reasons = resolve_defaults(self.options, facts)
+        self.runner.set_options(self.options)
+        self.start = {
+            "weights": describe_random_weights(self.options.model.model, facts),
+            "defaults": format_defaults(reasons) or None,
+        }
 
     # Supplied by each task -------------------------------------------------------------------------------------------
 
@@ -123,8 +137,8 @@ class Task(ABC):
         """Name of the metric that selects the best checkpoint; lower is better if the name ends with "loss"."""
 
     @abstractmethod
-    def build_evaluator(self) -> Evaluator:
-        """Build the evaluator on the held-out images."""
+    def build_evaluator(self, images: LabeledImages) -> Evaluator:
+        """Build the evaluator on these held-out images."""
 
     @abstractmethod
     def build_objective(self, normalize: Normalizer) -> Objective:
@@ -248,13 +262,13 @@ def run_task(task: Task) -> dict[str, Any]:
         for warning in task.find_warnings():
             reporter.warn(warning)
 
-        evaluator = task.build_evaluator()
-        components = task.build_components(evaluator)
+        reported = task.build_evaluator(task.data.held_out)
+        selection = task.data.selection
+        components = task.build_components(reported if selection is None else task.build_evaluator(selection))
         write = partial(write_model, task.model, task.processor)
         uploads = build_branch_uploads(runner, task.hub_model_id, task.model, write)
         metrics = runner.train(components, task.plan, task.selection_metric, uploads)
-        if components.model is not task.model:  # only the heads were trained: evaluate the whole model
-            metrics |= evaluator(task.model.eval())
+        metrics |= evaluate_result(task, components, reported)
 
         results = collect_results(task) | drop_large_matrices(metrics)
         save_output(task, results)
@@ -266,6 +280,27 @@ def run_task(task: Task) -> dict[str, Any]:
         return results
 
 
+def evaluate_result(task: Task, components: Components, reported: Evaluator) -> Metrics:
+    """Return the metrics on the reported images, if training evaluated other images or only the heads of the model.
+
+    Args:
+        components: what was trained.
+        reported: evaluator on the reported images.
+    """
+    has_only_heads = components.model is not task.model
+    if task.data.selection is None and not has_only_heads:
+        return {}
+    assert task.runner.state is not None
+    model = task.model if has_only_heads else task.runner.state.model
+    results = reported(model.eval())
+    reshard(model)
+    if task.data.selection is None:
+        return results
+    selected = {"images": task.data.selection_name, "num_images": len(task.data.selection)}
+    selected |= {"step": task.runner.selected_step, task.selection_metric: task.runner.state.best_score}
+    return results | {"selection": selected}
+
+
 def summarize(task: Task) -> dict[str, str]:
     """Return the lines that are printed before training by name."""
     data = task.data
@@ -273,10 +308,19 @@ def summarize(task: Task) -> dict[str, str]:
     return {
         "data": f"{data.name}: {number} images to train on, {len(data.held_out):,} held out "
         f"({data.held_out_name}); {task.describe_labels()}",
+        **describe_selection(data),
         **describe_model(task.options.model.model, task.model, task.model.config),
+        **{name: line for name, line in task.start.items() if line is not None},
         **task.summarize(),
         **describe_batches(task.plan, task.runner.accelerator),
     }
+
+
+def describe_selection(data: TrainingData) -> dict[str, str]:
+    """Return the line about the images that select the checkpoint (`--select best`), if there are any."""
+    if data.selection is None:
+        return {}
+    return {"selection": f"{len(data.selection):,} other images select the checkpoint ({data.selection_name})"}
 
 
 def collect_results(task: Task) -> dict[str, Any]:
@@ -290,7 +334,10 @@ def collect_results(task: Task) -> dict[str, Any]:
         **task.collect_facts(),
         "selection_metric": task.selection_metric,
     }
-    return facts | describe_run(task.plan, task.model, task.model.config, runner.accelerator, runner.seconds)
+    assert runner.state is not None
+    return facts | describe_run(
+        task.plan, runner.state.step, task.model, task.model.config, runner.accelerator, runner.seconds
+    )
 
 
 def format_values(metrics: Metrics, *names: str) -> str:
@@ -306,7 +353,7 @@ def save_output(task: Task, results: dict[str, Any]) -> None:
     must call it together.
 
     Args:
-        results: content of results.json; the speed of the model is added.
+        results: content of results.json; the speed of the model and the diagnosis of its tokens are added.
 
     Raises:
         RunStopped: on all processes, if the folder cannot be written.
@@ -329,6 +376,8 @@ def save_output(task: Task, results: dict[str, Any]) -> None:
             runner.reporter.track_images,
             can_show_samples(options, task.hub_model_id, warn),
         )
+        if "diagnosis" in results:
+            runner.reporter.print_line("diagnosis", results["diagnosis"])
         provenance = get_model_provenance(options)
         card = task.build_card(task.hub_model_id or folder.resolve().name, results, provenance, images)
         write_card(folder, card, provenance, results, options.run, warn)
@@ -416,9 +465,13 @@ def dry_run(task_class: type[Task], options: Any) -> None:
     started = time.perf_counter()
     with make_dry_run_options(options) as short:
         task = task_class(short)
-        runner, plan, num_held_out = task.runner, task.build_plan(options.training), len(task.data.held_out)
+        full = replace(task.options.training, max_steps=options.training.max_steps)
+        runner, plan, data = task.runner, task.build_plan(full), task.data
+        num_held_out = len(data.held_out if data.selection is None else data.selection)
         indices = range(min(num_held_out, plan.batch_size * plan.num_processes))
-        task.data = replace(task.data, held_out=task.data.held_out.select(indices))
+        selection = None if data.selection is None else data.selection.select(indices)
+        held_out = data.held_out.select(indices[: len(data.held_out)])
+        task.data = replace(data, held_out=held_out, selection=selection)
         if short.training.trainable == "head":
             limit_training_images(task)
         run_task(task)

@@ -35,7 +35,7 @@ from transformers.image_utils import pil_torch_interpolation_mapping
 
 from ..data.labels import LabelSpace
 from ..errors import format_error
-from ..hub.loading import get_any_model_folder, load_timm
+from ..hub.loading import get_any_model_folder, load_timm, split_revision
 from ..options import AugmentationOptions
 
 
@@ -175,7 +175,7 @@ def match_labels(source: str, teacher: LoadedTeacher, labels: list[str]) -> tupl
 def load_from_transformers(source: str, num_channels: int, height_width: tuple[int, int]) -> LoadedTeacher:
     """Load a classifier with its image processor and `float32` weights."""
     try:
-        folder = get_any_model_folder(source)
+        folder = get_any_model_folder(*split_revision(source.removeprefix("transformers:")))
     except OSError as error:
         raise OSError(f"cannot load the teacher: {error}") from error
     config = load_part(source, "config.json", AutoConfig.from_pretrained, folder, trust_remote_code=False)

@@ -11,15 +11,19 @@ from varied_models import with_varied_answers
 
 from modeling_vitcls import ViTCLSForImageClassification, ViTCLSForMultiTaskClassification, ViTCLSModel
 from modeling_vitcls.analysis.ablation import (
-    AblationEffect,
+    NUM_NULL,
     Predictions,
+    collect_mean_states,
+    collect_outputs,
     collect_predictions,
     compute_ablation_effects,
+    compute_ablations,
     compute_effect,
     encode_label,
     get_predicted_labels,
     get_token_keys,
-    replace_token_by_mean,
+    hold_tokens,
+    redraw_tokens,
 )
 from modeling_vitcls.analysis.image_report import build_image_predictions
 from modeling_vitcls.analysis.token_statistics import TokenStatistics
@@ -89,7 +93,7 @@ def test_each_token_is_held_at_its_mean(layout: dict[str, Any]) -> None:
     scale = (before - before.mean(dim=0)).square().mean().sqrt()
     for place, name in enumerate(found):
         after = logits_by_hand(model, place, means)
-        with replace_token_by_mean(model, place, means[:, place]):
+        with hold_tokens(model, [place], means[:, [place]]):
             assert largest_difference(collect_predictions(model, Batches()).logits, after) <= 1e-5
         change = ((after - before).square().mean().sqrt() / scale).item()
         assert found[name].logit_change == pytest.approx(change, abs=1e-5)
@@ -112,7 +116,7 @@ def test_every_kind_of_layers(fields: dict[str, Any]) -> None:
     model = classifier(num_cls_tokens=2, num_register_tokens=2, **fields)
     means = mean_states(model)
     for place in range(4):
-        with replace_token_by_mean(model, place, means[:, place]):
+        with hold_tokens(model, [place], means[:, [place]]):
             found = collect_predictions(model, Batches()).logits
         assert largest_difference(found, logits_by_hand(model, place, means)) <= 1e-5
 
@@ -124,7 +128,7 @@ def test_a_token_that_is_all_that_the_head_reads() -> None:
     own = collect_predictions(model, Batches()).predicted.squeeze(1)
     right = own.clone()
     right[0] = (right[0] + 1) % LABELS
-    with replace_token_by_mean(model, 0, means[:, 0]):
+    with hold_tokens(model, [0], means[:, [0]]):
         logits = collect_predictions(model, Batches()).logits
     assert largest_difference(logits, logits[:1].expand_as(logits)) <= 1e-5
     found = compute_ablation_effects(model, Batches(right), means)["cls[0]"]
@@ -160,7 +164,7 @@ def test_tasks_have_an_answer_each() -> None:
     assert collect_predictions(model, Batches(right)).accuracy() == pytest.approx(3 / 4)
     effects = compute_ablation_effects(model, Batches(right), mean_states(model))
     for name, place in {"cls[0]": 0, "cls[1]": 1}.items():
-        with replace_token_by_mean(model, place, mean_states(model)[:, place]):
+        with hold_tokens(model, [place], mean_states(model)[:, [place]]):
             after = collect_predictions(model, Batches(right))
         assert len(after.predicted[:, place].unique()) == 1 < len(found.predicted[:, place].unique())
         changed = (after.predicted != found.predicted).any(dim=1).float().mean().item()
@@ -252,10 +256,12 @@ def test_effects_in_numbers() -> None:
     logits = torch.tensor([[2.0, 0.0], [0.0, 2.0]])
     before = Predictions(logits, torch.tensor([[0], [1]]), torch.tensor([[0], [0]]))
     after = Predictions(logits + torch.tensor([[0.0, 0.0], [4.0, 0.0]]), torch.tensor([[0], [0]]), before.labels)
-    assert compute_effect(before, after) == AblationEffect(0.5, 2.0, 0.5, 2)
+    found = compute_effect(before, after)
+    assert (found.changed_answers, found.logit_change, found.accuracy_change, found.num_images) == (0.5, 2.0, 0.5, 2)
     alike = Predictions(torch.full((2, 2), 100.0), before.predicted, None)
     rounding = Predictions(alike.logits + 1e-5, before.predicted, None)
-    assert compute_effect(alike, alike) == AblationEffect(0.0, 0.0, None, 2)
+    same = compute_effect(alike, alike)
+    assert (same.changed_answers, same.logit_change, same.accuracy_change, same.improvement) == (0.0, 0.0, None, None)
     assert compute_effect(alike, rounding).logit_change < 1e-3  # and not divided by no variation at all
     nothing = Predictions(torch.zeros(2, 2), before.predicted, None)
     assert compute_effect(nothing, nothing).logit_change == 0
@@ -283,7 +289,7 @@ def test_the_model_is_left_as_it_was() -> None:
     model.vitcls.layers[0].eval()
     modes = {name: module.training for name, module in model.named_modules()}
     assert compute_ablation_effects(model, Batches(), means) == expected
-    with raises_one_line("broken"), replace_token_by_mean(model, 0, means[:, 0]):
+    with raises_one_line("broken"), hold_tokens(model, [0], means[:, [0]]):
         raise ValueError("broken")
     assert {name: module.training for name, module in model.named_modules()} == modes
     assert all(torch.equal(weight, weights[name]) for name, weight in model.state_dict().items())
@@ -330,3 +336,90 @@ def test_labels_of_datasets_become_right_answers() -> None:
     assert encode_label({"species": 3, "age": 1}, tasks).tolist() == [1, 3]
     assert encode_label({"species": 3}, tasks).tolist() == [IGNORED_LABEL, 3]
     assert encode_label(None, tasks).tolist() == [IGNORED_LABEL] * 2
+
+
+# Null distributions --------------------------------------------------------------------------------------------------
+
+
+def test_redrawn_tokens_keep_their_norms() -> None:
+    """Their states are measured with the random embedding, which is the same for all images."""
+    model = classifier(num_register_tokens=2)
+    own = mean_states(model)
+    with redraw_tokens(model, [1, 2], torch.Generator().manual_seed(0)):
+        means, outputs = collect_mean_states(model, Batches(), [0, 1, 2])
+    assert torch.allclose(means[0].norm(dim=-1).float(), own[0].norm(dim=-1), rtol=1e-5)
+    assert torch.allclose(means[0, 0].float(), own[0, 0], atol=1e-5)
+    assert largest_difference(means[0, 1:].float(), own[0, 1:]) > 0.1
+    assert largest_difference(outputs.logits, collect_predictions(model, Batches()).logits) > 1e-2
+
+
+@pytest.mark.parametrize("layout", [{"num_register_tokens": 3}, {"num_cls_tokens": 3}], ids=str)
+def test_effects_stand_against_null_distributions(layout: dict[str, Any]) -> None:
+    """Of random patches, and of redrawn tokens that the head does not read; for tokens, and groups as a whole."""
+    model = classifier(**layout)
+    means = mean_states(model)
+    found = compute_ablations(model, Batches(), means)
+    single = compute_ablation_effects(model, Batches(), means)
+    group = "registers" if "num_register_tokens" in layout else "cls"
+    for kind in ("information", "presence"):
+        assert list(found[kind]) == [*get_token_keys(model.config.token_layout), group]
+        for key, ablation in found[kind].items():
+            assert len(ablation.patches) == NUM_NULL and ablation.redraw_effect > 0
+            assert bool(ablation.redrawn) == (key not in ("cls[0]", "cls"))
+            assert ablation.null[1] >= max(*ablation.patches, *ablation.redrawn)
+            assert ablation.is_beyond_null == (
+                ablation.compared > ablation.null[1] and ablation.effect.changed_answers > 0
+            )
+    for key, effect in single.items():
+        assert found["information"][key].effect == effect
+        hidden = collect_outputs(model, Batches(), [get_token_keys(model.config.token_layout).index(key)])
+        assert found["presence"][key].effect == compute_effect(collect_outputs(model, Batches()), hidden)
+
+
+def test_null_effects_of_fewer_images_are_compared_on_these() -> None:
+    model = classifier(num_register_tokens=1)
+    means, before = mean_states(model), collect_predictions(model, Batches())
+
+    def sample() -> Iterator[tuple[torch.Tensor, None]]:
+        yield PIXELS[[1, 4]], None
+
+    ablation = compute_ablations(model, Batches(), means, before, (sample, [1, 4]))["information"]["registers[0]"]
+    with hold_tokens(model, [1], means[:, [1]]):
+        after = collect_predictions(model, sample)
+    assert ablation.compared == pytest.approx(compute_effect(before.select([1, 4]), after).size, rel=1e-4)
+    assert ablation.effect.num_images == 6
+
+
+def test_hidden_tokens_are_read_by_no_token() -> None:
+    """Their own values change nothing then; each of the others reads the same as without them."""
+    model = classifier(num_register_tokens=2)
+    hidden = collect_outputs(model, Batches(), [1, 2])
+    with torch.no_grad():
+        model.vitcls.embeddings.register_tokens.normal_()
+    assert largest_difference(collect_outputs(model, Batches(), [1, 2]).logits, hidden.logits) <= 1e-5
+    assert largest_difference(collect_outputs(model, Batches(), [1]).logits, hidden.logits) > 1e-3
+
+
+def test_features_of_encoders_are_compared_by_cosines() -> None:
+    encoder = randomize_weights(ViTCLSModel(tiny_config(num_register_tokens=1)))
+    before = collect_outputs(encoder, lambda: [(images(20), None)])
+    assert set(before.vectors) == {"cls", "pooled", "patches"} and len(before) == 20
+    with hold_tokens(encoder, [1], mean_states_of_many(encoder)[:, [1]]):
+        after = collect_outputs(encoder, lambda: [(images(20), None)])
+    found = compute_effect(before, after)
+    for name, rows in before.vectors.items():
+        cosines = [
+            nn.functional.cosine_similarity(*pair, dim=-1).mean()
+            for pair in zip(rows, after.vectors[name], strict=True)
+        ]
+        assert found.cosine_change[name] == pytest.approx(1 - torch.stack(cosines).mean().item(), abs=1e-5)
+    assert found.size == max(found.cosine_change.values()) and found.interval[0] <= found.size <= found.interval[1]
+    assert compute_effect(before, before).knn_agreement == 1 >= found.knn_agreement
+    assert compute_effect(before.select(range(4)), after.select(range(4))).knn_agreement is None
+
+
+def mean_states_of_many(model: Any) -> torch.Tensor:
+    """Mean states over 20 images."""
+    collected = TokenStatistics(model)
+    collected.update(images(20))
+    return collected.compute().mean_states

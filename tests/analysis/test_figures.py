@@ -33,12 +33,12 @@ from modeling_vitcls.analysis.card_images import (
 )
 from modeling_vitcls.analysis.figures import (
     GROUP_COLORS,
-    is_read,
     plot_attention,
     plot_confusion_matrix,
     plot_token_layout,
 )
-from modeling_vitcls.analysis.maps import VisibleRegion, get_token_names
+from modeling_vitcls.analysis.maps import VisibleRegion, is_read
+from modeling_vitcls.token_names import get_token_names
 
 
 MANY = {"num_cls_tokens": 3, "num_distillation_tokens": 2, "num_register_tokens": 8}

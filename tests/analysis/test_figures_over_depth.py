@@ -29,7 +29,6 @@ from modeling_vitcls.analysis import (
     Findings,
     TokenStatistics,
     build_image_report,
-    get_token_names,
     overlay,
     plot_ablation_effects,
     plot_attention_by_layer,
@@ -41,6 +40,7 @@ from modeling_vitcls.analysis import (
     plot_token_similarity,
     render_figure,
 )
+from modeling_vitcls.token_names import get_token_names
 
 
 TOKENS = {"num_cls_tokens": 2, "num_distillation_tokens": 1, "num_register_tokens": 3}
@@ -178,18 +178,20 @@ def test_norms_far_apart_are_drawn_on_a_logarithmic_scale(found: Any) -> None:
 
 def test_the_histogram_marks_what_stands_out(found: Any) -> None:
     config, findings = found
-    norms = torch.full((4, 100), 2.0)
-    norms[3, :5] = 40
-    planted = replace(findings, patch_norms=norms, token_norms=torch.full((4, 6), 9.0))
+    ratios = torch.ones(4, 1000)
+    ratios[3, :50] = 20
+    planted = replace(findings, patch_norms=2 * ratios, patch_ratios=ratios, token_norms=torch.full((4, 6), 9.0))
     figure = plot_norm_histogram(config, planted)
     (axes,) = figure.axes
     (bars,) = axes.containers
     counted = {bar.get_height(): bar.get_facecolor() for bar in bars if bar.get_height()}
-    assert set(counted) == {95, 5} and to_rgb(counted[95]) == to_rgb(GROUP_COLORS["patches"])
-    assert to_rgb(counted[5]) != to_rgb(counted[95])
+    assert set(counted) == {950, 50} and to_rgb(counted[950]) == to_rgb(GROUP_COLORS["patches"])
+    assert to_rgb(counted[50]) != to_rgb(counted[950])
     limit, registers = axes.get_lines()[:2]
-    assert limit.get_xdata()[0] == 6.0  # three times the median
-    assert list(registers.get_xdata()) == pytest.approx([9.0] * 3)
+    assert 1 < limit.get_xdata()[0] < 20 and "5.00% of the patches, at 20.0 × median" in axes.texts[0].get_text()
+    assert list(registers.get_xdata()) == pytest.approx([4.5] * 3)
+    one_mode = plot_norm_histogram(config, planted, 0).axes[0]
+    assert not one_mode.texts and len({bar.get_facecolor() for bar in one_mode.containers[0]}) == 1
     assert axes.get_title() == "Norms of the patches, after layer 3"
     assert plot_norm_histogram(config, planted, 0).axes[0].get_title() == "Norms of the patches, embeddings"
     with raises_one_line("no layer 4", "the model has 3"):

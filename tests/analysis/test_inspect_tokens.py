@@ -90,6 +90,7 @@ def test_a_folder_of_images(model: str, pictures: Path, tmp_path: Path) -> None:
     found = json.loads(figures.read_text())
     words = [verdict["word"] for verdict in found["verdicts"]]
     assert all(word in ran.stdout for word in words) and "register 2" in ran.stdout
+    assert f"Diagnosis: {found['diagnosis']}" in ran.stdout
     assert found["artifacts"] in ran.stdout
     assert f"saved {page}" in ran.stdout and "statistics over 11 images" in ran.stdout
     text = page.read_text()

@@ -15,14 +15,8 @@ from modeling_vitcls import (
     ViTCLSImageProcessorPil,
     ViTCLSModel,
 )
-from modeling_vitcls.analysis.maps import (
-    VisibleRegion,
-    extract_patch_maps,
-    get_token_names,
-    get_visible_region,
-    overlay,
-    upsample_maps,
-)
+from modeling_vitcls.analysis.maps import VisibleRegion, extract_patch_maps, get_visible_region, overlay, upsample_maps
+from modeling_vitcls.token_names import get_token_names
 
 
 RAW = {"do_rescale": False, "do_normalize": False}

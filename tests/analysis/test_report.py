@@ -28,10 +28,17 @@ from modeling_vitcls import (
 from modeling_vitcls.analysis import report_data
 from modeling_vitcls.analysis.diagnosis import MIN_IMAGES
 from modeling_vitcls.analysis.inspection import Inspection, inspect_model
-from modeling_vitcls.analysis.maps import MIN_SCALE, extract_patch_maps, get_token_names, get_visible_region, overlay
+from modeling_vitcls.analysis.maps import MIN_SCALE, extract_patch_maps, get_visible_region, overlay
+from modeling_vitcls.analysis.patch_features import (
+    compute_patch_colors,
+    compute_patch_features,
+    compute_patch_similarity,
+    draw_patch_colors,
+)
 from modeling_vitcls.analysis.report import build_page_header, write_json_values, write_page, write_report
 from modeling_vitcls.conversion.from_transformers import convert_from_transformers
 from modeling_vitcls.inference.predict import predict
+from modeling_vitcls.token_names import get_token_names
 
 
 NAMES = ["</script><b>wide</b>.png", "tall.png", "square & small.png"]
@@ -89,8 +96,10 @@ def opened(browser: Browser, file: Path, scheme: Any = "light", width: int = 128
     page.on("console", lambda message: said.append(message.text))
     page.on("pageerror", lambda error: said.append(str(error)))
     page.on("request", lambda request: said.append(request.url) if not is_local(request.url, file) else None)
+    page.add_init_script("addEventListener('error', () => { window.hasFailed = true })")
     page.goto(file.as_uri())
     page.wait_for_function(EVERYTHING_IS_DRAWN)
+    assert said == []
     yield page
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
     assert said == []
@@ -99,6 +108,7 @@ def opened(browser: Browser, file: Path, scheme: Any = "light", width: int = 128
 
 # Charts are drawn after they have been laid out, which moves what is below them.
 EVERYTHING_IS_DRAWN = """
+    window.hasFailed ||
     [...document.querySelectorAll('[data-thumbnail]')].every((canvas) => Math.max(canvas.width, canvas.height) === 200)
     && [...document.querySelectorAll('[data-chart] svg[role=img]')].every((chart) => chart.childElementCount)
 """
@@ -143,15 +153,11 @@ def page_to_read(browser: Browser, faulty: Any) -> Iterator[Page]:
 def test_planted_faults_are_named(page_to_read: Page, faulty: Any) -> None:
     cards = page_to_read.locator(".verdict").all_inner_texts()
     words = [card.splitlines()[0] + ": " + card.splitlines()[1].strip() for card in filter(None, map(lines, cards))]
-    assert words == [
-        "CLS: • not moved",
-        "register 1: ≡ collapsed",
-        "register 2: ✓ learned",
-        "register 3: ≡ collapsed",
-        "patches: ✕ artifacts",
-    ]
-    assert "not moved in this run (by 0), but in use" in cards[0]
-    assert "identical to register 3" in cards[1] and "6.25%" in cards[4]
+    assert words[1] == "register 1: ≡ collapsed" and words[3] == "register 3: ≡ collapsed"
+    assert words[0].startswith("CLS: ") and "not moved" in words[0] and words[5] == "patches: ✕ artifacts"
+    assert words[2].split(": ")[0] == "register 2" and words[4].startswith("all 3 registers: ")
+    assert "null: random patches" in cards[2] and "random tokens" in cards[2] and "95% interval" in cards[4]
+    assert "identical to register 3" in cards[1] and "6.25%" in cards[5]
 
 
 def lines(text: str) -> str:
@@ -198,14 +204,20 @@ def test_the_layout_says_what_is_read(page_to_read: Page, faulty: Any) -> None:
 
 
 def test_what_tokens_are_worth(page_to_read: Page, faulty: Any) -> None:
+    """Each token and group in two rows: without information, and without presence."""
     _, _, found = faulty
     rows = [row.split("\t") for row in page_to_read.locator("#worth tbody tr").all_inner_texts()]
-    effects = list(found.effects.values())
-    assert [row[0] for row in rows] == ["CLS", "register 1", "register 2", "register 3"]
-    changed = [round(16 * effect.changed_answers) for effect in effects]
-    assert [row[1] for row in rows] == [f"{number} of 16 ({number / 16:.1%})" for number in changed]
-    assert [row[2] for row in rows] == [f"{effect.logit_change:.2g}" for effect in effects]
-    assert [row[3] for row in rows] == [f"{effect.accuracy_change * 100:+.1f}" for effect in effects]
+    ablations = [found.ablations[kind][key] for key in found.ablations["presence"] for kind in found.ablations]
+    names = ["CLS", "register 1", "register 2", "register 3", "all 3 registers"]
+    assert [row[0] for row in rows] == [name for name in names for _ in range(2)]
+    assert [row[1].split(":")[0] for row in rows] == ["information", "presence"] * len(names)
+    for row, ablation in zip(rows, ablations, strict=True):
+        effect, (low, high) = ablation.effect, ablation.effect.interval
+        count = f"{round(16 * effect.changed_answers)} of 16 (at most {effect.changed_interval[1]:.1%})"
+        assert row[2:5] == [count, f"{effect.logit_change:.2g}", f"{low:.2g} to {high:.2g}"]
+        assert row[5] == f"{min(ablation.patches):.2g} to {max(ablation.patches):.2g}"
+        assert bool(row[6]) == bool(ablation.redrawn) == (row[0] != "CLS")
+        assert row[7] == f"{effect.accuracy_change * 100:+.1f}"
 
 
 # Maps ----------------------------------------------------------------------------------------------------------------
@@ -232,8 +244,9 @@ def test_the_enlarged_map_is_the_overlay(browser: Browser, faulty: Any) -> None:
     _, model, _ = faulty
     picture = pictures()[0]
     seen = get_visible_region(processor(), (60, 90), (8, 8))
-    values = attention_of(model, 0)[1].mean(dim=0)[2]
-    strongest = max(values.max(), MIN_SCALE * values.mean()).item()
+    by_layer = attention_of(model, 0).mean(dim=1)[:, 2]
+    values = by_layer[1]
+    strongest = max(max(one.max(), MIN_SCALE * one.mean()).item() for one in by_layer)  # one scale per token
     drawn = overlay(picture, values, seen, strongest, min_side=900)
     with opened(browser, faulty[0]) as page:
         cell(page, "register 2, layer 2").click()
@@ -301,7 +314,9 @@ def test_the_share_that_goes_to_patches(browser: Browser, faulty: Any) -> None:
         button = cell(page, "register 1, layer 1")
         in_view(button)
         page.wait_for_function("(cell) => cell.querySelector('.share').textContent", arg=button.element_handle())
-        assert float(button.inner_text().strip().removesuffix("%")) == pytest.approx(100 * share, rel=0.06)
+        numbers = [float(text) for text in re.findall(r"[\d.]+(?=%)", button.inner_text())]
+        peak = attention_of(model, 0)[0].mean(dim=0)[1].max().item()
+        assert numbers == pytest.approx([100 * share, 100 * peak], rel=0.06)
 
 
 def test_keyboard(browser: Browser, faulty: Any) -> None:
@@ -310,14 +325,14 @@ def test_keyboard(browser: Browser, faulty: Any) -> None:
         first = page.locator('[data-maps="0"] .cell').first
         assert page.locator('[data-maps="0"] .cell[tabindex="0"]').count() == 1
         first.focus()
-        for key in ("ArrowDown", "ArrowDown", "ArrowRight"):
+        for key in ("ArrowDown", "ArrowDown", "ArrowDown", "ArrowDown", "ArrowRight"):
             page.keyboard.press(key)
         expect(cell(page, "register 1, layer 2")).to_be_focused()
         page.keyboard.press("Enter")
         title = page.locator("#enlarged-title")
         expect(title).to_have_text(f"register 1, layer 2, mean of the heads · {NAMES[0]}")
         expect(page.locator("#enlarged-value")).to_contain_text("Maximum per patch")
-        for key in ("ArrowRight", "ArrowRight", "ArrowRight", "ArrowUp"):  # the last one has nowhere to go
+        for key in ("ArrowLeft", "ArrowLeft", "ArrowLeft", "ArrowUp"):  # the third one has nowhere to go
             page.keyboard.press(key)
         expect(title).to_have_text(f"CLS, rollout through all layers · {NAMES[0]}")
         page.keyboard.press("Escape")
@@ -329,23 +344,134 @@ def test_keyboard(browser: Browser, faulty: Any) -> None:
 def test_brightness_of_all_layers_alike(browser: Browser, faulty: Any) -> None:
     """Then only the strongest of all maps reaches the brightest color."""
     with opened(browser, faulty[0]) as page:
-        brightest = """() => [...document.querySelectorAll('[data-maps="0"] .grid canvas')].map((painted) => {
+        maps = '[data-maps="0"] .grid .cell:is([aria-label^=CLS], [aria-label^=register]) canvas'
+        brightest = """(maps) => [...document.querySelectorAll(maps)].map((painted) => {
             const canvas = new OffscreenCanvas(painted.width, painted.height).getContext('2d');
             canvas.drawImage(painted, 0, 0);
             const data = canvas.getImageData(0, 0, painted.width, painted.height).data;
             return Math.max(...Array.from({length: data.length / 4}, (_, place) => data[4 * place]));
         })"""
         page.locator('[data-maps="0"]').scroll_into_view_if_needed()
-        painted = """(state) => [...document.querySelectorAll('[data-maps="0"] .grid canvas')].every(
-            (canvas) => canvas.dataset.state === state)"""
-        page.wait_for_function(painted, arg="0 each")
-        each = page.evaluate(brightest)
+        painted = """([maps, state]) => [...document.querySelectorAll(maps)].every(
+            (canvas) => canvas.dataset.state?.startsWith(state))"""
+        page.locator("#brightness").select_option("each")
+        page.wait_for_function(painted, arg=[maps, "0 each"])
+        each = page.evaluate(brightest, maps)
         page.locator("#brightness").select_option("alike")
-        page.wait_for_function(painted, arg="0 alike")
-        alike = page.evaluate(brightest)
+        page.wait_for_function(painted, arg=[maps, "0 alike"])
+        alike = page.evaluate(brightest, maps)
     assert len(each) == 4 * 4
     assert sum(a < e - 20 for e, a in zip(each, alike, strict=True)) >= 4
     assert all(a <= e + 20 for e, a in zip(each, alike, strict=True))
+
+
+# Patch features ------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def features_of(model: Any) -> torch.Tensor:
+    """[image, layer, gh, gw, D]."""
+    return compute_patch_features(model, pixels())
+
+
+def pixels_of(page: Page, label: str) -> np.ndarray:
+    """The enlarged map of the first image."""
+    cell(page, label).focus()
+    page.keyboard.press("Enter")
+    page.wait_for_function("document.getElementById('enlarged-map').width === 900")
+    url = page.evaluate("document.getElementById('enlarged-map').toDataURL()")
+    page.keyboard.press("Escape")
+    return np.asarray(Image.open(io.BytesIO(b64decode(url.partition(",")[2]))).convert("RGB"), dtype=int)
+
+
+@pytest.mark.parametrize("foreground", [False, True])
+def test_patch_colors_are_principal_components(browser: Browser, faulty: Any, foreground: bool) -> None:
+    """Pixel by pixel what patch_features.py draws, but for the outline of the selected patch."""
+    _, model, _ = faulty
+    colors = compute_patch_colors(features_of(model)[:, 1], foreground)[0]
+    seen = get_visible_region(processor(), (60, 90), (8, 8))
+    drawn = np.asarray(draw_patch_colors(pictures()[0], colors, seen, min_side=900), dtype=int)
+    with opened(browser, faulty[0]) as page:
+        if foreground:
+            page.locator("#foreground").check()
+        painted = pixels_of(page, "patches (PCA), layer 2")
+    assert painted.shape == drawn.shape
+    left, top, right, bottom = (round(10 * edge) for edge in seen)
+    close = (np.abs(painted - drawn)[top:bottom, left:right] <= 8).all(axis=-1)
+    assert close.mean() > 0.97
+
+
+def test_a_click_shows_the_similarity_to_that_patch(browser: Browser, faulty: Any) -> None:
+    """The cosines of the features, from their compressed components, in the layer of the map."""
+    _, model, _ = faulty
+    with opened(browser, faulty[0]) as page:
+        canvas = cell(page, "patches (PCA), layer 1").locator("canvas")
+        in_view(canvas)
+        box = canvas.bounding_box()
+        left, _, right, _ = get_visible_region(processor(), (60, 90), (8, 8))
+        x = (left + (right - left) * 0.9) / 90 * box["width"]  # column 4 of 4
+        canvas.click(position={"x": x, "y": box["height"] * 0.05})  # row 1
+        similar = cell(page, "similarity to a patch, layer 1").locator("canvas")
+        expected = compute_patch_similarity(features_of(model)[0, 0], 0, 3)
+        for row, column in ((0, 3), (2, 0), (3, 2)):
+            across = (left + (right - left) * (column + 0.5) / 4) / 90 * box["width"]
+            similar.hover(position={"x": across, "y": box["height"] * (row + 0.5) / 4})
+            expect(page.locator("#tip")).to_contain_text(f"row {row + 1}, column {column + 1}: cosine")
+            cosine = float(page.locator("#tip").inner_text().rpartition(" ")[2])
+            assert cosine == pytest.approx(expected[row, column].item(), abs=0.03)
+
+
+def test_patches_as_blocks_and_fewer_layers(browser: Browser, tmp_path: Path) -> None:
+    write_report(tmp_path / "report.html", classifier(num_hidden_layers=5), processor(), pictures())
+    with opened(browser, tmp_path / "report.html") as page:
+        smooth = pixels_of(page, "CLS, layer 2")
+        page.locator("#blocks").check()
+        blocks = pixels_of(page, "CLS, layer 2")
+        assert len(np.unique(blocks[100:300, 200])) < len(np.unique(smooth[100:300, 200]))
+        page.locator("#every").select_option("2")
+        layers = page.locator('[data-maps="0"] .grid .layer').all_inner_texts()
+        assert layers == ["rollout", "layer 1", "layer 3", "layer 5"]
+        width = cell(page, "CLS, layer 5").bounding_box()["width"]
+        page.locator("#size").fill("2")
+        assert cell(page, "CLS, layer 5").bounding_box()["width"] > 1.5 * width
+
+
+def test_what_nothing_reads_is_marked(browser: Browser, faulty: Any) -> None:
+    """The registers and patches of the last layer, with a head that reads the CLS token."""
+    with opened(browser, faulty[0]) as page:
+        in_view(cell(page, "register 1, layer 3"))
+        expect(cell(page, "register 1, layer 3")).to_contain_text("not read")
+        assert "not read" not in cell(page, "CLS, layer 3").inner_text()
+        label = page.locator("[data-chart=entropy] .unread-label")
+        assert label.text_content() == "not read: registers"
+        assert page.locator("[data-chart=patch_distance] .unread").count() == 1
+        assert page.locator("[data-chart=mass] .unread-bar").count() == 3 * 4  # registers, groups of tokens
+
+
+def test_instructive_images_come_first(browser: Browser, tmp_path: Path) -> None:
+    """Wrong predictions, then the least confident, then typical ones; a filter shows one kind."""
+    model, many = classifier(), [*pictures(), *more_pictures()]
+    values = processor()(many, return_tensors="pt")["pixel_values"]
+    with torch.no_grad():
+        probabilities = model(values).logits.softmax(dim=-1)
+    labels = probabilities.argmax(dim=-1)
+    labels[:2] = (labels[:2] + 1) % NUM_LABELS
+    found = write_report(
+        tmp_path / "report.html", model, processor(), many, labels=labels.tolist(), num_shown=6, batch_size=4
+    )
+    names = [report.name for report in found.image_reports]
+    confidence = probabilities.amax(dim=-1)
+    wrong = sorted([0, 1], key=lambda index: -confidence[index])
+    unsure = confidence[2:].argsort()[:2] + 2
+    assert names[:4] == [f"image {index + 1}" for index in [*wrong, *unsure.tolist()]]
+    assert [report.kind for report in found.image_reports] == ["wrong"] * 2 + ["uncertain"] * 2 + ["typical"] * 2
+    with opened(browser, tmp_path / "report.html") as page:
+        page.locator("#filter").select_option("uncertain")
+        shown = page.locator(".image:visible")
+        expect(shown).to_have_count(2)
+        assert "least confident" in shown.first.inner_text()
+    with raises_one_line("num_shown", "statistics_images=None"):
+        inspect_model(model, processor(), many, statistics_images=many, num_shown=2)
 
 
 def test_touch_enlarges_and_reads(browser: Browser, faulty: Any) -> None:
@@ -365,7 +491,7 @@ def test_touch_enlarges_and_reads(browser: Browser, faulty: Any) -> None:
 
 def test_every_figure_is_drawn(page_to_read: Page, faulty: Any) -> None:
     charts = page_to_read.locator("[data-chart]")
-    assert charts.count() == 12
+    assert charts.count() == 14
     for chart in charts.all():
         assert chart.locator("svg[role=img]").count() in (1, 4)  # one, or one for each token
         for svg in chart.locator("svg[role=img]").all():
@@ -428,11 +554,13 @@ def number(value: Any) -> str:
 def test_the_histogram_shows_outliers_and_registers(browser: Browser, faulty: Any) -> None:
     with opened(browser, faulty[0]) as page:
         chart = page.locator("[data-chart=histogram]")
-        assert chart.locator(".beyond").count() == 1 and chart.locator(".baseline").count() == 1
+        assert chart.locator(".beyond").count() >= 1 and chart.locator(".baseline").count() == 1
+        expect(chart.locator(".mode")).to_contain_text("Second mode: 6.25% of the patches")
+        expect(chart.locator("output")).to_have_text("after layer 3 (nothing reads the patches)")
         assert chart.locator("path.g-registers").count() == 3
         chart.locator("input").fill("0")
         expect(chart.locator("output")).to_have_text("the embeddings")
-        expect(chart.locator(".beyond")).to_have_count(1)
+        expect(chart.locator(".beyond").first).to_be_visible()
 
 
 def test_registers_that_are_one_are_at_cosine_1(browser: Browser, faulty: Any) -> None:
@@ -495,8 +623,9 @@ def test_any_layout(browser: Browser, tmp_path: Path, layout: dict[str, Any]) ->
     num_tokens = model.config.token_layout.num_prefix_tokens
     assert len(found.verdicts) == len(found.depth) == num_tokens
     with opened(browser, tmp_path / "report.html") as page:
-        assert page.locator('[data-maps="0"] .grid .cell').count() == 3 * num_tokens  # two layers, and rollout
-        assert page.locator('[data-maps="0"] .overview .cell').count() == 2  # the image, and attribution
+        grid = page.locator('[data-maps="0"] .grid .cell')
+        assert grid.count() == 3 * num_tokens + 2 * 2  # rollout and two layers; patch features in two layers
+        assert page.locator('[data-maps="0"] .overview .cell').count() == 2  # the picture, and attribution
         caption = page.locator(".layout figcaption").inner_text()
         assert ("no CLS token" in caption) == (model.config.num_cls_tokens == 0)
         assert ("no other special token" in caption) == (num_tokens == 0)
@@ -514,7 +643,7 @@ def test_several_tasks(browser: Browser, tmp_path: Path) -> None:
         text = page.locator(".image > summary").first.inner_text()
         assert "age: " in text and "species: " in text and "true label species LABEL_1" in text
         assert page.locator('[data-maps="0"] .overview .cell').count() == 3  # attribution for each task
-        assert page.locator('[data-maps="0"] .grid .token').all_inner_texts() == ["CLS age", "CLS species"]
+        assert page.locator('[data-maps="0"] .grid .token').all_inner_texts()[2:] == ["CLS age", "CLS species"]
 
 
 def test_several_labels(browser: Browser, tmp_path: Path) -> None:
@@ -536,11 +665,12 @@ def test_without_a_classifier(browser: Browser, tmp_path: Path, model_class: typ
     model = filled(model_class(tiny_config(num_register_tokens=1)))
     found = write_report(tmp_path / "report.html", model, processor(), pictures(), labels=[0, 1, 2])
     assert found.effects is None and found.accuracy is None
-    assert {verdict.word for verdict in found.verdicts} == {"not judged"}
+    assert {verdict.word for verdict in found.verdicts} == {"not judged"}  # of three images
     with opened(browser, tmp_path / "report.html") as page:
         assert "no classifier" in page.locator(".layout figcaption").inner_text()
-        assert page.locator("#worth").count() == 0 and page.locator(".read").count() == 0
-        assert page.locator('[data-maps="0"] .overview .cell').count() == 1  # the image alone
+        assert "cosine change, cls" in page.locator("#worth thead").inner_text()
+        assert page.locator(".read").count() == 0
+        assert page.locator('[data-maps="0"] .overview .cell').count() == 1  # the picture alone
 
 
 def test_differential_attention_has_two_maps_per_head(browser: Browser, tmp_path: Path) -> None:
@@ -566,8 +696,28 @@ def test_single_heads_are_left_out_of_large_pages(
     write_report(tmp_path / "report.html", classifier(), processor(), pictures())
     with opened(browser, tmp_path / "report.html") as page:
         assert page.locator("#head option").count() == 1 and page.locator("#head-choice").is_hidden()
+        assert page.locator(".maps .quiet").count() == 0
         cell(page, "register 3, layer 3").click()
         expect(page.locator("#enlarged-title")).to_contain_text(re.compile("^register 3, layer 3, mean of the heads"))
+
+
+def test_single_heads_of_the_first_images_are_kept(
+    browser: Browser, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(report_data, "MAX_MAP_BYTES", 2 * 3 * 2 * 4 * 16)  # of two images
+    write_report(tmp_path / "report.html", classifier(), processor(), pictures())
+    with opened(browser, tmp_path / "report.html") as page:
+        assert page.locator("#head option").count() == 3
+        assert page.locator(".maps .quiet").count() == 1
+        assert "omitted for this image" in page.locator('[data-maps="2"] .quiet').text_content()
+
+
+def test_printing_keeps_colors_and_hides_tooltips(browser: Browser, faulty: Any) -> None:
+    with opened(browser, faulty[0]) as page:
+        page.evaluate("tip.show(9, 9, ['a value'])")
+        page.emulate_media(media="print")
+        expect(page.locator("#tip")).to_be_hidden()
+        assert page.locator(".square").first.evaluate("(one) => getComputedStyle(one).printColorAdjust") == "exact"
 
 
 def test_the_head_states_the_patches_that_there_are(browser: Browser, tmp_path: Path) -> None:
@@ -676,8 +826,16 @@ def test_figures_for_programs(tmp_path: Path, faulty: Any) -> None:
     *_, found = faulty
     write_json_values(tmp_path / "figures.json", found, "mine")
     figures = json.loads((tmp_path / "figures.json").read_text())
-    assert figures["model"] == "mine" and figures["tokens"][0] == "CLS"
-    assert [verdict["word"] for verdict in figures["verdicts"]] == ["not moved", "collapsed", "learned", "collapsed"]
+    assert figures["model"] == "mine" and figures["diagnosis"] == found.summary
+    assert [token["token"] for token in figures["tokens"]] == get_token_names(found.config)
+    for token, verdict in zip(figures["tokens"], found.verdicts, strict=True):
+        assert (token["diagnosis"], token["statement"]) == (verdict.word, verdict.reason)
+        assert token["interval"][0] <= token["effect"] <= token["interval"][1] and len(token["null"]) == 2
+        assert token["presence"]["num_images"] == 16
+    assert [group["token"] for group in figures["groups"]] == ["all 3 registers"]
+    assert figures["patches"]["diagnosis"] == "artifacts" and figures["patches"]["second_mode"]["fraction"] == 0.0625
+    assert sum(figures["patches"]["histogram"]["counts"]) == 16 * 16 == figures["patches"]["num_patches"]
+    assert [verdict["word"] for verdict in figures["verdicts"]] == [verdict.word for verdict in found.verdicts]
     assert torch.tensor(figures["findings"]["entropy"]).allclose(found.findings.entropy, rtol=1e-3)
     assert set(figures["effects"]) == {"cls[0]", "registers[0]", "registers[1]", "registers[2]"}
     assert len(figures["findings"]["patch_norms"]["median"]) == 4

@@ -190,7 +190,7 @@ def test_gradients_are_compared_before_steps_are_measured(name: str, against: st
     ours()
     assert not all(map(torch.equal, before, ours.model.parameters()))
     with torch.no_grad():
-        theirs.model.get_parameter("classifier.weight" if against == "transformers" else "head.weight").neg_()
+        theirs.model.get_parameter("head.weight" if against == "timm" else "classifier.weight").neg_()
     with raises_one_line(name, "the gradients", "differ"):
         check_gradients(ours, theirs, name)
 

@@ -23,10 +23,11 @@ import timm
 import torch
 import transformers
 from fresh_processes import run_fresh
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from sklearn.datasets import load_sample_image
 from source_checkpoints import NAMES, SIZES, WIDTHS, saved, vit_classifier
 from timm.data import create_transform, resolve_data_config
+from tiny_models import raises_one_line
 from transformers import AutoImageProcessor
 
 from modeling_vitcls import (
@@ -380,6 +381,75 @@ def test_a_missing_pooler_is_not_initialized(tmp_path: Path) -> None:
     made = convert_checkpoint(saved(model, tmp_path / "source"), tmp_path / "made")
     assert "no pooler" in made.notes[0]
     assert ViTCLSModel.from_pretrained(tmp_path / "made").config.pooled_activation is None
+
+
+def save_without_pooler(folder: Path, names: dict[str, str]) -> str:
+    """Save a ViTModel without its pooler, with these weights renamed; return it as a source."""
+    encoder = randomize_weights(transformers.ViTModel(transformers.ViTConfig(**SIZES)))
+    source = saved(encoder, folder)
+    weights = load_file(folder / "model.safetensors")
+    weights = {names.get(name, name): value for name, value in weights.items() if not name.startswith("pooler.")}
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    return source
+
+
+def test_a_checkpoint_without_a_pooler_must_have_all_other_weights(tmp_path: Path) -> None:
+    source = save_without_pooler(tmp_path / "source", {"layernorm.weight": "layernorm.scale"})
+    with pytest.raises(
+        ConversionError, match=r"ViTModel requires 3 weights that are missing .*, for example layernorm\.weight"
+    ):
+        convert_checkpoint(source, tmp_path / "made")
+    assert not (tmp_path / "made").exists()
+
+
+def test_weights_that_the_source_does_not_use_are_named(tmp_path: Path) -> None:
+    source = saved(randomize_weights(transformers.ViTModel(transformers.ViTConfig(**SIZES))), tmp_path / "source")
+    file = tmp_path / "source" / "model.safetensors"
+    save_file(load_file(file) | {"layernorm.scale": torch.ones(32)}, file, metadata={"format": "pt"})
+    made = convert_checkpoint(source, tmp_path / "made")
+    assert made.notes == ["ViTModel does not use 1 weights, for example layernorm.scale"]
+
+
+class RunWhenUnpickled:
+    """Creates a file when it is unpickled."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, (str(self.file),)
+
+
+def test_pickles_with_code_are_refused(tmp_path: Path) -> None:
+    source = saved(randomize_weights(transformers.ViTModel(transformers.ViTConfig(**SIZES))), tmp_path / "source")
+    (tmp_path / "source" / "model.safetensors").unlink()
+    torch.save({"layernorm.weight": RunWhenUnpickled(tmp_path / "ran")}, tmp_path / "source" / "pytorch_model.bin")
+    with raises_one_line("is a pickle with other objects than tensors", "safetensors", error=ConversionError):
+        convert_checkpoint(source, tmp_path / "made")
+    assert not (tmp_path / "ran").exists() and not (tmp_path / "made").exists()
+
+
+@pytest.mark.parametrize("file", ["config.json", "preprocessor_config.json"])
+def test_remote_code_is_never_run(file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody is asked, either: transformers would read the answer from the standard input."""
+    monkeypatch.setattr("sys.stdin", io.StringIO("y\n" * 9))
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked whether to run remote code"))
+    source = saved(randomize_weights(transformers.ViTModel(transformers.ViTConfig(**SIZES))), tmp_path / "source")
+    (tmp_path / "source" / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Evil: ...\n")
+    references = dict.fromkeys(("AutoConfig", "AutoModel", "AutoImageProcessor"), "evil.Evil")
+    settings = {"model_type": "evil", "image_processor_type": "Evil", "auto_map": references}
+    path = tmp_path / "source" / file
+    path.write_text(json.dumps((json.loads(path.read_text()) if path.exists() else {}) | settings))
+    if file == "config.json":
+        with raises_one_line("requires the code in its own repository, which is never run", error=ConversionError):
+            convert_checkpoint(source, tmp_path / "made")
+    else:
+        made = convert_checkpoint(source, tmp_path / "made")
+        assert "image processor" in made.preprocessing["assumed_because"]
+    assert not (tmp_path / "ran").exists()
+    assert not [
+        file for file in tmp_path.rglob("*") if file.name.startswith("evil") and file.parent != tmp_path / "source"
+    ]
 
 
 def test_missing_weights_are_an_error(tmp_path: Path) -> None:

@@ -1,8 +1,11 @@
 """Fixtures that several tests of the core share."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
+from torch import Tensor, nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from warm_processes import OFFLINE, run_together
 
 from modeling_vitcls import cpu_kernels_vitcls
@@ -13,6 +16,19 @@ def low_thresholds(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let kernels compute tiny models too."""
     monkeypatch.setattr(cpu_kernels_vitcls, "MIN_WORK", dict.fromkeys(cpu_kernels_vitcls.MIN_WORK, 0))
     monkeypatch.setattr(cpu_kernels_vitcls, "MIN_CHUNKED_SCORES", 0)
+
+
+@pytest.fixture
+def flash_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Replace the kernel of flash_attention_2, which requires a GPU, by SDPA on the same masks [B, N] over keys."""
+
+    def attend(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **options: Any) -> Any:
+        assert mask is None or mask.shape == (len(key), key.shape[2])
+        mask = None if mask is None else mask.bool()[:, None, None, :]
+        attended = nn.functional.scaled_dot_product_attention(query, key, value, mask, scale=options["scaling"])
+        return attended.transpose(1, 2), None
+
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, "flash_attention_2", attend)
 
 
 @pytest.fixture(scope="session")

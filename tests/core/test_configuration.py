@@ -429,6 +429,19 @@ def test_a_contradiction_made_by_assignment_is_an_error_at_construction_of_the_m
         config.save_pretrained(tmp_path)
 
 
+def test_defaults_and_none_are_not_saved_except_sizes(tmp_path: Path) -> None:
+    ViTCLSConfig(num_register_tokens=2, qkv_bias=False).save_pretrained(tmp_path)
+    stored = json.loads((tmp_path / "config.json").read_text())
+    assert {"hidden_size": 768, "num_cls_tokens": 1, "image_size": 224, "pooling": "cls"}.items() <= stored.items()
+    assert (stored["num_register_tokens"], stored["qkv_bias"]) == (2, False)
+    assert None not in stored.values()
+    assert not {"position_antialias", "rope_theta", "hidden_act", "layer_type"} & stored.keys()
+    loaded = ViTCLSConfig.from_pretrained(tmp_path)
+    assert loaded.to_dict() == ViTCLSConfig(num_register_tokens=2, qkv_bias=False).to_dict() | {
+        name: loaded.to_dict()[name] for name in ("transformers_version", "architectures") if name in loaded.to_dict()
+    }
+
+
 # Runs without the package: `first` and `second` are two checkpoints with different code.
 REGISTER = """
 import json, sys

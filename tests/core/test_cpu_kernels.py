@@ -377,6 +377,18 @@ def test_products_are_rounded_once(dtype: torch.dtype, bias: bool) -> None:
     assert torch.equal(layer(inputs), exact.to(dtype))
 
 
+@pytest.mark.parametrize("bias", [True, False])
+def test_autocast_multiplies_values_in_half_precision(dtype: torch.dtype, bias: bool) -> None:
+    """Weights and inputs in float32 are rounded before an emulated product, not only its result."""
+    torch.manual_seed(0)
+    layer, inputs = CPULinear(48, 80, bias=bias), torch.randn(2, 7, 48)
+    with torch.autocast("cpu", dtype=dtype):
+        found = layer(inputs)
+    rounded = [None if each is None else each.to(dtype).float() for each in (inputs, layer.weight, layer.bias)]
+    assert torch.equal(found, nn.functional.linear(*rounded).to(dtype))
+    assert not torch.equal(found, layer.double()(inputs.double()).to(dtype))
+
+
 def test_first_and_second_gradients_in_half_precision(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     layer, inputs = CPULinear(6, 4).to(dtype), torch.randn(3, 5, 6).to(dtype).requires_grad_()

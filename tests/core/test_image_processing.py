@@ -355,6 +355,26 @@ def test_a_gray_model_gets_one_channel(backend: type) -> None:
     assert (pixel_values[2] == -1).all()
 
 
+def gray_with_alpha(kind: str) -> PIL.Image.Image:
+    """Return a gray image of value 50 with alpha 100, or of value 50 of which one pixel is transparent (`tRNS`)."""
+    if kind == "LA":
+        return PIL.Image.merge("LA", [PIL.Image.new("L", (6, 4), value) for value in (50, 100)])
+    image = PIL.Image.new("L", (6, 4), 50)
+    image.putpixel((0, 0), 7)
+    return PIL.Image.open(BytesIO(encoded(image, transparency=7)))
+
+
+@pytest.mark.parametrize(("kind", "first", "others"), [("LA", 175, 175), ("L", 255, 50)])
+def test_transparency_of_gray_images_is_laid_on_white(backend: type, kind: str, first: int, others: int) -> None:
+    """Also for models with one channel."""
+    for to_rgb, channels in ((True, 3), (False, 1)):
+        values = raw_values(backend, gray_with_alpha(kind), do_convert_rgb=to_rgb)
+        assert values.shape == (channels, 4, 6)
+        assert (
+            (values[:, 0, 0] == first).all() and (values[:, 0, 1:] == others).all() and (values[:, 1:] == others).all()
+        )
+
+
 def test_more_channels_pass_if_their_axis_is_named(backend: type) -> None:
     bands = np.zeros((6, 4, 6), dtype=np.uint8)
     assert raw_values(backend, bands, do_convert_rgb=False, input_data_format="channels_first").shape == (6, 4, 6)

@@ -368,7 +368,8 @@ def test_reconstructions_of_rectangular_patches_and_grey_images() -> None:
     model = filled(ViTCLSForMaskedImageModeling(tiny_config(patch_size=[4, 8], num_channels=1)))
     output = model(images(2, 15, 17, 1), bool_masked_pos=torch.ones(2, 6, dtype=torch.bool))
     assert output.reconstruction.shape == (2, 1, 12, 16)
-    assert output.loss.isfinite()
+    expected = (output.reconstruction - images(2, 15, 17, 1)[:, :, :12, :16]).abs().mean()
+    torch.testing.assert_close(output.loss, expected)
 
 
 def test_masked_pixels_are_not_seen() -> None:
@@ -381,6 +382,20 @@ def test_masked_pixels_are_not_seen() -> None:
     assert torch.equal(first, second)
     other[:, :, 0, 0] += 1.0
     assert not torch.equal(first, model(other, bool_masked_pos=mask).reconstruction)
+
+
+@each_kind
+def test_calls_without_images_are_refused(model_class: type, fields: dict[str, Any], inputs: dict[str, Any]) -> None:
+    model = model_class(tiny_config(**fields))
+    for pixel_values, words in (
+        (None, "pixel_values is a NoneType: pass a tensor"),
+        (images().numpy(), "pixel_values is a ndarray: pass a tensor"),
+        ([images()], "pixel_values is a list: pass a tensor"),
+        (images()[:0], "pixel_values has shape (0, 3, 32, 32): pass images"),
+        (images()[0], "pixel_values has shape (3, 32, 32): pass images"),
+    ):
+        with raises_one_line(words, "channels, height, width]" if "shape" in words else "[B, C, H, W]"):
+            model(pixel_values, **inputs)
 
 
 def test_the_callers_configuration_is_left_alone() -> None:
@@ -418,9 +433,14 @@ def test_feature_maps(layout: dict[str, Any]) -> None:
 
 
 def test_feature_maps_as_tokens() -> None:
-    backbone = filled(ViTCLSBackbone(tiny_config(reshape_hidden_states=False, num_register_tokens=2)))
+    """The first CLS token and the patches."""
+    fields = {"num_cls_tokens": 2, "num_register_tokens": 2}
+    backbone = filled(ViTCLSBackbone(tiny_config(reshape_hidden_states=False, **fields)))
     (tokens,) = backbone(images()).feature_maps
-    assert torch.equal(tokens, filled(ViTCLSModel(tiny_config(num_register_tokens=2)))(images()).tokens["patches"])
+    expected = filled(ViTCLSModel(tiny_config(**fields)))(images()).tokens
+    assert torch.equal(tokens, torch.cat([expected["cls"][:, :1], expected["patches"]], dim=1))
+    with raises_one_line("reshape_hidden_states=False requires a CLS token"):
+        ViTCLSBackbone(tiny_config(reshape_hidden_states=False, num_cls_tokens=0, pooling="mean"))
 
 
 def test_the_default_feature_map_is_the_last() -> None:
@@ -435,6 +455,39 @@ def test_stages_can_be_chosen_at_load(tmp_path: Path) -> None:
     assert chosen.out_features == ["stem", "stage1"]
     with raises_one_line("stage7"):
         ViTCLSBackbone.from_pretrained(tmp_path, out_features=["stage7"])
+
+
+# Names of timm and transformers --------------------------------------------------------------------------------------
+
+
+def test_names_of_timm_and_transformers() -> None:
+    model = filled(ViTCLSForImageClassification(tiny_config(num_register_tokens=2)))
+    encoded = model.vitcls(images(2, 24, 40)).last_hidden_state
+    assert torch.equal(model.forward_features(images(2, 24, 40)), encoded)
+    assert torch.equal(model.vitcls.forward_features(images(2, 24, 40)), encoded)
+    assert model.num_features == model.vitcls.num_features == 16
+    for interpolate in (True, False):
+        outputs = model(images(2, 24, 40), interpolate_pos_encoding=interpolate)
+        assert torch.equal(outputs.logits, model(images(2, 24, 40)).logits)
+
+
+@pytest.mark.parametrize("head_type", ["linear", "mlp"])
+def test_reset_classifier(tmp_path: Path, head_type: str) -> None:
+    config = tiny_config(num_distillation_tokens=1, head_type=head_type, id2label={0: "a", 1: "b", 2: "c"})
+    model = filled(ViTCLSForImageClassification(config)).to(torch.float64)
+    encoder = {name: weight.clone() for name, weight in model.vitcls.state_dict().items()}
+    old = model(images()).cls_logits
+    model.reset_classifier(5)
+    logits = model(images()).logits
+    assert logits.shape == (2, 5) and logits.dtype == torch.float64 and 0 < logits.std() < old.std()
+    assert model.num_labels == 5 and model.config.id2label[4] == "LABEL_4" and "a" not in model.config.label2id
+    assert all(torch.equal(weight, encoder[name]) for name, weight in model.vitcls.state_dict().items())
+    assert torch.equal(reloaded(model, tmp_path)(images()).logits, logits)
+    model.reset_classifier(3)
+    assert model.config.id2label == {0: "LABEL_0", 1: "LABEL_1", 2: "LABEL_2"}
+    model.reset_classifier(0)
+    assert largest_difference(model(images()).logits, model.vitcls(images()).pooler_output) <= 1e-12
+    assert model.distillation_classifier is None
 
 
 # Errors

@@ -39,6 +39,7 @@ SOURCES: dict[str, dict[str, Any]] = {
 CASES: list[Any] = [(source, "sdpa", None) for source in SOURCES]
 CASES += [(source, "sdpa", MASK) for source in ("rotary", "scopes", "gates", "distances")]
 CASES += [("scopes", "eager", None), ("gates", "eager", MASK)]
+CASES += [("rotary", "flash_attention_2", MASK)]
 CASES += [pytest.param("scopes", "flex_attention", MASK, marks=pytest.mark.slow)]
 
 
@@ -56,6 +57,7 @@ def kept_by(model: ViTCLSModel) -> list[torch.Tensor]:
 
 
 @torch.no_grad()
+@pytest.mark.usefixtures("flash_attention")
 @pytest.mark.parametrize(("source", "implementation", "mask"), CASES)
 def test_training_is_evaluation_on_the_kept_patches(
     source: str, implementation: str, mask: torch.Tensor | None
@@ -64,7 +66,7 @@ def test_training_is_evaluation_on_the_kept_patches(
     model = filled(ViTCLSModel(tiny_config(**(TOKENS | SOURCES[source]), patch_drop_rate=0.4)))
     prefix = model.config.token_layout.num_prefix_tokens
     mask = None if mask is None else mask[:, PREFIX - prefix :]
-    model.set_attn_implementation(implementation)
+    model.config._attn_implementation = implementation  # `set_attn_implementation` requires the package of flash
     kept = kept_by(model)
     with torch.compiler.set_stance("force_eager"):
         found = model.train()(images(), attention_mask=mask, output_hidden_states=True)
@@ -111,15 +113,40 @@ def test_gradient_checkpointing_sees_the_same_patches(reentrant: bool) -> None:
 @pytest.mark.parametrize("pooling", ["mean", "cls_mean", "max", "attention"])
 def test_heads_read_what_is_there(pooling: str) -> None:
     model = filled(ViTCLSForImageClassification(tiny_config(pooling=pooling, patch_drop_rate=0.5))).train()
+    pooler_inputs: list[torch.Tensor] = []
+    model.vitcls.pooler.register_forward_pre_hook(lambda pooler, inputs: pooler_inputs.append(inputs[0]))
     output = model(images(2, 24, 40), labels=torch.tensor([0, 2]))
+    (sequence,) = pooler_inputs
+    assert sequence.shape == (2, 1 + 8, 16)  # 8 of 15 patches
+    patches = sequence[:, 1:]
+    pooled = {
+        "mean": lambda: patches.mean(1),
+        "cls_mean": lambda: torch.cat([sequence[:, 0], patches.mean(1)], dim=-1),
+        "max": lambda: patches.amax(1),
+        "attention": lambda: model.vitcls.pooler(sequence),
+    }[pooling]()
+    torch.testing.assert_close(output.logits, model.classifier(pooled))
     output.loss.backward()
-    assert output.logits.shape == (2, 3) and output.logits.isfinite().all()
+    assert all(parameter.grad.abs().max() > 0 for parameter in model.classifier.parameters())
 
 
 def test_several_tasks_learn() -> None:
+    """Also if a batch has no labels for one of them."""
     fields: dict[str, Any] = {"num_cls_tokens": 2, "tasks": {"age": 2, "species": 4}, "patch_drop_rate": 0.9}
     model = filled(ViTCLSForMultiTaskClassification(tiny_config(**fields))).train()
-    model(images(), labels={"species": torch.tensor([3, 0])}).loss.backward()
+    labels = {"species": torch.tensor([3, 0]), "age": torch.tensor([1, 0])}
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    losses = []
+    for step in range(40):
+        torch.manual_seed(step)
+        loss = model(images(), labels=labels if step % 2 else {"species": labels["species"]}).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.2 * losses[1] and losses[-2] < 0.2 * losses[0]
+    logits = model.eval()(images()).logits
+    assert {task: rows.argmax(1).tolist() for task, rows in logits.items()} == {"age": [1, 0], "species": [3, 0]}
 
 
 def test_which_patches_stay_is_random_and_reproducible() -> None:

@@ -86,6 +86,23 @@ def test_scopes_of_flex_attention(mask: torch.Tensor | None) -> None:
 
 
 @torch.no_grad()
+@pytest.mark.usefixtures("flash_attention")
+@pytest.mark.parametrize("fields", [{}, {"position_embedding_type": "rope_2d"}], ids=["learned", "rotary"])
+def test_padding_masks_of_flash_attention(fields: dict[str, Any]) -> None:
+    """The model and its token attention hide the same tokens as with eager attention."""
+    model = filled(ViTCLSModel(tiny_config(**TOKENS | fields)))
+    eager = by_eager_attention(model, images(), attention_mask=MASK)
+    wanted = model(images(), attention_mask=MASK).last_hidden_state[MASK.bool()]
+    unmasked = model(images()).last_hidden_state[MASK.bool()]
+    model.config._attn_implementation = "flash_attention_2"
+    found = model(images(), attention_mask=MASK).last_hidden_state[MASK.bool()]
+    assert largest_difference(found, wanted) <= 1e-5 < largest_difference(unmasked, wanted)
+    rows = model.token_attention(images(), attention_mask=MASK)
+    assert largest_difference(rows, eager) <= 1e-5
+    assert rows[1, ..., 10:14].abs().max() == 0 < rows[0, ..., 10:14].min()
+
+
+@torch.no_grad()
 @each_kind
 def test_every_class_has_it(model_class: type, fields: dict[str, Any], inputs: dict[str, Any]) -> None:
     model = filled(model_class(tiny_config(**fields)))

@@ -62,9 +62,13 @@ def test_the_global_generator_is_left_alone() -> None:
 
 
 def test_images_of_different_sizes_become_one_batch() -> None:
+    """Each image becomes what it becomes in a batch of its own."""
     sources = [*pictures(1, (40, 36)), *pictures(1, (17, 90))]
     for options in (ALL, STILL):
-        assert augmented(build(**options), sources, 0, [0, 1]).shape == (2, 3, 24, 32)
+        batch = augmented(build(**options), sources, 0, [0, 1])
+        assert batch.shape == (2, 3, 24, 32)
+        for index, source in enumerate(sources):
+            assert torch.equal(batch[index], augmented(build(**options), [source], 0, [index])[0])
 
 
 def test_without_changes_images_are_resized() -> None:

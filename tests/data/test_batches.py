@@ -85,8 +85,17 @@ def test_repeated_augmentation_shows_copies_in_the_same_step() -> None:
         assert len(set(batch)) == 12  # copies differ in their epoch, and so in their augmentation
         assert all(first[1] != second[1] for first, second in pairwise(batch))  # mixing takes neighbors
     assert sorted(keys_of(plan)) == [(epoch, index) for epoch in range(6) for index in range(10)]
-    with pytest.raises(ValueError, match="--repeated-augmentation 3 does not divide the 64 images of a step"):
-        plan_for(10, batch_size=64, num_copies=3)
+
+
+def test_copies_do_not_have_to_divide_the_batch() -> None:
+    """--repeated-augmentation 3 works with the default batch of 64 images."""
+    plan = plan_for(100, epochs=2, batch_size=64, num_copies=3)
+    batches = list(plan.iterate_keys(process=0))
+    for batch in batches:
+        assert len(set(batch)) == 64
+        assert sorted(Counter(index for _, index in batch).values()) == [2, 2] + [3] * 20
+    first_images = [index for batch in batches for _, index in batch[:22]]
+    assert len(set(first_images[:88])) == 88  # the next step continues with other images
 
 
 def test_balanced_sampling_shows_classes_equally_often() -> None:

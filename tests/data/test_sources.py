@@ -2,7 +2,9 @@
 
 import gzip
 import io
+import os
 import struct
+import sys
 import zlib
 from collections import Counter
 from pathlib import Path
@@ -13,7 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from modeling_vitcls.data.images import LabeledImages, UnreadableImage, UnreadableImages
+from modeling_vitcls.data.images import Examples, Files, LabeledImages, UnreadableImage, UnreadableImages
 from modeling_vitcls.data.sources import load_splits
 from modeling_vitcls.data.splits import load_evaluation_data, load_training_data, load_unlabeled_data
 from modeling_vitcls.image_processing_vitcls import pil_to_tensor
@@ -122,7 +124,10 @@ def test_parquet_with_embedded_images_and_numbered_labels(colours: Path, tmp_pat
 
 def test_parquet_with_bytes(colours: Path, tmp_path: Path) -> None:
     rows = {"image": [Path(path).read_bytes() for path in paths_in(colours)], "label": ["x", "y"] * 10}
-    assert len(everything(read(write_table(tmp_path / "table.parquet", rows)))) == 20
+    found = everything(read(write_table(tmp_path / "table.parquet", rows)))
+    assert sorted(np.asarray(picture).tobytes() for picture, _ in found) == sorted(
+        np.asarray(Image.open(path)).tobytes() for path in paths_in(colours)
+    )
 
 
 def test_declared_labels_are_indices_whatever_their_names(colours: Path, tmp_path: Path) -> None:
@@ -291,7 +296,7 @@ def test_labels_that_contradict_each_other_are_named(colours: Path, tmp_path: Pa
             "has the label 0.5, but --label-separator requires a column",
         ),
         ({"label_column": ("shade", "size"), "label_names": ("a",)}, "'shade' is one of several"),
-        ({"label_column": ("absent",)}, "has no column 'absent': Choose one of image, tags, size, shade"),
+        ({"label_column": ("absent",)}, "has no column 'absent'. Choose one of image, tags, size, shade"),
     ):
         with pytest.raises(ValueError, match=message):
             read(file, **options)
@@ -456,6 +461,16 @@ def test_unreadable_images_are_named(tmp_path: Path) -> None:
             with pytest.raises(UnreadableImage, match=name) as caught:
                 source.images[index]
             assert "\n" not in str(caught.value)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="requires named pipes")
+def test_contents_of_pipes_are_not_read(tmp_path: Path) -> None:
+    """Reading a pipe would block."""
+    os.mkfifo(tmp_path / "pipe.png")
+    (tmp_path / "file.png").write_bytes(b"content")
+    paths = [str(tmp_path / name) for name in ("pipe.png", "file.png", "missing.png")] + ["https://example.org/a.png"]
+    assert [Files(paths).read_content(index) for index in range(4)] == [None, b"content", None, None]
+    assert Examples([{"path": None, "bytes": None}]).read_content(0) is None
 
 
 def test_missing_images_are_broken(tmp_path: Path) -> None:

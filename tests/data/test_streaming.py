@@ -172,8 +172,12 @@ def test_copies_and_views(two_shards: Path) -> None:
         assert torch.equal(batch["view"], batch["epoch"] % 2)
     keys = [key for batch in batches for key in zip(batch["index"].tolist(), batch["epoch"].tolist(), strict=True)]
     assert len(set(keys)) == len(keys)
-    with pytest.raises(ValueError, match="--repeated-augmentation 4 does not divide --batch-size 6"):
-        batches_of(source, plan_for(num_copies=4, max_steps=2, batch_size=6, gradient_accumulation_steps=2))
+
+
+def test_copies_do_not_have_to_divide_the_batch(two_shards: Path) -> None:
+    for batch in batches_of(read(two_shards).train, plan_for(num_copies=4, max_steps=5, batch_size=6)):
+        assert sorted(Counter(batch["index"].tolist()).values()) == [2, 4] or len(set(batch["index"].tolist())) == 2
+        assert len(batch["index"]) == 6
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])

@@ -7,7 +7,9 @@ check what went wrong, "" if nothing did.
 """
 
 import functools
+import itertools
 import json
+import math
 import sys
 import traceback
 from collections.abc import Callable
@@ -25,6 +27,12 @@ from transformers.distributed import DistributedConfig
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import modeling_vitcls as vitcls
+from modeling_vitcls.data.batches import BatchPlan
+from modeling_vitcls.options import TrainingOptions
+from modeling_vitcls.training.loop import Hooks, NonFiniteLoss, TrainingLoop, TrainingState
+from modeling_vitcls.training.losses import Objective
+from modeling_vitcls.training.optimizer import build_parameter_groups
+from modeling_vitcls.training.token_monitor import TokenMonitor
 
 
 NUM_PROCESSES = 2
@@ -181,8 +189,66 @@ def data_parallel_after_masked_images(folder: Path) -> None:
         accelerator.backward(loss_of(model.train(), "one CLS", own_images()))
 
 
+def build_training_loop(folder: Path, objective: Objective) -> TrainingLoop:
+    """Build a training loop of four steps on both processes, which calls `objective(model, batch)`."""
+    accelerator = Accelerator(cpu=True)
+    model, _ = saved_model("one CLS", folder)
+    options = TrainingOptions(max_steps=4, batch_size=2)
+    optimizer = torch.optim.SGD(build_parameter_groups(model, weight_decay=0.0), lr=0.1)
+    state = TrainingState(*accelerator.prepare(model, optimizer))
+    plan = BatchPlan.from_options(8, options, NUM_PROCESSES)
+    hooks = Hooks(evaluate=dict, log=lambda record: None, warn=lambda line: None, save=lambda is_best: None)
+    return TrainingLoop(state, objective, plan, options, accelerator, hooks, TokenMonitor(model))
+
+
+def each_process_draws_its_own_dropout(folder: Path) -> None:
+    """The random numbers of a forward pass differ between processes and steps, and are the same in a second run."""
+
+    def draw(model: Any, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
+        drawn.append(torch.rand(4))
+        return {"loss": loss_of(model, "one CLS", own_images())}
+
+    runs = []
+    for _ in range(2):
+        drawn: list[torch.Tensor] = []
+        loop = build_training_loop(folder, draw)
+        for _ in range(2):
+            loop.step(itertools.repeat({}), with_health=False)
+        numbers: list[Any] = [None] * NUM_PROCESSES
+        distributed.all_gather_object(numbers, drawn)
+        runs.append([tuple(each.tolist()) for process in numbers for each in process])
+    assert len(set(runs[0])) == 2 * NUM_PROCESSES
+    assert runs[0] == runs[1]
+
+
+def a_loss_that_is_not_finite_on_one_process_stops_both(folder: Path) -> None:
+    """Whichever process it is; no weight changes."""
+
+    def get_loss(model: Any, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
+        loss = loss_of(model, "one CLS", own_images())
+        return {"loss": loss, "logged": loss} if distributed.get_rank() != failing else {"loss": loss + math.inf}
+
+    for failing in range(NUM_PROCESSES):
+        loop = build_training_loop(folder, get_loss)
+        before = [parameter.detach().clone() for parameter in loop.state.model.parameters()]
+        try:
+            loop.step(itertools.repeat({}), with_health=False)
+        except NonFiniteLoss:
+            pass
+        else:
+            raise AssertionError(f"the loss of process {failing} is infinite, but training continued")
+        for parameter, value in zip(loop.state.model.parameters(), before, strict=True):
+            assert torch.equal(parameter, value) and parameter.grad is None
+
+
 CHECKS |= {
-    function.__name__: function for function in (data_parallel_with_a_task_missing, data_parallel_after_masked_images)
+    function.__name__: function
+    for function in (
+        data_parallel_with_a_task_missing,
+        data_parallel_after_masked_images,
+        each_process_draws_its_own_dropout,
+        a_loss_that_is_not_finite_on_one_process_stops_both,
+    )
 }
 
 

@@ -31,6 +31,7 @@ from modeling_vitcls.data.labels import LabelSpace
 from modeling_vitcls.distributed import build_accelerator
 from modeling_vitcls.inference.evaluate import evaluate_checkpoint
 from modeling_vitcls.inference.evaluator import Evaluator
+from modeling_vitcls.inference.frozen import evaluate_frozen
 from modeling_vitcls.options import DataOptions, EvaluateOptions
 
 
@@ -121,6 +122,12 @@ def evaluate_digits(model: Path, output: Path | None = None) -> dict[str, Any]:
     return evaluate_checkpoint(EvaluateOptions(model=str(model), data=data, batch_size=7, output=output))
 
 
+def evaluate_frozen_digits(model: Path, output: Path | None = None) -> dict[str, Any]:
+    """Return what scripts/evaluate.py --frozen measures."""
+    data = DataOptions(dataset="digits", num_workers=0)
+    return evaluate_frozen(EvaluateOptions(str(model), data, batch_size=7, frozen="knn", output=output))
+
+
 def main() -> None:
     """Evaluate; the main process writes what came out."""
     folder = Path(sys.argv[1])
@@ -129,6 +136,7 @@ def main() -> None:
     if accelerator.is_main_process:
         (folder / "scenarios.json").write_text(json.dumps(results), encoding="utf-8")
     evaluate_digits(folder, folder / "new" / "digits.json")
+    evaluate_frozen_digits(folder, folder / "frozen.json")
 
 
 if __name__ == "__main__":

@@ -135,6 +135,7 @@ class LocalHub:
         self.url = ""
         self.storage_url = ""
         self.tokens: dict[str, Token] = {}
+        self.private_by_default: set[str] = set()  # organizations whose new repositories are private
         self.repositories: dict[str, Repository] = {}
         self.contents: dict[str, bytes] = {}
         self.requests: list[tuple[str, str]] = []

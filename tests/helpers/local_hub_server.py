@@ -138,7 +138,9 @@ def create_repository(hub: "LocalHub", match: re.Match[str], request: Request) -
     with hub.lock:
         if hub.repository(repo_id) is not None:
             return Answer({"error": f"You already created this {kind} repo", "url": url}, 409)
-        hub.create(repo_id, private=bool(asked.get("private")) or asked.get("visibility") == "private")
+        default = "private" if namespace in hub.private_by_default else "public"
+        visibility = {True: "private", False: "public", None: asked.get("visibility", default)}[asked.get("private")]
+        hub.create(repo_id, private=visibility == "private")
     return Answer({"url": url})
 
 

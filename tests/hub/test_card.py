@@ -8,6 +8,7 @@ import pytest
 import torch
 import yaml
 from huggingface_hub import ModelCard, parse_eval_result_entries
+from markdown_it import MarkdownIt
 from PIL import Image
 from tiny_models import filled, tiny_config
 
@@ -91,7 +92,7 @@ def test_text_says_tokens_results_and_how_to_load(card: ModelCard) -> None:
     assert "| Accuracy | 98.33% |" in card.text
     assert "360 images of the held-out split" in card.text
     assert "Top-5" not in card.text  # was not measured
-    loading = 'pipeline("image-classification", model="my-model", revision="<commit hash>", trust_remote_code=True)'
+    loading = 'pipeline("image-classification", model="my-model", revision="main", trust_remote_code=True)'
     assert loading in card.text and 'revision = "<commit hash>"' in card.text
     assert card.text.count("from_pretrained(") == card.text.count("revision=revision") == 2
     assert "torch 2.15.0" in card.text
@@ -99,7 +100,7 @@ def test_text_says_tokens_results_and_how_to_load(card: ModelCard) -> None:
 
 def test_no_section_is_empty(card: ModelCard) -> None:
     sections = re.split(r"^#+ .*$", card.text, flags=re.MULTILINE)[1:]
-    assert len(sections) == 9
+    assert len(sections) == 10
     assert all(section.strip() for section in sections)
     assert not re.search(r"More Information Needed|None|\{\{|\{%|\n\n\n", card.text)
 
@@ -250,8 +251,8 @@ def test_results_of_one_label() -> None:
     assert table == [
         "| Class | Images | Recall | Precision | F1 |",
         "|---|---:|---:|---:|---:|",
-        "| dusk | 200 | 99.00% | 97.50% | 98.25% |",
-        "| noon\\|late | 160 | – | 100.00% | 50.00% |",
+        "| `dusk` | 200 | 99.00% | 97.50% | 98.25% |",
+        "| `noon\\|late` | 160 | – | 100.00% | 50.00% |",
     ]
     assert not re.search(r"None|\n\n\n", card.text)
     intervals = [result.metric_args for result in card.data.eval_results if result.metric_args]
@@ -265,7 +266,7 @@ def test_results_of_one_label() -> None:
 def test_many_classes_get_no_table() -> None:
     for count, has_table in ((20, True), (21, False)):
         card = rendered(per_class=[PER_CLASS[0] | {"name": f"class-{index}"} for index in range(count)])
-        assert ("| class-0 |" in card.text) is has_table
+        assert ("| `class-0` |" in card.text) is has_table
 
 
 def test_results_of_several_labels() -> None:
@@ -278,7 +279,7 @@ def test_results_of_several_labels() -> None:
     assert "for multi-label image classification with 2 classes" in card.text
     assert "| Mean average precision | 75.00% |" in card.text
     assert "F1, macro average" not in card.text  # was not measured
-    assert "| dusk | 200 | 99.00% | 97.50% | 98.25% | 12.50% |" in card.text
+    assert "| `dusk` | 200 | 99.00% | 97.50% | 98.25% | 12.50% |" in card.text
 
 
 def test_results_of_several_tasks() -> None:
@@ -295,8 +296,8 @@ def test_results_of_several_tasks() -> None:
     assert "for multi-task image classification: light (2 classes), place (3 classes)" in card.text
     assert "| light: Accuracy | 90.00% (95 % interval: 80.00% to 95.00%) |" in card.text
     assert "place: Accuracy" not in card.text
-    assert "light, per class:" in card.text and "place, per class:" in card.text and "| wood | 160 |" in card.text
-    assert "pipeline(" not in card.text  # it knows no tasks
+    assert "light, per class:" in card.text and "place, per class:" in card.text and "| `wood` | 160 |" in card.text
+    assert "pipeline(" not in card.text and card.data.pipeline_tag == "image-feature-extraction"
 
 
 def test_layout_leaves_out_groups_without_tokens() -> None:
@@ -430,8 +431,11 @@ def test_an_encoder_says_what_was_asked_of_it() -> None:
     assert card.data.pipeline_tag == "image-feature-extraction" and card.data.license is None
     assert "| Mask ratio | 0.6 |" in card.text
     assert "smoothing" not in card.text  # there are no labels
+    unused = {"head_type": "mlp", "pooling": "mean", "trainable": "head"}
+    text = str(build_encoder_card("my-encoder", CONFIG, results, flags | unused))
+    assert "head" not in text.replace("4 heads", "") and "classifier" not in text and "pooling" not in text
     sections = re.split(r"^#+ .*$", card.text, flags=re.MULTILINE)[1:]
-    assert len(sections) == 9 and all(section.strip() for section in sections)
+    assert len(sections) == 10 and all(section.strip() for section in sections)
     assert not re.search(r"More Information Needed|None|\{\{|\{%|\n\n\n", card.text)
 
 
@@ -485,6 +489,56 @@ def test_a_benchmark_needs_a_task_and_an_id() -> None:
         RunOptions(eval_benchmark="org/benchmark")
     with pytest.raises(ValueError, match=r"--eval-benchmark is benchmark: set a value such as `namespace/name`"):
         RunOptions(eval_benchmark="benchmark", eval_task_id="top_1")
+
+
+HOSTILE_NAMES = [
+    "<img src=x onerror=alert(1)>",
+    "![a](https://example.org/a.png)",
+    "# heading",
+    "a\n\n# heading\n\n![a](b.png)",
+    "a\r\n---\r\nlicense: mit",
+    "`code` ``` and <b>bold</b>",
+    "a | b | [link](javascript:1)",
+    "\x1b[31mred\x1b[0m \u202etxt.exe",
+    "{{ name }} {% for %}",
+    "*" * 10_000,
+]
+
+
+@pytest.mark.parametrize("name", HOSTILE_NAMES)
+def test_names_of_classes_and_data_sets_are_no_markup(name: str) -> None:
+    """Rendered as HTML, the card has the same elements as a card with plain names."""
+
+    def build(name: str) -> str:
+        labels = {0: name, 1: "noon"}
+        rows = [{"name": labels[index], "images": 9, "recall": recall} for index, recall in enumerate((0.5, 1.0))]
+        config = ViTCLSConfig(**CONFIG.to_diff_dict() | {"id2label": labels})
+        results = RESULTS | {"dataset": name, "per_class": rows, "confusion_matrix": [[1, 8], [0, 9]]}
+        flags = FLAGS | {"dataset": name, "label_names": list(labels.values())}
+        return str(build_card("me/mine", config, results, flags))
+
+    card, plain = build(name), build("plain")
+    assert set(yaml.safe_load(card.split("\n---\n")[0].removeprefix("---"))) == set(
+        yaml.safe_load(plain.split("\n---\n")[0].removeprefix("---"))
+    )
+    body = card.split("\n---\n", maxsplit=1)[1]
+    assert not [character for character in body if not character.isprintable() and character != "\n"]
+    assert render(card) == render(plain)
+
+
+def render(card: str) -> list[tuple[str, str, str]]:
+    """Return the elements of a card, rendered from Markdown: tag, link and image of each."""
+    text = card.split("\n---\n", maxsplit=1)[1]
+    tokens = [
+        child
+        for token in MarkdownIt("gfm-like", {"linkify": False}).parse(text)
+        for child in (token, *(token.children or ()))
+    ]
+    return [
+        (token.type, token.tag, str(token.attrs.get("href") or token.attrs.get("src") or ""))
+        for token in tokens
+        if token.type not in ("text", "softbreak", "fence")
+    ]
 
 
 def test_large_matrices_are_left_out() -> None:

@@ -14,7 +14,14 @@ from PIL import Image
 from tiny_models import filled, raises_one_line, tiny_config
 
 from modeling_vitcls import ViTCLSForImageClassification, ViTCLSImageProcessor
-from modeling_vitcls.hub.local_paths import check_output_is_empty, is_local, is_same_path, resolve_name, strip_folders
+from modeling_vitcls.hub.local_paths import (
+    check_output_is_empty,
+    is_local,
+    is_same_path,
+    make_relative,
+    resolve_name,
+    strip_folders,
+)
 from modeling_vitcls.hub.manifest import SAMPLE_IMAGES, collect_model_files, find_local_dataset_in_card
 from modeling_vitcls.hub.publish import push_folder
 from modeling_vitcls.options import (
@@ -95,6 +102,47 @@ def test_what_was_trained_on_local_data_is_pushed_from_elsewhere_without_its_pat
         "teacher": "timm:resnet18@path/to/weights.pt",
     }
     assert "clinic" not in published.decode()
+
+
+def test_the_files_of_a_run_name_no_folders_of_this_machine(
+    here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They repeat the run from the same folder, and still show that its data and teacher are local."""
+    folder = tmp_path / "runs" / "mine"
+    runner = build_runner(options_of(folder, str(tmp_path / "clinic" / "scans")))
+    runner.claim_folder()
+    runner.lock.release()
+    text = (folder / "config.resolved.yaml").read_text()
+    flags = yaml.safe_load(text)
+    assert (flags["output_dir"], flags["dataset"]) == ("../runs/mine", "../clinic/scans")
+    assert (flags["model"], flags["teacher"]) == ("vitcls-tiny", "timm:resnet18@./weights.pt")
+    assert str(tmp_path) not in text
+    again = resolve_names(options_of(Path(flags["output_dir"]), flags["dataset"]))
+    assert again.distillation == runner.options.distillation
+    assert Path(again.data.dataset).resolve() == Path(runner.options.data.dataset)
+    check_same_flags(runner.get_flags(), to_flags(runner.options), folder)
+    monkeypatch.chdir(tmp_path / "clinic")  # the data set is a local folder, whichever folder is current
+    assert is_local(flags["dataset"]) and is_local(flags["teacher"]) and not is_local(flags["model"])
+    assert strip_folders(flags["teacher"]) == "timm:resnet18@path/to/weights.pt"
+
+
+@pytest.mark.parametrize(
+    ("name", "relative"),
+    [
+        ("data/teach", "./data/teach"),
+        ("../clinic", "../clinic"),
+        (".", "./."),
+        ("timm:local-dir:data/teach", "timm:local-dir:./data/teach"),
+        ("acme/none", "acme/none"),
+        ("digits", "digits"),
+    ],
+)
+def test_relative_names_are_resolved_to_the_same_path(here: Path, name: str, relative: str) -> None:
+    resolved = resolve_name(name, is_built_in=name == "digits")
+    assert make_relative(resolved) == make_relative(relative) == relative
+    assert is_local(relative) is is_local(resolved)
+    assert resolve_name(relative, is_built_in=name == "digits") == resolved
+    assert make_relative(None) is None
 
 
 def test_the_built_in_data_and_presets_go_before_folders_of_their_name(here: Path, tmp_path: Path) -> None:

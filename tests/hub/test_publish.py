@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import local_hub_server
@@ -110,12 +111,29 @@ def test_a_push_is_one_commit_of_what_belongs_to_the_model(hub: LocalHub, folder
     assert pushed.url == f"{hub.url}/ann/model/commit/{pushed.commit}"
     accompanying = {"README.md", "results.json", "config.resolved.yaml", "pictures/attention.png"}
     essential = CODE | {WEIGHTS, "config.json", "preprocessor_config.json"}
-    assert set(hub.files("ann/model")) == {".gitattributes"} | essential | accompanying
+    assert set(hub.files("ann/model")) == {".gitattributes", "CODE_LICENSE"} | essential | accompanying
+    assert hub.read("ann/model", "CODE_LICENSE") == (Path(__file__).parents[2] / "LICENSE").read_bytes()
     for name in essential | accompanying - {"config.resolved.yaml"}:
         assert hub.read("ann/model", name) == (folder / name).read_bytes()
     assert hub.files("ann/model")[WEIGHTS].is_lfs
     assert not hub.repositories["ann/model"].private
     assert snapshot(folder) == before
+
+
+def test_the_report_is_pushed_unless_it_shows_images_of_a_local_data_set(hub: LocalHub, folder: Path) -> None:
+    (folder / "report.html").write_text("<html>")
+    recipe = folder / "config.resolved.yaml"
+    for flags, is_pushed in (
+        ({"dataset": "digits"}, True),
+        ({"dataset": "/home/ann/photos"}, False),
+        ({"dataset": "/home/ann/photos", "card_samples": True}, True),
+    ):
+        recipe.write_text(yaml.safe_dump(flags))
+        push_folder(folder, "ann/model")
+        assert ("report.html" in hub.files("ann/model")) == is_pushed
+    recipe.unlink()  # then nobody knows whose images the report shows
+    push_folder(folder, "ann/model")
+    assert "report.html" not in hub.files("ann/model")
 
 
 def test_the_recipe_is_pushed_without_the_paths_of_this_machine(hub: LocalHub, folder: Path) -> None:
@@ -173,6 +191,29 @@ def test_a_branch_gets_its_own_commits(hub: LocalHub, folder: Path) -> None:
     assert HfApi().model_info("ann/model", revision="v1").sha == branch
     refs = HfApi().list_repo_refs("ann/model")
     assert {ref.name for ref in refs.branches} == {"main", "checkpoints/step-100"}
+
+
+def test_a_push_removes_only_outdated_files_of_its_own_branch(hub: LocalHub, folder: Path) -> None:
+    """Neither branch has all files of the other branch."""
+    push_folder(folder, "ann/model")
+    push_folder(folder, "ann/model", branch="new")
+    HfApi().upload_file(path_or_fileobj=b"{}", path_in_repo="metrics.jsonl", repo_id="ann/model", revision="new")
+    HfApi().delete_file("results.json", "ann/model")
+    (folder / "results.json").unlink()
+    push_folder(folder, "ann/model", branch="new")
+    assert not {"metrics.jsonl", "results.json"} & set(hub.files("ann/model", "new"))
+    HfApi().upload_file(path_or_fileobj=b"{}", path_in_repo="metrics.jsonl", repo_id="ann/model")
+    push_folder(folder, "ann/model", branch="new")  # fails if it deletes a file that only main has
+    assert "metrics.jsonl" in hub.files("ann/model")
+
+
+@pytest.mark.parametrize(("private", "is_private"), [(False, True), (True, True)])
+def test_a_new_repository_has_the_visibility_of_its_organization(
+    hub: LocalHub, folder: Path, private: bool, is_private: bool
+) -> None:
+    hub.private_by_default.add("lab")
+    pushed = push_folder(folder, "lab/model", private=private)
+    assert hub.repositories["lab/model"].private is pushed.is_private is is_private
 
 
 def test_a_private_push_is_seen_by_its_owner_alone(hub: LocalHub, folder: Path, tmp_path: Path) -> None:
@@ -405,6 +446,17 @@ def test_too_many_requests_are_followed_by_the_wait_that_is_asked_for(
     push_folder(folder, "ann/model")
     assert time.perf_counter() - started > 1
     assert "HTTP 429" in caplog.text and "trying again in 1 s" in caplog.text
+
+
+@pytest.mark.parametrize(("retry_after", "seconds"), [(30, 30.0), (86_400, 300.0)])
+def test_a_requested_wait_has_an_upper_bound(
+    hub: LocalHub, folder: Path, retry_after: int, seconds: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waits: list[float] = []
+    monkeypatch.setattr(connection, "time", SimpleNamespace(sleep=waits.append))
+    hub.fail("POST", "/commit/", 429, retry_after=retry_after)
+    push_folder(folder, "ann/model")
+    assert waits == [seconds]
 
 
 def test_a_short_wait_is_not_called_0_s(hub: LocalHub, folder: Path, caplog: pytest.LogCaptureFixture) -> None:

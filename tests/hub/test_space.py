@@ -34,6 +34,7 @@ from sklearn.datasets import load_sample_images
 from tiny_models import filled, raises_one_line, tiny_config
 
 import modeling_vitcls as vitcls
+from modeling_vitcls.analysis import compute_attention_rollout, compute_attribution, compute_patch_features
 from modeling_vitcls.demo.page import build_page, launch
 from modeling_vitcls.demo.reader import DemoModel, DemoResult
 from modeling_vitcls.demo.text import build_loading_code, explain_missing_output
@@ -359,16 +360,15 @@ def test_the_model_is_asked_once_per_image_also_about_several_tasks(
     address = launch(page_of_model)
     try:
         with opened(browser, address, width=390) as page:
-            page.locator(".gallery-item").click()
             names = {*tasks["species"], *tasks["age"]}
-            assert set(shown_labels(page, len(names))) == names
+            assert set(shown_labels(page, len(names))) == names  # of the example, without a click
             expect(page.locator("#shares")).to_contain_text("CLS age, layer 2 of 2")
             asked = len(runs)
             before = source_of_map(page)
             page.get_by_label("CLS species").check()
             expect(page.locator("#shares")).to_contain_text("CLS species, layer 2 of 2")
             assert_changes(page, before)
-            assert len(runs) == asked == 2  # labels, attention
+            assert len(runs) == asked == 1  # for labels, attention, attribution and patches
             assert page.evaluate("document.documentElement.scrollWidth") <= 390
     finally:
         page_of_model.close()
@@ -439,13 +439,55 @@ def test_an_encoder_shows_attention_alone(photo: Path, tmp_path: Path) -> None:
     reading = reader.predict(photo)
     assert reading.predictions == {} and reading.rows.shape == (2, 2, 2, 2 + 16)
     assert "encoder without a classifier" in explain_missing_output(reader)
-    assert components(build_page(reader)) == {"radio": 1, "gallery": 1}
+    assert reading.attributions == {} and reading.features.shape == (2, 4, 4, 16)
+    assert components(build_page(reader)) == {"radio": 1, "gallery": 2}
 
 
 def components(page: Any) -> dict[str, int]:
     """How many of some components are on a page."""
     kinds = [component["type"] for component in page.get_config_file()["components"]]
     return {kind: kinds.count(kind) for kind in ("label", "radio", "gallery") if kind in kinds}
+
+
+def test_an_encoder_without_special_tokens_shows_its_patches(photo: Path, tmp_path: Path) -> None:
+    config = tiny_config(num_cls_tokens=0, pooling="mean")
+    reader = DemoModel.load(str(saved(vitcls.ViTCLSModel(config), tmp_path / "patches")))
+    assert reader.predict(photo).draw_colors(1).size == (640, 427)
+    assert components(build_page(reader)) == {}
+
+
+def test_maps_through_all_layers_and_patches(classifier: Path, photo: Path) -> None:
+    """The same as the functions of the analysis return for the image."""
+    reader = DemoModel.load(str(classifier))
+    reading = reader.predict(photo)
+    pixel_values = reader.processor(photo, return_tensors="pt")["pixel_values"]
+    with torch.no_grad():
+        best = reader.model(pixel_values).logits.argmax().item()
+    rollout = compute_attention_rollout(reader.model, pixel_values)[0, :, 5:].unflatten(1, (4, 4))
+    assert torch.allclose(reading.rollout, rollout, atol=1e-5)
+    attribution = compute_attribution(reader.model, pixel_values)[0, 5:].unflatten(0, (4, 4))
+    assert torch.allclose(reading.attributions[NAMES[best]], attribution, rtol=1e-3, atol=1e-6)
+    names = [name for _, name in reading.draw_through_layers(0)]
+    assert names == ["rollout through all layers", f"attribution of {NAMES[best]}"]
+    features = compute_patch_features(reader.model, pixel_values)[0]
+    assert torch.allclose(reading.features.float(), features, rtol=1e-2, atol=1e-2)
+    assert reading.find_patch(320, 213, 640, 427) == (2, 2) and reading.find_patch(5, 5, 640, 427) is None
+    assert not reader.is_read(3, 2) and reader.is_read(3, 1) and reader.is_read(0, 2)
+
+
+def test_a_click_on_a_patch_changes_the_similarity(browser: Browser, demo: str, photo: Path) -> None:
+    with opened(browser, demo) as page:
+        give(page, photo)
+        expect(page.locator("#similar")).to_contain_text("row 3, column 3")
+        before = page.locator("#similarity img").get_attribute("src") or ""
+        patches = page.locator("#patches img")
+        patches.scroll_into_view_if_needed()
+        box = patches.bounding_box()
+        assert box is not None
+        patches.click(position={"x": box["width"] * 0.35, "y": box["height"] * 0.3})
+        expect(page.locator("#similar")).not_to_contain_text("row 3, column 3")
+        expect(page.locator("#similarity img")).not_to_have_attribute("src", before)
+        expect(page.locator("#through img")).to_have_count(2)
 
 
 def test_a_map_covers_what_the_model_saw_and_its_shares_sum_to_one(classifier: Path, photo: Path) -> None:
@@ -493,8 +535,9 @@ def test_large_images_are_shown_smaller(classifier: Path, tmp_path: Path) -> Non
 
 
 def test_models_that_cannot_be_shown_are_refused_in_one_line(tmp_path: Path) -> None:
-    bare = saved(vitcls.ViTCLSModel(tiny_config(num_cls_tokens=0, pooling="mean")), tmp_path / "bare")
-    with raises_one_line("no labels and no special tokens"):
+    merging = tiny_config(num_cls_tokens=0, pooling="mean", merged_patches_per_layer=2)
+    bare = saved(vitcls.ViTCLSModel(merging), tmp_path / "bare")
+    with raises_one_line("no labels and merges patches"):
         DemoModel.load(str(bare))
     deep = saved(vitcls.ViTCLSForImageClassification(tiny_config(num_channels=4)), tmp_path / "deep")
     with raises_one_line("4 channels"):
@@ -587,8 +630,8 @@ def test_the_pushed_space_runs_without_this_package(
     command = WITHOUT_PACKAGE.format(tests=str(Path(__file__).parents[1] / "helpers"), folder=str(space))
     with served(["-P", "-c", command], space, HF_HOME=str(tmp_path / "empty")) as at, opened(browser, at) as page:
         expect(page.get_by_text("ann/mine at commit")).to_contain_text(model.commit[:7])
-        give(page, space / "examples" / "temple.png")
-        assert_shows(shown_labels(page), own_answer(classifier, photo))
+        assert_shows(shown_labels(page), own_answer(classifier, photo))  # of the example
+        expect(page.locator("#patches img")).to_be_visible()
         page.get_by_label("distillation").check()
         expect(page.locator("#shares")).to_contain_text("distillation, layer 3 of 3")
         page.get_by_role("button", name="How to load this model").click()
@@ -615,7 +658,7 @@ def test_the_space_is_set_up_by_its_readme(hub: LocalHub, model: PublishedModel)
 
 def test_what_is_shipped_needs_nothing_that_is_not(model: PublishedModel) -> None:
     listed = {line.partition(">=")[0] for line in build_space_files(model)["requirements.txt"].decode().splitlines()}  # type: ignore[union-attr]
-    available = listed - {"pillow"} | {"PIL", "gradio"} | set(sys.stdlib_module_names)
+    available = listed - {"pillow", "scikit-learn"} | {"PIL", "sklearn", "gradio"} | set(sys.stdlib_module_names)
     for name in PAGE_FILES:
         tree = ast.parse((PACKAGE / name).read_text())
         functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]

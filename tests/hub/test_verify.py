@@ -3,6 +3,7 @@
 The new processes are real where that matters, so there are few of them: what can be refused before is.
 """
 
+import copy
 import json
 import os
 import re
@@ -22,16 +23,16 @@ import modeling_vitcls as vitcls
 from modeling_vitcls.checkpoints import CheckpointStore
 from modeling_vitcls.hub import connection
 from modeling_vitcls.hub.publish import push_folder
+from modeling_vitcls.hub.revisions import HubCommit
 from modeling_vitcls.hub.shared_code import pin_code_in_card, use_shared_code
 from modeling_vitcls.hub.verification_process import NotVerified, build_clean_environment
 from modeling_vitcls.hub.verification_reference import PackageLoader
 from modeling_vitcls.hub.verification_script import AUTO_CLASSES, collect_outputs
-from modeling_vitcls.hub.verify import compare_outputs, verify, verify_push
+from modeling_vitcls.hub.verify import check_script_report, compare_outputs, verify, verify_push
 
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "scripts" / "push_to_hub.py"
-TEMPLATES = sorted((ROOT / "model_cards").glob("*.md.j2"))
 BACKENDS = ["AutoImageProcessor, torchvision", "AutoImageProcessor, pil"]
 
 
@@ -76,6 +77,7 @@ def test_the_script_pushes_and_prints_a_certificate(hub: LocalHub, folder: Path,
         ("pipeline", ""),
     ]
     assert all(float(difference) <= 1e-6 for _, _, difference in found)
+    assert f"files match their hashes; code identical to modeling_vitcls {vitcls.__version__}\n" in ended.stdout
     line = f'AutoModelForImageClassification.from_pretrained("ann/model", revision="{commit}", trust_remote_code=True)'
     assert ended.stdout.rstrip().endswith(line)
     assert not (tmp_path / "cache").exists()
@@ -101,15 +103,20 @@ def test_any_published_model_is_verified_by_any_revision(hub: LocalHub, tmp_path
 
 @pytest.mark.usefixtures("verified_quickly")
 def test_code_may_live_in_one_repository_and_weights_in_another(hub: LocalHub, folder: Path) -> None:
-    code = push_folder(folder, "ann/code")
+    push_folder(folder, "ann/code")
     (folder / "README.md").write_text('## Use\n\nfrom_pretrained("x", revision="<commit hash>")\n')
     use_shared_code(folder, "ann/code")
     assert 'code_revision="<commit hash of ann/code>"' in (folder / "README.md").read_text()
+    code_file = folder.parent / "extra.py"
+    code_file.write_text("")
+    HfApi().upload_file(path_or_fileobj=code_file, path_in_repo="extra.py", repo_id="ann/code")
+    newest = hub.repositories["ann/code"].branches["main"]
     pushed = push_folder(folder, "ann/weights")
     assert not [name for name in hub.files("ann/weights") if name.endswith(".py")]
     certificate = verify("ann/weights", pushed.commit, folder)
+    assert certificate.code_comparison.endswith(f"modeling_vitcls {vitcls.__version__}: extra.py (added)")
     assert list(certificate.differences) == ["AutoModel", "AutoModelForImageClassification", *BACKENDS, "pipeline"]
-    assert f'revision="{pushed.commit}", code_revision="{code.commit}"' in certificate.build_load_line()
+    assert f'revision="{pushed.commit}", code_revision="{newest}"' in certificate.build_load_line()
 
 
 @pytest.mark.parametrize("file", ["config.json", "preprocessor_config.json"])
@@ -138,22 +145,6 @@ def test_what_says_that_its_code_is_where_it_is_has_it_beside_the_weights(hub: L
     with_own_name = (folder / "config.json").read_text().replace('": "modeling', '": "ann/model--modeling')
     (folder / "config.json").write_text(with_own_name)
     assert push_folder(folder, "ann/model").commit
-
-
-@pytest.mark.parametrize("template", TEMPLATES, ids=lambda file: file.name)
-def test_cards_of_all_kinds_pin_the_code_where_it_is(template: Path) -> None:
-    text = template.read_text()
-    moved = pin_code_in_card(text, "ann/code")
-    calls = re.findall(r"(?:from_pretrained|pipeline)\([^()]*\)", moved)
-    assert len(calls) == len(re.findall(r"(?:from_pretrained|pipeline)\([^()]*\)", text))
-    for call in calls:
-        assert re.search(r' revision=("[^"]*"|\w+), code_revision=("[^"]*"|\w+), trust_remote_code=True', call), call
-    if "revision=revision" in moved:
-        assert re.search(r'(?m)^revision = .*\ncode_revision = "<commit hash of ann/code>"$', moved)
-    assert "next to the weights" not in moved
-    if "## Use" in text and calls:
-        assert "## Use\n\nThe weights are here, and their code is in another repository, `ann/code`" in moved
-    assert pin_code_in_card(moved, "bob/code") == pin_code_in_card(text, "bob/code")
 
 
 def test_a_card_that_pins_nothing_stays_as_it_is() -> None:
@@ -308,6 +299,70 @@ def test_a_hub_that_stays_down_is_given_up(hub: LocalHub, folder: Path) -> None:
     push_folder(folder, "ann/model")
     hub.fail("GET", "/api/models/ann/model", 500, times=3)
     with raises_one_line("cannot look up ann/model", "HTTP 500", error=OSError):
+        verify("ann/model")
+
+
+MODEL = HubCommit("ann/model", "a" * 40, needs_token=False)
+CODE = HubCommit("ann/code", "c" * 40, needs_token=False)
+SCRIPT_REPORT = {
+    "has_package": False,
+    "commits": [MODEL.commit],
+    "code_commits": [CODE.commit],
+    "models": {
+        "AutoModel": {"class": "ViTCLSModel", "module": "transformers_modules.x.modeling_vitcls", "missing": []}
+    },
+}
+
+
+def replace_in_report(path: str, value: Any) -> dict[str, Any]:
+    """Return a copy of `SCRIPT_REPORT` with another value at a path such as `models.AutoModel.module`."""
+    report = copy.deepcopy(SCRIPT_REPORT)
+    *parents, name = path.split(".")
+    target: Any = report
+    for parent in parents:
+        target = target[parent]
+    target[name] = value
+    return report
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "words"),
+    [
+        ("has_package", True, "imported modeling_vitcls, so it did not test the published code"),
+        ("commits", ["b" * 40], f"loaded {'b' * 40}, not only ann/model at {MODEL.commit}"),
+        ("commits", [MODEL.commit, "b" * 40], f"not only ann/model at {MODEL.commit}"),
+        ("commits", [], f"not only ann/model at {MODEL.commit}"),
+        ("code_commits", ["b" * 40], f"loaded code from {'b' * 40}, not only ann/code at {CODE.commit}"),
+        ("code_commits", [CODE.commit, "b" * 40], f"not only ann/code at {CODE.commit}"),
+        ("code_commits", [], f"not only ann/code at {CODE.commit}"),
+        (
+            "models.AutoModel.module",
+            "modeling_vitcls.modeling_vitcls",
+            "AutoModel loaded ViTCLSModel from modeling_vitcls",
+        ),
+        (
+            "models.AutoModel.module",
+            "transformers.models.vit",
+            "AutoModel loaded ViTCLSModel from transformers.models",
+        ),
+        ("models.AutoModel.missing", ["head.weight"], "lacks the weights head.weight"),
+    ],
+)
+def test_a_report_of_another_model_or_code_is_rejected(path: str, value: Any, words: str) -> None:
+    check_script_report(MODEL, CODE, SCRIPT_REPORT)
+    with raises_one_line(words, error=NotVerified):
+        check_script_report(MODEL, CODE, replace_in_report(path, value))
+
+
+def test_the_code_commit_is_checked_only_for_code_in_another_repository() -> None:
+    check_script_report(MODEL, None, replace_in_report("code_commits", []))
+
+
+def test_verify_checks_the_report_of_the_process(hub: LocalHub, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    push_folder(folder, "ann/model")
+    report = replace_in_report("commits", ["b" * 40])
+    monkeypatch.setattr("modeling_vitcls.hub.verify.run_verification", lambda *args: ({}, report))
+    with raises_one_line(f"loaded {'b' * 40}, not only ann/model at ", error=NotVerified):
         verify("ann/model")
 
 

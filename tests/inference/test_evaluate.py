@@ -30,6 +30,7 @@ from evaluation_worker import (
     build_pictures,
     evaluate_all,
     evaluate_digits,
+    evaluate_frozen_digits,
 )
 from fresh_processes import SCRIPT_ENVIRONMENT
 from PIL import Image
@@ -514,6 +515,13 @@ def test_two_processes_evaluate_a_saved_model(by_two_processes: Path) -> None:
     printed = (by_two_processes / "stdout").read_text(encoding="utf-8")
     assert f"{two['accuracy']:.2%}" in printed and "digits.json" in printed
     assert [file.name for file in (by_two_processes / "new").iterdir()] == ["digits.json"]  # nothing half written
+
+
+def test_two_processes_evaluate_frozen_features(by_two_processes: Path) -> None:
+    two, one = read_json(by_two_processes / "frozen.json"), evaluate_frozen_digits(by_two_processes)
+    assert (two["num_processes"], one["num_processes"]) == (2, 1)
+    assert two["num_images"] == NUM_HELD_OUT_DIGITS
+    assert {**two, **dict.fromkeys(MEASURED)} == {**one, **dict.fromkeys(MEASURED)}
 
 
 @pytest.mark.parametrize(("is_terminal", "shown"), [(True, "100%"), (False, "evaluating: batch 4/5")])

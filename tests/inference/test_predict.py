@@ -18,6 +18,7 @@ from typing import Any
 
 import datasets
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import sklearn.datasets
@@ -43,6 +44,7 @@ from modeling_vitcls.inference.outputs import (
     assign_ranges,
     get_output_columns,
     iterate_shards,
+    print_table,
     write_rows,
 )
 from modeling_vitcls.inference.predict import PredictionCounts, iterate_batches, predict, predict_images
@@ -468,6 +470,48 @@ def test_two_processes_write_the_same_file_as_one(models: Path, streamed: Path, 
     assert (tmp_path / "one.csv").read_bytes() == (tmp_path / "two.csv").read_bytes()
 
 
+WORKER = REPOSITORY / "tests" / "helpers" / "slow_prediction.py"
+
+
+def test_the_main_process_awaits_the_last_shard_of_a_slow_process(models: Path, photos: Path, tmp_path: Path) -> None:
+    """The last shard is smaller than the others."""
+    flags = ["--model", models / "one_label", photos, "--output", tmp_path / "labels", "--shard-size", 5]
+    environment = OFFLINE | {"LAST_SHARD": "slow"}
+    printed = run_together(WORKER, *flags, log=tmp_path / "log", environment=environment)
+    assert printed == f"{tmp_path / 'labels'}: 9 images, 0 without a prediction\n"
+    assert [row["index"] for row in read_shards(tmp_path / "labels")] == list(range(9))
+
+
+def test_a_process_that_dies_leaves_the_folder_incomplete(models: Path, photos: Path, tmp_path: Path) -> None:
+    """The main process reports an error; a new start computes the missing shard."""
+    folder = tmp_path / "labels"
+    flags = ["--model", models / "one_label", photos, "--output", folder, "--shard-size", 5]
+    environment = OFFLINE | {"LAST_SHARD": "die"}
+    log = tmp_path / "log"
+    assert run_together(WORKER, *flags, log=log, environment=environment, may_fail=True) == ""
+    assert "lacks shards of a process that has ended" in log.with_name("log.errors").read_text()
+    assert [file.name for file in sorted(folder.glob("shard-*"))] == ["shard-000000.parquet"]
+    assert predict_images(PredictOptions(str(models / "one_label"), (str(photos),), output=folder, shard_size=5)) == (
+        PredictionCounts(9, 0)
+    )
+    assert [row["index"] for row in read_shards(folder)] == list(range(9))
+
+
+def test_a_folder_is_complete_when_every_shard_has_all_rows(tmp_path: Path) -> None:
+    folder = ShardFolder(tmp_path, size=4)
+    rows = [{"index": index, "image": str(index), "error": None if index else "unreadable"} for index in range(9)]
+    for number in range(3):
+        assert not folder.is_complete(9)
+        write_rows(rows[number * 4 : number * 4 + 4], get_output_columns({}), folder.get_file(number))
+    assert folder.is_complete(9) and not folder.is_complete(13)
+    assert folder.count_rows(9) == (9, 1)
+    for number, kept in ((1, rows[4:7]), (2, [])):
+        write_rows(kept, get_output_columns({}), folder.get_file(number))
+        with raises_one_line(f"shard-00000{number}.parquet must have", f"but has {len(kept)}. Delete it and restart"):
+            folder.count_rows(9)
+        write_rows(rows[number * 4 : number * 4 + 4], get_output_columns({}), folder.get_file(number))
+
+
 def test_a_second_start_must_ask_for_the_same(
     models: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
@@ -544,6 +588,60 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
             write_rows(rows(), get_output_columns({}), file)
         assert file.read_text(encoding="utf-8") == "from before"
     assert len(list(tmp_path.iterdir())) == 4
+
+
+FORMULAS = ["=1+1", "+1", "-1", "@SUM(A1)", "\t=1", "\r=1"]
+
+
+def test_text_in_csv_files_is_not_a_formula(tmp_path: Path) -> None:
+    """Spreadsheets run cells that start with these characters; other formats keep the text as it is."""
+    columns = get_output_columns({"labels": pa.list_(pa.string()), "=task_label": pa.string(), "p": pa.float32()})
+    rows = [
+        {"index": -1, "image": text, "labels": [text, "b"], "=task_label": text, "p": -0.5, "error": None}
+        for text in FORMULAS
+    ]
+    write_rows(rows, columns, tmp_path / "out.csv")
+    with (tmp_path / "out.csv").open(newline="", encoding="utf-8") as file:
+        header, *found = csv.reader(file)
+    assert header == ["index", "image", "labels", "'=task_label", "p", "error"]
+    assert found == [["-1", f"'{text}", f"'{text}|b", f"'{text}", "-0.5", ""] for text in FORMULAS]
+    write_rows(rows, columns, tmp_path / "out.jsonl")
+    lines = (tmp_path / "out.jsonl").read_text(encoding="utf-8").split("\n")
+    assert [json.loads(line)["image"] for line in lines[:-1]] == FORMULAS
+
+
+def test_tables_show_no_control_characters(capsys: pytest.CaptureFixture) -> None:
+    """A terminal would run escape sequences in names of files and classes."""
+    name = "\x1b]0;title\x07\x1b[31m[bold]red\u202e\n\r2"
+    print_table(
+        [{"image": name, name: name, "error": None}], {"image": pa.string(), name: pa.string(), "error": pa.string()}
+    )
+    printed = capsys.readouterr().out
+    assert not [character for character in printed if not character.isprintable() and character != "\n"]
+    assert printed.count("[bold]red") == 3
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="requires named pipes")
+def test_pipes_sockets_and_devices_in_a_folder_are_rows_with_an_error(
+    models: Path, photos: Path, tmp_path: Path
+) -> None:
+    """Reading a pipe would block. `.ico` and `.mpo` are read, and unsupported formats are named."""
+    folder = tmp_path / "odd"
+    folder.mkdir()
+    os.mkfifo(folder / "1.png")
+    (folder / "2.jpg").symlink_to("/dev/zero")
+    (folder / "3.bmp").symlink_to(folder / "1.png")
+    photo = Image.open(photos / "a.jpg")
+    photo.save(folder / "4.ico")
+    photo.save(folder / "5.mpo", save_all=True, append_images=[photo])
+    photo.save(folder / "6.tga")
+    flags = ["--model", models / "one_label", folder, "--output", tmp_path / "out.jsonl"]
+    run_together("predict.py", *flags, log=tmp_path / "log", environment=OFFLINE, processes=1)
+    rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert [Path(row["image"]).name for row in rows] == ["1.png", "2.jpg", "3.bmp", "4.ico", "5.mpo", "6.tga"]
+    errors = ["not a regular file"] * 3 + [None, None, "not an image in a supported format"]
+    for row, words in zip(rows, errors, strict=True):
+        assert (row["error"] is None and row["label"] in NAMES) if words is None else words in row["error"]
 
 
 def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:

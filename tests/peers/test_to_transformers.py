@@ -124,6 +124,75 @@ def test_same_numbers(model_class: Any, values: dict, built_in: str, case: str, 
         assert (outputs[name] - value).abs().max() <= 1e-5, name
 
 
+# Models that are converted in an equivalent form -> the built-in class, and a case that says how to call it.
+SCALED = LAYER_SCALE | {"pooling": "mean"}
+EQUIVALENT = [
+    (ViTCLSForImageClassification, LAYER_SCALE, "Dinov2ForImageClassification", "dinov2 classifier"),
+    (ViTCLSForImageClassification, SCALED, "Dinov2ForImageClassification", "dinov2 classifier"),
+    (ViTCLSForImageClassification, {"pooling": "mean"}, "Dinov2ForImageClassification", "dinov2 classifier"),
+    (ViTCLSForImageClassification, REGISTERS, "Dinov2WithRegistersForImageClassification", "registers classifier"),
+    (
+        ViTCLSForImageClassification,
+        REGISTERS | {"pooling": "mean", "position_embedding_tokens": "all"},
+        "Dinov2WithRegistersForImageClassification",
+        "registers classifier",
+    ),
+    (
+        ViTCLSForImageClassification,
+        DISTILLED | {"position_embedding_tokens": "cls"},
+        "DeiTForImageClassificationWithTeacher",
+        "deit distilled",
+    ),
+    (
+        ViTCLSForImageClassification,
+        {"num_distillation_tokens": 1, "position_embedding_tokens": "patches", "distillation_inference": "cls"},
+        "DeiTForImageClassification",
+        "deit classifier",
+    ),
+    (ViTCLSModel, {"position_embedding_tokens": "patches"}, "ViTModel", "vit without pooler"),
+    (ViTCLSModel, {"position_embedding_type": "none"}, "ViTModel", "vit without pooler"),
+    (ViTCLSModel, REGISTERS | {"position_embedding_tokens": "all"}, "Dinov2WithRegistersModel", "registers"),
+    (ViTCLSModel, REGISTERS | {"intermediate_size": 50}, "Dinov2WithRegistersModel", "registers"),
+    (
+        ViTCLSModel,
+        LAYER_SCALE | {"intermediate_size": 50, "mlp_type": "swiglu"},
+        "Dinov2Model",
+        "dinov2",
+    ),
+]
+
+
+@pytest.mark.parametrize("size", [(32, 32), (48, 24)], ids=["native", "interpolated"])
+@pytest.mark.parametrize(("model_class", "values", "built_in", "case"), EQUIVALENT)
+def test_equivalent_forms(model_class: Any, values: dict, built_in: str, case: str, size: tuple[int, int]) -> None:
+    test_same_numbers(model_class, values, built_in, case, size)
+
+
+# The demo model, and others whose positions are resampled differently.
+DEMO = {"num_register_tokens": 2}
+NATIVE_SIZE = [
+    (ViTCLSForImageClassification, DEMO, "Dinov2WithRegistersForImageClassification", "registers classifier"),
+    (ViTCLSModel, DEMO, "Dinov2WithRegistersModel", "registers"),
+    (ViTCLSModel, {"position_offset": 0.1}, "ViTModel", "vit without pooler"),
+    (ViTCLSModel, {"position_interpolation": "bilinear"}, "ViTModel", "vit without pooler"),
+    (ViTCLSModel, {"position_embedding_type": "sincos_2d"}, "ViTModel", "vit without pooler"),
+    (ViTCLSModel, DEMO | {"position_embedding_type": "sincos_2d"}, "Dinov2WithRegistersModel", "registers"),
+]
+
+
+@pytest.mark.parametrize(("model_class", "values", "built_in", "case"), NATIVE_SIZE)
+@torch.no_grad()
+def test_forms_that_are_exact_at_the_native_size(model_class: Any, values: dict, built_in: str, case: str) -> None:
+    model = randomize_weights(model_class(ViTCLSConfig(**BASE | values)))
+    with pytest.raises(ConversionError, match=rf"{built_in} is exact at the native size: set native_size_only=True"):
+        convert_to_transformers(model)
+    converted = convert_to_transformers(model, native_size_only=True)
+    assert type(converted).__name__ == built_in
+    outputs = compute_outputs(model, images((32, 32)))
+    for name, value in compute_source_outputs(CASES[case], converted, images((32, 32))).items():
+        assert (outputs[name] - value).abs().max() <= 1e-5, name
+
+
 def test_everything_about_the_model_is_kept() -> None:
     labels = {"id2label": {0: "ant", 1: "bee"}, "label2id": {"ant": 0, "bee": 1}}
     config = ViTCLSConfig(**{k: v for k, v in BASE.items() if k != "num_labels"} | labels, hidden_dropout_prob=0.1)
@@ -155,11 +224,14 @@ UNSUPPORTED = [
     (ViTCLSModel, {"cls_scopes": [[2, 2, 0, 0]]}, "cls_scopes=[[2, 2, 0, 0]]"),
     (ViTCLSModel, REGISTERS | {"gated_tokens": {"registers": 2}}, "gated_tokens={'registers': 2}"),
     (ViTCLSModel, REGISTERS | {"register_neurons": [[0, 1]]}, "register_neurons=[[0, 1]]"),
-    (ViTCLSModel, REGISTERS | {"intermediate_size": 50}, "intermediate_size=50"),
     (ViTCLSModel, DISTILLED | LAYER_SCALE, "layer_scale_init_value=0.1"),
     (ViTCLSForImageClassification, {"head_type": "mlp"}, "head_type='mlp'"),
     (ViTCLSForImageClassification, {"pooling": "max"}, "pooling='max'"),
-    (ViTCLSForImageClassification, DISTILLED | {"distillation_inference": "cls"}, "distillation_inference='cls'"),
+    (
+        ViTCLSForImageClassification,
+        DISTILLED | {"distillation_inference": "distillation"},
+        "distillation_inference='distillation'",
+    ),
     (
         ViTCLSForImageClassification,
         LAYER_SCALE | {"pooling": "cls_mean", "image_size": [32, 48]},

@@ -22,13 +22,14 @@ import pytest
 import torch
 from accelerate import Accelerator
 from checkpoint_worker import CHECKS, NUM_PROCESSES
+from tiny_models import raises_one_line
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_model_state_dict
 from torch.utils.data import DataLoader
 from warm_processes import READY, SECONDS, run_checks
 
 from modeling_vitcls import ViTCLSConfig, ViTCLSForImageClassification
-from modeling_vitcls.checkpoints import CheckpointStore, file_digest
+from modeling_vitcls.checkpoints import CheckpointStore, DamagedCheckpoint, file_digest, format_state, read_state
 from modeling_vitcls.data.batches import leave_signals_to_parent
 from modeling_vitcls.training.distributed_state import gather_state, scatter_state
 from modeling_vitcls.training.loop import Interruption
@@ -195,18 +196,18 @@ DAMAGES: dict[str, tuple[str, Callable[[Path], None], str]] = {
         "optimizer.safetensors differs from the written file",
     ),
     "missing tensors": ("optimizer.safetensors", Path.unlink, "optimizer.safetensors is missing"),
-    "truncated facts": ("state.json", truncate, "state.json cannot be read"),
+    "truncated facts": ("state.json", truncate, "state.json is unreadable"),
     "edited facts": ("state.json", edit, "state.json differs from the written file"),
     "no facts": ("state.json", Path.unlink, "state.json is missing"),
     "a list in place of facts": (
         "state.json",
         lambda file: file.write_text("[]") and None,
-        "state.json cannot be read",
+        "state.json is unreadable",
     ),
     "no text in place of facts": (
         "state.json",
         lambda file: file.write_bytes(b"\xff\xfe") and None,
-        "state.json cannot be read",
+        "state.json is unreadable",
     ),
 }
 
@@ -252,9 +253,61 @@ def test_nothing_is_unpickled(store: CheckpointStore, tmp_path: Path) -> None:
     (store.path(10) / "state.json").write_text(text, encoding="utf-8")
     checkpoint = store.newest(pytest.fail)
     assert checkpoint is not None
-    with pytest.raises(Exception, match=r"(?i)header"):
+    with pytest.raises(DamagedCheckpoint, match=r"(?i)header"):
         checkpoint.tensors("model")
     assert not ran.exists()
+
+
+def write_state(store: CheckpointStore, state: Any) -> None:
+    """Replace state.json of step 20; an object gets the checksum of its content."""
+    text = format_state(state) if isinstance(state, dict) else json.dumps(state)
+    (store.path(20) / "state.json").write_text(text, encoding="utf-8")
+
+
+OTHER_STATES: dict[str, Callable[[dict[str, Any]], Any]] = {
+    "nothing": lambda state: {},
+    "null": lambda state: None,
+    "a number": lambda state: 3,
+    "no files": lambda state: {name: value for name, value in state.items() if name != "files"},
+    "files in a list": lambda state: state | {"files": list(state["files"])},
+    "checksums of other types": lambda state: state | {"files": dict.fromkeys(state["files"], 3)},
+    "files of another folder": lambda state: state | {"files": {"../../secret": "0" * 64}},
+    "an absolute path": lambda state: state | {"files": {"/etc/passwd": "0" * 64}},
+    "a step in text": lambda state: state | {"step": "20"},
+    "a step that is not a number": lambda state: state | {"step": None},
+    "no facts": lambda state: state | {"facts": None},
+    "facts in a list": lambda state: state | {"facts": [1, 2]},
+    "flags in a list": lambda state: state | {"facts": {"flags": [1]}},
+}
+
+
+@pytest.mark.parametrize("shape", OTHER_STATES)
+def test_a_state_of_any_other_shape_is_damaged(store: CheckpointStore, shape: str) -> None:
+    """Also with a correct checksum."""
+    save(store, 10, 20)
+    write_state(store, OTHER_STATES[shape](read_state(store.path(20))))
+    step, warnings = found(store)
+    assert step == 10
+    assert len(warnings) == 1 and "step-00000020 is damaged: state.json" in warnings[0]
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"sha256": {}, "x": NaN}', '{"sha256"', '{"sha256": "\\ud800"}', ""])
+def test_a_state_that_is_not_json_is_damaged(store: CheckpointStore, text: str) -> None:
+    save(store, 10, 20)
+    (store.path(20) / "state.json").write_text(text, encoding="utf-8")
+    assert found(store)[0] == 10
+
+
+def test_only_files_with_a_checksum_are_loaded(store: CheckpointStore) -> None:
+    save(store, 10, 20)
+    state = read_state(store.path(20))
+    state["files"].pop("model.safetensors")
+    write_state(store, state)
+    newest = store.newest(pytest.fail)
+    assert newest is not None and newest.step == 20
+    newest.tensors("optimizer")
+    with raises_one_line("step-00000020 is damaged", "no checksum of model.safetensors", error=DamagedCheckpoint):
+        newest.tensors("model")
 
 
 class Trap:

@@ -223,15 +223,17 @@ def test_learning_rate_reaches_each_group() -> None:
 
 def test_the_average_is_evaluated_and_the_weights_stay() -> None:
     """Compared with torch's own AveragedModel, with the same decay at each step."""
-    bench = Bench(ema_decay=0.7, max_steps=4, learning_rate=1e-2)
-    reference = AveragedModel(bench.model, multi_avg_fn=lambda averages, weights, step: None)
-    shadow = [parameter.detach().clone() for parameter in bench.model.parameters()]
+    bench = Bench(ema_decay=0.3, max_steps=4, learning_rate=1e-2)
+    decays = iter([2 / 11, 3 / 12, 0.3, 0.3])  # (1 + step) / (10 + step), at most `ema_decay`
+    reference = AveragedModel(
+        bench.model, multi_avg_fn=lambda averages, new, _: get_ema_multi_avg_fn(next(decays))(averages, new, 0)
+    )
+    reference.n_averaged.fill_(1)  # the average starts with the initial weights
     batches = bench.batches()
-    for step in range(1, 5):
+    for _ in range(4):
         bench.loop.advance(batches)
-        average = get_ema_multi_avg_fn(min(0.7, (1 + step) / (10 + step)))
-        average(shadow, [parameter.detach() for parameter in bench.model.parameters()], step)
-    assert len(list(reference.module.parameters())) == len(shadow)
+        reference.update_parameters(bench.model)
+    shadow = list(reference.module.parameters())
     assert all(torch.equal(mine, theirs) for mine, theirs in zip(bench.state.ema.shadow, shadow, strict=True))
     evaluated = bench.evaluations[-1].values()
     assert all(torch.equal(mine, theirs) for mine, theirs in zip(evaluated, shadow, strict=True))

@@ -1,0 +1,159 @@
+"""Checks of the maps themselves: do attention rollout and attribution show what predictions depend on?
+
+    checks = check_maps(model, [pixel_values])       # name of the map -> MapCheck
+
+Deletion and insertion (Petsiuk et al. 2018, arXiv 1806.07421) replace the patches of highest value by the mean color,
+or all other patches. A faithful map lowers the probability of the predicted class faster, or raises it faster, than a
+random order of patches. The randomized-weights check (Adebayo et al. 2018, arXiv 1810.03292) shuffles the values of
+all weights: a map that depends on the weights changes.
+"""
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from scipy import stats
+
+from ..token_names import get_token_names
+from .attribution import trace_attention
+from .maps import extract_patch_maps, is_read
+from .model_utils import evaluation_mode, unwrap_model
+
+
+FRACTIONS = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)  # of the patches that are replaced
+MAX_CORRELATION = 0.5  # maximum rank correlation of a map that depends on the weights
+
+
+@dataclass(frozen=True)
+class MapCheck:
+    """Checks of one kind of map, means over images.
+
+    Attributes:
+        num_images: number of images.
+        deletion: probability of the predicted class after the patches of highest value are replaced, per FRACTIONS.
+        insertion: the same after all other patches are replaced; FRACTIONS are the patches that are kept.
+        random_deletion, random_insertion: the same with a random order of patches.
+        weight_correlation: rank correlation (Spearman) between the maps with the model's and with shuffled weights.
+    """
+
+    num_images: int
+    deletion: list[float]
+    insertion: list[float]
+    random_deletion: list[float]
+    random_insertion: list[float]
+    weight_correlation: float
+
+    @property
+    def is_faithful(self) -> bool:
+        """Return whether the map is better than a random order in both curves, and depends on the weights."""
+        is_better = sum(self.deletion) < sum(self.random_deletion) and sum(self.insertion) > sum(self.random_insertion)
+        return is_better and self.weight_correlation <= MAX_CORRELATION
+
+    def describe(self, name: str) -> str:
+        """Describe the checks in one sentence."""
+        areas = [average_curve(curve) for curve in (self.deletion, self.random_deletion)]
+        areas += [average_curve(curve) for curve in (self.insertion, self.random_insertion)]
+        verdict = "shows what the prediction depends on" if self.is_faithful else "is not reliable for this model"
+        return (
+            f"{name} {verdict}: area under the deletion curve {areas[0]:.2f} (random order {areas[1]:.2f}, lower is "
+            f"better), under the insertion curve {areas[2]:.2f} (random order {areas[3]:.2f}, higher is better), rank "
+            f"correlation with the map of shuffled weights {self.weight_correlation:.2f} ({self.num_images} images)."
+        )
+
+
+def average_curve(curve: Sequence[float]) -> float:
+    """Return the area under a curve over FRACTIONS."""
+    return float(torch.trapezoid(torch.tensor(curve), torch.tensor(FRACTIONS)))
+
+
+def check_maps(model: Any, images: Sequence[torch.Tensor], seed: int = 0) -> dict[str, MapCheck]:
+    """Check the rollout of the first special token that the head reads, and the attribution of the predicted class.
+
+    Args:
+        model: a classifier of one task.
+        images: [1, C, H, W] each, on the model's device.
+        seed: seed of the random orders and of the shuffled weights.
+
+    Returns:
+        Name of the map -> check. Without a special token that the head reads, only the attribution is checked.
+    """
+    model = unwrap_model(model)
+    generator = torch.Generator().manual_seed(seed)
+    shuffled = shuffle_weights(model, generator)
+    curves: dict[str, list[torch.Tensor]] = {}
+    correlations: dict[str, list[float]] = {}
+    for pixel_values in images:
+        maps, probabilities = compute_maps(model, pixel_values)
+        shuffled_maps, _ = compute_maps(shuffled, pixel_values, probabilities.argmax())
+        random_order = torch.rand(next(iter(maps.values())).shape, generator=generator)
+        for name, values in (maps | {"random": random_order}).items():
+            curve = measure_curves(model, pixel_values, values, int(probabilities.argmax()))  # [2, fractions]
+            curves.setdefault(name, []).append(curve)
+        for name, values in maps.items():
+            correlation = stats.spearmanr(values.flatten(), shuffled_maps[name].flatten()).statistic
+            correlations.setdefault(name, []).append(0.0 if correlation != correlation else float(correlation))
+    means = {name: torch.stack(measured).mean(dim=0).tolist() for name, measured in curves.items()}
+    random = means.pop("random", [[], []])
+    return {
+        name: MapCheck(len(images), *mean, *random, sum(correlations[name]) / len(images))
+        for name, mean in means.items()
+    }
+
+
+def compute_maps(
+    model: Any, pixel_values: torch.Tensor, target: torch.Tensor | None = None
+) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """Return the maps [gh, gw] of one image by name, and the probabilities [labels] of the classes."""
+    trace = trace_attention(model, pixel_values, needs_gradients=True)
+    config, logits = model.config, trace.outputs.logits
+    size = (pixel_values.shape[-2], pixel_values.shape[-1])
+    best = logits[0].argmax() if target is None else target
+    maps = {
+        "attribution": extract_patch_maps(trace.compute_attribution(logits[:, best])[0].float().cpu(), config, size)
+    }
+    token = find_read_token(config)
+    if token is not None:
+        maps["rollout"] = extract_patch_maps(trace.compute_rollout()[0, token].float().cpu(), config, size)
+    return maps, logits.detach()[0].float().softmax(dim=0).cpu()
+
+
+def find_read_token(config: Any) -> int | None:
+    """Return the sequence index of the first special token that the head reads, or None."""
+    layout = config.token_layout
+    special = range(len(get_token_names(config)))
+    reads = [is_read(config, name, index) for name, group in layout.items() for index, _ in enumerate(special[group])]
+    return reads.index(True) if True in reads else None
+
+
+@torch.no_grad()
+def measure_curves(model: Any, pixel_values: torch.Tensor, values: torch.Tensor, target: int) -> torch.Tensor:
+    """Return the probability of a class in the deletion and insertion curves of a map, [2, len(FRACTIONS)].
+
+    Args:
+        pixel_values: [1, C, H, W].
+        values: [gh, gw].
+    """
+    ranks = values.flatten().argsort(descending=True).argsort().view(values.shape)  # 0 is the highest value
+    masks = torch.stack([ranks < round(fraction * ranks.numel()) for fraction in FRACTIONS])  # [fractions, gh, gw]
+    masks = torch.cat([masks, ~masks]).to(pixel_values.device)  # replaced patches in deletion, then in insertion
+    patch_height, patch_width = model.config.patch_height_width
+    is_replaced = masks.repeat_interleave(patch_height, dim=1).repeat_interleave(patch_width, dim=2).unsqueeze(1)
+    height, width = is_replaced.shape[-2:]
+    changed = pixel_values.repeat(len(masks), 1, 1, 1)
+    mean = pixel_values.mean(dim=(-2, -1), keepdim=True)
+    changed[..., :height, :width] = torch.where(is_replaced, mean, changed[..., :height, :width])
+    with evaluation_mode(model):
+        logits = torch.cat([model(part).logits for part in changed.split(len(FRACTIONS))])
+    return logits.float().softmax(dim=1)[:, target].cpu().view(2, len(FRACTIONS))
+
+
+@torch.no_grad()
+def shuffle_weights(model: Any, generator: torch.Generator) -> Any:
+    """Return a copy of the model whose parameters have the same values in random order."""
+    shuffled = copy.deepcopy(model)
+    for parameter in shuffled.parameters():
+        order = torch.randperm(parameter.numel(), generator=generator).to(parameter.device)
+        parameter.copy_(parameter.flatten()[order].view_as(parameter))
+    return shuffled

@@ -1,0 +1,188 @@
+"""Patch features: principal components as colors, and cosine similarity to one patch, in each layer.
+
+    features = compute_patch_features(model, pixel_values)        # [B, L, gh, gw, D]
+    colors = compute_patch_colors(features[:, -1])                # [B, gh, gw, 3], RGB
+    draw_patch_colors(image, colors[0], visible_region)           # the colors on the pixels of an image
+    compute_patch_similarity(features[0, -1], row=3, column=5)    # [gh, gw], cosines
+
+Patches of one object have similar features and thus similar colors (Oquab et al. 2023, arXiv 2304.07193, figure 1).
+Models without special tokens have patch features too. The sign of a principal component is arbitrary. Features are
+hidden states before the final norm. This file is part of the demo (hub/space.py).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from sklearn.decomposition import PCA
+
+from .maps import (
+    HIDDEN_BRIGHTNESS,
+    VisibleRegion,
+    draw_hatching,
+    resize_with_region,
+    to_upright_rgb,
+    upsample_maps,
+)
+
+
+NUM_COLORS = 3  # red, green and blue
+NUM_COMPONENTS = 32  # principal components of compressed features
+COLOR_QUANTILES = 0.02, 0.98  # of a component; smaller and larger values have the darkest and brightest color
+MAX_INT8 = 127
+
+
+@torch.no_grad()
+def compute_patch_features(model: Any, pixel_values: torch.Tensor) -> torch.Tensor:
+    """Return the patches after each layer, before the final norm.
+
+    Args:
+        model: any ViTCLS model, in evaluation mode.
+        pixel_values: [B, C, H, W] on the model's device.
+
+    Returns:
+        [B, L, gh, gw, D], float32 on the CPU: layer, row and column of patches, channel.
+
+    Raises:
+        ValueError: if the model merges patches.
+    """
+    encoder = model.base_model
+    outputs = encoder(pixel_values, output_hidden_states=True)
+    return arrange_patch_features(outputs.hidden_states, encoder, pixel_values)
+
+
+def arrange_patch_features(
+    hidden_states: Sequence[torch.Tensor], encoder: Any, pixel_values: torch.Tensor
+) -> torch.Tensor:
+    """Return the patches [B, L, gh, gw, D] of the hidden states [B, N, D] of the embeddings and each layer.
+
+    Raises:
+        ValueError: if the model merges patches.
+    """
+    if getattr(encoder.config, "merged_patches_per_layer", 0):
+        raise ValueError(
+            "Patch features require all patches, but the model merges patches. Set merged_patches_per_layer=0."
+        )
+    grid = encoder.embeddings.patch_embeddings.get_grid_size(pixel_values)
+    patches = encoder.config.token_layout.patches
+    layers = [state[:, patches].float().cpu().unflatten(1, grid) for state in hidden_states[1:]]
+    return torch.stack(layers, dim=1)
+
+
+# Colors --------------------------------------------------------------------------------------------------------------
+
+
+def compute_patch_colors(features: Sequence[torch.Tensor], foreground: bool = False) -> list[torch.Tensor]:
+    """Return the first three principal components of the patches of one layer as colors.
+
+    The components are computed from all images together, so that equal colors mean similar features in all images.
+
+    Args:
+        features: [gh, gw, D] for each image; sizes may differ.
+        foreground: whether to color only the foreground. The first component separates it from the background, which
+            is the side with more patches at the border, and the colors are components of the foreground patches.
+
+    Returns:
+        [gh, gw, 3] for each image, values from 0 to 1; NaN in the background.
+    """
+    rows = torch.cat([image.flatten(0, 1) for image in features]).numpy()  # [patches, D]
+    is_shown = find_foreground(features, rows) if foreground else np.ones(len(rows), dtype=bool)
+    colors = np.full((len(rows), NUM_COLORS), np.nan, dtype=np.float32)
+    num_components = min(NUM_COLORS, *rows[is_shown].shape)
+    if num_components:
+        components = PCA(num_components, random_state=0).fit_transform(rows[is_shown])
+        low, high = np.quantile(components, COLOR_QUANTILES, axis=0)
+        colors[is_shown] = 0.5  # if there are fewer than three components
+        colors[is_shown, :num_components] = ((components - low) / np.maximum(high - low, 1e-12)).clip(0, 1)
+    return split_images(torch.from_numpy(colors), features)
+
+
+def find_foreground(features: Sequence[torch.Tensor], rows: np.ndarray) -> np.ndarray:
+    """Return a boolean mask [patches] of the patches on the side of the first principal component that has fewer
+    patches at the borders of the images."""
+    is_foreground = PCA(1, random_state=0).fit_transform(rows)[:, 0] > 0
+    is_border = []
+    for image in features:
+        border = torch.ones(image.shape[:2], dtype=torch.bool)
+        border[1:-1, 1:-1] = False
+        is_border.append(border.flatten())
+    border = torch.cat(is_border).numpy()
+    is_inverted = is_foreground[border].mean() > is_foreground[~border].mean() if not border.all() else False
+    return ~is_foreground if is_inverted else is_foreground
+
+
+def split_images(rows: torch.Tensor, features: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Split values [patches, n] into one tensor [gh, gw, n] for each image of the features."""
+    sizes = [image.shape[0] * image.shape[1] for image in features]
+    return [part.unflatten(0, image.shape[:2]) for part, image in zip(rows.split(sizes), features, strict=True)]
+
+
+def draw_patch_colors(
+    image: Image.Image,
+    colors: torch.Tensor,
+    visible_region: VisibleRegion | None = None,
+    max_side: int | None = None,
+    min_side: int | None = None,
+) -> Image.Image:
+    """Draw the colors of the patches [gh, gw, 3] on the pixels of an image, without interpolation.
+
+    The background of the foreground option is dark, and pixels outside the visible region are dark and hatched.
+
+    Args:
+        visible_region, max_side, min_side: as in `maps.overlay`.
+    """
+    small, region = resize_with_region(to_upright_rgb(image), visible_region, max_side, min_side)
+    size = (small.height, small.width)
+    gray = np.asarray(small.convert("L"), dtype=np.float32)[:, :, None].repeat(3, axis=2) / 255  # [h, w, 3]
+    is_background = colors.isnan().any(dim=-1).float()  # [gh, gw]
+    layers = torch.cat([colors.nan_to_num().permute(2, 0, 1), is_background.unsqueeze(0)])  # [4, gh, gw]
+    *channels, background = upsample_maps(layers, size, region, interpolate=False).unbind(0)
+    painted = torch.stack(channels, dim=-1).numpy()
+    painted = np.where(background.numpy()[:, :, None] > 0, gray * HIDDEN_BRIGHTNESS, painted)
+    painted = np.where(background.isnan().numpy()[:, :, None], draw_hatching(gray), painted)
+    return Image.fromarray((painted * 255).round().astype(np.uint8))
+
+
+# Similarity ----------------------------------------------------------------------------------------------------------
+
+
+def compute_patch_similarity(features: torch.Tensor, row: int, column: int) -> torch.Tensor:
+    """Return the cosine similarity [gh, gw] between one patch and all patches of an image in one layer.
+
+    Args:
+        features: [gh, gw, D].
+        row, column: the patch, from 0.
+    """
+    return torch.nn.functional.cosine_similarity(features, features[row, column], dim=-1)
+
+
+@dataclass(frozen=True)
+class PatchComponents:
+    """Principal components of normalized patch features of one layer, for similarities in a browser.
+
+    The cosine similarity of two patches with values x and y is sum(scale² x y) + offset, divided by the square root of
+    the product of this value for (x, x) and (y, y).
+
+    Attributes:
+        values: [gh, gw, n] int8 for each image.
+        scale: [n], unit of the values of each component.
+        offset: squared norm of the mean feature outside the components.
+    """
+
+    values: list[torch.Tensor]
+    scale: torch.Tensor
+    offset: float
+
+
+def compress_patch_features(features: Sequence[torch.Tensor], num_components: int = NUM_COMPONENTS) -> PatchComponents:
+    """Compress the patches [gh, gw, D] of several images in one layer to `num_components` bytes per patch."""
+    rows = torch.cat([torch.nn.functional.normalize(image.flatten(0, 1), dim=-1) for image in features]).numpy()
+    pca = PCA(min(num_components, *rows.shape), random_state=0).fit(rows)
+    projected = torch.from_numpy(rows @ pca.components_.T)  # [patches, n], not centered
+    scale = (projected.abs().amax(dim=0) / MAX_INT8).clamp(min=1e-12)
+    values = (projected / scale).round().to(torch.int8)
+    offset = float((pca.mean_**2).sum() - ((pca.components_ @ pca.mean_) ** 2).sum())
+    return PatchComponents(split_images(values, features), scale, max(offset, 0.0))

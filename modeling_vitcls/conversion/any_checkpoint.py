@@ -1,0 +1,119 @@
+"""Any checkpoint that this package supports -> the folder of a vitcls model, converted once and cached.
+
+    resolve_checkpoint("runs/mine")                     a vitcls model: the folder itself
+    resolve_checkpoint("someone/their-model@COMMIT")    a vitcls model on the Hub: its download
+    resolve_checkpoint("facebook/dinov2-small")         a model of transformers: its conversion
+    resolve_checkpoint("timm:vit_small_patch16_224")    a model of timm: its conversion
+
+A conversion is checked as in scripts/convert.py: it is cached only if its outputs equal the outputs of the source. Its
+parity report records the source, the commit and the versions. The cache is the folder `vitcls/converted` next to the
+cache of the Hub. If the source or the version of this package changes, it is converted again.
+"""
+
+import hashlib
+import json
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+from huggingface_hub import constants
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+from ..files import read_json
+from ..hub.loading import CONFIG, CONFIG_FILES, MODEL_FILES, get_cached_commit, get_model_folder, split_revision
+from ..version import __version__
+
+
+PREFIXES = ("timm:", "transformers:")
+
+log = logging.getLogger(__name__)
+
+
+def resolve_checkpoint(source: str, files: Sequence[str] = MODEL_FILES) -> str:
+    """Return the folder of a model: the source itself, its download, or its conversion.
+
+    Args:
+        source: A folder, `namespace/name` on the Hub with an optional `@REVISION`, `timm:NAME`, or
+            `transformers:PATH_OR_ID` with an optional `@REVISION`.
+        files: Patterns of the required files of a vitcls model.
+
+    Raises:
+        ValueError: If the source is not supported, or its conversion is not exact.
+        OSError: If the source cannot be found or read.
+    """
+    if source.startswith(PREFIXES):
+        return convert_once(source)
+    if Path(source).is_file():
+        raise ValueError(
+            f"--model requires a folder or a model on the Hub, but {source} is a file. Convert it with "
+            "modeling_vitcls.convert_state_dict, and set --model to the saved folder"
+        )
+    name, revision = split_revision(source)
+    folder = get_model_folder(name, files, revision)
+    commit = get_cached_commit(folder)
+    pinned = f"{name}@{commit}" if commit else name
+    match read_model_types(folder):
+        case (model_type, _) if model_type in CONFIG_MAPPING_NAMES:
+            return convert_once(f"transformers:{pinned}")
+        case (None, str()):  # as timm saves a model
+            return convert_once(f"timm:hf-hub:{pinned}" if commit else f"timm:local-dir:{name}")
+    return folder  # a vitcls model; errors about other models are raised where they are loaded
+
+
+def pin_revision(source: str) -> str:
+    """Return the name of a model on the Hub with the hash of its commit; other names are returned unchanged.
+
+    Raises:
+        ValueError, OSError: See `resolve_checkpoint`.
+    """
+    prefix = "transformers:" if source.startswith("transformers:") else ""
+    name, revision = split_revision(source.removeprefix(prefix))
+    if source.startswith("timm:") or Path(name).exists():
+        return source
+    commit = get_cached_commit(get_model_folder(name, CONFIG_FILES, revision))
+    return f"{prefix}{name}@{commit}" if commit else source
+
+
+def is_pinned(pinned: object, source: object) -> bool:
+    """Return whether `pinned` is `source` with the hash of a commit."""
+    return isinstance(pinned, str) and pinned != source and pinned.rpartition("@")[0] == source
+
+
+def read_model_types(folder: str) -> tuple[str | None, str | None]:
+    """Return `model_type` (transformers) and `architecture` (timm) of config.json; None for missing values."""
+    try:
+        config = read_json(Path(folder, CONFIG))
+        return config.get("model_type"), config.get("architecture")
+    except (OSError, ValueError, AttributeError):  # reported where the model is loaded
+        return None, None
+
+
+def convert_once(source: str) -> str:
+    """Return the cached conversion of `timm:NAME` or `transformers:PATH_OR_ID`; convert it if there is none.
+
+    Raises:
+        ValueError, OSError: See `convert_checkpoint`.
+    """
+    from .convert import convert_checkpoint  # imports many models of transformers
+
+    folder = get_cache_folder() / compute_cache_name(source)
+    if not (folder / CONFIG).is_file():
+        log.warning("converting %s; the result is cached in %s", source, folder)
+        convert_checkpoint(source, folder)
+    return str(folder)
+
+
+def get_cache_folder() -> Path:
+    """Return the folder of all conversions."""
+    return Path(constants.HF_HUB_CACHE).parent / "vitcls" / "converted"
+
+
+def compute_cache_name(source: str) -> str:
+    """Return the folder name of a conversion. It changes with the source's files and the version of this package."""
+    path = Path(source.partition(":")[2])
+    facts: list[object] = [pin_revision(source), __version__]
+    if path.exists():
+        files = sorted(path.iterdir()) if path.is_dir() else [path]
+        facts += [str(path.resolve()), *((file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files)]
+    readable = "".join(letter if letter.isalnum() or letter in "-_." else "-" for letter in path.name)
+    return f"{readable}-{hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]}"

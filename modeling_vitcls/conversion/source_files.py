@@ -1,0 +1,438 @@
+"""Load a state dict that its authors published as a file, with a reference model of timm for the parity report.
+
+    source = FileSource.load(Path("dinov2_vits14_reg4_pretrain.pth"))
+    source = FileSource.load(Path("dino_deitsmall16_pretrain.pth"), family="dino")
+
+1. The file is read without running code: .npz, .safetensors, or a pickle of tensors.
+2. Containers (`teacher`, `target_encoder`, `model`, ...) and prefixes (`module.`, `backbone.`) are removed.
+3. The family is detected by names that only its weights have. Other files require a family.
+4. timm's module of the family loads the same weights. Positions for other image sizes are resampled as in the
+   authors' code, which is often not as in timm.
+
+Families with rules are converted in from_state_dict.py; the others (`TIMM_FAMILIES`) by way of timm's module.
+"""
+
+import argparse
+import math
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from ..checkpoints import file_digest
+from ..configuration_vitcls import ViTCLSConfig
+from ..errors import format_error
+from ..modeling_vitcls import ViTCLSPreTrainedModel
+from .from_state_dict import FAMILIES, convert_state_dict
+from .from_timm import convert_from_timm
+from .head_transfer import ClassifierChoice
+from .processors import ConvertedPreprocessing, build_default_preprocessing, convert_timm_preprocessing
+from .source_models import Outputs, TimmSource, check_not_pickled_code
+from .weight_rules import ConversionError, Weights
+
+
+SUFFIXES = (".npz", ".safetensors", ".pth", ".pt", ".bin")
+# Keys of nested state dicts; of several, the first is used: teachers and averaged weights before others.
+CONTAINERS = ("target_encoder", "teacher", "model_ema", "state_dict", "model", "student", "module")
+PREFIXES = ("module.", "_orig_mod.", "backbone.")
+
+# Family -> names of weights that only this family has, as a regular expression. The first match counts.
+SIGNATURES = {
+    "big_vision": r"(.*/)?embedding/kernel",
+    "dinov3": r"storage_tokens|rope_embed\.periods",
+    "aimv2": r"(image_encoder\.)?preprocessor\.patchifier\.proj\.weight",
+    "clip": r"(visual\.)?class_embedding",
+    "beit": r".*relative_position_bias_table",
+    "eva02": r"blocks\.0\.(attn\.inner_attn_ln|mlp\.ffn_ln|attn\.rope|attn\.q_proj)\..*",
+    "dinov2": r"register_tokens|blocks\.0(\.0)?\.(ls1\.gamma|mlp\.w12\.weight)",
+    "ibot": r"masked_embed",
+    "mae": r"decoder_embed\.weight|fc_norm\.weight",
+    "deit": r"dist_token|head\.weight|blocks\.0\.gamma_1",
+}
+# Container -> family of a plain encoder in it. DINO and iBOT are converted alike.
+FAMILIES_BY_CONTAINER = {"teacher": "dino", "student": "dino", "model": "mae"}
+PLAIN_FAMILIES = ("dino", "ibot", "msn", "mae", "deit", "ijepa")  # families of the same names and shapes
+
+# Prefixes of weights that are used only in pre-training.
+PRETRAINING_WEIGHTS = {"mae": ("decoder", "mask_token")}
+
+# Family without rules -> timm's names by (width, patch size), and the side in pixels of the default image size.
+TIMM_FAMILIES: dict[str, dict[tuple[int, int], str]] = {
+    "clip": {
+        (768, 32): "vit_base_patch32_clip_quickgelu_224.openai",
+        (768, 16): "vit_base_patch16_clip_quickgelu_224.openai",
+        (1024, 14): "vit_large_patch14_clip_quickgelu_224.openai",
+    },
+    "eva02": {
+        (192, 14): "eva02_tiny_patch14_224.mim_in22k",
+        (384, 14): "eva02_small_patch14_224.mim_in22k",
+        (768, 14): "eva02_base_patch14_224.mim_in22k",
+        (1024, 14): "eva02_large_patch14_224.mim_in22k",
+    },
+    "aimv2": {
+        (1024, 14): "aimv2_large_patch14_224.apple_pt",
+        (1536, 14): "aimv2_huge_patch14_224.apple_pt",
+        (2048, 14): "aimv2_1b_patch14_224.apple_pt",
+        (3072, 14): "aimv2_3b_patch14_224.apple_pt",
+    },
+}
+OTHER_WAYS = {"beit": "transformers:microsoft/beit-base-patch16-224"}  # family -> a source that can be converted
+FILE_FAMILIES = (*FAMILIES, *TIMM_FAMILIES)
+
+
+class FileSource(TimmSource):
+    """A published state dict, and timm's model of its family with the same weights.
+
+    Attributes:
+        family: Name of the family.
+        weights: The state dict of the image encoder, without containers and prefixes.
+        sha256: Hash of the file.
+        linear_head: Weight and bias of DINOv2's linear classifier, which timm does not have; None without it.
+    """
+
+    def __init__(self, file: Path, family: str, weights: Weights, model: nn.Module, notes: list[str]) -> None:
+        super().__init__(str(file), model, None, notes)
+        self.family = family
+        self.weights = weights
+        self.sha256 = file_digest(file)
+        self.linear_head = (
+            (weights["linear_head.weight"], weights["linear_head.bias"]) if "linear_head.weight" in weights else None
+        )
+
+    @classmethod
+    def load(cls, file: Path, family: str | None = None) -> "FileSource":  # type: ignore[override]
+        """Load a file.
+
+        Args:
+            file: A file with one of `SUFFIXES`.
+            family: One of `FILE_FAMILIES`. Default: detected.
+
+        Raises:
+            ConversionError: If the file is not a state dict of a supported family, or its family is ambiguous.
+            OSError: If the file cannot be read.
+        """
+        notes: list[str] = []
+        weights, container = unwrap(read_file(file), notes)
+        family = family or detect_family(weights, container, file)
+        if family in OTHER_WAYS:
+            raise ConversionError(
+                f"{file} contains {family} weights. Files of {family} are not supported. Use for "
+                f"example {OTHER_WAYS[family]}"
+            )
+        if family not in FILE_FAMILIES:
+            raise ConversionError(f"--family {family} is unknown. Use one of {', '.join(FILE_FAMILIES)}")
+        drop = PRETRAINING_WEIGHTS.get(family, ())
+        weights = {name: weight for name, weight in weights.items() if not name.startswith(drop)}
+        try:
+            if family in TIMM_FAMILIES:
+                model = build_timm_model(weights, family)
+            else:
+                config = convert_state_dict(weights, family).config
+                model = build_reference(weights, family, config, file)
+                notes += describe_differences(family, config)
+        except (KeyError, IndexError, RuntimeError) as error:  # of timm, for weights that do not fit
+            raise ConversionError(f"{file} does not contain weights of {family}: {format_error(error)}") from error
+        model.to(dtype=next(iter(weights.values())).dtype)
+        return cls(file, family, weights, model, notes)
+
+    @property
+    def has_classifier(self) -> bool:
+        """Whether the file contains a classifier or a projection."""
+        return self.linear_head is not None or bool(self.model.num_classes)
+
+    def convert(self, classifier: ClassifierChoice, num_labels: int | None) -> ViTCLSPreTrainedModel:
+        """Convert the weights by the rules of their family, or timm's model."""
+        if self.family in TIMM_FAMILIES:
+            return convert_from_timm(self.model, classifier=classifier, num_labels=num_labels)
+        weights = {name: weight.float() for name, weight in self.weights.items()}
+        return convert_state_dict(weights, self.family, classifier=classifier, num_labels=num_labels)
+
+    def build_resized_model(self, size: tuple[int, int]) -> Any:
+        """Return timm's model for another image size, with positions resampled as in the authors' code."""
+        model = super().build_resized_model(size)
+        if self.family in FAMILIES and self.model.pos_embed is not None:
+            config = convert_state_dict(self.weights, self.family).config
+            num_prefix = 0 if self.model.no_embed_class else self.model.num_prefix_tokens
+            positions = resample_positions(self.model.pos_embed.data, num_prefix, model.patch_embed.grid_size, config)
+            model.pos_embed.data = positions
+        return model
+
+    def compute_outputs(self, pixel_values: torch.Tensor) -> Outputs:
+        """Return the outputs of timm's model, and the logits of DINOv2's linear classifier."""
+        outputs = super().compute_outputs(pixel_values)
+        if self.linear_head is None:
+            return outputs
+        sequence, (weight, bias) = outputs["sequence"], self.linear_head
+        pooled = torch.cat([sequence[:, 0], sequence[:, self.model.num_prefix_tokens :].mean(dim=1)], dim=1)
+        return {"sequence": sequence, "logits": nn.functional.linear(pooled, weight.float(), bias.float())}
+
+    def convert_preprocessing(self) -> ConvertedPreprocessing:
+        """Convert the preprocessing of the family in timm, for the image size of the weights."""
+        if self.family == "msn":
+            return build_default_preprocessing(self.image_size, "timm has no settings of msn")
+        self.model.pretrained_cfg["input_size"] = (3, *self.image_size)
+        return convert_timm_preprocessing(self.model)
+
+
+# Reading -------------------------------------------------------------------------------------------------------------
+
+
+def read_file(file: Path) -> Mapping[str, Any]:
+    """Read a state dict, possibly nested. No code in the file runs.
+
+    Raises:
+        ConversionError: If the file has another format, or is a pickle of other objects than tensors.
+        OSError: If the file cannot be read.
+    """
+    if not file.is_file():
+        raise FileNotFoundError(f"{file} is not a file. Set timm:NAME, transformers:PATH_OR_ID or a file")
+    if file.suffix not in SUFFIXES:
+        raise ConversionError(f"{file} is not supported. Set a file with one of the suffixes {' '.join(SUFFIXES)}")
+    try:
+        if file.suffix == ".npz":
+            with np.load(file, allow_pickle=False) as arrays:
+                return dict(arrays)
+        if file.suffix == ".safetensors":
+            return load_file(file)
+        with torch.serialization.safe_globals([argparse.Namespace]):  # flags of the authors' training script
+            weights = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # damaged files raise any error
+        check_not_pickled_code(str(file), error)
+        reason = (
+            "it is a TorchScript archive, which contains code" if "TorchScript" in str(error) else format_error(error)
+        )
+        raise ConversionError(f"cannot read the weights in {file}: {reason}") from error
+    if not isinstance(weights, Mapping):
+        raise ConversionError(f"{file} does not contain a state dict, but a {type(weights).__name__}")
+    return weights
+
+
+def unwrap(weights: Mapping[str, Any], notes: list[str]) -> tuple[Weights, str | None]:
+    """Return the tensors of the image encoder without containers and prefixes, and the innermost container.
+
+    A note names weights outside of the encoder, such as the projection head of a teacher.
+    """
+    container = None
+    while key := next((key for key in CONTAINERS if isinstance(weights.get(key), Mapping)), None):
+        container, weights = key, weights[key]
+    tensors = {
+        str(name): torch.as_tensor(value)
+        for name, value in weights.items()
+        if isinstance(value, torch.Tensor | np.ndarray) and value.dtype != np.object_
+    }
+    while prefix := next((prefix for prefix in PREFIXES if has_encoder(tensors, prefix)), None):
+        kept = {
+            name.removeprefix(prefix): tensor
+            for name, tensor in tensors.items()
+            if name.startswith((prefix, "linear_head."))
+        }
+        if len(kept) < len(tensors):
+            name = next(name for name in tensors if not name.startswith((prefix, "linear_head.")))
+            notes.append(
+                f"{len(tensors) - len(kept)} weights outside of {prefix}* are not converted, for example {name}"
+            )
+        tensors = kept
+    return tensors, container
+
+
+def has_encoder(weights: Weights, prefix: str) -> bool:
+    """Return whether an image encoder has this prefix."""
+    return any(
+        re.match(rf"{re.escape(prefix)}.*(patch_embed\.proj|conv1|patchifier\.proj)\.weight", name) for name in weights
+    )
+
+
+def detect_family(weights: Weights, container: str | None, file: Path) -> str:
+    """Return the family of a state dict.
+
+    Raises:
+        ConversionError: If there is no family, or more than one.
+    """
+    for family, pattern in SIGNATURES.items():
+        if any(re.fullmatch(pattern, name) for name in weights):
+            return family
+    if "patch_embed.proj.weight" not in weights:
+        names = ", ".join(list(weights)[:3])
+        raise ConversionError(
+            f"{file} does not contain a supported image encoder ({names}, ...). Use timm:NAME or "
+            "transformers:PATH_OR_ID"
+        )
+    if container == "target_encoder":
+        return "msn" if "cls_token" in weights else "ijepa"
+    if container in FAMILIES_BY_CONTAINER:
+        return FAMILIES_BY_CONTAINER[container]
+    raise ConversionError(
+        f"the weights in {file} may be of several families. Set --family {' or '.join(PLAIN_FAMILIES)}"
+    )
+
+
+# Reference models ----------------------------------------------------------------------------------------------------
+
+
+def build_reference(weights: Weights, family: str, config: ViTCLSConfig, file: Path) -> Any:
+    """Build timm's model of a family that this package has rules for, and load the weights with timm's functions.
+
+    Args:
+        weights: The state dict.
+        family: One of `FAMILIES`.
+        config: Configuration of the converted model, for the sizes.
+        file: File of the weights; timm reads .npz files itself.
+    """
+    timm, eva, vision_transformer = import_timm()
+    is_gated, has_head = config.mlp_type != "mlp", "head.weight" in weights or "head/kernel" in weights
+    options: dict[str, Any] = {
+        "img_size": config.image_height_width,
+        "patch_size": config.patch_height_width[0],
+        "in_chans": config.num_channels,
+        "embed_dim": config.hidden_size,
+        "depth": config.num_hidden_layers,
+        "num_heads": config.num_attention_heads,
+        "mlp_ratio": config.intermediate_size / config.hidden_size * (2 if is_gated and family == "dinov2" else 1),
+        "num_classes": config.num_labels if has_head else 0,
+    }
+    names: dict[str, Callable[[], str]] = {
+        "dinov2": lambda: f"vit_{'giant' if is_gated else 'small'}_patch14_{registers}dinov2.lvd142m",
+        "dinov3": lambda: f"vit_small_{'plus_' if is_gated else ''}patch16_dinov3{qkv_bias}.lvd1689m",
+        "deit": lambda: f"{deit_name}_patch16_224.fb_in1k",
+        "mae": lambda: "vit_base_patch16_224.mae",
+        "ijepa": lambda: "vit_huge_patch14_gap_224.in1k_ijepa",
+        "big_vision": lambda: (
+            "vit_base_patch16_siglip_224.webli"
+            if config.pooling == "attention"
+            else "vit_base_patch16_224.augreg_in21k"
+        ),
+    }
+    registers = "reg4_" if config.num_register_tokens else ""
+    qkv_bias = "_qkvb" if config.qkv_bias or not is_gated else ""
+    deit_name = (
+        "deit3_small"
+        if config.layer_scale_init_value
+        else "deit_small_distilled"
+        if config.num_distillation_tokens
+        else "deit_small"
+    )
+    name = names.get(family, lambda: "vit_small_patch16_224.dino")()
+    if config.num_register_tokens:
+        options["reg_tokens" if family == "dinov2" else "num_reg_tokens"] = config.num_register_tokens
+    if family == "mae" and config.pooling == "mean":
+        options["global_pool"] = "avg"
+    if family == "big_vision":
+        return load_npz(timm, name, options, config, file)
+    model = timm.create_model(name, pretrained=False, **options)
+    tensors = {
+        name: tensor for name, tensor in weights.items() if not name.startswith(("linear_head.", "masked_embed"))
+    }
+    if family == "dinov2":
+        tensors.setdefault("mask_token", torch.zeros(1))  # timm recognizes DINOv2 by this name
+    module = eva if isinstance(model, eva.Eva) else vision_transformer
+    adapt = {"adapt_layer_scale": True} if name.startswith("deit3") else {}
+    model.load_state_dict(module.checkpoint_filter_fn(tensors, model, **adapt))
+    if config.rope_periods is not None:
+        periods = torch.tensor(config.rope_periods)
+        model.rope._compute_periods = lambda device="cpu", dtype=torch.float32: periods.to(device, dtype)
+        model.rope.reset_parameters()
+    return model
+
+
+def load_npz(timm: Any, name: str, options: dict[str, Any], config: ViTCLSConfig, file: Path) -> Any:
+    """Build timm's model of a big_vision file, which timm reads itself."""
+    options |= {"act_layer": "gelu_tanh"}
+    if not config.num_cls_tokens and config.pooling == "mean":
+        options |= {"class_token": False, "global_pool": "avg", "fc_norm": False}
+    elif config.position_embedding_tokens == "patches" and config.num_cls_tokens:
+        options |= {"no_embed_class": True}
+    model = timm.create_model(name, pretrained=False, **options)
+    model.load_pretrained(str(file))
+    return model
+
+
+def build_timm_model(weights: Weights, family: str) -> Any:
+    """Build timm's model of a family without rules, from the width, patch size and grid of the weights.
+
+    Raises:
+        ConversionError: If timm has no model of this size.
+    """
+    timm, eva, vision_transformer = import_timm()
+    kernel = next(
+        tensor
+        for name, tensor in weights.items()
+        if re.fullmatch(r".*(conv1|patch_embed\.proj|patchifier\.proj)\.weight", name)
+    )
+    positions = next(
+        tensor for name, tensor in weights.items() if re.fullmatch(r".*(positional_embedding|pos_embed)", name)
+    )
+    width, patch_size = kernel.shape[0], kernel.shape[-1]
+    name = TIMM_FAMILIES[family].get((width, patch_size))
+    if name is None:
+        sizes = ", ".join(f"{w} with patches of {p}" for w, p in TIMM_FAMILIES[family])
+        raise ConversionError(
+            f"{family} files require a width of {sizes} pixels, but this file has {width} with "
+            f"{patch_size}. Use timm:NAME"
+        )
+    side = math.isqrt(positions.shape[-2])
+    options: dict[str, Any] = {"img_size": side * patch_size, "num_classes": 0}
+    for head in ("visual.proj", "proj"):
+        options["num_classes"] = weights[head].shape[1] if head in weights else options["num_classes"]
+    if "head.weight" in weights:
+        options["num_classes"] = len(weights["head.weight"])
+    model = timm.create_model(name, pretrained=False, **options)
+    if family == "clip" and "class_embedding" in weights:
+        weights = {f"visual.{name}": tensor for name, tensor in weights.items()}
+    module = eva if isinstance(model, eva.Eva) else vision_transformer
+    model.load_state_dict(module.checkpoint_filter_fn(dict(weights), model))
+    return model
+
+
+def import_timm() -> tuple[Any, Any, Any]:
+    """Return timm and its modules `eva` and `vision_transformer`.
+
+    Raises:
+        ConversionError: If timm is not installed.
+    """
+    try:
+        import timm
+        from timm.models import eva, vision_transformer
+    except ImportError as error:
+        raise ConversionError("a file requires timm, but it is not installed. Run pip install timm") from error
+    return timm, eva, vision_transformer
+
+
+def resample_positions(
+    positions: torch.Tensor, num_prefix: int, grid: tuple[int, int], config: ViTCLSConfig
+) -> torch.Tensor:
+    """Resample positions [1, N, D] as in the authors' code, which the configuration describes."""
+    prefix, patches = positions[:, :num_prefix], positions[:, num_prefix:]
+    maps = patches.unflatten(1, config.grid_size).permute(0, 3, 1, 2)  # [1, D, rows, columns]
+    offset = config.position_offset
+    factors = [(new + offset) / old for new, old in zip(grid, config.grid_size, strict=True)]
+    target: dict[str, Any] = {"scale_factor": factors} if offset else {"size": grid}
+    maps = nn.functional.interpolate(
+        maps, **target, mode=config.position_interpolation, antialias=config.position_antialias, align_corners=False
+    )
+    return torch.cat([prefix, maps.flatten(2).transpose(1, 2)], dim=1)
+
+
+def describe_differences(family: str, config: ViTCLSConfig) -> list[str]:
+    """Return notes on rules that differ between the authors' code, timm, transformers and the converted model."""
+    if config.rope_periods is not None:
+        return [
+            "rotary periods: as stored in the file (the authors' code); timm and transformers compute the periods in "
+            "float32"
+        ]
+    if family == "big_vision":
+        return [
+            "positions for other image sizes: bilinear; the authors' code aligns the corners of both grids, and timm "
+            "resamples bicubically with antialiasing"
+        ]
+    if config.position_antialias or config.position_embedding_type != "learned":
+        return []
+    offset = f" with offset {config.position_offset}" if config.position_offset else ""
+    return [
+        f"positions for other image sizes: bicubic{offset} without antialiasing (the authors' code); timm uses "
+        "antialiasing"
+    ]

@@ -1,0 +1,125 @@
+"""Datasets in memory, for the Python functions (api.py): any of these -> `datasets.DatasetDict`, under a name.
+
+    datasets.Dataset, DatasetDict         used as they are; columns are found as in files (columns.py)
+    list of (image, label)                images: PIL images, arrays, tensors, encoded bytes or paths
+    torch.utils.data.Dataset              the same items; all images are read once and kept in memory, encoded as PNG
+    {"train": ..., "test": ...}           splits, each of the kinds above
+
+    name = add_dataset(data)             # "memory:3f2a...", the value of `DataOptions.dataset` in this process
+
+A label is a class name, a class index, a list of class names, a dict with the label of each task, or None if it is
+missing. The name is a digest of the data, so that a run can be resumed with the same data.
+"""
+
+import hashlib
+import io
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from PIL import Image
+from torchvision.transforms.v2.functional import to_pil_image
+
+from ..image_processing_vitcls import image_to_tensor
+
+
+PREFIX = "memory:"
+DATASETS: dict[str, Any] = {}  # name -> DatasetDict
+
+
+def add_dataset(data: Any) -> str:
+    """Keep a dataset for this process, and return its name.
+
+    Raises:
+        ValueError: if the dataset is empty, or its items are not (image, label).
+        TypeError: if it is none of the kinds above.
+    """
+    splits = convert_dataset(data)
+    content = [f"{split} {part._fingerprint}" for split, part in splits.items()]
+    name = f"{PREFIX}{hashlib.sha256(repr(content).encode()).hexdigest()[:16]}"
+    DATASETS[name] = splits
+    return name
+
+
+def get_dataset(name: str) -> Any:
+    """Return the dataset of a name, as a `datasets.DatasetDict`.
+
+    Raises:
+        ValueError: if this process has no such dataset.
+    """
+    if name not in DATASETS:
+        raise ValueError(
+            f"{name} was a dataset in the memory of another process. Pass the data to the Python function again"
+        )
+    return DATASETS[name]
+
+
+def convert_dataset(data: Any) -> Any:
+    """Return data of any of the kinds above as a `datasets.DatasetDict`."""
+    import datasets
+
+    if isinstance(data, datasets.IterableDataset | datasets.IterableDatasetDict):
+        raise TypeError("a datasets.IterableDataset cannot be passed. Pass its name, and set streaming=True")
+    if isinstance(data, datasets.Dataset):
+        return datasets.DatasetDict({"train": data})
+    if isinstance(data, Mapping):
+        return datasets.DatasetDict({name: convert_split(part) for name, part in data.items()})
+    return datasets.DatasetDict({"train": convert_split(data)})
+
+
+def convert_split(data: Any) -> Any:
+    """Return one split as a `datasets.Dataset`."""
+    import datasets
+
+    if isinstance(data, datasets.Dataset):
+        return data
+    is_sequence = isinstance(data, Sequence) and not isinstance(data, str | bytes)
+    if not is_sequence and not (hasattr(data, "__len__") and hasattr(data, "__getitem__")):
+        raise TypeError(
+            f"a dataset requires a path, a datasets.Dataset, a torch Dataset with a length or a list of "
+            f"(image, label), but this is a {type(data).__name__}"
+        )
+    rows = [convert_item(data[index], index) for index in range(len(data))]
+    if not rows:
+        raise ValueError("the dataset in memory has no images")
+    part = datasets.Dataset.from_list(rows).cast_column("image", datasets.Image())
+    names = [str(name) for name in getattr(data, "classes", ())]  # of torchvision's datasets
+    if names and part.features.get("label") == datasets.Value("int64"):
+        part = part.cast_column("label", datasets.ClassLabel(names=names))
+    return part
+
+
+def convert_item(item: Any, index: int) -> dict[str, Any]:
+    """Return the row of an item (image, label)."""
+    if not isinstance(item, tuple | list) or len(item) != 2:
+        raise ValueError(f"item {index} of the dataset requires (image, label), but it is a {type(item).__name__}")
+    image, label = item
+    if isinstance(label, torch.Tensor) or hasattr(label, "item"):  # NumPy and torch numbers
+        label = label.item() if label.ndim == 0 else label.tolist()
+    labels = label if isinstance(label, dict) else {"label": label}
+    return {"image": encode_image(image, index), **labels}
+
+
+def encode_image(image: Any, index: int) -> dict[str, Any]:
+    """Return an image as {"path", "bytes"}. Images in memory are encoded as PNG, which keeps every pixel.
+
+    Arrays and tensors are [H, W], [H, W, C] or [C, H, W]; floats are from 0 to 1 or from 0 to 255.
+
+    Raises:
+        ValueError: if it is not an image.
+    """
+    if isinstance(image, str | os.PathLike):
+        return {"path": os.fspath(image), "bytes": None}
+    if isinstance(image, bytes):
+        return {"path": None, "bytes": image}
+    try:
+        if not isinstance(image, Image.Image):
+            pixels = torch.as_tensor(image)
+            if pixels.is_floating_point() and pixels.min() >= 0 and pixels.max() <= 1:
+                pixels = pixels * 255
+            image = to_pil_image(image_to_tensor(pixels, to_rgb=False))
+        image.save(file := io.BytesIO(), "PNG")
+    except (OSError, TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"item {index} of the dataset has no usable image: {error}") from error
+    return {"path": None, "bytes": file.getvalue()}

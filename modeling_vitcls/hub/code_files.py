@@ -1,0 +1,92 @@
+"""The code files of a model: their digest, the order in which to read them, and their differences from this package.
+
+compute_code_digest(folder)                    # the same as: cat *_vitcls.py | sha256sum
+compare_code(folder).describe()                # "code identical to modeling_vitcls 0.2.0", or which files differ
+"""
+
+import hashlib
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, distribution
+from pathlib import Path
+
+from ..version import __version__
+
+
+PACKAGE = Path(__file__).parents[1]
+CODE_PATTERN = "*_vitcls.py"
+# The license of the code files, next to them. It has another name than the license of the weights.
+CODE_LICENSE_FILE = "CODE_LICENSE"
+
+# Each file uses only names of earlier files.
+READING_ORDER = (
+    "configuration_vitcls.py",
+    "positions_vitcls.py",
+    "attention_masks_vitcls.py",
+    "blocks_vitcls.py",
+    "heads_vitcls.py",
+    "variants_vitcls.py",
+    "token_attention_vitcls.py",
+    "adaptation_vitcls.py",
+    "cpu_kernels_vitcls.py",
+    "modeling_vitcls.py",
+    "fast_image_processing_vitcls.py",
+    "image_processing_vitcls.py",
+)
+
+
+@dataclass(frozen=True)
+class CodeComparison:
+    """Code files of a model that differ from this package, by name.
+
+    Attributes:
+        changed: Files with another content.
+        missing: Files that only this package has.
+        added: Python files that only the model has.
+    """
+
+    changed: list[str]
+    missing: list[str]
+    added: list[str]
+
+    def describe(self) -> str:
+        """Return one line."""
+        groups = {"changed": self.changed, "missing": self.missing, "added": self.added}
+        differences = [f"{', '.join(names)} ({group})" for group, names in groups.items() if names]
+        package = f"modeling_vitcls {__version__}"
+        return (
+            f"code differs from {package}: {'; '.join(differences)}" if differences else f"code identical to {package}"
+        )
+
+
+def compare_code(folder: Path) -> CodeComparison:
+    """Compare all Python files of a folder with the code files of this package."""
+    own = {file.name: file.read_bytes() for file in PACKAGE.glob(CODE_PATTERN)}
+    others = {file.relative_to(folder).as_posix(): file.read_bytes() for file in folder.rglob("*.py")}
+    return CodeComparison(
+        changed=sorted(name for name in own.keys() & others.keys() if own[name] != others[name]),
+        missing=sorted(own.keys() - others.keys()),
+        added=sorted(others.keys() - own.keys()),
+    )
+
+
+def compute_code_digest(folder: Path = PACKAGE) -> str:
+    """Return the SHA-256 of the code files of a folder, concatenated in alphabetical order, in hexadecimal digits."""
+    return hashlib.sha256(b"".join(file.read_bytes() for file in sorted(folder.glob(CODE_PATTERN)))).hexdigest()
+
+
+def read_code_license() -> bytes:
+    """Return the text of the license of the code files.
+
+    Raises:
+        ValueError: If neither the checkout nor the installed package contains it.
+    """
+    checkout = PACKAGE.parent / "LICENSE"
+    if checkout.is_file():
+        return checkout.read_bytes()
+    try:
+        text = distribution("modeling_vitcls").read_text("licenses/LICENSE")
+    except PackageNotFoundError:
+        text = None
+    if text is None:
+        raise ValueError("the license of modeling_vitcls was not found. Install the package again")
+    return text.encode()

@@ -1,0 +1,344 @@
+"""Accuracy of a frozen encoder: a simple classifier on each token of each layer (`evaluate.py --frozen`).
+
+    training images -> encoder, once -> features -> fit scikit-learn's classifier  --+
+    held-out images -> encoder, once -> features ------------------------------------+-> accuracy by layer and token
+
+--frozen      classifier
+knn           KNeighborsClassifier: 10 neighbors by cosine similarity, weighted by distance
+logreg        LogisticRegression on standardized features
+few-shot:N    the same on N images per class, repeated with other images
+
+The features of a layer are its output after the final norm of the encoder, as in DINOv2's `get_intermediate_layers`:
+every special token, and the mean of the patch tokens.
+"""
+
+import re
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from statistics import NormalDist, fmean, stdev
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate.utils import gather_object
+from rich.console import Console
+
+from ..conversion.any_checkpoint import resolve_checkpoint
+from ..data.held_out import RESULTS_FILE, read_record
+from ..data.images import LabeledImages
+from ..data.labels import LabelSpace
+from ..data.splits import load_evaluation_data
+from ..distributed import build_accelerator
+from ..files import write_json
+from ..hub.card_results import CONFIDENCE, format_percent
+from ..hub.loading import MODEL_FILES
+from ..options import EvaluateOptions
+from ..system import describe_device, get_versions
+from ..token_names import get_token_names
+from .evaluate import build_progress, build_table, describe_unknown_split
+from .evaluator import Evaluator, HeldOutBatch, round_floats
+from .load_model import load_model
+from .metrics import wilson_interval
+
+
+NUM_NEIGHBORS = 10
+MAX_ITERATIONS = 1000  # maximum number of iterations of L-BFGS in logistic regression
+MEAN_OF_PATCHES = "mean of patches"
+FEW_SHOT = re.compile(r"few-shot:([1-9]\d*)")
+
+
+# Features ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Features:
+    """Features and labels of images.
+
+    Attributes:
+        vectors: features [images, D] `float32` by (number of the layer from 1, name of the token).
+        labels: class names [images].
+        num_unreadable: number of images that could not be read and have no features.
+    """
+
+    vectors: dict[tuple[int, str], np.ndarray]
+    labels: np.ndarray
+    num_unreadable: int
+
+
+class FeatureEvaluator(Evaluator):
+    """Compute the features of images on any number of processes."""
+
+    def __init__(self, layers: list[int], *arguments: Any, **settings: Any) -> None:
+        """See `Evaluator` for the other arguments. `layers` are numbers of layers from 1."""
+        super().__init__(*arguments, **settings)
+        self.layers = layers
+
+    def build_metrics(self) -> "FeatureStore":
+        """Build the store of the features."""
+        return FeatureStore()
+
+    def compute_outputs(self, model: torch.nn.Module, batch: HeldOutBatch) -> torch.Tensor:
+        """Return the features [G, layers * vectors, D] of the G readable images of a batch."""
+        with self.accelerator.autocast():
+            features = compute_features(model, self.pad_batch(model, batch.pixel_values), self.layers)
+        return features[: len(batch.labels)]
+
+
+class FeatureStore:
+    """Features of all batches, with the interface of the metrics in metrics.py."""
+
+    def __init__(self) -> None:
+        self.batches: list[tuple[np.ndarray, np.ndarray]] = []
+
+    def update(self, features: torch.Tensor, labels: torch.Tensor) -> None:
+        """Add the features [G, vectors, D] and the class indices [G] of a batch."""
+        self.batches.append((features.float().cpu().numpy(), labels.cpu().numpy()))
+
+    def compute(self) -> dict[str, Any]:
+        """Return the features and labels of all processes in the order of the images."""
+        gathered = gather_object([self.batches])  # one list per process; batches were dealt out in rounds
+        ordered = [batch for batches in zip(*gathered, strict=True) for batch in batches]
+        features, labels = (np.concatenate(parts) for parts in zip(*ordered, strict=True))
+        return {"num_images": len(labels), "features": features, "labels": labels}
+
+
+def compute_features(encoder: Any, pixel_values: torch.Tensor, layers: list[int]) -> torch.Tensor:
+    """Return the features [B, layers * (special tokens + 1), D] of images [B, C, H, W].
+
+    Args:
+        encoder: a `ViTCLSModel`.
+        pixel_values: the images.
+        layers: numbers of layers from 1.
+    """
+    hidden_states = encoder(pixel_values, output_hidden_states=True).hidden_states  # embeddings, then each layer
+    num_special = encoder.config.token_layout.num_prefix_tokens
+    vectors = []
+    for layer in layers:
+        tokens = hidden_states[layer] if encoder.layernorm is None else encoder.layernorm(hidden_states[layer])
+        vectors += [tokens[:, :num_special], tokens[:, num_special:].mean(dim=1, keepdim=True)]
+    return torch.cat(vectors, dim=1)
+
+
+def get_vector_names(config: Any, layers: list[int]) -> list[tuple[int, str]]:
+    """Return the layer and the name of the token of each vector that `compute_features` returns."""
+    return [(layer, token) for layer in layers for token in [*get_token_names(config), MEAN_OF_PATCHES]]
+
+
+# Classifiers ---------------------------------------------------------------------------------------------------------
+
+
+def build_knn(num_training_images: int) -> Any:
+    """Build the k-NN classifier, with fewer neighbors if there are fewer training images."""
+    from sklearn.neighbors import KNeighborsClassifier
+
+    return KNeighborsClassifier(min(NUM_NEIGHBORS, num_training_images), weights="distance", metric="cosine")
+
+
+def build_logistic_regression(num_training_images: int) -> Any:
+    """Build logistic regression on standardized features."""
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    return make_pipeline(StandardScaler(), LogisticRegression(max_iter=MAX_ITERATIONS))
+
+
+CLASSIFIERS: dict[str, Callable[[int], Any]] = {"knn": build_knn, "logreg": build_logistic_regression}
+
+
+def count_correct(classifier: Any, train: Features, held_out: Features, name: tuple[int, str], rows: Any) -> int:
+    """Return the number of correct predictions on the held-out images of a classifier fitted to some training rows."""
+    classifier.fit(train.vectors[name][rows], train.labels[rows])
+    return int((classifier.predict(held_out.vectors[name]) == held_out.labels).sum())
+
+
+def measure(kind: str, train: Features, held_out: Features, num_repeats: int, seed: int) -> list[dict[str, Any]]:
+    """Return the accuracy of a classifier on each token of each layer, with its 95 % interval.
+
+    The interval is Wilson's for the number of held-out images. For few-shot classifiers, it is the interval of the
+    mean over the repeats.
+
+    Args:
+        kind: value of `--frozen`.
+        train: features to fit the classifiers on.
+        held_out: features to measure the accuracy on.
+        num_repeats: number of random selections of few-shot images.
+        seed: seed of the selections.
+
+    Raises:
+        ValueError: if a class has fewer training images than few-shot classification requires.
+    """
+    num_images = len(held_out.labels)
+    rows = []
+    if few_shot := FEW_SHOT.fullmatch(kind):
+        selections = select_few(train.labels, int(few_shot[1]), num_repeats, seed)
+        for layer, token in train.vectors:
+            counts = [
+                count_correct(build_logistic_regression(len(selected)), train, held_out, (layer, token), selected)
+                for selected in selections
+            ]
+            accuracies = [count / num_images for count in counts]
+            rows.append({"layer": layer, "token": token, **summarize_repeats(accuracies)})
+        return rows
+    everything = slice(None)
+    for layer, token in train.vectors:
+        classifier = CLASSIFIERS[kind](len(train.labels))
+        correct = count_correct(classifier, train, held_out, (layer, token), everything)
+        interval = wilson_interval(correct, num_images, CONFIDENCE)
+        rows.append({"layer": layer, "token": token, "accuracy": correct / num_images, "accuracy_interval": interval})
+    return rows
+
+
+def select_few(labels: np.ndarray, num_per_class: int, num_repeats: int, seed: int) -> list[np.ndarray]:
+    """Return the indices of `num_per_class` random images of each class, sorted, for each repeat.
+
+    Raises:
+        ValueError: if a class has fewer images.
+    """
+    names, counts = np.unique(labels, return_counts=True)
+    if counts.min() < num_per_class:
+        raise ValueError(
+            f"--frozen few-shot:{num_per_class} requires {num_per_class} training images of each class, but "
+            f"{str(names[counts.argmin()])!r} has {counts.min()}. Set --frozen few-shot:{counts.min()}"
+        )
+    selections = []
+    for repeat in range(num_repeats):
+        generator = np.random.default_rng([seed, repeat])
+        chosen = [generator.choice(np.flatnonzero(labels == name), num_per_class, replace=False) for name in names]
+        selections.append(np.sort(np.concatenate(chosen)))
+    return selections
+
+
+def summarize_repeats(accuracies: list[float]) -> dict[str, Any]:
+    """Return the mean accuracy over repeats, and its normal 95 % interval (None for a single repeat)."""
+    mean, interval = fmean(accuracies), None
+    if len(accuracies) > 1:
+        distance = NormalDist().inv_cdf((1 + CONFIDENCE) / 2) * stdev(accuracies) / len(accuracies) ** 0.5
+        interval = [max(mean - distance, 0.0), min(mean + distance, 1.0)]
+    return {"accuracy": mean, "accuracy_interval": interval, "accuracies": accuracies}
+
+
+# Run -----------------------------------------------------------------------------------------------------------------
+
+
+def evaluate_frozen(options: EvaluateOptions) -> dict[str, Any]:
+    """Measure the accuracy of simple classifiers on the frozen features of a checkpoint.
+
+    The table is printed, written to `--output` if it is set, and returned. The classifiers are fitted to the training
+    images and evaluated on the images that `--split` selects, as in `evaluate_checkpoint`.
+
+    Raises:
+        ValueError: if the checkpoint, the dataset or its labels are not suitable, or too many images are unreadable.
+        OSError: if the checkpoint cannot be found or read, or the output cannot be written.
+    """
+    assert options.frozen is not None
+    if options.data.streaming:
+        raise ValueError("--frozen requires a stored dataset, but --streaming reads a stream. Remove --streaming")
+    accelerator = build_accelerator(mixed_precision=options.mixed_precision)
+    console = Console(quiet=not accelerator.is_main_process, soft_wrap=True, highlight=False)
+
+    def warn(message: str) -> None:
+        console.print(f"WARNING: {message}", style="bold yellow", markup=False)
+
+    if options.output is not None:  # fails before the evaluation if the folder cannot be created
+        options.output.parent.mkdir(parents=True, exist_ok=True)
+    with accelerator.main_process_first():  # downloads once
+        model, processor = load_model(options.model, with_head=False)
+        record = read_record(resolve_checkpoint(options.model, [*MODEL_FILES, RESULTS_FILE]))
+        train_space, train_images, _, _ = load_evaluation_data(options.data, "train", record)
+        space, held_out_images, split, rule = load_evaluation_data(options.data, options.split, record)
+    check_labels(options, space)
+    if rule is not None and record is not None:
+        problem = describe_unknown_split(options.model, record, held_out_images)
+        if problem is not None:
+            warn(problem)
+    model = model.to(accelerator.device).eval()
+    num_layers = model.config.num_hidden_layers
+    layers = [num_layers] if options.frozen_layers == "last" else list(range(1, num_layers + 1))
+
+    def encode(images: LabeledImages, label_space: LabelSpace) -> Features:
+        evaluator = FeatureEvaluator(
+            layers,
+            images,
+            processor,
+            label_space,
+            options.batch_size,
+            options.data.num_workers,
+            accelerator,
+            options.data.max_broken_images,
+            warn=warn,
+            num_channels=model.config.num_channels,
+        )
+        found = evaluator(model, build_progress(console, accelerator))
+        names = get_vector_names(model.config, layers)
+        vectors = {name: found["features"][:, index] for index, name in enumerate(names)}
+        labels = np.array(label_space.names)[found["labels"]]
+        return Features(vectors, labels, found["num_broken_images"])
+
+    started = time.perf_counter()
+    train, held_out = encode(train_images, train_space), encode(held_out_images, space)
+    seconds = time.perf_counter() - started
+    num_encoded = len(train.labels) + len(held_out.labels)
+    results: dict[str, Any] = {
+        "model": options.model,
+        "dataset": options.data.dataset,
+        "split": split,
+        "held_out_part": None if rule is None else str(rule),
+        "frozen": options.frozen,
+        "num_training_images": len(train.labels),
+        "num_images": len(held_out.labels),
+        "num_broken_images": train.num_unreadable + held_out.num_unreadable,
+        "images_per_second": round(num_encoded / seconds, 1),
+        "seconds": round(seconds, 2),
+        "device": describe_device(accelerator),
+        "mixed_precision": accelerator.mixed_precision,
+        "num_processes": accelerator.num_processes,
+        "versions": get_versions(),
+    }
+    if accelerator.is_main_process:
+        rows = measure(options.frozen, train, held_out, options.frozen_repeats, options.data.split_seed)
+        best = max(rows, key=lambda row: row["accuracy"])
+        results |= {"best": round_floats(best), "rows": round_floats(rows)}
+        print_rows(results, console)
+        if options.output is not None:
+            write_json(options.output, results)
+            console.print(f"saved {options.output}", markup=False)
+    accelerator.end_training()
+    return results
+
+
+def check_labels(options: EvaluateOptions, space: LabelSpace) -> None:
+    """Raise ValueError if images do not have one label each."""
+    if space.kind != "single_label_classification":
+        raise ValueError(
+            f"--frozen {options.frozen} requires one label per image, but {options.data.dataset} is "
+            f"{space.kind.replace('_', ' ')}. Set one --label-column"
+        )
+
+
+def print_rows(results: dict[str, Any], console: Console) -> None:
+    """Print the table of accuracies, and the best row."""
+    console.print(
+        f"{results['frozen']} on frozen features: {results['num_training_images']:,} training images, "
+        f"{results['num_images']:,} images of {results['dataset']} ({results['split']}); "
+        f"{results['images_per_second']:,} images/s",
+        markup=False,
+    )
+    cells = [[str(row["layer"]), row["token"], *format_accuracy(row)] for row in results["rows"]]
+    console.print(build_table("", ["Layer", "Token", "Accuracy", "95 % interval"], cells))
+    best = results["best"]
+    console.print(
+        f"best      layer {best['layer']}, {best['token']}: {format_percent(best['accuracy'])} (selected from "
+        f"{len(results['rows'])} on these images)",
+        markup=False,
+    )
+
+
+def format_accuracy(row: dict[str, Any]) -> list[str]:
+    """Return the accuracy of a row and its interval as text."""
+    interval = row["accuracy_interval"]
+    return [
+        format_percent(row["accuracy"]),
+        "" if interval is None else f"{format_percent(interval[0])} to {format_percent(interval[1])}",
+    ]

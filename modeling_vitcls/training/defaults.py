@@ -1,0 +1,195 @@
+"""Default values of flags that depend on the run. Every flag that is set overrides its default.
+
+flag               random weights             pre-trained weights        --trainable lora   --trainable head
+learning_rate      1e-3 at width 96           5e-5 at width 768          5e-4               1e-3
+layer_decay        1                          0.75                       1                  1
+initializer_range  0.8 / sqrt(width)          of the checkpoint          of the checkpoint  of the checkpoint
+epochs             30                         30, or 10 from 10,000 images on
+
+flag               images up to 64 pixels     larger images
+crop_scale         1                          0.35
+
+Learning rates for all weights are proportional to 1 / width (muP, arXiv 2203.03466), within limits. The initial
+standard deviation is between Xavier's values for the attention (1 / sqrt(width)) and the MLP (0.63 / sqrt(width));
+narrow models learn slowly with the usual 0.02. Layer decay: BEiT, arXiv 2106.08254. Pre-training by masked images uses
+the learning rate 5e-4 and no layer decay.
+
+The resolved values are printed with the reason and written to config.resolved.yaml.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, Literal, TypeVar
+
+from ..configuration_vitcls import ViTCLSConfig, to_pair
+from ..conversion.any_checkpoint import resolve_checkpoint
+from ..hub.loading import check_is_vitcls
+from ..inference.load_model import is_preset
+from ..options import FinetuneOptions, PretrainOptions
+
+
+Options = TypeVar("Options", FinetuneOptions, PretrainOptions)
+Weights = Literal["random weights", "pre-trained weights", "LoRA", "new head on frozen weights", "masked images"]
+
+EXAMPLE = "timm:vit_small_patch14_reg4_dinov2.lvd142m"  # checkpoint that the line about random weights names
+SMALL_IMAGE = 64  # longest side of a small image in pixels
+LARGE_DATASET = 10_000  # number of training images
+MIN_INITIALIZER_RANGE = 0.02
+
+
+@dataclass(frozen=True)
+class RunFacts:
+    """What the defaults depend on.
+
+    Attributes:
+        weights: where the initial weights come from, and which are trained.
+        is_preset: whether the initial weights are random.
+        width: hidden size of the model.
+        image_size: longest side of the model's images in pixels.
+        num_training_images: None for a stream.
+    """
+
+    weights: Weights
+    is_preset: bool
+    width: int
+    image_size: int
+    num_training_images: int | None
+
+
+@dataclass(frozen=True)
+class Default:
+    """The default of one flag: `value` and the reason for it, as functions of the facts about a run."""
+
+    group: str  # field of the options
+    name: str
+    value: Callable[[RunFacts], float]
+    reason: Callable[[RunFacts], str]
+
+
+def choose_learning_rate(facts: RunFacts) -> float:
+    """Return the learning rate, rounded to two digits."""
+    match facts.weights:
+        case "random weights":
+            rate = min(1e-3 * 96 / facts.width, 1e-3)
+        case "pre-trained weights":
+            rate = min(max(5e-5 * 768 / facts.width, 5e-5), 4e-4)
+        case "new head on frozen weights":
+            rate = 1e-3
+        case _:
+            rate = 5e-4
+    return float(f"{rate:.1e}")
+
+
+def choose_initializer_range(facts: RunFacts) -> float:
+    """Return the standard deviation of the initial weights of a preset."""
+    return max(round(0.8 / math.sqrt(facts.width), 3), MIN_INITIALIZER_RANGE)
+
+
+def choose_layer_decay(facts: RunFacts) -> float:
+    """Return the factor of the learning rate from each layer to the previous one."""
+    return 0.75 if facts.weights == "pre-trained weights" else 1.0
+
+
+def choose_epochs(facts: RunFacts) -> float:
+    """Return the number of epochs."""
+    return 10.0 if facts.weights == "pre-trained weights" and is_large(facts) else 30.0
+
+
+def is_large(facts: RunFacts) -> bool:
+    """Return whether the dataset is large; a stream counts as large."""
+    return facts.num_training_images is None or facts.num_training_images >= LARGE_DATASET
+
+
+def has_small_images(facts: RunFacts) -> bool:
+    """Return whether random crops would leave too few pixels."""
+    return facts.image_size <= SMALL_IMAGE
+
+
+def describe_weights(facts: RunFacts) -> str:
+    """Return the reason of defaults that depend on the weights."""
+    return facts.weights
+
+
+def describe_size(facts: RunFacts) -> str:
+    """Return the reason of defaults that depend on the image size."""
+    return f"images of {facts.image_size} pixels"
+
+
+def describe_width(facts: RunFacts) -> str:
+    """Return the reason of defaults that depend on the weights and the width."""
+    return f"{facts.weights}, width {facts.width}"
+
+
+def describe_amount(facts: RunFacts) -> str:
+    """Return the reason of defaults that depend on the number of images."""
+    number = "a stream" if facts.num_training_images is None else f"{facts.num_training_images:,} images"
+    return f"{facts.weights}, {number}"
+
+
+DEFAULTS: tuple[Default, ...] = (
+    Default("training", "learning_rate", choose_learning_rate, describe_width),
+    Default("model", "initializer_range", choose_initializer_range, describe_width),
+    Default("training", "layer_decay", choose_layer_decay, describe_weights),
+    Default("training", "epochs", choose_epochs, describe_amount),
+    Default("augmentation", "crop_scale", lambda facts: 1.0 if has_small_images(facts) else 0.35, describe_size),
+)
+
+
+def get_facts(options: FinetuneOptions | PretrainOptions, num_training_images: int | None) -> RunFacts:
+    """Return what the defaults depend on. Only the configuration of the model is read.
+
+    Raises:
+        ValueError: if the checkpoint is another kind of model.
+        OSError: if the checkpoint cannot be found or read.
+    """
+    name, values = options.model.model, options.model.config_values()
+    from_scratch = is_preset(name)
+    if from_scratch:
+        config = ViTCLSConfig.from_preset(name)
+    else:
+        folder = resolve_checkpoint(name)
+        check_is_vitcls(name, folder)
+        config = ViTCLSConfig.from_pretrained(folder)
+    weights: Weights = "random weights" if from_scratch else "pre-trained weights"
+    if isinstance(options, PretrainOptions):
+        weights = "masked images"
+    elif options.training.trainable == "head":
+        weights = "new head on frozen weights"
+    elif options.training.trainable == "lora":
+        weights = "LoRA"
+    width = values.get("hidden_size", config.hidden_size)
+    image_size = max(to_pair(values.get("image_size", config.image_size)))
+    return RunFacts(weights, from_scratch, width, image_size, num_training_images)
+
+
+def resolve_defaults(options: Options, facts: RunFacts) -> tuple[Options, dict[str, list[str]]]:
+    """Return the options with a value for every flag that has a default here, and the new values.
+
+    Returns:
+        The options, and {reason: ["learning rate 5e-05", ...]} for the flags that were not set and that the run uses.
+    """
+    reasons: dict[str, list[str]] = {}
+    for default in DEFAULTS:
+        group: Any = getattr(options, default.group)
+        keeps_own_value = default.name == "initializer_range" and not facts.is_preset
+        if getattr(group, default.name) is not None or keeps_own_value:
+            continue
+        value = default.value(facts)
+        options = replace(options, **{default.group: replace(group, **{default.name: value})})
+        if default.name != "epochs" or options.training.max_steps is None:
+            reasons.setdefault(default.reason(facts), []).append(f"{default.name.replace('_', ' ')} {value:g}")
+    return options, reasons
+
+
+def format_defaults(reasons: dict[str, list[str]]) -> str:
+    """Format the values by reason in one line."""
+    return "; ".join(f"{reason}: {', '.join(values)}" for reason, values in reasons.items())
+
+
+def describe_random_weights(name: str, facts: RunFacts) -> str | None:
+    """Return the line about random initial weights; None for trained weights."""
+    if not facts.is_preset:
+        return None
+    remedy = f"For better results on few images, start from trained weights, for example --model {EXAMPLE}"
+    return f"random, because {name} is a preset. {remedy}"

@@ -1,0 +1,109 @@
+"""Patch features: principal components as colors, similarities, and their compressed form, against plain NumPy."""
+
+import numpy as np
+import pytest
+import torch
+from digits_models import HELD_OUT, train_digits_model
+from PIL import Image
+from tiny_models import filled, images, raises_one_line, tiny_config
+
+from modeling_vitcls import ViTCLSForImageClassification, ViTCLSModel
+from modeling_vitcls.analysis.maps import VisibleRegion
+from modeling_vitcls.analysis.patch_features import (
+    compress_patch_features,
+    compute_patch_colors,
+    compute_patch_features,
+    compute_patch_similarity,
+    draw_patch_colors,
+)
+
+
+def draw_features(*sizes: tuple[int, int], width: int = 12) -> list[torch.Tensor]:
+    """Random features whose components differ in size."""
+    generator = torch.Generator().manual_seed(0)
+    scales = torch.arange(width, 0, -1).float() ** 2
+    return [torch.randn(*size, width, generator=generator) * scales + 3 for size in sizes]
+
+
+@pytest.mark.parametrize("fields", [{}, {"num_cls_tokens": 0, "pooling": "mean"}, {"num_register_tokens": 2}], ids=str)
+def test_features_are_the_patches_of_each_layer(fields: dict) -> None:
+    model = filled(ViTCLSForImageClassification(tiny_config(**fields)))
+    pixels = images(2, 24, 40)
+    features = compute_patch_features(model, pixels)
+    with torch.no_grad():
+        states = model.vitcls(pixels, output_hidden_states=True).hidden_states
+    assert features.shape == (2, 2, 3, 5, 16)
+    start = model.config.token_layout.patches.start
+    assert torch.equal(features[1, 0, 2, 4], states[1][1, start + 14])
+    assert torch.equal(features[0, 1, 1, 0], states[2][0, start + 5])
+
+
+def test_colors_are_the_principal_components() -> None:
+    """Of the patches of all images together, up to their sign, between two quantiles."""
+    features = draw_features((4, 5), (3, 2))
+    rows = torch.cat([one.flatten(0, 1) for one in features]).double().numpy()
+    centered = rows - rows.mean(axis=0)
+    directions = np.linalg.svd(centered, full_matrices=False)[2][:3]
+    components = centered @ directions.T
+    colors = compute_patch_colors(features)
+    assert [tuple(one.shape) for one in colors] == [(4, 5, 3), (3, 2, 3)]
+    found = torch.cat([one.flatten(0, 1) for one in colors]).double().numpy()
+    for channel in range(3):
+        candidates = []
+        for sign in (1, -1):
+            low, high = np.quantile(sign * components[:, channel], (0.02, 0.98))
+            candidates.append(((sign * components[:, channel] - low) / (high - low)).clip(0, 1))
+        assert min(np.abs(found[:, channel] - one).max() for one in candidates) < 1e-4
+
+
+def test_the_foreground_is_what_differs_from_the_border() -> None:
+    features = draw_features((6, 6), (6, 6))
+    for one in features:
+        one *= 0.1
+        one[2:4, 2:5, 0] += 500
+    for colors in compute_patch_colors(features, foreground=True):
+        is_shown = ~colors.isnan().any(dim=-1)
+        assert is_shown[2:4, 2:5].all() and is_shown.sum() == 6
+
+
+def test_few_patches_and_channels_have_colors_too() -> None:
+    (colors,) = compute_patch_colors([torch.randn(1, 2, 4)])
+    assert colors.isfinite().all() and (colors[..., 2] == 0.5).all()
+
+
+def test_similarity_is_the_cosine() -> None:
+    (features,) = draw_features((4, 5))
+    found = compute_patch_similarity(features, 1, 3)
+    one, other = features[1, 3].numpy(), features[2, 0].numpy()
+    assert found[2, 0].item() == pytest.approx(one @ other / np.linalg.norm(one) / np.linalg.norm(other), abs=1e-5)
+    assert found[1, 3].item() == pytest.approx(1)
+
+
+def test_compressed_features_keep_similarities() -> None:
+    """Those of a trained model, in a byte per component; 8 components of 32 are enough here."""
+    features = compute_patch_features(train_digits_model(epochs=2), HELD_OUT[0][:16])[:, 1]
+    compressed = compress_patch_features(list(features), num_components=8)
+    assert len(compressed.values) == 16 and compressed.values[0].dtype == torch.int8
+    for image in range(16):
+        rows = compressed.values[image].flatten(0, 1).float() * compressed.scale
+        products = rows @ rows.T + compressed.offset
+        own = products.diagonal()
+        found = products[5] / (own * own[5]).sqrt()
+        expected = compute_patch_similarity(features[image], 1, 1).flatten()
+        assert (found - expected).abs().max() < 0.1 and (found - expected).abs().mean() < 0.03
+
+
+def test_colors_are_drawn_on_the_pixels_of_the_image() -> None:
+    colors = torch.zeros(2, 2, 3)
+    colors[0, 1] = torch.tensor([1.0, 0.0, 0.0])
+    colors[1, 1] = torch.nan
+    image = Image.new("RGB", (60, 40), (200, 200, 200))
+    drawn = np.asarray(draw_patch_colors(image, colors, VisibleRegion(10, 0, 50, 40)))
+    assert drawn[5, 45].tolist() == [255, 0, 0] and drawn[5, 15].tolist() == [0, 0, 0]
+    assert (drawn[30, 40] == round(200 * 0.35)).all() and drawn[30, 5].max() < 130  # background, and outside
+
+
+def test_models_that_merge_patches_have_no_features() -> None:
+    model = filled(ViTCLSModel(tiny_config(merged_patches_per_layer=2)))
+    with raises_one_line("merged_patches_per_layer=0"):
+        compute_patch_features(model, images())

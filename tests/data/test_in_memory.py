@@ -1,0 +1,175 @@
+"""Datasets in memory: every kind gives the same images and labels as files on disk."""
+
+import io
+import pickle
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from modeling_vitcls.data.in_memory import add_dataset, get_dataset
+from modeling_vitcls.data.sources import load_splits
+from modeling_vitcls.data.splits import load_evaluation_data, load_training_data
+from modeling_vitcls.options import DataOptions
+
+
+NUM_IMAGES = 40
+
+
+def make_image(index: int) -> Image.Image:
+    """Return a random color image, always the same for an index."""
+    pixels = np.random.default_rng(index).integers(256, size=(8, 10, 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
+
+
+def name_class(index: int) -> str:
+    """Return the class of an image."""
+    return ("cat", "dog")[index % 2]
+
+
+class TorchDataset(torch.utils.data.Dataset):
+    """A dataset like those of torchvision: items (tensor, class index), and class names."""
+
+    classes = ["cat", "dog"]
+
+    def __len__(self) -> int:
+        return NUM_IMAGES
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        pixels = torch.from_numpy(np.array(make_image(index))).permute(2, 0, 1)
+        return pixels / 255, index % 2
+
+
+def encode(image: Image.Image) -> bytes:
+    """Return an image as PNG."""
+    image.save(file := io.BytesIO(), "PNG")
+    return file.getvalue()
+
+
+def build(kind: str, folder: Path) -> Any:
+    """Return the same images and labels as a dataset of one kind."""
+    pairs = [(make_image(index), name_class(index)) for index in range(NUM_IMAGES)]
+    if kind == "torch":
+        return TorchDataset()
+    if kind == "datasets":
+        rows = {"image": [{"bytes": encode(image), "path": None} for image, _ in pairs]}
+        columns = rows | {"label": [label for _, label in pairs]}
+        return datasets.Dataset.from_dict(columns).cast_column("image", datasets.Image())
+    if kind == "splits":
+        return {"train": pairs[:30], "test": pairs[30:]}
+    if kind == "paths":
+        for index, (image, _) in enumerate(pairs):
+            image.save(folder / f"{index}.png")
+        return [(folder / f"{index}.png", label) for index, (_, label) in enumerate(pairs)]
+    convert = {"images": lambda image: image, "arrays": np.array, "bytes": encode}[kind]
+    return [(convert(image), label) for image, label in pairs]
+
+
+@pytest.mark.parametrize("kind", ["images", "arrays", "bytes", "paths", "torch", "datasets", "splits"])
+def test_every_kind_has_the_same_images_and_labels(kind: str, tmp_path: Path) -> None:
+    data = load_training_data(DataOptions(add_dataset(build(kind, tmp_path))))
+    assert data.label_space.names == ["cat", "dog"]
+    assert len(data.train) + len(data.held_out) == NUM_IMAGES
+    expected = {encode(make_image(index)): name_class(index) for index in range(NUM_IMAGES)}
+    found = {}
+    for part in (data.train, data.held_out):
+        for image, label in zip(part.images, part.labels, strict=True):
+            found[encode(image)] = data.label_space.names[label]
+    assert found == expected
+    assert (kind == "splits") == (data.held_out_name == "split 'test'")
+    assert (kind == "splits") == (len(data.held_out) == 10)
+
+
+def test_the_split_is_that_of_the_same_images_on_disk(tmp_path: Path) -> None:
+    """Images are held out by their bytes, so the kind of dataset does not matter."""
+    in_memory = load_training_data(DataOptions(add_dataset(build("bytes", tmp_path))))
+    build("datasets", tmp_path).to_parquet(tmp_path / "images.parquet")
+    on_disk = load_training_data(DataOptions(str(tmp_path / "images.parquet")))
+    assert in_memory.record == on_disk.record
+    evaluated = load_evaluation_data(DataOptions(add_dataset(build("bytes", tmp_path))), None, on_disk.record)
+    assert len(evaluated.images) == len(on_disk.held_out)
+
+
+def test_the_name_identifies_the_data(tmp_path: Path) -> None:
+    """--resume compares the names."""
+    name = add_dataset(build("images", tmp_path))
+    assert add_dataset(build("images", tmp_path)) == name
+    assert add_dataset(build("images", tmp_path)[:-1]) != name
+    assert name.startswith("memory:") and len(get_dataset(name)["train"]) == NUM_IMAGES
+
+
+def test_several_tasks_and_several_labels() -> None:
+    image = make_image(0)
+    tasks = add_dataset([(image, {"animal": name_class(index), "age": index}) for index in range(12)])
+    splits = load_splits(DataOptions(tasks, label_column=("animal", "age")))
+    assert splits.label_space.kind == "multi_task"
+    assert splits.parts["train"].labels[3] == {"animal": 1, "age": 3}
+    tags = add_dataset([(image, ["a", "b"][: index % 3]) for index in range(12)])
+    splits = load_splits(DataOptions(tags))
+    assert splits.label_space.kind == "multi_label_classification"
+    assert splits.parts["train"].labels[:3] == [[0.0, 0.0], [1.0, 0.0], [1.0, 1.0]]
+
+
+def test_gray_images_and_numbers_as_labels() -> None:
+    pixels = np.arange(64, dtype=np.uint8).reshape(8, 8)
+    name = add_dataset([(pixels + index, np.int64(index % 3)) for index in range(9)])
+    splits = load_splits(DataOptions(name))
+    assert splits.label_space.names == ["0", "1", "2"]
+    assert np.array_equal(np.array(splits.parts["train"].images[4]), pixels + 4)
+
+
+def test_parts_can_be_sent_to_workers(tmp_path: Path) -> None:
+    part = load_splits(DataOptions(add_dataset(build("images", tmp_path)))).parts["train"]
+    copy = pickle.loads(pickle.dumps(part))
+    assert encode(copy.images[7]) == encode(make_image(7))
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ([], "has no images"),
+        ([make_image(0)], r"item 0 of the dataset requires \(image, label\), but it is a Image"),
+        ([(np.zeros((2, 2, 7)), 1)], "item 0 of the dataset has no usable image"),
+    ],
+)
+def test_unusable_data_is_an_error(data: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        add_dataset(data)
+
+
+def test_unusable_kinds_are_errors() -> None:
+    with pytest.raises(TypeError, match=r"but this is a int"):
+        add_dataset(3)
+    with pytest.raises(TypeError, match="IterableDataset cannot be passed"):
+        add_dataset(datasets.Dataset.from_dict({"image": [1], "label": [1]}).to_iterable_dataset())
+    with pytest.raises(ValueError, match="was a dataset in the memory of another process"):
+        load_splits(DataOptions("memory:0123456789abcdef"))
+
+
+# Files of the same contents ------------------------------------------------------------------------------------------
+
+
+def test_folders_of_save_to_disk(tmp_path: Path) -> None:
+    part = build("datasets", tmp_path)
+    part.save_to_disk(tmp_path / "one")
+    datasets.DatasetDict({"train": part, "validation": part.select(range(6))}).save_to_disk(tmp_path / "two")
+    one = load_training_data(DataOptions(str(tmp_path / "one")))
+    assert len(one.train) + len(one.held_out) == NUM_IMAGES and one.record.rule is not None
+    two = load_training_data(DataOptions(str(tmp_path / "two")))
+    assert (len(two.train), len(two.held_out), two.record.split) == (NUM_IMAGES, 6, "validation")
+
+
+def test_json_lines(tmp_path: Path) -> None:
+    lines = []
+    for index in range(6):
+        make_image(index).save(tmp_path / f"{index}.png")
+        lines.append(f'{{"image": "{index}.png", "label": "{name_class(index)}"}}\n')
+    (tmp_path / "images.jsonl").write_text("".join(lines), encoding="utf-8")
+    splits = load_splits(DataOptions(str(tmp_path / "images.jsonl")))
+    part = splits.parts["train"]
+    assert splits.label_space.names == ["cat", "dog"] and part.labels == [0, 1, 0, 1, 0, 1]
+    assert encode(part.images[5]) == encode(make_image(5))

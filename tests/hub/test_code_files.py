@@ -1,0 +1,48 @@
+"""The code files of a model: digest, reading order, differences from this package, license."""
+
+import re
+import subprocess
+from pathlib import Path
+
+from modeling_vitcls.hub.code_files import (
+    PACKAGE,
+    READING_ORDER,
+    compare_code,
+    compute_code_digest,
+    read_code_license,
+)
+from modeling_vitcls.hub.shared_code import write_code
+from modeling_vitcls.version import __version__
+
+
+def test_each_file_imports_only_earlier_files() -> None:
+    assert sorted(READING_ORDER) == sorted(file.name for file in PACKAGE.glob("*_vitcls.py"))
+    for index, name in enumerate(READING_ORDER):
+        imported = re.findall(r"^from \.(\w+) import", (PACKAGE / name).read_text(), re.MULTILINE)
+        assert {f"{module}.py" for module in imported} <= set(READING_ORDER[:index]), name
+
+
+def test_the_digest_is_the_one_that_the_card_explains(tmp_path: Path) -> None:
+    write_code(tmp_path)
+    printed = subprocess.check_output("cat *_vitcls.py | sha256sum", shell=True, cwd=tmp_path, text=True)
+    assert printed.split()[0] == compute_code_digest(tmp_path) == compute_code_digest()
+    (tmp_path / "heads_vitcls.py").write_text("")
+    assert compute_code_digest(tmp_path) != compute_code_digest()
+
+
+def test_differences_are_named(tmp_path: Path) -> None:
+    write_code(tmp_path)
+    assert compare_code(tmp_path).describe() == f"code identical to modeling_vitcls {__version__}"
+    (tmp_path / "heads_vitcls.py").write_text("changed")
+    (tmp_path / "blocks_vitcls.py").unlink()
+    (tmp_path / "more").mkdir()
+    (tmp_path / "more" / "own.py").write_text("")
+    assert compare_code(tmp_path).describe() == (
+        f"code differs from modeling_vitcls {__version__}: heads_vitcls.py (changed); blocks_vitcls.py (missing); "
+        "more/own.py (added)"
+    )
+
+
+def test_the_license_is_the_one_of_the_files() -> None:
+    assert b"Apache License" in read_code_license()
+    assert all("SPDX-License-Identifier: Apache-2.0" in (PACKAGE / name).read_text() for name in READING_ORDER)

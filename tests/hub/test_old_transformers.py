@@ -1,0 +1,106 @@
+"""Pushed models and other versions of transformers: the lowest supported one, and one-line errors before it."""
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from fresh_processes import run_fresh
+from local_hub import LocalHub, Token, point_client_at, running_hub
+from tiny_models import filled, tiny_config
+
+from modeling_vitcls import ViTCLSForImageClassification, ViTCLSImageProcessor
+from modeling_vitcls.configuration_vitcls import MIN_TRANSFORMERS
+from modeling_vitcls.hub.publish import push_folder
+from modeling_vitcls.hub.verify import verify
+
+
+LOWEST = f"{'.'.join(map(str, MIN_TRANSFORMERS))}.0"
+MESSAGE = "This checkpoint requires transformers >= {}, but {} is installed. Run: pip install -U transformers"
+LOAD = """
+import sys
+import transformers
+
+for name in ("AutoConfig", "AutoModel", "AutoModelForImageClassification"):
+    try:
+        getattr(transformers, name).from_pretrained(sys.argv[1], trust_remote_code=True)
+    except ImportError as error:
+        print(error)
+try:
+    transformers.pipeline("image-classification", model=sys.argv[1], trust_remote_code=True)
+except ImportError as error:
+    print(error)
+"""
+
+Install = Callable[[str], Path]
+
+
+@pytest.fixture(scope="module")
+def install(tmp_path_factory: pytest.TempPathFactory) -> Install:
+    """Install a version of transformers into a folder of its own; torch is the one of this environment."""
+
+    def install_version(version: str) -> Path:
+        folder = tmp_path_factory.mktemp("transformers") / version
+        command = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--retries", "1"]
+        ran = subprocess.run(
+            [*command, "--target", folder, f"transformers=={version}"], capture_output=True, text=True
+        )
+        if ran.returncode:
+            pytest.skip(f"transformers {version} cannot be installed: {ran.stderr.strip().splitlines()[-1]}")
+        return folder
+
+    return install_version
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[LocalHub]:
+    with running_hub() as running:
+        running.tokens["hf_ann"] = Token("ann")
+        point_client_at(running.url, "hf_ann", monkeypatch, tmp_path / "home")
+        yield running
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    target = tmp_path / "mine"
+    filled(ViTCLSForImageClassification(tiny_config(num_register_tokens=1))).save_pretrained(target)
+    ViTCLSImageProcessor(size={"height": 32, "width": 32}).save_pretrained(target)
+    return target
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("version", ["4.57.1", "5.0.0"])
+def test_an_older_version_is_a_one_line_error(
+    hub: LocalHub, folder: Path, tmp_path: Path, install: Install, version: str
+) -> None:
+    """From a folder as well as from the Hub."""
+    push_folder(folder, "ann/mine")
+    environment = os.environ | {"PYTHONPATH": str(install(version))}
+    for source in (folder, "ann/mine"):
+        command = [sys.executable, "-P", "-c", LOAD, str(source)]
+        ran = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
+        assert ran.stdout.splitlines() == [MESSAGE.format(LOWEST.removesuffix(".0"), version)] * 4, ran.stderr[-2000:]
+
+
+@pytest.mark.slow
+def test_the_lowest_version_has_the_same_outputs(
+    hub: LocalHub, folder: Path, install: Install, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pushed = push_folder(folder, "ann/mine")
+    monkeypatch.setenv("PYTHONPATH", str(install(LOWEST)))
+    report = verify("ann/mine", pushed.commit, folder)
+    assert {"AutoModel", "AutoModelForImageClassification", "pipeline"} <= report.differences.keys()
+    assert max(report.differences.values()) <= 1e-6
+
+
+def test_the_version_is_checked_before_any_other_import(tmp_path: Path, folder: Path) -> None:
+    """In place of an old version: a module that has nothing but its version."""
+    shutil.copyfile(folder / "configuration_vitcls.py", tmp_path / "configuration_vitcls.py")
+    (tmp_path / "transformers.py").write_text('__version__ = "4.57.1"\n')
+    code = "import sys\nsys.path.insert(0, '')\ntry:\n    import configuration_vitcls\n"
+    code += "except ImportError as error:\n    print(error)"
+    ran = run_fresh("-P", "-c", code, cwd=tmp_path)
+    assert ran.stdout.strip() == MESSAGE.format(LOWEST.removesuffix(".0"), "4.57.1"), ran.stderr

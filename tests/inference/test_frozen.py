@@ -1,0 +1,169 @@
+"""Accuracy of frozen features: equal to scikit-learn's on features of a plain loop, for every token and layer."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from accelerate_state import reset_accelerate
+from PIL import Image
+from sklearn.linear_model import LogisticRegression
+from sklearn.neighbors import KNeighborsClassifier
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+from tiny_models import LAYOUTS, filled, tiny_config
+
+from modeling_vitcls import ViTCLSForImageClassification, ViTCLSImageProcessor, ViTCLSModel
+from modeling_vitcls.data.splits import load_training_data
+from modeling_vitcls.inference.frozen import evaluate_frozen, select_few, summarize_repeats
+from modeling_vitcls.inference.metrics import wilson_interval
+from modeling_vitcls.options import DataOptions, EvaluateOptions
+
+
+DIGITS = DataOptions(dataset="digits", num_workers=0, held_out_fraction=0.1)
+TOKENS = ["CLS", "distillation", "register 1", "register 2", "register 3", "register 4", "mean of patches"]
+CLASSIFIERS: dict[str, Any] = {
+    "knn": lambda: KNeighborsClassifier(10, weights="distance", metric="cosine"),
+    "logreg": lambda: make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000)),
+}
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerate() -> Iterator[None]:
+    """Forget the settings of Accelerate, which it keeps in singletons."""
+    reset_accelerate()
+    yield
+    reset_accelerate()
+
+
+def save_model(folder: Path, **fields: Any) -> Path:
+    """Save a classifier with random weights for small images, and its image processor."""
+    config = tiny_config(image_size=16, patch_size=8, **fields)
+    filled(ViTCLSForImageClassification(config)).save_pretrained(folder)
+    ViTCLSImageProcessor(size=16).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a model with one CLS token, one distillation token and four registers."""
+    return save_model(tmp_path_factory.mktemp("model"), **LAYOUTS["cls_distillation_registers"])
+
+
+def run(model: Path, frozen: str, **options: Any) -> dict[str, Any]:
+    """Evaluate the frozen features on digits."""
+    options = {"data": DIGITS, "batch_size": 50} | options
+    return evaluate_frozen(EvaluateOptions(model=str(model), frozen=frozen, **options))
+
+
+@torch.no_grad()
+def encode(model: Path, images: Any, layer: int, token: str) -> np.ndarray:
+    """Return the features of one token [images, D], from a plain loop over the images."""
+    encoder = ViTCLSModel.from_pretrained(model).eval()
+    processor = ViTCLSImageProcessor.from_pretrained(model)
+    rows = []
+    for image in images:
+        states = encoder(processor(image, return_tensors="pt")["pixel_values"], output_hidden_states=True)
+        tokens = encoder.layernorm(states.hidden_states[layer])[0]
+        rows.append((tokens[6:].mean(0) if token == TOKENS[-1] else tokens[TOKENS.index(token)]).numpy())
+    return np.array(rows)
+
+
+@pytest.mark.parametrize("frozen", CLASSIFIERS)
+def test_results_equal_scikit_learn(model: Path, frozen: str) -> None:
+    results = run(model, frozen, frozen_layers="all")
+    assert [(row["layer"], row["token"]) for row in results["rows"]] == [
+        (layer, token) for layer in (1, 2) for token in TOKENS
+    ]
+    data = load_training_data(DIGITS)
+    assert (results["num_training_images"], results["num_images"]) == (len(data.train), len(data.held_out))
+    for row in (results["rows"][0], results["rows"][9], results["rows"][13]):
+        train, held_out = (
+            encode(model, part.images, row["layer"], row["token"]) for part in (data.train, data.held_out)
+        )
+        classifier = CLASSIFIERS[frozen]().fit(train, data.train.labels)
+        accuracy = classifier.score(held_out, data.held_out.labels)
+        assert row["accuracy"] == pytest.approx(accuracy, abs=1e-6)
+        interval = wilson_interval(round(accuracy * len(data.held_out)), len(data.held_out))
+        assert row["accuracy_interval"] == pytest.approx(interval, abs=1e-6)
+    assert results["best"] == max(results["rows"], key=lambda row: row["accuracy"])
+    assert len({row["accuracy"] for row in results["rows"]}) > 1
+
+
+def test_the_last_layer_is_the_default_and_the_output_is_written(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    results = run(model, "knn", output=tmp_path / "new" / "frozen.json")
+    assert [row["layer"] for row in results["rows"]] == [2] * len(TOKENS)
+    written = json.loads((tmp_path / "new" / "frozen.json").read_text(encoding="utf-8"))
+    assert written["rows"] == results["rows"] and written["frozen"] == "knn" and "versions" in written
+    printed = capsys.readouterr().out
+    assert f"layer 2, {results['best']['token']}: {results['best']['accuracy']:.2%}" in printed
+    assert all(token in printed for token in TOKENS)
+
+
+@pytest.mark.parametrize("layout", ["no_cls", "several_of_each"])
+def test_every_layout_of_tokens(layout: str, tmp_path: Path) -> None:
+    folder = save_model(tmp_path, **LAYOUTS[layout])
+    num_tokens = {"no_cls": 2, "several_of_each": 7}[layout]
+    assert len(run(folder, "knn")["rows"]) == num_tokens + 1
+
+
+def test_few_shot_repeats_with_other_images(model: Path) -> None:
+    results = run(model, "few-shot:3", frozen_repeats=4)
+    (cls, *_) = results["rows"]
+    data = load_training_data(DIGITS)
+    train, held_out = (encode(model, part.images, 2, "CLS") for part in (data.train, data.held_out))
+    labels = np.array(data.train.labels)
+    expected = []
+    for selected in select_few(labels.astype(str), 3, 4, seed=0):
+        assert np.bincount(labels[selected]).tolist() == [3] * 10
+        classifier = CLASSIFIERS["logreg"]().fit(train[selected], labels[selected])
+        expected.append(classifier.score(held_out, data.held_out.labels))
+    assert cls["accuracies"] == pytest.approx(expected, abs=1e-6)
+    assert cls["accuracy"] == pytest.approx(np.mean(expected), abs=1e-6)
+    assert len(set(expected)) > 1
+    distance = 1.959964 * np.std(expected, ddof=1) / 2
+    assert cls["accuracy_interval"] == pytest.approx(
+        [np.mean(expected) - distance, np.mean(expected) + distance], abs=1e-5
+    )
+    assert summarize_repeats([0.5])["accuracy_interval"] is None
+
+
+def test_few_shot_requires_enough_images() -> None:
+    with pytest.raises(
+        ValueError, match=r"requires 3 training images of each class, but 'b' has 2\. Set --frozen few"
+    ):
+        select_few(np.array(list("aaabb")), 3, 1, seed=0)
+    with pytest.raises(ValueError, match="--frozen is few-shot:0"):
+        EvaluateOptions(model="m", data=DIGITS, frozen="few-shot:0")
+
+
+def write_folder(folder: Path) -> Path:
+    """Write an image folder of two classes of one color each, with one unreadable image in each split."""
+    for split, number in (("train", 6), ("val", 4)):
+        for color in ("red", "blue"):
+            (folder / split / color).mkdir(parents=True)
+            for index in range(number):
+                Image.new("RGB", (16, 16), color).save(folder / split / color / f"{index}.png")
+        (folder / split / "red" / "0.png").write_bytes(b"no image")
+    return folder
+
+
+def test_splits_of_the_data_set_and_unreadable_images(model: Path, tmp_path: Path) -> None:
+    data = DataOptions(dataset=str(write_folder(tmp_path)), num_workers=0)
+    results = run(model, "knn", data=data, split="validation")
+    assert (results["split"], results["num_training_images"], results["num_images"]) == ("validation", 11, 7)
+    assert results["num_broken_images"] == 2
+    assert results["best"]["accuracy"] == 1.0
+
+
+def test_other_labels_are_an_error(model: Path, tmp_path: Path) -> None:
+    table = tmp_path / "table.csv"
+    table.write_text("path,a,b\n" + "".join(f"{n}.png,{n % 2},{n % 3}\n" for n in range(40)))
+    data = DataOptions(dataset=str(table), label_column=("a", "b"), num_workers=0)
+    with pytest.raises(ValueError, match=r"knn requires one label per image, but .* is multi task"):
+        run(model, "knn", data=data)

@@ -1,0 +1,306 @@
+"""Random damaged input of every kind: a result or an error of one line, in limited time, and nothing is executed.
+
+The examples are the same in every run. `HYPOTHESIS_PROFILE=explore` draws other examples, and more of them.
+"""
+
+import contextlib
+import faulthandler
+import io
+import json
+import signal
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from modeling_vitcls import ViTCLSConfig, ViTCLSImageProcessor
+from modeling_vitcls.checkpoints import CheckpointStore, DamagedCheckpoint, format_state, read_checkpoint
+from modeling_vitcls.conversion.from_state_dict import FAMILIES, convert_state_dict
+from modeling_vitcls.data.sources import load_splits
+from modeling_vitcls.hub.card_results import format_name
+from modeling_vitcls.image_processing_vitcls import IMAGE_FORMATS
+from modeling_vitcls.inference.outputs import FORMULA_STARTS, format_cell
+from modeling_vitcls.options import DataOptions
+
+
+pytestmark = pytest.mark.slow
+
+SECONDS = 20  # time limit of one example
+FORBIDDEN_EVENTS = (
+    "os.system",
+    "os.exec",
+    "os.posix_spawn",
+    "subprocess.Popen",
+    "pickle.find_class",
+    "socket.connect",
+)
+watched: list[str] = []  # forbidden events while an example runs
+is_watching = False
+
+
+def watch(event: str, arguments: Any) -> None:
+    """Record processes, connections and unpickled classes (an audit hook, which cannot be removed)."""
+    if is_watching and event in FORBIDDEN_EVENTS:
+        watched.append(f"{event}: {arguments}")
+
+
+sys.addaudithook(watch)
+
+
+class OutOfTime(BaseException):
+    """An example exceeded its time limit. No code that handles errors catches this class."""
+
+
+@contextlib.contextmanager
+def limits() -> Iterator[None]:
+    """Limit the time of the block, and fail if it starts a process, connects to a host or unpickles a class."""
+    global is_watching
+
+    def stop(*_: Any) -> None:
+        raise OutOfTime(f"no result after {SECONDS} s")
+
+    previous = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, SECONDS)
+    faulthandler.dump_traceback_later(3 * SECONDS, exit=True)  # for code that runs no signal handlers
+    watched.clear()
+    is_watching = True
+    try:
+        yield
+    finally:
+        is_watching = False
+        faulthandler.cancel_dump_traceback_later()
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, previous)
+    assert not watched, watched
+
+
+def run_limited(function: Callable[[], Any], error: type[Exception] = ValueError) -> Any:
+    """Return the result of a function, None if it raises the expected error in one line. Other errors are raised."""
+    with limits():
+        try:
+            return function()
+        except error as raised:
+            assert str(raised) and "\n" not in str(raised), raised
+            return None
+
+
+def examples(number: int) -> Any:
+    """Return the settings of a test with this number of examples."""
+    profile = settings.get_profile("explore") if settings.get_current_profile_name() == "explore" else None
+    return profile or settings(max_examples=number, deadline=None, derandomize=True)
+
+
+NUMBERS = st.one_of(st.integers(), st.sampled_from([10**9, 2**63, 10**30, -1, 0]), st.floats())
+JSON = st.recursive(
+    st.one_of(st.none(), st.booleans(), NUMBERS, st.text(max_size=9)),
+    lambda values: st.one_of(st.lists(values, max_size=4), st.dictionaries(st.text(max_size=9), values, max_size=4)),
+    max_leaves=8,
+)
+FIELDS = sorted(ViTCLSConfig().to_dict().keys() - {"dtype"})  # transformers reads the dtype, and checks nothing
+
+
+@examples(300)
+@given(st.dictionaries(st.sampled_from(FIELDS), JSON, min_size=1, max_size=3))
+def test_configurations(fields: dict[str, Any]) -> None:
+    run_limited(lambda: ViTCLSConfig.from_dict(ViTCLSConfig().to_dict() | fields))
+
+
+# State dicts ---------------------------------------------------------------------------------------------------------
+
+
+@cache
+def build_weights() -> dict[str, torch.Tensor]:
+    """Return the state dict of a small DeiT."""
+    width, blocks = 64, range(2)
+    sizes: dict[str, tuple[int, ...]] = {
+        "cls_token": (1, 1, width),
+        "pos_embed": (1, 5, width),
+        "patch_embed.proj.weight": (width, 3, 8, 8),
+        "patch_embed.proj.bias": (width,),
+        "norm.weight": (width,),
+        "norm.bias": (width,),
+        "head.weight": (3, width),
+        "head.bias": (3,),
+    }
+    layers = {
+        "attn.qkv": (3 * width, width),
+        "attn.proj": (width, width),
+        "mlp.fc1": (96, width),
+        "mlp.fc2": (width, 96),
+    }
+    for index in blocks:
+        for name, size in {"norm1": (width,), "norm2": (width,), **layers}.items():
+            sizes[f"blocks.{index}.{name}.weight"], sizes[f"blocks.{index}.{name}.bias"] = size, size[:1]
+    return {name: torch.randn(size, generator=torch.Generator().manual_seed(0)) for name, size in sizes.items()}
+
+
+CHANGED_TENSORS: dict[str, Callable[[torch.Tensor], Any]] = {
+    "flat": torch.Tensor.flatten,
+    "scalar": lambda tensor: tensor.flatten()[0],
+    "empty": lambda tensor: tensor[:0],
+    "longer": lambda tensor: torch.cat([tensor, tensor]),
+    "shorter": lambda tensor: tensor[..., :-1],
+    "deeper": lambda tensor: tensor[None],
+    "integers": torch.Tensor.long,
+    "complex": lambda tensor: tensor.to(torch.complex64),
+    "not finite": lambda tensor: tensor * float("nan"),
+    "text": lambda tensor: "text",
+    "nothing": lambda tensor: None,
+    "array": lambda tensor: tensor.numpy(),
+    "list": torch.Tensor.tolist,
+    "dict": lambda tensor: {"x": tensor},
+}
+CHANGED_NAMES: dict[str, Callable[[str], str]] = {
+    "gone": lambda name: "",
+    "gap": lambda name: name.replace("blocks.1.", "blocks.999999."),
+    "huge": lambda name: name.replace("blocks.1.", f"blocks.{10**30}."),
+    "negative": lambda name: name.replace("blocks.1.", "blocks.-1."),
+    "nested": lambda name: f"model.{name}",
+    "text": lambda name: f"{name}\n\x1b[31m",
+}
+CHANGES = st.tuples(st.sampled_from(sorted(build_weights())), st.sampled_from([*CHANGED_TENSORS, *CHANGED_NAMES]))
+
+
+@examples(200)
+@given(
+    family=st.sampled_from(sorted(FAMILIES)), changes=st.lists(CHANGES, max_size=3), heads=st.sampled_from([4, 3, 0])
+)
+def test_state_dicts(family: str, changes: list[tuple[str, str]], heads: int) -> None:
+    weights: dict[str, Any] = dict(build_weights())
+    for name, change in changes:
+        tensor = weights.pop(name, None)
+        if change in CHANGED_NAMES and tensor is not None:
+            weights[CHANGED_NAMES[change](name)] = tensor
+        elif isinstance(tensor, torch.Tensor):
+            weights[name] = CHANGED_TENSORS[change](tensor)
+    run_limited(lambda: convert_state_dict(weights, family, num_attention_heads=heads))
+
+
+# Files ---------------------------------------------------------------------------------------------------------------
+
+
+@cache
+def encode_images() -> dict[str, bytes]:
+    """Return a small image in every format that Pillow writes."""
+    PIL.Image.init()
+    pixels = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
+    files: dict[str, bytes] = {}
+    for name in sorted({*PIL.Image.SAVE, *IMAGE_FORMATS}):
+        for mode in ("RGB", "L", "1"):
+            buffer = io.BytesIO()
+            with contextlib.suppress(Exception):  # each format supports some modes
+                PIL.Image.fromarray(pixels).convert(mode).save(buffer, name)
+                files.setdefault(name, buffer.getvalue())
+    return files
+
+
+EDITS = st.lists(
+    st.tuples(
+        st.sampled_from(["flip", "cut", "insert", "repeat"]), st.floats(0, 1), st.binary(min_size=1, max_size=8)
+    ),
+    min_size=1,
+    max_size=4,
+)
+
+
+def damage(content: bytes, edits: list[tuple[str, float, bytes]]) -> bytes:
+    """Return changed content."""
+    for kind, position, new in edits:
+        at = int(position * len(content))
+        changed = {
+            "flip": content[:at] + new + content[at + len(new) :],
+            "cut": content[:at],
+            "insert": content[:at] + new + content[at:],
+            "repeat": content[:at] + content[at : at + 64] * 3 + content[at + 64 :],
+        }
+        content = changed[kind]
+    return content
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:PIL")
+@examples(400)
+@given(
+    file_format=st.sampled_from(sorted(encode_images())),
+    edits=st.one_of(st.just([]), EDITS),
+    suffix=st.sampled_from([".png", ".jpg", ".eps"]),
+)
+def test_image_files(file_format: str, edits: list[tuple[str, float, bytes]], suffix: str) -> None:
+    content = damage(encode_images()[file_format], edits)
+    processor = ViTCLSImageProcessor(size=16)
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / f"image{suffix}"
+        file.write_bytes(content)
+        for source in (file, content):
+            batch = run_limited(lambda source=source: processor(source, return_tensors="pt"))
+            assert batch is None or batch["pixel_values"].shape == (1, 3, 16, 16)
+            if not edits and file_format not in (*IMAGE_FORMATS, "DIB", "MPO"):
+                assert batch is None, f"{file_format} is not a supported format"
+
+
+@examples(150)
+@given(
+    st.one_of(
+        JSON,
+        st.builds(
+            lambda changes: changes, st.dictionaries(st.sampled_from(["step", "files", "facts", "is_best"]), JSON)
+        ),
+    ),
+    st.booleans(),
+    EDITS,
+)
+def test_state_files(changes: Any, has_checksum: bool, edits: list[tuple[str, float, bytes]]) -> None:
+    with tempfile.TemporaryDirectory() as name:
+        store = CheckpointStore(Path(name), keep=1)
+        folder = store.save(1, {"model": {"x": torch.ones(2)}}, {"step": 1, "flags": {}}, False)
+        state = json.loads((folder / "state.json").read_text())
+        if isinstance(changes, dict) and has_checksum:
+            state.pop("sha256")
+            (folder / "state.json").write_text(format_state(state | changes))
+        elif has_checksum:
+            (folder / "state.json").write_text(json.dumps(changes))
+        else:
+            (folder / "state.json").write_bytes(damage((folder / "state.json").read_bytes(), edits))
+        checkpoint = run_limited(lambda: read_checkpoint(folder), DamagedCheckpoint)
+        if checkpoint is not None:
+            run_limited(lambda: checkpoint.tensors("model"), DamagedCheckpoint)
+
+
+TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
+
+
+@examples(25)
+@given(
+    header=st.sampled_from(["file_name,label", "file_name", "label", "file_name,label,label", ""]),
+    rows=st.lists(st.tuples(st.sampled_from(["1.png", "2.png", "../1.png", "/etc/passwd", ""]), TEXT), max_size=4),
+    garbage=st.binary(max_size=8),
+)
+def test_metadata_tables(header: str, rows: list[tuple[str, str]], garbage: bytes) -> None:
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        for number in (1, 2):
+            PIL.Image.new("L", (8, 8)).save(folder / f"{number}.png")
+        lines = [header, *(",".join(row) for row in rows)]
+        (folder / "metadata.csv").write_bytes("\n".join(lines).encode() + garbage)
+        run_limited(lambda: load_splits(DataOptions(dataset=str(folder)), use_labels=True))
+
+
+@examples(300)
+@given(st.text())
+def test_names_of_labels(name: str) -> None:
+    """In CSV cells, Markdown and YAML."""
+    cell = format_cell(name)
+    assert not cell.startswith(FORMULA_STARTS) and cell.removeprefix("'") == name.removeprefix("'")
+    code = format_name(name)
+    assert code.startswith("`") and code.endswith("`") and "`" not in code[1:-1]
+    assert len(code.splitlines()) == 1 and code.isprintable()
+    assert yaml.safe_load(yaml.safe_dump({"name": name})) == {"name": name}

@@ -1,0 +1,377 @@
+"""Published state-dict files: containers, families, accuracy against timm, and what is refused."""
+
+import argparse
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+from test_from_state_dict import (
+    BIG_VISION,
+    GRID,
+    HEADS,
+    LABELS,
+    PATCH,
+    WIDTH,
+    Weights,
+    dinov2_weights,
+    dinov3_weights,
+    flax_shapes,
+    random_weights,
+    saved,
+    vit_shapes,
+)
+from tiny_models import raises_one_line
+from torch import nn
+
+from modeling_vitcls import ViTCLSForImageClassification, ViTCLSModel
+from modeling_vitcls.conversion.convert import convert_checkpoint, load_model_file
+from modeling_vitcls.conversion.from_state_dict import convert_state_dict
+from modeling_vitcls.conversion.random_weights import randomize_weights
+from modeling_vitcls.conversion.source_files import FileSource
+from modeling_vitcls.conversion.weight_rules import ConversionError
+
+
+HEAD_WIDTH = 64  # the published width of one head
+
+
+def plain_weights(width: int = 192) -> Weights:
+    """Return a plain encoder of a published width, so that the number of heads is known."""
+    return widen(vit_shapes(1 + GRID**2), width)
+
+
+def widen(shapes: dict[str, tuple[int, ...]], width: int) -> Weights:
+    """Return random weights of these shapes with another width."""
+    sizes = {WIDTH: width, 3 * WIDTH: 3 * width}
+    return random_weights({name: tuple(sizes.get(size, size) for size in shape) for name, shape in shapes.items()})
+
+
+HEAD = {"head.weight": (LABELS, WIDTH), "head.bias": (LABELS,)}
+SCALES = {f"blocks.{index}.ls{number}.gamma": (WIDTH,) for index in range(2) for number in (1, 2)}
+FILES: dict[str, tuple[str, str | None, Any]] = {
+    # name: family, --family, content
+    "dino, bare": ("dino", "dino", lambda: plain_weights()),
+    "dino, full": (
+        "dino",
+        None,
+        lambda: {
+            "args": argparse.Namespace(arch="vit"),
+            "epoch": 3,
+            "student": {"module.backbone.cls_token": torch.zeros(1)},
+            "teacher": {f"module.backbone.{name}": tensor for name, tensor in plain_weights().items()}
+            | {"module.head.last_layer.weight": torch.zeros(3)},
+        },
+    ),
+    "ibot": ("ibot", None, lambda: {"state_dict": plain_weights() | {"masked_embed": torch.ones(1, 192)}}),
+    "msn": ("msn", None, lambda: {"target_encoder": {f"module.{n}": t for n, t in plain_weights(384).items()}}),
+    "ijepa": (
+        "ijepa",
+        None,
+        lambda: {
+            "encoder": {},
+            "target_encoder": {
+                f"module.{name}": tensor
+                for name, tensor in widen(vit_shapes(GRID**2), 768).items()
+                if name != "cls_token"
+            },
+        },
+    ),
+    "mae": ("mae", None, lambda: {"model": widen(vit_shapes(1 + GRID**2), 768)}),
+    "deit": ("deit", None, lambda: {"model": widen(vit_shapes(1 + GRID**2) | HEAD, 192)}),
+    "dinov2": (
+        "dinov2",
+        None,
+        lambda: widen(vit_shapes(1 + GRID**2) | SCALES, 384) | {"mask_token": torch.ones(1, 384)},
+    ),
+    "dinov2 with registers": (
+        "dinov2",
+        None,
+        lambda: (
+            widen(vit_shapes(1 + GRID**2) | SCALES, 384)
+            | {"mask_token": torch.ones(1, 384), "register_tokens": torch.randn(1, 4, 384)}
+        ),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_published_files_are_converted_exactly(name: str, tmp_path: Path) -> None:
+    """At two sizes, with the resampling of the authors' code."""
+    family, option, build = FILES[name]
+    torch.save(build(), tmp_path / "weights.pth")
+    report = convert_checkpoint(str(tmp_path / "weights.pth"), tmp_path / "made", family=option)
+    assert report.family == family
+    assert len(report.comparisons) == 2 and not report.not_compared
+    assert report.source == "path/to/weights.pth" and report.source_sha256 is not None
+    saved_report = json.loads((tmp_path / "made" / "certificate.json").read_text())
+    assert saved_report["source_sha256"] == report.source_sha256
+    assert str(tmp_path) not in (tmp_path / "made" / "README.md").read_text() + json.dumps(saved_report)
+    if family in ("dino", "ibot", "msn", "mae", "deit", "ijepa") or name == "dinov2":
+        assert "without antialiasing (the authors' code)" in " ".join(report.notes)
+    assert ("offset 0.1" in " ".join(report.notes)) is (family in ("dino", "ibot") or name == "dinov2")
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("grid", [(GRID, GRID), (6, 6), (3, 7)])
+def test_dino_and_ibot_resample_positions_as_their_authors(grid: tuple[int, int]) -> None:
+    """`interpolate_pos_encoding` of facebookresearch/dino, written out."""
+    weights = plain_weights()
+    model = convert_state_dict(weights, "dino")
+    patches = weights["pos_embed"][:, 1:].reshape(1, GRID, GRID, -1).permute(0, 3, 1, 2)
+    if grid != (GRID, GRID):
+        factors = tuple((size + 0.1) / GRID for size in grid)
+        patches = nn.functional.interpolate(patches, scale_factor=factors, mode="bicubic")
+    positions = torch.cat([weights["pos_embed"][:, :1], patches.flatten(2).transpose(1, 2)], dim=1)
+    reference = timm.create_model(
+        "vit_tiny_patch16_224",
+        patch_size=PATCH,
+        img_size=(grid[0] * PATCH, grid[1] * PATCH),
+        depth=2,
+        mlp_ratio=0.5,
+        num_classes=0,
+    )
+    reference.load_state_dict(weights | {"pos_embed": positions})
+    images = torch.randn(2, 3, grid[0] * PATCH, grid[1] * PATCH)
+    difference = model(images).last_hidden_state - reference.eval().forward_features(images)
+    assert difference.abs().max() <= 1e-5
+
+
+@torch.no_grad()
+def test_dinov3_with_stored_and_with_computed_periods() -> None:
+    """Both variants are exact: as the authors run the weights, and as timm and transformers do."""
+    weights = dinov3_weights()
+    stored = convert_state_dict(weights, "dinov3", num_attention_heads=HEADS)
+    computed = convert_state_dict(weights, "dinov3", num_attention_heads=HEADS, rope_periods=None)
+    periods = weights["rope_embed.periods"]
+    assert periods.dtype == torch.bfloat16 and stored.config.rope_periods == periods.float().tolist()
+    assert computed.config.rope_periods is None
+    images = torch.randn(2, 3, GRID * PATCH, 6 * PATCH)
+    for model, expected in (
+        (stored, periods.float()),
+        (computed, 100.0 ** (torch.arange(len(periods)) / len(periods))),
+    ):
+        cos, _ = model.rotary_positions((GRID, 6), torch.zeros(1))
+        y, x = torch.meshgrid(*((torch.arange(n) + 0.5) / n * 2 - 1 for n in (GRID, 6)), indexing="ij")
+        angles = 2 * torch.pi * torch.stack([y, x], dim=-1).flatten(0, 1)[:, :, None] / expected
+        torch.testing.assert_close(cos, angles.flatten(1).tile(2).cos(), atol=2e-6, rtol=0)
+    difference = stored(images).last_hidden_state - computed(images).last_hidden_state
+    assert difference.abs().max() > 1e-4
+
+
+def test_stored_periods_survive_saving_and_are_named(tmp_path: Path) -> None:
+    width = 384
+    weights = {name: widen_dinov3(tensor, width) for name, tensor in dinov3_weights().items()}
+    weights["rope_embed.periods"] = (100.0 ** (torch.arange(16) / 16)).bfloat16()
+    save_file({name: tensor.contiguous() for name, tensor in weights.items()}, tmp_path / "dinov3.safetensors")
+    report = convert_checkpoint(str(tmp_path / "dinov3.safetensors"), tmp_path / "made")
+    assert report.family == "dinov3" and "rotary periods: as stored in the file" in report.notes[0]
+    model = ViTCLSModel.from_pretrained(tmp_path / "made")
+    assert model.config.rope_periods == weights["rope_embed.periods"].float().tolist()
+
+
+def widen_dinov3(tensor: torch.Tensor, width: int) -> torch.Tensor:
+    """Return random values of another width; masks of biases keep their values."""
+    shape = [{WIDTH: width, 3 * WIDTH: 3 * width}.get(size, size) for size in tensor.shape]
+    if set(tensor.unique().tolist()) == {0.0, 1.0}:
+        return torch.cat([torch.ones(width), torch.zeros(width), torch.ones(width)])
+    return torch.randn(shape) * (0.1 if len(shape) > 1 else 0.2) + (1.0 if len(shape) == 1 else 0.0)
+
+
+# Classifiers ---------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_the_linear_classifier_of_dinov2(tmp_path: Path) -> None:
+    """It reads the CLS token and the mean of the patches, both after the norm."""
+    backbone = widen(vit_shapes(1 + GRID**2) | SCALES, 384)
+    head = {"weight": torch.randn(LABELS, 768) * 0.05, "bias": torch.randn(LABELS)}
+    weights = {f"backbone.{name}": tensor for name, tensor in backbone.items()}
+    weights |= {f"linear_head.{name}": tensor for name, tensor in head.items()}
+    torch.save(weights, tmp_path / "lc.pth")
+    report = convert_checkpoint(str(tmp_path / "lc.pth"), tmp_path / "made")
+    assert report.classifier == "kept" and "logits" in report.comparisons[0].differences
+    model = ViTCLSForImageClassification.from_pretrained(tmp_path / "made")
+    images = torch.randn(2, 3, GRID * PATCH, GRID * PATCH)
+    sequence = model.vitcls(images).last_hidden_state
+    pooled = torch.cat([sequence[:, 0], sequence[:, 1:].mean(dim=1)], dim=1)
+    torch.testing.assert_close(model(images).logits, pooled @ head["weight"].T + head["bias"], atol=1e-5, rtol=0)
+
+
+def test_the_classifier_of_four_layers_is_refused() -> None:
+    weights = dinov2_weights() | {"linear_head.weight": torch.zeros(3, 5 * WIDTH), "linear_head.bias": torch.zeros(3)}
+    with raises_one_line("reads 4 layers", "linear4_head", error=ConversionError):
+        convert_state_dict(weights, "dinov2", num_attention_heads=HEADS)
+
+
+# Families by way of timm ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("family", "name"),
+    [
+        ("clip", "vit_base_patch32_clip_quickgelu_224"),
+        ("eva02", "eva02_tiny_patch14_224"),
+        ("aimv2", "aimv2_large_patch14_224"),
+    ],
+)
+def test_families_that_timm_reads(family: str, name: str, tmp_path: Path) -> None:
+    """From files with the authors' names. The sizes are the published sizes."""
+    source = randomize_weights(timm.create_model(name))
+    weights = {name: tensor.contiguous() for name, tensor in NAMES[family](dict(source.state_dict())).items()}
+    save_file(weights, tmp_path / "weights.safetensors")
+    loaded = FileSource.load(tmp_path / "weights.safetensors")
+    assert loaded.family == family
+    images = torch.randn(1, 3, *source.patch_embed.img_size)
+    with torch.no_grad():
+        torch.testing.assert_close(loaded.model(images), source(images), atol=1e-4, rtol=1e-4)
+        model = loaded.convert("keep", None)
+        torch.testing.assert_close(
+            model(images)["last_hidden_state" if family != "clip" else "logits"],
+            source.forward_features(images) if family != "clip" else source(images),
+            atol=1e-4,
+            rtol=1e-4,
+        )
+
+
+def name_as_openai(weights: Weights) -> Weights:
+    """Return OpenAI's names and shapes of a CLIP image encoder, next to weights of the text encoder."""
+    renamed: Weights = {"visual.proj": weights.pop("head.weight").T, "logit_scale": torch.ones(1)}
+    weights.pop("head.bias", None)
+    swaps = [
+        ("patch_embed.proj", "conv1"),
+        ("norm_pre", "ln_pre"),
+        ("norm.", "ln_post."),
+        ("blocks.", "transformer.resblocks."),
+        ("norm1", "ln_1"),
+        ("norm2", "ln_2"),
+        ("mlp.fc1", "mlp.c_fc"),
+        ("mlp.fc2", "mlp.c_proj"),
+        ("attn.proj", "attn.out_proj"),
+        ("attn.qkv.", "attn.in_proj_"),
+    ]
+    for name, tensor in weights.items():
+        if name == "cls_token":
+            renamed["visual.class_embedding"] = tensor.flatten()
+        elif name == "pos_embed":
+            renamed["visual.positional_embedding"] = tensor[0]
+        else:
+            for theirs, ours in swaps:
+                name = name.replace(theirs, ours) if theirs != "norm." or name.startswith("norm.") else name
+            renamed[f"visual.{name}"] = tensor
+    return renamed
+
+
+def name_as_apple(weights: Weights) -> Weights:
+    """Return the names of apple/ml-aim."""
+    swaps = {
+        "patch_embed.proj": "preprocessor.patchifier.proj",
+        "patch_embed.norm": "preprocessor.patchifier.norm",
+        "pos_embed": "preprocessor.pos_embed",
+        "blocks": "trunk.blocks",
+        "norm.": "trunk.post_trunk_norm.",
+    }
+    renamed: Weights = {}
+    for name, tensor in weights.items():
+        theirs = next((swaps[ours] + name.removeprefix(ours) for ours in swaps if name.startswith(ours)), name)
+        theirs = (
+            theirs.replace("norm1", "norm_1")
+            .replace("norm2", "norm_2")
+            .replace("mlp.fc1_g", "mlp.fc1")
+            .replace("mlp.fc1_x", "mlp.fc3")
+        )
+        renamed[theirs] = tensor
+    return renamed
+
+
+NAMES = {"clip": name_as_openai, "eva02": lambda weights: weights, "aimv2": name_as_apple}
+
+
+# Refusals ------------------------------------------------------------------------------------------------------------
+
+
+def test_what_is_not_a_supported_file_is_refused(tmp_path: Path) -> None:
+    cases: dict[str, tuple[Any, str | None, tuple[str, ...]]] = {
+        "several": (
+            plain_weights(),
+            None,
+            ("several families", "--family dino or ibot or msn or mae or deit or ijepa"),
+        ),
+        "beit": (
+            {"blocks.0.attn.relative_position_bias_table": torch.zeros(3)},
+            None,
+            ("beit", "transformers:microsoft/beit"),
+        ),
+        "swin": (
+            {"layers.0.weight": torch.zeros(3)},
+            None,
+            ("does not contain a supported image encoder", "timm:NAME"),
+        ),
+        "unknown": (plain_weights(), "swin", ("--family swin is unknown", "dinov2")),
+        "wrong": (plain_weights(), "dinov3", ("storage_tokens",)),
+        "list": ([torch.zeros(3)], None, ("does not contain a state dict, but a list",)),
+        "huge": (
+            {
+                "visual.class_embedding": torch.zeros(3),
+                "visual.conv1.weight": torch.zeros(3, 3, 8, 8),
+                "visual.positional_embedding": torch.zeros(5, 3),
+            },
+            None,
+            ("clip files require a width of 768", "timm:NAME"),
+        ),
+    }
+    for name, (content, family, words) in cases.items():
+        torch.save(content, tmp_path / f"{name}.pth")
+        with raises_one_line(*words, error=ConversionError):
+            FileSource.load(tmp_path / f"{name}.pth", family)
+    with raises_one_line("is not a file", error=OSError):
+        FileSource.load(tmp_path / "missing.pth")
+    (tmp_path / "weights.ckpt").touch()
+    with raises_one_line("weights.ckpt is not supported", ".npz .safetensors", error=ConversionError):
+        FileSource.load(tmp_path / "weights.ckpt")
+    (tmp_path / "damaged.pth").write_bytes(b"damaged")
+    with raises_one_line("damaged.pth", error=ConversionError):
+        FileSource.load(tmp_path / "damaged.pth")
+
+
+class RunWhenUnpickled:
+    """Creates a folder when it is unpickled."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, (str(self.folder),)
+
+
+def test_no_code_in_a_file_runs(tmp_path: Path) -> None:
+    torch.save({"model": RunWhenUnpickled(tmp_path / "ran")}, tmp_path / "evil.pth")
+    with raises_one_line("is a pickle with other objects than tensors", error=ConversionError):
+        FileSource.load(tmp_path / "evil.pth")
+    torch.jit.script(nn.Linear(2, 2)).save(str(tmp_path / "script.pt"))
+    with raises_one_line("TorchScript archive, which contains code", error=ConversionError):
+        FileSource.load(tmp_path / "script.pt")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_npz_files_of_big_vision(tmp_path: Path) -> None:
+    saved(random_weights(flax_shapes(*BIG_VISION, GRID**2)), tmp_path / "vit.npz", "params/")
+    source = FileSource.load(tmp_path / "vit.npz")
+    assert source.family == "big_vision" and "aligns the corners" in source.notes[0]
+    with torch.no_grad():
+        images = torch.randn(2, 3, GRID * PATCH, GRID * PATCH)
+        torch.testing.assert_close(
+            source.convert("keep", None)(images).logits, source.model(images), atol=1e-5, rtol=0
+        )
+
+
+def test_a_file_as_a_model_of_other_commands(tmp_path: Path) -> None:
+    torch.save({"model": widen(vit_shapes(1 + GRID**2) | HEAD, 192)}, tmp_path / "deit.pth")
+    model, processor, provenance = load_model_file(tmp_path / "deit.pth")
+    assert isinstance(model, ViTCLSForImageClassification) and model.config.num_labels == LABELS
+    assert (processor.crop_size.height, processor.crop_size.width) == (GRID * PATCH, GRID * PATCH)
+    assert provenance.name == "deit.pth" and provenance.license is None

@@ -1,0 +1,90 @@
+"""Defaults that depend on the weights, the image size and the number of images."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny_models import filled, tiny_config
+
+from modeling_vitcls import ViTCLSForImageClassification, ViTCLSImageProcessor
+from modeling_vitcls.options import DataOptions, FinetuneOptions, ModelOptions, PretrainOptions, TrainingOptions
+from modeling_vitcls.training.defaults import RunFacts, format_defaults, get_facts, resolve_defaults
+
+
+SCRATCH = RunFacts("random weights", True, 96, 28, 2000)
+
+
+def build_options(**groups: Any) -> FinetuneOptions:
+    """Return the options of a run."""
+    return FinetuneOptions(Path("out"), DataOptions("digits"), **({"model": ModelOptions("vitcls-tiny")} | groups))
+
+
+def get_values(options: Any) -> dict[str, Any]:
+    """Return the values that have defaults."""
+    training, augmentation = options.training, options.augmentation
+    return {
+        "learning_rate": training.learning_rate,
+        "layer_decay": training.layer_decay,
+        "epochs": training.epochs,
+        "initializer_range": options.model.initializer_range,
+        "crop_scale": augmentation.crop_scale,
+    }
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, {"learning_rate": 1e-3, "layer_decay": 1.0, "initializer_range": 0.082, "crop_scale": 1.0}),
+        ({"width": 192, "image_size": 224}, {"learning_rate": 5e-4, "initializer_range": 0.058, "crop_scale": 0.35}),
+        ({"width": 4096}, {"initializer_range": 0.02}),
+        (
+            {"weights": "pre-trained weights", "is_preset": False, "width": 768, "image_size": 224},
+            {"learning_rate": 5e-5, "layer_decay": 0.75, "initializer_range": None, "epochs": 30.0},
+        ),
+        ({"weights": "pre-trained weights", "width": 192}, {"learning_rate": 2e-4}),
+        ({"weights": "pre-trained weights", "num_training_images": 10_000}, {"epochs": 10.0}),
+        ({"weights": "pre-trained weights", "num_training_images": None}, {"epochs": 10.0}),
+        ({"weights": "new head on frozen weights"}, {"learning_rate": 1e-3, "layer_decay": 1.0}),
+        ({"weights": "LoRA", "width": 768}, {"learning_rate": 5e-4, "layer_decay": 1.0}),
+        ({"weights": "masked images", "width": 96}, {"learning_rate": 5e-4, "initializer_range": 0.082}),
+    ],
+)
+def test_values(changes: dict[str, Any], expected: dict[str, Any]) -> None:
+    options, _ = resolve_defaults(build_options(), replace(SCRATCH, **changes))
+    values = get_values(options)
+    assert {name: values[name] for name in expected} == expected
+
+
+def test_every_default_can_be_overridden_and_the_reasons_are_printed() -> None:
+    options, reasons = resolve_defaults(build_options(training=TrainingOptions(learning_rate=0.3)), SCRATCH)
+    assert options.training.learning_rate == 0.3
+    line = format_defaults(reasons)
+    assert "random weights, width 96: initializer range 0.082" in line
+    assert "images of 28 pixels: crop scale 1" in line
+    assert "learning rate" not in line
+    again, none = resolve_defaults(options, SCRATCH)
+    assert (again, none) == (options, {})
+
+
+def test_max_steps_replace_the_epochs() -> None:
+    options, reasons = resolve_defaults(build_options(training=TrainingOptions(max_steps=3)), SCRATCH)
+    assert options.training.epochs == 30.0 and "epochs" not in format_defaults(reasons)
+
+
+def test_facts_about_a_run(tmp_path: Path) -> None:
+    assert get_facts(build_options(model=ModelOptions("vitcls-tiny", hidden_size=96, image_size=28)), 7) == RunFacts(
+        "random weights", True, 192 // 2, 28, 7
+    )
+    filled(ViTCLSForImageClassification(tiny_config())).save_pretrained(tmp_path)
+    ViTCLSImageProcessor(size=32).save_pretrained(tmp_path)
+    model = ModelOptions(str(tmp_path), image_size=(48, 40))
+    assert get_facts(build_options(model=model), None) == RunFacts("pre-trained weights", False, 16, 48, None)
+    for trainable, weights in (
+        ("head", "new head on frozen weights"),
+        ("lora", "LoRA"),
+        ("last-1", "pre-trained weights"),
+    ):
+        options = build_options(model=model, training=TrainingOptions(trainable=trainable))
+        assert get_facts(options, 7).weights == weights
+    assert get_facts(PretrainOptions(Path("out"), DataOptions("digits"), model), 7).weights == "masked images"
