@@ -34,7 +34,7 @@ def finetune(model: str | Path, dataset: Any, output_dir: str | Path, **flags: A
         flags: flags of scripts/finetune.py.
 
     Returns:
-        The content of results.json.
+        The content of results.json; with `folds`, the content of folds.json.
 
     Raises:
         TypeError: for an unknown flag.
@@ -62,11 +62,13 @@ def pretrain(model: str | Path, dataset: Any, output_dir: str | Path, **flags: A
 
 def run(task_class: Any, options: Any) -> dict[str, Any]:
     """Run a task and return the content of results.json; empty for `dry_run=True`."""
-    from .training.task import dry_run, run_task
+    from .training.task import dry_run, run_folds, run_task
 
     if options.run.dry_run:
         dry_run(task_class, options)
         return {}
+    if options.data.folds is not None and options.data.fold is None:
+        return run_folds(task_class, options)
     return run_task(task_class(options))
 
 
