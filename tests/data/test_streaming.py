@@ -208,7 +208,9 @@ def test_unreadable_images_are_described_by_their_path(tmp_path: Path) -> None:
         file.write_bytes(b"no picture" if index == 7 else encoded(index))
     source = read(tmp_path).train
     assert isinstance(source, StreamedImages)
-    pictures = augment_images(source, build_augmentation(AugmentationOptions(crop_scale=0.5, shift=0.0), (8, 8), 3), True, seed=0)
+    pictures = augment_images(
+        source, build_augmentation(AugmentationOptions(crop_scale=0.5, shift=0.0), (8, 8), 3), True, seed=0
+    )
     batches = list(iterate_training_batches(pictures, plan_for(max_steps=8, batch_size=4), 0, 0))
     indices = {index for batch in batches for index in batch["replaced"].tolist()} - {-1}
     assert len(indices) == 1

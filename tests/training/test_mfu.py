@@ -245,7 +245,9 @@ def test_numbers_format_si(value: float, shown: str) -> None:
 
 
 def a_plan(**changes: Any) -> BatchPlan:
-    return BatchPlan.from_options(100, TrainingOptions(**{"max_steps": 3, "batch_size": 64} | changes), num_processes=1)
+    return BatchPlan.from_options(
+        100, TrainingOptions(**{"max_steps": 3, "batch_size": 64} | changes), num_processes=1
+    )
 
 
 def started(model: Any, plan: BatchPlan) -> tuple[Utilization, dict[str, str]]:
