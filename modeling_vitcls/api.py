@@ -184,7 +184,7 @@ def fill_options(options_class: Any, flags: dict[str, Any]) -> Any:
 
 
 def convert_value(name: str, value: Any, kind: Any) -> Any:
-    """Return a value in the type of its flag: lists become tuples, and names become paths where these are expected.
+    """Return a value in the type of its flag: lists become tuples, and strings become paths if a path is expected.
 
     Raises:
         ValueError: for a value that is not one of the choices.
@@ -195,6 +195,8 @@ def convert_value(name: str, value: Any, kind: Any) -> Any:
         raise ValueError(f"{name} is {value!r}. Set one of {', '.join(map(repr, choices))}")
     if isinstance(value, list):
         return tuple(value)
+    if isinstance(value, str) and any(get_origin(option) is tuple for option in kinds):
+        return (value,)  # one value of a flag that accepts several
     if isinstance(value, str) and Path in kinds:
         return Path(value)
     return str(value) if isinstance(value, Path) and Path not in kinds else value

@@ -16,8 +16,8 @@ class DataOptions:
     """The images."""
 
     dataset: str
-    """`digits` (scikit-learn), a folder with a subfolder per class, a CSV or Parquet file, a folder of MNIST's idx
-    files, or a dataset id on the Hub."""
+    """`digits` (scikit-learn), a folder with a subfolder per class, a CSV, JSON Lines or Parquet file, a folder of
+    `save_to_disk` or of MNIST's idx files, or a dataset id on the Hub."""
     image_column: str | None = None
     """Column with the images or their paths. Default: detected by its type or name."""
     label_column: tuple[str, ...] | None = None
@@ -61,7 +61,8 @@ class ModelOptions:
 
     model: str
     """A preset to train from scratch (`vitcls-tiny`, `vitcls-small`, `vitcls-base`, `vitcls-large`), a folder or Hub
-    id of a vitcls model, or another ViT that is converted (`timm:NAME`, `transformers:ID`, a folder, a file)."""
+    id of a vitcls model, or another ViT that is converted (`timm:NAME`, `transformers:ID`, a folder, a Hub id).
+    `ID@COMMIT` pins a model on the Hub."""
     num_cls_tokens: int | None = None
     """Number of CLS tokens."""
     num_distillation_tokens: int | None = None
@@ -239,7 +240,8 @@ class DistillationOptions:
     """
 
     teacher: str | None = None
-    """A classifier: a folder or Hub id of a transformers model, or `timm:NAME`. Default: no distillation."""
+    """A classifier: a folder or Hub id of a transformers model (`ID@COMMIT` pins it), or `timm:NAME`. Default: no
+    distillation."""
     distillation: Literal["soft", "hard"] = "hard"
     """Target of the distillation token: class probabilities (soft) or top class (hard) of the teacher."""
     distillation_alpha: float = 0.5
@@ -372,7 +374,8 @@ class EvaluateOptions:
     """Evaluate a vitcls model on labeled images, each image exactly once."""
 
     model: str
-    """Folder or Hub id of a vitcls model."""
+    """Folder or Hub id of a vitcls model (`ID@COMMIT` pins it), or another ViT that is converted once (`timm:NAME`,
+    `transformers:ID`, a folder, a Hub id)."""
     data: DataOptions
     split: str | None = None
     """Split of the dataset. In a dataset with one split that is not called `test`, `test` is the held-out split of
@@ -409,14 +412,15 @@ class PredictOptions:
     """
 
     model: str
-    """Folder or Hub id of a vitcls model."""
+    """Folder or Hub id of a vitcls model (`ID@COMMIT` pins it), or another ViT that is converted once (`timm:NAME`,
+    `transformers:ID`, a folder, a Hub id)."""
     paths: tuple[str, ...] = ()
     """Image files, folders (with all folders in them), or URLs."""
     list: Path | None = None
     """Text file with one image file, folder or URL per line."""
     dataset: str | None = None
-    """`digits` (scikit-learn), a folder with a subfolder per class, a CSV or Parquet file, a folder of MNIST's idx
-    files, or a dataset id on the Hub."""
+    """`digits` (scikit-learn), a folder with a subfolder per class, a CSV, JSON Lines or Parquet file, a folder of
+    `save_to_disk` or of MNIST's idx files, or a dataset id on the Hub."""
     split: str | None = None
     """Split of the dataset. Default: the only one."""
     image_column: str | None = None
@@ -481,12 +485,13 @@ class InspectOptions:
     """
 
     model: str
-    """Folder or Hub id of a vitcls model."""
+    """Folder or Hub id of a vitcls model (`ID@COMMIT` pins it), or another ViT that is converted once (`timm:NAME`,
+    `transformers:ID`, a folder, a Hub id)."""
     paths: tuple[str, ...] = ()
     """Image files, folders (with all folders in them), or URLs."""
     dataset: str | None = None
-    """`digits` (scikit-learn), a folder with a subfolder per class, a CSV or Parquet file, a folder of MNIST's idx
-    files, or a dataset id on the Hub."""
+    """`digits` (scikit-learn), a folder with a subfolder per class, a CSV, JSON Lines or Parquet file, a folder of
+    `save_to_disk` or of MNIST's idx files, or a dataset id on the Hub."""
     split: str | None = None
     """Split of the dataset. In a dataset with one split, `test` is the held-out split of fine-tuning. Default: the
     held-out split of the model's run, or `test`."""

@@ -136,6 +136,7 @@ def test_options_of_evaluation_and_prediction() -> None:
     options = build_options(EvaluateOptions, model=Path("m"), dataset="digits", output="out.json")
     assert options == parse(EvaluateOptions, ["--model", "m", "--dataset", "digits", "--output", "out.json"])
     assert build_options(PredictOptions, model="m", list="files.txt").list == Path("files.txt")
+    assert build_options(EvaluateOptions, model="m", dataset="d", label_column="age").data.label_column == ("age",)
 
 
 def test_the_functions_are_documented_and_public() -> None:

@@ -473,8 +473,10 @@ def run_folds(task_class: type[Task], options: Any) -> dict[str, Any]:
     variance of k-fold cross-validation").
 
     Raises:
-        ValueError, OSError, RunStopped: see `Task` and `run_task`.
+        ValueError, OSError, RunStopped: see `Task` and `run_task`; also for `--push-to-hub`.
     """
+    if options.run.push_to_hub:
+        raise ValueError("--folds trains several models, but --push-to-hub publishes one. Remove one of the two flags")
     results = []
     for fold in range(1, options.data.folds + 1):
         folder = options.output_dir / f"fold-{fold}"
