@@ -31,12 +31,14 @@ def train(task_class: "type[Task]", options: Any) -> None:
     """Run a task, or try everything once for --dry-run. A run that stops early ends the program with its exit
     status."""
     from ..training.runner import RunStopped
-    from ..training.task import dry_run, run_task
+    from ..training.task import dry_run, run_folds, run_task
 
     try:
         with errors_in_one_line():
             if options.run.dry_run:
                 dry_run(task_class, options)
+            elif options.data.folds is not None and options.data.fold is None:
+                run_folds(task_class, options)
             else:
                 run_task(task_class(options))
     except RunStopped as stopped:

@@ -157,8 +157,11 @@ class LabelReader:
             row: the values of the label columns; other columns are ignored.
             where: name of the row in error messages.
 
+        Returns:
+            The label; a missing single label is -100, and the image is not used.
+
         Raises:
-            ValueError: if a value is not one of the classes, or a single label is missing.
+            ValueError: if a value is not one of the classes.
         """
         if self.kind == "multi_task":
             return {column.name: column.get_index(row[column.name], where) for column in self.columns}
@@ -167,10 +170,7 @@ class LabelReader:
         if self.kind == "multi_label_classification":
             present = {column.get_index(label, where) for label in split_labels(value, self.separator, where)}
             return [float(index in present) for index in range(len(column.classes))]
-        index = column.get_index(value, where)
-        if index == IGNORED_LABEL:
-            column.raise_unknown_label(value, where)
-        return index
+        return column.get_index(value, where)
 
 
 def build_label_reader(
