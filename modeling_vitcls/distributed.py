@@ -167,10 +167,12 @@ def check_deepspeed_flags(accelerator: Accelerator, training: TrainingOptions, r
 def set_deepspeed_batch_size(accelerator: Accelerator, training: TrainingOptions) -> None:
     """Set the batch size and gradient clipping of DeepSpeed, which it would read from a DataLoader or its own file."""
     if uses_deepspeed(accelerator):
+        batch_size = training.batch_size
+        assert batch_size is not None, "resolved by training/defaults.py"
         accelerator.deepspeed_plugin.deepspeed_config.update(
-            train_micro_batch_size_per_gpu=training.batch_size,
+            train_micro_batch_size_per_gpu=batch_size,
             gradient_accumulation_steps=training.gradient_accumulation_steps,
-            train_batch_size=training.batch_size * training.gradient_accumulation_steps * accelerator.num_processes,
+            train_batch_size=batch_size * training.gradient_accumulation_steps * accelerator.num_processes,
             gradient_clipping=training.max_gradient_norm,
         )
 

@@ -16,8 +16,8 @@ class DataOptions:
     """The images."""
 
     dataset: str
-    """`digits` (scikit-learn), a folder with a subfolder per class, a CSV or Parquet file, a folder of MNIST's idx
-    files, or a dataset id on the Hub."""
+    """`digits` (scikit-learn), a folder with a subfolder per class, a CSV, JSON Lines or Parquet file, a folder of
+    `save_to_disk` or of MNIST's idx files, or a dataset id on the Hub."""
     image_column: str | None = None
     """Column with the images or their paths. Default: detected by its type or name."""
     label_column: tuple[str, ...] | None = None
@@ -28,10 +28,13 @@ class DataOptions:
     """All labels, for a streamed dataset that does not declare them."""
     held_out_fraction: float = 0.2
     """Fraction of the images to hold out for evaluation if the dataset has no split for it. A checksum of each image
-    decides, so the split stays the same when images are added."""
+    decides, so the split stays the same when images are added. 0: train on all images, and measure nothing."""
     split_seed: int = 0
-    """Random seed of the held-out split. Use the same seed to compare runs. Evaluation uses the seed of the model's
-    run."""
+    """Random seed of the held-out split. Use the same seed to compare runs. Evaluation uses the seed of the model's run."""
+    folds: int | None = None
+    """Cross-validation: train one model per fold in OUTPUT_DIR/fold-1, fold-2, ..., and report the mean accuracy."""
+    fold: int | None = None
+    """With --folds: hold out only this fold, from 1, and write to OUTPUT_DIR itself. Default: all folds in turn."""
     streaming: bool = False
     """Read the dataset during training, without downloading or storing it. Requires --max-steps."""
     shuffle_buffer: int = 1000
@@ -43,7 +46,10 @@ class DataOptions:
     """Data loading processes per training process. 0: load in the training process."""
 
     def __post_init__(self) -> None:
-        require(self, "held_out_fraction", 0 < self.held_out_fraction < 1, "between 0 and 1")
+        require(self, "held_out_fraction", 0 <= self.held_out_fraction < 1, "at least 0 and below 1")
+        require(self, "folds", self.folds is None or self.folds >= 2, "2 or more")
+        if self.fold is not None:
+            require(self, "fold", 1 <= self.fold <= (self.folds or 0), "from 1 to --folds")
         require(self, "shuffle_buffer", self.shuffle_buffer >= 1, "1 or more")
         for name in ("split_seed", "max_broken_images", "num_workers"):
             require(self, name, getattr(self, name) >= 0, "0 or more")
@@ -55,7 +61,8 @@ class ModelOptions:
 
     model: str
     """A preset to train from scratch (`vitcls-tiny`, `vitcls-small`, `vitcls-base`, `vitcls-large`), a folder or Hub
-    id of a vitcls model, or another ViT that is converted (`timm:NAME`, `transformers:ID`, a folder, a file)."""
+    id of a vitcls model, or another ViT that is converted (`timm:NAME`, `transformers:ID`, a folder, a Hub id).
+    `ID@COMMIT` pins a model on the Hub."""
     num_cls_tokens: int | None = None
     """Number of CLS tokens."""
     num_distillation_tokens: int | None = None
@@ -106,8 +113,9 @@ class AugmentationOptions:
     """Flip half of the images horizontally."""
     rotation: float = 0.0
     """Maximum rotation in degrees."""
-    shift: float = 0.0
-    """Maximum translation along each axis, as a fraction of the image."""
+    shift: float | None = None
+    """Maximum translation along each axis, as a fraction of the image. Default: 0.04 for images of at most 64 pixels,
+    which are not cropped, otherwise 0."""
     zoom: float = 0.0
     """Maximum change of scale: 0.1 is from 0.9 to 1.1."""
     auto_augment: Literal["none", "rand", "trivial"] = "none"
@@ -132,8 +140,8 @@ class AugmentationOptions:
         require(self, "rand_augment_magnitude", 0 <= self.rand_augment_magnitude <= 30, "0 to 30")
         require(self, "random_erasing", 0 <= self.random_erasing <= 1, "0 to 1")
         require(self, "repeated_augmentation", self.repeated_augmentation >= 1, "1 or more")
-        for name in ("shift", "zoom"):
-            require(self, name, 0 <= getattr(self, name) < 1, "at least 0 and below 1")
+        require(self, "shift", self.shift is None or 0 <= self.shift < 1, "at least 0 and below 1")
+        require(self, "zoom", 0 <= self.zoom < 1, "at least 0 and below 1")
         for name in ("mixup", "cutmix"):
             require(self, name, getattr(self, name) >= 0, "0 or more")
 
@@ -147,8 +155,8 @@ class TrainingOptions:
     more."""
     max_steps: int | None = None
     """Number of optimizer steps, instead of --epochs."""
-    batch_size: int = 64
-    """Training images per process and forward pass."""
+    batch_size: int | None = None
+    """Training images per process and forward pass. Default: 64, or 32 if there are fewer than 10,000 images."""
     gradient_accumulation_steps: int = 1
     """Forward and backward passes per optimizer step."""
     learning_rate: float | None = None
@@ -206,7 +214,8 @@ class TrainingOptions:
     def __post_init__(self) -> None:
         require(self, "epochs", self.epochs is None or self.epochs > 0, "above 0")
         require(self, "max_steps", self.max_steps is None or self.max_steps >= 1, "1 or more")
-        for name in ("batch_size", "gradient_accumulation_steps", "log_every", "evaluate_every", "lora_rank"):
+        require(self, "batch_size", self.batch_size is None or self.batch_size >= 1, "1 or more")
+        for name in ("gradient_accumulation_steps", "log_every", "evaluate_every", "lora_rank"):
             require(self, name, getattr(self, name) >= 1, "1 or more")
         require(self, "learning_rate", self.learning_rate is None or self.learning_rate > 0, "above 0")
         require(self, "max_gradient_norm", self.max_gradient_norm > 0, "above 0")
@@ -232,7 +241,8 @@ class DistillationOptions:
     """
 
     teacher: str | None = None
-    """A classifier: a folder or Hub id of a transformers model, or `timm:NAME`. Default: no distillation."""
+    """A classifier: a folder or Hub id of a transformers model (`ID@COMMIT` pins it), or `timm:NAME`. Default: no
+    distillation."""
     distillation: Literal["soft", "hard"] = "hard"
     """Target of the distillation token: class probabilities (soft) or top class (hard) of the teacher."""
     distillation_alpha: float = 0.5
@@ -365,7 +375,8 @@ class EvaluateOptions:
     """Evaluate a vitcls model on labeled images, each image exactly once."""
 
     model: str
-    """Folder or Hub id of a vitcls model."""
+    """Folder or Hub id of a vitcls model (`ID@COMMIT` pins it), or another ViT that is converted once (`timm:NAME`,
+    `transformers:ID`, a folder, a Hub id)."""
     data: DataOptions
     split: str | None = None
     """Split of the dataset. In a dataset with one split that is not called `test`, `test` is the held-out split of
@@ -402,14 +413,15 @@ class PredictOptions:
     """
 
     model: str
-    """Folder or Hub id of a vitcls model."""
+    """Folder or Hub id of a vitcls model (`ID@COMMIT` pins it), or another ViT that is converted once (`timm:NAME`,
+    `transformers:ID`, a folder, a Hub id)."""
     paths: tuple[str, ...] = ()
     """Image files, folders (with all folders in them), or URLs."""
     list: Path | None = None
     """Text file with one image file, folder or URL per line."""
     dataset: str | None = None
-    """`digits` (scikit-learn), a folder with a subfolder per class, a CSV or Parquet file, a folder of MNIST's idx
-    files, or a dataset id on the Hub."""
+    """`digits` (scikit-learn), a folder with a subfolder per class, a CSV, JSON Lines or Parquet file, a folder of
+    `save_to_disk` or of MNIST's idx files, or a dataset id on the Hub."""
     split: str | None = None
     """Split of the dataset. Default: the only one."""
     image_column: str | None = None
@@ -474,12 +486,13 @@ class InspectOptions:
     """
 
     model: str
-    """Folder or Hub id of a vitcls model."""
+    """Folder or Hub id of a vitcls model (`ID@COMMIT` pins it), or another ViT that is converted once (`timm:NAME`,
+    `transformers:ID`, a folder, a Hub id)."""
     paths: tuple[str, ...] = ()
     """Image files, folders (with all folders in them), or URLs."""
     dataset: str | None = None
-    """`digits` (scikit-learn), a folder with a subfolder per class, a CSV or Parquet file, a folder of MNIST's idx
-    files, or a dataset id on the Hub."""
+    """`digits` (scikit-learn), a folder with a subfolder per class, a CSV, JSON Lines or Parquet file, a folder of
+    `save_to_disk` or of MNIST's idx files, or a dataset id on the Hub."""
     split: str | None = None
     """Split of the dataset. In a dataset with one split, `test` is the held-out split of fine-tuning. Default: the
     held-out split of the model's run, or `test`."""

@@ -112,6 +112,7 @@ class BatchTransform:
     def __init__(self, options: AugmentationOptions) -> None:
         self.flip = options.flip
         self.rotation = math.radians(options.rotation)
+        assert options.shift is not None, "resolved by defaults.py"
         self.shift = options.shift
         self.zoom = options.zoom
 

@@ -157,8 +157,11 @@ class LabelReader:
             row: the values of the label columns; other columns are ignored.
             row_name: name of the row in error messages.
 
+        Returns:
+            The label; a missing single label is -100, and the image is not used.
+
         Raises:
-            ValueError: if a value is not one of the classes, or a single label is missing.
+            ValueError: if a value is not one of the classes.
         """
         if self.kind == "multi_task":
             return {column.name: column.get_index(row[column.name], row_name) for column in self.columns}
@@ -167,10 +170,7 @@ class LabelReader:
         if self.kind == "multi_label_classification":
             present = {column.get_index(label, row_name) for label in split_labels(value, self.separator, row_name)}
             return [float(index in present) for index in range(len(column.classes))]
-        index = column.get_index(value, row_name)
-        if index == IGNORED_LABEL:
-            column.raise_unknown_label(value, row_name)
-        return index
+        return column.get_index(value, row_name)
 
 
 def build_label_reader(

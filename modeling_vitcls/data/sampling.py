@@ -198,6 +198,7 @@ class BatchPlan:
         Raises:
             ValueError: if a stream has no `max_steps` or balanced classes.
         """
+        assert options.batch_size is not None, "resolved by defaults.py"
         images_per_step = options.batch_size * options.gradient_accumulation_steps * num_processes
         num_steps = options.max_steps
         if not num_steps:

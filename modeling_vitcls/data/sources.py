@@ -28,7 +28,7 @@ from ..errors import format_error
 from ..heads_vitcls import IGNORED_LABEL
 from ..hub.loading import describe_missing_repo, fall_back_to_cache, is_hub_id
 from ..options import DataOptions
-from .image_folder import read_image_folder, scan_folder
+from .image_folder import read_image_folder, scan_folder, shorten_list
 from .images import ArrayImages, ColumnImages, FileImages, LabeledImages, resolve_path
 from .in_memory import PREFIX, get_dataset
 from .labels import UNLABELED, LabelSpace, build_label_reader, find_image_column, is_image
@@ -186,8 +186,32 @@ def load_with_datasets(options: DataOptions, use_labels: bool, select: SplitSele
             )
             for number, row in enumerate(zip(*values, strict=True))
         ]
-        parts[split] = LabeledImages(images[split], labels)
+        parts[split] = drop_unlabeled(LabeledImages(images[split], labels), options, split)
     return Splits(name, reader.space, parts, list(opened))
+
+
+def drop_unlabeled(images: LabeledImages, options: DataOptions, split: str) -> LabeledImages:
+    """Return the images that have a label, and log a warning about the others.
+
+    Raises:
+        ValueError: if more than --max-broken-images images have no label.
+    """
+    unlabeled = [index for index, label in enumerate(images.labels) if label == IGNORED_LABEL]
+    if not unlabeled:
+        return images
+    rows = shorten_list([str(index) for index in unlabeled])
+    message = f"{options.dataset}, split {split!r}: {len(unlabeled):,} images have no label (rows {rows})"
+    if len(unlabeled) > options.max_broken_images:
+        raise ValueError(f"{message}. Add labels, or set a larger --max-broken-images to leave the images out")
+    log_once("%s and are left out", message)
+    missing = set(unlabeled)
+    return images.select(index for index in range(len(images)) if index not in missing)
+
+
+def log_once(message: str, *values: Any) -> None:
+    """Log a warning on the first process only."""
+    if os.environ.get("RANK", "0") == "0":
+        log.warning(message, *values)
 
 
 def open_with_datasets(options: DataOptions, use_labels: bool = True) -> Any:
@@ -209,9 +233,8 @@ def open_with_datasets(options: DataOptions, use_labels: bool = True) -> Any:
         return get_dataset(options.dataset)
     if path.is_dir() and (folder := scan_folder(path)).is_image_folder:
         opened = read_image_folder(folder, use_labels)
-        if os.environ.get("RANK", "0") == "0":  # print it once, not on every process
-            for note in folder.notes:
-                log.warning("%s", note)
+        for note in folder.notes:
+            log_once("%s", note)
         return {name: part.to_iterable_dataset() for name, part in opened.items()} if options.streaming else opened
     if path.suffix in READERS or path.exists():
         with hide_progress_bars():
@@ -280,6 +303,8 @@ def get_dataset_name(options: DataOptions) -> str:
 
 def get_dataset_folder(options: DataOptions) -> Path:
     """Return the folder to which image paths are relative."""
+    if options.dataset.startswith(PREFIX):
+        return Path("/")
     path = Path(options.dataset)
     return path.parent if path.suffix in READERS else path
 

@@ -11,7 +11,7 @@ has the same index in every pass and on every process.
 
 import math
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -102,7 +102,7 @@ class StreamedImages:
         stream = stream.shuffle(seed=derive_seed(seed, number), buffer_size=self.shuffle_buffer)
         rows = (row for row in self.iterate_rows(stream) if not self.is_held_out(row))
         own = rows if has_own_shards else islice(rows, process, None, num_processes)
-        return map(self.build_example, own)
+        return self.build_examples(own)
 
     def read_held_out_images(self) -> LabeledImages:
         """Return the encoded held-out images in the order of the stream; all images if `held_out` is None.
@@ -112,7 +112,7 @@ class StreamedImages:
         rows = self.iterate_rows(self.stream)
         if self.held_out is not None:
             rows = islice(filter(self.is_held_out, rows), MAX_HELD_OUT_IMAGES)
-        examples = [self.build_example(row) for row in rows]
+        examples = list(self.build_examples(rows))
         if not examples:
             raise ValueError(f"{self.name}: no image is held out. Set a larger --held-out-fraction")
         images = EncodedImages([example.encoded for example in examples], self.folder)
@@ -127,6 +127,12 @@ class StreamedImages:
     def is_held_out(self, row: StreamRow) -> bool:
         """Return whether an image is excluded from training."""
         return self.held_out is not None and self.held_out.is_held_out(row[1])
+
+    def build_examples(self, rows: Iterable[StreamRow]) -> Iterator[Example]:
+        """Yield the examples of rows; rows without a label are left out."""
+        for example in map(self.build_example, rows):
+            if self.reader is None or example.label != IGNORED_LABEL:
+                yield example
 
     def build_example(self, row: StreamRow) -> Example:
         """Return the example of a row, with its label."""

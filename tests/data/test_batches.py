@@ -35,7 +35,7 @@ def keys_of(plan: BatchPlan, process: int = 0) -> list[tuple[int, int]]:
 def build_images(
     source: LabeledImages, seed: int = 0, num_views: int = 0, **options: Any
 ) -> TrainingImages | TrainingStream:
-    options = {"crop_scale": 1.0, "flip": False} | options
+    options = {"crop_scale": 1.0, "flip": False, "shift": 0.0} | options
     augmentation = build_augmentation(AugmentationOptions(**options), (16, 16), 3)
     return augment_images(source, augmentation, to_rgb=True, seed=seed, num_views=num_views)
 
@@ -128,10 +128,10 @@ def test_weights_are_inverse_to_frequency_and_one_on_average() -> None:
 
 def test_streams_need_an_end() -> None:
     with pytest.raises(ValueError, match=r"requires a number of steps.*Set --max-steps"):
-        BatchPlan.from_options(None, TrainingOptions(), 1)
+        BatchPlan.from_options(None, TrainingOptions(batch_size=64), 1)
     with pytest.raises(ValueError, match="--class-balance sampling requires one known label per image"):
-        BatchPlan.from_options(None, TrainingOptions(max_steps=3, class_balance="sampling"), 1)
-    assert BatchPlan.from_options(None, TrainingOptions(max_steps=3), 1).count_epochs(2) == 0
+        BatchPlan.from_options(None, TrainingOptions(max_steps=3, batch_size=64, class_balance="sampling"), 1)
+    assert BatchPlan.from_options(None, TrainingOptions(max_steps=3, batch_size=64), 1).count_epochs(2) == 0
 
 
 # Images --------------------------------------------------------------------------------------------------------------
@@ -294,7 +294,7 @@ def test_workers_outlive_the_signals_that_stop_a_run() -> None:
 
 def test_a_grey_model_skips_images_in_color() -> None:
     pictures = [picture.convert(mode) for picture, mode in zip(noise(4), ("L", "RGB", "RGBA", "LA"), strict=True)]
-    augmentation = build_augmentation(AugmentationOptions(crop_scale=1.0, flip=False), (16, 16), 3)
+    augmentation = build_augmentation(AugmentationOptions(crop_scale=1.0, flip=False, shift=0.0), (16, 16), 3)
     source = LabeledImages(pictures, [0, 1, 2, 3])
     prepared = augment_images(source, augmentation, to_rgb=False, seed=0, num_channels=1)
     batch = prepared.load_batch([(0, 0), (0, 1), (0, 2), (0, 3)])
