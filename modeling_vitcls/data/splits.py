@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 from ..options import DataOptions
 from .held_out import HeldOutRecord, HeldOutRule
 from .image_folder import describe_single_class, shorten_list
-from .images import Examples, LabeledImages
+from .images import EncodedImages, LabeledImages
 from .labels import LabelSpace
 from .sources import Splits, load_splits
 from .streaming import MAX_HELD_OUT_IMAGES, StreamedImages, open_streams
@@ -176,7 +176,7 @@ def split_streams(
     else:
         rule = get_held_out_rule(options)
         train = replace(train, held_out=rule)
-        held_out = train.read_held_out_images() if rule.fraction else LabeledImages(Examples([]), [])
+        held_out = train.read_held_out_images() if rule.fraction else LabeledImages(EncodedImages([]), [])
         description = str(rule)
         record = HeldOutRecord.from_keys(rule, held_out.images.compute_keys())
         if len(held_out) == MAX_HELD_OUT_IMAGES:
