@@ -123,7 +123,7 @@ def build_checkpoint_card(
         branch: Branch of the checkpoint.
         step: Number of completed optimizer steps.
         architecture: The model's class, as in its config.json.
-        metadata: License, base model and data set, as keywords of ModelCardData.
+        metadata: License, base model and dataset, as keywords of ModelCardData.
         weights_license: License of the weights.
         with_optimizer: Whether the files for `--resume` are published as well.
     """
@@ -207,9 +207,9 @@ def build_metadata(
 
 
 def build_common_metadata(flags: dict[str, Any], base: Provenance | None) -> dict[str, Any]:
-    """Return the license, base model and data set as keywords of ModelCardData.
+    """Return the license, base model and dataset as keywords of ModelCardData.
 
-    Local and built-in data sets are left out.
+    Local and built-in datasets are left out.
     """
     dataset = flags["dataset"]
     metadata = {

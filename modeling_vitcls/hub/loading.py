@@ -67,7 +67,7 @@ TIMEOUT = 6.0  # seconds without a response
 RETRY_WAIT = 1.0  # seconds before the only retry
 
 RepoType = Literal["model", "dataset"]
-NOUNS: dict[RepoType, str] = {"model": "model", "dataset": "data set"}
+NOUNS: dict[RepoType, str] = {"model": "model", "dataset": "dataset"}
 PATH_NOUNS: dict[RepoType, str] = {"model": "folder", "dataset": "file or folder"}
 
 log = logging.getLogger(__name__)

@@ -1,4 +1,4 @@
-"""Names of data sets, models and teachers that are local paths.
+"""Names of datasets, models and teachers that are local paths.
 
     resolve_name("data/teach")                  -> "/home/me/data/teach"        if the path exists
     resolve_name("timm:resnet18@weights.pt")    -> "timm:resnet18@/home/me/weights.pt"
@@ -53,7 +53,7 @@ def make_relative(name: Any) -> Any:
 
 
 def can_publish_images(flags: dict[str, Any]) -> bool:
-    """Return whether images of the data set may be published: it is not local, or `--card-samples` was set."""
+    """Return whether images of the dataset may be published: it is not local, or `--card-samples` was set."""
     return bool(flags.get("card_samples")) or not is_local(flags.get("dataset"))
 
 

@@ -84,7 +84,7 @@ def collect_model_files(folder: Path, repo_id: str | None = None) -> RepoFiles:
     """Return the files of a model folder, or of an adapter, to publish.
 
     config.resolved.yaml is published without local paths, README.md with the repository id, report.html only if it
-    shows no images of a local data set, and code files with their license.
+    shows no images of a local dataset, and code files with their license.
 
     Args:
         folder: Folder of the model.
@@ -250,11 +250,11 @@ def find_newest_checkpoint(folder: Path) -> Checkpoint:
 # Sample images in cards ----------------------------------------------------------------------------------------------
 
 
-SAMPLE_IMAGES = "pictures/attention.png"  # the only figure that shows images of the data set
+SAMPLE_IMAGES = "pictures/attention.png"  # the only figure that shows images of the dataset
 
 
 def find_local_dataset_in_card(folder: Path) -> str | None:
-    """Return the local data set whose images the card shows; None if there is none or `--card-samples` was set."""
+    """Return the local dataset whose images the card shows; None if there is none or `--card-samples` was set."""
     flags = read_recipe(folder)
     if not (folder / SAMPLE_IMAGES).is_file() or flags is None or can_publish_images(flags):
         return None
@@ -262,7 +262,7 @@ def find_local_dataset_in_card(folder: Path) -> str | None:
 
 
 def can_publish_report(folder: Path) -> bool:
-    """Return whether report.html is from a run, and shows no images of a local data set."""
+    """Return whether report.html is from a run, and shows no images of a local dataset."""
     flags = read_recipe(folder)
     return flags is not None and can_publish_images(flags)
 
@@ -277,7 +277,7 @@ def read_recipe(folder: Path) -> dict[str, Any] | None:
 
 
 def describe_published_images(folder: Path, dataset: str, repo_id: str) -> str:
-    """Return the warning for images of a local data set that were published."""
+    """Return the warning for images of a local dataset that were published."""
     return (
         f"{repo_id} is public, and its card shows images of {dataset} ({SAMPLE_IMAGES}). If the images are "
         "confidential, make the repository private in its settings on the Hub, or delete the file there, remove "

@@ -199,7 +199,7 @@ class FinetuneTask(Task):
         return TeacherCache(teacher, self.data.num_training_images or 0, views, num_labels).predict
 
     def build_label_loss(self) -> LabelLoss:
-        """Build the loss for the data set's kind of labels."""
+        """Build the loss for the dataset's kind of labels."""
         smoothing, labels = self.options.training.label_smoothing, self.data.label_space
         if labels.kind == "multi_task":
             return MultiTaskLoss(smoothing)
@@ -304,11 +304,11 @@ def check_labels(options: FinetuneOptions, kind: str) -> None:
     }
     for flag, is_set in flags.items():
         if is_set:
-            raise ValueError(f"{flag} requires one label per image, but the data set is {kind}. Remove {flag}")
+            raise ValueError(f"{flag} requires one label per image, but the dataset is {kind}. Remove {flag}")
 
 
 def describe_other_split(source: str, data: TrainingData) -> str | None:
-    """Return a warning if the initial model was trained on images of this data set that are held out now.
+    """Return a warning if the initial model was trained on images of this dataset that are held out now.
 
     Args:
         source: value of `--model`.

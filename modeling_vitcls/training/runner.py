@@ -298,8 +298,8 @@ class Runner:
             )
         if change := describe_change(self.facts["data"], data):
             raise ValueError(
-                f"--resume: the data set has changed since the run in {self.folder} was started: {change}. Restore "
-                "the data set, or choose another --output-dir"
+                f"--resume: the dataset has changed since the run in {self.folder} was started: {change}. Restore "
+                "the dataset, or choose another --output-dir"
             )
 
     def pin_models(self, options: Any) -> Any:
@@ -531,7 +531,7 @@ def build_runner(options: FinetuneOptions | PretrainOptions) -> Runner:
 
 
 def resolve_names(options: Any) -> Any:
-    """Return the options with data set, model and teacher named by absolute paths."""
+    """Return the options with dataset, model and teacher named by absolute paths."""
     dataset, model = options.data.dataset, options.model.model
     options = replace(
         options,
