@@ -149,7 +149,7 @@ def build_options(options_class: type[Options], excluded: tuple[str, ...] = (), 
 
     Raises:
         TypeError: for an unknown flag.
-        ValueError: for a value that is not allowed.
+        ValueError: if a value is not allowed.
     """
     known = set(get_flag_names(options_class)) - OWN_FLAGS - set(excluded)
     for name in flags:
@@ -165,7 +165,7 @@ def build_options(options_class: type[Options], excluded: tuple[str, ...] = (), 
 
 
 def get_flag_names(options_class: Any) -> list[str]:
-    """Return the names of all flags of a dataclass, including those of nested dataclasses."""
+    """Return the names of all flags of a dataclass and its nested dataclasses."""
     names = []
     for field in dataclasses.fields(options_class):
         names += get_flag_names(field.type) if dataclasses.is_dataclass(field.type) else [field.name]

@@ -30,7 +30,8 @@ class DataOptions:
     """Fraction of the images to hold out for evaluation if the dataset has no split for it. A checksum of each image
     decides, so the split stays the same when images are added. 0: train on all images, and measure nothing."""
     split_seed: int = 0
-    """Random seed of the held-out split. Keep it to compare runs. Evaluation uses the seed of the model's run."""
+    """Random seed of the held-out split. Use the same seed to compare runs. Evaluation uses the seed of the model's
+    run."""
     folds: int | None = None
     """Cross-validation: train one model per fold in OUTPUT_DIR/fold-1, fold-2, ..., and report the mean accuracy."""
     fold: int | None = None
@@ -41,7 +42,7 @@ class DataOptions:
     """Number of images from which a streamed dataset draws the next one. A folder streams class by class: set it to
     the number of images."""
     max_broken_images: int = 100
-    """Maximum number of unreadable images. They are reported and skipped; if there are more, the run stops."""
+    """Maximum number of unreadable images, which are reported and skipped. If there are more, the run stops."""
     num_workers: int = 2
     """Data loading processes per training process. 0: load in the training process."""
 
@@ -175,7 +176,7 @@ class TrainingOptions:
     label_smoothing: float = 0.1
     """Label smoothing: probability that is spread evenly over all classes. 0.1 is the value of DeiT."""
     class_balance: Literal["none", "weights", "sampling"] = "none"
-    """Compensation for classes of different sizes: weight the loss by the inverse class size, or sample all classes
+    """Compensation for imbalanced classes: weight the loss by the inverse class size, or sample all classes
     equally often."""
     max_gradient_norm: float = 1.0
     """Maximum norm of the gradients; larger gradients are scaled down. 1 is the value of the ViT paper."""
@@ -204,7 +205,8 @@ class TrainingOptions:
     evaluate_every: int = 1
     """Epochs between evaluations on held-out images. The last step is always evaluated."""
     select: Literal["last", "best"] = "last"
-    """Checkpoint to save and report: that of the last step, or the best of all evaluations. The best is selected on
+    """Checkpoint to save and report: the checkpoint of the last step, or the best of all evaluations. The best is
+    selected on
     images that are not reported: the validation split if there is a test split, otherwise a further part of the
     training images."""
     patience: int | None = None
@@ -228,7 +230,7 @@ class TrainingOptions:
         for name in ("weight_decay", "seed", "health_every", "feature_views"):
             require(self, name, getattr(self, name) >= 0, "0 or more")
         is_known = self.trainable in ("full", "head", "lora") or re.fullmatch(r"last-[1-9]\d*", self.trainable)
-        require(self, "trainable", bool(is_known), "of full, head, lora, or last-N such as last-2")
+        require(self, "trainable", bool(is_known), "full, head, lora or last-N such as last-2")
 
 
 @dataclass(frozen=True)
@@ -289,7 +291,7 @@ class RunOptions:
     """Steps between pushes of the model to --hub-checkpoint-branch, in the background. Requires --push-to-hub.
     Default: no such pushes."""
     hub_checkpoint_branch: str = "checkpoints"
-    """Branch of these pushes. It is created if it does not exist."""
+    """Branch for these pushes. It is created if it does not exist."""
     hub_push_optimizer: bool = False
     """Also push the checkpoint that --resume requires, to main and to --hub-checkpoint-branch. To resume on another
     machine, run `hf download ID --revision BRANCH --local-dir FOLDER`, then the same command with --output-dir FOLDER
@@ -312,9 +314,9 @@ class RunOptions:
         every = self.hub_checkpoint_every
         require(self, "hub_checkpoint_every", every is None or every >= 1, "1 or more")
         is_separate = self.hub_checkpoint_branch not in ("", "main")
-        require(self, "hub_checkpoint_branch", is_separate, "other than main, which receives the result")
+        require(self, "hub_checkpoint_branch", is_separate, "a branch other than main, which receives the result")
         is_identifier = self.license is None or bool(re.fullmatch(r"[a-z0-9][a-z0-9.-]*", self.license))
-        require(self, "license", is_identifier, "as the Hub writes it, such as apache-2.0 or cc-by-4.0")
+        require(self, "license", is_identifier, "an identifier of the Hub, such as apache-2.0 or cc-by-4.0")
         for name in ("hub_checkpoint_every", "hub_push_optimizer"):
             if getattr(self, name) and not self.push_to_hub:
                 raise ValueError(
@@ -323,7 +325,7 @@ class RunOptions:
         if (self.eval_benchmark is None) != (self.eval_task_id is None):
             raise ValueError("--eval-benchmark and --eval-task-id require each other. Set both, or neither.")
         is_id = self.eval_benchmark is None or bool(re.fullmatch(r"[\w.-]+/[\w.-]+", self.eval_benchmark))
-        require(self, "eval_benchmark", is_id, "such as `namespace/name`, a dataset on the Hub")
+        require(self, "eval_benchmark", is_id, "a dataset on the Hub, `namespace/name`")
 
 
 @dataclass(frozen=True)
@@ -400,7 +402,7 @@ class EvaluateOptions:
         require(self, "batch_size", self.batch_size >= 1, "1 or more")
         require(self, "frozen_repeats", self.frozen_repeats >= 1, "1 or more")
         is_known = self.frozen in (None, "knn", "logreg") or re.fullmatch(r"few-shot:[1-9]\d*", str(self.frozen))
-        require(self, "frozen", bool(is_known), "of knn, logreg, or few-shot:N such as few-shot:5")
+        require(self, "frozen", bool(is_known), "knn, logreg or few-shot:N such as few-shot:5")
 
 
 @dataclass(frozen=True)
@@ -519,7 +521,7 @@ class InspectOptions:
     def __post_init__(self) -> None:
         for name in ("num_images", "max_images", "batch_size"):
             require(self, name, getattr(self, name) >= 1, "1 or more")
-        require(self, "patch_sizes", all(size >= 1 for size in self.patch_sizes), "of 1 or more pixels each")
+        require(self, "patch_sizes", all(size >= 1 for size in self.patch_sizes), "1 or more pixels each")
         if bool(self.paths) == (self.dataset is not None):
             raise ValueError("Set exactly one of PATHS and --dataset: they name the images.")
         if self.dataset is None and (self.image_column or self.label_column or self.label_separator):
@@ -535,7 +537,7 @@ class InspectOptions:
 def require(options: Any, name: str, is_valid: bool, allowed: str) -> None:
     """Raise ValueError with the name of the flag if its value is not valid."""
     if not is_valid:
-        raise ValueError(f"--{name.replace('_', '-')} is {getattr(options, name)}: set a value {allowed}")
+        raise ValueError(f"--{name.replace('_', '-')} is {getattr(options, name)}, but it must be {allowed}")
 
 
 def to_flags(options: Any) -> dict[str, Any]:

@@ -4,8 +4,8 @@
           -> hash of the key and the split seed, as a number in [0, 1)
           -> held out if this number is less than the fraction
 
-The decision for an image does not depend on the order, the labels or the other images. So the split stays the same
-when images are added: a held-out image stays held out, and a training image stays a training image.
+The decision for an image does not depend on the order, the labels or the other images. So the split is stable when
+images are added: held-out images stay held out, and training images stay training images.
 
 Classes are therefore stratified only approximately. Of n images, n x fraction are held out on average, with a standard
 deviation of sqrt(n x fraction x (1 - fraction)). A small class may have no held-out images or no training images.
@@ -48,7 +48,7 @@ class HeldOutRule:
     num_folds: int | None = None
     fold: int | None = None
 
-    def selects(self, key: int) -> bool:
+    def is_held_out(self, key: int) -> bool:
         """Return whether the image with this key is held out."""
         text = f"{self.seed} {self.purpose} {key}" if self.purpose else f"{self.seed} {key}"
         bits = hashlib.blake2b(text.encode(), digest_size=8).digest()
@@ -104,7 +104,7 @@ class HeldOutRecord:
 
 
 def read_record(folder: str | Path) -> HeldOutRecord | None:
-    """Return the record in a model folder; None if there is none, as in models that were not trained by this package.
+    """Return the record in a model folder; None without a record, as in models that this package did not train.
 
     Raises:
         ValueError: if results.json is damaged.

@@ -5,13 +5,13 @@
 
 Labels are read in labels.py. Images are decoded on access (images.py) and batched in batches.py.
 
-`--resume` continues a run only on the data that it was started with. The fingerprint of the data contains
+`--resume` continues a run only with the data that it started with. The fingerprint of the data contains
     names_sha256         the images' names in order
     name_set_sha256      the sorted names, to distinguish a new order from other images
     labels_sha256        the labels in order
     contents_sha256      the bytes of `NUM_SAMPLES` images, spread evenly over all
-Only the samples are read, so the fingerprint of a large dataset takes little time. The samples reveal a change of many
-images under the same names, for example if the names of two class folders were swapped.
+Only the samples are read, so the fingerprint of a large dataset takes little time. The samples detect a change of many
+images with the same names, for example if the names of two class folders were swapped.
 """
 
 import hashlib
@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 from ..options import DataOptions
 from .held_out import HeldOutRecord, HeldOutRule
 from .image_folder import describe_single_class, shorten_list
-from .images import Examples, LabeledImages
+from .images import EncodedImages, LabeledImages
 from .labels import LabelSpace
 from .sources import Splits, load_splits
 from .streaming import MAX_HELD_OUT_IMAGES, StreamedImages, open_streams
@@ -139,7 +139,7 @@ def split_dataset(splits: Splits, options: DataOptions, with_selection: bool = F
         record = HeldOutRecord(name, len(held_out))
     else:
         rule = get_held_out_rule(options)
-        train, held_out, record = hold_out(train, rule, options)
+        train, held_out, record = hold_out_images(train, rule, options)
         description = str(rule)
     selection, selection_name = None, ""
     if selection_split := get_selection_split(splits.parts, with_selection):
@@ -150,7 +150,7 @@ def split_dataset(splits: Splits, options: DataOptions, with_selection: bool = F
                 "--select best requires images to select on, but --held-out-fraction is 0. Set a larger fraction"
             )
         rule = HeldOutRule(options.held_out_fraction, options.split_seed, "selection")
-        train, selection, _ = hold_out(train, rule, options)
+        train, selection, _ = hold_out_images(train, rule, options)
         selection_name = f"{rule} of the training images"
     return TrainingData(
         splits.name, splits.label_space, train, held_out, description, record, selection, selection_name
@@ -176,7 +176,7 @@ def split_streams(
     else:
         rule = get_held_out_rule(options)
         train = replace(train, held_out=rule)
-        held_out = train.read_held_out_images() if rule.fraction else LabeledImages(Examples([]), [])
+        held_out = train.read_held_out_images() if rule.fraction else LabeledImages(EncodedImages([]), [])
         description = str(rule)
         record = HeldOutRecord.from_keys(rule, held_out.images.compute_keys())
         if len(held_out) == MAX_HELD_OUT_IMAGES:
@@ -202,7 +202,7 @@ def get_held_out_rule(options: DataOptions) -> HeldOutRule:
     return HeldOutRule(options.held_out_fraction, options.split_seed)
 
 
-def hold_out(
+def hold_out_images(
     images: LabeledImages, rule: HeldOutRule, options: DataOptions
 ) -> tuple[LabeledImages, LabeledImages, HeldOutRecord]:
     """Return the training images, the held-out images, and the record of the held-out images.
@@ -211,7 +211,7 @@ def hold_out(
         ValueError: if none or all of the images would be held out.
     """
     keys = images.images.compute_keys()
-    is_held_out = [rule.selects(key) for key in keys]
+    is_held_out = [rule.is_held_out(key) for key in keys]
     train = [index for index in range(len(keys)) if not is_held_out[index]]
     held_out = [index for index in range(len(keys)) if is_held_out[index]]
     if not train or (not held_out and rule.fraction > 0):
@@ -250,7 +250,7 @@ def load_evaluation_data(
         record: the held-out record of the model's run; the same images are held out here.
 
     Raises:
-        ValueError: if the split does not exist, or the options hold out other images than `record`.
+        ValueError: if the split does not exist, or the options do not hold out the images of `record`.
     """
     rule = choose_rule(options, record)
     if options.streaming:
@@ -266,7 +266,7 @@ def load_evaluation_data(
     (images,) = splits.parts.values()
     if is_whole_split(name, splits.names):
         return EvaluationData(splits.label_space, images, name, None)
-    train, held_out, _ = hold_out(images, rule, options)
+    train, held_out, _ = hold_out_images(images, rule, options)
     if name == "train":
         return EvaluationData(splits.label_space, train, name, None)
     if rule.fraction == 0:
@@ -316,7 +316,7 @@ def get_stored_split(split: str, names: list[str], options: DataOptions) -> str:
 
 
 def is_whole_split(split: str, names: list[str]) -> bool:
-    """Return whether the requested split is stored as such, and is not a part of the only split."""
+    """Return whether the requested split is a stored split, not a part of the only split."""
     return split in names and not (split == "train" and len(names) == 1)
 
 
@@ -388,30 +388,30 @@ def compute_digest(values: Iterable[Any]) -> str:
     return digest.hexdigest()
 
 
-def describe_change(before: dict[str, Any], now: dict[str, Any]) -> str | None:
-    """Return how data differs from the data that a run was started with; None if it is the same.
+def describe_change(stored: dict[str, Any], current: dict[str, Any]) -> str | None:
+    """Describe how the data differs from the data that a run started with; None if they are equal.
 
     Args:
-        before: the result of `describe_data` when the run was started.
-        now: the result of `describe_data` now.
+        stored: the result of `describe_data` when the run was started.
+        current: the result of `describe_data` for the current data.
     """
-    if before == now:
+    if stored == current:
         return None
-    for column, names in now["classes"].items():
-        if (previous := before["classes"].get(column)) != names:
+    for column, names in current["classes"].items():
+        if (previous := stored["classes"].get(column)) != names:
             return f"the classes of {column!r} were {format_classes(previous)}, but are {format_classes(names)} now"
     for name, noun in (("num_training_images", "training images"), ("num_held_out_images", "held-out images")):
-        if before[name] != now[name]:
-            return f"there were {before[name]:,} {noun}, but there are {now[name]:,} now"
-    if before["name_set_sha256"] != now["name_set_sha256"]:
+        if stored[name] != current[name]:
+            return f"there were {stored[name]:,} {noun}, but there are {current[name]:,} now"
+    if stored["name_set_sha256"] != current["name_set_sha256"]:
         return "the number of images is the same, but their names differ"
-    if before["names_sha256"] != now["names_sha256"]:
+    if stored["names_sha256"] != current["names_sha256"]:
         return "the images are the same, but their order differs"
-    if before["labels_sha256"] != now["labels_sha256"]:
+    if stored["labels_sha256"] != current["labels_sha256"]:
         return "the images are the same, but some labels differ"
-    if before["contents_sha256"] != now["contents_sha256"]:
+    if stored["contents_sha256"] != current["contents_sha256"]:
         return "the names of the images are the same, but their contents differ; classes may have been swapped"
-    return "other images are held out"
+    return "different images are held out"
 
 
 def format_classes(names: Sequence[str] | None) -> str:

@@ -36,7 +36,7 @@ def pictures(count: int, size: tuple[int, int] = (40, 36)) -> list[torch.Tensor]
 
 
 def augmented(augmentation: Augmentation, sources: list[torch.Tensor], seed: int, indices: list[int]) -> torch.Tensor:
-    fixed = [augmentation.fixed(source) for source in sources]
+    fixed = [augmentation.fixed_transform(source) for source in sources]
     seeds = np.full(len(sources), seed, dtype=np.uint64)
     return augmentation(fixed, seeds, np.array(indices, dtype=np.uint64))
 

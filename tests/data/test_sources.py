@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from modeling_vitcls.data.images import Examples, Files, LabeledImages, UnreadableImage, UnreadableImages
+from modeling_vitcls.data.images import EncodedImages, FileImages, LabeledImages, UnreadableImage, UnreadableImages
 from modeling_vitcls.data.sources import load_splits
 from modeling_vitcls.data.splits import load_evaluation_data, load_training_data, load_unlabeled_data
 from modeling_vitcls.image_processing_vitcls import pil_to_tensor
@@ -478,8 +478,8 @@ def test_contents_of_pipes_are_not_read(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.png")
     (tmp_path / "file.png").write_bytes(b"content")
     paths = [str(tmp_path / name) for name in ("pipe.png", "file.png", "missing.png")] + ["https://example.org/a.png"]
-    assert [Files(paths).read_content(index) for index in range(4)] == [None, b"content", None, None]
-    assert Examples([{"path": None, "bytes": None}]).read_content(0) is None
+    assert [FileImages(paths).read_content(index) for index in range(4)] == [None, b"content", None, None]
+    assert EncodedImages([{"path": None, "bytes": None}]).read_content(0) is None
 
 
 def test_missing_images_are_broken(tmp_path: Path) -> None:
@@ -504,6 +504,6 @@ def test_the_tally_names_each_unreadable_image_once_and_stops_beyond_the_limit()
     assert lines == ["skipped an image: file 7 is empty", "skipped an image: file 3 is empty"]
     assert len(tally) == 2
     with pytest.raises(
-        ValueError, match=r"more than 2 images cannot be read; the last one: file 9 is empty\. .*set a larger"
+        ValueError, match=r"more than 2 images cannot be read; the last of them: file 9 is empty\. .*set a larger"
     ):
         tally.add([3, 9])
