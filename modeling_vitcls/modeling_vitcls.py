@@ -189,7 +189,8 @@ class ViTCLSPreTrainedModel(AdaptableModel):
 
     def forward_features(self, pixel_values: Tensor) -> Tensor:
         """Return the encoded tokens of images [B, C, H, W], [B, N, D], like the method of this name in timm."""
-        return self.base_model(pixel_values).last_hidden_state
+        tokens: Tensor = self.base_model(pixel_values).last_hidden_state
+        return tokens
 
     def token_attention(
         self,
@@ -550,7 +551,7 @@ class ViTCLSForMaskedImageModeling(ViTCLSPreTrainedModel):
 
 
 # Backbone ------------------------------------------------------------------------------------------------------------
-class ViTCLSBackbone(BackboneMixin, ViTCLSModel):
+class ViTCLSBackbone(BackboneMixin, ViTCLSModel):  # type: ignore[misc]  # num_features is a list
     """Feature maps for dense prediction: the patches of selected layers, reshaped to their grid."""
 
     def __init__(self, config: ViTCLSConfig) -> None:
@@ -592,7 +593,8 @@ class ViTCLSBackbone(BackboneMixin, ViTCLSModel):
         patches: Tensor = hidden_states[:, self.config.token_layout.patches]
         if not self.config.reshape_hidden_states:
             return torch.cat([hidden_states[:, :1], patches], dim=1)
-        return patches.transpose(1, 2).unflatten(2, grid).contiguous()  # [B, D, rows, columns]
+        feature_map: Tensor = patches.transpose(1, 2).unflatten(2, grid).contiguous()  # [B, D, rows, columns]
+        return feature_map
 
     def new_like(self, config: ViTCLSConfig) -> Self:
         """Return a newly initialized backbone for another configuration."""

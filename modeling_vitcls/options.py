@@ -30,7 +30,8 @@ class DataOptions:
     """Fraction of the images to hold out for evaluation if the dataset has no split for it. A checksum of each image
     decides, so the split stays the same when images are added. 0: train on all images, and measure nothing."""
     split_seed: int = 0
-    """Random seed of the held-out split. Use the same seed to compare runs. Evaluation uses the model's seed."""
+    """Random seed of the held-out split. Use the same seed to compare runs. Evaluation uses the seed of the model's
+    run."""
     folds: int | None = None
     """Cross-validation: train one model per fold in OUTPUT_DIR/fold-1, fold-2, ..., and report the mean accuracy."""
     fold: int | None = None

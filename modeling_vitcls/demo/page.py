@@ -334,7 +334,8 @@ def find_clicked_patch(result: DemoResult | None, drawn: Any, event: gr.SelectDa
     if result is None or drawn is None:
         return None
     height, width = drawn.shape[:2]
-    return result.find_patch(*event.index, width, height)
+    x, y = event.index
+    return result.find_patch(x, y, width, height)
 
 
 def get_clicked_layer(event: gr.SelectData) -> int:

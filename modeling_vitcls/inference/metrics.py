@@ -109,9 +109,9 @@ class SingleLabelMetrics(ClassificationMetrics):
         predictions = logits.argmax(dim=1)  # [G]
         num_classes = len(self.names)
         self.counts.update(
-            correct=torch.bincount(labels[predictions == labels], minlength=num_classes),
-            predicted=torch.bincount(predictions, minlength=num_classes),
-            images=torch.bincount(labels, minlength=num_classes),
+            num_correct=torch.bincount(labels[predictions == labels], minlength=num_classes),
+            num_predicted=torch.bincount(predictions, minlength=num_classes),
+            num_images=torch.bincount(labels, minlength=num_classes),
         )
         self.loss.update(nn.functional.cross_entropy(logits, labels, reduction="none"))
         self.calibration.update(logits.softmax(dim=1), labels)  # torchmetrics detects logits by range
@@ -165,7 +165,7 @@ class MultiLabelMetrics(ClassificationMetrics):
         logits = outputs.logits[: len(labels)].float()
         probabilities = logits.sigmoid()  # torchmetrics detects logits by their range
         predictions, truth = probabilities > 0.5, labels > 0.5  # [G, L]
-        self.counts.update(correct=(predictions & truth).sum(0), predicted=predictions.sum(0), images=truth.sum(0))
+        self.counts.update((predictions & truth).sum(0), predictions.sum(0), truth.sum(0))
         self.precision.update(probabilities, truth.long())
         self.exact_match.update((predictions == truth).all(dim=1).float())
         losses = nn.functional.binary_cross_entropy_with_logits(logits, labels.float(), reduction="none")
