@@ -246,7 +246,7 @@ class TokenEvidence:
 
 
 def judge_token(token: TokenEvidence) -> tuple[Word, Meaning, str]:
-    """Return word, meaning and reason of a verdict. The first condition that holds decides."""
+    """Return word, meaning and reason of a verdict. The first condition that is true determines the verdict."""
     findings = token.findings
     where = "after the last layer" if token.is_read_by_head else f"after layer {token.last}, the last that is read,"
     if token.twin is not None:
@@ -523,8 +523,7 @@ def describe_artifacts(config: ViTCLSConfig, findings: Findings, has_head: bool 
 
 
 def compare_without_registers(findings: Findings, layer: int) -> tuple[SecondMode | None, list[str]]:
-    """Return the second mode of the norms with the registers hidden from attention, and a sentence if outliers rise:
-    only then do the registers absorb them."""
+    """Return the second mode of the norms with the registers hidden, and a sentence if registers absorb outliers."""
     if findings.patch_ratios_without_registers is None:
         return None, []
     ratios, without = findings.patch_ratios[layer], findings.patch_ratios_without_registers[layer]

@@ -5,9 +5,9 @@
     images -> pixels in memory -> token_statistics.py -> ablation.py -> diagnosis.py
            -> image_report.py, for the images to show
 
-The forward passes of the statistics also give the outputs before ablations and without registers.
+The forward passes of the statistics also compute the outputs before ablations and without registers.
 
-The report itself is written in report.py.
+report.py writes the report.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -54,7 +54,8 @@ from .token_statistics import Findings, TokenStatistics
 MAX_BATCH_BYTES = 2**29  # maximum memory of a batch: hidden states, and the attention and MLP of one layer
 # Maximum number of images of the null distributions, and maximum operations of a pass over these images
 MAX_NULL_IMAGES, MAX_NULL_FLOPS = 64, 2e12
-MIN_CHECKED_IMAGES, MAX_CHECKED_IMAGES = 5, 16  # of the checks of maps, which require many passes per image
+# Minimum and maximum number of images for the checks of maps, which require many passes per image
+MIN_CHECKED_IMAGES, MAX_CHECKED_IMAGES = 5, 16
 
 ProgressCallback = Callable[[str, int, int], None]  # (description, finished steps, total steps)
 WarningCallback = Callable[[str], None]
@@ -161,7 +162,7 @@ def inspect_model(
         ValueError: if no image can be read, or the hidden states of the model are not finite.
     """
     if num_shown is not None and statistics_images is not None:
-        raise ValueError("num_shown requires statistics over the images themselves. Set statistics_images=None.")
+        raise ValueError("num_shown requires statistics over the same images. Set statistics_images=None.")
     if statistics_images is None:
         statistics_images, statistics_labels = images, labels
     model = unwrap_model(model)

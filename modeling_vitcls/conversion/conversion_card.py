@@ -81,8 +81,8 @@ def build_conversion_card(
 def build_metadata(report: "ParityReport", provenance: Provenance) -> ModelCardData:
     """Build the YAML header of the card. Random weights have no base model and no license.
 
-    `base_model_relation` is not set, because the Hub supports only `adapter`, `finetune`, `merge` and `quantized`, and
-    an exact copy is none of these.
+    `base_model_relation` is not set, because the Hub supports only `adapter`, `finetune`, `merge` and `quantized`, but
+    not exact copies.
     """
     return ModelCardData(
         library_name="transformers",

@@ -30,13 +30,13 @@ from .to_transformers import convert_to_transformers
 from .weight_rules import ConversionError
 
 
-NO_RESAMPLING = "transformers resamples the positions of {name} in another way for other image sizes"
+NO_RESAMPLING = "transformers resamples the positions of {name} differently for other image sizes"
 
 
 def write_native_model(source: str, output: Path, any_size: bool = False) -> ParityReport:
     """Write the model, image processor, parity report, card and license to `output`, or write nothing.
 
-    Of a model that is not a classifier for one task, the encoder is written.
+    For models other than classifiers for one task, only the encoder is written.
 
     Args:
         source: Folder or Hub id of a vitcls model.

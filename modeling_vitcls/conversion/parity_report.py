@@ -92,7 +92,7 @@ def compare_models(
     Args:
         source: Source with its model in float32.
         with_logits: Whether the model has the classifier of the source.
-        native_size_only: Reason to compare at the native size only; empty if the rectangle is compared as well.
+        native_size_only: Reason to compare only at the native size; empty to compare at the rectangle as well.
 
     Returns:
         The comparisons, and the reason why there is no second comparison, which is empty if there is one.

@@ -313,7 +313,7 @@ def read_pooling(model: TimmModule, hidden_act: str | None) -> Fields:
 
 
 def read_attention_pool(model: TimmModule, hidden_act: str | None) -> Fields:
-    """Return the fields of attention pooling. The query attends to patches in `VisionTransformer`, to all in `Eva`."""
+    """Return the fields of attention pooling. In `Eva`, the query also attends to special tokens."""
     pool = model.attn_pool
     require(get_class_name(pool) == "AttentionPoolLatent", f"pooling of class {get_class_name(pool)}")
     require(
@@ -366,6 +366,6 @@ def is_present(module: TimmModule) -> bool:
 
 
 def require(condition: bool, feature: str) -> None:
-    """Raise ConversionError with the name of a feature unless the condition holds."""
+    """Raise ConversionError with the name of a feature unless the condition is true."""
     if not condition:
         raise ConversionError(f"ViTCLS does not support {feature}")

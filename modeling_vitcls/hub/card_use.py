@@ -1,7 +1,7 @@
 """The sections of a card on how to use and how to cite a model.
 
-The text of the section "Use" is in model_cards/use.md.j2. Its first code block runs as it is. The next one pins a
-commit.
+The text of the section "Use" is in model_cards/use.md.j2. Its first code block runs without changes, the next one pins
+a commit.
 """
 
 from jinja2 import Template

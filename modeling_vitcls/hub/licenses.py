@@ -75,7 +75,7 @@ def get_run_license(
 ) -> WeightsLicense:
     """Return the license of weights that were trained here.
 
-    An inherited license stays. `--license` applies if there is none.
+    An inherited license is kept. `--license` applies if there is none.
 
     Args:
         is_fresh: Whether training started from random weights.

@@ -7,8 +7,8 @@
     strip_folders("/home/me/data/teach")        -> "path/to/teach"              for publication
 
 Each name is resolved once, when a run starts, relative to the current folder. Afterwards an absolute path, or a path
-that starts with `./` or `../`, is a local path, even if the file has been removed or another process has another
-current folder. The files of a run contain relative paths, and repeat the run from the same folder.
+that starts with `./` or `../`, is a local path, even if the file has been removed or another process has a different
+working directory. The files of a run contain relative paths, and repeat the run from the same folder.
 """
 
 import os
@@ -64,7 +64,7 @@ def strip_folders(name: str) -> str:
 
 
 def is_same_path(before: Any, now: Any) -> bool:
-    """Return whether two names refer to the same thing, even if its path was moved in the meantime."""
+    """Return whether two names refer to the same dataset or model, even if its path was moved in the meantime."""
     if before == now or not (isinstance(before, str) and is_local(now)):
         return bool(before == now)
     (old_prefix, old), (new_prefix, new) = split_prefix(before), split_prefix(now)

@@ -54,7 +54,7 @@ MODEL_PATTERNS = (
     "preprocessor_config.json",
     "*_vitcls.py",
 )
-# Records of the run and its measurements. They are wrong for another model, so a push removes old ones as well.
+# Records of the run and its measurements. They do not describe other models, so a push also removes old records.
 RECORD_PATTERNS = (
     "results.json",
     "metrics.jsonl",
@@ -187,7 +187,7 @@ def find_code_repository(folder: Path, repo_id: str | None = None) -> str | None
 
 
 def list_required_code(folder: Path) -> set[str]:
-    """Return the code files that the model's files refer to and the files that they import, of this folder."""
+    """Return the code files of this folder that the model requires, directly or through imports."""
     references = [reference for reference in read_code_references(folder) if REPO_SEPARATOR not in reference]
     pending = [f"{reference.partition('.')[0]}.py" for reference in references]
     required: set[str] = set()

@@ -37,7 +37,8 @@ def check_push_permissions(
 
     Raises:
         ValueError: If the token is missing, invalid or not permitted to write, if the namespace is not the user's, if
-            the name is invalid, or if the repository is public but has to be private. One line with the remedy.
+            the name is invalid, or if the repository is public but has to be private. The message is one line with the
+            remedy.
         OSError: If the Hub does not respond.
     """
     check_is_online()
@@ -135,7 +136,7 @@ def is_private(repo_id: str) -> bool:
 def check_token(repo_id: str, account: dict[str, Any], exists: bool) -> None:
     """Raise ValueError unless the token may write to the repository, or create it if it does not exist."""
     token = account.get("auth", {}).get("accessToken")
-    if token is None:  # another kind of login, which only the push itself can test
+    if token is None:  # another kind of login, which only a push can test
         return
     remedy = f"create a 'write' token at {TOKEN_PAGE}, and log in with it (`hf auth login`, or HF_TOKEN)"
     if token["role"] == "read":

@@ -6,7 +6,7 @@
 --frozen      classifier
 knn           KNeighborsClassifier: 10 neighbors by cosine similarity, weighted by distance
 logreg        LogisticRegression on standardized features
-few-shot:N    the same on N images per class, repeated with other images
+few-shot:N    logreg on N images per class, repeated with other images
 
 The features of a layer are its output after the final norm of the encoder, as in DINOv2's `get_intermediate_layers`:
 every special token, and the mean of the patch tokens.
@@ -97,7 +97,7 @@ class FeatureStore:
 
     def compute(self) -> dict[str, Any]:
         """Return the features and labels of all processes in the order of the images."""
-        gathered = gather_object([self.batches])  # one list per process; batches were dealt out in rounds
+        gathered = gather_object([self.batches])  # one list per process; batches were distributed in rounds
         ordered = [batch for batches in zip(*gathered, strict=True) for batch in batches]
         features, labels = (np.concatenate(parts) for parts in zip(*ordered, strict=True))
         return {"num_images": len(labels), "features": features, "labels": labels}

@@ -85,7 +85,7 @@ class BranchUploads:
     ) -> None:
         try:
             self.wait(SECONDS_AT_THE_END if kind is None else SECONDS_AFTER_A_SIGNAL)
-            if kind is None or kind is Interrupted:  # the other processes take part only in these cases
+            if kind is None or kind is Interrupted:  # the other processes only participate in these cases
                 self.accelerator.wait_for_everyone()  # launchers end all processes when one ends
         finally:
             self.remove_folder()

@@ -110,7 +110,7 @@ class FinetuneTask(Task):
             raise ValueError(describe_useless_patch_dropout(options))
 
     def find_warnings(self) -> list[str]:
-        """Return warnings about classes that a split lacks, and about other held-out images of the initial model."""
+        """Return warnings about classes that a split lacks, and about the held-out images of the initial model."""
         other_split = describe_other_split(self.options.model.model, self.data)
         return [*describe_missing_classes(self.data), *([other_split] if other_split else [])]
 

@@ -56,7 +56,7 @@ METRICS = "metrics.jsonl"
 MODEL = "config.json"
 
 # Files that a run writes at its end, results and model first.
-ADAPTER = "adapter"  # folder with the LoRA adapter alone
+ADAPTER = "adapter"  # folder with only the LoRA adapter
 FINAL_FILES = (
     *(RESULTS, *MODEL_PATTERNS, *(name for name in EXTRA_PATTERNS if name not in (METRICS, RECIPE))),
     *(f"{ADAPTER}/{name}" for name in ADAPTER_PATTERNS),

@@ -1,6 +1,6 @@
 """Masked image modeling: images without labels -> an encoder to fine-tune.
 
-    images, part of whose patches are masked -> encoder and decoder -> reconstruction of the masked patches
+    images with masked patches -> encoder and decoder -> reconstruction of the masked patches
 
 The output folder contains the same files as after fine-tuning (finetune.py). The model is the encoder with its
 decoder; `--model` of fine-tuning, AutoModel and AutoModelForMaskedImageModeling load it. The CLS token has no loss of

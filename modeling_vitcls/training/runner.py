@@ -78,7 +78,7 @@ class Components:
         objective: training loss of a batch.
         batches: returns this process's batches from a given step.
         evaluate: returns the metrics of the prepared model on held-out images.
-        measure_attention: returns values to log every `health_every` steps from a batch on the device.
+        measure_attention: returns values of a batch on the device, to log every `health_every` steps.
         describe_unreadable: returns the error message of an unreadable image from its index.
     """
 
@@ -286,7 +286,7 @@ class Runner:
         """Store the fingerprint of the data for checkpoints.
 
         Raises:
-            ValueError: if --resume would continue on other data.
+            ValueError: if --resume would continue with different data.
         """
         self.data = data
         if self.facts is None:

@@ -1,4 +1,4 @@
-"""A run from top to bottom: what fine-tuning and pre-training share.
+"""A run from top to bottom, shared by fine-tuning and pre-training.
 
     task = FinetuneTask(options)    checks the options, locks the output folder, loads data and model
     results = run_task(task)        trains, evaluates, writes the output folder, pushes it
@@ -137,7 +137,7 @@ class Task(ABC):
 
     @abstractmethod
     def load_model(self) -> None:
-        """Set `model` and `processor`, and load whatever else the task requires."""
+        """Set `model` and `processor`, and load other requirements of the task."""
 
     @property
     @abstractmethod
@@ -297,7 +297,7 @@ def evaluate_result(task: Task, components: Components, reported: Evaluate) -> M
     """Return the metrics on the reported images, if training evaluated other images or only the heads of the model.
 
     Args:
-        components: what was trained.
+        components: trained module, batches, loss and evaluation.
         reported: evaluator on the reported images.
     """
     has_only_heads = components.model is not task.model
@@ -519,7 +519,7 @@ def estimate_error(values: list[float]) -> float:
 
 def dry_run(task_class: type[Task], options: Any) -> None:
     """Run a few steps, an evaluation, a checkpoint and saving on a few images, in a temporary folder (`--dry-run`).
-    Print what was executed, and the expected duration of the full run.
+    Print the executed actions and the expected duration of the full run.
 
     Raises:
         ValueError, OSError, RunStopped: see `Task` and `run_task`.
@@ -585,7 +585,7 @@ def limit_training_images(task: Task) -> None:
 def estimate_seconds(runner: Runner, plan: BatchPlan, evaluation_share: float) -> float:
     """Return the expected duration of the full run's steps and evaluations in seconds, extrapolated from a dry run.
 
-    The first step is slower than the others. It is ignored if there are others.
+    The first step is slower than the others, and is ignored if there are several steps.
 
     Args:
         runner: runner of the finished dry run.

@@ -162,7 +162,9 @@ def match_labels(source: str, teacher: LoadedTeacher, labels: list[str]) -> tupl
             "was trained on these labels"
         )
     if ambiguous := [name for name in labels if Counter(names)[name] > 1]:
-        raise ValueError(f"the teacher {source} has several labels {ambiguous[0]!r}. Rename the labels in its config")
+        raise ValueError(
+            f"the teacher {source} has more than one label {ambiguous[0]!r}. Rename the labels in its config"
+        )
     note = f"{len(labels)} of the teacher's {len(names)} labels are used" if len(names) > len(labels) else ""
     return [names.index(name) for name in labels], note
 
