@@ -173,7 +173,7 @@ def inspect_model(
 
     findings, before, without_registers = collect_statistics(model, batches, on_progress)
     parts = get_ablated_parts(config.token_layout)
-    num_affordable = count_affordable_images(model, batches.pixels)
+    num_affordable = count_null_images(model, batches.pixels)
     sample_batches, sampled = batches.sample(min(max(num_affordable, MIN_IMAGES), MAX_NULL_IMAGES))
     ablations = compute_ablations(
         model,
@@ -243,7 +243,7 @@ def check_sampled_maps(model: Any, batches: "InspectionBatches", on_progress: Pr
     if not is_classifier(model) or model.config.tasks or is_multi_label(model.config):
         return {}
     on_progress("checking maps", 0, 1)
-    num_images = min(max(count_affordable_images(model, batches.pixels) // 8, MIN_CHECKED_IMAGES), MAX_CHECKED_IMAGES)
+    num_images = min(max(count_null_images(model, batches.pixels) // 8, MIN_CHECKED_IMAGES), MAX_CHECKED_IMAGES)
     sample, _ = batches.sample(num_images)
     return check_maps(model, [image.unsqueeze(0) for pixel_values, _ in sample() for image in pixel_values])
 
@@ -434,7 +434,7 @@ def get_max_batch_size(model: Any, shape: torch.Size) -> int:
     return max(MAX_BATCH_BYTES // (4 * num_values), 1)
 
 
-def count_affordable_images(model: Any, pixels: Sequence[torch.Tensor]) -> int:
+def count_null_images(model: Any, pixels: Sequence[torch.Tensor]) -> int:
     """Return the number of images that a pass with MAX_NULL_FLOPS operations can process."""
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
     flops = 2 * num_parameters * max(count_tokens(model, image.shape) for image in pixels)

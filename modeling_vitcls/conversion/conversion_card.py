@@ -13,7 +13,7 @@ from ..configuration_vitcls import ViTCLSConfig
 from ..hub.card import describe_token_layout, format_token_layout
 from ..hub.card_training import TEMPLATE
 from ..hub.card_use import CITATION, build_use_section
-from ..hub.licenses import CONVERTED, WeightsLicense
+from ..hub.licenses import CONVERTED_WEIGHTS, WeightsLicense
 from ..hub.provenance import Provenance
 
 
@@ -72,7 +72,7 @@ def build_conversion_card(
             finetune_dataset="path/to/images",
         ),
         citation=CITATION,
-        license_text=WeightsLicense(CONVERTED, provenance),
+        license_text=WeightsLicense(CONVERTED_WEIGHTS, provenance),
         command=build_command(name, report, config),
     )
     return card

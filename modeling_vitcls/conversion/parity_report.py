@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from ..checkpoints import file_digest
+from ..checkpoints import compute_file_digest
 from ..configuration_vitcls import ViTCLSConfig
 from ..errors import format_error
 from ..files import write_json
@@ -186,4 +186,4 @@ def get_max_magnitude(values: torch.Tensor) -> float:
 
 def hash_files(files: Iterable[Path]) -> dict[str, str]:
     """Return file name -> SHA-256."""
-    return {file.name: file_digest(file) for file in sorted(files)}
+    return {file.name: compute_file_digest(file) for file in sorted(files)}

@@ -25,7 +25,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from ..checkpoints import file_digest
+from ..checkpoints import compute_file_digest
 from ..configuration_vitcls import ViTCLSConfig
 from ..errors import format_error
 from ..modeling_vitcls import ViTCLSForImageClassification, ViTCLSPreTrainedModel
@@ -103,7 +103,7 @@ class FileSource(TimmSource):
         super().__init__(str(file), model, None, notes)
         self.family = family
         self.weights = weights
-        self.sha256 = file_digest(file)
+        self.sha256 = compute_file_digest(file)
         self.linear_head = (
             (weights["linear_head.weight"], weights["linear_head.bias"]) if "linear_head.weight" in weights else None
         )

@@ -63,13 +63,13 @@ def strip_folders(name: str) -> str:
     return f"{prefix}path/to/{Path(path).name}" if is_local(name) else name
 
 
-def is_same_path(before: Any, now: Any) -> bool:
+def is_same_path(stored: Any, current: Any) -> bool:
     """Return whether two names refer to the same dataset or model, even if its path was moved in the meantime."""
-    if before == now or not (isinstance(before, str) and is_local(now)):
-        return bool(before == now)
-    (old_prefix, old), (new_prefix, new) = split_prefix(before), split_prefix(now)
+    if stored == current or not (isinstance(stored, str) and is_local(current)):
+        return bool(stored == current)
+    (old_prefix, old), (new_prefix, new) = split_prefix(stored), split_prefix(current)
     is_same_file = Path(old).resolve() == Path(new).resolve()
-    has_moved = is_local(before) and not Path(old).exists() and Path(old).name == Path(new).name
+    has_moved = is_local(stored) and not Path(old).exists() and Path(old).name == Path(new).name
     return old_prefix == new_prefix and (is_same_file or has_moved)
 
 

@@ -45,7 +45,7 @@ def check_push_permissions(
     account = fetch_account()
     name = repo_id or default_name
     full_id = name if "/" in name else f"{account['name']}/{name}"
-    check_name(full_id, repo_type)
+    check_repo_id(full_id, repo_type)
     check_namespace(full_id, account, repo_type)
     exists = check_existing_repo(full_id, private, repo_type)
     check_token(full_id, account, exists)
@@ -76,7 +76,7 @@ def build_unreachable_error(error: BaseException) -> OSError:
     return OSError(f"{describe_no_response(error)}, or push later")
 
 
-def check_name(repo_id: str, repo_type: RepoType) -> None:
+def check_repo_id(repo_id: str, repo_type: RepoType) -> None:
     """Raise ValueError if the name is not a valid repository id."""
     try:
         validate_repo_id(repo_id)

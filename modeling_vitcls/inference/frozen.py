@@ -153,7 +153,9 @@ def count_correct(classifier: Any, train: Features, held_out: Features, name: tu
     return int((classifier.predict(held_out.vectors[name]) == held_out.labels).sum())
 
 
-def measure(kind: str, train: Features, held_out: Features, num_repeats: int, seed: int) -> list[dict[str, Any]]:
+def measure_accuracies(
+    kind: str, train: Features, held_out: Features, num_repeats: int, seed: int
+) -> list[dict[str, Any]]:
     """Return the accuracy of a classifier on each token of each layer, with its 95 % interval.
 
     The interval is Wilson's for the number of held-out images. For few-shot classifiers, it is the interval of the
@@ -297,7 +299,7 @@ def evaluate_frozen(options: EvaluateOptions) -> dict[str, Any]:
         "versions": get_versions(),
     }
     if accelerator.is_main_process:
-        rows = measure(options.frozen, train, held_out, options.frozen_repeats, options.data.split_seed)
+        rows = measure_accuracies(options.frozen, train, held_out, options.frozen_repeats, options.data.split_seed)
         best = max(rows, key=lambda row: row["accuracy"])
         results |= {"best": round_floats(best), "rows": round_floats(rows)}
         print_rows(results, console)

@@ -125,7 +125,7 @@ def describe_width(facts: RunFacts) -> str:
     return f"{facts.weights}, width {facts.width}"
 
 
-def describe_amount(facts: RunFacts) -> str:
+def describe_num_images(facts: RunFacts) -> str:
     """Return the reason of defaults that depend on the number of images."""
     number = "a stream" if facts.num_training_images is None else f"{facts.num_training_images:,} images"
     return f"{facts.weights}, {number}"
@@ -135,8 +135,8 @@ DEFAULTS: tuple[Default, ...] = (
     Default("training", "learning_rate", choose_learning_rate, describe_width),
     Default("model", "initializer_range", choose_initializer_range, describe_width),
     Default("training", "layer_decay", choose_layer_decay, describe_weights),
-    Default("training", "epochs", choose_epochs, describe_amount),
-    Default("training", "batch_size", lambda facts: 64 if is_large(facts) else 32, describe_amount),
+    Default("training", "epochs", choose_epochs, describe_num_images),
+    Default("training", "batch_size", lambda facts: 64 if is_large(facts) else 32, describe_num_images),
     Default("augmentation", "crop_scale", lambda facts: 1.0 if has_small_images(facts) else 0.35, describe_size),
     Default("augmentation", "shift", lambda facts: 0.04 if has_small_images(facts) else 0.0, describe_size),
 )

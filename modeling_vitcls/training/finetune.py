@@ -43,7 +43,7 @@ from .linear_probe import (
     build_head_only,
     build_probe_evaluator,
     cache_features,
-    find_trained_outside_heads,
+    find_trained_parameters_outside_heads,
     iterate_feature_batches,
 )
 from .loop import Metrics
@@ -136,7 +136,7 @@ class FinetuneTask(Task):
             return "images are mixed"
         if self.runner.accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
             return "the model is sharded"
-        trained = find_trained_outside_heads(self.model)
+        trained = find_trained_parameters_outside_heads(self.model)
         return f"{trained[0]} is trained" if trained else None
 
     def build_head_components(self, evaluator: Evaluate) -> Components:

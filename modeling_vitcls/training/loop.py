@@ -244,7 +244,7 @@ class TrainingLoop:
         if before:
             health = self.monitor.compute_health(*before[0])
             record |= health.to_record()
-            for token in self.monitor.find_new_without_gradient(health):
+            for token in self.monitor.find_new_tokens_without_gradient(health):
                 self.hooks.warn(f"the token {token} received no gradient in step {state.step} and is not trained")
         return record, batch
 
@@ -355,7 +355,7 @@ class Interruption:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+        self, exc_type: type[BaseException] | None, exc_value: BaseException | None, traceback: TracebackType | None
     ) -> None:
         for number, handler in self.old_handlers.items():
             signal.signal(number, handler)

@@ -28,7 +28,7 @@ from ..modeling_vitcls import ViTCLSForMaskedImageModeling
 from ..options import ModelOptions, PretrainOptions, to_flags
 from .loop import Metrics
 from .losses import MaskedImages, Objective
-from .model import fit_processor
+from .model import set_processor_size
 from .task import NOTHING_MEASURED, Task, format_values
 
 
@@ -136,5 +136,5 @@ def build_model(options: ModelOptions) -> tuple[ViTCLSForMaskedImageModeling, Vi
                 f"{options.model} has a patch_drop_rate of {rate}, but pre-training requires all patches. "
                 "Set --patch-drop-rate 0"
             )
-    fit_processor(processor, model.config)
+    set_processor_size(processor, model.config)
     return model, processor

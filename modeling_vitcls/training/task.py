@@ -34,7 +34,7 @@ from ..data.images import LabeledImages
 from ..data.sampling import BatchPlan
 from ..data.splits import TrainingData, describe_data
 from ..data.streaming import TrainingStream, augment_images
-from ..distributed import on_main
+from ..distributed import run_on_main
 from ..errors import format_error
 from ..files import read_json, write_json
 from ..hub.adapters import write_adapter
@@ -198,7 +198,7 @@ class Task(ABC):
             return None
         if run.hub_push_optimizer and (reason := get_unsupported_reason(accelerator)):
             raise ValueError(f"--hub-push-optimizer requires checkpoints: {reason}")
-        return on_main(accelerator, lambda: check_push_permissions(run.hub_model_id, name, run.hub_private))
+        return run_on_main(accelerator, lambda: check_push_permissions(run.hub_model_id, name, run.hub_private))
 
     def build_plan(self, training: TrainingOptions) -> BatchPlan:
         """Build the batch plan for these training options."""
@@ -407,7 +407,7 @@ def save_output(task: Task, results: dict[str, Any]) -> None:
             raise OSError(format_error(error)) from error
 
     try:
-        on_main(runner.accelerator, write_quietly)
+        run_on_main(runner.accelerator, write_quietly)
     except OSError as error:
         again = "use the same command with --resume" if runner.can_save_checkpoints else "restart the run"
         raise RunStopped(f"cannot write the model to {folder} ({error}). Free disk space, then {again}") from error
@@ -463,7 +463,7 @@ def push(task: Task) -> None:
             reporter.console.print("\n".join(verify_push(pushed, folder).format_lines()), markup=False)
 
     try:
-        on_main(task.runner.accelerator, push_and_verify)  # the others wait up to LONGEST_WAIT (distributed.py)
+        run_on_main(task.runner.accelerator, push_and_verify)  # the others wait up to MAX_WAIT (distributed.py)
     except (ValueError, OSError) as error:
         raise RunStopped(str(error)) from error
 
@@ -499,7 +499,7 @@ def run_folds(task_class: type[Task], options: Any) -> dict[str, Any]:
         "folds": [{"folder": f"fold-{index + 1}", metric: value} for index, value in enumerate(values)],
     }
     runner = task.runner
-    on_main(runner.accelerator, lambda: write_json(options.output_dir / FOLDS, summary))
+    run_on_main(runner.accelerator, lambda: write_json(options.output_dir / FOLDS, summary))
     low, high = (format_metric(metric, value).split()[-1] for value in summary["interval"])
     runner.reporter.print_line(
         "folds", f"mean {format_metric(metric, mean)} (95 % interval: {low} to {high}) over {len(values)} folds"

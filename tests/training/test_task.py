@@ -126,8 +126,8 @@ def test_the_best_checkpoint_is_saved_and_reported(tmp_path: Path) -> None:
     assert results["selection"]["accuracy"] == best["held_out_accuracy"]
 
     store = CheckpointStore(folder / "checkpoints", keep=2)
-    assert store.best().step == best["step"]
-    saved, selected = load_file(folder / "model.safetensors"), store.best().tensors("model")
+    assert store.load_best().step == best["step"]
+    saved, selected = load_file(folder / "model.safetensors"), store.load_best().load_tensors("model")
     assert all(torch.equal(saved[name], selected[name]) for name in saved)
     reset_accelerate()
     evaluated = evaluate_checkpoint(EvaluateOptions(str(folder), DIGITS, batch_size=16))
