@@ -244,7 +244,7 @@ def test_a_stopped_run_selects_nothing(tmp_path: Path) -> None:
     """A damaged best checkpoint is an error and not another model."""
     options = build_options(tmp_path / "run", max_steps=2, select="best")
     task = FinetuneTask(options)
-    task.runner.store.best = lambda: (_ for _ in ()).throw(ValueError("checkpoint is damaged"))  # type: ignore
+    task.runner.store.load_best = lambda: (_ for _ in ()).throw(ValueError("checkpoint is damaged"))  # type: ignore
     with pytest.raises(RunStopped, match="checkpoint is damaged"):
         run_task(task)
     assert not (tmp_path / "run" / "model.safetensors").exists()
