@@ -104,11 +104,14 @@ def check_maps(model: Any, images: Sequence[torch.Tensor], seed: int = 0) -> dic
             correlations.setdefault(name, []).append(0.0 if correlation != correlation else float(correlation))
     stacked = {name: torch.stack(measured) for name, measured in curves.items()}  # [images, 2, fractions]
     random_curves = stacked.pop("random")
+    random_deletion, random_insertion = random_curves.mean(dim=0).tolist()
     return {
         name: MapCheck(
-            len(images),
-            *measured.mean(dim=0).tolist(),
-            *random_curves.mean(dim=0).tolist(),
+            num_images=len(images),
+            deletion=measured[:, 0].mean(dim=0).tolist(),
+            insertion=measured[:, 1].mean(dim=0).tolist(),
+            random_deletion=random_deletion,
+            random_insertion=random_insertion,
             weight_correlation=sum(correlations[name]) / len(images),
             p_value=compare_curves(measured, random_curves),
         )

@@ -333,8 +333,8 @@ def find_clicked_patch(result: DemoResult | None, drawn: Any, event: gr.SelectDa
     """Return row and column of the clicked patch, or None outside the visible region."""
     if result is None or drawn is None:
         return None
-    height, width = drawn.shape[:2]
-    return result.find_patch(*event.index, width, height)
+    (height, width), (x, y) = drawn.shape[:2], event.index
+    return result.find_patch(x, y, width, height)
 
 
 def get_clicked_layer(event: gr.SelectData) -> int:
