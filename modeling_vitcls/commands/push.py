@@ -9,7 +9,7 @@ A push requires a token: `hf auth login`, or HF_TOKEN. The push is implemented i
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-from .parsing import errors_in_one_line
+from .parsing import exit_on_error
 
 
 @dataclass(frozen=True)
@@ -27,9 +27,11 @@ class PushOptions:
     message: str = "Upload model"
     """Message of the commit."""
     push_optimizer: bool = False
-    """Also push the newest checkpoint in the folder, with the optimizer state. To resume from it, run
+    """Also push the newest checkpoint in the folder, with the optimizer state. To resume, run
     `hf download ID --include "checkpoints/*" --local-dir DIR`, then the command of the run with --output-dir DIR
     --resume."""
+    endpoint_handler: bool = False
+    """Push handler.py, with which Inference Endpoints of Hugging Face serve the model."""
     verify: bool = True
     """Load the pushed commit in a new process and compare its outputs."""
     verify_only: str | None = None
@@ -47,7 +49,7 @@ class PushOptions:
         for field in fields(self):
             if field.name not in VERIFICATION_FIELDS and getattr(self, field.name) != field.default:
                 raise ValueError(
-                    f"--verify-only pushes nothing, but {format_flag(field.name)} is for pushes. Leave one of them out"
+                    f"--verify-only pushes nothing, but {format_flag(field.name)} only applies to pushes. Omit one"
                 )
 
 
@@ -64,7 +66,7 @@ OPTIONS = PushOptions
 
 def run(options: PushOptions) -> None:
     """Push and verify, or verify only."""
-    with errors_in_one_line():
+    with exit_on_error():
         if options.verify_only is None:
             push(options)
         else:
@@ -73,6 +75,7 @@ def run(options: PushOptions) -> None:
 
 def push(options: PushOptions) -> None:
     """Check the permissions, push, and verify the commit."""
+    from ..hub.adapters import check_adapter, is_adapter
     from ..hub.manifest import check_is_model
     from ..hub.publish import push_folder
     from ..hub.push_permissions import check_push_permissions
@@ -80,13 +83,19 @@ def push(options: PushOptions) -> None:
 
     folder = options.model
     assert folder is not None
-    check_is_model(folder)
+    (check_adapter if is_adapter(folder) else check_is_model)(folder)
     repo_id = check_push_permissions(options.hub_model_id, folder.resolve().name, options.private)
     pushed = push_folder(
-        folder, repo_id, options.private, options.message, options.branch, with_optimizer=options.push_optimizer
+        folder,
+        repo_id,
+        options.private,
+        options.message,
+        options.branch,
+        with_optimizer=options.push_optimizer,
+        with_handler=options.endpoint_handler,
     )
     print(f"pushed    {pushed.summary}", flush=True)
-    if options.verify:
+    if options.verify and not is_adapter(folder):  # the outputs of an adapter depend on its base model
         print("verifying the pushed commit in a new process", flush=True)
         print("\n".join(verify_push(pushed, folder).format_lines()))
 
