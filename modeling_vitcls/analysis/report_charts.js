@@ -91,7 +91,7 @@ function drawUnread(svg, width, height, lines, labels, xOf) {
   const names = [...new Set(unread.map(({ group, name }) => (lines.filter((line) => line.group === group).every((line) => unread.includes(line)) ? GROUP_WORDS[group] : name)))];
   const box = { x: left, y: MARGIN.top, width: width - MARGIN.right - left, height: height - MARGIN.top - MARGIN.bottom };
   svg.append(element("rect", { ...box, class: "unread" }));
-  svg.append(element("text", { x: width - MARGIN.right - 2, y: MARGIN.top + 10, class: "tick end unread-label" }, `not read: ${names.join(", ")}`));
+  svg.append(element("text", { x: width - MARGIN.right - 2, y: 11, class: "tick end unread-label" }, `not read: ${names.join(", ")}`));
 }
 
 // An SVG in a figure, redrawn for each width.
@@ -236,8 +236,9 @@ function uniformByToken(name) {
 }
 
 const ofTokens = (rows) => rows.map((row, place) => ({ ...tokenStyles[place], ...(Array.isArray(row) ? { mean: row } : row) }));
-const attentionChart = (name, more = {}) => (figure) =>
-  lineChart(figure, { series: ofTokens(data.curves[name]), labels: inLayers, xTitle: "layer", baselines: uniformByToken(name), ...more });
+// The attention that tokens receive is that of the patches (`{ group, read }`), which may be read in fewer layers.
+const attentionChart = (name, more = {}, { group, read } = {}) => (figure) =>
+  lineChart(figure, { series: ofTokens(data.curves[name]).map((line) => (group ? { ...line, group, read } : line)), labels: inLayers, xTitle: "layer", baselines: uniformByToken(name), ...more });
 const stateChart = (name, more = {}) => (figure) =>
   lineChart(figure, { series: ofTokens(data.curves[name]), labels: afterLayers, xTitle: "after layer", ...more });
 
@@ -437,7 +438,7 @@ function acrossLayers(box) {
 const CHARTS = {
   entropy: attentionChart("entropy", { unit: "nats" }),
   spread: attentionChart("spread", { unit: "pixels" }),
-  received: attentionChart("received", { format: percent, unit: "attention of patches" }),
+  received: attentionChart("received", { format: percent, unit: "attention of patches" }, patchStyle),
   patch_distance: patchDistance,
   mass,
   norms,
