@@ -62,7 +62,7 @@ class MapCheck:
         if self.p_value > MAX_PROBABILITY:
             verdict = "is not measurably better than a random order of patches"
         elif not self.is_faithful:
-            verdict = "does not depend on the weights of the model"
+            verdict = "depends little on the weights of the model"
         return (
             f"{name} {verdict}: area under the deletion curve {areas[0]:.2f} (random order {areas[1]:.2f}, lower is "
             f"better), under the insertion curve {areas[2]:.2f} (random order {areas[3]:.2f}, higher is better), rank "
