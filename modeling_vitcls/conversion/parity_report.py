@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from ..checkpoints import file_digest
+from ..configuration_vitcls import ViTCLSConfig
 from ..errors import format_error
 from ..files import write_json
 from ..modeling_vitcls import ViTCLSForImageClassification, ViTCLSPreTrainedModel
@@ -84,13 +85,14 @@ class ParityReport:
 
 @torch.no_grad()
 def compare_models(
-    source: SourceModel, model: ViTCLSPreTrainedModel, with_logits: bool
+    source: SourceModel, model: ViTCLSPreTrainedModel, with_logits: bool, native_size_only: str = ""
 ) -> tuple[list[SizeComparison], str]:
     """Compare the outputs at the native size and at a rectangle.
 
     Args:
         source: Source with its model in float32.
         with_logits: Whether the model has the classifier of the source.
+        native_size_only: Reason to compare at the native size only; empty if the rectangle is compared as well.
 
     Returns:
         The comparisons, and the reason why there is no second comparison, which is empty if there is one.
@@ -121,7 +123,27 @@ def compare_models(
             )
         magnitudes = {name: get_max_magnitude(expected[name]) for name in names}
         comparisons.append(SizeComparison((height, width), differences, magnitudes))
+        if native_size_only:
+            return comparisons, native_size_only
     return comparisons, ""
+
+
+def describe_policies(project: str, config: ViTCLSConfig) -> list[str]:
+    """Return notes on the positions of a model of timm or transformers, which may differ from the authors' code."""
+    notes = []
+    if config.position_embedding_type.startswith("learned"):
+        offset = f", offset {config.position_offset}" if config.position_offset else ""
+        antialias = "with" if config.position_antialias else "without"
+        notes.append(
+            f"positions for other image sizes: {config.position_interpolation} {antialias} antialiasing{offset}, "
+            f"as in {project}"
+        )
+    if config.position_embedding_type.endswith("rope_2d") and config.rope_coordinates == "centered":
+        notes.append(
+            f"rotary periods: computed in float32, as in {project}; the authors' files of DINOv3 store rounded "
+            "periods"
+        )
+    return notes
 
 
 def get_rectangle_size(source: SourceModel, model: ViTCLSPreTrainedModel) -> tuple[int, int]:

@@ -285,7 +285,7 @@ class DemoModel:
         for name, logits in get_logits(trace.outputs, config).items() if self.has_labels else ():
             best = int(logits[0].argmax())
             label = f"{name}: {self.get_label(name, best)}" if config.tasks else self.get_label(name, best)
-            attribution = trace.compute_attribution(logits[:, best])[0].float().cpu()
+            attribution = trace.compute_attribution(best, name if config.tasks else None)[0].float().cpu()
             attributions[label] = extract_patch_maps(attribution, config, size)
         rows = trace.compute_rows()[0].float().cpu()
         hidden_states = [state.detach() for state in trace.outputs.hidden_states]
