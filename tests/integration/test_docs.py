@@ -143,6 +143,12 @@ def get_anchors(page: Path) -> set[str]:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=get_name)
+def test_no_heading_is_repeated(page: Path) -> None:
+    headings = re.findall(r"^#+ (.*)$", read_prose(page), re.MULTILINE)
+    assert len(headings) == len(set(headings)), headings
+
+
+@pytest.mark.parametrize("page", PAGES, ids=get_name)
 def test_links_resolve(page: Path) -> None:
     links = LINK.findall(re.sub(INLINE, "", read_prose(page)))
     for link in links:
