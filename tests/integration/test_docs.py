@@ -365,9 +365,10 @@ def read_messages() -> tuple[re.Pattern[str], ...]:
 
 
 def read_faq_messages() -> list[str]:
-    """Return the error messages of the FAQ: the block below each numbered heading."""
+    """Return the error messages of the FAQ: the quote below each numbered heading."""
     text = (ROOT / "docs" / "faq.md").read_text(encoding="utf-8")
-    return re.findall(r"^## \d+\. .*\n\n((?:    .*\n)+)", text, re.MULTILINE)
+    quotes = re.findall(r"^## \d+\. .*\n\n((?:> .*\n)+)", text, re.MULTILINE)
+    return [re.sub(r"^> ", "", quote, flags=re.MULTILINE) for quote in quotes]
 
 
 def test_the_faq_has_ten_messages_of_the_package() -> None:
