@@ -494,7 +494,7 @@ class InspectOptions:
     json: Path | None = None
     """JSON file to write the values of the report to."""
     num_images: int = 8
-    """Number of images in the report, spread evenly over all images."""
+    """Number of images in the report: wrong predictions, then the least confident, then typical images."""
     max_images: int = 256
     """Maximum number of images for the statistics, spread evenly over all images and kept in memory."""
     batch_size: int = 32

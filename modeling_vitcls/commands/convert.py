@@ -1,11 +1,13 @@
-"""`vitcls convert`: convert a ViT of timm or transformers exactly: model, image processor, card and parity report.
+"""`vitcls convert`: convert a ViT of timm or transformers exactly, or a vitcls model to a class of transformers.
 
     python scripts/convert.py --source timm:vit_base_patch14_reg4_dinov2.lvd142m --output converted
     python scripts/convert.py --source transformers:facebook/dinov2-base@COMMIT --output converted --num-labels 10
+    python scripts/convert.py --to transformers --model runs/mine --output native
 
-The conversion is implemented in modeling_vitcls/conversion/convert.py.
+The conversions are implemented in modeling_vitcls/conversion/convert.py and native.py.
 """
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -21,10 +23,16 @@ if TYPE_CHECKING:
 class ConvertOptions:
     """Convert a ViT and write it to a folder. Nothing is written if a difference exceeds the limit."""
 
-    source: str
-    """timm:NAME, transformers:PATH_OR_ID or a state-dict file. An id may end with @REVISION (commit, branch, tag)."""
     output: Path
     """A folder that does not exist or is empty."""
+    source: str | None = None
+    """timm:NAME, transformers:PATH_OR_ID or a state-dict file. An id may end with @REVISION (commit, branch, tag)."""
+    to: Literal["vitcls", "transformers"] = "vitcls"
+    """Convert --source to a vitcls model, or --model to a class of transformers, which requires no code."""
+    model: str | None = None
+    """With --to transformers: folder or Hub id of a vitcls model."""
+    any_size: bool = False
+    """With --to transformers: require the same outputs for images of any size, not only of the native size."""
     random_init: bool = False
     """Fill the source with random values, to test the conversion without trained weights."""
     classifier: Literal["keep", "new", "drop"] = "keep"
@@ -40,6 +48,14 @@ OPTIONS = ConvertOptions
 
 def check(options: ConvertOptions) -> None:
     """Exit with status 2 if a flag has a wrong value."""
+    if options.to == "transformers":
+        if options.model is None or options.source is not None:
+            stop("--to transformers requires --model, and does not support --source")
+        return
+    if options.model is not None or options.source is None:
+        stop("a conversion to vitcls requires --source, and does not support --model")
+    if Path(options.source, "config.json").is_file() and is_vitcls_folder(Path(options.source)):
+        stop(f"{options.source} is a ViTCLS model already. Use it as --model, or set --to transformers --model")
     if not options.source.startswith(("timm:", "transformers:")) and not Path(options.source).suffix:
         stop(
             f"--source {options.source} is not supported. Use timm:NAME, transformers:PATH_OR_ID or a state-dict file"
@@ -54,11 +70,16 @@ def run(options: ConvertOptions) -> None:
 
     from ..analysis.card_images import write_card_images
     from ..conversion.convert import convert_checkpoint
+    from ..conversion.native import write_native_model
 
     disable_progress_bar()
     with errors_in_one_line():
+        if options.to == "transformers":
+            report = write_native_model(str(options.model), options.output, options.any_size)
+            print_report(report, options.output, trust="")
+            return
         report = convert_checkpoint(
-            options.source,
+            str(options.source),
             options.output,
             options.random_init,
             options.classifier,
@@ -69,7 +90,15 @@ def run(options: ConvertOptions) -> None:
     print_report(report, options.output)
 
 
-def print_report(report: "ParityReport", output: Path) -> None:
+def is_vitcls_folder(folder: Path) -> bool:
+    """Return whether config.json of a folder describes a vitcls model."""
+    try:
+        return json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"] == "vitcls"
+    except (ValueError, KeyError, TypeError):
+        return False
+
+
+def print_report(report: "ParityReport", output: Path, trust: str = ", trust_remote_code=True") -> None:
     """Print the parity report, and the code and command that load and publish the model."""
     from rich.console import Console
     from rich.table import Table
@@ -89,8 +118,8 @@ def print_report(report: "ParityReport", output: Path) -> None:
         console.print(line)
     auto_class = "AutoModelForImageClassification" if "Classification" in report.model_class else "AutoModel"
     console.print(f"\nWritten to {output}. Load the model with")
-    console.print(f'  model = {auto_class}.from_pretrained("{output}", trust_remote_code=True)')
-    console.print(f'  processor = AutoImageProcessor.from_pretrained("{output}", trust_remote_code=True)')
+    console.print(f'  model = {auto_class}.from_pretrained("{output}"{trust})')
+    console.print(f'  processor = AutoImageProcessor.from_pretrained("{output}"{trust})')
     console.print("or publish the model and its card, and verify the published model, with")
     console.print(f"  {build_push_command(output, f'YOUR-NAME/{output.resolve().name}')}")
 

@@ -30,6 +30,8 @@ class PushOptions:
     """Also push the newest checkpoint in the folder, with the optimizer state. To resume from it, run
     `hf download ID --include "checkpoints/*" --local-dir DIR`, then the command of the run with --output-dir DIR
     --resume."""
+    endpoint_handler: bool = False
+    """Push handler.py, with which Inference Endpoints of Hugging Face serve the model."""
     verify: bool = True
     """Load the pushed commit in a new process and compare its outputs."""
     verify_only: str | None = None
@@ -73,6 +75,7 @@ def run(options: PushOptions) -> None:
 
 def push(options: PushOptions) -> None:
     """Check the permissions, push, and verify the commit."""
+    from ..hub.adapters import check_adapter, is_adapter
     from ..hub.manifest import check_is_model
     from ..hub.publish import push_folder
     from ..hub.push_permissions import check_push_permissions
@@ -80,13 +83,19 @@ def push(options: PushOptions) -> None:
 
     folder = options.model
     assert folder is not None
-    check_is_model(folder)
+    (check_adapter if is_adapter(folder) else check_is_model)(folder)
     repo_id = check_push_permissions(options.hub_model_id, folder.resolve().name, options.private)
     pushed = push_folder(
-        folder, repo_id, options.private, options.message, options.branch, with_optimizer=options.push_optimizer
+        folder,
+        repo_id,
+        options.private,
+        options.message,
+        options.branch,
+        with_optimizer=options.push_optimizer,
+        with_handler=options.endpoint_handler,
     )
     print(f"pushed    {pushed.summary}", flush=True)
-    if options.verify:
+    if options.verify and not is_adapter(folder):  # the outputs of an adapter depend on its base model
         print("verifying the pushed commit in a new process", flush=True)
         print("\n".join(verify_push(pushed, folder).format_lines()))
 

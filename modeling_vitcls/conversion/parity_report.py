@@ -85,13 +85,14 @@ class ParityReport:
 
 @torch.no_grad()
 def compare_models(
-    source: SourceModel, model: ViTCLSPreTrainedModel, with_logits: bool
+    source: SourceModel, model: ViTCLSPreTrainedModel, with_logits: bool, native_size_only: str = ""
 ) -> tuple[list[SizeComparison], str]:
     """Compare the outputs at the native size and at a rectangle.
 
     Args:
         source: Source with its model in float32.
         with_logits: Whether the model has the classifier of the source.
+        native_size_only: Reason to compare at the native size only; empty if the rectangle is compared as well.
 
     Returns:
         The comparisons, and the reason why there is no second comparison, which is empty if there is one.
@@ -122,6 +123,8 @@ def compare_models(
             )
         magnitudes = {name: get_max_magnitude(expected[name]) for name in names}
         comparisons.append(SizeComparison((height, width), differences, magnitudes))
+        if native_size_only:
+            return comparisons, native_size_only
     return comparisons, ""
 
 

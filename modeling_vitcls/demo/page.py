@@ -50,7 +50,8 @@ SYSTEM_FONTS: dict[str, Any] = {
 # Maps of all layers have a minimum width and as many columns as fit.
 CSS = """
 #problem { border-left: 4px solid #dc2626; padding-left: 0.75rem; }
-#layers .grid-container, #through .grid-container { grid-template-columns: repeat(auto-fill, minmax(120px, 1fr)); }
+#layers .grid-container { grid-template-columns: repeat(auto-fill, minmax(120px, 1fr)); }
+#through .grid-container { grid-template-columns: repeat(auto-fill, minmax(220px, 1fr)); }
 #layers .grid-wrap, #through .grid-wrap { min-height: 0; height: auto; }
 #input img { width: 100%; height: 100%; object-fit: contain; }
 .scale { display: flex; gap: 0.5rem; align-items: center; font-size: 0.85rem; }

@@ -166,7 +166,7 @@ class DemoModel:
         if (model_type := settings.get("model_type")) != MODEL_TYPE:
             raise ValueError(
                 f"The demo requires a {MODEL_TYPE!r} checkpoint, but {source} has model type {model_type!r}. Convert "
-                "it with scripts/convert.py."
+                "it with `vitcls convert`."
             )
         options: dict[str, Any] = {"revision": commit, "trust_remote_code": True}
         options |= {"code_revision": code_revision} if code_revision else {}
@@ -285,7 +285,7 @@ class DemoModel:
         for name, logits in get_logits(trace.outputs, config).items() if self.has_labels else ():
             best = int(logits[0].argmax())
             label = f"{name}: {self.get_label(name, best)}" if config.tasks else self.get_label(name, best)
-            attribution = trace.compute_attribution(logits[:, best])[0].float().cpu()
+            attribution = trace.compute_attribution(best, name if config.tasks else None)[0].float().cpu()
             attributions[label] = extract_patch_maps(attribution, config, size)
         rows = trace.compute_rows()[0].float().cpu()
         hidden_states = [state.detach() for state in trace.outputs.hidden_states]

@@ -12,9 +12,11 @@
     card_use.py                the sections of a card on using and citing a model
     code_files.py              the code files of a model: digest, reading order, differences from this package
     card_renaming.py           replaces the model's name in a card by the repository id
+    adapters.py                LoRA adapters without the base model
     push_permissions.py        checks before training that the token may push
     manifest.py                published files of a model folder; resumable checkpoints; sample images in cards
     publish.py                 push: one commit, with retries
+    endpoint_handler.py        handler.py for Inference Endpoints; it does not import this package
     verify.py                  loads a published commit in a new process and compares its outputs
     verification_process.py    starts that process
     verification_script.py     the script of that process; it does not import this package

@@ -17,7 +17,7 @@ from huggingface_hub.utils import yaml_dump
 
 
 # Text before the model's name in a card's code examples.
-USE_PREFIXES = r"from_pretrained\(\s*\"|pipeline\([^()\n]*model=\"|--model "
+USE_PREFIXES = r"from_pretrained\((?:base, |\s*)\"|pipeline\([^()\n]*model=\"|--model "
 
 
 def rename_card(repo_id: str, text: str, folder_name: str) -> str:

@@ -17,6 +17,9 @@ CODE_PATTERN = "*_vitcls.py"
 # The license of the code files, next to them. It has another name than the license of the weights.
 CODE_LICENSE_FILE = "CODE_LICENSE"
 
+HANDLER_FILE = "handler.py"  # name on the Hub of the handler for Inference Endpoints
+HANDLER = Path(__file__).with_name("endpoint_handler.py")
+
 # Each file uses only names of earlier files.
 READING_ORDER = (
     "configuration_vitcls.py",
@@ -59,8 +62,10 @@ class CodeComparison:
 
 
 def compare_code(folder: Path) -> CodeComparison:
-    """Compare all Python files of a folder with the code files of this package."""
+    """Compare all Python files of a folder with the code files of this package, and handler.py if it exists."""
     own = {file.name: file.read_bytes() for file in PACKAGE.glob(CODE_PATTERN)}
+    if (folder / HANDLER_FILE).is_file():
+        own[HANDLER_FILE] = HANDLER.read_bytes()
     others = {file.relative_to(folder).as_posix(): file.read_bytes() for file in folder.rglob("*.py")}
     return CodeComparison(
         changed=sorted(name for name in own.keys() & others.keys() if own[name] != others[name]),

@@ -45,11 +45,13 @@ class WeightsLicense:
         sentences: Sentences for a known and an unknown license.
         source: Provenance with the license's name, link and text; None if nothing is known.
         teacher: Provenance of the teacher of a distillation, whose license is named as well.
+        has_code: Whether the repository contains code, whose license is named as well.
     """
 
     sentences: LicenseSentences
     source: Provenance | None
     teacher: Provenance | None = None
+    has_code: bool = True
 
     @property
     def metadata(self) -> dict[str, Any]:
@@ -65,7 +67,7 @@ class WeightsLicense:
             sentences += [f"The license text is in {', '.join(file.name for file in files)}."] if files else []
         if self.teacher is not None and self.teacher.license_label is not None:
             sentences.append(f"The teacher model of the distillation is licensed under {self.teacher.license_label}.")
-        return " ".join([*sentences, CODE_LICENSE])
+        return " ".join([*sentences, CODE_LICENSE] if self.has_code else sentences)
 
 
 def get_run_license(

@@ -26,6 +26,7 @@ from ..checkpoints import (
     read_state,
 )
 from ..files import read_json
+from .adapters import ADAPTER_PATTERNS, check_adapter, is_adapter
 from .card_renaming import rename_card
 from .card_training import get_shareable_flags
 from .code_files import CODE_LICENSE_FILE, read_code_license
@@ -39,6 +40,9 @@ WEIGHTS_INDEX = "model.safetensors.index.json"
 RECIPE = "config.resolved.yaml"
 CARD = "README.md"
 REPORT = "report.html"  # shows held-out images
+PARITY_REPORT = "certificate.json"  # of a conversion
+# Types of the models that conversion/native.py writes.
+NATIVE_MODEL_TYPES = ("vit", "deit", "dinov2", "dinov2_with_registers", "dinov3_vit")
 
 # Files that define the model. A push removes such files of an earlier push: an old model.safetensors would be loaded
 # instead of new shards.
@@ -55,7 +59,7 @@ RECORD_PATTERNS = (
     "results.json",
     "metrics.jsonl",
     RECIPE,
-    "certificate.json",  # of a conversion
+    PARITY_REPORT,
     REPORT,
 )
 CHECKPOINT_PATTERNS = ("checkpoints/step-*/*.safetensors", "checkpoints/step-*/state.json")
@@ -77,7 +81,7 @@ RepoFiles = dict[str, Path | bytes]
 
 
 def collect_model_files(folder: Path, repo_id: str | None = None) -> RepoFiles:
-    """Return the files of a model folder to publish.
+    """Return the files of a model folder, or of an adapter, to publish.
 
     config.resolved.yaml is published without local paths, README.md with the repository id, report.html only if it
     shows no images of a local data set, and code files with their license.
@@ -89,9 +93,13 @@ def collect_model_files(folder: Path, repo_id: str | None = None) -> RepoFiles:
     Raises:
         ValueError: If the folder does not contain a complete vitcls model, or its code is in several repositories.
     """
+    paths = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
+    if is_adapter(folder):
+        check_adapter(folder)
+        adapter: RepoFiles = {name: path for name, path in paths.items() if is_match(name, ADAPTER_PATTERNS)}
+        return rename_card_in_files(adapter, folder, repo_id)
     check_is_model(folder)
     find_code_repository(folder, repo_id)
-    paths = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
     files: RepoFiles = {
         name: path for name, path in paths.items() if is_match(name, (*MODEL_PATTERNS, *EXTRA_PATTERNS))
     }
@@ -105,9 +113,14 @@ def collect_model_files(folder: Path, repo_id: str | None = None) -> RepoFiles:
     if RECIPE in files:
         flags = get_shareable_flags(yaml.safe_load(read_text(folder / RECIPE)))
         files[RECIPE] = yaml.safe_dump(flags, sort_keys=False).encode()
-    if CARD in files and repo_id is not None:
-        files[CARD] = rename_card(repo_id, read_text(folder / CARD), folder.resolve().name).encode()
-    return files
+    return rename_card_in_files(files, folder, repo_id)
+
+
+def rename_card_in_files(files: RepoFiles, folder: Path, repo_id: str | None) -> RepoFiles:
+    """Return the files with the repository id in README.md."""
+    if CARD not in files or repo_id is None:
+        return files
+    return files | {CARD: rename_card(repo_id, read_text(folder / CARD), folder.resolve().name).encode()}
 
 
 def is_match(name: str, patterns: Iterable[str]) -> bool:
@@ -122,12 +135,19 @@ def find_outdated_files(published: Iterable[str], files: RepoFiles) -> list[str]
 
 
 def check_is_model(folder: Path) -> None:
-    """Raise ValueError unless the folder contains a vitcls model."""
+    """Raise ValueError unless the folder contains a vitcls model, or one that was converted to transformers."""
     if not folder.is_dir():
         raise ValueError(f"{folder} is not a folder. Set the folder of a saved model")
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder} does not contain a model: it has no config.json. Set the folder of a saved model")
-    check_is_vitcls(str(folder), folder)
+    if not is_native_model(folder):
+        check_is_vitcls(str(folder), folder)
+
+
+def is_native_model(folder: Path) -> bool:
+    """Return whether a vitcls model was converted to a class of transformers in this folder, and no code is used."""
+    is_native = read_json(folder / "config.json").get("model_type") in NATIVE_MODEL_TYPES
+    return is_native and (folder / PARITY_REPORT).is_file() and not read_code_references(folder)
 
 
 def read_code_references(folder: Path) -> list[str]:

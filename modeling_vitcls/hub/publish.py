@@ -15,6 +15,7 @@ from pathlib import Path
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
+from .code_files import HANDLER, HANDLER_FILE
 from .connection import (
     HUB_ERRORS,
     check_is_online,
@@ -76,6 +77,7 @@ def push_folder(
     branch: str | None = None,
     with_optimizer: bool = False,
     in_background: bool = False,
+    with_handler: bool = False,
 ) -> PushResult:
     """Push the files of a model folder in one commit; create the repository if it does not exist.
 
@@ -91,6 +93,7 @@ def push_folder(
         with_optimizer: Push the newest checkpoint in `checkpoints/` as well, for `--resume`.
         in_background: Show and log nothing, and upload large files one by one without extra threads, because Python
             waits for these threads before it exits.
+        with_handler: Push handler.py for Inference Endpoints as well (endpoint_handler.py).
 
     Raises:
         ValueError: If the folder does not contain a complete model, or the required checkpoint.
@@ -98,6 +101,7 @@ def push_folder(
     """
     check_is_online()
     files = collect_model_files(folder, repo_id) | (collect_checkpoint_files(folder) if with_optimizer else {})
+    files |= {HANDLER_FILE: HANDLER} if with_handler else {}
 
     def push() -> PushResult:
         commit, is_private = push_once(files, repo_id, private, message, branch, one_by_one=in_background)
@@ -107,7 +111,7 @@ def push_folder(
         with set_hub_timeout(TIMEOUT), silence_hub_client(sys.stderr.isatty() and not in_background):
             pushed = retry(push, f"pushing to {repo_id}", level=logging.DEBUG if in_background else logging.WARNING)
     except HUB_ERRORS as error:
-        command = build_push_command(folder, repo_id, private, branch, with_optimizer, message)
+        command = build_push_command(folder, repo_id, private, branch, with_optimizer, message, with_handler)
         raise PushFailed(
             f"the push to {repo_id} failed: {format_hub_error(error)}. The model is complete in {folder}; "
             f"finish with: {command}"
@@ -149,6 +153,7 @@ def build_push_command(
     branch: str | None = None,
     with_optimizer: bool = False,
     message: str = MESSAGE,
+    with_handler: bool = False,
 ) -> str:
     """Return the command line that pushes a model folder."""
     flags = ["--model", str(folder), "--hub-model-id", repo_id]
@@ -156,4 +161,5 @@ def build_push_command(
     flags += ["--branch", branch] if branch else []
     flags += ["--message", message] if message != MESSAGE else []
     flags += ["--push-optimizer"] if with_optimizer else []
+    flags += ["--endpoint-handler"] if with_handler else []
     return f"python scripts/push_to_hub.py {shlex.join(flags)}"

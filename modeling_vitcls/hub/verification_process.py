@@ -60,19 +60,27 @@ class NotVerified(ValueError):
     """A published model does not load, or differs from its reference. The message is one line."""
 
 
-def run_verification(model: HubCommit, code: HubCommit | None, scratch: Path) -> tuple[Outputs, dict[str, Any]]:
+def run_verification(
+    model: HubCommit, code: HubCommit | None, scratch: Path, trust_remote_code: bool = True
+) -> tuple[Outputs, dict[str, Any]]:
     """Return the outputs and the report of verification_script.py, after one retry if the network may have failed.
 
     Raises:
         NotVerified: If the process fails.
     """
     try:
-        return retry(lambda: run_script(model, code, scratch), f"loading {model.repo_id}", waits=SHORT_RETRY_WAITS[:1])
+        return retry(
+            lambda: run_script(model, code, scratch, trust_remote_code),
+            f"loading {model.repo_id}",
+            waits=SHORT_RETRY_WAITS[:1],
+        )
     except RuntimeError as error:
         raise NotVerified(str(error)) from None
 
 
-def run_script(model: HubCommit, code: HubCommit | None, scratch: Path) -> tuple[Outputs, dict[str, Any]]:
+def run_script(
+    model: HubCommit, code: HubCommit | None, scratch: Path, trust_remote_code: bool
+) -> tuple[Outputs, dict[str, Any]]:
     """Run the script once in a new process, and return its outputs and its report.
 
     Raises:
@@ -88,6 +96,7 @@ def run_script(model: HubCommit, code: HubCommit | None, scratch: Path) -> tuple
             "revision": model.commit,
             "code_repo_id": code.repo_id if code else None,
             "code_revision": code.commit if code else None,
+            "trust_remote_code": trust_remote_code,
             "target": str(target),
             "num_threads": torch.get_num_threads(),
         }

@@ -60,7 +60,8 @@ def main(request_file: Path) -> None:
     report: dict[str, Any]
     code_repo_id, code_revision = request["code_repo_id"], request["code_revision"]
     try:
-        outputs, report = collect_outputs(HubLoader(request["repo_id"], request["revision"], code_revision))
+        loader = HubLoader(request["repo_id"], request["revision"], code_revision, request["trust_remote_code"])
+        outputs, report = collect_outputs(loader)
     except Exception as error:  # published code may raise any error
         message = f"{type(error).__name__}: {' '.join(str(error).split())}"
         report = {"error": message, "may_pass": isinstance(error, OSError)}  # network errors are OSErrors
@@ -99,15 +100,21 @@ class ModelLoader(Protocol):
 
 @dataclass(frozen=True)
 class HubLoader:
-    """Loads a model from the Hub through the Auto classes and the pipeline, with the repository's own code."""
+    """Loads a model from the Hub, or from a folder, through the Auto classes and the pipeline.
+
+    Attributes:
+        trust_remote_code: Whether the repository's own code is used; otherwise the classes are part of transformers.
+    """
 
     repo_id: str
-    revision: str
-    code_revision: str | None
+    revision: str = "main"
+    code_revision: str | None = None
+    trust_remote_code: bool = True
 
     def get_options(self) -> dict[str, Any]:
         """Return the arguments that pin the commits."""
-        return {"revision": self.revision, "code_revision": self.code_revision, "trust_remote_code": True}
+        options: dict[str, Any] = {"revision": self.revision, "trust_remote_code": self.trust_remote_code}
+        return options | ({"code_revision": self.code_revision} if self.code_revision else {})
 
     def load_config(self) -> Any:
         """Load the configuration."""
@@ -147,7 +154,7 @@ def collect_outputs(loader: ModelLoader) -> tuple[Outputs, dict[str, Any]]:
     architecture = (config.architectures or ["ViTCLSModel"])[0]
     outputs: Outputs = {}
     report: dict[str, Any] = {"models": {}, "processors": {}}
-    for auto_class in dict.fromkeys(["AutoModel", AUTO_CLASSES.get(architecture, "AutoModel")]):
+    for auto_class in dict.fromkeys(["AutoModel", get_auto_class(architecture)]):
         torch.manual_seed(SEED)  # for weights that the checkpoint lacks
         model, loading_info = loader.load_model(auto_class, config)
         report["models"][auto_class] = {
@@ -166,21 +173,34 @@ def collect_outputs(loader: ModelLoader) -> tuple[Outputs, dict[str, Any]]:
             pixels = torch.from_numpy(build_image(config, processor))  # [H, W, C]
             batch = processor(pixels.movedim(-1, 0), return_tensors="pt")
             outputs[f"AutoImageProcessor, {backend}/pixel_values"] = batch["pixel_values"]
-        if architecture == "ViTCLSForImageClassification" and config.num_channels in (1, 3):
+        is_classifier = get_auto_class(architecture) == "AutoModelForImageClassification"
+        if is_classifier and getattr(config, "tasks", None) is None and config.num_channels in (1, 3):
             outputs["pipeline/scores"] = compute_pipeline_scores(loader, config, processor)
     return {name: tensor.detach().clone().contiguous() for name, tensor in outputs.items()}, report
 
 
+def get_auto_class(architecture: str) -> str:
+    """Return the Auto class of a model class of modeling_vitcls, or of a classifier or encoder of transformers."""
+    is_classifier = "ForImageClassification" in architecture
+    return AUTO_CLASSES.get(architecture, "AutoModelForImageClassification" if is_classifier else "AutoModel")
+
+
+def get_image_size(config: Any) -> tuple[int, int]:
+    """Return height and width of the model's images in pixels."""
+    size = config.image_size
+    return (size, size) if isinstance(size, int) else tuple(size)
+
+
 def build_pixel_values(config: Any) -> torch.Tensor:
     """Return fixed random images [B, C, H, W] of the model's image size."""
-    height, width = config.image_height_width
+    height, width = get_image_size(config)
     generator = torch.Generator().manual_seed(SEED)
     return torch.randn(BATCH_SIZE, config.num_channels, height, width, generator=generator)
 
 
 def build_image(config: Any, processor: Any) -> Any:
     """Return a fixed random image [H, W, C], uint8, larger than the model's image size and with another aspect."""
-    height, width = config.image_height_width
+    height, width = get_image_size(config)
     channels = 3 if processor.do_convert_rgb else config.num_channels
     generator = torch.Generator().manual_seed(SEED)
     shape = (height * 5 // 4 + 1, width * 3 // 2 + 1, channels)

@@ -35,17 +35,19 @@ from .manifest import (
     collect_checkpoint_files,
     collect_model_files,
     is_match,
+    is_native_model,
 )
 from .publish import PushResult
 from .revisions import HubCommit, resolve_code_commit, resolve_commit
 from .verification_process import NotVerified, run_verification
 from .verification_reference import PackageLoader
-from .verification_script import Outputs, collect_outputs
+from .verification_script import HubLoader, Outputs, collect_outputs
 
 
 # Maximum absolute difference in float32 for values up to 1, and relative to the largest value above 1.
 TOLERANCE = 1e-6
 TIMEOUT = 60.0  # seconds without a response
+PIN_ADVICE = "load it with a pinned commit, because loading runs the code in the repository:"
 
 
 class PushedButNotVerified(OSError):
@@ -66,6 +68,7 @@ class VerificationReport:
         versions: Versions of the libraries.
         code_comparison: One line that compares the published code with the code of this package.
         code_revision: The commit of the code; None if the code is next to the weights.
+        is_native: Whether the classes are part of transformers, and no code of the repository runs.
     """
 
     repo_id: str
@@ -77,6 +80,7 @@ class VerificationReport:
     versions: dict[str, str]
     code_comparison: str
     code_revision: str | None = None
+    is_native: bool = False
 
     def build_load_line(self) -> str:
         """Return the line of code that loads the verified commit."""
@@ -84,7 +88,8 @@ class VerificationReport:
             name for name in reversed(self.classes) if name.startswith("AutoModel") or name == "AutoBackbone"
         )
         code_pin = f', code_revision="{self.code_revision}"' if self.code_revision else ""
-        arguments = f'"{self.repo_id}", revision="{self.revision}"{code_pin}, trust_remote_code=True'
+        trust = "" if self.is_native else ", trust_remote_code=True"
+        arguments = f'"{self.repo_id}", revision="{self.revision}"{code_pin}{trust}'
         return f"{auto_class}.from_pretrained({arguments})"
 
     def format_lines(self) -> list[str]:
@@ -99,7 +104,7 @@ class VerificationReport:
                 for way, difference in self.differences.items()
             ),
             f"  limit {TOLERANCE:g}; " + ", ".join(f"{name} {version}" for name, version in self.versions.items()),
-            "load it with a pinned commit, because loading runs the code in the repository:",
+            "load it:" if self.is_native else PIN_ADVICE,
             f"  {self.build_load_line()}",
         ]
 
@@ -131,11 +136,15 @@ def verify(
         if folder is not None:
             check_same_files(repo_id, files, folder, with_optimizer)
         code = resolve_code_commit(model, files)
+        is_native = is_native_model(files)
         code_folder = files if code is None else download_code(code, scratch / "code")
-        code_comparison = compare_code(code_folder).describe()
-        expected, _ = collect_outputs(PackageLoader(folder or files))
-        outputs, report = run_verification(model, code, scratch)
-    check_script_report(model, code, report)
+        code_comparison = "no code" if is_native else compare_code(code_folder).describe()
+        reference: Any = PackageLoader(folder or files)
+        if is_native:
+            reference = HubLoader(str(folder or files), trust_remote_code=False)
+        expected, _ = collect_outputs(reference)
+        outputs, report = run_verification(model, code, scratch, trust_remote_code=not is_native)
+    check_script_report(model, code, report, "transformers.models." if is_native else "transformers_modules.")
     return VerificationReport(
         repo_id=repo_id,
         revision=model.commit,
@@ -147,6 +156,7 @@ def verify(
         versions=get_versions("huggingface_hub"),
         code_comparison=code_comparison,
         code_revision=code.commit if code else None,
+        is_native=is_native,
     )
 
 
@@ -242,8 +252,8 @@ def check_same_files(repo_id: str, published: Path, folder: Path, with_optimizer
 # Outputs -------------------------------------------------------------------------------------------------------------
 
 
-def check_script_report(model: HubCommit, code: HubCommit | None, report: dict[str, Any]) -> None:
-    """Raise NotVerified unless the process loaded only the published code at these commits, and all weights."""
+def check_script_report(model: HubCommit, code: HubCommit | None, report: dict[str, Any], modules: str) -> None:
+    """Raise NotVerified unless the process loaded only classes of `modules` at these commits, and all weights."""
     repo_id, commit = model.repo_id, model.commit
     if report["has_package"]:
         raise NotVerified("the new process imported modeling_vitcls, so it did not test the published code")
@@ -255,7 +265,7 @@ def check_script_report(model: HubCommit, code: HubCommit | None, report: dict[s
             f"{code.commit}"
         )
     for auto_class, facts in report["models"].items():
-        if not facts["module"].startswith("transformers_modules."):
+        if not facts["module"].startswith(modules):
             raise NotVerified(f"{auto_class} loaded {facts['class']} from {facts['module']}, not from {repo_id}")
         if facts["missing"]:
             raise NotVerified(f"{repo_id} at {commit} lacks the weights {', '.join(facts['missing'])}")

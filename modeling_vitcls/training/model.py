@@ -27,6 +27,7 @@ from ..blocks_vitcls import EncoderLayer, ViTCLSEmbeddings
 from ..configuration_vitcls import ViTCLSConfig
 from ..conversion.any_checkpoint import resolve_checkpoint
 from ..data.labels import LabelSpace
+from ..hub.adapters import LORA_TARGETS
 from ..hub.loading import check_is_vitcls
 from ..image_processing_vitcls import ViTCLSImageProcessor
 from ..inference.load_model import CLASSES, Classifier, is_preset, list_presets
@@ -37,7 +38,6 @@ from .costs import get_first_trained_layer
 
 ENCODER = "vitcls."
 POOLER = "vitcls.pooler."
-LORA_TARGETS = r".*\.layers\.\d+\.attention\.[qv]_proj"  # excludes attention poolers
 LORA_A, LORA_B = ".lora_A.default.weight", ".lora_B.default.weight"
 
 

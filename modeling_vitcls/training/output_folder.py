@@ -38,10 +38,10 @@ from typing import Any, Self
 import psutil
 
 from ..checkpoints import CheckpointStore
+from ..hub.adapters import ADAPTER_PATTERNS
 from ..hub.local_paths import is_local, split_prefix
 from ..hub.manifest import EXTRA_PATTERNS, MODEL_PATTERNS, RECIPE, is_match
 from ..options import FinetuneOptions, PretrainOptions
-from .model_report import REPORT
 
 
 fcntl: Any
@@ -56,7 +56,11 @@ METRICS = "metrics.jsonl"
 MODEL = "config.json"
 
 # Files that a run writes at its end, results and model first.
-FINAL_FILES = (RESULTS, *MODEL_PATTERNS, *(name for name in EXTRA_PATTERNS if name not in (METRICS, RECIPE)), REPORT)
+ADAPTER = "adapter"  # folder with the LoRA adapter alone
+FINAL_FILES = (
+    *(RESULTS, *MODEL_PATTERNS, *(name for name in EXTRA_PATTERNS if name not in (METRICS, RECIPE))),
+    *(f"{ADAPTER}/{name}" for name in ADAPTER_PATTERNS),
+)
 NON_FINITE = "non_finite.json"
 NON_FINITE_STATE = "non_finite"  # folder of a checkpoint
 CHECKPOINTS = "checkpoints"
@@ -126,7 +130,7 @@ def remove_run(folder: Path, store: CheckpointStore) -> None:
         return
     for name in (*list_final_files(folder), *(name for name in TRAINING_FILES if name != RECIPE)):
         (folder / name).unlink(missing_ok=True)
-    for name in ("pictures", ".eval_results"):
+    for name in ("pictures", ".eval_results", ADAPTER):
         with suppress(OSError):  # not there, or not empty
             (folder / name).rmdir()
     shutil.rmtree(folder / NON_FINITE_STATE, ignore_errors=True)
@@ -136,7 +140,8 @@ def remove_run(folder: Path, store: CheckpointStore) -> None:
 
 def list_final_files(folder: Path) -> list[str]:
     """Return the files in the folder that a run writes at its end, results and model first."""
-    files = (path for kind in ("*", "pictures/*", ".eval_results/*") for path in folder.glob(kind) if path.is_file())
+    kinds = ("*", "pictures/*", ".eval_results/*", f"{ADAPTER}/*")
+    files = (path for kind in kinds for path in folder.glob(kind) if path.is_file())
     names = [path.relative_to(folder).as_posix() for path in files]
     order = {
         name: [number for number, kind in enumerate(FINAL_FILES) if is_match(name, (kind,))] for name in sorted(names)

@@ -35,6 +35,7 @@ from ..data.streaming import TrainingStream, augment_images
 from ..distributed import on_main
 from ..errors import format_error
 from ..files import read_json, write_json
+from ..hub.adapters import write_adapter
 from ..hub.provenance import Provenance
 from ..hub.publish import push_folder
 from ..hub.push_permissions import check_push_permissions
@@ -50,7 +51,7 @@ from .loop import Metrics
 from .losses import Batch, Objective
 from .model import merge_lora
 from .model_report import REPORT, build_model_report, can_show_samples, get_model_provenance, write_card
-from .output_folder import CHECKPOINTS, RESULTS, check_replaceable
+from .output_folder import ADAPTER, CHECKPOINTS, RESULTS, check_replaceable
 from .reporter import (
     describe_batches,
     describe_model,
@@ -364,6 +365,9 @@ def save_output(task: Task, results: dict[str, Any]) -> None:
 
     def write() -> None:
         write_model(task.model, task.processor, folder, weights)
+        if any(".lora_" in name for name in weights):
+            base, rank = options.model.model, options.training.lora_rank
+            write_adapter(folder / ADAPTER, weights, task.model.config, rank, base, get_model_provenance(options))
         images = build_model_report(
             folder,
             type(task.model),

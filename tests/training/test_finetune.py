@@ -401,6 +401,9 @@ def test_lora_is_merged_into_a_plain_model(pretrained: Path, tmp_path: Path) -> 
     assert names == {f"vitcls.layers.{layer}.attention.{name}_proj.weight" for layer in (0, 1) for name in "qv"}
     assert results["num_images"] == NUM_HELD_OUT_DIGITS
     ViTCLSForImageClassification.from_pretrained(tmp_path)
+    assert {"adapter_config.json", "adapter_model.safetensors", "README.md"} == {
+        file.name for file in (tmp_path / "adapter").iterdir()
+    }
 
 
 def test_a_preset_is_no_checkpoint_to_freeze(tmp_path: Path) -> None:

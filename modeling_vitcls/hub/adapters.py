@@ -1,0 +1,131 @@
+"""LoRA adapters without the base model, in the layout of PEFT: adapter_config.json, adapter_model.safetensors, card.
+
+    write_adapter(runs/mine/adapter, weights, config, rank=8, base_model="someone/their-vit")
+    vitcls push --model runs/mine/adapter --hub-model-id me/my-adapter
+
+    base = AutoModelForImageClassification.from_pretrained("someone/their-vit", num_labels=10, trust_remote_code=True)
+    model = PeftModel.from_pretrained(base, "me/my-adapter")
+
+An adapter contains the LoRA matrices, and complete copies of the classifier, the pooler and the embeddings, because
+fine-tuning with LoRA also trains the classifier and the special tokens.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import ModelCard, ModelCardData
+from jinja2 import Template
+from safetensors.torch import save_file
+
+from ..configuration_vitcls import TOKEN_COUNTS, ViTCLSConfig
+from ..files import read_json
+from .card_training import TEMPLATE
+from .card_use import CITATION
+from .licenses import TRAINED_FURTHER, WeightsLicense
+from .local_paths import is_local, strip_folders
+from .provenance import LICENSE_FILES, Provenance
+
+
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+ADAPTER_PATTERNS = (ADAPTER_CONFIG, ADAPTER_WEIGHTS, "README.md", *LICENSE_FILES)
+# Modules that are saved completely, if the model has parameters in them.
+SAVED_MODULES = ("vitcls.embeddings", "vitcls.gates", "vitcls.pooler", "classifier", "distillation_classifier")
+# Default of `target_modules` for LoRA: the query and value projections (Hu et al. 2021, arXiv 2106.09685).
+LORA_TARGETS = r".*\.layers\.\d+\.attention\.[qv]_proj"  # excludes attention poolers
+
+
+def write_adapter(
+    folder: Path,
+    weights: Mapping[str, torch.Tensor],
+    config: ViTCLSConfig,
+    rank: int,
+    base_model: str,
+    provenance: Provenance | None = None,
+) -> None:
+    """Write the adapter of a model with LoRA layers, and its card.
+
+    Args:
+        folder: Folder of the adapter; created if it does not exist.
+        weights: All full tensors of a classifier by name, with the LoRA layers of PEFT.
+        config: Configuration of the classifier.
+        rank: Rank of the LoRA matrices.
+        base_model: The base model: Hub id or folder.
+        provenance: Provenance of the base model.
+    """
+    from peft import LoraConfig
+
+    folder.mkdir(parents=True, exist_ok=True)
+    modules = [module for module in SAVED_MODULES if any(name.startswith(f"{module}.") for name in weights)]
+    settings = LoraConfig(
+        r=rank,
+        lora_alpha=rank,
+        target_modules=LORA_TARGETS,
+        modules_to_save=modules,
+        base_model_name_or_path=base_model,
+        inference_mode=True,
+    )
+    settings.save_pretrained(folder)
+    kept = {
+        f"base_model.model.{name.replace('.default.', '.')}": weight.contiguous()
+        for name, weight in weights.items()
+        if ".lora_" in name or name.startswith(tuple(f"{module}." for module in modules))
+    }
+    save_file(kept, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+    build_adapter_card(folder.resolve().name, config, rank, base_model, provenance).save(folder / "README.md")
+    if provenance is not None:
+        provenance.copy_license(folder)
+
+
+def build_adapter_card(
+    name: str, config: ViTCLSConfig, rank: int, base_model: str, provenance: Provenance | None
+) -> ModelCard:
+    """Build the card of an adapter.
+
+    Args:
+        name: Name of the adapter's folder. A push replaces it by the name of the repository.
+        config: Configuration of the classifier.
+        rank: Rank of the LoRA matrices.
+        base_model: The base model: Hub id or folder.
+        provenance: Provenance of the base model.
+    """
+    metadata: dict[str, Any] = {} if provenance is None else provenance.license_metadata
+    template = Template(TEMPLATE.with_name("adapter.md.j2").read_text(encoding="utf-8"))
+    fields = {"num_labels": config.num_labels, "image_size": config.image_size}
+    fields |= {field: getattr(config, field) for field in TOKEN_COUNTS.values()}
+    data = ModelCardData(
+        base_model=None if is_local(base_model) else base_model,
+        base_model_relation=None if is_local(base_model) else "adapter",
+        library_name="peft",
+        pipeline_tag="image-classification",
+        tags=["vision", "vit", "vitcls", "lora"],
+        **metadata,
+    )
+    text = template.render(
+        name=name,
+        rank=rank,
+        base_model=strip_folders(base_model),
+        arguments=", ".join(f"{field}={value!r}" for field, value in fields.items()),
+        citation=CITATION,
+        license_text=WeightsLicense(TRAINED_FURTHER, provenance, has_code=False),
+    )
+    return ModelCard(f"---\n{data}\n---\n\n{text}\n")
+
+
+def is_adapter(folder: Path) -> bool:
+    """Return whether a folder contains an adapter of PEFT."""
+    return (folder / ADAPTER_CONFIG).is_file()
+
+
+def check_adapter(folder: Path) -> None:
+    """Raise ValueError if an adapter is incomplete, or its base model is local, so that others cannot load it."""
+    if not (folder / ADAPTER_WEIGHTS).is_file():
+        raise ValueError(f"{folder} lacks {ADAPTER_WEIGHTS}. Save the adapter again")
+    base_model = read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path")
+    if not base_model or is_local(base_model):
+        raise ValueError(
+            f"the adapter in {folder} requires a base model on the Hub, but its base model is {base_model!r}. Push "
+            f"the base model, and set base_model_name_or_path in {ADAPTER_CONFIG} to its id"
+        )

@@ -1,0 +1,126 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Handler for Inference Endpoints of Hugging Face, published as handler.py: images in, labels or features out.
+
+    {"inputs": IMAGE, "parameters": {"top_k": 5}}    -> [{"label": "cat", "score": 0.9}, ...]
+    {"inputs": [IMAGE, IMAGE]}                       -> [[{"label": ...}, ...], [...]]
+
+An image is the content of a file as bytes, the same in base64, also as a data URL, or a PIL image. URLs are disabled,
+because the endpoint would send requests for its users; set VITCLS_ENDPOINT_URLS=1 to enable http and https URLs. Paths
+are never read. A model for several tasks returns {task: [{"label": ...}, ...]} per image, and an encoder its pooled
+features as a list of numbers.
+
+This file uses the code of the repository, and nothing of the package modeling_vitcls.
+"""
+
+import base64
+import binascii
+import os
+from typing import Any
+
+import PIL.Image
+import torch
+from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageClassification
+
+
+ALLOW_URLS = "VITCLS_ENDPOINT_URLS"
+MAX_IMAGES = 64  # per request
+MAX_BYTES = 20_000_000  # per image
+
+
+class EndpointHandler:
+    """Loads the model once, and returns predictions for each request."""
+
+    def __init__(self, path: str = "") -> None:
+        """Load the model of a repository.
+
+        Args:
+            path: Folder with the files of the repository.
+        """
+        options = {"trust_remote_code": True}
+        config = AutoConfig.from_pretrained(path, **options)
+        self.is_classifier = any("Classification" in name for name in config.architectures)
+        auto_class = AutoModelForImageClassification if self.is_classifier else AutoModel
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.model = auto_class.from_pretrained(path, **options).to(device).eval()
+        self.processor = AutoImageProcessor.from_pretrained(path, **options)
+
+    def __call__(self, data: dict[str, Any]) -> list[Any]:
+        """Return the predictions of one request.
+
+        Args:
+            data: "inputs", an image or a list of images, and optionally "parameters" with "top_k", the number of
+                labels per image (default: 5).
+
+        Raises:
+            ValueError: If the request is not valid. The message is one line.
+        """
+        inputs, top_k = data.get("inputs"), (data.get("parameters") or {}).get("top_k", 5)
+        if type(top_k) is not int or top_k < 1:
+            raise ValueError(f"top_k must be a positive whole number, but is {top_k!r}")
+        sources = inputs if isinstance(inputs, list) else [inputs]
+        if not 1 <= len(sources) <= MAX_IMAGES:
+            raise ValueError(f"a request must contain 1 to {MAX_IMAGES} images, but contains {len(sources)}")
+        images = [self.processor.fetch_images(decode(source)) for source in sources]
+        batch = torch.cat([self.processor(image, return_tensors="pt")["pixel_values"] for image in images])
+        with torch.inference_mode():
+            outputs = self.model(batch.to(self.model.device))
+        predictions = self.format_outputs(outputs, top_k)
+        return predictions if isinstance(inputs, list) else predictions[0]
+
+    def format_outputs(self, outputs: Any, top_k: int) -> list[Any]:
+        """Return one prediction per image: labels with scores, labels per task, or features."""
+        config = self.model.config
+        if not self.is_classifier:
+            features = outputs.pooler_output if outputs.pooler_output is not None else outputs.last_hidden_state
+            return features.float().tolist()
+        if not isinstance(outputs.logits, dict):
+            names = [config.id2label[index] for index in range(config.num_labels)]
+            return list_labels(outputs.logits, names, top_k, config.problem_type)
+        names_by_task = config.task_labels()
+        by_task = {
+            task: list_labels(logits, names_by_task[task], top_k, None) for task, logits in outputs.logits.items()
+        }
+        num_images = len(next(iter(by_task.values())))
+        return [{task: labels[index] for task, labels in by_task.items()} for index in range(num_images)]
+
+
+def list_labels(logits: torch.Tensor, names: list[str], top_k: int, problem_type: str | None) -> list[Any]:
+    """Return the `top_k` labels with the largest scores of each image, from logits [B, labels].
+
+    Scores are probabilities, independent ones for "multi_label_classification", and plain values for "regression".
+    """
+    scores = logits.float()
+    if problem_type == "multi_label_classification":
+        scores = scores.sigmoid()
+    elif problem_type != "regression":
+        scores = scores.softmax(dim=-1)
+    values, indices = scores.topk(min(top_k, len(names)), dim=-1)
+    return [
+        [{"label": names[index], "score": value} for value, index in zip(*row, strict=True)]
+        for row in zip(values.tolist(), indices.tolist(), strict=True)
+    ]
+
+
+def decode(source: Any) -> Any:
+    """Return an image of a request as the image processor expects it: bytes, a PIL image, or an allowed URL.
+
+    Raises:
+        ValueError: If the image has another type, is too large or not base64, or if it is a URL and URLs are disabled.
+    """
+    if isinstance(source, PIL.Image.Image):
+        return source
+    if isinstance(source, str) and source.startswith(("http://", "https://")):
+        if os.environ.get(ALLOW_URLS) != "1":
+            raise ValueError(f"URLs are disabled: send the image as base64, or set {ALLOW_URLS}=1 on the endpoint")
+        return source
+    if isinstance(source, str):
+        content = source.partition(",")[2] if source.startswith("data:") else source
+        try:
+            source = base64.b64decode(content, validate=True)
+        except (binascii.Error, ValueError):
+            raise ValueError("an image as text must be base64 or a data URL") from None
+    if not isinstance(source, bytes | bytearray):
+        raise ValueError(f"an image must be bytes, base64 or a PIL image, but is {type(source).__name__}")
+    if len(source) > MAX_BYTES:
+        raise ValueError(f"an image must have at most {MAX_BYTES:,} bytes, but has {len(source):,}")
+    return bytes(source)

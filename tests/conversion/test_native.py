@@ -1,0 +1,146 @@
+"""Models written as classes of transformers: folder, card, push and verification, all without remote code."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from fresh_processes import run_fresh
+from huggingface_hub import ModelCard
+from local_hub import LocalHub, Token, point_client_at, running_hub
+from tiny_models import KINDS, filled, images, raises_one_line, tiny_config
+from transformers import AutoImageProcessor, AutoModelForImageClassification
+
+from modeling_vitcls import ViTCLSForImageClassification, ViTCLSImageProcessor
+from modeling_vitcls.commands.convert import ConvertOptions, check
+from modeling_vitcls.conversion.native import write_native_model
+from modeling_vitcls.conversion.weight_rules import ConversionError
+from modeling_vitcls.hub.publish import push_folder
+from modeling_vitcls.hub.verify import verify
+
+
+ROOT = Path(__file__).parents[2]
+DEMO = {"num_register_tokens": 2, "intermediate_size": 64, "id2label": {0: "a", 1: "b", 2: "c"}}
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[LocalHub]:
+    with running_hub() as running:
+        running.tokens["hf_ann"] = Token("ann")
+        point_client_at(running.url, "hf_ann", monkeypatch, tmp_path / "home")
+        yield running
+
+
+def save(folder: Path, kind: str = "classifier", **fields: Any) -> Path:
+    model_class, needed, _ = KINDS[kind]
+    needed = needed if kind != "classifier" else {}
+    filled(model_class(tiny_config(**needed | fields))).save_pretrained(folder)
+    ViTCLSImageProcessor(size={"height": 32, "width": 32}, resample=2, image_mean=[0.5] * 3).save_pretrained(folder)
+    (folder / "README.md").write_text("---\nlicense: mit\n---\n# mine\n")
+    return folder
+
+
+def test_the_demo_model_has_the_same_outputs_at_its_native_size(tmp_path: Path) -> None:
+    folder = save(tmp_path / "mine", **DEMO)
+    report = write_native_model(str(folder), tmp_path / "native")
+    assert report.model_class == "Dinov2WithRegistersForImageClassification"
+    assert [comparison.image_size for comparison in report.comparisons] == [(32, 32)]
+    assert "positions of Dinov2WithRegistersForImageClassification" in report.not_compared
+    assert not list((tmp_path / "native").glob("*.py"))
+    native = AutoModelForImageClassification.from_pretrained(tmp_path / "native")
+    original = ViTCLSForImageClassification.from_pretrained(folder)
+    with torch.no_grad():
+        assert (native(images()).logits - original(images()).logits).abs().max() <= 1e-5
+    assert native.config.id2label == original.config.id2label
+    processors = AutoImageProcessor.from_pretrained(tmp_path / "native"), ViTCLSImageProcessor.from_pretrained(folder)
+    pixels = torch.randint(0, 256, (3, 50, 70), dtype=torch.uint8)
+    own, theirs = (processor(pixels, return_tensors="pt")["pixel_values"] for processor in processors)
+    assert torch.equal(own, theirs)
+    with raises_one_line("is exact at the native size", error=ConversionError):
+        write_native_model(str(folder), tmp_path / "other", any_size=True)
+    assert not (tmp_path / "other").exists()
+
+
+def test_a_plain_vit_has_the_same_outputs_at_any_size(tmp_path: Path) -> None:
+    report = write_native_model(str(save(tmp_path / "mine")), tmp_path / "native", any_size=True)
+    assert report.model_class == "ViTForImageClassification" and len(report.comparisons) == 2
+    assert "images of 32 x 32" not in (tmp_path / "native" / "README.md").read_text()
+
+
+@pytest.mark.parametrize("kind", ["model", "masked", "backbone"])
+def test_of_other_models_the_encoder_is_written(tmp_path: Path, kind: str) -> None:
+    report = write_native_model(str(save(tmp_path / "mine", kind)), tmp_path / "native")
+    assert report.model_class == "ViTModel" and report.classifier == "none"
+
+
+def test_the_card_requires_no_remote_code(tmp_path: Path) -> None:
+    write_native_model(str(save(tmp_path / "mine", **DEMO)), tmp_path / "native")
+    card = ModelCard.load(tmp_path / "native" / "README.md")
+    assert card.data.license == "mit" and card.data.pipeline_tag == "image-classification"
+    assert "trust_remote_code" not in card.text and "Python files" not in card.text
+    assert "has the same outputs for images of 32 x 32 pixels" in card.text
+    assert "| logits |" in card.text and str(tmp_path) not in str(card)
+
+
+def test_what_no_class_supports_is_named(tmp_path: Path) -> None:
+    folder = save(tmp_path / "mine", qk_norm=True)
+    with raises_one_line("qk_norm=True", "ViTForImageClassification", error=ConversionError):
+        write_native_model(str(folder), tmp_path / "native")
+    assert not (tmp_path / "native").exists()
+
+
+@pytest.mark.usefixtures("verified_quickly")
+def test_a_native_model_is_pushed_and_verified_without_remote_code(hub: LocalHub, tmp_path: Path) -> None:
+    write_native_model(str(save(tmp_path / "mine", **DEMO)), tmp_path / "native")
+    pushed = push_folder(tmp_path / "native", "ann/native")
+    names = set(hub.files("ann/native"))
+    assert {"config.json", "model.safetensors", "preprocessor_config.json", "README.md", "certificate.json"} <= names
+    assert "CODE_LICENSE" not in names and not [name for name in names if name.endswith(".py")]
+    report = verify("ann/native", pushed.commit, tmp_path / "native")
+    assert report.classes["AutoModelForImageClassification"] == "Dinov2WithRegistersForImageClassification"
+    assert "pipeline" in report.differences and max(report.differences.values()) == 0
+    assert "trust_remote_code" not in report.build_load_line() and report.code_comparison == "no code"
+    assert verify("ann/native", pushed.commit).is_native
+
+
+@pytest.mark.usefixtures("verified_quickly")
+def test_code_in_a_native_repository_is_not_run(hub: LocalHub, tmp_path: Path) -> None:
+    write_native_model(str(save(tmp_path / "mine", **DEMO)), tmp_path / "native")
+    config = tmp_path / "native" / "config.json"
+    settings = json.loads(config.read_text()) | {"auto_map": {"AutoConfig": "other.Config"}}
+    config.write_text(json.dumps(settings))
+    with raises_one_line("contains a model of type 'dinov2_with_registers'"):
+        push_folder(tmp_path / "native", "ann/native")
+
+
+def test_the_command(tmp_path: Path) -> None:
+    folder = save(tmp_path / "mine", **DEMO)
+    script = ROOT / "scripts" / "convert.py"
+    ran = run_fresh(script, "--to", "transformers", "--model", folder, "--output", tmp_path / "native", cwd=tmp_path)
+    assert ran.returncode == 0, ran.stderr[-2000:]
+    assert "Dinov2WithRegistersForImageClassification" in ran.stdout and "trust_remote_code" not in ran.stdout
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"to": "transformers"}, "--to transformers requires --model"),
+        ({"to": "transformers", "model": "x", "source": "timm:x"}, "does not support --source"),
+        ({"model": "x"}, "requires --source"),
+        ({"source": "mine"}, "mine is a ViTCLS model already. Use it as --model, or set --to transformers --model"),
+    ],
+)
+def test_wrong_flags(
+    flags: dict[str, Any],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    save(tmp_path / "mine")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit):
+        check(ConvertOptions(output=tmp_path / "out", **flags))
+    assert message in capsys.readouterr().err

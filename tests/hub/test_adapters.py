@@ -1,0 +1,99 @@
+"""LoRA adapters: written in the layout of PEFT, pushed alone, and loaded with a base model from the Hub."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from fresh_processes import run_fresh
+from huggingface_hub import ModelCard
+from local_hub import LocalHub, Token, point_client_at, running_hub
+from tiny_models import filled, images, raises_one_line, tiny_config
+
+from modeling_vitcls import ViTCLSForImageClassification, ViTCLSImageProcessor
+from modeling_vitcls.hub.adapters import write_adapter
+from modeling_vitcls.hub.provenance import Provenance
+from modeling_vitcls.hub.publish import push_folder
+from modeling_vitcls.training.model import apply_trainable, merge_lora
+
+
+# Runs without the package: loads the adapter as its card does, and saves the logits.
+LOAD = """
+import sys
+import torch
+from peft import PeftModel
+from transformers import AutoModelForImageClassification
+
+{code}
+torch.save(model(torch.load(sys.argv[1])).logits, sys.argv[2])
+assert "modeling_vitcls" not in sys.modules
+"""
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[LocalHub]:
+    with running_hub() as running:
+        running.tokens["hf_ann"] = Token("ann")
+        point_client_at(running.url, "hf_ann", monkeypatch, tmp_path / "home")
+        yield running
+
+
+def train(base: Path) -> ViTCLSForImageClassification:
+    """Return a classifier with other labels and one more register, as after training with LoRA."""
+    model = ViTCLSForImageClassification.from_pretrained(
+        base, num_labels=5, num_register_tokens=2, ignore_mismatched_sizes=True
+    )
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    model = apply_trainable(model, "lora", lora_rank=2)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                parameter.normal_(std=0.5)
+            else:
+                assert torch.equal(parameter, before[name.replace(".base_layer", "")])
+    return model.eval()
+
+
+@pytest.mark.parametrize("head_type", ["linear", "mlp"])
+def test_an_adapter_is_pushed_alone_and_loaded_as_its_card_says(hub: LocalHub, tmp_path: Path, head_type: str) -> None:
+    base = tmp_path / "base"
+    config = tiny_config(num_register_tokens=1, num_distillation_tokens=1, head_type=head_type)
+    filled(ViTCLSForImageClassification(config)).save_pretrained(base)
+    ViTCLSImageProcessor(size=32).save_pretrained(base)
+    push_folder(base, "ann/base")
+    model = train(base)
+    provenance = Provenance("ann/base", "ann/base", license="mit")
+    write_adapter(tmp_path / "adapter", model.state_dict(), model.config, 2, "ann/base", provenance)
+    push_folder(tmp_path / "adapter", "ann/adapter")
+    names = set(hub.files("ann/adapter")) - {".gitattributes"}
+    assert names == {"adapter_config.json", "adapter_model.safetensors", "README.md"}
+
+    card = ModelCard(hub.read("ann/adapter", "README.md").decode())
+    assert (card.data.base_model, card.data.base_model_relation) == ("ann/base", "adapter")
+    assert card.data.license == "mit" and "Python files are licensed" not in card.text
+    code = card.text.split("```python\n")[1].split("```")[0]
+    torch.save(images(), tmp_path / "images.pt")
+    environment = os.environ | {"HF_HOME": str(tmp_path / "empty"), "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+    (tmp_path / "empty").mkdir()
+    words = ["-P", "-c", LOAD.format(code=code), tmp_path / "images.pt", tmp_path / "logits.pt"]
+    ran = run_fresh(*words, environment=environment, cwd=tmp_path / "empty")
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    expected = model(images()).logits
+    assert (torch.load(tmp_path / "logits.pt") - expected).abs().max() <= 1e-5 * expected.abs().max()
+    merged = ViTCLSForImageClassification(model.config).eval()
+    merged.load_state_dict(merge_lora(model.state_dict()))
+    assert (merged(images()).logits - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+def test_an_adapter_of_a_local_base_model_is_not_pushed(tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    filled(ViTCLSForImageClassification(tiny_config(num_register_tokens=1))).save_pretrained(base)
+    model = train(base)
+    write_adapter(tmp_path / "adapter", model.state_dict(), model.config, 2, str(base))
+    assert str(tmp_path) not in (tmp_path / "adapter" / "README.md").read_text()
+    with raises_one_line("requires a base model on the Hub", "base_model_name_or_path"):
+        push_folder(tmp_path / "adapter", "ann/adapter")
+    (tmp_path / "adapter" / "adapter_model.safetensors").unlink()
+    with raises_one_line("lacks adapter_model.safetensors"):
+        push_folder(tmp_path / "adapter", "ann/adapter")
