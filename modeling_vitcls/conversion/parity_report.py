@@ -140,8 +140,7 @@ def describe_policies(project: str, config: ViTCLSConfig) -> list[str]:
         )
     if config.position_embedding_type.endswith("rope_2d") and config.rope_coordinates == "centered":
         notes.append(
-            f"rotary periods: computed in float32, as in {project}; the authors' files of DINOv3 store rounded "
-            "periods"
+            f"rotary periods: computed in float32, as in {project}; the authors' files of DINOv3 store rounded periods"
         )
     return notes
 
