@@ -200,8 +200,8 @@ def measure_transformers(name: str) -> tuple[float | None, str]:
             "small", ".", randomize_weights(model_class(build_config(model_class.config_class))), []
         )
         comparisons, _ = compare_models(source, source.convert("keep", None), with_logits=source.has_classifier)
-    except ConversionError as error:
-        return None, shorten(str(error))
+    except Exception as error:  # small sizes may contradict a configuration
+        return None, shorten(f"{type(error).__name__}: {error}")
     return max(value for comparison in comparisons for value in comparison.differences.values()), ""
 
 
@@ -210,7 +210,9 @@ def build_config(config_class: Any) -> Any:
     default = config_class()
     if hasattr(default, "vision_config"):
         return config_class(vision_config=build_config(type(default.vision_config)).to_dict())
-    fields = {name: value for name, value in SMALL.items() if hasattr(default, name)}
+    fields: dict[str, Any] = {name: value for name, value in SMALL.items() if hasattr(default, name)}
+    if isinstance(getattr(default, "mlp_ratio", None), float):
+        fields["mlp_ratio"] = float(SMALL["mlp_ratio"])
     if hasattr(default, "summary_idxs"):
         fields |= {"num_cls_tokens": 3, "num_registers": 2, "summary_idxs": [2, 0]}
     return config_class(**fields)

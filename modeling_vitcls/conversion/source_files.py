@@ -106,6 +106,7 @@ class FileSource(TimmSource):
 
     def __init__(self, file: Path, family: str, weights: Weights, model: nn.Module, notes: list[str]) -> None:
         super().__init__(str(file), model, None, notes)
+        self.model: Any
         self.family = family
         self.weights = weights
         self.sha256 = file_digest(file)
