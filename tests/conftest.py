@@ -2,8 +2,8 @@
 
 Tests are `integration` if they start processes, a compiler, a browser or a Hub on this machine or train a model,
 themselves or through fixtures and helpers, or compare with other projects. The mark is set here, and by hand for tests
-that take seconds. With --quick, integration and slow tests are left out, and of each test with parameters only the first
-case runs.
+that take seconds. With --quick, integration and slow tests are left out, and of each test with parameters only the
+first case runs.
 """
 
 import multiprocessing

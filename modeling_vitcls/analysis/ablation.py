@@ -358,15 +358,17 @@ def compare_predictions(before: Predictions, after: Predictions) -> AblationEffe
     changes = (after.logits - before.logits).square().mean(dim=1) / scale.square()  # [images]
     is_changed = (before.predicted != after.predicted).any(dim=-1)
     accuracy_before, accuracy_after = before.accuracy(), after.accuracy()
-    has_labels = accuracy_before is not None and accuracy_after is not None
+    accuracy_change = None
+    if accuracy_before is not None and accuracy_after is not None:
+        accuracy_change = accuracy_after - accuracy_before
     return AblationEffect(
         changed_answers=is_changed.float().mean().item(),
         logit_change=changes.mean().sqrt().item(),
-        accuracy_change=accuracy_after - accuracy_before if has_labels else None,
+        accuracy_change=accuracy_change,
         num_images=len(before),
         changed_interval=compute_binomial_interval(int(is_changed.sum()), len(before)),
         logit_interval=tuple(value**0.5 for value in bootstrap_mean(changes)),
-        improvement=compute_improvement(before, after) if has_labels else None,
+        improvement=None if accuracy_change is None else compute_improvement(before, after),
         is_better_than_chance=after.is_better_than_chance(),
     )
 

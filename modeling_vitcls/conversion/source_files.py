@@ -104,6 +104,8 @@ class FileSource(TimmSource):
         linear_head: Weight and bias of DINOv2's linear classifier, which timm does not have; None without it.
     """
 
+    model: Any  # a model of timm
+
     def __init__(self, file: Path, family: str, weights: Weights, model: nn.Module, notes: list[str]) -> None:
         super().__init__(str(file), model, None, notes)
         self.model: Any

@@ -413,7 +413,7 @@ def test_each_kind_of_classifier_answers_in_its_own_way(photo: Path, tmp_path: P
             f"LABEL_{index}": pytest.approx(value) for index, value in enumerate(logits.sigmoid().tolist())
         }
     }
-    assert not several.has_winner and numbers.has_winner
+    assert not several.has_top_label and numbers.has_top_label
     values = numbers.model(numbers.processor(photo, return_tensors="pt")["pixel_values"]).logits[0].tolist()
     assert numbers.predict(photo).predictions == {
         "Numbers": ", ".join(f"LABEL_{index}: {value:.4g}" for index, value in enumerate(values))
