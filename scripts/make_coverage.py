@@ -17,15 +17,16 @@ from typing import Any
 import timm
 import torch
 import transformers
-from torch import nn
-from transformers import CONFIG_MAPPING, MODEL_MAPPING
+from transformers import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
 from transformers.utils import logging
 
-from modeling_vitcls.conversion.from_timm import convert_from_timm
+from modeling_vitcls.conversion.from_timm import TIMM_CLASSES, convert_from_timm
 from modeling_vitcls.conversion.from_transformers import CONVERTIBLE_CLASSES
 from modeling_vitcls.conversion.parity_report import compare_models
 from modeling_vitcls.conversion.random_weights import randomize_weights
 from modeling_vitcls.conversion.source_models import TimmSource, TransformersSource
+from modeling_vitcls.conversion.timm_modules import get_class_name
 from modeling_vitcls.conversion.weight_rules import ConversionError
 
 
@@ -56,6 +57,14 @@ SMALL = {
     "num_patches": 16,
     "max_img_size": 64,
     "mask_ratio": 0.0,
+}
+ENCODER_FIELDS = ("patch_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "image_size")
+# Reason -> fields of a configuration of which any is set.
+NOT_PLAIN = {
+    "windows or several resolutions": ("window_size", "depths", "global_attn_indexes"),
+    "videos": ("temporal_patch_size", "num_frames", "tubelet_size"),
+    "merged patches": ("spatial_merge_size", "pixel_shuffle_ratio", "downsample_ratio"),
+    "text or audio next to the images": ("vocab_size", "text_config", "num_mel_bins"),
 }
 HEADER = """# Coverage of other projects' ViTs
 
@@ -115,25 +124,26 @@ def measure_timm(name: str) -> tuple[float | None, str]:
 
 
 def build_timm(name: str) -> Any:
-    """Build an architecture with two blocks, its own width up to 1024, and random values."""
-    original: Any = timm.create_model(name, device="meta")
-    num_heads = next((module.num_heads for module in original.modules() if hasattr(module, "num_heads")), 1)
-    width = getattr(original, "embed_dim", 0) or original.num_features
+    """Build an architecture with two blocks, six heads of its own width, and random values.
+
+    Raises:
+        ConversionError: If the conversion does not support its class.
+    """
     options: dict[str, Any] = {"depth": 2, "num_classes": 7}
-    if width > 1024:
-        options |= {"embed_dim": 8 * width // num_heads, "num_heads": 8}
-    if "sapiens2" in name:  # by default one value per block of the full depth
-        heads = options.get("num_heads", num_heads)
-        options["num_kv_heads"] = (heads, heads // 2)
     try:
-        model: Any = timm.create_model(name, **options)
-        height, width = model.patch_embed.patch_size
-        model.set_input_size(img_size=(GRID[0] * height, GRID[1] * width))
-    except (TypeError, AttributeError):  # an architecture without these arguments
-        model = original
-        convert_from_timm(model)  # raises the reason
-    randomize_weights(model)
-    return model
+        original: Any = timm.create_model(name, device="meta", **options)
+    except (TypeError, AssertionError):  # an architecture without these arguments, or with one value per block
+        original = timm.create_model(name, device="meta")
+    if get_class_name(original) not in TIMM_CLASSES:
+        raise ConversionError(f"no rules for {get_class_name(original)}")
+    num_heads = next(module.num_heads for module in original.modules() if hasattr(module, "num_heads"))
+    options |= {"embed_dim": 6 * original.embed_dim // num_heads, "num_heads": 6}
+    if "sapiens2" in name:  # by default one value per block of the full depth
+        options["num_kv_heads"] = (6, 3)
+    model: Any = timm.create_model(name, **options)
+    height, width = model.patch_embed.patch_size
+    model.set_input_size(img_size=(GRID[0] * height, GRID[1] * width))
+    return randomize_weights(model)
 
 
 # transformers --------------------------------------------------------------------------------------------------------
@@ -142,8 +152,8 @@ def build_timm(name: str) -> Any:
 def format_transformers() -> Iterator[str]:
     """Yield the lines of the section of transformers."""
     exact, reasons = {}, defaultdict(list)
-    for name in list_vision_classes():
-        difference, reason = measure_transformers(name)
+    for name, config in list_vision_classes().items():
+        difference, reason = measure_transformers(name) if config is None else (None, describe_config(config))
         if difference is None:
             reasons[reason].append(name)
         else:
@@ -152,8 +162,8 @@ def format_transformers() -> Iterator[str]:
     yield "## transformers"
     yield ""
     yield (
-        "Base models of images with a patch size, a hidden size and layers in their configuration, and the classes "
-        f"that can be converted: {len(exact)} of {total} are exact. "
+        "Convertible classes, and base models whose configuration has the fields of an image encoder: "
+        f"{len(exact)} of {total} are exact. "
         f"The largest difference is {max(exact.values()):.1e}."
     )
     yield ""
@@ -164,34 +174,34 @@ def format_transformers() -> Iterator[str]:
         yield f"| {reason} | {', '.join(f'`{name}`' for name in sorted(names))} |"
 
 
-def list_vision_classes() -> list[str]:
-    """Return the names of the convertible classes, and of all other base models of images."""
-    names = dict.fromkeys(CONVERTIBLE_CLASSES)
-    for config_class in CONFIG_MAPPING.values():
+def list_vision_classes() -> dict[str, Any]:
+    """Return class names of transformers and their configurations, None for convertible classes.
+
+    They are the convertible classes, and all base models with the fields of an image encoder in their configuration.
+    """
+    names: dict[str, Any] = dict.fromkeys(CONVERTIBLE_CLASSES)
+    for model_type, config_class in CONFIG_MAPPING.items():
+        name = MODEL_MAPPING_NAMES.get(model_type)
         try:
-            config, model_class = config_class(), MODEL_MAPPING[config_class]
-        except Exception:  # a configuration without defaults, or without a base model
+            config = config_class()
+        except Exception:  # a configuration without defaults
             continue
-        has_fields = all(hasattr(config, field) for field in ("patch_size", "hidden_size", "num_hidden_layers"))
-        if has_fields and getattr(model_class, "main_input_name", "") == "pixel_values":
-            names[model_class.__name__] = None
-    return list(names)
+        if isinstance(name, str) and all(hasattr(config, field) for field in ENCODER_FIELDS):
+            names.setdefault(name, config)
+    return names
 
 
 @torch.no_grad()
 def measure_transformers(name: str) -> tuple[float | None, str]:
-    """Return the largest difference of a class and "", or None and the reason."""
+    """Return the largest difference of a convertible class and "", or None and the reason."""
     model_class = getattr(transformers, name)
-    config_class = model_class.config_class
-    if name not in CONVERTIBLE_CLASSES:
-        return None, describe_class(model_class, config_class())
     try:
-        model = randomize_weights(model_class(build_config(config_class)))
-        source = TransformersSource("small", ".", model, [])
-        converted = source.convert("keep", None)
-        comparisons, _ = compare_models(source, converted, with_logits=source.has_classifier)
-    except ConversionError as error:
-        return None, shorten(str(error))
+        source = TransformersSource(
+            "small", ".", randomize_weights(model_class(build_config(model_class.config_class))), []
+        )
+        comparisons, _ = compare_models(source, source.convert("keep", None), with_logits=source.has_classifier)
+    except Exception as error:  # small sizes may contradict a configuration
+        return None, shorten(f"{type(error).__name__}: {error}")
     return max(value for comparison in comparisons for value in comparison.differences.values()), ""
 
 
@@ -200,29 +210,20 @@ def build_config(config_class: Any) -> Any:
     default = config_class()
     if hasattr(default, "vision_config"):
         return config_class(vision_config=build_config(type(default.vision_config)).to_dict())
-    fields = {name: value for name, value in SMALL.items() if hasattr(default, name)}
+    fields: dict[str, Any] = {name: value for name, value in SMALL.items() if hasattr(default, name)}
+    if isinstance(getattr(default, "mlp_ratio", None), float):
+        fields["mlp_ratio"] = float(SMALL["mlp_ratio"])
     if hasattr(default, "summary_idxs"):
         fields |= {"num_cls_tokens": 3, "num_registers": 2, "summary_idxs": [2, 0]}
     return config_class(**fields)
 
 
-def describe_class(model_class: Any, config: Any) -> str:
-    """Return why a class of transformers cannot be converted, from its modules."""
-    try:
-        with torch.device("meta"):
-            model = model_class(config)
-    except Exception as error:
-        return shorten(f"cannot be built without arguments: {type(error).__name__}")
-    names = {type(module).__name__ for module in model.modules()}
-    if any(isinstance(module, nn.Conv3d) for module in model.modules()):
-        return "not a plain ViT: patches of several frames"
-    if any(getattr(config, field, None) for field in ("window_size", "depths", "global_attn_indexes")):
-        return "not a plain ViT: windows or several resolutions"
-    if any("Decoder" in name or "Text" in name for name in names) or hasattr(config, "text_config"):
-        return "not a plain ViT: a decoder or a text model next to the image encoder"
-    if any("Rotary" in name for name in names):
-        return "no rules: rotary positions of another kind"
-    return "no rules for this class"
+def describe_config(config: Any) -> str:
+    """Return why a class cannot be converted, from its configuration."""
+    for reason, fields in NOT_PLAIN.items():
+        if any(getattr(config, field, None) for field in fields):
+            return f"not a plain ViT: {reason}"
+    return "no rules"
 
 
 def shorten(text: str) -> str:

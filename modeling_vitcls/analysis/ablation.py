@@ -360,17 +360,18 @@ def compare_predictions(before: Predictions, after: Predictions) -> AblationEffe
     changes = (after.logits - before.logits).square().mean(dim=1) / scale.square()  # [images]
     is_changed = (before.predicted != after.predicted).any(dim=-1)
     accuracy_before, accuracy_after = before.accuracy(), after.accuracy()
-    accuracy_change = None
+    accuracy_change = improvement = None
     if accuracy_before is not None and accuracy_after is not None:
-        accuracy_change = accuracy_after - accuracy_before
+        accuracy_change, improvement = accuracy_after - accuracy_before, compute_improvement(before, after)
+    low, high = bootstrap_mean(changes)
     return AblationEffect(
         changed_answers=is_changed.float().mean().item(),
         logit_change=changes.mean().sqrt().item(),
         accuracy_change=accuracy_change,
         num_images=len(before),
         changed_interval=compute_binomial_interval(int(is_changed.sum()), len(before)),
-        logit_interval=tuple(value**0.5 for value in bootstrap_mean(changes)),
-        improvement=None if accuracy_change is None else compute_improvement(before, after),
+        logit_interval=(low**0.5, high**0.5),
+        improvement=improvement,
         is_better_than_chance=after.is_better_than_chance(),
     )
 

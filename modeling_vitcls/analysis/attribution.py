@@ -134,11 +134,11 @@ def trace_attention(model: Any, pixel_values: torch.Tensor, needs_gradients: boo
 
 
 @contextmanager
-def record_last_hidden_state(model: Any) -> Iterator[list[torch.Tensor]]:
+def record_last_hidden_state(model: Any) -> Iterator[list[Any]]:
     """Record the encoder's last hidden state [B, N, D] of the forward pass inside the block."""
     sequences: list[Any] = []
     hook = model.base_model.register_forward_hook(
-        lambda _, args, output: sequences.append(getattr(output, "last_hidden_state", None))
+        lambda _, args, output: sequences.append(getattr(output, "last_hidden_state", None))  # a backbone has none
     )
     try:
         yield sequences

@@ -53,9 +53,8 @@ from .token_statistics import Findings, TokenStatistics
 
 MAX_BATCH_BYTES = 2**29  # maximum memory of a batch: hidden states, and the attention and MLP of one layer
 # Maximum number of images of the null distributions, and maximum operations of a pass over these images
-MAX_NULL_IMAGES, MAX_NULL_FLOPS = 64, 2e12
-# Minimum and maximum number of images for the checks of maps, which require many passes per image
-MIN_CHECKED_IMAGES, MAX_CHECKED_IMAGES = 5, 16
+MAX_NULL_IMAGES, MAX_NULL_FLOPS = 64, 2.5e11
+MIN_CHECKED_IMAGES, MAX_CHECKED_IMAGES = 5, 16  # images for the checks of maps, which require many passes
 
 ProgressCallback = Callable[[str, int, int], None]  # (description, finished steps, total steps)
 WarningCallback = Callable[[str], None]
@@ -80,8 +79,8 @@ class Inspection:
         artifacts: sentences about patches with large norms.
         depth: one text per special token, on its attention over depth.
         image_reports: reports of the images to show.
-        map_checks: checks of rollout and attribution (`check_maps`); empty unless the model is a classifier of one
-            label.
+        map_checks: checks of rollout and attribution (`check_maps`); empty unless the model is a small classifier of
+            one label.
         patch_sizes: comparison of patch sizes; empty unless requested.
         num_unreadable: number of images that could not be read.
     """
@@ -239,11 +238,12 @@ def build_image_reports(
 
 def check_sampled_maps(model: Any, batches: "InspectionBatches", on_progress: ProgressCallback) -> dict[str, MapCheck]:
     """Return the checks of rollout and attribution for a few images; empty unless the model is a classifier of one
-    label."""
-    if not is_classifier(model) or model.config.tasks or is_multi_label(model.config):
+    label, and for large models, since the checks require about 40 passes per image."""
+    num_affordable = count_null_images(model, batches.pixels)
+    if not is_classifier(model) or model.config.tasks or is_multi_label(model.config) or num_affordable < MIN_IMAGES:
         return {}
     on_progress("checking maps", 0, 1)
-    num_images = min(max(count_null_images(model, batches.pixels) // 8, MIN_CHECKED_IMAGES), MAX_CHECKED_IMAGES)
+    num_images = min(max(num_affordable // 8, MIN_CHECKED_IMAGES), MAX_CHECKED_IMAGES)
     sample, _ = batches.sample(num_images)
     return check_maps(model, [image.unsqueeze(0) for pixel_values, _ in sample() for image in pixel_values])
 

@@ -62,7 +62,7 @@ class MapCheck:
         if self.p_value > MAX_PROBABILITY:
             verdict = "is not measurably better than a random order of patches"
         elif not self.is_faithful:
-            verdict = "does not depend on the weights of the model"
+            verdict = "depends little on the weights of the model"
         return (
             f"{name} {verdict}: area under the deletion curve {areas[0]:.2f} (random order {areas[1]:.2f}, lower is "
             f"better), under the insertion curve {areas[2]:.2f} (random order {areas[3]:.2f}, higher is better), rank "
@@ -104,13 +104,14 @@ def check_maps(model: Any, images: Sequence[torch.Tensor], seed: int = 0) -> dic
             correlations.setdefault(name, []).append(0.0 if correlation != correlation else float(correlation))
     stacked = {name: torch.stack(measured) for name, measured in curves.items()}  # [images, 2, fractions]
     random_curves = stacked.pop("random")
+    random_deletion, random_insertion = random_curves.mean(dim=0).tolist()
     return {
         name: MapCheck(
             num_images=len(images),
-            deletion=measured.mean(dim=0)[0].tolist(),
-            insertion=measured.mean(dim=0)[1].tolist(),
-            random_deletion=random_curves.mean(dim=0)[0].tolist(),
-            random_insertion=random_curves.mean(dim=0)[1].tolist(),
+            deletion=measured[:, 0].mean(dim=0).tolist(),
+            insertion=measured[:, 1].mean(dim=0).tolist(),
+            random_deletion=random_deletion,
+            random_insertion=random_insertion,
             weight_correlation=sum(correlations[name]) / len(images),
             p_value=compare_curves(measured, random_curves),
         )

@@ -105,13 +105,13 @@ def find_foreground(features: Sequence[torch.Tensor], rows: np.ndarray) -> np.nd
     """Return a boolean mask [patches] of the patches on the side of the first principal component that has fewer
     patches at the borders of the images."""
     is_foreground = PCA(1, random_state=0).fit_transform(rows)[:, 0] > 0
-    masks = []
+    borders = []
     for image in features:
-        mask = np.ones(image.shape[:2], dtype=bool)
-        mask[1:-1, 1:-1] = False
-        masks.append(mask.flatten())
-    border = np.concatenate(masks)
-    is_inverted = is_foreground[border].mean() > is_foreground[~border].mean() if not border.all() else False
+        is_border = np.ones(image.shape[:2], dtype=bool)
+        is_border[1:-1, 1:-1] = False
+        borders.append(is_border.ravel())
+    border = np.concatenate(borders)
+    is_inverted = not border.all() and is_foreground[border].mean() > is_foreground[~border].mean()
     return ~is_foreground if is_inverted else is_foreground
 
 

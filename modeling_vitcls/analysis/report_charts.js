@@ -1,7 +1,7 @@
 // Curves over depth, bars, histograms and similarities: SVG with the available width, and values at the pointer.
 "use strict";
 
-const MARGIN = { left: 46, right: 12, top: 10, bottom: 30 };
+const MARGIN = { left: 46, right: 12, top: 22, bottom: 30 };
 const DASHES = ["", "7 3", "2 3", "9 3 2 3"];
 const GROUP_WORDS = { cls: "CLS", distillation: "distillation", registers: "registers", patches: "patches" };
 const MIN_LOG_RATIO = 30; // minimum ratio of largest to smallest norm for a logarithmic scale
@@ -58,7 +58,7 @@ function logarithmicTicks(least, most) {
 }
 
 // The y axis: ticks, and a function from values to positions.
-function yAxis(values, height, { log = false, format = plain }) {
+function yAxis(values, height, { log = false, format = plain, unit = "" }) {
   const finite = values.filter((value) => value !== null);
   const least = Math.min(...finite, ...(log ? [] : [0]));
   const most = Math.max(...finite, ...(log ? [] : [1e-9]));
@@ -66,10 +66,11 @@ function yAxis(values, height, { log = false, format = plain }) {
   const [low, high] = log ? [Math.log10(least), Math.log10(most)] : [Math.min(ticks[0], least), Math.max(ticks.at(-1), most)];
   const room = height - MARGIN.top - MARGIN.bottom;
   const place = (value) => MARGIN.top + room * (1 - ((log ? Math.log10(value) : value) - low) / (high - low || 1));
-  return { ticks, place, format };
+  return { ticks, place, format, unit: log ? `${unit}, logarithmic` : unit };
 }
 
 function drawAxes(svg, width, height, y, labels, xOf, xTitle) {
+  svg.append(element("text", { x: 0, y: 11, class: "tick unit" }, y.unit));
   for (const tick of y.ticks) {
     svg.append(element("line", { x1: MARGIN.left, x2: width - MARGIN.right, y1: y.place(tick), y2: y.place(tick), class: "grid-line" }));
     svg.append(element("text", { x: MARGIN.left - 6, y: y.place(tick) + 4, class: "tick end" }, y.format(tick)));
@@ -90,7 +91,7 @@ function drawUnread(svg, width, height, lines, labels, xOf) {
   const names = [...new Set(unread.map(({ group, name }) => (lines.filter((line) => line.group === group).every((line) => unread.includes(line)) ? GROUP_WORDS[group] : name)))];
   const box = { x: left, y: MARGIN.top, width: width - MARGIN.right - left, height: height - MARGIN.top - MARGIN.bottom };
   svg.append(element("rect", { ...box, class: "unread" }));
-  svg.append(element("text", { x: width - MARGIN.right - 2, y: MARGIN.top + 10, class: "tick end unread-label" }, `not read: ${names.join(", ")}`));
+  svg.append(element("text", { x: width - MARGIN.right - 2, y: 11, class: "tick end unread-label" }, `not read: ${names.join(", ")}`));
 }
 
 // An SVG in a figure, redrawn for each width.
@@ -171,14 +172,14 @@ function numbersBelow(figure, header, rows) {
 // Curves -----------------------------------------------------------------------------------------------------------
 
 // `series`: { name, color, index, mean, low?, high? }; `labels`: of x; `baselines`: of { name, value }.
-function lineChart(figure, { series, labels, xTitle, baselines = [], format = plain, log = false, height = 230 }) {
+function lineChart(figure, { series, labels, xTitle, unit, baselines = [], format = plain, log = false, height = 242 }) {
   const hidden = new Set();
   const legend = element("div", { class: "legend" });
   const title = figure.querySelector("h3").textContent;
   const redraw = drawing(figure, height, `${title}, by layer`, (svg, width) => {
     const shown = series.filter(({ name }) => !hidden.has(name));
     const values = shown.flatMap(({ mean, low = [], high = [] }) => [...mean, ...low, ...high]);
-    const y = yAxis([...values, ...baselines.map(({ value }) => value)], height, { log, format });
+    const y = yAxis([...values, ...baselines.map(({ value }) => value)], height, { log, format, unit });
     const room = width - MARGIN.left - MARGIN.right - 12;
     const xOf = (place) => MARGIN.left + 6 + (labels.length > 1 ? (room * place) / (labels.length - 1) : room / 2);
     drawUnread(svg, width, height, shown, labels, xOf);
@@ -235,15 +236,16 @@ function uniformByToken(name) {
 }
 
 const ofTokens = (rows) => rows.map((row, place) => ({ ...tokenStyles[place], ...(Array.isArray(row) ? { mean: row } : row) }));
-const attentionChart = (name, more = {}) => (figure) =>
-  lineChart(figure, { series: ofTokens(data.curves[name]), labels: inLayers, xTitle: "layer", baselines: uniformByToken(name), ...more });
+// The attention that tokens receive is that of the patches (`{ group, read }`), which may be read in fewer layers.
+const attentionChart = (name, more = {}, { group, read } = {}) => (figure) =>
+  lineChart(figure, { series: ofTokens(data.curves[name]).map((line) => (group ? { ...line, group, read } : line)), labels: inLayers, xTitle: "layer", baselines: uniformByToken(name), ...more });
 const stateChart = (name, more = {}) => (figure) =>
   lineChart(figure, { series: ofTokens(data.curves[name]), labels: afterLayers, xTitle: "after layer", ...more });
 
 function patchDistance(figure) {
   const [distances] = data.curves.patch_distance;
   const series = [{ ...patchStyle, ...distances }];
-  lineChart(figure, { series, labels: inLayers, xTitle: "layer", baselines: uniform("patch_distance") });
+  lineChart(figure, { series, labels: inLayers, xTitle: "layer", baselines: uniform("patch_distance"), unit: "pixels" });
 }
 
 function norms(figure) {
@@ -252,14 +254,14 @@ function norms(figure) {
   const series = [patches, ...ofTokens(data.curves.token_norms)];
   const values = series.flatMap(({ mean, low: lowest = [], high: highest = [] }) => [...mean, ...lowest, ...highest]).filter((value) => value !== null);
   const log = Math.min(...values) > 0 && Math.max(...values) > MIN_LOG_RATIO * Math.min(...values);
-  lineChart(figure, { series, labels: afterLayers, xTitle: "after layer", log, format: plain });
+  lineChart(figure, { series, labels: afterLayers, xTitle: "after layer", log, format: plain, unit: "norm" });
 }
 
 function outliers(figure) {
   const series = [{ ...patchStyle, mean: data.curves.outliers }];
   const withoutRegisters = data.curves.outliers_without_registers;
   if (withoutRegisters) series.push({ name: "registers hidden from attention", color: "var(--registers)", index: 1, mean: withoutRegisters });
-  lineChart(figure, { series, labels: afterLayers, xTitle: "after layer", format: percent });
+  lineChart(figure, { series, labels: afterLayers, xTitle: "after layer", format: percent, unit: "patches" });
 }
 
 // Deletion and insertion curves of the maps, and of a random order of patches.
@@ -269,7 +271,7 @@ const curveChart = (name, verb) => (figure) => {
   const series = checks.map(([map, check], index) => ({ name: map, index, color: colors[index], mean: check[name] }));
   series.push({ name: "random order", index: 2, color: "var(--patches)", mean: checks[0][1][`random_${name}`] });
   const labels = data.check_fractions.map((fraction) => 100 * fraction);
-  lineChart(figure, { series, labels, xTitle: `% of the patches ${verb}`, format: percent });
+  lineChart(figure, { series, labels, xTitle: `% of the patches ${verb}`, format: percent, unit: "probability" });
 };
 
 // Bars -------------------------------------------------------------------------------------------------------------
@@ -281,9 +283,9 @@ function mass(box) {
     const figure = element("figure", {}, element("figcaption", {}, element("h4", {}, name)));
     box.append(figure);
     if (read < data.layers) figure.firstChild.append(element("p", {}, `Nothing reads layer ${data.layers} of this token.`));
-    const height = 150;
+    const height = 162;
     drawing(figure, height, `where the attention of ${name} goes, by layer`, (svg, width) => {
-      const y = yAxis([0, 1], height, { format: percent });
+      const y = yAxis([0, 1], height, { format: percent, unit: "attention" });
       const step = (width - MARGIN.left - MARGIN.right) / data.layers;
       const xOf = (place) => MARGIN.left + step * (place + 0.5);
       drawAxes(svg, width, height, { ...y, ticks: [0, 0.5, 1] }, inLayers, xOf, "layer");
@@ -325,7 +327,7 @@ function histogram(figure) {
   const mode = element("p", { class: "mode" });
   const redraw = drawing(figure, height, "norms of the patches, a histogram", (svg, width) => {
     const { counts, low, high, mode: second, registers } = data.histograms[layer];
-    const y = yAxis([1, Math.max(...counts, 10)], height, { log: true, format: (tick) => tick.toLocaleString("en") });
+    const y = yAxis([1, Math.max(...counts, 10)], height, { log: true, format: (tick) => tick.toLocaleString("en"), unit: "patches" });
     const room = width - MARGIN.left - MARGIN.right;
     const xFor = (ratio) => MARGIN.left + (room * Math.log(ratio / low)) / Math.log(high / low);
     const edge = (bin) => low * (high / low) ** (bin / counts.length);
@@ -434,9 +436,9 @@ function acrossLayers(box) {
 // At the start -----------------------------------------------------------------------------------------------------
 
 const CHARTS = {
-  entropy: attentionChart("entropy"),
-  spread: attentionChart("spread"),
-  received: attentionChart("received", { format: percent }),
+  entropy: attentionChart("entropy", { unit: "nats" }),
+  spread: attentionChart("spread", { unit: "pixels" }),
+  received: attentionChart("received", { format: percent, unit: "attention of patches" }, patchStyle),
   patch_distance: patchDistance,
   mass,
   norms,
@@ -444,8 +446,8 @@ const CHARTS = {
   histogram,
   deletion: curveChart("deletion", "replaced"),
   insertion: curveChart("insertion", "kept"),
-  variation: stateChart("variation", { format: percent }),
-  to_patches: stateChart("to_patches"),
+  variation: stateChart("variation", { format: percent, unit: "of the norm" }),
+  to_patches: stateChart("to_patches", { unit: "cosine" }),
   between_tokens: betweenTokens,
   across_layers: acrossLayers,
 };

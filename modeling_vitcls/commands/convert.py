@@ -2,6 +2,7 @@
 
     python scripts/convert.py --source timm:vit_base_patch14_reg4_dinov2.lvd142m --output converted
     python scripts/convert.py --source transformers:facebook/dinov2-base@COMMIT --output converted --num-labels 10
+    python scripts/convert.py --source dinov2_vits14_reg4_pretrain.pth --output converted
     python scripts/convert.py --to transformers --model runs/mine --output native
 
 The conversions are implemented in modeling_vitcls/conversion/convert.py and native.py.

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 
 from ..configuration_vitcls import ViTCLSConfig
+from ..errors import format_error
 from ..files import replace_control_characters
 from ..modeling_vitcls import ViTCLSPreTrainedModel
 from .head_transfer import ClassifierChoice, build_model, split_classifier
@@ -89,14 +90,18 @@ def convert_state_dict(
         raise ConversionError(f"a conversion requires a state dict, but weights is a {type(weights).__name__}")
     named = {replace_control_characters(str(name)): value for name, value in weights.get("model", weights).items()}
     used = {name: value for name, value in named.items() if not name.startswith(tuple(drop))}
-    tensors = conversion.prepare({name: convert_to_tensor(name, value) for name, value in used.items()})
-    fields = conversion.read_fields(tensors) | fields
-    for name in ("num_attention_heads", "image_size"):
-        if fields[name] is None:
-            raise ConversionError(f"{name} does not follow from the weights. Set {name}=...")
-    config = ViTCLSConfig(**fields)
-    encoder, head = split_classifier(convert_weights(tensors, conversion.rules, config))
-    return build_model(config, encoder, head, classifier, num_labels)
+    tensors = {name: convert_to_tensor(name, value) for name, value in used.items()}
+    try:
+        tensors = conversion.prepare(tensors)
+        fields = conversion.read_fields(tensors) | fields
+        for name in ("num_attention_heads", "image_size"):
+            if fields[name] is None:
+                raise ConversionError(f"{name} does not follow from the weights. Set {name}=...")
+        config = ViTCLSConfig(**fields)
+        encoder, head = split_classifier(convert_weights(tensors, conversion.rules, config))
+        return build_model(config, encoder, head, classifier, num_labels)
+    except (LookupError, RuntimeError) as error:  # tensors with another number of dimensions
+        raise ConversionError(f"weights have shapes that {family} does not have: {format_error(error)}") from error
 
 
 def drop_key_bias(tensor: torch.Tensor, config: ViTCLSConfig) -> Sequence[torch.Tensor]:

@@ -16,7 +16,7 @@ import argparse
 import math
 import re
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +63,7 @@ PLAIN_FAMILIES = ("dino", "ibot", "msn", "mae", "deit", "ijepa")  # families wit
 # Prefixes of weights that are used only in pre-training.
 PRETRAINING_WEIGHTS = {"mae": ("decoder", "mask_token")}
 
-# Family without rules -> timm's names by (width, patch size), and the side in pixels of the default image size.
+# Family without rules -> timm's names by (width, patch size).
 TIMM_FAMILIES: dict[str, dict[tuple[int, int], str]] = {
     "clip": {
         (768, 32): "vit_base_patch32_clip_quickgelu_224.openai",
@@ -83,6 +83,13 @@ TIMM_FAMILIES: dict[str, dict[tuple[int, int], str]] = {
         (3072, 14): "aimv2_3b_patch14_224.apple_pt",
     },
 }
+# Family -> timm's name of a model; other families have several, or the names and shapes of DINO.
+TIMM_NAMES = {
+    "deit": "deit_small_patch16_224.fb_in1k",
+    "mae": "vit_base_patch16_224.mae",
+    "ijepa": "vit_huge_patch14_gap_224.in1k_ijepa",
+    "big_vision": "vit_base_patch16_224.augreg_in21k",
+}
 OTHER_WAYS = {"beit": "transformers:microsoft/beit-base-patch16-224"}  # family -> a source that can be converted
 FILE_FAMILIES = (*FAMILIES, *TIMM_FAMILIES)
 
@@ -101,6 +108,7 @@ class FileSource(TimmSource):
 
     def __init__(self, file: Path, family: str, weights: Weights, model: nn.Module, notes: list[str]) -> None:
         super().__init__(str(file), model, None, notes)
+        self.model: Any
         self.family = family
         self.weights = weights
         self.sha256 = compute_file_digest(file)
@@ -303,28 +311,7 @@ def build_reference(weights: Weights, family: str, converted: ViTCLSPreTrainedMo
         "mlp_ratio": config.intermediate_size / config.hidden_size * (2 if is_gated and family == "dinov2" else 1),
         "num_classes": config.num_labels if has_head else 0,
     }
-    names: dict[str, Callable[[], str]] = {
-        "dinov2": lambda: f"vit_{'giant' if is_gated else 'small'}_patch14_{registers}dinov2.lvd142m",
-        "dinov3": lambda: f"vit_small_{'plus_' if is_gated else ''}patch16_dinov3{qkv_bias}.lvd1689m",
-        "deit": lambda: f"{deit_name}_patch16_224.fb_in1k",
-        "mae": lambda: "vit_base_patch16_224.mae",
-        "ijepa": lambda: "vit_huge_patch14_gap_224.in1k_ijepa",
-        "big_vision": lambda: (
-            "vit_base_patch16_siglip_224.webli"
-            if config.pooling == "attention"
-            else "vit_base_patch16_224.augreg_in21k"
-        ),
-    }
-    registers = "reg4_" if config.num_register_tokens else ""
-    qkv_bias = "_qkvb" if config.qkv_bias or not is_gated else ""
-    deit_name = (
-        "deit3_small"
-        if config.layer_scale_init_value
-        else "deit_small_distilled"
-        if config.num_distillation_tokens
-        else "deit_small"
-    )
-    name = names.get(family, lambda: "vit_small_patch16_224.dino")()
+    name = get_timm_name(family, config)
     if config.num_register_tokens:
         options["reg_tokens" if family == "dinov2" else "num_reg_tokens"] = config.num_register_tokens
     if family == "dinov3" or (family == "mae" and config.pooling == "mean"):
@@ -345,6 +332,24 @@ def build_reference(weights: Weights, family: str, converted: ViTCLSPreTrainedMo
         model.rope._compute_periods = lambda device="cpu", dtype=torch.float32: periods.to(device, dtype)
         model.rope.reset_parameters()
     return model
+
+
+def get_timm_name(family: str, config: ViTCLSConfig) -> str:
+    """Return timm's name of a model of a family, with the tag of the weights whose preprocessing the family has."""
+    is_gated = config.mlp_type != "mlp"
+    if family == "dinov2":
+        registers = "reg4_" if config.num_register_tokens else ""
+        return f"vit_{'giant' if is_gated else 'small'}_patch14_{registers}dinov2.lvd142m"
+    if family == "dinov3":
+        bias = "_qkvb" if config.qkv_bias or not is_gated else ""
+        return f"vit_small_{'plus_' if is_gated else ''}patch16_dinov3{bias}.lvd1689m"
+    if family == "deit" and config.layer_scale_init_value:
+        return "deit3_small_patch16_224.fb_in1k"
+    if family == "big_vision" and config.pooling == "attention":
+        return "vit_base_patch16_siglip_224.webli"
+    if config.num_distillation_tokens:
+        return "deit_small_distilled_patch16_224.fb_in1k"
+    return TIMM_NAMES.get(family, "vit_small_patch16_224.dino")
 
 
 def load_npz(timm: Any, name: str, options: dict[str, Any], config: ViTCLSConfig, file: Path) -> Any:

@@ -282,9 +282,7 @@ class PatchView:
         num_layers = demo_model.num_layers
         gr.Markdown(f"## Patch features\n{PATCHES_TEXT}")
         with gr.Row():
-            layer = gr.Slider(
-                1, num_layers, value=num_layers, step=1, label="Layer of the patches", visible=num_layers > 1
-            )
+            layer = gr.Slider(1, num_layers, value=num_layers, step=1, label="After layer", visible=num_layers > 1)
             foreground = gr.Checkbox(label="Colors of the foreground only")
         with gr.Row():
             options: dict[str, Any] = {"show_label": False, "interactive": False, "buttons": ["fullscreen"]}
@@ -333,8 +331,7 @@ def find_clicked_patch(result: DemoResult | None, drawn: Any, event: gr.SelectDa
     """Return row and column of the clicked patch, or None outside the visible region."""
     if result is None or drawn is None:
         return None
-    height, width = drawn.shape[:2]
-    x, y = event.index
+    (height, width), (x, y) = drawn.shape[:2], event.index
     return result.find_patch(x, y, width, height)
 
 

@@ -331,7 +331,7 @@ def test_images_of_an_earlier_model_do_not_stay(tmp_path):
     assert {file.name for file in (tmp_path / "pictures").iterdir()} == {"token_layout.png", "mine.png"}
 
 
-def test_looks_are_the_last_layers_attention_with_label_and_answer():
+def test_looks_are_the_attention_of_the_last_layer_that_is_read_with_label_and_answer():
     fields = {"num_distillation_tokens": 1, "num_register_tokens": 2, "patch_size": [8, 4]}
     config = tiny_config(**fields, hidden_dropout_prob=0.5)
     config._attn_implementation = "eager"
@@ -341,7 +341,8 @@ def test_looks_are_the_last_layers_attention_with_label_and_answer():
     look = next(build_attention_samples(model, processor, [(picture, None)]))
     pixel_values = processor(picture, return_tensors="pt")["pixel_values"]
     outputs = model.eval()(pixel_values, output_attentions=True)
-    expected = outputs.attentions[-1][0].mean(dim=0)[:4, 4:].unflatten(1, (4, 9))
+    first, last = (layer[0].mean(dim=0)[:4, 4:].unflatten(1, (4, 9)) for layer in outputs.attentions)
+    expected = torch.cat([last[:2], first[2:]])  # nothing reads the registers of the last layer
     assert torch.allclose(look.maps, expected, atol=1e-6)
     assert look.title == f"predicted LABEL_{outputs.logits.argmax()}"
     assert look.image.size == picture.size

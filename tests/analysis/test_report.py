@@ -415,14 +415,18 @@ def test_a_click_shows_the_similarity_to_that_patch(browser: Browser, faulty: An
         canvas = cell(page, "patches (PCA), layer 1").locator("canvas")
         in_view(canvas)
         box = canvas.bounding_box()
-        left, _, right, _ = get_visible_region(processor(), (60, 90), (8, 8))
-        x = (left + (right - left) * 0.9) / 90 * box["width"]  # column 4 of 4
-        canvas.click(position={"x": x, "y": box["height"] * 0.05})  # row 1
+        left, top, right, bottom = get_visible_region(processor(), (60, 90), (8, 8))
+
+        def locate(row: int, column: int) -> Any:
+            """The middle of a patch, of 4 x 4, in pixels of the canvas."""
+            x, y = left + (right - left) * (column + 0.5) / 4, top + (bottom - top) * (row + 0.5) / 4
+            return {"x": x / 90 * box["width"], "y": y / 60 * box["height"]}
+
+        canvas.click(position=locate(0, 3))
         similar = cell(page, "similarity to a patch, layer 1").locator("canvas")
         expected = compute_patch_similarity(features_of(model)[0, 0], 0, 3)
         for row, column in ((0, 3), (2, 0), (3, 2)):
-            across = (left + (right - left) * (column + 0.5) / 4) / 90 * box["width"]
-            similar.hover(position={"x": across, "y": box["height"] * (row + 0.5) / 4})
+            similar.hover(position=locate(row, column))
             expect(page.locator("#tip")).to_contain_text(f"row {row + 1}, column {column + 1}: cosine")
             cosine = float(page.locator("#tip").inner_text().rpartition(" ")[2])
             assert cosine == pytest.approx(expected[row, column].item(), abs=0.03)
@@ -458,7 +462,7 @@ def test_what_nothing_reads_is_marked(browser: Browser, faulty: Any) -> None:
         label = page.locator("[data-chart=entropy] .unread-label")
         assert label.text_content() == "not read: registers"
         assert page.locator("[data-chart=patch_distance] .unread").count() == 1
-        assert page.locator("[data-chart=mass] .unread-bar").count() == 3 * 4  # registers, groups of tokens
+        assert page.locator("[data-chart=mass] .unread-bar").count() == 3 * 3  # registers, groups of tokens
 
 
 def test_instructive_images_come_first(browser: Browser, tmp_path: Path) -> None:
