@@ -316,7 +316,7 @@ def remove_checkpoint(checkpoint: Path) -> None:
 
 
 def get_hidden_path(folder: Path, suffix: str) -> Path:
-    """Return the path of a folder that is not, or no longer, a checkpoint."""
+    """Return the hidden path of a folder while it is incomplete or being removed."""
     return folder.with_name(f".{folder.name}{suffix}")
 
 

@@ -280,8 +280,8 @@ class AblationEffect:
     Attributes:
         changed_answers: fraction of images whose prediction changes.
         logit_change: root mean square change of the logits, divided by their standard deviation over images (at least
-            a thousandth of their root mean square, since smaller deviations are rounding). With a single image, the
-            mean is the token's own state, so the effect is 0 and has no meaning.
+            a thousandth of their root mean square, because smaller deviations are rounding errors). With a single
+            image, the mean is the token's own state, so the effect is 0 and has no meaning.
         accuracy_change: accuracy after minus accuracy before; None if no label is known.
         num_images: number of images.
         changed_interval: exact interval of `changed_answers` (Clopper and Pearson 1934).
@@ -442,7 +442,7 @@ class Ablation:
         compared: size of the effect on the images of the null distributions, which may be fewer.
         patches: sizes of the effect of ablating the same number of random patches.
         redrawn: sizes of the effect of ablating the tokens after they were redrawn at random with the same norm. Empty
-            for tokens that the head reads, since everything that the head reads has an effect.
+            for tokens that the head reads, because all of these have an effect.
         redraw_effect: mean size of the effect of redrawing the tokens; None if not measured.
     """
 
@@ -594,8 +594,7 @@ def measure_null_effects(
 
 def plan_redraws(model: Any) -> Iterator[tuple[list[str], list[list[int]], bool]]:
     """Yield the keys that share a null distribution, the sequence indices of each draw, and whether effects of the
-    redrawn tokens are measured: not for tokens that the head reads, since everything that the head reads has an
-    effect."""
+    redrawn tokens are measured (not for tokens that the head reads, because all of these have an effect)."""
     config, has_head = model.config, is_classifier(model)
     for group, members in get_groups(config.token_layout).items():
         reads = [is_read(config, group, index, has_head) for index in range(len(members))]

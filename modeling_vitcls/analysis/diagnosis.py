@@ -98,7 +98,7 @@ def diagnose_tokens(
         token_movement: distance that training moved each token, with keys such as `cls[0]` (`token_movement` in
             results.json); None if unknown.
         predictions: predictions with known labels (`collect_predictions`). If their accuracy is not better than
-            chance, the verdicts state this, since effects on such predictions have little meaning.
+            chance, the verdicts state this, because effects on such predictions are not meaningful.
         has_head: whether the model is a classifier.
     """
     names = get_token_names(config)
@@ -307,8 +307,8 @@ def judge_unmoved_token(token: TokenEvidence) -> tuple[Meaning, str]:
 def diagnose_groups(
     config: ViTCLSConfig, ablations: Ablations | None, predictions: Predictions | None = None
 ) -> list[Verdict]:
-    """Return one verdict per group of several special tokens: single registers can be redundant, while all of them
-    together have an effect.
+    """Return one verdict per group of several special tokens: single registers can be redundant, although all
+    registers together have an effect.
 
     Args:
         config: configuration of the model.

@@ -384,7 +384,7 @@ def render_figure(figure: Figure, resolution: float = 100) -> Image.Image:
 
 
 def shorten(text: str, max_length: int) -> str:
-    """Shorten a text to a maximum length by removing its middle, since names often differ only at their ends."""
+    """Shorten a text by removing its middle, because names often differ only at their ends."""
     if len(text) <= max_length:
         return text
     num_last = (max_length - 1) // 2

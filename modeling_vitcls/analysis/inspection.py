@@ -237,8 +237,8 @@ def build_image_reports(
 
 
 def check_sampled_maps(model: Any, batches: "InspectionBatches", on_progress: ProgressCallback) -> dict[str, MapCheck]:
-    """Return the checks of rollout and attribution for a few images; empty unless the model is a classifier of one
-    label, and for large models, since the checks require about 40 passes per image."""
+    """Return the checks of rollout and attribution for a few images; empty for large models, because the checks
+    require about 40 passes per image, and unless the model is a classifier of one label."""
     num_affordable = count_null_images(model, batches.pixels)
     if not is_classifier(model) or model.config.tasks or is_multi_label(model.config) or num_affordable < MIN_IMAGES:
         return {}

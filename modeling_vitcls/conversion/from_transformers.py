@@ -72,7 +72,7 @@ def convert_from_transformers(
 
 
 def read_labels(config: Any) -> Fields:
-    """Return the names of the labels and the problem type of the source, as far as they are set."""
+    """Return the label names and the problem type of the source, if they are set."""
     labels = {"id2label": config.id2label, "label2id": config.label2id, "problem_type": config.problem_type}
     return {name: value for name, value in labels.items() if value is not None}
 

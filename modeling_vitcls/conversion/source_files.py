@@ -280,9 +280,7 @@ def detect_family(weights: Weights, container: str | None, file: Path) -> str:
         return "msn" if "cls_token" in weights else "ijepa"
     if container in FAMILIES_BY_CONTAINER:
         return FAMILIES_BY_CONTAINER[container]
-    raise ConversionError(
-        f"the weights in {file} may be of several families. Set --family {' or '.join(PLAIN_FAMILIES)}"
-    )
+    raise ConversionError(f"the weights in {file} match several families. Set --family {' or '.join(PLAIN_FAMILIES)}")
 
 
 # Reference models ----------------------------------------------------------------------------------------------------

@@ -1,6 +1,6 @@
 """Datasets in memory, for the Python functions (api.py): data of these types -> a named `datasets.DatasetDict`.
 
-    datasets.Dataset, DatasetDict used as they are; columns are found as in files (columns.py)
+    datasets.Dataset, DatasetDict used unchanged; columns are found as in files (columns.py)
     list of (image, label)                images: PIL images, arrays, tensors, encoded bytes or paths
     torch.utils.data.Dataset              the same items; all images are read once and kept in memory, encoded as PNG
     {"train": ..., "test": ...}           splits, each of the kinds above

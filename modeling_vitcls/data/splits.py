@@ -272,7 +272,7 @@ def load_evaluation_data(
     if rule.fraction == 0:
         raise ValueError(
             f"evaluation requires held-out images, but --held-out-fraction is 0, so training used all images of "
-            f"{options.dataset}. Set --dataset to other images"
+            f"{options.dataset}. Set --dataset to different images"
         )
     return EvaluationData(splits.label_space, held_out, name, rule)
 

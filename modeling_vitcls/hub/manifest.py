@@ -215,7 +215,7 @@ def read_text(file: Path) -> str:
 
 
 def collect_checkpoint_files(folder: Path) -> RepoFiles:
-    """Return the files to publish of the newest checkpoint in `folder`.
+    """Return the files of the newest checkpoint in `folder` that are published.
 
     Flags with local paths are removed from state.json; `--resume` then uses its own flags.
 

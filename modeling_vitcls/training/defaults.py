@@ -47,7 +47,7 @@ class RunFacts:
     """Facts about a run on which the defaults depend.
 
     Attributes:
-        weights: where the initial weights come from, and which are trained.
+        weights: source of the initial weights, and the trained weights.
         is_preset: whether the initial weights are random.
         width: hidden size of the model.
         image_size: longest side of the model's images in pixels.

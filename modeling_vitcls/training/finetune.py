@@ -326,6 +326,6 @@ def describe_other_split(source: str, data: TrainingData) -> str | None:
     if part.seed == record.rule.seed and part.fraction <= record.rule.fraction:
         return None
     return (
-        f"{source} was trained on {data.name} with other images held out, so it may have been trained on images that "
-        f"this run evaluates. Set --split-seed {record.rule.seed} --held-out-fraction {record.rule.fraction}"
+        f"{source} was trained on {data.name} with different held-out images, so it may have been trained on images "
+        f"that this run evaluates. Set --split-seed {record.rule.seed} --held-out-fraction {record.rule.fraction}"
     )

@@ -226,7 +226,7 @@ class Task(ABC):
         )
 
     def get_num_views(self) -> int:
-        """Return the number of different views of an image; 0 augments each image anew in every epoch."""
+        """Return the number of different views of an image; 0 uses a new augmentation in every epoch."""
         return 0
 
     def build_training_images(

@@ -11,8 +11,8 @@ processor determines size, filter, scale and normalization, but does not crop. L
 
 TeacherCache stores the teacher's logits of each augmented view of an image. With `--teacher-views V`, every image has
 V views that recur, and (view, index) identifies a view. The logits stay in memory and are not part of checkpoints: a
-resumed run predicts them again, in other batches. The results are the same up to rounding before the logits are stored
-in half precision.
+resumed run predicts them again, in different batches. The results are the same up to rounding before the logits are
+stored in half precision.
 """
 
 from collections import Counter
