@@ -14,6 +14,7 @@ cache of the Hub. If the source or the version of this package changes, it is co
 import hashlib
 import json
 import logging
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -71,8 +72,11 @@ def pin_revision(source: str) -> str:
 
 
 def is_pinned(pinned: object, source: object) -> bool:
-    """Return whether `pinned` is `source` with the hash of a commit."""
-    return isinstance(pinned, str) and pinned != source and pinned.rpartition("@")[0] == source
+    """Return whether `pinned` is `source` with the hash of a commit, instead of none, a branch or a tag."""
+    if not isinstance(pinned, str) or not isinstance(source, str) or pinned == source:
+        return False
+    name, revision = split_revision(source)
+    return pinned.rpartition("@")[0] == name and not re.fullmatch("[0-9a-f]{40}", revision or "")
 
 
 def read_model_types(folder: str) -> tuple[str | None, str | None]:

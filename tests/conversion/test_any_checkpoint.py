@@ -139,7 +139,9 @@ def test_commits_are_pinned(cached_on_the_hub: str) -> None:
     assert pin_revision(cached_on_the_hub) == pin_revision(pinned) == pinned
     assert pin_revision(f"transformers:{cached_on_the_hub}@main") == f"transformers:{pinned}"
     assert pin_revision("timm:test_vit") == "timm:test_vit"
-    assert is_pinned(pinned, cached_on_the_hub) and not is_pinned(pinned, pinned) and not is_pinned(None, None)
+    assert is_pinned(pinned, cached_on_the_hub) and is_pinned(pinned, f"{cached_on_the_hub}@main")
+    assert not is_pinned(pinned, pinned) and not is_pinned(pinned, f"{cached_on_the_hub}@{'f' * 40}")
+    assert not is_pinned(None, None)
     assert resolve_checkpoint(pinned).endswith(COMMIT)
     load_model(pinned, with_head=True)
     with pytest.raises(OSError, match="ann/mine"):
