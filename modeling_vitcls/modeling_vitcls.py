@@ -72,9 +72,7 @@ class ViTCLSModelOutput(BaseModelOutputWithPooling):
         attentions: on request and with eager attention, [B, heads, N, N] per layer.
     """
 
-    token_layout: ClassVar[TokenLayout | None] = (
-        None  # set by the model; not a field, because outputs hold tensors only
-    )
+    token_layout: ClassVar[TokenLayout | None] = None  # set by the model; not a field, which would hold a tensor
 
     @property
     def tokens(self) -> dict[str, Tensor]:
@@ -396,6 +394,8 @@ class ViTCLSForImageClassification(ViTCLSPreTrainedModel):
             tokens = outputs.last_hidden_state[:, self.config.token_layout.distillation]  # [B, n, D]
             distillation_logits = self.distillation_classifier(tokens.mean(dim=1))
             logits = combine_logits(cls_logits, distillation_logits, self.config.distillation_inference)
+        elif torch.onnx.is_in_onnx_export():
+            cls_logits = None  # the same tensor as logits
         loss = None
         if labels is not None:
             trained = [logits]
