@@ -1,8 +1,8 @@
 """Vision Transformers with configurable CLS, distillation and register tokens.
 
 Importing this package registers its classes with transformers' Auto classes, so that a checkpoint loads without
-`trust_remote_code`. Everything that this does not need is imported when it is first used. This file is never shipped
-to the Hub; the `*_vitcls.py` files are.
+`trust_remote_code`. All other modules are imported when they are first used. Only the `*_vitcls.py` files are shipped
+to the Hub, not this file.
 """
 
 import importlib

@@ -1,22 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Load and convert checkpoints with other tokens, image size or patch size than they were saved with.
+"""Change the tokens, image size or patch size of a checkpoint.
 
-    model = ViTCLSModel.from_pretrained(path, image_size=[256, 384], num_register_tokens=4)    # at load
-    model = model.adapt(image_size=[256, 384], num_register_tokens=4)                          # a loaded model
+    model = ViTCLSModel.from_pretrained(path, image_size=[256, 384], num_register_tokens=4)    # while loading
+    model = model.adapt(image_size=[256, 384], num_register_tokens=4)                          # after loading
 
-No training is required; whether to fine-tune the model afterwards is up to the user. The table `ADAPTERS` determines
-how each weight is adapted, and every change is logged in one line:
+No training is required, but fine-tuning may improve the adapted model. The table `ADAPTERS` determines how each weight
+is adapted, and every change is logged in one line:
 
-    tokens                 the first ones are kept; new ones are initialized by `config.token_init`
-    positions of tokens    the first ones are kept; positions of new tokens start at zero
+    tokens                 the first tokens are kept; new tokens are initialized by `config.token_init`
+    positions of tokens    the first positions are kept; positions of new tokens are zero
     positions of patches   resampled (`config.position_interpolation`)
     patch projection       resized by FlexiViT's pseudo-inverse
     decoded patches        resized bilinearly
-    distillation head      a new one is initialized as a copy of the classifier
-    gates                  follow their tokens
+    distillation head      a new head is initialized as a copy of the classifier
+    gates                  kept with their tokens
     other weights          newly initialized if their shape changes
 
-With `gate_new_tokens=True`, added tokens do not affect the other tokens at first, and learn to (`TokenGates`).
+With `gate_new_tokens=True`, added tokens initially do not affect the other tokens (`TokenGates`).
 """
 
 import copy
@@ -52,20 +52,20 @@ class AdaptableModel(PreTrainedModel):
     def from_pretrained(
         cls, pretrained_model_name_or_path: Any, *model_args: Any, gate_new_tokens: bool = False, **kwargs: Any
     ) -> Any:
-        """Load a checkpoint; values of `ADAPTABLE_FIELDS` that differ from the checkpoint's adapt it.
+        """Load a checkpoint, and adapt it to values of `ADAPTABLE_FIELDS` that differ from its configuration.
 
         Other arguments are those of `PreTrainedModel.from_pretrained`.
 
         Raises:
-            OSError, RuntimeError: in one line, for a checkpoint that is missing or damaged, or does not fit.
-            ValueError: for values that contradict each other.
+            OSError, RuntimeError: if the checkpoint is missing or damaged, or does not fit; the message is one line.
+            ValueError: if values contradict each other.
         """
         source, config_class = pretrained_model_name_or_path, cast(type[ViTCLSConfig], cls.config_class)
         config, kwargs = resolve_config(config_class, source, kwargs)
         stored = {} if config is None else read_stored_values(config_class, source, kwargs)
         changes = {name: getattr(config, name) for name, value in stored.items() if getattr(config, name) != value}
         if changes:
-            kwargs["config"] = replace_fields(config, stored, unchecked=True)
+            kwargs["config"] = replace_fields(config, stored, validate=False)
         loaded = load_checkpoint(super().from_pretrained, source, *model_args, **kwargs)
         if not changes:
             return loaded
@@ -74,15 +74,15 @@ class AdaptableModel(PreTrainedModel):
         return loaded.adapt(gate_new_tokens=gate_new_tokens, **changes)
 
     def adapt(self, gate_new_tokens: bool = False, **changes: Any) -> Self:
-        """Return a new model with other values of `ADAPTABLE_FIELDS` and these weights; itself if nothing changes.
+        """Return a new model with other values of `ADAPTABLE_FIELDS` and adapted weights; self if nothing changes.
 
         Args:
-            gate_new_tokens: add tokens with closed gates. The outputs then stay the same, except where they read the
-                added tokens themselves: pooling over all CLS tokens, a distillation head.
+            gate_new_tokens: add tokens with closed gates. The outputs then stay the same, except outputs that read
+                the added tokens directly: pooling over all CLS tokens, a distillation head.
             changes: new values of `ADAPTABLE_FIELDS`.
 
         Raises:
-            ValueError: for a field that cannot be adapted, or a value that contradicts the others.
+            ValueError: if a field cannot be adapted, or a value contradicts the others.
         """
         if unknown := sorted(set(changes) - set(ADAPTABLE_FIELDS)):
             raise ValueError(f"{unknown[0]} cannot be adapted: {', '.join(ADAPTABLE_FIELDS)} can")
@@ -97,7 +97,7 @@ class AdaptableModel(PreTrainedModel):
         return model
 
     def new_like(self, config: ViTCLSConfig) -> Self:
-        """Return a model of this class with fresh weights, for another configuration."""
+        """Return a newly initialized model of this class for another configuration."""
         return type(self)(config)
 
 
@@ -109,12 +109,12 @@ def resolve_config(
     The configuration is None if no argument can require an adaptation.
     """
     config = kwargs.get("config")
-    given = [name for name in ADAPTABLE_FIELDS if name in kwargs]
-    # By model_type, not by class: transformers may execute configuration_vitcls.py twice when it comes from the Hub.
+    overrides = [name for name in ADAPTABLE_FIELDS if name in kwargs]
+    # Compare model_type, not the class: transformers may execute configuration_vitcls.py from the Hub twice.
     if getattr(config, "model_type", None) == config_class.model_type:
-        config = replace_fields(config, {name: kwargs.pop(name) for name in given})
+        config = replace_fields(config, {name: kwargs.pop(name) for name in overrides})
         return config, kwargs | {"config": config}
-    if not given:
+    if not overrides:
         return None, kwargs
     check_folder(source, config is not None or bool(kwargs.get("subfolder")))
     model_keywords = {name: kwargs.pop(name) for name in MODEL_KEYWORDS if name in kwargs}
@@ -125,8 +125,8 @@ def resolve_config(
 
 
 def read_stored_values(config_class: type[ViTCLSConfig], source: Any, kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the checkpoint's own values of `ADAPTABLE_FIELDS`; empty if it has no configuration."""
-    if source is None:  # a state dict is given instead
+    """Return the checkpoint's values of `ADAPTABLE_FIELDS`; empty if it has no configuration."""
+    if source is None:  # the caller passes a state dict instead
         return {}
     hub_keywords = {name: kwargs[name] for name in HUB_KEYWORDS if name in kwargs}
     try:
@@ -136,21 +136,21 @@ def read_stored_values(config_class: type[ViTCLSConfig], source: Any, kwargs: Ma
     return {name: stored.get(name, getattr(config_class, name)) for name in ADAPTABLE_FIELDS} if stored else {}
 
 
-def replace_fields(config: Any, values: Mapping[str, Any], unchecked: bool = False) -> Any:
-    """Return a copy of a configuration with other values, validated unless it is `unchecked`."""
+def replace_fields(config: Any, values: Mapping[str, Any], validate: bool = True) -> Any:
+    """Return a copy of a configuration with other values."""
     config = copy.deepcopy(config)
     for name, value in values.items():
         setattr(config, name, value)
-    if unchecked:
-        config._unchecked = True
-    else:
-        config.__dict__.pop("_unchecked", None)
+    if validate:
+        config.__dict__.pop("_skip_validation", None)
         config.validate()
+    else:
+        config._skip_validation = True
     return config
 
 
 def get_new_gates(config: ViTCLSConfig, changes: Mapping[str, Any], gate_new_tokens: bool) -> dict[str, int] | None:
-    """Return the new `gated_tokens`: the given value, else the remaining gates, with new tokens on request."""
+    """Return `gated_tokens` of the adapted model: `changes` or the remaining gates, with new tokens if requested."""
     counts = {field: getattr(config, field) for field in TOKEN_COUNTS.values()}
     new_counts = {field: changes.get(field, count) for field, count in counts.items()}
     remaining = get_remaining_gates(config.gated_tokens, counts, new_counts)
@@ -165,7 +165,7 @@ def get_new_gates(config: ViTCLSConfig, changes: Mapping[str, Any], gate_new_tok
 # Adapting weights ----------------------------------------------------------------------------------------------------
 @torch.no_grad()
 def load_adapted_weights(source: AdaptableModel, target: AdaptableModel) -> None:
-    """Copy the weights of `source` to `target`, adapted if the configuration differs, and log every change.
+    """Copy the weights of `source` to `target`, adapt them to its configuration, and log every change.
 
     Frozen weights stay frozen, unless they are newly initialized.
     """
@@ -186,7 +186,7 @@ def load_adapted_weights(source: AdaptableModel, target: AdaptableModel) -> None
 
 
 class Weight(NamedTuple):
-    """A weight of the new model, and what it is adapted from."""
+    """A weight of the new model, and the old weights and configurations from which it is adapted."""
 
     name: str
     fresh: Tensor  # as the new model was initialized
@@ -196,10 +196,10 @@ class Weight(NamedTuple):
     new: ViTCLSConfig
 
 
-Adapted = tuple[Tensor, str]  # the weight, and a note that describes the change, empty if there is none
+AdaptedWeight = tuple[Tensor, str]  # the weight, and a description of the change, empty if nothing changes
 
 
-def adapt_weight(weight: Weight) -> Adapted:
+def adapt_weight(weight: Weight) -> AdaptedWeight:
     """Adapt a weight by the first entry of `ADAPTERS` whose key is part of its name."""
     for part, adapt in ADAPTERS.items():
         if part in weight.name:
@@ -211,18 +211,18 @@ def adapt_weight(weight: Weight) -> Adapted:
     return weight.stored, ""
 
 
-def adapt_tokens(weight: Weight) -> Adapted:
+def adapt_tokens(weight: Weight) -> AdaptedWeight:
     """Keep the first tokens [1, n, D]; new tokens keep their initialization."""
     return copy_prefix_tokens(weight, weight.fresh.clone(), f"initialized by token_init={weight.new.token_init!r}")
 
 
-def adapt_token_positions(weight: Weight) -> Adapted:
+def adapt_token_positions(weight: Weight) -> AdaptedWeight:
     """Keep the first positions [1, n, D] of special tokens; new positions start at zero."""
     return copy_prefix_tokens(weight, torch.zeros_like(weight.fresh), "initialized to zero")
 
 
-def copy_prefix_tokens(weight: Weight, rows: Tensor, initialization: str) -> Adapted:
-    """Copy the stored rows [1, m, D] to the start of `rows` [1, n, D], as many as fit."""
+def copy_prefix_tokens(weight: Weight, rows: Tensor, initialization: str) -> AdaptedWeight:
+    """Copy the first min(m, n) stored rows [1, m, D] to the start of `rows` [1, n, D]."""
     available = 0 if weight.stored is None else weight.stored.shape[1]
     kept = min(available, rows.shape[1])
     if weight.stored is not None:
@@ -237,7 +237,7 @@ def copy_prefix_tokens(weight: Weight, rows: Tensor, initialization: str) -> Ada
     return rows, ", ".join(notes)
 
 
-def adapt_to_grid(resample: Callable[..., Tensor], weight: Weight) -> Adapted:
+def adapt_to_grid(resample: Callable[..., Tensor], weight: Weight) -> AdaptedWeight:
     """Resample a weight with one row per patch or distance, by `resample(weight, grid, new grid, configuration)`."""
     grid, new_grid, stored = weight.old.grid_size, weight.new.grid_size, weight.old_weights[weight.name]
     if grid == new_grid:
@@ -246,7 +246,7 @@ def adapt_to_grid(resample: Callable[..., Tensor], weight: Weight) -> Adapted:
     return resample(stored, grid, new_grid, weight.new), note
 
 
-def adapt_to_patch_size(resize: Callable[..., Tensor], weight: Weight) -> Adapted:
+def adapt_to_patch_size(resize: Callable[..., Tensor], weight: Weight) -> AdaptedWeight:
     """Resize a weight with one entry per pixel of a patch, by `resize(weight, patch size, new patch size)`."""
     size, new_size = weight.old.patch_height_width, weight.new.patch_height_width
     stored = weight.old_weights[weight.name]
@@ -256,7 +256,7 @@ def adapt_to_patch_size(resize: Callable[..., Tensor], weight: Weight) -> Adapte
     return resize(stored, size, new_size), note
 
 
-def adapt_distillation_head(weight: Weight) -> Adapted:
+def adapt_distillation_head(weight: Weight) -> AdaptedWeight:
     """Keep the distillation head, or copy the classifier if it has the same shape."""
     if weight.stored is not None:
         return weight.stored, ""
@@ -266,8 +266,8 @@ def adapt_distillation_head(weight: Weight) -> Adapted:
     return classifier, "initialized as a copy of the classifier"
 
 
-def adapt_gates(weight: Weight) -> Adapted:
-    """Keep gates [n] with their tokens; gates of new tokens start closed, of tokens without a gate open."""
+def adapt_gates(weight: Weight) -> AdaptedWeight:
+    """Keep gates [n] with their tokens; new gates start closed for new tokens, open for existing tokens."""
     gates = weight.fresh.clone()
     stored = () if weight.stored is None else weight.stored
     old_gates = dict(zip(list_gated_tokens(weight.old), stored, strict=True))
@@ -294,7 +294,7 @@ def list_gated_tokens(config: ViTCLSConfig) -> list[tuple[str, int]]:
 
 
 # Part of a parameter's name -> function that adapts it.
-ADAPTERS: dict[str, Callable[[Weight], Adapted]] = {
+ADAPTERS: dict[str, Callable[[Weight], AdaptedWeight]] = {
     **dict.fromkeys(("embeddings.cls_token", "embeddings.distillation_token", "embeddings.register_"), adapt_tokens),
     "position_embeddings.patches": partial(adapt_to_grid, resample_positions),
     "position_embeddings.": adapt_token_positions,
@@ -310,14 +310,14 @@ ADAPTERS: dict[str, Callable[[Weight], Adapted]] = {
 
 # Loading errors ------------------------------------------------------------------------------------------------------
 def load_checkpoint(load: Callable[..., Any], source: Any, *args: Any, **kwargs: Any) -> Any:
-    """Return `load(source, ...)`, a `from_pretrained`, with errors in one line that name the file or weight.
+    """Return the output of `load`, a `from_pretrained` method; errors are one line that names the file or weight.
 
     transformers reports mismatched weights in a table, and builds a default model if config.json is missing.
 
     Raises:
-        OSError: for a folder, config.json or weights that are missing or damaged.
-        RuntimeError: for weights that do not fit the configuration.
-        ImportError, ValueError: for an attention kernel that cannot be loaded from the Hub.
+        OSError: if the folder, config.json or the weights are missing or damaged.
+        RuntimeError: if the weights do not fit the configuration.
+        ImportError, ValueError: if an attention kernel cannot be loaded from the Hub.
     """
     config_is_elsewhere = kwargs.get("config") is not None or bool(kwargs.get("subfolder"))
     check_folder(source, config_is_elsewhere)
@@ -339,8 +339,8 @@ def load_checkpoint(load: Callable[..., Any], source: Any, *args: Any, **kwargs:
 
 
 def check_folder(source: Any, config_is_elsewhere: bool) -> None:
-    """Raise OSError for a path that is not a local checkpoint; Hub ids pass."""
-    if source is None:  # a state dict is given instead
+    """Raise OSError if a local path is not a checkpoint folder; Hub ids are not checked."""
+    if source is None:  # the caller passes a state dict instead
         return
     folder = Path(source)
     if not folder.exists():
@@ -352,7 +352,7 @@ def check_folder(source: Any, config_is_elsewhere: bool) -> None:
 
 
 def describe_mismatch(load: Callable[..., Any], source: Any, *args: Any, **kwargs: Any) -> str:
-    """Return an error message that names the weights whose shapes differ, by loading again without them."""
+    """Load the weights with matching shapes, and return an error message that names the others."""
     kwargs = {**kwargs, "ignore_mismatched_sizes": True, "output_loading_info": True}
     _, info = load(source, *args, **kwargs)
     mismatched = sorted(info["mismatched_keys"])

@@ -34,7 +34,7 @@ def finetune(model: str | Path, dataset: Any, output_dir: str | Path, **flags: A
         flags: flags of scripts/finetune.py.
 
     Returns:
-        The content of results.json.
+        The content of results.json; with `folds`, the content of folds.json.
 
     Raises:
         TypeError: for an unknown flag.
@@ -62,11 +62,13 @@ def pretrain(model: str | Path, dataset: Any, output_dir: str | Path, **flags: A
 
 def run(task_class: Any, options: Any) -> dict[str, Any]:
     """Run a task and return the content of results.json; empty for `dry_run=True`."""
-    from .training.task import dry_run, run_task
+    from .training.task import dry_run, run_folds, run_task
 
     if options.run.dry_run:
         dry_run(task_class, options)
         return {}
+    if options.data.folds is not None and options.data.fold is None:
+        return run_folds(task_class, options)
     return run_task(task_class(options))
 
 
@@ -147,7 +149,7 @@ def build_options(options_class: type[Options], excluded: tuple[str, ...] = (), 
 
     Raises:
         TypeError: for an unknown flag.
-        ValueError: for a value that is not allowed.
+        ValueError: if a value is not allowed.
     """
     known = set(get_flag_names(options_class)) - OWN_FLAGS - set(excluded)
     for name in flags:
@@ -163,7 +165,7 @@ def build_options(options_class: type[Options], excluded: tuple[str, ...] = (), 
 
 
 def get_flag_names(options_class: Any) -> list[str]:
-    """Return the names of all flags of a dataclass, including those of nested dataclasses."""
+    """Return the names of all flags of a dataclass and its nested dataclasses."""
     names = []
     for field in dataclasses.fields(options_class):
         names += get_flag_names(field.type) if dataclasses.is_dataclass(field.type) else [field.name]
@@ -182,7 +184,7 @@ def fill_options(options_class: Any, flags: dict[str, Any]) -> Any:
 
 
 def convert_value(name: str, value: Any, kind: Any) -> Any:
-    """Return a value in the type of its flag: lists become tuples, and names become paths where these are expected.
+    """Return a value in the type of its flag: lists become tuples, and strings become paths if a path is expected.
 
     Raises:
         ValueError: for a value that is not one of the choices.
@@ -193,6 +195,8 @@ def convert_value(name: str, value: Any, kind: Any) -> Any:
         raise ValueError(f"{name} is {value!r}. Set one of {', '.join(map(repr, choices))}")
     if isinstance(value, list):
         return tuple(value)
+    if isinstance(value, str) and any(get_origin(option) is tuple for option in kinds):
+        return (value,)  # one value of a flag that accepts several
     if isinstance(value, str) and Path in kinds:
         return Path(value)
     return str(value) if isinstance(value, Path) and Path not in kinds else value

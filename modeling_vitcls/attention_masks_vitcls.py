@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Attention masks and biases, for models and calls that need them; the default model has none.
+"""Attention masks and biases; the default model has none.
 
-    attention_mask of the caller      hides tokens (padding), [B, N], or a ready mask of four dimensions
-    cls_attention_mask                hides patches from single CLS tokens (`config.cls_scopes`)
-    RelativePositionBias              a learned bias by the distance between patches (`config.relative_position_bias`)
+    attention_mask of the caller      hides tokens (padding), [B, N], or a complete 4-dimensional mask
+    build_cls_attention_mask          hides patches from individual CLS tokens (`config.cls_scopes`)
+    RelativePositionBias              a learned bias per distance between patches (`config.relative_position_bias`)
     TokenGates                        a learned gate on added tokens (`config.gated_tokens`)
 
 `build_attention_mask` combines them into what an attention implementation adds to the scores before the softmax. All
@@ -32,20 +32,20 @@ def build_attention_mask(
 
     Args:
         hidden_states: [B, N, D], after the embeddings.
-        attention_mask: [B, N] over all tokens, 1 if a token may be attended to; or a ready mask of four dimensions.
+        attention_mask: [B, N] over all tokens, 1 if a token may be attended to; or a complete 4-dimensional mask.
         grid: rows and columns of patches.
 
     Returns:
         One mask for all layers, None if nothing is hidden, or a list with one mask per layer.
 
     Raises:
-        ValueError: if the mask has another shape, or the attention implementation does not accept the mask.
+        ValueError: if the mask has a different shape, or the attention implementation does not accept the mask.
     """
     check_attention_mask(attention_mask, hidden_states)
     mask = None
     if config.cls_scopes is not None:
         mask = build_cls_attention_mask(config, hidden_states, attention_mask, grid)
-    elif attention_mask is not None:  # without a mask, transformers would build one that hides nothing while tracing
+    elif attention_mask is not None:  # for None, transformers would build an all-true mask while tracing
         mask = create_bidirectional_mask(config=config, inputs_embeds=hidden_states, attention_mask=attention_mask)
     if relative_position_bias is not None:
         mask = relative_position_bias(hidden_states, mask, grid)
@@ -55,7 +55,7 @@ def build_attention_mask(
 
 
 def check_attention_mask(attention_mask: Tensor | None, hidden_states: Tensor) -> None:
-    """Raise ValueError unless a mask is [B, N] or has four dimensions."""
+    """Raise ValueError unless the mask is None, [B, N] or 4-dimensional."""
     if attention_mask is None or attention_mask.ndim == 4 or attention_mask.shape == hidden_states.shape[:2]:
         return
     raise ValueError(
@@ -93,7 +93,7 @@ def build_cls_attention_mask(
             'set attn_implementation to "sdpa", "flex_attention" or "eager"'
         )
     if attention_mask is not None and attention_mask.ndim == 4:
-        raise ValueError("cls_scopes cannot be combined with an attention_mask of 4 dimensions: pass [batch, tokens]")
+        raise ValueError("cls_scopes cannot be combined with a 4-dimensional attention_mask: pass [batch, tokens]")
     visible = build_cls_visibility(config, grid, hidden_states.device)  # [N, N]
 
     def is_visible(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
@@ -133,8 +133,8 @@ def build_cell_mask(scope: list[int], grid: tuple[int, int], device: torch.devic
 class RelativePositionBias(nn.Module):
     """A learned bias for each distance between patches, per layer or shared (BEiT, arXiv 2106.08254; Swin).
 
-    `tables` has one row of heads per (row, column) distance, then three rows for pairs with special tokens: special to
-    patch, patch to special, special to special. For other grids the distances are resampled.
+    `tables` [tables, distances + 3, heads] has one row per (row, column) distance, and three for pairs with special
+    tokens: special to patch, patch to special, special to special. For other grids, the table is resampled.
     """
 
     def __init__(self, config: ViTCLSConfig) -> None:
@@ -146,7 +146,7 @@ class RelativePositionBias(nn.Module):
         self.tables = nn.Parameter(torch.empty(num_tables, num_rows, config.num_attention_heads))
 
     def forward(self, hidden_states: Tensor, mask: Any, grid: tuple[int, int]) -> Any:
-        """Return the bias [B or 1, heads, N, N] with the mask applied; a list with one per layer if they differ."""
+        """Return the bias [B or 1, heads, N, N] with the mask applied, or a list with one bias per layer."""
         require_additive_mask(self.config, "relative_position_bias")
         index = self.get_table_index(grid, hidden_states.device)  # [N, N]
         tables = resample_bias_tables(self.tables, self.config.grid_size, grid).to(hidden_states.dtype)
@@ -154,7 +154,7 @@ class RelativePositionBias(nn.Module):
         return biases if len(biases) > 1 else biases[0]
 
     def get_table_index(self, grid: tuple[int, int], device: torch.device) -> Tensor:
-        """Return the row of the table for each pair of tokens, [N, N]."""
+        """Return the table row of each pair of tokens, [N, N]."""
         layout = self.config.token_layout
         rows, columns = grid
         y, x = torch.meshgrid(torch.arange(rows, device=device), torch.arange(columns, device=device), indexing="ij")
@@ -171,7 +171,7 @@ class RelativePositionBias(nn.Module):
 
 
 def resample_bias_tables(tables: Tensor, grid: tuple[int, int], new_grid: tuple[int, int]) -> Tensor:
-    """Resample biases by distance [tables, distances + 3, heads] to another grid; rows of special tokens stay."""
+    """Resample bias tables [tables, distances + 3, heads] to another grid; rows of special tokens are unchanged."""
     if not needs_resampling(grid, new_grid):
         return tables
     distances, new_distances = ([2 * size - 1 for size in sizes] for sizes in (grid, new_grid))
@@ -182,7 +182,7 @@ def resample_bias_tables(tables: Tensor, grid: tuple[int, int], new_grid: tuple[
 
 # Token gates ---------------------------------------------------------------------------------------------------------
 class TokenGates(nn.Module):
-    """A learned gate per added token that scales its attention weights, nearly closed at the start.
+    """A learned gate per added token that scales its attention weights, initially almost closed.
 
     Attention weights become w_j = g_j exp(s_j) / sum_i g_i exp(s_i): log(g) is added to the scores of key j. With
     g = 1e-6 the outputs of the other tokens change by less than 1e-5. The parameter `gates` is designed for optimizers
@@ -212,13 +212,13 @@ class TokenGates(nn.Module):
         return [add_mask(bias, each) for each in mask] if isinstance(mask, list) else add_mask(bias, mask)
 
     def get_gate_values(self) -> Tensor:
-        """Return g of each gated token, [n]; 1 is a token without a gate."""
+        """Return g of each gated token, [n]; with g = 1, a gate has no effect."""
         magnitude = torch.where(self.gates < 0, -self.gates, self.gates)  # unlike abs, has a gradient at 0
         return magnitude * self.SCALE + self.MIN_GATE
 
 
 def get_gated_indices(config: ViTCLSConfig) -> list[int]:
-    """Return the indices in the sequence of the gated tokens: the last ones of their groups."""
+    """Return the sequence indices of the gated tokens, the last tokens of their groups."""
     indices: list[int] = []
     for name, group in config.token_layout.items():
         num_gated = (config.gated_tokens or {}).get(name, 0)

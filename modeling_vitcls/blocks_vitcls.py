@@ -11,7 +11,7 @@ B images, N tokens, D channels. Special tokens are ordinary rows: they attend an
 `ViTCLSModel` (modeling_vitcls.py) calls the layers. Post-norm and parallel layers, differential attention, token
 merging and register neurons are in variants_vitcls.py. Module names follow the ViT of transformers.
 
-This file contains no code for speed. On CPUs, cpu_kernels_vitcls.py replaces the classes of some modules from outside.
+This file contains no performance optimizations. On CPUs, cpu_kernels_vitcls.py replaces the classes of some modules.
 """
 
 import math
@@ -35,7 +35,7 @@ NORMS: dict[str, type[nn.Module]] = {"layernorm": nn.LayerNorm, "rmsnorm": nn.RM
 
 
 def build_norm(config: ViTCLSConfig, width: int | None = None) -> nn.Module:
-    """Build the norm of `config.norm_type` over the last axis of `width` (default: `config.hidden_size`) channels."""
+    """Build the norm `config.norm_type` over `width` channels, the last axis (default: `config.hidden_size`)."""
     return NORMS[config.norm_type](width or config.hidden_size, eps=config.layer_norm_eps)
 
 
@@ -52,7 +52,7 @@ class ViTCLSPatchEmbeddings(nn.Module):
         self.norm = build_norm(config) if config.patch_norm else None
 
     def forward(self, pixel_values: Tensor) -> Tensor:
-        """Project the patches of images that `get_grid_size` accepts."""
+        """Project the patches of images [B, C, H, W]; `get_grid_size` has checked their shape."""
         patches: Tensor = self.projection(pixel_values)  # [B, D, rows, columns]
         patches = patches.flatten(2).transpose(1, 2)  # [B, rows * columns, D]
         return patches if self.norm is None else self.norm(patches)
@@ -94,7 +94,7 @@ class ViTCLSEmbeddings(nn.Module):
         """Embed images; patches where `bool_masked_pos` [B, rows * columns] is true become the mask token.
 
         Raises:
-            ValueError: for images that `ViTCLSPatchEmbeddings.get_grid_size` refuses, or a mask of another shape.
+            ValueError: if `get_grid_size` rejects the images, or the mask has a different shape than the patches.
         """
         batch_size = pixel_values.shape[0]
         grid = self.patch_embeddings.get_grid_size(pixel_values)
@@ -116,7 +116,7 @@ class ViTCLSEmbeddings(nn.Module):
         if bool_masked_pos is None:
             if self.mask_token is None or not self.training:
                 return patches
-            # An empty mask: distributed training requires every parameter to take part.
+            # A mask that masks nothing: in distributed training, every parameter requires a gradient.
             bool_masked_pos = torch.zeros(patches.shape[:2], dtype=torch.bool, device=patches.device)
         if self.mask_token is None:
             raise ValueError("bool_masked_pos requires a mask token, but the model has none: set use_mask_token=True")
@@ -137,7 +137,7 @@ class LearnedPositions(nn.Module):
         self.grid = config.grid_size
         has_cls_position = config.position_embedding_tokens in ("cls", "all")
         has_all_positions = config.position_embedding_tokens == "all"
-        self.cls = build_tokens(config.num_cls_tokens * has_cls_position, config.hidden_size)
+        self.cls = build_tokens(config.num_cls_tokens * has_cls_position, config.hidden_size)  # [1, n, D] or None
         self.distillation = build_tokens(config.num_distillation_tokens * has_all_positions, config.hidden_size)
         self.registers = build_tokens(config.num_register_tokens * has_all_positions, config.hidden_size)
         self.patches = nn.Parameter(torch.empty(1, math.prod(self.grid), config.hidden_size))
@@ -146,7 +146,7 @@ class LearnedPositions(nn.Module):
         self, special_tokens: dict[str, Tensor], patches: Tensor, grid: tuple[int, int]
     ) -> tuple[dict[str, Tensor], Tensor]:
         """Add positions to the special tokens that have them, and to the patches [B, rows * columns, D]."""
-        positions: Tensor = self.patches
+        positions: Tensor = self.patches  # [1, rows * columns, D]
         if needs_resampling(self.grid, grid):
             positions = resample_positions(positions, self.grid, grid, self.config)
         with_positions = {name: self.add_to_special(name, tokens) for name, tokens in special_tokens.items()}
@@ -182,14 +182,14 @@ class SinCosPositions(nn.Module):
 
 
 def build_position_embeddings(config: ViTCLSConfig) -> LearnedPositions | SinCosPositions | None:
-    """Build the positions that are added to tokens; None if positions are rotary only, or absent."""
+    """Build learned or sin-cos positions; None if the model has neither."""
     if config.position_embedding_type.startswith("learned"):
         return LearnedPositions(config)
     return SinCosPositions(config) if config.position_embedding_type == "sincos_2d" else None
 
 
 def build_tokens(num_tokens: int, width: int) -> nn.Parameter | None:
-    """Return a parameter [1, num_tokens, width], initialized by `_init_weights`; None for no tokens."""
+    """Return a parameter [1, num_tokens, width], initialized later by `_init_weights`; None if `num_tokens` is 0."""
     return nn.Parameter(torch.empty(1, num_tokens, width)) if num_tokens else None
 
 
@@ -224,15 +224,15 @@ class ViTCLSAttention(nn.Module):
     """Multi-head self-attention.
 
     Attributes:
-        recorder: a function that is called with the inputs and the output of the attention function in every forward
-            pass; None by default. This is the supported way to read queries, keys and values.
+        recorder: a function that every forward pass calls with the inputs and output of the attention function; None
+            by default. Set it to read queries, keys and values.
     """
 
     def __init__(self, config: ViTCLSConfig) -> None:
         super().__init__()
         self.config = config
         self.head_dim = config.head_dim
-        self.qk_head_dim = self.head_dim  # half as wide in differential attention
+        self.qk_head_dim = self.head_dim  # half of it in differential attention
         self.scaling = self.qk_head_dim**-0.5
         self.attention_dropout = config.attention_probs_dropout_prob
         self.is_causal = False
@@ -263,8 +263,8 @@ class ViTCLSAttention(nn.Module):
         Args:
             hidden_states: [B, N, D].
             attention_mask: in the form of the attention implementation (attention_masks_vitcls.py).
-            position_embeddings: cos and sin of rotary positions.
-            num_queries: n, the number of tokens to compute, all of them special; all N by default.
+            position_embeddings: (cos, sin) of rotary positions.
+            num_queries: n, compute only the first n tokens, which must be special tokens. Default: all N tokens.
         """
         query, key, value = self.project_qkv(hidden_states, num_queries)
         if position_embeddings is not None:
@@ -280,9 +280,8 @@ class ViTCLSAttention(nn.Module):
     def project_qkv(self, hidden_states: Tensor, num_queries: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Return queries [B, heads, n, head_dim], keys and values [B, heads, N, head_dim], before rotation."""
         # -1 heads: under tensor parallelism each process has some of them
-        queries = hidden_states
-        if num_queries is not None:  # cat copies the rows: for a view of them, torch.onnx fixes an example batch of 1
-            queries = torch.cat([hidden_states[:, :num_queries]], dim=1)
+        # cat copies the rows: for a view of them, torch.onnx would fix an example batch of 1
+        queries = hidden_states if num_queries is None else torch.cat([hidden_states[:, :num_queries]], dim=1)
         query = self.q_proj(queries).unflatten(-1, (-1, self.qk_head_dim))
         key = self.k_proj(hidden_states).unflatten(-1, (-1, self.qk_head_dim))  # [B, N, heads, head_dim]
         value = self.v_proj(hidden_states).unflatten(-1, (-1, self.head_dim))
@@ -385,10 +384,10 @@ class DropPath(nn.Module):
 
     def __init__(self, rate: float) -> None:
         super().__init__()
-        self.rate = rate  # a Python float: a tensor would be lost when a model is loaded on the meta device
+        self.rate = rate  # a Python float: a tensor would lose its value when a model is built on the meta device
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        """[B, N, D] -> [B, N, D]; the branches that are kept are scaled up, so that the expectation stays."""
+        """Drop the branch [B, N, D] of random images; divide the others by the keep rate to preserve the mean."""
         if not self.training:
             return hidden_states
         keep_rate = 1 - self.rate
@@ -400,7 +399,7 @@ class DropPath(nn.Module):
 
 
 class EncoderLayer(GradientCheckpointingLayer):
-    """Base class of all layers: transformers records hidden states and checkpoints activations by this class."""
+    """Base class of all layers, by which transformers finds them to record hidden states."""
 
 
 class ViTCLSLayer(EncoderLayer):
@@ -430,7 +429,7 @@ class ViTCLSLayer(EncoderLayer):
         num_tokens: int | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> Tensor:
-        """Apply attention, then the MLP, to all tokens, or to the first `num_tokens`, all of them special."""
+        """Apply attention, then the MLP, to all tokens or only to the first `num_tokens`, which are special tokens."""
         normalized = self.layernorm_before(hidden_states)
         attended, _ = self.attention(normalized, attention_mask, position_embeddings, num_tokens, **kwargs)
         hidden_states = self.add_branch(hidden_states[:, :num_tokens], self.dropout(attended), self.layer_scale1)
@@ -438,7 +437,7 @@ class ViTCLSLayer(EncoderLayer):
         return self.add_branch(hidden_states, self.dropout(transformed), self.layer_scale2)
 
     def add_branch(self, hidden_states: Tensor, branch: Tensor, layer_scale: LayerScale | None) -> Tensor:
-        """Add a residual branch [B, n, D] after layer scale and stochastic depth."""
+        """Apply layer scale and stochastic depth to a residual branch [B, n, D], then add it."""
         if layer_scale is not None:
             branch = layer_scale(branch)
         if self.drop_path is not None:
@@ -452,7 +451,7 @@ def build_mlp(config: ViTCLSConfig) -> ViTCLSMLP | ViTCLSGLU:
 
 
 def build_layer_scale(config: ViTCLSConfig) -> LayerScale | None:
-    """Build the factors of a residual branch; None unless `config.layer_scale_init_value` is set."""
+    """Build the `LayerScale` of a residual branch; None if `config.layer_scale_init_value` is None."""
     if config.layer_scale_init_value is None:
         return None
     return LayerScale(config.hidden_size, config.layer_scale_init_value)

@@ -1,13 +1,13 @@
-"""Checkpoints on disk: folders of tensors and metadata, which are written completely or not at all.
+"""Checkpoints on disk: folders of tensors and metadata, written completely or not at all.
 
     checkpoints/
       step-00000120/           model.safetensors, optimizer.safetensors, ...: named tensors
                                state.json: step, metadata, the SHA-256 of each file, and its own
       step-00000240/
-      .step-00000360.partial/  left by a killed save or removal; the next save removes it
+      .step-00000360.partial/  left behind if a save or removal was killed; removed by the next save
 
-A checkpoint is written to a hidden folder, synchronized to the disk and then renamed. A process that is killed at any
-moment therefore leaves the previous checkpoint. Only safetensors and JSON are read: nothing is unpickled or executed.
+A checkpoint is written to a hidden folder, synchronized to the disk and then renamed. So the previous checkpoint
+survives if the process is killed at any time. Only safetensors and JSON are read: nothing is unpickled or executed.
 training/distributed_state.py collects the tensors from the processes.
 """
 
@@ -36,7 +36,7 @@ Tensors = dict[str, torch.Tensor]
 STATE_FILE = "state.json"
 COMPLETE = re.compile(r"step-(\d{8,})")
 PARTIAL, REPLACED = ".partial", ".replaced"  # suffixes of hidden folders: incomplete; complete, but being replaced
-WRITE_ERRORS = (OSError, SafetensorError)  # safetensors wraps the system's errors in its own error
+WRITE_ERRORS = (OSError, SafetensorError)  # safetensors wraps OSErrors in its own error type
 
 
 class DamagedCheckpoint(ValueError):
@@ -67,7 +67,7 @@ class CheckpointStore:
     """Checkpoints of one run. Only the main process writes and reads them."""
 
     def __init__(self, folder: Path, keep: int) -> None:
-        """Store the folder, and the number of newest checkpoints to keep in addition to the best one."""
+        """Set the folder, and the number of newest checkpoints to keep in addition to the best checkpoint."""
         self.folder = folder
         self.keep = keep
 
@@ -76,7 +76,7 @@ class CheckpointStore:
 
         Args:
             tensors: file name without its suffix -> named tensors, on any device.
-            facts: metadata in JSON types. Floats are restored to the bit, tuples become lists.
+            facts: metadata in JSON types. Floats are restored exactly, tuples become lists.
             is_best: whether the model is the best so far; the newest such checkpoint is always kept.
 
         Raises:
@@ -100,7 +100,7 @@ class CheckpointStore:
         """Return the newest undamaged checkpoint, or None if there are no checkpoints.
 
         Args:
-            warn: prints a warning about a damaged checkpoint.
+            warn: function that prints a warning about a damaged checkpoint.
 
         Raises:
             ValueError: if all checkpoints are damaged.
@@ -151,7 +151,7 @@ class CheckpointStore:
         return self.folder / f"step-{step:08d}"
 
     def prune(self, step: int) -> None:
-        """Keep the newest checkpoints and the best one up to `step`. Later checkpoints are from before a resume."""
+        """Keep the newest checkpoints and the best one up to `step`. Later checkpoints were saved before a resume."""
         steps = self.steps()
         past = [other for other in steps if other <= step]
         best = [other for other in past if was_best(self.path(other))]
@@ -161,7 +161,7 @@ class CheckpointStore:
                 remove(self.path(other))
 
     def remove_leftovers(self) -> None:
-        """Remove or restore the hidden folders of a killed save."""
+        """Remove or restore the hidden folders of an interrupted save."""
         for replaced in self.folder.glob(f".step-*{REPLACED}"):
             target = self.folder / replaced.name.removeprefix(".").removesuffix(REPLACED)
             if target.exists():
@@ -206,8 +206,7 @@ def save_for_all(
 def newest_for_all(
     store: CheckpointStore, accelerator: Accelerator, warn: Callable[[str], None]
 ) -> tuple[Checkpoint | None, dict[str, Any] | None]:
-    """Return the newest checkpoint on the main process (None on the others), and its metadata on all processes (None
-    if there are no checkpoints)."""
+    """Return the newest checkpoint on the main process, and its metadata on all; None without checkpoints."""
     newest: list[Checkpoint | None] = [None]
 
     def read() -> dict[str, Any] | None:
@@ -311,18 +310,18 @@ def move_into_place(partial: Path, target: Path) -> None:
 
 
 def remove(checkpoint: Path) -> None:
-    """Remove a checkpoint. It is hidden first, so that a killed removal does not leave a damaged checkpoint."""
+    """Remove a checkpoint. It is hidden first, so that an interrupted removal does not leave a damaged checkpoint."""
     leftover = checkpoint.rename(get_hidden_path(checkpoint, PARTIAL))
     shutil.rmtree(leftover, ignore_errors=True)
 
 
 def get_hidden_path(folder: Path, suffix: str) -> Path:
-    """Return the path of a folder while it is not a checkpoint."""
+    """Return the path of a folder that is not, or no longer, a checkpoint."""
     return folder.with_name(f".{folder.name}{suffix}")
 
 
 def sync_to_disk(path: Path) -> None:
-    """Wait until a file, or the list of files in a folder, is on the disk (fsync)."""
+    """Write a file, or the list of files in a folder, to the disk (fsync)."""
     if path.is_dir() and os.name == "nt":  # Windows cannot open folders
         return
     descriptor = os.open(path, os.O_RDONLY if os.name != "nt" else os.O_RDWR)

@@ -23,12 +23,12 @@ from .files import is_closed_pipe
 
 
 SHELLS = ("bash", "zsh", "tcsh")
-LIBRARIES = ("tyro", "yaml")  # of the extra `scripts`
+LIBRARIES = ("tyro", "yaml")  # libraries of the extra `scripts`
 
 
 @dataclass(frozen=True)
 class Command:
-    """A subcommand: its line in `vitcls --help`, its module in commands/, and whether it reads recipes (--config)."""
+    """A subcommand: its line in `vitcls --help`, its module in commands/, and whether it supports --config."""
 
     summary: str
     module: str
@@ -45,11 +45,11 @@ COMMANDS = {
     "push": Command("Push a model to the Hub and verify the pushed commit", "push"),
     "export": Command("Export a model to torch.export, ONNX or OpenVINO", "export"),
     "benchmark": Command("Compare speed and memory with transformers and timm", "benchmark"),
-    "study": Command("Measure what a choice is worth: a grid of runs over factors and seeds", "study"),
+    "study": Command("Measure the effect of choices: a grid of runs over factors and seeds", "study"),
     "demo": Command("Show the predictions and attention of a model in a browser", "demo"),
-    "space": Command("Publish that page as a Space on the Hub", "space"),
+    "space": Command("Publish the demo as a Space on the Hub", "space"),
 }
-OTHERS = {
+OTHER_COMMANDS = {
     "env": "Print versions, devices and CPU kernels, for bug reports",
     "completion": f"Print a completion script for a shell: {', '.join(SHELLS)}",
 }
@@ -138,7 +138,7 @@ def format_description(module: ModuleType) -> str:
 def format_help() -> str:
     """Return the text of `vitcls --help`."""
     width = max(20, shutil.get_terminal_size().columns)
-    summaries = {name: command.summary for name, command in COMMANDS.items()} | OTHERS
+    summaries = {name: command.summary for name, command in COMMANDS.items()} | OTHER_COMMANDS
     indent = max(map(len, summaries)) + 4
     lines = [
         textwrap.fill(f"  {name:<{indent - 2}}{summary}", width, subsequent_indent=" " * indent)
@@ -149,7 +149,7 @@ def format_help() -> str:
 
 def exit_on_wrong_command(name: str) -> NoReturn:
     """Exit with status 2 and one line about a wrong subcommand."""
-    known = [*COMMANDS, *OTHERS]
+    known = [*COMMANDS, *OTHER_COMMANDS]
     if name == "completion":
         message = f"error: vitcls completion requires the name of a shell: {', '.join(SHELLS)}"
     elif name == "env":

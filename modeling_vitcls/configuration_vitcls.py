@@ -5,7 +5,7 @@ The token order is the same in the whole package:
 
     [ CLS x k | distillation x d | register x r | patches ]
 
-`config.token_layout` gives these groups as slices; no other code counts tokens. The fields and their checks have two
+`config.token_layout` has a slice for each group; no other code counts tokens. The fields and their checks have two
 tiers: what you choose, and what other projects' checkpoints need. All checks of a configuration are in this file, so
 that a model that can be constructed can also run. This file builds no modules.
 """
@@ -73,7 +73,7 @@ TOKEN_COUNTS = {"cls": "num_cls_tokens", "distillation": "num_distillation_token
 TOKEN_FIELDS = (*TOKEN_COUNTS.values(), "cls_scopes", "gated_tokens", "register_neurons")
 ADAPTABLE_FIELDS = ("image_size", "patch_size", *TOKEN_FIELDS)
 
-# Field -> smallest and largest value. The largest values only exclude mistakes that would exhaust the memory.
+# Field -> smallest and largest value. The upper limits only reject typing errors that would exhaust the memory.
 SIZE_LIMITS: dict[str, tuple[int, int]] = {
     **dict.fromkeys(TOKEN_COUNTS.values(), (0, 100_000)),
     "num_channels": (1, 100_000),
@@ -83,11 +83,10 @@ SIZE_LIMITS: dict[str, tuple[int, int]] = {
     **dict.fromkeys(("attention_head_size", "attention_pool_heads"), (1, 1_000_000)),
     "attention_pool_intermediate_size": (1, 1_000_000),
 }
-# Fields that config.json contains even at their defaults, unless they are None.
-SAVED_FIELDS = {"image_size", "patch_size", "pooling", *SIZE_LIMITS}
+SAVED_FIELDS = {"image_size", "patch_size", "pooling", *SIZE_LIMITS}  # in config.json even at their defaults
 MAX_LABELS = 1_000_000  # maximum number of labels of one classifier
 
-# Field -> values that `merged_patches_per_layer` supports; others need single positions, or several sets of keys.
+# Field -> values that `merged_patches_per_layer` supports. Other values treat single patches differently in attention.
 MERGING_REQUIREMENTS: dict[str, tuple[Any, ...]] = {
     "position_embedding_type": ("learned", "sincos_2d", "none"),
     "relative_position_bias": ("none",),
@@ -111,7 +110,7 @@ class TokenLayout:
 
     @classmethod
     def from_counts(cls, num_cls: int, num_distillation: int, num_registers: int) -> "TokenLayout":
-        """Build the layout of a sequence from its numbers of CLS, distillation and register tokens."""
+        """Build the layout from the numbers of CLS, distillation and register tokens."""
         after_distillation = num_cls + num_distillation
         num_prefix_tokens = after_distillation + num_registers
         return cls(
@@ -133,7 +132,7 @@ class TokenLayout:
 
 @contextmanager
 def raise_one_line_errors() -> Iterator[None]:
-    """Raise a `ValueError` with a message of one line in place of the multi-line errors of `strict`."""
+    """Raise a `ValueError` with a one-line message instead of the multi-line errors of `strict`."""
     try:
         yield
     except (StrictDataclassError, TypeError) as error:
@@ -150,7 +149,7 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
 
     Tokens:
         num_cls_tokens (`int`, defaults to 1): Number of CLS tokens, at the start of the sequence. With 0, the model
-            has no CLS token. Several CLS tokens serve several tasks (`tasks`) or parts of the image (`cls_scopes`).
+            has no CLS token. Several CLS tokens can represent tasks (`tasks`) or regions of the image (`cls_scopes`).
         num_distillation_tokens (`int`, defaults to 0): Number of tokens that learn from a teacher (DeiT, 2012.12877).
         num_register_tokens (`int`, defaults to 0): Number of tokens without a task, in which the model can keep global
             information that it would otherwise store in patches (Darcet et al. 2023, arXiv 2309.16588).
@@ -159,13 +158,13 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
         token_init (`"trunc_normal"`, `"near_zero"` or `"zeros"`, defaults to `"trunc_normal"`): Initial values of the
             special tokens: normal with `initializer_range` (DeiT, DINOv2), normal with 1e-6 (timm), or zero (the
             original ViT). Zero raises an error if two tokens would remain identical during training.
-        cls_scopes (`list`, *optional*): Part of the image that each CLS token can attend to, one entry per CLS token:
+        cls_scopes (`list`, *optional*): Region of the image that each CLS token can attend to, one entry per token:
             `"image"`, or `[rows, columns, row, column]` for one cell of a rows x columns grid over the image. Every
             token can attend to all special tokens. Default: the whole image for each CLS token.
-        gated_tokens (`dict[str, int]`, *optional*): Group -> number of its last tokens that act on the other tokens
-            through a learned gate (`TokenGates`). Set by `model.adapt(gate_new_tokens=True)`.
+        gated_tokens (`dict[str, int]`, *optional*): Group -> number of its last tokens whose influence on the other
+            tokens is scaled by a learned gate (`TokenGates`). Set by `model.adapt(gate_new_tokens=True)`.
         register_neurons (`list[[layer, neuron]]`, *optional*): MLP neurons whose activations move to the last register
-            (Jiang et al. 2025, arXiv 2506.08010). Found by `find_register_neurons`.
+            (Jiang et al. 2025, arXiv 2506.08010). `find_register_neurons` finds them.
         tasks (`dict[str, int | list[str]]`, *optional*): For `ViTCLSForMultiTaskClassification`: task name -> number
             of labels or label names. The tasks are sorted by name, and task i reads CLS token i.
 
@@ -179,7 +178,7 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
         head_hidden_size (`int`, *optional*): Hidden size of the MLP head. Default: `hidden_size`.
         distillation_head (`bool`, *optional*): Whether the distillation token has a classifier. Default: `True`.
         distillation_inference (`"mean"`, `"cls"` or `"distillation"`, defaults to `"mean"`): Which logits are returned
-            in inference if there are two heads (DeiT, section 5.2: their mean).
+            in inference by a model with two heads (DeiT, section 5.2: their mean).
 
     Image and patches:
         image_size (`int` or `[height, width]`, defaults to 224): Image size in pixels, a multiple of the patch size.
@@ -204,7 +203,7 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
             branch (CaiT, arXiv 2103.17239). Default: no scale.
         initializer_range (`float`, defaults to 0.02): Standard deviation of the initial weights.
         merged_patches_per_layer (`int`, defaults to 0): Number of patches that each layer removes by merging similar
-            patches, at most half of them (ToMe, arXiv 2210.09461). Faster and inexact, requires no training.
+            patches, at most half of them (ToMe, arXiv 2210.09461). Faster but inexact; requires no training.
 
     Regularization:
         hidden_dropout_prob, attention_probs_dropout_prob (`float`, defaults to 0): Dropout of residual branches and
@@ -276,8 +275,8 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
     """
 
     model_type = "vitcls"
-    # Whether validation is skipped. True only in the copy that loads a checkpoint whose tokens are adapted afterwards.
-    _unchecked: ClassVar[bool] = False
+    # Whether to skip validation. True only in the copy that loads a checkpoint whose tokens are adapted afterwards.
+    _skip_validation: ClassVar[bool] = False
     # outputs that Trainer does not collect as predictions
     keys_to_ignore_at_inference: ClassVar[list[str]] = (
         "cls_logits distillation_logits losses hidden_states attentions".split()
@@ -374,7 +373,7 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         self._reject_unknown_keywords(kwargs)
-        self.validate_sizes()  # before lists of these lengths are built
+        self.validate_sizes()  # before lists of these sizes are built
         self.auto_map = kwargs.pop("auto_map", None) or self.build_auto_map()
         # AutoModelForImageClassification selects one of two classes by `architectures`, and cannot read None.
         self.architectures = self.architectures or []
@@ -408,7 +407,7 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """Build from a stored dict. Overrides are applied before construction, so that contradictions raise."""
+        """Build from a stored dict. Overrides are applied before validation, so that contradictions raise an error."""
         own_fields = {field.name for field in dataclasses.fields(cls)} - {"dtype"}
         overrides = {key: kwargs.pop(key) for key in list(kwargs) if key in own_fields}
         for name in kwargs:
@@ -433,7 +432,7 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
         return built
 
     def save_pretrained(self, save_directory: Any, push_to_hub: bool = False, **kwargs: Any) -> None:
-        """Save like every transformers configuration. `auto_map` refers to the code in the same folder."""
+        """Save as in transformers. `auto_map` refers to the code in the same folder."""
         self.auto_map = self.build_auto_map()
         super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
 
@@ -445,7 +444,7 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
         return {name: value for name, value in values.items() if name not in defaults or value != defaults[name]}
 
     def build_auto_map(self) -> dict[str, str]:
-        """Build the map from Auto class to file and class. A multi-task checkpoint has its own classifier."""
+        """Build the map from Auto class to file and class. Multi-task checkpoints have their own class."""
         if self.tasks is None:
             return dict(AUTO_MAP)
         return AUTO_MAP | {"AutoModelForImageClassification": "modeling_vitcls.ViTCLSForMultiTaskClassification"}
@@ -488,7 +487,7 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
     # Derived values --------------------------------------------------------------------------------------------------
     @property
     def token_layout(self) -> TokenLayout:
-        """Return the slice of each token group; no other code counts tokens."""
+        """Return the slices of the token groups in the sequence."""
         return TokenLayout.from_counts(*self.token_counts)
 
     @property
@@ -586,7 +585,7 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
                 )
 
     def validate_scopes(self) -> None:
-        """Check that each CLS token has one well-formed scope."""
+        """Check that each CLS token has one valid scope."""
         scopes, (grid_rows, grid_columns) = self.cls_scopes, self.grid_size
         if scopes is not None and len(scopes) != self.num_cls_tokens:
             raise ValueError(
@@ -677,7 +676,7 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
             )
 
     def validate_problem_type(self) -> None:
-        """Check that a loss exists for the type of labels."""
+        """Check that a loss exists for `problem_type`."""
         if self.problem_type not in PROBLEM_TYPES:
             raise ValueError(f"Unknown problem_type {self.problem_type!r}. Use {', '.join(PROBLEM_TYPES[1:])}.")
 
@@ -711,7 +710,7 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
                 )
 
     def validate_attention(self) -> None:
-        """Check that heads divide the hidden size, and that their size suits positions and attention type."""
+        """Check that heads divide the hidden size, and that positions and attention type support their size."""
         if self.attention_head_size is None and self.hidden_size % self.num_attention_heads:
             divisors = [n for n in range(1, self.hidden_size + 1) if self.hidden_size % n == 0]
             nearest = sorted(divisors, key=lambda n: abs(n - self.num_attention_heads))[:2]
@@ -753,7 +752,7 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
                 )
 
     def validate_numbers(self) -> None:
-        """Check that rates are in [0, 1), and that constants are finite, and positive if they must be."""
+        """Check that rates are in [0, 1), and that constants are finite and, where required, positive."""
         for name in ("hidden_dropout_prob", "attention_probs_dropout_prob", "drop_path_rate", "patch_drop_rate"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be at least 0 and below 1, but it is {getattr(self, name)}.")
@@ -798,9 +797,9 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
 def get_remaining_gates(
     gated_tokens: dict[str, int] | None, counts: Mapping[str, int], new_counts: Mapping[str, int]
 ) -> dict[str, int] | None:
-    """Return `gated_tokens` after the numbers of tokens (by the fields in `TOKEN_COUNTS`) change.
+    """Return `gated_tokens` after the token counts (by the fields in `TOKEN_COUNTS`) change from `counts`.
 
-    A gate stays with its token. Gated tokens are the last of their group, so tokens added after them are gated too.
+    A gate stays with its token. Gated tokens are the last of their group, so tokens added after them are also gated.
     """
     remaining = {}
     for group, field in TOKEN_COUNTS.items():
@@ -811,7 +810,7 @@ def get_remaining_gates(
 
 
 def to_pair(value: int | Sequence[int]) -> tuple[int, int]:
-    """Return one number for both axes, or [height, width], as a pair."""
+    """Return a size, one number for both axes or [height, width], as a pair."""
     return (value, value) if isinstance(value, int) else (value[0], value[1])
 
 

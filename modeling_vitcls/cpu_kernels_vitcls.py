@@ -1,20 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Faster modules for CPUs, installed from outside: the outputs agree with plain PyTorch within rounding.
+"""Faster modules for CPUs, which replace plain modules. The outputs agree with plain PyTorch up to rounding.
 
     install_cpu_kernels(model)      called by every model's constructor; replaces the classes of some modules
     uninstall_cpu_kernels(model)    restores the plain classes
     VITCLS_CPU_KERNELS=0            environment variable: nothing is installed
     torch.backends.mkldnn.flags(enabled=False)    plain PyTorch while the context is active
 
-    nn.Linear             -> CPULinear             oneDNN in place of MKL in float32, on CPUs with AVX-512
+    nn.Linear             -> CPULinear             oneDNN instead of MKL in float32, on CPUs with AVX-512
     nn.Conv2d (patches)   -> CPUPatchProjection    one matrix product in bfloat16
     ViTCLSMLP, ViTCLSGLU  -> CPUMLP, CPUGLU        linear + GELU fused; the backward pass recomputes activations
     attention classes     -> CPUAttention, ...     chunked attention in bfloat16, for short sequences
 
 On CPUs without bfloat16 or float16 instructions, products in half precision are computed in float32 and rounded. The
-subclasses have no state: parameters, state dicts, `isinstance` checks, copying and pickling are those of the plain
+subclasses have no state: parameters, state dicts, `isinstance` checks, copying and pickling work as in the plain
 modules. Plain PyTorch runs on other devices, in exported and traced programs, under torch.func and autocast (oneDNN),
-with hooks, and with quantized, sharded or parametrized weights. A missing private name of PyTorch disables everything.
+with hooks, and with quantized, sharded or parametrized weights, and if PyTorch lacks a private name.
 """
 
 import os
@@ -32,7 +32,7 @@ from .blocks_vitcls import ViTCLSAttention, ViTCLSGLU, ViTCLSMLP
 from .variants_vitcls import MergingAttention, ViTCLSDifferentialAttention
 
 
-# Private names of PyTorch: here and nowhere else in the shipped files. If one is missing, no kernel is installed.
+# Private names of PyTorch, used nowhere else in the shipped files. If a name is missing, no kernel is installed.
 try:
     from torch._C import _functorch
     from torch._C import _len_torch_dispatch_stack as count_dispatch_modes
@@ -49,12 +49,12 @@ try:
     HAS_BFLOAT16_PRODUCTS = torch.cpu._is_avx512_bf16_supported()
 
     def is_transformed() -> bool:
-        """Return whether torch.func or forward-mode differentiation is active, which oneDNN's operators lack."""
+        """Return whether torch.func or forward-mode AD is active, which oneDNN's operators do not support."""
         return peek_functorch_stack() is not None or forward_ad._current_level >= 0
 
     def is_exporting() -> bool:
-        """Return whether operators become a program that may run on another machine."""
-        # torch.compiler.is_exporting() is also true while compiling before torch 2.14
+        """Return whether operators are exported to a program that may run on another machine."""
+        # before torch 2.14, torch.compiler.is_exporting() is also true while compiling
         return torch.compiler._is_exporting_flag or torch.jit.is_tracing()
 
     is_transformed(), is_exporting()
@@ -65,12 +65,12 @@ except (ImportError, AttributeError):
 
 # Installing ----------------------------------------------------------------------------------------------------------
 def install_cpu_kernels(model: nn.Module) -> None:
-    """Replace the plain classes of modules by their subclasses in `KERNEL_CLASSES`, in place, if `can_install()`."""
+    """Replace the classes of modules with their subclasses in `KERNEL_CLASSES`, in place, if `can_install()`."""
     if not can_install():
         return
     for module in model.modules():
         if isinstance(module, nn.Conv2d) and (module.stride != module.kernel_size or module.padding != (0, 0)):
-            continue  # not a projection of patches
+            continue  # not a patch projection
         module.__class__ = KERNEL_CLASSES.get(type(module), type(module))
 
 
@@ -87,16 +87,16 @@ def uninstall_cpu_kernels(model: nn.Module) -> None:
 
 
 class CPUKernel(nn.Module):
-    """Base class of the subclasses that are installed."""
+    """Base class of all kernels."""
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Restore a copied or pickled module; without kernels if they cannot be installed here."""
+        """Restore a copied or pickled module, as a plain module if kernels cannot be installed."""
         super().__setstate__(state)
         if not can_install():
             uninstall_cpu_kernels(self)
 
     def extra_repr(self) -> str:
-        """Return the module's own description, with the kernels, for `print(model)`."""
+        """Return the description of the plain module, with `cpu_kernels=True`, for `print(model)`."""
         return ", ".join(filter(None, (super().extra_repr(), "cpu_kernels=True")))
 
 
@@ -105,7 +105,7 @@ class CPULinear(CPUKernel, nn.Linear):
     """nn.Linear, [..., in] -> [..., out]."""
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """Apply weight and bias."""
+        """Return `inputs @ weight.T + bias`."""
         if can_use_onednn(self, inputs):
             parameters = self._parameters  # reading them as attributes takes ten times as long
             linear: Callable[..., Tensor] = onednn_linear_autograd if torch.is_grad_enabled() else onednn_linear
@@ -135,10 +135,10 @@ class CPUPatchProjection(CPUKernel, nn.Conv2d):
 
 
 class CPUMLP(CPUKernel, ViTCLSMLP):
-    """ViTCLSMLP with a fused GELU; the backward pass keeps the input of the activation, not its output."""
+    """ViTCLSMLP with a fused GELU; autograd keeps the input of the activation, not its output."""
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        """[B, N, D] -> [B, N, D]."""
+        """Apply the MLP, [B, N, D] -> [B, N, D]."""
         if not torch.is_grad_enabled():
             return super().forward(hidden_states)
         expanded = self.fc1(hidden_states)  # [B, N, intermediate]
@@ -152,46 +152,46 @@ class CPUMLP(CPUKernel, ViTCLSMLP):
         return linear_gelu(self.fc1, self.activation_fn, hidden_states)
 
     def activate_and_project(self, expanded: Tensor) -> Tensor:
-        """[B, N, intermediate] -> [B, N, D]."""
+        """Apply the activation and the second linear layer, [B, N, intermediate] -> [B, N, D]."""
         return self.project(self.activation_fn(expanded))
 
 
 class CPUGLU(CPUKernel, ViTCLSGLU):
-    """ViTCLSGLU whose backward pass keeps both linear outputs, not their product."""
+    """ViTCLSGLU; autograd keeps both linear outputs, not their product."""
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        """[B, N, D] -> [B, N, D]."""
+        """Apply the MLP, [B, N, D] -> [B, N, D]."""
         hidden_states = cast_for_autocast(hidden_states)
         gate, expanded = self.gate_proj(hidden_states), self.up_proj(hidden_states)
         return recompute_in_backward(self, self.activate_and_project, gate, expanded)
 
     def activate_and_project(self, gate: Tensor, expanded: Tensor) -> Tensor:
-        """Two of [B, N, intermediate] -> [B, N, D]."""
+        """Apply the gate and the last linear layer to two tensors [B, N, intermediate]; return [B, N, D]."""
         return self.project(self.activation_fn(gate) * expanded)
 
 
 class CPUAttentionKernel(CPUKernel, ViTCLSAttention):
-    """Methods common to all attention classes below."""
+    """Base class of the attention kernels."""
 
     def project_qkv(self, hidden_states: Tensor, num_queries: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """As `ViTCLSAttention.project_qkv`; under autocast the three projections keep one copy of their input."""
+        """Project as `ViTCLSAttention` does; under autocast, the three projections share one cast input."""
         return super().project_qkv(cast_for_autocast(hidden_states), num_queries)
 
     def get_attention_function(self) -> Callable[..., tuple[Tensor, Tensor | None]]:
-        """Return our function for "sdpa"; other implementations as in `ViTCLSAttention`."""
+        """Return `sdpa_attention` for "sdpa", and the function of `ViTCLSAttention` for other implementations."""
         return sdpa_attention if self.config._attn_implementation == "sdpa" else super().get_attention_function()
 
 
 class CPUAttention(CPUAttentionKernel):
-    """ViTCLSAttention."""
+    """Kernel of `ViTCLSAttention`."""
 
 
 class CPUDifferentialAttention(CPUAttentionKernel, ViTCLSDifferentialAttention):
-    """ViTCLSDifferentialAttention."""
+    """Kernel of `ViTCLSDifferentialAttention`."""
 
 
 class CPUMergingAttention(CPUAttentionKernel, MergingAttention):
-    """MergingAttention."""
+    """Kernel of `MergingAttention`."""
 
 
 KERNEL_CLASSES: dict[type[nn.Module], type[nn.Module]] = {
@@ -207,9 +207,9 @@ KERNEL_CLASSES: dict[type[nn.Module], type[nn.Module]] = {
 
 # Conditions ----------------------------------------------------------------------------------------------------------
 def can_use_onednn(linear: nn.Linear | nn.Conv2d, inputs: Tensor) -> bool:
-    """Return whether oneDNN is faster, for plain CPU tensors, and no mode records, counts or transforms operators."""
+    """Return whether oneDNN is faster for these plain CPU tensors, and no mode records or transforms operators."""
     min_work = MIN_WORK.get((inputs.dtype, torch.is_grad_enabled()))
-    if min_work is None or not inputs.is_cpu or is_recorded() or not has_plain_parameters(linear):
+    if min_work is None or not inputs.is_cpu or is_capturing_graph() or not has_plain_parameters(linear):
         return False
     weight: Tensor = linear._parameters["weight"]  # type: ignore[assignment]
     return (
@@ -227,7 +227,7 @@ def can_fuse_gelu(linear: nn.Module, activation: Any) -> bool:
 
 
 def is_onednn_enabled() -> bool:
-    """Return the switch `torch.backends.mkldnn.flags(enabled=...)`, which turns off all kernels of this file."""
+    """Return whether `torch.backends.mkldnn.flags(enabled=...)` enables the kernels of this file."""
     return bool(torch.backends.mkldnn.enabled)
 
 
@@ -243,8 +243,8 @@ def has_hooks(module: nn.Module) -> bool:
     return any(hooks) or "forward" in module.__dict__
 
 
-def is_recorded() -> bool:
-    """Return whether operators become a program, which may run elsewhere."""
+def is_capturing_graph() -> bool:
+    """Return whether operators are compiled or traced."""
     return torch.compiler.is_compiling() or torch.jit.is_tracing()
 
 
@@ -255,7 +255,7 @@ def onednn_linear(inputs: Tensor, weight: Tensor | None, bias: Tensor | None, ac
 
 
 def onednn_linear_autograd(inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Return `inputs @ weight.T + bias` with gradients; by PyTorch's own linear if operators are transformed."""
+    """Return `inputs @ weight.T + bias` with gradients, computed by PyTorch if torch.func is active."""
     if is_transformed():
         return nn.functional.linear(inputs, weight, bias)
     if torch.is_grad_enabled():  # not in `KernelLinear.forward`
@@ -264,14 +264,14 @@ def onednn_linear_autograd(inputs: Tensor, weight: Tensor, bias: Tensor | None) 
 
 
 def linear_gelu(linear: nn.Module, activation: Callable[[Tensor], Tensor], inputs: Tensor) -> Tensor:
-    """Return `activation(linear(inputs))`, [..., in] -> [..., out]; fused, or in place, if there are no gradients."""
-    if torch.is_grad_enabled() or not can_fuse_gelu(linear, activation) or is_recorded():
+    """Return `activation(linear(inputs))`, [..., in] -> [..., out]; without gradients, fused or in place."""
+    if torch.is_grad_enabled() or not can_fuse_gelu(linear, activation) or is_capturing_graph():
         return activation(linear(inputs))
     if can_use_onednn(linear, inputs):  # type: ignore[arg-type]  # can_fuse_gelu has checked the type
         return onednn_linear(inputs, linear.weight, linear.bias, "gelu")  # type: ignore[arg-type]
     if not is_onednn_enabled():
         return activation(linear(inputs))
-    return torch.ops.aten.gelu_(linear(inputs))  # in place: allocating memory takes longer than the function
+    return torch.ops.aten.gelu_(linear(inputs))  # in place: allocating memory takes longer than GELU
 
 
 def compute_linear_gradients(
@@ -282,24 +282,25 @@ def compute_linear_gradients(
     weight: Tensor,
     bias: Tensor | None,
 ) -> tuple[Tensor | None, ...]:
-    """Return the gradients of inputs [..., in], weight [out, in] and bias [out], from the output's [..., out].
+    """Return the gradients of the inputs [..., in], weight [out, in] and bias [out] of a linear layer.
 
     Args:
-        linear: computes a linear layer, `linear(inputs, weight, bias)`.
+        linear: function that computes a linear layer, `linear(inputs, weight, bias)`.
         needs_grad: which of the three gradients to compute; the others are None.
+        grad: gradient of the output, [..., out].
     """
-    grads, rows = grad.reshape(-1, grad.shape[-1]), inputs.reshape(-1, inputs.shape[-1])  # [rows, out], [rows, in]
+    grad_rows, rows = grad.reshape(-1, grad.shape[-1]), inputs.reshape(-1, inputs.shape[-1])  # [n, out], [n, in]
     input_grad = linear(grad, weight.t(), None) if needs_grad[0] else None
     weight_grad = None
-    if needs_grad[1] and len(weight) <= weight.shape[1]:  # oneDNN is faster with the longer side as its weight
-        weight_grad = linear(grads.t(), rows.t(), None)
+    if needs_grad[1] and len(weight) <= weight.shape[1]:  # oneDNN is faster if its weight argument is the longer one
+        weight_grad = linear(grad_rows.t(), rows.t(), None)
     elif needs_grad[1]:
-        weight_grad = linear(rows.t(), grads.t(), None).t()
-    return input_grad, weight_grad, grads.sum(0) if bias is not None and needs_grad[2] else None
+        weight_grad = linear(rows.t(), grad_rows.t(), None).t()
+    return input_grad, weight_grad, grad_rows.sum(0) if bias is not None and needs_grad[2] else None
 
 
 class KernelLinear(torch.autograd.Function):
-    """A linear layer that `linear(inputs, weight, bias)` computes, also in the backward passes of any order."""
+    """A linear layer computed by `linear(inputs, weight, bias)` in the forward pass and all backward passes."""
 
     generate_vmap_rule = True
 
@@ -319,7 +320,7 @@ class KernelLinear(torch.autograd.Function):
 
 
 class OneDNNGELULinear(torch.autograd.Function):
-    """`onednn_linear(gelu(inputs), weight, bias)`; the backward pass recomputes the GELU output."""
+    """GELU, then a linear layer with oneDNN; the backward pass recomputes the GELU output."""
 
     @staticmethod
     def forward(inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -351,11 +352,11 @@ def is_onednn_correct() -> bool:
     try:
         with torch.no_grad():
             return torch.allclose(onednn_linear(inputs, weight, None), inputs @ weight.T, atol=1e-5)
-    except Exception:  # operators of an unknown processor or build may fail in any way
+    except Exception:  # on an untested processor or build, operators may fail in any way
         return False
 
 
-# Minimum number of multiplications from which oneDNN is faster, by dtype and whether gradients are enabled.
+# (dtype, whether gradients are enabled) -> minimum number of multiplications for which oneDNN is faster.
 MIN_WORK: dict[tuple[torch.dtype, bool], int] = {}
 HAS_ONEDNN = HAS_PRIVATE_NAMES and torch.backends.mkldnn.is_available() and onednn_pointwise is not None
 if HAS_ONEDNN and torch.backends.cpu.get_cpu_capability().startswith("AVX512") and is_onednn_correct():
@@ -375,7 +376,7 @@ if HAS_PRIVATE_NAMES and torch.backends.cpu.get_cpu_capability().startswith("AVX
 
 
 def is_emulated(inputs: Tensor) -> bool:
-    """Return whether PyTorch would multiply `inputs` in a dtype for which this CPU has no instructions."""
+    """Return whether PyTorch would multiply `inputs` in a dtype that this CPU does not support."""
     return (
         bool(EMULATED)
         and inputs.is_cpu
@@ -386,21 +387,21 @@ def is_emulated(inputs: Tensor) -> bool:
 
 
 def get_product_dtype(inputs: Tensor) -> torch.dtype:
-    """Return the dtype in which linear layers multiply: autocast's, or the dtype of their inputs."""
+    """Return the dtype in which linear layers multiply: the dtype of autocast, or of their inputs."""
     if inputs.dtype == torch.float64 or not torch.is_autocast_enabled(inputs.device.type):
         return inputs.dtype
     return torch.get_autocast_dtype(inputs.device.type)
 
 
 def cast_for_autocast(inputs: Tensor) -> Tensor:
-    """Cast float32 inputs to the dtype of autocast once, so that several projections keep one copy."""
+    """Cast float32 inputs to the dtype of autocast once, so that several projections share the copy."""
     if inputs.dtype != torch.float32 or inputs.is_meta or not torch.is_autocast_enabled(inputs.device.type):
-        return inputs  # not even a cast to the same dtype: exported programs would contain it
+        return inputs  # without a cast to the same dtype, which exported programs would contain
     return inputs.to(get_product_dtype(inputs))
 
 
 def compute_in_float32(function: Callable[..., Tensor], first: Tensor, *others: Tensor | None) -> Tensor:
-    """Return `function(first, *others)`, computed in float32 on values in half precision, in half precision."""
+    """Return `function(first, *others)` in half precision, computed in float32 from values in half precision."""
     dtype = get_product_dtype(first)
     with torch.autocast("cpu", enabled=False):
         return function(*(to_float32(each, dtype) for each in (first, *others))).to(dtype)
@@ -422,9 +423,9 @@ def linear_in_float32(inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Te
 def recompute_in_backward(
     module: nn.Module, function: Callable[..., Tensor], first: Tensor, *others: Tensor | None
 ) -> Tensor:
-    """Return `function(first, *others)`, keeping only its inputs for the backward pass; same values to the bit.
+    """Return `function(first, *others)`, and keep only its inputs for the backward pass; values are bit-identical.
 
-    Modules with hooks run the function normally, because a hook would be called twice.
+    Modules with hooks run the function normally, because recomputation would call a hook twice.
     """
     if not can_recompute(first) or any(map(has_hooks, module.modules())):
         return function(first, *others)
@@ -432,9 +433,9 @@ def recompute_in_backward(
 
 
 def can_recompute(inputs: Tensor) -> bool:
-    """Return whether there may be a backward pass on a CPU; other devices were not measured.
+    """Return whether gradients are required on a CPU; recomputation was not measured on other devices.
 
-    Compilers decide about recomputation themselves, and torch.func does not support it.
+    Compilers choose what to recompute, and torch.func does not support recomputation.
     """
     return (
         inputs.requires_grad
@@ -446,8 +447,8 @@ def can_recompute(inputs: Tensor) -> bool:
 
 
 # Chunked attention ---------------------------------------------------------------------------------------------------
-# Scores, softmax and weighted sum for a few images at a time, so that the scores stay in the cache. The backward pass
-# recomputes the weights chunk by chunk.
+# Scores, softmax and weighted sum are computed for a few images at a time, so that the scores stay in the cache. The
+# backward pass recomputes the weights chunk by chunk.
 
 MAX_CHUNKED_KEYS = 1200  # maximum sequence length at which chunked attention was faster
 MIN_CHUNKED_SCORES = 20_000  # minimum number of scores of all images and heads
@@ -464,8 +465,8 @@ def sdpa_attention(
     dropout: float = 0.0,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Return PyTorch's fused attention [B, n, heads, head_dim], or chunked attention if it is faster; no weights."""
-    if dropout == 0 and prefers_chunks(query, key):
+    """Return the attended values [B, n, heads, head_dim] and None, by chunked attention if faster, else by SDPA."""
+    if dropout == 0 and use_chunked_attention(query, key):
         return chunked_attention(query, key, value, attention_mask, scaling), None
 
     def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
@@ -477,10 +478,10 @@ def sdpa_attention(
     return attend(query, key, value, attention_mask), None
 
 
-def prefers_chunks(query: Tensor, key: Tensor) -> bool:
+def use_chunked_attention(query: Tensor, key: Tensor) -> bool:
     """Return whether chunked attention is faster than PyTorch's kernel: in bfloat16, for short sequences.
 
-    Exported and traced programs, which run elsewhere, and compiled training, which would keep all weights, avoid it.
+    Exported and traced programs may run on other machines, and compiled training would keep all weights: False.
     """
     if not query.is_cpu or query.dtype != torch.bfloat16 or not HAS_BFLOAT16_PRODUCTS or is_exporting():
         return False
@@ -504,7 +505,7 @@ def chunked_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | 
 
 
 class ChunkedAttention(torch.autograd.Function):
-    """`chunked_attention` that keeps only its inputs, with gradients of any order."""
+    """Chunked attention with gradients of any order; keeps only its inputs for the backward pass."""
 
     generate_vmap_rule = True
 
@@ -548,7 +549,7 @@ def get_chunk_size(query: Tensor, key: Tensor) -> int:
 
 
 def split_batch(query: Tensor, key: Tensor, *others: Tensor | None) -> Iterator[tuple[Any, ...]]:
-    """Yield the tensors of a few images at a time; tensors that all images share are repeated."""
+    """Yield the tensors of a few images at a time, with the tensors that all images share."""
     size, num_images = get_chunk_size(query, key), len(query)
     if size >= num_images:
         yield query, key, *others

@@ -1,4 +1,4 @@
-"""Processes and devices: build the Accelerator, configure FSDP2 and DeepSpeed ZeRO, act on the main process.
+"""Processes and devices: build the Accelerator, configure FSDP2 and DeepSpeed ZeRO, run actions on the main process.
 
 ZeRO-2 shards gradients and optimizer state across the processes, ZeRO-3 the weights as well. The optimizer step is in
 training/optimizer.py, gathering of shards in training/distributed_state.py.
@@ -30,7 +30,7 @@ from .options import RunOptions, TrainingOptions
 from .system import keep_freed_memory
 
 
-LONGEST_WAIT = timedelta(hours=12)  # maximum wait for the main process, which downloads, reads streams and pushes
+LONGEST_WAIT = timedelta(hours=12)  # maximum wait for the main process, which downloads, reads streams, pushes
 
 
 def build_accelerator(
@@ -41,8 +41,8 @@ def build_accelerator(
 ) -> Accelerator:
     """Build the Accelerator for the launched configuration.
 
-    On CPUs, the process keeps freed memory from now on (system.py). `cpu=True` is required on machines without an
-    accelerator, because Accelerate would otherwise run several processes as if each were alone. With DeepSpeed, the
+    On CPUs, the process keeps freed memory after this call (system.py). `cpu=True` is required on machines without an
+    accelerator, because Accelerate would otherwise run several processes independently. With DeepSpeed, the
     backend is set instead, because `cpu=True` would disable DeepSpeed.
 
     Args:
@@ -62,7 +62,7 @@ def build_accelerator(
     accelerator = Accelerator(
         cpu=on_cpu and not with_deepspeed,
         mixed_precision=mixed_precision,
-        log_with=check_installed(trackers) or None,
+        log_with=check_trackers(trackers) or None,
         kwargs_handlers=[
             InitProcessGroupKwargs(backend="gloo" if on_cpu and with_deepspeed else None, timeout=LONGEST_WAIT)
         ],
@@ -81,7 +81,7 @@ def build_accelerator(
 
 def shard_on_cpu(accelerator: Accelerator) -> None:
     """Enable the launched FSDP2 configuration on CPUs, where Accelerate would silently run DDP."""
-    plugin = FullyShardedDataParallelPlugin()  # reads the launcher's variables
+    plugin = FullyShardedDataParallelPlugin()  # reads the environment variables of the launcher
     if accelerator.mixed_precision != "no":
         plugin.set_mixed_precision(accelerator.mixed_precision)
     accelerator.state.fsdp_plugin = plugin
@@ -89,7 +89,7 @@ def shard_on_cpu(accelerator: Accelerator) -> None:
 
 
 def shard_by_layer(accelerator: Accelerator, model: nn.Module) -> None:
-    """Set FSDP to shard the model by layer, unless the launched configuration names the sharded modules.
+    """Set FSDP to shard the model by layer, unless the launched configuration specifies the sharded modules.
 
     Accelerate would require all layer types that the model class supports, and fail.
     """
@@ -97,11 +97,11 @@ def shard_by_layer(accelerator: Accelerator, model: nn.Module) -> None:
     if plugin is not None and plugin.transformer_cls_names_to_wrap is None:
         layers = {type(module).__name__ for module in model.modules() if isinstance(module, EncoderLayer)}
         plugin.transformer_cls_names_to_wrap = sorted(layers)
-    # The patches are a view, but no operation changes them in place.
+    # The patches are a view, but no operation modifies them in place.
     warnings.filterwarnings("ignore", message=r"FSDP2-wrapped module \(FSDPViTCLSPatchEmbeddings\)")
 
 
-def check_installed(trackers: tuple[str, ...]) -> list[str]:
+def check_trackers(trackers: tuple[str, ...]) -> list[str]:
     """Return the trackers as a list. Raise ValueError if one is not installed; Accelerate would silently ignore it."""
     for name in trackers:
         if importlib.util.find_spec(name) is None:
@@ -125,8 +125,8 @@ def get_zero_stage(accelerator: Accelerator) -> int | None:
 def configure_deepspeed(accelerator: Accelerator) -> None:
     """Keep weights in float32 and unsharded until the optimizer is built, as in all other runs.
 
-    DeepSpeed's own bf16 would train and save bf16 weights, so it is replaced by autocast. The DeepSpeed configuration
-    of Transformers is removed, because Transformers would load all models in shards, also the teacher.
+    DeepSpeed's own bf16 would train and save bf16 weights, so autocast replaces it. The DeepSpeed configuration
+    of Transformers is removed, because Transformers would load all models in shards, including the teacher.
 
     Raises:
         ValueError: for fp16, or an unsupported stage of ZeRO.
@@ -167,10 +167,12 @@ def check_deepspeed_flags(accelerator: Accelerator, training: TrainingOptions, r
 def set_deepspeed_batch_size(accelerator: Accelerator, training: TrainingOptions) -> None:
     """Set the batch size and gradient clipping of DeepSpeed, which it would read from a DataLoader or its own file."""
     if uses_deepspeed(accelerator):
+        batch_size = training.batch_size
+        assert batch_size is not None, "resolved by training/defaults.py"
         accelerator.deepspeed_plugin.deepspeed_config.update(
-            train_micro_batch_size_per_gpu=training.batch_size,
+            train_micro_batch_size_per_gpu=batch_size,
             gradient_accumulation_steps=training.gradient_accumulation_steps,
-            train_batch_size=training.batch_size * training.gradient_accumulation_steps * accelerator.num_processes,
+            train_batch_size=batch_size * training.gradient_accumulation_steps * accelerator.num_processes,
             gradient_clipping=training.max_gradient_norm,
         )
 

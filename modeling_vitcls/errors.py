@@ -5,7 +5,7 @@ from contextlib import contextmanager
 
 
 MAX_LENGTH = 400  # maximum length of an error message from another library, in characters
-ON_ALL_PROCESSES = "on all processes"  # note on errors that every process of a run raises
+ON_ALL_PROCESSES = "on all processes"  # note that marks errors which every process of a run raises
 
 
 def format_error(error: BaseException) -> str:

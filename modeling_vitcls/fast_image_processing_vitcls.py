@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The fast path of the image processor: the same `pixel_values` to the bit, with less overhead.
+"""The fast path of the image processor: bit-identical `pixel_values` with less overhead.
 
     JPEG file -> [3, H, W] uint8 -> resize -> center crop -> rescale and normalize, written into the batch
 
-`ViTCLSImageProcessor` uses this path for calls without keywords, once it has checked its settings. The overhead of
-transformers (checks, grouping by shape, layout copies) costs as much time as the image operations. Resizing and
+`ViTCLSImageProcessor` uses this path for calls without keywords, after the first call has checked its settings. The
+overhead of transformers (checks, grouping by shape, layout copies) takes as long as the image operations. Resizing and
 cropping are methods of the image processor; torchvision decodes JPEG files.
 
 This file does not use PyTorch's threads, which are slower than one thread for a single image on a busy machine. It
@@ -35,9 +35,9 @@ URL_PREFIXES = ("http://", "https://", "data:")
 
 
 def read_jpeg(source: Any) -> Tensor | None:
-    """Return a JPEG file, or its bytes, as upright RGB pixels [3, H, W] `uint8`, equal to the pixels from PIL.
+    """Return the upright RGB pixels [3, H, W] `uint8` of a JPEG file or its bytes, equal to the pixels from PIL.
 
-    Return None for other formats, and if torchvision cannot decode the file, or decodes it unlike PIL (CMYK).
+    Return None for other formats, and if torchvision cannot decode the file or decodes it differently (CMYK).
     """
     encoded = read_jpeg_bytes(source) if decode_jpeg is not None else None
     if encoded is None:
@@ -53,13 +53,13 @@ def read_jpeg(source: Any) -> Tensor | None:
 
 
 def read_jpeg_bytes(source: Any) -> bytearray | None:
-    """Return the content of a regular file, or of bytes, that starts like a JPEG file; None for everything else."""
+    """Return the content of a JPEG file, given as path or bytes; None for other formats and other types of files."""
     if isinstance(source, bytes | bytearray):
         return bytearray(source) if source.startswith(JPEG_SIGNATURE) else None
     if not isinstance(source, str | os.PathLike) or str(source).startswith(URL_PREFIXES):
         return None
     try:
-        if not Path(source).is_file():  # to open a named pipe would block
+        if not Path(source).is_file():  # opening a named pipe would block
             return None
         with Path(source).open("rb") as file:
             start = file.read(len(JPEG_SIGNATURE))
@@ -69,7 +69,7 @@ def read_jpeg_bytes(source: Any) -> bytearray | None:
 
 
 def get_settings(processor: Any, names: list[str]) -> tuple[Any, ...]:
-    """Return the settings of an image processor for later comparison, with the current values of sizes."""
+    """Return the settings of an image processor, with a copy of the mutable sizes, for comparison in later calls."""
     values = (getattr(processor, name, None) for name in names)
     return tuple(tuple(vars(value).values()) if isinstance(value, SizeDict) else value for value in values)
 
@@ -95,7 +95,7 @@ def resize_and_crop(processor: Any, pixels: Tensor) -> Tensor:
 
 
 def normalize_batch(processor: Any, images: list[Tensor]) -> Tensor:
-    """Return images of one shape [C, h, w], `uint8` on the CPU, rescaled and normalized: [B, C, h, w] float32."""
+    """Rescale and normalize images of equal shape [C, h, w], `uint8` on the CPU; return [B, C, h, w] float32."""
     mean, std = scale_statistics(processor.image_mean, processor.image_std, processor.rescale_factor)
     batch = np.empty((len(images), *images[0].shape), dtype=np.float32)  # [B, C, h, w]
     for values, image in zip(batch, images, strict=True):

@@ -53,7 +53,7 @@ def write_atomically(file: Path) -> Iterator[Path]:
             os.fsync(written.fileno())
         unfinished.replace(file)
     except OSError as error:
-        if error.errno is None:  # raised by the source of the contents, not by writing
+        if error.errno is None:  # raised while the contents are computed, not by writing
             raise
         raise OSError(f"cannot write {file}: {error.strerror}") from error
     finally:
@@ -73,6 +73,6 @@ def is_closed_pipe(stream: TextIO) -> bool:
         poll.register(stream, 0)
     except BrokenPipeError:
         return True
-    except (OSError, ValueError):  # not a file of the operating system
+    except (OSError, ValueError):  # not an operating system file
         return False
     return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))

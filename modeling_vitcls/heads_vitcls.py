@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From the encoded tokens to outputs: poolers, classifiers, the pixel decoder of masked image modeling, and losses.
+"""Outputs from encoded tokens: poolers, classifiers, the pixel decoder of masked image modeling, and losses.
 
     tokens [B, N, D] -> pooler -> [B, P] -> classifier -> logits [B, labels] -> loss
 
-The losses honor `num_items_in_batch`, which Trainer passes when it accumulates gradients and can count the labels. The
-`loss_function` of transformers guesses the problem type and writes it into the configuration; these losses do not.
+The losses support `num_items_in_batch`, which Trainer passes when it accumulates gradients and can count the labels.
+Unlike the `loss_function` of transformers, they do not guess the problem type and store it in the configuration.
 """
 
 from collections import OrderedDict
@@ -24,8 +24,8 @@ IGNORED_LABEL = -100
 class TokenPooler(nn.Module):
     """Pooling without parameters, by `config.pooling`. [B, N, D] -> [B, P].
 
-    "cls": the CLS token; several become one vector by `config.cls_pooling`. "mean" and "max": over the patches.
-    "cls_mean": the CLS token and the mean of the patches, concatenated.
+    "cls": the CLS token; `config.cls_pooling` combines several. "mean" and "max": over the patches. "cls_mean": the
+    CLS token and the mean of the patches, concatenated.
     """
 
     def __init__(self, config: ViTCLSConfig) -> None:
@@ -56,7 +56,7 @@ class TokenPooler(nn.Module):
 
 
 class AttentionPooler(nn.Module):
-    """A learned query attends to the patches [B, N, D] -> [B, D], then an MLP (MAP head; arXiv 2106.04560)."""
+    """A learned query that attends to the patches, then an MLP. [B, N, D] -> [B, D] (MAP head; arXiv 2106.04560)."""
 
     def __init__(self, config: ViTCLSConfig) -> None:
         super().__init__()
@@ -71,14 +71,14 @@ class AttentionPooler(nn.Module):
         self.transform = PooledMLP(config) if config.attention_pool_mlp else None
 
     def forward(self, sequence: Tensor) -> Tensor:
-        tokens = sequence[:, self.tokens]
+        tokens = sequence[:, self.tokens]  # [B, N', D]: patches, or all tokens
         query, key, value = self.q_proj(self.probe), self.k_proj(tokens), self.v_proj(tokens)
         query, key, value = (
             states.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for states in (query, key, value)
-        )  # [1 or B, heads, 1 or N, head_dim]
+        )  # query [1, heads, 1, head_dim], key and value [B, heads, N', head_dim]
         query = query.expand(sequence.shape[0], -1, -1, -1)
         attended = nn.functional.scaled_dot_product_attention(query, key, value)  # [B, heads, 1, head_dim]
-        pooled: Tensor = self.o_proj(attended.transpose(1, 2).flatten(1))
+        pooled: Tensor = self.o_proj(attended.transpose(1, 2).flatten(1))  # [B, D]
         return pooled if self.transform is None else self.transform(pooled)
 
 
@@ -98,7 +98,7 @@ class PooledMLP(nn.Module):
 
 
 def build_pooler(config: ViTCLSConfig) -> nn.Module:
-    """Build the pooler of `config.pooling`, [B, N, D] -> [B, P], with the norm and dense layer that may follow."""
+    """Build the pooler `config.pooling`, [B, N, D] -> [B, P], followed by the optional norm and dense layer."""
     pooler = AttentionPooler(config) if config.pooling == "attention" else TokenPooler(config)
     layers: dict[str, nn.Module] = {}
     if config.pooled_norm:
@@ -111,7 +111,7 @@ def build_pooler(config: ViTCLSConfig) -> nn.Module:
 
 # Classifiers ---------------------------------------------------------------------------------------------------------
 def build_head(config: ViTCLSConfig, in_features: int, num_labels: int | None) -> nn.Module:
-    """Build the classifier of `config.head_type`, [B, in_features] -> [B, num_labels]; identity for no labels."""
+    """Build the classifier `config.head_type`, [B, in_features] -> [B, num_labels]; an identity without labels."""
     if not num_labels:
         return nn.Identity()
     if config.head_type == "linear":
@@ -129,7 +129,7 @@ def combine_logits(cls_logits: Tensor, distillation_logits: Tensor, distillation
 
 # Pixel decoder -------------------------------------------------------------------------------------------------------
 class PixelDecoder(nn.Module):
-    """One linear layer from each encoded patch to its pixels (SimMIM, arXiv 2111.09886, section 3.4)."""
+    """A linear layer that maps each encoded patch to its pixels (SimMIM, arXiv 2111.09886, section 3.4)."""
 
     def __init__(self, config: ViTCLSConfig) -> None:
         super().__init__()
@@ -139,7 +139,7 @@ class PixelDecoder(nn.Module):
         self.projection = nn.Linear(config.hidden_size, config.num_channels * patch_height * patch_width)
 
     def forward(self, patches: Tensor, grid: tuple[int, int]) -> Tensor:
-        """[B, rows * columns, D] -> pixels [B, C, rows * patch height, columns * patch width]."""
+        """Decode patches [B, rows * columns, D] to pixels [B, C, rows * patch height, columns * patch width]."""
         (rows, columns), (patch_height, patch_width) = grid, self.patch_size
         pixels: Tensor = self.projection(patches)  # [B, rows * columns, C * patch height * patch width]
         pixels = pixels.view(-1, rows, columns, self.num_channels, patch_height, patch_width)
@@ -152,7 +152,7 @@ class PixelDecoder(nn.Module):
 def classification_loss(
     logits: Tensor, labels: Tensor, config: ViTCLSConfig, num_items_in_batch: Tensor | int | None = None
 ) -> Tensor:
-    """Return the loss of logits [B, C] by `config.problem_type`.
+    """Return the loss of logits [B, C], C classes, that `config.problem_type` selects.
 
     - integer labels [B]: cross-entropy; -100 is ignored;
     - float labels with "single_label_classification": cross-entropy with probabilities [B, C] (mixup, CutMix);
@@ -160,10 +160,10 @@ def classification_loss(
     - "regression", or a single output: mean squared error.
 
     Args:
-        num_items_in_batch: number of labels in all accumulated batches, the divisor in place of this batch's own.
+        num_items_in_batch: divisor of the summed loss, the labels of all accumulated batches. Default: of this batch.
 
     Raises:
-        ValueError: for a label beyond the classes, or float labels without `problem_type`.
+        ValueError: if a label is not a class index, or `problem_type` is not set for float labels.
     """
     labels = labels.to(logits.device)
     if logits.shape[-1] != config.num_labels or not config.num_labels:
@@ -172,12 +172,12 @@ def classification_loss(
     problem_type = config.problem_type or ("regression" if config.num_labels == 1 else None)
     if problem_type == "regression":
         check_label_shape(labels.view(labels.shape[0], -1), logits)
-        squared = nn.functional.mse_loss(logits.float().view(-1), labels.float().view(-1), reduction="sum")
-        return squared / num_items
+        total = nn.functional.mse_loss(logits.float().view(-1), labels.float().view(-1), reduction="sum")
+        return total / num_items
     if problem_type == "multi_label_classification":
         check_label_shape(labels, logits)
-        binary = nn.functional.binary_cross_entropy_with_logits(logits.float(), labels.float(), reduction="sum")
-        return binary / num_items
+        total = nn.functional.binary_cross_entropy_with_logits(logits.float(), labels.float(), reduction="sum")
+        return total / num_items
     if not labels.is_floating_point():
         return cross_entropy(logits, labels, num_items_in_batch)
     if problem_type is None:
@@ -186,17 +186,17 @@ def classification_loss(
             '"multi_label_classification" for several labels per image'
         )
     check_label_shape(labels, logits)
-    soft = nn.functional.cross_entropy(logits.float(), labels.float(), reduction="sum")
-    return soft * labels.shape[-1] / num_items  # items count every entry of [B, C]
+    total = nn.functional.cross_entropy(logits.float(), labels.float(), reduction="sum")
+    return total * labels.shape[-1] / num_items  # num_items counts all B * C entries: this is the mean over images
 
 
 def cross_entropy(
     logits: Tensor, labels: Tensor, num_items_in_batch: Tensor | int | None = None, task: str = "the model"
 ) -> Tensor:
-    """Return the cross-entropy of logits [B, C] with classes [B]; -100 is ignored, and a batch of only -100 gives 0.
+    """Return the cross-entropy of logits [B, C] with classes [B]; -100 is ignored; 0 if all labels are -100.
 
     Raises:
-        ValueError: for another number of labels than images, or, on the CPU only, a label beyond the classes.
+        ValueError: if the numbers of labels and images differ or, only on the CPU, a label is not a class index.
     """
     if labels.numel() != logits.shape[0]:
         raise ValueError(
@@ -215,7 +215,7 @@ def cross_entropy(
 
 
 def check_label_shape(labels: Tensor, logits: Tensor) -> None:
-    """Raise ValueError if labels with one value per logit have another shape than the logits."""
+    """Raise ValueError if the shapes of labels and logits differ."""
     if labels.shape != logits.shape:
         raise ValueError(
             f"labels have shape {list(labels.shape)}, but the logits have {list(logits.shape)}: make them equal"
@@ -246,7 +246,7 @@ def masked_pixel_loss(
 
 
 def split_into_patches(pixels: Tensor, config: ViTCLSConfig) -> Tensor:
-    """[B, C, H, W] -> [B, rows * columns, C * patch height * patch width]."""
+    """Split images [B, C, H, W] into patches [B, rows * columns, C * patch height * patch width]."""
     patch_height, patch_width = config.patch_height_width
     patches = pixels.unfold(2, patch_height, patch_height).unfold(3, patch_width, patch_width)
-    return patches.permute(0, 2, 3, 1, 4, 5).flatten(3).flatten(1, 2)
+    return patches.permute(0, 2, 3, 1, 4, 5).flatten(3).flatten(1, 2)  # from [B, C, rows, columns, height, width]

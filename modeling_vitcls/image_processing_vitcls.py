@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The image processor: images of any kind to `pixel_values`.
+"""The image processor, which converts images of any kind to `pixel_values`.
 
     source -> upright image -> [C, H, W] uint8 -> resize -> center crop -> rescale -> normalize -> pixel_values
     |______________ this file _______________|    |______________ transformers' backends ______________|
@@ -62,7 +62,7 @@ AUTO_MAP = {
     }
 }
 
-# Formats that PIL may open. The others include formats that start external programs (EPS).
+# Formats that PIL may open. Excluded formats include EPS, which starts an external program.
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000", "ICO")
 
 # Keys of `size` that the backends of transformers support.
@@ -83,7 +83,7 @@ SOURCE_TYPES = (str, os.PathLike, bytes, bytearray)
 
 
 class ViTCLSBaseImageProcessor(BaseImageProcessor):
-    """The shared part of both backends: defaults, reading of sources, channels and checks."""
+    """Base class of both backends: default settings, reading of sources, channels and checks."""
 
     do_convert_rgb = True
     do_resize = True
@@ -97,7 +97,7 @@ class ViTCLSBaseImageProcessor(BaseImageProcessor):
     def __init__(self, crop_rounding: str = "down", **kwargs: Unpack[ImagesKwargs]) -> None:
         check_setting_names(kwargs)
         with raise_one_line_errors():
-            known = ImagesKwargs.__annotations__  # saved files and transformers also pass other keywords
+            known = ImagesKwargs.__annotations__  # saved files and transformers also contain other keywords
             settings = {name: cast_setting(name, value) for name, value in kwargs.items() if name in known}
             validate_typed_dict(ImagesKwargs, settings)  # type: ignore[type-var]
         if crop_rounding not in CROP_ROUNDINGS:
@@ -138,7 +138,7 @@ class ViTCLSBaseImageProcessor(BaseImageProcessor):
         if is_valid_image(images):
             return images
         raise ValueError(
-            f"cannot use {type(images).__name__} as an image: give a path, URL, bytes, PIL image, array or tensor"
+            f"cannot use {type(images).__name__} as an image: pass a path, URL, bytes, PIL image, array or tensor"
         )
 
     def process_image(
@@ -152,7 +152,7 @@ class ViTCLSBaseImageProcessor(BaseImageProcessor):
         image_std: float | tuple[float, ...] | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Convert one image in memory to [C, H, W] in the backend's own type, before resizing."""
+        """Convert one image in memory to [C, H, W] in the type of the backend, before resizing."""
         pixels = image_to_tensor(image, bool(do_convert_rgb), bool(do_rescale), input_data_format)
         if do_normalize:
             check_channels(len(pixels), image_mean=image_mean, image_std=image_std)
@@ -160,8 +160,8 @@ class ViTCLSBaseImageProcessor(BaseImageProcessor):
 
     def center_crop(self, image: Any, size: Any, **kwargs: Any) -> Any:  # type: ignore[override]
         """Crop `size` from the center of one or more images [..., H, W], with margins rounded by `crop_rounding`."""
-        margins = [(have - want) / 2 for have, want in zip(image.shape[-2:], (size.height, size.width), strict=True)]
-        if min(margins) < 0:  # pads
+        margins = [(old - new) / 2 for old, new in zip(image.shape[-2:], (size.height, size.width), strict=True)]
+        if min(margins) < 0:  # the crop is larger than the image: transformers pads
             return super().center_crop(image, size, **kwargs)
         top, left = map(CROP_ROUNDINGS[self.crop_rounding], margins)
         return image[..., top : top + size.height, left : left + size.width]
@@ -185,7 +185,7 @@ class ViTCLSBaseImageProcessor(BaseImageProcessor):
         resample = settings.get("resample")
         if isinstance(resample, int | str) and resample not in RESAMPLING_FILTERS:  # PIL reads names as bilinear
             known = ", ".join(f"{int(value)} ({value.name.lower()})" for value in RESAMPLING_FILTERS)
-            raise ValueError(f"unknown resample {resample!r}: give one of {known}")
+            raise ValueError(f"unknown resample {resample!r}: use one of {known}")
         return settings
 
     def _preprocess(self, images: list[Any], return_tensors: Any = None, **kwargs: Any) -> BatchFeature:
@@ -199,22 +199,22 @@ class ViTCLSBaseImageProcessor(BaseImageProcessor):
 class ViTCLSImageProcessor(ViTCLSBaseImageProcessor, TorchvisionBackend):  # type: ignore[misc]
     r"""Prepares images for the ViTCLS models with torchvision: in batches, and on a GPU if `device` is set.
 
-    The defaults are exactly 224 x 224 pixels, bicubic, with ImageNet's mean and standard deviation (DeiT, DINO). Other
-    checkpoints need the values of their training, transformers' ViT `resample=2` and 0.5 as each mean and deviation.
+    By default, images are resized to 224 x 224 pixels (bicubic) and normalized with ImageNet statistics (DeiT, DINO).
+    Other checkpoints require other settings: transformers' ViT uses `resample=2`, and 0.5 as each mean and deviation.
 
     The input is an image, a batch or a list, the output a `BatchFeature` with `pixel_values` [B, C, H, W] float32. An
     image is a path (`str`, `pathlib.Path`), a URL (`http`, `https`, `data`), an encoded file as `bytes`, a PIL image,
     or an array or tensor of shape [H, W], [C, H, W] or [H, W, C]. Files have one of the formats in `IMAGE_FORMATS`.
 
     Steps before resizing:
-        - Orientation: The EXIF tag of files, bytes and PIL images is applied. Of several frames, the first is used.
-        - Bit depth: 1 bit becomes 0 and 255. 16 bits (PIL modes `I;16` and `I`, `uint16` arrays) are divided by 257,
-          never clipped. Other arrays contain 0 to 255, or any floats with `do_rescale=False`. PIL's float mode `F` has
-          no defined range and raises an error.
+        - Orientation: The EXIF tag of files, bytes and PIL images is applied. Only the first frame is used.
+        - Bit depth: 1-bit values become 0 and 255. 16-bit values (PIL `I;16`, `I`; `uint16`) are divided by 257, not
+          clipped. Other arrays contain 0 to 255, or any floats with `do_rescale=False`. PIL's float mode `F`
+          has no defined range and raises an error.
         - Channels, `do_convert_rgb=True`: All modes become RGB. Transparent images are composited on white.
         - Channels, `do_convert_rgb=False`: Gray images have 1 channel (transparency is composited on white), color
-          images 3, transparent color images 4; arrays are unchanged. `image_mean` and `image_std` need one value per
-          channel. For a model with `num_channels=1`: `do_convert_rgb=False, image_mean=[0.5], image_std=[0.5]`.
+          images 3, transparent color images 4; arrays are unchanged. `image_mean` and `image_std` require one value
+          per channel. For a model with `num_channels=1`: `do_convert_rgb=False, image_mean=[0.5], image_std=[0.5]`.
 
     `ViTCLSImageProcessorPil` returns the same values up to float rounding if images are not resized. With bilinear or
     bicubic resizing, the backends differ on photographs by at most 2 of 255 gray levels and by 0.05 on average, on
@@ -224,16 +224,16 @@ class ViTCLSImageProcessor(ViTCLSBaseImageProcessor, TorchvisionBackend):  # typ
         do_convert_rgb (`bool`, defaults to `True`): Whether to convert every image to three channels.
         do_resize (`bool`, defaults to `True`): Whether to resize to `size`.
         size (`dict` or `int`, defaults to `{"height": 224, "width": 224}`): Size in pixels, exact or with the aspect
-            ratio of the image: `{"shortest_edge": 256}`, usually before a center crop. An `int` is height and width.
+            ratio of the image: `{"shortest_edge": 256}`, usually before a center crop. An `int` sets both sides.
         resample (`int`, defaults to 3): Filter with antialiasing: 0 nearest, 1 Lanczos, 2 bilinear, 3 bicubic.
         do_center_crop (`bool`, *optional*): Whether to crop `crop_size` from the center.
         crop_size (`dict` or `int`, *optional*): Crop size in pixels, at most the size after resizing.
         crop_rounding (`"down"` or `"even"`, defaults to `"down"`): Rounding of crop margins that are not whole pixels:
             down as in transformers, or half to even as in torchvision and timm. Cannot be set per call.
         do_rescale (`bool`, defaults to `True`): Whether to multiply by `rescale_factor`; `False` for floats in [0, 1].
-        rescale_factor (`float`, defaults to 1/255): Factor of the pixel values.
+        rescale_factor (`float`, defaults to 1/255): Factor by which pixel values are multiplied.
         do_normalize (`bool`, defaults to `True`): Whether to subtract `image_mean` and divide by `image_std`.
-        image_mean, image_std (`float` or `list[float]`): One value per channel, in units of the rescaled image.
+        image_mean, image_std (`float` or `list[float]`): One value, or one per channel, for the rescaled image.
 
     Raises:
         ValueError: If a file is missing, truncated or not an image, an object is not an image, sizes, channels or
@@ -244,7 +244,7 @@ class ViTCLSImageProcessor(ViTCLSBaseImageProcessor, TorchvisionBackend):  # typ
 
     def __init__(self, crop_rounding: str = "down", **kwargs: Unpack[ImagesKwargs]) -> None:
         if not is_torchvision_available():
-            raise ImportError("ViTCLSImageProcessor needs torchvision: install it, or load it with backend='pil'")
+            raise ImportError("ViTCLSImageProcessor requires torchvision: install it, or load it with backend='pil'")
         super().__init__(crop_rounding=crop_rounding, **kwargs)
 
     def preprocess(self, images: Any, *args: Any, **kwargs: Unpack[ImagesKwargs]) -> BatchFeature:
@@ -270,7 +270,7 @@ class ViTCLSImageProcessor(ViTCLSBaseImageProcessor, TorchvisionBackend):  # typ
         return BatchFeature(data={"pixel_values": normalize_batch(self, tensors)})
 
     def _load_image(self, image: Any) -> Tensor:
-        """Return one image of any kind as `uint8` [C, h, w], resized and cropped."""
+        """Return an image or a source as `uint8` [C, h, w], resized and cropped."""
         to_rgb = bool(self.do_convert_rgb)
         pixels = read_jpeg(image) if to_rgb else None
         if pixels is None:
@@ -282,8 +282,8 @@ class ViTCLSImageProcessor(ViTCLSBaseImageProcessor, TorchvisionBackend):  # typ
 class ViTCLSImageProcessorPil(ViTCLSBaseImageProcessor, PilBackend):  # type: ignore[misc]
     """Prepares images for the ViTCLS models with PIL and NumPy, one by one, without torchvision.
 
-    Settings, inputs, errors and, within the tolerance in its docstring, results are equal to `ViTCLSImageProcessor`.
-    Both load from the same `preprocessor_config.json`.
+    Settings, inputs, errors and the file `preprocessor_config.json` are those of `ViTCLSImageProcessor`. Its docstring
+    states how much the results can differ.
     """
 
 
@@ -296,11 +296,11 @@ def read_image(source: ImageSource) -> PIL.Image.Image:
     """Read and decode one path, URL or encoded image. The result is upright, in the mode of the file.
 
     Raises:
-        ValueError: If the source, named in the message, cannot be read or is not a complete image.
+        ValueError: If the source cannot be read or is not a complete image. The message names the source.
     """
     file: str | BytesIO
     if isinstance(source, bytes | bytearray):
-        file, name = BytesIO(source), f"the {len(source)} bytes given"
+        file, name = BytesIO(source), f"{len(source)} bytes"
     elif str(source).startswith(URL_PREFIXES):
         name = shorten(str(source))
         file = BytesIO(download(str(source), name))
@@ -311,7 +311,7 @@ def read_image(source: ImageSource) -> PIL.Image.Image:
             raise OSError("it is not a regular file")
         with PIL.Image.open(file, formats=get_image_formats()) as image:
             return PIL.ImageOps.exif_transpose(image)
-    except PIL.UnidentifiedImageError as error:  # its own message names an object in memory
+    except PIL.UnidentifiedImageError as error:  # its message names an object in memory
         reason = f"it is not an image in a supported format ({', '.join(get_image_formats())})"
         raise ValueError(f"cannot read an image from {name}: {reason}") from error
     except Exception as error:  # Pillow's decoders raise almost any exception for damaged data
@@ -338,17 +338,17 @@ def download(url: str, name: str) -> bytes:
 
 
 def shorten(text: str) -> str:
-    """Return the text in quotes, without its middle if it is too long for a message (a data URL)."""
+    """Return the text in quotes; without its middle if it is longer than 200 characters, such as a data URL."""
     return repr(text if len(text) <= 200 else f"{text[:40]}...{text[-120:]}")
 
 
 def get_first_line(error: Exception) -> str:
-    """Return the first line of an error message, at most 300 characters, or the type of an error without message."""
+    """Return the first line of an error message, at most 300 characters; if it is empty, the type of the error."""
     return (str(error).splitlines() or [type(error).__name__])[0][:300]
 
 
 def flatten_images(images: Any) -> Iterator[Any]:
-    """Return the single images of a nested list and of 4-dimensional batches, in order."""
+    """Yield the images of a nested list and of 4-dimensional batches, in order."""
     if isinstance(images, list | tuple):
         for image in images:
             yield from flatten_images(image)
@@ -373,7 +373,7 @@ def image_to_tensor(
             # Copies only arrays that PyTorch cannot share: negative strides and read-only arrays.
             image = torch.from_numpy(np.require(image, requirements=["C", "W"]))
         except TypeError as error:
-            raise ValueError(f"cannot use an array of {image.dtype} as an image: give integers or floats") from error
+            raise ValueError(f"cannot use an array of {image.dtype} as an image: pass integers or floats") from error
     pixels = to_uint8(to_channels_first(image, input_data_format), do_rescale)
     return convert_to_rgb(pixels) if to_rgb else pixels
 
@@ -408,7 +408,7 @@ def pil_to_array(image: PIL.Image.Image) -> np.ndarray:
 
 
 def to_channels_first(image: Tensor, data_format: str | ChannelDimension | None) -> Tensor:
-    """Return [H, W], [C, H, W] or [H, W, C] as [C, H, W]; without `data_format`, the channel axis has 1, 3 or 4."""
+    """Return an image as [C, H, W]; by default, the channel axis is the first or last axis of length 1, 3 or 4."""
     shape = list(image.shape)
     if image.ndim not in (2, 3) or image.numel() == 0:
         raise ValueError(f"an image has the shape [H, W], [C, H, W] or [H, W, C] and at least one pixel, not {shape}")
@@ -425,14 +425,14 @@ def to_channels_first(image: Tensor, data_format: str | ChannelDimension | None)
 
 
 def to_uint8(pixels: Tensor, do_rescale: bool) -> Tensor:
-    """Return any values [C, H, W] as `uint8` from 0 to 255, or as `float32` if they are floats and not rescaled.
+    """Return pixels [C, H, W] of any type as `uint8` from 0 to 255, or as `float32` for floats that are not rescaled.
 
     Both backends resize `uint8` in the same way, but other types differently.
     """
     if pixels.dtype is torch.uint8:
         return pixels
     if pixels.is_complex():
-        raise ValueError("cannot use complex numbers as an image: give integers or floats")
+        raise ValueError("cannot use complex numbers as an image: pass integers or floats")
     if pixels.dtype is torch.bool:
         return pixels.to(torch.uint8) * 255
     if pixels.dtype is torch.uint16:
@@ -442,7 +442,7 @@ def to_uint8(pixels: Tensor, do_rescale: bool) -> Tensor:
     low, high = (bound.item() for bound in torch.aminmax(pixels.double()))
     if not (low >= 0 and high <= 255):
         raise ValueError(
-            f"the values of this image are between {low:g} and {high:g}: give 0 to 255, 16 bits as uint16, or floats "
+            f"the values of this image are between {low:g} and {high:g}: pass 0 to 255, 16 bits as uint16, or floats "
             "with do_rescale=False"
         )
     if pixels.is_floating_point() and 0 < high <= 1:
@@ -460,7 +460,7 @@ def convert_to_rgb(pixels: Tensor) -> Tensor:
 
 
 def composite_on_white(pixels: Tensor) -> Tensor:
-    """Return RGBA [4, H, W] on a white background as RGB [3, H, W], in the same type."""
+    """Composite RGBA [4, H, W] on a white background; return RGB [3, H, W] in the same type."""
     white = 1.0 if pixels.is_floating_point() else 255.0
     if pixels.is_floating_point() and not 0 <= pixels.min() <= pixels.max() <= white:
         raise ValueError("cannot apply the transparency of floats outside 0 to 1: set do_convert_rgb=False")
@@ -472,7 +472,7 @@ def composite_on_white(pixels: Tensor) -> Tensor:
 # Checks of settings --------------------------------------------------------------------------------------------------
 @contextmanager
 def raise_one_line_errors() -> Iterator[None]:
-    """Raise a `ValueError` with a message of one line in place of huggingface_hub's multi-line type errors."""
+    """Raise a `ValueError` with a one-line message instead of huggingface_hub's multi-line type errors."""
     try:
         yield
     except StrictDataclassError as error:
@@ -480,7 +480,7 @@ def raise_one_line_errors() -> Iterator[None]:
 
 
 def cast_setting(name: str, value: Any) -> Any:
-    """Return a setting in its declared type: a size as a dict, and a whole number from JSON as a float."""
+    """Return a setting in its declared type: a size as a dict, an integer from JSON as a float."""
     if isinstance(value, SizeDict):
         return dict(value)
     if name in FLOAT_SETTINGS and isinstance(value, list | tuple):
@@ -489,7 +489,7 @@ def cast_setting(name: str, value: Any) -> Any:
 
 
 def check_setting_names(keywords: dict[str, Any] | ImagesKwargs) -> None:
-    """Raise for keywords that resemble a setting. Other keywords belong to transformers."""
+    """Raise ValueError for misspelled settings. Other unknown keywords belong to transformers."""
     known = ImagesKwargs.__annotations__
     for keyword in keywords:
         if keyword not in known and (similar := difflib.get_close_matches(keyword, known, n=1, cutoff=0.85)):
@@ -497,48 +497,48 @@ def check_setting_names(keywords: dict[str, Any] | ImagesKwargs) -> None:
 
 
 def check_sizes(settings: dict[str, Any]) -> None:
-    """Raise for sizes that the backends cannot produce, and for a crop that is larger than the resized image."""
+    """Raise ValueError for sizes that the backends do not support, or a crop larger than the resized image."""
     size, crop = (size_to_dict(settings[name], name) for name in ("size", "crop_size"))
     if settings.get("do_resize") and size:
         if not any(set(size) == set(keys) for keys in SIZE_KEYS):
             options = " or ".join("{" + ", ".join(keys) + "}" for keys in SIZE_KEYS)
-            raise ValueError(f"cannot resize to size {size}: give {options}")
+            raise ValueError(f"cannot resize to size {size}: use {options}")
         if "longest_edge" in size and size["longest_edge"] < size["shortest_edge"]:
             raise ValueError(f"the longest_edge of size {size} is less than its shortest_edge")
     if settings.get("do_center_crop"):
         if set(crop) != {"height", "width"}:
-            raise ValueError(f"do_center_crop needs crop_size, the height and width of the crop in pixels, not {crop}")
+            raise ValueError(f"do_center_crop requires crop_size, a height and a width in pixels, but it is {crop}")
         for edge in ("height", "width") if settings.get("do_resize") else ():
             available = size.get(edge) or size.get("shortest_edge")
             if available and crop[edge] > available:  # would pad with black
-                raise ValueError(f"crop_size {crop} is larger than an image resized to {size}: lower crop_size")
+                raise ValueError(f"crop_size {crop} is larger than an image resized to {size}: reduce crop_size")
 
 
 def size_to_dict(size: SizeDict | None, name: str) -> dict[str, int]:
-    """Return a size as a dict, empty for None. Raise unless all values are positive whole numbers."""
+    """Return a size as a dict, empty for None. Raise ValueError unless all values are positive integers."""
     if size is None:
         return {}
     pixels = dict(size)
     if not pixels or any(type(value) is not int or value < 1 for value in pixels.values()):
-        raise ValueError(f"{name} {pixels} must give positive whole numbers of pixels")
+        raise ValueError(f"{name} must contain positive integers, in pixels, but it is {pixels}")
     return pixels
 
 
 def check_same_shape(images: list[Any]) -> None:
-    """Raise unless all images [C, H, W] of a batch have one shape."""
+    """Raise ValueError unless all images [C, H, W] of a batch have the same shape."""
     shapes = sorted({tuple(pixels.shape) for pixels in images})
     if len(shapes) > 1:
         raise ValueError(
-            f"the images of this batch have different shapes {shapes} and cannot be one tensor: set an exact size or "
+            f"the images of this batch have different shapes {shapes} and cannot be stacked: set an exact size or "
             "do_center_crop (and do_convert_rgb if the channels differ), or pass the images one by one"
         )
 
 
 def check_channels(num_channels: int, **statistics: float | Sequence[float] | None) -> None:
-    """Raise unless `image_mean` and `image_std` have one value, or one per channel of the image."""
+    """Raise ValueError unless `image_mean` and `image_std` have one value, or one value per image channel."""
     for name, values in statistics.items():
         if isinstance(values, list | tuple) and len(values) != num_channels:
             raise ValueError(
-                f"{name} has {len(values)} values but this image has {num_channels} channels: give one per channel "
+                f"{name} has {len(values)} values, but this image has {num_channels} channels: set one per channel "
                 "(do_convert_rgb=True converts every image to 3 channels, do_convert_rgb=False keeps its channels)"
             )

@@ -4,13 +4,13 @@
     pixel_values -> embeddings -> layers -> layernorm -> pooler -> classifier -> loss
 
     ViTCLSModel                        the encoder, with tokens by name
-    ViTCLSForImageClassification       one label set; a second classifier if there is a distillation token
+    ViTCLSForImageClassification       one set of labels; a second classifier for a distillation token
     ViTCLSForMultiTaskClassification   one CLS token, classifier and loss per task
     ViTCLSForMaskedImageModeling       reconstructs masked patches
     ViTCLSBackbone                     feature maps for dense prediction
 
 Embeddings and layers are in blocks_vitcls.py, poolers, classifiers and losses in heads_vitcls.py. The default model
-uses nothing else. Options have their own files: positions_vitcls.py (rotary), attention_masks_vitcls.py,
+uses no other file. Optional features have their own files: positions_vitcls.py (rotary), attention_masks_vitcls.py,
 variants_vitcls.py, adaptation_vitcls.py (other tokens and sizes), token_attention_vitcls.py, cpu_kernels_vitcls.py.
 """
 
@@ -66,24 +66,24 @@ class ViTCLSModelOutput(BaseModelOutputWithPooling):
     """Output of `ViTCLSModel`.
 
     Attributes:
-        last_hidden_state: [B, N, D], after the final norm; fewer patches in training with `patch_drop_rate`.
+        last_hidden_state: [B, N, D], after the final norm; with `patch_drop_rate`, training returns fewer patches.
         pooler_output: [B, P], the input of a classifier (`config.pooling`); None without a pooler.
-        hidden_states: on request, the embeddings and the output of each layer, [B, N, D] each, before the final norm.
-        attentions: on request and with eager attention, [B, heads, N, N] per layer.
+        hidden_states: if requested, the embeddings and each layer's output, [B, N, D] each, before the final norm.
+        attentions: if requested and with eager attention, the weights [B, heads, N, N] of each layer.
     """
 
-    token_layout: ClassVar[TokenLayout | None] = None  # set by the model; not a field, which would hold a tensor
+    token_layout: ClassVar[TokenLayout | None] = None  # set by the model; not a field: outputs contain only tensors
 
     @property
     def tokens(self) -> dict[str, Tensor]:
-        """`last_hidden_state` by group: "cls", "distillation", "registers", "patches", [B, n, D] each.
+        """Return `last_hidden_state` split into "cls", "distillation", "registers" and "patches", [B, n, D] each.
 
         Raises:
-            ValueError: if the output was rebuilt from its tensors, for example by gathering it from several processes.
+            ValueError: if the output was rebuilt from its tensors, for example after gathering from several processes.
         """
         if self.token_layout is None or self.last_hidden_state is None:
             raise ValueError(
-                "tokens requires the output of the model itself, but this one was rebuilt from its tensors: slice "
+                "tokens requires the output of the model itself, but this output was rebuilt from its tensors: slice "
                 "last_hidden_state by config.token_layout"
             )
         return {name: self.last_hidden_state[:, group] for name, group in self.token_layout.items()}
@@ -95,9 +95,9 @@ class ViTCLSImageClassifierOutput(ModelOutput):
 
     Attributes:
         loss: the loss of `logits`, if labels were given.
-        logits: [B, labels], the prediction.
-        cls_logits: [B, labels], of the classifier on the pooled tokens.
-        distillation_logits: [B, labels], of the classifier on the distillation token, if there is one.
+        logits: [B, labels], the prediction of the model (`config.distillation_inference`).
+        cls_logits: [B, labels], output of the classifier on the pooled tokens.
+        distillation_logits: [B, labels], output of the classifier on the distillation token; None without it.
         hidden_states, attentions: as in `ViTCLSModelOutput`.
     """
 
@@ -115,8 +115,8 @@ class ViTCLSMultiTaskOutput(ModelOutput):
 
     Attributes:
         loss: sum of `losses`, if labels were given.
-        losses: loss per task that has labels.
-        logits: [B, labels of the task] per task.
+        losses: task -> loss, for tasks with labels.
+        logits: task -> [B, labels of the task].
         hidden_states, attentions: as in `ViTCLSModelOutput`.
     """
 
@@ -129,7 +129,7 @@ class ViTCLSMultiTaskOutput(ModelOutput):
 
 # Base class ----------------------------------------------------------------------------------------------------------
 class ViTCLSPreTrainedModel(AdaptableModel):
-    """Loading, saving and initialization, common to all models."""
+    """Base class of all models: loading, saving and initialization."""
 
     base_model_prefix = "vitcls"
     main_input_name = "pixel_values"
@@ -145,8 +145,8 @@ class ViTCLSPreTrainedModel(AdaptableModel):
     _input_embed_layer = "patch_embeddings"
 
     def __init__(self, config: ViTCLSConfig, *args: Any, **kwargs: Any) -> None:
-        if not config._unchecked:
-            config.validate()  # fields may have been set since its construction
+        if not config._skip_validation:
+            config.validate()  # fields may have changed since the configuration was built
         super().__init__(config, *args, **kwargs)
         self.num_features = config.hidden_size  # as in timm
 
@@ -157,7 +157,7 @@ class ViTCLSPreTrainedModel(AdaptableModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """Initialize truncated normal weights and zero biases (ViT, DeiT); special tokens by `config.token_init`."""
+        """Initialize weights (truncated normal), biases (zero; ViT, DeiT) and tokens (`config.token_init`)."""
         std = self.config.initializer_range
         if isinstance(module, nn.Linear | nn.Conv2d):
             init.trunc_normal_(module.weight, mean=0.0, std=std)
@@ -189,7 +189,8 @@ class ViTCLSPreTrainedModel(AdaptableModel):
 
     def forward_features(self, pixel_values: Tensor) -> Tensor:
         """Return the encoded tokens of images [B, C, H, W], [B, N, D], like the method of this name in timm."""
-        return self.base_model(pixel_values).last_hidden_state
+        tokens: Tensor = self.base_model(pixel_values).last_hidden_state
+        return tokens
 
     def token_attention(
         self,
@@ -198,36 +199,36 @@ class ViTCLSPreTrainedModel(AdaptableModel):
         layers: Layers = "all",
         attention_mask: Tensor | None = None,
     ) -> Tensor:
-        """Return the attention of the special tokens, under any attention implementation, without full attention maps.
+        """Return the attention of the special tokens, for any attention implementation, without full attention maps.
 
-        The values equal the rows of eager attention, without dropout. The cost is a forward pass and a few rows per
-        layer. Gradients flow: use `torch.no_grad()` if none are needed.
+        The values are equal to the rows of eager attention without dropout. The cost is a forward pass and a few rows
+        per layer. The output has gradients: use `torch.no_grad()` if they are not needed.
 
         Args:
             pixel_values: [B, C, H, W].
-            tokens: groups of special tokens, of "cls", "distillation" and "registers".
+            tokens: one or more of "cls", "distillation" and "registers".
             layers: "all", or indices from 0; negative indices count from the last layer.
             attention_mask: as in `forward`.
 
         Returns:
             [batch, layer, head, special token, key], tokens and keys in the order of `config.token_layout`; each row
-            sums to 1. Differential attention has two maps per head, one after the other.
+            sums to 1. Differential attention has two consecutive maps per head.
 
         Raises:
-            ValueError: for unknown groups, layers that do not exist, or images that do not fit the model.
+            ValueError: if a group or layer does not exist, or the images do not fit the model.
         """
         return compute_token_attention(self, pixel_values, attention_mask, tokens, layers)
 
     @torch.no_grad()
     def flops(self, image_size: int | Sequence[int] | None = None, batch_size: int = 1) -> int:
-        """Return the operations of a forward pass, counted by `torch.utils.flop_counter` on a copy without weights.
+        """Return the FLOPs of a forward pass, counted by `torch.utils.flop_counter` on a copy without weights.
 
-        Matrix products and convolutions count as computed (the last layer only for the tokens that the classifiers
-        read), a multiply-add as two. `image_size` is in pixels; default: the model's own.
+        Only matrix products and convolutions are counted, a multiply-add as two operations. The last layer is counted
+        for the tokens that it computes. `image_size` is in pixels; default: `config.image_size`.
         """
         height, width = self.config.image_height_width if image_size is None else to_pair(image_size)
         config = copy.deepcopy(self.config)
-        config._attn_implementation = "eager"  # fused kernels are counted on some devices only
+        config._attn_implementation = "eager"  # the counter supports fused kernels only on some devices
         with torch.device("meta"):
             model = self.new_like(config).eval()
             pixel_values = torch.empty(batch_size, config.num_channels, height, width, dtype=model.dtype)
@@ -278,7 +279,7 @@ class ViTCLSModel(ViTCLSPreTrainedModel):
         """Encode images.
 
         Args:
-            pixel_values: [B, C, H, W], of any size of at least one patch.
+            pixel_values: [B, C, H, W]; images of any size, at least one patch.
             bool_masked_pos: [B, rows * columns], true for patches to replace by the mask token.
             attention_mask: [B, N] over all tokens, special tokens first; 1 if a token may be attended to.
             num_tokens_read: compute the last layer for, and return, only this many special tokens. Default: all.
@@ -286,8 +287,8 @@ class ViTCLSModel(ViTCLSPreTrainedModel):
             output_hidden_states, output_attentions, return_dict: as in all models of transformers.
 
         Raises:
-            ValueError: for images or masks that do not fit the model.
-            TypeError: for an unknown argument.
+            ValueError: if images or masks do not fit the model.
+            TypeError: if an argument is unknown.
         """
         for name in kwargs:
             if name not in TransformersKwargs.__annotations__:
@@ -297,7 +298,7 @@ class ViTCLSModel(ViTCLSPreTrainedModel):
         pixel_values = pixel_values.to(self.embeddings.patch_embeddings.projection.weight.dtype)
         hidden_states = self.embeddings(pixel_values, bool_masked_pos)  # [B, N, D]
 
-        mask = position_embeddings = None  # one value for all layers, or a list with one value per layer
+        mask = position_embeddings = None  # if not None: one value for all layers, or a list with one value per layer
         grid = self.embeddings.patch_embeddings.get_grid_size(pixel_values)
         if attention_mask is not None or self.view is not None or self.gates is not None or self.config.cls_scopes:
             mask = build_attention_mask(self.config, hidden_states, attention_mask, grid, self.view, self.gates)
@@ -311,7 +312,7 @@ class ViTCLSModel(ViTCLSPreTrainedModel):
             hidden_states = self.layernorm(hidden_states)  # [B, N, D]
         pooled = self.pooler(hidden_states) if self.pooler is not None else None  # [B, P]
         output = ViTCLSModelOutput(last_hidden_state=hidden_states, pooler_output=pooled)
-        output.token_layout = self.config.token_layout  # type: ignore[misc]  # an attribute of this output
+        output.token_layout = self.config.token_layout  # type: ignore[misc]  # set on this instance
         return output
 
     def run_layers(
@@ -322,7 +323,7 @@ class ViTCLSModel(ViTCLSPreTrainedModel):
         num_tokens_read: int | None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> Tensor:
-        """Run all layers, [B, N, D] -> [B, N, D], or [B, num_tokens_read, D] if it is given."""
+        """Run all layers on [B, N, D]; return [B, N, D], or [B, num_tokens_read, D] if `num_tokens_read` is set."""
         if self.config.merged_patches_per_layer:
             return run_merging_layers(self.layers, hidden_states, mask, num_tokens_read, **kwargs)
         for index, layer in enumerate(self.layers):
@@ -336,13 +337,13 @@ class ViTCLSModel(ViTCLSPreTrainedModel):
         return hidden_states
 
     def new_like(self, config: ViTCLSConfig) -> Self:
-        """Return a model with the same parts and fresh weights."""
+        """Return a newly initialized model for another configuration, with a pooler if this model has one."""
         return type(self)(config, add_pooling_layer=self.pooler is not None)
 
 
 # Classifiers ---------------------------------------------------------------------------------------------------------
 class ViTCLSForImageClassification(ViTCLSPreTrainedModel):
-    """A ViT with a classifier on the pooled tokens, and a second one on the distillation token if there is one."""
+    """A ViT with a classifier on the pooled tokens, and a second classifier on the distillation token, if any."""
 
     def __init__(self, config: ViTCLSConfig) -> None:
         super().__init__(config)
@@ -361,7 +362,7 @@ class ViTCLSForImageClassification(ViTCLSPreTrainedModel):
             self.distillation_classifier = build_head(self.config, self.config.hidden_size, self.num_labels)
 
     def reset_classifier(self, num_classes: int) -> None:
-        """Replace the classifiers by new ones, like the method of this name in timm; 0 labels: none."""
+        """Replace the classifiers by new classifiers, as in timm; 0 labels: no classifiers."""
         self.config.id2label, self.config.label2id = {}, {}
         self.config.num_labels = num_classes
         self.build_classifiers()
@@ -379,8 +380,8 @@ class ViTCLSForImageClassification(ViTCLSPreTrainedModel):
     ) -> ViTCLSImageClassifierOutput:
         """Classify images.
 
-        The loss is the loss of `logits`; in training with two classifiers it is the mean of their losses, so that both
-        learn. Distillation from a teacher is part of the training loop.
+        The loss is computed from `logits`. In training with two classifiers, it is the mean of their losses, so that
+        both classifiers are trained. Distillation from a teacher is part of the training loop (training/losses.py).
 
         Args:
             labels, num_items_in_batch: as in `classification_loss`.
@@ -398,11 +399,11 @@ class ViTCLSForImageClassification(ViTCLSPreTrainedModel):
             cls_logits = None  # the same tensor as logits
         loss = None
         if labels is not None:
-            trained = [logits]
+            head_logits = [logits]
             if self.training and distillation_logits is not None:
-                trained = [cls_logits, distillation_logits]
+                head_logits = [cls_logits, distillation_logits]
             num_items = kwargs.get("num_items_in_batch")
-            losses = [classification_loss(each, labels, self.config, num_items) for each in trained]
+            losses = [classification_loss(each, labels, self.config, num_items) for each in head_logits]
             loss = torch.stack(losses).mean()
         return ViTCLSImageClassifierOutput(
             loss=loss,
@@ -441,10 +442,10 @@ class ViTCLSForMultiTaskClassification(ViTCLSPreTrainedModel):
         """Classify images for every task.
 
         Args:
-            labels: task -> class per image [B]. Tasks may be missing, and single labels may be -100.
+            labels: task -> class index of each image [B]. Tasks may be missing; labels of -100 are ignored.
 
         Raises:
-            ValueError: for labels of an unknown task, or beyond a task's classes.
+            ValueError: if a task is unknown, or a label is not less than the number of its task's labels.
         """
         num_tokens_read = get_num_tokens_read(self.vitcls, kwargs)
         outputs = self.vitcls(pixel_values, attention_mask=attention_mask, num_tokens_read=num_tokens_read, **kwargs)
@@ -465,7 +466,7 @@ class ViTCLSForMultiTaskClassification(ViTCLSPreTrainedModel):
         )
 
     def compute_losses(self, logits: dict[str, Tensor], labels: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Return each task's mean cross-entropy over its labeled images (finetune.py divides by all images), or 0."""
+        """Return task -> mean cross-entropy over its labeled images, or 0 (finetune.py divides by all images)."""
         if unknown := sorted(set(labels) - set(logits)):
             raise ValueError(f"labels for unknown task {unknown[0]!r}: the tasks are {', '.join(logits)}")
         losses = {}
@@ -478,11 +479,11 @@ class ViTCLSForMultiTaskClassification(ViTCLSPreTrainedModel):
 
 
 def get_num_tokens_read(encoder: ViTCLSModel, kwargs: Mapping[str, Any]) -> int | None:
-    """Return how many tokens the classifiers read, so that the last layer can skip the others; None for all tokens.
+    """Return how many tokens the classifiers read, so that the last layer can skip the rest; None for all tokens.
 
     The special tokens come first, so slices of `token_layout` stay valid. All tokens are computed if the classifiers
-    read patches, if the last layer writes to a register, if hidden states or attentions are requested, if a recorder
-    or a hook on the encoder, its last layer or its norm may read them, or if the attention is neither SDPA nor eager.
+    read patches, the last layer writes to a register, hidden states or attentions are requested, a recorder or a hook
+    on the encoder, its last layer or its norm may read all tokens, or the attention is neither SDPA nor eager.
     """
     config = encoder.config
     if config.pooling != "cls" or config._attn_implementation not in ("sdpa", "eager"):
@@ -500,7 +501,7 @@ def get_num_tokens_read(encoder: ViTCLSModel, kwargs: Mapping[str, Any]) -> int 
 
 
 def has_user_hooks(module: nn.Module | None) -> bool:
-    """Return whether a module has hooks, other than those of transformers and torch.distributed."""
+    """Return whether a module has hooks that neither transformers nor torch.distributed registered."""
     names = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
     hooks = [hook for name in names for hook in (getattr(module, name, None) or {}).values()]
     modules = (str(getattr(hook, "__module__", "")) for hook in hooks)
@@ -509,10 +510,10 @@ def has_user_hooks(module: nn.Module | None) -> bool:
 
 # Masked image modeling -----------------------------------------------------------------------------------------------
 class ViTCLSForMaskedImageModeling(ViTCLSPreTrainedModel):
-    """Pre-training by reconstruction of masked patches from a mask token, by a linear decoder (SimMIM, 2111.09886)."""
+    """Pre-training: a linear decoder reconstructs the pixels of masked patches (SimMIM, arXiv 2111.09886)."""
 
     def __init__(self, config: ViTCLSConfig) -> None:
-        config = copy.deepcopy(config)  # the caller's configuration is not changed
+        config = copy.deepcopy(config)  # do not change the caller's configuration
         config.use_mask_token = True
         super().__init__(config)
         self.vitcls = ViTCLSModel(config, add_pooling_layer=False)
@@ -530,7 +531,7 @@ class ViTCLSForMaskedImageModeling(ViTCLSPreTrainedModel):
         """Reconstruct images.
 
         Args:
-            bool_masked_pos: [B, rows * columns], true for masked patches. Without it there is no loss.
+            bool_masked_pos: [B, rows * columns], true for masked patches. If None, no loss is computed.
 
         Returns:
             The loss over the masked pixels, and `reconstruction` [B, C, rows * patch height, columns * patch width],
@@ -552,8 +553,8 @@ class ViTCLSForMaskedImageModeling(ViTCLSPreTrainedModel):
 
 
 # Backbone ------------------------------------------------------------------------------------------------------------
-class ViTCLSBackbone(BackboneMixin, ViTCLSModel):
-    """Feature maps of selected layers for dense prediction: the patches on their grid."""
+class ViTCLSBackbone(BackboneMixin, ViTCLSModel):  # type: ignore[misc]  # num_features is a list
+    """Feature maps for dense prediction: the patches of selected layers, reshaped to their grid."""
 
     def __init__(self, config: ViTCLSConfig) -> None:
         super().__init__(config, add_pooling_layer=False)
@@ -568,9 +569,8 @@ class ViTCLSBackbone(BackboneMixin, ViTCLSModel):
     ) -> BackboneOutput:
         """Return the feature maps of `config.out_features`.
 
-        Maps are [B, D, rows, columns] each, or, with `config.reshape_hidden_states=False`, the first CLS token and the
-        patches, [B, 1 + rows * columns, D], which DPT and Depth Anything require. The last stage, and with
-        `config.apply_layernorm` every stage, is normalized.
+        Maps are [B, D, rows, columns], or with `config.reshape_hidden_states=False` [B, 1 + patches, D]: the first
+        CLS token and the patches. The last stage, and with `config.apply_layernorm` every stage, is normalized.
         """
         require_all_patches(self, self.config)
         outputs = ViTCLSModel.forward(self, pixel_values, attention_mask=attention_mask, **kwargs)
@@ -594,10 +594,11 @@ class ViTCLSBackbone(BackboneMixin, ViTCLSModel):
         patches: Tensor = hidden_states[:, self.config.token_layout.patches]
         if not self.config.reshape_hidden_states:
             return torch.cat([hidden_states[:, :1], patches], dim=1)
-        return patches.transpose(1, 2).unflatten(2, grid).contiguous()  # [B, D, rows, columns]
+        feature_map: Tensor = patches.transpose(1, 2).unflatten(2, grid).contiguous()  # [B, D, rows, columns]
+        return feature_map
 
     def new_like(self, config: ViTCLSConfig) -> Self:
-        """Return a backbone with fresh weights, for another configuration."""
+        """Return a newly initialized backbone for another configuration."""
         return type(self)(config)
 
 

@@ -16,8 +16,8 @@ class DataOptions:
     """The images."""
 
     dataset: str
-    """`digits` (scikit-learn), a folder with a subfolder per class, a CSV or Parquet file, a folder of MNIST's idx
-    files, or a dataset id on the Hub."""
+    """`digits` (scikit-learn), a folder with a subfolder per class, a CSV, JSON Lines or Parquet file, a folder of
+    `save_to_disk` or of MNIST's idx files, or a dataset id on the Hub."""
     image_column: str | None = None
     """Column with the images or their paths. Default: detected by its type or name."""
     label_column: tuple[str, ...] | None = None
@@ -28,21 +28,29 @@ class DataOptions:
     """All labels, for a streamed dataset that does not declare them."""
     held_out_fraction: float = 0.2
     """Fraction of the images to hold out for evaluation if the dataset has no split for it. A checksum of each image
-    decides, so the split stays the same when images are added."""
+    decides, so the split stays the same when images are added. 0: train on all images, and measure nothing."""
     split_seed: int = 0
-    """Random seed of the held-out split. Keep it to compare runs. Evaluation uses the seed of the model's run."""
+    """Random seed of the held-out split. Use the same seed to compare runs. Evaluation uses the seed of the model's
+    run."""
+    folds: int | None = None
+    """Cross-validation: train one model per fold in OUTPUT_DIR/fold-1, fold-2, ..., and report the mean accuracy."""
+    fold: int | None = None
+    """With --folds: hold out only this fold, from 1, and write to OUTPUT_DIR itself. Default: all folds in turn."""
     streaming: bool = False
     """Read the dataset during training, without downloading or storing it. Requires --max-steps."""
     shuffle_buffer: int = 1000
     """Number of images from which a streamed dataset draws the next one. A folder streams class by class: set it to
     the number of images."""
     max_broken_images: int = 100
-    """Maximum number of unreadable images. They are reported and skipped; if there are more, the run stops."""
+    """Maximum number of unreadable images, which are reported and skipped. If there are more, the run stops."""
     num_workers: int = 2
     """Data loading processes per training process. 0: load in the training process."""
 
     def __post_init__(self) -> None:
-        require(self, "held_out_fraction", 0 < self.held_out_fraction < 1, "between 0 and 1")
+        require(self, "held_out_fraction", 0 <= self.held_out_fraction < 1, "at least 0 and below 1")
+        require(self, "folds", self.folds is None or self.folds >= 2, "2 or more")
+        if self.fold is not None:
+            require(self, "fold", 1 <= self.fold <= (self.folds or 0), "from 1 to --folds")
         require(self, "shuffle_buffer", self.shuffle_buffer >= 1, "1 or more")
         for name in ("split_seed", "max_broken_images", "num_workers"):
             require(self, name, getattr(self, name) >= 0, "0 or more")
@@ -54,7 +62,8 @@ class ModelOptions:
 
     model: str
     """A preset to train from scratch (`vitcls-tiny`, `vitcls-small`, `vitcls-base`, `vitcls-large`), a folder or Hub
-    id of a vitcls model, or another ViT that is converted (`timm:NAME`, `transformers:ID`, a folder, a file)."""
+    id of a vitcls model, or another ViT that is converted (`timm:NAME`, `transformers:ID`, a folder, a Hub id).
+    `ID@COMMIT` pins a model on the Hub."""
     num_cls_tokens: int | None = None
     """Number of CLS tokens."""
     num_distillation_tokens: int | None = None
@@ -105,8 +114,9 @@ class AugmentationOptions:
     """Flip half of the images horizontally."""
     rotation: float = 0.0
     """Maximum rotation in degrees."""
-    shift: float = 0.0
-    """Maximum translation along each axis, as a fraction of the image."""
+    shift: float | None = None
+    """Maximum translation along each axis, as a fraction of the image. Default: 0.04 for images of at most 64 pixels,
+    which are not cropped, otherwise 0."""
     zoom: float = 0.0
     """Maximum change of scale: 0.1 is from 0.9 to 1.1."""
     auto_augment: Literal["none", "rand", "trivial"] = "none"
@@ -131,8 +141,8 @@ class AugmentationOptions:
         require(self, "rand_augment_magnitude", 0 <= self.rand_augment_magnitude <= 30, "0 to 30")
         require(self, "random_erasing", 0 <= self.random_erasing <= 1, "0 to 1")
         require(self, "repeated_augmentation", self.repeated_augmentation >= 1, "1 or more")
-        for name in ("shift", "zoom"):
-            require(self, name, 0 <= getattr(self, name) < 1, "at least 0 and below 1")
+        require(self, "shift", self.shift is None or 0 <= self.shift < 1, "at least 0 and below 1")
+        require(self, "zoom", 0 <= self.zoom < 1, "at least 0 and below 1")
         for name in ("mixup", "cutmix"):
             require(self, name, getattr(self, name) >= 0, "0 or more")
 
@@ -146,8 +156,8 @@ class TrainingOptions:
     more."""
     max_steps: int | None = None
     """Number of optimizer steps, instead of --epochs."""
-    batch_size: int = 64
-    """Training images per process and forward pass."""
+    batch_size: int | None = None
+    """Training images per process and forward pass. Default: 64, or 32 if there are fewer than 10,000 images."""
     gradient_accumulation_steps: int = 1
     """Forward and backward passes per optimizer step."""
     learning_rate: float | None = None
@@ -166,7 +176,7 @@ class TrainingOptions:
     label_smoothing: float = 0.1
     """Label smoothing: probability that is spread evenly over all classes. 0.1 is the value of DeiT."""
     class_balance: Literal["none", "weights", "sampling"] = "none"
-    """Compensation for classes of different sizes: weight the loss by the inverse class size, or sample all classes
+    """Compensation for imbalanced classes: weight the loss by the inverse class size, or sample all classes
     equally often."""
     max_gradient_norm: float = 1.0
     """Maximum norm of the gradients; larger gradients are scaled down. 1 is the value of the ViT paper."""
@@ -195,7 +205,8 @@ class TrainingOptions:
     evaluate_every: int = 1
     """Epochs between evaluations on held-out images. The last step is always evaluated."""
     select: Literal["last", "best"] = "last"
-    """Checkpoint to save and report: that of the last step, or the best of all evaluations. The best is selected on
+    """Checkpoint to save and report: the checkpoint of the last step, or the best of all evaluations. The best is
+    selected on
     images that are not reported: the validation split if there is a test split, otherwise a further part of the
     training images."""
     patience: int | None = None
@@ -204,7 +215,8 @@ class TrainingOptions:
     def __post_init__(self) -> None:
         require(self, "epochs", self.epochs is None or self.epochs > 0, "above 0")
         require(self, "max_steps", self.max_steps is None or self.max_steps >= 1, "1 or more")
-        for name in ("batch_size", "gradient_accumulation_steps", "log_every", "evaluate_every", "lora_rank"):
+        require(self, "batch_size", self.batch_size is None or self.batch_size >= 1, "1 or more")
+        for name in ("gradient_accumulation_steps", "log_every", "evaluate_every", "lora_rank"):
             require(self, name, getattr(self, name) >= 1, "1 or more")
         require(self, "learning_rate", self.learning_rate is None or self.learning_rate > 0, "above 0")
         require(self, "max_gradient_norm", self.max_gradient_norm > 0, "above 0")
@@ -218,7 +230,7 @@ class TrainingOptions:
         for name in ("weight_decay", "seed", "health_every", "feature_views"):
             require(self, name, getattr(self, name) >= 0, "0 or more")
         is_known = self.trainable in ("full", "head", "lora") or re.fullmatch(r"last-[1-9]\d*", self.trainable)
-        require(self, "trainable", bool(is_known), "of full, head, lora, or last-N such as last-2")
+        require(self, "trainable", bool(is_known), "full, head, lora or last-N such as last-2")
 
 
 @dataclass(frozen=True)
@@ -230,7 +242,8 @@ class DistillationOptions:
     """
 
     teacher: str | None = None
-    """A classifier: a folder or Hub id of a transformers model, or `timm:NAME`. Default: no distillation."""
+    """A classifier: a folder or Hub id of a transformers model (`ID@COMMIT` pins it), or `timm:NAME`. Default: no
+    distillation."""
     distillation: Literal["soft", "hard"] = "hard"
     """Target of the distillation token: class probabilities (soft) or top class (hard) of the teacher."""
     distillation_alpha: float = 0.5
@@ -278,7 +291,7 @@ class RunOptions:
     """Steps between pushes of the model to --hub-checkpoint-branch, in the background. Requires --push-to-hub.
     Default: no such pushes."""
     hub_checkpoint_branch: str = "checkpoints"
-    """Branch of these pushes. It is created if it does not exist."""
+    """Branch for these pushes. It is created if it does not exist."""
     hub_push_optimizer: bool = False
     """Also push the checkpoint that --resume requires, to main and to --hub-checkpoint-branch. To resume on another
     machine, run `hf download ID --revision BRANCH --local-dir FOLDER`, then the same command with --output-dir FOLDER
@@ -301,9 +314,9 @@ class RunOptions:
         every = self.hub_checkpoint_every
         require(self, "hub_checkpoint_every", every is None or every >= 1, "1 or more")
         is_separate = self.hub_checkpoint_branch not in ("", "main")
-        require(self, "hub_checkpoint_branch", is_separate, "other than main, which receives the result")
+        require(self, "hub_checkpoint_branch", is_separate, "a branch other than main, which receives the result")
         is_identifier = self.license is None or bool(re.fullmatch(r"[a-z0-9][a-z0-9.-]*", self.license))
-        require(self, "license", is_identifier, "as the Hub writes it, such as apache-2.0 or cc-by-4.0")
+        require(self, "license", is_identifier, "an identifier of the Hub, such as apache-2.0 or cc-by-4.0")
         for name in ("hub_checkpoint_every", "hub_push_optimizer"):
             if getattr(self, name) and not self.push_to_hub:
                 raise ValueError(
@@ -312,7 +325,7 @@ class RunOptions:
         if (self.eval_benchmark is None) != (self.eval_task_id is None):
             raise ValueError("--eval-benchmark and --eval-task-id require each other. Set both, or neither.")
         is_id = self.eval_benchmark is None or bool(re.fullmatch(r"[\w.-]+/[\w.-]+", self.eval_benchmark))
-        require(self, "eval_benchmark", is_id, "such as `namespace/name`, a dataset on the Hub")
+        require(self, "eval_benchmark", is_id, "a dataset on the Hub, `namespace/name`")
 
 
 @dataclass(frozen=True)
@@ -363,7 +376,8 @@ class EvaluateOptions:
     """Evaluate a vitcls model on labeled images, each image exactly once."""
 
     model: str
-    """Folder or Hub id of a vitcls model."""
+    """Folder or Hub id of a vitcls model (`ID@COMMIT` pins it), or another ViT that is converted once (`timm:NAME`,
+    `transformers:ID`, a folder, a Hub id)."""
     data: DataOptions
     split: str | None = None
     """Split of the dataset. In a dataset with one split that is not called `test`, `test` is the held-out split of
@@ -388,7 +402,7 @@ class EvaluateOptions:
         require(self, "batch_size", self.batch_size >= 1, "1 or more")
         require(self, "frozen_repeats", self.frozen_repeats >= 1, "1 or more")
         is_known = self.frozen in (None, "knn", "logreg") or re.fullmatch(r"few-shot:[1-9]\d*", str(self.frozen))
-        require(self, "frozen", bool(is_known), "of knn, logreg, or few-shot:N such as few-shot:5")
+        require(self, "frozen", bool(is_known), "knn, logreg or few-shot:N such as few-shot:5")
 
 
 @dataclass(frozen=True)
@@ -400,14 +414,15 @@ class PredictOptions:
     """
 
     model: str
-    """Folder or Hub id of a vitcls model."""
+    """Folder or Hub id of a vitcls model (`ID@COMMIT` pins it), or another ViT that is converted once (`timm:NAME`,
+    `transformers:ID`, a folder, a Hub id)."""
     paths: tuple[str, ...] = ()
     """Image files, folders (with all folders in them), or URLs."""
     list: Path | None = None
     """Text file with one image file, folder or URL per line."""
     dataset: str | None = None
-    """`digits` (scikit-learn), a folder with a subfolder per class, a CSV or Parquet file, a folder of MNIST's idx
-    files, or a dataset id on the Hub."""
+    """`digits` (scikit-learn), a folder with a subfolder per class, a CSV, JSON Lines or Parquet file, a folder of
+    `save_to_disk` or of MNIST's idx files, or a dataset id on the Hub."""
     split: str | None = None
     """Split of the dataset. Default: the only one."""
     image_column: str | None = None
@@ -472,12 +487,13 @@ class InspectOptions:
     """
 
     model: str
-    """Folder or Hub id of a vitcls model."""
+    """Folder or Hub id of a vitcls model (`ID@COMMIT` pins it), or another ViT that is converted once (`timm:NAME`,
+    `transformers:ID`, a folder, a Hub id)."""
     paths: tuple[str, ...] = ()
     """Image files, folders (with all folders in them), or URLs."""
     dataset: str | None = None
-    """`digits` (scikit-learn), a folder with a subfolder per class, a CSV or Parquet file, a folder of MNIST's idx
-    files, or a dataset id on the Hub."""
+    """`digits` (scikit-learn), a folder with a subfolder per class, a CSV, JSON Lines or Parquet file, a folder of
+    `save_to_disk` or of MNIST's idx files, or a dataset id on the Hub."""
     split: str | None = None
     """Split of the dataset. In a dataset with one split, `test` is the held-out split of fine-tuning. Default: the
     held-out split of the model's run, or `test`."""
@@ -494,7 +510,7 @@ class InspectOptions:
     json: Path | None = None
     """JSON file to write the values of the report to."""
     num_images: int = 8
-    """Number of images in the report, spread evenly over all images."""
+    """Number of images in the report: wrong predictions, then the least confident, then typical images."""
     max_images: int = 256
     """Maximum number of images for the statistics, spread evenly over all images and kept in memory."""
     batch_size: int = 32
@@ -505,7 +521,7 @@ class InspectOptions:
     def __post_init__(self) -> None:
         for name in ("num_images", "max_images", "batch_size"):
             require(self, name, getattr(self, name) >= 1, "1 or more")
-        require(self, "patch_sizes", all(size >= 1 for size in self.patch_sizes), "of 1 or more pixels each")
+        require(self, "patch_sizes", all(size >= 1 for size in self.patch_sizes), "1 or more pixels each")
         if bool(self.paths) == (self.dataset is not None):
             raise ValueError("Set exactly one of PATHS and --dataset: they name the images.")
         if self.dataset is None and (self.image_column or self.label_column or self.label_separator):
@@ -521,7 +537,7 @@ class InspectOptions:
 def require(options: Any, name: str, is_valid: bool, allowed: str) -> None:
     """Raise ValueError with the name of the flag if its value is not valid."""
     if not is_valid:
-        raise ValueError(f"--{name.replace('_', '-')} is {getattr(options, name)}: set a value {allowed}")
+        raise ValueError(f"--{name.replace('_', '-')} is {getattr(options, name)}, but it must be {allowed}")
 
 
 def to_flags(options: Any) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 """Rotary positions, and the resampling of learned weights that depend on the patch grid.
 
     rotary positions     (cos, sin) for queries and keys of the patches; special tokens are not rotated
-    learned positions    resampled to another grid of patches
+    learned positions    resampled to another patch grid
     patch kernels        resized to another patch size
 
 Learned and sin-cos positions are added to the patches in blocks_vitcls.py.
@@ -31,7 +31,7 @@ def build_rotary_positions(config: ViTCLSConfig) -> "AxialRotaryPositions | Mixe
 
 
 class AxialRotaryPositions(nn.Module):
-    """Half of the channels rotate with the row, half with the column (DINOv3, arXiv 2508.10104; EVA-02)."""
+    """Rotary positions: half of the channels encode the row, half the column (DINOv3, arXiv 2508.10104; EVA-02)."""
 
     def __init__(self, config: ViTCLSConfig) -> None:
         super().__init__()
@@ -52,7 +52,7 @@ class AxialRotaryPositions(nn.Module):
 
 
 class MixedRotaryPositions(nn.Module):
-    """Each layer and head learns its own frequencies along both axes (RoPE-ViT, arXiv 2403.13298)."""
+    """Rotary positions with learned frequencies along both axes, per layer and head (RoPE-ViT, arXiv 2403.13298)."""
 
     def __init__(self, config: ViTCLSConfig) -> None:
         super().__init__()
@@ -73,7 +73,7 @@ class MixedRotaryPositions(nn.Module):
         return list(zip(cos, sin, strict=True))
 
     def get_initial_frequencies(self) -> Tensor:
-        """Return axial frequencies rotated by a random angle per layer and head (the paper's initialization)."""
+        """Return axial frequencies, rotated by a random angle per layer and head (initialization of RoPE-ViT)."""
         _, layers, heads, half = self.frequencies.shape
         magnitude = self.theta ** -(torch.arange(0, 2 * half, 4, dtype=torch.float32) / (2 * half))  # [head_dim / 4]
         angle = torch.rand(layers, heads, 1) * 2 * math.pi
@@ -94,7 +94,7 @@ def get_patch_coordinates(config: ViTCLSConfig, grid: tuple[int, int], device: t
     else:
         # patch indices, scaled to a reference grid (EVA-02, arXiv 2303.11331, section 2.1)
         reference, offset = config.rope_reference_grid or grid, float(config.rope_grid_offset)
-        y, x = ((axis + offset) / size * wanted for axis, size, wanted in zip((y, x), grid, reference, strict=True))
+        y, x = ((axis + offset) / size * scale for axis, size, scale in zip((y, x), grid, reference, strict=True))
     coordinates = torch.stack(torch.meshgrid(y, x, indexing="ij"), dim=-1).flatten(0, 1)
     return coordinates.flip(-1) if config.rope_axes == "xy" else coordinates
 
@@ -102,7 +102,7 @@ def get_patch_coordinates(config: ViTCLSConfig, grid: tuple[int, int], device: t
 def rotate_patches(query: Tensor, key: Tensor, position_embeddings: PositionEmbeddings) -> tuple[Tensor, Tensor]:
     """Rotate the patches of queries [B, heads, n, head_dim] and keys [B, heads, N, head_dim].
 
-    Special tokens are first in the sequence and are not rotated. n is N, or less than the number of special tokens.
+    Special tokens are first in the sequence and are not rotated. n is N, or at most the number of special tokens.
     """
     cos, sin = position_embeddings
     num_special = key.shape[-2] - cos.shape[-2]
@@ -130,7 +130,7 @@ def resample_positions(
     """Resample learned positions [1, rows * columns, D] to another grid, in float32, as `config` specifies."""
     maps = positions.float().unflatten(1, grid).permute(0, 3, 1, 2)  # [1, D, rows, columns]
     if config.position_interpolation == "crop":
-        # a square as long as the longer side, then its top left part (RADIO, arXiv 2312.06709)
+        # resample to a square with the longer side, then crop its top left (RADIO, arXiv 2312.06709)
         side = max(new_grid)
         square = nn.functional.interpolate(maps, size=(side, side), mode="bilinear", align_corners=False)
         rows, columns = (torch.arange(length, device=maps.device) for length in new_grid)
@@ -154,7 +154,7 @@ def resize_patch_kernel(kernel: Tensor, new_size: tuple[int, int]) -> Tensor:
     """Resize a patch projection [D, C, height, width] to another patch size (FlexiViT, arXiv 2212.08013, section 3.4).
 
     The new kernel maps a bilinearly resized patch to the embedding of the original patch: exactly if patches grow, in
-    the least-squares sense if they shrink. It is the old kernel times the pseudo-inverse of the resizing, transposed.
+    the least-squares sense if they shrink. With the resizing matrix B, it is pinv(B transposed) times the old kernel.
     """
     height, width = kernel.shape[-2:]
     basis = torch.eye(height * width, dtype=torch.float64).view(-1, 1, height, width)  # on the CPU: MPS has no float64

@@ -4,7 +4,7 @@ A study file (scripts/recipes/study_*.yaml) contains
     title, question    text for the page
     answer             the conclusion, in one sentence, written after the measurement (optional)
     seeds              list of seeds; each combination of factor levels runs once per seed
-    subsets            name -> {dataset, num_images, seed}: random training subsets to measure on (optional)
+    subsets            name -> {dataset, num_images, seed}: random training subsets (optional)
     stages             stage -> flags of that vitcls subcommand; stages run in the order of STAGES
     factors            factor -> level -> flags of `finetune`, or {stage: flags}; `null` for a stage skips it
     metrics            names of numbers in results.json, for the tables
@@ -45,7 +45,7 @@ SEEDED_STAGES = ("pretrain", "finetune")  # stages with the flag --seed
 REQUIRED_KEYS = ("title", "question", "seeds", "stages", "factors", "metrics", "baseline")
 OPTIONAL_KEYS = ("answer", "subsets")
 POLL_SECONDS = 0.2
-GIB = 1024**3
+BYTES_PER_GIB = 1024**3
 
 Flags = dict[str, Any]
 
@@ -138,7 +138,7 @@ def split_by_stage(flags: Mapping[str, Any]) -> dict[str, Flags | None]:
 
 
 def to_file_name(text: str) -> str:
-    """Return a text as part of a file name: `100 %` -> `100-`."""
+    """Convert a text to a part of a file name: `100 %` -> `100-`."""
     return "".join(character if character.isalnum() or character in "-." else "-" for character in text)
 
 
@@ -147,7 +147,7 @@ def to_file_name(text: str) -> str:
 
 @dataclass
 class RunProcess:
-    """A run that is being executed."""
+    """A running process of a run."""
 
     run: StudyRun
     process: subprocess.Popen[bytes]
@@ -164,16 +164,16 @@ class StudyRunner:
         Args:
             jobs: Maximum number of runs at a time.
             threads: Threads per run.
-            memory_limit: Memory of all runs together, in GiB. A run starts only if the largest run until then would
-                still fit.
+            memory_limit: Memory of all runs together, in GiB. A run starts only if the largest run so far would still
+                fit.
         """
         self.study, self.folder = study, folder
         self.jobs, self.threads, self.memory_limit = jobs, threads, memory_limit
-        self.largest_run = 0.0  # peak memory of a run until now, in bytes
+        self.largest_run = 0.0  # largest peak memory of the runs so far, in bytes
         self.seconds: list[float] = []  # durations of the runs of this process
 
     def execute(self) -> None:
-        """Execute all runs that are not finished. A failed run does not stop the others."""
+        """Execute all runs that are not finished. A failed run does not stop the other runs."""
         self.write_subsets()
         runs = self.study.plan_runs()
         waiting = [run for run in runs if not self.is_finished(run)]
@@ -229,11 +229,11 @@ class StudyRunner:
             return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
 
     def build_commands(self, run: StudyRun) -> list[tuple[str, list[str]]]:
-        """Return the flags of each stage of a run, on the command line."""
+        """Return the command line of each stage of a run."""
         folder = self.get_folder(run)
         commands = []
         for stage, flags in run.stages.items():
-            values = {name: self.fill(value, run) for name, value in flags.items()}
+            values = {name: self.fill_placeholders(value, run) for name, value in flags.items()}
             if stage in SEEDED_STAGES:
                 values["output_dir"] = str(folder / stage)
                 has_checkpoint = any((folder / stage / "checkpoints").glob("*"))
@@ -246,7 +246,7 @@ class StudyRunner:
             commands.append((stage, [token for name, value in values.items() for token in to_arguments(name, value)]))
         return commands
 
-    def fill(self, value: Any, run: StudyRun) -> Any:
+    def fill_placeholders(self, value: Any, run: StudyRun) -> Any:
         """Replace the placeholders in the value of a flag."""
         if not isinstance(value, str):
             return value
@@ -259,8 +259,8 @@ class StudyRunner:
         if self.memory_limit is None or not running:
             return True
         if not self.largest_run:
-            return False  # the memory of a run is not known yet
-        return (len(running) + 1) * self.largest_run <= self.memory_limit * GIB
+            return False  # the memory of a run is not yet known
+        return (len(running) + 1) * self.largest_run <= self.memory_limit * BYTES_PER_GIB
 
     def measure_memory(self, running: list[RunProcess]) -> None:
         """Update the peak memory of a run."""
@@ -268,7 +268,7 @@ class StudyRunner:
             try:
                 process = psutil.Process(item.process.pid)
                 used = sum(each.memory_info().rss for each in [process, *process.children(recursive=True)])
-            except psutil.Error:  # it has just ended
+            except psutil.Error:  # the process has just ended
                 continue
             self.largest_run = max(self.largest_run, used)
 
@@ -338,7 +338,7 @@ def collect_row(runner: StudyRunner, run: StudyRun) -> dict[str, Any]:
 
 
 def flatten_numbers(values: Mapping[str, Any], prefix: str) -> dict[str, float]:
-    """Return the numbers of a nested JSON object under names such as `energy.kilowatt_hours`. Lists are left out."""
+    """Return the numbers of a nested JSON object under names such as `energy.kilowatt_hours`. Lists are omitted."""
     numbers: dict[str, float] = {}
     for name, value in values.items():
         if isinstance(value, Mapping):
@@ -395,7 +395,7 @@ def write_page(runner: StudyRunner, rows: list[dict[str, Any]], command: str) ->
     parts.append(
         f"## How it was measured\n\n{len(finished)} of {len(rows)} runs finished, seeds {seeds}; {seconds / 60:.0f} "
         f"minutes of training in total, {runner.threads} thread(s) per run. A value is the mean over seeds with its "
-        "95 % confidence interval (Student's t). A difference is paired by seed. "
+        "95 % confidence interval (Student's t). Differences are paired by seed. "
         "Each test image is used once per finished run.\n\n"
         f"```bash\n{command}\n```\n\n"
         + ", ".join(f"{name} {version}" for name, version in get_versions("transformers", "timm").items())
@@ -434,10 +434,10 @@ def format_table(study: Study, groups: dict[tuple[str, ...], dict[int, float]], 
     return "\n".join(lines)
 
 
-def format_interval(values: list[float], sign: str = "") -> str:
-    """Return `0.978 ± 0.0041`, or the mean alone for a single value."""
+def format_interval(values: list[float], sign_format: str = "") -> str:
+    """Return `0.978 ± 0.0041`, or only the mean for a single value."""
     mean, half_width = compute_interval(values)
-    return f"{mean:{sign}.4g}" + ("" if math.isnan(half_width) else f" ± {half_width:.2g}")
+    return f"{mean:{sign_format}.4g}" + ("" if math.isnan(half_width) else f" ± {half_width:.2g}")
 
 
 def draw_groups(groups: dict[tuple[str, ...], dict[int, float]], metric: str, file: Path) -> None:

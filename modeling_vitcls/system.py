@@ -2,11 +2,11 @@
 
 Energy is an estimate, power times duration:
 
-    GPU             power limit of the board, from its driver
+    GPU power limit of the board, from the driver
     CPU             `WATTS_PER_CPU_THREAD` per thread
     other devices   no estimate
 
-Peak throughput is measured with large matrix products, with the threads, clock and load that the machine has:
+Peak throughput is measured with large matrix products, with the current threads, clock rate and load of the machine:
 
     measure_gemm_peak(torch.device("cuda"), torch.bfloat16)      # FLOP/s; a multiply-add counts as two
 """
@@ -36,13 +36,13 @@ LIBRARIES = ("torch", "torchvision", "transformers", "accelerate")
 
 # Parameters of mallopt in glibc's <malloc.h>.
 M_TRIM_THRESHOLD = -1  # free bytes at the end of the heap above which memory is returned to the system; -1 disables it
-M_MMAP_MAX = -4  # maximum number of blocks that are allocated with mmap, each returned when it is freed
+M_MMAP_MAX = -4  # maximum number of blocks allocated with mmap, which are returned to the system when they are freed
 
 
 def keep_freed_memory() -> None:
     """Keep the memory of freed tensors in this process, and let PyTorch use large pages if no tensor exists yet.
 
-    Environment variables of the user take precedence. C libraries other than glibc stay unchanged.
+    Environment variables of the user take precedence. C libraries other than glibc are not changed.
     """
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     is_set = any(name.startswith(("MALLOC_", "GLIBC_TUNABLES")) for name in os.environ)
@@ -62,11 +62,11 @@ def estimate_energy(seconds: float, num_processes: int, device: torch.device) ->
 
     Args:
         seconds: duration of the run.
-        num_processes: number of processes, each on a device like this one.
+        num_processes: number of processes, each on a device of the same type.
         device: device of this process.
 
     Returns:
-        "kilowatt_hours", "watts_per_process", and "assumption", the text that must accompany the numbers.
+        "kilowatt_hours", "watts_per_process", and "assumption", the assumption behind the numbers, as text.
     """
     if device.type == "cuda":
         watts, assumption = get_power_limit(device), "each GPU drew the power limit of its board"
@@ -108,8 +108,8 @@ DEFAULT_MATRIX_SIDE = 4096
 def measure_gemm_peak(device: torch.device | str, dtype: torch.dtype) -> float:
     """Return the FLOP/s of large matrix products: the fastest of many repetitions, in the fastest implementation.
 
-    The measurement takes about half a second. On CPUs oneDNN is tried in addition to PyTorch's own choice, which may
-    be half as fast. The result is a lower bound: other programs that run at the same time can only lower it.
+    The measurement takes about half a second. On CPUs, oneDNN is also measured, because PyTorch's default may be half
+    as fast. The result is a lower bound: other programs that run at the same time can only lower it.
     """
     device = torch.device(device)
     side = MATRIX_SIDES.get(device.type, DEFAULT_MATRIX_SIDE)
@@ -123,7 +123,7 @@ def measure_gemm_peak(device: torch.device | str, dtype: torch.dtype) -> float:
 
 
 def measure_fastest_call(work: Callable[[], torch.Tensor], device: torch.device) -> float:
-    """Return the seconds of the fastest call, after a first call that does not count."""
+    """Return the duration of the fastest call in seconds, after a warm-up call."""
     work()
     durations: list[float] = []
     synchronize(device)
@@ -137,7 +137,7 @@ def measure_fastest_call(work: Callable[[], torch.Tensor], device: torch.device)
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until a device has finished its work."""
+    """Wait until all work on a device is complete."""
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
 
@@ -158,7 +158,7 @@ def reset_peak_memory(device: torch.device) -> None:
 
 
 def describe_device(accelerator: Accelerator) -> str:
-    """Return the name of the device, and how the model is sharded over the processes if it is."""
+    """Return the name of the device and, if the model is sharded, how it is sharded over the processes."""
     name = format_device_name(accelerator.device) + (" per process" if accelerator.device.type == "cpu" else "")
     return ", ".join(filter(None, [name, SHARDED.get(accelerator.distributed_type)]))
 
@@ -176,7 +176,7 @@ def get_versions(*libraries: str) -> dict[str, str]:
     for name in (*LIBRARIES, *libraries):
         with suppress(PackageNotFoundError):
             versions[name] = version(name)
-    return versions | {"torch": str(torch.__version__)}  # with its build, such as +cu132
+    return versions | {"torch": str(torch.__version__)}  # includes the build, such as +cu132
 
 
 def get_processor_name() -> str:

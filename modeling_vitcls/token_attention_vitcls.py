@@ -3,8 +3,8 @@
 
     rows = model.token_attention(pixel_values)      # [batch, layer, head, special token, key]
 
-Fused attention returns no maps, and full maps have N x N numbers. The `recorder` of each layer's attention
-(blocks_vitcls.py) receives queries and keys, and only the rows of the special tokens are recomputed.
+Fused attention does not return maps, and full maps have N x N values. The `recorder` of each layer's attention
+(blocks_vitcls.py) receives queries and keys, and only the rows of the special tokens are computed from them.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -44,7 +44,7 @@ def compute_token_attention(
 
 @contextmanager
 def record_attention(encoder: Any, layers: Iterable[int], record: Callable[..., None]) -> Iterator[None]:
-    """Call `record(layer, query, key, value, mask, scaling, attended)` for each of these layers within the context.
+    """Call `record(layer, query, key, value, mask, scaling, attended)` in each of `layers` within the context.
 
     Compiled models run eagerly within the context. A recorder that was set before is restored afterwards.
     """
@@ -82,7 +82,7 @@ def get_layer_indices(layers: Layers, num_layers: int) -> list[int]:
 
 
 def compute_attention_rows(query: Tensor, key: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
-    """Return attention weights without dropout: [B, heads, n, d], [B, heads, N, d] -> [B, heads, n, N]."""
+    """Return the attention weights [B, heads, n, N] of queries [B, heads, n, d] and keys [B, heads, N, d]."""
     scores = torch.matmul(query, key.transpose(2, 3)) * scaling
     if mask is not None and mask.dtype == torch.bool:
         scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
@@ -92,7 +92,7 @@ def compute_attention_rows(query: Tensor, key: Tensor, mask: Tensor | None, scal
 
 
 def select_mask_rows(mask: Any, query: Tensor, key: Tensor) -> Tensor | None:
-    """Return the first rows of a mask, as many as there are queries, for any attention implementation.
+    """Return the rows of a mask for the first n queries [B, heads, n, d], for any attention implementation.
 
     Masks are None, [B, N] (flash), [B or 1, heads or 1, N or 1, N] (SDPA, eager) or a function (flex attention).
     """

@@ -27,7 +27,7 @@ from .positions_vitcls import PositionEmbeddings
 
 # Layers --------------------------------------------------------------------------------------------------------------
 class ViTCLSPostNormLayer(ViTCLSLayer):
-    """A layer whose norms follow attention and MLP, before the residual connection (EVA-CLIP's largest model)."""
+    """A layer with norms after attention and MLP, before the residual connection (EVA02-CLIP-E)."""
 
     def forward(
         self,
@@ -54,7 +54,7 @@ class ViTCLSParallelLayer(ViTCLSLayer):
         attention_class: type[ViTCLSAttention] = ViTCLSAttention,
     ) -> None:
         super().__init__(config, drop_path_rate, attention_class)
-        del self.layernorm_after, self.layer_scale2  # one norm and one scale serve both branches
+        del self.layernorm_after, self.layer_scale2  # both branches share one norm and one layer scale
 
     def forward(
         self,
@@ -81,8 +81,8 @@ LAYERS: dict[str, type[ViTCLSLayer]] = {
 class ViTCLSDifferentialAttention(ViTCLSAttention):
     """Attention in which each head subtracts a second map from its first (Ye et al. 2024, arXiv 2410.05258).
 
-    The query and key of a head are split into two of half the width. The weight of the second map is one learned
-    number per layer; the paper learns the same number as a difference of exponentials, and scales the norm.
+    The query and key of a head are split into halves, one per map. The weight of the second map is one learned number
+    per layer; the paper computes it as a difference of exponentials of learned vectors, and scales the norm.
     """
 
     INITIAL_SHARE = 0.8  # initial weight of the second map, as in the paper; the norm's output is scaled by 1 - 0.8
@@ -100,7 +100,7 @@ class ViTCLSDifferentialAttention(ViTCLSAttention):
     def project_qkv(self, hidden_states: Tensor, num_queries: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Return queries and keys [B, 2 * heads, n or N, head_dim / 2], values [B, 2 * heads, N, head_dim]."""
         query, key, value = super().project_qkv(hidden_states, num_queries)
-        return query, key, value.repeat_interleave(2, dim=1)  # both maps of a head mix the same values
+        return query, key, value.repeat_interleave(2, dim=1)  # both maps of a head use the same values
 
     def attend(
         self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any
@@ -118,7 +118,7 @@ ATTENTIONS: dict[str, type[ViTCLSAttention]] = {
 
 
 def get_layer_classes(config: ViTCLSConfig) -> tuple[type[ViTCLSLayer], type[ViTCLSAttention]]:
-    """Return the classes of layer and attention; `ViTCLSLayer` and `ViTCLSAttention` by default."""
+    """Return the layer class and the attention class; `ViTCLSLayer` and `ViTCLSAttention` by default."""
     if config.merged_patches_per_layer:
         return MergingLayer, MergingAttention
     return LAYERS[config.layer_type], ATTENTIONS[config.attention_type]
@@ -126,7 +126,7 @@ def get_layer_classes(config: ViTCLSConfig) -> tuple[type[ViTCLSLayer], type[ViT
 
 # Register neurons ----------------------------------------------------------------------------------------------------
 class RegisterNeurons(nn.Module):
-    """Move the activations of single MLP neurons from the patches to the last register, without training.
+    """Move the activations of selected MLP neurons from the patches to the last register, without training.
 
     The register receives the largest activation of the patches by magnitude, the patches become zero, and other
     special tokens keep theirs, as in the authors' code (Jiang et al. 2025, arXiv 2506.08010, section 4).
@@ -139,7 +139,7 @@ class RegisterNeurons(nn.Module):
         self.register = config.token_layout.registers.stop - 1
 
     def forward(self, activations: Tensor) -> Tensor:
-        """[B, N, intermediate] -> [B, N, intermediate]."""
+        """Return the activations [B, N, intermediate] after the move."""
         patch_activations = activations[:, self.patches, self.neurons]  # [B, patches, neurons]
         largest = patch_activations.abs().argmax(dim=1, keepdim=True)  # [B, 1, neurons]
         moved = activations.clone()
@@ -152,7 +152,7 @@ class RegisterNeurons(nn.Module):
 
 
 def add_register_neurons(layers: Iterable[Any], config: ViTCLSConfig) -> None:
-    """Set `register_neurons` of the MLPs that `config.register_neurons` names."""
+    """Add `RegisterNeurons` to the MLPs of the layers in `config.register_neurons`."""
     for index, layer in enumerate(layers):
         if neurons := [neuron for layer_index, neuron in config.register_neurons or () if layer_index == index]:
             layer.mlp.register_neurons = RegisterNeurons(config, neurons)
@@ -162,8 +162,8 @@ def add_register_neurons(layers: Iterable[Any], config: ViTCLSConfig) -> None:
 class PatchDropout(nn.Module):
     """Keep a random subset of each image's patches in training (PatchDropout, arXiv 2208.07220; FLIP, 2212.00794).
 
-    Positions are in the tokens already, or in the rotary position embeddings, which are selected with the patches.
-    Special tokens are always kept, and nothing is dropped in evaluation.
+    Each kept patch keeps its position: learned positions are already added, rotary positions are selected with the
+    patches. Special tokens are always kept, and nothing is dropped in evaluation.
     """
 
     def __init__(self, config: ViTCLSConfig) -> None:
@@ -199,12 +199,12 @@ class PatchDropout(nn.Module):
 
 
 def get_num_kept_patches(rate: float, num_patches: int) -> int:
-    """Return how many patches of an image are kept in training: rounded to nearest, at least one."""
+    """Return the number of patches of an image that training keeps: rounded to nearest, at least one."""
     return max(1, round(num_patches * (1 - rate)))
 
 
 def require_all_patches(model: nn.Module, config: ViTCLSConfig) -> None:
-    """Raise ValueError if a model with an output per patch is in training mode with patch dropout."""
+    """Raise ValueError if a model that returns every patch is in training mode with patch dropout."""
     if model.training and config.patch_drop_rate > 0:
         raise ValueError(
             f"{type(model).__name__} requires every patch, but patch_drop_rate is {config.patch_drop_rate}: "
@@ -213,19 +213,19 @@ def require_all_patches(model: nn.Module, config: ViTCLSConfig) -> None:
 
 
 def map_layers(values: Any, function: Callable[[Any], Any]) -> Any:
-    """Apply a function to the value of each layer, or to the one value of all layers."""
+    """Apply a function to the value of each layer, or to the single value for all layers."""
     if values is None:
         return None
     return [function(value) for value in values] if isinstance(values, list) else function(values)
 
 
 def select_tokens(hidden_states: Tensor, indices: Tensor) -> Tensor:
-    """Return the tokens at `indices` [B, n] of [B, N, D], [B, n, D]."""
+    """Return the tokens [B, n, D] at `indices` [B, n] of hidden states [B, N, D]."""
     return hidden_states.gather(1, indices.unsqueeze(-1).expand(-1, -1, hidden_states.shape[-1]))
 
 
 def select_mask(mask: Any, indices: Tensor) -> Any:
-    """Return the part of a mask that belongs to the tokens at `indices` [B, n], for any attention implementation.
+    """Return the rows and columns of a mask for the tokens at `indices` [B, n], for any attention implementation.
 
     Masks are [B, N] (flash), [B or 1, heads or 1, N or 1, N] (SDPA, eager) or a function (flex attention).
     """
@@ -260,7 +260,7 @@ def select_position_embeddings(position_embeddings: PositionEmbeddings, kept: Te
 #
 # Each layer merges similar patches between attention and MLP, so that later layers have fewer tokens (ToMe, arXiv
 # 2210.09461). Between layers, every patch has the state of its group, so hidden states keep their shape. Attention
-# weights a group by its size: the logarithm is added to the scores. The outputs change; no training is needed.
+# weights a group by its size: log(size) is added to the scores. The outputs change; no training is required.
 
 
 @dataclass(frozen=True)
@@ -279,7 +279,7 @@ class MergedGroups:
 
     @classmethod
     def from_tokens(cls, hidden_states: Tensor) -> Self:
-        """Return groups of size one for [B, N, D]."""
+        """Build groups of size one for hidden states [B, N, D]."""
         positions = torch.arange(hidden_states.shape[1], device=hidden_states.device)
         positions = positions.expand(hidden_states.shape[0], -1)  # [B, N]
         return cls(torch.ones_like(positions, dtype=torch.float32), positions, positions)
@@ -293,7 +293,7 @@ class MergedGroups:
         return select_tokens(tokens, self.token_index)
 
     def get_attention_bias(self, dtype: torch.dtype) -> Tensor:
-        """Return the bias of each key's scores, [B, 1, 1, T]: a key counts once per position."""
+        """Return the bias of the scores of each key, [B, 1, 1, T]: a key counts once per position of its group."""
         return self.sizes.log().to(dtype)[:, None, None, :]
 
     def merge(self, tokens: Tensor, sources: Tensor, targets: Tensor) -> tuple[Tensor, "MergedGroups"]:
@@ -302,46 +302,46 @@ class MergedGroups:
         Returns:
             The tokens [B, T - r, D], averages over the positions of the groups, and the new groups.
         """
-        num_left = tokens.shape[1] - sources.shape[1]
-        stays = torch.ones_like(self.position_index, dtype=torch.bool).scatter(1, sources, False)
-        new_index = stays.cumsum(dim=1) - 1  # [B, T], correct for tokens that stay
-        new_index = new_index.scatter(1, sources, new_index.gather(1, targets))
-        order = torch.arange(tokens.shape[1], device=tokens.device).where(stays, tokens.shape[1])  # sources last
-        staying = order.topk(num_left, dim=1, largest=False).values  # [B, T - r], in order
-        sizes = self.sizes.new_zeros(tokens.shape[0], num_left).scatter_add(1, new_index, self.sizes)
+        num_remaining = tokens.shape[1] - sources.shape[1]
+        is_kept = torch.ones_like(self.position_index, dtype=torch.bool).scatter(1, sources, False)  # [B, T]
+        new_index = is_kept.cumsum(dim=1) - 1  # [B, T], correct for kept tokens
+        new_index = new_index.scatter(1, sources, new_index.gather(1, targets))  # sources get their target's index
+        order = torch.arange(tokens.shape[1], device=tokens.device).where(is_kept, tokens.shape[1])  # sources last
+        kept_index = order.topk(num_remaining, dim=1, largest=False).values  # [B, T - r], ascending
+        sizes = self.sizes.new_zeros(tokens.shape[0], num_remaining).scatter_add(1, new_index, self.sizes)
         weights = (self.sizes / sizes.gather(1, new_index)).to(tokens.dtype).unsqueeze(-1)  # [B, T, 1]
-        merged = tokens.new_zeros(tokens.shape[0], num_left, tokens.shape[2])
+        merged = tokens.new_zeros(tokens.shape[0], num_remaining, tokens.shape[2])
         merged = merged.scatter_add(1, new_index.unsqueeze(-1).expand_as(tokens), tokens * weights)
         return merged, MergedGroups(
-            sizes, self.position_index.gather(1, staying), new_index.gather(1, self.token_index)
+            sizes, self.position_index.gather(1, kept_index), new_index.gather(1, self.token_index)
         )
 
 
 def match_similar_patches(keys: Tensor, num_pairs: int) -> tuple[Tensor, Tensor]:
-    """Match similar patches by their keys [B, n, d] (bipartite soft matching, section 3 of the paper).
+    """Match similar patches by their keys [B, n, d] (bipartite soft matching; ToMe, section 3).
 
-    Every second patch proposes the most similar of the others by cosine, and the best proposals are accepted.
+    Each even patch is paired with the odd patch of highest cosine similarity; the most similar pairs are returned.
 
     Returns:
-        Indices of the patches that propose, and of the patches they propose, [B, num_pairs] each.
+        Indices of the even patches and of their odd partners, [B, num_pairs] each.
     """
     keys = nn.functional.normalize(keys, dim=-1)
     similarity = keys[:, 0::2] @ keys[:, 1::2].transpose(1, 2)  # [B, n - n // 2, n // 2]
-    best, proposed = similarity.max(dim=-1)
-    proposing = best.topk(num_pairs, dim=-1).indices
-    return 2 * proposing, 2 * proposed.gather(1, proposing) + 1
+    best_similarity, partners = similarity.max(dim=-1)
+    even = best_similarity.topk(num_pairs, dim=-1).indices
+    return 2 * even, 2 * partners.gather(1, even) + 1
 
 
 class MergingAttention(ViTCLSAttention):
-    """Attention that returns the mean key of each token, [B, T, d], in place of its weights."""
+    """Attention that returns the mean key of each token over the heads, [B, T, d], instead of its weights."""
 
     def attend(
         self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
-        """As `ViTCLSAttention.attend`, with keys [B, T, d] as the second output.
+        """Return the attended values, as in `ViTCLSAttention.attend`, and the mean keys [B, T, d].
 
         Raises:
-            ValueError: if attention is recorded, or some heads are on another device.
+            ValueError: if attention is recorded, or tensor parallelism splits the heads.
         """
         if kwargs.get("output_attentions", getattr(self.config, "output_attentions", False)) or self.recorder:
             raise ValueError(
@@ -369,7 +369,7 @@ class MergingLayer(ViTCLSLayer):
         self.num_special = config.token_layout.num_prefix_tokens
         self.num_pairs = config.merged_patches_per_layer
 
-    def forward(  # type: ignore[override]  # it also takes and returns the groups
+    def forward(  # type: ignore[override]  # also accepts and returns the groups
         self,
         hidden_states: Tensor,
         attention_mask: Any = None,
@@ -379,10 +379,10 @@ class MergingLayer(ViTCLSLayer):
         groups: MergedGroups,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[Tensor, MergedGroups]:
-        """[B, N, D], equal within `groups` -> ([B, N or num_tokens, D], groups for the next layer).
+        """Return [B, N or num_tokens, D] and the groups for the next layer, for states [B, N, D] equal within groups.
 
         Raises:
-            ValueError: for a mask, or an attention implementation that accepts no additive bias.
+            ValueError: if a mask is passed, or the attention implementation does not support an additive bias.
         """
         require_additive_mask(self.config, "merged_patches_per_layer")
         if attention_mask is not None:
@@ -398,7 +398,7 @@ class MergingLayer(ViTCLSLayer):
         return groups.expand(tokens), groups
 
     def merge(self, tokens: Tensor, keys: Tensor, groups: MergedGroups) -> tuple[Tensor, MergedGroups]:
-        """Merge the most similar patches of [B, T, D] by their keys [B, T, d]; half of them at most."""
+        """Merge at most half of the patches of [B, T, D], the pairs with the most similar keys [B, T, d]."""
         num_pairs = min(self.num_pairs, (tokens.shape[1] - self.num_special) // 2)
         if num_pairs == 0:
             return tokens, groups
@@ -409,7 +409,7 @@ class MergingLayer(ViTCLSLayer):
 def run_merging_layers(
     layers: Iterable[nn.Module], hidden_states: Tensor, mask: Any, num_tokens_read: int | None, **kwargs: Any
 ) -> Tensor:
-    """Run all layers, [B, N, D] -> [B, N or `num_tokens_read`, D], and pass the groups from layer to layer."""
+    """Run all layers and pass the groups from layer to layer; return [B, N or num_tokens_read, D]."""
     groups = MergedGroups.from_tokens(hidden_states)
     *first_layers, last_layer = layers
     for layer in first_layers:

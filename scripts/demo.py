@@ -17,7 +17,7 @@ SCRIPTS = Path(os.path.relpath(Path(__file__).parent))
 RECIPE = SCRIPTS / "recipes" / "digits.yaml"
 OUTPUT = Path("runs", "demo")
 
-# The defaults of accelerate, which prints a list of them if they are not set.
+# The defaults of accelerate, which prints a warning if these flags are not set.
 LAUNCH_FLAGS = "--quiet --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no".split()
 
 console = Console(soft_wrap=True, highlight=False)
@@ -55,7 +55,7 @@ def main() -> None:
 def run_step(title: str, printed_command: list[object], command: list[object]) -> None:
     """Print a title and a short form of a command, and run the command."""
     console.print(f"\n[bold]{title}[/]\n  $ {' '.join(map(str, printed_command))}\n")
-    # One thread: a small model gains little from more, and loses much if other programs use the cores.
+    # One thread: more threads make a small model hardly faster, and much slower if other programs use the cores.
     environment = {"OMP_NUM_THREADS": "1"} | os.environ
     status = subprocess.run(list(map(str, command)), env=environment, check=False).returncode
     if status:

@@ -1,6 +1,6 @@
-"""What `make gpu` runs: tests and benchmarks on a CUDA device, written to docs/speed-gpu.md.
+"""Run tests and benchmarks on a CUDA device, and write docs/speed-gpu.md (`make gpu`).
 
-Without a CUDA device the script prints that and exits with status 0.
+Without a CUDA device, the script prints a message and exits with status 0.
 """
 
 import subprocess
@@ -13,7 +13,7 @@ from torch import nn
 
 from modeling_vitcls import ViTCLSConfig, ViTCLSForImageClassification
 from modeling_vitcls.benchmarking.comparison import BenchmarkSettings, measure_throughput
-from modeling_vitcls.benchmarking.peers import random_images
+from modeling_vitcls.benchmarking.peers import build_random_images
 from modeling_vitcls.benchmarking.tables import format_markdown, print_comparison
 from modeling_vitcls.benchmarking.work import compare
 from modeling_vitcls.system import measure_gemm_peak
@@ -24,22 +24,23 @@ Rows = Iterator[tuple[str, ...]]
 REPOSITORY = Path(__file__).parents[1]
 OUTPUT = REPOSITORY / "docs" / "speed-gpu.md"
 TESTS = ("tests/core", "tests/training/test_mfu.py", "tests/benchmarking/test_growth.py", "-m", "not slow")
-COMPARED = ("inference", "growth", "step", "inexact")
+BENCHMARKS = ("inference", "growth", "step", "inexact")
 BATCH_SIZE = 64
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-MODES = {"eager": None, "compiled": "default", "compiled, max-autotune": "max-autotune"}  # the last has CUDA graphs
+# name -> mode of torch.compile; max-autotune uses CUDA graphs
+MODES = {"eager": None, "compiled": "default", "compiled, max-autotune": "max-autotune"}
 LIMITS = {"fp32": 1e-3, "bf16": 0.05, "fp16": 0.02}  # largest difference to fp32 on the CPU / largest logit
 REGISTERS = {"197 tokens": 0, "200 tokens": 3}
 
 
 def main() -> None:
-    """Run the tests and the benchmarks. The exit status is that of the tests."""
+    """Run the tests and the benchmarks. The exit status is the exit status of the tests."""
     if not torch.cuda.is_available():
-        print("PyTorch finds no CUDA device on this machine: nothing was tested or measured")
+        print("PyTorch finds no CUDA device on this machine: no tests or benchmarks were run")
         return
     status = subprocess.run([sys.executable, "-m", "pytest", "-q", *TESTS], cwd=REPOSITORY, check=False).returncode
     settings = BenchmarkSettings(("transformers", "timm"), num_pairs=9, device="cuda")
-    comparisons = [print_comparison(comparison) for comparison in compare(COMPARED, (), settings)]
+    comparisons = [print_comparison(comparison) for comparison in compare(BENCHMARKS, (), settings)]
     sections = [
         f"# Speed on {torch.cuda.get_device_name()}",
         f"Written by `make gpu`. ViT-S/16 at 224 pixels, PyTorch {torch.__version__}, CUDA {torch.version.cuda}.",
@@ -56,7 +57,7 @@ def main() -> None:
 
 
 def build_model(num_registers: int) -> ViTCLSForImageClassification:
-    """Build the ViT-S/16 with random weights, always the same."""
+    """Build ViT-S/16 with the same random weights in every call."""
     torch.manual_seed(0)
     config = ViTCLSConfig.from_preset("small", num_register_tokens=num_registers, num_labels=1000)
     return ViTCLSForImageClassification(config)
@@ -68,11 +69,11 @@ def measure_forward_passes(
     """Yield a row for each precision, mode and number of tokens.
 
     Raises:
-        ValueError: If the logits differ from those of the CPU in fp32 by more than LIMITS.
+        ValueError: If the logits differ by more than LIMITS from fp32 logits computed on the CPU.
     """
     for tokens, num_registers in REGISTERS.items():
         model = build(num_registers).eval()
-        images = random_images(batch_size, model.config.image_size)
+        images = build_random_images(batch_size, model.config.image_size)
         with torch.inference_mode():
             expected = model(images[:2]).logits
         for precision, dtype in DTYPES.items():
@@ -83,7 +84,7 @@ def measure_forward_passes(
                     logits = predict(pixel_values).logits[:2].float().cpu()
                 difference = ((logits - expected).abs().max() / expected.abs().max()).item()
                 if not difference <= LIMITS[precision]:
-                    raise ValueError(f"{precision}, {mode}: logits differ from the CPU's by {difference:.1e}")
+                    raise ValueError(f"{precision}, {mode}: logits differ from the CPU logits by {difference:.1e}")
                 speed = measure_throughput(in_inference(predict, pixel_values), batch_size)
                 yield precision, mode, tokens, f"{speed:,.0f}", f"{difference:.1e}"
 
@@ -99,7 +100,7 @@ def measure_steps(device: str, batch_size: int = BATCH_SIZE, build: Callable = b
     for tokens, num_registers in REGISTERS.items():
         for mode, compile_mode in MODES.items():
             model = build(num_registers).to(device).train()
-            pixel_values = random_images(batch_size, model.config.image_size).to(device)
+            pixel_values = build_random_images(batch_size, model.config.image_size).to(device)
             labels = torch.arange(batch_size, device=device) % model.config.num_labels
             optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
             forward = compile_model(model, compile_mode)

@@ -3,8 +3,8 @@
     python scripts/make_hero.py                       trains the model first (a few minutes on one CPU thread)
     python scripts/make_hero.py --model runs/hero     draws with a model that was trained before
 
-The model is that of the digits recipe, with patches of 4 instead of 8 pixels. Its head reads the CLS token, so nothing
-reads the patches and registers of the last layer: their features and maps are those of the layer before it.
+The model is the model of the digits recipe, with patches of 4 instead of 8 pixels. Its head reads the CLS token, so
+the patches and registers of the last layer are not read: their features and maps are taken from the layer before it.
 """
 
 import subprocess
@@ -19,7 +19,7 @@ import tyro
 from matplotlib.figure import Figure
 from sklearn.decomposition import PCA
 
-from modeling_vitcls.commands.parsing import errors_in_one_line
+from modeling_vitcls.commands.parsing import exit_on_error
 
 
 SCRIPTS = Path(__file__).parent
@@ -45,7 +45,7 @@ def main() -> None:
     options = tyro.cli(HeroOptions, description=__doc__)
     if not options.model.exists():
         train(options.model)
-    with errors_in_one_line():
+    with exit_on_error():
         figure = draw_rows(*compute_maps(options.model))
         options.output.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(options.output, dpi=100, facecolor=BACKGROUND, metadata={"Software": None})

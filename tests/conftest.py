@@ -1,8 +1,9 @@
 """Fixtures of all tests, the browser, and the tiers of tests.
 
-Tests are `integration` if they start processes, a compiler, a browser or a Hub on this machine, themselves or through
-fixtures and helpers, or compare with other projects. The mark is set here, not by hand. With --quick, integration and
-slow tests are left out, and of each test with parameters only the first case runs.
+Tests are `integration` if they start processes, a compiler, a browser or a Hub on this machine or train a model,
+themselves or through fixtures and helpers, or compare with other projects. The mark is set here, and by hand for tests
+that take seconds. With --quick, integration and slow tests are left out, and of each test with parameters only the
+first case runs.
 """
 
 import multiprocessing
@@ -12,7 +13,7 @@ import subprocess
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from types import CodeType, FunctionType, SimpleNamespace
+from types import CodeType, FunctionType, ModuleType, SimpleNamespace
 from typing import Any
 
 import local_hub
@@ -26,22 +27,27 @@ from warm_processes import READY
 
 from modeling_vitcls.hub import verification_process
 from modeling_vitcls.hub import verify as verify_module
+from modeling_vitcls.training.task import run_task
 
 
 TESTS = Path(__file__).parent
-# Functions and modules that start processes, compilers, browsers or servers.
+# Functions and modules that start processes, compilers, browsers, servers or training runs.
 STARTERS = (
     local_hub.running_hub,
     multiprocessing,
     READY,
     run_fresh,
+    run_task,
     subprocess,
     sync_playwright,
     torch.compile,
+    torch.export,
+    torch.multiprocessing,
     verification_process,
     verify_module,
 )
-FOLDERS = {"integration", "peers"}  # of tests that are all integration: peers/ runs the test suites of other projects
+# Folders of tests that are all integration: export/ runs compilers, peers/ the test suites of other projects.
+FOLDERS = {"export", "integration", "peers"}
 NO_BROWSER = "no Chromium for the tests of pages: install one with `make browser`"
 skipped_pages: list[str] = []  # ids of tests
 
@@ -55,6 +61,15 @@ PATIENCE = 60_000  # milliseconds that are waited for what is expected of a page
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Add the flag of `make test-quick`."""
     parser.addoption("--quick", action="store_true", help="no slow or integration tests, one case of each other test")
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """For --quick, do not import the files of FOLDERS: their imports take longer than many tests."""
+    return (
+        True
+        if config.getoption("quick") and collection_path.parent == TESTS and collection_path.name in FOLDERS
+        else None
+    )
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -84,7 +99,10 @@ def starts(function: Any, known: dict[FunctionType, bool]) -> bool:
         return False
     if function not in known:
         known[function] = False  # for functions that call each other
-        used = [function.__globals__.get(name) for name in get_names(function.__code__)]
+        names = get_names(function.__code__)
+        used = [function.__globals__.get(name) for name in names]
+        modules = [each for each in used if isinstance(each, ModuleType)]
+        used += [vars(module).get(name) for module in modules for name in names]  # torch.compile
         methods = [method for each in used if isinstance(each, type) for method in vars(each).values()]
         known[function] = any(
             any(each is starter for starter in STARTERS) or starts(each, known) for each in [*used, *methods]

@@ -15,7 +15,7 @@ from fresh_processes import run_fresh
 import modeling_vitcls
 from modeling_vitcls import cli
 from modeling_vitcls.commands import env
-from modeling_vitcls.commands.parsing import errors_in_one_line, find_recipe
+from modeling_vitcls.commands.parsing import exit_on_error, find_recipe
 from modeling_vitcls.version import __version__
 
 
@@ -78,7 +78,7 @@ def test_a_closed_pipe_ends_the_program_quietly(
 
 def test_output_to_a_closed_pipe_stops_the_program(closed_pipe: TextIO, monkeypatch: pytest.MonkeyPatch) -> None:
     def print_twice(arguments: list[str] | None) -> None:
-        with errors_in_one_line():
+        with exit_on_error():
             print("first", flush=True)
             pytest.fail("the program continues")
 
@@ -188,7 +188,7 @@ def test_scripts_run_the_same_programs(
 
 # Importing the package -----------------------------------------------------------------------------------------------
 
-OPTIONAL = {"timm", "datasets", "accelerate", "matplotlib", "sklearn", "rich", "tyro"}
+OPTIONAL_LIBRARIES = {"timm", "datasets", "accelerate", "matplotlib", "sklearn", "rich", "tyro"}
 IMPORTED = """
 import sys
 import {}
@@ -200,7 +200,7 @@ def get_imported(module: str) -> set[str]:
     """Return the libraries that a module imports, of those that not everybody needs."""
     ran = subprocess.run([sys.executable, "-c", IMPORTED.format(module)], capture_output=True, text=True, timeout=300)
     assert ran.returncode == 0, ran.stderr
-    return OPTIONAL & set(ran.stdout.split())
+    return OPTIONAL_LIBRARIES & set(ran.stdout.split())
 
 
 def test_importing_the_package_loads_no_more_than_transformers_does() -> None:

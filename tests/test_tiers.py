@@ -6,7 +6,10 @@ from typing import Any
 
 import conftest
 import pytest
+import torch
 from fresh_processes import run_fresh
+
+from modeling_vitcls.training import task
 
 
 def start_a_process() -> Any:
@@ -28,6 +31,18 @@ def start_workers() -> Any:
     return multiprocessing.get_context("spawn")
 
 
+def start_workers_of_torch() -> Any:
+    return torch.multiprocessing.get_context("spawn")
+
+
+def start_a_compiler() -> Any:
+    return torch.compile(torch.nn.Identity())
+
+
+def train() -> Any:
+    return task.run_task(...)
+
+
 def compute() -> int:
     return sum(range(3))
 
@@ -37,9 +52,18 @@ def call_each_other() -> Any:
 
 
 @pytest.mark.parametrize(
-    "function", [start_a_process, start_through_a_function, start_in_a_nested_function, start_workers]
+    "function",
+    [
+        start_a_process,
+        start_through_a_function,
+        start_in_a_nested_function,
+        start_workers,
+        start_workers_of_torch,
+        start_a_compiler,
+        train,
+    ],
 )
-def test_functions_that_start_processes_are_found(function: Any) -> None:
+def test_functions_that_start_something_are_found(function: Any) -> None:
     assert conftest.starts(function, {})
 
 

@@ -358,15 +358,17 @@ def compare_predictions(before: Predictions, after: Predictions) -> AblationEffe
     changes = (after.logits - before.logits).square().mean(dim=1) / scale.square()  # [images]
     is_changed = (before.predicted != after.predicted).any(dim=-1)
     accuracy_before, accuracy_after = before.accuracy(), after.accuracy()
-    has_labels = accuracy_before is not None and accuracy_after is not None
+    accuracy_change = None
+    if accuracy_before is not None and accuracy_after is not None:
+        accuracy_change = accuracy_after - accuracy_before
     return AblationEffect(
         changed_answers=is_changed.float().mean().item(),
         logit_change=changes.mean().sqrt().item(),
-        accuracy_change=accuracy_after - accuracy_before if has_labels else None,
+        accuracy_change=accuracy_change,
         num_images=len(before),
         changed_interval=compute_binomial_interval(int(is_changed.sum()), len(before)),
         logit_interval=tuple(value**0.5 for value in bootstrap_mean(changes)),
-        improvement=compute_improvement(before, after) if has_labels else None,
+        improvement=None if accuracy_change is None else compute_improvement(before, after),
         is_better_than_chance=after.is_better_than_chance(),
     )
 
@@ -509,7 +511,7 @@ def compute_ablations(
     ablations: Ablations = {kind: {} for kind in KINDS}
     for key, indices in parts.items():
         with hold_tokens(model, indices, mean_states[:, indices]):
-            held = collect_outputs(model, batches)
+            held = collect_constant_outputs(model, batches, before, indices) or collect_outputs(model, batches)
         hidden = (known or {}).get(key) or collect_outputs(model, batches, indices)
         for kind, after in zip(KINDS, (held, hidden), strict=True):
             ablations[kind][key] = Ablation(
@@ -520,6 +522,23 @@ def compute_ablations(
                 redraw_effect=nulls.redraw_effects.get(key),
             )
     return ablations
+
+
+def collect_constant_outputs(model: Any, batches: Batches, before: Any, indices: Sequence[int]) -> Predictions | None:
+    """Return the predictions for all images from a forward pass of one image, if the classifier reads only the tokens
+    at these sequence indices, which are held at their means; None otherwise."""
+    groups = get_groups(model.config.token_layout) | {"patches": [-1]}
+    reads = {
+        members[index]
+        for group, members in groups.items()
+        for index in range(len(members))
+        if is_read(model.config, group, index)
+    }
+    if not isinstance(before, Predictions) or not reads <= set(indices):
+        return None
+    first = next(iter(batches()))[0][:1]
+    one = collect_outputs(model, lambda: [(first, None)])
+    return Predictions(one.logits.expand_as(before.logits), one.predicted.expand_as(before.predicted), before.labels)
 
 
 @dataclass

@@ -73,8 +73,7 @@ def compute_attribution(
         ValueError: if the model has no classifier, or the task or class does not exist.
     """
     trace = trace_attention(model, pixel_values, needs_gradients=True)
-    logits = select_task_logits(trace.outputs, task)  # [B, labels]
-    return trace.compute_attribution(select_class_logits(logits, target))
+    return trace.compute_attribution(target, task)
 
 
 @dataclass(frozen=True)
@@ -109,11 +108,12 @@ class AttentionTrace:
             flow = 0.5 * flow + 0.5 * flow @ average_heads(layer.weights(), attention)
         return flow
 
-    def compute_attribution(self, logits: torch.Tensor) -> torch.Tensor:
-        """Return the attribution [B, N] of one logit [B] per image (`compute_attribution`). The trace requires
-        gradients."""
+    def compute_attribution(self, target: torch.Tensor | int | None = None, task: str | None = None) -> torch.Tensor:
+        """Return the attribution [B, N] of a class (`compute_attribution`). The trace requires gradients."""
         recorded = [*(layer.attended for layer in self.layers), self.last_hidden_state]
-        *gradients, token_gradient = torch.autograd.grad(logits.sum(), recorded, retain_graph=True)
+        with torch.inference_mode(False), torch.enable_grad():
+            logits = select_class_logits(select_task_logits(self.outputs, task), target)  # [B]
+            *gradients, token_gradient = torch.autograd.grad(logits.sum(), recorded, retain_graph=True)
         with torch.no_grad():
             start = flow = compute_read_weights(token_gradient, self.config)  # [B, 1, N]
             for layer, gradient in zip(reversed(self.layers), reversed(gradients), strict=True):
@@ -136,7 +136,7 @@ def trace_attention(model: Any, pixel_values: torch.Tensor, needs_gradients: boo
 @contextmanager
 def record_last_hidden_state(model: Any) -> Iterator[list[torch.Tensor]]:
     """Record the encoder's last hidden state [B, N, D] of the forward pass inside the block."""
-    sequences: list[torch.Tensor] = []
+    sequences: list[Any] = []
     hook = model.base_model.register_forward_hook(
         lambda _, args, output: sequences.append(getattr(output, "last_hidden_state", None))
     )

@@ -416,15 +416,13 @@ def describe_effect(ablation: Ablation) -> str:
     effect = ablation.effect
     low, high = effect.interval
     if isinstance(effect, AblationEffect):
-        accuracy = "" if effect.accuracy_change is None else f", accuracy {effect.accuracy_change * 100:+.1f} points"
-        text = f"{describe_changed_answers(effect)} predictions change{accuracy}, and logits by {effect.size:.2g} "
-        text += "standard deviations over images"
+        text = f"{describe_changed_answers(effect)} predictions change, and logits by {effect.size:.2g}"
     else:
         changes = ", ".join(f"{name} {value:.2g}" for name, value in effect.cosine_change.items())
         text = f"the cosine change of the features is {changes}"
         if effect.knn_agreement is not None:
             text += f", and {effect.knn_agreement:.0%} of the nearest images stay the same"
-    nulls = {"random patches": ablation.patches, "random tokens": ablation.redrawn}
+    nulls = {"patches": ablation.patches, "random tokens": ablation.redrawn}
     ranges = [f"{name} {min(sizes):.2g} to {max(sizes):.2g}" for name, sizes in nulls.items() if sizes]
     null = f"; null: {', '.join(ranges)}" if ranges else ""
     return f"{text} (95% interval {low:.2g} to {high:.2g}{null})"
@@ -454,8 +452,8 @@ def describe_chance_accuracy(predictions: Any) -> str:
     if not isinstance(predictions, Predictions) or predictions.is_better_than_chance() is not False:
         return ""
     return (
-        f"; but the accuracy of the model is not better than chance ({predictions.accuracy():.1%} on "
-        f"{len(predictions.predicted):,} images; with the most frequent label always {predictions.chance():.1%})"
+        f"; but the accuracy is not better than chance ({predictions.accuracy():.1%} on "
+        f"{len(predictions.predicted):,} images; the most frequent label alone {predictions.chance():.1%})"
     )
 
 

@@ -94,13 +94,11 @@ def build_image_report(
     upright = to_upright_rgb(image)
     trace = trace_attention(model, pixel_values, needs_gradients=is_classifier(model))
     rows = trace.compute_rows()[0]  # [L, H, S, N]
-    predictions, attributions = [], []
+    predictions: list[ImagePrediction] = []
+    attributions: list[torch.Tensor] = []
     if is_classifier(model):
-        logits = trace.outputs.logits
-        predictions = build_image_predictions(detach_logits(logits), config)
-        for prediction in predictions:
-            task_logits = logits if prediction.task is None else logits[prediction.task]
-            attributions.append(trace.compute_attribution(task_logits.amax(dim=-1))[0])
+        predictions = build_image_predictions(detach_logits(trace.outputs.logits), config)
+        attributions = [trace.compute_attribution(task=prediction.task)[0] for prediction in predictions]
     hidden_states = [state.detach() for state in trace.outputs.hidden_states]
     return ImageReport(
         name=name,

@@ -54,7 +54,7 @@ from .token_statistics import Findings, TokenStatistics
 MAX_BATCH_BYTES = 2**29  # maximum memory of a batch: hidden states, and the attention and MLP of one layer
 # Maximum number of images of the null distributions, and maximum operations of a pass over these images
 MAX_NULL_IMAGES, MAX_NULL_FLOPS = 64, 2e12
-MIN_CHECKED_IMAGES, MAX_CHECKED_IMAGES = 2, 16  # of the checks of maps, which require many passes per image
+MIN_CHECKED_IMAGES, MAX_CHECKED_IMAGES = 5, 16  # of the checks of maps, which require many passes per image
 
 ProgressCallback = Callable[[str, int, int], None]  # (description, finished steps, total steps)
 WarningCallback = Callable[[str], None]
@@ -248,8 +248,9 @@ def check_sampled_maps(model: Any, batches: "InspectionBatches", on_progress: Pr
 
 
 def select_images(before: Any, config: Any, count: int) -> dict[int, str | None]:
-    """Return the indices of the most instructive images with their kind: wrong predictions (at most half, the most
-    confident first), the least confident of the others (at most a quarter), and typical images at even distances.
+    """Return the indices of the most instructive images with their kind: wrong predictions (at most half if there are
+    enough others, the most confident first), the least confident of the others (at most a quarter), and typical images
+    at even distances.
 
     Args:
         before: `Predictions`; the images of an encoder are selected at even distances, without a kind.
@@ -262,8 +263,9 @@ def select_images(before: Any, config: Any, count: int) -> dict[int, str | None]
     is_wrong = torch.zeros(len(before), dtype=torch.bool)
     if before.labels is not None:
         is_wrong = ((before.predicted != before.labels) & (before.labels != IGNORED_LABEL)).any(dim=1)
-    wrong = [index for index in reversed(by_confidence) if is_wrong[index]][: (count + 1) // 2]
     others = [index for index in by_confidence if not is_wrong[index]]
+    num_wrong = max((count + 1) // 2, count - len(others))
+    wrong = [index for index in reversed(by_confidence) if is_wrong[index]][:num_wrong]
     uncertain = others[: (count + 3) // 4]
     typical = spread_evenly(sorted(others[len(uncertain) :]), count - len(wrong) - len(uncertain))
     selected = {"wrong": wrong, "uncertain": uncertain, "typical": typical}

@@ -14,7 +14,7 @@ from typing import Any
 from PIL import Image
 
 from ..data.held_out import HeldOutRecord
-from ..data.images import Files, ImageSubset
+from ..data.images import FileImages, ImageSubset
 from ..data.labels import get_label_space
 from ..data.sources import load_splits
 from ..data.splits import load_evaluation_data
@@ -87,7 +87,7 @@ def load_from_paths(paths: Sequence[str], model: Any) -> InspectionImages:
             raise ValueError(f"Image {file} does not exist. Check the path.")
     names = [Path(name).name if "://" not in name else name for name in listed.names]
     return InspectionImages(
-        Files(files), names, get_folder_labels(files, model), ", ".join(map(get_short_name, paths))
+        FileImages(files), names, get_folder_labels(files, model), ", ".join(map(get_short_name, paths))
     )
 
 

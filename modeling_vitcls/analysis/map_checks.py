@@ -24,6 +24,7 @@ from .model_utils import evaluation_mode, unwrap_model
 
 FRACTIONS = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)  # of the patches that are replaced
 MAX_CORRELATION = 0.5  # maximum rank correlation of a map that depends on the weights
+MAX_PROBABILITY = 0.05  # maximum p-value of a map that is better than a random order
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,8 @@ class MapCheck:
         insertion: the same after all other patches are replaced; FRACTIONS are the patches that are kept.
         random_deletion, random_insertion: the same with a random order of patches.
         weight_correlation: rank correlation (Spearman) between the maps with the model's and with shuffled weights.
+        p_value: p-value of a map that is not better than a random order, in both curves together (one-sided test of
+            Wilcoxon over images).
     """
 
     num_images: int
@@ -44,22 +47,27 @@ class MapCheck:
     random_deletion: list[float]
     random_insertion: list[float]
     weight_correlation: float
+    p_value: float
 
     @property
     def is_faithful(self) -> bool:
-        """Return whether the map is better than a random order in both curves, and depends on the weights."""
-        is_better = sum(self.deletion) < sum(self.random_deletion) and sum(self.insertion) > sum(self.random_insertion)
-        return is_better and self.weight_correlation <= MAX_CORRELATION
+        """Return whether the map is significantly better than a random order, and depends on the weights."""
+        return self.p_value <= MAX_PROBABILITY and self.weight_correlation <= MAX_CORRELATION
 
     def describe(self, name: str) -> str:
         """Describe the checks in one sentence."""
         areas = [average_curve(curve) for curve in (self.deletion, self.random_deletion)]
         areas += [average_curve(curve) for curve in (self.insertion, self.random_insertion)]
-        verdict = "shows what the prediction depends on" if self.is_faithful else "is not reliable for this model"
+        verdict = "shows what predictions depend on"
+        if self.p_value > MAX_PROBABILITY:
+            verdict = "is not measurably better than a random order of patches"
+        elif not self.is_faithful:
+            verdict = "does not depend on the weights of the model"
         return (
             f"{name} {verdict}: area under the deletion curve {areas[0]:.2f} (random order {areas[1]:.2f}, lower is "
             f"better), under the insertion curve {areas[2]:.2f} (random order {areas[3]:.2f}, higher is better), rank "
-            f"correlation with the map of shuffled weights {self.weight_correlation:.2f} ({self.num_images} images)."
+            f"correlation with the map of shuffled weights {self.weight_correlation:.2f} (p = {self.p_value:.2g}, "
+            f"{self.num_images} images)."
         )
 
 
@@ -94,12 +102,28 @@ def check_maps(model: Any, images: Sequence[torch.Tensor], seed: int = 0) -> dic
         for name, values in maps.items():
             correlation = stats.spearmanr(values.flatten(), shuffled_maps[name].flatten()).statistic
             correlations.setdefault(name, []).append(0.0 if correlation != correlation else float(correlation))
-    means = {name: torch.stack(measured).mean(dim=0).tolist() for name, measured in curves.items()}
-    random = means.pop("random", [[], []])
+    stacked = {name: torch.stack(measured) for name, measured in curves.items()}  # [images, 2, fractions]
+    random_curves = stacked.pop("random")
     return {
-        name: MapCheck(len(images), *mean, *random, sum(correlations[name]) / len(images))
-        for name, mean in means.items()
+        name: MapCheck(
+            num_images=len(images),
+            deletion=measured.mean(dim=0)[0].tolist(),
+            insertion=measured.mean(dim=0)[1].tolist(),
+            random_deletion=random_curves.mean(dim=0)[0].tolist(),
+            random_insertion=random_curves.mean(dim=0)[1].tolist(),
+            weight_correlation=sum(correlations[name]) / len(images),
+            p_value=compare_curves(measured, random_curves),
+        )
+        for name, measured in stacked.items()
     }
+
+
+def compare_curves(curves: torch.Tensor, random_curves: torch.Tensor) -> float:
+    """Return the p-value of deletion and insertion curves [images, 2, fractions] that are not better than those of a
+    random order."""
+    deletion, insertion = (curves - random_curves).mean(dim=-1).double().unbind(dim=1)
+    gains = (insertion - deletion).numpy()  # [images]
+    return float(stats.wilcoxon(gains, alternative="greater").pvalue) if gains.any() else 1.0
 
 
 def compute_maps(
@@ -110,9 +134,7 @@ def compute_maps(
     config, logits = model.config, trace.outputs.logits
     size = (pixel_values.shape[-2], pixel_values.shape[-1])
     best = logits[0].argmax() if target is None else target
-    maps = {
-        "attribution": extract_patch_maps(trace.compute_attribution(logits[:, best])[0].float().cpu(), config, size)
-    }
+    maps = {"attribution": extract_patch_maps(trace.compute_attribution(best)[0].float().cpu(), config, size)}
     token = find_read_token(config)
     if token is not None:
         maps["rollout"] = extract_patch_maps(trace.compute_rollout()[0, token].float().cpu(), config, size)

@@ -104,12 +104,12 @@ def find_foreground(features: Sequence[torch.Tensor], rows: np.ndarray) -> np.nd
     """Return a boolean mask [patches] of the patches on the side of the first principal component that has fewer
     patches at the borders of the images."""
     is_foreground = PCA(1, random_state=0).fit_transform(rows)[:, 0] > 0
-    is_border = []
+    masks = []
     for image in features:
-        border = torch.ones(image.shape[:2], dtype=torch.bool)
-        border[1:-1, 1:-1] = False
-        is_border.append(border.flatten())
-    border = torch.cat(is_border).numpy()
+        mask = np.ones(image.shape[:2], dtype=bool)
+        mask[1:-1, 1:-1] = False
+        masks.append(mask.flatten())
+    border = np.concatenate(masks)
     is_inverted = is_foreground[border].mean() > is_foreground[~border].mean() if not border.all() else False
     return ~is_foreground if is_inverted else is_foreground
 

@@ -341,7 +341,7 @@ function cell(spot, label, row, column) {
   canvas.style.aspectRatio = `${image.width} / ${image.height}`;
   button.append(canvas);
   if (spot.kind === "attention" || spot.kind === "rollout") button.append(element("span", { class: "share" }));
-  else if (isUnread(spot)) button.append(element("span", { class: "share" }, "not read"));
+  else if (isUnread(spot)) button.append(element("span", { class: "note" }, "not read"));
   cells.set(canvas, spot);
   watcher.observe(canvas);
   button.addEventListener("click", (event) => {

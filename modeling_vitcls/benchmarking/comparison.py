@@ -24,13 +24,13 @@ Row = TypeVar("Row")
 
 SECONDS_PER_TURN = 0.5
 # Variables of glibc: blocks of 64 KiB or more are returned to the system when they are freed, so that the C library
-# keeps no memory for later allocations.
+# does not keep memory for later allocations.
 MALLOC_VARIABLES = {"MALLOC_MMAP_THRESHOLD_": str(2**16)}
-# Largest difference of the logits / largest logit.
+# Maximum of (largest difference of the logits / largest logit).
 LIMITS = {torch.float32: 1e-4, torch.bfloat16: 0.05}
 
 Predict = Callable[[torch.Tensor], torch.Tensor]  # images [B, C, H, W] -> logits [B, labels]
-Speeds = tuple[list[float], list[float]]  # images per second of each turn, ours and theirs
+Speeds = tuple[list[float], list[float]]  # images per second of each turn, of this package and of the other side
 
 
 @dataclass(frozen=True)
@@ -38,23 +38,23 @@ class BenchmarkSettings:
     """The flags of `vitcls benchmark` that apply to all rows.
 
     Attributes:
-        against: names of `peers.PEERS`, for work that is compared with other projects.
+        against: names of `peers.PEERS`, for comparisons with other projects.
         num_pairs: turns of each side.
-        toy: whether models and data are tiny and a turn is one call.
-        precision: "fp32" or "bf16", for the growth rows; other rows have their own precision.
+        is_toy: whether to use tiny models and data, and one call per turn.
+        precision: "fp32" or "bf16", for the growth rows; other rows specify their precision.
         device: "cpu" or "cuda".
     """
 
     against: tuple[str, ...]
     num_pairs: int
-    toy: bool = False
+    is_toy: bool = False
     precision: str = "fp32"
     device: str = "cpu"
 
     @property
     def toy_flag(self) -> tuple[str, ...]:
-        """Return the flag that measuring processes receive."""
-        return ("--toy",) if self.toy else ()
+        """Return the flag --toy for the measuring processes, if toy models are used."""
+        return ("--toy",) if self.is_toy else ()
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ class Comparison:
         """Return our speed divided by theirs, for each pair."""
         return [ours / theirs for ours, theirs in zip(self.ours, self.theirs, strict=True)]
 
-    def as_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """Return the entry of the JSON file."""
         lower, ratio, upper = compute_quartiles(self.ratios)
         return {
@@ -114,7 +114,7 @@ def select_rows(table: dict[str, Row], names: tuple[str, ...]) -> dict[str, Row]
 
 
 def compute_quartiles(values: list[float]) -> tuple[float, float, float]:
-    """Return lower quartile, median and upper quartile; three times the value if there is only one."""
+    """Return lower quartile, median and upper quartile; three equal values for a single value."""
     if len(values) == 1:
         return values[0], values[0], values[0]
     lower, median, upper = statistics.quantiles(values, n=4, method="inclusive")
@@ -131,7 +131,7 @@ def get_last_line(output: str) -> str:
 
 
 def measure_in_turns(ours: Callable[[], float], theirs: Callable[[], float], num_pairs: int) -> Speeds:
-    """Call both functions `num_pairs` times; the side that starts alternates from pair to pair."""
+    """Call both functions `num_pairs` times; the first function alternates from pair to pair."""
     speeds: Speeds = ([], [])
     for pair in range(num_pairs):
         for side in (0, 1) if pair % 2 == 0 else (1, 0):
@@ -140,7 +140,7 @@ def measure_in_turns(ours: Callable[[], float], theirs: Callable[[], float], num
 
 
 def measure_throughput(function: Callable[[], object], num_images: int, seconds: float = SECONDS_PER_TURN) -> float:
-    """Return the images per second of repeated calls over at least `seconds`, after a first call that does not count.
+    """Return the images per second of repeated calls over at least `seconds`, after a warm-up call.
 
     Args:
         num_images: images that one call processes.
@@ -165,7 +165,7 @@ def compare_throughput(
     ours: Callable[[], object], theirs: Callable[[], object], num_images: int, settings: BenchmarkSettings
 ) -> Speeds:
     """Measure the images per second of two functions in turns."""
-    seconds = 0.0 if settings.toy else SECONDS_PER_TURN
+    seconds = 0.0 if settings.is_toy else SECONDS_PER_TURN
     return measure_in_turns(
         lambda: measure_throughput(ours, num_images, seconds),
         lambda: measure_throughput(theirs, num_images, seconds),
@@ -177,10 +177,10 @@ def compare_throughput(
 
 
 def check_difference(difference: float, limit: float, name: str, outputs: str) -> float:
-    """Return the difference of two sides.
+    """Check that the difference of two sides is within a limit, and return it.
 
     Args:
-        outputs: what was compared, for the message.
+        outputs: name of the compared outputs, for the message.
 
     Raises:
         ValueError: If the difference exceeds the limit or is NaN.
@@ -225,7 +225,7 @@ def parse_memory_flags(rows: Iterable[str], peers: Iterable[str] = ()) -> argpar
 def measure_peaks(module: str, *arguments: str) -> dict[str, int]:
     """Return the peak memory of both sides in bytes, as entries of `Comparison.details`.
 
-    Each side is measured in a new process. The module receives the flag --theirs for the other side.
+    Each side is measured in a new process. For the other side, the module receives the flag --theirs.
     """
     return {
         "ours_peak_bytes": measure_peak_in_process(module, *arguments),
@@ -247,7 +247,7 @@ def measure_peak_in_process(module: str, *arguments: str) -> int:
 
 
 def measure_memory_growth(warm_up: Callable[[], object], function: Callable[[], object]) -> int:
-    """Return the peak growth of this process during `function` in bytes, after `warm_up`."""
+    """Return by how many bytes the peak memory of this process grows during `function`, after `warm_up`."""
     warm_up()
     Path("/proc/self/clear_refs").write_text("5")  # resets the peak, VmHWM
     before = read_memory_status("VmRSS")

@@ -1,7 +1,7 @@
 """Time and memory of a forward pass by image size, patch size, number of tokens and batch size, and their figure.
 
     python -m modeling_vitcls.benchmarking.growth "image size 448" timm [--theirs] [--precision bf16]    peak in bytes
-    plot_growth(comparisons, "processor, versions")    each as `Comparison.as_dict()`, or from the file of --output
+    plot_growth(comparisons, "processor, versions")    each as `Comparison.to_dict()`, or from the file of --output
 
 All axes share one base point, which is measured once; each axis varies one of its values. Tokens are added as
 registers. The ViT of transformers has no registers (DINOv2 with registers is another model, with more work per layer),
@@ -31,7 +31,7 @@ from .comparison import (
     parse_memory_flags,
     select_rows,
 )
-from .peers import PEERS, PEERS_WITH_REGISTERS, TOY, Peer, compare_predictions, get_model_size, random_images
+from .peers import PEERS, PEERS_WITH_REGISTERS, TOY, Peer, build_random_images, compare_predictions, get_model_size
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class GrowthPoint:
         return (self.image_size // self.patch_size) ** 2 + 1 + self.num_registers
 
 
-# Field of a `GrowthPoint` -> name of its rows.
+# Field of a `GrowthPoint` -> names of its rows.
 AXES = {
     "image_size": "image size {}",
     "patch_size": "patch size {}",
@@ -69,28 +69,28 @@ def build_points(base: GrowthPoint, **values: tuple[int, ...]) -> dict[str, Grow
 
 
 # ViT-S/16.
-BASE = GrowthPoint(image_size=224, patch_size=16, batch_size=4)
+BASE_POINT = GrowthPoint(image_size=224, patch_size=16, batch_size=4)
 POINTS = build_points(
-    BASE,
+    BASE_POINT,
     image_size=(112, 160, 320, 448),
     patch_size=(32, 8),
     num_registers=(64, 128, 256),
     batch_size=(1, 8, 32),
 )
-TOY_BASE = GrowthPoint(image_size=32, patch_size=8, batch_size=2)
-TOY_POINTS = build_points(TOY_BASE, image_size=(16, 48), patch_size=(16,), num_registers=(4,), batch_size=(1,))
+TOY_BASE_POINT = GrowthPoint(image_size=32, patch_size=8, batch_size=2)
+TOY_POINTS = build_points(TOY_BASE_POINT, image_size=(16, 48), patch_size=(16,), num_registers=(4,), batch_size=(1,))
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def compare_growth(rows: tuple[str, ...], settings: BenchmarkSettings) -> Iterator[Comparison]:
-    """Compare rows of `POINTS` with each peer that has the features of the row; all rows if none is named.
+    """Compare rows of `POINTS` with each peer that has the features of the row; all rows if no rows are named.
 
     Raises:
         ValueError: If a row does not exist, no peer has the features, outputs differ, or memory cannot be measured on
             this machine.
     """
-    table = select_rows(TOY_POINTS if settings.toy else POINTS, rows)
+    table = select_rows(TOY_POINTS if settings.is_toy else POINTS, rows)
     pairs = [
         (name, peer)
         for name, point in table.items()
@@ -101,12 +101,12 @@ def compare_growth(rows: tuple[str, ...], settings: BenchmarkSettings) -> Iterat
         able = " ".join(PEERS_WITH_REGISTERS)
         raise ValueError(f"--rows {', '.join(table)} requires a peer with registers. Set --against {able}.")
     for name, peer in pairs:
-        yield compare_point(name, table[name], build_peer(table[name], peer, settings.toy), settings)
+        yield compare_point(name, table[name], build_peer(table[name], peer, settings.is_toy), settings)
 
 
-def build_peer(point: GrowthPoint, against: str, toy: bool) -> Peer:
+def build_peer(point: GrowthPoint, against: str, is_toy: bool) -> Peer:
     """Build the models of a point."""
-    size = replace(get_model_size(toy), image_size=point.image_size, patch_size=point.patch_size)
+    size = replace(get_model_size(is_toy), image_size=point.image_size, patch_size=point.patch_size)
     if point.num_registers:
         return PEERS_WITH_REGISTERS[against](size, point.num_registers)
     return PEERS[against](size)
@@ -120,7 +120,7 @@ def compare_point(name: str, point: GrowthPoint, peer: Peer, settings: Benchmark
     """
     precision, device = settings.precision, settings.device
     peer = peer.to(PRECISIONS[precision], device)
-    pixel_values = random_images(point.batch_size, point.image_size).to(device, PRECISIONS[precision])
+    pixel_values = build_random_images(point.batch_size, point.image_size).to(device, PRECISIONS[precision])
     speeds, difference = compare_predictions(peer, pixel_values, name, settings)
     if device == "cpu":
         peaks = measure_peaks(__name__, name, peer.name, "--precision", precision, *settings.toy_flag)
@@ -132,7 +132,7 @@ def compare_point(name: str, point: GrowthPoint, peer: Peer, settings: Benchmark
     details = {
         **vars(point),
         "num_tokens": point.num_tokens,
-        "axis": get_axis(point, TOY_BASE if settings.toy else BASE),
+        "axis": get_axis(point, TOY_BASE_POINT if settings.is_toy else BASE_POINT),
         "precision": precision,
         "device": device,
         "size": vars(peer.size),
@@ -153,15 +153,15 @@ def get_axis(point: GrowthPoint, base: GrowthPoint) -> str | None:
 def measure_peak(predict: Predict, pixel_values: torch.Tensor, predict_toy: Predict, toy_images: torch.Tensor) -> int:
     """Return the peak memory of a forward pass in bytes, without the parameters.
 
-    The warm-up is a pass of a toy model, which allocates what a process allocates once. A pass of the same model would
-    leave free memory behind, which the measured pass could use without growing the process.
+    The warm-up is a forward pass of a toy model, which triggers the one-time allocations of a process. A pass of the
+    same model would leave free memory, so that the measured pass would not grow the process.
     """
     return measure_memory_growth(lambda: predict_toy(toy_images), lambda: predict(pixel_values))
 
 
 @torch.inference_mode()
 def measure_gpu_peak(predict: Predict, pixel_values: torch.Tensor) -> int:
-    """Return the peak GPU memory of a forward pass in bytes, without the parameters. A pass must have run before."""
+    """Return the peak GPU memory of a forward pass in bytes, without the parameters. Run the model once before."""
     return measure_gpu_memory_growth(lambda: predict(pixel_values))
 
 
@@ -172,58 +172,58 @@ def main() -> None:
     dtype = PRECISIONS[flags.precision]
     peers = [build_peer(point, flags.peer, flags.toy).to(dtype), PEERS[flags.peer](TOY).to(dtype)]
     predict, predict_toy = (peer.predict_theirs if flags.theirs else peer.predict_ours for peer in peers)
-    pixel_values = random_images(point.batch_size, point.image_size).to(dtype)
-    print(measure_peak(predict, pixel_values, predict_toy, random_images(2, TOY.image_size).to(dtype)))
+    pixel_values = build_random_images(point.batch_size, point.image_size).to(dtype)
+    print(measure_peak(predict, pixel_values, predict_toy, build_random_images(2, TOY.image_size).to(dtype)))
 
 
 # Figure --------------------------------------------------------------------------------------------------------------
 
 
-Entry = dict[str, Any]  # a comparison of the JSON file
+ComparisonDict = dict[str, Any]  # an entry of the JSON file
 Costs = dict[str, dict[int, float]]  # side -> value on the x axis -> cost
 
 WIDTH, HEIGHT = 12.0, 6.6  # inches
 CHARACTERS_PER_INCH = 12.5  # of the caption
 OURS = "modeling_vitcls"
 # Colors of Okabe and Ito, and markers.
-STYLES = {OURS: ("#0072B2", "o"), "timm": ("#009E73", "^"), "transformers": ("#D55E00", "s")}
-MIN_BYTES = 2**12  # one page, drawn for smaller values: logarithmic axes have no 0
+LINE_STYLES = {OURS: ("#0072B2", "o"), "timm": ("#009E73", "^"), "transformers": ("#D55E00", "s")}
+MIN_BYTES = 2**12  # 4 KiB, a memory page; smaller values are drawn as 4 KiB, because logarithmic axes have no 0
 DEVICES = {"cpu": "the CPU", "cuda": "the GPU"}
 
 
 @dataclass(frozen=True)
 class Panel:
-    """How an axis is drawn.
+    """Labels and scale of an axis.
 
     Attributes:
         title, label: above the panels and below the x axis.
         value: key of the values on the x axis.
         tick: key of the numbers in parentheses below the ticks.
-        logarithmic: whether the x axis is logarithmic.
-        falling: whether the cost grows to the left.
+        is_logarithmic: whether the x axis is logarithmic.
+        is_decreasing: whether the cost grows to the left.
     """
 
     title: str
     label: str
     value: str
     tick: str | None = None
-    logarithmic: bool = True
-    falling: bool = False
+    is_logarithmic: bool = True
+    is_decreasing: bool = False
 
 
 PANELS = {
     "image_size": Panel("Image size", "pixels (tokens)", "image_size", "num_tokens"),
-    "patch_size": Panel("Patch size", "pixels (tokens)", "patch_size", "num_tokens", falling=True),
-    "num_registers": Panel("Tokens", "tokens (registers)", "num_tokens", "num_registers", logarithmic=False),
+    "patch_size": Panel("Patch size", "pixels (tokens)", "patch_size", "num_tokens", is_decreasing=True),
+    "num_registers": Panel("Tokens", "tokens (registers)", "num_tokens", "num_registers", is_logarithmic=False),
     "batch_size": Panel("Batch", "images", "batch_size"),
 }
 
 
-def plot_growth(comparisons: list[Entry], machine: str) -> Figure:
+def plot_growth(comparisons: list[ComparisonDict], machine: str) -> Figure:
     """Plot the time per image above the memory of a batch, with a column for each axis that was measured.
 
     Args:
-        comparisons: entries of the JSON file; other work than growth is skipped.
+        comparisons: entries of the JSON file; entries of other kinds of work are skipped.
         machine: hardware and versions, for the caption.
 
     Raises:
@@ -232,7 +232,7 @@ def plot_growth(comparisons: list[Entry], machine: str) -> Figure:
     comparisons = [entry for entry in comparisons if "axis" in entry]
     columns = [axis for axis in PANELS if any(entry["axis"] == axis for entry in comparisons)]
     if not columns:
-        raise ValueError("--plot requires growth in at least one direction. Set --work growth and leave --rows out.")
+        raise ValueError("--plot requires growth in at least one direction. Set --work growth and omit --rows.")
     figure = create_figure(max(WIDTH * len(columns) / len(PANELS), WIDTH / 2), HEIGHT)
     grid = figure.subplots(2, len(columns), squeeze=False, sharey="row", sharex="col")
     for (time, memory), axis in zip(grid.T, columns, strict=True):
@@ -246,7 +246,7 @@ def plot_growth(comparisons: list[Entry], machine: str) -> Figure:
     grid[0, 0].set_ylabel("time per image, ms", fontsize=11)
     grid[1, 0].set_ylabel("peak memory of a batch\nwithout parameters, MiB", fontsize=11)
     lines = {line.get_label(): line for axes in grid.flat for line in axes.get_lines()}
-    names = [name for name in STYLES if name in lines]
+    names = [name for name in LINE_STYLES if name in lines]
     handles = [lines[name] for name in names]
     figure.legend(handles, names, loc="outside upper center", ncols=len(names), frameon=False, fontsize=12)
     text = textwrap.fill(format_caption(comparisons, machine), int(CHARACTERS_PER_INCH * figure.get_figwidth()))
@@ -254,8 +254,9 @@ def plot_growth(comparisons: list[Entry], machine: str) -> Figure:
     return figure
 
 
-def get_times(comparisons: list[Entry], panel: Panel) -> Costs:
-    """Return milliseconds per image: ours, and for each peer ours times the median ratio of the pairs.
+def get_times(comparisons: list[ComparisonDict], panel: Panel) -> Costs:
+    """Return milliseconds per image of this package, and, for each peer, this value times the median ratio of the
+    pairs.
 
     The distance of the lines is therefore the ratio of paired turns, even if the load of the machine changed.
     """
@@ -267,7 +268,7 @@ def get_times(comparisons: list[Entry], panel: Panel) -> Costs:
     )
 
 
-def get_memory(comparisons: list[Entry], panel: Panel) -> Costs:
+def get_memory(comparisons: list[ComparisonDict], panel: Panel) -> Costs:
     """Return the peak memory in MiB, at least `MIN_BYTES`."""
     return get_costs(
         comparisons,
@@ -278,9 +279,12 @@ def get_memory(comparisons: list[Entry], panel: Panel) -> Costs:
 
 
 def get_costs(
-    comparisons: list[Entry], panel: Panel, ours: Callable[[Entry], float], theirs: Callable[[Entry, float], float]
+    comparisons: list[ComparisonDict],
+    panel: Panel,
+    ours: Callable[[ComparisonDict], float],
+    theirs: Callable[[ComparisonDict, float], float],
 ) -> Costs:
-    """Return our cost, the median over the peers that it was measured with, and the cost of each peer given ours."""
+    """Return the cost of this package (its median over the peers) and of each peer (computed from it by `theirs`)."""
     costs: Costs = {OURS: {}}
     for value in sorted({entry[panel.value] for entry in comparisons}):
         entries = [entry for entry in comparisons if entry[panel.value] == value]
@@ -293,12 +297,12 @@ def get_costs(
 def draw_lines(axes: Axes, panel: Panel, costs: Costs) -> None:
     """Draw one line per side."""
     for name, by_value in costs.items():
-        color, marker = STYLES[name]
+        color, marker = LINE_STYLES[name]
         axes.plot(
             list(by_value), list(by_value.values()), color=color, marker=marker, markersize=6, linewidth=2, label=name
         )
-    axes.set_xscale("log" if panel.logarithmic else "linear", **({"base": 2} if panel.logarithmic else {}))
-    axes.xaxis.set_inverted(panel.falling)
+    axes.set_xscale("log" if panel.is_logarithmic else "linear", **({"base": 2} if panel.is_logarithmic else {}))
+    axes.xaxis.set_inverted(panel.is_decreasing)
     axes.set_yscale("log")
     axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, index: f"{value:g}"))
@@ -310,7 +314,7 @@ def draw_lines(axes: Axes, panel: Panel, costs: Costs) -> None:
     hide_frame(axes)
 
 
-def draw_ticks(axes: Axes, panel: Panel, comparisons: list[Entry]) -> None:
+def draw_ticks(axes: Axes, panel: Panel, comparisons: list[ComparisonDict]) -> None:
     """Draw a tick for each value, with the number of tokens or registers below."""
     labels = {
         entry[panel.value]: f"{entry[panel.value]}" + (f"\n({entry[panel.tick]})" if panel.tick else "")
@@ -320,8 +324,8 @@ def draw_ticks(axes: Axes, panel: Panel, comparisons: list[Entry]) -> None:
     axes.xaxis.set_minor_locator(NullLocator())
 
 
-def format_caption(comparisons: list[Entry], machine: str) -> str:
-    """Return what was measured, how and on which machine."""
+def format_caption(comparisons: list[ComparisonDict], machine: str) -> str:
+    """Describe the measured models, the method and the machine."""
     first = comparisons[0]
     size = first["size"]
     model = f"width {size['hidden_size']}, {size['num_hidden_layers']} layers"

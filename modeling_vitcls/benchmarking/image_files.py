@@ -5,10 +5,11 @@
 
     python -m modeling_vitcls.benchmarking.image_files FOLDER ours [--toy]
 
-The files are crops of the two photographs of scikit-learn, in a usual size and with several JPEG settings. Each side
-reads them again in each turn. For predictions each side is a process of its own, because ours changes the memory
-allocation of its process (system.py). The process reads requests, `labels 16` or `speed 16` for batches of 16, and
-prints a line of JSON for each: the most probable label and its probability for each file, or images per second.
+The files are crops of the two photographs of scikit-learn, in a common size and with several JPEG settings. Each side
+reads the files in each turn. For predictions, each side runs in a separate process, because `vitcls predict` changes
+the memory allocation of its process (system.py). The process reads requests, `labels 16` or `speed 16` for batches of
+16, and prints a line of JSON for each: the most probable label and its probability for each file, or images per
+second.
 """
 
 import argparse
@@ -44,7 +45,7 @@ from .comparison import (
 from .peers import ModelSize, build_transformers_peer, get_model_size
 
 
-# Keyword arguments of PIL's JPEG writer, used in turn.
+# Keyword arguments of PIL's JPEG writer, used alternately.
 JPEG_SETTINGS: list[dict[str, Any]] = [
     {"quality": 90},
     {"quality": 75, "optimize": True},
@@ -68,14 +69,14 @@ def write_photographs(folder: Path, per_class: int = 64, height_width: tuple[int
     return folder
 
 
-def write_benchmark_files(folder: Path, toy: bool) -> list[str]:
+def write_benchmark_files(folder: Path, is_toy: bool) -> list[str]:
     """Write the photographs of a benchmark; return the paths of the files."""
-    write_photographs(folder / "photographs", per_class=2 if toy else 32)
+    write_photographs(folder / "photographs", per_class=2 if is_toy else 32)
     return sorted(map(str, folder.rglob("*.jpg")))
 
 
 def build_image_processors(size: ModelSize, folder: Path) -> tuple[ViTCLSImageProcessor, Any]:
-    """Build our image processor, and load that of the ViT of transformers with AutoImageProcessor."""
+    """Build the image processor of this package, and load AutoImageProcessor's for transformers' ViT."""
     from transformers import AutoImageProcessor, ViTImageProcessor
 
     sides = {"height": size.image_size, "width": size.image_size}
@@ -110,8 +111,8 @@ def compare_pixels(rows: tuple[str, ...], settings: BenchmarkSettings) -> Iterat
         ValueError: If a row does not exist or a value differs.
     """
     with tempfile.TemporaryDirectory() as folder:
-        files = write_benchmark_files(Path(folder), settings.toy)
-        ours, theirs = build_image_processors(get_model_size(settings.toy), Path(folder))
+        files = write_benchmark_files(Path(folder), settings.is_toy)
+        ours, theirs = build_image_processors(get_model_size(settings.is_toy), Path(folder))
         for name, row in select_rows(PIXEL_ROWS, rows).items():
             yield compare_processors(name, row, files, ours, theirs, settings)
 
@@ -159,8 +160,8 @@ def compare_prediction(rows: tuple[str, ...], settings: BenchmarkSettings) -> It
     """
     batch_sizes = select_rows(PREDICTION_ROWS, rows)
     with tempfile.TemporaryDirectory() as folder:
-        num_files = len(write_benchmark_files(Path(folder), settings.toy))
-        details = {"num_files": num_files, "size": vars(get_model_size(settings.toy))}
+        num_files = len(write_benchmark_files(Path(folder), settings.is_toy))
+        details = {"num_files": num_files, "size": vars(get_model_size(settings.is_toy))}
         with (
             PredictionProcess("ours", folder, settings) as ours,
             PredictionProcess("theirs", folder, settings) as theirs,
@@ -191,7 +192,7 @@ def check_labels(labels: list[TopLabel], expected: list[TopLabel], name: str) ->
 
 
 class PredictionProcess:
-    """The process of one side, which waits between requests. Use it as a context manager."""
+    """Process of one side, which waits for requests. Use it as a context manager."""
 
     def __init__(self, side: str, folder: str, settings: BenchmarkSettings) -> None:
         self.command = [sys.executable, "-m", __name__, folder, side, *settings.toy_flag]
@@ -203,7 +204,7 @@ class PredictionProcess:
         self.process = subprocess.Popen(self.command, stdin=pipe, stdout=pipe, stderr=self.log, text=True)
         return self
 
-    def __exit__(self, *error: object) -> None:
+    def __exit__(self, *exc_info: object) -> None:
         """Kill the process."""
         self.process.kill()
         self.process.communicate()
@@ -225,7 +226,7 @@ class PredictionProcess:
         raise ValueError(f"{' '.join(self.command[2:5])} failed: {last_line}")
 
 
-def build_our_predict(size: ModelSize, folder: Path) -> PredictFiles:
+def build_vitcls_predictor(size: ModelSize, folder: Path) -> PredictFiles:
     """Return a function that predicts as `vitcls predict` does."""
     keep_freed_memory()
     processor, _ = build_image_processors(size, folder / "ours")
@@ -235,13 +236,13 @@ def build_our_predict(size: ModelSize, folder: Path) -> PredictFiles:
     def predict(batch_size: int) -> list[TopLabel]:
         predictor = Predictor(model, processor, columns, nullcontext, batch_size, get_num_workers())
         source = open_image_files([str(folder / "photographs")])
-        rows = predictor.iterate_rows(source, [range(source.num_images)], piece=source.num_images)
+        rows = predictor.iterate_rows(source, [range(source.num_images)], piece_size=source.num_images)
         return [(row["error"] or row["label"], row["probability"]) for row in rows]
 
     return predict
 
 
-def build_their_predict(size: ModelSize, folder: Path) -> PredictFiles:
+def build_pipeline_predictor(size: ModelSize, folder: Path) -> PredictFiles:
     """Return a function that predicts with transformers' pipeline."""
     from transformers import pipeline
 
@@ -257,7 +258,7 @@ def build_their_predict(size: ModelSize, folder: Path) -> PredictFiles:
     return predict
 
 
-SIDES = {"ours": build_our_predict, "theirs": build_their_predict}
+SIDES = {"ours": build_vitcls_predictor, "theirs": build_pipeline_predictor}
 
 
 def main() -> None:

@@ -1,13 +1,13 @@
-"""Our models with and without a feature, or in two ways.
+"""Models of this package with and without a feature, or two implementations of a computation.
 
     inexact     merged or dropped patches, compared with the plain model
     attention   reading attention, compared with a plain forward pass: time and memory
-    probe       a linear probe with cached features, compared with one that encodes each batch again
+    probe       a linear probe with cached features, compared with a probe that encodes each batch again
 
     python -m modeling_vitcls.benchmarking.own_features "token_attention, batch 16" [--theirs]    peak in bytes
 
-Merged and dropped patches change the outputs. Only the model with the feature set to 0 is checked against the plain
-one. The cost in accuracy depends on the data: measure it with scripts/finetune.py and scripts/evaluate.py.
+Merged and dropped patches change the outputs. The outputs are only compared with the feature set to 0. The cost in
+accuracy depends on the data: measure it with scripts/finetune.py and scripts/evaluate.py.
 """
 
 import copy
@@ -37,7 +37,7 @@ from .comparison import (
     parse_memory_flags,
     select_rows,
 )
-from .peers import TRAINING_STEPS, ModelSize, StepRunner, get_model_size, random_images
+from .peers import TRAINING_STEPS, ModelSize, StepRunner, build_random_images, get_model_size
 
 
 def build_model(size: ModelSize, **fields: Any) -> ViTCLSForImageClassification:
@@ -46,8 +46,8 @@ def build_model(size: ModelSize, **fields: Any) -> ViTCLSForImageClassification:
     return ViTCLSForImageClassification(config).eval()
 
 
-def get_predict(model: nn.Module) -> Predict:
-    """Return the function from images [B, C, H, W] to logits [B, labels]."""
+def build_predict_function(model: nn.Module) -> Predict:
+    """Return a function that maps images [B, C, H, W] to logits [B, labels]."""
     return lambda pixel_values: model(pixel_values).logits
 
 
@@ -57,32 +57,32 @@ def get_predict(model: nn.Module) -> Predict:
 INEXACT_BATCH_SIZE = 4  # images per forward pass
 INEXACT_STEP = "bf16 autocast, batch 16"  # row of TRAINING_STEPS
 
-Work = Callable[[], object]
+Computation = Callable[[], object]
 
 
-def build_forward_pass(model: nn.Module, size: ModelSize, device: str) -> tuple[Work, int]:
+def build_forward_pass(model: nn.Module, size: ModelSize, device: str) -> tuple[Computation, int]:
     """Return a function that runs a forward pass in float32, and its number of images."""
-    pixel_values = random_images(INEXACT_BATCH_SIZE, size.image_size).to(device)
+    pixel_values = build_random_images(INEXACT_BATCH_SIZE, size.image_size).to(device)
     return torch.inference_mode()(lambda: model(pixel_values)), INEXACT_BATCH_SIZE
 
 
-def build_training_step(model: nn.Module, size: ModelSize, device: str) -> tuple[Work, int]:
+def build_training_step(model: nn.Module, size: ModelSize, device: str) -> tuple[Computation, int]:
     """Return a function that takes a training step, and its number of images."""
     row = TRAINING_STEPS[INEXACT_STEP]
-    return StepRunner(model, get_predict(model), row, size, device), row.batch_size
+    return StepRunner(model, build_predict_function(model), row, size, device), row.batch_size
 
 
 @dataclass(frozen=True)
 class InexactRow:
-    """A row of the report: a field that is 0 in the plain model, its value, and what both models compute."""
+    """A row of the report: a field that is 0 in the plain model, its value, and the computation to measure."""
 
     field: str
     value: float
-    build: Callable[[nn.Module, ModelSize, str], tuple[Work, int]]
+    build: Callable[[nn.Module, ModelSize, str], tuple[Computation, int]]
 
 
 # ViT-S/16 at 224 pixels.
-INEXACT = {
+INEXACT_ROWS = {
     f"merged_patches_per_layer {number}, inference in fp32, batch {INEXACT_BATCH_SIZE}": InexactRow(
         "merged_patches_per_layer", number, build_forward_pass
     )
@@ -94,13 +94,13 @@ INEXACT = {
 
 
 def compare_inexact(rows: tuple[str, ...], settings: BenchmarkSettings) -> Iterator[Comparison]:
-    """Compare rows of `INEXACT` with the plain model; all rows if none is named.
+    """Compare rows of `INEXACT_ROWS` with the plain model; all rows if none is named.
 
     Raises:
         ValueError: If a row does not exist, or outputs differ with the feature set to 0.
     """
-    size = get_model_size(settings.toy)
-    for name, row in select_rows(INEXACT, rows).items():
+    size = get_model_size(settings.is_toy)
+    for name, row in select_rows(INEXACT_ROWS, rows).items():
         plain = build_model(size)
         randomize_weights(plain)
         nn.Module.to(plain, settings.device)
@@ -122,14 +122,14 @@ def copy_model(plain: ViTCLSForImageClassification, size: ModelSize, **fields: A
 
 
 def check_feature_off(row: InexactRow, plain: ViTCLSForImageClassification, size: ModelSize, name: str) -> float:
-    """Return the largest difference of the logits between the plain model and one with the feature set to 0.
+    """Return the largest difference of the logits between the plain model and a model with the feature set to 0.
 
     Raises:
         ValueError: If the difference exceeds the limit or is NaN.
     """
     off = copy_model(plain, size, **{row.field: type(row.value)(0)})
-    pixel_values = random_images(2, size.image_size).to(plain.device)
-    return check_logits(get_predict(off), get_predict(plain), pixel_values, f"{name}, set to 0")
+    pixel_values = build_random_images(2, size.image_size).to(plain.device)
+    return check_logits(build_predict_function(off), build_predict_function(plain), pixel_values, f"{name}, set to 0")
 
 
 # Attention -----------------------------------------------------------------------------------------------------------
@@ -139,7 +139,7 @@ ReadAttention = Callable[
     [ViTCLSForImageClassification, torch.Tensor], torch.Tensor
 ]  # model, images [B, C, H, W] -> any tensor
 
-ATTENTION_LIMIT = 1e-5  # largest difference between attention of SDPA and eager attention / largest value, at least 1
+ATTENTION_LIMIT = 1e-5  # maximum of |SDPA - eager attention| / max(1, largest value)
 NUM_REGISTERS = 4
 
 
@@ -167,7 +167,7 @@ def read_eager_maps(model: ViTCLSForImageClassification, pixel_values: torch.Ten
 
 @dataclass(frozen=True)
 class AttentionRow:
-    """A row of the report. `reference` returns the same numbers in another way; default: eager attention."""
+    """A row of the report. `reference` computes the same values differently; default: eager attention."""
 
     read: ReadAttention
     batch_size: int
@@ -193,21 +193,21 @@ def compare_attention(rows: tuple[str, ...], settings: BenchmarkSettings) -> Ite
         ValueError: If a row does not exist, values differ, or memory cannot be measured on this machine.
     """
     for name, row in select_rows(ATTENTION_ROWS, rows).items():
-        model, pixel_values = build_attention_inputs(row.batch_size, settings.toy)
+        model, pixel_values = build_attention_inputs(row.batch_size, settings.is_toy)
         difference = check_attention(row, model, pixel_values, name)
         ours, theirs = partial(row.read, model, pixel_values), partial(model, pixel_values)
         speeds = compare_throughput(ours, theirs, row.batch_size, settings)
         peaks = measure_peaks(__name__, name, *settings.toy_flag)
-        details = {"batch_size": row.batch_size, "size": vars(get_model_size(settings.toy)), **peaks}
+        details = {"batch_size": row.batch_size, "size": vars(get_model_size(settings.is_toy)), **peaks}
         yield Comparison("attention", name, "a plain forward pass", *speeds, difference, details)
 
 
-def build_attention_inputs(batch_size: int, toy: bool) -> tuple[ViTCLSForImageClassification, torch.Tensor]:
+def build_attention_inputs(batch_size: int, is_toy: bool) -> tuple[ViTCLSForImageClassification, torch.Tensor]:
     """Build a model with registers, and images [B, 3, H, W]."""
-    size = get_model_size(toy)
+    size = get_model_size(is_toy)
     model = build_model(size, num_register_tokens=NUM_REGISTERS)
     randomize_weights(model)
-    return model, random_images(batch_size, size.image_size)
+    return model, build_random_images(batch_size, size.image_size)
 
 
 @torch.no_grad()
@@ -242,29 +242,29 @@ class ProbeRow:
 
 
 # ViT-S/16 at 224 pixels, float32.
-PROBES = {"10 epochs, batch 16": ProbeRow(num_epochs=10, num_images=32, batch_size=16)}
+PROBE_ROWS = {"10 epochs, batch 16": ProbeRow(num_epochs=10, num_images=32, batch_size=16)}
 PROBE_LIMIT = 1e-4  # largest difference between the trained weights / largest weight
 
 
 def compare_probes(rows: tuple[str, ...], settings: BenchmarkSettings) -> Iterator[Comparison]:
-    """Compare rows of `PROBES`, with and without cached features; all rows if none is named.
+    """Compare rows of `PROBE_ROWS`, with and without cached features; all rows if none is named.
 
     Raises:
         ValueError: If a row does not exist or the trained weights differ.
     """
-    size = get_model_size(settings.toy)
-    for name, row in select_rows(PROBES, rows).items():
+    size = get_model_size(settings.is_toy)
+    for name, row in select_rows(PROBE_ROWS, rows).items():
         model = build_model(size)
         randomize_weights(model)
-        pixel_values = random_images(row.num_images, size.image_size)
+        pixel_values = build_random_images(row.num_images, size.image_size)
         labels = torch.randint(size.num_labels, (row.num_images,), generator=torch.Generator().manual_seed(0))
         cached, plain = (
             partial(train, model, pixel_values, labels, row) for train in (train_with_cache, train_without_cache)
         )
         difference = check_weights(cached(), plain(), name)
-        # One training run is long enough for a turn.
+        # A turn is one training run.
         speeds = compare_throughput(
-            cached, plain, row.num_epochs * row.num_images, BenchmarkSettings((), settings.num_pairs, toy=True)
+            cached, plain, row.num_epochs * row.num_images, BenchmarkSettings((), settings.num_pairs, is_toy=True)
         )
         details = {"size": vars(size), **vars(row)}
         yield Comparison("linear probe", name, "recomputing the backbone", *speeds, difference, details)
@@ -294,7 +294,7 @@ def train_head(
     """Train a copy of the model's head; return the weights of its classifier.
 
     Args:
-        encode: returns the features [B, P] of a slice of the images.
+        encode: function that returns the features [B, P] of a slice of the images.
     """
     head: Any = copy.deepcopy(build_head_only(model))
     optimizer = torch.optim.AdamW(head.parameters(), lr=1e-3, fused=True)
@@ -319,11 +319,11 @@ def check_weights(weights: torch.Tensor, expected: torch.Tensor, name: str) -> f
 
 
 def main() -> None:
-    """Print the peak memory of reading attention, or of a plain forward pass, in bytes."""
+    """Print the peak memory in bytes of computing attention, or of a plain forward pass."""
     flags = parse_memory_flags(ATTENTION_ROWS)
     row = ATTENTION_ROWS[flags.row]
     model, pixel_values = build_attention_inputs(row.batch_size, flags.toy)
-    read = get_predict(model) if flags.theirs else lambda images: row.read(model, images)
+    read = build_predict_function(model) if flags.theirs else lambda images: row.read(model, images)
     with torch.no_grad():  # the warm-up is one image
         print(measure_memory_growth(lambda: read(pixel_values[:1]), lambda: read(pixel_values)))
 

@@ -2,8 +2,8 @@
 
     python -m modeling_vitcls.benchmarking.peers "fp32, batch 16" timm [--theirs]    peak memory of a step in bytes
 
-Both sides have the same random weights: our model is converted from the other project's. A training step is the
-forward pass, the backward pass and AdamW, without data loading; training_runs.py compares whole training runs.
+Both sides have the same random weights: the model of this package is converted from the other model. A training step
+is the forward pass, the backward pass and AdamW, without data loading; training_runs.py compares whole training runs.
 """
 
 import copy
@@ -57,14 +57,14 @@ SMALL = ModelSize(image_size=224, patch_size=16, hidden_size=384, num_hidden_lay
 TOY = ModelSize(image_size=32, patch_size=8, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, num_labels=5)
 
 
-def get_model_size(toy: bool) -> ModelSize:
-    """Return the size of a ViT-S/16 at 224 pixels, or of the toy model."""
-    return TOY if toy else SMALL
+def get_model_size(is_toy: bool) -> ModelSize:
+    """Return the size of ViT-S/16 at 224 pixels, or of the toy model."""
+    return TOY if is_toy else SMALL
 
 
 @dataclass(frozen=True)
 class Peer:
-    """A model of another project, and our model with the same weights."""
+    """A model of another project, and a model of this package with the same weights."""
 
     name: str
     size: ModelSize
@@ -73,7 +73,7 @@ class Peer:
     predict_theirs: Predict
 
     def predict_ours(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """Return the logits [B, labels] of our model."""
+        """Return the logits [B, labels] of the model of this package."""
         logits: torch.Tensor = self.ours(pixel_values).logits
         return logits
 
@@ -85,7 +85,8 @@ class Peer:
 
 
 def build_transformers_vit(size: ModelSize, **labels: Any) -> Any:
-    """Build the ViT of transformers with new weights. `labels` are id2label and label2id, instead of num_labels."""
+    """Build the ViT of transformers with new weights. `labels` contains id2label and label2id, and replaces
+    num_labels."""
     from transformers import ViTConfig, ViTForImageClassification
 
     values = vars(size) if not labels else {name: value for name, value in vars(size).items() if name != "num_labels"}
@@ -93,7 +94,7 @@ def build_transformers_vit(size: ModelSize, **labels: Any) -> Any:
 
 
 def build_transformers_peer(size: ModelSize) -> Peer:
-    """Build the ViT of transformers and ours."""
+    """Build the ViT of transformers and a model with the same weights."""
     theirs = build_transformers_vit(size)
     randomize_weights(theirs)
     ours: Any = convert_from_transformers(theirs)
@@ -101,7 +102,7 @@ def build_transformers_peer(size: ModelSize) -> Peer:
 
 
 def build_timm_peer(size: ModelSize, num_registers: int = 0) -> Peer:
-    """Build the ViT of timm and ours."""
+    """Build the ViT of timm and a model with the same weights."""
     from timm.models import VisionTransformer
 
     theirs = VisionTransformer(
@@ -119,7 +120,7 @@ def build_timm_peer(size: ModelSize, num_registers: int = 0) -> Peer:
 
 
 def build_plain_peer(size: ModelSize) -> Peer:
-    """Build our ViT without CPU kernels and with them."""
+    """Build a model without CPU kernels, and the same model with them."""
     config = ViTCLSConfig(**vars(size), intermediate_size=size.intermediate_size)
     ours = ViTCLSForImageClassification(config)
     randomize_weights(ours)
@@ -137,7 +138,7 @@ PEERS: dict[str, Callable[[ModelSize], Peer]] = {
 PEERS_WITH_REGISTERS: dict[str, Callable[[ModelSize, int], Peer]] = {"timm": build_timm_peer}
 
 
-def random_images(num_images: int, image_size: int) -> torch.Tensor:
+def build_random_images(num_images: int, image_size: int) -> torch.Tensor:
     """Return random images [B, 3, H, W], the same in every call."""
     return torch.randn(num_images, 3, image_size, image_size, generator=torch.Generator().manual_seed(0))
 
@@ -147,11 +148,11 @@ def random_images(num_images: int, image_size: int) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class ForwardPass:
-    """A row of the report. If `compiled`, torch.compile compiles both models."""
+    """A row of the report. If `use_compile`, torch.compile compiles both models."""
 
     dtype: torch.dtype
     batch_size: int
-    compiled: bool = False
+    use_compile: bool = False
 
 
 # ViT-S/16 at 224 pixels.
@@ -160,7 +161,7 @@ FORWARD_PASSES = {
     "fp32, batch 1": ForwardPass(torch.float32, 1),
     "bf16, batch 16": ForwardPass(torch.bfloat16, 16),
     "bf16, batch 1": ForwardPass(torch.bfloat16, 1),
-    "bf16, batch 16, compiled": ForwardPass(torch.bfloat16, 16, compiled=True),
+    "bf16, batch 16, compiled": ForwardPass(torch.bfloat16, 16, use_compile=True),
 }
 
 
@@ -172,7 +173,7 @@ def compare_inference(rows: tuple[str, ...], settings: BenchmarkSettings) -> Ite
     """
     for name, row in select_rows(FORWARD_PASSES, rows).items():
         for peer in settings.against:
-            yield compare_forward_pass(name, row, PEERS[peer](get_model_size(settings.toy)), settings)
+            yield compare_forward_pass(name, row, PEERS[peer](get_model_size(settings.is_toy)), settings)
 
 
 def compare_forward_pass(name: str, row: ForwardPass, peer: Peer, settings: BenchmarkSettings) -> Comparison:
@@ -182,11 +183,11 @@ def compare_forward_pass(name: str, row: ForwardPass, peer: Peer, settings: Benc
         ValueError: If the outputs differ.
     """
     peer = peer.to(row.dtype, settings.device)
-    if row.compiled:
+    if row.use_compile:
         torch.compiler.reset()  # of earlier rows
         peer.ours.compile()
         peer.theirs.compile()
-    pixel_values = random_images(row.batch_size, peer.size.image_size).to(settings.device, row.dtype)
+    pixel_values = build_random_images(row.batch_size, peer.size.image_size).to(settings.device, row.dtype)
     speeds, difference = compare_predictions(peer, pixel_values, name, settings)
     details = {"device": settings.device, "size": vars(peer.size)}
     return Comparison("inference", name, peer.name, *speeds, difference, details)
@@ -234,13 +235,13 @@ class StepRunner:
         self.model = model.train()
         self.predict = predict
         self.row = row
-        self.pixel_values = random_images(row.batch_size, size.image_size).to(device)
+        self.pixel_values = build_random_images(row.batch_size, size.image_size).to(device)
         generator = torch.Generator().manual_seed(0)
         self.labels = torch.randint(size.num_labels, (row.batch_size,), generator=generator).to(device)
         self.optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
 
     def compute_gradients(self, num_images: int) -> None:
-        """Replace the gradients by those of the loss of the first images."""
+        """Replace the gradients by the gradients of the loss of the first images."""
         self.optimizer.zero_grad()
         with torch.autocast(self.labels.device.type, self.row.autocast, enabled=self.row.autocast is not None):
             logits = self.predict(self.pixel_values[:num_images])
@@ -255,14 +256,14 @@ class StepRunner:
         return kernel.grad.clone()
 
     def __call__(self, num_images: int | None = None) -> None:
-        """Take one step on the first images, or on all."""
+        """Take one training step with the first `num_images` images, or with all."""
         self.compute_gradients(num_images or len(self.labels))
         self.optimizer.step()
 
     def measure_gpu_peak(self) -> int:
         """Return the peak GPU memory of a step in bytes, excluding parameters and optimizer state.
 
-        The optimizer must have taken a step before, which allocates its state.
+        The optimizer must have taken a step, which allocates its state.
         """
         self.optimizer.zero_grad()
         peak = measure_gpu_memory_growth(self)
@@ -278,7 +279,7 @@ def compare_steps(rows: tuple[str, ...], settings: BenchmarkSettings) -> Iterato
     """
     for name, row in select_rows(TRAINING_STEPS, rows).items():
         for peer in settings.against:
-            yield compare_step(name, row, PEERS[peer](get_model_size(settings.toy)), settings)
+            yield compare_step(name, row, PEERS[peer](get_model_size(settings.is_toy)), settings)
 
 
 def compare_step(name: str, row: TrainingStep, peer: Peer, settings: BenchmarkSettings) -> Comparison:
@@ -299,7 +300,7 @@ def compare_step(name: str, row: TrainingStep, peer: Peer, settings: BenchmarkSe
 
 
 def build_step_runners(row: TrainingStep, peer: Peer, device: str = "cpu") -> tuple[StepRunner, StepRunner]:
-    """Build our runner and theirs, with the same images."""
+    """Build the runners of both sides, with the same images."""
     peer = peer.to(torch.float32, device)
     ours = StepRunner(peer.ours, peer.predict_ours, row, peer.size, device)
     return ours, StepRunner(peer.theirs, peer.predict_theirs, row, peer.size, device)
@@ -317,7 +318,7 @@ def check_gradients(ours: StepRunner, theirs: StepRunner, name: str, num_images:
 
 
 def main() -> None:
-    """Print the peak memory of a training step of one side in bytes, excluding parameters and optimizer state."""
+    """Print the peak memory of a training step in bytes, excluding parameters and optimizer state."""
     flags = parse_memory_flags(TRAINING_STEPS, PEERS)
     runners = build_step_runners(TRAINING_STEPS[flags.row], PEERS[flags.peer](get_model_size(flags.toy)))
     runner = runners[flags.theirs]

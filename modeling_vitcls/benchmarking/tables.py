@@ -30,7 +30,7 @@ def get_machine() -> dict[str, Any]:
 
 
 def describe_machine(comparisons: list[Comparison]) -> str:
-    """Return hardware and versions in one line, with the GPU if it was used."""
+    """Return hardware and versions in one line, with the GPU if one was used."""
     machine = get_machine()
     text = f"{machine['processor']}, {machine['threads']} threads on {machine['cores']} cores"
     text = f"{text}, load {machine['load']:.1f}"
@@ -40,7 +40,7 @@ def describe_machine(comparisons: list[Comparison]) -> str:
 
 
 def compute_lowest_ratios(comparisons: list[Comparison]) -> dict[tuple[str, str], float]:
-    """Return the median ratio to the faster peer for each row that was compared with several."""
+    """Return the median ratio to the faster peer, for each row with several peers."""
     ratios: dict[tuple[str, str], list[float]] = {}
     for comparison in comparisons:
         ratio = compute_quartiles(comparison.ratios)[1]
@@ -64,7 +64,7 @@ def print_tables(comparisons: list[Comparison]) -> None:
     speed = Table("work", "against", "ours", "theirs", "ratio", "quartiles", title="images per second")
     memory = Table("work", "against", "ours", "theirs", title="peak memory in MiB, without what existed before")
     lowest = Table("work", "ratio", title="ratio to the faster peer")
-    for entry in (comparison.as_dict() for comparison in comparisons):
+    for entry in (comparison.to_dict() for comparison in comparisons):
         row = (f"{entry['work']}: {entry['name']}", entry["against"])
         speeds = (f"{entry[f'{side}_images_per_second']:.1f}" for side in ("ours", "theirs"))
         lower, upper = entry["quartiles"]
@@ -87,7 +87,7 @@ def format_markdown(comparisons: list[Comparison]) -> str:
     """Return a Markdown table with one row for each row of work, without empty columns, and a line on the machine."""
     rows: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for comparison in comparisons:
-        rows.setdefault((comparison.work, comparison.name), []).append(comparison.as_dict())
+        rows.setdefault((comparison.work, comparison.name), []).append(comparison.to_dict())
     table = [HEADER, *(format_cells(work, name, entries) for (work, name), entries in rows.items())]
     columns = [index for index in range(len(HEADER)) if any(row[index] for row in table[1:])]
     lines = [f"| {' | '.join(row[index] for index in columns)} |" for row in table]
@@ -123,7 +123,7 @@ def write_reports(
     for file in (output, markdown, plot):
         if file is not None:
             file.parent.mkdir(parents=True, exist_ok=True)
-    entries = [comparison.as_dict() for comparison in comparisons]
+    entries = [comparison.to_dict() for comparison in comparisons]
     if output is not None:
         lowest = compute_lowest_ratios(comparisons)
         results = {

@@ -1,10 +1,10 @@
-"""Training runs: `vitcls finetune` and transformers' Trainer in turns, from images to updated weights.
+"""Training runs: `vitcls finetune` and transformers' Trainer take turns, from images to updated weights.
 
     python -m modeling_vitcls.benchmarking.training_runs SETTINGS.json    run transformers' Trainer until stopped
 
-Each side is a process that runs as its users start it, and appends a line to a file every `log_every` steps. The
-process whose turn it is not is suspended. The time between lines is measured here, by the clock of this process.
-Suspending processes requires POSIX signals.
+Each side is a process with the command line of a user, and appends a line to a file every `log_every` steps. The other
+process is suspended. The time between lines is measured in this process. Suspending processes
+requires POSIX signals.
 """
 
 import json
@@ -29,7 +29,7 @@ from ..conversion.from_transformers import convert_from_transformers
 from ..image_processing_vitcls import ViTCLSImageProcessor
 from .comparison import BenchmarkSettings, Comparison, check_logits, get_last_line, measure_in_turns, select_rows
 from .image_files import write_photographs
-from .own_features import get_predict
+from .own_features import build_predict_function
 from .peers import SMALL, ModelSize, build_transformers_vit
 
 
@@ -64,7 +64,7 @@ CROPS = {"crop_scale": 0.35, "flip": True, "rotation": 0, "shift": 0.0, "zoom": 
 SMALL_SHIFTS = {"crop_scale": 1.0, "flip": False, "rotation": 10, "shift": 0.1, "zoom": 0.1}
 
 PHOTOGRAPHS = TrainingRun("photographs", SMALL, 16, "bf16", 1, 1, 3, 5e-4, CROPS)
-# scripts/recipes/digits.yaml without registers, which the other side does not have.
+# scripts/recipes/digits.yaml without registers, which transformers' ViT does not support.
 DIGITS = TrainingRun("digits", ModelSize(32, 8, 64, 4, 4), 64, "no", 0, 20, 3, 2e-3, SMALL_SHIFTS)
 
 TRAINING_RUNS = {
@@ -75,7 +75,7 @@ TRAINING_RUNS = {
 }
 TOY_RUNS = {"toy": replace(DIGITS, size=ModelSize(32, 8, 32, 2, 2), log_every=1, lines_per_turn=1)}
 
-MAX_STEPS = 1_000_000  # more than any benchmark takes
+MAX_STEPS = 1_000_000  # more steps than any benchmark takes
 PHOTOGRAPHS_PER_CLASS = 512  # enough that no epoch ends during a measurement: Trainer restarts its workers after each
 WARMUP_LINES = 2
 MAX_SECONDS_PER_LINE = 600
@@ -87,7 +87,7 @@ def compare_training(rows: tuple[str, ...], settings: BenchmarkSettings) -> Iter
     Raises:
         ValueError: If a row does not exist, outputs differ, or a run fails.
     """
-    for name, run in select_rows(TOY_RUNS if settings.toy else TRAINING_RUNS, rows).items():
+    for name, run in select_rows(TOY_RUNS if settings.is_toy else TRAINING_RUNS, rows).items():
         with tempfile.TemporaryDirectory() as folder:
             yield compare_runs(name, run, settings.num_pairs, Path(folder))
 
@@ -121,7 +121,7 @@ def save_models(run: TrainingRun, label_names: list[str], folder: Path, name: st
     theirs = build_transformers_vit(run.size, **labels).eval()
     ours = convert_from_transformers(theirs)
     pixel_values = torch.randn(2, 3, run.size.image_size, run.size.image_size)
-    difference = check_logits(get_predict(ours), get_predict(theirs), pixel_values, name)
+    difference = check_logits(build_predict_function(ours), build_predict_function(theirs), pixel_values, name)
     theirs.save_pretrained(folder / "their_model")
     ours.save_pretrained(folder / "our_model")
     sides = {"height": run.size.image_size, "width": run.size.image_size}
@@ -190,7 +190,7 @@ class SuspendedRun:
             raise
         return self
 
-    def __exit__(self, *error: object) -> None:
+    def __exit__(self, *exc_info: object) -> None:
         """Kill the run."""
         if self.process.poll() is None:
             self.send_signal(signal.SIGKILL)
@@ -200,7 +200,7 @@ class SuspendedRun:
     def take_turn(self) -> float:
         """Return the images per second over `lines_per_turn` lines.
 
-        The first line does not count, because the run was suspended during its steps.
+        The first line is excluded, because the run was suspended during its steps.
         """
         num_lines = self.count_lines()
         self.send_signal(signal.SIGCONT)
@@ -265,7 +265,7 @@ class LineWriter(TrainerCallback):
         self.log_every = log_every
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Append a line if a multiple of `log_every` steps is done."""
+        """Append a line after each multiple of `log_every` steps."""
         if state.global_step % self.log_every == 0:
             with self.file.open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"step": state.global_step}) + "\n")

@@ -9,7 +9,7 @@ import torch
 from .comparison import BenchmarkSettings, Comparison, select_rows
 from .growth import POINTS, TOY_POINTS, compare_growth
 from .image_files import PIXEL_ROWS, PREDICTION_ROWS, compare_pixels, compare_prediction
-from .own_features import ATTENTION_ROWS, INEXACT, PROBES, compare_attention, compare_inexact, compare_probes
+from .own_features import ATTENTION_ROWS, INEXACT_ROWS, PROBE_ROWS, compare_attention, compare_inexact, compare_probes
 from .peers import FORWARD_PASSES, TRAINING_STEPS, compare_inference, compare_steps
 from .training_runs import TOY_RUNS, TRAINING_RUNS, compare_training
 
@@ -23,26 +23,26 @@ class WorkKind:
     toy_rows: dict[str, Any] | None = None
     supports_gpu: bool = False
 
-    def get_row_names(self, toy: bool) -> list[str]:
+    def get_row_names(self, is_toy: bool) -> list[str]:
         """Return the names of the rows."""
-        return list(self.toy_rows if toy and self.toy_rows is not None else self.rows)
+        return list(self.toy_rows if is_toy and self.toy_rows is not None else self.rows)
 
 
 WORK = {
     "inference": WorkKind(FORWARD_PASSES, compare_inference, supports_gpu=True),
     "growth": WorkKind(POINTS, compare_growth, TOY_POINTS, supports_gpu=True),
     "step": WorkKind(TRAINING_STEPS, compare_steps, supports_gpu=True),
-    "inexact": WorkKind(INEXACT, compare_inexact, supports_gpu=True),
+    "inexact": WorkKind(INEXACT_ROWS, compare_inexact, supports_gpu=True),
     "pixels": WorkKind(PIXEL_ROWS, compare_pixels),
     "prediction": WorkKind(PREDICTION_ROWS, compare_prediction),
-    "probe": WorkKind(PROBES, compare_probes),
+    "probe": WorkKind(PROBE_ROWS, compare_probes),
     "training": WorkKind(TRAINING_RUNS, compare_training, TOY_RUNS),
     "attention": WorkKind(ATTENTION_ROWS, compare_attention),
 }
 
 
 def compare(names: tuple[str, ...], rows: tuple[str, ...], settings: BenchmarkSettings) -> Iterator[Comparison]:
-    """Compare kinds of work: all their rows, or those of the given names in every kind that has them.
+    """Compare kinds of work: all their rows, or only the rows with the given names.
 
     Raises:
         ValueError: If a row does not exist or the device is not available, before anything is measured; if outputs
@@ -51,12 +51,12 @@ def compare(names: tuple[str, ...], rows: tuple[str, ...], settings: BenchmarkSe
     if settings.device != "cpu":
         if not torch.cuda.is_available():
             raise ValueError(
-                "--device cuda requires a GPU, but PyTorch finds none. Leave it out to measure on the CPU."
+                "--device cuda requires a GPU, but PyTorch finds no GPU. Omit the flag to measure on the CPU."
             )
         if cpu_only := [name for name in names if not WORK[name].supports_gpu]:
             able = ", ".join(name for name, kind in WORK.items() if kind.supports_gpu)
             raise ValueError(f"--work {' '.join(cpu_only)} is measured on the CPU, but --device cuda is for {able}.")
-    row_names = {name: WORK[name].get_row_names(settings.toy) for name in names}
+    row_names = {name: WORK[name].get_row_names(settings.is_toy) for name in names}
     select_rows({row: None for known in row_names.values() for row in known}, rows)
     for name, known in row_names.items():
         if selected := tuple(row for row in known if not rows or row in rows):

@@ -5,8 +5,8 @@
     python scripts/benchmark.py --work growth --plot cost.png
     python scripts/benchmark.py --work training
 
-Both sides take turns. The result is the median of the ratios of neighboring turns, because other programs on the
-machine slow both sides. If the outputs differ, nothing is measured. The benchmarks are implemented in
+Both sides take turns. The result is the median of the ratios of neighboring turns, because other programs slow down
+both sides. Speed is only measured if the outputs are equal. The benchmarks are implemented in
 modeling_vitcls/benchmarking/.
 """
 
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from .parsing import errors_in_one_line, stop
+from .parsing import exit_on_error, exit_with_message
 
 
 PLOT_SUFFIXES = (".png", ".svg")
@@ -40,19 +40,19 @@ class BenchmarkOptions:
     rows: tuple[str, ...] = ()
     """Names of the rows to measure. Default: all rows of --work."""
     pairs: int = 9
-    """Turns of each side."""
+    """Number of turns of each side."""
     output: Path | None = None
-    """JSON file to write the results to."""
+    """JSON file for the results."""
     markdown: Path | None = None
-    """Markdown file to write a table of the results to."""
+    """Markdown file for a table of the results."""
     plot: Path | None = None
-    """PNG or SVG file to write a figure of growth to."""
+    """PNG or SVG file for a figure of growth."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Precision of growth. Other rows have the precision in their name."""
     device: Literal["cpu", "cuda"] = "cpu"
     """Device of inference, growth, step and inexact. Other work is measured on the CPU."""
     toy: bool = False
-    """Use tiny models and one call per turn, to test the program. The numbers mean nothing."""
+    """Use tiny models and one call per turn, to test the program. The results are meaningless."""
 
 
 OPTIONS = BenchmarkOptions
@@ -61,14 +61,14 @@ OPTIONS = BenchmarkOptions
 def check(options: BenchmarkOptions) -> None:
     """Exit with status 2 if flags contradict each other."""
     if options.pairs < 1:
-        stop(f"error: --pairs is {options.pairs}: set a value 1 or more")
+        exit_with_message(f"error: --pairs is {options.pairs}: set it to 1 or more")
     if not options.work or not options.against:
-        stop("error: --work and --against require a value. --help lists the values")
+        exit_with_message("error: --work and --against require a value. --help lists the values")
     if options.plot is not None and "growth" not in options.work:
-        stop("error: --plot requires growth, but --work does not include it. Add growth to --work")
+        exit_with_message("error: --plot requires growth, but --work does not include it. Add growth to --work")
     if options.plot is not None and options.plot.suffix not in PLOT_SUFFIXES:
-        stop(f"error: --plot {options.plot}: set a name that ends in {' or '.join(PLOT_SUFFIXES)}")
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing is downloaded; huggingface_hub reads this when imported
+        exit_with_message(f"error: --plot {options.plot}: set a name that ends in {' or '.join(PLOT_SUFFIXES)}")
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no downloads; read when huggingface_hub is imported
 
 
 def run(options: BenchmarkOptions) -> None:
@@ -78,7 +78,7 @@ def run(options: BenchmarkOptions) -> None:
     from ..benchmarking.work import compare
 
     settings = BenchmarkSettings(options.against, options.pairs, options.toy, options.precision, options.device)
-    with errors_in_one_line():
+    with exit_on_error():
         comparisons = [print_comparison(comparison) for comparison in compare(options.work, options.rows, settings)]
         write_reports(comparisons, options.output, options.markdown, options.plot)
     print_tables(comparisons)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from .parsing import errors_in_one_line, stop
+from .parsing import exit_on_error, exit_with_message
 
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ class ConvertOptions:
     classifier: Literal["keep", "new", "drop"] = "keep"
     """Keep the classifier of the source, replace it by a new classifier, or drop it."""
     num_labels: int | None = None
-    """Number of labels of a new classifier, also if the source has no classifier."""
+    """Number of labels of a new classifier; the source may have no classifier."""
     family: str | None = None
     """Family of a state-dict file, such as dino, ibot, mae or dinov2. Default: detected."""
 
@@ -50,18 +50,20 @@ def check(options: ConvertOptions) -> None:
     """Exit with status 2 if a flag has a wrong value."""
     if options.to == "transformers":
         if options.model is None or options.source is not None:
-            stop("--to transformers requires --model, and does not support --source")
+            exit_with_message("--to transformers requires --model, and does not support --source")
         return
     if options.model is not None or options.source is None:
-        stop("a conversion to vitcls requires --source, and does not support --model")
+        exit_with_message("a conversion to vitcls requires --source, and does not support --model")
     if Path(options.source, "config.json").is_file() and is_vitcls_folder(Path(options.source)):
-        stop(f"{options.source} is a ViTCLS model already. Use it as --model, or set --to transformers --model")
+        exit_with_message(
+            f"{options.source} is a ViTCLS model already. Use it as --model, or set --to transformers --model"
+        )
     if not options.source.startswith(("timm:", "transformers:")) and not Path(options.source).suffix:
-        stop(
+        exit_with_message(
             f"--source {options.source} is not supported. Use timm:NAME, transformers:PATH_OR_ID or a state-dict file"
         )
     if options.num_labels is not None and options.num_labels < 1:
-        stop(f"--num-labels must be at least 1, but is {options.num_labels}")
+        exit_with_message(f"--num-labels must be at least 1, but is {options.num_labels}")
 
 
 def run(options: ConvertOptions) -> None:
@@ -73,7 +75,7 @@ def run(options: ConvertOptions) -> None:
     from ..conversion.native import write_native_model
 
     disable_progress_bar()
-    with errors_in_one_line():
+    with exit_on_error():
         if options.to == "transformers":
             report = write_native_model(str(options.model), options.output, options.any_size)
             print_report(report, options.output, trust="")

@@ -9,10 +9,20 @@ from .. import cpu_kernels_vitcls as kernels
 from ..system import format_device_name, get_processor_name, get_versions
 
 
-# Optional libraries that change what the programs can do.
-OPTIONAL = ("huggingface_hub", "datasets", "timm", "peft", "torchao", "onnxruntime", "openvino", "gradio", "tyro")
-# Environment variables that change results, speed or what is loaded. Tokens are never printed.
-VARIABLES = (
+# Optional libraries that enable features of the programs.
+OPTIONAL_LIBRARIES = (
+    "huggingface_hub",
+    "datasets",
+    "timm",
+    "peft",
+    "torchao",
+    "onnxruntime",
+    "openvino",
+    "gradio",
+    "tyro",
+)
+# Environment variables that change results, speed or the loaded files. Tokens are never printed.
+ENVIRONMENT_VARIABLES = (
     "OMP_NUM_THREADS",
     "CUDA_VISIBLE_DEVICES",
     "VITCLS_CPU_KERNELS",
@@ -24,7 +34,7 @@ VARIABLES = (
 
 def format_environment() -> str:
     """Return the lines of a bug report."""
-    facts = get_versions() | dict.fromkeys(OPTIONAL, "not installed") | get_versions(*OPTIONAL)
+    facts = get_versions() | dict.fromkeys(OPTIONAL_LIBRARIES, "not installed") | get_versions(*OPTIONAL_LIBRARIES)
     facts["platform"] = platform.platform()
     facts["processor"] = (
         f"{get_processor_name()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads in PyTorch"
@@ -32,7 +42,7 @@ def format_environment() -> str:
     facts["instructions"] = torch.backends.cpu.get_cpu_capability()
     facts["devices"] = describe_devices()
     facts["CPU kernels"] = describe_cpu_kernels()
-    facts |= {name: os.environ[name] for name in VARIABLES if name in os.environ}
+    facts |= {name: os.environ[name] for name in ENVIRONMENT_VARIABLES if name in os.environ}
     width = max(map(len, facts))
     return "\n".join(f"{name:<{width}}  {fact}" for name, fact in facts.items())
 
@@ -47,7 +57,7 @@ def describe_devices() -> str:
 
 
 def describe_cpu_kernels() -> str:
-    """Return whether the kernels of cpu_kernels_vitcls.py are on, and the reason if they are off."""
+    """Describe whether the kernels of cpu_kernels_vitcls.py are on, and why if they are off."""
     if os.environ.get("VITCLS_CPU_KERNELS") == "0":
         return "off: VITCLS_CPU_KERNELS is 0"
     if not kernels.HAS_PRIVATE_NAMES:

@@ -3,11 +3,11 @@
     accelerate launch scripts/evaluate.py --model runs/digits --dataset digits
     accelerate launch scripts/evaluate.py --model runs/digits --dataset digits --frozen knn
 
-The evaluation is implemented in modeling_vitcls/inference/evaluate.py, that of frozen features in frozen.py.
+The evaluation is implemented in modeling_vitcls/inference/evaluate.py, and in frozen.py for frozen features.
 """
 
 from ..options import EvaluateOptions
-from .parsing import errors_in_one_line
+from .parsing import exit_on_error
 
 
 OPTIONS = EvaluateOptions
@@ -18,5 +18,5 @@ def run(options: EvaluateOptions) -> None:
     from ..inference.evaluate import evaluate_checkpoint
     from ..inference.frozen import evaluate_frozen
 
-    with errors_in_one_line():
+    with exit_on_error():
         evaluate_frozen(options) if options.frozen else evaluate_checkpoint(options)

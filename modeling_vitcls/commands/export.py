@@ -1,4 +1,4 @@
-"""`vitcls export`: write a model as one graph that runs without this package, compared with the model.
+"""`vitcls export`: export a model to a graph that runs without this package, and compare the graph with the model.
 
     python scripts/export.py --model runs/mine --format onnx --output mine.onnx
     python scripts/export.py --model runs/mine --format torch --output mine.pt2 --no-dynamic --image-size 224 320
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from .parsing import errors_in_one_line, stop
+from .parsing import exit_on_error, exit_with_message
 
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ class ExportOptions:
     """Height and width in pixels: the fixed image size, or the main size of the comparison if the size is dynamic.
     Default: the size of the model."""
     dynamic: bool = True
-    """Accept images of any size instead of --image-size only. The batch size is always dynamic."""
+    """Accept images of any size, not only of --image-size. The batch size is always dynamic."""
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"
     """dtype of weights and computations. Inputs and outputs are float32."""
     opset: int | None = None
@@ -48,14 +48,14 @@ OPTIONS = ExportOptions
 def check(options: ExportOptions) -> None:
     """Exit with status 2 if a flag has a wrong value or flags contradict each other."""
     if options.image_size is not None and min(options.image_size) < 1:
-        stop(f"--image-size must be at least 1, but is {' '.join(map(str, options.image_size))}")
+        exit_with_message(f"--image-size must be at least 1, but is {' '.join(map(str, options.image_size))}")
     changed = (options.image_size, options.dynamic, options.dtype, options.opset) != (None, True, "float32", None)
     if options.format == "transformers.js" and changed:
-        stop("--format transformers.js does not support --image-size, --no-dynamic, --dtype and --opset")
+        exit_with_message("--format transformers.js does not support --image-size, --no-dynamic, --dtype and --opset")
     if options.opset is not None and options.format == "torch":
-        stop("--opset requires --format onnx or openvino, but --format is torch")
+        exit_with_message("--opset requires --format onnx or openvino, but --format is torch")
     if options.opset is not None and options.opset < MIN_OPSET:
-        stop(f"--opset must be at least {MIN_OPSET}, but is {options.opset}")
+        exit_with_message(f"--opset must be at least {MIN_OPSET}, but is {options.opset}")
 
 
 def run(options: ExportOptions) -> None:
@@ -67,7 +67,7 @@ def run(options: ExportOptions) -> None:
 
     disable_progress_bar()
     warnings.filterwarnings("ignore", module=r"torch\.|onnxscript|copyreg")  # warnings of exporters
-    with errors_in_one_line():
+    with exit_on_error():
         if options.format == "transformers.js":
             for comparison in export_for_transformers_js(options.model, options.output).comparisons:
                 difference, agreement = comparison.largest_difference, comparison.top1_agreement
@@ -103,7 +103,7 @@ def print_report(report: "ExportReport", output: Path) -> None:
     console.print(table)
     for line in format_notes(report):
         console.print(line, markup=False)
-    console.print(f"\nWritten to {output}. {output}.json describes its inputs and outputs. Run it with", markup=False)
+    console.print(f"\nWrote {output}; {output}.json describes its inputs and outputs. Run it with", markup=False)
     for line in USAGE[report.format]:
         console.print(f"  {line.format(file=output)}", markup=False)
 

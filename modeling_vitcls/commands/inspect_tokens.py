@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import tyro
 
 from ..options import InspectOptions
-from .parsing import errors_in_one_line
+from .parsing import exit_on_error
 
 
 @dataclass(frozen=True)
@@ -32,5 +32,5 @@ def run(options: Inspect) -> None:
     from ..analysis.inspect_tokens import inspect_tokens
 
     disable_progress_bar()  # for loading weights
-    with errors_in_one_line():
+    with exit_on_error():
         inspect_tokens(options)

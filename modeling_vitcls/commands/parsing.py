@@ -24,11 +24,11 @@ from ..files import is_closed_pipe
 from ..options import to_arguments
 
 
-PACKAGE = Path(__file__).parents[1]
+PACKAGE_FOLDER = Path(__file__).parents[1]
 # Folders with the recipes that --config accepts by name: in the installed package, and in a checkout.
-RECIPE_FOLDERS = (PACKAGE / "recipes", PACKAGE.parent / "scripts" / "recipes")
+RECIPE_FOLDERS = (PACKAGE_FOLDER / "recipes", PACKAGE_FOLDER.parent / "scripts" / "recipes")
 
-# Flags of other programs -> our flags.
+# Flags of other programs -> equivalent flags of these programs.
 ABBREVIATIONS = {
     "lr": "learning_rate",
     "bs": "batch_size",
@@ -60,7 +60,7 @@ SYNONYMS = {"private": "hub_private", "hub_private": "private"}
 
 @dataclass
 class Recipe:
-    """The flag that is parsed before the others."""
+    """The flag --config, which is parsed before all other flags."""
 
     config: Path | None = None
 
@@ -73,11 +73,11 @@ def parse(options_class: type, arguments: list[str], **settings: Any) -> Any:
         arguments: Flags.
         settings: Further arguments of `tyro.cli`, such as the name of the program.
     """
-    known = get_flag_names(options_class)
+    flag_names = get_flag_names(options_class)
     recipe, _ = tyro.cli(Recipe, args=arguments, return_unknown_args=True, add_help=False)
-    check_abbreviations(arguments, known)
+    check_abbreviations(arguments, flag_names)
     if recipe.config is not None:
-        arguments = [*read_recipe(find_recipe(recipe.config), known), *arguments]
+        arguments = [*read_recipe(find_recipe(recipe.config), flag_names), *arguments]
     return parse_flags(options_class, arguments, **settings, config=(tyro.conf.OmitArgPrefixes,))
 
 
@@ -97,65 +97,67 @@ def get_flag_names(options_class: Any) -> set[str]:
     return names
 
 
-def check_abbreviations(arguments: list[str], known: set[str]) -> None:
-    """Exit with status 2 if a flag has the name that other programs use; tyro only suggests similar spellings."""
+def check_abbreviations(arguments: list[str], flag_names: set[str]) -> None:
+    """Exit with status 2 if a flag has its name in other programs; tyro only suggests similar spellings."""
     for argument in arguments:
         name = argument.partition("=")[0].removeprefix("--").replace("-", "_")
         full_name = ABBREVIATIONS.get(name)
-        if argument.startswith("--") and name not in known and full_name in known:
-            stop(f"error: there is no flag --{name.replace('_', '-')}: use --{str(full_name).replace('_', '-')}")
+        if argument.startswith("--") and name not in flag_names and full_name in flag_names:
+            exit_with_message(
+                f"error: there is no flag --{name.replace('_', '-')}: use --{str(full_name).replace('_', '-')}"
+            )
 
 
 def parse_flags(options_class: type, arguments: list[str], **settings: Any) -> Any:
     """Build the options from flags. Exits with status 2 if a flag is wrong."""
-    known = get_flag_names(options_class)
-    arguments = [rename_synonym(argument, known) for argument in arguments]
+    flag_names = get_flag_names(options_class)
+    arguments = [rename_synonym(argument, flag_names) for argument in arguments]
     try:
         return tyro.cli(options_class, args=arguments, **settings)
     except ValueError as error:  # from __post_init__, if tyro is older than 1.0
-        stop(f"error: {error}")
+        exit_with_message(f"error: {error}")
 
 
-def rename_synonym(argument: str, known: set[str]) -> str:
+def rename_synonym(argument: str, flag_names: set[str]) -> str:
     """Return a flag of `SYNONYMS` by the name that this program has for it; any other argument unchanged."""
     for prefix in ("--no-", "--"):
         name = argument.removeprefix(prefix).replace("-", "_")
-        if argument.startswith(prefix) and name not in known and SYNONYMS.get(name) in known:
+        if argument.startswith(prefix) and name not in flag_names and SYNONYMS.get(name) in flag_names:
             return f"{prefix}{SYNONYMS[name].replace('_', '-')}"
     return argument
 
 
-def read_recipe(path: Path, known: set[str]) -> list[str]:
+def read_recipe(path: Path, flag_names: set[str]) -> list[str]:
     """Return the flags of a recipe. Exits with status 2 if it cannot be read or has a key that is not a flag."""
     try:
         text = path.read_text(encoding="utf-8")
         recipe = yaml.safe_load(text) or {}
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        stop(f"error: cannot read the recipe {path}: {' '.join(str(error).split())}")
+        exit_with_message(f"error: cannot read the recipe {path}: {' '.join(str(error).split())}")
     if not isinstance(recipe, dict):
-        stop(f"error: the recipe {path} requires lines of the form `flag: value`")
+        exit_with_message(f"error: the recipe {path} requires lines of the form `flag: value`")
     for key, _ in yaml.compose(text).value if recipe else ():
         name = str(key.value).replace("-", "_")
-        if name not in known and name.removeprefix("no_") not in known:
-            close = ABBREVIATIONS.get(name) or next(iter(difflib.get_close_matches(name, known, n=1)), None)
-            advice = f"use {close}" if close in known else "`--help` lists the flags"
-            stop(f"error: {path}, line {key.start_mark.line + 1}: there is no flag {key.value}: {advice}")
+        if name not in flag_names and name.removeprefix("no_") not in flag_names:
+            close = ABBREVIATIONS.get(name) or next(iter(difflib.get_close_matches(name, flag_names, n=1)), None)
+            advice = f"use {close}" if close in flag_names else "`--help` lists the flags"
+            exit_with_message(f"error: {path}, line {key.start_mark.line + 1}: there is no flag {key.value}: {advice}")
     return [token for name, value in recipe.items() for token in to_arguments(str(name), value)]
 
 
 @contextmanager
-def errors_in_one_line() -> Iterator[None]:
+def exit_on_error() -> Iterator[None]:
     """End the program with status 1 and a one-line message if the block raises ValueError or OSError."""
     try:
         yield
     except (ValueError, OSError) as error:
         if isinstance(error, BrokenPipeError) and is_closed_pipe(sys.stdout):
             raise  # cli.py ends the program
-        stop(f"error: {error}", status=1, on_all=is_on_all_processes(error))
+        exit_with_message(f"error: {error}", status=1, on_all=is_on_all_processes(error))
 
 
-def stop(message: str, status: int = 2, on_all: bool = True) -> NoReturn:
-    """Print the message on stderr and end the program. Status 2 is for a wrong flag.
+def exit_with_message(message: str, status: int = 2, on_all: bool = True) -> NoReturn:
+    """Print the message on stderr and end the program. Status 2 means a wrong flag.
 
     Args:
         on_all: whether all processes of the run end with this message; then only the first process prints it.

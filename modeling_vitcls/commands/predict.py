@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import tyro
 
 from ..options import PredictOptions
-from .parsing import errors_in_one_line, stop
+from .parsing import exit_on_error, exit_with_message
 
 
 @dataclass(frozen=True)
@@ -36,9 +36,11 @@ def run(options: Predict) -> None:
     from ..inference.predict import predict_images
 
     disable_progress_bar()  # for loading weights
-    with errors_in_one_line():
+    with exit_on_error():
         summary = predict_images(options)
     if options.output is not None and summary.num_images:
         print(f"{options.output}: {summary.num_images:,} images, {summary.num_failed:,} without a prediction")
     if summary.num_failed and summary.num_failed == summary.num_images:
-        stop(f"error: none of the {summary.num_images} images has a prediction: see the column `error`", status=1)
+        exit_with_message(
+            f"error: none of the {summary.num_images} images has a prediction: see the column `error`", status=1
+        )

@@ -3,8 +3,8 @@
     accelerate launch scripts/pretrain.py --model vitcls-tiny --dataset path/to/images --output-dir runs/pretrained
     accelerate launch scripts/finetune.py --model runs/pretrained --dataset path/to/labeled --output-dir runs/mine
 
-To continue an interrupted run, repeat its command with --resume. With --dry-run, one step of everything is tried. The
-training is implemented in modeling_vitcls/training/task.py and pretrain.py.
+To continue an interrupted run, repeat its command with --resume. --dry-run tests every part of a run with a few steps.
+The training is implemented in modeling_vitcls/training/task.py and pretrain.py.
 """
 
 from ..options import PretrainOptions
@@ -15,7 +15,7 @@ OPTIONS = PretrainOptions
 
 
 def run(options: PretrainOptions) -> None:
-    """Pre-train the model, or try everything once for --dry-run."""
+    """Pre-train the model, or test the run for --dry-run."""
     from ..training.pretrain import PretrainTask
 
     train(PretrainTask, options)

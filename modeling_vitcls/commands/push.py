@@ -9,7 +9,7 @@ A push requires a token: `hf auth login`, or HF_TOKEN. The push is implemented i
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-from .parsing import errors_in_one_line
+from .parsing import exit_on_error
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class PushOptions:
     message: str = "Upload model"
     """Message of the commit."""
     push_optimizer: bool = False
-    """Also push the newest checkpoint in the folder, with the optimizer state. To resume from it, run
+    """Also push the newest checkpoint in the folder, with the optimizer state. To resume, run
     `hf download ID --include "checkpoints/*" --local-dir DIR`, then the command of the run with --output-dir DIR
     --resume."""
     endpoint_handler: bool = False
@@ -49,7 +49,7 @@ class PushOptions:
         for field in fields(self):
             if field.name not in VERIFICATION_FIELDS and getattr(self, field.name) != field.default:
                 raise ValueError(
-                    f"--verify-only pushes nothing, but {format_flag(field.name)} is for pushes. Leave one of them out"
+                    f"--verify-only pushes nothing, but {format_flag(field.name)} only applies to pushes. Omit one"
                 )
 
 
@@ -66,7 +66,7 @@ OPTIONS = PushOptions
 
 def run(options: PushOptions) -> None:
     """Push and verify, or verify only."""
-    with errors_in_one_line():
+    with exit_on_error():
         if options.verify_only is None:
             push(options)
         else:

@@ -9,7 +9,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from .parsing import errors_in_one_line
+from .parsing import exit_on_error
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,7 @@ class SpaceOptions:
     model: str
     """Hub id of the model."""
     revision: str = "main"
-    """Commit hash, branch or tag. The Space keeps using the commit that it is today."""
+    """Commit hash, branch or tag. The Space uses the current commit of a branch permanently."""
     space_id: str | None = None
     """Space to push to. Default: the name of the model with -demo, in your account."""
     private: bool = False
@@ -29,12 +29,12 @@ class SpaceOptions:
     examples: tuple[Path, ...] = ()
     """Image files to offer as examples."""
     output: Path | None = None
-    """Folder to write the files of the Space to, instead of a push."""
+    """Folder for the files of the Space, which is then not pushed."""
 
     def __post_init__(self) -> None:
         if self.output is not None and (self.space_id is not None or self.private):
             flag = "--space-id" if self.space_id is not None else "--private"
-            raise ValueError(f"--output pushes nothing, but {flag} is for pushes. Leave one of them out")
+            raise ValueError(f"--output pushes nothing, but {flag} only applies to pushes. Omit one of them")
 
 
 OPTIONS = SpaceOptions
@@ -42,12 +42,12 @@ OPTIONS = SpaceOptions
 
 def run(options: SpaceOptions) -> None:
     """Push the Space, or write its files, and print where they are."""
-    with errors_in_one_line():
+    with exit_on_error():
         publish(options)
 
 
 def publish(options: SpaceOptions) -> None:
-    """Find the model, build the files, and push or write them."""
+    """Find the model, build the files of the Space, and push or write them."""
     from ..hub.push_permissions import check_push_permissions
     from ..hub.space import build_space_files, find_published_model, push_space, write_space
 
@@ -63,6 +63,6 @@ def publish(options: SpaceOptions) -> None:
     print(f"pushed {model.repo_id} at {model.commit} as {pushed.url}")
     if model.needs_token:
         print(
-            f"{model.repo_id} is private or gated: give the Space a secret HF_TOKEN that may read it, at "
+            f"{model.repo_id} is private or gated: add a secret HF_TOKEN with read access to the Space, at "
             f"{pushed.url}/settings"
         )

@@ -9,12 +9,12 @@ import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
-from .parsing import errors_in_one_line, find_recipe, stop
+from .parsing import exit_on_error, exit_with_message, find_recipe
 
 
 @dataclass(frozen=True)
 class StudyOptions:
-    """Measure what a choice is worth: a grid of runs over factors and seeds, with a page of tables and plots."""
+    """Measure the effect of choices: a grid of runs over factors and seeds, with a page of tables and plots."""
 
     config: Path
     """Study file, or the name of a study of the package, such as study_digits."""
@@ -30,7 +30,7 @@ class StudyOptions:
     def __post_init__(self) -> None:
         for name in ("jobs", "threads"):
             if getattr(self, name) < 1:
-                raise ValueError(f"--{name} is {getattr(self, name)}: set 1 or more")
+                raise ValueError(f"--{name} is {getattr(self, name)}: set it to 1 or more")
 
 
 OPTIONS = StudyOptions
@@ -42,7 +42,7 @@ def run(options: StudyOptions) -> None:
 
     flags = {"--config": options.config, "--output-dir": options.output_dir, "--jobs": options.jobs}
     command = shlex.join(["vitcls", "study", *(str(item) for pair in flags.items() for item in pair)])
-    with errors_in_one_line():
+    with exit_on_error():
         rows = run_study(
             load_study(find_recipe(options.config)),
             options.output_dir,
@@ -53,4 +53,6 @@ def run(options: StudyOptions) -> None:
         )
     num_unfinished = sum(row["status"] != "finished" for row in rows)
     if num_unfinished:
-        stop(f"error: {num_unfinished} of {len(rows)} runs failed. See log.txt in their folders", status=1)
+        exit_with_message(
+            f"error: {num_unfinished} of {len(rows)} runs failed. See log.txt in their folders", status=1
+        )

@@ -19,7 +19,7 @@ from ..modeling_vitcls import ViTCLSForImageClassification, ViTCLSPreTrainedMode
 from ..system import get_versions
 from .conversion_card import build_conversion_card
 from .head_transfer import ClassifierChoice
-from .parity_report import LIMIT, ParityReport, compare_models, hash_files
+from .parity_report import LIMIT, ParityReport, compare_models, describe_policies, hash_files
 from .source_files import FileSource
 from .source_models import SourceModel, load_source
 from .weight_rules import ConversionError
@@ -41,7 +41,7 @@ def convert_checkpoint(
     """Write the converted model, image processor, parity report, card and license of the source to `output`.
 
     Args:
-        source_name: `timm:NAME`, `transformers:PATH_OR_ID`, (ids may end with `@REVISION`), or a weight file.
+        source_name: `timm:NAME`, `transformers:PATH_OR_ID`, perhaps with `@REVISION`, or a file of weights.
         output: A folder that does not exist or is empty.
         random_init: Whether to fill the source with random values; its trained weights are then not required.
         classifier: "keep" the classifier of the source, create a "new" classifier, or "drop" the classifier.
@@ -59,6 +59,8 @@ def convert_checkpoint(
     model = convert_source(source, classifier, num_labels)
     classifier_state = get_classifier_state(source, model, classifier)
     comparisons, not_compared = compare_models(source, model, with_logits=classifier_state == "kept")
+    if not isinstance(source, FileSource):
+        source.notes += describe_policies(source.name.partition(":")[0], model.config)
     preprocessing = source.convert_preprocessing()
     with create_folder(output) as folder:
         model.save_pretrained(folder)

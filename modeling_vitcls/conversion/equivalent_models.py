@@ -75,7 +75,7 @@ class Rewrite:
 
 def list_cls_mean(config: ViTCLSConfig) -> list[Fields]:
     """Return the pooling of DINOv2's classifier, for a linear classifier on the CLS token or the mean."""
-    is_linear = config.num_labels > 0 and config.head_type == "linear" and config.num_cls_tokens > 0
+    is_linear = bool(config.num_labels) and config.head_type == "linear" and config.num_cls_tokens > 0
     return [{"pooling": "cls_mean"}] if is_linear and config.pooling in ("cls", "mean") else []
 
 

@@ -59,7 +59,7 @@ def write_native_model(source: str, output: Path, any_size: bool = False) -> Par
         preprocessing = write_processor(folder, target)
         written = TransformersSource.load(str(target), random_init=False)
         written.model.float()
-        has_logits = isinstance(model, ViTCLSForImageClassification) and model.num_labels > 0
+        has_logits = isinstance(model, ViTCLSForImageClassification) and bool(model.num_labels)
         comparisons, not_compared = compare_models(written, model, has_logits, native_size_only=reason)
         report = ParityReport(
             source=strip_folders(resolve_name(source)),
@@ -88,7 +88,9 @@ def load_model(folder: Path) -> ViTCLSPreTrainedModel:
     """Load a classifier for one task, or the encoder of any other model."""
     architectures = ViTCLSConfig.from_pretrained(folder).architectures or []
     is_classifier = ViTCLSForImageClassification.__name__ in architectures
-    return (ViTCLSForImageClassification if is_classifier else ViTCLSModel).from_pretrained(folder).eval()
+    model_class = ViTCLSForImageClassification if is_classifier else ViTCLSModel
+    model: ViTCLSPreTrainedModel = model_class.from_pretrained(folder).eval()
+    return model
 
 
 def convert_model(model: ViTCLSPreTrainedModel, any_size: bool) -> tuple[PreTrainedModel, bool]:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from ..checkpoints import file_digest
+from ..configuration_vitcls import ViTCLSConfig
 from ..errors import format_error
 from ..files import write_json
 from ..modeling_vitcls import ViTCLSForImageClassification, ViTCLSPreTrainedModel
@@ -125,6 +126,23 @@ def compare_models(
         if native_size_only:
             return comparisons, native_size_only
     return comparisons, ""
+
+
+def describe_policies(project: str, config: ViTCLSConfig) -> list[str]:
+    """Return notes on the positions of a model of timm or transformers, which may differ from the authors' code."""
+    notes = []
+    if config.position_embedding_type.startswith("learned"):
+        offset = f", offset {config.position_offset}" if config.position_offset else ""
+        antialias = "with" if config.position_antialias else "without"
+        notes.append(
+            f"positions for other image sizes: {config.position_interpolation} {antialias} antialiasing{offset}, "
+            f"as in {project}"
+        )
+    if config.position_embedding_type.endswith("rope_2d") and config.rope_coordinates == "centered":
+        notes.append(
+            f"rotary periods: computed in float32, as in {project}; the authors' files of DINOv3 store rounded periods"
+        )
+    return notes
 
 
 def get_rectangle_size(source: SourceModel, model: ViTCLSPreTrainedModel) -> tuple[int, int]:

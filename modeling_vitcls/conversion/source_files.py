@@ -6,8 +6,8 @@
 1. The file is read without running code: .npz, .safetensors, or a pickle of tensors.
 2. Containers (`teacher`, `target_encoder`, `model`, ...) and prefixes (`module.`, `backbone.`) are removed.
 3. The family is detected by names that only its weights have. Other files require a family.
-4. timm's module of the family loads the same weights. Positions for other image sizes are resampled as in the
-   authors' code, which is often not as in timm.
+4. timm's module of the family loads the same weights. For other image sizes, its positions are replaced by positions
+   that this package resamples as in the authors' code, which is often not as in timm.
 
 Families with rules are converted in from_state_dict.py; the others (`TIMM_FAMILIES`) by way of timm's module.
 """
@@ -15,6 +15,7 @@ Families with rules are converted in from_state_dict.py; the others (`TIMM_FAMIL
 import argparse
 import math
 import re
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,8 @@ from torch import nn
 from ..checkpoints import file_digest
 from ..configuration_vitcls import ViTCLSConfig
 from ..errors import format_error
-from ..modeling_vitcls import ViTCLSPreTrainedModel
+from ..modeling_vitcls import ViTCLSForImageClassification, ViTCLSPreTrainedModel
+from ..positions_vitcls import resample_positions
 from .from_state_dict import FAMILIES, convert_state_dict
 from .from_timm import convert_from_timm
 from .head_transfer import ClassifierChoice
@@ -48,7 +50,7 @@ SIGNATURES = {
     "aimv2": r"(image_encoder\.)?preprocessor\.patchifier\.proj\.weight",
     "clip": r"(visual\.)?class_embedding",
     "beit": r".*relative_position_bias_table",
-    "eva02": r"blocks\.0\.(attn\.inner_attn_ln|mlp\.ffn_ln|attn\.rope|attn\.q_proj)\..*",
+    "eva02": r"rope\.freqs_cos|blocks\.0\.(attn\.inner_attn_ln|mlp\.ffn_ln|attn\.q_proj)\..*",
     "dinov2": r"register_tokens|blocks\.0(\.0)?\.(ls1\.gamma|mlp\.w12\.weight)",
     "ibot": r"masked_embed",
     "mae": r"decoder_embed\.weight|fc_norm\.weight",
@@ -95,6 +97,8 @@ class FileSource(TimmSource):
         linear_head: Weight and bias of DINOv2's linear classifier, which timm does not have; None without it.
     """
 
+    model: Any  # a model of timm
+
     def __init__(self, file: Path, family: str, weights: Weights, model: nn.Module, notes: list[str]) -> None:
         super().__init__(str(file), model, None, notes)
         self.family = family
@@ -132,9 +136,9 @@ class FileSource(TimmSource):
             if family in TIMM_FAMILIES:
                 model = build_timm_model(weights, family)
             else:
-                config = convert_state_dict(weights, family).config
-                model = build_reference(weights, family, config, file)
-                notes += describe_differences(family, config)
+                converted = convert_state_dict(weights, family)
+                model = build_reference(weights, family, converted, file)
+                notes += describe_differences(family, converted.config)
         except (KeyError, IndexError, RuntimeError) as error:  # of timm, for weights that do not fit
             raise ConversionError(f"{file} does not contain weights of {family}: {format_error(error)}") from error
         model.to(dtype=next(iter(weights.values())).dtype)
@@ -158,8 +162,9 @@ class FileSource(TimmSource):
         if self.family in FAMILIES and self.model.pos_embed is not None:
             config = convert_state_dict(self.weights, self.family).config
             num_prefix = 0 if self.model.no_embed_class else self.model.num_prefix_tokens
-            positions = resample_positions(self.model.pos_embed.data, num_prefix, model.patch_embed.grid_size, config)
-            model.pos_embed.data = positions
+            prefix, patches = self.model.pos_embed.data.tensor_split([num_prefix], dim=1)
+            patches = resample_positions(patches, config.grid_size, model.patch_embed.grid_size, config)
+            model.pos_embed.data = torch.cat([prefix, patches], dim=1)
         return model
 
     def compute_outputs(self, pixel_values: torch.Tensor) -> Outputs:
@@ -199,7 +204,8 @@ def read_file(file: Path) -> Mapping[str, Any]:
                 return dict(arrays)
         if file.suffix == ".safetensors":
             return load_file(file)
-        with torch.serialization.safe_globals([argparse.Namespace]):  # flags of the authors' training script
+        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about TorchScript archives, which raise an error
             weights = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # damaged files raise any error
         check_not_pickled_code(str(file), error)
@@ -274,17 +280,19 @@ def detect_family(weights: Weights, container: str | None, file: Path) -> str:
 # Reference models ----------------------------------------------------------------------------------------------------
 
 
-def build_reference(weights: Weights, family: str, config: ViTCLSConfig, file: Path) -> Any:
+def build_reference(weights: Weights, family: str, converted: ViTCLSPreTrainedModel, file: Path) -> Any:
     """Build timm's model of a family that this package has rules for, and load the weights with timm's functions.
 
     Args:
         weights: The state dict.
         family: One of `FAMILIES`.
-        config: Configuration of the converted model, for the sizes.
+        converted: The converted model, for the sizes.
         file: File of the weights; timm reads .npz files itself.
     """
     timm, eva, vision_transformer = import_timm()
-    is_gated, has_head = config.mlp_type != "mlp", "head.weight" in weights or "head/kernel" in weights
+    config: ViTCLSConfig = converted.config
+    is_gated = config.mlp_type != "mlp"
+    has_head = isinstance(converted, ViTCLSForImageClassification) and "linear_head.weight" not in weights
     options: dict[str, Any] = {
         "img_size": config.image_height_width,
         "patch_size": config.patch_height_width[0],
@@ -319,8 +327,8 @@ def build_reference(weights: Weights, family: str, config: ViTCLSConfig, file: P
     name = names.get(family, lambda: "vit_small_patch16_224.dino")()
     if config.num_register_tokens:
         options["reg_tokens" if family == "dinov2" else "num_reg_tokens"] = config.num_register_tokens
-    if family == "mae" and config.pooling == "mean":
-        options["global_pool"] = "avg"
+    if family == "dinov3" or (family == "mae" and config.pooling == "mean"):
+        options["global_pool"] = "token" if family == "dinov3" else "avg"
     if family == "big_vision":
         return load_npz(timm, name, options, config, file)
     model = timm.create_model(name, pretrained=False, **options)
@@ -375,7 +383,8 @@ def build_timm_model(weights: Weights, family: str) -> Any:
             f"{patch_size}. Use timm:NAME"
         )
     side = math.isqrt(positions.shape[-2])
-    options: dict[str, Any] = {"img_size": side * patch_size, "num_classes": 0}
+    blocks = {int(match[1]) for name in weights if (match := re.search(r"blocks\.(\d{1,9})\.", name))}
+    options: dict[str, Any] = {"img_size": side * patch_size, "depth": len(blocks), "num_classes": 0}
     for head in ("visual.proj", "proj"):
         options["num_classes"] = weights[head].shape[1] if head in weights else options["num_classes"]
     if "head.weight" in weights:
@@ -400,21 +409,6 @@ def import_timm() -> tuple[Any, Any, Any]:
     except ImportError as error:
         raise ConversionError("a file requires timm, but it is not installed. Run pip install timm") from error
     return timm, eva, vision_transformer
-
-
-def resample_positions(
-    positions: torch.Tensor, num_prefix: int, grid: tuple[int, int], config: ViTCLSConfig
-) -> torch.Tensor:
-    """Resample positions [1, N, D] as in the authors' code, which the configuration describes."""
-    prefix, patches = positions[:, :num_prefix], positions[:, num_prefix:]
-    maps = patches.unflatten(1, config.grid_size).permute(0, 3, 1, 2)  # [1, D, rows, columns]
-    offset = config.position_offset
-    factors = [(new + offset) / old for new, old in zip(grid, config.grid_size, strict=True)]
-    target: dict[str, Any] = {"scale_factor": factors} if offset else {"size": grid}
-    maps = nn.functional.interpolate(
-        maps, **target, mode=config.position_interpolation, antialias=config.position_antialias, align_corners=False
-    )
-    return torch.cat([prefix, maps.flatten(2).transpose(1, 2)], dim=1)
 
 
 def describe_differences(family: str, config: ViTCLSConfig) -> list[str]:

@@ -1,8 +1,8 @@
 """Augmentation of training images, and masks for masked image modeling.
 
-    image   -> fixed: one image -> image_transform: one image -> batch_transform: a batch -> pixels
-               resize (cached)     crop, RandAugment,            flip, rotation,
-                                   erasing                       shift, zoom
+    image   -> fixed_transform: one image -> image_transform: one image -> batch_transform: a batch -> pixels
+               resize (cached)               crop, RandAugment,            flip, rotation,
+                                             erasing                       shift, zoom
     batch on the device -> BatchMixer: mixup, CutMix
                         -> MaskGenerator: hidden patches
 
@@ -27,8 +27,8 @@ from .sampling import convert_to_fractions, draw_random_bits
 class Augmentation:
     """The three parts of an augmentation, in order."""
 
-    fixed: nn.Module  # [C, H, W] `uint8` -> [C, H, W] `uint8`
-    image_transform: nn.Module | None  # random transform of one image, same shapes; uses torch's generator
+    fixed_transform: nn.Module  # [C, H, W] `uint8` -> [C, H, W] `uint8`
+    image_transform: nn.Module | None  # random transform of one image that keeps its shape; uses torch's generator
     batch_transform: "BatchTransform"
 
     def __call__(
@@ -37,7 +37,7 @@ class Augmentation:
         """Apply the random parts.
 
         Args:
-            pixels: output of `fixed` for each image; a tensor [B, C, H, W] if all images have the same size.
+            pixels: output of `fixed_transform` for each image; a tensor [B, C, H, W] if all images have the same size.
             seeds, indices: [B] `uint64`; the augmentation of an image depends only on its seed and index.
 
         Returns:
@@ -58,8 +58,8 @@ class Augmentation:
 def build_augmentation(
     options: AugmentationOptions, height_width: tuple[int, int], interpolation: InterpolationMode
 ) -> Augmentation:
-    """Build the augmentation that `options` describe, with outputs of `height_width` pixels."""
-    fixed: nn.Module = nn.Identity()
+    """Build the augmentation described by `options`, with outputs of `height_width` pixels."""
+    fixed_transform: nn.Module = nn.Identity()
     transforms: list[nn.Module] = []
     assert options.crop_scale is not None, "resolved by defaults.py"
     if options.crop_scale < 1:
@@ -67,12 +67,12 @@ def build_augmentation(
             v2.RandomResizedCrop(height_width, scale=(options.crop_scale, 1.0), interpolation=interpolation)
         )
     else:
-        fixed = v2.Resize(height_width, interpolation=interpolation)
+        fixed_transform = v2.Resize(height_width, interpolation=interpolation)
     if options.auto_augment != "none":
         transforms.append(AUTO_AUGMENTS[options.auto_augment](options))
     if options.random_erasing:
         transforms.append(Erasing(options.random_erasing))
-    return Augmentation(fixed, v2.Compose(transforms) if transforms else None, BatchTransform(options))
+    return Augmentation(fixed_transform, v2.Compose(transforms) if transforms else None, BatchTransform(options))
 
 
 AUTO_AUGMENTS: dict[str, Callable[[AugmentationOptions], nn.Module]] = {
@@ -112,6 +112,7 @@ class BatchTransform:
     def __init__(self, options: AugmentationOptions) -> None:
         self.flip = options.flip
         self.rotation = math.radians(options.rotation)
+        assert options.shift is not None, "resolved by defaults.py"
         self.shift = options.shift
         self.zoom = options.zoom
 
@@ -156,7 +157,7 @@ class BatchMixer:
     """Mixup (Zhang et al. 2018), CutMix (Yun et al. 2019), or a random choice of the two for each batch.
 
     Args:
-        options: at least one of `mixup` and `cutmix` is above 0.
+        options: augmentation options with `mixup` or `cutmix` above 0.
         num_classes: number of classes of single-label classification.
     """
 
@@ -221,8 +222,8 @@ class MaskGenerator:
     ) -> torch.Tensor:
         """Return masks [B, rows * columns], True for masked patches.
 
-        Blocks are masked in random order. The last block may be masked only in part, from its first row on, to reach
-        the exact number of patches. `generator` replaces the default generator of the device.
+        Blocks are masked in random order. The last block may be masked only in part, starting with its first row, to
+        reach the exact number of patches. `generator` replaces the default generator of the device.
         """
         rows, columns = self.grid
         num_blocks = (batch_size, -(-rows // self.block), -(-columns // self.block))

@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from ..image_processing_vitcls import pil_to_tensor
 from .augmentation import Augmentation
-from .images import NOT_REPLACED, Arrays, ImageSubset, LabeledImages, UnreadableImage, check_channels
+from .images import NOT_REPLACED, ArrayImages, ImageSubset, LabeledImages, UnreadableImage, check_channels
 from .sampling import BatchPlan, Key, derive_seed
 
 
@@ -32,7 +32,7 @@ Batch = dict[str, Any]
 
 
 class BatchBuilder:
-    """Build batches from decoded images, both stored and streamed.
+    """Build batches from decoded images, stored or streamed.
 
     The augmentation of an image depends only on (seed, view, index), not on the process or worker that prepares it.
     """
@@ -66,7 +66,7 @@ class BatchBuilder:
         except ValueError as error:
             raise UnreadableImage(str(error)) from error
         check_channels(image, pixels, self.num_channels)
-        return self.augmentation.fixed(pixels)
+        return self.augmentation.fixed_transform(pixels)
 
     def build(
         self, pixels: torch.Tensor | list[torch.Tensor], labels: list[Any], keys: list[Key], replaced: list[int]
@@ -159,7 +159,7 @@ class TrainingImages:
         return batch | {"pixels": batch["pixels"].expand(-1, num_channels, -1, -1)}
 
     def load_readable(self, index: int) -> tuple[int, torch.Tensor]:
-        """Return the index and the prepared pixels of the first readable image from `index` on."""
+        """Return the index and the prepared pixels of the first readable image, starting at `index`."""
         for candidate in (*range(index, len(self.source)), *range(index)):
             if candidate not in self.unreadable:
                 try:
@@ -189,16 +189,16 @@ class TrainingImages:
 
 
 def load_arrays(source: LabeledImages, augmentation: Augmentation) -> torch.Tensor | None:
-    """Return the fixed part of all images, [images, 1, H, W] `uint8`; None if they are not arrays or do not fit."""
+    """Return all images after the fixed part, [images, 1, H, W] `uint8`; None if not arrays or beyond the cache."""
     images: Any = source.images
     arrays = images.elements if isinstance(images, ImageSubset) else images
-    if not isinstance(arrays, Arrays):
+    if not isinstance(arrays, ArrayImages):
         return None
     values = arrays.values[images.indices] if isinstance(images, ImageSubset) else arrays.values
     pixels = torch.from_numpy(np.array(values))[:, None]  # [images, 1, H, W]
-    if augmentation.fixed(pixels[:1]).nbytes * len(pixels) > MAX_CACHE_BYTES:
+    if augmentation.fixed_transform(pixels[:1]).nbytes * len(pixels) > MAX_CACHE_BYTES:
         return None
-    return torch.cat([augmentation.fixed(part) for part in pixels.split(1024)])
+    return torch.cat([augmentation.fixed_transform(part) for part in pixels.split(1024)])
 
 
 # Workers -------------------------------------------------------------------------------------------------------------
@@ -207,17 +207,17 @@ def load_arrays(source: LabeledImages, augmentation: Augmentation) -> torch.Tens
 def iterate_training_batches(
     source: BatchSource, plan: BatchPlan, process: int, num_workers: int, first_step: int = 0
 ) -> Generator[Batch, None, None]:
-    """Yield the batches of one process from `first_step` on, on the CPU. Close the iterator to stop its workers.
+    """Yield the batches of one process on the CPU, starting at `first_step`. Close the iterator to stop its workers.
 
     Raises:
         ValueError: if no image can be read, or an example of a stream has no label.
     """
-    yield from load_with_workers(source, PlannedKeys(source, plan, process, first_step), num_workers)
+    yield from load_with_workers(source, KeySampler(source, plan, process, first_step), num_workers)
 
 
 @dataclass(frozen=True)
-class PlannedKeys:
-    """The keys of one process's batches, in the form of a sampler."""
+class KeySampler:
+    """Sampler of the keys of one process's batches."""
 
     source: BatchSource
     plan: BatchPlan
@@ -230,7 +230,7 @@ class PlannedKeys:
 
 @dataclass(frozen=True)
 class BatchDataset(Dataset):
-    """Batches by their keys, as a dataset for DataLoader."""
+    """Dataset for DataLoader that maps the keys of a batch to the batch."""
 
     source: BatchSource
 
@@ -262,12 +262,12 @@ def load_with_workers(source: BatchSource, keys: Iterable[Sequence[Any]], num_wo
         return
     except ValueError as error:  # in a worker, the traceback precedes the message
         problem = str(error).strip().splitlines()[-1].removeprefix("ValueError: ")
-        error.__traceback__ = None  # it references the loader and would keep its workers alive
+        error.__traceback__ = None  # the iterator references the loader and would keep its workers alive
     raise ValueError(problem)
 
 
 def leave_signals_to_parent(worker: int) -> None:
-    """Make a DataLoader worker ignore signals that were sent to all processes; used as `worker_init_fn`.
+    """Make a DataLoader worker ignore signals that are sent to all processes; used as `worker_init_fn`.
 
     Otherwise the workers would stop before the training step that waits for their images. SIGTERM from the training
     process still stops a worker, but is lost while a SIGTERM from another process is pending. To stop the workers
@@ -275,12 +275,12 @@ def leave_signals_to_parent(worker: int) -> None:
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):  # not on macOS
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # in the thread below as well
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # also ignored in the thread below
         threading.Thread(target=wait_for_parent_signal, daemon=True).start()
 
 
 def wait_for_parent_signal() -> None:
-    """End this process at a SIGTERM from its parent; a SIGTERM from another process is ignored."""
+    """End this process after a SIGTERM from its parent; ignore a SIGTERM from another process."""
     while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
         pass
     os._exit(0)

@@ -4,8 +4,8 @@
           -> hash of the key and the split seed, as a number in [0, 1)
           -> held out if this number is less than the fraction
 
-The decision for an image does not depend on the order, the labels or the other images. So the split stays the same
-when images are added: a held-out image stays held out, and a training image stays a training image.
+The decision for an image does not depend on the order, the labels or the other images. So the split is stable when
+images are added: held-out images stay held out, and training images stay training images.
 
 Classes are therefore stratified only approximately. Of n images, n x fraction are held out on average, with a standard
 deviation of sqrt(n x fraction x (1 - fraction)). A small class may have no held-out images or no training images.
@@ -33,21 +33,33 @@ RECORD = "held_out"  # key of the held-out record in results.json
 class HeldOutRule:
     """Rule that selects held-out images by the hash of their keys.
 
-    `purpose` makes two rules with the same seed independent: "" for the images that are reported, "selection" for the
-    images that select the best checkpoint.
+    Attributes:
+        fraction: fraction of the images to hold out.
+        seed: seed of the hash.
+        purpose: makes two rules with the same seed independent: "" for the images that are reported, "selection" for
+            the images that select the best checkpoint.
+        num_folds: number of folds of a cross-validation; None for a single held-out part.
+        fold: the fold to hold out, from 1. Each image is in exactly one fold.
     """
 
     fraction: float
     seed: int
     purpose: str = ""
+    num_folds: int | None = None
+    fold: int | None = None
 
-    def selects(self, key: int) -> bool:
+    def is_held_out(self, key: int) -> bool:
         """Return whether the image with this key is held out."""
         text = f"{self.seed} {self.purpose} {key}" if self.purpose else f"{self.seed} {key}"
         bits = hashlib.blake2b(text.encode(), digest_size=8).digest()
-        return int.from_bytes(bits, "big") / 2**64 < self.fraction
+        value = int.from_bytes(bits, "big")
+        if self.num_folds is not None and self.fold is not None:
+            return value * self.num_folds >> 64 == self.fold - 1
+        return value / 2**64 < self.fraction
 
     def __str__(self) -> str:
+        if self.num_folds is not None:
+            return f"fold {self.fold} of {self.num_folds}, by checksum, split seed {self.seed}"
         return f"about {self.fraction:.0%}, by checksum, split seed {self.seed}"
 
 
@@ -61,6 +73,7 @@ class HeldOutRecord:
         fraction: fraction of the `HeldOutRule`.
         split_seed: seed of the `HeldOutRule`.
         sha256: digest of the keys of the images that `HeldOutRule` selected.
+        num_folds, fold: cross-validation of the `HeldOutRule`.
     """
 
     split: str | None
@@ -68,19 +81,22 @@ class HeldOutRecord:
     fraction: float | None = None
     split_seed: int | None = None
     sha256: str | None = None
+    num_folds: int | None = None
+    fold: int | None = None
 
     @classmethod
     def from_keys(cls, rule: HeldOutRule, keys: Iterable[int]) -> "HeldOutRecord":
         """Build the record of images that `rule` selected."""
         keys = list(keys)
-        return cls(None, len(keys), rule.fraction, rule.seed, compute_keys_digest(keys))
+        digest = compute_keys_digest(keys)
+        return cls(None, len(keys), rule.fraction, rule.seed, digest, rule.num_folds, rule.fold)
 
     @property
     def rule(self) -> HeldOutRule | None:
         """The rule that selected the images; None for a split of the dataset."""
         if self.fraction is None or self.split_seed is None:
             return None
-        return HeldOutRule(self.fraction, self.split_seed)
+        return HeldOutRule(self.fraction, self.split_seed, num_folds=self.num_folds, fold=self.fold)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the entry in results.json."""
@@ -88,7 +104,7 @@ class HeldOutRecord:
 
 
 def read_record(folder: str | Path) -> HeldOutRecord | None:
-    """Return the record in a model folder; None if there is none, as in models that were not trained by this package.
+    """Return the record in a model folder; None without a record, as in models that this package did not train.
 
     Raises:
         ValueError: if results.json is damaged.

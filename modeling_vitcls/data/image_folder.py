@@ -8,12 +8,12 @@
     photos/metadata.csv (or .jsonl, .parquet)           columns of the table, images by its column `file_name`
 
 Splits are recognized by the names of the folders at the first level only (`SPLIT_NAMES`, in any case); other folder
-and file names never matter. The first-level folders are splits if all of them that contain images have split names. If
-only some of them do, all of them are classes; but if one with a split name contains class folders of its own, it is
-unclear what the folders are, and reading fails.
+and file names are not interpreted. The first-level folders are splits if all of them that contain images have split
+names. If only some of them do, all of them are classes; but if one of them has a split name and contains class
+folders, the structure is ambiguous, and reading raises an error.
 
-Every file is counted. Files that are not used (other file types, hidden files, images next to class folders) are named
-in `ImageFolder.notes`.
+Every file is counted. `ImageFolder.notes` names the unused files (other file types, hidden files, images next to class
+folders).
 
 The columns of other datasets are interpreted in labels.py. A folder that contains tables, and at most as many images
 as tables, is not an image folder: `datasets` reads it.
@@ -59,7 +59,7 @@ class ImageFolder:
     images: list[str]
     metadata: list[str]
     tables: list[str]
-    others: list[str]  # hidden files, files of other types, and files whose names are not valid text
+    others: list[str]  # hidden files, files of other types, and files with names that are not valid text
     empty: list[str]  # folders of the first level without images
     notes: list[str] = field(default_factory=list)  # one line for each kind of unused file or unexpected structure
 
@@ -70,7 +70,7 @@ class ImageFolder:
 
 
 def scan_folder(path: Path) -> ImageFolder:
-    """Return the files of a folder and of all folders in it; links to folders are followed."""
+    """Return the files of a folder and all its subfolders; links to folders are followed."""
     files: dict[str, list[str]] = {"images": [], "metadata": [], "tables": [], "others": []}
     for name in list_files(path, ""):
         files[get_file_kind(name)].append(name)
@@ -108,7 +108,7 @@ def get_file_kind(name: str) -> str:
 
 
 def is_hidden(name: str) -> bool:
-    """Return whether a file or folder was made by an operating system, not by the user."""
+    """Return whether a file or folder was created by an operating system, not by the user."""
     return name.startswith(".") or name == "__MACOSX"
 
 
@@ -124,10 +124,10 @@ def read_image_folder(folder: ImageFolder, use_labels: bool) -> Any:
 
     Args:
         folder: the files, from `scan_folder`.
-        use_labels: whether classes are needed. If not, all images at any depth are used.
+        use_labels: whether classes are required. If not, all images at any depth are used.
 
     Raises:
-        ValueError: if `use_labels` is set and there are no class folders, or it is unclear which folders are splits.
+        ValueError: if `use_labels` is set and there are no class folders, or the split folders are ambiguous.
     """
     import datasets
 
@@ -138,7 +138,7 @@ def read_image_folder(folder: ImageFolder, use_labels: bool) -> Any:
         parts = label_by_folder(folder, splits, depth=1 if are_folders else 0)
     else:
         parts = {split: build_split(folder, split, names) for split, names in splits.items()}
-    note_left_out(folder, sorted([*folder.others, *folder.tables]), "of other types")
+    add_unused_note(folder, sorted([*folder.others, *folder.tables]), "of other types")
     if folder.empty:
         folder.notes.append(f"{folder.path}: folders without images: {shorten_list(folder.empty)}")
     return datasets.DatasetDict(parts)
@@ -148,39 +148,39 @@ def read_image_folder(folder: ImageFolder, use_labels: bool) -> Any:
 
 
 def divide_into_splits(folder: ImageFolder) -> tuple[dict[str, list[str]], bool]:
-    """Return the images of each split, by the rule at the top of this file, and whether the first level is splits.
+    """Return the images of each split, and whether the first level consists of splits (rules: top of this file).
 
     Raises:
-        ValueError: if two folders are the same split, or it is unclear whether folders are splits or classes.
+        ValueError: if two folders are the same split, or a folder may be a split or a class.
     """
     first_level: dict[str, list[str]] = {}
     for name in folder.images:
         if "/" in name:
             first_level.setdefault(name.partition("/")[0], []).append(name)
-    named = [first for first in first_level if first.lower() in SPLIT_NAMES]
-    if not named or len(named) < len(first_level):
+    split_folders = [first for first in first_level if first.lower() in SPLIT_NAMES]
+    if not split_folders or len(split_folders) < len(first_level):
         if not folder.metadata:
-            check_are_classes(folder, first_level, named)
+            check_are_class_folders(folder, first_level, split_folders)
         return {"train": folder.images}, False
     splits: dict[str, str] = {}
-    for first in named:
+    for first in split_folders:
         split = SPLIT_NAMES[first.lower()]
         if split in splits:
             raise ValueError(
-                f"{folder.path}: the folders {splits[split]!r} and {first!r} are both named like the split {split!r}. "
+                f"{folder.path}: the folders {splits[split]!r} and {first!r} are both names of the split {split!r}. "
                 "Merge or rename them"
             )
         splits[split] = first
-    note_left_out(folder, [name for name in folder.images if "/" not in name], "next to the split folders")
+    add_unused_note(folder, [name for name in folder.images if "/" not in name], "next to the split folders")
     return {split: first_level[splits[split]] for split in SPLITS if split in splits}, True
 
 
-def check_are_classes(folder: ImageFolder, first_level: dict[str, list[str]], named: list[str]) -> None:
+def check_are_class_folders(folder: ImageFolder, first_level: dict[str, list[str]], split_folders: list[str]) -> None:
     """Raise ValueError if a folder with a split name, next to folders with other names, contains folders of images."""
-    for first in named:
+    for first in split_folders:
         inner = sorted({name.split("/")[1] for name in first_level[first] if name.count("/") > 1})
         if inner:
-            other = next(name for name in first_level if name not in named)
+            other = next(name for name in first_level if name not in split_folders)
             raise ValueError(
                 f"{folder.path}: the folder {first!r} has the name and the class folders of a split "
                 f"({shorten_list(inner)}), but {other!r} next to it is not the name of a split ({', '.join(SPLITS)}). "
@@ -189,7 +189,7 @@ def check_are_classes(folder: ImageFolder, first_level: dict[str, list[str]], na
 
 
 def label_by_folder(folder: ImageFolder, splits: dict[str, list[str]], depth: int) -> dict[str, Any]:
-    """Return each split with the class folders of its images as labels. A split without class folders is left out.
+    """Return each split with the class folders of its images as labels. A split without class folders is skipped.
 
     Args:
         folder: the files.
@@ -210,7 +210,7 @@ def label_by_folder(folder: ImageFolder, splits: dict[str, list[str]], depth: in
             f"{parent} contains images, but no class folders. Move the images of each class into a separate folder "
             f"({parent / 'CLASS' / 'IMAGE'}), or set --dataset to a table of images and labels"
         )
-    note_left_out(folder, stray, "outside of class folders")
+    add_unused_note(folder, stray, "outside of class folders")
     deep = sorted({str(PurePosixPath(name).parent) for name in folder.images if name.count("/") > depth + 1})
     if deep:
         folder.notes.append(
@@ -232,7 +232,7 @@ def get_class(name: str, depth: int) -> str | None:
 
 
 def describe_single_class(dataset: str, name: str) -> str:
-    """Return an error message for a dataset, which may be an image folder, with only one class."""
+    """Return the error message for a dataset with only one class; the dataset may be an image folder."""
     path = Path(dataset)
     if not path.is_dir():
         return f"a classifier requires two or more classes, but all images of {dataset} have the label {name!r}"
@@ -275,7 +275,7 @@ def build_image_column(folder: ImageFolder, names: list[str]) -> "pyarrow.Array"
 
 
 def build_dataset(folder: ImageFolder, split: str, names: list[str], table: "pyarrow.Table", features: Any) -> Any:
-    """Return a `datasets.Dataset` in memory. Its fingerprint is made of the names, sizes and times of the files."""
+    """Return a `datasets.Dataset` in memory. Its fingerprint is a hash of the names, sizes and times of the files."""
     import datasets
 
     fingerprint = hashlib.sha256(repr(table.drop(["image"]).to_pydict()).encode())
@@ -317,7 +317,7 @@ def read_metadata(folder: ImageFolder, splits: dict[str, list[str]], are_folders
         ) from error
     names = [name for _, images in tables for name in images]
     unlisted = sorted(set(folder.images) - set(names))
-    note_left_out(folder, unlisted, "not listed in a metadata file")
+    add_unused_note(folder, unlisted, "not listed in a metadata file")
     features = datasets.Features({"image": datasets.Image(), **datasets.Features.from_arrow_schema(table.schema)})
     parts = {}
     for split in splits:
@@ -356,7 +356,7 @@ def read_metadata_file(folder: ImageFolder, file: str) -> tuple["pyarrow.Table",
         ) from error
     for name in names:
         if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts or "://" in name:
-            raise ValueError(f"{path}: the image {name!r} is outside of the folder of this file. Move it there")
+            raise ValueError(f"{path}: the image {name!r} is outside the folder of this file. Move it there")
     parent = PurePosixPath(file).parent
     return table.drop(["file_name"]), [(parent / name).as_posix() for name in names]
 
@@ -364,14 +364,14 @@ def read_metadata_file(folder: ImageFolder, file: str) -> tuple["pyarrow.Table",
 # Notes ---------------------------------------------------------------------------------------------------------------
 
 
-def note_left_out(folder: ImageFolder, names: list[str], reason: str) -> None:
-    """Add a note on files that are not used, if there are any. `reason` follows the noun "files"."""
+def add_unused_note(folder: ImageFolder, names: list[str], reason: str) -> None:
+    """Add a note about unused files, if there are any. `reason` follows the noun "files"."""
     if names:
         files = "1 file" if len(names) == 1 else f"{len(names):,} files"
-        folder.notes.append(f"{folder.path}: left out {files} {reason}: {shorten_list(names)}")
+        folder.notes.append(f"{folder.path}: skipped {files} {reason}: {shorten_list(names)}")
 
 
 def shorten_list(names: list[str]) -> str:
-    """Return the first names, and how many more there are."""
+    """Return the first names and the number of omitted names."""
     more = f" and {len(names) - MAX_NAMES:,} more" if len(names) > MAX_NAMES else ""
     return ", ".join(map(replace_control_characters, names[:MAX_NAMES])) + more

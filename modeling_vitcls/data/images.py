@@ -1,18 +1,19 @@
-"""Sequences of images that are decoded on access, and the handling of unreadable images.
+"""Sequences of images that are decoded on access, and the count of unreadable images.
 
-    Arrays         in memory, all of the same size (digits, MNIST)
-    Files          files or URLs
-    EncodedColumn  a column of a dataset of the `datasets` library
-    Examples       encoded images in memory (from streamed datasets)
+    ArrayImages    images of the same size in memory (digits, MNIST)
+    FileImages     files or URLs
+    ColumnImages  a column of a dataset of the `datasets` library
+    EncodedImages  encoded images in memory (from streamed datasets)
     ImageSubset    a subset of another sequence
 
-Each sequence returns PIL images, and raises `UnreadableImage` for an unreadable image. It also has three methods that
-decode no images:
+Each sequence returns PIL images, and raises `UnreadableImage` for unreadable images. Three other methods do not decode
+images:
+
     get_names()    the path of each image within the dataset, or a checksum; "" if there is neither
     read_content() the bytes of one image; None if they cannot be read or are remote
-    compute_keys() a checksum of the bytes or the path of each image, which decides if it is held out (held_out.py)
+    compute_keys() a checksum of the bytes or the path of each image; determines whether it is held out (held_out.py)
 
-`UnreadableImages` counts unreadable images, logs each of them once, and stops the run if there are too many.
+`UnreadableImages` counts unreadable images, logs each of them once, and stops the run if their number exceeds a limit.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -30,7 +31,7 @@ from .held_out import compute_key, get_relative_path
 
 
 NUM_ROWS_AT_ONCE = 64  # number of encoded images that are read from disk at once
-NOT_REPLACED = -1  # value in `replaced` of a batch for an image that replaces no unreadable image
+NOT_REPLACED = -1  # value in `replaced` of a batch for an image that does not replace an unreadable image
 
 
 class UnreadableImage(ValueError):
@@ -82,7 +83,7 @@ class ImageSubset(Sequence):
 
 
 @dataclass(frozen=True, eq=False)
-class Arrays(Sequence):
+class ArrayImages(Sequence):
     """Grayscale images of the same size: [images, H, W] `uint8`."""
 
     values: np.ndarray
@@ -107,7 +108,7 @@ class Arrays(Sequence):
 
 
 @dataclass(frozen=True)
-class Files(Sequence):
+class FileImages(Sequence):
     """Images in files or at URLs. `folder` is the folder of the dataset."""
 
     paths: list[str]
@@ -133,7 +134,7 @@ class Files(Sequence):
 
 
 @dataclass(frozen=True)
-class EncodedColumn(Sequence):
+class ColumnImages(Sequence):
     """Images in a column of a dataset, of type `datasets.Image(decode=False)` or bytes."""
 
     dataset: Any
@@ -168,7 +169,7 @@ class EncodedColumn(Sequence):
 
 
 @dataclass(frozen=True)
-class Examples(Sequence):
+class EncodedImages(Sequence):
     """Encoded images, in the format of `decode_image`."""
 
     encoded: list[dict[str, Any]]
@@ -224,8 +225,8 @@ def check_channels(image: Image.Image, pixels: torch.Tensor, num_channels: int |
     """
     if num_channels is not None and len(pixels) != num_channels:
         name = getattr(image, "filename", "")
-        which = f"the image {shorten(name)}" if name else f"an image of mode {image.mode}"
-        raise UnreadableImage(f"{which} has {len(pixels)} channels, but the model requires {num_channels}")
+        image_name = f"the image {shorten(name)}" if name else f"an image of mode {image.mode}"
+        raise UnreadableImage(f"{image_name} has {len(pixels)} channels, but the model requires {num_channels}")
 
 
 def encode_value(value: Any, folder: Path) -> dict[str, Any]:
@@ -238,37 +239,37 @@ def encode_value(value: Any, folder: Path) -> dict[str, Any]:
 
 
 def resolve_path(folder: Path, path: str | None) -> str:
-    """Return a path joined to a folder. URLs and absolute paths are unchanged, and a missing path is empty."""
+    """Join a path to a folder. URLs and absolute paths are unchanged, and a missing path is empty."""
     if not path or "://" in path:
         return path or ""
     return str(folder / path)
 
 
-def decode_image(encoded: dict[str, Any] | None, where: str) -> Image.Image:
-    """Decode an image from its bytes or its path, rotated upright, in the mode in which it is stored.
+def decode_image(encoded: dict[str, Any] | None, fallback_name: str) -> Image.Image:
+    """Decode an image from its bytes or its path; return it upright, in its stored mode.
 
     The `filename` of the image is set, as Pillow does, for error messages.
 
     Args:
         encoded: {"path": ..., "bytes": ...}, either of which may be None.
-        where: name of the image in error messages if it has no path.
+        fallback_name: name of the image in error messages if it has no path.
 
     Raises:
         UnreadableImage: if the image is missing, truncated or cannot be decoded.
     """
     if not encoded or not (encoded["bytes"] is not None or encoded["path"]):
-        raise UnreadableImage(f"{where} has no image")
+        raise UnreadableImage(f"{fallback_name} has no image")
     content, path = encoded["bytes"], encoded["path"]
     try:
         image = read_image_file(path) if content is None else read_image(content)
     except Exception as error:  # Pillow's decoders raise many types of errors on damaged data
         message = format_error(error)
         if content is not None:
-            message = f"cannot read the image {shorten(path) if path else where}: {message}"
+            message = f"cannot read the image {shorten(path) if path else fallback_name}: {message}"
         elif not isinstance(error, ValueError):  # the messages of `read_image` contain the path
             message = f"{shorten(path)}: {message}"
         raise UnreadableImage(message) from error
-    image.filename = path or where  # type: ignore[union-attr]
+    image.filename = path or fallback_name  # type: ignore[union-attr]
     return image
 
 
@@ -289,7 +290,7 @@ class UnreadableImages:
         warn: function that prints a line.
         limit: maximum number of unreadable images (`--max-broken-images`); the run stops if there are more.
 
-    Every process calls `add` with the unreadable images of all processes, so that all stop at the same step.
+    Every process calls `add` with the unreadable images of all processes, so that all processes stop at the same step.
     """
 
     def __init__(self, describe: Callable[[int], str], warn: Callable[[str], None], limit: int) -> None:
@@ -315,6 +316,6 @@ class UnreadableImages:
             self.warn(f"skipped an image: {description}")
             if len(self) > self.limit:
                 raise ValueError(
-                    f"more than {self.limit} images cannot be read; the last one: {description}. Repair or remove "
+                    f"more than {self.limit} images cannot be read; the last of them: {description}. Repair or remove "
                     "them, or set a larger --max-broken-images"
                 )

@@ -9,7 +9,7 @@
         single_label_classification                   class index                   [B] int64
 
 The label names are declared by the dataset (`ClassLabel`), set by --label-names, or the sorted distinct values, in
-this order of precedence. The column of the images is found here as well.
+this order of precedence. The column of the images is also selected here.
 """
 
 import math
@@ -25,10 +25,10 @@ from ..options import DataOptions
 
 IMAGE_NAMES = ("image", "img", "picture", "photo", "pixel_values", "file_name", "filename", "file", "path")
 LABEL_NAMES = ("label", "labels", "class", "target", "category", "fine_label")
-NO_LABELS = "nothing"  # text for an image without any of several labels
+NO_LABELS = "nothing"  # text for an image without labels in a multi-label dataset
 
 LabelKind = Literal["single_label_classification", "multi_label_classification", "multi_task"]
-Features = dict[str, Any]  # the type of each column, in the terms of `datasets`
+Features = dict[str, Any]  # the type of each column, as in `datasets`
 Row = dict[str, Any]  # values by column
 
 
@@ -59,7 +59,7 @@ class LabelSpace:
         """Return the label of one image as text, such as "cat", "cat, dog" or "age old, kind cat".
 
         Args:
-            label: a label in the format above; None or a negative class index if it is unknown.
+            label: a label in the format above; unknown if None or negative.
 
         Returns:
             The text; None if the label is unknown.
@@ -92,7 +92,7 @@ def is_known(label: int | None) -> bool:
 
 
 def is_multi_label(config: ViTCLSConfig) -> bool:
-    """Return whether each label has its own sigmoid; also with only one label, as in the transformers pipeline."""
+    """Return whether each label has its own sigmoid; True for a single label, as in the pipelines of transformers."""
     return not config.tasks and (config.problem_type == "multi_label_classification" or config.num_labels == 1)
 
 
@@ -107,7 +107,7 @@ class LabelColumn:
     classes: list[str]
     is_declared: bool  # whether the values of the column are indices into `classes`
 
-    def get_index(self, value: Any, where: str) -> int:
+    def get_index(self, value: Any, row_name: str) -> int:
         """Return the class index of one value; -100 for a missing value.
 
         Raises:
@@ -119,12 +119,12 @@ class LabelColumn:
         if self.has_indices and isinstance(value, int) and 0 <= value < len(self.classes):
             return value
         if str(value) not in self.indices:
-            self.raise_unknown_label(value, where)
+            self.raise_unknown_label(value, row_name)
         return self.indices[str(value)]
 
-    def raise_unknown_label(self, value: Any, where: str) -> NoReturn:
+    def raise_unknown_label(self, value: Any, row_name: str) -> NoReturn:
         """Raise ValueError for a value that is not one of the classes."""
-        raise ValueError(f"{where} has the label {value!r}, which is not one of the {len(self.classes)} classes")
+        raise ValueError(f"{row_name} has the label {value!r}, which is not one of the {len(self.classes)} classes")
 
     @cached_property
     def has_indices(self) -> bool:
@@ -150,27 +150,27 @@ class LabelReader:
         """The kind of labels and their names."""
         return LabelSpace(self.kind, {column.name: column.classes for column in self.columns})
 
-    def read(self, row: Row, where: str) -> Any:
+    def read(self, row: Row, row_name: str) -> Any:
         """Return the label of one row, in the format of its kind.
 
         Args:
             row: the values of the label columns; other columns are ignored.
-            where: name of the row in error messages.
+            row_name: name of the row in error messages.
+
+        Returns:
+            The label; a missing single label is -100, and the image is not used.
 
         Raises:
-            ValueError: if a value is not one of the classes, or a single label is missing.
+            ValueError: if a value is not one of the classes.
         """
         if self.kind == "multi_task":
-            return {column.name: column.get_index(row[column.name], where) for column in self.columns}
+            return {column.name: column.get_index(row[column.name], row_name) for column in self.columns}
         (column,) = self.columns
         value = row[column.name]
         if self.kind == "multi_label_classification":
-            present = {column.get_index(label, where) for label in split_labels(value, self.separator, where)}
+            present = {column.get_index(label, row_name) for label in split_labels(value, self.separator, row_name)}
             return [float(index in present) for index in range(len(column.classes))]
-        index = column.get_index(value, where)
-        if index == IGNORED_LABEL:
-            column.raise_unknown_label(value, where)
-        return index
+        return column.get_index(value, row_name)
 
 
 def build_label_reader(
@@ -228,14 +228,14 @@ def build_label_column(
     return LabelColumn(name, classes, is_declared=False)
 
 
-def split_labels(value: Any, separator: str | None, where: str) -> list[Any]:
+def split_labels(value: Any, separator: str | None, row_name: str) -> list[Any]:
     """Return the labels in one value: the items of a list, the text between separators, or the value itself."""
     if isinstance(value, list):
         return value
     if separator is None:
         return [value]
     if value is not None and not isinstance(value, str):
-        raise ValueError(f"{where} has the label {value!r}, but --label-separator requires a column of text")
+        raise ValueError(f"{row_name} has the label {value!r}, but --label-separator requires a column of text")
     return [label.strip() for label in (value or "").split(separator) if label.strip()]
 
 
@@ -258,17 +258,17 @@ def find_column(
     kind: str,
     name: str | None,
     features: Features,
-    has_type: Callable[[Any], bool],
+    has_matching_type: Callable[[Any], bool],
     usual_names: tuple[str, ...],
     dataset: str,
 ) -> str:
-    """Return the requested column, the only column of the matching type, or the first column with a usual name."""
+    """Return the requested column, the only column of the matching type, or the first column with a common name."""
     columns = ", ".join(features)
     if name is not None:
         if name not in features:
             raise ValueError(f"{dataset} has no column {name!r}. Choose one of {columns}")
         return name
-    by_type = [column for column, feature in features.items() if has_type(feature)]
+    by_type = [column for column, feature in features.items() if has_matching_type(feature)]
     if len(by_type) == 1:
         return by_type[0]
     by_name = [usual for usual in usual_names if usual in (by_type or features)]

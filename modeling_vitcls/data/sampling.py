@@ -8,7 +8,7 @@ The training images are shuffled for each epoch, and the epochs are concatenated
 
 All batches have the same size, and every image is used equally often. One process with batches of 16, two processes
 with batches of 8, and two accumulated batches of 8 use the same images per step. With repeated augmentation, a step
-uses fewer different images, and repeats the whole sequence.
+contains fewer distinct images, and repeats their sequence.
 """
 
 import math
@@ -22,18 +22,18 @@ from ..options import TrainingOptions
 
 
 # Index of the epoch and index of the image. If an image is used several times per epoch, the first number counts its
-# earlier uses, so that every use has another augmentation.
+# earlier uses, so that each use has a different augmentation.
 Key = tuple[int, int]
 
 
 # Random numbers ------------------------------------------------------------------------------------------------------
 
 
-GOLDEN = np.uint64(0x9E3779B97F4A7C15)  # increment of SplitMix64: 2**64 divided by the golden ratio
+GOLDEN_GAMMA = np.uint64(0x9E3779B97F4A7C15)  # increment of SplitMix64: 2**64 divided by the golden ratio
 
 
 def derive_seed(*numbers: int) -> int:
-    """Return a 63-bit seed from several non-negative integers. Different integers give unrelated seeds."""
+    """Return a 63-bit seed from several non-negative integers. Different integers result in unrelated seeds."""
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
 
 
@@ -44,14 +44,14 @@ def draw_random_bits(seeds: np.ndarray, indices: np.ndarray, count: int) -> np.n
 
     Args:
         seeds: [images] `uint64`.
-        indices: [images] `uint64`; different indices give unrelated numbers.
+        indices: [images] `uint64`; different indices result in unrelated numbers.
         count: number of random numbers per image.
 
     Returns:
         [images, count] `uint64`; each row depends only on its seed and index.
     """
-    starts = mix_bits(seeds ^ mix_bits(indices + GOLDEN))  # [images]
-    return mix_bits(starts[:, None] + GOLDEN * np.arange(1, count + 1, dtype=np.uint64))
+    starts = mix_bits(seeds ^ mix_bits(indices + GOLDEN_GAMMA))  # [images]
+    return mix_bits(starts[:, None] + GOLDEN_GAMMA * np.arange(1, count + 1, dtype=np.uint64))
 
 
 def mix_bits(values: np.ndarray) -> np.ndarray:
@@ -81,45 +81,46 @@ class Order:
         self.seed = seed
         self.cache: dict[int, Epoch] = {}
 
-    def get_epoch(self, number: int) -> Epoch:
+    def get_epoch(self, epoch: int) -> Epoch:
         """Return the order of one epoch, with as many positions as there are images."""
-        if number not in self.cache:
-            self.cache = {other: epoch for other, epoch in self.cache.items() if abs(other - number) == 1}
-            self.cache[number] = self.compute_epoch(number)
-        return self.cache[number]
+        if epoch not in self.cache:
+            self.cache = {key: order for key, order in self.cache.items() if abs(key - epoch) == 1}
+            self.cache[epoch] = self.compute_epoch(epoch)
+        return self.cache[epoch]
 
-    def compute_epoch(self, number: int) -> Epoch:
+    def compute_epoch(self, epoch: int) -> Epoch:
         """Compute the order of one epoch."""
         raise NotImplementedError
 
-    def shuffle(self, number: int) -> np.ndarray:
+    def shuffle(self, epoch: int) -> np.ndarray:
         """Return the indices of all images, shuffled with the seed of one epoch."""
-        generator = torch.Generator().manual_seed(derive_seed(self.seed, number))
+        generator = torch.Generator().manual_seed(derive_seed(self.seed, epoch))
         return torch.randperm(self.num_images, generator=generator).numpy()
 
 
-class PlainOrder(Order):
-    """Every image once per epoch."""
+class ShuffledOrder(Order):
+    """Order that contains every image once per epoch."""
 
-    def compute_epoch(self, number: int) -> Epoch:
+    def compute_epoch(self, epoch: int) -> Epoch:
         """Compute the order of one epoch: all images, shuffled."""
-        return np.full(self.num_images, number), self.shuffle(number)
+        return np.full(self.num_images, epoch), self.shuffle(epoch)
 
 
 class BalancedOrder(Order):
-    """Every class equally often, and within a class every image equally often. Classes without images are left out.
+    """Order in which all classes, and all images of a class, are equally frequent. Classes without images are skipped.
 
     Positions are assigned to the classes in turn. Each class cycles through its images, which are shuffled again for
-    each cycle. So a rare class repeats its images, and a frequent class needs several epochs for all of its images.
+    each cycle. So the images of a rare class are repeated within an epoch, and a frequent class requires several
+    epochs to use all of its images.
     """
 
     def __init__(self, labels: Sequence[int], seed: int) -> None:
         super().__init__(len(labels), seed)
         self.members = [np.flatnonzero(np.asarray(labels) == label) for label in np.unique(labels)]
 
-    def compute_epoch(self, number: int) -> Epoch:
+    def compute_epoch(self, epoch: int) -> Epoch:
         """Compute the order of one epoch: the positions of all classes, shuffled."""
-        positions = np.arange(number * self.num_images, (number + 1) * self.num_images)
+        positions = np.arange(epoch * self.num_images, (epoch + 1) * self.num_images)
         num_uses, indices = np.empty_like(positions), np.empty_like(positions)
         for class_index, members in enumerate(self.members):
             is_member = positions % len(self.members) == class_index
@@ -127,7 +128,7 @@ class BalancedOrder(Order):
             orders = self.shuffle_class(class_index, cycles, len(members))
             num_uses[is_member] = cycles
             indices[is_member] = members[orders[cycles - cycles[:1], offsets]]
-        order = self.shuffle(number)
+        order = self.shuffle(epoch)
         return num_uses[order], indices[order]
 
     def shuffle_class(self, class_index: int, cycles: np.ndarray, num_members: int) -> np.ndarray:
@@ -146,7 +147,7 @@ def build_order(num_images: int | None, options: TrainingOptions, labels: Sequen
                 "several columns are not known in advance. Remove --class-balance"
             )
         return BalancedOrder(labels, options.seed)
-    return None if num_images is None else PlainOrder(num_images, options.seed)
+    return None if num_images is None else ShuffledOrder(num_images, options.seed)
 
 
 def compute_class_weights(labels: Sequence[int], num_classes: int) -> torch.Tensor:
@@ -197,6 +198,7 @@ class BatchPlan:
         Raises:
             ValueError: if a stream has no `max_steps` or balanced classes.
         """
+        assert options.batch_size is not None, "resolved by defaults.py"
         images_per_step = options.batch_size * options.gradient_accumulation_steps * num_processes
         num_steps = options.max_steps
         if not num_steps:

@@ -28,8 +28,8 @@ from ..errors import format_error
 from ..heads_vitcls import IGNORED_LABEL
 from ..hub.loading import describe_missing_repo, fall_back_to_cache, is_hub_id
 from ..options import DataOptions
-from .image_folder import read_image_folder, scan_folder
-from .images import Arrays, EncodedColumn, Files, LabeledImages, resolve_path
+from .image_folder import read_image_folder, scan_folder, shorten_list
+from .images import ArrayImages, ColumnImages, FileImages, LabeledImages, resolve_path
 from .in_memory import PREFIX, get_dataset
 from .labels import UNLABELED, LabelSpace, build_label_reader, find_image_column, is_image
 
@@ -52,7 +52,7 @@ SplitSelector = Callable[[list[str]], Collection[str]]  # names of all splits ->
 
 @dataclass(frozen=True)
 class Splits:
-    """The splits of a dataset that are used, by name, and its label space."""
+    """The selected splits of a dataset by name, and its label space."""
 
     name: str
     label_space: LabelSpace
@@ -70,7 +70,7 @@ def load_splits(options: DataOptions, use_labels: bool = True, select: SplitSele
 
     Raises:
         ValueError: if the dataset cannot be found or read, or has no image or label column. Errors of `select` are
-            passed on.
+            propagated.
     """
     if options.dataset == "digits":
         splits = load_digits()
@@ -100,7 +100,7 @@ def load_digits() -> Splits:
     digits = sklearn.datasets.load_digits()
     levels = (digits.images * (255 / 16)).round().astype(np.uint8)  # [1797, 8, 8]
     space = LabelSpace("single_label_classification", {"label": [str(name) for name in digits.target_names]})
-    return Splits("digits", space, {"train": LabeledImages(Arrays(levels), digits.target.tolist())}, ["train"])
+    return Splits("digits", space, {"train": LabeledImages(ArrayImages(levels), digits.target.tolist())}, ["train"])
 
 
 def is_idx_folder(folder: Path) -> bool:
@@ -109,7 +109,7 @@ def is_idx_folder(folder: Path) -> bool:
 
 
 def find_idx_file(folder: Path, split: str, kind: str) -> Path | None:
-    """Return the path of a file in the MNIST format, compressed or not; None if it does not exist."""
+    """Return the path of a file in the MNIST format, with or without compression; None if it does not exist."""
     files = (folder / f"{split}-{kind}-ubyte{ending}" for ending in ("", ".gz"))
     return next((file for file in files if file.is_file()), None)
 
@@ -131,7 +131,7 @@ def load_idx_folder(folder: Path) -> Splits:
         if len(images) != len(labels):
             raise ValueError(f"{folder}: the split {name!r} has {len(images)} images, but {len(labels)} labels")
         num_classes = max(num_classes, int(labels.max(initial=0)) + 1)
-        parts[name] = LabeledImages(Arrays(images), labels.tolist())
+        parts[name] = LabeledImages(ArrayImages(images), labels.tolist())
     name = folder.resolve().name
     classes = IDX_CLASSES.get(name, [str(index) for index in range(num_classes)])
     space = LabelSpace("single_label_classification", {"label": classes[:num_classes]})
@@ -186,8 +186,32 @@ def load_with_datasets(options: DataOptions, use_labels: bool, select: SplitSele
             )
             for number, row in enumerate(zip(*values, strict=True))
         ]
-        parts[split] = LabeledImages(images[split], labels)
+        parts[split] = drop_unlabeled(LabeledImages(images[split], labels), options, split)
     return Splits(name, reader.space, parts, list(opened))
+
+
+def drop_unlabeled(images: LabeledImages, options: DataOptions, split: str) -> LabeledImages:
+    """Return the images that have a label, and log a warning about the others.
+
+    Raises:
+        ValueError: if more than --max-broken-images images have no label.
+    """
+    unlabeled = [index for index, label in enumerate(images.labels) if label == IGNORED_LABEL]
+    if not unlabeled:
+        return images
+    rows = shorten_list([str(index) for index in unlabeled])
+    message = f"{options.dataset}, split {split!r}: {len(unlabeled):,} images have no label (rows {rows})"
+    if len(unlabeled) > options.max_broken_images:
+        raise ValueError(f"{message}. Add labels, or set a larger --max-broken-images to leave the images out")
+    log_once("%s and are left out", message)
+    missing = set(unlabeled)
+    return images.select(index for index in range(len(images)) if index not in missing)
+
+
+def log_once(message: str, *values: Any) -> None:
+    """Log a warning on the first process only."""
+    if os.environ.get("RANK", "0") == "0":
+        log.warning(message, *values)
 
 
 def open_with_datasets(options: DataOptions, use_labels: bool = True) -> Any:
@@ -209,16 +233,15 @@ def open_with_datasets(options: DataOptions, use_labels: bool = True) -> Any:
         return get_dataset(options.dataset)
     if path.is_dir() and (folder := scan_folder(path)).is_image_folder:
         opened = read_image_folder(folder, use_labels)
-        if os.environ.get("RANK", "0") == "0":  # once for all processes
-            for note in folder.notes:
-                log.warning("%s", note)
+        for note in folder.notes:
+            log_once("%s", note)
         return {name: part.to_iterable_dataset() for name, part in opened.items()} if options.streaming else opened
     if path.suffix in READERS or path.exists():
         with hide_progress_bars():
             return read_with_datasets(options)
     if not is_hub_id(options.dataset):
         raise OSError(describe_missing_repo(options.dataset, "dataset"))
-    with fall_back_to_cache(options.dataset, "dataset"):  # otherwise `datasets` retries for most of a minute
+    with fall_back_to_cache(options.dataset, "dataset"):  # otherwise `datasets` retries for almost a minute
         return read_with_datasets(options)
 
 
@@ -279,7 +302,9 @@ def get_dataset_name(options: DataOptions) -> str:
 
 
 def get_dataset_folder(options: DataOptions) -> Path:
-    """Return the folder that image paths are relative to."""
+    """Return the folder to which image paths are relative."""
+    if options.dataset.startswith(PREFIX):
+        return Path("/")
     path = Path(options.dataset)
     return path.parent if path.suffix in READERS else path
 
@@ -289,11 +314,11 @@ def read_column(dataset: Any, column: str) -> list[Any]:
     return dataset.select_columns([column])[:][column]
 
 
-def build_images(dataset: Any, column: str, folder: Path) -> "Files | EncodedColumn":
+def build_images(dataset: Any, column: str, folder: Path) -> "FileImages | ColumnImages":
     """Return the images of one split, which are encoded in the column or named by paths relative to `folder`."""
     import datasets
 
     if not is_image(dataset.features[column]):
-        return Files([resolve_path(folder, path) for path in read_column(dataset, column)], folder)
+        return FileImages([resolve_path(folder, path) for path in read_column(dataset, column)], folder)
     encoded = dataset.select_columns([column]).cast_column(column, datasets.Image(decode=False))
-    return EncodedColumn(encoded, column, folder)
+    return ColumnImages(encoded, column, folder)

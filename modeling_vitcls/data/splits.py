@@ -5,13 +5,13 @@
 
 Labels are read in labels.py. Images are decoded on access (images.py) and batched in batches.py.
 
-`--resume` continues a run only on the data that it was started with. The fingerprint of the data contains
+`--resume` continues a run only with the data that it started with. The fingerprint of the data contains
     names_sha256         the images' names in order
     name_set_sha256      the sorted names, to distinguish a new order from other images
     labels_sha256        the labels in order
     contents_sha256      the bytes of `NUM_SAMPLES` images, spread evenly over all
-Only the samples are read, so the fingerprint of a large dataset takes little time. The samples reveal a change of many
-images under the same names, for example if the names of two class folders were swapped.
+Only the samples are read, so the fingerprint of a large dataset takes little time. The samples detect a change of many
+images with the same names, for example if the names of two class folders were swapped.
 """
 
 import hashlib
@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 from ..options import DataOptions
 from .held_out import HeldOutRecord, HeldOutRule
 from .image_folder import describe_single_class, shorten_list
-from .images import LabeledImages
+from .images import EncodedImages, LabeledImages
 from .labels import LabelSpace
 from .sources import Splits, load_splits
 from .streaming import MAX_HELD_OUT_IMAGES, StreamedImages, open_streams
@@ -133,19 +133,24 @@ def split_dataset(splits: Splits, options: DataOptions, with_selection: bool = F
     """Return the dataset's own held-out split, or hold out images of its training split."""
     train = splits.parts[get_training_split(splits.parts)]
     name = get_held_out_split(splits.parts, with_selection)
+    check_folds(options, name)
     if name is not None:
         held_out, description = splits.parts[name], f"split {name!r}"
         record = HeldOutRecord(name, len(held_out))
     else:
         rule = get_held_out_rule(options)
-        train, held_out, record = hold_out(train, rule, options)
+        train, held_out, record = hold_out_images(train, rule, options)
         description = str(rule)
     selection, selection_name = None, ""
     if selection_split := get_selection_split(splits.parts, with_selection):
         selection, selection_name = splits.parts[selection_split], f"split {selection_split!r}"
     elif with_selection:
-        rule = replace(get_held_out_rule(options), purpose="selection")
-        train, selection, _ = hold_out(train, rule, options)
+        if not options.held_out_fraction:
+            raise ValueError(
+                "--select best requires images to select on, but --held-out-fraction is 0. Set a larger fraction"
+            )
+        rule = HeldOutRule(options.held_out_fraction, options.split_seed, "selection")
+        train, selection, _ = hold_out_images(train, rule, options)
         selection_name = f"{rule} of the training images"
     return TrainingData(
         splits.name, splits.label_space, train, held_out, description, record, selection, selection_name
@@ -159,6 +164,7 @@ def split_streams(
     train = streams[get_training_split(streams)]
     name = get_held_out_split(streams, with_selection)
     selection_split = get_selection_split(streams, with_selection)
+    check_folds(options, name)
     if with_selection and selection_split is None:
         raise ValueError(
             f"--select best requires a validation and a test split for a stream, but {options.dataset} has "
@@ -170,7 +176,8 @@ def split_streams(
     else:
         rule = get_held_out_rule(options)
         train = replace(train, held_out=rule)
-        held_out, description = train.read_held_out_images(), str(rule)
+        held_out = train.read_held_out_images() if rule.fraction else LabeledImages(EncodedImages([]), [])
+        description = str(rule)
         record = HeldOutRecord.from_keys(rule, held_out.images.compute_keys())
         if len(held_out) == MAX_HELD_OUT_IMAGES:
             description += f", evaluated on the first {MAX_HELD_OUT_IMAGES:,}"
@@ -179,12 +186,23 @@ def split_streams(
     return TrainingData(train.name, train.label_space, train, held_out, description, record, selection, selection_name)
 
 
+def check_folds(options: DataOptions, held_out: str | None) -> None:
+    """Raise ValueError for cross-validation on a dataset that has a split for evaluation."""
+    if options.folds is not None and held_out is not None:
+        raise ValueError(
+            f"--folds requires a dataset of a single split, but {options.dataset} has the split {held_out!r}. Remove "
+            "--folds"
+        )
+
+
 def get_held_out_rule(options: DataOptions) -> HeldOutRule:
     """Return the rule that the options describe."""
+    if options.folds is not None and options.fold is not None:
+        return HeldOutRule(1 / options.folds, options.split_seed, num_folds=options.folds, fold=options.fold)
     return HeldOutRule(options.held_out_fraction, options.split_seed)
 
 
-def hold_out(
+def hold_out_images(
     images: LabeledImages, rule: HeldOutRule, options: DataOptions
 ) -> tuple[LabeledImages, LabeledImages, HeldOutRecord]:
     """Return the training images, the held-out images, and the record of the held-out images.
@@ -193,10 +211,10 @@ def hold_out(
         ValueError: if none or all of the images would be held out.
     """
     keys = images.images.compute_keys()
-    is_held_out = [rule.selects(key) for key in keys]
+    is_held_out = [rule.is_held_out(key) for key in keys]
     train = [index for index in range(len(keys)) if not is_held_out[index]]
     held_out = [index for index in range(len(keys)) if is_held_out[index]]
-    if not train or not held_out:
+    if not train or (not held_out and rule.fraction > 0):
         number, change = (f"all {len(keys)}", "smaller") if held_out else (f"none of the {len(keys)}", "larger")
         raise ValueError(
             f"{options.dataset}: {number} images would be held out by --held-out-fraction {rule.fraction} and "
@@ -232,11 +250,11 @@ def load_evaluation_data(
         record: the held-out record of the model's run; the same images are held out here.
 
     Raises:
-        ValueError: if the split does not exist, or the options hold out other images than `record`.
+        ValueError: if the split does not exist, or the options do not hold out the images of `record`.
     """
-    options = apply_record(options, record)
+    rule = choose_rule(options, record)
     if options.streaming:
-        return load_streamed_evaluation_data(options, split, record)
+        return load_streamed_evaluation_data(options, split, record, rule)
     name = ""
 
     def select_split(names: list[str]) -> list[str]:
@@ -248,30 +266,34 @@ def load_evaluation_data(
     (images,) = splits.parts.values()
     if is_whole_split(name, splits.names):
         return EvaluationData(splits.label_space, images, name, None)
-    rule = get_held_out_rule(options)
-    train, held_out, _ = hold_out(images, rule, options)
+    train, held_out, _ = hold_out_images(images, rule, options)
     if name == "train":
         return EvaluationData(splits.label_space, train, name, None)
+    if rule.fraction == 0:
+        raise ValueError(
+            f"evaluation requires held-out images, but --held-out-fraction is 0, so training used all images of "
+            f"{options.dataset}. Set --dataset to other images"
+        )
     return EvaluationData(splits.label_space, held_out, name, rule)
 
 
 def load_streamed_evaluation_data(
-    options: DataOptions, split: str | None, record: HeldOutRecord | None
+    options: DataOptions, split: str | None, record: HeldOutRecord | None, rule: HeldOutRule
 ) -> EvaluationData:
     """Load one split of a stream and read its images. The training images of a single split are not supported."""
     streams = open_streams(options)
     name = choose_split(split, list(streams), record)
     stream = streams[get_stored_split(name, list(streams), options)]
-    rule = None
+    used_rule = None
     if not is_whole_split(name, list(streams)):
         if name == "train":
             raise ValueError(
                 f"evaluation on the training images of the single split of {options.dataset} is not supported for "
                 "streams. Remove --streaming, or set --split test to evaluate the held-out images"
             )
-        rule = get_held_out_rule(options)
+        used_rule = rule
         stream = replace(stream, held_out=rule)
-    return EvaluationData(stream.label_space, stream.read_held_out_images(), name, rule)
+    return EvaluationData(stream.label_space, stream.read_held_out_images(), name, used_rule)
 
 
 def choose_split(split: str | None, names: Collection[str], record: HeldOutRecord | None) -> str:
@@ -294,19 +316,19 @@ def get_stored_split(split: str, names: list[str], options: DataOptions) -> str:
 
 
 def is_whole_split(split: str, names: list[str]) -> bool:
-    """Return whether the requested split is stored as such, and is not a part of the only split."""
+    """Return whether the requested split is a stored split, not a part of the only split."""
     return split in names and not (split == "train" and len(names) == 1)
 
 
-def apply_record(options: DataOptions, record: HeldOutRecord | None) -> DataOptions:
-    """Return options that hold out the images that a model's run held out; the same options if it recorded none.
+def choose_rule(options: DataOptions, record: HeldOutRecord | None) -> HeldOutRule:
+    """Return the rule that held out the images of a model's run; the rule of the options if it recorded none.
 
     Raises:
         ValueError: if --split-seed or --held-out-fraction were set to other values.
     """
     rule = None if record is None else record.rule
     if rule is None:
-        return options
+        return get_held_out_rule(options)
     for name, recorded in (("split_seed", rule.seed), ("held_out_fraction", rule.fraction)):
         value = getattr(options, name)
         if value not in (recorded, getattr(DataOptions, name)):
@@ -315,7 +337,7 @@ def apply_record(options: DataOptions, record: HeldOutRecord | None) -> DataOpti
                 f"{flag} is {value}, but training used {recorded}, so the model would be evaluated on images that it "
                 f"was trained on. Remove {flag}"
             )
-    return replace(options, split_seed=rule.seed, held_out_fraction=rule.fraction)
+    return rule
 
 
 # Fingerprints --------------------------------------------------------------------------------------------------------
@@ -366,30 +388,30 @@ def compute_digest(values: Iterable[Any]) -> str:
     return digest.hexdigest()
 
 
-def describe_change(before: dict[str, Any], now: dict[str, Any]) -> str | None:
-    """Return how data differs from the data that a run was started with; None if it is the same.
+def describe_change(stored: dict[str, Any], current: dict[str, Any]) -> str | None:
+    """Describe how the data differs from the data that a run started with; None if they are equal.
 
     Args:
-        before: the result of `describe_data` when the run was started.
-        now: the result of `describe_data` now.
+        stored: the result of `describe_data` when the run was started.
+        current: the result of `describe_data` for the current data.
     """
-    if before == now:
+    if stored == current:
         return None
-    for column, names in now["classes"].items():
-        if (previous := before["classes"].get(column)) != names:
+    for column, names in current["classes"].items():
+        if (previous := stored["classes"].get(column)) != names:
             return f"the classes of {column!r} were {format_classes(previous)}, but are {format_classes(names)} now"
     for name, noun in (("num_training_images", "training images"), ("num_held_out_images", "held-out images")):
-        if before[name] != now[name]:
-            return f"there were {before[name]:,} {noun}, but there are {now[name]:,} now"
-    if before["name_set_sha256"] != now["name_set_sha256"]:
+        if stored[name] != current[name]:
+            return f"there were {stored[name]:,} {noun}, but there are {current[name]:,} now"
+    if stored["name_set_sha256"] != current["name_set_sha256"]:
         return "the number of images is the same, but their names differ"
-    if before["names_sha256"] != now["names_sha256"]:
+    if stored["names_sha256"] != current["names_sha256"]:
         return "the images are the same, but their order differs"
-    if before["labels_sha256"] != now["labels_sha256"]:
+    if stored["labels_sha256"] != current["labels_sha256"]:
         return "the images are the same, but some labels differ"
-    if before["contents_sha256"] != now["contents_sha256"]:
+    if stored["contents_sha256"] != current["contents_sha256"]:
         return "the names of the images are the same, but their contents differ; classes may have been swapped"
-    return "other images are held out"
+    return "different images are held out"
 
 
 def format_classes(names: Sequence[str] | None) -> str:
@@ -403,15 +425,14 @@ def format_classes(names: Sequence[str] | None) -> str:
 
 
 def describe_missing_classes(data: TrainingData) -> list[str]:
-    """Return warnings about classes without held-out images and classes without training images.
-
-    Only images that were held out by a `HeldOutRule` are checked, not the splits of a dataset.
-    """
-    if data.record.rule is None or isinstance(data.train, StreamedImages):
+    """Return warnings about classes without held-out images and classes without training images."""
+    if isinstance(data.train, StreamedImages) or not len(data.held_out):
         return []
     train, held_out = (find_classes(part.labels, data.label_space) for part in (data.train, data.held_out))
     num_classes = len(train | held_out)
-    remedy = "Add images, or set another --split-seed or --held-out-fraction"
+    remedy = "Add images"
+    if data.record.rule is not None:
+        remedy += ", or set another --split-seed or --held-out-fraction"
     warnings = []
     if missing := sorted(train - held_out):
         warnings.append(
@@ -421,7 +442,7 @@ def describe_missing_classes(data: TrainingData) -> list[str]:
     if missing := sorted(held_out - train):
         warnings.append(
             f"{len(missing)} of the {num_classes} classes have no training images ({shorten_list(missing)}), because "
-            f"all of their images are held out. {remedy}"
+            f"all of their images are held out, so the model cannot learn them. {remedy}"
         )
     return warnings
 

@@ -1,17 +1,17 @@
-"""Datasets that are read during training, without being downloaded or stored (`--streaming`).
+"""Datasets that are read during training, without downloading or storing them first (`--streaming`).
 
     shards -> shuffle buffer -> examples of this process -> skip the examples of completed steps
            -> batches of encoded examples, read ahead by the main process -> decoding and augmentation in workers
 
 Each process reads its own shards if the number of shards is a multiple of the number of processes; otherwise it reads
-all shards and uses every n-th example. The order depends only on the seed. At the end of its examples, a process
-starts again in another order. The index of an example is a checksum of its encoded image (or of its path), so an image
+all shards and uses every n-th example. The order depends only on the seed. After its last example, a process starts
+again in a different order. The index of an example is a checksum of its encoded image (or of its path), so an image
 has the same index in every pass and on every process.
 """
 
 import math
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -28,7 +28,7 @@ from .batches import Batch, BatchBuilder, TrainingImages
 from .held_out import HeldOutRule
 from .images import (
     NOT_REPLACED,
-    Examples,
+    EncodedImages,
     LabeledImages,
     UnreadableImage,
     compute_example_key,
@@ -40,7 +40,7 @@ from .sampling import BatchPlan, derive_seed
 from .sources import get_dataset_folder, get_dataset_name, open_with_datasets
 
 
-NUM_NAMES = 10_000  # number of recent examples whose names are stored for error messages
+MAX_STORED_NAMES = 10_000  # maximum number of recent examples with stored names, for error messages
 NUM_BATCHES_AHEAD = 4  # number of batches read ahead
 MAX_HELD_OUT_IMAGES = 10_000  # maximum number of held-out images of a stream without an evaluation split
 
@@ -102,7 +102,7 @@ class StreamedImages:
         stream = stream.shuffle(seed=derive_seed(seed, number), buffer_size=self.shuffle_buffer)
         rows = (row for row in self.iterate_rows(stream) if not self.is_held_out(row))
         own = rows if has_own_shards else islice(rows, process, None, num_processes)
-        return map(self.build_example, own)
+        return self.build_examples(own)
 
     def read_held_out_images(self) -> LabeledImages:
         """Return the encoded held-out images in the order of the stream; all images if `held_out` is None.
@@ -112,10 +112,10 @@ class StreamedImages:
         rows = self.iterate_rows(self.stream)
         if self.held_out is not None:
             rows = islice(filter(self.is_held_out, rows), MAX_HELD_OUT_IMAGES)
-        examples = [self.build_example(row) for row in rows]
+        examples = list(self.build_examples(rows))
         if not examples:
             raise ValueError(f"{self.name}: no image is held out. Set a larger --held-out-fraction")
-        images = Examples([example.encoded for example in examples], self.folder)
+        images = EncodedImages([example.encoded for example in examples], self.folder)
         return LabeledImages(images, [example.label for example in examples])
 
     def iterate_rows(self, stream: Any) -> Iterator[StreamRow]:
@@ -126,14 +126,20 @@ class StreamedImages:
 
     def is_held_out(self, row: StreamRow) -> bool:
         """Return whether an image is excluded from training."""
-        return self.held_out is not None and self.held_out.selects(row[1])
+        return self.held_out is not None and self.held_out.is_held_out(row[1])
+
+    def build_examples(self, rows: Iterable[StreamRow]) -> Iterator[Example]:
+        """Yield the examples of rows; rows without a label are left out."""
+        for example in map(self.build_example, rows):
+            if self.reader is None or example.label != IGNORED_LABEL:
+                yield example
 
     def build_example(self, row: StreamRow) -> Example:
         """Return the example of a row, with its label."""
         values, index = row
         encoded = values[self.image_column]
-        where = f"{self.name}: the image {encoded['path'] or hex(index)}"
-        label = IGNORED_LABEL if self.reader is None else self.reader.read(values, where)
+        row_name = f"{self.name}: the image {encoded['path'] or hex(index)}"
+        label = IGNORED_LABEL if self.reader is None else self.reader.read(values, row_name)
         return Example(encoded, label, index)
 
 
@@ -248,7 +254,7 @@ class TrainingStream:
         """Store the names of the most recent images."""
         for example in examples:
             self.names[example.index] = example.encoded["path"] or ""
-        while len(self.names) > NUM_NAMES:
+        while len(self.names) > MAX_STORED_NAMES:
             del self.names[next(iter(self.names))]
 
     def describe_unreadable(self, index: int) -> str:

@@ -2,7 +2,7 @@
 
     serve_demo("someone/model", revision)        # serves the page until the process is stopped
 
-The model runs once per image; changes of token, layer or head only redraw its output. The page loads nothing from
+The model runs once per image; changing the token, layer or head only redraws the output. The page loads nothing from
 other hosts (no analytics, no fonts). Predictions are computed in reader.py, and sentences are in text.py.
 """
 
@@ -27,7 +27,7 @@ from .text import (
 )
 
 
-# gradio reads both on import or launch: no usage statistics are sent, and browsers do not store images.
+# Read by gradio on import or launch: disable usage statistics, and prevent browsers from storing images.
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
 os.environ["GRADIO_RUN_HISTORY"] = "False"
 
@@ -38,10 +38,10 @@ TOP_K = 5
 CACHE_SECONDS = 3600  # seconds until uploaded images and results are deleted
 IMAGE_HEIGHT = 360  # pixels
 UPLOAD_REQUIRED = "the image has to be uploaded to this page or be one of its examples"
-# Without "always_last", gradio drops requests that arrive while another is running. A shared concurrency id prevents
+# Without "always_last", gradio drops requests that arrive during another request. A shared concurrency id prevents
 # two drawings at the same time.
-LATEST: dict[str, Any] = {"trigger_mode": "always_last"}
-LATEST_DRAWING: dict[str, Any] = LATEST | {"concurrency_id": "drawing"}
+LATEST_REQUEST: dict[str, Any] = {"trigger_mode": "always_last"}
+LATEST_DRAWING_REQUEST: dict[str, Any] = LATEST_REQUEST | {"concurrency_id": "drawing"}
 
 SYSTEM_FONTS: dict[str, Any] = {
     "font": ("system-ui", "-apple-system", "Segoe UI", "Roboto", "sans-serif"),
@@ -50,7 +50,8 @@ SYSTEM_FONTS: dict[str, Any] = {
 # Maps of all layers have a minimum width and as many columns as fit.
 CSS = """
 #problem { border-left: 4px solid #dc2626; padding-left: 0.75rem; }
-#layers .grid-container, #through .grid-container { grid-template-columns: repeat(auto-fill, minmax(120px, 1fr)); }
+#layers .grid-container { grid-template-columns: repeat(auto-fill, minmax(120px, 1fr)); }
+#through .grid-container { grid-template-columns: repeat(auto-fill, minmax(220px, 1fr)); }
 #layers .grid-wrap, #through .grid-wrap { min-height: 0; height: auto; }
 #input img { width: 100%; height: 100%; object-fit: contain; }
 .scale { display: flex; gap: 0.5rem; align-items: center; font-size: 0.85rem; }
@@ -87,7 +88,7 @@ def serve_demo(
     page = build_page(DemoModel.load(source, revision, code_revision), examples)
     try:
         address = launch(page, host, port)
-    except OSError as error:  # the message of gradio names its own functions
+    except OSError as error:  # gradio's message names its own functions
         raise OSError(f"Cannot listen on port {port or '7860 or above'}. Set --port to a free port.") from error
     print(f"{source}: {address}", flush=True)
     page.block_thread()
@@ -128,7 +129,7 @@ def build_page(demo_model: DemoModel, examples: Sequence[str | Path] = ()) -> gr
                 image_input = ImageInput(examples)
             with gr.Column():
                 labels = [
-                    gr.Label(label=name, num_top_classes=TOP_K, show_heading=demo_model.has_winner)
+                    gr.Label(label=name, num_top_classes=TOP_K, show_heading=demo_model.has_top_label)
                     for name in demo_model.output_names
                 ]
                 if missing := explain_missing_output(demo_model):
@@ -147,9 +148,9 @@ def build_page(demo_model: DemoModel, examples: Sequence[str | Path] = ()) -> gr
             shown = page.load(lambda: str(examples[0]), None, image_input.image, show_progress="hidden")
             add_listeners.append(shown.then)
         for add_listener in add_listeners:
-            event = add_listener(predict, [image_input.image], outputs, preprocess=False, **LATEST)
+            event = add_listener(predict, [image_input.image], outputs, preprocess=False, **LATEST_REQUEST)
             for view in views:
-                event.then(view.draw_all, view.inputs, view.outputs, **LATEST_DRAWING)
+                event.then(view.draw_all, view.inputs, view.outputs, **LATEST_DRAWING_REQUEST)
     return page
 
 
@@ -164,8 +165,8 @@ def build_views(demo_model: DemoModel, state: gr.State) -> list[Any]:
 class ImageInput:
     """Input of an image, and the message if it cannot be used.
 
-    File information from the browser is not trusted, since a client may send any path or URL. Only uploaded files and
-    the examples are opened.
+    File information from the browser is not trusted, because a client can send any path or URL. Only uploaded files
+    and the examples are opened.
     """
 
     def __init__(self, examples: Sequence[str | Path]) -> None:
@@ -180,7 +181,7 @@ class ImageInput:
                 raise gr.Error(UPLOAD_REQUIRED)
             return await cache_file(path_or_url)
 
-        # Set on the object, since gradio writes a file next to this one for a subclass.
+        # Set on the instance, because gradio would write a file next to this file for a subclass.
         self.image.async_move_resource_to_block_cache = cache_uploaded_file  # type: ignore[method-assign,assignment]
         self.problem = gr.Markdown(visible=False, elem_id="problem")
         self.events = [self.image.input]
@@ -192,8 +193,8 @@ class ImageInput:
     def predict(self, demo_model: DemoModel, file: dict[str, Any] | None) -> tuple[Any, Any, DemoResult | None]:
         """Return updates of `image` and `problem`, and the model's output, or None if there is no image.
 
-        `file` is the information from the browser. gradio's own preprocessing has no clear error message for files
-        that are not images.
+        `file` is the information from the browser. gradio's preprocessing does not report files that are not images
+        clearly.
         """
         no_problem = gr.Markdown("", visible=False)
         if file is None:
@@ -250,8 +251,8 @@ class AttentionView:
         self.inputs = [state, token, layer, head]
         self.outputs = [drawn, words, layers, through]
         for control in (token, head):
-            control.input(self.draw_all, self.inputs, self.outputs, show_progress="hidden", **LATEST_DRAWING)
-        layer.change(self.draw, self.inputs, [drawn, words], show_progress="hidden", **LATEST_DRAWING)
+            control.input(self.draw_all, self.inputs, self.outputs, show_progress="hidden", **LATEST_DRAWING_REQUEST)
+        layer.change(self.draw, self.inputs, [drawn, words], show_progress="hidden", **LATEST_DRAWING_REQUEST)
         layers.select(get_clicked_layer, None, layer, show_progress="hidden")
 
     def draw(self, result: DemoResult | None, token: int, layer: int, head: int) -> tuple[Image.Image | None, str]:
@@ -296,9 +297,9 @@ class PatchView:
         self.inputs = [state, layer, foreground, patch]
         self.outputs = [colors, similarity, words]
         for add_listener in (layer.change, foreground.input):
-            add_listener(self.draw_all, self.inputs, self.outputs, show_progress="hidden", **LATEST_DRAWING)
+            add_listener(self.draw_all, self.inputs, self.outputs, show_progress="hidden", **LATEST_DRAWING_REQUEST)
         colors.select(find_clicked_patch, [state, colors], patch, show_progress="hidden").then(
-            self.draw_all, self.inputs, self.outputs, show_progress="hidden", **LATEST_DRAWING
+            self.draw_all, self.inputs, self.outputs, show_progress="hidden", **LATEST_DRAWING_REQUEST
         )
 
     def draw_all(
@@ -333,7 +334,8 @@ def find_clicked_patch(result: DemoResult | None, drawn: Any, event: gr.SelectDa
     if result is None or drawn is None:
         return None
     height, width = drawn.shape[:2]
-    return result.find_patch(*event.index, width, height)
+    x, y = event.index
+    return result.find_patch(x, y, width, height)
 
 
 def get_clicked_layer(event: gr.SelectData) -> int:

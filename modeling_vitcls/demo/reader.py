@@ -40,8 +40,8 @@ from ..token_names import get_token_names
 
 
 MODEL_TYPE = "vitcls"
-IMAGE_SIDE = 1024  # maximum pixels of the longer side of an image
-MIN_SIDE = 384  # minimum pixels of the longer side of a displayed image
+MAX_IMAGE_SIDE = 1024  # maximum pixels of the longer side of an image
+MIN_IMAGE_SIDE = 384  # minimum pixels of the longer side of a displayed image
 THUMBNAIL_SIDE = 320
 
 Prediction = dict[str, float] | str  # label -> probability, or values as text
@@ -52,7 +52,7 @@ class DemoResult:
     """Output of a model for one image.
 
     Attributes:
-        image: upright, at most `IMAGE_SIDE` pixels per side.
+        image: upright, at most `MAX_IMAGE_SIDE` pixels per side.
         visible_region: the region of the image that the patches cover.
         predictions: name -> prediction; empty for an encoder.
         rows: attention of the special tokens [layer, head, special token, key], float32; 0 layers if attention is not
@@ -75,7 +75,9 @@ class DemoResult:
 
     def draw(self, token: int, layer: int, head: int | None) -> Image.Image:
         """Draw the attention of a token in a layer over the image. `head` None is the mean over heads."""
-        return overlay(self.image, select_head(self.maps[layer], head)[token], self.visible_region, min_side=MIN_SIDE)
+        return overlay(
+            self.image, select_head(self.maps[layer], head)[token], self.visible_region, min_side=MIN_IMAGE_SIDE
+        )
 
     def draw_all_layers(self, token: int, head: int | None) -> list[Image.Image]:
         """Draw small maps of all layers; each map has its own scale."""
@@ -94,18 +96,18 @@ class DemoResult:
         """Draw the rollout of a token, if there is one, and the attribution of each prediction, with their names."""
         maps = {} if token is None else {"rollout through all layers": self.rollout[token]}
         maps |= {f"attribution of {label}": values for label, values in self.attributions.items()}
-        sizes: dict[str, Any] = {"max_side": IMAGE_SIDE, "min_side": MIN_SIDE}
+        sizes: dict[str, Any] = {"max_side": MAX_IMAGE_SIDE, "min_side": MIN_IMAGE_SIDE}
         return [(overlay(self.image, values, self.visible_region, **sizes), name) for name, values in maps.items()]
 
     def draw_colors(self, layer: int, foreground: bool = False) -> Image.Image:
         """Draw the principal components of the patches after a layer as colors."""
         (colors,) = compute_patch_colors([self.features[layer].float()], foreground)
-        return draw_patch_colors(self.image, colors, self.visible_region, min_side=MIN_SIDE)
+        return draw_patch_colors(self.image, colors, self.visible_region, min_side=MIN_IMAGE_SIDE)
 
     def draw_similarity(self, layer: int, row: int, column: int) -> Image.Image:
         """Draw the cosine similarity of all patches after a layer to one patch; 0 and less is dark."""
         similarity = compute_patch_similarity(self.features[layer].float(), row, column).clamp(min=0)
-        return overlay(self.image, similarity, self.visible_region, max_value=1, min_side=MIN_SIDE)
+        return overlay(self.image, similarity, self.visible_region, max_value=1, min_side=MIN_IMAGE_SIDE)
 
     def find_patch(self, x: float, y: float, width: int, height: int) -> tuple[int, int] | None:
         """Return row and column of the patch at pixel (x, y) of a drawn image of this size; None outside the visible
@@ -126,7 +128,7 @@ class DemoResult:
 
 
 def select_head(heads: torch.Tensor, head: int | None) -> torch.Tensor:
-    """Return one head of [head, ...], or the mean over heads if `head` is None."""
+    """Return one head of an array [head, ...], or the mean over heads if `head` is None."""
     return heads.mean(dim=0) if head is None else heads[head]
 
 
@@ -152,8 +154,8 @@ class DemoModel:
         """Load a vitcls checkpoint, as a classifier if it has one.
 
         Args:
-            source: a folder or a Hub id. If this package is not installed, the code in the repository runs. Pin a
-                revision for safety.
+            source: a folder or a Hub id. If this package is not installed, the code in the repository is executed. Pin
+                a revision for safety.
             revision: commit hash, branch or tag.
             code_revision: commit hash, branch or tag of the code, if it is in a separate repository.
 
@@ -166,7 +168,7 @@ class DemoModel:
         if (model_type := settings.get("model_type")) != MODEL_TYPE:
             raise ValueError(
                 f"The demo requires a {MODEL_TYPE!r} checkpoint, but {source} has model type {model_type!r}. Convert "
-                "it with scripts/convert.py."
+                "it with `vitcls convert`."
             )
         options: dict[str, Any] = {"revision": commit, "trust_remote_code": True}
         options |= {"code_revision": code_revision} if code_revision else {}
@@ -212,7 +214,7 @@ class DemoModel:
     @property
     def merges_patches(self) -> bool:
         """Return whether the model merges patches, so that attention is not available."""
-        return bool(getattr(self.model.config, "merged_patches_per_layer", 0))  # missing in code of older repositories
+        return bool(getattr(self.model.config, "merged_patches_per_layer", 0))  # missing in older repositories
 
     @property
     def has_attention(self) -> bool:
@@ -237,7 +239,7 @@ class DemoModel:
         return list(self.model.config.task_labels()) or [get_problem_type(self.model.config).title]
 
     @property
-    def has_winner(self) -> bool:
+    def has_top_label(self) -> bool:
         """Return whether the most probable label is the prediction (not for multi-label models)."""
         return (
             bool(self.model.config.tasks)
@@ -257,7 +259,7 @@ class DemoModel:
         pixel_values = self.processor(image, return_tensors="pt")["pixel_values"].to(self.model.device)
         left, top, right, bottom = get_visible_region(self.processor, image.size[::-1], config.patch_height_width)
         small = image.copy()
-        small.thumbnail((IMAGE_SIDE, IMAGE_SIDE))
+        small.thumbnail((MAX_IMAGE_SIDE, MAX_IMAGE_SIDE))
         across, down = small.width / image.width, small.height / image.height
         visible_region = VisibleRegion(left * across, top * down, right * across, bottom * down)
         return DemoResult(small, visible_region, **self.run_model(pixel_values))
@@ -285,7 +287,7 @@ class DemoModel:
         for name, logits in get_logits(trace.outputs, config).items() if self.has_labels else ():
             best = int(logits[0].argmax())
             label = f"{name}: {self.get_label(name, best)}" if config.tasks else self.get_label(name, best)
-            attribution = trace.compute_attribution(logits[:, best])[0].float().cpu()
+            attribution = trace.compute_attribution(best, name if config.tasks else None)[0].float().cpu()
             attributions[label] = extract_patch_maps(attribution, config, size)
         rows = trace.compute_rows()[0].float().cpu()
         hidden_states = [state.detach() for state in trace.outputs.hidden_states]
@@ -374,7 +376,7 @@ def get_logits(outputs: Any, config: Any) -> dict[str, torch.Tensor]:
 
 
 def get_predictions(logits: Any, config: Any) -> dict[str, Prediction]:
-    """Return name -> prediction for the logits of one image, [1, labels] or a dict of these per task."""
+    """Return name -> prediction for the logits of one image, [1, labels] or {task: [1, labels]}."""
     if config.tasks:
         task_labels = config.task_labels()
         return {task: get_softmax_scores(logits[task][0].float().cpu(), task_labels[task]) for task in task_labels}

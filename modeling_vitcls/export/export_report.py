@@ -13,7 +13,7 @@ from transformers.image_utils import PILImageResampling
 from ..configuration_vitcls import ViTCLSConfig
 from ..conversion.parity_report import get_max_magnitude
 from ..image_processing_vitcls import ViTCLSImageProcessor
-from .exportable import INPUT, Outputs
+from .exportable import INPUT_NAME, Outputs
 from .tracing import GraphShape
 
 
@@ -106,7 +106,7 @@ def compare_outputs(
     """Compare the outputs of a file with the outputs of the model, one comparison per batch.
 
     Raises:
-        ValueError: If an output has another name or shape, is NaN, or differs by more than `LIMITS`.
+        ValueError: If an output has a different name or shape, is NaN, or differs by more than `LIMITS`.
     """
     absolute, relative = LIMITS[dtype]
     comparisons = []
@@ -144,7 +144,7 @@ def describe_input(config: ViTCLSConfig, shape: GraphShape) -> dict[str, Any]:
     """Return the name, dtype, shape and image sizes of the input."""
     height_width = ["height", "width"] if shape.is_dynamic else list(shape.image_size)
     return {
-        "name": INPUT,
+        "name": INPUT_NAME,
         "dtype": "float32",
         "shape": ["batch", config.num_channels, *height_width],
         "image_size": list(shape.image_size),

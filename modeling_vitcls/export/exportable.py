@@ -29,7 +29,7 @@ from ..modeling_vitcls import (
 from ..training.model import fit_processor
 
 
-INPUT = "pixel_values"
+INPUT_NAME = "pixel_values"
 
 Outputs = dict[str, torch.Tensor]
 
@@ -122,8 +122,8 @@ def load_exportable(source: str) -> ExportableModel:
             f"export requires one of {', '.join(CLASSES)}, but {source} contains {class_name}. Set another --model"
         )
     model = load_complete_model(CLASSES[class_name], source, folder)
-    if INPUT in config.task_labels():
-        raise ValueError(f"the task {INPUT} of {source} has the name of the graph's input. Rename the task")
+    if INPUT_NAME in config.task_labels():
+        raise ValueError(f"the task {INPUT_NAME} of {source} has the name of the graph's input. Rename the task")
     try:
         return ExportableModel(model, ViTCLSImageProcessor.from_pretrained(folder), is_trained=True)
     except OSError:

@@ -44,7 +44,7 @@ def export_model(
         output: A file that does not exist, with the suffix of the format.
         image_size: (height, width) in pixels: the fixed image size, or the main size of the comparison if the size is
             dynamic. Default: the size of the model.
-        dynamic: Whether the graph accepts any image size. If this is impossible, the report gives the reason.
+        dynamic: Whether the graph accepts any image size. If this is not possible, the report states the reason.
         dtype: dtype of weights and computations; inputs and outputs are float32.
         opset: ONNX opset. Default: the default of torch.
 
@@ -99,7 +99,7 @@ def get_report_path(file: Path) -> Path:
 
 
 def check_output_path(output: Path, file_format: Format) -> None:
-    """Raise ValueError if the path has another suffix than the format, or if the file or its report exists."""
+    """Raise ValueError if the suffix of the path does not match the format, or the file or its report exists."""
     if output.suffix != file_format.suffix:
         raise ValueError(f"--output must end with {file_format.suffix}, but is {output}")
     for file in (output, get_report_path(output)):
@@ -116,7 +116,7 @@ def move_files(source: Path, target: Path) -> None:
     """Move all files of a folder to another folder, which is created if it does not exist.
 
     Raises:
-        ValueError: If a file exists in the target; no file is moved then.
+        ValueError: If a file exists in the target; then no file is moved.
     """
     files = sorted(source.iterdir())
     for file in files:

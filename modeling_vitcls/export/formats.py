@@ -18,7 +18,7 @@ import torch
 from torch.export import ExportedProgram
 
 from ..errors import format_error
-from .exportable import INPUT, Outputs
+from .exportable import INPUT_NAME, Outputs
 from .tracing import GraphShape, build_dynamic_shapes
 
 
@@ -76,9 +76,9 @@ with torch.no_grad():
 """
 
 
-def write_torch(traced: TracedModel, file: Path) -> None:
+def write_torch(traced_model: TracedModel, file: Path) -> None:
     """Write a graph with torch.export.save."""
-    torch.export.save(traced.graph, file)
+    torch.export.save(traced_model.graph, file)
 
 
 def run_torch(file: Path, batches: Sequence[torch.Tensor], names: list[str]) -> list[Outputs]:
@@ -101,7 +101,7 @@ def run_torch(file: Path, batches: Sequence[torch.Tensor], names: list[str]) -> 
 # ONNX ----------------------------------------------------------------------------------------------------------------
 
 
-def write_onnx(traced: TracedModel, file: Path) -> int:
+def write_onnx(traced_model: TracedModel, file: Path) -> int:
     """Write a graph with torch.onnx and return the opset.
 
     Raises:
@@ -109,22 +109,22 @@ def write_onnx(traced: TracedModel, file: Path) -> int:
     """
     try:
         program = torch.onnx.export(
-            traced.graph,
+            traced_model.graph,
             dynamo=True,
-            input_names=[INPUT],
-            output_names=traced.names,
-            dynamic_shapes=build_dynamic_shapes(traced.shape),
-            opset_version=traced.opset,
+            input_names=[INPUT_NAME],
+            output_names=traced_model.names,
+            dynamic_shapes=build_dynamic_shapes(traced_model.shape),
+            opset_version=traced_model.opset,
             verbose=False,
         )
     except Exception as error:  # the exporter raises many types of errors
         raise ValueError(f"torch.onnx cannot export this model: {format_error(error)}") from error
     assert program is not None
-    num_bytes = sum(weight.nbytes for weight in traced.graph.state_dict.values())
+    num_bytes = sum(weight.nbytes for weight in traced_model.graph.state_dict.values())
     program.save(file, external_data=num_bytes > MAX_ONNX_WEIGHTS)
     opset = program.model.opset_imports[""]
-    if traced.opset not in (None, opset):
-        raise ValueError(f"torch.onnx exports with opset {opset}, but --opset is {traced.opset}. Omit --opset")
+    if traced_model.opset not in (None, opset):
+        raise ValueError(f"torch.onnx exports with opset {opset}, but --opset is {traced_model.opset}. Omit --opset")
     return opset
 
 
@@ -141,7 +141,7 @@ def run_onnx(file: Path, batches: Sequence[torch.Tensor], names: list[str]) -> l
     options.log_severity_level = 3  # errors
     try:
         session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
-        return [name_outputs(names, session.run(names, {INPUT: images.numpy()})) for images in batches]
+        return [name_outputs(names, session.run(names, {INPUT_NAME: images.numpy()})) for images in batches]
     except Exception as error:  # onnxruntime raises undocumented types of errors
         raise ValueError(f"onnxruntime cannot run the written graph on the CPU: {format_error(error)}") from error
 
@@ -149,7 +149,7 @@ def run_onnx(file: Path, batches: Sequence[torch.Tensor], names: list[str]) -> l
 # OpenVINO ------------------------------------------------------------------------------------------------------------
 
 
-def write_openvino(traced: TracedModel, file: Path) -> int:
+def write_openvino(traced_model: TracedModel, file: Path) -> int:
     """Write a graph to ONNX, convert the ONNX file with OpenVINO, and return the opset of the ONNX file.
 
     Raises:
@@ -159,7 +159,7 @@ def write_openvino(traced: TracedModel, file: Path) -> int:
 
     with tempfile.TemporaryDirectory() as folder:
         onnx_file = Path(folder, "model.onnx")
-        opset = write_onnx(traced, onnx_file)
+        opset = write_onnx(traced_model, onnx_file)
         try:
             openvino.save_model(openvino.Core().read_model(onnx_file), file, compress_to_fp16=False)
         except RuntimeError as error:
@@ -178,7 +178,7 @@ def run_openvino(file: Path, batches: Sequence[torch.Tensor], names: list[str]) 
     settings = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": torch.get_num_threads()}
     try:
         compiled = openvino.Core().compile_model(file, "CPU", settings)
-        outputs = [compiled({INPUT: images.numpy()}) for images in batches]
+        outputs = [compiled({INPUT_NAME: images.numpy()}) for images in batches]
         return [name_outputs(names, [arrays[name] for name in names]) for arrays in outputs]
     except RuntimeError as error:
         raise ValueError(f"OpenVINO cannot run the written graph on the CPU: {format_error(error)}") from error

@@ -16,7 +16,7 @@ from torch.export import Dim, ExportedProgram
 from ..configuration_vitcls import ViTCLSConfig
 from ..errors import format_error
 from ..modeling_vitcls import ViTCLSPreTrainedModel
-from .exportable import INPUT, NamedOutputs
+from .exportable import INPUT_NAME, NamedOutputs
 
 
 # Minimum rows and columns of patches, and images of the example batch: torch.export treats a size of 1 as a constant.
@@ -32,7 +32,7 @@ class GraphShape:
     Attributes:
         image_size: (height, width) in pixels; the only size unless `is_dynamic`.
         smallest_size: (height, width) in pixels.
-        is_dynamic: Whether the graph accepts other sizes than `image_size`.
+        is_dynamic: Whether the graph accepts sizes other than `image_size`.
         fixed_size_reason: Reason why the size is fixed although a dynamic size was requested; empty otherwise.
     """
 
@@ -100,7 +100,7 @@ def trace_model(model: ViTCLSPreTrainedModel, shape: GraphShape, dtype: torch.dt
     The graph uses PyTorch's fused attention. The model is unchanged.
 
     Raises:
-        ValueError: If the model cannot be traced.
+        ValueError: If the model cannot be traced_model.
     """
     config = model.config
     if not shape.is_dynamic and shape.image_size != config.image_height_width:
@@ -123,7 +123,7 @@ def trace_model(model: ViTCLSPreTrainedModel, shape: GraphShape, dtype: torch.dt
             f"torch.export cannot trace this {type(model).__name__} ({format_error(error)}){hint}"
         ) from error
     for node in graph.graph.nodes:
-        node.meta.pop("stack_trace", None)  # contains paths of this machine
+        node.meta.pop("stack_trace", None)  # contains local paths
     return graph
 
 
@@ -143,4 +143,4 @@ def build_dynamic_shapes(shape: GraphShape) -> dict[str, Any]:
     if shape.is_dynamic:
         height, width = shape.smallest_size
         axes |= {2: Dim("height", min=height), 3: Dim("width", min=width)}
-    return {INPUT: axes}
+    return {INPUT_NAME: axes}

@@ -67,7 +67,7 @@ def write_adapter(
         base_model_name_or_path=base_model,
         inference_mode=True,
     )
-    settings.save_pretrained(folder)
+    settings.save_pretrained(str(folder))
     kept = {
         f"base_model.model.{name.replace('.default.', '.')}": weight.contiguous()
         for name, weight in weights.items()

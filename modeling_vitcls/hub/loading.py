@@ -139,7 +139,7 @@ def check_is_vitcls(source: str, folder: str | Path) -> dict[str, Any]:
     if model_type != ViTCLSConfig.model_type:
         raise ValueError(
             f"{source} contains a model of type {model_type!r}, not {ViTCLSConfig.model_type!r}. Convert it with "
-            "scripts/convert.py first"
+            "`vitcls convert` first"
         )
     return settings
 

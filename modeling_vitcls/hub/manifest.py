@@ -134,7 +134,7 @@ def has_current_onnx_files(folder: Path) -> bool:
     """Return whether the report of the ONNX files is for the weights in the folder."""
     if not (folder / ONNX_REPORT).is_file():
         return False
-    weights = {file.name: file_digest(file) for file in folder.glob("*.safetensors")}
+    weights = {name: file_digest(folder / name) for name in list_weight_files(folder) if (folder / name).is_file()}
     return read_json(folder / ONNX_REPORT).get("weights_sha256") == weights
 
 

@@ -160,7 +160,7 @@ def find_published_model(repo_id: str, revision: str = "main") -> PublishedModel
     if settings.get("model_type") != ViTCLSConfig.model_type or "auto_map" not in settings:
         raise ValueError(
             f"{repo_id} at {weights.commit} does not contain a {ViTCLSConfig.model_type} model with its code. Convert "
-            "it with scripts/convert.py and push the result"
+            "it with `vitcls convert` and push the result"
         )
     if not preprocessor_config.is_file():
         raise ValueError(f"{repo_id} has no preprocessor_config.json. Save the image processor next to the model")

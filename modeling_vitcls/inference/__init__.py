@@ -2,7 +2,7 @@
 
     load_model.py       name -> model; checks that it is a classifier
     metrics.py          metrics by kind of labels, and of masked autoencoders
-    evaluator.py        evaluate a model on a held-out split, each image exactly once
+    evaluator.py        evaluate a model on a held-out split, and count each image exactly once
     evaluate.py         the program scripts/evaluate.py
     inputs.py           images of a prediction, decoded ahead of the model
     prediction_rows.py  pixels -> rows of labels, probabilities or features

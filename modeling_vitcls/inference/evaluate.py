@@ -103,7 +103,7 @@ def evaluate_checkpoint(options: EvaluateOptions) -> dict[str, Any]:
 
 
 def describe_unknown_split(model: str, record: HeldOutRecord | None, held_out: LabeledImages) -> str | None:
-    """Return why the model may have been trained on held-out images; None if its run held out the same images.
+    """Describe why the model may have been trained on held-out images; None if its run held out the same images.
 
     Args:
         model: the model as the user wrote it.
@@ -142,32 +142,34 @@ def match_labels(images: LabeledImages, data_space: LabelSpace, model_space: Lab
     """
     if data_space.kind != model_space.kind:
         raise ValueError(
-            f"the model was trained with {DESCRIPTIONS[model_space.kind]}, but the dataset has "
-            f"{DESCRIPTIONS[data_space.kind]}. Set other columns with --label-column, and --label-separator for a "
-            "column with several labels"
+            f"the model was trained with {LABEL_DESCRIPTIONS[model_space.kind]}, but the dataset has "
+            f"{LABEL_DESCRIPTIONS[data_space.kind]}. Set other columns with --label-column, and --label-separator for "
+            "a column with several labels"
         )
     if data_space.kind == "multi_task" and data_space.columns.keys() != model_space.columns.keys():
         raise ValueError(
             f"the model has the tasks {', '.join(model_space.columns)}, but the dataset has "
             f"{', '.join(data_space.columns)}. Set the columns with --label-column"
         )
-    return LabeledImages(images.images, MATCHERS[model_space.kind](images.labels, data_space, model_space))
+    return LabeledImages(images.images, LABEL_MATCHERS[model_space.kind](images.labels, data_space, model_space))
 
 
-DESCRIPTIONS: dict[LabelKind, str] = {
+LABEL_DESCRIPTIONS: dict[LabelKind, str] = {
     "single_label_classification": "one label per image",
     "multi_label_classification": "any number of labels per image",
     "multi_task": "several tasks with one label each",
 }
 
 
-def match_single(labels: Iterable[int], data_space: LabelSpace, model_space: LabelSpace) -> list[int]:
+def match_single_labels(labels: Iterable[int], data_space: LabelSpace, model_space: LabelSpace) -> list[int]:
     """Return class indices of the model."""
     index = LabelIndex(data_space.names, model_space.names)
     return [index[label] for label in labels]
 
 
-def match_multi(labels: Iterable[list[float]], data_space: LabelSpace, model_space: LabelSpace) -> list[list[float]]:
+def match_multi_labels(
+    labels: Iterable[list[float]], data_space: LabelSpace, model_space: LabelSpace
+) -> list[list[float]]:
     """Return 0.0 or 1.0 per class of the model; 0.0 for classes that the dataset does not have."""
     index = LabelIndex(data_space.names, model_space.names)
     matched = []
@@ -177,7 +179,7 @@ def match_multi(labels: Iterable[list[float]], data_space: LabelSpace, model_spa
     return matched
 
 
-def match_tasks(
+def match_task_labels(
     labels: Iterable[dict[str, int]], data_space: LabelSpace, model_space: LabelSpace
 ) -> list[dict[str, int]]:
     """Return class indices of the model by task. Missing labels (-100) are unchanged."""
@@ -188,10 +190,10 @@ def match_tasks(
     ]
 
 
-MATCHERS: dict[LabelKind, Callable[[Any, LabelSpace, LabelSpace], list[Any]]] = {
-    "single_label_classification": match_single,
-    "multi_label_classification": match_multi,
-    "multi_task": match_tasks,
+LABEL_MATCHERS: dict[LabelKind, Callable[[Any, LabelSpace, LabelSpace], list[Any]]] = {
+    "single_label_classification": match_single_labels,
+    "multi_label_classification": match_multi_labels,
+    "multi_task": match_task_labels,
 }
 
 
@@ -248,7 +250,7 @@ def print_results(results: dict[str, Any], config: ViTCLSConfig, console: Consol
 
 
 def build_table(title: str, header: list[str], rows: list[list[str]]) -> Table:
-    """Build a table whose first column is left-aligned and whose other columns, numbers, are right-aligned."""
+    """Build a table with a left-aligned first column and right-aligned columns of numbers."""
     table = Table(title=title or None, title_justify="left")
     for index, name in enumerate(header):
         table.add_column(name, justify="right" if index else "left")

@@ -6,7 +6,7 @@ All processes run the same number of batches of the same size, as sharded models
 rounds of one batch per process, and the last round is padded with blank images, which have no labels and are not
 counted. An unreadable image is replaced by a blank image, reported by name, and counted as unreadable.
 
-The metrics are in metrics.py; evaluate.py evaluates a saved model and writes the results.
+Metrics are in metrics.py; evaluate.py evaluates a saved model and writes the results.
 """
 
 import copy
@@ -109,9 +109,10 @@ class Evaluator:
         batch_size: number of images per process and forward pass.
         num_workers: number of worker processes per process; 0 prepares the images in the process itself.
         accelerator: device, precision and processes.
-        max_broken_images: maximum number of unreadable images, which are skipped; more stop the evaluation.
+        max_broken_images: maximum number of unreadable images, which are skipped; if there are more, the evaluation
+            stops.
         warn: function that prints a line about each unreadable image, once, on the main process.
-        num_channels: number of channels of the model; images with another number count as unreadable.
+        num_channels: number of channels of the model; images with a different number count as unreadable.
     """
 
     def __init__(
@@ -205,7 +206,8 @@ class Evaluator:
 class ReconstructionEvaluator(Evaluator):
     """Evaluate a masked autoencoder.
 
-    The label of an image is its index, which determines its mask on any number of processes and for any batch size.
+    The label of an image is its index, which determines its mask independently of the number of processes and the
+    batch size.
     """
 
     def __init__(
@@ -242,7 +244,7 @@ class ReconstructionEvaluator(Evaluator):
 
 
 class CachedBatches:
-    """The batches of a process, in order. After the first pass they come from memory if all batches fit."""
+    """The batches of a process, in order. After the first pass, they are read from memory if all batches fit."""
 
     def __init__(self, images: HeldOutImages, num_workers: int) -> None:
         self.loader = DataLoader(
@@ -250,7 +252,7 @@ class CachedBatches:
             batch_size=None,
             num_workers=num_workers,
             worker_init_fn=leave_signals_to_parent,
-            generator=torch.Generator(),  # a separate generator, so that evaluations do not change training
+            generator=torch.Generator(),  # a separate generator, so that evaluations do not affect training
         )
         self.cache: list[HeldOutBatch] | None = None
 
@@ -268,7 +270,7 @@ class CachedBatches:
             if num_bytes > MAX_CACHE_BYTES:
                 cache = None
             elif cache is not None:
-                cache.append(copy.deepcopy(batch))  # outside of the shared memory, which keeps a file open per tensor
+                cache.append(copy.deepcopy(batch))  # copied out of shared memory, which keeps a file open per tensor
             yield batch
         self.cache = cache
 

@@ -39,7 +39,7 @@ from ..token_names import get_token_names
 from .evaluate import build_progress, build_table, describe_unknown_split
 from .evaluator import Evaluator, HeldOutBatch, round_floats
 from .load_model import load_model
-from .metrics import wilson_interval
+from .metrics import compute_wilson_interval
 
 
 NUM_NEIGHBORS = 10
@@ -185,7 +185,7 @@ def measure(kind: str, train: Features, held_out: Features, num_repeats: int, se
     for layer, token in train.vectors:
         classifier = CLASSIFIERS[kind](len(train.labels))
         correct = count_correct(classifier, train, held_out, (layer, token), everything)
-        interval = wilson_interval(correct, num_images, CONFIDENCE)
+        interval = compute_wilson_interval(correct, num_images, CONFIDENCE)
         rows.append({"layer": layer, "token": token, "accuracy": correct / num_images, "accuracy_interval": interval})
     return rows
 

@@ -75,7 +75,7 @@ def load_classifier(source: str, folder: str) -> Classifier:
     saved = (config.architectures or ["a model of unknown class"])[0]
     if saved not in classes or not (config.tasks or config.num_labels):
         raise ValueError(
-            f"evaluation requires a classifier, but {source} contains {saved}. Fine-tune it with scripts/finetune.py"
+            f"evaluation requires a classifier, but {source} contains {saved}. Fine-tune it with `vitcls finetune`"
         )
     if config.problem_type == "regression":
         raise ValueError(f"evaluation requires a classifier, but {source} was trained for regression")

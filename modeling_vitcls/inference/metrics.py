@@ -3,7 +3,7 @@
     METRICS[label_space.kind](label_space, device)   .update(outputs, labels) per batch, then .compute() once
 
 torchmetrics accumulates over batches and processes. All processes must call `compute`, and a process without images
-must call `update` with zero rows of labels. evaluator.py selects the images.
+must call `update` with 0 labels. evaluator.py selects the images.
 """
 
 import math
@@ -31,7 +31,7 @@ MAX_RECORDED_MATRIX_CLASSES = 200  # maximum number of classes of a confusion ma
 NUM_CALIBRATION_BINS = 15
 HEADS = {"cls_accuracy": "cls_logits", "distillation_accuracy": "distillation_logits"}
 
-Values = dict[str, Any]
+MetricValues = dict[str, Any]
 
 
 def select_scalars(metrics: Mapping[str, Any]) -> dict[str, int | float]:
@@ -61,7 +61,7 @@ class ClassificationMetrics(ABC):
         """
 
     @abstractmethod
-    def compute(self) -> Values:
+    def compute(self) -> MetricValues:
         """Return numbers first, then lists. Undefined values (0 / 0) are None. Must be called on all processes."""
 
 
@@ -109,9 +109,9 @@ class SingleLabelMetrics(ClassificationMetrics):
         predictions = logits.argmax(dim=1)  # [G]
         num_classes = len(self.names)
         self.counts.update(
-            correct=torch.bincount(labels[predictions == labels], minlength=num_classes),
-            predicted=torch.bincount(predictions, minlength=num_classes),
-            images=torch.bincount(labels, minlength=num_classes),
+            num_correct=torch.bincount(labels[predictions == labels], minlength=num_classes),
+            num_predicted=torch.bincount(predictions, minlength=num_classes),
+            num_images=torch.bincount(labels, minlength=num_classes),
         )
         self.loss.update(nn.functional.cross_entropy(logits, labels, reduction="none"))
         self.calibration.update(logits.softmax(dim=1), labels)  # torchmetrics detects logits by range
@@ -120,12 +120,12 @@ class SingleLabelMetrics(ClassificationMetrics):
         if self.matrix is not None:
             self.matrix.update(predictions, labels)
 
-    def compute(self) -> Values:
+    def compute(self) -> MetricValues:
         """Return the metrics that the class lists."""
         counts = self.counts.compute().tolist()
         num_correct, _, num_images = map(sum, counts)
         classes = compute_class_metrics(self.names, counts)
-        values: Values = {"accuracy": divide(num_correct, num_images)}
+        values: MetricValues = {"accuracy": divide(num_correct, num_images)}
         if self.top_5 is not None:
             values["top_5_accuracy"] = to_number(self.top_5.compute())
         values["balanced_accuracy"] = compute_mean([row["recall"] for row in classes])
@@ -133,7 +133,7 @@ class SingleLabelMetrics(ClassificationMetrics):
         values |= {name: to_number(head.compute()) for name, head in self.heads.items() if head.update_called}
         values["loss"] = to_number(self.loss.compute())
         values["num_images"] = num_images
-        values["accuracy_interval"] = wilson_interval(num_correct, num_images)
+        values["accuracy_interval"] = compute_wilson_interval(num_correct, num_images)
         values["per_class"] = classes
         if self.matrix is not None:
             values["confusion_matrix"] = self.matrix.compute().tolist()
@@ -165,20 +165,20 @@ class MultiLabelMetrics(ClassificationMetrics):
         logits = outputs.logits[: len(labels)].float()
         probabilities = logits.sigmoid()  # torchmetrics detects logits by their range
         predictions, truth = probabilities > 0.5, labels > 0.5  # [G, L]
-        self.counts.update(correct=(predictions & truth).sum(0), predicted=predictions.sum(0), images=truth.sum(0))
+        self.counts.update((predictions & truth).sum(0), predictions.sum(0), truth.sum(0))
         self.precision.update(probabilities, truth.long())
         self.exact_match.update((predictions == truth).all(dim=1).float())
         losses = nn.functional.binary_cross_entropy_with_logits(logits, labels.float(), reduction="none")
         self.loss.update(losses.mean(dim=1))
         self.num_images.update(len(labels))
 
-    def compute(self) -> Values:
+    def compute(self) -> MetricValues:
         """Return the metrics that the class lists."""
         counts = self.counts.compute().tolist()
         num_correct, num_predicted, num_true = map(sum, counts)
         classes = compute_class_metrics(self.names, counts)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about classes without images, whose value is None here
+            warnings.simplefilter("ignore")  # a warning about classes without images, whose value is None here
             precisions = self.precision.compute().tolist()
         for row, precision in zip(classes, precisions, strict=True):
             row["average_precision"] = precision if row["images"] else None
@@ -214,7 +214,7 @@ class MultiTaskMetrics(ClassificationMetrics):
             metrics.update_logits(outputs.logits[task], labels[task])
         self.num_images.update(len(next(iter(labels.values()))))
 
-    def compute(self) -> Values:
+    def compute(self) -> MetricValues:
         """Return the metrics that the class lists."""
         by_task = {task: metrics.compute() for task, metrics in self.tasks.items()}
         values = {
@@ -242,7 +242,7 @@ class ReconstructionMetrics:
         self.loss.update(outputs.loss.expand(len(indices)))  # torchmetrics ignores weights if NaN is allowed
         self.num_images.update(len(indices))
 
-    def compute(self) -> Values:
+    def compute(self) -> MetricValues:
         """Return the metrics that the class lists."""
         return {"reconstruction_loss": to_number(self.loss.compute()), "num_images": int(self.num_images.compute())}
 
@@ -271,24 +271,24 @@ class ClassCounts(Metric):
     """
 
     full_state_update = False
-    correct: torch.Tensor
-    predicted: torch.Tensor
-    images: torch.Tensor
+    num_correct: torch.Tensor
+    num_predicted: torch.Tensor
+    num_images: torch.Tensor
 
     def __init__(self, num_classes: int) -> None:
         super().__init__()
-        for name in ("correct", "predicted", "images"):
+        for name in ("num_correct", "num_predicted", "num_images"):
             self.add_state(name, torch.zeros(num_classes, dtype=torch.long), dist_reduce_fx="sum")
 
-    def update(self, correct: torch.Tensor, predicted: torch.Tensor, images: torch.Tensor) -> None:
+    def update(self, num_correct: torch.Tensor, num_predicted: torch.Tensor, num_images: torch.Tensor) -> None:
         """Add the counts [L] of one batch."""
-        self.correct += correct
-        self.predicted += predicted
-        self.images += images
+        self.num_correct += num_correct
+        self.num_predicted += num_predicted
+        self.num_images += num_images
 
     def compute(self) -> torch.Tensor:
         """Return the three counts, [3, L]."""
-        return torch.stack([self.correct, self.predicted, self.images])
+        return torch.stack([self.num_correct, self.num_predicted, self.num_images])
 
 
 def build_mean(device: torch.device) -> MeanMetric:
@@ -302,11 +302,12 @@ def build_sum(device: torch.device) -> SumMetric:
 
 
 def use_float64(metric: Any, device: torch.device) -> Any:
-    """Return the metric on the device, in float64 if supported, so that the order of batches has no visible effect."""
+    """Return the metric on the device, in float64 if supported, so that the order of batches has a negligible
+    effect."""
     return metric.set_dtype(torch.float32 if device.type == "mps" else torch.float64).to(device)
 
 
-def compute_class_metrics(names: list[str], counts: list[list[int]]) -> list[Values]:
+def compute_class_metrics(names: list[str], counts: list[list[int]]) -> list[MetricValues]:
     """Return images, recall, precision and F1 of each class from the three counts [3, L] of `ClassCounts`."""
     return [
         {
@@ -320,7 +321,7 @@ def compute_class_metrics(names: list[str], counts: list[list[int]]) -> list[Val
     ]
 
 
-def wilson_interval(num_correct: int, num_images: int, confidence: float = 0.95) -> list[float] | None:
+def compute_wilson_interval(num_correct: int, num_images: int, confidence: float = 0.95) -> list[float] | None:
     """Return the confidence interval [low, high] of the accuracy `num_correct` / `num_images`; None without images.
 
     This is the score interval of Wilson (1927, "Probable inference, the law of succession, and statistical
@@ -347,5 +348,6 @@ def compute_mean(values: list[float | None]) -> float | None:
 
 
 def to_number(value: torch.Tensor) -> float | None:
-    """Return the value of a one-element tensor; None if it is not finite, because JSON has no such numbers."""
+    """Return the value of a one-element tensor; None if it is not finite, because JSON does not support such
+    numbers."""
     return value.item() if value.isfinite() else None

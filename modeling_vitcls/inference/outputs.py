@@ -1,8 +1,9 @@
 """Outputs of a prediction: a table, CSV, JSON, JSON lines, Parquet, a folder of Parquet files, and progress.
 
-A writer writes the rows of an iterator as they are computed. An output file gets its name only when it is complete.
+A writer writes the rows of an iterator as they are computed. An output file is renamed to its final name when it is
+complete.
 
-A folder of Parquet shards can be completed over several starts:
+A folder of Parquet shards can be completed in several starts of the program:
 
     folder/.manifest.json          the input, the model, and the flags that change a prediction
     folder/shard-000000.parquet    images 0 .. size - 1
@@ -49,8 +50,8 @@ SECONDS_BETWEEN_CHECKS = 0.5  # seconds between checks for shards of other proce
 SECONDS_BETWEEN_HEARTBEATS = 5.0
 MAX_SILENT_SECONDS = 120.0  # maximum time without a heartbeat; network file systems may delay it by a minute
 SECONDS_BETWEEN_LINES = 10.0  # seconds between progress lines if the output is not a terminal
-MANIFEST = ".manifest.json"
-FORMAT = 1  # version of the manifest
+MANIFEST_FILE = ".manifest.json"
+MANIFEST_VERSION = 1  # version of the manifest
 
 Columns = dict[str, pa.DataType]
 
@@ -186,10 +187,10 @@ class Progress:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+        self, exc_type: type[BaseException] | None, exc_value: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.bar.stop()
-        if error is None:
+        if exc_value is None:
             self.print_line()
 
     def count(self, rows: Iterable[Row]) -> Iterator[Row]:
@@ -240,9 +241,9 @@ class ShardFolder:
         """
         self.path.mkdir(parents=True, exist_ok=True)
         for unfinished in self.path.glob(".*.unfinished"):
-            unfinished.unlink()  # left by a process that was killed
-        contents = {"format": FORMAT, "shard_size": self.size, **contents}
-        file = self.path / MANIFEST
+            unfinished.unlink()  # left behind by a killed process
+        contents = {"format": MANIFEST_VERSION, "shard_size": self.size, **contents}
+        file = self.path / MANIFEST_FILE
         if not file.exists():
             if any(self.path.iterdir()):
                 raise ValueError(f"--output {self.path} contains other files. Set a new or empty folder")
@@ -258,7 +259,7 @@ class ShardFolder:
 
     def record_num_images(self, num_images: int) -> None:
         """Write the number of images to the manifest, so that the next start does not have to count them."""
-        file = self.path / MANIFEST
+        file = self.path / MANIFEST_FILE
         write_json(file, {**read_json(file), "num_images": num_images})
 
     def is_complete(self, num_images: int) -> bool:
@@ -332,7 +333,7 @@ class Heartbeat:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+        self, exc_type: type[BaseException] | None, exc_value: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.has_ended.set()
         self.thread.join()
@@ -358,11 +359,11 @@ def assign_ranges(ranges: Iterator[range], process: int, num_processes: int) -> 
     return islice(ranges, process, None, num_processes)
 
 
-def describe_difference(before: dict[str, Any], now: dict[str, Any]) -> str | None:
+def describe_difference(stored: dict[str, Any], current: dict[str, Any]) -> str | None:
     """Return the first difference between two manifests, whose keys are mostly flags; None if they are equal."""
-    for name in {**before, **now}:
-        if before.get(name) != now.get(name):
+    for name in {**stored, **current}:
+        if stored.get(name) != current.get(name):
             if name in ("format", "input", "model"):
                 return f"another {name}"
-            return f"--{name.replace('_', '-')} {before.get(name)}, not {now.get(name)}"
+            return f"--{name.replace('_', '-')} {stored.get(name)}, not {current.get(name)}"
     return None

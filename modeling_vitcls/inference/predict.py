@@ -8,7 +8,7 @@
 
 The images are divided by index into pieces of equal size: batches for a file, shards for a folder. The pieces are
 assigned to the processes in turn, and a batch never spans two pieces. So the output is bit-identical for any number of
-processes, and after a restart.
+processes, and after restarts.
 """
 
 import hashlib
@@ -42,7 +42,7 @@ from .outputs import (
     print_table,
     write_rows,
 )
-from .prediction_rows import Precision, PredictionColumns, Row, build_prediction_columns, predict_rows
+from .prediction_rows import AutocastFactory, PredictionColumns, Row, build_prediction_columns, predict_rows
 
 
 @dataclass(frozen=True)
@@ -52,16 +52,16 @@ class Predictor:
     model: PreTrainedModel
     processor: ViTCLSImageProcessor
     columns: PredictionColumns
-    precision: Precision
+    autocast: AutocastFactory
     batch_size: int
     num_workers: int
 
-    def iterate_rows(self, source: PredictionInput, ranges: Iterable[range], piece: int) -> Iterator[Row]:
-        """Yield a row for each image of the ranges, in order. A batch contains images of one piece only."""
+    def iterate_rows(self, source: PredictionInput, ranges: Iterable[range], piece_size: int) -> Iterator[Row]:
+        """Yield a row for each image of the ranges, in order. A batch does not span two pieces."""
         records = source.read(ranges)
         images = prepare_ahead(records, self.processor, self.num_workers, num_ahead=2 * self.batch_size)
-        batches = iterate_batches(images, self.batch_size, piece)
-        return predict_rows(batches, self.columns, self.model.device, self.precision)
+        batches = iterate_batches(images, self.batch_size, piece_size)
+        return predict_rows(batches, self.columns, self.model.device, self.autocast)
 
 
 @dataclass(frozen=True)
@@ -135,7 +135,7 @@ def collect_rows(predictor: Predictor, source: PredictionInput) -> list[Row]:
     """
     if source.num_images is None:
         raise ValueError("streaming requires an output, because the number of images is unknown. Remove streaming")
-    return list(predictor.iterate_rows(source, [range(source.num_images)], piece=source.num_images))
+    return list(predictor.iterate_rows(source, [range(source.num_images)], piece_size=source.num_images))
 
 
 def build_predictor(options: PredictOptions, accelerator: Accelerator) -> Predictor:
@@ -145,7 +145,7 @@ def build_predictor(options: PredictOptions, accelerator: Accelerator) -> Predic
         model=model.to(accelerator.device),
         processor=processor,
         columns=build_prediction_columns(model, options.top_k, options.threshold, options.features),
-        precision=accelerator.autocast,
+        autocast=accelerator.autocast,
         batch_size=options.batch_size,
         num_workers=options.num_workers or get_num_workers(),
     )
@@ -166,7 +166,7 @@ def wrap_images(images: Sequence[Any]) -> ListInput:
 
 
 def predict_images(options: PredictOptions) -> PredictionCounts:
-    """Run scripts/predict.py: read images, predict, and print or write the rows.
+    """Predict the images of the options, and print or write the rows.
 
     Raises:
         ValueError, OSError: in one line, if images or models cannot be read or outputs cannot be written.
@@ -187,9 +187,11 @@ def get_num_workers() -> int:
     return max(1, min(8, (os.cpu_count() or 1) // num_processes))
 
 
-def iterate_batches(images: Iterator[PreparedImage], batch_size: int, piece: int) -> Iterator[list[PreparedImage]]:
+def iterate_batches(
+    images: Iterator[PreparedImage], batch_size: int, piece_size: int
+) -> Iterator[list[PreparedImage]]:
     """Yield batches of `batch_size` images, with smaller batches at the end of each piece."""
-    for _, group in groupby(images, key=lambda image: image.record.index // piece):
+    for _, group in groupby(images, key=lambda image: image.record.index // piece_size):
         while batch := list(islice(group, batch_size)):
             yield batch
 
@@ -201,11 +203,11 @@ def predict_to_file(
     options: PredictOptions, accelerator: Accelerator, source: PredictionInput, predictor: Predictor
 ) -> PredictionCounts:
     """Print a table or write one file. The main process gathers the rows of all processes."""
-    piece = options.batch_size
+    piece_size = options.batch_size
     ranges = assign_ranges(
-        iterate_shards(source.num_images, piece), accelerator.process_index, accelerator.num_processes
+        iterate_shards(source.num_images, piece_size), accelerator.process_index, accelerator.num_processes
     )
-    rows = gather_rows(predictor.iterate_rows(source, ranges, piece), piece, accelerator)
+    rows = gather_rows(predictor.iterate_rows(source, ranges, piece_size), piece_size, accelerator)
     columns = get_output_columns(predictor.columns.columns)
     with Progress(source.num_images, is_shown=accelerator.is_main_process) as progress:
         rows = progress.count(rows)
@@ -225,12 +227,12 @@ def predict_to_file(
     )
 
 
-def gather_rows(rows: Iterator[Row], piece: int, accelerator: Accelerator) -> Iterator[Row]:
+def gather_rows(rows: Iterator[Row], piece_size: int, accelerator: Accelerator) -> Iterator[Row]:
     """Yield the rows of all processes in order. In each round, every process contributes its next piece."""
     if accelerator.num_processes == 1:
         yield from rows
         return
-    pieces = (list(group) for _, group in groupby(rows, key=lambda row: row["index"] // piece))
+    pieces = (list(group) for _, group in groupby(rows, key=lambda row: row["index"] // piece_size))
     while any(parts := gather_object([next(pieces, [])])):
         for part in parts:
             yield from part
@@ -270,7 +272,7 @@ def predict_to_folder(
             write_rows(shard, columns, folder.get_file(number))
         if not accelerator.is_main_process:
             return PredictionCounts(0, 0)
-        if num_images is None:  # the end of the stream has now been reached
+        if num_images is None:  # the end of the stream has been reached
             num_images = source.num_images or 0
             folder.record_num_images(num_images)
         folder.wait_for_shards(num_images, accelerator.num_processes)

@@ -25,7 +25,7 @@ from .inputs import PreparedImage
 
 
 Row = dict[str, Any]
-Precision = Callable[[], AbstractContextManager]  # returns the context manager of each forward pass
+AutocastFactory = Callable[[], AbstractContextManager]  # returns the context manager of each forward pass
 
 
 class PredictionColumns(Protocol):
@@ -68,7 +68,7 @@ def build_prediction_columns(
 
 
 def predict_rows(
-    batches: Iterator[list[PreparedImage]], columns: PredictionColumns, device: torch.device, precision: Precision
+    batches: Iterator[list[PreparedImage]], columns: PredictionColumns, device: torch.device, autocast: AutocastFactory
 ) -> Iterator[Row]:
     """Yield a row for each image, in order."""
     missing = dict.fromkeys(columns.columns)
@@ -76,7 +76,7 @@ def predict_rows(
         predictions: dict[int, Row] = {}
         pixels = {image.record.index: image.pixels for image in batch if image.pixels is not None}
         for group in group_by_shape(pixels):
-            rows = predict_batch(torch.stack(list(group.values())).to(device), columns, precision)
+            rows = predict_batch(torch.stack(list(group.values())).to(device), columns, autocast)
             predictions |= dict(zip(group, rows, strict=True))
         for image in batch:
             index, name = image.record.index, image.record.name
@@ -84,17 +84,17 @@ def predict_rows(
 
 
 def group_by_shape(pixels: Mapping[int, torch.Tensor]) -> list[dict[int, torch.Tensor]]:
-    """Group images [C, H, W] by shape, because an image processor may keep the aspect ratio."""
+    """Group images [C, H, W] by shape, because image processors may preserve the aspect ratio."""
     groups: dict[torch.Size, dict[int, torch.Tensor]] = {}
     for index, image in pixels.items():
         groups.setdefault(image.shape, {})[index] = image
     return list(groups.values())
 
 
-def predict_batch(pixel_values: torch.Tensor, columns: PredictionColumns, precision: Precision) -> list[Row]:
+def predict_batch(pixel_values: torch.Tensor, columns: PredictionColumns, autocast: AutocastFactory) -> list[Row]:
     """Return a row for each image [B, C, H, W], with an error if the model raises one or its output overflows."""
     try:
-        with torch.inference_mode(), precision():
+        with torch.inference_mode(), autocast():
             values = columns.predict(pixel_values)
     except ValueError as error:  # sizes or channels that the model does not support
         return [{"error": str(error)}] * len(pixel_values)

@@ -8,6 +8,10 @@ epochs             30                         30, or 10 from 10,000 images on
 
 flag               images up to 64 pixels     larger images
 crop_scale         1                          0.35
+shift              0.04                       0
+
+flag               fewer than 10,000 images   more, or a stream
+batch_size         32                         64
 
 Learning rates for all weights are proportional to 1 / width (muP, arXiv 2203.03466), within limits. The initial
 standard deviation is between Xavier's values for the attention (1 / sqrt(width)) and the MLP (0.63 / sqrt(width));
@@ -132,7 +136,9 @@ DEFAULTS: tuple[Default, ...] = (
     Default("model", "initializer_range", choose_initializer_range, describe_width),
     Default("training", "layer_decay", choose_layer_decay, describe_weights),
     Default("training", "epochs", choose_epochs, describe_amount),
+    Default("training", "batch_size", lambda facts: 64 if is_large(facts) else 32, describe_amount),
     Default("augmentation", "crop_scale", lambda facts: 1.0 if has_small_images(facts) else 0.35, describe_size),
+    Default("augmentation", "shift", lambda facts: 0.04 if has_small_images(facts) else 0.0, describe_size),
 )
 
 

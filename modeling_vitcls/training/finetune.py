@@ -62,12 +62,12 @@ from .losses import (
 from .model import apply_trainable, build_model, uses_patch_dropout
 from .model_report import get_teacher_provenance
 from .runner import Components
-from .task import Task, format_values
+from .task import NOTHING_MEASURED, Evaluate, Task, format_values
 from .teacher import Teacher, TeacherCache, check_teacher_views, load_teacher
 from .token_monitor import measure_nothing
 
 
-NO_AUGMENTATION = AugmentationOptions(crop_scale=1.0, flip=False)
+NO_AUGMENTATION = AugmentationOptions(crop_scale=1.0, flip=False, shift=0.0)
 
 
 class FinetuneTask(Task):
@@ -116,7 +116,7 @@ class FinetuneTask(Task):
 
     # Training --------------------------------------------------------------------------------------------------------
 
-    def build_components(self, evaluator: Evaluator) -> Components:
+    def build_components(self, evaluator: Evaluate) -> Components:
         """Build the components of linear probing on cached features if possible, or of the full model."""
         if self.options.training.trainable != "head":
             return super().build_components(evaluator)
@@ -139,7 +139,7 @@ class FinetuneTask(Task):
         trained = find_trained_outside_heads(self.model)
         return f"{trained[0]} is trained" if trained else None
 
-    def build_head_components(self, evaluator: Evaluator) -> Components:
+    def build_head_components(self, evaluator: Evaluate) -> Components:
         """Build the components that train the heads on features that are computed once."""
         accelerator, options = self.runner.accelerator, self.options
         model = self.model.to(accelerator.device)
@@ -154,14 +154,14 @@ class FinetuneTask(Task):
             "features", f"encoding {len(keys):,} images once{unaugmented}; then only the heads are trained"
         )
         normalize = Normalizer(self.processor, accelerator.device)
-        workers, batch_size = options.data.num_workers, options.training.batch_size
+        workers, batch_size = options.data.num_workers, self.plan.batch_size
         cached = cache_features(model, images, keys, normalize, batch_size, workers, accelerator)
 
         def batches(first_step: int) -> Generator[Batch, None, None]:
             return iterate_feature_batches(cached, self.plan, accelerator.process_index, views, first_step)
 
         objective = Classification(get_feature_inputs, self.build_label_loss())
-        evaluate = build_probe_evaluator(evaluator, model)
+        evaluate = build_probe_evaluator(evaluator, model) if isinstance(evaluator, Evaluator) else evaluator
         heads, describe = build_head_only(model), images.describe_unreadable
         return Components(heads, objective, batches, evaluate, measure_nothing, describe)
 
@@ -244,7 +244,7 @@ class FinetuneTask(Task):
     def format_result(self, metrics: Metrics) -> str:
         """Format the selection metric and the accuracy of each head."""
         values = format_values(metrics, self.selection_metric, "cls_accuracy", "distillation_accuracy")
-        return f"{values} on {metrics['num_images']:,} held-out images"
+        return f"{values} on {metrics['num_images']:,} held-out images" if values else NOTHING_MEASURED
 
     def build_card(
         self, name: str, results: dict[str, Any], provenance: Provenance | None, images: dict[str, str]

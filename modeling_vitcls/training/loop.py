@@ -304,7 +304,7 @@ def is_end_of_epochs(step: int, every: int, plan: BatchPlan) -> bool:
 def get_score(metrics: Metrics, selection_metric: str) -> float | None:
     """Return the value that evaluations are compared by (higher is better): the selection metric, negated if it is a
     loss; None if its value is unknown."""
-    value = metrics[selection_metric]
+    value = metrics.get(selection_metric)
     return -value if value is not None and selection_metric.endswith("loss") else value
 
 

@@ -29,7 +29,7 @@ from ..options import ModelOptions, PretrainOptions, to_flags
 from .loop import Metrics
 from .losses import MaskedImages, Objective
 from .model import fit_processor
-from .task import Task, format_values
+from .task import NOTHING_MEASURED, Task, format_values
 
 
 class PretrainTask(Task):
@@ -88,7 +88,8 @@ class PretrainTask(Task):
     def format_result(self, metrics: Metrics) -> str:
         """Format the loss."""
         loss = format_values(metrics, self.selection_metric)
-        return f"{loss} on the masked patches of {metrics['num_images']:,} held-out images"
+        images = f"the masked patches of {metrics['num_images']:,} held-out images"
+        return f"{loss} on {images}" if loss else NOTHING_MEASURED
 
     def build_card(
         self, name: str, results: dict[str, Any], provenance: Provenance | None, images: dict[str, str]

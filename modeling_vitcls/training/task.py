@@ -13,14 +13,16 @@ import shutil
 import tempfile
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from statistics import fmean, stdev
 from typing import Any
 
 from huggingface_hub import ModelCard
+from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
@@ -64,6 +66,11 @@ from .runner import Components, Runner, RunStopped, build_runner, resolve_names
 from .token_monitor import build_attention_measure
 
 
+Evaluate = Callable[[nn.Module], Metrics]  # prepared model -> metrics on held-out images
+
+FOLDS = "folds.json"  # results of a cross-validation
+NUM_DECIMALS = 6
+NOTHING_MEASURED = "trained on all images: nothing was measured, because --held-out-fraction is 0"
 NUM_DRY_RUN_STEPS = 3  # the first step is slower than the others
 
 
@@ -200,7 +207,7 @@ class Task(ABC):
         num_processes = self.runner.accelerator.num_processes
         return BatchPlan.from_options(self.data.num_training_images, training, num_processes, labels, copies)
 
-    def build_components(self, evaluator: Evaluator) -> Components:
+    def build_components(self, evaluator: Evaluate) -> Components:
         """Build the components that train the model on pixels."""
         normalize = Normalizer(self.processor, self.runner.accelerator.device)
         images = self.build_training_images(self.options.augmentation, self.get_num_views())
@@ -234,7 +241,7 @@ class Task(ABC):
     def get_evaluation_arguments(self) -> dict[str, Any]:
         """Return the arguments that all evaluators share."""
         return {
-            "batch_size": self.options.training.batch_size,
+            "batch_size": self.plan.batch_size,
             "num_workers": self.options.data.num_workers,
             "accelerator": self.runner.accelerator,
             "max_broken_images": self.options.data.max_broken_images,
@@ -263,8 +270,8 @@ def run_task(task: Task) -> dict[str, Any]:
         for warning in task.find_warnings():
             reporter.warn(warning)
 
-        reported = task.build_evaluator(task.data.held_out)
-        selection = task.data.selection
+        held_out, selection = task.data.held_out, task.data.selection
+        reported = task.build_evaluator(held_out) if len(held_out) else skip_evaluation
         components = task.build_components(reported if selection is None else task.build_evaluator(selection))
         write = partial(write_model, task.model, task.processor)
         uploads = build_branch_uploads(runner, task.hub_model_id, task.model, write)
@@ -281,7 +288,12 @@ def run_task(task: Task) -> dict[str, Any]:
         return results
 
 
-def evaluate_result(task: Task, components: Components, reported: Evaluator) -> Metrics:
+def skip_evaluation(model: nn.Module) -> Metrics:
+    """Return the metrics of a run without held-out images (`--held-out-fraction 0`)."""
+    return {"num_images": 0, "num_broken_images": 0}
+
+
+def evaluate_result(task: Task, components: Components, reported: Evaluate) -> Metrics:
     """Return the metrics on the reported images, if training evaluated other images or only the heads of the model.
 
     Args:
@@ -375,7 +387,7 @@ def save_output(task: Task, results: dict[str, Any]) -> None:
             task.data.held_out,
             task.data.label_space,
             runner.accelerator.device,
-            options.run.report,
+            options.run.report and len(task.data.held_out) > 0,
             warn,
             runner.reporter.track_images,
             can_show_samples(options, task.hub_model_id, warn),
@@ -456,6 +468,52 @@ def push(task: Task) -> None:
         raise RunStopped(str(error)) from error
 
 
+# Cross-validation ----------------------------------------------------------------------------------------------------
+
+
+def run_folds(task_class: type[Task], options: Any) -> dict[str, Any]:
+    """Run one task per fold in OUTPUT_DIR/fold-1, fold-2, ... (`--folds`); write and return folds.json.
+
+    Each image is held out in exactly one fold. The interval of the mean over the folds is Student's; it is too narrow,
+    because the training images of the folds overlap (Bengio and Grandvalet 2004, "No unbiased estimator of the
+    variance of k-fold cross-validation").
+
+    Raises:
+        ValueError, OSError, RunStopped: see `Task` and `run_task`; also for `--push-to-hub`.
+    """
+    if options.run.push_to_hub:
+        raise ValueError("--folds trains several models, but --push-to-hub publishes one. Remove one of the two flags")
+    results = []
+    for fold in range(1, options.data.folds + 1):
+        folder = options.output_dir / f"fold-{fold}"
+        task = task_class(replace(options, output_dir=folder, data=replace(options.data, fold=fold)))
+        task.runner.reporter.print_line("fold", f"{fold} of {options.data.folds}, in {folder}")
+        results.append(run_task(task))
+    metric = results[0]["selection_metric"]
+    values = [result[metric] for result in results]
+    mean, distance = fmean(values), estimate_error(values)
+    summary = {
+        "metric": metric,
+        "mean": round(mean, NUM_DECIMALS),
+        "interval": [round(mean - distance, NUM_DECIMALS), round(mean + distance, NUM_DECIMALS)],
+        "folds": [{"folder": f"fold-{index + 1}", metric: value} for index, value in enumerate(values)],
+    }
+    runner = task.runner
+    on_main(runner.accelerator, lambda: write_json(options.output_dir / FOLDS, summary))
+    low, high = (format_metric(metric, value).split()[-1] for value in summary["interval"])
+    runner.reporter.print_line(
+        "folds", f"mean {format_metric(metric, mean)} (95 % interval: {low} to {high}) over {len(values)} folds"
+    )
+    return summary
+
+
+def estimate_error(values: list[float]) -> float:
+    """Return half the width of Student's 95 % interval of the mean of these values."""
+    from scipy.stats import t
+
+    return float(t.ppf(0.975, len(values) - 1)) * stdev(values) / math.sqrt(len(values))
+
+
 # Dry run -------------------------------------------------------------------------------------------------------------
 
 
@@ -482,7 +540,7 @@ def dry_run(task_class: type[Task], options: Any) -> None:
     steps, evaluation = f"{len(runner.step_seconds)} steps", "an evaluation"
     parts = [steps, evaluation, *(["a checkpoint"] if runner.can_save_checkpoints else []), "saving"]
     may_push = f"; pushing to {task.hub_model_id} is permitted" if task.hub_model_id else ""
-    expected = format_duration(estimate_seconds(runner, plan, len(indices) / num_held_out))
+    expected = format_duration(estimate_seconds(runner, plan, len(indices) / num_held_out if num_held_out else 1.0))
     runner.reporter.print_line(
         "dry run",
         f"{', '.join(parts)} succeeded in {time.perf_counter() - started:.0f} s{may_push}; no files were kept. The "

@@ -300,6 +300,7 @@ def hooks_of(model: nn.Module) -> list[Any]:
     return [hook for module in model.modules() for hook in module._forward_hooks.values()]
 
 
+@pytest.mark.integration
 def test_compiled_models() -> None:
     model = classifier(num_register_tokens=1)
     means = mean_states(model)
@@ -371,7 +372,9 @@ def test_effects_stand_against_null_distributions(layout: dict[str, Any]) -> Non
                 ablation.compared > ablation.null[1] and ablation.effect.changed_answers > 0
             )
     for key, effect in single.items():
-        assert found["information"][key].effect == effect
+        held = found["information"][key].effect  # from one image if the head reads no other token
+        assert held.logit_change == pytest.approx(effect.logit_change, rel=1e-4)
+        assert held.changed_answers == effect.changed_answers
         hidden = collect_outputs(model, Batches(), [get_token_keys(model.config.token_layout).index(key)])
         assert found["presence"][key].effect == compute_effect(collect_outputs(model, Batches()), hidden)
 

@@ -294,6 +294,7 @@ def test_the_mode_of_each_part_stays() -> None:
     assert {name: module.training for name, module in model.named_modules()} == before
 
 
+@pytest.mark.integration
 def test_compiled_models() -> None:
     model = classifier(num_register_tokens=1)
     expected = compute_attention_rollout(model, images()), compute_attribution(model, images())

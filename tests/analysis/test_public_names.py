@@ -87,6 +87,7 @@ PROCESSOR = ViTCLSImageProcessor(size={"height": 32, "width": 32})
 
 
 @pytest.mark.parametrize("wrapped", WRAPPERS.values(), ids=WRAPPERS)
+@pytest.mark.integration
 def test_wrapped_models_are_inspected_as_what_they_are(wrapped: Callable[[], Any], tmp_path: Path) -> None:
     model = wrapped()
     assert is_classifier(model)

@@ -28,7 +28,14 @@ from modeling_vitcls import (
 from modeling_vitcls.analysis import report_data
 from modeling_vitcls.analysis.diagnosis import MIN_IMAGES
 from modeling_vitcls.analysis.inspection import Inspection, inspect_model
-from modeling_vitcls.analysis.maps import MIN_SCALE, extract_patch_maps, get_visible_region, overlay
+from modeling_vitcls.analysis.maps import (
+    MIN_SCALE,
+    VisibleRegion,
+    extract_patch_maps,
+    get_visible_region,
+    overlay,
+    upsample_maps,
+)
 from modeling_vitcls.analysis.patch_features import (
     compute_patch_colors,
     compute_patch_features,
@@ -156,7 +163,7 @@ def test_planted_faults_are_named(page_to_read: Page, faulty: Any) -> None:
     assert words[1] == "register 1: ≡ collapsed" and words[3] == "register 3: ≡ collapsed"
     assert words[0].startswith("CLS: ") and "not moved" in words[0] and words[5] == "patches: ✕ artifacts"
     assert words[2].split(": ")[0] == "register 2" and words[4].startswith("all 3 registers: ")
-    assert "null: random patches" in cards[2] and "random tokens" in cards[2] and "95% interval" in cards[4]
+    assert "null: patches" in cards[2] and "random tokens" in cards[2] and "95% interval" in cards[4]
     assert "identical to register 3" in cards[1] and "6.25%" in cards[5]
 
 
@@ -422,12 +429,18 @@ def test_a_click_shows_the_similarity_to_that_patch(browser: Browser, faulty: An
 
 
 def test_patches_as_blocks_and_fewer_layers(browser: Browser, tmp_path: Path) -> None:
-    write_report(tmp_path / "report.html", classifier(num_hidden_layers=5), processor(), pictures())
+    found = write_report(tmp_path / "report.html", classifier(num_hidden_layers=5), processor(), pictures())
     with opened(browser, tmp_path / "report.html") as page:
-        smooth = pixels_of(page, "CLS, layer 2")
+        page.locator("#brightness").select_option("each")
         page.locator("#blocks").check()
-        blocks = pixels_of(page, "CLS, layer 2")
-        assert len(np.unique(blocks[100:300, 200])) < len(np.unique(smooth[100:300, 200]))
+        painted = pixels_of(page, "CLS, layer 2")
+        values = found.image_reports[0].attention[1, :, 0].mean(dim=0)
+        seen = VisibleRegion(*(10 * edge for edge in get_visible_region(processor(), (60, 90), (8, 8))))
+        blocks = upsample_maps(values, (600, 900), seen, interpolate=False)
+        large = pictures()[0].resize((900, 600), Image.Resampling.NEAREST)
+        drawn = overlay(large, blocks, max_value=max(values.max(), MIN_SCALE * values.mean()).item())
+        left, top, right, bottom = (round(edge) for edge in seen)
+        assert np.abs(painted - np.asarray(drawn, dtype=int))[top:bottom, left:right].mean() < 2
         page.locator("#every").select_option("2")
         layers = page.locator('[data-maps="0"] .grid .layer').all_inner_texts()
         assert layers == ["rollout", "layer 1", "layer 3", "layer 5"]

@@ -33,8 +33,8 @@ from modeling_vitcls.benchmarking.image_files import (
 )
 from modeling_vitcls.benchmarking.own_features import (
     ATTENTION_ROWS,
-    INEXACT,
-    PROBES,
+    INEXACT_ROWS,
+    PROBE_ROWS,
     build_attention_inputs,
     build_model,
     check_attention,
@@ -60,7 +60,7 @@ from modeling_vitcls.benchmarking.work import WORK, compare
 from modeling_vitcls.conversion.random_weights import randomize_weights
 
 
-TOY_SETTINGS = BenchmarkSettings(("timm",), 1, toy=True)
+TOY_SETTINGS = BenchmarkSettings(("timm",), 1, is_toy=True)
 SCRIPT = Path(__file__).parents[2] / "scripts" / "benchmark.py"
 KEYS = {
     "work",
@@ -135,24 +135,24 @@ def test_the_script_compares_reading_attention(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["pixels", "prediction", "probe"])
 def test_work_without_peers_is_compared(name: str) -> None:
-    found = list(compare((name,), (), BenchmarkSettings(("transformers",), 2, toy=True)))
+    found = list(compare((name,), (), BenchmarkSettings(("transformers",), 2, is_toy=True)))
     assert [each.name for each in found] == list(WORK[name].rows)
     assert all(len(each.ratios) == 2 and each.difference < 1e-4 for each in found)
-    assert all("ratio" in each.as_dict() for each in found)
+    assert all("ratio" in each.to_dict() for each in found)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("against", PEERS)
 def test_compiled_models_are_compared(against: str) -> None:
     row = replace(FORWARD_PASSES["bf16, batch 16, compiled"], batch_size=2)
-    assert row.compiled
+    assert row.use_compile
     assert compare_forward_pass("row", row, PEERS[against](TOY), TOY_SETTINGS).difference < 0.1
 
 
 @pytest.mark.parametrize("name", ATTENTION_ROWS)
 def test_attention_is_checked_before_it_is_measured(name: str) -> None:
     row = ATTENTION_ROWS[name]
-    model, pixel_values = build_attention_inputs(row.batch_size, toy=True)
+    model, pixel_values = build_attention_inputs(row.batch_size, is_toy=True)
     assert len(pixel_values) == row.batch_size
     assert check_attention(row, model, pixel_values, name) < 1e-5
     with torch.no_grad():
@@ -196,7 +196,7 @@ def test_gradients_are_compared_before_steps_are_measured(name: str, against: st
 
 
 def test_pixels_that_differ_are_not_compared(tmp_path: Path) -> None:
-    files = write_benchmark_files(tmp_path, toy=True)
+    files = write_benchmark_files(tmp_path, is_toy=True)
     ours, theirs = build_image_processors(TOY, tmp_path)
     name, row = next(iter(PIXEL_ROWS.items()))
     ours.resample = 3
@@ -212,7 +212,7 @@ def test_labels_and_weights_that_differ_are_not_compared() -> None:
         check_labels([cat, cat], [cat, ("dog", 0.5)], name)
     with raises_one_line(name, "differ by 0.1"):
         check_labels([cat], [("cat", 0.6)], name)
-    probe = next(iter(PROBES))
+    probe = next(iter(PROBE_ROWS))
     assert check_weights(torch.ones(2), torch.ones(2), probe) == 0
     with raises_one_line(probe, "differ by 0.5"):
         check_weights(torch.tensor([1.0, 0.5]), torch.ones(2), probe)
@@ -264,13 +264,13 @@ def test_results_name_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
         compare_forward_pass("row", ForwardPass(torch.float32, 2), PEERS["timm"](TOY), TOY_SETTINGS),
         compare_step("row", row, PEERS["timm"](TOY), TOY_SETTINGS),
     ):
-        assert result.as_dict()["device"] == "cpu"
+        assert result.to_dict()["device"] == "cpu"
 
 
 def test_inexact_features_are_compared_with_the_plain_model() -> None:
     """The plain model drops and merges nothing; the other one computes the same if its feature is set to 0."""
-    names = [name for name in INEXACT if " 4," in name or " 0.5," in name]
-    entries = [result.as_dict() for result in compare(("inexact",), tuple(names), TOY_SETTINGS)]
+    names = [name for name in INEXACT_ROWS if " 4," in name or " 0.5," in name]
+    entries = [result.to_dict() for result in compare(("inexact",), tuple(names), TOY_SETTINGS)]
     assert [(entry["name"], entry["against"]) for entry in entries] == [(name, "the plain model") for name in names]
     assert [entry.get("merged_patches_per_layer") for entry in entries] == [4, None]
     assert [entry.get("patch_drop_rate") for entry in entries] == [None, 0.5]
@@ -278,14 +278,14 @@ def test_inexact_features_are_compared_with_the_plain_model() -> None:
     merging = build_model(TOY, merged_patches_per_layer=4)
     randomize_weights(merging)
     with raises_one_line(names[0], "set to 0", "the outputs differ"):
-        check_feature_off(INEXACT[names[0]], merging, TOY, names[0])
+        check_feature_off(INEXACT_ROWS[names[0]], merging, TOY, names[0])
 
 
-@pytest.mark.parametrize("name", INEXACT)
+@pytest.mark.parametrize("name", INEXACT_ROWS)
 def test_inexact_models_have_the_field_of_their_row(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    row, models = INEXACT[name], []
+    row, models = INEXACT_ROWS[name], []
     build = lambda model, *others: (lambda: models.append(model), 1)  # noqa: E731
-    monkeypatch.setitem(INEXACT, name, replace(row, build=build))
+    monkeypatch.setitem(INEXACT_ROWS, name, replace(row, build=build))
     (result,) = compare_inexact((name,), TOY_SETTINGS)
     assert {getattr(model.config, row.field) for model in models} == {row.value, 0}
     assert getattr(models[0].config, row.field) == row.value and len(result.ratios) == 1
@@ -366,7 +366,7 @@ def test_ratios_are_of_pairs() -> None:
 
     ours, theirs = measure_in_turns(side("ours", [2.0, 9.0, 8.0]), side("theirs", [1.0, 3.0, 2.0]), 3)
     assert order == ["ours", "theirs", "theirs", "ours", "ours", "theirs"]
-    found = Comparison("work", "row", "them", ours, theirs, 0.0, {}).as_dict()
+    found = Comparison("work", "row", "them", ours, theirs, 0.0, {}).to_dict()
     assert found["ratios"] == [2.0, 3.0, 4.0] and found["ratio"] == 3.0 and found["quartiles"] == [2.5, 3.5]
     assert compute_quartiles([7.0]) == (7.0, 7.0, 7.0)
 

@@ -18,13 +18,13 @@ from modeling_vitcls.benchmarking import comparison, growth
 from modeling_vitcls.benchmarking.comparison import BenchmarkSettings, Comparison, measure_peak_in_process
 from modeling_vitcls.benchmarking.growth import (
     AXES,
-    BASE,
+    BASE_POINT,
+    LINE_STYLES,
     MIN_BYTES,
     OURS,
     PANELS,
     POINTS,
-    STYLES,
-    TOY_BASE,
+    TOY_BASE_POINT,
     TOY_POINTS,
     build_peer,
     compare_growth,
@@ -63,7 +63,7 @@ def run_script(*flags: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_every_axis_leads_away_from_one_base_point() -> None:
-    for table, base in ((POINTS, BASE), (TOY_POINTS, TOY_BASE)):
+    for table, base in ((POINTS, BASE_POINT), (TOY_POINTS, TOY_BASE_POINT)):
         varied = [get_axis(point, base) for point in table.values()]
         assert varied[0] is None and None not in varied[1:] and set(varied[1:]) == set(AXES) == set(PANELS)
         for point in table.values():
@@ -76,8 +76,8 @@ def test_every_axis_leads_away_from_one_base_point() -> None:
 
 def test_all_points_are_compared(memory_requests: list[tuple[str, ...]]) -> None:
     """In one precision, and with every peer that can do the work: transformers' ViT has no registers."""
-    settings = BenchmarkSettings(("transformers", "timm"), 2, toy=True, precision="bf16")
-    entries = [result.as_dict() for result in compare(("growth",), (), settings)]
+    settings = BenchmarkSettings(("transformers", "timm"), 2, is_toy=True, precision="bf16")
+    entries = [result.to_dict() for result in compare(("growth",), (), settings)]
     expected = [
         (name, peer) for name in TOY_POINTS for peer in PEERS if (name, peer) != ("4 registers", "transformers")
     ]
@@ -88,7 +88,7 @@ def test_all_points_are_compared(memory_requests: list[tuple[str, ...]]) -> None
         point = TOY_POINTS[entry["name"]]
         assert entry["work"] == "growth in bf16" and len(entry["ratios"]) == 2
         assert 0 < entry["largest_difference_of_outputs"] < 0.1
-        assert entry["num_tokens"] == point.num_tokens and entry["axis"] == get_axis(point, TOY_BASE)
+        assert entry["num_tokens"] == point.num_tokens and entry["axis"] == get_axis(point, TOY_BASE_POINT)
         assert (entry["ours_peak_bytes"], entry["theirs_peak_bytes"]) == (90, 100)
     assert json.dumps(entries)
 
@@ -103,7 +103,7 @@ def test_all_points_are_compared(memory_requests: list[tuple[str, ...]]) -> None
 )
 def test_models_do_the_work_that_the_point_says(name: str, against: str) -> None:
     point = TOY_POINTS[name]
-    peer = build_peer(point, against, toy=True)
+    peer = build_peer(point, against, is_toy=True)
     ours: Any = peer.ours
     assert ours.config.image_size == point.image_size and ours.config.patch_size == point.patch_size
     assert ours.config.num_register_tokens == point.num_registers
@@ -115,11 +115,11 @@ def test_models_do_the_work_that_the_point_says(name: str, against: str) -> None
 @pytest.mark.parametrize("against", PEERS)
 def test_points_whose_outputs_differ_are_not_compared(against: str) -> None:
     name, point = next(iter(TOY_POINTS.items()))
-    peer = build_peer(point, against, toy=True)
+    peer = build_peer(point, against, is_toy=True)
     with torch.no_grad():
         peer.ours.get_parameter("vitcls.layers.1.mlp.fc1.weight").mul_(1.5)
     with raises_one_line(f"{name} against {against}", "the outputs differ"):
-        compare_point(name, point, peer, BenchmarkSettings((against,), 1, toy=True))
+        compare_point(name, point, peer, BenchmarkSettings((against,), 1, is_toy=True))
 
 
 def test_wrong_requests_are_one_line() -> None:
@@ -129,7 +129,7 @@ def test_wrong_requests_are_one_line() -> None:
         next(compare_growth(("64 registers",), BenchmarkSettings(("transformers",), 1)))
     if not torch.cuda.is_available():
         with raises_one_line("--device cuda", "finds none"):
-            next(compare(("growth",), (), BenchmarkSettings(("timm",), 1, toy=True, device="cuda")))
+            next(compare(("growth",), (), BenchmarkSettings(("timm",), 1, is_toy=True, device="cuda")))
 
 
 @pytest.mark.parametrize(
@@ -142,7 +142,7 @@ def test_plots_that_cannot_be_made_are_refused_first(flags: tuple[str, ...]) -> 
 
 def test_work_for_the_cpu_is_not_measured_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    settings = BenchmarkSettings(("timm",), 1, toy=True, device="cuda")
+    settings = BenchmarkSettings(("timm",), 1, is_toy=True, device="cuda")
     with raises_one_line("--work pixels probe", "inference, growth, step"):
         next(compare(("inference", "pixels", "probe"), (), settings))
 
@@ -170,7 +170,7 @@ def test_each_process_measures_the_side_of_its_flags(
     """The outputs of the two sides differ, and are returned as their memory."""
     peer = Peer("timm", TOY, torch.nn.Identity(), torch.nn.Identity(), lambda pixels: pixels + 2)
     monkeypatch.setattr(Peer, "predict_ours", lambda self, pixels: pixels + 1)
-    monkeypatch.setattr(growth, "build_peer", lambda point, against, toy: peer)
+    monkeypatch.setattr(growth, "build_peer", lambda point, against, is_toy: peer)
     monkeypatch.setattr(growth, "measure_peak", lambda predict, *others: int(predict(torch.zeros(1))))
     for flags, expected in (((), 1), (("--theirs",), 2)):
         monkeypatch.setattr(sys, "argv", ["growth", "image size 48", "timm", "--toy", *flags])
@@ -214,7 +214,7 @@ def made_up_comparisons() -> list[Comparison]:
                 details = {
                     **vars(point),
                     "num_tokens": point.num_tokens,
-                    "axis": get_axis(point, BASE),
+                    "axis": get_axis(point, BASE_POINT),
                     "precision": "fp32",
                     "device": "cpu",
                     "size": {"hidden_size": 384, "num_hidden_layers": 12},
@@ -234,7 +234,7 @@ def get_lines(figure: Figure, index: int) -> dict[str, tuple[list[float], list[f
 
 
 def test_the_figure_has_a_column_for_each_axis() -> None:
-    figure = plot_growth([result.as_dict() for result in made_up_comparisons()], "Some machine")
+    figure = plot_growth([result.to_dict() for result in made_up_comparisons()], "Some machine")
     assert [axes.get_title() for axes in figure.axes[:4]] == ["Image size", "Patch size", "Tokens", "Batch"]
     time, memory = get_lines(figure, 0), get_lines(figure, 7)
     assert set(time) == {OURS, "timm", "transformers"}
@@ -248,9 +248,9 @@ def test_the_figure_has_a_column_for_each_axis() -> None:
 
 
 def test_the_figure_names_units_and_conditions() -> None:
-    figure = plot_growth([result.as_dict() for result in made_up_comparisons()], "Some machine")
+    figure = plot_growth([result.to_dict() for result in made_up_comparisons()], "Some machine")
     (legend,) = figure.legends
-    assert [text.get_text() for text in legend.get_texts()] == list(STYLES)
+    assert [text.get_text() for text in legend.get_texts()] == list(LINE_STYLES)
     assert "ms" in figure.axes[0].get_ylabel() and "MiB" in figure.axes[4].get_ylabel()
     assert all(axes.get_xlabel() for axes in figure.axes[4:])
     caption = " ".join(figure.get_supxlabel().split())
@@ -262,7 +262,7 @@ def test_the_figure_names_units_and_conditions() -> None:
 
 @pytest.mark.parametrize("axes", [tuple(AXES), ("image_size",)])
 def test_no_text_is_cut_off(axes: tuple[str, ...]) -> None:
-    some = [each.as_dict() for each in made_up_comparisons() if each.details["axis"] in axes]
+    some = [each.to_dict() for each in made_up_comparisons() if each.details["axis"] in axes]
     figure = plot_growth(some, "Some processor with a long name, 2 threads on 2 cores; versions of many libraries")
     FigureCanvasAgg(figure).draw()
     for text in figure.findobj(lambda artist: hasattr(artist, "get_text") and artist.get_visible()):
@@ -273,20 +273,20 @@ def test_no_text_is_cut_off(axes: tuple[str, ...]) -> None:
 def test_the_figure_shows_what_was_measured(tmp_path: Path) -> None:
     some = [each for each in made_up_comparisons() if each.details["axis"] == "batch_size" and each.against == "timm"]
     other = Comparison("inference", "row", "timm", [1.0], [1.0], 0.0, {})
-    figure = plot_growth([each.as_dict() for each in (*some, other)], "Some machine")
+    figure = plot_growth([each.to_dict() for each in (*some, other)], "Some machine")
     assert [axes.get_title() for axes in figure.axes] == ["Batch", ""]
     assert set(get_lines(figure, 0)) == {OURS, "timm"}
     assert "except on their axes" not in figure.get_supxlabel() and "registers" not in figure.get_supxlabel()
     write_reports([*some, other], None, None, tmp_path / "folder" / "growth.svg")
     assert "<svg" in (tmp_path / "folder" / "growth.svg").read_text()
     with raises_one_line("--plot requires growth"):
-        plot_growth([other.as_dict()], "Some machine")
+        plot_growth([other.to_dict()], "Some machine")
 
 
 @pytest.mark.filterwarnings("error")
 def test_memory_of_nothing_is_drawn_at_the_bottom() -> None:
     """A toy model may fit into memory that the process already has; logarithmic axes have no 0."""
-    found = [each.as_dict() for each in made_up_comparisons()]
+    found = [each.to_dict() for each in made_up_comparisons()]
     for each in found:
         each["ours_peak_bytes"] = 0
     figure = plot_growth(found, "Some machine")

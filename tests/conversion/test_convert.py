@@ -407,7 +407,22 @@ def test_weights_that_the_source_does_not_use_are_named(tmp_path: Path) -> None:
     file = tmp_path / "source" / "model.safetensors"
     save_file(load_file(file) | {"layernorm.scale": torch.ones(32)}, file, metadata={"format": "pt"})
     made = convert_checkpoint(source, tmp_path / "made")
-    assert made.notes == ["ViTModel does not use 1 weights, for example layernorm.scale"]
+    assert made.notes == [
+        "ViTModel does not use 1 weights, for example layernorm.scale",
+        "positions for other image sizes: bicubic without antialiasing, as in transformers",
+    ]
+
+
+def test_the_report_names_the_policies_of_positions(tmp_path: Path) -> None:
+    for name, words in {
+        "vit_tiny_patch16_224": ["positions for other image sizes: bicubic with antialiasing, as in timm"],
+        "vit_small_patch16_dinov3": [
+            "rotary periods: computed in float32, as in timm; the authors' files of DINOv3 store rounded periods"
+        ],
+    }.items():
+        made = convert_checkpoint(f"timm:{name}", tmp_path / name, random_init=True)
+        assert made.notes == words
+        assert all(f"Note: {word}." in (tmp_path / name / "README.md").read_text() for word in words)
 
 
 class RunWhenUnpickled:

@@ -378,7 +378,7 @@ def test_saving_keeps_nothing_of_the_loading(tmp_path: Path) -> None:
     filled(ViTCLSModel(tiny_config())).save_pretrained(tmp_path)
     larger = ViTCLSModel.from_pretrained(tmp_path, num_register_tokens=2)
     again = reloaded(larger, tmp_path / "again")
-    assert "_unchecked" not in json.loads((tmp_path / "again" / "config.json").read_text())
+    assert "_skip_validation" not in json.loads((tmp_path / "again" / "config.json").read_text())
     with torch.no_grad():
         assert torch.equal(again(images()).last_hidden_state, larger(images()).last_hidden_state)
 
@@ -584,9 +584,9 @@ def test_checkpoints_adapt_without_the_package(tmp_path: Path) -> None:
 def test_the_configuration_of_a_half_loaded_model_is_not_left_behind() -> None:
     """What skips the checks while a checkpoint is loaded must not skip them afterwards."""
     config = tiny_config()
-    assert not config._unchecked
-    assert not ViTCLSModel(config).adapt(num_register_tokens=1).config._unchecked
+    assert not config._skip_validation
+    assert not ViTCLSModel(config).adapt(num_register_tokens=1).config._skip_validation
     config.num_cls_tokens = 0
     with raises_one_line("num_cls_tokens"):
         ViTCLSModel(config)
-    assert "_unchecked" not in ViTCLSConfig().to_dict()
+    assert "_skip_validation" not in ViTCLSConfig().to_dict()

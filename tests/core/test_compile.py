@@ -50,11 +50,13 @@ def assert_one_graph(model: Any, **kwargs: Any) -> None:
 
 @pytest.mark.parametrize("has_kernels", [True, False])
 @each_model
+@pytest.mark.integration
 def test_there_is_no_graph_break(model_class: Any, fields: dict[str, Any], has_kernels: bool) -> None:
     assert_one_graph(build_model(model_class, fields, has_kernels))
 
 
 @pytest.mark.parametrize("name", ["encoder", "classifier_with_tokens"])
+@pytest.mark.integration
 def test_there_is_no_graph_break_with_recorded_hidden_states(name: str) -> None:
     model = build_model(*MODELS[name], has_kernels=True)
     with torch.no_grad():

@@ -35,7 +35,7 @@ from modeling_vitcls.configuration_vitcls import MAX_LABELS, SIZE_LIMITS
 
 NAN = float("nan")
 
-CLASS_VARIABLES = {"_unchecked", "keys_to_ignore_at_inference", "base_model_tp_plan", "base_model_fsdp_plan"}
+CLASS_VARIABLES = {"_skip_validation", "keys_to_ignore_at_inference", "base_model_tp_plan", "base_model_fsdp_plan"}
 
 # Fields that contradict each other -> words that tell the reader what to change.
 CONTRADICTIONS: list[tuple[dict[str, Any], list[str]]] = [

@@ -32,10 +32,10 @@ from modeling_vitcls.cpu_kernels_vitcls import (
     install_cpu_kernels,
     is_emulated,
     linear_gelu,
-    prefers_chunks,
     recompute_in_backward,
     sdpa_attention,
     sdpa_attention_forward,
+    use_chunked_attention,
 )
 from modeling_vitcls.variants_vitcls import RegisterNeurons
 
@@ -772,7 +772,7 @@ def test_where_chunked_attention_is_used(monkeypatch: pytest.MonkeyPatch) -> Non
 
     def chosen(dtype: torch.dtype, length: int, device: str = "cpu", num_images: int = 100) -> bool:
         made = torch.empty(num_images, 1, length, 8, dtype=dtype, device=device)
-        return prefers_chunks(made, made)
+        return use_chunked_attention(made, made)
 
     assert chosen(torch.bfloat16, 17) and chosen(torch.bfloat16, MAX_CHUNKED_KEYS, num_images=1)
     assert not chosen(torch.bfloat16, 17, num_images=10)

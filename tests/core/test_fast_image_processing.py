@@ -198,7 +198,7 @@ def test_settings_may_change_between_calls() -> None:
     processor.size["height"] = 24
     assert processor(image, return_tensors="pt")["pixel_values"].shape == (1, 3, 24, 30)
     processor.size["height"] = -1
-    with raises_one_line("must give positive whole numbers"):
+    with raises_one_line("must contain positive integers"):
         processor(image, return_tensors="pt")
 
 

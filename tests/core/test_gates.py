@@ -190,6 +190,7 @@ def digit_model(digits: tuple[torch.Tensor, torch.Tensor]) -> ViTCLSForImageClas
     return model
 
 
+@pytest.mark.integration
 def test_fine_tuning_opens_the_gates_and_uses_the_tokens(
     digits: tuple[torch.Tensor, torch.Tensor], digit_model: ViTCLSForImageClassification
 ) -> None:
@@ -203,6 +204,7 @@ def test_fine_tuning_opens_the_gates_and_uses_the_tokens(
     assert change_without_registers(gated, pixels) > 0.01  # a thousand times what the gates let through at the start
 
 
+@pytest.mark.integration
 def test_registers_that_alone_may_learn_do(
     digits: tuple[torch.Tensor, torch.Tensor], digit_model: ViTCLSForImageClassification
 ) -> None:

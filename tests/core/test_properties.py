@@ -7,6 +7,7 @@ import os
 import tempfile
 from typing import Any
 
+import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -171,6 +172,7 @@ def learn_once(model: ViTCLSPreTrainedModel) -> None:
 @given(
     fields=valid_fields(), model_class=st.sampled_from(CLASSES), more=st.tuples(st.integers(0, 9), st.integers(0, 9))
 )
+@pytest.mark.integration
 def test_a_valid_configuration_learns_and_survives_saving(
     fields: dict[str, Any], model_class: type[ViTCLSPreTrainedModel], more: tuple[int, int]
 ) -> None:
@@ -212,6 +214,7 @@ LABEL_FIELDS = ["num_labels", "id2label", "label2id", "problem_type", "out_featu
     taken=st.sets(st.sampled_from(FIELDS + LABEL_FIELDS), max_size=8),
     garbage=st.dictionaries(st.sampled_from(FIELDS + LABEL_FIELDS), ANYTHING, max_size=1),
 )
+@pytest.mark.integration
 def test_any_fields_work_or_are_a_value_error(
     fields: dict[str, Any], other: dict[str, Any], taken: set[str], garbage: dict[str, Any]
 ) -> None:

@@ -26,6 +26,7 @@ STILL = {"crop_scale": 1.0, "flip": False}
 
 
 def build(**options: Any) -> Augmentation:
+    options = {"shift": 0.0} | options
     return build_augmentation(AugmentationOptions(**options), (24, 32), InterpolationMode.BICUBIC)
 
 
@@ -35,7 +36,7 @@ def pictures(count: int, size: tuple[int, int] = (40, 36)) -> list[torch.Tensor]
 
 
 def augmented(augmentation: Augmentation, sources: list[torch.Tensor], seed: int, indices: list[int]) -> torch.Tensor:
-    fixed = [augmentation.fixed(source) for source in sources]
+    fixed = [augmentation.fixed_transform(source) for source in sources]
     seeds = np.full(len(sources), seed, dtype=np.uint64)
     return augmentation(fixed, seeds, np.array(indices, dtype=np.uint64))
 
@@ -101,7 +102,9 @@ def test_placement_is_torchvisions_affine(
     """Numbers 0 and 1 are the ends of each range; unused ones are anything."""
     affine = affine or {"angle": 20, "translate": [-8, 6], "scale": 0.5}
     smooth = v2.functional.gaussian_blur(torch.stack(pictures(2, (24, 32))), [7, 7], [3.0, 3.0])
-    placed = BatchTransform(AugmentationOptions(crop_scale=1.0, flip=False, **change))(smooth, np.array([numbers] * 2))
+    placed = BatchTransform(AugmentationOptions(**{"crop_scale": 1.0, "flip": False, "shift": 0.0} | change))(
+        smooth, np.array([numbers] * 2)
+    )
     full = {"angle": 0, "translate": [0, 0], "scale": 1.0, "shear": [0.0, 0.0]} | affine
     expected = v2.functional.affine(smooth.float(), interpolation=InterpolationMode.BILINEAR, **full)
     inside = (slice(None), slice(None), slice(2, -2), slice(2, -2))

@@ -16,7 +16,7 @@ from PIL import Image
 from modeling_vitcls import ViTCLSImageProcessor
 from modeling_vitcls.data.augmentation import build_augmentation
 from modeling_vitcls.data.batches import Batch, Normalizer, TrainingImages, iterate_training_batches
-from modeling_vitcls.data.images import Arrays, Files, LabeledImages
+from modeling_vitcls.data.images import ArrayImages, FileImages, LabeledImages
 from modeling_vitcls.data.sampling import BatchPlan, compute_class_weights
 from modeling_vitcls.data.splits import load_training_data
 from modeling_vitcls.data.streaming import TrainingStream, augment_images
@@ -35,7 +35,7 @@ def keys_of(plan: BatchPlan, process: int = 0) -> list[tuple[int, int]]:
 def build_images(
     source: LabeledImages, seed: int = 0, num_views: int = 0, **options: Any
 ) -> TrainingImages | TrainingStream:
-    options = {"crop_scale": 1.0, "flip": False} | options
+    options = {"crop_scale": 1.0, "flip": False, "shift": 0.0} | options
     augmentation = build_augmentation(AugmentationOptions(**options), (16, 16), 3)
     return augment_images(source, augmentation, to_rgb=True, seed=seed, num_views=num_views)
 
@@ -128,10 +128,10 @@ def test_weights_are_inverse_to_frequency_and_one_on_average() -> None:
 
 def test_streams_need_an_end() -> None:
     with pytest.raises(ValueError, match=r"requires a number of steps.*Set --max-steps"):
-        BatchPlan.from_options(None, TrainingOptions(), 1)
+        BatchPlan.from_options(None, TrainingOptions(batch_size=64), 1)
     with pytest.raises(ValueError, match="--class-balance sampling requires one known label per image"):
-        BatchPlan.from_options(None, TrainingOptions(max_steps=3, class_balance="sampling"), 1)
-    assert BatchPlan.from_options(None, TrainingOptions(max_steps=3), 1).count_epochs(2) == 0
+        BatchPlan.from_options(None, TrainingOptions(max_steps=3, batch_size=64, class_balance="sampling"), 1)
+    assert BatchPlan.from_options(None, TrainingOptions(max_steps=3, batch_size=64), 1).count_epochs(2) == 0
 
 
 # Images --------------------------------------------------------------------------------------------------------------
@@ -169,7 +169,7 @@ def test_labels_of_any_kind(labels: list[Any], expected: Any) -> None:
 @pytest.mark.parametrize("options", [{"rotation": 20, "shift": 0.1}, {"crop_scale": 0.4}, {"auto_augment": "rand"}])
 def test_pixels_depend_on_seed_epoch_and_image_alone(as_arrays: bool, options: dict[str, Any]) -> None:
     values = np.random.default_rng(0).integers(0, 256, (4, 10, 12), dtype=np.uint8)
-    arrays = Arrays(values)
+    arrays = ArrayImages(values)
     source = LabeledImages(arrays if as_arrays else list(arrays), [0] * 4)
 
     def pixels(seed: int, epoch: int) -> torch.Tensor:
@@ -213,7 +213,7 @@ def test_small_datasets_are_decoded_once(tmp_path: Path) -> None:
     paths = [tmp_path / f"{index}.png" for index in range(3)]
     for path, picture in zip(paths, noise(3), strict=True):
         picture.save(path)
-    pictures = build_images(LabeledImages(Files(list(map(str, paths))), [0, 1, 2]), crop_scale=0.5)
+    pictures = build_images(LabeledImages(FileImages(list(map(str, paths))), [0, 1, 2]), crop_scale=0.5)
     before = pictures.load_batch([(5, 0), (5, 1), (5, 2)])
     for path in paths:
         path.unlink()
@@ -231,7 +231,7 @@ def half_broken(tmp_path: Path) -> LabeledImages:
             (tmp_path / f"{index}.png").write_bytes(b"no picture")
         else:
             picture.save(tmp_path / f"{index}.png")
-    return LabeledImages(Files([str(tmp_path / f"{index}.png") for index in range(6)]), list(range(6)))
+    return LabeledImages(FileImages([str(tmp_path / f"{index}.png") for index in range(6)]), list(range(6)))
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
@@ -257,7 +257,7 @@ def test_a_unreadable_image_is_described(half_broken: LabeledImages) -> None:
 
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_a_dataset_without_any_readable_image_ends_in_one_line(tmp_path: Path, num_workers: int) -> None:
-    source = LabeledImages(Files([str(tmp_path / f"{index}.png") for index in range(3)]), [0, 1, 2])
+    source = LabeledImages(FileImages([str(tmp_path / f"{index}.png") for index in range(3)]), [0, 1, 2])
     with pytest.raises(ValueError, match=r"none of the 3 images can be read, for example: .*\.png") as caught:
         next(iterate_training_batches(build_images(source), plan_for(3, batch_size=2), 0, num_workers))
     assert "\n" not in str(caught.value)
@@ -294,7 +294,7 @@ def test_workers_outlive_the_signals_that_stop_a_run() -> None:
 
 def test_a_grey_model_skips_images_in_color() -> None:
     pictures = [picture.convert(mode) for picture, mode in zip(noise(4), ("L", "RGB", "RGBA", "LA"), strict=True)]
-    augmentation = build_augmentation(AugmentationOptions(crop_scale=1.0, flip=False), (16, 16), 3)
+    augmentation = build_augmentation(AugmentationOptions(crop_scale=1.0, flip=False, shift=0.0), (16, 16), 3)
     source = LabeledImages(pictures, [0, 1, 2, 3])
     prepared = augment_images(source, augmentation, to_rgb=False, seed=0, num_channels=1)
     batch = prepared.load_batch([(0, 0), (0, 1), (0, 2), (0, 3)])

@@ -136,9 +136,9 @@ def test_the_fraction_is_kept_on_average(tmp_path: Path) -> None:
     """Of 20,000 images, within 5 standard deviations; and a larger fraction holds what a smaller one holds."""
     for fraction in (0.05, 0.2, 0.5):
         part, larger = HeldOutRule(fraction, 1), HeldOutRule(fraction + 0.1, 1)
-        held_out = [key for key in range(20_000) if part.selects(key)]
+        held_out = [key for key in range(20_000) if part.is_held_out(key)]
         assert abs(len(held_out) - 20_000 * fraction) < 5 * (20_000 * fraction * (1 - fraction)) ** 0.5
-        assert all(larger.selects(key) for key in held_out)
+        assert all(larger.is_held_out(key) for key in held_out)
 
 
 def test_classes_that_one_part_lacks_are_named(tmp_path: Path) -> None:

@@ -123,7 +123,7 @@ def test_folders_that_may_be_splits_or_classes_are_refused(tmp_path: Path) -> No
         read(tmp_path / "a")
     write_class(tmp_path / "b", "val/cat", 2)
     write_class(tmp_path / "b", "dev/cat", 2)
-    with raises_one_line("'dev' and 'val' are both named like the split 'validation'"):
+    with raises_one_line("'dev' and 'val' are both names of the split 'validation'"):
         read(tmp_path / "b")
 
 
@@ -132,7 +132,7 @@ def test_a_split_without_class_folders_is_left_out_and_named(tmp_path: Path) -> 
     write_class(tmp_path, "train/dog", 2)
     write_class(tmp_path, "test", 5)
     assert list(read(tmp_path)) == ["train"]
-    assert "left out 5 files outside of class folders: test/0.png, test/1.png" in get_notes(tmp_path)
+    assert "skipped 5 files outside of class folders: test/0.png, test/1.png" in get_notes(tmp_path)
     assert {split: len(found[""]) for split, found in read(tmp_path, labelled=False).items()} == {
         "train": 4,
         "test": 5,
@@ -161,8 +161,8 @@ def test_every_file_that_is_left_out_is_named(tmp_path: Path, caplog: pytest.Log
     assert len(data.train) + len(data.held_out) == 18
     lines = [record.getMessage() for record in caplog.records]
     assert lines == [
-        f"{tmp_path}: left out 1 file outside of class folders: stray.png",
-        f"{tmp_path}: left out 3 files of other types: .thumbnails/1.png, cat/notes.txt, labels.csv",
+        f"{tmp_path}: skipped 1 file outside of class folders: stray.png",
+        f"{tmp_path}: skipped 3 files of other types: .thumbnails/1.png, cat/notes.txt, labels.csv",
         f"{tmp_path}: folders without images: cow",
     ]
 
@@ -215,15 +215,15 @@ def test_metadata_files_name_the_labels(tmp_path: Path) -> None:
     data = load(tmp_path, label_column=("shade",))
     assert (len(data.train), len(data.held_out), data.held_out_name) == (9, 5, "split 'test'")
     assert list(data.held_out.labels) == [0, 1, 0, 1, 0]
-    assert "left out 1 file not listed in a metadata file: train/9.png" in get_notes(tmp_path)
+    assert "skipped 1 file not listed in a metadata file: train/9.png" in get_notes(tmp_path)
 
 
 def test_faulty_metadata_is_named(tmp_path: Path) -> None:
     write_class(tmp_path, "images", 2)
     for text, words in (
         ("path,label\nimages/0.png,a\n", "It requires a column `file_name`"),
-        ("file_name,label\n../secret.png,a\n", "'../secret.png' is outside of the folder"),
-        ("file_name,label\n/etc/secret.png,a\n", "'/etc/secret.png' is outside of the folder"),
+        ("file_name,label\n../secret.png,a\n", "'../secret.png' is outside the folder"),
+        ("file_name,label\n/etc/secret.png,a\n", "'/etc/secret.png' is outside the folder"),
     ):
         (tmp_path / "metadata.csv").write_text(text, encoding="utf-8")
         with raises_one_line("metadata.csv", words):

@@ -81,7 +81,6 @@ def test_every_kind_has_the_same_images_and_labels(kind: str, tmp_path: Path) ->
             found[encode(image)] = data.label_space.names[label]
     assert found == expected
     assert (kind == "splits") == (data.held_out_name == "split 'test'")
-    assert (kind == "splits") == (len(data.held_out) == 10)
 
 
 def test_the_split_is_that_of_the_same_images_on_disk(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from modeling_vitcls.data.images import Examples, Files, LabeledImages, UnreadableImage, UnreadableImages
+from modeling_vitcls.data.images import EncodedImages, FileImages, LabeledImages, UnreadableImage, UnreadableImages
 from modeling_vitcls.data.sources import load_splits
 from modeling_vitcls.data.splits import load_evaluation_data, load_training_data, load_unlabeled_data
 from modeling_vitcls.image_processing_vitcls import pil_to_tensor
@@ -273,14 +273,23 @@ def test_missing_declared_labels_of_a_task_are_marked(colours: Path, tmp_path: P
     assert Counter(label["a"] for _, label in everything(data)) == {-100: 10, 0: 10}
 
 
-def test_a_row_without_its_only_label_is_named(colours: Path, tmp_path: Path) -> None:
-    path = paths_in(colours)[0]
-    rows = {"image": [path] * 3, "label": [0, 1, -1]}
-    names = datasets.ClassLabel(names=["a", "b"])
-    with pytest.raises(ValueError, match="row 2 has the label -1, which is not one of the 2 classes"):
-        read(write_table(tmp_path / "a.parquet", rows, label=names))
-    with pytest.raises(ValueError, match="row 1 has the label None, which is not one of the 2 classes"):
-        read(write_table(tmp_path / "b.parquet", {"image": [path] * 3, "label": ["x", None, "y"]}))
+def test_rows_without_a_label_are_left_out_and_counted(
+    colours: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    paths = paths_in(colours)
+    declared = write_table(
+        tmp_path / "a.parquet",
+        {"image": paths, "label": [0, 1, -1, 1] * 5},
+        label=datasets.ClassLabel(names=["a", "b"]),
+    )
+    table = write_table(tmp_path / "b.parquet", {"image": paths, "label": ["x", None, "y", "y"] * 5})
+    for file, classes, first in ((declared, ["a", "b"], "2, 6, 10"), (table, ["x", "y"], "1, 5, 9")):
+        caplog.clear()
+        data = read(file)
+        assert len(everything(data)) == 15 and data.label_space.names == classes
+        assert f"split 'train': 5 images have no label (rows {first} and 2 more) and are left out" in caplog.text
+    with pytest.raises(ValueError, match=r"5 images have no label .*Add labels, or set a larger --max-broken-images"):
+        read(table, max_broken_images=4)
 
 
 def test_labels_that_contradict_each_other_are_named(colours: Path, tmp_path: Path) -> None:
@@ -469,8 +478,8 @@ def test_contents_of_pipes_are_not_read(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.png")
     (tmp_path / "file.png").write_bytes(b"content")
     paths = [str(tmp_path / name) for name in ("pipe.png", "file.png", "missing.png")] + ["https://example.org/a.png"]
-    assert [Files(paths).read_content(index) for index in range(4)] == [None, b"content", None, None]
-    assert Examples([{"path": None, "bytes": None}]).read_content(0) is None
+    assert [FileImages(paths).read_content(index) for index in range(4)] == [None, b"content", None, None]
+    assert EncodedImages([{"path": None, "bytes": None}]).read_content(0) is None
 
 
 def test_missing_images_are_broken(tmp_path: Path) -> None:
@@ -495,6 +504,6 @@ def test_the_tally_names_each_unreadable_image_once_and_stops_beyond_the_limit()
     assert lines == ["skipped an image: file 7 is empty", "skipped an image: file 3 is empty"]
     assert len(tally) == 2
     with pytest.raises(
-        ValueError, match=r"more than 2 images cannot be read; the last one: file 9 is empty\. .*set a larger"
+        ValueError, match=r"more than 2 images cannot be read; the last of them: file 9 is empty\. .*set a larger"
     ):
         tally.add([3, 9])

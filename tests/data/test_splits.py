@@ -127,7 +127,7 @@ def test_other_names_and_other_held_out_images_are_told_apart() -> None:
     renamed = counts | compute_fingerprint([*names[:-1], "new.png"], labels, lambda index: b"")
     assert describe_change(before, before) is None
     assert describe_change(before, renamed) == "the number of images is the same, but their names differ"
-    assert describe_change(before, before | {"held_out": 2}) == "other images are held out"
+    assert describe_change(before, before | {"held_out": 2}) == "different images are held out"
 
 
 def test_pre_training_is_checked_too(tmp_path: Path) -> None:

@@ -81,7 +81,7 @@ def plan_for(num_processes: int = 1, num_copies: int = 1, **options: Any) -> Bat
 def batches_of(
     source: Any, plan: BatchPlan, process: int = 0, num_workers: int = 0, first_step: int = 0, views: int = 0
 ) -> list[Batch]:
-    augmentation = build_augmentation(AugmentationOptions(crop_scale=0.5, rotation=10), (8, 8), 3)
+    augmentation = build_augmentation(AugmentationOptions(crop_scale=0.5, rotation=10, shift=0.0), (8, 8), 3)
     pictures = augment_images(source, augmentation, True, plan.seed, views)
     return list(iterate_training_batches(pictures, plan, process, num_workers, first_step))
 
@@ -208,7 +208,9 @@ def test_unreadable_images_are_described_by_their_path(tmp_path: Path) -> None:
         file.write_bytes(b"no picture" if index == 7 else encoded(index))
     source = read(tmp_path).train
     assert isinstance(source, StreamedImages)
-    pictures = augment_images(source, build_augmentation(AugmentationOptions(), (8, 8), 3), True, seed=0)
+    pictures = augment_images(
+        source, build_augmentation(AugmentationOptions(crop_scale=0.5, shift=0.0), (8, 8), 3), True, seed=0
+    )
     batches = list(iterate_training_batches(pictures, plan_for(max_steps=8, batch_size=4), 0, 0))
     indices = {index for batch in batches for index in batch["replaced"].tolist()} - {-1}
     assert len(indices) == 1

@@ -26,7 +26,7 @@ from modeling_vitcls import (
     ViTCLSForMultiTaskClassification,
     ViTCLSImageProcessor,
 )
-from modeling_vitcls.data.images import Examples, LabeledImages
+from modeling_vitcls.data.images import EncodedImages, LabeledImages
 from modeling_vitcls.data.labels import LabelSpace
 from modeling_vitcls.distributed import build_accelerator
 from modeling_vitcls.inference.evaluate import evaluate_checkpoint
@@ -80,7 +80,7 @@ def build_pictures(name: str, number: int = NUM_PICTURES, broken: tuple[int, ...
         content = file.getvalue()
         encoded.append({"path": f"{index}.png", "bytes": content[:200] if index in broken else content})
         labels.append(random_label(name, random))
-    return LabeledImages(Examples(encoded), labels)
+    return LabeledImages(EncodedImages(encoded), labels)
 
 
 def build_evaluator(

@@ -13,4 +13,4 @@ TINY = ModelOptions(
     patch_size=16,
     num_register_tokens=2,
 )
-PLAIN = AugmentationOptions(crop_scale=1.0, flip=False)
+PLAIN = AugmentationOptions(crop_scale=1.0, flip=False, shift=0.0)

@@ -184,7 +184,7 @@ def test_a_license_is_named_by_those_who_trained() -> None:
     for built in (build_card("my-model", CONFIG, RESULTS, FLAGS), build_encoder_card("x", CONFIG, ENCODER, FLAGS)):
         said = ModelCard(str(built)).text.split("## License")[1]
         assert "named no license for the weights" in said and "Python files are licensed under Apache-2.0" in said
-    with pytest.raises(ValueError, match="--license is Apache 2: set a value as the Hub writes it, such as apache-2"):
+    with pytest.raises(ValueError, match="it must be an identifier of the Hub, such as apache-2"):
         RunOptions(license="Apache 2")
 
 
@@ -487,7 +487,7 @@ def test_the_result_for_a_benchmark_is_written_where_one_is_named(tmp_path: Path
 def test_a_benchmark_needs_a_task_and_an_id() -> None:
     with pytest.raises(ValueError, match="--eval-benchmark and --eval-task-id require each other"):
         RunOptions(eval_benchmark="org/benchmark")
-    with pytest.raises(ValueError, match=r"--eval-benchmark is benchmark: set a value such as `namespace/name`"):
+    with pytest.raises(ValueError, match=r"--eval-benchmark is benchmark, but it must be a dataset"):
         RunOptions(eval_benchmark="benchmark", eval_task_id="top_1")
 
 

@@ -413,7 +413,7 @@ def test_each_kind_of_classifier_answers_in_its_own_way(photo: Path, tmp_path: P
             f"LABEL_{index}": pytest.approx(value) for index, value in enumerate(logits.sigmoid().tolist())
         }
     }
-    assert not several.has_winner and numbers.has_winner
+    assert not several.has_top_label and numbers.has_top_label
     values = numbers.model(numbers.processor(photo, return_tensors="pt")["pixel_values"]).logits[0].tolist()
     assert numbers.predict(photo).predictions == {
         "Numbers": ", ".join(f"LABEL_{index}: {value:.4g}" for index, value in enumerate(values))
@@ -544,7 +544,7 @@ def test_models_that_cannot_be_shown_are_refused_in_one_line(tmp_path: Path) -> 
         DemoModel.load(str(deep))
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "config.json").write_text('{"model_type": "vit"}')
-    with raises_one_line("model type 'vit'", "scripts/convert.py"):
+    with raises_one_line("model type 'vit'", "`vitcls convert`"):
         DemoModel.load(str(tmp_path / "other"))
     with raises_one_line("there is no folder", error=OSError):
         DemoModel.load(str(tmp_path / "nowhere"))
@@ -763,7 +763,7 @@ def test_models_that_a_space_cannot_load_are_refused(hub: LocalHub, classifier: 
         with raises_one_line(f"{name} is not a folder"):
             find_published_model(name)
     hub.create("ann/other", private=False, files={"config.json": b'{"model_type": "vit"}'})
-    with raises_one_line("does not contain a vitcls model", "scripts/convert.py"):
+    with raises_one_line("does not contain a vitcls model", "`vitcls convert`"):
         find_published_model("ann/other")
     hub.create("ann/empty", private=False)
     with raises_one_line("does not contain a vitcls model"):

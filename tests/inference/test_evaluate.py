@@ -39,7 +39,7 @@ from torch import nn
 from warm_processes import OFFLINE, run_together
 
 from modeling_vitcls import ViTCLSConfig, ViTCLSForMaskedImageModeling, ViTCLSImageProcessor, ViTCLSModel
-from modeling_vitcls.data.images import Examples, LabeledImages
+from modeling_vitcls.data.images import EncodedImages, LabeledImages
 from modeling_vitcls.data.labels import LabelSpace, get_label_space
 from modeling_vitcls.distributed import build_accelerator
 from modeling_vitcls.inference import evaluate as evaluate_module
@@ -50,8 +50,8 @@ from modeling_vitcls.inference.metrics import (
     METRICS,
     MultiLabelMetrics,
     SingleLabelMetrics,
+    compute_wilson_interval,
     select_scalars,
-    wilson_interval,
 )
 from modeling_vitcls.options import DataOptions, EvaluateOptions
 
@@ -225,8 +225,8 @@ def test_numbers_come_first_and_the_first_compares_models(by_one_process: dict[s
 @pytest.mark.parametrize(("num_right", "num_images"), [(0, 7), (7, 7), (353, 360), (1, 2)])
 def test_wilson_interval(num_right: int, num_images: int) -> None:
     expected = scipy.stats.binomtest(num_right, num_images).proportion_ci(method="wilson")
-    assert wilson_interval(num_right, num_images) == pytest.approx([expected.low, expected.high], abs=1e-12)
-    assert wilson_interval(0, 0) is None
+    assert compute_wilson_interval(num_right, num_images) == pytest.approx([expected.low, expected.high], abs=1e-12)
+    assert compute_wilson_interval(0, 0) is None
 
 
 def test_logits_between_0_and_1_are_not_taken_for_probabilities() -> None:
@@ -329,7 +329,7 @@ def test_too_many_unreadable_images_stop() -> None:
     accelerator = build_accelerator()
     pictures = build_pictures("single", broken=BROKEN)
     evaluator = build_evaluator("single", accelerator, pictures, max_broken_images=3)
-    with pytest.raises(ValueError, match=r"more than 3 images cannot be read; the last one: .*'12\.png'") as raised:
+    with pytest.raises(ValueError, match=r"more than 3 images cannot be read; the last of .*'12\.png'") as raised:
         evaluator(build_classifier("single"))
     assert "\n" not in str(raised.value)
     evaluator = build_evaluator("single", accelerator, build_pictures("single", number=2, broken=(0, 1)))
@@ -342,7 +342,7 @@ def test_images_in_color_count_as_broken_for_a_grey_model() -> None:
     for mode in ("L", "RGB", "RGBA", "L"):
         Image.new(mode, (16, 16)).save(file := io.BytesIO(), "PNG")
         encoded.append({"path": f"{mode}.png", "bytes": file.getvalue()})
-    pictures = LabeledImages(Examples(encoded), [0, 1, 2, 3])
+    pictures = LabeledImages(EncodedImages(encoded), [0, 1, 2, 3])
     processor = ViTCLSImageProcessor(size=16, do_convert_rgb=False, image_mean=0.5, image_std=0.5)
     batch = HeldOutImages(pictures, processor, SPACES["single"], 4, 0, 1, num_channels=1)[0]
     assert batch.pixel_values is not None and batch.pixel_values.shape == (2, 1, 16, 16)

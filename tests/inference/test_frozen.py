@@ -19,7 +19,7 @@ from tiny_models import LAYOUTS, filled, tiny_config
 from modeling_vitcls import ViTCLSForImageClassification, ViTCLSImageProcessor, ViTCLSModel
 from modeling_vitcls.data.splits import load_training_data
 from modeling_vitcls.inference.frozen import evaluate_frozen, select_few, summarize_repeats
-from modeling_vitcls.inference.metrics import wilson_interval
+from modeling_vitcls.inference.metrics import compute_wilson_interval
 from modeling_vitcls.options import DataOptions, EvaluateOptions
 
 
@@ -87,7 +87,7 @@ def test_results_equal_scikit_learn(model: Path, frozen: str) -> None:
         classifier = CLASSIFIERS[frozen]().fit(train, data.train.labels)
         accuracy = classifier.score(held_out, data.held_out.labels)
         assert row["accuracy"] == pytest.approx(accuracy, abs=1e-6)
-        interval = wilson_interval(round(accuracy * len(data.held_out)), len(data.held_out))
+        interval = compute_wilson_interval(round(accuracy * len(data.held_out)), len(data.held_out))
         assert row["accuracy_interval"] == pytest.approx(interval, abs=1e-6)
     assert results["best"] == max(results["rows"], key=lambda row: row["accuracy"])
     assert len({row["accuracy"] for row in results["rows"]}) > 1

@@ -569,7 +569,7 @@ def test_shards_do_not_depend_on_the_processes(num_images: int) -> None:
 
 def test_batches_do_not_cross_pieces() -> None:
     images = (PreparedImage(ImageRecord(index, str(index), None)) for index in (0, 1, 2, 3, 4, 10, 11, 12))
-    sizes = [[image.record.index for image in batch] for batch in iterate_batches(images, batch_size=3, piece=5)]
+    sizes = [[image.record.index for image in batch] for batch in iterate_batches(images, batch_size=3, piece_size=5)]
     assert sizes == [[0, 1, 2], [3, 4], [10, 11, 12]]
 
 

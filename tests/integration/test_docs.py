@@ -1,4 +1,4 @@
-"""README.md and docs/*.md: links, length, the flags of all commands, and the code blocks.
+"""README.md, CONTRIBUTING.md and docs/*.md: links, length, names in code, flags, error messages and code blocks.
 
 Fast tests run the Python blocks of `FAST_PAGES` and resolve the imports of all others; slow tests run all of them. The
 blocks of a page run one after the other in one process, offline, in a folder with
@@ -10,11 +10,13 @@ An HTML comment in the line before a block changes what happens to it:
     <!-- run with: "NEW" instead of "OLD" -->    the block runs with one text replaced
     <!-- run -->                                 commands run as well (slow tests), with few steps and a small model
 
-The flags of all commands are compared with `--help` of the programs, also in blocks that do not run.
+The flags of all commands are compared with `vitcls NAME --help`, also in blocks that do not run.
 """
 
 import ast
+import contextlib
 import importlib
+import io
 import os
 import re
 import shlex
@@ -28,38 +30,25 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from accelerate.commands.launch import launch_command_parser
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from modeling_vitcls import ViTCLSConfig, ViTCLSForImageClassification, ViTCLSImageProcessor
+from modeling_vitcls import ViTCLSConfig, ViTCLSForImageClassification, ViTCLSImageProcessor, cli
 
 
 ROOT = Path(__file__).parents[2]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PACKAGE = ROOT / "modeling_vitcls"
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 MAX_README_LINES = 180
 FAST_PAGES = ("README.md", "quickstart.md")  # pages whose Python blocks run in the fast tests, too
 
-# `vitcls NAME` -> program in scripts/
-PROGRAMS = {
-    "finetune": "finetune.py",
-    "pretrain": "pretrain.py",
-    "evaluate": "evaluate.py",
-    "predict": "predict.py",
-    "convert": "convert.py",
-    "inspect": "inspect_tokens.py",
-    "push": "push_to_hub.py",
-    "export": "export.py",
-    "benchmark": "benchmark.py",
-    "demo": "demo_app.py",
-    "space": "push_space.py",
-    "study": "study.py",
-}
 MODULE = ["-m", "modeling_vitcls.cli"]
-OTHER_PROGRAMS = (["vitcls", "--version"], ["vitcls", "env"], ["vitcls", "completion"])
-OTHER_COMMANDS = ("cd", "git", "hf", "make", "pip")
-# flags of pip, hf and make that the text mentions
+OTHER_COMMANDS = ("cd", "git", "hf", "make", "pip", ".venv/bin/pip", ".venv/bin/python", "pre-commit")
+# flags of pip, hf and pytest that the text mentions
 OTHER_FLAGS = {"--help", "--version", "--include", "--local-dir"}
+OTHER_SUBCOMMANDS = {"--version", *cli.OTHERS}
 
 # Added to commands that are run, so that they take seconds.
 QUICK = {
@@ -79,6 +68,10 @@ COMMAND = re.compile(r"(vitcls [a-z]+|accelerate launch -m modeling_vitcls\.cli 
 INLINE = re.compile(r"`([^`\n]+)`")
 FLAG = re.compile(r"--[a-z][a-z_-]*")
 PRINTED = re.compile(r"^# (?=[{(\[])", re.MULTILINE)  # comments that show the output of the line before
+FILE = re.compile(r"[\w./-]+\.(?:py|toml|j2)|(?:modeling_vitcls|scripts|tests|docs|model_cards)/[\w./-]*")
+NAME = re.compile(r"[A-Za-z_]\w*(?:\(.*\))?")
+FOLDERS = (ROOT, PACKAGE, ROOT / "tests")  # that paths in the pages start from
+MIN_LITERAL_CHARACTERS = 20  # of a message in the package that is compared with a message in the FAQ
 
 
 @dataclass(frozen=True)
@@ -183,12 +176,13 @@ def test_comments_before_blocks_are_known() -> None:
 
 
 @cache
-def read_flags(program: str) -> frozenset[str]:
-    """Return the flags in `--help` of a program in scripts/."""
-    done = subprocess.run(
-        [sys.executable, ROOT / "scripts" / program, "--help"], capture_output=True, text=True, check=True
-    )
-    return frozenset(FLAG.findall(done.stdout))
+def read_flags(name: str) -> frozenset[str]:
+    """Return the flags in `vitcls NAME --help`."""
+    output = io.StringIO()
+    with contextlib.redirect_stdout(output), pytest.raises(SystemExit) as ended:
+        cli.main([name, "--help"])
+    assert ended.value.code == 0
+    return frozenset(FLAG.findall(output.getvalue()))
 
 
 @cache
@@ -229,9 +223,15 @@ def parse_command(words: list[str]) -> Command | None:
         words = words[2:]
     else:
         words = words[1:] if words[0] == "python" else words
-        scripts = {f"scripts/{script}": name for name, script in PROGRAMS.items()}
-        words = [scripts[words[0]], *words[1:]]
+        words = [read_subcommand(ROOT / words[0]), *words[1:]]
     return Command(variables, launcher, words[0], words[1:])
+
+
+def read_subcommand(script: Path) -> str:
+    """Return the name of the subcommand that a program in scripts/ runs."""
+    found = re.search(r'sys\.argv\[:1\] = \["vitcls", "(\w+)"\]', script.read_text(encoding="utf-8"))
+    assert found, f"{script} runs no subcommand"
+    return found[1]
 
 
 def read_all_commands() -> Iterator[tuple[str, list[str]]]:
@@ -246,16 +246,15 @@ def read_all_commands() -> Iterator[tuple[str, list[str]]]:
 
 
 def test_commands_have_the_flags_of_their_programs() -> None:
-    found = [(place, words) for place, words in read_all_commands() if words[:2] not in OTHER_PROGRAMS]
-    commands = [(place, parse_command(words)) for place, words in found]
-    programs = [(place, command) for place, command in commands if command is not None]
-    for place, command in programs:
-        assert command.name in PROGRAMS, f"{place}: there is no `vitcls {command.name}`"
-        unknown = get_flags(command.arguments) - read_flags(PROGRAMS[command.name])
+    found = [(place, parse_command(words)) for place, words in read_all_commands()]
+    commands = [(place, command) for place, command in found if command and command.name not in OTHER_SUBCOMMANDS]
+    for place, command in commands:
+        assert command.name in cli.COMMANDS, f"{place}: there is no `vitcls {command.name}`"
+        unknown = get_flags(command.arguments) - read_flags(command.name)
         assert not unknown, f"{place}: `vitcls {command.name}` has no {', '.join(unknown)}"
         unknown = get_flags(command.launcher) - read_accelerate_flags()
         assert not unknown, f"{place}: `accelerate launch` has no {', '.join(unknown)}"
-    assert {command.name for _, command in programs} == set(PROGRAMS)
+    assert {command.name for _, command in commands} == set(cli.COMMANDS)
 
 
 def get_flags(words: list[str]) -> set[str]:
@@ -264,16 +263,119 @@ def get_flags(words: list[str]) -> set[str]:
 
 @pytest.mark.parametrize("page", PAGES, ids=get_name)
 def test_flags_in_the_text_exist(page: Path) -> None:
-    known = (
-        set().union(*(read_flags(program) for program in PROGRAMS.values())) | read_accelerate_flags() | OTHER_FLAGS
-    )
+    known = set().union(*map(read_flags, cli.COMMANDS)) | read_accelerate_flags() | OTHER_FLAGS
     for code in INLINE.findall(read_prose(page)):
         assert set(FLAG.findall(code)) <= known, f"{get_name(page)}: {code}"
 
 
 def test_every_program_is_in_the_readme() -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert all(f"`vitcls {name} " in text for name in PROGRAMS if name != "space")
+    assert all(f"`vitcls {name} " in text for name in cli.COMMANDS if name != "space")
+
+
+# Names and messages --------------------------------------------------------------------------------------------------
+
+
+@cache
+def find_file(path: str) -> Path | None:
+    """Return the file or folder of the repository that a page calls `path`; None if there is none."""
+    found = [folder / path for folder in FOLDERS if path and (folder / path).exists()]
+    return found[0] if found else None
+
+
+@pytest.mark.parametrize("page", PAGES, ids=get_name)
+def test_files_in_the_text_exist(page: Path) -> None:
+    for code in INLINE.findall(read_prose(page)):
+        for path in [code] if FILE.fullmatch(code) else re.findall(r"(?<!\S)scripts/[\w./-]+", code):
+            pattern = path.replace("NAME", "*").replace("x.py", "*.py")
+            exists = any(any(folder.glob(pattern)) for folder in FOLDERS) if "*" in pattern else find_file(path)
+            assert exists, f"{get_name(page)}: {path} does not exist"
+
+
+@cache
+def read_names(file: Path) -> frozenset[str]:
+    """Return the classes, functions, methods and constants that a file, or the files of a folder, define."""
+    names: set[str] = set()
+    for source in [file] if file.is_file() else file.glob("*.py"):
+        for node in ast.walk(ast.parse(source.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ClassDef | ast.FunctionDef):
+                names.add(node.name)
+            elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+                names.add(node.id)
+    return frozenset(names)
+
+
+def read_table(page: Path, heading: str) -> list[list[str]]:
+    """Return the cells of the rows of the first table below a heading."""
+    text = page.read_text(encoding="utf-8").partition(f"\n## {heading}\n")[2].partition("\n## ")[0]
+    rows = re.findall(r"^\| (.*) \|$", text, re.MULTILINE)
+    return [row.split(" | ") for row in rows[1:]]
+
+
+def test_places_to_change_exist() -> None:
+    """Each row of "to change X, look at Y" names a file, and names that this file defines."""
+    rows = read_table(ROOT / "docs" / "architecture.md", "To change something")
+    assert len(rows) > 10
+    for _, place in rows:
+        codes = INLINE.findall(place)
+        files = [file for code in codes if (file := find_file(code))]
+        assert files, f"no file in {place!r}"
+        known = frozenset().union(*map(read_names, files))
+        for code in codes:
+            if not find_file(code) and not code.endswith("_"):
+                assert code in known, f"{code} is not in {', '.join(str(file) for file in files)}"
+            assert not code.endswith("_") or any(name.startswith(code) for name in known), code
+
+
+def test_the_list_of_shipped_files_is_complete() -> None:
+    rows = read_table(ROOT / "docs" / "architecture.md", "Files")
+    assert sorted(row[0].strip("`") for row in rows) == sorted(file.name for file in PACKAGE.glob("*_vitcls.py"))
+
+
+def test_the_list_of_folders_is_complete() -> None:
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    listing = text.partition("    modeling_vitcls/\n")[2].partition("    scripts/")[0]
+    listed = set(re.findall(r"(\w+(?:\.py|/))(?=,? )", listing))
+    folders = {f"{file.parent.name}/" for file in PACKAGE.glob("*/__init__.py")}
+    files = {file.name for file in PACKAGE.glob("*.py")} - {"__init__.py", "version.py"}
+    assert listed == folders | {name for name in files if not name.endswith("_vitcls.py")}
+
+
+@cache
+def read_messages() -> tuple[re.Pattern[str], ...]:
+    """Return the texts in the package as patterns, with any text in place of a field of an f-string."""
+    patterns = []
+    for file in PACKAGE.rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            parts = node.values if isinstance(node, ast.JoinedStr) else [node]
+            literals = [part.value if isinstance(part, ast.Constant) else None for part in parts]
+            if not all(isinstance(text, str | None) for text in literals):
+                continue
+            if sum(len(text) for text in literals if text) >= MIN_LITERAL_CHARACTERS:
+                pattern = "".join(".+" if text is None else re.escape(text) for text in literals)
+                patterns.append(re.compile(pattern))
+    return tuple(patterns)
+
+
+def read_faq_messages() -> list[str]:
+    """Return the error messages of the FAQ: the block below each numbered heading."""
+    text = (ROOT / "docs" / "faq.md").read_text(encoding="utf-8")
+    return re.findall(r"^## \d+\. .*\n\n((?:    .*\n)+)", text, re.MULTILINE)
+
+
+def test_the_faq_has_ten_messages_of_the_package() -> None:
+    messages = [" ".join(message.split()) for message in read_faq_messages()]
+    assert len(messages) == 10
+    for message in messages:
+        text = message.removeprefix("error: ")
+        assert any(pattern.fullmatch(text) for pattern in read_messages()), f"no such message: {message}"
+
+
+def test_the_study_in_the_docs_is_the_recipe() -> None:
+    blocks = [block for block in read_blocks(ROOT / "docs" / "what-to-choose.md") if block.language == "yaml"]
+    (shown,) = (yaml.safe_load(block.text) for block in blocks)
+    recipe = yaml.safe_load((ROOT / "scripts" / "recipes" / "study_digits.yaml").read_text(encoding="utf-8"))
+    assert {**shown, "question": ""} == {**recipe, "question": ""}
 
 
 # Running -------------------------------------------------------------------------------------------------------------
@@ -360,7 +462,5 @@ def test_commands_run(page: Path, run: Run) -> None:
             word.startswith("vitcls-") for word in command.arguments
         )
         quick = QUICK.get(command.name, "").split() + (SMALL_MODEL.split() if is_new else [])
-        launcher = [sys.executable]
-        if command.launcher:
-            launcher = [sys.executable, "-m", "accelerate.commands.launch", *command.launcher[2:]]
-        run([*launcher, f"scripts/{PROGRAMS[command.name]}", *command.arguments, *quick], command.variables)
+        launcher = ["-m", "accelerate.commands.launch", *command.launcher[2:]] if command.launcher else []
+        run([sys.executable, *launcher, *MODULE, command.name, *command.arguments, *quick], command.variables)

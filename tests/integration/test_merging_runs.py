@@ -56,7 +56,7 @@ def test_a_run_ends_with_a_model_results_and_a_card(
         output_dir=folder,
         data=DataOptions(dataset="digits", num_workers=0),
         model=ModelOptions(model=str(checkpoint)),
-        augmentation=AugmentationOptions(crop_scale=1.0, flip=False),
+        augmentation=AugmentationOptions(crop_scale=1.0, flip=False, shift=0.0),
         training=TrainingOptions(max_steps=2, batch_size=8, log_every=1, health_every=1),
     )
     results = run_task(task_class(options))

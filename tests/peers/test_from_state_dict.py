@@ -166,7 +166,7 @@ def test_dinov3(name: str, mlp: str, bias: bool) -> None:
     weights = dinov3_weights(mlp, bias)
     if not bias:  # the 7B model
         weights |= {"local_cls_norm.weight": torch.ones(WIDTH), "local_cls_norm.bias": torch.ones(WIDTH)}
-    ours = convert_state_dict(weights, "dinov3", num_attention_heads=HEADS)
+    ours = convert_state_dict(weights, "dinov3", num_attention_heads=HEADS, rope_periods=None)  # as timm
     model = timm_model(name, weights)
     assert token_difference(model, ours) <= TOLERANCE
     assert token_difference(model, ours, (3, 6)) <= TOLERANCE
@@ -175,8 +175,9 @@ def test_dinov3(name: str, mlp: str, bias: bool) -> None:
 
 def test_dinov3_with_something_else() -> None:
     weights = dinov3_weights()
-    with pytest.raises(ConversionError, match="differs from the rotary periods of DINOv3"):
-        convert_state_dict(weights | {"rope_embed.periods": torch.ones(3)}, "dinov3", num_attention_heads=HEADS)
+    for periods in (torch.ones(4), torch.zeros(3), torch.full((3,), float("nan"))):
+        with pytest.raises(ValueError, match=r"`rope_periods` must be head_dim / 4 = 3 positive numbers"):
+            convert_state_dict(weights | {"rope_embed.periods": periods}, "dinov3", num_attention_heads=HEADS)
     unmasked = {name: part for name, part in weights.items() if not name.endswith("bias_mask")}
     with pytest.raises(ConversionError, match="bias of the keys"):
         convert_state_dict(unmasked, "dinov3", num_attention_heads=HEADS)
@@ -354,7 +355,7 @@ def test_layer_before_the_classifier() -> None:
 def test_errors_name_the_remedy() -> None:
     weights = random_weights(vit_shapes(1 + GRID**2))
     errors = {
-        "family='dino' is unknown. Use one of dinov2": ((weights, "dino"), {}),
+        "family='swin' is unknown. Use one of dinov2": ((weights, "swin"), {}),
         "Set num_attention_heads=": ((weights, "deit"), {}),
         "Set image_size=": (
             (weights | {"pos_embed": torch.zeros(1, 1 + 3 * 6, WIDTH)}, "mae"),
@@ -371,6 +372,14 @@ def test_errors_name_the_remedy() -> None:
         ),
         "unexpected weights: blocks.0.extra": (
             (weights | {"blocks.0.extra": torch.zeros(1)}, "deit"),
+            {"num_attention_heads": 4},
+        ),
+        "blocks up to 999, but no block 2": (
+            (
+                {name.replace("blocks.1.", "blocks.999."): part for name, part in weights.items()}
+                | {"blocks.1.x": torch.ones(1)},
+                "deit",
+            ),
             {"num_attention_heads": 4},
         ),
         "is not an array of numbers": (({"cls_token": np.zeros(2, dtype="V2")}, "deit"), {}),

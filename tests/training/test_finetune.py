@@ -39,9 +39,9 @@ from modeling_vitcls import (
     ViTCLSForMultiTaskClassification,
     ViTCLSImageProcessor,
 )
-from modeling_vitcls.commands.parsing import errors_in_one_line, parse
+from modeling_vitcls.commands.parsing import exit_on_error, parse
 from modeling_vitcls.data.labels import LabelSpace
-from modeling_vitcls.distributed import check_installed, on_main
+from modeling_vitcls.distributed import check_trackers, on_main
 from modeling_vitcls.options import (
     DataOptions,
     EvaluateOptions,
@@ -165,9 +165,10 @@ def test_metrics_have_one_line_per_logged_step(launched: Path) -> None:
 
 def test_summary_is_printed_first(launched: Path) -> None:
     lines = (launched.parent / "stdout").read_text(encoding="utf-8").splitlines()
-    assert [line.split()[0] for line in lines[:5]] == ["data", "model", "tokens", "batches", "device"]
+    names = ["data", "model", "tokens", "weights", "defaults", "batches", "device"]
+    assert [line.split()[0] for line in lines[:7]] == names
     assert "[ 2 cls | 1 distillation | 2 registers | 16 patches ] = 21" in lines[2]
-    assert "14 images per step = 14 x 1 accumulated x 1 process(es); 7 steps" in lines[3]
+    assert "14 images per step = 14 x 1 accumulated x 1 process(es); 7 steps" in lines[5]
 
 
 def test_two_processes_train_and_evaluate_as_one(launched: Path, tmp_path: Path) -> None:
@@ -228,7 +229,7 @@ def test_a_wrong_flag_is_named_before_anything_is_loaded() -> None:
 def test_a_wrong_value_is_named() -> None:
     ran = run_script("finetune.py", "--config", RECIPE, "--output-dir", "unused", "--batch-size", "0")
     assert ran.returncode == 2
-    assert "--batch-size is 0: set a value 1 or more" in ran.stderr
+    assert "--batch-size is 0, but it must be 1 or more" in ran.stderr
 
 
 def test_a_wrong_key_in_a_recipe_is_named(tmp_path: Path) -> None:
@@ -533,7 +534,7 @@ def test_without_a_report_none_of_an_earlier_run_stays(tmp_path: Path, capsys: p
 
 def test_a_tracker_that_is_not_installed_is_named() -> None:
     with pytest.raises(ValueError, match="--log-with wandbox requires the package wandbox: pip install wandbox"):
-        check_installed(("wandbox",))
+        check_trackers(("wandbox",))
 
 
 # The Hub ------------------------------------------------------------------------------------------------------------
@@ -700,7 +701,7 @@ def test_a_process_speaks_for_itself_unless_all_have_the_error(
     Accelerator(cpu=True)
     monkeypatch.setenv("RANK", process)
     capsys.readouterr()
-    with pytest.raises(SystemExit), errors_in_one_line():
+    with pytest.raises(SystemExit), exit_on_error():
         action()
     assert capsys.readouterr().err == said
 

@@ -52,8 +52,8 @@ pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
 NUM_PICTURES = 23
 NAMES = ["ant", "bee", "cat"]
-STILL = AugmentationOptions(crop_scale=1.0, flip=False)
-SHIFTED = AugmentationOptions(crop_scale=0.5, flip=True, rotation=20)
+STILL = AugmentationOptions(crop_scale=1.0, flip=False, shift=0.0)
+SHIFTED = AugmentationOptions(crop_scale=0.5, flip=True, rotation=20, shift=0.0)
 
 MODELS: dict[str, tuple[Any, dict[str, Any]]] = {
     **{name: (ViTCLSForImageClassification, fields) for name, fields in LAYOUTS.items()},

@@ -55,7 +55,9 @@ class Bench:
         save_every: int | None = None,
         **training: Any,
     ) -> None:
-        self.options = replace(TrainingOptions(max_steps=4, batch_size=8, learning_rate=1e-3), **training)
+        self.options = replace(
+            TrainingOptions(max_steps=4, batch_size=8, learning_rate=1e-3, layer_decay=1.0), **training
+        )
         self.accelerator = Accelerator(cpu=True, gradient_accumulation_steps=self.options.gradient_accumulation_steps)
         torch.manual_seed(0)
         built = build_model(TINY, DIGITS.label_space)

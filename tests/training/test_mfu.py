@@ -245,7 +245,9 @@ def test_numbers_format_si(value: float, shown: str) -> None:
 
 
 def a_plan(**changes: Any) -> BatchPlan:
-    return BatchPlan.from_options(100, TrainingOptions(max_steps=3, **changes), num_processes=1)
+    return BatchPlan.from_options(
+        100, TrainingOptions(**{"max_steps": 3, "batch_size": 64} | changes), num_processes=1
+    )
 
 
 def started(model: Any, plan: BatchPlan) -> tuple[Utilization, dict[str, str]]:
@@ -321,7 +323,7 @@ def run(folder: Path, resume: bool = False, model: ModelOptions | None = None, *
         output_dir=folder,
         data=DataOptions(dataset="digits", num_workers=0),
         model=model or ModelOptions(model="vitcls-tiny", **MODEL),
-        augmentation=AugmentationOptions(crop_scale=1.0, flip=False),
+        augmentation=AugmentationOptions(crop_scale=1.0, flip=False, shift=0.0),
         training=TrainingOptions(**settings),
         run=RunOptions(report=False, save_every=2, resume=resume),
     )

@@ -142,6 +142,7 @@ def measured(model: ViTCLSForMaskedImageModeling, batch_size: int, mask_seed: in
     return first
 
 
+@pytest.mark.integration
 def test_the_measured_loss_is_the_mean_over_the_images() -> None:
     torch.manual_seed(0)
     model, processor = build_model(TINY)

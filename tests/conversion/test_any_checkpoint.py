@@ -1,0 +1,164 @@
+"""Any checkpoint by its name: vitcls models as they are, others converted once, commits pinned."""
+
+import json
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+import transformers
+import yaml
+from accelerate_state import reset_accelerate
+from huggingface_hub import constants
+from source_checkpoints import saved, vit_classifier
+from tiny_models import filled, tiny_config
+from tiny_options import PLAIN
+
+from modeling_vitcls import ViTCLSForImageClassification, ViTCLSImageProcessor, ViTCLSModel
+from modeling_vitcls.conversion import any_checkpoint
+from modeling_vitcls.conversion.any_checkpoint import is_pinned, pin_revision, resolve_checkpoint
+from modeling_vitcls.export.exportable import load_exportable
+from modeling_vitcls.inference.load_model import load_model
+from modeling_vitcls.options import DataOptions, FinetuneOptions, ModelOptions, RunOptions, TrainingOptions
+from modeling_vitcls.training.finetune import FinetuneTask
+from modeling_vitcls.training.task import run_task
+
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Use an empty cache, without a network, and forget the settings of Accelerate."""
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache" / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    reset_accelerate()
+    yield tmp_path / "cache" / "vitcls" / "converted"
+    reset_accelerate()
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    """The folder of a small ViT of transformers, with a classifier."""
+    saved(vit_classifier(), tmp_path / "source")
+    transformers.ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(tmp_path / "source")
+    return tmp_path / "source"
+
+
+@pytest.fixture
+def cached_on_the_hub(tmp_path: Path) -> str:
+    """The id of a vitcls model that is in the cache of the Hub, at COMMIT."""
+    repository = tmp_path / "cache" / "hub" / "models--ann--mine"
+    snapshot = repository / "snapshots" / COMMIT
+    filled(ViTCLSForImageClassification(tiny_config())).save_pretrained(snapshot)
+    ViTCLSImageProcessor(size=32).save_pretrained(snapshot)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(COMMIT)
+    return "ann/mine"
+
+
+def test_a_model_of_transformers_is_converted_once(
+    source: Path, own_cache: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING):
+        folder = resolve_checkpoint(str(source))
+        assert resolve_checkpoint(str(source)) == folder == resolve_checkpoint(f"transformers:{source}")
+    assert sum("converting" in record.message for record in caplog.records) == 1
+    assert Path(folder).parent == own_cache
+    report = json.loads((Path(folder) / "certificate.json").read_text(encoding="utf-8"))
+    assert report["source_class"] == "ViTForImageClassification" and not report["random_init"]
+    pixel_values = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    theirs = transformers.ViTForImageClassification.from_pretrained(source).eval()
+    ours, _ = load_model(str(source), with_head=True)
+    with torch.no_grad():
+        assert (ours(pixel_values).logits - theirs(pixel_values).logits).abs().max() < 1e-5
+
+
+def test_a_changed_source_is_converted_again(source: Path) -> None:
+    before = resolve_checkpoint(str(source))
+    model = transformers.ViTForImageClassification.from_pretrained(source)
+    with torch.no_grad():
+        model.classifier.bias += 1
+    model.save_pretrained(source)
+    after = resolve_checkpoint(str(source))
+    assert after != before
+    biases = [ViTCLSForImageClassification.from_pretrained(folder).classifier.bias for folder in (before, after)]
+    assert torch.allclose(biases[1], biases[0] + 1)
+
+
+def test_a_model_of_timm(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The pretrained weights cannot be downloaded in tests: random ones take their place."""
+    create = timm.create_model
+    monkeypatch.setattr(timm, "create_model", lambda name, pretrained=False, **keywords: create(name, **keywords))
+    folder = resolve_checkpoint("timm:test_vit")
+    assert ViTCLSForImageClassification.from_pretrained(folder).config.num_labels == 1000
+    assert load_exportable("timm:test_vit").is_trained
+
+
+def test_a_failed_conversion_is_not_cached(source: Path, own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("modeling_vitcls.conversion.parity_report.LIMIT", -1.0)
+    with pytest.raises(ValueError, match="differ"):
+        resolve_checkpoint(str(source))
+    assert not own_cache.exists() or not list(own_cache.iterdir())
+
+
+def test_vitcls_folders_are_used_as_they_are(tmp_path: Path) -> None:
+    filled(ViTCLSModel(tiny_config())).save_pretrained(tmp_path / "mine")
+    assert resolve_checkpoint(str(tmp_path / "mine")) == str(tmp_path / "mine")
+    assert pin_revision(str(tmp_path / "mine")) == str(tmp_path / "mine")
+
+
+def test_unsupported_names_are_errors(tmp_path: Path) -> None:
+    config = transformers.ResNetConfig(embedding_size=8, hidden_sizes=[8], depths=[1], num_labels=2)
+    transformers.ResNetForImageClassification(config).save_pretrained(tmp_path / "resnet")
+    with pytest.raises(ValueError, match="ResNetForImageClassification"):
+        resolve_checkpoint(str(tmp_path / "resnet"))
+    weights = tmp_path / "weights.pth"
+    weights.write_bytes(b"")
+    with pytest.raises(ValueError, match=r"but .*weights\.pth is a file\. Convert it"):
+        resolve_checkpoint(str(weights))
+
+
+def test_commits_are_pinned(cached_on_the_hub: str) -> None:
+    pinned = f"{cached_on_the_hub}@{COMMIT}"
+    assert pin_revision(cached_on_the_hub) == pin_revision(pinned) == pinned
+    assert pin_revision(f"transformers:{cached_on_the_hub}@main") == f"transformers:{pinned}"
+    assert pin_revision("timm:test_vit") == "timm:test_vit"
+    assert is_pinned(pinned, cached_on_the_hub) and not is_pinned(pinned, pinned) and not is_pinned(None, None)
+    assert resolve_checkpoint(pinned).endswith(COMMIT)
+    load_model(pinned, with_head=True)
+    with pytest.raises(OSError, match="ann/mine"):
+        resolve_checkpoint(f"{cached_on_the_hub}@{'f' * 40}")
+
+
+def run(folder: Path, model: str, **run_options: Any) -> dict[str, Any]:
+    """Fine-tune a model on digits for one step, with itself as the teacher if it has these labels."""
+    reset_accelerate()
+    options = FinetuneOptions(
+        output_dir=folder,
+        data=DataOptions("digits", num_workers=0),
+        model=ModelOptions(model),
+        augmentation=PLAIN,
+        training=TrainingOptions(max_steps=1, batch_size=8, health_every=0),
+        run=RunOptions(report=False, **run_options),
+    )
+    return run_task(FinetuneTask(options))
+
+
+def test_a_run_records_the_commit(cached_on_the_hub: str, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    results = run(folder, cached_on_the_hub)
+    resolved = yaml.safe_load((folder / "config.resolved.yaml").read_text(encoding="utf-8"))
+    assert resolved["model"] == f"{cached_on_the_hub}@{COMMIT}"
+    assert f"{cached_on_the_hub}@{COMMIT}" in (folder / "README.md").read_text(encoding="utf-8")
+    (folder / "results.json").unlink()
+    assert run(folder, cached_on_the_hub, resume=True)["accuracy"] == results["accuracy"]
+
+
+def test_a_run_starts_from_a_converted_model(source: Path, tmp_path: Path) -> None:
+    run(tmp_path / "run", str(source))
+    assert ViTCLSForImageClassification.from_pretrained(tmp_path / "run").config.num_labels == 10
+    assert any_checkpoint.get_cache_folder().is_dir()

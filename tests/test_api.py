@@ -1,0 +1,144 @@
+"""The commands as Python functions: the same results as with flags, data in memory, and errors that name the flag."""
+
+import inspect
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from accelerate_state import reset_accelerate
+from PIL import Image
+from sklearn.datasets import load_digits
+from torch.utils.data import Dataset
+
+import modeling_vitcls
+from modeling_vitcls import evaluate, finetune, inspect_tokens, predict, pretrain
+from modeling_vitcls.api import build_options
+from modeling_vitcls.commands.parsing import parse
+from modeling_vitcls.options import EvaluateOptions, FinetuneOptions, PredictOptions, PretrainOptions
+
+
+MODEL: dict[str, Any] = {
+    "image_size": 16,
+    "patch_size": 8,
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 32,
+    "num_register_tokens": 1,
+    "num_workers": 0,
+}
+RUN: dict[str, Any] = {"max_steps": 2, "batch_size": 32, "report": False}
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerate() -> Iterator[None]:
+    """Forget the settings of Accelerate, which it keeps in singletons."""
+    reset_accelerate()
+    yield
+    reset_accelerate()
+
+
+def get_digits() -> list[tuple[Image.Image, str]]:
+    """Return scikit-learn's digits as images with labels."""
+    digits = load_digits()
+    pixels = (digits.images * (255 / 16)).round().astype(np.uint8)
+    return [(Image.fromarray(image), str(label)) for image, label in zip(pixels, digits.target, strict=True)]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """A model that was fine-tuned on digits in memory, and what the function returned."""
+    reset_accelerate()
+    folder = tmp_path_factory.mktemp("api") / "run"
+    return folder, finetune("vitcls-tiny", get_digits(), folder, **MODEL, **RUN)
+
+
+def test_finetune_and_evaluate_data_in_memory(trained: tuple[Path, dict[str, Any]]) -> None:
+    folder, results = trained
+    assert results == json.loads((folder / "results.json").read_text(encoding="utf-8"))
+    evaluated = evaluate(folder, get_digits(), num_workers=0)
+    assert (evaluated["accuracy"], evaluated["is_recorded_part"]) == (results["accuracy"], True)
+    frozen = evaluate(
+        folder, {"train": get_digits()[:300], "test": get_digits()[300:400]}, frozen="knn", num_workers=0
+    )
+    assert (frozen["num_training_images"], frozen["num_images"]) == (300, 100)
+
+
+class TorchDigits(Dataset):
+    """Digits as a torch data set."""
+
+    def __len__(self) -> int:
+        return 60
+
+    def __getitem__(self, index: int) -> Any:
+        return get_digits()[index]
+
+
+def test_pretrain_and_torch_datasets(tmp_path: Path) -> None:
+    results = pretrain("vitcls-tiny", TorchDigits(), tmp_path / "encoder", **MODEL, **RUN)
+    assert results["reconstruction_loss"] > 0
+    reset_accelerate()
+    finetuned = finetune(tmp_path / "encoder", TorchDigits(), tmp_path / "run", num_workers=0, **RUN)
+    assert finetuned["num_training_images"] == results["num_training_images"]
+
+
+def test_predict(trained: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    folder, _ = trained
+    images = [image for image, _ in get_digits()[:3]]
+    rows = predict(folder, images, top_k=2)
+    assert [row["index"] for row in rows] == [0, 1, 2] and {"label", "label_2"} <= rows[0].keys()
+    images[1].save(tmp_path / "1.png")
+    (from_path,) = predict(folder, tmp_path / "1.png", top_k=2)
+    assert from_path["label"] == rows[1]["label"]
+    assert len(predict(folder, dataset="digits", features="cls")) == 1797
+    assert len(predict(folder, images, features="registers")[0]["features"]) == 16
+    with pytest.raises(TypeError, match="unknown keyword argument 'output'"):
+        predict(folder, images, output="labels.csv")
+
+
+def test_inspect_tokens(trained: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    folder, _ = trained
+    inspection = inspect_tokens(folder, dataset="digits", output=tmp_path / "report.html", max_images=8, num_images=1)
+    assert {verdict.token for verdict in inspection.verdicts} == {"CLS", "register"}
+    assert (tmp_path / "report.html").exists()
+
+
+def test_errors_name_the_argument(tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match=r"unknown keyword argument 'learning_rat'\. Use learning_rate"):
+        finetune("vitcls-tiny", "digits", tmp_path, learning_rat=1e-3)
+    with pytest.raises(ValueError, match=r"auto_augment is 'random'\. Set one of 'none', 'rand', 'trivial'"):
+        finetune("vitcls-tiny", "digits", tmp_path, auto_augment="random")
+    with pytest.raises(ValueError, match="--epochs is -1: set a value above 0"):
+        finetune("vitcls-tiny", "digits", tmp_path, epochs=-1)
+
+
+@pytest.mark.parametrize(
+    ("options_class", "flags", "arguments"),
+    [
+        (
+            FinetuneOptions,
+            ["--image-size", "32", "48", "--label-column", "a", "b", "--no-flip", "--log-with", "wandb"],
+            {"image_size": [32, 48], "label_column": ["a", "b"], "flip": False, "log_with": ["wandb"]},
+        ),
+        (PretrainOptions, ["--mask-ratio", "0.5", "--epochs", "3"], {"mask_ratio": 0.5, "epochs": 3.0}),
+    ],
+)
+def test_arguments_are_flags(options_class: Any, flags: list[str], arguments: dict[str, Any]) -> None:
+    required = {"model": "m", "dataset": "digits", "output_dir": "out"}
+    by_flags = parse(options_class, [*flags, "--model", "m", "--dataset", "digits", "--output-dir", "out"])
+    assert build_options(options_class, **required, **arguments) == by_flags
+
+
+def test_options_of_evaluation_and_prediction() -> None:
+    options = build_options(EvaluateOptions, model=Path("m"), dataset="digits", output="out.json")
+    assert options == parse(EvaluateOptions, ["--model", "m", "--dataset", "digits", "--output", "out.json"])
+    assert build_options(PredictOptions, model="m", list="files.txt").list == Path("files.txt")
+    assert build_options(EvaluateOptions, model="m", dataset="d", label_column="age").data.label_column == ("age",)
+
+
+def test_the_functions_are_documented_and_public() -> None:
+    for name in ("evaluate", "finetune", "inspect_tokens", "predict", "pretrain"):
+        assert name in modeling_vitcls.__all__ and inspect.getdoc(getattr(modeling_vitcls, name))

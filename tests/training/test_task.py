@@ -1,0 +1,250 @@
+"""Whole runs in this process: defaults, the best checkpoint, cross-validation, and runs without held-out images."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from accelerate_state import reset_accelerate
+from PIL import Image
+from safetensors.torch import load_file
+from tiny_options import PLAIN, TINY
+
+from modeling_vitcls.checkpoints import CheckpointStore
+from modeling_vitcls.data.splits import load_evaluation_data, load_training_data
+from modeling_vitcls.inference.evaluate import evaluate_checkpoint
+from modeling_vitcls.options import (
+    DataOptions,
+    EvaluateOptions,
+    FinetuneOptions,
+    ModelOptions,
+    PretrainOptions,
+    RunOptions,
+    TrainingOptions,
+)
+from modeling_vitcls.training.finetune import FinetuneTask
+from modeling_vitcls.training.pretrain import PretrainTask
+from modeling_vitcls.training.runner import RunStopped
+from modeling_vitcls.training.task import dry_run, estimate_error, run_folds, run_task
+
+
+DIGITS = DataOptions("digits", num_workers=0)
+STEPS = TrainingOptions(batch_size=16, learning_rate=3e-3, health_every=0)
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerate() -> Iterator[None]:
+    """Forget the settings of Accelerate, which it keeps in singletons."""
+    reset_accelerate()
+    yield
+    reset_accelerate()
+
+
+def build_options(folder: Path, data: DataOptions = DIGITS, **training: Any) -> FinetuneOptions:
+    """Return the options of a run of a tiny model."""
+    return FinetuneOptions(
+        output_dir=folder,
+        data=data,
+        model=TINY,
+        augmentation=PLAIN,
+        training=replace(STEPS, **training),
+        run=RunOptions(report=False),
+    )
+
+
+def read_records(folder: Path) -> list[dict[str, Any]]:
+    """Return the records of the evaluated steps."""
+    lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return [record for line in lines if "held_out_accuracy" in (record := json.loads(line))]
+
+
+def write_images(folder: Path, splits: dict[str, dict[str, int]]) -> DataOptions:
+    """Write an image folder with some images per split and class."""
+    number = 0
+    for split, classes in splits.items():
+        for name, count in classes.items():
+            (folder / split / name).mkdir(parents=True, exist_ok=True)
+            for _ in range(count):
+                number += 1
+                color = (number * 7 % 256, 200 if name == "noon" else 20, 90)
+                Image.new("RGB", (16, 16), color).save(folder / split / name / f"{number}.png")
+    return DataOptions(str(folder), num_workers=0)
+
+
+# Defaults ------------------------------------------------------------------------------------------------------------
+
+
+def test_defaults_are_printed_and_recorded(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    options = FinetuneOptions(tmp_path / "run", DIGITS, TINY, training=TrainingOptions(max_steps=2, weight_decay=0.1))
+    options = replace(options, run=RunOptions(report=False))
+    run_task(FinetuneTask(options))
+    printed = capsys.readouterr().out
+    assert "weights   random, because vitcls-tiny is a preset" in printed and "--model timm:" in printed
+    assert "random weights, width 32: learning rate 0.001, initializer range 0.141" in printed
+    assert "random weights, 1,425 images: batch size 32" in printed
+    assert "images of 32 pixels: crop scale 1, shift 0.04" in printed
+    resolved = yaml.safe_load((tmp_path / "run" / "config.resolved.yaml").read_text(encoding="utf-8"))
+    expected = {"learning_rate": 0.001, "batch_size": 32, "layer_decay": 1.0, "crop_scale": 1.0, "weight_decay": 0.1}
+    assert {name: resolved[name] for name in expected} == expected
+
+    reset_accelerate()
+    start = replace(options, output_dir=tmp_path / "next", model=ModelOptions(str(tmp_path / "run")))
+    run_task(FinetuneTask(start))
+    printed = capsys.readouterr().out
+    assert "random" not in printed
+    assert "pre-trained weights, width 32: learning rate 0.0004; pre-trained weights: layer decay 0.75" in printed
+
+
+def test_a_run_with_defaults_is_resumed(tmp_path: Path) -> None:
+    options = FinetuneOptions(tmp_path, DIGITS, TINY, training=TrainingOptions(max_steps=2, health_every=0))
+    options = replace(options, run=RunOptions(report=False, save_every=1))
+    whole = run_task(FinetuneTask(options))
+    (tmp_path / "results.json").unlink()
+    reset_accelerate()
+    resumed = run_task(FinetuneTask(replace(options, run=replace(options.run, resume=True))))
+    assert resumed["accuracy"] == whole["accuracy"]
+    reset_accelerate()
+    other = replace(options, training=replace(options.training, learning_rate=0.5))
+    with pytest.raises(ValueError, match=r"was started with --learning-rate 0\.001, but this run has 0\.5"):
+        FinetuneTask(replace(other, run=replace(options.run, resume=True)))
+
+
+# The best checkpoint -------------------------------------------------------------------------------------------------
+
+
+def test_the_best_checkpoint_is_saved_and_reported(tmp_path: Path) -> None:
+    """The learning rate is far too high, so that a later evaluation is worse than an earlier one."""
+    folder = tmp_path / "run"
+    results = run_task(FinetuneTask(build_options(folder, epochs=4.0, select="best", learning_rate=0.2, warmup=0.0)))
+    records = read_records(folder)
+    best = max(records, key=lambda record: record["held_out_accuracy"])
+    assert results["selection"]["step"] == best["step"] and best is not records[-1]
+    assert results["selection"]["accuracy"] == best["held_out_accuracy"]
+
+    store = CheckpointStore(folder / "checkpoints", keep=2)
+    assert store.best().step == best["step"]
+    saved, selected = load_file(folder / "model.safetensors"), store.best().tensors("model")
+    assert all(torch.equal(saved[name], selected[name]) for name in saved)
+    reset_accelerate()
+    evaluated = evaluate_checkpoint(EvaluateOptions(str(folder), DIGITS, batch_size=16))
+    assert evaluated["accuracy"] == results["accuracy"] and evaluated["is_recorded_part"]
+
+
+def test_images_that_select_are_not_reported() -> None:
+    plain, selecting = load_training_data(DIGITS), load_training_data(DIGITS, with_selection=True)
+    assert selecting.selection is not None
+    assert selecting.record == plain.record  # the reported images are the same
+    keys = [set(part.images.compute_keys()) for part in (selecting.train, selecting.selection, selecting.held_out)]
+    assert keys[0] | keys[1] == set(plain.train.images.compute_keys())
+    assert not keys[0] & keys[1] and not keys[1] & keys[2]
+    assert 200 < len(selecting.selection) < 360
+
+
+def test_a_validation_split_selects_and_the_test_split_is_reported(tmp_path: Path) -> None:
+    counts = {"train": 8, "val": 3, "test": 5}
+    data = write_images(tmp_path / "data", {split: dict.fromkeys(("dusk", "noon"), n) for split, n in counts.items()})
+    loaded = load_training_data(data, with_selection=True)
+    assert loaded.selection is not None and loaded.selection_name == "split 'validation'"
+    assert (len(loaded.train), len(loaded.selection), len(loaded.held_out)) == (16, 6, 10)
+    results = run_task(FinetuneTask(build_options(tmp_path / "run", data, max_steps=2, select="best")))
+    assert (results["split"], results["num_images"], results["selection"]["num_images"]) == ("split 'test'", 10, 6)
+    assert load_training_data(data).held_out_name == "split 'validation'"
+
+
+def test_patience_stops_early(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    options = build_options(folder, epochs=20.0, select="best", patience=2, learning_rate=1.0, warmup=0.0)
+    results = run_task(FinetuneTask(options))
+    accuracies = [record["held_out_accuracy"] for record in read_records(folder)]
+    assert len(accuracies) < 20 and accuracies.index(max(accuracies)) == len(accuracies) - 3
+    assert results["steps"] == read_records(folder)[-1]["step"] < 20 * 71
+    with pytest.raises(ValueError, match="--patience requires --select best"):
+        TrainingOptions(patience=2)
+
+
+def test_the_best_checkpoint_of_pretraining(tmp_path: Path) -> None:
+    run = RunOptions(report=False)
+    training = replace(STEPS, max_steps=2, select="best")
+    results = run_task(PretrainTask(PretrainOptions(tmp_path / "run", DIGITS, TINY, PLAIN, training, run)))
+    assert results["selection"]["step"] == 2 and results["num_images"] == 372
+
+
+# Cross-validation, and training on all images ------------------------------------------------------------------------
+
+
+def test_folds(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    data = replace(DIGITS, folds=3)
+    summary = run_folds(FinetuneTask, build_options(tmp_path / "run", data, max_steps=2))
+    parts = [json.loads((tmp_path / "run" / f"fold-{fold}" / "results.json").read_text()) for fold in (1, 2, 3)]
+    assert sum(part["num_images"] for part in parts) == 1797
+    accuracies = [part["accuracy"] for part in parts]
+    assert summary["mean"] == pytest.approx(sum(accuracies) / 3, abs=1e-6)
+    assert summary == json.loads((tmp_path / "run" / "folds.json").read_text(encoding="utf-8"))
+    assert f"mean accuracy {summary['mean']:.2%}" in capsys.readouterr().out
+    keys = [load_training_data(replace(data, fold=fold)).held_out.images.compute_keys() for fold in (1, 2, 3)]
+    assert len(set().union(*keys)) == sum(map(len, keys))
+    reset_accelerate()
+    evaluated = evaluate_checkpoint(EvaluateOptions(str(tmp_path / "run" / "fold-2"), DIGITS, batch_size=16))
+    assert (evaluated["accuracy"], evaluated["is_recorded_part"]) == (accuracies[1], True)
+
+
+def test_the_interval_of_folds() -> None:
+    """Student's t with two degrees of freedom: 4.302653 standard errors."""
+    assert estimate_error([0.5, 0.6, 0.7]) == pytest.approx(4.302653 * 0.1 / 3**0.5, rel=1e-6)
+    with pytest.raises(ValueError, match="--fold is 4: set a value from 1 to --folds"):
+        replace(DIGITS, folds=3, fold=4)
+
+
+def test_folds_require_a_single_split(tmp_path: Path) -> None:
+    data = write_images(tmp_path, {"train": {"dusk": 3, "noon": 3}, "test": {"dusk": 3, "noon": 3}})
+    with pytest.raises(ValueError, match=r"--folds requires a dataset of a single split, but .* has the split 'test'"):
+        load_training_data(replace(data, folds=2, fold=1))
+
+
+def test_all_images_are_trained_on(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    data = replace(DIGITS, held_out_fraction=0.0)
+    options = build_options(tmp_path / "run", data, max_steps=2)
+    dry_run(FinetuneTask, options)
+    reset_accelerate()
+    results = run_task(FinetuneTask(options))
+    assert (results["num_training_images"], results["num_images"]) == (1797, 0)
+    assert "accuracy" not in results and "nothing was measured" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="--held-out-fraction is 0, so training used all images of digits"):
+        evaluate_checkpoint(EvaluateOptions(str(tmp_path / "run"), DIGITS))
+    assert len(load_evaluation_data(data, "train").images) == 1797
+    with pytest.raises(ValueError, match="--select best requires images to select on"):
+        load_training_data(data, with_selection=True)
+
+
+# Classes -------------------------------------------------------------------------------------------------------------
+
+
+def test_a_class_that_only_the_validation_split_has(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    data = write_images(
+        tmp_path / "data", {"train": {"dusk": 6, "noon": 6}, "val": {"dusk": 2, "noon": 2, "night": 2}}
+    )
+    results = run_task(FinetuneTask(build_options(tmp_path / "run", data, max_steps=2)))
+    assert [row["name"] for row in results["per_class"]] == ["dusk", "night", "noon"]
+    assert "1 of the 3 classes have no training images (night)" in capsys.readouterr().out
+
+
+def test_many_classes_with_few_images(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    data = write_images(tmp_path / "data", {"": {f"class {index:03d}": 2 for index in range(60)}})
+    results = run_task(FinetuneTask(build_options(tmp_path / "run", data, max_steps=2)))
+    assert len(results["per_class"]) == 60
+    assert results["num_images"] + results["num_training_images"] == 120
+    assert "of the 60 classes have no held-out images (class 0" in capsys.readouterr().out
+
+
+def test_a_stopped_run_selects_nothing(tmp_path: Path) -> None:
+    """A damaged best checkpoint is an error and not another model."""
+    options = build_options(tmp_path / "run", max_steps=2, select="best")
+    task = FinetuneTask(options)
+    task.runner.store.best = lambda: (_ for _ in ()).throw(ValueError("checkpoint is damaged"))  # type: ignore
+    with pytest.raises(RunStopped, match="checkpoint is damaged"):
+        run_task(task)
+    assert not (tmp_path / "run" / "model.safetensors").exists()
