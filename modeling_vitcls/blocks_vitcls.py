@@ -279,8 +279,10 @@ class ViTCLSAttention(nn.Module):
 
     def project_qkv(self, hidden_states: Tensor, num_queries: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Return queries [B, heads, n, head_dim], keys and values [B, heads, N, head_dim], before rotation."""
-        # -1: under tensor parallelism, each process has only some of the heads
-        query = self.q_proj(hidden_states[:, :num_queries]).unflatten(-1, (-1, self.qk_head_dim))
+        # -1 heads: under tensor parallelism each process has some of them
+        # cat copies the rows: for a view of them, torch.onnx would fix an example batch of 1
+        queries = hidden_states if num_queries is None else torch.cat([hidden_states[:, :num_queries]], dim=1)
+        query = self.q_proj(queries).unflatten(-1, (-1, self.qk_head_dim))
         key = self.k_proj(hidden_states).unflatten(-1, (-1, self.qk_head_dim))  # [B, N, heads, head_dim]
         value = self.v_proj(hidden_states).unflatten(-1, (-1, self.head_dim))
         if self.q_norm is not None and self.k_norm is not None:
@@ -429,9 +431,7 @@ class ViTCLSLayer(EncoderLayer):
     ) -> Tensor:
         """Apply attention, then the MLP, to all tokens or only to the first `num_tokens`, which are special tokens."""
         normalized = self.layernorm_before(hidden_states)
-        attended, _ = self.attention(
-            normalized, attention_mask, position_embeddings, num_tokens, **kwargs
-        )  # [B, n, D]
+        attended, _ = self.attention(normalized, attention_mask, position_embeddings, num_tokens, **kwargs)
         hidden_states = self.add_branch(hidden_states[:, :num_tokens], self.dropout(attended), self.layer_scale1)
         transformed = self.mlp(self.layernorm_after(hidden_states))
         return self.add_branch(hidden_states, self.dropout(transformed), self.layer_scale2)

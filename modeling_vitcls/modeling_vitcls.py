@@ -395,6 +395,8 @@ class ViTCLSForImageClassification(ViTCLSPreTrainedModel):
             tokens = outputs.last_hidden_state[:, self.config.token_layout.distillation]  # [B, n, D]
             distillation_logits = self.distillation_classifier(tokens.mean(dim=1))
             logits = combine_logits(cls_logits, distillation_logits, self.config.distillation_inference)
+        elif torch.onnx.is_in_onnx_export():
+            cls_logits = None  # the same tensor as logits
         loss = None
         if labels is not None:
             head_logits = [logits]
@@ -567,9 +569,8 @@ class ViTCLSBackbone(BackboneMixin, ViTCLSModel):  # type: ignore[misc]  # num_f
     ) -> BackboneOutput:
         """Return the feature maps of `config.out_features`.
 
-        Maps are [B, D, rows, columns] each, or, with `config.reshape_hidden_states=False`, the first CLS token and the
-        patches, [B, 1 + rows * columns, D], which DPT and Depth Anything require. The last stage, and with
-        `config.apply_layernorm` every stage, is normalized.
+        Maps are [B, D, rows, columns], or with `config.reshape_hidden_states=False` [B, 1 + patches, D]: the first
+        CLS token and the patches. The last stage, and with `config.apply_layernorm` every stage, is normalized.
         """
         require_all_patches(self, self.config)
         outputs = ViTCLSModel.forward(self, pixel_values, attention_mask=attention_mask, **kwargs)

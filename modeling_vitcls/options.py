@@ -62,8 +62,8 @@ class ModelOptions:
 
     model: str
     """A preset to train from scratch (`vitcls-tiny`, `vitcls-small`, `vitcls-base`, `vitcls-large`), a folder or Hub
-    id of a vitcls model, or another ViT that is converted (`timm:NAME`, `transformers:ID`, a folder, a Hub id).
-    `ID@COMMIT` pins a model on the Hub."""
+    id of a vitcls model, or another ViT that is converted (`timm:NAME`, `transformers:ID`, a folder, a Hub id,
+    a file). `ID@COMMIT` pins a model on the Hub."""
     num_cls_tokens: int | None = None
     """Number of CLS tokens."""
     num_distillation_tokens: int | None = None
@@ -379,7 +379,7 @@ class EvaluateOptions:
 
     model: str
     """Folder or Hub id of a vitcls model (`ID@COMMIT` pins it), or another ViT that is converted once (`timm:NAME`,
-    `transformers:ID`, a folder, a Hub id)."""
+    `transformers:ID`, a folder, a Hub id, a file)."""
     data: DataOptions
     split: str | None = None
     """Split of the dataset. In a dataset with one split that is not called `test`, `test` is the held-out split of
@@ -417,7 +417,7 @@ class PredictOptions:
 
     model: str
     """Folder or Hub id of a vitcls model (`ID@COMMIT` pins it), or another ViT that is converted once (`timm:NAME`,
-    `transformers:ID`, a folder, a Hub id)."""
+    `transformers:ID`, a folder, a Hub id, a file)."""
     paths: tuple[str, ...] = ()
     """Image files, folders (with all folders in them), or URLs."""
     list: Path | None = None
@@ -490,7 +490,7 @@ class InspectOptions:
 
     model: str
     """Folder or Hub id of a vitcls model (`ID@COMMIT` pins it), or another ViT that is converted once (`timm:NAME`,
-    `transformers:ID`, a folder, a Hub id)."""
+    `transformers:ID`, a folder, a Hub id, a file)."""
     paths: tuple[str, ...] = ()
     """Image files, folders (with all folders in them), or URLs."""
     dataset: str | None = None

@@ -27,10 +27,10 @@ class ExportOptions:
 
     model: str
     """A model folder, a model on the Hub, or a preset (random weights)."""
-    format: Literal["torch", "onnx", "openvino"]
-    """torch.export (.pt2), ONNX (.onnx), or OpenVINO (.xml and .bin)."""
+    format: Literal["torch", "onnx", "openvino", "transformers.js"]
+    """torch.export (.pt2), ONNX (.onnx), OpenVINO (.xml and .bin), or a folder for transformers.js."""
     output: Path
-    """A file that does not exist."""
+    """A file that does not exist; for transformers.js a folder."""
     image_size: tuple[int, int] | None = None
     """Height and width in pixels: the fixed image size, or the main size of the comparison if the size is dynamic.
     Default: the size of the model."""
@@ -49,6 +49,9 @@ def check(options: ExportOptions) -> None:
     """Exit with status 2 if a flag has a wrong value or flags contradict each other."""
     if options.image_size is not None and min(options.image_size) < 1:
         exit_with_message(f"--image-size must be at least 1, but is {' '.join(map(str, options.image_size))}")
+    changed = (options.image_size, options.dynamic, options.dtype, options.opset) != (None, True, "float32", None)
+    if options.format == "transformers.js" and changed:
+        exit_with_message("--format transformers.js does not support --image-size, --no-dynamic, --dtype and --opset")
     if options.opset is not None and options.format == "torch":
         exit_with_message("--opset requires --format onnx or openvino, but --format is torch")
     if options.opset is not None and options.opset < MIN_OPSET:
@@ -60,10 +63,16 @@ def run(options: ExportOptions) -> None:
     from transformers.utils.logging import disable_progress_bar
 
     from ..export.exporter import export_model
+    from ..export.transformers_js import export_for_transformers_js
 
     disable_progress_bar()
     warnings.filterwarnings("ignore", module=r"torch\.|onnxscript|copyreg")  # warnings of exporters
     with exit_on_error():
+        if options.format == "transformers.js":
+            for comparison in export_for_transformers_js(options.model, options.output).comparisons:
+                difference, agreement = comparison.largest_difference, comparison.top1_agreement
+                print(f"{comparison.file:26} largest difference {difference:.1e}, same top-1 label: {agreement:.1%}")
+            return
         report = export_model(
             options.model,
             options.format,

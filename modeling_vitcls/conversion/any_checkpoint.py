@@ -4,6 +4,7 @@
     resolve_checkpoint("someone/their-model@COMMIT")    a vitcls model on the Hub: its download
     resolve_checkpoint("facebook/dinov2-small")         a model of transformers: its conversion
     resolve_checkpoint("timm:vit_small_patch16_224")    a model of timm: its conversion
+    resolve_checkpoint("dinov2_vits14_pretrain.pth")    a published state dict: its conversion
 
 A conversion is checked as in scripts/convert.py: it is cached only if its outputs equal the outputs of the source. Its
 parity report records the source, the commit and the versions. The cache is the folder `vitcls/converted` next to the
@@ -13,6 +14,7 @@ cache of the Hub. If the source or the version of this package changes, it is co
 import hashlib
 import json
 import logging
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -33,21 +35,16 @@ def resolve_checkpoint(source: str, files: Sequence[str] = MODEL_FILES) -> str:
     """Return the folder of a model: the source itself, its download, or its conversion.
 
     Args:
-        source: A folder, `namespace/name` on the Hub with an optional `@REVISION`, `timm:NAME`, or
-            `transformers:PATH_OR_ID` with an optional `@REVISION`.
+        source: A folder, `namespace/name` on the Hub with an optional `@REVISION`, `timm:NAME`,
+            `transformers:PATH_OR_ID` with an optional `@REVISION`, or a file with a published state dict.
         files: Patterns of the required files of a vitcls model.
 
     Raises:
         ValueError: If the source is not supported, or its conversion is not exact.
         OSError: If the source cannot be found or read.
     """
-    if source.startswith(PREFIXES):
+    if source.startswith(PREFIXES) or Path(source).is_file():
         return convert_once(source)
-    if Path(source).is_file():
-        raise ValueError(
-            f"--model requires a folder or a model on the Hub, but {source} is a file. Convert it with "
-            "modeling_vitcls.convert_state_dict, and set --model to the saved folder"
-        )
     name, revision = split_revision(source)
     folder = get_model_folder(name, files, revision)
     commit = get_cached_commit(folder)
@@ -75,8 +72,11 @@ def pin_revision(source: str) -> str:
 
 
 def is_pinned(pinned: object, source: object) -> bool:
-    """Return whether `pinned` is `source` with the hash of a commit."""
-    return isinstance(pinned, str) and pinned != source and pinned.rpartition("@")[0] == source
+    """Return whether `pinned` is `source` with the hash of a commit, instead of none, a branch or a tag."""
+    if not isinstance(pinned, str) or not isinstance(source, str) or pinned == source:
+        return False
+    name, revision = split_revision(source)
+    return pinned.rpartition("@")[0] == name and not re.fullmatch("[0-9a-f]{40}", revision or "")
 
 
 def read_model_types(folder: str) -> tuple[str | None, str | None]:
@@ -89,7 +89,7 @@ def read_model_types(folder: str) -> tuple[str | None, str | None]:
 
 
 def convert_once(source: str) -> str:
-    """Return the cached conversion of `timm:NAME` or `transformers:PATH_OR_ID`; convert it if there is none.
+    """Return the cached conversion of a source that scripts/convert.py accepts; convert it if there is none.
 
     Raises:
         ValueError, OSError: See `convert_checkpoint`.
@@ -110,7 +110,7 @@ def get_cache_folder() -> Path:
 
 def compute_cache_name(source: str) -> str:
     """Return the folder name of a conversion. It changes with the source's files and the version of this package."""
-    path = Path(source.partition(":")[2])
+    path = Path(source.partition(":")[2] if source.startswith(PREFIXES) else source)
     facts: list[object] = [pin_revision(source), __version__]
     if path.exists():
         files = sorted(path.iterdir()) if path.is_dir() else [path]

@@ -194,11 +194,16 @@ def drop_unlabeled(images: LabeledImages, options: DataOptions, split: str) -> L
     """Return the images that have a label, and log a warning about the others.
 
     Raises:
-        ValueError: if more than --max-broken-images images have no label.
+        ValueError: if no image has a label, or more than --max-broken-images have none.
     """
     unlabeled = [index for index, label in enumerate(images.labels) if label == IGNORED_LABEL]
     if not unlabeled:
         return images
+    if len(unlabeled) == len(images):
+        raise ValueError(
+            f"{options.dataset}, split {split!r}: none of the {len(images):,} images has a label. Set another "
+            "--label-column or --split"
+        )
     rows = shorten_list([str(index) for index in unlabeled])
     message = f"{options.dataset}, split {split!r}: {len(unlabeled):,} images have no label (rows {rows})"
     if len(unlabeled) > options.max_broken_images:

@@ -5,6 +5,7 @@
     formats.py        write the graph to a file, and run the file in its runtime
     export_report.py  largest differences, and descriptions of inputs and outputs
     exporter.py       implementation of scripts/export.py
+    transformers_js.py  a folder for transformers.js, in node and browsers
 
 These files are not copied to the Hub. The required packages are the extra `export`.
 """

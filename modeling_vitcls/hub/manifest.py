@@ -8,6 +8,7 @@ With `--push-optimizer`, the newest checkpoint is published as well, from which 
 Checkpoints contain only tensors and JSON, as on disk (checkpoints.py): resuming from one unpickles nothing.
 """
 
+import logging
 from collections.abc import Iterable, Iterator
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -21,6 +22,7 @@ from ..checkpoints import (
     Checkpoint,
     CheckpointStore,
     DamagedCheckpoint,
+    file_digest,
     format_state,
     read_checkpoint,
     read_state,
@@ -44,6 +46,10 @@ PARITY_REPORT = "certificate.json"  # of a conversion
 # Types of the models that conversion/native.py writes.
 NATIVE_MODEL_TYPES = ("vit", "deit", "dinov2", "dinov2_with_registers", "dinov3_vit")
 
+# ONNX files of `vitcls export --format transformers.js`, and their report with the SHA-256 of the weights.
+ONNX_REPORT = "onnx/report.json"
+ONNX_PATTERNS = ("onnx/*.onnx", ONNX_REPORT)
+
 # Files that define the model. A push removes such files of an earlier push: an old model.safetensors would be loaded
 # instead of new shards.
 MODEL_PATTERNS = (
@@ -61,6 +67,7 @@ RECORD_PATTERNS = (
     RECIPE,
     PARITY_REPORT,
     REPORT,
+    *ONNX_PATTERNS,
 )
 CHECKPOINT_PATTERNS = ("checkpoints/step-*/*.safetensors", "checkpoints/step-*/state.json")
 # Files that describe the model.
@@ -75,6 +82,8 @@ EXTRA_PATTERNS = (
 # Files whose `auto_map` names classes and the code file of each class.
 CODE_REFERENCE_FILES = ("config.json", "preprocessor_config.json")
 REPO_SEPARATOR = "--"  # `owner/name--module.Class` is a class in another repository
+
+log = logging.getLogger(__name__)
 
 # Path in the repository -> local file, or content.
 RepoFiles = dict[str, Path | bytes]
@@ -108,12 +117,25 @@ def collect_model_files(folder: Path, repo_id: str | None = None) -> RepoFiles:
             raise ValueError(f"{folder} lacks {name}, which is required to load the model. Save the model again")
     if REPORT in files and not can_publish_report(folder):
         del files[REPORT]
+    if not has_current_onnx_files(folder):
+        outdated = [name for name in files if is_match(name, ONNX_PATTERNS)]
+        if outdated:
+            log.warning("%s is not published, because %s is for other weights", ", ".join(outdated), ONNX_REPORT)
+        files = {name: path for name, path in files.items() if name not in outdated}
     if any(name.endswith(".py") for name in files):
         files[CODE_LICENSE_FILE] = read_code_license()
     if RECIPE in files:
         flags = get_shareable_flags(yaml.safe_load(read_text(folder / RECIPE)))
         files[RECIPE] = yaml.safe_dump(flags, sort_keys=False).encode()
     return rename_card_in_files(files, folder, repo_id)
+
+
+def has_current_onnx_files(folder: Path) -> bool:
+    """Return whether the report of the ONNX files is for the weights in the folder."""
+    if not (folder / ONNX_REPORT).is_file():
+        return False
+    weights = {name: file_digest(folder / name) for name in list_weight_files(folder) if (folder / name).is_file()}
+    return read_json(folder / ONNX_REPORT).get("weights_sha256") == weights
 
 
 def rename_card_in_files(files: RepoFiles, folder: Path, repo_id: str | None) -> RepoFiles:

@@ -116,10 +116,22 @@ def test_unsupported_names_are_errors(tmp_path: Path) -> None:
     transformers.ResNetForImageClassification(config).save_pretrained(tmp_path / "resnet")
     with pytest.raises(ValueError, match="ResNetForImageClassification"):
         resolve_checkpoint(str(tmp_path / "resnet"))
-    weights = tmp_path / "weights.pth"
-    weights.write_bytes(b"")
-    with pytest.raises(ValueError, match=r"but .*weights\.pth is a file\. Convert it"):
-        resolve_checkpoint(str(weights))
+
+
+def test_a_published_state_dict(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    theirs = timm.create_model("vit_tiny_patch16_224", num_classes=5).eval()  # as DeiT published its weights
+    file = tmp_path / "deit_tiny.pth"
+    torch.save({"model": theirs.state_dict()}, file)
+    model, _ = load_model(str(file), with_head=True)
+    pixel_values = torch.randn(1, 3, 224, 224)
+    with torch.no_grad():
+        assert (model(pixel_values).logits - theirs(pixel_values)).abs().max() < 1e-5
+    folder = resolve_checkpoint(str(file))
+    assert "source_sha256" in (Path(folder) / "certificate.json").read_text(encoding="utf-8")
+    torch.save({"model": {}}, tmp_path / "empty.pth")
+    with pytest.raises(ValueError, match=r"empty\.pth"):
+        resolve_checkpoint(str(tmp_path / "empty.pth"))
 
 
 def test_commits_are_pinned(cached_on_the_hub: str) -> None:
@@ -127,7 +139,9 @@ def test_commits_are_pinned(cached_on_the_hub: str) -> None:
     assert pin_revision(cached_on_the_hub) == pin_revision(pinned) == pinned
     assert pin_revision(f"transformers:{cached_on_the_hub}@main") == f"transformers:{pinned}"
     assert pin_revision("timm:test_vit") == "timm:test_vit"
-    assert is_pinned(pinned, cached_on_the_hub) and not is_pinned(pinned, pinned) and not is_pinned(None, None)
+    assert is_pinned(pinned, cached_on_the_hub) and is_pinned(pinned, f"{cached_on_the_hub}@main")
+    assert not is_pinned(pinned, pinned) and not is_pinned(pinned, f"{cached_on_the_hub}@{'f' * 40}")
+    assert not is_pinned(None, None)
     assert resolve_checkpoint(pinned).endswith(COMMIT)
     load_model(pinned, with_head=True)
     with pytest.raises(OSError, match="ann/mine"):

@@ -259,7 +259,7 @@ def test_a_unreadable_image_is_described(half_broken: LabeledImages) -> None:
 def test_a_dataset_without_any_readable_image_ends_in_one_line(tmp_path: Path, num_workers: int) -> None:
     source = LabeledImages(FileImages([str(tmp_path / f"{index}.png") for index in range(3)]), [0, 1, 2])
     with pytest.raises(ValueError, match=r"none of the 3 images can be read, for example: .*\.png") as caught:
-        next(iterate_training_batches(build_images(source), plan_for(3, batch_size=2), 0, num_workers))
+        next(iterate_training_batches(build_images(source), plan_for(3, batch_size=2, max_steps=2), 0, num_workers))
     assert "\n" not in str(caught.value)
 
 

@@ -345,9 +345,9 @@ def test_hidden_labels_of_an_unused_split_do_no_harm(colours: Path, tmp_path: Pa
     assert (len(data.train), len(data.held_out), data.held_out_name) == (20, 20, "split 'validation'")
     options = DataOptions(dataset=str(folder))
     assert len(load_evaluation_data(options, "validation")[1]) == 20
-    with pytest.raises(ValueError, match="split 'test': row 0 has the label -1"):
+    with pytest.raises(ValueError, match="split 'test': none of the 20 images has a label"):
         load_evaluation_data(options, "test")
-    with pytest.raises(ValueError, match="split 'test': row 0 has the label -1"):
+    with pytest.raises(ValueError, match="split 'test': none of the 20 images has a label"):
         read(write_splits(tmp_path / "b", colours, train=None, test=-1))
 
 

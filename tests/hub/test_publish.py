@@ -1,6 +1,7 @@
 """Pushing model folders to a Hub on this machine, through the real huggingface_hub client."""
 
 import hashlib
+import json
 import pickle
 import runpy
 import shlex
@@ -134,6 +135,21 @@ def test_the_report_is_pushed_unless_it_shows_images_of_a_local_data_set(hub: Lo
     recipe.unlink()  # then nobody knows whose images the report shows
     push_folder(folder, "ann/model")
     assert "report.html" not in hub.files("ann/model")
+
+
+def test_onnx_files_are_pushed_while_their_report_fits_the_weights(
+    hub: LocalHub, folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (folder / "onnx").mkdir()
+    (folder / "onnx" / "model.onnx").write_bytes(b"graph")
+    digest = hashlib.sha256((folder / WEIGHTS).read_bytes()).hexdigest()
+    (folder / "onnx" / "report.json").write_text(json.dumps({"weights_sha256": {WEIGHTS: digest}}))
+    push_folder(folder, "ann/model")
+    assert {"onnx/model.onnx", "onnx/report.json"} <= set(hub.files("ann/model")) and not caplog.messages
+    save_model(folder, num_register_tokens=2)
+    push_folder(folder, "ann/model")
+    assert not [name for name in hub.files("ann/model") if name.startswith("onnx/")]
+    assert "onnx/model.onnx, onnx/report.json is not published" in caplog.text
 
 
 def test_the_recipe_is_pushed_without_the_paths_of_this_machine(hub: LocalHub, folder: Path) -> None:

@@ -1,0 +1,172 @@
+"""Write a classifier as the folder that transformers.js loads, in node and in browsers.
+
+    report = export_for_transformers_js("runs/mine", Path("web"))
+    // in JavaScript: const classify = await pipeline("image-classification", "web", {dtype: "fp32"});
+
+    config.json                 model_type "vit", because transformers.js does not support other names
+    preprocessor_config.json    ViTImageProcessor
+    onnx/model.onnx             float32, compared with the model as by --format onnx
+    onnx/model_fp16.onnx        weights and computations in float16
+    onnx/model_quantized.onnx   int8 weights of linear layers
+    onnx/report.json            differences, top-1 agreement, and the SHA-256 of the weights of the model
+
+The graph contains the model itself: special tokens, pooling and heads. transformers.js resizes images without
+antialiasing, unlike PIL and torchvision, so predictions differ for images that are much larger than the model's.
+"""
+
+import dataclasses
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers.image_utils import PILImageResampling
+
+from ..conversion.parity_report import build_random_images, get_max_magnitude, hash_files
+from ..files import write_json
+from ..hub.local_paths import check_output_is_empty
+from ..image_processing_vitcls import ViTCLSImageProcessor
+from ..modeling_vitcls import ViTCLSForImageClassification
+from .exportable import ExportableModel, Outputs, compute_named_outputs, load_exportable
+from .exporter import export_model, get_report_path, move_files
+from .formats import FORMATS
+
+
+# dtype of transformers.js -> file.
+FILES = {"fp32": "model.onnx", "fp16": "model_fp16.onnx", "q8": "model_quantized.onnx"}
+NUM_IMAGES = 64  # random images of the comparison
+BATCH_SIZE = 16
+QUANTIZED_OPERATORS = ["MatMul", "Gemm"]
+
+
+@dataclasses.dataclass(frozen=True)
+class FileComparison:
+    """Comparison of one file with the model in float32, on random images.
+
+    Attributes:
+        file: Path in the folder.
+        dtype: Value of `dtype` in transformers.js.
+        largest_difference: Largest absolute difference of a logit.
+        top1_agreement: Fraction of the images for which the largest logit belongs to the same class.
+    """
+
+    file: str
+    dtype: str
+    largest_difference: float
+    top1_agreement: float
+
+
+@dataclasses.dataclass(frozen=True)
+class WebReport:
+    """The content of onnx/report.json.
+
+    Attributes:
+        comparisons: One comparison per file.
+        num_images: Number of random images of the comparisons.
+        weights_sha256: File names -> SHA-256 of the weights of the model; empty for a preset.
+        sha256: File names -> SHA-256 of the ONNX files.
+    """
+
+    comparisons: list[FileComparison]
+    num_images: int
+    weights_sha256: dict[str, str]
+    sha256: dict[str, str]
+
+
+def export_for_transformers_js(source: str, output: Path) -> WebReport:
+    """Write the folder, or nothing.
+
+    Args:
+        source: Folder or Hub id of a classifier for one task, or a preset, which has random weights.
+        output: A folder that does not exist or is empty.
+
+    Raises:
+        ValueError, OSError: If the model cannot be found or exported, is not a classifier for one task, its image
+            processor has settings that transformers.js lacks, or the float32 file differs from the model. The message
+            is one line.
+    """
+    check_output_is_empty(output)
+    exportable = load_exportable(source)
+    model, processor = exportable.model, exportable.processor
+    if not isinstance(model, ViTCLSForImageClassification) or processor is None:
+        raise ValueError(
+            f"--format transformers.js requires a classifier for one task and its image processor, but {source} is "
+            f"{type(model).__name__}"
+        )
+    preprocessor = build_preprocessor_config(processor)
+    batches = [
+        build_random_images((BATCH_SIZE, model.config.num_channels, *model.config.image_height_width))
+        + torch.arange(BATCH_SIZE).view(-1, 1, 1, 1) * index / BATCH_SIZE
+        for index in range(NUM_IMAGES // BATCH_SIZE)
+    ]
+    expected = compute_named_outputs(model, batches)
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch, "onnx")
+        folder.mkdir()
+        for name, dtype in (("fp32", "float32"), ("fp16", "float16")):
+            file = folder / FILES[name]
+            export_model(source, "onnx", file, dynamic=False, dtype=dtype)
+            get_report_path(file).unlink()
+        quantize(folder / FILES["fp32"], folder / FILES["q8"])
+        comparisons = [compare_file(folder / file, dtype, batches, expected) for dtype, file in FILES.items()]
+        weights = Path(source).glob("*.safetensors") if Path(source).is_dir() else iter(())
+        report = WebReport(comparisons, NUM_IMAGES, hash_files(weights), hash_files(folder.glob("*.onnx")))
+        write_json(folder / "report.json", dataclasses.asdict(report))
+        move_files(folder, output / "onnx")
+    write_json(output / "config.json", build_config(exportable))
+    write_json(output / "preprocessor_config.json", preprocessor)
+    return report
+
+
+def build_config(exportable: ExportableModel) -> dict[str, Any]:
+    """Return config.json for transformers.js, which reads the type and the labels."""
+    config = exportable.model.config
+    return {
+        "model_type": "vit",
+        "architectures": ["ViTForImageClassification"],
+        "id2label": config.id2label,
+        "label2id": config.label2id,
+        "image_size": config.image_height_width[0],
+        "patch_size": config.patch_height_width[0],
+        "hidden_size": config.hidden_size,
+        "num_hidden_layers": config.num_hidden_layers,
+        "num_attention_heads": config.num_attention_heads,
+        "num_channels": config.num_channels,
+    }
+
+
+def build_preprocessor_config(processor: ViTCLSImageProcessor) -> dict[str, Any]:
+    """Return preprocessor_config.json for transformers.js.
+
+    Raises:
+        ValueError: If images are not converted to RGB, which transformers.js always does.
+    """
+    settings = processor.to_dict()
+    if not settings["do_convert_rgb"]:
+        raise ValueError("transformers.js converts images to RGB, but do_convert_rgb is False. Use another --format")
+    names = (
+        "do_resize size resample do_center_crop crop_size do_rescale rescale_factor do_normalize image_mean image_std"
+    ).split()
+    kept = {name: settings[name] for name in names if settings.get(name) is not None}
+    kept["resample"] = int(PILImageResampling(settings["resample"]))
+    return json.loads(json.dumps(kept | {"image_processor_type": "ViTImageProcessor", "do_convert_rgb": True}))
+
+
+def quantize(source: Path, target: Path) -> None:
+    """Write a copy of an ONNX file in which linear layers have int8 weights, and quantize their inputs at run time."""
+    import onnx
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    model = onnx.load(source)
+    model.graph.ClearField("value_info")  # stored shapes, which contradict the transposed weights of the copy
+    quantize_dynamic(model, target, weight_type=QuantType.QInt8, op_types_to_quantize=QUANTIZED_OPERATORS)
+
+
+def compare_file(file: Path, dtype: str, batches: list[torch.Tensor], expected: list[Outputs]) -> FileComparison:
+    """Run a file with onnxruntime and compare its logits with the logits of the model [B, labels]."""
+    names = list(expected[0])
+    outputs = FORMATS["onnx"].run(file, batches, names)
+    logits, reference = (torch.cat([each["logits"] for each in results]) for results in (outputs, expected))
+    agreement = (logits.argmax(-1) == reference.argmax(-1)).float().mean().item()
+    return FileComparison(f"onnx/{file.name}", dtype, get_max_magnitude(logits - reference), agreement)

@@ -1,0 +1,54 @@
+"""`torch.onnx.export` called on a model directly, as users of the code on the Hub do."""
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import each_layout, filled, images, tiny_config
+
+from modeling_vitcls import ViTCLSForImageClassification, ViTCLSModel
+
+
+onnxruntime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
+pytest.importorskip("onnxscript", reason="onnxscript is not installed")
+
+
+def export_and_run(model: torch.nn.Module, file: Path, num_images: int) -> dict[str, torch.Tensor]:
+    """Export with an example batch of one image, and return the outputs of the file for more images."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.onnx.export(model, (images(1),), file, dynamo=True, dynamic_shapes=({0: "batch"},), verbose=False)
+    session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
+    (graph_input,) = session.get_inputs()
+    assert graph_input.shape == ["batch", 3, 32, 32]
+    names = [output.name for output in session.get_outputs()]
+    arrays = session.run(None, {graph_input.name: images(num_images).numpy()})
+    return {name: torch.from_numpy(array) for name, array in zip(names, arrays, strict=True)}
+
+
+@each_layout
+def test_the_batch_is_dynamic_and_no_output_is_repeated(tmp_path: Path, layout: dict[str, Any]) -> None:
+    model = filled(ViTCLSForImageClassification(tiny_config(**layout)))
+    outputs = list(export_and_run(model, tmp_path / "model.onnx", 5).values())
+    with torch.no_grad():
+        expected = model(images(5))
+    names = ["logits", *(["cls_logits", "distillation_logits"] if expected.distillation_logits is not None else [])]
+    assert len(outputs) == len(names)
+    for name, output in zip(names, outputs, strict=True):
+        assert (output - expected[name]).abs().max() <= 1e-5, name
+
+
+def test_the_encoder(tmp_path: Path) -> None:
+    model = filled(ViTCLSModel(tiny_config(num_register_tokens=2)))
+    sequence, pooled = export_and_run(model, tmp_path / "model.onnx", 3).values()
+    with torch.no_grad():
+        expected = model(images(3))
+    assert (sequence - expected.last_hidden_state).abs().max() <= 1e-5
+    assert (pooled - expected.pooler_output).abs().max() <= 1e-5
+
+
+def test_outside_of_an_export_the_logits_have_both_names() -> None:
+    outputs = filled(ViTCLSForImageClassification(tiny_config()))(images())
+    assert outputs.cls_logits is outputs.logits
