@@ -22,7 +22,7 @@ from ..checkpoints import (
     Checkpoint,
     CheckpointStore,
     DamagedCheckpoint,
-    file_digest,
+    compute_file_digest,
     format_state,
     read_checkpoint,
     read_state,
@@ -134,7 +134,9 @@ def has_current_onnx_files(folder: Path) -> bool:
     """Return whether the report of the ONNX files is for the weights in the folder."""
     if not (folder / ONNX_REPORT).is_file():
         return False
-    weights = {name: file_digest(folder / name) for name in list_weight_files(folder) if (folder / name).is_file()}
+    weights = {
+        name: compute_file_digest(folder / name) for name in list_weight_files(folder) if (folder / name).is_file()
+    }
     return read_json(folder / ONNX_REPORT).get("weights_sha256") == weights
 
 
