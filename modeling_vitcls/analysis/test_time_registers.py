@@ -77,8 +77,8 @@ def find_register_neurons(
         )  # [layers, neurons]
     if not 0 < num_neurons <= scores.numel():
         raise ValueError(
-            f"num_neurons is {num_neurons}, but layers 0 to {last_layer} have {scores.numel()} neurons. Set a number "
-            "from 1 to this number."
+            f"num_neurons is {num_neurons}, but it must be between 1 and {scores.numel()}, the number of neurons in "
+            f"layers 0 to {last_layer}."
         )
     strongest = scores.flatten().topk(num_neurons).indices.tolist()
     return [list(divmod(index, scores.shape[1])) for index in strongest]

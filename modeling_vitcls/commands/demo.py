@@ -23,9 +23,9 @@ class DemoOptions:
     examples: tuple[Path, ...] = ()
     """Image files to offer as examples."""
     host: str = "127.0.0.1"
-    """Address to serve at. 0.0.0.0 allows connections from other machines."""
+    """Address of the server. 0.0.0.0 allows connections from other machines."""
     port: int | None = None
-    """Port to serve at. Default: the first free port from 7860."""
+    """Port of the server. Default: the first free port from 7860."""
 
 
 OPTIONS = DemoOptions

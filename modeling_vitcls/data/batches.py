@@ -189,7 +189,8 @@ class TrainingImages:
 
 
 def load_arrays(source: LabeledImages, augmentation: Augmentation) -> torch.Tensor | None:
-    """Return all images after the fixed part, [images, 1, H, W] `uint8`; None if not arrays or beyond the cache."""
+    """Return all images after the fixed part, [images, 1, H, W] `uint8`; None unless they are arrays that fit the
+    cache."""
     images: Any = source.images
     arrays = images.elements if isinstance(images, ImageSubset) else images
     if not isinstance(arrays, ArrayImages):

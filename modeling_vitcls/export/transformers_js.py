@@ -83,8 +83,8 @@ def export_for_transformers_js(source: str, output: Path) -> WebReport:
 
     Raises:
         ValueError, OSError: If the model cannot be found or exported, is not a classifier for one task, its image
-            processor has settings that transformers.js lacks, or the float32 file differs from the model. The message
-            is one line.
+            processor has settings that transformers.js does not support, or the float32 file differs from the model.
+            The message is one line.
     """
     check_output_is_empty(output)
     exportable = load_exportable(source)

@@ -50,8 +50,8 @@ NATIVE_MODEL_TYPES = ("vit", "deit", "dinov2", "dinov2_with_registers", "dinov3_
 ONNX_REPORT = "onnx/report.json"
 ONNX_PATTERNS = ("onnx/*.onnx", ONNX_REPORT)
 
-# Files that define the model. A push removes such files of an earlier push: an old model.safetensors would be loaded
-# instead of new shards.
+# Files that define the model. A push removes such files of an earlier push, because an old model.safetensors would be
+# loaded instead of new shards.
 MODEL_PATTERNS = (
     "config.json",
     WEIGHTS,

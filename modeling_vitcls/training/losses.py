@@ -32,7 +32,7 @@ LabelLoss = Callable[[Any, Any], torch.Tensor]  # computes the mean loss from lo
 
 
 class PixelInputs:
-    """Convert batches with pixels [B, C, H, W] of 0 to 255 to normalized model inputs, optionally mixed."""
+    """Convert batches with pixels [B, C, H, W], from 0 to 255, to normalized model inputs, optionally mixed."""
 
     def __init__(self, normalize: Normalizer, mixer: Callable[[Any, Any], tuple[Any, Any]] | None = None) -> None:
         self.normalize = normalize

@@ -53,7 +53,8 @@ class TeacherPreprocessing:
     normalize: Callable[[torch.Tensor], torch.Tensor]  # [B, C, H, W] uint8 to float32
 
     def __call__(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Convert the student's pixels [B, C, H, W] of 0 to 255 to the teacher's input; mixed pixels are rounded."""
+        """Convert the student's pixels [B, C, H, W], from 0 to 255, to the teacher's input; mixed pixels are
+        rounded."""
         if pixels.is_floating_point():
             pixels = pixels.clamp(0, 255).round().to(torch.uint8)
         pixels = convert_channels(pixels, self.num_channels)
@@ -94,7 +95,7 @@ class Teacher(nn.Module):
 
     @torch.no_grad()
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Return the logits [B, labels of the student] for the student's pixels [B, C, H, W], `uint8` or floats of 0
+        """Return the logits [B, labels of the student] for the student's pixels [B, C, H, W], `uint8` or floats from 0
         to 255."""
         outputs = self.model(self.preprocessing(pixels))
         logits = outputs if isinstance(outputs, torch.Tensor) else outputs.logits
