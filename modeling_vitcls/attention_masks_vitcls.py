@@ -213,7 +213,7 @@ class TokenGates(nn.Module):
 
     def get_gate_values(self) -> Tensor:
         """Return g of each gated token, [n]; with g = 1, a gate has no effect."""
-        magnitude = torch.where(self.gates < 0, -self.gates, self.gates)  # unlike abs, has a gradient at 0
+        magnitude = torch.where(self.gates < 0, -self.gates, self.gates)  # has a gradient at 0, unlike abs
         return magnitude * self.SCALE + self.MIN_GATE
 
 

@@ -28,7 +28,7 @@ from accelerate import Accelerator
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from .distributed import on_main
+from .distributed import run_on_main
 
 
 Tensors = dict[str, torch.Tensor]
@@ -52,7 +52,7 @@ class Checkpoint:
     facts: dict[str, Any]
     files: dict[str, str]  # name -> SHA-256, of all files except state.json
 
-    def tensors(self, name: str) -> Tensors:
+    def load_tensors(self, name: str) -> Tensors:
         """Return the tensors of `name`.safetensors on the CPU. Raises DamagedCheckpoint if it has no checksum."""
         file = f"{name}.safetensors"
         if file not in self.files:
@@ -96,7 +96,7 @@ class CheckpointStore:
         self.prune(step)
         return target
 
-    def newest(self, warn: Callable[[str], None]) -> Checkpoint | None:
+    def load_newest(self, warn: Callable[[str], None]) -> Checkpoint | None:
         """Return the newest undamaged checkpoint, or None if there are no checkpoints.
 
         Args:
@@ -107,9 +107,9 @@ class CheckpointStore:
         """
         self.remove_leftovers()
         damaged = []
-        for step in reversed(self.steps()):
+        for step in reversed(self.list_steps()):
             try:
-                return read_checkpoint(self.path(step))
+                return read_checkpoint(self.get_path(step))
             except DamagedCheckpoint as error:
                 damaged.append(str(error))
                 warn(f"{error}; the previous checkpoint is used")
@@ -120,45 +120,45 @@ class CheckpointStore:
             )
         return None
 
-    def best(self) -> Checkpoint:
+    def load_best(self) -> Checkpoint:
         """Return the checkpoint with the best evaluation.
 
         Raises:
             ValueError: in one line, if there is none, or it is damaged.
         """
-        for step in reversed(self.steps()):
-            if was_best(self.path(step)):
-                return read_checkpoint(self.path(step))
+        for step in reversed(self.list_steps()):
+            if is_best_checkpoint(self.get_path(step)):
+                return read_checkpoint(self.get_path(step))
         raise ValueError(f"{self.folder} contains no checkpoint with the best evaluation. Restart with --overwrite")
 
     def clear(self) -> None:
         """Remove all checkpoints of an earlier run, and the folder if it contains nothing else."""
         self.remove_leftovers()
-        for step in self.steps():
-            remove(self.path(step))
+        for step in self.list_steps():
+            remove_checkpoint(self.get_path(step))
         with suppress(OSError):  # missing, or not empty
             self.folder.rmdir()
 
-    def steps(self) -> list[int]:
+    def list_steps(self) -> list[int]:
         """Return the steps of the checkpoints in ascending order."""
         if not self.folder.is_dir():
             return []
         names = [COMPLETE.fullmatch(path.name) for path in self.folder.iterdir() if path.is_dir()]
         return sorted(int(name[1]) for name in names if name)
 
-    def path(self, step: int) -> Path:
+    def get_path(self, step: int) -> Path:
         """Return the folder of a step's checkpoint."""
         return self.folder / f"step-{step:08d}"
 
     def prune(self, step: int) -> None:
         """Keep the newest checkpoints and the best one up to `step`. Later checkpoints were saved before a resume."""
-        steps = self.steps()
+        steps = self.list_steps()
         past = [other for other in steps if other <= step]
-        best = [other for other in past if was_best(self.path(other))]
+        best = [other for other in past if is_best_checkpoint(self.get_path(other))]
         kept = {*past[-self.keep :], *best[-1:]}
         for other in steps:
             if other not in kept:
-                remove(self.path(other))
+                remove_checkpoint(self.get_path(other))
 
     def remove_leftovers(self) -> None:
         """Remove or restore the hidden folders of an interrupted save."""
@@ -174,7 +174,7 @@ class CheckpointStore:
     def describe_write_error(self, step: int, tensors: dict[str, Tensors], error: Exception) -> str:
         """Return the error message for a checkpoint that cannot be written, with required and free space."""
         required = sum(tensor.nbytes for named in tensors.values() for tensor in named.values())
-        steps = self.steps()
+        steps = self.list_steps()
         last = f"the checkpoint of step {steps[-1]} is intact" if steps else "there is no earlier checkpoint"
         existing = next(folder for folder in (self.folder, *self.folder.absolute().parents) if folder.exists())
         return (
@@ -187,7 +187,7 @@ class CheckpointStore:
 # Several processes ---------------------------------------------------------------------------------------------------
 
 
-def save_for_all(
+def save_on_main(
     store: CheckpointStore,
     accelerator: Accelerator,
     step: int,
@@ -200,20 +200,20 @@ def save_for_all(
     def save() -> None:
         store.save(step, tensors, facts, is_best)
 
-    on_main(accelerator, save)
+    run_on_main(accelerator, save)
 
 
-def newest_for_all(
+def load_newest_on_all(
     store: CheckpointStore, accelerator: Accelerator, warn: Callable[[str], None]
 ) -> tuple[Checkpoint | None, dict[str, Any] | None]:
     """Return the newest checkpoint on the main process, and its metadata on all; None without checkpoints."""
     newest: list[Checkpoint | None] = [None]
 
     def read() -> dict[str, Any] | None:
-        newest[0] = checkpoint = store.newest(warn)
+        newest[0] = checkpoint = store.load_newest(warn)
         return None if checkpoint is None else checkpoint.facts
 
-    facts = on_main(accelerator, read)
+    facts = run_on_main(accelerator, read)
     return newest[0], facts
 
 
@@ -226,7 +226,7 @@ def write_checkpoint(
     """Write the files of a checkpoint to an empty folder, and synchronize the folder to the disk."""
     for name, named in tensors.items():
         save_file(copy_shared_memory(named), folder / f"{name}.safetensors")
-    files = {path.name: file_digest(path) for path in sorted(folder.iterdir())}
+    files = {path.name: compute_file_digest(path) for path in sorted(folder.iterdir())}
     state = {"format": 1, "step": step, "is_best": is_best, "facts": facts, "files": files}
     (folder / STATE_FILE).write_text(format_state(state), encoding="utf-8")
     for path in (*folder.iterdir(), folder):
@@ -241,7 +241,7 @@ def read_checkpoint(folder: Path) -> Checkpoint:
         file = folder / name
         if not file.is_file():
             raise DamagedCheckpoint(f"the checkpoint {folder} is damaged: {name} is missing")
-        if file_digest(file) != expected:
+        if compute_file_digest(file) != expected:
             raise DamagedCheckpoint(f"the checkpoint {folder} is damaged: {name} differs from the written file")
     return Checkpoint(folder, state["step"], state["facts"], state["files"])
 
@@ -253,7 +253,7 @@ def read_state(folder: Path) -> dict[str, Any]:
     try:
         state = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
         expected = state.pop("sha256")
-        is_undamaged = digest(state) == expected
+        is_undamaged = compute_digest(state) == expected
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError):  # not a JSON object with a checksum
         raise DamagedCheckpoint(f"the checkpoint {folder} is damaged: {STATE_FILE} is unreadable") from None
     if not is_undamaged or not is_state(state):
@@ -275,10 +275,10 @@ def is_state(state: dict[str, Any]) -> bool:
 
 def format_state(state: dict[str, Any]) -> str:
     """Return the text of state.json for a state from `read_state`."""
-    return json.dumps(state | {"sha256": digest(state)}, indent=1) + "\n"
+    return json.dumps(state | {"sha256": compute_digest(state)}, indent=1) + "\n"
 
 
-def was_best(folder: Path) -> bool:
+def is_best_checkpoint(folder: Path) -> bool:
     """Return whether the checkpoint was the best one when it was written."""
     try:
         return bool(read_state(folder)["is_best"])
@@ -309,14 +309,14 @@ def move_into_place(partial: Path, target: Path) -> None:
     shutil.rmtree(replaced, ignore_errors=True)
 
 
-def remove(checkpoint: Path) -> None:
+def remove_checkpoint(checkpoint: Path) -> None:
     """Remove a checkpoint. It is hidden first, so that an interrupted removal does not leave a damaged checkpoint."""
     leftover = checkpoint.rename(get_hidden_path(checkpoint, PARTIAL))
     shutil.rmtree(leftover, ignore_errors=True)
 
 
 def get_hidden_path(folder: Path, suffix: str) -> Path:
-    """Return the path of a folder that is not, or no longer, a checkpoint."""
+    """Return the hidden path of a folder while it is incomplete or being removed."""
     return folder.with_name(f".{folder.name}{suffix}")
 
 
@@ -331,13 +331,13 @@ def sync_to_disk(path: Path) -> None:
         os.close(descriptor)
 
 
-def file_digest(file: Path) -> str:
+def compute_file_digest(file: Path) -> str:
     """Return the SHA-256 of a file."""
     with file.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
+        return hashlib.compute_file_digest(opened, "sha256").hexdigest()
 
 
-def digest(state: dict[str, Any]) -> str:
+def compute_digest(state: dict[str, Any]) -> str:
     """Return the SHA-256 of a JSON object, independent of its formatting."""
     return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
 

@@ -30,7 +30,7 @@ from .options import RunOptions, TrainingOptions
 from .system import keep_freed_memory
 
 
-LONGEST_WAIT = timedelta(hours=12)  # maximum wait for the main process, which downloads, reads streams, pushes
+MAX_WAIT = timedelta(hours=12)  # maximum wait for the main process, which downloads, reads streams, pushes
 
 
 def build_accelerator(
@@ -64,7 +64,7 @@ def build_accelerator(
         mixed_precision=mixed_precision,
         log_with=check_trackers(trackers) or None,
         kwargs_handlers=[
-            InitProcessGroupKwargs(backend="gloo" if on_cpu and with_deepspeed else None, timeout=LONGEST_WAIT)
+            InitProcessGroupKwargs(backend="gloo" if on_cpu and with_deepspeed else None, timeout=MAX_WAIT)
         ],
         project_config=ProjectConfiguration(logging_dir=str(tracker_folder)) if tracker_folder else None,
     )
@@ -177,7 +177,7 @@ def set_deepspeed_batch_size(accelerator: Accelerator, training: TrainingOptions
         )
 
 
-def on_main(accelerator: Accelerator, action: Callable[[], Any]) -> Any:
+def run_on_main(accelerator: Accelerator, action: Callable[[], Any]) -> Any:
     """Run an action on the main process, and return its result or raise its ValueError or OSError on all processes."""
     outcome: list[Any] = [None, None]
     if accelerator.is_main_process:

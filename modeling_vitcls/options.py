@@ -47,13 +47,13 @@ class DataOptions:
     """Data loading processes per training process. 0: load in the training process."""
 
     def __post_init__(self) -> None:
-        require(self, "held_out_fraction", 0 <= self.held_out_fraction < 1, "at least 0 and below 1")
-        require(self, "folds", self.folds is None or self.folds >= 2, "2 or more")
+        check_value(self, "held_out_fraction", 0 <= self.held_out_fraction < 1, "at least 0 and below 1")
+        check_value(self, "folds", self.folds is None or self.folds >= 2, "2 or more")
         if self.fold is not None:
-            require(self, "fold", 1 <= self.fold <= (self.folds or 0), "from 1 to --folds")
-        require(self, "shuffle_buffer", self.shuffle_buffer >= 1, "1 or more")
+            check_value(self, "fold", 1 <= self.fold <= (self.folds or 0), "from 1 to --folds")
+        check_value(self, "shuffle_buffer", self.shuffle_buffer >= 1, "1 or more")
         for name in ("split_seed", "max_broken_images", "num_workers"):
-            require(self, name, getattr(self, name) >= 0, "0 or more")
+            check_value(self, name, getattr(self, name) >= 0, "0 or more")
 
 
 @dataclass(frozen=True)
@@ -135,16 +135,16 @@ class AugmentationOptions:
     """Augmented copies of each image in a batch (Hoffer et al. 2020). DeiT uses 3."""
 
     def __post_init__(self) -> None:
-        require(self, "crop_scale", self.crop_scale is None or 0 < self.crop_scale <= 1, "above 0 and at most 1")
-        require(self, "rotation", 0 <= self.rotation <= 180, "0 to 180")
-        require(self, "rand_augment_operations", self.rand_augment_operations >= 1, "1 or more")
-        require(self, "rand_augment_magnitude", 0 <= self.rand_augment_magnitude <= 30, "0 to 30")
-        require(self, "random_erasing", 0 <= self.random_erasing <= 1, "0 to 1")
-        require(self, "repeated_augmentation", self.repeated_augmentation >= 1, "1 or more")
-        require(self, "shift", self.shift is None or 0 <= self.shift < 1, "at least 0 and below 1")
-        require(self, "zoom", 0 <= self.zoom < 1, "at least 0 and below 1")
+        check_value(self, "crop_scale", self.crop_scale is None or 0 < self.crop_scale <= 1, "above 0 and at most 1")
+        check_value(self, "rotation", 0 <= self.rotation <= 180, "0 to 180")
+        check_value(self, "rand_augment_operations", self.rand_augment_operations >= 1, "1 or more")
+        check_value(self, "rand_augment_magnitude", 0 <= self.rand_augment_magnitude <= 30, "0 to 30")
+        check_value(self, "random_erasing", 0 <= self.random_erasing <= 1, "0 to 1")
+        check_value(self, "repeated_augmentation", self.repeated_augmentation >= 1, "1 or more")
+        check_value(self, "shift", self.shift is None or 0 <= self.shift < 1, "at least 0 and below 1")
+        check_value(self, "zoom", 0 <= self.zoom < 1, "at least 0 and below 1")
         for name in ("mixup", "cutmix"):
-            require(self, name, getattr(self, name) >= 0, "0 or more")
+            check_value(self, name, getattr(self, name) >= 0, "0 or more")
 
 
 @dataclass(frozen=True)
@@ -213,24 +213,26 @@ class TrainingOptions:
     """With --select best: stop after this number of evaluations without improvement. Default: train all steps."""
 
     def __post_init__(self) -> None:
-        require(self, "epochs", self.epochs is None or self.epochs > 0, "above 0")
-        require(self, "max_steps", self.max_steps is None or self.max_steps >= 1, "1 or more")
-        require(self, "batch_size", self.batch_size is None or self.batch_size >= 1, "1 or more")
+        check_value(self, "epochs", self.epochs is None or self.epochs > 0, "above 0")
+        check_value(self, "max_steps", self.max_steps is None or self.max_steps >= 1, "1 or more")
+        check_value(self, "batch_size", self.batch_size is None or self.batch_size >= 1, "1 or more")
         for name in ("gradient_accumulation_steps", "log_every", "evaluate_every", "lora_rank"):
-            require(self, name, getattr(self, name) >= 1, "1 or more")
-        require(self, "learning_rate", self.learning_rate is None or self.learning_rate > 0, "above 0")
-        require(self, "max_gradient_norm", self.max_gradient_norm > 0, "above 0")
+            check_value(self, name, getattr(self, name) >= 1, "1 or more")
+        check_value(self, "learning_rate", self.learning_rate is None or self.learning_rate > 0, "above 0")
+        check_value(self, "max_gradient_norm", self.max_gradient_norm > 0, "above 0")
         for name in ("warmup", "label_smoothing"):
-            require(self, name, 0 <= getattr(self, name) < 1, "at least 0 and below 1")
-        require(self, "patience", self.patience is None or self.patience >= 1, "1 or more")
+            check_value(self, name, 0 <= getattr(self, name) < 1, "at least 0 and below 1")
+        check_value(self, "patience", self.patience is None or self.patience >= 1, "1 or more")
         if self.patience is not None and self.select != "best":
             raise ValueError("--patience requires --select best, but it is last. Set --select best")
-        require(self, "layer_decay", self.layer_decay is None or 0 < self.layer_decay <= 1, "above 0 and at most 1")
-        require(self, "ema_decay", self.ema_decay is None or 0 < self.ema_decay < 1, "between 0 and 1")
+        check_value(
+            self, "layer_decay", self.layer_decay is None or 0 < self.layer_decay <= 1, "above 0 and at most 1"
+        )
+        check_value(self, "ema_decay", self.ema_decay is None or 0 < self.ema_decay < 1, "between 0 and 1")
         for name in ("weight_decay", "seed", "health_every", "feature_views"):
-            require(self, name, getattr(self, name) >= 0, "0 or more")
+            check_value(self, name, getattr(self, name) >= 0, "0 or more")
         is_known = self.trainable in ("full", "head", "lora") or re.fullmatch(r"last-[1-9]\d*", self.trainable)
-        require(self, "trainable", bool(is_known), "full, head, lora or last-N such as last-2")
+        check_value(self, "trainable", bool(is_known), "full, head, lora or last-N such as last-2")
 
 
 @dataclass(frozen=True)
@@ -255,9 +257,9 @@ class DistillationOptions:
     0: new views and predictions in every step."""
 
     def __post_init__(self) -> None:
-        require(self, "distillation_alpha", 0 < self.distillation_alpha <= 1, "above 0 and at most 1")
-        require(self, "distillation_tau", self.distillation_tau > 0, "above 0")
-        require(self, "teacher_views", self.teacher_views >= 0, "0 or more")
+        check_value(self, "distillation_alpha", 0 < self.distillation_alpha <= 1, "above 0 and at most 1")
+        check_value(self, "distillation_tau", self.distillation_tau > 0, "above 0")
+        check_value(self, "teacher_views", self.teacher_views >= 0, "0 or more")
 
 
 @dataclass(frozen=True)
@@ -309,14 +311,14 @@ class RunOptions:
     """Task of the benchmark, as named in its eval.yaml."""
 
     def __post_init__(self) -> None:
-        require(self, "save_every", self.save_every is None or self.save_every >= 1, "1 or more")
-        require(self, "keep_checkpoints", self.keep_checkpoints >= 1, "1 or more")
+        check_value(self, "save_every", self.save_every is None or self.save_every >= 1, "1 or more")
+        check_value(self, "keep_checkpoints", self.keep_checkpoints >= 1, "1 or more")
         every = self.hub_checkpoint_every
-        require(self, "hub_checkpoint_every", every is None or every >= 1, "1 or more")
+        check_value(self, "hub_checkpoint_every", every is None or every >= 1, "1 or more")
         is_separate = self.hub_checkpoint_branch not in ("", "main")
-        require(self, "hub_checkpoint_branch", is_separate, "a branch other than main, which receives the result")
+        check_value(self, "hub_checkpoint_branch", is_separate, "a branch other than main, which receives the result")
         is_identifier = self.license is None or bool(re.fullmatch(r"[a-z0-9][a-z0-9.-]*", self.license))
-        require(self, "license", is_identifier, "an identifier of the Hub, such as apache-2.0 or cc-by-4.0")
+        check_value(self, "license", is_identifier, "an identifier of the Hub, such as apache-2.0 or cc-by-4.0")
         for name in ("hub_checkpoint_every", "hub_push_optimizer"):
             if getattr(self, name) and not self.push_to_hub:
                 raise ValueError(
@@ -325,7 +327,7 @@ class RunOptions:
         if (self.eval_benchmark is None) != (self.eval_task_id is None):
             raise ValueError("--eval-benchmark and --eval-task-id require each other. Set both, or neither.")
         is_id = self.eval_benchmark is None or bool(re.fullmatch(r"[\w.-]+/[\w.-]+", self.eval_benchmark))
-        require(self, "eval_benchmark", is_id, "a dataset on the Hub, `namespace/name`")
+        check_value(self, "eval_benchmark", is_id, "a dataset on the Hub, `namespace/name`")
 
 
 @dataclass(frozen=True)
@@ -360,8 +362,8 @@ class MaskingOptions:
     """Side of the square blocks of patches that are masked together. SimMIM masks blocks of 32 x 32 pixels."""
 
     def __post_init__(self) -> None:
-        require(self, "mask_ratio", 0 < self.mask_ratio < 1, "between 0 and 1")
-        require(self, "mask_block", self.mask_block >= 1, "1 or more")
+        check_value(self, "mask_ratio", 0 < self.mask_ratio < 1, "between 0 and 1")
+        check_value(self, "mask_block", self.mask_block >= 1, "1 or more")
 
 
 @dataclass(frozen=True)
@@ -399,10 +401,10 @@ class EvaluateOptions:
     """Recipe: a YAML file of flags. Flags on the command line override it."""
 
     def __post_init__(self) -> None:
-        require(self, "batch_size", self.batch_size >= 1, "1 or more")
-        require(self, "frozen_repeats", self.frozen_repeats >= 1, "1 or more")
+        check_value(self, "batch_size", self.batch_size >= 1, "1 or more")
+        check_value(self, "frozen_repeats", self.frozen_repeats >= 1, "1 or more")
         is_known = self.frozen in (None, "knn", "logreg") or re.fullmatch(r"few-shot:[1-9]\d*", str(self.frozen))
-        require(self, "frozen", bool(is_known), "knn, logreg or few-shot:N such as few-shot:5")
+        check_value(self, "frozen", bool(is_known), "knn, logreg or few-shot:N such as few-shot:5")
 
 
 @dataclass(frozen=True)
@@ -450,10 +452,10 @@ class PredictOptions:
 
     def __post_init__(self) -> None:
         for name in ("shard_size", "batch_size"):
-            require(self, name, getattr(self, name) >= 1, "1 or more")
+            check_value(self, name, getattr(self, name) >= 1, "1 or more")
         for name in ("top_k", "num_workers"):
-            require(self, name, getattr(self, name) is None or getattr(self, name) >= 1, "1 or more")
-        require(self, "threshold", 0 <= self.threshold <= 1, "0 to 1")
+            check_value(self, name, getattr(self, name) is None or getattr(self, name) >= 1, "1 or more")
+        check_value(self, "threshold", 0 <= self.threshold <= 1, "0 to 1")
         if sum(map(bool, (self.paths, self.list, self.dataset))) != 1:
             raise ValueError("Set exactly one of PATHS, --list and --dataset: they name the images.")
         if self.dataset is None and (self.split or self.image_column or self.streaming):
@@ -520,8 +522,8 @@ class InspectOptions:
 
     def __post_init__(self) -> None:
         for name in ("num_images", "max_images", "batch_size"):
-            require(self, name, getattr(self, name) >= 1, "1 or more")
-        require(self, "patch_sizes", all(size >= 1 for size in self.patch_sizes), "1 or more pixels each")
+            check_value(self, name, getattr(self, name) >= 1, "1 or more")
+        check_value(self, "patch_sizes", all(size >= 1 for size in self.patch_sizes), "1 or more pixels each")
         if bool(self.paths) == (self.dataset is not None):
             raise ValueError("Set exactly one of PATHS and --dataset: they name the images.")
         if self.dataset is None and (self.image_column or self.label_column or self.label_separator):
@@ -534,7 +536,7 @@ class InspectOptions:
             raise ValueError(f"--json {self.json}: set the name of a .json file")
 
 
-def require(options: Any, name: str, is_valid: bool, allowed: str) -> None:
+def check_value(options: Any, name: str, is_valid: bool, allowed: str) -> None:
     """Raise ValueError with the name of the flag if its value is not valid."""
     if not is_valid:
         raise ValueError(f"--{name.replace('_', '-')} is {getattr(options, name)}, but it must be {allowed}")

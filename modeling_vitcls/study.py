@@ -164,7 +164,7 @@ class StudyRunner:
         Args:
             jobs: Maximum number of runs at a time.
             threads: Threads per run.
-            memory_limit: Memory of all runs together, in GiB. A run starts only if the largest run so far would still
+            memory_limit: Total memory of all runs, in GiB. A run starts only if the largest run so far would still
                 fit.
         """
         self.study, self.folder = study, folder
@@ -475,7 +475,7 @@ def run_study(study: Study, folder: Path, command: str, **settings: Any) -> list
     record = folder / "study.json"
     plan = json.loads(json.dumps({"stages": study.stages, "factors": study.factors, "subsets": study.subsets}))
     if record.exists() and read_json(record) != plan:
-        raise ValueError(f"{folder} contains runs of a study with other flags. Set another --output-dir")
+        raise ValueError(f"{folder} contains runs of a study with different flags. Set another --output-dir")
     record.write_text(json.dumps(plan, indent=2) + "\n", encoding="utf-8")
     runner = StudyRunner(study, folder, **settings)
     try:

@@ -40,7 +40,7 @@ M_MMAP_MAX = -4  # maximum number of blocks allocated with mmap, which are retur
 
 
 def keep_freed_memory() -> None:
-    """Keep the memory of freed tensors in this process, and let PyTorch use large pages if no tensor exists yet.
+    """Keep the memory of freed tensors in this process, and enable large pages in PyTorch if no tensor exists yet.
 
     Environment variables of the user take precedence. C libraries other than glibc are not changed.
     """

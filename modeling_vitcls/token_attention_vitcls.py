@@ -77,7 +77,7 @@ def get_layer_indices(layers: Layers, num_layers: int) -> list[int]:
         raise ValueError(f'layers is {layers!r}: pass "all" or a list of one or more indices')
     for index in layers:
         if not -num_layers <= index < num_layers:
-            raise ValueError(f"layers: there is no layer {index}: the model has {num_layers}, from 0")
+            raise ValueError(f"layers: there is no layer {index}: the model has {num_layers} layers, numbered from 0")
     return [index % num_layers for index in layers]
 
 

@@ -32,5 +32,5 @@ def get_token_names_by_group(config: ViTCLSConfig) -> dict[str, list[str]]:
 
 
 def number_names(word: str, count: int) -> list[str]:
-    """Return the word itself for one token, or the word with numbers from 1 for several."""
+    """Return the word for a single token, or the word with numbers from 1 for several tokens."""
     return [word] if count == 1 else [f"{word} {number}" for number in range(1, count + 1)]

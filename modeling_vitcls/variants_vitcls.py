@@ -128,8 +128,9 @@ def get_layer_classes(config: ViTCLSConfig) -> tuple[type[ViTCLSLayer], type[ViT
 class RegisterNeurons(nn.Module):
     """Move the activations of selected MLP neurons from the patches to the last register, without training.
 
-    The register receives the largest activation of the patches by magnitude, the patches become zero, and other
-    special tokens keep theirs, as in the authors' code (Jiang et al. 2025, arXiv 2506.08010, section 4).
+    The register receives the largest activation of the patches by magnitude, the activations of the patches become
+    zero, and other special tokens are unchanged, as in the authors' code (Jiang et al. 2025, arXiv 2506.08010, section
+    4).
     """
 
     def __init__(self, config: ViTCLSConfig, neurons: list[int]) -> None:

@@ -68,7 +68,7 @@ def test_finetune_and_evaluate_data_in_memory(trained: tuple[Path, dict[str, Any
 
 
 class TorchDigits(Dataset):
-    """Digits as a torch data set."""
+    """Digits as a torch dataset."""
 
     def __len__(self) -> int:
         return 60

@@ -9,10 +9,11 @@
     ablations["information"]["registers[0]"].effect        the effect, with a 95 % interval
     ablations["information"]["registers"].is_beyond_null   of all registers together, compared with the null
 
-An effect means little by itself: holding any patch changes predictions too. Each effect is therefore compared with
-two null distributions on the same images: the effect of random patches, and the effect of the same token after it was
-redrawn at random with the same norm. Classifiers are compared by their predictions (`Predictions`), and all other
-models by their features (`Features`). `get_predicted_labels` defines the prediction of a model for the whole analysis.
+An effect alone is not meaningful, because holding any patch also changes predictions. Each effect is therefore
+compared with two null distributions on the same images: the effect of random patches, and the effect of the same token
+after it was redrawn at random with the same norm. Classifiers are compared by their predictions (`Predictions`), and
+all other models by their features (`Features`). `get_predicted_labels` defines the prediction of a model for the whole
+analysis.
 """
 
 import math
@@ -45,7 +46,7 @@ MIN_IMAGES = 16  # minimum number of images to judge an effect
 MIN_NULL_LIMIT = 1e-3  # minimum limit of a null distribution; smaller effects are rounding errors
 NUM_NULL = 8  # number of random patches, and of random tokens, of a null distribution
 NUM_RESAMPLES = 1000  # number of bootstrap samples of the images
-NUM_NEIGHBORS = 5  # nearest neighbors that features are compared by
+NUM_NEIGHBORS = 5  # number of nearest neighbors by which features are compared
 CONFIDENCE = 0.95
 
 
@@ -78,7 +79,7 @@ class Predictions:
         )
 
     def accuracy(self) -> float | None:
-        """Return the fraction of correct predictions among those with known labels; None if no label is known."""
+        """Return the fraction of correct predictions among images with known labels; None if no label is known."""
         if self.labels is None or not bool((self.labels != IGNORED_LABEL).any()):
             return None
         return (self.predicted == self.labels)[self.labels != IGNORED_LABEL].float().mean().item()
@@ -241,7 +242,7 @@ def get_predicted_labels(by_task: list[torch.Tensor], config: ViTCLSConfig) -> t
 def encode_label(label: Any, config: ViTCLSConfig) -> torch.Tensor:
     """Return a dataset label (data/images.py) as [A] (`Predictions.labels`), with IGNORED_LABEL for None.
 
-    For a multi-label model, a class index means that only this label holds.
+    For a multi-label model, a class index means that only this label applies.
     """
     if config.tasks:
         by_task = label or {}
@@ -259,7 +260,7 @@ def reshape_labels(labels: torch.Tensor, predicted: torch.Tensor) -> torch.Tenso
     """Return labels [B, A] or [B] as [B, A] on the CPU.
 
     Raises:
-        ValueError: if the labels have another shape.
+        ValueError: if the labels have a different shape.
     """
     if labels.shape not in (predicted.shape, predicted.shape[:1]) or labels.numel() != predicted.numel():
         raise ValueError(
@@ -279,13 +280,14 @@ class AblationEffect:
     Attributes:
         changed_answers: fraction of images whose prediction changes.
         logit_change: root mean square change of the logits, divided by their standard deviation over images (at least
-            a thousandth of their root mean square, since smaller deviations are rounding). With a single image, the
-            mean is the token's own state, so the effect is 0 and has no meaning.
+            a thousandth of their root mean square, because smaller deviations are rounding errors). With a single
+            image, the mean is the token's own state, so the effect is 0 and has no meaning.
         accuracy_change: accuracy after minus accuracy before; None if no label is known.
         num_images: number of images.
         changed_interval: exact interval of `changed_answers` (Clopper and Pearson 1934).
         logit_interval: interval of `logit_change`, from bootstrap samples of the images.
-        improvement: p-value of an accuracy that does not rise (exact McNemar test); None if no label is known.
+        improvement: p-value of the hypothesis that the accuracy does not rise (exact McNemar test); None if no label
+            is known.
         is_better_than_chance: whether the accuracy after the ablation is better than chance; None if unknown.
     """
 
@@ -420,7 +422,7 @@ def bootstrap_mean(values: torch.Tensor) -> Interval:
 
 
 def compute_improvement(before: Predictions, after: Predictions) -> float:
-    """Return the p-value of an accuracy that does not rise: the exact one-sided test of McNemar (1947)."""
+    """Return the p-value of the hypothesis that the accuracy does not rise (exact one-sided test, McNemar 1947)."""
     assert before.labels is not None
     is_known = before.labels != IGNORED_LABEL
     was_right, is_right = ((each.predicted == before.labels)[is_known] for each in (before, after))
@@ -438,9 +440,9 @@ class Ablation:
     Attributes:
         effect: the effect over all images.
         compared: size of the effect on the images of the null distributions, which may be fewer.
-        patches: sizes of the effect of ablating as many random patches.
+        patches: sizes of the effect of ablating the same number of random patches.
         redrawn: sizes of the effect of ablating the tokens after they were redrawn at random with the same norm. Empty
-            for tokens that the head reads, since everything that the head reads has an effect.
+            for tokens that the head reads, because all of these have an effect.
         redraw_effect: mean size of the effect of redrawing the tokens; None if not measured.
     """
 
@@ -557,7 +559,7 @@ def measure_null_effects(
 ) -> NullEffects:
     """Measure the effects of random patches, and of random tokens with the norms of the model's own tokens.
 
-    The tokens of a group share their null distribution: each draw replaces one of them, in turn.
+    The tokens of a group share their null distribution: each draw replaces one token, in turn.
     """
     generator = torch.Generator().manual_seed(seed)
     layout: TokenLayout = model.config.token_layout
@@ -592,8 +594,7 @@ def measure_null_effects(
 
 def plan_redraws(model: Any) -> Iterator[tuple[list[str], list[list[int]], bool]]:
     """Yield the keys that share a null distribution, the sequence indices of each draw, and whether effects of the
-    redrawn tokens are measured: not for tokens that the head reads, since everything that the head reads has an
-    effect."""
+    redrawn tokens are measured (not for tokens that the head reads, because all of these have an effect)."""
     config, has_head = model.config, is_classifier(model)
     for group, members in get_groups(config.token_layout).items():
         reads = [is_read(config, group, index, has_head) for index in range(len(members))]

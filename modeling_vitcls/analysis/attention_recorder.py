@@ -1,4 +1,4 @@
-"""Attention of every layer of one forward pass, under any attention implementation.
+"""Attention of every layer of one forward pass, for any attention implementation.
 
     with record_attention_layers(model) as layers:
         model(pixel_values)

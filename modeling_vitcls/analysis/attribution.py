@@ -96,7 +96,7 @@ class AttentionTrace:
 
     @torch.no_grad()
     def compute_rows(self) -> torch.Tensor:
-        """Return the attention of the special tokens [B, L, maps, S, N], as `model.token_attention`."""
+        """Return the attention of the special tokens [B, L, maps, S, N], as in `model.token_attention`."""
         num_rows = self.config.token_layout.num_prefix_tokens
         return torch.stack([layer.weights(num_rows) for layer in self.layers], dim=1)
 

@@ -4,7 +4,7 @@
     pictures/confusion_matrix[_TASK].png    if results are given
     pictures/attention.png                  if the model has special tokens and samples are given
 
-The figures are defined in analysis/figures.py. The card's text about them is not written here.
+The figures are defined in analysis/figures.py. The text of the card is written in hub/card.py.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -78,7 +78,7 @@ def write_card_images(
 def build_figures(
     model: Any, processor: ViTCLSImageProcessor, results: Mapping[str, Any], samples: Sequence[Sample]
 ) -> Iterator[tuple[str, Figure]]:
-    """Yield (name, figure) of each figure that the model, the results and the samples allow."""
+    """Yield (name, figure) for each figure that the model, the results and the samples support."""
     config = unwrap_model(model).config
     yield LAYOUT, plot_token_layout(config)
     for name, matrix, class_names in find_confusion_matrices(results, config):
@@ -136,7 +136,7 @@ def build_attention_samples(
                 rows = model.token_attention(pixel_values)[0].float().mean(dim=1)  # [L, T, key]
                 rows = rows[layers, torch.arange(len(layers))]  # [T, key]
                 prediction = predict_batch(pixel_values, predict, nullcontext)[0] if predict else {}
-        except ValueError:  # evaluation skips such images too
+        except ValueError:  # evaluation also skips such images
             continue
         image_height, image_width = pixel_values.shape[-2:]
         maps = extract_patch_maps(rows, model.config, (image_height, image_width))
@@ -146,7 +146,7 @@ def build_attention_samples(
 
 
 def format_title(label: str | None, prediction: Row) -> str:
-    """Return the label and the prediction, such as "7, predicted 7"; only one of them if the other is unknown."""
+    """Return the label and the prediction, such as "7, predicted 7"; unknown parts are omitted."""
     words = []
     for column, value in prediction.items():
         if column == "label":

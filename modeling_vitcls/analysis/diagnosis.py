@@ -98,7 +98,7 @@ def diagnose_tokens(
         token_movement: distance that training moved each token, with keys such as `cls[0]` (`token_movement` in
             results.json); None if unknown.
         predictions: predictions with known labels (`collect_predictions`). If their accuracy is not better than
-            chance, the verdicts state this, since effects on such predictions have little meaning.
+            chance, the verdicts state this, because effects on such predictions are not meaningful.
         has_head: whether the model is a classifier.
     """
     names = get_token_names(config)
@@ -246,7 +246,7 @@ class TokenEvidence:
 
 
 def judge_token(token: TokenEvidence) -> tuple[Word, Meaning, str]:
-    """Return word, meaning and reason of a verdict. The first condition that holds decides."""
+    """Return word, meaning and reason of a verdict. The first condition that is true determines the verdict."""
     findings = token.findings
     where = "after the last layer" if token.is_read_by_head else f"after layer {token.last}, the last that is read,"
     if token.twin is not None:
@@ -307,8 +307,8 @@ def judge_unmoved_token(token: TokenEvidence) -> tuple[Meaning, str]:
 def diagnose_groups(
     config: ViTCLSConfig, ablations: Ablations | None, predictions: Predictions | None = None
 ) -> list[Verdict]:
-    """Return one verdict per group of several special tokens: single registers can be redundant, while all of them
-    together have an effect.
+    """Return one verdict per group of several special tokens: single registers can be redundant, although all
+    registers together have an effect.
 
     Args:
         config: configuration of the model.
@@ -523,8 +523,7 @@ def describe_artifacts(config: ViTCLSConfig, findings: Findings, has_head: bool 
 
 
 def compare_without_registers(findings: Findings, layer: int) -> tuple[SecondMode | None, list[str]]:
-    """Return the second mode of the norms with the registers hidden from attention, and a sentence if outliers rise:
-    only then do the registers absorb them."""
+    """Return the second mode of the norms with the registers hidden, and a sentence if registers absorb outliers."""
     if findings.patch_ratios_without_registers is None:
         return None, []
     ratios, without = findings.patch_ratios[layer], findings.patch_ratios_without_registers[layer]

@@ -98,7 +98,7 @@ def plot_token_layout(config: ViTCLSConfig) -> Figure:
 
 
 def arrange_boxes(config: ViTCLSConfig) -> tuple[list[Box], list[tuple[str, float]], float]:
-    """The special tokens' boxes, the headers and their middles, and where the patch grid begins; all centerd."""
+    """Return the boxes of the special tokens, the headers with their centers, and the left edge of the patch grid."""
     groups = {group: select_drawn_tokens(names) for group, names in get_token_names_by_group(config).items() if names}
     available_width = WIDTH - 2 * MARGIN - GRID_WIDTH - GAP * len(groups)
     for box_width in BOX_WIDTHS:
@@ -285,9 +285,7 @@ def plot_attention(
             f"{len(images)}, {len(maps)}, {len(titles)} and {len(visible_regions)}."
         )
     if any(len(tokens) != len(names) for tokens in maps):
-        raise ValueError(
-            f"There are {len(names)} names of tokens, but maps of {[len(tokens) for tokens in maps]} tokens."
-        )
+        raise ValueError(f"There are {len(names)} token names, but maps of {[len(tokens) for tokens in maps]} tokens.")
     lines = max(math.ceil(len(names) / (MAX_COLUMNS - 1)), 1)
     columns = 1 + math.ceil(len(names) / lines)
     small = [
@@ -386,7 +384,7 @@ def render_figure(figure: Figure, resolution: float = 100) -> Image.Image:
 
 
 def shorten(text: str, max_length: int) -> str:
-    """Shorten a text to a maximum length by removing its middle, since names often differ only at their ends."""
+    """Shorten a text by removing its middle, because names often differ only at their ends."""
     if len(text) <= max_length:
         return text
     num_last = (max_length - 1) // 2

@@ -30,7 +30,7 @@ from .token_statistics import Findings, SecondMode, find_second_mode
 
 
 BINS = 48  # number of bins of a histogram
-MIN_RATIO = 1e-3  # smaller norms are drawn here, as multiples of the median
+MIN_RATIO = 1e-3  # smaller norms are drawn at this multiple of the median
 OUTLIER_COLOR = "#B3261E"  # bars of outlier patches
 OPPOSITE_COLOR, SAME_COLOR = "#B14A00", "#0B5A94"  # cosines of -1 and 1; 0 is white
 COSINES = LinearSegmentedColormap.from_list("cosines", [OPPOSITE_COLOR, "#FFFFFF", SAME_COLOR])

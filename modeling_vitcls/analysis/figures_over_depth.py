@@ -33,7 +33,7 @@ WIDTH, HEIGHT = 6.4, 3.2  # inches per axes, without the legend
 LEGEND_LINE_HEIGHT = 0.2  # inches
 MIN_WIDTH = 3.2  # inches per figure
 MAX_COLUMNS = 4
-MAX_NAME_LENGTH = 24  # of names in legends
+MAX_NAME_LENGTH = 24  # maximum length of names in legends
 MIN_LOG_RATIO = 30.0  # minimum ratio of largest to smallest norm for a logarithmic scale
 PATCH_QUANTILES = (0.05, 0.5, 0.95)  # quantiles of the patch norms: lower edge of the band, line, upper edge
 

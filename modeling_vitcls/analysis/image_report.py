@@ -77,7 +77,7 @@ def build_image_report(
     truth: str | None = None,
     kind: str | None = None,
 ) -> ImageReport:
-    """Run the model on one image, once, and return its predictions, maps and patch features.
+    """Run the model once on an image, and return its predictions, maps and patch features.
 
     Args:
         name: name of the image in the report.

@@ -48,7 +48,7 @@ def inspect_tokens(options: InspectOptions) -> Inspection:
     images = open_images(options, model, read_record(folder))
     for file in (options.output, options.json):
         if file is not None:
-            file.parent.mkdir(parents=True, exist_ok=True)  # fail before the measurements
+            file.parent.mkdir(parents=True, exist_ok=True)  # raise errors before the measurements
     with show_progress(errors) as on_progress:
         inspection = inspect_model(
             model,

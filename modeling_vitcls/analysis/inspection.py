@@ -5,9 +5,9 @@
     images -> pixels in memory -> token_statistics.py -> ablation.py -> diagnosis.py
            -> image_report.py, for the images to show
 
-The forward passes of the statistics also give the outputs before ablations and without registers.
+The forward passes of the statistics also compute the outputs before ablations and without registers.
 
-The report itself is written in report.py.
+report.py writes the report.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -54,7 +54,7 @@ from .token_statistics import Findings, TokenStatistics
 MAX_BATCH_BYTES = 2**29  # maximum memory of a batch: hidden states, and the attention and MLP of one layer
 # Maximum number of images of the null distributions, and maximum operations of a pass over these images
 MAX_NULL_IMAGES, MAX_NULL_FLOPS = 64, 2.5e11
-MIN_CHECKED_IMAGES, MAX_CHECKED_IMAGES = 5, 16  # of the checks of maps, which require many passes per image
+MIN_CHECKED_IMAGES, MAX_CHECKED_IMAGES = 5, 16  # images for the checks of maps, which require many passes
 
 ProgressCallback = Callable[[str, int, int], None]  # (description, finished steps, total steps)
 WarningCallback = Callable[[str], None]
@@ -161,7 +161,7 @@ def inspect_model(
         ValueError: if no image can be read, or the hidden states of the model are not finite.
     """
     if num_shown is not None and statistics_images is not None:
-        raise ValueError("num_shown requires statistics over the images themselves. Set statistics_images=None.")
+        raise ValueError("num_shown requires statistics over the same images. Set statistics_images=None.")
     if statistics_images is None:
         statistics_images, statistics_labels = images, labels
     model = unwrap_model(model)
@@ -172,7 +172,7 @@ def inspect_model(
 
     findings, before, without_registers = collect_statistics(model, batches, on_progress)
     parts = get_ablated_parts(config.token_layout)
-    num_affordable = count_affordable_images(model, batches.pixels)
+    num_affordable = count_null_images(model, batches.pixels)
     sample_batches, sampled = batches.sample(min(max(num_affordable, MIN_IMAGES), MAX_NULL_IMAGES))
     ablations = compute_ablations(
         model,
@@ -237,9 +237,9 @@ def build_image_reports(
 
 
 def check_sampled_maps(model: Any, batches: "InspectionBatches", on_progress: ProgressCallback) -> dict[str, MapCheck]:
-    """Return the checks of rollout and attribution for a few images; empty unless the model is a classifier of one
-    label, and for large models, since the checks require about 40 passes per image."""
-    num_affordable = count_affordable_images(model, batches.pixels)
+    """Return the checks of rollout and attribution for a few images; empty for large models, because the checks
+    require about 40 passes per image, and unless the model is a classifier of one label."""
+    num_affordable = count_null_images(model, batches.pixels)
     if not is_classifier(model) or model.config.tasks or is_multi_label(model.config) or num_affordable < MIN_IMAGES:
         return {}
     on_progress("checking maps", 0, 1)
@@ -434,7 +434,7 @@ def get_max_batch_size(model: Any, shape: torch.Size) -> int:
     return max(MAX_BATCH_BYTES // (4 * num_values), 1)
 
 
-def count_affordable_images(model: Any, pixels: Sequence[torch.Tensor]) -> int:
+def count_null_images(model: Any, pixels: Sequence[torch.Tensor]) -> int:
     """Return the number of images that a pass with MAX_NULL_FLOPS operations can process."""
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
     flops = 2 * num_parameters * max(count_tokens(model, image.shape) for image in pixels)

@@ -39,7 +39,7 @@ class InspectionImages:
         return len(self.names)
 
     def sample_evenly(self, count: int) -> "InspectionImages":
-        """Return at most `count` images at even distances, since datasets are often sorted by class."""
+        """Return at most `count` evenly spaced images, because datasets are often sorted by class."""
         if len(self) <= count:
             return self
         indices = spread_evenly(list(range(len(self))), count)

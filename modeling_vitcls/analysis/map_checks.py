@@ -1,4 +1,4 @@
-"""Checks of the maps themselves: do attention rollout and attribution show what predictions depend on?
+"""Checks of maps: whether attention rollout and attribution show what predictions depend on.
 
     checks = check_maps(model, [pixel_values])       # name of the map -> MapCheck
 
@@ -22,7 +22,7 @@ from .maps import extract_patch_maps, is_read
 from .model_utils import evaluation_mode, unwrap_model
 
 
-FRACTIONS = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)  # of the patches that are replaced
+FRACTIONS = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)  # fractions of the patches that are replaced
 MAX_CORRELATION = 0.5  # maximum rank correlation of a map that depends on the weights
 MAX_PROBABILITY = 0.05  # maximum p-value of a map that is better than a random order
 
@@ -120,8 +120,7 @@ def check_maps(model: Any, images: Sequence[torch.Tensor], seed: int = 0) -> dic
 
 
 def compare_curves(curves: torch.Tensor, random_curves: torch.Tensor) -> float:
-    """Return the p-value of deletion and insertion curves [images, 2, fractions] that are not better than those of a
-    random order."""
+    """Return the p-value of deletion and insertion curves [images, 2, fractions] against random curves."""
     deletion, insertion = (curves - random_curves).mean(dim=-1).double().unbind(dim=1)
     gains = (insertion - deletion).numpy()  # [images]
     return float(stats.wilcoxon(gains, alternative="greater").pvalue) if gains.any() else 1.0

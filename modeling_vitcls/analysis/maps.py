@@ -4,7 +4,7 @@
                                                            |
     processor, image size -> get_visible_region, a box ____|
 
-The rows are returned by `model.token_attention`. Whole figures are in figures.py.
+The rows are returned by `model.token_attention`. Figures are in figures.py.
 """
 
 import math
@@ -78,8 +78,8 @@ def is_masked_image_model(config: ViTCLSConfig) -> bool:
 def count_read_layers(config: ViTCLSConfig, has_head: bool) -> list[int]:
     """Return the number of layers whose output is read, for each special token and then for the patches.
 
-    This is the number of layers for a token that the head reads, and one less for any other token, whose last output
-    nothing reads. The attention of a token is read in the same layers.
+    This is the number of layers for a token that the head reads, and one less for other tokens, because their last
+    output is not read. The attention of a token is read in the same layers.
     """
     groups = get_token_names_by_group(config) | {"patches": ["patches"]}
     return [

@@ -31,7 +31,8 @@ from .maps import (
 
 NUM_COLORS = 3  # red, green and blue
 NUM_COMPONENTS = 32  # principal components of compressed features
-COLOR_QUANTILES = 0.02, 0.98  # of a component; smaller and larger values have the darkest and brightest color
+# Quantiles of a component; smaller and larger values have the darkest and brightest color
+COLOR_QUANTILES = 0.02, 0.98
 MAX_INT8 = 127
 
 

@@ -30,12 +30,12 @@ from .patch_features import NUM_COMPONENTS, compress_patch_features, compute_pat
 from .token_statistics import Findings
 
 
-# Maximum bytes of the maps of single heads, and of compressed patch features, a third more in base64. The first images
-# that fit have them.
+# Maximum bytes of the maps of single heads, and of compressed patch features, a third more in base64. Only the first
+# images, up to this size, have them.
 MAX_MAP_BYTES, MAX_FEATURE_BYTES = 11 * 2**20, 6 * 2**20
 IMAGE_SIDE = 640  # maximum pixels of the longer side of an image in the page
 LOSSLESS_SIDE = 96  # maximum pixels of the longer side of an image stored as PNG
-QUANTILES = {"low": 0.05, "median": 0.5, "high": 0.95, "largest": 1.0}  # of the patch norms
+QUANTILES = {"low": 0.05, "median": 0.5, "high": 0.95, "largest": 1.0}  # quantiles of the patch norms
 
 
 def build_page_data(inspection: Inspection) -> dict[str, Any]:
@@ -81,7 +81,7 @@ def build_color_table() -> np.ndarray:
 
 
 def count_images_with_heads(image_reports: list[ImageReport]) -> int:
-    """Return the number of images, from the first, whose maps of single heads fit into the page."""
+    """Return the number of first images whose maps of single heads fit into the page."""
     sizes = itertools.accumulate(report.attention.numel() for report in image_reports)
     return sum(size <= MAX_MAP_BYTES for size in sizes)
 

@@ -53,8 +53,8 @@ def find_register_neurons(
         pixel_values: [B, C, H, W], a few dozen images similar to the images at inference.
         num_neurons: number of neurons to return. Larger models require more: increase it until
             `compute_outlier_fraction` of the model with the register no longer decreases.
-        last_layer: index of the last layer to search. Default: the first layer after which at least half of the
-            outliers are outliers already.
+        last_layer: index of the last layer to search. Default: the first layer after which at least half of the final
+            outliers are already outliers.
 
     Returns:
         `[[layer, neuron], ...]`, for `add_test_time_register`.

@@ -65,7 +65,7 @@ class Comparison:
         work: kind of work, for the reports.
         name: name of the row.
         against: name of the other side.
-        ours, theirs: images per second of each turn, pair by pair.
+        ours, theirs: images per second of this package and of the other side, for each pair of turns.
         difference: largest absolute difference of the outputs.
         details: further keys and values of the JSON file.
     """
@@ -80,7 +80,7 @@ class Comparison:
 
     @property
     def ratios(self) -> list[float]:
-        """Return our speed divided by theirs, for each pair."""
+        """Return the speed of this package divided by the speed of the other side, for each pair."""
         return [ours / theirs for ours, theirs in zip(self.ours, self.theirs, strict=True)]
 
     def to_dict(self) -> dict[str, Any]:

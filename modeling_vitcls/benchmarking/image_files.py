@@ -186,7 +186,7 @@ def check_labels(labels: list[TopLabel], expected: list[TopLabel], name: str) ->
     difference = 0.0
     for index, ((ours, probability), (theirs, their_probability)) in enumerate(zip(labels, expected, strict=True)):
         if ours != theirs:
-            raise ValueError(f"{name}: we predict {ours} for image {index}, but the pipeline predicts {theirs}")
+            raise ValueError(f"{name}: image {index} is {ours} for vitcls predict, but {theirs} for the pipeline")
         difference = max(difference, abs(probability - their_probability))
     return check_difference(difference, MAX_DIFFERENCE, name, "the probabilities")
 

@@ -15,7 +15,7 @@ from .comparison import Comparison, compute_quartiles
 from .growth import plot_growth
 
 
-HEADER = ("work", "images/s", "times as fast (quartiles)", "peak memory, ours / theirs")
+HEADER = ("work", "images/s", "times as fast (quartiles)", "peak memory, vitcls / other")
 
 
 def get_machine() -> dict[str, Any]:

@@ -108,7 +108,7 @@ def compare_runs(name: str, run: TrainingRun, num_pairs: int, folder: Path) -> C
 
 
 def save_models(run: TrainingRun, label_names: list[str], folder: Path, name: str) -> float:
-    """Save the ViT of transformers and ours with the same weights; return the largest difference of their logits.
+    """Save transformers' ViT and a vitcls model with the same weights; return the largest difference of their logits.
 
     Raises:
         ValueError: If the logits differ.

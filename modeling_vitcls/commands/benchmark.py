@@ -35,7 +35,7 @@ class BenchmarkOptions:
     label. probe: a linear probe with cached features, compared with one without. training: `vitcls finetune`, compared
     with transformers' Trainer. attention: reading attention, compared with a plain forward pass, and its memory."""
     against: tuple[Literal["transformers", "timm", "plain"], ...] = ("transformers", "timm")
-    """What to compare inference, growth and step with: the ViT of another project, or plain, our ViT without CPU
+    """Other side of inference, growth and step: the ViT of another project, or `plain`, a vitcls model without CPU
     kernels."""
     rows: tuple[str, ...] = ()
     """Names of the rows to measure. Default: all rows of --work."""

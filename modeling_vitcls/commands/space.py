@@ -19,7 +19,7 @@ class SpaceOptions:
     model: str
     """Hub id of the model."""
     revision: str = "main"
-    """Commit hash, branch or tag. The Space uses the current commit of a branch permanently."""
+    """Commit hash, branch or tag. A branch or tag is resolved to its current commit, which the Space keeps using."""
     space_id: str | None = None
     """Space to push to. Default: the name of the model with -demo, in your account."""
     private: bool = False
@@ -29,7 +29,7 @@ class SpaceOptions:
     examples: tuple[Path, ...] = ()
     """Image files to offer as examples."""
     output: Path | None = None
-    """Folder for the files of the Space, which is then not pushed."""
+    """Write the files of the Space to this folder instead of pushing them."""
 
     def __post_init__(self) -> None:
         if self.output is not None and (self.space_id is not None or self.private):

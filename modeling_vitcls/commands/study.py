@@ -25,7 +25,7 @@ class StudyOptions:
     threads: int = 1
     """CPU threads per run."""
     memory_limit: float | None = None
-    """Memory of all runs together, in GiB. Default: no limit."""
+    """Total memory of all runs, in GiB. Default: no limit."""
 
     def __post_init__(self) -> None:
         for name in ("jobs", "threads"):

@@ -13,7 +13,7 @@ from ..configuration_vitcls import ViTCLSConfig
 from ..hub.card import describe_token_layout, format_token_layout
 from ..hub.card_training import TEMPLATE
 from ..hub.card_use import CITATION, build_use_section
-from ..hub.licenses import CONVERTED, WeightsLicense
+from ..hub.licenses import CONVERTED_WEIGHTS, WeightsLicense
 from ..hub.provenance import Provenance
 
 
@@ -72,7 +72,7 @@ def build_conversion_card(
             finetune_dataset="path/to/images",
         ),
         citation=CITATION,
-        license_text=WeightsLicense(CONVERTED, provenance),
+        license_text=WeightsLicense(CONVERTED_WEIGHTS, provenance),
         command=build_command(name, report, config),
     )
     return card
@@ -81,8 +81,8 @@ def build_conversion_card(
 def build_metadata(report: "ParityReport", provenance: Provenance) -> ModelCardData:
     """Build the YAML header of the card. Random weights have no base model and no license.
 
-    `base_model_relation` is not set, because the Hub supports only `adapter`, `finetune`, `merge` and `quantized`, and
-    an exact copy is none of these.
+    `base_model_relation` is not set, because the Hub supports only `adapter`, `finetune`, `merge` and `quantized`, but
+    not exact copies.
     """
     return ModelCardData(
         library_name="transformers",

@@ -41,7 +41,7 @@ def convert_checkpoint(
     """Write the converted model, image processor, parity report, card and license of the source to `output`.
 
     Args:
-        source_name: `timm:NAME`, `transformers:PATH_OR_ID`, perhaps with `@REVISION`, or a file of weights.
+        source_name: `timm:NAME`, `transformers:PATH_OR_ID`, optionally with `@REVISION`, or a file of weights.
         output: A folder that does not exist or is empty.
         random_init: Whether to fill the source with random values; its trained weights are then not required.
         classifier: "keep" the classifier of the source, create a "new" classifier, or "drop" the classifier.

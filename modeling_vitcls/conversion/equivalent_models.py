@@ -4,11 +4,11 @@
     position_embedding_tokens          positions of special tokens: zeros, or added to the tokens themselves
     position_embedding_type="none"     learned positions that are zero
     intermediate_size                  more hidden units, whose weights are zero
-    distillation_inference="cls"       the distillation classifier, which is not read, is left out
+    distillation_inference="cls"       the distillation classifier, which is not read, is removed
 
-At the native image size only, where learned positions are not resampled:
+Only at the native image size, where learned positions are not resampled:
 
-    position_antialias, ...            another policy of resampling
+    position_antialias, ...            a different resampling policy
     position_embedding_type="sincos_2d"    learned positions with the same values
 
 A `Rewrite` lists new values of fields and changes the weights accordingly.
@@ -119,7 +119,7 @@ def move_positions(encoder: WeightDict, head: WeightDict, old: ViTCLSConfig, new
 
 
 def list_learned_positions(config: ViTCLSConfig, fixed_type: str) -> list[Fields]:
-    """Return learned positions for any tokens, in place of positions of `fixed_type`."""
+    """Return learned positions for any tokens, instead of positions of `fixed_type`."""
     if config.position_embedding_type != fixed_type:
         return []
     return [
@@ -164,7 +164,7 @@ def widen_mlp(encoder: WeightDict, head: WeightDict, old: ViTCLSConfig, new: ViT
             encoder[name] = pad(weight, (0, added))
 
 
-# In the order in which they are tried.
+# Rewrites, in the order in which they are tried.
 REWRITES = (
     Rewrite(
         frozenset({"distillation_inference", "distillation_head"}), list_single_head, drop_distillation_classifier

@@ -76,7 +76,8 @@ def convert_state_dict(
         num_labels: Number of labels of a new classifier.
         fields: Fields of `ViTCLSConfig` that differ from the published models (`num_attention_heads` for another
             width, `image_size` for a rectangular grid of positions), or labels (`id2label`). `rope_periods=None`
-            computes the periods of DINOv3 in float32, as timm and transformers do, instead of using the stored ones.
+            computes the periods of DINOv3 in float32, as timm and transformers do, instead of using the stored
+            periods.
 
     Raises:
         ConversionError: If the family is unknown, weights do not belong to the family (the message lists the weights),

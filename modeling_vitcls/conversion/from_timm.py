@@ -35,8 +35,8 @@ def convert_from_timm(
     """Convert a ViT of timm: same outputs, dtype and device, in eval mode. The source is unchanged.
 
     A model with a classifier becomes `ViTCLSForImageClassification`. A model without a classifier (`num_classes=0`)
-    becomes `ViTCLSModel`, whose `pooler_output` equals the output of timm's model. Images of other sizes give the
-    outputs of the source after `set_input_size`.
+    becomes `ViTCLSModel`, whose `pooler_output` equals the output of timm's model. For images of other sizes, the
+    outputs equal the outputs of the source after `set_input_size`.
 
     Args:
         classifier: "keep" the classifier of the source, create a "new" classifier, or "drop" it (`ViTCLSModel`).

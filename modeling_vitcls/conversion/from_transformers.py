@@ -48,9 +48,9 @@ def convert_from_transformers(
     projection) becomes the same class, with the embeddings as logits. Any other model becomes `ViTCLSModel`. If
     transformers has no classification class (DINOv3, MAE, Pixio, AIMv2, RADIO), set `num_labels` to add a classifier.
 
-    Images of other sizes give the outputs of the source with `interpolate_pos_encoding`. Two models differ in
-    form: the encoder of MAE reads all patches in order, and the `image_size` of RADIO is its maximum size, for which
-    it has position embeddings.
+    For images of other sizes, the outputs equal the outputs of the source with `interpolate_pos_encoding`. Two models
+    differ in form: the encoder of MAE reads all patches in order, and the `image_size` of RADIO is its maximum size,
+    for which it has position embeddings.
 
     Args:
         classifier: "keep" the classifier of the source, create a "new" classifier, or "drop" it (`ViTCLSModel`).
@@ -72,7 +72,7 @@ def convert_from_transformers(
 
 
 def read_labels(config: Any) -> Fields:
-    """Return the names of the labels and the problem type of the source, as far as they are set."""
+    """Return the label names and the problem type of the source, if they are set."""
     labels = {"id2label": config.id2label, "label2id": config.label2id, "problem_type": config.problem_type}
     return {name: value for name, value in labels.items() if value is not None}
 

@@ -77,7 +77,7 @@ def requires_new_head(classifier: str, num_labels: int | None, source_labels: in
         return False
     if classifier == "new":
         if num_labels is None and source_labels is None:
-            raise ConversionError('classifier="new" requires num_labels, as the source has no classifier')
+            raise ConversionError('classifier="new" requires num_labels, because the source has no classifier')
         return True
     if source_labels is None:
         return num_labels is not None

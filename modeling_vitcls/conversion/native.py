@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from ..configuration_vitcls import ViTCLSConfig
 from ..hub.card_training import TEMPLATE
 from ..hub.card_use import CITATION, build_use_section
-from ..hub.licenses import CONVERTED, WeightsLicense
+from ..hub.licenses import CONVERTED_WEIGHTS, WeightsLicense
 from ..hub.loading import MODEL_FILES, check_is_vitcls, get_model_folder
 from ..hub.local_paths import check_output_is_empty, resolve_name, strip_folders
 from ..hub.provenance import Provenance, find_provenance
@@ -30,13 +30,13 @@ from .to_transformers import convert_to_transformers
 from .weight_rules import ConversionError
 
 
-NO_RESAMPLING = "transformers resamples the positions of {name} in another way for other image sizes"
+NO_RESAMPLING = "transformers resamples the positions of {name} differently for other image sizes"
 
 
 def write_native_model(source: str, output: Path, any_size: bool = False) -> ParityReport:
     """Write the model, image processor, parity report, card and license to `output`, or write nothing.
 
-    Of a model that is not a classifier for one task, the encoder is written.
+    For models other than classifiers for one task, only the encoder is written.
 
     Args:
         source: Folder or Hub id of a vitcls model.
@@ -157,6 +157,6 @@ def build_native_card(
         image_size=f"{height} x {width}",
         use=build_use_section(name, report.model_class, has_pipeline=has_classifier, is_native=True),
         citation=CITATION,
-        license_text=WeightsLicense(CONVERTED, provenance, has_code=False),
+        license_text=WeightsLicense(CONVERTED_WEIGHTS, provenance, has_code=False),
     )
     return card

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from ..checkpoints import file_digest
+from ..checkpoints import compute_file_digest
 from ..configuration_vitcls import ViTCLSConfig
 from ..errors import format_error
 from ..files import write_json
@@ -92,7 +92,7 @@ def compare_models(
     Args:
         source: Source with its model in float32.
         with_logits: Whether the model has the classifier of the source.
-        native_size_only: Reason to compare at the native size only; empty if the rectangle is compared as well.
+        native_size_only: Reason to compare only at the native size; empty to compare at the rectangle as well.
 
     Returns:
         The comparisons, and the reason why there is no second comparison, which is empty if there is one.
@@ -186,4 +186,4 @@ def get_max_magnitude(values: torch.Tensor) -> float:
 
 def hash_files(files: Iterable[Path]) -> dict[str, str]:
     """Return file name -> SHA-256."""
-    return {file.name: file_digest(file) for file in sorted(files)}
+    return {file.name: compute_file_digest(file) for file in sorted(files)}

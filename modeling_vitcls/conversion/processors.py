@@ -181,7 +181,7 @@ def build_test_image(height: int, width: int) -> PIL.Image.Image:
 
 
 def build_default_preprocessing(image_size: tuple[int, int], reason: str) -> ConvertedPreprocessing:
-    """Build the default: bicubic resizing to `image_size` (height, width), mean and standard deviation of ImageNet."""
+    """Build the default image processor: bicubic resizing to `image_size` (height, width), statistics of ImageNet."""
     height, width = image_size
     processor = ViTCLSImageProcessor(size={"height": height, "width": width})
     return ConvertedPreprocessing(processor, "the default", None, default_reason=reason)

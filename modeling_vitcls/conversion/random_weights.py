@@ -1,6 +1,6 @@
 """Fill a model with random values, to test a conversion without a checkpoint.
 
-A freshly initialized model hides mistakes, because biases and positions are zero and LayerScale values are 1e-5. The
+A newly initialized model hides mistakes, because biases and positions are zero and LayerScale values are 1e-5. The
 values in this file keep activations close to 1, so that an absolute limit on differences is meaningful.
 """
 
@@ -10,7 +10,7 @@ from torch import nn
 
 @torch.no_grad()
 def randomize_weights(model: nn.Module, seed: int = 0) -> nn.Module:
-    """Fill a model in place with random values and return it in eval mode; the same seed gives the same values.
+    """Fill a model in place with random values and return it in eval mode; the same seed results in the same values.
 
     Weights of linear and convolution layers are normal with standard deviation 1 / sqrt(fan in). Scales (norms,
     LayerScale, variances) are uniform from 0.5 to 1.5, and biases are normal with 0.2. The lambdas of differential

@@ -7,9 +7,9 @@
 2. Containers (`teacher`, `target_encoder`, `model`, ...) and prefixes (`module.`, `backbone.`) are removed.
 3. The family is detected by names that only its weights have. Other files require a family.
 4. timm's module of the family loads the same weights. For other image sizes, its positions are replaced by positions
-   that this package resamples as in the authors' code, which is often not as in timm.
+   that this package resamples as in the authors' code, which often differs from timm.
 
-Families with rules are converted in from_state_dict.py; the others (`TIMM_FAMILIES`) by way of timm's module.
+Families with rules are converted in from_state_dict.py; the others (`TIMM_FAMILIES`) through timm's module.
 """
 
 import argparse
@@ -25,7 +25,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from ..checkpoints import file_digest
+from ..checkpoints import compute_file_digest
 from ..configuration_vitcls import ViTCLSConfig
 from ..errors import format_error
 from ..modeling_vitcls import ViTCLSForImageClassification, ViTCLSPreTrainedModel
@@ -39,11 +39,11 @@ from .weight_rules import ConversionError, Weights
 
 
 SUFFIXES = (".npz", ".safetensors", ".pth", ".pt", ".bin")
-# Keys of nested state dicts; of several, the first is used: teachers and averaged weights before others.
+# Keys of nested state dicts, in order of precedence: teachers and averaged weights before others.
 CONTAINERS = ("target_encoder", "teacher", "model_ema", "state_dict", "model", "student", "module")
 PREFIXES = ("module.", "_orig_mod.", "backbone.")
 
-# Family -> names of weights that only this family has, as a regular expression. The first match counts.
+# Family -> names of weights that only this family has, as a regular expression. The first match is used.
 SIGNATURES = {
     "big_vision": r"(.*/)?embedding/kernel",
     "dinov3": r"storage_tokens|rope_embed\.periods",
@@ -56,9 +56,9 @@ SIGNATURES = {
     "mae": r"decoder_embed\.weight|fc_norm\.weight",
     "deit": r"dist_token|head\.weight|blocks\.0\.gamma_1",
 }
-# Container -> family of a plain encoder in it. DINO and iBOT are converted alike.
+# Container -> family of a plain encoder in it. DINO and iBOT are converted in the same way.
 FAMILIES_BY_CONTAINER = {"teacher": "dino", "student": "dino", "model": "mae"}
-PLAIN_FAMILIES = ("dino", "ibot", "msn", "mae", "deit", "ijepa")  # families of the same names and shapes
+PLAIN_FAMILIES = ("dino", "ibot", "msn", "mae", "deit", "ijepa")  # families with the same names and shapes
 
 # Prefixes of weights that are used only in pre-training.
 PRETRAINING_WEIGHTS = {"mae": ("decoder", "mask_token")}
@@ -111,7 +111,7 @@ class FileSource(TimmSource):
         self.model: Any
         self.family = family
         self.weights = weights
-        self.sha256 = file_digest(file)
+        self.sha256 = compute_file_digest(file)
         self.linear_head = (
             (weights["linear_head.weight"], weights["linear_head.bias"]) if "linear_head.weight" in weights else None
         )
@@ -147,7 +147,7 @@ class FileSource(TimmSource):
                 converted = convert_state_dict(weights, family)
                 model = build_reference(weights, family, converted, file)
                 notes += describe_differences(family, converted.config)
-        except (KeyError, IndexError, RuntimeError) as error:  # of timm, for weights that do not fit
+        except (KeyError, IndexError, RuntimeError) as error:  # timm's error for weights that do not fit
             raise ConversionError(f"{file} does not contain weights of {family}: {format_error(error)}") from error
         model.to(dtype=next(iter(weights.values())).dtype)
         return cls(file, family, weights, model, notes)
@@ -199,7 +199,7 @@ def read_file(file: Path) -> Mapping[str, Any]:
     """Read a state dict, possibly nested. No code in the file runs.
 
     Raises:
-        ConversionError: If the file has another format, or is a pickle of other objects than tensors.
+        ConversionError: If the file has another format, or is a pickle of objects other than tensors.
         OSError: If the file cannot be read.
     """
     if not file.is_file():
@@ -213,9 +213,9 @@ def read_file(file: Path) -> Mapping[str, Any]:
         if file.suffix == ".safetensors":
             return load_file(file)
         with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about TorchScript archives, which raise an error
+            warnings.simplefilter("ignore")  # a warning about TorchScript archives, which raise an error below
             weights = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # damaged files raise any error
+    except Exception as error:  # damaged files raise errors of any type
         check_not_pickled_code(str(file), error)
         reason = (
             "it is a TorchScript archive, which contains code" if "TorchScript" in str(error) else format_error(error)
@@ -280,16 +280,14 @@ def detect_family(weights: Weights, container: str | None, file: Path) -> str:
         return "msn" if "cls_token" in weights else "ijepa"
     if container in FAMILIES_BY_CONTAINER:
         return FAMILIES_BY_CONTAINER[container]
-    raise ConversionError(
-        f"the weights in {file} may be of several families. Set --family {' or '.join(PLAIN_FAMILIES)}"
-    )
+    raise ConversionError(f"the weights in {file} match several families. Set --family {' or '.join(PLAIN_FAMILIES)}")
 
 
 # Reference models ----------------------------------------------------------------------------------------------------
 
 
 def build_reference(weights: Weights, family: str, converted: ViTCLSPreTrainedModel, file: Path) -> Any:
-    """Build timm's model of a family that this package has rules for, and load the weights with timm's functions.
+    """Build timm's model of a family with rules in this package, and load the weights with timm's functions.
 
     Args:
         weights: The state dict.

@@ -257,7 +257,7 @@ class TransformersSource(SourceModel):
         inputs: dict[str, Any] = {"pixel_values": pixel_values}
         if "interpolate_pos_encoding" in parameters and tuple(pixel_values.shape[-2:]) != self.image_size:
             inputs["interpolate_pos_encoding"] = True
-        if "noise" in parameters:  # MAE shuffles patches by this noise and masks the last ones
+        if "noise" in parameters:  # MAE shuffles patches by this noise and masks the last patches
             config.mask_ratio = 0.0
             height, width = pixel_values.shape[-2:]
             num_patches = (height // config.patch_size) * (width // config.patch_size)
@@ -304,7 +304,7 @@ def get_convertible_class(config: transformers.PreTrainedConfig) -> Any:
         name = getattr(model_class, "__name__", "")
     if name not in CONVERTIBLE_CLASSES:
         raise ConversionError(
-            f"{architecture or type(config).__name__} cannot be converted, as it is not a supported plain ViT"
+            f"{architecture or type(config).__name__} cannot be converted, because it is not a supported plain ViT"
         )
     return getattr(transformers, name)
 
@@ -340,10 +340,10 @@ def load_complete_model(model_class: Any, path: str, folder: str) -> tuple[Any, 
 
 
 def check_not_pickled_code(path: str, error: BaseException) -> None:
-    """Raise ConversionError if loading failed because a pickle contains other objects than tensors."""
+    """Raise ConversionError if loading failed because a pickle contains objects other than tensors."""
     if any(isinstance(cause, pickle.UnpicklingError) for cause in iter_causes(error)):
         raise ConversionError(
-            f"{path} is a pickle with other objects than tensors, which could run code when they are loaded. Save its "
+            f"{path} is a pickle with objects other than tensors, which could run code when they are loaded. Save its "
             "tensors as safetensors"
         ) from error
 

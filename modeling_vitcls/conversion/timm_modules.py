@@ -51,8 +51,8 @@ def read_model(model: TimmModule) -> Fields:
 def read_image_and_patches(model: TimmModule) -> Fields:
     """Return the fields of the patch embedding. The image size covers whole patches; timm ignores other pixels."""
     embedding = model.patch_embed
-    require(get_class_name(embedding) == "PatchEmbed", f"patch embedding {get_class_name(embedding)}")
-    require(not embedding.dynamic_img_pad, "dynamic_img_pad, which pads images to whole patches")
+    check_supported(get_class_name(embedding) == "PatchEmbed", f"patch embedding {get_class_name(embedding)}")
+    check_supported(not embedding.dynamic_img_pad, "dynamic_img_pad, which pads images to whole patches")
     height, width = embedding.patch_size
     rows, columns = embedding.grid_size
     return {
@@ -70,7 +70,7 @@ def read_tokens(model: TimmModule) -> Fields:
     """Return the numbers of special tokens."""
     registers = getattr(model, "reg_token", None)
     has_distillation = getattr(model, "dist_token", None) is not None
-    require(not (has_distillation and registers is not None), "registers together with a distillation token")
+    check_supported(not (has_distillation and registers is not None), "registers together with a distillation token")
     return {
         "num_cls_tokens": int(model.cls_token is not None),
         "num_distillation_tokens": int(has_distillation),
@@ -102,7 +102,7 @@ def read_rotary_positions(model: TimmModule) -> Fields:
     if rope is None:
         return {}
     name = get_class_name(rope)
-    require(name in ROTARY_POSITIONS, f"rotary positions of class {name}")
+    check_supported(name in ROTARY_POSITIONS, f"rotary positions of class {name}")
     kind = "rope_mixed" if name == "RotaryEmbeddingMixed" else "rope_2d"
     return {
         "position_embedding_type": kind if model.pos_embed is None else f"learned_{kind}",
@@ -114,7 +114,9 @@ def read_rotary_positions(model: TimmModule) -> Fields:
 
 def read_grid_coordinates(rope: TimmModule) -> Fields:
     """Return the fields of coordinates in patches (EVA-02, Perception Encoder)."""
-    require(not rope.in_pixels and getattr(rope, "grid_type", "index") == "index", "rotary positions in pixels")
+    check_supported(
+        not rope.in_pixels and getattr(rope, "grid_type", "index") == "index", "rotary positions in pixels"
+    )
     reference = rope.ref_feat_shape
     return {
         "rope_coordinates": "grid",
@@ -125,9 +127,13 @@ def read_grid_coordinates(rope: TimmModule) -> Fields:
 
 def read_centered_coordinates(rope: TimmModule) -> Fields:
     """Return the fields of coordinates from -1 to 1 (DINOv3)."""
-    require(rope.min_period is None or rope.max_period is None, "rotary positions with min_period and max_period")
-    require(rope.normalize_coords == "separate", f"rotary positions with normalize_coords={rope.normalize_coords!r}")
-    require(not rope.grid_offset, "an offset of centered rotary positions")
+    check_supported(
+        rope.min_period is None or rope.max_period is None, "rotary positions with min_period and max_period"
+    )
+    check_supported(
+        rope.normalize_coords == "separate", f"rotary positions with normalize_coords={rope.normalize_coords!r}"
+    )
+    check_supported(not rope.grid_offset, "an offset of centered rotary positions")
     return {"rope_coordinates": "centered"}
 
 
@@ -151,9 +157,11 @@ def read_norms(model: TimmModule) -> Fields:
         if "Norm" in get_class_name(module) and hasattr(module, "eps") and not name.endswith(".sub_norm")
     }
     for name, _ in norms:
-        require(name in NORMS, f"norm {name}")
+        check_supported(name in NORMS, f"norm {name}")
     kinds = {(NORMS[name], eps) for name, eps in norms}
-    require(len(kinds) == 1, f"norms of different types or eps: {', '.join(f'{n} {e}' for n, e in sorted(kinds))}")
+    check_supported(
+        len(kinds) == 1, f"norms of different types or eps: {', '.join(f'{n} {e}' for n, e in sorted(kinds))}"
+    )
     [(kind, eps)] = kinds
     return {
         "norm_type": kind,
@@ -166,7 +174,7 @@ def read_norms(model: TimmModule) -> Fields:
 def read_blocks(model: TimmModule) -> Fields:
     """Return the fields of the blocks, which differ only in the number of key and value heads."""
     block = model.blocks[0]
-    require(get_class_name(block) in BLOCKS, f"blocks of class {get_class_name(block)}")
+    check_supported(get_class_name(block) in BLOCKS, f"blocks of class {get_class_name(block)}")
     return {"num_hidden_layers": len(model.blocks), **BLOCKS[get_class_name(block)](block)}
 
 
@@ -188,7 +196,7 @@ def read_post_norm_block(block: TimmModule) -> Fields:
 def read_parallel_block(block: TimmModule) -> Fields:
     """Return the fields of a block that applies attention and MLP in parallel, with fused projections."""
     output = block.out_proj if block.out_proj is not None else block.attn_out_proj
-    require(output.bias is not None, "parallel blocks without output biases")
+    check_supported(output.bias is not None, "parallel blocks without output biases")
     is_differential = hasattr(block, "sub_norm")
     return {
         "layer_type": "parallel",
@@ -207,9 +215,11 @@ def read_branched_block(block: TimmModule) -> Fields:
     """Return the fields of a block with parallel branches, as merged by `merge_branches` in from_timm.py."""
     attention, mlp = block.attns[0].attn, block.ffns[0].mlp
     fields = read_attention(attention) | read_mlp(mlp)
-    require(fields["attention_type"] == "softmax" and fields["mlp_type"] == "mlp", "gated or differential branches")
-    require(not fields["qk_norm"], "norms of queries and keys in parallel branches")
-    require(not fields["attention_norm"] and not fields["mlp_norm"], "norms inside parallel branches")
+    check_supported(
+        fields["attention_type"] == "softmax" and fields["mlp_type"] == "mlp", "gated or differential branches"
+    )
+    check_supported(not fields["qk_norm"], "norms of queries and keys in parallel branches")
+    check_supported(not fields["attention_norm"] and not fields["mlp_norm"], "norms inside parallel branches")
     num_branches = len(block.attns)
     return fields | {
         "layer_type": "standard",
@@ -236,8 +246,10 @@ BLOCKS: dict[str, Callable[[TimmModule], Fields]] = {
 def read_attention(attention: TimmModule) -> Fields:
     """Return the heads, biases and norms of an attention module."""
     name = get_class_name(attention)
-    require(name in ("Attention", "AttentionRope", "EvaAttention", "DiffAttention"), f"attention of class {name}")
-    require(getattr(attention, "gate", None) is None, "gated attention")
+    check_supported(
+        name in ("Attention", "AttentionRope", "EvaAttention", "DiffAttention"), f"attention of class {name}"
+    )
+    check_supported(getattr(attention, "gate", None) is None, "gated attention")
     is_differential = name == "DiffAttention"
     head_dim = attention.head_dim * (2 if is_differential else 1)
     width = attention.proj.out_features
@@ -269,11 +281,11 @@ def read_input_biases(attention: TimmModule) -> Fields:
 def read_mlp(mlp: TimmModule) -> Fields:
     """Return the hidden size, activation, biases and norm of an MLP, plain or gated."""
     name = get_class_name(mlp)
-    require(name in ("Mlp", "GluMlp", "SwiGLU"), f"MLP of class {name}")
+    check_supported(name in ("Mlp", "GluMlp", "SwiGLU"), f"MLP of class {name}")
     activation = read_activation(mlp.act)
-    require(name == "Mlp" or activation == "silu", f"an MLP gated by {activation}")
+    check_supported(name == "Mlp" or activation == "silu", f"an MLP gated by {activation}")
     biases = {layer.bias is not None for layer in mlp.children() if isinstance(layer, nn.Linear)}
-    require(len(biases) == 1, "an MLP with biases in some layers only")
+    check_supported(len(biases) == 1, "an MLP with biases in some layers only")
     fields = {"mlp_type": "swiglu"} if name != "Mlp" else {"mlp_type": "mlp", "hidden_act": activation}
     return {
         **fields,
@@ -302,26 +314,28 @@ def read_pooling(model: TimmModule, hidden_act: str | None) -> Fields:
     """Return the pooling of the head."""
     pooling = POOLINGS.get(model.global_pool)
     if not model.global_pool:
-        require(not model.num_classes, "a classifier on every token (global_pool='')")
+        check_supported(not model.num_classes, "a classifier on every token (global_pool='')")
         return {"pooling": "cls" if model.cls_token is not None else "mean"}  # without a pooler, see has_pooler
-    require(pooling is not None, f"global_pool={model.global_pool!r}")
+    check_supported(pooling is not None, f"global_pool={model.global_pool!r}")
     if pooling == "attention":
         return {"pooling": pooling, **read_attention_pool(model, hidden_act)}
     includes_prefix = getattr(model, "pool_include_prefix", False)
-    require(pooling == "cls" or not includes_prefix, f"{pooling} pooling that includes special tokens")
+    check_supported(pooling == "cls" or not includes_prefix, f"{pooling} pooling that includes special tokens")
     return {"pooling": pooling}
 
 
 def read_attention_pool(model: TimmModule, hidden_act: str | None) -> Fields:
-    """Return the fields of attention pooling. The query attends to patches in `VisionTransformer`, to all in `Eva`."""
+    """Return the fields of attention pooling. In `Eva`, the query also attends to special tokens."""
     pool = model.attn_pool
-    require(get_class_name(pool) == "AttentionPoolLatent", f"pooling of class {get_class_name(pool)}")
-    require(
+    check_supported(get_class_name(pool) == "AttentionPoolLatent", f"pooling of class {get_class_name(pool)}")
+    check_supported(
         pool.latent.shape[1] == 1 and pool.pos_embed is None, "several queries, or positions, in attention pooling"
     )
-    require(is_present(pool.q) and not is_present(pool.q_norm), "attention pooling without q_proj or with q_norm")
+    check_supported(
+        is_present(pool.q) and not is_present(pool.q_norm), "attention pooling without q_proj or with q_norm"
+    )
     activation = read_activation(pool.mlp.act)
-    require(hidden_act in (activation, None), "attention pooling with another activation than the blocks")
+    check_supported(hidden_act in (activation, None), "attention pooling with another activation than the blocks")
     return {
         "attention_pool_tokens": "all" if getattr(model, "pool_include_prefix", True) else "patches",
         "attention_pool_heads": pool.num_heads,
@@ -332,7 +346,9 @@ def read_attention_pool(model: TimmModule, hidden_act: str | None) -> Fields:
 
 def read_labels(model: TimmModule) -> Fields:
     """Return the names of the classes if the model has names, or else their number."""
-    require(get_class_name(model.head) in ("Linear", "Identity"), f"a head of class {get_class_name(model.head)}")
+    check_supported(
+        get_class_name(model.head) in ("Linear", "Identity"), f"a head of class {get_class_name(model.head)}"
+    )
     if not model.num_classes:
         return {}
     names = (getattr(model, "pretrained_cfg", None) or {}).get("label_names")
@@ -344,7 +360,7 @@ def read_labels(model: TimmModule) -> Fields:
 def read_activation(module: TimmModule) -> str:
     """Return the name of an activation in transformers."""
     name = get_class_name(module)
-    require(name in ACTIVATIONS, f"activation {name}")
+    check_supported(name in ACTIVATIONS, f"activation {name}")
     if getattr(module, "approximate", "none") == "tanh":
         return ACTIVATIONS["GELUTanh"]
     return ACTIVATIONS[name]
@@ -365,7 +381,7 @@ def is_present(module: TimmModule) -> bool:
     return module is not None and not isinstance(module, nn.Identity)
 
 
-def require(condition: bool, feature: str) -> None:
-    """Raise ConversionError with the name of a feature unless the condition holds."""
+def check_supported(condition: bool, feature: str) -> None:
+    """Raise ConversionError with the name of a feature unless the condition is true."""
     if not condition:
         raise ConversionError(f"ViTCLS does not support {feature}")

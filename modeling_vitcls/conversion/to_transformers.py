@@ -4,8 +4,8 @@
 
 A class of `TARGETS` supports a model if its configuration, converted by transformers_families.py, equals the model's
 configuration. Otherwise the error names the fields that differ. Fields that do not affect outputs in eval mode
-(dropout, drop path, initialization) are ignored. A ViT or DeiT with a rectangular image_size accepts images of that
-size only, since transformers resamples the positions of squares only.
+(dropout, drop path, initialization) are ignored. A ViT or DeiT with a rectangular image_size only accepts images of
+that size, because transformers only resamples the positions of squares.
 """
 
 import dataclasses
@@ -38,8 +38,8 @@ def convert_to_transformers(model: ViTCLSPreTrainedModel, native_size_only: bool
 
     `ViTCLSForImageClassification` becomes the classifier of ViT, DeiT, DINOv2 or DINOv2 with registers. `ViTCLSModel`
     becomes the base model of these or of DINOv3. Biases and LayerScale values that only the class of transformers has
-    are set to 0 and 1. A mask token is dropped with a warning if the class has none. If no class supports the model as
-    it is, an equivalent form of the model is converted (equivalent_models.py).
+    are set to 0 and 1. A mask token is dropped with a warning if the class has none. If no class supports the model
+    directly, an equivalent form of the model is converted (equivalent_models.py).
 
     Args:
         model: The model.
@@ -83,7 +83,7 @@ class Target:
         return CONVERTIBLE_CLASSES[self.name]
 
     def build(self, config: ViTCLSConfig) -> PreTrainedModel:
-        """Build a model with fresh weights."""
+        """Build a newly initialized model."""
         model_class = getattr(transformers, self.name)
         supported = {field.name for field in dataclasses.fields(model_class.config_class)}
         settings = {name: getattr(config, name) for name in SHARED_FIELDS if name in supported} | {
@@ -268,7 +268,7 @@ LEARNED_POSITION_FIELDS = {
     "position_antialias",
     "position_offset",
 }
-# Fields that act in training only or do not affect the model. `build_transformers_model` handles the mask token.
+# Fields that only affect training, or do not affect the model. `build_transformers_model` handles the mask token.
 IGNORED_FIELDS = {
     "use_mask_token",
     "token_init",
@@ -288,7 +288,7 @@ IGNORED_FIELDS = {
 
 
 def get_effective_fields(config: ViTCLSConfig, has_head: bool) -> dict[str, Any]:
-    """Return the fields that affect a model's outputs; equivalent values are replaced by one of them."""
+    """Return the fields that affect a model's outputs; equivalent values are replaced by one value."""
     inherited = {field.name for field in dataclasses.fields(PreTrainedConfig)}
     names = [field.name for field in dataclasses.fields(config) if field.name not in inherited | IGNORED_FIELDS]
     values = {name: getattr(config, name) for name in names}

@@ -177,7 +177,8 @@ def load_converted_weights(model: ViTCLSPreTrainedModel, weights: Mapping[str, t
     """Load converted weights into a model and return the model in eval mode.
 
     Raises:
-        ConversionError: If weights are missing, are unexpected or have another shape; the message lists the weights.
+        ConversionError: If weights are missing or unexpected, or have a different shape; the message lists the
+            weights.
     """
     expected = model.state_dict()
     mismatched = sorted(n for n in expected.keys() & weights.keys() if expected[n].shape != weights[n].shape)

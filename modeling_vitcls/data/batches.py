@@ -185,7 +185,7 @@ class TrainingImages:
             self.builder.prepare_image(self.source.images[index])
         except UnreadableImage as error:
             return str(error)
-        return f"the image with index {index} could not be read at first, but can be read now"
+        return f"the image with index {index} could not be read before, but can be read now"
 
 
 def load_arrays(source: LabeledImages, augmentation: Augmentation) -> torch.Tensor | None:

@@ -4,7 +4,7 @@
           -> hash of the key and the split seed, as a number in [0, 1)
           -> held out if this number is less than the fraction
 
-The decision for an image does not depend on the order, the labels or the other images. So the split is stable when
+The decision for an image does not depend on the order, the labels or other images. So the split is stable when
 images are added: held-out images stay held out, and training images stay training images.
 
 Classes are therefore stratified only approximately. Of n images, n x fraction are held out on average, with a standard

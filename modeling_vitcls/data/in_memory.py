@@ -1,6 +1,6 @@
-"""Datasets in memory, for the Python functions (api.py): any of these -> `datasets.DatasetDict`, under a name.
+"""Datasets in memory, for the Python functions (api.py): data of these types -> a named `datasets.DatasetDict`.
 
-    datasets.Dataset, DatasetDict         used as they are; columns are found as in files (columns.py)
+    datasets.Dataset, DatasetDict used unchanged; columns are found as in files (columns.py)
     list of (image, label)                images: PIL images, arrays, tensors, encoded bytes or paths
     torch.utils.data.Dataset              the same items; all images are read once and kept in memory, encoded as PNG
     {"train": ..., "test": ...}           splits, each of the kinds above
@@ -33,7 +33,7 @@ def add_dataset(data: Any) -> str:
 
     Raises:
         ValueError: if the dataset is empty, or its items are not (image, label).
-        TypeError: if it is none of the kinds above.
+        TypeError: if its type is not supported.
     """
     splits = convert_dataset(data)
     content = [f"{split} {part._fingerprint}" for split, part in splits.items()]

@@ -210,7 +210,7 @@ def build_label_column(
     if options.label_names is not None:
         if options.label_column is not None and len(options.label_column) > 1:
             raise ValueError(
-                f"--label-names requires a single label column, but {name!r} is one of several. Remove --label-names"
+                "--label-names requires a single label column, but there are several. Remove --label-names"
             )
         return LabelColumn(name, list(options.label_names), is_declared=False)
     if read_column is None:

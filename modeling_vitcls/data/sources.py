@@ -6,7 +6,7 @@
     CSV, JSON Lines,      a file, or a folder with a file per split; read by the `datasets` library, without network
     Parquet
     saved with `datasets` a folder that `save_to_disk` wrote
-    memory:...            a data set in memory (in_memory.py)
+    memory:...            a dataset in memory (in_memory.py)
     anything else         the id of a dataset on the Hub
 
 Held-out images are selected in held_out.py; streamed datasets are in streaming.py.

@@ -272,7 +272,7 @@ def load_evaluation_data(
     if rule.fraction == 0:
         raise ValueError(
             f"evaluation requires held-out images, but --held-out-fraction is 0, so training used all images of "
-            f"{options.dataset}. Set --dataset to other images"
+            f"{options.dataset}. Set --dataset to different images"
         )
     return EvaluationData(splits.label_space, held_out, name, rule)
 
@@ -321,7 +321,7 @@ def is_whole_split(split: str, names: list[str]) -> bool:
 
 
 def choose_rule(options: DataOptions, record: HeldOutRecord | None) -> HeldOutRule:
-    """Return the rule that held out the images of a model's run; the rule of the options if it recorded none.
+    """Return the rule that held out the images of a model's run; the rule of the options if the run has no record.
 
     Raises:
         ValueError: if --split-seed or --held-out-fraction were set to other values.

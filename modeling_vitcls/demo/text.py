@@ -1,4 +1,4 @@
-"""Sentences of the demo page, in Markdown: the model, how to load it, and where its attention goes."""
+"""Sentences of the demo page, in Markdown: the model, how to load it, and the distribution of its attention."""
 
 from pathlib import Path
 

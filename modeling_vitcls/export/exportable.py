@@ -26,7 +26,7 @@ from ..modeling_vitcls import (
     ViTCLSModel,
     ViTCLSPreTrainedModel,
 )
-from ..training.model import fit_processor
+from ..training.model import set_processor_size
 
 
 INPUT_NAME = "pixel_values"
@@ -110,7 +110,7 @@ def load_exportable(source: str) -> ExportableModel:
     if is_preset(source):
         model: ViTCLSPreTrainedModel = ViTCLSForImageClassification(ViTCLSConfig.from_preset(source))
         processor = ViTCLSImageProcessor()
-        fit_processor(processor, model.config)
+        set_processor_size(processor, model.config)
         return ExportableModel(model.eval(), processor, is_trained=False)
     folder = resolve_checkpoint(source)
     check_folder(folder, config_is_elsewhere=False)

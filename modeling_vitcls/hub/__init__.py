@@ -2,7 +2,7 @@
 
     connection.py              timeouts, retries and error messages of requests to the Hub
     loading.py                 model name -> local folder, from the Hub or its cache; timm models
-    local_paths.py             model and data set names that are local paths
+    local_paths.py             model and dataset names that are local paths
     revisions.py               branch or tag -> commit
     provenance.py              the base model of a model, and its license
     licenses.py                licenses in a card's header and text

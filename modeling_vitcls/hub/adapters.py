@@ -23,7 +23,7 @@ from ..configuration_vitcls import TOKEN_COUNTS, ViTCLSConfig
 from ..files import read_json
 from .card_training import TEMPLATE
 from .card_use import CITATION
-from .licenses import TRAINED_FURTHER, WeightsLicense
+from .licenses import DERIVED_WEIGHTS, WeightsLicense
 from .local_paths import is_local, strip_folders
 from .provenance import LICENSE_FILES, Provenance
 
@@ -109,7 +109,7 @@ def build_adapter_card(
         base_model=strip_folders(base_model),
         arguments=", ".join(f"{field}={value!r}" for field, value in fields.items()),
         citation=CITATION,
-        license_text=WeightsLicense(TRAINED_FURTHER, provenance, has_code=False),
+        license_text=WeightsLicense(DERIVED_WEIGHTS, provenance, has_code=False),
     )
     return ModelCard(f"---\n{data}\n---\n\n{text}\n")
 

@@ -4,7 +4,7 @@
     build_encoder_card       a pre-trained encoder              model_cards/encoder.md.j2
     build_checkpoint_card    a model in training, on a branch   model_cards/checkpoint.md.j2
 
-A section without measured values is left out. The images of a card are drawn by analysis/card_images.py, and the card
+A section without measured values is omitted. The images of a card are drawn by analysis/card_images.py, and the card
 of a converted model is in conversion/conversion_card.py.
 """
 
@@ -123,7 +123,7 @@ def build_checkpoint_card(
         branch: Branch of the checkpoint.
         step: Number of completed optimizer steps.
         architecture: The model's class, as in its config.json.
-        metadata: License, base model and data set, as keywords of ModelCardData.
+        metadata: License, base model and dataset, as keywords of ModelCardData.
         weights_license: License of the weights.
         with_optimizer: Whether the files for `--resume` are published as well.
     """
@@ -207,9 +207,9 @@ def build_metadata(
 
 
 def build_common_metadata(flags: dict[str, Any], base: Provenance | None) -> dict[str, Any]:
-    """Return the license, base model and data set as keywords of ModelCardData.
+    """Return the license, base model and dataset as keywords of ModelCardData.
 
-    Local and built-in data sets are left out.
+    Local and built-in datasets are omitted.
     """
     dataset = flags["dataset"]
     metadata = {
@@ -295,7 +295,7 @@ def describe_token_layout(counts: dict[str, int]) -> str:
 
 
 def describe_base_model(flags: dict[str, Any], base: Provenance | None) -> str:
-    """Return the model that training started from, in Markdown; for a local folder with its own base model."""
+    """Return the initial model in Markdown; for a local folder, also its base model."""
     model = format_name(strip_folders(flags["model"]))
     base_models = base.base_model if base else None
     if isinstance(base_models, str):

@@ -141,6 +141,6 @@ MAX_NAME_LENGTH = 100  # characters
 
 
 def format_name(name: str) -> str:
-    """Return a name that a data set defines as inline code in Markdown: one line, in which nothing is markup."""
+    """Return a name from a dataset as inline code in Markdown: one line, without markup."""
     name = replace_control_characters(name).replace("`", "'")
     return f"`{name if len(name) <= MAX_NAME_LENGTH else f'{name[: MAX_NAME_LENGTH - 1]}…'}`"

@@ -1,7 +1,7 @@
 """The sections of a card on how to use and how to cite a model.
 
-The text of the section "Use" is in model_cards/use.md.j2. Its first code block runs as it is. The next one pins a
-commit.
+The text of the section "Use" is in model_cards/use.md.j2. Its first code block runs without changes, the next one pins
+a commit.
 """
 
 from jinja2 import Template
@@ -48,7 +48,7 @@ def build_use_section(
         has_pipeline: Whether the image-classification pipeline supports the model.
         revision: Branch that the first code block loads. With a branch, transformers does not print a warning for
             each code file.
-        finetune_dataset: Data set in the command for fine-tuning. Default: no such command.
+        finetune_dataset: Dataset in the command for fine-tuning. Default: no such command.
         is_native: Whether the class is part of transformers, so that no code of the repository runs.
     """
     auto_class = AUTO_CLASSES.get(architecture, "AutoModel")

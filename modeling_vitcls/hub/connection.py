@@ -70,7 +70,7 @@ def check_is_online() -> None:
 
 @contextmanager
 def set_hub_timeout(seconds: float) -> Iterator[None]:
-    """Set a timeout for requests to the Hub; huggingface_hub alone would wait forever.
+    """Set a timeout for requests to the Hub; by default, huggingface_hub waits indefinitely.
 
     All threads share one client, so the shortest active timeout applies to all threads.
     """
@@ -88,7 +88,7 @@ def install_client_factory() -> None:
     """Make all future clients of huggingface_hub read `HUB_TIMEOUTS` before each request.
 
     huggingface_hub makes a new client whenever it cannot connect, also within a block. A client factory that the user
-    has set (`set_client_factory`) stays in use.
+    has set (`set_client_factory`) is still used.
     """
     make_client = hub_http._GLOBAL_CLIENT_FACTORY  # there is no public way to read the user's factory
     if isinstance(make_client, TimeoutClientFactory):

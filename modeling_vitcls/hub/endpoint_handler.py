@@ -4,12 +4,12 @@
     {"inputs": IMAGE, "parameters": {"top_k": 5}}    -> [{"label": "cat", "score": 0.9}, ...]
     {"inputs": [IMAGE, IMAGE]}                       -> [[{"label": ...}, ...], [...]]
 
-An image is the content of a file as bytes, the same in base64, also as a data URL, or a PIL image. URLs are disabled,
+An image is the content of a file as bytes, its base64 encoding, also as a data URL, or a PIL image. URLs are disabled,
 because the endpoint would send requests for its users; set VITCLS_ENDPOINT_URLS=1 to enable http and https URLs. Paths
 are never read. A model for several tasks returns {task: [{"label": ...}, ...]} per image, and an encoder its pooled
 features as a list of numbers.
 
-This file uses the code of the repository, and nothing of the package modeling_vitcls.
+This file uses the code of the repository, and does not import the package modeling_vitcls.
 """
 
 import base64
@@ -56,7 +56,7 @@ class EndpointHandler:
         """
         inputs, top_k = data.get("inputs"), (data.get("parameters") or {}).get("top_k", 5)
         if type(top_k) is not int or top_k < 1:
-            raise ValueError(f"top_k must be a positive whole number, but is {top_k!r}")
+            raise ValueError(f"top_k must be a positive integer, but is {top_k!r}")
         sources = inputs if isinstance(inputs, list) else [inputs]
         if not 1 <= len(sources) <= MAX_IMAGES:
             raise ValueError(f"a request must contain 1 to {MAX_IMAGES} images, but contains {len(sources)}")
@@ -87,7 +87,7 @@ class EndpointHandler:
 def list_labels(logits: torch.Tensor, names: list[str], top_k: int, problem_type: str | None) -> list[Any]:
     """Return the `top_k` labels with the largest scores of each image, from logits [B, labels].
 
-    Scores are probabilities, independent ones for "multi_label_classification", and plain values for "regression".
+    Scores are probabilities (independent probabilities for "multi_label_classification"), and values for "regression".
     """
     scores = logits.float()
     if problem_type == "multi_label_classification":

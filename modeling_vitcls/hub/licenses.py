@@ -22,16 +22,16 @@ class LicenseSentences:
     unknown: str
 
 
-FRESH = LicenseSentences(
+NEW_WEIGHTS = LicenseSentences(
     "The weights are licensed under {license}.",
     "The authors named no license for the weights. Ask the authors before you use or redistribute the weights.",
 )
-TRAINED_FURTHER = LicenseSentences(
+DERIVED_WEIGHTS = LicenseSentences(
     "The weights are derived from another model and remain under its license: {license}.",
     "The weights are derived from another model whose license is unknown. Ask its authors before you use or "
     "redistribute the weights.",
 )
-CONVERTED = LicenseSentences(
+CONVERTED_WEIGHTS = LicenseSentences(
     "The weights remain under the license of the source: {license}.",
     "No license was found for the source. Ask its authors before you use or redistribute the weights.",
 )
@@ -71,22 +71,22 @@ class WeightsLicense:
 
 
 def get_run_license(
-    is_fresh: bool, license_flag: str | None, base: Provenance | None, teacher: Provenance | None = None
+    is_from_random_weights: bool, license_flag: str | None, base: Provenance | None, teacher: Provenance | None = None
 ) -> WeightsLicense:
     """Return the license of weights that were trained here.
 
-    An inherited license stays. `--license` applies if there is none.
+    An inherited license is kept. `--license` applies if there is none.
 
     Args:
-        is_fresh: Whether training started from random weights.
+        is_from_random_weights: Whether training started from random weights.
         license_flag: Value of `--license`.
         base: Provenance of the model that training started from.
         teacher: Provenance of the teacher of a distillation.
     """
     is_inherited = base is not None and base.license is not None
-    if is_fresh or (license_flag and not is_inherited):
-        return WeightsLicense(FRESH, Provenance("", license=license_flag), teacher)
-    return WeightsLicense(TRAINED_FURTHER, base, teacher)
+    if is_from_random_weights or (license_flag and not is_inherited):
+        return WeightsLicense(NEW_WEIGHTS, Provenance("", license=license_flag), teacher)
+    return WeightsLicense(DERIVED_WEIGHTS, base, teacher)
 
 
 def describe_license_conflict(license_flag: str | None, base: Provenance | None) -> str | None:

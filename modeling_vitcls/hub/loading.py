@@ -7,10 +7,10 @@
 
     online          the newest commit; files that are not in the cache are downloaded
     no response     the cached files, with a warning; an error after two attempts if there are none
-    offline         the cached files (HF_HUB_OFFLINE or TRANSFORMERS_OFFLINE); an error at once if there are none
+    offline         the cached files (HF_HUB_OFFLINE or TRANSFORMERS_OFFLINE); an immediate error if there are none
 
-Loading from the returned folder sends no requests. transformers alone retries for a minute if connections are refused,
-and for many minutes if the Hub does not respond.
+Loading from the returned folder sends no requests. By itself, transformers retries for a minute if connections are
+refused, and for many minutes if the Hub does not respond.
 
 timm models follow the same rule:
 
@@ -67,7 +67,7 @@ TIMEOUT = 6.0  # seconds without a response
 RETRY_WAIT = 1.0  # seconds before the only retry
 
 RepoType = Literal["model", "dataset"]
-NOUNS: dict[RepoType, str] = {"model": "model", "dataset": "data set"}
+NOUNS: dict[RepoType, str] = {"model": "model", "dataset": "dataset"}
 PATH_NOUNS: dict[RepoType, str] = {"model": "folder", "dataset": "file or folder"}
 
 log = logging.getLogger(__name__)

@@ -1,4 +1,4 @@
-"""Names of data sets, models and teachers that are local paths.
+"""Names of datasets, models and teachers that are local paths.
 
     resolve_name("data/teach")                  -> "/home/me/data/teach"        if the path exists
     resolve_name("timm:resnet18@weights.pt")    -> "timm:resnet18@/home/me/weights.pt"
@@ -7,8 +7,8 @@
     strip_folders("/home/me/data/teach")        -> "path/to/teach"              for publication
 
 Each name is resolved once, when a run starts, relative to the current folder. Afterwards an absolute path, or a path
-that starts with `./` or `../`, is a local path, even if the file has been removed or another process has another
-current folder. The files of a run contain relative paths, and repeat the run from the same folder.
+that starts with `./` or `../`, is a local path, even if the file has been removed or another process has a different
+working directory. The files of a run contain relative paths, and repeat the run from the same folder.
 """
 
 import os
@@ -53,7 +53,7 @@ def make_relative(name: Any) -> Any:
 
 
 def can_publish_images(flags: dict[str, Any]) -> bool:
-    """Return whether images of the data set may be published: it is not local, or `--card-samples` was set."""
+    """Return whether images of the dataset may be published: it is not local, or `--card-samples` was set."""
     return bool(flags.get("card_samples")) or not is_local(flags.get("dataset"))
 
 
@@ -63,13 +63,13 @@ def strip_folders(name: str) -> str:
     return f"{prefix}path/to/{Path(path).name}" if is_local(name) else name
 
 
-def is_same_path(before: Any, now: Any) -> bool:
-    """Return whether two names refer to the same thing, even if its path was moved in the meantime."""
-    if before == now or not (isinstance(before, str) and is_local(now)):
-        return bool(before == now)
-    (old_prefix, old), (new_prefix, new) = split_prefix(before), split_prefix(now)
+def is_same_path(stored: Any, current: Any) -> bool:
+    """Return whether two names refer to the same dataset or model, even if its path was moved in the meantime."""
+    if stored == current or not (isinstance(stored, str) and is_local(current)):
+        return bool(stored == current)
+    (old_prefix, old), (new_prefix, new) = split_prefix(stored), split_prefix(current)
     is_same_file = Path(old).resolve() == Path(new).resolve()
-    has_moved = is_local(before) and not Path(old).exists() and Path(old).name == Path(new).name
+    has_moved = is_local(stored) and not Path(old).exists() and Path(old).name == Path(new).name
     return old_prefix == new_prefix and (is_same_file or has_moved)
 
 

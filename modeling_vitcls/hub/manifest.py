@@ -22,7 +22,7 @@ from ..checkpoints import (
     Checkpoint,
     CheckpointStore,
     DamagedCheckpoint,
-    file_digest,
+    compute_file_digest,
     format_state,
     read_checkpoint,
     read_state,
@@ -60,7 +60,7 @@ MODEL_PATTERNS = (
     "preprocessor_config.json",
     "*_vitcls.py",
 )
-# Records of the run and its measurements. They are wrong for another model, so a push removes old ones as well.
+# Records of the run and its measurements. They do not describe other models, so a push also removes old records.
 RECORD_PATTERNS = (
     "results.json",
     "metrics.jsonl",
@@ -93,7 +93,7 @@ def collect_model_files(folder: Path, repo_id: str | None = None) -> RepoFiles:
     """Return the files of a model folder, or of an adapter, to publish.
 
     config.resolved.yaml is published without local paths, README.md with the repository id, report.html only if it
-    shows no images of a local data set, and code files with their license.
+    shows no images of a local dataset, and code files with their license.
 
     Args:
         folder: Folder of the model.
@@ -134,7 +134,9 @@ def has_current_onnx_files(folder: Path) -> bool:
     """Return whether the report of the ONNX files is for the weights in the folder."""
     if not (folder / ONNX_REPORT).is_file():
         return False
-    weights = {name: file_digest(folder / name) for name in list_weight_files(folder) if (folder / name).is_file()}
+    weights = {
+        name: compute_file_digest(folder / name) for name in list_weight_files(folder) if (folder / name).is_file()
+    }
     return read_json(folder / ONNX_REPORT).get("weights_sha256") == weights
 
 
@@ -209,7 +211,7 @@ def find_code_repository(folder: Path, repo_id: str | None = None) -> str | None
 
 
 def list_required_code(folder: Path) -> set[str]:
-    """Return the code files that the model's files refer to and the files that they import, of this folder."""
+    """Return the code files of this folder that the model requires, directly or through imports."""
     references = [reference for reference in read_code_references(folder) if REPO_SEPARATOR not in reference]
     pending = [f"{reference.partition('.')[0]}.py" for reference in references]
     required: set[str] = set()
@@ -237,7 +239,7 @@ def read_text(file: Path) -> str:
 
 
 def collect_checkpoint_files(folder: Path) -> RepoFiles:
-    """Return the files to publish of the newest checkpoint in `folder`.
+    """Return the files of the newest checkpoint in `folder` that are published.
 
     Flags with local paths are removed from state.json; `--resume` then uses its own flags.
 
@@ -258,9 +260,9 @@ def collect_checkpoint_files(folder: Path) -> RepoFiles:
 def find_newest_checkpoint(folder: Path) -> Checkpoint:
     """Return the newest undamaged checkpoint. Nothing is changed, because a run may be writing to the folder."""
     store = CheckpointStore(folder / "checkpoints", keep=1)
-    for step in reversed(store.steps()):
+    for step in reversed(store.list_steps()):
         try:
-            return read_checkpoint(store.path(step))
+            return read_checkpoint(store.get_path(step))
         except DamagedCheckpoint:
             continue
     raise ValueError(
@@ -272,11 +274,11 @@ def find_newest_checkpoint(folder: Path) -> Checkpoint:
 # Sample images in cards ----------------------------------------------------------------------------------------------
 
 
-SAMPLE_IMAGES = "pictures/attention.png"  # the only figure that shows images of the data set
+SAMPLE_IMAGES = "pictures/attention.png"  # the only figure that shows images of the dataset
 
 
 def find_local_dataset_in_card(folder: Path) -> str | None:
-    """Return the local data set whose images the card shows; None if there is none or `--card-samples` was set."""
+    """Return the local dataset whose images the card shows; None if there is none or `--card-samples` was set."""
     flags = read_recipe(folder)
     if not (folder / SAMPLE_IMAGES).is_file() or flags is None or can_publish_images(flags):
         return None
@@ -284,7 +286,7 @@ def find_local_dataset_in_card(folder: Path) -> str | None:
 
 
 def can_publish_report(folder: Path) -> bool:
-    """Return whether report.html is from a run, and shows no images of a local data set."""
+    """Return whether report.html is from a run, and shows no images of a local dataset."""
     flags = read_recipe(folder)
     return flags is not None and can_publish_images(flags)
 
@@ -299,7 +301,7 @@ def read_recipe(folder: Path) -> dict[str, Any] | None:
 
 
 def describe_published_images(folder: Path, dataset: str, repo_id: str) -> str:
-    """Return the warning for images of a local data set that were published."""
+    """Return the warning for images of a local dataset that were published."""
     return (
         f"{repo_id} is public, and its card shows images of {dataset} ({SAMPLE_IMAGES}). If the images are "
         "confidential, make the repository private in its settings on the Hub, or delete the file there, remove "

@@ -37,7 +37,7 @@ def list_license_patterns() -> Iterator[str]:
 LICENSE_FILES = tuple(list_license_patterns())
 TIMEOUT = 5.0  # seconds without a response; a finished run does not wait for a slow Hub
 
-# timm's license identifiers that the Hub also has. Any other license is `other` on the Hub, with a name and a link.
+# timm's license identifiers that the Hub supports. Any other license is `other` on the Hub, with a name and a link.
 HUB_LICENSES = frozenset({"apache-2.0", "bsd-3-clause", "cc-by-4.0", "cc-by-nc-4.0", "gemma", "mit"})
 LICENSE_LINKS = {"dinov3-license": "https://ai.meta.com/resources/models-and-libraries/dinov3-license/"}
 

@@ -37,14 +37,15 @@ def check_push_permissions(
 
     Raises:
         ValueError: If the token is missing, invalid or not permitted to write, if the namespace is not the user's, if
-            the name is invalid, or if the repository is public but has to be private. One line with the remedy.
+            the name is invalid, or if the repository is public but has to be private. The message is one line with the
+            remedy.
         OSError: If the Hub does not respond.
     """
     check_is_online()
     account = fetch_account()
     name = repo_id or default_name
     full_id = name if "/" in name else f"{account['name']}/{name}"
-    check_name(full_id, repo_type)
+    check_repo_id(full_id, repo_type)
     check_namespace(full_id, account, repo_type)
     exists = check_existing_repo(full_id, private, repo_type)
     check_token(full_id, account, exists)
@@ -75,7 +76,7 @@ def build_unreachable_error(error: BaseException) -> OSError:
     return OSError(f"{describe_no_response(error)}, or push later")
 
 
-def check_name(repo_id: str, repo_type: RepoType) -> None:
+def check_repo_id(repo_id: str, repo_type: RepoType) -> None:
     """Raise ValueError if the name is not a valid repository id."""
     try:
         validate_repo_id(repo_id)
@@ -135,7 +136,7 @@ def is_private(repo_id: str) -> bool:
 def check_token(repo_id: str, account: dict[str, Any], exists: bool) -> None:
     """Raise ValueError unless the token may write to the repository, or create it if it does not exist."""
     token = account.get("auth", {}).get("accessToken")
-    if token is None:  # another kind of login, which only the push itself can test
+    if token is None:  # another kind of login, which only a push can test
         return
     remedy = f"create a 'write' token at {TOKEN_PAGE}, and log in with it (`hf auth login`, or HF_TOKEN)"
     if token["role"] == "read":

@@ -68,7 +68,7 @@ def resolve_code_commit(model: HubCommit, files: Path) -> HubCommit | None:
         files: Folder with the model's files.
 
     Raises:
-        ValueError: If the code is in several repositories, or as `resolve_commit`.
+        ValueError: If the code is in several repositories; also see `resolve_commit`.
         OSError: As `resolve_commit`.
     """
     try:

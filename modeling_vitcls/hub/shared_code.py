@@ -1,4 +1,4 @@
-"""Many models that share one copy of the code, in a repository of its own.
+"""Share one copy of the code, in a separate repository, between many models.
 
     write_code("vitcls-code")                           # the files to publish: hf upload ME/vitcls-code vitcls-code
     use_shared_code("runs/mine", "ME/vitcls-code")      # then: python scripts/push_to_hub.py --model runs/mine ...

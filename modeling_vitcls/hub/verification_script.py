@@ -3,11 +3,11 @@
     python -P verification_script.py REQUEST.json        # run by verify.py, with an empty cache
 
 REQUEST.json contains `repo_id`, `revision`, `num_threads`, the folder `target`, and `code_repo_id` and `code_revision`
-if the code is in a repository of its own. The script writes two files to `target`: report.json with the loaded classes
+if the code is in a separate repository. The script writes two files to `target`: report.json with the loaded classes
 or the error, and outputs.safetensors with the outputs for fixed inputs.
 
 The code of the repository runs only here. The reference outputs come from verification_reference.py, which shares
-`collect_outputs` with this file. The script imports torch, transformers and the like, but not this package.
+`collect_outputs` with this file. The script imports torch, transformers and other libraries, but not this package.
 """
 
 import json
@@ -199,7 +199,7 @@ def build_pixel_values(config: Any) -> torch.Tensor:
 
 
 def build_image(config: Any, processor: Any) -> Any:
-    """Return a fixed random image [H, W, C], uint8, larger than the model's image size and with another aspect."""
+    """Return a fixed random image [H, W, C], uint8, larger than the model's images, with a different aspect ratio."""
     height, width = get_image_size(config)
     channels = 3 if processor.do_convert_rgb else config.num_channels
     generator = torch.Generator().manual_seed(SEED)

@@ -226,7 +226,7 @@ def download_code(code: HubCommit, target: Path) -> Path:
 
 
 def check_same_files(repo_id: str, published: Path, folder: Path, with_optimizer: bool) -> None:
-    """Raise NotVerified unless each file of the model was published as it is in the folder."""
+    """Raise NotVerified unless each published file equals the file in the folder."""
     expected = collect_model_files(folder, repo_id)
     names = (file.relative_to(published).as_posix() for file in published.rglob("*"))
     checkpoints = {name for name in names if is_match(name, CHECKPOINT_PATTERNS)}

@@ -6,7 +6,7 @@
 --frozen      classifier
 knn           KNeighborsClassifier: 10 neighbors by cosine similarity, weighted by distance
 logreg        LogisticRegression on standardized features
-few-shot:N    the same on N images per class, repeated with other images
+few-shot:N    logreg on N images per class, repeated with other images
 
 The features of a layer are its output after the final norm of the encoder, as in DINOv2's `get_intermediate_layers`:
 every special token, and the mean of the patch tokens.
@@ -97,7 +97,7 @@ class FeatureStore:
 
     def compute(self) -> dict[str, Any]:
         """Return the features and labels of all processes in the order of the images."""
-        gathered = gather_object([self.batches])  # one list per process; batches were dealt out in rounds
+        gathered = gather_object([self.batches])  # one list per process; batches were distributed in rounds
         ordered = [batch for batches in zip(*gathered, strict=True) for batch in batches]
         features, labels = (np.concatenate(parts) for parts in zip(*ordered, strict=True))
         return {"num_images": len(labels), "features": features, "labels": labels}
@@ -153,7 +153,9 @@ def count_correct(classifier: Any, train: Features, held_out: Features, name: tu
     return int((classifier.predict(held_out.vectors[name]) == held_out.labels).sum())
 
 
-def measure(kind: str, train: Features, held_out: Features, num_repeats: int, seed: int) -> list[dict[str, Any]]:
+def measure_accuracies(
+    kind: str, train: Features, held_out: Features, num_repeats: int, seed: int
+) -> list[dict[str, Any]]:
     """Return the accuracy of a classifier on each token of each layer, with its 95 % interval.
 
     The interval is Wilson's for the number of held-out images. For few-shot classifiers, it is the interval of the
@@ -297,7 +299,7 @@ def evaluate_frozen(options: EvaluateOptions) -> dict[str, Any]:
         "versions": get_versions(),
     }
     if accelerator.is_main_process:
-        rows = measure(options.frozen, train, held_out, options.frozen_repeats, options.data.split_seed)
+        rows = measure_accuracies(options.frozen, train, held_out, options.frozen_repeats, options.data.split_seed)
         best = max(rows, key=lambda row: row["accuracy"])
         results |= {"best": round_floats(best), "rows": round_floats(rows)}
         print_rows(results, console)

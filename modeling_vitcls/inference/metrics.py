@@ -302,8 +302,7 @@ def build_sum(device: torch.device) -> SumMetric:
 
 
 def use_float64(metric: Any, device: torch.device) -> Any:
-    """Return the metric on the device, in float64 if supported, so that the order of batches has a negligible
-    effect."""
+    """Return the metric on the device, in float64 if supported, to reduce the effect of the order of batches."""
     return metric.set_dtype(torch.float32 if device.type == "mps" else torch.float64).to(device)
 
 
@@ -348,6 +347,5 @@ def compute_mean(values: list[float | None]) -> float | None:
 
 
 def to_number(value: torch.Tensor) -> float | None:
-    """Return the value of a one-element tensor; None if it is not finite, because JSON does not support such
-    numbers."""
+    """Return the value of a one-element tensor; None if it is not finite, which JSON does not support."""
     return value.item() if value.isfinite() else None

@@ -319,7 +319,7 @@ class ShardFolder:
 class Heartbeat:
     """Context manager that updates the modification time of a file in a thread, and removes the file at the end.
 
-    The file shows the other processes, also on other hosts, that this process is running.
+    The file signals to other processes, including processes on other hosts, that this process is running.
     """
 
     def __init__(self, file: Path) -> None:
@@ -340,7 +340,7 @@ class Heartbeat:
         self.file.unlink(missing_ok=True)
 
     def update(self) -> None:
-        """Update the file until the end of the block."""
+        """Update the file repeatedly until the end of the block."""
         while not self.has_ended.wait(SECONDS_BETWEEN_HEARTBEATS):
             with suppress(OSError):  # a full disk
                 self.file.touch()

@@ -2,7 +2,7 @@
 
     task.py               a run from top to bottom, for fine-tuning and pre-training; read this file first
     finetune.py           fine-tuning (scripts/finetune.py): data, model, loss, evaluator, card
-    pretrain.py           masked pre-training (scripts/pretrain.py): the same
+    pretrain.py           masked pre-training (scripts/pretrain.py): the same parts
     runner.py             output folder, checkpoints and trackers around the loop
     loop.py               steps, evaluations, checkpoints, Ctrl-C and SIGTERM
     model.py              preset or checkpoint -> model and image processor; the trained parameters

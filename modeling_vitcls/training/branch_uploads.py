@@ -19,7 +19,7 @@ from typing import Any, Self
 from torch import nn
 
 from ..checkpoints import WRITE_ERRORS, CheckpointStore, Tensors
-from ..distributed import on_main
+from ..distributed import run_on_main
 from ..files import read_json
 from ..hub.card import build_checkpoint_card, build_common_metadata, get_license
 from ..hub.connection import format_hub_error
@@ -81,11 +81,11 @@ class BranchUploads:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+        self, exc_type: type[BaseException] | None, exc_value: BaseException | None, traceback: TracebackType | None
     ) -> None:
         try:
-            self.wait(SECONDS_AT_THE_END if kind is None else SECONDS_AFTER_A_SIGNAL)
-            if kind is None or kind is Interrupted:  # the other processes take part only in these cases
+            self.wait(SECONDS_AT_THE_END if exc_type is None else SECONDS_AFTER_A_SIGNAL)
+            if exc_type is None or exc_type is Interrupted:  # the other processes only participate in these cases
                 self.accelerator.wait_for_everyone()  # launchers end all processes when one ends
         finally:
             self.remove_folder()
@@ -96,7 +96,7 @@ class BranchUploads:
         Args:
             gather_checkpoint: returns the state for `--resume`; all processes call it together.
         """
-        if state.step % self.run.hub_checkpoint_every or not on_main(
+        if state.step % self.run.hub_checkpoint_every or not run_on_main(
             self.accelerator, lambda: self.is_free(state.step)
         ):
             return

@@ -15,8 +15,8 @@ batch_size         32                         64
 
 Learning rates for all weights are proportional to 1 / width (muP, arXiv 2203.03466), within limits. The initial
 standard deviation is between Xavier's values for the attention (1 / sqrt(width)) and the MLP (0.63 / sqrt(width));
-narrow models learn slowly with the usual 0.02. Layer decay: BEiT, arXiv 2106.08254. Pre-training by masked images uses
-the learning rate 5e-4 and no layer decay.
+narrow models learn slowly with the common value 0.02. Layer decay: BEiT, arXiv 2106.08254. Pre-training by masked
+images uses the learning rate 5e-4 and no layer decay.
 
 The resolved values are printed with the reason and written to config.resolved.yaml.
 """
@@ -36,7 +36,7 @@ from ..options import FinetuneOptions, PretrainOptions
 Options = TypeVar("Options", FinetuneOptions, PretrainOptions)
 Weights = Literal["random weights", "pre-trained weights", "LoRA", "new head on frozen weights", "masked images"]
 
-EXAMPLE = "timm:vit_small_patch14_reg4_dinov2.lvd142m"  # checkpoint that the line about random weights names
+EXAMPLE = "timm:vit_small_patch14_reg4_dinov2.lvd142m"  # checkpoint that is suggested instead of random weights
 SMALL_IMAGE = 64  # longest side of a small image in pixels
 LARGE_DATASET = 10_000  # number of training images
 MIN_INITIALIZER_RANGE = 0.02
@@ -44,10 +44,10 @@ MIN_INITIALIZER_RANGE = 0.02
 
 @dataclass(frozen=True)
 class RunFacts:
-    """What the defaults depend on.
+    """Facts about a run on which the defaults depend.
 
     Attributes:
-        weights: where the initial weights come from, and which are trained.
+        weights: source of the initial weights, and the trained weights.
         is_preset: whether the initial weights are random.
         width: hidden size of the model.
         image_size: longest side of the model's images in pixels.
@@ -125,7 +125,7 @@ def describe_width(facts: RunFacts) -> str:
     return f"{facts.weights}, width {facts.width}"
 
 
-def describe_amount(facts: RunFacts) -> str:
+def describe_num_images(facts: RunFacts) -> str:
     """Return the reason of defaults that depend on the number of images."""
     number = "a stream" if facts.num_training_images is None else f"{facts.num_training_images:,} images"
     return f"{facts.weights}, {number}"
@@ -135,15 +135,15 @@ DEFAULTS: tuple[Default, ...] = (
     Default("training", "learning_rate", choose_learning_rate, describe_width),
     Default("model", "initializer_range", choose_initializer_range, describe_width),
     Default("training", "layer_decay", choose_layer_decay, describe_weights),
-    Default("training", "epochs", choose_epochs, describe_amount),
-    Default("training", "batch_size", lambda facts: 64 if is_large(facts) else 32, describe_amount),
+    Default("training", "epochs", choose_epochs, describe_num_images),
+    Default("training", "batch_size", lambda facts: 64 if is_large(facts) else 32, describe_num_images),
     Default("augmentation", "crop_scale", lambda facts: 1.0 if has_small_images(facts) else 0.35, describe_size),
     Default("augmentation", "shift", lambda facts: 0.04 if has_small_images(facts) else 0.0, describe_size),
 )
 
 
 def get_facts(options: FinetuneOptions | PretrainOptions, num_training_images: int | None) -> RunFacts:
-    """Return what the defaults depend on. Only the configuration of the model is read.
+    """Return the facts on which the defaults depend. Only the configuration of the model is read.
 
     Raises:
         ValueError: if the checkpoint is another kind of model.

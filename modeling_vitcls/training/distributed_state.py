@@ -31,7 +31,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from ..checkpoints import Checkpoint, Tensors
-from ..distributed import on_main
+from ..distributed import run_on_main
 
 
 FULL_ON_MAIN = StateDictOptions(full_state_dict=True, cpu_offload=True)
@@ -97,7 +97,7 @@ def scatter_state(
     """
 
     scatter_checkpoint(checkpoint, accelerator, model, shadow)
-    moments = None if checkpoint is None else checkpoint.tensors("optimizer")
+    moments = None if checkpoint is None else checkpoint.load_tensors("optimizer")
     scatter_optimizer(moments, facts["optimizer"], accelerator, model, optimizer)
     if accelerator.scaler is not None and facts["scaler"]:
         accelerator.scaler.load_state_dict(facts["scaler"])
@@ -109,7 +109,7 @@ def scatter_checkpoint(
     """Load the weights and averaged weights of a state. Arguments and errors are as in `scatter_state`."""
 
     def read(name: str) -> Tensors | None:
-        return None if checkpoint is None else checkpoint.tensors(name)
+        return None if checkpoint is None else checkpoint.load_tensors(name)
 
     scatter_weights(read("model"), model, accelerator)
     if shadow is not None:
@@ -207,7 +207,7 @@ def scatter_weights(whole: Tensors | None, model: nn.Module, accelerator: Accele
     """
     weights: dict[str, Any] = {} if whole is None else {**whole}
     targets: dict[str, Any] = get_model_state_dict(model)
-    on_main(accelerator, lambda: check_same_tensors(weights, targets))
+    run_on_main(accelerator, lambda: check_same_tensors(weights, targets))
     is_distributed = accelerator.num_processes > 1
     options = StateDictOptions(full_state_dict=is_distributed, broadcast_from_rank0=is_distributed)
     set_model_state_dict(model, weights, options=options)
@@ -220,7 +220,7 @@ def scatter(whole: Tensors | None, targets: Tensors, accelerator: Accelerator) -
     Raises:
         ValueError: if a tensor is missing, unknown, or has another shape.
     """
-    on_main(accelerator, lambda: check_same_tensors(whole or {}, targets))
+    run_on_main(accelerator, lambda: check_same_tensors(whole or {}, targets))
     for name, target in targets.items():
         target.copy_(distribute_like(None if whole is None else whole[name], target.dtype, target, accelerator))
 
@@ -264,7 +264,7 @@ def scatter_optimizer(
         return values | others
 
     state: dict[int, dict[str, Any]] = {}
-    for name, value in on_main(accelerator, read_values).items():
+    for name, value in run_on_main(accelerator, read_values).items():
         key, owner_name = name.split("/", 1)
         owner = parameters[owner_name]
         if isinstance(value, torch.dtype):

@@ -43,7 +43,7 @@ from .linear_probe import (
     build_head_only,
     build_probe_evaluator,
     cache_features,
-    find_trained_outside_heads,
+    find_trained_parameters_outside_heads,
     iterate_feature_batches,
 )
 from .loop import Metrics
@@ -110,7 +110,7 @@ class FinetuneTask(Task):
             raise ValueError(describe_useless_patch_dropout(options))
 
     def find_warnings(self) -> list[str]:
-        """Return warnings about classes that a split lacks, and about other held-out images of the initial model."""
+        """Return warnings about classes that a split lacks, and about the held-out images of the initial model."""
         other_split = describe_other_split(self.options.model.model, self.data)
         return [*describe_missing_classes(self.data), *([other_split] if other_split else [])]
 
@@ -136,7 +136,7 @@ class FinetuneTask(Task):
             return "images are mixed"
         if self.runner.accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
             return "the model is sharded"
-        trained = find_trained_outside_heads(self.model)
+        trained = find_trained_parameters_outside_heads(self.model)
         return f"{trained[0]} is trained" if trained else None
 
     def build_head_components(self, evaluator: Evaluate) -> Components:
@@ -199,7 +199,7 @@ class FinetuneTask(Task):
         return TeacherCache(teacher, self.data.num_training_images or 0, views, num_labels).predict
 
     def build_label_loss(self) -> LabelLoss:
-        """Build the loss for the data set's kind of labels."""
+        """Build the loss for the dataset's kind of labels."""
         smoothing, labels = self.options.training.label_smoothing, self.data.label_space
         if labels.kind == "multi_task":
             return MultiTaskLoss(smoothing)
@@ -304,11 +304,11 @@ def check_labels(options: FinetuneOptions, kind: str) -> None:
     }
     for flag, is_set in flags.items():
         if is_set:
-            raise ValueError(f"{flag} requires one label per image, but the data set is {kind}. Remove {flag}")
+            raise ValueError(f"{flag} requires one label per image, but the dataset is {kind}. Remove {flag}")
 
 
 def describe_other_split(source: str, data: TrainingData) -> str | None:
-    """Return a warning if the initial model was trained on images of this data set that are held out now.
+    """Return a warning if the initial model was trained on images of this dataset that are held out now.
 
     Args:
         source: value of `--model`.
@@ -326,6 +326,6 @@ def describe_other_split(source: str, data: TrainingData) -> str | None:
     if part.seed == record.rule.seed and part.fraction <= record.rule.fraction:
         return None
     return (
-        f"{source} was trained on {data.name} with other images held out, so it may have been trained on images that "
-        f"this run evaluates. Set --split-seed {record.rule.seed} --held-out-fraction {record.rule.fraction}"
+        f"{source} was trained on {data.name} with different held-out images, so it may have been trained on images "
+        f"that this run evaluates. Set --split-seed {record.rule.seed} --held-out-fraction {record.rule.fraction}"
     )

@@ -92,7 +92,7 @@ def build_head_only(model: Any) -> HeadOnly | MultiTaskHeadOnly:
     return HeadOnly(model)
 
 
-def find_trained_outside_heads(model: nn.Module) -> list[str]:
+def find_trained_parameters_outside_heads(model: nn.Module) -> list[str]:
     """Return the names of trained parameters outside the heads. Features can be cached only if there are none."""
     heads = {id(parameter) for parameter in build_head_only(model).parameters()}
     return [

@@ -36,7 +36,8 @@ from .token_monitor import TokenMonitor, Tokens
 
 Metrics = dict[str, Any]
 
-# Maximum number of consecutive steps that fp16's loss scaler may skip. One more would reduce its scale by 2^20.
+# Maximum number of consecutive steps that fp16's loss scaler may skip. One more skipped step would reduce its scale by
+# 2^20.
 MAX_OVERFLOWS = 19
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 LAUNCHERS = ("ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID")  # variables that accelerate and torchrun set
@@ -52,7 +53,7 @@ class TrainingState:
     ema: Ema | None = None
     step: int = 0  # number of completed optimizer steps
     best_score: float | None = None  # best score of the evaluations so far
-    num_worse: int = 0  # number of evaluations since the best one
+    num_worse: int = 0  # number of evaluations since the best evaluation
     window: list[dict[str, float]] = field(default_factory=list)  # losses of the batches since the last logged step
     attention: Metrics = field(default_factory=dict)  # attention metrics since the last logged step
     record: Metrics = field(default_factory=dict)  # record of the last step until its evaluation is finished
@@ -154,7 +155,7 @@ class TrainingLoop:
 
     @property
     def is_out_of_patience(self) -> bool:
-        """Whether the last `patience` evaluations were worse than the best one."""
+        """Whether the last `patience` evaluations were worse than the best evaluation."""
         return self.options.patience is not None and self.state.num_worse >= self.options.patience
 
     def advance(self, batches: Iterator[Batch]) -> Metrics:
@@ -243,7 +244,7 @@ class TrainingLoop:
         if before:
             health = self.monitor.compute_health(*before[0])
             record |= health.to_record()
-            for token in self.monitor.find_new_without_gradient(health):
+            for token in self.monitor.find_new_tokens_without_gradient(health):
                 self.hooks.warn(f"the token {token} received no gradient in step {state.step} and is not trained")
         return record, batch
 
@@ -354,7 +355,7 @@ class Interruption:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+        self, exc_type: type[BaseException] | None, exc_value: BaseException | None, traceback: TracebackType | None
     ) -> None:
         for number, handler in self.old_handlers.items():
             signal.signal(number, handler)

@@ -24,7 +24,7 @@ from ..heads_vitcls import IGNORED_LABEL
 
 Batch = dict[str, Any]
 Losses = dict[str, torch.Tensor]
-Objective = Callable[[nn.Module, Batch], Losses]  # minimizes "loss" and logs the others
+Objective = Callable[[nn.Module, Batch], Losses]  # minimizes "loss" and logs the other losses
 LabelLoss = Callable[[Any, Any], torch.Tensor]  # computes the mean loss from logits and labels
 
 

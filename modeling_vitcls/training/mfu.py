@@ -222,7 +222,7 @@ def count_training_flops(model: ViTCLSPreTrainedModel, batch_size: int = 1) -> i
     dropout reduces the number of tokens, unless the first layers are frozen (model.py).
 
     Modules after the encoder are trained under every `--trainable`. On a frozen encoder, heads do not compute the
-    gradient of their input. For a pooler with weights it is counted nevertheless (1 % of a ViT-S).
+    gradient of their input. It is still counted for a pooler with weights (1 % of a ViT-S).
     """
     encoder: Any = model.base_model
     num_patches, num_tokens = get_sequence_lengths(model.config, None)

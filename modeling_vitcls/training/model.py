@@ -75,7 +75,7 @@ def build_model(options: ModelOptions, label_space: LabelSpace) -> BuiltModel:
         processor = ViTCLSImageProcessor.from_pretrained(folder)
     if (mask_token := model.vitcls.embeddings.mask_token) is not None:
         mask_token.requires_grad_(False)  # unused in fine-tuning; DDP requires gradients of all trained parameters
-    fit_processor(processor, model.config)
+    set_processor_size(processor, model.config)
     return BuiltModel(model, processor, newly_initialized)
 
 
@@ -132,7 +132,7 @@ def check_preset(name: str) -> None:
         raise ValueError(f"--model {name} is not a preset. Use one of {list_presets()}")
 
 
-def fit_processor(processor: Any, config: ViTCLSConfig) -> None:
+def set_processor_size(processor: Any, config: ViTCLSConfig) -> None:
     """Set the output size of an image processor to the model's image size if it differs."""
     height, width = config.image_height_width
     output = processor.crop_size if processor.do_center_crop else processor.size
@@ -161,7 +161,7 @@ def apply_trainable(
     if trainable == "full":
         return model
     names = {name for name, _ in model.named_parameters()}
-    trained = {name for name in names if is_head(name)} | get_last_layer_names(model, trainable)
+    trained = {name for name in names if is_head_parameter(name)} | get_last_layer_names(model, trainable)
     if trainable == "lora":
         trained |= get_special_token_names(model)
     trained |= add_token_parameters(model, set(newly_initialized))
@@ -173,7 +173,7 @@ def apply_trainable(
     return model
 
 
-def is_head(name: str) -> bool:
+def is_head_parameter(name: str) -> bool:
     """Return whether a parameter belongs to the pooler or a classifier."""
     return not name.startswith(ENCODER) or name.startswith(POOLER)
 

@@ -56,7 +56,7 @@ METRICS = "metrics.jsonl"
 MODEL = "config.json"
 
 # Files that a run writes at its end, results and model first.
-ADAPTER = "adapter"  # folder with the LoRA adapter alone
+ADAPTER = "adapter"  # folder with only the LoRA adapter
 FINAL_FILES = (
     *(RESULTS, *MODEL_PATTERNS, *(name for name in EXTRA_PATTERNS if name not in (METRICS, RECIPE))),
     *(f"{ADAPTER}/{name}" for name in ADAPTER_PATTERNS),
@@ -89,7 +89,7 @@ def check_replaceable(options: Any, store: CheckpointStore) -> None:
         raise ValueError(
             f"{folder} contains a finished run. Replace it with --overwrite, or choose another --output-dir"
         )
-    if steps := store.steps():
+    if steps := store.list_steps():
         raise ValueError(
             f"{folder} contains an unfinished run (a checkpoint of step {steps[-1]:,}). Continue it with "
             f"--resume, {advice}"
@@ -126,7 +126,7 @@ def check_sources_kept(options: FinetuneOptions | PretrainOptions) -> None:
 
 def remove_run(folder: Path, store: CheckpointStore) -> None:
     """Remove the files of an earlier run or model; keep all other files."""
-    if not any((folder / name).exists() for name in (RESULTS, MODEL, RECIPE)) and not store.steps():
+    if not any((folder / name).exists() for name in (RESULTS, MODEL, RECIPE)) and not store.list_steps():
         return
     for name in (*list_final_files(folder), *(name for name in TRAINING_FILES if name != RECIPE)):
         (folder / name).unlink(missing_ok=True)
@@ -250,7 +250,7 @@ class FolderLock:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+        self, exc_type: type[BaseException] | None, exc_value: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.release()
 

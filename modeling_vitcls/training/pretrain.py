@@ -1,6 +1,6 @@
 """Masked image modeling: images without labels -> an encoder to fine-tune.
 
-    images, part of whose patches are masked -> encoder and decoder -> reconstruction of the masked patches
+    images with masked patches -> encoder and decoder -> reconstruction of the masked patches
 
 The output folder contains the same files as after fine-tuning (finetune.py). The model is the encoder with its
 decoder; `--model` of fine-tuning, AutoModel and AutoModelForMaskedImageModeling load it. The CLS token has no loss of
@@ -28,7 +28,7 @@ from ..modeling_vitcls import ViTCLSForMaskedImageModeling
 from ..options import ModelOptions, PretrainOptions, to_flags
 from .loop import Metrics
 from .losses import MaskedImages, Objective
-from .model import fit_processor
+from .model import set_processor_size
 from .task import NOTHING_MEASURED, Task, format_values
 
 
@@ -136,5 +136,5 @@ def build_model(options: ModelOptions) -> tuple[ViTCLSForMaskedImageModeling, Vi
                 f"{options.model} has a patch_drop_rate of {rate}, but pre-training requires all patches. "
                 "Set --patch-drop-rate 0"
             )
-    fit_processor(processor, model.config)
+    set_processor_size(processor, model.config)
     return model, processor

@@ -20,12 +20,18 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object, set_seed
 from torch import nn
 
-from ..checkpoints import Checkpoint, CheckpointStore, Tensors, newest_for_all, save_for_all
+from ..checkpoints import Checkpoint, CheckpointStore, Tensors, load_newest_on_all, save_on_main
 from ..conversion.any_checkpoint import is_pinned, pin_revision
 from ..data.images import NOT_REPLACED, UnreadableImages
 from ..data.sampling import BatchPlan
 from ..data.splits import describe_change
-from ..distributed import build_accelerator, check_deepspeed_flags, on_main, set_deepspeed_batch_size, shard_by_layer
+from ..distributed import (
+    build_accelerator,
+    check_deepspeed_flags,
+    run_on_main,
+    set_deepspeed_batch_size,
+    shard_by_layer,
+)
 from ..errors import is_on_all_processes, on_all_processes
 from ..hub.local_paths import BUILT_IN_DATASET, is_same_path, make_relative, resolve_name
 from ..hub.manifest import RECIPE
@@ -65,7 +71,7 @@ class Uploads(Protocol):
     def __enter__(self) -> Any:
         """Prepare background uploads."""
 
-    def __exit__(self, kind: Any, error: Any, traceback: Any, /) -> None:
+    def __exit__(self, exc_type: Any, exc_value: Any, traceback: Any, /) -> None:
         """Wait for the last upload."""
 
 
@@ -78,7 +84,7 @@ class Components:
         objective: training loss of a batch.
         batches: returns this process's batches from a given step.
         evaluate: returns the metrics of the prepared model on held-out images.
-        measure_attention: returns values to log every `health_every` steps from a batch on the device.
+        measure_attention: returns values of a batch on the device, to log every `health_every` steps.
         describe_unreadable: returns the error message of an unreadable image from its index.
     """
 
@@ -205,9 +211,9 @@ class Runner:
 
         def save(is_best: bool) -> None:
             if self.can_save_checkpoints:
-                save_for_all(self.store, accelerator, state.step, *gather_all(), is_best)
+                save_on_main(self.store, accelerator, state.step, *gather_all(), is_best)
 
-        def timed_evaluate() -> Metrics:
+        def evaluate_with_timing() -> Metrics:
             started = time.perf_counter()
             metrics = components.evaluate(state.model)
             self.evaluation_seconds.append(time.perf_counter() - started)
@@ -231,7 +237,7 @@ class Runner:
             in_background,
         ):
             hooks = Hooks(
-                evaluate=timed_evaluate,
+                evaluate=evaluate_with_timing,
                 log=log,
                 warn=self.reporter.warn if training.trainable in TOKEN_TRAINING_MODES else lambda message: None,
                 save=save,
@@ -255,7 +261,7 @@ class Runner:
         if state.ema is not None:
             state.ema.load(state.ema.shadow)
         if training.trainable in TOKEN_TRAINING_MODES:
-            for token in monitor.find_unmoved():
+            for token in monitor.find_unmoved_tokens():
                 self.reporter.warn(f"the token {token} did not change in {plan.num_steps} steps")
         if len(unreadable_images):
             self.reporter.warn(f"{len(unreadable_images)} training image(s) could not be read and were skipped")
@@ -274,10 +280,10 @@ class Runner:
         found: list[Checkpoint] = []
 
         def find() -> int:
-            found.append(self.store.best())
+            found.append(self.store.load_best())
             return found[0].step
 
-        step = on_main(self.accelerator, find)
+        step = run_on_main(self.accelerator, find)
         scatter_checkpoint(found[0] if found else None, self.accelerator, state.model, self.get_ema_weights(state))
         self.selected_step = step
         self.reporter.print_line("selected", f"the checkpoint of step {step:,}, with the best evaluation")
@@ -286,7 +292,7 @@ class Runner:
         """Store the fingerprint of the data for checkpoints.
 
         Raises:
-            ValueError: if --resume would continue on other data.
+            ValueError: if --resume would continue with different data.
         """
         self.data = data
         if self.facts is None:
@@ -298,8 +304,8 @@ class Runner:
             )
         if change := describe_change(self.facts["data"], data):
             raise ValueError(
-                f"--resume: the data set has changed since the run in {self.folder} was started: {change}. Restore "
-                "the data set, or choose another --output-dir"
+                f"--resume: the dataset has changed since the run in {self.folder} was started: {change}. Restore "
+                "the dataset, or choose another --output-dir"
             )
 
     def pin_models(self, options: Any) -> Any:
@@ -368,7 +374,7 @@ class Runner:
             (self.folder / RECIPE).write_text(yaml.safe_dump(flags, sort_keys=False), encoding="utf-8")
 
         if not self.is_finished:
-            on_main(self.accelerator, claim)
+            run_on_main(self.accelerator, claim)
 
     def get_flags(self) -> dict[str, Any]:
         """Return all flags of the run, with paths relative to the current folder."""
@@ -489,12 +495,12 @@ class Runner:
         file = self.folder / NON_FINITE
         own_images = [{"index": batch["index"].tolist(), "epoch": batch["epoch"].tolist()} for batch in error.batches]
         images = {"step": error.step + 1, "batches": gather_object(own_images)}
-        on_main(self.accelerator, lambda: file.write_text(json.dumps(images, indent=1) + "\n", encoding="utf-8"))
+        run_on_main(self.accelerator, lambda: file.write_text(json.dumps(images, indent=1) + "\n", encoding="utf-8"))
         if self.state is not None and self.can_save_checkpoints:
             store = CheckpointStore(self.folder / NON_FINITE_STATE, keep=1)
             shadow = self.get_ema_weights(self.state)
             tensors, rest = gather_state(self.accelerator, self.state.model, self.state.optimizer, shadow)
-            save_for_all(store, self.accelerator, error.step, tensors, {"step": error.step} | rest, is_best=False)
+            save_on_main(store, self.accelerator, error.step, tensors, {"step": error.step} | rest, is_best=False)
         return file
 
 
@@ -521,17 +527,17 @@ def build_runner(options: FinetuneOptions | PretrainOptions) -> Runner:
     if reason := get_unsupported_reason(accelerator):
         reporter.warn(f"no checkpoints are saved, and the run cannot be resumed: {reason}")
     lock = FolderLock(options.output_dir)
-    on_main(accelerator, lock.acquire)
+    run_on_main(accelerator, lock.acquire)
     runner = Runner(options, accelerator, store, None, None, reporter, lock)
     with runner.release_lock_on_error():
         if run.resume:
-            runner.checkpoint, runner.facts = newest_for_all(store, accelerator, reporter.warn)
-        on_main(accelerator, runner.check_folder)
+            runner.checkpoint, runner.facts = load_newest_on_all(store, accelerator, reporter.warn)
+        run_on_main(accelerator, runner.check_folder)
         return runner
 
 
 def resolve_names(options: Any) -> Any:
-    """Return the options with data set, model and teacher named by absolute paths."""
+    """Return the options with dataset, model and teacher named by absolute paths."""
     dataset, model = options.data.dataset, options.model.model
     options = replace(
         options,
@@ -544,21 +550,21 @@ def resolve_names(options: Any) -> Any:
     return replace(options, distillation=replace(options.distillation, teacher=teacher))
 
 
-def check_same_flags(before: dict[str, Any], now: dict[str, Any], folder: Path) -> None:
+def check_same_flags(stored: dict[str, Any], current: dict[str, Any], folder: Path) -> None:
     """Raise ValueError if --resume would continue the run with other flags.
 
     Args:
-        before: flags of the checkpoint.
-        now: flags of this run; a flag without a value will get its default, and a model its commit.
+        stored: flags of the checkpoint.
+        current: flags of this run; a flag without a value will get its default, and a model its commit.
         folder: output folder.
     """
-    for name, value in before.items():
+    for name, value in stored.items():
         if (
             name in CHANGEABLE_FLAGS
-            or now.get(name) == value
-            or (name in PATH_FLAGS and is_same_path(value, now.get(name)))
-            or is_pinned(value, now.get(name))
-            or (name in RESOLVED_FLAGS and now.get(name) is None)
+            or current.get(name) == value
+            or (name in PATH_FLAGS and is_same_path(value, current.get(name)))
+            or is_pinned(value, current.get(name))
+            or (name in RESOLVED_FLAGS and current.get(name) is None)
         ):
             continue
         advice = "Use the same flags, or choose another --output-dir"
@@ -569,7 +575,7 @@ def check_same_flags(before: dict[str, Any], now: dict[str, Any], folder: Path) 
             )
         raise ValueError(
             f"--resume: the run in {folder} was started with --{name.replace('_', '-')} "
-            f"{format_flag_value(value)}, but this run has {format_flag_value(now.get(name))}. {advice}"
+            f"{format_flag_value(value)}, but this run has {format_flag_value(current.get(name))}. {advice}"
         )
 
 

@@ -1,4 +1,4 @@
-"""A run from top to bottom: what fine-tuning and pre-training share.
+"""A run from top to bottom, shared by fine-tuning and pre-training.
 
     task = FinetuneTask(options)    checks the options, locks the output folder, loads data and model
     results = run_task(task)        trains, evaluates, writes the output folder, pushes it
@@ -34,7 +34,7 @@ from ..data.images import LabeledImages
 from ..data.sampling import BatchPlan
 from ..data.splits import TrainingData, describe_data
 from ..data.streaming import TrainingStream, augment_images
-from ..distributed import on_main
+from ..distributed import run_on_main
 from ..errors import format_error
 from ..files import read_json, write_json
 from ..hub.adapters import write_adapter
@@ -137,7 +137,7 @@ class Task(ABC):
 
     @abstractmethod
     def load_model(self) -> None:
-        """Set `model` and `processor`, and load whatever else the task requires."""
+        """Set `model` and `processor`, and load other requirements of the task."""
 
     @property
     @abstractmethod
@@ -198,7 +198,7 @@ class Task(ABC):
             return None
         if run.hub_push_optimizer and (reason := get_unsupported_reason(accelerator)):
             raise ValueError(f"--hub-push-optimizer requires checkpoints: {reason}")
-        return on_main(accelerator, lambda: check_push_permissions(run.hub_model_id, name, run.hub_private))
+        return run_on_main(accelerator, lambda: check_push_permissions(run.hub_model_id, name, run.hub_private))
 
     def build_plan(self, training: TrainingOptions) -> BatchPlan:
         """Build the batch plan for these training options."""
@@ -226,7 +226,7 @@ class Task(ABC):
         )
 
     def get_num_views(self) -> int:
-        """Return the number of different views of an image; 0 augments each image anew in every epoch."""
+        """Return the number of different views of an image; 0 uses a new augmentation in every epoch."""
         return 0
 
     def build_training_images(
@@ -297,7 +297,7 @@ def evaluate_result(task: Task, components: Components, reported: Evaluate) -> M
     """Return the metrics on the reported images, if training evaluated other images or only the heads of the model.
 
     Args:
-        components: what was trained.
+        components: trained module, batches, loss and evaluation.
         reported: evaluator on the reported images.
     """
     has_only_heads = components.model is not task.model
@@ -407,7 +407,7 @@ def save_output(task: Task, results: dict[str, Any]) -> None:
             raise OSError(format_error(error)) from error
 
     try:
-        on_main(runner.accelerator, write_quietly)
+        run_on_main(runner.accelerator, write_quietly)
     except OSError as error:
         again = "use the same command with --resume" if runner.can_save_checkpoints else "restart the run"
         raise RunStopped(f"cannot write the model to {folder} ({error}). Free disk space, then {again}") from error
@@ -463,7 +463,7 @@ def push(task: Task) -> None:
             reporter.console.print("\n".join(verify_push(pushed, folder).format_lines()), markup=False)
 
     try:
-        on_main(task.runner.accelerator, push_and_verify)  # the others wait up to LONGEST_WAIT (distributed.py)
+        run_on_main(task.runner.accelerator, push_and_verify)  # the others wait up to MAX_WAIT (distributed.py)
     except (ValueError, OSError) as error:
         raise RunStopped(str(error)) from error
 
@@ -499,7 +499,7 @@ def run_folds(task_class: type[Task], options: Any) -> dict[str, Any]:
         "folds": [{"folder": f"fold-{index + 1}", metric: value} for index, value in enumerate(values)],
     }
     runner = task.runner
-    on_main(runner.accelerator, lambda: write_json(options.output_dir / FOLDS, summary))
+    run_on_main(runner.accelerator, lambda: write_json(options.output_dir / FOLDS, summary))
     low, high = (format_metric(metric, value).split()[-1] for value in summary["interval"])
     runner.reporter.print_line(
         "folds", f"mean {format_metric(metric, mean)} (95 % interval: {low} to {high}) over {len(values)} folds"
@@ -519,7 +519,7 @@ def estimate_error(values: list[float]) -> float:
 
 def dry_run(task_class: type[Task], options: Any) -> None:
     """Run a few steps, an evaluation, a checkpoint and saving on a few images, in a temporary folder (`--dry-run`).
-    Print what was executed, and the expected duration of the full run.
+    Print the executed actions and the expected duration of the full run.
 
     Raises:
         ValueError, OSError, RunStopped: see `Task` and `run_task`.
@@ -585,7 +585,7 @@ def limit_training_images(task: Task) -> None:
 def estimate_seconds(runner: Runner, plan: BatchPlan, evaluation_share: float) -> float:
     """Return the expected duration of the full run's steps and evaluations in seconds, extrapolated from a dry run.
 
-    The first step is slower than the others. It is ignored if there are others.
+    The first step is slower than the others, and is ignored if there are several steps.
 
     Args:
         runner: runner of the finished dry run.

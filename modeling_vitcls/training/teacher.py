@@ -11,8 +11,8 @@ processor determines size, filter, scale and normalization, but does not crop. L
 
 TeacherCache stores the teacher's logits of each augmented view of an image. With `--teacher-views V`, every image has
 V views that recur, and (view, index) identifies a view. The logits stay in memory and are not part of checkpoints: a
-resumed run predicts them again, in other batches. The results are the same up to rounding before the logits are stored
-in half precision.
+resumed run predicts them again, in different batches. The results are the same up to rounding before the logits are
+stored in half precision.
 """
 
 from collections import Counter
@@ -133,9 +133,7 @@ def load_teacher(
         OSError: if the teacher cannot be found or read.
     """
     if labels.kind != "single_label_classification":
-        raise ValueError(
-            f"--teacher requires one label per image, but the data set is {labels.kind}. Remove --teacher"
-        )
+        raise ValueError(f"--teacher requires one label per image, but the dataset is {labels.kind}. Remove --teacher")
     load = load_from_timm if source.startswith(TIMM_PREFIX) else load_from_transformers
     loaded = load(source, num_channels, height_width)
     columns, note = match_labels(source, loaded, labels.names)
@@ -152,10 +150,10 @@ def match_labels(source: str, teacher: LoadedTeacher, labels: list[str]) -> tupl
     if names is None:
         if teacher.num_labels != len(labels):
             raise ValueError(
-                f"the teacher {source} has {teacher.num_labels} labels without names, but the data set has "
+                f"the teacher {source} has {teacher.num_labels} labels without names, but the dataset has "
                 f"{len(labels)}. Use a teacher that was trained on these labels"
             )
-        return None, f"the teacher's {len(labels)} labels have no names and are assumed to be in the data set's order"
+        return None, f"the teacher's {len(labels)} labels have no names and are assumed to be in the dataset's order"
     if names == labels:
         return None, ""
     if missing := [name for name in labels if name not in names]:
@@ -164,7 +162,9 @@ def match_labels(source: str, teacher: LoadedTeacher, labels: list[str]) -> tupl
             "was trained on these labels"
         )
     if ambiguous := [name for name in labels if Counter(names)[name] > 1]:
-        raise ValueError(f"the teacher {source} has several labels {ambiguous[0]!r}. Rename the labels in its config")
+        raise ValueError(
+            f"the teacher {source} has more than one label {ambiguous[0]!r}. Rename the labels in its config"
+        )
     note = f"{len(labels)} of the teacher's {len(names)} labels are used" if len(names) > len(labels) else ""
     return [names.index(name) for name in labels], note
 

@@ -85,13 +85,13 @@ class TokenMonitor:
             },
         )
 
-    def find_new_without_gradient(self, health: TokenHealth) -> list[str]:
+    def find_new_tokens_without_gradient(self, health: TokenHealth) -> list[str]:
         """Return the names of the tokens without gradient in this step; each name is returned once per run."""
         names = [name for name, value in health.gradient_norm.items() if value == 0 and name not in self.named]
         self.named.update(names)
         return names
 
-    def find_unmoved(self) -> list[str]:
+    def find_unmoved_tokens(self) -> list[str]:
         """Return the names of the tokens that have their initial values, such as `registers[1]`."""
         return [name for name, token in self.get_tokens().items() if torch.equal(token, self.at_start[name])]
 

@@ -439,7 +439,7 @@ def test_pickles_with_code_are_refused(tmp_path: Path) -> None:
     source = saved(randomize_weights(transformers.ViTModel(transformers.ViTConfig(**SIZES))), tmp_path / "source")
     (tmp_path / "source" / "model.safetensors").unlink()
     torch.save({"layernorm.weight": RunWhenUnpickled(tmp_path / "ran")}, tmp_path / "source" / "pytorch_model.bin")
-    with raises_one_line("is a pickle with other objects than tensors", "safetensors", error=ConversionError):
+    with raises_one_line("is a pickle with objects other than tensors", "safetensors", error=ConversionError):
         convert_checkpoint(source, tmp_path / "made")
     assert not (tmp_path / "ran").exists() and not (tmp_path / "made").exists()
 

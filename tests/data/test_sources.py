@@ -304,7 +304,7 @@ def test_labels_that_contradict_each_other_are_named(colours: Path, tmp_path: Pa
             {"label_column": ("size",), "label_separator": "|"},
             "has the label 0.5, but --label-separator requires a column",
         ),
-        ({"label_column": ("shade", "size"), "label_names": ("a",)}, "'shade' is one of several"),
+        ({"label_column": ("shade", "size"), "label_names": ("a",)}, "but there are several"),
         ({"label_column": ("absent",)}, "has no column 'absent'. Choose one of image, tags, size, shade"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -92,7 +92,7 @@ def test_a_changed_folder_is_refused(tmp_path: Path, change: Callable[[Path], ob
     FinetuneTask(options)  # with the same data
     reset_accelerate()
     change(photos)
-    with raises_one_line("--resume: the data set has changed since the run in", reason, "Restore the data set"):
+    with raises_one_line("--resume: the dataset has changed since the run in", reason, "Restore the dataset"):
         FinetuneTask(options)
 
 
@@ -113,7 +113,7 @@ def test_a_changed_table_is_refused(tmp_path: Path, streaming: bool) -> None:
         ([row.replace(",cat", ",dog") for row in rows], "the images are the same, but some labels differ"),
     ):
         write(lines)
-        with raises_one_line("--resume: the data set has changed", reason):
+        with raises_one_line("--resume: the dataset has changed", reason):
             FinetuneTask(options)
         reset_accelerate()
     write(rows)
@@ -144,5 +144,5 @@ def test_pre_training_is_checked_too(tmp_path: Path) -> None:
     (tmp_path / "run" / "results.json").unlink()
     reset_accelerate()
     write_photos(photos, range(20, 60), "cat")
-    with raises_one_line("--resume: the data set has changed", "training images, but there are"):
+    with raises_one_line("--resume: the dataset has changed", "training images, but there are"):
         PretrainTask(replace(options, run=replace(options.run, resume=True)))

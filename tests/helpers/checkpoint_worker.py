@@ -26,7 +26,7 @@ from torch.distributed.tensor import DTensor
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from modeling_vitcls import ViTCLSConfig, ViTCLSForImageClassification
-from modeling_vitcls.checkpoints import CheckpointStore, newest_for_all, save_for_all
+from modeling_vitcls.checkpoints import CheckpointStore, load_newest_on_all, save_on_main
 from modeling_vitcls.training.distributed_state import gather_state, scatter_state
 from modeling_vitcls.training.loop import Interruption
 from modeling_vitcls.training.optimizer import Ema
@@ -72,10 +72,10 @@ class Training:
     def save(self, store: CheckpointStore, step: int) -> None:
         tensors, facts = gather_state(self.accelerator, self.model, self.optimizer, self.ema.shadow)
         assert bool(tensors["model"]) == self.accelerator.is_main_process
-        save_for_all(store, self.accelerator, step, tensors, facts, is_best=False)
+        save_on_main(store, self.accelerator, step, tensors, facts, is_best=False)
 
     def load(self, store: CheckpointStore) -> None:
-        checkpoint, facts = newest_for_all(store, self.accelerator, warn=print)
+        checkpoint, facts = load_newest_on_all(store, self.accelerator, warn=print)
         assert facts is not None and (checkpoint is None) != self.accelerator.is_main_process
         scatter_state(checkpoint, facts, self.accelerator, self.model, self.optimizer, self.ema.shadow)
 
@@ -148,11 +148,11 @@ def all_learn_that_it_was_not_saved(folder: Path, accelerator: Accelerator) -> N
 
 def all_learn_that_it_cannot_be_read(folder: Path, accelerator: Accelerator) -> None:
     store = CheckpointStore(folder / "damaged", keep=2)
-    assert newest_for_all(store, accelerator, warn=print) == (None, None)
+    assert load_newest_on_all(store, accelerator, warn=print) == (None, None)
     training = Training("DDP", 0, accelerator)
     training.save(store, 1)
     if accelerator.is_main_process:
-        (store.path(1) / "state.json").unlink()
+        (store.get_path(1) / "state.json").unlink()
     try:
         training.load(store)
     except ValueError as error:

@@ -78,9 +78,9 @@ def test_a_dataset_of_the_hub_is_found_in_the_cache_where_the_hub_is_dead(
     content = (tmp_path / "train.parquet").read_bytes()
     hub.create("datasets/ann/pictures", private=False, files={"README.md": b"# x", "train.parquet": content})
     assert len(load_splits(DataOptions("ann/pictures")).parts["train"]) == 8
-    with raises_one_line("ann/none is not a file or folder", "the Hub has no such data set", error=OSError):
+    with raises_one_line("ann/none is not a file or folder", "the Hub has no such dataset", error=OSError):
         load_splits(DataOptions("ann/none"))
-    with raises_one_line("a/b/c is not a file or folder", "not a valid id of a data set", error=OSError):
+    with raises_one_line("a/b/c is not a file or folder", "not a valid id of a dataset", error=OSError):
         load_splits(DataOptions("a/b/c"))
     go_away(monkeypatch)
     started = time.monotonic()

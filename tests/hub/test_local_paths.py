@@ -121,7 +121,7 @@ def test_the_files_of_a_run_name_no_folders_of_this_machine(
     assert again.distillation == runner.options.distillation
     assert Path(again.data.dataset).resolve() == Path(runner.options.data.dataset)
     check_same_flags(runner.get_flags(), to_flags(runner.options), folder)
-    monkeypatch.chdir(tmp_path / "clinic")  # the data set is a local folder, whichever folder is current
+    monkeypatch.chdir(tmp_path / "clinic")  # the dataset is a local folder, whichever folder is current
     assert is_local(flags["dataset"]) and is_local(flags["teacher"]) and not is_local(flags["model"])
     assert strip_folders(flags["teacher"]) == "timm:resnet18@path/to/weights.pt"
 

@@ -272,7 +272,7 @@ def test_state_files(changes: Any, has_checksum: bool, edits: list[tuple[str, fl
             (folder / "state.json").write_bytes(damage((folder / "state.json").read_bytes(), edits))
         checkpoint = run_limited(lambda: read_checkpoint(folder), DamagedCheckpoint)
         if checkpoint is not None:
-            run_limited(lambda: checkpoint.tensors("model"), DamagedCheckpoint)
+            run_limited(lambda: checkpoint.load_tensors("model"), DamagedCheckpoint)
 
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)

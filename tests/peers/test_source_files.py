@@ -361,7 +361,7 @@ class RunWhenUnpickled:
 
 def test_no_code_in_a_file_runs(tmp_path: Path) -> None:
     torch.save({"model": RunWhenUnpickled(tmp_path / "ran")}, tmp_path / "evil.pth")
-    with raises_one_line("is a pickle with other objects than tensors", error=ConversionError):
+    with raises_one_line("is a pickle with objects other than tensors", error=ConversionError):
         FileSource.load(tmp_path / "evil.pth")
     torch.jit.script(nn.Linear(2, 2)).save(str(tmp_path / "script.pt"))
     with raises_one_line("TorchScript archive, which contains code", error=ConversionError):

@@ -29,7 +29,13 @@ from torch.utils.data import DataLoader
 from warm_processes import READY, SECONDS, run_checks
 
 from modeling_vitcls import ViTCLSConfig, ViTCLSForImageClassification
-from modeling_vitcls.checkpoints import CheckpointStore, DamagedCheckpoint, file_digest, format_state, read_state
+from modeling_vitcls.checkpoints import (
+    CheckpointStore,
+    DamagedCheckpoint,
+    compute_file_digest,
+    format_state,
+    read_state,
+)
 from modeling_vitcls.data.batches import leave_signals_to_parent
 from modeling_vitcls.training.distributed_state import gather_state, scatter_state
 from modeling_vitcls.training.loop import Interruption
@@ -62,12 +68,12 @@ def save(store: CheckpointStore, *steps: int, best: int | None = None) -> None:
 def found(store: CheckpointStore) -> tuple[int | None, list[str]]:
     """The step that would be resumed, with its contents checked, and the warnings."""
     warnings: list[str] = []
-    checkpoint = store.newest(warnings.append)
+    checkpoint = store.load_newest(warnings.append)
     if checkpoint is None:
         return None, warnings
     assert checkpoint.facts == {"flag": checkpoint.step}
-    assert checkpoint.tensors("model")["weight"].eq(checkpoint.step).all()
-    assert checkpoint.tensors("optimizer")["step/weight"].item() == checkpoint.step
+    assert checkpoint.load_tensors("model")["weight"].eq(checkpoint.step).all()
+    assert checkpoint.load_tensors("optimizer")["step/weight"].item() == checkpoint.step
     return checkpoint.step, warnings
 
 
@@ -103,16 +109,16 @@ def test_a_checkpoint_comes_back_to_the_bit(store: CheckpointStore) -> None:
         "big": 2**63 + 1,
         "nested": {"name": ["é", True, -0.0]},
     }
-    assert store.save(7, {"model": tensors}, facts, is_best=False) == store.path(7)
+    assert store.save(7, {"model": tensors}, facts, is_best=False) == store.get_path(7)
     assert files_below(store.folder) == [
         "step-00000007",
         "step-00000007/model.safetensors",
         "step-00000007/state.json",
     ]
-    checkpoint = store.newest(pytest.fail)
+    checkpoint = store.load_newest(pytest.fail)
     assert checkpoint is not None and checkpoint.step == 7
     assert json.dumps(checkpoint.facts) == json.dumps(facts)
-    loaded = checkpoint.tensors("model")
+    loaded = checkpoint.load_tensors("model")
     assert loaded.keys() == tensors.keys()
     for name, tensor in tensors.items():
         assert loaded[name].dtype == tensor.dtype and loaded[name].shape == tensor.shape, name
@@ -125,25 +131,25 @@ def bits(tensor: torch.Tensor) -> list[int]:
 
 def test_the_newest_and_the_best_are_kept(store: CheckpointStore) -> None:
     save(store, 10, 20, 30, 40, 50, best=20)
-    assert store.steps() == [20, 40, 50]
+    assert store.list_steps() == [20, 40, 50]
     save(store, 60, best=60)
-    assert store.steps() == [50, 60]
+    assert store.list_steps() == [50, 60]
     save(store, 100_000_000)
     assert found(store) == (100_000_000, [])
 
 
 def test_a_run_that_went_back_drops_what_came_later(store: CheckpointStore) -> None:
     save(store, 10, 20, 30)
-    truncate(store.path(30) / "model.safetensors")
+    truncate(store.get_path(30) / "model.safetensors")
     assert found(store)[0] == 20
     save(store, 25)
-    assert store.steps() == [20, 25]
+    assert store.list_steps() == [20, 25]
 
 
 def test_the_same_step_is_replaced(store: CheckpointStore) -> None:
     save(store, 10)
     store.save(10, tensors_of(10), {"flag": 10, "again": True}, is_best=False)
-    checkpoint = store.newest(pytest.fail)
+    checkpoint = store.load_newest(pytest.fail)
     assert checkpoint is not None and checkpoint.facts["again"]
     assert [path.name for path in store.folder.iterdir()] == ["step-00000010"]
 
@@ -216,7 +222,7 @@ DAMAGES: dict[str, tuple[str, Callable[[Path], None], str]] = {
 def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(store: CheckpointStore, damage: str) -> None:
     name, harm, what = DAMAGES[damage]
     save(store, 10, 20)
-    harm(store.path(20) / name)
+    harm(store.get_path(20) / name)
     step, warnings = found(store)
     assert step == 10
     assert len(warnings) == 1 and "step-00000020 is damaged" in warnings[0] and what in warnings[0]
@@ -226,42 +232,42 @@ def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(store: Checkpo
 def test_only_damaged_checkpoints_are_refused(store: CheckpointStore) -> None:
     save(store, 10, 20)
     for step in (10, 20):
-        truncate(store.path(step) / "model.safetensors")
+        truncate(store.get_path(step) / "model.safetensors")
     with pytest.raises(ValueError, match=r"all checkpoints in .* are damaged .*step-00000020.*--overwrite"):
         found(store)
 
 
 def test_a_damaged_best_one_no_longer_counts(store: CheckpointStore) -> None:
     save(store, 10, 20, best=10)
-    (store.path(10) / "state.json").unlink()
+    (store.get_path(10) / "state.json").unlink()
     save(store, 30)
-    assert store.steps() == [20, 30]
+    assert store.list_steps() == [20, 30]
 
 
 def test_nothing_is_unpickled(store: CheckpointStore, tmp_path: Path) -> None:
     """A file of pickled code in place of the tensors, with the checksum to match: an error, and it does not run."""
     save(store, 10)
-    file = store.path(10) / "model.safetensors"
+    file = store.get_path(10) / "model.safetensors"
     ran = tmp_path / "ran"
     file.unlink()
     torch.save({"weight": Trap(ran)}, file)
     from modeling_vitcls import checkpoints
 
-    state = checkpoints.read_state(store.path(10))
-    state["files"]["model.safetensors"] = file_digest(file)
+    state = checkpoints.read_state(store.get_path(10))
+    state["files"]["model.safetensors"] = compute_file_digest(file)
     text = json.dumps(state | {"sha256": checkpoints.digest(state)})
-    (store.path(10) / "state.json").write_text(text, encoding="utf-8")
-    checkpoint = store.newest(pytest.fail)
+    (store.get_path(10) / "state.json").write_text(text, encoding="utf-8")
+    checkpoint = store.load_newest(pytest.fail)
     assert checkpoint is not None
     with pytest.raises(DamagedCheckpoint, match=r"(?i)header"):
-        checkpoint.tensors("model")
+        checkpoint.load_tensors("model")
     assert not ran.exists()
 
 
 def write_state(store: CheckpointStore, state: Any) -> None:
     """Replace state.json of step 20; an object gets the checksum of its content."""
     text = format_state(state) if isinstance(state, dict) else json.dumps(state)
-    (store.path(20) / "state.json").write_text(text, encoding="utf-8")
+    (store.get_path(20) / "state.json").write_text(text, encoding="utf-8")
 
 
 OTHER_STATES: dict[str, Callable[[dict[str, Any]], Any]] = {
@@ -285,7 +291,7 @@ OTHER_STATES: dict[str, Callable[[dict[str, Any]], Any]] = {
 def test_a_state_of_any_other_shape_is_damaged(store: CheckpointStore, shape: str) -> None:
     """Also with a correct checksum."""
     save(store, 10, 20)
-    write_state(store, OTHER_STATES[shape](read_state(store.path(20))))
+    write_state(store, OTHER_STATES[shape](read_state(store.get_path(20))))
     step, warnings = found(store)
     assert step == 10
     assert len(warnings) == 1 and "step-00000020 is damaged: state.json" in warnings[0]
@@ -294,20 +300,20 @@ def test_a_state_of_any_other_shape_is_damaged(store: CheckpointStore, shape: st
 @pytest.mark.parametrize("text", ["[" * 100_000, '{"sha256": {}, "x": NaN}', '{"sha256"', '{"sha256": "\\ud800"}', ""])
 def test_a_state_that_is_not_json_is_damaged(store: CheckpointStore, text: str) -> None:
     save(store, 10, 20)
-    (store.path(20) / "state.json").write_text(text, encoding="utf-8")
+    (store.get_path(20) / "state.json").write_text(text, encoding="utf-8")
     assert found(store)[0] == 10
 
 
 def test_only_files_with_a_checksum_are_loaded(store: CheckpointStore) -> None:
     save(store, 10, 20)
-    state = read_state(store.path(20))
+    state = read_state(store.get_path(20))
     state["files"].pop("model.safetensors")
     write_state(store, state)
-    newest = store.newest(pytest.fail)
+    newest = store.load_newest(pytest.fail)
     assert newest is not None and newest.step == 20
-    newest.tensors("optimizer")
+    newest.load_tensors("optimizer")
     with raises_one_line("step-00000020 is damaged", "no checksum of model.safetensors", error=DamagedCheckpoint):
-        newest.tensors("model")
+        newest.load_tensors("model")
 
 
 class Trap:
@@ -381,15 +387,15 @@ def test_a_save_killed_before_each_step_of_it(store: CheckpointStore, calls: int
     assert process.exitcode == (-signal.SIGKILL if calls <= 10 else 0)  # 2 x (3 files, their folder, all folders)
     assert found(store) == (10 if calls <= 4 else 20, [])
     save(store, 30)
-    assert store.steps() == ([10, 30] if calls <= 4 else [20, 30])
+    assert store.list_steps() == ([10, 30] if calls <= 4 else [20, 30])
     assert not list(store.folder.glob(".*"))
 
 
 @needs_fork
 def test_a_save_killed_between_its_two_renames(store: CheckpointStore) -> None:
     save(store, 10, 20)
-    store.path(20).rename(store.folder / ".step-00000020.replaced")
-    shutil.copytree(store.path(10), store.folder / ".step-00000020.partial")
+    store.get_path(20).rename(store.folder / ".step-00000020.replaced")
+    shutil.copytree(store.get_path(10), store.folder / ".step-00000020.partial")
     assert found(store) == (20, [])
     assert not list(store.folder.glob(".*"))
 
@@ -504,7 +510,7 @@ def test_training_goes_on_to_the_bit(store: CheckpointStore, kind: str) -> None:
     other = build(kind, seed=1)
     other, other_optimizer = accelerator.prepare(other, build_optimizer(kind, other))
     other_ema = Ema(other, decay=0.9)
-    checkpoint = store.newest(pytest.fail)
+    checkpoint = store.load_newest(pytest.fail)
     assert checkpoint is not None
     scatter_state(checkpoint, checkpoint.facts, accelerator, other, other_optimizer, other_ema.shadow)
     assert [step_once(other, other_optimizer, other_ema, step) for step in range(3, 6)] == expected
@@ -533,7 +539,7 @@ def test_the_loss_scaler_goes_on_too(store: CheckpointStore) -> None:
     tensors, facts = gather_state(accelerator, model, optimizer, None)
     assert tensors.keys() == {"model", "optimizer"}
     store.save(1, tensors, facts, is_best=False)
-    checkpoint = store.newest(pytest.fail)
+    checkpoint = store.load_newest(pytest.fail)
     assert checkpoint is not None
     accelerator.scaler = torch.amp.GradScaler("cpu")
     scatter_state(checkpoint, checkpoint.facts, accelerator, model, optimizer, None)
@@ -547,7 +553,7 @@ def test_another_models_checkpoint_is_refused(store: CheckpointStore) -> None:
     optimizer = build_optimizer("plain", model)
     tensors, facts = gather_state(accelerator, model, optimizer, None)
     store.save(1, tensors, facts, is_best=False)
-    checkpoint = store.newest(pytest.fail)
+    checkpoint = store.load_newest(pytest.fail)
     for change, message in (
         ({"num_labels": 5}, "classifier.weight is .3, 32. in the checkpoint and .5, 32. in the model"),
         ({"layer_scale_init_value": 0.1}, "only the model has vitcls.layers.0"),

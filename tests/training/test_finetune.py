@@ -41,7 +41,7 @@ from modeling_vitcls import (
 )
 from modeling_vitcls.commands.parsing import exit_on_error, parse
 from modeling_vitcls.data.labels import LabelSpace
-from modeling_vitcls.distributed import check_trackers, on_main
+from modeling_vitcls.distributed import check_trackers, run_on_main
 from modeling_vitcls.options import (
     DataOptions,
     EvaluateOptions,
@@ -683,7 +683,7 @@ def fails() -> None:
 
 
 def on_main_alone() -> None:
-    on_main(Accelerator(cpu=True), fails)
+    run_on_main(Accelerator(cpu=True), fails)
 
 
 @pytest.mark.parametrize(

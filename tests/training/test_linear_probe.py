@@ -34,7 +34,7 @@ from modeling_vitcls.training.linear_probe import (
     build_probe_evaluator,
     cache_features,
     compute_features,
-    find_trained_outside_heads,
+    find_trained_parameters_outside_heads,
     iterate_feature_batches,
     split_keys,
 )
@@ -172,7 +172,7 @@ def test_what_is_trained_outside_the_heads(
     fields: dict[str, Any], choice: str, fresh: set[str], expected: set[str] | None
 ) -> None:
     model = apply_trainable(ViTCLSForImageClassification(tiny_config(**fields)), choice, 4, fresh)
-    found = find_trained_outside_heads(model)
+    found = find_trained_parameters_outside_heads(model)
     assert set(found) >= (fresh if expected is None else expected)
     assert bool(found) == (expected != set())
 

@@ -357,7 +357,7 @@ def test_a_token_without_gradient_is_named_once() -> None:
     assert bench.warnings == [
         f"the token registers[{index}] received no gradient in step 2 and is not trained" for index in (0, 1)
     ]
-    assert bench.loop.monitor.find_unmoved() == ["registers[0]", "registers[1]"]
+    assert bench.loop.monitor.find_unmoved_tokens() == ["registers[0]", "registers[1]"]
     assert bench.loop.monitor.compute_movement()["cls[0]"] > 0
 
 

@@ -126,8 +126,8 @@ def test_the_best_checkpoint_is_saved_and_reported(tmp_path: Path) -> None:
     assert results["selection"]["accuracy"] == best["held_out_accuracy"]
 
     store = CheckpointStore(folder / "checkpoints", keep=2)
-    assert store.best().step == best["step"]
-    saved, selected = load_file(folder / "model.safetensors"), store.best().tensors("model")
+    assert store.load_best().step == best["step"]
+    saved, selected = load_file(folder / "model.safetensors"), store.load_best().load_tensors("model")
     assert all(torch.equal(saved[name], selected[name]) for name in saved)
     reset_accelerate()
     evaluated = evaluate_checkpoint(EvaluateOptions(str(folder), DIGITS, batch_size=16))
@@ -244,7 +244,7 @@ def test_a_stopped_run_selects_nothing(tmp_path: Path) -> None:
     """A damaged best checkpoint is an error and not another model."""
     options = build_options(tmp_path / "run", max_steps=2, select="best")
     task = FinetuneTask(options)
-    task.runner.store.best = lambda: (_ for _ in ()).throw(ValueError("checkpoint is damaged"))  # type: ignore
+    task.runner.store.load_best = lambda: (_ for _ in ()).throw(ValueError("checkpoint is damaged"))  # type: ignore
     with pytest.raises(RunStopped, match="checkpoint is damaged"):
         run_task(task)
     assert not (tmp_path / "run" / "model.safetensors").exists()

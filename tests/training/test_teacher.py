@@ -251,7 +251,7 @@ def test_labels_that_the_teacher_lacks_are_named(resnet: Path) -> None:
 
 def test_labels_that_the_teacher_has_twice_are_named(tmp_path: Path) -> None:
     folder = saved(tmp_path / "twice", tiny_resnet(names=["crane", "bee", "crane"]), half_processor())
-    with raises_one_line("several labels 'crane'"):
+    with raises_one_line("more than one label 'crane'"):
         teach(folder, "bee", "crane")
 
 
