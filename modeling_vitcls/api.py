@@ -116,7 +116,8 @@ def predict(model: str | Path, images: Any = (), **flags: Any) -> list[dict[str,
 
     images = [images] if isinstance(images, str | bytes | Path) else list(images)
     names = tuple(map(str, range(len(images))))  # of images in memory; checked as if they were paths
-    options = build_options(PredictOptions, excluded=("output", "shard_size"), model=model, paths=names, **flags)
+    fixed = {"output": Path("not-written.json"), "shard_size": PredictOptions.shard_size}
+    options = build_options(PredictOptions, fixed, model=model, paths=names, **flags)
     return predict_from_options(options, images)
 
 
@@ -144,14 +145,19 @@ def inspect_tokens(model: str | Path, images: Any = (), **flags: Any) -> Any:
 # Options -------------------------------------------------------------------------------------------------------------
 
 
-def build_options(options_class: type[Options], excluded: tuple[str, ...] = (), **flags: Any) -> Options:
+def build_options(options_class: type[Options], fixed: dict[str, Any] | None = None, /, **flags: Any) -> Options:
     """Build the options of a command from flags by name. Data in memory is registered.
+
+    Args:
+        options_class: a class of options.py.
+        fixed: values of flags that only the command has.
+        flags: values of the other flags.
 
     Raises:
         TypeError: for an unknown flag.
         ValueError: if a value is not allowed.
     """
-    known = set(get_flag_names(options_class)) - OWN_FLAGS - set(excluded)
+    known = set(get_flag_names(options_class)) - OWN_FLAGS - set(fixed or {})
     for name in flags:
         if name not in known:
             close = difflib.get_close_matches(name, known, n=1)
@@ -161,7 +167,7 @@ def build_options(options_class: type[Options], excluded: tuple[str, ...] = (), 
         from .data.in_memory import add_dataset
 
         flags["dataset"] = add_dataset(flags["dataset"])
-    return fill_options(options_class, flags)
+    return fill_options(options_class, flags | (fixed or {}))
 
 
 def get_flag_names(options_class: Any) -> list[str]:
