@@ -189,7 +189,7 @@ class Weight(NamedTuple):
     """A weight of the new model, and the old weights and configurations from which it is adapted."""
 
     name: str
-    fresh: Tensor  # as the new model was initialized
+    fresh: Tensor  # initial value in the new model
     stored: Tensor | None  # the weight of this name in the old model
     old_weights: Mapping[str, Tensor]
     old: ViTCLSConfig
@@ -324,7 +324,7 @@ def load_checkpoint(load: Callable[..., Any], source: Any, *args: Any, **kwargs:
     try:
         return load(source, *args, **kwargs)
     except Exception as error:
-        if type(error).__name__ == "SafetensorError":  # by name: the shipped files do not import safetensors
+        if type(error).__name__ == "SafetensorError":  # compare names: the shipped files do not import safetensors
             raise OSError(f"the weights in {source} are damaged ({error}): copy or download them again") from error
         if isinstance(error, RuntimeError) and "ignore_mismatched_sizes" in str(error):
             raise RuntimeError(describe_mismatch(load, source, *args, **kwargs)) from error

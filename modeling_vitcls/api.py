@@ -115,7 +115,7 @@ def predict(model: str | Path, images: Any = (), **flags: Any) -> list[dict[str,
     from .inference.predict import predict_from_options
 
     images = [images] if isinstance(images, str | bytes | Path) else list(images)
-    names = tuple(map(str, range(len(images))))  # of images in memory; checked as if they were paths
+    names = tuple(map(str, range(len(images))))  # names of images in memory, checked like paths
     fixed = {"output": Path("not-written.json"), "shard_size": PredictOptions.shard_size}
     options = build_options(PredictOptions, fixed, model=model, paths=names, **flags)
     return predict_from_options(options, images)

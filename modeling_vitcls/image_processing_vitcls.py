@@ -282,8 +282,7 @@ class ViTCLSImageProcessor(ViTCLSBaseImageProcessor, TorchvisionBackend):  # typ
 class ViTCLSImageProcessorPil(ViTCLSBaseImageProcessor, PilBackend):  # type: ignore[misc]
     """Prepares images for the ViTCLS models with PIL and NumPy, one by one, without torchvision.
 
-    Settings, inputs, errors and the file `preprocessor_config.json` are those of `ViTCLSImageProcessor`. Its docstring
-    states how much the results can differ.
+    Settings, inputs and errors are those of `ViTCLSImageProcessor`. Its docstring states how results can differ.
     """
 
 

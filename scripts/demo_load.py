@@ -20,7 +20,7 @@ from transformers.utils.logging import disable_progress_bar
 
 def main(folder: str) -> None:
     """Load the model, predict, and compare with results.json. Exits with status 1 if they differ."""
-    disable_progress_bar()  # for loading weights
+    disable_progress_bar()  # the progress bar of loading weights
     model = AutoModelForImageClassification.from_pretrained(folder, trust_remote_code=True)
     print(f"AutoModelForImageClassification: {type(model).__name__}, {model.num_parameters():,} parameters")
     for name, group in model.config.token_layout.items():

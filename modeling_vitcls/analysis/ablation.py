@@ -593,8 +593,11 @@ def measure_null_effects(
 
 
 def plan_redraws(model: Any) -> Iterator[tuple[list[str], list[list[int]], bool]]:
-    """Yield the keys that share a null distribution, the sequence indices of each draw, and whether effects of the
-    redrawn tokens are measured (not for tokens that the head reads, because all of these have an effect)."""
+    """Yield the keys that share a null distribution, the sequence indices of each draw, and whether to measure the
+    effects of redrawn tokens.
+
+    These effects are not measured for tokens that the head reads, because all of these tokens have an effect.
+    """
     config, has_head = model.config, is_classifier(model)
     for group, members in get_groups(config.token_layout).items():
         reads = [is_read(config, group, index, has_head) for index in range(len(members))]

@@ -48,7 +48,7 @@ MIN_PATCH_MASS = (
 )
 MAX_NORM_RATIO = 3.0  # maximum norm of a token's embedding, as a multiple of the median norm of embedded patches
 MAX_EMBEDDING_SIMILARITY = 0.9  # maximum cosine similarity to its embedding of a token that layers change
-ROUNDING_ERROR = 1e-6  # as a fraction of the norm of a state
+ROUNDING_ERROR = 1e-6  # rounding error of a state as a fraction of its norm
 MAX_HARM_PROBABILITY = 0.05  # maximum p-value of a harmful token, divided by the number of ablations
 MIN_RISE_SCORE = 4.0  # minimum rise of outliers without registers, in standard deviations of a binomial distribution
 # Expected attention over depth: minimum fraction of tokens attended to in the first third of the layers, and maximum
@@ -145,7 +145,7 @@ class TokenEvidence:
 
     @property
     def last(self) -> int:
-        """Return the index of the last state that is read; 0 is the embedding."""
+        """Return the index of the last state that is read; 0 means the embedding."""
         return self.read_layers[self.index]
 
     @property
@@ -468,7 +468,7 @@ class PatchDiagnosis:
         word: "artifacts" if the norms have a second mode in the last layers that are read, "no artifacts" otherwise.
         meaning: "bad" or "good".
         reason: sentences with the measured values.
-        layer: the layer of the values; 0 are the embeddings.
+        layer: the layer of the values; 0 means the embeddings.
         mode: the second mode after this layer; None if there is no second mode.
         mode_without_registers: the second mode with the registers hidden from attention.
         num_patches: number of patches.

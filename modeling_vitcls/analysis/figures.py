@@ -192,7 +192,7 @@ def describe_head(config: ViTCLSConfig) -> str:
 
 MAX_NUMBERED_CLASSES = 20
 MAX_NAMED_CLASSES = 50
-MAX_NAME_LENGTH = 18  # of a class name
+MAX_NAME_LENGTH = 18  # maximum length of a class name
 
 
 def plot_confusion_matrix(matrix: Sequence[Sequence[int]], class_names: Sequence[str]) -> Figure:

@@ -59,7 +59,7 @@ class NormHistogram:
 
 
 def compute_norm_histogram(config: ViTCLSConfig, findings: Findings, layer: int) -> NormHistogram:
-    """Return the histogram of patch norms after a layer; 0 are the embeddings."""
+    """Return the histogram of patch norms after a layer; 0 means the embeddings."""
     ratios = findings.patch_ratios[layer].float().clamp(min=MIN_RATIO)
     median = findings.patch_norms[layer].median().clamp(min=1e-12)
     registers = (findings.token_norms[layer, config.token_layout.registers] / median).clamp(min=MIN_RATIO).tolist()
@@ -77,7 +77,7 @@ def plot_norm_histogram(config: ViTCLSConfig, findings: Findings, layer: int = -
     Args:
         config: configuration of the model.
         findings: statistics over many images (`TokenStatistics`).
-        layer: layer index; 0 are the embeddings, -1 is the last layer.
+        layer: layer index; 0 means the embeddings, -1 is the last layer.
 
     Raises:
         ValueError: if the layer does not exist.
@@ -134,7 +134,7 @@ def plot_token_similarity(config: ViTCLSConfig, findings: Findings, layer: int =
     Args:
         config: configuration of the model.
         findings: statistics over many images (`TokenStatistics`).
-        layer: layer index; 0 are the embeddings, -1 is the last layer.
+        layer: layer index; 0 means the embeddings, -1 is the last layer.
 
     Raises:
         ValueError: if the layer does not exist, or the model has fewer than two special tokens.
@@ -236,7 +236,7 @@ def normalize_layer(layer: int, findings: Findings) -> int:
     """
     num_states = len(findings.patch_norms)
     if not -num_states <= layer < num_states:
-        raise ValueError(f"There is no layer {layer}: the model has {num_states - 1}, and 0 are the embeddings.")
+        raise ValueError(f"There is no layer {layer}: the model has {num_states - 1}, and 0 means the embeddings.")
     return layer % num_states
 
 

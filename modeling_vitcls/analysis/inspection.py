@@ -71,7 +71,7 @@ class Inspection:
         has_head: whether the model is a classifier.
         findings: statistics over `findings.num_images` images.
         ablations: effects of each special token and each group, with null distributions (`compute_ablations`).
-        effects: effect of replacing each token by its mean on predictions; None without a classifier.
+        effects: effect on predictions of replacing each token by its mean; None without a classifier.
         accuracy: accuracy on the same images, 0 to 1; None if no labels are known.
         verdicts: one per special token.
         group_verdicts: one per group of several special tokens.
@@ -103,7 +103,7 @@ class Inspection:
 
     @property
     def effects(self) -> dict[str, AblationEffect] | None:
-        """Return the effect of replacing each token by its mean on predictions, or None without a classifier."""
+        """Return the effect on predictions of replacing each token by its mean; None without a classifier."""
         if not self.has_head:
             return None
         return {key: self.ablations["information"][key].effect for key in get_token_keys(self.config.token_layout)}

@@ -41,7 +41,7 @@ from .test_time_registers import OUTLIER_RATIO
 
 FOLDER = Path(__file__).parent
 MAX_GRIDS = 3  # maximum number of patch grids listed in the page header
-SCRIPTS = ("report_page.js", "report_maps.js", "report_charts.js")  # in loading order
+SCRIPTS = ("report_page.js", "report_maps.js", "report_charts.js")  # scripts in loading order
 
 # (verdict, meaning) -> sign, so that verdicts are distinguishable without color.
 SIGNS = {

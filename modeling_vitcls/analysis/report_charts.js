@@ -6,7 +6,7 @@ const DASHES = ["", "7 3", "2 3", "9 3 2 3"];
 const GROUP_WORDS = { cls: "CLS", distillation: "distillation", registers: "registers", patches: "patches" };
 const MIN_LOG_RATIO = 30; // minimum ratio of largest to smallest norm for a logarithmic scale
 
-const afterLayers = Array.from({ length: data.layers + 1 }, (_, layer) => layer); // 0 are the embeddings
+const afterLayers = Array.from({ length: data.layers + 1 }, (_, layer) => layer); // 0 means the embeddings
 const inLayers = afterLayers.slice(1);
 
 // Style of the lines -----------------------------------------------------------------------------------------------

@@ -132,7 +132,7 @@ class TokenStatistics:
                 mask = build_register_mask(self.model, pixel_values)
                 outputs_without_registers = runner(pixel_values, attention_mask=mask, output_hidden_states=True)
         values = {name: torch.stack([layer[name] for layer in per_layer], dim=1) for name in per_layer[0]}
-        values |= {name: values.pop(name)[:, 0] for name in ("token_entropy", "token_spread")}  # of the first layer
+        values |= {name: values.pop(name)[:, 0] for name in ("token_entropy", "token_spread")}  # first layer
         norms = self.compute_patch_norms(outputs.hidden_states)  # [B, L + 1, P]
         values |= self.compute_state_statistics(outputs.hidden_states, norms)
         values |= self.uniform(centers, pixel_values)

@@ -183,7 +183,7 @@ ComparisonDict = dict[str, Any]  # an entry of the JSON file
 Costs = dict[str, dict[int, float]]  # side -> value on the x axis -> cost
 
 WIDTH, HEIGHT = 12.0, 6.6  # inches
-CHARACTERS_PER_INCH = 12.5  # of the caption
+CHARACTERS_PER_INCH = 12.5  # characters per inch of the caption
 OURS = "modeling_vitcls"
 # Colors of Okabe and Ito, and markers.
 LINE_STYLES = {OURS: ("#0072B2", "o"), "timm": ("#009E73", "^"), "transformers": ("#D55E00", "s")}

@@ -183,7 +183,7 @@ def compare_forward_pass(name: str, row: ForwardPass, peer: Peer, settings: Benc
     """
     peer = peer.to(row.dtype, settings.device)
     if row.use_compile:
-        torch.compiler.reset()  # of earlier rows
+        torch.compiler.reset()  # discard the graphs of earlier rows
         peer.ours.compile()
         peer.theirs.compile()
     pixel_values = build_random_images(row.batch_size, peer.size.image_size).to(settings.device, row.dtype)

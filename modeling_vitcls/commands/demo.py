@@ -37,7 +37,7 @@ def run(options: DemoOptions) -> None:
 
     from ..hub.loading import force_offline, get_cached_commit, get_model_folder
 
-    disable_progress_bar()  # for loading weights
+    disable_progress_bar()  # the progress bar of loading weights
     with exit_on_error():
         folder = get_model_folder(options.model, revision=options.revision)
         from ..demo.page import serve_demo  # gradio takes seconds to import

@@ -31,6 +31,6 @@ def run(options: Inspect) -> None:
 
     from ..analysis.inspect_tokens import inspect_tokens
 
-    disable_progress_bar()  # for loading weights
+    disable_progress_bar()  # the progress bar of loading weights
     with exit_on_error():
         inspect_tokens(options)

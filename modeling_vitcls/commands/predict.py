@@ -35,7 +35,7 @@ def run(options: Predict) -> None:
 
     from ..inference.predict import predict_images
 
-    disable_progress_bar()  # for loading weights
+    disable_progress_bar()  # the progress bar of loading weights
     with exit_on_error():
         summary = predict_images(options)
     if options.output is not None and summary.num_images:

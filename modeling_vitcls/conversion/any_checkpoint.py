@@ -52,7 +52,7 @@ def resolve_checkpoint(source: str, files: Sequence[str] = MODEL_FILES) -> str:
     match read_model_types(folder):
         case (model_type, _) if model_type in CONFIG_MAPPING_NAMES:
             return convert_once(f"transformers:{pinned}")
-        case (None, str()):  # as timm saves a model
+        case (None, str()):  # a model saved by timm
             return convert_once(f"timm:hf-hub:{pinned}" if commit else f"timm:local-dir:{name}")
     return folder  # a vitcls model; errors about other models are raised where they are loaded
 

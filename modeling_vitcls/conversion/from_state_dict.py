@@ -127,8 +127,8 @@ DINOV2_RULES = [
 DINOV3_RULES = [
     Rule("storage_tokens", "embeddings.register_tokens"),
     Rule("mask_token", "embeddings.mask_token", reshape_token),
-    Rule("rope_embed.periods", []),  # in `rope_periods`
-    Rule("local_cls_norm.{rest}", []),  # for local crops in pre-training
+    Rule("rope_embed.periods", []),  # stored in `rope_periods`
+    Rule("local_cls_norm.{rest}", []),  # norm of local crops in pre-training
     Rule(
         "blocks.{i}.attn.qkv.bias", [f"layers.{{i}}.attention.{letter}_proj.bias" for letter in "qkv"], drop_key_bias
     ),

@@ -37,9 +37,9 @@ def convert_to_transformers(model: ViTCLSPreTrainedModel, native_size_only: bool
     """Convert a model to a class of transformers: same outputs, dtype and device, in eval mode.
 
     `ViTCLSForImageClassification` becomes the classifier of ViT, DeiT, DINOv2 or DINOv2 with registers. `ViTCLSModel`
-    becomes the base model of these or of DINOv3. Biases and LayerScale values that only the class of transformers has
-    are set to 0 and 1. A mask token is dropped with a warning if the class has none. If no class supports the model
-    directly, an equivalent form of the model is converted (equivalent_models.py).
+    becomes the base model of one of these, or of DINOv3. Biases and LayerScale values that only the class of
+    transformers has are set to 0 and 1. A mask token is dropped with a warning if the class has none. If no class
+    supports the model directly, an equivalent form of the model is converted (equivalent_models.py).
 
     Args:
         model: The model.

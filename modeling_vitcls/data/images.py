@@ -275,7 +275,7 @@ def decode_image(encoded: dict[str, Any] | None, fallback_name: str) -> Image.Im
 
 def read_image_file(path: str) -> Any:
     """Read an image from a file, a URL, or a file of a dataset on the Hub."""
-    if path.startswith("hf://") or "::" in path:  # in a repository or an archive, which `datasets` opens
+    if path.startswith("hf://") or "::" in path:  # a file in a repository or an archive, which `datasets` opens
         import datasets
 
         return datasets.Image().decode_example({"path": path, "bytes": None})

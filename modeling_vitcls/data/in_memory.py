@@ -84,7 +84,7 @@ def convert_split(data: Any) -> Any:
     if not rows:
         raise ValueError("the dataset in memory has no images")
     part = datasets.Dataset.from_list(rows).cast_column("image", datasets.Image())
-    names = [str(name) for name in getattr(data, "classes", ())]  # of torchvision's datasets
+    names = [str(name) for name in getattr(data, "classes", ())]  # class names of torchvision's datasets
     if names and part.features.get("label") == datasets.Value("int64"):
         part = part.cast_column("label", datasets.ClassLabel(names=names))
     return part

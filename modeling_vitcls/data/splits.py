@@ -49,7 +49,7 @@ class TrainingData:
     held_out_name: str  # name of the split, or the rule that selected its images
     record: HeldOutRecord
     selection: LabeledImages | None = None  # images that select the best checkpoint (`--select best`)
-    selection_name: str = ""  # as `held_out_name`
+    selection_name: str = ""  # name of the selection split, like `held_out_name`
 
     @property
     def num_training_images(self) -> int | None:

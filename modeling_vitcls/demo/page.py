@@ -57,7 +57,7 @@ CSS = """
 .scale { display: flex; gap: 0.5rem; align-items: center; font-size: 0.85rem; }
 .scale i { flex: 0 1 160px; height: 10px; border-radius: 3px; background: linear-gradient(to right, COLORS); }
 """
-NUM_COLOR_STOPS = 9  # of the color scale
+NUM_COLOR_STOPS = 9  # number of colors of the color scale
 PATCHES_TEXT = (
     "Similar colors mean similar features: red, green and blue are the first three principal components of the "
     "patches of this image. Click a patch to see which patches are similar to it."

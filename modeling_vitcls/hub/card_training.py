@@ -33,7 +33,7 @@ HYPERPARAMETERS: dict[str, tuple[str, Any]] = {
     "max_gradient_norm": ("Maximum gradient norm", None),
     "trainable": ("Trainable parameters", "full"),
     "select": ("Saved checkpoint, selected on images that are not reported", "last"),
-    "patience": ("Evaluations without improvement before the end", None),
+    "patience": ("Evaluations without improvement before stopping", None),
     "ema_decay": ("Decay of the weight average (EMA)", None),
     "label_smoothing": ("Label smoothing", 0.0),
     "class_balance": ("Class balancing", "none"),

@@ -47,7 +47,7 @@ def make_relative(name: Any) -> Any:
     prefix, path = split_prefix(name)
     try:
         relative = Path(os.path.relpath(path)).as_posix()
-    except ValueError:  # on another drive of Windows
+    except ValueError:  # the paths are on different Windows drives
         return name
     return prefix + (relative if relative.startswith(RELATIVE_STARTS) else f"./{relative}")
 

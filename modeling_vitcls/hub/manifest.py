@@ -42,7 +42,7 @@ WEIGHTS_INDEX = "model.safetensors.index.json"
 RECIPE = "config.resolved.yaml"
 CARD = "README.md"
 REPORT = "report.html"  # shows held-out images
-PARITY_REPORT = "certificate.json"  # of a conversion
+PARITY_REPORT = "certificate.json"  # parity report of a conversion
 # Types of the models that conversion/native.py writes.
 NATIVE_MODEL_TYPES = ("vit", "deit", "dinov2", "dinov2_with_registers", "dinov3_vit")
 

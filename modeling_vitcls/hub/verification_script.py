@@ -155,7 +155,7 @@ def collect_outputs(loader: ModelLoader) -> tuple[Outputs, dict[str, Any]]:
     outputs: Outputs = {}
     report: dict[str, Any] = {"models": {}, "processors": {}}
     for auto_class in dict.fromkeys(["AutoModel", get_auto_class(architecture)]):
-        torch.manual_seed(SEED)  # for weights that the checkpoint lacks
+        torch.manual_seed(SEED)  # fix the weights that the checkpoint lacks
         model, loading_info = loader.load_model(auto_class, config)
         report["models"][auto_class] = {
             "class": type(model).__name__,

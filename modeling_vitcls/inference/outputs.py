@@ -42,7 +42,7 @@ from ..files import read_json, replace_control_characters, write_atomically, wri
 from .prediction_rows import Row
 
 
-LABEL_SEPARATOR = "|"  # in CSV, between the labels of one image
+LABEL_SEPARATOR = "|"  # separator of the labels of one image in CSV files
 FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")  # first characters of spreadsheet formulas
 TABLE_WIDTH = 100_000  # width of a table that is not printed on a terminal, in characters
 ROWS_PER_GROUP = 1024  # number of rows per row group of a Parquet file, which are in memory while writing

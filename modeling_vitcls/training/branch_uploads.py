@@ -72,7 +72,7 @@ class BranchUploads:
     # All processes together ------------------------------------------------------------------------------------------
 
     def __enter__(self) -> Self:
-        self.remove_folder()  # from a killed run
+        self.remove_folder()  # remove the folder of a killed run
         if self.accelerator.is_main_process:
             self.provenance = get_model_provenance(
                 self.options

@@ -133,7 +133,7 @@ def cache_features(
         with accelerator.autocast():
             features = compute_features(model, normalize(pixels)).float()
         rows = send_to_device(batch, accelerator.device) | {"features": features}
-        batches.append(send_to_device(accelerator.gather(rows), "cpu"))  # in the order of the keys
+        batches.append(send_to_device(accelerator.gather(rows), "cpu"))  # rows are in the order of the keys
     model.train(was_training)
     return select_rows(concatenate(batches), slice(len(keys)))
 

@@ -45,7 +45,7 @@ from ..system import format_device_name
 from .reporter import TrackImages
 
 
-NUM_SAMPLES = 4  # images in the card
+NUM_SAMPLES = 4  # number of images in the card
 NUM_SHOWN = 6  # images in the report
 NUM_INSPECTED = 64  # images for the statistics of the report
 MAX_IMAGES_TRIED = 20  # maximum number of images to read, including unreadable images
@@ -253,7 +253,7 @@ def write_card(
         provenance.copy_license(folder)
     if message := describe_license_conflict(options.license, provenance):
         warn(message)
-    (folder / BENCHMARK_FILE).unlink(missing_ok=True)  # from an earlier run
+    (folder / BENCHMARK_FILE).unlink(missing_ok=True)  # remove the file of an earlier run
     if options.eval_benchmark and options.eval_task_id:
         entry = build_benchmark_entry(options.eval_benchmark, options.eval_task_id, results)
         (folder / BENCHMARK_FILE).parent.mkdir(exist_ok=True)
