@@ -48,7 +48,7 @@ try:
     }
     HAS_BFLOAT16_PRODUCTS = torch.cpu._is_avx512_bf16_supported()
 
-    def is_transformed() -> bool:
+    def is_functorch_active() -> bool:
         """Return whether torch.func or forward-mode AD is active, which oneDNN's operators do not support."""
         return peek_functorch_stack() is not None or forward_ad._current_level >= 0
 
@@ -57,7 +57,7 @@ try:
         # before torch 2.14, torch.compiler.is_exporting() is also true while compiling
         return torch.compiler._is_exporting_flag or torch.jit.is_tracing()
 
-    is_transformed(), is_exporting()
+    is_functorch_active(), is_exporting()
     HAS_PRIVATE_NAMES = True
 except (ImportError, AttributeError):
     HAS_PRIVATE_NAMES = False
@@ -216,7 +216,7 @@ def can_use_onednn(linear: nn.Linear | nn.Conv2d, inputs: Tensor) -> bool:
         weight.dtype == inputs.dtype
         and inputs.numel() * len(weight) >= min_work
         and is_onednn_enabled()
-        and not (count_dispatch_modes() or torch.is_autocast_enabled("cpu") or is_transformed())
+        and not (count_dispatch_modes() or torch.is_autocast_enabled("cpu") or is_functorch_active())
     )
 
 
@@ -256,7 +256,7 @@ def onednn_linear(inputs: Tensor, weight: Tensor | None, bias: Tensor | None, ac
 
 def onednn_linear_autograd(inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Return `inputs @ weight.T + bias` with gradients, computed by PyTorch if torch.func is active."""
-    if is_transformed():
+    if is_functorch_active():
         return nn.functional.linear(inputs, weight, bias)
     if torch.is_grad_enabled():  # not in `KernelLinear.forward`
         return KernelLinear.apply(onednn_linear_autograd, inputs, weight, bias)

@@ -68,7 +68,7 @@ class Box:
     width: float
 
     @property
-    def middle(self) -> float:
+    def center(self) -> float:
         """Return the horizontal center."""
         return self.left + self.width / 2
 
@@ -82,13 +82,13 @@ def plot_token_layout(config: ViTCLSConfig) -> Figure:
     axes = figure.add_axes((0, 0, 1, 1), xlim=(0, WIDTH), ylim=(0, HEIGHT))
     axes.axis("off")
     boxes, headers, grid_left = arrange_boxes(config)
-    for text, middle in headers:
-        axes.text(middle, BOXES_BOTTOM + BOXES_HEIGHT + 0.1, text, ha="center", va="bottom", fontsize=9, color=INK)
+    for text, center in headers:
+        axes.text(center, BOXES_BOTTOM + BOXES_HEIGHT + 0.1, text, ha="center", va="bottom", fontsize=9, color=INK)
     names_fit = all(len(box.name) * CHARACTER_WIDTH < box.width for box in boxes)
     for box in boxes:
         draw_box(axes, box, rotation=0 if names_fit else 90)
         if box.name != ELLIPSIS and is_read(config, box.group, box.index):
-            draw_arrow(axes, box.middle)
+            draw_arrow(axes, box.center)
     draw_grid(axes, grid_left, config)
     if is_read(config, "patches", 0):
         draw_arrow(axes, grid_left + GRID_WIDTH / 2)
@@ -143,7 +143,7 @@ def draw_box(axes: Axes, box: Box, rotation: int) -> None:
     color = GROUP_COLORS[box.group]
     axes.add_patch(Rectangle(corner, box.width, BOXES_HEIGHT, facecolor=color, edgecolor="white", linewidth=1.5))
     axes.text(
-        box.middle,
+        box.center,
         BOXES_BOTTOM + BOXES_HEIGHT / 2,
         box.name.replace(" (", "\n("),
         ha="center",
@@ -154,12 +154,12 @@ def draw_box(axes: Axes, box: Box, rotation: int) -> None:
     )
 
 
-def draw_arrow(axes: Axes, middle: float) -> None:
+def draw_arrow(axes: Axes, center: float) -> None:
     """Draw an arrow from a token to the head."""
     axes.annotate(
         "",
-        xy=(middle, 0.54),
-        xytext=(middle, BOXES_BOTTOM - 0.02),
+        xy=(center, 0.54),
+        xytext=(center, BOXES_BOTTOM - 0.02),
         arrowprops={"arrowstyle": "-|>", "color": INK, "linewidth": 1.3, "shrinkA": 0, "shrinkB": 0},
     )
 

@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader, Dataset
 from ..image_processing_vitcls import pil_to_tensor
 from .augmentation import Augmentation
 from .images import NOT_REPLACED, ArrayImages, ImageSubset, LabeledImages, UnreadableImage, check_channels
-from .sampling import BatchPlan, Key, derive_seed
+from .sampling import BatchPlan, ImageKey, derive_seed
 
 
 MAX_CACHE_BYTES = 256 * 2**20  # maximum size of the cache of decoded images per worker, in bytes
@@ -69,7 +69,7 @@ class BatchBuilder:
         return self.augmentation.fixed_transform(pixels)
 
     def build(
-        self, pixels: torch.Tensor | list[torch.Tensor], labels: list[Any], keys: list[Key], replaced: list[int]
+        self, pixels: torch.Tensor | list[torch.Tensor], labels: list[Any], keys: list[ImageKey], replaced: list[int]
     ) -> Batch:
         """Return a batch of images from `prepare_image`.
 
@@ -126,11 +126,11 @@ class TrainingImages:
     def __len__(self) -> int:
         return len(self.source)
 
-    def iterate_keys(self, plan: BatchPlan, process: int, first_step: int) -> Iterator[list[Key]]:
+    def iterate_keys(self, plan: BatchPlan, process: int, first_step: int) -> Iterator[list[ImageKey]]:
         """Yield the keys of each batch of one process from `first_step` on."""
         return plan.iterate_keys(process, first_step)
 
-    def load_batch(self, keys: list[Key]) -> Batch:
+    def load_batch(self, keys: list[ImageKey]) -> Batch:
         """Return the batch of the images with these keys.
 
         Raises:
@@ -147,7 +147,7 @@ class TrainingImages:
             [NOT_REPLACED if index == planned else planned for (_, planned), index in pairs],
         )
 
-    def load_array_batch(self, arrays: torch.Tensor, keys: list[Key]) -> Batch:
+    def load_array_batch(self, arrays: torch.Tensor, keys: list[ImageKey]) -> Batch:
         """Return the batch if all images are in memory as one tensor, so that every image is readable."""
         indices = [index for _, index in keys]
         pixels = arrays[indices]  # [B, 1, H, W]

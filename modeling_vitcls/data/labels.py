@@ -116,7 +116,7 @@ class LabelColumn:
         value = normalize_value(value)
         if value is None or (self.is_declared and value == -1):
             return IGNORED_LABEL
-        if self.has_indices and isinstance(value, int) and 0 <= value < len(self.classes):
+        if self.has_class_indices and isinstance(value, int) and 0 <= value < len(self.classes):
             return value
         if str(value) not in self.indices:
             self.raise_unknown_label(value, row_name)
@@ -127,7 +127,7 @@ class LabelColumn:
         raise ValueError(f"{row_name} has the label {value!r}, which is not one of the {len(self.classes)} classes")
 
     @cached_property
-    def has_indices(self) -> bool:
+    def has_class_indices(self) -> bool:
         """Whether integers are indices into `classes`: if the column is declared, or no class name is an integer."""
         return self.is_declared or not any(name.removeprefix("-").isdecimal() for name in self.classes)
 

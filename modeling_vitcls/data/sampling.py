@@ -23,7 +23,7 @@ from ..options import TrainingOptions
 
 # Index of the epoch and index of the image. If an image is used several times per epoch, the first number counts its
 # earlier uses, so that each use has a different augmentation.
-Key = tuple[int, int]
+ImageKey = tuple[int, int]
 
 
 # Random numbers ------------------------------------------------------------------------------------------------------
@@ -226,14 +226,14 @@ class BatchPlan:
         """Return the number of epochs after `step` steps; 0 for a stream, whose length is unknown."""
         return step * self.images_per_step / self.num_images if self.num_images else 0.0
 
-    def iterate_keys(self, process: int, first_step: int = 0) -> Iterator[list[Key]]:
+    def iterate_keys(self, process: int, first_step: int = 0) -> Iterator[list[ImageKey]]:
         """Yield the keys of one process's batches from `first_step` on, `accumulation_steps` batches per step."""
         for step in range(first_step, self.num_steps):
             for accumulated in range(self.accumulation_steps):
                 start = (accumulated * self.num_processes + process) * self.batch_size
                 yield [self.compute_key(step, position) for position in range(start, start + self.batch_size)]
 
-    def compute_key(self, step: int, position: int) -> Key:
+    def compute_key(self, step: int, position: int) -> ImageKey:
         """Return the key of the image at a position in a step."""
         assert self.order is not None and self.num_images is not None, "a stream has its own order"
         num_different = math.ceil(self.images_per_step / self.num_copies)

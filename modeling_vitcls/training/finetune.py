@@ -157,13 +157,13 @@ class FinetuneTask(Task):
         workers, batch_size = options.data.num_workers, self.plan.batch_size
         cached = cache_features(model, images, keys, normalize, batch_size, workers, accelerator)
 
-        def batches(first_step: int) -> Generator[Batch, None, None]:
+        def iterate_batches(first_step: int) -> Generator[Batch, None, None]:
             return iterate_feature_batches(cached, self.plan, accelerator.process_index, views, first_step)
 
         objective = Classification(get_feature_inputs, self.build_label_loss())
         evaluate = build_probe_evaluator(evaluator, model) if isinstance(evaluator, Evaluator) else evaluator
         heads, describe = build_head_only(model), images.describe_unreadable
-        return Components(heads, objective, batches, evaluate, measure_nothing, describe)
+        return Components(heads, objective, iterate_batches, evaluate, measure_nothing, describe)
 
     def get_num_views(self) -> int:
         """Return the number of views for which the teacher's logits are cached (`--teacher-views`)."""

@@ -20,7 +20,7 @@ from accelerate.utils import send_to_device
 from torch import nn
 
 from ..data.batches import Batch, TrainingImages, load_with_workers
-from ..data.sampling import BatchPlan, Key
+from ..data.sampling import BatchPlan, ImageKey
 from ..heads_vitcls import combine_logits
 from ..inference.evaluator import Evaluator, HeldOutBatch
 from ..modeling_vitcls import (
@@ -107,7 +107,7 @@ def find_trained_parameters_outside_heads(model: nn.Module) -> list[str]:
 def cache_features(
     model: nn.Module,
     images: TrainingImages,
-    keys: Sequence[Key],
+    keys: Sequence[ImageKey],
     normalize: Callable[[torch.Tensor], torch.Tensor],
     batch_size: int,
     num_workers: int,
@@ -138,7 +138,7 @@ def cache_features(
     return select_rows(concatenate(batches), slice(len(keys)))
 
 
-def split_keys(keys: Sequence[Key], batch_size: int, process: int, num_processes: int) -> list[list[Key]]:
+def split_keys(keys: Sequence[ImageKey], batch_size: int, process: int, num_processes: int) -> list[list[ImageKey]]:
     """Return one process's batches. All processes have the same number of batches of the same size; the last key is
     repeated as padding."""
     starts = range(process * batch_size, len(keys) + process * batch_size, num_processes * batch_size)

@@ -212,14 +212,14 @@ class Task(ABC):
         normalize = Normalizer(self.processor, self.runner.accelerator.device)
         images = self.build_training_images(self.options.augmentation, self.get_num_views())
 
-        def batches(first_step: int) -> Generator[Batch, None, None]:
+        def iterate_batches(first_step: int) -> Generator[Batch, None, None]:
             process, num_workers = self.runner.accelerator.process_index, self.options.data.num_workers
             return iterate_training_batches(images, self.plan, process, num_workers, first_step)
 
         return Components(
             self.model,
             self.build_objective(normalize),
-            batches,
+            iterate_batches,
             evaluator,
             build_attention_measure(self.model, normalize),
             images.describe_unreadable,
