@@ -17,7 +17,7 @@ from modeling_vitcls.benchmarking.peers import build_random_images
 from modeling_vitcls.benchmarking.tables import format_markdown, print_comparison
 from modeling_vitcls.benchmarking.work import compare
 from modeling_vitcls.system import measure_gemm_peak
-from modeling_vitcls.training.mfu import training_flops
+from modeling_vitcls.training.mfu import count_training_flops
 
 
 Rows = Iterator[tuple[str, ...]]
@@ -113,7 +113,7 @@ def measure_steps(device: str, batch_size: int = BATCH_SIZE, build: Callable = b
                 optimizer.zero_grad()
 
             speed = measure_throughput(step, batch_size)
-            yield mode, tokens, f"{speed:,.0f}", f"{speed * training_flops(model) / peak:.0%}"
+            yield mode, tokens, f"{speed:,.0f}", f"{speed * count_training_flops(model) / peak:.0%}"
 
 
 def compile_model(model: nn.Module, mode: str | None) -> Callable:

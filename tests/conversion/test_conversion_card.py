@@ -14,7 +14,7 @@ from modeling_vitcls.analysis.card_images import write_card_images
 from modeling_vitcls.conversion.conversion_card import build_conversion_card
 from modeling_vitcls.conversion.convert import convert_checkpoint
 from modeling_vitcls.conversion.random_weights import randomize_weights
-from modeling_vitcls.hub.licenses import CONVERTED, WeightsLicense
+from modeling_vitcls.hub.licenses import CONVERTED_WEIGHTS, WeightsLicense
 from modeling_vitcls.hub.manifest import collect_model_files
 from modeling_vitcls.hub.provenance import Provenance
 
@@ -105,9 +105,9 @@ def test_a_custom_license_is_named_and_linked() -> None:
         "a/b", license="other", license_name="dinov3-license", license_link="https://example.com/l"
     )
     assert "license of the source: [dinov3-license](https://example.com/l)." in str(
-        WeightsLicense(CONVERTED, provenance)
+        WeightsLicense(CONVERTED_WEIGHTS, provenance)
     )
-    assert "license of the source: mit." in str(WeightsLicense(CONVERTED, Provenance("a/b", license="mit")))
+    assert "license of the source: mit." in str(WeightsLicense(CONVERTED_WEIGHTS, Provenance("a/b", license="mit")))
 
 
 @pytest.mark.parametrize(

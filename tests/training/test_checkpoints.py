@@ -255,7 +255,7 @@ def test_nothing_is_unpickled(store: CheckpointStore, tmp_path: Path) -> None:
 
     state = checkpoints.read_state(store.get_path(10))
     state["files"]["model.safetensors"] = compute_file_digest(file)
-    text = json.dumps(state | {"sha256": checkpoints.digest(state)})
+    text = json.dumps(state | {"sha256": checkpoints.compute_digest(state)})
     (store.get_path(10) / "state.json").write_text(text, encoding="utf-8")
     checkpoint = store.load_newest(pytest.fail)
     assert checkpoint is not None
