@@ -334,7 +334,7 @@ def sync_to_disk(path: Path) -> None:
 def compute_file_digest(file: Path) -> str:
     """Return the SHA-256 of a file."""
     with file.open("rb") as opened:
-        return hashlib.compute_file_digest(opened, "sha256").hexdigest()
+        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def compute_digest(state: dict[str, Any]) -> str:
