@@ -71,8 +71,7 @@ class ViTCLSPatchEmbeddings(nn.Module):
             )
         patch_height, patch_width = self.patch_size
         if height < patch_height or width < patch_width:
-            size, patch = f"{height} x {width}", f"{patch_height} x {patch_width}"
-            raise ValueError(f"the images are {size} pixels, smaller than one patch of {patch}: enlarge them")
+            raise ValueError(f"images of {height} x {width} pixels are smaller than a patch: enlarge them")
         return height // patch_height, width // patch_width
 
 

@@ -21,7 +21,7 @@ ORDER = (
     ("analysis",),
     ("training",),
     ("export", "demo", "benchmarking"),
-    ("commands",),
+    ("commands", "api"),
     ("cli",),
 )
 RANK = {name: rank for rank, names in enumerate(ORDER) for name in names}
@@ -51,7 +51,7 @@ def load_import_graph() -> dict[str, set[str]]:
 def get_place(module: str) -> str:
     """Return the entry of ORDER for a module."""
     parts = module.split(".")
-    if (len(parts) > 1 and (PACKAGE / parts[1]).is_dir()) or module.endswith(".cli"):
+    if (len(parts) > 1 and (PACKAGE / parts[1]).is_dir()) or module.endswith((".cli", ".api")):
         return parts[1]
     return "*_vitcls.py" if module.endswith(("_vitcls", ".version")) else "top level"
 
