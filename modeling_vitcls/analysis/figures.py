@@ -285,7 +285,9 @@ def plot_attention(
             f"{len(images)}, {len(maps)}, {len(titles)} and {len(visible_regions)}."
         )
     if any(len(tokens) != len(names) for tokens in maps):
-        raise ValueError(f"There are {len(names)} token names, but maps of {[len(tokens) for tokens in maps]} tokens.")
+        raise ValueError(
+            f"Expected one name per token, got {len(names)} for {[len(tokens) for tokens in maps]} tokens."
+        )
     lines = max(math.ceil(len(names) / (MAX_COLUMNS - 1)), 1)
     columns = 1 + math.ceil(len(names) / lines)
     small = [
