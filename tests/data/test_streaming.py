@@ -241,8 +241,8 @@ def test_of_a_large_held_out_part_the_first_images_are_kept(two_shards: Path, mo
     for module in (streaming, training_data):
         monkeypatch.setattr(module, "MAX_HELD_OUT_IMAGES", 3)
     passed: list[int] = []
-    holds = HeldOutRule.selects
-    monkeypatch.setattr(HeldOutRule, "selects", lambda part, index: passed.append(index) or holds(part, index))
+    holds = HeldOutRule.is_held_out
+    monkeypatch.setattr(HeldOutRule, "is_held_out", lambda part, index: passed.append(index) or holds(part, index))
     data = read(two_shards)
     assert held_out_of(data) == whole[:3]
     assert sum(holds(data.train.held_out, index) for index in passed) == 3 and len(passed) < NUM_PICTURES
