@@ -64,6 +64,8 @@ def main(arguments: list[str] | None = None) -> None:
     Args:
         arguments: The subcommand and its flags. Default: `sys.argv[1:]`.
     """
+    # torchao, which transformers imports if it is installed, uses a deprecated function of PyTorch 2.15.
+    logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)
     try:
         run_command(arguments)
     except BrokenPipeError:
@@ -106,8 +108,6 @@ def run_program(name: str, flags: list[str]) -> None:
     if hasattr(module, "check"):
         module.check(options)
 
-    # torchao, which transformers imports if it is installed, uses a deprecated function of PyTorch 2.15.
-    logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)
     from .configuration_vitcls import ViTCLSConfig
 
     ViTCLSConfig.register_auto_classes()  # __init__.py leaves it to this program

@@ -111,7 +111,7 @@ def test_errors_name_the_argument(tmp_path: Path) -> None:
         finetune("vitcls-tiny", "digits", tmp_path, learning_rat=1e-3)
     with pytest.raises(ValueError, match=r"auto_augment is 'random'\. Set one of 'none', 'rand', 'trivial'"):
         finetune("vitcls-tiny", "digits", tmp_path, auto_augment="random")
-    with pytest.raises(ValueError, match="--epochs is -1: set a value above 0"):
+    with pytest.raises(ValueError, match="--epochs is -1, but it must be above 0"):
         finetune("vitcls-tiny", "digits", tmp_path, epochs=-1)
 
 

@@ -109,12 +109,17 @@ def find_hooked_modules() -> list[tuple[Path, str]]:
     ]
 
 
+# `module` is the embeddings or a layer (ablation.py).
+HOOKED = ("model.base_model", "model.base_model.embeddings", "layer", "layer.mlp", "module")
+
+
 def test_only_modules_that_compute_are_hooked() -> None:
-    """Hooks are on whole models, layers and MLPs, which exist in every model, not on modules that pass values on."""
+    """Hooks are on whole models, embeddings, layers and MLPs, which exist in every model, not on modules that pass
+    values on."""
     hooked = find_hooked_modules()
     assert hooked  # the search finds them
     for file, expression in hooked:
-        assert expression in ("model.base_model", "layer", "layer.mlp"), f"{expression} in {file.name}"
+        assert expression in HOOKED, f"{expression} in {file.name}"
 
 
 def test_an_encoder_contains_no_identity() -> None:

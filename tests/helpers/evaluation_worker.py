@@ -131,12 +131,14 @@ def evaluate_frozen_digits(model: Path, output: Path | None = None) -> dict[str,
 def main() -> None:
     """Evaluate; the main process writes what came out."""
     folder = Path(sys.argv[1])
+    if sys.argv[2:] == ["frozen"]:  # in a run of its own, because an evaluation ends the process group
+        evaluate_frozen_digits(folder, folder / "frozen.json")
+        return
     accelerator = build_accelerator()
     results = evaluate_all(accelerator)
     if accelerator.is_main_process:
         (folder / "scenarios.json").write_text(json.dumps(results), encoding="utf-8")
     evaluate_digits(folder, folder / "new" / "digits.json")
-    evaluate_frozen_digits(folder, folder / "frozen.json")
 
 
 if __name__ == "__main__":

@@ -277,7 +277,7 @@ def test_the_card_and_the_license_travel_with_it(world: World) -> None:
     for line in ("base_model: them/dino", "license: other", "license_name: dinov3-license"):
         assert f"\n{line}\n" in card
     assert f"at commit `{world.commits['them/dino']}`" in card
-    assert 'from_pretrained("ann/dino", revision="<commit hash>", trust_remote_code=True)' in card
+    assert 'from_pretrained("ann/dino", revision=revision, trust_remote_code=True)' in card
     assert world.hub.read("ann/dino", "LICENSE.md") == b"You may.\n"
     assert "No license was found" in world.hub.read("ann/vit", "README.md").decode()
     certificate = json.loads(world.hub.read("ann/dino", "certificate.json"))

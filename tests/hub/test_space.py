@@ -221,7 +221,7 @@ def test_token_layer_and_head_change_the_map(browser: Browser, demo: str, photo:
         expect(page.locator("#layers img").first).not_to_have_attribute("src", of_cls)
         of_register = page.locator("#layers img").first.get_attribute("src") or ""
 
-        slider = page.get_by_label("number input for Layer")
+        slider = page.get_by_label("number input for Layer", exact=True)
         slider.fill("1")
         slider.press("Enter")
         expect(page.locator("#shares")).to_contain_text("register 2, layer 1 of 3")
@@ -731,7 +731,7 @@ def test_flags_that_do_not_go_together_end_with_status_2(
     monkeypatch.setenv("COLUMNS", "400")
     flags = ["--model", "ann/mine", "--output", "space", *more.split()]
     assert run_script("push_space.py", flags, monkeypatch) == 2
-    assert f"--output pushes nothing, so {more.split()[0]}" in "".join(capsys.readouterr())
+    assert f"--output pushes nothing, but {more.split()[0]}" in "".join(capsys.readouterr())
 
 
 def test_a_private_model_needs_a_secret(

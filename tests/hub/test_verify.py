@@ -304,6 +304,7 @@ def test_a_hub_that_stays_down_is_given_up(hub: LocalHub, folder: Path) -> None:
 
 MODEL = HubCommit("ann/model", "a" * 40, needs_token=False)
 CODE = HubCommit("ann/code", "c" * 40, needs_token=False)
+REMOTE_MODULES = "transformers_modules."  # start of the names of modules from the Hub
 SCRIPT_REPORT = {
     "has_package": False,
     "commits": [MODEL.commit],
@@ -349,19 +350,19 @@ def replace_in_report(path: str, value: Any) -> dict[str, Any]:
     ],
 )
 def test_a_report_of_another_model_or_code_is_rejected(path: str, value: Any, words: str) -> None:
-    check_script_report(MODEL, CODE, SCRIPT_REPORT)
+    check_script_report(MODEL, CODE, SCRIPT_REPORT, REMOTE_MODULES)
     with raises_one_line(words, error=NotVerified):
-        check_script_report(MODEL, CODE, replace_in_report(path, value))
+        check_script_report(MODEL, CODE, replace_in_report(path, value), REMOTE_MODULES)
 
 
 def test_the_code_commit_is_checked_only_for_code_in_another_repository() -> None:
-    check_script_report(MODEL, None, replace_in_report("code_commits", []))
+    check_script_report(MODEL, None, replace_in_report("code_commits", []), REMOTE_MODULES)
 
 
 def test_verify_checks_the_report_of_the_process(hub: LocalHub, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     push_folder(folder, "ann/model")
     report = replace_in_report("commits", ["b" * 40])
-    monkeypatch.setattr("modeling_vitcls.hub.verify.run_verification", lambda *args: ({}, report))
+    monkeypatch.setattr("modeling_vitcls.hub.verify.run_verification", lambda *args, **settings: ({}, report))
     with raises_one_line(f"loaded {'b' * 40}, not only ann/model at ", error=NotVerified):
         verify("ann/model")
 

@@ -82,6 +82,7 @@ def by_two_processes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ViTCLSImageProcessor(size=16).save_pretrained(folder)
     worker = Path(__file__).parents[1] / "helpers" / "evaluation_worker.py"
     run_together(worker, folder, log=folder / "stdout", environment=OFFLINE)
+    run_together(worker, folder, "frozen", log=folder / "stdout of frozen", environment=OFFLINE)
     return folder
 
 

@@ -708,7 +708,7 @@ def test_models_without_labels_are_refused_in_one_line(models: Path, photos: Pat
         models / "encoder": "contains ViTCLSModel. Fine-tune it first",
         models / "masked": "contains ViTCLSForMaskedImageModeling",
         lost: "does not contain classifier.bias",
-        tmp_path: "transformers cannot load",
+        tmp_path: "no file named model.safetensors",
         "vitcls-tiny": "is a preset",
         tmp_path / "absent": "is not a folder",
     }.items():

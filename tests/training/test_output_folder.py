@@ -209,6 +209,7 @@ def test_one_of_many_takes_over_a_stale_lock(folder: Path) -> None:
 
 def test_it_is_released_in_order(folder: Path) -> None:
     """SIGTERM is handled as before, and the folder stays if something is in it."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # other tests leave locks behind
     before = signal.getsignal(signal.SIGTERM)
     with FolderLock(folder) as lock:
         lock.acquire()
