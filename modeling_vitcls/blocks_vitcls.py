@@ -71,7 +71,8 @@ class ViTCLSPatchEmbeddings(nn.Module):
             )
         patch_height, patch_width = self.patch_size
         if height < patch_height or width < patch_width:
-            raise ValueError(f"images of {height} x {width} pixels are smaller than a patch: enlarge them")
+            patch = f"one patch of {patch_height} x {patch_width}"
+            raise ValueError(f"images of {height} x {width} pixels are smaller than {patch}: enlarge them")
         return height // patch_height, width // patch_width
 
 
