@@ -198,7 +198,7 @@ def build_training_loop(folder: Path, objective: Objective) -> TrainingLoop:
     state = TrainingState(*accelerator.prepare(model, optimizer))
     plan = BatchPlan.from_options(8, options, NUM_PROCESSES)
     hooks = Hooks(evaluate=dict, log=lambda record: None, warn=lambda line: None, save=lambda is_best: None)
-    return TrainingLoop(state, objective, plan, options, accelerator, hooks, TokenMonitor(model))
+    return TrainingLoop(state, objective, plan, options, accelerator, hooks, TokenMonitor(model), "accuracy")
 
 
 def each_process_draws_its_own_dropout(folder: Path) -> None:

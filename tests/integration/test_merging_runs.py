@@ -98,5 +98,5 @@ def test_the_demo_answers_without_maps(digit: Path, tmp_path: Path) -> None:
 
 
 def test_an_encoder_that_merges_patches_has_nothing_to_show(tmp_path: Path) -> None:
-    with raises_one_line("no labels and no readable attention"):
+    with raises_one_line("has no labels and merges patches"):
         DemoModel.load(str(saved(ViTCLSModel(tiny_config(**FIELDS), add_pooling_layer=False), tmp_path)))

@@ -303,8 +303,11 @@ def test_shipped_files_import_what_the_hub_can_load(file: Path) -> None:
     relative = [node for node in nodes if isinstance(node, ast.ImportFrom) and node.level > 0]
     assert all(node.level == 1 and node.module for node in relative), "only `from .x_vitcls import Y` works"
     siblings = {node.module for node in relative} | set(filter(None, map(get_module_imported_by_name, nodes)))
-    assert siblings == set(get_relative_imports(file))
-    assert {f"{sibling}.py" for sibling in siblings} <= {shipped.name for shipped in SHIPPED_FILES}
+    shipped = {shipped.stem for shipped in SHIPPED_FILES}
+    if file.stem == "configuration_vitcls":  # a docstring lists all others, so that transformers copies them
+        assert siblings <= shipped and set(get_relative_imports(file)) == shipped - {file.stem}
+    else:
+        assert siblings == set(get_relative_imports(file)) and siblings <= shipped
 
 
 def get_module_imported_by_name(node: ast.AST) -> str | None:
