@@ -193,7 +193,7 @@ def build_training_loop(folder: Path, objective: Objective) -> TrainingLoop:
     """Build a training loop of four steps on both processes, which calls `objective(model, batch)`."""
     accelerator = Accelerator(cpu=True)
     model, _ = saved_model("one CLS", folder)
-    options = TrainingOptions(max_steps=4, batch_size=2)
+    options = TrainingOptions(max_steps=4, batch_size=2, learning_rate=0.1, layer_decay=1.0)
     optimizer = torch.optim.SGD(build_parameter_groups(model, weight_decay=0.0), lr=0.1)
     state = TrainingState(*accelerator.prepare(model, optimizer))
     plan = BatchPlan.from_options(8, options, NUM_PROCESSES)

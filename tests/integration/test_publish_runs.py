@@ -254,7 +254,7 @@ def test_pretraining_pushes_its_checkpoints_too(hub: LocalHub, tmp_path: Path, s
     assert ended.status == 0, ended.err
     assert set(hub.repositories["ann/my-run"].branches) == {"main", "way/there"}
     card = hub.read("ann/my-run", "README.md", "way/there").decode()
-    assert "AutoModel.from_pretrained" in card and 'revision = "way/there"' in card
+    assert "AutoModelForMaskedImageModeling" in card and 'revision="way/there"' in card
 
 
 def release_when_waited_for(hub: LocalHub) -> None:
