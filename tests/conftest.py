@@ -145,6 +145,15 @@ def fresh_accelerate() -> Iterator[None]:
     reset_accelerate()
 
 
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[local_hub.LocalHub]:
+    """Start an empty Hub on this machine, to which the client of this process is logged in as `ann`."""
+    with local_hub.running_hub() as running:
+        running.tokens["hf_ann"] = local_hub.Token("ann")
+        local_hub.point_client_at(running.url, "hf_ann", monkeypatch, tmp_path / "home")
+        yield running
+
+
 @pytest.fixture(autouse=True, scope="session")
 def ctrl_c_is_heard() -> None:
     """A shell's background jobs ignore Ctrl-C, and so would every process that a test sends one to."""

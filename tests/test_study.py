@@ -133,7 +133,7 @@ def test_other_flags_require_another_folder(tmp_path: Path) -> None:
     (output / "study.json").write_text("{}")
     process = start_study(write_study(tmp_path), output)
     _, error = process.communicate()
-    assert process.returncode == 1 and "study with other flags" in error.splitlines()[-1]
+    assert process.returncode == 1 and "a study with different flags" in error.splitlines()[-1]
 
 
 @pytest.mark.slow

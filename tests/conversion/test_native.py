@@ -1,7 +1,6 @@
 """Models written as classes of transformers: folder, card, push and verification, all without remote code."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +8,7 @@ import pytest
 import torch
 from fresh_processes import run_fresh
 from huggingface_hub import ModelCard
-from local_hub import LocalHub, Token, point_client_at, running_hub
+from local_hub import LocalHub
 from tiny_models import KINDS, filled, images, raises_one_line, tiny_config
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
@@ -23,14 +22,6 @@ from modeling_vitcls.hub.verify import verify
 
 ROOT = Path(__file__).parents[2]
 DEMO = {"num_register_tokens": 2, "intermediate_size": 64, "id2label": {0: "a", 1: "b", 2: "c"}}
-
-
-@pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[LocalHub]:
-    with running_hub() as running:
-        running.tokens["hf_ann"] = Token("ann")
-        point_client_at(running.url, "hf_ann", monkeypatch, tmp_path / "home")
-        yield running
 
 
 def save(folder: Path, kind: str = "classifier", **fields: Any) -> Path:

@@ -5,10 +5,9 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-import numpy as np
 import pytest
 from accelerate_state import reset_accelerate
-from PIL import Image
+from photo_folders import write_photos
 from tiny_models import raises_one_line
 
 from modeling_vitcls.analysis.inspection_inputs import open_images
@@ -47,16 +46,6 @@ SIZES: dict[str, Any] = {
 }
 
 
-def write_photos(root: Path, numbers: range, names: tuple[str, ...] = ("cat", "dog")) -> Path:
-    """Write one image of noise per class and number."""
-    for index, name in enumerate(names):
-        for number in numbers:
-            (root / name).mkdir(parents=True, exist_ok=True)
-            noise = np.random.default_rng([index, number]).integers(0, 256, (8, 8, 3), dtype=np.uint8)
-            Image.fromarray(noise).save(root / name / f"{number}.png")
-    return root
-
-
 def read(dataset: object, **options: Any) -> Any:
     return load_training_data(DataOptions(str(dataset), **options))
 
@@ -91,7 +80,7 @@ def evaluate(model: Path, dataset: Path, split: str | None = None, **data: Any) 
 def test_a_growing_folder_keeps_its_split(tmp_path: Path) -> None:
     before = read(write_photos(tmp_path / "photos", range(10, 50)))
     trained, held_out = get_names(before.train), get_names(before.held_out)
-    write_photos(tmp_path / "photos", range(100), ("ant", "cat", "dog"))
+    write_photos(tmp_path / "photos", range(100), "ant", "cat", "dog")
     after = read(tmp_path / "photos")
     assert len(after.train) + len(after.held_out) == 300 > len(trained) + len(held_out) == 80
     assert held_out < get_names(after.held_out)
@@ -144,7 +133,7 @@ def test_the_fraction_is_kept_on_average(tmp_path: Path) -> None:
 def test_classes_that_one_part_lacks_are_named(tmp_path: Path) -> None:
     folder = write_photos(tmp_path, range(60))
     seeds = {}
-    write_photos(tmp_path, range(1), ("rare",))
+    write_photos(tmp_path, range(1), "rare")
     for seed in range(30):
         (warning,) = describe_missing_classes(read(folder, split_seed=seed))
         seeds[warning] = seed
@@ -152,7 +141,7 @@ def test_classes_that_one_part_lacks_are_named(tmp_path: Path) -> None:
     missing, unlearned = sorted(seeds)
     assert missing.startswith("1 of the 3 classes have no held-out images (rare), so their accuracy is not measured")
     assert unlearned.startswith("1 of the 3 classes have no training images (rare), because all")
-    write_photos(tmp_path, range(60), ("rare",))
+    write_photos(tmp_path, range(60), "rare")
     assert describe_missing_classes(read(folder)) == []
 
 

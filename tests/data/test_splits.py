@@ -4,10 +4,9 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 from accelerate_state import reset_accelerate
-from PIL import Image
+from photo_folders import write_photos
 from tiny_models import raises_one_line
 
 from modeling_vitcls.data.splits import compute_fingerprint, describe_change
@@ -36,16 +35,6 @@ MODEL = ModelOptions(
     num_attention_heads=2,
     intermediate_size=16,
 )
-
-
-def write_photos(root: Path, numbers: range, *names: str) -> Path:
-    """Write one image of noise per class and number; images of the same number differ between classes."""
-    for index, name in enumerate(names):
-        for number in numbers:
-            (root / name).mkdir(parents=True, exist_ok=True)
-            noise = np.random.default_rng([index, number]).integers(0, 256, (8, 8, 3), dtype=np.uint8)
-            Image.fromarray(noise).save(root / name / f"{number}.png")
-    return root
 
 
 def get_options(dataset: Path, streaming: bool = False) -> FinetuneOptions:

@@ -1,14 +1,13 @@
 """LoRA adapters: written in the layout of PEFT, pushed alone, and loaded with a base model from the Hub."""
 
 import os
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from fresh_processes import run_fresh
 from huggingface_hub import ModelCard
-from local_hub import LocalHub, Token, point_client_at, running_hub
+from local_hub import LocalHub
 from tiny_models import filled, images, raises_one_line, tiny_config
 
 from modeling_vitcls import ViTCLSForImageClassification, ViTCLSImageProcessor
@@ -29,14 +28,6 @@ from transformers import AutoModelForImageClassification
 torch.save(model(torch.load(sys.argv[1])).logits, sys.argv[2])
 assert "modeling_vitcls" not in sys.modules
 """
-
-
-@pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[LocalHub]:
-    with running_hub() as running:
-        running.tokens["hf_ann"] = Token("ann")
-        point_client_at(running.url, "hf_ann", monkeypatch, tmp_path / "home")
-        yield running
 
 
 def train(base: Path) -> ViTCLSForImageClassification:

@@ -4,7 +4,6 @@ import base64
 import io
 import json
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ import pytest
 import torch
 from fresh_processes import run_fresh
 from huggingface_hub import snapshot_download
-from local_hub import LocalHub, Token, point_client_at, running_hub
+from local_hub import LocalHub
 from PIL import Image
 from tiny_models import KINDS, filled, tiny_config
 
@@ -37,14 +36,6 @@ for request in json.load(open(sys.argv[2])):
         print(json.dumps({"error": str(error)}))
 assert "modeling_vitcls" not in sys.modules
 """
-
-
-@pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[LocalHub]:
-    with running_hub() as running:
-        running.tokens["hf_ann"] = Token("ann")
-        point_client_at(running.url, "hf_ann", monkeypatch, tmp_path / "home")
-        yield running
 
 
 def encode_png(seed: int, size: tuple[int, int] = (40, 30)) -> bytes:

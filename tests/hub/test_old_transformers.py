@@ -4,12 +4,12 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from fresh_processes import run_fresh
-from local_hub import LocalHub, Token, point_client_at, running_hub
+from local_hub import LocalHub
 from tiny_models import filled, tiny_config
 
 from modeling_vitcls import ViTCLSForImageClassification, ViTCLSImageProcessor
@@ -53,14 +53,6 @@ def install(tmp_path_factory: pytest.TempPathFactory) -> Install:
         return folder
 
     return install_version
-
-
-@pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[LocalHub]:
-    with running_hub() as running:
-        running.tokens["hf_ann"] = Token("ann")
-        point_client_at(running.url, "hf_ann", monkeypatch, tmp_path / "home")
-        yield running
 
 
 @pytest.fixture

@@ -1,0 +1,19 @@
+"""Folders of images with a sub-folder per class."""
+
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+
+def write_photos(root: Path, numbers: range, *names: str) -> Path:
+    """Write one image of noise per class (default: cat and dog) and number, and return the folder.
+
+    Images of the same number differ between classes.
+    """
+    for index, name in enumerate(names or ("cat", "dog")):
+        for number in numbers:
+            (root / name).mkdir(parents=True, exist_ok=True)
+            noise = np.random.default_rng([index, number]).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+            Image.fromarray(noise).save(root / name / f"{number}.png")
+    return root
