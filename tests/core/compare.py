@@ -1,6 +1,6 @@
 """Compare models with and without CPU kernels: outputs and gradients by name."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -63,9 +63,13 @@ def get_relative_errors(values: Tensors, exact: Tensors) -> torch.Tensor:
     return torch.stack(errors)
 
 
-def merge(tensors: Iterable[Tensors]) -> Tensors:
-    """Return the tensors of several models under different names."""
-    return {f"{index}/{name}": value for index, each in enumerate(tensors) for name, value in each.items()}
+def stack_models(tensors: Sequence[Tensors]) -> Tensors:
+    """Return each tensor of several models as one.
+
+    An error is then relative to the norm over all models. In a single model, terms of the gradient of a scalar may
+    cancel by chance, and rounding errors be as large as the sum.
+    """
+    return {name: torch.stack([each[name] for each in tensors]) for name in tensors[0]}
 
 
 def select_scale(name: str, values: Tensors) -> torch.Tensor:

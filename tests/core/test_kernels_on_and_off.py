@@ -22,7 +22,7 @@ from modeling_vitcls.blocks_vitcls import ViTCLSAttention, ViTCLSMLP
 from modeling_vitcls.cpu_kernels_vitcls import KERNEL_CLASSES, uninstall_cpu_kernels
 
 from .altered_pytorch import Results, assert_same_results, load_with_altered_pytorch
-from .compare import Tensors, assert_as_exact_in_half_precision, assert_equal_in_float32, merge, run_step
+from .compare import Tensors, assert_as_exact_in_half_precision, assert_equal_in_float32, run_step, stack_models
 
 
 pytestmark = pytest.mark.usefixtures("low_thresholds")
@@ -106,7 +106,7 @@ def compare_in_half_precision(run: Callable[[Any, torch.dtype], Tensors], dtype:
         exact.append(run(plain, torch.float32))
         found.append(run(fast, dtype))
         expected.append(run(plain, dtype))
-    assert_as_exact_in_half_precision(merge(found), merge(expected), merge(exact))
+    assert_as_exact_in_half_precision(stack_models(found), stack_models(expected), stack_models(exact))
 
 
 @torch.no_grad()
