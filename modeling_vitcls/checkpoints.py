@@ -82,7 +82,7 @@ class CheckpointStore:
         Raises:
             OSError: if the checkpoint cannot be written; earlier checkpoints are unchanged.
         """
-        target = self.folder / f"step-{step:08d}"
+        target = self.get_path(step)
         partial = get_hidden_path(target, PARTIAL)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -97,10 +97,8 @@ class CheckpointStore:
         return target
 
     def load_newest(self, warn: Callable[[str], None]) -> Checkpoint | None:
-        """Return the newest undamaged checkpoint, or None if there are no checkpoints.
-
-        Args:
-            warn: function that prints a warning about a damaged checkpoint.
+        """Return the newest undamaged checkpoint, or None if there are no checkpoints. `warn` prints a warning about a
+        damaged checkpoint.
 
         Raises:
             ValueError: if all checkpoints are damaged.
@@ -121,11 +119,7 @@ class CheckpointStore:
         return None
 
     def load_best(self) -> Checkpoint:
-        """Return the checkpoint with the best evaluation.
-
-        Raises:
-            ValueError: in one line, if there is none, or it is damaged.
-        """
+        """Return the checkpoint with the best evaluation. Raise ValueError if there is none, or it is damaged."""
         for step in reversed(self.list_steps()):
             if is_best_checkpoint(self.get_path(step)):
                 return read_checkpoint(self.get_path(step))
@@ -203,18 +197,18 @@ def save_on_main(
     run_on_main(accelerator, save)
 
 
-def load_newest_on_all(
-    store: CheckpointStore, accelerator: Accelerator, warn: Callable[[str], None]
+def load_on_main(
+    accelerator: Accelerator, load: Callable[[], Checkpoint | None]
 ) -> tuple[Checkpoint | None, dict[str, Any] | None]:
-    """Return the newest checkpoint on the main process, and its metadata on all; None without checkpoints."""
-    newest: list[Checkpoint | None] = [None]
+    """Return a checkpoint on the main process, and its metadata on all; None if `load` returns no checkpoint."""
+    loaded: list[Checkpoint | None] = [None]
 
     def read() -> dict[str, Any] | None:
-        newest[0] = checkpoint = store.load_newest(warn)
+        loaded[0] = checkpoint = load()
         return None if checkpoint is None else checkpoint.facts
 
     facts = run_on_main(accelerator, read)
-    return newest[0], facts
+    return loaded[0], facts
 
 
 # One checkpoint's files ----------------------------------------------------------------------------------------------

@@ -11,7 +11,6 @@ final model. With `--hub-push-optimizer` it also contains the state for `--resum
 import shutil
 import threading
 from collections.abc import Callable
-from contextlib import nullcontext
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -30,8 +29,7 @@ from ..options import to_flags
 from .distributed_state import gather_weights
 from .loop import Interrupted, TrainingState
 from .model_report import get_model_provenance, get_teacher_provenance
-from .reporter import disable_progress_bars
-from .runner import Runner
+from .reporter import Reporter, disable_progress_bars
 
 
 SECONDS_AT_THE_END = 600.0  # maximum wait for an upload at the end
@@ -44,7 +42,9 @@ GatheredCheckpoint = tuple[dict[str, Tensors], dict[str, Any]]  # arguments of C
 class BranchUploads:
     """Context manager around the training loop. On exit, it waits for a running upload up to a time limit."""
 
-    def __init__(self, runner: Runner, repo_id: str, model: nn.Module, write_model: WriteModel) -> None:
+    def __init__(
+        self, options: Any, reporter: Reporter, repo_id: str, model: nn.Module, write_model: WriteModel
+    ) -> None:
         """Store the components.
 
         Args:
@@ -52,13 +52,13 @@ class BranchUploads:
             model: the plain model, which shares its weights with the prepared model.
             write_model: writes the model; called on the main process.
         """
-        self.accelerator = runner.accelerator
-        self.reporter = runner.reporter
-        self.options = runner.options
-        self.run = runner.options.run
-        self.folder = runner.folder / ".hub-checkpoint" / repo_id.rpartition("/")[2]
+        self.accelerator = reporter.accelerator
+        self.reporter = reporter
+        self.options = options
+        self.run = options.run
+        self.folder = options.output_dir / ".hub-checkpoint" / repo_id.rpartition("/")[2]
         self.repo_id = repo_id
-        self.branch = runner.options.run.hub_checkpoint_branch
+        self.branch = options.run.hub_checkpoint_branch
         self.model = model
         self.write_model = write_model
         self.provenance: Provenance | None = None
@@ -74,9 +74,8 @@ class BranchUploads:
     def __enter__(self) -> Self:
         self.remove_folder()  # remove the folder of a killed run
         if self.accelerator.is_main_process:
-            self.provenance = get_model_provenance(
-                self.options
-            )  # before training, which must not wait for the network
+            # Before training, which must not wait for the network.
+            self.provenance = get_model_provenance(self.options)
             self.teacher = get_teacher_provenance(self.options)
         return self
 
@@ -93,22 +92,20 @@ class BranchUploads:
     def publish(self, state: TrainingState, gather_checkpoint: Callable[[], GatheredCheckpoint]) -> None:
         """Push the model if an upload is due at this step.
 
-        Args:
-            gather_checkpoint: returns the state for `--resume`; all processes call it together.
+        `gather_checkpoint` returns the state for `--resume`; all processes call it together.
         """
-        if state.step % self.run.hub_checkpoint_every or not run_on_main(
-            self.accelerator, lambda: self.is_free(state.step)
-        ):
-            return
         step = state.step
+        if step % self.run.hub_checkpoint_every or not run_on_main(self.accelerator, lambda: self.is_free(step)):
+            return
         self.write(step, self.make_folder)
         if self.run.hub_push_optimizer:  # written first, because the tensors may share memory with the model
             tensors, facts = gather_checkpoint()
-            self.write(step, lambda: self.get_store().save(step, tensors, facts, is_best=False))
-        with nullcontext() if state.ema is None else state.ema.use_averaged_weights():
+            store = CheckpointStore(self.folder / "checkpoints", keep=1)
+            self.write(step, lambda: store.save(step, tensors, facts, is_best=False))
+        with state.use_averaged_weights():
             weights = gather_weights(self.model, self.accelerator.is_main_process)
             self.write(step, lambda: self.fill_folder(step, weights))
-        if self.accelerator.is_main_process:
+        if self.accelerator.is_main_process and self.failed != step:
             self.start(step)
 
     # On the main process ---------------------------------------------------------------------------------------------
@@ -138,9 +135,7 @@ class BranchUploads:
             self.reporter.warn(f"step {step:,} is not pushed, because it cannot be written: {format_hub_error(error)}")
 
     def start(self, step: int) -> None:
-        """Push the folder in a background thread if all files were written."""
-        if self.failed == step:
-            return
+        """Push the folder in a background thread."""
         self.step = step
         # huggingface_hub's `run_as_future` is not used, because Python waits for its thread without a limit on exit.
         self.thread = threading.Thread(target=self.push, args=(step,), daemon=True)
@@ -150,10 +145,6 @@ class BranchUploads:
         """Create an empty folder."""
         self.remove_folder()
         self.folder.mkdir(parents=True)
-
-    def get_store(self) -> CheckpointStore:
-        """Return the checkpoint store in the folder, for `--resume`."""
-        return CheckpointStore(self.folder / "checkpoints", keep=1)
 
     def fill_folder(self, step: int, weights: Tensors) -> None:
         """Write the model, its card, metrics, flags and license files."""
@@ -214,14 +205,9 @@ class BranchUploads:
 
 
 def build_branch_uploads(
-    runner: Runner, repository: str | None, model: nn.Module, write_model: WriteModel
+    options: Any, reporter: Reporter, repository: str | None, model: nn.Module, write_model: WriteModel
 ) -> BranchUploads | None:
-    """Build the uploads of `--hub-checkpoint-every`; None without it, without a repository, or in a dry run.
-
-    Args:
-        repository: `namespace/name`, or None if nothing is pushed.
-    """
-    run = runner.options.run
-    if repository is None or run.hub_checkpoint_every is None or run.dry_run:
+    """Build the uploads of `--hub-checkpoint-every`; None without it, without a repository, or in a dry run."""
+    if repository is None or options.run.hub_checkpoint_every is None or options.run.dry_run:
         return None
-    return BranchUploads(runner, repository, model, write_model)
+    return BranchUploads(options, reporter, repository, model, write_model)

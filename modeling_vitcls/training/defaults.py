@@ -44,31 +44,38 @@ MIN_INITIALIZER_RANGE = 0.02
 
 @dataclass(frozen=True)
 class RunFacts:
-    """Facts about a run on which the defaults depend.
+    """Facts about a run on which the defaults depend."""
 
-    Attributes:
-        weights: source of the initial weights, and the trained weights.
-        is_preset: whether the initial weights are random.
-        width: hidden size of the model.
-        image_size: longest side of the model's images in pixels.
-        num_training_images: None for a stream.
-    """
+    weights: Weights  # source of the initial weights, and the trained weights
+    is_preset: bool  # whether the initial weights are random
+    width: int  # hidden size of the model
+    image_size: int  # longest side of the model's images in pixels
+    num_training_images: int | None  # None for a stream
 
-    weights: Weights
-    is_preset: bool
-    width: int
-    image_size: int
-    num_training_images: int | None
+    @property
+    def is_large_dataset(self) -> bool:
+        """Whether the dataset is large; a stream counts as large."""
+        return self.num_training_images is None or self.num_training_images >= LARGE_DATASET
+
+    @property
+    def has_small_images(self) -> bool:
+        """Whether random crops would leave too few pixels."""
+        return self.image_size <= SMALL_IMAGE
+
+    @property
+    def dataset_size(self) -> str:
+        """The number of training images as text."""
+        return "a stream" if self.num_training_images is None else f"{self.num_training_images:,} images"
 
 
 @dataclass(frozen=True)
 class Default:
-    """The default of one flag: `value` and the reason for it, as functions of the facts about a run."""
+    """The default of one flag, and the reason for it as a format of `RunFacts`."""
 
     group: str  # field of the options
     name: str
     value: Callable[[RunFacts], float]
-    reason: Callable[[RunFacts], str]
+    reason: str
 
 
 def choose_learning_rate(facts: RunFacts) -> float:
@@ -90,55 +97,25 @@ def choose_initializer_range(facts: RunFacts) -> float:
     return max(round(0.8 / math.sqrt(facts.width), 3), MIN_INITIALIZER_RANGE)
 
 
-def choose_layer_decay(facts: RunFacts) -> float:
-    """Return the factor of the learning rate from each layer to the previous one."""
-    return 0.75 if facts.weights == "pre-trained weights" else 1.0
-
-
 def choose_epochs(facts: RunFacts) -> float:
     """Return the number of epochs."""
-    return 10.0 if facts.weights == "pre-trained weights" and is_large(facts) else 30.0
+    return 10.0 if facts.weights == "pre-trained weights" and facts.is_large_dataset else 30.0
 
 
-def is_large(facts: RunFacts) -> bool:
-    """Return whether the dataset is large; a stream counts as large."""
-    return facts.num_training_images is None or facts.num_training_images >= LARGE_DATASET
-
-
-def has_small_images(facts: RunFacts) -> bool:
-    """Return whether random crops would leave too few pixels."""
-    return facts.image_size <= SMALL_IMAGE
-
-
-def describe_weights(facts: RunFacts) -> str:
-    """Return the reason of defaults that depend on the weights."""
-    return facts.weights
-
-
-def describe_size(facts: RunFacts) -> str:
-    """Return the reason of defaults that depend on the image size."""
-    return f"images of {facts.image_size} pixels"
-
-
-def describe_width(facts: RunFacts) -> str:
-    """Return the reason of defaults that depend on the weights and the width."""
-    return f"{facts.weights}, width {facts.width}"
-
-
-def describe_num_images(facts: RunFacts) -> str:
-    """Return the reason of defaults that depend on the number of images."""
-    number = "a stream" if facts.num_training_images is None else f"{facts.num_training_images:,} images"
-    return f"{facts.weights}, {number}"
-
+# Reasons.
+WEIGHTS = "{0.weights}"
+WIDTH = "{0.weights}, width {0.width}"
+DATASET = "{0.weights}, {0.dataset_size}"
+IMAGES = "images of {0.image_size} pixels"
 
 DEFAULTS: tuple[Default, ...] = (
-    Default("training", "learning_rate", choose_learning_rate, describe_width),
-    Default("model", "initializer_range", choose_initializer_range, describe_width),
-    Default("training", "layer_decay", choose_layer_decay, describe_weights),
-    Default("training", "epochs", choose_epochs, describe_num_images),
-    Default("training", "batch_size", lambda facts: 64 if is_large(facts) else 32, describe_num_images),
-    Default("augmentation", "crop_scale", lambda facts: 1.0 if has_small_images(facts) else 0.35, describe_size),
-    Default("augmentation", "shift", lambda facts: 0.04 if has_small_images(facts) else 0.0, describe_size),
+    Default("training", "learning_rate", choose_learning_rate, WIDTH),
+    Default("model", "initializer_range", choose_initializer_range, WIDTH),
+    Default("training", "layer_decay", lambda run: 0.75 if run.weights == "pre-trained weights" else 1.0, WEIGHTS),
+    Default("training", "epochs", choose_epochs, DATASET),
+    Default("training", "batch_size", lambda run: 64 if run.is_large_dataset else 32, DATASET),
+    Default("augmentation", "crop_scale", lambda run: 1.0 if run.has_small_images else 0.35, IMAGES),
+    Default("augmentation", "shift", lambda run: 0.04 if run.has_small_images else 0.0, IMAGES),
 )
 
 
@@ -184,7 +161,7 @@ def resolve_defaults(options: Options, facts: RunFacts) -> tuple[Options, dict[s
         value = default.value(facts)
         options = replace(options, **{default.group: replace(group, **{default.name: value})})
         if default.name != "epochs" or options.training.max_steps is None:
-            reasons.setdefault(default.reason(facts), []).append(f"{default.name.replace('_', ' ')} {value:g}")
+            reasons.setdefault(default.reason.format(facts), []).append(f"{default.name.replace('_', ' ')} {value:g}")
     return options, reasons
 
 
@@ -195,7 +172,5 @@ def format_defaults(reasons: dict[str, list[str]]) -> str:
 
 def describe_random_weights(name: str, facts: RunFacts) -> str | None:
     """Return the line about random initial weights; None for trained weights."""
-    if not facts.is_preset:
-        return None
     remedy = f"For better results on few images, start from trained weights, for example --model {EXAMPLE}"
-    return f"random, because {name} is a preset. {remedy}"
+    return f"random, because {name} is a preset. {remedy}" if facts.is_preset else None

@@ -14,7 +14,9 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from types import FrameType, TracebackType
 from typing import Any, Self
 
@@ -57,6 +59,15 @@ class TrainingState:
     window: list[dict[str, float]] = field(default_factory=list)  # losses of the batches since the last logged step
     attention: Metrics = field(default_factory=dict)  # attention metrics since the last logged step
     record: Metrics = field(default_factory=dict)  # record of the last step until its evaluation is finished
+
+    @property
+    def shadow(self) -> list[torch.Tensor] | None:
+        """The averaged weights, or None without EMA."""
+        return None if self.ema is None else self.ema.shadow
+
+    def use_averaged_weights(self) -> AbstractContextManager[None]:
+        """Use the averaged weights of the model, if there are any, inside a block."""
+        return nullcontext() if self.ema is None else self.ema.use_averaged_weights()
 
 
 @dataclass
@@ -107,12 +118,7 @@ class TrainingLoop:
         selection_metric: str,
         save_every: int | None = None,
     ) -> None:
-        """Store the components.
-
-        Args:
-            selection_metric: name of the metric that selects the best checkpoint.
-            save_every: steps between two checkpoints; None saves one at each evaluation.
-        """
+        """Store the components. Without `save_every`, a checkpoint is saved at each evaluation."""
         self.state = state
         self.objective = objective
         self.plan = plan
@@ -133,9 +139,7 @@ class TrainingLoop:
     def run(self, batches: Iterator[Batch]) -> Metrics:
         """Train, and return the metrics of the final evaluation.
 
-        Args:
-            batches: this process's batches on the CPU, `gradient_accumulation_steps` per step, starting at
-                `state.step`.
+        `batches` are this process's batches on the CPU, `gradient_accumulation_steps` per step, from `state.step` on.
 
         Raises:
             Interrupted: after a signal, once a checkpoint is saved.
@@ -212,9 +216,6 @@ class TrainingLoop:
         losses: list[Losses] = []
         before: list[tuple[Tokens, Tokens]] = []  # tokens and gradients before the update
 
-        def check(norm: float) -> None:
-            self.check_finite(losses, norm, batches_used)
-
         def before_update() -> None:
             if with_health:
                 before.append((self.monitor.get_tokens(), self.monitor.get_gradients()))
@@ -230,6 +231,7 @@ class TrainingLoop:
                 losses.append({name: loss.detach() for name, loss in batch_losses.items()})
                 self.optimizer_step.backward(batch_losses["loss"])
                 if accelerator.sync_gradients:  # after the last accumulated batch
+                    check = partial(self.check_finite, losses, batches_used)
                     gradient_norm = self.optimizer_step.step(check, before_update)
         state.step += 1
         if state.ema is not None:
@@ -248,11 +250,11 @@ class TrainingLoop:
                 self.hooks.warn(f"the token {token} received no gradient in step {state.step} and is not trained")
         return record, batch
 
-    def check_finite(self, losses: list[Losses], gradient_norm: float, batches: list[Batch]) -> None:
+    def check_finite(self, losses: list[Losses], batches: list[Batch], gradient_norm: float) -> None:
         """Discard the gradients and raise NonFiniteLoss on all processes if a loss or gradient is not finite on any.
 
         With fp16, single gradients may overflow: the loss scaler skips the step and reduces the scale. MAX_OVERFLOWS
-            limits the number of consecutive skipped steps.
+        limits the number of consecutive skipped steps.
         """
         self.overflows = 0 if math.isfinite(gradient_norm) else self.overflows + 1
         allowed = MAX_OVERFLOWS if self.accelerator.scaler is not None else 0
@@ -267,11 +269,8 @@ class TrainingLoop:
     def evaluate(self) -> Metrics:
         """Return the metrics on held-out images, with the averaged weights if EMA is used."""
         self.state.model.eval()
-        if self.state.ema is None:
+        with self.state.use_averaged_weights():
             metrics = self.hooks.evaluate()
-        else:
-            with self.state.ema.use_averaged_weights():
-                metrics = self.hooks.evaluate()
         reshard(self.state.model)
         set_train_mode(self.state.model)
         return metrics
@@ -279,18 +278,16 @@ class TrainingLoop:
     def compute_means(self) -> Metrics:
         """Return the mean losses over all processes, the speed (without evaluations and checkpoints) and the peak
         memory since the last record."""
-        names = list(self.state.window[0])
-        means = [
-            math.fsum(batch_losses[name] for batch_losses in self.state.window) / len(self.state.window)
-            for name in names
-        ]
+        window = self.state.window
+        means = [math.fsum(losses[name] for losses in window) / len(window) for name in window[0]]
         num_images, seconds = len(self.seconds) * self.plan.images_per_step, math.fsum(self.seconds)
         self.peak_memory = max(self.peak_memory, get_peak_memory(self.accelerator.device))  # `record_speed` resets it
-        self.state.window.clear()
-        self.seconds.clear()
         losses = self.accelerator.reduce(torch.tensor(means, device=self.accelerator.device), "mean").tolist()
+        named_losses = {name: round(mean, 6) for name, mean in zip(window[0], losses, strict=True)}
+        window.clear()
+        self.seconds.clear()
         return {
-            **{name: round(mean, 6) for name, mean in zip(names, losses, strict=True)},
+            **named_losses,
             "images_per_second": round(num_images / seconds, 1),
             **self.hooks.record_speed(num_images, seconds),
             "peak_memory_mb": round(self.peak_memory / 2**20, 1),

@@ -15,7 +15,7 @@ import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -31,7 +31,7 @@ DECAYED_MODULES = (nn.Linear, nn.Conv2d)
 
 def build_optimizer(model: nn.Module, options: TrainingOptions) -> torch.optim.Optimizer:
     """Build fused AdamW over the trained parameters."""
-    assert options.learning_rate is not None and options.layer_decay is not None, "resolved by defaults.py"
+    assert options.learning_rate is not None and options.layer_decay is not None
     groups = build_parameter_groups(model, options.weight_decay, options.layer_decay)
     return torch.optim.AdamW(groups, lr=options.learning_rate, fused=True)
 
@@ -75,7 +75,7 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) ->
 def get_learning_rate(step: int, num_steps: int, options: TrainingOptions) -> float:
     """Return the learning rate of a step (from 0): linear warmup over the fraction `warmup` of the steps, then a
     cosine decay to 0."""
-    assert options.learning_rate is not None, "resolved by defaults.py"
+    assert options.learning_rate is not None
     warmup_steps = round(options.warmup * num_steps)
     if step < warmup_steps:
         return options.learning_rate * (step + 1) / warmup_steps
@@ -83,23 +83,8 @@ def get_learning_rate(step: int, num_steps: int, options: TrainingOptions) -> fl
     return options.learning_rate * (1 + math.cos(math.pi * progress)) / 2
 
 
-class OptimizerStep(Protocol):
-    """Interface for gradients and optimizer steps."""
-
-    def backward(self, loss: torch.Tensor) -> None:
-        """Add a batch's gradients, divided by the number of accumulation steps."""
-
-    def step(self, check: Callable[[float], None], before_update: Callable[[], None]) -> float:
-        """Clip the gradients and update the weights; return the norm of all gradients before clipping.
-
-        Args:
-            check: receives the norm; an exception in it ends the step.
-            before_update: called once the gradients are computed and before the weights change.
-        """
-
-
 class TorchOptimizerStep:
-    """Step of PyTorch's optimizer: one process, DDP, FSDP2."""
+    """Gradients and steps of PyTorch's optimizer: one process, DDP, FSDP2."""
 
     def __init__(
         self, accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.Optimizer, max_gradient_norm: float
@@ -110,11 +95,16 @@ class TorchOptimizerStep:
         self.max_gradient_norm = max_gradient_norm
 
     def backward(self, loss: torch.Tensor) -> None:
-        """See `OptimizerStep`."""
+        """Add a batch's gradients, divided by the number of accumulation steps."""
         self.accelerator.backward(loss)
 
     def step(self, check: Callable[[float], None], before_update: Callable[[], None]) -> float:
-        """See `OptimizerStep`. The gradients are clipped before `before_update`."""
+        """Clip the gradients and update the weights; return the norm of all gradients before clipping.
+
+        Args:
+            check: receives the norm; an exception in it ends the step.
+            before_update: called once the gradients are clipped and before the weights change.
+        """
         norm = float(self.accelerator.clip_grad_norm_(self.trained, self.max_gradient_norm))
         check(norm)
         before_update()
@@ -124,20 +114,20 @@ class TorchOptimizerStep:
 
 
 class DeepSpeedOptimizerStep:
-    """Step of DeepSpeed's engine, which clips, updates and discards the gradients in one call."""
+    """The same for DeepSpeed's engine, which clips, updates and discards the gradients in one call."""
 
     def __init__(self, accelerator: Accelerator, engine: Any) -> None:
         self.accelerator = accelerator
         self.engine = engine
 
     def backward(self, loss: torch.Tensor) -> None:
-        """See `OptimizerStep`."""
+        """Add a batch's gradients, divided by the number of accumulation steps."""
         self.engine.set_gradient_accumulation_boundary(self.accelerator.sync_gradients)
         self.engine.backward(loss)
 
     def step(self, check: Callable[[float], None], before_update: Callable[[], None]) -> float:
-        """See `OptimizerStep`. The norm is available only after the update, and the gradients are not clipped before
-        `before_update`."""
+        """Update the weights and return the norm of all gradients, which is available only after the update. The
+        gradients are not clipped before `before_update`."""
         check(0.0)  # checks only the losses
         before_update()
         self.engine.step()
@@ -149,7 +139,7 @@ class DeepSpeedOptimizerStep:
 
 def build_optimizer_step(
     accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.Optimizer, max_gradient_norm: float
-) -> OptimizerStep:
+) -> TorchOptimizerStep | DeepSpeedOptimizerStep:
     """Build the optimizer step for a model and an optimizer from `Accelerator.prepare`."""
     if distributed.uses_deepspeed(accelerator):
         return DeepSpeedOptimizerStep(accelerator, model)

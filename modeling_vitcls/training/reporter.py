@@ -64,11 +64,7 @@ class Reporter:
         self.console.print(f"WARNING: {message}", style="bold yellow", markup=False)
 
     def start_at(self, step: int, num_steps: int) -> None:
-        """Keep the records up to `step`, and remove later records, whose steps are repeated.
-
-        Raises:
-            OSError: on the main process, if metrics.jsonl cannot be written.
-        """
+        """Keep the records up to `step`, and remove later records, whose steps are repeated."""
         self.num_steps = num_steps
         self.first_step, self.started = step, time.perf_counter()
         if self.is_main_process:
@@ -101,10 +97,7 @@ class Reporter:
 
     def log(self, record: dict[str, Any], selection_metric: str) -> None:
         """Append a record to metrics.jsonl, print it with the selection metric, and send its numbers to the trackers.
-
-        Raises:
-            OSError: on the main process, if metrics.jsonl cannot be written.
-        """
+        Raise OSError on the main process if metrics.jsonl cannot be written."""
         self.accelerator.log(flatten(record), step=record["step"])
         if not self.is_main_process:
             return
@@ -164,11 +157,8 @@ def format_duration(seconds: float) -> str:
 
 def format_metric(name: str, value: float | None) -> str:
     """Format a metric's name and value."""
-    if value is None:
-        return f"{name.replace('_', ' ')} unknown"
-    return (
-        f"{name.replace('_', ' ')} {value:.4g}" if name.endswith("loss") else f"{name.replace('_', ' ')} {value:.2%}"
-    )
+    text = "unknown" if value is None else f"{value:.4g}" if name.endswith("loss") else f"{value:.2%}"
+    return f"{name.replace('_', ' ')} {text}"
 
 
 def parse_step(line: str) -> int | None:
@@ -195,8 +185,9 @@ def flatten(record: dict[str, Any], prefix: str = "") -> dict[str, float]:
 # Facts about a run --------------------------------------------------------------------------------------------------
 
 
-def describe_model(source: str, model: nn.Module, config: ViTCLSConfig) -> dict[str, str]:
+def describe_model(source: str, model: Any) -> dict[str, str]:
     """Return the summary lines about the model."""
+    config = model.config
     counts = {name: count for name, count in count_tokens(config).items() if count}
     tokens = " | ".join(f"{count} {name}" for name, count in counts.items())
     height, width = config.image_height_width
@@ -219,10 +210,10 @@ def describe_batches(plan: BatchPlan, accelerator: Accelerator) -> dict[str, str
 
 
 def describe_run(
-    plan: BatchPlan, num_steps: int, model: nn.Module, config: ViTCLSConfig, accelerator: Accelerator, seconds: float
+    plan: BatchPlan, num_steps: int, model: Any, accelerator: Accelerator, seconds: float
 ) -> dict[str, Any]:
     """Return the facts about steps, model, speed and device for results.json. `num_steps` steps were executed."""
-    counts = count_tokens(config)
+    counts = count_tokens(model.config)
     return {
         "steps": num_steps,
         "epochs": round(plan.count_epochs(num_steps), 4) if plan.num_images else None,

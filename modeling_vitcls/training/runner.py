@@ -6,21 +6,20 @@
 task.py contains the whole run, loop.py the steps.
 """
 
-import json
 import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-import torch
 import yaml
 from accelerate import Accelerator
 from accelerate.utils import gather_object, set_seed
 from torch import nn
 
-from ..checkpoints import Checkpoint, CheckpointStore, Tensors, load_newest_on_all, save_on_main
+from ..checkpoints import Checkpoint, CheckpointStore, Tensors, load_on_main, save_on_main
 from ..conversion.any_checkpoint import is_pinned, pin_revision
 from ..data.images import NOT_REPLACED, UnreadableImages
 from ..data.sampling import BatchPlan
@@ -33,10 +32,12 @@ from ..distributed import (
     shard_by_layer,
 )
 from ..errors import is_on_all_processes, on_all_processes
+from ..files import write_json
 from ..hub.local_paths import BUILT_IN_DATASET, is_same_path, make_relative, resolve_name
 from ..hub.manifest import RECIPE
 from ..inference.load_model import is_preset
 from ..options import FinetuneOptions, PretrainOptions, to_flags
+from .branch_uploads import BranchUploads
 from .defaults import DEFAULTS
 from .distributed_state import gather_state, get_unsupported_reason, scatter_checkpoint, scatter_state
 from .loop import Hooks, Interrupted, Interruption, Metrics, NonFiniteLoss, TrainingLoop, TrainingState
@@ -60,40 +61,16 @@ from .reporter import Reporter
 from .token_monitor import TokenMonitor
 
 
-class Uploads(Protocol):
-    """Interface for checkpoint uploads during training (branch_uploads.py)."""
-
-    def publish(
-        self, state: TrainingState, gather_checkpoint: Callable[[], tuple[dict[str, Tensors], dict[str, Any]]], /
-    ) -> None:
-        """Upload the model, and the training state if requested, if an upload is due at this step."""
-
-    def __enter__(self) -> Any:
-        """Prepare background uploads."""
-
-    def __exit__(self, exc_type: Any, exc_value: Any, traceback: Any, /) -> None:
-        """Wait for the last upload."""
-
-
 @dataclass
 class Components:
-    """Trained module, batches, loss and evaluation of a run.
+    """Trained module, batches, loss and evaluation of a run."""
 
-    Attributes:
-        model: plain module, the model or only its heads.
-        objective: training loss of a batch.
-        batches: returns this process's batches from a given step.
-        evaluate: returns the metrics of the prepared model on held-out images.
-        measure_attention: returns values of a batch on the device, to log every `health_every` steps.
-        describe_unreadable: returns the error message of an unreadable image from its index.
-    """
-
-    model: nn.Module
+    model: nn.Module  # plain module, the model or only its heads
     objective: Objective
-    batches: Callable[[int], Generator[Batch, None, None]]
-    evaluate: Callable[[nn.Module], Metrics]
-    measure_attention: Callable[[Batch], Metrics]
-    describe_unreadable: Callable[[int], str]
+    batches: Callable[[int], Generator[Batch, None, None]]  # first step -> batches of this process from this step on
+    evaluate: Callable[[nn.Module], Metrics]  # prepared model -> metrics on held-out images
+    measure_attention: Callable[[Batch], Metrics]  # batch on the device -> values to log every `health_every` steps
+    describe_unreadable: Callable[[int], str]  # index of an unreadable image -> error message
 
 
 # Flags that may change on --resume, because they do not change the result.
@@ -117,15 +94,9 @@ class RunStopped(Exception):
     """Error that ends a run early, with a one-line message for the user."""
 
     def __init__(self, message: str, exit_status: int = 1, on_all: bool = True) -> None:
-        """Store the message.
-
-        Args:
-            exit_status: exit status of the program.
-            on_all: whether all processes stop for the same reason.
-        """
         super().__init__(message)
-        self.exit_status = exit_status
-        self.on_all = on_all
+        self.exit_status = exit_status  # of the program
+        self.on_all = on_all  # whether all processes stop for the same reason
 
 
 @dataclass
@@ -143,7 +114,7 @@ class Runner:
     started: float = 0.0  # time at which this process started training
     step_seconds: list[float] = field(default_factory=list)  # duration of each step of a dry run
     evaluation_seconds: list[float] = field(default_factory=list)  # duration of each evaluation
-    state: TrainingState | None = field(default=None, repr=False)
+    state: TrainingState = field(init=False, repr=False)  # set by `train`
     selected_step: int | None = None  # step of the weights that `--select best` selected
     utilization: Utilization = field(default_factory=Utilization)
     data: dict[str, Any] = field(default_factory=dict)  # fingerprint of the data, from `describe_data`
@@ -164,7 +135,7 @@ class Runner:
         return get_unsupported_reason(self.accelerator) is None
 
     def train(
-        self, components: Components, plan: BatchPlan, selection_metric: str, uploads: Uploads | None = None
+        self, components: Components, plan: BatchPlan, selection_metric: str, uploads: BranchUploads | None = None
     ) -> Metrics:
         """Train from the beginning or from the checkpoint, and return the metrics of the last evaluation. With
         `--ema-decay`, the model has the averaged weights afterwards.
@@ -229,12 +200,11 @@ class Runner:
                 uploads.publish(state, gather_all)
 
         self.started = time.perf_counter()
-        in_background = uploads or nullcontext()
         with (
             Interruption(accelerator) as interruption,
             self.reporter,
             self.convert_errors(interruption),
-            in_background,
+            uploads or nullcontext(),
         ):
             hooks = Hooks(
                 evaluate=evaluate_with_timing,
@@ -272,28 +242,17 @@ class Runner:
         }
 
     def load_best(self, state: TrainingState) -> None:
-        """Load the weights with the best evaluation into `state`, and print their step.
-
-        Raises:
-            ValueError: if their checkpoint is damaged or missing.
-        """
-        found: list[Checkpoint] = []
-
-        def find() -> int:
-            found.append(self.store.load_best())
-            return found[0].step
-
-        step = run_on_main(self.accelerator, find)
-        scatter_checkpoint(found[0] if found else None, self.accelerator, state.model, self.get_ema_weights(state))
-        self.selected_step = step
-        self.reporter.print_line("selected", f"the checkpoint of step {step:,}, with the best evaluation")
+        """Load the weights with the best evaluation into `state`, and print their step. Raise ValueError if their
+        checkpoint is damaged or missing."""
+        checkpoint, facts = load_on_main(self.accelerator, self.store.load_best)
+        assert facts is not None
+        scatter_checkpoint(checkpoint, self.accelerator, state.model, state.shadow)
+        self.selected_step = facts["step"]
+        self.reporter.print_line("selected", f"the checkpoint of step {facts['step']:,}, with the best evaluation")
 
     def check_data(self, data: dict[str, Any]) -> None:
-        """Store the fingerprint of the data for checkpoints.
-
-        Raises:
-            ValueError: if --resume would continue with different data.
-        """
+        """Store the fingerprint of the data for checkpoints. Raise ValueError if --resume would continue with
+        different data."""
         self.data = data
         if self.facts is None:
             return
@@ -317,21 +276,14 @@ class Runner:
         before = self.facts["flags"] if self.facts else {}
 
         def pin(flag: str, source: str) -> str:
+            if flag == "model" and is_preset(source):
+                return source
             return before[flag] if is_pinned(before.get(flag), source) else pin_revision(source)
 
-        if not is_preset(options.model.model):
-            options = replace(options, model=replace(options.model, model=pin("model", options.model.model)))
-        if isinstance(options, FinetuneOptions) and options.distillation.teacher is not None:
-            teacher = pin("teacher", options.distillation.teacher)
-            options = replace(options, distillation=replace(options.distillation, teacher=teacher))
-        return options
+        return replace_sources(options, pin)
 
     def set_options(self, options: Any) -> None:
-        """Set the final options.
-
-        Raises:
-            ValueError: if --resume would continue the run with other flags.
-        """
+        """Set the final options. Raise ValueError if --resume would continue the run with other flags."""
         self.options = options
         if self.facts is not None:
             check_same_flags(self.facts["flags"], to_flags(options), self.folder)
@@ -361,11 +313,7 @@ class Runner:
             check_no_other_files(self.folder)
 
     def claim_folder(self) -> None:
-        """Remove the files of the run that this run replaces, then write config.resolved.yaml.
-
-        Raises:
-            OSError: on all processes, if the folder cannot be written.
-        """
+        """Remove the files of the run that this run replaces, then write config.resolved.yaml."""
 
         def claim() -> None:
             if self.facts is None:
@@ -395,12 +343,7 @@ class Runner:
         if self.facts is not None:
             try:
                 scatter_state(
-                    self.checkpoint,
-                    self.facts,
-                    self.accelerator,
-                    state.model,
-                    state.optimizer,
-                    self.get_ema_weights(state),
+                    self.checkpoint, self.facts, self.accelerator, state.model, state.optimizer, state.shadow
                 )
             except ValueError as error:  # the checkpoint of another model
                 raise RunStopped(f"--resume: {error}", on_all=is_on_all_processes(error)) from error
@@ -439,7 +382,7 @@ class Runner:
             "data": self.data,
             "flags": self.get_flags(),
         }
-        tensors, rest = gather_state(self.accelerator, state.model, state.optimizer, self.get_ema_weights(state))
+        tensors, rest = gather_state(self.accelerator, state.model, state.optimizer, state.shadow)
         return tensors, facts | rest
 
     def start_trackers(self) -> None:
@@ -448,9 +391,8 @@ class Runner:
         if self.accelerator.is_main_process:
             folder.mkdir(exist_ok=True)
         self.accelerator.wait_for_everyone()
-        flags = {
-            name: format_flag_value(value) for name, value in to_flags(self.options).items()
-        }  # TensorBoard does not accept lists
+        # TensorBoard does not accept lists.
+        flags = {name: format_flag_value(value) for name, value in to_flags(self.options).items()}
         self.accelerator.init_trackers(
             self.folder.resolve().name, config=flags, init_kwargs={"wandb": {"dir": str(folder)}}
         )
@@ -458,10 +400,6 @@ class Runner:
     def get_training_seconds(self) -> float:
         """Return the training time so far in seconds, including the time before --resume."""
         return self.seconds + time.perf_counter() - self.started
-
-    def get_ema_weights(self, state: TrainingState) -> list[torch.Tensor] | None:
-        """Return the averaged weights, or None without EMA."""
-        return None if state.ema is None else state.ema.shadow
 
     @contextmanager
     def convert_errors(self, interruption: Interruption) -> Iterator[None]:
@@ -481,27 +419,19 @@ class Runner:
     def save_non_finite(self, error: NonFiniteLoss) -> str:
         """Save the images and the initial state of the step with the non-finite loss, and return a sentence with the
         file name, or with the reason if saving fails."""
-        try:
-            return f"The images of that step are listed in {self.write_non_finite(error)}"
-        except OSError as problem:
-            return f"The images and the state of that step could not be saved: {problem}"
-
-    def write_non_finite(self, error: NonFiniteLoss) -> Path:
-        """Write non_finite.json and the state before the step, and return the JSON file.
-
-        Raises:
-            OSError: on all processes, if the folder cannot be written.
-        """
         file = self.folder / NON_FINITE
         own_images = [{"index": batch["index"].tolist(), "epoch": batch["epoch"].tolist()} for batch in error.batches]
         images = {"step": error.step + 1, "batches": gather_object(own_images)}
-        run_on_main(self.accelerator, lambda: file.write_text(json.dumps(images, indent=1) + "\n", encoding="utf-8"))
-        if self.state is not None and self.can_save_checkpoints:
-            store = CheckpointStore(self.folder / NON_FINITE_STATE, keep=1)
-            shadow = self.get_ema_weights(self.state)
-            tensors, rest = gather_state(self.accelerator, self.state.model, self.state.optimizer, shadow)
-            save_on_main(store, self.accelerator, error.step, tensors, {"step": error.step} | rest, is_best=False)
-        return file
+        try:
+            run_on_main(self.accelerator, lambda: write_json(file, images))
+            if self.can_save_checkpoints:
+                store = CheckpointStore(self.folder / NON_FINITE_STATE, keep=1)
+                state = self.state
+                tensors, rest = gather_state(self.accelerator, state.model, state.optimizer, state.shadow)
+                save_on_main(store, self.accelerator, error.step, tensors, {"step": error.step} | rest, is_best=False)
+        except OSError as problem:
+            return f"The images and the state of that step could not be saved: {problem}"
+        return f"The images of that step are listed in {file}"
 
 
 def build_runner(options: FinetuneOptions | PretrainOptions) -> Runner:
@@ -531,32 +461,35 @@ def build_runner(options: FinetuneOptions | PretrainOptions) -> Runner:
     runner = Runner(options, accelerator, store, None, None, reporter, lock)
     with runner.release_lock_on_error():
         if run.resume:
-            runner.checkpoint, runner.facts = load_newest_on_all(store, accelerator, reporter.warn)
+            load_newest = partial(store.load_newest, reporter.warn)
+            runner.checkpoint, runner.facts = load_on_main(accelerator, load_newest)
         run_on_main(accelerator, runner.check_folder)
         return runner
 
 
 def resolve_names(options: Any) -> Any:
     """Return the options with dataset, model and teacher named by absolute paths."""
-    dataset, model = options.data.dataset, options.model.model
-    options = replace(
-        options,
-        data=replace(options.data, dataset=resolve_name(dataset, is_built_in=dataset == BUILT_IN_DATASET)),
-        model=replace(options.model, model=resolve_name(model, is_built_in=is_preset(model))),
+    dataset = resolve_name(options.data.dataset, is_built_in=options.data.dataset == BUILT_IN_DATASET)
+    options = replace(options, data=replace(options.data, dataset=dataset))
+    return replace_sources(
+        options, lambda flag, source: resolve_name(source, is_built_in=flag == "model" and is_preset(source))
     )
+
+
+def replace_sources(options: Any, convert: Callable[[str, str], str]) -> Any:
+    """Return the options with initial model and teacher converted, as a function of their flag and value."""
+    options = replace(options, model=replace(options.model, model=convert("model", options.model.model)))
     if isinstance(options, PretrainOptions) or options.distillation.teacher is None:
         return options
-    teacher = resolve_name(options.distillation.teacher)
+    teacher = convert("teacher", options.distillation.teacher)
     return replace(options, distillation=replace(options.distillation, teacher=teacher))
 
 
 def check_same_flags(stored: dict[str, Any], current: dict[str, Any], folder: Path) -> None:
     """Raise ValueError if --resume would continue the run with other flags.
 
-    Args:
-        stored: flags of the checkpoint.
-        current: flags of this run; a flag without a value will get its default, and a model its commit.
-        folder: output folder.
+    `stored` are the flags of the checkpoint. A flag in `current` without a value will get its default, and a model its
+    commit.
     """
     for name, value in stored.items():
         if (

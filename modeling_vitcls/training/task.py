@@ -13,12 +13,11 @@ import shutil
 import tempfile
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from statistics import fmean, stdev
 from typing import Any
 
 from huggingface_hub import ModelCard
@@ -46,11 +45,12 @@ from ..image_processing_vitcls import ViTCLSImageProcessor
 from ..inference.evaluator import Evaluator
 from ..inference.metrics import drop_large_matrices
 from ..options import AugmentationOptions, TrainingOptions
+from ..study import compute_interval
 from .branch_uploads import build_branch_uploads
 from .defaults import describe_random_weights, format_defaults, get_facts, resolve_defaults
 from .distributed_state import gather_weights, get_unsupported_reason, reshard
 from .loop import Metrics
-from .losses import Batch, Objective
+from .losses import Objective
 from .model import merge_lora
 from .model_report import REPORT, build_model_report, can_show_samples, get_model_provenance, write_card
 from .output_folder import ADAPTER, CHECKPOINTS, RESULTS, check_replaceable
@@ -85,7 +85,7 @@ class Task(ABC):
         plan: batch plan, which determines the order of the training images.
         model: plain model, in which parameters that are not trained are frozen.
         processor: image processor of the model.
-        start: lines about random weights and defaults, or None, by name.
+        start: lines about random weights and defaults by name; empty if there are none.
     """
 
     model: Any  # ViTCLS model, set by `load_model`
@@ -119,10 +119,8 @@ class Task(ABC):
         facts = get_facts(self.options, self.data.num_training_images)
         self.options, reasons = resolve_defaults(self.options, facts)
         self.runner.set_options(self.options)
-        self.start = {
-            "weights": describe_random_weights(self.options.model.model, facts),
-            "defaults": format_defaults(reasons) or None,
-        }
+        weights = describe_random_weights(self.options.model.model, facts)
+        self.start = {"weights": weights, "defaults": format_defaults(reasons)}
 
     # Supplied by each task -------------------------------------------------------------------------------------------
 
@@ -172,14 +170,7 @@ class Task(ABC):
     def build_card(
         self, name: str, results: dict[str, Any], provenance: Provenance | None, images: dict[str, str]
     ) -> ModelCard:
-        """Build the model card.
-
-        Args:
-            name: repository, or name of the output folder.
-            results: content of results.json.
-            provenance: provenance of the initial model, or None.
-            images: path of each image of the card by name.
-        """
+        """Build the model card of a repository or folder `name`, with the paths of its images by name."""
 
     def find_warnings(self) -> list[str]:
         """Return the warnings to print before training."""
@@ -209,17 +200,13 @@ class Task(ABC):
 
     def build_components(self, evaluator: Evaluate) -> Components:
         """Build the components that train the model on pixels."""
-        normalize = Normalizer(self.processor, self.runner.accelerator.device)
+        accelerator, num_workers = self.runner.accelerator, self.options.data.num_workers
+        normalize = Normalizer(self.processor, accelerator.device)
         images = self.build_training_images(self.options.augmentation, self.get_num_views())
-
-        def iterate_batches(first_step: int) -> Generator[Batch, None, None]:
-            process, num_workers = self.runner.accelerator.process_index, self.options.data.num_workers
-            return iterate_training_batches(images, self.plan, process, num_workers, first_step)
-
         return Components(
             self.model,
             self.build_objective(normalize),
-            iterate_batches,
+            partial(iterate_training_batches, images, self.plan, accelerator.process_index, num_workers),
             evaluator,
             build_attention_measure(self.model, normalize),
             images.describe_unreadable,
@@ -271,39 +258,30 @@ def run_task(task: Task) -> dict[str, Any]:
             reporter.warn(warning)
 
         held_out, selection = task.data.held_out, task.data.selection
-        reported = task.build_evaluator(held_out) if len(held_out) else skip_evaluation
+        no_metrics = {"num_images": 0, "num_broken_images": 0}  # of a run with --held-out-fraction 0
+        reported = task.build_evaluator(held_out) if len(held_out) else lambda model: no_metrics
         components = task.build_components(reported if selection is None else task.build_evaluator(selection))
         write = partial(write_model, task.model, task.processor)
-        uploads = build_branch_uploads(runner, task.hub_model_id, task.model, write)
+        uploads = build_branch_uploads(task.options, reporter, task.hub_model_id, task.model, write)
         metrics = runner.train(components, task.plan, task.selection_metric, uploads)
         metrics |= evaluate_result(task, components, reported)
 
         results = collect_results(task) | drop_large_matrices(metrics)
         save_output(task, results)
         reporter.print_line("result", task.format_result(metrics))
-        files = ["README.md", *([REPORT] if (runner.folder / REPORT).exists() else []), RESULTS]
-        reporter.print_line("saved", f"{runner.folder} (model, image processor, {', '.join(files)})")
+        report = f" {REPORT}," if (runner.folder / REPORT).exists() else ""
+        reporter.print_line("saved", f"{runner.folder} (model, image processor, README.md,{report} {RESULTS})")
         push(task)
         runner.accelerator.end_training()
         return results
 
 
-def skip_evaluation(model: nn.Module) -> Metrics:
-    """Return the metrics of a run without held-out images (`--held-out-fraction 0`)."""
-    return {"num_images": 0, "num_broken_images": 0}
-
-
 def evaluate_result(task: Task, components: Components, reported: Evaluate) -> Metrics:
     """Return the metrics on the reported images, if training evaluated other images or only the heads of the model.
-
-    Args:
-        components: trained module, batches, loss and evaluation.
-        reported: evaluator on the reported images.
-    """
+    `reported` evaluates these images."""
     has_only_heads = components.model is not task.model
     if task.data.selection is None and not has_only_heads:
         return {}
-    assert task.runner.state is not None
     model = task.model if has_only_heads else task.runner.state.model
     results = reported(model.eval())
     reshard(model)
@@ -318,39 +296,29 @@ def summarize(task: Task) -> dict[str, str]:
     """Return the lines that are printed before training by name."""
     data = task.data
     number = "a stream of" if data.num_training_images is None else f"{data.num_training_images:,}"
-    return {
+    lines = {
         "data": f"{data.name}: {number} images to train on, {len(data.held_out):,} held out "
-        f"({data.held_out_name}); {task.describe_labels()}",
-        **describe_selection(data),
-        **describe_model(task.options.model.model, task.model, task.model.config),
-        **{name: line for name, line in task.start.items() if line is not None},
-        **task.summarize(),
-        **describe_batches(task.plan, task.runner.accelerator),
+        f"({data.held_out_name}); {task.describe_labels()}"
     }
-
-
-def describe_selection(data: TrainingData) -> dict[str, str]:
-    """Return the line about the images that select the checkpoint (`--select best`), if there are any."""
-    if data.selection is None:
-        return {}
-    return {"selection": f"{len(data.selection):,} other images select the checkpoint ({data.selection_name})"}
+    if data.selection is not None:
+        lines["selection"] = f"{len(data.selection):,} other images select the checkpoint ({data.selection_name})"
+    lines |= describe_model(task.options.model.model, task.model)
+    lines |= {name: line for name, line in task.start.items() if line}
+    return lines | task.summarize() | describe_batches(task.plan, task.runner.accelerator)
 
 
 def collect_results(task: Task) -> dict[str, Any]:
     """Return the content of results.json except the metrics."""
     runner, data = task.runner, task.data
-    facts = {
+    return {
         "dataset": data.name,
         "split": data.held_out_name,
         RECORD: data.record.to_dict(),
         "num_training_images": data.num_training_images,
         **task.collect_facts(),
         "selection_metric": task.selection_metric,
+        **describe_run(task.plan, runner.state.step, task.model, runner.accelerator, runner.seconds),
     }
-    assert runner.state is not None
-    return facts | describe_run(
-        task.plan, runner.state.step, task.model, task.model.config, runner.accelerator, runner.seconds
-    )
 
 
 def format_values(metrics: Metrics, *names: str) -> str:
@@ -362,11 +330,8 @@ def format_values(metrics: Metrics, *names: str) -> str:
 
 
 def save_output(task: Task, results: dict[str, Any]) -> None:
-    """Write model, image processor, card and, last, results.json, which marks the folder as complete. All processes
-    must call it together.
-
-    Args:
-        results: content of results.json; the speed of the model and the diagnosis of its tokens are added.
+    """Write model, image processor, card and, last, results.json, which marks the folder as complete. The speed of the
+    model and the diagnosis of its tokens are added to `results`. All processes must call it together.
 
     Raises:
         RunStopped: on all processes, if the folder cannot be written.
@@ -416,9 +381,7 @@ def save_output(task: Task, results: dict[str, Any]) -> None:
 def write_model(model: PreTrainedModel, processor: ViTCLSImageProcessor, folder: Path, weights: Tensors) -> None:
     """Write weights, configuration, code and image processor. Call it on the main process.
 
-    Args:
-        model: the plain model, which may be sharded.
-        weights: all full tensors of the model by name; LoRA weights are merged.
+    `weights` are all full tensors of the model, which may be sharded, by name; LoRA weights are merged.
     """
     with use_plain_class(model):
         model.save_pretrained(folder, state_dict=merge_lora(weights))
@@ -446,12 +409,8 @@ def push(task: Task) -> None:
     Raises:
         RunStopped: with the command that repeats the push.
     """
-    options, reporter, folder, repository = (
-        task.options.run,
-        task.runner.reporter,
-        task.runner.folder,
-        task.hub_model_id,
-    )
+    options, reporter, folder = task.options.run, task.runner.reporter, task.runner.folder
+    repository = task.hub_model_id
     if repository is None or options.dry_run:
         return
 
@@ -491,7 +450,7 @@ def run_folds(task_class: type[Task], options: Any) -> dict[str, Any]:
         results.append(run_task(task))
     metric = results[0]["selection_metric"]
     values = [result[metric] for result in results]
-    mean, distance = fmean(values), estimate_error(values)
+    mean, distance = compute_interval(values)
     summary = {
         "metric": metric,
         "mean": round(mean, NUM_DECIMALS),
@@ -507,23 +466,12 @@ def run_folds(task_class: type[Task], options: Any) -> dict[str, Any]:
     return summary
 
 
-def estimate_error(values: list[float]) -> float:
-    """Return half the width of Student's 95 % interval of the mean of these values."""
-    from scipy.stats import t
-
-    return float(t.ppf(0.975, len(values) - 1)) * stdev(values) / math.sqrt(len(values))
-
-
 # Dry run -------------------------------------------------------------------------------------------------------------
 
 
 def dry_run(task_class: type[Task], options: Any) -> None:
     """Run a few steps, an evaluation, a checkpoint and saving on a few images, in a temporary folder (`--dry-run`).
-    Print the executed actions and the expected duration of the full run.
-
-    Raises:
-        ValueError, OSError, RunStopped: see `Task` and `run_task`.
-    """
+    Print the executed actions and the expected duration of the full run. Errors are as in `Task` and `run_task`."""
     started = time.perf_counter()
     with make_dry_run_options(options) as short:
         task = task_class(short)
@@ -537,24 +485,21 @@ def dry_run(task_class: type[Task], options: Any) -> None:
         if short.training.trainable == "head":
             limit_training_images(task)
         run_task(task)
-    steps, evaluation = f"{len(runner.step_seconds)} steps", "an evaluation"
-    parts = [steps, evaluation, *(["a checkpoint"] if runner.can_save_checkpoints else []), "saving"]
+    checkpoint = ", a checkpoint" if runner.can_save_checkpoints else ""
     may_push = f"; pushing to {task.hub_model_id} is permitted" if task.hub_model_id else ""
     expected = format_duration(estimate_seconds(runner, plan, len(indices) / num_held_out if num_held_out else 1.0))
     runner.reporter.print_line(
         "dry run",
-        f"{', '.join(parts)} succeeded in {time.perf_counter() - started:.0f} s{may_push}; no files were kept. The "
-        f"full run has {plan.num_steps:,} steps and takes about {expected}",
+        f"{len(runner.step_seconds)} steps, an evaluation{checkpoint}, saving succeeded in "
+        f"{time.perf_counter() - started:.0f} s{may_push}; no files were kept. The full run has {plan.num_steps:,} "
+        f"steps and takes about {expected}",
     )
 
 
 @contextmanager
 def make_dry_run_options(options: Any) -> Iterator[Any]:
-    """Return the options of a dry run of a few steps, in a temporary folder that is removed afterwards.
-
-    Raises:
-        ValueError: if the content of the output folder does not allow the full run.
-    """
+    """Return the options of a dry run of a few steps, in a temporary folder that is removed afterwards. Raise
+    ValueError if the content of the output folder does not allow the full run."""
     if not options.run.resume:
         check_replaceable(resolve_names(options), CheckpointStore(options.output_dir / CHECKPOINTS, keep=1))
     parent, prefix = options.output_dir.absolute().parent, f".{options.output_dir.name}-dry-run-"
@@ -584,8 +529,7 @@ def limit_training_images(task: Task) -> None:
 
 def estimate_seconds(runner: Runner, plan: BatchPlan, evaluation_share: float) -> float:
     """Return the expected duration of the full run's steps and evaluations in seconds, extrapolated from a dry run.
-
-    The first step is slower than the others, and is ignored if there are several steps.
+    The first of several steps is slower than the others and is ignored.
 
     Args:
         runner: runner of the finished dry run.
