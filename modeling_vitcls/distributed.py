@@ -45,11 +45,7 @@ def build_accelerator(
     accelerator, because Accelerate would otherwise run several processes independently. With DeepSpeed, the
     backend is set instead, because `cpu=True` would disable DeepSpeed.
 
-    Args:
-        gradient_accumulation_steps: number of accumulated batches per step.
-        mixed_precision: "no", "bf16" or "fp16"; None for the launched configuration's precision.
-        trackers: names of trackers.
-        tracker_folder: folder of the trackers' files.
+    `mixed_precision` is "no", "bf16" or "fp16"; None uses the launched configuration's precision.
 
     Raises:
         ValueError: if this machine or DeepSpeed does not support the precision, for FSDP 1 and unsupported stages of
@@ -123,13 +119,11 @@ def get_zero_stage(accelerator: Accelerator) -> int | None:
 
 
 def configure_deepspeed(accelerator: Accelerator) -> None:
-    """Keep weights in float32 and unsharded until the optimizer is built, as in all other runs.
+    """Keep weights in float32 and unsharded until the optimizer is built, as in all other runs. Raise ValueError for
+    fp16, or an unsupported stage of ZeRO.
 
-    DeepSpeed's own bf16 would train and save bf16 weights, so autocast replaces it. The DeepSpeed configuration
-    of Transformers is removed, because Transformers would load all models in shards, including the teacher.
-
-    Raises:
-        ValueError: for fp16, or an unsupported stage of ZeRO.
+    DeepSpeed's own bf16 would train and save bf16 weights, so autocast replaces it. The DeepSpeed configuration of
+    Transformers is removed, because Transformers would load all models in shards, including the teacher.
     """
     unset_hf_deepspeed_config()
     stage = get_zero_stage(accelerator)
@@ -168,7 +162,7 @@ def set_deepspeed_batch_size(accelerator: Accelerator, training: TrainingOptions
     """Set the batch size and gradient clipping of DeepSpeed, which it would read from a DataLoader or its own file."""
     if uses_deepspeed(accelerator):
         batch_size = training.batch_size
-        assert batch_size is not None, "resolved by training/defaults.py"
+        assert batch_size is not None
         accelerator.deepspeed_plugin.deepspeed_config.update(
             train_micro_batch_size_per_gpu=batch_size,
             gradient_accumulation_steps=training.gradient_accumulation_steps,

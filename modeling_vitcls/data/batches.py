@@ -14,11 +14,11 @@ import signal
 import threading
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from ..image_processing_vitcls import pil_to_tensor
 from .augmentation import Augmentation
@@ -31,36 +31,22 @@ MAX_CACHE_BYTES = 256 * 2**20  # maximum size of the cache of decoded images per
 Batch = dict[str, Any]
 
 
+@dataclass(frozen=True)
 class BatchBuilder:
     """Build batches from decoded images, stored or streamed.
 
     The augmentation of an image depends only on (seed, view, index), not on the process or worker that prepares it.
     """
 
-    def __init__(
-        self, augmentation: Augmentation, to_rgb: bool, seed: int, num_views: int = 0, num_channels: int | None = None
-    ) -> None:
-        """Initialize the builder.
-
-        Args:
-            augmentation: the augmentation.
-            to_rgb: whether images are converted to three channels.
-            seed: seed of the augmentation.
-            num_views: number of augmented views of each image; 0 makes a new view for each epoch.
-            num_channels: number of channels that the model requires; None skips the check of each image.
-        """
-        self.augmentation = augmentation
-        self.to_rgb = to_rgb
-        self.num_channels = num_channels
-        self.seed = seed
-        self.num_views = num_views
+    augmentation: Augmentation
+    to_rgb: bool  # whether images are converted to three channels
+    seed: int  # seed of the augmentation
+    num_views: int = 0  # number of augmented views of each image; 0 makes a new view for each epoch
+    num_channels: int | None = None  # number of channels that the model requires; None skips the check of each image
 
     def prepare_image(self, image: Any) -> torch.Tensor:
-        """Return a PIL image after the fixed part of the augmentation: [C, H, W] `uint8`.
-
-        Raises:
-            UnreadableImage: if its mode or number of channels is not supported.
-        """
+        """Return a PIL image after the fixed part of the augmentation: [C, H, W] `uint8`. Raise UnreadableImage if its
+        mode or number of channels is not supported."""
         try:
             pixels = pil_to_tensor(image, self.to_rgb)
         except ValueError as error:
@@ -100,16 +86,6 @@ def collate_labels(labels: list[Any]) -> Any:
     return torch.tensor(labels, dtype=torch.float32 if isinstance(labels[0], list) else torch.int64)
 
 
-class BatchSource(Protocol):
-    """Interface of `TrainingImages` and of `TrainingStream` in streaming.py."""
-
-    def iterate_keys(self, plan: BatchPlan, process: int, first_step: int) -> Iterator[list[Any]]:
-        """Yield the keys of each batch of one process from `first_step` on. Called in the main process."""
-
-    def load_batch(self, keys: list[Any]) -> Batch:
-        """Return the batch with these keys. Called in workers."""
-
-
 class TrainingImages:
     """Augmented training images by (epoch, index).
 
@@ -130,12 +106,8 @@ class TrainingImages:
         """Yield the keys of each batch of one process from `first_step` on."""
         return plan.iterate_keys(process, first_step)
 
-    def load_batch(self, keys: list[ImageKey]) -> Batch:
-        """Return the batch of the images with these keys.
-
-        Raises:
-            ValueError: if no image can be read.
-        """
+    def __getitem__(self, keys: list[ImageKey]) -> Batch:
+        """Return the batch of the images with these keys. Raise ValueError if no image can be read."""
         if self.arrays is not None:
             return self.load_array_batch(self.arrays, keys)
         indices, pixels = zip(*(self.load_readable(index) for _, index in keys), strict=True)
@@ -206,52 +178,24 @@ def load_arrays(source: LabeledImages, augmentation: Augmentation) -> torch.Tens
 
 
 def iterate_training_batches(
-    source: BatchSource, plan: BatchPlan, process: int, num_workers: int, first_step: int = 0
+    source: Any, plan: BatchPlan, process: int, num_workers: int, first_step: int = 0
 ) -> Generator[Batch, None, None]:
     """Yield the batches of one process on the CPU, starting at `first_step`. Close the iterator to stop its workers.
 
-    Raises:
-        ValueError: if no image can be read, or an example of a stream has no label.
+    `source` is `TrainingImages` or `TrainingStream`. Raises ValueError if no image can be read, or an example of a
+    stream has no label.
     """
-    yield from load_with_workers(source, KeySampler(source, plan, process, first_step), num_workers)
+    yield from load_with_workers(source, source.iterate_keys(plan, process, first_step), num_workers)
 
 
-@dataclass(frozen=True)
-class KeySampler:
-    """Sampler of the keys of one process's batches."""
-
-    source: BatchSource
-    plan: BatchPlan
-    process: int
-    first_step: int
-
-    def __iter__(self) -> Iterator[list[Any]]:
-        return self.source.iterate_keys(self.plan, self.process, self.first_step)
-
-
-@dataclass(frozen=True)
-class BatchDataset(Dataset):
-    """Dataset for DataLoader that maps the keys of a batch to the batch."""
-
-    source: BatchSource
-
-    def __getitem__(self, keys: Any) -> Batch:
-        return self.source.load_batch(keys)
-
-
-def load_with_workers(source: BatchSource, keys: Iterable[Sequence[Any]], num_workers: int) -> Iterator[Batch]:
+def load_with_workers(source: Any, keys: Iterable[Sequence[Any]], num_workers: int) -> Iterator[Batch]:
     """Yield the batch of each list of keys, in order, on the CPU. Close the iterator to stop the workers.
 
-    Args:
-        source: the images; used in the workers.
-        keys: the keys of each batch; iterated in this process.
-        num_workers: number of worker processes; 0 loads the batches in this process.
-
-    Raises:
-        ValueError: the error that `source` raises, without the traceback of the worker.
+    Batches are loaded in the workers, or in this process with 0 workers. Errors of `source` are raised without the
+    traceback of the worker.
     """
     loader = DataLoader(
-        BatchDataset(source),
+        source,
         batch_size=None,
         sampler=keys,
         num_workers=num_workers,

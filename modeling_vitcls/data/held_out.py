@@ -31,22 +31,15 @@ RECORD = "held_out"  # key of the held-out record in results.json
 
 @dataclass(frozen=True)
 class HeldOutRule:
-    """Rule that selects held-out images by the hash of their keys.
+    """Rule that selects held-out images by the hash of their keys."""
 
-    Attributes:
-        fraction: fraction of the images to hold out.
-        seed: seed of the hash.
-        purpose: makes two rules with the same seed independent: "" for the images that are reported, "selection" for
-            the images that select the best checkpoint.
-        num_folds: number of folds of a cross-validation; None for a single held-out part.
-        fold: the fold to hold out, from 1. Each image is in exactly one fold.
-    """
-
-    fraction: float
-    seed: int
+    fraction: float  # fraction of the images to hold out
+    seed: int  # seed of the hash
+    # Makes two rules with the same seed independent: "" for the images that are reported, "selection" for the images
+    # that select the best checkpoint.
     purpose: str = ""
-    num_folds: int | None = None
-    fold: int | None = None
+    num_folds: int | None = None  # number of folds of a cross-validation; None for a single held-out part
+    fold: int | None = None  # the fold to hold out, from 1; each image is in exactly one fold
 
     def is_held_out(self, key: int) -> bool:
         """Return whether the image with this key is held out."""
@@ -65,22 +58,13 @@ class HeldOutRule:
 
 @dataclass(frozen=True)
 class HeldOutRecord:
-    """The held-out images of a run, as recorded in its results.
+    """The held-out images of a run, as recorded in its results."""
 
-    Attributes:
-        split: the split of the dataset that was held out; None if a `HeldOutRule` selected the images.
-        num_images: number of held-out images.
-        fraction: fraction of the `HeldOutRule`.
-        split_seed: seed of the `HeldOutRule`.
-        sha256: digest of the keys of the images that `HeldOutRule` selected.
-        num_folds, fold: cross-validation of the `HeldOutRule`.
-    """
-
-    split: str | None
+    split: str | None  # the split of the dataset that was held out; None if a `HeldOutRule` selected the images
     num_images: int
-    fraction: float | None = None
+    fraction: float | None = None  # of the `HeldOutRule`, like the following fields
     split_seed: int | None = None
-    sha256: str | None = None
+    sha256: str | None = None  # digest of the keys of the selected images
     num_folds: int | None = None
     fold: int | None = None
 

@@ -107,9 +107,36 @@ class ArrayImages(Sequence):
         return [compute_key(values.tobytes()) for values in self.values]
 
 
+class EncodedSequence(Sequence):
+    """Images that are decoded on access; `get_encoded` returns one image in the format of `decode_image`."""
+
+    get_encoded: Callable[[int], dict[str, Any] | None]
+    folder: Path  # folder of the dataset
+    noun = "row"  # noun of an image without a path in error messages
+
+    def __getitem__(self, index: Any) -> Any:
+        return decode_image(self.get_encoded(index), f"{self.noun} {index}")
+
+    def get_paths(self) -> list[str | None]:
+        """Return the paths of all images."""
+        return [encoded and encoded["path"] for encoded in map(self.get_encoded, range(len(self)))]
+
+    def get_names(self) -> list[str]:
+        """Return paths within the dataset, "" for images without one. The bytes of images are not read."""
+        return [get_relative_path(path, self.folder) if path else "" for path in self.get_paths()]
+
+    def read_content(self, index: int) -> bytes | None:
+        """Return the bytes of one image."""
+        return read_encoded(self.get_encoded(index))
+
+    def compute_keys(self) -> list[int]:
+        """Return checksums of the bytes, or of the paths of images without bytes."""
+        return [compute_example_key(encoded, self.folder) for encoded in map(self.get_encoded, range(len(self)))]
+
+
 @dataclass(frozen=True)
-class FileImages(Sequence):
-    """Images in files or at URLs. `folder` is the folder of the dataset."""
+class FileImages(EncodedSequence):
+    """Images in files or at URLs."""
 
     paths: list[str]
     folder: Path = Path()
@@ -117,24 +144,27 @@ class FileImages(Sequence):
     def __len__(self) -> int:
         return len(self.paths)
 
-    def __getitem__(self, index: Any) -> Any:
-        return decode_image({"path": self.paths[index], "bytes": None}, f"row {index}")
-
-    def get_names(self) -> list[str]:
-        """Return paths within the dataset."""
-        return [get_relative_path(path, self.folder) for path in self.paths]
-
-    def read_content(self, index: int) -> bytes | None:
-        """Return the bytes of one file."""
-        return read_encoded({"path": self.paths[index], "bytes": None})
-
-    def compute_keys(self) -> list[int]:
-        """Return checksums of the paths."""
-        return [compute_key(name.encode()) for name in self.get_names()]
+    def get_encoded(self, index: int) -> dict[str, Any]:
+        return {"path": self.paths[index], "bytes": None}
 
 
 @dataclass(frozen=True)
-class ColumnImages(Sequence):
+class EncodedImages(EncodedSequence):
+    """Encoded images in memory."""
+
+    encoded: list[dict[str, Any]]
+    folder: Path = Path()
+    noun = "example"
+
+    def __len__(self) -> int:
+        return len(self.encoded)
+
+    def get_encoded(self, index: int) -> dict[str, Any]:
+        return self.encoded[index]
+
+
+@dataclass(frozen=True)
+class ColumnImages(EncodedSequence):
     """Images in a column of a dataset, of type `datasets.Image(decode=False)` or bytes."""
 
     dataset: Any
@@ -144,55 +174,21 @@ class ColumnImages(Sequence):
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitem__(self, index: Any) -> Any:
-        return decode_image(self.dataset[index][self.column], f"row {index}")
+    def get_encoded(self, index: int) -> dict[str, Any] | None:
+        return self.dataset[index][self.column]
 
-    def get_names(self) -> list[str]:
-        """Return paths within the dataset, "" for images without one. The bytes of images are not read."""
+    def get_paths(self) -> list[str | None]:
+        """Return the paths of all images, without reading their bytes."""
         import pyarrow.compute
 
         values = self.dataset.with_format("arrow")[:][self.column]  # not copied
-        paths = pyarrow.compute.struct_field(values, "path").to_pylist()
-        return [get_relative_path(path, self.folder) if path else "" for path in paths]
-
-    def read_content(self, index: int) -> bytes | None:
-        """Return the bytes of one image."""
-        return read_encoded(self.dataset[index][self.column])
+        return pyarrow.compute.struct_field(values, "path").to_pylist()
 
     def compute_keys(self) -> list[int]:
         """Return checksums of the bytes, or of the paths of images that are not in the dataset itself."""
-        keys: list[int] = []
-        for start in range(0, len(self), NUM_ROWS_AT_ONCE):
-            rows = self.dataset[start : start + NUM_ROWS_AT_ONCE][self.column]
-            keys += [compute_example_key(row, self.folder) for row in rows]
-        return keys
-
-
-@dataclass(frozen=True)
-class EncodedImages(Sequence):
-    """Encoded images, in the format of `decode_image`."""
-
-    encoded: list[dict[str, Any]]
-    folder: Path = Path()
-
-    def __len__(self) -> int:
-        return len(self.encoded)
-
-    def __getitem__(self, index: Any) -> Any:
-        return decode_image(self.encoded[index], f"example {index}")
-
-    def get_names(self) -> list[str]:
-        """Return paths within the dataset, "" for images without one."""
-        paths = [example["path"] for example in self.encoded]
-        return [get_relative_path(path, self.folder) if path else "" for path in paths]
-
-    def read_content(self, index: int) -> bytes | None:
-        """Return the bytes of one image."""
-        return read_encoded(self.encoded[index])
-
-    def compute_keys(self) -> list[int]:
-        """Return checksums of the bytes, or of the paths of images without bytes."""
-        return [compute_example_key(example, self.folder) for example in self.encoded]
+        starts = range(0, len(self), NUM_ROWS_AT_ONCE)
+        rows = (row for start in starts for row in self.dataset[start : start + NUM_ROWS_AT_ONCE][self.column])
+        return [compute_example_key(row, self.folder) for row in rows]
 
 
 def compute_example_key(example: dict[str, Any] | None, folder: Path) -> int:

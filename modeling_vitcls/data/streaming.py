@@ -130,17 +130,12 @@ class StreamedImages:
 
     def build_examples(self, rows: Iterable[StreamRow]) -> Iterator[Example]:
         """Yield the examples of rows; rows without a label are left out."""
-        for example in map(self.build_example, rows):
-            if self.reader is None or example.label != IGNORED_LABEL:
-                yield example
-
-    def build_example(self, row: StreamRow) -> Example:
-        """Return the example of a row, with its label."""
-        values, index = row
-        encoded = values[self.image_column]
-        row_name = f"{self.name}: the image {encoded['path'] or hex(index)}"
-        label = IGNORED_LABEL if self.reader is None else self.reader.read(values, row_name)
-        return Example(encoded, label, index)
+        for values, index in rows:
+            encoded, label = values[self.image_column], IGNORED_LABEL
+            if self.reader is not None:
+                label = self.reader.read(values, f"{self.name}: the image {encoded['path'] or hex(index)}")
+            if self.reader is None or label != IGNORED_LABEL:
+                yield Example(encoded, label, index)
 
 
 # Opening -------------------------------------------------------------------------------------------------------------
@@ -201,11 +196,7 @@ class TrainingStream:
         self.names: dict[int, str] = {}
 
     def iterate_keys(self, plan: BatchPlan, process: int, first_step: int) -> Iterator[list[Example]]:
-        """Yield the encoded examples of each batch of one process from `first_step` on, and read batches ahead.
-
-        Raises:
-            ValueError: see `StreamedImages.iterate_examples`.
-        """
+        """Yield the encoded examples of each batch of one process from `first_step` on, and read batches ahead."""
         return read_ahead(self.iterate_batches(plan, process, first_step), NUM_BATCHES_AHEAD)
 
     def iterate_batches(self, plan: BatchPlan, process: int, first_step: int) -> Iterator[list[Example]]:
@@ -224,12 +215,8 @@ class TrainingStream:
             ]
             yield copies[: plan.batch_size]
 
-    def load_batch(self, examples: list[Example]) -> Batch:
-        """Return the batch of these examples.
-
-        Raises:
-            ValueError: if none of the images can be read.
-        """
+    def __getitem__(self, examples: list[Example]) -> Batch:
+        """Return the batch of these examples. Raise ValueError if none of the images can be read."""
         pixels = {index: self.load_image(example) for index, example in enumerate(examples)}
         readable = {index: image for index, image in pixels.items() if image is not None}
         if not readable:

@@ -29,19 +29,12 @@ FLOAT32 = 4  # bytes per number
 
 @dataclasses.dataclass(frozen=True)
 class MemoryEstimate:
-    """Estimated memory of a training step with AdamW in bytes; see `estimate_memory`.
+    """Estimated memory of a training step with AdamW in bytes; see `estimate_memory`."""
 
-    Attributes:
-        parameters: all weights.
-        gradients: gradients of the trained parameters.
-        optimizer: two moments of each trained parameter.
-        activations: tensors that autograd saves for the backward pass.
-    """
-
-    parameters: int
-    gradients: int
-    optimizer: int
-    activations: int
+    parameters: int  # all weights
+    gradients: int  # gradients of the trained parameters
+    optimizer: int  # two moments of each trained parameter
+    activations: int  # tensors that autograd saves for the backward pass
 
     @property
     def total(self) -> int:
@@ -62,9 +55,9 @@ def count_forward_flops(model: Any, image_size: ImageSize = None, batch_size: in
     per_batch = 0
     if encoder.pooler is not None:
         per_image += count_linear_flops(encoder.pooler)
-        for pooler in filter(is_attention_pooler, encoder.pooler.modules()):
-            per_image += count_attention_pooler_flops(pooler, num_patches, num_tokens)
-            per_batch += count_linear_flops(pooler.q_proj)  # the probe is the same for all images
+    for pooler in get_attention_poolers(encoder):
+        per_image += count_attention_pooler_flops(pooler, num_patches, num_tokens)
+        per_batch += count_linear_flops(pooler.q_proj)  # the probe is the same for all images
     per_image += count_linear_flops(*get_heads(model))
     if hasattr(model, "decoder"):
         per_image += num_patches * count_linear_flops(model.decoder)
@@ -72,11 +65,8 @@ def count_forward_flops(model: Any, image_size: ImageSize = None, batch_size: in
 
 
 def get_sequence_lengths(config: ViTCLSConfig, image_size: ImageSize) -> tuple[int, int]:
-    """Return the number of patches and of tokens of images of a given size.
-
-    Raises:
-        ValueError: if the image is smaller than a patch.
-    """
+    """Return the number of patches and of tokens of images of a given size. Raise ValueError if the image is smaller
+    than a patch."""
     height, width = get_image_size(config, image_size)
     patch_height, patch_width = config.patch_height_width
     rows, columns = height // patch_height, width // patch_width
@@ -144,9 +134,10 @@ def get_heads(model: Any) -> list[nn.Module]:
     return [head for head in heads if head is not None]
 
 
-def is_attention_pooler(module: nn.Module) -> bool:
-    """Return whether a module is an attention pooler."""
-    return isinstance(module, AttentionPooler)
+def get_attention_poolers(encoder: Any) -> list[AttentionPooler]:
+    """Return the attention poolers of an encoder."""
+    modules = [] if encoder.pooler is None else encoder.pooler.modules()
+    return [module for module in modules if isinstance(module, AttentionPooler)]
 
 
 def get_inner_width(attention: ViTCLSAttention) -> int:
@@ -159,19 +150,12 @@ def get_inner_width(attention: ViTCLSAttention) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class StepSettings:
-    """Number formats and device of a training step.
+    """Number formats and device of a training step."""
 
-    Attributes:
-        stream: bytes per number in the residual stream and in the inputs of norms.
-        product: bytes per number in inputs and outputs of matrix products.
-        casts: whether autocast casts inputs of matrix products.
-        on_cpu: whether the step runs on a CPU, where some activations are recomputed (cpu_kernels_vitcls.py).
-    """
-
-    stream: int
-    product: int
-    casts: bool
-    on_cpu: bool
+    stream: int  # bytes per number in the residual stream and in the inputs of norms
+    product: int  # bytes per number in inputs and outputs of matrix products
+    casts: bool  # whether autocast casts inputs of matrix products
+    on_cpu: bool  # whether the step runs on a CPU, where some activations are recomputed (cpu_kernels_vitcls.py)
 
 
 def estimate_memory(
@@ -189,14 +173,9 @@ def estimate_memory(
     the model moves or casts them. Frozen parameters, gradient checkpointing and patch dropout are taken into account.
     Patch dropout has no effect if embeddings and first layers are frozen.
 
-    Args:
-        image_size: height and width in pixels, or one number for both. Default: the model's own.
-        batch_size: number of images.
-        autocast: dtype of mixed precision, if used.
-        device: device of the step, if it differs from the model's device; CPUs save fewer activations.
-
-    Raises:
-        ValueError: if the image is smaller than a patch.
+    `image_size` is in pixels, and the model's own by default. `autocast` is the dtype of mixed precision. `device` is
+    the device of the step, if it differs from the model's device. Raises ValueError if the image is smaller than a
+    patch.
     """
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     stored = model.dtype.itemsize
@@ -251,7 +230,7 @@ def count_activation_bytes(model: Any, image_size: ImageSize, setting: StepSetti
         kept += queries[-1] * count_norm_bytes(config, setting)  # final norm
     if is_trained(encoder.embeddings):
         kept += pixels * setting.product + num_embedded * count_norm_bytes(config, setting) * config.pre_norm
-    if encoder.pooler is not None and any(map(is_attention_pooler, encoder.pooler.modules())):
+    if get_attention_poolers(encoder):
         kept += 3 * num_tokens * config.hidden_size * setting.product  # tokens, keys, values
     if hasattr(model, "decoder"):
         kept += num_patches * config.hidden_size * setting.product + 2 * pixels * setting.stream  # logits and loss
@@ -289,9 +268,7 @@ def count_attention_bytes(attention: ViTCLSAttention, num_queries: int, num_keys
     channels += (num_queries + num_keys) * maps_per_head  # outputs and values
     channels += num_queries * config.attention_norm
     channels += 4 * num_queries * (maps_per_head - 1)  # normalized difference of both maps
-    numbers_per_query = (
-        count_saved_maps(attention, setting.on_cpu) * num_keys or 1
-    )  # softmax: fused kernels save one number
+    numbers_per_query = count_saved_maps(attention, setting.on_cpu) * num_keys or 1  # fused kernels save one number
     return width * channels * setting.product + num_maps * num_queries * FLOAT32 * numbers_per_query
 
 

@@ -14,6 +14,7 @@ moments is not used: it gives parameters without moments in the checkpoint a ste
 """
 
 from collections.abc import Sequence
+from itertools import chain
 from typing import Any
 
 import torch
@@ -51,16 +52,10 @@ def gather_state(
 
     All processes must call it together. Tensors of a single process on the CPU are not copied: write them before
     training continues.
-
-    Args:
-        model, optimizer: as returned by `Accelerator.prepare`.
-        shadow: EMA weights, in the order of the trainable parameters; None without EMA.
-
-    Raises:
-        ValueError: see `get_unsupported_reason`.
+    `shadow` are the EMA weights in the order of the trained parameters. Raises ValueError with the reason of
+    `get_unsupported_reason`.
     """
-    reason = get_unsupported_reason(accelerator)
-    if reason:
+    if reason := get_unsupported_reason(accelerator):
         raise ValueError(f"no checkpoint can be written: {reason}")
     is_main, inner = accelerator.is_main_process, unwrap_optimizer(optimizer)
     states: Any = get_optimizer_state_dict(model, inner, options=FULL_ON_MAIN).get("state", {}) if inner.state else {}
@@ -95,7 +90,6 @@ def scatter_state(
     Raises:
         ValueError: if the checkpoint belongs to another model or optimizer.
     """
-
     scatter_checkpoint(checkpoint, accelerator, model, shadow)
     moments = None if checkpoint is None else checkpoint.load_tensors("optimizer")
     scatter_optimizer(moments, facts["optimizer"], accelerator, model, optimizer)
@@ -143,11 +137,6 @@ def get_trainable_names(model: nn.Module) -> list[str]:
 def unwrap_optimizer(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
     """Return PyTorch's optimizer inside Accelerate's wrapper."""
     return optimizer.optimizer if isinstance(optimizer, AcceleratedOptimizer) else optimizer
-
-
-def get_optimizer_parameters(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
-    """Return the optimizer's parameters in the order of its state dict."""
-    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
 # Tensors across processes --------------------------------------------------------------------------------------------
@@ -200,11 +189,8 @@ def get_num_elements(parameter: torch.Tensor) -> int:
 
 
 def scatter_weights(whole: Tensors | None, model: nn.Module, accelerator: Accelerator) -> None:
-    """Load full tensors of the main process into the model on all processes.
-
-    Raises:
-        ValueError: if a tensor is missing, unknown, or has another shape.
-    """
+    """Load full tensors of the main process into the model on all processes. Raise ValueError if a tensor is missing,
+    unknown, or has another shape."""
     weights: dict[str, Any] = {} if whole is None else {**whole}
     targets: dict[str, Any] = get_model_state_dict(model)
     run_on_main(accelerator, lambda: check_same_tensors(weights, targets))
@@ -215,11 +201,7 @@ def scatter_weights(whole: Tensors | None, model: nn.Module, accelerator: Accele
 
 @torch.no_grad()
 def scatter(whole: Tensors | None, targets: Tensors, accelerator: Accelerator) -> None:
-    """Copy full tensors from the main process into `targets` on all processes.
-
-    Raises:
-        ValueError: if a tensor is missing, unknown, or has another shape.
-    """
+    """Copy full tensors from the main process into `targets` on all processes. Errors are as in `scatter_weights`."""
     run_on_main(accelerator, lambda: check_same_tensors(whole or {}, targets))
     for name, target in targets.items():
         target.copy_(distribute_like(None if whole is None else whole[name], target.dtype, target, accelerator))
@@ -250,11 +232,11 @@ def scatter_optimizer(
     """Load the optimizer's state: moments are sharded like their parameters, step counts are copied."""
     parameters: Tensors = {**get_named_parameters(model)}
     inner = unwrap_optimizer(optimizer)
-    indices = {id(parameter): index for index, parameter in enumerate(get_optimizer_parameters(inner))}
+    in_groups = chain.from_iterable(group["params"] for group in inner.param_groups)
+    indices = {id(parameter): index for index, parameter in enumerate(in_groups)}
 
     def read_values() -> dict[str, Any]:
-        """Return each tensor's dtype if its shape is the shape of its parameter, or else the tensor itself, which is
-        small."""
+        # The dtype of each tensor with the shape of its parameter, or else the tensor itself, which is small.
         values: dict[str, Any] = {}
         for name, tensor in (whole or {}).items():
             owner = parameters.get(name.split("/", 1)[1])

@@ -14,8 +14,8 @@ The output folder then contains
     config.resolved.yaml    all flags; pass it to `--config` to repeat the run
 """
 
-from collections.abc import Callable, Generator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -147,19 +147,14 @@ class FinetuneTask(Task):
         images = self.build_training_images(options.augmentation if is_augmented else NO_AUGMENTATION, views)
         assert isinstance(images, TrainingImages), "streams cannot be cached"
         keys = [(view, index) for view in range(views) for index in range(self.data.num_training_images or 0)]
-        unaugmented = (
-            "" if options.training.feature_views else " without augmentation (--feature-views N augments them)"
-        )
+        unaugmented = "" if is_augmented else " without augmentation (--feature-views N augments them)"
         self.runner.reporter.print_line(
             "features", f"encoding {len(keys):,} images once{unaugmented}; then only the heads are trained"
         )
         normalize = Normalizer(self.processor, accelerator.device)
         workers, batch_size = options.data.num_workers, self.plan.batch_size
         cached = cache_features(model, images, keys, normalize, batch_size, workers, accelerator)
-
-        def iterate_batches(first_step: int) -> Generator[Batch, None, None]:
-            return iterate_feature_batches(cached, self.plan, accelerator.process_index, views, first_step)
-
+        iterate_batches = partial(iterate_feature_batches, cached, self.plan, accelerator.process_index, views)
         objective = Classification(get_feature_inputs, self.build_label_loss())
         evaluate = build_probe_evaluator(evaluator, model) if isinstance(evaluator, Evaluator) else evaluator
         heads, describe = build_head_only(model), images.describe_unreadable
@@ -176,7 +171,10 @@ class FinetuneTask(Task):
         inputs = PixelInputs(normalize, BatchMixer(augmentation, len(self.data.label_space.names)) if mixes else None)
         if self.teacher is None:
             return Classification(inputs, self.build_label_loss())
-        predict = self.build_teacher_function(self.teacher)
+        predict = self.teacher.predict
+        if views := self.get_num_views():
+            num_images, num_labels = self.data.num_training_images or 0, len(self.data.label_space.names)
+            predict = TeacherCache(self.teacher, num_images, views, num_labels).predict
 
         def compute_teacher_logits(batch: Batch) -> torch.Tensor:
             with self.runner.accelerator.autocast():
@@ -191,13 +189,6 @@ class FinetuneTask(Task):
             distillation.distillation_tau,
         )
 
-    def build_teacher_function(self, teacher: Teacher) -> Callable[[Batch], torch.Tensor]:
-        """Return the function that predicts the teacher's logits [B, labels], with a cache for `--teacher-views`."""
-        views, num_labels = self.get_num_views(), len(self.data.label_space.names)
-        if not views:
-            return teacher.predict
-        return TeacherCache(teacher, self.data.num_training_images or 0, views, num_labels).predict
-
     def build_label_loss(self) -> LabelLoss:
         """Build the loss for the dataset's kind of labels."""
         smoothing, labels = self.options.training.label_smoothing, self.data.label_space
@@ -207,9 +198,8 @@ class FinetuneTask(Task):
             return MultiLabelLoss(smoothing)
         weights = None
         if self.options.training.class_balance == "weights" and isinstance(self.data.train, LabeledImages):
-            weights = compute_class_weights(self.data.train.labels, len(labels.names)).to(
-                self.runner.accelerator.device
-            )
+            weights = compute_class_weights(self.data.train.labels, len(labels.names))
+            weights = weights.to(self.runner.accelerator.device)
         return SingleLabelLoss(smoothing, weights)
 
     # Evaluation and output -------------------------------------------------------------------------------------------
@@ -308,11 +298,7 @@ def check_labels(options: FinetuneOptions, kind: str) -> None:
 
 
 def describe_other_split(source: str, data: TrainingData) -> str | None:
-    """Return a warning if the initial model was trained on images of this dataset that are held out now.
-
-    Args:
-        source: value of `--model`.
-        data: data of this run.
+    """Return a warning if the initial model `source` was trained on images of this dataset that are held out now.
 
     Raises:
         ValueError, OSError: if the model cannot be found, or its results.json is damaged.

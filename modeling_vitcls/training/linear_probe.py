@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import send_to_device
+from accelerate.utils import concatenate, recursively_apply, send_to_device
 from torch import nn
 
 from ..data.batches import Batch, TrainingImages, load_with_workers
@@ -115,14 +115,9 @@ def cache_features(
 ) -> Batch:
     """Return one batch of the images with the given keys on the CPU, with `features` [keys, F] instead of `pixels`.
 
-    Each process encodes its share in eval mode; all processes receive the whole batch.
-
-    Args:
-        model: the plain classifier, on the device.
-        normalize: converts pixels on the device to `pixel_values`.
-
-    Raises:
-        ValueError: if none of the images can be read.
+    Each process encodes its share in eval mode; all processes receive the whole batch. `model` is the plain classifier
+    on the device. `normalize` converts pixels on the device to `pixel_values`. Raises ValueError if none of the images
+    can be read.
     """
     was_training = model.training
     model.eval()
@@ -136,6 +131,11 @@ def cache_features(
         batches.append(send_to_device(accelerator.gather(rows), "cpu"))  # rows are in the order of the keys
     model.train(was_training)
     return select_rows(concatenate(batches), slice(len(keys)))
+
+
+def select_rows(batch: Batch, rows: torch.Tensor | slice) -> Batch:
+    """Return the rows of every tensor of a batch; labels of several tasks are a dictionary."""
+    return recursively_apply(lambda values: values[rows], batch)
 
 
 def split_keys(keys: Sequence[ImageKey], batch_size: int, process: int, num_processes: int) -> list[list[ImageKey]]:
@@ -182,23 +182,3 @@ def encode_batch(batch: HeldOutBatch, model: Any, accelerator: Accelerator) -> H
     with accelerator.autocast():
         features = compute_features(model, pixel_values.to(accelerator.device)).float()
     return HeldOutBatch(features[:num_images].cpu(), batch.labels, batch.unreadable)
-
-
-# Nested batches ------------------------------------------------------------------------------------------------------
-
-
-def select_rows(batch: Batch, rows: torch.Tensor | slice) -> Batch:
-    """Select rows of every tensor of a batch; labels of several tasks are a dictionary."""
-    return {
-        name: select_rows(value, rows) if isinstance(value, dict) else value[rows] for name, value in batch.items()
-    }
-
-
-def concatenate(batches: list[Batch]) -> Batch:
-    """Concatenate batches."""
-    return {
-        name: concatenate([part[name] for part in batches])
-        if isinstance(value, dict)
-        else torch.cat([part[name] for part in batches])
-        for name, value in batches[0].items()
-    }

@@ -245,7 +245,7 @@ class TrainingLoop:
         }
         if before:
             health = self.monitor.compute_health(*before[0])
-            record |= health.to_record()
+            record |= health
             for token in self.monitor.find_new_tokens_without_gradient(health):
                 self.hooks.warn(f"the token {token} received no gradient in step {state.step} and is not trained")
         return record, batch

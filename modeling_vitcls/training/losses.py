@@ -166,9 +166,7 @@ class MaskedImages:
 
     def __init__(self, normalize: Normalizer, mask_generator: Callable[[int, torch.device], torch.Tensor]) -> None:
         self.normalize = normalize
-        self.mask_generator = (
-            mask_generator  # returns masks [B, patches] from batch size and device; True hides a patch
-        )
+        self.mask_generator = mask_generator  # batch size, device -> masks [B, patches]; True hides a patch
 
     def __call__(self, model: nn.Module, batch: Batch) -> Losses:
         """Return the loss of one batch on the model's device."""
@@ -189,37 +187,23 @@ def distillation_loss(
 ) -> torch.Tensor:
     """Return the mean loss of the distillation head's logits [B, L] against the teacher's [B, L]; a scalar, `float32`.
 
-    Args:
-        kind: "hard" uses the teacher's most probable label, "soft" its probabilities.
-        tau: temperature of "soft"; "hard" ignores it.
+    "hard" is the cross-entropy against the teacher's predicted label (equation 3). "soft" is tau² times the divergence
+    of the student's softened probabilities from the teacher's (equation 2): the sum of p_teacher * log(p_teacher /
+    p_student) (Hinton et al. 2015, arXiv 1503.02531). The factor tau² keeps the size of the gradients independent of
+    the temperature tau.
 
     Raises:
         ValueError: if the kind is unknown, or the logits have different shapes.
     """
-    if kind not in LOSSES:
-        raise ValueError(f"unknown distillation {kind!r}. Use {' or '.join(LOSSES)}")
+    if kind not in ("soft", "hard"):
+        raise ValueError(f"unknown distillation {kind!r}. Use soft or hard")
     if student_logits.shape != teacher_logits.shape:
         raise ValueError(
             f"the teacher's logits have the shape {tuple(teacher_logits.shape)}, but the student's have "
             f"{tuple(student_logits.shape)}. Use a teacher with the same labels"
         )
-    return LOSSES[kind](student_logits.float(), teacher_logits.float(), tau)
-
-
-def hard_loss(student_logits: torch.Tensor, teacher_logits: torch.Tensor, tau: float) -> torch.Tensor:
-    """Return the cross-entropy against the teacher's predicted label (equation 3)."""
-    return nn.functional.cross_entropy(student_logits, teacher_logits.argmax(dim=-1))
-
-
-def soft_loss(student_logits: torch.Tensor, teacher_logits: torch.Tensor, tau: float) -> torch.Tensor:
-    """Return tau² times the divergence of the student's softened probabilities from the teacher's (equation 2).
-
-    The teacher's probabilities are the reference: sum of p_teacher * log(p_teacher / p_student) (Hinton et al. 2015,
-    arXiv 1503.02531). The factor tau² keeps the size of the gradients independent of tau.
-    """
-    student = nn.functional.log_softmax(student_logits / tau, dim=-1)
-    teacher = nn.functional.log_softmax(teacher_logits / tau, dim=-1)
+    student, teacher = student_logits.float(), teacher_logits.float()
+    if kind == "hard":
+        return nn.functional.cross_entropy(student, teacher.argmax(dim=-1))
+    student, teacher = ((logits / tau).log_softmax(dim=-1) for logits in (student, teacher))
     return tau**2 * nn.functional.kl_div(student, teacher, reduction="batchmean", log_target=True)
-
-
-LOSSES: dict[str, Callable[[torch.Tensor, torch.Tensor, float], torch.Tensor]] = {"soft": soft_loss, "hard": hard_loss}

@@ -18,7 +18,7 @@ reported as unknown.
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -57,38 +57,20 @@ MEASURING_INTERVAL = 10.0
 PREFIXES = ("", "k", "M", "G", "T", "P", "E")
 
 
-class Layer(NamedTuple):
-    """Encoder layer, the number of tokens that it computes, and the number of tokens that it reads."""
-
-    layer: Any
-    num_queries: int
-    num_tokens: int
-
-
 # Utilization of a run ------------------------------------------------------------------------------------------------
 
 
 @dataclass
 class Utilization:
-    """Model FLOPs utilization of a run so far, including the time before --resume.
+    """Model FLOPs utilization of a run so far, including the time before --resume."""
 
-    Attributes:
-        flops_per_image: FLOPs of the forward and backward pass of one image.
-        peak: largest FLOP/s of all processes that was measured; None if the peak is not measured.
-        dtype: dtype of the matrices in the measurement of the peak.
-        measure: measures the peak; all processes must call it together.
-        done: FLOPs of the images that were trained on.
-        possible_before: FLOPs that the machine could have executed in the steps before --resume.
-        seconds: duration of the steps of this process.
-    """
-
-    flops_per_image: float = 0.0
-    peak: float | None = None
-    dtype: str = ""
-    measure: Callable[[], float] | None = field(default=None, repr=False)
-    done: float = 0.0
-    possible_before: float = 0.0
-    seconds: float = 0.0
+    flops_per_image: float = 0.0  # FLOPs of the forward and backward pass of one image
+    peak: float | None = None  # largest FLOP/s of all processes that was measured; None if the peak is not measured
+    dtype: str = ""  # dtype of the matrices in the measurement of the peak
+    measure: Callable[[], float] | None = field(default=None, repr=False)  # all processes must call it together
+    done: float = 0.0  # FLOPs of the images that were trained on
+    possible_before: float = 0.0  # FLOPs that the machine could have executed in the steps before --resume
+    seconds: float = 0.0  # duration of the steps of this process
     num_measurements: int = field(default=1, repr=False)
     done_since_measurement: float = field(default=0.0, repr=False)
 
@@ -101,11 +83,7 @@ class Utilization:
         """Return the utilization of a number of steps for their record; empty if the peak is not measured.
 
         All processes must call this together: the peak is measured again if enough FLOPs were executed since the last
-            measurement.
-
-        Args:
-            num_images: images of these steps on all processes.
-            seconds: duration of these steps.
+        measurement. `num_images` counts the images of all processes.
         """
         if self.peak is None:
             return {}
@@ -123,10 +101,10 @@ class Utilization:
         """Return the values for a checkpoint."""
         return {"done": self.done, "possible": self.possible}
 
-    def load_state(self, get_state: Mapping[str, float]) -> None:
+    def load_state(self, state: Mapping[str, float]) -> None:
         """Load the values of a checkpoint; checkpoints of earlier versions have none."""
-        self.done = get_state.get("done", 0.0)
-        self.possible_before = get_state.get("possible", 0.0)
+        self.done = state.get("done", 0.0)
+        self.possible_before = state.get("possible", 0.0)
 
     def results(self) -> dict[str, Any] | None:
         """Return the utilization of all training steps and the values that determine it, for results.json."""
@@ -149,12 +127,10 @@ def start_utilization(
     model: nn.Module, plan: BatchPlan, accelerator: Accelerator, print_line: Callable[[str, str], None]
 ) -> Utilization:
     """Print the FLOPs and memory of a step and, if the run is long enough, measure the peak. All processes must call
-    it together.
+    it together, before `Accelerator.prepare`.
 
-    Args:
-        model: the model before `Accelerator.prepare`. Nothing is printed or measured for heads on cached features,
-            whose FLOPs are negligible, and for models that merge patches, whose FLOPs are not counted.
-        print_line: prints a line of the summary from its name and text.
+    Nothing is printed or measured for heads on cached features, whose FLOPs are negligible, and for models that merge
+    patches, whose FLOPs are not counted.
     """
     dtype = DTYPES.get(get_precision(accelerator))
     if not isinstance(model, ViTCLSPreTrainedModel) or model.config.merged_patches_per_layer or dtype is None:
@@ -228,13 +204,12 @@ def count_training_flops(model: ViTCLSPreTrainedModel, batch_size: int = 1) -> i
     num_patches, num_tokens = get_sequence_lengths(model.config, None)
     projection = encoder.embeddings.patch_embeddings.projection.weight
     patches = 2 * projection.numel() * num_patches
-    head_flops = count_forward_flops(model, batch_size=batch_size) - batch_size * (
-        patches + count_layers_flops(get_layers(model, num_tokens))
-    )
+    encoder_flops = patches + sum(count_layer_flops(*layer) for layer in get_layers(model, num_tokens))
+    head_flops = count_forward_flops(model, batch_size=batch_size) - batch_size * encoder_flops
 
     layers = get_layers(model, get_num_training_tokens(model, num_patches, num_tokens))
     first = get_first_trained_layer(encoder)
-    forward = patches + count_layers_flops(layers)
+    forward = patches + sum(count_layer_flops(*layer) for layer in layers)
     backward = sum(count_layer_backward_flops(*layer) for layer in layers[first:])
     if projection.requires_grad:
         backward += patches
@@ -244,16 +219,11 @@ def count_training_flops(model: ViTCLSPreTrainedModel, batch_size: int = 1) -> i
     return batch_size * (forward + backward) + 3 * head_flops
 
 
-def get_layers(model: ViTCLSPreTrainedModel, num_tokens: int) -> list[Layer]:
-    """Return the layers with the number of tokens that each computes and reads."""
+def get_layers(model: ViTCLSPreTrainedModel, num_tokens: int) -> list[tuple[Any, int, int]]:
+    """Return (layer, number of tokens that it computes, number of tokens that it reads) for each layer."""
     encoder: Any = model.base_model
     queries = get_num_queries(model, num_tokens)
-    return [Layer(layer, number, num_tokens) for layer, number in zip(encoder.layers, queries, strict=True)]
-
-
-def count_layers_flops(layers: list[Layer]) -> int:
-    """Return the FLOPs of the forward pass of one image through these layers."""
-    return sum(count_layer_flops(*layer) for layer in layers)
+    return [(layer, number, num_tokens) for layer, number in zip(encoder.layers, queries, strict=True)]
 
 
 def count_layer_backward_flops(layer: Any, num_queries: int, num_tokens: int) -> int:

@@ -81,11 +81,7 @@ def build_model(options: ModelOptions, label_space: LabelSpace) -> BuiltModel:
 
 def load_for_labels(source: str, values: dict[str, Any], label_space: LabelSpace) -> tuple[Classifier, set[str]]:
     """Load a checkpoint's encoder with a new classifier for these labels, or with its own classifier if its labels are
-    the same.
-
-    Returns:
-        The model, and the names of its new parameters.
-    """
+    the same. Return the model, and the names of its new parameters."""
     stored = ViTCLSConfig.from_pretrained(source)
     model_class = CLASSES[label_space.kind]
     if has_labels(stored, label_space) and model_class.__name__ in (stored.architectures or ()):
@@ -161,7 +157,8 @@ def apply_trainable(
     if trainable == "full":
         return model
     names = {name for name, _ in model.named_parameters()}
-    trained = {name for name in names if is_head_parameter(name)} | get_last_layer_names(model, trainable)
+    trained = {name for name in names if not name.startswith(ENCODER) or name.startswith(POOLER)}
+    trained |= get_last_layer_names(model, trainable)
     if trainable == "lora":
         trained |= get_special_token_names(model)
     trained |= add_token_parameters(model, set(newly_initialized))
@@ -171,11 +168,6 @@ def apply_trainable(
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in trained or ".lora_" in name)
     return model
-
-
-def is_head_parameter(name: str) -> bool:
-    """Return whether a parameter belongs to the pooler or a classifier."""
-    return not name.startswith(ENCODER) or name.startswith(POOLER)
 
 
 def get_last_layer_names(model: Any, trainable: str) -> set[str]:

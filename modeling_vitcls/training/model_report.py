@@ -12,7 +12,7 @@ reporter.py sends images to trackers.
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from itertools import chain, islice
 from pathlib import Path
@@ -41,7 +41,7 @@ from ..hub.push_permissions import is_private
 from ..image_processing_vitcls import ViTCLSImageProcessor
 from ..inference.load_model import is_preset
 from ..options import FinetuneOptions, PretrainOptions, RunOptions
-from ..system import format_device_name
+from ..system import format_device_name, synchronize
 from .reporter import TrackImages
 
 
@@ -80,14 +80,9 @@ def build_model_report(
     An error does not end the run: it is printed as a warning.
 
     Args:
-        folder: folder of the saved model.
-        model_class: class of the model.
         results: content of results.json.
-        held_out: held-out images for samples.
-        label_space: label space of the held-out images.
         device: device of the speed measurement.
         draws: whether to draw images.
-        warn: prints a warning.
         track: sends named images to the trackers (`Reporter.track_images`).
         with_samples: whether the card may contain held-out images; report.html always does.
 
@@ -152,8 +147,7 @@ def measure_inference_speed(model: Any, device: torch.device) -> dict[str, Any]:
     def measure_seconds(pixel_values: torch.Tensor) -> float:
         started = time.perf_counter()
         model(pixel_values)
-        if device.type != "cpu":
-            torch.accelerator.synchronize(device)
+        synchronize(device)
         return time.perf_counter() - started
 
     config = model.config
@@ -179,12 +173,7 @@ def can_show_samples(
     options: FinetuneOptions | PretrainOptions, repository: str | None, warn: Callable[[str], None]
 ) -> bool:
     """Return whether the card may contain held-out images: not if a public repository would publish local images
-    without --card-samples.
-
-    Args:
-        repository: repository that the result is pushed to, or None.
-        warn: prints the reason if the card may not.
-    """
+    without --card-samples. `repository` is the repository that the result is pushed to, or None."""
     run, dataset = options.run, options.data.dataset
     is_published = is_local(dataset) and repository is not None and not run.card_samples and run.report
     if not is_published or run.hub_private or is_private(str(repository)):
@@ -198,17 +187,14 @@ def can_show_samples(
 
 def select_samples(held_out: LabeledImages, label_space: LabelSpace) -> list[Sample]:
     """Return a few readable images of different classes, if available, with their labels as text."""
-    return list(islice(iterate_readable(held_out, label_space), NUM_SAMPLES))
-
-
-def iterate_readable(held_out: LabeledImages, label_space: LabelSpace) -> Iterator[Sample]:
-    """Yield images and labels, the first of each class before the others; skip unreadable images."""
+    samples: list[Sample] = []
     for index in islice(order_by_class(held_out.labels), MAX_IMAGES_TRIED):
-        try:
-            image = held_out.images[index]
-        except ValueError:  # the evaluation has already reported the unreadable image
-            continue
-        yield image, label_space.format_label(held_out.labels[index]) if label_space.columns else None
+        label = label_space.format_label(held_out.labels[index]) if label_space.columns else None
+        with suppress(ValueError):  # the evaluation has already reported the unreadable image
+            samples.append((held_out.images[index], label))
+        if len(samples) == NUM_SAMPLES:
+            break
+    return samples
 
 
 def order_by_class(labels: Iterable[Any]) -> Iterator[int]:
@@ -243,11 +229,7 @@ def write_card(
     options: RunOptions,
     warn: Callable[[str], None],
 ) -> None:
-    """Write README.md, the license files of the initial model, and the entry for a benchmark's leaderboard.
-
-    Raises:
-        OSError: if the folder cannot be written.
-    """
+    """Write README.md, the license files of the initial model, and the entry for a benchmark's leaderboard."""
     card.save(folder / "README.md")
     if provenance is not None:
         provenance.copy_license(folder)
@@ -279,13 +261,8 @@ def build_benchmark_entry(benchmark: str, task_id: str, results: dict[str, Any])
 def collect_tracker_images(
     folder: Path, drawn: Mapping[str, str], inspection: Inspection | None
 ) -> dict[str, Image.Image]:
-    """Return images by name for the trackers.
-
-    Args:
-        folder: output folder of the run.
-        drawn: path in the folder of each image of the card by name.
-        inspection: inspection of the trained model; None if it failed.
-    """
+    """Return images by name for the trackers: the images of the card, whose paths in `folder` are in `drawn`, and
+    figures of the inspection if it succeeded."""
     images: dict[str, Image.Image] = {name: Image.open(folder / path) for name, path in drawn.items()}
     if inspection is not None:
         figures = build_report_figures(inspection, with_samples="attention" in drawn)

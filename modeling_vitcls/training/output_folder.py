@@ -74,25 +74,20 @@ MAX_LISTED = 3  # maximum number of files in an error message
 
 
 def check_replaceable(options: Any, store: CheckpointStore) -> None:
-    """Raise ValueError if a new run would replace files without --overwrite.
-
-    Args:
-        options: FinetuneOptions or PretrainOptions.
-        store: checkpoints in the output folder.
-    """
+    """Raise ValueError if a new run would replace files without --overwrite. `store` contains the checkpoints in the
+    output folder."""
     folder = options.output_dir
     if options.run.overwrite:
         check_sources_kept(options)
         return
-    advice = "restart with --overwrite, or choose another --output-dir"
     if (folder / RESULTS).exists() and (folder / MODEL).exists():
         raise ValueError(
             f"{folder} contains a finished run. Replace it with --overwrite, or choose another --output-dir"
         )
     if steps := store.list_steps():
         raise ValueError(
-            f"{folder} contains an unfinished run (a checkpoint of step {steps[-1]:,}). Continue it with "
-            f"--resume, {advice}"
+            f"{folder} contains an unfinished run (a checkpoint of step {steps[-1]:,}). Continue it with --resume, "
+            "restart with --overwrite, or choose another --output-dir"
         )
     check_no_other_files(folder)
 
@@ -154,30 +149,20 @@ def list_final_files(folder: Path) -> list[str]:
 
 @dataclass(frozen=True)
 class LockOwner:
-    """Process that holds a lock.
+    """Process that holds a lock."""
 
-    Attributes:
-        host: name of its machine.
-        pid: its process ID.
-        started_after_boot: seconds between the start of the machine and the start of the process. It distinguishes
-            processes with the same ID and, unlike the time of day, does not change if the clock is set.
-        since: time at which the lock was acquired.
-    """
-
-    host: str
-    pid: int
+    host: str  # name of its machine
+    pid: int  # its process ID
+    # Seconds between the start of the machine and the start of the process, to distinguish processes with the same ID.
+    # Unlike the time of day, it does not change if the clock is set.
     started_after_boot: float
-    since: str
+    since: str  # time at which the lock was acquired
 
     @classmethod
     def this_process(cls) -> Self:
         """Return the owner for this process."""
-        return cls(
-            socket.gethostname(),
-            os.getpid(),
-            get_start_time(psutil.Process()),
-            datetime.now(UTC).isoformat(timespec="seconds"),
-        )
+        now = datetime.now(UTC).isoformat(timespec="seconds")
+        return cls(socket.gethostname(), os.getpid(), get_start_time(psutil.Process()), now)
 
     @classmethod
     def from_text(cls, text: str) -> Self | None:
@@ -226,11 +211,7 @@ class FolderLock:
                 self.remove_stale()
         self.owner = owner
         atexit.register(self.release)
-        if (
-            threading.current_thread() is threading.main_thread()
-            and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
-        ):
-            signal.signal(signal.SIGTERM, self.release_and_exit)
+        replace_sigterm_handler(signal.SIG_DFL, self.release_and_exit)
 
     def release(self) -> None:
         """Remove the lock if this process holds it, and remove empty folders that were created for it."""
@@ -273,11 +254,7 @@ class FolderLock:
         return True
 
     def remove_stale(self) -> None:
-        """Remove the lock if its owner has ended.
-
-        Raises:
-            ValueError: if the owner is running or may be running.
-        """
+        """Remove the lock if its owner has ended. Raise ValueError if the owner is running or may be running."""
         try:
             owner = LockOwner.from_text(self.file.read_text(encoding="utf-8"))
         except FileNotFoundError:  # released by its owner
@@ -289,9 +266,9 @@ class FolderLock:
         if owner.is_on_this_host and (owner.pid == os.getpid() or not owner.is_alive()):
             self.file.unlink(missing_ok=True)
             return
-        where = "this machine" if owner.is_on_this_host else f"the host {owner.host}"
-        advice = "Wait until it has ended, or choose another --output-dir"
+        where, advice = "this machine", "Wait until it has ended, or choose another --output-dir"
         if not owner.is_on_this_host:
+            where = f"the host {owner.host}"
             advice += f". If it has already ended, delete {self.file}"
         raise ValueError(
             f"{self.folder} is in use by another run (process {owner.pid} on {where}, since {owner.since}). {advice}"

@@ -64,12 +64,7 @@ class TeacherPreprocessing:
 
 
 class Teacher(nn.Module):
-    """Frozen classifier, always in eval mode.
-
-    Attributes:
-        description: name and size of the teacher.
-        note: assumption about its labels; empty without one.
-    """
+    """Frozen classifier, always in eval mode."""
 
     def __init__(
         self,
@@ -84,6 +79,8 @@ class Teacher(nn.Module):
         Args:
             columns: for each of the student's labels, its index in the teacher's logits; None if the labels are the
                 same.
+            description: name and size of the teacher.
+            note: assumption about its labels; empty without one.
         """
         super().__init__()
         self.model = model.requires_grad_(False)
@@ -158,9 +155,10 @@ def match_labels(source: str, teacher: LoadedTeacher, labels: list[str]) -> tupl
     if names == labels:
         return None, ""
     if missing := [name for name in labels if name not in names]:
+        known = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
         raise ValueError(
-            f"the teacher {source} has no label {missing[0]!r}, only {shorten_names(names)}. Use a teacher that "
-            "was trained on these labels"
+            f"the teacher {source} has no label {missing[0]!r}, only {known}. Use a teacher that was trained on these "
+            "labels"
         )
     if ambiguous := [name for name in labels if Counter(names)[name] > 1]:
         raise ValueError(
@@ -198,9 +196,8 @@ def load_from_transformers(source: str, num_channels: int, height_width: tuple[i
     if config.model_type == "timm_wrapper":
         preprocessing = build_timm_preprocessing(processor.data_config)
     else:
-        preprocessing = build_processor_preprocessing(
-            processor, getattr(config, "num_channels", RGB), num_channels, height_width
-        )
+        channels = getattr(config, "num_channels", RGB)
+        preprocessing = build_processor_preprocessing(processor, channels, num_channels, height_width)
     return LoadedTeacher(model, preprocessing, names if has_names else None, config.num_labels)
 
 
@@ -266,23 +263,15 @@ def load_timm_weights(name: str, file: str) -> nn.Module:
         raise FileNotFoundError(f"there is no file {file}")
     weights = timm.models.load_state_dict(file, weights_only=True)
     pretrained: Any = timm.get_pretrained_cfg(name, allow_unregistered=False)
-    sizes = {
-        "num_classes": (get_first(pretrained.classifier), 0),
-        "in_chans": (get_first(pretrained.first_conv), 1),
-    }
-    sizes_in_file = {
-        setting: weights[f"{module}.weight"].shape[dimension]
-        for setting, (module, dimension) in sizes.items()
-        if f"{module}.weight" in weights
-    }
+    modules = {"num_classes": (pretrained.classifier, 0), "in_chans": (pretrained.first_conv, 1)}
+    sizes_in_file = {}
+    for setting, (names, dimension) in modules.items():
+        module = names[0] if isinstance(names, tuple | list) else names  # of one module or several
+        if f"{module}.weight" in weights:
+            sizes_in_file[setting] = weights[f"{module}.weight"].shape[dimension]
     model = timm.create_model(name, pretrained=False, **sizes_in_file)
     model.load_state_dict(weights)
     return model
-
-
-def get_first(names: str | tuple[str, ...] | None) -> str | None:
-    """Return the first name; timm configurations name one module or several."""
-    return names[0] if isinstance(names, tuple | list) else names
 
 
 def build_timm_preprocessing(settings: dict[str, Any]) -> TeacherPreprocessing:
@@ -300,11 +289,8 @@ def build_timm_preprocessing(settings: dict[str, Any]) -> TeacherPreprocessing:
 
 
 def convert_channels(pixels: torch.Tensor, num_channels: int) -> torch.Tensor:
-    """Convert gray [B, 1, H, W] to color [B, 3, H, W] or color to gray if the teacher requires it.
-
-    Raises:
-        ValueError: for other combinations of channels.
-    """
+    """Convert gray [B, 1, H, W] to color [B, 3, H, W] or color to gray if the teacher requires it. Raise ValueError
+    for other combinations of channels."""
     student_channels = pixels.shape[1]
     if student_channels == num_channels:
         return pixels
@@ -324,11 +310,6 @@ def get_interpolation(resample: Any) -> InterpolationMode:
         return InterpolationMode.BILINEAR
     mode = InterpolationMode(resample) if isinstance(resample, str) else pil_torch_interpolation_mapping[resample]
     return InterpolationMode.BICUBIC if mode is InterpolationMode.LANCZOS else mode
-
-
-def shorten_names(names: list[str]) -> str:
-    """Format the first few names."""
-    return ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
 
 
 class TeacherCache:

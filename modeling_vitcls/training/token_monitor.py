@@ -8,7 +8,6 @@ entropy           entropy of the CLS attention in nats, per layer; ln(tokens) fo
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,25 +21,6 @@ from .model import set_train_mode
 Tokens = dict[str, torch.Tensor]  # "cls[0]" -> [D]
 
 ATTENTION_IMAGES = 8  # number of images for the mean entropy
-
-
-@dataclass(frozen=True)
-class TokenHealth:
-    """Metrics of each token by name."""
-
-    norm: dict[str, float]
-    gradient_norm: dict[str, float]
-    update_ratio: dict[str, float]
-
-    def to_record(self) -> dict[str, dict[str, float | None]]:
-        """Return the metrics for metrics.jsonl; None replaces values that are not finite, which fp16 may produce."""
-        figures = {"norm": self.norm, "gradient_norm": self.gradient_norm, "update_ratio": self.update_ratio}
-        return {
-            f"token_{name}": {
-                token: float(f"{value:.6g}") if math.isfinite(value) else None for token, value in values.items()
-            }
-            for name, values in figures.items()
-        }
 
 
 class TokenMonitor:
@@ -72,22 +52,24 @@ class TokenMonitor:
             for index, gradient in enumerate(whole.float().cpu().squeeze(0).clone())
         }
 
-    def compute_health(self, before: Tokens, gradients: Tokens) -> TokenHealth:
-        """Compute the metrics after a step from the tokens and gradients before the update."""
+    def compute_health(self, before: Tokens, gradients: Tokens) -> dict[str, dict[str, float | None]]:
+        """Return the metrics of each token for metrics.jsonl, from the tokens and gradients before the update."""
         after = self.get_tokens()
         gradient_norms = {name: compute_norm(gradients[name]) if name in gradients else 0.0 for name in after}
-        return TokenHealth(
-            norm={name: compute_norm(token) for name, token in after.items()},
-            gradient_norm=gradient_norms,
-            update_ratio={
-                name: compute_norm(token - before[name]) / max(compute_norm(before[name]), 1e-12)
-                for name, token in after.items()
-            },
-        )
+        update_ratios = {
+            name: compute_norm(token - before[name]) / max(compute_norm(before[name]), 1e-12)
+            for name, token in after.items()
+        }
+        return {
+            "token_norm": {name: round_finite(compute_norm(token)) for name, token in after.items()},
+            "token_gradient_norm": {name: round_finite(norm) for name, norm in gradient_norms.items()},
+            "token_update_ratio": {name: round_finite(ratio) for name, ratio in update_ratios.items()},
+        }
 
-    def find_new_tokens_without_gradient(self, health: TokenHealth) -> list[str]:
+    def find_new_tokens_without_gradient(self, health: dict[str, dict[str, float | None]]) -> list[str]:
         """Return the names of the tokens without gradient in this step; each name is returned once per run."""
-        names = [name for name, value in health.gradient_norm.items() if value == 0 and name not in self.named]
+        norms = health["token_gradient_norm"]
+        names = [name for name, norm in norms.items() if norm == 0 and name not in self.named]
         self.named.update(names)
         return names
 
@@ -135,3 +117,8 @@ class AttentionEntropy:
 def compute_norm(vector: torch.Tensor) -> float:
     """Return the Euclidean norm."""
     return vector.norm().item()
+
+
+def round_finite(value: float) -> float | None:
+    """Return a number with six digits, or None if it is not finite, which fp16 may produce."""
+    return float(f"{value:.6g}") if math.isfinite(value) else None

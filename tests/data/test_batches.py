@@ -139,7 +139,7 @@ def test_streams_need_an_end() -> None:
 
 def test_a_batch_says_what_is_in_it() -> None:
     source = LabeledImages(noise(5), [0, 1, 2, 3, 4])
-    batch = build_images(source).load_batch([(3, 4), (0, 2)])
+    batch = build_images(source)[[(3, 4), (0, 2)]]
     assert {name: (list(value.shape), value.dtype) for name, value in batch.items()} == {
         "pixels": ([2, 3, 16, 16], torch.uint8),
         "labels": ([2], torch.int64),
@@ -162,7 +162,7 @@ def test_a_batch_says_what_is_in_it() -> None:
 )
 def test_labels_of_any_kind(labels: list[Any], expected: Any) -> None:
     pictures = build_images(LabeledImages(noise(2), labels))
-    torch.testing.assert_close(pictures.load_batch([(0, 0), (0, 1)])["labels"], expected)
+    torch.testing.assert_close(pictures[[(0, 0), (0, 1)]]["labels"], expected)
 
 
 @pytest.mark.parametrize("as_arrays", [True, False])
@@ -174,23 +174,21 @@ def test_pixels_depend_on_seed_epoch_and_image_alone(as_arrays: bool, options: d
 
     def pixels(seed: int, epoch: int) -> torch.Tensor:
         torch.rand(1)  # the state of the global generator must not matter
-        return build_images(source, seed, **options).load_batch([(epoch, 3)])["pixels"][0]
+        return build_images(source, seed, **options)[[(epoch, 3)]]["pixels"][0]
 
     assert pixels(0, 0).shape == (3, 16, 16)
     assert torch.equal(pixels(0, 0), pixels(0, 0))
     assert not torch.equal(pixels(0, 0), pixels(0, 1))
     assert not torch.equal(pixels(0, 0), pixels(1, 0))
-    whole = build_images(source, **options).load_batch([(1, 2), (0, 3), (2, 0)])["pixels"]
+    whole = build_images(source, **options)[[(1, 2), (0, 3), (2, 0)]]["pixels"]
     assert torch.equal(whole[1], pixels(0, 0))
     other = LabeledImages(list(arrays) if as_arrays else arrays, [0] * 4)
-    assert torch.equal(
-        build_images(other, **options).load_batch([(0, 3)])["pixels"][0], pixels(0, 0)
-    )  # wherever they are kept
+    assert torch.equal(build_images(other, **options)[[(0, 3)]]["pixels"][0], pixels(0, 0))  # wherever they are kept
 
 
 def test_views_recur_while_epochs_go_on() -> None:
     pictures = build_images(LabeledImages(noise(3), [0, 1, 2]), num_views=2, rotation=20)
-    batch = pictures.load_batch([(0, 1), (1, 1), (2, 1), (7, 1)])
+    batch = pictures[[(0, 1), (1, 1), (2, 1), (7, 1)]]
     assert batch["epoch"].tolist() == [0, 1, 2, 7]
     assert batch["view"].tolist() == [0, 1, 0, 1]
     first, second, third, eighth = batch["pixels"]
@@ -205,7 +203,7 @@ def test_pixels_match_the_image_processor() -> None:
     pictures = build_images(data.train)
     keys = [(0, index) for index in range(9)]
     expected = processor([data.train.images[index] for _, index in keys], return_tensors="pt")["pixel_values"]
-    measured = Normalizer(processor, torch.device("cpu"))(pictures.load_batch(keys)["pixels"])
+    measured = Normalizer(processor, torch.device("cpu"))(pictures[keys]["pixels"])
     torch.testing.assert_close(measured, expected, atol=1e-5, rtol=0)
 
 
@@ -214,10 +212,10 @@ def test_small_datasets_are_decoded_once(tmp_path: Path) -> None:
     for path, picture in zip(paths, noise(3), strict=True):
         picture.save(path)
     pictures = build_images(LabeledImages(FileImages(list(map(str, paths))), [0, 1, 2]), crop_scale=0.5)
-    before = pictures.load_batch([(5, 0), (5, 1), (5, 2)])
+    before = pictures[[(5, 0), (5, 1), (5, 2)]]
     for path in paths:
         path.unlink()
-    assert equal(pictures.load_batch([(5, 0), (5, 1), (5, 2)]), before)
+    assert equal(pictures[[(5, 0), (5, 1), (5, 2)]], before)
 
 
 # Broken images -------------------------------------------------------------------------------------------------------
@@ -251,7 +249,7 @@ def test_the_next_image_stands_in_for_a_broken_one(half_broken: LabeledImages, n
 def test_a_unreadable_image_is_described(half_broken: LabeledImages) -> None:
     assert "5.png" in build_images(half_broken).describe_unreadable(5)
     floats = build_images(LabeledImages([Image.new("F", (9, 9)), *noise(1)], [0, 1]))
-    assert floats.load_batch([(0, 0)])["replaced"].tolist() == [0]  # decoded, yet of no use
+    assert floats[[(0, 0)]]["replaced"].tolist() == [0]  # decoded, yet of no use
     assert "mode F" in floats.describe_unreadable(0)
 
 
@@ -297,7 +295,7 @@ def test_a_grey_model_skips_images_in_color() -> None:
     augmentation = build_augmentation(AugmentationOptions(crop_scale=1.0, flip=False, shift=0.0), (16, 16), 3)
     source = LabeledImages(pictures, [0, 1, 2, 3])
     prepared = augment_images(source, augmentation, to_rgb=False, seed=0, num_channels=1)
-    batch = prepared.load_batch([(0, 0), (0, 1), (0, 2), (0, 3)])
+    batch = prepared[[(0, 0), (0, 1), (0, 2), (0, 3)]]
     assert batch["pixels"].shape == (4, 1, 16, 16)
     assert (batch["index"].tolist(), batch["replaced"].tolist()) == ([0, 3, 3, 3], [-1, 1, 2, -1])
     assert prepared.describe_unreadable(1) == "an image of mode RGB has 3 channels, but the model requires 1"
