@@ -36,7 +36,7 @@ import psutil
 import yaml
 
 from .errors import format_error
-from .files import read_json
+from .files import read_json, write_json
 from .options import to_arguments
 
 
@@ -80,9 +80,8 @@ class Study:
         for levels in itertools.product(*self.factors.values()):
             combination = dict(zip(self.factors, levels, strict=True))
             for seed in self.seeds:
-                name = "_".join(
-                    [*(to_file_name(f"{factor}-{level}") for factor, level in combination.items()), f"seed-{seed}"]
-                )
+                parts = [to_file_name(f"{factor}-{level}") for factor, level in combination.items()]
+                name = "_".join([*parts, f"seed-{seed}"])
                 runs.append(StudyRun(name, combination, seed, self.combine_flags(combination, seed)))
         return runs
 
@@ -97,12 +96,7 @@ class Study:
 
 
 def load_study(file: Path) -> Study:
-    """Load a study file.
-
-    Raises:
-        ValueError: If it is not YAML, or a key is missing or unknown.
-        OSError: If it cannot be read.
-    """
+    """Load a study file. Raise ValueError if it is not YAML, or a key is missing or unknown."""
     try:
         content = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (UnicodeDecodeError, yaml.YAMLError) as error:
@@ -258,9 +252,8 @@ class StudyRunner:
         """Return whether another run fits into the memory limit. The first run always starts."""
         if self.memory_limit is None or not running:
             return True
-        if not self.largest_run:
-            return False  # the memory of a run is not yet known
-        return (len(running) + 1) * self.largest_run <= self.memory_limit * BYTES_PER_GIB
+        expected = (len(running) + 1) * self.largest_run  # 0 if the memory of a run is not yet known
+        return 0 < expected <= self.memory_limit * BYTES_PER_GIB
 
     def measure_memory(self, running: list[RunProcess]) -> None:
         """Update the peak memory of a run."""
@@ -325,38 +318,24 @@ def collect_row(runner: StudyRunner, run: StudyRun) -> dict[str, Any]:
 
     Numbers of `finetune` keep their name; names of other stages start with the stage: `inspect.patches.outliers`.
     """
-    row: dict[str, Any] = {
-        **run.levels,
-        "seed": run.seed,
-        "status": "finished" if runner.is_finished(run) else "unfinished",
-    }
+    import pandas
+
+    status = "finished" if runner.is_finished(run) else "unfinished"
+    row: dict[str, Any] = {**run.levels, "seed": run.seed, "status": status}
     for stage in run.stages:
         file = runner.get_result_file(run, stage)
         if file.exists():
-            row |= flatten_numbers(read_json(file), "" if stage == "finetune" else f"{stage}.")
+            numbers = pandas.json_normalize(read_json(file)).select_dtypes("number").astype(float)
+            row |= numbers.add_prefix("" if stage == "finetune" else f"{stage}.").iloc[0].to_dict()
     return row
-
-
-def flatten_numbers(values: Mapping[str, Any], prefix: str) -> dict[str, float]:
-    """Return the numbers of a nested JSON object under names such as `energy.kilowatt_hours`. Lists are omitted."""
-    numbers: dict[str, float] = {}
-    for name, value in values.items():
-        if isinstance(value, Mapping):
-            numbers |= flatten_numbers(value, f"{prefix}{name}.")
-        elif isinstance(value, int | float) and not isinstance(value, bool):
-            numbers[f"{prefix}{name}"] = float(value)
-    return numbers
 
 
 def write_results(runner: StudyRunner) -> list[dict[str, Any]]:
     """Write runs.parquet and return its rows."""
-    import pyarrow
-    from pyarrow import parquet
+    import pandas
 
     rows = [collect_row(runner, run) for run in runner.study.plan_runs()]
-    names = {name: None for row in rows for name in row}
-    table = pyarrow.Table.from_pylist([{name: row.get(name) for name in names} for row in rows])
-    parquet.write_table(table, runner.folder / "runs.parquet")
+    pandas.DataFrame(rows).to_parquet(runner.folder / "runs.parquet")
     return rows
 
 
@@ -365,9 +344,8 @@ def compute_interval(values: list[float]) -> tuple[float, float]:
     import numpy as np
     from scipy import stats
 
-    if len(values) < 2:
-        return float(np.mean(values)), float("nan")
-    return float(np.mean(values)), float(stats.sem(values) * stats.t.ppf(0.975, len(values) - 1))
+    half_width = stats.sem(values) * stats.t.ppf(0.975, len(values) - 1) if len(values) > 1 else math.nan
+    return float(np.mean(values)), float(half_width)
 
 
 def write_page(runner: StudyRunner, rows: list[dict[str, Any]], command: str) -> Path:
@@ -386,11 +364,8 @@ def write_page(runner: StudyRunner, rows: list[dict[str, Any]], command: str) ->
         if groups:
             image = Path("images") / f"{to_file_name(metric)}.png"
             draw_groups(groups, metric, runner.folder / image)
-            parts += [
-                f"## {metric}",
-                format_table(study, groups, metric),
-                f"![{metric} per combination of levels]({image})",
-            ]
+            table = format_table(study, groups, metric)
+            parts += [f"## {metric}", table, f"![{metric} per combination of levels]({image})"]
     seeds = ", ".join(map(str, study.seeds))
     parts.append(
         f"## How it was measured\n\n{len(finished)} of {len(rows)} runs finished, seeds {seeds}; {seconds / 60:.0f} "
@@ -417,21 +392,16 @@ def group_values(study: Study, rows: list[dict[str, Any]], metric: str) -> dict[
 def format_table(study: Study, groups: dict[tuple[str, ...], dict[int, float]], metric: str) -> str:
     """Return a Markdown table: means with intervals, and paired differences from the baseline."""
     header = [*study.factors, "runs", metric, "difference from the baseline"]
-    lines = [f"| {' | '.join(header)} |", "|---" * len(header) + "|"]
+    rows = [header, ["---"] * len(header)]
     for levels, values in groups.items():
-        reference = tuple(
-            study.baseline.get(factor, level) for factor, level in zip(study.factors, levels, strict=True)
-        )
+        reference = tuple(study.baseline.get(name, level) for name, level in zip(study.factors, levels, strict=True))
         shared = sorted(values.keys() & groups.get(reference, {}).keys())
         difference = "baseline"
         if reference != levels:
-            difference = (
-                format_interval([values[seed] - groups[reference][seed] for seed in shared], "+") if shared else ""
-            )
-        lines.append(
-            f"| {' | '.join([*levels, str(len(values)), format_interval(list(values.values())), difference])} |"
-        )
-    return "\n".join(lines)
+            differences = [values[seed] - groups[reference][seed] for seed in shared]
+            difference = format_interval(differences, "+") if shared else ""
+        rows.append([*levels, str(len(values)), format_interval(list(values.values())), difference])
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
 def format_interval(values: list[float], sign_format: str = "") -> str:
@@ -449,13 +419,7 @@ def draw_groups(groups: dict[tuple[str, ...], dict[int, float]], metric: str, fi
     for row, values in enumerate(groups.values()):
         mean, half_width = compute_interval(list(values.values()))
         axes.plot(list(values.values()), [row] * len(values), "o", color="#9aa5b1", markersize=4)
-        axes.errorbar(
-            [mean],
-            [row],
-            xerr=None if math.isnan(half_width) else [[half_width], [half_width]],
-            fmt="D",
-            color="#1f5fbf",
-        )
+        axes.errorbar(mean, row, xerr=None if math.isnan(half_width) else half_width, fmt="D", color="#1f5fbf")
     axes.set_yticks(range(len(groups)), [", ".join(levels) for levels in groups])
     axes.invert_yaxis()
     axes.set_xlabel(f"{metric} (dots: runs; diamonds: mean and 95 % interval)")
@@ -473,10 +437,10 @@ def run_study(study: Study, folder: Path, command: str, **settings: Any) -> list
     """
     folder.mkdir(parents=True, exist_ok=True)
     record = folder / "study.json"
-    plan = json.loads(json.dumps({"stages": study.stages, "factors": study.factors, "subsets": study.subsets}))
-    if record.exists() and read_json(record) != plan:
+    plan = {"stages": study.stages, "factors": study.factors, "subsets": study.subsets}
+    if record.exists() and read_json(record) != json.loads(json.dumps(plan)):
         raise ValueError(f"{folder} contains runs of a study with different flags. Set another --output-dir")
-    record.write_text(json.dumps(plan, indent=2) + "\n", encoding="utf-8")
+    write_json(record, plan)
     runner = StudyRunner(study, folder, **settings)
     try:
         runner.execute()

@@ -34,14 +34,11 @@ class Augmentation:
     def __call__(
         self, pixels: torch.Tensor | list[torch.Tensor], seeds: np.ndarray, indices: np.ndarray
     ) -> torch.Tensor:
-        """Apply the random parts.
+        """Return the images [B, C, H, W] `uint8` after the random parts.
 
         Args:
             pixels: output of `fixed_transform` for each image; a tensor [B, C, H, W] if all images have the same size.
             seeds, indices: [B] `uint64`; the augmentation of an image depends only on its seed and index.
-
-        Returns:
-            [B, C, H, W] `uint8`.
         """
         bits = draw_random_bits(seeds, indices, 1 + self.batch_transform.num_numbers)
         if self.image_transform is not None:
@@ -61,7 +58,7 @@ def build_augmentation(
     """Build the augmentation described by `options`, with outputs of `height_width` pixels."""
     fixed_transform: nn.Module = nn.Identity()
     transforms: list[nn.Module] = []
-    assert options.crop_scale is not None, "resolved by defaults.py"
+    assert options.crop_scale is not None
     if options.crop_scale < 1:
         transforms.append(
             v2.RandomResizedCrop(height_width, scale=(options.crop_scale, 1.0), interpolation=interpolation)
@@ -112,20 +109,12 @@ class BatchTransform:
     def __init__(self, options: AugmentationOptions) -> None:
         self.flip = options.flip
         self.rotation = math.radians(options.rotation)
-        assert options.shift is not None, "resolved by defaults.py"
+        assert options.shift is not None
         self.shift = options.shift
         self.zoom = options.zoom
 
     def __call__(self, pixels: torch.Tensor, numbers: np.ndarray) -> torch.Tensor:
-        """Return the transformed pixels.
-
-        Args:
-            pixels: [B, C, H, W] `uint8`.
-            numbers: [B, 5] random numbers from 0 to 1.
-
-        Returns:
-            [B, C, H, W] `uint8`.
-        """
+        """Return the transformed pixels [B, C, H, W] `uint8`, for random numbers [B, 5] from 0 to 1."""
         is_flipped = torch.from_numpy(numbers[:, 0] < 0.5) & self.flip  # [B]
         if self.rotation or self.shift or self.zoom:
             return self.resample(pixels, is_flipped, torch.from_numpy(numbers[:, 1:] * 2 - 1).float())
@@ -134,10 +123,8 @@ class BatchTransform:
         return pixels
 
     def resample(self, pixels: torch.Tensor, is_flipped: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
-        """Return the pixels flipped, rotated, shifted and zoomed about the center, with bilinear interpolation.
-
-        Pixels from outside the image are black. `numbers` are [B, 4], from -1 to 1.
-        """
+        """Return the pixels flipped, rotated, shifted and zoomed about the center, with bilinear interpolation. Pixels
+        from outside the image are black. `numbers` are [B, 4], from -1 to 1."""
         height, width = pixels.shape[-2:]
         angle, right, down, zoom = numbers[:, :, None, None].unbind(1)  # [B, 1, 1] each
         scale = 1 + self.zoom * zoom
@@ -154,12 +141,7 @@ class BatchTransform:
 
 
 class BatchMixer:
-    """Mixup (Zhang et al. 2018), CutMix (Yun et al. 2019), or a random choice of the two for each batch.
-
-    Args:
-        options: augmentation options with `mixup` or `cutmix` above 0.
-        num_classes: number of classes of single-label classification.
-    """
+    """Mixup (Zhang et al. 2018), CutMix (Yun et al. 2019), or a random choice of the two for each batch."""
 
     def __init__(self, options: AugmentationOptions, num_classes: int) -> None:
         mixers: list[nn.Module] = []
@@ -170,12 +152,8 @@ class BatchMixer:
         self.mix = mixers[0] if len(mixers) == 1 else v2.RandomChoice(mixers)
 
     def __call__(self, pixels: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return mixed pixels [B, C, H, W] as floats from 0 to 255, and mixed labels as probabilities [B, classes].
-
-        Args:
-            pixels: [B, C, H, W].
-            labels: [B] class indices.
-        """
+        """Return mixed pixels [B, C, H, W] as floats from 0 to 255, and mixed labels as probabilities [B, classes],
+        from pixels and class indices [B]."""
         return self.mix(pixels.float(), labels)
 
 
@@ -194,15 +172,8 @@ class MaskGenerator:
     """
 
     def __init__(self, options: MaskingOptions, grid: tuple[int, int]) -> None:
-        """Initialize the generator.
-
-        Args:
-            options: the masking options.
-            grid: number of rows and columns of patches.
-
-        Raises:
-            ValueError: if the ratio masks none or all of the patches, or a block has more patches than are masked.
-        """
+        """Initialize the generator for a number of rows and columns of patches. Raise ValueError if the ratio masks
+        none or all of the patches, or a block has more patches than are masked."""
         self.grid = rows, columns = grid
         self.block = block = options.mask_block
         self.num_masked = round(options.mask_ratio * rows * columns)

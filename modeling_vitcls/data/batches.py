@@ -57,14 +57,8 @@ class BatchBuilder:
     def build(
         self, pixels: torch.Tensor | list[torch.Tensor], labels: list[Any], keys: list[ImageKey], replaced: list[int]
     ) -> Batch:
-        """Return a batch of images from `prepare_image`.
-
-        Args:
-            pixels: the images; a tensor [B, C, H, W] if all have the same size.
-            labels: the label of each image.
-            keys: the epoch and index of each image.
-            replaced: index of the unreadable image that each image replaces, or -1.
-        """
+        """Return a batch of images from `prepare_image`, a tensor [B, C, H, W] if all have the same size. `replaced`
+        is the index of the unreadable image that each image replaces, or -1."""
         epochs, indices = np.array(keys, dtype=np.int64).T
         views = epochs % self.num_views if self.num_views else epochs
         seeds = {view: derive_seed(self.seed, view) for view in set(views.tolist())}
@@ -181,19 +175,13 @@ def iterate_training_batches(
     source: Any, plan: BatchPlan, process: int, num_workers: int, first_step: int = 0
 ) -> Generator[Batch, None, None]:
     """Yield the batches of one process on the CPU, starting at `first_step`. Close the iterator to stop its workers.
-
-    `source` is `TrainingImages` or `TrainingStream`. Raises ValueError if no image can be read, or an example of a
-    stream has no label.
-    """
+    Raise ValueError if no image can be read, or an example of a stream has no label."""
     yield from load_with_workers(source, source.iterate_keys(plan, process, first_step), num_workers)
 
 
 def load_with_workers(source: Any, keys: Iterable[Sequence[Any]], num_workers: int) -> Iterator[Batch]:
-    """Yield the batch of each list of keys, in order, on the CPU. Close the iterator to stop the workers.
-
-    Batches are loaded in the workers, or in this process with 0 workers. Errors of `source` are raised without the
-    traceback of the worker.
-    """
+    """Yield the batch of each list of keys, in order, on the CPU, loaded in the workers (with 0 workers: in this
+    process). Close the iterator to stop the workers. Errors of `source` have no traceback of the worker."""
     loader = DataLoader(
         source,
         batch_size=None,

@@ -88,11 +88,8 @@ class HeldOutRecord:
 
 
 def read_record(folder: str | Path) -> HeldOutRecord | None:
-    """Return the record in a model folder; None without a record, as in models that this package did not train.
-
-    Raises:
-        ValueError: if results.json is damaged.
-    """
+    """Return the record in a model folder; None without a record, as in models that this package did not train. Raise
+    ValueError if results.json is damaged."""
     file = Path(folder, RESULTS_FILE)
     if not file.is_file():
         return None

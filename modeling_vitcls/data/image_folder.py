@@ -80,10 +80,8 @@ def scan_folder(path: Path) -> ImageFolder:
 
 
 def list_files(root: Path, folder: str, parents: tuple[str, ...] = ()) -> Iterator[str]:
-    """Yield the files below `root`/`folder`, sorted within each folder.
-
-    A link to a folder that contains the link is not followed.
-    """
+    """Yield the files below `root`/`folder`, sorted within each folder. A link to a folder that contains the link is
+    not followed."""
     real = os.path.realpath(root / folder)
     if real in parents:
         return
@@ -121,10 +119,7 @@ def read_image_folder(folder: ImageFolder, use_labels: bool) -> Any:
     """Return a `datasets.DatasetDict` of the splits, and add notes about unused files to `folder.notes`.
 
     The columns are `image`, and `label` if labels are used; or the columns of the metadata files, if there are any.
-
-    Args:
-        folder: the files, from `scan_folder`.
-        use_labels: whether classes are required. If not, all images at any depth are used.
+    Without labels, all images at any depth are used.
 
     Raises:
         ValueError: if `use_labels` is set and there are no class folders, or the split folders are ambiguous.
@@ -148,11 +143,8 @@ def read_image_folder(folder: ImageFolder, use_labels: bool) -> Any:
 
 
 def divide_into_splits(folder: ImageFolder) -> tuple[dict[str, list[str]], bool]:
-    """Return the images of each split, and whether the first level consists of splits (rules: top of this file).
-
-    Raises:
-        ValueError: if two folders are the same split, or a folder may be a split or a class.
-    """
+    """Return the images of each split, and whether the first level consists of splits (rules: top of this file). Raise
+    ValueError if two folders are the same split, or a folder may be a split or a class."""
     first_level: dict[str, list[str]] = {}
     for name in folder.images:
         if "/" in name:
@@ -189,21 +181,13 @@ def check_are_class_folders(folder: ImageFolder, first_level: dict[str, list[str
 
 
 def label_by_folder(folder: ImageFolder, splits: dict[str, list[str]], depth: int) -> dict[str, Any]:
-    """Return each split with the class folders of its images as labels. A split without class folders is skipped.
-
-    Args:
-        folder: the files.
-        splits: the images of each split.
-        depth: number of folders above the class folders, 0 or 1.
-
-    Raises:
-        ValueError: if no split has class folders.
-    """
+    """Return each split with the class folders of its images as labels; there are `depth` folders above the class
+    folders. A split without class folders is skipped. Raise ValueError if no split has class folders."""
     import datasets
 
-    classes = sorted({label for names in splits.values() for name in names if (label := get_class(name, depth))})
-    indices = {name: index for index, name in enumerate(classes)}
-    stray = [name for names in splits.values() for name in names if get_class(name, depth) is None]
+    labels = {name: get_class(name, depth) for names in splits.values() for name in names}
+    classes = sorted({label for label in labels.values() if label is not None})
+    stray = [name for name, label in labels.items() if label is None]
     if not classes:
         parent = folder.path / PurePosixPath(stray[0]).parent
         raise ValueError(
@@ -216,19 +200,18 @@ def label_by_folder(folder: ImageFolder, splits: dict[str, list[str]], depth: in
         folder.notes.append(
             f"{folder.path}: images in deeper folders ({shorten_list(deep)}) belong to the class of the first folder"
         )
+    feature = datasets.ClassLabel(names=classes)
     parts = {}
     for split, names in splits.items():
-        labels = {name: indices[label] for name in names if (label := get_class(name, depth))}
-        if labels:
-            feature = datasets.ClassLabel(names=classes)
-            parts[split] = build_split(folder, split, list(labels), list(labels.values()), feature)
+        if labeled := [name for name in names if labels[name] is not None]:
+            indices = feature.str2int([labels[name] for name in labeled])
+            parts[split] = build_split(folder, split, labeled, indices, feature)
     return parts
 
 
 def get_class(name: str, depth: int) -> str | None:
     """Return the class folder of an image, below `depth` other folders; None if it is in no class folder."""
-    folders = name.split("/")[depth:-1]
-    return folders[0] if folders else None
+    return next(iter(name.split("/")[depth:-1]), None)
 
 
 def describe_single_class(dataset: str, name: str) -> str:
@@ -294,16 +277,8 @@ def build_dataset(folder: ImageFolder, split: str, names: list[str], table: "pya
 
 
 def read_metadata(folder: ImageFolder, splits: dict[str, list[str]], are_folders: bool) -> dict[str, Any]:
-    """Return the rows of the metadata files by split, with the images in their column `file_name`.
-
-    Args:
-        folder: the files.
-        splits: the images of each split.
-        are_folders: whether the splits are folders of the first level.
-
-    Raises:
-        ValueError: if a metadata file cannot be read, has no `file_name`, or names a file outside of its folder.
-    """
+    """Return the rows of the metadata files by split, with the images in their column `file_name`. Raise ValueError if
+    a metadata file cannot be read, has no `file_name`, or names a file outside of its folder."""
     import datasets
     import pyarrow
 

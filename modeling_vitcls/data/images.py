@@ -212,13 +212,8 @@ def read_encoded(example: dict[str, Any] | None) -> bytes | None:
 
 
 def check_channels(image: Image.Image, pixels: torch.Tensor, num_channels: int | None) -> None:
-    """Check that the pixels [C, H, W] of an image have the model's number of channels; None skips the check.
-
-    The image processor converts images to three channels only if `do_convert_rgb` is set.
-
-    Raises:
-        UnreadableImage: if the number of channels differs.
-    """
+    """Raise UnreadableImage if the pixels [C, H, W] of an image do not have the model's number of channels; None skips
+    the check. The image processor converts images to three channels only if `do_convert_rgb` is set."""
     if num_channels is not None and len(pixels) != num_channels:
         name = getattr(image, "filename", "")
         image_name = f"the image {shorten(name)}" if name else f"an image of mode {image.mode}"
@@ -299,11 +294,8 @@ class UnreadableImages:
         return len(self.indices)
 
     def add(self, indices: Iterable[int]) -> None:
-        """Count the values of `replaced` of a batch, and print a warning for each new unreadable image.
-
-        Raises:
-            ValueError: if there are more unreadable images than the limit.
-        """
+        """Count the values of `replaced` of a batch, and print a warning for each new unreadable image. Raise
+        ValueError if there are more unreadable images than the limit."""
         for index in indices:
             if index == NOT_REPLACED or index in self.indices:
                 continue

@@ -43,11 +43,7 @@ def add_dataset(data: Any) -> str:
 
 
 def get_dataset(name: str) -> Any:
-    """Return the dataset of a name, as a `datasets.DatasetDict`.
-
-    Raises:
-        ValueError: if this process has no such dataset.
-    """
+    """Return the `datasets.DatasetDict` of a name. Raise ValueError if this process has no such dataset."""
     if name not in DATASETS:
         raise ValueError(
             f"{name} was a dataset in the memory of another process. Pass the data to the Python function again"
@@ -102,12 +98,10 @@ def convert_item(item: Any, index: int) -> dict[str, Any]:
 
 
 def encode_image(image: Any, index: int) -> dict[str, Any]:
-    """Return an image as {"path", "bytes"}. Images in memory are encoded as PNG, which keeps every pixel.
+    """Return an image as {"path", "bytes"}. Images in memory are encoded as PNG, which keeps every pixel. Raise
+    ValueError if it is not an image.
 
     Arrays and tensors are [H, W], [H, W, C] or [C, H, W]; floats are from 0 to 1 or from 0 to 255.
-
-    Raises:
-        ValueError: if it is not an image.
     """
     if isinstance(image, str | os.PathLike):
         return {"path": os.fspath(image), "bytes": None}

@@ -16,7 +16,7 @@ import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal
 
 from ..configuration_vitcls import ViTCLSConfig
 from ..heads_vitcls import IGNORED_LABEL
@@ -56,14 +56,8 @@ class LabelSpace:
         }
 
     def format_label(self, label: Any) -> str | None:
-        """Return the label of one image as text, such as "cat", "cat, dog" or "age old, kind cat".
-
-        Args:
-            label: a label in the format above; unknown if None or negative.
-
-        Returns:
-            The text; None if the label is unknown.
-        """
+        """Return the label of one image as text, such as "cat", "cat, dog" or "age old, kind cat"; None if it is not
+        known."""
         if isinstance(label, dict):
             known = {task: names for task, names in self.columns.items() if is_known(label.get(task))}
             return ", ".join(f"{task} {names[label[task]]}" for task, names in known.items()) or None
@@ -80,9 +74,8 @@ def get_label_space(config: ViTCLSConfig) -> LabelSpace:
     if config.tasks:
         return LabelSpace("multi_task", config.task_labels())
     id2label: dict[Any, str] = dict(config.id2label or {})
-    kind: LabelKind = "single_label_classification"
-    if config.problem_type == "multi_label_classification":
-        kind = "multi_label_classification"
+    is_multi_label = config.problem_type == "multi_label_classification"
+    kind: LabelKind = "multi_label_classification" if is_multi_label else "single_label_classification"
     return LabelSpace(kind, {"label": [id2label[index] for index in range(len(id2label))]})
 
 
@@ -108,23 +101,18 @@ class LabelColumn:
     is_declared: bool  # whether the values of the column are indices into `classes`
 
     def get_index(self, value: Any, row_name: str) -> int:
-        """Return the class index of one value; -100 for a missing value.
-
-        Raises:
-            ValueError: if the value is not one of the classes.
-        """
+        """Return the class index of one value; -100 for a missing value. Raise ValueError if the value is not one of
+        the classes. `row_name` is the name of the row in error messages."""
         value = normalize_value(value)
         if value is None or (self.is_declared and value == -1):
             return IGNORED_LABEL
         if self.has_class_indices and isinstance(value, int) and 0 <= value < len(self.classes):
             return value
         if str(value) not in self.indices:
-            self.raise_unknown_label(value, row_name)
+            raise ValueError(
+                f"{row_name} has the label {value!r}, which is not one of the {len(self.classes)} classes"
+            )
         return self.indices[str(value)]
-
-    def raise_unknown_label(self, value: Any, row_name: str) -> NoReturn:
-        """Raise ValueError for a value that is not one of the classes."""
-        raise ValueError(f"{row_name} has the label {value!r}, which is not one of the {len(self.classes)} classes")
 
     @cached_property
     def has_class_indices(self) -> bool:
@@ -151,18 +139,8 @@ class LabelReader:
         return LabelSpace(self.kind, {column.name: column.classes for column in self.columns})
 
     def read(self, row: Row, row_name: str) -> Any:
-        """Return the label of one row, in the format of its kind.
-
-        Args:
-            row: the values of the label columns; other columns are ignored.
-            row_name: name of the row in error messages.
-
-        Returns:
-            The label; a missing single label is -100, and the image is not used.
-
-        Raises:
-            ValueError: if a value is not one of the classes.
-        """
+        """Return the label of one row, in the format of its kind; a missing single label is -100. Raise ValueError if
+        a value is not one of the classes."""
         if self.kind == "multi_task":
             return {column.name: column.get_index(row[column.name], row_name) for column in self.columns}
         (column,) = self.columns
@@ -176,16 +154,10 @@ class LabelReader:
 def build_label_reader(
     options: DataOptions, features: Features, read_column: Callable[[str], Iterable[Any]] | None
 ) -> LabelReader:
-    """Build the label reader of a dataset.
+    """Build the label reader of a dataset. Raise ValueError if a column does not exist, contains no class labels, or
+    has unknown classes.
 
-    Args:
-        options: the data options.
-        features: the columns of the dataset.
-        read_column: function that returns all values of a column, for columns that do not declare their classes; None
-            if not all values can be read.
-
-    Raises:
-        ValueError: if a column does not exist, contains no class labels, or has unknown classes.
+    `read_column` returns all values of a column that does not declare its classes; None if not all can be read.
     """
     given: tuple[str | None, ...] = options.label_column or (None,)
     names = tuple(find_column("label", name, features, is_label, LABEL_NAMES, options.dataset) for name in given)

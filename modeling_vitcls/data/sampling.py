@@ -38,9 +38,8 @@ def derive_seed(*numbers: int) -> int:
 
 
 def draw_random_bits(seeds: np.ndarray, indices: np.ndarray, count: int) -> np.ndarray:
-    """Return random 64-bit numbers for several images, from one SplitMix64 sequence per image.
-
-    Source: Steele, Lea and Flood 2014.
+    """Return random 64-bit numbers for several images, from one SplitMix64 sequence per image (Steele, Lea and Flood
+    2014).
 
     Args:
         seeds: [images] `uint64`.
@@ -189,8 +188,6 @@ class BatchPlan:
 
         Args:
             num_images: number of training images; None for a stream.
-            options: the training options.
-            num_processes: number of processes.
             labels: class indices of the images, for `class_balance="sampling"`.
             num_copies: number of copies of each image in a step (`--repeated-augmentation`). If it does not divide
                 the number of images per step, some images have one copy less.
@@ -198,13 +195,13 @@ class BatchPlan:
         Raises:
             ValueError: if a stream has no `max_steps` or balanced classes.
         """
-        assert options.batch_size is not None, "resolved by defaults.py"
+        assert options.batch_size is not None
         images_per_step = options.batch_size * options.gradient_accumulation_steps * num_processes
         num_steps = options.max_steps
         if not num_steps:
             if num_images is None:
                 raise ValueError("a stream of unknown length requires a number of steps. Set --max-steps")
-            assert options.epochs is not None, "resolved by defaults.py"
+            assert options.epochs is not None
             num_steps = math.ceil(options.epochs * num_images / images_per_step)
         return cls(
             num_images=num_images,
@@ -235,7 +232,7 @@ class BatchPlan:
 
     def compute_key(self, step: int, position: int) -> ImageKey:
         """Return the key of the image at a position in a step."""
-        assert self.order is not None and self.num_images is not None, "a stream has its own order"
+        assert self.order is not None and self.num_images is not None  # not a stream
         num_different = math.ceil(self.images_per_step / self.num_copies)
         copy, offset = divmod(position, num_different)
         number, index = divmod(step * num_different + offset, self.num_images)

@@ -19,6 +19,7 @@ import struct
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -64,13 +65,11 @@ def load_splits(options: DataOptions, use_labels: bool = True, select: SplitSele
     """Load the splits of `--dataset`.
 
     Args:
-        options: the data options.
         use_labels: whether labels are read. Otherwise every label is -100, and no label column is needed.
         select: function that selects splits by name. Other splits, whose labels may be hidden, are not read.
 
     Raises:
-        ValueError: if the dataset cannot be found or read, or has no image or label column. Errors of `select` are
-            propagated.
+        ValueError: if the dataset cannot be found or read, or has no image or label column.
     """
     if options.dataset == "digits":
         splits = load_digits()
@@ -115,11 +114,8 @@ def find_idx_file(folder: Path, split: str, kind: str) -> Path | None:
 
 
 def load_idx_folder(folder: Path) -> Splits:
-    """Load the splits `train` and `test` of a folder in the MNIST format.
-
-    Raises:
-        ValueError: if a file is missing or damaged.
-    """
+    """Load the splits `train` and `test` of a folder in the MNIST format. Raise ValueError if a file is missing or
+    damaged."""
     parts, num_classes = {}, 10
     for prefix, name in IDX_SPLITS.items():
         image_file, label_file = (find_idx_file(folder, prefix, kind) for kind in ("images-idx3", "labels-idx1"))
@@ -139,11 +135,8 @@ def load_idx_folder(folder: Path) -> Splits:
 
 
 def read_idx(file: Path, num_dimensions: int) -> np.ndarray:
-    """Read an idx file: two zero bytes, type 8 (`uint8`), number of dimensions, size of each dimension, values.
-
-    Returns:
-        [images, H, W] or [images] `uint8`.
-    """
+    """Read an idx file: two zero bytes, type 8 (`uint8`), number of dimensions, size of each dimension, values. Return
+    [images, H, W] or [images] `uint8`."""
     opener: Any = gzip.open if file.suffix == ".gz" else open
     try:
         with opener(file, "rb") as stream:
@@ -170,32 +163,26 @@ def load_with_datasets(options: DataOptions, use_labels: bool, select: SplitSele
     folder, name = get_dataset_folder(options), get_dataset_name(options)
     images = {split: build_images(dataset, image_column, folder) for split, dataset in datasets.items()}
     if not use_labels:
-        return Splits(name, UNLABELED, {split: add_missing_labels(images[split]) for split in images}, list(opened))
+        parts = {split: add_missing_labels(part) for split, part in images.items()}
+        return Splits(name, UNLABELED, parts, list(opened))
 
-    reader = build_label_reader(
-        options,
-        features,
-        lambda column: (value for dataset in datasets.values() for value in read_column(dataset, column)),
-    )
+    def read_all(column: str) -> Iterator[Any]:
+        return chain.from_iterable(read_column(dataset, column) for dataset in datasets.values())
+
+    reader = build_label_reader(options, features, read_all)
     parts = {}
     for split, dataset in datasets.items():
         values = [read_column(dataset, column.name) for column in reader.columns]
-        labels = [
-            reader.read(
-                dict(zip(reader.space.columns, row, strict=True)), f"{options.dataset}, split {split!r}: row {number}"
-            )
-            for number, row in enumerate(zip(*values, strict=True))
-        ]
+        rows = (dict(zip(reader.space.columns, row, strict=True)) for row in zip(*values, strict=True))
+        place = f"{options.dataset}, split {split!r}"
+        labels = [reader.read(row, f"{place}: row {number}") for number, row in enumerate(rows)]
         parts[split] = drop_unlabeled(LabeledImages(images[split], labels), options, split)
     return Splits(name, reader.space, parts, list(opened))
 
 
 def drop_unlabeled(images: LabeledImages, options: DataOptions, split: str) -> LabeledImages:
-    """Return the images that have a label, and log a warning about the others.
-
-    Raises:
-        ValueError: if no image has a label, or more than --max-broken-images have none.
-    """
+    """Return the images that have a label, and log a warning about the others. Raise ValueError if no image has a
+    label, or more than --max-broken-images have none."""
     unlabeled = [index for index, label in enumerate(images.labels) if label == IGNORED_LABEL]
     if not unlabeled:
         return images
@@ -208,23 +195,19 @@ def drop_unlabeled(images: LabeledImages, options: DataOptions, split: str) -> L
     message = f"{options.dataset}, split {split!r}: {len(unlabeled):,} images have no label (rows {rows})"
     if len(unlabeled) > options.max_broken_images:
         raise ValueError(f"{message}. Add labels, or set a larger --max-broken-images to leave the images out")
-    log_once("%s and are left out", message)
-    missing = set(unlabeled)
-    return images.select(index for index in range(len(images)) if index not in missing)
+    log_once(f"{message} and are left out")
+    return images.select(index for index, label in enumerate(images.labels) if label != IGNORED_LABEL)
 
 
-def log_once(message: str, *values: Any) -> None:
+def log_once(message: str) -> None:
     """Log a warning on the first process only."""
     if os.environ.get("RANK", "0") == "0":
-        log.warning(message, *values)
+        log.warning("%s", message)
 
 
 def open_with_datasets(options: DataOptions, use_labels: bool = True) -> Any:
     """Return the splits of a dataset by name, as `datasets` returns them. With --streaming, no rows are read yet.
-
-    Args:
-        options: the data options.
-        use_labels: whether labels are read. If not, an image folder needs no class folders.
+    Without labels, an image folder needs no class folders.
 
     Raises:
         ValueError: if the dataset cannot be read.
@@ -239,7 +222,7 @@ def open_with_datasets(options: DataOptions, use_labels: bool = True) -> Any:
     if path.is_dir() and (folder := scan_folder(path)).is_image_folder:
         opened = read_image_folder(folder, use_labels)
         for note in folder.notes:
-            log_once("%s", note)
+            log_once(note)
         return {name: part.to_iterable_dataset() for name, part in opened.items()} if options.streaming else opened
     if path.suffix in READERS or path.exists():
         with hide_progress_bars():
@@ -265,11 +248,7 @@ def hide_progress_bars() -> Iterator[None]:
 
 
 def read_with_datasets(options: DataOptions) -> Any:
-    """Load a dataset with `datasets.load_dataset`, with one-line errors.
-
-    Raises:
-        ValueError: if the dataset cannot be found or read.
-    """
+    """Load a dataset with `datasets.load_dataset`. Raise a ValueError of one line if it cannot be found or read."""
     import datasets
 
     path = Path(options.dataset)

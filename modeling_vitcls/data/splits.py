@@ -34,6 +34,15 @@ VALIDATION_NAMES = ("validation", "valid", "val", "dev")
 HELD_OUT_NAMES = (*VALIDATION_NAMES, "test")
 NUM_SAMPLES = 32  # number of images whose bytes are part of a fingerprint
 
+# Digest of a fingerprint -> what has changed if the digests before it are the same.
+CHANGES = {
+    "name_set_sha256": "the number of images is the same, but their names differ",
+    "names_sha256": "the images are the same, but their order differs",
+    "labels_sha256": "the images are the same, but some labels differ",
+    "contents_sha256": "the names of the images are the same, but their contents differ; classes may have been "
+    "swapped",
+}
+
 
 # Training ------------------------------------------------------------------------------------------------------------
 
@@ -57,7 +66,7 @@ class TrainingData:
         return None if isinstance(self.train, StreamedImages) else len(self.train)
 
 
-def load_training_data(options: DataOptions, with_selection: bool = False) -> TrainingData:
+def load_training_data(options: DataOptions, with_selection: bool = False, use_labels: bool = True) -> TrainingData:
     """Load the training split and the held-out split: splits of the dataset, or a seeded selection (held_out.py).
 
     With `with_selection`, the images that select a checkpoint are separate from the held-out images, which are
@@ -70,36 +79,26 @@ def load_training_data(options: DataOptions, with_selection: bool = False) -> Tr
     Raises:
         ValueError: if the dataset has no images or labels, has a single class, or is too small to be split.
     """
-    return load_data(options, use_labels=True, with_selection=with_selection)
+    if options.streaming:
+        streams = open_streams(options, use_labels)
+        check_num_classes(options, next(iter(streams.values())).label_space)
+        return split_streams(streams, options, with_selection)
+    splits = load_splits(options, use_labels, select=partial(select_training_splits, with_selection=with_selection))
+    check_num_classes(options, splits.label_space)
+    return split_dataset(splits, options, with_selection)
 
 
 def load_unlabeled_data(options: DataOptions, with_selection: bool = False) -> TrainingData:
     """Load both splits without labels: every label is -100, and the label space has no columns.
 
-    Fine-tuning on the same dataset holds out the same images.
-
-    Raises:
-        ValueError: if the dataset has no images or is too small to be split.
+    Fine-tuning on the same dataset holds out the same images. Errors are as in `load_training_data`.
     """
-    return load_data(options, use_labels=False, with_selection=with_selection)
-
-
-def load_data(options: DataOptions, use_labels: bool, with_selection: bool) -> TrainingData:
-    """Load stored or streamed data, with or without labels."""
-    if options.streaming:
-        streams = open_streams(options, use_labels)
-        if use_labels:
-            check_num_classes(options, next(iter(streams.values())).label_space)
-        return split_streams(streams, options, with_selection)
-    splits = load_splits(options, use_labels, select=partial(select_training_splits, with_selection=with_selection))
-    if use_labels:
-        check_num_classes(options, splits.label_space)
-    return split_dataset(splits, options, with_selection)
+    return load_training_data(options, with_selection, use_labels=False)
 
 
 def check_num_classes(options: DataOptions, space: LabelSpace) -> None:
     """Raise ValueError if there is only one class to train on."""
-    if space.kind == "single_label_classification" and len(space.names) == 1:
+    if space.kind == "single_label_classification" and space.columns and len(space.names) == 1:
         raise ValueError(describe_single_class(options.dataset, space.names[0]))
 
 
@@ -205,15 +204,11 @@ def get_held_out_rule(options: DataOptions) -> HeldOutRule:
 def hold_out_images(
     images: LabeledImages, rule: HeldOutRule, options: DataOptions
 ) -> tuple[LabeledImages, LabeledImages, HeldOutRecord]:
-    """Return the training images, the held-out images, and the record of the held-out images.
-
-    Raises:
-        ValueError: if none or all of the images would be held out.
-    """
+    """Return the training images, the held-out images, and the record of the held-out images. Raise ValueError if none
+    or all of the images would be held out."""
     keys = images.images.compute_keys()
-    is_held_out = [rule.is_held_out(key) for key in keys]
-    train = [index for index in range(len(keys)) if not is_held_out[index]]
-    held_out = [index for index in range(len(keys)) if is_held_out[index]]
+    held_out = [index for index, key in enumerate(keys) if rule.is_held_out(key)]
+    train = sorted(set(range(len(keys))).difference(held_out))
     if not train or (not held_out and rule.fraction > 0):
         number, change = (f"all {len(keys)}", "smaller") if held_out else (f"none of the {len(keys)}", "larger")
         raise ValueError(
@@ -245,7 +240,6 @@ def load_evaluation_data(
     holds out, unless the split itself has this name.
 
     Args:
-        options: the data options.
         split: name of the split; if None, the split that the model's run held out, or "test".
         record: the held-out record of the model's run; the same images are held out here.
 
@@ -282,25 +276,22 @@ def load_streamed_evaluation_data(
 ) -> EvaluationData:
     """Load one split of a stream and read its images. The training images of a single split are not supported."""
     streams = open_streams(options)
-    name = choose_split(split, list(streams), record)
-    stream = streams[get_stored_split(name, list(streams), options)]
-    used_rule = None
-    if not is_whole_split(name, list(streams)):
-        if name == "train":
-            raise ValueError(
-                f"evaluation on the training images of the single split of {options.dataset} is not supported for "
-                "streams. Remove --streaming, or set --split test to evaluate the held-out images"
-            )
-        used_rule = rule
-        stream = replace(stream, held_out=rule)
-    return EvaluationData(stream.label_space, stream.read_held_out_images(), name, used_rule)
+    names = list(streams)
+    name = choose_split(split, names, record)
+    stream = streams[get_stored_split(name, names, options)]
+    if is_whole_split(name, names):
+        return EvaluationData(stream.label_space, stream.read_held_out_images(), name, None)
+    if name == "train":
+        raise ValueError(
+            f"evaluation on the training images of the single split of {options.dataset} is not supported for "
+            "streams. Remove --streaming, or set --split test to evaluate the held-out images"
+        )
+    return EvaluationData(stream.label_space, replace(stream, held_out=rule).read_held_out_images(), name, rule)
 
 
 def choose_split(split: str | None, names: Collection[str], record: HeldOutRecord | None) -> str:
-    """Return the split to evaluate on.
-
-    This is the requested split, the split that the model's run held out if the dataset has it, or "test".
-    """
+    """Return the split to evaluate on: the requested split, the split that the model's run held out if the dataset has
+    it, or "test"."""
     if split is not None:
         return split
     return record.split if record is not None and record.split in names and record.split else "test"
@@ -322,10 +313,7 @@ def is_whole_split(split: str, names: list[str]) -> bool:
 
 def choose_rule(options: DataOptions, record: HeldOutRecord | None) -> HeldOutRule:
     """Return the rule that held out the images of a model's run; the rule of the options if the run has no record.
-
-    Raises:
-        ValueError: if --split-seed or --held-out-fraction were set to other values.
-    """
+    Raise ValueError if --split-seed or --held-out-fraction were set to other values."""
     rule = None if record is None else record.rule
     if rule is None:
         return get_held_out_rule(options)
@@ -344,10 +332,8 @@ def choose_rule(options: DataOptions, record: HeldOutRecord | None) -> HeldOutRu
 
 
 def describe_data(data: TrainingData) -> dict[str, Any]:
-    """Return the description of a run's data for its checkpoints.
-
-    The description of a stream contains only the held-out images and the classes.
-    """
+    """Return the description of a run's data for its checkpoints. The description of a stream contains only the
+    held-out images and the classes."""
     known = data.held_out if isinstance(data.train, StreamedImages) else data.train
     return {
         "num_training_images": data.num_training_images,
@@ -361,13 +347,8 @@ def describe_data(data: TrainingData) -> dict[str, Any]:
 def compute_fingerprint(
     names: Sequence[str], labels: Iterable[Any], read_content: Callable[[int], bytes | None]
 ) -> dict[str, str]:
-    """Return the digests that are listed at the top of this file.
-
-    Args:
-        names: the name of each image.
-        labels: the label of each image, in values that JSON supports.
-        read_content: function that returns the bytes of an image from its index; None if it cannot be read.
-    """
+    """Return the digests that are listed at the top of this file, from the names, the labels (in values that JSON
+    supports) and a function that returns the bytes of an image from its index, or None if it cannot be read."""
     samples = sorted({len(names) * number // NUM_SAMPLES for number in range(NUM_SAMPLES)}) if names else []
     contents = (read_content(index) for index in samples)
     return {
@@ -389,12 +370,8 @@ def compute_digest(values: Iterable[Any]) -> str:
 
 
 def describe_change(stored: dict[str, Any], current: dict[str, Any]) -> str | None:
-    """Describe how the data differs from the data that a run started with; None if they are equal.
-
-    Args:
-        stored: the result of `describe_data` when the run was started.
-        current: the result of `describe_data` for the current data.
-    """
+    """Describe how the data differs from the data that a run started with, both from `describe_data`; None if they are
+    equal."""
     if stored == current:
         return None
     for column, names in current["classes"].items():
@@ -403,14 +380,9 @@ def describe_change(stored: dict[str, Any], current: dict[str, Any]) -> str | No
     for name, noun in (("num_training_images", "training images"), ("num_held_out_images", "held-out images")):
         if stored[name] != current[name]:
             return f"there were {stored[name]:,} {noun}, but there are {current[name]:,} now"
-    if stored["name_set_sha256"] != current["name_set_sha256"]:
-        return "the number of images is the same, but their names differ"
-    if stored["names_sha256"] != current["names_sha256"]:
-        return "the images are the same, but their order differs"
-    if stored["labels_sha256"] != current["labels_sha256"]:
-        return "the images are the same, but some labels differ"
-    if stored["contents_sha256"] != current["contents_sha256"]:
-        return "the names of the images are the same, but their contents differ; classes may have been swapped"
+    for name, change in CHANGES.items():
+        if stored[name] != current[name]:
+            return change
     return "different images are held out"
 
 
@@ -450,12 +422,8 @@ def describe_missing_classes(data: TrainingData) -> list[str]:
 def find_classes(labels: Sequence[Any], space: LabelSpace) -> set[str]:
     """Return the names of the classes in labels. With several tasks, each name starts with the name of its task."""
     if space.kind == "multi_task":
-        return {
-            f"{task} {names[label[task]]}"
-            for task, names in space.columns.items()
-            for label in labels
-            if label[task] >= 0
-        }
+        tasks = space.columns.items()
+        return {f"{task} {names[label[task]]}" for task, names in tasks for label in labels if label[task] >= 0}
     if not space.columns:
         return set()
     if space.kind == "multi_label_classification":

@@ -76,11 +76,8 @@ class StreamedImages:
         return UNLABELED if self.reader is None else self.reader.space
 
     def iterate_examples(self, seed: int, process: int, num_processes: int, start: int = 0) -> Iterator[Example]:
-        """Yield the examples of one process endlessly, from example `start` on; `epoch` counts the passes.
-
-        Raises:
-            ValueError: if an example has no label, or a process has no examples.
-        """
+        """Yield the examples of one process endlessly, from example `start` on; `epoch` counts the passes. Raise
+        ValueError if an example has no label, or a process has no examples."""
         number = 0
         while True:
             length = 0
@@ -142,11 +139,8 @@ class StreamedImages:
 
 
 def open_streams(options: DataOptions, use_labels: bool = True) -> dict[str, StreamedImages]:
-    """Open the splits of a dataset by name.
-
-    Raises:
-        ValueError: if the dataset cannot be found, has no image or label column, or does not declare its labels.
-    """
+    """Open the splits of a dataset by name. Raise ValueError if the dataset cannot be found, has no image or label
+    column, or does not declare its labels."""
     import datasets
 
     streams = open_with_datasets(options, use_labels)

@@ -26,7 +26,7 @@ from torch.distributed.tensor import DTensor
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from modeling_vitcls import ViTCLSConfig, ViTCLSForImageClassification
-from modeling_vitcls.checkpoints import CheckpointStore, load_newest_on_all, save_on_main
+from modeling_vitcls.checkpoints import CheckpointStore, load_on_main, save_on_main
 from modeling_vitcls.training.distributed_state import gather_state, scatter_state
 from modeling_vitcls.training.loop import Interruption
 from modeling_vitcls.training.optimizer import Ema
@@ -75,7 +75,7 @@ class Training:
         save_on_main(store, self.accelerator, step, tensors, facts, is_best=False)
 
     def load(self, store: CheckpointStore) -> None:
-        checkpoint, facts = load_newest_on_all(store, self.accelerator, warn=print)
+        checkpoint, facts = load_on_main(self.accelerator, lambda: store.load_newest(print))
         assert facts is not None and (checkpoint is None) != self.accelerator.is_main_process
         scatter_state(checkpoint, facts, self.accelerator, self.model, self.optimizer, self.ema.shadow)
 
@@ -148,7 +148,7 @@ def all_learn_that_it_was_not_saved(folder: Path, accelerator: Accelerator) -> N
 
 def all_learn_that_it_cannot_be_read(folder: Path, accelerator: Accelerator) -> None:
     store = CheckpointStore(folder / "damaged", keep=2)
-    assert load_newest_on_all(store, accelerator, warn=print) == (None, None)
+    assert load_on_main(accelerator, lambda: store.load_newest(print)) == (None, None)
     training = Training("DDP", 0, accelerator)
     training.save(store, 1)
     if accelerator.is_main_process:

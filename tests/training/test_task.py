@@ -26,10 +26,11 @@ from modeling_vitcls.options import (
     RunOptions,
     TrainingOptions,
 )
+from modeling_vitcls.study import compute_interval
 from modeling_vitcls.training.finetune import FinetuneTask
 from modeling_vitcls.training.pretrain import PretrainTask
 from modeling_vitcls.training.runner import RunStopped
-from modeling_vitcls.training.task import dry_run, estimate_error, run_folds, run_task
+from modeling_vitcls.training.task import dry_run, run_folds, run_task
 
 
 DIGITS = DataOptions("digits", num_workers=0)
@@ -194,7 +195,7 @@ def test_folds(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
 
 def test_the_interval_of_folds() -> None:
     """Student's t with two degrees of freedom: 4.302653 standard errors."""
-    assert estimate_error([0.5, 0.6, 0.7]) == pytest.approx(4.302653 * 0.1 / 3**0.5, rel=1e-6)
+    assert compute_interval([0.5, 0.6, 0.7])[1] == pytest.approx(4.302653 * 0.1 / 3**0.5, rel=1e-6)
     with pytest.raises(ValueError, match="--fold is 4, but it must be from 1 to --folds"):
         replace(DIGITS, folds=3, fold=4)
 
