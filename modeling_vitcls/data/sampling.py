@@ -14,6 +14,7 @@ contains fewer distinct images, and repeats their sequence.
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -72,24 +73,17 @@ def convert_to_fractions(bits: np.ndarray) -> np.ndarray:
 Epoch = tuple[np.ndarray, np.ndarray]
 
 
-class Order:
-    """Endless order of images, computed per epoch. Two epochs are cached, because a batch may span two epochs."""
+class ShuffledOrder:
+    """Endless order of images, computed per epoch, that contains every image once per epoch."""
 
     def __init__(self, num_images: int, seed: int) -> None:
         self.num_images = num_images
         self.seed = seed
-        self.cache: dict[int, Epoch] = {}
-
-    def get_epoch(self, epoch: int) -> Epoch:
-        """Return the order of one epoch, with as many positions as there are images."""
-        if epoch not in self.cache:
-            self.cache = {key: order for key, order in self.cache.items() if abs(key - epoch) == 1}
-            self.cache[epoch] = self.compute_epoch(epoch)
-        return self.cache[epoch]
+        self.get_epoch = lru_cache(maxsize=2)(self.compute_epoch)  # a batch may span two epochs
 
     def compute_epoch(self, epoch: int) -> Epoch:
-        """Compute the order of one epoch."""
-        raise NotImplementedError
+        """Compute the order of one epoch: all images, shuffled."""
+        return np.full(self.num_images, epoch), self.shuffle(epoch)
 
     def shuffle(self, epoch: int) -> np.ndarray:
         """Return the indices of all images, shuffled with the seed of one epoch."""
@@ -97,15 +91,7 @@ class Order:
         return torch.randperm(self.num_images, generator=generator).numpy()
 
 
-class ShuffledOrder(Order):
-    """Order that contains every image once per epoch."""
-
-    def compute_epoch(self, epoch: int) -> Epoch:
-        """Compute the order of one epoch: all images, shuffled."""
-        return np.full(self.num_images, epoch), self.shuffle(epoch)
-
-
-class BalancedOrder(Order):
+class BalancedOrder(ShuffledOrder):
     """Order in which all classes, and all images of a class, are equally frequent. Classes without images are skipped.
 
     Positions are assigned to the classes in turn. Each class cycles through its images, which are shuffled again for
@@ -137,7 +123,9 @@ class BalancedOrder(Order):
         return draw_random_bits(seeds, numbers, num_members).argsort(axis=1)
 
 
-def build_order(num_images: int | None, options: TrainingOptions, labels: Sequence[int] | None) -> Order | None:
+def build_order(
+    num_images: int | None, options: TrainingOptions, labels: Sequence[int] | None
+) -> ShuffledOrder | None:
     """Build the order of stored images; None for a stream."""
     if options.class_balance == "sampling":
         if labels is None:
@@ -173,7 +161,7 @@ class BatchPlan:
     num_steps: int
     seed: int
     num_copies: int
-    order: Order | None
+    order: ShuffledOrder | None
 
     @classmethod
     def from_options(

@@ -16,7 +16,7 @@ images with the same names, for example if the names of two class folders were s
 
 import hashlib
 import json
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -26,7 +26,7 @@ from .held_out import HeldOutRecord, HeldOutRule
 from .image_folder import describe_single_class, shorten_list
 from .images import EncodedImages, LabeledImages
 from .labels import LabelSpace
-from .sources import Splits, load_splits
+from .sources import load_splits
 from .streaming import MAX_HELD_OUT_IMAGES, StreamedImages, open_streams
 
 
@@ -81,11 +81,10 @@ def load_training_data(options: DataOptions, with_selection: bool = False, use_l
     """
     if options.streaming:
         streams = open_streams(options, use_labels)
-        check_num_classes(options, next(iter(streams.values())).label_space)
-        return split_streams(streams, options, with_selection)
+        first = next(iter(streams.values()))
+        return split_data(first.name, first.label_space, streams, options, with_selection)
     splits = load_splits(options, use_labels, select=partial(select_training_splits, with_selection=with_selection))
-    check_num_classes(options, splits.label_space)
-    return split_dataset(splits, options, with_selection)
+    return split_data(splits.name, splits.label_space, splits.parts, options, with_selection)
 
 
 def load_unlabeled_data(options: DataOptions, with_selection: bool = False) -> TrainingData:
@@ -128,61 +127,57 @@ def select_training_splits(names: list[str], with_selection: bool = False) -> li
     return [get_training_split(names), *(name for name in used if name is not None)]
 
 
-def split_dataset(splits: Splits, options: DataOptions, with_selection: bool = False) -> TrainingData:
-    """Return the dataset's own held-out split, or hold out images of its training split."""
-    train = splits.parts[get_training_split(splits.parts)]
-    name = get_held_out_split(splits.parts, with_selection)
-    check_folds(options, name)
-    if name is not None:
-        held_out, description = splits.parts[name], f"split {name!r}"
-        record = HeldOutRecord(name, len(held_out))
+def split_data(
+    name: str,
+    space: LabelSpace,
+    parts: Mapping[str, LabeledImages | StreamedImages],
+    options: DataOptions,
+    with_selection: bool,
+) -> TrainingData:
+    """Return the dataset's own held-out split, or hold out images of its training split; read the held-out images of a
+    stream."""
+    train = parts[get_training_split(parts)]
+    held_out_split = get_held_out_split(parts, with_selection)
+    selection_split = get_selection_split(parts, with_selection)
+    check_num_classes(options, space)
+    check_folds(options, held_out_split)
+    if with_selection and selection_split is None:
+        check_can_select(options, parts)
+    if held_out_split is not None:
+        held_out, description = read_images(parts[held_out_split]), f"split {held_out_split!r}"
+        record = HeldOutRecord(held_out_split, len(held_out))
     else:
         rule = get_held_out_rule(options)
         train, held_out, record = hold_out_images(train, rule, options)
         description = str(rule)
+        if options.streaming and len(held_out) == MAX_HELD_OUT_IMAGES:
+            description += f", evaluated on the first {MAX_HELD_OUT_IMAGES:,}"
     selection, selection_name = None, ""
-    if selection_split := get_selection_split(splits.parts, with_selection):
-        selection, selection_name = splits.parts[selection_split], f"split {selection_split!r}"
+    if selection_split is not None:
+        selection, selection_name = read_images(parts[selection_split]), f"split {selection_split!r}"
     elif with_selection:
-        if not options.held_out_fraction:
-            raise ValueError(
-                "--select best requires images to select on, but --held-out-fraction is 0. Set a larger fraction"
-            )
         rule = HeldOutRule(options.held_out_fraction, options.split_seed, "selection")
         train, selection, _ = hold_out_images(train, rule, options)
         selection_name = f"{rule} of the training images"
-    return TrainingData(
-        splits.name, splits.label_space, train, held_out, description, record, selection, selection_name
-    )
+    return TrainingData(name, space, train, held_out, description, record, selection, selection_name)
 
 
-def split_streams(
-    streams: dict[str, StreamedImages], options: DataOptions, with_selection: bool = False
-) -> TrainingData:
-    """Return the training split and the held-out split of a stream, and read the held-out images."""
-    train = streams[get_training_split(streams)]
-    name = get_held_out_split(streams, with_selection)
-    selection_split = get_selection_split(streams, with_selection)
-    check_folds(options, name)
-    if with_selection and selection_split is None:
+def read_images(images: LabeledImages | StreamedImages) -> LabeledImages:
+    """Return the images of a whole split; the images of a stream are read and stored in memory."""
+    return images.read_held_out_images() if isinstance(images, StreamedImages) else images
+
+
+def check_can_select(options: DataOptions, splits: Iterable[str]) -> None:
+    """Raise ValueError if `--select best` cannot use a part of the training images."""
+    if options.streaming:
         raise ValueError(
             f"--select best requires a validation and a test split for a stream, but {options.dataset} has "
-            f"{', '.join(streams)}. Remove --streaming or --select best"
+            f"{', '.join(splits)}. Remove --streaming or --select best"
         )
-    if name is not None:
-        held_out, description = streams[name].read_held_out_images(), f"split {name!r}"
-        record = HeldOutRecord(name, len(held_out))
-    else:
-        rule = get_held_out_rule(options)
-        train = replace(train, held_out=rule)
-        held_out = train.read_held_out_images() if rule.fraction else LabeledImages(EncodedImages([]), [])
-        description = str(rule)
-        record = HeldOutRecord.from_keys(rule, held_out.images.compute_keys())
-        if len(held_out) == MAX_HELD_OUT_IMAGES:
-            description += f", evaluated on the first {MAX_HELD_OUT_IMAGES:,}"
-    selection = None if selection_split is None else streams[selection_split].read_held_out_images()
-    selection_name = "" if selection_split is None else f"split {selection_split!r}"
-    return TrainingData(train.name, train.label_space, train, held_out, description, record, selection, selection_name)
+    if not options.held_out_fraction:
+        raise ValueError(
+            "--select best requires images to select on, but --held-out-fraction is 0. Set a larger fraction"
+        )
 
 
 def check_folds(options: DataOptions, held_out: str | None) -> None:
@@ -201,22 +196,24 @@ def get_held_out_rule(options: DataOptions) -> HeldOutRule:
     return HeldOutRule(options.held_out_fraction, options.split_seed)
 
 
-def hold_out_images(
-    images: LabeledImages, rule: HeldOutRule, options: DataOptions
-) -> tuple[LabeledImages, LabeledImages, HeldOutRecord]:
-    """Return the training images, the held-out images, and the record of the held-out images. Raise ValueError if none
-    or all of the images would be held out."""
+def hold_out_images(images: Any, rule: HeldOutRule, options: DataOptions) -> tuple[Any, LabeledImages, HeldOutRecord]:
+    """Return the training images, stored or streamed, the held-out images, and the record of the held-out images.
+    Raise ValueError if none or all of the images would be held out."""
+    if isinstance(images, StreamedImages):
+        train = replace(images, held_out=rule)
+        held_out = train.read_held_out_images() if rule.fraction else LabeledImages(EncodedImages([]), [])
+        return train, held_out, HeldOutRecord.from_keys(rule, held_out.images.compute_keys())
     keys = images.images.compute_keys()
-    held_out = [index for index, key in enumerate(keys) if rule.is_held_out(key)]
-    train = sorted(set(range(len(keys))).difference(held_out))
-    if not train or (not held_out and rule.fraction > 0):
-        number, change = (f"all {len(keys)}", "smaller") if held_out else (f"none of the {len(keys)}", "larger")
+    held_out_indices = [index for index, key in enumerate(keys) if rule.is_held_out(key)]
+    train_indices = sorted(set(range(len(keys))).difference(held_out_indices))
+    if not train_indices or (not held_out_indices and rule.fraction > 0):
+        number, change = ("all", "smaller") if held_out_indices else ("none of the", "larger")
         raise ValueError(
-            f"{options.dataset}: {number} images would be held out by --held-out-fraction {rule.fraction} and "
-            f"--split-seed {rule.seed}. Set a {change} --held-out-fraction or another --split-seed, or add images"
+            f"{options.dataset}: {number} {len(keys)} images would be held out by --held-out-fraction {rule.fraction} "
+            f"and --split-seed {rule.seed}. Set a {change} --held-out-fraction or another --split-seed, or add images"
         )
-    record = HeldOutRecord.from_keys(rule, [keys[index] for index in held_out])
-    return images.select(train), images.select(held_out), record
+    record = HeldOutRecord.from_keys(rule, [keys[index] for index in held_out_indices])
+    return images.select(train_indices), images.select(held_out_indices), record
 
 
 # Evaluation ----------------------------------------------------------------------------------------------------------
@@ -237,56 +234,44 @@ def load_evaluation_data(
     """Load all images of one split.
 
     If the dataset has a single split, `"train"` means its training images. `"test"` means the images that training
-    holds out, unless the split itself has this name.
-
-    Args:
-        split: name of the split; if None, the split that the model's run held out, or "test".
-        record: the held-out record of the model's run; the same images are held out here.
+    holds out, unless the split itself has this name. By default, `split` is the split that the model's run held out,
+    or "test". The same images as in `record`, the held-out record of the model's run, are held out.
 
     Raises:
         ValueError: if the split does not exist, or the options do not hold out the images of `record`.
     """
     rule = choose_rule(options, record)
     if options.streaming:
-        return load_streamed_evaluation_data(options, split, record, rule)
-    name = ""
-
-    def select_split(names: list[str]) -> list[str]:
-        nonlocal name
+        streams = open_streams(options)
+        names = list(streams)
         name = choose_split(split, names, record)
-        return [get_stored_split(name, names, options)]
+        images: LabeledImages | StreamedImages = streams[get_stored_split(name, names, options)]
+        space = next(iter(streams.values())).label_space
+    else:
 
-    splits = load_splits(options, select=select_split)
-    (images,) = splits.parts.values()
-    if is_whole_split(name, splits.names):
-        return EvaluationData(splits.label_space, images, name, None)
-    train, held_out, _ = hold_out_images(images, rule, options)
-    if name == "train":
-        return EvaluationData(splits.label_space, train, name, None)
-    if rule.fraction == 0:
-        raise ValueError(
-            f"evaluation requires held-out images, but --held-out-fraction is 0, so training used all images of "
-            f"{options.dataset}. Set --dataset to different images"
-        )
-    return EvaluationData(splits.label_space, held_out, name, rule)
+        def select_split(names: list[str]) -> list[str]:
+            return [get_stored_split(choose_split(split, names, record), names, options)]
 
-
-def load_streamed_evaluation_data(
-    options: DataOptions, split: str | None, record: HeldOutRecord | None, rule: HeldOutRule
-) -> EvaluationData:
-    """Load one split of a stream and read its images. The training images of a single split are not supported."""
-    streams = open_streams(options)
-    names = list(streams)
-    name = choose_split(split, names, record)
-    stream = streams[get_stored_split(name, names, options)]
+        splits = load_splits(options, select=select_split)
+        names, space = splits.names, splits.label_space
+        name = choose_split(split, names, record)
+        (images,) = splits.parts.values()
     if is_whole_split(name, names):
-        return EvaluationData(stream.label_space, stream.read_held_out_images(), name, None)
-    if name == "train":
+        return EvaluationData(space, read_images(images), name, None)
+    if name == "train" and options.streaming:
         raise ValueError(
             f"evaluation on the training images of the single split of {options.dataset} is not supported for "
             "streams. Remove --streaming, or set --split test to evaluate the held-out images"
         )
-    return EvaluationData(stream.label_space, replace(stream, held_out=rule).read_held_out_images(), name, rule)
+    if name != "train" and rule.fraction == 0:
+        raise ValueError(
+            f"evaluation requires held-out images, but --held-out-fraction is 0, so training used all images of "
+            f"{options.dataset}. Set --dataset to different images"
+        )
+    train, held_out, _ = hold_out_images(images, rule, options)
+    if name == "train":
+        return EvaluationData(space, train, name, None)
+    return EvaluationData(space, held_out, name, rule)
 
 
 def choose_split(split: str | None, names: Collection[str], record: HeldOutRecord | None) -> str:

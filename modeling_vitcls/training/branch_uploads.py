@@ -45,13 +45,7 @@ class BranchUploads:
     def __init__(
         self, options: Any, reporter: Reporter, repo_id: str, model: nn.Module, write_model: WriteModel
     ) -> None:
-        """Store the components.
-
-        Args:
-            repo_id: `namespace/name`.
-            model: the plain model, which shares its weights with the prepared model.
-            write_model: writes the model; called on the main process.
-        """
+        """Store the components. `model` is the plain model, which shares its weights with the prepared model."""
         self.accelerator = reporter.accelerator
         self.reporter = reporter
         self.options = options
@@ -90,10 +84,8 @@ class BranchUploads:
             self.remove_folder()
 
     def publish(self, state: TrainingState, gather_checkpoint: Callable[[], GatheredCheckpoint]) -> None:
-        """Push the model if an upload is due at this step.
-
-        `gather_checkpoint` returns the state for `--resume`; all processes call it together.
-        """
+        """Push the model if an upload is due at this step. `gather_checkpoint` returns the state for `--resume`; all
+        processes call it together."""
         step = state.step
         if step % self.run.hub_checkpoint_every or not run_on_main(self.accelerator, lambda: self.is_free(step)):
             return

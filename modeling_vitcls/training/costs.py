@@ -129,9 +129,10 @@ def get_linears(modules: Iterable[nn.Module]) -> list[nn.Linear]:
 
 
 def get_heads(model: Any) -> list[nn.Module]:
-    """Return the classifiers of a model. Each reads one vector per image."""
-    heads = (getattr(model, name, None) for name in ("classifier", "classifiers", "distillation_classifier"))
-    return [head for head in heads if head is not None]
+    """Return the classifiers of a model, of all tasks. Each reads one vector per image."""
+    tasks = list(getattr(model, "classifiers", {}).values())
+    heads = [getattr(model, name, None) for name in ("classifier", "distillation_classifier")]
+    return tasks + [head for head in heads if head is not None]
 
 
 def get_attention_poolers(encoder: Any) -> list[AttentionPooler]:

@@ -120,12 +120,8 @@ DEFAULTS: tuple[Default, ...] = (
 
 
 def get_facts(options: FinetuneOptions | PretrainOptions, num_training_images: int | None) -> RunFacts:
-    """Return the facts on which the defaults depend. Only the configuration of the model is read.
-
-    Raises:
-        ValueError: if the checkpoint is another kind of model.
-        OSError: if the checkpoint cannot be found or read.
-    """
+    """Return the facts on which the defaults depend. Only the configuration of the model is read. Raise ValueError if
+    the checkpoint is another kind of model, and OSError if it cannot be found or read."""
     name, values = options.model.model, options.model.config_values()
     from_scratch = is_preset(name)
     if from_scratch:
@@ -147,11 +143,8 @@ def get_facts(options: FinetuneOptions | PretrainOptions, num_training_images: i
 
 
 def resolve_defaults(options: Options, facts: RunFacts) -> tuple[Options, dict[str, list[str]]]:
-    """Return the options with a value for every flag that has a default here, and the new values.
-
-    Returns:
-        The options, and {reason: ["learning rate 5e-05", ...]} for the flags that were not set and that the run uses.
-    """
+    """Return the options with a value for every flag that has a default here, and {reason: ["learning rate 5e-05",
+    ...]} for the flags that were not set and that the run uses."""
     reasons: dict[str, list[str]] = {}
     for default in DEFAULTS:
         group: Any = getattr(options, default.group)

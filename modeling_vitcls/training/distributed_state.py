@@ -51,9 +51,10 @@ def gather_state(
     """Return all tensors of the state on the main process (none on the others), and the other values in JSON types.
 
     All processes must call it together. Tensors of a single process on the CPU are not copied: write them before
-    training continues.
-    `shadow` are the EMA weights in the order of the trained parameters. Raises ValueError with the reason of
-    `get_unsupported_reason`.
+    training continues. `shadow` are the EMA weights in the order of the trained parameters.
+
+    Raises:
+        ValueError: see `get_unsupported_reason`.
     """
     if reason := get_unsupported_reason(accelerator):
         raise ValueError(f"no checkpoint can be written: {reason}")
@@ -111,11 +112,8 @@ def scatter_checkpoint(
 
 
 def reshard(model: nn.Module) -> None:
-    """Release the full weights that FSDP2 keeps after a forward pass without a backward pass.
-
-    Until then the model's parameters are copies: they are not the optimizer's parameters, and optimizer updates do not
-    change them.
-    """
+    """Release the full weights that FSDP2 keeps after a forward pass without a backward pass. Until then the model's
+    parameters are copies: they are not the optimizer's parameters, and optimizer updates do not change them."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()

@@ -299,10 +299,7 @@ def check_labels(options: FinetuneOptions, kind: str) -> None:
 
 def describe_other_split(source: str, data: TrainingData) -> str | None:
     """Return a warning if the initial model `source` was trained on images of this dataset that are held out now.
-
-    Raises:
-        ValueError, OSError: if the model cannot be found, or its results.json is damaged.
-    """
+    Raise ValueError or OSError if the model cannot be found, or its results.json is damaged."""
     if is_preset(source) or data.record.rule is None:
         return None
     folder = resolve_checkpoint(source, [*MODEL_FILES, RESULTS_FILE])

@@ -114,10 +114,10 @@ def cache_features(
     accelerator: Accelerator,
 ) -> Batch:
     """Return one batch of the images with the given keys on the CPU, with `features` [keys, F] instead of `pixels`.
+    Raise ValueError if none of the images can be read.
 
     Each process encodes its share in eval mode; all processes receive the whole batch. `model` is the plain classifier
-    on the device. `normalize` converts pixels on the device to `pixel_values`. Raises ValueError if none of the images
-    can be read.
+    on the device. `normalize` converts pixels on the device to `pixel_values`.
     """
     was_training = model.training
     model.eval()
@@ -149,10 +149,8 @@ def split_keys(keys: Sequence[ImageKey], batch_size: int, process: int, num_proc
 def iterate_feature_batches(
     cached: Batch, plan: BatchPlan, process: int, num_views: int = 1, first_step: int = 0
 ) -> Generator[Batch, None, None]:
-    """Yield the batches of one process in the order of the plan, with `features` instead of `pixels`.
-
-    `cached` contains all images, view by view: epoch e uses view e modulo `num_views`.
-    """
+    """Yield the batches of one process in the order of the plan, with `features` instead of `pixels`. `cached`
+    contains all images, view by view: epoch e uses view e modulo `num_views`."""
     num_images = len(cached["features"]) // num_views
     for keys in plan.iterate_keys(process, first_step):
         epochs, indices = torch.tensor(keys).unbind(dim=1)
@@ -161,10 +159,8 @@ def iterate_feature_batches(
 
 @torch.no_grad()
 def build_probe_evaluator(evaluator: Evaluator, model: nn.Module) -> Evaluator:
-    """Build an evaluator for `build_head_only(model)`, with the images of `evaluator` encoded once.
-
-    `model` is the plain classifier on the device. Each process encodes its own share in eval mode.
-    """
+    """Build an evaluator for `build_head_only(model)`, with the images of `evaluator` encoded once, in eval mode. Each
+    process encodes its own share. `model` is the plain classifier on the device."""
     was_training = model.training
     model.eval()
     encoded = copy.copy(evaluator)

@@ -252,10 +252,8 @@ class TrainingLoop:
 
     def check_finite(self, losses: list[Losses], batches: list[Batch], gradient_norm: float) -> None:
         """Discard the gradients and raise NonFiniteLoss on all processes if a loss or gradient is not finite on any.
-
         With fp16, single gradients may overflow: the loss scaler skips the step and reduces the scale. MAX_OVERFLOWS
-        limits the number of consecutive skipped steps.
-        """
+        limits the number of consecutive skipped steps."""
         self.overflows = 0 if math.isfinite(gradient_norm) else self.overflows + 1
         allowed = MAX_OVERFLOWS if self.accelerator.scaler is not None else 0
         is_finite = all(math.isfinite(batch_losses["loss"]) for batch_losses in losses) and self.overflows <= allowed

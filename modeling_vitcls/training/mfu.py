@@ -81,10 +81,8 @@ class Utilization:
 
     def update(self, num_images: int, seconds: float) -> dict[str, float | None]:
         """Return the utilization of a number of steps for their record; empty if the peak is not measured.
-
-        All processes must call this together: the peak is measured again if enough FLOPs were executed since the last
-        measurement. `num_images` counts the images of all processes.
-        """
+        `num_images` counts the images of all processes. All processes must call this together: the peak is measured
+        again if enough FLOPs were executed since the last measurement."""
         if self.peak is None:
             return {}
         done = num_images * self.flops_per_image
@@ -126,12 +124,9 @@ def compute_fraction(done: float, possible: float) -> float | None:
 def start_utilization(
     model: nn.Module, plan: BatchPlan, accelerator: Accelerator, print_line: Callable[[str, str], None]
 ) -> Utilization:
-    """Print the FLOPs and memory of a step and, if the run is long enough, measure the peak. All processes must call
-    it together, before `Accelerator.prepare`.
-
-    Nothing is printed or measured for heads on cached features, whose FLOPs are negligible, and for models that merge
-    patches, whose FLOPs are not counted.
-    """
+    """Print the FLOPs and memory of a step and, if the run is long enough, measure the peak. Nothing is printed or
+    measured for heads on cached features, whose FLOPs are negligible, and for models that merge patches, whose FLOPs
+    are not counted. All processes must call this together, before `Accelerator.prepare`."""
     dtype = DTYPES.get(get_precision(accelerator))
     if not isinstance(model, ViTCLSPreTrainedModel) or model.config.merged_patches_per_layer or dtype is None:
         return Utilization()
@@ -153,10 +148,8 @@ def start_utilization(
 
 
 def measure_peak(accelerator: Accelerator, dtype: torch.dtype) -> float:
-    """Return the FLOP/s of large matrix products on all processes at the same time, each on its device.
-
-    A device without memory for the matrices counts as 0 FLOP/s.
-    """
+    """Return the FLOP/s of large matrix products on all processes at the same time, each on its device. A device
+    without memory for the matrices counts as 0 FLOP/s."""
     accelerator.wait_for_everyone()
     try:
         peak = measure_gemm_peak(accelerator.device, dtype)
@@ -215,7 +208,7 @@ def count_training_flops(model: ViTCLSPreTrainedModel, batch_size: int = 1) -> i
         backward += patches
     is_encoder_trained = first < len(layers) or is_trained(encoder.layernorm)
     if not is_encoder_trained and not (encoder.pooler is not None and get_linears([encoder.pooler])):
-        backward -= sum(count_linear_flops(get_linears([head])[0]) for head in get_single_heads(model))
+        backward -= sum(count_linear_flops(get_linears([head])[0]) for head in get_heads(model))
     return batch_size * (forward + backward) + 3 * head_flops
 
 
@@ -239,12 +232,3 @@ def count_layer_backward_flops(layer: Any, num_queries: int, num_tokens: int) ->
 def count_trained_flops(*modules: nn.Module) -> int:
     """Return the FLOPs of the linear layers with trained weights in these modules, for one vector each."""
     return count_linear_flops(*(linear for linear in get_linears(modules) if linear.weight.requires_grad))
-
-
-def get_single_heads(model: ViTCLSPreTrainedModel) -> list[nn.Module]:
-    """Return the classifiers as a flat list; a model for several tasks has a dictionary of classifiers."""
-    return [
-        head
-        for heads in get_heads(model)
-        for head in (heads.values() if isinstance(heads, nn.ModuleDict) else [heads])
-    ]

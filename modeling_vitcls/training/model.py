@@ -52,9 +52,7 @@ class BuiltModel:
 
 def build_model(options: ModelOptions, label_space: LabelSpace) -> BuiltModel:
     """Build a preset with random weights, or load a checkpoint. The checkpoint's classifier is kept only if its labels
-    are the same.
-
-    Models for several tasks have one CLS token per task.
+    are the same. Models for several tasks have one CLS token per task.
 
     Raises:
         ValueError: if values contradict each other, or the checkpoint is another kind of model.
@@ -146,13 +144,8 @@ def apply_trainable(
     """Freeze the parameters that are not trained, in place; with "lora", add LoRA layers to queries and values. Return
     the model.
 
-    Args:
-        model: a ViTCLS classifier, on one device.
-        trainable: "full", "head", "last-N" or "lora".
-        newly_initialized: names of the parameters that were not loaded from a checkpoint.
-
-    Raises:
-        ValueError: if N exceeds the number of layers, the value is unknown, or PEFT is missing for "lora".
+    `newly_initialized` are the names of the parameters that were not loaded from a checkpoint. Raises ValueError if N
+    of "last-N" exceeds the number of layers, the value is unknown, or PEFT is missing for "lora".
     """
     if trainable == "full":
         return model
@@ -238,10 +231,8 @@ def add_lora(model: nn.Module, rank: int) -> None:
 
 
 def merge_lora(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Merge LoRA weights into a state dict, as W + B A; return a state dict without LoRA weights unchanged.
-
-    The state dict must contain full tensors.
-    """
+    """Merge LoRA weights into a state dict of full tensors, as W + B A; return a state dict without LoRA weights
+    unchanged."""
     plain = {name.replace(".base_layer.", "."): weight for name, weight in weights.items() if ".lora_" not in name}
     for name, down in weights.items():
         if name.endswith(LORA_A):

@@ -77,14 +77,8 @@ def build_model_report(
     """Load the saved model, add its speed to the results as "inference" and the diagnosis of its tokens as
     "diagnosis", and write images and report.html to the folder. Files of an earlier run are removed.
 
-    An error does not end the run: it is printed as a warning.
-
-    Args:
-        results: content of results.json.
-        device: device of the speed measurement.
-        draws: whether to draw images.
-        track: sends named images to the trackers (`Reporter.track_images`).
-        with_samples: whether the card may contain held-out images; report.html always does.
+    An error does not end the run: it is printed as a warning. `track` sends named images to the trackers.
+    `with_samples` is whether the card may contain held-out images; report.html always does.
 
     Returns:
         Path of each image, and of the report, in the folder by name.

@@ -99,12 +99,8 @@ class TorchOptimizerStep:
         self.accelerator.backward(loss)
 
     def step(self, check: Callable[[float], None], before_update: Callable[[], None]) -> float:
-        """Clip the gradients and update the weights; return the norm of all gradients before clipping.
-
-        Args:
-            check: receives the norm; an exception in it ends the step.
-            before_update: called once the gradients are clipped and before the weights change.
-        """
+        """Clip the gradients and update the weights; return the norm of all gradients before clipping. `check`
+        receives the norm; an exception in it ends the step. `before_update` is called before the weights change."""
         norm = float(self.accelerator.clip_grad_norm_(self.trained, self.max_gradient_norm))
         check(norm)
         before_update()

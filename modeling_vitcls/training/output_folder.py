@@ -197,12 +197,7 @@ class FolderLock:
         self.created: list[Path] = []  # folders that were created for the lock, innermost first
 
     def acquire(self) -> None:
-        """Acquire the lock; create the folder if it does not exist.
-
-        Raises:
-            ValueError: if another run holds the lock.
-            OSError: if the folder cannot be written.
-        """
+        """Acquire the lock; create the folder if it does not exist. Raise ValueError if another run holds the lock."""
         self.created = [folder for folder in (self.folder, *self.folder.parents) if not folder.exists()]
         self.folder.mkdir(parents=True, exist_ok=True)
         owner = LockOwner.this_process()

@@ -138,12 +138,8 @@ class Runner:
         self, components: Components, plan: BatchPlan, selection_metric: str, uploads: BranchUploads | None = None
     ) -> Metrics:
         """Train from the beginning or from the checkpoint, and return the metrics of the last evaluation. With
-        `--ema-decay`, the model has the averaged weights afterwards.
-
-        Args:
-            selection_metric: name of the metric that selects the best checkpoint; lower is better if the name ends
-                with "loss".
-            uploads: checkpoint uploads to the Hub; None disables them.
+        `--ema-decay`, the model has the averaged weights afterwards. The `selection_metric` selects the best
+        checkpoint; lower is better if its name ends with "loss".
 
         Raises:
             RunStopped: after a signal, a non-finite loss, too many unreadable images, or a full disk.
@@ -268,11 +264,8 @@ class Runner:
             )
 
     def pin_models(self, options: Any) -> Any:
-        """Return the options with the commits of models on the Hub; a resumed run keeps its commits.
-
-        Raises:
-            ValueError, OSError: if a model cannot be found.
-        """
+        """Return the options with the commits of models on the Hub; a resumed run keeps its commits. Raise ValueError
+        or OSError if a model cannot be found."""
         before = self.facts["flags"] if self.facts else {}
 
         def pin(flag: str, source: str) -> str:
@@ -486,11 +479,8 @@ def replace_sources(options: Any, convert: Callable[[str, str], str]) -> Any:
 
 
 def check_same_flags(stored: dict[str, Any], current: dict[str, Any], folder: Path) -> None:
-    """Raise ValueError if --resume would continue the run with other flags.
-
-    `stored` are the flags of the checkpoint. A flag in `current` without a value will get its default, and a model its
-    commit.
-    """
+    """Raise ValueError if --resume would continue the run with other flags than the `stored` flags of the checkpoint.
+    A flag in `current` without a value will get its default, and a model its commit."""
     for name, value in stored.items():
         if (
             name in CHANGEABLE_FLAGS

@@ -75,35 +75,27 @@ NUM_DRY_RUN_STEPS = 3  # the first step is slower than the others
 
 
 class Task(ABC):
-    """Checked options and loaded objects of a run.
+    """Checked options and loaded objects of a run."""
 
-    Attributes:
-        options: FinetuneOptions or PretrainOptions, with absolute paths.
-        runner: holds the lock of the output folder until `run_task` ends.
-        hub_model_id: repository to push to, or None.
-        data: training split and held-out split.
-        plan: batch plan, which determines the order of the training images.
-        model: plain model, in which parameters that are not trained are frozen.
-        processor: image processor of the model.
-        start: lines about random weights and defaults by name; empty if there are none.
-    """
-
-    model: Any  # ViTCLS model, set by `load_model`
-    processor: ViTCLSImageProcessor  # set by `load_model`
+    options: Any  # FinetuneOptions or PretrainOptions, with absolute paths
+    runner: Runner  # holds the lock of the output folder until `run_task` ends
+    hub_model_id: str | None  # repository to push to
+    data: TrainingData
+    plan: BatchPlan
+    model: Any  # plain ViTCLS model, in which parameters that are not trained are frozen
+    processor: ViTCLSImageProcessor
+    start: dict[str, str | None]  # lines about random weights and defaults by name
 
     def __init__(self, options: Any) -> None:
-        """Check the options, lock the output folder, load data and model, and write config.resolved.yaml.
-
-        Raises:
-            ValueError, OSError: if data or models cannot be read or do not fit the options.
-        """
-        self.runner: Runner = build_runner(self.check_options(options))
+        """Check the options, lock the output folder, load data and model, and write config.resolved.yaml. Raise
+        ValueError or OSError if data or models cannot be read or do not fit the options."""
+        self.runner = build_runner(self.check_options(options))
         self.options = self.runner.options
         accelerator = self.runner.accelerator
         with self.runner.release_lock_on_error():
             self.hub_model_id = self.check_repository()
             with accelerator.main_process_first():  # downloads once
-                self.data: TrainingData = self.load_data()
+                self.data = self.load_data()
                 self.runner.check_data(describe_data(self.data))
                 self.resolve_options()
                 self.plan = self.build_plan(self.options.training)
@@ -179,11 +171,8 @@ class Task(ABC):
     # Shared by the tasks ---------------------------------------------------------------------------------------------
 
     def check_repository(self) -> str | None:
-        """Return the repository for `--push-to-hub` after checking the permissions; None without `--push-to-hub`.
-
-        Raises:
-            ValueError, OSError: on all processes, if pushing is not permitted or the Hub cannot be reached.
-        """
+        """Return the repository for `--push-to-hub`, or None. Raise ValueError or OSError on all processes if pushing
+        is not permitted or the Hub cannot be reached."""
         run, accelerator, name = self.options.run, self.runner.accelerator, self.runner.folder.resolve().name
         if not run.push_to_hub:
             return None
@@ -330,12 +319,9 @@ def format_values(metrics: Metrics, *names: str) -> str:
 
 
 def save_output(task: Task, results: dict[str, Any]) -> None:
-    """Write model, image processor, card and, last, results.json, which marks the folder as complete. The speed of the
-    model and the diagnosis of its tokens are added to `results`. All processes must call it together.
-
-    Raises:
-        RunStopped: on all processes, if the folder cannot be written.
-    """
+    """Write model, image processor, card and, last, results.json, which marks the folder as complete. Add the speed of
+    the model and the diagnosis of its tokens to `results`. All processes must call it together. Raise RunStopped on
+    all processes if the folder cannot be written."""
     runner, options, warn = task.runner, task.options, task.runner.reporter.warn
     folder = runner.folder
     weights = gather_weights(task.model, runner.accelerator.is_main_process)
@@ -379,10 +365,8 @@ def save_output(task: Task, results: dict[str, Any]) -> None:
 
 
 def write_model(model: PreTrainedModel, processor: ViTCLSImageProcessor, folder: Path, weights: Tensors) -> None:
-    """Write weights, configuration, code and image processor. Call it on the main process.
-
-    `weights` are all full tensors of the model, which may be sharded, by name; LoRA weights are merged.
-    """
+    """Write weights, configuration, code and image processor. Call it on the main process, with all full tensors of
+    the model, which may be sharded; LoRA weights are merged."""
     with use_plain_class(model):
         model.save_pretrained(folder, state_dict=merge_lora(weights))
     processor.save_pretrained(folder)
@@ -390,10 +374,8 @@ def write_model(model: PreTrainedModel, processor: ViTCLSImageProcessor, folder:
 
 @contextmanager
 def use_plain_class(model: PreTrainedModel) -> Iterator[None]:
-    """Restore the model's own class inside this block.
-
-    FSDP2 replaces the class, and Transformers would save PyTorch's source files as the model's code.
-    """
+    """Restore the model's own class inside this block. FSDP2 replaces the class, and Transformers would save PyTorch's
+    source files as the model's code."""
     wrapped = type(model)
     plain: Any = next(base for base in wrapped.__mro__ if not issubclass(base, FSDPModule))
     model.__class__ = plain
@@ -404,11 +386,8 @@ def use_plain_class(model: PreTrainedModel) -> Iterator[None]:
 
 
 def push(task: Task) -> None:
-    """Push the output folder and verify the pushed files. Do nothing without a repository or in a dry run.
-
-    Raises:
-        RunStopped: with the command that repeats the push.
-    """
+    """Push the output folder and verify the pushed files. Do nothing without a repository or in a dry run. Raise
+    RunStopped if it fails."""
     options, reporter, folder = task.options.run, task.runner.reporter, task.runner.folder
     repository = task.hub_model_id
     if repository is None or options.dry_run:
@@ -531,10 +510,8 @@ def estimate_seconds(runner: Runner, plan: BatchPlan, evaluation_share: float) -
     """Return the expected duration of the full run's steps and evaluations in seconds, extrapolated from a dry run.
     The first of several steps is slower than the others and is ignored.
 
-    Args:
-        runner: runner of the finished dry run.
-        plan: batch plan of the full run.
-        evaluation_share: fraction of the held-out images that the dry run evaluated.
+    `plan` is the batch plan of the full run, `evaluation_share` the fraction of the held-out images that was
+    evaluated.
     """
     epochs = plan.count_epochs(plan.num_steps) if plan.num_images else 1.0
     num_evaluations = math.ceil(epochs / runner.options.training.evaluate_every)

@@ -74,20 +74,12 @@ class Teacher(nn.Module):
         description: str = "",
         note: str = "",
     ) -> None:
-        """Store the model.
-
-        Args:
-            columns: for each of the student's labels, its index in the teacher's logits; None if the labels are the
-                same.
-            description: name and size of the teacher.
-            note: assumption about its labels; empty without one.
-        """
         super().__init__()
         self.model = model.requires_grad_(False)
         self.preprocessing = preprocessing
-        self.columns = columns
-        self.description = description
-        self.note = note
+        self.columns = columns  # index of each of the student's labels in the logits; None if the labels are the same
+        self.description = description  # name and size of the teacher
+        self.note = note  # assumption about its labels; empty without one
         self.eval()
 
     @torch.no_grad()

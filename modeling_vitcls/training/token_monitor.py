@@ -24,10 +24,8 @@ ATTENTION_IMAGES = 8  # number of images for the mean entropy
 
 
 class TokenMonitor:
-    """Monitor of a model's special tokens during training, which stores their initial values.
-
-    A model without embeddings, such as the head of a linear probe, has no special tokens.
-    """
+    """Monitor of a model's special tokens during training, which stores their initial values. A model without
+    embeddings, such as the head of a linear probe, has no special tokens."""
 
     def __init__(self, model: nn.Module) -> None:
         embeddings = [module for module in model.modules() if isinstance(module, ViTCLSEmbeddings)]
