@@ -7,9 +7,8 @@
 The decision for an image does not depend on the order, the labels or other images. So the split is stable when
 images are added: held-out images stay held out, and training images stay training images.
 
-Classes are therefore stratified only approximately. Of n images, n x fraction are held out on average, with a standard
-deviation of sqrt(n x fraction x (1 - fraction)). A small class may have no held-out images or no training images.
-Training then prints a warning.
+Classes are therefore stratified only approximately. Training prints a warning if a class has no held-out images or no
+training images.
 
 A run writes `HeldOutRecord` to results.json ("held_out"), which is published with the model. scripts/evaluate.py reads
 it, holds out the same images, and compares their digest.

@@ -12,11 +12,8 @@ and file names are not interpreted. The first-level folders are splits if all of
 names. If only some of them do, all of them are classes; but if one of them has a split name and contains class
 folders, the structure is ambiguous, and reading raises an error.
 
-Every file is counted. `ImageFolder.notes` names the unused files (other file types, hidden files, images next to class
-folders).
-
-The columns of other datasets are interpreted in labels.py. A folder that contains tables, and at most as many images
-as tables, is not an image folder: `datasets` reads it.
+`ImageFolder.notes` names the unused files (other file types, hidden files, images next to class folders). A folder
+that contains tables, and at most as many images as tables, is not an image folder: `datasets` reads it.
 """
 
 import hashlib

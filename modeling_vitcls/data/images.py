@@ -2,18 +2,16 @@
 
     ArrayImages    images of the same size in memory (digits, MNIST)
     FileImages     files or URLs
-    ColumnImages  a column of a dataset of the `datasets` library
+    ColumnImages   a column of a dataset of the `datasets` library
     EncodedImages  encoded images in memory (from streamed datasets)
     ImageSubset    a subset of another sequence
 
-Each sequence returns PIL images, and raises `UnreadableImage` for unreadable images. Three other methods do not decode
+Each sequence returns PIL images, and raises `UnreadableImage` for unreadable images. Three methods do not decode
 images:
 
     get_names()    the path of each image within the dataset, or a checksum; "" if there is neither
     read_content() the bytes of one image; None if they cannot be read or are remote
     compute_keys() a checksum of the bytes or the path of each image; determines whether it is held out (held_out.py)
-
-`UnreadableImages` counts unreadable images, logs each of them once, and stops the run if their number exceeds a limit.
 """
 
 from collections.abc import Callable, Iterable, Sequence

@@ -123,25 +123,9 @@ class BalancedOrder(ShuffledOrder):
         return draw_random_bits(seeds, numbers, num_members).argsort(axis=1)
 
 
-def build_order(
-    num_images: int | None, options: TrainingOptions, labels: Sequence[int] | None
-) -> ShuffledOrder | None:
-    """Build the order of stored images; None for a stream."""
-    if options.class_balance == "sampling":
-        if labels is None:
-            raise ValueError(
-                "--class-balance sampling requires one known label per image, but the labels of a stream and of "
-                "several columns are not known in advance. Remove --class-balance"
-            )
-        return BalancedOrder(labels, options.seed)
-    return None if num_images is None else ShuffledOrder(num_images, options.seed)
-
-
 def compute_class_weights(labels: Sequence[int], num_classes: int) -> torch.Tensor:
     """Return class weights [classes], inversely proportional to the class sizes, with a mean of 1 over the images.
-
-    Missing labels (-100) are ignored. A class without images has weight 0.
-    """
+    Missing labels (-100) are ignored. A class without images has weight 0."""
     counts = torch.bincount(torch.tensor([label for label in labels if label >= 0]), minlength=num_classes)
     is_present = counts > 0
     return torch.where(is_present, counts.sum() / (is_present.sum() * counts.clamp(min=1)), 0.0)
@@ -172,16 +156,14 @@ class BatchPlan:
         labels: Sequence[int] | None = None,
         num_copies: int = 1,
     ) -> "BatchPlan":
-        """Build a plan of `max_steps` steps, or of `epochs` epochs rounded up to whole steps.
+        """Build a plan of `max_steps` steps, or of `epochs` epochs rounded up to whole steps. Raise ValueError if a
+        stream has no `max_steps` or balanced classes.
 
         Args:
             num_images: number of training images; None for a stream.
             labels: class indices of the images, for `class_balance="sampling"`.
-            num_copies: number of copies of each image in a step (`--repeated-augmentation`). If it does not divide
-                the number of images per step, some images have one copy less.
-
-        Raises:
-            ValueError: if a stream has no `max_steps` or balanced classes.
+            num_copies: number of copies of each image in a step (`--repeated-augmentation`). If it does not divide the
+                number of images per step, some images have one copy less.
         """
         assert options.batch_size is not None
         images_per_step = options.batch_size * options.gradient_accumulation_steps * num_processes
@@ -191,6 +173,14 @@ class BatchPlan:
                 raise ValueError("a stream of unknown length requires a number of steps. Set --max-steps")
             assert options.epochs is not None
             num_steps = math.ceil(options.epochs * num_images / images_per_step)
+        order = None if num_images is None else ShuffledOrder(num_images, options.seed)
+        if options.class_balance == "sampling":
+            if labels is None:
+                raise ValueError(
+                    "--class-balance sampling requires one known label per image, but the labels of a stream and of "
+                    "several columns are not known in advance. Remove --class-balance"
+                )
+            order = BalancedOrder(labels, options.seed)
         return cls(
             num_images=num_images,
             batch_size=options.batch_size,
@@ -199,7 +189,7 @@ class BatchPlan:
             num_steps=num_steps,
             seed=options.seed,
             num_copies=num_copies,
-            order=build_order(num_images, options, labels),
+            order=order,
         )
 
     @property

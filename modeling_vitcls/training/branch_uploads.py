@@ -12,7 +12,6 @@ import shutil
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 from torch import nn
@@ -73,9 +72,7 @@ class BranchUploads:
             self.teacher = get_teacher_provenance(self.options)
         return self
 
-    def __exit__(
-        self, exc_type: type[BaseException] | None, exc_value: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, exc_type: type[BaseException] | None, *error: object) -> None:
         try:
             self.wait(SECONDS_AT_THE_END if exc_type is None else SECONDS_AFTER_A_SIGNAL)
             if exc_type is None or exc_type is Interrupted:  # the other processes only participate in these cases

@@ -5,13 +5,10 @@
 
 The output folder then contains
     config.json, model.safetensors, preprocessor_config.json, *_vitcls.py    files for from_pretrained
-    README.md, pictures/                                                     model card
-    report.html                                                              analysis of the special tokens
-    LICENSE*, NOTICE*       license files of the initial model, if it has any
-    results.json            metrics and facts about the run
-    metrics.jsonl           one object per logged step
-    checkpoints/            state for --resume
-    config.resolved.yaml    all flags; pass it to `--config` to repeat the run
+    README.md, pictures/, report.html                                        model card, analysis of the special tokens
+    LICENSE*, NOTICE*                                                        license files of the initial model
+    results.json, metrics.jsonl                                              metrics and facts; one object per step
+    checkpoints/, config.resolved.yaml                                       state for --resume; all flags
 """
 
 from dataclasses import replace

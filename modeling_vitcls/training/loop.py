@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Any, Self
 
 import torch
@@ -310,10 +310,6 @@ def get_score(metrics: Metrics, selection_metric: str) -> float | None:
 class Interruption:
     """Context manager that stores the first Ctrl-C or SIGTERM. A second Ctrl-C raises KeyboardInterrupt.
 
-        with Interruption(accelerator) as interruption:
-            ...one step...
-            if interruption.get_signal(): save a checkpoint, and exit with interruption.exit_status
-
     Clusters send SIGTERM some time before they stop a machine. The launcher determines which processes receive a
     signal:
 
@@ -324,11 +320,9 @@ class Interruption:
         accelerate, N processes   torchrun's agent forwards both to all processes, including DataLoader workers, and
                                   kills the processes after 30 s
 
-    The launcher's exit status may differ from the exit status of this process: torchrun's agent exits with 1 after any
-    signal.
-
-    It stores no signals outside of the main thread, where Python does not allow signal handlers. Ignored signals (a
-    shell's background jobs ignore Ctrl-C) stay ignored.
+    The launcher's exit status may differ: torchrun's agent exits with 1 after any signal. No signals are stored
+    outside of the main thread, where Python does not allow signal handlers. Ignored signals (a shell's background jobs
+    ignore Ctrl-C) stay ignored.
     """
 
     def __init__(self, accelerator: Accelerator) -> None:
@@ -349,9 +343,7 @@ class Interruption:
                     signal.signal(number, self.handle_signal)
         return self
 
-    def __exit__(
-        self, exc_type: type[BaseException] | None, exc_value: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         for number, handler in self.old_handlers.items():
             signal.signal(number, handler)
         self.old_handlers.clear()

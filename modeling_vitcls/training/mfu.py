@@ -5,9 +5,7 @@
 This is the model FLOPs utilization (MFU; PaLM, Chowdhery et al. 2022, arXiv 2204.02311, appendix B). The FLOPs include
 the forward pass of the loss and the gradients that training requires: the last layer counts only the tokens that are
 read, and gradients of frozen weights do not count. Recomputation (gradient checkpointing, fused attention), the
-teacher, evaluations and linear probing on cached features are excluded. Training images have the model's own size, so
-the FLOPs per image are constant. Models that merge patches have no utilization, because the number of patches
-per layer is not counted.
+teacher, evaluations and linear probing on cached features are excluded. Models that merge patches have no utilization.
 
 The peak is measured before and during training, by all processes at the same time: if processes share a CPU, each
 reaches a fraction of the peak, and the sum is the peak of the machine. Other programs can only lower a measurement, so

@@ -8,16 +8,10 @@
 A run first removes the files of the run that it replaces, starting with results.json and the model. Then it writes its
 own files. A run that is killed at any moment therefore never leaves an old model next to a new configuration.
 
-Only one run at a time writes to a folder:
-
-    lock = FolderLock(folder)
-    lock.acquire()                 ValueError if another run holds the lock
-    with lock: ...                 released at the end, also after an exception
-
-The lock is the file `.vitcls.lock` in the folder, which contains the host, the process and its start time. SIGTERM
-also releases the lock. A process that was killed with -9 leaves the file. The next run on the same host checks that
-the process has ended, and replaces the lock. The state of a process on another host is unknown, so its lock is
-respected.
+`FolderLock` excludes other runs. The lock is the file `.vitcls.lock` in the folder, which contains the host, the
+process and its start time. SIGTERM also releases the lock. A process that was killed with -9 leaves the file: the next
+run on the same host checks that the process has ended, and replaces the lock. The state of a process on another host
+is unknown, so its lock is respected.
 """
 
 import atexit
@@ -32,7 +26,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Any, Self
 
 import psutil
@@ -225,9 +219,7 @@ class FolderLock:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, exc_type: type[BaseException] | None, exc_value: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.release()
 
     def release_and_exit(self, number: int, frame: FrameType | None) -> None:

@@ -21,7 +21,7 @@ from torch import nn
 
 from ..checkpoints import Checkpoint, CheckpointStore, Tensors, load_on_main, save_on_main
 from ..conversion.any_checkpoint import is_pinned, pin_revision
-from ..data.images import NOT_REPLACED, UnreadableImages
+from ..data.images import UnreadableImages
 from ..data.sampling import BatchPlan
 from ..data.splits import describe_change
 from ..distributed import (
@@ -207,9 +207,7 @@ class Runner:
                 log=log,
                 warn=self.reporter.warn if training.trainable in TOKEN_TRAINING_MODES else lambda message: None,
                 save=save,
-                on_batch=lambda batch: new_unreadable.extend(
-                    batch["replaced"][batch["replaced"] != NOT_REPLACED].tolist()
-                ),
+                on_batch=lambda batch: new_unreadable.extend(batch["replaced"][batch["replaced"] >= 0].tolist()),
                 measure_attention=components.measure_attention,
                 record_speed=record_speed,
                 get_stop_signal=interruption.get_signal,
@@ -386,9 +384,8 @@ class Runner:
         self.accelerator.wait_for_everyone()
         # TensorBoard does not accept lists.
         flags = {name: format_flag_value(value) for name, value in to_flags(self.options).items()}
-        self.accelerator.init_trackers(
-            self.folder.resolve().name, config=flags, init_kwargs={"wandb": {"dir": str(folder)}}
-        )
+        settings = {"wandb": {"dir": str(folder)}}
+        self.accelerator.init_trackers(self.folder.resolve().name, config=flags, init_kwargs=settings)
 
     def get_training_seconds(self) -> float:
         """Return the training time so far in seconds, including the time before --resume."""

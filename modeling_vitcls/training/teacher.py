@@ -9,10 +9,9 @@
 The teacher's input is the same crop as the student's, resized as a whole (DeiT, arXiv 2012.12877). The teacher's image
 processor determines size, filter, scale and normalization, but does not crop. Losses are in losses.py.
 
-TeacherCache stores the teacher's logits of each augmented view of an image. With `--teacher-views V`, every image has
-V views that recur, and (view, index) identifies a view. The logits stay in memory and are not part of checkpoints: a
-resumed run predicts them again, in different batches. The results are the same up to rounding before the logits are
-stored in half precision.
+With `--teacher-views V`, every image has V views that recur, and TeacherCache stores the logits of each view. They are
+not part of checkpoints: a resumed run predicts them again, in different batches. The results are the same up to
+rounding before the logits are stored in half precision.
 """
 
 from collections import Counter
