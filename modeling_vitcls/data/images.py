@@ -117,7 +117,7 @@ class EncodedSequence(Sequence):
 
     def get_paths(self) -> list[str | None]:
         """Return the paths of all images."""
-        return [encoded and encoded["path"] for encoded in map(self.get_encoded, range(len(self)))]
+        return [encoded["path"] if encoded else None for encoded in map(self.get_encoded, range(len(self)))]
 
     def get_names(self) -> list[str]:
         """Return paths within the dataset, "" for images without one. The bytes of images are not read."""

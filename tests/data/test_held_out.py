@@ -9,6 +9,7 @@ import pytest
 from accelerate_state import reset_accelerate
 from photo_folders import write_photos
 from tiny_models import raises_one_line
+from tiny_options import build_tiny_options
 
 from modeling_vitcls.analysis.inspection_inputs import open_images
 from modeling_vitcls.data.held_out import HeldOutRecord, HeldOutRule, read_record
@@ -24,26 +25,13 @@ from modeling_vitcls.inference.load_model import load_classifier
 from modeling_vitcls.options import (
     DataOptions,
     EvaluateOptions,
-    FinetuneOptions,
     InspectOptions,
-    ModelOptions,
-    RunOptions,
-    TrainingOptions,
 )
 from modeling_vitcls.training.finetune import FinetuneTask
 from modeling_vitcls.training.task import run_task
 
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
-
-SIZES: dict[str, Any] = {
-    "image_size": 8,
-    "patch_size": 4,
-    "hidden_size": 16,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "intermediate_size": 16,
-}
 
 
 def read(dataset: object, **options: Any) -> Any:
@@ -54,19 +42,9 @@ def get_names(part: Any) -> set[str]:
     return set(part.images.get_names())
 
 
-def run(output: Path, dataset: Path, model: str = "vitcls-tiny", **data: Any) -> dict[str, Any]:
+def run(output: Path, dataset: Path, **flags: Any) -> dict[str, Any]:
     """Fine-tune for two steps; returns what results.json holds."""
-    return run_task(
-        FinetuneTask(
-            FinetuneOptions(
-                output,
-                data=DataOptions(str(dataset), num_workers=0, **data),
-                model=ModelOptions(model, **(SIZES if model == "vitcls-tiny" else {})),
-                training=TrainingOptions(max_steps=2, batch_size=8),
-                run=RunOptions(report=False),
-            )
-        )
-    )
+    return run_task(FinetuneTask(build_tiny_options(output, dataset, max_steps=2, batch_size=8, **flags)))
 
 
 def evaluate(model: Path, dataset: Path, split: str | None = None, **data: Any) -> dict[str, Any]:

@@ -8,16 +8,12 @@ import pytest
 from accelerate_state import reset_accelerate
 from photo_folders import write_photos
 from tiny_models import raises_one_line
+from tiny_options import build_tiny_options
 
 from modeling_vitcls.data.splits import compute_fingerprint, describe_change
 from modeling_vitcls.options import (
-    DataOptions,
     FinetuneOptions,
-    MaskingOptions,
-    ModelOptions,
     PretrainOptions,
-    RunOptions,
-    TrainingOptions,
 )
 from modeling_vitcls.training.finetune import FinetuneTask
 from modeling_vitcls.training.pretrain import PretrainTask
@@ -26,27 +22,12 @@ from modeling_vitcls.training.task import run_task
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
-MODEL = ModelOptions(
-    "vitcls-tiny",
-    image_size=8,
-    patch_size=4,
-    hidden_size=16,
-    num_hidden_layers=1,
-    num_attention_heads=2,
-    intermediate_size=16,
-)
-
 
 def get_options(dataset: Path, streaming: bool = False) -> FinetuneOptions:
     """A run of two steps, whatever the number of images is."""
     names = ("cat", "dog") if dataset.suffix else None
-    return FinetuneOptions(
-        dataset.parent / "run",
-        data=DataOptions(str(dataset), num_workers=0, streaming=streaming, label_names=names),
-        model=MODEL,
-        training=TrainingOptions(max_steps=2, batch_size=8),
-        run=RunOptions(report=False),
-    )
+    flags = {"streaming": streaming, "label_names": names, "max_steps": 2, "batch_size": 8}
+    return build_tiny_options(dataset.parent / "run", dataset, **flags)
 
 
 def start(options: FinetuneOptions) -> FinetuneOptions:
@@ -121,14 +102,7 @@ def test_other_names_and_other_held_out_images_are_told_apart() -> None:
 
 def test_pre_training_is_checked_too(tmp_path: Path) -> None:
     photos = write_photos(tmp_path / "photos", range(20), "cat", "dog")
-    options = PretrainOptions(
-        tmp_path / "run",
-        data=DataOptions(str(photos), num_workers=0),
-        model=MODEL,
-        masking=MaskingOptions(),
-        training=TrainingOptions(max_steps=2, batch_size=8),
-        run=RunOptions(report=False),
-    )
+    options = build_tiny_options(tmp_path / "run", photos, PretrainOptions, max_steps=2, batch_size=8)
     run_task(PretrainTask(options))
     (tmp_path / "run" / "results.json").unlink()
     reset_accelerate()

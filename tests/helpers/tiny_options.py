@@ -1,6 +1,11 @@
-"""Options of tiny training runs."""
+"""Options of tiny training runs, and what the runs wrote."""
 
-from modeling_vitcls.options import AugmentationOptions, ModelOptions
+import json
+from pathlib import Path
+from typing import Any
+
+from modeling_vitcls.api import build_options
+from modeling_vitcls.options import AugmentationOptions, FinetuneOptions, ModelOptions
 
 
 TINY = ModelOptions(
@@ -14,3 +19,15 @@ TINY = ModelOptions(
     num_register_tokens=2,
 )
 PLAIN = AugmentationOptions(crop_scale=1.0, flip=False, shift=0.0)
+
+
+def build_tiny_options(output_dir: Path, dataset: object, kind: type = FinetuneOptions, **flags: Any) -> Any:
+    """Return the options of a run of a tiny model, or of `model`, in this process, with further flags by name."""
+    model = {} if "model" in flags else vars(TINY)
+    settings = {**model, **vars(PLAIN), "num_workers": 0, "report": False} | flags
+    return build_options(kind, output_dir=output_dir, dataset=str(dataset), **settings)
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """Return the records of metrics.jsonl."""
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]

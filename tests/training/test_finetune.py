@@ -5,7 +5,6 @@ agree; test_accelerate_configs.py has the real `accelerate launch`. The rest run
 of their own: test_data, test_batches, test_loop, ...
 """
 
-import json
 import math
 import os
 import re
@@ -29,7 +28,7 @@ from local_hub import LocalHub, Token, point_client_at, running_hub
 from PIL import Image
 from safetensors.torch import load_file
 from tiny_models import raises_one_line
-from tiny_options import PLAIN, TINY
+from tiny_options import TINY, build_tiny_options, read_metrics
 from transformers import ResNetConfig, ResNetForImageClassification, ViTImageProcessor
 from warm_processes import OFFLINE, run_together
 
@@ -42,14 +41,8 @@ from modeling_vitcls import (
 from modeling_vitcls.commands.parsing import exit_on_error, parse
 from modeling_vitcls.data.labels import LabelSpace
 from modeling_vitcls.distributed import check_trackers, run_on_main
-from modeling_vitcls.options import (
-    DataOptions,
-    EvaluateOptions,
-    FinetuneOptions,
-    ModelOptions,
-    RunOptions,
-    TrainingOptions,
-)
+from modeling_vitcls.files import read_json
+from modeling_vitcls.options import EvaluateOptions, FinetuneOptions, ModelOptions
 from modeling_vitcls.training.finetune import FinetuneTask
 from modeling_vitcls.training.model import build_model
 from modeling_vitcls.training.runner import RunStopped
@@ -69,14 +62,6 @@ def run_script(script: str, *flags: object) -> subprocess.CompletedProcess:
     """Run a script by itself."""
     command = list(map(str, [sys.executable, "-X", "importtime", SCRIPTS / script, *flags]))
     return subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, check=False)
-
-
-def read_json(file: Path) -> Any:
-    return json.loads(file.read_text(encoding="utf-8"))
-
-
-def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
 @pytest.fixture(scope="module")
@@ -105,23 +90,10 @@ def colours(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def tiny_options(output_dir: Path, dataset: object, **others: Any) -> FinetuneOptions:
-    """A run of a few steps in this process. `others`: fields of any of the options' groups."""
-    options = FinetuneOptions(
-        output_dir=output_dir,
-        data=DataOptions(dataset=str(dataset), num_workers=0),
-        model=TINY,
-        augmentation=PLAIN,
-        training=TrainingOptions(max_steps=3, batch_size=8, learning_rate=3e-3, health_every=2),
-        run=RunOptions(report=False),
-    )
-    for group in ("data", "model", "augmentation", "training", "distillation", "run"):
-        part = getattr(options, group)
-        known = {name: value for name, value in others.items() if name in vars(part)}
-        options = replace(options, **{group: replace(part, **known)})
-        others = {name: value for name, value in others.items() if name not in known}
-    assert not others, f"no such options: {others}"
-    return options
+def tiny_options(output_dir: Path, dataset: object, **flags: Any) -> FinetuneOptions:
+    """Return the options of a run of a few steps in this process."""
+    settings = {"max_steps": 3, "batch_size": 8, "learning_rate": 3e-3, "health_every": 2} | flags
+    return build_tiny_options(output_dir, dataset, **settings)
 
 
 def trained(output_dir: Path, dataset: object, **others: Any) -> dict[str, Any]:
@@ -262,11 +234,9 @@ def test_an_abbreviation_that_is_a_flag_is_that_flag(tmp_path: Path) -> None:
 
 
 def test_an_unknown_preset_lists_the_presets(tmp_path: Path) -> None:
-    options = tiny_options(tmp_path / "out", "digits")
-    with raises_one_line(
-        "--model vitcls-smal is not a preset", "vitcls-tiny, vitcls-small, vitcls-base, vitcls-large"
-    ):
-        FinetuneTask(replace(options, model=ModelOptions(model="vitcls-smal")))
+    presets = "vitcls-tiny, vitcls-small, vitcls-base, vitcls-large"
+    with raises_one_line("--model vitcls-smal is not a preset", presets):
+        FinetuneTask(tiny_options(tmp_path / "out", "digits", model="vitcls-smal"))
     assert not (tmp_path / "out").exists()
 
 
@@ -319,7 +289,7 @@ def test_several_tasks(tasks: Path, tmp_path: Path) -> None:
     assert results["token_layout"]["cls"] == 2
     model = ViTCLSForMultiTaskClassification.from_pretrained(tmp_path)
     assert model.config.task_labels() == {"kind": ["kind 0", "kind 1", "kind 2"], "time": ["dusk", "noon"]}
-    again = trained(tmp_path / "again", tasks, label_column=("time", "kind"), **from_checkpoint(tmp_path))
+    again = trained(tmp_path / "again", tasks, label_column=("time", "kind"), model=tmp_path)
     assert again["time_accuracy"] == 1.0  # with the heads that were saved
 
 
@@ -369,11 +339,6 @@ def pretrained(colours: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def from_checkpoint(folder: Path) -> dict[str, Any]:
-    """The options that start from a checkpoint, with its own sizes."""
-    return dict.fromkeys(vars(TINY)) | {"model": str(folder)}
-
-
 def changed(before: Path, after: Path) -> set[str]:
     """Names of the weights that differ."""
     old, new = (load_file(folder / "model.safetensors") for folder in (before, after))
@@ -381,7 +346,7 @@ def changed(before: Path, after: Path) -> set[str]:
 
 
 def test_linear_probing_trains_the_head_alone(pretrained: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    start = from_checkpoint(pretrained) | {"trainable": "head", "label_smoothing": 0.0}
+    start = {"model": pretrained, "trainable": "head", "label_smoothing": 0.0}
     results = trained(tmp_path, "digits", max_steps=20, **start)
     assert changed(pretrained, tmp_path) == {"classifier.weight", "classifier.bias"}
     assert "encoding 1,425 images once" in capsys.readouterr().out
@@ -390,14 +355,14 @@ def test_linear_probing_trains_the_head_alone(pretrained: Path, tmp_path: Path, 
 
 
 def test_the_last_layers_alone(pretrained: Path, tmp_path: Path) -> None:
-    trained(tmp_path, "digits", trainable="last-1", **from_checkpoint(pretrained))
+    trained(tmp_path, "digits", trainable="last-1", model=pretrained)
     names = changed(pretrained, tmp_path)
     assert all(name.startswith(("classifier.", "vitcls.layers.1.", "vitcls.layernorm.")) for name in names)
     assert any(name.startswith("vitcls.layers.1.") for name in names)
 
 
 def test_lora_is_merged_into_a_plain_model(pretrained: Path, tmp_path: Path) -> None:
-    results = trained(tmp_path, "digits", trainable="lora", lora_rank=2, **from_checkpoint(pretrained))
+    results = trained(tmp_path, "digits", trainable="lora", lora_rank=2, model=pretrained)
     names = {name for name in changed(pretrained, tmp_path) if name.endswith("proj.weight")}
     assert names == {f"vitcls.layers.{layer}.attention.{name}_proj.weight" for layer in (0, 1) for name in "qv"}
     assert results["num_images"] == NUM_HELD_OUT_DIGITS
@@ -508,10 +473,8 @@ def test_trackers_get_the_main_images_at_the_end(tmp_path: Path, capsys: pytest.
     """Those of the card, and figures of the report, which the last line names."""
     event_files = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     trained(tmp_path, "digits", log_with=("tensorboard",), report=True)
-    assert (
-        f"saved     {tmp_path} (model, image processor, README.md, report.html, results.json)"
-        in capsys.readouterr().out
-    )
+    files = "(model, image processor, README.md, report.html, results.json)"
+    assert f"saved     {tmp_path} {files}" in capsys.readouterr().out
     folder = next((tmp_path / "trackers").rglob("events.out.tfevents*")).parent
     events = event_files.EventAccumulator(str(folder))
     events.Reload()
@@ -672,8 +635,8 @@ def test_metrics_that_cannot_be_written_end_in_one_line(tmp_path: Path) -> None:
 def test_a_dry_run_of_linear_probing_encodes_few_images(
     pretrained: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    options = tiny_options(tmp_path / "out", "digits", max_steps=None, trainable="head")
-    dry_run(FinetuneTask, replace(options, model=ModelOptions(model=str(pretrained))))
+    options = tiny_options(tmp_path / "out", "digits", max_steps=None, trainable="head", model=pretrained)
+    dry_run(FinetuneTask, options)
     output = capsys.readouterr().out
     assert "encoding 24 images once" in output and "The full run has 5,344 steps" in output
 
@@ -750,7 +713,7 @@ def test_every_trained_parameter_gets_a_gradient(tmp_path: Path) -> None:
     config.distillation_inference = "cls"
     ViTCLSForImageClassification(config).save_pretrained(tmp_path)
     ViTCLSImageProcessor(size=32).save_pretrained(tmp_path)
-    run = FinetuneTask(tiny_options(tmp_path / "out", "digits", **from_checkpoint(tmp_path)))
+    run = FinetuneTask(tiny_options(tmp_path / "out", "digits", model=tmp_path))
     run_task(run)
     assert not run.model.vitcls.embeddings.mask_token.requires_grad
     before = ViTCLSForImageClassification.from_pretrained(tmp_path).state_dict()

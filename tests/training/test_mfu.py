@@ -17,6 +17,7 @@ import torch
 from accelerate import Accelerator
 from accelerate_state import reset_accelerate
 from tiny_models import TASKS, filled, images, tiny_config
+from tiny_options import build_tiny_options
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from warm_processes import READY, SECONDS, find_free_port, get_rank_variables
@@ -28,14 +29,7 @@ from modeling_vitcls import (
     system,
 )
 from modeling_vitcls.data.sampling import BatchPlan
-from modeling_vitcls.options import (
-    AugmentationOptions,
-    DataOptions,
-    FinetuneOptions,
-    ModelOptions,
-    RunOptions,
-    TrainingOptions,
-)
+from modeling_vitcls.options import TrainingOptions
 from modeling_vitcls.training import mfu
 from modeling_vitcls.training.costs import estimate_memory
 from modeling_vitcls.training.finetune import FinetuneTask
@@ -64,14 +58,6 @@ CASES: dict[str, dict[str, Any]] = {
     "swiglu": {"mlp_type": "swiglu"},
     "differential": {"attention_type": "differential"},
     "patch_dropout": TOKENS | {"patch_drop_rate": 0.5},
-}
-MODEL = {
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "intermediate_size": 64,
-    "image_size": 32,
-    "patch_size": 16,
 }
 STEPS, SIZE = 4, 8
 
@@ -315,19 +301,11 @@ def measure_soon(patch: pytest.MonkeyPatch) -> list[float]:
     return measured
 
 
-def run(folder: Path, resume: bool = False, model: ModelOptions | None = None, **training: Any) -> dict[str, Any]:
-    """The results of a run on digits."""
+def run(folder: Path, **flags: Any) -> dict[str, Any]:
+    """Return the results of a run on digits."""
     reset_accelerate()
-    settings = {"max_steps": STEPS, "batch_size": SIZE, "log_every": 1, "health_every": 0} | training
-    options = FinetuneOptions(
-        output_dir=folder,
-        data=DataOptions(dataset="digits", num_workers=0),
-        model=model or ModelOptions(model="vitcls-tiny", **MODEL),
-        augmentation=AugmentationOptions(crop_scale=1.0, flip=False, shift=0.0),
-        training=TrainingOptions(**settings),
-        run=RunOptions(report=False, save_every=2, resume=resume),
-    )
-    return run_task(FinetuneTask(options))
+    settings = {"max_steps": STEPS, "batch_size": SIZE, "log_every": 1, "health_every": 0, "save_every": 2} | flags
+    return run_task(FinetuneTask(build_tiny_options(folder, "digits", **settings)))
 
 
 class Ran(NamedTuple):
@@ -418,7 +396,7 @@ def test_a_resumed_run_counts_what_it_did_before(ran: Ran, tmp_path: Path, peaks
 def test_heads_on_cached_features_use_nothing(
     ran: Ran, tmp_path: Path, peaks: list[float], capsys: pytest.CaptureFixture
 ) -> None:
-    results = run(tmp_path, model=ModelOptions(model=str(ran.folder)), trainable="head")
+    results = run(tmp_path, model=ran.folder, trainable="head")
     assert results["utilisation"] is None and not peaks
     output = capsys.readouterr().out
     assert "encoding 1,425 images once" in output and "FLOP" not in output

@@ -13,25 +13,16 @@ import psutil
 import pytest
 from accelerate_state import reset_accelerate
 from tiny_models import raises_one_line
+from tiny_options import build_tiny_options
 from warm_processes import READY, SECONDS
 
 from modeling_vitcls.checkpoints import CheckpointStore
-from modeling_vitcls.options import DataOptions, FinetuneOptions, ModelOptions, RunOptions, TrainingOptions
+from modeling_vitcls.options import FinetuneOptions
 from modeling_vitcls.training import output_folder
 from modeling_vitcls.training.finetune import FinetuneTask
 from modeling_vitcls.training.output_folder import LOCK_FILE, FolderLock, LockOwner, list_final_files, remove_run
 from modeling_vitcls.training.runner import RunStopped
 from modeling_vitcls.training.task import dry_run, run_task
-
-
-TINY = {
-    "hidden_size": 16,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "intermediate_size": 16,
-    "image_size": 16,
-    "patch_size": 8,
-}
 
 
 @pytest.fixture
@@ -222,15 +213,8 @@ def test_it_is_released_in_order(folder: Path) -> None:
 # Runs ----------------------------------------------------------------------------------------------------------------
 
 
-def options_of(folder: Path, dataset: str = "digits", max_steps: int = 1, **run: Any) -> FinetuneOptions:
-    model = run.pop("model", "vitcls-tiny")
-    return FinetuneOptions(
-        output_dir=folder,
-        data=DataOptions(dataset=dataset, num_workers=0),
-        model=ModelOptions(model=model, **(TINY if model == "vitcls-tiny" else {})),
-        training=TrainingOptions(max_steps=max_steps, batch_size=4, health_every=0),
-        run=RunOptions(report=False, **run),
-    )
+def options_of(folder: Path, dataset: str = "digits", **flags: Any) -> FinetuneOptions:
+    return build_tiny_options(folder, dataset, **{"max_steps": 1, "batch_size": 4, "health_every": 0} | flags)
 
 
 def run(folder: Path, **changes: Any) -> dict[str, Any]:

@@ -1,6 +1,5 @@
 """Masked image modeling: what is hidden, what is measured on held-out images, and the encoder it leaves behind."""
 
-import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +10,7 @@ import torch
 from accelerate import Accelerator
 from accelerate_state import reset_accelerate
 from tiny_models import raises_one_line, tiny_config
-from tiny_options import PLAIN
+from tiny_options import PLAIN, read_metrics
 from tiny_options import TINY as TINY_FINETUNING
 from transformers import AutoModel, AutoModelForMaskedImageModeling
 
@@ -20,6 +19,7 @@ from modeling_vitcls.data.augmentation import MaskGenerator
 from modeling_vitcls.data.batches import Normalizer
 from modeling_vitcls.data.sampling import derive_seed
 from modeling_vitcls.data.splits import load_unlabeled_data
+from modeling_vitcls.files import read_json
 from modeling_vitcls.heads_vitcls import masked_pixel_loss
 from modeling_vitcls.inference.evaluator import ReconstructionEvaluator
 from modeling_vitcls.options import (
@@ -66,14 +66,6 @@ def pretrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     reset_accelerate()
     run_task(PretrainTask(tiny_options(folder)))
     return folder
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    return json.loads(file.read_text(encoding="utf-8"))
-
-
-def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
 # Masks ---------------------------------------------------------------------------------------------------------------

@@ -1,7 +1,6 @@
 """Whole runs in this process: defaults, the best checkpoint, cross-validation, and runs without held-out images."""
 
 import json
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ import yaml
 from accelerate_state import reset_accelerate
 from PIL import Image
 from safetensors.torch import load_file
-from tiny_options import PLAIN, TINY
+from tiny_options import build_tiny_options, read_metrics
 
 from modeling_vitcls.checkpoints import CheckpointStore
 from modeling_vitcls.data.splits import load_evaluation_data, load_training_data
@@ -20,10 +19,8 @@ from modeling_vitcls.inference.evaluate import evaluate_checkpoint
 from modeling_vitcls.options import (
     DataOptions,
     EvaluateOptions,
-    FinetuneOptions,
     ModelOptions,
     PretrainOptions,
-    RunOptions,
     TrainingOptions,
 )
 from modeling_vitcls.study import compute_interval
@@ -34,33 +31,19 @@ from modeling_vitcls.training.task import dry_run, run_folds, run_task
 
 
 DIGITS = DataOptions("digits", num_workers=0)
-STEPS = TrainingOptions(batch_size=16, learning_rate=3e-3, health_every=0)
+
+pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
 
-@pytest.fixture(autouse=True)
-def fresh_accelerate() -> Iterator[None]:
-    """Forget the settings of Accelerate, which it keeps in singletons."""
-    reset_accelerate()
-    yield
-    reset_accelerate()
-
-
-def build_options(folder: Path, data: DataOptions = DIGITS, **training: Any) -> FinetuneOptions:
+def build_options(folder: Path, data: DataOptions = DIGITS, **training: Any) -> Any:
     """Return the options of a run of a tiny model."""
-    return FinetuneOptions(
-        output_dir=folder,
-        data=data,
-        model=TINY,
-        augmentation=PLAIN,
-        training=replace(STEPS, **training),
-        run=RunOptions(report=False),
-    )
+    settings = {"batch_size": 16, "learning_rate": 3e-3, "health_every": 0} | training
+    return build_tiny_options(folder, **vars(data) | settings)
 
 
 def read_records(folder: Path) -> list[dict[str, Any]]:
     """Return the records of the evaluated steps."""
-    lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    return [record for line in lines if "held_out_accuracy" in (record := json.loads(line))]
+    return [record for record in read_metrics(folder) if "held_out_accuracy" in record]
 
 
 def write_images(folder: Path, splits: dict[str, dict[str, int]]) -> DataOptions:
@@ -80,8 +63,8 @@ def write_images(folder: Path, splits: dict[str, dict[str, int]]) -> DataOptions
 
 
 def test_defaults_are_printed_and_recorded(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    options = FinetuneOptions(tmp_path / "run", DIGITS, TINY, training=TrainingOptions(max_steps=2, weight_decay=0.1))
-    options = replace(options, run=RunOptions(report=False))
+    flags = {"crop_scale": None, "shift": None, "max_steps": 2, "weight_decay": 0.1}
+    options = build_tiny_options(tmp_path / "run", "digits", **flags)
     run_task(FinetuneTask(options))
     printed = capsys.readouterr().out
     assert "weights   random, because vitcls-tiny is a preset" in printed and "--model timm:" in printed
@@ -101,8 +84,8 @@ def test_defaults_are_printed_and_recorded(tmp_path: Path, capsys: pytest.Captur
 
 
 def test_a_run_with_defaults_is_resumed(tmp_path: Path) -> None:
-    options = FinetuneOptions(tmp_path, DIGITS, TINY, training=TrainingOptions(max_steps=2, health_every=0))
-    options = replace(options, run=RunOptions(report=False, save_every=1))
+    flags = {"crop_scale": None, "shift": None, "max_steps": 2, "health_every": 0, "save_every": 1}
+    options = build_tiny_options(tmp_path, "digits", **flags)
     whole = run_task(FinetuneTask(options))
     (tmp_path / "results.json").unlink()
     reset_accelerate()
@@ -168,9 +151,8 @@ def test_patience_stops_early(tmp_path: Path) -> None:
 
 
 def test_the_best_checkpoint_of_pretraining(tmp_path: Path) -> None:
-    run = RunOptions(report=False)
-    training = replace(STEPS, max_steps=2, select="best")
-    results = run_task(PretrainTask(PretrainOptions(tmp_path / "run", DIGITS, TINY, PLAIN, training, run)))
+    options = build_options(tmp_path / "run", kind=PretrainOptions, max_steps=2, select="best")
+    results = run_task(PretrainTask(options))
     assert results["selection"]["step"] == 2 and results["num_images"] == 372
 
 
@@ -225,9 +207,8 @@ def test_all_images_are_trained_on(tmp_path: Path, capsys: pytest.CaptureFixture
 
 
 def test_a_class_that_only_the_validation_split_has(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    data = write_images(
-        tmp_path / "data", {"train": {"dusk": 6, "noon": 6}, "val": {"dusk": 2, "noon": 2, "night": 2}}
-    )
+    splits = {"train": {"dusk": 6, "noon": 6}, "val": {"dusk": 2, "noon": 2, "night": 2}}
+    data = write_images(tmp_path / "data", splits)
     results = run_task(FinetuneTask(build_options(tmp_path / "run", data, max_steps=2)))
     assert [row["name"] for row in results["per_class"]] == ["dusk", "night", "noon"]
     assert "1 of the 3 classes have no training images (night)" in capsys.readouterr().out
