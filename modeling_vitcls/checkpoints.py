@@ -63,13 +63,12 @@ class Checkpoint:
             raise DamagedCheckpoint(f"the checkpoint {self.folder} is damaged: {file} ({error})") from error
 
 
+@dataclass
 class CheckpointStore:
     """Checkpoints of one run. Only the main process writes and reads them."""
 
-    def __init__(self, folder: Path, keep: int) -> None:
-        """Set the folder, and the number of newest checkpoints to keep in addition to the best checkpoint."""
-        self.folder = folder
-        self.keep = keep
+    folder: Path
+    keep: int  # number of newest checkpoints to keep in addition to the best checkpoint
 
     def save(self, step: int, tensors: dict[str, Tensors], facts: dict[str, Any], is_best: bool) -> Path:
         """Write a checkpoint, then remove old checkpoints.

@@ -149,22 +149,17 @@ class RunProcess:
     started: float
 
 
+@dataclass
 class StudyRunner:
     """Executes the runs of a study in parallel processes. Finished runs are not repeated; killed runs are resumed."""
 
-    def __init__(self, study: Study, folder: Path, jobs: int = 1, threads: int = 1, memory_limit: float | None = None):
-        """Store the settings.
-
-        Args:
-            jobs: Maximum number of runs at a time.
-            threads: Threads per run.
-            memory_limit: Total memory of all runs, in GiB. A run starts only if the largest run so far would still
-                fit.
-        """
-        self.study, self.folder = study, folder
-        self.jobs, self.threads, self.memory_limit = jobs, threads, memory_limit
-        self.largest_run = 0.0  # largest peak memory of the runs so far, in bytes
-        self.seconds: list[float] = []  # durations of the runs of this process
+    study: Study
+    folder: Path
+    jobs: int = 1  # maximum number of runs at a time
+    threads: int = 1  # threads per run
+    memory_limit: float | None = None  # total memory of all runs in GiB; a run starts only if the largest would fit
+    largest_run: float = 0.0  # largest peak memory of the runs so far, in bytes
+    seconds: list[float] = field(default_factory=list)  # durations of the runs of this process
 
     def execute(self) -> None:
         """Execute all runs that are not finished. A failed run does not stop the other runs."""

@@ -15,7 +15,7 @@ images:
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -271,22 +271,17 @@ def read_image_file(path: str) -> Any:
     return read_image(path)
 
 
+@dataclass
 class UnreadableImages:
     """Count the unreadable images of one run.
-
-    Args:
-        describe: function that returns the error message of an unreadable image, in one line, from its index.
-        warn: function that prints a line.
-        limit: maximum number of unreadable images (`--max-broken-images`); the run stops if there are more.
 
     Every process calls `add` with the unreadable images of all processes, so that all processes stop at the same step.
     """
 
-    def __init__(self, describe: Callable[[int], str], warn: Callable[[str], None], limit: int) -> None:
-        self.describe = describe
-        self.warn = warn
-        self.limit = limit
-        self.indices: set[int] = set()
+    describe: Callable[[int], str]  # index of an unreadable image -> error message of one line
+    warn: Callable[[str], None]  # prints a line
+    limit: int  # maximum number of unreadable images (`--max-broken-images`); the run stops if there are more
+    indices: set[int] = field(default_factory=set)
 
     def __len__(self) -> int:
         return len(self.indices)

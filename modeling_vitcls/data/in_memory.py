@@ -57,11 +57,8 @@ def convert_dataset(data: Any) -> Any:
 
     if isinstance(data, datasets.IterableDataset | datasets.IterableDatasetDict):
         raise TypeError("a datasets.IterableDataset cannot be passed. Pass its name, and set streaming=True")
-    if isinstance(data, datasets.Dataset):
-        return datasets.DatasetDict({"train": data})
-    if isinstance(data, Mapping):
-        return datasets.DatasetDict({name: convert_split(part) for name, part in data.items()})
-    return datasets.DatasetDict({"train": convert_split(data)})
+    parts = data if isinstance(data, Mapping) else {"train": data}
+    return datasets.DatasetDict({name: convert_split(part) for name, part in parts.items()})
 
 
 def convert_split(data: Any) -> Any:

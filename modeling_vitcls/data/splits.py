@@ -18,7 +18,6 @@ import hashlib
 import json
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any, NamedTuple
 
 from ..options import DataOptions
@@ -83,7 +82,11 @@ def load_training_data(options: DataOptions, with_selection: bool = False, use_l
         streams = open_streams(options, use_labels)
         first = next(iter(streams.values()))
         return split_data(first.name, first.label_space, streams, options, with_selection)
-    splits = load_splits(options, use_labels, select=partial(select_training_splits, with_selection=with_selection))
+
+    def select(names: list[str]) -> list[str]:
+        return [name for name in choose_training_splits(names, with_selection) if name is not None]
+
+    splits = load_splits(options, use_labels, select)
     return split_data(splits.name, splits.label_space, splits.parts, options, with_selection)
 
 
@@ -95,36 +98,22 @@ def load_unlabeled_data(options: DataOptions, with_selection: bool = False) -> T
     return load_training_data(options, with_selection, use_labels=False)
 
 
-def check_num_classes(options: DataOptions, space: LabelSpace) -> None:
-    """Raise ValueError if there is only one class to train on."""
-    if space.kind == "single_label_classification" and space.columns and len(space.names) == 1:
-        raise ValueError(describe_single_class(options.dataset, space.names[0]))
+class TrainingSplits(NamedTuple):
+    """Names of the splits that training reads."""
+
+    train: str
+    held_out: str | None  # split to report, if there is one
+    selection: str | None  # split that selects the checkpoint, if there is one
 
 
-def get_training_split(names: Collection[str]) -> str:
-    """Return the name of the training split."""
-    return "train" if "train" in names else next(iter(names))
-
-
-def get_held_out_split(names: Collection[str], with_selection: bool = False) -> str | None:
-    """Return the name of the split to report; None if there is no such split. A validation split comes before the test
-    split, unless it selects the checkpoint."""
-    if get_selection_split(names, with_selection) is not None:
-        return "test"
-    return next((name for name in HELD_OUT_NAMES if name in names and name != get_training_split(names)), None)
-
-
-def get_selection_split(names: Collection[str], with_selection: bool) -> str | None:
-    """Return the name of the validation split if it selects the checkpoint, so that the test split is reported."""
-    if not with_selection or "test" not in names or get_training_split(names) == "test":
-        return None
-    return next((name for name in VALIDATION_NAMES if name in names), None)
-
-
-def select_training_splits(names: list[str], with_selection: bool = False) -> list[str]:
-    """Return the names of the splits that training reads."""
-    used = [get_held_out_split(names, with_selection), get_selection_split(names, with_selection)]
-    return [get_training_split(names), *(name for name in used if name is not None)]
+def choose_training_splits(names: Collection[str], with_selection: bool) -> TrainingSplits:
+    """Return the names of the splits that training reads. A validation split is reported rather than the test split,
+    unless it selects the checkpoint."""
+    train = "train" if "train" in names else next(iter(names))
+    held_out = [name for name in HELD_OUT_NAMES if name in names and name != train]
+    if with_selection and len(held_out) > 1 and "test" in held_out:
+        return TrainingSplits(train, "test", held_out[0])
+    return TrainingSplits(train, held_out[0] if held_out else None, None)
 
 
 def split_data(
@@ -136,16 +125,12 @@ def split_data(
 ) -> TrainingData:
     """Return the dataset's own held-out split, or hold out images of its training split; read the held-out images of a
     stream."""
-    train = parts[get_training_split(parts)]
-    held_out_split = get_held_out_split(parts, with_selection)
-    selection_split = get_selection_split(parts, with_selection)
-    check_num_classes(options, space)
-    check_folds(options, held_out_split)
-    if with_selection and selection_split is None:
-        check_can_select(options, parts)
-    if held_out_split is not None:
-        held_out, description = read_images(parts[held_out_split]), f"split {held_out_split!r}"
-        record = HeldOutRecord(held_out_split, len(held_out))
+    splits = choose_training_splits(parts, with_selection)
+    check_splits(options, space, list(parts), splits, with_selection)
+    train = parts[splits.train]
+    if splits.held_out is not None:
+        held_out, description = read_images(parts[splits.held_out]), f"split {splits.held_out!r}"
+        record = HeldOutRecord(splits.held_out, len(held_out))
     else:
         rule = get_held_out_rule(options)
         train, held_out, record = hold_out_images(train, rule, options)
@@ -153,8 +138,8 @@ def split_data(
         if options.streaming and len(held_out) == MAX_HELD_OUT_IMAGES:
             description += f", evaluated on the first {MAX_HELD_OUT_IMAGES:,}"
     selection, selection_name = None, ""
-    if selection_split is not None:
-        selection, selection_name = read_images(parts[selection_split]), f"split {selection_split!r}"
+    if splits.selection is not None:
+        selection, selection_name = read_images(parts[splits.selection]), f"split {splits.selection!r}"
     elif with_selection:
         rule = HeldOutRule(options.held_out_fraction, options.split_seed, "selection")
         train, selection, _ = hold_out_images(train, rule, options)
@@ -167,25 +152,26 @@ def read_images(images: LabeledImages | StreamedImages) -> LabeledImages:
     return images.read_held_out_images() if isinstance(images, StreamedImages) else images
 
 
-def check_can_select(options: DataOptions, splits: Iterable[str]) -> None:
-    """Raise ValueError if `--select best` cannot use a part of the training images."""
-    if options.streaming:
+def check_splits(
+    options: DataOptions, space: LabelSpace, names: list[str], splits: TrainingSplits, with_selection: bool
+) -> None:
+    """Raise ValueError if there is only one class to train on, if a dataset for cross-validation has a split for
+    evaluation, or if `--select best` has no images to select on."""
+    if space.kind == "single_label_classification" and space.columns and len(space.names) == 1:
+        raise ValueError(describe_single_class(options.dataset, space.names[0]))
+    if options.folds is not None and splits.held_out is not None:
+        raise ValueError(
+            f"--folds requires a dataset of a single split, but {options.dataset} has the split {splits.held_out!r}. "
+            "Remove --folds"
+        )
+    if with_selection and splits.selection is None and options.streaming:
         raise ValueError(
             f"--select best requires a validation and a test split for a stream, but {options.dataset} has "
-            f"{', '.join(splits)}. Remove --streaming or --select best"
+            f"{', '.join(names)}. Remove --streaming or --select best"
         )
-    if not options.held_out_fraction:
+    if with_selection and splits.selection is None and not options.held_out_fraction:
         raise ValueError(
             "--select best requires images to select on, but --held-out-fraction is 0. Set a larger fraction"
-        )
-
-
-def check_folds(options: DataOptions, held_out: str | None) -> None:
-    """Raise ValueError for cross-validation on a dataset that has a split for evaluation."""
-    if options.folds is not None and held_out is not None:
-        raise ValueError(
-            f"--folds requires a dataset of a single split, but {options.dataset} has the split {held_out!r}. Remove "
-            "--folds"
         )
 
 
@@ -391,16 +377,17 @@ def describe_missing_classes(data: TrainingData) -> list[str]:
     if data.record.rule is not None:
         remedy += ", or set another --split-seed or --held-out-fraction"
     warnings = []
-    if missing := sorted(train - held_out):
-        warnings.append(
-            f"{len(missing)} of the {num_classes} classes have no held-out images ({shorten_list(missing)}), so their "
-            f"accuracy is not measured. {remedy}"
-        )
-    if missing := sorted(held_out - train):
-        warnings.append(
-            f"{len(missing)} of the {num_classes} classes have no training images ({shorten_list(missing)}), because "
-            f"all of their images are held out, so the model cannot learn them. {remedy}"
-        )
+    for missing, images, consequence in (
+        (train - held_out, "held-out images", "so their accuracy is not measured"),
+        (
+            held_out - train,
+            "training images",
+            "because all of their images are held out, so the model cannot learn them",
+        ),
+    ):
+        if missing:
+            count = f"{len(missing)} of the {num_classes} classes have no {images}"
+            warnings.append(f"{count} ({shorten_list(sorted(missing))}), {consequence}. {remedy}")
     return warnings
 
 

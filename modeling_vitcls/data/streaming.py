@@ -13,7 +13,7 @@ import math
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -178,16 +178,16 @@ def read_features(stream: Any, options: DataOptions) -> Features:
 # Training ------------------------------------------------------------------------------------------------------------
 
 
+@dataclass
 class TrainingStream:
     """Augmented training images of a stream, with the interface of `TrainingImages`.
 
     An unreadable image is replaced by the next readable image of its batch.
     """
 
-    def __init__(self, source: StreamedImages, builder: BatchBuilder) -> None:
-        self.source = source
-        self.builder = builder
-        self.names: dict[int, str] = {}
+    source: StreamedImages
+    builder: BatchBuilder
+    names: dict[int, str] = field(default_factory=dict)  # path by index
 
     def iterate_keys(self, plan: BatchPlan, process: int, first_step: int) -> Iterator[list[Example]]:
         """Yield the encoded examples of each batch of one process from `first_step` on, and read batches ahead."""

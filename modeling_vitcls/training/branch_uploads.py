@@ -11,6 +11,7 @@ final model. With `--hub-push-optimizer` it also contains the state for `--resum
 import shutil
 import threading
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
@@ -38,29 +39,27 @@ WriteModel = Callable[[Path, Tensors], None]  # writes the files for from_pretra
 GatheredCheckpoint = tuple[dict[str, Tensors], dict[str, Any]]  # arguments of CheckpointStore.save
 
 
+@dataclass(eq=False)
 class BranchUploads:
     """Context manager around the training loop. On exit, it waits for a running upload up to a time limit."""
 
-    def __init__(
-        self, options: Any, reporter: Reporter, repo_id: str, model: nn.Module, write_model: WriteModel
-    ) -> None:
-        """Store the components. `model` is the plain model, which shares its weights with the prepared model."""
-        self.accelerator = reporter.accelerator
-        self.reporter = reporter
-        self.options = options
-        self.run = options.run
-        self.folder = options.output_dir / ".hub-checkpoint" / repo_id.rpartition("/")[2]
-        self.repo_id = repo_id
-        self.branch = options.run.hub_checkpoint_branch
-        self.model = model
-        self.write_model = write_model
-        self.provenance: Provenance | None = None
-        self.teacher: Provenance | None = None
-        self.thread: threading.Thread | None = None
-        self.step = 0  # step of the last upload
-        self.failed = 0  # last step that could not be written
-        self.has_skipped = False
-        self.is_given_up = False
+    options: Any
+    reporter: Reporter
+    repo_id: str  # `namespace/name`
+    model: nn.Module  # the plain model, which shares its weights with the prepared model
+    write_model: WriteModel  # called on the main process
+    provenance: Provenance | None = None
+    teacher: Provenance | None = None
+    thread: threading.Thread | None = None
+    step: int = 0  # step of the last upload
+    failed: int = 0  # last step that could not be written
+    has_skipped: bool = False
+    is_given_up: bool = False
+
+    def __post_init__(self) -> None:
+        self.accelerator, self.run = self.reporter.accelerator, self.options.run
+        self.branch = self.run.hub_checkpoint_branch
+        self.folder = self.options.output_dir / ".hub-checkpoint" / self.repo_id.rpartition("/")[2]
 
     # All processes together ------------------------------------------------------------------------------------------
 

@@ -103,38 +103,28 @@ class NonFiniteLoss(Exception):
         self.batches = batches  # batches of this process in the failed step
 
 
+@dataclass
 class TrainingLoop:
     """Train from `state.step` to `plan.num_steps`."""
 
-    def __init__(
-        self,
-        state: TrainingState,
-        objective: Objective,
-        plan: BatchPlan,
-        options: TrainingOptions,
-        accelerator: Accelerator,
-        hooks: Hooks,
-        monitor: TokenMonitor,
-        selection_metric: str,
-        save_every: int | None = None,
-    ) -> None:
-        """Store the components. Without `save_every`, a checkpoint is saved at each evaluation."""
-        self.state = state
-        self.objective = objective
-        self.plan = plan
-        self.options = options
-        self.accelerator = accelerator
-        self.hooks = hooks
-        self.save_every = save_every
-        self.selection_metric = selection_metric
-        self.monitor = monitor
+    state: TrainingState
+    objective: Objective
+    plan: BatchPlan
+    options: TrainingOptions
+    accelerator: Accelerator
+    hooks: Hooks
+    monitor: TokenMonitor
+    selection_metric: str  # name of the metric that selects the best checkpoint
+    save_every: int | None = None  # steps between two checkpoints; None saves one at each evaluation
+    seconds: list[float] = field(default_factory=list)  # durations of the steps since the last record
+    is_best: bool = False  # whether the last evaluation had the best score so far
+    overflows: int = 0  # number of consecutive steps that the loss scaler skipped
+    peak_memory: int = 0  # peak memory in bytes up to the last record
+
+    def __post_init__(self) -> None:
         self.optimizer_step = build_optimizer_step(
-            accelerator, state.model, state.optimizer, options.max_gradient_norm
+            self.accelerator, self.state.model, self.state.optimizer, self.options.max_gradient_norm
         )
-        self.seconds: list[float] = []  # durations of the steps since the last record
-        self.is_best = False  # whether the last evaluation had the best score so far
-        self.overflows = 0  # number of consecutive steps that the loss scaler skipped
-        self.peak_memory = 0  # peak memory in bytes up to the last record
 
     def run(self, batches: Iterator[Batch]) -> Metrics:
         """Train, and return the metrics of the final evaluation.

@@ -13,6 +13,7 @@ The teacher is in teacher.py.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -31,12 +32,12 @@ LabelLoss = Callable[[Any, Any], torch.Tensor]  # computes the mean loss from lo
 # Model inputs --------------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
 class PixelInputs:
     """Convert batches with pixels [B, C, H, W], from 0 to 255, to normalized model inputs, optionally mixed."""
 
-    def __init__(self, normalize: Normalizer, mixer: Callable[[Any, Any], tuple[Any, Any]] | None = None) -> None:
-        self.normalize = normalize
-        self.mixer = mixer
+    normalize: Normalizer
+    mixer: Callable[[Any, Any], tuple[Any, Any]] | None = None
 
     def __call__(self, batch: Batch) -> Batch:
         """Return the batch with the model's `inputs`, and with mixed `pixels` and `labels`."""
@@ -54,12 +55,12 @@ def get_feature_inputs(batch: Batch) -> Batch:
 # Losses of a head, by kind of labels ---------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
 class SingleLabelLoss:
     """Cross-entropy of logits [B, L] against classes [B] or probabilities [B, L]."""
 
-    def __init__(self, label_smoothing: float, class_weights: torch.Tensor | None = None) -> None:
-        self.label_smoothing = label_smoothing
-        self.class_weights = class_weights  # [L], 1 on average
+    label_smoothing: float
+    class_weights: torch.Tensor | None = None  # [L], 1 on average
 
     def __call__(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """Return the mean over the images; weighted terms are not divided by the sum of their weights, which would
@@ -73,11 +74,11 @@ class SingleLabelLoss:
         return (weights * terms).mean()
 
 
+@dataclass(frozen=True)
 class MultiLabelLoss:
     """Binary cross-entropy of logits [B, L] against 0 or 1 for each label [B, L], averaged over the labels."""
 
-    def __init__(self, label_smoothing: float) -> None:
-        self.label_smoothing = label_smoothing
+    label_smoothing: float
 
     def __call__(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """Return the mean over images and labels."""
@@ -85,6 +86,7 @@ class MultiLabelLoss:
         return nn.functional.binary_cross_entropy_with_logits(logits.float(), targets)
 
 
+@dataclass(frozen=True)
 class MultiTaskLoss:
     """Sum over tasks of the cross-entropy of {task: logits [B, L]} against {task: classes [B]}; the label -100 is
     ignored.
@@ -94,34 +96,25 @@ class MultiTaskLoss:
     losses are equal if no labels are missing.
     """
 
-    def __init__(self, label_smoothing: float) -> None:
-        self.label_smoothing = label_smoothing
+    label_smoothing: float
 
     def __call__(self, logits: dict[str, torch.Tensor], labels: dict[str, torch.Tensor]) -> torch.Tensor:
         """Return the sum of the tasks' means over all images; images without a label for the task count as 0."""
-        terms = [
-            nn.functional.cross_entropy(
-                logits[task].float(),
-                labels[task],
-                label_smoothing=self.label_smoothing,
-                ignore_index=IGNORED_LABEL,
-                reduction="none",
-            ).mean()
-            for task in logits
-        ]
+        settings = {"label_smoothing": self.label_smoothing, "ignore_index": IGNORED_LABEL, "reduction": "none"}
+        terms = [nn.functional.cross_entropy(logits[task].float(), labels[task], **settings).mean() for task in logits]
         return torch.stack(terms).sum()
 
 
 # Objectives ----------------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
 class Classification:
     """Label loss, averaged over the heads. Without a teacher, the distillation head is trained on the labels like the
     class head (DeiT, arXiv 2012.12877, table 3, "no distillation")."""
 
-    def __init__(self, inputs: Callable[[Batch], Batch], label_loss: LabelLoss) -> None:
-        self.inputs = inputs
-        self.label_loss = label_loss
+    inputs: Callable[[Batch], Batch]
+    label_loss: LabelLoss
 
     def __call__(self, model: nn.Module, batch: Batch) -> Losses:
         """Return the loss of one batch on the model's device."""
@@ -131,25 +124,17 @@ class Classification:
         return {"loss": torch.stack(losses).mean()}
 
 
+@dataclass(frozen=True)
 class Distillation:
     """Distillation: the CLS head is trained on labels, the distillation head on a teacher's logits for the same pixels
     (DeiT, section 4)."""
 
-    def __init__(
-        self,
-        inputs: Callable[[Batch], Batch],
-        label_loss: LabelLoss,
-        teacher: Callable[[Batch], torch.Tensor],
-        kind: str,
-        alpha: float,
-        tau: float,
-    ) -> None:
-        self.inputs = inputs
-        self.label_loss = label_loss
-        self.teacher = teacher  # returns logits [B, L] of a batch
-        self.kind = kind
-        self.alpha = alpha
-        self.tau = tau
+    inputs: Callable[[Batch], Batch]
+    label_loss: LabelLoss
+    teacher: Callable[[Batch], torch.Tensor]  # returns logits [B, L] of a batch
+    kind: str
+    alpha: float
+    tau: float
 
     def __call__(self, model: nn.Module, batch: Batch) -> Losses:
         """Return the loss of one batch on the model's device, and its two parts."""
@@ -161,12 +146,12 @@ class Distillation:
         return {"loss": loss, "label_loss": label_loss, "distillation_loss": teacher_loss}
 
 
+@dataclass(frozen=True)
 class MaskedImages:
     """Reconstruction of masked patches; the model computes the loss (MAE, SimMIM)."""
 
-    def __init__(self, normalize: Normalizer, mask_generator: Callable[[int, torch.device], torch.Tensor]) -> None:
-        self.normalize = normalize
-        self.mask_generator = mask_generator  # batch size, device -> masks [B, patches]; True hides a patch
+    normalize: Normalizer
+    mask_generator: Callable[[int, torch.device], torch.Tensor]  # masks [B, patches]; True hides a patch
 
     def __call__(self, model: nn.Module, batch: Batch) -> Losses:
         """Return the loss of one batch on the model's device."""

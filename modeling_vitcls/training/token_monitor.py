@@ -8,6 +8,7 @@ entropy           entropy of the CLS attention in nats, per layer; ln(tokens) fo
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -94,12 +95,12 @@ def measure_nothing(batch: dict[str, Any]) -> dict[str, Any]:
     return {}
 
 
+@dataclass(frozen=True)
 class AttentionEntropy:
     """Entropy of the CLS attention."""
 
-    def __init__(self, model: Any, normalize: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        self.model = model
-        self.normalize = normalize
+    model: Any
+    normalize: Callable[[torch.Tensor], torch.Tensor]
 
     @torch.no_grad()
     def __call__(self, batch: dict[str, Any]) -> dict[str, list[float]]:
