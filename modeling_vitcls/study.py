@@ -263,7 +263,8 @@ class StudyRunner:
     def print_progress(self, item: RunProcess, num_finished: int, num_left: int) -> None:
         """Print one line about a run that has ended."""
         levels = ", ".join(f"{factor} {level}" for factor, level in item.run.levels.items())
-        result = "failed: " + read_last_line(self.get_folder(item.run) / "log.txt")
+        log = (self.get_folder(item.run) / "log.txt").read_text(encoding="utf-8", errors="replace")
+        result = f"failed: {log.strip().splitlines()[-1]}"  # the log starts with the command
         if item.process.returncode == 0:
             row = collect_row(self, item.run)
             result = ", ".join(f"{name} {row[name]:.4g}" for name in self.study.metrics if name in row)
@@ -297,12 +298,6 @@ class StudyRunner:
                     images = images.shuffle(seed=subset.get("seed", 0)).select(range(subset["num_images"]))
                 images.to_parquet(partial / f"{split}.parquet")
             partial.rename(folder)
-
-
-def read_last_line(file: Path) -> str:
-    """Return the last line of a log that is not empty."""
-    lines = [line for line in file.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
-    return lines[-1] if lines else "no output"
 
 
 # Results -------------------------------------------------------------------------------------------------------------

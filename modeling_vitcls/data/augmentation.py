@@ -42,11 +42,12 @@ class Augmentation:
         """
         bits = draw_random_bits(seeds, indices, 1 + self.batch_transform.num_numbers)
         if self.image_transform is not None:
+            transformed = []
             with torch.random.fork_rng(devices=[]):
-                pixels = [
-                    apply_with_seed(self.image_transform, image, seed)
-                    for image, seed in zip(pixels, (bits[:, 0] >> np.uint64(1)).tolist(), strict=True)
-                ]
+                for image, seed in zip(pixels, (bits[:, 0] >> np.uint64(1)).tolist(), strict=True):
+                    torch.default_generator.manual_seed(seed)
+                    transformed.append(self.image_transform(image))
+            pixels = transformed
         if not isinstance(pixels, torch.Tensor):
             pixels = torch.stack(list(pixels))
         return self.batch_transform(pixels, convert_to_fractions(bits[:, 1:]))
@@ -78,12 +79,6 @@ AUTO_AUGMENTS: dict[str, Callable[[AugmentationOptions], nn.Module]] = {
     ),
     "trivial": lambda options: v2.TrivialAugmentWide(interpolation=InterpolationMode.BILINEAR),
 }
-
-
-def apply_with_seed(transform: nn.Module, pixels: torch.Tensor, seed: int) -> torch.Tensor:
-    """Apply a random transform whose output depends only on `seed`. This changes the state of torch's generator."""
-    torch.default_generator.manual_seed(seed)
-    return transform(pixels)
 
 
 class Erasing(nn.Module):

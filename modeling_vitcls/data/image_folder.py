@@ -20,6 +20,7 @@ import hashlib
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
@@ -182,7 +183,8 @@ def label_by_folder(folder: ImageFolder, splits: dict[str, list[str]], depth: in
     folders. A split without class folders is skipped. Raise ValueError if no split has class folders."""
     import datasets
 
-    labels = {name: get_class(name, depth) for names in splits.values() for name in names}
+    names = chain.from_iterable(splits.values())
+    labels: dict[str, str | None] = {name: next(iter(name.split("/")[depth:-1]), None) for name in names}
     classes = sorted({label for label in labels.values() if label is not None})
     stray = [name for name, label in labels.items() if label is None]
     if not classes:
@@ -204,11 +206,6 @@ def label_by_folder(folder: ImageFolder, splits: dict[str, list[str]], depth: in
             indices = feature.str2int([labels[name] for name in labeled])
             parts[split] = build_split(folder, split, labeled, indices, feature)
     return parts
-
-
-def get_class(name: str, depth: int) -> str | None:
-    """Return the class folder of an image, below `depth` other folders; None if it is in no class folder."""
-    return next(iter(name.split("/")[depth:-1]), None)
 
 
 def describe_single_class(dataset: str, name: str) -> str:

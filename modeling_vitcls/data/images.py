@@ -124,8 +124,17 @@ class EncodedSequence(Sequence):
         return [get_relative_path(path, self.folder) if path else "" for path in self.get_paths()]
 
     def read_content(self, index: int) -> bytes | None:
-        """Return the bytes of one image."""
-        return read_encoded(self.get_encoded(index))
+        """Return the bytes of one image, which may be in a file; None if it cannot be read or is remote."""
+        encoded = self.get_encoded(index)
+        if not encoded or encoded["bytes"] is not None:
+            return encoded["bytes"] if encoded else None
+        if not encoded["path"] or "://" in encoded["path"]:
+            return None
+        try:
+            file = Path(encoded["path"])
+            return file.read_bytes() if file.is_file() else None  # reading a pipe would block
+        except (OSError, ValueError):
+            return None
 
     def compute_keys(self) -> list[int]:
         """Return checksums of the bytes, or of the paths of images without bytes."""
@@ -194,19 +203,6 @@ def compute_example_key(example: dict[str, Any] | None, folder: Path) -> int:
     if example and example["bytes"] is not None:
         return compute_key(example["bytes"])
     return compute_key(get_relative_path((example and example["path"]) or "", folder).encode())
-
-
-def read_encoded(example: dict[str, Any] | None) -> bytes | None:
-    """Return the bytes of an encoded image, which may be in a file; None if it cannot be read or is remote."""
-    if not example or example["bytes"] is not None:
-        return example["bytes"] if example else None
-    if not example["path"] or "://" in example["path"]:
-        return None
-    try:
-        file = Path(example["path"])
-        return file.read_bytes() if file.is_file() else None  # reading a pipe would block
-    except (OSError, ValueError):
-        return None
 
 
 def check_channels(image: Image.Image, pixels: torch.Tensor, num_channels: int | None) -> None:

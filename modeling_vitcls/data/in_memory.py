@@ -35,7 +35,12 @@ def add_dataset(data: Any) -> str:
         ValueError: if the dataset is empty, or its items are not (image, label).
         TypeError: if its type is not supported.
     """
-    splits = convert_dataset(data)
+    import datasets
+
+    if isinstance(data, datasets.IterableDataset | datasets.IterableDatasetDict):
+        raise TypeError("a datasets.IterableDataset cannot be passed. Pass its name, and set streaming=True")
+    parts = data if isinstance(data, Mapping) else {"train": data}
+    splits = datasets.DatasetDict({name: convert_split(part) for name, part in parts.items()})
     content = [f"{split} {part._fingerprint}" for split, part in splits.items()]
     name = f"{PREFIX}{hashlib.sha256(repr(content).encode()).hexdigest()[:16]}"
     DATASETS[name] = splits
@@ -49,16 +54,6 @@ def get_dataset(name: str) -> Any:
             f"{name} was a dataset in the memory of another process. Pass the data to the Python function again"
         )
     return DATASETS[name]
-
-
-def convert_dataset(data: Any) -> Any:
-    """Return data of any of the kinds above as a `datasets.DatasetDict`."""
-    import datasets
-
-    if isinstance(data, datasets.IterableDataset | datasets.IterableDatasetDict):
-        raise TypeError("a datasets.IterableDataset cannot be passed. Pass its name, and set streaming=True")
-    parts = data if isinstance(data, Mapping) else {"train": data}
-    return datasets.DatasetDict({name: convert_split(part) for name, part in parts.items()})
 
 
 def convert_split(data: Any) -> Any:

@@ -223,7 +223,7 @@ def open_with_datasets(options: DataOptions, use_labels: bool = True) -> Any:
         opened = read_image_folder(folder, use_labels)
         for note in folder.notes:
             log_once(note)
-        return {name: part.to_iterable_dataset() for name, part in opened.items()} if options.streaming else opened
+        return convert_to_streams(opened, options)
     if path.suffix in READERS or path.exists():
         with hide_progress_bars():
             return read_with_datasets(options)
@@ -259,7 +259,8 @@ def read_with_datasets(options: DataOptions) -> Any:
                 READERS[path.suffix], data_files=str(path), streaming=options.streaming, **separator
             )
         if any((path / file).is_file() for file in SAVED_FILES):
-            return read_saved_dataset(path, options.streaming)
+            saved = datasets.load_from_disk(path)
+            return convert_to_streams(saved if isinstance(saved, dict) else {"train": saved}, options)
         return datasets.load_dataset(options.dataset, streaming=options.streaming)
     except Exception as error:  # the readers raise many types of errors on damaged data
         raise ValueError(
@@ -270,13 +271,9 @@ def read_with_datasets(options: DataOptions) -> Any:
         ) from error
 
 
-def read_saved_dataset(folder: Path, streaming: bool) -> Any:
-    """Return the splits in a folder that `save_to_disk` wrote; a single split is "train"."""
-    import datasets
-
-    saved = datasets.load_from_disk(folder)
-    parts = saved if isinstance(saved, dict) else {"train": saved}
-    return {name: part.to_iterable_dataset() for name, part in parts.items()} if streaming else parts
+def convert_to_streams(splits: Any, options: DataOptions) -> Any:
+    """Return stored splits as streams with --streaming, otherwise unchanged."""
+    return {name: part.to_iterable_dataset() for name, part in splits.items()} if options.streaming else splits
 
 
 def get_dataset_name(options: DataOptions) -> str:

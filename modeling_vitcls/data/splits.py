@@ -242,7 +242,7 @@ def load_evaluation_data(
         names, space = splits.names, splits.label_space
         name = choose_split(split, names, record)
         (images,) = splits.parts.values()
-    if is_whole_split(name, names):
+    if name in names and not (name == "train" and len(names) == 1):  # not a part of the only split
         return EvaluationData(space, read_images(images), name, None)
     if name == "train" and options.streaming:
         raise ValueError(
@@ -275,11 +275,6 @@ def get_stored_split(split: str, names: list[str], options: DataOptions) -> str:
     if len(names) == 1 and split in ("train", "test"):
         return names[0]
     raise ValueError(f"{options.dataset} has no split {split!r}. Choose one of {', '.join(names)}")
-
-
-def is_whole_split(split: str, names: list[str]) -> bool:
-    """Return whether the requested split is a stored split, not a part of the only split."""
-    return split in names and not (split == "train" and len(names) == 1)
 
 
 def choose_rule(options: DataOptions, record: HeldOutRecord | None) -> HeldOutRule:

@@ -39,7 +39,7 @@ Weights = Literal["random weights", "pre-trained weights", "LoRA", "new head on 
 EXAMPLE = "timm:vit_small_patch14_reg4_dinov2.lvd142m"  # checkpoint that is suggested instead of random weights
 SMALL_IMAGE = 64  # longest side of a small image in pixels
 LARGE_DATASET = 10_000  # number of training images
-MIN_INITIALIZER_RANGE = 0.02
+MIN_RANGE = 0.02  # minimum standard deviation of initial weights
 
 
 @dataclass(frozen=True)
@@ -92,11 +92,6 @@ def choose_learning_rate(facts: RunFacts) -> float:
     return float(f"{rate:.1e}")
 
 
-def choose_initializer_range(facts: RunFacts) -> float:
-    """Return the standard deviation of the initial weights of a preset."""
-    return max(round(0.8 / math.sqrt(facts.width), 3), MIN_INITIALIZER_RANGE)
-
-
 def choose_epochs(facts: RunFacts) -> float:
     """Return the number of epochs."""
     return 10.0 if facts.weights == "pre-trained weights" and facts.is_large_dataset else 30.0
@@ -110,7 +105,7 @@ IMAGES = "images of {0.image_size} pixels"
 
 DEFAULTS: tuple[Default, ...] = (
     Default("training", "learning_rate", choose_learning_rate, WIDTH),
-    Default("model", "initializer_range", choose_initializer_range, WIDTH),
+    Default("model", "initializer_range", lambda run: max(round(0.8 / math.sqrt(run.width), 3), MIN_RANGE), WIDTH),
     Default("training", "layer_decay", lambda run: 0.75 if run.weights == "pre-trained weights" else 1.0, WEIGHTS),
     Default("training", "epochs", choose_epochs, DATASET),
     Default("training", "batch_size", lambda run: 64 if run.is_large_dataset else 32, DATASET),

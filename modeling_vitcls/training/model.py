@@ -139,7 +139,7 @@ def set_processor_size(processor: Any, config: ViTCLSConfig) -> None:
 
 
 def apply_trainable(
-    model: nn.Module, trainable: str, lora_rank: int = 8, newly_initialized: Collection[str] = frozenset()
+    model: Any, trainable: str, lora_rank: int = 8, newly_initialized: Collection[str] = frozenset()
 ) -> nn.Module:
     """Freeze the parameters that are not trained, in place; with "lora", add LoRA layers to queries and values. Return
     the model.
@@ -149,13 +149,18 @@ def apply_trainable(
     """
     if trainable == "full":
         return model
-    names = {name for name, _ in model.named_parameters()}
-    trained = {name for name in names if not name.startswith(ENCODER) or name.startswith(POOLER)}
+    parameters: dict[str, nn.Parameter] = dict(model.named_parameters())
+    trained = {name for name in parameters if not name.startswith(ENCODER) or name.startswith(POOLER)}
     trained |= get_last_layer_names(model, trainable)
+    tokens = model.vitcls.embeddings.get_special_tokens()
+    token_names = {group: name for group, token in tokens.items() for name in parameters if parameters[name] is token}
     if trainable == "lora":
-        trained |= get_special_token_names(model)
-    trained |= add_token_parameters(model, set(newly_initialized))
-    trained -= {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+        trained.update(token_names.values())
+    trained.update(newly_initialized)
+    if new_groups := [group for group, name in token_names.items() if name in newly_initialized]:
+        trained |= {f"{ENCODER}embeddings.position_embeddings.{group}" for group in new_groups}
+        trained.add(f"{ENCODER}gates.gates")
+    trained &= {name for name, parameter in parameters.items() if parameter.requires_grad}
     if trainable == "lora":
         add_lora(model, lora_rank)
     for name, parameter in model.named_parameters():
@@ -178,27 +183,6 @@ def get_last_layer_names(model: Any, trainable: str) -> set[str]:
     prefixes = [f"{ENCODER}layers.{index}." for index in range(num_layers - num_trained, num_layers)]
     prefixes.append(f"{ENCODER}layernorm.")
     return {name for name, _ in model.named_parameters() if name.startswith(tuple(prefixes))}
-
-
-def get_special_token_names(model: Any) -> set[str]:
-    """Return the names of the special token parameters."""
-    tokens = {id(token) for token in model.vitcls.embeddings.get_special_tokens().values()}
-    return {name for name, parameter in model.named_parameters() if id(parameter) in tokens}
-
-
-def add_token_parameters(model: Any, newly_initialized: set[str]) -> set[str]:
-    """Return the new parameters, with the position embeddings and the gates of new tokens."""
-    tokens = model.vitcls.embeddings.get_special_tokens()
-    names = {name for name, _ in model.named_parameters()}
-    new_groups = [
-        group
-        for group, token in tokens.items()
-        if any(parameter is token and name in newly_initialized for name, parameter in model.named_parameters())
-    ]
-    token_parameters = {f"{ENCODER}embeddings.position_embeddings.{group}" for group in new_groups}
-    if new_groups:
-        token_parameters.add(f"{ENCODER}gates.gates")
-    return names & (newly_initialized | token_parameters)
 
 
 def set_train_mode(model: nn.Module) -> None:
