@@ -61,10 +61,10 @@ class HeldOutRecord:
 
     split: str | None  # the split of the dataset that was held out; None if a `HeldOutRule` selected the images
     num_images: int
-    fraction: float | None = None  # of the `HeldOutRule`, like the following fields
-    split_seed: int | None = None
+    fraction: float | None = None  # fraction of the `HeldOutRule`
+    split_seed: int | None = None  # seed of the `HeldOutRule`
     sha256: str | None = None  # digest of the keys of the selected images
-    num_folds: int | None = None
+    num_folds: int | None = None  # cross-validation of the `HeldOutRule`
     fold: int | None = None
 
     @classmethod

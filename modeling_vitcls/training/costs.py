@@ -175,8 +175,10 @@ def estimate_memory(
     Patch dropout has no effect if embeddings and first layers are frozen.
 
     `image_size` is in pixels, and the model's own by default. `autocast` is the dtype of mixed precision. `device` is
-    the device of the step, if it differs from the model's device. Raises ValueError if the image is smaller than a
-    patch.
+    the device of the step, if it differs from the model's device.
+
+    Raises:
+        ValueError: if the image is smaller than a patch.
     """
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     stored = model.dtype.itemsize

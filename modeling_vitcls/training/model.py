@@ -144,8 +144,10 @@ def apply_trainable(
     """Freeze the parameters that are not trained, in place; with "lora", add LoRA layers to queries and values. Return
     the model.
 
-    `newly_initialized` are the names of the parameters that were not loaded from a checkpoint. Raises ValueError if N
-    of "last-N" exceeds the number of layers, the value is unknown, or PEFT is missing for "lora".
+    `newly_initialized` are the names of the parameters that were not loaded from a checkpoint.
+
+    Raises:
+        ValueError: if N of "last-N" exceeds the number of layers, the value is unknown, or PEFT is missing for "lora".
     """
     if trainable == "full":
         return model

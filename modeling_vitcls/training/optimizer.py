@@ -110,7 +110,7 @@ class TorchOptimizerStep:
 
 
 class DeepSpeedOptimizerStep:
-    """The same for DeepSpeed's engine, which clips, updates and discards the gradients in one call."""
+    """Gradients and steps of DeepSpeed's engine, which clips, updates and discards the gradients in one call."""
 
     def __init__(self, accelerator: Accelerator, engine: Any) -> None:
         self.accelerator = accelerator

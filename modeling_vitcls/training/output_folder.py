@@ -32,6 +32,7 @@ from typing import Any, Self
 import psutil
 
 from ..checkpoints import CheckpointStore
+from ..data.image_folder import shorten_list
 from ..hub.adapters import ADAPTER_PATTERNS
 from ..hub.local_paths import is_local, split_prefix
 from ..hub.manifest import EXTRA_PATTERNS, MODEL_PATTERNS, RECIPE, is_match
@@ -64,8 +65,6 @@ TRAINING_FILES = (METRICS, NON_FINITE, RECIPE)
 LOCK_FILE = ".vitcls.lock"
 CLOCK_TOLERANCE = 1.0  # maximum difference in seconds between two measurements of a process's start time
 
-MAX_LISTED = 3  # maximum number of files in an error message
-
 
 def check_replaceable(options: Any, store: CheckpointStore) -> None:
     """Raise ValueError if a new run would replace files without --overwrite. `store` contains the checkpoints in the
@@ -92,10 +91,9 @@ def check_no_other_files(folder: Path) -> None:
     if (folder / METRICS).exists() and not (folder / RECIPE).exists():
         names.append(METRICS)
     if names:
-        more = f" and {len(names) - MAX_LISTED} more" if len(names) > MAX_LISTED else ""
         raise ValueError(
-            f"{folder} contains files that this run would overwrite ({', '.join(names[:MAX_LISTED])}{more}). Move the "
-            "files, set --overwrite, or choose another --output-dir"
+            f"{folder} contains files that this run would overwrite ({shorten_list(names)}). Move the files, set "
+            "--overwrite, or choose another --output-dir"
         )
 
 

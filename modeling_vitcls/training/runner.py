@@ -95,7 +95,7 @@ class RunStopped(Exception):
 
     def __init__(self, message: str, exit_status: int = 1, on_all: bool = True) -> None:
         super().__init__(message)
-        self.exit_status = exit_status  # of the program
+        self.exit_status = exit_status  # exit status of the program
         self.on_all = on_all  # whether all processes stop for the same reason
 
 

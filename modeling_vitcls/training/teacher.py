@@ -257,7 +257,7 @@ def load_timm_weights(name: str, file: str) -> nn.Module:
     modules = {"num_classes": (pretrained.classifier, 0), "in_chans": (pretrained.first_conv, 1)}
     sizes_in_file = {}
     for setting, (names, dimension) in modules.items():
-        module = names[0] if isinstance(names, tuple | list) else names  # of one module or several
+        module = names[0] if isinstance(names, tuple | list) else names  # name of one module or of several
         if f"{module}.weight" in weights:
             sizes_in_file[setting] = weights[f"{module}.weight"].shape[dimension]
     model = timm.create_model(name, pretrained=False, **sizes_in_file)
