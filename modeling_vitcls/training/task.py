@@ -367,11 +367,10 @@ def save_output(task: Task, results: dict[str, Any]) -> None:
 def write_model(model: PreTrainedModel, processor: ViTCLSImageProcessor, folder: Path, weights: Tensors) -> None:
     """Write weights, configuration, code and image processor. Call it on the main process, with all full tensors of
     the model, which may be sharded; LoRA weights are merged."""
+    # FSDP2 replaces the class, and Transformers would save PyTorch's source files as the model's code.
     wrapped = type(model)
     plain: Any = next(base for base in wrapped.__mro__ if not issubclass(base, FSDPModule))
-    model.__class__ = (
-        plain  # FSDP2 replaces the class, and Transformers would save PyTorch's files as the model's code
-    )
+    model.__class__ = plain
     try:
         model.save_pretrained(folder, state_dict=merge_lora(weights))
     finally:
