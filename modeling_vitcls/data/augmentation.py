@@ -11,7 +11,6 @@ augmented: the image processor prepares them. Pixels are rescaled and normalized
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -66,19 +65,14 @@ def build_augmentation(
         )
     else:
         fixed_transform = v2.Resize(height_width, interpolation=interpolation)
-    if options.auto_augment != "none":
-        transforms.append(AUTO_AUGMENTS[options.auto_augment](options))
+    if options.auto_augment == "rand":
+        operations, magnitude = options.rand_augment_operations, options.rand_augment_magnitude
+        transforms.append(v2.RandAugment(operations, magnitude, interpolation=InterpolationMode.BILINEAR))
+    elif options.auto_augment == "trivial":
+        transforms.append(v2.TrivialAugmentWide(interpolation=InterpolationMode.BILINEAR))
     if options.random_erasing:
         transforms.append(Erasing(options.random_erasing))
     return Augmentation(fixed_transform, v2.Compose(transforms) if transforms else None, BatchTransform(options))
-
-
-AUTO_AUGMENTS: dict[str, Callable[[AugmentationOptions], nn.Module]] = {
-    "rand": lambda options: v2.RandAugment(
-        options.rand_augment_operations, options.rand_augment_magnitude, interpolation=InterpolationMode.BILINEAR
-    ),
-    "trivial": lambda options: v2.TrivialAugmentWide(interpolation=InterpolationMode.BILINEAR),
-}
 
 
 class Erasing(nn.Module):

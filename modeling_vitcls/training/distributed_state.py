@@ -181,11 +181,6 @@ def gather_gradient(parameter: torch.Tensor) -> torch.Tensor | None:
     return None if parameter.grad is None else gather_tensor(parameter.grad)
 
 
-def get_num_elements(parameter: torch.Tensor) -> int:
-    """Return the number of elements of a full parameter."""
-    return getattr(parameter, "ds_numel", parameter.numel())
-
-
 def scatter_weights(whole: Tensors | None, model: nn.Module, accelerator: Accelerator) -> None:
     """Load full tensors of the main process into the model on all processes. Raise ValueError if a tensor is missing,
     unknown, or has another shape."""

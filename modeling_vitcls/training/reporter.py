@@ -24,7 +24,6 @@ from ..configuration_vitcls import ViTCLSConfig
 from ..data.sampling import BatchPlan
 from ..distributed import get_precision
 from ..system import describe_device, estimate_energy, get_versions
-from .distributed_state import get_num_elements
 
 
 TrackImages = Callable[[Mapping[str, Image.Image]], None]
@@ -235,9 +234,8 @@ def count_tokens(config: ViTCLSConfig) -> dict[str, int]:
 
 def count_parameters(model: nn.Module, trained_only: bool = False) -> int:
     """Return the number of parameters, optionally only of trained parameters."""
-    return sum(
-        get_num_elements(parameter) for parameter in model.parameters() if parameter.requires_grad or not trained_only
-    )
+    counted = [parameter for parameter in model.parameters() if parameter.requires_grad or not trained_only]
+    return sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in counted)  # ds_numel: with ZeRO-3
 
 
 @contextmanager

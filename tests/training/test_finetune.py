@@ -12,7 +12,6 @@ import resource
 import runpy
 import subprocess
 import sys
-from collections.abc import Iterator
 from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
@@ -24,7 +23,7 @@ import yaml
 from accelerate import Accelerator
 from accelerate_state import reset_accelerate
 from fresh_processes import SCRIPT_ENVIRONMENT, run_fresh
-from local_hub import LocalHub, Token, point_client_at, running_hub
+from local_hub import LocalHub, Token, point_client_at
 from PIL import Image
 from safetensors.torch import load_file
 from tiny_models import raises_one_line
@@ -503,15 +502,6 @@ def test_a_tracker_that_is_not_installed_is_named() -> None:
 # The Hub ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[LocalHub]:
-    """An empty Hub, which this process talks to as ann."""
-    with running_hub() as running:
-        running.tokens |= {"hf_ann": Token("ann"), "hf_read": Token("ann", role="read")}
-        point_client_at(running.url, "hf_ann", monkeypatch, tmp_path / "home")
-        yield running
-
-
 def test_the_result_is_pushed(hub: LocalHub, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     trained(tmp_path / "my-model", "digits", push_to_hub=True, hub_private=True, hub_verify=False)
     files = hub.files("ann/my-model")
@@ -528,6 +518,7 @@ def test_a_dry_run_checks_push_permissions(
     dry_run(FinetuneTask, options)
     assert "pushing to ann/my-model is permitted" in capsys.readouterr().out
     assert not hub.repositories
+    hub.tokens["hf_read"] = Token("ann", role="read")
     point_client_at(hub.url, "hf_read", monkeypatch, tmp_path / "other-home")
     with pytest.raises(ValueError, match="is read-only, so it cannot push to ann/my-model"):
         dry_run(FinetuneTask, options)
