@@ -183,8 +183,8 @@ def label_by_folder(folder: ImageFolder, splits: dict[str, list[str]], depth: in
     folders. A split without class folders is skipped. Raise ValueError if no split has class folders."""
     import datasets
 
-    names = chain.from_iterable(splits.values())
-    labels: dict[str, str | None] = {name: next(iter(name.split("/")[depth:-1]), None) for name in names}
+    all_names = chain.from_iterable(splits.values())
+    labels: dict[str, str | None] = {name: next(iter(name.split("/")[depth:-1]), None) for name in all_names}
     classes = sorted({label for label in labels.values() if label is not None})
     stray = [name for name, label in labels.items() if label is None]
     if not classes:

@@ -100,7 +100,11 @@ class MultiTaskLoss:
 
     def __call__(self, logits: dict[str, torch.Tensor], labels: dict[str, torch.Tensor]) -> torch.Tensor:
         """Return the sum of the tasks' means over all images; images without a label for the task count as 0."""
-        settings = {"label_smoothing": self.label_smoothing, "ignore_index": IGNORED_LABEL, "reduction": "none"}
+        settings: dict[str, Any] = {
+            "label_smoothing": self.label_smoothing,
+            "ignore_index": IGNORED_LABEL,
+            "reduction": "none",
+        }
         terms = [nn.functional.cross_entropy(logits[task].float(), labels[task], **settings).mean() for task in logits]
         return torch.stack(terms).sum()
 
