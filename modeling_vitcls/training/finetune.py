@@ -36,6 +36,7 @@ from ..inference.evaluator import Evaluator
 from ..inference.load_model import is_preset
 from ..inference.metrics import SELECTION_METRICS
 from ..options import AugmentationOptions, FinetuneOptions, to_flags
+from . import losses
 from .linear_probe import (
     build_head_only,
     build_probe_evaluator,
@@ -44,18 +45,6 @@ from .linear_probe import (
     iterate_feature_batches,
 )
 from .loop import Metrics
-from .losses import (
-    Batch,
-    Classification,
-    Distillation,
-    LabelLoss,
-    MultiLabelLoss,
-    MultiTaskLoss,
-    Objective,
-    PixelInputs,
-    SingleLabelLoss,
-    get_feature_inputs,
-)
 from .model import apply_trainable, build_model, uses_patch_dropout
 from .model_report import get_teacher_provenance
 from .runner import Components
@@ -152,7 +141,7 @@ class FinetuneTask(Task):
         workers, batch_size = options.data.num_workers, self.plan.batch_size
         cached = cache_features(model, images, keys, normalize, batch_size, workers, accelerator)
         iterate_batches = partial(iterate_feature_batches, cached, self.plan, accelerator.process_index, views)
-        objective = Classification(get_feature_inputs, self.build_label_loss())
+        objective = losses.Classification(losses.get_feature_inputs, self.build_label_loss())
         evaluate = build_probe_evaluator(evaluator, model) if isinstance(evaluator, Evaluator) else evaluator
         heads, describe = build_head_only(model), images.describe_unreadable
         return Components(heads, objective, iterate_batches, evaluate, measure_nothing, describe)
@@ -161,23 +150,25 @@ class FinetuneTask(Task):
         """Return the number of views for which the teacher's logits are cached (`--teacher-views`)."""
         return self.options.distillation.teacher_views
 
-    def build_objective(self, normalize: Normalizer) -> Objective:
+    def build_objective(self, normalize: Normalizer) -> losses.Objective:
         """Build the loss on the labels, with distillation if there is a teacher."""
         augmentation, distillation = self.options.augmentation, self.options.distillation
-        mixes = augmentation.mixup or augmentation.cutmix
-        inputs = PixelInputs(normalize, BatchMixer(augmentation, len(self.data.label_space.names)) if mixes else None)
+        mixer = None
+        if augmentation.mixup or augmentation.cutmix:
+            mixer = BatchMixer(augmentation, len(self.data.label_space.names))
+        inputs = losses.PixelInputs(normalize, mixer)
         if self.teacher is None:
-            return Classification(inputs, self.build_label_loss())
+            return losses.Classification(inputs, self.build_label_loss())
         predict = self.teacher.predict
         if views := self.get_num_views():
             num_images, num_labels = self.data.num_training_images or 0, len(self.data.label_space.names)
             predict = TeacherCache(self.teacher, num_images, views, num_labels).predict
 
-        def compute_teacher_logits(batch: Batch) -> torch.Tensor:
+        def compute_teacher_logits(batch: losses.Batch) -> torch.Tensor:
             with self.runner.accelerator.autocast():
                 return predict(batch)
 
-        return Distillation(
+        return losses.Distillation(
             inputs,
             self.build_label_loss(),
             compute_teacher_logits,
@@ -186,28 +177,26 @@ class FinetuneTask(Task):
             distillation.distillation_tau,
         )
 
-    def build_label_loss(self) -> LabelLoss:
+    def build_label_loss(self) -> losses.LabelLoss:
         """Build the loss for the dataset's kind of labels."""
         smoothing, labels = self.options.training.label_smoothing, self.data.label_space
         if labels.kind == "multi_task":
-            return MultiTaskLoss(smoothing)
+            return losses.MultiTaskLoss(smoothing)
         if labels.kind == "multi_label_classification":
-            return MultiLabelLoss(smoothing)
+            return losses.MultiLabelLoss(smoothing)
         weights = None
         if self.options.training.class_balance == "weights" and isinstance(self.data.train, LabeledImages):
             weights = compute_class_weights(self.data.train.labels, len(labels.names))
             weights = weights.to(self.runner.accelerator.device)
-        return SingleLabelLoss(smoothing, weights)
+        return losses.SingleLabelLoss(smoothing, weights)
 
     # Evaluation and output -------------------------------------------------------------------------------------------
 
     @property
     def selection_metric(self) -> str:
-        """Name of the metric that selects the best checkpoint, by kind of labels."""
         return SELECTION_METRICS[self.data.label_space.kind]
 
     def build_evaluator(self, images: LabeledImages) -> Evaluator:
-        """Build the evaluator on these held-out images."""
         arguments = self.get_evaluation_arguments()
         return Evaluator(images, self.processor, self.data.label_space, **arguments)
 
@@ -229,14 +218,12 @@ class FinetuneTask(Task):
         return {"teacher": strip_folders(teacher) if teacher else None}
 
     def format_result(self, metrics: Metrics) -> str:
-        """Format the selection metric and the accuracy of each head."""
         values = format_values(metrics, self.selection_metric, "cls_accuracy", "distillation_accuracy")
         return f"{values} on {metrics['num_images']:,} held-out images" if values else NOTHING_MEASURED
 
     def build_card(
         self, name: str, results: dict[str, Any], provenance: Provenance | None, images: dict[str, str]
     ) -> ModelCard:
-        """Build the card of a classifier."""
         teacher = get_teacher_provenance(self.options)
         return build_card(name, self.model.config, results, to_flags(self.options), provenance, teacher, images)
 

@@ -81,7 +81,6 @@ class MultiLabelLoss:
     label_smoothing: float
 
     def __call__(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """Return the mean over images and labels."""
         targets = labels * (1 - self.label_smoothing) + self.label_smoothing / 2
         return nn.functional.binary_cross_entropy_with_logits(logits.float(), targets)
 
@@ -121,7 +120,6 @@ class Classification:
     label_loss: LabelLoss
 
     def __call__(self, model: nn.Module, batch: Batch) -> Losses:
-        """Return the loss of one batch on the model's device."""
         batch = self.inputs(batch)
         outputs = model(**batch["inputs"])
         losses = [self.label_loss(logits, batch["labels"]) for logits in get_supervised_logits(outputs)]
@@ -158,7 +156,6 @@ class MaskedImages:
     mask_generator: Callable[[int, torch.device], torch.Tensor]  # masks [B, patches]; True hides a patch
 
     def __call__(self, model: nn.Module, batch: Batch) -> Losses:
-        """Return the loss of one batch on the model's device."""
         pixels = batch["pixels"]
         masks = self.mask_generator(len(pixels), pixels.device)
         return {"loss": model(pixel_values=self.normalize(pixels), bool_masked_pos=masks).loss}

@@ -41,7 +41,6 @@ class PretrainTask(Task):
 
     @staticmethod
     def check_options(options: PretrainOptions) -> PretrainOptions:
-        """Check the options."""
         check_combinations(options)
         return options
 
@@ -55,7 +54,6 @@ class PretrainTask(Task):
         self.mask_generator = MaskGenerator(self.options.masking, self.model.config.grid_size)
 
     def build_objective(self, normalize: Normalizer) -> Objective:
-        """Build the reconstruction loss."""
         return MaskedImages(normalize, self.mask_generator)
 
     def build_evaluator(self, images: LabeledImages) -> Evaluator:
@@ -69,7 +67,6 @@ class PretrainTask(Task):
         )
 
     def describe_labels(self) -> str:
-        """Return that labels are not used."""
         return "their labels are not used"
 
     def summarize(self) -> dict[str, str]:
@@ -86,7 +83,6 @@ class PretrainTask(Task):
         return {"num_hidden_patches": self.mask_generator.num_masked}
 
     def format_result(self, metrics: Metrics) -> str:
-        """Format the loss."""
         loss = format_values(metrics, self.selection_metric)
         images = f"the masked patches of {metrics['num_images']:,} held-out images"
         return f"{loss} on {images}" if loss else NOTHING_MEASURED
@@ -94,7 +90,6 @@ class PretrainTask(Task):
     def build_card(
         self, name: str, results: dict[str, Any], provenance: Provenance | None, images: dict[str, str]
     ) -> ModelCard:
-        """Build the card of an encoder."""
         return build_encoder_card(name, self.model.config, results, to_flags(self.options), provenance, images)
 
 

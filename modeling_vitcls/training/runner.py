@@ -37,6 +37,7 @@ from ..hub.local_paths import BUILT_IN_DATASET, is_same_path, make_relative, res
 from ..hub.manifest import RECIPE
 from ..inference.load_model import is_preset
 from ..options import FinetuneOptions, PretrainOptions, to_flags
+from . import output_folder
 from .branch_uploads import BranchUploads
 from .defaults import DEFAULTS
 from .distributed_state import gather_state, get_unsupported_reason, scatter_checkpoint, scatter_state
@@ -45,18 +46,6 @@ from .losses import Batch, Objective
 from .mfu import Utilization, start_utilization
 from .model import check_preset
 from .optimizer import Ema, build_optimizer
-from .output_folder import (
-    CHECKPOINTS,
-    METRICS,
-    MODEL,
-    NON_FINITE,
-    NON_FINITE_STATE,
-    RESULTS,
-    FolderLock,
-    check_no_other_files,
-    check_replaceable,
-    remove_run,
-)
 from .reporter import Reporter
 from .token_monitor import TokenMonitor
 
@@ -109,7 +98,7 @@ class Runner:
     checkpoint: Checkpoint | None  # checkpoint to resume from, on the main process
     facts: dict[str, Any] | None  # metadata of the checkpoint, on all processes
     reporter: Reporter
-    lock: FolderLock  # lock of the output folder, held by the main process
+    lock: output_folder.FolderLock  # lock of the output folder, held by the main process
     seconds: float = 0.0  # training time in seconds, including the time before --resume
     started: float = 0.0  # time at which this process started training
     step_seconds: list[float] = field(default_factory=list)  # duration of each step of a dry run
@@ -127,7 +116,7 @@ class Runner:
     @property
     def is_finished(self) -> bool:
         """Whether the run to resume has already written its results."""
-        return self.facts is not None and (self.folder / RESULTS).exists()
+        return self.facts is not None and (self.folder / output_folder.RESULTS).exists()
 
     @property
     def can_save_checkpoints(self) -> bool:
@@ -297,18 +286,18 @@ class Runner:
     def check_folder(self) -> None:
         """Raise ValueError if the run cannot resume from or replace the content of the output folder."""
         if self.facts is None:
-            check_replaceable(self.options, self.store)
+            output_folder.check_replaceable(self.options, self.store)
             return
         check_same_flags(self.facts["flags"], to_flags(self.options), self.folder)
-        if not (self.folder / MODEL).exists() and not self.options.run.overwrite:
-            check_no_other_files(self.folder)
+        if not (self.folder / output_folder.MODEL).exists() and not self.options.run.overwrite:
+            output_folder.check_no_other_files(self.folder)
 
     def claim_folder(self) -> None:
         """Remove the files of the run that this run replaces, then write config.resolved.yaml."""
 
         def claim() -> None:
             if self.facts is None:
-                remove_run(self.folder, self.store)
+                output_folder.remove_run(self.folder, self.store)
             flags = {name: value for name, value in self.get_flags().items() if name not in START_FLAGS}
             (self.folder / RECIPE).write_text(yaml.safe_dump(flags, sort_keys=False), encoding="utf-8")
 
@@ -409,13 +398,13 @@ class Runner:
     def save_non_finite(self, error: NonFiniteLoss) -> str:
         """Save the images and the initial state of the step with the non-finite loss, and return a sentence with the
         file name, or with the reason if saving fails."""
-        file = self.folder / NON_FINITE
+        file = self.folder / output_folder.NON_FINITE
         own_images = [{"index": batch["index"].tolist(), "epoch": batch["epoch"].tolist()} for batch in error.batches]
         images = {"step": error.step + 1, "batches": gather_object(own_images)}
         try:
             run_on_main(self.accelerator, lambda: write_json(file, images))
             if self.can_save_checkpoints:
-                store = CheckpointStore(self.folder / NON_FINITE_STATE, keep=1)
+                store = CheckpointStore(self.folder / output_folder.NON_FINITE_STATE, keep=1)
                 state = self.state
                 tensors, rest = gather_state(self.accelerator, state.model, state.optimizer, state.shadow)
                 save_on_main(store, self.accelerator, error.step, tensors, {"step": error.step} | rest, is_best=False)
@@ -442,11 +431,11 @@ def build_runner(options: FinetuneOptions | PretrainOptions) -> Runner:
     )
     check_deepspeed_flags(accelerator, training, run)
     set_seed(training.seed)
-    reporter = Reporter(options.output_dir / METRICS, accelerator)
-    store = CheckpointStore(options.output_dir / CHECKPOINTS, run.keep_checkpoints)
+    reporter = Reporter(options.output_dir / output_folder.METRICS, accelerator)
+    store = CheckpointStore(options.output_dir / output_folder.CHECKPOINTS, run.keep_checkpoints)
     if reason := get_unsupported_reason(accelerator):
         reporter.warn(f"no checkpoints are saved, and the run cannot be resumed: {reason}")
-    lock = FolderLock(options.output_dir)
+    lock = output_folder.FolderLock(options.output_dir)
     run_on_main(accelerator, lock.acquire)
     runner = Runner(options, accelerator, store, None, None, reporter, lock)
     with runner.release_lock_on_error():

@@ -56,6 +56,11 @@ def is_noon(picture: Image.Image) -> bool:
     return picture.convert("RGB").getpixel((0, 0))[0] > 128
 
 
+def assert_noon_is_class_1(data: Any) -> None:
+    for picture, label in everything(data):
+        assert is_noon(picture) == (label == 1)
+
+
 def paths_in(colours: Path) -> list[str]:
     return sorted(map(str, colours.glob("*/*.png")))
 
@@ -79,8 +84,7 @@ def test_folder_of_folders(colours: Path) -> None:
     assert data.label_space.names == ["dusk", "noon"]
     assert len(data.train) + len(data.held_out) == 20 and data.num_training_images == len(data.train)
     assert data.held_out_name == "about 20%, by checksum, split seed 0"
-    for picture, label in everything(data):
-        assert is_noon(picture) == (label == 1)
+    assert_noon_is_class_1(data)
 
 
 def test_folder_with_metadata(colours: Path, tmp_path: Path) -> None:
@@ -93,8 +97,7 @@ def test_folder_with_metadata(colours: Path, tmp_path: Path) -> None:
     (tmp_path / "metadata.csv").write_text("\n".join(lines), encoding="utf-8")
     data = read(tmp_path, label_column=("shade",))
     assert data.label_space.columns == {"shade": ["dark", "light"]}
-    for picture, label in everything(data):
-        assert is_noon(picture) == (label == 1)
+    assert_noon_is_class_1(data)
 
 
 @pytest.mark.parametrize(("suffix", "separator"), [(".csv", ","), (".tsv", "\t")])
@@ -108,8 +111,7 @@ def test_table_of_relative_paths_and_named_labels(colours: Path, tmp_path: Path,
     data = read(tmp_path / f"list{suffix}")
     assert data.name == f"list{suffix}"
     assert data.label_space.columns == {"category": ["dusk", "noon"]}
-    for picture, label in everything(data):
-        assert is_noon(picture) == (label == 1)
+    assert_noon_is_class_1(data)
 
 
 def test_parquet_with_embedded_images_and_numbered_labels(colours: Path, tmp_path: Path) -> None:
@@ -118,8 +120,7 @@ def test_parquet_with_embedded_images_and_numbered_labels(colours: Path, tmp_pat
     file = write_table(tmp_path / "table.parquet", rows, photo=datasets.Image())
     data = read(file)
     assert data.label_space.columns == {"target": ["3", "7"]}
-    for picture, label in everything(data):
-        assert is_noon(picture) == (label == 1)
+    assert_noon_is_class_1(data)
 
 
 def test_parquet_with_bytes(colours: Path, tmp_path: Path) -> None:
