@@ -139,6 +139,15 @@ def test_a_validation_split_selects_and_the_test_split_is_reported(tmp_path: Pat
     assert load_training_data(data).held_out_name == "split 'validation'"
 
 
+def test_the_training_split_does_not_select(tmp_path: Path) -> None:
+    """Without a split called train, the validation split is trained on."""
+    data = write_images(tmp_path, {split: {"dusk": 20, "noon": 20} for split in ("val", "test")})
+    loaded = load_training_data(data, with_selection=True)
+    assert loaded.selection is not None and loaded.held_out_name == "split 'test'"
+    assert len(loaded.train) + len(loaded.selection) == 40
+    assert not {*loaded.train.images.compute_keys()} & {*loaded.selection.images.compute_keys()}
+
+
 def test_patience_stops_early(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     options = build_options(folder, epochs=20.0, select="best", patience=2, learning_rate=1.0, warmup=0.0)
