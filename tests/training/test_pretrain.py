@@ -10,8 +10,8 @@ import torch
 from accelerate import Accelerator
 from accelerate_state import reset_accelerate
 from tiny_models import raises_one_line, tiny_config
-from tiny_options import PLAIN, read_metrics
 from tiny_options import TINY as TINY_FINETUNING
+from tiny_options import build_tiny_options, read_metrics
 from transformers import AutoModel, AutoModelForMaskedImageModeling
 
 from modeling_vitcls import ViTCLSForMaskedImageModeling, ViTCLSImageProcessor, ViTCLSModel
@@ -25,7 +25,6 @@ from modeling_vitcls.inference.evaluator import ReconstructionEvaluator
 from modeling_vitcls.options import (
     AugmentationOptions,
     DataOptions,
-    FinetuneOptions,
     MaskingOptions,
     ModelOptions,
     PretrainOptions,
@@ -50,13 +49,8 @@ TINY = replace(TINY_FINETUNING, patch_size=8, num_cls_tokens=2, num_distillation
 
 def tiny_options(folder: Path, **training: Any) -> PretrainOptions:
     """Three epochs of three steps on digits, with an evaluation after each."""
-    return PretrainOptions(
-        output_dir=folder,
-        data=DIGITS,
-        model=TINY,
-        augmentation=PLAIN,
-        training=replace(TrainingOptions(max_steps=9, batch_size=479, learning_rate=3e-3, ema_decay=0.9), **training),
-    )
+    flags = {"max_steps": 9, "batch_size": 479, "learning_rate": 3e-3, "ema_decay": 0.9, "report": True} | training
+    return build_tiny_options(folder, "digits", PretrainOptions, **vars(TINY) | flags)
 
 
 @pytest.fixture(scope="module")
@@ -272,14 +266,8 @@ def test_a_checkpoint_that_drops_patches_is_told_to_keep_them(tmp_path: Path) ->
 
 
 def test_fine_tuning_starts_from_the_encoder(pretrained: Path, tmp_path: Path) -> None:
-    options = FinetuneOptions(
-        output_dir=tmp_path / "classifier",
-        data=DIGITS,
-        model=ModelOptions(model=str(pretrained)),
-        augmentation=PLAIN,
-        training=TrainingOptions(max_steps=2, batch_size=32, learning_rate=1e-3),
-    )
-    run = FinetuneTask(options)
+    flags = {"model": pretrained, "max_steps": 2, "batch_size": 32, "learning_rate": 1e-3, "report": True}
+    run = FinetuneTask(build_tiny_options(tmp_path / "classifier", "digits", **flags))
     trained = ViTCLSForMaskedImageModeling.from_pretrained(pretrained).vitcls.state_dict()
     encoder = run.model.vitcls.state_dict()
     for name, weight in trained.items():
