@@ -57,7 +57,7 @@ class BatchBuilder:
     def build(
         self, pixels: torch.Tensor | list[torch.Tensor], labels: list[Any], keys: list[ImageKey], replaced: list[int]
     ) -> Batch:
-        """Return a batch of images from `prepare_image`, a tensor [B, C, H, W] if all have the same size. `replaced`
+        """Return a batch of outputs of `prepare_image`, as a tensor [B, C, H, W] if all have the same size. `replaced`
         is the index of the unreadable image that each image replaces, or -1."""
         epochs, indices = np.array(keys, dtype=np.int64).T
         views = epochs % self.num_views if self.num_views else epochs
@@ -174,8 +174,9 @@ def load_arrays(source: LabeledImages, augmentation: Augmentation) -> torch.Tens
 def iterate_training_batches(
     source: Any, plan: BatchPlan, process: int, num_workers: int, first_step: int = 0
 ) -> Generator[Batch, None, None]:
-    """Yield the batches of one process on the CPU, starting at `first_step`. Close the iterator to stop its workers.
-    Raise ValueError if no image can be read, or an example of a stream has no label."""
+    """Yield the batches of one process from `TrainingImages` or a `TrainingStream`, on the CPU, starting at
+    `first_step`. Close the iterator to stop its workers. Raise ValueError if no image can be read, or an example of a
+    stream has no label."""
     yield from load_with_workers(source, source.iterate_keys(plan, process, first_step), num_workers)
 
 
