@@ -418,13 +418,8 @@ def draw_groups(groups: dict[tuple[str, ...], dict[int, float]], metric: str, fi
 
 
 def run_study(study: Study, folder: Path, command: str, **settings: Any) -> list[dict[str, Any]]:
-    """Execute a study and write its results; return the rows of runs.parquet.
-
-    Args:
-        folder: Output folder.
-        command: Command line for the page.
-        settings: Further arguments of `StudyRunner`.
-    """
+    """Execute a study and write its results; return the rows of runs.parquet. `command` is the command line for the
+    page, `settings` are further arguments of `StudyRunner`."""
     folder.mkdir(parents=True, exist_ok=True)
     record = folder / "study.json"
     plan = {"stages": study.stages, "factors": study.factors, "subsets": study.subsets}

@@ -114,13 +114,11 @@ def make_printable(name: str) -> str:
 
 
 def read_image_folder(folder: ImageFolder, use_labels: bool) -> Any:
-    """Return a `datasets.DatasetDict` of the splits, and add notes about unused files to `folder.notes`.
+    """Return a `datasets.DatasetDict` of the splits, and add notes about unused files to `folder.notes`. Raise
+    ValueError if labels are used and there are no class folders, or the split folders are ambiguous.
 
     The columns are `image`, and `label` if labels are used; or the columns of the metadata files, if there are any.
     Without labels, all images at any depth are used.
-
-    Raises:
-        ValueError: if `use_labels` is set and there are no class folders, or the split folders are ambiguous.
     """
     import datasets
 

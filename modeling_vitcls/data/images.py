@@ -231,16 +231,10 @@ def resolve_path(folder: Path, path: str | None) -> str:
 
 
 def decode_image(encoded: dict[str, Any] | None, fallback_name: str) -> Image.Image:
-    """Decode an image from its bytes or its path; return it upright, in its stored mode.
+    """Decode an image {"path": ..., "bytes": ...}, either of which may be None; return it upright, in its stored mode.
+    Raise UnreadableImage if it is missing, truncated or cannot be decoded.
 
-    The `filename` of the image is set, as Pillow does, for error messages.
-
-    Args:
-        encoded: {"path": ..., "bytes": ...}, either of which may be None.
-        fallback_name: name of the image in error messages if it has no path.
-
-    Raises:
-        UnreadableImage: if the image is missing, truncated or cannot be decoded.
+    The `filename` of the image is set, as Pillow does, for error messages. `fallback_name` is used without a path.
     """
     if not encoded or not (encoded["bytes"] is not None or encoded["path"]):
         raise UnreadableImage(f"{fallback_name} has no image")

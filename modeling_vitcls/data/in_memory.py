@@ -29,12 +29,8 @@ DATASETS: dict[str, Any] = {}  # name -> DatasetDict
 
 
 def add_dataset(data: Any) -> str:
-    """Keep a dataset for this process, and return its name.
-
-    Raises:
-        ValueError: if the dataset is empty, or its items are not (image, label).
-        TypeError: if its type is not supported.
-    """
+    """Keep a dataset for this process, and return its name. Raise ValueError if the dataset is empty, or its items are
+    not (image, label), and TypeError if its type is not supported."""
     import datasets
 
     if isinstance(data, datasets.IterableDataset | datasets.IterableDatasetDict):

@@ -207,12 +207,8 @@ def log_once(message: str) -> None:
 
 def open_with_datasets(options: DataOptions, use_labels: bool = True) -> Any:
     """Return the splits of a dataset by name, as `datasets` returns them. With --streaming, no rows are read yet.
-    Without labels, an image folder needs no class folders.
-
-    Raises:
-        ValueError: if the dataset cannot be read.
-        OSError: if there is no dataset with this name, locally or on the Hub, or the Hub cannot be reached.
-    """
+    Without labels, an image folder needs no class folders. Raise ValueError if the dataset cannot be read, and OSError
+    if it is found neither locally nor on the Hub."""
     path = Path(options.dataset)
     is_in_memory = options.dataset.startswith(PREFIX)
     if options.streaming and (is_in_memory or options.dataset == "digits" or is_idx_folder(path)):

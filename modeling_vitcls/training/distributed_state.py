@@ -49,12 +49,10 @@ def gather_state(
     accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.Optimizer, shadow: Sequence[torch.Tensor] | None
 ) -> tuple[dict[str, Tensors], dict[str, Any]]:
     """Return all tensors of the state on the main process (none on the others), and the other values in JSON types.
+    All processes must call it together. Raise ValueError for the reason of `get_unsupported_reason`.
 
-    All processes must call it together. Tensors of a single process on the CPU are not copied: write them before
-    training continues. `shadow` are the EMA weights in the order of the trained parameters.
-
-    Raises:
-        ValueError: see `get_unsupported_reason`.
+    Tensors of a single process on the CPU are not copied: write them before training continues. `shadow` are the EMA
+    weights in the order of the trained parameters.
     """
     if reason := get_unsupported_reason(accelerator):
         raise ValueError(f"no checkpoint can be written: {reason}")
@@ -81,15 +79,13 @@ def scatter_state(
     optimizer: torch.optim.Optimizer,
     shadow: Sequence[torch.Tensor] | None,
 ) -> None:
-    """Load a state from `gather_state`. All processes must call it together.
+    """Load a state from `gather_state`. All processes must call it together. Raise ValueError if the checkpoint
+    belongs to another model or optimizer.
 
     Args:
         checkpoint: the checkpoint on the main process; None on the others, which receive their shards from it.
         facts: the second value of `gather_state`, on all processes.
         shadow: EMA weights to fill in place.
-
-    Raises:
-        ValueError: if the checkpoint belongs to another model or optimizer.
     """
     scatter_checkpoint(checkpoint, accelerator, model, shadow)
     moments = None if checkpoint is None else checkpoint.load_tensors("optimizer")

@@ -127,14 +127,9 @@ class TrainingLoop:
         )
 
     def run(self, batches: Iterator[Batch]) -> Metrics:
-        """Train, and return the metrics of the final evaluation.
-
-        `batches` are this process's batches on the CPU, `gradient_accumulation_steps` per step, from `state.step` on.
-
-        Raises:
-            Interrupted: after a signal, once a checkpoint is saved.
-            NonFiniteLoss: if a loss or gradient is not finite.
-        """
+        """Train on this process's batches on the CPU, `gradient_accumulation_steps` per step, from `state.step` on.
+        Return the metrics of the final evaluation. Raise Interrupted after a signal, once a checkpoint is saved, and
+        NonFiniteLoss if a loss or gradient is not finite."""
         set_train_mode(self.state.model)
         metrics = self.evaluate_step() if self.state.record else {}
         while self.state.step < self.plan.num_steps and not self.is_out_of_patience:

@@ -172,14 +172,12 @@ def distillation_loss(
     kind: str, student_logits: torch.Tensor, teacher_logits: torch.Tensor, tau: float
 ) -> torch.Tensor:
     """Return the mean loss of the distillation head's logits [B, L] against the teacher's [B, L]; a scalar, `float32`.
+    Raise ValueError if the kind is unknown, or the logits have different shapes.
 
     "hard" is the cross-entropy against the teacher's predicted label (equation 3). "soft" is tau² times the divergence
     of the student's softened probabilities from the teacher's (equation 2): the sum of p_teacher * log(p_teacher /
     p_student) (Hinton et al. 2015, arXiv 1503.02531). The factor tau² keeps the size of the gradients independent of
     the temperature tau.
-
-    Raises:
-        ValueError: if the kind is unknown, or the logits have different shapes.
     """
     if kind not in ("soft", "hard"):
         raise ValueError(f"unknown distillation {kind!r}. Use soft or hard")

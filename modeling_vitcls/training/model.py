@@ -52,12 +52,8 @@ class BuiltModel:
 
 def build_model(options: ModelOptions, label_space: LabelSpace) -> BuiltModel:
     """Build a preset with random weights, or load a checkpoint. The checkpoint's classifier is kept only if its labels
-    are the same. Models for several tasks have one CLS token per task.
-
-    Raises:
-        ValueError: if values contradict each other, or the checkpoint is another kind of model.
-        OSError: if the checkpoint cannot be found or read.
-    """
+    are the same. Models for several tasks have one CLS token per task. Raise ValueError if values contradict each
+    other, or the checkpoint is another kind of model, and OSError if it cannot be found or read."""
     values = options.config_values()
     if label_space.kind == "multi_task":
         values = {"num_cls_tokens": len(label_space.columns)} | values

@@ -418,9 +418,9 @@ def build_runner(options: FinetuneOptions | PretrainOptions) -> Runner:
     paths.
 
     Raises:
-        ValueError: if the preset does not exist, DeepSpeed does not support a flag, another run uses the folder, the
-            run would replace files without --overwrite, all checkpoints are damaged or belong to a run with other
-            flags, or the precision or tracker is not available.
+        ValueError: if the preset does not exist, a flag, precision or tracker is not supported, another run uses the
+            folder, the run would replace files without --overwrite, or all checkpoints are damaged or have other
+            flags.
         OSError: if the folder cannot be written.
     """
     check_preset(options.model.model)

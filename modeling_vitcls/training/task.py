@@ -230,11 +230,8 @@ class Task(ABC):
 
 
 def run_task(task: Task) -> dict[str, Any]:
-    """Train, evaluate and write the output folder; return the content of results.json.
-
-    Raises:
-        RunStopped: see `Runner.train`; also if the result cannot be written or pushed.
-    """
+    """Train, evaluate and write the output folder; return the content of results.json. Raise RunStopped as
+    `Runner.train`, and if the result cannot be written or pushed."""
     runner, reporter = task.runner, task.runner.reporter
     with runner.lock:
         if runner.is_finished:
@@ -403,14 +400,12 @@ def push(task: Task) -> None:
 
 
 def run_folds(task_class: type[Task], options: Any) -> dict[str, Any]:
-    """Run one task per fold in OUTPUT_DIR/fold-1, fold-2, ... (`--folds`); write and return folds.json.
+    """Run one task per fold in OUTPUT_DIR/fold-1, fold-2, ... (`--folds`); write and return folds.json. Errors are as
+    in `Task` and `run_task`, and for `--push-to-hub`.
 
     Each image is held out in exactly one fold. The interval of the mean over the folds is Student's; it is too narrow,
     because the training images of the folds overlap (Bengio and Grandvalet 2004, "No unbiased estimator of the
     variance of k-fold cross-validation").
-
-    Raises:
-        ValueError, OSError, RunStopped: see `Task` and `run_task`; also for `--push-to-hub`.
     """
     if options.run.push_to_hub:
         raise ValueError("--folds trains several models, but --push-to-hub publishes one. Remove one of the two flags")

@@ -117,8 +117,7 @@ def load_teacher(
     the same labels in the same order; `note` states this assumption.
 
     Raises:
-        ValueError: if the teacher lacks labels or is not an image classifier, or the student has several tasks or
-            several labels per image.
+        ValueError: if the teacher is not an image classifier or lacks labels, or the labels are not one per image.
         OSError: if the teacher cannot be found or read.
     """
     if labels.kind != "single_label_classification":
