@@ -593,6 +593,7 @@ def test_registers_that_are_one_are_at_cosine_1(browser: Browser, faulty: Any) -
 # Looks ---------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [390, 1280])
 def test_light_and_dark_on_phones_and_desktops(browser: Browser, faulty: Any, scheme: str, width: int) -> None:
@@ -633,6 +634,7 @@ def luminance(colour: str) -> float:
 # Other models --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
 def test_any_layout(browser: Browser, tmp_path: Path, layout: dict[str, Any]) -> None:
     model = filled(ViTCLSForImageClassification(tiny_config(**layout)))
@@ -792,6 +794,7 @@ FAMILIES = (
 ).split(", ")
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("name", FAMILIES)
 def test_converted_families(name: str, tmp_path: Path) -> None:
     """Of transformers, with random weights."""

@@ -168,6 +168,7 @@ def learn_once(model: ViTCLSPreTrainedModel) -> None:
     assert all(gradient.isfinite().all() for gradient in gradients)
 
 
+@pytest.mark.slow
 @limited(100)
 @given(
     fields=valid_fields(), model_class=st.sampled_from(CLASSES), more=st.tuples(st.integers(0, 9), st.integers(0, 9))

@@ -337,6 +337,7 @@ def test_the_printed_lines_run_the_graph(exported: tuple[Any, Path, str]) -> Non
     assert_close({"logits": np.load(file.parent / "out.npy")}, wanted)
 
 
+@pytest.mark.slow
 def test_the_torch_format_is_checked_in_a_new_process(tmp_path: Path) -> None:
     model_class, fields, names = MODELS["tasks"]
     model = checkpoint(tmp_path / "model", model_class, **fields)

@@ -103,6 +103,7 @@ def test_urls_are_fetched_only_if_they_are_enabled(hub: LocalHub, tmp_path: Path
     assert "cannot fetch the image" in answer["error"]
 
 
+@pytest.mark.slow
 def test_other_models(hub: LocalHub, tmp_path: Path) -> None:
     """One list of labels per task; the features of an encoder."""
     image = encode_png(0)

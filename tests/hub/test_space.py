@@ -599,6 +599,7 @@ def model(hub: LocalHub, classifier: Path) -> PublishedModel:
     return find_published_model("ann/mine")
 
 
+@pytest.mark.slow
 def test_the_pushed_space_runs_without_this_package(
     browser: Browser,
     hub: LocalHub,

@@ -167,6 +167,7 @@ CHANGES = {
 CHANGED_FILES = {"classifier": "heads_vitcls.py", "backbone": "modeling_vitcls.py"}
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("kind", ["backbone", pytest.param("classifier", marks=pytest.mark.slow)])
 def test_published_code_that_answers_differently_is_found(
     hub: LocalHub, tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch

@@ -661,6 +661,7 @@ with outputs.Heartbeat(outputs.ShardFolder(Path(sys.argv[1]), 4).get_heartbeat_f
 """
 
 
+@pytest.mark.slow
 def test_a_process_that_was_killed_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(outputs, "SECONDS_BETWEEN_HEARTBEATS", 0.05)
     monkeypatch.setattr(outputs, "MAX_SILENT_SECONDS", 2.0)

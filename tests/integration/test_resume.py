@@ -310,6 +310,7 @@ VARIANTS = {
 }
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize(
     "variant", [name if name in ("head", "LoRA") else pytest.param(name, marks=pytest.mark.slow) for name in VARIANTS]
 )
@@ -418,6 +419,7 @@ def test_workers_that_notice_late_hold_nothing_up(pictures: Path, folder: Path) 
     assert run.wait() == 128 + signal.SIGTERM, run.output
 
 
+@pytest.mark.slow
 def test_a_launcher_that_is_terminated(pictures: Path, folder: Path, uninterrupted: Callable[[str], Path]) -> None:
     """`accelerate launch` dies of SIGTERM without passing it on; the run notices, saves and ends."""
     flags = f"{RUN} --epochs 15 --dataset {pictures}"  # not over before that
@@ -436,6 +438,7 @@ def test_a_launcher_that_is_terminated(pictures: Path, folder: Path, uninterrupt
 # Several processes ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_two_processes_are_interrupted_then_killed(pictures: Path, folder: Path, tmp_path: Path) -> None:
     """Ctrl-C in a terminal goes to the launcher's process group, and torchrun passes it on. With workers."""
     flags = f"{EVERYTHING} --batch-size 2 --dataset {pictures}"

@@ -449,6 +449,7 @@ def test_class_weights_help_the_rare_class(tmp_path: Path) -> None:
     assert recalls[0] < recalls[1]
 
 
+@pytest.mark.slow
 def test_a_compiled_run_gives_the_same(tmp_path: Path) -> None:
     fields = {"max_steps": 2, "num_hidden_layers": 1, "num_register_tokens": 0}  # each kernel is a second of g++
     eager = trained(tmp_path / "eager", "digits", **fields)
