@@ -1,15 +1,8 @@
-"""Datasets: from --dataset to batches of images and labels.
+"""Datasets: from --dataset to batches of images and labels. Nothing here is copied to the Hub.
 
-    sources.py       digits, folders, CSV, Parquet, MNIST's files, the Hub -> splits by name
-    image_folder.py  folders of images
-    labels.py        columns of images and labels; single label, multi-label, multi-task
-    images.py        images decoded on demand; unreadable images
-    held_out.py      held-out images of datasets without an evaluation split, and their record in results.json
-    streaming.py     datasets that are read during training
-    splits.py        training split and held-out split; fingerprints, which `--resume` compares
-    augmentation.py  random changes of training images, and masks for masked image modeling
-    sampling.py      images of each batch, as a function of the seed and the step
-    batches.py       batches, loaded and augmented in workers
-
-Nothing here is copied to the Hub.
+sources.py, image_folder.py, in_memory.py    datasets -> splits by name
+streaming.py                                 datasets that are read during training
+splits.py, held_out.py                       training split, held-out split, and their fingerprints
+images.py, labels.py                         images decoded on demand; kinds of labels
+sampling.py, augmentation.py, batches.py     batches, as a function of the seed and the step
 """

@@ -66,16 +66,13 @@ class ImageSubset(Sequence):
         return self.elements[self.indices[index]]
 
     def get_names(self) -> list[str]:
-        """Return the names of the selected elements."""
         names = self.elements.get_names()
         return [names[index] for index in self.indices]
 
     def read_content(self, index: int) -> bytes | None:
-        """Return the bytes of one of the selected elements."""
         return self.elements.read_content(self.indices[index])
 
     def compute_keys(self) -> list[int]:
-        """Return the keys of the selected elements."""
         keys = self.elements.compute_keys()
         return [keys[index] for index in self.indices]
 
@@ -93,15 +90,12 @@ class ArrayImages(Sequence):
         return Image.fromarray(self.values[index])
 
     def get_names(self) -> list[str]:
-        """Return checksums of the pixels."""
         return [f"{key:x}" for key in self.compute_keys()]
 
     def read_content(self, index: int) -> bytes:
-        """Return the pixels of one image."""
         return self.values[index].tobytes()
 
     def compute_keys(self) -> list[int]:
-        """Return checksums of the pixels."""
         return [compute_key(values.tobytes()) for values in self.values]
 
 
