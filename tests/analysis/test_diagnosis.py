@@ -195,6 +195,7 @@ def find_harmful_token(model: Any, pixels: torch.Tensor, labels: torch.Tensor) -
     return tokens[:, 1].detach()
 
 
+@pytest.mark.slow_cases
 def test_registers_of_nearly_equal_attention(model: Any) -> None:
     """Not equal: their states differ by more than those of identical tokens."""
     with torch.no_grad():

@@ -68,6 +68,7 @@ def test_there_is_no_graph_break_with_recorded_hidden_states(name: str) -> None:
     assert_one_graph(model, output_hidden_states=True)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_compiled_values() -> None:
     model = build_model(ViTCLSForImageClassification, {"num_register_tokens": 2}, has_kernels=True)

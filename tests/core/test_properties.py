@@ -208,6 +208,7 @@ ANYTHING = st.one_of(SCALARS, SMALL_INTEGERS, WORDS, LISTS, LISTS.map(tuple), DI
 LABEL_FIELDS = ["num_labels", "id2label", "label2id", "problem_type", "out_features", "out_indices"]
 
 
+@pytest.mark.slow
 @limited(400)
 @given(
     fields=valid_fields(),

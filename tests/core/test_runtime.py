@@ -187,6 +187,7 @@ def test_compiled_code_agrees(kind: str) -> None:
         assert_same_outputs(compiled(images(2, *size)), model(images(2, *size)), 1e-5)
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("name", TOGETHER)
 def test_export_with_any_number_of_images(name: str) -> None:
     assert sorted(block for blocks in TOGETHER.values() for block in blocks) == sorted(BLOCKS)

@@ -155,6 +155,7 @@ def run(*flags: Any) -> subprocess.CompletedProcess[str]:
 # Models
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("name", [name if name in ("tokens", "masks") else slow(name) for name in MODELS])
 def test_an_onnx_file_has_the_outputs_of_the_model(name: str, tmp_path: Path) -> None:
     model_class, fields, names = MODELS[name]

@@ -97,6 +97,7 @@ def test_a_classifier(hub: LocalHub, tmp_path: Path) -> None:
     assert not any("\n" in error for error in errors)
 
 
+@pytest.mark.slow
 def test_urls_are_fetched_only_if_they_are_enabled(hub: LocalHub, tmp_path: Path) -> None:
     model = ViTCLSForImageClassification(tiny_config())
     (answer,) = serve(tmp_path, model, [{"inputs": "http://127.0.0.1:9/image.png"}], VITCLS_ENDPOINT_URLS="1")

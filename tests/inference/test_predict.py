@@ -482,6 +482,7 @@ def test_the_main_process_awaits_the_last_shard_of_a_slow_process(models: Path, 
     assert [row["index"] for row in read_shards(tmp_path / "labels")] == list(range(9))
 
 
+@pytest.mark.slow
 def test_a_process_that_dies_leaves_the_folder_incomplete(models: Path, photos: Path, tmp_path: Path) -> None:
     """The main process reports an error; a new start computes the missing shard."""
     folder = tmp_path / "labels"

@@ -288,6 +288,7 @@ def folder(tmp_path: Path) -> Iterator[Path]:
 # Killed --------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_killed_anywhere_with_everything_on(
     pictures: Path, folder: Path, uninterrupted: Callable[[str], Path]
 ) -> None:
@@ -326,6 +327,7 @@ def test_killed_and_resumed(variant: str, pictures: Path, folder: Path, uninterr
     assert_equal_runs(folder, uninterrupted(flags))
 
 
+@pytest.mark.slow
 def test_a_stream_goes_on(pictures: Path, folder: Path, uninterrupted: Callable[[str], Path]) -> None:
     files = sorted(map(str, pictures.glob("*/*/*.png")), key=lambda name: Path(name).stem)
     features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["dusk", "noon"])})
@@ -393,6 +395,7 @@ def test_a_full_disk_costs_nothing(pictures: Path, tmp_path: Path, uninterrupted
 # Asked to stop -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_first(
     number: signal.Signals, pictures: Path, folder: Path, uninterrupted: Callable[[str], Path]

@@ -177,6 +177,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
+@pytest.mark.slow
 def test_the_folder_loads_without_the_package(launched: Path) -> None:
     """The demo's second half, as it would run anywhere, checks the accuracy that results.json claims."""
     environment = {name: value for name, value in ENVIRONMENT.items() if name != "PYTHONPATH"}
@@ -469,6 +470,7 @@ def test_trackers_get_the_numbers(tmp_path: Path) -> None:
     assert [event.step for event in events.Scalars("loss")] == [1, 2, 3]
 
 
+@pytest.mark.slow
 def test_trackers_get_the_main_images_at_the_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Those of the card, and figures of the report, which the last line names."""
     event_files = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")

@@ -148,6 +148,7 @@ def test_the_training_split_does_not_select(tmp_path: Path) -> None:
     assert not {*loaded.train.images.compute_keys()} & {*loaded.selection.images.compute_keys()}
 
 
+@pytest.mark.slow
 def test_patience_stops_early(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     options = build_options(folder, epochs=20.0, select="best", patience=2, learning_rate=1.0, warmup=0.0)
