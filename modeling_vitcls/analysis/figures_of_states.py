@@ -1,10 +1,5 @@
 """Figures of the states of tokens and patches, and of the effects of tokens on predictions.
 
-    plot_norm_histogram(config, findings, layer)      histogram of patch norms, with outliers
-    plot_token_similarity(config, findings, layer)    cosine similarity between the special tokens
-    plot_layer_similarity(config, findings)           cosine similarity between the states of each token across layers
-    plot_ablation_effects(config, effects)            effect of replacing each token by its mean
-
 Each function returns a matplotlib `Figure` on white, in the colors of figures.py and without pyplot. "After layer 0"
 means the embeddings. Curves are in figures_over_depth.py.
 """
@@ -12,6 +7,7 @@ means the embeddings. Curves are in figures_over_depth.py.
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,10 +19,12 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from ..configuration_vitcls import ViTCLSConfig
 from ..token_names import get_token_names
-from .ablation import AblationEffect, get_token_keys
-from .figures import GROUP_COLORS, INK, create_figure, shorten
+from .ablation import get_token_keys
+from .artifacts import SecondMode, find_second_mode
+from .effects import AblationEffect
+from .figures import GROUP_COLORS, INK, create_figure, draw_text, shorten
 from .figures_over_depth import MAX_NAME_LENGTH, create_token_grid, hide_frame
-from .token_statistics import Findings, SecondMode, find_second_mode
+from .token_statistics import Findings
 
 
 BINS = 48  # number of bins of a histogram
@@ -89,38 +87,20 @@ def plot_norm_histogram(config: ViTCLSConfig, findings: Findings, layer: int = -
     limit = math.inf if histogram.mode is None else histogram.mode.threshold
     colors = [OUTLIER_COLOR if edge >= limit else GROUP_COLORS["patches"] for edge in np.sqrt(edges[1:] * edges[:-1])]
     axes.bar(edges[:-1], histogram.counts, width=0.94 * np.diff(edges), align="edge", color=colors)
-    axes.set_xscale("log")
-    axes.set_yscale("log")
-    axes.set_ylim(0.7, 2 * max(*histogram.counts, 5))
-    axes.set_xlim(histogram.low, histogram.high)
+    axes.set(xscale="log", yscale="log")
+    axes.set(xlim=(histogram.low, histogram.high), ylim=(0.7, 2 * max(*histogram.counts, 5)))
+    axes.set(xlabel="norm / median norm of the image, logarithmic", ylabel="patches, logarithmic")
     if histogram.mode is not None:
         axes.axvline(limit, color=INK, linewidth=1, linestyle=(0, (5, 3)))
-        axes.annotate(
-            f"second mode: {histogram.mode.fraction:.2%} of the patches, at {histogram.mode.ratio:.1f} × median",
-            (limit, 0.97),
-            xycoords=("data", "axes fraction"),
-            xytext=(-4, 0),
-            textcoords="offset points",
-            rotation=90,
-            ha="right",
-            va="top",
-            fontsize=8,
-            color=INK,
-        )
-    top = axes.get_xaxis_transform()
-    axes.plot(
-        histogram.registers,
-        [0.97] * len(histogram.registers),
-        "v",
-        color=GROUP_COLORS["registers"],
-        transform=top,
-        clip_on=0,
-    )
+        text = f"second mode: {histogram.mode.fraction:.2%} of the patches, at {histogram.mode.ratio:.1f} × median"
+        position: dict[str, Any] = {"xycoords": ("data", "axes fraction"), "textcoords": "offset points"}
+        position |= {"rotation": 90, "ha": "right", "va": "top"}
+        axes.annotate(text, (limit, 0.97), (-4, 0), **position, fontsize=8, color=INK)
     if histogram.registers:
-        axes.plot([], [], "v", color=GROUP_COLORS["registers"], label="registers")
+        heights = [0.97] * len(histogram.registers)
+        triangles: dict[str, Any] = {"color": GROUP_COLORS["registers"], "label": "registers", "clip_on": False}
+        axes.plot(histogram.registers, heights, "v", transform=axes.get_xaxis_transform(), **triangles)
         figure.legend(loc="outside lower center", frameon=False, fontsize=8.5)
-    axes.set_xlabel("norm / median norm of the image, logarithmic")
-    axes.set_ylabel("patches, logarithmic")
     hide_frame(axes)
     return figure
 
@@ -152,7 +132,7 @@ def plot_token_similarity(config: ViTCLSConfig, findings: Findings, layer: int =
     if len(names) <= MAX_NUMBERED_TOKENS:
         for (row, column), value in np.ndenumerate(matrix.numpy()):
             color = "white" if abs(value) > 0.55 else INK
-            axes.text(column, row, f"{value:.2f}", ha="center", va="center", fontsize=8, color=color)
+            draw_text(axes, column, row, f"{value:.2f}", 8, color)
     figure.colorbar(drawn, ax=axes, shrink=0.8, label="cosine")
     return figure
 

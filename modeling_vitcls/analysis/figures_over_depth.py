@@ -1,9 +1,5 @@
 """Figures over depth: values of tokens and patches per layer, over many images (`Findings`).
 
-    plot_curve(config, findings, "entropy")      any of CURVES: one line per token, range over heads, baseline
-    plot_attention_mass(config, findings)        attention of each token to groups of tokens
-    plot_norms(config, findings)                 norms of tokens and patches, and fraction of outlier patches
-
 Each function returns a matplotlib `Figure` on white, in the colors of figures.py and without pyplot. "After layer 0"
 means the embeddings. Similarities and histograms are in figures_of_states.py. The HTML report contains all figures.
 """
@@ -11,7 +7,7 @@ means the embeddings. Similarities and histograms are in figures_of_states.py. T
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -99,23 +95,12 @@ CURVES = {
 }
 
 
-@dataclass(frozen=True)
-class LineStyle:
+class LineStyle(NamedTuple):
     """Line style of one token: groups differ in color, tokens of a group in lightness, dashes and markers."""
 
     name: str
     color: tuple[float, float, float]
     index: int = 0  # within the group
-
-    def build_line_arguments(self) -> dict[str, Any]:
-        """Return the arguments of `Axes.plot`."""
-        return {
-            "color": self.color,
-            "linestyle": DASHES[self.index % len(DASHES)],
-            "marker": MARKERS[self.index % len(MARKERS)],
-            "markersize": 4,
-            "linewidth": 1.6,
-        }
 
 
 PATCH_STYLE = LineStyle("patches", to_rgb(PATCHES))
@@ -157,8 +142,7 @@ def plot_curve(config: ViTCLSConfig, findings: Findings, name: str) -> Figure:
         name = "uniform" if index == 0 else "_again"
         axes.axhline(value, color=INK, linewidth=1, linestyle=(0, (5, 3)), label=name)
     format_layer_axis(axes, len(lines), first_layer)
-    if axes.get_ylim()[0] > 0:
-        axes.set_ylim(bottom=0)
+    axes.set_ylim(bottom=min(axes.get_ylim()[0], 0))
     if curve.in_percent:
         axes.yaxis.set_major_formatter(PercentFormatter(xmax=1))
     draw_legend(figure, axes)
@@ -167,21 +151,13 @@ def plot_curve(config: ViTCLSConfig, findings: Findings, name: str) -> Figure:
 
 def get_token_styles(config: ViTCLSConfig) -> list[LineStyle]:
     """Return one line style per special token, in sequence order."""
-    return [
-        LineStyle(
-            shorten(name, MAX_NAME_LENGTH),
-            lighten_color(GROUP_COLORS[group], FADE * index / max(len(names) - 1, 1)),
-            index,
-        )
-        for group, names in get_token_names_by_group(config).items()
-        for index, name in enumerate(names)
-    ]
-
-
-def lighten_color(color: str, white: float) -> tuple[float, float, float]:
-    """Mix a color with a fraction of white."""
-    red, green, blue = (white + (1 - white) * channel for channel in to_rgb(color))
-    return red, green, blue
+    styles = []
+    for group, names in get_token_names_by_group(config).items():
+        for index, name in enumerate(names):
+            white = FADE * index / max(len(names) - 1, 1)
+            red, green, blue = (white + (1 - white) * channel for channel in to_rgb(GROUP_COLORS[group]))
+            styles.append(LineStyle(shorten(name, MAX_NAME_LENGTH), (red, green, blue), index))
+    return styles
 
 
 def draw_line(
@@ -191,7 +167,8 @@ def draw_line(
     layers = range(first_layer, first_layer + len(mean))
     if bool((high > low).any()):
         axes.fill_between(layers, low.numpy(), high.numpy(), color=style.color, alpha=0.15, linewidth=0)
-    axes.plot(layers, mean.numpy(), label=style.name, **style.build_line_arguments())
+    dash, marker = DASHES[style.index % len(DASHES)], MARKERS[style.index % len(MARKERS)]
+    axes.plot(layers, mean, c=style.color, ls=dash, marker=marker, markersize=4, linewidth=1.6, label=style.name)
 
 
 # Attention mass -----------------------------------------------------------------------------------------------------
@@ -210,7 +187,7 @@ def plot_attention_mass(config: ViTCLSConfig, findings: Findings) -> Figure:
     figure, grid = create_token_grid(names, width=2.4, height=1.9, more_height=0.5)
     fractions = findings.mass.mean(dim=1)  # [L, S, 4]
     order = [name for name, _ in config.token_layout.items()]
-    layers = np.arange(1, len(fractions) + 1)
+    layers = range(1, len(fractions) + 1)
     for index, axes in enumerate(grid):
         below = np.zeros(len(fractions))
         for group in groups:

@@ -24,6 +24,7 @@ from .maps import (
     VisibleRegion,
     draw_hatching,
     resize_with_region,
+    to_gray,
     to_upright_rgb,
     upsample_maps,
 )
@@ -105,13 +106,11 @@ def find_foreground(features: Sequence[torch.Tensor], rows: np.ndarray) -> np.nd
     """Return a boolean mask [patches] of the patches on the side of the first principal component that has fewer
     patches at the borders of the images."""
     is_foreground = PCA(1, random_state=0).fit_transform(rows)[:, 0] > 0
-    borders = []
-    for image in features:
-        is_border = np.ones(image.shape[:2], dtype=bool)
-        is_border[1:-1, 1:-1] = False
-        borders.append(is_border.ravel())
-    border = np.concatenate(borders)
-    is_inverted = not border.all() and is_foreground[border].mean() > is_foreground[~border].mean()
+    borders = [np.ones(image.shape[:2], dtype=bool) for image in features]
+    for border in borders:
+        border[1:-1, 1:-1] = False
+    is_border = np.concatenate([border.ravel() for border in borders])
+    is_inverted = not is_border.all() and is_foreground[is_border].mean() > is_foreground[~is_border].mean()
     return ~is_foreground if is_inverted else is_foreground
 
 
@@ -137,7 +136,7 @@ def draw_patch_colors(
     """
     small, region = resize_with_region(to_upright_rgb(image), visible_region, max_side, min_side)
     size = (small.height, small.width)
-    gray = np.asarray(small.convert("L"), dtype=np.float32)[:, :, None].repeat(3, axis=2) / 255  # [h, w, 3]
+    gray = to_gray(small)
     is_background = colors.isnan().any(dim=-1).float()  # [gh, gw]
     layers = torch.cat([colors.nan_to_num().permute(2, 0, 1), is_background.unsqueeze(0)])  # [4, gh, gw]
     *channels, background = upsample_maps(layers, size, region, interpolate=False).unbind(0)

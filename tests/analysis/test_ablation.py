@@ -12,20 +12,22 @@ from varied_models import with_varied_answers
 from modeling_vitcls import ViTCLSForImageClassification, ViTCLSForMultiTaskClassification, ViTCLSModel
 from modeling_vitcls.analysis.ablation import (
     NUM_NULL,
-    Predictions,
     collect_mean_states,
-    collect_outputs,
-    collect_predictions,
     compute_ablation_effects,
     compute_ablations,
-    compute_effect,
-    encode_label,
-    get_predicted_labels,
     get_token_keys,
     hold_tokens,
     redraw_tokens,
 )
+from modeling_vitcls.analysis.effects import compute_effect
 from modeling_vitcls.analysis.image_report import build_image_predictions
+from modeling_vitcls.analysis.model_outputs import (
+    Predictions,
+    collect_outputs,
+    collect_predictions,
+    encode_label,
+    get_predicted_labels,
+)
 from modeling_vitcls.analysis.token_statistics import TokenStatistics
 from modeling_vitcls.attention_masks_vitcls import build_attention_mask
 from modeling_vitcls.conversion.random_weights import randomize_weights

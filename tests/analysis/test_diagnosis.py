@@ -12,25 +12,20 @@ from tiny_models import TASKS, filled, images, tiny_config
 from varied_models import with_varied_answers
 
 from modeling_vitcls import ViTCLSForImageClassification, ViTCLSForMultiTaskClassification, ViTCLSModel
-from modeling_vitcls.analysis.ablation import (
-    MIN_IMAGES,
-    NUM_NULL,
-    collect_outputs,
-    compute_ablations,
-    compute_binomial_interval,
-    compute_null_limit,
-)
+from modeling_vitcls.analysis.ablation import NUM_NULL, compute_ablations, compute_null_limit
+from modeling_vitcls.analysis.artifacts import diagnose_patches, find_second_mode
 from modeling_vitcls.analysis.diagnosis import (
     Verdict,
     describe_depth,
     diagnose_groups,
-    diagnose_patches,
     diagnose_tokens,
     summarize_diagnosis,
 )
+from modeling_vitcls.analysis.effects import compute_binomial_interval
+from modeling_vitcls.analysis.model_outputs import MIN_IMAGES, collect_outputs
 from modeling_vitcls.analysis.model_utils import is_classifier
 from modeling_vitcls.analysis.report import SIGNS
-from modeling_vitcls.analysis.token_statistics import Findings, TokenStatistics, find_second_mode
+from modeling_vitcls.analysis.token_statistics import Findings, TokenStatistics
 from modeling_vitcls.token_names import get_token_names
 from modeling_vitcls.training.token_monitor import TokenMonitor
 
