@@ -99,8 +99,7 @@ def diagnose_tokens(
             chance, the verdicts state this, because effects on such predictions are not meaningful.
         has_head: whether the model is a classifier.
     """
-    names = get_token_names(config)
-    movement = token_movement or {}
+    names, movement = get_token_names(config), token_movement or {}
     verdicts = []
     for index, key in enumerate(get_token_keys(config.token_layout)):
         evidence = TokenEvidence(
@@ -293,13 +292,7 @@ def diagnose_groups(
     config: ViTCLSConfig, ablations: Ablations | None, predictions: Predictions | None = None
 ) -> list[Verdict]:
     """Return one verdict per group of several special tokens: single registers can be redundant, although all
-    registers together have an effect.
-
-    Args:
-        config: configuration of the model.
-        ablations: `compute_ablations`; without it, there are no verdicts.
-        predictions: see `diagnose_tokens`.
-    """
+    registers together have an effect. The arguments are the same as in `diagnose_tokens`."""
     verdicts = []
     for group, members in get_groups(config.token_layout).items():
         if ablations is None or len(members) == 1:
@@ -372,19 +365,16 @@ def summarize_ablation(ablation: Ablation) -> dict[str, Any]:
 
 def describe_missing_images(num_images: int) -> str:
     """Describe that more images are required to judge effects."""
-    return (
-        f"the effect requires {MIN_IMAGES} or more images, but there {'are' if num_images > 1 else 'is'} {num_images}"
-    )
+    verb = "are" if num_images > 1 else "is"
+    return f"the effect requires {MIN_IMAGES} or more images, but there {verb} {num_images}"
 
 
 def describe_comparison(ablations: dict[str, Ablation], possessive: str = "its") -> str:
     """Compare the effects of ablations with their null distributions."""
     beyond = [kind for kind, ablation in ablations.items() if ablation.is_beyond_null]
     clause = f"effect beyond the null ({' and '.join(beyond)})" if beyond else "no effect beyond the null"
-    details = [
-        f"{ABLATION_TERMS[kind].format(possessive)}, {describe_effect(each)}" for kind, each in ablations.items()
-    ]
-    return f"{clause}: {'; '.join(details)}"
+    terms = {kind: ABLATION_TERMS[kind].format(possessive) for kind in ablations}
+    return f"{clause}: {'; '.join(f'{terms[kind]}, {describe_effect(each)}' for kind, each in ablations.items())}"
 
 
 def describe_effect(ablation: Ablation) -> str:
@@ -454,29 +444,25 @@ def describe_depth(config: ViTCLSConfig, findings: Findings, has_head: bool = Tr
         narrowest = int(widths[:num_layers, index].argmin())
         width = round(widths[narrowest, index].item())
         is_register = index >= config.token_layout.registers.start
-        pattern = "" if is_register else f" {describe_depth_pattern(read, thirds)}"
         texts.append(
             f"{name} attends to {', '.join(f'{third:.0%}' for third in thirds.tolist())} of the visible "
             f"tokens {where} (100% is uniform), most selective in layer {narrowest + 1}: {width} "
-            f"token{'s' if width != 1 else ''}.{pattern}"
+            f"token{'s' if width != 1 else ''}.{'' if is_register else describe_depth_pattern(read, thirds)}"
         )
     return texts
 
 
 def describe_depth_pattern(fractions: torch.Tensor, thirds: torch.Tensor) -> str:
     """Compare the fractions of tokens attended to, per layer [L] and averaged over thirds [3], with the expected
-    pattern."""
+    pattern. The sentence begins with a space."""
     if bool((fractions >= MIN_UNIFORM_FRACTION).all()):
-        return "Uniform in every layer: it selects no patches."
+        return " Uniform in every layer: it selects no patches."
     if len(thirds) < 3:
-        return "There are too few layers to compare early and middle layers."
+        return " There are too few layers to compare early and middle layers."
     early, middle, _ = thirds.tolist()
     if early >= MIN_EARLY_FRACTION and middle <= MAX_MIDDLE_RATIO * early:
-        return "As expected: near uniform early, selective in the middle."
-    return "Not as expected (near uniform early, selective in the middle)."
-
-
-# Summary -------------------------------------------------------------------------------------------------------------
+        return " As expected: near uniform early, selective in the middle."
+    return " Not as expected (near uniform early, selective in the middle)."
 
 
 def summarize_diagnosis(verdicts: Sequence[Verdict], groups: Sequence[Verdict], patches: PatchDiagnosis) -> str:

@@ -209,11 +209,7 @@ def plot_ablation_effects(config: ViTCLSConfig, effects: Mapping[str, AblationEf
 
 
 def normalize_layer(layer: int, findings: Findings) -> int:
-    """Return a nonnegative layer index, with the embeddings as 0.
-
-    Raises:
-        ValueError: if the layer does not exist.
-    """
+    """Return a nonnegative layer index, with the embeddings as 0. Raises ValueError if the layer does not exist."""
     num_states = len(findings.patch_norms)
     if not -num_states <= layer < num_states:
         raise ValueError(f"There is no layer {layer}: the model has {num_states - 1}, and 0 means the embeddings.")

@@ -254,13 +254,8 @@ def create_axes(num_axes: int, num_names: int) -> tuple[Figure, Sequence[Axes]]:
 def create_token_grid(
     names: Sequence[str], width: float, height: float, more_width: float = 0, more_height: float = 0
 ) -> tuple[Figure, list[Axes]]:
-    """Create a figure with a grid of small axes, one per token, over layers.
-
-    Args:
-        names: names of the tokens.
-        width, height: size per token, in inches.
-        more_width, more_height: additional size for legends and labels, in inches.
-    """
+    """Create a figure with a grid of small axes over layers, one per token, of this width and height in inches;
+    `more_width` and `more_height` are for legends and labels."""
     columns = min(len(names), MAX_COLUMNS)
     rows = math.ceil(len(names) / columns)
     figure = create_figure(max(width * columns + more_width, MIN_WIDTH), height * rows + more_height)

@@ -50,12 +50,10 @@ class Inspection:
         has_head: whether the model is a classifier.
         findings: statistics over `findings.num_images` images.
         ablations: effects of each special token and each group, with null distributions (`compute_ablations`).
-        effects: effect on predictions of replacing each token by its mean; None without a classifier.
         accuracy: accuracy on the same images, 0 to 1; None if no labels are known.
         verdicts: one per special token.
         group_verdicts: one per group of several special tokens.
         patches: diagnosis of the norms of patches.
-        artifacts: sentences about patches with large norms.
         depth: one text per special token, on its attention over depth.
         image_reports: reports of the images to show.
         map_checks: checks of rollout and attribution (`check_maps`); empty unless the model is a small classifier of
@@ -212,12 +210,7 @@ def check_sampled_maps(model: Any, batches: "InspectionBatches", on_progress: Pr
 def select_images(before: Any, config: Any, count: int) -> dict[int, str | None]:
     """Return the indices of the most instructive images with their kind: wrong predictions (at most half if there are
     enough others, the most confident first), the least confident of the others (at most a quarter), and typical images
-    at even distances.
-
-    Args:
-        before: `Predictions`; the images of an encoder are selected at even distances, without a kind.
-        count: number of images to select.
-    """
+    at even distances. All images of an encoder are selected at even distances, without a kind."""
     if not isinstance(before, Predictions):
         return dict.fromkeys(spread_evenly(range(len(before)), count))
     confidences = compute_confidences(before.logits, config).tolist()
@@ -255,11 +248,7 @@ def collect_statistics(
     model: Any, batches: "InspectionBatches", on_progress: ProgressCallback
 ) -> tuple[Findings, Any, dict[str, Any]]:
     """Return the statistics over all images, the outputs of the same forward passes, and the outputs with the
-    registers hidden from attention (`known` of `compute_ablations`).
-
-    Raises:
-        ValueError: if hidden states are not finite.
-    """
+    registers hidden from attention (`known` of `compute_ablations`)."""
     statistics = TokenStatistics(model)
     collected, collected_without_registers = [], []
     for pixel_values, labels in batches.report_progress(on_progress, 1, "collecting statistics")():
@@ -302,11 +291,7 @@ class ImagePreparer:
         return pixels
 
     def prepare_all(self, images: Sequence[Image.Image], on_progress: ProgressCallback) -> dict[int, torch.Tensor]:
-        """Return the pixels of all usable images by index.
-
-        Raises:
-            ValueError: if no image can be used.
-        """
+        """Return the pixels of all usable images by index. Raises ValueError if no image can be used."""
         if not images:
             raise ValueError("An inspection requires at least one image, but there are no images. Pass one or more.")
         pixels_by_index = {}
@@ -322,13 +307,8 @@ class ImagePreparer:
 
 
 class InspectionBatches:
-    """Images in memory as batches of equal shape, with labels [B, A] (`Predictions.labels`) or None.
-
-    Args:
-        pixels: [C, H, W] each.
-        labels: see `inspect_model`.
-        batch_size: maximum batch size; reduced if a batch would require more than MAX_BATCH_BYTES of memory.
-    """
+    """Images [C, H, W] in memory as batches of equal shape, with labels [B, A] (`Predictions.labels`) or None. Batches
+    that would require more than MAX_BATCH_BYTES of memory are smaller than `batch_size`."""
 
     def __init__(self, model: Any, pixels: list[torch.Tensor], labels: list[Any] | None, batch_size: int) -> None:
         self.model = model

@@ -46,12 +46,7 @@ class InspectionImages:
 
 
 def open_images(options: InspectOptions, model: Any, record: HeldOutRecord | None = None) -> InspectionImages:
-    """Open the images of PATHS or `--dataset`.
-
-    Args:
-        options: PATHS or `--dataset`.
-        model: the model to inspect.
-        record: the held-out images of the training run.
+    """Open the images of PATHS or `--dataset`. `record` contains the held-out images of the training run.
 
     Raises:
         ValueError: if there are no images, the dataset cannot be read, or its labels are not labels of the model.

@@ -134,12 +134,8 @@ def compute_maps(
 
 @torch.no_grad()
 def measure_curves(model: Any, pixel_values: torch.Tensor, values: torch.Tensor, target: int) -> torch.Tensor:
-    """Return the probability of a class in the deletion and insertion curves of a map, [2, len(FRACTIONS)].
-
-    Args:
-        pixel_values: [1, C, H, W].
-        values: [gh, gw].
-    """
+    """Return the probability of a class in the deletion and insertion curves of a map [gh, gw] for pixel values
+    [1, C, H, W], [2, len(FRACTIONS)]."""
     ranks = values.flatten().argsort(descending=True).argsort().view(values.shape)  # 0 is the highest value
     masks = torch.stack([ranks < round(fraction * ranks.numel()) for fraction in FRACTIONS])  # [fractions, gh, gw]
     masks = torch.cat([masks, ~masks]).to(pixel_values.device)  # replaced patches in deletion, then in insertion

@@ -104,11 +104,8 @@ class Features:
 
 @torch.no_grad()
 def collect_outputs(model: Any, batches: Batches, hidden: Sequence[int] = ()) -> Any:
-    """Return `Predictions` of a classifier or `Features` of any other model for all images, on the CPU.
-
-    Args:
-        hidden: sequence indices of the tokens to hide from attention.
-    """
+    """Return `Predictions` of a classifier or `Features` of any other model for all images, on the CPU. The tokens at
+    the sequence indices `hidden` are hidden from attention."""
     collected, runner = [], get_runner(model)
     with evaluation_mode(model):
         for pixel_values, labels in batches():
@@ -141,11 +138,7 @@ def read_outputs(model: Any, outputs: Any, labels: torch.Tensor | None = None) -
 
 
 def join_outputs(batches: Sequence[Any]) -> Any:
-    """Return `Predictions` or `Features` of all batches.
-
-    Raises:
-        ValueError: if there are no batches.
-    """
+    """Return `Predictions` or `Features` of all batches. Raises ValueError if there are no batches."""
     if not batches:
         raise ValueError("Ablation requires at least one image, but there are no images. Pass one or more images.")
     if isinstance(batches[0], Features):
@@ -216,11 +209,7 @@ def encode_labels(labels: Sequence[Any] | None, model: Any) -> torch.Tensor | No
 
 
 def reshape_labels(labels: torch.Tensor, predicted: torch.Tensor) -> torch.Tensor:
-    """Return labels [B, A] or [B] as [B, A] on the CPU.
-
-    Raises:
-        ValueError: if the labels have a different shape.
-    """
+    """Return labels [B, A] or [B] as [B, A] on the CPU. Raises ValueError if they have a different shape."""
     if labels.shape not in (predicted.shape, predicted.shape[:1]) or labels.numel() != predicted.numel():
         raise ValueError(
             f"Labels must have the shape of the predictions, {list(predicted.shape)} [images, labels per image], but "

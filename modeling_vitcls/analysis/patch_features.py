@@ -1,10 +1,5 @@
 """Patch features: principal components as colors, and cosine similarity to one patch, in each layer.
 
-    features = compute_patch_features(model, pixel_values)        # [B, L, gh, gw, D]
-    colors = compute_patch_colors(features[:, -1])                # [B, gh, gw, 3], RGB
-    draw_patch_colors(image, colors[0], visible_region)           # the colors on the pixels of an image
-    compute_patch_similarity(features[0, -1], row=3, column=5)    # [gh, gw], cosines
-
 Patches of one object have similar features and thus similar colors (Oquab et al. 2023, arXiv 2304.07193, figure 1).
 Models without special tokens have patch features too. The sign of a principal component is arbitrary. Features are
 hidden states before the final norm. This file is part of the demo (hub/space.py).
@@ -59,11 +54,8 @@ def compute_patch_features(model: Any, pixel_values: torch.Tensor) -> torch.Tens
 def arrange_patch_features(
     hidden_states: Sequence[torch.Tensor], encoder: Any, pixel_values: torch.Tensor
 ) -> torch.Tensor:
-    """Return the patches [B, L, gh, gw, D] of the hidden states [B, N, D] of the embeddings and each layer.
-
-    Raises:
-        ValueError: if the model merges patches.
-    """
+    """Return the patches [B, L, gh, gw, D] of the hidden states [B, N, D] of the embeddings and each layer. Raises
+    ValueError if the model merges patches."""
     if getattr(encoder.config, "merged_patches_per_layer", 0):
         raise ValueError(
             "Patch features require all patches, but the model merges patches. Set merged_patches_per_layer=0."

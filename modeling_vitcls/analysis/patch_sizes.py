@@ -133,19 +133,14 @@ def describe_patch_sizes(rows: Sequence[PatchSizeRow]) -> list[str]:
 
 
 def sort_patch_sizes(patch_sizes: Sequence[int], image_size: tuple[int, int], native: PatchSize) -> list[PatchSize]:
-    """Return the requested patch sizes and the model's own, the smallest first.
-
-    Raises:
-        ValueError: if a size does not divide height and width of the images.
-    """
+    """Return the requested patch sizes and the model's own, the smallest first. Raises ValueError if a size does not
+    divide height and width of the images."""
     common_divisor = math.gcd(*image_size)
     for size in patch_sizes:
         if size != native and (size < 1 or common_divisor % size):
-            valid = [str(number) for number in range(1, common_divisor + 1) if common_divisor % number == 0]
-            raise ValueError(
-                f"patch size {size} does not divide images of {image_size[0]} x {image_size[1]} pixels. Choose from "
-                f"{', '.join(valid)}."
-            )
+            valid = ", ".join(str(number) for number in range(1, common_divisor + 1) if common_divisor % number == 0)
+            images = f"images of {image_size[0]} x {image_size[1]} pixels"
+            raise ValueError(f"patch size {size} does not divide {images}. Choose from {valid}.")
     return sorted({*patch_sizes, native}, key=lambda size: math.prod(to_height_width(size)))
 
 
@@ -169,11 +164,7 @@ def build_candidate(model: Any, size: PatchSize, image_size: tuple[int, int]) ->
 
 
 def prepare_pixel_values(processor: Any, images: Sequence[Image.Image]) -> torch.Tensor:
-    """Return the pixel values [images, C, H, W].
-
-    Raises:
-        ValueError: if there are no images, or they differ in size.
-    """
+    """Return the pixel values [images, C, H, W]. Raises ValueError if there are no images, or they differ in size."""
     pixel_values = [processor(images[index], return_tensors="pt")["pixel_values"][0] for index in range(len(images))]
     shapes = {tuple(pixels.shape) for pixels in pixel_values}
     if not shapes:

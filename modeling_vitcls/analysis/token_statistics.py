@@ -1,11 +1,9 @@
 """Statistics of the special tokens over many images, per layer, head and token.
 
-    statistics = TokenStatistics(model)
-    for pixel_values in batches:
-        statistics.update(pixel_values)
-    findings = statistics.compute()        # a Findings, on the CPU
-
-Maps of single images are in maps.py and attribution.py, and effects of tokens on predictions in ablation.py.
+statistics = TokenStatistics(model)
+for pixel_values in batches:
+    statistics.update(pixel_values)
+findings = statistics.compute()        # a Findings, on the CPU
 """
 
 from collections.abc import Sequence
