@@ -82,7 +82,9 @@ def plot_norm_histogram(config: ViTCLSConfig, findings: Findings, layer: int = -
     """
     layer = normalize_layer(layer, findings)
     histogram = compute_norm_histogram(config, findings, layer)
-    figure, axes = create_single_axes(6.4, 3.4, f"Norms of the patches, {describe_layer(layer)}")
+    figure = create_figure(6.4, 3.4)
+    axes = figure.subplots()
+    axes.set_title(f"Norms of the patches, {describe_layer(layer)}", fontsize=11, color=INK)
     edges = np.geomspace(histogram.low, histogram.high, BINS + 1)
     limit = math.inf if histogram.mode is None else histogram.mode.threshold
     colors = [OUTLIER_COLOR if edge >= limit else GROUP_COLORS["patches"] for edge in np.sqrt(edges[1:] * edges[:-1])]
@@ -124,7 +126,9 @@ def plot_token_similarity(config: ViTCLSConfig, findings: Findings, layer: int =
     if len(names) < 2:
         raise ValueError(f"The figure requires two special tokens, but the model has {len(names)} special tokens.")
     side = min(max(0.45 * len(names) + 2.2, 3.6), 9.0)
-    figure, axes = create_single_axes(side + 0.5, side, f"Similarity of the tokens, {describe_layer(layer)}")
+    figure = create_figure(side + 0.5, side)
+    axes = figure.subplots()
+    axes.set_title(f"Similarity of the tokens, {describe_layer(layer)}", fontsize=11, color=INK)
     matrix = findings.between_tokens[layer]
     drawn = draw_cosines(axes, matrix)
     axes.set_xticks(range(len(names)), names, fontsize=8, rotation=0 if max(map(len, names)) <= 3 else 90)
@@ -219,11 +223,3 @@ def normalize_layer(layer: int, findings: Findings) -> int:
 def describe_layer(layer: int) -> str:
     """Return the layer in words."""
     return f"after layer {layer}" if layer else "embeddings"
-
-
-def create_single_axes(width: float, height: float, title: str) -> tuple[Figure, Axes]:
-    """Create a figure with one pair of axes."""
-    figure = create_figure(width, height)
-    axes = figure.subplots()
-    axes.set_title(title, fontsize=11, color=INK)
-    return figure, axes

@@ -145,11 +145,10 @@ def inspect_model(
     config, preparer = model.config, ImagePreparer(processor, model.config.num_channels, on_warning)
     pixels = preparer.prepare_all(statistics_images, on_progress)
     pixel_labels = None if statistics_labels is None else [statistics_labels[index] for index in pixels]
-    batches = InspectionBatches(model, list(pixels.values()), pixel_labels, batch_size)
-
+    batches = InspectionBatches(model, list(pixels.values()), encode_labels(pixel_labels, model), batch_size)
     findings, before, without_registers = collect_statistics(model, batches, on_progress)
-    num_affordable = count_null_images(model, batches.pixels)
-    sample_batches, sampled = batches.sample(min(max(num_affordable, MIN_IMAGES), MAX_NULL_IMAGES))
+    num_sampled = min(max(count_null_images(model, batches.pixels), MIN_IMAGES), MAX_NULL_IMAGES)
+    sample_batches, sampled = batches.sample(num_sampled)
     num_passes = 2 * len(get_ablated_parts(config.token_layout))
     ablations = compute_ablations(
         model,
@@ -310,12 +309,8 @@ class InspectionBatches:
     """Images [C, H, W] in memory as batches of equal shape, with labels [B, A] (`Predictions.labels`) or None. Batches
     that would require more than MAX_BATCH_BYTES of memory are smaller than `batch_size`."""
 
-    def __init__(self, model: Any, pixels: list[torch.Tensor], labels: list[Any] | None, batch_size: int) -> None:
-        self.model = model
-        self.batch_size = batch_size
-        self.pixels = pixels
-        self.raw_labels = labels
-        self.labels = encode_labels(labels, model)
+    def __init__(self, model: Any, pixels: list[torch.Tensor], labels: torch.Tensor | None, batch_size: int) -> None:
+        self.model, self.pixels, self.labels, self.batch_size = model, pixels, labels, batch_size
         self.chunks = [
             indices[start : start + size]
             for indices in map(list, group_by_shape(dict(enumerate(pixels))))
@@ -335,10 +330,9 @@ class InspectionBatches:
         that this object yields."""
         positions = spread_evenly(range(len(self.order)), count)
         indices = [self.order[position] for position in positions]
-        labels = None if self.raw_labels is None else [self.raw_labels[index] for index in indices]
-        return InspectionBatches(
-            self.model, [self.pixels[index] for index in indices], labels, self.batch_size
-        ), positions
+        pixels = [self.pixels[index] for index in indices]
+        labels = None if self.labels is None else self.labels[indices]
+        return InspectionBatches(self.model, pixels, labels, self.batch_size), positions
 
     def report_progress(self, on_progress: ProgressCallback, num_passes: int, description: str) -> Batches:
         """Return a function that yields the same batches and reports progress over `num_passes` calls."""

@@ -130,9 +130,10 @@ def build_page(demo_model: DemoModel, examples: Sequence[str | Path] = ()) -> gr
                 if missing := explain_missing_output(demo_model):
                     gr.Markdown(missing)
         state = gr.State(time_to_live=CACHE_SECONDS)
-        views: list[Any] = [AttentionView(demo_model, state)] if demo_model.has_attention else []
+        views: list[Any] = []
         if not demo_model.merges_patches:
-            views.append(PatchView(demo_model, state))
+            view_classes = [AttentionView, PatchView] if demo_model.tokens else [PatchView]
+            views = [view_class(demo_model, state) for view_class in view_classes]
 
         def predict(file: dict[str, Any] | None) -> list[Any]:
             image, problem, result = image_input.predict(demo_model, file)

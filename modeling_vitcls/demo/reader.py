@@ -28,6 +28,7 @@ from ..analysis.maps import (
     get_head_names,
     get_visible_region,
     overlay,
+    resize_with_region,
 )
 from ..analysis.patch_features import (
     arrange_patch_features,
@@ -208,11 +209,6 @@ class DemoModel:
         return bool(getattr(self.model.config, "merged_patches_per_layer", 0))  # missing in older repositories
 
     @property
-    def has_attention(self) -> bool:
-        """Return whether attention of special tokens can be shown."""
-        return bool(self.tokens) and not self.merges_patches
-
-    @property
     def num_layers(self) -> int:
         """Return the number of layers."""
         return self.model.config.num_hidden_layers
@@ -246,12 +242,9 @@ class DemoModel:
         if config.num_channels == 1:
             image = to_grayscale(image)
         pixel_values = self.processor(image, return_tensors="pt")["pixel_values"].to(self.model.device)
-        left, top, right, bottom = get_visible_region(self.processor, image.size[::-1], config.patch_height_width)
-        small = image.copy()
-        small.thumbnail((MAX_IMAGE_SIDE, MAX_IMAGE_SIDE))
-        across, down = small.width / image.width, small.height / image.height
-        visible_region = VisibleRegion(left * across, top * down, right * across, bottom * down)
-        return DemoResult(small, visible_region, **self.run_model(pixel_values))
+        visible_region = get_visible_region(self.processor, image.size[::-1], config.patch_height_width)
+        shown = resize_with_region(image, visible_region, MAX_IMAGE_SIDE, min_side=None)
+        return DemoResult(*shown, **self.run_model(pixel_values))
 
     def run_model(self, pixel_values: torch.Tensor) -> dict[str, Any]:
         """Run the model once on one image [1, C, H, W], and return all other fields of `DemoResult`."""

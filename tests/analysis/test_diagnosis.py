@@ -9,7 +9,7 @@ import pytest
 import torch
 from digits_models import HELD_OUT, train_digits_model
 from tiny_models import TASKS, filled, images, tiny_config
-from varied_models import with_varied_answers
+from varied_models import collect_findings, with_varied_answers
 
 from modeling_vitcls import ViTCLSForImageClassification, ViTCLSForMultiTaskClassification, ViTCLSModel
 from modeling_vitcls.analysis.ablation import NUM_NULL, compute_ablations, compute_null_limit
@@ -25,7 +25,7 @@ from modeling_vitcls.analysis.effects import compute_binomial_interval
 from modeling_vitcls.analysis.model_outputs import MIN_IMAGES, collect_outputs
 from modeling_vitcls.analysis.model_utils import is_classifier
 from modeling_vitcls.analysis.report import SIGNS
-from modeling_vitcls.analysis.token_statistics import Findings, TokenStatistics
+from modeling_vitcls.analysis.token_statistics import Findings
 from modeling_vitcls.token_names import get_token_names
 from modeling_vitcls.training.token_monitor import TokenMonitor
 
@@ -44,9 +44,7 @@ def classifier(seed: int = 0, **fields: Any) -> ViTCLSForImageClassification:
 
 
 def findings_of(model: Any, pixels: torch.Tensor = PIXELS) -> Findings:
-    collected = TokenStatistics(model)
-    collected.update(pixels)
-    return collected.compute()
+    return collect_findings(model, pixels)
 
 
 def judged(
