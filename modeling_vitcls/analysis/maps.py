@@ -16,8 +16,8 @@ import torch
 from matplotlib import colormaps
 from PIL import Image
 from torch import nn
-from transformers.image_transforms import get_resize_output_image_size, get_size_with_aspect_ratio
-from transformers.image_utils import ChannelDimension, get_image_size_for_max_height_width
+from transformers.image_transforms import get_size_with_aspect_ratio
+from transformers.image_utils import get_image_size_for_max_height_width
 
 from ..configuration_vitcls import ViTCLSConfig
 from ..image_processing_vitcls import CROP_ROUNDINGS, pil_to_tensor
@@ -178,19 +178,12 @@ def get_visible_region(processor: Processor, image_size: Size, patch_size: Size 
     return VisibleRegion(left * across, top * down, (left + width) * across, (top + height) * down)
 
 
-def get_shortest_edge_size(image_size: Size, shortest_edge: int) -> Size:
-    """Return height and width after resizing the shorter side to `shortest_edge`."""
-    image = np.broadcast_to(np.uint8(0), (1, *image_size))  # only the shape is used; takes no memory
-    height, width = get_resize_output_image_size(
-        image, shortest_edge, default_to_square=False, input_data_format=ChannelDimension.FIRST
-    )
-    return height, width
-
-
 # Keys of the processor's size -> height and width after its resize, with the functions of transformers.
 RESIZE_RULES: dict[frozenset[str], Callable[..., Size]] = {
     frozenset({"height", "width"}): lambda _, height, width: (height, width),
-    frozenset({"shortest_edge"}): get_shortest_edge_size,
+    frozenset({"shortest_edge"}): lambda image_size, shortest_edge: get_size_with_aspect_ratio(
+        image_size, shortest_edge
+    ),
     frozenset({"shortest_edge", "longest_edge"}): lambda image_size, shortest_edge, longest_edge: (
         get_size_with_aspect_ratio(image_size, shortest_edge, longest_edge)
     ),

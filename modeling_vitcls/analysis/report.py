@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
+from jinja2.utils import htmlsafe_json_dumps
 from markupsafe import Markup
 from PIL import Image
 
@@ -30,7 +31,7 @@ from ..version import __version__
 from .ablation import Ablation
 from .diagnosis import ABLATION_TERMS, describe_changed_answers
 from .effects import AblationEffect
-from .figures import GROUP_COLORS, describe_head
+from .figures import describe_head
 from .image_report import IMAGE_KINDS
 from .inspection import Inspection, inspect_model
 from .maps import is_read
@@ -145,10 +146,10 @@ def render_page(inspection: Inspection, about: dict[str, Any]) -> str:
         effects=build_effect_table(inspection),
         patch_sizes=build_patch_size_table(inspection.patch_sizes),
         image_kinds=IMAGE_KINDS,
-        layout=build_layout(inspection.config, about["has_head"]),
+        layout=build_layout(inspection.config, inspection.has_head),
         signs=SIGNS,
         outlier_ratio=OUTLIER_RATIO,
-        data=to_script_json(build_page_data(inspection)),
+        data=htmlsafe_json_dumps(build_page_data(inspection), allow_nan=False, separators=(",", ":")),
         style=Markup((FOLDER / "report.css").read_text(encoding="utf-8")),
         scripts=[Markup((FOLDER / name).read_text(encoding="utf-8")) for name in SCRIPTS],
     )
@@ -187,12 +188,6 @@ def format_effect(ablation: Ablation) -> dict[str, str]:
     return columns
 
 
-def to_script_json(values: Any) -> Markup:
-    """Return JSON that is safe inside a script element, with any image names."""
-    text = json.dumps(values, allow_nan=False, separators=(",", ":"))
-    return Markup(text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026"))
-
-
 def build_page_header(inspection: Inspection, title: str | None, source: str | None) -> dict[str, Any]:
     """Return the values of the page header."""
     config = inspection.config
@@ -201,17 +196,13 @@ def build_page_header(inspection: Inspection, title: str | None, source: str | N
     counts = sorted(rows * columns for rows, columns in grids)
     return {
         "title": title or get_model_name(config.name_or_path) or inspection.model_class,
-        "class": inspection.model_class,
         "commit": get_commit(config),
         "version": __version__,
         "date": datetime.now().astimezone().strftime("%d %B %Y, %H:%M %Z"),
         "source": source,
-        "num_parameters": inspection.num_parameters,
-        "has_head": inspection.has_head,
         "read_by": describe_head(config),
         "num_patches": f"{counts[0]} to {counts[-1]}" if counts[0] < counts[-1] else f"{counts[0]}",
         "grid": ", ".join(f"{rows} × {columns}" for rows, columns in grids) if len(grids) <= MAX_GRIDS else None,
-        "patch": config.patch_height_width,
     }
 
 
@@ -227,21 +218,14 @@ def get_commit(config: Any) -> str | None:
     return getattr(config, "_commit_hash", None) or get_cached_commit(config.name_or_path)
 
 
-def build_layout(config: Any, has_head: bool) -> list[dict[str, Any]]:
-    """Return the groups of the sequence that have tokens: group name, color, token names, and whether the head reads
-    each token."""
-    return [
-        {
-            "group": group,
-            "color": GROUP_COLORS[group],
-            "tokens": [
-                {"name": name, "is_read": has_head and is_read(config, group, index)}
-                for index, name in enumerate(names)
-            ],
-        }
-        for group, names in [*get_token_names_by_group(config).items(), ("patches", ["patches"])]
+def build_layout(config: Any, has_head: bool) -> dict[str, list[tuple[str, bool]]]:
+    """Return the names of the tokens of each group that has tokens, and whether the head reads each token."""
+    groups = get_token_names_by_group(config) | {"patches": ["patches"]}
+    return {
+        group: [(name, has_head and is_read(config, group, index)) for index, name in enumerate(names)]
+        for group, names in groups.items()
         if names
-    ]
+    }
 
 
 # Patch sizes ---------------------------------------------------------------------------------------------------------
