@@ -119,26 +119,17 @@ def diagnose_tokens(
 
 @dataclass(frozen=True)
 class TokenEvidence:
-    """Measurements of the token at one sequence index.
-
-    Attributes:
-        names: names of all special tokens.
-        read_layers: `count_read_layers`.
-        ablations: by kind; empty if not measured.
-        num_tests: number of ablations of the model.
-        other_tokens_moved: whether training moved any token.
-        caveat: clause for statements about predictions.
-    """
+    """Measurements of the token at one sequence index."""
 
     findings: Findings
     index: int
-    names: list[str]
-    read_layers: list[int]
-    ablations: dict[str, Ablation]
-    num_tests: int
+    names: list[str]  # of all special tokens
+    read_layers: list[int]  # `count_read_layers`
+    ablations: dict[str, Ablation]  # by kind; empty if not measured
+    num_tests: int  # number of ablations of the model
     movement: float | None
-    other_tokens_moved: bool
-    caveat: str
+    other_tokens_moved: bool  # whether training moved any token
+    caveat: str  # clause for statements about predictions
 
     @property
     def last(self) -> int:
@@ -238,10 +229,9 @@ def judge_token(token: TokenEvidence) -> tuple[Word, Meaning, str]:
     where = "after the last layer" if token.is_read_by_head else f"after layer {token.last}, the last that is read,"
     if token.twin is not None:
         other, last = token.twin
-        similarity = findings.between_tokens[last, token.index, other].item()
-        distance = findings.apart[last, token.index, other].item()
-        twin = f"{token.names[other]} (cosine {similarity:.4f}, distance {distance:.2g})"
-        return "collapsed", "bad", f"{where} it is identical to {twin}."
+        similarity = f"cosine {findings.between_tokens[last, token.index, other]:.4f}"
+        distance = f"distance {findings.apart[last, token.index, other]:.2g}"
+        return "collapsed", "bad", f"{where} it is identical to {token.names[other]} ({similarity}, {distance})."
     if token.is_read_by_head and token.patch_mass < MIN_PATCH_MASS:
         limit = f"in each layer and head at most {token.patch_mass:.2%} of its attention goes to patches"
         return "cut off from the patches", "bad", f"{limit}, although the head reads it."

@@ -125,23 +125,19 @@ def compare_predictions(before: Predictions, after: Predictions) -> AblationEffe
 
 def compare_features(before: Features, after: Features) -> FeatureEffect:
     """Return the effect of an ablation on features."""
-    changes = {
-        name: torch.stack([compute_cosine_change(*pair) for pair in zip(rows, after.vectors[name], strict=True)])
-        for name, rows in before.vectors.items()
-    }  # [images] each
+    changes = {}  # 1 minus the cosine similarity, mean over vectors, [images] each
+    for name, rows in before.vectors.items():
+        pairs = zip(rows, after.vectors[name], strict=True)
+        similarities = [nn.functional.cosine_similarity(*pair, dim=-1).mean() for pair in pairs]
+        changes[name] = (1 - torch.stack(similarities)).clamp(min=0)
     neighbors, neighbors_after = before.find_neighbors(), after.find_neighbors()
     agreement = None
     if neighbors is not None and neighbors_after is not None:
-        pairs = zip(neighbors, neighbors_after, strict=True)
-        agreement = sum(len(one & other) for one, other in pairs) / (NUM_NEIGHBORS * len(before))
+        num_same = sum(len(one & other) for one, other in zip(neighbors, neighbors_after, strict=True))
+        agreement = num_same / (NUM_NEIGHBORS * len(before))
     largest = max(changes.values(), key=lambda values: values.mean().item())
     means = {name: values.mean().item() for name, values in changes.items()}
     return FeatureEffect(means, agreement, len(before), bootstrap_mean(largest))
-
-
-def compute_cosine_change(before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
-    """Return 1 minus the mean cosine similarity of vectors [n, D] before and after, as a scalar tensor."""
-    return (1 - nn.functional.cosine_similarity(before, after, dim=-1).mean()).clamp(min=0)
 
 
 def compute_binomial_interval(count: int, total: int) -> Interval:

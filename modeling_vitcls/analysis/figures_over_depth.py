@@ -44,20 +44,13 @@ FADE = 0.55  # fraction of white in the color of the last token of a group
 
 @dataclass(frozen=True)
 class Curve:
-    """A figure over depth.
-
-    Attributes:
-        title, axis: title of the figure and label of the y axis.
-        values: function of the findings: [L, H, S] over heads, [L, H] over heads for all patches, or [L + 1, S] for
-            states.
-        uniform: function of the findings: values of uniform attention, one or (if CLS tokens see different regions)
-            several; empty for states.
-        in_percent: whether values are shown in percent.
-    """
+    """A figure over depth."""
 
     title: str
-    axis: str
+    axis: str  # label of the y axis
+    # Values: [L, H, S] over heads, [L, H] over heads for all patches, or [L + 1, S] for states.
     values: Callable[[Findings], torch.Tensor]
+    # Values of uniform attention, one or (if CLS tokens see different regions) several; empty for states.
     uniform: Callable[[Findings], list[float]] = lambda findings: []
     in_percent: bool = False
 

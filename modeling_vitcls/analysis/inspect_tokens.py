@@ -4,7 +4,6 @@ terminal."""
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.console import Console
@@ -43,7 +42,8 @@ def inspect_tokens(options: InspectOptions) -> Inspection:
         raise ValueError(f"{options.model} is a preset without trained weights. Pass a folder or a Hub id.")
     source = options.model if options.revision is None else f"{options.model}@{options.revision}"
     folder = resolve_checkpoint(source, [*MODEL_FILES, RESULTS_FILE])
-    model, processor = load_model_and_processor(folder)
+    architectures = load_checkpoint(PreTrainedConfig.get_config_dict, folder)[0].get("architectures") or []
+    model, processor = load_model(folder, with_head=any(name.endswith("Classification") for name in architectures))
     model = model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
     images = open_images(options, model, read_record(folder))
     for file in (options.output, options.json):
@@ -65,12 +65,6 @@ def inspect_tokens(options: InspectOptions) -> Inspection:
         write_json_values(options.json, inspection, get_model_name(options.model))
     print_inspection(inspection, options, console)
     return inspection
-
-
-def load_model_and_processor(folder: str) -> tuple[Any, Any]:
-    """Load a classifier, or an encoder if the checkpoint has no classifier, and its image processor."""
-    names = load_checkpoint(PreTrainedConfig.get_config_dict, folder)[0].get("architectures") or []
-    return load_model(folder, with_head=any(name.endswith("Classification") for name in names))
 
 
 def read_token_movement(folder: str) -> dict[str, float] | None:

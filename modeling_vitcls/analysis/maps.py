@@ -196,11 +196,10 @@ PAD_ROUNDINGS: dict[str, Callable[[float], int]] = {"torchvision": math.trunc, "
 
 def get_crop_offsets(processor: Processor, resized: Size, crop: Size) -> tuple[int, int]:
     """Return the top and left offset of the center crop in pixels of the resized image; negative if it pads."""
-    margins = [(resized_length - crop_length) / 2 for resized_length, crop_length in zip(resized, crop, strict=True)]
-    is_padded = min(margins) < 0
+    top, left = ((length - crop_length) / 2 for length, crop_length in zip(resized, crop, strict=True))
+    is_padded = min(top, left) < 0
     rounding = PAD_ROUNDINGS[processor.backend] if is_padded else CROP_ROUNDINGS[processor.crop_rounding]
-    top, left = map(rounding, margins)
-    return top, left
+    return rounding(top), rounding(left)
 
 
 # Overlay ---------------------------------------------------------------------------------------------------------

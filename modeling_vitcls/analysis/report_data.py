@@ -191,9 +191,8 @@ def summarize_heads(values: torch.Tensor) -> list[dict[str, list[float]]]:
 
 def compute_norm_quantiles(findings: Findings) -> dict[str, list[float]]:
     """Return the QUANTILES of the patch norms, [L + 1] each."""
-    levels = torch.tensor(list(QUANTILES.values()))
-    quantiles = findings.patch_norms.float().quantile(levels, dim=1)  # [4, L + 1]
-    return dict(zip(QUANTILES, round_values(quantiles), strict=True))
+    norms = findings.patch_norms.float()
+    return {name: round_values(norms.quantile(level, dim=1)) for name, level in QUANTILES.items()}
 
 
 def round_values(values: Any) -> Any:

@@ -70,7 +70,8 @@ def find_register_neurons(
             "Decrease ratio or pass more images."
         )
     if last_layer is None:
-        last_layer = find_outlier_layer(hidden_states[1:], outliers, ratio)
+        shares = [is_outlier(patches, ratio)[outliers].float().mean() for patches in hidden_states[1:]]
+        last_layer = next(index for index, share in enumerate(shares) if share >= 0.5)  # the last layer has all
     searched = activations[: last_layer + 1]
     scores = torch.stack([average_outlier_activations(outliers, states) for states in searched])  # [layers, neurons]
     if not 0 < num_neurons <= scores.numel():
@@ -130,14 +131,6 @@ def is_outlier(patches: torch.Tensor, ratio: float) -> torch.Tensor:
     their image."""
     norms = patches.float().norm(dim=-1)
     return norms > ratio * norms.median(dim=1, keepdim=True).values
-
-
-def find_outlier_layer(after_layers: list[torch.Tensor], outliers: torch.Tensor, ratio: float) -> int:
-    """Return the first layer after which at least half of the final `outliers` [B, patches] are outliers."""
-    for index, patches in enumerate(after_layers):
-        if is_outlier(patches, ratio)[outliers].float().mean() >= 0.5:
-            return index
-    return len(after_layers) - 1
 
 
 def average_outlier_activations(outliers: torch.Tensor, activations: torch.Tensor) -> torch.Tensor:
