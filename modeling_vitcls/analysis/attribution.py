@@ -74,21 +74,13 @@ def compute_attribution(
 
 @dataclass(frozen=True)
 class AttentionTrace:
-    """A forward pass with the attention of all layers, from which several maps are computed.
-
-    Attributes:
-        config: configuration of the model.
-        outputs: output of the model, with hidden states.
-        layers: attention of each layer.
-        attentions: the attention modules of the layers.
-        last_hidden_state: [B, N, D], the output of the encoder; None for a backbone.
-    """
+    """A forward pass with the attention of all layers, from which several maps are computed."""
 
     config: ViTCLSConfig
-    outputs: Any
+    outputs: Any  # of the model, with hidden states
     layers: list[RecordedLayer]
-    attentions: list[Any]
-    last_hidden_state: Any
+    attentions: list[Any]  # the attention modules of the layers
+    last_hidden_state: Any  # [B, N, D], the output of the encoder; None for a backbone
 
     @torch.no_grad()
     def compute_rows(self) -> torch.Tensor:

@@ -44,7 +44,7 @@ def write_card_images(
     results: Mapping[str, Any],
     samples: Sequence[Sample] = (),
 ) -> dict[str, str]:
-    """Draw the images of a card into the folder "pictures" of a folder, as PNG files of less than 300 kB each.
+    """Draw the images of a card into `folder`/pictures, as PNG files of less than 300 kB each.
 
     The model runs on its own device, in evaluation mode and without gradients, and is not changed. Call this only on
     the main process, with a model whose weights are not sharded.

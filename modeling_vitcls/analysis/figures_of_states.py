@@ -40,20 +40,13 @@ MAX_NUMBERED_TOKENS = 12
 
 @dataclass(frozen=True)
 class NormHistogram:
-    """Norms of the patches after one layer, as multiples of the median of their image.
+    """Norms of the patches after one layer, as multiples of the median of their image."""
 
-    Attributes:
-        counts: [BINS], number of patches per bin; the edges of the bins have equal ratios.
-        low, high: lower edge of the first and upper edge of the last bin.
-        mode: patches in a second mode (`find_second_mode`); None if the norms have one mode.
-        registers: mean norms of the registers, as multiples of the median norm of all patches.
-    """
-
-    counts: list[int]
-    low: float
-    high: float
-    mode: SecondMode | None
-    registers: list[float]
+    counts: list[int]  # [BINS], number of patches per bin; the edges of the bins have equal ratios
+    low: float  # lower edge of the first bin
+    high: float  # upper edge of the last bin
+    mode: SecondMode | None  # patches in a second mode (`find_second_mode`); None if the norms have one mode
+    registers: list[float]  # mean norms of the registers, as multiples of the median norm of all patches
 
 
 def compute_norm_histogram(config: ViTCLSConfig, findings: Findings, layer: int) -> NormHistogram:

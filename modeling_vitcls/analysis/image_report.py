@@ -24,18 +24,11 @@ IMAGE_KINDS = {"wrong": "wrong predictions", "uncertain": "least confident", "ty
 
 @dataclass(frozen=True)
 class ImagePrediction:
-    """Prediction of a model for an image, or of one task of a multi-task model.
-
-    Attributes:
-        task: name of the task; None for a model without tasks.
-        labels: (name, probability) pairs, the most probable first. For a multi-label model, the predicted labels,
-            which may be none.
-        first: the most probable label, even if a multi-label model does not predict it.
-    """
+    """Prediction of a model for an image, or of one task of a multi-task model."""
 
     task: str | None
-    labels: list[Label]
-    first: str
+    labels: list[Label]  # the most probable first; for a multi-label model, the predicted labels, which may be none
+    first: str  # the most probable label, even if a multi-label model does not predict it
 
 
 @dataclass(frozen=True)

@@ -157,16 +157,11 @@ class PatchComponents:
 
     The cosine similarity of two patches with values x and y is sum(scale² x y) + offset, divided by the square root of
     the product of this value for (x, x) and (y, y).
-
-    Attributes:
-        values: [gh, gw, n] int8 for each image.
-        scale: [n], unit of the values of each component.
-        offset: squared norm of the mean feature outside the components.
     """
 
-    values: list[torch.Tensor]
-    scale: torch.Tensor
-    offset: float
+    values: list[torch.Tensor]  # [gh, gw, n] int8 for each image
+    scale: torch.Tensor  # [n], unit of the values of each component
+    offset: float  # squared norm of the mean feature outside the components
 
 
 def compress_patch_features(features: Sequence[torch.Tensor], num_components: int = NUM_COMPONENTS) -> PatchComponents:

@@ -49,29 +49,16 @@ Prediction = dict[str, float] | str  # label -> probability, or values as text
 
 @dataclass(frozen=True)
 class DemoResult:
-    """Output of a model for one image.
+    """Output of a model for one image. `rows`, `maps` and `features` have 0 layers if the model merges patches."""
 
-    Attributes:
-        image: upright, at most `MAX_IMAGE_SIDE` pixels per side.
-        visible_region: the region of the image that the patches cover.
-        predictions: name -> prediction; empty for an encoder.
-        rows: attention of the special tokens [layer, head, special token, key], float32; 0 layers if attention is not
-            available.
-        maps: attention to patches [layer, head, special token, gh, gw].
-        rollout: attention to patches through all layers [special token, gh, gw].
-        attributions: label -> contribution of each patch [gh, gw] to this label, the most probable one of each
-            prediction.
-        features: patches after each layer [layer, gh, gw, channel], float16; 0 layers if not available.
-    """
-
-    image: Image.Image
-    visible_region: VisibleRegion
-    predictions: dict[str, Prediction]
-    rows: torch.Tensor
-    maps: torch.Tensor
-    rollout: torch.Tensor
-    attributions: dict[str, torch.Tensor]
-    features: torch.Tensor
+    image: Image.Image  # upright, at most MAX_IMAGE_SIDE pixels per side
+    visible_region: VisibleRegion  # the region of the image that the patches cover
+    predictions: dict[str, Prediction]  # empty for an encoder
+    rows: torch.Tensor  # [layer, head, special token, key], attention of the special tokens, float32
+    maps: torch.Tensor  # [layer, head, special token, gh, gw], attention to patches
+    rollout: torch.Tensor  # [special token, gh, gw], attention to patches through all layers
+    attributions: dict[str, torch.Tensor]  # most probable label of each prediction -> contribution of patches [gh, gw]
+    features: torch.Tensor  # [layer, gh, gw, channel], patches after each layer, float16
 
     def draw(self, token: int, layer: int, head: int | None) -> Image.Image:
         """Draw the attention of a token in a layer over the image. `head` None is the mean over heads."""
@@ -126,19 +113,13 @@ def select_head(heads: torch.Tensor, head: int | None) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class DemoModel:
-    """A model with its image processor and provenance.
-
-    Attributes:
-        source: folder or Hub id.
-        commit: commit of the repository; None for a folder.
-        code_revision: requested revision of the repository with the code.
-    """
+    """A model with its image processor and provenance."""
 
     model: Any
     processor: Any
-    source: str
-    commit: str | None
-    code_revision: str | None
+    source: str  # folder or Hub id
+    commit: str | None  # of the repository; None for a folder
+    code_revision: str | None  # requested revision of the repository with the code
     is_classifier: bool
 
     @classmethod
