@@ -5,8 +5,7 @@ means the embeddings. Similarities and histograms are in figures_of_states.py. T
 """
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -42,50 +41,33 @@ FADE = 0.55  # fraction of white in the color of the last token of a group
 # Curves --------------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Curve:
-    """A figure over depth."""
+class Curve(NamedTuple):
+    """A figure over depth of the attribute of `Findings` with the same name."""
 
     title: str
     axis: str  # label of the y axis
-    # Values: [L, H, S] over heads, [L, H] over heads for all patches, or [L + 1, S] for states.
-    values: Callable[[Findings], torch.Tensor]
-    # Values of uniform attention, one or (if CLS tokens see different regions) several; empty for states.
-    uniform: Callable[[Findings], list[float]] = lambda findings: []
     in_percent: bool = False
 
 
+# Attributes are [L, H, S] over heads, [L, H] over heads for all patches, or [L + 1, S] for states.
 CURVES = {
-    "entropy": Curve(
-        "Entropy of attention",
-        "nats",
-        lambda findings: findings.entropy,
-        lambda findings: findings.uniform_by_token["entropy"].tolist(),
-    ),
-    "spread": Curve(
-        "Spread of attention over the image",
-        "pixels",
-        lambda findings: findings.spread,
-        lambda findings: findings.uniform_by_token["spread"].tolist(),
-    ),
-    "received": Curve(
-        "Attention received from patches",
-        "fraction",
-        lambda findings: findings.received,
-        lambda findings: [math.exp(-findings.uniform["entropy"])],  # 1 / N
-        in_percent=True,
-    ),
-    "patch_distance": Curve(
-        "Attention distance of patches",
-        "pixels",
-        lambda findings: findings.patch_distance,
-        lambda findings: [findings.uniform["patch_distance"]],
-    ),
-    "variation": Curve(
-        "Variation between images", "fraction of the norm", lambda findings: findings.variation, in_percent=True
-    ),
-    "to_patches": Curve("Similarity to the mean patch", "cosine", lambda findings: findings.to_patches),
+    "entropy": Curve("Entropy of attention", "nats"),
+    "spread": Curve("Spread of attention over the image", "pixels"),
+    "received": Curve("Attention received from patches", "fraction", in_percent=True),
+    "patch_distance": Curve("Attention distance of patches", "pixels"),
+    "variation": Curve("Variation between images", "fraction of the norm", in_percent=True),
+    "to_patches": Curve("Similarity to the mean patch", "cosine"),
 }
+
+
+def get_uniform_values(findings: Findings, name: str) -> list[float]:
+    """Return the values of uniform attention for one of CURVES, one or (if CLS tokens see different regions) several;
+    empty for states."""
+    if name == "received":
+        return [math.exp(-findings.uniform["entropy"])]  # 1 / N
+    if name == "patch_distance":
+        return [findings.uniform[name]]
+    return findings.uniform_by_token[name].tolist() if name in findings.uniform_by_token else []
 
 
 class LineStyle(NamedTuple):
@@ -115,7 +97,7 @@ def plot_curve(config: ViTCLSConfig, findings: Findings, name: str) -> Figure:
     if name not in CURVES:
         raise ValueError(f"There is no figure {name!r}. Choose one of {', '.join(CURVES)}.")
     curve = CURVES[name]
-    values = curve.values(findings)
+    values = getattr(findings, name)
     if values.shape[-1] == 0:
         raise ValueError(
             f"Figure {name!r} requires special tokens, but the model has no special tokens. Use patch_distance."
@@ -124,7 +106,7 @@ def plot_curve(config: ViTCLSConfig, findings: Findings, name: str) -> Figure:
     styles = [PATCH_STYLE] if is_patch_figure else get_token_styles(config)
     lines = values.unsqueeze(-1) if is_patch_figure else values  # [L, H, lines], or [L + 1, lines]
     first_layer = 0 if lines.ndim == 2 else 1
-    baselines = sorted({float(f"{value:.5g}") for value in curve.uniform(findings)})
+    baselines = sorted({float(f"{value:.5g}") for value in get_uniform_values(findings, name)})
     figure, (axes,) = create_axes(1, len(styles) + bool(baselines))
     axes.set_title(curve.title, fontsize=11, color=INK)
     axes.set_ylabel(curve.axis)
@@ -132,8 +114,8 @@ def plot_curve(config: ViTCLSConfig, findings: Findings, name: str) -> Figure:
         heads = line if line.ndim == 2 else line.unsqueeze(1)  # [L, H]
         draw_line(axes, style, heads.mean(dim=1), heads.amin(dim=1), heads.amax(dim=1), first_layer)
     for index, value in enumerate(baselines):
-        name = "uniform" if index == 0 else "_again"
-        axes.axhline(value, color=INK, linewidth=1, linestyle=(0, (5, 3)), label=name)
+        label = "uniform" if index == 0 else "_again"
+        axes.axhline(value, color=INK, linewidth=1, linestyle=(0, (5, 3)), label=label)
     format_layer_axis(axes, len(lines), first_layer)
     axes.set_ylim(bottom=min(axes.get_ylim()[0], 0))
     if curve.in_percent:

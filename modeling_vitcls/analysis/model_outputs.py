@@ -1,8 +1,5 @@
 """Outputs of a model for many images: `Predictions` of a classifier, `Features` of any other model.
 
-    outputs = collect_outputs(model, batches)
-    outputs = collect_outputs(model, batches, hidden=[1, 2])    with tokens hidden from attention
-
 `get_predicted_labels` defines the prediction of a model for the whole analysis.
 """
 
@@ -31,18 +28,13 @@ NUM_NEIGHBORS = 5  # number of nearest neighbors by which features are compared
 
 @dataclass(frozen=True)
 class Predictions:
-    """Predictions of a classifier for all images.
+    """Predictions of a classifier for all images."""
 
-    Attributes:
-        logits: [images, labels], all tasks concatenated.
-        predicted: [images, A]: class indices. A is 1 for a single-label model and the number of tasks for a multi-task
-            model (in the order of `config.task_labels()`). For a multi-label model, 0 or 1 for each label.
-        labels: like `predicted`, IGNORED_LABEL if unknown; None if no label is known.
-    """
-
-    logits: torch.Tensor
+    logits: torch.Tensor  # [images, labels], all tasks concatenated
+    # [images, A]: class indices. A is 1 for a single-label model and the number of tasks for a multi-task model (in the
+    # order of `config.task_labels()`). For a multi-label model, 0 or 1 for each label.
     predicted: torch.Tensor
-    labels: torch.Tensor | None
+    labels: torch.Tensor | None  # like `predicted`, IGNORED_LABEL if unknown; None if no label is known
 
     def __len__(self) -> int:
         return len(self.predicted)

@@ -163,36 +163,36 @@ def encode_base64(values: torch.Tensor) -> str:
 def build_curves(findings: Findings) -> dict[str, Any]:
     """Return the curves over layers, with mean, minimum and maximum over heads, and the baselines of uniform
     attention."""
-    return {
-        "uniform": round_values(findings.uniform | {"received": math.exp(-findings.uniform["entropy"])}),  # 1 / N
-        "uniform_by_token": round_values(findings.uniform_by_token),
+    curves = {
+        "uniform": findings.uniform | {"received": math.exp(-findings.uniform["entropy"])},  # 1 / N
+        "uniform_by_token": findings.uniform_by_token,
         "entropy": summarize_heads(findings.entropy),
         "spread": summarize_heads(findings.spread),
         "received": summarize_heads(findings.received),
         "patch_distance": summarize_heads(findings.patch_distance.unsqueeze(-1)),
-        "mass": round_values(findings.mass.mean(dim=1).permute(1, 2, 0)),  # [S, 4, L]
-        "between_tokens": round_values(findings.between_tokens),  # [L + 1, S, S]
-        "across_layers": round_values(findings.across_layers),  # [S, L + 1, L + 1]
-        "to_patches": round_values(findings.to_patches.T),  # [S, L + 1]
-        "variation": round_values(findings.variation.T),
-        "token_norms": round_values(findings.token_norms.T),
+        "mass": findings.mass.mean(dim=1).permute(1, 2, 0),  # [S, 4, L]
+        "between_tokens": findings.between_tokens,  # [L + 1, S, S]
+        "across_layers": findings.across_layers,  # [S, L + 1, L + 1]
+        "to_patches": findings.to_patches.T,  # [S, L + 1]
+        "variation": findings.variation.T,
+        "token_norms": findings.token_norms.T,
         "patch_norms": compute_norm_quantiles(findings),
-        "outliers": round_values(findings.outliers),
-        "outliers_without_registers": round_values(findings.outliers_without_registers),
+        "outliers": findings.outliers,
+        "outliers_without_registers": findings.outliers_without_registers,
     }
+    return round_values(curves)
 
 
-def summarize_heads(values: torch.Tensor) -> list[dict[str, list[float]]]:
+def summarize_heads(values: torch.Tensor) -> list[dict[str, torch.Tensor]]:
     """Return mean, minimum and maximum over heads [L] of each token, for values [L, H, S]."""
     tokens = values.unbind(dim=-1)  # [L, H] each
-    summaries = [{"mean": each.mean(dim=1), "low": each.amin(dim=1), "high": each.amax(dim=1)} for each in tokens]
-    return round_values(summaries)
+    return [{"mean": each.mean(dim=1), "low": each.amin(dim=1), "high": each.amax(dim=1)} for each in tokens]
 
 
-def compute_norm_quantiles(findings: Findings) -> dict[str, list[float]]:
+def compute_norm_quantiles(findings: Findings) -> dict[str, torch.Tensor]:
     """Return the QUANTILES of the patch norms, [L + 1] each."""
     norms = findings.patch_norms.float()
-    return {name: round_values(norms.quantile(level, dim=1)) for name, level in QUANTILES.items()}
+    return {name: norms.quantile(level, dim=1) for name, level in QUANTILES.items()}
 
 
 def round_values(values: Any) -> Any:
