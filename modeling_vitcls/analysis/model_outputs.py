@@ -31,8 +31,8 @@ class Predictions:
     """Predictions of a classifier for all images."""
 
     logits: torch.Tensor  # [images, labels], all tasks concatenated
-    # [images, A]: class indices. A is 1 for a single-label model and the number of tasks for a multi-task model (in the
-    # order of `config.task_labels()`). For a multi-label model, 0 or 1 for each label.
+    # [images, A], class indices. A is 1 for a single-label model and the number of tasks for a multi-task model (in
+    # the order of `config.task_labels()`). For a multi-label model, 0 or 1 for each label.
     predicted: torch.Tensor
     labels: torch.Tensor | None  # like `predicted`, IGNORED_LABEL if unknown; None if no label is known
 
