@@ -8,8 +8,7 @@ images are in figures_over_depth.py and figures_of_states.py.
 import math
 import textwrap
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -52,8 +51,7 @@ MAX_CELLS = 64  # per side of the patch grid
 TERMS = {"cls": "CLS", "distillation": "distillation", "registers": "registers", "patches": "patches"}
 
 
-@dataclass(frozen=True)
-class Box:
+class Box(NamedTuple):
     """Position of one special token, or of an `ELLIPSIS` for several tokens."""
 
     group: str
@@ -255,11 +253,10 @@ def plot_attention(
         ValueError: if the numbers of images, maps, names or titles differ, or there are no images.
     """
     visible_regions = [None] * len(images) if visible_regions is None else visible_regions
-    counts = [len(images), len(maps), len(titles), len(visible_regions)]
-    if len(set(counts)) > 1 or not images:
+    if not len(images) == len(maps) == len(titles) == len(visible_regions) > 0:
         raise ValueError(
             "The numbers of images, maps, titles and visible regions must be equal and at least one, but they are "
-            "{}, {}, {} and {}.".format(*counts)
+            f"{len(images)}, {len(maps)}, {len(titles)} and {len(visible_regions)}."
         )
     if any(len(tokens) != len(names) for tokens in maps):
         raise ValueError(
