@@ -6,7 +6,10 @@
     maps.py                 attention to patches as maps on the pixels of an image
     attribution.py          attention rollout and gradient attribution through all layers
     token_statistics.py     statistics over many images, per layer, head and token
-    ablation.py             effects of tokens on predictions or features, with null distributions
+    model_outputs.py        predictions or features of a model for many images
+    effects.py              differences of outputs, with intervals
+    ablation.py             effects of tokens on outputs, with null distributions
+    artifacts.py            patches of large norms
     diagnosis.py            verdicts in words, with their numbers
     map_checks.py           whether rollout and attribution show what predictions depend on
     patch_features.py       patches as colors (PCA), and their similarity to one patch
@@ -35,8 +38,11 @@ from typing import Any
 
 # File -> its public names.
 PUBLIC = {
-    "ablation": ("Ablation", "AblationEffect", "FeatureEffect", "compute_ablation_effects", "compute_ablations"),
+    "ablation": ("Ablation", "compute_ablation_effects", "compute_ablations"),
+    "artifacts": ("PatchDiagnosis", "SecondMode", "describe_artifacts", "find_second_mode"),
     "attribution": ("compute_attention_rollout", "compute_attribution"),
+    "diagnosis": ("Verdict", "describe_depth"),
+    "effects": ("AblationEffect", "FeatureEffect"),
     "figures": (
         "GROUP_COLORS",
         "plot_attention",
@@ -52,15 +58,10 @@ PUBLIC = {
         "plot_token_similarity",
     ),
     "figures_over_depth": ("CURVES", "plot_attention_mass", "plot_curve", "plot_norms"),
+    "image_report": ("ImageReport", "build_image_report"),
     "inspection": ("Inspection", "inspect_model"),
     "map_checks": ("MapCheck", "check_maps"),
-    "maps": (
-        "VisibleRegion",
-        "extract_patch_maps",
-        "get_visible_region",
-        "overlay",
-        "upsample_maps",
-    ),
+    "maps": ("VisibleRegion", "extract_patch_maps", "get_visible_region", "overlay", "upsample_maps"),
     "patch_features": (
         "compute_patch_colors",
         "compute_patch_features",
@@ -68,10 +69,8 @@ PUBLIC = {
         "draw_patch_colors",
     ),
     "patch_sizes": ("PatchSizeRow", "compare_patch_sizes", "describe_patch_sizes"),
-    "image_report": ("ImageReport", "build_image_report"),
     "report": ("write_json_values", "write_page", "write_report"),
-    "token_statistics": ("Findings", "SecondMode", "TokenStatistics", "find_second_mode"),
-    "diagnosis": ("PatchDiagnosis", "Verdict", "describe_artifacts", "describe_depth"),
+    "token_statistics": ("Findings", "TokenStatistics"),
 }
 FILES = {name: file for file, names in PUBLIC.items() for name in names}
 

@@ -51,17 +51,6 @@ def process_attention_layers(model: Any, process: Callable[[RecordedLayer], None
     """Call `process` with the attention of each layer during forward passes inside the block, so that the attention of
     only one layer is in memory."""
     encoder = unwrap_model(model).base_model
-
-    def record(
-        index: int,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        mask: Any,
-        scaling: float,
-        attended: torch.Tensor,
-    ) -> None:
-        process(RecordedLayer(query, key, value, mask, scaling, attended))
-
+    record = lambda index, *recorded: process(RecordedLayer(*recorded))  # noqa: E731
     with record_attention(encoder, range(len(encoder.layers)), record):
         yield

@@ -8,8 +8,6 @@ multiply one row by the maps of each layer, from the last layer to the first, so
 memory. They support every attention implementation.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,10 +43,8 @@ def average_heads(weights: torch.Tensor, attention: Any) -> torch.Tensor:
     first, second = weights.unflatten(1, (-1, 2)).unbind(dim=2)  # [B, heads, N, N] each
     positive = (first - attention.second_share.float() * second).clamp(min=0)
     total = positive.sum(dim=-1, keepdim=True)
-    identity = torch.eye(weights.shape[-1], device=weights.device)
-    return torch.where(total > 0, positive / total, identity).mean(
-        dim=1
-    )  # identity for heads without positive weights
+    identity = torch.eye(weights.shape[-1], device=weights.device)  # for heads without positive weights
+    return torch.where(total > 0, positive / total, identity).mean(dim=1)
 
 
 def compute_attribution(
@@ -78,32 +74,26 @@ def compute_attribution(
 
 @dataclass(frozen=True)
 class AttentionTrace:
-    """A forward pass with the attention of all layers, from which several maps are computed.
-
-    Attributes:
-        config: configuration of the model.
-        outputs: output of the model, with hidden states.
-        layers: attention of each layer.
-        attentions: the attention modules of the layers.
-        last_hidden_state: [B, N, D], the output of the encoder.
-    """
+    """A forward pass with the attention of all layers, from which several maps are computed."""
 
     config: ViTCLSConfig
-    outputs: Any
+    outputs: Any  # of the model, with hidden states
     layers: list[RecordedLayer]
-    attentions: list[Any]
-    last_hidden_state: torch.Tensor
+    attentions: list[Any]  # the attention modules of the layers
+    last_hidden_state: Any  # [B, N, D], the output of the encoder; None for a backbone
 
     @torch.no_grad()
     def compute_rows(self) -> torch.Tensor:
         """Return the attention of the special tokens [B, L, maps, S, N], as in `model.token_attention`."""
-        num_rows = self.config.token_layout.num_prefix_tokens
-        return torch.stack([layer.weights(num_rows) for layer in self.layers], dim=1)
+        num_special = self.config.token_layout.num_prefix_tokens
+        return torch.stack([layer.weights(num_special) for layer in self.layers], dim=1)
 
     @torch.no_grad()
     def compute_rollout(self) -> torch.Tensor:
         """Return the attention rollout [B, S, N] (`compute_attention_rollout`)."""
-        flow = build_identity_rows(self.layers[-1], self.config.token_layout.num_prefix_tokens)  # [B, S, N]
+        query = self.layers[-1].query
+        identity = torch.eye(query.shape[2], device=query.device)
+        flow = identity[: self.config.token_layout.num_prefix_tokens].expand(len(query), -1, -1)  # [B, S, N]
         for layer, attention in zip(reversed(self.layers), reversed(self.attentions), strict=True):
             flow = 0.5 * flow + 0.5 * flow @ average_heads(layer.weights(), attention)
         return flow
@@ -125,25 +115,15 @@ class AttentionTrace:
 def trace_attention(model: Any, pixel_values: torch.Tensor, needs_gradients: bool = False) -> AttentionTrace:
     """Run the model on images [B, C, H, W] in evaluation mode, and record the attention of all layers."""
     model = unwrap_model(model)
-    with torch.inference_mode(False), torch.set_grad_enabled(needs_gradients), evaluation_mode(model):
+    encoder_outputs: list[Any] = []
+    hook = model.base_model.register_forward_hook(lambda _, args, output: encoder_outputs.append(output))
+    with hook, torch.inference_mode(False), torch.set_grad_enabled(needs_gradients), evaluation_mode(model):
         inputs = pixel_values.detach().clone().requires_grad_(needs_gradients)  # even if all weights are frozen
-        with record_attention_layers(model) as layers, record_last_hidden_state(model) as sequences:
+        with record_attention_layers(model) as layers:
             outputs = model(inputs, output_hidden_states=True)
     attentions = [layer.attention for layer in model.base_model.layers]
-    return AttentionTrace(model.config, outputs, layers, attentions, sequences[-1])
-
-
-@contextmanager
-def record_last_hidden_state(model: Any) -> Iterator[list[Any]]:
-    """Record the encoder's last hidden state [B, N, D] of the forward pass inside the block."""
-    sequences: list[Any] = []
-    hook = model.base_model.register_forward_hook(
-        lambda _, args, output: sequences.append(getattr(output, "last_hidden_state", None))  # a backbone has none
-    )
-    try:
-        yield sequences
-    finally:
-        hook.remove()
+    last_hidden_state = getattr(encoder_outputs[-1], "last_hidden_state", None)  # a backbone has none
+    return AttentionTrace(model.config, outputs, layers, attentions, last_hidden_state)
 
 
 def select_task_logits(outputs: Any, task: str | None) -> torch.Tensor:
@@ -164,17 +144,15 @@ def select_class_logits(logits: torch.Tensor, target: torch.Tensor | int | None)
     """Return the logit [B] of each image's target class, or of its predicted class if `target` is None."""
     if target is None:
         return logits.amax(dim=-1)
+    num_images, num_classes = logits.shape
     classes = torch.as_tensor(target, device=logits.device).long()
-    if classes.numel() not in (1, len(logits)):
-        raise ValueError(
-            f"target has {classes.numel()} classes, but there are {len(logits)} images. "
-            "Pass one class, or one class per image."
-        )
-    classes = classes.reshape(-1).expand(len(logits))
-    if not bool(((classes >= 0) & (classes < logits.shape[1])).all()):
-        raise ValueError(
-            f"target is {classes.tolist()}, but class indices are 0 to {logits.shape[1] - 1}. Pass valid indices."
-        )
+    if classes.numel() not in (1, num_images):
+        expected = f"there are {num_images} images. Pass one class, or one class per image."
+        raise ValueError(f"target has {classes.numel()} classes, but {expected}")
+    classes = classes.reshape(-1).expand(num_images)
+    if not bool(((classes >= 0) & (classes < num_classes)).all()):
+        expected = f"class indices are 0 to {num_classes - 1}. Pass valid indices."
+        raise ValueError(f"target is {classes.tolist()}, but {expected}")
     return logits.gather(1, classes[:, None]).squeeze(1)
 
 
@@ -185,9 +163,3 @@ def compute_read_weights(gradient: torch.Tensor, config: ViTCLSConfig) -> torch.
     patches = config.token_layout.patches
     weights[:, patches] /= weights[:, patches].sum(dim=-1, keepdim=True).clamp(min=1)
     return weights.unsqueeze(1)
-
-
-def build_identity_rows(layer: RecordedLayer, num_rows: int) -> torch.Tensor:
-    """Return the first rows [B, rows, N] of the identity matrix."""
-    batch, _, num_tokens, _ = layer.query.shape
-    return torch.eye(num_rows, num_tokens, device=layer.query.device).expand(batch, -1, -1)

@@ -1,10 +1,8 @@
 """Images of a model card: figures drawn, compressed and written next to the card.
 
-    pictures/token_layout.png               always
-    pictures/confusion_matrix[_TASK].png    if results are given
-    pictures/attention.png                  if the model has special tokens and samples are given
-
-The figures are defined in analysis/figures.py. The text of the card is written in hub/card.py.
+pictures/token_layout.png               always
+pictures/confusion_matrix[_TASK].png    if results are given
+pictures/attention.png                  if the model has special tokens and samples are given
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -124,11 +122,9 @@ def build_attention_samples(
     model = unwrap_model(model)
     num_read = count_read_layers(model.config, is_classifier(model))[:-1]
     layers = torch.tensor(num_read).sub(1).clamp(min=0)  # [T]
-    predict = (
-        build_prediction_columns(model, top_k=None, threshold=THRESHOLD, features=None)
-        if is_classifier(model)
-        else None
-    )
+    predict = None
+    if is_classifier(model):
+        predict = build_prediction_columns(model, top_k=None, threshold=THRESHOLD, features=None)
     for image, label in samples:
         try:
             pixel_values = processor(image, return_tensors="pt")["pixel_values"].to(model.device)  # [1, C, H, W]
@@ -138,8 +134,7 @@ def build_attention_samples(
                 prediction = predict_batch(pixel_values, predict, nullcontext)[0] if predict else {}
         except ValueError:  # evaluation also skips such images
             continue
-        image_height, image_width = pixel_values.shape[-2:]
-        maps = extract_patch_maps(rows, model.config, (image_height, image_width))
+        maps = extract_patch_maps(rows, model.config, (pixel_values.shape[-2], pixel_values.shape[-1]))
         image = to_upright_rgb(image)
         visible_region = get_visible_region(processor, (image.height, image.width), model.config.patch_height_width)
         yield AttentionSample(image, maps, format_title(label, prediction), visible_region)
@@ -155,8 +150,7 @@ def format_title(label: str | None, prediction: Row) -> str:
             words.append(f"{column.removesuffix('_label')} {value}")
         elif column == "labels":
             words.append(", ".join(value) or NO_LABELS)
-    predicted = f"predicted {', '.join(words)}" if words else None
-    return ", ".join(text for text in (label, predicted) if text)
+    return ", ".join(filter(None, (label, f"predicted {', '.join(words)}" if words else None)))
 
 
 # Files ---------------------------------------------------------------------------------------------------------------
@@ -165,8 +159,7 @@ def format_title(label: str | None, prediction: Row) -> str:
 def encode_small_png(figure: Figure) -> bytes:
     """Return the figure as a PNG, with the first of `QUALITIES` below MAX_BYTES."""
     for resolution, num_colors in QUALITIES:
-        image = render_figure(figure, resolution)
-        png = BytesIO()
+        image, png = render_figure(figure, resolution), BytesIO()
         if num_colors is not None:
             image = image.quantize(palette=image.quantize(num_colors))  # dithered
         image.save(png, format="PNG", optimize=True)

@@ -1,11 +1,9 @@
-"""Diagnosis in words, with measured values: what each special token and each group does, whether patches hold
-artifacts, and how selective attention is over depth.
+"""Diagnosis in words, with measured values: what each special token and each group does, and how selective its
+attention is over depth.
 
     diagnose_tokens(config, findings, ablations, ...)   one Verdict per special token
     diagnose_groups(config, ablations, ...)             one Verdict per group of several tokens
-    diagnose_patches(config, findings, ...)             a PatchDiagnosis: norms with a second mode
-    describe_depth(config, findings)                    sentences per special token
-    summarize_diagnosis(...)                            one line
+    describe_depth(config, findings)                    one text per special token
 
 Statements about effects compare an effect with null distributions measured on the same images (ablation.py). The
 output of a token in the last layer is read only if the head reads this token (`count_read_layers`), so states and
@@ -19,10 +17,13 @@ from typing import Any, Literal
 import torch
 
 from ..configuration_vitcls import ViTCLSConfig
-from ..token_names import get_token_names, get_token_names_by_group
-from .ablation import KINDS, MIN_IMAGES, Ablation, AblationEffect, Ablations, Predictions, get_groups, get_token_keys
+from ..token_names import TOKEN_TERMS, get_token_names
+from .ablation import KINDS, Ablation, Ablations, get_groups, get_token_keys
+from .artifacts import PatchDiagnosis
+from .effects import AblationEffect
 from .maps import count_read_layers
-from .token_statistics import Findings, SecondMode, find_second_mode
+from .model_outputs import MIN_IMAGES, Predictions
+from .token_statistics import Findings
 
 
 Word = Literal[
@@ -43,14 +44,11 @@ MIN_IMAGE_VARIATION = 1e-3  # minimum variation of a token whose state depends o
 MIN_TWIN_SIMILARITY = 0.999  # minimum cosine similarity of identical tokens
 MAX_TWIN_DISTANCE = 0.01  # maximum distance of identical tokens, as a fraction of their variation over images
 MAX_MAP_DISTANCE = 0.1  # maximum distance of equal attention maps, as a fraction of their distance from uniform maps
-MIN_PATCH_MASS = (
-    0.01  # minimum fraction of attention to patches, in any layer and head, of a token that the head reads
-)
+MIN_PATCH_MASS = 0.01  # minimum fraction of attention to patches, in any layer and head, if the head reads the token
 MAX_NORM_RATIO = 3.0  # maximum norm of a token's embedding, as a multiple of the median norm of embedded patches
 MAX_EMBEDDING_SIMILARITY = 0.9  # maximum cosine similarity to its embedding of a token that layers change
 ROUNDING_ERROR = 1e-6  # rounding error of a state as a fraction of its norm
 MAX_HARM_PROBABILITY = 0.05  # maximum p-value of a harmful token, divided by the number of ablations
-MIN_RISE_SCORE = 4.0  # minimum rise of outliers without registers, in standard deviations of a binomial distribution
 # Expected attention over depth: minimum fraction of tokens attended to in the first third of the layers, and maximum
 # ratio of the middle third to the first third.
 MIN_EARLY_FRACTION, MAX_MIDDLE_RATIO = 0.75, 2 / 3
@@ -101,19 +99,18 @@ def diagnose_tokens(
             chance, the verdicts state this, because effects on such predictions are not meaningful.
         has_head: whether the model is a classifier.
     """
-    names = get_token_names(config)
-    read_layers = count_read_layers(config, has_head)
+    names, movement = get_token_names(config), token_movement or {}
     verdicts = []
     for index, key in enumerate(get_token_keys(config.token_layout)):
         evidence = TokenEvidence(
             findings=findings,
             index=index,
             names=names,
-            read_layers=read_layers,
+            read_layers=count_read_layers(config, has_head),
             ablations={} if ablations is None else {kind: ablations[kind][key] for kind in KINDS},
             num_tests=1 if ablations is None else sum(map(len, ablations.values())),
-            movement=None if token_movement is None else token_movement.get(key),
-            other_tokens_moved=any((token_movement or {}).values()),
+            movement=movement.get(key),
+            other_tokens_moved=any(movement.values()),
             caveat=describe_chance_accuracy(predictions),
         )
         verdicts.append(Verdict(names[index], *judge_token(evidence), numbers=evidence.collect_numbers()))
@@ -122,26 +119,17 @@ def diagnose_tokens(
 
 @dataclass(frozen=True)
 class TokenEvidence:
-    """Measurements of the token at one sequence index.
-
-    Attributes:
-        names: names of all special tokens.
-        read_layers: `count_read_layers`.
-        ablations: by kind; empty if not measured.
-        num_tests: number of ablations of the model.
-        other_tokens_moved: whether training moved any token.
-        caveat: clause for statements about predictions.
-    """
+    """Measurements of the token at one sequence index."""
 
     findings: Findings
     index: int
-    names: list[str]
-    read_layers: list[int]
-    ablations: dict[str, Ablation]
-    num_tests: int
+    names: list[str]  # of all special tokens
+    read_layers: list[int]  # `count_read_layers`
+    ablations: dict[str, Ablation]  # by kind; empty if not measured
+    num_tests: int  # number of ablations of the model
     movement: float | None
-    other_tokens_moved: bool
-    caveat: str
+    other_tokens_moved: bool  # whether training moved any token
+    caveat: str  # clause for statements about predictions
 
     @property
     def last(self) -> int:
@@ -212,16 +200,6 @@ class TokenEvidence:
         """Return the cosine similarity between the token's embedding and its last state that is read."""
         return self.findings.across_layers[self.index, 0, self.last].item()
 
-    @property
-    def effect_kinds(self) -> list[str]:
-        """Return the kinds of ablation whose effect is beyond the null."""
-        return [kind for kind, ablation in self.ablations.items() if ablation.is_beyond_null]
-
-    @property
-    def harm(self) -> tuple[str, AblationEffect] | None:
-        """Return the kind and effect of an ablation that makes predictions significantly more accurate, or None."""
-        return find_harm(self.ablations, self.num_tests)
-
     def describe_movement(self) -> str:
         """Describe how far training moved the token."""
         if self.movement is None:
@@ -251,10 +229,9 @@ def judge_token(token: TokenEvidence) -> tuple[Word, Meaning, str]:
     where = "after the last layer" if token.is_read_by_head else f"after layer {token.last}, the last that is read,"
     if token.twin is not None:
         other, last = token.twin
-        similarity = findings.between_tokens[last, token.index, other].item()
-        distance = findings.apart[last, token.index, other].item()
-        twin = f"{token.names[other]} (cosine {similarity:.4f}, distance {distance:.2g})"
-        return "collapsed", "bad", f"{where} it is identical to {twin}."
+        similarity = f"cosine {findings.between_tokens[last, token.index, other]:.4f}"
+        distance = f"distance {findings.apart[last, token.index, other]:.2g}"
+        return "collapsed", "bad", f"{where} it is identical to {token.names[other]} ({similarity}, {distance})."
     if token.is_read_by_head and token.patch_mass < MIN_PATCH_MASS:
         limit = f"in each layer and head at most {token.patch_mass:.2%} of its attention goes to patches"
         return "cut off from the patches", "bad", f"{limit}, although the head reads it."
@@ -263,9 +240,8 @@ def judge_token(token: TokenEvidence) -> tuple[Word, Meaning, str]:
         same = f"it is the same for every image (it varies by {variation:.1g} times the norm of its mean state)"
         word: Word = "not moved" if token.movement == 0 else "same for all images"
         return word, "bad", f"{where} {same}; {token.describe_movement()}."
-    if token.harm is not None:
-        kind, effect = token.harm
-        return "harmful", "bad", f"{describe_harm(kind, effect)}; {token.describe_movement()}."
+    if (harm := find_harm(token.ablations, token.num_tests)) is not None:
+        return "harmful", "bad", f"{describe_harm(*harm)}; {token.describe_movement()}."
     if token.norm_ratio > MAX_NORM_RATIO and token.embedding_similarity > MAX_EMBEDDING_SIMILARITY:
         ratio = f"its embedding has {token.norm_ratio:.3g} times the median norm of the patches"
         kept = f"layers hardly change it (cosine {token.embedding_similarity:.3f} with its last state)"
@@ -281,9 +257,7 @@ def judge_token(token: TokenEvidence) -> tuple[Word, Meaning, str]:
     if findings.num_images < MIN_IMAGES:
         return "not judged", "neutral", f"{describe_missing_images(findings.num_images)}."
     reason = f"{describe_comparison(token.ablations)}; {token.describe_movement()}{token.caveat}."
-    if not token.effect_kinds:
-        return "no measurable effect", "neutral", reason
-    return "effect beyond the null", "neutral" if token.caveat else "good", reason
+    return judge_effect(token.ablations, token.caveat, reason)
 
 
 def judge_unmoved_token(token: TokenEvidence) -> tuple[Meaning, str]:
@@ -293,12 +267,12 @@ def judge_unmoved_token(token: TokenEvidence) -> tuple[Meaning, str]:
         return "neutral", f"not moved in this run (by 0); its effect is unknown: {missing}."
     if not token.ablations:
         return "neutral", "not moved in this run (by 0): it is frozen or receives no gradient."
-    comparison = describe_comparison(token.ablations)
-    if token.effect_kinds:
-        return "neutral", f"frozen or already trained: not moved in this run (by 0); {comparison}{token.caveat}."
+    comparison = f"{describe_comparison(token.ablations)}{token.caveat}."
+    if any(ablation.is_beyond_null for ablation in token.ablations.values()):
+        return "neutral", f"frozen or already trained: not moved in this run (by 0); {comparison}"
     if token.other_tokens_moved:
-        return "bad", f"training moved other tokens, but not this one (by 0), and {comparison}{token.caveat}."
-    return "neutral", f"frozen, like all tokens of this run (moved by 0); {comparison}{token.caveat}."
+        return "bad", f"training moved other tokens, but not this one (by 0), and {comparison}"
+    return "neutral", f"frozen, like all tokens of this run (moved by 0); {comparison}"
 
 
 # Effects -------------------------------------------------------------------------------------------------------------
@@ -308,27 +282,15 @@ def diagnose_groups(
     config: ViTCLSConfig, ablations: Ablations | None, predictions: Predictions | None = None
 ) -> list[Verdict]:
     """Return one verdict per group of several special tokens: single registers can be redundant, although all
-    registers together have an effect.
-
-    Args:
-        config: configuration of the model.
-        ablations: `compute_ablations`; without it, there are no verdicts.
-        predictions: see `diagnose_tokens`.
-    """
+    registers together have an effect. The arguments are the same as in `diagnose_tokens`."""
     verdicts = []
     for group, members in get_groups(config.token_layout).items():
         if ablations is None or len(members) == 1:
             continue
         by_kind = {kind: ablations[kind][group] for kind in KINDS}
-        names = get_token_names_by_group(config)[group]
-        name = f"all {len(members)} {names[0].rpartition(' ')[0] if group != 'cls' else 'CLS token'}s"
-        verdicts.append(
-            Verdict(
-                name,
-                *judge_group(by_kind, sum(map(len, ablations.values())), describe_chance_accuracy(predictions)),
-                numbers=summarize_ablations(by_kind),
-            )
-        )
+        word = "CLS token" if group == "cls" else TOKEN_TERMS[group]
+        judgment = judge_group(by_kind, sum(map(len, ablations.values())), describe_chance_accuracy(predictions))
+        verdicts.append(Verdict(f"all {len(members)} {word}s", *judgment, numbers=summarize_ablations(by_kind)))
     return verdicts
 
 
@@ -339,7 +301,11 @@ def judge_group(ablations: dict[str, Ablation], num_tests: int, caveat: str) -> 
         return "not judged", "neutral", f"{describe_missing_images(num_images)}."
     if (harm := find_harm(ablations, num_tests)) is not None:
         return "harmful", "bad", f"{describe_harm(*harm, possessive='their')}."
-    reason = f"{describe_comparison(ablations, possessive='their')}{caveat}."
+    return judge_effect(ablations, caveat, f"{describe_comparison(ablations, possessive='their')}{caveat}.")
+
+
+def judge_effect(ablations: dict[str, Ablation], caveat: str, reason: str) -> tuple[Word, Meaning, str]:
+    """Return word, meaning and the reason of a verdict on measured effects."""
     if not any(ablation.is_beyond_null for ablation in ablations.values()):
         return "no measurable effect", "neutral", reason
     return "effect beyond the null", "neutral" if caveat else "good", reason
@@ -348,11 +314,9 @@ def judge_group(ablations: dict[str, Ablation], num_tests: int, caveat: str) -> 
 def find_harm(ablations: dict[str, Ablation], num_tests: int) -> tuple[str, AblationEffect] | None:
     """Return the kind and effect of an ablation after which predictions are significantly more accurate, and better
     than a constant prediction; None if there is none."""
-    for kind, ablation in ablations.items():
-        effect = ablation.effect
-        if not isinstance(effect, AblationEffect) or effect.improvement is None or not effect.is_better_than_chance:
-            continue
-        if effect.improvement < MAX_HARM_PROBABILITY / num_tests:
+    for kind, effect in ((kind, ablation.effect) for kind, ablation in ablations.items()):
+        is_measured = isinstance(effect, AblationEffect) and effect.improvement is not None
+        if is_measured and effect.is_better_than_chance and effect.improvement < MAX_HARM_PROBABILITY / num_tests:
             return kind, effect
     return None
 
@@ -360,14 +324,9 @@ def find_harm(ablations: dict[str, Ablation], num_tests: int) -> tuple[str, Abla
 def summarize_ablations(ablations: dict[str, Ablation]) -> dict[str, Any]:
     """Return the values of the ablations of a token or group by name: the values of the information ablation as
     `effect`, `interval` and `null` (smallest effect and limit), and all values by kind."""
-    if not ablations:
-        return {"effect": None, "interval": None, "null": None}
-    information = ablations["information"]
-    return {
-        "effect": information.effect.size,
-        "interval": list(information.effect.interval),
-        "null": None if information.null is None else list(information.null),
-    } | {kind: summarize_ablation(ablation) for kind, ablation in ablations.items()}
+    by_kind = {kind: summarize_ablation(ablation) for kind, ablation in ablations.items()}
+    information = by_kind.get("information", {})
+    return {name: information.get(name) for name in ("effect", "interval", "null")} | by_kind
 
 
 def summarize_ablation(ablation: Ablation) -> dict[str, Any]:
@@ -396,19 +355,16 @@ def summarize_ablation(ablation: Ablation) -> dict[str, Any]:
 
 def describe_missing_images(num_images: int) -> str:
     """Describe that more images are required to judge effects."""
-    return (
-        f"the effect requires {MIN_IMAGES} or more images, but there {'are' if num_images > 1 else 'is'} {num_images}"
-    )
+    verb = "are" if num_images > 1 else "is"
+    return f"the effect requires {MIN_IMAGES} or more images, but there {verb} {num_images}"
 
 
 def describe_comparison(ablations: dict[str, Ablation], possessive: str = "its") -> str:
     """Compare the effects of ablations with their null distributions."""
     beyond = [kind for kind, ablation in ablations.items() if ablation.is_beyond_null]
     clause = f"effect beyond the null ({' and '.join(beyond)})" if beyond else "no effect beyond the null"
-    details = [
-        f"{ABLATION_TERMS[kind].format(possessive)}, {describe_effect(each)}" for kind, each in ablations.items()
-    ]
-    return f"{clause}: {'; '.join(details)}"
+    terms = {kind: ABLATION_TERMS[kind].format(possessive) for kind in ablations}
+    return f"{clause}: {'; '.join(f'{terms[kind]}, {describe_effect(each)}' for kind, each in ablations.items())}"
 
 
 def describe_effect(ablation: Ablation) -> str:
@@ -431,7 +387,8 @@ def describe_effect(ablation: Ablation) -> str:
 def describe_changed_answers(effect: AblationEffect) -> str:
     """Return the number of changed predictions and the upper end of its 95 % interval, such as
     `0 of 256 (at most 1.2%)`."""
-    return f"{format_count(effect.changed_answers, effect.num_images)} (at most {effect.changed_interval[1]:.1%})"
+    num_changed = round(effect.changed_answers * effect.num_images)
+    return f"{num_changed:,} of {effect.num_images:,} (at most {effect.changed_interval[1]:.1%})"
 
 
 def describe_harm(kind: str, effect: AblationEffect, possessive: str = "its") -> str:
@@ -442,11 +399,6 @@ def describe_harm(kind: str, effect: AblationEffect, possessive: str = "its") ->
     )
 
 
-def format_count(fraction: float, num_images: int) -> str:
-    """Return a fraction of images as text, such as `3 of 64`."""
-    return f"{round(fraction * num_images):,} of {num_images:,}"
-
-
 def describe_chance_accuracy(predictions: Any) -> str:
     """Return a clause that the accuracy is not better than chance; empty if it is better or unknown."""
     if not isinstance(predictions, Predictions) or predictions.is_better_than_chance() is not False:
@@ -455,87 +407,6 @@ def describe_chance_accuracy(predictions: Any) -> str:
         f"; but the accuracy is not better than chance ({predictions.accuracy():.1%} on "
         f"{len(predictions.predicted):,} images; the most frequent label alone {predictions.chance():.1%})"
     )
-
-
-# Artifacts -----------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class PatchDiagnosis:
-    """Diagnosis of the norms of patches.
-
-    Attributes:
-        word: "artifacts" if the norms have a second mode in the last layers that are read, "no artifacts" otherwise.
-        meaning: "bad" or "good".
-        reason: sentences with the measured values.
-        layer: the layer of the values; 0 means the embeddings.
-        mode: the second mode after this layer; None if there is no second mode.
-        mode_without_registers: the second mode with the registers hidden from attention.
-        num_patches: number of patches.
-    """
-
-    word: Literal["artifacts", "no artifacts"]
-    meaning: Meaning
-    reason: str
-    layer: int
-    mode: SecondMode | None
-    mode_without_registers: SecondMode | None
-    num_patches: int
-
-
-def diagnose_patches(config: ViTCLSConfig, findings: Findings, has_head: bool = True) -> PatchDiagnosis:
-    """Return whether the norms of patches have a second mode in the last quarter of the layers that are read (Darcet
-    et al. 2023, arXiv 2309.16588, measure the output), in earlier layers, and whether registers absorb outliers."""
-    last = count_read_layers(config, has_head)[-1]
-    first = max(last - max(last // 4, 1) + 1, min(last, 1))
-    modes = {layer: find_second_mode(findings.patch_ratios[layer]) for layer in range(last + 1)}
-    fractions = {layer: mode.fraction if mode else 0.0 for layer, mode in modes.items()}
-    layer = max(range(first, last + 1), key=lambda each: fractions[each])
-    mode, ratios = modes[layer], findings.patch_ratios[layer]
-    after = f"after layer {layer}" if layer else "in the embeddings"
-    largest = f"the largest norm is {ratios.max():.1f} times the median of its image"
-    parts = [f"No artifacts: the norms of {len(ratios):,} patches have one mode {after}; {largest}"]
-    if mode is not None:
-        more = "more registers" if config.num_register_tokens else "registers"
-        advice = f"{more} may absorb them (train with --num-register-tokens, or see analysis.test_time_registers)"
-        share = f"{mode.fraction:.2%} of the patches form a second mode of norms"
-        parts = [f"Artifacts: {after}, {share}, at {mode.ratio:.1f} times the median of their image; {advice}"]
-    earlier = max(range(first), key=lambda each: fractions[each], default=0)
-    if earlier < first and fractions[earlier] > 1.01 * fractions[layer]:
-        gone = "" if mode is not None else ", but not in the last layers that are read"
-        where = f"after layer {earlier}" if earlier else "in the embeddings"
-        parts.append(f"Largest second mode in earlier layers: {fractions[earlier]:.2%}, {where}{gone}")
-    hidden, absorbed = compare_without_registers(findings, layer)
-    return PatchDiagnosis(
-        word="artifacts" if mode is not None else "no artifacts",
-        meaning="bad" if mode is not None else "good",
-        reason=". ".join(parts + absorbed) + ".",
-        layer=layer,
-        mode=mode,
-        mode_without_registers=hidden,
-        num_patches=len(ratios),
-    )
-
-
-def describe_artifacts(config: ViTCLSConfig, findings: Findings, has_head: bool = True) -> str:
-    """Return the sentences of `diagnose_patches`."""
-    return diagnose_patches(config, findings, has_head).reason
-
-
-def compare_without_registers(findings: Findings, layer: int) -> tuple[SecondMode | None, list[str]]:
-    """Return the second mode of the norms with the registers hidden, and a sentence if registers absorb outliers."""
-    if findings.patch_ratios_without_registers is None:
-        return None, []
-    ratios, without = findings.patch_ratios[layer], findings.patch_ratios_without_registers[layer]
-    hidden = find_second_mode(without)
-    if hidden is None:
-        return None, []
-    before, after = ((each > hidden.threshold).float().mean().item() for each in (ratios, without))
-    pooled = (before + after) / 2
-    if after - before < MIN_RISE_SCORE * (2 * pooled * (1 - pooled) / len(ratios)) ** 0.5:
-        return hidden, []
-    rise = f"with the registers hidden from attention, outliers rise from {before:.2%} to {after:.2%} of the patches"
-    return hidden, [f"The registers absorb outliers: {rise} (above {hidden.threshold:.1f} times the median)"]
 
 
 # Depth ---------------------------------------------------------------------------------------------------------------
@@ -550,10 +421,10 @@ def describe_depth(config: ViTCLSConfig, findings: Findings, has_head: bool = Tr
     """
     widths = findings.entropy.mean(dim=1).exp()  # [L, S], number of tokens attended to, mean over heads
     fractions = widths / findings.uniform_by_token["entropy"].exp()  # [L, S]
+    read_layers = count_read_layers(config, has_head)
     texts = []
-    for index, (name, num_layers) in enumerate(
-        zip(get_token_names(config), count_read_layers(config, has_head), strict=False)
-    ):
+    for index, name in enumerate(get_token_names(config)):
+        num_layers = read_layers[index]
         if num_layers == 0:
             texts.append(f"{name} attends to other tokens only in layer 1, and nothing reads its output.")
             continue
@@ -563,29 +434,25 @@ def describe_depth(config: ViTCLSConfig, findings: Findings, has_head: bool = Tr
         narrowest = int(widths[:num_layers, index].argmin())
         width = round(widths[narrowest, index].item())
         is_register = index >= config.token_layout.registers.start
-        pattern = "" if is_register else f" {describe_depth_pattern(read, thirds)}"
         texts.append(
             f"{name} attends to {', '.join(f'{third:.0%}' for third in thirds.tolist())} of the visible "
             f"tokens {where} (100% is uniform), most selective in layer {narrowest + 1}: {width} "
-            f"token{'s' if width != 1 else ''}.{pattern}"
+            f"token{'s' if width != 1 else ''}.{'' if is_register else describe_depth_pattern(read, thirds)}"
         )
     return texts
 
 
 def describe_depth_pattern(fractions: torch.Tensor, thirds: torch.Tensor) -> str:
     """Compare the fractions of tokens attended to, per layer [L] and averaged over thirds [3], with the expected
-    pattern."""
+    pattern. The sentence begins with a space."""
     if bool((fractions >= MIN_UNIFORM_FRACTION).all()):
-        return "Uniform in every layer: it selects no patches."
+        return " Uniform in every layer: it selects no patches."
     if len(thirds) < 3:
-        return "There are too few layers to compare early and middle layers."
+        return " There are too few layers to compare early and middle layers."
     early, middle, _ = thirds.tolist()
     if early >= MIN_EARLY_FRACTION and middle <= MAX_MIDDLE_RATIO * early:
-        return "As expected: near uniform early, selective in the middle."
-    return "Not as expected (near uniform early, selective in the middle)."
-
-
-# Summary -------------------------------------------------------------------------------------------------------------
+        return " As expected: near uniform early, selective in the middle."
+    return " Not as expected (near uniform early, selective in the middle)."
 
 
 def summarize_diagnosis(verdicts: Sequence[Verdict], groups: Sequence[Verdict], patches: PatchDiagnosis) -> str:

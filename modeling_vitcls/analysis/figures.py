@@ -1,11 +1,5 @@
 """Figures of tokens and predictions, for cards, notebooks and trackers.
 
-    plot_token_layout           the sequence as boxes, with the tokens that the head reads
-    plot_confusion_matrix       predictions by true class
-    plot_attention              images, and the attention of each special token
-    plot_attention_by_layer     one image, and the attention of each special token in each layer
-    render_figure               convert a figure to an image
-
 Each function except render_figure returns a matplotlib `Figure` on white. Figures are created without pyplot, so they
 do not remain in global state. Maps are computed in maps.py, and files of figures in card_images.py. Figures over many
 images are in figures_over_depth.py and figures_of_states.py.
@@ -14,7 +8,7 @@ images are in figures_over_depth.py and figures_of_states.py.
 import math
 import textwrap
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -57,8 +51,7 @@ MAX_CELLS = 64  # per side of the patch grid
 TERMS = {"cls": "CLS", "distillation": "distillation", "registers": "registers", "patches": "patches"}
 
 
-@dataclass(frozen=True)
-class Box:
+class Box(NamedTuple):
     """Position of one special token, or of an `ELLIPSIS` for several tokens."""
 
     group: str
@@ -93,19 +86,17 @@ def plot_token_layout(config: ViTCLSConfig) -> Figure:
     if is_read(config, "patches", 0):
         draw_arrow(axes, grid_left + GRID_WIDTH / 2)
     axes.add_patch(Rectangle((MARGIN, 0.18), WIDTH - 2 * MARGIN, 0.36, facecolor=FAINT, edgecolor=INK, linewidth=0.8))
-    axes.text(WIDTH / 2, 0.36, describe_head(config), ha="center", va="center", fontsize=10, color=INK)
+    draw_text(axes, WIDTH / 2, 0.36, describe_head(config), 10, INK)
     return figure
 
 
 def arrange_boxes(config: ViTCLSConfig) -> tuple[list[Box], list[tuple[str, float]], float]:
     """Return the boxes of the special tokens, the headers with their centers, and the left edge of the patch grid."""
     groups = {group: select_drawn_tokens(names) for group, names in get_token_names_by_group(config).items() if names}
+    least_widths = {group: len(TERMS[group]) * CHARACTER_WIDTH for group in groups}
     available_width = WIDTH - 2 * MARGIN - GRID_WIDTH - GAP * len(groups)
     for box_width in BOX_WIDTHS:
-        widths = {
-            group: max(box_width * len(tokens), len(TERMS[group]) * CHARACTER_WIDTH)
-            for group, tokens in groups.items()
-        }
+        widths = {group: max(box_width * len(tokens), least_widths[group]) for group, tokens in groups.items()}
         if sum(widths.values()) <= available_width:
             break
     boxes, headers = [], []
@@ -121,11 +112,9 @@ def arrange_boxes(config: ViTCLSConfig) -> tuple[list[Box], list[tuple[str, floa
 
 def select_drawn_tokens(names: list[str]) -> dict[int, str]:
     """Return index -> name of the drawn tokens: all, or the first tokens, `ELLIPSIS` and the last token."""
-    tokens = dict(enumerate(names))
     if len(names) <= MAX_BOXES:
-        return tokens
-    first = {index: tokens[index] for index in range(MAX_BOXES - 2)}
-    return {**first, len(first): ELLIPSIS, len(names) - 1: names[-1]}
+        return dict(enumerate(names))
+    return {**dict(enumerate([*names[: MAX_BOXES - 2], ELLIPSIS])), len(names) - 1: names[-1]}
 
 
 def build_group_header(config: ViTCLSConfig, group: str) -> str:
@@ -133,35 +122,22 @@ def build_group_header(config: ViTCLSConfig, group: str) -> str:
     if group == "patches":
         (rows, columns), (height, width) = config.grid_size, config.patch_height_width
         return f"patches, {height} × {width} pixels each\n{rows} × {columns} = {rows * columns}"
-    tokens = getattr(config.token_layout, group)
-    return f"{TERMS[group]}\n{tokens.stop - tokens.start}"
+    return f"{TERMS[group]}\n{len(get_token_names_by_group(config)[group])}"
 
 
 def draw_box(axes: Axes, box: Box, rotation: int) -> None:
     """Draw a token with its name."""
-    corner = (box.left, BOXES_BOTTOM)
-    color = GROUP_COLORS[box.group]
+    corner, middle = (box.left, BOXES_BOTTOM), BOXES_BOTTOM + BOXES_HEIGHT / 2
+    color, size = GROUP_COLORS[box.group], 9 if box.width > 0.25 and len(box.name) <= 16 else 7
+    rotation = 0 if box.name == ELLIPSIS else rotation
     axes.add_patch(Rectangle(corner, box.width, BOXES_HEIGHT, facecolor=color, edgecolor="white", linewidth=1.5))
-    axes.text(
-        box.center,
-        BOXES_BOTTOM + BOXES_HEIGHT / 2,
-        box.name.replace(" (", "\n("),
-        ha="center",
-        va="center",
-        rotation=0 if box.name == ELLIPSIS else rotation,
-        fontsize=9 if box.width > 0.25 and len(box.name) <= 16 else 7,
-        color="white",
-    )
+    draw_text(axes, box.center, middle, box.name.replace(" (", "\n("), size, "white", rotation=rotation)
 
 
 def draw_arrow(axes: Axes, center: float) -> None:
     """Draw an arrow from a token to the head."""
-    axes.annotate(
-        "",
-        xy=(center, 0.54),
-        xytext=(center, BOXES_BOTTOM - 0.02),
-        arrowprops={"arrowstyle": "-|>", "color": INK, "linewidth": 1.3, "shrinkA": 0, "shrinkB": 0},
-    )
+    style = {"arrowstyle": "-|>", "color": INK, "linewidth": 1.3, "shrinkA": 0, "shrinkB": 0}
+    axes.annotate("", (center, 0.54), (center, BOXES_BOTTOM - 0.02), arrowprops=style)
 
 
 def draw_grid(axes: Axes, left: float, config: ViTCLSConfig) -> None:
@@ -222,8 +198,7 @@ def plot_confusion_matrix(matrix: Sequence[Sequence[int]], class_names: Sequence
     drawn = axes.imshow(shares, cmap="Blues", norm=PowerNorm(0.5, vmin=0, vmax=1))
     bar = figure.colorbar(drawn, ax=axes, shrink=0.8, label="fraction of the true class", ticks=[0, 0.05, 0.2, 0.5, 1])
     bar.ax.set_yticklabels(["0", "5 %", "20 %", "50 %", "100 %"])
-    axes.set_xlabel("predicted")
-    axes.set_ylabel("true")
+    axes.set(xlabel="predicted", ylabel="true")
     draw_class_names(axes, class_names)
     if num_classes <= MAX_NUMBERED_CLASSES:
         draw_counts(axes, counts, shares)
@@ -231,10 +206,9 @@ def plot_confusion_matrix(matrix: Sequence[Sequence[int]], class_names: Sequence
 
 
 def draw_class_names(axes: Axes, names: Sequence[str]) -> None:
-    """Draw class names along both axes, horizontal if they are short."""
+    """Draw class names along both axes, horizontal if they are short; no names if there are many classes."""
     if len(names) > MAX_NAMED_CLASSES:
-        axes.set_xticks([])
-        axes.set_yticks([])
+        axes.set(xticks=[], yticks=[])
         return
     shown = [shorten(name, MAX_NAME_LENGTH) for name in names]
     size = 9 if len(names) <= MAX_NUMBERED_CLASSES else 6
@@ -247,7 +221,7 @@ def draw_counts(axes: Axes, counts: np.ndarray, shares: np.ndarray) -> None:
     size = 9 if counts.max() < 1000 else 7
     for (row, column), count in np.ndenumerate(counts):
         color = "white" if shares[row, column] > 0.3 else INK if count else "#B5B5B5"
-        axes.text(column, row, f"{count}", ha="center", va="center", fontsize=size, color=color)
+        draw_text(axes, column, row, f"{count}", size, color)
 
 
 # Attention -----------------------------------------------------------------------------------------------------------
@@ -330,10 +304,7 @@ def plot_attention_by_layer(config: ViTCLSConfig, report: ImageReport, head: int
         raise ValueError(f"head is {head}, but there is no head {head}: the model has {num_heads}. Count from 0.")
     attention = report.attention.mean(dim=1) if head is None else report.attention[:, head]  # [L, S, gh, gw]
     names = get_token_names(config)
-    titles = [
-        f"for {prediction.task} {prediction.first}" if prediction.task else f"for {prediction.first}"
-        for prediction in report.predictions
-    ]
+    titles = [" ".join(filter(None, ("for", each.task, each.first))) for each in report.predictions]
     first_column = list(zip(report.attributions, titles, strict=True))
     num_lines = max(len(names), 1 + len(first_column))
     image, visible_region = resize_with_region(report.image, report.visible_region, DEPTH_TILE_SIDE, DEPTH_TILE_SIDE)
@@ -351,15 +322,16 @@ def plot_attention_by_layer(config: ViTCLSConfig, report: ImageReport, head: int
         for layer, tile in enumerate(line[:-1]):
             values = attention[layer, index]
             draw_image(tile, overlay(image, values, visible_region), f"layer {layer + 1}" if index == 0 else "")
-            draw_caption(tile, f"{values.sum():.0%}")
+            share = f"{values.sum():.0%}"
+            draw_text(tile, 0.5, -0.03, share, 7, INK, va="top", transform=tile.transAxes)
         draw_image(line[-1], overlay(image, report.rollout[index], visible_region), "rollout" if index == 0 else "")
         line[0].text(-0.08, 0.5, shorten(name, 24), transform=line[0].transAxes, rotation=90, ha="right", va="center")
     return figure
 
 
-def draw_caption(axes: Axes, text: str) -> None:
-    """Draw small text under a tile."""
-    axes.text(0.5, -0.03, text, transform=axes.transAxes, ha="center", va="top", fontsize=7, color=INK)
+def draw_text(axes: Axes, x: float, y: float, text: str, size: float, color: str, **options: Any) -> None:
+    """Draw centered text."""
+    axes.text(x, y, text, fontsize=size, color=color, **({"ha": "center", "va": "center"} | options))
 
 
 def draw_image(axes: Axes, image: Image.Image, title: str) -> None:

@@ -1,10 +1,5 @@
 """Figures of the states of tokens and patches, and of the effects of tokens on predictions.
 
-    plot_norm_histogram(config, findings, layer)      histogram of patch norms, with outliers
-    plot_token_similarity(config, findings, layer)    cosine similarity between the special tokens
-    plot_layer_similarity(config, findings)           cosine similarity between the states of each token across layers
-    plot_ablation_effects(config, effects)            effect of replacing each token by its mean
-
 Each function returns a matplotlib `Figure` on white, in the colors of figures.py and without pyplot. "After layer 0"
 means the embeddings. Curves are in figures_over_depth.py.
 """
@@ -12,6 +7,7 @@ means the embeddings. Curves are in figures_over_depth.py.
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,10 +19,12 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from ..configuration_vitcls import ViTCLSConfig
 from ..token_names import get_token_names
-from .ablation import AblationEffect, get_token_keys
-from .figures import GROUP_COLORS, INK, create_figure, shorten
+from .ablation import get_token_keys
+from .artifacts import SecondMode, find_second_mode
+from .effects import AblationEffect
+from .figures import GROUP_COLORS, INK, create_figure, draw_text, shorten
 from .figures_over_depth import MAX_NAME_LENGTH, create_token_grid, hide_frame
-from .token_statistics import Findings, SecondMode, find_second_mode
+from .token_statistics import Findings
 
 
 BINS = 48  # number of bins of a histogram
@@ -42,20 +40,13 @@ MAX_NUMBERED_TOKENS = 12
 
 @dataclass(frozen=True)
 class NormHistogram:
-    """Norms of the patches after one layer, as multiples of the median of their image.
+    """Norms of the patches after one layer, as multiples of the median of their image."""
 
-    Attributes:
-        counts: [BINS], number of patches per bin; the edges of the bins have equal ratios.
-        low, high: lower edge of the first and upper edge of the last bin.
-        mode: patches in a second mode (`find_second_mode`); None if the norms have one mode.
-        registers: mean norms of the registers, as multiples of the median norm of all patches.
-    """
-
-    counts: list[int]
-    low: float
-    high: float
-    mode: SecondMode | None
-    registers: list[float]
+    counts: list[int]  # [BINS], number of patches per bin; the edges of the bins have equal ratios
+    low: float  # lower edge of the first bin
+    high: float  # upper edge of the last bin
+    mode: SecondMode | None  # patches in a second mode (`find_second_mode`); None if the norms have one mode
+    registers: list[float]  # mean norms of the registers, as multiples of the median norm of all patches
 
 
 def compute_norm_histogram(config: ViTCLSConfig, findings: Findings, layer: int) -> NormHistogram:
@@ -84,43 +75,27 @@ def plot_norm_histogram(config: ViTCLSConfig, findings: Findings, layer: int = -
     """
     layer = normalize_layer(layer, findings)
     histogram = compute_norm_histogram(config, findings, layer)
-    figure, axes = create_single_axes(6.4, 3.4, f"Norms of the patches, {describe_layer(layer)}")
+    figure = create_figure(6.4, 3.4)
+    axes = figure.subplots()
+    axes.set_title(f"Norms of the patches, {describe_layer(layer)}", fontsize=11, color=INK)
     edges = np.geomspace(histogram.low, histogram.high, BINS + 1)
     limit = math.inf if histogram.mode is None else histogram.mode.threshold
     colors = [OUTLIER_COLOR if edge >= limit else GROUP_COLORS["patches"] for edge in np.sqrt(edges[1:] * edges[:-1])]
     axes.bar(edges[:-1], histogram.counts, width=0.94 * np.diff(edges), align="edge", color=colors)
-    axes.set_xscale("log")
-    axes.set_yscale("log")
-    axes.set_ylim(0.7, 2 * max(*histogram.counts, 5))
-    axes.set_xlim(histogram.low, histogram.high)
+    axes.set(xscale="log", yscale="log")
+    axes.set(xlim=(histogram.low, histogram.high), ylim=(0.7, 2 * max(*histogram.counts, 5)))
+    axes.set(xlabel="norm / median norm of the image, logarithmic", ylabel="patches, logarithmic")
     if histogram.mode is not None:
         axes.axvline(limit, color=INK, linewidth=1, linestyle=(0, (5, 3)))
-        axes.annotate(
-            f"second mode: {histogram.mode.fraction:.2%} of the patches, at {histogram.mode.ratio:.1f} × median",
-            (limit, 0.97),
-            xycoords=("data", "axes fraction"),
-            xytext=(-4, 0),
-            textcoords="offset points",
-            rotation=90,
-            ha="right",
-            va="top",
-            fontsize=8,
-            color=INK,
-        )
-    top = axes.get_xaxis_transform()
-    axes.plot(
-        histogram.registers,
-        [0.97] * len(histogram.registers),
-        "v",
-        color=GROUP_COLORS["registers"],
-        transform=top,
-        clip_on=0,
-    )
+        text = f"second mode: {histogram.mode.fraction:.2%} of the patches, at {histogram.mode.ratio:.1f} × median"
+        position: dict[str, Any] = {"xycoords": ("data", "axes fraction"), "textcoords": "offset points"}
+        position |= {"rotation": 90, "ha": "right", "va": "top"}
+        axes.annotate(text, (limit, 0.97), (-4, 0), **position, fontsize=8, color=INK)
     if histogram.registers:
-        axes.plot([], [], "v", color=GROUP_COLORS["registers"], label="registers")
+        heights = [0.97] * len(histogram.registers)
+        triangles: dict[str, Any] = {"color": GROUP_COLORS["registers"], "label": "registers", "clip_on": False}
+        axes.plot(histogram.registers, heights, "v", transform=axes.get_xaxis_transform(), **triangles)
         figure.legend(loc="outside lower center", frameon=False, fontsize=8.5)
-    axes.set_xlabel("norm / median norm of the image, logarithmic")
-    axes.set_ylabel("patches, logarithmic")
     hide_frame(axes)
     return figure
 
@@ -144,7 +119,9 @@ def plot_token_similarity(config: ViTCLSConfig, findings: Findings, layer: int =
     if len(names) < 2:
         raise ValueError(f"The figure requires two special tokens, but the model has {len(names)} special tokens.")
     side = min(max(0.45 * len(names) + 2.2, 3.6), 9.0)
-    figure, axes = create_single_axes(side + 0.5, side, f"Similarity of the tokens, {describe_layer(layer)}")
+    figure = create_figure(side + 0.5, side)
+    axes = figure.subplots()
+    axes.set_title(f"Similarity of the tokens, {describe_layer(layer)}", fontsize=11, color=INK)
     matrix = findings.between_tokens[layer]
     drawn = draw_cosines(axes, matrix)
     axes.set_xticks(range(len(names)), names, fontsize=8, rotation=0 if max(map(len, names)) <= 3 else 90)
@@ -152,7 +129,7 @@ def plot_token_similarity(config: ViTCLSConfig, findings: Findings, layer: int =
     if len(names) <= MAX_NUMBERED_TOKENS:
         for (row, column), value in np.ndenumerate(matrix.numpy()):
             color = "white" if abs(value) > 0.55 else INK
-            axes.text(column, row, f"{value:.2f}", ha="center", va="center", fontsize=8, color=color)
+            draw_text(axes, column, row, f"{value:.2f}", 8, color)
     figure.colorbar(drawn, ax=axes, shrink=0.8, label="cosine")
     return figure
 
@@ -229,11 +206,7 @@ def plot_ablation_effects(config: ViTCLSConfig, effects: Mapping[str, AblationEf
 
 
 def normalize_layer(layer: int, findings: Findings) -> int:
-    """Return a nonnegative layer index, with the embeddings as 0.
-
-    Raises:
-        ValueError: if the layer does not exist.
-    """
+    """Return a nonnegative layer index, with the embeddings as 0. Raises ValueError if the layer does not exist."""
     num_states = len(findings.patch_norms)
     if not -num_states <= layer < num_states:
         raise ValueError(f"There is no layer {layer}: the model has {num_states - 1}, and 0 means the embeddings.")
@@ -243,11 +216,3 @@ def normalize_layer(layer: int, findings: Findings) -> int:
 def describe_layer(layer: int) -> str:
     """Return the layer in words."""
     return f"after layer {layer}" if layer else "embeddings"
-
-
-def create_single_axes(width: float, height: float, title: str) -> tuple[Figure, Axes]:
-    """Create a figure with one pair of axes."""
-    figure = create_figure(width, height)
-    axes = figure.subplots()
-    axes.set_title(title, fontsize=11, color=INK)
-    return figure, axes

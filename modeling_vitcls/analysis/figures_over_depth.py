@@ -1,17 +1,12 @@
 """Figures over depth: values of tokens and patches per layer, over many images (`Findings`).
 
-    plot_curve(config, findings, "entropy")      any of CURVES: one line per token, range over heads, baseline
-    plot_attention_mass(config, findings)        attention of each token to groups of tokens
-    plot_norms(config, findings)                 norms of tokens and patches, and fraction of outlier patches
-
 Each function returns a matplotlib `Figure` on white, in the colors of figures.py and without pyplot. "After layer 0"
 means the embeddings. Similarities and histograms are in figures_of_states.py. The HTML report contains all figures.
 """
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -46,76 +41,41 @@ FADE = 0.55  # fraction of white in the color of the last token of a group
 # Curves --------------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Curve:
-    """A figure over depth.
-
-    Attributes:
-        title, axis: title of the figure and label of the y axis.
-        values: function of the findings: [L, H, S] over heads, [L, H] over heads for all patches, or [L + 1, S] for
-            states.
-        uniform: function of the findings: values of uniform attention, one or (if CLS tokens see different regions)
-            several; empty for states.
-        in_percent: whether values are shown in percent.
-    """
+class Curve(NamedTuple):
+    """A figure over depth of the attribute of `Findings` with the same name."""
 
     title: str
-    axis: str
-    values: Callable[[Findings], torch.Tensor]
-    uniform: Callable[[Findings], list[float]] = lambda findings: []
+    axis: str  # label of the y axis
     in_percent: bool = False
 
 
+# Attributes are [L, H, S] over heads, [L, H] over heads for all patches, or [L + 1, S] for states.
 CURVES = {
-    "entropy": Curve(
-        "Entropy of attention",
-        "nats",
-        lambda findings: findings.entropy,
-        lambda findings: findings.uniform_by_token["entropy"].tolist(),
-    ),
-    "spread": Curve(
-        "Spread of attention over the image",
-        "pixels",
-        lambda findings: findings.spread,
-        lambda findings: findings.uniform_by_token["spread"].tolist(),
-    ),
-    "received": Curve(
-        "Attention received from patches",
-        "fraction",
-        lambda findings: findings.received,
-        lambda findings: [math.exp(-findings.uniform["entropy"])],  # 1 / N
-        in_percent=True,
-    ),
-    "patch_distance": Curve(
-        "Attention distance of patches",
-        "pixels",
-        lambda findings: findings.patch_distance,
-        lambda findings: [findings.uniform["patch_distance"]],
-    ),
-    "variation": Curve(
-        "Variation between images", "fraction of the norm", lambda findings: findings.variation, in_percent=True
-    ),
-    "to_patches": Curve("Similarity to the mean patch", "cosine", lambda findings: findings.to_patches),
+    "entropy": Curve("Entropy of attention", "nats"),
+    "spread": Curve("Spread of attention over the image", "pixels"),
+    "received": Curve("Attention received from patches", "fraction", in_percent=True),
+    "patch_distance": Curve("Attention distance of patches", "pixels"),
+    "variation": Curve("Variation between images", "fraction of the norm", in_percent=True),
+    "to_patches": Curve("Similarity to the mean patch", "cosine"),
 }
 
 
-@dataclass(frozen=True)
-class LineStyle:
+def get_uniform_values(findings: Findings, name: str) -> list[float]:
+    """Return the values of uniform attention for one of CURVES, one or (if CLS tokens see different regions) several;
+    empty for states."""
+    if name == "received":
+        return [math.exp(-findings.uniform["entropy"])]  # 1 / N
+    if name == "patch_distance":
+        return [findings.uniform[name]]
+    return findings.uniform_by_token[name].tolist() if name in findings.uniform_by_token else []
+
+
+class LineStyle(NamedTuple):
     """Line style of one token: groups differ in color, tokens of a group in lightness, dashes and markers."""
 
     name: str
     color: tuple[float, float, float]
     index: int = 0  # within the group
-
-    def build_line_arguments(self) -> dict[str, Any]:
-        """Return the arguments of `Axes.plot`."""
-        return {
-            "color": self.color,
-            "linestyle": DASHES[self.index % len(DASHES)],
-            "marker": MARKERS[self.index % len(MARKERS)],
-            "markersize": 4,
-            "linewidth": 1.6,
-        }
 
 
 PATCH_STYLE = LineStyle("patches", to_rgb(PATCHES))
@@ -137,7 +97,7 @@ def plot_curve(config: ViTCLSConfig, findings: Findings, name: str) -> Figure:
     if name not in CURVES:
         raise ValueError(f"There is no figure {name!r}. Choose one of {', '.join(CURVES)}.")
     curve = CURVES[name]
-    values = curve.values(findings)
+    values = getattr(findings, name)
     if values.shape[-1] == 0:
         raise ValueError(
             f"Figure {name!r} requires special tokens, but the model has no special tokens. Use patch_distance."
@@ -146,7 +106,7 @@ def plot_curve(config: ViTCLSConfig, findings: Findings, name: str) -> Figure:
     styles = [PATCH_STYLE] if is_patch_figure else get_token_styles(config)
     lines = values.unsqueeze(-1) if is_patch_figure else values  # [L, H, lines], or [L + 1, lines]
     first_layer = 0 if lines.ndim == 2 else 1
-    baselines = sorted({float(f"{value:.5g}") for value in curve.uniform(findings)})
+    baselines = sorted({float(f"{value:.5g}") for value in get_uniform_values(findings, name)})
     figure, (axes,) = create_axes(1, len(styles) + bool(baselines))
     axes.set_title(curve.title, fontsize=11, color=INK)
     axes.set_ylabel(curve.axis)
@@ -154,11 +114,10 @@ def plot_curve(config: ViTCLSConfig, findings: Findings, name: str) -> Figure:
         heads = line if line.ndim == 2 else line.unsqueeze(1)  # [L, H]
         draw_line(axes, style, heads.mean(dim=1), heads.amin(dim=1), heads.amax(dim=1), first_layer)
     for index, value in enumerate(baselines):
-        name = "uniform" if index == 0 else "_again"
-        axes.axhline(value, color=INK, linewidth=1, linestyle=(0, (5, 3)), label=name)
+        label = "uniform" if index == 0 else "_again"
+        axes.axhline(value, color=INK, linewidth=1, linestyle=(0, (5, 3)), label=label)
     format_layer_axis(axes, len(lines), first_layer)
-    if axes.get_ylim()[0] > 0:
-        axes.set_ylim(bottom=0)
+    axes.set_ylim(bottom=min(axes.get_ylim()[0], 0))
     if curve.in_percent:
         axes.yaxis.set_major_formatter(PercentFormatter(xmax=1))
     draw_legend(figure, axes)
@@ -167,21 +126,13 @@ def plot_curve(config: ViTCLSConfig, findings: Findings, name: str) -> Figure:
 
 def get_token_styles(config: ViTCLSConfig) -> list[LineStyle]:
     """Return one line style per special token, in sequence order."""
-    return [
-        LineStyle(
-            shorten(name, MAX_NAME_LENGTH),
-            lighten_color(GROUP_COLORS[group], FADE * index / max(len(names) - 1, 1)),
-            index,
-        )
-        for group, names in get_token_names_by_group(config).items()
-        for index, name in enumerate(names)
-    ]
-
-
-def lighten_color(color: str, white: float) -> tuple[float, float, float]:
-    """Mix a color with a fraction of white."""
-    red, green, blue = (white + (1 - white) * channel for channel in to_rgb(color))
-    return red, green, blue
+    styles = []
+    for group, names in get_token_names_by_group(config).items():
+        for index, name in enumerate(names):
+            white = FADE * index / max(len(names) - 1, 1)
+            red, green, blue = (white + (1 - white) * channel for channel in to_rgb(GROUP_COLORS[group]))
+            styles.append(LineStyle(shorten(name, MAX_NAME_LENGTH), (red, green, blue), index))
+    return styles
 
 
 def draw_line(
@@ -191,7 +142,8 @@ def draw_line(
     layers = range(first_layer, first_layer + len(mean))
     if bool((high > low).any()):
         axes.fill_between(layers, low.numpy(), high.numpy(), color=style.color, alpha=0.15, linewidth=0)
-    axes.plot(layers, mean.numpy(), label=style.name, **style.build_line_arguments())
+    dash, marker = DASHES[style.index % len(DASHES)], MARKERS[style.index % len(MARKERS)]
+    axes.plot(layers, mean, c=style.color, ls=dash, marker=marker, markersize=4, linewidth=1.6, label=style.name)
 
 
 # Attention mass -----------------------------------------------------------------------------------------------------
@@ -210,7 +162,7 @@ def plot_attention_mass(config: ViTCLSConfig, findings: Findings) -> Figure:
     figure, grid = create_token_grid(names, width=2.4, height=1.9, more_height=0.5)
     fractions = findings.mass.mean(dim=1)  # [L, S, 4]
     order = [name for name, _ in config.token_layout.items()]
-    layers = np.arange(1, len(fractions) + 1)
+    layers = range(1, len(fractions) + 1)
     for index, axes in enumerate(grid):
         below = np.zeros(len(fractions))
         for group in groups:
@@ -277,13 +229,8 @@ def create_axes(num_axes: int, num_names: int) -> tuple[Figure, Sequence[Axes]]:
 def create_token_grid(
     names: Sequence[str], width: float, height: float, more_width: float = 0, more_height: float = 0
 ) -> tuple[Figure, list[Axes]]:
-    """Create a figure with a grid of small axes, one per token, over layers.
-
-    Args:
-        names: names of the tokens.
-        width, height: size per token, in inches.
-        more_width, more_height: additional size for legends and labels, in inches.
-    """
+    """Create a figure with a grid of small axes over layers, one per token, of this width and height in inches;
+    `more_width` and `more_height` are for legends and labels."""
     columns = min(len(names), MAX_COLUMNS)
     rows = math.ceil(len(names) / columns)
     figure = create_figure(max(width * columns + more_width, MIN_WIDTH), height * rows + more_height)

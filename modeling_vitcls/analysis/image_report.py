@@ -1,7 +1,5 @@
 """One image in the report: the model's predictions, and maps of the attention of its special tokens.
 
-    build_image_report(model, processor, image, name)      an ImageReport
-
 Statistics over many images are in token_statistics.py.
 """
 
@@ -26,18 +24,11 @@ IMAGE_KINDS = {"wrong": "wrong predictions", "uncertain": "least confident", "ty
 
 @dataclass(frozen=True)
 class ImagePrediction:
-    """Prediction of a model for an image, or of one task of a multi-task model.
-
-    Attributes:
-        task: name of the task; None for a model without tasks.
-        labels: (name, probability) pairs, the most probable first. For a multi-label model, the predicted labels,
-            which may be none.
-        first: the most probable label, even if a multi-label model does not predict it.
-    """
+    """Prediction of a model for an image, or of one task of a multi-task model."""
 
     task: str | None
-    labels: list[Label]
-    first: str
+    labels: list[Label]  # the most probable first; for a multi-label model, the predicted labels, which may be none
+    first: str  # the most probable label, even if a multi-label model does not predict it
 
 
 @dataclass(frozen=True)
@@ -90,35 +81,27 @@ def build_image_report(
     model = unwrap_model(model)
     config: ViTCLSConfig = model.config
     pixel_values = processor(image, return_tensors="pt")["pixel_values"].to(model.device)  # [1, C, H, W]
-    size = (pixel_values.shape[-2], pixel_values.shape[-1])
     upright = to_upright_rgb(image)
     trace = trace_attention(model, pixel_values, needs_gradients=is_classifier(model))
-    rows = trace.compute_rows()[0]  # [L, H, S, N]
     predictions: list[ImagePrediction] = []
-    attributions: list[torch.Tensor] = []
     if is_classifier(model):
-        predictions = build_image_predictions(detach_logits(trace.outputs.logits), config)
-        attributions = [trace.compute_attribution(task=prediction.task)[0] for prediction in predictions]
-    hidden_states = [state.detach() for state in trace.outputs.hidden_states]
+        predictions = build_image_predictions(trace.outputs.logits, config)
+
+    def extract(rows: torch.Tensor) -> torch.Tensor:
+        return extract_patch_maps(rows.float().cpu(), config, (pixel_values.shape[-2], pixel_values.shape[-1]))
+
     return ImageReport(
         name=name,
         image=upright,
         visible_region=get_visible_region(processor, (upright.height, upright.width), config.patch_height_width),
         truth=truth,
         predictions=predictions,
-        attention=extract_patch_maps(rows.float().cpu(), config, size),
-        rollout=extract_patch_maps(trace.compute_rollout()[0].float().cpu(), config, size),
-        attributions=[extract_patch_maps(row.float().cpu(), config, size) for row in attributions],
-        features=arrange_patch_features(hidden_states, model.base_model, pixel_values)[0],
+        attention=extract(trace.compute_rows()[0]),
+        rollout=extract(trace.compute_rollout()[0]),
+        attributions=[extract(trace.compute_attribution(task=each.task)[0]) for each in predictions],
+        features=arrange_patch_features(trace.outputs.hidden_states, model.base_model, pixel_values)[0].detach(),
         kind=kind,
     )
-
-
-def detach_logits(logits: Any) -> Any:
-    """Return logits, or a dict of logits per task, without gradients."""
-    if isinstance(logits, dict):
-        return {task: values.detach() for task, values in logits.items()}
-    return logits.detach()
 
 
 # Predictions ---------------------------------------------------------------------------------------------------------

@@ -4,7 +4,6 @@ terminal."""
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.console import Console
@@ -43,7 +42,8 @@ def inspect_tokens(options: InspectOptions) -> Inspection:
         raise ValueError(f"{options.model} is a preset without trained weights. Pass a folder or a Hub id.")
     source = options.model if options.revision is None else f"{options.model}@{options.revision}"
     folder = resolve_checkpoint(source, [*MODEL_FILES, RESULTS_FILE])
-    model, processor = load_model_and_processor(folder)
+    architectures = load_checkpoint(PreTrainedConfig.get_config_dict, folder)[0].get("architectures") or []
+    model, processor = load_model(folder, with_head=any(name.endswith("Classification") for name in architectures))
     model = model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
     images = open_images(options, model, read_record(folder))
     for file in (options.output, options.json):
@@ -65,12 +65,6 @@ def inspect_tokens(options: InspectOptions) -> Inspection:
         write_json_values(options.json, inspection, get_model_name(options.model))
     print_inspection(inspection, options, console)
     return inspection
-
-
-def load_model_and_processor(folder: str) -> tuple[Any, Any]:
-    """Load a classifier, or an encoder if the checkpoint has no classifier, and its image processor."""
-    names = load_checkpoint(PreTrainedConfig.get_config_dict, folder)[0].get("architectures") or []
-    return load_model(folder, with_head=any(name.endswith("Classification") for name in names))
 
 
 def read_token_movement(folder: str) -> dict[str, float] | None:
@@ -98,25 +92,19 @@ def show_progress(console: Console) -> Iterator[ProgressCallback]:
 
 def print_inspection(inspection: Inspection, options: InspectOptions, console: Console) -> None:
     """Print the verdicts, the comparison of patch sizes, and the paths of the written files."""
-    if inspection.verdicts:
-        console.print(build_verdict_table(inspection))
-    else:
-        console.print("The model has no special tokens.")
-    console.print(inspection.artifacts, markup=False)
-    for sentence in inspection.depth:
-        console.print(sentence, markup=False)
-    for name, check in inspection.map_checks.items():
-        console.print(check.describe(name).capitalize(), markup=False)
-    console.print(f"Diagnosis: {inspection.summary}", markup=False)
+    console.print(build_verdict_table(inspection) if inspection.verdicts else "The model has no special tokens.")
+    checks = [check.describe(name).capitalize() for name, check in inspection.map_checks.items()]
+    for text in (inspection.artifacts, *inspection.depth, *checks, f"Diagnosis: {inspection.summary}"):
+        console.print(text, markup=False)
     if inspection.patch_sizes:
         patch_sizes = build_patch_size_table(inspection.patch_sizes)
         console.print(build_table("Patch sizes", patch_sizes["header"], patch_sizes["rows"]))
         for sentence in patch_sizes["sentences"]:
             console.print(sentence, markup=False)
     size = options.output.stat().st_size / 2**20
-    counts = f"statistics over {inspection.findings.num_images:,} images, {len(inspection.image_reports)} shown"
     num_with_heads, num_shown = count_images_with_heads(inspection.image_reports), len(inspection.image_reports)
     omitted = "" if num_with_heads == num_shown else f"; maps of single heads only for the first {num_with_heads}"
+    counts = f"statistics over {inspection.findings.num_images:,} images, {num_shown} shown"
     console.print(f"saved {options.output} ({size:.1f} MB{omitted}; {counts})", markup=False)
     if options.json is not None:
         console.print(f"saved {options.json}", markup=False)
@@ -124,9 +112,7 @@ def print_inspection(inspection: Inspection, options: InspectOptions, console: C
 
 def build_verdict_table(inspection: Inspection) -> Table:
     """Build a table of tokens, groups of several tokens, verdicts and reasons."""
-    verdicts = Table()
-    for name in ("token", "verdict", "reason"):
-        verdicts.add_column(name)
+    verdicts = Table("token", "verdict", "reason")
     for verdict in [*inspection.verdicts, *inspection.group_verdicts]:
         sign = SIGNS[verdict.word, verdict.meaning]
         word = f"[{STYLES[verdict.meaning]}]{sign} {verdict.word}[/]"

@@ -1,13 +1,9 @@
-"""All measurements of the report: maps of a few images, statistics over many images, and verdicts.
-
-    inspection = inspect_model(model, processor, images)
+"""All measurements of the report (report.py): maps of a few images, statistics over many images, and verdicts.
 
     images -> pixels in memory -> token_statistics.py -> ablation.py -> diagnosis.py
            -> image_report.py, for the images to show
 
 The forward passes of the statistics also compute the outputs before ablations and without registers.
-
-report.py writes the report.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,30 +18,13 @@ from ..data.labels import get_label_space, is_multi_label
 from ..errors import format_error
 from ..heads_vitcls import IGNORED_LABEL
 from ..inference.prediction_rows import group_by_shape
-from .ablation import (
-    MIN_IMAGES,
-    AblationEffect,
-    Ablations,
-    Batches,
-    OutputCollector,
-    Predictions,
-    compute_ablations,
-    count_null_passes,
-    encode_label,
-    get_ablated_parts,
-    get_token_keys,
-)
-from .diagnosis import (
-    PatchDiagnosis,
-    Verdict,
-    describe_depth,
-    diagnose_groups,
-    diagnose_patches,
-    diagnose_tokens,
-    summarize_diagnosis,
-)
+from .ablation import Ablations, compute_ablations, count_null_passes, get_ablated_parts, get_token_keys
+from .artifacts import PatchDiagnosis, diagnose_patches
+from .diagnosis import Verdict, describe_depth, diagnose_groups, diagnose_tokens, summarize_diagnosis
+from .effects import AblationEffect
 from .image_report import ImageReport, build_image_report
 from .map_checks import MapCheck, check_maps
+from .model_outputs import MIN_IMAGES, Batches, Predictions, encode_labels, join_outputs, read_outputs
 from .model_utils import is_classifier, unwrap_model
 from .patch_sizes import PatchSizeRow, compare_patch_sizes
 from .token_statistics import Findings, TokenStatistics
@@ -71,12 +50,10 @@ class Inspection:
         has_head: whether the model is a classifier.
         findings: statistics over `findings.num_images` images.
         ablations: effects of each special token and each group, with null distributions (`compute_ablations`).
-        effects: effect on predictions of replacing each token by its mean; None without a classifier.
         accuracy: accuracy on the same images, 0 to 1; None if no labels are known.
         verdicts: one per special token.
         group_verdicts: one per group of several special tokens.
         patches: diagnosis of the norms of patches.
-        artifacts: sentences about patches with large norms.
         depth: one text per special token, on its attention over depth.
         image_reports: reports of the images to show.
         map_checks: checks of rollout and attribution (`check_maps`); empty unless the model is a small classifier of
@@ -168,15 +145,14 @@ def inspect_model(
     config, preparer = model.config, ImagePreparer(processor, model.config.num_channels, on_warning)
     pixels = preparer.prepare_all(statistics_images, on_progress)
     pixel_labels = None if statistics_labels is None else [statistics_labels[index] for index in pixels]
-    batches = InspectionBatches(model, list(pixels.values()), pixel_labels, batch_size)
-
+    batches = InspectionBatches(model, list(pixels.values()), encode_labels(pixel_labels, model), batch_size)
     findings, before, without_registers = collect_statistics(model, batches, on_progress)
-    parts = get_ablated_parts(config.token_layout)
-    num_affordable = count_null_images(model, batches.pixels)
-    sample_batches, sampled = batches.sample(min(max(num_affordable, MIN_IMAGES), MAX_NULL_IMAGES))
+    num_sampled = min(max(count_null_images(model, batches.pixels), MIN_IMAGES), MAX_NULL_IMAGES)
+    sample_batches, sampled = batches.sample(num_sampled)
+    num_passes = 2 * len(get_ablated_parts(config.token_layout))
     ablations = compute_ablations(
         model,
-        batches.report_progress(on_progress, 2 * len(parts), "ablating tokens"),
+        batches.report_progress(on_progress, num_passes, "ablating tokens"),
         findings.mean_states,
         before,
         (sample_batches.report_progress(on_progress, count_null_passes(model), "measuring null effects"), sampled),
@@ -187,14 +163,19 @@ def inspect_model(
         indices = list(pixels)
         selected = select_images(before, config, num_shown)
         chosen = {indices[batches.order[position]]: kind for position, kind in selected.items()}
-    image_reports = build_image_reports(model, processor, images, names, labels, chosen, preparer, on_progress)
+    has_head, predictions = is_classifier(model), before if isinstance(before, Predictions) else None
+    label_space, image_reports = get_label_space(config), []
+    for number, (index, kind) in enumerate(chosen.items()):
+        on_progress("computing maps", number, len(chosen))
+        if preparer.prepare(images, index) is not None:
+            name = f"image {index + 1}" if names is None else names[index]
+            truth = label_space.format_label(labels[index]) if has_head and labels is not None else None
+            image_reports.append(build_image_report(model, processor, images[index], name, truth, kind))
     rows = []
     if patch_sizes:
         on_progress("comparing patch sizes", 0, 1)
-        rows = compare_patch_sizes(
-            model, processor, ImageSubset(statistics_images, list(pixels)), pixel_labels, patch_sizes
-        )
-    has_head, predictions = is_classifier(model), before if isinstance(before, Predictions) else None
+        measured = ImageSubset(statistics_images, list(pixels))
+        rows = compare_patch_sizes(model, processor, measured, pixel_labels, patch_sizes)
     return Inspection(
         config=config,
         model_class=type(model).__name__,
@@ -214,28 +195,6 @@ def inspect_model(
     )
 
 
-def build_image_reports(
-    model: Any,
-    processor: Any,
-    images: Sequence[Image.Image],
-    names: Sequence[str] | None,
-    labels: Sequence[Any] | None,
-    chosen: Mapping[int, str | None],
-    preparer: "ImagePreparer",
-    on_progress: ProgressCallback,
-) -> list[ImageReport]:
-    """Build a report of each readable image whose index is in `chosen`, with its kind."""
-    image_reports, label_space = [], get_label_space(model.config)
-    labels = labels if is_classifier(model) else None
-    for number, (index, kind) in enumerate(chosen.items()):
-        on_progress("computing maps", number, len(chosen))
-        if preparer.prepare(images, index) is not None:
-            name = f"image {index + 1}" if names is None else names[index]
-            truth = None if labels is None else label_space.format_label(labels[index])
-            image_reports.append(build_image_report(model, processor, images[index], name, truth, kind))
-    return image_reports
-
-
 def check_sampled_maps(model: Any, batches: "InspectionBatches", on_progress: ProgressCallback) -> dict[str, MapCheck]:
     """Return the checks of rollout and attribution for a few images; empty for large models, because the checks
     require about 40 passes per image, and unless the model is a classifier of one label."""
@@ -243,22 +202,16 @@ def check_sampled_maps(model: Any, batches: "InspectionBatches", on_progress: Pr
     if not is_classifier(model) or model.config.tasks or is_multi_label(model.config) or num_affordable < MIN_IMAGES:
         return {}
     on_progress("checking maps", 0, 1)
-    num_images = min(max(num_affordable // 8, MIN_CHECKED_IMAGES), MAX_CHECKED_IMAGES)
-    sample, _ = batches.sample(num_images)
+    sample, _ = batches.sample(min(max(num_affordable // 8, MIN_CHECKED_IMAGES), MAX_CHECKED_IMAGES))
     return check_maps(model, [image.unsqueeze(0) for pixel_values, _ in sample() for image in pixel_values])
 
 
 def select_images(before: Any, config: Any, count: int) -> dict[int, str | None]:
     """Return the indices of the most instructive images with their kind: wrong predictions (at most half if there are
     enough others, the most confident first), the least confident of the others (at most a quarter), and typical images
-    at even distances.
-
-    Args:
-        before: `Predictions`; the images of an encoder are selected at even distances, without a kind.
-        count: number of images to select.
-    """
+    at even distances. All images of an encoder are selected at even distances, without a kind."""
     if not isinstance(before, Predictions):
-        return dict.fromkeys(spread_evenly(list(range(len(before))), count))
+        return dict.fromkeys(spread_evenly(range(len(before)), count))
     confidences = compute_confidences(before.logits, config).tolist()
     by_confidence = sorted(range(len(before)), key=lambda index: confidences[index])
     is_wrong = torch.zeros(len(before), dtype=torch.bool)
@@ -284,7 +237,7 @@ def compute_confidences(logits: torch.Tensor, config: Any) -> torch.Tensor:
     return torch.stack(by_task).amin(dim=0)
 
 
-def spread_evenly(indices: list[int], count: int) -> list[int]:
+def spread_evenly(indices: Sequence[int], count: int) -> list[int]:
     """Return at most `count` of the indices, at even distances."""
     count = max(min(count, len(indices)), 0)
     return [indices[(2 * number + 1) * len(indices) // (2 * count)] for number in range(count)]
@@ -294,24 +247,20 @@ def collect_statistics(
     model: Any, batches: "InspectionBatches", on_progress: ProgressCallback
 ) -> tuple[Findings, Any, dict[str, Any]]:
     """Return the statistics over all images, the outputs of the same forward passes, and the outputs with the
-    registers hidden from attention (`known` of `compute_ablations`).
-
-    Raises:
-        ValueError: if hidden states are not finite.
-    """
+    registers hidden from attention (`known` of `compute_ablations`)."""
     statistics = TokenStatistics(model)
-    collector, collector_without_registers = OutputCollector(model), OutputCollector(model)
+    collected, collected_without_registers = [], []
     for pixel_values, labels in batches.report_progress(on_progress, 1, "collecting statistics")():
         outputs, outputs_without_registers = statistics.update(pixel_values)
-        collector.add(outputs, labels)
+        collected.append(read_outputs(model, outputs, labels))
         if outputs_without_registers is not None:
-            collector_without_registers.add(outputs_without_registers, labels)
+            collected_without_registers.append(read_outputs(model, outputs_without_registers, labels))
     findings = statistics.compute()
     if not bool(findings.patch_norms.isfinite().all() and findings.token_norms.isfinite().all()):
         raise ValueError("The hidden states of the model are not finite. Check its weights, or load it in float32.")
-    num_registers = model.config.num_register_tokens
-    key = "registers[0]" if num_registers == 1 else "registers"
-    return findings, collector.build(), {key: collector_without_registers.build()} if num_registers else {}
+    key = "registers[0]" if model.config.num_register_tokens == 1 else "registers"
+    known = {key: join_outputs(collected_without_registers)} if collected_without_registers else {}
+    return findings, join_outputs(collected), known
 
 
 # Pixels --------------------------------------------------------------------------------------------------------------
@@ -341,18 +290,14 @@ class ImagePreparer:
         return pixels
 
     def prepare_all(self, images: Sequence[Image.Image], on_progress: ProgressCallback) -> dict[int, torch.Tensor]:
-        """Return the pixels of all usable images by index.
-
-        Raises:
-            ValueError: if no image can be used.
-        """
+        """Return the pixels of all usable images by index. Raises ValueError if no image can be used."""
+        if not images:
+            raise ValueError("An inspection requires at least one image, but there are no images. Pass one or more.")
         pixels_by_index = {}
         for index in range(len(images)):
             on_progress("reading images", index, len(images))
             if (pixels := self.prepare(images, index)) is not None:
                 pixels_by_index[index] = pixels
-        if not images:
-            raise ValueError("An inspection requires at least one image, but there are no images. Pass one or more.")
         if not pixels_by_index:
             raise ValueError(
                 f"None of the {len(images)} images can be read, for example: {min(self.problems)}. Check the images."
@@ -361,27 +306,15 @@ class ImagePreparer:
 
 
 class InspectionBatches:
-    """Images in memory as batches of equal shape, with labels [B, A] (`Predictions.labels`) or None.
+    """Images [C, H, W] in memory as batches of equal shape, with labels [B, A] (`Predictions.labels`) or None. Batches
+    that would require more than MAX_BATCH_BYTES of memory are smaller than `batch_size`."""
 
-    Args:
-        pixels: [C, H, W] each.
-        labels: see `inspect_model`.
-        batch_size: maximum batch size; reduced if a batch would require more than MAX_BATCH_BYTES of memory.
-    """
-
-    def __init__(self, model: Any, pixels: list[torch.Tensor], labels: list[Any] | None, batch_size: int) -> None:
-        self.model = model
-        self.device = model.device
-        self.batch_size = batch_size
-        self.pixels = pixels
-        self.raw_labels = labels
-        self.labels = None
-        if labels is not None and is_classifier(model):
-            self.labels = torch.stack([encode_label(label, model.config) for label in labels])  # [images, A]
+    def __init__(self, model: Any, pixels: list[torch.Tensor], labels: torch.Tensor | None, batch_size: int) -> None:
+        self.model, self.pixels, self.labels, self.batch_size = model, pixels, labels, batch_size
         self.chunks = [
             indices[start : start + size]
             for indices in map(list, group_by_shape(dict(enumerate(pixels))))
-            for size in [min(batch_size, get_max_batch_size(model, pixels[indices[0]].shape))]
+            for size in [min(batch_size, get_max_batch_size(model, pixels[indices[0]]))]
             for start in range(0, len(indices), size)
         ]
         self.order = [index for chunk in self.chunks for index in chunk]
@@ -389,15 +322,16 @@ class InspectionBatches:
     def __call__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
         """Yield all images once."""
         for chunk in self.chunks:
-            pixel_values = torch.stack([self.pixels[index] for index in chunk]).to(self.device)  # [B, C, H, W]
+            pixel_values = torch.stack([self.pixels[index] for index in chunk]).to(self.model.device)  # [B, C, H, W]
             yield pixel_values, None if self.labels is None else self.labels[chunk]
 
     def sample(self, count: int) -> tuple["InspectionBatches", list[int]]:
         """Return batches of at most `count` images at even distances, and the indices of these images among the images
         that this object yields."""
-        positions = spread_evenly(list(range(len(self.order))), count)
-        labels = None if self.raw_labels is None else [self.raw_labels[self.order[index]] for index in positions]
-        pixels = [self.pixels[self.order[index]] for index in positions]
+        positions = spread_evenly(range(len(self.order)), count)
+        indices = [self.order[position] for position in positions]
+        pixels = [self.pixels[index] for index in indices]
+        labels = None if self.labels is None else self.labels[indices]
         return InspectionBatches(self.model, pixels, labels, self.batch_size), positions
 
     def report_progress(self, on_progress: ProgressCallback, num_passes: int, description: str) -> Batches:
@@ -414,19 +348,19 @@ class InspectionBatches:
         return batches
 
 
-def count_tokens(model: Any, shape: torch.Size) -> int:
+def count_tokens(model: Any, pixels: torch.Tensor) -> int:
     """Return the number of tokens of an image [C, H, W]."""
-    (height, width), (patch_height, patch_width) = shape[-2:], model.config.patch_height_width
-    return model.config.token_layout.get_num_tokens(height // patch_height, width // patch_width)
+    grid = model.base_model.embeddings.patch_embeddings.get_grid_size(pixels.unsqueeze(0))
+    return model.config.token_layout.get_num_tokens(*grid)
 
 
-def get_max_batch_size(model: Any, shape: torch.Size) -> int:
+def get_max_batch_size(model: Any, pixels: torch.Tensor) -> int:
     """Return the number of images [C, H, W] that require at most MAX_BATCH_BYTES of memory; at least 1.
 
     The estimate includes the hidden states of all layers, a few copies of the attention maps of one layer, and the
     activations of its MLP.
     """
-    config, num_tokens = model.config, count_tokens(model, shape)
+    config, num_tokens = model.config, count_tokens(model, pixels)
     num_maps = config.num_attention_heads * (2 if config.attention_type == "differential" else 1)
     states = (config.num_hidden_layers + 8) * num_tokens * config.hidden_size
     activations = 2 * num_tokens * config.intermediate_size
@@ -437,5 +371,5 @@ def get_max_batch_size(model: Any, shape: torch.Size) -> int:
 def count_null_images(model: Any, pixels: Sequence[torch.Tensor]) -> int:
     """Return the number of images that a pass with MAX_NULL_FLOPS operations can process."""
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
-    flops = 2 * num_parameters * max(count_tokens(model, image.shape) for image in pixels)
+    flops = 2 * num_parameters * max(count_tokens(model, image) for image in pixels)
     return int(MAX_NULL_FLOPS / flops)

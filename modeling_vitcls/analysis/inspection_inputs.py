@@ -1,9 +1,7 @@
-"""Images of an inspection and, if known, their labels.
+"""Images of an inspection and, if known, their labels. Images are decoded on access.
 
-    PATHS       files, folders and URLs; a folder with the name of a class is the label of its images
-    --dataset   a dataset, loaded as in scripts/evaluate.py
-
-Images are decoded on access.
+PATHS       files, folders and URLs; a folder with the name of a class is the label of its images
+--dataset   a dataset, loaded as in scripts/evaluate.py
 """
 
 from collections.abc import Sequence
@@ -35,47 +33,27 @@ class InspectionImages:
     labels: Sequence[Any] | None
     source: str
 
-    def __len__(self) -> int:
-        return len(self.names)
-
-    def sample_evenly(self, count: int) -> "InspectionImages":
-        """Return at most `count` evenly spaced images, because datasets are often sorted by class."""
-        if len(self) <= count:
-            return self
-        indices = spread_evenly(list(range(len(self))), count)
-        return InspectionImages(
-            ImageSubset(self.images, indices),
-            [self.names[index] for index in indices],
-            None if self.labels is None else [self.labels[index] for index in indices],
-            self.source,
-        )
-
     def build_arguments(self, num_shown: int, num_measured: int) -> dict[str, Any]:
         """Return arguments of `inspect_model`: `num_measured` images for the statistics, of which `num_shown` are
-        shown."""
-        measured = self.sample_evenly(num_measured)
+        shown. Images are evenly spaced, because datasets are often sorted by class."""
+        indices = spread_evenly(range(len(self.names)), num_measured)
         return {
-            "images": measured.images,
-            "names": measured.names,
-            "labels": measured.labels,
+            "images": ImageSubset(self.images, indices),
+            "names": [self.names[index] for index in indices],
+            "labels": None if self.labels is None else [self.labels[index] for index in indices],
             "num_shown": num_shown,
         }
 
 
 def open_images(options: InspectOptions, model: Any, record: HeldOutRecord | None = None) -> InspectionImages:
-    """Open the images of PATHS or `--dataset`.
-
-    Args:
-        options: PATHS or `--dataset`.
-        model: the model to inspect.
-        record: the held-out images of the training run.
+    """Open the images of PATHS or `--dataset`. `record` contains the held-out images of the training run.
 
     Raises:
         ValueError: if there are no images, the dataset cannot be read, or its labels are not labels of the model.
     """
-    return (
-        load_from_paths(options.paths, model) if options.dataset is None else load_from_dataset(options, model, record)
-    )
+    if options.dataset is None:
+        return load_from_paths(options.paths, model)
+    return load_from_dataset(options, options.dataset, model, record)
 
 
 def load_from_paths(paths: Sequence[str], model: Any) -> InspectionImages:
@@ -85,10 +63,9 @@ def load_from_paths(paths: Sequence[str], model: Any) -> InspectionImages:
     for file in files:
         if "://" not in file and not Path(file).exists():
             raise ValueError(f"Image {file} does not exist. Check the path.")
-    names = [Path(name).name if "://" not in name else name for name in listed.names]
-    return InspectionImages(
-        FileImages(files), names, get_folder_labels(files, model), ", ".join(map(get_short_name, paths))
-    )
+    names = [name if "://" in name else Path(name).name for name in listed.names]
+    source = ", ".join(map(get_short_name, paths))
+    return InspectionImages(FileImages(files), names, get_folder_labels(files, model), source)
 
 
 def get_short_name(path: str) -> str:
@@ -107,15 +84,12 @@ def get_folder_labels(files: Sequence[str], model: Any) -> list[int] | None:
     return labels if any(label != IGNORED_LABEL for label in labels) else None
 
 
-def load_from_dataset(options: InspectOptions, model: Any, record: HeldOutRecord | None) -> InspectionImages:
+def load_from_dataset(
+    options: InspectOptions, dataset: str, model: Any, record: HeldOutRecord | None
+) -> InspectionImages:
     """Load one split, with the label indices of the model, or without labels if the model has none."""
-    assert options.dataset is not None
-    data = DataOptions(
-        options.dataset,
-        image_column=options.image_column,
-        label_column=options.label_column,
-        label_separator=options.label_separator,
-    )
+    columns = {name: getattr(options, name) for name in ("image_column", "label_column", "label_separator")}
+    data = DataOptions(dataset, **columns)
     if is_classifier(model):
         label_space, examples, split, _ = load_evaluation_data(data, options.split, record)
         examples = match_labels(examples, label_space, get_label_space(model.config))
@@ -123,7 +97,7 @@ def load_from_dataset(options: InspectOptions, model: Any, record: HeldOutRecord
     else:
         split = options.split or "test"
         images, labels = load_unlabeled(data, split), None
-    dataset_name = get_short_name(options.dataset)
+    dataset_name = get_short_name(dataset)
     names = [f"{dataset_name} {index}" for index in range(len(images))]
     return InspectionImages(images, names, labels, f"{dataset_name}, split {split}")
 

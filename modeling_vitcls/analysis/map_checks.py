@@ -1,7 +1,5 @@
 """Checks of maps: whether attention rollout and attribution show what predictions depend on.
 
-    checks = check_maps(model, [pixel_values])       # name of the map -> MapCheck
-
 Deletion and insertion (Petsiuk et al. 2018, arXiv 1806.07421) replace the patches of highest value by the mean color,
 or all other patches. A faithful map lowers the probability of the predicted class faster, or raises it faster, than a
 random order of patches. The randomized-weights check (Adebayo et al. 2018, arXiv 1810.03292) shuffles the values of
@@ -9,6 +7,7 @@ all weights: a map that depends on the weights changes.
 """
 
 import copy
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,9 +15,8 @@ from typing import Any
 import torch
 from scipy import stats
 
-from ..token_names import get_token_names
 from .attribution import trace_attention
-from .maps import extract_patch_maps, is_read
+from .maps import extract_patch_maps, get_read_tokens
 from .model_utils import evaluation_mode, unwrap_model
 
 
@@ -56,8 +54,8 @@ class MapCheck:
 
     def describe(self, name: str) -> str:
         """Describe the checks in one sentence."""
-        areas = [average_curve(curve) for curve in (self.deletion, self.random_deletion)]
-        areas += [average_curve(curve) for curve in (self.insertion, self.random_insertion)]
+        curves = torch.tensor([self.deletion, self.random_deletion, self.insertion, self.random_insertion])
+        areas = torch.trapezoid(curves, torch.tensor(FRACTIONS)).tolist()
         verdict = "shows what predictions depend on"
         if self.p_value > MAX_PROBABILITY:
             verdict = "is not measurably better than a random order of patches"
@@ -69,11 +67,6 @@ class MapCheck:
             f"correlation with the map of shuffled weights {self.weight_correlation:.2f} (p = {self.p_value:.2g}, "
             f"{self.num_images} images)."
         )
-
-
-def average_curve(curve: Sequence[float]) -> float:
-    """Return the area under a curve over FRACTIONS."""
-    return float(torch.trapezoid(torch.tensor(curve), torch.tensor(FRACTIONS)))
 
 
 def check_maps(model: Any, images: Sequence[torch.Tensor], seed: int = 0) -> dict[str, MapCheck]:
@@ -100,18 +93,15 @@ def check_maps(model: Any, images: Sequence[torch.Tensor], seed: int = 0) -> dic
             curve = measure_curves(model, pixel_values, values, int(probabilities.argmax()))  # [2, fractions]
             curves.setdefault(name, []).append(curve)
         for name, values in maps.items():
-            correlation = stats.spearmanr(values.flatten(), shuffled_maps[name].flatten()).statistic
-            correlations.setdefault(name, []).append(0.0 if correlation != correlation else float(correlation))
+            correlation = float(stats.spearmanr(values.flatten(), shuffled_maps[name].flatten()).statistic)
+            correlations.setdefault(name, []).append(0.0 if math.isnan(correlation) else correlation)
     stacked = {name: torch.stack(measured) for name, measured in curves.items()}  # [images, 2, fractions]
     random_curves = stacked.pop("random")
-    random_deletion, random_insertion = random_curves.mean(dim=0).tolist()
     return {
         name: MapCheck(
-            num_images=len(images),
-            deletion=measured[:, 0].mean(dim=0).tolist(),
-            insertion=measured[:, 1].mean(dim=0).tolist(),
-            random_deletion=random_deletion,
-            random_insertion=random_insertion,
+            len(images),
+            *measured.mean(dim=0).tolist(),
+            *random_curves.mean(dim=0).tolist(),
             weight_correlation=sum(correlations[name]) / len(images),
             p_value=compare_curves(measured, random_curves),
         )
@@ -135,28 +125,17 @@ def compute_maps(
     size = (pixel_values.shape[-2], pixel_values.shape[-1])
     best = logits[0].argmax() if target is None else target
     maps = {"attribution": extract_patch_maps(trace.compute_attribution(best)[0].float().cpu(), config, size)}
-    token = find_read_token(config)
-    if token is not None:
-        maps["rollout"] = extract_patch_maps(trace.compute_rollout()[0, token].float().cpu(), config, size)
+    *reads, _ = get_read_tokens(config)
+    if any(reads):
+        rollout = trace.compute_rollout()[0, reads.index(True)]
+        maps["rollout"] = extract_patch_maps(rollout.float().cpu(), config, size)
     return maps, logits.detach()[0].float().softmax(dim=0).cpu()
-
-
-def find_read_token(config: Any) -> int | None:
-    """Return the sequence index of the first special token that the head reads, or None."""
-    layout = config.token_layout
-    special = range(len(get_token_names(config)))
-    reads = [is_read(config, name, index) for name, group in layout.items() for index, _ in enumerate(special[group])]
-    return reads.index(True) if True in reads else None
 
 
 @torch.no_grad()
 def measure_curves(model: Any, pixel_values: torch.Tensor, values: torch.Tensor, target: int) -> torch.Tensor:
-    """Return the probability of a class in the deletion and insertion curves of a map, [2, len(FRACTIONS)].
-
-    Args:
-        pixel_values: [1, C, H, W].
-        values: [gh, gw].
-    """
+    """Return the probability of a class in the deletion and insertion curves of a map [gh, gw] for pixel values
+    [1, C, H, W], [2, len(FRACTIONS)]."""
     ranks = values.flatten().argsort(descending=True).argsort().view(values.shape)  # 0 is the highest value
     masks = torch.stack([ranks < round(fraction * ranks.numel()) for fraction in FRACTIONS])  # [fractions, gh, gw]
     masks = torch.cat([masks, ~masks]).to(pixel_values.device)  # replaced patches in deletion, then in insertion

@@ -16,8 +16,8 @@ import torch
 from matplotlib import colormaps
 from PIL import Image
 from torch import nn
-from transformers.image_transforms import get_resize_output_image_size, get_size_with_aspect_ratio
-from transformers.image_utils import ChannelDimension, get_image_size_for_max_height_width
+from transformers.image_transforms import get_size_with_aspect_ratio
+from transformers.image_utils import get_image_size_for_max_height_width
 
 from ..configuration_vitcls import ViTCLSConfig
 from ..image_processing_vitcls import CROP_ROUNDINGS, pil_to_tensor
@@ -75,18 +75,19 @@ def is_masked_image_model(config: ViTCLSConfig) -> bool:
     return "ViTCLSForMaskedImageModeling" in (config.architectures or ())
 
 
+def get_read_tokens(config: ViTCLSConfig, has_head: bool = True) -> list[bool]:
+    """Return `is_read` of each special token, and then of the patches."""
+    groups = get_token_names_by_group(config) | {"patches": ["patches"]}
+    return [is_read(config, group, index, has_head) for group, names in groups.items() for index in range(len(names))]
+
+
 def count_read_layers(config: ViTCLSConfig, has_head: bool) -> list[int]:
     """Return the number of layers whose output is read, for each special token and then for the patches.
 
     This is the number of layers for a token that the head reads, and one less for other tokens, because their last
     output is not read. The attention of a token is read in the same layers.
     """
-    groups = get_token_names_by_group(config) | {"patches": ["patches"]}
-    return [
-        config.num_hidden_layers - (not is_read(config, group, index, has_head))
-        for group, names in groups.items()
-        for index in range(len(names))
-    ]
+    return [config.num_hidden_layers - (not is_read) for is_read in get_read_tokens(config, has_head)]
 
 
 # Maps ----------------------------------------------------------------------------------------------------------------
@@ -105,14 +106,13 @@ def extract_patch_maps(rows: torch.Tensor, config: ViTCLSConfig, image_size: Siz
     Raises:
         ValueError: if the number of keys does not match the image size.
     """
-    grid_height, grid_width = (
-        pixels // patch for pixels, patch in zip(image_size, config.patch_height_width, strict=True)
-    )
+    (height, width), (patch_height, patch_width) = image_size, config.patch_height_width
+    grid_height, grid_width = height // patch_height, width // patch_width
     to_patches = rows[..., config.token_layout.patches]
     if to_patches.shape[-1] != grid_height * grid_width:
         raise ValueError(
-            f"The attention rows have {to_patches.shape[-1]} patches, but images of {image_size[0]} x {image_size[1]} "
-            f"pixels have {grid_height} x {grid_width} patches. Pass the size of the pixel_values of these rows."
+            f"The attention rows have {to_patches.shape[-1]} patches, but images of {height} x {width} pixels have "
+            f"{grid_height} x {grid_width} patches. Pass the size of the pixel_values of these rows."
         )
     return to_patches.unflatten(-1, (grid_height, grid_width))
 
@@ -135,13 +135,8 @@ def upsample_maps(
     x = normalize_pixel_centers(width, visible_region.left, visible_region.right).to(maps.device)  # [w]
     grid = torch.stack(torch.broadcast_tensors(x[None, :], y[:, None]), dim=-1)  # [h, w, 2]
     flat = maps.float().reshape(1, -1, *maps.shape[-2:])  # [1, maps, gh, gw]
-    upsampled = nn.functional.grid_sample(
-        flat,
-        grid[None],
-        mode="bilinear" if interpolate else "nearest",
-        padding_mode="border",
-        align_corners=False,
-    )
+    mode = "bilinear" if interpolate else "nearest"
+    upsampled = nn.functional.grid_sample(flat, grid[None], mode, padding_mode="border", align_corners=False)
     outside = (grid.abs() > 1).any(dim=-1)  # [h, w]
     return upsampled.masked_fill(outside, math.nan).reshape(*maps.shape[:-2], height, width)
 
@@ -167,7 +162,10 @@ def get_visible_region(processor: Processor, image_size: Size, patch_size: Size 
         patch_size: Height and width of patches (`config.patch_height_width`). If given, pixels on the right and at the
             bottom that do not fill a patch are excluded, as in the model.
     """
-    resized = get_resized_size(processor, image_size)
+    resized = image_size
+    if processor.do_resize:
+        size = dict(processor.size)
+        resized = RESIZE_RULES[frozenset(size)](image_size, **size)
     (height, width), (top, left) = resized, (0, 0)
     if processor.do_center_crop:
         height, width = processor.crop_size["height"], processor.crop_size["width"]
@@ -180,26 +178,12 @@ def get_visible_region(processor: Processor, image_size: Size, patch_size: Size 
     return VisibleRegion(left * across, top * down, (left + width) * across, (top + height) * down)
 
 
-def get_resized_size(processor: Processor, image_size: Size) -> Size:
-    """Return height and width after the processor's resize, with the functions of transformers."""
-    if not processor.do_resize:
-        return image_size
-    size = dict(processor.size)
-    return RESIZE_RULES[frozenset(size)](image_size, **size)
-
-
-def get_shortest_edge_size(image_size: Size, shortest_edge: int) -> Size:
-    """Return height and width after resizing the shorter side to `shortest_edge`."""
-    image = np.broadcast_to(np.uint8(0), (1, *image_size))  # only the shape is used; takes no memory
-    height, width = get_resize_output_image_size(
-        image, shortest_edge, default_to_square=False, input_data_format=ChannelDimension.FIRST
-    )
-    return height, width
-
-
+# Keys of the processor's size -> height and width after its resize, with the functions of transformers.
 RESIZE_RULES: dict[frozenset[str], Callable[..., Size]] = {
     frozenset({"height", "width"}): lambda _, height, width: (height, width),
-    frozenset({"shortest_edge"}): get_shortest_edge_size,
+    frozenset({"shortest_edge"}): lambda image_size, shortest_edge: get_size_with_aspect_ratio(
+        image_size, shortest_edge
+    ),
     frozenset({"shortest_edge", "longest_edge"}): lambda image_size, shortest_edge, longest_edge: (
         get_size_with_aspect_ratio(image_size, shortest_edge, longest_edge)
     ),
@@ -212,11 +196,10 @@ PAD_ROUNDINGS: dict[str, Callable[[float], int]] = {"torchvision": math.trunc, "
 
 def get_crop_offsets(processor: Processor, resized: Size, crop: Size) -> tuple[int, int]:
     """Return the top and left offset of the center crop in pixels of the resized image; negative if it pads."""
-    margins = [(resized_length - crop_length) / 2 for resized_length, crop_length in zip(resized, crop, strict=True)]
-    is_padded = min(margins) < 0
+    top, left = ((length - crop_length) / 2 for length, crop_length in zip(resized, crop, strict=True))
+    is_padded = min(top, left) < 0
     rounding = PAD_ROUNDINGS[processor.backend] if is_padded else CROP_ROUNDINGS[processor.crop_rounding]
-    top, left = map(rounding, margins)
-    return top, left
+    return rounding(top), rounding(left)
 
 
 # Overlay ---------------------------------------------------------------------------------------------------------
@@ -259,7 +242,7 @@ def overlay(
     pixel_values = torch.as_tensor(values).detach().float().cpu()
     if visible_region is not None or pixel_values.shape != size:
         pixel_values = upsample_maps(pixel_values, size, region)  # [h, w]
-    gray = np.asarray(small.convert("L"), dtype=np.float32)[:, :, None].repeat(3, axis=2) / 255  # [h, w, 3]
+    gray = to_gray(small)
     is_hidden = pixel_values.isnan()[:, :, None]
     blended = np.where(is_hidden, draw_hatching(gray), blend_colors(gray, pixel_values.numpy(), max_value))
     return Image.fromarray((blended * 255).round().astype(np.uint8))
@@ -284,6 +267,11 @@ def resize_with_region(
         image = image.resize((width * factor, height * factor), Image.Resampling.NEAREST)
     across, down = image.width / width, image.height / height
     return image, VisibleRegion(left * across, top * down, right * across, bottom * down)
+
+
+def to_gray(image: Image.Image) -> np.ndarray:
+    """Return the brightness of an image as [h, w, 3] with values from 0 to 1."""
+    return np.asarray(image.convert("L"), dtype=np.float32)[:, :, None].repeat(3, axis=2) / 255
 
 
 def blend_colors(gray: np.ndarray, values: np.ndarray, max_value: float | None) -> np.ndarray:

@@ -1,10 +1,4 @@
-"""Helpers for models that may be wrapped by torch.compile, PEFT, DataParallel or DistributedDataParallel.
-
-unwrap_model(model)      the ViTCLS model inside the wrappers
-is_classifier(model)     whether the model predicts labels
-get_runner(model)        the classifier, or the encoder inside any other model
-evaluation_mode(model)   evaluation mode inside a block
-"""
+"""Helpers for models that may be wrapped by torch.compile, PEFT, DataParallel or DistributedDataParallel."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -1,10 +1,5 @@
 """Patch features: principal components as colors, and cosine similarity to one patch, in each layer.
 
-    features = compute_patch_features(model, pixel_values)        # [B, L, gh, gw, D]
-    colors = compute_patch_colors(features[:, -1])                # [B, gh, gw, 3], RGB
-    draw_patch_colors(image, colors[0], visible_region)           # the colors on the pixels of an image
-    compute_patch_similarity(features[0, -1], row=3, column=5)    # [gh, gw], cosines
-
 Patches of one object have similar features and thus similar colors (Oquab et al. 2023, arXiv 2304.07193, figure 1).
 Models without special tokens have patch features too. The sign of a principal component is arbitrary. Features are
 hidden states before the final norm. This file is part of the demo (hub/space.py).
@@ -24,6 +19,7 @@ from .maps import (
     VisibleRegion,
     draw_hatching,
     resize_with_region,
+    to_gray,
     to_upright_rgb,
     upsample_maps,
 )
@@ -58,11 +54,8 @@ def compute_patch_features(model: Any, pixel_values: torch.Tensor) -> torch.Tens
 def arrange_patch_features(
     hidden_states: Sequence[torch.Tensor], encoder: Any, pixel_values: torch.Tensor
 ) -> torch.Tensor:
-    """Return the patches [B, L, gh, gw, D] of the hidden states [B, N, D] of the embeddings and each layer.
-
-    Raises:
-        ValueError: if the model merges patches.
-    """
+    """Return the patches [B, L, gh, gw, D] of the hidden states [B, N, D] of the embeddings and each layer. Raises
+    ValueError if the model merges patches."""
     if getattr(encoder.config, "merged_patches_per_layer", 0):
         raise ValueError(
             "Patch features require all patches, but the model merges patches. Set merged_patches_per_layer=0."
@@ -105,13 +98,11 @@ def find_foreground(features: Sequence[torch.Tensor], rows: np.ndarray) -> np.nd
     """Return a boolean mask [patches] of the patches on the side of the first principal component that has fewer
     patches at the borders of the images."""
     is_foreground = PCA(1, random_state=0).fit_transform(rows)[:, 0] > 0
-    borders = []
-    for image in features:
-        is_border = np.ones(image.shape[:2], dtype=bool)
-        is_border[1:-1, 1:-1] = False
-        borders.append(is_border.ravel())
-    border = np.concatenate(borders)
-    is_inverted = not border.all() and is_foreground[border].mean() > is_foreground[~border].mean()
+    borders = [np.ones(image.shape[:2], dtype=bool) for image in features]
+    for border in borders:
+        border[1:-1, 1:-1] = False
+    is_border = np.concatenate([border.ravel() for border in borders])
+    is_inverted = not is_border.all() and is_foreground[is_border].mean() > is_foreground[~is_border].mean()
     return ~is_foreground if is_inverted else is_foreground
 
 
@@ -137,7 +128,7 @@ def draw_patch_colors(
     """
     small, region = resize_with_region(to_upright_rgb(image), visible_region, max_side, min_side)
     size = (small.height, small.width)
-    gray = np.asarray(small.convert("L"), dtype=np.float32)[:, :, None].repeat(3, axis=2) / 255  # [h, w, 3]
+    gray = to_gray(small)
     is_background = colors.isnan().any(dim=-1).float()  # [gh, gw]
     layers = torch.cat([colors.nan_to_num().permute(2, 0, 1), is_background.unsqueeze(0)])  # [4, gh, gw]
     *channels, background = upsample_maps(layers, size, region, interpolate=False).unbind(0)
@@ -166,16 +157,11 @@ class PatchComponents:
 
     The cosine similarity of two patches with values x and y is sum(scale² x y) + offset, divided by the square root of
     the product of this value for (x, x) and (y, y).
-
-    Attributes:
-        values: [gh, gw, n] int8 for each image.
-        scale: [n], unit of the values of each component.
-        offset: squared norm of the mean feature outside the components.
     """
 
-    values: list[torch.Tensor]
-    scale: torch.Tensor
-    offset: float
+    values: list[torch.Tensor]  # [gh, gw, n] int8 for each image
+    scale: torch.Tensor  # [n], unit of the values of each component
+    offset: float  # squared norm of the mean feature outside the components
 
 
 def compress_patch_features(features: Sequence[torch.Tensor], num_components: int = NUM_COMPONENTS) -> PatchComponents:

@@ -1,8 +1,5 @@
 """Comparison of patch sizes for a model: tokens, compute and, with resampled weights, predictions.
 
-    rows = compare_patch_sizes(model, processor, images, labels, [4, 8, 16])
-    print(*describe_patch_sizes(rows), sep="\n")
-
 Large patches hide details; small patches cost more. The model is adapted to each size without training
 (adaptation_vitcls.py: FlexiViT's resizing of the patch projection, resampled positions).
 """
@@ -11,9 +8,8 @@ import copy
 import math
 import statistics
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -22,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ..adaptation_vitcls import logger as adaptation_logger
 from ..system import format_device_name, get_processor_name
-from .ablation import Predictions, encode_label, get_predicted_labels, get_task_logits
+from .model_outputs import Predictions, encode_labels, join_outputs, read_outputs
 from .model_utils import evaluation_mode, is_classifier, unwrap_model
 
 
@@ -76,8 +72,7 @@ class Candidate:
     patch_size: PatchSize
     is_native: bool
     milliseconds: list[float] = field(default_factory=list)
-    logits: list[torch.Tensor] = field(default_factory=list)
-    predicted: list[torch.Tensor] = field(default_factory=list)
+    predictions: list[Predictions] = field(default_factory=list)  # of each batch; empty without a classifier
 
 
 def compare_patch_sizes(
@@ -108,13 +103,12 @@ def compare_patch_sizes(
     model = unwrap_model(model)
     pixels = prepare_pixel_values(processor, images)  # [images, C, H, W]
     image_size = (pixels.shape[-2], pixels.shape[-1])
-    sizes = sort_patch_sizes(patch_sizes, image_size, simplify_patch_size(model.config.patch_height_width))
+    height, width = model.config.patch_height_width
+    sizes = sort_patch_sizes(patch_sizes, image_size, height if height == width else (height, width))
     with evaluation_mode(model):
         candidates = [build_candidate(model, size, image_size) for size in sizes]
         measure_candidates(candidates, pixels.split(batch_size))
-    encoded_labels = None
-    if labels is not None and is_classifier(model):
-        encoded_labels = torch.stack([encode_label(label, model.config) for label in labels])  # [images, A]
+    encoded_labels = encode_labels(labels, model)
     native = next(candidate for candidate in candidates if candidate.is_native)
     return [build_row(candidate, native, encoded_labels, pixels) for candidate in candidates]
 
@@ -123,11 +117,9 @@ def describe_patch_sizes(rows: Sequence[PatchSizeRow]) -> list[str]:
     """Return sentences: the model's own size, each other size compared with it, a recommendation, and its limits."""
     native = next(row for row in rows if row.is_native)
     others = [row for row in rows if not row.is_native]
-    sentences = [
-        describe_native_size(native),
-        *(describe_other_size(row, native) for row in others),
-        *recommend_patch_size(rows),
-    ]
+    sized = [(native, describe_native_size(native)), *((row, describe_other_size(row, native)) for row in others)]
+    sentences = [f"{text} ({row.note})." if row.note else f"{text}." for row, text in sized]
+    sentences += recommend_patch_size(rows)
     if others and native.agreement is not None:
         sentences.append(
             f"Predictions for {native.num_images} images use resampled weights, before any fine-tuning. They show the "
@@ -141,19 +133,14 @@ def describe_patch_sizes(rows: Sequence[PatchSizeRow]) -> list[str]:
 
 
 def sort_patch_sizes(patch_sizes: Sequence[int], image_size: tuple[int, int], native: PatchSize) -> list[PatchSize]:
-    """Return the requested patch sizes and the model's own, the smallest first.
-
-    Raises:
-        ValueError: if a size does not divide height and width of the images.
-    """
+    """Return the requested patch sizes and the model's own, the smallest first. Raises ValueError if a size does not
+    divide height and width of the images."""
     common_divisor = math.gcd(*image_size)
     for size in patch_sizes:
         if size != native and (size < 1 or common_divisor % size):
-            valid = [str(number) for number in range(1, common_divisor + 1) if common_divisor % number == 0]
-            raise ValueError(
-                f"patch size {size} does not divide images of {image_size[0]} x {image_size[1]} pixels. Choose from "
-                f"{', '.join(valid)}."
-            )
+            valid = ", ".join(str(number) for number in range(1, common_divisor + 1) if common_divisor % number == 0)
+            images = f"images of {image_size[0]} x {image_size[1]} pixels"
+            raise ValueError(f"patch size {size} does not divide {images}. Choose from {valid}.")
     return sorted({*patch_sizes, native}, key=lambda size: math.prod(to_height_width(size)))
 
 
@@ -162,39 +149,22 @@ def to_height_width(size: PatchSize) -> tuple[int, int]:
     return (size, size) if isinstance(size, int) else size
 
 
-def simplify_patch_size(size: tuple[int, int]) -> PatchSize:
-    """Return one number if height and width are equal."""
-    return size[0] if size[0] == size[1] else size
-
-
 def build_candidate(model: Any, size: PatchSize, image_size: tuple[int, int]) -> Candidate:
     """Return the model itself, or the model adapted to a patch size and image size."""
     if to_height_width(size) == model.config.patch_height_width:
         return Candidate(model, size, is_native=True)
+    was_disabled, adaptation_logger.disabled = adaptation_logger.disabled, True  # one line per adapted weight
     try:
-        with disable_adaptation_log():
-            adapted = model.adapt(patch_size=list(to_height_width(size)), image_size=list(image_size))
+        adapted = model.adapt(patch_size=list(to_height_width(size)), image_size=list(image_size))
     except ValueError as error:
         raise ValueError(f"patch size {size}: {error}") from None
+    finally:
+        adaptation_logger.disabled = was_disabled
     return Candidate(adapted, size, is_native=False)
 
 
-@contextmanager
-def disable_adaptation_log() -> Iterator[None]:
-    """Disable the log of adapted weights inside the block."""
-    was_disabled, adaptation_logger.disabled = adaptation_logger.disabled, True
-    try:
-        yield
-    finally:
-        adaptation_logger.disabled = was_disabled
-
-
 def prepare_pixel_values(processor: Any, images: Sequence[Image.Image]) -> torch.Tensor:
-    """Return the pixel values [images, C, H, W].
-
-    Raises:
-        ValueError: if there are no images, or they differ in size.
-    """
+    """Return the pixel values [images, C, H, W]. Raises ValueError if there are no images, or they differ in size."""
     pixel_values = [processor(images[index], return_tensors="pt")["pixel_values"][0] for index in range(len(images))]
     shapes = {tuple(pixels.shape) for pixels in pixel_values}
     if not shapes:
@@ -226,9 +196,7 @@ def measure_candidates(candidates: list[Candidate], batches: Sequence[torch.Tens
             if step >= 0:
                 candidate.milliseconds.append(1000 * seconds / len(batch))
             if 0 <= step < len(batches) and is_classifier(candidate.model):
-                by_task = get_task_logits(outputs)
-                candidate.logits.append(torch.cat(by_task, dim=-1).float().cpu())
-                candidate.predicted.append(get_predicted_labels(by_task, candidate.model.config).cpu())
+                candidate.predictions.append(read_outputs(candidate.model, outputs))
 
 
 def get_synchronized_time(device: torch.device) -> float:
@@ -259,27 +227,27 @@ def build_row(
 ) -> PatchSizeRow:
     """Summarize the measurements of one patch size."""
     image_size = (pixels.shape[-2], pixels.shape[-1])
-    (height, width), (patch_height, patch_width) = image_size, to_height_width(candidate.patch_size)
-    grid = (height // patch_height, width // patch_width)
+    grid = candidate.model.base_model.embeddings.patch_embeddings.get_grid_size(pixels)
     total_flops, attention_flops = count_flops(candidate.model, image_size)
+    attention_share = attention_flops / total_flops
     accuracy, agreement = None, None
-    if candidate.predicted:
-        predictions = Predictions(torch.cat(candidate.logits), torch.cat(candidate.predicted), labels)
-        accuracy = predictions.accuracy()
-        agreement = (predictions.predicted == torch.cat(native.predicted)).all(dim=-1).float().mean().item()
+    if candidate.predictions:
+        predictions, native_predictions = join_outputs(candidate.predictions), join_outputs(native.predictions)
+        accuracy = replace(predictions, labels=labels).accuracy()
+        agreement = (predictions.predicted == native_predictions.predicted).all(dim=-1).float().mean().item()
     return PatchSizeRow(
         patch_size=candidate.patch_size,
         is_native=candidate.is_native,
         grid=grid,
         sequence_length=candidate.model.config.token_layout.get_num_tokens(*grid),
         gflops=total_flops / 1e9,
-        attention_share=attention_flops / total_flops,
+        attention_share=attention_share,
         milliseconds=statistics.median(candidate.milliseconds),
         device=get_device_name(candidate.model.device),
         num_images=len(pixels),
         accuracy=accuracy,
         agreement=agreement,
-        note=describe_problems(grid, attention_flops / total_flops),
+        note=describe_problems(grid, attention_share),
     )
 
 
@@ -310,11 +278,10 @@ def describe_problems(grid: tuple[int, int], attention_fraction: float) -> str:
 def describe_native_size(row: PatchSizeRow) -> str:
     """Describe the model's own patch size."""
     accuracy = "" if row.accuracy is None else f", accuracy {row.accuracy * 100:.1f} %"
-    text = (
+    return (
         f"{format_patch_size(row.patch_size)} (the model's own): {row.sequence_length} tokens, "
         f"{row.gflops:.3g} GFLOPs and {row.milliseconds:.3g} ms per image on {row.device}{accuracy}"
     )
-    return f"{text} ({row.note})." if row.note else f"{text}."
 
 
 def recommend_patch_size(rows: Sequence[PatchSizeRow]) -> list[str]:
@@ -324,9 +291,8 @@ def recommend_patch_size(rows: Sequence[PatchSizeRow]) -> list[str]:
     if len(known) < 2:
         return []
     best_accuracy, best = max(known, key=lambda pair: (pair[0], -pair[1].gflops))
-    cheapest = min(
-        (row for accuracy, row in known if accuracy >= best_accuracy - ACCURACY_TOLERANCE), key=lambda row: row.gflops
-    )
+    good = [row for accuracy, row in known if accuracy >= best_accuracy - ACCURACY_TOLERANCE]
+    cheapest = min(good, key=lambda row: row.gflops)
     native = " (the model's own)" if cheapest.is_native else ""
     text = (
         f"Recommended: {format_patch_size(cheapest.patch_size)}{native}, the cheapest within 1 point of the best "
@@ -352,12 +318,12 @@ def describe_other_size(row: PatchSizeRow, native: PatchSizeRow) -> str:
         text += f", accuracy {native.accuracy * 100:.1f} → {row.accuracy * 100:.1f} % before any fine-tuning"
     elif row.agreement is not None:
         text += f", the same predictions for {row.agreement * 100:.1f} % of the images before any fine-tuning"
-    return f"{text} ({row.note})." if row.note else f"{text}."
+    return text
 
 
 def format_patch_size(size: PatchSize) -> str:
     """Return a patch size as text, such as `8` or `8 x 4`."""
-    return " x ".join(map(str, to_height_width(size))) if not isinstance(size, int) else str(size)
+    return str(size) if isinstance(size, int) else " x ".join(map(str, size))
 
 
 def format_ratio(value: float, reference: float) -> str:

@@ -1,6 +1,5 @@
 """The HTML report: one self-contained page about the special tokens of a model.
 
-    from modeling_vitcls.analysis import inspect_model, write_page, write_report
     write_report("report.html", model, processor, images)           # or, to use the measurements elsewhere too:
     write_page("report.html", inspect_model(model, processor, images))
 
@@ -21,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
+from jinja2.utils import htmlsafe_json_dumps
 from markupsafe import Markup
 from PIL import Image
 
@@ -28,10 +28,11 @@ from ..files import write_atomically
 from ..hub.loading import get_cached_commit
 from ..token_names import get_token_names_by_group
 from ..version import __version__
-from .ablation import Ablation, AblationEffect, get_groups, get_token_keys
+from .ablation import Ablation
 from .diagnosis import ABLATION_TERMS, describe_changed_answers
-from .figures import GROUP_COLORS, describe_head
-from .image_report import IMAGE_KINDS, ImageReport
+from .effects import AblationEffect
+from .figures import describe_head
+from .image_report import IMAGE_KINDS
 from .inspection import Inspection, inspect_model
 from .maps import is_read
 from .patch_sizes import PatchSizeRow, describe_patch_sizes, format_patch_size
@@ -101,10 +102,7 @@ def write_page(file: str | Path, inspection: Inspection, title: str | None = Non
     Raises:
         OSError: if the file cannot be written.
     """
-    html = render_page(inspection, build_page_header(inspection, title, source))
-    Path(file).parent.mkdir(parents=True, exist_ok=True)
-    with write_atomically(Path(file)) as partial:
-        partial.write_text(html, encoding="utf-8")
+    write_text(file, render_page(inspection, build_page_header(inspection, title, source)))
 
 
 def write_json_values(file: str | Path, inspection: Inspection, title: str | None = None) -> None:
@@ -119,7 +117,11 @@ def write_json_values(file: str | Path, inspection: Inspection, title: str | Non
         "commit": get_commit(config),
         "version": __version__,
     }
-    text = json.dumps(about | build_json_values(inspection), indent=1, allow_nan=False) + "\n"
+    write_text(file, json.dumps(about | build_json_values(inspection), indent=1, allow_nan=False) + "\n")
+
+
+def write_text(file: str | Path, text: str) -> None:
+    """Write a text file atomically; create its folder if it does not exist."""
     Path(file).parent.mkdir(parents=True, exist_ok=True)
     with write_atomically(Path(file)) as partial:
         partial.write_text(text, encoding="utf-8")
@@ -144,12 +146,12 @@ def render_page(inspection: Inspection, about: dict[str, Any]) -> str:
         effects=build_effect_table(inspection),
         patch_sizes=build_patch_size_table(inspection.patch_sizes),
         image_kinds=IMAGE_KINDS,
-        layout=build_layout(inspection.config, about["has_head"]),
+        layout=build_layout(inspection.config, inspection.has_head),
         signs=SIGNS,
         outlier_ratio=OUTLIER_RATIO,
-        data=to_script_json(build_page_data(inspection)),
-        style=read_page_file("report.css"),
-        scripts=[read_page_file(name) for name in SCRIPTS],
+        data=htmlsafe_json_dumps(build_page_data(inspection), allow_nan=False, separators=(",", ":")),
+        style=Markup((FOLDER / "report.css").read_text(encoding="utf-8")),
+        scripts=[Markup((FOLDER / name).read_text(encoding="utf-8")) for name in SCRIPTS],
     )
 
 
@@ -157,13 +159,11 @@ def build_effect_table(inspection: Inspection) -> dict[str, Any]:
     """Return `header` and `rows` of text: for each token and each group, its effect without information and without
     presence, and the null distributions."""
     rows = []
-    keys = [*get_token_keys(inspection.config.token_layout), *(get_groups(inspection.config.token_layout))]
     verdicts = [*inspection.verdicts, *inspection.group_verdicts]
-    present = [key for key in keys if key in inspection.ablations["information"]]
-    for key, verdict in zip(present, verdicts, strict=True):
+    for key, verdict in zip(inspection.ablations["information"], verdicts, strict=True):
         for kind, by_key in inspection.ablations.items():
-            rows.append({"token": verdict.token, "ablation": f"{kind}: {ABLATION_TERMS[kind].format('its')}"})
-            rows[-1] |= format_effect(by_key[key])
+            row = {"token": verdict.token, "ablation": f"{kind}: {ABLATION_TERMS[kind].format('its')}"}
+            rows.append(row | format_effect(by_key[key]))
     header = list(rows[0]) if rows else []
     return {"header": header, "rows": [[row.get(name, "") for name in header] for row in rows]}
 
@@ -188,41 +188,22 @@ def format_effect(ablation: Ablation) -> dict[str, str]:
     return columns
 
 
-def read_page_file(name: str) -> Markup:
-    """Read a style sheet or script that is included in the page."""
-    return Markup((FOLDER / name).read_text(encoding="utf-8"))
-
-
-def to_script_json(values: Any) -> Markup:
-    """Return JSON that is safe inside a script element, with any image names."""
-    text = json.dumps(values, allow_nan=False, separators=(",", ":"))
-    return Markup(text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026"))
-
-
 def build_page_header(inspection: Inspection, title: str | None, source: str | None) -> dict[str, Any]:
     """Return the values of the page header."""
     config = inspection.config
-    grids = sorted({get_patch_grid(report) for report in inspection.image_reports}) or [config.grid_size]
+    shapes = {report.rollout.shape for report in inspection.image_reports}  # depend on the image processor
+    grids = sorted((rows, columns) for _, rows, columns in shapes) or [config.grid_size]
     counts = sorted(rows * columns for rows, columns in grids)
     return {
         "title": title or get_model_name(config.name_or_path) or inspection.model_class,
-        "class": inspection.model_class,
         "commit": get_commit(config),
         "version": __version__,
         "date": datetime.now().astimezone().strftime("%d %B %Y, %H:%M %Z"),
         "source": source,
-        "num_parameters": inspection.num_parameters,
-        "has_head": inspection.has_head,
         "read_by": describe_head(config),
         "num_patches": f"{counts[0]} to {counts[-1]}" if counts[0] < counts[-1] else f"{counts[0]}",
         "grid": ", ".join(f"{rows} × {columns}" for rows, columns in grids) if len(grids) <= MAX_GRIDS else None,
-        "patch": config.patch_height_width,
     }
-
-
-def get_patch_grid(report: ImageReport) -> tuple[int, int]:
-    """Return the rows and columns of patches of an image, which depend on the image processor."""
-    return report.attention.shape[-2], report.attention.shape[-1]
 
 
 def get_model_name(source: str) -> str:
@@ -237,21 +218,14 @@ def get_commit(config: Any) -> str | None:
     return getattr(config, "_commit_hash", None) or get_cached_commit(config.name_or_path)
 
 
-def build_layout(config: Any, has_head: bool) -> list[dict[str, Any]]:
-    """Return the groups of the sequence that have tokens: group name, color, token names, and whether the head reads
-    each token."""
-    return [
-        {
-            "group": group,
-            "color": GROUP_COLORS[group],
-            "tokens": [
-                {"name": name, "is_read": has_head and is_read(config, group, index)}
-                for index, name in enumerate(names)
-            ],
-        }
-        for group, names in [*get_token_names_by_group(config).items(), ("patches", ["patches"])]
+def build_layout(config: Any, has_head: bool) -> dict[str, list[tuple[str, bool]]]:
+    """Return the names of the tokens of each group that has tokens, and whether the head reads each token."""
+    groups = get_token_names_by_group(config) | {"patches": ["patches"]}
+    return {
+        group: [(name, has_head and is_read(config, group, index)) for index, name in enumerate(names)]
+        for group, names in groups.items()
         if names
-    ]
+    }
 
 
 # Patch sizes ---------------------------------------------------------------------------------------------------------
@@ -269,12 +243,10 @@ PATCH_SIZE_COLUMNS: dict[str, Callable[[PatchSizeRow], str]] = {
 
 def build_patch_size_table(rows: Sequence[PatchSizeRow]) -> dict[str, Any]:
     """Return `header`, `rows` of text, and `sentences`. Columns without known values are omitted."""
-    if not rows:
-        return {"header": [], "rows": [], "sentences": []}
     columns = {name: [text(row) for row in rows] for name, text in PATCH_SIZE_COLUMNS.items()}
     columns = {name: texts for name, texts in columns.items() if any(texts)}
     return {
         "header": list(columns),
         "rows": [list(row) for row in zip(*columns.values(), strict=True)],
-        "sentences": describe_patch_sizes(rows),
+        "sentences": describe_patch_sizes(rows) if rows else [],
     }

@@ -133,9 +133,8 @@ function readable(svg, count, xOf, lines, height) {
   };
   const nearest = (event) => {
     const x = event.clientX - svg.getBoundingClientRect().left;
-    let best = 0;
-    for (let place = 1; place < count; place++) if (Math.abs(xOf(place) - x) < Math.abs(xOf(best) - x)) best = place;
-    choose(best, event.clientX, event.clientY);
+    const distances = Array.from({ length: count }, (_, place) => Math.abs(xOf(place) - x));
+    choose(distances.indexOf(Math.min(...distances)), event.clientX, event.clientY);
   };
   svg.onpointermove = svg.onpointerdown = nearest;
   svg.onblur = leave;
@@ -154,9 +153,8 @@ function readable(svg, count, xOf, lines, height) {
 // A sample of a line, for the legend.
 function sample({ color, index = 0, dash }) {
   const svg = element("svg", { width: 26, height: 12, "aria-hidden": "true" });
-  const line = element("line", { x1: 1, x2: 25, y1: 6, y2: 6, "stroke-dasharray": dash ?? DASHES[index % DASHES.length], class: "line" });
-  line.style.stroke = color;
-  svg.append(line);
+  const line = { x1: 1, x2: 25, y1: 6, y2: 6, "stroke-dasharray": dash ?? DASHES[index % DASHES.length], class: "line" };
+  svg.append(element("line", { ...line, style: `stroke: ${color}` }));
   if (dash === undefined) svg.append(marker(index, 13, 6, color));
   return svg;
 }
@@ -191,9 +189,8 @@ function lineChart(figure, { series, labels, xTitle, unit, baselines = [], forma
     const points = (row) => row.map((value, place) => [xOf(place), value === null ? null : y.place(value)]).filter(([, at]) => at !== null);
     for (const { low, high, color } of shown) {
       if (!low) continue;
-      const band = element("path", { d: `M${[...points(low), ...points(high).reverse()].map((point) => point.join(",")).join("L")}Z`, class: "band" });
-      band.style.fill = color;
-      svg.append(band);
+      const corners = [...points(low), ...points(high).reverse()].map((point) => point.join(","));
+      svg.append(element("path", { d: `M${corners.join("L")}Z`, class: "band", style: `fill: ${color}` }));
     }
     for (const { mean, color, index } of shown) {
       const line = element("path", { d: `M${points(mean).map((point) => point.join(",")).join("L")}`, "stroke-dasharray": DASHES[index % DASHES.length], class: "line" });
@@ -226,13 +223,12 @@ const uniform = (name) => [{ name: "uniform", value: data.curves.uniform[name] }
 
 // Tokens with different visible regions have separate baselines.
 function uniformByToken(name) {
-  const values = data.curves.uniform_by_token[name];
-  if (!values) return uniform(name);
-  const alike = uniform(name);
-  values.forEach((value, place) => {
-    if (value !== alike[0].value) alike.push({ name: `uniform over the region of ${data.tokens[place].name}`, value });
+  const baselines = uniform(name);
+  (data.curves.uniform_by_token[name] ?? []).forEach((value, place) => {
+    const tokenName = data.tokens[place].name;
+    if (value !== baselines[0].value) baselines.push({ name: `uniform over the region of ${tokenName}`, value });
   });
-  return alike;
+  return baselines;
 }
 
 const ofTokens = (rows) => rows.map((row, place) => ({ ...tokenStyles[place], ...(Array.isArray(row) ? { mean: row } : row) }));
@@ -242,11 +238,10 @@ const attentionChart = (name, more = {}, { group, read } = {}) => (figure) =>
 const stateChart = (name, more = {}) => (figure) =>
   lineChart(figure, { series: ofTokens(data.curves[name]), labels: afterLayers, xTitle: "after layer", ...more });
 
-function patchDistance(figure) {
-  const [distances] = data.curves.patch_distance;
-  const series = [{ ...patchStyle, ...distances }];
+const patchDistance = (figure) => {
+  const series = [{ ...patchStyle, ...data.curves.patch_distance[0] }];
   lineChart(figure, { series, labels: inLayers, xTitle: "layer", baselines: uniform("patch_distance"), unit: "pixels" });
-}
+};
 
 function norms(figure) {
   const { median, low, high } = data.curves.patch_norms;

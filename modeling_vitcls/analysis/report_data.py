@@ -2,8 +2,7 @@
 (`build_json_values`).
 
 Maps are stored as one byte per patch, the square root of the value divided by the map's maximum. This keeps a page
-with thousands of maps small, with enough levels for weak attention. The page draws the maps. Text and tables are in
-report.html.j2.
+with thousands of maps small, with enough levels for weak attention.
 """
 
 import base64
@@ -43,38 +42,31 @@ def build_page_data(inspection: Inspection) -> dict[str, Any]:
     reports = inspection.image_reports
     num_with_heads = count_images_with_heads(reports)
     patch_colors, components = build_patch_data(reports)
+    config, findings = inspection.config, inspection.findings
+    *read_layers, patches_read = count_read_layers(config, inspection.has_head)
+    groups = [key.partition("[")[0] for key in get_token_keys(config.token_layout)]
+    color_table = (colormaps[COLORMAP](np.arange(256))[:, :3] * 255).round().astype(np.uint8)  # as in `maps.overlay`
+    histograms = [compute_norm_histogram(config, findings, layer) for layer in range(len(findings.patch_norms))]
     return {
-        "tokens": describe_tokens(inspection.config, inspection.has_head),
-        "layers": len(inspection.findings.entropy),
-        "patches_read": count_read_layers(inspection.config, inspection.has_head)[-1],
-        "heads": get_head_names(inspection.config) if num_with_heads else [],
-        "colors": "".join(f"{value:02x}" for value in build_color_table().flatten()),
+        "tokens": [
+            {"name": name, "group": group, "read": read}
+            for name, group, read in zip(get_token_names(config), groups, read_layers, strict=True)
+        ],
+        "layers": len(findings.entropy),
+        "patches_read": patches_read,
+        "heads": get_head_names(config) if num_with_heads else [],
+        "colors": color_table.tobytes().hex(),
         "min_scale": MIN_SCALE,
         "components": components,
         "images": [
             build_image_data(report, index < num_with_heads) | patch_colors[index]
             for index, report in enumerate(reports)
         ],
-        "curves": build_curves(inspection.findings),
-        "histograms": build_histograms(inspection),
+        "curves": build_curves(findings),
+        "histograms": round_values([dataclasses.asdict(histogram) for histogram in histograms]),
         "map_checks": round_values({name: dataclasses.asdict(check) for name, check in inspection.map_checks.items()}),
         "check_fractions": FRACTIONS,
     }
-
-
-def describe_tokens(config: Any, has_head: bool) -> list[dict[str, Any]]:
-    """Return name, group and number of layers whose output is read of each special token."""
-    *read_layers, _ = count_read_layers(config, has_head)
-    keys = get_token_keys(config.token_layout)
-    return [
-        {"name": name, "group": key.partition("[")[0], "read": read}
-        for name, key, read in zip(get_token_names(config), keys, read_layers, strict=True)
-    ]
-
-
-def build_color_table() -> np.ndarray:
-    """Return the 256 colors of `COLORMAP`, [256, 3] `uint8`, as in `maps.overlay`."""
-    return (colormaps[COLORMAP](np.arange(256))[:, :3] * 255).round().astype(np.uint8)
 
 
 # Images and their maps ---------------------------------------------------------------------------------------------
@@ -92,9 +84,7 @@ def build_patch_data(image_reports: list[ImageReport]) -> tuple[list[dict[str, A
     "colors" are RGBA of all patches and of the foreground patches, for all layers. "features" are the compressed
     features of all layers (`PatchComponents`), of as many images, from the first, as fit into the page.
     """
-    by_layer = [
-        [report.features[layer] for report in image_reports] for layer in range(len(image_reports[0].features))
-    ]
+    by_layer = list(zip(*(report.features for report in image_reports), strict=True))
     sizes = itertools.accumulate(report.features[..., 0].numel() * NUM_COMPONENTS for report in image_reports)
     num_with_features = sum(size <= MAX_FEATURE_BYTES for size in sizes)
     colors = [[compute_patch_colors(layer, is_foreground) for layer in by_layer] for is_foreground in (False, True)]
@@ -134,18 +124,14 @@ def build_image_data(report: ImageReport, with_heads: bool) -> dict[str, Any]:
         "rollout": pack_maps(report.rollout),
         "num_heads": report.attention.shape[1] if with_heads else 0,
         "attribution": pack_maps(torch.stack(report.attributions)) if report.attributions else None,
-        "attributed": [
-            f"{prediction.task}: {prediction.first}" if prediction.task else prediction.first
-            for prediction in report.predictions
-        ],
+        "attributed": [": ".join(filter(None, (each.task, each.first))) for each in report.predictions],
     }
 
 
 def encode_data_url(image: Image.Image) -> str:
     """Return an image as a data URL, scaled down to IMAGE_SIDE."""
-    small = image.copy()
+    small, file = image.copy(), io.BytesIO()
     small.thumbnail((IMAGE_SIDE, IMAGE_SIDE))
-    file = io.BytesIO()
     file_type = "png" if max(small.size) <= LOSSLESS_SIDE else "jpeg"
     small.save(file, file_type, quality=85)
     return f"data:image/{file_type};base64,{base64.b64encode(file.getvalue()).decode()}"
@@ -158,9 +144,8 @@ def pack_maps(maps: torch.Tensor) -> dict[str, str]:
     """
     maps = maps.double()
     largest = maps.amax(dim=(-2, -1), keepdim=True)
-    shares = maps / largest.clamp(min=1e-30)
     return {
-        "values": encode_base64((shares.sqrt() * 255).round().to(torch.uint8)),
+        "values": encode_base64(((maps / largest.clamp(min=1e-30)).sqrt() * 255).round().to(torch.uint8)),
         "largest": encode_base64(largest.float()),
         "sum": encode_base64(maps.sum(dim=(-2, -1)).float()),
     }
@@ -178,50 +163,36 @@ def encode_base64(values: torch.Tensor) -> str:
 def build_curves(findings: Findings) -> dict[str, Any]:
     """Return the curves over layers, with mean, minimum and maximum over heads, and the baselines of uniform
     attention."""
-    return {
-        "uniform": round_values(findings.uniform | {"received": math.exp(-findings.uniform["entropy"])}),  # 1 / N
-        "uniform_by_token": round_values(findings.uniform_by_token),
+    curves = {
+        "uniform": findings.uniform | {"received": math.exp(-findings.uniform["entropy"])},  # 1 / N
+        "uniform_by_token": findings.uniform_by_token,
         "entropy": summarize_heads(findings.entropy),
         "spread": summarize_heads(findings.spread),
         "received": summarize_heads(findings.received),
         "patch_distance": summarize_heads(findings.patch_distance.unsqueeze(-1)),
-        "mass": round_values(findings.mass.mean(dim=1).permute(1, 2, 0)),  # [S, 4, L]
-        "between_tokens": round_values(findings.between_tokens),  # [L + 1, S, S]
-        "across_layers": round_values(findings.across_layers),  # [S, L + 1, L + 1]
-        "to_patches": round_values(findings.to_patches.T),  # [S, L + 1]
-        "variation": round_values(findings.variation.T),
-        "token_norms": round_values(findings.token_norms.T),
+        "mass": findings.mass.mean(dim=1).permute(1, 2, 0),  # [S, 4, L]
+        "between_tokens": findings.between_tokens,  # [L + 1, S, S]
+        "across_layers": findings.across_layers,  # [S, L + 1, L + 1]
+        "to_patches": findings.to_patches.T,  # [S, L + 1]
+        "variation": findings.variation.T,
+        "token_norms": findings.token_norms.T,
         "patch_norms": compute_norm_quantiles(findings),
-        "outliers": round_values(findings.outliers),
-        "outliers_without_registers": round_values(findings.outliers_without_registers),
+        "outliers": findings.outliers,
+        "outliers_without_registers": findings.outliers_without_registers,
     }
+    return round_values(curves)
 
 
-def summarize_heads(values: torch.Tensor) -> list[dict[str, list[float]]]:
+def summarize_heads(values: torch.Tensor) -> list[dict[str, torch.Tensor]]:
     """Return mean, minimum and maximum over heads [L] of each token, for values [L, H, S]."""
-    return [
-        {
-            "mean": round_values(token.mean(dim=1)),
-            "low": round_values(token.amin(dim=1)),
-            "high": round_values(token.amax(dim=1)),
-        }
-        for token in values.unbind(dim=-1)
-    ]
+    tokens = values.unbind(dim=-1)  # [L, H] each
+    return [{"mean": each.mean(dim=1), "low": each.amin(dim=1), "high": each.amax(dim=1)} for each in tokens]
 
 
-def compute_norm_quantiles(findings: Findings) -> dict[str, list[float]]:
+def compute_norm_quantiles(findings: Findings) -> dict[str, torch.Tensor]:
     """Return the QUANTILES of the patch norms, [L + 1] each."""
-    levels = torch.tensor(list(QUANTILES.values()))
-    quantiles = findings.patch_norms.float().quantile(levels, dim=1)  # [4, L + 1]
-    return dict(zip(QUANTILES, round_values(quantiles), strict=True))
-
-
-def build_histograms(inspection: Inspection) -> list[dict[str, Any]]:
-    """Return the histograms of patch norms after the embeddings and each layer."""
-    layers = range(len(inspection.findings.patch_norms))
-    return round_values(
-        [dataclasses.asdict(compute_norm_histogram(inspection.config, inspection.findings, layer)) for layer in layers]
-    )
+    norms = findings.patch_norms.float()
+    return {name: norms.quantile(level, dim=1) for name, level in QUANTILES.items()}
 
 
 def round_values(values: Any) -> Any:
@@ -244,52 +215,42 @@ def round_values(values: Any) -> Any:
 def build_json_values(inspection: Inspection) -> dict[str, Any]:
     """Return all statements with their numbers, and the findings. Mean states are omitted, and patch norms are
     summarized by quantiles."""
-    findings = {
-        field.name: getattr(inspection.findings, field.name)
-        for field in dataclasses.fields(inspection.findings)
-        if field.name not in ("mean_states", "patch_norms", "patch_ratios", "patch_ratios_without_registers")
-    }
+    omitted = ("mean_states", "patch_norms", "patch_ratios", "patch_ratios_without_registers")
+    findings = {name: value for name, value in vars(inspection.findings).items() if name not in omitted}
     effects = inspection.effects
-    return round_values(
-        {
-            "diagnosis": inspection.summary,
-            "tokens": build_statements(inspection.verdicts),
-            "groups": build_statements(inspection.group_verdicts),
-            "patches": build_patch_statement(inspection),
-            "verdicts": [
-                {name: getattr(verdict, name) for name in ("token", "word", "meaning", "reason")}
-                for verdict in inspection.verdicts
-            ],
-            "artifacts": inspection.artifacts,
-            "depth": inspection.depth,
-            "map_checks": {
-                name: {
-                    "statement": check.describe(name),
-                    "is_faithful": check.is_faithful,
-                    **dataclasses.asdict(check),
-                }
-                for name, check in inspection.map_checks.items()
-            },
-            "accuracy": inspection.accuracy,
-            "effects": None
-            if effects is None
-            else {key: dataclasses.asdict(effect) for key, effect in effects.items()},
-            "findings": findings | {"patch_norms": compute_norm_quantiles(inspection.findings)},
-            "patch_sizes": [dataclasses.asdict(row) for row in inspection.patch_sizes],
-            "pictures": [
-                {
-                    "name": report.name,
-                    "truth": report.truth,
-                    "answers": [
-                        {"task": answer.task, "labels": [list(label) for label in answer.labels]}
-                        for answer in report.predictions
-                    ],
-                }
-                for report in inspection.image_reports
-            ],
-            "num_broken": inspection.num_unreadable,
-        }
-    )
+    values = {
+        "diagnosis": inspection.summary,
+        "tokens": build_statements(inspection.verdicts),
+        "groups": build_statements(inspection.group_verdicts),
+        "patches": build_patch_statement(inspection),
+        "verdicts": [
+            {name: getattr(verdict, name) for name in ("token", "word", "meaning", "reason")}
+            for verdict in inspection.verdicts
+        ],
+        "artifacts": inspection.artifacts,
+        "depth": inspection.depth,
+        "map_checks": {
+            name: {"statement": check.describe(name), "is_faithful": check.is_faithful} | dataclasses.asdict(check)
+            for name, check in inspection.map_checks.items()
+        },
+        "accuracy": inspection.accuracy,
+        "effects": effects and {key: dataclasses.asdict(effect) for key, effect in effects.items()},
+        "findings": findings | {"patch_norms": compute_norm_quantiles(inspection.findings)},
+        "patch_sizes": [dataclasses.asdict(row) for row in inspection.patch_sizes],
+        "pictures": [
+            {
+                "name": report.name,
+                "truth": report.truth,
+                "answers": [
+                    {"task": prediction.task, "labels": [list(label) for label in prediction.labels]}
+                    for prediction in report.predictions
+                ],
+            }
+            for report in inspection.image_reports
+        ],
+        "num_broken": inspection.num_unreadable,
+    }
+    return round_values(values)
 
 
 def build_statements(verdicts: list[Verdict]) -> list[dict[str, Any]]:
@@ -313,17 +274,15 @@ def build_statements(verdicts: list[Verdict]) -> list[dict[str, Any]]:
 
 def build_patch_statement(inspection: Inspection) -> dict[str, Any]:
     """Return the diagnosis of the patches with its numbers and the histogram of its layer."""
-    patches = inspection.patches
-    histogram = compute_norm_histogram(inspection.config, inspection.findings, patches.layer)
+    values = dataclasses.asdict(inspection.patches)
+    histogram = compute_norm_histogram(inspection.config, inspection.findings, inspection.patches.layer)
     return {
-        "diagnosis": patches.word,
-        "meaning": patches.meaning,
-        "statement": patches.reason,
-        "layer": patches.layer,
-        "num_patches": patches.num_patches,
-        "second_mode": None if patches.mode is None else dataclasses.asdict(patches.mode),
-        "second_mode_without_registers": None
-        if patches.mode_without_registers is None
-        else dataclasses.asdict(patches.mode_without_registers),
+        "diagnosis": values["word"],
+        "meaning": values["meaning"],
+        "statement": values["reason"],
+        "layer": values["layer"],
+        "num_patches": values["num_patches"],
+        "second_mode": values["mode"],
+        "second_mode_without_registers": values["mode_without_registers"],
         "histogram": dataclasses.asdict(histogram),
     }

@@ -206,15 +206,13 @@ async function paint(canvas, spot, longer) {
 function colorValues(spot, columns, x, y) {
   const { values } = getMap(spot);
   const strongest = getMaxValue(spot) || 1;
-  const strength = (row, column) => values[row * columns + column];
+  const mix = (one, other, weight) => one * (1 - weight) + other * weight;
   return (pixels, target, row, column, gray) => {
-    const upper =
-      strength(y.first[row], x.first[column]) * (1 - x.weight[column]) +
-      strength(y.first[row], x.second[column]) * x.weight[column];
-    const lower =
-      strength(y.second[row], x.first[column]) * (1 - x.weight[column]) +
-      strength(y.second[row], x.second[column]) * x.weight[column];
-    const mixed = (upper * (1 - y.weight[row]) + lower * y.weight[row]) / strongest;
+    const mixRow = (patchRow) => {
+      const start = patchRow * columns;
+      return mix(values[start + x.first[column]], values[start + x.second[column]], x.weight[column]);
+    };
+    const mixed = mix(mixRow(y.first[row]), mixRow(y.second[row]), y.weight[row]) / strongest;
     const value = Math.min(Math.max(mixed, 0), 1);
     const color = 3 * Math.min(Math.floor(value * 256), 255);
     const opacity = MIN_OPACITY + OPACITY_RANGE * value;
@@ -241,12 +239,12 @@ function outlineSelected(context, image) {
   const [rows, columns] = image.grid;
   const { width, height } = context.canvas;
   const patch = { width: ((right - left) * width) / columns, height: ((bottom - top) * height) / rows };
-  const at = { x: left * width + (image.selected % columns) * patch.width };
-  at.y = top * height + Math.floor(image.selected / columns) * patch.height;
+  const x = left * width + (image.selected % columns) * patch.width;
+  const y = top * height + Math.floor(image.selected / columns) * patch.height;
   for (const [color, line] of [["#000", 4], ["#fff", 2]]) {
     context.strokeStyle = color;
     context.lineWidth = line * Math.max(width / 400, 1);
-    context.strokeRect(at.x, at.y, patch.width, patch.height);
+    context.strokeRect(x, y, patch.width, patch.height);
   }
 }
 
@@ -295,17 +293,16 @@ function getSummary(spot) {
 
 const cells = new Map(); // canvas -> its spot
 const inView = new Set();
-const watcher = new IntersectionObserver(
-  (entries) => {
-    for (const { target, isIntersecting } of entries) {
-      if (isIntersecting) {
-        inView.add(target);
-        repaint(target);
-      } else inView.delete(target);
-    }
-  },
-  { rootMargin: "200px" },
-);
+const watcher = new IntersectionObserver(watch, { rootMargin: "200px" });
+
+function watch(entries) {
+  for (const { target, isIntersecting } of entries) {
+    if (isIntersecting) {
+      inView.add(target);
+      repaint(target);
+    } else inView.delete(target);
+  }
+}
 
 const getState = (spot) =>
   [head(), scaleMode(), asBlocks() ? "blocks" : "smooth", foreground(), images[spot.image].selected].join(" ");
@@ -338,7 +335,7 @@ function cell(spot, label, row, column) {
   const button = element("button", { type: "button", class: "cell", "aria-label": `${label}: enlarge`, tabindex: -1 });
   Object.assign(button.dataset, { row, column });
   const image = images[spot.image];
-  canvas.style.aspectRatio = `${image.width} / ${image.height}`;
+  canvas.style.aspectRatio = image.width / image.height;
   button.append(canvas);
   if (spot.kind === "attention" || spot.kind === "rollout") button.append(element("span", { class: "share" }));
   else if (isUnread(spot)) button.append(element("span", { class: "note" }, "not read"));
@@ -362,9 +359,7 @@ function cell(spot, label, row, column) {
   return button;
 }
 
-function captioned(button, text) {
-  return element("div", { class: "captioned" }, button, element("span", {}, text));
-}
+const captioned = (button, text) => element("div", { class: "captioned" }, button, element("span", {}, text));
 
 // Indices of the layers to show: every n-th and the last, which has to be in any selection.
 function getShownLayers() {
@@ -425,13 +420,12 @@ function walkFocus(event) {
   const box = event.currentTarget;
   const from = document.activeElement;
   if (!step || !from.matches(".cell")) return;
-  const buttons = [...box.querySelectorAll(".cell")];
-  const [row, column] = [Number(from.dataset.row), Number(from.dataset.column)];
-  const rows = [...new Set(buttons.map((button) => Number(button.dataset.row)))].sort((one, other) => one - other);
-  const wanted = rows[rows.indexOf(row) + step[0]];
-  const distance = (button) => Math.abs(Number(button.dataset.column) - (column + step[1]));
+  const buttons = [...box.querySelectorAll(".cell")]; // row by row
+  const rows = [...new Set(buttons.map((button) => button.dataset.row))];
+  const row = rows[rows.indexOf(from.dataset.row) + step[0]];
+  const distance = (button) => Math.abs(button.dataset.column - from.dataset.column - step[1]);
   const [to] = buttons
-    .filter((button) => Number(button.dataset.row) === wanted)
+    .filter((button) => button.dataset.row === row)
     .sort((one, other) => distance(one) - distance(other));
   if (!to || to === from) return;
   event.preventDefault();

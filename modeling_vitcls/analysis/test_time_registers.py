@@ -11,13 +11,13 @@ in the configuration, so the model is saved and loaded like any other. `model.ad
 removes and resizes tokens in general.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack
 from typing import Any
 
 import torch
 
 from ..modeling_vitcls import ViTCLSPreTrainedModel
+from .model_utils import evaluation_mode
 
 
 # Minimum norm of an outlier patch, as a multiple of the median norm of its image. (The paper sets a norm per model.)
@@ -33,8 +33,8 @@ def compute_outlier_fraction(
     Args:
         pixel_values: [B, C, H, W].
     """
-    with encode_patches(model, pixel_values) as (hidden_states, _):
-        return is_outlier(hidden_states[-1], ratio).float().mean().item()
+    hidden_states, _ = encode_patches(model, pixel_values)
+    return is_outlier(hidden_states[-1], ratio).float().mean().item()
 
 
 def find_register_neurons(
@@ -62,19 +62,18 @@ def find_register_neurons(
     Raises:
         ValueError: if no patch is an outlier, or there are fewer than `num_neurons` neurons.
     """
-    with encode_patches(model, pixel_values) as (hidden_states, activations):
-        outliers = is_outlier(hidden_states[-1], ratio)  # [B, patches]
-        if not outliers.any():
-            raise ValueError(
-                f"Register neurons require outlier patches, but no patch has a norm above {ratio} times the median. "
-                "Decrease ratio or pass more images."
-            )
-        if last_layer is None:
-            last_layer = find_outlier_layer(hidden_states[1:], outliers, ratio)
-        searched = activations[: last_layer + 1]
-        scores = torch.stack(
-            [average_outlier_activations(outliers, states) for states in searched]
-        )  # [layers, neurons]
+    hidden_states, activations = encode_patches(model, pixel_values)
+    outliers = is_outlier(hidden_states[-1], ratio)  # [B, patches]
+    if not outliers.any():
+        raise ValueError(
+            f"Register neurons require outlier patches, but no patch has a norm above {ratio} times the median. "
+            "Decrease ratio or pass more images."
+        )
+    if last_layer is None:
+        shares = [is_outlier(patches, ratio)[outliers].float().mean() for patches in hidden_states[1:]]
+        last_layer = next(index for index, share in enumerate(shares) if share >= 0.5)  # the last layer has all
+    searched = activations[: last_layer + 1]
+    scores = torch.stack([average_outlier_activations(outliers, states) for states in searched])  # [layers, neurons]
     if not 0 < num_neurons <= scores.numel():
         raise ValueError(
             f"num_neurons is {num_neurons}, but it must be between 1 and {scores.numel()}, the number of neurons in "
@@ -105,14 +104,13 @@ def add_test_time_register(model: ViTCLSPreTrainedModel, neurons: list[list[int]
     return adapted
 
 
-@contextmanager
 def encode_patches(
     model: ViTCLSPreTrainedModel, pixel_values: torch.Tensor
-) -> Iterator[tuple[list[torch.Tensor], list[torch.Tensor]]]:
-    """Yield the patches after the embeddings and each layer [B, patches, D], and the MLP activations [B, patches,
+) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Return the patches after the embeddings and each layer [B, patches, D], and the MLP activations [B, patches,
     neurons] of each layer.
 
-    The forward pass runs in evaluation mode, without gradients, on the model's device. Then the mode is restored.
+    The forward pass runs in evaluation mode, without gradients, on the model's device.
     """
     base: Any = model.base_model
     patches = base.config.token_layout.patches
@@ -121,17 +119,11 @@ def encode_patches(
     def read_activations(mlp: Any, inputs: tuple[torch.Tensor]) -> None:
         activations.append(mlp.get_activations(inputs[0])[:, patches])
 
-    hooks = [layer.mlp.register_forward_pre_hook(read_activations) for layer in base.layers]
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            outputs = base(pixel_values.to(model.device), output_hidden_states=True)
-        yield [states[:, patches] for states in outputs.hidden_states], activations
-    finally:
-        model.train(was_training)
-        for hook in hooks:
-            hook.remove()
+    with ExitStack() as hooks, evaluation_mode(model), torch.no_grad():
+        for layer in base.layers:
+            hooks.enter_context(layer.mlp.register_forward_pre_hook(read_activations))
+        outputs = base(pixel_values.to(model.device), output_hidden_states=True)
+    return [states[:, patches] for states in outputs.hidden_states], activations
 
 
 def is_outlier(patches: torch.Tensor, ratio: float) -> torch.Tensor:
@@ -139,14 +131,6 @@ def is_outlier(patches: torch.Tensor, ratio: float) -> torch.Tensor:
     their image."""
     norms = patches.float().norm(dim=-1)
     return norms > ratio * norms.median(dim=1, keepdim=True).values
-
-
-def find_outlier_layer(after_layers: list[torch.Tensor], outliers: torch.Tensor, ratio: float) -> int:
-    """Return the first layer after which at least half of the final `outliers` [B, patches] are outliers."""
-    for index, patches in enumerate(after_layers):
-        if is_outlier(patches, ratio)[outliers].float().mean() >= 0.5:
-            return index
-    return len(after_layers) - 1
 
 
 def average_outlier_activations(outliers: torch.Tensor, activations: torch.Tensor) -> torch.Tensor:

@@ -1,14 +1,11 @@
 """Statistics of the special tokens over many images, per layer, head and token.
 
-    statistics = TokenStatistics(model)
-    for pixel_values in batches:
-        statistics.update(pixel_values)
-    findings = statistics.compute()        # a Findings, on the CPU
-
-Maps of single images are in maps.py and attribution.py, and effects of tokens on predictions in ablation.py.
+statistics = TokenStatistics(model)
+for pixel_values in batches:
+    statistics.update(pixel_values)
+findings = statistics.compute()        # a Findings, on the CPU
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,22 +14,16 @@ import torch
 
 from ..configuration_vitcls import TokenLayout
 from ..token_attention_vitcls import select_mask_rows
-from .ablation import build_hiding_mask
 from .attention_recorder import RecordedLayer, process_attention_layers
+from .model_outputs import build_hiding_mask
 from .model_utils import evaluation_mode, get_runner, unwrap_model
 from .test_time_registers import OUTLIER_RATIO
 
 
 MAX_NORMS = 200_000  # maximum number of patch norms stored for histograms
-# Second mode of the norms: width of a histogram bin as a natural logarithm, and widths of windows in bins
-BIN_WIDTH, WINDOWS = 0.05, (5, 9, 17)
-MAX_LOG_RATIO = 5.0  # larger norms, as logarithms of their ratio to the median, are counted in the last bin
-MIN_VALLEY = 0.25  # minimum logarithm of the ratio between the modes
-MIN_MODE_SCORE = 4.0  # minimum difference between mode and valley, in standard deviations of a Poisson distribution
-MODE_FRACTIONS = 0.001, 0.2  # minimum and maximum fraction of the patches in a second mode; more are not outliers
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Findings:
     """Means over images. L layers, H heads (attention maps, with differential attention), S special tokens.
 
@@ -91,9 +82,9 @@ class Findings:
     mean_states: torch.Tensor
     patch_norms: torch.Tensor
     outliers: torch.Tensor
-    outliers_without_registers: torch.Tensor | None
+    outliers_without_registers: torch.Tensor | None = None
     patch_ratios: torch.Tensor
-    patch_ratios_without_registers: torch.Tensor | None
+    patch_ratios_without_registers: torch.Tensor | None = None
     map_distance: torch.Tensor
     map_selectivity: torch.Tensor
     token_norms: torch.Tensor
@@ -117,9 +108,11 @@ class TokenStatistics:
             The output of the classifier, or of the encoder inside any other model, and its output with the registers
             hidden from attention, or None without registers.
         """
-        centers = self.get_patch_centers(pixel_values)  # [P, 2]
+        grid = self.model.base_model.embeddings.patch_embeddings.get_grid_size(pixel_values)
+        centers = self.get_patch_centers(grid).to(pixel_values.device)  # [P, 2]
         per_layer: list[dict[str, torch.Tensor]] = []
         runner = get_runner(self.model)
+        registers = range(self.layout.num_prefix_tokens)[self.layout.registers]
         outputs_without_registers = None
 
         def process(layer: RecordedLayer) -> None:
@@ -128,20 +121,23 @@ class TokenStatistics:
         with evaluation_mode(self.model):
             with process_attention_layers(self.model, process):
                 outputs = runner(pixel_values, output_hidden_states=True)
-            if self.model.config.num_register_tokens:
-                mask = build_register_mask(self.model, pixel_values)
+            if registers:  # test-time registers still receive activations of the patches (test_time_registers.py)
+                mask = build_hiding_mask(self.model, pixel_values, registers)
                 outputs_without_registers = runner(pixel_values, attention_mask=mask, output_hidden_states=True)
         values = {name: torch.stack([layer[name] for layer in per_layer], dim=1) for name in per_layer[0]}
         values |= {name: values.pop(name)[:, 0] for name in ("token_entropy", "token_spread")}  # first layer
-        norms = self.compute_patch_norms(outputs.hidden_states)  # [B, L + 1, P]
-        values |= self.compute_state_statistics(outputs.hidden_states, norms)
-        values |= self.uniform(centers, pixel_values)
+        values |= self.compute_state_statistics(outputs.hidden_states)
+        values |= self.compute_uniform(grid, centers, len(pixel_values))
+        norms = self.compute_patch_norms(outputs.hidden_states)
         patches = {"norms": norms, "ratios": divide_by_median(norms)}
+        values["outliers"] = compute_outlier_fractions(patches["ratios"])
         if outputs_without_registers is not None:
-            norms = self.compute_patch_norms(outputs_without_registers.hidden_states)
-            patches["ratios_without_registers"] = divide_by_median(norms)
-            values["outliers_without_registers"] = compute_outlier_fractions(norms)
-        self.add(values)
+            ratios = divide_by_median(self.compute_patch_norms(outputs_without_registers.hidden_states))
+            patches["ratios_without_registers"] = ratios
+            values["outliers_without_registers"] = compute_outlier_fractions(ratios)
+        for name, value in values.items():
+            total = value.cpu().double().sum(dim=0)  # some devices do not support double precision
+            self.sums[name] = self.sums[name] + total if name in self.sums else total
         for name, per_patch in patches.items():
             stored = self.patches.setdefault(name, [])
             num_stored = sum(part.shape[1] for part in stored)
@@ -159,33 +155,18 @@ class TokenStatistics:
             raise ValueError("Statistics require at least one image, but there are no images. Call update first.")
         means = {name: total / self.num_images for name, total in self.sums.items()}
         mean_states = means.pop("states")  # [L + 1, S, D]
-        magnitudes = mean_states.abs()
         deviations = (means.pop("squares") - mean_states.square()).clamp(min=0).sqrt()  # [L + 1, S, D]
-        uniform = {name: means.pop(f"uniform_{name}").item() for name in ("entropy", "spread", "patch_distance")}
-        by_token = {name: means.pop(f"token_{name}").float() for name in ("entropy", "spread")}
-        without = means.pop("outliers_without_registers", None)
         return Findings(
             num_images=self.num_images,
             mean_states=mean_states.float(),
             variation=(deviations.norm(dim=-1) / mean_states.norm(dim=-1).clamp(min=1e-12)).float(),
-            channel_variation=(deviations / magnitudes.clamp(min=1e-12)).median(dim=-1).values.float(),
+            channel_variation=(deviations / mean_states.abs().clamp(min=1e-12)).median(dim=-1).values.float(),
             apart=means.pop("squared_distances").sqrt().float(),
-            patch_norms=torch.cat(self.patches["norms"], dim=1),
-            patch_ratios=torch.cat(self.patches["ratios"], dim=1),
-            patch_ratios_without_registers=None
-            if without is None
-            else torch.cat(self.patches["ratios_without_registers"], dim=1),
-            outliers_without_registers=None if without is None else without.float(),
-            uniform=uniform,
-            uniform_by_token=by_token,
+            uniform={name: means.pop(f"uniform_{name}").item() for name in ("entropy", "spread", "patch_distance")},
+            uniform_by_token={name: means.pop(f"token_{name}").float() for name in ("entropy", "spread")},
             **{name: mean.float() for name, mean in means.items()},
+            **{f"patch_{name}": torch.cat(parts, dim=1) for name, parts in self.patches.items()},
         )
-
-    def add(self, values: dict[str, torch.Tensor]) -> None:
-        """Add values [B, ...] of a batch to the sums, in double precision."""
-        for name, value in values.items():
-            total = value.cpu().double().sum(dim=0)  # some devices do not support double precision
-            self.sums[name] = self.sums[name] + total if name in self.sums else total
 
     # Values of one batch, [B, ...] each ------------------------------------------------------------------------------
 
@@ -213,10 +194,8 @@ class TokenStatistics:
         """Return the norms of the patches [B, L + 1, P] of the hidden states [B, N, D]."""
         return torch.stack([state[:, self.layout.patches].float().norm(dim=-1) for state in hidden_states], dim=1)
 
-    def compute_state_statistics(
-        self, hidden_states: Sequence[torch.Tensor], norms: torch.Tensor
-    ) -> dict[str, torch.Tensor]:
-        """Return the statistics of the hidden states [B, N, D], with patch norms [B, L + 1, P]."""
+    def compute_state_statistics(self, hidden_states: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Return the statistics of the special tokens in the hidden states [B, N, D]."""
         num_special, patches = self.layout.num_prefix_tokens, self.layout.patches
         special = torch.stack([state[:, :num_special] for state in hidden_states], dim=1).float()  # [B, L + 1, S, D]
         mean_patches = torch.stack([state[:, patches].float().mean(dim=1) for state in hidden_states], dim=1)
@@ -231,40 +210,28 @@ class TokenStatistics:
             "states": special,
             "squares": special.cpu().double().square(),
             "token_norms": special.norm(dim=-1),
-            "outliers": compute_outlier_fractions(norms),
         }
 
-    def uniform(self, centers: torch.Tensor, pixel_values: torch.Tensor) -> dict[str, torch.Tensor]:
+    def compute_uniform(
+        self, grid: tuple[int, int], centers: torch.Tensor, num_images: int
+    ) -> dict[str, torch.Tensor]:
         """Return the values of uniform attention, [B] each."""
-        num_tokens = self.layout.num_prefix_tokens + len(centers)
-        uniform = centers.new_full((1, 1, 1, len(centers)), 1 / len(centers))
         values = {
-            "uniform_entropy": torch.tensor(num_tokens).log(),
-            "uniform_spread": compute_spread(uniform, centers).squeeze(),
+            "uniform_entropy": torch.tensor(self.layout.get_num_tokens(*grid)).log(),
+            "uniform_spread": compute_spread(torch.ones_like(centers[:, 0]), centers),
             "uniform_patch_distance": compute_distances(centers).mean(),
         }
-        return {name: value.expand(len(pixel_values)) for name, value in values.items()}
+        return {name: value.expand(num_images) for name, value in values.items()}
 
-    def get_patch_centers(self, pixel_values: torch.Tensor) -> torch.Tensor:
+    def get_patch_centers(self, grid: tuple[int, int]) -> torch.Tensor:
         """Return the center (row, column) of each patch in pixels, [P, 2]."""
-        rows, columns = self.model.base_model.embeddings.patch_embeddings.get_grid_size(pixel_values)
         height, width = self.model.config.patch_height_width
-        device = pixel_values.device
-        return torch.cartesian_prod(
-            (torch.arange(rows, device=device) + 0.5) * height, (torch.arange(columns, device=device) + 0.5) * width
-        )
+        return torch.cartesian_prod((torch.arange(grid[0]) + 0.5) * height, (torch.arange(grid[1]) + 0.5) * width)
 
 
-def build_register_mask(model: Any, pixel_values: torch.Tensor) -> torch.Tensor:
-    """Return an attention mask that hides the registers, to see what they absorb. Test-time registers
-    (test_time_registers.py) still receive activations of the patches."""
-    registers = model.config.token_layout.registers
-    return build_hiding_mask(model, pixel_values, range(registers.start, registers.stop))
-
-
-def compute_outlier_fractions(norms: torch.Tensor) -> torch.Tensor:
-    """Return the fraction of outlier patches [B, L + 1] for norms [B, L + 1, P]."""
-    return (divide_by_median(norms) > OUTLIER_RATIO).float().mean(dim=-1)
+def compute_outlier_fractions(ratios: torch.Tensor) -> torch.Tensor:
+    """Return the fraction of outlier patches [B, L + 1] for norms [B, L + 1, P] divided by their median."""
+    return (ratios > OUTLIER_RATIO).float().mean(dim=-1)
 
 
 def divide_by_median(norms: torch.Tensor) -> torch.Tensor:
@@ -302,57 +269,3 @@ def compute_distances(points: torch.Tensor) -> torch.Tensor:
     """Return the pairwise distances [..., P, P] of points [..., P, D], without matrix products, whose rounding errors
     are large with TF32."""
     return torch.cdist(points, points, compute_mode="donot_use_mm_for_euclid_dist")
-
-
-# Second mode of the patch norms --------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class SecondMode:
-    """Patches whose norms form a second, higher mode in the distribution of logarithms.
-
-    Attributes:
-        threshold: smallest norm of a patch in the mode, as a multiple of the median of its image.
-        ratio: median norm in the mode, as a multiple of the median of its image.
-        fraction: fraction of the patches in the mode.
-        score: difference between mode and valley, in standard deviations of a Poisson distribution.
-    """
-
-    threshold: float
-    ratio: float
-    fraction: float
-    score: float
-
-
-def find_second_mode(ratios: torch.Tensor) -> SecondMode | None:
-    """Return the second mode of the patch norms, or None if their distribution has one mode.
-
-    Artifacts form a mode of their own at any distance (Darcet et al. 2023, arXiv 2309.16588, figure 3), but a wide
-    distribution with one mode has patches above any fixed limit. A second mode is a window of the histogram of
-    logarithms that holds significantly more patches than a window (the valley) between this window and the median.
-
-    Args:
-        ratios: [n], norms divided by the median of their image (`Findings.patch_ratios` of one layer).
-    """
-    logarithms = ratios.float().clamp(min=1e-12).log().clamp(max=MAX_LOG_RATIO)
-    num_bins = round(MAX_LOG_RATIO / BIN_WIDTH)
-    counts = logarithms[logarithms > 0].histc(num_bins, min=0, max=MAX_LOG_RATIO)
-    positions = torch.arange(num_bins)
-    best: SecondMode | None = None
-    for width in WINDOWS:
-        windows = counts.unfold(0, width, 1).sum(dim=-1)  # [num_bins - width + 1]
-        first = math.ceil(MIN_VALLEY / BIN_WIDTH)
-        valley, peak = windows[:, None], windows[None, :]
-        scores = (peak - valley) / (peak + valley).clamp(min=1).sqrt()
-        starts = positions[: len(windows)]
-        is_pair = (starts[:, None] >= first) & (starts[None, :] >= starts[:, None] + width)
-        scores = scores.where(is_pair, -torch.inf)
-        score = scores.max().item()
-        valleys = (scores >= score).any(dim=1).nonzero().flatten()  # equally deep windows; the middle is the threshold
-        threshold = math.exp((valleys.float().mean().item() + width / 2) * BIN_WIDTH)
-        is_in_mode = ratios > threshold
-        fraction = is_in_mode.float().mean().item()
-        least, most = MODE_FRACTIONS
-        if score >= MIN_MODE_SCORE and least <= fraction <= most and (best is None or score > best.score):
-            best = SecondMode(threshold, ratios[is_in_mode].median().item(), fraction, score)
-    return best

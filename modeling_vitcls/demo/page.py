@@ -3,7 +3,7 @@
     serve_demo("someone/model", revision)        # serves the page until the process is stopped
 
 The model runs once per image; changing the token, layer or head only redraws the output. The page loads nothing from
-other hosts (no analytics, no fonts). Predictions are computed in reader.py, and sentences are in text.py.
+other hosts (no analytics, no fonts).
 """
 
 import os
@@ -96,11 +96,12 @@ def serve_demo(
 
 def launch(page: gr.Blocks, host: str | None = None, port: int | None = None) -> str:
     """Serve the page from threads of this process, and return its address."""
+    stops = colormaps[COLORMAP]([index / (NUM_COLOR_STOPS - 1) for index in range(NUM_COLOR_STOPS)])
     _, address, _ = page.launch(
         server_name=host,
         server_port=port,
         theme=gr.themes.Default(**SYSTEM_FONTS),
-        css=CSS.replace("COLORS", ", ".join(get_color_stops())),
+        css=CSS.replace("COLORS", ", ".join(map(to_hex, stops))),
         footer_links=["gradio", "settings"],
         share=False,
         ssr_mode=False,
@@ -108,12 +109,6 @@ def launch(page: gr.Blocks, host: str | None = None, port: int | None = None) ->
         quiet=True,
     )
     return address
-
-
-def get_color_stops() -> list[str]:
-    """Return the colors of maps from the darkest to the brightest."""
-    colors = colormaps[COLORMAP]([index / (NUM_COLOR_STOPS - 1) for index in range(NUM_COLOR_STOPS)])
-    return [to_hex(color) for color in colors]
 
 
 def build_page(demo_model: DemoModel, examples: Sequence[str | Path] = ()) -> gr.Blocks:
@@ -135,7 +130,10 @@ def build_page(demo_model: DemoModel, examples: Sequence[str | Path] = ()) -> gr
                 if missing := explain_missing_output(demo_model):
                     gr.Markdown(missing)
         state = gr.State(time_to_live=CACHE_SECONDS)
-        views = build_views(demo_model, state)
+        views: list[Any] = []
+        if not demo_model.merges_patches:
+            view_classes = [AttentionView, PatchView] if demo_model.tokens else [PatchView]
+            views = [view_class(demo_model, state) for view_class in view_classes]
 
         def predict(file: dict[str, Any] | None) -> list[Any]:
             image, problem, result = image_input.predict(demo_model, file)
@@ -152,14 +150,6 @@ def build_page(demo_model: DemoModel, examples: Sequence[str | Path] = ()) -> gr
             for view in views:
                 event.then(view.draw_all, view.inputs, view.outputs, **LATEST_DRAWING_REQUEST)
     return page
-
-
-def build_views(demo_model: DemoModel, state: gr.State) -> list[Any]:
-    """Build the parts of the page that show the attention of special tokens and the patches."""
-    if demo_model.merges_patches:
-        return []
-    views: list[Any] = [AttentionView(demo_model, state)] if demo_model.has_attention else []
-    return [*views, PatchView(demo_model, state)]
 
 
 class ImageInput:
@@ -226,21 +216,12 @@ class AttentionView:
         gr.Markdown("## Attention of the special tokens")
         token = gr.Radio(tokens, value=tokens[0], type="index", label="Token")
         with gr.Row():
-            layer = gr.Slider(
-                1, num_layers, value=num_layers, step=1, label="Layer", visible=num_layers > 1, min_width=240
-            )
-            head = gr.Dropdown(
-                [MEAN_OF_HEADS, *demo_model.heads], value=MEAN_OF_HEADS, type="index", label="Heads", min_width=240
-            )
+            layer = build_layer_slider("Layer", num_layers, min_width=240)
+            heads = [MEAN_OF_HEADS, *demo_model.heads]
+            head = gr.Dropdown(heads, value=MEAN_OF_HEADS, type="index", label="Heads", min_width=240)
         with gr.Row():
             with gr.Column():
-                drawn = gr.Image(
-                    label="Attention to the image",
-                    show_label=False,
-                    interactive=False,
-                    buttons=["download", "fullscreen"],
-                    elem_id="map",
-                )
+                drawn = build_output_image("Attention to the image", "map", ["download", "fullscreen"])
                 words = gr.Markdown(elem_id="shares")
                 gr.HTML('<div class="scale"><span>0</span><i></i><span>maximum of the map</span></div>')
             with gr.Column():
@@ -260,9 +241,8 @@ class AttentionView:
         if result is None:
             return None, ""
         selection = token, layer - 1, head - 1 if head else None
-        return result.draw(*selection), describe_attention(
-            self.reader, *selection, result.compute_attention_fractions(*selection)
-        )
+        fractions = result.compute_attention_fractions(*selection)
+        return result.draw(*selection), describe_attention(self.reader, *selection, fractions)
 
     def draw_all(
         self, result: DemoResult | None, token: int, layer: int, head: int
@@ -282,14 +262,13 @@ class PatchView:
         num_layers = demo_model.num_layers
         gr.Markdown(f"## Patch features\n{PATCHES_TEXT}")
         with gr.Row():
-            layer = gr.Slider(1, num_layers, value=num_layers, step=1, label="After layer", visible=num_layers > 1)
+            layer = build_layer_slider("After layer", num_layers)
             foreground = gr.Checkbox(label="Colors of the foreground only")
         with gr.Row():
-            options: dict[str, Any] = {"show_label": False, "interactive": False, "buttons": ["fullscreen"]}
             with gr.Column():
-                colors = gr.Image(label="Patches as colors", elem_id="patches", **options)
+                colors = build_output_image("Patches as colors", "patches", ["fullscreen"])
             with gr.Column():
-                similarity = gr.Image(label="Similarity to a patch", elem_id="similarity", **options)
+                similarity = build_output_image("Similarity to a patch", "similarity", ["fullscreen"])
                 words = gr.Markdown(elem_id="similar")
         patch = gr.State()
         self.inputs = [state, layer, foreground, patch]
@@ -314,17 +293,20 @@ class PatchView:
         return result.draw_colors(layer - 1, foreground), result.draw_similarity(layer - 1, row, column), words
 
 
+def build_layer_slider(label: str, num_layers: int, **options: Any) -> gr.Slider:
+    """Build a slider over layers, which is hidden if there is only one."""
+    return gr.Slider(1, num_layers, value=num_layers, step=1, label=label, visible=num_layers > 1, **options)
+
+
+def build_output_image(label: str, elem_id: str, buttons: list[Any]) -> gr.Image:
+    """Build an image that shows an output."""
+    return gr.Image(label=label, show_label=False, interactive=False, buttons=buttons, elem_id=elem_id)
+
+
 def build_gallery(label: str, elem_id: str) -> gr.Gallery:
     """Build a gallery of small maps without a preview."""
-    return gr.Gallery(
-        label=label,
-        show_label=False,
-        allow_preview=False,
-        object_fit="contain",
-        height="auto",
-        buttons=[],
-        elem_id=elem_id,
-    )
+    options: dict[str, Any] = {"allow_preview": False, "object_fit": "contain", "height": "auto"}
+    return gr.Gallery(label=label, show_label=False, buttons=[], elem_id=elem_id, **options)
 
 
 def find_clicked_patch(result: DemoResult | None, drawn: Any, event: gr.SelectData) -> tuple[int, int] | None:

@@ -4,9 +4,8 @@
     result = demo_model.predict("cat.jpg")
     result.predictions                               # {"Label": {"cat": 0.9, ...}}
     result.draw(token=0, layer=2, head=None)         # the image with the map over it
-    result.draw_colors(layer=2)                      # the patches as colors
 
-Models are loaded with the Auto classes, so the code may come from their repository. The page is in page.py.
+Models are loaded with the Auto classes, so the code may come from their repository.
 """
 
 from collections.abc import Callable
@@ -29,6 +28,7 @@ from ..analysis.maps import (
     get_head_names,
     get_visible_region,
     overlay,
+    resize_with_region,
 )
 from ..analysis.patch_features import (
     arrange_patch_features,
@@ -49,52 +49,31 @@ Prediction = dict[str, float] | str  # label -> probability, or values as text
 
 @dataclass(frozen=True)
 class DemoResult:
-    """Output of a model for one image.
+    """Output of a model for one image. `rows`, `maps` and `features` have 0 layers if the model merges patches."""
 
-    Attributes:
-        image: upright, at most `MAX_IMAGE_SIDE` pixels per side.
-        visible_region: the region of the image that the patches cover.
-        predictions: name -> prediction; empty for an encoder.
-        rows: attention of the special tokens [layer, head, special token, key], float32; 0 layers if attention is not
-            available.
-        maps: attention to patches [layer, head, special token, gh, gw].
-        rollout: attention to patches through all layers [special token, gh, gw].
-        attributions: label -> contribution of each patch [gh, gw] to this label, the most probable one of each
-            prediction.
-        features: patches after each layer [layer, gh, gw, channel], float16; 0 layers if not available.
-    """
-
-    image: Image.Image
-    visible_region: VisibleRegion
-    predictions: dict[str, Prediction]
-    rows: torch.Tensor
-    maps: torch.Tensor
-    rollout: torch.Tensor
-    attributions: dict[str, torch.Tensor]
-    features: torch.Tensor
+    image: Image.Image  # upright, at most MAX_IMAGE_SIDE pixels per side
+    visible_region: VisibleRegion  # the region of the image that the patches cover
+    predictions: dict[str, Prediction]  # empty for an encoder
+    rows: torch.Tensor  # [layer, head, special token, key], attention of the special tokens, float32
+    maps: torch.Tensor  # [layer, head, special token, gh, gw], attention to patches
+    rollout: torch.Tensor  # [special token, gh, gw], attention to patches through all layers
+    attributions: dict[str, torch.Tensor]  # most probable label of each prediction -> contribution of patches [gh, gw]
+    features: torch.Tensor  # [layer, gh, gw, channel], patches after each layer, float16
 
     def draw(self, token: int, layer: int, head: int | None) -> Image.Image:
         """Draw the attention of a token in a layer over the image. `head` None is the mean over heads."""
-        return overlay(
-            self.image, select_head(self.maps[layer], head)[token], self.visible_region, min_side=MIN_IMAGE_SIDE
-        )
+        values = select_head(self.maps[layer], head)[token]
+        return overlay(self.image, values, self.visible_region, min_side=MIN_IMAGE_SIDE)
 
     def draw_all_layers(self, token: int, head: int | None) -> list[Image.Image]:
         """Draw small maps of all layers; each map has its own scale."""
-        return [
-            overlay(
-                self.image,
-                select_head(maps, head)[token],
-                self.visible_region,
-                max_side=THUMBNAIL_SIDE,
-                min_side=THUMBNAIL_SIDE // 2,
-            )
-            for maps in self.maps
-        ]
+        sizes: dict[str, Any] = {"max_side": THUMBNAIL_SIDE, "min_side": THUMBNAIL_SIDE // 2}
+        layers = [select_head(maps, head)[token] for maps in self.maps]
+        return [overlay(self.image, values, self.visible_region, **sizes) for values in layers]
 
-    def draw_through_layers(self, token: int | None) -> list[tuple[Image.Image, str]]:
-        """Draw the rollout of a token, if there is one, and the attribution of each prediction, with their names."""
-        maps = {} if token is None else {"rollout through all layers": self.rollout[token]}
+    def draw_through_layers(self, token: int) -> list[tuple[Image.Image, str]]:
+        """Draw the rollout of a token and the attribution of each prediction, with their names."""
+        maps = {"rollout through all layers": self.rollout[token]}
         maps |= {f"attribution of {label}": values for label, values in self.attributions.items()}
         sizes: dict[str, Any] = {"max_side": MAX_IMAGE_SIDE, "min_side": MIN_IMAGE_SIDE}
         return [(overlay(self.image, values, self.visible_region, **sizes), name) for name, values in maps.items()]
@@ -134,19 +113,13 @@ def select_head(heads: torch.Tensor, head: int | None) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class DemoModel:
-    """A model with its image processor and provenance.
-
-    Attributes:
-        source: folder or Hub id.
-        commit: commit of the repository; None for a folder.
-        code_revision: requested revision of the repository with the code.
-    """
+    """A model with its image processor and provenance."""
 
     model: Any
     processor: Any
-    source: str
-    commit: str | None
-    code_revision: str | None
+    source: str  # folder or Hub id
+    commit: str | None  # of the repository; None for a folder
+    code_revision: str | None  # requested revision of the repository with the code
     is_classifier: bool
 
     @classmethod
@@ -217,11 +190,6 @@ class DemoModel:
         return bool(getattr(self.model.config, "merged_patches_per_layer", 0))  # missing in older repositories
 
     @property
-    def has_attention(self) -> bool:
-        """Return whether attention of special tokens can be shown."""
-        return bool(self.tokens) and not self.merges_patches
-
-    @property
     def num_layers(self) -> int:
         """Return the number of layers."""
         return self.model.config.num_hidden_layers
@@ -236,15 +204,13 @@ class DemoModel:
         """Return the names of the predictions: one, or one per task."""
         if not self.has_labels:
             return []
-        return list(self.model.config.task_labels()) or [get_problem_type(self.model.config).title]
+        return list(self.model.config.task_labels()) or [get_problem_type(self.model.config)[0]]
 
     @property
     def has_top_label(self) -> bool:
         """Return whether the most probable label is the prediction (not for multi-label models)."""
-        return (
-            bool(self.model.config.tasks)
-            or get_problem_type(self.model.config).format_prediction is not get_sigmoid_scores
-        )
+        config = self.model.config
+        return bool(config.tasks) or get_problem_type(config)[1] is not get_sigmoid_scores
 
     def predict(self, file: str | Path) -> DemoResult:
         """Run the model on an image.
@@ -257,57 +223,47 @@ class DemoModel:
         if config.num_channels == 1:
             image = to_grayscale(image)
         pixel_values = self.processor(image, return_tensors="pt")["pixel_values"].to(self.model.device)
-        left, top, right, bottom = get_visible_region(self.processor, image.size[::-1], config.patch_height_width)
-        small = image.copy()
-        small.thumbnail((MAX_IMAGE_SIDE, MAX_IMAGE_SIDE))
-        across, down = small.width / image.width, small.height / image.height
-        visible_region = VisibleRegion(left * across, top * down, right * across, bottom * down)
-        return DemoResult(small, visible_region, **self.run_model(pixel_values))
+        visible_region = get_visible_region(self.processor, image.size[::-1], config.patch_height_width)
+        shown = resize_with_region(image, visible_region, MAX_IMAGE_SIDE, min_side=None)
+        return DemoResult(*shown, **self.run_model(pixel_values))
 
     def run_model(self, pixel_values: torch.Tensor) -> dict[str, Any]:
         """Run the model once on one image [1, C, H, W], and return all other fields of `DemoResult`."""
         config, encoder = self.model.config, self.model.base_model
         grid = encoder.embeddings.patch_embeddings.get_grid_size(pixel_values)
+
+        def extract(rows: torch.Tensor) -> torch.Tensor:
+            return extract_patch_maps(rows, config, (pixel_values.shape[-2], pixel_values.shape[-1]))
+
         if self.merges_patches:
             with torch.inference_mode():
                 predictions = get_predictions(self.model(pixel_values).logits, config)
-            num_tokens = config.token_layout.get_num_tokens(*grid)
-            shape = (0, len(self.heads), len(self.tokens))
+            rows = torch.empty(0, len(self.heads), len(self.tokens), config.token_layout.get_num_tokens(*grid))
             return {
                 "predictions": predictions,
-                "rows": torch.empty(*shape, num_tokens),
-                "maps": torch.empty(*shape, *grid),
+                "rows": rows,
+                "maps": extract(rows),
                 "rollout": torch.empty(0, *grid),
                 "attributions": {},
                 "features": torch.empty(0, *grid, config.hidden_size),
             }
         trace = trace_attention(self.model, pixel_values, needs_gradients=self.has_labels)
-        size = (pixel_values.shape[-2], pixel_values.shape[-1])
-        attributions = {}
-        for name, logits in get_logits(trace.outputs, config).items() if self.has_labels else ():
-            best = int(logits[0].argmax())
-            label = f"{name}: {self.get_label(name, best)}" if config.tasks else self.get_label(name, best)
-            attribution = trace.compute_attribution(best, name if config.tasks else None)[0].float().cpu()
-            attributions[label] = extract_patch_maps(attribution, config, size)
-        rows = trace.compute_rows()[0].float().cpu()
-        hidden_states = [state.detach() for state in trace.outputs.hidden_states]
-        predictions = {}
+        predictions, attributions = {}, {}
         if self.has_labels:
-            with torch.no_grad():
-                predictions = get_predictions(trace.outputs.logits, config)
+            predictions = get_predictions(trace.outputs.logits, config)
+            for task, logits in trace.outputs.logits.items() if config.tasks else [(None, trace.outputs.logits)]:
+                best = int(logits[0].argmax())
+                label = config.id2label[best] if task is None else f"{task}: {config.task_labels()[task][best]}"
+                attributions[label] = extract(trace.compute_attribution(best, task)[0].float().cpu())
+        rows = trace.compute_rows()[0].float().cpu()
         return {
             "predictions": predictions,
             "rows": rows,
-            "maps": extract_patch_maps(rows, config, size),
-            "rollout": extract_patch_maps(trace.compute_rollout()[0].float().cpu(), config, size),
+            "maps": extract(rows),
+            "rollout": extract(trace.compute_rollout()[0].float().cpu()),
             "attributions": attributions,
-            "features": arrange_patch_features(hidden_states, encoder, pixel_values)[0].half(),
+            "features": arrange_patch_features(trace.outputs.hidden_states, encoder, pixel_values)[0].detach().half(),
         }
-
-    def get_label(self, name: str, index: int) -> str:
-        """Return the name of a label of a prediction, or of a task."""
-        config = self.model.config
-        return config.task_labels()[name][index] if config.tasks else config.id2label[index]
 
     def is_read(self, token: int, layer: int) -> bool:
         """Return whether the model reads the output of a special token in a layer."""
@@ -347,32 +303,20 @@ def format_values(values: torch.Tensor, names: list[str]) -> Prediction:
     return ", ".join(f"{name}: {value:.4g}" for name, value in zip(names, values.tolist(), strict=True))
 
 
-@dataclass(frozen=True)
-class ProblemType:
-    """Name of a prediction, and the function that formats its logits."""
-
-    title: str
-    format_prediction: Callable[[torch.Tensor, list[str]], Prediction]
-
-
-PROBLEM_TYPES = {
-    None: ProblemType("Label", get_softmax_scores),
-    "single_label_classification": ProblemType("Label", get_softmax_scores),
-    "multi_label_classification": ProblemType("Labels with independent probabilities", get_sigmoid_scores),
-    "regression": ProblemType("Numbers", format_values),
+# Problem type -> name of the prediction, and the function that formats its logits.
+PROBLEM_TYPES: dict[str | None, tuple[str, Callable[[torch.Tensor, list[str]], Prediction]]] = {
+    None: ("Label", get_softmax_scores),
+    "single_label_classification": ("Label", get_softmax_scores),
+    "multi_label_classification": ("Labels with independent probabilities", get_sigmoid_scores),
+    "regression": ("Numbers", format_values),
 }
 
 
-def get_problem_type(config: Any) -> ProblemType:
+def get_problem_type(config: Any) -> tuple[str, Callable[[torch.Tensor, list[str]], Prediction]]:
     """Return the problem type of a model without tasks. A single label is binary, as in transformers' pipelines."""
     if config.num_labels == 1 and config.problem_type != "regression":
         return PROBLEM_TYPES["multi_label_classification"]
     return PROBLEM_TYPES[config.problem_type]
-
-
-def get_logits(outputs: Any, config: Any) -> dict[str, torch.Tensor]:
-    """Return name -> logits [1, labels] of each prediction."""
-    return dict(outputs.logits) if config.tasks else {get_problem_type(config).title: outputs.logits}
 
 
 def get_predictions(logits: Any, config: Any) -> dict[str, Prediction]:
@@ -380,6 +324,6 @@ def get_predictions(logits: Any, config: Any) -> dict[str, Prediction]:
     if config.tasks:
         task_labels = config.task_labels()
         return {task: get_softmax_scores(logits[task][0].float().cpu(), task_labels[task]) for task in task_labels}
-    problem_type = get_problem_type(config)
+    title, format_prediction = get_problem_type(config)
     names = [config.id2label[index] for index in range(config.num_labels)]
-    return {problem_type.title: problem_type.format_prediction(logits[0].float().cpu(), names)}
+    return {title: format_prediction(logits[0].float().cpu(), names)}

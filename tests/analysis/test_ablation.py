@@ -7,26 +7,27 @@ import pytest
 import torch
 from tiny_models import LAYOUTS, TASKS, each_layout, images, largest_difference, raises_one_line, tiny_config
 from torch import nn
-from varied_models import with_varied_answers
+from varied_models import collect_findings, with_varied_answers
 
 from modeling_vitcls import ViTCLSForImageClassification, ViTCLSForMultiTaskClassification, ViTCLSModel
 from modeling_vitcls.analysis.ablation import (
     NUM_NULL,
-    Predictions,
     collect_mean_states,
-    collect_outputs,
-    collect_predictions,
     compute_ablation_effects,
     compute_ablations,
-    compute_effect,
-    encode_label,
-    get_predicted_labels,
     get_token_keys,
     hold_tokens,
     redraw_tokens,
 )
+from modeling_vitcls.analysis.effects import compute_effect
 from modeling_vitcls.analysis.image_report import build_image_predictions
-from modeling_vitcls.analysis.token_statistics import TokenStatistics
+from modeling_vitcls.analysis.model_outputs import (
+    Predictions,
+    collect_outputs,
+    collect_predictions,
+    encode_label,
+    get_predicted_labels,
+)
 from modeling_vitcls.attention_masks_vitcls import build_attention_mask
 from modeling_vitcls.conversion.random_weights import randomize_weights
 from modeling_vitcls.heads_vitcls import IGNORED_LABEL
@@ -56,9 +57,7 @@ def classifier(**fields: Any) -> ViTCLSForImageClassification:
 
 def mean_states(model: Any) -> torch.Tensor:
     """[L + 1, S, D] over the images."""
-    collected = TokenStatistics(model)
-    collected.update(PIXELS)
-    return collected.compute().mean_states
+    return collect_findings(model, PIXELS).mean_states
 
 
 @torch.no_grad()
@@ -269,9 +268,7 @@ def test_effects_in_numbers() -> None:
 
 def test_the_effect_over_one_image_is_none() -> None:
     model = classifier(num_register_tokens=1)
-    collected = TokenStatistics(model)
-    collected.update(PIXELS[:1])
-    means = collected.compute().mean_states
+    means = collect_findings(model, PIXELS[:1]).mean_states
 
     def batches() -> Iterator[tuple[torch.Tensor, None]]:
         yield PIXELS[:1], None
@@ -408,7 +405,7 @@ def test_features_of_encoders_are_compared_by_cosines() -> None:
     encoder = randomize_weights(ViTCLSModel(tiny_config(num_register_tokens=1)))
     before = collect_outputs(encoder, lambda: [(images(20), None)])
     assert set(before.vectors) == {"cls", "pooled", "patches"} and len(before) == 20
-    with hold_tokens(encoder, [1], mean_states_of_many(encoder)[:, [1]]):
+    with hold_tokens(encoder, [1], collect_findings(encoder, images(20)).mean_states[:, [1]]):
         after = collect_outputs(encoder, lambda: [(images(20), None)])
     found = compute_effect(before, after)
     for name, rows in before.vectors.items():
@@ -420,10 +417,3 @@ def test_features_of_encoders_are_compared_by_cosines() -> None:
     assert found.size == max(found.cosine_change.values()) and found.interval[0] <= found.size <= found.interval[1]
     assert compute_effect(before, before).knn_agreement == 1 >= found.knn_agreement
     assert compute_effect(before.select(range(4)), after.select(range(4))).knn_agreement is None
-
-
-def mean_states_of_many(model: Any) -> torch.Tensor:
-    """Mean states over 20 images."""
-    collected = TokenStatistics(model)
-    collected.update(images(20))
-    return collected.compute().mean_states

@@ -9,28 +9,23 @@ import pytest
 import torch
 from digits_models import HELD_OUT, train_digits_model
 from tiny_models import TASKS, filled, images, tiny_config
-from varied_models import with_varied_answers
+from varied_models import collect_findings, with_varied_answers
 
 from modeling_vitcls import ViTCLSForImageClassification, ViTCLSForMultiTaskClassification, ViTCLSModel
-from modeling_vitcls.analysis.ablation import (
-    MIN_IMAGES,
-    NUM_NULL,
-    collect_outputs,
-    compute_ablations,
-    compute_binomial_interval,
-    compute_null_limit,
-)
+from modeling_vitcls.analysis.ablation import NUM_NULL, compute_ablations, compute_null_limit
+from modeling_vitcls.analysis.artifacts import diagnose_patches
 from modeling_vitcls.analysis.diagnosis import (
     Verdict,
     describe_depth,
     diagnose_groups,
-    diagnose_patches,
     diagnose_tokens,
     summarize_diagnosis,
 )
+from modeling_vitcls.analysis.effects import compute_binomial_interval
+from modeling_vitcls.analysis.model_outputs import MIN_IMAGES, collect_outputs
 from modeling_vitcls.analysis.model_utils import is_classifier
 from modeling_vitcls.analysis.report import SIGNS
-from modeling_vitcls.analysis.token_statistics import Findings, TokenStatistics, find_second_mode
+from modeling_vitcls.analysis.token_statistics import Findings
 from modeling_vitcls.token_names import get_token_names
 from modeling_vitcls.training.token_monitor import TokenMonitor
 
@@ -49,9 +44,7 @@ def classifier(seed: int = 0, **fields: Any) -> ViTCLSForImageClassification:
 
 
 def findings_of(model: Any, pixels: torch.Tensor = PIXELS) -> Findings:
-    collected = TokenStatistics(model)
-    collected.update(pixels)
-    return collected.compute()
+    return collect_findings(model, pixels)
 
 
 def judged(
@@ -423,88 +416,6 @@ def test_the_summary_is_one_line() -> None:
     )
     assert "\n" not in summary and all(verdict.word in summary for verdict in verdicts)
     assert summary.endswith("patches: no artifacts")
-
-
-# Artifacts -----------------------------------------------------------------------------------------------------------
-
-
-def sample_norms(
-    seed: int, sigma: float, fraction: float = 0.0, ratio: float = 1.0, count: int = 4096
-) -> torch.Tensor:
-    """Log-normal norms as multiples of their median, a fraction of them in a second mode at a ratio."""
-    generator = torch.Generator().manual_seed(seed)
-    norms = (sigma * torch.randn(count, generator=generator)).exp()
-    outliers = round(fraction * count)
-    norms[:outliers] = ratio * (0.1 * torch.randn(outliers, generator=generator)).exp()
-    return norms / norms.median()
-
-
-@pytest.mark.parametrize("sigma", [0.1, 0.25, 0.45])
-@pytest.mark.parametrize("count", [512, 4096, 50_000])
-def test_one_mode_has_no_artifacts(sigma: float, count: int) -> None:
-    """However wide: no false alarm in 50 samples each, 450 in all."""
-    assert not any(find_second_mode(sample_norms(seed, sigma, count=count)) for seed in range(50))
-
-
-@pytest.mark.parametrize(("fraction", "ratio", "sigma"), [(0.02, 2.5, 0.15), (0.02, 5, 0.3), (0.06, 20, 0.3)])
-def test_a_second_mode_is_found_at_any_distance(fraction: float, ratio: float, sigma: float) -> None:
-    """Also below three times the median; all 20 samples each."""
-    for seed in range(20):
-        mode = find_second_mode(sample_norms(seed, sigma, fraction, ratio))
-        assert mode is not None and mode.fraction == pytest.approx(fraction, rel=0.2)
-        assert mode.ratio == pytest.approx(ratio, rel=0.1) and 1.2 < mode.threshold < ratio
-
-
-def with_ratios(findings: Findings, by_layer: dict[int, float], without: dict[int, float] | None = None) -> Findings:
-    """With a fraction of the patches in a second mode after some layers, also without registers."""
-    count = len(findings.patch_norms)
-
-    def draw(fractions: dict[int, float]) -> torch.Tensor:
-        return torch.stack([sample_norms(layer, 0.2, fractions.get(layer, 0.0), 6.0) for layer in range(count)])
-
-    hidden = None if without is None else draw(without)
-    return dataclasses.replace(findings, patch_ratios=draw(by_layer), patch_ratios_without_registers=hidden)
-
-
-def test_the_last_layers_that_are_read_decide() -> None:
-    """Darcet et al. look at the output; second modes in earlier layers are named as such."""
-    model = classifier(num_hidden_layers=9, num_register_tokens=0)  # the head does not read the patches of layer 9
-    findings = findings_of(model)
-    unread = diagnose_patches(model.config, with_ratios(findings, {9: 0.02}))
-    assert unread.word == "no artifacts" and unread.layer <= 8
-    earlier = diagnose_patches(model.config, with_ratios(findings, {3: 0.02}))
-    assert earlier.word == "no artifacts"
-    assert "Largest second mode in earlier layers: 2.00%, after layer 3, but not in the last" in earlier.reason
-    through = diagnose_patches(model.config, with_ratios(findings, dict.fromkeys(range(3, 10), 0.02)))
-    assert (through.word, through.meaning, through.layer) == ("artifacts", "bad", 7)
-    assert (
-        through.reason.startswith("Artifacts: after layer 7, 2.00% of the patches") and "earlier" not in through.reason
-    )
-    assert through.mode is not None and through.mode.ratio == pytest.approx(6, rel=0.05)
-    encoder = diagnose_patches(model.config, with_ratios(findings, {9: 0.02}), has_head=False)
-    assert encoder.word == "artifacts" and encoder.layer == 9
-
-
-@pytest.mark.parametrize("num_registers", [0, 2])
-def test_planted_artifacts(num_registers: int) -> None:
-    """One patch of sixteen has a huge norm in every image, from its position on."""
-    model = classifier(num_distillation_tokens=0, num_register_tokens=num_registers)
-    assert diagnose_patches(model.config, findings_of(model)).reason.startswith("No artifacts")
-    with torch.no_grad():
-        model.vitcls.embeddings.position_embeddings.patches[:, 5] += 200
-    found = diagnose_patches(model.config, findings_of(model))
-    assert found.reason.startswith("Artifacts") and "6.25%" in found.reason
-    assert ("more registers may" in found.reason) == bool(num_registers)
-
-
-def test_registers_absorb_outliers_only_if_these_rise_without_them() -> None:
-    model = classifier(num_distillation_tokens=0, num_register_tokens=2)
-    findings = findings_of(model)
-    absorbed = diagnose_patches(model.config, with_ratios(findings, {}, {2: 0.03})).reason
-    assert "The registers absorb outliers" in absorbed and "from 0.00% to 3.00%" in absorbed
-    for without in ({}, {2: 0.03}):
-        same = diagnose_patches(model.config, with_ratios(findings, {2: 0.03} if without else {}, without)).reason
-        assert "absorb outliers:" not in same
 
 
 # Depth ---------------------------------------------------------------------------------------------------------------

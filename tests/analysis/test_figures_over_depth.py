@@ -15,6 +15,7 @@ from matplotlib.container import BarContainer
 from matplotlib.figure import Figure
 from PIL import Image
 from tiny_models import LAYOUTS, TASKS, filled, images, raises_one_line, tiny_config
+from varied_models import collect_findings
 
 from modeling_vitcls import (
     ViTCLSForImageClassification,
@@ -27,7 +28,6 @@ from modeling_vitcls.analysis import (
     GROUP_COLORS,
     AblationEffect,
     Findings,
-    TokenStatistics,
     build_image_report,
     overlay,
     plot_ablation_effects,
@@ -49,9 +49,7 @@ TOKENS = {"num_cls_tokens": 2, "num_distillation_tokens": 1, "num_register_token
 def measured(**fields: Any) -> tuple[Any, Findings]:
     """Configuration and findings of a small random model, of three layers unless it says otherwise."""
     model = filled(ViTCLSModel(tiny_config(**{"num_hidden_layers": 3} | fields)))
-    collected = TokenStatistics(model)
-    collected.update(images(4))
-    return model.config, collected.compute()
+    return model.config, collect_findings(model, images(4))
 
 
 @pytest.fixture(scope="module")

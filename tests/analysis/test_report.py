@@ -26,7 +26,6 @@ from modeling_vitcls import (
     ViTCLSModel,
 )
 from modeling_vitcls.analysis import report_data
-from modeling_vitcls.analysis.diagnosis import MIN_IMAGES
 from modeling_vitcls.analysis.inspection import Inspection, inspect_model
 from modeling_vitcls.analysis.maps import (
     MIN_SCALE,
@@ -36,6 +35,7 @@ from modeling_vitcls.analysis.maps import (
     overlay,
     upsample_maps,
 )
+from modeling_vitcls.analysis.model_outputs import MIN_IMAGES
 from modeling_vitcls.analysis.patch_features import (
     compute_patch_colors,
     compute_patch_features,

@@ -16,6 +16,7 @@ from tiny_models import (
     tiny_config,
 )
 from torch import nn
+from varied_models import collect_findings
 
 from modeling_vitcls import (
     ViTCLSBackbone,
@@ -31,13 +32,6 @@ TOLERANCE = 1e-5
 GROUPS = ("cls", "distillation", "registers", "patches")
 PATCH = {"patch_size": [8, 4], "num_hidden_layers": 3}
 TOKENS: dict[str, Any] = {"num_cls_tokens": 2, "num_distillation_tokens": 1, "num_register_tokens": 3}
-
-
-def statistics_of(model: nn.Module, *batches: torch.Tensor) -> Findings:
-    collected = TokenStatistics(model)
-    for batch in batches:
-        collected.update(batch)
-    return collected.compute()
 
 
 @torch.no_grad()
@@ -117,7 +111,7 @@ def check_states(found: Findings, model: Any, image: torch.Tensor) -> None:
 def test_the_figures_of_an_image_are_those_of_loops(layout: dict[str, Any]) -> None:
     model = filled(ViTCLSModel(tiny_config(**PATCH | layout)))
     image = images(1, 24, 32)
-    found = statistics_of(model, image)
+    found = collect_findings(model, image)
     assert found.num_images == 1
     check_maps(found, model, image[0])
     check_states(found, model, image[0])
@@ -133,17 +127,17 @@ def test_figures_over_images_are_means() -> None:
     """Of single images, whatever the batches; images of several sizes too."""
     model = filled(ViTCLSModel(tiny_config(**PATCH | TOKENS)))
     pixels, oblong = images(5), images(2, 24, 40)
-    together = statistics_of(model, pixels, oblong)
+    together = collect_findings(model, pixels, oblong)
     assert together.num_images == 7
     for batches in ((pixels[:1], pixels[1:4], pixels[4:], oblong), (oblong[:1], pixels, oblong[1:])):
-        found = statistics_of(model, *batches)
+        found = collect_findings(model, *batches)
         for name, value in vars(together).items():
             if (isinstance(value, torch.Tensor) and not name.startswith("patch_")) or name == "patch_distance":
                 assert largest_difference(getattr(found, name), value) <= TOLERANCE, name
         assert found.uniform == pytest.approx(together.uniform)
         by_size = zip(found.patch_norms.sort().values, together.patch_norms.sort().values, strict=True)
         assert all(largest_difference(one, other) <= 1e-4 for one, other in by_size)
-    singles = [statistics_of(model, image[None]) for image in [*pixels, *oblong]]
+    singles = [collect_findings(model, image[None]) for image in [*pixels, *oblong]]
     for name in ("entropy", "spread", "patch_distance", "mass", "received", "between_tokens", "across_layers"):
         expected = mean([getattr(single, name) for single in singles])
         assert largest_difference(getattr(together, name).double(), expected) <= TOLERANCE, name
@@ -153,7 +147,7 @@ def test_figures_over_images_are_means() -> None:
 
 def test_variation_is_the_distance_from_the_mean() -> None:
     model = filled(ViTCLSModel(tiny_config(**PATCH | TOKENS)))
-    found = statistics_of(model, images(4)[:3], images(4)[3:])
+    found = collect_findings(model, images(4)[:3], images(4)[3:])
     states = torch.stack([eager(model, image)[1][:, :6] for image in images(4)]).double()  # [B, L + 1, S, D]
     means = states.mean(dim=0)
     distances = (states - means).square().sum(dim=-1).mean(dim=0).sqrt()  # [L + 1, S]
@@ -170,7 +164,7 @@ def test_tokens_are_apart_by_their_mean_distance() -> None:
     model = filled(ViTCLSModel(tiny_config(**PATCH | TOKENS)))
     with torch.no_grad():
         model.embeddings.register_tokens[:, 2] = model.embeddings.register_tokens[:, 0]
-    found = statistics_of(model, images(4)[:3], images(4)[3:])
+    found = collect_findings(model, images(4)[:3], images(4)[3:])
     states = torch.stack([eager(model, image)[1][:, :6] for image in images(4)]).double()  # [B, L + 1, S, D]
     for one, other in ((0, 1), (2, 5), (3, 4)):
         expected = (states[:, :, one] - states[:, :, other]).square().sum(dim=-1).mean(dim=0).sqrt()  # [L + 1]
@@ -186,9 +180,9 @@ def test_one_huge_channel_does_not_hide_what_varies() -> None:
     def shift(mlp: nn.Module, args: tuple, added: torch.Tensor) -> torch.Tensor:
         return added + 1e4 * torch.eye(16)[3]
 
-    plain = statistics_of(model, images(4))
+    plain = collect_findings(model, images(4))
     with model.layers[-1].mlp.register_forward_hook(shift):
-        found = statistics_of(model, images(4))
+        found = collect_findings(model, images(4))
     assert found.variation[-1].max() < 1e-3 and found.between_tokens[-1].min() > 0.999
     assert largest_difference(found.apart[-1], plain.apart[-1]) <= 1e-2 < 1 < found.apart[-1, 0, 1]
     assert found.channel_variation[-1].min() > 0.05
@@ -202,7 +196,7 @@ def test_small_variation_is_not_lost_to_rounding() -> None:
         for layer in model.layers:
             for part in (layer.attention.o_proj, layer.mlp.fc2):
                 part.weight *= 0.1
-    found = statistics_of(model, images(4))
+    found = collect_findings(model, images(4))
     states = torch.stack([eager(model, image)[1][:, 0] for image in images(4)]).double()
     expected = (states - states.mean(0)).square().sum(-1).mean(0).sqrt() / states.mean(0).norm(dim=-1)
     assert 1e-7 < expected[-1] < 1e-3
@@ -217,7 +211,7 @@ def test_uniform_attention_meets_the_baselines(layout: dict[str, Any]) -> None:
             for part in (layer.attention.q_proj, layer.attention.k_proj):
                 part.weight.zero_()
                 part.bias.zero_()
-    found = statistics_of(model, images(3, 24, 40))
+    found = collect_findings(model, images(3, 24, 40))
     num_special, points = model.config.token_layout.num_prefix_tokens, places(24, 40)
     assert found.uniform["entropy"] == pytest.approx(math.log(num_special + len(points)))
     middle = math.dist(points[0], points[-1]) / 2
@@ -241,7 +235,7 @@ def test_uniform_attention_to_what_a_token_may_see(implementation: str) -> None:
             layer.attention.q_proj.weight.zero_()
             layer.attention.q_proj.bias.zero_()
     with torch.compiler.set_stance("force_eager"):  # of flex attention: the same mathematics
-        found = statistics_of(model, images(2), images(1))
+        found = collect_findings(model, images(2), images(1))
     alike = found.uniform_by_token
     assert alike["entropy"].tolist() == pytest.approx([math.log(3 + 16), math.log(3 + 4), math.log(3 + 16)])
     corner = [(8 * row + 4.0, 8 * column + 4.0) for row in (0, 1) for column in (2, 3)]
@@ -256,7 +250,7 @@ def test_gated_tokens_and_biases_hide_nothing() -> None:
     fields = [{"gated_tokens": {"registers": 2}, "num_register_tokens": 2}, {"relative_position_bias": "layer"}]
     for one in fields:
         model = filled(ViTCLSModel(tiny_config(**one)))
-        found = statistics_of(model, images(2))
+        found = collect_findings(model, images(2))
         entropies = found.uniform_by_token["entropy"]
         assert entropies.tolist() == pytest.approx([found.uniform["entropy"]] * len(entropies))
 
@@ -278,9 +272,9 @@ def test_outliers_are_counted_after_each_layer() -> None:
         added[: len(added) // 2, 7] += 1000
         return added
 
-    before = statistics_of(model, pixels)
+    before = collect_findings(model, pixels)
     with model.layers[1].mlp.register_forward_hook(plant):
-        found = statistics_of(model, pixels)
+        found = collect_findings(model, pixels)
     assert before.outliers.max() == 0
     assert found.outliers[:2].tolist() == [0, 0]
     assert found.outliers[2].item() == pytest.approx(1 / 32)
@@ -309,7 +303,7 @@ def test_outliers_without_registers(fields: dict[str, Any]) -> None:
         return states
 
     with model.layers[1].register_forward_hook(plant):
-        found = statistics_of(model, pixels[:3], pixels[3:])
+        found = collect_findings(model, pixels[:3], pixels[3:])
     assert found.outliers.max() == 0
     assert found.outliers_without_registers.tolist() == pytest.approx([0, 0, 1 / 16, 1 / 16])
     assert found.patch_ratios_without_registers[2].max() > 100 > 3 > found.patch_ratios[2].max()
@@ -318,7 +312,7 @@ def test_outliers_without_registers(fields: dict[str, Any]) -> None:
 
 
 def test_without_registers_there_is_nothing_to_hide() -> None:
-    assert statistics_of(filled(ViTCLSModel(tiny_config())), images()).outliers_without_registers is None
+    assert collect_findings(filled(ViTCLSModel(tiny_config())), images()).outliers_without_registers is None
 
 
 @pytest.mark.parametrize("name", ["classifier", "masked", "backbone"])
@@ -330,19 +324,19 @@ def test_every_class_has_statistics(name: str) -> None:
     }
     model = filled(models[name])
     state = {key: value.clone() for key, value in model.state_dict().items()}
-    found = statistics_of(model.train(), images())
+    found = collect_findings(model.train(), images())
     assert model.training and found.entropy.isfinite().all()
     encoder = filled(ViTCLSModel(model.config))
     encoder.load_state_dict(getattr(model, "vitcls", model).state_dict(), strict=False)
-    assert largest_difference(found.entropy, statistics_of(encoder, images()).entropy) <= TOLERANCE
+    assert largest_difference(found.entropy, collect_findings(encoder, images()).entropy) <= TOLERANCE
     assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
     assert_no_recording(model)
 
 
 def test_half_precision() -> None:
     model = filled(ViTCLSModel(tiny_config(**PATCH | TOKENS)))
-    expected = statistics_of(model, images(3))
-    found = statistics_of(model.bfloat16(), images(3))
+    expected = collect_findings(model, images(3))
+    found = collect_findings(model.bfloat16(), images(3))
     for name in ("entropy", "mass", "received", "between_tokens"):
         assert getattr(found, name).dtype == torch.float32
         assert largest_difference(getattr(found, name), getattr(expected, name)) <= 0.05, name
@@ -352,7 +346,7 @@ def test_half_precision() -> None:
 def test_norms_are_kept_up_to_a_number(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(token_statistics, "MAX_NORMS", 40)
     model = filled(ViTCLSModel(tiny_config()))
-    found = statistics_of(model, images(2), images(2), images(2))
+    found = collect_findings(model, images(2), images(2), images(2))
     assert found.patch_norms.shape == (3, 40)
     everything = torch.stack([eager(model, image)[1][:, 1:].norm(dim=-1) for image in images(2)], dim=1).flatten(1)
     assert largest_difference(found.patch_norms[:, :32], everything) <= 1e-4

@@ -1,10 +1,11 @@
-"""What tests of the analysis share: small models whose answers differ from image to image."""
+"""What tests of the analysis share: small models whose answers differ from image to image, and their statistics."""
 
 from typing import Any
 
 import torch
 from torch import nn
 
+from modeling_vitcls.analysis.token_statistics import Findings, TokenStatistics
 from modeling_vitcls.conversion.random_weights import randomize_weights
 
 
@@ -20,6 +21,14 @@ def with_varied_answers(model: Any, pixels: torch.Tensor) -> Any:
     for task, head in (heads or {None: model.classifier}).items():
         shift(head, (by_task if task is None else by_task[task]).mean(dim=0))
     return model
+
+
+def collect_findings(model: Any, *batches: torch.Tensor) -> Findings:
+    """Statistics over batches of images [B, C, H, W]."""
+    statistics = TokenStatistics(model)
+    for pixels in batches:
+        statistics.update(pixels)
+    return statistics.compute()
 
 
 def shift(head: nn.Linear, logits: torch.Tensor) -> None:

@@ -1,0 +1,166 @@
+"""Effects of an ablation: the difference between the outputs of a model before and after, with 95 % intervals.
+
+compute_effect(before, after)    AblationEffect of `Predictions`, FeatureEffect of `Features` (model_outputs.py)
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from scipy import stats
+from torch import nn
+
+from ..heads_vitcls import IGNORED_LABEL
+from .model_outputs import NUM_NEIGHBORS, Features, Predictions
+
+
+Interval = tuple[float, float]  # 95 % confidence
+
+CONFIDENCE = 0.95
+MIN_VARIATION = 1e-3  # minimum standard deviation of the logits over images, as a fraction of their root mean square
+MIN_FEATURE_CHANGE = 1e-3  # minimum cosine change of features; smaller changes are rounding errors
+NUM_RESAMPLES = 1000  # number of bootstrap samples of the images
+
+
+@dataclass(frozen=True)
+class AblationEffect:
+    """Effect of an ablation on predictions. Intervals are 95 % confidence intervals.
+
+    Attributes:
+        changed_answers: fraction of images whose prediction changes.
+        logit_change: root mean square change of the logits, divided by their standard deviation over images (at least
+            a thousandth of their root mean square, because smaller deviations are rounding errors). With a single
+            image, the mean is the token's own state, so the effect is 0 and has no meaning.
+        accuracy_change: accuracy after minus accuracy before; None if no label is known.
+        num_images: number of images.
+        changed_interval: exact interval of `changed_answers` (Clopper and Pearson 1934).
+        logit_interval: interval of `logit_change`, from bootstrap samples of the images.
+        improvement: p-value of the hypothesis that the accuracy does not rise (exact McNemar test); None if no label
+            is known.
+        is_better_than_chance: whether the accuracy after the ablation is better than chance; None if unknown.
+    """
+
+    changed_answers: float
+    logit_change: float
+    accuracy_change: float | None
+    num_images: int
+    changed_interval: Interval = (0.0, 1.0)
+    logit_interval: Interval = (0.0, math.inf)
+    improvement: float | None = None
+    is_better_than_chance: bool | None = None
+
+    @property
+    def size(self) -> float:
+        """Return the value that is compared with null distributions."""
+        return self.logit_change
+
+    @property
+    def interval(self) -> Interval:
+        """Return the 95 % interval of `size`."""
+        return self.logit_interval
+
+    @property
+    def changes_outputs(self) -> bool:
+        """Return whether a prediction changes."""
+        return self.changed_answers > 0
+
+
+@dataclass(frozen=True)
+class FeatureEffect:
+    """Effect of an ablation on the features of an encoder.
+
+    Attributes:
+        cosine_change: 1 minus the cosine similarity of features before and after, by name (`Features`), mean over
+            images.
+        knn_agreement: mean fraction of the NUM_NEIGHBORS nearest images that stay the same; None for few images.
+        num_images: number of images.
+        interval: 95 % interval of `size`, from bootstrap samples of the images.
+    """
+
+    cosine_change: dict[str, float]
+    knn_agreement: float | None
+    num_images: int
+    interval: Interval
+
+    @property
+    def size(self) -> float:
+        """Return the value that is compared with null distributions, the largest cosine change."""
+        return max(self.cosine_change.values())
+
+    @property
+    def changes_outputs(self) -> bool:
+        """Return whether features change by more than rounding errors."""
+        return self.size > MIN_FEATURE_CHANGE
+
+
+def compute_effect(before: Any, after: Any) -> Any:
+    """Return the difference of two outputs: `AblationEffect` of `Predictions`, `FeatureEffect` of `Features`."""
+    return compare_features(before, after) if isinstance(before, Features) else compare_predictions(before, after)
+
+
+def compare_predictions(before: Predictions, after: Predictions) -> AblationEffect:
+    """Return the effect of an ablation on predictions."""
+    size = before.logits.square().mean().sqrt()
+    deviations = (before.logits - before.logits.mean(dim=0)).square().mean(dim=1)  # [images]
+    scale = deviations.mean().sqrt().clamp(min=MIN_VARIATION * size).clamp(min=1e-12)
+    changes = (after.logits - before.logits).square().mean(dim=1) / scale.square()  # [images]
+    is_changed = (before.predicted != after.predicted).any(dim=-1)
+    accuracy_before, accuracy_after = before.accuracy(), after.accuracy()
+    accuracy_change = improvement = None
+    if accuracy_before is not None and accuracy_after is not None:
+        accuracy_change, improvement = accuracy_after - accuracy_before, compute_improvement(before, after)
+    low, high = bootstrap_mean(changes)
+    return AblationEffect(
+        changed_answers=is_changed.float().mean().item(),
+        logit_change=changes.mean().sqrt().item(),
+        accuracy_change=accuracy_change,
+        num_images=len(before),
+        changed_interval=compute_binomial_interval(int(is_changed.sum()), len(before)),
+        logit_interval=(low**0.5, high**0.5),
+        improvement=improvement,
+        is_better_than_chance=after.is_better_than_chance(),
+    )
+
+
+def compare_features(before: Features, after: Features) -> FeatureEffect:
+    """Return the effect of an ablation on features."""
+    changes = {}  # 1 minus the cosine similarity, mean over vectors, [images] each
+    for name, rows in before.vectors.items():
+        pairs = zip(rows, after.vectors[name], strict=True)
+        similarities = [nn.functional.cosine_similarity(*pair, dim=-1).mean() for pair in pairs]
+        changes[name] = (1 - torch.stack(similarities)).clamp(min=0)
+    neighbors, neighbors_after = before.find_neighbors(), after.find_neighbors()
+    agreement = None
+    if neighbors is not None and neighbors_after is not None:
+        num_same = sum(len(one & other) for one, other in zip(neighbors, neighbors_after, strict=True))
+        agreement = num_same / (NUM_NEIGHBORS * len(before))
+    largest = max(changes.values(), key=lambda values: values.mean().item())
+    means = {name: values.mean().item() for name, values in changes.items()}
+    return FeatureEffect(means, agreement, len(before), bootstrap_mean(largest))
+
+
+def compute_binomial_interval(count: int, total: int) -> Interval:
+    """Return the exact 95 % interval of a fraction (Clopper and Pearson 1934), one-sided if the fraction is 0 or 1:
+    0 of 256 means at most 1.2 %."""
+    alternative = {0: "less", total: "greater"}.get(count, "two-sided")
+    interval = stats.binomtest(count, total, alternative=alternative).proportion_ci(CONFIDENCE)
+    return float(interval.low), float(interval.high)
+
+
+def bootstrap_mean(values: torch.Tensor) -> Interval:
+    """Return the 95 % interval of the mean of values [images], from bootstrap samples of the images."""
+    generator = torch.Generator().manual_seed(0)
+    resamples = torch.randint(len(values), (NUM_RESAMPLES, len(values)), generator=generator)
+    tails = torch.tensor([(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
+    low, high = values.float()[resamples].mean(dim=1).quantile(tails).tolist()
+    return low, high
+
+
+def compute_improvement(before: Predictions, after: Predictions) -> float:
+    """Return the p-value of the hypothesis that the accuracy does not rise (exact one-sided test, McNemar 1947)."""
+    assert before.labels is not None
+    is_known = before.labels != IGNORED_LABEL
+    was_right, is_right = ((each.predicted == before.labels)[is_known] for each in (before, after))
+    gained, lost = int((is_right & ~was_right).sum()), int((was_right & ~is_right).sum())
+    return float(stats.binom.sf(gained - 1, gained + lost, 0.5)) if gained else 1.0
