@@ -55,19 +55,12 @@ def keep_weights(encoder: WeightDict, head: WeightDict, old: ViTCLSConfig, new: 
 
 @dataclass(frozen=True)
 class Rewrite:
-    """An equivalent form of a model.
+    """An equivalent form of a model."""
 
-    Attributes:
-        fields: Fields that the rewrite may change.
-        list_changes: Returns the possible new values of fields.
-        rewrite_weights: Changes the weights to the new form.
-        at_native_size_only: Whether the outputs are the same only for images of `config.image_size`.
-    """
-
-    fields: frozenset[str]
-    list_changes: Callable[[ViTCLSConfig], list[Fields]]
-    rewrite_weights: RewriteWeights = keep_weights
-    at_native_size_only: bool = False
+    fields: frozenset[str]  # fields that the rewrite may change
+    list_changes: Callable[[ViTCLSConfig], list[Fields]]  # returns the possible new values of fields
+    rewrite_weights: RewriteWeights = keep_weights  # changes the weights to the new form
+    at_native_size_only: bool = False  # whether the outputs are the same only for images of `config.image_size`
 
 
 # Classifiers ---------------------------------------------------------------------------------------------------------

@@ -26,16 +26,18 @@ from ..configuration_vitcls import ViTCLSConfig
 from ..errors import format_error
 from ..files import replace_control_characters
 from ..modeling_vitcls import ViTCLSPreTrainedModel
-from .head_transfer import ClassifierChoice, build_model, split_classifier
-from .timm_tables import BLOCK_RULES, GATED_MLP, MLP_RULES, STEM_RULES, build_head_rules
+from .from_timm import BLOCK_RULES, GATED_MLP, MLP_RULES, STEM_RULES, build_head_rules
 from .weight_rules import (
     POSITIONS,
+    ClassifierChoice,
     ConversionError,
     Fields,
     Rule,
     Weights,
+    build_model,
     convert_weights,
     reshape_token,
+    split_classifier,
     split_halves,
     split_positions,
 )
@@ -43,17 +45,11 @@ from .weight_rules import (
 
 @dataclass(frozen=True)
 class StateDictFamily:
-    """Conversion of the checkpoints of one repository.
+    """Conversion of the checkpoints of one repository."""
 
-    Attributes:
-        read_fields: Function of the prepared weights that returns fields of `ViTCLSConfig`.
-        rules: Rules for the prepared weights.
-        prepare: Function that rewrites the published weights first.
-    """
-
-    read_fields: Callable[[Weights], Fields]
-    rules: Sequence[Rule]
-    prepare: Callable[[Weights], Weights] = dict
+    read_fields: Callable[[Weights], Fields]  # function of the prepared weights that returns fields of `ViTCLSConfig`
+    rules: Sequence[Rule]  # rules for the prepared weights
+    prepare: Callable[[Weights], Weights] = dict  # function that rewrites the published weights first
 
 
 def convert_state_dict(
@@ -224,11 +220,7 @@ def remove_chunk_indices(weights: Weights) -> Weights:
 
 
 def prepare_dinov3(weights: Weights) -> Weights:
-    """Apply the masks of the biases, and check that keys have no bias.
-
-    Raises:
-        ConversionError: If a check fails.
-    """
+    """Apply the masks of the biases, and check that keys have no bias. Raises ConversionError if a check fails."""
     prepared = {name: weight for name, weight in weights.items() if not name.endswith("bias_mask")}
     for name in prepared:
         if not name.endswith("attn.qkv.bias"):
@@ -290,9 +282,6 @@ def read_dinov2(weights: Weights) -> Fields:
     """Return the fields of DINOv2 (arXiv 2304.07193), with or without registers (arXiv 2309.16588).
 
     The published linear classifiers read the CLS token and the mean of the patches.
-
-    Raises:
-        ConversionError: If the linear classifier also reads the CLS tokens of earlier layers.
     """
     registers = weights.get("register_tokens")
     head, width = weights.get("linear_head.weight"), get_weight(weights, "patch_embed.proj.weight").shape[0]
@@ -435,11 +424,7 @@ def read_big_vision_pooling(weights: Weights) -> Fields:
 
 
 def convert_to_tensor(name: str, value: Any) -> torch.Tensor:
-    """Convert an array to a tensor.
-
-    Raises:
-        ConversionError: If torch does not support the dtype.
-    """
+    """Convert an array to a tensor. Raises ConversionError if torch does not support the dtype."""
     try:
         return torch.as_tensor(value)
     except (TypeError, ValueError, RuntimeError):
@@ -449,11 +434,7 @@ def convert_to_tensor(name: str, value: Any) -> torch.Tensor:
 
 
 def get_weight(weights: Weights, name: str) -> torch.Tensor:
-    """Return a weight of the state dict.
-
-    Raises:
-        ConversionError: If the weight is missing.
-    """
+    """Return a weight of the state dict. Raises ConversionError if the weight is missing."""
     if name not in weights:
         first = ", ".join(list(weights)[:4])
         raise ConversionError(

@@ -32,10 +32,9 @@ from ..modeling_vitcls import ViTCLSForImageClassification, ViTCLSPreTrainedMode
 from ..positions_vitcls import resample_positions
 from .from_state_dict import FAMILIES, convert_state_dict
 from .from_timm import convert_from_timm
-from .head_transfer import ClassifierChoice
 from .processors import ConvertedPreprocessing, build_default_preprocessing, convert_timm_preprocessing
 from .source_models import Outputs, TimmSource, check_not_pickled_code
-from .weight_rules import ConversionError, Weights
+from .weight_rules import ClassifierChoice, ConversionError, Weights
 
 
 SUFFIXES = (".npz", ".safetensors", ".pth", ".pt", ".bin")
@@ -118,11 +117,7 @@ class FileSource(TimmSource):
 
     @classmethod
     def load(cls, file: Path, family: str | None = None) -> "FileSource":  # type: ignore[override]
-        """Load a file.
-
-        Args:
-            file: A file with one of `SUFFIXES`.
-            family: One of `FILE_FAMILIES`. Default: detected.
+        """Load a file with one of `SUFFIXES`. `family` is one of `FILE_FAMILIES`. Default: detected.
 
         Raises:
             ConversionError: If the file is not a state dict of a supported family, or its family is ambiguous.
@@ -198,9 +193,7 @@ class FileSource(TimmSource):
 def read_file(file: Path) -> Mapping[str, Any]:
     """Read a state dict, possibly nested. No code in the file runs.
 
-    Raises:
-        ConversionError: If the file has another format, or is a pickle of objects other than tensors.
-        OSError: If the file cannot be read.
+    Raises ConversionError if the file has another format, or is a pickle of objects other than tensors.
     """
     if not file.is_file():
         raise FileNotFoundError(f"{file} is not a file. Set timm:NAME, transformers:PATH_OR_ID or a file")
@@ -262,11 +255,7 @@ def has_encoder(weights: Weights, prefix: str) -> bool:
 
 
 def detect_family(weights: Weights, container: str | None, file: Path) -> str:
-    """Return the family of a state dict.
-
-    Raises:
-        ConversionError: If there is no family, or more than one.
-    """
+    """Return the family of a state dict. Raises ConversionError if there is no family, or more than one."""
     for family, pattern in SIGNATURES.items():
         if any(re.fullmatch(pattern, name) for name in weights):
             return family
@@ -287,14 +276,7 @@ def detect_family(weights: Weights, container: str | None, file: Path) -> str:
 
 
 def build_reference(weights: Weights, family: str, converted: ViTCLSPreTrainedModel, file: Path) -> Any:
-    """Build timm's model of a family with rules in this package, and load the weights with timm's functions.
-
-    Args:
-        weights: The state dict.
-        family: One of `FAMILIES`.
-        converted: The converted model, for the sizes.
-        file: File of the weights; timm reads .npz files itself.
-    """
+    """Build timm's model for the weights of a family with rules; `converted` is the converted model."""
     timm, eva, vision_transformer = import_timm()
     config: ViTCLSConfig = converted.config
     is_gated = config.mlp_type != "mlp"
@@ -363,11 +345,7 @@ def load_npz(timm: Any, name: str, options: dict[str, Any], config: ViTCLSConfig
 
 
 def build_timm_model(weights: Weights, family: str) -> Any:
-    """Build timm's model of a family without rules, from the width, patch size and grid of the weights.
-
-    Raises:
-        ConversionError: If timm has no model of this size.
-    """
+    """Build timm's model of a family without rules, from the width, patch size and grid of the weights."""
     timm, eva, vision_transformer = import_timm()
     kernel = next(
         tensor
@@ -401,11 +379,7 @@ def build_timm_model(weights: Weights, family: str) -> Any:
 
 
 def import_timm() -> tuple[Any, Any, Any]:
-    """Return timm and its modules `eva` and `vision_transformer`.
-
-    Raises:
-        ConversionError: If timm is not installed.
-    """
+    """Return timm and its modules `eva` and `vision_transformer`. Raises ConversionError if timm is not installed."""
     try:
         import timm
         from timm.models import eva, vision_transformer

@@ -33,10 +33,9 @@ from ..hub.loading import (
 from ..modeling_vitcls import ViTCLSPreTrainedModel
 from .from_timm import convert_from_timm
 from .from_transformers import CONVERTIBLE_CLASSES, convert_from_transformers
-from .head_transfer import ClassifierChoice
 from .processors import ConvertedPreprocessing, convert_timm_preprocessing, convert_transformers_preprocessing
 from .random_weights import randomize_weights
-from .weight_rules import ConversionError
+from .weight_rules import ClassifierChoice, ConversionError
 
 
 Outputs = dict[str, torch.Tensor]
@@ -90,18 +89,13 @@ class SourceModel(ABC):
 
     @abstractmethod
     def convert(self, classifier: ClassifierChoice, num_labels: int | None) -> ViTCLSPreTrainedModel:
-        """Convert the model.
-
-        Raises:
-            ConversionError: If the conversion cannot be exact; the message names the unsupported feature.
-        """
+        """Convert the model. Raises ConversionError if the conversion cannot be exact."""
 
     @abstractmethod
     def compute_outputs(self, pixel_values: torch.Tensor) -> Outputs:
         """Return the outputs "sequence", "pooled", "logits", ... for images [B, C, H, W].
 
-        Raises:
-            Exception: Any type, if the model does not support the image size.
+        Raises any error if the model does not support the image size.
         """
 
     @abstractmethod
@@ -114,12 +108,7 @@ class TimmSource(SourceModel):
 
     @classmethod
     def load(cls, name: str, random_init: bool) -> "TimmSource":
-        """Load a model by its timm name, with or without a tag, or with timm's prefixes `hf-hub:` and `local-dir:`.
-
-        Raises:
-            ConversionError: If timm is not installed or has no such model.
-            OSError: If the weights cannot be loaded.
-        """
+        """Load a model by its timm name, with or without a tag, or with timm's prefixes `hf-hub:` and `local-dir:`."""
         try:
             import timm
         except ImportError as error:
@@ -178,12 +167,7 @@ class TransformersSource(SourceModel):
 
     @classmethod
     def load(cls, name: str, random_init: bool) -> "TransformersSource":
-        """Load a folder or a Hub id, optionally with `@REVISION`. `random_init` requires only config.json.
-
-        Raises:
-            OSError: If the model cannot be found or loaded.
-            ConversionError: If the architecture is not supported, or weights are missing.
-        """
+        """Load a folder or a Hub id, optionally with `@REVISION`. `random_init` requires only config.json."""
         path, revision = split_revision(name)
         folder = (
             get_model_folder(path, CONFIG_FILES, revision) if random_init else get_any_model_folder(path, revision)
@@ -292,11 +276,7 @@ def load_source(source: str, random_init: bool = False) -> SourceModel:
 
 
 def get_convertible_class(config: transformers.PreTrainedConfig) -> Any:
-    """Return the class of transformers that loads the convertible part of a checkpoint.
-
-    Raises:
-        ConversionError: If there is none.
-    """
+    """Return the class of transformers that loads the convertible part of a checkpoint."""
     architecture = (config.architectures or [""])[0]
     name = PARTIAL_CLASSES.get(architecture, architecture)
     if not architecture:
@@ -313,10 +293,6 @@ def load_complete_model(model_class: Any, path: str, folder: str) -> tuple[Any, 
     """Load a model of transformers in its saved dtype, and return it with notes on loading.
 
     If the checkpoint has no pooler, the model has none. By default, transformers adds a pooler with random values.
-
-    Raises:
-        OSError: If the model cannot be loaded.
-        ConversionError: If weights are missing.
     """
     notes: list[str] = []
     options: dict[str, Any] = {"dtype": "auto", "output_loading_info": True}

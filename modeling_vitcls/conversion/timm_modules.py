@@ -2,7 +2,7 @@
 
 The fields come from the modules and their shapes, not from the model's name, so models from any
 `timm.create_model(..., **kwargs)` can be converted. Modules are identified by their class names, without importing
-timm. Unsupported features raise an error that names them. The parameter names are in timm_tables.py.
+timm. Unsupported features raise an error that names them. The parameter names are in from_timm.py.
 """
 
 from collections.abc import Callable
@@ -29,11 +29,7 @@ POOLINGS = {"token": "cls", "avg": "mean", "max": "max", "map": "attention"}
 
 
 def read_model(model: TimmModule) -> Fields:
-    """Return the configuration of a `VisionTransformer`, `VisionTransformerDistilled` or `Eva`.
-
-    Raises:
-        ConversionError: If a feature is not supported; the message names the feature.
-    """
+    """Return the configuration of a `VisionTransformer`, `VisionTransformerDistilled` or `Eva`."""
     blocks = read_blocks(model)
     return {
         **read_image_and_patches(model),

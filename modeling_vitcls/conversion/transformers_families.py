@@ -29,16 +29,12 @@ from .weight_rules import (
 
 @dataclass(frozen=True)
 class TransformersFamily:
-    """Rules and configuration of one architecture.
+    """Rules and configuration of one architecture."""
 
-    Attributes:
-        rules: Rules for the weights of the encoder.
-        read_fields: Function of the configuration and the weights that returns fields of `ViTCLSConfig`.
-        prepare: Function that rewrites the weights first, if several weights become one.
-    """
-
-    rules: Sequence[Rule]
+    rules: Sequence[Rule]  # rules for the weights of the encoder
+    # Function of the configuration and the weights that returns fields of `ViTCLSConfig`
     read_fields: Callable[[Any, Weights], Fields]
+    # Function that rewrites the weights first, if several weights become one
     prepare: Callable[[Weights], Weights] = dict
 
 

@@ -31,52 +31,34 @@ PREPROCESSING = (
 
 @dataclasses.dataclass(frozen=True)
 class BatchComparison:
-    """Comparison of one batch of images.
+    """Comparison of one batch of images."""
 
-    Attributes:
-        shape: Shape of the images, [batch, channels, height, width].
-        differences: Largest absolute difference of each output.
-        magnitudes: Largest absolute value of each output of the model.
-    """
-
-    shape: ImageShape
-    differences: dict[str, float]
-    magnitudes: dict[str, float]
+    shape: ImageShape  # shape of the images, [batch, channels, height, width]
+    differences: dict[str, float]  # largest absolute difference of each output
+    magnitudes: dict[str, float]  # largest absolute value of each output of the model
 
 
 @dataclasses.dataclass(frozen=True)
 class ExportReport:
-    """The content of FILE.json.
-
-    Attributes:
-        model: Name of the model, without local folders.
-        weights: "trained", or "random" for a preset.
-        limit: Maximum difference: absolute, and relative to the magnitude.
-        tried: Comparisons of all batches.
-        input: Name, dtype and shape of the input, with names for dynamic axes, and the smallest (height, width).
-        outputs: Names -> shapes of the outputs, with names for dynamic axes.
-        fixed_because: Reason why the image size is fixed although a dynamic size was requested.
-        preprocessing: Settings of the image processor; None if the model has none.
-        labels: Names of outputs -> names of their classes.
-        sha256: File names -> hashes.
-    """
+    """The content of FILE.json."""
 
     format: str
-    model: str
+    model: str  # name of the model, without local folders
     model_class: str
-    weights: str
+    weights: str  # "trained", or "random" for a preset
     dtype: str
     opset: int | None
-    limit: tuple[float, float]
+    limit: tuple[float, float]  # maximum difference: absolute, and relative to the magnitude
     largest_differences: dict[str, float]
-    tried: list[BatchComparison]
+    tried: list[BatchComparison]  # comparisons of all batches
+    # Name, dtype and shape of the input, with names for dynamic axes, and the smallest (height, width)
     input: dict[str, Any]
-    outputs: dict[str, list[int | str]]
-    fixed_because: str
-    preprocessing: dict[str, Any] | None
-    labels: dict[str, list[str]]
+    outputs: dict[str, list[int | str]]  # names -> shapes of the outputs, with names for dynamic axes
+    fixed_because: str  # reason why the image size is fixed although a dynamic size was requested
+    preprocessing: dict[str, Any] | None  # settings of the image processor; None if the model has none
+    labels: dict[str, list[str]]  # names of outputs -> names of their classes
     versions: dict[str, str]
-    sha256: dict[str, str]
+    sha256: dict[str, str]  # file names -> hashes
 
 
 def select_image_shapes(config: ViTCLSConfig, shape: GraphShape) -> list[ImageShape]:
@@ -103,11 +85,7 @@ def select_image_shapes(config: ViTCLSConfig, shape: GraphShape) -> list[ImageSh
 def compare_outputs(
     batches: list[torch.Tensor], expected: list[Outputs], outputs: list[Outputs], dtype: str
 ) -> list[BatchComparison]:
-    """Compare the outputs of a file with the outputs of the model, one comparison per batch.
-
-    Raises:
-        ValueError: If an output has a different name or shape, is NaN, or differs by more than `LIMITS`.
-    """
+    """Compare the outputs of a file with the outputs of the model. Raises ValueError if they exceed `LIMITS`."""
     absolute, relative = LIMITS[dtype]
     comparisons = []
     for images, reference, result in zip(batches, expected, outputs, strict=True):
@@ -154,10 +132,7 @@ def describe_input(config: ViTCLSConfig, shape: GraphShape) -> dict[str, Any]:
 
 
 def describe_outputs(outputs: Outputs, shape: GraphShape) -> dict[str, list[int | str]]:
-    """Return the shape of each output, with names for dynamic axes.
-
-    Outputs [B, N, D] and [B, D, rows, columns] depend on the image size.
-    """
+    """Return the shape of each output, with names for the axes of [B, N, D] and [B, D, rows, columns]."""
     shapes: dict[str, list[int | str]] = {}
     for name, output in outputs.items():
         axes: list[int | str] = ["batch", *output.shape[1:]]

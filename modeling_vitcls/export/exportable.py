@@ -36,16 +36,11 @@ Outputs = dict[str, torch.Tensor]
 
 @dataclass(frozen=True)
 class ExportableModel:
-    """A model in float32 and eval mode.
-
-    Attributes:
-        processor: Image processor; None if the checkpoint has none.
-        is_trained: False for a preset, which has random weights.
-    """
+    """A model in float32 and eval mode."""
 
     model: ViTCLSPreTrainedModel
-    processor: ViTCLSImageProcessor | None
-    is_trained: bool
+    processor: ViTCLSImageProcessor | None  # image processor; None if the checkpoint has none
+    is_trained: bool  # False for a preset, which has random weights
 
 
 class NamedOutputs(nn.Module):
@@ -131,11 +126,7 @@ def load_exportable(source: str) -> ExportableModel:
 
 
 def load_complete_model(model_class: Any, source: str, folder: str) -> ViTCLSPreTrainedModel:
-    """Load a model in float32, without a pooler if the checkpoint has none.
-
-    Raises:
-        ValueError: If other weights are missing.
-    """
+    """Load a model in float32, without a pooler if the checkpoint has none."""
     keywords: dict[str, Any] = {"dtype": torch.float32, "output_loading_info": True}
     model, info = load_checkpoint(model_class.from_pretrained, folder, **keywords)
     missing = sorted(info["missing_keys"])

@@ -113,11 +113,7 @@ def check_does_not_exist(file: Path) -> None:
 
 
 def move_files(source: Path, target: Path) -> None:
-    """Move all files of a folder to another folder, which is created if it does not exist.
-
-    Raises:
-        ValueError: If a file exists in the target; then no file is moved.
-    """
+    """Move all files of a folder to another folder, or no file if a file exists in the target."""
     files = sorted(source.iterdir())
     for file in files:
         check_does_not_exist(target / file.name)

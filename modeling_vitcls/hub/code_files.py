@@ -39,17 +39,11 @@ READING_ORDER = (
 
 @dataclass(frozen=True)
 class CodeComparison:
-    """Code files of a model that differ from this package, by name.
+    """Code files of a model that differ from this package, by name."""
 
-    Attributes:
-        changed: Files with another content.
-        missing: Files that only this package has.
-        added: Python files that only the model has.
-    """
-
-    changed: list[str]
-    missing: list[str]
-    added: list[str]
+    changed: list[str]  # files with another content
+    missing: list[str]  # files that only this package has
+    added: list[str]  # Python files that only the model has
 
     def describe(self) -> str:
         """Return one line."""
@@ -80,11 +74,7 @@ def compute_code_digest(folder: Path = PACKAGE) -> str:
 
 
 def read_code_license() -> bytes:
-    """Return the text of the license of the code files.
-
-    Raises:
-        ValueError: If neither the checkout nor the installed package contains it.
-    """
+    """Return the text of the license of the code files. Raises ValueError if it is not installed."""
     checkout = PACKAGE.parent / "LICENSE"
     if checkout.is_file():
         return checkout.read_bytes()

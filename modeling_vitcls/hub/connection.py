@@ -139,16 +139,13 @@ def silence_hub_client(show_progress: bool) -> Iterator[None]:
 def retry(
     action: Callable[[], Result], what: str, waits: Sequence[float] | None = None, level: int = logging.WARNING
 ) -> Result:
-    """Return the result of an action; repeat the action after temporary failures.
+    """Return the result of an action, which is repeated after temporary failures; at last, its error is raised.
 
     Args:
         action: The function to call.
         what: Name of the action in the log line before each retry, such as "pushing to someone/model".
         waits: Seconds before each retry. Default: `RETRY_WAITS`.
         level: Level of the log line.
-
-    Raises:
-        The last error of the action.
     """
     for wait in RETRY_WAITS if waits is None else waits:
         try:

@@ -30,7 +30,7 @@ from .connection import HUB_ERRORS, check_is_online, format_hub_error, get_endpo
 from .local_paths import check_output_is_empty
 from .manifest import CODE_REFERENCE_FILES, RepoFiles
 from .publish import TIMEOUT, PushFailed, PushResult, build_push_command
-from .revisions import HubCommit, resolve_code_commit, resolve_commit
+from .revisions import HubCommit, download_commit, resolve_code_commit, resolve_commit
 
 
 PACKAGE = Path(__file__).parents[1]
@@ -102,14 +102,10 @@ this page on your own machine: `pip install gradio=={gradio} -r requirements.txt
 
 @dataclass(frozen=True)
 class PublishedModel:
-    """A vitcls model on the Hub.
+    """A vitcls model on the Hub."""
 
-    Attributes:
-        weights: The commit of the model.
-        code: The commit of the repository with the code; None if the code is next to the weights.
-    """
-
-    weights: HubCommit
+    weights: HubCommit  # the commit of the model
+    # The commit of the repository with the code; None if the code is next to the weights
     code: HubCommit | None = None
 
     @property
@@ -129,15 +125,10 @@ class PublishedModel:
 
 
 def find_published_model(repo_id: str, revision: str = "main") -> PublishedModel:
-    """Look up a model on the Hub.
+    """Look up a model on the Hub by its id and a commit hash, branch or tag.
 
-    Args:
-        repo_id: `namespace/name`.
-        revision: Commit hash, branch or tag.
-
-    Raises:
-        ValueError: If it is a local folder, is not on the Hub, or is not a vitcls model.
-        OSError: If the Hub does not respond.
+    Raises ValueError if it is a local folder, is not on the Hub, or is not a vitcls model, and OSError if the Hub does
+    not respond.
     """
     if Path(repo_id).is_dir():
         command = build_push_command(Path(repo_id), f"YOUR-NAME/{Path(repo_id).resolve().name}")
@@ -146,16 +137,8 @@ def find_published_model(repo_id: str, revision: str = "main") -> PublishedModel
         )
     check_is_online()
     weights = resolve_commit(repo_id, revision)
-    patterns = list(CODE_REFERENCE_FILES)
-    try:
-        with set_hub_timeout(TIMEOUT):
-            folder = retry(
-                lambda: HfApi().snapshot_download(repo_id, revision=weights.commit, allow_patterns=patterns),
-                f"reading {repo_id}",
-            )
-    except HUB_ERRORS as error:
-        raise OSError(f"cannot read {repo_id} from the Hub: {format_hub_error(error)}") from error
-    config, preprocessor_config = (Path(folder, name) for name in CODE_REFERENCE_FILES)
+    folder = download_commit(weights, CODE_REFERENCE_FILES)
+    config, preprocessor_config = (folder / name for name in CODE_REFERENCE_FILES)
     settings = read_json(config) if config.is_file() else {}
     if settings.get("model_type") != ViTCLSConfig.model_type or "auto_map" not in settings:
         raise ValueError(
@@ -164,7 +147,7 @@ def find_published_model(repo_id: str, revision: str = "main") -> PublishedModel
         )
     if not preprocessor_config.is_file():
         raise ValueError(f"{repo_id} has no preprocessor_config.json. Save the image processor next to the model")
-    return PublishedModel(weights, resolve_code_commit(weights, Path(folder)))
+    return PublishedModel(weights, resolve_code_commit(weights, folder))
 
 
 # Files ---------------------------------------------------------------------------------------------------------------
@@ -267,8 +250,7 @@ def collect_examples(examples: Iterable[Path]) -> RepoFiles:
 def write_space(files: RepoFiles, folder: Path) -> None:
     """Write the files to a folder, to run the page locally (`python app.py`) or to create a Space from it.
 
-    Raises:
-        ValueError: If the folder is not empty.
+    Raises ValueError if the folder is not empty.
     """
     check_output_is_empty(folder)
     for name, content in files.items():
@@ -292,7 +274,7 @@ def push_space(
         model: The model that the Space shows.
         space_id: `namespace/name`.
         private: Whether a new Space is private.
-        title: The title given to `build_space_files`, for the command that completes a failed push.
+        title: The title given to `build_space_files`, for the command in the error message.
 
     Raises:
         PushFailed: If the push fails. The message is one line and ends with the command that completes the push.
@@ -334,4 +316,4 @@ def build_space_command(
     flags += ["--title", title] if title else []
     examples = [str(file) for name, file in files.items() if name.startswith(f"{EXAMPLES}/")]
     flags += ["--examples", *examples] if examples else []
-    return f"python scripts/push_space.py {shlex.join(flags)}"
+    return f"vitcls space {shlex.join(flags)}"

@@ -100,15 +100,12 @@ class ModelLoader(Protocol):
 
 @dataclass(frozen=True)
 class HubLoader:
-    """Loads a model from the Hub, or from a folder, through the Auto classes and the pipeline.
-
-    Attributes:
-        trust_remote_code: Whether the repository's own code is used; otherwise the classes are part of transformers.
-    """
+    """Loads a model from the Hub, or from a folder, through the Auto classes and the pipeline."""
 
     repo_id: str
     revision: str = "main"
     code_revision: str | None = None
+    # Whether the repository's own code is used; otherwise the classes are part of transformers
     trust_remote_code: bool = True
 
     def get_options(self) -> dict[str, Any]:

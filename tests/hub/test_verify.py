@@ -25,10 +25,16 @@ from modeling_vitcls.hub import connection
 from modeling_vitcls.hub.publish import push_folder
 from modeling_vitcls.hub.revisions import HubCommit
 from modeling_vitcls.hub.shared_code import pin_code_in_card, use_shared_code
-from modeling_vitcls.hub.verification_process import NotVerified, build_clean_environment
 from modeling_vitcls.hub.verification_reference import PackageLoader
 from modeling_vitcls.hub.verification_script import AUTO_CLASSES, collect_outputs
-from modeling_vitcls.hub.verify import check_script_report, compare_outputs, verify, verify_push
+from modeling_vitcls.hub.verify import (
+    NotVerified,
+    build_clean_environment,
+    check_script_report,
+    compare_outputs,
+    verify,
+    verify_push,
+)
 
 
 ROOT = Path(__file__).parents[2]
