@@ -39,7 +39,7 @@ def build_conversion_card(
     """Build the card of a converted model.
 
     A push replaces `name`, the name of the model's folder, with the name of the repository. `images` are paths in the
-    folder, as returned by `write_card_images`. `is_native` is True for a vitcls model converted to a class of transformers.
+    folder, as returned by `write_card_images`. `is_native` is True for a class of transformers.
     """
     sequence_length = config.token_layout.get_num_tokens(*config.grid_size)
     layout = {group: len(range(sequence_length)[tokens]) for group, tokens in config.token_layout.items()}
