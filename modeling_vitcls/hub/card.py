@@ -106,8 +106,8 @@ def build_checkpoint_card(
 ) -> ModelCard:
     """Build the card of one checkpoint on a branch of `repo_id`, after `step` optimizer steps.
 
-    `architecture` is the model's class, and `metadata` the license, base model and dataset as keywords of ModelCardData.
-    `with_optimizer` is True if the files for `--resume` are published as well.
+    `architecture` is the model's class. `metadata` are the license, base model and dataset as keywords of
+    ModelCardData. `with_optimizer` is True if the files for `--resume` are published as well.
     """
     return render_card(
         "checkpoint",

@@ -122,7 +122,7 @@ def get_model_folder(source: str, files: Sequence[str] = MODEL_FILES, revision: 
 def check_is_vitcls(source: str, folder: str | Path) -> dict[str, Any]:
     """Check that a folder contains a vitcls model, and return the values in its config.json.
 
-    `source` is the name of the model in the error message. Raises ValueError for another type or a damaged config.json,
+    `source` is the name of the model in error messages. Raises ValueError for another type or a damaged config.json,
     and OSError if config.json is missing.
     """
     check_folder(str(folder), config_is_elsewhere=False)
@@ -283,12 +283,11 @@ def describe_missing_repo(name: str, repo_type: RepoType = "model") -> str:
 
     The Hub returns the same response for missing and for private repositories.
     """
+    path_noun = PATH_NOUNS[repo_type]
     if not is_hub_id(name):
-        return (
-            f"{name} is not a {PATH_NOUNS[repo_type]} and not a valid id of a {repo_type} on the Hub. Check the path"
-        )
+        return f"{name} is not a {path_noun} and not a valid id of a {repo_type} on the Hub. Check the path"
     return (
-        f"{name} is not a {PATH_NOUNS[repo_type]}, and the Hub has no such {repo_type}, or it is private and the token "
+        f"{name} is not a {path_noun}, and the Hub has no such {repo_type}, or it is private and the token "
         "cannot read it. Check the name, log in with `hf auth login`, or set HF_TOKEN"
     )
 

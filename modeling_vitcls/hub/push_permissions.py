@@ -36,8 +36,8 @@ def check_push_permissions(
         repo_type: Type of the repository.
 
     Raises:
-        ValueError: If the token, the namespace, the name or the visibility does not permit the push. The message is one
-            line with the remedy.
+        ValueError: If the token, the namespace, the name or the visibility does not permit the push. The message is
+            one line with the remedy.
         OSError: If the Hub does not respond.
     """
     check_is_online()

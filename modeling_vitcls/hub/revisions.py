@@ -82,8 +82,8 @@ def download_commit(commit: HubCommit, patterns: Sequence[str], folder: Path | N
 def resolve_code_commit(model: HubCommit, files: Path) -> HubCommit | None:
     """Return the newest commit of the repository with the model's code; None if the model has its own code.
 
-    `files` is the folder with the model's files. Raises ValueError if the code is in several repositories, and errors of
-    `resolve_commit`.
+    `files` is the folder with the model's files. Raises ValueError if the code is in several repositories, and the
+    errors of `resolve_commit`.
     """
     try:
         repo_id = find_code_repository(files, model.repo_id)

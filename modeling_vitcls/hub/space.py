@@ -59,16 +59,8 @@ PAGE_FILES = (
 )
 # Libraries that these files and the model's code import. gradio comes with the Space's SDK.
 REQUIRED_LIBRARIES = (
-    "huggingface_hub",
-    "matplotlib",
-    "numpy",
-    "pillow",
-    "scikit-learn",
-    "safetensors",
-    "torch",
-    "torchvision",
-    "transformers",
-)
+    "huggingface_hub matplotlib numpy pillow scikit-learn safetensors torch torchvision transformers"
+).split()
 
 APP_TEMPLATE = '''"""The page of a model, which is defined in {folder}/."""
 
