@@ -6,7 +6,7 @@
     resolve_checkpoint("timm:vit_small_patch16_224")    a model of timm: its conversion
     resolve_checkpoint("dinov2_vits14_pretrain.pth")    a published state dict: its conversion
 
-A conversion is checked as in scripts/convert.py: it is cached only if its outputs equal the outputs of the source. Its
+A conversion is checked as by `vitcls convert`: it is cached only if its outputs equal the outputs of the source. Its
 parity report records the source, the commit and the versions. The cache is the folder `vitcls/converted` next to the
 cache of the Hub. If the source or the version of this package changes, it is converted again.
 """

@@ -49,17 +49,13 @@ POLICIES: tuple[Fields, ...] = tuple(
 MAX_MLP_RATIO = 16
 
 
-def keep_weights(encoder: WeightDict, head: WeightDict, old: ViTCLSConfig, new: ViTCLSConfig) -> None:
-    """Change nothing."""
-
-
 @dataclass(frozen=True)
 class Rewrite:
     """An equivalent form of a model."""
 
     fields: frozenset[str]  # fields that the rewrite may change
     list_changes: Callable[[ViTCLSConfig], list[Fields]]  # returns the possible new values of fields
-    rewrite_weights: RewriteWeights = keep_weights  # changes the weights to the new form
+    rewrite_weights: RewriteWeights = lambda encoder, head, old, new: None  # changes the weights to the new form
     at_native_size_only: bool = False  # whether the outputs are the same only for images of `config.image_size`
 
 

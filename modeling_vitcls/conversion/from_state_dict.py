@@ -139,42 +139,13 @@ DINOV3_RULES = [
 PREFIXES = ("params/img/", "params/", "opt/target/img/", "opt/target/", "img/")
 
 
-def transpose_kernel(tensor: torch.Tensor, config: ViTCLSConfig) -> Sequence[torch.Tensor]:
-    """Convert a kernel [in, out] to a weight [out, in]."""
-    return [tensor.T]
-
-
-def convert_qkv_kernel(tensor: torch.Tensor, config: ViTCLSConfig) -> Sequence[torch.Tensor]:
-    """Convert a kernel [D, heads, head_dim] to a weight [heads * head_dim, D]."""
-    return [tensor.flatten(1).T]
-
-
-def convert_output_kernel(tensor: torch.Tensor, config: ViTCLSConfig) -> Sequence[torch.Tensor]:
-    """Convert a kernel [heads, head_dim, D] to a weight [D, heads * head_dim]."""
-    return [tensor.flatten(0, 1).T]
-
-
-def flatten_bias(tensor: torch.Tensor, config: ViTCLSConfig) -> Sequence[torch.Tensor]:
-    """Flatten a bias [heads, head_dim] to [heads * head_dim]."""
-    return [tensor.flatten()]
-
-
-def convert_patch_kernel(tensor: torch.Tensor, config: ViTCLSConfig) -> Sequence[torch.Tensor]:
-    """Convert a kernel [height, width, C, D] to a weight [D, C, height, width]."""
-    return [tensor.permute(3, 2, 0, 1)]
-
-
 def build_attention_rules(source: str, target: str) -> list[Rule]:
-    """Build the rules for query, key, value and output projections."""
+    """Build the rules for query, key, value and output projections. The output kernel is [heads, head_dim, D]."""
     return [
-        rule
-        for name, letter in (("query", "q"), ("key", "k"), ("value", "v"))
-        for rule in (
-            Rule(f"{source}/{name}/kernel", f"{target}.{letter}_proj.weight", convert_qkv_kernel),
-            Rule(f"{source}/{name}/bias", f"{target}.{letter}_proj.bias", flatten_bias),
-        )
-    ] + [
-        Rule(f"{source}/out/kernel", f"{target}.o_proj.weight", convert_output_kernel),
+        *build_dense_rules(f"{source}/query", f"{target}.q_proj"),
+        *build_dense_rules(f"{source}/key", f"{target}.k_proj"),
+        *build_dense_rules(f"{source}/value", f"{target}.v_proj"),
+        Rule(f"{source}/out/kernel", f"{target}.o_proj.weight", lambda kernel, config: [kernel.flatten(0, 1).T]),
         Rule(f"{source}/out/bias", f"{target}.o_proj.bias"),
     ]
 
@@ -185,8 +156,11 @@ def build_norm_rules(source: str, target: str) -> list[Rule]:
 
 
 def build_dense_rules(source: str, target: str) -> list[Rule]:
-    """Build the rules for kernel and bias of a dense layer."""
-    return [Rule(f"{source}/kernel", f"{target}.weight", transpose_kernel), Rule(f"{source}/bias", f"{target}.bias")]
+    """Build the rules for a kernel [in, out] or [in, heads, head_dim] and its bias."""
+    return [
+        Rule(f"{source}/kernel", f"{target}.weight", lambda kernel, config: [kernel.flatten(1).T]),
+        Rule(f"{source}/bias", f"{target}.bias", lambda bias, config: [bias.flatten()]),
+    ]
 
 
 BLOCK = "Transformer/encoderblock_{i}"
@@ -194,7 +168,11 @@ BLOCK = "Transformer/encoderblock_{i}"
 # `{n}` is the index of a module in its block, which differs between the two projects.
 BIG_VISION_RULES = [
     Rule("cls", "embeddings.cls_token"),
-    Rule("embedding/kernel", "embeddings.patch_embeddings.projection.weight", convert_patch_kernel),
+    Rule(
+        "embedding/kernel",
+        "embeddings.patch_embeddings.projection.weight",
+        lambda kernel, config: [kernel.permute(3, 2, 0, 1)],
+    ),
     Rule("embedding/bias", "embeddings.patch_embeddings.projection.bias"),
     Rule("pos_embedding", POSITIONS, split_positions, axis=1),
     Rule("Transformer/posembed_input/pos_embedding", POSITIONS, split_positions, axis=1),
@@ -367,12 +345,12 @@ def read_big_vision(weights: Weights) -> Fields:
     """Return the fields of a big_vision model. `nn.gelu` of Flax is the tanh approximation."""
     patch_height, patch_width, channels, width = get_weight(weights, "embedding/kernel").shape
     blocks = [int(match[1]) for name in weights if (match := re.match(r"Transformer/encoderblock_(\d+)/", name))]
-    first_block = {name.removeprefix("Transformer/encoderblock_0/"): weight for name, weight in weights.items()}
-    query = next(
-        (weight for name, weight in first_block.items() if re.fullmatch(r"MultiHead\w+/query/kernel", name)), None
+    patterns = (
+        r"Transformer/encoderblock_0/MultiHead\w+/query/kernel",
+        r"Transformer/encoderblock_0/MlpBlock_\d/Dense_0/kernel",
     )
-    mlp = next(
-        (weight for name, weight in first_block.items() if re.fullmatch(r"MlpBlock_\d/Dense_0/kernel", name)), None
+    query, mlp = (
+        next((weight for name, weight in weights.items() if re.fullmatch(pattern, name)), None) for pattern in patterns
     )
     if query is None or mlp is None:
         raise ConversionError(

@@ -182,31 +182,16 @@ GATED_MLP = ["layers.{i}.mlp.gate_proj.{rest}", "layers.{i}.mlp.up_proj.{rest}"]
 LAYER_SCALES = ["layers.{i}.layer_scale1.lambda1", "layers.{i}.layer_scale2.lambda1"]
 
 
-def split_halves_swapped(tensor: torch.Tensor, config: ViTCLSConfig) -> Sequence[torch.Tensor]:
-    """Split two fused projections [2 * D, ...] into two tensors [D, ...], second half first."""
-    return tensor.chunk(2)[::-1]
-
-
-def repeat_kv(tensor: torch.Tensor, config: ViTCLSConfig) -> Sequence[torch.Tensor]:
-    """Repeat the key or value heads [heads * head_dim, ...] of grouped-query attention for every query head."""
-    heads = tensor.unflatten(0, (-1, config.head_dim))
-    return [heads.repeat_interleave(config.num_attention_heads // len(heads), dim=0).flatten(0, 1)]
-
-
 def split_mlp_qkv(tensor: torch.Tensor, config: ViTCLSConfig) -> Sequence[torch.Tensor]:
     """Split the input projection of a parallel block [mlp + 3 * D, ...] into MLP, query, key and value."""
     mlp, qkv = tensor.tensor_split([config.intermediate_size])
     return [mlp, *qkv.chunk(3)]
 
 
-def split_attention_mlp(tensor: torch.Tensor, config: ViTCLSConfig) -> Sequence[torch.Tensor]:
-    """Split the output projection of a parallel block [D, D + mlp] into attention and MLP."""
-    return tensor.tensor_split([config.hidden_size], dim=1)
-
-
-def append_unit_scale(tensor: torch.Tensor, config: ViTCLSConfig) -> Sequence[torch.Tensor]:
-    """Return the LayerScale of attention, and LayerScale values of 1 for the MLP."""
-    return [tensor, torch.ones_like(tensor)]
+def repeat_kv(tensor: torch.Tensor, config: ViTCLSConfig) -> Sequence[torch.Tensor]:
+    """Repeat the key or value heads [heads * head_dim, ...] of grouped-query attention for every query head."""
+    heads = tensor.unflatten(0, (-1, config.head_dim))
+    return [heads.repeat_interleave(config.num_attention_heads // len(heads), dim=0).flatten(0, 1)]
 
 
 STEM_RULES = [
@@ -252,7 +237,7 @@ PARALLEL_RULES = [
     Rule(
         "blocks.{i}.out_proj.weight",
         ["layers.{i}.attention.o_proj.weight", "layers.{i}.mlp.fc2.weight"],
-        split_attention_mlp,
+        lambda tensor, config: tensor.tensor_split([config.hidden_size], dim=1),
         axis=1,
     ),
     Rule(
@@ -271,7 +256,7 @@ MLP_RULES = {
         MLP_NORM,
     ],
     "GluMlp, gate first": [Rule("blocks.{i}.mlp.fc1.{rest}", GATED_MLP, split_halves), MLP_DOWN, MLP_NORM],
-    "GluMlp, gate last": [Rule("blocks.{i}.mlp.fc1.{rest}", GATED_MLP, split_halves_swapped), MLP_DOWN, MLP_NORM],
+    "GluMlp, gate last": [Rule("blocks.{i}.mlp.fc1.{rest}", GATED_MLP[::-1], split_halves), MLP_DOWN, MLP_NORM],
     "SwiGLU": [
         Rule("blocks.{i}.mlp.fc1_g.{rest}", "layers.{i}.mlp.gate_proj.{rest}"),
         Rule("blocks.{i}.mlp.fc1_x.{rest}", "layers.{i}.mlp.up_proj.{rest}"),
@@ -280,7 +265,10 @@ MLP_RULES = {
     ],
 }
 
-ATTENTION_SCALE_RULES = [Rule("blocks.{i}.gamma_1", LAYER_SCALES, append_unit_scale)]
+# If only attention has LayerScale, the LayerScale values of the MLP are 1.
+ATTENTION_SCALE_RULES = [
+    Rule("blocks.{i}.gamma_1", LAYER_SCALES, lambda tensor, config: [tensor, torch.ones_like(tensor)])
+]
 
 
 def build_head_rules(attention_pool: str) -> list[Rule]:

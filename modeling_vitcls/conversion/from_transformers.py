@@ -25,7 +25,6 @@ from .transformers_families import (
     DATA2VEC,
     DEIT,
     DINOV2,
-    DINOV2_WITH_REGISTERS,
     DINOV3,
     IJEPA,
     PIXIO,
@@ -152,10 +151,8 @@ CONVERTIBLE_CLASSES: dict[str, ConvertibleClass] = {
     "IJepaForImageClassification": ConvertibleClass(IJEPA, "ijepa"),
     "Dinov2Model": ConvertibleClass(DINOV2),
     "Dinov2ForImageClassification": ConvertibleClass(DINOV2, "dinov2", CLS_AND_MEAN),
-    "Dinov2WithRegistersModel": ConvertibleClass(DINOV2_WITH_REGISTERS),
-    "Dinov2WithRegistersForImageClassification": ConvertibleClass(
-        DINOV2_WITH_REGISTERS, "dinov2_with_registers", CLS_AND_MEAN
-    ),
+    "Dinov2WithRegistersModel": ConvertibleClass(DINOV2),
+    "Dinov2WithRegistersForImageClassification": ConvertibleClass(DINOV2, "dinov2_with_registers", CLS_AND_MEAN),
     "DINOv3ViTModel": ConvertibleClass(DINOV3),
     "CLIPVisionModel": ConvertibleClass(CLIP, fields=POOLED_NORM),
     "CLIPVisionModelWithProjection": ConvertibleClass(

@@ -15,6 +15,7 @@ Families with rules are converted in from_state_dict.py; the others (`TIMM_FAMIL
 import argparse
 import math
 import re
+import sys
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -33,7 +34,7 @@ from ..positions_vitcls import resample_positions
 from .from_state_dict import FAMILIES, convert_state_dict
 from .from_timm import convert_from_timm
 from .processors import ConvertedPreprocessing, build_default_preprocessing, convert_timm_preprocessing
-from .source_models import Outputs, TimmSource, check_not_pickled_code
+from .source_models import Outputs, TimmSource, check_not_pickled_code, import_timm
 from .weight_rules import ClassifierChoice, ConversionError, Weights
 
 
@@ -94,23 +95,16 @@ FILE_FAMILIES = (*FAMILIES, *TIMM_FAMILIES)
 
 
 class FileSource(TimmSource):
-    """A published state dict, and timm's model of its family with the same weights.
-
-    Attributes:
-        family: Name of the family.
-        weights: The state dict of the image encoder, without containers and prefixes.
-        sha256: Hash of the file.
-        linear_head: Weight and bias of DINOv2's linear classifier, which timm does not have; None without it.
-    """
+    """A published state dict of an image encoder, and timm's model of its family with the same weights."""
 
     model: Any  # a model of timm
 
     def __init__(self, file: Path, family: str, weights: Weights, model: nn.Module, notes: list[str]) -> None:
         super().__init__(str(file), model, None, notes)
-        self.model: Any
         self.family = family
-        self.weights = weights
+        self.weights = weights  # without containers and prefixes
         self.sha256 = compute_file_digest(file)
+        # Weight and bias of DINOv2's linear classifier, which timm does not have.
         self.linear_head = (
             (weights["linear_head.weight"], weights["linear_head.bias"]) if "linear_head.weight" in weights else None
         )
@@ -277,7 +271,7 @@ def detect_family(weights: Weights, container: str | None, file: Path) -> str:
 
 def build_reference(weights: Weights, family: str, converted: ViTCLSPreTrainedModel, file: Path) -> Any:
     """Build timm's model for the weights of a family with rules; `converted` is the converted model."""
-    timm, eva, vision_transformer = import_timm()
+    timm = import_timm()
     config: ViTCLSConfig = converted.config
     is_gated = config.mlp_type != "mlp"
     has_head = isinstance(converted, ViTCLSForImageClassification) and "linear_head.weight" not in weights
@@ -304,9 +298,7 @@ def build_reference(weights: Weights, family: str, converted: ViTCLSPreTrainedMo
     }
     if family == "dinov2":
         tensors.setdefault("mask_token", torch.zeros(1))  # timm recognizes DINOv2 by this name
-    module = eva if isinstance(model, eva.Eva) else vision_transformer
-    adapt = {"adapt_layer_scale": True} if name.startswith("deit3") else {}
-    model.load_state_dict(module.checkpoint_filter_fn(tensors, model, **adapt))
+    load_timm_weights(model, tensors, **({"adapt_layer_scale": True} if name.startswith("deit3") else {}))
     if config.rope_periods is not None:
         periods = torch.tensor(config.rope_periods)
         model.rope._compute_periods = lambda device="cpu", dtype=torch.float32: periods.to(device, dtype)
@@ -346,7 +338,7 @@ def load_npz(timm: Any, name: str, options: dict[str, Any], config: ViTCLSConfig
 
 def build_timm_model(weights: Weights, family: str) -> Any:
     """Build timm's model of a family without rules, from the width, patch size and grid of the weights."""
-    timm, eva, vision_transformer = import_timm()
+    timm = import_timm()
     kernel = next(
         tensor
         for name, tensor in weights.items()
@@ -373,19 +365,14 @@ def build_timm_model(weights: Weights, family: str) -> Any:
     model = timm.create_model(name, pretrained=False, **options)
     if family == "clip" and "class_embedding" in weights:
         weights = {f"visual.{name}": tensor for name, tensor in weights.items()}
-    module = eva if isinstance(model, eva.Eva) else vision_transformer
-    model.load_state_dict(module.checkpoint_filter_fn(dict(weights), model))
+    load_timm_weights(model, weights)
     return model
 
 
-def import_timm() -> tuple[Any, Any, Any]:
-    """Return timm and its modules `eva` and `vision_transformer`. Raises ConversionError if timm is not installed."""
-    try:
-        import timm
-        from timm.models import eva, vision_transformer
-    except ImportError as error:
-        raise ConversionError("a file requires timm, but it is not installed. Run pip install timm") from error
-    return timm, eva, vision_transformer
+def load_timm_weights(model: Any, weights: Weights, **options: bool) -> None:
+    """Load published weights into a model of timm, with the conversion function of timm's module."""
+    module = sys.modules[type(model).__module__]
+    model.load_state_dict(module.checkpoint_filter_fn(dict(weights), model, **options))
 
 
 def describe_differences(family: str, config: ViTCLSConfig) -> list[str]:

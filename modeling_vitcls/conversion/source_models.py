@@ -58,24 +58,14 @@ PARTIAL_CLASSES = {
 }
 
 
-WHAT_TO_DO_WITH_VITCLS = "Use it as --model, or write it as a class of transformers with --to transformers --model"
-
-
 class SourceModel(ABC):
-    """A model of another project.
-
-    Attributes:
-        name: Name on the command line.
-        model: The model in eval mode.
-        revision: Commit hash on the Hub; None if it is unknown.
-        notes: Sentences for the user on how the model was loaded.
-    """
+    """A model of another project."""
 
     def __init__(self, name: str, model: nn.Module, revision: str | None, notes: list[str]) -> None:
-        self.name = name
+        self.name = name  # on the command line
         self.model = model.eval()
-        self.revision = revision
-        self.notes = notes
+        self.revision = revision  # commit hash on the Hub; None if it is unknown
+        self.notes = notes  # sentences for the user on how the model was loaded
 
     @property
     @abstractmethod
@@ -109,12 +99,7 @@ class TimmSource(SourceModel):
     @classmethod
     def load(cls, name: str, random_init: bool) -> "TimmSource":
         """Load a model by its timm name, with or without a tag, or with timm's prefixes `hf-hub:` and `local-dir:`."""
-        try:
-            import timm
-        except ImportError as error:
-            raise ConversionError(
-                "a timm source requires timm, but it is not installed. Run pip install timm"
-            ) from error
+        timm = import_timm()
         architecture = name.partition(".")[0]
         if ":" not in name and not timm.is_model(architecture):
             similar = difflib.get_close_matches(architecture, timm.list_models(), n=1)
@@ -182,7 +167,10 @@ class TransformersSource(SourceModel):
                 ) from error
             raise OSError(f"transformers cannot read the configuration of {path}: {format_error(error)}") from error
         if config.model_type == "vitcls":
-            raise ConversionError(f"{path} is a ViTCLS model already. {WHAT_TO_DO_WITH_VITCLS}")
+            raise ConversionError(
+                f"{path} is a ViTCLS model already. Use it as --model, or write it as a class of transformers with "
+                "--to transformers --model"
+            )
         model_class = get_convertible_class(config)
         if random_init:
             return cls(path, folder, randomize_weights(model_class(config)), [])
@@ -273,6 +261,15 @@ def load_source(source: str, random_init: bool = False) -> SourceModel:
     if project not in LOADERS or not name:
         raise ConversionError(f"source {source!r} is not supported. Use timm:NAME or transformers:PATH_OR_ID")
     return LOADERS[project](name, random_init)
+
+
+def import_timm() -> Any:
+    """Return the module timm. Raises ConversionError if it is not installed."""
+    try:
+        import timm
+    except ImportError as error:
+        raise ConversionError("the source requires timm, but it is not installed. Run pip install timm") from error
+    return timm
 
 
 def get_convertible_class(config: transformers.PreTrainedConfig) -> Any:

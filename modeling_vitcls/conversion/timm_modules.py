@@ -30,7 +30,10 @@ POOLINGS = {"token": "cls", "avg": "mean", "max": "max", "map": "attention"}
 
 def read_model(model: TimmModule) -> Fields:
     """Return the configuration of a `VisionTransformer`, `VisionTransformerDistilled` or `Eva`."""
-    blocks = read_blocks(model)
+    first_block = model.blocks[0]  # the other blocks differ only in the number of key and value heads
+    block_class = get_class_name(first_block)
+    check_supported(block_class in BLOCKS, f"blocks of class {block_class}")
+    blocks = BLOCKS[block_class](first_block)
     return {
         **read_image_and_patches(model),
         **read_tokens(model),
@@ -38,6 +41,7 @@ def read_model(model: TimmModule) -> Fields:
         **read_rotary_positions(model),
         **read_norms(model),
         **blocks,
+        "num_hidden_layers": len(model.blocks),
         "drop_path_rate": read_drop_path_rate(model.blocks[-1]),
         **read_pooling(model, blocks.get("hidden_act")),
         **read_labels(model),
@@ -133,15 +137,10 @@ def read_centered_coordinates(rope: TimmModule) -> Fields:
     return {"rope_coordinates": "centered"}
 
 
-def read_mixed_coordinates(rope: TimmModule) -> Fields:
-    """Return the fields of coordinates in patches with learned frequencies (RoPE-ViT)."""
-    return {"rope_coordinates": "grid"}
-
-
 ROTARY_POSITIONS: dict[str, Callable[[TimmModule], Fields]] = {
     "RotaryEmbeddingCat": read_grid_coordinates,
     "RotaryEmbeddingDinoV3": read_centered_coordinates,
-    "RotaryEmbeddingMixed": read_mixed_coordinates,
+    "RotaryEmbeddingMixed": lambda rope: {"rope_coordinates": "grid"},  # with learned frequencies (RoPE-ViT)
 }
 
 
@@ -165,13 +164,6 @@ def read_norms(model: TimmModule) -> Fields:
         "final_norm": is_present(model.norm),
         "pooled_norm": is_present(model.fc_norm),
     }
-
-
-def read_blocks(model: TimmModule) -> Fields:
-    """Return the fields of the blocks, which differ only in the number of key and value heads."""
-    block = model.blocks[0]
-    check_supported(get_class_name(block) in BLOCKS, f"blocks of class {get_class_name(block)}")
-    return {"num_hidden_layers": len(model.blocks), **BLOCKS[get_class_name(block)](block)}
 
 
 def read_block(block: TimmModule) -> Fields:

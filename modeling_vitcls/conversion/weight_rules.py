@@ -40,11 +40,6 @@ class ConversionError(ValueError):
     """A checkpoint that cannot be converted exactly; the message names the unsupported feature."""
 
 
-def keep_tensor(tensor: torch.Tensor, config: ViTCLSConfig) -> Sequence[torch.Tensor]:
-    """Return the tensor unchanged."""
-    return [tensor]
-
-
 def split_qkv(tensor: torch.Tensor, config: ViTCLSConfig) -> Sequence[torch.Tensor]:
     """Split a fused query, key and value projection [3 * D, ...] into three tensors [D, ...]."""
     return tensor.chunk(3)
@@ -87,7 +82,7 @@ class Rule:
     targets: str | Sequence[str]  # parameter names in this package; empty if the parameter is ignored
     # Function that returns one tensor per target. A tensor without elements is skipped, for example the positions of a
     # token group that the model does not have.
-    transform: Transform = keep_tensor
+    transform: Transform = lambda tensor, config: [tensor]
     axis: int = 0  # axis along which the targets are concatenated in the reverse direction
 
     def match(self, name: str) -> dict[str, str] | None:
@@ -99,9 +94,7 @@ class Rule:
     def apply(self, tensor: torch.Tensor, config: ViTCLSConfig, values: Mapping[str, str]) -> Weights:
         """Convert one parameter, given the values of the placeholders."""
         names = self.format_targets(values)
-        if not names:
-            return {}
-        return dict(zip(names, self.transform(tensor, config), strict=True))
+        return dict(zip(names, self.transform(tensor, config), strict=True)) if names else {}
 
     def format_targets(self, values: Mapping[str, str]) -> list[str]:
         """Return the names of the targets, given the values of the placeholders."""

@@ -26,14 +26,14 @@ TEMPLATES = Environment(
 )
 
 
-def render_template(name: str, **variables: Any) -> str:
-    """Return the text of model_cards/{name}.md.j2."""
-    return TEMPLATES.get_template(f"{name}.md.j2").render(variables)
+def render_template(template: str, /, **variables: Any) -> str:
+    """Return the text of a template in model_cards/."""
+    return TEMPLATES.get_template(f"{template}.md.j2").render(variables)
 
 
-def render_card(name: str, metadata: ModelCardData, **variables: Any) -> ModelCard:
-    """Return a card with a YAML header and the text of model_cards/{name}.md.j2."""
-    return ModelCard(render_template(name, card_data=metadata.to_yaml(), **variables))
+def render_card(template: str, metadata: ModelCardData, /, **variables: Any) -> ModelCard:
+    """Return a card with the text of a template in model_cards/."""
+    return ModelCard(render_template(template, card_data=metadata.to_yaml(), **variables))
 
 
 # Use and citation ----------------------------------------------------------------------------------------------------
