@@ -24,6 +24,7 @@ import torch
 from transformers.image_utils import PILImageResampling
 
 from ..conversion.parity_report import build_random_images, get_max_magnitude, hash_files
+from ..conversion.processors import select_settings
 from ..files import write_json
 from ..hub.local_paths import check_output_is_empty
 from ..image_processing_vitcls import ViTCLSImageProcessor
@@ -124,15 +125,11 @@ def build_config(exportable: ExportableModel) -> dict[str, Any]:
 
 def build_preprocessor_config(processor: ViTCLSImageProcessor) -> dict[str, Any]:
     """Return preprocessor_config.json for transformers.js, which always converts images to RGB."""
-    settings = processor.to_dict()
-    if not settings["do_convert_rgb"]:
+    if not processor.do_convert_rgb:
         raise ValueError("transformers.js converts images to RGB, but do_convert_rgb is False. Use another --format")
-    names = (
-        "do_resize size resample do_center_crop crop_size do_rescale rescale_factor do_normalize image_mean image_std"
-    ).split()
-    kept = {name: settings[name] for name in names if settings.get(name) is not None}
-    kept["resample"] = int(PILImageResampling(settings["resample"]))
-    return json.loads(json.dumps(kept | {"image_processor_type": "ViTImageProcessor", "do_convert_rgb": True}))
+    settings = select_settings(processor)
+    settings["resample"] = int(PILImageResampling(settings["resample"]))
+    return json.loads(json.dumps(settings | {"image_processor_type": "ViTImageProcessor"}))
 
 
 def quantize(source: Path, target: Path) -> None:

@@ -28,7 +28,7 @@ from modeling_vitcls import (
     ViTCLSImageProcessor,
     ViTCLSModel,
 )
-from modeling_vitcls.export import export_report, exporter, formats
+from modeling_vitcls.export import exporter, formats
 from modeling_vitcls.export.exportable import NamedOutputs, load_exportable
 from modeling_vitcls.export.exporter import export_model
 from modeling_vitcls.export.tracing import get_smallest_size, select_graph_shape, trace_model
@@ -278,7 +278,7 @@ def test_a_preset_has_random_weights() -> None:
     loaded = load_exportable("vitcls-tiny")
     assert not loaded.is_trained
     assert load_exportable("vitcls-tiny").model.config.hidden_size == 192
-    assert export_report.describe_preprocessing(loaded.processor)["size"] == {"height": 224, "width": 224}
+    assert exporter.describe_preprocessing(loaded.processor)["size"] == {"height": 224, "width": 224}
 
 
 # The script
@@ -396,7 +396,7 @@ def test_openvino_does_not_shrink_positions_as_pytorch_does() -> None:
 
 def test_a_difference_over_the_limit_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     checkpoint(tmp_path / "model", num_hidden_layers=1)
-    monkeypatch.setitem(export_report.LIMITS, "float32", (0.0, 0.0))
+    monkeypatch.setitem(exporter.LIMITS, "float32", (0.0, 0.0))
     with raises_one_line("differs", "logits", "the limit in float32 is 0"):
         export_model(str(tmp_path / "model"), "onnx", tmp_path / "not" / "there" / "vit.onnx")
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
@@ -424,7 +424,7 @@ def test_outputs_of_another_graph_raise_an_error(tmp_path: Path, monkeypatch: py
 def test_nan_is_over_the_limit() -> None:
     batch = [images()]
     with raises_one_line("logits by nan"):
-        export_report.compare_outputs(
+        exporter.compare_outputs(
             batch, [{"logits": torch.zeros(2)}], [{"logits": torch.tensor([0.0, torch.nan])}], "float16"
         )
 
@@ -433,7 +433,7 @@ def test_other_names_or_shapes_raise_an_error() -> None:
     wanted = [{"logits": torch.zeros(2, 3)}]
     for found in ({"logits": torch.zeros(1, 3)}, {"output": torch.zeros(2, 3)}):
         with raises_one_line("the written graph must have the outputs [('logits', [2, 3])]"):
-            export_report.compare_outputs([images()], wanted, [found], "float32")
+            exporter.compare_outputs([images()], wanted, [found], "float32")
 
 
 def test_unsupported_models(tmp_path: Path) -> None:

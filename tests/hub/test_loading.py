@@ -207,7 +207,7 @@ def convert_and_push(world: World) -> None:
         if name == "dino":
             done = world.run("convert.py", "--source", f"transformers:them/{name}", "--output", converted)
             assert done.returncode == 0, done.stderr[-2000:]
-            assert f"python scripts/push_to_hub.py --model {converted} --hub-model-id" in done.stdout
+            assert f"vitcls push --model {converted} --hub-model-id" in done.stdout
         else:
             convert_checkpoint(f"transformers:them/{name}", converted)
         commit = push_folder(converted, f"ann/{name}").commit

@@ -263,7 +263,7 @@ def test_a_folder_that_would_not_load_is_not_pushed(hub: LocalHub, folder: Path,
 
 def test_wrong_metadata_of_the_card_stops_the_push_at_once(hub: LocalHub, folder: Path) -> None:
     (folder / "README.md").write_text("---\nlicense: [\n---\n")
-    with raises_one_line("README.md", "push_to_hub.py", error=PushFailed):
+    with raises_one_line("README.md", "vitcls push", error=PushFailed):
         push_folder(folder, "ann/model")
     assert hub.asked("POST", "/validate-yaml") == 1
     assert num_commits(hub, "ann/model") == 0
@@ -299,7 +299,7 @@ Trained in my-run, against "my-run-2".
     processor = AutoImageProcessor.from_pretrained(
         "my-run", trust_remote_code=True
     )
-    accelerate launch scripts/finetune.py --model my-run --dataset my-run-2
+    vitcls finetune --model my-run --dataset my-run-2
 """
 
 
@@ -499,7 +499,7 @@ def test_a_push_that_failed_is_finished_by_the_command_it_names(
     sent = hub.asked("PUT", "/objects/")
     assert sent == 2
     program, script, *flags = shlex.split(command)
-    assert (program, script) == ("python", "scripts/push_to_hub.py")
+    assert (program, script) == ("vitcls", "push")
     assert run_script([*flags, "--no-verify"], monkeypatch) == 0
     repository = hub.repositories["ann/model"]
     assert num_commits(hub, "ann/model") == 1 and repository.private
@@ -509,10 +509,7 @@ def test_a_push_that_failed_is_finished_by_the_command_it_names(
 
 
 def test_the_command_for_a_plain_push_is_short(folder: Path) -> None:
-    assert (
-        build_push_command(folder, "ann/model")
-        == f"python scripts/push_to_hub.py --model {folder} --hub-model-id ann/model"
-    )
+    assert build_push_command(folder, "ann/model") == f"vitcls push --model {folder} --hub-model-id ann/model"
 
 
 def test_two_who_push_at_once_do_not_mix_their_files(hub: LocalHub, folder: Path, tmp_path: Path) -> None:
@@ -553,7 +550,7 @@ def test_a_dead_endpoint_fails_in_seconds(folder: Path, monkeypatch: pytest.Monk
         started = time.perf_counter()
         with raises_one_line("does not respond", "HF_ENDPOINT", constants.ENDPOINT, error=OSError):
             check_push_permissions("ann/model", "my-run")
-        with raises_one_line("finish with: python scripts/push_to_hub.py", error=PushFailed):
+        with raises_one_line("finish with: vitcls push", error=PushFailed):
             push_folder(folder, "ann/model")
         assert time.perf_counter() - started < 5
 

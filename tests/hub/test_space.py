@@ -699,7 +699,7 @@ def test_what_fails_for_a_while_is_tried_again_and_else_there_is_a_command_to_fi
     message = str(failed.value)
     assert message.startswith("the push to the Space ann/other failed: HTTP 500") and "\n" not in message
     program, script, *flags = shlex.split(message.partition("Finish with: ")[2])
-    assert (program, script) == ("python", "scripts/push_space.py")
+    assert (program, script) == ("vitcls", "space")
     assert run_script("push_space.py", flags, monkeypatch) == 0
     assert {name: hub.read("spaces/ann/other", name) for name in contents} == {
         name: content if isinstance(content, bytes) else content.read_bytes() for name, content in contents.items()
@@ -757,7 +757,7 @@ def test_rights_are_those_of_spaces(hub: LocalHub, model: PublishedModel, monkey
 
 
 def test_models_that_a_space_cannot_load_are_refused(hub: LocalHub, classifier: Path, tmp_path: Path) -> None:
-    with raises_one_line("is a folder", "python scripts/push_to_hub.py --model"):
+    with raises_one_line("is a folder", "vitcls push --model"):
         find_published_model(str(classifier))
     for name in ("ann/nothing", "no/such/folder"):
         with raises_one_line(f"{name} is not a folder"):

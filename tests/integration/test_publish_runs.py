@@ -137,7 +137,7 @@ def test_what_is_damaged_on_the_hub_ends_the_run_in_one_line(hub: LocalHub, tmp_
     for words in (
         "is damaged on the Hub: model.safetensors",
         f"complete in {folder}",
-        f"python scripts/push_to_hub.py --verify-only ann/my-run --revision {commit}",
+        f"vitcls push --verify-only ann/my-run --revision {commit}",
     ):
         assert words in ended.err
     ViTCLSForImageClassification.from_pretrained(folder)
@@ -294,7 +294,7 @@ def test_an_upload_that_fails_costs_one_line(hub: LocalHub, tmp_path: Path, scri
     assert ended.status == 0 and "trying again" not in ended.err
     (warning,) = ended.lines("WARNING: ")
     assert f"step 5 was not pushed to the branch checkpoints: HTTP {status}" in warning
-    assert "push_to_hub.py" not in warning  # which could not finish this
+    assert "vitcls push" not in warning  # which could not finish this
     assert set(hub.repositories["ann/my-run"].branches) == {"main"}
     assert WEIGHTS in hub.files("ann/my-run")
 
@@ -383,7 +383,7 @@ def test_a_colleague_goes_on_from_the_branch(
     assert script("finetune.py", flags, *pushing.split(), "--output-dir", whole).status == 0
     card = hub.read("ann/my-run", "README.md", "checkpoints").decode()
     assert "hf download ann/my-run --revision checkpoints --local-dir runs/mine" in card
-    command = re.search(r"accelerate launch scripts/finetune.py (.*)", card)
+    command = re.search(r"accelerate launch -m modeling_vitcls.cli finetune (.*)", card)
     assert command is not None
 
     mine = tmp_path / "mine"
