@@ -13,14 +13,13 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants
 
 from .code_files import HANDLER, HANDLER_FILE
 from .connection import (
     HUB_ERRORS,
     check_is_online,
     format_hub_error,
-    get_endpoint,
     retry,
     set_hub_timeout,
     silence_hub_client,
@@ -97,7 +96,9 @@ def push_folder(
 
     def push() -> PushResult:
         commit, is_private = push_once(files, repo_id, private, message, branch, one_by_one=in_background)
-        return PushResult(repo_id, commit, f"{get_endpoint()}/{repo_id}/commit/{commit}", with_optimizer, is_private)
+        return PushResult(
+            repo_id, commit, f"{constants.ENDPOINT}/{repo_id}/commit/{commit}", with_optimizer, is_private
+        )
 
     try:
         with set_hub_timeout(TIMEOUT), silence_hub_client(sys.stderr.isatty() and not in_background):

@@ -20,13 +20,13 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, SpaceCard, SpaceCardData
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, SpaceCard, SpaceCardData, constants
 from packaging.requirements import Requirement
 
 from ..configuration_vitcls import ViTCLSConfig
 from ..files import read_json
 from ..image_processing_vitcls import read_image
-from .connection import HUB_ERRORS, check_is_online, format_hub_error, get_endpoint, retry, set_hub_timeout
+from .connection import HUB_ERRORS, check_is_online, format_hub_error, retry, set_hub_timeout
 from .local_paths import check_output_is_empty
 from .manifest import CODE_REFERENCE_FILES, RepoFiles
 from .publish import TIMEOUT, PushFailed, PushResult, build_push_command
@@ -202,7 +202,7 @@ def build_space_card(model: PublishedModel, title: str) -> str:
     )
     code = ""
     if model.code:
-        address = f"{get_endpoint()}/{model.code.repo_id}"
+        address = f"{constants.ENDPOINT}/{model.code.repo_id}"
         commit = f"[`{model.code.commit}`]({address}/tree/{model.code.commit})"
         code = f", its code from [{model.code.repo_id}]({address}) at commit {commit}"
     return str(
@@ -214,7 +214,7 @@ def build_space_card(model: PublishedModel, title: str) -> str:
                 commit=model.commit,
                 code=code,
                 gradio=gradio,
-                address=f"{get_endpoint()}/{model.repo_id}",
+                address=f"{constants.ENDPOINT}/{model.repo_id}",
             )
         )
     )
@@ -296,7 +296,7 @@ def push_space_once(files: RepoFiles, model: PublishedModel, space_id: str, priv
     operations += [CommitOperationAdd(name, content) for name, content in files.items()]
     message = f"Show {model.repo_id} at {model.commit[:7]}"
     commit = api.create_commit(space_id, operations, commit_message=message, repo_type="space", parent_commit=parent)
-    return PushResult(space_id, commit.oid, f"{get_endpoint()}/spaces/{space_id}")
+    return PushResult(space_id, commit.oid, f"{constants.ENDPOINT}/spaces/{space_id}")
 
 
 def build_space_command(

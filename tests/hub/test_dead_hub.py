@@ -8,7 +8,6 @@ import json
 import runpy
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import datasets
@@ -18,7 +17,7 @@ import timm
 import torch
 import transformers
 from huggingface_hub import constants
-from local_hub import LocalHub, Token, point_client_at, running_hub
+from local_hub import LocalHub
 from source_checkpoints import SIZES, saved
 from test_loading import assert_ends_with_one_line
 from timm.models import save_for_hf
@@ -45,19 +44,16 @@ DIGITS = LabelSpace("single_label_classification", {"label": [str(index) for ind
 
 
 @pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[LocalHub]:
+def hub(hub: LocalHub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> LocalHub:
     """A Hub, for every library in this process, which talks to it as ann, with an empty cache."""
-    with running_hub() as running:
-        running.tokens["hf_ann"] = Token("ann")
-        point_client_at(running.url, "hf_ann", monkeypatch, tmp_path / "home")
-        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(datasets.config, "HF_ENDPOINT", running.url)
-        monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "data")
-        monkeypatch.setattr(loading, "RETRY_WAIT", 0.01)
-        monkeypatch.setattr(provenance, "TIMEOUT", 0.5)
-        yield running
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(datasets.config, "HF_ENDPOINT", hub.url)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "data")
+    monkeypatch.setattr(loading, "RETRY_WAIT", 0.01)
+    monkeypatch.setattr(provenance, "TIMEOUT", 0.5)
+    return hub
 
 
 def go_away(monkeypatch: pytest.MonkeyPatch) -> None:

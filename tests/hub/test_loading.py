@@ -391,15 +391,13 @@ def assert_ends_with_one_line(status: int | None, errors: str, *words: str) -> N
 
 
 @pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[LocalHub]:
+def hub(hub: LocalHub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> LocalHub:
     """A Hub with one model, which this process talks to as ann, with an empty cache."""
-    with running_hub() as running:
-        running.tokens |= {"hf_ann": Token("ann"), "hf_bob": Token("bob")}
-        running.create("ann/model", private=True, files={"config.json": b"{}", "model.safetensors": b"weights"})
-        point_client_at(running.url, "hf_ann", monkeypatch, tmp_path / "home")
-        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
-        monkeypatch.setattr(loading, "RETRY_WAIT", 0.01)
-        yield running
+    hub.tokens |= {"hf_bob": Token("bob")}
+    hub.create("ann/model", private=True, files={"config.json": b"{}", "model.safetensors": b"weights"})
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(loading, "RETRY_WAIT", 0.01)
+    return hub
 
 
 def test_a_folder_is_itself_and_what_can_be_no_repository_is_nothing(hub: LocalHub, tmp_path: Path) -> None:

@@ -9,7 +9,6 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,7 +21,7 @@ from huggingface_hub import HfApi, ModelCard, constants, set_client_factory
 from huggingface_hub.errors import RepositoryNotFoundError
 from huggingface_hub.utils import _http as hub_http
 from huggingface_hub.utils import close_session, get_session, http_backoff
-from local_hub import LocalHub, Token, point_client_at, running_hub
+from local_hub import LocalHub, Token, point_client_at
 from tiny_models import raises_one_line, tiny_config
 
 import modeling_vitcls as vitcls
@@ -54,13 +53,11 @@ TOKENS = {
 
 
 @pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[LocalHub]:
+def hub(hub: LocalHub, monkeypatch: pytest.MonkeyPatch) -> LocalHub:
     """An empty Hub, which the client of this process talks to as ann."""
-    with running_hub() as running:
-        running.tokens |= TOKENS
-        point_client_at(running.url, "hf_ann", monkeypatch, tmp_path / "home")
-        monkeypatch.setattr(connection, "RETRY_WAITS", (0.01, 0.02, 0.03))
-        yield running
+    hub.tokens |= TOKENS
+    monkeypatch.setattr(connection, "RETRY_WAITS", (0.01, 0.02, 0.03))
+    return hub
 
 
 @pytest.fixture

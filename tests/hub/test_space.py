@@ -27,7 +27,7 @@ import pytest
 import torch
 import yaml
 from huggingface_hub import HfApi, constants, snapshot_download
-from local_hub import LocalHub, Token, point_client_at, running_hub
+from local_hub import LocalHub, Token
 from PIL import Image
 from playwright.sync_api import Browser, Page, expect
 from sklearn.datasets import load_sample_images
@@ -582,14 +582,12 @@ def run_script(name: str, flags: list[str], monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[LocalHub]:
+def hub(hub: LocalHub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> LocalHub:
     """An empty Hub, which the client of this process talks to as ann."""
-    with running_hub() as running:
-        running.tokens |= TOKENS
-        point_client_at(running.url, "hf_ann", monkeypatch, tmp_path / "home")
-        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "home" / "hub"))
-        monkeypatch.setattr(connection, "RETRY_WAITS", (0.01, 0.02))
-        yield running
+    hub.tokens |= TOKENS
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "home" / "hub"))
+    monkeypatch.setattr(connection, "RETRY_WAITS", (0.01, 0.02))
+    return hub
 
 
 @pytest.fixture

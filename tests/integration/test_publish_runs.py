@@ -13,7 +13,6 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ import yaml
 from accelerate_state import reset_accelerate
 from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.utils import are_progress_bars_disabled
-from local_hub import LocalHub, Token, point_client_at, running_hub
+from local_hub import LocalHub, Token, point_client_at
 from safetensors.torch import load, load_file
 from warm_processes import READY, SECONDS, find_free_port, get_rank_variables, run_script
 
@@ -45,13 +44,11 @@ RUN = f"{TINY} --max-steps 6 --batch-size 16 --log-every 1 --save-every 3"
 
 
 @pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[LocalHub]:
+def hub(hub: LocalHub, monkeypatch: pytest.MonkeyPatch) -> LocalHub:
     """An empty Hub, which this process and its children talk to as ann."""
-    with running_hub() as running:
-        running.tokens |= {"hf_ann": Token("ann"), "hf_read": Token("ann", role="read")}
-        point_client_at(running.url, "hf_ann", monkeypatch, tmp_path / "home")
-        monkeypatch.setattr(connection, "RETRY_WAITS", (0.01, 0.02, 0.03))
-        yield running
+    hub.tokens |= {"hf_read": Token("ann", role="read")}
+    monkeypatch.setattr(connection, "RETRY_WAITS", (0.01, 0.02, 0.03))
+    return hub
 
 
 class Ended:
