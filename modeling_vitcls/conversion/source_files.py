@@ -97,8 +97,6 @@ FILE_FAMILIES = (*FAMILIES, *TIMM_FAMILIES)
 class FileSource(TimmSource):
     """A published state dict of an image encoder, and timm's model of its family with the same weights."""
 
-    model: Any  # a model of timm
-
     def __init__(self, file: Path, family: str, weights: Weights, model: nn.Module, notes: list[str]) -> None:
         super().__init__(str(file), model, None, notes)
         self.family = family

@@ -12,7 +12,6 @@ import copy
 import difflib
 import inspect
 import pickle
-from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any
 
@@ -58,43 +57,14 @@ PARTIAL_CLASSES = {
 }
 
 
-class SourceModel(ABC):
-    """A model of another project."""
+class TimmSource:
+    """A model of timm."""
 
     def __init__(self, name: str, model: nn.Module, revision: str | None, notes: list[str]) -> None:
         self.name = name  # on the command line
-        self.model = model.eval()
+        self.model: Any = model.eval()
         self.revision = revision  # commit hash on the Hub; None if it is unknown
         self.notes = notes  # sentences for the user on how the model was loaded
-
-    @property
-    @abstractmethod
-    def image_size(self) -> tuple[int, int]:
-        """Native height and width in pixels."""
-
-    @property
-    @abstractmethod
-    def has_classifier(self) -> bool:
-        """Whether the model returns logits."""
-
-    @abstractmethod
-    def convert(self, classifier: ClassifierChoice, num_labels: int | None) -> ViTCLSPreTrainedModel:
-        """Convert the model. Raises ConversionError if the conversion cannot be exact."""
-
-    @abstractmethod
-    def compute_outputs(self, pixel_values: torch.Tensor) -> Outputs:
-        """Return the outputs "sequence", "pooled", "logits", ... for images [B, C, H, W].
-
-        Raises any error if the model does not support the image size.
-        """
-
-    @abstractmethod
-    def convert_preprocessing(self) -> ConvertedPreprocessing:
-        """Convert the preprocessing of the source to an image processor."""
-
-
-class TimmSource(SourceModel):
-    """A model of timm."""
 
     @classmethod
     def load(cls, name: str, random_init: bool) -> "TimmSource":
@@ -115,21 +85,25 @@ class TimmSource(SourceModel):
 
     @property
     def image_size(self) -> tuple[int, int]:
-        """Native size of the model, or of its preprocessing if the model has none."""
-        model: Any = self.model
-        return tuple(model.patch_embed.img_size or model.pretrained_cfg["input_size"][1:])
+        """Native height and width in pixels, of the preprocessing if the model has none."""
+        height, width = self.model.patch_embed.img_size or self.model.pretrained_cfg["input_size"][1:]
+        return height, width
 
     @property
     def has_classifier(self) -> bool:
-        """Whether `num_classes` is not 0."""
+        """Whether the model returns logits."""
         return bool(self.model.num_classes)
 
     def convert(self, classifier: ClassifierChoice, num_labels: int | None) -> ViTCLSPreTrainedModel:
-        """Convert the model with `convert_from_timm`."""
+        """Convert the model. Raises ConversionError if the conversion cannot be exact."""
         return convert_from_timm(self.model, classifier=classifier, num_labels=num_labels)
 
     def compute_outputs(self, pixel_values: torch.Tensor) -> Outputs:
-        """Return the outputs; for images of another size, of a copy after `set_input_size`."""
+        """Return the outputs "sequence" and "logits" or "pooled" for images [B, C, H, W].
+
+        For images of another size, these are the outputs of a copy after `set_input_size`. Raises any error if the
+        model does not support the image size.
+        """
         height, width = pixel_values.shape[-2:]
         model: Any = self.model if (height, width) == self.image_size else self.build_resized_model((height, width))
         sequence = model.forward_features(pixel_values)
@@ -143,12 +117,12 @@ class TimmSource(SourceModel):
         return model
 
     def convert_preprocessing(self) -> ConvertedPreprocessing:
-        """Convert `pretrained_cfg`."""
+        """Convert the preprocessing of the source to an image processor."""
         return convert_timm_preprocessing(self.model)
 
 
-class TransformersSource(SourceModel):
-    """A model of transformers."""
+class TransformersSource:
+    """A model of transformers, with the methods of `TimmSource`."""
 
     @classmethod
     def load(cls, name: str, random_init: bool) -> "TransformersSource":
@@ -177,14 +151,16 @@ class TransformersSource(SourceModel):
         return cls(path, folder, *load_complete_model(model_class, path, folder))
 
     def __init__(self, path: str, folder: str, model: nn.Module, notes: list[str]) -> None:
-        super().__init__(f"transformers:{path}", model, get_cached_commit(folder), notes)
+        self.name = f"transformers:{path}"
+        self.model: Any = model.eval()
+        self.revision = get_cached_commit(folder)
+        self.notes = notes
         self.folder = folder
 
     @property
     def image_size(self) -> tuple[int, int]:
         """Image size of the configuration; for SigLIP 2, the square with its number of patches."""
-        config: Any = self.model.config
-        config = getattr(config, "vision_config", config)
+        config = getattr(self.model.config, "vision_config", self.model.config)
         if hasattr(config, "image_size"):
             size = config.image_size
             return (size, size) if isinstance(size, int) else tuple(size)
@@ -198,8 +174,7 @@ class TransformersSource(SourceModel):
 
     def convert(self, classifier: ClassifierChoice, num_labels: int | None) -> ViTCLSPreTrainedModel:
         """Convert the model with `convert_from_transformers`."""
-        model: Any = self.model
-        return convert_from_transformers(model, classifier=classifier, num_labels=num_labels)
+        return convert_from_transformers(self.model, classifier=classifier, num_labels=num_labels)
 
     def compute_outputs(self, pixel_values: torch.Tensor) -> Outputs:
         """Return the outputs; for images of another size, with `interpolate_pos_encoding` if the model has it."""
@@ -215,7 +190,7 @@ class TransformersSource(SourceModel):
         return {name: output for name, output in outputs.items() if output is not None}
 
     @property
-    def encoder(self) -> nn.Module:
+    def encoder(self) -> Any:
         """The base model, which returns the token sequence."""
         name = CONVERTIBLE_CLASSES[type(self.model).__name__].encoder
         return self.model if name is None else getattr(self.model, name)
@@ -240,6 +215,8 @@ class TransformersSource(SourceModel):
         """Convert preprocessor_config.json, if the source has one."""
         return convert_transformers_preprocessing(self.folder, self.image_size)
 
+
+SourceModel = TimmSource | TransformersSource
 
 LOADERS: dict[str, Callable[[str, bool], SourceModel]] = {
     "timm": TimmSource.load,

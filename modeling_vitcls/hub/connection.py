@@ -195,8 +195,8 @@ def format_hub_error(error: BaseException) -> str:
 def get_message(error: BaseException) -> str:
     """Return the message of an error, without its causes."""
     if isinstance(error, GatedRepoError):
-        message = describe_gated_repo(error)
-    elif isinstance(error, HfHubHTTPError):
+        return describe_gated_repo(error)
+    if isinstance(error, HfHubHTTPError):
         message = f"HTTP {error.response.status_code}, {error.server_message or error.response.reason_phrase}"
         return " ".join(message.split()).rstrip(".")
     if isinstance(error, json.JSONDecodeError):

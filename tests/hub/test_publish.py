@@ -18,7 +18,7 @@ import pytest
 import torch
 import yaml
 from huggingface_hub import HfApi, ModelCard, constants, set_client_factory
-from huggingface_hub.errors import RepositoryNotFoundError
+from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 from huggingface_hub.utils import _http as hub_http
 from huggingface_hub.utils import close_session, get_session, http_backoff
 from local_hub import LocalHub, Token, point_client_at
@@ -470,6 +470,13 @@ def test_a_requested_wait_has_an_upper_bound(
     hub.fail("POST", "/commit/", 429, retry_after=retry_after)
     push_folder(folder, "ann/model")
     assert waits == [seconds]
+
+
+def test_the_error_of_a_gated_repository_has_a_remedy(hub: LocalHub) -> None:
+    url = SimpleNamespace(path="/ann/model/resolve/main/config.json")
+    response: Any = SimpleNamespace(headers={}, request=None, url=url, status_code=403)
+    message = connection.format_hub_error(GatedRepoError("403 Client Error", response=response))
+    assert message.startswith(f"ann/model is gated. Accept its conditions at {hub.url}/ann/model, and log in")
 
 
 def test_a_short_wait_is_not_called_0_s(hub: LocalHub, folder: Path, caplog: pytest.LogCaptureFixture) -> None:
