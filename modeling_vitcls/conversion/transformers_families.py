@@ -401,12 +401,6 @@ def add_shared_bias(weights: Weights) -> Weights:
     return {name: tensor for name, tensor in weights.items() if name not in shared} | summed
 
 
-def split_special_tokens(tensor: torch.Tensor, config: ViTCLSConfig) -> Sequence[torch.Tensor]:
-    """Split CLS and register tokens [n, D] into [1, num_cls_tokens, D] and [1, num_register_tokens, D]."""
-    layout = config.token_layout
-    return [tensor[None, layout.cls], tensor[None, layout.registers]]
-
-
 # RADIO (arXiv 2312.06709).
 RADIO_RULES = [
     Rule(  # [D, C * height * width] -> [D, C, height, width]
@@ -417,7 +411,9 @@ RADIO_RULES = [
     Rule("embeddings.patch_projection.bias", "embeddings.patch_embeddings.projection.bias"),
     Rule("embeddings.position_embedding", POSITIONS, split_positions, axis=1),
     Rule(
-        "embeddings.cls_register_token", ["embeddings.cls_token", "embeddings.register_tokens"], split_special_tokens
+        "embeddings.cls_register_token",
+        ["embeddings.cls_token", "embeddings.register_tokens"],
+        lambda tokens, config: [tokens[None, config.token_layout.cls], tokens[None, config.token_layout.registers]],
     ),
     *DINOV2_LAYER_RULES,
     Rule("summary_idxs", []),

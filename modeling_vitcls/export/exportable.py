@@ -57,11 +57,6 @@ class NamedOutputs(nn.Module):
         return {name: output.float() for name, output in outputs.items() if output is not None}
 
 
-def read_encoder(outputs: Any, model: Any) -> dict[str, torch.Tensor | None]:
-    """Return the sequence [B, N, D] and, if the model has a pooler, the pooled output [B, P]."""
-    return {"last_hidden_state": outputs.last_hidden_state, "pooler_output": outputs.pooler_output}
-
-
 def read_classifier(outputs: Any, model: Any) -> dict[str, torch.Tensor | None]:
     """Return the logits [B, labels] and, if the model has two heads, the logits of each head."""
     if outputs.distillation_logits is None:
@@ -69,21 +64,15 @@ def read_classifier(outputs: Any, model: Any) -> dict[str, torch.Tensor | None]:
     return {name: outputs[name] for name in ("logits", "cls_logits", "distillation_logits")}
 
 
-def read_tasks(outputs: Any, model: Any) -> dict[str, torch.Tensor | None]:
-    """Return the logits [B, labels] of each task."""
-    return outputs.logits
-
-
-def read_backbone(outputs: Any, model: Any) -> dict[str, torch.Tensor | None]:
-    """Return the feature maps [B, D, rows, columns] of `config.out_features`."""
-    return dict(zip(model.out_features, outputs.feature_maps, strict=True))
-
-
+# Class -> function that returns the outputs by name.
 READERS: dict[type, Callable[[Any, Any], dict[str, torch.Tensor | None]]] = {
-    ViTCLSModel: read_encoder,
+    ViTCLSModel: lambda outputs, model: {
+        "last_hidden_state": outputs.last_hidden_state,
+        "pooler_output": outputs.pooler_output,
+    },
     ViTCLSForImageClassification: read_classifier,
-    ViTCLSForMultiTaskClassification: read_tasks,
-    ViTCLSBackbone: read_backbone,
+    ViTCLSForMultiTaskClassification: lambda outputs, model: outputs.logits,
+    ViTCLSBackbone: lambda outputs, model: dict(zip(model.out_features, outputs.feature_maps, strict=True)),
 }
 CLASSES: dict[str, Any] = {model_class.__name__: model_class for model_class in READERS}
 

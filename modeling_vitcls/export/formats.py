@@ -67,11 +67,6 @@ with torch.no_grad():
 """
 
 
-def write_torch(traced_model: TracedModel, file: Path) -> None:
-    """Write a graph with torch.export.save."""
-    torch.export.save(traced_model.graph, file)
-
-
 def run_torch(file: Path, batches: Sequence[torch.Tensor], names: list[str]) -> list[Outputs]:
     """Run a file in a separate process that cannot import this package, and return its outputs."""
     with tempfile.TemporaryDirectory() as folder:
@@ -164,7 +159,7 @@ ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 OPENVINO_PACKAGES = ("onnx", "onnxscript", "openvino")
 
 FORMATS: dict[str, Format] = {
-    "torch": Format(".pt2", (), write_torch, run_torch),
+    "torch": Format(".pt2", (), lambda traced, file: torch.export.save(traced.graph, file), run_torch),
     "onnx": Format(".onnx", ONNX_PACKAGES, write_onnx, run_onnx),
     "openvino": Format(".xml", OPENVINO_PACKAGES, write_openvino, run_openvino, has_antialias=False),
 }

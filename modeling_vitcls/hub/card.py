@@ -20,7 +20,6 @@ from .card_results import (
     build_metric_rows,
     describe_limits,
     format_name,
-    get_interval,
     get_metric_names,
 )
 from .card_sections import CITATION, build_training_section, build_use_section, render_card
@@ -187,7 +186,10 @@ def build_metadata(
                 metric_type=key,
                 metric_name=label,
                 metric_value=round(results[key], 6),
-                metric_args=get_interval_metadata(results, key),
+                # The model-index accepts any keys.
+                metric_args={"confidence_level": CONFIDENCE, "confidence_interval": results[f"{key}_interval"]}
+                if results.get(f"{key}_interval")
+                else None,
             )
             for key, label in get_metric_names(results, config).items()
         ],
@@ -210,12 +212,6 @@ def build_common_metadata(flags: dict[str, Any], base: Provenance | None) -> dic
 def get_license(flags: dict[str, Any], base: Provenance | None, teacher: Provenance | None = None) -> WeightsLicense:
     """Return the license of the run's weights."""
     return get_run_license(is_from_scratch(flags), flags.get("license"), base, teacher)
-
-
-def get_interval_metadata(results: dict[str, Any], key: str) -> dict[str, Any] | None:
-    """Return the confidence interval of a metric for `args` of the model-index, which accepts any keys."""
-    interval = get_interval(results, key)
-    return {"confidence_level": CONFIDENCE, "confidence_interval": interval} if interval else None
 
 
 # Text ----------------------------------------------------------------------------------------------------------------

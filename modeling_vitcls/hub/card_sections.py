@@ -169,15 +169,11 @@ def list_hyperparameters(config: ViTCLSConfig, results: dict[str, Any], flags: d
             rows[label] = ("yes" if value else "no") if isinstance(value, bool) else format_value(value)
     if config.drop_path_rate:
         rows["Stochastic depth, rate at the last layer"] = format_value(config.drop_path_rate)
-    if config.patch_drop_rate and is_first_layer_trained(config, flags):
+    # Patches are dropped before the first layer. The distillation token is also a parameter before the first layer.
+    is_first_layer_trained = flags.get("trainable", "full") in ("full", "lora", f"last-{config.num_hidden_layers}")
+    if config.patch_drop_rate and (is_first_layer_trained or flags.get("teacher")):
         rows["Patch dropout rate"] = format_value(config.patch_drop_rate)
     return rows
-
-
-def is_first_layer_trained(config: ViTCLSConfig, flags: dict[str, Any]) -> bool:
-    """Return whether parameters before the first layer are trained, such as the distillation token."""
-    trainable = flags.get("trainable", "full")
-    return trainable in ("full", "lora", f"last-{config.num_hidden_layers}") or bool(flags.get("teacher"))
 
 
 def format_value(value: Any) -> str:

@@ -1,11 +1,10 @@
 """The code files of a model: their digest, the order in which to read them, and their differences from this package.
 
 compute_code_digest(folder)                    # the same as: cat *_vitcls.py | sha256sum
-compare_code(folder).describe()                # "code identical to modeling_vitcls 0.2.0", or which files differ
+describe_code_differences(folder)              # "code identical to modeling_vitcls 0.2.0", or which files differ
 """
 
 import hashlib
-from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
@@ -37,35 +36,20 @@ READING_ORDER = (
 )
 
 
-@dataclass(frozen=True)
-class CodeComparison:
-    """Code files of a model that differ from this package, by name."""
-
-    changed: list[str]  # files with another content
-    missing: list[str]  # files that only this package has
-    added: list[str]  # Python files that only the model has
-
-    def describe(self) -> str:
-        """Return one line."""
-        groups = {"changed": self.changed, "missing": self.missing, "added": self.added}
-        differences = [f"{', '.join(names)} ({group})" for group, names in groups.items() if names]
-        package = f"modeling_vitcls {__version__}"
-        return (
-            f"code differs from {package}: {'; '.join(differences)}" if differences else f"code identical to {package}"
-        )
-
-
-def compare_code(folder: Path) -> CodeComparison:
-    """Compare all Python files of a folder with the code files of this package, and handler.py if it exists."""
+def describe_code_differences(folder: Path) -> str:
+    """Return one line that compares all Python files of a folder with the code files of this package, by name."""
     own = {file.name: file.read_bytes() for file in PACKAGE.glob(CODE_PATTERN)}
     if (folder / HANDLER_FILE).is_file():
         own[HANDLER_FILE] = HANDLER.read_bytes()
     others = {file.relative_to(folder).as_posix(): file.read_bytes() for file in folder.rglob("*.py")}
-    return CodeComparison(
-        changed=sorted(name for name in own.keys() & others.keys() if own[name] != others[name]),
-        missing=sorted(own.keys() - others.keys()),
-        added=sorted(others.keys() - own.keys()),
-    )
+    groups = {
+        "changed": {name for name in own.keys() & others.keys() if own[name] != others[name]},
+        "missing": own.keys() - others.keys(),
+        "added": others.keys() - own.keys(),
+    }
+    differences = [f"{', '.join(sorted(names))} ({group})" for group, names in groups.items() if names]
+    package = f"modeling_vitcls {__version__}"
+    return f"code differs from {package}: {'; '.join(differences)}" if differences else f"code identical to {package}"
 
 
 def compute_code_digest(folder: Path = PACKAGE) -> str:

@@ -110,7 +110,8 @@ def collect_model_files(folder: Path, repo_id: str | None = None) -> RepoFiles:
     for name in sorted(list_required_code(folder) | list_weight_files(folder)):
         if name not in files:
             raise ValueError(f"{folder} lacks {name}, which is required to load the model. Save the model again")
-    if REPORT in files and not can_publish_report(folder):
+    recipe = read_recipe(folder)
+    if REPORT in files and (recipe is None or not can_publish_images(recipe)):
         del files[REPORT]
     if not has_current_onnx_files(folder):
         outdated = [name for name in files if is_match(name, ONNX_PATTERNS)]
@@ -270,12 +271,6 @@ def find_local_dataset_in_card(folder: Path) -> str | None:
     if not (folder / SAMPLE_IMAGES).is_file() or flags is None or can_publish_images(flags):
         return None
     return flags["dataset"]
-
-
-def can_publish_report(folder: Path) -> bool:
-    """Return whether report.html is from a run, and shows no images of a local dataset."""
-    flags = read_recipe(folder)
-    return flags is not None and can_publish_images(flags)
 
 
 def read_recipe(folder: Path) -> dict[str, Any] | None:

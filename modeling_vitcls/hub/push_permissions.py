@@ -71,12 +71,7 @@ def fetch_account() -> dict[str, Any]:
                 "the Hugging Face token (HF_TOKEN, or the token of `hf auth login`) is invalid. Create a 'write' "
                 f"token at {TOKEN_PAGE}, and log in with it"
             ) from None
-        raise build_unreachable_error(error) from error
-
-
-def build_unreachable_error(error: BaseException) -> OSError:
-    """Return the error for a Hub that does not respond."""
-    return OSError(f"{describe_no_response(error)}, or push later")
+        raise OSError(f"{describe_no_response(error)}, or push later") from error
 
 
 def check_namespace(repo_id: str, account: dict[str, Any], repo_type: RepoType) -> None:
@@ -107,7 +102,7 @@ def check_existing_repo(repo_id: str, private: bool, repo_type: RepoType) -> boo
     except RepositoryNotFoundError:
         return False
     except HUB_ERRORS as error:
-        raise build_unreachable_error(error) from error
+        raise OSError(f"{describe_no_response(error)}, or push later") from error
     if private and not info.private:
         raise ValueError(
             f"{repo_id} exists and is public, but a private repository is required. Make it private in its settings "

@@ -33,7 +33,7 @@ from transformers.utils import logging
 from ..system import get_versions
 from ..version import __version__
 from . import verification_script
-from .code_files import compare_code
+from .code_files import describe_code_differences
 from .connection import (
     HUB_ERRORS,
     SHORT_RETRY_WAITS,
@@ -155,7 +155,7 @@ def verify(
         code = resolve_code_commit(model, files)
         is_native = is_native_model(files)
         code_folder = files if code is None else download_commit(code, ["*.py"], scratch / "code")
-        code_comparison = "no code" if is_native else compare_code(code_folder).describe()
+        code_comparison = "no code" if is_native else describe_code_differences(code_folder)
         reference: Any = PackageLoader(folder or files)
         if is_native:
             reference = HubLoader(str(folder or files), trust_remote_code=False)

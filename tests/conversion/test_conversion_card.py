@@ -62,7 +62,7 @@ def test_a_trained_classifier(tmp_path: Path) -> None:
     assert 'from_pretrained("my-vit", revision=revision, trust_remote_code=True)' in text
     assert 'pipeline("image-classification", model="my-vit", revision="main", trust_remote_code=True)' in text
     assert "under the license of the source: mit. The license text is in LICENSE." in text
-    assert "convert.py --source transformers:path/to/theirs --output my-vit\n" in text
+    assert "vitcls convert --source transformers:path/to/theirs --output my-vit\n" in text
     assert f"transformers {transformers.__version__}" in text
     data = card.data.to_dict()
     assert (data["license"], data["base_model"]) == ("mit", "google/vit")
