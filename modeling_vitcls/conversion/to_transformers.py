@@ -257,22 +257,13 @@ LEARNED_POSITION_FIELDS = {
     "position_offset",
 }
 # Fields that only affect training, or do not affect the model. `build_transformers_model` handles the mask token.
-IGNORED_FIELDS = {
-    "use_mask_token",
-    "token_init",
-    "initializer_range",
-    "hidden_dropout_prob",
-    "attention_probs_dropout_prob",
-    "drop_path_rate",
-    "patch_drop_rate",
-    "mim_loss",
-    "norm_pixel_target",
-    "_out_features",
-    "_out_indices",
-    "apply_layernorm",
-    "reshape_hidden_states",
-    "qkv_bias",
-}
+IGNORED_FIELDS = frozenset(
+    (
+        "use_mask_token token_init initializer_range hidden_dropout_prob attention_probs_dropout_prob drop_path_rate "
+        "patch_drop_rate mim_loss norm_pixel_target _out_features _out_indices apply_layernorm reshape_hidden_states "
+        "qkv_bias"
+    ).split()
+)
 
 
 def get_effective_fields(config: ViTCLSConfig, has_head: bool) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..adaptation_vitcls import check_folder, load_checkpoint
+from ..adaptation_vitcls import load_checkpoint
 from ..configuration_vitcls import ViTCLSConfig
 from ..conversion.any_checkpoint import resolve_checkpoint
 from ..hub.loading import check_is_vitcls
@@ -97,7 +97,6 @@ def load_exportable(source: str) -> ExportableModel:
         set_processor_size(processor, model.config)
         return ExportableModel(model.eval(), processor, is_trained=False)
     folder = resolve_checkpoint(source)
-    check_folder(folder, config_is_elsewhere=False)
     check_is_vitcls(source, folder)
     config = load_checkpoint(ViTCLSConfig.from_pretrained, folder)
     class_name = (config.architectures or ["an unknown class"])[0]

@@ -20,19 +20,12 @@ HANDLER_FILE = "handler.py"  # name on the Hub of the handler for Inference Endp
 HANDLER = Path(__file__).with_name("endpoint_handler.py")
 
 # Each file uses only names of earlier files.
-READING_ORDER = (
-    "configuration_vitcls.py",
-    "positions_vitcls.py",
-    "attention_masks_vitcls.py",
-    "blocks_vitcls.py",
-    "heads_vitcls.py",
-    "variants_vitcls.py",
-    "token_attention_vitcls.py",
-    "adaptation_vitcls.py",
-    "cpu_kernels_vitcls.py",
-    "modeling_vitcls.py",
-    "fast_image_processing_vitcls.py",
-    "image_processing_vitcls.py",
+READING_ORDER = tuple(
+    f"{name}_vitcls.py"
+    for name in (
+        "configuration positions attention_masks blocks heads variants token_attention adaptation cpu_kernels "
+        "modeling fast_image_processing image_processing"
+    ).split()
 )
 
 

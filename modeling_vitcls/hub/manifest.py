@@ -43,7 +43,7 @@ RECIPE = "config.resolved.yaml"
 CARD = "README.md"
 REPORT = "report.html"  # shows held-out images
 PARITY_REPORT = "certificate.json"  # parity report of a conversion
-# Types of the models that conversion/native.py writes.
+# Types of the models that `vitcls convert --to transformers` writes.
 NATIVE_MODEL_TYPES = ("vit", "deit", "dinov2", "dinov2_with_registers", "dinov3_vit")
 
 # ONNX files of `vitcls export --format transformers.js`, and their report with the SHA-256 of the weights.
