@@ -68,7 +68,7 @@ class ParityReport:
 def compare_models(
     source: SourceModel, model: ViTCLSPreTrainedModel, with_logits: bool, native_size_only: str = ""
 ) -> tuple[list[SizeComparison], str]:
-    """Compare the outputs at the native size and at a rectangle. Raises ConversionError above `LIMIT`.
+    """Compare the outputs at the native size and at a rectangle; raise ConversionError above `LIMIT`.
 
     Args:
         source: Source with its model in float32.

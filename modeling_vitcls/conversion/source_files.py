@@ -109,11 +109,9 @@ class FileSource(TimmSource):
 
     @classmethod
     def load(cls, file: Path, family: str | None = None) -> "FileSource":  # type: ignore[override]
-        """Load a file with one of `SUFFIXES`. `family` is one of `FILE_FAMILIES`. Default: detected.
+        """Load a file with one of `SUFFIXES`, of one of `FILE_FAMILIES`. Default: the detected family.
 
-        Raises:
-            ConversionError: If the file is not a state dict of a supported family, or its family is ambiguous.
-            OSError: If the file cannot be read.
+        Raises ConversionError if the file is not a state dict of a supported family, or its family is ambiguous.
         """
         notes: list[str] = []
         weights, container = unwrap(read_file(file), notes)

@@ -225,14 +225,9 @@ LOADERS: dict[str, Callable[[str, bool], SourceModel]] = {
 
 
 def load_source(source: str, random_init: bool = False) -> SourceModel:
-    """Load a source by its name on the command line.
+    """Load `timm:NAME` or `transformers:PATH_OR_ID`, where an id may end with `@REVISION`.
 
-    Args:
-        source: `timm:NAME` or `transformers:PATH_OR_ID`, where an id may end with `@REVISION`.
-        random_init: Whether to use random values instead of trained weights, which are then not required.
-
-    Raises:
-        ValueError, OSError: If the source does not exist or is not supported; the message has one line.
+    Raises ValueError or OSError with one line if the source does not exist or is not supported.
     """
     project, _, name = source.partition(":")
     if project not in LOADERS or not name:

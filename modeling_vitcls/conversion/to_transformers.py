@@ -57,7 +57,7 @@ def convert_to_transformers(model: ViTCLSPreTrainedModel, native_size_only: bool
     if best.mismatches:
         hint = describe_encoder_target(model)
         if not native_size_only and not (native := find_best_match(name, model.config, True)).mismatches:
-            hint = f". {native.target.name} is exact at the native size: set native_size_only=True"
+            hint = f". {native.target.name} is exact at the native size: set native_size_only=True, or omit --any-size"
         raise ConversionError(f"{', '.join(best.mismatches)}{describe_nearest(best)}{hint}")
     return build_transformers_model(best, model)
 

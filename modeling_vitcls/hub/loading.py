@@ -279,10 +279,7 @@ def show_progress_on_first_process() -> Iterator[None]:
 
 
 def describe_missing_repo(name: str, repo_type: RepoType = "model") -> str:
-    """Return the error message for a name that is neither a local path nor a repository that the token can read.
-
-    The Hub returns the same response for missing and for private repositories.
-    """
+    """Return the error message for a repository that is missing or private, which the Hub does not distinguish."""
     path_noun = PATH_NOUNS[repo_type]
     if not is_hub_id(name):
         return f"{name} is not a {path_noun} and not a valid id of a {repo_type} on the Hub. Check the path"

@@ -146,15 +146,9 @@ def find_published_model(repo_id: str, revision: str = "main") -> PublishedModel
 
 
 def build_space_files(model: PublishedModel, title: str | None = None, examples: Sequence[Path] = ()) -> RepoFiles:
-    """Build the files of the Space.
+    """Build the files of the Space. `title` is the title of the page in the Hub's lists.
 
-    Args:
-        model: The model to show.
-        title: Title of the page in the Hub's lists. Default: derived from the model's name.
-        examples: Example images.
-
-    Raises:
-        ValueError: If an example is not an image, if two examples have the same name, or if gradio is not installed.
+    Raises ValueError if an example is not an image, if two examples have the same name, or if gradio is not installed.
     """
     app = APP_TEMPLATE.format(
         folder=FOLDER,
@@ -257,19 +251,12 @@ def write_space(files: RepoFiles, folder: Path) -> None:
 def push_space(
     files: RepoFiles, model: PublishedModel, space_id: str, private: bool = False, title: str | None = None
 ) -> PushResult:
-    """Push the files of the Space in one commit; create the Space if it does not exist.
+    """Push the files of `build_space_files` in one commit; create the Space if it does not exist.
 
-    Call this after `check_push_permissions(..., repo_type="space")`. If nothing has changed, no commit is made.
+    Call this after `check_push_permissions(..., repo_type="space")`. If nothing has changed, no commit is made. `private`
+    applies only to a new Space, and `title` only to the command in the error message.
 
-    Args:
-        files: From `build_space_files`.
-        model: The model that the Space shows.
-        space_id: `namespace/name`.
-        private: Whether a new Space is private.
-        title: The title given to `build_space_files`, for the command in the error message.
-
-    Raises:
-        PushFailed: If the push fails. The message is one line and ends with the command that completes the push.
+    Raises PushFailed if the push fails. The message is one line and ends with the command that completes the push.
     """
     check_is_online()
     try:

@@ -6,7 +6,6 @@ the script in a separate process; the others call its functions.
 
 import json
 import os
-import runpy
 import shutil
 import subprocess
 import sys
@@ -18,6 +17,7 @@ import onnxruntime
 import pytest
 import torch
 from fresh_processes import run_fresh
+from scripts_in_process import SCRIPTS, run_in_process
 from tiny_models import BLOCKS, LAYOUTS, filled, images, raises_one_line, tiny_config
 
 from modeling_vitcls import (
@@ -35,7 +35,6 @@ from modeling_vitcls.export.tracing import get_smallest_size, select_graph_shape
 
 
 ROOT = Path(__file__).parents[2]
-SCRIPT = ROOT / "scripts" / "export.py"
 LIMIT = 1e-4
 TASKS = {"age": 2, "species": 4}
 NAMES = {0: "ant", 1: "bee", 2: "cow"}
@@ -149,7 +148,7 @@ def assert_close(found: dict[str, np.ndarray], wanted: dict[str, np.ndarray], li
 def run(*flags: Any) -> subprocess.CompletedProcess[str]:
     """Run the script in a separate process."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "200", "HF_HUB_OFFLINE": "1"}
-    return run_fresh(SCRIPT, *flags, environment=environment)
+    return run_fresh(SCRIPTS / "export.py", *flags, environment=environment)
 
 
 # Models
@@ -471,15 +470,9 @@ def test_packages_that_are_not_installed(tmp_path: Path, monkeypatch: pytest.Mon
         export_model("nowhere", "onnx", tmp_path / "vit.onnx")
 
 
-def test_errors_end_with_one_line_and_status_1(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    flags = ["--model", str(tmp_path / "nowhere"), "--format", "torch", "--output", str(tmp_path / "vit.pt2")]
-    monkeypatch.setattr(sys, "argv", [str(SCRIPT), *flags])
-    monkeypatch.syspath_prepend(SCRIPT.parent)
-    with pytest.raises(SystemExit) as ended:
-        runpy.run_path(str(SCRIPT), run_name="__main__")
-    assert ended.value.code == 1
+def test_errors_end_with_one_line_and_status_1(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--model", tmp_path / "nowhere", "--format", "torch", "--output", tmp_path / "vit.pt2"]
+    assert run_in_process("export.py", *flags) == 1
     assert capsys.readouterr().err == (
         f"error: {tmp_path / 'nowhere'} is not a folder and not a valid id of a model on the Hub. Check the path\n"
     )

@@ -3,10 +3,8 @@
 import hashlib
 import json
 import pickle
-import runpy
 import shlex
 import socket
-import sys
 import threading
 import time
 from pathlib import Path
@@ -22,6 +20,7 @@ from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 from huggingface_hub.utils import _http as hub_http
 from huggingface_hub.utils import close_session, get_session, http_backoff
 from local_hub import LocalHub, Token, point_client_at
+from scripts_in_process import run_in_process
 from tiny_models import raises_one_line, tiny_config
 
 import modeling_vitcls as vitcls
@@ -33,7 +32,6 @@ from modeling_vitcls.hub.publish import PushFailed, build_push_command, push_fol
 from modeling_vitcls.hub.push_permissions import check_push_permissions
 
 
-SCRIPT = Path(__file__).parents[2] / "scripts" / "push_to_hub.py"
 CODE = {file.name for file in Path(vitcls.__file__).parent.glob("*_vitcls.py")}
 WEIGHTS = "model.safetensors"
 CARD = "---\nlicense: apache-2.0\n---\n# A model\n"
@@ -504,7 +502,7 @@ def test_a_push_that_failed_is_finished_by_the_command_it_names(
     assert sent == 2
     program, script, *flags = shlex.split(command)
     assert (program, script) == ("vitcls", "push")
-    assert run_script([*flags, "--no-verify"], monkeypatch) == 0
+    assert run_in_process("push_to_hub.py", *flags, "--no-verify") == 0
     repository = hub.repositories["ann/model"]
     assert num_commits(hub, "ann/model") == 1 and repository.private
     assert repository.commits[repository.branches["new"]].message == message
@@ -698,7 +696,7 @@ def test_the_script_says_what_is_wrong_with_a_token(
     before = snapshot(folder)
     point_client_at(hub.url, token, monkeypatch, folder.parent / "home")
     flags = ["--model", str(folder), "--hub-model-id", "ann/model"]
-    assert run_script(flags, monkeypatch) == 1
+    assert run_in_process("push_to_hub.py", *flags) == 1
     message = capsys.readouterr().err
     assert message.startswith(f"error: {words}") and len(message.splitlines()) == 1
     assert not hub.repositories
@@ -730,10 +728,8 @@ def test_the_published_checkpoint_is_the_newest_that_is_whole_and_names_no_paths
     assert torch.equal(published.load_tensors("model")["x"], torch.ones(2))
 
 
-def test_the_script_finds_no_checkpoint_to_push(
-    hub: LocalHub, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
-) -> None:
-    assert run_script(["--model", str(folder), "--push-optimizer"], monkeypatch) == 1
+def test_the_script_finds_no_checkpoint_to_push(hub: LocalHub, folder: Path, capsys: pytest.CaptureFixture) -> None:
+    assert run_in_process("push_to_hub.py", "--model", folder, "--push-optimizer") == 1
     assert "checkpoints has no undamaged checkpoint to publish" in capsys.readouterr().err
     assert not hub.repositories
 
@@ -753,23 +749,11 @@ def test_the_script_finds_no_checkpoint_to_push(
     ],
 )
 def test_flags_that_do_not_go_together_end_with_status_2(
-    flags: str, words: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+    flags: str, words: list[str], capsys: pytest.CaptureFixture
 ) -> None:
-    monkeypatch.setenv("COLUMNS", "400")
-    assert run_script(flags.split(), monkeypatch) == 2
+    assert run_in_process("push_to_hub.py", *flags.split()) == 2
     printed = "".join(capsys.readouterr())
     assert all(word in printed for word in words), printed
-
-
-def run_script(flags: list[str], monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Run it in this process; its exit status."""
-    monkeypatch.syspath_prepend(str(SCRIPT.parent))
-    monkeypatch.setattr(sys, "argv", [SCRIPT.name, *flags])
-    try:
-        runpy.run_path(str(SCRIPT), run_name="__main__")
-    except SystemExit as ended:
-        return ended.code
-    return 0
 
 
 def test_the_script_ends_with_one_line_and_status_1(
@@ -777,7 +761,7 @@ def test_the_script_ends_with_one_line_and_status_1(
 ) -> None:
     before = snapshot(folder)
     monkeypatch.setenv("HF_TOKEN", "hf_read")
-    assert run_script(["--model", str(folder)], monkeypatch) == 1
+    assert run_in_process("push_to_hub.py", "--model", folder) == 1
     printed, error = capsys.readouterr()
     assert error.startswith("error: the Hugging Face token is read-only, so it cannot push to ann/my-run")
     assert len(error.strip().splitlines()) == 1 and not printed
