@@ -6,7 +6,7 @@
     intermediate_size                  more hidden units, whose weights are zero
     distillation_inference="cls"       the distillation classifier, which is not read, is removed
 
-Only at the native image size, where learned positions are not resampled:
+These forms are equal only at the native image size, where learned positions are not resampled:
 
     position_antialias, ...            a different resampling policy
     position_embedding_type="sincos_2d"    learned positions with the same values

@@ -23,8 +23,8 @@ RELATIVE_STARTS = ("./", "../")  # starts of relative paths that are not Hub ids
 def resolve_name(name: str, is_built_in: bool = False) -> str:
     """Return the name with its file or folder as an absolute path.
 
-    `name` is a path, a Hub id, `timm:NAME`, `timm:NAME@FILE`, `timm:local-dir:FOLDER` or `transformers:...`. A built-in
-    name (`digits`, a preset) takes precedence over a path.
+    `name` is a path, a Hub id, `timm:NAME`, `timm:NAME@FILE`, `timm:local-dir:FOLDER` or `transformers:...`. A
+    built-in name (`digits`, a preset) takes precedence over a path.
     """
     prefix, path = split_prefix(name)
     return f"{prefix}{Path(path).absolute()}" if path and not is_built_in and Path(path).exists() else name

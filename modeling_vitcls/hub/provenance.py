@@ -137,7 +137,7 @@ def add_license(provenance: Provenance, card: dict[str, Any], folder: Path, addr
     if not name or name == "unknown":
         return provenance
     matches = (file for pattern in LICENSE_FILES for file in sorted(folder.glob(pattern)) if file.is_file())
-    files = tuple(dict.fromkeys(matches))  # licenses, then notices
+    files = tuple(dict.fromkeys(matches))  # license files come first
     link = card.get("license_link") or (files[0].name if name == "other" and files else None)
     if link and "://" not in link and not (folder / link).is_file():
         link = f"{address}/{link}" if address else None

@@ -253,8 +253,8 @@ def push_space(
 ) -> PushResult:
     """Push the files of `build_space_files` in one commit; create the Space if it does not exist.
 
-    Call this after `check_push_permissions(..., repo_type="space")`. If nothing has changed, no commit is made. `private`
-    applies only to a new Space, and `title` only to the command in the error message.
+    Call this after `check_push_permissions(..., repo_type="space")`. If nothing has changed, no commit is made.
+    `private` applies only to a new Space, and `title` only to the command in the error message.
 
     Raises PushFailed if the push fails. The message is one line and ends with the command that completes the push.
     """
