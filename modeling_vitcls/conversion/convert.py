@@ -109,9 +109,8 @@ def write_report(
     report.save(folder)
     provenance = find_provenance(source_name)
     num_parameters = converted.num_parameters()
-    build_conversion_card(name, config, num_parameters, report, provenance, images, is_native).save(
-        folder / "README.md"
-    )
+    card = build_conversion_card(name, config, num_parameters, report, provenance, images, is_native)
+    card.save(folder / "README.md")
     if not report.random_init:
         provenance.copy_license(folder)
 
