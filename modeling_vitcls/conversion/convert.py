@@ -8,10 +8,10 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import PIL.Image
 import torch
 import transformers
 from transformers import PreTrainedModel
@@ -25,7 +25,7 @@ from ..modeling_vitcls import ViTCLSForImageClassification, ViTCLSModel, ViTCLSP
 from ..system import get_versions
 from .conversion_card import build_conversion_card
 from .parity_report import LIMIT, ParityReport, compare_models, describe_policies, hash_files
-from .processors import ConvertedPreprocessing, check_processor, select_settings
+from .processors import ConvertedPreprocessing, apply_processor, check_processor, select_settings
 from .source_files import FileSource
 from .source_models import SourceModel, TransformersSource, load_source
 from .to_transformers import convert_to_transformers
@@ -253,10 +253,5 @@ def write_processor(folder: Path, target: Path) -> dict[str, Any]:
         return ConvertedPreprocessing(ViTCLSImageProcessor(), "", None, "the model has no image processor").describe()
     original = ViTCLSImageProcessor.from_pretrained(folder)
     transformers.ViTImageProcessor(**select_settings(original)).save_pretrained(target)
-    written = transformers.ViTImageProcessor.from_pretrained(target)
-
-    def preprocess(image: PIL.Image.Image) -> torch.Tensor:
-        pixels: torch.Tensor = written(image, return_tensors="pt")["pixel_values"][0]
-        return pixels
-
+    preprocess = partial(apply_processor, transformers.ViTImageProcessor.from_pretrained(target))
     return check_processor(original, original, preprocess, type(original).__name__).describe()

@@ -10,6 +10,7 @@ the parity report gives the reason.
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -108,17 +109,19 @@ def convert_transformers_preprocessing(folder: str, image_size: tuple[int, int])
     except (OSError, ValueError):
         return build_default_preprocessing(image_size, "the source has no image processor")
     backend = ViTCLSImageProcessorPil if isinstance(source_processor, PilBackend) else ViTCLSImageProcessor
-
-    def preprocess(image: PIL.Image.Image) -> torch.Tensor:
-        pixels: torch.Tensor = source_processor(image, return_tensors="pt")["pixel_values"][0]
-        return pixels
-
+    preprocess = partial(apply_processor, source_processor)
     try:
         processor = ViTCLSImageProcessor(**select_settings(source_processor))
         same_backend = backend.from_dict(processor.to_dict())
         return check_processor(processor, same_backend, preprocess, type(source_processor).__name__)
     except ValueError as error:
         return build_default_preprocessing(image_size, str(error))
+
+
+def apply_processor(processor: Any, image: PIL.Image.Image) -> torch.Tensor:
+    """Return the pixels [C, H, W] of an image."""
+    pixels: torch.Tensor = processor(image, return_tensors="pt")["pixel_values"][0]
+    return pixels
 
 
 def select_settings(processor: ImageProcessingMixin, names: Sequence[str] = SHARED_SETTINGS) -> dict[str, Any]:
@@ -150,7 +153,7 @@ def measure_difference(
     differences: list[float] = []
     for image in (build_test_image(301, 428), build_test_image(428, 301)):
         image = image if processor.do_convert_rgb else image.convert("L")
-        pixels, expected = processor(image, return_tensors="pt")["pixel_values"][0], preprocess(image)
+        pixels, expected = apply_processor(processor, image), preprocess(image)
         if pixels.shape != expected.shape:
             return math.inf
         std = torch.tensor(processor.image_std if processor.do_normalize else 1.0).view(-1, 1, 1)
