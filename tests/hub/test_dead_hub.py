@@ -128,7 +128,7 @@ def test_a_source_on_the_hub_is_converted_at_the_commit_that_is_named(hub: Local
     certificate = json.loads((tmp_path / "mine" / "certificate.json").read_text())
     assert (certificate["source"], certificate["source_revision"]) == ("transformers:ann/vit", commit)
     card = (tmp_path / "mine" / "README.md").read_text()
-    assert f"convert.py --source transformers:ann/vit@{commit} --output mine\n" in card
+    assert f"vitcls convert --source transformers:ann/vit@{commit} --output mine\n" in card
     assert "base_model: ann/vit\n" in card and "base_model_relation" not in card
     assert "may list this model as fine-tuned from its source, although it was not" in card
     assert (tmp_path / "mine" / "pictures" / "token_layout.png").is_file()
