@@ -25,7 +25,6 @@ from fresh_processes import run_fresh
 from playwright.sync_api import Browser, Error, expect, sync_playwright
 from warm_processes import READY
 
-from modeling_vitcls.hub import verification_process
 from modeling_vitcls.hub import verify as verify_module
 from modeling_vitcls.training.task import run_task
 
@@ -43,7 +42,6 @@ STARTERS = (
     torch.compile,
     torch.export,
     torch.multiprocessing,
-    verification_process,
     verify_module,
 )
 # Folders of tests that are all integration: export/ runs compilers, peers/ the test suites of other projects.
@@ -173,7 +171,7 @@ def verified_quickly(monkeypatch: pytest.MonkeyPatch) -> None:
     def run(command: list[str], cwd: str, env: dict[str, str], **_: Any) -> subprocess.CompletedProcess[str]:
         return run_fresh(*command[1:], environment=env, cwd=Path(cwd))
 
-    monkeypatch.setattr(verification_process, "subprocess", SimpleNamespace(run=run))
+    monkeypatch.setattr(verify_module, "subprocess", SimpleNamespace(run=run))
 
 
 @pytest.fixture(scope="session")

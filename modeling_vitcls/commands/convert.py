@@ -5,7 +5,7 @@
     python scripts/convert.py --source dinov2_vits14_reg4_pretrain.pth --output converted
     python scripts/convert.py --to transformers --model runs/mine --output native
 
-The conversions are implemented in modeling_vitcls/conversion/convert.py and native.py.
+The conversions are implemented in modeling_vitcls/conversion/convert.py.
 """
 
 import json
@@ -72,8 +72,7 @@ def run(options: ConvertOptions) -> None:
     from transformers.utils.logging import disable_progress_bar
 
     from ..analysis.card_images import write_card_images
-    from ..conversion.convert import convert_checkpoint
-    from ..conversion.native import write_native_model
+    from ..conversion.convert import convert_checkpoint, write_native_model
 
     disable_progress_bar()
     with exit_on_error():

@@ -16,7 +16,7 @@ from .parsing import exit_on_error, exit_with_message
 
 
 if TYPE_CHECKING:
-    from ..export.export_report import ExportReport
+    from ..export.exporter import ExportReport
 
 MIN_OPSET = 18  # lowest ONNX opset that torch.onnx exports
 

@@ -6,7 +6,7 @@
     resolve_checkpoint("timm:vit_small_patch16_224")    a model of timm: its conversion
     resolve_checkpoint("dinov2_vits14_pretrain.pth")    a published state dict: its conversion
 
-A conversion is checked as in scripts/convert.py: it is cached only if its outputs equal the outputs of the source. Its
+A conversion is checked as by `vitcls convert`: it is cached only if its outputs equal the outputs of the source. Its
 parity report records the source, the commit and the versions. The cache is the folder `vitcls/converted` next to the
 cache of the Hub. If the source or the version of this package changes, it is converted again.
 """
@@ -58,11 +58,7 @@ def resolve_checkpoint(source: str, files: Sequence[str] = MODEL_FILES) -> str:
 
 
 def pin_revision(source: str) -> str:
-    """Return the name of a model on the Hub with the hash of its commit; other names are returned unchanged.
-
-    Raises:
-        ValueError, OSError: See `resolve_checkpoint`.
-    """
+    """Return the name of a model on the Hub with the hash of its commit; other names are returned unchanged."""
     prefix = "transformers:" if source.startswith("transformers:") else ""
     name, revision = split_revision(source.removeprefix(prefix))
     if source.startswith("timm:") or Path(name).exists():
@@ -89,11 +85,7 @@ def read_model_types(folder: str) -> tuple[str | None, str | None]:
 
 
 def convert_once(source: str) -> str:
-    """Return the cached conversion of a source that scripts/convert.py accepts; convert it if there is none.
-
-    Raises:
-        ValueError, OSError: See `convert_checkpoint`.
-    """
+    """Return the cached conversion of a source that `vitcls convert` accepts; convert it if there is none."""
     from .convert import convert_checkpoint  # imports many models of transformers
 
     folder = get_cache_folder() / compute_cache_name(source)

@@ -11,10 +11,8 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from ..configuration_vitcls import ViTCLSConfig
 from ..hub.card import describe_token_layout, format_token_layout
-from ..hub.card_training import TEMPLATE
-from ..hub.card_use import CITATION, build_use_section
-from ..hub.licenses import CONVERTED_WEIGHTS, WeightsLicense
-from ..hub.provenance import Provenance
+from ..hub.card_sections import CITATION, build_use_section, render_card
+from ..hub.provenance import CONVERTED_WEIGHTS, Provenance, WeightsLicense
 
 
 if TYPE_CHECKING:
@@ -36,22 +34,20 @@ def build_conversion_card(
     report: "ParityReport",
     provenance: Provenance,
     images: dict[str, str] | None = None,
+    is_native: bool = False,
 ) -> ModelCard:
     """Build the card of a converted model.
 
-    Args:
-        name: Name of the model's folder. A push replaces it by the name of the repository.
-        config: Configuration of the converted model.
-        num_parameters: Number of parameters of the converted model.
-        report: Parity report of the conversion.
-        provenance: Provenance of the source. A card of random weights does not name its license.
-        images: Names -> paths in the folder, as returned by `write_card_images`.
+    A push replaces `name`, the name of the model's folder, with the name of the repository. `images` are paths in the
+    folder, as returned by `write_card_images`. `is_native` is True for a class of transformers.
     """
     sequence_length = config.token_layout.get_num_tokens(*config.grid_size)
     layout = {group: len(range(sequence_length)[tokens]) for group, tokens in config.token_layout.items()}
-    card: ModelCard = ModelCard.from_template(
-        build_metadata(report, provenance),
-        template_path=str(TEMPLATE.with_name("conversion.md.j2")),
+    height, width = config.image_height_width
+    return render_card(
+        "conversion",
+        build_metadata(report, provenance, is_native),
+        is_native=is_native,
         name=name,
         config=config,
         num_parameters=num_parameters,
@@ -63,31 +59,29 @@ def build_conversion_card(
         images=images or {},
         is_copy=is_copy(report, provenance),
         sequence_length=sequence_length,
+        image_size=f"{height} x {width}",
         classifier=CLASSIFIER_SENTENCES[report.classifier].format(num_labels=config.num_labels),
         preprocessing=describe_preprocessing(report),
         use=build_use_section(
             name,
             report.model_class,
             has_pipeline=report.classifier == "kept" and not report.random_init,
-            finetune_dataset="path/to/images",
+            finetune_dataset=None if is_native else "path/to/images",
+            is_native=is_native,
         ),
         citation=CITATION,
-        license_text=WeightsLicense(CONVERTED_WEIGHTS, provenance),
+        license_text=WeightsLicense(CONVERTED_WEIGHTS, provenance, has_code=not is_native),
         command=build_command(name, report, config),
     )
-    return card
 
 
-def build_metadata(report: "ParityReport", provenance: Provenance) -> ModelCardData:
-    """Build the YAML header of the card. Random weights have no base model and no license.
-
-    `base_model_relation` is not set, because the Hub supports only `adapter`, `finetune`, `merge` and `quantized`, but
-    not exact copies.
-    """
+def build_metadata(report: "ParityReport", provenance: Provenance, is_native: bool) -> ModelCardData:
+    """Build the YAML header of the card. Random weights have no base model and no license."""
+    # `base_model_relation` is not set, because the Hub has no relation for exact copies.
     return ModelCardData(
         library_name="transformers",
         pipeline_tag="image-classification" if report.classifier == "kept" else "image-feature-extraction",
-        tags=["vision", "vit", "vitcls"],
+        tags=["vision", "vit", *([] if is_native else ["vitcls"])],
         base_model=None if report.random_init else provenance.base_model,
         **({} if report.random_init else provenance.license_metadata),
     )
@@ -132,4 +126,4 @@ def build_command(name: str, report: "ParityReport", config: ViTCLSConfig) -> st
     flags += ["--family", report.family] if report.family else []
     flags += ["--classifier", "new", "--num-labels", str(config.num_labels)] if report.classifier == "new" else []
     flags += ["--classifier", "drop"] if report.classifier == "dropped" else []
-    return f"python scripts/convert.py {shlex.join(flags)}"
+    return f"vitcls convert {shlex.join(flags)}"

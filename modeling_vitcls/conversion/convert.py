@@ -1,28 +1,35 @@
-"""Convert a source and write the model, image processor, parity report and card to a folder, or write nothing.
+"""Convert a model and write it with its image processor, parity report and card to a folder, or write nothing.
 
 report = convert_checkpoint("timm:vit_base_patch14_reg4_dinov2", Path("converted"))
+report = write_native_model("runs/mine", Path("native"))    # a class of transformers, which requires no code
 """
 
 import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
+from transformers import PreTrainedModel
 
+from ..configuration_vitcls import ViTCLSConfig
+from ..hub.loading import check_is_vitcls, get_model_folder
 from ..hub.local_paths import check_output_is_empty, resolve_name, strip_folders
-from ..hub.provenance import Provenance, find_provenance
+from ..hub.provenance import find_provenance
 from ..image_processing_vitcls import ViTCLSImageProcessor
-from ..modeling_vitcls import ViTCLSForImageClassification, ViTCLSPreTrainedModel
+from ..modeling_vitcls import ViTCLSForImageClassification, ViTCLSModel, ViTCLSPreTrainedModel
 from ..system import get_versions
 from .conversion_card import build_conversion_card
-from .head_transfer import ClassifierChoice
 from .parity_report import LIMIT, ParityReport, compare_models, describe_policies, hash_files
+from .processors import ConvertedPreprocessing, apply_processor, check_processor, select_settings
 from .source_files import FileSource
-from .source_models import SourceModel, load_source
-from .weight_rules import ConversionError
+from .source_models import SourceModel, TransformersSource, load_source
+from .to_transformers import convert_to_transformers
+from .weight_rules import ClassifierChoice, ConversionError
 
 
 # Folder, model, image processor, results -> name of each image and its path from the folder.
@@ -83,23 +90,33 @@ def convert_checkpoint(
             family=source.family if isinstance(source, FileSource) else None,
             source_sha256=source.sha256 if isinstance(source, FileSource) else None,
         )
-        report.save(folder)
         images = draw_images(folder, model, preprocessing.processor, {}) if draw_images else {}
-        provenance = find_provenance(source_name)
-        num_parameters = sum(parameter.numel() for parameter in model.parameters())
-        card = build_conversion_card(output.resolve().name, model.config, num_parameters, report, provenance, images)
-        card.save(folder / "README.md")
-        if not random_init:
-            provenance.copy_license(folder)
+        write_report(report, folder, source_name, output.resolve().name, model.config, model, images)
     return report
 
 
-def load_any_source(source_name: str, random_init: bool = False, family: str | None = None) -> SourceModel:
-    """Load `timm:NAME`, `transformers:PATH_OR_ID`, or a state-dict file with an optional family.
+def write_report(
+    report: ParityReport,
+    folder: Path,
+    source_name: str,
+    name: str,
+    config: ViTCLSConfig,
+    converted: PreTrainedModel,
+    images: dict[str, str] | None = None,
+    is_native: bool = False,
+) -> None:
+    """Write the parity report, the card and, unless the weights are random, the license of the source to a folder."""
+    report.save(folder)
+    provenance = find_provenance(source_name)
+    num_parameters = converted.num_parameters()
+    card = build_conversion_card(name, config, num_parameters, report, provenance, images, is_native)
+    card.save(folder / "README.md")
+    if not report.random_init:
+        provenance.copy_license(folder)
 
-    Raises:
-        ValueError, OSError: If the source does not exist or is not supported; the message has one line.
-    """
+
+def load_any_source(source_name: str, random_init: bool = False, family: str | None = None) -> SourceModel:
+    """Load `timm:NAME`, `transformers:PATH_OR_ID`, or a state-dict file with an optional family."""
     if source_name.startswith(("timm:", "transformers:")) or not Path(source_name).suffix:
         if family is not None:
             raise ConversionError(f"--family {family} requires a state-dict file, but the source is {source_name}")
@@ -107,29 +124,6 @@ def load_any_source(source_name: str, random_init: bool = False, family: str | N
     if random_init:
         raise ConversionError(f"--random-init requires timm:NAME or transformers:PATH_OR_ID, not {source_name}")
     return FileSource.load(Path(source_name), family)
-
-
-def load_model_file(
-    file: Path, family: str | None = None, classifier: ClassifierChoice = "keep", num_labels: int | None = None
-) -> tuple[ViTCLSPreTrainedModel, ViTCLSImageProcessor, Provenance]:
-    """Load a published state-dict file as a model, after a comparison with the reference of its family.
-
-    Args:
-        file: A .npz, .safetensors or PyTorch file; see source_files.py.
-        family: Family of the weights. Default: detected.
-        classifier: "keep" the classifier of the file, create a "new" classifier, or "drop" it.
-        num_labels: Number of labels of a new classifier.
-
-    Returns:
-        The model in eval mode, its image processor, and its provenance, whose license is unknown.
-
-    Raises:
-        ValueError, OSError: If the file is not supported, or a difference exceeds the limit.
-    """
-    source = FileSource.load(file, family)
-    model = convert_source(source, classifier, num_labels)
-    compare_models(source, model, with_logits=get_classifier_state(source, model, classifier) == "kept")
-    return model, source.convert_preprocessing().processor, Provenance(file.name)
 
 
 def convert_source(source: SourceModel, classifier: ClassifierChoice, num_labels: int | None) -> ViTCLSPreTrainedModel:
@@ -176,3 +170,88 @@ def check_saved_weights(folder: Path, model: ViTCLSPreTrainedModel) -> None:
     for name, weight in model.state_dict().items():
         if not torch.equal(loaded[name], weight):
             raise ConversionError(f"the written weights differ from the converted weights: {name}")
+
+
+# Classes of transformers ---------------------------------------------------------------------------------------------
+
+
+NO_RESAMPLING = "transformers resamples the positions of {name} differently for other image sizes"
+
+
+def write_native_model(source: str, output: Path, any_size: bool = False) -> ParityReport:
+    """Write the model, image processor, parity report, card and license to `output`, or write nothing.
+
+    For models other than classifiers for one task, only the encoder is written.
+
+    Args:
+        source: Folder or Hub id of a vitcls model.
+        output: A folder that does not exist or is empty.
+        any_size: Whether the outputs have to be the same for images of any size. Default: if no class of transformers
+            supports this, a class with the same outputs at the native size is used.
+
+    Raises:
+        ValueError, OSError: If the model does not exist, no class of transformers supports the model, a difference
+            exceeds the limit, or `output` is not empty. The message has one line.
+    """
+    check_output_is_empty(output)
+    folder = Path(get_model_folder(source))
+    check_is_vitcls(source, folder)
+    model = load_model(folder)
+    converted, is_exact_at_any_size = convert_model(model, any_size)
+    reason = "" if is_exact_at_any_size else NO_RESAMPLING.format(name=type(converted).__name__)
+    with create_folder(output) as target:
+        converted.save_pretrained(target)
+        preprocessing = write_processor(folder, target)
+        written = TransformersSource.load(str(target), random_init=False)
+        written.model.float()
+        has_logits = isinstance(model, ViTCLSForImageClassification) and bool(model.num_labels)
+        comparisons, not_compared = compare_models(written, model, has_logits, native_size_only=reason)
+        report = ParityReport(
+            source=strip_folders(resolve_name(source)),
+            source_revision=None,
+            source_class=type(model).__name__,
+            random_init=False,
+            model_class=type(converted).__name__,
+            classifier="kept" if has_logits else "none",
+            limit=LIMIT,
+            comparisons=comparisons,
+            not_compared=not_compared,
+            preprocessing=preprocessing,
+            versions=get_versions(),
+            sha256=hash_files(target.glob("*.safetensors")),
+            notes=[],
+        )
+        write_report(report, target, source, output.resolve().name, model.config, converted, is_native=True)
+    return report
+
+
+def load_model(folder: Path) -> ViTCLSPreTrainedModel:
+    """Load a classifier for one task, or the encoder of any other model."""
+    architectures = ViTCLSConfig.from_pretrained(folder).architectures or []
+    is_classifier = ViTCLSForImageClassification.__name__ in architectures
+    model_class = ViTCLSForImageClassification if is_classifier else ViTCLSModel
+    model: ViTCLSPreTrainedModel = model_class.from_pretrained(folder).eval()
+    return model
+
+
+def convert_model(model: ViTCLSPreTrainedModel, any_size: bool) -> tuple[PreTrainedModel, bool]:
+    """Return the model of transformers, and whether its outputs are the same for images of any size."""
+    try:
+        return convert_to_transformers(model), True
+    except ConversionError as error:
+        if any_size:
+            raise
+        try:
+            return convert_to_transformers(model, native_size_only=True), False
+        except ConversionError:
+            raise error from None
+
+
+def write_processor(folder: Path, target: Path) -> dict[str, Any]:
+    """Write the image processor of a model folder as `ViTImageProcessor`, and return its description."""
+    if not (folder / "preprocessor_config.json").is_file():
+        return ConvertedPreprocessing(ViTCLSImageProcessor(), "", None, "the model has no image processor").describe()
+    original = ViTCLSImageProcessor.from_pretrained(folder)
+    transformers.ViTImageProcessor(**select_settings(original)).save_pretrained(target)
+    preprocess = partial(apply_processor, transformers.ViTImageProcessor.from_pretrained(target))
+    return check_processor(original, original, preprocess, type(original).__name__).describe()

@@ -6,7 +6,7 @@
     intermediate_size                  more hidden units, whose weights are zero
     distillation_inference="cls"       the distillation classifier, which is not read, is removed
 
-Only at the native image size, where learned positions are not resampled:
+These forms are equal only at the native image size, where learned positions are not resampled:
 
     position_antialias, ...            a different resampling policy
     position_embedding_type="sincos_2d"    learned positions with the same values
@@ -49,25 +49,14 @@ POLICIES: tuple[Fields, ...] = tuple(
 MAX_MLP_RATIO = 16
 
 
-def keep_weights(encoder: WeightDict, head: WeightDict, old: ViTCLSConfig, new: ViTCLSConfig) -> None:
-    """Change nothing."""
-
-
 @dataclass(frozen=True)
 class Rewrite:
-    """An equivalent form of a model.
+    """An equivalent form of a model."""
 
-    Attributes:
-        fields: Fields that the rewrite may change.
-        list_changes: Returns the possible new values of fields.
-        rewrite_weights: Changes the weights to the new form.
-        at_native_size_only: Whether the outputs are the same only for images of `config.image_size`.
-    """
-
-    fields: frozenset[str]
-    list_changes: Callable[[ViTCLSConfig], list[Fields]]
-    rewrite_weights: RewriteWeights = keep_weights
-    at_native_size_only: bool = False
+    fields: frozenset[str]  # fields that the rewrite may change
+    list_changes: Callable[[ViTCLSConfig], list[Fields]]  # returns the possible new values of fields
+    rewrite_weights: RewriteWeights = lambda encoder, head, old, new: None  # changes the weights to the new form
+    at_native_size_only: bool = False  # whether the outputs are the same only for images of `config.image_size`
 
 
 # Classifiers ---------------------------------------------------------------------------------------------------------

@@ -26,16 +26,18 @@ from ..configuration_vitcls import ViTCLSConfig
 from ..errors import format_error
 from ..files import replace_control_characters
 from ..modeling_vitcls import ViTCLSPreTrainedModel
-from .head_transfer import ClassifierChoice, build_model, split_classifier
-from .timm_tables import BLOCK_RULES, GATED_MLP, MLP_RULES, STEM_RULES, build_head_rules
+from .from_timm import BLOCK_RULES, GATED_MLP, MLP_RULES, STEM_RULES, build_head_rules
 from .weight_rules import (
     POSITIONS,
+    ClassifierChoice,
     ConversionError,
     Fields,
     Rule,
     Weights,
+    build_model,
     convert_weights,
     reshape_token,
+    split_classifier,
     split_halves,
     split_positions,
 )
@@ -43,17 +45,11 @@ from .weight_rules import (
 
 @dataclass(frozen=True)
 class StateDictFamily:
-    """Conversion of the checkpoints of one repository.
+    """Conversion of the checkpoints of one repository."""
 
-    Attributes:
-        read_fields: Function of the prepared weights that returns fields of `ViTCLSConfig`.
-        rules: Rules for the prepared weights.
-        prepare: Function that rewrites the published weights first.
-    """
-
-    read_fields: Callable[[Weights], Fields]
-    rules: Sequence[Rule]
-    prepare: Callable[[Weights], Weights] = dict
+    read_fields: Callable[[Weights], Fields]  # function of the prepared weights that returns fields of `ViTCLSConfig`
+    rules: Sequence[Rule]  # rules for the prepared weights
+    prepare: Callable[[Weights], Weights] = dict  # function that rewrites the published weights first
 
 
 def convert_state_dict(
@@ -143,42 +139,13 @@ DINOV3_RULES = [
 PREFIXES = ("params/img/", "params/", "opt/target/img/", "opt/target/", "img/")
 
 
-def transpose_kernel(tensor: torch.Tensor, config: ViTCLSConfig) -> Sequence[torch.Tensor]:
-    """Convert a kernel [in, out] to a weight [out, in]."""
-    return [tensor.T]
-
-
-def convert_qkv_kernel(tensor: torch.Tensor, config: ViTCLSConfig) -> Sequence[torch.Tensor]:
-    """Convert a kernel [D, heads, head_dim] to a weight [heads * head_dim, D]."""
-    return [tensor.flatten(1).T]
-
-
-def convert_output_kernel(tensor: torch.Tensor, config: ViTCLSConfig) -> Sequence[torch.Tensor]:
-    """Convert a kernel [heads, head_dim, D] to a weight [D, heads * head_dim]."""
-    return [tensor.flatten(0, 1).T]
-
-
-def flatten_bias(tensor: torch.Tensor, config: ViTCLSConfig) -> Sequence[torch.Tensor]:
-    """Flatten a bias [heads, head_dim] to [heads * head_dim]."""
-    return [tensor.flatten()]
-
-
-def convert_patch_kernel(tensor: torch.Tensor, config: ViTCLSConfig) -> Sequence[torch.Tensor]:
-    """Convert a kernel [height, width, C, D] to a weight [D, C, height, width]."""
-    return [tensor.permute(3, 2, 0, 1)]
-
-
 def build_attention_rules(source: str, target: str) -> list[Rule]:
-    """Build the rules for query, key, value and output projections."""
+    """Build the rules for query, key, value and output projections. The output kernel is [heads, head_dim, D]."""
     return [
-        rule
-        for name, letter in (("query", "q"), ("key", "k"), ("value", "v"))
-        for rule in (
-            Rule(f"{source}/{name}/kernel", f"{target}.{letter}_proj.weight", convert_qkv_kernel),
-            Rule(f"{source}/{name}/bias", f"{target}.{letter}_proj.bias", flatten_bias),
-        )
-    ] + [
-        Rule(f"{source}/out/kernel", f"{target}.o_proj.weight", convert_output_kernel),
+        *build_dense_rules(f"{source}/query", f"{target}.q_proj"),
+        *build_dense_rules(f"{source}/key", f"{target}.k_proj"),
+        *build_dense_rules(f"{source}/value", f"{target}.v_proj"),
+        Rule(f"{source}/out/kernel", f"{target}.o_proj.weight", lambda kernel, config: [kernel.flatten(0, 1).T]),
         Rule(f"{source}/out/bias", f"{target}.o_proj.bias"),
     ]
 
@@ -189,8 +156,11 @@ def build_norm_rules(source: str, target: str) -> list[Rule]:
 
 
 def build_dense_rules(source: str, target: str) -> list[Rule]:
-    """Build the rules for kernel and bias of a dense layer."""
-    return [Rule(f"{source}/kernel", f"{target}.weight", transpose_kernel), Rule(f"{source}/bias", f"{target}.bias")]
+    """Build the rules for a kernel [in, out] or [in, heads, head_dim] and its bias."""
+    return [
+        Rule(f"{source}/kernel", f"{target}.weight", lambda kernel, config: [kernel.flatten(1).T]),
+        Rule(f"{source}/bias", f"{target}.bias", lambda bias, config: [bias.flatten()]),
+    ]
 
 
 BLOCK = "Transformer/encoderblock_{i}"
@@ -198,7 +168,11 @@ BLOCK = "Transformer/encoderblock_{i}"
 # `{n}` is the index of a module in its block, which differs between the two projects.
 BIG_VISION_RULES = [
     Rule("cls", "embeddings.cls_token"),
-    Rule("embedding/kernel", "embeddings.patch_embeddings.projection.weight", convert_patch_kernel),
+    Rule(
+        "embedding/kernel",
+        "embeddings.patch_embeddings.projection.weight",
+        lambda kernel, config: [kernel.permute(3, 2, 0, 1)],
+    ),
     Rule("embedding/bias", "embeddings.patch_embeddings.projection.bias"),
     Rule("pos_embedding", POSITIONS, split_positions, axis=1),
     Rule("Transformer/posembed_input/pos_embedding", POSITIONS, split_positions, axis=1),
@@ -224,11 +198,7 @@ def remove_chunk_indices(weights: Weights) -> Weights:
 
 
 def prepare_dinov3(weights: Weights) -> Weights:
-    """Apply the masks of the biases, and check that keys have no bias.
-
-    Raises:
-        ConversionError: If a check fails.
-    """
+    """Apply the masks of the biases, and check that keys have no bias. Raises ConversionError if a check fails."""
     prepared = {name: weight for name, weight in weights.items() if not name.endswith("bias_mask")}
     for name in prepared:
         if not name.endswith("attn.qkv.bias"):
@@ -290,9 +260,6 @@ def read_dinov2(weights: Weights) -> Fields:
     """Return the fields of DINOv2 (arXiv 2304.07193), with or without registers (arXiv 2309.16588).
 
     The published linear classifiers read the CLS token and the mean of the patches.
-
-    Raises:
-        ConversionError: If the linear classifier also reads the CLS tokens of earlier layers.
     """
     registers = weights.get("register_tokens")
     head, width = weights.get("linear_head.weight"), get_weight(weights, "patch_embed.proj.weight").shape[0]
@@ -378,12 +345,12 @@ def read_big_vision(weights: Weights) -> Fields:
     """Return the fields of a big_vision model. `nn.gelu` of Flax is the tanh approximation."""
     patch_height, patch_width, channels, width = get_weight(weights, "embedding/kernel").shape
     blocks = [int(match[1]) for name in weights if (match := re.match(r"Transformer/encoderblock_(\d+)/", name))]
-    first_block = {name.removeprefix("Transformer/encoderblock_0/"): weight for name, weight in weights.items()}
-    query = next(
-        (weight for name, weight in first_block.items() if re.fullmatch(r"MultiHead\w+/query/kernel", name)), None
+    patterns = (
+        r"Transformer/encoderblock_0/MultiHead\w+/query/kernel",
+        r"Transformer/encoderblock_0/MlpBlock_\d/Dense_0/kernel",
     )
-    mlp = next(
-        (weight for name, weight in first_block.items() if re.fullmatch(r"MlpBlock_\d/Dense_0/kernel", name)), None
+    query, mlp = (
+        next((weight for name, weight in weights.items() if re.fullmatch(pattern, name)), None) for pattern in patterns
     )
     if query is None or mlp is None:
         raise ConversionError(
@@ -435,11 +402,7 @@ def read_big_vision_pooling(weights: Weights) -> Fields:
 
 
 def convert_to_tensor(name: str, value: Any) -> torch.Tensor:
-    """Convert an array to a tensor.
-
-    Raises:
-        ConversionError: If torch does not support the dtype.
-    """
+    """Convert an array to a tensor. Raises ConversionError if torch does not support the dtype."""
     try:
         return torch.as_tensor(value)
     except (TypeError, ValueError, RuntimeError):
@@ -449,11 +412,7 @@ def convert_to_tensor(name: str, value: Any) -> torch.Tensor:
 
 
 def get_weight(weights: Weights, name: str) -> torch.Tensor:
-    """Return a weight of the state dict.
-
-    Raises:
-        ConversionError: If the weight is missing.
-    """
+    """Return a weight of the state dict. Raises ConversionError if the weight is missing."""
     if name not in weights:
         first = ", ".join(list(weights)[:4])
         raise ConversionError(

@@ -2,8 +2,8 @@
 
     model = convert_from_timm(timm.create_model("vit_base_patch16_clip_224.openai", pretrained=True))
 
-timm_modules.py reads the configuration from the modules, and timm_tables.py contains the rules for parameter names.
-This file contains exact rewrites that involve several parameters:
+timm_modules.py reads the configuration from the modules. This file contains the rules for parameter names, and exact
+rewrites that involve several parameters:
 
     parallel branches       n attention modules and n MLPs in parallel become one of each, n times as wide
     differential attention  the lambda vectors become the weight of the second attention map
@@ -20,10 +20,21 @@ from torch import nn
 
 from ..configuration_vitcls import ViTCLSConfig
 from ..modeling_vitcls import ViTCLSPreTrainedModel
-from .head_transfer import ClassifierChoice, build_model, split_classifier
-from .timm_modules import TimmModule, get_class_name, has_pooler, read_model
-from .timm_tables import build_rules
-from .weight_rules import ConversionError, Weights, convert_weights
+from .timm_modules import TimmModule, get_class_name, has_pooler, is_present, read_model
+from .weight_rules import (
+    POSITIONS,
+    ClassifierChoice,
+    ConversionError,
+    Rule,
+    Weights,
+    append_zero_bias,
+    build_model,
+    convert_weights,
+    split_classifier,
+    split_halves,
+    split_positions,
+    split_qkv,
+)
 
 
 TIMM_CLASSES = ("VisionTransformer", "VisionTransformerDistilled", "Eva")
@@ -152,10 +163,7 @@ def has_interleaved_rotary(model: TimmModule) -> bool:
 
 
 def deinterleave_rotary_channels(weights: Weights, config: ViTCLSConfig) -> Weights:
-    """Reorder the channels of queries and keys within each head: even channels first, then odd channels.
-
-    The products of queries and keys stay the same. The two channels of each pair are then half a head apart.
-    """
+    """Reorder the channels within each head, even channels first; the products of queries and keys stay the same."""
     order = torch.arange(config.head_dim).view(-1, 2).T.flatten()
 
     def reorder(name: str, tensor: torch.Tensor) -> torch.Tensor:
@@ -164,3 +172,142 @@ def deinterleave_rotary_channels(weights: Weights, config: ViTCLSConfig) -> Weig
         return tensor
 
     return {name: reorder(name, tensor) for name, tensor in weights.items()}
+
+
+# Rules for parameter names ------------------------------------------------------------------------------------------
+
+
+QKV = [f"layers.{{i}}.attention.{letter}_proj.{{rest}}" for letter in "qkv"]
+GATED_MLP = ["layers.{i}.mlp.gate_proj.{rest}", "layers.{i}.mlp.up_proj.{rest}"]
+LAYER_SCALES = ["layers.{i}.layer_scale1.lambda1", "layers.{i}.layer_scale2.lambda1"]
+
+
+def split_mlp_qkv(tensor: torch.Tensor, config: ViTCLSConfig) -> Sequence[torch.Tensor]:
+    """Split the input projection of a parallel block [mlp + 3 * D, ...] into MLP, query, key and value."""
+    mlp, qkv = tensor.tensor_split([config.intermediate_size])
+    return [mlp, *qkv.chunk(3)]
+
+
+def repeat_kv(tensor: torch.Tensor, config: ViTCLSConfig) -> Sequence[torch.Tensor]:
+    """Repeat the key or value heads [heads * head_dim, ...] of grouped-query attention for every query head."""
+    heads = tensor.unflatten(0, (-1, config.head_dim))
+    return [heads.repeat_interleave(config.num_attention_heads // len(heads), dim=0).flatten(0, 1)]
+
+
+STEM_RULES = [
+    Rule("cls_token", "embeddings.cls_token"),
+    Rule("dist_token", "embeddings.distillation_token"),
+    Rule("reg_token", "embeddings.register_tokens"),
+    Rule("pos_embed", POSITIONS, split_positions, axis=1),
+    Rule("patch_embed.proj.{rest}", "embeddings.patch_embeddings.projection.{rest}"),
+    Rule("patch_embed.norm.{rest}", "embeddings.patch_embeddings.norm.{rest}"),
+    Rule("norm_pre.{rest}", "embeddings.norm.{rest}"),
+    Rule("rope.freqs", "rotary_positions.frequencies"),
+]
+
+BLOCK_RULES = [
+    Rule("blocks.{i}.norm1.{rest}", "layers.{i}.layernorm_before.{rest}"),
+    Rule("blocks.{i}.norm2.{rest}", "layers.{i}.layernorm_after.{rest}"),
+    Rule("blocks.{i}.attn.qkv.{rest}", QKV, split_qkv),
+    Rule("blocks.{i}.attn.q_bias", "layers.{i}.attention.q_proj.bias"),
+    Rule("blocks.{i}.attn.v_bias", "layers.{i}.attention.v_proj.bias"),
+    Rule("blocks.{i}.attn.q_proj.{rest}", "layers.{i}.attention.q_proj.{rest}"),
+    Rule("blocks.{i}.attn.k_proj.{rest}", "layers.{i}.attention.k_proj.{rest}", repeat_kv),
+    Rule("blocks.{i}.attn.v_proj.{rest}", "layers.{i}.attention.v_proj.{rest}", repeat_kv),
+    Rule("blocks.{i}.attn.q_norm.{rest}", "layers.{i}.attention.q_norm.{rest}"),
+    Rule("blocks.{i}.attn.k_norm.{rest}", "layers.{i}.attention.k_norm.{rest}"),
+    Rule("blocks.{i}.attn.second_share", "layers.{i}.attention.second_share"),
+    Rule("blocks.{i}.attn.sub_norm.{rest}", "layers.{i}.attention.head_norm.{rest}"),
+    Rule("blocks.{i}.attn.norm.{rest}", "layers.{i}.attention.norm.{rest}"),
+    Rule("blocks.{i}.attn.proj.{rest}", "layers.{i}.attention.o_proj.{rest}"),
+    Rule("blocks.{i}.ls{n}.gamma", "layers.{i}.layer_scale{n}.lambda1"),  # VisionTransformer
+    Rule("blocks.{i}.gamma_{n}", "layers.{i}.layer_scale{n}.lambda1"),  # Eva
+]
+
+PARALLEL_RULES = [
+    Rule("blocks.{i}.in_norm.{rest}", "layers.{i}.layernorm_before.{rest}"),
+    Rule("blocks.{i}.in_proj.{rest}", ["layers.{i}.mlp.fc1.{rest}", *QKV], split_mlp_qkv),
+    Rule("blocks.{i}.mlp_bias", "layers.{i}.mlp.fc1.bias"),
+    Rule("blocks.{i}.q_norm.{rest}", "layers.{i}.attention.q_norm.{rest}"),
+    Rule("blocks.{i}.k_norm.{rest}", "layers.{i}.attention.k_norm.{rest}"),
+    Rule("blocks.{i}.second_share", "layers.{i}.attention.second_share"),
+    Rule("blocks.{i}.sub_norm.{rest}", "layers.{i}.attention.head_norm.{rest}"),
+    Rule("blocks.{i}.attn_out_proj.{rest}", "layers.{i}.attention.o_proj.{rest}"),
+    Rule("blocks.{i}.mlp_out_proj.{rest}", "layers.{i}.mlp.fc2.{rest}"),
+    Rule(
+        "blocks.{i}.out_proj.weight",
+        ["layers.{i}.attention.o_proj.weight", "layers.{i}.mlp.fc2.weight"],
+        lambda tensor, config: tensor.tensor_split([config.hidden_size], dim=1),
+        axis=1,
+    ),
+    Rule(
+        "blocks.{i}.out_proj.bias", ["layers.{i}.attention.o_proj.bias", "layers.{i}.mlp.fc2.bias"], append_zero_bias
+    ),
+    Rule("blocks.{i}.ls.gamma", "layers.{i}.layer_scale1.lambda1"),
+]
+
+MLP_NORM = Rule("blocks.{i}.mlp.norm.{rest}", "layers.{i}.mlp.norm.{rest}")
+MLP_DOWN = Rule("blocks.{i}.mlp.fc2.{rest}", "layers.{i}.mlp.down_proj.{rest}")
+# Rules by the class of the MLP and, if its first layer is fused, by the position of the gate.
+MLP_RULES = {
+    "Mlp": [
+        Rule("blocks.{i}.mlp.fc1.{rest}", "layers.{i}.mlp.fc1.{rest}"),
+        Rule("blocks.{i}.mlp.fc2.{rest}", "layers.{i}.mlp.fc2.{rest}"),
+        MLP_NORM,
+    ],
+    "GluMlp, gate first": [Rule("blocks.{i}.mlp.fc1.{rest}", GATED_MLP, split_halves), MLP_DOWN, MLP_NORM],
+    "GluMlp, gate last": [Rule("blocks.{i}.mlp.fc1.{rest}", GATED_MLP[::-1], split_halves), MLP_DOWN, MLP_NORM],
+    "SwiGLU": [
+        Rule("blocks.{i}.mlp.fc1_g.{rest}", "layers.{i}.mlp.gate_proj.{rest}"),
+        Rule("blocks.{i}.mlp.fc1_x.{rest}", "layers.{i}.mlp.up_proj.{rest}"),
+        MLP_DOWN,
+        MLP_NORM,
+    ],
+}
+
+# If only attention has LayerScale, the LayerScale values of the MLP are 1.
+ATTENTION_SCALE_RULES = [
+    Rule("blocks.{i}.gamma_1", LAYER_SCALES, lambda tensor, config: [tensor, torch.ones_like(tensor)])
+]
+
+
+def build_head_rules(attention_pool: str) -> list[Rule]:
+    """Build the rules for modules after the blocks; `attention_pool` is the name of the attention pooler."""
+    return [
+        Rule("norm.{rest}", "layernorm.{rest}"),
+        Rule("attn_pool.latent", f"{attention_pool}.probe"),
+        Rule("attn_pool.q.{rest}", f"{attention_pool}.q_proj.{{rest}}"),
+        Rule(
+            "attn_pool.kv.{rest}",
+            [f"{attention_pool}.k_proj.{{rest}}", f"{attention_pool}.v_proj.{{rest}}"],
+            split_halves,
+        ),
+        Rule("attn_pool.proj.{rest}", f"{attention_pool}.o_proj.{{rest}}"),
+        Rule("attn_pool.norm.{rest}", f"{attention_pool}.transform.layernorm.{{rest}}"),
+        Rule("attn_pool.mlp.{rest}", f"{attention_pool}.transform.{{rest}}"),
+        Rule("fc_norm.{rest}", "pooler.layernorm.{rest}"),
+        Rule("head.{rest}", "classifier.{rest}"),
+        Rule("head_dist.{rest}", "distillation_classifier.{rest}"),
+    ]
+
+
+def build_rules(model: TimmModule) -> list[Rule]:
+    """Build the rules for the modules of a model."""
+    block = model.blocks[0]
+    pooler = "pooler.pooler" if is_present(model.fc_norm) else "pooler"
+    attention_only_scale = getattr(block, "gamma_1", None) is not None and block.gamma_2 is None
+    return [
+        *STEM_RULES,
+        *(ATTENTION_SCALE_RULES if attention_only_scale else []),
+        *BLOCK_RULES,
+        *PARALLEL_RULES,
+        *MLP_RULES[get_mlp_key(getattr(block, "mlp", None))],
+        *build_head_rules(pooler),
+    ]
+
+
+def get_mlp_key(mlp: TimmModule) -> str:
+    """Return a key of `MLP_RULES`. Blocks that fuse the MLP with attention have a plain MLP."""
+    if get_class_name(mlp) == "GluMlp":
+        return f"GluMlp, gate {'last' if mlp.gate_last else 'first'}"
+    return "Mlp" if mlp is None else get_class_name(mlp)

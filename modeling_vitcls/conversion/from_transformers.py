@@ -18,7 +18,6 @@ from transformers import PreTrainedModel
 
 from ..configuration_vitcls import ViTCLSConfig
 from ..modeling_vitcls import ViTCLSPreTrainedModel
-from .head_transfer import ClassifierChoice, build_model
 from .transformers_families import (
     AIMV2,
     BEIT,
@@ -26,7 +25,6 @@ from .transformers_families import (
     DATA2VEC,
     DEIT,
     DINOV2,
-    DINOV2_WITH_REGISTERS,
     DINOV3,
     IJEPA,
     PIXIO,
@@ -36,7 +34,16 @@ from .transformers_families import (
     VIT,
     TransformersFamily,
 )
-from .weight_rules import ConversionError, Fields, Rule, Weights, append_zero_bias, convert_weights
+from .weight_rules import (
+    ClassifierChoice,
+    ConversionError,
+    Fields,
+    Rule,
+    Weights,
+    append_zero_bias,
+    build_model,
+    convert_weights,
+)
 
 
 def convert_from_transformers(
@@ -84,28 +91,17 @@ def read_embedding_size(config: Any) -> Fields:
 
 @dataclass(frozen=True)
 class ConvertibleClass:
-    """A class of transformers that can be converted.
-
-    Attributes:
-        encoder: Attribute that contains the encoder; None if the class is the encoder.
-        fields: Fields of `ViTCLSConfig` that depend on the class.
-        unused: Patterns of encoder weights that the class does not use.
-        read_labels: Function that reads the labels from the configuration.
-    """
+    """A class of transformers that can be converted."""
 
     family: TransformersFamily
-    encoder: str | None = None
-    fields: Mapping[str, Any] = field(default_factory=dict)
-    unused: tuple[str, ...] = ()
-    read_labels: Callable[[Any], Fields] = read_labels
+    encoder: str | None = None  # attribute that contains the encoder; None if the class is the encoder
+    fields: Mapping[str, Any] = field(default_factory=dict)  # fields of `ViTCLSConfig` that depend on the class
+    unused: tuple[str, ...] = ()  # patterns of encoder weights that the class does not use
+    read_labels: Callable[[Any], Fields] = read_labels  # function that reads the labels from the configuration
 
 
 def find_convertible_class(model: PreTrainedModel) -> ConvertibleClass:
-    """Return the entry of `CONVERTIBLE_CLASSES` for a model.
-
-    Raises:
-        ConversionError: If there is no entry; the message names a submodule that can be converted, if there is one.
-    """
+    """Return the entry for a model; the error names a submodule that can be converted, if there is one."""
     if is_convertible(model):
         return CONVERTIBLE_CLASSES[type(model).__name__]
     submodules = [name for name, module in model.named_children() if is_convertible(module)]
@@ -155,10 +151,8 @@ CONVERTIBLE_CLASSES: dict[str, ConvertibleClass] = {
     "IJepaForImageClassification": ConvertibleClass(IJEPA, "ijepa"),
     "Dinov2Model": ConvertibleClass(DINOV2),
     "Dinov2ForImageClassification": ConvertibleClass(DINOV2, "dinov2", CLS_AND_MEAN),
-    "Dinov2WithRegistersModel": ConvertibleClass(DINOV2_WITH_REGISTERS),
-    "Dinov2WithRegistersForImageClassification": ConvertibleClass(
-        DINOV2_WITH_REGISTERS, "dinov2_with_registers", CLS_AND_MEAN
-    ),
+    "Dinov2WithRegistersModel": ConvertibleClass(DINOV2),
+    "Dinov2WithRegistersForImageClassification": ConvertibleClass(DINOV2, "dinov2_with_registers", CLS_AND_MEAN),
     "DINOv3ViTModel": ConvertibleClass(DINOV3),
     "CLIPVisionModel": ConvertibleClass(CLIP, fields=POOLED_NORM),
     "CLIPVisionModelWithProjection": ConvertibleClass(

@@ -32,51 +32,32 @@ FILE_NAME = "certificate.json"
 
 @dataclasses.dataclass(frozen=True)
 class SizeComparison:
-    """Differences at one image size, by "cls", "distillation", "registers", "patches", "logits" or "pooled".
+    """Differences at one image size, by "cls", "distillation", "registers", "patches", "logits" or "pooled"."""
 
-    Attributes:
-        image_size: (height, width) in pixels.
-        differences: Largest absolute differences in float32.
-        magnitudes: Largest absolute values of the source.
-    """
-
-    image_size: tuple[int, int]
-    differences: dict[str, float]
-    magnitudes: dict[str, float]
+    image_size: tuple[int, int]  # (height, width) in pixels
+    differences: dict[str, float]  # largest absolute differences in float32
+    magnitudes: dict[str, float]  # largest absolute values of the source
 
 
 @dataclasses.dataclass(frozen=True)
 class ParityReport:
-    """The content of certificate.json.
+    """The content of certificate.json."""
 
-    Attributes:
-        source: `timm:NAME` or `transformers:PATH_OR_ID`, without local folders.
-        source_revision: Commit hash of the source on the Hub; None if it is unknown.
-        classifier: "kept", "new", "dropped" or "none" (the source has no classifier).
-        limit: Maximum absolute difference.
-        not_compared: Reason why there is no second comparison; empty if there is one.
-        preprocessing: The result of `ConvertedPreprocessing.describe`.
-        sha256: File name -> hash of the weights.
-        notes: Sentences on the loading, and on rules that differ from other implementations.
-        family: Family of a state-dict file; None for other sources.
-        source_sha256: Hash of the state-dict file; None for other sources.
-    """
-
-    source: str
-    source_revision: str | None
+    source: str  # `timm:NAME` or `transformers:PATH_OR_ID`, without local folders
+    source_revision: str | None  # commit hash of the source on the Hub; None if it is unknown
     source_class: str
     random_init: bool
     model_class: str
-    classifier: str
-    limit: float
+    classifier: str  # "kept", "new", "dropped" or "none" (the source has no classifier)
+    limit: float  # maximum absolute difference
     comparisons: list[SizeComparison]
-    not_compared: str
-    preprocessing: dict[str, Any]
+    not_compared: str  # reason why there is no second comparison; empty if there is one
+    preprocessing: dict[str, Any]  # the result of `ConvertedPreprocessing.describe`
     versions: dict[str, str]
-    sha256: dict[str, str]
-    notes: list[str]
-    family: str | None = None
-    source_sha256: str | None = None
+    sha256: dict[str, str]  # file name -> hash of the weights
+    notes: list[str]  # sentences on the loading, and on rules that differ from other implementations
+    family: str | None = None  # family of a state-dict file; None for other sources
+    source_sha256: str | None = None  # hash of the state-dict file; None for other sources
 
     def save(self, folder: Path) -> None:
         """Write certificate.json."""
@@ -87,7 +68,7 @@ class ParityReport:
 def compare_models(
     source: SourceModel, model: ViTCLSPreTrainedModel, with_logits: bool, native_size_only: str = ""
 ) -> tuple[list[SizeComparison], str]:
-    """Compare the outputs at the native size and at a rectangle.
+    """Compare the outputs at the native size and at a rectangle; raise ConversionError above `LIMIT`.
 
     Args:
         source: Source with its model in float32.
@@ -96,9 +77,6 @@ def compare_models(
 
     Returns:
         The comparisons, and the reason why there is no second comparison, which is empty if there is one.
-
-    Raises:
-        ConversionError: If a difference exceeds `LIMIT`.
     """
     comparisons: list[SizeComparison] = []
     for height, width in (source.image_size, get_rectangle_size(source, model)):

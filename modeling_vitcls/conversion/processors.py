@@ -8,15 +8,16 @@ the parity report gives the reason.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 import PIL.Image
 import torch
 from torch import nn
-from transformers import AutoImageProcessor
+from transformers import AutoImageProcessor, ImageProcessingMixin
 from transformers.image_processing_backends import PilBackend
 
 from ..image_processing_vitcls import ViTCLSImageProcessor, ViTCLSImageProcessorPil
@@ -37,18 +38,12 @@ SHARED_SETTINGS = (
 
 @dataclass(frozen=True)
 class ConvertedPreprocessing:
-    """An image processor and its difference from the source's own preprocessing.
-
-    Attributes:
-        provenance: Name of the settings from which the image processor was built.
-        difference: Largest difference of `build_test_image`, in gray levels; None for the default.
-        default_reason: Reason for the default; empty if the settings were converted.
-    """
+    """An image processor and its difference from the source's own preprocessing."""
 
     processor: ViTCLSImageProcessor
-    provenance: str
-    difference: float | None
-    default_reason: str = ""
+    provenance: str  # name of the settings from which the image processor was built
+    difference: float | None  # largest difference of `build_test_image`, in gray levels; None for the default
+    default_reason: str = ""  # reason for the default; empty if the settings were converted
 
     def describe(self) -> dict[str, Any]:
         """Return everything except the processor, for the parity report."""
@@ -83,11 +78,7 @@ def convert_timm_settings(
     crop_pct: float,
     crop_mode: str,
 ) -> dict[str, Any]:
-    """Convert settings of `timm.data.resolve_data_config` to settings of the image processor.
-
-    Raises:
-        ValueError: If a setting is not supported.
-    """
+    """Convert settings of `timm.data.resolve_data_config` to settings of the image processor."""
     channels, height, width = input_size
     scaled_height, scaled_width = math.floor(height / crop_pct), math.floor(width / crop_pct)
     if interpolation not in FILTERS:
@@ -118,19 +109,25 @@ def convert_transformers_preprocessing(folder: str, image_size: tuple[int, int])
     except (OSError, ValueError):
         return build_default_preprocessing(image_size, "the source has no image processor")
     backend = ViTCLSImageProcessorPil if isinstance(source_processor, PilBackend) else ViTCLSImageProcessor
-    settings = source_processor.to_dict()
-    settings = {name: settings[name] for name in SHARED_SETTINGS if settings.get(name) is not None}
-
-    def preprocess(image: PIL.Image.Image) -> torch.Tensor:
-        pixels: torch.Tensor = source_processor(image, return_tensors="pt")["pixel_values"][0]
-        return pixels
-
+    preprocess = partial(apply_processor, source_processor)
     try:
-        processor = ViTCLSImageProcessor(**settings)
+        processor = ViTCLSImageProcessor(**select_settings(source_processor))
         same_backend = backend.from_dict(processor.to_dict())
         return check_processor(processor, same_backend, preprocess, type(source_processor).__name__)
     except ValueError as error:
         return build_default_preprocessing(image_size, str(error))
+
+
+def apply_processor(processor: Any, image: PIL.Image.Image) -> torch.Tensor:
+    """Return the pixels [C, H, W] of an image."""
+    pixels: torch.Tensor = processor(image, return_tensors="pt")["pixel_values"][0]
+    return pixels
+
+
+def select_settings(processor: ImageProcessingMixin, names: Sequence[str] = SHARED_SETTINGS) -> dict[str, Any]:
+    """Return the settings of an image processor with these names that are not None."""
+    settings = processor.to_dict()
+    return {name: settings[name] for name in names if settings.get(name) is not None}
 
 
 def check_processor(
@@ -139,15 +136,9 @@ def check_processor(
     preprocess: Callable[[PIL.Image.Image], torch.Tensor],
     provenance: str,
 ) -> ConvertedPreprocessing:
-    """Compare an image processor with the source's own preprocessing.
+    """Compare an image processor with the source's own preprocessing; raise ValueError if they differ.
 
-    Args:
-        same_backend: Processor with the settings of `processor` and the backend of the source.
-        preprocess: The source's own preprocessing.
-        provenance: Name of the settings from which `processor` was built.
-
-    Raises:
-        ValueError: If the difference exceeds `LIMIT`.
+    `same_backend` has the settings of `processor` and the backend of the source. `provenance` names these settings.
     """
     difference = measure_difference(same_backend, preprocess)
     if not difference <= LIMIT:
@@ -158,14 +149,11 @@ def check_processor(
 def measure_difference(
     processor: ViTCLSImageProcessor | ViTCLSImageProcessorPil, preprocess: Callable[[PIL.Image.Image], torch.Tensor]
 ) -> float:
-    """Return the largest difference of a pixel in gray levels, for test images in portrait and landscape format.
-
-    The difference is infinite if the shapes differ.
-    """
+    """Return the largest difference of a pixel in gray levels; infinity if the shapes differ."""
     differences: list[float] = []
     for image in (build_test_image(301, 428), build_test_image(428, 301)):
         image = image if processor.do_convert_rgb else image.convert("L")
-        pixels, expected = processor(image, return_tensors="pt")["pixel_values"][0], preprocess(image)
+        pixels, expected = apply_processor(processor, image), preprocess(image)
         if pixels.shape != expected.shape:
             return math.inf
         std = torch.tensor(processor.image_std if processor.do_normalize else 1.0).view(-1, 1, 1)

@@ -15,6 +15,7 @@ Families with rules are converted in from_state_dict.py; the others (`TIMM_FAMIL
 import argparse
 import math
 import re
+import sys
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -32,10 +33,9 @@ from ..modeling_vitcls import ViTCLSForImageClassification, ViTCLSPreTrainedMode
 from ..positions_vitcls import resample_positions
 from .from_state_dict import FAMILIES, convert_state_dict
 from .from_timm import convert_from_timm
-from .head_transfer import ClassifierChoice
 from .processors import ConvertedPreprocessing, build_default_preprocessing, convert_timm_preprocessing
-from .source_models import Outputs, TimmSource, check_not_pickled_code
-from .weight_rules import ConversionError, Weights
+from .source_models import Outputs, TimmSource, check_not_pickled_code, import_timm
+from .weight_rules import ClassifierChoice, ConversionError, Weights
 
 
 SUFFIXES = (".npz", ".safetensors", ".pth", ".pt", ".bin")
@@ -95,38 +95,23 @@ FILE_FAMILIES = (*FAMILIES, *TIMM_FAMILIES)
 
 
 class FileSource(TimmSource):
-    """A published state dict, and timm's model of its family with the same weights.
-
-    Attributes:
-        family: Name of the family.
-        weights: The state dict of the image encoder, without containers and prefixes.
-        sha256: Hash of the file.
-        linear_head: Weight and bias of DINOv2's linear classifier, which timm does not have; None without it.
-    """
-
-    model: Any  # a model of timm
+    """A published state dict of an image encoder, and timm's model of its family with the same weights."""
 
     def __init__(self, file: Path, family: str, weights: Weights, model: nn.Module, notes: list[str]) -> None:
         super().__init__(str(file), model, None, notes)
-        self.model: Any
         self.family = family
-        self.weights = weights
+        self.weights = weights  # without containers and prefixes
         self.sha256 = compute_file_digest(file)
+        # Weight and bias of DINOv2's linear classifier, which timm does not have.
         self.linear_head = (
             (weights["linear_head.weight"], weights["linear_head.bias"]) if "linear_head.weight" in weights else None
         )
 
     @classmethod
     def load(cls, file: Path, family: str | None = None) -> "FileSource":  # type: ignore[override]
-        """Load a file.
+        """Load a file with one of `SUFFIXES`, of one of `FILE_FAMILIES`. Default: the detected family.
 
-        Args:
-            file: A file with one of `SUFFIXES`.
-            family: One of `FILE_FAMILIES`. Default: detected.
-
-        Raises:
-            ConversionError: If the file is not a state dict of a supported family, or its family is ambiguous.
-            OSError: If the file cannot be read.
+        Raises ConversionError if the file is not a state dict of a supported family, or its family is ambiguous.
         """
         notes: list[str] = []
         weights, container = unwrap(read_file(file), notes)
@@ -198,9 +183,7 @@ class FileSource(TimmSource):
 def read_file(file: Path) -> Mapping[str, Any]:
     """Read a state dict, possibly nested. No code in the file runs.
 
-    Raises:
-        ConversionError: If the file has another format, or is a pickle of objects other than tensors.
-        OSError: If the file cannot be read.
+    Raises ConversionError if the file has another format, or is a pickle of objects other than tensors.
     """
     if not file.is_file():
         raise FileNotFoundError(f"{file} is not a file. Set timm:NAME, transformers:PATH_OR_ID or a file")
@@ -262,11 +245,7 @@ def has_encoder(weights: Weights, prefix: str) -> bool:
 
 
 def detect_family(weights: Weights, container: str | None, file: Path) -> str:
-    """Return the family of a state dict.
-
-    Raises:
-        ConversionError: If there is no family, or more than one.
-    """
+    """Return the family of a state dict. Raises ConversionError if there is no family, or more than one."""
     for family, pattern in SIGNATURES.items():
         if any(re.fullmatch(pattern, name) for name in weights):
             return family
@@ -287,15 +266,8 @@ def detect_family(weights: Weights, container: str | None, file: Path) -> str:
 
 
 def build_reference(weights: Weights, family: str, converted: ViTCLSPreTrainedModel, file: Path) -> Any:
-    """Build timm's model of a family with rules in this package, and load the weights with timm's functions.
-
-    Args:
-        weights: The state dict.
-        family: One of `FAMILIES`.
-        converted: The converted model, for the sizes.
-        file: File of the weights; timm reads .npz files itself.
-    """
-    timm, eva, vision_transformer = import_timm()
+    """Build timm's model for the weights of a family with rules; `converted` is the converted model."""
+    timm = import_timm()
     config: ViTCLSConfig = converted.config
     is_gated = config.mlp_type != "mlp"
     has_head = isinstance(converted, ViTCLSForImageClassification) and "linear_head.weight" not in weights
@@ -322,9 +294,7 @@ def build_reference(weights: Weights, family: str, converted: ViTCLSPreTrainedMo
     }
     if family == "dinov2":
         tensors.setdefault("mask_token", torch.zeros(1))  # timm recognizes DINOv2 by this name
-    module = eva if isinstance(model, eva.Eva) else vision_transformer
-    adapt = {"adapt_layer_scale": True} if name.startswith("deit3") else {}
-    model.load_state_dict(module.checkpoint_filter_fn(tensors, model, **adapt))
+    load_timm_weights(model, tensors, **({"adapt_layer_scale": True} if name.startswith("deit3") else {}))
     if config.rope_periods is not None:
         periods = torch.tensor(config.rope_periods)
         model.rope._compute_periods = lambda device="cpu", dtype=torch.float32: periods.to(device, dtype)
@@ -363,12 +333,8 @@ def load_npz(timm: Any, name: str, options: dict[str, Any], config: ViTCLSConfig
 
 
 def build_timm_model(weights: Weights, family: str) -> Any:
-    """Build timm's model of a family without rules, from the width, patch size and grid of the weights.
-
-    Raises:
-        ConversionError: If timm has no model of this size.
-    """
-    timm, eva, vision_transformer = import_timm()
+    """Build timm's model of a family without rules, from the width, patch size and grid of the weights."""
+    timm = import_timm()
     kernel = next(
         tensor
         for name, tensor in weights.items()
@@ -395,23 +361,14 @@ def build_timm_model(weights: Weights, family: str) -> Any:
     model = timm.create_model(name, pretrained=False, **options)
     if family == "clip" and "class_embedding" in weights:
         weights = {f"visual.{name}": tensor for name, tensor in weights.items()}
-    module = eva if isinstance(model, eva.Eva) else vision_transformer
-    model.load_state_dict(module.checkpoint_filter_fn(dict(weights), model))
+    load_timm_weights(model, weights)
     return model
 
 
-def import_timm() -> tuple[Any, Any, Any]:
-    """Return timm and its modules `eva` and `vision_transformer`.
-
-    Raises:
-        ConversionError: If timm is not installed.
-    """
-    try:
-        import timm
-        from timm.models import eva, vision_transformer
-    except ImportError as error:
-        raise ConversionError("a file requires timm, but it is not installed. Run pip install timm") from error
-    return timm, eva, vision_transformer
+def load_timm_weights(model: Any, weights: Weights, **options: bool) -> None:
+    """Load published weights into a model of timm, with the conversion function of timm's module."""
+    module = sys.modules[type(model).__module__]
+    model.load_state_dict(module.checkpoint_filter_fn(dict(weights), model, **options))
 
 
 def describe_differences(family: str, config: ViTCLSConfig) -> list[str]:

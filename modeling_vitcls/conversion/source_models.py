@@ -12,7 +12,6 @@ import copy
 import difflib
 import inspect
 import pickle
-from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any
 
@@ -33,10 +32,9 @@ from ..hub.loading import (
 from ..modeling_vitcls import ViTCLSPreTrainedModel
 from .from_timm import convert_from_timm
 from .from_transformers import CONVERTIBLE_CLASSES, convert_from_transformers
-from .head_transfer import ClassifierChoice
 from .processors import ConvertedPreprocessing, convert_timm_preprocessing, convert_transformers_preprocessing
 from .random_weights import randomize_weights
-from .weight_rules import ConversionError
+from .weight_rules import ClassifierChoice, ConversionError
 
 
 Outputs = dict[str, torch.Tensor]
@@ -59,73 +57,19 @@ PARTIAL_CLASSES = {
 }
 
 
-WHAT_TO_DO_WITH_VITCLS = "Use it as --model, or write it as a class of transformers with --to transformers --model"
-
-
-class SourceModel(ABC):
-    """A model of another project.
-
-    Attributes:
-        name: Name on the command line.
-        model: The model in eval mode.
-        revision: Commit hash on the Hub; None if it is unknown.
-        notes: Sentences for the user on how the model was loaded.
-    """
+class TimmSource:
+    """A model of timm."""
 
     def __init__(self, name: str, model: nn.Module, revision: str | None, notes: list[str]) -> None:
-        self.name = name
-        self.model = model.eval()
-        self.revision = revision
-        self.notes = notes
-
-    @property
-    @abstractmethod
-    def image_size(self) -> tuple[int, int]:
-        """Native height and width in pixels."""
-
-    @property
-    @abstractmethod
-    def has_classifier(self) -> bool:
-        """Whether the model returns logits."""
-
-    @abstractmethod
-    def convert(self, classifier: ClassifierChoice, num_labels: int | None) -> ViTCLSPreTrainedModel:
-        """Convert the model.
-
-        Raises:
-            ConversionError: If the conversion cannot be exact; the message names the unsupported feature.
-        """
-
-    @abstractmethod
-    def compute_outputs(self, pixel_values: torch.Tensor) -> Outputs:
-        """Return the outputs "sequence", "pooled", "logits", ... for images [B, C, H, W].
-
-        Raises:
-            Exception: Any type, if the model does not support the image size.
-        """
-
-    @abstractmethod
-    def convert_preprocessing(self) -> ConvertedPreprocessing:
-        """Convert the preprocessing of the source to an image processor."""
-
-
-class TimmSource(SourceModel):
-    """A model of timm."""
+        self.name = name  # on the command line
+        self.model: Any = model.eval()
+        self.revision = revision  # commit hash on the Hub; None if it is unknown
+        self.notes = notes  # sentences for the user on how the model was loaded
 
     @classmethod
     def load(cls, name: str, random_init: bool) -> "TimmSource":
-        """Load a model by its timm name, with or without a tag, or with timm's prefixes `hf-hub:` and `local-dir:`.
-
-        Raises:
-            ConversionError: If timm is not installed or has no such model.
-            OSError: If the weights cannot be loaded.
-        """
-        try:
-            import timm
-        except ImportError as error:
-            raise ConversionError(
-                "a timm source requires timm, but it is not installed. Run pip install timm"
-            ) from error
+        """Load a model by its timm name, with or without a tag, or with timm's prefixes `hf-hub:` and `local-dir:`."""
+        timm = import_timm()
         architecture = name.partition(".")[0]
         if ":" not in name and not timm.is_model(architecture):
             similar = difflib.get_close_matches(architecture, timm.list_models(), n=1)
@@ -141,21 +85,25 @@ class TimmSource(SourceModel):
 
     @property
     def image_size(self) -> tuple[int, int]:
-        """Native size of the model, or of its preprocessing if the model has none."""
-        model: Any = self.model
-        return tuple(model.patch_embed.img_size or model.pretrained_cfg["input_size"][1:])
+        """Native height and width in pixels, of the preprocessing if the model has none."""
+        height, width = self.model.patch_embed.img_size or self.model.pretrained_cfg["input_size"][1:]
+        return height, width
 
     @property
     def has_classifier(self) -> bool:
-        """Whether `num_classes` is not 0."""
+        """Whether the model returns logits."""
         return bool(self.model.num_classes)
 
     def convert(self, classifier: ClassifierChoice, num_labels: int | None) -> ViTCLSPreTrainedModel:
-        """Convert the model with `convert_from_timm`."""
+        """Convert the model. Raises ConversionError if the conversion cannot be exact."""
         return convert_from_timm(self.model, classifier=classifier, num_labels=num_labels)
 
     def compute_outputs(self, pixel_values: torch.Tensor) -> Outputs:
-        """Return the outputs; for images of another size, of a copy after `set_input_size`."""
+        """Return the outputs "sequence" and "logits" or "pooled" for images [B, C, H, W].
+
+        For images of another size, these are the outputs of a copy after `set_input_size`. Raises any error if the
+        model does not support the image size.
+        """
         height, width = pixel_values.shape[-2:]
         model: Any = self.model if (height, width) == self.image_size else self.build_resized_model((height, width))
         sequence = model.forward_features(pixel_values)
@@ -169,21 +117,16 @@ class TimmSource(SourceModel):
         return model
 
     def convert_preprocessing(self) -> ConvertedPreprocessing:
-        """Convert `pretrained_cfg`."""
+        """Convert the preprocessing of the source to an image processor."""
         return convert_timm_preprocessing(self.model)
 
 
-class TransformersSource(SourceModel):
-    """A model of transformers."""
+class TransformersSource:
+    """A model of transformers, with the methods of `TimmSource`."""
 
     @classmethod
     def load(cls, name: str, random_init: bool) -> "TransformersSource":
-        """Load a folder or a Hub id, optionally with `@REVISION`. `random_init` requires only config.json.
-
-        Raises:
-            OSError: If the model cannot be found or loaded.
-            ConversionError: If the architecture is not supported, or weights are missing.
-        """
+        """Load a folder or a Hub id, optionally with `@REVISION`. `random_init` requires only config.json."""
         path, revision = split_revision(name)
         folder = (
             get_model_folder(path, CONFIG_FILES, revision) if random_init else get_any_model_folder(path, revision)
@@ -198,21 +141,26 @@ class TransformersSource(SourceModel):
                 ) from error
             raise OSError(f"transformers cannot read the configuration of {path}: {format_error(error)}") from error
         if config.model_type == "vitcls":
-            raise ConversionError(f"{path} is a ViTCLS model already. {WHAT_TO_DO_WITH_VITCLS}")
+            raise ConversionError(
+                f"{path} is a ViTCLS model already. Use it as --model, or write it as a class of transformers with "
+                "--to transformers --model"
+            )
         model_class = get_convertible_class(config)
         if random_init:
             return cls(path, folder, randomize_weights(model_class(config)), [])
         return cls(path, folder, *load_complete_model(model_class, path, folder))
 
     def __init__(self, path: str, folder: str, model: nn.Module, notes: list[str]) -> None:
-        super().__init__(f"transformers:{path}", model, get_cached_commit(folder), notes)
+        self.name = f"transformers:{path}"
+        self.model: Any = model.eval()
+        self.revision = get_cached_commit(folder)
+        self.notes = notes
         self.folder = folder
 
     @property
     def image_size(self) -> tuple[int, int]:
         """Image size of the configuration; for SigLIP 2, the square with its number of patches."""
-        config: Any = self.model.config
-        config = getattr(config, "vision_config", config)
+        config = getattr(self.model.config, "vision_config", self.model.config)
         if hasattr(config, "image_size"):
             size = config.image_size
             return (size, size) if isinstance(size, int) else tuple(size)
@@ -226,8 +174,7 @@ class TransformersSource(SourceModel):
 
     def convert(self, classifier: ClassifierChoice, num_labels: int | None) -> ViTCLSPreTrainedModel:
         """Convert the model with `convert_from_transformers`."""
-        model: Any = self.model
-        return convert_from_transformers(model, classifier=classifier, num_labels=num_labels)
+        return convert_from_transformers(self.model, classifier=classifier, num_labels=num_labels)
 
     def compute_outputs(self, pixel_values: torch.Tensor) -> Outputs:
         """Return the outputs; for images of another size, with `interpolate_pos_encoding` if the model has it."""
@@ -243,7 +190,7 @@ class TransformersSource(SourceModel):
         return {name: output for name, output in outputs.items() if output is not None}
 
     @property
-    def encoder(self) -> nn.Module:
+    def encoder(self) -> Any:
         """The base model, which returns the token sequence."""
         name = CONVERTIBLE_CLASSES[type(self.model).__name__].encoder
         return self.model if name is None else getattr(self.model, name)
@@ -269,6 +216,8 @@ class TransformersSource(SourceModel):
         return convert_transformers_preprocessing(self.folder, self.image_size)
 
 
+SourceModel = TimmSource | TransformersSource
+
 LOADERS: dict[str, Callable[[str, bool], SourceModel]] = {
     "timm": TimmSource.load,
     "transformers": TransformersSource.load,
@@ -276,14 +225,9 @@ LOADERS: dict[str, Callable[[str, bool], SourceModel]] = {
 
 
 def load_source(source: str, random_init: bool = False) -> SourceModel:
-    """Load a source by its name on the command line.
+    """Load `timm:NAME` or `transformers:PATH_OR_ID`, where an id may end with `@REVISION`.
 
-    Args:
-        source: `timm:NAME` or `transformers:PATH_OR_ID`, where an id may end with `@REVISION`.
-        random_init: Whether to use random values instead of trained weights, which are then not required.
-
-    Raises:
-        ValueError, OSError: If the source does not exist or is not supported; the message has one line.
+    Raises ValueError or OSError with one line if the source does not exist or is not supported.
     """
     project, _, name = source.partition(":")
     if project not in LOADERS or not name:
@@ -291,12 +235,17 @@ def load_source(source: str, random_init: bool = False) -> SourceModel:
     return LOADERS[project](name, random_init)
 
 
-def get_convertible_class(config: transformers.PreTrainedConfig) -> Any:
-    """Return the class of transformers that loads the convertible part of a checkpoint.
+def import_timm() -> Any:
+    """Return the module timm. Raises ConversionError if it is not installed."""
+    try:
+        import timm
+    except ImportError as error:
+        raise ConversionError("the source requires timm, but it is not installed. Run pip install timm") from error
+    return timm
 
-    Raises:
-        ConversionError: If there is none.
-    """
+
+def get_convertible_class(config: transformers.PreTrainedConfig) -> Any:
+    """Return the class of transformers that loads the convertible part of a checkpoint."""
     architecture = (config.architectures or [""])[0]
     name = PARTIAL_CLASSES.get(architecture, architecture)
     if not architecture:
@@ -313,10 +262,6 @@ def load_complete_model(model_class: Any, path: str, folder: str) -> tuple[Any, 
     """Load a model of transformers in its saved dtype, and return it with notes on loading.
 
     If the checkpoint has no pooler, the model has none. By default, transformers adds a pooler with random values.
-
-    Raises:
-        OSError: If the model cannot be loaded.
-        ConversionError: If weights are missing.
     """
     notes: list[str] = []
     options: dict[str, Any] = {"dtype": "auto", "output_loading_info": True}

@@ -2,7 +2,7 @@
 
 The fields come from the modules and their shapes, not from the model's name, so models from any
 `timm.create_model(..., **kwargs)` can be converted. Modules are identified by their class names, without importing
-timm. Unsupported features raise an error that names them. The parameter names are in timm_tables.py.
+timm. Unsupported features raise an error that names them. The parameter names are in from_timm.py.
 """
 
 from collections.abc import Callable
@@ -29,12 +29,11 @@ POOLINGS = {"token": "cls", "avg": "mean", "max": "max", "map": "attention"}
 
 
 def read_model(model: TimmModule) -> Fields:
-    """Return the configuration of a `VisionTransformer`, `VisionTransformerDistilled` or `Eva`.
-
-    Raises:
-        ConversionError: If a feature is not supported; the message names the feature.
-    """
-    blocks = read_blocks(model)
+    """Return the configuration of a `VisionTransformer`, `VisionTransformerDistilled` or `Eva`."""
+    first_block = model.blocks[0]  # the other blocks differ only in the number of key and value heads
+    block_class = get_class_name(first_block)
+    check_supported(block_class in BLOCKS, f"blocks of class {block_class}")
+    blocks = BLOCKS[block_class](first_block)
     return {
         **read_image_and_patches(model),
         **read_tokens(model),
@@ -42,6 +41,7 @@ def read_model(model: TimmModule) -> Fields:
         **read_rotary_positions(model),
         **read_norms(model),
         **blocks,
+        "num_hidden_layers": len(model.blocks),
         "drop_path_rate": read_drop_path_rate(model.blocks[-1]),
         **read_pooling(model, blocks.get("hidden_act")),
         **read_labels(model),
@@ -137,15 +137,10 @@ def read_centered_coordinates(rope: TimmModule) -> Fields:
     return {"rope_coordinates": "centered"}
 
 
-def read_mixed_coordinates(rope: TimmModule) -> Fields:
-    """Return the fields of coordinates in patches with learned frequencies (RoPE-ViT)."""
-    return {"rope_coordinates": "grid"}
-
-
 ROTARY_POSITIONS: dict[str, Callable[[TimmModule], Fields]] = {
     "RotaryEmbeddingCat": read_grid_coordinates,
     "RotaryEmbeddingDinoV3": read_centered_coordinates,
-    "RotaryEmbeddingMixed": read_mixed_coordinates,
+    "RotaryEmbeddingMixed": lambda rope: {"rope_coordinates": "grid"},  # with learned frequencies (RoPE-ViT)
 }
 
 
@@ -169,13 +164,6 @@ def read_norms(model: TimmModule) -> Fields:
         "final_norm": is_present(model.norm),
         "pooled_norm": is_present(model.fc_norm),
     }
-
-
-def read_blocks(model: TimmModule) -> Fields:
-    """Return the fields of the blocks, which differ only in the number of key and value heads."""
-    block = model.blocks[0]
-    check_supported(get_class_name(block) in BLOCKS, f"blocks of class {get_class_name(block)}")
-    return {"num_hidden_layers": len(model.blocks), **BLOCKS[get_class_name(block)](block)}
 
 
 def read_block(block: TimmModule) -> Fields:

@@ -57,25 +57,20 @@ def convert_to_transformers(model: ViTCLSPreTrainedModel, native_size_only: bool
     if best.mismatches:
         hint = describe_encoder_target(model)
         if not native_size_only and not (native := find_best_match(name, model.config, True)).mismatches:
-            hint = f". {native.target.name} is exact at the native size: set native_size_only=True"
+            hint = f". {native.target.name} is exact at the native size: set native_size_only=True, or omit --any-size"
         raise ConversionError(f"{', '.join(best.mismatches)}{describe_nearest(best)}{hint}")
     return build_transformers_model(best, model)
 
 
 @dataclass(frozen=True)
 class Target:
-    """A class of transformers.
-
-    Attributes:
-        build_settings: Function that returns the configuration of the class.
-        build_options: Function that returns keyword arguments of the constructor.
-        always_pools: Whether the class has a pooled output even if the model has no pooler with weights.
-    """
+    """A class of transformers."""
 
     name: str
-    build_settings: Callable[[ViTCLSConfig], Settings]
+    build_settings: Callable[[ViTCLSConfig], Settings]  # function that returns the configuration of the class
+    # Function that returns keyword arguments of the constructor
     build_options: Callable[[ViTCLSConfig], dict[str, bool]] = lambda config: {}
-    always_pools: bool = True
+    always_pools: bool = True  # whether the class has a pooled output even if the model has no pooler with weights
 
     @property
     def convertible(self) -> ConvertibleClass:
@@ -163,21 +158,14 @@ TARGETS: dict[str, list[Target]] = {
 
 @dataclass(frozen=True)
 class TargetMatch:
-    """Comparison of a configuration with a target.
-
-    Attributes:
-        config: The configuration, after `steps`.
-        mismatches: Fields that the target does not support, as `name=value`, or an error message.
-        target_values: Values of these fields in the target, as `name=value`.
-        names: Names of these fields.
-        steps: Rewrites of the model, each with the configuration before and after it.
-    """
+    """Comparison of a configuration with a target."""
 
     target: Target
-    config: ViTCLSConfig
-    mismatches: list[str]
-    target_values: list[str]
-    names: frozenset[str] = frozenset()
+    config: ViTCLSConfig  # the configuration, after `steps`
+    mismatches: list[str]  # fields that the target does not support, as `name=value`, or an error message
+    target_values: list[str]  # values of these fields in the target, as `name=value`
+    names: frozenset[str] = frozenset()  # names of these fields
+    # Rewrites of the model, each with the configuration before and after it
     steps: tuple[tuple[Rewrite, ViTCLSConfig, ViTCLSConfig], ...] = ()
 
 
@@ -269,22 +257,13 @@ LEARNED_POSITION_FIELDS = {
     "position_offset",
 }
 # Fields that only affect training, or do not affect the model. `build_transformers_model` handles the mask token.
-IGNORED_FIELDS = {
-    "use_mask_token",
-    "token_init",
-    "initializer_range",
-    "hidden_dropout_prob",
-    "attention_probs_dropout_prob",
-    "drop_path_rate",
-    "patch_drop_rate",
-    "mim_loss",
-    "norm_pixel_target",
-    "_out_features",
-    "_out_indices",
-    "apply_layernorm",
-    "reshape_hidden_states",
-    "qkv_bias",
-}
+IGNORED_FIELDS = frozenset(
+    (
+        "use_mask_token token_init initializer_range hidden_dropout_prob attention_probs_dropout_prob drop_path_rate "
+        "patch_drop_rate mim_loss norm_pixel_target _out_features _out_indices apply_layernorm reshape_hidden_states "
+        "qkv_bias"
+    ).split()
+)
 
 
 def get_effective_fields(config: ViTCLSConfig, has_head: bool) -> dict[str, Any]:
@@ -381,11 +360,7 @@ def build_transformers_model(match: TargetMatch, model: ViTCLSPreTrainedModel) -
 
 
 def build_neutral_weight(name: str, weight: torch.Tensor) -> torch.Tensor:
-    """Build a value of a parameter with which the parameter has no effect.
-
-    Raises:
-        ConversionError: If there is no such value.
-    """
+    """Build a value of a parameter with which the parameter has no effect."""
     kind = name.rsplit(".", 1)[-1]
     if kind not in NEUTRAL_WEIGHTS and weight.numel():
         raise ConversionError(f"weights missing: {name}")

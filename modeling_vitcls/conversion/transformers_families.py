@@ -29,16 +29,12 @@ from .weight_rules import (
 
 @dataclass(frozen=True)
 class TransformersFamily:
-    """Rules and configuration of one architecture.
+    """Rules and configuration of one architecture."""
 
-    Attributes:
-        rules: Rules for the weights of the encoder.
-        read_fields: Function of the configuration and the weights that returns fields of `ViTCLSConfig`.
-        prepare: Function that rewrites the weights first, if several weights become one.
-    """
-
-    rules: Sequence[Rule]
+    rules: Sequence[Rule]  # rules for the weights of the encoder
+    # Function of the configuration and the weights that returns fields of `ViTCLSConfig`
     read_fields: Callable[[Any, Weights], Fields]
+    # Function that rewrites the weights first, if several weights become one
     prepare: Callable[[Weights], Weights] = dict
 
 
@@ -177,15 +173,16 @@ def read_dinov2_layers(config: Any) -> Fields:
 
 
 def read_dinov2(config: Any, weights: Weights) -> Fields:
-    """Return the fields of DINOv2. Unlike the original code, transformers resamples positions without an offset."""
+    """Return the fields of DINOv2. Unlike the original code, transformers resamples positions without an offset.
+
+    Registers, whose class resamples with antialiasing, have no position embeddings.
+    """
     require_square(config)
-    return read_common(config, weights) | read_dinov2_layers(config)
-
-
-def read_dinov2_with_registers(config: Any, weights: Weights) -> Fields:
-    """Return the fields of DINOv2 with registers; registers have no position embeddings."""
-    fields = read_dinov2(config, weights)
-    return fields | {"num_register_tokens": config.num_register_tokens, "position_antialias": True}
+    fields = read_common(config, weights) | read_dinov2_layers(config)
+    num_registers = getattr(config, "num_register_tokens", None)
+    if num_registers is None:
+        return fields
+    return fields | {"num_register_tokens": num_registers, "position_antialias": True}
 
 
 def select_by_mlp_type(tensor: torch.Tensor, config: ViTCLSConfig) -> Sequence[torch.Tensor]:
@@ -281,14 +278,13 @@ def read_siglip(config: Any, weights: Weights) -> Fields:
     }
 
 
-def unflatten_channels_last(tensor: torch.Tensor, config: ViTCLSConfig) -> Sequence[torch.Tensor]:
-    """Reshape a patch projection [D, height * width * C] to [D, C, height, width]."""
-    return [tensor.unflatten(1, (*config.patch_height_width, config.num_channels)).permute(0, 3, 1, 2)]
-
-
 SIGLIP2_RULES = [
-    Rule(
-        "embeddings.patch_embedding.weight", "embeddings.patch_embeddings.projection.weight", unflatten_channels_last
+    Rule(  # [D, height * width * C] -> [D, C, height, width]
+        "embeddings.patch_embedding.weight",
+        "embeddings.patch_embeddings.projection.weight",
+        lambda weight, config: [
+            weight.unflatten(1, (*config.patch_height_width, config.num_channels)).permute(0, 3, 1, 2)
+        ],
     ),
     *SIGLIP_RULES,
 ]
@@ -405,28 +401,19 @@ def add_shared_bias(weights: Weights) -> Weights:
     return {name: tensor for name, tensor in weights.items() if name not in shared} | summed
 
 
-def split_special_tokens(tensor: torch.Tensor, config: ViTCLSConfig) -> Sequence[torch.Tensor]:
-    """Split CLS and register tokens [n, D] into [1, num_cls_tokens, D] and [1, num_register_tokens, D]."""
-    layout = config.token_layout
-    return [tensor[None, layout.cls], tensor[None, layout.registers]]
-
-
-def unflatten_channels_first(tensor: torch.Tensor, config: ViTCLSConfig) -> Sequence[torch.Tensor]:
-    """Reshape a patch projection [D, C * height * width] to [D, C, height, width]."""
-    return [tensor.unflatten(1, (config.num_channels, *config.patch_height_width))]
-
-
 # RADIO (arXiv 2312.06709).
 RADIO_RULES = [
-    Rule(
+    Rule(  # [D, C * height * width] -> [D, C, height, width]
         "embeddings.patch_projection.weight",
         "embeddings.patch_embeddings.projection.weight",
-        unflatten_channels_first,
+        lambda weight, config: [weight.unflatten(1, (config.num_channels, *config.patch_height_width))],
     ),
     Rule("embeddings.patch_projection.bias", "embeddings.patch_embeddings.projection.bias"),
     Rule("embeddings.position_embedding", POSITIONS, split_positions, axis=1),
     Rule(
-        "embeddings.cls_register_token", ["embeddings.cls_token", "embeddings.register_tokens"], split_special_tokens
+        "embeddings.cls_register_token",
+        ["embeddings.cls_token", "embeddings.register_tokens"],
+        lambda tokens, config: [tokens[None, config.token_layout.cls], tokens[None, config.token_layout.registers]],
     ),
     *DINOV2_LAYER_RULES,
     Rule("summary_idxs", []),
@@ -475,7 +462,6 @@ DEIT = TransformersFamily(VIT_RULES, read_deit)
 IJEPA = TransformersFamily(VIT_RULES, read_ijepa)
 PIXIO = TransformersFamily(VIT_RULES, read_pixio)
 DINOV2 = TransformersFamily(DINOV2_RULES, read_dinov2)
-DINOV2_WITH_REGISTERS = TransformersFamily(DINOV2_RULES, read_dinov2_with_registers)
 DINOV3 = TransformersFamily(DINOV3_RULES, read_dinov3)
 CLIP = TransformersFamily(CLIP_RULES, read_clip)
 SIGLIP = TransformersFamily(SIGLIP_RULES, read_siglip)

@@ -1,7 +1,8 @@
 """Convert weights of other projects to this package, and back, with tables of rules.
 
 A family of checkpoints is a table of rules, which map its parameter names to the names of this package, and a function
-that builds a `ViTCLSConfig` from its configuration. This file applies the rules and is independent of any family.
+that builds a `ViTCLSConfig` from its configuration. This file applies the rules and builds the model, with the
+classifier of the source, a new classifier or none. It is independent of any family.
 
     rules = [
         Rule("pos_embed", POSITIONS, split_positions, axis=1),
@@ -15,17 +16,20 @@ In a pattern, `{i}` matches a number and `{rest}` matches any text. The first ma
 
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
+from transformers.initialization import no_init_weights
 
 from ..configuration_vitcls import TokenLayout, ViTCLSConfig
-from ..modeling_vitcls import ViTCLSPreTrainedModel
+from ..modeling_vitcls import ViTCLSForImageClassification, ViTCLSModel, ViTCLSPreTrainedModel
 
 
 Weights = dict[str, torch.Tensor]
 Fields = dict[str, Any]  # fields of ViTCLSConfig
+ClassifierChoice = Literal["keep", "new", "drop"]
 Transform = Callable[[torch.Tensor, ViTCLSConfig], Sequence[torch.Tensor]]
 
 # Targets of `split_positions`.
@@ -34,11 +38,6 @@ POSITIONS = [f"embeddings.position_embeddings.{group}" for group in ("cls", "dis
 
 class ConversionError(ValueError):
     """A checkpoint that cannot be converted exactly; the message names the unsupported feature."""
-
-
-def keep_tensor(tensor: torch.Tensor, config: ViTCLSConfig) -> Sequence[torch.Tensor]:
-    """Return the tensor unchanged."""
-    return [tensor]
 
 
 def split_qkv(tensor: torch.Tensor, config: ViTCLSConfig) -> Sequence[torch.Tensor]:
@@ -77,20 +76,14 @@ def simplify_size(height: int, width: int) -> int | list[int]:
 
 @dataclass(frozen=True)
 class Rule:
-    """Conversion of one kind of parameter.
+    """Conversion of one kind of parameter."""
 
-    Attributes:
-        pattern: Parameter name in the other project, with placeholders in braces.
-        targets: Parameter names in this package; empty if the parameter is ignored.
-        transform: Function that returns one tensor per target. A tensor without elements is skipped, for example the
-            positions of a token group that the model does not have.
-        axis: Axis along which the targets are concatenated in the reverse direction.
-    """
-
-    pattern: str
-    targets: str | Sequence[str]
-    transform: Transform = keep_tensor
-    axis: int = 0
+    pattern: str  # parameter name in the other project, with placeholders in braces
+    targets: str | Sequence[str]  # parameter names in this package; empty if the parameter is ignored
+    # Function that returns one tensor per target. A tensor without elements is skipped, for example the positions of a
+    # token group that the model does not have.
+    transform: Transform = lambda tensor, config: [tensor]
+    axis: int = 0  # axis along which the targets are concatenated in the reverse direction
 
     def match(self, name: str) -> dict[str, str] | None:
         """Return the values of the placeholders in `name`, or None if the pattern does not match."""
@@ -101,9 +94,7 @@ class Rule:
     def apply(self, tensor: torch.Tensor, config: ViTCLSConfig, values: Mapping[str, str]) -> Weights:
         """Convert one parameter, given the values of the placeholders."""
         names = self.format_targets(values)
-        if not names:
-            return {}
-        return dict(zip(names, self.transform(tensor, config), strict=True))
+        return dict(zip(names, self.transform(tensor, config), strict=True)) if names else {}
 
     def format_targets(self, values: Mapping[str, str]) -> list[str]:
         """Return the names of the targets, given the values of the placeholders."""
@@ -112,13 +103,7 @@ class Rule:
 
 
 def convert_weights(weights: Mapping[str, torch.Tensor], rules: Iterable[Rule], config: ViTCLSConfig) -> Weights:
-    """Convert a state dict of another project.
-
-    Targets that end with `[i]` are stacked into one parameter.
-
-    Raises:
-        ConversionError: If no rule matches a parameter; the message lists the parameters.
-    """
+    """Convert a state dict of another project. Targets that end with `[i]` are stacked into one parameter."""
     rules = list(rules)
     converted: Weights = {}
     stacked: dict[str, Weights] = {}
@@ -146,9 +131,6 @@ def revert_weights(
     """Convert a state dict of this package to the names and shapes of `reference`, a state dict of another project.
 
     Parameters of `reference` without a counterpart are omitted.
-
-    Raises:
-        ConversionError: If a weight has no counterpart in `reference`; the message lists the weights.
     """
     rules = list(rules)
     reverted: Weights = {}
@@ -173,13 +155,78 @@ def find_rule(rules: list[Rule], name: str) -> tuple[Rule | None, dict[str, str]
     return None, {}
 
 
-def load_converted_weights(model: ViTCLSPreTrainedModel, weights: Mapping[str, torch.Tensor]) -> ViTCLSPreTrainedModel:
-    """Load converted weights into a model and return the model in eval mode.
+# Models --------------------------------------------------------------------------------------------------------------
+
+
+def build_model(
+    config: ViTCLSConfig,
+    encoder: Weights,
+    head: Weights | None,
+    classifier: ClassifierChoice = "keep",
+    num_labels: int | None = None,
+    add_pooling_layer: bool = True,
+) -> ViTCLSPreTrainedModel:
+    """Build a model from converted weights, in eval mode, with the dtype and device of the weights.
+
+    Args:
+        encoder: Weights of `ViTCLSModel`.
+        head: Weights of `ViTCLSForImageClassification` outside the encoder; None if the source has no classifier.
+        classifier: "keep", "new" or "drop" (`ViTCLSModel`). "keep" creates a new classifier if the source has no
+            classifier and `num_labels` is set.
+        num_labels: Number of labels of a new classifier.
+        add_pooling_layer: Whether a `ViTCLSModel` has a pooler.
 
     Raises:
-        ConversionError: If weights are missing or unexpected, or have a different shape; the message lists the
-            weights.
+        ConversionError: If the source does not allow the choice of classifier, or weights do not fit.
     """
+    create_head = requires_new_head(classifier, num_labels, None if head is None else config.num_labels)
+    if num_labels is not None:
+        config.num_labels = num_labels
+    weights = dict(encoder)
+    model: ViTCLSPreTrainedModel
+    with nullcontext() if create_head else no_init_weights():
+        if create_head or (classifier == "keep" and head is not None):
+            model = ViTCLSForImageClassification(config)
+            if create_head:
+                head = {n: weight for n, weight in model.state_dict().items() if not n.startswith("vitcls.")}
+            weights = {f"vitcls.{name}": weight for name, weight in encoder.items()} | (head or {})
+        else:
+            model = ViTCLSModel(config, add_pooling_layer=add_pooling_layer)
+    kernel = encoder["embeddings.patch_embeddings.projection.weight"]
+    model.to(device=kernel.device, dtype=kernel.dtype)  # type: ignore[call-arg]  # transformers wraps `to` untyped
+    return load_converted_weights(model, weights)
+
+
+def split_classifier(weights: Weights) -> tuple[Weights, Weights | None]:
+    """Split converted weights into the encoder's weights and the classifier's weights, None without a classifier."""
+    head = {name: weight for name, weight in weights.items() if name.partition(".")[0].endswith("classifier")}
+    return {name: weight for name, weight in weights.items() if name not in head}, head or None
+
+
+def requires_new_head(classifier: str, num_labels: int | None, source_labels: int | None) -> bool:
+    """Return whether to create a new classifier; `source_labels` is None for a source without a classifier."""
+    if classifier not in ("keep", "new", "drop"):
+        raise ConversionError(f'classifier={classifier!r} is not supported. Use "keep", "new" or "drop"')
+    if classifier == "drop":
+        if num_labels is not None:
+            raise ConversionError(f'classifier="drop" and num_labels={num_labels} contradict each other. Set only one')
+        return False
+    if classifier == "new":
+        if num_labels is None and source_labels is None:
+            raise ConversionError('classifier="new" requires num_labels, because the source has no classifier')
+        return True
+    if source_labels is None:
+        return num_labels is not None
+    if num_labels not in (None, source_labels):
+        raise ConversionError(
+            f"the classifier of the source has {source_labels} labels, but num_labels={num_labels}. Set "
+            'classifier="new" to create a new classifier, or "drop" to convert only the encoder'
+        )
+    return False
+
+
+def load_converted_weights(model: ViTCLSPreTrainedModel, weights: Mapping[str, torch.Tensor]) -> ViTCLSPreTrainedModel:
+    """Load converted weights into a model and return the model in eval mode."""
     expected = model.state_dict()
     mismatched = sorted(n for n in expected.keys() & weights.keys() if expected[n].shape != weights[n].shape)
     for problem, names in (

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..adaptation_vitcls import check_folder, load_checkpoint
+from ..adaptation_vitcls import load_checkpoint
 from ..configuration_vitcls import ViTCLSConfig
 from ..conversion.any_checkpoint import resolve_checkpoint
 from ..hub.loading import check_is_vitcls
@@ -36,16 +36,11 @@ Outputs = dict[str, torch.Tensor]
 
 @dataclass(frozen=True)
 class ExportableModel:
-    """A model in float32 and eval mode.
-
-    Attributes:
-        processor: Image processor; None if the checkpoint has none.
-        is_trained: False for a preset, which has random weights.
-    """
+    """A model in float32 and eval mode."""
 
     model: ViTCLSPreTrainedModel
-    processor: ViTCLSImageProcessor | None
-    is_trained: bool
+    processor: ViTCLSImageProcessor | None  # image processor; None if the checkpoint has none
+    is_trained: bool  # False for a preset, which has random weights
 
 
 class NamedOutputs(nn.Module):
@@ -62,11 +57,6 @@ class NamedOutputs(nn.Module):
         return {name: output.float() for name, output in outputs.items() if output is not None}
 
 
-def read_encoder(outputs: Any, model: Any) -> dict[str, torch.Tensor | None]:
-    """Return the sequence [B, N, D] and, if the model has a pooler, the pooled output [B, P]."""
-    return {"last_hidden_state": outputs.last_hidden_state, "pooler_output": outputs.pooler_output}
-
-
 def read_classifier(outputs: Any, model: Any) -> dict[str, torch.Tensor | None]:
     """Return the logits [B, labels] and, if the model has two heads, the logits of each head."""
     if outputs.distillation_logits is None:
@@ -74,21 +64,15 @@ def read_classifier(outputs: Any, model: Any) -> dict[str, torch.Tensor | None]:
     return {name: outputs[name] for name in ("logits", "cls_logits", "distillation_logits")}
 
 
-def read_tasks(outputs: Any, model: Any) -> dict[str, torch.Tensor | None]:
-    """Return the logits [B, labels] of each task."""
-    return outputs.logits
-
-
-def read_backbone(outputs: Any, model: Any) -> dict[str, torch.Tensor | None]:
-    """Return the feature maps [B, D, rows, columns] of `config.out_features`."""
-    return dict(zip(model.out_features, outputs.feature_maps, strict=True))
-
-
+# Class -> function that returns the outputs by name.
 READERS: dict[type, Callable[[Any, Any], dict[str, torch.Tensor | None]]] = {
-    ViTCLSModel: read_encoder,
+    ViTCLSModel: lambda outputs, model: {
+        "last_hidden_state": outputs.last_hidden_state,
+        "pooler_output": outputs.pooler_output,
+    },
     ViTCLSForImageClassification: read_classifier,
-    ViTCLSForMultiTaskClassification: read_tasks,
-    ViTCLSBackbone: read_backbone,
+    ViTCLSForMultiTaskClassification: lambda outputs, model: outputs.logits,
+    ViTCLSBackbone: lambda outputs, model: dict(zip(model.out_features, outputs.feature_maps, strict=True)),
 }
 CLASSES: dict[str, Any] = {model_class.__name__: model_class for model_class in READERS}
 
@@ -113,7 +97,6 @@ def load_exportable(source: str) -> ExportableModel:
         set_processor_size(processor, model.config)
         return ExportableModel(model.eval(), processor, is_trained=False)
     folder = resolve_checkpoint(source)
-    check_folder(folder, config_is_elsewhere=False)
     check_is_vitcls(source, folder)
     config = load_checkpoint(ViTCLSConfig.from_pretrained, folder)
     class_name = (config.architectures or ["an unknown class"])[0]
@@ -131,11 +114,7 @@ def load_exportable(source: str) -> ExportableModel:
 
 
 def load_complete_model(model_class: Any, source: str, folder: str) -> ViTCLSPreTrainedModel:
-    """Load a model in float32, without a pooler if the checkpoint has none.
-
-    Raises:
-        ValueError: If other weights are missing.
-    """
+    """Load a model in float32, without a pooler if the checkpoint has none."""
     keywords: dict[str, Any] = {"dtype": torch.float32, "output_loading_info": True}
     model, info = load_checkpoint(model_class.from_pretrained, folder, **keywords)
     missing = sorted(info["missing_keys"])

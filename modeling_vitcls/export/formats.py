@@ -28,35 +28,26 @@ MAX_ONNX_WEIGHTS = 1_900_000_000
 
 @dataclass(frozen=True)
 class TracedModel:
-    """A graph and its settings.
-
-    Attributes:
-        names: Names of the outputs, in order.
-        opset: ONNX opset; None for the default of the exporter.
-    """
+    """A graph and its settings."""
 
     graph: ExportedProgram
     shape: GraphShape
-    names: list[str]
-    opset: int | None
+    names: list[str]  # names of the outputs, in order
+    opset: int | None  # ONNX opset; None for the default of the exporter
 
 
 @dataclass(frozen=True)
 class Format:
-    """A file format.
-
-    Attributes:
-        packages: Names of the required packages.
-        write: Function that writes a graph and returns the ONNX opset, or None.
-        run: Function that returns the outputs of a file for each batch of images.
-        has_antialias: Whether the runtime downsamples with the same antialiasing as PyTorch. Outputs of OpenVINO
-            differed by 1e-4 to 1e-3.
-    """
+    """A file format."""
 
     suffix: str
-    packages: tuple[str, ...]
+    packages: tuple[str, ...]  # names of the required packages
+    # Function that writes a graph and returns the ONNX opset, or None
     write: Callable[[TracedModel, Path], int | None]
+    # Function that returns the outputs of a file for each batch of images
     run: Callable[[Path, Sequence[torch.Tensor], list[str]], list[Outputs]]
+    # Whether the runtime downsamples with the same antialiasing as PyTorch. Outputs of OpenVINO differed by 1e-4 to
+    # 1e-3.
     has_antialias: bool = True
 
     def find_missing_packages(self) -> list[str]:
@@ -76,17 +67,8 @@ with torch.no_grad():
 """
 
 
-def write_torch(traced_model: TracedModel, file: Path) -> None:
-    """Write a graph with torch.export.save."""
-    torch.export.save(traced_model.graph, file)
-
-
 def run_torch(file: Path, batches: Sequence[torch.Tensor], names: list[str]) -> list[Outputs]:
-    """Run a file in a separate process that cannot import this package, and return its outputs.
-
-    Raises:
-        ValueError: If the process cannot load or run the file.
-    """
+    """Run a file in a separate process that cannot import this package, and return its outputs."""
     with tempfile.TemporaryDirectory() as folder:
         inputs, outputs = Path(folder, "inputs"), Path(folder, "outputs")
         torch.save(list(batches), inputs)
@@ -102,11 +84,7 @@ def run_torch(file: Path, batches: Sequence[torch.Tensor], names: list[str]) -> 
 
 
 def write_onnx(traced_model: TracedModel, file: Path) -> int:
-    """Write a graph with torch.onnx and return the opset.
-
-    Raises:
-        ValueError: If ONNX does not support an operation or the opset.
-    """
+    """Write a graph with torch.onnx and return the opset."""
     try:
         program = torch.onnx.export(
             traced_model.graph,
@@ -129,11 +107,7 @@ def write_onnx(traced_model: TracedModel, file: Path) -> int:
 
 
 def run_onnx(file: Path, batches: Sequence[torch.Tensor], names: list[str]) -> list[Outputs]:
-    """Run a file with onnxruntime on the CPU and return its outputs.
-
-    Raises:
-        ValueError: If onnxruntime cannot load or run the file.
-    """
+    """Run a file with onnxruntime on the CPU and return its outputs."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -150,11 +124,7 @@ def run_onnx(file: Path, batches: Sequence[torch.Tensor], names: list[str]) -> l
 
 
 def write_openvino(traced_model: TracedModel, file: Path) -> int:
-    """Write a graph to ONNX, convert the ONNX file with OpenVINO, and return the opset of the ONNX file.
-
-    Raises:
-        ValueError: If ONNX or OpenVINO does not support an operation.
-    """
+    """Write a graph to ONNX, convert the ONNX file with OpenVINO, and return the opset of the ONNX file."""
     import openvino
 
     with tempfile.TemporaryDirectory() as folder:
@@ -168,11 +138,7 @@ def write_openvino(traced_model: TracedModel, file: Path) -> int:
 
 
 def run_openvino(file: Path, batches: Sequence[torch.Tensor], names: list[str]) -> list[Outputs]:
-    """Run a file with OpenVINO on the CPU in float32 and return its outputs. OpenVINO's default may be bfloat16.
-
-    Raises:
-        ValueError: If OpenVINO cannot load or run the file.
-    """
+    """Run a file with OpenVINO on the CPU in float32 and return its outputs. OpenVINO's default may be bfloat16."""
     import openvino
 
     settings = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": torch.get_num_threads()}
@@ -193,7 +159,7 @@ ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 OPENVINO_PACKAGES = ("onnx", "onnxscript", "openvino")
 
 FORMATS: dict[str, Format] = {
-    "torch": Format(".pt2", (), write_torch, run_torch),
+    "torch": Format(".pt2", (), lambda traced, file: torch.export.save(traced.graph, file), run_torch),
     "onnx": Format(".onnx", ONNX_PACKAGES, write_onnx, run_onnx),
     "openvino": Format(".xml", OPENVINO_PACKAGES, write_openvino, run_openvino, has_antialias=False),
 }

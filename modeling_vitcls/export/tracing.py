@@ -27,19 +27,12 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 
 @dataclass(frozen=True)
 class GraphShape:
-    """Image sizes that a graph accepts; the batch size is always dynamic.
+    """Image sizes that a graph accepts; the batch size is always dynamic."""
 
-    Attributes:
-        image_size: (height, width) in pixels; the only size unless `is_dynamic`.
-        smallest_size: (height, width) in pixels.
-        is_dynamic: Whether the graph accepts sizes other than `image_size`.
-        fixed_size_reason: Reason why the size is fixed although a dynamic size was requested; empty otherwise.
-    """
-
-    image_size: tuple[int, int]
-    smallest_size: tuple[int, int]
-    is_dynamic: bool
-    fixed_size_reason: str = ""
+    image_size: tuple[int, int]  # (height, width) in pixels; the only size unless `is_dynamic`
+    smallest_size: tuple[int, int]  # (height, width) in pixels
+    is_dynamic: bool  # whether the graph accepts sizes other than `image_size`
+    fixed_size_reason: str = ""  # reason why the size is fixed although a dynamic size was requested; empty otherwise
 
 
 def select_graph_shape(
@@ -47,13 +40,8 @@ def select_graph_shape(
 ) -> GraphShape:
     """Return the image sizes of the graph, which are dynamic if requested and possible.
 
-    Args:
-        image_size: (height, width) in pixels. Default: the size of the model.
-        dynamic: Whether a dynamic image size is requested.
-        has_antialias: Whether the runtime downsamples with the same antialiasing as PyTorch.
-
-    Raises:
-        ValueError: If `image_size` is smaller than the smallest size of a dynamic graph.
+    `image_size` is (height, width) in pixels. `has_antialias` is False if the runtime downsamples with another
+    antialiasing than PyTorch.
     """
     config = model.config
     size = config.image_height_width if image_size is None else image_size
@@ -97,10 +85,7 @@ def get_smallest_size(config: ViTCLSConfig) -> tuple[int, int]:
 def trace_model(model: ViTCLSPreTrainedModel, shape: GraphShape, dtype: torch.dtype) -> ExportedProgram:
     """Trace a model to a graph with weights and computations in `dtype`, and inputs and outputs in float32.
 
-    The graph uses PyTorch's fused attention. The model is unchanged.
-
-    Raises:
-        ValueError: If the model cannot be traced_model.
+    The graph uses PyTorch's fused attention. The model is unchanged. Raises ValueError if the model cannot be traced.
     """
     config = model.config
     if not shape.is_dynamic and shape.image_size != config.image_height_width:

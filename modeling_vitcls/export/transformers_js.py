@@ -24,6 +24,7 @@ import torch
 from transformers.image_utils import PILImageResampling
 
 from ..conversion.parity_report import build_random_images, get_max_magnitude, hash_files
+from ..conversion.processors import select_settings
 from ..files import write_json
 from ..hub.local_paths import check_output_is_empty
 from ..image_processing_vitcls import ViTCLSImageProcessor
@@ -42,36 +43,22 @@ QUANTIZED_OPERATORS = ["MatMul", "Gemm"]
 
 @dataclasses.dataclass(frozen=True)
 class FileComparison:
-    """Comparison of one file with the model in float32, on random images.
+    """Comparison of one file with the model in float32, on random images."""
 
-    Attributes:
-        file: Path in the folder.
-        dtype: Value of `dtype` in transformers.js.
-        largest_difference: Largest absolute difference of a logit.
-        top1_agreement: Fraction of the images for which the largest logit belongs to the same class.
-    """
-
-    file: str
-    dtype: str
-    largest_difference: float
-    top1_agreement: float
+    file: str  # path in the folder
+    dtype: str  # value of `dtype` in transformers.js
+    largest_difference: float  # largest absolute difference of a logit
+    top1_agreement: float  # fraction of the images for which the largest logit belongs to the same class
 
 
 @dataclasses.dataclass(frozen=True)
 class WebReport:
-    """The content of onnx/report.json.
+    """The content of onnx/report.json."""
 
-    Attributes:
-        comparisons: One comparison per file.
-        num_images: Number of random images of the comparisons.
-        weights_sha256: File names -> SHA-256 of the weights of the model; empty for a preset.
-        sha256: File names -> SHA-256 of the ONNX files.
-    """
-
-    comparisons: list[FileComparison]
-    num_images: int
-    weights_sha256: dict[str, str]
-    sha256: dict[str, str]
+    comparisons: list[FileComparison]  # one comparison per file
+    num_images: int  # number of random images of the comparisons
+    weights_sha256: dict[str, str]  # file names -> SHA-256 of the weights of the model; empty for a preset
+    sha256: dict[str, str]  # file names -> SHA-256 of the ONNX files
 
 
 def export_for_transformers_js(source: str, output: Path) -> WebReport:
@@ -137,20 +124,12 @@ def build_config(exportable: ExportableModel) -> dict[str, Any]:
 
 
 def build_preprocessor_config(processor: ViTCLSImageProcessor) -> dict[str, Any]:
-    """Return preprocessor_config.json for transformers.js.
-
-    Raises:
-        ValueError: If images are not converted to RGB, which transformers.js always does.
-    """
-    settings = processor.to_dict()
-    if not settings["do_convert_rgb"]:
+    """Return preprocessor_config.json for transformers.js, which always converts images to RGB."""
+    if not processor.do_convert_rgb:
         raise ValueError("transformers.js converts images to RGB, but do_convert_rgb is False. Use another --format")
-    names = (
-        "do_resize size resample do_center_crop crop_size do_rescale rescale_factor do_normalize image_mean image_std"
-    ).split()
-    kept = {name: settings[name] for name in names if settings.get(name) is not None}
-    kept["resample"] = int(PILImageResampling(settings["resample"]))
-    return json.loads(json.dumps(kept | {"image_processor_type": "ViTImageProcessor", "do_convert_rgb": True}))
+    settings = select_settings(processor)
+    settings["resample"] = int(PILImageResampling(settings["resample"]))
+    return json.loads(json.dumps(settings | {"image_processor_type": "ViTImageProcessor"}))
 
 
 def quantize(source: Path, target: Path) -> None:

@@ -3,13 +3,11 @@
     connection.py              timeouts, retries and error messages of requests to the Hub
     loading.py                 model name -> local folder, from the Hub or its cache; timm models
     local_paths.py             model and dataset names that are local paths
-    revisions.py               branch or tag -> commit
-    provenance.py              the base model of a model, and its license
-    licenses.py                licenses in a card's header and text
+    revisions.py               branch or tag -> commit and its files
+    provenance.py              the base model of a model, and licenses in a card's header and text
     card.py                    model cards: classifiers, encoders, training checkpoints
     card_results.py            measured values in a card
-    card_training.py           the training section of a card
-    card_use.py                the sections of a card on using and citing a model
+    card_sections.py           templates of cards, and their sections on use, citation and training
     code_files.py              the code files of a model: digest, reading order, differences from this package
     card_renaming.py           replaces the model's name in a card by the repository id
     adapters.py                LoRA adapters without the base model
@@ -18,7 +16,6 @@
     publish.py                 push: one commit, with retries
     endpoint_handler.py        handler.py for Inference Endpoints; it does not import this package
     verify.py                  loads a published commit in a new process and compares its outputs
-    verification_process.py    starts that process
     verification_script.py     the script of that process; it does not import this package
     verification_reference.py  the model that the published model is compared with
     shared_code.py             one copy of the code for many models

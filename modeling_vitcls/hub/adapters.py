@@ -16,16 +16,13 @@ from typing import Any
 
 import torch
 from huggingface_hub import ModelCard, ModelCardData
-from jinja2 import Template
 from safetensors.torch import save_file
 
 from ..configuration_vitcls import TOKEN_COUNTS, ViTCLSConfig
 from ..files import read_json
-from .card_training import TEMPLATE
-from .card_use import CITATION
-from .licenses import DERIVED_WEIGHTS, WeightsLicense
+from .card_sections import CITATION, render_card
 from .local_paths import is_local, strip_folders
-from .provenance import LICENSE_FILES, Provenance
+from .provenance import DERIVED_WEIGHTS, LICENSE_FILES, Provenance, WeightsLicense
 
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -82,17 +79,8 @@ def write_adapter(
 def build_adapter_card(
     name: str, config: ViTCLSConfig, rank: int, base_model: str, provenance: Provenance | None
 ) -> ModelCard:
-    """Build the card of an adapter.
-
-    Args:
-        name: Name of the adapter's folder. A push replaces it by the name of the repository.
-        config: Configuration of the classifier.
-        rank: Rank of the LoRA matrices.
-        base_model: The base model: Hub id or folder.
-        provenance: Provenance of the base model.
-    """
+    """Build the card of an adapter. A push replaces the `name` of its folder with the name of the repository."""
     metadata: dict[str, Any] = {} if provenance is None else provenance.license_metadata
-    template = Template(TEMPLATE.with_name("adapter.md.j2").read_text(encoding="utf-8"))
     fields = {"num_labels": config.num_labels, "image_size": config.image_size}
     fields |= {field: getattr(config, field) for field in TOKEN_COUNTS.values()}
     data = ModelCardData(
@@ -103,7 +91,9 @@ def build_adapter_card(
         tags=["vision", "vit", "vitcls", "lora"],
         **metadata,
     )
-    text = template.render(
+    return render_card(
+        "adapter",
+        data,
         name=name,
         rank=rank,
         base_model=strip_folders(base_model),
@@ -111,7 +101,6 @@ def build_adapter_card(
         citation=CITATION,
         license_text=WeightsLicense(DERIVED_WEIGHTS, provenance, has_code=False),
     )
-    return ModelCard(f"---\n{data}\n---\n\n{text}\n")
 
 
 def is_adapter(folder: Path) -> bool:

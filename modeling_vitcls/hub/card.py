@@ -1,6 +1,6 @@
 """Model cards: README.md of a model folder, from its configuration and measurements.
 
-    build_card               a fine-tuned classifier            model_cards/template.md.j2
+    build_card               a fine-tuned classifier            model_cards/classifier.md.j2
     build_encoder_card       a pre-trained encoder              model_cards/encoder.md.j2
     build_checkpoint_card    a model in training, on a branch   model_cards/checkpoint.md.j2
 
@@ -20,14 +20,11 @@ from .card_results import (
     build_metric_rows,
     describe_limits,
     format_name,
-    get_interval,
     get_metric_names,
 )
-from .card_training import TEMPLATE, build_training_section
-from .card_use import CITATION, build_use_section
-from .licenses import WeightsLicense, get_run_license
+from .card_sections import CITATION, build_training_section, build_use_section, render_card
 from .local_paths import BUILT_IN_DATASET, can_publish_images, is_local, strip_folders
-from .provenance import Provenance
+from .provenance import Provenance, WeightsLicense, get_run_license
 
 
 TAGS = ["vision", "vit", "vitcls"]
@@ -38,7 +35,6 @@ LABEL_FLAGS = (
     *("label_smoothing", "class_balance", "trainable", "feature_views", "lora_rank", "mixup", "cutmix"),
     *("pooling", "cls_pooling", "head_type"),
 )
-SCRIPTS = {"ViTCLSForMaskedImageModeling": "pretrain.py"}  # model class -> script; finetune.py for other classes
 
 
 def build_card(
@@ -62,9 +58,9 @@ def build_card(
         images: Name -> path in the folder, as analysis/card_images.py returns it.
     """
     images = images or {}
-    return ModelCard.from_template(
+    return render_card(
+        "classifier",
         build_metadata(name, config, results, flags, base),
-        template_path=str(TEMPLATE),
         metrics=build_metric_rows(results, config),
         class_tables=build_class_tables(results, config),
         matrices=list_confusion_matrices(images, config),
@@ -72,7 +68,7 @@ def build_card(
         classes=describe_classes(config),
         limits=describe_limits(results, config),
         use=build_use_section(name, "ViTCLSForImageClassification", has_pipeline=not config.tasks),
-        **build_common_fields(name, config, results, flags, base, teacher, images, "finetune.py"),
+        **build_common_fields(name, config, results, flags, base, teacher, images, "finetune"),
     )
 
 
@@ -84,26 +80,17 @@ def build_encoder_card(
     base: Provenance | None = None,
     images: dict[str, str] | None = None,
 ) -> ModelCard:
-    """Build the card of an encoder that was pre-trained by masked image modeling.
-
-    Args:
-        name: The model's id on the Hub, or its folder's name.
-        config: Configuration of the model.
-        results: Content of results.json.
-        flags: Flags of the run, as in config.resolved.yaml.
-        base: Provenance of the model that training started from; None for a preset.
-        images: Name -> path in the folder, as analysis/card_images.py returns it.
-    """
+    """Build the card of an encoder that was pre-trained by masked image modeling; arguments as in `build_card`."""
     flags = {flag: value for flag, value in flags.items() if flag not in LABEL_FLAGS}
-    return ModelCard.from_template(
+    return render_card(
+        "encoder",
         ModelCardData(
             **build_common_metadata(flags, base),
             pipeline_tag="image-feature-extraction",
             tags=[*TAGS, "masked-image-modeling"],
         ),
-        template_path=str(TEMPLATE.with_name("encoder.md.j2")),
         use=build_use_section(name, "ViTCLSModel", has_pipeline=False, finetune_dataset="path/to/labeled/images"),
-        **build_common_fields(name, config, results, flags, base, None, images or {}, "pretrain.py"),
+        **build_common_fields(name, config, results, flags, base, None, images or {}, "pretrain"),
     )
 
 
@@ -116,26 +103,20 @@ def build_checkpoint_card(
     weights_license: WeightsLicense,
     with_optimizer: bool,
 ) -> ModelCard:
-    """Build the card of one checkpoint.
+    """Build the card of one checkpoint on a branch of `repo_id`, after `step` optimizer steps.
 
-    Args:
-        repo_id: `namespace/name`.
-        branch: Branch of the checkpoint.
-        step: Number of completed optimizer steps.
-        architecture: The model's class, as in its config.json.
-        metadata: License, base model and dataset, as keywords of ModelCardData.
-        weights_license: License of the weights.
-        with_optimizer: Whether the files for `--resume` are published as well.
+    `architecture` is the model's class. `metadata` are the license, base model and dataset as keywords of
+    ModelCardData. `with_optimizer` is True if the files for `--resume` are published as well.
     """
-    return ModelCard.from_template(
+    return render_card(
+        "checkpoint",
         ModelCardData(**metadata, tags=[*TAGS, "checkpoint"]),
-        template_path=str(TEMPLATE.with_name("checkpoint.md.j2")),
         repo_id=repo_id,
         branch=branch,
         step=f"{step:,}",
         use=build_use_section(repo_id, architecture, has_pipeline=False, revision=branch),
         citation=CITATION,
-        script=SCRIPTS.get(architecture, "finetune.py"),
+        command="pretrain" if architecture == "ViTCLSForMaskedImageModeling" else "finetune",
         license_text=weights_license,
         with_optimizer=with_optimizer,
     )
@@ -149,13 +130,14 @@ def build_common_fields(
     base: Provenance | None,
     teacher: Provenance | None,
     images: dict[str, str],
-    script: str,
+    command: str,
 ) -> dict[str, Any]:
     """Return the template variables that the cards of classifiers and encoders share."""
     return {
         "name": name,
         "config": config,
         "results": results,
+        "sequence_length": results["sequence_length"],
         "dataset": format_name(results["dataset"]),
         "layout": format_token_layout(results["token_layout"]),
         "layout_description": describe_token_layout(results["token_layout"]),
@@ -165,7 +147,7 @@ def build_common_fields(
         "images": images,
         "report": images.get("report") if can_publish_images(flags) else None,
         "citation": CITATION,
-        "training": build_training_section(config, results, flags, script, teacher),
+        "training": build_training_section(config, results, flags, command, teacher),
         "license_text": get_license(flags, base, teacher),
     }
 
@@ -182,11 +164,16 @@ def build_metadata(
     name: str, config: ViTCLSConfig, results: dict[str, Any], flags: dict[str, Any], base: Provenance | None
 ) -> ModelCardData:
     """Return the YAML header of a classifier's card."""
+    optional_tags = {
+        "distillation": bool(results.get("teacher")),
+        "multi-task": bool(config.tasks),
+        "multi-label": config.problem_type == "multi_label_classification",
+    }
     return ModelCardData(
         **build_common_metadata(flags, base),
         # The pipeline for image classification does not support several tasks.
         pipeline_tag="image-feature-extraction" if config.tasks else "image-classification",
-        tags=get_tags(config, results),
+        tags=[*TAGS, *(tag for tag, applies in optional_tags.items() if applies)],
         metrics=["accuracy" if "accuracy" in results else "mean_average_precision"],
         model_name=name,
         eval_results=[
@@ -199,7 +186,10 @@ def build_metadata(
                 metric_type=key,
                 metric_name=label,
                 metric_value=round(results[key], 6),
-                metric_args=get_interval_metadata(results, key),
+                # The model-index accepts any keys.
+                metric_args={"confidence_level": CONFIDENCE, "confidence_interval": results[f"{key}_interval"]}
+                if results.get(f"{key}_interval")
+                else None,
             )
             for key, label in get_metric_names(results, config).items()
         ],
@@ -207,10 +197,7 @@ def build_metadata(
 
 
 def build_common_metadata(flags: dict[str, Any], base: Provenance | None) -> dict[str, Any]:
-    """Return the license, base model and dataset as keywords of ModelCardData.
-
-    Local and built-in datasets are omitted.
-    """
+    """Return the license, base model and dataset on the Hub as keywords of ModelCardData."""
     dataset = flags["dataset"]
     metadata = {
         "library_name": "transformers",
@@ -225,22 +212,6 @@ def build_common_metadata(flags: dict[str, Any], base: Provenance | None) -> dic
 def get_license(flags: dict[str, Any], base: Provenance | None, teacher: Provenance | None = None) -> WeightsLicense:
     """Return the license of the run's weights."""
     return get_run_license(is_from_scratch(flags), flags.get("license"), base, teacher)
-
-
-def get_tags(config: ViTCLSConfig, results: dict[str, Any]) -> list[str]:
-    """Return the tags of a classifier."""
-    optional = {
-        "distillation": bool(results.get("teacher")),
-        "multi-task": bool(config.tasks),
-        "multi-label": config.problem_type == "multi_label_classification",
-    }
-    return [*TAGS, *(tag for tag, applies in optional.items() if applies)]
-
-
-def get_interval_metadata(results: dict[str, Any], key: str) -> dict[str, Any] | None:
-    """Return the confidence interval of a metric for `args` of the model-index, which accepts any keys."""
-    interval = get_interval(results, key)
-    return {"confidence_level": CONFIDENCE, "confidence_interval": interval} if interval else None
 
 
 # Text ----------------------------------------------------------------------------------------------------------------

@@ -21,12 +21,9 @@ USE_PREFIXES = r"from_pretrained\((?:base, |\s*)\"|pipeline\([^()\n]*model=\"|--
 
 
 def rename_card(repo_id: str, text: str, folder_name: str) -> str:
-    """Return the card with the repository id in its title, code examples and metadata.
+    """Return the text of README.md with the repository id in its title, code examples and metadata.
 
-    Args:
-        repo_id: `namespace/name`.
-        text: The text of README.md.
-        folder_name: Name of the model folder, which a card uses if no repository id was set.
+    A card has the name of the model folder if no repository id was set.
     """
     header = REGEX_YAML_BLOCK.match(text)
     body = text[header.end() :] if header else text

@@ -37,16 +37,11 @@ def get_metric_names(results: dict[str, Any], config: ViTCLSConfig) -> dict[str,
     return {key: name for key, name in names.items() if results.get(key) is not None}
 
 
-def get_interval(results: dict[str, Any], key: str) -> list[float] | None:
-    """Return the confidence interval [low, high] of a metric; None if there is none."""
-    return results.get(f"{key}_interval")
-
-
 def build_metric_rows(results: dict[str, Any], config: ViTCLSConfig) -> list[list[str]]:
     """Return the name and the value of each measured metric, with its confidence interval if there is one."""
     rows = []
     for key, name in get_metric_names(results, config).items():
-        interval = get_interval(results, key)
+        interval = results.get(f"{key}_interval")  # [low, high]
         suffix = (
             f" (95 % interval: {format_percent(interval[0])} to {format_percent(interval[1])})" if interval else ""
         )
@@ -97,7 +92,7 @@ def describe_uncertainty(results: dict[str, Any], config: ViTCLSConfig) -> Itera
     """Yield a sentence about the confidence interval of each accuracy."""
     for task in config.task_labels() or [""]:
         prefix = f"{task}_" if task else ""
-        interval = get_interval(results, f"{prefix}accuracy")
+        interval = results.get(f"{prefix}accuracy_interval")
         if interval is not None:
             of_task = f" of {task}" if task else ""
             num_images = results.get(f"{prefix}num_images", results["num_images"])

@@ -1,11 +1,10 @@
 """The code files of a model: their digest, the order in which to read them, and their differences from this package.
 
 compute_code_digest(folder)                    # the same as: cat *_vitcls.py | sha256sum
-compare_code(folder).describe()                # "code identical to modeling_vitcls 0.2.0", or which files differ
+describe_code_differences(folder)              # "code identical to modeling_vitcls 0.2.0", or which files differ
 """
 
 import hashlib
-from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
@@ -21,57 +20,29 @@ HANDLER_FILE = "handler.py"  # name on the Hub of the handler for Inference Endp
 HANDLER = Path(__file__).with_name("endpoint_handler.py")
 
 # Each file uses only names of earlier files.
-READING_ORDER = (
-    "configuration_vitcls.py",
-    "positions_vitcls.py",
-    "attention_masks_vitcls.py",
-    "blocks_vitcls.py",
-    "heads_vitcls.py",
-    "variants_vitcls.py",
-    "token_attention_vitcls.py",
-    "adaptation_vitcls.py",
-    "cpu_kernels_vitcls.py",
-    "modeling_vitcls.py",
-    "fast_image_processing_vitcls.py",
-    "image_processing_vitcls.py",
+READING_ORDER = tuple(
+    f"{name}_vitcls.py"
+    for name in (
+        "configuration positions attention_masks blocks heads variants token_attention adaptation cpu_kernels "
+        "modeling fast_image_processing image_processing"
+    ).split()
 )
 
 
-@dataclass(frozen=True)
-class CodeComparison:
-    """Code files of a model that differ from this package, by name.
-
-    Attributes:
-        changed: Files with another content.
-        missing: Files that only this package has.
-        added: Python files that only the model has.
-    """
-
-    changed: list[str]
-    missing: list[str]
-    added: list[str]
-
-    def describe(self) -> str:
-        """Return one line."""
-        groups = {"changed": self.changed, "missing": self.missing, "added": self.added}
-        differences = [f"{', '.join(names)} ({group})" for group, names in groups.items() if names]
-        package = f"modeling_vitcls {__version__}"
-        return (
-            f"code differs from {package}: {'; '.join(differences)}" if differences else f"code identical to {package}"
-        )
-
-
-def compare_code(folder: Path) -> CodeComparison:
-    """Compare all Python files of a folder with the code files of this package, and handler.py if it exists."""
+def describe_code_differences(folder: Path) -> str:
+    """Return one line that compares all Python files of a folder with the code files of this package, by name."""
     own = {file.name: file.read_bytes() for file in PACKAGE.glob(CODE_PATTERN)}
     if (folder / HANDLER_FILE).is_file():
         own[HANDLER_FILE] = HANDLER.read_bytes()
     others = {file.relative_to(folder).as_posix(): file.read_bytes() for file in folder.rglob("*.py")}
-    return CodeComparison(
-        changed=sorted(name for name in own.keys() & others.keys() if own[name] != others[name]),
-        missing=sorted(own.keys() - others.keys()),
-        added=sorted(others.keys() - own.keys()),
-    )
+    groups = {
+        "changed": {name for name in own.keys() & others.keys() if own[name] != others[name]},
+        "missing": own.keys() - others.keys(),
+        "added": others.keys() - own.keys(),
+    }
+    differences = [f"{', '.join(sorted(names))} ({group})" for group, names in groups.items() if names]
+    package = f"modeling_vitcls {__version__}"
+    return f"code differs from {package}: {'; '.join(differences)}" if differences else f"code identical to {package}"
 
 
 def compute_code_digest(folder: Path = PACKAGE) -> str:
@@ -80,11 +51,7 @@ def compute_code_digest(folder: Path = PACKAGE) -> str:
 
 
 def read_code_license() -> bytes:
-    """Return the text of the license of the code files.
-
-    Raises:
-        ValueError: If neither the checkout nor the installed package contains it.
-    """
+    """Return the text of the license of the code files. Raises ValueError if it is not installed."""
     checkout = PACKAGE.parent / "LICENSE"
     if checkout.is_file():
         return checkout.read_bytes()

@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from huggingface_hub import constants, is_offline_mode, set_client_factory
@@ -40,22 +40,9 @@ TIMEOUT_NAMES = ("connect", "read", "write", "pool")  # timeouts of the HTTP lib
 Result = TypeVar("Result")
 
 
-@dataclass
-class HubTimeouts:
-    """Timeouts of the active `set_hub_timeout` blocks of all threads, in seconds."""
-
-    lock: threading.Lock = field(default_factory=threading.Lock)
-    seconds: list[float] = field(default_factory=list)
-
-    def shortest(self) -> float | None:
-        """Return the shortest active timeout in seconds; None outside of all blocks.
-
-        The lock is not taken, because in a forked process it might never be released.
-        """
-        return min(list(self.seconds), default=None)
-
-
-HUB_TIMEOUTS = HubTimeouts()
+# Timeouts of the active `set_hub_timeout` blocks of all threads, in seconds.
+ACTIVE_TIMEOUTS: list[float] = []
+TIMEOUTS_LOCK = threading.Lock()
 
 log = logging.getLogger(__name__)
 
@@ -74,18 +61,18 @@ def set_hub_timeout(seconds: float) -> Iterator[None]:
 
     All threads share one client, so the shortest active timeout applies to all threads.
     """
-    with HUB_TIMEOUTS.lock:
+    with TIMEOUTS_LOCK:
         install_client_factory()
-        HUB_TIMEOUTS.seconds.append(seconds)
+        ACTIVE_TIMEOUTS.append(seconds)
     try:
         yield
     finally:
-        with HUB_TIMEOUTS.lock:
-            HUB_TIMEOUTS.seconds.remove(seconds)
+        with TIMEOUTS_LOCK:
+            ACTIVE_TIMEOUTS.remove(seconds)
 
 
 def install_client_factory() -> None:
-    """Make all future clients of huggingface_hub read `HUB_TIMEOUTS` before each request.
+    """Make all future clients of huggingface_hub read `ACTIVE_TIMEOUTS` before each request.
 
     huggingface_hub makes a new client whenever it cannot connect, also within a block. A client factory that the user
     has set (`set_client_factory`) is still used.
@@ -98,7 +85,7 @@ def install_client_factory() -> None:
 
 @dataclass(frozen=True)
 class TimeoutClientFactory:
-    """Makes clients that apply `HUB_TIMEOUTS` to each request."""
+    """Makes clients that apply the shortest of `ACTIVE_TIMEOUTS` to each request."""
 
     make_client: Callable[[], Any]
 
@@ -108,7 +95,8 @@ class TimeoutClientFactory:
 
         def apply_timeout(request: Any) -> None:
             """Set the timeout of a request within a block, unless the caller has set one."""
-            seconds, default = HUB_TIMEOUTS.shortest(), client.timeout.as_dict()
+            # The lock is not acquired, because in a forked process it might never be released.
+            seconds, default = min(list(ACTIVE_TIMEOUTS), default=None), client.timeout.as_dict()
             if seconds is None:
                 return
             current = request.extensions.get("timeout", default)
@@ -139,16 +127,13 @@ def silence_hub_client(show_progress: bool) -> Iterator[None]:
 def retry(
     action: Callable[[], Result], what: str, waits: Sequence[float] | None = None, level: int = logging.WARNING
 ) -> Result:
-    """Return the result of an action; repeat the action after temporary failures.
+    """Return the result of an action, which is repeated after temporary failures; at last, its error is raised.
 
     Args:
         action: The function to call.
         what: Name of the action in the log line before each retry, such as "pushing to someone/model".
         waits: Seconds before each retry. Default: `RETRY_WAITS`.
         level: Level of the log line.
-
-    Raises:
-        The last error of the action.
     """
     for wait in RETRY_WAITS if waits is None else waits:
         try:
@@ -210,8 +195,8 @@ def format_hub_error(error: BaseException) -> str:
 def get_message(error: BaseException) -> str:
     """Return the message of an error, without its causes."""
     if isinstance(error, GatedRepoError):
-        message = describe_gated_repo(error)
-    elif isinstance(error, HfHubHTTPError):
+        return describe_gated_repo(error)
+    if isinstance(error, HfHubHTTPError):
         message = f"HTTP {error.response.status_code}, {error.server_message or error.response.reason_phrase}"
         return " ".join(message.split()).rstrip(".")
     if isinstance(error, json.JSONDecodeError):
@@ -223,19 +208,14 @@ def describe_gated_repo(error: GatedRepoError) -> str:
     """Return the message for a repository whose conditions the user has not accepted: the reason and the remedy."""
     path = re.sub(r"^/(api/models/|api/)?|/(resolve|revision|tree|paths-info)/.*", "", error.response.url.path)
     return (
-        f"{path} is gated. Accept its conditions at {get_endpoint()}/{path}, and log in with `hf auth login` or set "
-        "HF_TOKEN"
+        f"{path} is gated. Accept its conditions at {constants.ENDPOINT}/{path}, and log in with `hf auth login` or "
+        "set HF_TOKEN"
     )
 
 
 def describe_no_response(error: BaseException) -> str:
     """Return the message for a Hub that does not respond: the reason and the remedy."""
     return (
-        f"the Hub at {get_endpoint()} does not respond: {format_hub_error(error)}. Check the network, proxies and "
+        f"the Hub at {constants.ENDPOINT} does not respond: {format_hub_error(error)}. Check the network, proxies and "
         "HF_ENDPOINT"
     )
-
-
-def get_endpoint() -> str:
-    """Return the address of the Hub (HF_ENDPOINT)."""
-    return constants.ENDPOINT

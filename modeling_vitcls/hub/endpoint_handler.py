@@ -31,11 +31,7 @@ class EndpointHandler:
     """Loads the model once, and returns predictions for each request."""
 
     def __init__(self, path: str = "") -> None:
-        """Load the model of a repository.
-
-        Args:
-            path: Folder with the files of the repository.
-        """
+        """Load the model from a folder with the files of its repository."""
         options = {"trust_remote_code": True}
         config = AutoConfig.from_pretrained(path, **options)
         self.is_classifier = any("Classification" in name for name in config.architectures)
@@ -45,14 +41,11 @@ class EndpointHandler:
         self.processor = AutoImageProcessor.from_pretrained(path, **options)
 
     def __call__(self, data: dict[str, Any]) -> list[Any]:
-        """Return the predictions of one request.
+        """Return the predictions of one request. Raises ValueError with one line if the request is not valid.
 
         Args:
             data: "inputs", an image or a list of images, and optionally "parameters" with "top_k", the number of
                 labels per image (default: 5).
-
-        Raises:
-            ValueError: If the request is not valid. The message is one line.
         """
         inputs, top_k = data.get("inputs"), (data.get("parameters") or {}).get("top_k", 5)
         if type(top_k) is not int or top_k < 1:
@@ -102,11 +95,7 @@ def list_labels(logits: torch.Tensor, names: list[str], top_k: int, problem_type
 
 
 def decode(source: Any) -> Any:
-    """Return an image of a request as the image processor expects it: bytes, a PIL image, or an allowed URL.
-
-    Raises:
-        ValueError: If the image has another type, is too large or not base64, or if it is a URL and URLs are disabled.
-    """
+    """Return an image of a request as the image processor expects it: bytes, a PIL image, or an allowed URL."""
     if isinstance(source, PIL.Image.Image):
         return source
     if isinstance(source, str) and source.startswith(("http://", "https://")):

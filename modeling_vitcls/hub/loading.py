@@ -67,7 +67,6 @@ TIMEOUT = 6.0  # seconds without a response
 RETRY_WAIT = 1.0  # seconds before the only retry
 
 RepoType = Literal["model", "dataset"]
-NOUNS: dict[RepoType, str] = {"model": "model", "dataset": "dataset"}
 PATH_NOUNS: dict[RepoType, str] = {"model": "folder", "dataset": "file or folder"}
 
 log = logging.getLogger(__name__)
@@ -96,13 +95,13 @@ def get_model_folder(source: str, files: Sequence[str] = MODEL_FILES, revision: 
         return source
     if not is_hub_id(source):
         raise OSError(describe_missing_repo(source))
+    incomplete = f"{source} is not a folder and not complete in the cache {constants.HF_HUB_CACHE}"
     if is_offline_mode():
         folder = find_cached_folder(source, files, revision)
         if folder is None:
             raise OSError(
-                f"{source} is not a folder and not complete in the cache {constants.HF_HUB_CACHE}, and HF_HUB_OFFLINE "
-                f"(or TRANSFORMERS_OFFLINE) is set. Run `hf download {source}` on a machine with network access, and "
-                "set HF_HOME to its cache"
+                f"{incomplete}, and HF_HUB_OFFLINE (or TRANSFORMERS_OFFLINE) is set. Run `hf download {source}` on a "
+                "machine with network access, and set HF_HOME to its cache"
             )
         return folder
     try:
@@ -110,9 +109,7 @@ def get_model_folder(source: str, files: Sequence[str] = MODEL_FILES, revision: 
     except HubUnreachable as error:
         folder = find_cached_folder(source, files, revision)
         if folder is None:
-            raise OSError(
-                f"{source} is not a folder and not complete in the cache {constants.HF_HUB_CACHE}, and {error}"
-            ) from error
+            raise OSError(f"{incomplete}, and {error}") from error
         log.warning(
             "%s; loading %s from the cache, which may be outdated. Set HF_HUB_OFFLINE=1 to skip the request",
             error,
@@ -125,13 +122,8 @@ def get_model_folder(source: str, files: Sequence[str] = MODEL_FILES, revision: 
 def check_is_vitcls(source: str, folder: str | Path) -> dict[str, Any]:
     """Check that a folder contains a vitcls model, and return the values in its config.json.
 
-    Args:
-        source: Name of the model as the user wrote it, for the error message.
-        folder: Folder of the model.
-
-    Raises:
-        ValueError: If the model has another type, or config.json is damaged.
-        OSError: If config.json is missing.
+    `source` is the name of the model in error messages. Raises ValueError for another type or a damaged config.json,
+    and OSError if config.json is missing.
     """
     check_folder(str(folder), config_is_elsewhere=False)
     settings = read_json(Path(folder, CONFIG))
@@ -145,11 +137,7 @@ def check_is_vitcls(source: str, folder: str | Path) -> dict[str, Any]:
 
 
 def get_any_model_folder(source: str, revision: str | None = None) -> str:
-    """Return the folder with the files of a model of another project; pickled weights are used if there are no others.
-
-    Raises:
-        ValueError, OSError: As `get_model_folder`.
-    """
+    """Return the folder of a model of another project, with pickled weights if there are no others."""
     folder = get_model_folder(source, revision=revision)
     if folder == source or any(Path(folder).glob("*.safetensors")):
         return folder
@@ -159,9 +147,7 @@ def get_any_model_folder(source: str, revision: str | None = None) -> str:
 def fetch_repo_info(repo_id: str, repo_type: RepoType = "model", revision: str | None = None) -> Any:
     """Return the Hub's information about a repository, after at most two requests.
 
-    Raises:
-        HubUnreachable: If the Hub does not respond.
-        OSError: If there is no such repository or revision.
+    Raises HubUnreachable if the Hub does not respond, and OSError if there is no such repository or revision.
     """
     try:
         return retry(
@@ -192,7 +178,6 @@ def fall_back_to_cache(
 
     Raises:
         OSError: If there is no such repository, if it is gated, or if the Hub does not respond and the block fails.
-            The message is one line with the remedy.
     """
     if is_offline_mode():
         yield None
@@ -294,15 +279,12 @@ def show_progress_on_first_process() -> Iterator[None]:
 
 
 def describe_missing_repo(name: str, repo_type: RepoType = "model") -> str:
-    """Return the error message for a name that is neither a local path nor a repository that the token can read.
-
-    The Hub returns the same response for missing and for private repositories.
-    """
-    noun = NOUNS[repo_type]
+    """Return the error message for a repository that is missing or private, which the Hub does not distinguish."""
+    path_noun = PATH_NOUNS[repo_type]
     if not is_hub_id(name):
-        return f"{name} is not a {PATH_NOUNS[repo_type]} and not a valid id of a {noun} on the Hub. Check the path"
+        return f"{name} is not a {path_noun} and not a valid id of a {repo_type} on the Hub. Check the path"
     return (
-        f"{name} is not a {PATH_NOUNS[repo_type]}, and the Hub has no such {noun}, or it is private and the token "
+        f"{name} is not a {path_noun}, and the Hub has no such {repo_type}, or it is private and the token "
         "cannot read it. Check the name, log in with `hf auth login`, or set HF_TOKEN"
     )
 
@@ -315,9 +297,7 @@ def describe_missing_revision(repo_id: str, revision: str | None) -> str:
 def load_timm(name: str, with_weights: bool = True) -> tuple[nn.Module, str | None]:
     """Return a timm model, and the commit hash of a repository that is part of the name (`hf-hub:`).
 
-    Raises:
-        OSError: If the Hub does not have the repository or does not respond. The message is one line.
-        Exception: Any other error of timm.
+    Raises OSError if the Hub does not have the repository or does not respond, and any other error of timm.
     """
     import timm
 

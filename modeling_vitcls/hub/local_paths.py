@@ -23,10 +23,8 @@ RELATIVE_STARTS = ("./", "../")  # starts of relative paths that are not Hub ids
 def resolve_name(name: str, is_built_in: bool = False) -> str:
     """Return the name with its file or folder as an absolute path.
 
-    Args:
-        name: A path, a Hub id, `timm:NAME`, `timm:NAME@FILE`, `timm:local-dir:FOLDER` or `transformers:...`.
-        is_built_in: Whether it is a name defined by this package (`digits`, a preset), which takes precedence over a
-            path.
+    `name` is a path, a Hub id, `timm:NAME`, `timm:NAME@FILE`, `timm:local-dir:FOLDER` or `transformers:...`. A
+    built-in name (`digits`, a preset) takes precedence over a path.
     """
     prefix, path = split_prefix(name)
     return f"{prefix}{Path(path).absolute()}" if path and not is_built_in and Path(path).exists() else name

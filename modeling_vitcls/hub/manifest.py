@@ -30,7 +30,7 @@ from ..checkpoints import (
 from ..files import read_json
 from .adapters import ADAPTER_PATTERNS, check_adapter, is_adapter
 from .card_renaming import rename_card
-from .card_training import get_shareable_flags
+from .card_sections import get_shareable_flags
 from .code_files import CODE_LICENSE_FILE, read_code_license
 from .loading import check_is_vitcls
 from .local_paths import can_publish_images, is_local
@@ -43,7 +43,7 @@ RECIPE = "config.resolved.yaml"
 CARD = "README.md"
 REPORT = "report.html"  # shows held-out images
 PARITY_REPORT = "certificate.json"  # parity report of a conversion
-# Types of the models that conversion/native.py writes.
+# Types of the models that `vitcls convert --to transformers` writes.
 NATIVE_MODEL_TYPES = ("vit", "deit", "dinov2", "dinov2_with_registers", "dinov3_vit")
 
 # ONNX files of `vitcls export --format transformers.js`, and their report with the SHA-256 of the weights.
@@ -90,17 +90,12 @@ RepoFiles = dict[str, Path | bytes]
 
 
 def collect_model_files(folder: Path, repo_id: str | None = None) -> RepoFiles:
-    """Return the files of a model folder, or of an adapter, to publish.
+    """Return the files of a model folder, or of an adapter, to publish in the repository `repo_id`.
 
     config.resolved.yaml is published without local paths, README.md with the repository id, report.html only if it
     shows no images of a local dataset, and code files with their license.
 
-    Args:
-        folder: Folder of the model.
-        repo_id: `namespace/name` of the repository.
-
-    Raises:
-        ValueError: If the folder does not contain a complete vitcls model, or its code is in several repositories.
+    Raises ValueError if the folder does not contain a complete vitcls model, or its code is in several repositories.
     """
     paths = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
     if is_adapter(folder):
@@ -115,7 +110,8 @@ def collect_model_files(folder: Path, repo_id: str | None = None) -> RepoFiles:
     for name in sorted(list_required_code(folder) | list_weight_files(folder)):
         if name not in files:
             raise ValueError(f"{folder} lacks {name}, which is required to load the model. Save the model again")
-    if REPORT in files and not can_publish_report(folder):
+    recipe = read_recipe(folder)
+    if REPORT in files and (recipe is None or not can_publish_images(recipe)):
         del files[REPORT]
     if not has_current_onnx_files(folder):
         outdated = [name for name in files if is_match(name, ONNX_PATTERNS)]
@@ -190,14 +186,9 @@ def iter_strings(value: Any) -> Iterator[str]:
 
 
 def find_code_repository(folder: Path, repo_id: str | None = None) -> str | None:
-    """Return the repository with a model's code; None if the code is next to the weights.
+    """Return the repository with a model's code; None if the code is next to the weights, in the repository `repo_id`.
 
-    Args:
-        folder: Folder with the model's files.
-        repo_id: Repository of the model. References to it are the model's own code.
-
-    Raises:
-        ValueError: If there are several repositories, because `code_revision` can pin only one.
+    Raises ValueError if there are several repositories, because `code_revision` can pin only one.
     """
     prefixes = {reference.rpartition(REPO_SEPARATOR)[0] for reference in read_code_references(folder)}
     repositories = {None if prefix in ("", repo_id) else prefix for prefix in prefixes}
@@ -239,12 +230,9 @@ def read_text(file: Path) -> str:
 
 
 def collect_checkpoint_files(folder: Path) -> RepoFiles:
-    """Return the files of the newest checkpoint in `folder` that are published.
+    """Return the files of the newest undamaged checkpoint in `folder` that are published.
 
     Flags with local paths are removed from state.json; `--resume` then uses its own flags.
-
-    Raises:
-        ValueError: If there is no undamaged checkpoint.
     """
     checkpoint = find_newest_checkpoint(folder)
     state = read_state(checkpoint.folder)
@@ -283,12 +271,6 @@ def find_local_dataset_in_card(folder: Path) -> str | None:
     if not (folder / SAMPLE_IMAGES).is_file() or flags is None or can_publish_images(flags):
         return None
     return flags["dataset"]
-
-
-def can_publish_report(folder: Path) -> bool:
-    """Return whether report.html is from a run, and shows no images of a local dataset."""
-    flags = read_recipe(folder)
-    return flags is not None and can_publish_images(flags)
 
 
 def read_recipe(folder: Path) -> dict[str, Any] | None:

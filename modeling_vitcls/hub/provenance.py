@@ -5,7 +5,11 @@
     find_provenance("timm:vit_small_patch16_dinov3.lvd1689m")   from timm's pretrained configuration
 
 Unknown values are None: a card never names a license that the authors did not name. Without a network connection,
-values are unknown, and no error is raised.
+values are unknown, and no error is raised. A card states these licenses:
+
+    new weights                 the license given with `--license`, or no license
+    weights of another model    the license of that model, if it is known
+    the Python files            Apache-2.0, independent of the license of the weights
 """
 
 import shutil
@@ -15,19 +19,17 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from huggingface_hub import HfApi, metadata_load, snapshot_download
-from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id
+from huggingface_hub import HfApi, constants, metadata_load, snapshot_download
 
-from .connection import HUB_ERRORS, get_endpoint, set_hub_timeout, silence_hub_client
-from .loading import split_revision
+from .connection import HUB_ERRORS, set_hub_timeout, silence_hub_client
+from .loading import is_hub_id, split_revision
 
 
 CARD = "README.md"
 
 
 def list_license_patterns() -> Iterator[str]:
-    """Yield patterns of license and notice files: any ending in upper case, text endings in any case."""
+    """Yield patterns of license and notice files: upper-case names with any suffix, other names with text suffixes."""
     for stem in ("license", "licence", "copying", "notice"):
         any_case = "".join(f"[{letter}{letter.upper()}]" for letter in stem)
         yield f"{stem.upper()}*"
@@ -44,23 +46,15 @@ LICENSE_LINKS = {"dinov3-license": "https://ai.meta.com/resources/models-and-lib
 
 @dataclass(frozen=True)
 class Provenance:
-    """The name, base model and license of the model that another model is derived from.
+    """The name, base model and license of the model that another model is derived from."""
 
-    Attributes:
-        name: Public name: a Hub id, a timm name, or the last component of a local folder.
-        base_model: The Hub id or ids for `base_model` in a card; None if there is none.
-        license: One or several license identifiers of the Hub; `other` requires a name and a link.
-        license_name: Name of an `other` license.
-        license_link: Link of an `other` license: an address, or the name of one of `license_files`.
-        license_files: Local files with the license text.
-    """
-
-    name: str
-    base_model: str | list[str] | None = None
+    name: str  # public name: a Hub id, a timm name, or the last component of a local folder
+    base_model: str | list[str] | None = None  # the Hub id or ids for `base_model` in a card; None if there is none
+    # One or several license identifiers of the Hub; `other` requires a name and a link
     license: str | list[str] | None = None
-    license_name: str | None = None
-    license_link: str | None = None
-    license_files: tuple[Path, ...] = field(default=(), repr=False)
+    license_name: str | None = None  # name of an `other` license
+    license_link: str | None = None  # link of an `other` license: an address, or the name of one of `license_files`
+    license_files: tuple[Path, ...] = field(default=(), repr=False)  # local files with the license text
 
     @property
     def license_metadata(self) -> dict[str, Any]:
@@ -74,11 +68,7 @@ class Provenance:
         return ", ".join(label) if isinstance(label, list) else label
 
     def copy_license(self, folder: Path) -> None:
-        """Copy the license text to a model folder.
-
-        Raises:
-            OSError: If the files cannot be written.
-        """
+        """Copy the license text to a model folder. Raises OSError if the files cannot be written."""
         for file in self.license_files:
             if file.resolve().parent != folder.resolve():
                 shutil.copyfile(file, folder / file.name)
@@ -88,15 +78,10 @@ def find_provenance(source: str) -> Provenance:
     """Return the provenance of a model folder, a Hub id, `timm:NAME[@FILE]` or `transformers:PATH_OR_ID`."""
     if source.startswith("timm:"):
         return find_timm_provenance(source.removeprefix("timm:"))
-    if source.startswith("transformers:"):
-        source = source.removeprefix("transformers:")
-        if not Path(source).exists():
-            return fetch_hub_provenance(source.partition("@")[0])
-    return (
-        read_folder_provenance(Path(source))
-        if Path(source).exists()
-        else fetch_hub_provenance(split_revision(source)[0])
-    )
+    source = source.removeprefix("transformers:")
+    if Path(source).exists():
+        return read_folder_provenance(Path(source))
+    return fetch_hub_provenance(split_revision(source)[0])
 
 
 # Folders and the Hub -------------------------------------------------------------------------------------------------
@@ -110,15 +95,14 @@ def read_folder_provenance(folder: Path) -> Provenance:
 
 def fetch_hub_provenance(repo_id: str) -> Provenance:
     """Return the provenance in a card on the Hub, or in its cached copy if the Hub cannot be reached."""
-    try:
-        validate_repo_id(repo_id)
-    except HFValidationError:
+    if not is_hub_id(repo_id):
         return Provenance(repo_id)
     provenance = Provenance(repo_id, base_model=repo_id)
     folder = download_card(repo_id)
     if folder is None:
         return provenance
-    return add_license(provenance, read_card_metadata(folder), folder, address=f"{get_endpoint()}/{repo_id}/blob/main")
+    address = f"{constants.ENDPOINT}/{repo_id}/blob/main"
+    return add_license(provenance, read_card_metadata(folder), folder, address)
 
 
 def download_card(repo_id: str) -> Path | None:
@@ -145,34 +129,20 @@ def read_card_metadata(folder: Path) -> dict[str, Any]:
 
 
 def add_license(provenance: Provenance, card: dict[str, Any], folder: Path, address: str | None = None) -> Provenance:
-    """Return the provenance with the license of a card and the license files of its folder.
+    """Return the provenance with the license in the metadata of a card, and the license files of its folder.
 
-    Args:
-        provenance: Provenance without a license.
-        card: Metadata of the card.
-        folder: Folder of the card.
-        address: Address of files that are not in `folder`; None if they are not published.
+    `address` is the address of published files that are not in `folder`.
     """
     name = card.get("license")
     if not name or name == "unknown":
         return provenance
-    files = find_license_files(folder)
+    matches = (file for pattern in LICENSE_FILES for file in sorted(folder.glob(pattern)) if file.is_file())
+    files = tuple(dict.fromkeys(matches))  # license files come first
     link = card.get("license_link") or (files[0].name if name == "other" and files else None)
     if link and "://" not in link and not (folder / link).is_file():
         link = f"{address}/{link}" if address else None
-    return replace(
-        provenance,
-        license=name,
-        license_name=card.get("license_name"),
-        license_link=link,
-        license_files=files,
-    )
-
-
-def find_license_files(folder: Path) -> tuple[Path, ...]:
-    """Return the license files in a folder; licenses come before notices."""
-    files = [file for pattern in LICENSE_FILES for file in sorted(folder.glob(pattern)) if file.is_file()]
-    return tuple(dict.fromkeys(files))
+    license_name = card.get("license_name")
+    return replace(provenance, license=name, license_name=license_name, license_link=link, license_files=files)
 
 
 # timm ----------------------------------------------------------------------------------------------------------------
@@ -204,3 +174,72 @@ def find_timm_provenance(name: str) -> Provenance:
         f"https://huggingface.co/{config.hf_hub_id}" if config.hf_hub_id else None
     )
     return replace(provenance, license="other", license_name=config.license, license_link=link)
+
+
+# Licenses in a card --------------------------------------------------------------------------------------------------
+
+
+CODE_LICENSE = "The Python files are licensed under Apache-2.0."
+
+
+# Sentences about weights whose license is known, and about weights whose license is unknown.
+NEW_WEIGHTS = (
+    "The weights are licensed under {license}.",
+    "The authors named no license for the weights. Ask the authors before you use or redistribute the weights.",
+)
+DERIVED_WEIGHTS = (
+    "The weights are derived from another model and remain under its license: {license}.",
+    "The weights are derived from another model whose license is unknown. Ask its authors before you use or "
+    "redistribute the weights.",
+)
+CONVERTED_WEIGHTS = (
+    "The weights remain under the license of the source: {license}.",
+    "No license was found for the source. Ask its authors before you use or redistribute the weights.",
+)
+
+
+@dataclass(frozen=True)
+class WeightsLicense:
+    """The license of weights, and the sentences that describe it."""
+
+    sentences: tuple[str, str]  # for a known and for an unknown license
+    source: Provenance | None  # provenance with the license's name, link and text; None if nothing is known
+    teacher: Provenance | None = None  # teacher of a distillation, whose license is named as well
+    has_code: bool = True  # whether the repository contains code, whose license is named as well
+
+    @property
+    def metadata(self) -> dict[str, Any]:
+        """The license as keywords of ModelCardData; empty if it is unknown."""
+        return self.source.license_metadata if self.source else {}
+
+    def __str__(self) -> str:
+        """Return a few sentences."""
+        known, unknown = self.sentences
+        sentences = [unknown]
+        if self.source is not None and self.source.license_label is not None:
+            label, link, files = self.source.license_label, self.source.license_link, self.source.license_files
+            sentences = [known.format(license=f"[{label}]({link})" if link else label)]
+            sentences += [f"The license text is in {', '.join(file.name for file in files)}."] if files else []
+        if self.teacher is not None and self.teacher.license_label is not None:
+            sentences.append(f"The teacher model of the distillation is licensed under {self.teacher.license_label}.")
+        return " ".join([*sentences, CODE_LICENSE] if self.has_code else sentences)
+
+
+def get_run_license(
+    is_from_random_weights: bool, license_flag: str | None, base: Provenance | None, teacher: Provenance | None = None
+) -> WeightsLicense:
+    """Return the license of weights that were trained here: the inherited license, or `--license` if there is none."""
+    is_inherited = base is not None and base.license is not None
+    if is_from_random_weights or (license_flag and not is_inherited):
+        return WeightsLicense(NEW_WEIGHTS, Provenance("", license=license_flag), teacher)
+    return WeightsLicense(DERIVED_WEIGHTS, base, teacher)
+
+
+def describe_license_conflict(license_flag: str | None, base: Provenance | None) -> str | None:
+    """Return a one-line warning if `--license` differs from the inherited license; None otherwise."""
+    if license_flag is None or base is None or base.license in (None, license_flag):
+        return None
+    return (
+        f"--license {license_flag} is ignored: the weights are derived from {base.name} and remain under its license, "
+        f"{base.license_label}"
+    )

@@ -13,14 +13,13 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants
 
 from .code_files import HANDLER, HANDLER_FILE
 from .connection import (
     HUB_ERRORS,
     check_is_online,
     format_hub_error,
-    get_endpoint,
     retry,
     set_hub_timeout,
     silence_hub_client,
@@ -47,21 +46,13 @@ class PushFailed(OSError):
 
 @dataclass(frozen=True)
 class PushResult:
-    """The commit of a push.
+    """The commit of a push."""
 
-    Attributes:
-        repo_id: `namespace/name`.
-        commit: The hash of the commit, 40 hexadecimal digits.
-        url: The address of the commit.
-        with_optimizer: Whether a checkpoint for `--resume` was pushed as well.
-        is_private: Whether the repository is private.
-    """
-
-    repo_id: str
-    commit: str
-    url: str
-    with_optimizer: bool = False
-    is_private: bool = False
+    repo_id: str  # `namespace/name`
+    commit: str  # the hash of the commit, 40 hexadecimal digits
+    url: str  # the address of the commit
+    with_optimizer: bool = False  # whether a checkpoint for `--resume` was pushed as well
+    is_private: bool = False  # whether the repository is private
 
     @property
     def summary(self) -> str:
@@ -91,8 +82,8 @@ def push_folder(
         message: Message of the commit.
         branch: Branch of the commit, created from `main` if it does not exist. Default: `main`.
         with_optimizer: Push the newest checkpoint in `checkpoints/` as well, for `--resume`.
-        in_background: Show and log nothing, and upload large files one by one without extra threads, because Python
-            waits for these threads before it exits.
+        in_background: Show and log nothing, and upload large files one by one without extra threads, which would
+            delay the exit of Python.
         with_handler: Push handler.py for Inference Endpoints as well (endpoint_handler.py).
 
     Raises:
@@ -105,7 +96,9 @@ def push_folder(
 
     def push() -> PushResult:
         commit, is_private = push_once(files, repo_id, private, message, branch, one_by_one=in_background)
-        return PushResult(repo_id, commit, f"{get_endpoint()}/{repo_id}/commit/{commit}", with_optimizer, is_private)
+        return PushResult(
+            repo_id, commit, f"{constants.ENDPOINT}/{repo_id}/commit/{commit}", with_optimizer, is_private
+        )
 
     try:
         with set_hub_timeout(TIMEOUT), silence_hub_client(sys.stderr.isatty() and not in_background):
@@ -162,4 +155,4 @@ def build_push_command(
     flags += ["--message", message] if message != MESSAGE else []
     flags += ["--push-optimizer"] if with_optimizer else []
     flags += ["--endpoint-handler"] if with_handler else []
-    return f"python scripts/push_to_hub.py {shlex.join(flags)}"
+    return f"vitcls push {shlex.join(flags)}"

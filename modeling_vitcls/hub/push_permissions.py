@@ -6,10 +6,10 @@ repo_id = check_push_permissions("someone/their-model", default_name="my-run")
 from typing import Any, Literal
 
 from huggingface_hub import HfApi, get_token
-from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
-from huggingface_hub.utils import validate_repo_id
+from huggingface_hub.errors import RepositoryNotFoundError
 
 from .connection import HUB_ERRORS, check_is_online, describe_no_response, get_status, set_hub_timeout
+from .loading import is_hub_id
 
 
 TIMEOUT = 10.0  # seconds without a response
@@ -36,16 +36,19 @@ def check_push_permissions(
         repo_type: Type of the repository.
 
     Raises:
-        ValueError: If the token is missing, invalid or not permitted to write, if the namespace is not the user's, if
-            the name is invalid, or if the repository is public but has to be private. The message is one line with the
-            remedy.
+        ValueError: If the token, the namespace, the name or the visibility does not permit the push. The message is
+            one line with the remedy.
         OSError: If the Hub does not respond.
     """
     check_is_online()
     account = fetch_account()
     name = repo_id or default_name
     full_id = name if "/" in name else f"{account['name']}/{name}"
-    check_repo_id(full_id, repo_type)
+    if not is_hub_id(full_id):
+        raise ValueError(
+            f"{full_id!r} is not a valid repository id. Set {FLAGS[repo_type]} namespace/name, with letters, digits, "
+            "'-', '_' and '.', at most 96 characters"
+        )
     check_namespace(full_id, account, repo_type)
     exists = check_existing_repo(full_id, private, repo_type)
     check_token(full_id, account, exists)
@@ -68,23 +71,7 @@ def fetch_account() -> dict[str, Any]:
                 "the Hugging Face token (HF_TOKEN, or the token of `hf auth login`) is invalid. Create a 'write' "
                 f"token at {TOKEN_PAGE}, and log in with it"
             ) from None
-        raise build_unreachable_error(error) from error
-
-
-def build_unreachable_error(error: BaseException) -> OSError:
-    """Return the error for a Hub that does not respond."""
-    return OSError(f"{describe_no_response(error)}, or push later")
-
-
-def check_repo_id(repo_id: str, repo_type: RepoType) -> None:
-    """Raise ValueError if the name is not a valid repository id."""
-    try:
-        validate_repo_id(repo_id)
-    except HFValidationError:
-        raise ValueError(
-            f"{repo_id!r} is not a valid repository id. Set {FLAGS[repo_type]} namespace/name, with letters, digits, "
-            "'-', '_' and '.', at most 96 characters"
-        ) from None
+        raise OSError(f"{describe_no_response(error)}, or push later") from error
 
 
 def check_namespace(repo_id: str, account: dict[str, Any], repo_type: RepoType) -> None:
@@ -115,7 +102,7 @@ def check_existing_repo(repo_id: str, private: bool, repo_type: RepoType) -> boo
     except RepositoryNotFoundError:
         return False
     except HUB_ERRORS as error:
-        raise build_unreachable_error(error) from error
+        raise OSError(f"{describe_no_response(error)}, or push later") from error
     if private and not info.private:
         raise ValueError(
             f"{repo_id} exists and is public, but a private repository is required. Make it private in its settings "

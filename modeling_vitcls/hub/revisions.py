@@ -1,16 +1,24 @@
-"""The commit of a branch or tag, and the commit of the model's code.
+"""The commit of a branch or tag, its files, and the commit of the model's code.
 
 model = resolve_commit("someone/model", "main")
 code = resolve_code_commit(model, folder_with_its_files)        # None: the code is in the same commit
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from huggingface_hub import HfApi
 from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 
-from .connection import HUB_ERRORS, SHORT_RETRY_WAITS, describe_no_response, retry, set_hub_timeout
+from .connection import (
+    HUB_ERRORS,
+    SHORT_RETRY_WAITS,
+    describe_no_response,
+    format_hub_error,
+    retry,
+    set_hub_timeout,
+)
 from .loading import describe_missing_repo, describe_missing_revision, is_hub_id
 from .manifest import find_code_repository
 
@@ -20,25 +28,17 @@ TIMEOUT = 60.0  # seconds without a response
 
 @dataclass(frozen=True)
 class HubCommit:
-    """A commit on the Hub.
+    """A commit on the Hub."""
 
-    Attributes:
-        repo_id: `namespace/name`.
-        commit: The hash of the commit, 40 hexadecimal digits.
-        needs_token: Whether reading requires a token: the repository is private or gated.
-    """
-
-    repo_id: str
-    commit: str
-    needs_token: bool
+    repo_id: str  # `namespace/name`
+    commit: str  # the hash of the commit, 40 hexadecimal digits
+    needs_token: bool  # whether reading requires a token: the repository is private or gated
 
 
 def resolve_commit(repo_id: str, revision: str = "main") -> HubCommit:
     """Return the commit of a revision.
 
-    Raises:
-        ValueError: If the repository or the revision does not exist.
-        OSError: If the Hub does not respond.
+    Raises ValueError if the repository or the revision does not exist, and OSError if the Hub does not respond.
     """
     if not is_hub_id(repo_id):
         raise ValueError(describe_missing_repo(repo_id))
@@ -60,16 +60,30 @@ def resolve_commit(repo_id: str, revision: str = "main") -> HubCommit:
     return HubCommit(repo_id, info.sha, bool(info.private or info.gated))
 
 
+def download_commit(commit: HubCommit, patterns: Sequence[str], folder: Path | None = None) -> Path:
+    """Download files of a commit to a folder, by default in the cache, and return the folder.
+
+    Raises OSError if the download fails. The message is one line.
+    """
+    repo_id = commit.repo_id
+    try:
+        with set_hub_timeout(TIMEOUT):
+            path = retry(
+                lambda: HfApi().snapshot_download(
+                    repo_id, revision=commit.commit, local_dir=folder, allow_patterns=list(patterns)
+                ),
+                f"downloading {repo_id}",
+            )
+    except HUB_ERRORS as error:
+        raise OSError(f"cannot download {repo_id}: {format_hub_error(error)}") from error
+    return Path(path)
+
+
 def resolve_code_commit(model: HubCommit, files: Path) -> HubCommit | None:
     """Return the newest commit of the repository with the model's code; None if the model has its own code.
 
-    Args:
-        model: The commit of the model.
-        files: Folder with the model's files.
-
-    Raises:
-        ValueError: If the code is in several repositories; also see `resolve_commit`.
-        OSError: As `resolve_commit`.
+    `files` is the folder with the model's files. Raises ValueError if the code is in several repositories, and the
+    errors of `resolve_commit`.
     """
     try:
         repo_id = find_code_repository(files, model.repo_id)

@@ -1,7 +1,7 @@
 """Share one copy of the code, in a separate repository, between many models.
 
     write_code("vitcls-code")                           # the files to publish: hf upload ME/vitcls-code vitcls-code
-    use_shared_code("runs/mine", "ME/vitcls-code")      # then: python scripts/push_to_hub.py --model runs/mine ...
+    use_shared_code("runs/mine", "ME/vitcls-code")      # then: vitcls push --model runs/mine ...
 
     AutoModel.from_pretrained("ME/mine", revision="<commit of the weights>", code_revision="<commit of the code>",
                               trust_remote_code=True)
@@ -15,7 +15,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from ..files import read_json
+from ..files import read_json, write_atomically
 from .code_files import CODE_PATTERN, PACKAGE
 from .loading import is_hub_id
 from .manifest import CARD, CODE_REFERENCE_FILES, REPO_SEPARATOR, check_is_model, read_text
@@ -31,11 +31,7 @@ NOTE_IN_CARD = re.compile(rf"^(?:{NOTE}.*\n\n)?(`trust_remote_code=True` runs )"
 
 
 def write_code(folder: str | Path) -> list[str]:
-    """Copy the code of the models into a folder for upload, and return the file names.
-
-    Raises:
-        OSError: If the files cannot be written.
-    """
+    """Copy the code of the models into a folder for upload, and return the file names."""
     target = Path(folder)
     target.mkdir(parents=True, exist_ok=True)
     files = sorted(PACKAGE.glob(CODE_PATTERN))
@@ -67,9 +63,8 @@ def use_shared_code(folder: str | Path, repo_id: str) -> None:
     for file in (folder / name for name in CODE_REFERENCE_FILES if (folder / name).is_file()):
         settings = read_json(file)
         settings["auto_map"] = add_repository(settings.get("auto_map", {}), repo_id)
-        partial = file.with_name(f".{file.name}.partial")
-        partial.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        partial.replace(file)
+        with write_atomically(file) as unfinished:
+            unfinished.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     if (folder / CARD).is_file():
         (folder / CARD).write_bytes(pin_code_in_card(read_text(folder / CARD), repo_id).encode())
     for file in folder.glob(CODE_PATTERN):
@@ -86,9 +81,7 @@ def add_repository(references: Any, repo_id: str) -> Any:
 def pin_code_in_card(text: str, repo_id: str) -> str:
     """Return a card whose code examples also pin the code, and whose text names the repository with the code.
 
-    Args:
-        text: The text of README.md. It is returned unchanged if it does not pin a revision.
-        repo_id: `namespace/name` of the repository with the code.
+    The text is returned unchanged if it does not pin a revision.
     """
     if not (PIN_IN_CALL.search(text) or PIN_BY_NAME.search(text)):
         return text

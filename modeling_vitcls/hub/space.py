@@ -20,17 +20,17 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, SpaceCard, SpaceCardData
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, SpaceCard, SpaceCardData, constants
 from packaging.requirements import Requirement
 
 from ..configuration_vitcls import ViTCLSConfig
 from ..files import read_json
 from ..image_processing_vitcls import read_image
-from .connection import HUB_ERRORS, check_is_online, format_hub_error, get_endpoint, retry, set_hub_timeout
+from .connection import HUB_ERRORS, check_is_online, format_hub_error, retry, set_hub_timeout
 from .local_paths import check_output_is_empty
 from .manifest import CODE_REFERENCE_FILES, RepoFiles
 from .publish import TIMEOUT, PushFailed, PushResult, build_push_command
-from .revisions import HubCommit, resolve_code_commit, resolve_commit
+from .revisions import HubCommit, download_commit, resolve_code_commit, resolve_commit
 
 
 PACKAGE = Path(__file__).parents[1]
@@ -59,16 +59,8 @@ PAGE_FILES = (
 )
 # Libraries that these files and the model's code import. gradio comes with the Space's SDK.
 REQUIRED_LIBRARIES = (
-    "huggingface_hub",
-    "matplotlib",
-    "numpy",
-    "pillow",
-    "scikit-learn",
-    "safetensors",
-    "torch",
-    "torchvision",
-    "transformers",
-)
+    "huggingface_hub matplotlib numpy pillow scikit-learn safetensors torch torchvision transformers"
+).split()
 
 APP_TEMPLATE = '''"""The page of a model, which is defined in {folder}/."""
 
@@ -102,14 +94,10 @@ this page on your own machine: `pip install gradio=={gradio} -r requirements.txt
 
 @dataclass(frozen=True)
 class PublishedModel:
-    """A vitcls model on the Hub.
+    """A vitcls model on the Hub."""
 
-    Attributes:
-        weights: The commit of the model.
-        code: The commit of the repository with the code; None if the code is next to the weights.
-    """
-
-    weights: HubCommit
+    weights: HubCommit  # the commit of the model
+    # The commit of the repository with the code; None if the code is next to the weights
     code: HubCommit | None = None
 
     @property
@@ -129,15 +117,10 @@ class PublishedModel:
 
 
 def find_published_model(repo_id: str, revision: str = "main") -> PublishedModel:
-    """Look up a model on the Hub.
+    """Look up a model on the Hub by its id and a commit hash, branch or tag.
 
-    Args:
-        repo_id: `namespace/name`.
-        revision: Commit hash, branch or tag.
-
-    Raises:
-        ValueError: If it is a local folder, is not on the Hub, or is not a vitcls model.
-        OSError: If the Hub does not respond.
+    Raises ValueError if it is a local folder, is not on the Hub, or is not a vitcls model, and OSError if the Hub does
+    not respond.
     """
     if Path(repo_id).is_dir():
         command = build_push_command(Path(repo_id), f"YOUR-NAME/{Path(repo_id).resolve().name}")
@@ -146,16 +129,8 @@ def find_published_model(repo_id: str, revision: str = "main") -> PublishedModel
         )
     check_is_online()
     weights = resolve_commit(repo_id, revision)
-    patterns = list(CODE_REFERENCE_FILES)
-    try:
-        with set_hub_timeout(TIMEOUT):
-            folder = retry(
-                lambda: HfApi().snapshot_download(repo_id, revision=weights.commit, allow_patterns=patterns),
-                f"reading {repo_id}",
-            )
-    except HUB_ERRORS as error:
-        raise OSError(f"cannot read {repo_id} from the Hub: {format_hub_error(error)}") from error
-    config, preprocessor_config = (Path(folder, name) for name in CODE_REFERENCE_FILES)
+    folder = download_commit(weights, CODE_REFERENCE_FILES)
+    config, preprocessor_config = (folder / name for name in CODE_REFERENCE_FILES)
     settings = read_json(config) if config.is_file() else {}
     if settings.get("model_type") != ViTCLSConfig.model_type or "auto_map" not in settings:
         raise ValueError(
@@ -164,22 +139,16 @@ def find_published_model(repo_id: str, revision: str = "main") -> PublishedModel
         )
     if not preprocessor_config.is_file():
         raise ValueError(f"{repo_id} has no preprocessor_config.json. Save the image processor next to the model")
-    return PublishedModel(weights, resolve_code_commit(weights, Path(folder)))
+    return PublishedModel(weights, resolve_code_commit(weights, folder))
 
 
 # Files ---------------------------------------------------------------------------------------------------------------
 
 
 def build_space_files(model: PublishedModel, title: str | None = None, examples: Sequence[Path] = ()) -> RepoFiles:
-    """Build the files of the Space.
+    """Build the files of the Space. `title` is the title of the page in the Hub's lists.
 
-    Args:
-        model: The model to show.
-        title: Title of the page in the Hub's lists. Default: derived from the model's name.
-        examples: Example images.
-
-    Raises:
-        ValueError: If an example is not an image, if two examples have the same name, or if gradio is not installed.
+    Raises ValueError if an example is not an image, if two examples have the same name, or if gradio is not installed.
     """
     app = APP_TEMPLATE.format(
         folder=FOLDER,
@@ -227,7 +196,7 @@ def build_space_card(model: PublishedModel, title: str) -> str:
     )
     code = ""
     if model.code:
-        address = f"{get_endpoint()}/{model.code.repo_id}"
+        address = f"{constants.ENDPOINT}/{model.code.repo_id}"
         commit = f"[`{model.code.commit}`]({address}/tree/{model.code.commit})"
         code = f", its code from [{model.code.repo_id}]({address}) at commit {commit}"
     return str(
@@ -239,7 +208,7 @@ def build_space_card(model: PublishedModel, title: str) -> str:
                 commit=model.commit,
                 code=code,
                 gradio=gradio,
-                address=f"{get_endpoint()}/{model.repo_id}",
+                address=f"{constants.ENDPOINT}/{model.repo_id}",
             )
         )
     )
@@ -267,8 +236,7 @@ def collect_examples(examples: Iterable[Path]) -> RepoFiles:
 def write_space(files: RepoFiles, folder: Path) -> None:
     """Write the files to a folder, to run the page locally (`python app.py`) or to create a Space from it.
 
-    Raises:
-        ValueError: If the folder is not empty.
+    Raises ValueError if the folder is not empty.
     """
     check_output_is_empty(folder)
     for name, content in files.items():
@@ -283,19 +251,12 @@ def write_space(files: RepoFiles, folder: Path) -> None:
 def push_space(
     files: RepoFiles, model: PublishedModel, space_id: str, private: bool = False, title: str | None = None
 ) -> PushResult:
-    """Push the files of the Space in one commit; create the Space if it does not exist.
+    """Push the files of `build_space_files` in one commit; create the Space if it does not exist.
 
     Call this after `check_push_permissions(..., repo_type="space")`. If nothing has changed, no commit is made.
+    `private` applies only to a new Space, and `title` only to the command in the error message.
 
-    Args:
-        files: From `build_space_files`.
-        model: The model that the Space shows.
-        space_id: `namespace/name`.
-        private: Whether a new Space is private.
-        title: The title given to `build_space_files`, for the command that completes a failed push.
-
-    Raises:
-        PushFailed: If the push fails. The message is one line and ends with the command that completes the push.
+    Raises PushFailed if the push fails. The message is one line and ends with the command that completes the push.
     """
     check_is_online()
     try:
@@ -322,7 +283,7 @@ def push_space_once(files: RepoFiles, model: PublishedModel, space_id: str, priv
     operations += [CommitOperationAdd(name, content) for name, content in files.items()]
     message = f"Show {model.repo_id} at {model.commit[:7]}"
     commit = api.create_commit(space_id, operations, commit_message=message, repo_type="space", parent_commit=parent)
-    return PushResult(space_id, commit.oid, f"{get_endpoint()}/spaces/{space_id}")
+    return PushResult(space_id, commit.oid, f"{constants.ENDPOINT}/spaces/{space_id}")
 
 
 def build_space_command(
@@ -334,4 +295,4 @@ def build_space_command(
     flags += ["--title", title] if title else []
     examples = [str(file) for name, file in files.items() if name.startswith(f"{EXAMPLES}/")]
     flags += ["--examples", *examples] if examples else []
-    return f"python scripts/push_space.py {shlex.join(flags)}"
+    return f"vitcls space {shlex.join(flags)}"

@@ -42,7 +42,7 @@ PROCESSOR_CLASSES: dict[str, type[ImageProcessingMixin]] = {
 
 @dataclass(frozen=True)
 class PackageLoader:
-    """Loads a model folder with the code of this package; see `verification_script.ModelLoader`."""
+    """Loads a model folder with the code of this package; see `verification_script.HubLoader`."""
 
     folder: Path
 

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib.abc import MetaPathFinder
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import transformers
@@ -79,36 +79,14 @@ def list_cached_commits(repo_id: str) -> list[str]:
     return sorted(snapshot.name for snapshot in (cache / "snapshots").glob("*") if any(snapshot.iterdir()))
 
 
-class ModelLoader(Protocol):
-    """Loads the parts of one model."""
-
-    def load_config(self) -> Any:
-        """Load the configuration."""
-
-    def load_model(self, auto_class: str, config: Any) -> tuple[Any, dict[str, Any]]:
-        """Load the model of an Auto class in float32; return it with transformers' loading report."""
-
-    def has_processor(self) -> bool:
-        """Return whether an image processor was saved with the model."""
-
-    def load_processor(self, backend: str) -> Any:
-        """Load the image processor of a backend, `torchvision` or `pil`."""
-
-    def load_pipeline(self, config: Any) -> Any:
-        """Load the image-classification pipeline on the CPU, in float32."""
-
-
 @dataclass(frozen=True)
 class HubLoader:
-    """Loads a model from the Hub, or from a folder, through the Auto classes and the pipeline.
-
-    Attributes:
-        trust_remote_code: Whether the repository's own code is used; otherwise the classes are part of transformers.
-    """
+    """Loads a model from the Hub, or from a folder, through the Auto classes and the pipeline."""
 
     repo_id: str
     revision: str = "main"
     code_revision: str | None = None
+    # Whether the repository's own code is used; otherwise the classes are part of transformers
     trust_remote_code: bool = True
 
     def get_options(self) -> dict[str, Any]:
@@ -142,8 +120,11 @@ class HubLoader:
         )
 
 
-def collect_outputs(loader: ModelLoader) -> tuple[Outputs, dict[str, Any]]:
+def collect_outputs(loader: Any) -> tuple[Outputs, dict[str, Any]]:
     """Return a model's outputs for fixed inputs through each way to load it, and a report on the loaded classes.
+
+    Args:
+        loader: `HubLoader`, or `PackageLoader` of verification_reference.py.
 
     Returns:
         Tensors in float32 by name, `{"AutoModel/last_hidden_state": ...}`; and a dict with `models` (for each Auto
@@ -207,7 +188,7 @@ def build_image(config: Any, processor: Any) -> Any:
     return torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8).numpy()
 
 
-def compute_pipeline_scores(loader: ModelLoader, config: Any, processor: Any) -> torch.Tensor:
+def compute_pipeline_scores(loader: Any, config: Any, processor: Any) -> torch.Tensor:
     """Return the scores of the image-classification pipeline in the order of the labels [num_labels]."""
     classifier = loader.load_pipeline(config)
     image = Image.fromarray(build_image(config, processor).squeeze())  # [H, W] if there is one channel

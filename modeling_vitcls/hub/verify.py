@@ -6,12 +6,18 @@
 1. All files are downloaded. Their hashes must match the Hub's list, and their content the files in `folder`.
 2. A new process with an empty cache and without this package loads the commit through the Auto classes and the
    pipeline (verification_script.py). It has a minimal environment, and a token only if the repository is private or
-   gated, because it may run code of an unknown author.
+   gated, because it may run code of an unknown author. This is not a sandbox: the process runs as the current user and
+   can read the user's files.
 3. Its outputs for fixed inputs must match the model in `folder`, loaded with this package
    (verification_reference.py). No published code runs in this process.
 """
 
 import filecmp
+import json
+import os
+import site
+import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,13 +26,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import HfApi
+from huggingface_hub import HfApi, get_token
+from safetensors.torch import load_file
 from transformers.utils import logging
 
 from ..system import get_versions
 from ..version import __version__
-from .code_files import compare_code
-from .connection import HUB_ERRORS, check_is_online, format_hub_error, retry, set_hub_timeout
+from . import verification_script
+from .code_files import describe_code_differences
+from .connection import (
+    HUB_ERRORS,
+    SHORT_RETRY_WAITS,
+    check_is_online,
+    format_hub_error,
+    retry,
+    set_hub_timeout,
+)
 from .manifest import (
     CHECKPOINT_PATTERNS,
     EXTRA_PATTERNS,
@@ -38,8 +53,7 @@ from .manifest import (
     is_native_model,
 )
 from .publish import PushResult
-from .revisions import HubCommit, resolve_code_commit, resolve_commit
-from .verification_process import NotVerified, run_verification
+from .revisions import HubCommit, download_commit, resolve_code_commit, resolve_commit
 from .verification_reference import PackageLoader
 from .verification_script import HubLoader, Outputs, collect_outputs
 
@@ -49,6 +63,22 @@ TOLERANCE = 1e-6
 TIMEOUT = 60.0  # seconds without a response
 PIN_ADVICE = "load it with a pinned commit, because loading runs the code in the repository:"
 
+# Environment variables that the process keeps, in upper or lower case: locations of programs and libraries, access to
+# the Hub, and settings that affect numerical results.
+KEPT_VARIABLES = frozenset(
+    (
+        "PATH PYTHONPATH LD_LIBRARY_PATH LD_PRELOAD DYLD_LIBRARY_PATH SYSTEMROOT TMPDIR LANG LC_ALL LC_CTYPE "
+        "HTTP_PROXY HTTPS_PROXY ALL_PROXY NO_PROXY SSL_CERT_FILE SSL_CERT_DIR REQUESTS_CA_BUNDLE CURL_CA_BUNDLE "
+        "HF_ENDPOINT HF_HUB_DISABLE_XET HF_HUB_DOWNLOAD_TIMEOUT HF_HUB_ETAG_TIMEOUT CUDA_VISIBLE_DEVICES "
+        "ATEN_CPU_CAPABILITY"
+    ).split()
+)
+KEPT_PREFIXES = ("OMP_", "GOMP_", "KMP_", "MKL_", "ONEDNN_", "DNNL_", "OPENBLAS_")
+
+
+class NotVerified(ValueError):
+    """A published model does not load, or differs from its reference. The message is one line."""
+
 
 class PushedButNotVerified(OSError):
     """A push succeeded, but its verification failed. The message ends with the command that verifies it."""
@@ -56,31 +86,18 @@ class PushedButNotVerified(OSError):
 
 @dataclass(frozen=True)
 class VerificationReport:
-    """The result of a verification.
+    """The result of a verification."""
 
-    Attributes:
-        repo_id: `namespace/name`.
-        revision: The hash of the commit, 40 hexadecimal digits.
-        reference: Description of the model that the outputs were compared with.
-        num_files: Number of files with checked hashes.
-        classes: Way to load -> name of the loaded class.
-        differences: Way to load -> maximum absolute difference of its outputs, in float32.
-        versions: Versions of the libraries.
-        code_comparison: One line that compares the published code with the code of this package.
-        code_revision: The commit of the code; None if the code is next to the weights.
-        is_native: Whether the classes are part of transformers, and no code of the repository runs.
-    """
-
-    repo_id: str
-    revision: str
-    reference: str
-    num_files: int
-    classes: dict[str, str]
-    differences: dict[str, float]
-    versions: dict[str, str]
-    code_comparison: str
-    code_revision: str | None = None
-    is_native: bool = False
+    repo_id: str  # `namespace/name`
+    revision: str  # the hash of the commit, 40 hexadecimal digits
+    reference: str  # description of the model that the outputs were compared with
+    num_files: int  # number of files with checked hashes
+    classes: dict[str, str]  # way to load -> name of the loaded class
+    differences: dict[str, float]  # way to load -> maximum absolute difference of its outputs, in float32
+    versions: dict[str, str]  # versions of the libraries
+    code_comparison: str  # one line that compares the published code with the code of this package
+    code_revision: str | None = None  # the commit of the code; None if the code is next to the weights
+    is_native: bool = False  # whether the classes are part of transformers, and no code of the repository runs
 
     def build_load_line(self) -> str:
         """Return the line of code that loads the verified commit."""
@@ -137,8 +154,8 @@ def verify(
             check_same_files(repo_id, files, folder, with_optimizer)
         code = resolve_code_commit(model, files)
         is_native = is_native_model(files)
-        code_folder = files if code is None else download_code(code, scratch / "code")
-        code_comparison = "no code" if is_native else compare_code(code_folder).describe()
+        code_folder = files if code is None else download_commit(code, ["*.py"], scratch / "code")
+        code_comparison = "no code" if is_native else describe_code_differences(code_folder)
         reference: Any = PackageLoader(folder or files)
         if is_native:
             reference = HubLoader(str(folder or files), trust_remote_code=False)
@@ -161,16 +178,14 @@ def verify(
 
 
 def verify_push(pushed: PushResult, folder: Path) -> VerificationReport:
-    """Verify the push of `folder`.
+    """Verify the push of `folder`. Raises PushedButNotVerified if the verification fails.
 
-    Raises:
-        PushedButNotVerified: If the verification fails. The message is one line with the reason, the locations of the
-            model, and the command that repeats the verification.
+    The message is one line with the reason, the locations of the model, and the command that repeats the verification.
     """
     try:
         return verify(pushed.repo_id, pushed.commit, folder, pushed.with_optimizer)
     except (ValueError, OSError) as error:
-        command = f"python scripts/push_to_hub.py --verify-only {pushed.repo_id} --revision {pushed.commit}"
+        command = f"vitcls push --verify-only {pushed.repo_id} --revision {pushed.commit}"
         raise PushedButNotVerified(
             f"the model was pushed, but not verified: {error}. It is complete in {folder}, and published as "
             f"{pushed.url}; verify it again with: {command}"
@@ -183,17 +198,9 @@ def verify_push(pushed: PushResult, folder: Path) -> VerificationReport:
 def download_files(model: HubCommit, target: Path) -> int:
     """Download the files of a model and return their number. Raises NotVerified if a file has a wrong hash."""
     repo_id, commit = model.repo_id, model.commit
+    download_commit(model, (*MODEL_PATTERNS, *EXTRA_PATTERNS, *CHECKPOINT_PATTERNS, "*.py"), target)
     try:
         with set_hub_timeout(TIMEOUT):
-            retry(
-                lambda: HfApi().snapshot_download(
-                    repo_id,
-                    revision=commit,
-                    local_dir=target,
-                    allow_patterns=[*MODEL_PATTERNS, *EXTRA_PATTERNS, *CHECKPOINT_PATTERNS, "*.py"],
-                ),
-                f"downloading {repo_id}",
-            )
             check = HfApi().verify_repo_checksums(repo_id, revision=commit, local_dir=target)
     except HUB_ERRORS as error:
         raise OSError(f"cannot download {repo_id}: {format_hub_error(error)}") from error
@@ -208,21 +215,6 @@ def download_files(model: HubCommit, target: Path) -> int:
     except ValueError:
         raise NotVerified(f"{repo_id} at {commit} does not contain a vitcls model") from None
     return check.checked_count
-
-
-def download_code(code: HubCommit, target: Path) -> Path:
-    """Download the Python files of a repository and return their folder. Raises OSError if the download fails."""
-    try:
-        with set_hub_timeout(TIMEOUT):
-            retry(
-                lambda: HfApi().snapshot_download(
-                    code.repo_id, revision=code.commit, local_dir=target, allow_patterns="*.py"
-                ),
-                f"downloading {code.repo_id}",
-            )
-    except HUB_ERRORS as error:
-        raise OSError(f"cannot download {code.repo_id}: {format_hub_error(error)}") from error
-    return target
 
 
 def check_same_files(repo_id: str, published: Path, folder: Path, with_optimizer: bool) -> None:
@@ -247,6 +239,77 @@ def check_same_files(repo_id: str, published: Path, folder: Path, with_optimizer
             raise NotVerified(
                 f"{name} of {repo_id} differs from the file in {folder}, which has changed. Push it again"
             )
+
+
+# Process -------------------------------------------------------------------------------------------------------------
+
+
+def run_verification(
+    model: HubCommit, code: HubCommit | None, scratch: Path, trust_remote_code: bool = True
+) -> tuple[Outputs, dict[str, Any]]:
+    """Return the outputs and the report of the script, after one retry if the network may have failed."""
+    try:
+        return retry(
+            lambda: run_script(model, code, scratch, trust_remote_code),
+            f"loading {model.repo_id}",
+            waits=SHORT_RETRY_WAITS[:1],
+        )
+    except RuntimeError as error:
+        raise NotVerified(str(error)) from None
+
+
+def run_script(
+    model: HubCommit, code: HubCommit | None, scratch: Path, trust_remote_code: bool
+) -> tuple[Outputs, dict[str, Any]]:
+    """Run the script once in a new process, and return its outputs and its report.
+
+    Raises RuntimeError if the process fails and a retry may succeed, and NotVerified if it fails for another reason.
+    """
+    failed = f"a new process cannot load {model.repo_id} at {model.commit}"
+    with tempfile.TemporaryDirectory(dir=scratch) as home:
+        target = Path(home, "outputs")
+        target.mkdir()
+        request = {
+            "repo_id": model.repo_id,
+            "revision": model.commit,
+            "code_repo_id": code.repo_id if code else None,
+            "code_revision": code.commit if code else None,
+            "trust_remote_code": trust_remote_code,
+            "target": str(target),
+            "num_threads": torch.get_num_threads(),
+        }
+        request_file = Path(home, "request.json")
+        request_file.write_text(json.dumps(request), encoding="utf-8")
+        needs_token = model.needs_token or (code is not None and code.needs_token)
+        process = subprocess.run(
+            [sys.executable, "-P", verification_script.__file__, str(request_file)],
+            cwd=home,
+            env=build_clean_environment(home, needs_token),
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if not (target / "report.json").is_file():
+            lines = process.stderr.strip().splitlines() or [f"exit status {process.returncode}"]
+            raise RuntimeError(f"{failed}: {lines[-1]}")
+        report = json.loads((target / "report.json").read_text(encoding="utf-8"))
+        if "error" in report:
+            error_class = RuntimeError if report["may_pass"] else NotVerified
+            raise error_class(f"{failed}: {report['error']}")
+        return load_file(target / "outputs.safetensors"), report
+
+
+def build_clean_environment(home: str, needs_token: bool) -> dict[str, str]:
+    """Return a minimal environment with an empty cache in `home`, and with the user's token if it is needed."""
+    environment = {
+        name: value
+        for name, value in os.environ.items()
+        if name.upper() in KEPT_VARIABLES or name.upper().startswith(KEPT_PREFIXES)
+    }
+    # PYTHONUSERBASE: packages installed with `pip install --user`.
+    environment |= {"HOME": home, "HF_HOME": home, "PYTHONUSERBASE": site.getuserbase()}
+    token = get_token() if needs_token else None
+    return environment | ({"HF_TOKEN": token} if token else {})
 
 
 # Outputs -------------------------------------------------------------------------------------------------------------

@@ -33,10 +33,9 @@ from ..analysis.inspection_inputs import InspectionImages
 from ..analysis.report import write_page
 from ..data.images import LabeledImages
 from ..data.labels import LabelSpace
-from ..hub.licenses import describe_license_conflict
 from ..hub.local_paths import is_local
 from ..hub.manifest import REPORT
-from ..hub.provenance import Provenance, find_provenance
+from ..hub.provenance import Provenance, describe_license_conflict, find_provenance
 from ..hub.push_permissions import is_private
 from ..image_processing_vitcls import ViTCLSImageProcessor
 from ..inference.load_model import is_preset

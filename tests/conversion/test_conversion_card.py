@@ -14,9 +14,8 @@ from modeling_vitcls.analysis.card_images import write_card_images
 from modeling_vitcls.conversion.conversion_card import build_conversion_card
 from modeling_vitcls.conversion.convert import convert_checkpoint
 from modeling_vitcls.conversion.random_weights import randomize_weights
-from modeling_vitcls.hub.licenses import CONVERTED_WEIGHTS, WeightsLicense
 from modeling_vitcls.hub.manifest import collect_model_files
-from modeling_vitcls.hub.provenance import Provenance
+from modeling_vitcls.hub.provenance import CONVERTED_WEIGHTS, Provenance, WeightsLicense
 
 
 @pytest.fixture(autouse=True)
@@ -63,7 +62,7 @@ def test_a_trained_classifier(tmp_path: Path) -> None:
     assert 'from_pretrained("my-vit", revision=revision, trust_remote_code=True)' in text
     assert 'pipeline("image-classification", model="my-vit", revision="main", trust_remote_code=True)' in text
     assert "under the license of the source: mit. The license text is in LICENSE." in text
-    assert "convert.py --source transformers:path/to/theirs --output my-vit\n" in text
+    assert "vitcls convert --source transformers:path/to/theirs --output my-vit\n" in text
     assert f"transformers {transformers.__version__}" in text
     data = card.data.to_dict()
     assert (data["license"], data["base_model"]) == ("mit", "google/vit")

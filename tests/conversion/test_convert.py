@@ -9,9 +9,7 @@ import hashlib
 import io
 import json
 import os
-import runpy
 import subprocess
-import sys
 from collections.abc import Callable
 from contextlib import redirect_stdout
 from pathlib import Path
@@ -24,6 +22,7 @@ import torch
 import transformers
 from fresh_processes import run_fresh
 from safetensors.torch import load_file, save_file
+from scripts_in_process import SCRIPTS, run_in_process
 from sklearn.datasets import load_sample_image
 from source_checkpoints import NAMES, SIZES, WIDTHS, saved, vit_classifier
 from timm.data import create_transform, resolve_data_config
@@ -44,7 +43,6 @@ from modeling_vitcls.conversion.weight_rules import ConversionError
 
 
 ROOT = Path(__file__).parents[2]
-SCRIPT = ROOT / "scripts" / "convert.py"
 LIMIT = 1e-5  # DESIGN.md
 PHOTOGRAPHS = ("china.jpg", "flower.jpg")
 
@@ -57,21 +55,7 @@ def photograph(name: str) -> PIL.Image.Image:
 def run(*flags: Any) -> subprocess.CompletedProcess[str]:
     """Run the script in a separate process."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "200", "HF_HUB_OFFLINE": "1"}
-    return run_fresh(SCRIPT, *flags, environment=environment)
-
-
-def run_here(*flags: Any) -> int:
-    """Run the script in this process and return its exit status."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(SCRIPT.parent)
-        patch.setattr(sys, "argv", [str(SCRIPT), *map(str, flags)])
-        patch.setenv("COLUMNS", "200")
-        try:
-            runpy.run_path(str(SCRIPT), run_name="__main__")
-        except SystemExit as ended:
-            assert isinstance(ended.code, int)
-            return ended.code
-    return 0
+    return run_fresh(SCRIPTS / "convert.py", *flags, environment=environment)
 
 
 def list_all(folder: Path) -> list[Path]:
@@ -87,7 +71,7 @@ def from_timm(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """Return the folder and the printed text for a model of timm."""
     folder = tmp_path_factory.mktemp("timm") / "not" / "there"
     with redirect_stdout(io.StringIO()) as printed:
-        assert run_here("--source", "timm:test_vit", "--output", folder, "--random-init") == 0
+        assert run_in_process("convert.py", "--source", "timm:test_vit", "--output", folder, "--random-init") == 0
     return folder, printed.getvalue()
 
 
@@ -192,7 +176,9 @@ def test_the_printed_lines_load_it_without_the_package(from_timm: tuple[Path, st
 
 
 def test_unsupported_models_end_with_one_line_and_status_1(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run_here("--source", "timm:resnet18", "--output", tmp_path / "made", "--random-init") == 1
+    assert (
+        run_in_process("convert.py", "--source", "timm:resnet18", "--output", tmp_path / "made", "--random-init") == 1
+    )
     error = capsys.readouterr().err
     assert error.strip().splitlines()[-1].startswith("error: ResNet")
     assert "Traceback" not in error
@@ -265,7 +251,12 @@ def test_a_wrong_weight_aborts_and_writes_nothing(
         return model
 
     monkeypatch.setattr(source_models, "convert_from_timm", wrong)
-    assert run_here("--source", "timm:test_vit", "--output", tmp_path / "deep" / "made", "--random-init") == 1
+    assert (
+        run_in_process(
+            "convert.py", "--source", "timm:test_vit", "--output", tmp_path / "deep" / "made", "--random-init"
+        )
+        == 1
+    )
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("error: ")
     assert message in error

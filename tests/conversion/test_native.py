@@ -14,7 +14,7 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 from modeling_vitcls import ViTCLSForImageClassification, ViTCLSImageProcessor
 from modeling_vitcls.commands.convert import ConvertOptions, check
-from modeling_vitcls.conversion.native import write_native_model
+from modeling_vitcls.conversion.convert import write_native_model
 from modeling_vitcls.conversion.weight_rules import ConversionError
 from modeling_vitcls.hub.publish import push_folder
 from modeling_vitcls.hub.verify import verify

@@ -6,7 +6,6 @@ the script in a separate process; the others call its functions.
 
 import json
 import os
-import runpy
 import shutil
 import subprocess
 import sys
@@ -18,6 +17,7 @@ import onnxruntime
 import pytest
 import torch
 from fresh_processes import run_fresh
+from scripts_in_process import SCRIPTS, run_in_process
 from tiny_models import BLOCKS, LAYOUTS, filled, images, raises_one_line, tiny_config
 
 from modeling_vitcls import (
@@ -28,14 +28,13 @@ from modeling_vitcls import (
     ViTCLSImageProcessor,
     ViTCLSModel,
 )
-from modeling_vitcls.export import export_report, exporter, formats
+from modeling_vitcls.export import exporter, formats
 from modeling_vitcls.export.exportable import NamedOutputs, load_exportable
 from modeling_vitcls.export.exporter import export_model
 from modeling_vitcls.export.tracing import get_smallest_size, select_graph_shape, trace_model
 
 
 ROOT = Path(__file__).parents[2]
-SCRIPT = ROOT / "scripts" / "export.py"
 LIMIT = 1e-4
 TASKS = {"age": 2, "species": 4}
 NAMES = {0: "ant", 1: "bee", 2: "cow"}
@@ -149,7 +148,7 @@ def assert_close(found: dict[str, np.ndarray], wanted: dict[str, np.ndarray], li
 def run(*flags: Any) -> subprocess.CompletedProcess[str]:
     """Run the script in a separate process."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "200", "HF_HUB_OFFLINE": "1"}
-    return run_fresh(SCRIPT, *flags, environment=environment)
+    return run_fresh(SCRIPTS / "export.py", *flags, environment=environment)
 
 
 # Models
@@ -279,7 +278,7 @@ def test_a_preset_has_random_weights() -> None:
     loaded = load_exportable("vitcls-tiny")
     assert not loaded.is_trained
     assert load_exportable("vitcls-tiny").model.config.hidden_size == 192
-    assert export_report.describe_preprocessing(loaded.processor)["size"] == {"height": 224, "width": 224}
+    assert exporter.describe_preprocessing(loaded.processor)["size"] == {"height": 224, "width": 224}
 
 
 # The script
@@ -398,7 +397,7 @@ def test_openvino_does_not_shrink_positions_as_pytorch_does() -> None:
 
 def test_a_difference_over_the_limit_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     checkpoint(tmp_path / "model", num_hidden_layers=1)
-    monkeypatch.setitem(export_report.LIMITS, "float32", (0.0, 0.0))
+    monkeypatch.setitem(exporter.LIMITS, "float32", (0.0, 0.0))
     with raises_one_line("differs", "logits", "the limit in float32 is 0"):
         export_model(str(tmp_path / "model"), "onnx", tmp_path / "not" / "there" / "vit.onnx")
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
@@ -426,7 +425,7 @@ def test_outputs_of_another_graph_raise_an_error(tmp_path: Path, monkeypatch: py
 def test_nan_is_over_the_limit() -> None:
     batch = [images()]
     with raises_one_line("logits by nan"):
-        export_report.compare_outputs(
+        exporter.compare_outputs(
             batch, [{"logits": torch.zeros(2)}], [{"logits": torch.tensor([0.0, torch.nan])}], "float16"
         )
 
@@ -435,7 +434,7 @@ def test_other_names_or_shapes_raise_an_error() -> None:
     wanted = [{"logits": torch.zeros(2, 3)}]
     for found in ({"logits": torch.zeros(1, 3)}, {"output": torch.zeros(2, 3)}):
         with raises_one_line("the written graph must have the outputs [('logits', [2, 3])]"):
-            export_report.compare_outputs([images()], wanted, [found], "float32")
+            exporter.compare_outputs([images()], wanted, [found], "float32")
 
 
 def test_unsupported_models(tmp_path: Path) -> None:
@@ -473,15 +472,9 @@ def test_packages_that_are_not_installed(tmp_path: Path, monkeypatch: pytest.Mon
         export_model("nowhere", "onnx", tmp_path / "vit.onnx")
 
 
-def test_errors_end_with_one_line_and_status_1(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    flags = ["--model", str(tmp_path / "nowhere"), "--format", "torch", "--output", str(tmp_path / "vit.pt2")]
-    monkeypatch.setattr(sys, "argv", [str(SCRIPT), *flags])
-    monkeypatch.syspath_prepend(SCRIPT.parent)
-    with pytest.raises(SystemExit) as ended:
-        runpy.run_path(str(SCRIPT), run_name="__main__")
-    assert ended.value.code == 1
+def test_errors_end_with_one_line_and_status_1(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--model", tmp_path / "nowhere", "--format", "torch", "--output", tmp_path / "vit.pt2"]
+    assert run_in_process("export.py", *flags) == 1
     assert capsys.readouterr().err == (
         f"error: {tmp_path / 'nowhere'} is not a folder and not a valid id of a model on the Hub. Check the path\n"
     )

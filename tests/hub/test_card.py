@@ -23,7 +23,7 @@ from modeling_vitcls.hub.card import (
     format_token_layout,
     get_license,
 )
-from modeling_vitcls.hub.card_training import get_shareable_flags
+from modeling_vitcls.hub.card_sections import get_shareable_flags
 from modeling_vitcls.hub.provenance import Provenance
 from modeling_vitcls.inference.metrics import drop_large_matrices
 from modeling_vitcls.options import RunOptions

@@ -7,8 +7,8 @@ from pathlib import Path
 from modeling_vitcls.hub.code_files import (
     PACKAGE,
     READING_ORDER,
-    compare_code,
     compute_code_digest,
+    describe_code_differences,
     read_code_license,
 )
 from modeling_vitcls.hub.shared_code import write_code
@@ -32,12 +32,12 @@ def test_the_digest_is_the_one_that_the_card_explains(tmp_path: Path) -> None:
 
 def test_differences_are_named(tmp_path: Path) -> None:
     write_code(tmp_path)
-    assert compare_code(tmp_path).describe() == f"code identical to modeling_vitcls {__version__}"
+    assert describe_code_differences(tmp_path) == f"code identical to modeling_vitcls {__version__}"
     (tmp_path / "heads_vitcls.py").write_text("changed")
     (tmp_path / "blocks_vitcls.py").unlink()
     (tmp_path / "more").mkdir()
     (tmp_path / "more" / "own.py").write_text("")
-    assert compare_code(tmp_path).describe() == (
+    assert describe_code_differences(tmp_path) == (
         f"code differs from modeling_vitcls {__version__}: heads_vitcls.py (changed); blocks_vitcls.py (missing); "
         "more/own.py (added)"
     )

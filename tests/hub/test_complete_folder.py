@@ -1,10 +1,9 @@
 """A folder that lacks a file of code is not pushed, also if only another file of code imports it."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from local_hub import LocalHub, point_client_at, running_hub
+from local_hub import LocalHub
 from tiny_models import raises_one_line, tiny_config
 
 import modeling_vitcls as vitcls
@@ -21,14 +20,6 @@ def folder(tmp_path: Path) -> Path:
     vitcls.ViTCLSForImageClassification(tiny_config()).save_pretrained(tmp_path / "model")
     vitcls.ViTCLSImageProcessor().save_pretrained(tmp_path / "model")
     return tmp_path / "model"
-
-
-@pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[LocalHub]:
-    """Return an empty Hub on this machine, to which the client of this process talks."""
-    with running_hub() as running:
-        point_client_at(running.url, "hf_local", monkeypatch, tmp_path / "home")
-        yield running
 
 
 def test_all_code_is_needed(folder: Path) -> None:

@@ -5,10 +5,7 @@ run in this process.
 """
 
 import json
-import runpy
-import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import datasets
@@ -18,7 +15,8 @@ import timm
 import torch
 import transformers
 from huggingface_hub import constants
-from local_hub import LocalHub, Token, point_client_at, running_hub
+from local_hub import LocalHub
+from scripts_in_process import run_in_process
 from source_checkpoints import SIZES, saved
 from test_loading import assert_ends_with_one_line
 from timm.models import save_for_hf
@@ -39,25 +37,21 @@ from modeling_vitcls.options import DataOptions
 from modeling_vitcls.training.teacher import load_teacher
 
 
-ROOT = Path(__file__).parents[2]
 DEAD = "http://127.0.0.1:9"  # a closed port
 DIGITS = LabelSpace("single_label_classification", {"label": [str(index) for index in range(10)]})
 
 
 @pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[LocalHub]:
+def hub(hub: LocalHub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> LocalHub:
     """A Hub, for every library in this process, which talks to it as ann, with an empty cache."""
-    with running_hub() as running:
-        running.tokens["hf_ann"] = Token("ann")
-        point_client_at(running.url, "hf_ann", monkeypatch, tmp_path / "home")
-        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(datasets.config, "HF_ENDPOINT", running.url)
-        monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "data")
-        monkeypatch.setattr(loading, "RETRY_WAIT", 0.01)
-        monkeypatch.setattr(provenance, "TIMEOUT", 0.5)
-        yield running
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(datasets.config, "HF_ENDPOINT", hub.url)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "data")
+    monkeypatch.setattr(loading, "RETRY_WAIT", 0.01)
+    monkeypatch.setattr(provenance, "TIMEOUT", 0.5)
+    return hub
 
 
 def go_away(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -134,7 +128,7 @@ def test_a_source_on_the_hub_is_converted_at_the_commit_that_is_named(hub: Local
     certificate = json.loads((tmp_path / "mine" / "certificate.json").read_text())
     assert (certificate["source"], certificate["source_revision"]) == ("transformers:ann/vit", commit)
     card = (tmp_path / "mine" / "README.md").read_text()
-    assert f"convert.py --source transformers:ann/vit@{commit} --output mine\n" in card
+    assert f"vitcls convert --source transformers:ann/vit@{commit} --output mine\n" in card
     assert "base_model: ann/vit\n" in card and "base_model_relation" not in card
     assert "may list this model as fine-tuned from its source, although it was not" in card
     assert (tmp_path / "mine" / "pictures" / "token_layout.png").is_file()
@@ -165,7 +159,6 @@ def test_a_mistyped_folder_is_named_in_one_line(
 ) -> None:
     """Also where the Hub is dead, in seconds."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
     for name, words in {
         "runs/none": [", and the Hub has no such"],
         "runs/my/none": ["not a valid id of a"],
@@ -177,12 +170,10 @@ def test_a_mistyped_folder_is_named_in_one_line(
     }.items():
         if name == "runs/gone":
             go_away(monkeypatch)
-        monkeypatch.setattr(sys, "argv", [script, *flags.format(name).split()])
         started = time.monotonic()
-        with pytest.raises(SystemExit) as ended:
-            runpy.run_path(str(ROOT / "scripts" / script), run_name="__main__")
+        status = run_in_process(script, *flags.format(name).split())
         assert time.monotonic() - started < 20
-        assert_ends_with_one_line(int(str(ended.value.code)), capsys.readouterr().err, name, *words)
+        assert_ends_with_one_line(status, capsys.readouterr().err, name, *words)
 
 
 def test_the_demo_asks_nobody_once_its_model_is_here(

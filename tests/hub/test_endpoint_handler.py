@@ -16,7 +16,7 @@ from PIL import Image
 from tiny_models import KINDS, filled, tiny_config
 
 from modeling_vitcls import ViTCLSForImageClassification, ViTCLSImageProcessor, ViTCLSModel
-from modeling_vitcls.hub.code_files import compare_code
+from modeling_vitcls.hub.code_files import describe_code_differences
 from modeling_vitcls.hub.publish import build_push_command, push_folder
 
 
@@ -52,7 +52,7 @@ def serve(tmp_path: Path, model: Any, requests: list[dict[str, Any]], **environm
     ViTCLSImageProcessor(size={"height": 32, "width": 32}).save_pretrained(folder)
     pushed = push_folder(folder, "ann/mine", with_handler=True)
     downloaded = snapshot_download("ann/mine", revision=pushed.commit, local_dir=tmp_path / "repository")
-    assert compare_code(Path(downloaded)).describe().startswith("code identical")
+    assert describe_code_differences(Path(downloaded)).startswith("code identical")
     (tmp_path / "requests.json").write_text(json.dumps(requests))
     words = ["-I", "-c", SERVE, downloaded, tmp_path / "requests.json"]
     ran = run_fresh(*words, environment=os.environ | {"HF_HUB_OFFLINE": "1"} | environment, cwd=tmp_path)

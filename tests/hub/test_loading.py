@@ -207,7 +207,7 @@ def convert_and_push(world: World) -> None:
         if name == "dino":
             done = world.run("convert.py", "--source", f"transformers:them/{name}", "--output", converted)
             assert done.returncode == 0, done.stderr[-2000:]
-            assert f"python scripts/push_to_hub.py --model {converted} --hub-model-id" in done.stdout
+            assert f"vitcls push --model {converted} --hub-model-id" in done.stdout
         else:
             convert_checkpoint(f"transformers:them/{name}", converted)
         commit = push_folder(converted, f"ann/{name}").commit
@@ -392,15 +392,13 @@ def assert_ends_with_one_line(status: int | None, errors: str, *words: str) -> N
 
 
 @pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[LocalHub]:
+def hub(hub: LocalHub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> LocalHub:
     """A Hub with one model, which this process talks to as ann, with an empty cache."""
-    with running_hub() as running:
-        running.tokens |= {"hf_ann": Token("ann"), "hf_bob": Token("bob")}
-        running.create("ann/model", private=True, files={"config.json": b"{}", "model.safetensors": b"weights"})
-        point_client_at(running.url, "hf_ann", monkeypatch, tmp_path / "home")
-        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
-        monkeypatch.setattr(loading, "RETRY_WAIT", 0.01)
-        yield running
+    hub.tokens |= {"hf_bob": Token("bob")}
+    hub.create("ann/model", private=True, files={"config.json": b"{}", "model.safetensors": b"weights"})
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(loading, "RETRY_WAIT", 0.01)
+    return hub
 
 
 def test_a_folder_is_itself_and_what_can_be_no_repository_is_nothing(hub: LocalHub, tmp_path: Path) -> None:

@@ -2,14 +2,13 @@
 
 import logging
 import shutil
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from local_hub import LocalHub, Token, point_client_at, running_hub
+from local_hub import LocalHub
 from PIL import Image
 from tiny_models import filled, raises_one_line, tiny_config
 
@@ -191,14 +190,11 @@ def test_a_folder_in_use_is_not_written_to(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[LocalHub]:
+def hub(hub: LocalHub) -> LocalHub:
     """A Hub with a private repository and a public one, which this process talks to as ann."""
-    with running_hub() as running:
-        running.tokens["hf_ann"] = Token("ann")
-        running.create("ann/private", private=True)
-        running.create("ann/public", private=False)
-        point_client_at(running.url, "hf_ann", monkeypatch, tmp_path / "home")
-        yield running
+    hub.create("ann/private", private=True)
+    hub.create("ann/public", private=False)
+    return hub
 
 
 @pytest.mark.parametrize(

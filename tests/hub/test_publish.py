@@ -3,13 +3,10 @@
 import hashlib
 import json
 import pickle
-import runpy
 import shlex
 import socket
-import sys
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,10 +16,11 @@ import pytest
 import torch
 import yaml
 from huggingface_hub import HfApi, ModelCard, constants, set_client_factory
-from huggingface_hub.errors import RepositoryNotFoundError
+from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 from huggingface_hub.utils import _http as hub_http
 from huggingface_hub.utils import close_session, get_session, http_backoff
-from local_hub import LocalHub, Token, point_client_at, running_hub
+from local_hub import LocalHub, Token, point_client_at
+from scripts_in_process import run_in_process
 from tiny_models import raises_one_line, tiny_config
 
 import modeling_vitcls as vitcls
@@ -34,7 +32,6 @@ from modeling_vitcls.hub.publish import PushFailed, build_push_command, push_fol
 from modeling_vitcls.hub.push_permissions import check_push_permissions
 
 
-SCRIPT = Path(__file__).parents[2] / "scripts" / "push_to_hub.py"
 CODE = {file.name for file in Path(vitcls.__file__).parent.glob("*_vitcls.py")}
 WEIGHTS = "model.safetensors"
 CARD = "---\nlicense: apache-2.0\n---\n# A model\n"
@@ -54,13 +51,11 @@ TOKENS = {
 
 
 @pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[LocalHub]:
+def hub(hub: LocalHub, monkeypatch: pytest.MonkeyPatch) -> LocalHub:
     """An empty Hub, which the client of this process talks to as ann."""
-    with running_hub() as running:
-        running.tokens |= TOKENS
-        point_client_at(running.url, "hf_ann", monkeypatch, tmp_path / "home")
-        monkeypatch.setattr(connection, "RETRY_WAITS", (0.01, 0.02, 0.03))
-        yield running
+    hub.tokens |= TOKENS
+    monkeypatch.setattr(connection, "RETRY_WAITS", (0.01, 0.02, 0.03))
+    return hub
 
 
 @pytest.fixture
@@ -263,7 +258,7 @@ def test_a_folder_that_would_not_load_is_not_pushed(hub: LocalHub, folder: Path,
 
 def test_wrong_metadata_of_the_card_stops_the_push_at_once(hub: LocalHub, folder: Path) -> None:
     (folder / "README.md").write_text("---\nlicense: [\n---\n")
-    with raises_one_line("README.md", "push_to_hub.py", error=PushFailed):
+    with raises_one_line("README.md", "vitcls push", error=PushFailed):
         push_folder(folder, "ann/model")
     assert hub.asked("POST", "/validate-yaml") == 1
     assert num_commits(hub, "ann/model") == 0
@@ -299,7 +294,7 @@ Trained in my-run, against "my-run-2".
     processor = AutoImageProcessor.from_pretrained(
         "my-run", trust_remote_code=True
     )
-    accelerate launch scripts/finetune.py --model my-run --dataset my-run-2
+    vitcls finetune --model my-run --dataset my-run-2
 """
 
 
@@ -475,6 +470,13 @@ def test_a_requested_wait_has_an_upper_bound(
     assert waits == [seconds]
 
 
+def test_the_error_of_a_gated_repository_has_a_remedy(hub: LocalHub) -> None:
+    url = SimpleNamespace(path="/ann/model/resolve/main/config.json")
+    response: Any = SimpleNamespace(headers={}, request=None, url=url, status_code=403)
+    message = connection.format_hub_error(GatedRepoError("403 Client Error", response=response))
+    assert message.startswith(f"ann/model is gated. Accept its conditions at {hub.url}/ann/model, and log in")
+
+
 def test_a_short_wait_is_not_called_0_s(hub: LocalHub, folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     hub.fail("POST", "/commit/", 500)
     push_folder(folder, "ann/model")
@@ -499,8 +501,8 @@ def test_a_push_that_failed_is_finished_by_the_command_it_names(
     sent = hub.asked("PUT", "/objects/")
     assert sent == 2
     program, script, *flags = shlex.split(command)
-    assert (program, script) == ("python", "scripts/push_to_hub.py")
-    assert run_script([*flags, "--no-verify"], monkeypatch) == 0
+    assert (program, script) == ("vitcls", "push")
+    assert run_in_process("push_to_hub.py", *flags, "--no-verify") == 0
     repository = hub.repositories["ann/model"]
     assert num_commits(hub, "ann/model") == 1 and repository.private
     assert repository.commits[repository.branches["new"]].message == message
@@ -509,10 +511,7 @@ def test_a_push_that_failed_is_finished_by_the_command_it_names(
 
 
 def test_the_command_for_a_plain_push_is_short(folder: Path) -> None:
-    assert (
-        build_push_command(folder, "ann/model")
-        == f"python scripts/push_to_hub.py --model {folder} --hub-model-id ann/model"
-    )
+    assert build_push_command(folder, "ann/model") == f"vitcls push --model {folder} --hub-model-id ann/model"
 
 
 def test_two_who_push_at_once_do_not_mix_their_files(hub: LocalHub, folder: Path, tmp_path: Path) -> None:
@@ -553,7 +552,7 @@ def test_a_dead_endpoint_fails_in_seconds(folder: Path, monkeypatch: pytest.Monk
         started = time.perf_counter()
         with raises_one_line("does not respond", "HF_ENDPOINT", constants.ENDPOINT, error=OSError):
             check_push_permissions("ann/model", "my-run")
-        with raises_one_line("finish with: python scripts/push_to_hub.py", error=PushFailed):
+        with raises_one_line("finish with: vitcls push", error=PushFailed):
             push_folder(folder, "ann/model")
         assert time.perf_counter() - started < 5
 
@@ -697,7 +696,7 @@ def test_the_script_says_what_is_wrong_with_a_token(
     before = snapshot(folder)
     point_client_at(hub.url, token, monkeypatch, folder.parent / "home")
     flags = ["--model", str(folder), "--hub-model-id", "ann/model"]
-    assert run_script(flags, monkeypatch) == 1
+    assert run_in_process("push_to_hub.py", *flags) == 1
     message = capsys.readouterr().err
     assert message.startswith(f"error: {words}") and len(message.splitlines()) == 1
     assert not hub.repositories
@@ -729,10 +728,8 @@ def test_the_published_checkpoint_is_the_newest_that_is_whole_and_names_no_paths
     assert torch.equal(published.load_tensors("model")["x"], torch.ones(2))
 
 
-def test_the_script_finds_no_checkpoint_to_push(
-    hub: LocalHub, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
-) -> None:
-    assert run_script(["--model", str(folder), "--push-optimizer"], monkeypatch) == 1
+def test_the_script_finds_no_checkpoint_to_push(hub: LocalHub, folder: Path, capsys: pytest.CaptureFixture) -> None:
+    assert run_in_process("push_to_hub.py", "--model", folder, "--push-optimizer") == 1
     assert "checkpoints has no undamaged checkpoint to publish" in capsys.readouterr().err
     assert not hub.repositories
 
@@ -752,23 +749,11 @@ def test_the_script_finds_no_checkpoint_to_push(
     ],
 )
 def test_flags_that_do_not_go_together_end_with_status_2(
-    flags: str, words: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+    flags: str, words: list[str], capsys: pytest.CaptureFixture
 ) -> None:
-    monkeypatch.setenv("COLUMNS", "400")
-    assert run_script(flags.split(), monkeypatch) == 2
+    assert run_in_process("push_to_hub.py", *flags.split()) == 2
     printed = "".join(capsys.readouterr())
     assert all(word in printed for word in words), printed
-
-
-def run_script(flags: list[str], monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Run it in this process; its exit status."""
-    monkeypatch.syspath_prepend(str(SCRIPT.parent))
-    monkeypatch.setattr(sys, "argv", [SCRIPT.name, *flags])
-    try:
-        runpy.run_path(str(SCRIPT), run_name="__main__")
-    except SystemExit as ended:
-        return ended.code
-    return 0
 
 
 def test_the_script_ends_with_one_line_and_status_1(
@@ -776,7 +761,7 @@ def test_the_script_ends_with_one_line_and_status_1(
 ) -> None:
     before = snapshot(folder)
     monkeypatch.setenv("HF_TOKEN", "hf_read")
-    assert run_script(["--model", str(folder)], monkeypatch) == 1
+    assert run_in_process("push_to_hub.py", "--model", folder) == 1
     printed, error = capsys.readouterr()
     assert error.startswith("error: the Hugging Face token is read-only, so it cannot push to ann/my-run")
     assert len(error.strip().splitlines()) == 1 and not printed

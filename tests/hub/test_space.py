@@ -5,7 +5,6 @@ import base64
 import json
 import os
 import re
-import runpy
 import shlex
 import shutil
 import socket
@@ -27,9 +26,10 @@ import pytest
 import torch
 import yaml
 from huggingface_hub import HfApi, constants, snapshot_download
-from local_hub import LocalHub, Token, point_client_at, running_hub
+from local_hub import LocalHub, Token
 from PIL import Image
 from playwright.sync_api import Browser, Page, expect
+from scripts_in_process import SCRIPTS, run_in_process
 from sklearn.datasets import load_sample_images
 from tiny_models import filled, raises_one_line, tiny_config
 
@@ -54,7 +54,6 @@ from modeling_vitcls.hub.space import (
 )
 
 
-SCRIPTS = Path(__file__).parents[2] / "scripts"
 NAMES = ["temple", "flower", "cat", "seven", "bird", "ship"]
 TOKENS = {"hf_ann": Token("ann"), "hf_read": Token("ann", role="read")}
 PATIENCE = 60_000  # milliseconds that the browser waits
@@ -551,46 +550,28 @@ def test_models_that_cannot_be_shown_are_refused_in_one_line(tmp_path: Path) -> 
         DemoModel.load(str(tmp_path / "nowhere"))
 
 
-def test_the_script_ends_with_one_line(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    status = run_script("demo_app.py", ["--model", str(tmp_path)], monkeypatch)
-    assert status == 1
+def test_the_script_ends_with_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_in_process("demo_app.py", "--model", tmp_path) == 1
     assert capsys.readouterr().err.strip().startswith("error: there is no config.json in")
 
 
-def test_a_port_that_is_taken_is_named(
-    classifier: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_port_that_is_taken_is_named(classifier: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
-        assert run_script("demo_app.py", ["--model", str(classifier), "--port", port], monkeypatch) == 1
+        assert run_in_process("demo_app.py", "--model", classifier, "--port", port) == 1
     assert capsys.readouterr().err.endswith(f"error: Cannot listen on port {port}. Set --port to a free port.\n")
-
-
-def run_script(name: str, flags: list[str], monkeypatch: pytest.MonkeyPatch) -> int:
-    """Run a script in this process; gives its exit status."""
-    monkeypatch.syspath_prepend(SCRIPTS)
-    monkeypatch.setattr(sys, "argv", [name, *flags])
-    try:
-        runpy.run_path(str(SCRIPTS / name), run_name="__main__")
-    except SystemExit as ended:
-        return int(ended.code or 0)
-    return 0
 
 
 # The Space -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[LocalHub]:
+def hub(hub: LocalHub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> LocalHub:
     """An empty Hub, which the client of this process talks to as ann."""
-    with running_hub() as running:
-        running.tokens |= TOKENS
-        point_client_at(running.url, "hf_ann", monkeypatch, tmp_path / "home")
-        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "home" / "hub"))
-        monkeypatch.setattr(connection, "RETRY_WAITS", (0.01, 0.02))
-        yield running
+    hub.tokens |= TOKENS
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "home" / "hub"))
+    monkeypatch.setattr(connection, "RETRY_WAITS", (0.01, 0.02))
+    return hub
 
 
 @pytest.fixture
@@ -607,7 +588,6 @@ def test_the_pushed_space_runs_without_this_package(
     classifier: Path,
     photo: Path,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """The model's code is in another repository; later commits to that and to the model's change nothing."""
@@ -619,7 +599,7 @@ def test_the_pushed_space_runs_without_this_package(
     model = find_published_model("ann/mine")
     assert model.code is not None and model.code.commit == code
     flags = ["--model", "ann/mine", "--space-id", "ann/try-mine", "--examples", str(photo)]
-    assert run_script("push_space.py", flags, monkeypatch) == 0
+    assert run_in_process("push_space.py", *flags) == 0
     assert capsys.readouterr().out == f"pushed ann/mine at {model.commit} as {hub.url}/spaces/ann/try-mine\n"
     assert (
         f"[ann/code]({hub.url}/ann/code) at commit [`{code}`]" in hub.read("spaces/ann/try-mine", "README.md").decode()
@@ -689,7 +669,7 @@ def test_a_push_is_one_commit_and_removes_what_an_older_one_left(
 
 
 def test_what_fails_for_a_while_is_tried_again_and_else_there_is_a_command_to_finish_with(
-    hub: LocalHub, model: PublishedModel, photo: Path, monkeypatch: pytest.MonkeyPatch
+    hub: LocalHub, model: PublishedModel, photo: Path
 ) -> None:
     hub.fail("POST", "/spaces/ann/demo/commit/", 503)
     push_space(build_space_files(model), model, "ann/demo")
@@ -701,8 +681,8 @@ def test_what_fails_for_a_while_is_tried_again_and_else_there_is_a_command_to_fi
     message = str(failed.value)
     assert message.startswith("the push to the Space ann/other failed: HTTP 500") and "\n" not in message
     program, script, *flags = shlex.split(message.partition("Finish with: ")[2])
-    assert (program, script) == ("python", "scripts/push_space.py")
-    assert run_script("push_space.py", flags, monkeypatch) == 0
+    assert (program, script) == ("vitcls", "space")
+    assert run_in_process("push_space.py", *flags) == 0
     assert {name: hub.read("spaces/ann/other", name) for name in contents} == {
         name: content if isinstance(content, bytes) else content.read_bytes() for name, content in contents.items()
     }
@@ -727,20 +707,15 @@ def test_two_who_push_a_space_at_once_do_not_mix_their_files(
 
 
 @pytest.mark.parametrize("more", ["--space-id ann/demo", "--private"])
-def test_flags_that_do_not_go_together_end_with_status_2(
-    more: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setenv("COLUMNS", "400")
+def test_flags_that_do_not_go_together_end_with_status_2(more: str, capsys: pytest.CaptureFixture[str]) -> None:
     flags = ["--model", "ann/mine", "--output", "space", *more.split()]
-    assert run_script("push_space.py", flags, monkeypatch) == 2
+    assert run_in_process("push_space.py", *flags) == 2
     assert f"--output pushes nothing, but {more.split()[0]}" in "".join(capsys.readouterr())
 
 
-def test_a_private_model_needs_a_secret(
-    hub: LocalHub, classifier: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_private_model_needs_a_secret(hub: LocalHub, classifier: Path, capsys: pytest.CaptureFixture[str]) -> None:
     push_folder(classifier, "ann/hidden", private=True)
-    assert run_script("push_space.py", ["--model", "ann/hidden", "--private"], monkeypatch) == 0
+    assert run_in_process("push_space.py", "--model", "ann/hidden", "--private") == 0
     assert hub.repositories["spaces/ann/hidden-demo"].private
     last = capsys.readouterr().out.splitlines()[-1]
     assert "secret HF_TOKEN" in last and f"{hub.url}/spaces/ann/hidden-demo/settings" in last
@@ -759,7 +734,7 @@ def test_rights_are_those_of_spaces(hub: LocalHub, model: PublishedModel, monkey
 
 
 def test_models_that_a_space_cannot_load_are_refused(hub: LocalHub, classifier: Path, tmp_path: Path) -> None:
-    with raises_one_line("is a folder", "python scripts/push_to_hub.py --model"):
+    with raises_one_line("is a folder", "vitcls push --model"):
         find_published_model(str(classifier))
     for name in ("ann/nothing", "no/such/folder"):
         with raises_one_line(f"{name} is not a folder"):
@@ -780,11 +755,9 @@ def test_examples_are_images_with_names_of_their_own(model: PublishedModel, phot
         build_space_files(model, examples=[photo, photo])
 
 
-def test_the_files_can_be_written_without_a_push(
-    hub: LocalHub, model: PublishedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_files_can_be_written_without_a_push(hub: LocalHub, model: PublishedModel, tmp_path: Path) -> None:
     target = tmp_path / "space"
-    assert run_script("push_space.py", ["--model", "ann/mine", "--output", str(target)], monkeypatch) == 0
+    assert run_in_process("push_space.py", "--model", "ann/mine", "--output", target) == 0
     written = {file.relative_to(target).as_posix() for file in target.rglob("*") if file.is_file()}
     assert written == set(build_space_files(model))
     assert not [name for name in hub.repositories if name.startswith("spaces/")]

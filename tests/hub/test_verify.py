@@ -7,7 +7,6 @@ import copy
 import json
 import os
 import re
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ import pytest
 import torch
 from fresh_processes import run_fresh
 from huggingface_hub import HfApi, constants
-from local_hub import LocalHub, Token, point_client_at, running_hub
+from local_hub import LocalHub, Token
 from tiny_models import KINDS, TASKS, filled, raises_one_line, tiny_config
 
 import modeling_vitcls as vitcls
@@ -25,10 +24,16 @@ from modeling_vitcls.hub import connection
 from modeling_vitcls.hub.publish import push_folder
 from modeling_vitcls.hub.revisions import HubCommit
 from modeling_vitcls.hub.shared_code import pin_code_in_card, use_shared_code
-from modeling_vitcls.hub.verification_process import NotVerified, build_clean_environment
 from modeling_vitcls.hub.verification_reference import PackageLoader
 from modeling_vitcls.hub.verification_script import AUTO_CLASSES, collect_outputs
-from modeling_vitcls.hub.verify import check_script_report, compare_outputs, verify, verify_push
+from modeling_vitcls.hub.verify import (
+    NotVerified,
+    build_clean_environment,
+    check_script_report,
+    compare_outputs,
+    verify,
+    verify_push,
+)
 
 
 ROOT = Path(__file__).parents[2]
@@ -37,14 +42,12 @@ BACKENDS = ["AutoImageProcessor, torchvision", "AutoImageProcessor, pil"]
 
 
 @pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[LocalHub]:
+def hub(hub: LocalHub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> LocalHub:
     """An empty Hub, which the client of this process and of its children talks to as ann."""
-    with running_hub() as running:
-        running.tokens |= {"hf_ann": Token("ann"), "hf_bob": Token("bob")}
-        point_client_at(running.url, "hf_ann", monkeypatch, tmp_path / "home")
-        monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "cache"))  # which a new process must not use
-        monkeypatch.setattr(connection, "RETRY_WAITS", (0.01, 0.02))
-        yield running
+    hub.tokens |= {"hf_bob": Token("bob")}
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "cache"))  # which a new process must not use
+    monkeypatch.setattr(connection, "RETRY_WAITS", (0.01, 0.02))
+    return hub
 
 
 @pytest.fixture

@@ -13,7 +13,6 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ import yaml
 from accelerate_state import reset_accelerate
 from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.utils import are_progress_bars_disabled
-from local_hub import LocalHub, Token, point_client_at, running_hub
+from local_hub import LocalHub, Token, point_client_at
 from safetensors.torch import load, load_file
 from warm_processes import READY, SECONDS, find_free_port, get_rank_variables, run_script
 
@@ -45,13 +44,11 @@ RUN = f"{TINY} --max-steps 6 --batch-size 16 --log-every 1 --save-every 3"
 
 
 @pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[LocalHub]:
+def hub(hub: LocalHub, monkeypatch: pytest.MonkeyPatch) -> LocalHub:
     """An empty Hub, which this process and its children talk to as ann."""
-    with running_hub() as running:
-        running.tokens |= {"hf_ann": Token("ann"), "hf_read": Token("ann", role="read")}
-        point_client_at(running.url, "hf_ann", monkeypatch, tmp_path / "home")
-        monkeypatch.setattr(connection, "RETRY_WAITS", (0.01, 0.02, 0.03))
-        yield running
+    hub.tokens |= {"hf_read": Token("ann", role="read")}
+    monkeypatch.setattr(connection, "RETRY_WAITS", (0.01, 0.02, 0.03))
+    return hub
 
 
 class Ended:
@@ -137,7 +134,7 @@ def test_what_is_damaged_on_the_hub_ends_the_run_in_one_line(hub: LocalHub, tmp_
     for words in (
         "is damaged on the Hub: model.safetensors",
         f"complete in {folder}",
-        f"python scripts/push_to_hub.py --verify-only ann/my-run --revision {commit}",
+        f"vitcls push --verify-only ann/my-run --revision {commit}",
     ):
         assert words in ended.err
     ViTCLSForImageClassification.from_pretrained(folder)
@@ -294,7 +291,7 @@ def test_an_upload_that_fails_costs_one_line(hub: LocalHub, tmp_path: Path, scri
     assert ended.status == 0 and "trying again" not in ended.err
     (warning,) = ended.lines("WARNING: ")
     assert f"step 5 was not pushed to the branch checkpoints: HTTP {status}" in warning
-    assert "push_to_hub.py" not in warning  # which could not finish this
+    assert "vitcls push" not in warning  # which could not finish this
     assert set(hub.repositories["ann/my-run"].branches) == {"main"}
     assert WEIGHTS in hub.files("ann/my-run")
 
@@ -383,7 +380,7 @@ def test_a_colleague_goes_on_from_the_branch(
     assert script("finetune.py", flags, *pushing.split(), "--output-dir", whole).status == 0
     card = hub.read("ann/my-run", "README.md", "checkpoints").decode()
     assert "hf download ann/my-run --revision checkpoints --local-dir runs/mine" in card
-    command = re.search(r"accelerate launch scripts/finetune.py (.*)", card)
+    command = re.search(r"accelerate launch -m modeling_vitcls.cli finetune (.*)", card)
     assert command is not None
 
     mine = tmp_path / "mine"

@@ -14,11 +14,12 @@ from tiny_models import raises_one_line
 from torch import nn
 
 from modeling_vitcls import ViTCLSForImageClassification, ViTCLSModel
-from modeling_vitcls.conversion.convert import convert_checkpoint, load_model_file
+from modeling_vitcls.conversion.convert import convert_checkpoint
 from modeling_vitcls.conversion.from_state_dict import convert_state_dict
 from modeling_vitcls.conversion.random_weights import randomize_weights
 from modeling_vitcls.conversion.source_files import FileSource
 from modeling_vitcls.conversion.weight_rules import ConversionError
+from modeling_vitcls.hub.provenance import find_provenance
 from peers.test_from_state_dict import (
     BIG_VISION,
     GRID,
@@ -381,8 +382,11 @@ def test_npz_files_of_big_vision(tmp_path: Path) -> None:
 
 
 def test_a_file_as_a_model_of_other_commands(tmp_path: Path) -> None:
-    torch.save({"model": widen(vit_shapes(1 + GRID**2) | HEAD, 192)}, tmp_path / "deit.pth")
-    model, processor, provenance = load_model_file(tmp_path / "deit.pth")
+    file = tmp_path / "deit.pth"
+    torch.save({"model": widen(vit_shapes(1 + GRID**2) | HEAD, 192)}, file)
+    source = FileSource.load(file)
+    model, processor = source.convert("keep", None), source.convert_preprocessing().processor
+    provenance = find_provenance(str(file))
     assert isinstance(model, ViTCLSForImageClassification) and model.config.num_labels == LABELS
     assert (processor.crop_size.height, processor.crop_size.width) == (GRID * PATCH, GRID * PATCH)
     assert provenance.name == "deit.pth" and provenance.license is None

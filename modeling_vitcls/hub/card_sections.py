@@ -1,6 +1,6 @@
-"""The training section of a card: data, recipe, duration, speed, environment.
+"""The templates of cards, and the sections that several cards share: Use, Citation and Training.
 
-The text is in model_cards/training.md.j2.
+The texts are in model_cards/*.md.j2.
 """
 
 import re
@@ -8,17 +8,96 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from jinja2 import Template
+from huggingface_hub import ModelCard, ModelCardData
+from jinja2 import Environment, FileSystemLoader
 
-from ..configuration_vitcls import ViTCLSConfig
+from ..configuration_vitcls import MIN_TRANSFORMERS, ViTCLSConfig
+from ..version import __version__
 from .card_results import format_name
+from .code_files import READING_ORDER, compute_code_digest
 from .local_paths import strip_folders
 from .provenance import Provenance
+from .verification_script import AUTO_CLASSES
 
 
 # The folder of the templates, in an installed package and in a checkout.
-TEMPLATE_FOLDERS = (Path(__file__).parents[1] / "model_cards", Path(__file__).parents[2] / "model_cards")
-TEMPLATE = next((folder for folder in TEMPLATE_FOLDERS if folder.is_dir()), TEMPLATE_FOLDERS[-1]) / "template.md.j2"
+TEMPLATES = Environment(
+    loader=FileSystemLoader([Path(__file__).parents[1] / "model_cards", Path(__file__).parents[2] / "model_cards"])
+)
+
+
+def render_template(template: str, /, **variables: Any) -> str:
+    """Return the text of a template in model_cards/."""
+    return TEMPLATES.get_template(f"{template}.md.j2").render(variables)
+
+
+def render_card(template: str, metadata: ModelCardData, /, **variables: Any) -> ModelCard:
+    """Return a card with the text of a template in model_cards/."""
+    return ModelCard(render_template(template, card_data=metadata.to_yaml(), **variables))
+
+
+# Use and citation ----------------------------------------------------------------------------------------------------
+
+
+# Auto class -> the outputs that the first code block prints.
+PRINTED_OUTPUTS = {
+    "AutoModel": "outputs.last_hidden_state.shape",
+    "AutoModelForImageClassification": "outputs.logits",
+    "AutoModelForMaskedImageModeling": "outputs.reconstruction.shape",
+    "AutoBackbone": "[feature_map.shape for feature_map in outputs.feature_maps]",
+}
+CITATION = f"""## Citation
+
+```bibtex
+@software{{modeling_vitcls,
+  title = "modeling_vitcls: Vision Transformers whose CLS, register and distillation tokens are configuration",
+  author = "{{The modeling_vitcls maintainers}}",
+  version = "{__version__}",
+  year = "2026"
+}}
+```"""
+
+
+def build_use_section(
+    name: str,
+    architecture: str,
+    has_pipeline: bool,
+    revision: str = "main",
+    finetune_dataset: str | None = None,
+    is_native: bool = False,
+) -> str:
+    """Return the section "Use", whose first code block runs without changes. The next one pins a commit.
+
+    Args:
+        name: The model's id on the Hub, or its folder's name.
+        architecture: The model's class.
+        has_pipeline: Whether the image-classification pipeline supports the model.
+        revision: Branch that the first code block loads. With a branch, transformers does not print a warning for
+            each code file.
+        finetune_dataset: Dataset in the command for fine-tuning. Default: no such command.
+        is_native: Whether the class is part of transformers, so that no code of the repository runs.
+    """
+    auto_class = AUTO_CLASSES.get(architecture, "AutoModel")
+    if is_native and architecture.endswith("ForImageClassification"):
+        auto_class = "AutoModelForImageClassification"
+    return render_template(
+        "use",
+        name=name,
+        auto_class=auto_class,
+        has_pipeline=has_pipeline,
+        newest="" if is_native else f', revision="{revision}", trust_remote_code=True',
+        expression=PRINTED_OUTPUTS[auto_class],
+        is_native=is_native,
+        finetune_dataset=finetune_dataset,
+        min_transformers=".".join(map(str, MIN_TRANSFORMERS)),
+        version=__version__,
+        code_digest=compute_code_digest(),
+        reading_order=", ".join(f"`{name}`" for name in READING_ORDER),
+    ).strip()
+
+
+# Training ------------------------------------------------------------------------------------------------------------
+
 
 # Flags, or their prefixes, for the destination of a push.
 PUSH_FLAGS = ("push_to_hub", "hub_")
@@ -54,24 +133,15 @@ HYPERPARAMETERS: dict[str, tuple[str, Any]] = {
 
 
 def build_training_section(
-    config: ViTCLSConfig, results: dict[str, Any], flags: dict[str, Any], script: str, teacher: Provenance | None
+    config: ViTCLSConfig, results: dict[str, Any], flags: dict[str, Any], command: str, teacher: Provenance | None
 ) -> str:
-    """Return the text of the section.
-
-    Args:
-        config: Configuration of the model.
-        results: Content of results.json.
-        flags: Flags of the run.
-        script: The script that repeats the run.
-        teacher: Provenance of the teacher of a distillation.
-    """
-    template = Template(TEMPLATE.with_name("training.md.j2").read_text(encoding="utf-8"))
-    recipe = {
-        name: value for name, value in get_shareable_flags(flags).items() if not name.startswith(NON_RECIPE_FLAGS)
-    }
+    """Return the section on data, recipe, duration, speed and environment. `command` repeats the run."""
+    shareable = get_shareable_flags(flags)
+    recipe = {name: value for name, value in shareable.items() if not name.startswith(NON_RECIPE_FLAGS)}
     recipe_text = yaml.safe_dump(recipe, sort_keys=False).strip()
     seconds = results["seconds"]
-    return template.render(
+    return render_template(
+        "training",
         config=config,
         results=results,
         hyperparameters=list_hyperparameters(config, results, flags),
@@ -79,7 +149,7 @@ def build_training_section(
         seconds=f"{seconds:,.0f}" if seconds >= 10 else f"{seconds:.1f}",
         energy=format_energy(results.get("energy")),
         utilization=describe_utilization(results.get("utilisation")),
-        script=script,
+        command=command,
         dataset=format_name(results["dataset"]),
         recipe=recipe_text,
         fence=max(["```", *(f"{run}`" for run in re.findall("`+", recipe_text))], key=len),
@@ -99,18 +169,11 @@ def list_hyperparameters(config: ViTCLSConfig, results: dict[str, Any], flags: d
             rows[label] = ("yes" if value else "no") if isinstance(value, bool) else format_value(value)
     if config.drop_path_rate:
         rows["Stochastic depth, rate at the last layer"] = format_value(config.drop_path_rate)
-    if config.patch_drop_rate and is_first_layer_trained(config, flags):
+    # Patches are dropped before the first layer. The distillation token is also a parameter before the first layer.
+    is_first_layer_trained = flags.get("trainable", "full") in ("full", "lora", f"last-{config.num_hidden_layers}")
+    if config.patch_drop_rate and (is_first_layer_trained or flags.get("teacher")):
         rows["Patch dropout rate"] = format_value(config.patch_drop_rate)
     return rows
-
-
-def is_first_layer_trained(config: ViTCLSConfig, flags: dict[str, Any]) -> bool:
-    """Return whether parameters before the first layer, where patches are dropped, are trained.
-
-    The distillation token is such a parameter.
-    """
-    trainable = flags.get("trainable", "full")
-    return trainable in ("full", "lora", f"last-{config.num_hidden_layers}") or bool(flags.get("teacher"))
 
 
 def format_value(value: Any) -> str:
@@ -148,14 +211,10 @@ def describe_teacher(flags: dict[str, Any], teacher: Provenance | None) -> str |
         return None
     label = teacher.license_label if teacher else None
     license_text = f" License of the teacher: {label}." if label else ""
-    targets = {"hard": "predicted class", "soft": "predicted probabilities"}.get(
-        flags.get("distillation", ""), "predictions"
-    )
-    return (
-        f"The distillation token was trained on the {targets} of the teacher "
-        f"{format_name(strip_folders(flags['teacher']))}."
-        f"{license_text}"
-    )
+    kinds = {"hard": "predicted class", "soft": "predicted probabilities"}
+    targets = kinds.get(flags.get("distillation", ""), "predictions")
+    name = format_name(strip_folders(flags["teacher"]))
+    return f"The distillation token was trained on the {targets} of the teacher {name}.{license_text}"
 
 
 def get_shareable_flags(flags: dict[str, Any]) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from tiny_models import KINDS, filled, tiny_config
 
 from modeling_vitcls import ViTCLSImageProcessor
 from modeling_vitcls.configuration_vitcls import MIN_TRANSFORMERS
-from modeling_vitcls.hub.card_use import CITATION, build_use_section
+from modeling_vitcls.hub.card_sections import CITATION, build_use_section
 from modeling_vitcls.hub.code_files import READING_ORDER, compute_code_digest
 from modeling_vitcls.hub.shared_code import pin_code_in_card
 from modeling_vitcls.version import __version__

@@ -1,0 +1,23 @@
+"""Scripts that run in the process of the test."""
+
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+
+
+SCRIPTS = Path(__file__).parents[2] / "scripts"
+
+
+def run_in_process(script: str, *flags: object) -> int:
+    """Run a script of scripts/ in this process and return its exit status."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(SCRIPTS)
+        patch.setattr(sys, "argv", [script, *map(str, flags)])
+        patch.setenv("COLUMNS", "400")
+        try:
+            runpy.run_path(str(SCRIPTS / script), run_name="__main__")
+        except SystemExit as ended:
+            return int(ended.code or 0)
+    return 0
