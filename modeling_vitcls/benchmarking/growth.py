@@ -10,8 +10,9 @@ so this axis is compared with timm only.
 
 import statistics
 import textwrap
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -29,7 +30,6 @@ from .comparison import (
     measure_memory_growth,
     measure_peaks,
     parse_memory_flags,
-    select_rows,
 )
 from .peers import PEERS, PEERS_WITH_REGISTERS, TOY, Peer, build_random_images, compare_predictions, get_model_size
 
@@ -83,25 +83,19 @@ TOY_POINTS = build_points(TOY_BASE_POINT, image_size=(16, 48), patch_size=(16,),
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-def compare_growth(rows: tuple[str, ...], settings: BenchmarkSettings) -> Iterator[Comparison]:
-    """Compare rows of `POINTS` with each peer that has the features of the row; all rows if no rows are named.
-
-    Raises:
-        ValueError: If a row does not exist, no peer has the features, outputs differ, or memory cannot be measured on
-            this machine.
-    """
-    table = select_rows(TOY_POINTS if settings.is_toy else POINTS, rows)
+def compare_growth(rows: dict[str, GrowthPoint], settings: BenchmarkSettings) -> Iterator[Comparison]:
+    """Compare each row with each peer that has its features. Raise ValueError if no peer has the features."""
     pairs = [
         (name, peer)
-        for name, point in table.items()
+        for name, point in rows.items()
         for peer in settings.against
         if point.num_registers == 0 or peer in PEERS_WITH_REGISTERS
     ]
     if not pairs:
         able = " ".join(PEERS_WITH_REGISTERS)
-        raise ValueError(f"--rows {', '.join(table)} requires a peer with registers. Set --against {able}.")
+        raise ValueError(f"--rows {', '.join(rows)} requires a peer with registers. Set --against {able}.")
     for name, peer in pairs:
-        yield compare_point(name, table[name], build_peer(table[name], peer, settings.is_toy), settings)
+        yield compare_point(name, rows[name], build_peer(rows[name], peer, settings.is_toy), settings)
 
 
 def build_peer(point: GrowthPoint, against: str, is_toy: bool) -> Peer:
@@ -113,22 +107,19 @@ def build_peer(point: GrowthPoint, against: str, is_toy: bool) -> Peer:
 
 
 def compare_point(name: str, point: GrowthPoint, peer: Peer, settings: BenchmarkSettings) -> Comparison:
-    """Compare time and memory of one row with one peer.
-
-    Raises:
-        ValueError: If outputs differ or memory cannot be measured on this machine.
-    """
+    """Compare time and memory of one row with one peer."""
     precision, device = settings.precision, settings.device
     peer = peer.to(PRECISIONS[precision], device)
     pixel_values = build_random_images(point.batch_size, point.image_size).to(device, PRECISIONS[precision])
     speeds, difference = compare_predictions(peer, pixel_values, name, settings)
     if device == "cpu":
         peaks = measure_peaks(__name__, name, peer.name, "--precision", precision, *settings.toy_flag)
-    else:
-        peaks = {
-            "ours_peak_bytes": measure_gpu_peak(peer.predict_ours, pixel_values),
-            "theirs_peak_bytes": measure_gpu_peak(peer.predict_theirs, pixel_values),
-        }
+    else:  # after the warm-up by `compare_predictions`
+        with torch.inference_mode():
+            peaks = {
+                "ours_peak_bytes": measure_gpu_memory_growth(partial(peer.predict_ours, pixel_values)),
+                "theirs_peak_bytes": measure_gpu_memory_growth(partial(peer.predict_theirs, pixel_values)),
+            }
     details = {
         **vars(point),
         "num_tokens": point.num_tokens,
@@ -159,12 +150,6 @@ def measure_peak(predict: Predict, pixel_values: torch.Tensor, predict_toy: Pred
     return measure_memory_growth(lambda: predict_toy(toy_images), lambda: predict(pixel_values))
 
 
-@torch.inference_mode()
-def measure_gpu_peak(predict: Predict, pixel_values: torch.Tensor) -> int:
-    """Return the peak GPU memory of a forward pass in bytes, without the parameters. Run the model once before."""
-    return measure_gpu_memory_growth(lambda: predict(pixel_values))
-
-
 def main() -> None:
     """Print the peak memory of a forward pass of one side in bytes."""
     flags = parse_memory_flags(POINTS | TOY_POINTS, PEERS)
@@ -193,22 +178,14 @@ DEVICES = {"cpu": "the CPU", "cuda": "the GPU"}
 
 @dataclass(frozen=True)
 class Panel:
-    """Labels and scale of an axis.
+    """Labels and scale of an axis."""
 
-    Attributes:
-        title, label: above the panels and below the x axis.
-        value: key of the values on the x axis.
-        tick: key of the numbers in parentheses below the ticks.
-        is_logarithmic: whether the x axis is logarithmic.
-        is_decreasing: whether the cost grows to the left.
-    """
-
-    title: str
-    label: str
-    value: str
-    tick: str | None = None
-    is_logarithmic: bool = True
-    is_decreasing: bool = False
+    title: str  # above the panels
+    label: str  # below the x axis
+    value: str  # key of the values on the x axis
+    tick: str | None = None  # key of the numbers in parentheses below the ticks
+    is_logarithmic: bool = True  # whether the x axis is logarithmic
+    is_decreasing: bool = False  # whether the cost grows to the left
 
 
 PANELS = {
@@ -238,8 +215,9 @@ def plot_growth(comparisons: list[ComparisonDict], machine: str) -> Figure:
     for (time, memory), axis in zip(grid.T, columns, strict=True):
         panel = PANELS[axis]
         entries = [entry for entry in comparisons if entry["axis"] in (None, axis)]
-        draw_lines(time, panel, get_times(entries, panel))
-        draw_lines(memory, panel, get_memory(entries, panel))
+        times, peaks = get_costs(entries, panel)
+        draw_lines(time, panel, times)
+        draw_lines(memory, panel, peaks)
         time.set_title(panel.title, fontsize=12, color=INK)
         memory.set_xlabel(panel.label, fontsize=11)
         draw_ticks(memory, panel, entries)
@@ -254,44 +232,28 @@ def plot_growth(comparisons: list[ComparisonDict], machine: str) -> Figure:
     return figure
 
 
-def get_times(comparisons: list[ComparisonDict], panel: Panel) -> Costs:
-    """Return milliseconds per image of this package, and, for each peer, this value times the median ratio of the
-    pairs.
+def get_costs(comparisons: list[ComparisonDict], panel: Panel) -> tuple[Costs, Costs]:
+    """Return milliseconds per image, and the peak memory in MiB, of this package and of each peer.
 
-    The distance of the lines is therefore the ratio of paired turns, even if the load of the machine changed.
+    The costs of this package are medians over the peers. The time of a peer is the time of this package multiplied by
+    the median ratio of the pairs. So the distance of the lines is the ratio of neighboring turns, even if the load of
+    the machine changed between rows.
     """
-    return get_costs(
-        comparisons,
-        panel,
-        lambda entry: 1000 / entry["ours_images_per_second"],
-        lambda entry, ours: ours * entry["ratio"],
-    )
-
-
-def get_memory(comparisons: list[ComparisonDict], panel: Panel) -> Costs:
-    """Return the peak memory in MiB, at least `MIN_BYTES`."""
-    return get_costs(
-        comparisons,
-        panel,
-        lambda entry: max(entry["ours_peak_bytes"], MIN_BYTES) / 2**20,
-        lambda entry, ours: max(entry["theirs_peak_bytes"], MIN_BYTES) / 2**20,
-    )
-
-
-def get_costs(
-    comparisons: list[ComparisonDict],
-    panel: Panel,
-    ours: Callable[[ComparisonDict], float],
-    theirs: Callable[[ComparisonDict, float], float],
-) -> Costs:
-    """Return the cost of this package (its median over the peers) and of each peer (computed from it by `theirs`)."""
-    costs: Costs = {OURS: {}}
+    times: Costs = {OURS: {}}
+    peaks: Costs = {OURS: {}}
     for value in sorted({entry[panel.value] for entry in comparisons}):
         entries = [entry for entry in comparisons if entry[panel.value] == value]
-        costs[OURS][value] = statistics.median(ours(entry) for entry in entries)
+        times[OURS][value] = statistics.median(1000 / entry["ours_images_per_second"] for entry in entries)
+        peaks[OURS][value] = statistics.median(to_mebibytes(entry["ours_peak_bytes"]) for entry in entries)
         for entry in entries:
-            costs.setdefault(entry["against"], {})[value] = theirs(entry, costs[OURS][value])
-    return costs
+            times.setdefault(entry["against"], {})[value] = times[OURS][value] * entry["ratio"]
+            peaks.setdefault(entry["against"], {})[value] = to_mebibytes(entry["theirs_peak_bytes"])
+    return times, peaks
+
+
+def to_mebibytes(num_bytes: int) -> float:
+    """Return bytes in MiB, at least `MIN_BYTES`."""
+    return max(num_bytes, MIN_BYTES) / 2**20
 
 
 def draw_lines(axes: Axes, panel: Panel, costs: Costs) -> None:

@@ -8,7 +8,7 @@ warning is printed if the model may have been trained on evaluated images.
 
 import time
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import Any, NoReturn
 
 from accelerate import Accelerator
 from rich.console import Console
@@ -46,14 +46,7 @@ def evaluate_checkpoint(options: EvaluateOptions) -> dict[str, Any]:
             run, the model does not have all labels of the dataset, or too many images are unreadable.
         OSError: if the checkpoint cannot be found or read, or the output cannot be written.
     """
-    accelerator = build_accelerator(mixed_precision=options.mixed_precision)
-    console = Console(quiet=not accelerator.is_main_process, soft_wrap=True, highlight=False)
-    if options.output is not None:  # fails before the evaluation if the folder cannot be created
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-
-    def warn(message: str) -> None:
-        console.print(f"WARNING: {message}", style="bold yellow", markup=False)
-
+    accelerator, console, warn = set_up_evaluation(options)
     with accelerator.main_process_first():  # downloads once
         folder = resolve_checkpoint(options.model, [*MODEL_FILES, RESULTS_FILE])
         model = load_classifier(options.model, folder).to(accelerator.device).eval()
@@ -77,8 +70,7 @@ def evaluate_checkpoint(options: EvaluateOptions) -> dict[str, Any]:
     )
     started = time.perf_counter()
     metrics = evaluator(model, build_progress(console, accelerator))
-    seconds = time.perf_counter() - started
-
+    speed = describe_speed(metrics["num_images"], time.perf_counter() - started, accelerator)
     results = {
         "model": options.model,
         "dataset": options.data.dataset,
@@ -86,20 +78,49 @@ def evaluate_checkpoint(options: EvaluateOptions) -> dict[str, Any]:
         "held_out_part": None if rule is None else str(rule),
         "is_recorded_part": None if rule is None else problem is None,
         **select_scalars(metrics),
-        "images_per_second": round(metrics["num_images"] / seconds, 1),
+        **speed,
+        **metrics,
+    }
+    print_results(results, model.config, console)
+    if accelerator.is_main_process:
+        write_results(options, results, console)
+    accelerator.end_training()
+    return results
+
+
+def set_up_evaluation(options: EvaluateOptions) -> tuple[Accelerator, Console, Callable[[str], None]]:
+    """Build the accelerator, the console of the main process and a function that prints a warning to the console.
+
+    Raise OSError if the folder of `--output` cannot be created.
+    """
+    accelerator = build_accelerator(mixed_precision=options.mixed_precision)
+    console = Console(quiet=not accelerator.is_main_process, soft_wrap=True, highlight=False)
+    if options.output is not None:
+        options.output.parent.mkdir(parents=True, exist_ok=True)
+
+    def warn(message: str) -> None:
+        console.print(f"WARNING: {message}", style="bold yellow", markup=False)
+
+    return accelerator, console, warn
+
+
+def describe_speed(num_images: int, seconds: float, accelerator: Accelerator) -> dict[str, Any]:
+    """Return the speed of an evaluation and its conditions."""
+    return {
+        "images_per_second": round(num_images / seconds, 1),
         "seconds": round(seconds, 2),
         "device": describe_device(accelerator),
         "mixed_precision": accelerator.mixed_precision,
         "num_processes": accelerator.num_processes,
         "versions": get_versions(),
-        **metrics,
     }
-    print_results(results, model.config, console)
-    if options.output is not None and accelerator.is_main_process:
+
+
+def write_results(options: EvaluateOptions, results: dict[str, Any], console: Console) -> None:
+    """Write the results to `--output` if it is set."""
+    if options.output is not None:
         write_json(options.output, results)
         console.print(f"saved {options.output}", markup=False)
-    accelerator.end_training()
-    return results
 
 
 def describe_unknown_split(model: str, record: HeldOutRecord | None, held_out: LabeledImages) -> str | None:
@@ -163,18 +184,18 @@ LABEL_DESCRIPTIONS: dict[LabelKind, str] = {
 
 def match_single_labels(labels: Iterable[int], data_space: LabelSpace, model_space: LabelSpace) -> list[int]:
     """Return class indices of the model."""
-    index = LabelIndex(data_space.names, model_space.names)
-    return [index[label] for label in labels]
+    indices = LabelIndices(data_space.names, model_space.names)
+    return [indices[label] for label in labels]
 
 
 def match_multi_labels(
     labels: Iterable[list[float]], data_space: LabelSpace, model_space: LabelSpace
 ) -> list[list[float]]:
     """Return 0.0 or 1.0 per class of the model; 0.0 for classes that the dataset does not have."""
-    index = LabelIndex(data_space.names, model_space.names)
+    indices = LabelIndices(data_space.names, model_space.names)
     matched = []
     for row in labels:
-        present = {index[label] for label, value in enumerate(row) if value}
+        present = {indices[label] for label, value in enumerate(row) if value}
         matched.append([float(label in present) for label in range(len(model_space.names))])
     return matched
 
@@ -183,9 +204,9 @@ def match_task_labels(
     labels: Iterable[dict[str, int]], data_space: LabelSpace, model_space: LabelSpace
 ) -> list[dict[str, int]]:
     """Return class indices of the model by task. Missing labels (-100) are unchanged."""
-    indices = {task: LabelIndex(data_space.columns[task], names) for task, names in model_space.columns.items()}
+    tasks = {task: LabelIndices(data_space.columns[task], names) for task, names in model_space.columns.items()}
     return [
-        {task: IGNORED_LABEL if row[task] == IGNORED_LABEL else index[row[task]] for task, index in indices.items()}
+        {task: IGNORED_LABEL if row[task] == IGNORED_LABEL else indices[row[task]] for task, indices in tasks.items()}
         for row in labels
     ]
 
@@ -197,24 +218,21 @@ LABEL_MATCHERS: dict[LabelKind, Callable[[Any, LabelSpace, LabelSpace], list[Any
 }
 
 
-class LabelIndex:
-    """Map the index of a label in the dataset to the index of the label with the same name in the model."""
+class LabelIndices(dict[int, int]):
+    """Indices of labels in the model by their indices in the dataset, matched by name."""
 
     def __init__(self, data_names: list[str], model_names: list[str]) -> None:
+        indices = {name: index for index, name in enumerate(model_names)}
+        super().__init__({label: indices[name] for label, name in enumerate(data_names) if name in indices})
         self.data_names = data_names
         self.model_names = model_names
-        indices = {name: index for index, name in enumerate(model_names)}
-        self.matched = [indices.get(name) for name in data_names]
 
-    def __getitem__(self, label: int) -> int:
-        matched = self.matched[label]
-        if matched is None:
-            more = ", ..." if len(self.model_names) > 20 else ""
-            raise ValueError(
-                f"the dataset has the label {self.data_names[label]!r}, but the model has only the labels "
-                f"{', '.join(self.model_names[:20])}{more}"
-            )
-        return matched
+    def __missing__(self, label: int) -> NoReturn:
+        more = ", ..." if len(self.model_names) > 20 else ""
+        raise ValueError(
+            f"the dataset has the label {self.data_names[label]!r}, but the model has only the labels "
+            f"{', '.join(self.model_names[:20])}{more}"
+        )
 
 
 # Output --------------------------------------------------------------------------------------------------------------

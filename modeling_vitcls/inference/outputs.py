@@ -22,11 +22,10 @@ import math
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import count, islice
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 import numpy as np
@@ -186,9 +185,7 @@ class Progress:
         self.bar.start()
         return self
 
-    def __exit__(
-        self, exc_type: type[BaseException] | None, exc_value: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, exc_type: object, exc_value: object, traceback: object) -> None:
         self.bar.stop()
         if exc_value is None:
             self.print_line()
@@ -316,34 +313,28 @@ class ShardFolder:
         return num_rows, num_failed
 
 
-class Heartbeat:
-    """Context manager that updates the modification time of a file in a thread, and removes the file at the end.
+@contextmanager
+def send_heartbeats(file: Path) -> Iterator[None]:
+    """Update the modification time of a file in a thread, and remove the file at the end of the block.
 
     The file signals to other processes, including processes on other hosts, that this process is running.
     """
+    has_ended = threading.Event()
 
-    def __init__(self, file: Path) -> None:
-        self.file = file
-        self.has_ended = threading.Event()
-        self.thread = threading.Thread(target=self.update, daemon=True)
-
-    def __enter__(self) -> Self:
-        self.file.touch()
-        self.thread.start()
-        return self
-
-    def __exit__(
-        self, exc_type: type[BaseException] | None, exc_value: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.has_ended.set()
-        self.thread.join()
-        self.file.unlink(missing_ok=True)
-
-    def update(self) -> None:
-        """Update the file repeatedly until the end of the block."""
-        while not self.has_ended.wait(SECONDS_BETWEEN_HEARTBEATS):
+    def update() -> None:
+        while not has_ended.wait(SECONDS_BETWEEN_HEARTBEATS):
             with suppress(OSError):  # a full disk
-                self.file.touch()
+                file.touch()
+
+    file.touch()
+    thread = threading.Thread(target=update, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        has_ended.set()
+        thread.join()
+        file.unlink(missing_ok=True)
 
 
 def iterate_shards(num_images: int | None, size: int) -> Iterator[range]:

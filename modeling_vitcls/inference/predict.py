@@ -33,13 +33,13 @@ from .inputs import ListInput, PredictionInput, PreparedImage, open_image_files,
 from .load_model import load_model
 from .outputs import (
     WRITERS,
-    Heartbeat,
     Progress,
     ShardFolder,
     assign_ranges,
     get_output_columns,
     iterate_shards,
     print_table,
+    send_heartbeats,
     write_rows,
 )
 from .prediction_rows import AutocastFactory, PredictionColumns, Row, build_prediction_columns, predict_rows
@@ -263,7 +263,7 @@ def predict_to_folder(
         total = sum(map(len, own))
     columns = get_output_columns(predictor.columns.columns)
     with (
-        Heartbeat(folder.get_heartbeat_file(accelerator.process_index)),
+        send_heartbeats(folder.get_heartbeat_file(accelerator.process_index)),
         Progress(total, is_shown=accelerator.is_main_process) as progress,
     ):
         accelerator.wait_for_everyone()  # all processes have a heartbeat

@@ -13,7 +13,7 @@ the rows.
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import pyarrow as pa
 import torch
@@ -54,9 +54,7 @@ def build_prediction_columns(
     if features is not None:
         return FeatureColumns(model, features)
     if config.tasks:
-        return MultiTaskColumns(
-            model, {name: TopLabelColumns(names, top_k, name) for name, names in config.task_labels().items()}
-        )
+        return TopLabelColumns(model, config.task_labels(), top_k)
     if not config.num_labels or config.problem_type == "regression":
         raise ValueError(
             "prediction requires labels, but the model has no labels. Fine-tune it first, or set --features"
@@ -64,7 +62,7 @@ def build_prediction_columns(
     names = [config.id2label[index] for index in range(config.num_labels)]
     if is_multi_label(config):
         return MultiLabelColumns(model, names, top_k, threshold)
-    return SingleLabelColumns(model, TopLabelColumns(names, top_k))
+    return TopLabelColumns(model, {"": names}, top_k)
 
 
 def predict_rows(
@@ -141,82 +139,51 @@ def add_names(indices: torch.Tensor, probabilities: torch.Tensor, names: list[st
 
 
 class TopLabelColumns:
-    """Columns of the most probable labels of one label space."""
+    """Output columns of a classifier with one label per image, or one per task: the `top_k` most probable labels.
 
-    def __init__(self, names: list[str], top_k: int | None, task: str | None = None) -> None:
+    Args:
+        model: the classifier.
+        names: label names by task; the name of the only task of a single-label classifier is empty.
+        top_k: number of labels per image and task; None for one.
+    """
+
+    def __init__(self, model: PreTrainedModel, names: dict[str, list[str]], top_k: int | None) -> None:
+        self.model = model
         self.names = names
-        self.count = min(top_k or 1, len(names))
-        prefix = "" if task is None else f"{task}_"
-        suffixes = ["", *(f"_{rank}" for rank in range(2, self.count + 1))]
-        self.pairs = [(f"{prefix}label{suffix}", f"{prefix}probability{suffix}") for suffix in suffixes]
+        self.pairs: dict[str, list[tuple[str, str]]] = {}  # column names of label and probability, by task
         self.columns: dict[str, pa.DataType] = {}
-        for label, probability in self.pairs:
-            self.columns |= {label: pa.string(), probability: pa.float32()}
-
-    def build_rows(self, logits: torch.Tensor) -> list[Row]:
-        """Return the columns of each image from logits [B, labels]."""
-        return [self.build_row(labels) for labels in select_top_labels(logits, self.names, self.count)]
-
-    def build_row(self, labels: list[Label]) -> Row:
-        """Return the columns of one image."""
-        row: Row = {}
-        for (label_column, probability_column), (label, probability) in zip(self.pairs, labels, strict=True):
-            row |= {label_column: label, probability_column: probability}
-        return row
-
-
-@dataclass
-class SingleLabelColumns:
-    """Output columns of a single-label classifier."""
-
-    model: PreTrainedModel
-    labels: TopLabelColumns
-
-    @property
-    def columns(self) -> dict[str, pa.DataType]:
-        """Names and types of the columns."""
-        return self.labels.columns
-
-    def predict(self, pixel_values: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Return the logits [B, labels]."""
-        return {"logits": self.model(pixel_values).logits.float()}
-
-    def build_rows(self, values: dict[str, torch.Tensor]) -> list[Row]:
-        """Return the most probable labels."""
-        return self.labels.build_rows(values["logits"])
-
-
-@dataclass
-class MultiTaskColumns:
-    """Output columns of a multi-task classifier."""
-
-    model: PreTrainedModel
-    tasks: dict[str, TopLabelColumns]
-
-    @property
-    def columns(self) -> dict[str, pa.DataType]:
-        """The columns of all tasks."""
-        return {name: kind for labels in self.tasks.values() for name, kind in labels.columns.items()}
+        for task, labels in names.items():
+            prefix = f"{task}_" if task else ""
+            suffixes = ["", *(f"_{rank}" for rank in range(2, min(top_k or 1, len(labels)) + 1))]
+            self.pairs[task] = [(f"{prefix}label{suffix}", f"{prefix}probability{suffix}") for suffix in suffixes]
+            for label, probability in self.pairs[task]:
+                self.columns |= {label: pa.string(), probability: pa.float32()}
 
     def predict(self, pixel_values: torch.Tensor) -> dict[str, torch.Tensor]:
         """Return the logits [B, labels] of each task."""
-        return {name: logits.float() for name, logits in self.model(pixel_values).logits.items()}
+        logits = self.model(pixel_values).logits
+        by_task = logits if isinstance(logits, dict) else {"": logits}
+        return {task: task_logits.float() for task, task_logits in by_task.items()}
 
     def build_rows(self, values: dict[str, torch.Tensor]) -> list[Row]:
-        """Return the most probable labels of each task."""
-        by_task = [labels.build_rows(values[name]) for name, labels in self.tasks.items()]
-        return [{name: value for row in rows for name, value in row.items()} for rows in zip(*by_task, strict=True)]
+        """Return the most probable labels of each image."""
+        rows: list[Row] = [{} for _ in next(iter(values.values()))]
+        for task, pairs in self.pairs.items():
+            for row, labels in zip(rows, select_top_labels(values[task], self.names[task], len(pairs)), strict=True):
+                for (label_column, probability_column), (label, probability) in zip(pairs, labels, strict=True):
+                    row |= {label_column: label, probability_column: probability}
+        return rows
 
 
+@dataclass
 class MultiLabelColumns:
     """Output columns of a multi-label classifier: up to `top_k` labels with probabilities of at least `threshold`."""
 
-    def __init__(self, model: PreTrainedModel, names: list[str], top_k: int | None, threshold: float) -> None:
-        self.columns = {"labels": pa.list_(pa.string()), "probabilities": pa.list_(pa.float32())}
-        self.model = model
-        self.names = names
-        self.top_k = top_k
-        self.threshold = threshold
+    model: PreTrainedModel
+    names: list[str]
+    top_k: int | None
+    threshold: float
+    columns: ClassVar = {"labels": pa.list_(pa.string()), "probabilities": pa.list_(pa.float32())}
 
     def predict(self, pixel_values: torch.Tensor) -> dict[str, torch.Tensor]:
         """Return the logits [B, labels]."""

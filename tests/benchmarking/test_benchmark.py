@@ -16,10 +16,10 @@ from modeling_vitcls.benchmarking import comparison
 from modeling_vitcls.benchmarking.comparison import (
     BenchmarkSettings,
     Comparison,
+    check_tensors,
     compute_quartiles,
     measure_in_turns,
     measure_throughput,
-    select_rows,
 )
 from modeling_vitcls.benchmarking.image_files import (
     PIXEL_ROWS,
@@ -34,13 +34,10 @@ from modeling_vitcls.benchmarking.image_files import (
 from modeling_vitcls.benchmarking.own_features import (
     ATTENTION_ROWS,
     INEXACT_ROWS,
-    PROBE_ROWS,
     build_attention_inputs,
     build_model,
     check_attention,
     check_feature_off,
-    check_weights,
-    compare_inexact,
 )
 from modeling_vitcls.benchmarking.peers import (
     FORWARD_PASSES,
@@ -55,9 +52,8 @@ from modeling_vitcls.benchmarking.peers import (
     compare_step,
 )
 from modeling_vitcls.benchmarking.tables import compute_lowest_ratios, format_markdown
-from modeling_vitcls.benchmarking.training_runs import DIGITS, TRAINING_RUNS, SuspendedRun, save_models
+from modeling_vitcls.benchmarking.training_runs import DIGITS, SuspendedRun, save_models
 from modeling_vitcls.benchmarking.work import WORK, compare
-from modeling_vitcls.conversion.random_weights import randomize_weights
 
 
 TOY_SETTINGS = BenchmarkSettings(("timm",), 1, is_toy=True)
@@ -212,10 +208,9 @@ def test_labels_and_weights_that_differ_are_not_compared() -> None:
         check_labels([cat, cat], [cat, ("dog", 0.5)], name)
     with raises_one_line(name, "differ by 0.1"):
         check_labels([cat], [("cat", 0.6)], name)
-    probe = next(iter(PROBE_ROWS))
-    assert check_weights(torch.ones(2), torch.ones(2), probe) == 0
-    with raises_one_line(probe, "differ by 0.5"):
-        check_weights(torch.tensor([1.0, 0.5]), torch.ones(2), probe)
+    assert check_tensors(torch.ones(2), torch.ones(2), 1e-4, "probe", "the weights") == 0
+    with raises_one_line("probe", "the weights differ by 0.5"):
+        check_tensors(torch.tensor([1.0, 0.5]), torch.ones(2), 1e-4, "probe", "the weights")
 
 
 @pytest.mark.slow
@@ -276,7 +271,6 @@ def test_inexact_features_are_compared_with_the_plain_model() -> None:
     assert [entry.get("patch_drop_rate") for entry in entries] == [None, 0.5]
     assert all(entry["device"] == "cpu" and entry["largest_difference_of_outputs"] == 0 for entry in entries)
     merging = build_model(TOY, merged_patches_per_layer=4)
-    randomize_weights(merging)
     with raises_one_line(names[0], "set to 0", "the outputs differ"):
         check_feature_off(INEXACT_ROWS[names[0]], merging, TOY, names[0])
 
@@ -286,7 +280,7 @@ def test_inexact_models_have_the_field_of_their_row(name: str, monkeypatch: pyte
     row, models = INEXACT_ROWS[name], []
     build = lambda model, *others: (lambda: models.append(model), 1)  # noqa: E731
     monkeypatch.setitem(INEXACT_ROWS, name, replace(row, build=build))
-    (result,) = compare_inexact((name,), TOY_SETTINGS)
+    (result,) = compare(("inexact",), (name,), TOY_SETTINGS)
     assert {getattr(model.config, row.field) for model in models} == {row.value, 0}
     assert getattr(models[0].config, row.field) == row.value and len(result.ratios) == 1
 
@@ -372,8 +366,8 @@ def test_ratios_are_of_pairs() -> None:
 
 
 def test_rows_are_selected_by_name() -> None:
-    assert list(select_rows(TRAINING_RUNS, ())) == list(TRAINING_RUNS)
-    assert list(select_rows(TRAINING_RUNS, ("digits, fp32",))) == ["digits, fp32"]
     assert SMALL.intermediate_size == 1536
+    (result,) = compare(("inference", "probe"), ("fp32, batch 1",), TOY_SETTINGS)
+    assert (result.work, result.name) == ("inference", "fp32, batch 1")
     with raises_one_line("--rows", "'digits'", "'digits, fp32'"):
-        select_rows(TRAINING_RUNS, ("digits",))
+        next(compare(("training",), ("digits",), BenchmarkSettings(("timm",), 1)))

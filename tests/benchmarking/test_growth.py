@@ -27,7 +27,6 @@ from modeling_vitcls.benchmarking.growth import (
     TOY_BASE_POINT,
     TOY_POINTS,
     build_peer,
-    compare_growth,
     compare_point,
     get_axis,
     plot_growth,
@@ -125,9 +124,9 @@ def test_points_whose_outputs_differ_are_not_compared(against: str) -> None:
 
 def test_wrong_requests_are_one_line() -> None:
     with raises_one_line("--rows: there is no 'batch 3'", "'batch 32'"):
-        next(compare_growth(("batch 3",), BenchmarkSettings(("timm",), 1)))
+        next(compare(("growth",), ("batch 3",), BenchmarkSettings(("timm",), 1)))
     with raises_one_line("64 registers", "Set --against timm"):
-        next(compare_growth(("64 registers",), BenchmarkSettings(("transformers",), 1)))
+        next(compare(("growth",), ("64 registers",), BenchmarkSettings(("transformers",), 1)))
     if not torch.cuda.is_available():
         with raises_one_line("--device cuda", "finds no GPU"):
             next(compare(("growth",), (), BenchmarkSettings(("timm",), 1, is_toy=True, device="cuda")))
