@@ -15,7 +15,14 @@ import types
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from .options import EvaluateOptions, FinetuneOptions, InspectOptions, PredictOptions, PretrainOptions
+from .options import (
+    EvaluateOptions,
+    FinetuneOptions,
+    InspectOptions,
+    PredictOptions,
+    PretrainOptions,
+    get_flag_names,
+)
 
 
 Options = TypeVar("Options")
@@ -157,7 +164,7 @@ def build_options(options_class: type[Options], fixed: dict[str, Any] | None = N
         TypeError: for an unknown flag.
         ValueError: if a value is not allowed.
     """
-    known = set(get_flag_names(options_class)) - OWN_FLAGS - set(fixed or {})
+    known = get_flag_names(options_class) - OWN_FLAGS - set(fixed or {})
     for name in flags:
         if name not in known:
             close = difflib.get_close_matches(name, known, n=1)
@@ -168,14 +175,6 @@ def build_options(options_class: type[Options], fixed: dict[str, Any] | None = N
 
         flags["dataset"] = add_dataset(flags["dataset"])
     return fill_options(options_class, flags | (fixed or {}))
-
-
-def get_flag_names(options_class: Any) -> list[str]:
-    """Return the names of all flags of a dataclass and its nested dataclasses."""
-    names = []
-    for field in dataclasses.fields(options_class):
-        names += get_flag_names(field.type) if dataclasses.is_dataclass(field.type) else [field.name]
-    return names
 
 
 def fill_options(options_class: Any, flags: dict[str, Any]) -> Any:

@@ -48,12 +48,11 @@ class DataOptions:
 
     def __post_init__(self) -> None:
         check_value(self, "held_out_fraction", 0 <= self.held_out_fraction < 1, "at least 0 and below 1")
-        check_value(self, "folds", self.folds is None or self.folds >= 2, "2 or more")
+        check_minimum(self, 2, "folds")
         if self.fold is not None:
             check_value(self, "fold", 1 <= self.fold <= (self.folds or 0), "from 1 to --folds")
-        check_value(self, "shuffle_buffer", self.shuffle_buffer >= 1, "1 or more")
-        for name in ("split_seed", "max_broken_images", "num_workers"):
-            check_value(self, name, getattr(self, name) >= 0, "0 or more")
+        check_minimum(self, 1, "shuffle_buffer")
+        check_minimum(self, 0, "split_seed", "max_broken_images", "num_workers")
 
 
 @dataclass(frozen=True)
@@ -137,14 +136,12 @@ class AugmentationOptions:
     def __post_init__(self) -> None:
         check_value(self, "crop_scale", self.crop_scale is None or 0 < self.crop_scale <= 1, "above 0 and at most 1")
         check_value(self, "rotation", 0 <= self.rotation <= 180, "0 to 180")
-        check_value(self, "rand_augment_operations", self.rand_augment_operations >= 1, "1 or more")
+        check_minimum(self, 1, "rand_augment_operations", "repeated_augmentation")
         check_value(self, "rand_augment_magnitude", 0 <= self.rand_augment_magnitude <= 30, "0 to 30")
         check_value(self, "random_erasing", 0 <= self.random_erasing <= 1, "0 to 1")
-        check_value(self, "repeated_augmentation", self.repeated_augmentation >= 1, "1 or more")
         check_value(self, "shift", self.shift is None or 0 <= self.shift < 1, "at least 0 and below 1")
         check_value(self, "zoom", 0 <= self.zoom < 1, "at least 0 and below 1")
-        for name in ("mixup", "cutmix"):
-            check_value(self, name, getattr(self, name) >= 0, "0 or more")
+        check_minimum(self, 0, "mixup", "cutmix")
 
 
 @dataclass(frozen=True)
@@ -206,31 +203,26 @@ class TrainingOptions:
     """Epochs between evaluations on held-out images. The last step is always evaluated."""
     select: Literal["last", "best"] = "last"
     """Checkpoint to save and report: the checkpoint of the last step, or the best of all evaluations. The best is
-    selected on
-    images that are not reported: the validation split if there is a test split, otherwise a further part of the
-    training images."""
+    selected on images that are not reported: the validation split if there is a test split, otherwise a further part
+    of the training images."""
     patience: int | None = None
     """With --select best: stop after this number of evaluations without improvement. Default: train all steps."""
 
     def __post_init__(self) -> None:
         check_value(self, "epochs", self.epochs is None or self.epochs > 0, "above 0")
-        check_value(self, "max_steps", self.max_steps is None or self.max_steps >= 1, "1 or more")
-        check_value(self, "batch_size", self.batch_size is None or self.batch_size >= 1, "1 or more")
-        for name in ("gradient_accumulation_steps", "log_every", "evaluate_every", "lora_rank"):
-            check_value(self, name, getattr(self, name) >= 1, "1 or more")
+        check_minimum(self, 1, "max_steps", "batch_size", "gradient_accumulation_steps", "log_every")
+        check_minimum(self, 1, "evaluate_every", "lora_rank", "patience")
         check_value(self, "learning_rate", self.learning_rate is None or self.learning_rate > 0, "above 0")
         check_value(self, "max_gradient_norm", self.max_gradient_norm > 0, "above 0")
         for name in ("warmup", "label_smoothing"):
             check_value(self, name, 0 <= getattr(self, name) < 1, "at least 0 and below 1")
-        check_value(self, "patience", self.patience is None or self.patience >= 1, "1 or more")
         if self.patience is not None and self.select != "best":
             raise ValueError("--patience requires --select best, but it is last. Set --select best")
         check_value(
             self, "layer_decay", self.layer_decay is None or 0 < self.layer_decay <= 1, "above 0 and at most 1"
         )
         check_value(self, "ema_decay", self.ema_decay is None or 0 < self.ema_decay < 1, "between 0 and 1")
-        for name in ("weight_decay", "seed", "health_every", "feature_views"):
-            check_value(self, name, getattr(self, name) >= 0, "0 or more")
+        check_minimum(self, 0, "weight_decay", "seed", "health_every", "feature_views")
         is_known = self.trainable in ("full", "head", "lora") or re.fullmatch(r"last-[1-9]\d*", self.trainable)
         check_value(self, "trainable", bool(is_known), "full, head, lora or last-N such as last-2")
 
@@ -259,7 +251,7 @@ class DistillationOptions:
     def __post_init__(self) -> None:
         check_value(self, "distillation_alpha", 0 < self.distillation_alpha <= 1, "above 0 and at most 1")
         check_value(self, "distillation_tau", self.distillation_tau > 0, "above 0")
-        check_value(self, "teacher_views", self.teacher_views >= 0, "0 or more")
+        check_minimum(self, 0, "teacher_views")
 
 
 @dataclass(frozen=True)
@@ -311,10 +303,7 @@ class RunOptions:
     """Task of the benchmark, as named in its eval.yaml."""
 
     def __post_init__(self) -> None:
-        check_value(self, "save_every", self.save_every is None or self.save_every >= 1, "1 or more")
-        check_value(self, "keep_checkpoints", self.keep_checkpoints >= 1, "1 or more")
-        every = self.hub_checkpoint_every
-        check_value(self, "hub_checkpoint_every", every is None or every >= 1, "1 or more")
+        check_minimum(self, 1, "save_every", "keep_checkpoints", "hub_checkpoint_every")
         is_separate = self.hub_checkpoint_branch not in ("", "main")
         check_value(self, "hub_checkpoint_branch", is_separate, "a branch other than main, which receives the result")
         is_identifier = self.license is None or bool(re.fullmatch(r"[a-z0-9][a-z0-9.-]*", self.license))
@@ -363,7 +352,7 @@ class MaskingOptions:
 
     def __post_init__(self) -> None:
         check_value(self, "mask_ratio", 0 < self.mask_ratio < 1, "between 0 and 1")
-        check_value(self, "mask_block", self.mask_block >= 1, "1 or more")
+        check_minimum(self, 1, "mask_block")
 
 
 @dataclass(frozen=True)
@@ -401,34 +390,41 @@ class EvaluateOptions:
     """Recipe: a YAML file of flags. Flags on the command line override it."""
 
     def __post_init__(self) -> None:
-        check_value(self, "batch_size", self.batch_size >= 1, "1 or more")
-        check_value(self, "frozen_repeats", self.frozen_repeats >= 1, "1 or more")
+        check_minimum(self, 1, "batch_size", "frozen_repeats")
         is_known = self.frozen in (None, "knn", "logreg") or re.fullmatch(r"few-shot:[1-9]\d*", str(self.frozen))
         check_value(self, "frozen", bool(is_known), "knn, logreg or few-shot:N such as few-shot:5")
 
 
 @dataclass(frozen=True)
-class PredictOptions:
-    """Predict the labels of images, or write their features.
-
-    Images come from PATHS, --list or --dataset. The row of an unreadable image contains its error. Several processes
-    share the images.
-    """
+class ImageOptions:
+    """The flags that prediction and inspection share: a model and images, which may have no labels."""
 
     model: str
     """Folder or Hub id of a vitcls model (`ID@COMMIT` pins it), or another ViT that is converted once (`timm:NAME`,
     `transformers:ID`, a folder, a Hub id, a file)."""
     paths: tuple[str, ...] = ()
     """Image files, folders (with all folders in them), or URLs."""
-    list: Path | None = None
-    """Text file with one image file, folder or URL per line."""
     dataset: str | None = None
     """`digits` (scikit-learn), a folder with a subfolder per class, a CSV, JSON Lines or Parquet file, a folder of
     `save_to_disk` or of MNIST's idx files, or a dataset id on the Hub."""
-    split: str | None = None
-    """Split of the dataset. Default: the only one."""
     image_column: str | None = None
     """Column with the images or their paths. Default: detected by its type or name."""
+    batch_size: int = 32
+    """Maximum number of images per process and forward pass. Complete attention maps reduce it to save memory."""
+
+
+@dataclass(frozen=True)
+class PredictOptions(ImageOptions):
+    """Predict the labels of images, or write their features.
+
+    Images come from PATHS, --list or --dataset. The row of an unreadable image contains its error. Several processes
+    share the images.
+    """
+
+    list: Path | None = None
+    """Text file with one image file, folder or URL per line."""
+    split: str | None = None
+    """Split of the dataset. Default: the only one."""
     streaming: bool = False
     """Read the dataset without downloading or storing it."""
     output: Path | None = None
@@ -443,31 +439,18 @@ class PredictOptions:
     """Minimum probability of a label of a multi-label model."""
     features: Literal["cls", "mean", "registers", "distillation"] | None = None
     """Write these tokens of the last layer (`mean`: the mean of the patches) instead of labels."""
-    batch_size: int = 32
-    """Images per process and forward pass."""
     num_workers: int | None = None
     """Threads per process that load images. Default: one per core, at most 8."""
     mixed_precision: Literal["no", "bf16", "fp16"] | None = None
     """Precision of the forward pass. Default: the setting of `accelerate launch`."""
 
     def __post_init__(self) -> None:
-        for name in ("shard_size", "batch_size"):
-            check_value(self, name, getattr(self, name) >= 1, "1 or more")
-        for name in ("top_k", "num_workers"):
-            check_value(self, name, getattr(self, name) is None or getattr(self, name) >= 1, "1 or more")
+        check_minimum(self, 1, "shard_size", "batch_size", "top_k", "num_workers")
         check_value(self, "threshold", 0 <= self.threshold <= 1, "0 to 1")
         if sum(map(bool, (self.paths, self.list, self.dataset))) != 1:
             raise ValueError("Set exactly one of PATHS, --list and --dataset: they name the images.")
         if self.dataset is None and (self.split or self.image_column or self.streaming):
             raise ValueError("--split, --image-column and --streaming require --dataset, but it is not set.")
-        self.check_output()
-
-    def check_output(self) -> None:
-        """Check that the format of the output is known and can hold features if they are written.
-
-        Raises:
-            ValueError: If not.
-        """
         suffix = "" if self.output is None or self.output.is_dir() else self.output.suffix.lower()
         if suffix not in ("", ".csv", ".json", ".jsonl", ".parquet"):
             raise ValueError(
@@ -482,25 +465,15 @@ class PredictOptions:
 
 
 @dataclass(frozen=True)
-class InspectOptions:
+class InspectOptions(ImageOptions):
     """Show what the special tokens of a vitcls model do: write an HTML report and print a summary.
 
     Images come from PATHS or --dataset. Subfolders of PATHS that have the names of the model's classes are labels.
     """
 
-    model: str
-    """Folder or Hub id of a vitcls model (`ID@COMMIT` pins it), or another ViT that is converted once (`timm:NAME`,
-    `transformers:ID`, a folder, a Hub id, a file)."""
-    paths: tuple[str, ...] = ()
-    """Image files, folders (with all folders in them), or URLs."""
-    dataset: str | None = None
-    """`digits` (scikit-learn), a folder with a subfolder per class, a CSV, JSON Lines or Parquet file, a folder of
-    `save_to_disk` or of MNIST's idx files, or a dataset id on the Hub."""
     split: str | None = None
     """Split of the dataset. In a dataset with one split, `test` is the held-out split of fine-tuning. Default: the
     held-out split of the model's run, or `test`."""
-    image_column: str | None = None
-    """Column with the images or their paths. Default: detected by its type or name."""
     label_column: tuple[str, ...] | None = None
     """Column with the labels; several columns are several tasks. Default: detected by its type or name."""
     label_separator: str | None = None
@@ -515,14 +488,11 @@ class InspectOptions:
     """Number of images in the report: wrong predictions, then the least confident, then typical images."""
     max_images: int = 256
     """Maximum number of images for the statistics, spread evenly over all images and kept in memory."""
-    batch_size: int = 32
-    """Maximum number of images per forward pass. Complete attention maps reduce it to save memory."""
     patch_sizes: tuple[int, ...] = ()
     """Patch sizes in pixels to compare, such as 8 16 32, by sequence length, cost and, with labels, accuracy."""
 
     def __post_init__(self) -> None:
-        for name in ("num_images", "max_images", "batch_size"):
-            check_value(self, name, getattr(self, name) >= 1, "1 or more")
+        check_minimum(self, 1, "num_images", "max_images", "batch_size")
         check_value(self, "patch_sizes", all(size >= 1 for size in self.patch_sizes), "1 or more pixels each")
         if bool(self.paths) == (self.dataset is not None):
             raise ValueError("Set exactly one of PATHS and --dataset: they name the images.")
@@ -540,6 +510,21 @@ def check_value(options: Any, name: str, is_valid: bool, allowed: str) -> None:
     """Raise ValueError with the name of the flag if its value is not valid."""
     if not is_valid:
         raise ValueError(f"--{name.replace('_', '-')} is {getattr(options, name)}, but it must be {allowed}")
+
+
+def check_minimum(options: Any, minimum: int, *names: str) -> None:
+    """Raise ValueError if a value is set and below the minimum."""
+    for name in names:
+        value = getattr(options, name)
+        check_value(options, name, value is None or value >= minimum, f"{minimum} or more")
+
+
+def get_flag_names(options_class: Any) -> set[str]:
+    """Return the names of all flags of a dataclass, including its nested dataclasses: `batch_size`."""
+    names: set[str] = set()
+    for item in dataclasses.fields(options_class):
+        names |= get_flag_names(item.type) if dataclasses.is_dataclass(item.type) else {item.name}
+    return names
 
 
 def to_flags(options: Any) -> dict[str, Any]:
