@@ -49,12 +49,28 @@ class GrowthPoint:
         return (self.image_size // self.patch_size) ** 2 + 1 + self.num_registers
 
 
-# Field of a `GrowthPoint` -> names of its rows.
+@dataclass(frozen=True)
+class Axis:
+    """A field of `GrowthPoint` that is varied: the names of its rows, and its column in the figure."""
+
+    row: str  # name of a row, with {} for the value of the field
+    title: str  # above the column of the figure
+    label: str  # below the x axis
+    value: str  # key of the values on the x axis
+    tick: str | None = None  # key of the numbers in parentheses below the ticks
+    is_logarithmic: bool = True  # whether the x axis is logarithmic
+    is_decreasing: bool = False  # whether the cost grows to the left
+
+
 AXES = {
-    "image_size": "image size {}",
-    "patch_size": "patch size {}",
-    "num_registers": "{} registers",
-    "batch_size": "batch {}",
+    "image_size": Axis("image size {}", "Image size", "pixels (tokens)", "image_size", "num_tokens"),
+    "patch_size": Axis(
+        "patch size {}", "Patch size", "pixels (tokens)", "patch_size", "num_tokens", is_decreasing=True
+    ),
+    "num_registers": Axis(
+        "{} registers", "Tokens", "tokens (registers)", "num_tokens", "num_registers", is_logarithmic=False
+    ),
+    "batch_size": Axis("batch {}", "Batch", "images", "batch_size"),
 }
 
 
@@ -62,7 +78,7 @@ def build_points(base: GrowthPoint, **values: tuple[int, ...]) -> dict[str, Grow
     """Return the base point, and one point for each value of each axis, by name."""
     name = f"image size {base.image_size}, patch size {base.patch_size}, batch {base.batch_size}"
     return {name: base} | {
-        AXES[field].format(value): replace(base, **{field: value})
+        AXES[field].row.format(value): replace(base, **{field: value})
         for field, axis_values in values.items()
         for value in axis_values
     }
@@ -176,44 +192,20 @@ MIN_BYTES = 2**12  # 4 KiB, a memory page; smaller values are drawn as 4 KiB, be
 DEVICES = {"cpu": "the CPU", "cuda": "the GPU"}
 
 
-@dataclass(frozen=True)
-class Panel:
-    """Labels and scale of an axis."""
-
-    title: str  # above the panels
-    label: str  # below the x axis
-    value: str  # key of the values on the x axis
-    tick: str | None = None  # key of the numbers in parentheses below the ticks
-    is_logarithmic: bool = True  # whether the x axis is logarithmic
-    is_decreasing: bool = False  # whether the cost grows to the left
-
-
-PANELS = {
-    "image_size": Panel("Image size", "pixels (tokens)", "image_size", "num_tokens"),
-    "patch_size": Panel("Patch size", "pixels (tokens)", "patch_size", "num_tokens", is_decreasing=True),
-    "num_registers": Panel("Tokens", "tokens (registers)", "num_tokens", "num_registers", is_logarithmic=False),
-    "batch_size": Panel("Batch", "images", "batch_size"),
-}
-
-
 def plot_growth(comparisons: list[ComparisonDict], machine: str) -> Figure:
     """Plot the time per image above the memory of a batch, with a column for each axis that was measured.
 
-    Args:
-        comparisons: entries of the JSON file; entries of other kinds of work are skipped.
-        machine: hardware and versions, for the caption.
-
-    Raises:
-        ValueError: If no axis of growth was measured.
+    `comparisons` are entries of the JSON file; entries of other kinds of work are skipped. `machine` is the hardware
+    and versions, for the caption. Raise ValueError if no axis was measured.
     """
     comparisons = [entry for entry in comparisons if "axis" in entry]
-    columns = [axis for axis in PANELS if any(entry["axis"] == axis for entry in comparisons)]
+    columns = [axis for axis in AXES if any(entry["axis"] == axis for entry in comparisons)]
     if not columns:
         raise ValueError("--plot requires growth in at least one direction. Set --work growth and omit --rows.")
-    figure = create_figure(max(WIDTH * len(columns) / len(PANELS), WIDTH / 2), HEIGHT)
+    figure = create_figure(max(WIDTH * len(columns) / len(AXES), WIDTH / 2), HEIGHT)
     grid = figure.subplots(2, len(columns), squeeze=False, sharey="row", sharex="col")
     for (time, memory), axis in zip(grid.T, columns, strict=True):
-        panel = PANELS[axis]
+        panel = AXES[axis]
         entries = [entry for entry in comparisons if entry["axis"] in (None, axis)]
         times, peaks = get_costs(entries, panel)
         draw_lines(time, panel, times)
@@ -232,7 +224,7 @@ def plot_growth(comparisons: list[ComparisonDict], machine: str) -> Figure:
     return figure
 
 
-def get_costs(comparisons: list[ComparisonDict], panel: Panel) -> tuple[Costs, Costs]:
+def get_costs(comparisons: list[ComparisonDict], panel: Axis) -> tuple[Costs, Costs]:
     """Return milliseconds per image, and the peak memory in MiB, of this package and of each peer.
 
     The costs of this package are medians over the peers. The time of a peer is the time of this package multiplied by
@@ -256,7 +248,7 @@ def to_mebibytes(num_bytes: int) -> float:
     return max(num_bytes, MIN_BYTES) / 2**20
 
 
-def draw_lines(axes: Axes, panel: Panel, costs: Costs) -> None:
+def draw_lines(axes: Axes, panel: Axis, costs: Costs) -> None:
     """Draw one line per side."""
     for name, by_value in costs.items():
         color, marker = LINE_STYLES[name]
@@ -276,7 +268,7 @@ def draw_lines(axes: Axes, panel: Panel, costs: Costs) -> None:
     hide_frame(axes)
 
 
-def draw_ticks(axes: Axes, panel: Panel, comparisons: list[ComparisonDict]) -> None:
+def draw_ticks(axes: Axes, panel: Axis, comparisons: list[ComparisonDict]) -> None:
     """Draw a tick for each value, with the number of tokens or registers below."""
     labels = {
         entry[panel.value]: f"{entry[panel.value]}" + (f"\n({entry[panel.tick]})" if panel.tick else "")

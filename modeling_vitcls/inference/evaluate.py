@@ -90,9 +90,7 @@ def evaluate_checkpoint(options: EvaluateOptions) -> dict[str, Any]:
 
 def set_up_evaluation(options: EvaluateOptions) -> tuple[Accelerator, Console, Callable[[str], None]]:
     """Build the accelerator, the console of the main process and a function that prints a warning to the console.
-
-    Raise OSError if the folder of `--output` cannot be created.
-    """
+    Raise OSError if the folder of `--output` cannot be created."""
     accelerator = build_accelerator(mixed_precision=options.mixed_precision)
     console = Console(quiet=not accelerator.is_main_process, soft_wrap=True, highlight=False)
     if options.output is not None:
@@ -124,13 +122,7 @@ def write_results(options: EvaluateOptions, results: dict[str, Any], console: Co
 
 
 def describe_unknown_split(model: str, record: HeldOutRecord | None, held_out: LabeledImages) -> str | None:
-    """Describe why the model may have been trained on held-out images; None if its run held out the same images.
-
-    Args:
-        model: the model as the user wrote it.
-        record: the held-out record of the model's run.
-        held_out: the images that `load_evaluation_data` selected.
-    """
+    """Describe why the model may have been trained on held-out images; None if its run held out the same images."""
     risk = "The model may have been trained on the evaluated images"
     if record is None:
         return f"{model} has no record of its held-out images ({RECORD!r} in {RESULTS_FILE}). {risk}"
@@ -150,13 +142,17 @@ def describe_unknown_split(model: str, record: HeldOutRecord | None, held_out: L
 # Labels --------------------------------------------------------------------------------------------------------------
 
 
+LABEL_DESCRIPTIONS: dict[LabelKind, str] = {
+    "single_label_classification": "one label per image",
+    "multi_label_classification": "any number of labels per image",
+    "multi_task": "several tasks with one label each",
+}
+
+
 def match_labels(images: LabeledImages, data_space: LabelSpace, model_space: LabelSpace) -> LabeledImages:
     """Return the images with label indices of the model instead of the dataset, matched by name.
 
-    Args:
-        images: the images and labels of the dataset.
-        data_space: label space of the dataset.
-        model_space: label space of the model, which may have more labels than the dataset.
+    The model may have more labels than the dataset. Missing labels of a task (-100) are unchanged.
 
     Raises:
         ValueError: if the kinds of labels or the tasks differ, or the model does not have a label that is used.
@@ -167,55 +163,32 @@ def match_labels(images: LabeledImages, data_space: LabelSpace, model_space: Lab
             f"{LABEL_DESCRIPTIONS[data_space.kind]}. Set other columns with --label-column, and --label-separator for "
             "a column with several labels"
         )
-    if data_space.kind == "multi_task" and data_space.columns.keys() != model_space.columns.keys():
-        raise ValueError(
-            f"the model has the tasks {', '.join(model_space.columns)}, but the dataset has "
-            f"{', '.join(data_space.columns)}. Set the columns with --label-column"
-        )
-    return LabeledImages(images.images, LABEL_MATCHERS[model_space.kind](images.labels, data_space, model_space))
-
-
-LABEL_DESCRIPTIONS: dict[LabelKind, str] = {
-    "single_label_classification": "one label per image",
-    "multi_label_classification": "any number of labels per image",
-    "multi_task": "several tasks with one label each",
-}
-
-
-def match_single_labels(labels: Iterable[int], data_space: LabelSpace, model_space: LabelSpace) -> list[int]:
-    """Return class indices of the model."""
+    if data_space.kind == "multi_task":
+        return LabeledImages(images.images, match_task_labels(images.labels, data_space, model_space))
     indices = LabelIndices(data_space.names, model_space.names)
-    return [indices[label] for label in labels]
-
-
-def match_multi_labels(
-    labels: Iterable[list[float]], data_space: LabelSpace, model_space: LabelSpace
-) -> list[list[float]]:
-    """Return 0.0 or 1.0 per class of the model; 0.0 for classes that the dataset does not have."""
-    indices = LabelIndices(data_space.names, model_space.names)
-    matched = []
-    for row in labels:
+    if data_space.kind == "single_label_classification":
+        return LabeledImages(images.images, [indices[label] for label in images.labels])
+    labels = []
+    for row in images.labels:
         present = {indices[label] for label, value in enumerate(row) if value}
-        matched.append([float(label in present) for label in range(len(model_space.names))])
-    return matched
+        labels.append([float(label in present) for label in range(len(model_space.names))])
+    return LabeledImages(images.images, labels)
 
 
 def match_task_labels(
     labels: Iterable[dict[str, int]], data_space: LabelSpace, model_space: LabelSpace
 ) -> list[dict[str, int]]:
-    """Return class indices of the model by task. Missing labels (-100) are unchanged."""
+    """Return class indices of the model by task."""
+    if data_space.columns.keys() != model_space.columns.keys():
+        raise ValueError(
+            f"the model has the tasks {', '.join(model_space.columns)}, but the dataset has "
+            f"{', '.join(data_space.columns)}. Set the columns with --label-column"
+        )
     tasks = {task: LabelIndices(data_space.columns[task], names) for task, names in model_space.columns.items()}
     return [
         {task: IGNORED_LABEL if row[task] == IGNORED_LABEL else indices[row[task]] for task, indices in tasks.items()}
         for row in labels
     ]
-
-
-LABEL_MATCHERS: dict[LabelKind, Callable[[Any, LabelSpace, LabelSpace], list[Any]]] = {
-    "single_label_classification": match_single_labels,
-    "multi_label_classification": match_multi_labels,
-    "multi_task": match_task_labels,
-}
 
 
 class LabelIndices(dict[int, int]):

@@ -134,18 +134,8 @@ def measure_accuracies(
 ) -> list[dict[str, Any]]:
     """Return the accuracy of a classifier on each token of each layer, with its 95 % interval.
 
-    The interval is Wilson's for the number of held-out images. For few-shot classifiers, it is the interval of the
-    mean over the repeats.
-
-    Args:
-        kind: value of `--frozen`.
-        train: features to fit the classifiers on.
-        held_out: features to measure the accuracy on.
-        num_repeats: number of random selections of few-shot images.
-        seed: seed of the selections.
-
-    Raises:
-        ValueError: if a class has fewer training images than few-shot classification requires.
+    The interval is Wilson's for the number of held-out images. For few-shot classifiers, which are fitted to
+    `num_repeats` random selections of images, it is the interval of the mean over the repeats.
     """
     _, _, num_per_class = kind.partition(":")
     selections = [np.arange(len(train.labels))]

@@ -105,10 +105,7 @@ class ListInput:
 
 def open_image_files(paths: Iterable[str]) -> ListInput:
     """Return files and URLs unchanged, and folders replaced by the images in them, sorted by name.
-
-    Raises:
-        ValueError: if there are no images.
-    """
+    Raise ValueError if there are no images."""
     files = [file for path in paths for file in (list_image_files(path) if Path(path).is_dir() else [path])]
     if not files:
         suffixes = " ".join(sorted(IMAGE_SUFFIXES))
@@ -217,12 +214,7 @@ class StreamInput:
 
 
 def open_dataset(options: PredictOptions, dataset: str) -> PredictionInput:
-    """Open a dataset in any format that scripts/finetune.py reads. Labels are not needed.
-
-    Raises:
-        ValueError: if the dataset cannot be found or read, has no image column, or has several splits and `--split`
-            is not set.
-    """
+    """Open a dataset in any format that scripts/finetune.py reads. Labels are not needed."""
     import datasets
 
     data = DataOptions(dataset, image_column=options.image_column, streaming=options.streaming)
@@ -291,11 +283,7 @@ def prepare_ahead(
 
 
 def prepare_image(processor: ViTCLSImageProcessor, record: ImageRecord) -> PreparedImage:
-    """Read, decode and process one image.
-
-    Raises:
-        FetchError: if a file of a dataset cannot be read over the network.
-    """
+    """Read, decode and process one image. Raise FetchError if a file cannot be read over the network."""
     content = record.content
     if content is None:
         return PreparedImage(record, error=f"row {record.index} has no image")

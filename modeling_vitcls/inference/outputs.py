@@ -228,13 +228,10 @@ class ShardFolder:
         return {int(file.stem.removeprefix("shard-")) for file in self.path.glob("shard-*.parquet")}
 
     def open(self, contents: dict[str, Any]) -> int | None:
-        """Create the folder, or check that its manifest has the same contents. Call it only on the main process.
+        """Create the folder, or raise ValueError if its manifest has other contents. Call it only on the main process.
 
         Returns:
             Number of images of the input, if an earlier start recorded it.
-
-        Raises:
-            ValueError: if the folder has other contents.
         """
         self.path.mkdir(parents=True, exist_ok=True)
         for unfinished in self.path.glob(".*.unfinished"):
@@ -270,8 +267,7 @@ class ShardFolder:
     def wait_for_shards(self, num_images: int, num_processes: int) -> None:
         """Wait on process 0 until all shards exist. All processes have started their heartbeats.
 
-        Raises:
-            OSError: if shards are missing, but no other process has a heartbeat file, or a heartbeat is too old.
+        Raise OSError if shards are missing, but no other process has a heartbeat file, or a heartbeat is too old.
         """
         own, *others = map(self.get_heartbeat_file, range(num_processes))
         while True:
@@ -293,10 +289,7 @@ class ShardFolder:
 
     def count_rows(self, num_images: int) -> tuple[int, int]:
         """Return the number of rows, and of rows with an error, in all shards.
-
-        Raises:
-            ValueError: if a file is damaged or has a different number of rows.
-        """
+        Raise ValueError if a file is damaged or has a different number of rows."""
         num_rows = num_failed = 0
         for number, indices in enumerate(iterate_shards(num_images, self.size)):
             file = self.get_file(number)

@@ -114,12 +114,7 @@ def predict(
 def predict_from_options(options: PredictOptions, images: list[Any]) -> list[Row]:
     """Return the rows of scripts/predict.py in this process, instead of writing them.
 
-    Args:
-        options: the options, without an output.
-        images: images as in `predict`, which replace PATHS; empty for `--list` and `--dataset`.
-
-    Raises:
-        ValueError, OSError: in one line, if images or models cannot be read.
+    `images` are images as in `predict`, which replace PATHS, or empty for `--list` and `--dataset`.
     """
     accelerator = build_accelerator(mixed_precision=options.mixed_precision)
     source = wrap_images(images) if images else open_input(options)
@@ -128,11 +123,7 @@ def predict_from_options(options: PredictOptions, images: list[Any]) -> list[Row
 
 
 def collect_rows(predictor: Predictor, source: PredictionInput) -> list[Row]:
-    """Return the rows of all images.
-
-    Raises:
-        ValueError: if the number of images is unknown, because they are a stream.
-    """
+    """Return the rows of all images. Raise ValueError if the images are a stream, whose length is unknown."""
     if source.num_images is None:
         raise ValueError("streaming requires an output, because the number of images is unknown. Remove streaming")
     return list(predictor.iterate_rows(source, [range(source.num_images)], piece_size=source.num_images))
@@ -246,10 +237,8 @@ def predict_to_folder(
 ) -> PredictionCounts:
     """Write the missing shards, divided among the processes. The main process waits for all shards.
 
-    It polls for the files, because a collective operation would time out if a process is slow.
-
-    Raises:
-        OSError: if a process has ended without writing its shards.
+    It polls for the files, because a collective operation would time out if a process is slow. Raise OSError if a
+    process has ended without writing its shards.
     """
     assert options.output is not None
     folder = ShardFolder(options.output, options.shard_size)

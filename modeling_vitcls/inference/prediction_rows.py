@@ -45,11 +45,7 @@ class PredictionColumns(Protocol):
 def build_prediction_columns(
     model: PreTrainedModel, top_k: int | None, threshold: float, features: str | None
 ) -> PredictionColumns:
-    """Build the output columns of a model.
-
-    Raises:
-        ValueError: if the model does not support the requested labels or features.
-    """
+    """Build the output columns of a model. Raise ValueError if it does not support the labels or features."""
     config: Any = model.config
     if features is not None:
         return FeatureColumns(model, features)
@@ -116,13 +112,8 @@ def select_top_labels(logits: torch.Tensor, names: list[str], count: int) -> lis
 
 
 def select_probable_labels(logits: torch.Tensor, names: list[str], threshold: float = THRESHOLD) -> list[list[Label]]:
-    """Return the labels of each image with a probability of at least `threshold`, the most probable first.
-
-    Args:
-        logits: multi-label logits [B, labels].
-        names: the label names.
-        threshold: minimum probability.
-    """
+    """Return the labels of each image with a probability of at least `threshold`, the most probable first, from
+    multi-label logits [B, labels]."""
     ordered = logits.float().sigmoid().sort(dim=1, descending=True, stable=True)  # [B, labels] twice
     return [
         [(name, probability) for name, probability in image if probability >= threshold]
@@ -141,10 +132,7 @@ def add_names(indices: torch.Tensor, probabilities: torch.Tensor, names: list[st
 class TopLabelColumns:
     """Output columns of a classifier with one label per image, or one per task: the `top_k` most probable labels.
 
-    Args:
-        model: the classifier.
-        names: label names by task; the name of the only task of a single-label classifier is empty.
-        top_k: number of labels per image and task; None for one.
+    `names` are the label names by task. The name of the only task of a single-label classifier is empty.
     """
 
     def __init__(self, model: PreTrainedModel, names: dict[str, list[str]], top_k: int | None) -> None:
@@ -227,11 +215,7 @@ class FeatureColumns:
 
 
 def count_tokens(config: ViTCLSConfig, group: str) -> int:
-    """Return the number of tokens in a group of special tokens.
-
-    Raises:
-        ValueError: if the group has no tokens.
-    """
+    """Return the number of tokens in a group of special tokens. Raise ValueError if the group has no tokens."""
     counts = dict(zip(("cls", "distillation", "registers"), config.token_counts, strict=True))
     if not counts[group]:
         present = ", ".join([*(name for name, count in counts.items() if count), "mean"])
