@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from fresh_processes import run_fresh
 from tiny_models import raises_one_line
 
 from modeling_vitcls.benchmarking import comparison
@@ -72,11 +73,6 @@ KEYS = {
 }
 
 
-def run_script(*flags: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(SCRIPT), *flags]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300)
-
-
 def check_file(file: Path, num_pairs: int) -> list[dict[str, Any]]:
     """Return the comparisons in a results file, after a check of their keys and values."""
     results = json.loads(file.read_text())
@@ -93,7 +89,7 @@ def test_the_script_compares_forward_passes(tmp_path: Path) -> None:
     file, table = tmp_path / "folder" / "results.json", tmp_path / "other" / "table.md"
     row = "fp32, batch 1"
     flags = ("--work", "inference", "--rows", row, "--toy", "--pairs", "3", "--markdown", str(table))
-    done = run_script(*flags, "--output", str(file))
+    done = run_fresh(SCRIPT, *flags, "--output", str(file))
     assert done.returncode == 0, done.stderr
     found = check_file(file, 3)
     assert [(each["name"], each["against"]) for each in found] == [(row, "transformers"), (row, "timm")]
@@ -108,7 +104,7 @@ def test_the_script_compares_steps(tmp_path: Path) -> None:
     """The memory of each side is measured in a new process."""
     file = tmp_path / "results.json"
     flags = ("--work", "inference", "step", "--rows", "fp32, batch 16", "--against", "timm", "--toy", "--pairs", "2")
-    done = run_script(*flags, "--output", str(file))
+    done = run_fresh(SCRIPT, *flags, "--output", str(file))
     assert done.returncode == 0, done.stderr
     (found,) = check_file(file, 2)
     assert found["work"] == "training step" and "MiB" in done.stdout
@@ -120,7 +116,7 @@ def test_the_script_compares_reading_attention(tmp_path: Path) -> None:
     """Reading attention is compared with a plain forward pass, in time and memory."""
     file = tmp_path / "results.json"
     row = "token_attention, batch 16"
-    done = run_script("--work", "attention", "--toy", "--pairs", "2", "--rows", row, "--output", str(file))
+    done = run_fresh(SCRIPT, "--work", "attention", "--toy", "--pairs", "2", "--rows", row, "--output", str(file))
     assert done.returncode == 0, done.stderr
     (found,) = check_file(file, 2)
     assert (found["name"], found["against"]) == (row, "a plain forward pass")
@@ -226,7 +222,7 @@ def test_the_error_of_a_failed_process_is_reported(tmp_path: Path) -> None:
 def test_the_script_compares_training(tmp_path: Path) -> None:
     """Two real training runs, one suspended while the other has its turn."""
     file = tmp_path / "results.json"
-    done = run_script("--work", "training", "--toy", "--pairs", "2", "--output", str(file))
+    done = run_fresh(SCRIPT, "--work", "training", "--toy", "--pairs", "2", "--output", str(file))
     assert done.returncode == 0, done.stderr
     (found,) = check_file(file, 2)
     assert found["name"] == "toy" and found["dataset"] == "digits"
@@ -236,7 +232,7 @@ def test_the_script_compares_training(tmp_path: Path) -> None:
 def test_wrong_flags_are_one_line() -> None:
     with raises_one_line("--rows: there is no 'fp64'", "'bf16, batch 1'", "'10 epochs, batch 16'"):
         next(compare(("inference", "probe"), ("fp64",), TOY_SETTINGS))
-    done = run_script("--work", "training", "--pairs", "0")
+    done = run_fresh(SCRIPT, "--work", "training", "--pairs", "0")
     assert done.returncode == 2 and "--pairs is 0" in done.stderr
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from fresh_processes import run_fresh
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
@@ -51,10 +52,6 @@ def memory_requests(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, ...]]:
 
     monkeypatch.setattr(comparison, "measure_peak_in_process", measure)
     return requests
-
-
-def run_script(*flags: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, str(SCRIPT), *flags], capture_output=True, text=True, timeout=300)
 
 
 # What is measured ----------------------------------------------------------------------------------------------------
@@ -135,7 +132,7 @@ def test_wrong_requests_are_one_line() -> None:
     "flags", [("--work", "inference", "--plot", "a.png"), ("--work", "growth", "--plot", "a.txt")]
 )
 def test_plots_that_cannot_be_made_are_refused_first(flags: tuple[str, ...]) -> None:
-    done = run_script(*flags)
+    done = run_fresh(SCRIPT, *flags)
     assert done.returncode == 2 and "--plot" in done.stderr and done.stderr.count("\n") == 1
 
 
@@ -189,7 +186,7 @@ def test_the_script_writes_all_three_files(tmp_path: Path) -> None:
     json_file, table, picture = tmp_path / "growth.json", tmp_path / "growth.md", tmp_path / "folder" / "growth.png"
     flags = ("--work", "growth", "inference", "--toy", "--pairs", "2", "--against", "timm", "--output", str(json_file))
     rows = ("4 registers", "fp32, batch 1")
-    done = run_script(*flags, "--rows", *rows, "--markdown", str(table), "--plot", str(picture))
+    done = run_fresh(SCRIPT, *flags, "--rows", *rows, "--markdown", str(table), "--plot", str(picture))
     assert done.returncode == 0, done.stderr
     found = json.loads(json_file.read_text())["comparisons"]
     assert [each["name"] for each in found] == list(rows)
