@@ -23,10 +23,10 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import gather_object
 from transformers import PreTrainedModel
 
-from ..distributed import build_accelerator
+from ..distributed import build_accelerator, run_on_main
 from ..image_processing_vitcls import ViTCLSImageProcessor
 from ..options import PredictOptions
 from .inputs import ListInput, PredictionInput, PreparedImage, open_image_files, open_input, prepare_ahead
@@ -209,13 +209,11 @@ def predict_to_file(
             table = list(rows)
         else:
             write_rows(rows, columns, options.output)
-    if options.output is None and accelerator.is_main_process:
+    if not accelerator.is_main_process:
+        return PredictionCounts(0, 0)
+    if options.output is None:
         print_table(table, columns)
-    return (
-        PredictionCounts(progress.num_images, progress.num_failed)
-        if accelerator.is_main_process
-        else PredictionCounts(0, 0)
-    )
+    return PredictionCounts(progress.num_images, progress.num_failed)
 
 
 def gather_rows(rows: Iterator[Row], piece_size: int, accelerator: Accelerator) -> Iterator[Row]:
@@ -275,29 +273,23 @@ def open_shard_folder(
     source: PredictionInput,
     predictor: Predictor,
 ) -> tuple[int | None, set[int]]:
-    """Create or check the output folder. Return the number of images, None if unknown, and the finished shards.
-
-    The main process reads the folder and broadcasts the result.
-    """
+    """Create or check the output folder. Return the number of images, None if unknown, and the finished shards."""
     identity = source.compute_identity()
-    state: list[Any] = [None, None, None]  # error message, number of images, finished shards
-    if accelerator.is_main_process:
-        contents = {
-            "features": options.features,
-            "top_k": options.top_k,
-            "threshold": options.threshold,
-            "mixed_precision": accelerator.mixed_precision,
-            "input": identity,
-            "model": compute_model_digest(predictor.model, predictor.processor),
-        }
-        try:
-            num_images = folder.open(contents)
-            state = [None, source.num_images if num_images is None else num_images, folder.list_shards()]
-        except (ValueError, OSError) as error:
-            state[0] = str(error)
-    problem, num_images, finished = broadcast_object_list(state)
-    if problem is not None:
-        raise ValueError(problem)
+
+    def open_folder() -> tuple[int | None, set[int]]:
+        num_images = folder.open(
+            {
+                "features": options.features,
+                "top_k": options.top_k,
+                "threshold": options.threshold,
+                "mixed_precision": accelerator.mixed_precision,
+                "input": identity,
+                "model": compute_model_digest(predictor.model, predictor.processor),
+            }
+        )
+        return source.num_images if num_images is None else num_images, folder.list_shards()
+
+    num_images, finished = run_on_main(accelerator, open_folder)
     first, *others = gather_object([identity])
     if any(other != first for other in others):
         raise ValueError("prediction requires the same images on all processes, but the files of the machines differ")

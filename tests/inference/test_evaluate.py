@@ -42,6 +42,7 @@ from modeling_vitcls import ViTCLSConfig, ViTCLSForMaskedImageModeling, ViTCLSIm
 from modeling_vitcls.data.images import EncodedImages, LabeledImages
 from modeling_vitcls.data.labels import LabelSpace, get_label_space
 from modeling_vitcls.distributed import build_accelerator
+from modeling_vitcls.files import read_json
 from modeling_vitcls.inference import evaluate as evaluate_module
 from modeling_vitcls.inference import evaluator as evaluator_module
 from modeling_vitcls.inference.evaluate import build_progress, evaluate_checkpoint, match_labels
@@ -84,10 +85,6 @@ def by_two_processes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run_together(worker, folder, log=folder / "stdout", environment=OFFLINE)
     run_together(worker, folder, "frozen", log=folder / "stdout of frozen", environment=OFFLINE)
     return folder
-
-
-def read_json(file: Path) -> Any:
-    return json.loads(file.read_text(encoding="utf-8"))
 
 
 def answers_of(name: str) -> tuple[Any, list[Any]]:
