@@ -18,7 +18,14 @@ from rich.table import Table
 
 from ..configuration_vitcls import ViTCLSConfig
 from ..conversion.any_checkpoint import resolve_checkpoint
-from ..data.held_out import RECORD, RESULTS_FILE, HeldOutRecord, compute_keys_digest, read_record
+from ..data.held_out import (
+    RECORD,
+    RESULTS_FILE,
+    HeldOutRecord,
+    HeldOutRule,
+    compute_keys_digest,
+    read_record,
+)
 from ..data.images import LabeledImages
 from ..data.labels import LabelKind, LabelSpace, get_label_space
 from ..data.splits import load_evaluation_data
@@ -70,15 +77,11 @@ def evaluate_checkpoint(options: EvaluateOptions) -> dict[str, Any]:
     )
     started = time.perf_counter()
     metrics = evaluator(model, build_progress(console, accelerator))
-    speed = describe_speed(metrics["num_images"], time.perf_counter() - started, accelerator)
+    seconds = time.perf_counter() - started
     results = {
-        "model": options.model,
-        "dataset": options.data.dataset,
-        "split": split,
-        "held_out_part": None if rule is None else str(rule),
+        **describe_evaluation(options, split, rule, metrics["num_images"], seconds, accelerator),
         "is_recorded_part": None if rule is None else problem is None,
         **select_scalars(metrics),
-        **speed,
         **metrics,
     }
     print_results(results, model.config, console)
@@ -102,9 +105,20 @@ def set_up_evaluation(options: EvaluateOptions) -> tuple[Accelerator, Console, C
     return accelerator, console, warn
 
 
-def describe_speed(num_images: int, seconds: float, accelerator: Accelerator) -> dict[str, Any]:
-    """Return the speed of an evaluation and its conditions."""
+def describe_evaluation(
+    options: EvaluateOptions,
+    split: str,
+    rule: HeldOutRule | None,
+    num_images: int,
+    seconds: float,
+    accelerator: Accelerator,
+) -> dict[str, Any]:
+    """Return the model, the images, the speed and the conditions of an evaluation."""
     return {
+        "model": options.model,
+        "dataset": options.data.dataset,
+        "split": split,
+        "held_out_part": None if rule is None else str(rule),
         "images_per_second": round(num_images / seconds, 1),
         "seconds": round(seconds, 2),
         "device": describe_device(accelerator),

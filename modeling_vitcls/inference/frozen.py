@@ -34,7 +34,7 @@ from ..token_names import get_token_names
 from .evaluate import (
     build_progress,
     build_table,
-    describe_speed,
+    describe_evaluation,
     describe_unknown_split,
     set_up_evaluation,
     write_results,
@@ -235,17 +235,13 @@ def evaluate_frozen(options: EvaluateOptions) -> dict[str, Any]:
 
     started = time.perf_counter()
     train, held_out = encode(train_images, train_space), encode(held_out_images, space)
-    speed = describe_speed(len(train.labels) + len(held_out.labels), time.perf_counter() - started, accelerator)
+    seconds, num_images = time.perf_counter() - started, len(train.labels) + len(held_out.labels)
     results: dict[str, Any] = {
-        "model": options.model,
-        "dataset": options.data.dataset,
-        "split": split,
-        "held_out_part": None if rule is None else str(rule),
+        **describe_evaluation(options, split, rule, num_images, seconds, accelerator),
         "frozen": options.frozen,
         "num_training_images": len(train.labels),
         "num_images": len(held_out.labels),
         "num_broken_images": train.num_unreadable + held_out.num_unreadable,
-        **speed,
     }
     if accelerator.is_main_process:
         rows = measure_accuracies(options.frozen, train, held_out, options.frozen_repeats, options.data.split_seed)

@@ -20,7 +20,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -44,32 +44,6 @@ class ImageRecord:
     index: int
     name: str
     content: Any
-
-
-class PredictionInput(Protocol):
-    """Images by index."""
-
-    @property
-    def num_images(self) -> int | None:
-        """Number of images; None for a stream whose end has not been reached."""
-
-    def compute_identity(self) -> dict[str, Any]:
-        """Return JSON values that identify the input."""
-
-    def read(self, ranges: Iterable[range]) -> Iterator[ImageRecord]:
-        """Yield the images of disjoint, increasing ranges."""
-
-
-def open_input(options: PredictOptions) -> PredictionInput:
-    """Open the input from PATHS, `--list` or `--dataset`.
-
-    Raises:
-        ValueError: if the input has no images, or a dataset cannot be read.
-        OSError: if the list cannot be read.
-    """
-    if options.dataset is not None:
-        return open_dataset(options, options.dataset)
-    return open_image_files(list(options.paths) if options.list is None else read_list(options.list))
 
 
 # Lists ---------------------------------------------------------------------------------------------------------------
@@ -211,6 +185,21 @@ class StreamInput:
             if position < indices.stop:
                 self.num_images = position
                 return
+
+
+PredictionInput = ListInput | DatasetInput | StreamInput
+
+
+def open_input(options: PredictOptions) -> PredictionInput:
+    """Open the input from PATHS, `--list` or `--dataset`.
+
+    Raises:
+        ValueError: if the input has no images, or a dataset cannot be read.
+        OSError: if the list cannot be read.
+    """
+    if options.dataset is not None:
+        return open_dataset(options, options.dataset)
+    return open_image_files(list(options.paths) if options.list is None else read_list(options.list))
 
 
 def open_dataset(options: PredictOptions, dataset: str) -> PredictionInput:

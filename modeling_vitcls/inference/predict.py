@@ -1,10 +1,7 @@
 """Prediction from options to rows: labels, or features, of any number of images.
 
     images -> records -> pixels -> predictions -> rows -> table, file, or folder of Parquet files
-
-    inputs.py            image records and their pixels
-    prediction_rows.py   predictions of the model as rows
-    outputs.py           tables, files and folders of shards
+    inputs.py ----------------->   prediction_rows.py ->  outputs.py
 
 The images are divided by index into pieces of equal size: batches for a file, shards for a folder. The pieces are
 assigned to the processes in turn, and a batch never spans two pieces. So the output is bit-identical for any number of

@@ -7,13 +7,14 @@ several tasks               <task>_label, <task>_probability, <task>_label_2, ..
 any, with --features        features: a list of D numbers, or one such list for each of several tokens
 
 The columns `index` (index in the input) and `image` precede these columns, and `error` follows them. outputs.py writes
-the rows.
+the rows. Each kind of model has a class with `columns` (types by name), `predict` (images [B, C, H, W] -> model outputs
+by name) and `build_rows` (model outputs -> columns of each image).
 """
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar
 
 import pyarrow as pa
 import torch
@@ -25,77 +26,6 @@ from .inputs import PreparedImage
 
 
 Row = dict[str, Any]
-AutocastFactory = Callable[[], AbstractContextManager]  # returns the context manager of each forward pass
-
-
-class PredictionColumns(Protocol):
-    """The requested outputs of a model, and their conversion to columns."""
-
-    @property
-    def columns(self) -> dict[str, pa.DataType]:
-        """Names and types of the columns."""
-
-    def predict(self, pixel_values: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Return the model outputs for images [B, C, H, W] by name, [B, ...] `float32` each."""
-
-    def build_rows(self, values: dict[str, torch.Tensor]) -> list[Row]:
-        """Return the columns of each image."""
-
-
-def build_prediction_columns(
-    model: PreTrainedModel, top_k: int | None, threshold: float, features: str | None
-) -> PredictionColumns:
-    """Build the output columns of a model. Raise ValueError if it does not support the labels or features."""
-    config: Any = model.config
-    if features is not None:
-        return FeatureColumns(model, features)
-    if config.tasks:
-        return TopLabelColumns(model, config.task_labels(), top_k)
-    if not config.num_labels or config.problem_type == "regression":
-        raise ValueError(
-            "prediction requires labels, but the model has no labels. Fine-tune it first, or set --features"
-        )
-    names = [config.id2label[index] for index in range(config.num_labels)]
-    if is_multi_label(config):
-        return MultiLabelColumns(model, names, top_k, threshold)
-    return TopLabelColumns(model, {"": names}, top_k)
-
-
-def predict_rows(
-    batches: Iterator[list[PreparedImage]], columns: PredictionColumns, device: torch.device, autocast: AutocastFactory
-) -> Iterator[Row]:
-    """Yield a row for each image, in order."""
-    missing = dict.fromkeys(columns.columns)
-    for batch in batches:
-        predictions: dict[int, Row] = {}
-        pixels = {image.record.index: image.pixels for image in batch if image.pixels is not None}
-        for group in group_by_shape(pixels):
-            rows = predict_batch(torch.stack(list(group.values())).to(device), columns, autocast)
-            predictions |= dict(zip(group, rows, strict=True))
-        for image in batch:
-            index, name = image.record.index, image.record.name
-            yield {"index": index, "image": name, **missing, "error": image.error, **predictions.get(index, {})}
-
-
-def group_by_shape(pixels: Mapping[int, torch.Tensor]) -> list[dict[int, torch.Tensor]]:
-    """Group images [C, H, W] by shape, because image processors may preserve the aspect ratio."""
-    groups: dict[torch.Size, dict[int, torch.Tensor]] = {}
-    for index, image in pixels.items():
-        groups.setdefault(image.shape, {})[index] = image
-    return list(groups.values())
-
-
-def predict_batch(pixel_values: torch.Tensor, columns: PredictionColumns, autocast: AutocastFactory) -> list[Row]:
-    """Return a row for each image [B, C, H, W], with an error if the model raises one or its output overflows."""
-    try:
-        with torch.inference_mode(), autocast():
-            values = columns.predict(pixel_values)
-    except ValueError as error:  # sizes or channels that the model does not support
-        return [{"error": str(error)}] * len(pixel_values)
-    is_finite = torch.stack([value.flatten(1).isfinite().all(dim=1) for value in values.values()]).all(dim=0)  # [B]
-    overflow = {"error": "the model output is not finite. Set another --mixed-precision"}
-    rows = columns.build_rows(values)
-    return [row if finite else overflow for row, finite in zip(rows, is_finite.tolist(), strict=True)]
 
 
 # Labels --------------------------------------------------------------------------------------------------------------
@@ -221,3 +151,66 @@ def count_tokens(config: ViTCLSConfig, group: str) -> int:
         present = ", ".join([*(name for name, count in counts.items() if count), "mean"])
         raise ValueError(f"--features {group} requires {group} tokens, but the model has none. Set one of {present}")
     return counts[group]
+
+
+# Rows ----------------------------------------------------------------------------------------------------------------
+
+
+PredictionColumns = TopLabelColumns | MultiLabelColumns | FeatureColumns
+AutocastFactory = Callable[[], AbstractContextManager]  # returns the context manager of each forward pass
+
+
+def build_prediction_columns(
+    model: PreTrainedModel, top_k: int | None, threshold: float, features: str | None
+) -> PredictionColumns:
+    """Build the output columns of a model. Raise ValueError if it does not support the labels or features."""
+    config: Any = model.config
+    if features is not None:
+        return FeatureColumns(model, features)
+    if config.tasks:
+        return TopLabelColumns(model, config.task_labels(), top_k)
+    if not config.num_labels or config.problem_type == "regression":
+        raise ValueError(
+            "prediction requires labels, but the model has no labels. Fine-tune it first, or set --features"
+        )
+    names = [config.id2label[index] for index in range(config.num_labels)]
+    if is_multi_label(config):
+        return MultiLabelColumns(model, names, top_k, threshold)
+    return TopLabelColumns(model, {"": names}, top_k)
+
+
+def predict_rows(
+    batches: Iterator[list[PreparedImage]], columns: PredictionColumns, device: torch.device, autocast: AutocastFactory
+) -> Iterator[Row]:
+    """Yield a row for each image, in order."""
+    missing = dict.fromkeys(columns.columns)
+    for batch in batches:
+        predictions: dict[int, Row] = {}
+        pixels = {image.record.index: image.pixels for image in batch if image.pixels is not None}
+        for group in group_by_shape(pixels):
+            rows = predict_batch(torch.stack(list(group.values())).to(device), columns, autocast)
+            predictions |= dict(zip(group, rows, strict=True))
+        for image in batch:
+            index, name = image.record.index, image.record.name
+            yield {"index": index, "image": name, **missing, "error": image.error, **predictions.get(index, {})}
+
+
+def group_by_shape(pixels: Mapping[int, torch.Tensor]) -> list[dict[int, torch.Tensor]]:
+    """Group images [C, H, W] by shape, because image processors may preserve the aspect ratio."""
+    groups: dict[torch.Size, dict[int, torch.Tensor]] = {}
+    for index, image in pixels.items():
+        groups.setdefault(image.shape, {})[index] = image
+    return list(groups.values())
+
+
+def predict_batch(pixel_values: torch.Tensor, columns: PredictionColumns, autocast: AutocastFactory) -> list[Row]:
+    """Return a row for each image [B, C, H, W], with an error if the model raises one or its output overflows."""
+    try:
+        with torch.inference_mode(), autocast():
+            values = columns.predict(pixel_values)
+    except ValueError as error:  # sizes or channels that the model does not support
+        return [{"error": str(error)}] * len(pixel_values)
+    is_finite = torch.stack([value.flatten(1).isfinite().all(dim=1) for value in values.values()]).all(dim=0)  # [B]
+    overflow = {"error": "the model output is not finite. Set another --mixed-precision"}
+    rows = columns.build_rows(values)
+    return [row if finite else overflow for row, finite in zip(rows, is_finite.tolist(), strict=True)]
