@@ -7,8 +7,8 @@ several tasks               <task>_label, <task>_probability, <task>_label_2, ..
 any, with --features        features: a list of D numbers, or one such list for each of several tokens
 
 The columns `index` (index in the input) and `image` precede these columns, and `error` follows them. outputs.py writes
-the rows. Each kind of model has a class with `columns` (types by name), `predict` (images [B, C, H, W] -> model outputs
-by name) and `build_rows` (model outputs -> columns of each image).
+the rows. Each kind of model has a class with `columns` (types by name), `predict` (images [B, C, H, W] -> outputs by
+name, [B, ...] `float32` each) and `build_rows` (outputs -> columns of each image).
 """
 
 from collections.abc import Callable, Iterator, Mapping
