@@ -10,7 +10,7 @@ The training is implemented in modeling_vitcls/training/task.py and finetune.py.
 from typing import TYPE_CHECKING, Any
 
 from ..options import FinetuneOptions
-from .parsing import exit_on_error, exit_with_message
+from .parsing import exit_with_message
 
 
 if TYPE_CHECKING:
@@ -33,7 +33,6 @@ def train(task_class: "type[Task]", options: Any) -> None:
     from ..training.runner import RunStopped
 
     try:
-        with exit_on_error():
-            run_training(task_class, options)
+        run_training(task_class, options)
     except RunStopped as stopped:
         exit_with_message(str(stopped), stopped.exit_status, stopped.on_all)
