@@ -102,10 +102,7 @@ def parse_flags(options_class: type, arguments: list[str], **settings: Any) -> A
     """Build the options from flags. Exits with status 2 if a flag is wrong."""
     flag_names = get_flag_names(options_class)
     arguments = [rename_synonym(argument, flag_names) for argument in arguments]
-    try:
-        return tyro.cli(options_class, args=arguments, **settings)
-    except ValueError as error:  # from __post_init__, if tyro is older than 1.0
-        exit_with_message(f"error: {error}")
+    return tyro.cli(options_class, args=arguments, **settings)
 
 
 def rename_synonym(argument: str, flag_names: set[str]) -> str:
