@@ -6,20 +6,20 @@ neighboring turn of the other side. Nothing is measured if the outputs of the si
 Memory on the CPU is the growth of a process (Linux only, from /proc), and on a GPU the peak of PyTorch's allocator.
 """
 
+import argparse
+import os
+import signal
 import statistics
+import subprocess
+import sys
+import tempfile
 import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
-from accelerate.utils import patch_environment
-
-from ..errors import format_error
 
 
 SECONDS_PER_TURN = 0.5
@@ -42,6 +42,11 @@ class BenchmarkSettings:
     is_toy: bool = False  # whether to use tiny models and data, and one call per turn
     precision: str = "fp32"  # precision of the growth rows, "fp32" or "bf16"; other rows specify theirs
     device: str = "cpu"  # "cpu" or "cuda"
+
+    @property
+    def toy_flag(self) -> tuple[str, ...]:
+        """Return the flag --toy for the measuring processes, if toy models are used."""
+        return ("--toy",) if self.is_toy else ()
 
 
 @dataclass(frozen=True)
@@ -136,21 +141,48 @@ def compare_throughput(
 # Processes -----------------------------------------------------------------------------------------------------------
 
 
-@contextmanager
-def start_process() -> Iterator[Callable[..., Any]]:
-    """Start a new process, and yield a function that calls `function(*arguments)` of a module in the process.
+class LoggedProcess:
+    """A process, its workers and its errors. Use it as a context manager, which kills the process at the end."""
 
-    An error of the process is raised as a ValueError of one line.
-    """
-    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+    def __init__(self, command: list[str], stdout: int = subprocess.DEVNULL) -> None:
+        self.command = command
+        self.stdout = stdout
+        self.log = tempfile.TemporaryFile()  # noqa: SIM115  # closed by __exit__
 
-        def call(function: Callable[..., Any], *arguments: Any) -> Any:
-            try:
-                return pool.submit(function, *arguments).result()
-            except Exception as error:  # any error of another project's model
-                raise ValueError(f"{function.__name__} failed in a new process: {format_error(error)}") from error
+    def __enter__(self) -> Self:
+        """Start the process."""
+        self.process = subprocess.Popen(
+            self.command,
+            stdin=subprocess.PIPE,
+            stdout=self.stdout,
+            stderr=self.log,
+            text=True,
+            start_new_session=True,
+        )
+        return self
 
-        yield call
+    def __exit__(self, *exc_info: object) -> None:
+        """Kill the process and its workers."""
+        if self.process.poll() is None:
+            self.send_signal(signal.SIGKILL)
+        self.process.communicate()
+        self.log.close()
+
+    def send_signal(self, number: signal.Signals) -> None:
+        """Send a signal to the process and its workers."""
+        os.killpg(self.process.pid, number)
+
+    def build_error(self) -> ValueError:
+        """Return an error with the last line that the process has logged."""
+        self.log.seek(0)
+        last_line = get_last_line(self.log.read().decode(errors="replace"))
+        return ValueError(f"{' '.join(self.command[2:4])} failed: {last_line}")
+
+
+def get_last_line(output: str) -> str:
+    """Return the last line of a process's output."""
+    lines = output.strip().splitlines()
+    return lines[-1] if lines else "it printed nothing"
 
 
 # Equal outputs -------------------------------------------------------------------------------------------------------
@@ -184,21 +216,37 @@ def check_logits(ours: Predict, theirs: Predict, pixel_values: torch.Tensor, nam
 # Memory --------------------------------------------------------------------------------------------------------------
 
 
-def measure_peaks(measure: Callable[..., int], *arguments: Any) -> dict[str, int]:
+def parse_memory_flags(rows: Iterable[str], peers: Iterable[str] = ()) -> argparse.Namespace:
+    """Parse the flags of a process that `measure_peaks` starts: row, side, and peer if there are several."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("row", choices=tuple(rows))
+    if peers:
+        parser.add_argument("peer", choices=tuple(peers))
+    parser.add_argument("--theirs", action="store_true")
+    parser.add_argument("--precision", default="fp32")
+    parser.add_argument("--toy", action="store_true")
+    return parser.parse_args()
+
+
+def measure_peaks(module: str, *arguments: str) -> dict[str, int]:
     """Return the peak memory of both sides in bytes, as entries of `Comparison.details`.
 
-    Each side calls `measure(*arguments, is_theirs)` in a new process, which returns its `measure_memory_growth`.
+    Each side is measured in a new process. For the other side, the module receives the flag --theirs.
     """
     return {
-        "ours_peak_bytes": measure_peak_in_process(measure, *arguments, False),
-        "theirs_peak_bytes": measure_peak_in_process(measure, *arguments, True),
+        "ours_peak_bytes": measure_peak_in_process(module, *arguments),
+        "theirs_peak_bytes": measure_peak_in_process(module, *arguments, "--theirs"),
     }
 
 
-def measure_peak_in_process(measure: Callable[..., int], *arguments: Any) -> int:
-    """Call a function in a new process and return its result."""
-    with patch_environment(**MALLOC_VARIABLES), start_process() as call:
-        return call(measure, *arguments)  # type: ignore[no-any-return]
+def measure_peak_in_process(module: str, *arguments: str) -> int:
+    """Run a module in a new process and return the number that it prints last, its `measure_memory_growth` in bytes.
+    Raise ValueError if the process fails."""
+    command = [sys.executable, "-m", module, *arguments]
+    process = subprocess.run(command, capture_output=True, text=True, env=os.environ | MALLOC_VARIABLES)
+    if process.returncode:
+        raise ValueError(f"cannot measure the memory of {' '.join(arguments)}: {get_last_line(process.stderr)}")
+    return int(process.stdout.strip().splitlines()[-1])
 
 
 def measure_memory_growth(warm_up: Callable[[], object], function: Callable[[], object]) -> int:

@@ -1,5 +1,6 @@
 """Time and memory of a forward pass by image size, patch size, number of tokens and batch size, and their figure.
 
+    python -m modeling_vitcls.benchmarking.growth "image size 448" timm [--theirs] [--precision bf16]    peak in bytes
     plot_growth(comparisons, "processor, versions")    each as `Comparison.to_dict()`, or from the file of --output
 
 All axes share one base point, which is measured once; each axis varies one of its values. Tokens are added as
@@ -28,6 +29,7 @@ from .comparison import (
     measure_gpu_memory_growth,
     measure_memory_growth,
     measure_peaks,
+    parse_memory_flags,
 )
 from .peers import PEERS, PEERS_WITH_REGISTERS, TOY, Peer, build_random_images, compare_predictions, get_model_size
 
@@ -127,7 +129,7 @@ def compare_point(name: str, point: GrowthPoint, peer: Peer, settings: Benchmark
     pixel_values = build_random_images(point.batch_size, point.image_size).to(device, PRECISIONS[precision])
     speeds, difference = compare_predictions(peer, pixel_values, name, settings)
     if device == "cpu":
-        peaks = measure_peaks(measure_point_peak, point, peer.name, precision, settings.is_toy)
+        peaks = measure_peaks(__name__, name, peer.name, "--precision", precision, *settings.toy_flag)
     else:  # after the warm-up by `compare_predictions`
         with torch.inference_mode():
             peaks = {
@@ -164,13 +166,15 @@ def measure_peak(predict: Predict, pixel_values: torch.Tensor, predict_toy: Pred
     return measure_memory_growth(lambda: predict_toy(toy_images), lambda: predict(pixel_values))
 
 
-def measure_point_peak(point: GrowthPoint, against: str, precision: str, is_toy: bool, is_theirs: bool) -> int:
-    """Return the peak memory of a forward pass of one side in bytes, in a new process."""
-    dtype = PRECISIONS[precision]
-    peers = [build_peer(point, against, is_toy).to(dtype), PEERS[against](TOY).to(dtype)]
-    predict, predict_toy = (peer.predict_theirs if is_theirs else peer.predict_ours for peer in peers)
+def main() -> None:
+    """Print the peak memory of a forward pass of one side in bytes."""
+    flags = parse_memory_flags(POINTS | TOY_POINTS, PEERS)
+    point = (TOY_POINTS if flags.toy else POINTS)[flags.row]
+    dtype = PRECISIONS[flags.precision]
+    peers = [build_peer(point, flags.peer, flags.toy).to(dtype), PEERS[flags.peer](TOY).to(dtype)]
+    predict, predict_toy = (peer.predict_theirs if flags.theirs else peer.predict_ours for peer in peers)
     pixel_values = build_random_images(point.batch_size, point.image_size).to(dtype)
-    return measure_peak(predict, pixel_values, predict_toy, build_random_images(2, TOY.image_size).to(dtype))
+    print(measure_peak(predict, pixel_values, predict_toy, build_random_images(2, TOY.image_size).to(dtype)))
 
 
 # Figure --------------------------------------------------------------------------------------------------------------
@@ -295,3 +299,7 @@ def format_caption(comparisons: list[ComparisonDict], machine: str) -> str:
         f"{machine}.",
     )
     return " ".join(sentence for sentence in sentences if sentence)
+
+
+if __name__ == "__main__":
+    main()

@@ -3,16 +3,23 @@
     pixels        `ViTCLSImageProcessor`, compared with AutoImageProcessor
     prediction    `vitcls predict`, compared with transformers' pipeline
 
+    python -m modeling_vitcls.benchmarking.image_files ours FOLDER [--toy]
+
 The files are crops of the two photographs of scikit-learn, in a common size and with several JPEG settings. Each side
 reads the files in each turn. For predictions, each side runs in a separate process, because `vitcls predict` changes
-the memory allocation of its process (system.py).
+the memory allocation of its process (system.py). The process reads requests, `labels 16` or `speed 16` for batches of
+16, and prints a line of JSON for each: the most probable label and its probability for each file, or images per
+second.
 """
 
+import argparse
+import json
+import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +35,11 @@ from ..system import keep_freed_memory
 from .comparison import (
     BenchmarkSettings,
     Comparison,
+    LoggedProcess,
     check_difference,
     compare_throughput,
     measure_in_turns,
     measure_throughput,
-    start_process,
 )
 from .peers import ModelSize, build_transformers_peer, get_model_size
 
@@ -141,15 +148,16 @@ def compare_prediction(rows: dict[str, int], settings: BenchmarkSettings) -> Ite
     with tempfile.TemporaryDirectory() as folder:
         num_files = len(write_benchmark_files(Path(folder), settings.is_toy))
         details = {"num_files": num_files, "size": vars(get_model_size(settings.is_toy))}
-        with start_process() as call_ours, start_process() as call_theirs:
+        with (
+            PredictionProcess("ours", folder, settings) as ours,
+            PredictionProcess("theirs", folder, settings) as theirs,
+        ):
             for name, batch_size in rows.items():
-                arguments = Path(folder), settings.is_toy, batch_size
-                labels = call_ours(predict_files, "ours", *arguments)
-                expected = call_theirs(predict_files, "theirs", *arguments)
+                labels, expected = (side.request("labels", batch_size) for side in (ours, theirs))
                 difference = check_labels(labels, expected, name)
                 speeds = measure_in_turns(
-                    partial(call_ours, measure_prediction, "ours", *arguments),
-                    partial(call_theirs, measure_prediction, "theirs", *arguments),
+                    lambda size=batch_size: ours.request("speed", size),  # type: ignore[misc]
+                    lambda size=batch_size: theirs.request("speed", size),  # type: ignore[misc]
                     settings.num_pairs,
                 )
                 yield Comparison("predict.py on JPEG files", name, "pipeline", *speeds, difference, details)
@@ -164,6 +172,22 @@ def check_labels(labels: list[TopLabel], expected: list[TopLabel], name: str) ->
             raise ValueError(f"{name}: image {index} is {ours} for vitcls predict, but {theirs} for the pipeline")
         difference = max(difference, abs(probability - their_probability))
     return check_difference(difference, MAX_DIFFERENCE, name, "the probabilities")
+
+
+class PredictionProcess(LoggedProcess):
+    """Process of one side, which waits for requests."""
+
+    def __init__(self, side: str, folder: str, settings: BenchmarkSettings) -> None:
+        super().__init__([sys.executable, "-m", __name__, side, folder, *settings.toy_flag], stdout=subprocess.PIPE)
+
+    def request(self, kind: str, batch_size: int) -> Any:
+        """Send a request and return the reply. Raise ValueError if the process ends instead."""
+        stdin, stdout = self.process.stdin, self.process.stdout
+        assert stdin is not None and stdout is not None
+        print(kind, batch_size, file=stdin, flush=True)
+        if reply := stdout.readline():
+            return json.loads(reply)
+        raise self.build_error()
 
 
 def build_vitcls_predictor(size: ModelSize, folder: Path) -> PredictFiles:
@@ -201,18 +225,23 @@ def build_pipeline_predictor(size: ModelSize, folder: Path) -> PredictFiles:
 SIDES = {"ours": build_vitcls_predictor, "theirs": build_pipeline_predictor}
 
 
-@cache
-def build_predictor(side: str, folder: Path, is_toy: bool) -> PredictFiles:
-    """Build the function that predicts for one side, once in its process."""
-    return SIDES[side](get_model_size(is_toy), folder)
+def main() -> None:
+    """Reply to the requests on standard input until it ends."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("side", choices=SIDES)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--toy", action="store_true")
+    flags = parser.parse_args()
+    predict = SIDES[flags.side](get_model_size(flags.toy), flags.folder)
+    num_files = len(list(flags.folder.rglob("*.jpg")))
+    for line in sys.stdin:
+        kind, batch_size = line.split()
+        if kind == "labels":
+            reply: Any = predict(int(batch_size))
+        else:
+            reply = measure_throughput(lambda size=int(batch_size): predict(size), num_files, 0.0)  # type: ignore[misc]
+        print(json.dumps(reply), flush=True)
 
 
-def predict_files(side: str, folder: Path, is_toy: bool, batch_size: int) -> list[TopLabel]:
-    """Return the most probable label of each file and its probability."""
-    return build_predictor(side, folder, is_toy)(batch_size)
-
-
-def measure_prediction(side: str, folder: Path, is_toy: bool, batch_size: int) -> float:
-    """Return the images per second of one prediction of all files, after a warm-up."""
-    predict = build_predictor(side, folder, is_toy)
-    return measure_throughput(lambda: predict(batch_size), len(list(folder.rglob("*.jpg"))), 0.0)
+if __name__ == "__main__":
+    main()

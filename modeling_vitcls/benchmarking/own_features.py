@@ -4,6 +4,8 @@
     attention   reading attention, compared with a plain forward pass: time and memory
     probe       a linear probe with cached features, compared with a probe that encodes each batch again
 
+    python -m modeling_vitcls.benchmarking.own_features "token_attention, batch 16" [--theirs]    peak in bytes
+
 Merged and dropped patches change the outputs. The outputs are only compared with the feature set to 0. The cost in
 accuracy depends on the data: measure it with scripts/finetune.py and scripts/evaluate.py.
 """
@@ -33,6 +35,7 @@ from .comparison import (
     compare_throughput,
     measure_memory_growth,
     measure_peaks,
+    parse_memory_flags,
 )
 from .peers import TRAINING_STEPS, ModelSize, StepRunner, build_random_images, get_model_size
 
@@ -179,7 +182,7 @@ def compare_attention(rows: dict[str, AttentionRow], settings: BenchmarkSettings
         difference = check_attention(row, model, pixel_values, name)
         ours, theirs = partial(row.read, model, pixel_values), partial(model, pixel_values)
         speeds = compare_throughput(ours, theirs, row.batch_size, settings)
-        peaks = measure_peaks(measure_attention_peak, row, settings.is_toy)
+        peaks = measure_peaks(__name__, name, *settings.toy_flag)
         details = {"batch_size": row.batch_size, "size": vars(get_model_size(settings.is_toy)), **peaks}
         yield Comparison("attention", name, "a plain forward pass", *speeds, difference, details)
 
@@ -204,14 +207,6 @@ def check_attention(
     model.set_attn_implementation("sdpa")
     limit = ATTENTION_LIMIT * max(1.0, expected.abs().max().item())
     return check_difference((values - expected).abs().max().item(), limit, name, "the values")
-
-
-def measure_attention_peak(row: AttentionRow, is_toy: bool, is_theirs: bool) -> int:
-    """Return the peak memory in bytes of computing attention, or of a plain forward pass, in a new process."""
-    model, pixel_values = build_attention_inputs(row.batch_size, is_toy)
-    read = build_predict_function(model) if is_theirs else lambda images: row.read(model, images)
-    with torch.no_grad():  # the warm-up is one image
-        return measure_memory_growth(lambda: read(pixel_values[:1]), lambda: read(pixel_values))
 
 
 # Linear probe --------------------------------------------------------------------------------------------------------
@@ -275,3 +270,17 @@ def train_probe(
             optimizer.step()
     weight: torch.Tensor = head.classifier.weight.detach()
     return weight
+
+
+def main() -> None:
+    """Print the peak memory in bytes of computing attention, or of a plain forward pass."""
+    flags = parse_memory_flags(ATTENTION_ROWS)
+    row = ATTENTION_ROWS[flags.row]
+    model, pixel_values = build_attention_inputs(row.batch_size, flags.toy)
+    read = build_predict_function(model) if flags.theirs else lambda images: row.read(model, images)
+    with torch.no_grad():  # the warm-up is one image
+        print(measure_memory_growth(lambda: read(pixel_values[:1]), lambda: read(pixel_values)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,5 +1,7 @@
 """Forward passes and training steps, compared with the ViTs of other projects.
 
+    python -m modeling_vitcls.benchmarking.peers "fp32, batch 16" timm [--theirs]    peak memory of a step in bytes
+
 Both sides have the same random weights: the model of this package is converted from the other model. A training step
 is the forward pass, the backward pass and AdamW, without data loading; training_runs.py compares whole training runs.
 """
@@ -29,6 +31,7 @@ from .comparison import (
     measure_gpu_memory_growth,
     measure_memory_growth,
     measure_peaks,
+    parse_memory_flags,
 )
 
 
@@ -267,7 +270,7 @@ def compare_step(name: str, row: TrainingStep, peer: Peer, settings: BenchmarkSe
     difference = check_gradients(ours, theirs, f"{name} against {peer.name}")
     speeds = compare_throughput(ours, theirs, row.batch_size, settings)
     if settings.device == "cpu":
-        peaks = measure_peaks(measure_step_peak, row, peer.name, settings.is_toy)
+        peaks = measure_peaks(__name__, name, peer.name, *settings.toy_flag)
     else:
         peaks = {"ours_peak_bytes": ours.measure_gpu_peak(), "theirs_peak_bytes": theirs.measure_gpu_peak()}
     details = {"device": settings.device, "size": vars(peer.size), **peaks}
@@ -288,13 +291,18 @@ def check_gradients(ours: StepRunner, theirs: StepRunner, name: str) -> float:
     return check_difference(difference, ours.row.limit, name, "the gradients, relative to their norm,")
 
 
-def measure_step_peak(row: TrainingStep, against: str, is_toy: bool, is_theirs: bool) -> int:
-    """Return the peak memory of a training step in bytes, excluding parameters and optimizer state, in a new
-    process."""
-    runner = build_step_runners(row, PEERS[against](get_model_size(is_toy)))[is_theirs]
+def main() -> None:
+    """Print the peak memory of a training step in bytes, excluding parameters and optimizer state."""
+    flags = parse_memory_flags(TRAINING_STEPS, PEERS)
+    runners = build_step_runners(TRAINING_STEPS[flags.row], PEERS[flags.peer](get_model_size(flags.toy)))
+    runner = runners[flags.theirs]
 
     def warm_up() -> None:
         runner(num_images=1)
         runner.optimizer.zero_grad()
 
-    return measure_memory_growth(warm_up, runner)
+    print(measure_memory_growth(warm_up, runner))
+
+
+if __name__ == "__main__":
+    main()

@@ -7,9 +7,7 @@ process is suspended. The time between lines is measured in this process. Suspen
 """
 
 import json
-import os
 import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -27,7 +25,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments, ViTForImag
 
 from ..conversion.from_transformers import convert_from_transformers
 from ..image_processing_vitcls import ViTCLSImageProcessor
-from .comparison import BenchmarkSettings, Comparison, check_logits, measure_in_turns
+from .comparison import BenchmarkSettings, Comparison, LoggedProcess, check_logits, measure_in_turns
 from .image_files import write_photographs
 from .own_features import build_predict_function
 from .peers import SMALL, ModelSize, build_transformers_vit
@@ -148,20 +146,17 @@ def build_their_command(run: TrainingRun, dataset: str, folder: Path) -> list[st
     return [sys.executable, "-m", __name__, str(file)]
 
 
-class SuspendedRun:
-    """A training run that is suspended except during its turns. Use it as a context manager."""
+class SuspendedRun(LoggedProcess):
+    """A training run that is suspended except during its turns."""
 
     def __init__(self, command: list[str], metrics: Path, run: TrainingRun) -> None:
-        self.command = command
+        super().__init__(command)
         self.metrics = metrics
         self.run = run
-        self.log = tempfile.TemporaryFile()  # noqa: SIM115  # closed by __exit__
 
     def __enter__(self) -> Self:
         """Start the run, wait for the warmup, and suspend it."""
-        self.process = subprocess.Popen(
-            self.command, stdout=self.log, stderr=subprocess.STDOUT, start_new_session=True
-        )
+        super().__enter__()
         try:
             self.wait_for_lines(WARMUP_LINES)
             self.send_signal(signal.SIGSTOP)
@@ -169,13 +164,6 @@ class SuspendedRun:
             self.__exit__()
             raise
         return self
-
-    def __exit__(self, *exc_info: object) -> None:
-        """Kill the run."""
-        if self.process.poll() is None:
-            self.send_signal(signal.SIGKILL)
-        self.process.wait()
-        self.log.close()
 
     def take_turn(self) -> float:
         """Return the images per second over `lines_per_turn` lines.
@@ -197,19 +185,13 @@ class SuspendedRun:
         started = time.perf_counter()
         while self.count_lines() < num_lines:
             if self.process.poll() is not None or time.perf_counter() - started > MAX_SECONDS_PER_LINE:
-                self.log.seek(0)
-                lines = self.log.read().decode(errors="replace").splitlines() or ["it printed nothing"]
-                raise ValueError(f"{' '.join(self.command[1:3])} failed: {lines[-1]}")
+                raise self.build_error()
             time.sleep(0.001)
         return time.perf_counter()
 
     def count_lines(self) -> int:
         """Return the number of lines that the run has written."""
         return self.metrics.read_bytes().count(b"\n") if self.metrics.is_file() else 0
-
-    def send_signal(self, number: signal.Signals) -> None:
-        """Send a signal to the run and its workers."""
-        os.killpg(self.process.pid, number)
 
 
 # transformers' Trainer, as in its example for image classification ---------------------------------------------------

@@ -21,15 +21,14 @@ from modeling_vitcls.benchmarking.comparison import (
     compute_quartiles,
     measure_in_turns,
     measure_throughput,
-    start_process,
 )
 from modeling_vitcls.benchmarking.image_files import (
     PIXEL_ROWS,
     PREDICTION_ROWS,
+    PredictionProcess,
     build_image_processors,
     check_labels,
     compare_processors,
-    predict_files,
     write_benchmark_files,
     write_photographs,
 )
@@ -212,8 +211,11 @@ def test_labels_and_weights_that_differ_are_not_compared() -> None:
 
 @pytest.mark.slow
 def test_the_error_of_a_failed_process_is_reported(tmp_path: Path) -> None:
-    with start_process() as call, raises_one_line("predict_files failed in a new process", "nobody's"):
-        call(predict_files, "nobody's", tmp_path, True, 1)
+    with (
+        PredictionProcess("nobody's", str(tmp_path), TOY_SETTINGS) as process,
+        raises_one_line("nobody's failed", "choose from"),
+    ):
+        process.request("labels", 1)
 
 
 @pytest.mark.slow

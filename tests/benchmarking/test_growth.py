@@ -41,14 +41,14 @@ MEBIBYTE = 2**20
 
 
 @pytest.fixture
-def memory_requests(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
+def memory_requests(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, ...]]:
     """Replace the processes that measure memory by constants; return the list of their arguments."""
-    requests: list[tuple[Any, ...]] = []
+    requests: list[tuple[str, ...]] = []
 
-    def measure(function: Any, *arguments: Any) -> int:
-        assert function is growth.measure_point_peak
+    def measure(module: str, *arguments: str) -> int:
+        assert module == growth.__name__
         requests.append(arguments)
-        return 100 if arguments[-1] else 90
+        return 100 if "--theirs" in arguments else 90
 
     monkeypatch.setattr(comparison, "measure_peak_in_process", measure)
     return requests
@@ -69,7 +69,7 @@ def test_every_axis_leads_away_from_one_base_point() -> None:
     assert {point.batch_size for point in POINTS.values()} >= {1, 32}
 
 
-def test_all_points_are_compared(memory_requests: list[tuple[Any, ...]]) -> None:
+def test_all_points_are_compared(memory_requests: list[tuple[str, ...]]) -> None:
     """In one precision, and with all peers of --against that support the row: transformers' ViT has no registers."""
     peers = ("timm", "transformers")
     settings = BenchmarkSettings(peers, 2, is_toy=True, precision="bf16")
@@ -78,9 +78,8 @@ def test_all_points_are_compared(memory_requests: list[tuple[Any, ...]]) -> None
         (name, peer) for name in TOY_POINTS for peer in peers if (name, peer) != ("4 registers", "transformers")
     ]
     assert [(entry["name"], entry["against"]) for entry in entries] == expected
-    assert memory_requests == [
-        (TOY_POINTS[name], peer, "bf16", True, is_theirs) for name, peer in expected for is_theirs in (False, True)
-    ]
+    flags = ("--precision", "bf16", "--toy")
+    assert memory_requests == [(*pair, *flags, *side) for pair in expected for side in ((), ("--theirs",))]
     for entry in entries:
         point = TOY_POINTS[entry["name"]]
         assert entry["work"] == "growth in bf16" and len(entry["ratios"]) == 2
@@ -161,23 +160,24 @@ def test_memory_is_that_of_each_side() -> None:
     assert 50 * MEBIBYTE < ours < 80 * MEBIBYTE < 110 * MEBIBYTE < theirs < 150 * MEBIBYTE
 
 
-def test_each_process_measures_its_side(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_process_measures_the_side_of_its_flags(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """The outputs of the two sides differ, and are returned as their memory."""
     peer = Peer("timm", TOY, torch.nn.Identity(), torch.nn.Identity(), lambda pixels: pixels + 2)
     monkeypatch.setattr(Peer, "predict_ours", lambda self, pixels: pixels + 1)
     monkeypatch.setattr(growth, "build_peer", lambda point, against, is_toy: peer)
     monkeypatch.setattr(growth, "measure_peak", lambda predict, *others: int(predict(torch.zeros(1))))
-    for is_theirs, expected in ((False, 1), (True, 2)):
-        assert growth.measure_point_peak(TOY_POINTS["image size 48"], "timm", "fp32", True, is_theirs) == expected
+    for flags, expected in (((), 1), (("--theirs",), 2)):
+        monkeypatch.setattr(sys, "argv", ["growth", "image size 48", "timm", "--toy", *flags])
+        growth.main()
+        assert int(capsys.readouterr().out) == expected
 
 
 @pytest.mark.slow
 def test_memory_grows_with_the_batch() -> None:
-    for is_theirs in (False, True):
-        few, many = (
-            measure_peak_in_process(growth.measure_point_peak, POINTS[name], "timm", "fp32", False, is_theirs)
-            for name in ("batch 1", "batch 8")
-        )
+    for side in ((), ("--theirs",)):
+        few, many = (measure_peak_in_process(growth.__name__, name, "timm", *side) for name in ("batch 1", "batch 8"))
         assert 2 < many / few < 9
 
 

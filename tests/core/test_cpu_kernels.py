@@ -22,7 +22,6 @@ from transformers.activations import ACT2FN
 
 from modeling_vitcls import ViTCLSConfig, ViTCLSForImageClassification, ViTCLSModel, cpu_kernels_vitcls
 from modeling_vitcls.benchmarking.comparison import measure_peak_in_process
-from modeling_vitcls.benchmarking.peers import TRAINING_STEPS, measure_step_peak
 from modeling_vitcls.blocks_vitcls import ViTCLSMLP
 from modeling_vitcls.cpu_kernels_vitcls import (
     CPUMLP,
@@ -636,11 +635,10 @@ def test_the_meta_device() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("row", ["bf16 autocast, batch 16", "fp32, batch 16"])
 def test_a_training_step_takes_less_memory_than_with_peers(row: str) -> None:
-    def measure(peer: str, is_theirs: bool) -> int:
-        return measure_peak_in_process(measure_step_peak, TRAINING_STEPS[row], peer, False, is_theirs)
-
-    theirs = min(measure(peer, True) for peer in ("timm", "transformers"))
-    assert measure("timm", False) <= 0.95 * theirs
+    module = "modeling_vitcls.benchmarking.peers"
+    ours = measure_peak_in_process(module, row, "timm")
+    theirs = min(measure_peak_in_process(module, row, peer, "--theirs") for peer in ("timm", "transformers"))
+    assert ours <= 0.95 * theirs
 
 
 # Chunked attention ---------------------------------------------------------------------------------------------------
