@@ -7,7 +7,6 @@ what one process gives.
 import csv
 import io
 import json
-import os
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -32,7 +31,6 @@ from evaluation_worker import (
     evaluate_digits,
     evaluate_frozen_digits,
 )
-from fresh_processes import SCRIPT_ENVIRONMENT
 from PIL import Image
 from rich.console import Console
 from torch import nn
@@ -59,8 +57,6 @@ from modeling_vitcls.options import DataOptions, EvaluateOptions
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
-REPOSITORY = Path(__file__).parents[2]
-ENVIRONMENT = os.environ | SCRIPT_ENVIRONMENT
 CPU = torch.device("cpu")
 NUM_HELD_OUT_DIGITS = 372
 MEASURED = ("images_per_second", "seconds", "num_processes", "device")  # differ from run to run
