@@ -81,14 +81,19 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         functions = [getattr(item, "function", None), *(fixture.func for fixture in definitions)]
         if FOLDERS & set(item.path.relative_to(TESTS).parts) or any(starts(each, known) for each in functions):
             item.add_marker(pytest.mark.integration)
+    for item in get_later_cases([item for item in items if item.get_closest_marker("slow_cases")]):
+        item.add_marker(pytest.mark.slow)
     if config.getoption("quick"):
-        first_cases: dict[str, pytest.Item] = {}
-        for item in items:
-            if not (item.get_closest_marker("slow") or item.get_closest_marker("integration")):
-                first_cases.setdefault(item.nodeid.partition("[")[0], item)
-        selected = set(first_cases.values())
+        fast = [item for item in items if not {"slow", "integration"} & {mark.name for mark in item.iter_markers()}]
+        selected = set(fast) - set(get_later_cases(fast))
         config.hook.pytest_deselected(items=[item for item in items if item not in selected])
         items[:] = [item for item in items if item in selected]
+
+
+def get_later_cases(items: list[pytest.Item]) -> list[pytest.Item]:
+    """Return all cases but the first of each test with parameters."""
+    first_cases: dict[str, pytest.Item] = {}
+    return [item for item in items if first_cases.setdefault(item.nodeid.partition("[")[0], item) is not item]
 
 
 def starts(function: Any, known: dict[FunctionType, bool]) -> bool:

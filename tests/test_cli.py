@@ -63,6 +63,7 @@ def closed_pipe() -> Iterator[TextIO]:
         yield stream
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("unbuffered", ["", "1"])
 @pytest.mark.parametrize("arguments", [("--help",), ("env",), ("finetune", "--help")])
 def test_a_closed_pipe_ends_the_program_quietly(

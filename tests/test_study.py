@@ -111,6 +111,7 @@ def test_differences_are_paired_by_seed() -> None:
     assert f"{sum(difference) / 2:+.4g} ± {(difference.high - difference.low) / 2:.2g}" in table[3]
 
 
+@pytest.mark.slow
 def test_a_failed_run_does_not_stop_the_others_and_nothing_is_repeated(tmp_path: Path) -> None:
     factors = {"pooling": {"cls": {}, "wrong": {"pooling": "median"}}}
     file, output = write_study(tmp_path, factors=factors, seeds=[0]), tmp_path / "out"

@@ -37,6 +37,7 @@ def pages_cleared(*arguments: str, **variables: str) -> int:
     return int(ran.stdout)
 
 
+@pytest.mark.slow
 def test_memory_is_kept() -> None:
     assert pages_cleared() < 1_000
     assert pages_cleared("as it is") > 1_000

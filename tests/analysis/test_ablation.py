@@ -300,6 +300,7 @@ def hooks_of(model: nn.Module) -> list[Any]:
     return [hook for module in model.modules() for hook in module._forward_hooks.values()]
 
 
+@pytest.mark.slow
 @pytest.mark.integration
 def test_compiled_models() -> None:
     model = classifier(num_register_tokens=1)

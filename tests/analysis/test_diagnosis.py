@@ -109,6 +109,7 @@ def judged_digits(model: Any, movement: dict[str, float] | None = None) -> dict[
     return judged(model, movement, *HELD_OUT)
 
 
+@pytest.mark.slow_cases
 def test_a_healthy_model(model: Any) -> None:
     """The CLS token has an effect; its registers are not accused of anything."""
     found = judged_digits(model)
@@ -123,6 +124,7 @@ def test_a_healthy_model(model: Any) -> None:
     assert diagnose_patches(model.config, findings_of(model, HELD_OUT[0])).word == "no artifacts"
 
 
+@pytest.mark.slow_cases
 def test_random_registers_have_no_measurable_effect(model: Any) -> None:
     with torch.no_grad():
         registers = model.vitcls.embeddings.register_tokens
@@ -134,6 +136,7 @@ def test_random_registers_have_no_measurable_effect(model: Any) -> None:
     assert changed[1] > 0  # no changed answers of n are at most 3 / n
 
 
+@pytest.mark.slow_cases
 def test_a_cls_token_of_100_times_its_norm(model: Any) -> None:
     with torch.no_grad():
         model.vitcls.embeddings.cls_token *= 100
@@ -142,6 +145,7 @@ def test_a_cls_token_of_100_times_its_norm(model: Any) -> None:
     assert found.numbers["norm_ratio"] > 3 and found.numbers["embedding_similarity"] > 0.9
 
 
+@pytest.mark.slow_cases
 def test_a_cls_token_that_is_cut_off_from_the_patches(model: Any) -> None:
     with cls_attends_to_itself(model):
         found = judged_digits(model)["CLS"]
@@ -165,6 +169,7 @@ def cls_attends_to_itself(model: Any) -> Iterator[None]:
         yield
 
 
+@pytest.mark.slow_cases
 def test_a_harmful_register(model: Any) -> None:
     """All tokens attend to it, and what it writes hides the digits: accuracy rises without it."""
     pixels, labels = HELD_OUT
@@ -190,6 +195,7 @@ def find_harmful_token(model: Any, pixels: torch.Tensor, labels: torch.Tensor) -
     return tokens[:, 1].detach()
 
 
+@pytest.mark.slow_cases
 def test_registers_of_nearly_equal_attention(model: Any) -> None:
     """Not equal: their states differ by more than those of identical tokens."""
     with torch.no_grad():
@@ -201,6 +207,7 @@ def test_registers_of_nearly_equal_attention(model: Any) -> None:
     assert found["CLS"].word == "effect beyond the null"
 
 
+@pytest.mark.slow_cases
 def test_duplicated_registers(model: Any) -> None:
     with torch.no_grad():
         registers = model.vitcls.embeddings.register_tokens
@@ -210,6 +217,7 @@ def test_duplicated_registers(model: Any) -> None:
     assert found["CLS"].word == "effect beyond the null"
 
 
+@pytest.mark.slow_cases
 def test_a_frozen_token_among_others_that_moved(model: Any) -> None:
     movement = {"cls[0]": 0.5, "registers[0]": 0.2, "registers[1]": 0.0}
     found = judged_digits(model, movement)
@@ -219,6 +227,7 @@ def test_a_frozen_token_among_others_that_moved(model: Any) -> None:
     assert {all_frozen[name].meaning for name in ("CLS", "register 1", "register 2")} == {"neutral"}
 
 
+@pytest.mark.slow_cases
 def test_an_encoder_is_diagnosed_by_its_features(model: Any) -> None:
     found = judged(model.vitcls, pixels=HELD_OUT[0])
     cls = found["CLS"]
@@ -230,6 +239,7 @@ def test_an_encoder_is_diagnosed_by_its_features(model: Any) -> None:
     assert found["register 1"].word in EFFECTS
 
 
+@pytest.mark.slow
 def test_rare_false_alarms_of_random_tokens() -> None:
     """Registers with random weights in random models: 60 tokens, of which at most 5 % seem to have an effect."""
     verdicts = [

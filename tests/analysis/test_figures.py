@@ -378,6 +378,7 @@ def test_titles(label, answer, expected):
     assert format_title(label, answer) == expected
 
 
+@pytest.mark.slow
 @pytest.mark.integration
 def test_large_photographs_and_many_tokens_make_small_files(tmp_path):
     photograph = Image.fromarray(load_sample_images().images[0]).resize((4000, 3000), Image.Resampling.BILINEAR)

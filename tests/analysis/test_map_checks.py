@@ -40,6 +40,7 @@ def test_shuffled_weights_are_the_same_values_elsewhere() -> None:
     )
 
 
+@pytest.mark.slow
 def test_attribution_of_a_trained_model_is_faithful(monkeypatch: pytest.MonkeyPatch) -> None:
     """Better than a random order; maps that are turned upside down are not."""
     model = train_digits_model(epochs=6)

@@ -86,6 +86,7 @@ def pictures(count: int = 4) -> list[Image.Image]:
 PROCESSOR = ViTCLSImageProcessor(size={"height": 32, "width": 32})
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("wrapped", WRAPPERS.values(), ids=WRAPPERS)
 @pytest.mark.integration
 def test_wrapped_models_are_inspected_as_what_they_are(wrapped: Callable[[], Any], tmp_path: Path) -> None:

@@ -432,6 +432,7 @@ def test_a_click_shows_the_similarity_to_that_patch(browser: Browser, faulty: An
             assert cosine == pytest.approx(expected[row, column].item(), abs=0.03)
 
 
+@pytest.mark.slow
 def test_patches_as_blocks_and_fewer_layers(browser: Browser, tmp_path: Path) -> None:
     found = write_report(tmp_path / "report.html", classifier(num_hidden_layers=5), processor(), pictures())
     with opened(browser, tmp_path / "report.html") as page:
@@ -465,6 +466,7 @@ def test_what_nothing_reads_is_marked(browser: Browser, faulty: Any) -> None:
         assert page.locator("[data-chart=mass] .unread-bar").count() == 3 * 3  # registers, groups of tokens
 
 
+@pytest.mark.slow
 def test_instructive_images_come_first(browser: Browser, tmp_path: Path) -> None:
     """Wrong predictions, then the least confident, then typical ones; a filter shows one kind."""
     model, many = classifier(), [*pictures(), *more_pictures()]
@@ -593,6 +595,7 @@ def test_registers_that_are_one_are_at_cosine_1(browser: Browser, faulty: Any) -
 # Looks ---------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [390, 1280])
 def test_light_and_dark_on_phones_and_desktops(browser: Browser, faulty: Any, scheme: str, width: int) -> None:
@@ -633,6 +636,7 @@ def luminance(colour: str) -> float:
 # Other models --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
 def test_any_layout(browser: Browser, tmp_path: Path, layout: dict[str, Any]) -> None:
     model = filled(ViTCLSForImageClassification(tiny_config(**layout)))
@@ -737,6 +741,7 @@ def test_printing_keeps_colors_and_hides_tooltips(browser: Browser, faulty: Any)
         assert page.locator(".square").first.evaluate("(one) => getComputedStyle(one).printColorAdjust") == "exact"
 
 
+@pytest.mark.slow
 def test_the_head_states_the_patches_that_there_are(browser: Browser, tmp_path: Path) -> None:
     """Not those of the model's own image size: the image processor decides."""
     wide = processor(do_center_crop=False, size={"height": 48, "width": 64})
@@ -753,6 +758,7 @@ def test_the_head_states_the_patches_that_there_are(browser: Browser, tmp_path: 
 # Answers -------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("fields", [{"num_labels": 1}, {"problem_type": "multi_label_classification"}], ids=["1", "8"])
 def test_labels_hold_from_one_half_on(browser: Browser, tmp_path: Path, fields: dict[str, Any]) -> None:
     """As scripts/predict.py has it; where none does, the page says so, and explains the most probable one."""
@@ -792,6 +798,7 @@ FAMILIES = (
 ).split(", ")
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("name", FAMILIES)
 def test_converted_families(name: str, tmp_path: Path) -> None:
     """Of transformers, with random weights."""

@@ -125,6 +125,7 @@ def test_the_script_compares_reading_attention(tmp_path: Path) -> None:
     assert "images per second" in done.stdout and "MiB" in done.stdout
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("name", ["pixels", "prediction", "probe"])
 def test_work_without_peers_is_compared(name: str) -> None:
     found = list(compare((name,), (), BenchmarkSettings(("transformers",), 2, is_toy=True)))
@@ -158,6 +159,7 @@ def test_attention_is_checked_before_it_is_measured(name: str) -> None:
         check_attention(not_a_number, model, pixel_values, name)
 
 
+@pytest.mark.slow
 def test_memory_is_the_peak_of_a_process() -> None:
     """Memory that is freed before the end counts (64 MiB), memory that the warm-up leaves does not.
 

@@ -146,6 +146,7 @@ def test_work_for_the_cpu_is_not_measured_on_a_gpu(monkeypatch: pytest.MonkeyPat
 # Memory --------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_memory_is_that_of_each_side() -> None:
     """A process that has run other tests holds free memory, so the test starts a new one."""
     code = """

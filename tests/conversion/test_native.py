@@ -106,6 +106,7 @@ def test_code_in_a_native_repository_is_not_run(hub: LocalHub, tmp_path: Path) -
         push_folder(tmp_path / "native", "ann/native")
 
 
+@pytest.mark.slow
 def test_the_command(tmp_path: Path) -> None:
     folder = save(tmp_path / "mine", **DEMO)
     script = ROOT / "scripts" / "convert.py"

@@ -48,6 +48,7 @@ def assert_one_graph(model: Any, **kwargs: Any) -> None:
         torch._dynamo.reset()
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("has_kernels", [True, False])
 @each_model
 @pytest.mark.integration
@@ -55,6 +56,7 @@ def test_there_is_no_graph_break(model_class: Any, fields: dict[str, Any], has_k
     assert_one_graph(build_model(model_class, fields, has_kernels))
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("name", ["encoder", "classifier_with_tokens"])
 @pytest.mark.integration
 def test_there_is_no_graph_break_with_recorded_hidden_states(name: str) -> None:
@@ -66,6 +68,7 @@ def test_there_is_no_graph_break_with_recorded_hidden_states(name: str) -> None:
     assert_one_graph(model, output_hidden_states=True)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_compiled_values() -> None:
     model = build_model(ViTCLSForImageClassification, {"num_register_tokens": 2}, has_kernels=True)

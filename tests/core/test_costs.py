@@ -92,6 +92,7 @@ def loss_of(model: Any, autocast: torch.dtype | None = None, batch: int = 4, sid
 # Operations
 
 
+@pytest.mark.slow_cases
 @each_case
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 def test_operations_are_those_that_torch_counts(fields: dict[str, Any], attention: str) -> None:

@@ -483,6 +483,7 @@ def test_exported_programs_do_not_depend_on_this_cpu(dtype: torch.dtype) -> None
     assert "float32" not in str(program.graph)
 
 
+@pytest.mark.slow
 def test_compiled_half_precision_agrees(dtype: torch.dtype) -> None:
     layer, inputs = CPULinear(48, 80).to(dtype).requires_grad_(False), torch.randn(2, 7, 48).to(dtype)
     torch.testing.assert_close(torch.compile(layer)(inputs), layer(inputs), rtol=1e-2, atol=1e-2)

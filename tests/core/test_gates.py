@@ -190,6 +190,7 @@ def digit_model(digits: tuple[torch.Tensor, torch.Tensor]) -> ViTCLSForImageClas
     return model
 
 
+@pytest.mark.slow
 @pytest.mark.integration
 def test_fine_tuning_opens_the_gates_and_uses_the_tokens(
     digits: tuple[torch.Tensor, torch.Tensor], digit_model: ViTCLSForImageClassification

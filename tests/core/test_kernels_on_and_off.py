@@ -165,6 +165,7 @@ def test_torch_func_in_half_precision(dtype: torch.dtype) -> None:
     compare_in_half_precision(get_gradients_per_image, dtype)
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_compiled(backend: str) -> None:
     fast, plain = build_models(num_register_tokens=2)
@@ -222,6 +223,7 @@ def test_int8(name: str) -> None:
     assert_equal_in_float32({"logits": fast(images()).logits}, {"logits": plain(images()).logits})
 
 
+@pytest.mark.slow
 def test_fsdp2(two_processes: Path) -> None:
     results = torch.load(two_processes / "sharded.pt")
     assert any(name.startswith("CPU") for name in results[True]["classes"])
@@ -344,6 +346,7 @@ print(model)
 """
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("value", ["0", "1"])
 def test_environment_variable(value: str) -> None:
     ran = run_fresh("-c", SWITCHED_OFF, environment={**os.environ, "VITCLS_CPU_KERNELS": value})

@@ -168,6 +168,7 @@ def learn_once(model: ViTCLSPreTrainedModel) -> None:
     assert all(gradient.isfinite().all() for gradient in gradients)
 
 
+@pytest.mark.slow
 @limited(100)
 @given(
     fields=valid_fields(), model_class=st.sampled_from(CLASSES), more=st.tuples(st.integers(0, 9), st.integers(0, 9))
@@ -207,6 +208,7 @@ ANYTHING = st.one_of(SCALARS, SMALL_INTEGERS, WORDS, LISTS, LISTS.map(tuple), DI
 LABEL_FIELDS = ["num_labels", "id2label", "label2id", "problem_type", "out_features", "out_indices"]
 
 
+@pytest.mark.slow
 @limited(400)
 @given(
     fields=valid_fields(),

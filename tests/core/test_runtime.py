@@ -138,6 +138,7 @@ def fresh_compiler() -> Iterator[None]:
     torch._dynamo.reset()
 
 
+@pytest.mark.slow_cases
 @pytest.mark.usefixtures("fresh_compiler")
 @each_kind
 def test_each_class_compiles_into_one_graph(model_class: type, fields: dict[str, Any], inputs: dict[str, Any]) -> None:
@@ -161,6 +162,7 @@ def with_blocks(name: str) -> dict[str, Any]:
     return {field: value for block in TOGETHER[name] for field, value in BLOCKS[block].items()}
 
 
+@pytest.mark.slow_cases
 @pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize("name", TOGETHER)
 def test_options_compile_into_one_graph_with_gradients(name: str) -> None:
@@ -185,6 +187,7 @@ def test_compiled_code_agrees(kind: str) -> None:
         assert_same_outputs(compiled(images(2, *size)), model(images(2, *size)), 1e-5)
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("name", TOGETHER)
 def test_export_with_any_number_of_images(name: str) -> None:
     assert sorted(block for blocks in TOGETHER.values() for block in blocks) == sorted(BLOCKS)

@@ -198,6 +198,7 @@ def test_half_precision() -> None:
     assert largest_difference(rows.float(), by_eager_attention(model, images()).float()) <= 0.02
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_compiled_models_have_it() -> None:
     model = filled(ViTCLSForImageClassification(tiny_config(**TOKENS)))

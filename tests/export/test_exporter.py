@@ -155,6 +155,7 @@ def run(*flags: Any) -> subprocess.CompletedProcess[str]:
 # Models
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("name", [name if name in ("tokens", "masks") else slow(name) for name in MODELS])
 def test_an_onnx_file_has_the_outputs_of_the_model(name: str, tmp_path: Path) -> None:
     model_class, fields, names = MODELS[name]
@@ -337,6 +338,7 @@ def test_the_printed_lines_run_the_graph(exported: tuple[Any, Path, str]) -> Non
     assert_close({"logits": np.load(file.parent / "out.npy")}, wanted)
 
 
+@pytest.mark.slow
 def test_the_torch_format_is_checked_in_a_new_process(tmp_path: Path) -> None:
     model_class, fields, names = MODELS["tasks"]
     model = checkpoint(tmp_path / "model", model_class, **fields)

@@ -28,6 +28,7 @@ def export_and_run(model: torch.nn.Module, file: Path, num_images: int) -> dict[
     return {name: torch.from_numpy(array) for name, array in zip(names, arrays, strict=True)}
 
 
+@pytest.mark.slow_cases
 @each_layout
 def test_the_batch_is_dynamic_and_no_output_is_repeated(tmp_path: Path, layout: dict[str, Any]) -> None:
     model = filled(ViTCLSForImageClassification(tiny_config(**layout)))
@@ -40,6 +41,7 @@ def test_the_batch_is_dynamic_and_no_output_is_repeated(tmp_path: Path, layout: 
         assert (output - expected[name]).abs().max() <= 1e-5, name
 
 
+@pytest.mark.slow
 def test_the_encoder(tmp_path: Path) -> None:
     model = filled(ViTCLSModel(tiny_config(num_register_tokens=2)))
     sequence, pooled = export_and_run(model, tmp_path / "model.onnx", 3).values()

@@ -46,6 +46,7 @@ def train(base: Path) -> ViTCLSForImageClassification:
     return model.eval()
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("head_type", ["linear", "mlp"])
 def test_an_adapter_is_pushed_alone_and_loaded_as_its_card_says(hub: LocalHub, tmp_path: Path, head_type: str) -> None:
     base = tmp_path / "base"

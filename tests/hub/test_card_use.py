@@ -41,6 +41,7 @@ def publish(hub: LocalHub, folder: Path, kind: str) -> None:
     hub.create(f"ann/{kind}", private=False, files={file.name: file.read_bytes() for file in folder.iterdir()})
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_first_code_block_runs_as_it_is_and_prints_no_warnings(tmp_path: Path, kind: str) -> None:
     home = tmp_path / "home"

@@ -97,12 +97,14 @@ def test_a_classifier(hub: LocalHub, tmp_path: Path) -> None:
     assert not any("\n" in error for error in errors)
 
 
+@pytest.mark.slow
 def test_urls_are_fetched_only_if_they_are_enabled(hub: LocalHub, tmp_path: Path) -> None:
     model = ViTCLSForImageClassification(tiny_config())
     (answer,) = serve(tmp_path, model, [{"inputs": "http://127.0.0.1:9/image.png"}], VITCLS_ENDPOINT_URLS="1")
     assert "cannot fetch the image" in answer["error"]
 
 
+@pytest.mark.slow
 def test_other_models(hub: LocalHub, tmp_path: Path) -> None:
     """One list of labels per task; the features of an encoder."""
     image = encode_png(0)

@@ -262,6 +262,7 @@ def picture(world: World) -> Path:
 # Online --------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("name", SOURCES)
 def test_a_model_of_another_project_is_converted_by_its_id_pushed_and_loaded_by_its_commit(
     world: World, online: Any, name: str

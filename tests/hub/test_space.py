@@ -374,6 +374,7 @@ def test_the_model_is_asked_once_per_image_also_about_several_tasks(
         page_of_model.close()
 
 
+@pytest.mark.slow
 def test_what_is_asked_for_while_something_is_drawn_is_drawn_in_the_end(
     browser: Browser, classifier: Path, photo: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -599,6 +600,7 @@ def model(hub: LocalHub, classifier: Path) -> PublishedModel:
     return find_published_model("ann/mine")
 
 
+@pytest.mark.slow
 def test_the_pushed_space_runs_without_this_package(
     browser: Browser,
     hub: LocalHub,

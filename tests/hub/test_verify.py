@@ -83,6 +83,7 @@ def test_the_script_pushes_and_prints_a_certificate(hub: LocalHub, folder: Path,
     assert not (tmp_path / "cache").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("verified_quickly")
 def test_any_published_model_is_verified_by_any_revision(hub: LocalHub, tmp_path: Path) -> None:
     """An old commit, by its tag, of a repository that holds another kind of model now; without the folder."""
@@ -101,6 +102,7 @@ def test_any_published_model_is_verified_by_any_revision(hub: LocalHub, tmp_path
 # Code in a repository of its own -------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("verified_quickly")
 def test_code_may_live_in_one_repository_and_weights_in_another(hub: LocalHub, folder: Path) -> None:
     push_folder(folder, "ann/code")
@@ -167,6 +169,7 @@ CHANGES = {
 CHANGED_FILES = {"classifier": "heads_vitcls.py", "backbone": "modeling_vitcls.py"}
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("kind", ["backbone", pytest.param("classifier", marks=pytest.mark.slow)])
 def test_published_code_that_answers_differently_is_found(
     hub: LocalHub, tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch

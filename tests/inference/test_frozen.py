@@ -64,6 +64,7 @@ def encode(model: Path, images: Any, layer: int, token: str) -> np.ndarray:
     return np.array(rows)
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("frozen", CLASSIFIERS)
 def test_results_equal_scikit_learn(model: Path, frozen: str) -> None:
     results = run(model, frozen, frozen_layers="all")
@@ -97,6 +98,7 @@ def test_the_last_layer_is_the_default_and_the_output_is_written(
     assert all(token in printed for token in TOKENS)
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("layout", ["no_cls", "several_of_each"])
 def test_every_layout_of_tokens(layout: str, tmp_path: Path) -> None:
     folder = save_model(tmp_path, **LAYOUTS[layout])
@@ -104,6 +106,7 @@ def test_every_layout_of_tokens(layout: str, tmp_path: Path) -> None:
     assert len(run(folder, "knn")["rows"]) == num_tokens + 1
 
 
+@pytest.mark.slow
 def test_few_shot_repeats_with_other_images(model: Path) -> None:
     results = run(model, "few-shot:3", frozen_repeats=4)
     (cls, *_) = results["rows"]

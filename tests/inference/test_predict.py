@@ -482,6 +482,7 @@ def test_the_main_process_awaits_the_last_shard_of_a_slow_process(models: Path, 
     assert [row["index"] for row in read_shards(tmp_path / "labels")] == list(range(9))
 
 
+@pytest.mark.slow
 def test_a_process_that_dies_leaves_the_folder_incomplete(models: Path, photos: Path, tmp_path: Path) -> None:
     """The main process reports an error; a new start computes the missing shard."""
     folder = tmp_path / "labels"
@@ -661,6 +662,7 @@ with outputs.send_heartbeats(outputs.ShardFolder(Path(sys.argv[1]), 4).get_heart
 """
 
 
+@pytest.mark.slow
 def test_a_process_that_was_killed_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(outputs, "SECONDS_BETWEEN_HEARTBEATS", 0.05)
     monkeypatch.setattr(outputs, "MAX_SILENT_SECONDS", 2.0)

@@ -171,6 +171,7 @@ LABEL_KINDS: dict[str, tuple[dict[str, Any], Callable[[], torch.Tensor]]] = {
 }
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("distillation_tokens", [0, 1])
 @pytest.mark.parametrize("kind", LABEL_KINDS)
 def test_gradient_accumulation_equals_one_large_batch(kind: str, distillation_tokens: int, tmp_path: Path) -> None:

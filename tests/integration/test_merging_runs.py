@@ -43,6 +43,7 @@ def saved(model: Any, folder: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("kind", ["fine-tuned", "pre-trained"])
 def test_a_run_ends_with_a_model_results_and_a_card(
     kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -288,6 +288,7 @@ def folder(tmp_path: Path) -> Iterator[Path]:
 # Killed --------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_killed_anywhere_with_everything_on(
     pictures: Path, folder: Path, uninterrupted: Callable[[str], Path]
 ) -> None:
@@ -310,6 +311,7 @@ VARIANTS = {
 }
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize(
     "variant", [name if name in ("head", "LoRA") else pytest.param(name, marks=pytest.mark.slow) for name in VARIANTS]
 )
@@ -325,6 +327,7 @@ def test_killed_and_resumed(variant: str, pictures: Path, folder: Path, uninterr
     assert_equal_runs(folder, uninterrupted(flags))
 
 
+@pytest.mark.slow
 def test_a_stream_goes_on(pictures: Path, folder: Path, uninterrupted: Callable[[str], Path]) -> None:
     files = sorted(map(str, pictures.glob("*/*/*.png")), key=lambda name: Path(name).stem)
     features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["dusk", "noon"])})
@@ -392,6 +395,7 @@ def test_a_full_disk_costs_nothing(pictures: Path, tmp_path: Path, uninterrupted
 # Asked to stop -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_first(
     number: signal.Signals, pictures: Path, folder: Path, uninterrupted: Callable[[str], Path]
@@ -418,6 +422,7 @@ def test_workers_that_notice_late_hold_nothing_up(pictures: Path, folder: Path) 
     assert run.wait() == 128 + signal.SIGTERM, run.output
 
 
+@pytest.mark.slow
 def test_a_launcher_that_is_terminated(pictures: Path, folder: Path, uninterrupted: Callable[[str], Path]) -> None:
     """`accelerate launch` dies of SIGTERM without passing it on; the run notices, saves and ends."""
     flags = f"{RUN} --epochs 15 --dataset {pictures}"  # not over before that
@@ -436,6 +441,7 @@ def test_a_launcher_that_is_terminated(pictures: Path, folder: Path, uninterrupt
 # Several processes ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_two_processes_are_interrupted_then_killed(pictures: Path, folder: Path, tmp_path: Path) -> None:
     """Ctrl-C in a terminal goes to the launcher's process group, and torchrun passes it on. With workers."""
     flags = f"{EVERYTHING} --batch-size 2 --dataset {pictures}"

@@ -78,10 +78,12 @@ class DistilledWithRegistersTest(ViTCLSModelTests, unittest.TestCase):
     layout = DISTILLED_WITH_REGISTERS
 
 
+@pytest.mark.slow
 class NoCLSTest(ViTCLSModelTests, unittest.TestCase):
     layout = NO_CLS
 
 
+@pytest.mark.slow
 class ThreeCLSTest(ViTCLSModelTests, unittest.TestCase):
     layout = THREE_CLS
 
@@ -133,6 +135,7 @@ class OneTaskTest(MultiTaskTests, unittest.TestCase):
     layout = ONE_CLS | {"tasks": {"digit": ["odd", "even"]}}
 
 
+@pytest.mark.slow
 class OneTaskWithRegistersTest(MultiTaskTests, unittest.TestCase):
     layout = DISTILLED_WITH_REGISTERS | {"tasks": {"digit": ["odd", "even"]}}
 

@@ -338,6 +338,7 @@ def save_without_end(folder: Path, begun: Any) -> None:
             store.save(step, tensors_of(step, size=200_000), {"flag": step}, is_best=False)
 
 
+@pytest.mark.slow
 @needs_fork
 def test_a_save_killed_at_any_time_leaves_a_whole_checkpoint(store: CheckpointStore) -> None:
     moments = random.Random(0)

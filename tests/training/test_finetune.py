@@ -206,6 +206,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
+@pytest.mark.slow
 def test_the_folder_loads_without_the_package(launched: Path) -> None:
     """The demo's second half, as it would run anywhere, checks the accuracy that results.json claims."""
     environment = {name: value for name, value in ENVIRONMENT.items() if name != "PYTHONPATH"}
@@ -485,6 +486,7 @@ def test_class_weights_help_the_rare_class(tmp_path: Path) -> None:
     assert recalls[0] < recalls[1]
 
 
+@pytest.mark.slow
 def test_a_compiled_run_gives_the_same(tmp_path: Path) -> None:
     fields = {"max_steps": 2, "num_hidden_layers": 1, "num_register_tokens": 0}  # each kernel is a second of g++
     eager = trained(tmp_path / "eager", "digits", **fields)
@@ -504,6 +506,7 @@ def test_trackers_get_the_numbers(tmp_path: Path) -> None:
     assert [event.step for event in events.Scalars("loss")] == [1, 2, 3]
 
 
+@pytest.mark.slow
 def test_trackers_get_the_main_images_at_the_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Those of the card, and figures of the report, which the last line names."""
     event_files = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")

@@ -203,12 +203,14 @@ def test_the_best_checkpoint_is_that_of_the_lowest_loss(pretrained: Path) -> Non
     assert newest["facts"]["best_score"] == -results["reconstruction_loss"]
 
 
+@pytest.mark.slow
 def test_no_token_is_said_not_to_learn(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     run_task(PretrainTask(tiny_options(tmp_path, max_steps=2, log_every=1)))
     output = capsys.readouterr().out
     assert "reconstruction loss" in output and "WARNING" not in output
 
 
+@pytest.mark.slow
 def test_resumption_hides_the_same_patches(pretrained: Path, tmp_path: Path) -> None:
     """From the checkpoint after six of the nine steps, as if the run had been killed then."""
     folder = tmp_path / "resumed"

@@ -155,6 +155,7 @@ def test_a_validation_split_selects_and_the_test_split_is_reported(tmp_path: Pat
     assert load_training_data(data).held_out_name == "split 'validation'"
 
 
+@pytest.mark.slow
 def test_patience_stops_early(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     options = build_options(folder, epochs=20.0, select="best", patience=2, learning_rate=1.0, warmup=0.0)

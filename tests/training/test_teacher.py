@@ -101,6 +101,7 @@ def digits_teacher(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, floa
 # A teacher gives what it gives by itself -----------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.integration
 def test_small_cnn_teaches_digits_in_the_students_order(digits_teacher: tuple[Path, float]) -> None:
     folder, own_accuracy = digits_teacher
