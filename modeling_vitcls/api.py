@@ -15,7 +15,14 @@ import types
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from .options import EvaluateOptions, FinetuneOptions, InspectOptions, PredictOptions, PretrainOptions
+from .options import (
+    EvaluateOptions,
+    FinetuneOptions,
+    InspectOptions,
+    PredictOptions,
+    PretrainOptions,
+    get_flag_names,
+)
 
 
 Options = TypeVar("Options")
@@ -43,9 +50,8 @@ def finetune(model: str | Path, dataset: Any, output_dir: str | Path, **flags: A
     """
     from .training.finetune import FinetuneTask
 
-    return run(
-        FinetuneTask, build_options(FinetuneOptions, model=model, dataset=dataset, output_dir=output_dir, **flags)
-    )
+    options = build_options(FinetuneOptions, model=model, dataset=dataset, output_dir=output_dir, **flags)
+    return run(FinetuneTask, options)
 
 
 def pretrain(model: str | Path, dataset: Any, output_dir: str | Path, **flags: Any) -> dict[str, Any]:
@@ -55,9 +61,8 @@ def pretrain(model: str | Path, dataset: Any, output_dir: str | Path, **flags: A
     """
     from .training.pretrain import PretrainTask
 
-    return run(
-        PretrainTask, build_options(PretrainOptions, model=model, dataset=dataset, output_dir=output_dir, **flags)
-    )
+    options = build_options(PretrainOptions, model=model, dataset=dataset, output_dir=output_dir, **flags)
+    return run(PretrainTask, options)
 
 
 def run(task_class: Any, options: Any) -> dict[str, Any]:
@@ -82,11 +87,7 @@ def evaluate(model: str | Path, dataset: Any, **flags: Any) -> dict[str, Any]:
         flags: flags of scripts/evaluate.py.
 
     Returns:
-        The metrics, as `--output` writes them.
-
-    Raises:
-        TypeError: for an unknown flag.
-        ValueError, OSError: if a flag has a wrong value, or the model or the data cannot be read.
+        The metrics, as `--output` writes them. Errors are as in `finetune`.
     """
     from .inference.evaluate import evaluate_checkpoint
     from .inference.frozen import evaluate_frozen
@@ -106,11 +107,7 @@ def predict(model: str | Path, images: Any = (), **flags: Any) -> list[dict[str,
 
     Returns:
         One dict for each image: `index`, `image`, the predicted columns, and `error` (None, or why an image has no
-        prediction).
-
-    Raises:
-        TypeError: for an unknown flag.
-        ValueError, OSError: if a flag has a wrong value, or the model or the data cannot be read.
+        prediction). Errors are as in `finetune`.
     """
     from .inference.predict import predict_from_options
 
@@ -130,11 +127,7 @@ def inspect_tokens(model: str | Path, images: Any = (), **flags: Any) -> Any:
         flags: flags of scripts/inspect_tokens.py.
 
     Returns:
-        The `Inspection`, which contains the values of the report.
-
-    Raises:
-        TypeError: for an unknown flag.
-        ValueError, OSError: if a flag has a wrong value, or the model or the images cannot be read.
+        The `Inspection`, which contains the values of the report. Errors are as in `finetune`.
     """
     from .analysis.inspect_tokens import inspect_tokens
 
@@ -148,16 +141,10 @@ def inspect_tokens(model: str | Path, images: Any = (), **flags: Any) -> Any:
 def build_options(options_class: type[Options], fixed: dict[str, Any] | None = None, /, **flags: Any) -> Options:
     """Build the options of a command from flags by name. Data in memory is registered.
 
-    Args:
-        options_class: a class of options.py.
-        fixed: values of flags that only the command has.
-        flags: values of the other flags.
-
-    Raises:
-        TypeError: for an unknown flag.
-        ValueError: if a value is not allowed.
+    `fixed` are the values of flags that only the command has. Raise TypeError for an unknown flag, and ValueError if a
+    value is not allowed.
     """
-    known = set(get_flag_names(options_class)) - OWN_FLAGS - set(fixed or {})
+    known = get_flag_names(options_class) - OWN_FLAGS - set(fixed or {})
     for name in flags:
         if name not in known:
             close = difflib.get_close_matches(name, known, n=1)
@@ -168,14 +155,6 @@ def build_options(options_class: type[Options], fixed: dict[str, Any] | None = N
 
         flags["dataset"] = add_dataset(flags["dataset"])
     return fill_options(options_class, flags | (fixed or {}))
-
-
-def get_flag_names(options_class: Any) -> list[str]:
-    """Return the names of all flags of a dataclass and its nested dataclasses."""
-    names = []
-    for field in dataclasses.fields(options_class):
-        names += get_flag_names(field.type) if dataclasses.is_dataclass(field.type) else [field.name]
-    return names
 
 
 def fill_options(options_class: Any, flags: dict[str, Any]) -> Any:
@@ -191,10 +170,7 @@ def fill_options(options_class: Any, flags: dict[str, Any]) -> Any:
 
 def convert_value(name: str, value: Any, kind: Any) -> Any:
     """Return a value in the type of its flag: lists become tuples, and strings become paths if a path is expected.
-
-    Raises:
-        ValueError: for a value that is not one of the choices.
-    """
+    Raise ValueError for a value that is not one of the choices."""
     kinds = get_args(kind) if get_origin(kind) in (Union, types.UnionType) else (kind,)
     choices = [choice for option in kinds if get_origin(option) is Literal for choice in get_args(option)]
     if choices and value is not None and value not in choices:

@@ -101,7 +101,7 @@ def run_command(arguments: list[str] | None) -> None:
 def run_program(name: str, flags: list[str]) -> None:
     """Parse the flags of a subcommand, register the Auto classes and run it."""
     command, module = COMMANDS[name], load_module(name)
-    from .commands.parsing import parse, parse_flags
+    from .commands.parsing import exit_on_error, parse, parse_flags
 
     settings = {"prog": f"vitcls {name}", "description": format_description(module)}
     options = (parse if command.reads_recipes else parse_flags)(module.OPTIONS, flags, **settings)
@@ -111,7 +111,8 @@ def run_program(name: str, flags: list[str]) -> None:
     from .configuration_vitcls import ViTCLSConfig
 
     ViTCLSConfig.register_auto_classes()  # __init__.py leaves it to this program
-    module.run(options)
+    with exit_on_error():
+        module.run(options)
 
 
 def load_module(name: str) -> ModuleType:

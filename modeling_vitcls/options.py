@@ -393,8 +393,8 @@ class EvaluateOptions:
 
 
 @dataclass(frozen=True)
-class ImageSourceOptions:
-    """A model and images that need no labels."""
+class ImageOptions:
+    """The flags that prediction and inspection share: a model and images, which may have no labels."""
 
     model: str
     """Folder or Hub id of a vitcls model (`ID@COMMIT` pins it), or another ViT that is converted once (`timm:NAME`,
@@ -406,10 +406,12 @@ class ImageSourceOptions:
     `save_to_disk` or of MNIST's idx files, or a dataset id on the Hub."""
     image_column: str | None = None
     """Column with the images or their paths. Default: detected by its type or name."""
+    batch_size: int = 32
+    """Maximum number of images per process and forward pass. Complete attention maps reduce it to save memory."""
 
 
 @dataclass(frozen=True)
-class PredictOptions(ImageSourceOptions):
+class PredictOptions(ImageOptions):
     """Predict the labels of images, or write their features.
 
     Images come from PATHS, --list or --dataset. The row of an unreadable image contains its error. Several processes
@@ -434,8 +436,6 @@ class PredictOptions(ImageSourceOptions):
     """Minimum probability of a label of a multi-label model."""
     features: Literal["cls", "mean", "registers", "distillation"] | None = None
     """Write these tokens of the last layer (`mean`: the mean of the patches) instead of labels."""
-    batch_size: int = 32
-    """Images per process and forward pass."""
     num_workers: int | None = None
     """Threads per process that load images. Default: one per core, at most 8."""
     mixed_precision: Literal["no", "bf16", "fp16"] | None = None
@@ -448,10 +448,6 @@ class PredictOptions(ImageSourceOptions):
             raise ValueError("Set exactly one of PATHS, --list and --dataset: they name the images.")
         if self.dataset is None and (self.split or self.image_column or self.streaming):
             raise ValueError("--split, --image-column and --streaming require --dataset, but it is not set.")
-        self.check_output()
-
-    def check_output(self) -> None:
-        """Raise ValueError if the format of the output is unknown or cannot hold the features to write."""
         suffix = "" if self.output is None or self.output.is_dir() else self.output.suffix.lower()
         if suffix not in ("", ".csv", ".json", ".jsonl", ".parquet"):
             raise ValueError(
@@ -466,7 +462,7 @@ class PredictOptions(ImageSourceOptions):
 
 
 @dataclass(frozen=True)
-class InspectOptions(ImageSourceOptions):
+class InspectOptions(ImageOptions):
     """Show what the special tokens of a vitcls model do: write an HTML report and print a summary.
 
     Images come from PATHS or --dataset. Subfolders of PATHS that have the names of the model's classes are labels.
@@ -489,8 +485,6 @@ class InspectOptions(ImageSourceOptions):
     """Number of images in the report: wrong predictions, then the least confident, then typical images."""
     max_images: int = 256
     """Maximum number of images for the statistics, spread evenly over all images and kept in memory."""
-    batch_size: int = 32
-    """Maximum number of images per forward pass. Complete attention maps reduce it to save memory."""
     patch_sizes: tuple[int, ...] = ()
     """Patch sizes in pixels to compare, such as 8 16 32, by sequence length, cost and, with labels, accuracy."""
 
@@ -520,6 +514,14 @@ def check_minimum(options: Any, minimum: int, *names: str) -> None:
     for name in names:
         value = getattr(options, name)
         check_value(options, name, value is None or value >= minimum, f"{minimum} or more")
+
+
+def get_flag_names(options_class: Any) -> set[str]:
+    """Return the names of all flags of a dataclass, including its nested dataclasses: `batch_size`."""
+    names: set[str] = set()
+    for item in dataclasses.fields(options_class):
+        names |= get_flag_names(item.type) if dataclasses.is_dataclass(item.type) else {item.name}
+    return names
 
 
 def to_flags(options: Any) -> dict[str, Any]:

@@ -7,9 +7,7 @@
 # ///
 """Compare speed and memory with transformers and timm: the same program as `vitcls benchmark`.
 
-    python scripts/benchmark.py --work inference step --markdown speed.md --output speed.json
-
-`--help` lists the flags. The program is modeling_vitcls/commands/benchmark.py.
+python scripts/benchmark.py --work inference step --markdown speed.md --output speed.json
 """
 
 import sys

@@ -7,9 +7,7 @@
 # ///
 """Convert a ViT of timm or transformers, with a parity report: the same program as `vitcls convert`.
 
-    python scripts/convert.py --source timm:vit_base_patch14_reg4_dinov2.lvd142m --output converted
-
-`--help` lists the flags. The program is modeling_vitcls/commands/convert.py.
+python scripts/convert.py --source timm:vit_base_patch14_reg4_dinov2.lvd142m --output converted
 """
 
 import sys

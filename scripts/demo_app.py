@@ -7,9 +7,7 @@
 # ///
 """Show the predictions and attention of a model in a browser: the same program as `vitcls demo`.
 
-    python scripts/demo_app.py --model runs/mine
-
-`--help` lists the flags. The program is modeling_vitcls/commands/demo.py.
+python scripts/demo_app.py --model runs/mine
 """
 
 import sys

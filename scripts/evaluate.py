@@ -7,9 +7,7 @@
 # ///
 """Evaluate a model on labeled images: the same program as `vitcls evaluate`.
 
-    accelerate launch scripts/evaluate.py --model runs/digits --dataset digits
-
-`--help` lists the flags. The program is modeling_vitcls/commands/evaluate.py.
+accelerate launch scripts/evaluate.py --model runs/digits --dataset digits
 """
 
 import sys

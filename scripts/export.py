@@ -7,9 +7,7 @@
 # ///
 """Export a model to torch.export, ONNX or OpenVINO: the same program as `vitcls export`.
 
-    python scripts/export.py --model runs/mine --format onnx --output mine.onnx
-
-`--help` lists the flags. The program is modeling_vitcls/commands/export.py.
+python scripts/export.py --model runs/mine --format onnx --output mine.onnx
 """
 
 import sys

@@ -7,10 +7,8 @@
 # ///
 """Fine-tune a ViT on labeled images: the same program as `vitcls finetune`.
 
-    accelerate launch scripts/finetune.py --config scripts/recipes/digits.yaml --output-dir runs/digits
-    accelerate launch scripts/finetune.py --model vitcls-tiny --dataset path/to/images --output-dir runs/mine
-
-`--help` lists the flags. The program is modeling_vitcls/commands/finetune.py.
+accelerate launch scripts/finetune.py --config scripts/recipes/digits.yaml --output-dir runs/digits
+accelerate launch scripts/finetune.py --model vitcls-tiny --dataset path/to/images --output-dir runs/mine
 """
 
 import sys

@@ -6,6 +6,7 @@ Without a CUDA device, the script prints a message and exits with status 0.
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -63,45 +64,38 @@ def build_model(num_registers: int) -> ViTCLSForImageClassification:
     return ViTCLSForImageClassification(config)
 
 
-def measure_forward_passes(
-    device: str, batch_size: int = BATCH_SIZE, build: Callable = build_model
-) -> Iterator[tuple]:
+def measure_forward_passes(device: str) -> Rows:
     """Yield a row for each precision, mode and number of tokens.
 
     Raises:
         ValueError: If the logits differ by more than LIMITS from fp32 logits computed on the CPU.
     """
     for tokens, num_registers in REGISTERS.items():
-        model = build(num_registers).eval()
-        images = build_random_images(batch_size, model.config.image_size)
+        model = build_model(num_registers).eval()
+        images = build_random_images(BATCH_SIZE, model.config.image_size)
         with torch.inference_mode():
             expected = model(images[:2]).logits
         for precision, dtype in DTYPES.items():
             pixel_values = images.to(device, dtype)
             for mode, compile_mode in MODES.items():
-                predict = compile_model(build(num_registers).eval().to(device, dtype), compile_mode)
+                predict = compile_model(build_model(num_registers).eval().to(device, dtype), compile_mode)
                 with torch.inference_mode():
                     logits = predict(pixel_values).logits[:2].float().cpu()
                 difference = ((logits - expected).abs().max() / expected.abs().max()).item()
                 if not difference <= LIMITS[precision]:
                     raise ValueError(f"{precision}, {mode}: logits differ from the CPU logits by {difference:.1e}")
-                speed = measure_throughput(in_inference(predict, pixel_values), batch_size)
+                speed = measure_throughput(torch.inference_mode()(partial(predict, pixel_values)), BATCH_SIZE)
                 yield precision, mode, tokens, f"{speed:,.0f}", f"{difference:.1e}"
 
 
-def in_inference(predict: Callable, pixel_values: torch.Tensor) -> Callable[[], object]:
-    """Return a function that predicts without gradients."""
-    return torch.inference_mode()(lambda: predict(pixel_values))
-
-
-def measure_steps(device: str, batch_size: int = BATCH_SIZE, build: Callable = build_model) -> Rows:
+def measure_steps(device: str) -> Rows:
     """Yield a row with the model FLOPs utilization (MFU) of a training step for each mode and number of tokens."""
     peak = measure_gemm_peak(device, torch.bfloat16)
     for tokens, num_registers in REGISTERS.items():
         for mode, compile_mode in MODES.items():
-            model = build(num_registers).to(device).train()
-            pixel_values = build_random_images(batch_size, model.config.image_size).to(device)
-            labels = torch.arange(batch_size, device=device) % model.config.num_labels
+            model = build_model(num_registers).to(device).train()
+            pixel_values = build_random_images(BATCH_SIZE, model.config.image_size).to(device)
+            labels = torch.arange(BATCH_SIZE, device=device) % model.config.num_labels
             optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
             forward = compile_model(model, compile_mode)
 
@@ -112,7 +106,7 @@ def measure_steps(device: str, batch_size: int = BATCH_SIZE, build: Callable = b
                 optimizer.step()
                 optimizer.zero_grad()
 
-            speed = measure_throughput(step, batch_size)
+            speed = measure_throughput(step, BATCH_SIZE)
             yield mode, tokens, f"{speed:,.0f}", f"{speed * count_training_flops(model) / peak:.0%}"
 
 

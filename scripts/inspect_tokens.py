@@ -7,9 +7,7 @@
 # ///
 """Show what the special tokens of a model do, in an HTML report: the same program as `vitcls inspect`.
 
-    python scripts/inspect_tokens.py --model runs/mine photo.jpg path/to/folder --output report.html
-
-`--help` lists the flags. The program is modeling_vitcls/commands/inspect_tokens.py.
+python scripts/inspect_tokens.py --model runs/mine photo.jpg path/to/folder --output report.html
 """
 
 import sys

@@ -10,7 +10,6 @@ is the error message of the conversion.
 
 import argparse
 from collections import Counter, defaultdict
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -82,30 +81,29 @@ def main() -> None:
     output = parser.parse_args().output
     logging.set_verbosity_error()
     text = HEADER.format(timm=timm.__version__, transformers=transformers.__version__)
-    output.write_text(text + "\n".join([*format_timm(), "", *format_transformers()]) + "\n", encoding="utf-8")
+    output.write_text(f"{text}{format_timm()}\n\n{format_transformers()}\n", encoding="utf-8")
 
 
 # timm ----------------------------------------------------------------------------------------------------------------
 
 
-def format_timm() -> Iterator[str]:
-    """Yield the lines of timm's section."""
+def format_timm() -> str:
+    """Return timm's section."""
     results = {module: [measure_timm(name) for name in timm.list_models(module=module)] for module in TIMM_MODULES}
     exact = [difference for rows in results.values() for difference, _ in rows if difference is not None]
-    yield "## timm"
-    yield ""
-    yield (
+    lines = [
+        "## timm\n",
         f"{len(exact)} of {sum(map(len, results.values()))} architectures are exact. The largest difference is "
-        f"{max(exact):.1e}."
-    )
-    yield ""
-    yield "| module | architectures | exact | others |"
-    yield "|---|---:|---:|---|"
+        f"{max(exact):.1e}.\n",
+        "| module | architectures | exact | others |",
+        "|---|---:|---:|---|",
+    ]
     for module, rows in results.items():
         reasons = Counter(reason for _, reason in rows if reason)
         num_exact = len(rows) - sum(reasons.values())
         others = "; ".join(f"{reason} ({count})" for reason, count in reasons.most_common())
-        yield f"| `{module}` | {len(rows)} | {num_exact} | {others} |"
+        lines.append(f"| `{module}` | {len(rows)} | {num_exact} | {others} |")
+    return "\n".join(lines)
 
 
 @torch.no_grad()
@@ -149,8 +147,8 @@ def build_timm(name: str) -> Any:
 # transformers --------------------------------------------------------------------------------------------------------
 
 
-def format_transformers() -> Iterator[str]:
-    """Yield the lines of the section of transformers."""
+def format_transformers() -> str:
+    """Return the section of transformers."""
     exact, reasons = {}, defaultdict(list)
     for name, config in list_vision_classes().items():
         difference, reason = measure_transformers(name) if config is None else (None, describe_config(config))
@@ -159,19 +157,17 @@ def format_transformers() -> Iterator[str]:
         else:
             exact[name] = difference
     total = len(exact) + sum(map(len, reasons.values()))
-    yield "## transformers"
-    yield ""
-    yield (
-        "Convertible classes, and base models whose configuration has the fields of an image encoder: "
-        f"{len(exact)} of {total} are exact. "
-        f"The largest difference is {max(exact.values()):.1e}."
+    rows = {"exact": list(exact)} | dict(sorted(reasons.items()))
+    return "\n".join(
+        [
+            "## transformers\n",
+            "Convertible classes, and base models whose configuration has the fields of an image encoder: "
+            f"{len(exact)} of {total} are exact. The largest difference is {max(exact.values()):.1e}.\n",
+            "| result | classes |",
+            "|---|---|",
+            *(f"| {result} | {', '.join(f'`{name}`' for name in sorted(names))} |" for result, names in rows.items()),
+        ]
     )
-    yield ""
-    yield "| result | classes |"
-    yield "|---|---|"
-    yield f"| exact | {', '.join(f'`{name}`' for name in sorted(exact))} |"
-    for reason, names in sorted(reasons.items()):
-        yield f"| {reason} | {', '.join(f'`{name}`' for name in sorted(names))} |"
 
 
 def list_vision_classes() -> dict[str, Any]:

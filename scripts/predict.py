@@ -7,9 +7,7 @@
 # ///
 """Predict the labels of images, or write their features: the same program as `vitcls predict`.
 
-    python scripts/predict.py --model runs/mine photo.jpg path/to/folder
-
-`--help` lists the flags. The program is modeling_vitcls/commands/predict.py.
+python scripts/predict.py --model runs/mine photo.jpg path/to/folder
 """
 
 import sys

@@ -7,9 +7,7 @@
 # ///
 """Pre-train a ViT on images without labels, by masked image modeling: the same program as `vitcls pretrain`.
 
-    accelerate launch scripts/pretrain.py --model vitcls-tiny --dataset path/to/images --output-dir runs/pretrained
-
-`--help` lists the flags. The program is modeling_vitcls/commands/pretrain.py.
+accelerate launch scripts/pretrain.py --model vitcls-tiny --dataset path/to/images --output-dir runs/pretrained
 """
 
 import sys

@@ -7,9 +7,7 @@
 # ///
 """Publish the page of demo_app.py as a Space on the Hub: the same program as `vitcls space`.
 
-    python scripts/push_space.py --model me/my-model --space-id me/my-model-demo
-
-`--help` lists the flags. The program is modeling_vitcls/commands/space.py.
+python scripts/push_space.py --model me/my-model --space-id me/my-model-demo
 """
 
 import sys

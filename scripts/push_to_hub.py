@@ -7,9 +7,7 @@
 # ///
 """Push a model to the Hub and verify the pushed commit: the same program as `vitcls push`.
 
-    python scripts/push_to_hub.py --model runs/mine --hub-model-id me/my-model
-
-`--help` lists the flags. The program is modeling_vitcls/commands/push.py.
+python scripts/push_to_hub.py --model runs/mine --hub-model-id me/my-model
 """
 
 import sys

@@ -7,9 +7,7 @@
 # ///
 """Measure the effect of choices with a grid of runs: the same program as `vitcls study`.
 
-    python scripts/study.py --config scripts/recipes/study_digits.yaml --output-dir runs/study --jobs 2
-
-`--help` lists the flags. The program is modeling_vitcls/commands/study.py.
+python scripts/study.py --config scripts/recipes/study_digits.yaml --output-dir runs/study --jobs 2
 """
 
 import sys

@@ -2,7 +2,6 @@
 
 import inspect
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,8 @@ from modeling_vitcls.commands.parsing import parse
 from modeling_vitcls.options import EvaluateOptions, FinetuneOptions, PredictOptions, PretrainOptions
 
 
+pytestmark = pytest.mark.usefixtures("fresh_accelerate")
+
 MODEL: dict[str, Any] = {
     "image_size": 16,
     "patch_size": 8,
@@ -31,14 +32,6 @@ MODEL: dict[str, Any] = {
     "num_workers": 0,
 }
 RUN: dict[str, Any] = {"max_steps": 2, "batch_size": 32, "report": False}
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerate() -> Iterator[None]:
-    """Forget the settings of Accelerate, which it keeps in singletons."""
-    reset_accelerate()
-    yield
-    reset_accelerate()
 
 
 def get_digits() -> list[tuple[Image.Image, str]]:

@@ -21,7 +21,8 @@ ORDER = (
     ("analysis",),
     ("training",),
     ("export", "demo", "benchmarking"),
-    ("commands", "api"),
+    ("api",),
+    ("commands",),
     ("cli",),
 )
 RANK = {name: rank for rank, names in enumerate(ORDER) for name in names}

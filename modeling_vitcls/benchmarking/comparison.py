@@ -8,19 +8,19 @@ Memory on the CPU is the growth of a process (Linux only, from /proc), and on a 
 
 import argparse
 import os
+import signal
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Self
 
 import torch
 
-
-Row = TypeVar("Row")
 
 SECONDS_PER_TURN = 0.5
 # Variables of glibc: blocks of 64 KiB or more are returned to the system when they are freed, so that the C library
@@ -35,21 +35,13 @@ Speeds = tuple[list[float], list[float]]  # images per second of each turn, of t
 
 @dataclass(frozen=True)
 class BenchmarkSettings:
-    """The flags of `vitcls benchmark` that apply to all rows.
+    """The flags of `vitcls benchmark` that apply to all rows."""
 
-    Attributes:
-        against: names of `peers.PEERS`, for comparisons with other projects.
-        num_pairs: turns of each side.
-        is_toy: whether to use tiny models and data, and one call per turn.
-        precision: "fp32" or "bf16", for the growth rows; other rows specify their precision.
-        device: "cpu" or "cuda".
-    """
-
-    against: tuple[str, ...]
-    num_pairs: int
-    is_toy: bool = False
-    precision: str = "fp32"
-    device: str = "cpu"
+    against: tuple[str, ...]  # names of `peers.PEERS`, for comparisons with other projects
+    num_pairs: int  # number of turns of each side
+    is_toy: bool = False  # whether to use tiny models and data, and one call per turn
+    precision: str = "fp32"  # precision of the growth rows, "fp32" or "bf16"; other rows specify theirs
+    device: str = "cpu"  # "cpu" or "cuda"
 
     @property
     def toy_flag(self) -> tuple[str, ...]:
@@ -59,24 +51,15 @@ class BenchmarkSettings:
 
 @dataclass(frozen=True)
 class Comparison:
-    """The result of one row.
+    """The result of one row."""
 
-    Attributes:
-        work: kind of work, for the reports.
-        name: name of the row.
-        against: name of the other side.
-        ours, theirs: images per second of this package and of the other side, for each pair of turns.
-        difference: largest absolute difference of the outputs.
-        details: further keys and values of the JSON file.
-    """
-
-    work: str
-    name: str
-    against: str
-    ours: list[float]
-    theirs: list[float]
-    difference: float
-    details: dict[str, Any]
+    work: str  # kind of work, for the reports
+    name: str  # name of the row
+    against: str  # name of the other side
+    ours: list[float]  # images per second of this package in each pair of turns
+    theirs: list[float]  # images per second of the other side in each pair of turns
+    difference: float  # largest absolute difference of the outputs
+    details: dict[str, Any]  # further keys and values of the JSON file
 
     @property
     def ratios(self) -> list[float]:
@@ -101,30 +84,12 @@ class Comparison:
         }
 
 
-def select_rows(table: dict[str, Row], names: tuple[str, ...]) -> dict[str, Row]:
-    """Return the rows of a table with the given names, or all rows if there are no names.
-
-    Raises:
-        ValueError: If a row does not exist.
-    """
-    for name in names:
-        if name not in table:
-            raise ValueError(f"--rows: there is no {name!r}: choose from {', '.join(map(repr, table))}")
-    return {name: table[name] for name in names or table}
-
-
 def compute_quartiles(values: list[float]) -> tuple[float, float, float]:
     """Return lower quartile, median and upper quartile; three equal values for a single value."""
     if len(values) == 1:
         return values[0], values[0], values[0]
     lower, median, upper = statistics.quantiles(values, n=4, method="inclusive")
     return lower, median, upper
-
-
-def get_last_line(output: str) -> str:
-    """Return the last line of a process's output."""
-    lines = output.strip().splitlines()
-    return lines[-1] if lines else "it printed nothing"
 
 
 # Speed ---------------------------------------------------------------------------------------------------------------
@@ -173,18 +138,58 @@ def compare_throughput(
     )
 
 
+# Processes -----------------------------------------------------------------------------------------------------------
+
+
+class LoggedProcess:
+    """A process, its workers and its errors. Use it as a context manager, which kills the process at the end."""
+
+    def __init__(self, command: list[str], stdout: int = subprocess.DEVNULL) -> None:
+        self.command = command
+        self.stdout = stdout
+        self.log = tempfile.TemporaryFile()  # noqa: SIM115  # closed by __exit__
+
+    def __enter__(self) -> Self:
+        """Start the process."""
+        self.process = subprocess.Popen(
+            self.command,
+            stdin=subprocess.PIPE,
+            stdout=self.stdout,
+            stderr=self.log,
+            text=True,
+            start_new_session=True,
+        )
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        """Kill the process and its workers."""
+        if self.process.poll() is None:
+            self.send_signal(signal.SIGKILL)
+        self.process.communicate()
+        self.log.close()
+
+    def send_signal(self, number: signal.Signals) -> None:
+        """Send a signal to the process and its workers."""
+        os.killpg(self.process.pid, number)
+
+    def build_error(self) -> ValueError:
+        """Return an error with the last line that the process has logged."""
+        self.log.seek(0)
+        last_line = get_last_line(self.log.read().decode(errors="replace"))
+        return ValueError(f"{' '.join(self.command[2:4])} failed: {last_line}")
+
+
+def get_last_line(output: str) -> str:
+    """Return the last line of a process's output."""
+    lines = output.strip().splitlines()
+    return lines[-1] if lines else "it printed nothing"
+
+
 # Equal outputs -------------------------------------------------------------------------------------------------------
 
 
 def check_difference(difference: float, limit: float, name: str, outputs: str) -> float:
-    """Check that the difference of two sides is within a limit, and return it.
-
-    Args:
-        outputs: name of the compared outputs, for the message.
-
-    Raises:
-        ValueError: If the difference exceeds the limit or is NaN.
-    """
+    """Return the difference of the outputs of two sides. Raise ValueError if it exceeds the limit or is NaN."""
     if not difference <= limit:
         raise ValueError(
             f"{name}: {outputs} differ by {difference:.2g}, more than {limit:.2g}. "
@@ -193,18 +198,19 @@ def check_difference(difference: float, limit: float, name: str, outputs: str) -
     return difference
 
 
+def check_tensors(values: torch.Tensor, expected: torch.Tensor, limit: float, name: str, outputs: str) -> float:
+    """Return the largest absolute difference. Raise ValueError if it exceeds `limit` * largest expected value."""
+    largest = expected.abs().max().item()
+    return check_difference((values - expected).abs().max().item(), limit * largest, name, outputs)
+
+
 @torch.inference_mode()
 def check_logits(ours: Predict, theirs: Predict, pixel_values: torch.Tensor, name: str) -> float:
-    """Return the largest absolute difference of the logits.
-
-    Raises:
-        ValueError: If the shapes differ, or the difference exceeds `LIMITS` or is NaN.
-    """
+    """Return the largest absolute difference of the logits. Raise ValueError if it exceeds `LIMITS` or is NaN."""
     logits, expected = ours(pixel_values).float(), theirs(pixel_values).float()
     if logits.shape != expected.shape:
         raise ValueError(f"{name}: the outputs have the shapes {list(logits.shape)} and {list(expected.shape)}")
-    limit = LIMITS[pixel_values.dtype] * expected.abs().max().item()
-    return check_difference((logits - expected).abs().max().item(), limit, name, "the outputs")
+    return check_tensors(logits, expected, LIMITS[pixel_values.dtype], name, "the outputs")
 
 
 # Memory --------------------------------------------------------------------------------------------------------------
@@ -235,10 +241,7 @@ def measure_peaks(module: str, *arguments: str) -> dict[str, int]:
 
 def measure_peak_in_process(module: str, *arguments: str) -> int:
     """Run a module in a new process and return the number that it prints last, its `measure_memory_growth` in bytes.
-
-    Raises:
-        ValueError: If the process fails.
-    """
+    Raise ValueError if the process fails."""
     command = [sys.executable, "-m", module, *arguments]
     process = subprocess.run(command, capture_output=True, text=True, env=os.environ | MALLOC_VARIABLES)
     if process.returncode:

@@ -10,8 +10,9 @@ so this axis is compared with timm only.
 
 import statistics
 import textwrap
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -29,7 +30,6 @@ from .comparison import (
     measure_memory_growth,
     measure_peaks,
     parse_memory_flags,
-    select_rows,
 )
 from .peers import PEERS, PEERS_WITH_REGISTERS, TOY, Peer, build_random_images, compare_predictions, get_model_size
 
@@ -49,12 +49,28 @@ class GrowthPoint:
         return (self.image_size // self.patch_size) ** 2 + 1 + self.num_registers
 
 
-# Field of a `GrowthPoint` -> names of its rows.
+@dataclass(frozen=True)
+class Axis:
+    """A field of `GrowthPoint` that is varied: the names of its rows, and its column in the figure."""
+
+    row: str  # name of a row, with {} for the value of the field
+    title: str  # above the column of the figure
+    label: str  # below the x axis
+    value: str  # key of the values on the x axis
+    tick: str | None = None  # key of the numbers in parentheses below the ticks
+    is_logarithmic: bool = True  # whether the x axis is logarithmic
+    is_decreasing: bool = False  # whether the cost grows to the left
+
+
 AXES = {
-    "image_size": "image size {}",
-    "patch_size": "patch size {}",
-    "num_registers": "{} registers",
-    "batch_size": "batch {}",
+    "image_size": Axis("image size {}", "Image size", "pixels (tokens)", "image_size", "num_tokens"),
+    "patch_size": Axis(
+        "patch size {}", "Patch size", "pixels (tokens)", "patch_size", "num_tokens", is_decreasing=True
+    ),
+    "num_registers": Axis(
+        "{} registers", "Tokens", "tokens (registers)", "num_tokens", "num_registers", is_logarithmic=False
+    ),
+    "batch_size": Axis("batch {}", "Batch", "images", "batch_size"),
 }
 
 
@@ -62,7 +78,7 @@ def build_points(base: GrowthPoint, **values: tuple[int, ...]) -> dict[str, Grow
     """Return the base point, and one point for each value of each axis, by name."""
     name = f"image size {base.image_size}, patch size {base.patch_size}, batch {base.batch_size}"
     return {name: base} | {
-        AXES[field].format(value): replace(base, **{field: value})
+        AXES[field].row.format(value): replace(base, **{field: value})
         for field, axis_values in values.items()
         for value in axis_values
     }
@@ -83,25 +99,19 @@ TOY_POINTS = build_points(TOY_BASE_POINT, image_size=(16, 48), patch_size=(16,),
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-def compare_growth(rows: tuple[str, ...], settings: BenchmarkSettings) -> Iterator[Comparison]:
-    """Compare rows of `POINTS` with each peer that has the features of the row; all rows if no rows are named.
-
-    Raises:
-        ValueError: If a row does not exist, no peer has the features, outputs differ, or memory cannot be measured on
-            this machine.
-    """
-    table = select_rows(TOY_POINTS if settings.is_toy else POINTS, rows)
+def compare_growth(rows: dict[str, GrowthPoint], settings: BenchmarkSettings) -> Iterator[Comparison]:
+    """Compare each row with each peer that has its features. Raise ValueError if no peer has the features."""
     pairs = [
         (name, peer)
-        for name, point in table.items()
+        for name, point in rows.items()
         for peer in settings.against
         if point.num_registers == 0 or peer in PEERS_WITH_REGISTERS
     ]
     if not pairs:
         able = " ".join(PEERS_WITH_REGISTERS)
-        raise ValueError(f"--rows {', '.join(table)} requires a peer with registers. Set --against {able}.")
+        raise ValueError(f"--rows {', '.join(rows)} requires a peer with registers. Set --against {able}.")
     for name, peer in pairs:
-        yield compare_point(name, table[name], build_peer(table[name], peer, settings.is_toy), settings)
+        yield compare_point(name, rows[name], build_peer(rows[name], peer, settings.is_toy), settings)
 
 
 def build_peer(point: GrowthPoint, against: str, is_toy: bool) -> Peer:
@@ -113,22 +123,19 @@ def build_peer(point: GrowthPoint, against: str, is_toy: bool) -> Peer:
 
 
 def compare_point(name: str, point: GrowthPoint, peer: Peer, settings: BenchmarkSettings) -> Comparison:
-    """Compare time and memory of one row with one peer.
-
-    Raises:
-        ValueError: If outputs differ or memory cannot be measured on this machine.
-    """
+    """Compare time and memory of one row with one peer."""
     precision, device = settings.precision, settings.device
     peer = peer.to(PRECISIONS[precision], device)
     pixel_values = build_random_images(point.batch_size, point.image_size).to(device, PRECISIONS[precision])
     speeds, difference = compare_predictions(peer, pixel_values, name, settings)
     if device == "cpu":
         peaks = measure_peaks(__name__, name, peer.name, "--precision", precision, *settings.toy_flag)
-    else:
-        peaks = {
-            "ours_peak_bytes": measure_gpu_peak(peer.predict_ours, pixel_values),
-            "theirs_peak_bytes": measure_gpu_peak(peer.predict_theirs, pixel_values),
-        }
+    else:  # after the warm-up by `compare_predictions`
+        with torch.inference_mode():
+            peaks = {
+                "ours_peak_bytes": measure_gpu_memory_growth(partial(peer.predict_ours, pixel_values)),
+                "theirs_peak_bytes": measure_gpu_memory_growth(partial(peer.predict_theirs, pixel_values)),
+            }
     details = {
         **vars(point),
         "num_tokens": point.num_tokens,
@@ -159,12 +166,6 @@ def measure_peak(predict: Predict, pixel_values: torch.Tensor, predict_toy: Pred
     return measure_memory_growth(lambda: predict_toy(toy_images), lambda: predict(pixel_values))
 
 
-@torch.inference_mode()
-def measure_gpu_peak(predict: Predict, pixel_values: torch.Tensor) -> int:
-    """Return the peak GPU memory of a forward pass in bytes, without the parameters. Run the model once before."""
-    return measure_gpu_memory_growth(lambda: predict(pixel_values))
-
-
 def main() -> None:
     """Print the peak memory of a forward pass of one side in bytes."""
     flags = parse_memory_flags(POINTS | TOY_POINTS, PEERS)
@@ -191,55 +192,24 @@ MIN_BYTES = 2**12  # 4 KiB, a memory page; smaller values are drawn as 4 KiB, be
 DEVICES = {"cpu": "the CPU", "cuda": "the GPU"}
 
 
-@dataclass(frozen=True)
-class Panel:
-    """Labels and scale of an axis.
-
-    Attributes:
-        title, label: above the panels and below the x axis.
-        value: key of the values on the x axis.
-        tick: key of the numbers in parentheses below the ticks.
-        is_logarithmic: whether the x axis is logarithmic.
-        is_decreasing: whether the cost grows to the left.
-    """
-
-    title: str
-    label: str
-    value: str
-    tick: str | None = None
-    is_logarithmic: bool = True
-    is_decreasing: bool = False
-
-
-PANELS = {
-    "image_size": Panel("Image size", "pixels (tokens)", "image_size", "num_tokens"),
-    "patch_size": Panel("Patch size", "pixels (tokens)", "patch_size", "num_tokens", is_decreasing=True),
-    "num_registers": Panel("Tokens", "tokens (registers)", "num_tokens", "num_registers", is_logarithmic=False),
-    "batch_size": Panel("Batch", "images", "batch_size"),
-}
-
-
 def plot_growth(comparisons: list[ComparisonDict], machine: str) -> Figure:
     """Plot the time per image above the memory of a batch, with a column for each axis that was measured.
 
-    Args:
-        comparisons: entries of the JSON file; entries of other kinds of work are skipped.
-        machine: hardware and versions, for the caption.
-
-    Raises:
-        ValueError: If no axis of growth was measured.
+    `comparisons` are entries of the JSON file; entries of other kinds of work are skipped. `machine` is the hardware
+    and versions, for the caption. Raise ValueError if no axis was measured.
     """
     comparisons = [entry for entry in comparisons if "axis" in entry]
-    columns = [axis for axis in PANELS if any(entry["axis"] == axis for entry in comparisons)]
+    columns = [axis for axis in AXES if any(entry["axis"] == axis for entry in comparisons)]
     if not columns:
         raise ValueError("--plot requires growth in at least one direction. Set --work growth and omit --rows.")
-    figure = create_figure(max(WIDTH * len(columns) / len(PANELS), WIDTH / 2), HEIGHT)
+    figure = create_figure(max(WIDTH * len(columns) / len(AXES), WIDTH / 2), HEIGHT)
     grid = figure.subplots(2, len(columns), squeeze=False, sharey="row", sharex="col")
     for (time, memory), axis in zip(grid.T, columns, strict=True):
-        panel = PANELS[axis]
+        panel = AXES[axis]
         entries = [entry for entry in comparisons if entry["axis"] in (None, axis)]
-        draw_lines(time, panel, get_times(entries, panel))
-        draw_lines(memory, panel, get_memory(entries, panel))
+        times, peaks = get_costs(entries, panel)
+        draw_lines(time, panel, times)
+        draw_lines(memory, panel, peaks)
         time.set_title(panel.title, fontsize=12, color=INK)
         memory.set_xlabel(panel.label, fontsize=11)
         draw_ticks(memory, panel, entries)
@@ -254,47 +224,31 @@ def plot_growth(comparisons: list[ComparisonDict], machine: str) -> Figure:
     return figure
 
 
-def get_times(comparisons: list[ComparisonDict], panel: Panel) -> Costs:
-    """Return milliseconds per image of this package, and, for each peer, this value times the median ratio of the
-    pairs.
+def get_costs(comparisons: list[ComparisonDict], panel: Axis) -> tuple[Costs, Costs]:
+    """Return milliseconds per image, and the peak memory in MiB, of this package and of each peer.
 
-    The distance of the lines is therefore the ratio of paired turns, even if the load of the machine changed.
+    The costs of this package are medians over the peers. The time of a peer is the time of this package multiplied by
+    the median ratio of the pairs. So the distance of the lines is the ratio of neighboring turns, even if the load of
+    the machine changed between rows.
     """
-    return get_costs(
-        comparisons,
-        panel,
-        lambda entry: 1000 / entry["ours_images_per_second"],
-        lambda entry, ours: ours * entry["ratio"],
-    )
-
-
-def get_memory(comparisons: list[ComparisonDict], panel: Panel) -> Costs:
-    """Return the peak memory in MiB, at least `MIN_BYTES`."""
-    return get_costs(
-        comparisons,
-        panel,
-        lambda entry: max(entry["ours_peak_bytes"], MIN_BYTES) / 2**20,
-        lambda entry, ours: max(entry["theirs_peak_bytes"], MIN_BYTES) / 2**20,
-    )
-
-
-def get_costs(
-    comparisons: list[ComparisonDict],
-    panel: Panel,
-    ours: Callable[[ComparisonDict], float],
-    theirs: Callable[[ComparisonDict, float], float],
-) -> Costs:
-    """Return the cost of this package (its median over the peers) and of each peer (computed from it by `theirs`)."""
-    costs: Costs = {OURS: {}}
+    times: Costs = {OURS: {}}
+    peaks: Costs = {OURS: {}}
     for value in sorted({entry[panel.value] for entry in comparisons}):
         entries = [entry for entry in comparisons if entry[panel.value] == value]
-        costs[OURS][value] = statistics.median(ours(entry) for entry in entries)
+        times[OURS][value] = statistics.median(1000 / entry["ours_images_per_second"] for entry in entries)
+        peaks[OURS][value] = statistics.median(to_mebibytes(entry["ours_peak_bytes"]) for entry in entries)
         for entry in entries:
-            costs.setdefault(entry["against"], {})[value] = theirs(entry, costs[OURS][value])
-    return costs
+            times.setdefault(entry["against"], {})[value] = times[OURS][value] * entry["ratio"]
+            peaks.setdefault(entry["against"], {})[value] = to_mebibytes(entry["theirs_peak_bytes"])
+    return times, peaks
 
 
-def draw_lines(axes: Axes, panel: Panel, costs: Costs) -> None:
+def to_mebibytes(num_bytes: int) -> float:
+    """Return bytes in MiB, at least `MIN_BYTES`."""
+    return max(num_bytes, MIN_BYTES) / 2**20
+
+
+def draw_lines(axes: Axes, panel: Axis, costs: Costs) -> None:
     """Draw one line per side."""
     for name, by_value in costs.items():
         color, marker = LINE_STYLES[name]
@@ -314,7 +268,7 @@ def draw_lines(axes: Axes, panel: Panel, costs: Costs) -> None:
     hide_frame(axes)
 
 
-def draw_ticks(axes: Axes, panel: Panel, comparisons: list[ComparisonDict]) -> None:
+def draw_ticks(axes: Axes, panel: Axis, comparisons: list[ComparisonDict]) -> None:
     """Draw a tick for each value, with the number of tokens or registers below."""
     labels = {
         entry[panel.value]: f"{entry[panel.value]}" + (f"\n({entry[panel.tick]})" if panel.tick else "")

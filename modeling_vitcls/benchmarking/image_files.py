@@ -3,7 +3,7 @@
     pixels        `ViTCLSImageProcessor`, compared with AutoImageProcessor
     prediction    `vitcls predict`, compared with transformers' pipeline
 
-    python -m modeling_vitcls.benchmarking.image_files FOLDER ours [--toy]
+    python -m modeling_vitcls.benchmarking.image_files ours FOLDER [--toy]
 
 The files are crops of the two photographs of scikit-learn, in a common size and with several JPEG settings. Each side
 reads the files in each turn. For predictions, each side runs in a separate process, because `vitcls predict` changes
@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import torch
 from PIL import Image
@@ -35,12 +35,11 @@ from ..system import keep_freed_memory
 from .comparison import (
     BenchmarkSettings,
     Comparison,
+    LoggedProcess,
     check_difference,
     compare_throughput,
-    get_last_line,
     measure_in_turns,
     measure_throughput,
-    select_rows,
 )
 from .peers import ModelSize, build_transformers_peer, get_model_size
 
@@ -104,27 +103,19 @@ PIXEL_ROWS = {
 }
 
 
-def compare_pixels(rows: tuple[str, ...], settings: BenchmarkSettings) -> Iterator[Comparison]:
-    """Compare rows of `PIXEL_ROWS` with AutoImageProcessor; all rows if none is named.
-
-    Raises:
-        ValueError: If a row does not exist or a value differs.
-    """
+def compare_pixels(rows: dict[str, PixelRow], settings: BenchmarkSettings) -> Iterator[Comparison]:
+    """Compare each row with AutoImageProcessor."""
     with tempfile.TemporaryDirectory() as folder:
         files = write_benchmark_files(Path(folder), settings.is_toy)
         ours, theirs = build_image_processors(get_model_size(settings.is_toy), Path(folder))
-        for name, row in select_rows(PIXEL_ROWS, rows).items():
+        for name, row in rows.items():
             yield compare_processors(name, row, files, ours, theirs, settings)
 
 
 def compare_processors(
     name: str, row: PixelRow, files: list[str], ours: Any, theirs: Any, settings: BenchmarkSettings
 ) -> Comparison:
-    """Compare one row.
-
-    Raises:
-        ValueError: If a value differs.
-    """
+    """Compare one row. Raise ValueError if a value differs."""
     batches = [files[start : start + row.num_files] for start in range(0, len(files), row.num_files)]
 
     def process_ours() -> list[torch.Tensor]:
@@ -152,13 +143,8 @@ TopLabel = tuple[str, float]  # the most probable label and its probability
 PredictFiles = Callable[[int], list[TopLabel]]  # batch size -> labels of all files, sorted by path
 
 
-def compare_prediction(rows: tuple[str, ...], settings: BenchmarkSettings) -> Iterator[Comparison]:
-    """Compare rows of `PREDICTION_ROWS` with transformers' pipeline, after both have loaded the model.
-
-    Raises:
-        ValueError: If a row does not exist, labels or probabilities differ, or a side fails.
-    """
-    batch_sizes = select_rows(PREDICTION_ROWS, rows)
+def compare_prediction(rows: dict[str, int], settings: BenchmarkSettings) -> Iterator[Comparison]:
+    """Compare each row with transformers' pipeline, after both have loaded the model."""
     with tempfile.TemporaryDirectory() as folder:
         num_files = len(write_benchmark_files(Path(folder), settings.is_toy))
         details = {"num_files": num_files, "size": vars(get_model_size(settings.is_toy))}
@@ -166,7 +152,7 @@ def compare_prediction(rows: tuple[str, ...], settings: BenchmarkSettings) -> It
             PredictionProcess("ours", folder, settings) as ours,
             PredictionProcess("theirs", folder, settings) as theirs,
         ):
-            for name, batch_size in batch_sizes.items():
+            for name, batch_size in rows.items():
                 labels, expected = (side.request("labels", batch_size) for side in (ours, theirs))
                 difference = check_labels(labels, expected, name)
                 speeds = measure_in_turns(
@@ -179,10 +165,7 @@ def compare_prediction(rows: tuple[str, ...], settings: BenchmarkSettings) -> It
 
 def check_labels(labels: list[TopLabel], expected: list[TopLabel], name: str) -> float:
     """Return the largest difference between the probabilities of the most probable labels.
-
-    Raises:
-        ValueError: If labels differ, or probabilities by more than `MAX_DIFFERENCE`.
-    """
+    Raise ValueError if labels differ, or probabilities by more than `MAX_DIFFERENCE`."""
     difference = 0.0
     for index, ((ours, probability), (theirs, their_probability)) in enumerate(zip(labels, expected, strict=True)):
         if ours != theirs:
@@ -191,39 +174,20 @@ def check_labels(labels: list[TopLabel], expected: list[TopLabel], name: str) ->
     return check_difference(difference, MAX_DIFFERENCE, name, "the probabilities")
 
 
-class PredictionProcess:
-    """Process of one side, which waits for requests. Use it as a context manager."""
+class PredictionProcess(LoggedProcess):
+    """Process of one side, which waits for requests."""
 
     def __init__(self, side: str, folder: str, settings: BenchmarkSettings) -> None:
-        self.command = [sys.executable, "-m", __name__, folder, side, *settings.toy_flag]
-        self.log = tempfile.TemporaryFile()  # noqa: SIM115  # closed by __exit__
-
-    def __enter__(self) -> Self:
-        """Start the process."""
-        pipe = subprocess.PIPE
-        self.process = subprocess.Popen(self.command, stdin=pipe, stdout=pipe, stderr=self.log, text=True)
-        return self
-
-    def __exit__(self, *exc_info: object) -> None:
-        """Kill the process."""
-        self.process.kill()
-        self.process.communicate()
-        self.log.close()
+        super().__init__([sys.executable, "-m", __name__, side, folder, *settings.toy_flag], stdout=subprocess.PIPE)
 
     def request(self, kind: str, batch_size: int) -> Any:
-        """Send a request and return the reply.
-
-        Raises:
-            ValueError: If the process ends instead.
-        """
+        """Send a request and return the reply. Raise ValueError if the process ends instead."""
         stdin, stdout = self.process.stdin, self.process.stdout
         assert stdin is not None and stdout is not None
         print(kind, batch_size, file=stdin, flush=True)
         if reply := stdout.readline():
             return json.loads(reply)
-        self.log.seek(0)
-        last_line = get_last_line(self.log.read().decode(errors="replace"))
-        raise ValueError(f"{' '.join(self.command[2:5])} failed: {last_line}")
+        raise self.build_error()
 
 
 def build_vitcls_predictor(size: ModelSize, folder: Path) -> PredictFiles:
@@ -264,8 +228,8 @@ SIDES = {"ours": build_vitcls_predictor, "theirs": build_pipeline_predictor}
 def main() -> None:
     """Reply to the requests on standard input until it ends."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("folder", type=Path)
     parser.add_argument("side", choices=SIDES)
+    parser.add_argument("folder", type=Path)
     parser.add_argument("--toy", action="store_true")
     flags = parser.parse_args()
     predict = SIDES[flags.side](get_model_size(flags.toy), flags.folder)

@@ -31,19 +31,21 @@ from .comparison import (
     Predict,
     check_difference,
     check_logits,
+    check_tensors,
     compare_throughput,
     measure_memory_growth,
     measure_peaks,
     parse_memory_flags,
-    select_rows,
 )
 from .peers import TRAINING_STEPS, ModelSize, StepRunner, build_random_images, get_model_size
 
 
 def build_model(size: ModelSize, **fields: Any) -> ViTCLSForImageClassification:
-    """Build a classifier with new weights, in evaluation mode."""
+    """Build a classifier with random weights, in evaluation mode."""
     config = ViTCLSConfig(**vars(size), intermediate_size=size.intermediate_size, **fields)
-    return ViTCLSForImageClassification(config).eval()
+    model = ViTCLSForImageClassification(config)
+    randomize_weights(model)
+    return model
 
 
 def build_predict_function(model: nn.Module) -> Predict:
@@ -93,16 +95,11 @@ INEXACT_ROWS = {
 }
 
 
-def compare_inexact(rows: tuple[str, ...], settings: BenchmarkSettings) -> Iterator[Comparison]:
-    """Compare rows of `INEXACT_ROWS` with the plain model; all rows if none is named.
-
-    Raises:
-        ValueError: If a row does not exist, or outputs differ with the feature set to 0.
-    """
+def compare_inexact(rows: dict[str, InexactRow], settings: BenchmarkSettings) -> Iterator[Comparison]:
+    """Compare each row with the plain model."""
     size = get_model_size(settings.is_toy)
-    for name, row in select_rows(INEXACT_ROWS, rows).items():
+    for name, row in rows.items():
         plain = build_model(size)
-        randomize_weights(plain)
         nn.Module.to(plain, settings.device)
         difference = check_feature_off(row, plain, size, name)
         inexact = copy_model(plain, size, **{row.field: row.value})
@@ -122,11 +119,7 @@ def copy_model(plain: ViTCLSForImageClassification, size: ModelSize, **fields: A
 
 
 def check_feature_off(row: InexactRow, plain: ViTCLSForImageClassification, size: ModelSize, name: str) -> float:
-    """Return the largest difference of the logits between the plain model and a model with the feature set to 0.
-
-    Raises:
-        ValueError: If the difference exceeds the limit or is NaN.
-    """
+    """Return the largest difference of the logits between the plain model and a model with the feature set to 0."""
     off = copy_model(plain, size, **{row.field: type(row.value)(0)})
     pixel_values = build_random_images(2, size.image_size).to(plain.device)
     return check_logits(build_predict_function(off), build_predict_function(plain), pixel_values, f"{name}, set to 0")
@@ -141,12 +134,6 @@ ReadAttention = Callable[
 
 ATTENTION_LIMIT = 1e-5  # maximum of |SDPA - eager attention| / max(1, largest value)
 NUM_REGISTERS = 4
-
-
-def read_token_attention(model: ViTCLSForImageClassification, pixel_values: torch.Tensor) -> torch.Tensor:
-    """Return the attention rows of the special tokens of all layers."""
-    rows: torch.Tensor = model.token_attention(pixel_values)
-    return rows
 
 
 def compute_entropy(model: ViTCLSForImageClassification, pixel_values: torch.Tensor) -> torch.Tensor:
@@ -176,9 +163,11 @@ class AttentionRow:
 
 # ViT-S/16 at 224 pixels with four registers, float32.
 ATTENTION_ROWS = {
-    "token_attention, batch 16": AttentionRow(read_token_attention, 16, read_eager_maps),
-    "token_attention, batch 1": AttentionRow(read_token_attention, 1, read_eager_maps),
-    "whole maps of eager attention, batch 16": AttentionRow(read_eager_maps, 16, read_token_attention),
+    "token_attention, batch 16": AttentionRow(ViTCLSForImageClassification.token_attention, 16, read_eager_maps),
+    "token_attention, batch 1": AttentionRow(ViTCLSForImageClassification.token_attention, 1, read_eager_maps),
+    "whole maps of eager attention, batch 16": AttentionRow(
+        read_eager_maps, 16, ViTCLSForImageClassification.token_attention
+    ),
     "attention rollout, batch 16": AttentionRow(compute_attention_rollout, 16),
     "attribution, batch 16": AttentionRow(compute_attribution, 16),
     "statistics, batch 16": AttentionRow(compute_entropy, 16),
@@ -186,13 +175,9 @@ ATTENTION_ROWS = {
 
 
 @torch.no_grad()
-def compare_attention(rows: tuple[str, ...], settings: BenchmarkSettings) -> Iterator[Comparison]:
-    """Compare rows of `ATTENTION_ROWS` with a plain forward pass of the same images; all rows if none is named.
-
-    Raises:
-        ValueError: If a row does not exist, values differ, or memory cannot be measured on this machine.
-    """
-    for name, row in select_rows(ATTENTION_ROWS, rows).items():
+def compare_attention(rows: dict[str, AttentionRow], settings: BenchmarkSettings) -> Iterator[Comparison]:
+    """Compare each row with a plain forward pass of the same images."""
+    for name, row in rows.items():
         model, pixel_values = build_attention_inputs(row.batch_size, settings.is_toy)
         difference = check_attention(row, model, pixel_values, name)
         ours, theirs = partial(row.read, model, pixel_values), partial(model, pixel_values)
@@ -206,7 +191,6 @@ def build_attention_inputs(batch_size: int, is_toy: bool) -> tuple[ViTCLSForImag
     """Build a model with registers, and images [B, 3, H, W]."""
     size = get_model_size(is_toy)
     model = build_model(size, num_register_tokens=NUM_REGISTERS)
-    randomize_weights(model)
     return model, build_random_images(batch_size, size.image_size)
 
 
@@ -214,11 +198,7 @@ def build_attention_inputs(batch_size: int, is_toy: bool) -> tuple[ViTCLSForImag
 def check_attention(
     row: AttentionRow, model: ViTCLSForImageClassification, pixel_values: torch.Tensor, name: str
 ) -> float:
-    """Return the largest difference to the reference for one image.
-
-    Raises:
-        ValueError: If the difference exceeds the limit or is NaN.
-    """
+    """Return the largest difference to the reference for one image. Raise ValueError if it exceeds the limit."""
     image = pixel_values[:1]
     values = row.read(model, image)
     if row.reference is None:
@@ -246,22 +226,17 @@ PROBE_ROWS = {"10 epochs, batch 16": ProbeRow(num_epochs=10, num_images=32, batc
 PROBE_LIMIT = 1e-4  # largest difference between the trained weights / largest weight
 
 
-def compare_probes(rows: tuple[str, ...], settings: BenchmarkSettings) -> Iterator[Comparison]:
-    """Compare rows of `PROBE_ROWS`, with and without cached features; all rows if none is named.
-
-    Raises:
-        ValueError: If a row does not exist or the trained weights differ.
-    """
+def compare_probes(rows: dict[str, ProbeRow], settings: BenchmarkSettings) -> Iterator[Comparison]:
+    """Compare the training of each row with and without cached features."""
     size = get_model_size(settings.is_toy)
-    for name, row in select_rows(PROBE_ROWS, rows).items():
+    for name, row in rows.items():
         model = build_model(size)
-        randomize_weights(model)
         pixel_values = build_random_images(row.num_images, size.image_size)
         labels = torch.randint(size.num_labels, (row.num_images,), generator=torch.Generator().manual_seed(0))
         cached, plain = (
-            partial(train, model, pixel_values, labels, row) for train in (train_with_cache, train_without_cache)
+            partial(train_probe, model, pixel_values, labels, row, use_cache) for use_cache in (True, False)
         )
-        difference = check_weights(cached(), plain(), name)
+        difference = check_tensors(cached(), plain(), PROBE_LIMIT, name, "the trained weights")
         # A turn is one training run.
         speeds = compare_throughput(
             cached, plain, row.num_epochs * row.num_images, BenchmarkSettings((), settings.num_pairs, is_toy=True)
@@ -270,52 +245,31 @@ def compare_probes(rows: tuple[str, ...], settings: BenchmarkSettings) -> Iterat
         yield Comparison("linear probe", name, "recomputing the backbone", *speeds, difference, details)
 
 
-def train_with_cache(
-    model: ViTCLSForImageClassification, pixel_values: torch.Tensor, labels: torch.Tensor, row: ProbeRow
+def train_probe(
+    model: ViTCLSForImageClassification,
+    pixel_values: torch.Tensor,
+    labels: torch.Tensor,
+    row: ProbeRow,
+    use_cache: bool,
 ) -> torch.Tensor:
-    """Train the classifier on features of images that are encoded once; return its weights [labels, P]."""
-    with torch.no_grad():
-        batches = [compute_features(model, images) for images in pixel_values.split(row.batch_size)]
-    features = torch.cat(batches)  # [N, P]
-    return train_head(model, lambda batch: features[batch], labels, row)
+    """Train a copy of the model's head on frozen features; return the weights of its classifier [labels, P].
 
-
-def train_without_cache(
-    model: ViTCLSForImageClassification, pixel_values: torch.Tensor, labels: torch.Tensor, row: ProbeRow
-) -> torch.Tensor:
-    """Train the classifier on images that are encoded in every epoch; return its weights [labels, P]."""
-    encode = torch.no_grad()(lambda batch: compute_features(model, pixel_values[batch]))
-    return train_head(model, encode, labels, row)
-
-
-def train_head(
-    model: ViTCLSForImageClassification, encode: Callable[[slice], torch.Tensor], labels: torch.Tensor, row: ProbeRow
-) -> torch.Tensor:
-    """Train a copy of the model's head; return the weights of its classifier.
-
-    Args:
-        encode: function that returns the features [B, P] of a slice of the images.
+    With `use_cache`, the images are encoded once, and otherwise in every epoch.
     """
+    encode = torch.no_grad()(partial(compute_features, model))
+    batches: Any = pixel_values.split(row.batch_size)
+    if use_cache:
+        batches = [encode(images) for images in batches]
     head: Any = copy.deepcopy(build_head_only(model))
     optimizer = torch.optim.AdamW(head.parameters(), lr=1e-3, fused=True)
     for _ in range(row.num_epochs):
-        for start in range(0, row.num_images, row.batch_size):
-            batch = slice(start, start + row.batch_size)
+        for batch, batch_labels in zip(batches, labels.split(row.batch_size), strict=True):
+            features = batch if use_cache else encode(batch)
             optimizer.zero_grad()
-            nn.functional.cross_entropy(head(encode(batch)).logits, labels[batch]).backward()
+            nn.functional.cross_entropy(head(features).logits, batch_labels).backward()
             optimizer.step()
     weight: torch.Tensor = head.classifier.weight.detach()
     return weight
-
-
-def check_weights(weights: torch.Tensor, expected: torch.Tensor, name: str) -> float:
-    """Return the largest difference of the trained weights.
-
-    Raises:
-        ValueError: If the difference exceeds the limit or is NaN.
-    """
-    limit = PROBE_LIMIT * expected.abs().max().item()
-    return check_difference((weights - expected).abs().max().item(), limit, name, "the trained weights")
 
 
 def main() -> None:

@@ -32,7 +32,6 @@ from .comparison import (
     measure_memory_growth,
     measure_peaks,
     parse_memory_flags,
-    select_rows,
 )
 
 
@@ -164,23 +163,15 @@ FORWARD_PASSES = {
 }
 
 
-def compare_inference(rows: tuple[str, ...], settings: BenchmarkSettings) -> Iterator[Comparison]:
-    """Compare rows of `FORWARD_PASSES` with each peer; all rows if none is named.
-
-    Raises:
-        ValueError: If a row does not exist or outputs differ.
-    """
-    for name, row in select_rows(FORWARD_PASSES, rows).items():
+def compare_inference(rows: dict[str, ForwardPass], settings: BenchmarkSettings) -> Iterator[Comparison]:
+    """Compare each row with each peer."""
+    for name, row in rows.items():
         for peer in settings.against:
             yield compare_forward_pass(name, row, PEERS[peer](get_model_size(settings.is_toy)), settings)
 
 
 def compare_forward_pass(name: str, row: ForwardPass, peer: Peer, settings: BenchmarkSettings) -> Comparison:
-    """Compare one row with one peer.
-
-    Raises:
-        ValueError: If the outputs differ.
-    """
+    """Compare one row with one peer."""
     peer = peer.to(row.dtype, settings.device)
     if row.use_compile:
         torch.compiler.reset()  # discard the graphs of earlier rows
@@ -196,11 +187,7 @@ def compare_forward_pass(name: str, row: ForwardPass, peer: Peer, settings: Benc
 def compare_predictions(
     peer: Peer, pixel_values: torch.Tensor, name: str, settings: BenchmarkSettings
 ) -> tuple[Speeds, float]:
-    """Compare the forward passes of both models for a batch; return their speeds and the difference of the logits.
-
-    Raises:
-        ValueError: If the outputs differ.
-    """
+    """Compare the forward passes of both models for a batch; return their speeds and the difference of the logits."""
     difference = check_logits(peer.predict_ours, peer.predict_theirs, pixel_values, f"{name} against {peer.name}")
     ours, theirs = (lambda: peer.predict_ours(pixel_values)), (lambda: peer.predict_theirs(pixel_values))
     return compare_throughput(ours, theirs, len(pixel_values), settings), difference
@@ -270,23 +257,15 @@ class StepRunner:
         return peak
 
 
-def compare_steps(rows: tuple[str, ...], settings: BenchmarkSettings) -> Iterator[Comparison]:
-    """Compare rows of `TRAINING_STEPS` with each peer; all rows if none is named.
-
-    Raises:
-        ValueError: If a row does not exist, gradients differ, or memory cannot be measured on this machine.
-    """
-    for name, row in select_rows(TRAINING_STEPS, rows).items():
+def compare_steps(rows: dict[str, TrainingStep], settings: BenchmarkSettings) -> Iterator[Comparison]:
+    """Compare each row with each peer."""
+    for name, row in rows.items():
         for peer in settings.against:
             yield compare_step(name, row, PEERS[peer](get_model_size(settings.is_toy)), settings)
 
 
 def compare_step(name: str, row: TrainingStep, peer: Peer, settings: BenchmarkSettings) -> Comparison:
-    """Compare time and memory of one row with one peer.
-
-    Raises:
-        ValueError: If gradients differ or memory cannot be measured on this machine.
-    """
+    """Compare time and memory of one row with one peer."""
     ours, theirs = build_step_runners(row, peer, settings.device)
     difference = check_gradients(ours, theirs, f"{name} against {peer.name}")
     speeds = compare_throughput(ours, theirs, row.batch_size, settings)
@@ -305,13 +284,9 @@ def build_step_runners(row: TrainingStep, peer: Peer, device: str = "cpu") -> tu
     return ours, StepRunner(peer.theirs, peer.predict_theirs, row, peer.size, device)
 
 
-def check_gradients(ours: StepRunner, theirs: StepRunner, name: str, num_images: int = 2) -> float:
-    """Return the relative difference of the gradients of the patch projection.
-
-    Raises:
-        ValueError: If the difference exceeds the limit of the row or is NaN.
-    """
-    gradient, expected = (runner.compute_patch_gradient(num_images) for runner in (ours, theirs))
+def check_gradients(ours: StepRunner, theirs: StepRunner, name: str) -> float:
+    """Return the relative difference of the gradients of the patch projection for two images."""
+    gradient, expected = (runner.compute_patch_gradient(num_images=2) for runner in (ours, theirs))
     difference = ((gradient - expected).norm() / expected.norm()).item()
     return check_difference(difference, ours.row.limit, name, "the gradients, relative to their norm,")
 

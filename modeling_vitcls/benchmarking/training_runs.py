@@ -3,31 +3,29 @@
     python -m modeling_vitcls.benchmarking.training_runs SETTINGS.json    run transformers' Trainer until stopped
 
 Each side is a process with the command line of a user, and appends a line to a file every `log_every` steps. The other
-process is suspended. The time between lines is measured in this process. Suspending processes
-requires POSIX signals.
+process is suspended. The time between lines is measured in this process. Suspending processes requires POSIX signals.
 """
 
 import json
-import os
 import signal
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
 import torch
 from PIL import Image
-from torch.utils.data import Dataset
+from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 from transformers import Trainer, TrainerCallback, TrainingArguments, ViTForImageClassification
 
 from ..conversion.from_transformers import convert_from_transformers
 from ..image_processing_vitcls import ViTCLSImageProcessor
-from .comparison import BenchmarkSettings, Comparison, check_logits, get_last_line, measure_in_turns, select_rows
+from .comparison import BenchmarkSettings, Comparison, LoggedProcess, check_logits, measure_in_turns
 from .image_files import write_photographs
 from .own_features import build_predict_function
 from .peers import SMALL, ModelSize, build_transformers_vit
@@ -35,29 +33,17 @@ from .peers import SMALL, ModelSize, build_transformers_vit
 
 @dataclass(frozen=True)
 class TrainingRun:
-    """A row of the report. Both sides use AdamW, warmup and cosine decay, label smoothing and gradient clipping.
+    """A row of the report. Both sides use AdamW, warmup and cosine decay, label smoothing and gradient clipping."""
 
-    Attributes:
-        dataset: "digits" or "photographs".
-        size: model size.
-        batch_size: images per step.
-        mixed_precision: "no" or "bf16".
-        num_workers: data loading processes.
-        log_every: steps per line of metrics.
-        lines_per_turn: lines per turn.
-        learning_rate: peak learning rate.
-        augmentation: values of the flags of `AugmentationOptions`.
-    """
-
-    dataset: str
+    dataset: str  # "digits" or "photographs"
     size: ModelSize
-    batch_size: int
-    mixed_precision: str
-    num_workers: int
-    log_every: int
+    batch_size: int  # images per step
+    mixed_precision: str  # "no" or "bf16"
+    num_workers: int  # number of data loading processes
+    log_every: int  # steps per line of metrics
     lines_per_turn: int
-    learning_rate: float
-    augmentation: dict[str, Any]
+    learning_rate: float  # peak learning rate
+    augmentation: dict[str, Any]  # values of the flags of `AugmentationOptions`
 
 
 CROPS = {"crop_scale": 0.35, "flip": True, "rotation": 0, "shift": 0.0, "zoom": 0.0}
@@ -81,13 +67,9 @@ WARMUP_LINES = 2
 MAX_SECONDS_PER_LINE = 600
 
 
-def compare_training(rows: tuple[str, ...], settings: BenchmarkSettings) -> Iterator[Comparison]:
-    """Compare rows of `TRAINING_RUNS` with transformers' Trainer; all rows if none is named.
-
-    Raises:
-        ValueError: If a row does not exist, outputs differ, or a run fails.
-    """
-    for name, run in select_rows(TOY_RUNS if settings.is_toy else TRAINING_RUNS, rows).items():
+def compare_training(rows: dict[str, TrainingRun], settings: BenchmarkSettings) -> Iterator[Comparison]:
+    """Compare each row with transformers' Trainer."""
+    for name, run in rows.items():
         with tempfile.TemporaryDirectory() as folder:
             yield compare_runs(name, run, settings.num_pairs, Path(folder))
 
@@ -108,11 +90,7 @@ def compare_runs(name: str, run: TrainingRun, num_pairs: int, folder: Path) -> C
 
 
 def save_models(run: TrainingRun, label_names: list[str], folder: Path, name: str) -> float:
-    """Save transformers' ViT and a vitcls model with the same weights; return the largest difference of their logits.
-
-    Raises:
-        ValueError: If the logits differ.
-    """
+    """Save transformers' ViT and a vitcls model with the same weights; return the largest difference of the logits."""
     torch.manual_seed(0)
     labels = {
         "id2label": dict(enumerate(label_names)),
@@ -168,20 +146,17 @@ def build_their_command(run: TrainingRun, dataset: str, folder: Path) -> list[st
     return [sys.executable, "-m", __name__, str(file)]
 
 
-class SuspendedRun:
-    """A training run that is suspended except during its turns. Use it as a context manager."""
+class SuspendedRun(LoggedProcess):
+    """A training run that is suspended except during its turns."""
 
     def __init__(self, command: list[str], metrics: Path, run: TrainingRun) -> None:
-        self.command = command
+        super().__init__(command)
         self.metrics = metrics
         self.run = run
-        self.log = tempfile.TemporaryFile()  # noqa: SIM115  # closed by __exit__
 
     def __enter__(self) -> Self:
         """Start the run, wait for the warmup, and suspend it."""
-        self.process = subprocess.Popen(
-            self.command, stdout=self.log, stderr=subprocess.STDOUT, start_new_session=True
-        )
+        super().__enter__()
         try:
             self.wait_for_lines(WARMUP_LINES)
             self.send_signal(signal.SIGSTOP)
@@ -189,13 +164,6 @@ class SuspendedRun:
             self.__exit__()
             raise
         return self
-
-    def __exit__(self, *exc_info: object) -> None:
-        """Kill the run."""
-        if self.process.poll() is None:
-            self.send_signal(signal.SIGKILL)
-        self.process.wait()
-        self.log.close()
 
     def take_turn(self) -> float:
         """Return the images per second over `lines_per_turn` lines.
@@ -213,16 +181,11 @@ class SuspendedRun:
 
     def wait_for_lines(self, num_lines: int) -> float:
         """Wait until the run has written a number of lines; return the time.
-
-        Raises:
-            ValueError: If the run ends or writes nothing for too long.
-        """
+        Raise ValueError if the run ends or writes nothing for too long."""
         started = time.perf_counter()
         while self.count_lines() < num_lines:
             if self.process.poll() is not None or time.perf_counter() - started > MAX_SECONDS_PER_LINE:
-                self.log.seek(0)
-                last_line = get_last_line(self.log.read().decode(errors="replace"))
-                raise ValueError(f"{' '.join(self.command[1:3])} failed: {last_line}")
+                raise self.build_error()
             time.sleep(0.001)
         return time.perf_counter()
 
@@ -230,31 +193,17 @@ class SuspendedRun:
         """Return the number of lines that the run has written."""
         return self.metrics.read_bytes().count(b"\n") if self.metrics.is_file() else 0
 
-    def send_signal(self, number: signal.Signals) -> None:
-        """Send a signal to the run and its workers."""
-        os.killpg(self.process.pid, number)
-
 
 # transformers' Trainer, as in its example for image classification ---------------------------------------------------
 
 
-class TransformedImages(Dataset[dict[str, Any]]):
-    """Labeled images, in memory or in files, with transforms."""
+LabeledImage = tuple[Image.Image, int]
 
-    def __init__(self, images: list[Any], labels: list[int], transform: v2.Transform) -> None:
-        self.images = images
-        self.labels = labels
-        self.transform = transform
 
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        image = self.images[index]
-        if isinstance(image, Path):
-            with Image.open(image) as file:
-                image = file.convert("RGB")
-        return {"pixel_values": self.transform(image), "labels": self.labels[index]}
+def collate(images: list[LabeledImage], transform: v2.Transform) -> dict[str, torch.Tensor]:
+    """Return a batch of transformed images and their labels."""
+    pixel_values = torch.stack([transform(image) for image, _ in images])  # [B, 3, H, W]
+    return {"pixel_values": pixel_values, "labels": torch.tensor([label for _, label in images])}
 
 
 class LineWriter(TrainerCallback):
@@ -271,20 +220,18 @@ class LineWriter(TrainerCallback):
                 file.write(json.dumps({"step": state.global_step}) + "\n")
 
 
-def load_dataset(name: str, size: int) -> tuple[list[Any], list[int]]:
-    """Return the resized digits of scikit-learn or the files of a folder with a subfolder per class, and labels."""
+def load_dataset(name: str, size: int) -> Sequence[LabeledImage] | ImageFolder:
+    """Return the resized digits of scikit-learn, or the images of a folder with a subfolder per class."""
     if name != "digits":
-        files = sorted(Path(name).glob("*/*.jpg"))
-        classes = sorted({file.parent.name for file in files})
-        return list(files), [classes.index(file.parent.name) for file in files]
+        return ImageFolder(name)
     from sklearn.datasets import load_digits
 
     data = load_digits()
     arrays = (data.images * (255 / 16)).round().astype("uint8")  # [1797, 8, 8]
-    images = [
+    images = (
         Image.fromarray(array).convert("RGB").resize((size, size), Image.Resampling.BILINEAR) for array in arrays
-    ]
-    return images, data.target.tolist()
+    )
+    return list(zip(images, data.target.tolist(), strict=True))
 
 
 def build_transforms(augmentation: dict[str, Any], size: int) -> v2.Transform:
@@ -311,7 +258,6 @@ def main(settings: dict[str, Any]) -> None:
     """Train until the process is stopped."""
     model = ViTForImageClassification.from_pretrained(settings["model"])
     size = settings["image_size"]
-    images, labels = load_dataset(settings["dataset"], size)
     arguments = TrainingArguments(
         output_dir=settings["output_dir"],
         max_steps=MAX_STEPS,
@@ -336,7 +282,8 @@ def main(settings: dict[str, Any]) -> None:
     trainer = Trainer(
         model,
         arguments,
-        train_dataset=TransformedImages(images, labels, build_transforms(settings["augmentation"], size)),
+        train_dataset=load_dataset(settings["dataset"], size),
+        data_collator=partial(collate, transform=build_transforms(settings["augmentation"], size)),
         callbacks=[LineWriter(Path(settings["metrics"]), settings["log_every"])],
     )
     trainer.train()

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from .comparison import BenchmarkSettings, Comparison, select_rows
+from .comparison import BenchmarkSettings, Comparison
 from .growth import POINTS, TOY_POINTS, compare_growth
 from .image_files import PIXEL_ROWS, PREDICTION_ROWS, compare_pixels, compare_prediction
 from .own_features import ATTENTION_ROWS, INEXACT_ROWS, PROBE_ROWS, compare_attention, compare_inexact, compare_probes
@@ -19,13 +19,9 @@ class WorkKind:
     """A table of rows, the function that compares some of them, and the rows of toy models if they differ."""
 
     rows: dict[str, Any]
-    compare: Callable[[tuple[str, ...], BenchmarkSettings], Iterator[Comparison]]
+    compare: Callable[[dict[str, Any], BenchmarkSettings], Iterator[Comparison]]
     toy_rows: dict[str, Any] | None = None
     supports_gpu: bool = False
-
-    def get_row_names(self, is_toy: bool) -> list[str]:
-        """Return the names of the rows."""
-        return list(self.toy_rows if is_toy and self.toy_rows is not None else self.rows)
 
 
 WORK = {
@@ -45,8 +41,8 @@ def compare(names: tuple[str, ...], rows: tuple[str, ...], settings: BenchmarkSe
     """Compare kinds of work: all their rows, or only the rows with the given names.
 
     Raises:
-        ValueError: If a row does not exist or the device is not available, before anything is measured; if outputs
-            differ.
+        ValueError: If a row does not exist or the device is not available, before anything is measured; if outputs,
+            gradients or trained weights differ, a process fails, or memory cannot be measured on this machine.
     """
     if settings.device != "cpu":
         if not torch.cuda.is_available():
@@ -56,8 +52,11 @@ def compare(names: tuple[str, ...], rows: tuple[str, ...], settings: BenchmarkSe
         if cpu_only := [name for name in names if not WORK[name].supports_gpu]:
             able = ", ".join(name for name, kind in WORK.items() if kind.supports_gpu)
             raise ValueError(f"--work {' '.join(cpu_only)} is measured on the CPU, but --device cuda is for {able}.")
-    row_names = {name: WORK[name].get_row_names(settings.is_toy) for name in names}
-    select_rows({row: None for known in row_names.values() for row in known}, rows)
-    for name, known in row_names.items():
-        if selected := tuple(row for row in known if not rows or row in rows):
+    tables = {name: (settings.is_toy and WORK[name].toy_rows) or WORK[name].rows for name in names}
+    known = [row for table in tables.values() for row in table]
+    for row in rows:
+        if row not in known:
+            raise ValueError(f"--rows: there is no {row!r}: choose from {', '.join(map(repr, known))}")
+    for name, table in tables.items():
+        if selected := {row: table[row] for row in table if not rows or row in rows}:
             yield from WORK[name].compare(selected, settings)

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from .parsing import exit_on_error, exit_with_message
+from .parsing import exit_with_message
 
 
 PLOT_SUFFIXES = (".png", ".svg")
@@ -78,7 +78,6 @@ def run(options: BenchmarkOptions) -> None:
     from ..benchmarking.work import compare
 
     settings = BenchmarkSettings(options.against, options.pairs, options.toy, options.precision, options.device)
-    with exit_on_error():
-        comparisons = [print_comparison(comparison) for comparison in compare(options.work, options.rows, settings)]
-        write_reports(comparisons, options.output, options.markdown, options.plot)
+    comparisons = [print_comparison(comparison) for comparison in compare(options.work, options.rows, settings)]
+    write_reports(comparisons, options.output, options.markdown, options.plot)
     print_tables(comparisons)

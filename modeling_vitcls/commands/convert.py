@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from .parsing import exit_on_error, exit_with_message
+from .parsing import exit_with_message
 
 
 if TYPE_CHECKING:
@@ -75,20 +75,19 @@ def run(options: ConvertOptions) -> None:
     from ..conversion.convert import convert_checkpoint, write_native_model
 
     disable_progress_bar()
-    with exit_on_error():
-        if options.to == "transformers":
-            report = write_native_model(str(options.model), options.output, options.any_size)
-            print_report(report, options.output, trust="")
-            return
-        report = convert_checkpoint(
-            str(options.source),
-            options.output,
-            options.random_init,
-            options.classifier,
-            options.num_labels,
-            write_card_images,
-            options.family,
-        )
+    if options.to == "transformers":
+        report = write_native_model(str(options.model), options.output, options.any_size)
+        print_report(report, options.output, trust="")
+        return
+    report = convert_checkpoint(
+        str(options.source),
+        options.output,
+        options.random_init,
+        options.classifier,
+        options.num_labels,
+        write_card_images,
+        options.family,
+    )
     print_report(report, options.output)
 
 

@@ -9,8 +9,6 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from .parsing import exit_on_error
-
 
 @dataclass(frozen=True)
 class DemoOptions:
@@ -38,9 +36,8 @@ def run(options: DemoOptions) -> None:
     from ..hub.loading import force_offline, get_cached_commit, get_model_folder
 
     disable_progress_bar()  # the progress bar of loading weights
-    with exit_on_error():
-        folder = get_model_folder(options.model, revision=options.revision)
-        from ..demo.page import serve_demo  # gradio takes seconds to import
+    folder = get_model_folder(options.model, revision=options.revision)
+    from ..demo.page import serve_demo  # gradio takes seconds to import
 
-        with force_offline():  # all files are local at this point
-            serve_demo(options.model, get_cached_commit(folder), options.examples, options.host, options.port)
+    with force_offline():  # all files are local at this point
+        serve_demo(options.model, get_cached_commit(folder), options.examples, options.host, options.port)

@@ -7,7 +7,6 @@ The evaluation is implemented in modeling_vitcls/inference/evaluate.py, and in f
 """
 
 from ..options import EvaluateOptions
-from .parsing import exit_on_error
 
 
 OPTIONS = EvaluateOptions
@@ -18,5 +17,4 @@ def run(options: EvaluateOptions) -> None:
     from ..inference.evaluate import evaluate_checkpoint
     from ..inference.frozen import evaluate_frozen
 
-    with exit_on_error():
-        evaluate_frozen(options) if options.frozen else evaluate_checkpoint(options)
+    evaluate_frozen(options) if options.frozen else evaluate_checkpoint(options)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from .parsing import exit_on_error, exit_with_message
+from .parsing import exit_with_message
 
 
 if TYPE_CHECKING:
@@ -67,21 +67,20 @@ def run(options: ExportOptions) -> None:
 
     disable_progress_bar()
     warnings.filterwarnings("ignore", module=r"torch\.|onnxscript|copyreg")  # warnings of exporters
-    with exit_on_error():
-        if options.format == "transformers.js":
-            for comparison in export_for_transformers_js(options.model, options.output).comparisons:
-                difference, agreement = comparison.largest_difference, comparison.top1_agreement
-                print(f"{comparison.file:26} largest difference {difference:.1e}, same top-1 label: {agreement:.1%}")
-            return
-        report = export_model(
-            options.model,
-            options.format,
-            options.output,
-            options.image_size,
-            options.dynamic,
-            options.dtype,
-            options.opset,
-        )
+    if options.format == "transformers.js":
+        for comparison in export_for_transformers_js(options.model, options.output).comparisons:
+            difference, agreement = comparison.largest_difference, comparison.top1_agreement
+            print(f"{comparison.file:26} largest difference {difference:.1e}, same top-1 label: {agreement:.1%}")
+        return
+    report = export_model(
+        options.model,
+        options.format,
+        options.output,
+        options.image_size,
+        options.dynamic,
+        options.dtype,
+        options.opset,
+    )
     print_report(report, options.output)
 
 

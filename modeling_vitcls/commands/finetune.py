@@ -10,7 +10,7 @@ The training is implemented in modeling_vitcls/training/task.py and finetune.py.
 from typing import TYPE_CHECKING, Any
 
 from ..options import FinetuneOptions
-from .parsing import exit_on_error, exit_with_message
+from .parsing import exit_with_message
 
 
 if TYPE_CHECKING:
@@ -29,16 +29,10 @@ def run(options: FinetuneOptions) -> None:
 
 def train(task_class: "type[Task]", options: Any) -> None:
     """Run a task, or test the run for --dry-run. If the run stops early, exit with its status."""
+    from ..api import run as run_training
     from ..training.runner import RunStopped
-    from ..training.task import dry_run, run_folds, run_task
 
     try:
-        with exit_on_error():
-            if options.run.dry_run:
-                dry_run(task_class, options)
-            elif options.data.folds is not None and options.data.fold is None:
-                run_folds(task_class, options)
-            else:
-                run_task(task_class(options))
+        run_training(task_class, options)
     except RunStopped as stopped:
         exit_with_message(str(stopped), stopped.exit_status, stopped.on_all)

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 import tyro
 
 from ..options import InspectOptions
-from .parsing import exit_on_error
 
 
 @dataclass(frozen=True)
@@ -32,5 +31,4 @@ def run(options: Inspect) -> None:
     from ..analysis.inspect_tokens import inspect_tokens
 
     disable_progress_bar()  # the progress bar of loading weights
-    with exit_on_error():
-        inspect_tokens(options)
+    inspect_tokens(options)

@@ -6,7 +6,6 @@ A recipe is a YAML file of flags. Its flags are inserted before the flags of the
 the same way and later flags override the recipe. Wrong flags are reported before torch is imported.
 """
 
-import dataclasses
 import difflib
 import os
 import sys
@@ -21,7 +20,7 @@ import yaml
 
 from ..errors import is_on_all_processes
 from ..files import is_closed_pipe
-from ..options import to_arguments
+from ..options import get_flag_names, to_arguments
 
 
 PACKAGE_FOLDER = Path(__file__).parents[1]
@@ -52,7 +51,6 @@ ABBREVIATIONS = {
     "drop_path": "drop_path_rate",
     "smoothing": "label_smoothing",
 }
-
 
 # Flags that are named differently in programs that push a model, and accepted in all of them.
 SYNONYMS = {"private": "hub_private", "hub_private": "private"}
@@ -89,14 +87,6 @@ def find_recipe(path: Path) -> Path:
     return next((file for file in found if file.is_file()), path)
 
 
-def get_flag_names(options_class: Any) -> set[str]:
-    """Return the names of all flags of a dataclass, including its nested dataclasses: `batch_size`."""
-    names: set[str] = set()
-    for item in dataclasses.fields(options_class):
-        names |= get_flag_names(item.type) if dataclasses.is_dataclass(item.type) else {item.name}
-    return names
-
-
 def check_abbreviations(arguments: list[str], flag_names: set[str]) -> None:
     """Exit with status 2 if a flag has its name in other programs; tyro only suggests similar spellings."""
     for argument in arguments:
@@ -112,10 +102,7 @@ def parse_flags(options_class: type, arguments: list[str], **settings: Any) -> A
     """Build the options from flags. Exits with status 2 if a flag is wrong."""
     flag_names = get_flag_names(options_class)
     arguments = [rename_synonym(argument, flag_names) for argument in arguments]
-    try:
-        return tyro.cli(options_class, args=arguments, **settings)
-    except ValueError as error:  # from __post_init__, if tyro is older than 1.0
-        exit_with_message(f"error: {error}")
+    return tyro.cli(options_class, args=arguments, **settings)
 
 
 def rename_synonym(argument: str, flag_names: set[str]) -> str:

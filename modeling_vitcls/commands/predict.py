@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import tyro
 
 from ..options import PredictOptions
-from .parsing import exit_on_error, exit_with_message
+from .parsing import exit_with_message
 
 
 @dataclass(frozen=True)
@@ -36,8 +36,7 @@ def run(options: Predict) -> None:
     from ..inference.predict import predict_images
 
     disable_progress_bar()  # the progress bar of loading weights
-    with exit_on_error():
-        summary = predict_images(options)
+    summary = predict_images(options)
     if options.output is not None and summary.num_images:
         print(f"{options.output}: {summary.num_images:,} images, {summary.num_failed:,} without a prediction")
     if summary.num_failed and summary.num_failed == summary.num_images:

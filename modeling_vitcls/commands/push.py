@@ -9,8 +9,6 @@ A push requires a token: `hf auth login`, or HF_TOKEN. The push is implemented i
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-from .parsing import exit_on_error
-
 
 @dataclass(frozen=True)
 class PushOptions:
@@ -66,11 +64,13 @@ OPTIONS = PushOptions
 
 def run(options: PushOptions) -> None:
     """Push and verify, or verify only."""
-    with exit_on_error():
-        if options.verify_only is None:
-            push(options)
-        else:
-            verify(options.verify_only, options.revision or "main", options.model)
+    from ..hub.verify import verify
+
+    if options.verify_only is None:
+        push(options)
+    else:
+        report = verify(options.verify_only, options.revision or "main", options.model)
+        print("\n".join(report.format_lines()))
 
 
 def push(options: PushOptions) -> None:
@@ -98,10 +98,3 @@ def push(options: PushOptions) -> None:
     if options.verify and not is_adapter(folder):  # the outputs of an adapter depend on its base model
         print("verifying the pushed commit in a new process", flush=True)
         print("\n".join(verify_push(pushed, folder).format_lines()))
-
-
-def verify(repo_id: str, revision: str, folder: Path | None) -> None:
-    """Verify a commit on the Hub and print the report."""
-    from ..hub.verify import verify as verify_published
-
-    print("\n".join(verify_published(repo_id, revision, folder).format_lines()))

@@ -9,8 +9,6 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from .parsing import exit_on_error
-
 
 @dataclass(frozen=True)
 class SpaceOptions:
@@ -41,13 +39,7 @@ OPTIONS = SpaceOptions
 
 
 def run(options: SpaceOptions) -> None:
-    """Push the Space, or write its files, and print where they are."""
-    with exit_on_error():
-        publish(options)
-
-
-def publish(options: SpaceOptions) -> None:
-    """Find the model, build the files of the Space, and push or write them."""
+    """Find the model, build the files of the Space, push or write them, and print where they are."""
     from ..hub.push_permissions import check_push_permissions
     from ..hub.space import build_space_files, find_published_model, push_space, write_space
 

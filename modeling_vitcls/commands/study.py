@@ -9,7 +9,7 @@ import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
-from .parsing import exit_on_error, exit_with_message, find_recipe
+from .parsing import exit_with_message, find_recipe
 
 
 @dataclass(frozen=True)
@@ -42,15 +42,14 @@ def run(options: StudyOptions) -> None:
 
     flags = {"--config": options.config, "--output-dir": options.output_dir, "--jobs": options.jobs}
     command = shlex.join(["vitcls", "study", *(str(item) for pair in flags.items() for item in pair)])
-    with exit_on_error():
-        rows = run_study(
-            load_study(find_recipe(options.config)),
-            options.output_dir,
-            command,
-            jobs=options.jobs,
-            threads=options.threads,
-            memory_limit=options.memory_limit,
-        )
+    rows = run_study(
+        load_study(find_recipe(options.config)),
+        options.output_dir,
+        command,
+        jobs=options.jobs,
+        threads=options.threads,
+        memory_limit=options.memory_limit,
+    )
     num_unfinished = sum(row["status"] != "finished" for row in rows)
     if num_unfinished:
         exit_with_message(

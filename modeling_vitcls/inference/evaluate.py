@@ -8,7 +8,7 @@ warning is printed if the model may have been trained on evaluated images.
 
 import time
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import Any, NoReturn
 
 from accelerate import Accelerator
 from rich.console import Console
@@ -18,7 +18,14 @@ from rich.table import Table
 
 from ..configuration_vitcls import ViTCLSConfig
 from ..conversion.any_checkpoint import resolve_checkpoint
-from ..data.held_out import RECORD, RESULTS_FILE, HeldOutRecord, compute_keys_digest, read_record
+from ..data.held_out import (
+    RECORD,
+    RESULTS_FILE,
+    HeldOutRecord,
+    HeldOutRule,
+    compute_keys_digest,
+    read_record,
+)
 from ..data.images import LabeledImages
 from ..data.labels import LabelKind, LabelSpace, get_label_space
 from ..data.splits import load_evaluation_data
@@ -46,14 +53,7 @@ def evaluate_checkpoint(options: EvaluateOptions) -> dict[str, Any]:
             run, the model does not have all labels of the dataset, or too many images are unreadable.
         OSError: if the checkpoint cannot be found or read, or the output cannot be written.
     """
-    accelerator = build_accelerator(mixed_precision=options.mixed_precision)
-    console = Console(quiet=not accelerator.is_main_process, soft_wrap=True, highlight=False)
-    if options.output is not None:  # fails before the evaluation if the folder cannot be created
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-
-    def warn(message: str) -> None:
-        console.print(f"WARNING: {message}", style="bold yellow", markup=False)
-
+    accelerator, console, warn = set_up_evaluation(options)
     with accelerator.main_process_first():  # downloads once
         folder = resolve_checkpoint(options.model, [*MODEL_FILES, RESULTS_FILE])
         model = load_classifier(options.model, folder).to(accelerator.device).eval()
@@ -78,38 +78,65 @@ def evaluate_checkpoint(options: EvaluateOptions) -> dict[str, Any]:
     started = time.perf_counter()
     metrics = evaluator(model, build_progress(console, accelerator))
     seconds = time.perf_counter() - started
-
     results = {
+        **describe_evaluation(options, split, rule, metrics["num_images"], seconds, accelerator),
+        "is_recorded_part": None if rule is None else problem is None,
+        **select_scalars(metrics),
+        **metrics,
+    }
+    print_results(results, model.config, console)
+    if accelerator.is_main_process:
+        write_results(options, results, console)
+    accelerator.end_training()
+    return results
+
+
+def set_up_evaluation(options: EvaluateOptions) -> tuple[Accelerator, Console, Callable[[str], None]]:
+    """Build the accelerator, the console of the main process and a function that prints a warning to the console.
+    Raise OSError if the folder of `--output` cannot be created."""
+    accelerator = build_accelerator(mixed_precision=options.mixed_precision)
+    console = Console(quiet=not accelerator.is_main_process, soft_wrap=True, highlight=False)
+    if options.output is not None:
+        options.output.parent.mkdir(parents=True, exist_ok=True)
+
+    def warn(message: str) -> None:
+        console.print(f"WARNING: {message}", style="bold yellow", markup=False)
+
+    return accelerator, console, warn
+
+
+def describe_evaluation(
+    options: EvaluateOptions,
+    split: str,
+    rule: HeldOutRule | None,
+    num_images: int,
+    seconds: float,
+    accelerator: Accelerator,
+) -> dict[str, Any]:
+    """Return the model, the images, the speed and the conditions of an evaluation."""
+    return {
         "model": options.model,
         "dataset": options.data.dataset,
         "split": split,
         "held_out_part": None if rule is None else str(rule),
-        "is_recorded_part": None if rule is None else problem is None,
-        **select_scalars(metrics),
-        "images_per_second": round(metrics["num_images"] / seconds, 1),
+        "images_per_second": round(num_images / seconds, 1),
         "seconds": round(seconds, 2),
         "device": describe_device(accelerator),
         "mixed_precision": accelerator.mixed_precision,
         "num_processes": accelerator.num_processes,
         "versions": get_versions(),
-        **metrics,
     }
-    print_results(results, model.config, console)
-    if options.output is not None and accelerator.is_main_process:
+
+
+def write_results(options: EvaluateOptions, results: dict[str, Any], console: Console) -> None:
+    """Write the results to `--output` if it is set."""
+    if options.output is not None:
         write_json(options.output, results)
         console.print(f"saved {options.output}", markup=False)
-    accelerator.end_training()
-    return results
 
 
 def describe_unknown_split(model: str, record: HeldOutRecord | None, held_out: LabeledImages) -> str | None:
-    """Describe why the model may have been trained on held-out images; None if its run held out the same images.
-
-    Args:
-        model: the model as the user wrote it.
-        record: the held-out record of the model's run.
-        held_out: the images that `load_evaluation_data` selected.
-    """
+    """Describe why the model may have been trained on held-out images; None if its run held out the same images."""
     risk = "The model may have been trained on the evaluated images"
     if record is None:
         return f"{model} has no record of its held-out images ({RECORD!r} in {RESULTS_FILE}). {risk}"
@@ -129,13 +156,17 @@ def describe_unknown_split(model: str, record: HeldOutRecord | None, held_out: L
 # Labels --------------------------------------------------------------------------------------------------------------
 
 
+LABEL_DESCRIPTIONS: dict[LabelKind, str] = {
+    "single_label_classification": "one label per image",
+    "multi_label_classification": "any number of labels per image",
+    "multi_task": "several tasks with one label each",
+}
+
+
 def match_labels(images: LabeledImages, data_space: LabelSpace, model_space: LabelSpace) -> LabeledImages:
     """Return the images with label indices of the model instead of the dataset, matched by name.
 
-    Args:
-        images: the images and labels of the dataset.
-        data_space: label space of the dataset.
-        model_space: label space of the model, which may have more labels than the dataset.
+    The model may have more labels than the dataset. Missing labels of a task (-100) are unchanged.
 
     Raises:
         ValueError: if the kinds of labels or the tasks differ, or the model does not have a label that is used.
@@ -146,75 +177,49 @@ def match_labels(images: LabeledImages, data_space: LabelSpace, model_space: Lab
             f"{LABEL_DESCRIPTIONS[data_space.kind]}. Set other columns with --label-column, and --label-separator for "
             "a column with several labels"
         )
-    if data_space.kind == "multi_task" and data_space.columns.keys() != model_space.columns.keys():
-        raise ValueError(
-            f"the model has the tasks {', '.join(model_space.columns)}, but the dataset has "
-            f"{', '.join(data_space.columns)}. Set the columns with --label-column"
-        )
-    return LabeledImages(images.images, LABEL_MATCHERS[model_space.kind](images.labels, data_space, model_space))
-
-
-LABEL_DESCRIPTIONS: dict[LabelKind, str] = {
-    "single_label_classification": "one label per image",
-    "multi_label_classification": "any number of labels per image",
-    "multi_task": "several tasks with one label each",
-}
-
-
-def match_single_labels(labels: Iterable[int], data_space: LabelSpace, model_space: LabelSpace) -> list[int]:
-    """Return class indices of the model."""
-    index = LabelIndex(data_space.names, model_space.names)
-    return [index[label] for label in labels]
-
-
-def match_multi_labels(
-    labels: Iterable[list[float]], data_space: LabelSpace, model_space: LabelSpace
-) -> list[list[float]]:
-    """Return 0.0 or 1.0 per class of the model; 0.0 for classes that the dataset does not have."""
-    index = LabelIndex(data_space.names, model_space.names)
-    matched = []
-    for row in labels:
-        present = {index[label] for label, value in enumerate(row) if value}
-        matched.append([float(label in present) for label in range(len(model_space.names))])
-    return matched
+    if data_space.kind == "multi_task":
+        return LabeledImages(images.images, match_task_labels(images.labels, data_space, model_space))
+    indices = LabelIndices(data_space.names, model_space.names)
+    if data_space.kind == "single_label_classification":
+        return LabeledImages(images.images, [indices[label] for label in images.labels])
+    labels = []
+    for row in images.labels:
+        present = {indices[label] for label, value in enumerate(row) if value}
+        labels.append([float(label in present) for label in range(len(model_space.names))])
+    return LabeledImages(images.images, labels)
 
 
 def match_task_labels(
     labels: Iterable[dict[str, int]], data_space: LabelSpace, model_space: LabelSpace
 ) -> list[dict[str, int]]:
-    """Return class indices of the model by task. Missing labels (-100) are unchanged."""
-    indices = {task: LabelIndex(data_space.columns[task], names) for task, names in model_space.columns.items()}
+    """Return class indices of the model by task."""
+    if data_space.columns.keys() != model_space.columns.keys():
+        raise ValueError(
+            f"the model has the tasks {', '.join(model_space.columns)}, but the dataset has "
+            f"{', '.join(data_space.columns)}. Set the columns with --label-column"
+        )
+    tasks = {task: LabelIndices(data_space.columns[task], names) for task, names in model_space.columns.items()}
     return [
-        {task: IGNORED_LABEL if row[task] == IGNORED_LABEL else index[row[task]] for task, index in indices.items()}
+        {task: IGNORED_LABEL if row[task] == IGNORED_LABEL else indices[row[task]] for task, indices in tasks.items()}
         for row in labels
     ]
 
 
-LABEL_MATCHERS: dict[LabelKind, Callable[[Any, LabelSpace, LabelSpace], list[Any]]] = {
-    "single_label_classification": match_single_labels,
-    "multi_label_classification": match_multi_labels,
-    "multi_task": match_task_labels,
-}
-
-
-class LabelIndex:
-    """Map the index of a label in the dataset to the index of the label with the same name in the model."""
+class LabelIndices(dict[int, int]):
+    """Indices of labels in the model by their indices in the dataset, matched by name."""
 
     def __init__(self, data_names: list[str], model_names: list[str]) -> None:
+        indices = {name: index for index, name in enumerate(model_names)}
+        super().__init__({label: indices[name] for label, name in enumerate(data_names) if name in indices})
         self.data_names = data_names
         self.model_names = model_names
-        indices = {name: index for index, name in enumerate(model_names)}
-        self.matched = [indices.get(name) for name in data_names]
 
-    def __getitem__(self, label: int) -> int:
-        matched = self.matched[label]
-        if matched is None:
-            more = ", ..." if len(self.model_names) > 20 else ""
-            raise ValueError(
-                f"the dataset has the label {self.data_names[label]!r}, but the model has only the labels "
-                f"{', '.join(self.model_names[:20])}{more}"
-            )
-        return matched
+    def __missing__(self, label: int) -> NoReturn:
+        more = ", ..." if len(self.model_names) > 20 else ""
+        raise ValueError(
+            f"the dataset has the label {self.data_names[label]!r}, but the model has only the labels "
+            f"{', '.join(self.model_names[:20])}{more}"
+        )
 
 
 # Output --------------------------------------------------------------------------------------------------------------

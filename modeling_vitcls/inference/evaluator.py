@@ -44,26 +44,22 @@ class HeldOutBatch:
     unreadable: dict[int, str]  # error messages by index of the unreadable image
 
 
+@dataclass
 class HeldOutImages(Dataset):
     """The images of one process, in batches."""
 
-    def __init__(
-        self,
-        source: LabeledImages,
-        processor: ViTCLSImageProcessor,
-        label_space: LabelSpace,
-        batch_size: int,
-        process: int,
-        num_processes: int,
-        num_channels: int | None = None,
-    ) -> None:
-        self.source = source
-        self.processor = processor
-        self.num_channels = num_channels
-        self.label_space = label_space
-        per_round = batch_size * num_processes
-        starts = range(process * batch_size, len(source) + process * batch_size, per_round)
-        self.batches = [range(start, start + batch_size) for start in starts]
+    source: LabeledImages
+    processor: ViTCLSImageProcessor
+    label_space: LabelSpace
+    batch_size: int
+    process: int
+    num_processes: int
+    num_channels: int | None = None
+
+    def __post_init__(self) -> None:
+        first = self.process * self.batch_size
+        starts = range(first, len(self.source) + first, self.batch_size * self.num_processes)
+        self.batches = [range(start, start + self.batch_size) for start in starts]
 
     def __len__(self) -> int:
         return len(self.batches)

@@ -12,9 +12,7 @@ The features of a layer are its output after the final norm of the encoder, as i
 every special token, and the mean of the patch tokens.
 """
 
-import re
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from statistics import NormalDist, fmean, stdev
 from typing import Any
@@ -29,14 +27,18 @@ from ..data.held_out import RESULTS_FILE, read_record
 from ..data.images import LabeledImages
 from ..data.labels import LabelSpace
 from ..data.splits import load_evaluation_data
-from ..distributed import build_accelerator
-from ..files import write_json
 from ..hub.card_results import CONFIDENCE, format_percent
 from ..hub.loading import MODEL_FILES
 from ..options import EvaluateOptions
-from ..system import describe_device, get_versions
 from ..token_names import get_token_names
-from .evaluate import build_progress, build_table, describe_unknown_split
+from .evaluate import (
+    build_progress,
+    build_table,
+    describe_evaluation,
+    describe_unknown_split,
+    set_up_evaluation,
+    write_results,
+)
 from .evaluator import Evaluator, HeldOutBatch, round_floats
 from .load_model import load_model
 from .metrics import compute_wilson_interval
@@ -45,7 +47,6 @@ from .metrics import compute_wilson_interval
 NUM_NEIGHBORS = 10
 MAX_ITERATIONS = 1000  # maximum number of iterations of L-BFGS in logistic regression
 MEAN_OF_PATCHES = "mean of patches"
-FEW_SHOT = re.compile(r"few-shot:([1-9]\d*)")
 
 
 # Features ------------------------------------------------------------------------------------------------------------
@@ -53,17 +54,11 @@ FEW_SHOT = re.compile(r"few-shot:([1-9]\d*)")
 
 @dataclass(frozen=True)
 class Features:
-    """Features and labels of images.
+    """Features and labels of images."""
 
-    Attributes:
-        vectors: features [images, D] `float32` by (number of the layer from 1, name of the token).
-        labels: class names [images].
-        num_unreadable: number of images that could not be read and have no features.
-    """
-
-    vectors: dict[tuple[int, str], np.ndarray]
-    labels: np.ndarray
-    num_unreadable: int
+    vectors: dict[tuple[int, str], np.ndarray]  # [images, D] float32 by (layer from 1, name of the token)
+    labels: np.ndarray  # class names [images]
+    num_unreadable: int  # number of images that could not be read and have no features
 
 
 class FeatureEvaluator(Evaluator):
@@ -104,13 +99,7 @@ class FeatureStore:
 
 
 def compute_features(encoder: Any, pixel_values: torch.Tensor, layers: list[int]) -> torch.Tensor:
-    """Return the features [B, layers * (special tokens + 1), D] of images [B, C, H, W].
-
-    Args:
-        encoder: a `ViTCLSModel`.
-        pixel_values: the images.
-        layers: numbers of layers from 1.
-    """
+    """Return the features [B, layers * (special tokens + 1), D] of images [B, C, H, W] from a `ViTCLSModel`."""
     hidden_states = encoder(pixel_values, output_hidden_states=True).hidden_states  # embeddings, then each layer
     num_special = encoder.config.token_layout.num_prefix_tokens
     vectors = []
@@ -128,29 +117,16 @@ def get_vector_names(config: Any, layers: list[int]) -> list[tuple[int, str]]:
 # Classifiers ---------------------------------------------------------------------------------------------------------
 
 
-def build_knn(num_training_images: int) -> Any:
-    """Build the k-NN classifier, with fewer neighbors if there are fewer training images."""
-    from sklearn.neighbors import KNeighborsClassifier
-
-    return KNeighborsClassifier(min(NUM_NEIGHBORS, num_training_images), weights="distance", metric="cosine")
-
-
-def build_logistic_regression(num_training_images: int) -> Any:
-    """Build logistic regression on standardized features."""
+def build_classifier(kind: str, num_training_images: int) -> Any:
+    """Build k-NN, with fewer neighbors for fewer training images, or logistic regression on standardized features."""
     from sklearn.linear_model import LogisticRegression
+    from sklearn.neighbors import KNeighborsClassifier
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
+    if kind == "knn":
+        return KNeighborsClassifier(min(NUM_NEIGHBORS, num_training_images), weights="distance", metric="cosine")
     return make_pipeline(StandardScaler(), LogisticRegression(max_iter=MAX_ITERATIONS))
-
-
-CLASSIFIERS: dict[str, Callable[[int], Any]] = {"knn": build_knn, "logreg": build_logistic_regression}
-
-
-def count_correct(classifier: Any, train: Features, held_out: Features, name: tuple[int, str], rows: Any) -> int:
-    """Return the number of correct predictions on the held-out images of a classifier fitted to some training rows."""
-    classifier.fit(train.vectors[name][rows], train.labels[rows])
-    return int((classifier.predict(held_out.vectors[name]) == held_out.labels).sum())
 
 
 def measure_accuracies(
@@ -158,46 +134,32 @@ def measure_accuracies(
 ) -> list[dict[str, Any]]:
     """Return the accuracy of a classifier on each token of each layer, with its 95 % interval.
 
-    The interval is Wilson's for the number of held-out images. For few-shot classifiers, it is the interval of the
-    mean over the repeats.
-
-    Args:
-        kind: value of `--frozen`.
-        train: features to fit the classifiers on.
-        held_out: features to measure the accuracy on.
-        num_repeats: number of random selections of few-shot images.
-        seed: seed of the selections.
-
-    Raises:
-        ValueError: if a class has fewer training images than few-shot classification requires.
+    The interval is Wilson's for the number of held-out images. For few-shot classifiers, which are fitted to
+    `num_repeats` random selections of images, it is the interval of the mean over the repeats.
     """
+    _, _, num_per_class = kind.partition(":")
+    selections = [np.arange(len(train.labels))]
+    if num_per_class:
+        selections = select_few(train.labels, int(num_per_class), num_repeats, seed)
     num_images = len(held_out.labels)
     rows = []
-    if few_shot := FEW_SHOT.fullmatch(kind):
-        selections = select_few(train.labels, int(few_shot[1]), num_repeats, seed)
-        for layer, token in train.vectors:
-            counts = [
-                count_correct(build_logistic_regression(len(selected)), train, held_out, (layer, token), selected)
-                for selected in selections
-            ]
-            accuracies = [count / num_images for count in counts]
-            rows.append({"layer": layer, "token": token, **summarize_repeats(accuracies)})
-        return rows
-    everything = slice(None)
-    for layer, token in train.vectors:
-        classifier = CLASSIFIERS[kind](len(train.labels))
-        correct = count_correct(classifier, train, held_out, (layer, token), everything)
-        interval = compute_wilson_interval(correct, num_images, CONFIDENCE)
-        rows.append({"layer": layer, "token": token, "accuracy": correct / num_images, "accuracy_interval": interval})
+    for (layer, token), vectors in train.vectors.items():
+        counts = []
+        for selected in selections:
+            classifier = build_classifier(kind, len(selected)).fit(vectors[selected], train.labels[selected])
+            counts.append(int((classifier.predict(held_out.vectors[layer, token]) == held_out.labels).sum()))
+        if num_per_class:
+            accuracy = summarize_repeats([count / num_images for count in counts])
+        else:
+            interval = compute_wilson_interval(counts[0], num_images, CONFIDENCE)
+            accuracy = {"accuracy": counts[0] / num_images, "accuracy_interval": interval}
+        rows.append({"layer": layer, "token": token, **accuracy})
     return rows
 
 
 def select_few(labels: np.ndarray, num_per_class: int, num_repeats: int, seed: int) -> list[np.ndarray]:
     """Return the indices of `num_per_class` random images of each class, sorted, for each repeat.
-
-    Raises:
-        ValueError: if a class has fewer images.
-    """
+    Raise ValueError if a class has fewer images."""
     names, counts = np.unique(labels, return_counts=True)
     if counts.min() < num_per_class:
         raise ValueError(
@@ -237,14 +199,7 @@ def evaluate_frozen(options: EvaluateOptions) -> dict[str, Any]:
     assert options.frozen is not None
     if options.data.streaming:
         raise ValueError("--frozen requires a stored dataset, but --streaming reads a stream. Remove --streaming")
-    accelerator = build_accelerator(mixed_precision=options.mixed_precision)
-    console = Console(quiet=not accelerator.is_main_process, soft_wrap=True, highlight=False)
-
-    def warn(message: str) -> None:
-        console.print(f"WARNING: {message}", style="bold yellow", markup=False)
-
-    if options.output is not None:  # fails before the evaluation if the folder cannot be created
-        options.output.parent.mkdir(parents=True, exist_ok=True)
+    accelerator, console, warn = set_up_evaluation(options)
     with accelerator.main_process_first():  # downloads once
         model, processor = load_model(options.model, with_head=False)
         record = read_record(resolve_checkpoint(options.model, [*MODEL_FILES, RESULTS_FILE]))
@@ -280,32 +235,20 @@ def evaluate_frozen(options: EvaluateOptions) -> dict[str, Any]:
 
     started = time.perf_counter()
     train, held_out = encode(train_images, train_space), encode(held_out_images, space)
-    seconds = time.perf_counter() - started
-    num_encoded = len(train.labels) + len(held_out.labels)
+    seconds, num_images = time.perf_counter() - started, len(train.labels) + len(held_out.labels)
     results: dict[str, Any] = {
-        "model": options.model,
-        "dataset": options.data.dataset,
-        "split": split,
-        "held_out_part": None if rule is None else str(rule),
+        **describe_evaluation(options, split, rule, num_images, seconds, accelerator),
         "frozen": options.frozen,
         "num_training_images": len(train.labels),
         "num_images": len(held_out.labels),
         "num_broken_images": train.num_unreadable + held_out.num_unreadable,
-        "images_per_second": round(num_encoded / seconds, 1),
-        "seconds": round(seconds, 2),
-        "device": describe_device(accelerator),
-        "mixed_precision": accelerator.mixed_precision,
-        "num_processes": accelerator.num_processes,
-        "versions": get_versions(),
     }
     if accelerator.is_main_process:
         rows = measure_accuracies(options.frozen, train, held_out, options.frozen_repeats, options.data.split_seed)
         best = max(rows, key=lambda row: row["accuracy"])
         results |= {"best": round_floats(best), "rows": round_floats(rows)}
         print_rows(results, console)
-        if options.output is not None:
-            write_json(options.output, results)
-            console.print(f"saved {options.output}", markup=False)
+        write_results(options, results, console)
     accelerator.end_training()
     return results
 
@@ -327,7 +270,10 @@ def print_rows(results: dict[str, Any], console: Console) -> None:
         f"{results['images_per_second']:,} images/s",
         markup=False,
     )
-    cells = [[str(row["layer"]), row["token"], *format_accuracy(row)] for row in results["rows"]]
+    cells = []
+    for row in results["rows"]:
+        interval = " to ".join(map(format_percent, row["accuracy_interval"] or []))
+        cells.append([str(row["layer"]), row["token"], format_percent(row["accuracy"]), interval])
     console.print(build_table("", ["Layer", "Token", "Accuracy", "95 % interval"], cells))
     best = results["best"]
     console.print(
@@ -335,12 +281,3 @@ def print_rows(results: dict[str, Any], console: Console) -> None:
         f"{len(results['rows'])} on these images)",
         markup=False,
     )
-
-
-def format_accuracy(row: dict[str, Any]) -> list[str]:
-    """Return the accuracy of a row and its interval as text."""
-    interval = row["accuracy_interval"]
-    return [
-        format_percent(row["accuracy"]),
-        "" if interval is None else f"{format_percent(interval[0])} to {format_percent(interval[1])}",
-    ]

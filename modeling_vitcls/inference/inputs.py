@@ -20,7 +20,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -44,32 +44,6 @@ class ImageRecord:
     index: int
     name: str
     content: Any
-
-
-class PredictionInput(Protocol):
-    """Images by index."""
-
-    @property
-    def num_images(self) -> int | None:
-        """Number of images; None for a stream whose end has not been reached."""
-
-    def compute_identity(self) -> dict[str, Any]:
-        """Return JSON values that identify the input."""
-
-    def read(self, ranges: Iterable[range]) -> Iterator[ImageRecord]:
-        """Yield the images of disjoint, increasing ranges."""
-
-
-def open_input(options: PredictOptions) -> PredictionInput:
-    """Open the input from PATHS, `--list` or `--dataset`.
-
-    Raises:
-        ValueError: if the input has no images, or a dataset cannot be read.
-        OSError: if the list cannot be read.
-    """
-    if options.dataset is not None:
-        return open_dataset(options, options.dataset)
-    return open_image_files(list(options.paths) if options.list is None else read_list(options.list))
 
 
 # Lists ---------------------------------------------------------------------------------------------------------------
@@ -105,10 +79,7 @@ class ListInput:
 
 def open_image_files(paths: Iterable[str]) -> ListInput:
     """Return files and URLs unchanged, and folders replaced by the images in them, sorted by name.
-
-    Raises:
-        ValueError: if there are no images.
-    """
+    Raise ValueError if there are no images."""
     files = [file for path in paths for file in (list_image_files(path) if Path(path).is_dir() else [path])]
     if not files:
         suffixes = " ".join(sorted(IMAGE_SUFFIXES))
@@ -216,13 +187,23 @@ class StreamInput:
                 return
 
 
-def open_dataset(options: PredictOptions, dataset: str) -> PredictionInput:
-    """Open a dataset in any format that scripts/finetune.py reads. Labels are not needed.
+PredictionInput = ListInput | DatasetInput | StreamInput
+
+
+def open_input(options: PredictOptions) -> PredictionInput:
+    """Open the input from PATHS, `--list` or `--dataset`.
 
     Raises:
-        ValueError: if the dataset cannot be found or read, has no image column, or has several splits and `--split`
-            is not set.
+        ValueError: if the input has no images, or a dataset cannot be read.
+        OSError: if the list cannot be read.
     """
+    if options.dataset is not None:
+        return open_dataset(options, options.dataset)
+    return open_image_files(list(options.paths) if options.list is None else read_list(options.list))
+
+
+def open_dataset(options: PredictOptions, dataset: str) -> PredictionInput:
+    """Open a dataset in any format that scripts/finetune.py reads. Labels are not needed."""
     import datasets
 
     data = DataOptions(dataset, image_column=options.image_column, streaming=options.streaming)
@@ -291,11 +272,7 @@ def prepare_ahead(
 
 
 def prepare_image(processor: ViTCLSImageProcessor, record: ImageRecord) -> PreparedImage:
-    """Read, decode and process one image.
-
-    Raises:
-        FetchError: if a file of a dataset cannot be read over the network.
-    """
+    """Read, decode and process one image. Raise FetchError if a file cannot be read over the network."""
     content = record.content
     if content is None:
         return PreparedImage(record, error=f"row {record.index} has no image")

@@ -60,11 +60,7 @@ def load_model(source: str, with_head: bool) -> tuple[PreTrainedModel, ViTCLSIma
 
 
 def load_classifier(source: str, folder: str) -> Classifier:
-    """Load a saved classifier of any kind.
-
-    Args:
-        source: name of the model as the user wrote it, for error messages.
-        folder: folder of the model.
+    """Load a saved classifier of any kind from its folder. `source` is the model as the user wrote it.
 
     Raises:
         ValueError: if the model has no classifier or is not a vitcls model.

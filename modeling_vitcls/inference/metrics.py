@@ -2,13 +2,15 @@
 
     METRICS[label_space.kind](label_space, device)   .update(outputs, labels) per batch, then .compute() once
 
+`update` expects the outputs of at least G images, of which the rows after the first G are ignored, and the labels of G
+images in the format of data/labels.py. `compute` returns numbers first, then lists. Undefined values (0 / 0) are None.
+
 torchmetrics accumulates over batches and processes. All processes must call `compute`, and a process without images
 must call `update` with 0 labels. evaluator.py selects the images.
 """
 
 import math
 import warnings
-from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from statistics import NormalDist
 from typing import Any
@@ -48,24 +50,7 @@ def drop_large_matrices(metrics: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-class ClassificationMetrics(ABC):
-    """Metrics of a classifier over all batches of all processes."""
-
-    @abstractmethod
-    def update(self, outputs: Any, labels: Any) -> None:
-        """Add one batch.
-
-        Args:
-            outputs: model outputs of at least G images; rows after the first G are ignored.
-            labels: labels of G images, in the format of data/labels.py. G may be 0.
-        """
-
-    @abstractmethod
-    def compute(self) -> MetricValues:
-        """Return numbers first, then lists. Undefined values (0 / 0) are None. Must be called on all processes."""
-
-
-class SingleLabelMetrics(ClassificationMetrics):
+class SingleLabelMetrics:
     """Metrics of single-label classification.
 
     accuracy                top-1 accuracy
@@ -84,12 +69,12 @@ class SingleLabelMetrics(ClassificationMetrics):
         self.names = label_space.names
         num_classes = len(self.names)
         self.counts = ClassCounts(num_classes).to(device)
-        self.loss = build_mean(device)
+        self.loss = build_aggregator(MeanMetric, device)
         self.calibration = MulticlassCalibrationError(num_classes, NUM_CALIBRATION_BINS, validate_args=False).to(
             device
         )
-        self.top_5 = build_mean(device) if num_classes > 5 else None
-        self.heads = {name: build_mean(device) for name in HEADS}
+        self.top_5 = build_aggregator(MeanMetric, device) if num_classes > 5 else None
+        self.heads = {name: build_aggregator(MeanMetric, device) for name in HEADS}
         self.matrix = None
         if num_classes <= MAX_MATRIX_CLASSES:
             self.matrix = MulticlassConfusionMatrix(num_classes, validate_args=False).to(device)
@@ -140,7 +125,7 @@ class SingleLabelMetrics(ClassificationMetrics):
         return values
 
 
-class MultiLabelMetrics(ClassificationMetrics):
+class MultiLabelMetrics:
     """Metrics of multi-label classification. A class is predicted if its probability is above 0.5.
 
     mean_average_precision  mean over the classes that have images
@@ -157,8 +142,9 @@ class MultiLabelMetrics(ClassificationMetrics):
         self.names = label_space.names
         self.counts = ClassCounts(len(self.names)).to(device)
         self.precision = MultilabelAveragePrecision(len(self.names), average=None, validate_args=False).to(device)
-        self.exact_match, self.loss = build_mean(device), build_mean(device)
-        self.num_images = build_sum(device)
+        self.exact_match = build_aggregator(MeanMetric, device)
+        self.loss = build_aggregator(MeanMetric, device)
+        self.num_images = build_aggregator(SumMetric, device)
 
     def update(self, outputs: Any, labels: torch.Tensor) -> None:
         """Add logits [B, L] and labels [G, L], 0 or 1."""
@@ -193,7 +179,7 @@ class MultiLabelMetrics(ClassificationMetrics):
         }
 
 
-class MultiTaskMetrics(ClassificationMetrics):
+class MultiTaskMetrics:
     """Metrics of multi-task classification: `SingleLabelMetrics` of each task, as `TASK_accuracy` and so on.
 
     accuracy                mean over the tasks that have labeled images
@@ -206,7 +192,7 @@ class MultiTaskMetrics(ClassificationMetrics):
             task: SingleLabelMetrics(LabelSpace("single_label_classification", {task: names}), device)
             for task, names in label_space.columns.items()
         }
-        self.num_images = build_sum(device)
+        self.num_images = build_aggregator(SumMetric, device)
 
     def update(self, outputs: Any, labels: dict[str, torch.Tensor]) -> None:
         """Add logits {task: [B, L]} and labels {task: [G]}, -100 if missing."""
@@ -234,8 +220,8 @@ class ReconstructionMetrics:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self.loss = build_mean(device)
-        self.num_images = build_sum(device)
+        self.loss = build_aggregator(MeanMetric, device)
+        self.num_images = build_aggregator(SumMetric, device)
 
     def update(self, outputs: Any, indices: torch.Tensor) -> None:
         """Add the mean loss of a batch of G images with these indices [G]."""
@@ -271,39 +257,28 @@ class ClassCounts(Metric):
     """
 
     full_state_update = False
-    num_correct: torch.Tensor
-    num_predicted: torch.Tensor
-    num_images: torch.Tensor
+    counts: torch.Tensor
 
     def __init__(self, num_classes: int) -> None:
         super().__init__()
-        for name in ("num_correct", "num_predicted", "num_images"):
-            self.add_state(name, torch.zeros(num_classes, dtype=torch.long), dist_reduce_fx="sum")
+        self.add_state("counts", torch.zeros(3, num_classes, dtype=torch.long), dist_reduce_fx="sum")
 
     def update(self, num_correct: torch.Tensor, num_predicted: torch.Tensor, num_images: torch.Tensor) -> None:
         """Add the counts [L] of one batch."""
-        self.num_correct += num_correct
-        self.num_predicted += num_predicted
-        self.num_images += num_images
+        self.counts += torch.stack([num_correct, num_predicted, num_images])
 
     def compute(self) -> torch.Tensor:
         """Return the three counts, [3, L]."""
-        return torch.stack([self.num_correct, self.num_predicted, self.num_images])
+        return self.counts
 
 
-def build_mean(device: torch.device) -> MeanMetric:
-    """Build a mean over images, which is NaN if any value is NaN."""
-    return use_float64(MeanMetric(nan_strategy="disable"), device)
+def build_aggregator(metric_class: type[MeanMetric | SumMetric], device: torch.device) -> Any:
+    """Build a mean or sum, which is NaN if any value is NaN.
 
-
-def build_sum(device: torch.device) -> SumMetric:
-    """Build a sum of counts."""
-    return use_float64(SumMetric(nan_strategy="disable"), device)
-
-
-def use_float64(metric: Any, device: torch.device) -> Any:
-    """Return the metric on the device, in float64 if supported, to reduce the effect of the order of batches."""
-    return metric.set_dtype(torch.float32 if device.type == "mps" else torch.float64).to(device)
+    It is computed in float64 if the device supports it, to reduce the effect of the order of batches.
+    """
+    dtype = torch.float32 if device.type == "mps" else torch.float64
+    return metric_class(nan_strategy="disable").set_dtype(dtype).to(device)
 
 
 def compute_class_metrics(names: list[str], counts: list[list[int]]) -> list[MetricValues]:

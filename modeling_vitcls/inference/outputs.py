@@ -22,11 +22,10 @@ import math
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import count, islice
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 import numpy as np
@@ -186,9 +185,7 @@ class Progress:
         self.bar.start()
         return self
 
-    def __exit__(
-        self, exc_type: type[BaseException] | None, exc_value: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, exc_type: object, exc_value: object, traceback: object) -> None:
         self.bar.stop()
         if exc_value is None:
             self.print_line()
@@ -231,13 +228,10 @@ class ShardFolder:
         return {int(file.stem.removeprefix("shard-")) for file in self.path.glob("shard-*.parquet")}
 
     def open(self, contents: dict[str, Any]) -> int | None:
-        """Create the folder, or check that its manifest has the same contents. Call it only on the main process.
+        """Create the folder, or raise ValueError if its manifest has other contents. Call it only on the main process.
 
         Returns:
             Number of images of the input, if an earlier start recorded it.
-
-        Raises:
-            ValueError: if the folder has other contents.
         """
         self.path.mkdir(parents=True, exist_ok=True)
         for unfinished in self.path.glob(".*.unfinished"):
@@ -273,8 +267,7 @@ class ShardFolder:
     def wait_for_shards(self, num_images: int, num_processes: int) -> None:
         """Wait on process 0 until all shards exist. All processes have started their heartbeats.
 
-        Raises:
-            OSError: if shards are missing, but no other process has a heartbeat file, or a heartbeat is too old.
+        Raise OSError if shards are missing, but no other process has a heartbeat file, or a heartbeat is too old.
         """
         own, *others = map(self.get_heartbeat_file, range(num_processes))
         while True:
@@ -296,10 +289,7 @@ class ShardFolder:
 
     def count_rows(self, num_images: int) -> tuple[int, int]:
         """Return the number of rows, and of rows with an error, in all shards.
-
-        Raises:
-            ValueError: if a file is damaged or has a different number of rows.
-        """
+        Raise ValueError if a file is damaged or has a different number of rows."""
         num_rows = num_failed = 0
         for number, indices in enumerate(iterate_shards(num_images, self.size)):
             file = self.get_file(number)
@@ -316,34 +306,28 @@ class ShardFolder:
         return num_rows, num_failed
 
 
-class Heartbeat:
-    """Context manager that updates the modification time of a file in a thread, and removes the file at the end.
+@contextmanager
+def send_heartbeats(file: Path) -> Iterator[None]:
+    """Update the modification time of a file in a thread, and remove the file at the end of the block.
 
     The file signals to other processes, including processes on other hosts, that this process is running.
     """
+    has_ended = threading.Event()
 
-    def __init__(self, file: Path) -> None:
-        self.file = file
-        self.has_ended = threading.Event()
-        self.thread = threading.Thread(target=self.update, daemon=True)
-
-    def __enter__(self) -> Self:
-        self.file.touch()
-        self.thread.start()
-        return self
-
-    def __exit__(
-        self, exc_type: type[BaseException] | None, exc_value: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.has_ended.set()
-        self.thread.join()
-        self.file.unlink(missing_ok=True)
-
-    def update(self) -> None:
-        """Update the file repeatedly until the end of the block."""
-        while not self.has_ended.wait(SECONDS_BETWEEN_HEARTBEATS):
+    def update() -> None:
+        while not has_ended.wait(SECONDS_BETWEEN_HEARTBEATS):
             with suppress(OSError):  # a full disk
-                self.file.touch()
+                file.touch()
+
+    file.touch()
+    thread = threading.Thread(target=update, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        has_ended.set()
+        thread.join()
+        file.unlink(missing_ok=True)
 
 
 def iterate_shards(num_images: int | None, size: int) -> Iterator[range]:

@@ -1,10 +1,7 @@
 """Prediction from options to rows: labels, or features, of any number of images.
 
     images -> records -> pixels -> predictions -> rows -> table, file, or folder of Parquet files
-
-    inputs.py            image records and their pixels
-    prediction_rows.py   predictions of the model as rows
-    outputs.py           tables, files and folders of shards
+    inputs.py ----------------->   prediction_rows.py ->  outputs.py
 
 The images are divided by index into pieces of equal size: batches for a file, shards for a folder. The pieces are
 assigned to the processes in turn, and a batch never spans two pieces. So the output is bit-identical for any number of
@@ -23,23 +20,23 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import gather_object
 from transformers import PreTrainedModel
 
-from ..distributed import build_accelerator
+from ..distributed import build_accelerator, run_on_main
 from ..image_processing_vitcls import ViTCLSImageProcessor
 from ..options import PredictOptions
 from .inputs import ListInput, PredictionInput, PreparedImage, open_image_files, open_input, prepare_ahead
 from .load_model import load_model
 from .outputs import (
     WRITERS,
-    Heartbeat,
     Progress,
     ShardFolder,
     assign_ranges,
     get_output_columns,
     iterate_shards,
     print_table,
+    send_heartbeats,
     write_rows,
 )
 from .prediction_rows import AutocastFactory, PredictionColumns, Row, build_prediction_columns, predict_rows
@@ -114,12 +111,7 @@ def predict(
 def predict_from_options(options: PredictOptions, images: list[Any]) -> list[Row]:
     """Return the rows of scripts/predict.py in this process, instead of writing them.
 
-    Args:
-        options: the options, without an output.
-        images: images as in `predict`, which replace PATHS; empty for `--list` and `--dataset`.
-
-    Raises:
-        ValueError, OSError: in one line, if images or models cannot be read.
+    `images` are images as in `predict`, which replace PATHS, or empty for `--list` and `--dataset`.
     """
     accelerator = build_accelerator(mixed_precision=options.mixed_precision)
     source = wrap_images(images) if images else open_input(options)
@@ -128,11 +120,7 @@ def predict_from_options(options: PredictOptions, images: list[Any]) -> list[Row
 
 
 def collect_rows(predictor: Predictor, source: PredictionInput) -> list[Row]:
-    """Return the rows of all images.
-
-    Raises:
-        ValueError: if the number of images is unknown, because they are a stream.
-    """
+    """Return the rows of all images. Raise ValueError if the images are a stream, whose length is unknown."""
     if source.num_images is None:
         raise ValueError("streaming requires an output, because the number of images is unknown. Remove streaming")
     return list(predictor.iterate_rows(source, [range(source.num_images)], piece_size=source.num_images))
@@ -218,13 +206,11 @@ def predict_to_file(
             table = list(rows)
         else:
             write_rows(rows, columns, options.output)
-    if options.output is None and accelerator.is_main_process:
+    if not accelerator.is_main_process:
+        return PredictionCounts(0, 0)
+    if options.output is None:
         print_table(table, columns)
-    return (
-        PredictionCounts(progress.num_images, progress.num_failed)
-        if accelerator.is_main_process
-        else PredictionCounts(0, 0)
-    )
+    return PredictionCounts(progress.num_images, progress.num_failed)
 
 
 def gather_rows(rows: Iterator[Row], piece_size: int, accelerator: Accelerator) -> Iterator[Row]:
@@ -246,10 +232,8 @@ def predict_to_folder(
 ) -> PredictionCounts:
     """Write the missing shards, divided among the processes. The main process waits for all shards.
 
-    It polls for the files, because a collective operation would time out if a process is slow.
-
-    Raises:
-        OSError: if a process has ended without writing its shards.
+    It polls for the files, because a collective operation would time out if a process is slow. Raise OSError if a
+    process has ended without writing its shards.
     """
     assert options.output is not None
     folder = ShardFolder(options.output, options.shard_size)
@@ -263,7 +247,7 @@ def predict_to_folder(
         total = sum(map(len, own))
     columns = get_output_columns(predictor.columns.columns)
     with (
-        Heartbeat(folder.get_heartbeat_file(accelerator.process_index)),
+        send_heartbeats(folder.get_heartbeat_file(accelerator.process_index)),
         Progress(total, is_shown=accelerator.is_main_process) as progress,
     ):
         accelerator.wait_for_everyone()  # all processes have a heartbeat
@@ -286,29 +270,23 @@ def open_shard_folder(
     source: PredictionInput,
     predictor: Predictor,
 ) -> tuple[int | None, set[int]]:
-    """Create or check the output folder. Return the number of images, None if unknown, and the finished shards.
-
-    The main process reads the folder and broadcasts the result.
-    """
+    """Create or check the output folder. Return the number of images, None if unknown, and the finished shards."""
     identity = source.compute_identity()
-    state: list[Any] = [None, None, None]  # error message, number of images, finished shards
-    if accelerator.is_main_process:
-        contents = {
-            "features": options.features,
-            "top_k": options.top_k,
-            "threshold": options.threshold,
-            "mixed_precision": accelerator.mixed_precision,
-            "input": identity,
-            "model": compute_model_digest(predictor.model, predictor.processor),
-        }
-        try:
-            num_images = folder.open(contents)
-            state = [None, source.num_images if num_images is None else num_images, folder.list_shards()]
-        except (ValueError, OSError) as error:
-            state[0] = str(error)
-    problem, num_images, finished = broadcast_object_list(state)
-    if problem is not None:
-        raise ValueError(problem)
+
+    def open_folder() -> tuple[int | None, set[int]]:
+        num_images = folder.open(
+            {
+                "features": options.features,
+                "top_k": options.top_k,
+                "threshold": options.threshold,
+                "mixed_precision": accelerator.mixed_precision,
+                "input": identity,
+                "model": compute_model_digest(predictor.model, predictor.processor),
+            }
+        )
+        return source.num_images if num_images is None else num_images, folder.list_shards()
+
+    num_images, finished = run_on_main(accelerator, open_folder)
     first, *others = gather_object([identity])
     if any(other != first for other in others):
         raise ValueError("prediction requires the same images on all processes, but the files of the machines differ")

@@ -7,13 +7,14 @@ several tasks               <task>_label, <task>_probability, <task>_label_2, ..
 any, with --features        features: a list of D numbers, or one such list for each of several tokens
 
 The columns `index` (index in the input) and `image` precede these columns, and `error` follows them. outputs.py writes
-the rows.
+the rows. Each kind of model has a class with `columns` (types by name), `predict` (images [B, C, H, W] -> outputs by
+name, [B, ...] `float32` each) and `build_rows` (outputs -> columns of each image).
 """
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, ClassVar
 
 import pyarrow as pa
 import torch
@@ -25,83 +26,6 @@ from .inputs import PreparedImage
 
 
 Row = dict[str, Any]
-AutocastFactory = Callable[[], AbstractContextManager]  # returns the context manager of each forward pass
-
-
-class PredictionColumns(Protocol):
-    """The requested outputs of a model, and their conversion to columns."""
-
-    @property
-    def columns(self) -> dict[str, pa.DataType]:
-        """Names and types of the columns."""
-
-    def predict(self, pixel_values: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Return the model outputs for images [B, C, H, W] by name, [B, ...] `float32` each."""
-
-    def build_rows(self, values: dict[str, torch.Tensor]) -> list[Row]:
-        """Return the columns of each image."""
-
-
-def build_prediction_columns(
-    model: PreTrainedModel, top_k: int | None, threshold: float, features: str | None
-) -> PredictionColumns:
-    """Build the output columns of a model.
-
-    Raises:
-        ValueError: if the model does not support the requested labels or features.
-    """
-    config: Any = model.config
-    if features is not None:
-        return FeatureColumns(model, features)
-    if config.tasks:
-        return MultiTaskColumns(
-            model, {name: TopLabelColumns(names, top_k, name) for name, names in config.task_labels().items()}
-        )
-    if not config.num_labels or config.problem_type == "regression":
-        raise ValueError(
-            "prediction requires labels, but the model has no labels. Fine-tune it first, or set --features"
-        )
-    names = [config.id2label[index] for index in range(config.num_labels)]
-    if is_multi_label(config):
-        return MultiLabelColumns(model, names, top_k, threshold)
-    return SingleLabelColumns(model, TopLabelColumns(names, top_k))
-
-
-def predict_rows(
-    batches: Iterator[list[PreparedImage]], columns: PredictionColumns, device: torch.device, autocast: AutocastFactory
-) -> Iterator[Row]:
-    """Yield a row for each image, in order."""
-    missing = dict.fromkeys(columns.columns)
-    for batch in batches:
-        predictions: dict[int, Row] = {}
-        pixels = {image.record.index: image.pixels for image in batch if image.pixels is not None}
-        for group in group_by_shape(pixels):
-            rows = predict_batch(torch.stack(list(group.values())).to(device), columns, autocast)
-            predictions |= dict(zip(group, rows, strict=True))
-        for image in batch:
-            index, name = image.record.index, image.record.name
-            yield {"index": index, "image": name, **missing, "error": image.error, **predictions.get(index, {})}
-
-
-def group_by_shape(pixels: Mapping[int, torch.Tensor]) -> list[dict[int, torch.Tensor]]:
-    """Group images [C, H, W] by shape, because image processors may preserve the aspect ratio."""
-    groups: dict[torch.Size, dict[int, torch.Tensor]] = {}
-    for index, image in pixels.items():
-        groups.setdefault(image.shape, {})[index] = image
-    return list(groups.values())
-
-
-def predict_batch(pixel_values: torch.Tensor, columns: PredictionColumns, autocast: AutocastFactory) -> list[Row]:
-    """Return a row for each image [B, C, H, W], with an error if the model raises one or its output overflows."""
-    try:
-        with torch.inference_mode(), autocast():
-            values = columns.predict(pixel_values)
-    except ValueError as error:  # sizes or channels that the model does not support
-        return [{"error": str(error)}] * len(pixel_values)
-    is_finite = torch.stack([value.flatten(1).isfinite().all(dim=1) for value in values.values()]).all(dim=0)  # [B]
-    overflow = {"error": "the model output is not finite. Set another --mixed-precision"}
-    rows = columns.build_rows(values)
-    return [row if finite else overflow for row, finite in zip(rows, is_finite.tolist(), strict=True)]
 
 
 # Labels --------------------------------------------------------------------------------------------------------------
@@ -118,13 +42,8 @@ def select_top_labels(logits: torch.Tensor, names: list[str], count: int) -> lis
 
 
 def select_probable_labels(logits: torch.Tensor, names: list[str], threshold: float = THRESHOLD) -> list[list[Label]]:
-    """Return the labels of each image with a probability of at least `threshold`, the most probable first.
-
-    Args:
-        logits: multi-label logits [B, labels].
-        names: the label names.
-        threshold: minimum probability.
-    """
+    """Return the labels of each image with a probability of at least `threshold`, the most probable first, from
+    multi-label logits [B, labels]."""
     ordered = logits.float().sigmoid().sort(dim=1, descending=True, stable=True)  # [B, labels] twice
     return [
         [(name, probability) for name, probability in image if probability >= threshold]
@@ -141,82 +60,48 @@ def add_names(indices: torch.Tensor, probabilities: torch.Tensor, names: list[st
 
 
 class TopLabelColumns:
-    """Columns of the most probable labels of one label space."""
+    """Output columns of a classifier with one label per image, or one per task: the `top_k` most probable labels.
 
-    def __init__(self, names: list[str], top_k: int | None, task: str | None = None) -> None:
+    `names` are the label names by task. The name of the only task of a single-label classifier is empty.
+    """
+
+    def __init__(self, model: PreTrainedModel, names: dict[str, list[str]], top_k: int | None) -> None:
+        self.model = model
         self.names = names
-        self.count = min(top_k or 1, len(names))
-        prefix = "" if task is None else f"{task}_"
-        suffixes = ["", *(f"_{rank}" for rank in range(2, self.count + 1))]
-        self.pairs = [(f"{prefix}label{suffix}", f"{prefix}probability{suffix}") for suffix in suffixes]
+        self.pairs: dict[str, list[tuple[str, str]]] = {}  # column names of label and probability, by task
         self.columns: dict[str, pa.DataType] = {}
-        for label, probability in self.pairs:
-            self.columns |= {label: pa.string(), probability: pa.float32()}
-
-    def build_rows(self, logits: torch.Tensor) -> list[Row]:
-        """Return the columns of each image from logits [B, labels]."""
-        return [self.build_row(labels) for labels in select_top_labels(logits, self.names, self.count)]
-
-    def build_row(self, labels: list[Label]) -> Row:
-        """Return the columns of one image."""
-        row: Row = {}
-        for (label_column, probability_column), (label, probability) in zip(self.pairs, labels, strict=True):
-            row |= {label_column: label, probability_column: probability}
-        return row
-
-
-@dataclass
-class SingleLabelColumns:
-    """Output columns of a single-label classifier."""
-
-    model: PreTrainedModel
-    labels: TopLabelColumns
-
-    @property
-    def columns(self) -> dict[str, pa.DataType]:
-        """Names and types of the columns."""
-        return self.labels.columns
-
-    def predict(self, pixel_values: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Return the logits [B, labels]."""
-        return {"logits": self.model(pixel_values).logits.float()}
-
-    def build_rows(self, values: dict[str, torch.Tensor]) -> list[Row]:
-        """Return the most probable labels."""
-        return self.labels.build_rows(values["logits"])
-
-
-@dataclass
-class MultiTaskColumns:
-    """Output columns of a multi-task classifier."""
-
-    model: PreTrainedModel
-    tasks: dict[str, TopLabelColumns]
-
-    @property
-    def columns(self) -> dict[str, pa.DataType]:
-        """The columns of all tasks."""
-        return {name: kind for labels in self.tasks.values() for name, kind in labels.columns.items()}
+        for task, labels in names.items():
+            prefix = f"{task}_" if task else ""
+            suffixes = ["", *(f"_{rank}" for rank in range(2, min(top_k or 1, len(labels)) + 1))]
+            self.pairs[task] = [(f"{prefix}label{suffix}", f"{prefix}probability{suffix}") for suffix in suffixes]
+            for label, probability in self.pairs[task]:
+                self.columns |= {label: pa.string(), probability: pa.float32()}
 
     def predict(self, pixel_values: torch.Tensor) -> dict[str, torch.Tensor]:
         """Return the logits [B, labels] of each task."""
-        return {name: logits.float() for name, logits in self.model(pixel_values).logits.items()}
+        logits = self.model(pixel_values).logits
+        by_task = logits if isinstance(logits, dict) else {"": logits}
+        return {task: task_logits.float() for task, task_logits in by_task.items()}
 
     def build_rows(self, values: dict[str, torch.Tensor]) -> list[Row]:
-        """Return the most probable labels of each task."""
-        by_task = [labels.build_rows(values[name]) for name, labels in self.tasks.items()]
-        return [{name: value for row in rows for name, value in row.items()} for rows in zip(*by_task, strict=True)]
+        """Return the most probable labels of each image."""
+        rows: list[Row] = [{} for _ in next(iter(values.values()))]
+        for task, pairs in self.pairs.items():
+            for row, labels in zip(rows, select_top_labels(values[task], self.names[task], len(pairs)), strict=True):
+                for (label_column, probability_column), (label, probability) in zip(pairs, labels, strict=True):
+                    row |= {label_column: label, probability_column: probability}
+        return rows
 
 
+@dataclass
 class MultiLabelColumns:
     """Output columns of a multi-label classifier: up to `top_k` labels with probabilities of at least `threshold`."""
 
-    def __init__(self, model: PreTrainedModel, names: list[str], top_k: int | None, threshold: float) -> None:
-        self.columns = {"labels": pa.list_(pa.string()), "probabilities": pa.list_(pa.float32())}
-        self.model = model
-        self.names = names
-        self.top_k = top_k
-        self.threshold = threshold
+    model: PreTrainedModel
+    names: list[str]
+    top_k: int | None
+    threshold: float
+    columns: ClassVar = {"labels": pa.list_(pa.string()), "probabilities": pa.list_(pa.float32())}
 
     def predict(self, pixel_values: torch.Tensor) -> dict[str, torch.Tensor]:
         """Return the logits [B, labels]."""
@@ -260,13 +145,72 @@ class FeatureColumns:
 
 
 def count_tokens(config: ViTCLSConfig, group: str) -> int:
-    """Return the number of tokens in a group of special tokens.
-
-    Raises:
-        ValueError: if the group has no tokens.
-    """
+    """Return the number of tokens in a group of special tokens. Raise ValueError if the group has no tokens."""
     counts = dict(zip(("cls", "distillation", "registers"), config.token_counts, strict=True))
     if not counts[group]:
         present = ", ".join([*(name for name, count in counts.items() if count), "mean"])
         raise ValueError(f"--features {group} requires {group} tokens, but the model has none. Set one of {present}")
     return counts[group]
+
+
+# Rows ----------------------------------------------------------------------------------------------------------------
+
+
+PredictionColumns = TopLabelColumns | MultiLabelColumns | FeatureColumns
+AutocastFactory = Callable[[], AbstractContextManager]  # returns the context manager of each forward pass
+
+
+def build_prediction_columns(
+    model: PreTrainedModel, top_k: int | None, threshold: float, features: str | None
+) -> PredictionColumns:
+    """Build the output columns of a model. Raise ValueError if it does not support the labels or features."""
+    config: Any = model.config
+    if features is not None:
+        return FeatureColumns(model, features)
+    if config.tasks:
+        return TopLabelColumns(model, config.task_labels(), top_k)
+    if not config.num_labels or config.problem_type == "regression":
+        raise ValueError(
+            "prediction requires labels, but the model has no labels. Fine-tune it first, or set --features"
+        )
+    names = [config.id2label[index] for index in range(config.num_labels)]
+    if is_multi_label(config):
+        return MultiLabelColumns(model, names, top_k, threshold)
+    return TopLabelColumns(model, {"": names}, top_k)
+
+
+def predict_rows(
+    batches: Iterator[list[PreparedImage]], columns: PredictionColumns, device: torch.device, autocast: AutocastFactory
+) -> Iterator[Row]:
+    """Yield a row for each image, in order."""
+    missing = dict.fromkeys(columns.columns)
+    for batch in batches:
+        predictions: dict[int, Row] = {}
+        pixels = {image.record.index: image.pixels for image in batch if image.pixels is not None}
+        for group in group_by_shape(pixels):
+            rows = predict_batch(torch.stack(list(group.values())).to(device), columns, autocast)
+            predictions |= dict(zip(group, rows, strict=True))
+        for image in batch:
+            index, name = image.record.index, image.record.name
+            yield {"index": index, "image": name, **missing, "error": image.error, **predictions.get(index, {})}
+
+
+def group_by_shape(pixels: Mapping[int, torch.Tensor]) -> list[dict[int, torch.Tensor]]:
+    """Group images [C, H, W] by shape, because image processors may preserve the aspect ratio."""
+    groups: dict[torch.Size, dict[int, torch.Tensor]] = {}
+    for index, image in pixels.items():
+        groups.setdefault(image.shape, {})[index] = image
+    return list(groups.values())
+
+
+def predict_batch(pixel_values: torch.Tensor, columns: PredictionColumns, autocast: AutocastFactory) -> list[Row]:
+    """Return a row for each image [B, C, H, W], with an error if the model raises one or its output overflows."""
+    try:
+        with torch.inference_mode(), autocast():
+            values = columns.predict(pixel_values)
+    except ValueError as error:  # sizes or channels that the model does not support
+        return [{"error": str(error)}] * len(pixel_values)
+    is_finite = torch.stack([value.flatten(1).isfinite().all(dim=1) for value in values.values()]).all(dim=0)  # [B]
+    overflow = {"error": "the model output is not finite. Set another --mixed-precision"}
+    rows = columns.build_rows(values)
+    return [row if finite else overflow for row, finite in zip(rows, is_finite.tolist(), strict=True)]

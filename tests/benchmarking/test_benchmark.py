@@ -10,16 +10,17 @@ from typing import Any
 
 import pytest
 import torch
+from fresh_processes import run_fresh
 from tiny_models import raises_one_line
 
 from modeling_vitcls.benchmarking import comparison
 from modeling_vitcls.benchmarking.comparison import (
     BenchmarkSettings,
     Comparison,
+    check_tensors,
     compute_quartiles,
     measure_in_turns,
     measure_throughput,
-    select_rows,
 )
 from modeling_vitcls.benchmarking.image_files import (
     PIXEL_ROWS,
@@ -34,13 +35,10 @@ from modeling_vitcls.benchmarking.image_files import (
 from modeling_vitcls.benchmarking.own_features import (
     ATTENTION_ROWS,
     INEXACT_ROWS,
-    PROBE_ROWS,
     build_attention_inputs,
     build_model,
     check_attention,
     check_feature_off,
-    check_weights,
-    compare_inexact,
 )
 from modeling_vitcls.benchmarking.peers import (
     FORWARD_PASSES,
@@ -55,9 +53,8 @@ from modeling_vitcls.benchmarking.peers import (
     compare_step,
 )
 from modeling_vitcls.benchmarking.tables import compute_lowest_ratios, format_markdown
-from modeling_vitcls.benchmarking.training_runs import DIGITS, TRAINING_RUNS, SuspendedRun, save_models
+from modeling_vitcls.benchmarking.training_runs import DIGITS, SuspendedRun, save_models
 from modeling_vitcls.benchmarking.work import WORK, compare
-from modeling_vitcls.conversion.random_weights import randomize_weights
 
 
 TOY_SETTINGS = BenchmarkSettings(("timm",), 1, is_toy=True)
@@ -76,11 +73,6 @@ KEYS = {
 }
 
 
-def run_script(*flags: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(SCRIPT), *flags]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300)
-
-
 def check_file(file: Path, num_pairs: int) -> list[dict[str, Any]]:
     """Return the comparisons in a results file, after a check of their keys and values."""
     results = json.loads(file.read_text())
@@ -97,7 +89,7 @@ def test_the_script_compares_forward_passes(tmp_path: Path) -> None:
     file, table = tmp_path / "folder" / "results.json", tmp_path / "other" / "table.md"
     row = "fp32, batch 1"
     flags = ("--work", "inference", "--rows", row, "--toy", "--pairs", "3", "--markdown", str(table))
-    done = run_script(*flags, "--output", str(file))
+    done = run_fresh(SCRIPT, *flags, "--output", str(file))
     assert done.returncode == 0, done.stderr
     found = check_file(file, 3)
     assert [(each["name"], each["against"]) for each in found] == [(row, "transformers"), (row, "timm")]
@@ -112,7 +104,7 @@ def test_the_script_compares_steps(tmp_path: Path) -> None:
     """The memory of each side is measured in a new process."""
     file = tmp_path / "results.json"
     flags = ("--work", "inference", "step", "--rows", "fp32, batch 16", "--against", "timm", "--toy", "--pairs", "2")
-    done = run_script(*flags, "--output", str(file))
+    done = run_fresh(SCRIPT, *flags, "--output", str(file))
     assert done.returncode == 0, done.stderr
     (found,) = check_file(file, 2)
     assert found["work"] == "training step" and "MiB" in done.stdout
@@ -124,7 +116,7 @@ def test_the_script_compares_reading_attention(tmp_path: Path) -> None:
     """Reading attention is compared with a plain forward pass, in time and memory."""
     file = tmp_path / "results.json"
     row = "token_attention, batch 16"
-    done = run_script("--work", "attention", "--toy", "--pairs", "2", "--rows", row, "--output", str(file))
+    done = run_fresh(SCRIPT, "--work", "attention", "--toy", "--pairs", "2", "--rows", row, "--output", str(file))
     assert done.returncode == 0, done.stderr
     (found,) = check_file(file, 2)
     assert (found["name"], found["against"]) == (row, "a plain forward pass")
@@ -214,10 +206,9 @@ def test_labels_and_weights_that_differ_are_not_compared() -> None:
         check_labels([cat, cat], [cat, ("dog", 0.5)], name)
     with raises_one_line(name, "differ by 0.1"):
         check_labels([cat], [("cat", 0.6)], name)
-    probe = next(iter(PROBE_ROWS))
-    assert check_weights(torch.ones(2), torch.ones(2), probe) == 0
-    with raises_one_line(probe, "differ by 0.5"):
-        check_weights(torch.tensor([1.0, 0.5]), torch.ones(2), probe)
+    assert check_tensors(torch.ones(2), torch.ones(2), 1e-4, "probe", "the weights") == 0
+    with raises_one_line("probe", "the weights differ by 0.5"):
+        check_tensors(torch.tensor([1.0, 0.5]), torch.ones(2), 1e-4, "probe", "the weights")
 
 
 @pytest.mark.slow
@@ -233,7 +224,7 @@ def test_the_error_of_a_failed_process_is_reported(tmp_path: Path) -> None:
 def test_the_script_compares_training(tmp_path: Path) -> None:
     """Two real training runs, one suspended while the other has its turn."""
     file = tmp_path / "results.json"
-    done = run_script("--work", "training", "--toy", "--pairs", "2", "--output", str(file))
+    done = run_fresh(SCRIPT, "--work", "training", "--toy", "--pairs", "2", "--output", str(file))
     assert done.returncode == 0, done.stderr
     (found,) = check_file(file, 2)
     assert found["name"] == "toy" and found["dataset"] == "digits"
@@ -243,7 +234,7 @@ def test_the_script_compares_training(tmp_path: Path) -> None:
 def test_wrong_flags_are_one_line() -> None:
     with raises_one_line("--rows: there is no 'fp64'", "'bf16, batch 1'", "'10 epochs, batch 16'"):
         next(compare(("inference", "probe"), ("fp64",), TOY_SETTINGS))
-    done = run_script("--work", "training", "--pairs", "0")
+    done = run_fresh(SCRIPT, "--work", "training", "--pairs", "0")
     assert done.returncode == 2 and "--pairs is 0" in done.stderr
 
 
@@ -278,7 +269,6 @@ def test_inexact_features_are_compared_with_the_plain_model() -> None:
     assert [entry.get("patch_drop_rate") for entry in entries] == [None, 0.5]
     assert all(entry["device"] == "cpu" and entry["largest_difference_of_outputs"] == 0 for entry in entries)
     merging = build_model(TOY, merged_patches_per_layer=4)
-    randomize_weights(merging)
     with raises_one_line(names[0], "set to 0", "the outputs differ"):
         check_feature_off(INEXACT_ROWS[names[0]], merging, TOY, names[0])
 
@@ -288,7 +278,7 @@ def test_inexact_models_have_the_field_of_their_row(name: str, monkeypatch: pyte
     row, models = INEXACT_ROWS[name], []
     build = lambda model, *others: (lambda: models.append(model), 1)  # noqa: E731
     monkeypatch.setitem(INEXACT_ROWS, name, replace(row, build=build))
-    (result,) = compare_inexact((name,), TOY_SETTINGS)
+    (result,) = compare(("inexact",), (name,), TOY_SETTINGS)
     assert {getattr(model.config, row.field) for model in models} == {row.value, 0}
     assert getattr(models[0].config, row.field) == row.value and len(result.ratios) == 1
 
@@ -374,8 +364,8 @@ def test_ratios_are_of_pairs() -> None:
 
 
 def test_rows_are_selected_by_name() -> None:
-    assert list(select_rows(TRAINING_RUNS, ())) == list(TRAINING_RUNS)
-    assert list(select_rows(TRAINING_RUNS, ("digits, fp32",))) == ["digits, fp32"]
     assert SMALL.intermediate_size == 1536
+    (result,) = compare(("inference", "probe"), ("fp32, batch 1",), TOY_SETTINGS)
+    assert (result.work, result.name) == ("inference", "fp32, batch 1")
     with raises_one_line("--rows", "'digits'", "'digits, fp32'"):
-        select_rows(TRAINING_RUNS, ("digits",))
+        next(compare(("training",), ("digits",), BenchmarkSettings(("timm",), 1)))

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from fresh_processes import run_fresh
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
@@ -22,12 +23,10 @@ from modeling_vitcls.benchmarking.growth import (
     LINE_STYLES,
     MIN_BYTES,
     OURS,
-    PANELS,
     POINTS,
     TOY_BASE_POINT,
     TOY_POINTS,
     build_peer,
-    compare_growth,
     compare_point,
     get_axis,
     plot_growth,
@@ -55,17 +54,13 @@ def memory_requests(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, ...]]:
     return requests
 
 
-def run_script(*flags: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, str(SCRIPT), *flags], capture_output=True, text=True, timeout=300)
-
-
 # What is measured ----------------------------------------------------------------------------------------------------
 
 
 def test_every_axis_leads_away_from_one_base_point() -> None:
     for table, base in ((POINTS, BASE_POINT), (TOY_POINTS, TOY_BASE_POINT)):
         varied = [get_axis(point, base) for point in table.values()]
-        assert varied[0] is None and None not in varied[1:] and set(varied[1:]) == set(AXES) == set(PANELS)
+        assert varied[0] is None and None not in varied[1:] and set(varied[1:]) == set(AXES)
         for point in table.values():
             assert sum(getattr(point, field) != getattr(base, field) for field in AXES) <= 1
             assert point.image_size % point.patch_size == 0
@@ -125,9 +120,9 @@ def test_points_whose_outputs_differ_are_not_compared(against: str) -> None:
 
 def test_wrong_requests_are_one_line() -> None:
     with raises_one_line("--rows: there is no 'batch 3'", "'batch 32'"):
-        next(compare_growth(("batch 3",), BenchmarkSettings(("timm",), 1)))
+        next(compare(("growth",), ("batch 3",), BenchmarkSettings(("timm",), 1)))
     with raises_one_line("64 registers", "Set --against timm"):
-        next(compare_growth(("64 registers",), BenchmarkSettings(("transformers",), 1)))
+        next(compare(("growth",), ("64 registers",), BenchmarkSettings(("transformers",), 1)))
     if not torch.cuda.is_available():
         with raises_one_line("--device cuda", "finds no GPU"):
             next(compare(("growth",), (), BenchmarkSettings(("timm",), 1, is_toy=True, device="cuda")))
@@ -137,7 +132,7 @@ def test_wrong_requests_are_one_line() -> None:
     "flags", [("--work", "inference", "--plot", "a.png"), ("--work", "growth", "--plot", "a.txt")]
 )
 def test_plots_that_cannot_be_made_are_refused_first(flags: tuple[str, ...]) -> None:
-    done = run_script(*flags)
+    done = run_fresh(SCRIPT, *flags)
     assert done.returncode == 2 and "--plot" in done.stderr and done.stderr.count("\n") == 1
 
 
@@ -192,7 +187,7 @@ def test_the_script_writes_all_three_files(tmp_path: Path) -> None:
     json_file, table, picture = tmp_path / "growth.json", tmp_path / "growth.md", tmp_path / "folder" / "growth.png"
     flags = ("--work", "growth", "inference", "--toy", "--pairs", "2", "--against", "timm", "--output", str(json_file))
     rows = ("4 registers", "fp32, batch 1")
-    done = run_script(*flags, "--rows", *rows, "--markdown", str(table), "--plot", str(picture))
+    done = run_fresh(SCRIPT, *flags, "--rows", *rows, "--markdown", str(table), "--plot", str(picture))
     assert done.returncode == 0, done.stderr
     found = json.loads(json_file.read_text())["comparisons"]
     assert [each["name"] for each in found] == list(rows)

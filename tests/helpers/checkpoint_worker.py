@@ -1,15 +1,11 @@
-"""What the two processes of test_checkpoints.py do. Started by
+"""The checks of test_checkpoints.py, which run in two processes. Started by
 
-    torchrun --nproc-per-node 2 checkpoint_worker.py FOLDER
-
-Every check runs in both processes. FOLDER/report.json says for each check what went wrong, "" if nothing did.
+torchrun --nproc-per-node 2 checkpoint_worker.py FOLDER
 """
 
-import json
 import os
 import signal
 import sys
-import traceback
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -17,7 +13,8 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
-from torch import distributed, nn
+from process_checks import write_report
+from torch import nn
 from torch.distributed.checkpoint.state_dict import get_model_state_dict
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
@@ -172,21 +169,10 @@ CHECKS: dict[str, Callable[[Path, Accelerator], None]] = {
 
 
 def main() -> None:
-    """Run every check; the main process collects what went wrong anywhere."""
+    """Run every check."""
     folder = Path(sys.argv[1])
     accelerator = Accelerator(cpu=True, kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=60))])
-    report = {}
-    for name, check in CHECKS.items():
-        try:
-            check(folder, accelerator)
-            mine = ""
-        except Exception:
-            mine = traceback.format_exc()
-        parts: list[str] = ["", ""]
-        distributed.all_gather_object(parts, mine)
-        report[name] = "\n".join(f"process {place}: {part}" for place, part in enumerate(parts) if part)
-    if accelerator.is_main_process:
-        (folder / "report.json").write_text(json.dumps(report), encoding="utf-8")
+    write_report(CHECKS, folder, accelerator)
     accelerator.end_training()
 
 

@@ -1,17 +1,12 @@
-"""What the processes of test_distributed.py do. Started by
+"""The checks of test_distributed.py, which run in two processes and compare with the same model in one. Started by
 
-    torchrun --nproc-per-node 2 distributed_worker.py FOLDER
-
-Every check runs in both processes and compares with the same model in one process. FOLDER/report.json says for each
-check what went wrong, "" if nothing did.
+torchrun --nproc-per-node 2 distributed_worker.py FOLDER
 """
 
 import functools
 import itertools
-import json
 import math
 import sys
-import traceback
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -19,6 +14,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
+from process_checks import write_report
 from torch import distributed
 from torch.distributed.fsdp import fully_shard
 from transformers.distributed import DistributedConfig
@@ -319,26 +315,12 @@ def describe(name: str) -> Callable[[str], str]:
     return lambda message: f"{name}: {message}"
 
 
-def failure_of(run: Callable[[Path], None], folder: Path) -> str:
-    """What went wrong in the first process in which something did, "" for nothing."""
-    try:
-        run(folder)
-        message = ""
-    except Exception:
-        message = traceback.format_exc()
-    messages: list[Any] = [None] * NUM_PROCESSES
-    distributed.all_gather_object(messages, message)
-    return next(filter(None, messages), "")
-
-
 def main(folder: Path) -> None:
     """Run every check."""
     torch.set_num_threads(1)
     limit = InitProcessGroupKwargs(timeout=timedelta(seconds=60))
     Accelerator(cpu=True, kwargs_handlers=[limit])  # joins the processes
-    report = {name: failure_of(run, folder) for name, run in CHECKS.items()}
-    if distributed.get_rank() == 0:
-        (folder / "report.json").write_text(json.dumps(report))
+    write_report(CHECKS, folder)
     distributed.barrier()  # the first process that ends takes the other along
     distributed.destroy_process_group()
 

@@ -31,18 +31,12 @@ GIT_ATTRIBUTES = b"*.safetensors filter=lfs diff=lfs merge=lfs -text\n"
 
 @dataclass(frozen=True)
 class Token:
-    """Who asks, and what the token allows.
-
-    Attributes:
-        organisations: name -> the user's role there: "admin", "write", "contributor" or "read".
-        role: "write", "read" or "fineGrained".
-        scopes: of a fine-grained token, ("user" | "org" | "model", its name) -> permissions.
-    """
+    """The user and the permissions of a token."""
 
     user: str
-    organisations: dict[str, str] = field(default_factory=dict)
-    role: str = "write"
-    scopes: dict[tuple[str, str], list[str]] = field(default_factory=dict)
+    organisations: dict[str, str] = field(default_factory=dict)  # name -> role: admin, write, contributor or read
+    role: str = "write"  # write, read or fineGrained
+    scopes: dict[tuple[str, str], list[str]] = field(default_factory=dict)  # (user | org | model, name) -> permissions
 
     def can_read(self, repo_id: str) -> bool:
         """Whether private repositories of this name are open to it."""
@@ -66,15 +60,11 @@ def namespace_of(repo_id: str) -> str:
 
 @dataclass(frozen=True)
 class StoredFile:
-    """One file of a commit. Its content is in `LocalHub.contents`, under its SHA-256.
-
-    Attributes:
-        oid: what git calls it: a hash of the content, or, of a large file, of the pointer that git has in its place.
-    """
+    """One file of a commit. Its content is in `LocalHub.contents`, under its SHA-256."""
 
     sha256: str
     size: int
-    oid: str
+    oid: str  # git's hash of the content, or of the pointer that git stores instead of a large file
     is_lfs: bool
 
 
@@ -111,20 +101,17 @@ class Repository:
 
 @dataclass
 class Fault:
-    """What goes wrong with the next `times` requests of this method whose path matches.
+    """A fault of the next `times` requests with a method and a path that matches.
 
-    Attributes:
-        kind: "drop" closes the connection unanswered, "lose" does so after doing what was asked, "cut" sends half of
-            the answer, "wait" keeps silent for some seconds, "hold" answers once `released` is set; a number is the
-            status to answer with.
-        retry_after: seconds, for the header of this name.
+    Kinds: "drop" closes the connection before the request, "lose" after it, "cut" sends half of the answer, "wait"
+    sends nothing for some seconds, "hold" answers when `released` is set. A number is the status of the answer.
     """
 
     method: str
     path: re.Pattern[str]
     kind: str | int
     times: int
-    retry_after: int | None
+    retry_after: int | None  # seconds, for the header of this name
 
 
 class LocalHub:

@@ -28,16 +28,12 @@ SECONDS_HELD = 110.0  # clients that push lose their patience after 120
 
 @dataclass(frozen=True)
 class Request:
-    """What was asked.
-
-    Attributes:
-        token: None if there was none; the client's token is known otherwise.
-    """
+    """A request of a client."""
 
     query: dict[str, list[str]]
     headers: dict[str, str]
     body: bytes
-    token: "Token | None"
+    token: "Token | None"  # None if the request has no token
 
     def json(self) -> Any:
         """The body as JSON."""
@@ -233,13 +229,9 @@ def tree(hub: "LocalHub", match: re.Match[str], request: Request) -> Answer:
 def paths_info(hub: "LocalHub", match: re.Match[str], request: Request) -> Answer:
     """The same for some files."""
     _, commit = commit_of(readable(hub, match["repo"], request), match["revision"])
-    asked = request.json() if request.headers.get("content-type") == "application/json" else parse_form(request)
+    is_json = request.headers.get("content-type") == "application/json"
+    asked = request.json() if is_json else parse_qs(request.body.decode())
     return Answer([file_entry(path, commit.files[path]) for path in asked["paths"] if path in commit.files])
-
-
-def parse_form(request: Request) -> dict[str, list[str]]:
-    """A body that is a form."""
-    return parse_qs(request.body.decode())
 
 
 def file_entry(path: str, file: "StoredFile") -> dict[str, Any]:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from load_without_package import flattened
 from safetensors.torch import save_file
 
 import modeling_vitcls as vitcls
@@ -89,7 +90,7 @@ def answers(model: Any, processor: Any) -> dict[str, torch.Tensor]:
     inputs: dict[str, Any] = {"pixel_values": pixel_values(model.config)}
     if isinstance(model, vitcls.ViTCLSForMaskedImageModeling):
         inputs["bool_masked_pos"] = torch.arange(2 * 6).view(2, 6) % 3 == 0  # [2, patches]
-    found = dict(flattened(model.eval()(**inputs)))
+    found = {name: tensor.clone() for name, tensor in flattened(dict(model.eval()(**inputs))).items()}
     return found | {"processor": processor(picture(), return_tensors="pt")["pixel_values"]}
 
 
@@ -103,17 +104,6 @@ def pixel_values(config: Any) -> torch.Tensor:
 def picture() -> torch.Tensor:
     """A pattern [3, 30, 40], uint8."""
     return (torch.arange(3 * 30 * 40) * 37 % 256).to(torch.uint8).view(3, 30, 40)
-
-
-def flattened(outputs: Any, prefix: str = "") -> list[tuple[str, torch.Tensor]]:
-    """The tensors in nested dicts, with names such as `logits.species`."""
-    found: list[tuple[str, torch.Tensor]] = []
-    for name, value in outputs.items():
-        if isinstance(value, torch.Tensor):
-            found.append((f"{prefix}{name}", value.clone().contiguous()))
-        elif isinstance(value, dict):
-            found += flattened(value, f"{prefix}{name}.")
-    return found
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ what one process gives.
 import csv
 import io
 import json
-import os
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -32,7 +31,6 @@ from evaluation_worker import (
     evaluate_digits,
     evaluate_frozen_digits,
 )
-from fresh_processes import SCRIPT_ENVIRONMENT
 from PIL import Image
 from rich.console import Console
 from torch import nn
@@ -42,6 +40,7 @@ from modeling_vitcls import ViTCLSConfig, ViTCLSForMaskedImageModeling, ViTCLSIm
 from modeling_vitcls.data.images import EncodedImages, LabeledImages
 from modeling_vitcls.data.labels import LabelSpace, get_label_space
 from modeling_vitcls.distributed import build_accelerator
+from modeling_vitcls.files import read_json
 from modeling_vitcls.inference import evaluate as evaluate_module
 from modeling_vitcls.inference import evaluator as evaluator_module
 from modeling_vitcls.inference.evaluate import build_progress, evaluate_checkpoint, match_labels
@@ -58,8 +57,6 @@ from modeling_vitcls.options import DataOptions, EvaluateOptions
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
-REPOSITORY = Path(__file__).parents[2]
-ENVIRONMENT = os.environ | SCRIPT_ENVIRONMENT
 CPU = torch.device("cpu")
 NUM_HELD_OUT_DIGITS = 372
 MEASURED = ("images_per_second", "seconds", "num_processes", "device")  # differ from run to run
@@ -84,10 +81,6 @@ def by_two_processes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run_together(worker, folder, log=folder / "stdout", environment=OFFLINE)
     run_together(worker, folder, "frozen", log=folder / "stdout of frozen", environment=OFFLINE)
     return folder
-
-
-def read_json(file: Path) -> Any:
-    return json.loads(file.read_text(encoding="utf-8"))
 
 
 def answers_of(name: str) -> tuple[Any, list[Any]]:

@@ -1,14 +1,12 @@
 """Accuracy of frozen features: equal to scikit-learn's on features of a plain loop, for every token and layer."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from accelerate_state import reset_accelerate
 from PIL import Image
 from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
@@ -25,18 +23,12 @@ from modeling_vitcls.options import DataOptions, EvaluateOptions
 
 DIGITS = DataOptions(dataset="digits", num_workers=0, held_out_fraction=0.1)
 TOKENS = ["CLS", "distillation", "register 1", "register 2", "register 3", "register 4", "mean of patches"]
+pytestmark = pytest.mark.usefixtures("fresh_accelerate")
+
 CLASSIFIERS: dict[str, Any] = {
     "knn": lambda: KNeighborsClassifier(10, weights="distance", metric="cosine"),
     "logreg": lambda: make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000)),
 }
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerate() -> Iterator[None]:
-    """Forget the settings of Accelerate, which it keeps in singletons."""
-    reset_accelerate()
-    yield
-    reset_accelerate()
 
 
 def save_model(folder: Path, **fields: Any) -> Path:

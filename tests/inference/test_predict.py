@@ -656,7 +656,7 @@ import sys, time
 from pathlib import Path
 from modeling_vitcls.inference import outputs
 outputs.SECONDS_BETWEEN_HEARTBEATS = 0.05
-with outputs.Heartbeat(outputs.ShardFolder(Path(sys.argv[1]), 4).get_heartbeat_file(1)):
+with outputs.send_heartbeats(outputs.ShardFolder(Path(sys.argv[1]), 4).get_heartbeat_file(1)):
     print("ready", flush=True)
     time.sleep(600)
 """
@@ -670,7 +670,7 @@ def test_a_process_that_was_killed_is_not_waited_for(tmp_path: Path, monkeypatch
     command = [sys.executable, "-c", HEARTBEAT, tmp_path]
     with (
         subprocess.Popen(command, stdout=subprocess.PIPE, env=SCRIPT_ENVIRONMENT) as other,
-        outputs.Heartbeat(folder.get_heartbeat_file(0)),
+        outputs.send_heartbeats(folder.get_heartbeat_file(0)),
     ):
         assert other.stdout is not None and other.stdout.readline() == b"ready\n"
         last = folder.get_heartbeat_file(1).stat().st_mtime_ns
