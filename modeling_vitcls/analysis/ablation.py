@@ -207,7 +207,7 @@ def measure_redraw_effects(
 ) -> dict[str, tuple[float, dict[str, list[float]]]]:
     """Return, by key of a token or name of a group, the mean size of the effect of redrawing the tokens, and by kind
     the sizes of the effects of ablating the redrawn tokens. The tokens of a group share their null distribution."""
-    effects = {}
+    effects: dict[str, tuple[float, dict[str, list[float]]]] = {}
     for keys, sets, has_null in plan_redraws(model):
         sizes: dict[str, list[float]] = {kind: [] for kind in KINDS}
         changes = []
@@ -301,7 +301,7 @@ def hold_tokens(model: Any, indices: Sequence[int], mean_states: torch.Tensor) -
     with ExitStack() as hooks:
         hooks.enter_context(torch.compiler.set_stance("force_eager"))  # compiled code does not call hooks
         for module, means in zip([encoder.embeddings, *encoder.layers], mean_states, strict=True):
-            hooks.enter_context(replace_tokens(module, indices, lambda _, means=means: means))
+            hooks.enter_context(replace_tokens(module, indices, means))
         yield
 
 
@@ -318,14 +318,15 @@ def redraw_tokens(model: Any, indices: Sequence[int], generator: torch.Generator
 
 
 def replace_tokens(
-    module: nn.Module, indices: Sequence[int], compute: Callable[[torch.Tensor], torch.Tensor]
+    module: nn.Module, indices: Sequence[int], new_tokens: torch.Tensor | Callable[[torch.Tensor], torch.Tensor]
 ) -> torch.utils.hooks.RemovableHandle:
     """Replace the tokens [B, n, D] at these sequence indices in the output of a module, until the handle is removed.
-    `compute` returns the new tokens [n, D] or [B, n, D]."""
+    The new tokens are [n, D] or [B, n, D], or computed from the old tokens."""
 
     def hook(module: nn.Module, args: tuple, hidden_states: torch.Tensor) -> torch.Tensor:
         replaced = hidden_states.clone()  # [B, N, D]
-        replaced[:, list(indices)] = compute(hidden_states[:, list(indices)]).to(hidden_states)
+        new = new_tokens(replaced[:, list(indices)]) if callable(new_tokens) else new_tokens
+        replaced[:, list(indices)] = new.to(hidden_states)
         return replaced
 
     return module.register_forward_hook(hook)

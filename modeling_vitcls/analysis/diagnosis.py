@@ -247,9 +247,9 @@ def judge_token(token: TokenEvidence) -> tuple[Word, Meaning, str]:
         kept = f"layers hardly change it (cosine {token.embedding_similarity:.3f} with its last state)"
         return "norm too large", "bad", f"{ratio}, so {kept}{token.caveat}."
     if token.map_twin is not None:
-        other, distance = token.map_twin
-        equal = f"its attention maps are nearly equal to those of {token.names[other]} in all layers that are read"
-        return "equal attention", "doubtful", f"{equal} (distance {distance:.2g} of that from uniform attention)."
+        twin, apart = token.map_twin
+        equal = f"its attention maps are nearly equal to those of {token.names[twin]} in all layers that are read"
+        return "equal attention", "doubtful", f"{equal} (distance {apart:.2g} of that from uniform attention)."
     if token.movement == 0:
         return "not moved", *judge_unmoved_token(token)
     if not token.ablations:

@@ -8,7 +8,8 @@ images are in figures_over_depth.py and figures_of_states.py.
 import math
 import textwrap
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -51,7 +52,8 @@ MAX_CELLS = 64  # per side of the patch grid
 TERMS = {"cls": "CLS", "distillation": "distillation", "registers": "registers", "patches": "patches"}
 
 
-class Box(NamedTuple):
+@dataclass(frozen=True)
+class Box:
     """Position of one special token, or of an `ELLIPSIS` for several tokens."""
 
     group: str

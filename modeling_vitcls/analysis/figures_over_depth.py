@@ -6,6 +6,7 @@ means the embeddings. Similarities and histograms are in figures_of_states.py. T
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -70,7 +71,8 @@ def get_uniform_values(findings: Findings, name: str) -> list[float]:
     return findings.uniform_by_token[name].tolist() if name in findings.uniform_by_token else []
 
 
-class LineStyle(NamedTuple):
+@dataclass(frozen=True)
+class LineStyle:
     """Line style of one token: groups differ in color, tokens of a group in lightness, dashes and markers."""
 
     name: str

@@ -44,7 +44,7 @@ def inspect_tokens(options: InspectOptions) -> Inspection:
     folder = resolve_checkpoint(source, [*MODEL_FILES, RESULTS_FILE])
     architectures = load_checkpoint(PreTrainedConfig.get_config_dict, folder)[0].get("architectures") or []
     model, processor = load_model(folder, with_head=any(name.endswith("Classification") for name in architectures))
-    model = model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+    model.to(torch.device("cuda" if torch.cuda.is_available() else "cpu")).eval()  # type: ignore[arg-type]  # decorated
     images = open_images(options, model, read_record(folder))
     for file in (options.output, options.json):
         if file is not None:

@@ -99,9 +99,11 @@ def check_maps(model: Any, images: Sequence[torch.Tensor], seed: int = 0) -> dic
     random_curves = stacked.pop("random")
     return {
         name: MapCheck(
-            len(images),
-            *measured.mean(dim=0).tolist(),
-            *random_curves.mean(dim=0).tolist(),
+            num_images=len(images),
+            deletion=measured[:, 0].mean(dim=0).tolist(),
+            insertion=measured[:, 1].mean(dim=0).tolist(),
+            random_deletion=random_curves[:, 0].mean(dim=0).tolist(),
+            random_insertion=random_curves[:, 1].mean(dim=0).tolist(),
             weight_correlation=sum(correlations[name]) / len(images),
             p_value=compare_curves(measured, random_curves),
         )

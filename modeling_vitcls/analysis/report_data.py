@@ -234,7 +234,7 @@ def build_json_values(inspection: Inspection) -> dict[str, Any]:
             for name, check in inspection.map_checks.items()
         },
         "accuracy": inspection.accuracy,
-        "effects": effects and {key: dataclasses.asdict(effect) for key, effect in effects.items()},
+        "effects": {key: dataclasses.asdict(effect) for key, effect in effects.items()} if effects else effects,
         "findings": findings | {"patch_norms": compute_norm_quantiles(inspection.findings)},
         "patch_sizes": [dataclasses.asdict(row) for row in inspection.patch_sizes],
         "pictures": [
