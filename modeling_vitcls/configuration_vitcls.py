@@ -414,8 +414,8 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
             known = sorted(own_fields | TRANSFORMERS_KEYWORDS | {"gate_new_tokens"})
             if name not in known and (hint := _suggest(name, known, cutoff=0.8)):
                 raise ValueError(f"Unknown field {name!r}{hint}")
-        stored = dict(config_dict)
-        if "id2label" in overrides or kwargs.get("num_labels") not in (None, len(stored.get("id2label") or ())):
+        stored, names = dict(config_dict), config_dict.get("id2label")
+        if "id2label" in overrides or kwargs.get("num_labels") not in (None, isinstance(names, dict) and len(names)):
             stored |= {"id2label": None, "label2id": None}  # the stored names do not describe the new classes
         if overrides.get("num_hidden_layers") not in (None, stored.get("num_hidden_layers")):
             stored |= {"out_features": None, "out_indices": None}  # the stored stages do not describe the new layers

@@ -8,7 +8,8 @@ images of the native size and, if the source supports other sizes, of a rectangl
 
 import copy
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch
 
 from ..checkpoints import compute_file_digest
 from ..configuration_vitcls import ViTCLSConfig
+from ..cpu_kernels_vitcls import CPUKernel, install_cpu_kernels, uninstall_cpu_kernels
 from ..errors import format_error
 from ..files import write_json
 from ..modeling_vitcls import ViTCLSForImageClassification, ViTCLSPreTrainedModel
@@ -70,6 +72,8 @@ def compare_models(
 ) -> tuple[list[SizeComparison], str]:
     """Compare the outputs at the native size and at a rectangle; raise ConversionError above `LIMIT`.
 
+    Both models run in plain PyTorch: the rounding of CPU kernels grows with the values (docs/speed.md).
+
     Args:
         source: Source with its model in float32.
         with_logits: Whether the model has the classifier of the source.
@@ -88,7 +92,8 @@ def compare_models(
                 raise
             return comparisons, f"the source does not support {height} x {width} pixels: {format_error(error)}"
         expected = split_token_groups(source_outputs, model)
-        outputs = compute_model_outputs(model, pixel_values)
+        with remove_cpu_kernels(model):
+            outputs = compute_model_outputs(model, pixel_values)
         names = [name for name in expected if name in outputs and (with_logits or "logits" not in name)]
         if with_logits and "logits" not in names:
             raise ConversionError(f"the logits of {source.name} cannot be compared")
@@ -133,6 +138,18 @@ def get_rectangle_size(source: SourceModel, model: ViTCLSPreTrainedModel) -> tup
 def build_random_images(shape: tuple[int, int, int, int]) -> torch.Tensor:
     """Build random images [B, C, height, width], the same in each call."""
     return torch.randn(shape, generator=torch.Generator().manual_seed(0))
+
+
+@contextmanager
+def remove_cpu_kernels(model: ViTCLSPreTrainedModel) -> Iterator[None]:
+    """Run a model in plain PyTorch within the context."""
+    had_kernels = any(isinstance(module, CPUKernel) for module in model.modules())
+    uninstall_cpu_kernels(model)
+    try:
+        yield
+    finally:
+        if had_kernels:
+            install_cpu_kernels(model)
 
 
 def compute_model_outputs(model: ViTCLSPreTrainedModel, pixel_values: torch.Tensor) -> Outputs:
