@@ -10,11 +10,12 @@
 
 PYTHON ?= python3
 VENV   ?= .venv
-WORKERS ?= 2
+# Test processes, for two cores: tests also wait for servers, browsers and the processes that they start.
+WORKERS ?= 3
 RUN    := $(VENV)/bin/python
 
 export TOKENIZERS_PARALLELISM := false
-# One thread per test process: with as many processes as cores, more threads only wait for each other.
+# One thread per test process: more threads would only wait for each other.
 test-quick test test-all test-floor: export OMP_NUM_THREADS := 1
 
 # Libraries are compiled once: tests start processes by the dozen, and each would spend seconds on it.
@@ -43,7 +44,7 @@ test-quick: setup
 test: TESTS := -m "not slow"
 test test-all: lint
 	@$(RUN) -m mypy >$(VENV)/types.txt 2>&1 & types=$$!; \
-	$(RUN) -m pytest -n $(WORKERS) --dist loadfile $(TESTS); tested=$$?; \
+	$(RUN) -m pytest -n $(WORKERS) --dist loadfile --durations 20 $(TESTS); tested=$$?; \
 	wait $$types; typed=$$?; [ $$typed = 0 ] || cat $(VENV)/types.txt; \
 	[ $$tested = 0 ] && [ $$typed = 0 ]
 

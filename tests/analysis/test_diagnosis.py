@@ -129,7 +129,7 @@ def test_random_registers_have_no_measurable_effect(model: Any) -> None:
     assert changed[1] > 0  # no changed answers of n are at most 3 / n
 
 
-@pytest.mark.slow_cases
+@pytest.mark.slow
 def test_a_cls_token_of_100_times_its_norm(model: Any) -> None:
     with torch.no_grad():
         model.vitcls.embeddings.cls_token *= 100
@@ -138,7 +138,7 @@ def test_a_cls_token_of_100_times_its_norm(model: Any) -> None:
     assert found.numbers["norm_ratio"] > 3 and found.numbers["embedding_similarity"] > 0.9
 
 
-@pytest.mark.slow_cases
+@pytest.mark.slow
 def test_a_cls_token_that_is_cut_off_from_the_patches(model: Any) -> None:
     with cls_attends_to_itself(model):
         found = judged_digits(model)["CLS"]
@@ -188,7 +188,7 @@ def find_harmful_token(model: Any, pixels: torch.Tensor, labels: torch.Tensor) -
     return tokens[:, 1].detach()
 
 
-@pytest.mark.slow_cases
+@pytest.mark.slow
 def test_registers_of_nearly_equal_attention(model: Any) -> None:
     """Not equal: their states differ by more than those of identical tokens."""
     with torch.no_grad():
@@ -200,7 +200,7 @@ def test_registers_of_nearly_equal_attention(model: Any) -> None:
     assert found["CLS"].word == "effect beyond the null"
 
 
-@pytest.mark.slow_cases
+@pytest.mark.slow
 def test_duplicated_registers(model: Any) -> None:
     with torch.no_grad():
         registers = model.vitcls.embeddings.register_tokens
@@ -210,7 +210,7 @@ def test_duplicated_registers(model: Any) -> None:
     assert found["CLS"].word == "effect beyond the null"
 
 
-@pytest.mark.slow_cases
+@pytest.mark.slow
 def test_a_frozen_token_among_others_that_moved(model: Any) -> None:
     movement = {"cls[0]": 0.5, "registers[0]": 0.2, "registers[1]": 0.0}
     found = judged_digits(model, movement)

@@ -271,7 +271,7 @@ DRAWN = {name: LAYOUTS[name] for name in ("one_cls", "no_cls", "no_special_token
 }
 
 
-@pytest.mark.slow_cases
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", DRAWN.values(), ids=DRAWN)
 def test_every_layout_is_drawn_or_refused(layout: dict[str, Any]) -> None:
     config, findings = measured(num_hidden_layers=2, **layout)

@@ -544,6 +544,7 @@ def test_curves_tell_their_numbers(browser: Browser, faulty: Any) -> None:
         expect(svg.locator("path.line")).to_have_count(before - 1)
 
 
+@pytest.mark.slow
 def test_a_token_that_sees_a_part_has_its_own_baseline(browser: Browser, tmp_path: Path) -> None:
     """Of entropy and spread; there are two lines, and a name for the other one."""
     scopes = {"num_cls_tokens": 2, "num_register_tokens": 0, "cls_scopes": ["image", [2, 2, 0, 1]]}

@@ -125,7 +125,7 @@ def test_the_script_compares_reading_attention(tmp_path: Path) -> None:
     assert "images per second" in done.stdout and "MiB" in done.stdout
 
 
-@pytest.mark.slow_cases
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["pixels", "prediction", "probe"])
 def test_work_without_peers_is_compared(name: str) -> None:
     found = list(compare((name,), (), BenchmarkSettings(("transformers",), 2, is_toy=True)))

@@ -56,7 +56,7 @@ def test_there_is_no_graph_break(model_class: Any, fields: dict[str, Any], has_k
     assert_one_graph(build_model(model_class, fields, has_kernels))
 
 
-@pytest.mark.slow_cases
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["encoder", "classifier_with_tokens"])
 @pytest.mark.integration
 def test_there_is_no_graph_break_with_recorded_hidden_states(name: str) -> None:

@@ -602,7 +602,7 @@ def test_with_this_package_imported_no_remote_code_is_needed(backend: type, tmp_
         assert type(AutoImageProcessor.from_pretrained(tmp_path, backend=name)) is expected
 
 
-@pytest.mark.slow_cases
+@pytest.mark.slow
 @pytest.mark.parametrize("torchvision", ["torchvision", "no-torchvision"])
 def test_loads_from_the_hub_without_this_package(torchvision: str, tmp_path: Path) -> None:
     first, work = tmp_path / "first", tmp_path / "work"

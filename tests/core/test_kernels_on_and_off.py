@@ -165,7 +165,7 @@ def test_torch_func_in_half_precision(dtype: torch.dtype) -> None:
     compare_in_half_precision(get_gradients_per_image, dtype)
 
 
-@pytest.mark.slow_cases
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_compiled(backend: str) -> None:
     fast, plain = build_models(num_register_tokens=2)

@@ -187,7 +187,7 @@ def test_it_learns_with_gradient_checkpointing_and_patch_dropout(reentrant: bool
     assert_same_outputs(*gradients, 1e-6)
 
 
-@pytest.mark.slow_cases
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("backend", ["eager", pytest.param("aot_eager", marks=pytest.mark.slow)])
 def test_it_is_compiled_as_one_graph(backend: str) -> None:

@@ -203,6 +203,7 @@ def test_a_graph_of_one_size_contains_resampled_positions(tmp_path: Path) -> Non
         run_onnx(file, images(1, 24, 48))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("fields", "word"),
     [
@@ -250,6 +251,7 @@ def test_merged_patches_in_every_format(format_name: str, tmp_path: Path) -> Non
         assert_close(run_onnx(file, pixel_values), compute_outputs(model, pixel_values))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("format_name", "dtype"), [("onnx", "float16"), slow("torch", "bfloat16")])
 def test_half_precision_has_another_limit(format_name: str, dtype: str, tmp_path: Path) -> None:
     model = checkpoint(tmp_path / "model", num_hidden_layers=1, num_register_tokens=1)
@@ -369,6 +371,7 @@ def test_every_model_in_the_other_formats(name: str, tmp_path: Path) -> None:
         assert bool(report.fixed_because) == (format_name == "openvino" and fields.get("position_antialias", False))
 
 
+@pytest.mark.slow
 def test_openvino(tmp_path: Path) -> None:
     openvino = pytest.importorskip("openvino")
     model = checkpoint(tmp_path / "model", num_hidden_layers=1, num_distillation_tokens=1)

@@ -28,7 +28,7 @@ def export_and_run(model: torch.nn.Module, file: Path, num_images: int) -> dict[
     return {name: torch.from_numpy(array) for name, array in zip(names, arrays, strict=True)}
 
 
-@pytest.mark.slow_cases
+@pytest.mark.slow
 @each_layout
 def test_the_batch_is_dynamic_and_no_output_is_repeated(tmp_path: Path, layout: dict[str, Any]) -> None:
     model = filled(ViTCLSForImageClassification(tiny_config(**layout)))

@@ -346,6 +346,7 @@ def listening() -> Iterator[tuple[str, list[str]]]:
         server.server_close()
 
 
+@pytest.mark.slow
 def test_the_model_is_asked_once_per_image_also_about_several_tasks(
     browser: Browser, photo: Path, tmp_path: Path
 ) -> None:

@@ -98,7 +98,7 @@ def test_the_last_layer_is_the_default_and_the_output_is_written(
     assert all(token in printed for token in TOKENS)
 
 
-@pytest.mark.slow_cases
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["no_cls", "several_of_each"])
 def test_every_layout_of_tokens(layout: str, tmp_path: Path) -> None:
     folder = save_model(tmp_path, **LAYOUTS[layout])

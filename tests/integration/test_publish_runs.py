@@ -440,7 +440,7 @@ def run_as(rank: int, port: int, url: str, folder: Path, flags: str, fsdp: bool)
     run_script("finetune.py", ["--output-dir", str(folder), *flags.split()], log, log, several)
 
 
-@pytest.mark.slow_cases
+@pytest.mark.slow
 @pytest.mark.parametrize("fsdp", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["fsdp2", "ddp"])
 def test_two_processes_push_and_verify_once(hub: LocalHub, tmp_path: Path, fsdp: bool) -> None:
     """All gather the weights, in parts under FSDP; the second one waits while the first one verifies."""

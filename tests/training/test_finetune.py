@@ -537,7 +537,7 @@ def test_a_finished_run_can_be_pushed(hub: LocalHub, tmp_path: Path) -> None:
 def test_a_push_that_fails_leaves_the_model_and_says_how_to_finish(hub: LocalHub, tmp_path: Path) -> None:
     run = FinetuneTask(tiny_options(tmp_path / "my-model", "digits", push_to_hub=True))
     hub.fail("POST", "/api/repos/create", 403)
-    with pytest.raises(RunStopped, match=r"python scripts/push_to_hub\.py --model .*my-model"):
+    with pytest.raises(RunStopped, match=r"vitcls push --model .*my-model"):
         run_task(run)
     ViTCLSForImageClassification.from_pretrained(tmp_path / "my-model")
 

@@ -279,6 +279,7 @@ def test_fine_tuning_starts_from_the_encoder(pretrained: Path, tmp_path: Path) -
     assert results["token_layout"]["cls"] == 2
 
 
+@pytest.mark.slow
 def test_a_broken_output_folder_ends_in_one_line(tmp_path: Path) -> None:
     run = PretrainTask(tiny_options(tmp_path / "encoder", max_steps=1, batch_size=8))
     (tmp_path / "encoder" / "README.md").mkdir()  # in the way of the card
