@@ -38,7 +38,7 @@ cards: setup
 	done
 
 test-quick: setup
-	$(RUN) -m pytest -n $(WORKERS) --dist loadfile --quick
+	$(RUN) -m pytest -n 2 --dist loadfile --quick
 
 # Types are checked while the tests run, which leave a core idle now and then; errors of mypy come last.
 test: TESTS := -m "not slow"

@@ -2,10 +2,11 @@
 
 Tests are `integration` if they start processes, a compiler, a browser or a Hub on this machine or train a model,
 themselves or through fixtures and helpers, or compare with other projects. The mark is set here, and by hand for tests
-that take seconds. With --quick, integration and slow tests are left out, and of each test with parameters only the
-first case runs.
+that take seconds. With --quick, integration, slow and page tests are left out, and of each test with parameters only
+the first case runs.
 """
 
+import functools
 import multiprocessing
 import shutil
 import signal
@@ -25,27 +26,11 @@ from fresh_processes import run_fresh
 from playwright.sync_api import Browser, Error, expect, sync_playwright
 from warm_processes import READY
 
-from modeling_vitcls.hub import verify as verify_module
-from modeling_vitcls.training.task import run_task
-
 
 TESTS = Path(__file__).parent
-# Functions and modules that start processes, compilers, browsers, servers or training runs.
-STARTERS = (
-    local_hub.running_hub,
-    multiprocessing,
-    READY,
-    run_fresh,
-    run_task,
-    subprocess,
-    sync_playwright,
-    torch.compile,
-    torch.export,
-    torch.multiprocessing,
-    verify_module,
-)
 # Folders of tests that are all integration: export/ runs compilers, peers/ the test suites of other projects.
 FOLDERS = {"export", "integration", "peers"}
+PAGE_TESTS = {"test_report.py", "test_space.py"}  # draw pages, most of them in a browser
 NO_BROWSER = "no Chromium for the tests of pages: install one with `make browser`"
 skipped_pages: list[str] = []  # ids of tests
 
@@ -62,12 +47,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
-    """For --quick, do not import the files of FOLDERS: their imports take longer than many tests."""
-    return (
-        True
-        if config.getoption("quick") and collection_path.parent == TESTS and collection_path.name in FOLDERS
-        else None
-    )
+    """For --quick, do not import FOLDERS and PAGE_TESTS: their imports take longer than many tests."""
+    is_folder = collection_path.parent == TESTS and collection_path.name in FOLDERS
+    return True if config.getoption("quick") and (is_folder or collection_path.name in PAGE_TESTS) else None
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -82,7 +64,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in get_later_cases([item for item in items if item.get_closest_marker("slow_cases")]):
         item.add_marker(pytest.mark.slow)
     if config.getoption("quick"):
-        fast = [item for item in items if not {"slow", "integration"} & {mark.name for mark in item.iter_markers()}]
+        excluded = {"slow", "slow_cases", "integration"}
+        fast = [item for item in items if not excluded & {mark.name for mark in item.iter_markers()}]
         selected = set(fast) - set(get_later_cases(fast))
         config.hook.pytest_deselected(items=[item for item in items if item not in selected])
         items[:] = [item for item in items if item in selected]
@@ -95,7 +78,7 @@ def get_later_cases(items: list[pytest.Item]) -> list[pytest.Item]:
 
 
 def starts(function: Any, known: dict[FunctionType, bool]) -> bool:
-    """Return whether a function of the tests uses one of STARTERS, itself or through other functions of the tests."""
+    """Return whether a function of the tests uses one of `get_starters`, itself or through other functions."""
     function = getattr(function, "__wrapped__", function)
     function = getattr(function, "__func__", function)
     if not isinstance(function, FunctionType) or not Path(function.__code__.co_filename).is_relative_to(TESTS):
@@ -108,9 +91,19 @@ def starts(function: Any, known: dict[FunctionType, bool]) -> bool:
         used += [vars(module).get(name) for module in modules for name in names]  # torch.compile
         methods = [method for each in used if isinstance(each, type) for method in vars(each).values()]
         known[function] = any(
-            any(each is starter for starter in STARTERS) or starts(each, known) for each in [*used, *methods]
+            any(each is starter for starter in get_starters()) or starts(each, known) for each in [*used, *methods]
         )
     return known[function]
+
+
+@functools.cache
+def get_starters() -> tuple[Any, ...]:
+    """Return functions and modules that start processes, compilers, browsers, servers or training runs."""
+    from modeling_vitcls.hub import verify
+    from modeling_vitcls.training.task import run_task
+
+    modules = (multiprocessing, subprocess, torch.compile, torch.export, torch.multiprocessing, verify)
+    return (local_hub.running_hub, READY, run_fresh, run_task, sync_playwright, *modules)
 
 
 def get_names(code: CodeType) -> set[str]:
@@ -171,7 +164,7 @@ def verified_quickly(monkeypatch: pytest.MonkeyPatch) -> None:
     def run(command: list[str], cwd: str, env: dict[str, str], **_: Any) -> subprocess.CompletedProcess[str]:
         return run_fresh(*command[1:], environment=env, cwd=Path(cwd))
 
-    monkeypatch.setattr(verify_module, "subprocess", SimpleNamespace(run=run))
+    monkeypatch.setattr("modeling_vitcls.hub.verify.subprocess", SimpleNamespace(run=run))
 
 
 @pytest.fixture(scope="session")

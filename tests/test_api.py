@@ -49,6 +49,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, A
     return folder, finetune("vitcls-tiny", get_digits(), folder, **MODEL, **RUN)
 
 
+@pytest.mark.integration
 def test_finetune_and_evaluate_data_in_memory(trained: tuple[Path, dict[str, Any]]) -> None:
     folder, results = trained
     assert results == json.loads((folder / "results.json").read_text(encoding="utf-8"))
@@ -70,6 +71,7 @@ class TorchDigits(Dataset):
         return get_digits()[index]
 
 
+@pytest.mark.integration
 def test_pretrain_and_torch_datasets(tmp_path: Path) -> None:
     results = pretrain("vitcls-tiny", TorchDigits(), tmp_path / "encoder", **MODEL, **RUN)
     assert results["reconstruction_loss"] > 0

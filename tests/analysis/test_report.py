@@ -391,6 +391,7 @@ def pixels_of(page: Page, label: str) -> np.ndarray:
     return np.asarray(Image.open(io.BytesIO(b64decode(url.partition(",")[2]))).convert("RGB"), dtype=int)
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("foreground", [False, True])
 def test_patch_colors_are_principal_components(browser: Browser, faulty: Any, foreground: bool) -> None:
     """Pixel by pixel what patch_features.py draws, but for the outline of the selected patch."""
@@ -711,6 +712,7 @@ def test_images_of_several_sizes(tmp_path: Path) -> None:
     assert [tuple(reading.attention.shape[-2:]) for reading in found.image_reports] == [(4, 6), (6, 4), (4, 4)]
 
 
+@pytest.mark.slow
 def test_single_heads_are_left_out_of_large_pages(
     browser: Browser, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

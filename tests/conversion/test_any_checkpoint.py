@@ -118,6 +118,7 @@ def test_unsupported_names_are_errors(tmp_path: Path) -> None:
         resolve_checkpoint(str(tmp_path / "resnet"))
 
 
+@pytest.mark.integration
 def test_a_published_state_dict(tmp_path: Path) -> None:
     torch.manual_seed(0)
     theirs = timm.create_model("vit_tiny_patch16_224", num_classes=5).eval()  # as DeiT published its weights

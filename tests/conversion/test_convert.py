@@ -404,6 +404,7 @@ def test_weights_that_the_source_does_not_use_are_named(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.integration
 def test_the_report_names_the_policies_of_positions(tmp_path: Path) -> None:
     for name, words in {
         "vit_tiny_patch16_224": ["positions for other image sizes: bicubic with antialiasing, as in timm"],

@@ -558,6 +558,7 @@ for name, change in json.loads(sys.argv[2]).items():
 """
 
 
+@pytest.mark.slow
 def test_checkpoints_adapt_without_the_package(tmp_path: Path) -> None:
     """Loaded with remote code in a process that cannot import the package: as here, to the bit."""
     fields = {"num_distillation_tokens": 1, "image_size": [32, 48]}

@@ -14,6 +14,7 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return run_checks("distributed_worker.py", tmp_path_factory.mktemp("distributed"), NUM_PROCESSES)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CHECKS)
 def test_several_processes_do_what_one_does(name: str, report: dict[str, str]) -> None:
     if report[name]:

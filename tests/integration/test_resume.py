@@ -339,6 +339,7 @@ def test_a_stream_goes_on(pictures: Path, folder: Path, uninterrupted: Callable[
     assert_equal_runs(folder, uninterrupted(flags))
 
 
+@pytest.mark.slow
 def test_a_damaged_checkpoint_costs_a_warning(
     pictures: Path, folder: Path, uninterrupted: Callable[[str], Path]
 ) -> None:
@@ -413,6 +414,7 @@ def test_a_signal_saves_first(
     assert_equal_runs(folder, uninterrupted(flags))
 
 
+@pytest.mark.slow
 def test_workers_that_notice_late_hold_nothing_up(pictures: Path, folder: Path) -> None:
     """The cluster's SIGTERM still waits to be noticed when the run ends: one of its own would be lost."""
     flags = f"{RUN} --epochs 15 --dataset {pictures} --num-workers 2 --save-every 1000"

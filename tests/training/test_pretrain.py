@@ -211,6 +211,7 @@ def test_resumption_hides_the_same_patches(pretrained: Path, tmp_path: Path) -> 
     assert all(torch.equal(resumed[name], whole[name]) for name in whole)
 
 
+@pytest.mark.integration
 def test_a_dry_run_leaves_nothing(tmp_path: Path) -> None:
     folder = tmp_path / "encoder"
     dry_run(PretrainTask, replace(tiny_options(folder, batch_size=8), run=RunOptions(dry_run=True)))

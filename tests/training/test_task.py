@@ -169,6 +169,7 @@ def test_the_best_checkpoint_of_pretraining(tmp_path: Path) -> None:
 # Cross-validation, and training on all images ------------------------------------------------------------------------
 
 
+@pytest.mark.integration
 def test_folds(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     data = replace(DIGITS, folds=3)
     summary = run_folds(FinetuneTask, build_options(tmp_path / "run", data, max_steps=2))

@@ -443,6 +443,7 @@ def test_cache_asks_once_about_each_view(resnet: Path) -> None:
         assert calls.batches == 5
 
 
+@pytest.mark.integration
 def test_cached_answers_are_the_same_whenever_they_are_asked(digits_teacher: tuple[Path, float]) -> None:
     """A run that is resumed after the first epoch asks again, in batches of other images: to the bit the same."""
     teacher = teach(digits_teacher[0], *DIGITS)
