@@ -81,7 +81,9 @@ def starts(function: Any, known: dict[FunctionType, bool]) -> bool:
     """Return whether a function of the tests uses one of `get_starters`, itself or through other functions."""
     function = getattr(function, "__wrapped__", function)
     function = getattr(function, "__func__", function)
-    if not isinstance(function, FunctionType) or not Path(function.__code__.co_filename).is_relative_to(TESTS):
+    if not isinstance(function, FunctionType) or function is get_starters.__wrapped__:
+        return False
+    if not Path(function.__code__.co_filename).is_relative_to(TESTS):
         return False
     if function not in known:
         known[function] = False  # for functions that call each other

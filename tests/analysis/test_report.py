@@ -326,6 +326,7 @@ def test_the_share_that_goes_to_patches(browser: Browser, faulty: Any) -> None:
         assert numbers == pytest.approx([100 * share, 100 * peak], rel=0.06)
 
 
+@pytest.mark.slow
 def test_keyboard(browser: Browser, faulty: Any) -> None:
     """One tab stop for a image, arrows from map to map, Enter enlarges, arrows walk on, Escape closes."""
     with opened(browser, faulty[0]) as page:
@@ -391,7 +392,7 @@ def pixels_of(page: Page, label: str) -> np.ndarray:
     return np.asarray(Image.open(io.BytesIO(b64decode(url.partition(",")[2]))).convert("RGB"), dtype=int)
 
 
-@pytest.mark.slow_cases
+@pytest.mark.slow
 @pytest.mark.parametrize("foreground", [False, True])
 def test_patch_colors_are_principal_components(browser: Browser, faulty: Any, foreground: bool) -> None:
     """Pixel by pixel what patch_features.py draws, but for the outline of the selected patch."""
@@ -409,6 +410,7 @@ def test_patch_colors_are_principal_components(browser: Browser, faulty: Any, fo
     assert close.mean() > 0.97
 
 
+@pytest.mark.slow
 def test_a_click_shows_the_similarity_to_that_patch(browser: Browser, faulty: Any) -> None:
     """The cosines of the features, from their compressed components, in the layer of the map."""
     _, model, _ = faulty
@@ -455,6 +457,7 @@ def test_patches_as_blocks_and_fewer_layers(browser: Browser, tmp_path: Path) ->
         assert cell(page, "CLS, layer 5").bounding_box()["width"] > 1.5 * width
 
 
+@pytest.mark.slow
 def test_what_nothing_reads_is_marked(browser: Browser, faulty: Any) -> None:
     """The registers and patches of the last layer, with a head that reads the CLS token."""
     with opened(browser, faulty[0]) as page:

@@ -238,6 +238,7 @@ def test_token_layer_and_head_change_the_map(browser: Browser, demo: str, photo:
         assert len({first, second, third, fourth, fifth}) == 5
 
 
+@pytest.mark.slow
 def test_a_file_that_is_no_image_is_named_and_leaves_nothing_of_the_last_one(
     browser: Browser, demo: str, photo: Path, tmp_path: Path
 ) -> None:

@@ -371,6 +371,7 @@ def test_resume_without_a_checkpoint_starts_from_the_beginning(
     assert_equal_runs(folder, uninterrupted(flags))
 
 
+@pytest.mark.slow
 def test_a_full_disk_costs_nothing(pictures: Path, tmp_path: Path, uninterrupted: Callable[[str], Path]) -> None:
     disk = ["tmpfs", str(tmp_path / "disk")]
     (tmp_path / "disk").mkdir()
@@ -396,7 +397,7 @@ def test_a_full_disk_costs_nothing(pictures: Path, tmp_path: Path, uninterrupted
 # Asked to stop -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow_cases
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_first(
     number: signal.Signals, pictures: Path, folder: Path, uninterrupted: Callable[[str], Path]
@@ -463,6 +464,7 @@ def test_two_processes_are_interrupted_then_killed(pictures: Path, folder: Path,
     assert_equal_runs(folder, whole)
 
 
+@pytest.mark.slow
 def test_two_processes_rehearse_with_a_tracker(pictures: Path, folder: Path) -> None:
     pytest.importorskip("tensorboard")
     output = finish_two(folder, f"{RUN} --dataset {pictures} --dry-run --log-with tensorboard")

@@ -378,6 +378,7 @@ def save_and_die(folder: Path, calls: int) -> None:
     save(CheckpointStore(folder, keep=2), 20, 20)
 
 
+@pytest.mark.slow_cases
 @needs_fork
 @pytest.mark.parametrize("calls", range(1, 12))
 def test_a_save_killed_before_each_step_of_it(store: CheckpointStore, calls: int) -> None:
@@ -670,6 +671,7 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return run_checks("checkpoint_worker.py", tmp_path_factory.mktemp("two"), NUM_PROCESSES)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CHECKS)
 def test_two_processes(name: str, report: dict[str, str]) -> None:
     if report[name]:

@@ -413,6 +413,7 @@ def one_of_two(rank: int, port: int, queue: Any) -> None:
     queue.put((peaks[0], found.peak, found.flops_per_image, lines["costs"]))
 
 
+@pytest.mark.slow
 def test_processes_share_the_machine() -> None:
     """Each measures what it reaches while the others do; the peak of the run is their sum."""
     port, queue = find_free_port(), READY.SimpleQueue()
