@@ -31,14 +31,14 @@ OWN_FLAGS = {"config"}  # flags that only the commands have
 
 
 def finetune(model: str | Path, dataset: Any, output_dir: str | Path, **flags: Any) -> dict[str, Any]:
-    """Fine-tune a model on labeled images, as scripts/finetune.py does.
+    """Fine-tune a model on labeled images, as `vitcls finetune` does.
 
     Args:
         model: a preset, a folder or any other checkpoint that `--model` accepts.
         dataset: a path, a Hub id, a `datasets.Dataset` or `DatasetDict`, a torch Dataset, a list of (image, label), or
             a dict of splits.
         output_dir: folder to write.
-        flags: flags of scripts/finetune.py.
+        flags: flags of `vitcls finetune`.
 
     Returns:
         The content of results.json; with `folds`, the content of folds.json.
@@ -55,7 +55,7 @@ def finetune(model: str | Path, dataset: Any, output_dir: str | Path, **flags: A
 
 
 def pretrain(model: str | Path, dataset: Any, output_dir: str | Path, **flags: Any) -> dict[str, Any]:
-    """Pre-train a model on images without labels, as scripts/pretrain.py does.
+    """Pre-train a model on images without labels, as `vitcls pretrain` does.
 
     Arguments, results and errors are as in `finetune`; labels of the dataset are not used.
     """
@@ -78,13 +78,13 @@ def run(task_class: Any, options: Any) -> dict[str, Any]:
 
 
 def evaluate(model: str | Path, dataset: Any, **flags: Any) -> dict[str, Any]:
-    """Evaluate a saved model, or its frozen features with `frozen="knn"`, as scripts/evaluate.py does.
+    """Evaluate a saved model, or its frozen features with `frozen="knn"`, as `vitcls evaluate` does.
 
     Args:
         model: a folder, a Hub id or any other checkpoint that `--model` accepts.
         dataset: as in `finetune`. Of a dataset without splits, the images that `finetune` holds out are evaluated;
             `{"test": images}` evaluates all images.
-        flags: flags of scripts/evaluate.py.
+        flags: flags of `vitcls evaluate`.
 
     Returns:
         The metrics, as `--output` writes them. Errors are as in `finetune`.
@@ -97,13 +97,13 @@ def evaluate(model: str | Path, dataset: Any, **flags: Any) -> dict[str, Any]:
 
 
 def predict(model: str | Path, images: Any = (), **flags: Any) -> list[dict[str, Any]]:
-    """Predict the labels of images, or compute their features with `features="cls"`, as scripts/predict.py does.
+    """Predict the labels of images, or compute their features with `features="cls"`, as `vitcls predict` does.
 
     Args:
         model: a folder, a Hub id or any other checkpoint that `--model` accepts.
         images: a path, a URL, or a list of paths, URLs, encoded bytes, PIL images and arrays. A folder is replaced by
             the images in it. Alternatively, set `dataset`.
-        flags: flags of scripts/predict.py, except `output` and `shard_size`.
+        flags: flags of `vitcls predict`, except `output` and `shard_size`.
 
     Returns:
         One dict for each image: `index`, `image`, the predicted columns, and `error` (None, or why an image has no
@@ -119,12 +119,12 @@ def predict(model: str | Path, images: Any = (), **flags: Any) -> list[dict[str,
 
 
 def inspect_tokens(model: str | Path, images: Any = (), **flags: Any) -> Any:
-    """Write the report on the special tokens of a model, as scripts/inspect_tokens.py does.
+    """Write the report on the special tokens of a model, as `vitcls inspect` does.
 
     Args:
         model: a folder, a Hub id or any other checkpoint that `--model` accepts.
         images: a path, a URL or a list of them. Alternatively, set `dataset`.
-        flags: flags of scripts/inspect_tokens.py.
+        flags: flags of `vitcls inspect`.
 
     Returns:
         The `Inspection`, which contains the values of the report. Errors are as in `finetune`.

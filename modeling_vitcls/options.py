@@ -89,10 +89,14 @@ class ModelOptions:
     """Number of attention heads per layer."""
     intermediate_size: int | None = None
     """Hidden dimension of the MLP."""
+    token_init: Literal["trunc_normal", "near_zero", "zeros"] | None = None
+    """Initial values of new CLS, distillation and register tokens."""
     drop_path_rate: float | None = None
     """Stochastic depth rate of the last layer; it increases linearly from 0 in the first layer."""
     patch_drop_rate: float | None = None
     """Fraction of patches to drop from each training image at random: faster, less accurate."""
+    merged_patches_per_layer: int | None = None
+    """Number of patches that each layer removes by merging similar patches: faster, less accurate."""
     initializer_range: float | None = None
     """Standard deviation of new weights. Default: by the width of a preset (training/defaults.py), because narrow
     models learn slowly with the usual 0.02."""
@@ -234,8 +238,8 @@ class DistillationOptions:
     """
 
     teacher: str | None = None
-    """A classifier: a folder or Hub id of a transformers model (`ID@COMMIT` pins it), or `timm:NAME`. Default: no
-    distillation."""
+    """A classifier: a folder or Hub id of a transformers model (`ID@COMMIT` pins it), `timm:NAME`, or a file with a
+    published state dict. Default: no distillation."""
     distillation: Literal["soft", "hard"] = "hard"
     """Target of the distillation token: class probabilities (soft) or top class (hard) of the teacher."""
     distillation_alpha: float = 0.5

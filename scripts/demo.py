@@ -1,6 +1,6 @@
 """Train a small ViT on handwritten digits, then load it in a new process (`make demo`).
 
-python scripts/demo.py [flags of scripts/finetune.py, to override the recipe]
+python scripts/demo.py [flags of `vitcls finetune`, to override the recipe]
 """
 
 import os
@@ -16,6 +16,7 @@ from rich.console import Console
 SCRIPTS = Path(os.path.relpath(Path(__file__).parent))
 RECIPE = SCRIPTS / "recipes" / "digits.yaml"
 OUTPUT = Path("runs", "demo")
+PRETRAINED = "timm:vit_small_patch14_reg4_dinov2"
 
 # The defaults of accelerate, which prints a warning if these flags are not set.
 LAUNCH_FLAGS = "--quiet --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no".split()
@@ -45,10 +46,9 @@ def main() -> None:
     if (output / "report.html").exists():
         console.print(f"  {output / 'report.html'}: open it in a browser to see the attention of the tokens")
     console.print(f"  {RECIPE}: the recipe; change a number of tokens and run it again")
-    console.print("  train on your own images, in one folder per class:")
-    console.print(
-        "    accelerate launch scripts/finetune.py --model vitcls-tiny --dataset FOLDER --output-dir runs/mine"
-    )
+    console.print("  fine-tune a pre-trained model on your own images, in one folder per class:")
+    vitcls = os.path.relpath(Path(sys.executable).with_name("vitcls"))
+    console.print(f"    {vitcls} finetune --model {PRETRAINED} --dataset FOLDER --output-dir runs/mine")
     console.print("  docs/README.md: the documentation, one page per task")
 
 

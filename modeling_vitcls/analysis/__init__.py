@@ -26,7 +26,7 @@
     inspection.py           all measurements for a model and images
     report_data.py          an inspection as JSON values
     report.py               the HTML report
-    inspect_tokens.py       the program scripts/inspect_tokens.py
+    inspect_tokens.py       the program `vitcls inspect`
 
 PUBLIC lists the public names. A file is imported when one of its names is used. No file of this folder is copied to
 the Hub, except maps.py and patch_features.py, which are part of the demo (hub/space.py).

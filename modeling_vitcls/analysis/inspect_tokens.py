@@ -1,4 +1,4 @@
-"""The program scripts/inspect_tokens.py: options -> model and images -> report, JSON values and a summary on the
+"""The program `vitcls inspect`: options -> model and images -> report, JSON values and a summary on the
 terminal."""
 
 from collections.abc import Iterator

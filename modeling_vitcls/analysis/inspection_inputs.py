@@ -1,7 +1,7 @@
 """Images of an inspection and, if known, their labels. Images are decoded on access.
 
 PATHS       files, folders and URLs; a folder with the name of a class is the label of its images
---dataset   a dataset, loaded as in scripts/evaluate.py
+--dataset   a dataset, loaded as in `vitcls evaluate`
 """
 
 from collections.abc import Sequence

@@ -175,7 +175,7 @@ def check_labels(labels: list[TopLabel], expected: list[TopLabel], name: str) ->
 
 
 class PredictionProcess(LoggedProcess):
-    """Process of one side, which waits for requests."""
+    """A process that runs one of the two compared programs and answers requests."""
 
     def __init__(self, side: str, folder: str, settings: BenchmarkSettings) -> None:
         super().__init__([sys.executable, "-m", __name__, side, folder, *settings.toy_flag], stdout=subprocess.PIPE)

@@ -7,7 +7,7 @@
     python -m modeling_vitcls.benchmarking.own_features "token_attention, batch 16" [--theirs]    peak in bytes
 
 Merged and dropped patches change the outputs. The outputs are only compared with the feature set to 0. The cost in
-accuracy depends on the data: measure it with scripts/finetune.py and scripts/evaluate.py.
+accuracy depends on the data: measure it with `vitcls finetune` and `vitcls evaluate`.
 """
 
 import copy

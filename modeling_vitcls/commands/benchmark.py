@@ -1,9 +1,9 @@
 """`vitcls benchmark`: speed and memory compared with other projects on the same work.
 
-    python scripts/benchmark.py --work inference step pixels prediction probe --markdown speed.md --output speed.json
-    python scripts/benchmark.py --work inference --rows "fp32, batch 8" --against timm
-    python scripts/benchmark.py --work growth --plot cost.png
-    python scripts/benchmark.py --work training
+    vitcls benchmark --work inference step pixels prediction probe --markdown speed.md --output speed.json
+    vitcls benchmark --work inference --rows "fp32, batch 8" --against timm
+    vitcls benchmark --work growth --plot cost.png
+    vitcls benchmark --work training
 
 Both sides take turns. The result is the median of the ratios of neighboring turns, because other programs slow down
 both sides. Speed is only measured if the outputs are equal. The benchmarks are implemented in

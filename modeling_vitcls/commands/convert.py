@@ -1,9 +1,9 @@
 """`vitcls convert`: convert a ViT of timm or transformers exactly, or a vitcls model to a class of transformers.
 
-    python scripts/convert.py --source timm:vit_base_patch14_reg4_dinov2.lvd142m --output converted
-    python scripts/convert.py --source transformers:facebook/dinov2-base@COMMIT --output converted --num-labels 10
-    python scripts/convert.py --source dinov2_vits14_reg4_pretrain.pth --output converted
-    python scripts/convert.py --to transformers --model runs/mine --output native
+    vitcls convert --source timm:vit_base_patch14_reg4_dinov2.lvd142m --output converted
+    vitcls convert --source transformers:facebook/dinov2-base@COMMIT --output converted --num-labels 10
+    vitcls convert --source dinov2_vits14_reg4_pretrain.pth --output converted
+    vitcls convert --to transformers --model runs/mine --output native
 
 The conversions are implemented in modeling_vitcls/conversion/convert.py.
 """

@@ -1,7 +1,7 @@
 """`vitcls demo`: a page with the labels of images and the attention of every special token.
 
-    python scripts/demo_app.py --model runs/mine
-    python scripts/demo_app.py --model someone/their-model --revision COMMIT --port 8000
+    vitcls demo --model runs/mine
+    vitcls demo --model someone/their-model --revision COMMIT --port 8000
 
 `vitcls space` publishes the same page on the Hub. The page is implemented in modeling_vitcls/demo/.
 """

@@ -1,7 +1,7 @@
 """`vitcls evaluate`: evaluate a model on labeled images, each image exactly once.
 
-    accelerate launch scripts/evaluate.py --model runs/digits --dataset digits
-    accelerate launch scripts/evaluate.py --model runs/digits --dataset digits --frozen knn
+    vitcls evaluate --model runs/digits --dataset digits
+    vitcls evaluate --model runs/digits --dataset digits --frozen knn
 
 The evaluation is implemented in modeling_vitcls/inference/evaluate.py, and in frozen.py for frozen features.
 """

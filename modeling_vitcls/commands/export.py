@@ -1,7 +1,7 @@
 """`vitcls export`: export a model to a graph that runs without this package, and compare the graph with the model.
 
-    python scripts/export.py --model runs/mine --format onnx --output mine.onnx
-    python scripts/export.py --model runs/mine --format torch --output mine.pt2 --no-dynamic --image-size 224 320
+    vitcls export --model runs/mine --format onnx --output mine.onnx
+    vitcls export --model runs/mine --format torch --output mine.pt2 --no-dynamic --image-size 224 320
 
 FILE.json contains the largest differences, the inputs that were compared and the signature of the graph. The export is
 implemented in modeling_vitcls/export/.

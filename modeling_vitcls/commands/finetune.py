@@ -1,7 +1,7 @@
 """`vitcls finetune`: fine-tune a ViT on labeled images.
 
-    accelerate launch scripts/finetune.py --config scripts/recipes/digits.yaml --output-dir runs/digits
-    accelerate launch scripts/finetune.py --model vitcls-tiny --dataset path/to/images --output-dir runs/mine
+    vitcls finetune --config scripts/recipes/digits.yaml --output-dir runs/digits
+    vitcls finetune --model vitcls-tiny --dataset path/to/images --output-dir runs/mine
 
 To continue an interrupted run, repeat its command with --resume. --dry-run tests every part of a run with a few steps.
 The training is implemented in modeling_vitcls/training/task.py and finetune.py.

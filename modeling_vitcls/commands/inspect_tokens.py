@@ -1,7 +1,7 @@
 """`vitcls inspect`: show what the special tokens of a model do, in an HTML report and on the terminal.
 
-    python scripts/inspect_tokens.py --model runs/mine photo.jpg path/to/folder --output report.html
-    python scripts/inspect_tokens.py --model runs/digits --dataset digits --patch-sizes 4 8 16
+    vitcls inspect --model runs/mine photo.jpg path/to/folder --output report.html
+    vitcls inspect --model runs/digits --dataset digits --patch-sizes 4 8 16
 
 The inspection is implemented in modeling_vitcls/analysis/inspect_tokens.py.
 """

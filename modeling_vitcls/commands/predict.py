@@ -1,8 +1,8 @@
 """`vitcls predict`: predict the labels of images, or write their features.
 
-    python scripts/predict.py --model runs/mine photo.jpg path/to/folder
-    python scripts/predict.py --model runs/mine --list files.txt --output labels.csv
-    accelerate launch scripts/predict.py --model runs/mine --dataset path/or/hub-id --features cls --output features
+    vitcls predict --model runs/mine photo.jpg path/to/folder
+    vitcls predict --model runs/mine --list files.txt --output labels.csv
+    vitcls predict --model runs/mine --dataset path/or/hub-id --features cls --output features
 
 The predictions are implemented in modeling_vitcls/inference/predict.py.
 """

@@ -1,7 +1,7 @@
 """`vitcls pretrain`: pre-train a ViT on images without labels, by masked image modeling.
 
-    accelerate launch scripts/pretrain.py --model vitcls-tiny --dataset path/to/images --output-dir runs/pretrained
-    accelerate launch scripts/finetune.py --model runs/pretrained --dataset path/to/labeled --output-dir runs/mine
+    vitcls pretrain --model vitcls-tiny --dataset path/to/images --output-dir runs/pretrained
+    vitcls finetune --model runs/pretrained --dataset path/to/labeled --output-dir runs/mine
 
 To continue an interrupted run, repeat its command with --resume. --dry-run tests every part of a run with a few steps.
 The training is implemented in modeling_vitcls/training/task.py and pretrain.py.

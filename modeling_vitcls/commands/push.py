@@ -1,7 +1,7 @@
 """`vitcls push`: push a model folder to the Hub, then load the pushed commit in a new process and compare outputs.
 
-    python scripts/push_to_hub.py --model runs/mine --hub-model-id me/my-model
-    python scripts/push_to_hub.py --verify-only someone/their-model --revision COMMIT
+    vitcls push --model runs/mine --hub-model-id me/my-model
+    vitcls push --verify-only someone/their-model --revision COMMIT
 
 A push requires a token: `hf auth login`, or HF_TOKEN. The push is implemented in modeling_vitcls/hub/.
 """

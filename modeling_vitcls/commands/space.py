@@ -1,7 +1,7 @@
 """`vitcls space`: publish a Space with the labels of images and the attention of every special token.
 
-    python scripts/push_space.py --model me/my-model --space-id me/my-model-demo
-    python scripts/push_space.py --model me/my-model --output space      # only write its files
+    vitcls space --model me/my-model --space-id me/my-model-demo
+    vitcls space --model me/my-model --output space      # only write its files
 
 `vitcls demo` shows the same page on this machine. The Space is implemented in modeling_vitcls/hub/space.py.
 """

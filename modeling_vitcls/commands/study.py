@@ -1,6 +1,6 @@
 """`vitcls study`: a grid of fine-tuning runs over factors and seeds, with a page of tables and plots.
 
-    python scripts/study.py --config scripts/recipes/study_digits.yaml --output-dir runs/study --jobs 2
+    vitcls study --config scripts/recipes/study_digits.yaml --output-dir runs/study --jobs 2
 
 To continue an interrupted study, repeat its command. The study file is described in modeling_vitcls/study.py.
 """

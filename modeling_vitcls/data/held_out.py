@@ -10,7 +10,7 @@ images are added: held-out images stay held out, and training images stay traini
 Classes are therefore stratified only approximately. Training prints a warning if a class has no held-out images or no
 training images.
 
-A run writes `HeldOutRecord` to results.json ("held_out"), which is published with the model. scripts/evaluate.py reads
+A run writes `HeldOutRecord` to results.json ("held_out"), which is published with the model. `vitcls evaluate` reads
 it, holds out the same images, and compares their digest.
 """
 

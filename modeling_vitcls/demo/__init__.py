@@ -4,6 +4,6 @@
     page.py      the page, with gradio
     text.py      the sentences of the page
 
-It runs locally (scripts/demo_app.py) and as a Space, where this package is not installed. hub/space.py lists the files
+It runs locally (`vitcls demo`) and as a Space, where this package is not installed. hub/space.py lists the files
 that are copied to a Space. Files of this folder import only files from that list.
 """

@@ -19,6 +19,7 @@ from huggingface_hub.utils import (
     enable_progress_bars,
 )
 from huggingface_hub.utils import logging as hub_logging
+from transformers.utils import logging as transformers_logging
 
 from ..errors import format_error
 
@@ -107,6 +108,23 @@ class TimeoutClientFactory:
 
         client.event_hooks["request"].append(apply_timeout)
         return client
+
+
+@contextmanager
+def silence_transformers(warnings: bool = True, progress_bars: bool = True) -> Iterator[None]:
+    """Turn off transformers' warnings, such as the one that AutoModel drops the classifier, and its progress bars.
+    An argument that is False keeps them."""
+    verbosity, had_bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    if warnings:
+        transformers_logging.set_verbosity_error()
+    if progress_bars:
+        transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if had_bars:
+            transformers_logging.enable_progress_bar()
 
 
 @contextmanager

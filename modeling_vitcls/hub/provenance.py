@@ -29,7 +29,7 @@ CARD = "README.md"
 
 
 def list_license_patterns() -> Iterator[str]:
-    """Yield patterns of license and notice files: upper-case names with any suffix, other names with text suffixes."""
+    """Yield patterns of license and notice files: upper-case names with any ending, other names with a text suffix."""
     for stem in ("license", "licence", "copying", "notice"):
         any_case = "".join(f"[{letter}{letter.upper()}]" for letter in stem)
         yield f"{stem.upper()}*"

@@ -19,8 +19,6 @@ import site
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +26,6 @@ from typing import Any
 import torch
 from huggingface_hub import HfApi, get_token
 from safetensors.torch import load_file
-from transformers.utils import logging
 
 from ..system import get_versions
 from ..version import __version__
@@ -41,6 +38,7 @@ from .connection import (
     format_hub_error,
     retry,
     set_hub_timeout,
+    silence_transformers,
 )
 from .manifest import (
     CHECKPOINT_PATTERNS,
@@ -361,17 +359,3 @@ def compare_outputs(repo_id: str, outputs: Outputs, expected: Outputs) -> dict[s
 def compute_max_abs(values: torch.Tensor) -> float:
     """Return the maximum absolute value; 0 for an empty tensor, NaN if any value is NaN."""
     return values.abs().max().item() if values.numel() else 0.0
-
-
-@contextmanager
-def silence_transformers() -> Iterator[None]:
-    """Turn off transformers' progress bars and warnings, such as the warning that AutoModel drops the classifier."""
-    verbosity, has_bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if has_bars:
-            logging.enable_progress_bar()

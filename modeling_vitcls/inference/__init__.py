@@ -3,11 +3,11 @@
     load_model.py       name -> model; checks that it is a classifier
     metrics.py          metrics by kind of labels, and of masked autoencoders
     evaluator.py        evaluate a model on a held-out split, and count each image exactly once
-    evaluate.py         the program scripts/evaluate.py
+    evaluate.py         the program `vitcls evaluate`
     inputs.py           images of a prediction, decoded ahead of the model
     prediction_rows.py  pixels -> rows of labels, probabilities or features
     outputs.py          rows -> table, CSV, JSON, Parquet; shards; progress
-    predict.py          the program scripts/predict.py
+    predict.py          the program `vitcls predict`
 
 Nothing here is copied to the Hub.
 """

@@ -203,7 +203,7 @@ def open_input(options: PredictOptions) -> PredictionInput:
 
 
 def open_dataset(options: PredictOptions, dataset: str) -> PredictionInput:
-    """Open a dataset in any format that scripts/finetune.py reads. Labels are not needed."""
+    """Open a dataset in any format that `vitcls finetune` reads. Labels are not needed."""
     import datasets
 
     data = DataOptions(dataset, image_column=options.image_column, streaming=options.streaming)

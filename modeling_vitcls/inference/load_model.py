@@ -1,15 +1,13 @@
 """Load a saved model for evaluation or prediction."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 from transformers import PreTrainedModel
-from transformers.utils import logging
 
 from ..adaptation_vitcls import load_checkpoint
 from ..configuration_vitcls import PRESETS, ViTCLSConfig
 from ..conversion.any_checkpoint import resolve_checkpoint
+from ..hub.connection import silence_transformers
 from ..hub.loading import check_is_vitcls
 from ..image_processing_vitcls import ViTCLSImageProcessor
 from ..modeling_vitcls import ViTCLSForImageClassification, ViTCLSForMultiTaskClassification, ViTCLSModel
@@ -52,7 +50,8 @@ def load_model(source: str, with_head: bool) -> tuple[PreTrainedModel, ViTCLSIma
         check_is_classifier(source, settings)
         model_class = ViTCLSForMultiTaskClassification if settings.get("tasks") else ViTCLSForImageClassification
         arguments = {}
-    with hide_warnings():  # missing weights raise an error below; an unused classifier is not an error
+    # Missing weights raise an error below; an unused classifier is not an error.
+    with silence_transformers(progress_bars=False):
         model, loading = model_class.from_pretrained(folder, output_loading_info=True, **arguments)
     if loading["missing_keys"]:
         raise ValueError(f"the checkpoint {source} does not contain {min(loading['missing_keys'])}. Train it first")
@@ -86,14 +85,3 @@ def check_is_classifier(source: str, settings: dict[str, Any]) -> None:
             f"label prediction requires a classifier, but {source} contains {names[0]}. Fine-tune it first, or set "
             "--features"
         )
-
-
-@contextmanager
-def hide_warnings() -> Iterator[None]:
-    """Hide the report that transformers prints about weights."""
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)

@@ -86,7 +86,7 @@ def predict(
         processor: its image processor.
         images: a path, a URL, or a list of paths, URLs, encoded bytes, PIL images and arrays. A folder is replaced
             by all images in it.
-        top_k, threshold, features: see the flags of scripts/predict.py.
+        top_k, threshold, features: see the flags of `vitcls predict`.
         batch_size: number of images per forward pass.
         num_workers: number of threads that prepare images; None for one per core, at most 8.
 
@@ -109,7 +109,7 @@ def predict(
 
 
 def predict_from_options(options: PredictOptions, images: list[Any]) -> list[Row]:
-    """Return the rows of scripts/predict.py in this process, instead of writing them.
+    """Return the rows of `vitcls predict` in this process, instead of writing them.
 
     `images` are images as in `predict`, which replace PATHS, or empty for `--list` and `--dataset`.
     """

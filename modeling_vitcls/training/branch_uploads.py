@@ -21,7 +21,7 @@ from ..checkpoints import WRITE_ERRORS, CheckpointStore, Tensors
 from ..distributed import run_on_main
 from ..files import read_json
 from ..hub.card import build_checkpoint_card, build_common_metadata, get_license
-from ..hub.connection import format_hub_error
+from ..hub.connection import format_hub_error, silence_transformers
 from ..hub.manifest import CARD, RECIPE
 from ..hub.provenance import Provenance
 from ..hub.publish import push_folder
@@ -29,7 +29,7 @@ from ..options import to_flags
 from .distributed_state import gather_weights
 from .loop import Interrupted, TrainingState
 from .model_report import get_model_provenance, get_teacher_provenance
-from .reporter import Reporter, disable_progress_bars
+from .reporter import Reporter
 
 
 SECONDS_AT_THE_END = 600.0  # maximum wait for an upload at the end
@@ -115,7 +115,7 @@ class BranchUploads:
         if not self.accelerator.is_main_process or self.failed == step:
             return
         try:
-            with disable_progress_bars():
+            with silence_transformers(warnings=False):
                 action()
         except WRITE_ERRORS as error:
             self.failed = step

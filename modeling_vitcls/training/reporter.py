@@ -18,7 +18,6 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from torch import nn
-from transformers.utils import logging
 
 from ..configuration_vitcls import ViTCLSConfig
 from ..data.sampling import BatchPlan
@@ -236,15 +235,3 @@ def count_parameters(model: nn.Module, trained_only: bool = False) -> int:
     """Return the number of parameters, optionally only of trained parameters."""
     counted = [parameter for parameter in model.parameters() if parameter.requires_grad or not trained_only]
     return sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in counted)  # ds_numel: with ZeRO-3
-
-
-@contextmanager
-def disable_progress_bars() -> Iterator[None]:
-    """Disable the progress bars of Transformers inside this block."""
-    were_shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if were_shown:
-            logging.enable_progress_bar()

@@ -37,6 +37,7 @@ from ..distributed import run_on_main
 from ..errors import format_error
 from ..files import read_json, write_json
 from ..hub.adapters import write_adapter
+from ..hub.connection import silence_transformers
 from ..hub.provenance import Provenance
 from ..hub.publish import push_folder
 from ..hub.push_permissions import check_push_permissions
@@ -58,7 +59,6 @@ from .reporter import (
     describe_batches,
     describe_model,
     describe_run,
-    disable_progress_bars,
     format_duration,
     format_metric,
 )
@@ -349,7 +349,7 @@ def save_output(task: Task, results: dict[str, Any]) -> None:
 
     def write_quietly() -> None:
         try:
-            with disable_progress_bars():
+            with silence_transformers(warnings=False):
                 write()
         except WRITE_ERRORS as error:
             raise OSError(format_error(error)) from error

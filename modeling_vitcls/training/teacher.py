@@ -5,6 +5,7 @@
 `FOLDER` or a Hub id     any image classifier with a class in transformers or this package; no other code is executed
 `timm:NAME`              a timm model with its pretrained weights; also `timm:hf-hub:ID` and `timm:local-dir:FOLDER`
 `timm:NAME@FILE`         a timm model with the weights in FILE (safetensors, or a state dict, loaded with weights_only)
+FILE                     a published state dict with a classifier, which is converted once (conversion/any_checkpoint.py)
 
 The teacher's input is the same crop as the student's, resized as a whole (DeiT, arXiv 2012.12877). The teacher's image
 processor determines size, filter, scale and normalization, but does not crop. Losses are in losses.py.
@@ -32,6 +33,7 @@ from transformers import (
 )
 from transformers.image_utils import pil_torch_interpolation_mapping
 
+from ..conversion.any_checkpoint import resolve_checkpoint
 from ..data.labels import LabelSpace
 from ..errors import format_error
 from ..hub.loading import get_any_model_folder, load_timm, split_revision
@@ -122,8 +124,11 @@ def load_teacher(
     """
     if labels.kind != "single_label_classification":
         raise ValueError(f"--teacher requires one label per image, but the dataset is {labels.kind}. Remove --teacher")
-    load = load_from_timm if source.startswith(TIMM_PREFIX) else load_from_transformers
-    loaded = load(source, num_channels, height_width)
+    if source.startswith(TIMM_PREFIX):
+        loaded = load_from_timm(source, num_channels, height_width)
+    else:
+        folder = resolve_checkpoint(source) if Path(source).is_file() else source
+        loaded = load_from_transformers(folder, num_channels, height_width)
     columns, note = match_labels(source, loaded, labels.names)
     height, width = loaded.preprocessing.height_width
     size = sum(parameter.numel() for parameter in loaded.model.parameters())

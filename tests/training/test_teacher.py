@@ -11,6 +11,7 @@ import torch
 from cnn_teacher import train_cnn_teacher
 from PIL import Image
 from safetensors.torch import save_file
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import save_for_hf
 from tiny_models import filled, largest_difference, raises_one_line, tiny_config
 from torch import nn
@@ -323,6 +324,17 @@ def test_timm_model_with_weights_of_its_own(name: str, timm_weights: tuple[Path,
     assert "order" in teacher.note
     with torch.no_grad():
         assert largest_difference(teacher.model(torch.ones(1, 1, 64, 64)), model(torch.ones(1, 1, 64, 64))) == 0
+
+
+def test_a_published_state_dict_is_converted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache" / "hub"))
+    model = filled(timm.models.VisionTransformer(32, 16, embed_dim=192, depth=1, num_heads=3, num_classes=3)).eval()
+    torch.save({"model": model.state_dict()}, tmp_path / "deit.pth")
+    teacher = teach(tmp_path / "deit.pth")
+    normalized = pixels().div(255).sub(torch.tensor(IMAGENET_DEFAULT_MEAN)[:, None, None])
+    normalized /= torch.tensor(IMAGENET_DEFAULT_STD)[:, None, None]
+    assert largest_difference(teacher(pixels()), model(normalized)) <= 1e-5
+    assert "no names" in teacher.note and "deit.pth" in teacher.description
 
 
 def test_timm_preprocessing_is_timms_own(tmp_path: Path) -> None:
