@@ -152,7 +152,8 @@ def inspect_model(
         min(max(count_null_images(model, batches.pixels), MIN_NULL_IMAGES), MAX_NULL_IMAGES)
     )
     num_statistics_passes = 2 if config.num_register_tokens else 1
-    num_ablation_passes = 2 * len(get_ablated_parts(config.token_layout))
+    # the outputs without registers are reused
+    num_ablation_passes = 2 * len(get_ablated_parts(config.token_layout)) + 1 - num_statistics_passes
     num_null_passes = count_null_passes(model)
     progress = PassProgress(
         on_progress,

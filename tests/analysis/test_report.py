@@ -464,6 +464,8 @@ def test_what_nothing_reads_is_marked(browser: Browser, faulty: Any) -> None:
         in_view(cell(page, "register 1, layer 3"))
         expect(cell(page, "register 1, layer 3")).to_contain_text("not read")
         assert "not read" not in cell(page, "CLS, layer 3").inner_text()
+        tops = [cell(page, f"register 1, layer {layer}").locator("canvas").bounding_box()["y"] for layer in (2, 3)]
+        assert tops[0] == tops[1]  # although one caption has more lines
         label = page.locator("[data-chart=entropy] .unread-label")
         assert label.text_content() == "not read: registers"
         assert page.locator("[data-chart=patch_distance] .unread").count() == 1
