@@ -204,6 +204,7 @@ def get_imported(module: str) -> set[str]:
     return OPTIONAL_LIBRARIES & set(ran.stdout.split())
 
 
+@pytest.mark.slow
 def test_importing_the_package_loads_no_more_than_transformers_does() -> None:
     """transformers' base class of models imports accelerate by itself."""
     assert get_imported("modeling_vitcls") <= get_imported("transformers.modeling_utils") <= {"accelerate"}

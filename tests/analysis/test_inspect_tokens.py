@@ -103,6 +103,7 @@ def options(model: str, tmp_path: Path, *paths: Any, **fields: Any) -> InspectOp
     return InspectOptions(model, tuple(map(str, paths)), output=tmp_path / "report.html", **fields)
 
 
+@pytest.mark.slow
 def test_digits_with_patch_sizes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = saved(tmp_path / "model", labelled(DIGITS))
     write_json(tmp_path / "model" / "results.json", {"token_movement": {"cls[0]": 0.0}})
@@ -158,6 +159,7 @@ def test_a_revision_of_a_model_on_the_hub(
     assert capsys.readouterr().err.startswith("error: ann/pets has no revision v2. Set")
 
 
+@pytest.mark.slow
 def test_several_tasks_on_paths(pictures: Path, tmp_path: Path) -> None:
     """Folders cannot say the labels of several tasks."""
     tasks = ViTCLSForMultiTaskClassification(tiny_config(num_cls_tokens=2, tasks=TASKS))

@@ -165,6 +165,7 @@ def test_saved_and_loaded_models_answer_alike(model_class: type, tmp_path: Path)
     assert all(torch.equal(one, other) for one, other in zip(found, wanted, strict=True))
 
 
+@pytest.mark.slow
 def test_loads_without_the_package(tmp_path: Path) -> None:
     better = add_test_time_register(planted(), [[LAYER, neuron] for neuron in PLANTED])
     better.save_pretrained(tmp_path / "model")

@@ -82,6 +82,7 @@ def test_what_no_class_supports_is_named(tmp_path: Path) -> None:
     assert not (tmp_path / "native").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("verified_quickly")
 def test_a_native_model_is_pushed_and_verified_without_remote_code(hub: LocalHub, tmp_path: Path) -> None:
     write_native_model(str(save(tmp_path / "mine", **DEMO)), tmp_path / "native")

@@ -63,6 +63,7 @@ def saved(model: Any, target: Path) -> Path:
     return target
 
 
+@pytest.mark.slow
 def test_the_script_pushes_and_prints_a_certificate(hub: LocalHub, folder: Path, tmp_path: Path) -> None:
     """The repository is private, the first request for weights is lost, and there is only the one commit to see."""
     hub.fail("GET", "/objects/", "cut")

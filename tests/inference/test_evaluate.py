@@ -511,6 +511,7 @@ def test_two_processes_evaluate_a_saved_model(by_two_processes: Path) -> None:
     assert [file.name for file in (by_two_processes / "new").iterdir()] == ["digits.json"]  # nothing half written
 
 
+@pytest.mark.slow
 def test_two_processes_evaluate_frozen_features(by_two_processes: Path) -> None:
     two, one = read_json(by_two_processes / "frozen.json"), evaluate_frozen_digits(by_two_processes)
     assert (two["num_processes"], one["num_processes"]) == (2, 1)

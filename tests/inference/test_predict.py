@@ -415,6 +415,7 @@ def streamed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return file
 
 
+@pytest.mark.slow
 def test_killed_in_the_middle_then_two_processes_go_on(models: Path, streamed: Path, tmp_path: Path) -> None:
     """The union is what one uninterrupted run gives."""
     flags = ["--model", models / "encoder", "--dataset", streamed, "--streaming", "--features", "cls"]

@@ -131,6 +131,7 @@ def test_each_has_only_keys_that_accelerate_knows(file: Path) -> None:
 # Runs ----------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_fsdp2_trains_as_ddp(ddp: Path, fsdp2: Path) -> None:
     assert_same_run(ddp, fsdp2, tolerance=1e-4)
     for folder in (ddp, fsdp2):
@@ -145,6 +146,7 @@ def test_fsdp2_trains_as_ddp(ddp: Path, fsdp2: Path) -> None:
     assert losses[-1] < losses[0]
 
 
+@pytest.mark.slow
 def test_fsdp2_leaves_a_model_that_loads(fsdp2: Path) -> None:
     model, info = ViTCLSForImageClassification.from_pretrained(fsdp2, output_loading_info=True)
     assert not any(info.values())

@@ -370,6 +370,7 @@ def test_a_signal_waits_no_longer_than_that(
 # Going on elsewhere --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_colleague_goes_on_from_the_branch(
     hub: LocalHub, tmp_path: Path, script: Any, capsys: pytest.CaptureFixture
 ) -> None:
