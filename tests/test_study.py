@@ -120,7 +120,7 @@ def test_differences_are_paired_by_seed() -> None:
 
 
 @pytest.mark.slow
-def test_a_failed_run_does_not_stop_the_others_and_nothing_is_repeated(tmp_path: Path) -> None:
+def test_failed_runs_do_not_stop_others_and_finished_runs_are_not_repeated(tmp_path: Path) -> None:
     factors = {"pooling": {"cls": {}, "wrong": {"pooling": "median"}}}
     file, output = write_study(tmp_path, factors=factors, seeds=[0]), tmp_path / "out"
     process = start_study(file, output)

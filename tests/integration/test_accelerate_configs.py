@@ -115,7 +115,7 @@ def test_there_is_one_for_each_place() -> None:
 def test_each_says_when_to_use_it(file: Path) -> None:
     first, second, *_ = file.read_text(encoding="utf-8").splitlines()
     assert first.startswith("# ") and first.endswith(".") and ": " in first
-    assert second.startswith("# Not run") == (file.stem not in ("cpu", "ddp_cpu", "fsdp2_cpu"))
+    assert second.startswith("# Not tested") == (file.stem not in ("cpu", "ddp_cpu", "fsdp2_cpu"))
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
