@@ -321,6 +321,7 @@ def test_the_card_is_published_under_the_repositorys_name(hub: LocalHub, folder:
         (CARD, False),  # written by hand
         ("# my-run\n", False),  # a heading that is no model's name
         ('# old/name\nfrom_pretrained("old/name")\n', True),  # made for another repository
+        ('---\nlicense: mit\n---\n\n# old/name\nfrom_pretrained("old/name")\n', True),
         ("---\nlicense: [\n---\n# x\n", False),  # the Hub says what is wrong with it
         ("---\nmodel-index: 3\n---\n", False),
         ("---\r\nlicense: mit\r\n---\r\n# x\r\n", False),
