@@ -282,17 +282,23 @@ def read_clip(config: Any, weights: Weights) -> Fields:
     return read_common(config, weights) | {"patch_bias": False, "pre_norm": True, "final_norm": False}
 
 
-# InternViT (arXiv 2312.14238).
+# InternViT (arXiv 2312.14238), in InternVL and Qianfan-OCR.
 INTERNVL_RULES = [
-    Rule("encoder.layer.{i}.attention.projection_layer.{rest}", "layers.{i}.attention.o_proj.{rest}"),
-    Rule("encoder.layer.{i}.lambda_{n}", "layers.{i}.layer_scale{n}.lambda1"),
-    Rule("encoder.layer.{i}.{rest}", "layers.{i}.{rest}"),
+    *(
+        Rule(f"{prefix}.{{i}}.{name}", f"layers.{{i}}.{target}")
+        for prefix in ("encoder.layer", "layers")
+        for name, target in (
+            ("attention.projection_layer.{rest}", "attention.o_proj.{rest}"),
+            ("lambda_{n}", "layer_scale{n}.lambda1"),
+            ("{rest}", "{rest}"),
+        )
+    ),
     *VIT_RULES,
 ]
 
 
 def read_internvl(config: Any, weights: Weights) -> Fields:
-    """Return the fields of the vision model of InternVL, which has no pooler."""
+    """Return the fields of InternViT, which has no pooler."""
     if config.use_qk_norm:
         raise ConversionError("ViTCLS does not support norms of queries and keys over all heads (use_qk_norm)")
     require_square(config)
