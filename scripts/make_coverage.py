@@ -102,8 +102,8 @@ converts it, and compares all tokens and logits at the native size and at a rect
 {timm}, transformers {transformers}.
 
 The denominator of timm is every module whose models have one resolution and attention among all patches;
-`vision_transformer_hybrid` (a CNN before the ViT) and `vision_transformer_sam` (windows) do not. EUPE's weights are tags
-of architectures in the module `eva`. Neither library contains ViT-5, so there is no reference for a preset of it.
+`vision_transformer_hybrid` (a CNN before the ViT) and `vision_transformer_sam` (windows) do not. EUPE is a set of
+weights of the module `eva`. Neither library contains ViT-5, so there is no reference for a preset of it.
 
 """
 
