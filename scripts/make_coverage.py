@@ -4,8 +4,8 @@
     python scripts/make_coverage.py --output other.md
 
 Every architecture is built with random weights and two layers, converted, and compared at two image sizes. An
-architecture is exact if all tokens and logits differ by at most 1e-5 in float32. The reason for any other architecture
-is the error message of the conversion.
+architecture is exact if all tokens and logits differ by at most 1e-5 in float32. For other architectures, the table
+lists the error message of the conversion.
 """
 
 import argparse

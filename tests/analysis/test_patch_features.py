@@ -5,7 +5,7 @@ import pytest
 import torch
 from digits_models import HELD_OUT, train_digits_model
 from PIL import Image
-from tiny_models import filled, images, raises_one_line, tiny_config
+from tiny_models import build_images, build_tiny_config, raises_one_line, randomize
 
 from modeling_vitcls import ViTCLSForImageClassification, ViTCLSModel
 from modeling_vitcls.analysis.maps import VisibleRegion
@@ -27,8 +27,8 @@ def draw_features(*sizes: tuple[int, int], width: int = 12) -> list[torch.Tensor
 
 @pytest.mark.parametrize("fields", [{}, {"num_cls_tokens": 0, "pooling": "mean"}, {"num_register_tokens": 2}], ids=str)
 def test_features_are_the_patches_of_each_layer(fields: dict) -> None:
-    model = filled(ViTCLSForImageClassification(tiny_config(**fields)))
-    pixels = images(2, 24, 40)
+    model = randomize(ViTCLSForImageClassification(build_tiny_config(**fields)))
+    pixels = build_images(2, 24, 40)
     features = compute_patch_features(model, pixels)
     with torch.no_grad():
         states = model.vitcls(pixels, output_hidden_states=True).hidden_states
@@ -115,6 +115,6 @@ def test_colors_are_drawn_on_the_pixels_of_the_image() -> None:
 
 
 def test_models_that_merge_patches_have_no_features() -> None:
-    model = filled(ViTCLSModel(tiny_config(merged_patches_per_layer=2)))
+    model = randomize(ViTCLSModel(build_tiny_config(merged_patches_per_layer=2)))
     with raises_one_line("merged_patches_per_layer=0"):
-        compute_patch_features(model, images())
+        compute_patch_features(model, build_images())

@@ -85,6 +85,7 @@ def check_file(file: Path, num_pairs: int) -> list[dict[str, Any]]:
     return results["comparisons"]
 
 
+@pytest.mark.slow
 def test_the_script_compares_forward_passes(tmp_path: Path) -> None:
     file, table = tmp_path / "folder" / "results.json", tmp_path / "other" / "table.md"
     row = "fp32, batch 1"

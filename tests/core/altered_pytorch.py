@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from fresh_processes import run_fresh
-from tiny_models import filled, tiny_config
+from tiny_models import build_tiny_config, randomize
 
 from modeling_vitcls import ViTCLSForImageClassification
 
@@ -21,7 +21,7 @@ Results = dict[str, dict[str, Any]]
 
 def load_with_altered_pytorch(folder: Path, alterations: list[str]) -> Results:
     """Return alteration -> results (load_with_altered_pytorch.py); "none" and "kernels_off" are added."""
-    filled(ViTCLSForImageClassification(tiny_config(**FIELDS))).save_pretrained(folder / "checkpoint")
+    randomize(ViTCLSForImageClassification(build_tiny_config(**FIELDS))).save_pretrained(folder / "checkpoint")
     alterations = ["none", "kernels_off", *alterations]
     environment = {name: value for name, value in os.environ.items() if name != "VITCLS_CPU_KERNELS"}
     environment |= {"HF_HOME": str(folder / "home"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}

@@ -11,9 +11,16 @@ from typing import Any
 
 import pytest
 import torch
-from adaptation_cases import adapted_by, logged
+from adaptation_cases import adapt_with_loader, get_logged_lines
 from fresh_processes import run_fresh
-from tiny_models import filled, images, largest_difference, raises_one_line, reloaded, tiny_config
+from tiny_models import (
+    build_images,
+    build_tiny_config,
+    get_largest_difference,
+    raises_one_line,
+    randomize,
+    save_and_load,
+)
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -83,8 +90,8 @@ all_changes = pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
 @all_changes
 @all_loaders
 def test_every_weight_follows(saver: Any, loader: Any, change: dict[str, Any], tmp_path: Path) -> None:
-    old = filled(saver(tiny_config(**FIELDS)))
-    new = adapted_by(old, loader, tmp_path, **change)
+    old = randomize(saver(build_tiny_config(**FIELDS)))
+    new = adapt_with_loader(old, loader, tmp_path, **change)
     assert type(new) is saver
     assert not new.training
     for field, value in (COUNTS | change).items():
@@ -92,7 +99,7 @@ def test_every_weight_follows(saver: Any, loader: Any, change: dict[str, Any], t
     assert new.base_model.config is new.config
     assert_follows(old, new)
     with torch.no_grad():
-        outputs = new(images(1, *new.config.image_height_width))
+        outputs = new(build_images(1, *new.config.image_height_width))
     assert all(value.isfinite().all() for value in outputs.values() if isinstance(value, torch.Tensor))
 
 
@@ -136,7 +143,7 @@ def resampled(positions: torch.Tensor, grid: tuple[int, int], new_grid: tuple[in
 
 
 def test_the_source_stays_as_it_was() -> None:
-    model = filled(ViTCLSForImageClassification(tiny_config(**FIELDS)))
+    model = randomize(ViTCLSForImageClassification(build_tiny_config(**FIELDS)))
     before, config = copy.deepcopy(model.state_dict()), model.config.to_dict()
     changed = model.adapt(**CHANGES["everything"])
     with torch.no_grad():
@@ -147,23 +154,23 @@ def test_the_source_stays_as_it_was() -> None:
 
 
 def test_nothing_changes_without_a_change(caplog: pytest.LogCaptureFixture, tmp_path: Path) -> None:
-    model = filled(ViTCLSForImageClassification(tiny_config(**FIELDS)))
+    model = randomize(ViTCLSForImageClassification(build_tiny_config(**FIELDS)))
     assert model.adapt(**FIELDS_THAT_ADAPT) is model
     model.save_pretrained(tmp_path)
     for loader in (ViTCLSForImageClassification, AutoModelForImageClassification):
         again = loader.from_pretrained(tmp_path, **FIELDS_THAT_ADAPT)
         assert all(torch.equal(weight, model.state_dict()[name]) for name, weight in again.state_dict().items())
-    assert not logged(caplog)
+    assert not get_logged_lines(caplog)
 
 
 FIELDS_THAT_ADAPT = {name: value for name, value in FIELDS.items() if name != "position_embedding_tokens"}
 
 
 def test_each_change_is_logged_once_in_a_line_of_its_own(caplog: pytest.LogCaptureFixture, tmp_path: Path) -> None:
-    filled(ViTCLSForImageClassification(tiny_config(**FIELDS))).save_pretrained(tmp_path)
+    randomize(ViTCLSForImageClassification(build_tiny_config(**FIELDS))).save_pretrained(tmp_path)
     change = {"num_cls_tokens": 1, "num_distillation_tokens": 0, "num_register_tokens": 6, "patch_size": 16}
     AutoModelForImageClassification.from_pretrained(tmp_path, **change)
-    assert sorted(logged(caplog)) == [
+    assert sorted(get_logged_lines(caplog)) == [
         "distillation_classifier.bias: dropped",
         "distillation_classifier.weight: dropped",
         "vitcls.embeddings.cls_token: 1 kept, 1 dropped",
@@ -178,7 +185,7 @@ def test_each_change_is_logged_once_in_a_line_of_its_own(caplog: pytest.LogCaptu
 
 
 def test_what_else_was_asked_for_is_kept(tmp_path: Path) -> None:
-    filled(ViTCLSForImageClassification(tiny_config())).save_pretrained(tmp_path)
+    randomize(ViTCLSForImageClassification(build_tiny_config())).save_pretrained(tmp_path)
     for loader in (ViTCLSForImageClassification, AutoModelForImageClassification):
         model, info = loader.from_pretrained(
             tmp_path,
@@ -196,7 +203,7 @@ def test_what_else_was_asked_for_is_kept(tmp_path: Path) -> None:
 
 
 def test_a_frozen_model_stays_frozen_but_for_what_is_new() -> None:
-    model = filled(ViTCLSForImageClassification(tiny_config())).requires_grad_(False).train()
+    model = randomize(ViTCLSForImageClassification(build_tiny_config())).requires_grad_(False).train()
     changed = model.adapt(num_register_tokens=2, num_distillation_tokens=1, image_size=48, gate_new_tokens=True)
     assert changed.training
     assert {name for name, parameter in changed.named_parameters() if parameter.requires_grad} == {
@@ -213,26 +220,26 @@ def test_a_frozen_model_stays_frozen_but_for_what_is_new() -> None:
 
 @pytest.mark.parametrize("positions", ["patches", "cls", "all"])
 def test_tokens_that_were_added_and_removed_leave_no_trace(positions: str) -> None:
-    model = filled(ViTCLSForImageClassification(tiny_config(position_embedding_tokens=positions)))
+    model = randomize(ViTCLSForImageClassification(build_tiny_config(position_embedding_tokens=positions)))
     larger = model.adapt(num_register_tokens=4, num_cls_tokens=3, num_distillation_tokens=1)
     with torch.no_grad():
-        wanted = model(images(), output_hidden_states=True)
-        between = larger(images()).cls_logits
+        wanted = model(build_images(), output_hidden_states=True)
+        between = larger(build_images()).cls_logits
         found = larger.adapt(**{field: getattr(model.config, field) for field in COUNTS})(
-            images(), output_hidden_states=True
+            build_images(), output_hidden_states=True
         )
     assert torch.equal(found.logits, wanted.logits)
     assert all(torch.equal(one, other) for one, other in zip(found.hidden_states, wanted.hidden_states, strict=True))
-    assert largest_difference(between, wanted.logits) > 1e-3
+    assert get_largest_difference(between, wanted.logits) > 1e-3
 
 
 def test_positions_of_kept_tokens_stay_with_them() -> None:
     """A CLS token added in front of the registers must not shift their positions."""
     fields = {"num_cls_tokens": 1, "num_register_tokens": 2, "position_embedding_tokens": "all"}
-    model = filled(ViTCLSModel(tiny_config(**fields)))
+    model = randomize(ViTCLSModel(build_tiny_config(**fields)))
     larger = model.adapt(num_cls_tokens=3)
     with torch.no_grad():
-        old, new = model.embeddings(images()), larger.embeddings(images())
+        old, new = model.embeddings(build_images()), larger.embeddings(build_images())
     for name, group in model.config.token_layout.items():
         kept = new[:, getattr(larger.config.token_layout, name)]
         assert torch.equal(old[:, group], kept[:, :1] if name == "cls" else kept)
@@ -240,7 +247,7 @@ def test_positions_of_kept_tokens_stay_with_them() -> None:
 
 @pytest.mark.parametrize("token_init", ["trunc_normal", "near_zero", "zeros"])
 def test_new_tokens_start_by_token_init(token_init: str) -> None:
-    model = filled(ViTCLSModel(tiny_config(token_init=token_init, initializer_range=0.5)))
+    model = randomize(ViTCLSModel(build_tiny_config(token_init=token_init, initializer_range=0.5)))
     count = 1 if token_init == "zeros" else 4
     tokens = model.adapt(num_register_tokens=count).embeddings.register_tokens
     if token_init == "zeros":
@@ -251,25 +258,27 @@ def test_new_tokens_start_by_token_init(token_init: str) -> None:
 
 def test_a_new_distillation_head_starts_as_the_classifier() -> None:
     for fields in ({}, {"head_type": "mlp"}):
-        model = filled(ViTCLSForImageClassification(tiny_config(**fields))).adapt(num_distillation_tokens=1)
+        model = randomize(ViTCLSForImageClassification(build_tiny_config(**fields))).adapt(num_distillation_tokens=1)
         classifier, head = model.classifier.state_dict(), model.distillation_classifier.state_dict()
         assert classifier.keys() == head.keys()
         assert all(torch.equal(weight, head[name]) for name, weight in classifier.items())
-    wide = filled(ViTCLSForImageClassification(tiny_config(pooling="cls_mean"))).adapt(num_distillation_tokens=1)
+    wide = randomize(ViTCLSForImageClassification(build_tiny_config(pooling="cls_mean"))).adapt(
+        num_distillation_tokens=1
+    )
     assert wide.distillation_classifier.weight.shape == (3, 16)  # the classifier reads 32: a fresh one
 
 
 def test_a_trained_distillation_head_is_kept() -> None:
-    model = filled(ViTCLSForImageClassification(tiny_config(num_distillation_tokens=1)))
+    model = randomize(ViTCLSForImageClassification(build_tiny_config(num_distillation_tokens=1)))
     larger = model.adapt(num_distillation_tokens=2)
     assert torch.equal(larger.distillation_classifier.weight, model.distillation_classifier.weight)
 
 
 def test_a_classifier_of_another_width_is_newly_initialized_and_logged(caplog: pytest.LogCaptureFixture) -> None:
-    model = filled(ViTCLSForImageClassification(tiny_config(cls_pooling="concat"))).requires_grad_(False)
+    model = randomize(ViTCLSForImageClassification(build_tiny_config(cls_pooling="concat"))).requires_grad_(False)
     larger = model.adapt(num_cls_tokens=2)
     assert larger.classifier.weight.shape == (3, 32)
-    assert "classifier.weight: newly initialized, because its shape changed" in logged(caplog)
+    assert "classifier.weight: newly initialized, because its shape changed" in get_logged_lines(caplog)
     assert larger.classifier.weight.requires_grad
     assert not larger.classifier.bias.requires_grad
 
@@ -277,15 +286,15 @@ def test_a_classifier_of_another_width_is_newly_initialized_and_logged(caplog: p
 @pytest.mark.parametrize("loader", [ViTCLSForImageClassification, AutoModelForImageClassification])
 def test_tokens_and_those_who_read_them_change_together(loader: Any, tmp_path: Path) -> None:
     """Neither the old pooling fits the new tokens nor the new pooling the old ones."""
-    without = filled(ViTCLSForImageClassification(tiny_config(num_cls_tokens=0, pooling="mean")))
+    without = randomize(ViTCLSForImageClassification(build_tiny_config(num_cls_tokens=0, pooling="mean")))
     without.save_pretrained(tmp_path / "without")
     gained = loader.from_pretrained(tmp_path / "without", num_cls_tokens=1, pooling="cls")
     assert torch.equal(gained.classifier.weight, without.classifier.weight)
-    assert gained(images()).logits.isfinite().all()
+    assert gained(build_images()).logits.isfinite().all()
     gained.save_pretrained(tmp_path / "with")
     lost = loader.from_pretrained(tmp_path / "with", num_cls_tokens=0, pooling="mean")
     with torch.no_grad():
-        assert torch.equal(lost(images()).logits, without(images()).logits)
+        assert torch.equal(lost(build_images()).logits, without(build_images()).logits)
     distilled = loader.from_pretrained(
         tmp_path / "with", num_distillation_tokens=1, distillation_head=True, distillation_inference="distillation"
     )
@@ -294,24 +303,26 @@ def test_tokens_and_those_who_read_them_change_together(loader: Any, tmp_path: P
 
 def test_one_task_becomes_several(tmp_path: Path) -> None:
     """A checkpoint with one CLS token gets one for each task."""
-    plain = filled(ViTCLSForImageClassification(tiny_config()))
+    plain = randomize(ViTCLSForImageClassification(build_tiny_config()))
     plain.save_pretrained(tmp_path)
     model = ViTCLSForMultiTaskClassification.from_pretrained(tmp_path, num_cls_tokens=2, tasks={"age": 2, "kind": 5})
     assert torch.equal(model.vitcls.embeddings.cls_token[:, :1], plain.vitcls.embeddings.cls_token)
-    assert {name: logits.shape[1] for name, logits in model(images()).logits.items()} == {"age": 2, "kind": 5}
+    assert {name: logits.shape[1] for name, logits in model(build_images()).logits.items()} == {"age": 2, "kind": 5}
 
 
 def test_a_multi_task_model_gains_registers(tmp_path: Path) -> None:
-    model = filled(ViTCLSForMultiTaskClassification(tiny_config(num_cls_tokens=2, tasks={"age": 2, "kind": 5})))
+    model = randomize(
+        ViTCLSForMultiTaskClassification(build_tiny_config(num_cls_tokens=2, tasks={"age": 2, "kind": 5}))
+    )
     model.save_pretrained(tmp_path)
     larger = ViTCLSForMultiTaskClassification.from_pretrained(tmp_path, num_register_tokens=4, gate_new_tokens=True)
     with torch.no_grad():
-        wanted, found = model(images()).logits, larger(images()).logits
-    assert all(largest_difference(found[task], wanted[task]) < 1e-5 for task in wanted)
+        wanted, found = model(build_images()).logits, larger(build_images()).logits
+    assert all(get_largest_difference(found[task], wanted[task]) < 1e-5 for task in wanted)
 
 
 def test_scopes_come_with_their_tokens(tmp_path: Path) -> None:
-    filled(ViTCLSModel(tiny_config())).save_pretrained(tmp_path)
+    randomize(ViTCLSModel(build_tiny_config())).save_pretrained(tmp_path)
     scopes = ["image", [2, 1, 0, 0], [2, 1, 1, 0]]
     for loader in (ViTCLSModel, AutoModel):
         assert loader.from_pretrained(tmp_path, num_cls_tokens=3, cls_scopes=scopes).config.cls_scopes == scopes
@@ -322,9 +333,9 @@ def test_scopes_come_with_their_tokens(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("loader", [ViTCLSModel, AutoModel])
 def test_a_configuration_of_its_own_adapts_too(loader: Any, tmp_path: Path) -> None:
-    model = filled(ViTCLSModel(tiny_config()))
+    model = randomize(ViTCLSModel(build_tiny_config()))
     model.save_pretrained(tmp_path)
-    config = tiny_config(num_register_tokens=2, image_size=48)
+    config = build_tiny_config(num_register_tokens=2, image_size=48)
     before = config.to_dict()
     for more in ({}, {"num_distillation_tokens": 1}):
         larger = loader.from_pretrained(tmp_path, config=config, **more)
@@ -339,19 +350,19 @@ def test_a_configuration_read_from_one_checkpoint_serves_another(
     loader: Any, caplog: pytest.LogCaptureFixture, tmp_path: Path
 ) -> None:
     """Registers that were trained since must not be taken for new ones."""
-    filled(ViTCLSModel(tiny_config())).save_pretrained(tmp_path / "before")
+    randomize(ViTCLSModel(build_tiny_config())).save_pretrained(tmp_path / "before")
     config = AutoConfig.from_pretrained(tmp_path / "before", num_register_tokens=4)
-    trained = filled(ViTCLSModel(config), seed=1)
+    trained = randomize(ViTCLSModel(config), seed=1)
     trained.save_pretrained(tmp_path / "after")
     again = loader.from_pretrained(tmp_path / "after", config=config)
     assert torch.equal(again.embeddings.register_tokens, trained.embeddings.register_tokens)
-    assert not logged(caplog)
+    assert not get_logged_lines(caplog)
     larger = loader.from_pretrained(tmp_path / "before", config=config)
     assert larger.embeddings.register_tokens.shape[1] == 4
 
 
 def test_a_configuration_file_that_leaves_out_defaults(tmp_path: Path) -> None:
-    model = filled(ViTCLSModel(tiny_config()))
+    model = randomize(ViTCLSModel(build_tiny_config()))
     model.save_pretrained(tmp_path)
     file = tmp_path / "config.json"
     stored = json.loads(file.read_text())
@@ -365,26 +376,26 @@ def test_a_configuration_file_that_leaves_out_defaults(tmp_path: Path) -> None:
 
 
 def test_weights_without_a_configuration_file(tmp_path: Path) -> None:
-    model = filled(ViTCLSModel(tiny_config()))
+    model = randomize(ViTCLSModel(build_tiny_config()))
     model.save_pretrained(tmp_path)
     (tmp_path / "config.json").unlink()
-    again = ViTCLSModel.from_pretrained(tmp_path, config=tiny_config())
+    again = ViTCLSModel.from_pretrained(tmp_path, config=build_tiny_config())
     assert torch.equal(again.embeddings.cls_token, model.embeddings.cls_token)
     with raises_one_line("config.json", error=OSError):
         ViTCLSModel.from_pretrained(tmp_path, num_register_tokens=2)
 
 
 def test_saving_keeps_nothing_of_the_loading(tmp_path: Path) -> None:
-    filled(ViTCLSModel(tiny_config())).save_pretrained(tmp_path)
+    randomize(ViTCLSModel(build_tiny_config())).save_pretrained(tmp_path)
     larger = ViTCLSModel.from_pretrained(tmp_path, num_register_tokens=2)
-    again = reloaded(larger, tmp_path / "again")
+    again = save_and_load(larger, tmp_path / "again")
     assert "_skip_validation" not in json.loads((tmp_path / "again" / "config.json").read_text())
     with torch.no_grad():
-        assert torch.equal(again(images()).last_hidden_state, larger(images()).last_hidden_state)
+        assert torch.equal(again(build_images()).last_hidden_state, larger(build_images()).last_hidden_state)
 
 
 def test_what_cannot_be_adapted_is_said(tmp_path: Path) -> None:
-    model = filled(ViTCLSModel(tiny_config(tasks={"age": 2})))
+    model = randomize(ViTCLSModel(build_tiny_config(tasks={"age": 2})))
     with raises_one_line("hidden_size", "num_register_tokens"):
         model.adapt(hidden_size=32)
     with raises_one_line("image_size", "24 or 32"):
@@ -407,15 +418,17 @@ def test_what_cannot_be_adapted_is_said(tmp_path: Path) -> None:
 
 
 def test_a_grid_of_as_many_patches_and_another_shape_is_resampled(caplog: pytest.LogCaptureFixture) -> None:
-    model = filled(ViTCLSModel(tiny_config(image_size=[32, 48])))
+    model = randomize(ViTCLSModel(build_tiny_config(image_size=[32, 48])))
     turned = model.adapt(image_size=[48, 32])
     positions = turned.embeddings.position_embeddings.patches
     assert positions.shape == model.embeddings.position_embeddings.patches.shape
     assert torch.equal(positions, resampled(model.embeddings.position_embeddings.patches, (4, 6), (6, 4)))
-    assert logged(caplog) == ["embeddings.position_embeddings.patches: resampled from 4 x 6 to 6 x 4 patches"]
+    assert get_logged_lines(caplog) == [
+        "embeddings.position_embeddings.patches: resampled from 4 x 6 to 6 x 4 patches"
+    ]
     with torch.no_grad():
-        wanted = model(images(2, 48, 32)).last_hidden_state
-        assert largest_difference(turned(images(2, 48, 32)).last_hidden_state, wanted) < 1e-5
+        wanted = model(build_images(2, 48, 32)).last_hidden_state
+        assert get_largest_difference(turned(build_images(2, 48, 32)).last_hidden_state, wanted) < 1e-5
 
 
 @pytest.mark.parametrize(
@@ -426,7 +439,7 @@ def test_a_grid_of_as_many_patches_and_another_shape_is_resampled(caplog: pytest
     ],
 )
 def test_positions_follow_the_policy(policy: dict[str, Any], target: dict[str, Any]) -> None:
-    model = filled(ViTCLSModel(tiny_config(**policy)))
+    model = randomize(ViTCLSModel(build_tiny_config(**policy)))
     found = model.adapt(image_size=[24, 16]).embeddings.position_embeddings.patches
     maps = model.embeddings.position_embeddings.patches.unflatten(1, (4, 4)).permute(0, 3, 1, 2)
     wanted = nn.functional.interpolate(maps, size=(3, 2), align_corners=False, **target)
@@ -436,28 +449,28 @@ def test_positions_follow_the_policy(policy: dict[str, Any], target: dict[str, A
 @pytest.mark.parametrize("policy", [{}, {"position_offset": 0.1}, {"position_interpolation": "crop"}])
 @pytest.mark.parametrize("kind", ["learned", "sincos_2d", "rope_2d", "learned_rope_mixed", "none"])
 def test_a_larger_image_size_gives_what_larger_images_gave(kind: str, policy: dict[str, Any]) -> None:
-    model = filled(ViTCLSModel(tiny_config(position_embedding_type=kind, **policy)))
+    model = randomize(ViTCLSModel(build_tiny_config(position_embedding_type=kind, **policy)))
     with torch.no_grad():
-        wanted = model(images(2, 48, 24)).last_hidden_state
-        found = model.adapt(image_size=[48, 24])(images(2, 48, 24)).last_hidden_state
-    assert largest_difference(found, wanted) < 1e-5
+        wanted = model(build_images(2, 48, 24)).last_hidden_state
+        found = model.adapt(image_size=[48, 24])(build_images(2, 48, 24)).last_hidden_state
+    assert get_largest_difference(found, wanted) < 1e-5
 
 
 @pytest.mark.parametrize("shared", ["layer", "shared"])
 def test_biases_by_distance_follow_the_grid(shared: str, caplog: pytest.LogCaptureFixture) -> None:
-    model = filled(ViTCLSModel(tiny_config(relative_position_bias=shared, image_size=[32, 48])))
+    model = randomize(ViTCLSModel(build_tiny_config(relative_position_bias=shared, image_size=[32, 48])))
     turned = model.adapt(image_size=[48, 32])
     with torch.no_grad():
-        wanted = model(images(2, 48, 32)).last_hidden_state
-        assert largest_difference(turned(images(2, 48, 32)).last_hidden_state, wanted) < 1e-5
-    assert "view.tables: resampled from 4 x 6 to 6 x 4 patches" in logged(caplog)
+        wanted = model(build_images(2, 48, 32)).last_hidden_state
+        assert get_largest_difference(turned(build_images(2, 48, 32)).last_hidden_state, wanted) < 1e-5
+    assert "view.tables: resampled from 4 x 6 to 6 x 4 patches" in get_logged_lines(caplog)
 
 
 def test_other_patches_on_the_same_grid_leave_positions_alone(caplog: pytest.LogCaptureFixture) -> None:
-    model = filled(ViTCLSModel(tiny_config(image_size=[32, 48])))
+    model = randomize(ViTCLSModel(build_tiny_config(image_size=[32, 48])))
     larger = model.adapt(image_size=[64, 96], patch_size=16)
     assert torch.equal(larger.embeddings.position_embeddings.patches, model.embeddings.position_embeddings.patches)
-    assert logged(caplog) == [
+    assert get_logged_lines(caplog) == [
         "embeddings.patch_embeddings.projection.weight: resized from patches of 8 x 8 to 16 x 16 pixels"
     ]
 
@@ -465,16 +478,16 @@ def test_other_patches_on_the_same_grid_leave_positions_alone(caplog: pytest.Log
 @pytest.mark.parametrize("patch", [(16, 16), (12, 12), (8, 16), (10, 13)])
 def test_growing_patches_are_exact(patch: tuple[int, int]) -> None:
     """Images whose patches were enlarged bilinearly, each by itself, give the same tokens."""
-    model = filled(ViTCLSForImageClassification(tiny_config()))
+    model = randomize(ViTCLSForImageClassification(build_tiny_config()))
     larger = model.adapt(patch_size=list(patch), image_size=[4 * patch[0], 4 * patch[1]])
     with torch.no_grad():
         wanted, found = (
-            model(images(), output_hidden_states=True),
-            larger(enlarged(images(), patch), output_hidden_states=True),
+            model(build_images(), output_hidden_states=True),
+            larger(enlarged(build_images(), patch), output_hidden_states=True),
         )
     for one, other in zip(found.hidden_states, wanted.hidden_states, strict=True):
-        assert largest_difference(one, other) < 1e-4 * other.abs().max()
-    assert largest_difference(found.logits, wanted.logits) < 1e-4
+        assert get_largest_difference(one, other) < 1e-4 * other.abs().max()
+    assert get_largest_difference(found.logits, wanted.logits) < 1e-4
 
 
 def enlarged(pixels: torch.Tensor, patch: tuple[int, int]) -> torch.Tensor:
@@ -495,39 +508,39 @@ def test_patch_kernels_are_the_best_fit(new_size: tuple[int, int]) -> None:
     wanted = torch.linalg.lstsq(resize, kernel.flatten(2).permute(2, 0, 1).flatten(1), driver="gelsd").solution
     found = resize_patch_kernel(kernel, new_size)
     assert found.dtype == kernel.dtype
-    assert largest_difference(found.flatten(2), wanted.unflatten(1, (5, 3)).permute(1, 2, 0)) < 1e-10
+    assert get_largest_difference(found.flatten(2), wanted.unflatten(1, (5, 3)).permute(1, 2, 0)) < 1e-10
 
 
 @pytest.mark.parametrize("loader", [None, ViTCLSForMaskedImageModeling, AutoModelForMaskedImageModeling])
 def test_decoded_patches_are_resized(loader: Any, tmp_path: Path) -> None:
     """The enlarged images' reconstruction is the enlarged reconstruction, patch by patch."""
-    model = filled(ViTCLSForMaskedImageModeling(tiny_config()))
-    larger = adapted_by(model, loader, tmp_path, patch_size=[12, 16], image_size=[48, 64])
+    model = randomize(ViTCLSForMaskedImageModeling(build_tiny_config()))
+    larger = adapt_with_loader(model, loader, tmp_path, patch_size=[12, 16], image_size=[48, 64])
     mask = torch.arange(16).expand(2, -1) % 3 == 0
     with torch.no_grad():
-        wanted = enlarged(model(images(), bool_masked_pos=mask).reconstruction, (12, 16))
-        found = larger(enlarged(images(), (12, 16)), bool_masked_pos=mask)
-    assert largest_difference(found.reconstruction, wanted) < 1e-4
+        wanted = enlarged(model(build_images(), bool_masked_pos=mask).reconstruction, (12, 16))
+        found = larger(enlarged(build_images(), (12, 16)), bool_masked_pos=mask)
+    assert get_largest_difference(found.reconstruction, wanted) < 1e-4
     assert found.loss.isfinite()
 
 
 def test_decoded_patches_of_as_many_pixels_are_resized_too() -> None:
     """4 x 16 pixels are as many as 8 x 8, and others."""
-    model = filled(ViTCLSForMaskedImageModeling(tiny_config()))
+    model = randomize(ViTCLSForMaskedImageModeling(build_tiny_config()))
     turned = model.adapt(patch_size=[4, 16])
     assert turned.decoder.projection.weight.shape == model.decoder.projection.weight.shape
     old = model.decoder.projection.bias.view(1, 3, 8, 8)
     wanted = nn.functional.interpolate(old, size=(4, 16), mode="bilinear", antialias=True)
-    assert largest_difference(turned.decoder.projection.bias, wanted.flatten()) < 1e-6
+    assert get_largest_difference(turned.decoder.projection.bias, wanted.flatten()) < 1e-6
 
 
 def test_a_backbone_adapts(tmp_path: Path) -> None:
-    model = filled(ViTCLSBackbone(tiny_config(out_features=["stage1", "stage2"], num_register_tokens=1)))
-    larger = adapted_by(model, ViTCLSBackbone, tmp_path, image_size=[24, 56])
+    model = randomize(ViTCLSBackbone(build_tiny_config(out_features=["stage1", "stage2"], num_register_tokens=1)))
+    larger = adapt_with_loader(model, ViTCLSBackbone, tmp_path, image_size=[24, 56])
     with torch.no_grad():
-        wanted, found = model(images(2, 24, 56)).feature_maps, larger(images(2, 24, 56)).feature_maps
+        wanted, found = model(build_images(2, 24, 56)).feature_maps, larger(build_images(2, 24, 56)).feature_maps
     assert [tuple(maps.shape) for maps in found] == [(2, 16, 3, 7)] * 2
-    assert all(largest_difference(one, other) < 1e-5 for one, other in zip(found, wanted, strict=True))
+    assert all(get_largest_difference(one, other) < 1e-5 for one, other in zip(found, wanted, strict=True))
 
 
 # Without the package
@@ -562,29 +575,31 @@ for name, change in json.loads(sys.argv[2]).items():
 def test_checkpoints_adapt_without_the_package(tmp_path: Path) -> None:
     """Loaded with remote code in a process that cannot import the package: as here, to the bit."""
     fields = {"num_distillation_tokens": 1, "image_size": [32, 48]}
-    model = filled(ViTCLSForImageClassification(tiny_config(**fields)))
+    model = randomize(ViTCLSForImageClassification(build_tiny_config(**fields)))
     model.save_pretrained(tmp_path / "saved")
     here = {name: model.adapt(**change) for name, change in REMOTE.items()}
     for name, changed in here.items():
-        torch.save(images(2, *changed.config.image_height_width), tmp_path / f"{name}.pt")
+        torch.save(build_images(2, *changed.config.image_height_width), tmp_path / f"{name}.pt")
     environment = {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"}
     child = run_fresh("-I", "-c", CHILD, tmp_path, json.dumps(REMOTE), environment=environment)
     assert child.returncode == 0, child.stderr[-2000:]
     assert child.stderr.count("embeddings.register_tokens: 0 kept, 4 added") == 1
     for name, changed in here.items():
-        pixel_values = images(2, *changed.config.image_height_width)
+        pixel_values = build_images(2, *changed.config.image_height_width)
         with torch.no_grad():
             found, wanted = torch.load(tmp_path / f"{name}.logits.pt"), changed(pixel_values).logits
-            assert largest_difference(found, wanted) < 1e-5  # the new tokens are random, and their gates are closed
+            assert (
+                get_largest_difference(found, wanted) < 1e-5
+            )  # the new tokens are random, and their gates are closed
         again = ViTCLSForImageClassification.from_pretrained(tmp_path / name)
         with torch.no_grad():
             fewer = changed.adapt(num_register_tokens=0, num_distillation_tokens=0)
-            assert largest_difference(again(pixel_values).logits, fewer(pixel_values).logits) < 1e-6
+            assert get_largest_difference(again(pixel_values).logits, fewer(pixel_values).logits) < 1e-6
 
 
 def test_the_configuration_of_a_half_loaded_model_is_not_left_behind() -> None:
     """What skips the checks while a checkpoint is loaded must not skip them afterwards."""
-    config = tiny_config()
+    config = build_tiny_config()
     assert not config._skip_validation
     assert not ViTCLSModel(config).adapt(num_register_tokens=1).config._skip_validation
     config.num_cls_tokens = 0

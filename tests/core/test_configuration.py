@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import torch
 from fresh_processes import run_fresh
-from tiny_models import SIZES, raises_one_line, tiny_config
+from tiny_models import SIZES, build_tiny_config, raises_one_line
 from transformers import AutoConfig
 from transformers.testing_utils import CaptureLogger
 from transformers.utils import logging
@@ -179,7 +179,7 @@ def test_fields_have_no_position() -> None:
     with raises_one_line("only keyword arguments"):
         ViTCLSConfig(4)
     for use_diff in (True, False):
-        stored = json.loads(tiny_config(tasks={"age": 2}).to_json_string(use_diff=use_diff))
+        stored = json.loads(build_tiny_config(tasks={"age": 2}).to_json_string(use_diff=use_diff))
         assert list(stored) == sorted(stored)
 
 
@@ -191,10 +191,10 @@ def test_choices_are_documented() -> None:
 
 
 def test_rectangles() -> None:
-    config = tiny_config(image_size=[24, 64], patch_size=[4, 16])
+    config = build_tiny_config(image_size=[24, 64], patch_size=[4, 16])
     assert (config.image_height_width, config.patch_height_width) == ((24, 64), (4, 16))
     assert config.grid_size == (6, 4)
-    assert tiny_config(image_size=(24, 64)).grid_size == (3, 8)
+    assert build_tiny_config(image_size=(24, 64)).grid_size == (3, 8)
 
 
 @pytest.mark.parametrize(
@@ -212,19 +212,19 @@ def test_rectangles() -> None:
     ],
 )
 def test_pooled_size(fields: dict[str, Any], vectors: int) -> None:
-    assert tiny_config(**fields).pooled_size == vectors * 16
+    assert build_tiny_config(**fields).pooled_size == vectors * 16
 
 
 def test_the_distillation_head_follows_its_token_unless_set() -> None:
-    assert not tiny_config().has_distillation_head
-    assert tiny_config(num_distillation_tokens=1).has_distillation_head
-    assert not tiny_config(num_distillation_tokens=1, distillation_head=False).has_distillation_head
+    assert not build_tiny_config().has_distillation_head
+    assert build_tiny_config(num_distillation_tokens=1).has_distillation_head
+    assert not build_tiny_config(num_distillation_tokens=1, distillation_head=False).has_distillation_head
 
 
 @pytest.mark.parametrize(("fields", "words"), CONTRADICTIONS, ids=lambda value: str(value)[:60])
 def test_a_contradiction_says_what_to_change(fields: dict[str, Any], words: list[str]) -> None:
     with raises_one_line(*words):
-        tiny_config(**fields)
+        build_tiny_config(**fields)
 
 
 @pytest.mark.parametrize(("name", "value"), WRONG_VALUES, ids=lambda value: str(value)[:40])
@@ -290,7 +290,7 @@ def test_an_unknown_keyword_is_an_error() -> None:
 
 
 def test_a_misspelt_keyword_is_an_error_at_load(tmp_path: Path) -> None:
-    ViTCLSModel(tiny_config()).save_pretrained(tmp_path)
+    ViTCLSModel(build_tiny_config()).save_pretrained(tmp_path)
     for load in (ViTCLSConfig, AutoConfig, ViTCLSModel, ViTCLSForImageClassification, ViTCLSBackbone):
         with raises_one_line("num_regster_tokens", "did you mean num_register_tokens?"):
             load.from_pretrained(tmp_path, num_regster_tokens=4)
@@ -298,7 +298,7 @@ def test_a_misspelt_keyword_is_an_error_at_load(tmp_path: Path) -> None:
 
 def test_an_unknown_field_of_the_file_is_kept_and_reported(tmp_path: Path) -> None:
     """Another version may have written it."""
-    tiny_config().save_pretrained(tmp_path)
+    build_tiny_config().save_pretrained(tmp_path)
     stored = json.loads((tmp_path / "config.json").read_text()) | {"num_regster_tokens": 4}
     (tmp_path / "config.json").write_text(json.dumps(stored))
     with CaptureLogger(logging.get_logger("modeling_vitcls.configuration_vitcls")) as logs:
@@ -308,7 +308,7 @@ def test_an_unknown_field_of_the_file_is_kept_and_reported(tmp_path: Path) -> No
 
 
 def test_loading_keywords_of_transformers_are_no_fields(tmp_path: Path) -> None:
-    tiny_config().save_pretrained(tmp_path)
+    build_tiny_config().save_pretrained(tmp_path)
     config, unused = ViTCLSConfig.from_pretrained(
         tmp_path, pooling="mean", device_map="cpu", return_unused_kwargs=True, revision="main"
     )
@@ -317,7 +317,7 @@ def test_loading_keywords_of_transformers_are_no_fields(tmp_path: Path) -> None:
 
 
 def test_overrides_at_load_are_checked_together(tmp_path: Path) -> None:
-    tiny_config().save_pretrained(tmp_path)
+    build_tiny_config().save_pretrained(tmp_path)
     config = ViTCLSConfig.from_pretrained(tmp_path, num_cls_tokens=0, pooling="mean")
     assert (config.num_cls_tokens, config.pooling) == (0, "mean")
     with raises_one_line("num_cls_tokens=1"):
@@ -361,7 +361,7 @@ SAVED_CONFIGS = [
 
 @pytest.mark.parametrize("fields", SAVED_CONFIGS, ids=str)
 def test_saved_and_loaded_configs_are_equal(fields: dict[str, Any], tmp_path: Path) -> None:
-    config = tiny_config(**fields) if "id2label" not in fields else ViTCLSConfig(**fields)
+    config = build_tiny_config(**fields) if "id2label" not in fields else ViTCLSConfig(**fields)
     config.save_pretrained(tmp_path)
     for loaded in (ViTCLSConfig.from_pretrained(tmp_path), AutoConfig.from_pretrained(tmp_path)):
         assert isinstance(loaded, ViTCLSConfig)
@@ -373,7 +373,7 @@ def test_saved_and_loaded_configs_are_equal(fields: dict[str, Any], tmp_path: Pa
 def test_tasks_are_ordered_by_name() -> None:
     """Task i reads CLS token i. JSON files, and dicts that come out of them, are sorted."""
     tasks = {"species": 2, "age": 3, "colour": ["red", "green"]}
-    config = tiny_config(num_cls_tokens=3, tasks=tasks)
+    config = build_tiny_config(num_cls_tokens=3, tasks=tasks)
     assert list(config.task_labels()) == ["age", "colour", "species"]
     config.tasks = tasks
     assert list(config.task_labels()) == ["age", "colour", "species"]
@@ -381,7 +381,7 @@ def test_tasks_are_ordered_by_name() -> None:
 
 
 def test_the_saved_file_names_the_class_of_every_auto_class(tmp_path: Path) -> None:
-    tiny_config().save_pretrained(tmp_path)
+    build_tiny_config().save_pretrained(tmp_path)
     auto_map = json.loads((tmp_path / "config.json").read_text())["auto_map"]
     assert auto_map == {
         "AutoConfig": "configuration_vitcls.ViTCLSConfig",
@@ -393,13 +393,13 @@ def test_the_saved_file_names_the_class_of_every_auto_class(tmp_path: Path) -> N
 
 
 def test_the_saved_file_of_a_multi_task_model_names_its_class(tmp_path: Path) -> None:
-    tiny_config(tasks={"species": 2}).save_pretrained(tmp_path)
+    build_tiny_config(tasks={"species": 2}).save_pretrained(tmp_path)
     auto_map = json.loads((tmp_path / "config.json").read_text())["auto_map"]
     assert auto_map["AutoModelForImageClassification"] == "modeling_vitcls.ViTCLSForMultiTaskClassification"
 
 
 def test_the_saved_file_holds_nothing_of_one_loading(tmp_path: Path) -> None:
-    tiny_config().save_pretrained(tmp_path)
+    build_tiny_config().save_pretrained(tmp_path)
     ViTCLSConfig.from_pretrained(tmp_path, image_size=64).save_pretrained(tmp_path / "again")
     stored = json.loads((tmp_path / "again" / "config.json").read_text())
     assert stored["image_size"] == 64
@@ -408,20 +408,20 @@ def test_the_saved_file_holds_nothing_of_one_loading(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda config: pickle.loads(pickle.dumps(config))])
 def test_copies_are_equal(copied: Any) -> None:
-    config = tiny_config(num_cls_tokens=2, tasks={"species": 2, "age": 3}, out_indices=[0, 1])
+    config = build_tiny_config(num_cls_tokens=2, tasks={"species": 2, "age": 3}, out_indices=[0, 1])
     assert _comparable(copied(config)) == _comparable(config)
     assert copied(config).task_labels() == config.task_labels()
 
 
 def test_assigning_a_wrong_type_is_an_error() -> None:
-    config = tiny_config()
+    config = build_tiny_config()
     with raises_one_line("num_register_tokens"):
         config.num_register_tokens = "4"
     assert config.num_register_tokens == 0
 
 
 def test_a_contradiction_made_by_assignment_is_an_error_at_construction_of_the_model(tmp_path: Path) -> None:
-    config = tiny_config()
+    config = build_tiny_config()
     config.num_cls_tokens = 0
     with raises_one_line("num_cls_tokens=1"):
         ViTCLSModel(config)
@@ -498,7 +498,7 @@ assert "modeling_vitcls" not in sys.modules
 
 def test_one_line_registers_remote_code_for_composite_models(tmp_path: Path) -> None:
     first, second = tmp_path / "first", tmp_path / "second"
-    ViTCLSModel(tiny_config()).save_pretrained(first)
+    ViTCLSModel(build_tiny_config()).save_pretrained(first)
     ViTCLSImageProcessor(size=32).save_pretrained(first)
     shutil.copytree(first, second)
     for folder in (first, second):

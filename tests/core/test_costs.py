@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import BLOCKS, LAYOUTS, each_kind, filled, images, raises_one_line, tiny_config
+from tiny_models import BLOCKS, LAYOUTS, build_images, build_tiny_config, each_kind, raises_one_line, randomize
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from modeling_vitcls import ViTCLSConfig, ViTCLSForImageClassification, ViTCLSForMaskedImageModeling, ViTCLSModel
@@ -86,7 +86,7 @@ def kept(model: torch.nn.Module, call: Callable[[], Any]) -> int:
 def loss_of(model: Any, autocast: torch.dtype | None = None, batch: int = 4, side: int = 64) -> torch.Tensor:
     """Of a training step's forward pass."""
     with torch.autocast("cpu", dtype=autocast or torch.bfloat16, enabled=autocast is not None):
-        return model(images(batch, side, side), labels=torch.arange(batch) % 3).loss
+        return model(build_images(batch, side, side), labels=torch.arange(batch) % 3).loss
 
 
 # Operations
@@ -96,24 +96,24 @@ def loss_of(model: Any, autocast: torch.dtype | None = None, batch: int = 4, sid
 @each_case
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 def test_operations_are_those_that_torch_counts(fields: dict[str, Any], attention: str) -> None:
-    model = filled(ViTCLSForImageClassification(tiny_config(**fields)))
+    model = randomize(ViTCLSForImageClassification(build_tiny_config(**fields)))
     model.set_attn_implementation(attention)
-    assert model.flops() == count_forward_flops(model) == counted(lambda: model(images(1)))
-    larger = counted(lambda: model(images(3, 40, 56)))
+    assert model.flops() == count_forward_flops(model) == counted(lambda: model(build_images(1)))
+    larger = counted(lambda: model(build_images(3, 40, 56)))
     assert model.flops([40, 56], batch_size=3) == count_forward_flops(model, [40, 56], batch_size=3) == larger
 
 
 @each_kind
 def test_of_every_kind_of_model(model_class: type, fields: dict[str, Any], inputs: dict[str, Any]) -> None:
-    model = filled(model_class(tiny_config(**fields)))
-    wanted = counted(lambda: model(images(2, 32, 40)))
+    model = randomize(model_class(build_tiny_config(**fields)))
+    wanted = counted(lambda: model(build_images(2, 32, 40)))
     assert model.flops((32, 40), batch_size=2) == count_forward_flops(model, (32, 40), batch_size=2) == wanted
 
 
 @pytest.mark.parametrize("number", [3, 100], ids=["three pairs", "half of the patches"])
 def test_merged_patches_are_counted_as_they_are_computed(number: int) -> None:
     """By hand; `count_forward_flops` counts as if no patches were merged."""
-    model = filled(ViTCLSModel(tiny_config(merged_patches_per_layer=number, num_register_tokens=2)))
+    model = randomize(ViTCLSModel(build_tiny_config(merged_patches_per_layer=number, num_register_tokens=2)))
     width, head_dim, intermediate, num_special, num_patches = 16, 8, 24, 3, 16
     wanted = 2 * num_patches * 3 * 8 * 8 * width  # patch projection
     for _ in range(2):
@@ -123,18 +123,18 @@ def test_merged_patches_are_counted_as_they_are_computed(number: int) -> None:
         wanted += 2 * (num_patches - num_patches // 2) * (num_patches // 2) * head_dim  # similarity of patches
         num_patches -= num_pairs
         wanted += 2 * 2 * (num_special + num_patches) * width * intermediate  # MLP
-    assert model.flops() == wanted == counted(lambda: model(images(1)))
-    assert count_forward_flops(model) == ViTCLSModel(tiny_config(num_register_tokens=2)).flops()
+    assert model.flops() == wanted == counted(lambda: model(build_images(1)))
+    assert count_forward_flops(model) == ViTCLSModel(build_tiny_config(num_register_tokens=2)).flops()
 
 
 def test_all_tokens_of_the_last_layer_cost_more() -> None:
     """A classifier's last layer is computed for the tokens that it reads; an encoder's for all."""
-    config = tiny_config(num_register_tokens=4)
+    config = build_tiny_config(num_register_tokens=4)
     classifier, encoder = ViTCLSForImageClassification(config), ViTCLSModel(config)
     head = 2 * 16 * 3
-    assert classifier.flops() - head < encoder.flops() == counted(lambda: encoder(images(1)))
+    assert classifier.flops() - head < encoder.flops() == counted(lambda: encoder(build_images(1)))
     config.output_hidden_states = True
-    assert classifier.flops() - head == encoder.flops() == counted(lambda: classifier(images(1))) - head
+    assert classifier.flops() - head == encoder.flops() == counted(lambda: classifier(build_images(1))) - head
 
 
 def test_without_weights() -> None:
@@ -148,7 +148,7 @@ def test_without_weights() -> None:
 @pytest.mark.parametrize("function", [ViTCLSModel.flops, count_forward_flops, estimate_memory])
 def test_images_that_are_too_small(function: Callable[..., Any]) -> None:
     with raises_one_line("32 x 7", "8 x 8"):
-        function(ViTCLSModel(tiny_config()), (32, 7))
+        function(ViTCLSModel(build_tiny_config()), (32, 7))
 
 
 # Memory
@@ -161,20 +161,20 @@ def test_activations_are_about_those_that_autograd_keeps(
 ) -> None:
     monkeypatch.setattr("modeling_vitcls.cpu_kernels_vitcls.MAX_CHUNKED_KEYS", 0)  # fused on every processor
     monkeypatch.setattr("modeling_vitcls.cpu_kernels_vitcls.EMULATED", set())
-    model = filled(ViTCLSForImageClassification(tiny_config(**WIDER | CASES[name]))).train()
+    model = randomize(ViTCLSForImageClassification(build_tiny_config(**WIDER | CASES[name]))).train()
     estimate = estimate_memory(model, batch_size=4, autocast=autocast).activations
     assert CLOSE[0] <= estimate / kept(model, lambda: loss_of(model, autocast)) <= CLOSE[1]
 
 
 def test_activations_of_masked_image_modeling() -> None:
-    model = filled(ViTCLSForMaskedImageModeling(tiny_config(**WIDER))).train()
+    model = randomize(ViTCLSForMaskedImageModeling(build_tiny_config(**WIDER))).train()
     mask = torch.arange(4 * 64).view(4, 64) % 3 == 0
-    measured = kept(model, lambda: model(images(4, 64, 64), bool_masked_pos=mask).loss)
+    measured = kept(model, lambda: model(build_images(4, 64, 64), bool_masked_pos=mask).loss)
     assert CLOSE[0] <= estimate_memory(model, batch_size=4).activations / measured <= CLOSE[1]
 
 
 def test_eager_attention_keeps_its_maps() -> None:
-    model = filled(ViTCLSForImageClassification(tiny_config(**WIDER))).train()
+    model = randomize(ViTCLSForImageClassification(build_tiny_config(**WIDER))).train()
     fused = estimate_memory(model, 128, batch_size=2).activations
     model.set_attn_implementation("eager")
     eager = estimate_memory(model, 128, batch_size=2).activations
@@ -186,7 +186,7 @@ def test_eager_attention_keeps_its_maps() -> None:
 @pytest.mark.parametrize("fields", [{}, {"attention_probs_dropout_prob": 0.1}, {"mlp_type": "swiglu"}], ids=str)
 def test_before_the_model_is_moved(fields: dict[str, Any], autocast: torch.dtype | None) -> None:
     """Where it will train counts, not where it is: CPUs compute some things again, and keep maps under dropout."""
-    model = ViTCLSForImageClassification(tiny_config(**WIDER | fields))
+    model = ViTCLSForImageClassification(build_tiny_config(**WIDER | fields))
     here = estimate_memory(model, batch_size=4, autocast=autocast)
     elsewhere = estimate_memory(model, batch_size=4, autocast=autocast, device="cuda")
     assert elsewhere != here == estimate_memory(model, batch_size=4, autocast=autocast, device=torch.device("cpu"))
@@ -196,7 +196,7 @@ def test_before_the_model_is_moved(fields: dict[str, Any], autocast: torch.dtype
 
 
 def test_frozen_layers_keep_nothing() -> None:
-    model = filled(ViTCLSForImageClassification(tiny_config(**WIDER))).train()
+    model = randomize(ViTCLSForImageClassification(build_tiny_config(**WIDER))).train()
     everything = estimate_memory(model, batch_size=4)
     for part in (model.vitcls.embeddings, *model.vitcls.layers[:2]):
         part.requires_grad_(False)
@@ -209,7 +209,7 @@ def test_frozen_layers_keep_nothing() -> None:
 
 
 def test_checkpointing_keeps_inputs_and_one_layer() -> None:
-    model = filled(ViTCLSForImageClassification(tiny_config(**WIDER))).train()
+    model = randomize(ViTCLSForImageClassification(build_tiny_config(**WIDER))).train()
     full = estimate_memory(model, batch_size=4).activations
     model.gradient_checkpointing_enable()
     estimate = estimate_memory(model, batch_size=4).activations
@@ -219,7 +219,7 @@ def test_checkpointing_keeps_inputs_and_one_layer() -> None:
 
 
 def test_the_optimizer_is_adamw() -> None:
-    model = filled(ViTCLSForImageClassification(tiny_config())).train()
+    model = randomize(ViTCLSForImageClassification(build_tiny_config())).train()
     optimizer = torch.optim.AdamW(model.parameters())
     loss_of(model, side=32).backward()
     optimizer.step()

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import BLOCKS, filled, images, largest_difference, tiny_config
+from tiny_models import BLOCKS, build_images, build_tiny_config, get_largest_difference, randomize
 from torch import nn
 from torch.autograd import forward_ad
 from torch.autograd.graph import saved_tensors_hooks
@@ -568,12 +568,12 @@ def autocast(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
 @pytest.mark.usefixtures("autocast")
 @pytest.mark.parametrize("fields", MODELS.values(), ids=MODELS)
 def test_recomputed_gradients_are_the_same_to_the_bit(fields: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    model = filled(ViTCLSForImageClassification(tiny_config(**fields))).train()
+    model = randomize(ViTCLSForImageClassification(build_tiny_config(**fields))).train()
 
     def gradients() -> list[torch.Tensor | None]:
         torch.manual_seed(0)
         model.zero_grad()
-        model(images(), labels=torch.tensor([0, 2])).loss.backward()
+        model(build_images(), labels=torch.tensor([0, 2])).loss.backward()
         return [parameter.grad for parameter in model.parameters()]
 
     found = gradients()
@@ -585,7 +585,7 @@ def test_recomputed_gradients_are_the_same_to_the_bit(fields: dict[str, Any], mo
 @pytest.mark.parametrize("mlp_type", ["mlp", "swiglu"])
 def test_a_model_keeps_no_activations(mlp_type: str) -> None:
     """Nor several copies of the inputs of the three projections."""
-    model = filled(ViTCLSForImageClassification(tiny_config(mlp_type=mlp_type))).train()
+    model = randomize(ViTCLSForImageClassification(build_tiny_config(mlp_type=mlp_type))).train()
     activations, projected = [], []
     for layer in model.vitcls.layers:
         layer.mlp.activation_fn = RecordingActivation(layer.mlp.activation_fn, activations)
@@ -594,7 +594,7 @@ def test_a_model_keeps_no_activations(mlp_type: str) -> None:
                 lambda module, inputs, outputs: projected.append((inputs[0].dtype, inputs[0].data_ptr()))
             )
     with torch.autocast("cpu", torch.bfloat16):
-        loss = model(images(), labels=torch.tensor([0, 2])).loss
+        loss = model(build_images(), labels=torch.tensor([0, 2])).loss
     assert len(activations) == model.config.num_hidden_layers
     assert all(each() is None for each in activations)
     assert len(projected) == 3 * model.config.num_hidden_layers
@@ -619,20 +619,20 @@ class RecordingActivation(nn.Module):
 
 @pytest.mark.parametrize("part", ["activation_fn", "fc2"])
 def test_hooks_are_called_once(part: str) -> None:
-    model = filled(ViTCLSForImageClassification(tiny_config())).train()
+    model = randomize(ViTCLSForImageClassification(build_tiny_config())).train()
     seen: list[int] = []
     model.vitcls.layers[0].mlp.get_submodule(part).register_forward_pre_hook(lambda *_: seen.append(1))
-    model(images(), labels=torch.tensor([0, 2])).loss.backward()
+    model(build_images(), labels=torch.tensor([0, 2])).loss.backward()
     assert len(seen) == 1
     with torch.inference_mode():
-        model(images())
+        model(build_images())
     assert len(seen) == 2
 
 
 def test_the_meta_device() -> None:
     """Shapes without values."""
     with torch.device("meta"):
-        model = ViTCLSForImageClassification(tiny_config(mlp_type="swiglu"))
+        model = ViTCLSForImageClassification(build_tiny_config(mlp_type="swiglu"))
     assert model(torch.empty(2, 3, 32, 32, device="meta")).logits.shape == (2, 3)
 
 
@@ -708,7 +708,7 @@ def test_chunked_attention_is_pytorch_s_attention(mask: torch.Tensor | None, num
     wanted = results(fused, states(num_queries), mask)
     assert found[0].shape == (NUM_IMAGES, num_queries, 4, 8)
     for one, other in zip(found, wanted, strict=True):
-        assert one.shape == other.shape and largest_difference(one, other) <= 1e-5
+        assert one.shape == other.shape and get_largest_difference(one, other) <= 1e-5
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -718,7 +718,7 @@ def test_chunked_attention_in_half_precision_is_as_exact_as_pytorch_s(dtype: tor
     for attend in (chunked_attention, fused):
         found = results(attend, states(dtype=dtype), None)
         assert all(each.dtype == dtype for each in found)
-        errors.append([largest_difference(one.float(), other) for one, other in zip(found, exact, strict=True)])
+        errors.append([get_largest_difference(one.float(), other) for one, other in zip(found, exact, strict=True)])
     for chunked_error, fused_error in zip(*errors, strict=True):
         assert chunked_error <= 2 * fused_error + torch.finfo(dtype).eps
 
@@ -755,7 +755,7 @@ def test_chunked_attention_gradients_per_image() -> None:
 
     found = torch.func.vmap(torch.func.grad(of_one))(*given)
     wanted = torch.autograd.grad(fused(*(each.requires_grad_() for each in given), None, 0.4).square().sum(), given[0])
-    assert largest_difference(found, wanted[0]) <= 1e-5
+    assert get_largest_difference(found, wanted[0]) <= 1e-5
 
 
 def test_attention_dropout_is_pytorch_s(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -768,7 +768,7 @@ def test_attention_dropout_is_pytorch_s(monkeypatch: pytest.MonkeyPatch) -> None
     found[1] = sdpa_attention(Attention(), *given, None, scaling=0.4, dropout=0.5)[0]
     torch.manual_seed(0)
     assert torch.equal(found[1], sdpa_attention_forward(Attention(), *given, None, 0.5, 0.4)[0])
-    assert largest_difference(*found) > 0.1
+    assert get_largest_difference(*found) > 0.1
 
 
 def test_where_chunked_attention_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -798,18 +798,18 @@ def test_chunked_attention_is_part_of_sdpa_only(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(cpu_kernels_vitcls, "chunked_attention", counted)
     monkeypatch.setattr(cpu_kernels_vitcls, "HAS_BFLOAT16_PRODUCTS", True)
     monkeypatch.setattr(cpu_kernels_vitcls, "MIN_CHUNKED_SCORES", 0)
-    model = filled(ViTCLSModel(tiny_config())).bfloat16()
+    model = randomize(ViTCLSModel(build_tiny_config())).bfloat16()
     torch.compiler.reset()  # the compiler stops recompiling functions that other tests compiled often
     with torch.no_grad():
-        model(images())
+        model(build_images())
         assert len(calls) == model.config.num_hidden_layers
-        torch.compile(model, backend="eager")(images())
+        torch.compile(model, backend="eager")(build_images())
         assert len(calls) == 2 * model.config.num_hidden_layers
         with torch.enable_grad():
-            torch.compile(model, backend="eager")(images())
-        torch.export.export(model, (images().bfloat16(),))
+            torch.compile(model, backend="eager")(build_images())
+        torch.export.export(model, (build_images().bfloat16(),))
         model.set_attn_implementation("eager")
-        model(images())
+        model(build_images())
     assert len(calls) == 2 * model.config.num_hidden_layers
     model.set_attn_implementation("sdpa")
     assert all(layer.attention.get_attention_function() is sdpa_attention for layer in model.layers)
@@ -821,8 +821,8 @@ def test_training_in_bfloat16_follows_float32(monkeypatch: pytest.MonkeyPatch) -
     fields = {"relative_position_bias": "layer", "gated_tokens": {"registers": 2}, "num_register_tokens": 2}
     gradients = []
     for half in (False, True):
-        model = filled(ViTCLSForImageClassification(tiny_config(**fields)))
+        model = randomize(ViTCLSForImageClassification(build_tiny_config(**fields)))
         with torch.autocast("cpu", torch.bfloat16, enabled=half):
-            model(images(), labels=torch.tensor([0, 2])).loss.backward()
+            model(build_images(), labels=torch.tensor([0, 2])).loss.backward()
         gradients.append(torch.cat([parameter.grad.flatten() for parameter in model.parameters()]))
     assert torch.nn.functional.cosine_similarity(*gradients, dim=0) > 0.99

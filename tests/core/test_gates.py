@@ -6,9 +6,16 @@ from typing import Any
 
 import pytest
 import torch
-from adaptation_cases import adapted_by, logged
+from adaptation_cases import adapt_with_loader, get_logged_lines
 from sklearn.datasets import load_digits
-from tiny_models import filled, images, largest_difference, raises_one_line, reloaded, tiny_config
+from tiny_models import (
+    build_images,
+    build_tiny_config,
+    get_largest_difference,
+    raises_one_line,
+    randomize,
+    save_and_load,
+)
 from torch import nn
 from transformers import AutoModel, AutoModelForImageClassification
 
@@ -29,31 +36,31 @@ GATED = {
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 @pytest.mark.parametrize("fields", GATED.values(), ids=GATED)
 def test_gated_tokens_change_nothing_at_first(fields: dict[str, Any], implementation: str, tmp_path: Path) -> None:
-    saved = filled(ViTCLSForImageClassification(tiny_config(**fields)))
+    saved = randomize(ViTCLSForImageClassification(build_tiny_config(**fields)))
     saved.save_pretrained(tmp_path)
     for loader in (ViTCLSForImageClassification, AutoModelForImageClassification):
         options = {"num_register_tokens": 4, "attn_implementation": implementation}
         gated = loader.from_pretrained(tmp_path, gate_new_tokens=True, **options)
         with torch.no_grad():
-            wanted, found = saved.vitcls(images()), gated.vitcls(images())
-            assert largest_difference(gated(images()).logits, saved(images()).logits) < 1e-5
+            wanted, found = saved.vitcls(build_images()), gated.vitcls(build_images())
+            assert get_largest_difference(gated(build_images()).logits, saved(build_images()).logits) < 1e-5
             for group in ("cls", "patches"):
-                assert largest_difference(found.tokens[group], wanted.tokens[group]) < 1e-5
+                assert get_largest_difference(found.tokens[group], wanted.tokens[group]) < 1e-5
             open_tokens = loader.from_pretrained(tmp_path, **options)  # the test would not see dead tokens
-            assert largest_difference(open_tokens(images()).logits, saved(images()).logits) > 1e-3
+            assert get_largest_difference(open_tokens(build_images()).logits, saved(build_images()).logits) > 1e-3
 
 
 def test_several_kinds_of_tokens_can_be_gated() -> None:
-    model = filled(ViTCLSForImageClassification(tiny_config(num_register_tokens=1)))
+    model = randomize(ViTCLSForImageClassification(build_tiny_config(num_register_tokens=1)))
     gated = model.adapt(num_cls_tokens=3, num_distillation_tokens=1, num_register_tokens=3, gate_new_tokens=True)
     assert gated.config.gated_tokens == {"cls": 2, "distillation": 1, "registers": 2}
     assert gated.vitcls.gates.indices == [1, 2, 3, 5, 6]
     with torch.no_grad():
-        assert largest_difference(gated(images()).cls_logits, model(images()).logits) < 1e-5
+        assert get_largest_difference(gated(build_images()).cls_logits, model(build_images()).logits) < 1e-5
 
 
 def test_gates_respect_a_mask_of_the_caller() -> None:
-    model = filled(ViTCLSModel(tiny_config()))
+    model = randomize(ViTCLSModel(build_tiny_config()))
     gated = model.adapt(num_register_tokens=2, gate_new_tokens=True)
     mask, longer = torch.ones(2, 17), torch.ones(2, 19)
     mask[:, 10:] = 0
@@ -62,16 +69,16 @@ def test_gates_respect_a_mask_of_the_caller() -> None:
         model.set_attn_implementation(implementation)
         gated.set_attn_implementation(implementation)
         with torch.no_grad():
-            wanted, found = model(images(), attention_mask=mask), gated(images(), attention_mask=longer)
-        assert largest_difference(found.tokens["cls"], wanted.tokens["cls"]) < 1e-5
+            wanted, found = model(build_images(), attention_mask=mask), gated(build_images(), attention_mask=longer)
+        assert get_largest_difference(found.tokens["cls"], wanted.tokens["cls"]) < 1e-5
 
 
 def test_gradient_reaches_gates_and_new_tokens() -> None:
     """The gate's gradient is as large as that of an open token's gate, and points to where the loss falls."""
-    model = filled(ViTCLSForImageClassification(tiny_config()))
+    model = randomize(ViTCLSForImageClassification(build_tiny_config()))
     torch.manual_seed(0)
     gated = model.adapt(num_register_tokens=4, gate_new_tokens=True).double()  # for a quotient of small differences
-    pixels, labels = images().double(), torch.tensor([0, 2])
+    pixels, labels = build_images().double(), torch.tensor([0, 2])
 
     def loss(of: ViTCLSForImageClassification) -> torch.Tensor:
         return torch.nn.functional.cross_entropy(of(pixels).logits, labels)
@@ -93,36 +100,38 @@ def test_gradient_reaches_gates_and_new_tokens() -> None:
 @pytest.mark.parametrize("value", [-1e-4, 0.0])
 def test_a_gate_that_was_pushed_to_zero_or_below_still_learns(value: float) -> None:
     """Adam's first step is as long as the learning rate, whatever the gradient: half of all gates go below zero."""
-    gated = filled(ViTCLSForImageClassification(tiny_config())).adapt(num_register_tokens=4, gate_new_tokens=True)
+    gated = randomize(ViTCLSForImageClassification(build_tiny_config())).adapt(
+        num_register_tokens=4, gate_new_tokens=True
+    )
     with torch.no_grad():
         gated.vitcls.gates.gates.fill_(value)
-    gated(images(), labels=torch.tensor([0, 2])).loss.backward()
+    gated(build_images(), labels=torch.tensor([0, 2])).loss.backward()
     assert gated.vitcls.gates.gates.grad.abs().min() > 1e-5
 
 
 @pytest.mark.parametrize("implementation", ["flex_attention", "flash_attention_2", "flash_attention_3"])
 def test_attention_that_takes_no_bias_is_refused_in_one_line(implementation: str) -> None:
-    gated = filled(ViTCLSModel(tiny_config())).adapt(num_register_tokens=1, gate_new_tokens=True)
+    gated = randomize(ViTCLSModel(build_tiny_config())).adapt(num_register_tokens=1, gate_new_tokens=True)
     gated.config._attn_implementation_internal = implementation  # flash's own package need not be installed
     with raises_one_line("gated_tokens", implementation, "sdpa"), torch.no_grad():
-        gated(images())
+        gated(build_images())
 
 
 def test_gates_are_saved_and_loaded(tmp_path: Path) -> None:
-    gated = filled(ViTCLSModel(tiny_config())).adapt(num_register_tokens=3, gate_new_tokens=True)
+    gated = randomize(ViTCLSModel(build_tiny_config())).adapt(num_register_tokens=3, gate_new_tokens=True)
     with torch.no_grad():
         gated.gates.gates.copy_(torch.tensor([0.1, 0.5, 2.0]))
-    again = reloaded(gated, tmp_path)
+    again = save_and_load(gated, tmp_path)
     assert again.config.gated_tokens == {"registers": 3}
     assert torch.equal(again.gates.gates, gated.gates.gates)
     with torch.no_grad():
-        assert torch.equal(again(images()).last_hidden_state, gated(images()).last_hidden_state)
+        assert torch.equal(again(build_images()).last_hidden_state, gated(build_images()).last_hidden_state)
 
 
 @pytest.mark.parametrize("loader", [None, ViTCLSModel, AutoModel])
 def test_gates_stay_with_their_tokens(loader: Any, caplog: pytest.LogCaptureFixture, tmp_path: Path) -> None:
     """Two open registers, then two with gates; one CLS, then one with a gate."""
-    model = filled(ViTCLSModel(tiny_config(num_register_tokens=2)))
+    model = randomize(ViTCLSModel(build_tiny_config(num_register_tokens=2)))
     gated = model.adapt(num_cls_tokens=2, num_register_tokens=4, gate_new_tokens=True)
     with torch.no_grad():
         gated.gates.gates.copy_(torch.tensor([0.5, 0.2, 0.3]) * TokenGates.OPEN)
@@ -135,8 +144,8 @@ def test_gates_stay_with_their_tokens(loader: Any, caplog: pytest.LogCaptureFixt
         "another group": {"num_distillation_tokens": 1},
     }.items():
         caplog.clear()
-        changed = adapted_by(gated, loader, tmp_path, **change)
-        gate_lines = [line for line in logged(caplog) if "gates" in line]
+        changed = adapt_with_loader(gated, loader, tmp_path, **change)
+        gate_lines = [line for line in get_logged_lines(caplog) if "gates" in line]
         found[name] = changed.config.gated_tokens, changed.gates.get_gate_values().tolist(), gate_lines
     assert found == {
         "more": (
@@ -156,11 +165,14 @@ def test_gates_stay_with_their_tokens(loader: Any, caplog: pytest.LogCaptureFixt
 
 
 def test_gates_that_are_asked_for_by_name() -> None:
-    model = filled(ViTCLSModel(tiny_config(num_register_tokens=4)))
+    model = randomize(ViTCLSModel(build_tiny_config(num_register_tokens=4)))
     gated = model.adapt(gated_tokens={"registers": 3})
     assert gated.gates.get_gate_values().tolist() == [1, 1, 1]  # tokens that had none stay open
     with torch.no_grad():
-        assert largest_difference(gated(images()).last_hidden_state, model(images()).last_hidden_state) < 1e-6
+        assert (
+            get_largest_difference(gated(build_images()).last_hidden_state, model(build_images()).last_hidden_state)
+            < 1e-6
+        )
         gated.gates.gates.copy_(torch.tensor([0.1, 0.2, 0.3]) * TokenGates.OPEN)
     assert gated.adapt(gated_tokens={"registers": 1}).gates.get_gate_values().tolist() == pytest.approx(
         [0.3], abs=2e-7
@@ -185,7 +197,7 @@ def digit_model(digits: tuple[torch.Tensor, torch.Tensor]) -> ViTCLSForImageClas
     """A small model that has begun to learn them."""
     torch.manual_seed(0)
     sizes = {"image_size": 8, "patch_size": 2, "num_channels": 1, "hidden_size": 32, "intermediate_size": 64}
-    model = ViTCLSForImageClassification(tiny_config(**sizes, num_labels=10))
+    model = ViTCLSForImageClassification(build_tiny_config(**sizes, num_labels=10))
     trained(model, *digits, num_steps=150)
     return model
 
@@ -225,7 +237,7 @@ def with_gated_registers(model: ViTCLSForImageClassification, pixels: torch.Tens
     torch.manual_seed(1)
     gated = model.adapt(num_register_tokens=4, gate_new_tokens=True)
     with torch.no_grad():
-        assert largest_difference(gated(pixels[:64]).logits, model(pixels[:64]).logits) < 1e-5
+        assert get_largest_difference(gated(pixels[:64]).logits, model(pixels[:64]).logits) < 1e-5
     return gated
 
 
@@ -234,7 +246,7 @@ def change_without_registers(model: ViTCLSForImageClassification, pixels: torch.
     shut = copy.deepcopy(model)
     with torch.no_grad():
         shut.vitcls.gates.gates.zero_()
-        return largest_difference(shut(pixels[:64]).logits, model(pixels[:64]).logits)
+        return get_largest_difference(shut(pixels[:64]).logits, model(pixels[:64]).logits)
 
 
 def trained(model: nn.Module, pixels: torch.Tensor, labels: torch.Tensor, num_steps: int) -> list[float]:

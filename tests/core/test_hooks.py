@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from captum.attr import LayerGradientXActivation, LayerIntegratedGradients
-from tiny_models import TASKS, filled, images, largest_difference, tiny_config
+from tiny_models import TASKS, build_images, build_tiny_config, get_largest_difference, randomize
 from torch import nn
 
 from modeling_vitcls import ViTCLSForImageClassification, ViTCLSForMultiTaskClassification
@@ -32,7 +32,7 @@ each_variant = pytest.mark.parametrize("fields", VARIANTS.values(), ids=VARIANTS
 
 def build_model(**fields: Any) -> Any:
     """Return a classifier with random weights."""
-    return filled(ViTCLSForImageClassification(tiny_config(**FIELDS, **fields)))
+    return randomize(ViTCLSForImageClassification(build_tiny_config(**FIELDS, **fields)))
 
 
 def list_hooked_modules(model: Any) -> list[str]:
@@ -86,7 +86,7 @@ def list_token_counts(seen: Any) -> Iterator[int]:
 
 def run_step(model: Any) -> torch.Tensor:
     """Return the logits, after a backward pass."""
-    logits = model(images().requires_grad_()).logits
+    logits = model(build_images().requires_grad_()).logits
     logits.square().sum().backward()
     return logits.detach()
 
@@ -97,7 +97,7 @@ def check_hook(model: Any, name: str, kind: str, computed: list[int]) -> None:
     logits = run_step(model)
     counts: list[int] = []
     handle = HOOKS[kind](model.get_submodule(name), lambda seen: counts.extend(list_token_counts(seen)))
-    assert largest_difference(run_step(model), logits) <= 1e-5 * logits.abs().max().item()
+    assert get_largest_difference(run_step(model), logits) <= 1e-5 * logits.abs().max().item()
     if (name, kind) != ("vitcls", "forward_pre"):  # it sees images
         assert counts and set(counts) == {NUM_TOKENS}
     handle.remove()
@@ -126,20 +126,20 @@ def test_hooks_on_earlier_layers_change_nothing(computed: list[int]) -> None:
     model, counts = build_model(), []
     for module in (model.vitcls.layers[0], model.vitcls.embeddings, model.classifier, model):
         module.register_forward_hook(lambda _, args, output: counts.extend(list_token_counts(output)))
-    model(images())
+    model(build_images())
     assert computed == [NUM_TOKENS, NUM_READ]
     assert counts == [NUM_TOKENS, NUM_TOKENS]
 
 
 @torch.no_grad()
 def test_several_tasks(computed: list[int]) -> None:
-    model = filled(ViTCLSForMultiTaskClassification(tiny_config(num_cls_tokens=2, tasks=TASKS)))
-    logits = model(images()).logits
+    model = randomize(ViTCLSForMultiTaskClassification(build_tiny_config(num_cls_tokens=2, tasks=TASKS)))
+    logits = model(build_images()).logits
     model.vitcls.layernorm.register_forward_hook(lambda _, args, output: None)
-    hooked = model(images()).logits
+    hooked = model(build_images()).logits
     assert computed == [18, 2, 18, 18]
     for task, expected in logits.items():
-        assert largest_difference(hooked[task], expected) <= 1e-5 * expected.abs().max().item()
+        assert get_largest_difference(hooked[task], expected) <= 1e-5 * expected.abs().max().item()
 
 
 @torch.no_grad()
@@ -148,11 +148,11 @@ def test_recorded_outputs_are_requested_once(requested: str, computed: list[int]
     """transformers installs hooks of its own, which stay; afterwards the last layer is reduced again."""
     model = build_model()
     model.set_attn_implementation("eager")
-    logits = model(images()).logits
-    recorded = model(images(), **{requested: True})[requested.removeprefix("output_")]
+    logits = model(build_images()).logits
+    recorded = model(build_images(), **{requested: True})[requested.removeprefix("output_")]
     assert {each.shape[-2] for each in recorded} == {NUM_TOKENS}
     assert model.vitcls.layers[-1]._forward_hooks or model.vitcls.layers[-1].attention._forward_hooks
-    assert torch.equal(model(images()).logits, logits)
+    assert torch.equal(model(build_images()).logits, logits)
     assert computed == [NUM_TOKENS, NUM_READ, NUM_TOKENS, NUM_TOKENS, NUM_TOKENS, NUM_READ]
 
 
@@ -163,7 +163,7 @@ def get_gradient_by_hand(model: Any, class_index: int) -> tuple[torch.Tensor, to
     """Return the output [B, N, D] of the last layer's first norm, and the gradient of the summed logit of a class."""
     layer, encoder = model.vitcls.layers[-1], model.vitcls
     with torch.no_grad():
-        inputs = model(images(), output_hidden_states=True).hidden_states[-2]
+        inputs = model(build_images(), output_hidden_states=True).hidden_states[-2]
         normalized = layer.layernorm_before(inputs)
     normalized.requires_grad_()
     attended, _ = layer.attention(normalized)
@@ -181,7 +181,7 @@ def test_grad_cam() -> None:
     seen: dict[str, torch.Tensor] = {}
     target.register_forward_hook(lambda _, args, output: seen.update(activations=output.detach()))
     target.register_full_backward_hook(lambda _, grad_in, grad_out: seen.update(gradients=grad_out[0]))
-    model(images()).logits[:, 1].sum().backward()
+    model(build_images()).logits[:, 1].sum().backward()
 
     patches, grid = model.config.token_layout.patches, model.config.grid_size
 
@@ -195,18 +195,18 @@ def test_grad_cam() -> None:
     found = compute_map(seen["activations"], seen["gradients"])
     expected = compute_map(*get_gradient_by_hand(model, 1))
     assert found.shape == (2, 4, 4) and (found > 0).any()
-    assert largest_difference(found, expected) <= 1e-5 * expected.max().item()
+    assert get_largest_difference(found, expected) <= 1e-5 * expected.max().item()
 
 
 def test_captum_gradient_times_activation() -> None:
     model = build_model()
     target = model.vitcls.layers[-1].layernorm_before
     attribution = LayerGradientXActivation(lambda pixel_values: model(pixel_values).logits, target)
-    found = attribution.attribute(images(), target=1)
+    found = attribution.attribute(build_images(), target=1)
     activations, gradients = get_gradient_by_hand(model, 1)
     expected = activations * gradients
     assert found.shape == (2, NUM_TOKENS, 16)
-    assert largest_difference(found.detach(), expected) <= 1e-5 * expected.abs().max().item()
+    assert get_largest_difference(found.detach(), expected) <= 1e-5 * expected.abs().max().item()
 
 
 def test_captum_integrated_gradients() -> None:
@@ -214,11 +214,11 @@ def test_captum_integrated_gradients() -> None:
     model = build_model()
     attribution = LayerIntegratedGradients(lambda pixel_values: model(pixel_values).logits, model.vitcls.layers[-1])
     found, error = attribution.attribute(
-        images(), torch.zeros(2, 3, 32, 32), target=1, n_steps=200, return_convergence_delta=True
+        build_images(), torch.zeros(2, 3, 32, 32), target=1, n_steps=200, return_convergence_delta=True
     )
     assert found.shape == (2, NUM_TOKENS, 16)
     with torch.no_grad():
-        change = (model(images()).logits - model(torch.zeros(2, 3, 32, 32)).logits)[:, 1]
+        change = (model(build_images()).logits - model(torch.zeros(2, 3, 32, 32)).logits)[:, 1]
     assert error.abs().max() <= 0.01 * change.abs().max()
-    assert largest_difference(found.sum(dim=(1, 2)).float(), change) <= 0.01 * change.abs().max().item()
+    assert get_largest_difference(found.sum(dim=(1, 2)).float(), change) <= 0.01 * change.abs().max().item()
     assert (found[:, NUM_READ:] == 0).all()  # the classifiers read the CLS and the distillation token only

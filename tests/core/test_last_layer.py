@@ -8,11 +8,11 @@ from tiny_models import (
     BLOCKS,
     TASKS,
     assert_same_outputs,
-    filled,
-    images,
-    largest_difference,
+    build_images,
+    build_tiny_config,
+    get_largest_difference,
+    randomize,
     record_outputs,
-    tiny_config,
 )
 from torch.nn.functional import cross_entropy
 
@@ -61,7 +61,7 @@ MASK[1, 10:14] = 0
 def losses_and_gradients(model: Any, **inputs: Any) -> tuple[Any, list[torch.Tensor]]:
     """Outputs and, with respect to every parameter, gradients of a loss on both heads."""
     model.zero_grad()
-    output = model(images(), **inputs)
+    output = model(build_images(), **inputs)
     heads = [logits for logits in (output.cls_logits, output.distillation_logits) if logits is not None]
     torch.stack([cross_entropy(logits, torch.tensor([0, 2])) for logits in heads]).sum().backward()
     gradients = [parameter.grad for parameter in model.parameters()]
@@ -71,7 +71,7 @@ def losses_and_gradients(model: Any, **inputs: Any) -> tuple[Any, list[torch.Ten
 
 @each_config
 def test_outputs_and_gradients_are_those_of_all_tokens(fields: dict[str, Any], num_read: int | None) -> None:
-    model = filled(ViTCLSForImageClassification(tiny_config(**fields)))
+    model = randomize(ViTCLSForImageClassification(build_tiny_config(**fields)))
     assert get_num_tokens_read(model.vitcls, {}) == num_read
     masks = [None, MASK] if fields.items() >= TOKENS.items() else [None]
     for implementation in ("sdpa", "eager"):
@@ -84,38 +84,40 @@ def test_outputs_and_gradients_are_those_of_all_tokens(fields: dict[str, Any], n
             assert [output.shape[1] for output in outputs] == [num_read or num_tokens, num_tokens]
             assert_same_outputs(found[0], wanted[0], 1e-5)
             for one, other in zip(found[1], wanted[1], strict=True):
-                assert largest_difference(one, other) <= 1e-5 * max(1.0, other.abs().max().item())
+                assert get_largest_difference(one, other) <= 1e-5 * max(1.0, other.abs().max().item())
 
 
 @torch.no_grad()
 def test_all_tokens_are_there_for_those_who_ask() -> None:
-    model = filled(ViTCLSForImageClassification(tiny_config(**TOKENS)))
-    encoded = model.vitcls(images())
+    model = randomize(ViTCLSForImageClassification(build_tiny_config(**TOKENS)))
+    encoded = model.vitcls(build_images())
     assert encoded.last_hidden_state.shape == (2, 22, 16)
     assert encoded.tokens["registers"].shape == (2, 3, 16) and encoded.tokens["patches"].shape == (2, 16, 16)
-    hidden_states = model(images(), output_hidden_states=True).hidden_states
-    assert largest_difference(model.vitcls.layernorm(hidden_states[-1]), encoded.last_hidden_state) <= 1e-6
+    hidden_states = model(build_images(), output_hidden_states=True).hidden_states
+    assert get_largest_difference(model.vitcls.layernorm(hidden_states[-1]), encoded.last_hidden_state) <= 1e-6
     model.set_attn_implementation("eager")
-    assert [each.shape for each in model(images(), output_attentions=True).attentions] == [(2, 2, 22, 22)] * 2
+    assert [each.shape for each in model(build_images(), output_attentions=True).attentions] == [(2, 2, 22, 22)] * 2
     model.config.output_hidden_states = True
-    assert model(images()).hidden_states[-1].shape == (2, 22, 16)
+    assert model(build_images()).hidden_states[-1].shape == (2, 22, 16)
 
 
 @torch.no_grad()
 def test_other_attention_implementations_get_all_tokens() -> None:
-    model = filled(ViTCLSForImageClassification(tiny_config(**TOKENS)))
-    expected, outputs = model(images()).logits, record_outputs(model.vitcls.layers[-1])
+    model = randomize(ViTCLSForImageClassification(build_tiny_config(**TOKENS)))
+    expected, outputs = model(build_images()).logits, record_outputs(model.vitcls.layers[-1])
     model.set_attn_implementation("flex_attention")
     with torch.compiler.set_stance("force_eager"):
-        assert largest_difference(model(images()).logits, expected) <= 1e-5
+        assert get_largest_difference(model(build_images()).logits, expected) <= 1e-5
     assert [output.shape[1] for output in outputs] == [22]
 
 
 @torch.no_grad()
 def test_several_tasks() -> None:
-    model = filled(ViTCLSForMultiTaskClassification(tiny_config(num_cls_tokens=2, num_register_tokens=3, tasks=TASKS)))
+    model = randomize(
+        ViTCLSForMultiTaskClassification(build_tiny_config(num_cls_tokens=2, num_register_tokens=3, tasks=TASKS))
+    )
     outputs = record_outputs(model.vitcls.layers[-1])
-    found, wanted = model(images()), model(images(), output_hidden_states=True)
+    found, wanted = model(build_images()), model(build_images(), output_hidden_states=True)
     assert [output.shape[1] for output in outputs] == [2, 21]
     assert_same_outputs(found.logits, wanted.logits, 1e-6)
 
@@ -124,7 +126,7 @@ def test_several_tasks() -> None:
 def test_gradient_checkpointing(reentrant: bool) -> None:
     gradients = []
     for checkpointing in (False, True):
-        model = filled(ViTCLSForImageClassification(tiny_config(**TOKENS, **BLOCKS["rope"]))).train()
+        model = randomize(ViTCLSForImageClassification(build_tiny_config(**TOKENS, **BLOCKS["rope"]))).train()
         if checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": reentrant})
         outputs = record_outputs(model.vitcls.layers[-1])
@@ -135,7 +137,7 @@ def test_gradient_checkpointing(reentrant: bool) -> None:
 
 @torch.no_grad()
 def test_other_image_sizes_and_batches_of_one() -> None:
-    model = filled(ViTCLSForImageClassification(tiny_config(**TOKENS, position_embedding_type="rope_mixed")))
+    model = randomize(ViTCLSForImageClassification(build_tiny_config(**TOKENS, position_embedding_type="rope_mixed")))
     for size in ((24, 56), (8, 8)):
-        found, wanted = (model(images(1, *size), output_hidden_states=whole).logits for whole in (False, True))
-        assert largest_difference(found, wanted) <= 1e-6
+        found, wanted = (model(build_images(1, *size), output_hidden_states=whole).logits for whole in (False, True))
+        assert get_largest_difference(found, wanted) <= 1e-6

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import filled, images, raises_one_line, tiny_config
+from tiny_models import build_images, build_tiny_config, raises_one_line, randomize
 from torch.nn import functional
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 
@@ -21,15 +21,15 @@ TASKS = {"species": 4, "age": ["young", "old"], "colour": 3}
 
 
 def classifier(**fields: Any) -> ViTCLSForImageClassification:
-    return filled(ViTCLSForImageClassification(tiny_config(**fields)))
+    return randomize(ViTCLSForImageClassification(build_tiny_config(**fields)))
 
 
 def multi_task() -> ViTCLSForMultiTaskClassification:
-    return filled(ViTCLSForMultiTaskClassification(tiny_config(num_cls_tokens=3, tasks=TASKS)))
+    return randomize(ViTCLSForMultiTaskClassification(build_tiny_config(num_cls_tokens=3, tasks=TASKS)))
 
 
 def masked_modeller(**fields: Any) -> ViTCLSForMaskedImageModeling:
-    return filled(ViTCLSForMaskedImageModeling(tiny_config(**fields)))
+    return randomize(ViTCLSForMaskedImageModeling(build_tiny_config(**fields)))
 
 
 # Kinds of labels: fields of the configuration, labels for four images, the loss by its formula
@@ -68,7 +68,7 @@ all_kinds = pytest.mark.parametrize(("fields", "labels", "formula"), KINDS.value
 
 @all_kinds
 def test_a_loss_is_its_formula(fields: dict[str, Any], labels: torch.Tensor, formula: Any) -> None:
-    output = classifier(**fields)(images(4), labels=labels)
+    output = classifier(**fields)(build_images(4), labels=labels)
     assert output.loss.item() == pytest.approx(formula(output.logits, labels).item(), rel=1e-5)
 
 
@@ -78,10 +78,10 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(
 ) -> None:
     """As Trainer does it: the entries other than -100 of all batches are counted, and each batch divides by that."""
     whole, parts = classifier(**fields), classifier(**fields)
-    whole(images(4), labels=labels).loss.backward()
+    whole(build_images(4), labels=labels).loss.backward()
     num_items = labels.ne(-100).sum()
     for part in (slice(0, 1), slice(1, 4)):
-        parts(images(4)[part], labels=labels[part], num_items_in_batch=num_items).loss.backward()
+        parts(build_images(4)[part], labels=labels[part], num_items_in_batch=num_items).loss.backward()
     for expected, got in zip(whole.parameters(), parts.parameters(), strict=True):
         if expected.grad is not None:
             assert torch.allclose(got.grad, expected.grad, atol=1e-6, rtol=1e-4)
@@ -91,7 +91,7 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(
 def test_the_problem_type_is_never_written(fields: dict[str, Any], labels: torch.Tensor, formula: Any) -> None:
     model = classifier(**fields)
     before = model.config.to_dict()
-    model(images(4), labels=labels)
+    model(build_images(4), labels=labels)
     assert model.config.problem_type == fields.get("problem_type")
     assert model.config.to_dict() == before
 
@@ -101,21 +101,21 @@ def test_the_problem_type_is_never_written(fields: dict[str, Any], labels: torch
 def test_losses_are_computed_in_float32(
     fields: dict[str, Any], labels: torch.Tensor, formula: Any, dtype: torch.dtype
 ) -> None:
-    output = classifier(**fields).to(dtype)(images(4), labels=labels)
+    output = classifier(**fields).to(dtype)(build_images(4), labels=labels)
     assert output.logits.dtype == dtype
     assert output.loss.dtype == torch.float32
     assert output.loss.item() == pytest.approx(formula(output.logits.float(), labels).item(), rel=1e-5)
 
 
 def test_no_labels_no_loss() -> None:
-    assert classifier()(images()).loss is None
-    assert multi_task()(images()).loss is None
-    assert masked_modeller()(images()).loss is None
+    assert classifier()(build_images()).loss is None
+    assert multi_task()(build_images()).loss is None
+    assert masked_modeller()(build_images()).loss is None
 
 
 def test_a_batch_without_any_label_gives_zero_and_no_gradient() -> None:
     model = classifier()
-    loss = model(images(), labels=torch.tensor([-100, -100])).loss
+    loss = model(build_images(), labels=torch.tensor([-100, -100])).loss
     loss.backward()
     assert loss.item() == 0.0
     assert not any(parameter.grad.any() for parameter in model.parameters() if parameter.grad is not None)
@@ -124,16 +124,16 @@ def test_a_batch_without_any_label_gives_zero_and_no_gradient() -> None:
 def test_one_hot_probabilities_are_classes() -> None:
     labels = torch.tensor([0, 2])
     soft = classifier(problem_type="single_label_classification")(
-        images(), labels=functional.one_hot(labels, 3).float()
+        build_images(), labels=functional.one_hot(labels, 3).float()
     )
-    assert soft.loss.item() == pytest.approx(classifier()(images(), labels=labels).loss.item(), rel=1e-5)
+    assert soft.loss.item() == pytest.approx(classifier()(build_images(), labels=labels).loss.item(), rel=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int16, torch.uint8])
 def test_classes_may_be_integers_of_any_width(dtype: torch.dtype) -> None:
     labels = torch.tensor([0, 2])
-    expected = classifier()(images(), labels=labels).loss
-    assert torch.equal(classifier()(images(), labels=labels.to(dtype)).loss, expected)
+    expected = classifier()(build_images(), labels=labels).loss
+    assert torch.equal(classifier()(build_images(), labels=labels.to(dtype)).loss, expected)
 
 
 def test_two_heads_learn_alike() -> None:
@@ -141,7 +141,7 @@ def test_two_heads_learn_alike() -> None:
     labels = torch.tensor([0, 2])
     for choice in ("mean", "cls", "distillation"):
         model = classifier(num_distillation_tokens=1, distillation_inference=choice).train()
-        output = model(images(), labels=labels)
+        output = model(build_images(), labels=labels)
         losses = [functional.cross_entropy(head, labels) for head in (output.cls_logits, output.distillation_logits)]
         assert output.loss.item() == pytest.approx((losses[0] + losses[1]).item() / 2, rel=1e-5)
         output.loss.backward()
@@ -152,21 +152,21 @@ def test_two_heads_learn_alike() -> None:
 def test_the_loss_in_evaluation_is_that_of_the_answer() -> None:
     labels = torch.tensor([0, 2])
     for choice in ("mean", "cls", "distillation"):
-        output = classifier(num_distillation_tokens=1, distillation_inference=choice)(images(), labels=labels)
+        output = classifier(num_distillation_tokens=1, distillation_inference=choice)(build_images(), labels=labels)
         assert output.loss.item() == pytest.approx(functional.cross_entropy(output.logits, labels).item(), rel=1e-5)
 
 
 def test_float_labels_need_a_problem_type() -> None:
     model = classifier()
     with raises_one_line("float labels", "problem_type", "single_label", "multi_label"):
-        model(images(), labels=torch.rand(2, 3))
+        model(build_images(), labels=torch.rand(2, 3))
     assert model.config.problem_type is None
 
 
 @pytest.mark.parametrize("label", [3, -1, 99])
 def test_an_unknown_label_id_is_named(label: int) -> None:
     with raises_one_line(f"Target {label} is out of bounds", "3 labels", "0 to 2"):
-        classifier()(images(), labels=torch.tensor([0, label]))
+        classifier()(build_images(), labels=torch.tensor([0, label]))
 
 
 def test_per_sample_gradients() -> None:
@@ -176,8 +176,8 @@ def test_per_sample_gradients() -> None:
     def compute_loss(weights: dict[str, torch.Tensor], image: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
         return torch.func.functional_call(model, weights, (image[None],), {"labels": label[None]}).loss
 
-    gradients = torch.func.vmap(torch.func.grad(compute_loss), in_dims=(None, 0, 0))(weights, images(), labels)
-    model(images(), labels=labels).loss.backward()
+    gradients = torch.func.vmap(torch.func.grad(compute_loss), in_dims=(None, 0, 0))(weights, build_images(), labels)
+    model(build_images(), labels=labels).loss.backward()
     for name, parameter in weights.items():
         torch.testing.assert_close(gradients[name].mean(0), parameter.grad, rtol=1e-4, atol=1e-6)
 
@@ -202,12 +202,12 @@ def test_labels_of_a_wrong_shape_are_an_error(
 ) -> None:
     model = classifier(problem_type=problem_type, num_labels=num_labels)
     with raises_one_line():
-        model(images(), labels=torch.zeros(shape, dtype=dtype))
+        model(build_images(), labels=torch.zeros(shape, dtype=dtype))
 
 
 def test_labels_without_a_classifier_are_an_error() -> None:
     with raises_one_line("num_labels"):
-        classifier(num_labels=0)(images(), labels=torch.tensor([0, 1]))
+        classifier(num_labels=0)(build_images(), labels=torch.tensor([0, 1]))
 
 
 # Several tasks
@@ -215,7 +215,7 @@ def test_labels_without_a_classifier_are_an_error() -> None:
 
 def test_each_task_has_its_loss_and_they_add_up() -> None:
     labels = {"species": torch.tensor([3, 0]), "age": torch.tensor([1, -100]), "colour": torch.tensor([2, 2])}
-    output = multi_task()(images(), labels=labels)
+    output = multi_task()(build_images(), labels=labels)
     assert {name: logits.shape for name, logits in output.logits.items()} == {
         "species": (2, 4),
         "age": (2, 2),
@@ -230,8 +230,8 @@ def test_each_task_has_its_loss_and_they_add_up() -> None:
 
 def test_each_task_reads_its_own_cls_token() -> None:
     model = multi_task()
-    tokens = model.vitcls(images()).tokens["cls"]
-    logits = model(images()).logits
+    tokens = model.vitcls(build_images()).tokens["cls"]
+    logits = model(build_images()).logits
     assert list(logits) == sorted(TASKS)
     for index, (name, classifier) in enumerate(zip(logits, model.classifiers.children(), strict=True)):
         torch.testing.assert_close(logits[name], classifier(tokens[:, index]), atol=1e-6, rtol=0)
@@ -239,7 +239,7 @@ def test_each_task_reads_its_own_cls_token() -> None:
 
 def test_missing_tasks_are_ignored() -> None:
     model = multi_task()
-    output = model(images(), labels={"colour": torch.tensor([2, 0])})
+    output = model(build_images(), labels={"colour": torch.tensor([2, 0])})
     assert list(output.losses) == ["colour"]
     assert torch.equal(output.loss, output.losses["colour"])
     assert list(output.logits) == sorted(TASKS)
@@ -251,7 +251,7 @@ def test_missing_tasks_are_ignored() -> None:
 def test_a_task_without_any_label_in_the_batch_gives_zero() -> None:
     model = multi_task()
     labels = {"species": torch.tensor([3, 0]), "age": torch.tensor([-100, -100])}
-    output = model(images(), labels=labels)
+    output = model(build_images(), labels=labels)
     assert output.losses["age"].item() == 0.0
     assert torch.equal(output.loss, output.losses["species"])
     output.loss.backward()
@@ -260,31 +260,31 @@ def test_a_task_without_any_label_in_the_batch_gives_zero() -> None:
 
 def test_an_unknown_task_is_named() -> None:
     with raises_one_line("'size'", "age, colour, species"):
-        multi_task()(images(), labels={"size": torch.tensor([0, 0])})
+        multi_task()(build_images(), labels={"size": torch.tensor([0, 0])})
 
 
 def test_an_unknown_label_id_names_its_task() -> None:
     with raises_one_line("age", "Target 2 is out of bounds", "0 to 1"):
-        multi_task()(images(), labels={"age": torch.tensor([0, 2])})
+        multi_task()(build_images(), labels={"age": torch.tensor([0, 2])})
 
 
 def test_labels_that_are_no_dict_are_an_error() -> None:
     with raises_one_line("labels", "species"):
-        multi_task()(images(), labels=torch.tensor([0, 2]))
+        multi_task()(build_images(), labels=torch.tensor([0, 2]))
 
 
 def test_tasks_and_the_multi_task_class_need_each_other() -> None:
     with raises_one_line("tasks"):
-        ViTCLSForMultiTaskClassification(tiny_config())
+        ViTCLSForMultiTaskClassification(build_tiny_config())
     with raises_one_line("tasks", "ViTCLSForMultiTaskClassification"):
-        ViTCLSForImageClassification(tiny_config(num_cls_tokens=3, tasks=TASKS))
+        ViTCLSForImageClassification(build_tiny_config(num_cls_tokens=3, tasks=TASKS))
 
 
 @pytest.mark.parametrize("name", ["type", "keys", "items", "forward", "training", "double"])
 def test_any_identifier_is_a_task_name(name: str) -> None:
     """torch's ModuleDict refuses keys that are attributes of its own."""
-    model = filled(ViTCLSForMultiTaskClassification(tiny_config(tasks={name: 2})))
-    output = model(images(), labels={name: torch.tensor([0, 1])})
+    model = randomize(ViTCLSForMultiTaskClassification(build_tiny_config(tasks={name: 2})))
+    output = model(build_images(), labels={name: torch.tensor([0, 1])})
     assert output.logits[name].shape == (2, 2)
     assert list(output.losses) == [name]
 
@@ -302,20 +302,20 @@ def pixel_mask(mask: torch.Tensor, channels: int = 3) -> torch.Tensor:
 
 @pytest.mark.parametrize(("kind", "power"), [("l1", 1), ("l2", 2)])
 def test_the_loss_is_the_mean_over_masked_pixels(kind: str, power: int) -> None:
-    output = masked_modeller(mim_loss=kind)(images(), bool_masked_pos=MASK)
-    distances = (output.reconstruction - images()).abs() ** power
+    output = masked_modeller(mim_loss=kind)(build_images(), bool_masked_pos=MASK)
+    distances = (output.reconstruction - build_images()).abs() ** power
     assert output.loss.item() == pytest.approx(distances[pixel_mask(MASK)].mean().item(), rel=1e-5)
 
 
 def test_a_mask_of_nothing_gives_zero() -> None:
-    loss = masked_modeller()(images(), bool_masked_pos=torch.zeros(2, 16, dtype=torch.bool)).loss
+    loss = masked_modeller()(build_images(), bool_masked_pos=torch.zeros(2, 16, dtype=torch.bool)).loss
     assert loss.item() == 0.0
 
 
 @pytest.mark.parametrize("dtype", [torch.bool, torch.long, torch.float32])
 def test_masks_may_be_numbers(dtype: torch.dtype) -> None:
-    expected = masked_modeller()(images(), bool_masked_pos=MASK)
-    got = masked_modeller()(images(), bool_masked_pos=MASK.to(dtype))
+    expected = masked_modeller()(build_images(), bool_masked_pos=MASK)
+    got = masked_modeller()(build_images(), bool_masked_pos=MASK.to(dtype))
     assert torch.equal(got.loss, expected.loss)
     assert torch.equal(got.reconstruction, expected.reconstruction)
 
@@ -324,25 +324,29 @@ def test_masks_may_be_numbers(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("fields", [{}, {"mim_loss": "l2"}, {"norm_pixel_target": True}], ids=str)
 def test_pixel_losses_are_computed_in_float32(fields: dict[str, Any], dtype: torch.dtype) -> None:
     """bfloat16 counts no further than 256 and float16 no further than 65,504: too few for the pixels of a batch."""
-    config = tiny_config(**fields)
-    exact = images(4, seed=1).to(dtype)
+    config = build_tiny_config(**fields)
+    exact = build_images(4, seed=1).to(dtype)
     mask = torch.ones(4, 16, dtype=torch.bool)
-    loss = masked_pixel_loss(exact, images(4), mask, config)
+    loss = masked_pixel_loss(exact, build_images(4), mask, config)
     assert loss.dtype == torch.float32
-    assert loss.item() == pytest.approx(masked_pixel_loss(exact.float(), images(4), mask, config).item(), rel=1e-5)
+    assert loss.item() == pytest.approx(
+        masked_pixel_loss(exact.float(), build_images(4), mask, config).item(), rel=1e-5
+    )
 
 
 def test_normalised_targets_of_a_uniform_patch_are_zero() -> None:
     """A patch of one gray has no deviation to divide by."""
-    config = tiny_config(norm_pixel_target=True, mim_loss="l2")
+    config = build_tiny_config(norm_pixel_target=True, mim_loss="l2")
     grey = torch.full((1, 3, 32, 32), 0.7)
     loss = masked_pixel_loss(torch.zeros(1, 3, 32, 32), grey, torch.ones(1, 16, dtype=torch.bool), config)
     assert loss.item() == pytest.approx(0.0, abs=1e-6)
 
 
 def test_normalised_targets_of_patches_of_one_pixel_are_finite() -> None:
-    config = tiny_config(norm_pixel_target=True, patch_size=1, image_size=4, num_channels=1)
-    loss = masked_pixel_loss(torch.zeros(1, 1, 4, 4), images(1, 4, 4, 1), torch.ones(1, 16, dtype=torch.bool), config)
+    config = build_tiny_config(norm_pixel_target=True, patch_size=1, image_size=4, num_channels=1)
+    loss = masked_pixel_loss(
+        torch.zeros(1, 1, 4, 4), build_images(1, 4, 4, 1), torch.ones(1, 16, dtype=torch.bool), config
+    )
     assert loss.isfinite()
 
 
@@ -365,7 +369,7 @@ def test_trainer_accumulates_to_the_same_step(kind: str, tmp_path: Path) -> None
             return multi_task()
         return masked_modeller() if kind == "masks" else classifier(**KINDS[kind][0])
 
-    examples: list[dict[str, Any]] = [{"pixel_values": image} for image in images(4)]
+    examples: list[dict[str, Any]] = [{"pixel_values": image} for image in build_images(4)]
     for index, example in enumerate(examples):
         if kind == "tasks":
             example["labels"] = torch.tensor(0)

@@ -5,7 +5,15 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import assert_same_outputs, filled, images, largest_difference, raises_one_line, reloaded, tiny_config
+from tiny_models import (
+    assert_same_outputs,
+    build_images,
+    build_tiny_config,
+    get_largest_difference,
+    raises_one_line,
+    randomize,
+    save_and_load,
+)
 
 from modeling_vitcls import (
     ViTCLSBackbone,
@@ -63,35 +71,35 @@ def test_training_is_evaluation_on_the_kept_patches(
     source: str, implementation: str, mask: torch.Tensor | None
 ) -> None:
     """Hiding the dropped patches from all tokens must give the kept tokens the same states."""
-    model = filled(ViTCLSModel(tiny_config(**(TOKENS | SOURCES[source]), patch_drop_rate=0.4)))
+    model = randomize(ViTCLSModel(build_tiny_config(**(TOKENS | SOURCES[source]), patch_drop_rate=0.4)))
     prefix = model.config.token_layout.num_prefix_tokens
     mask = None if mask is None else mask[:, PREFIX - prefix :]
     model.config._attn_implementation = implementation  # `set_attn_implementation` requires the package of flash
     kept = kept_by(model)
     with torch.compiler.set_stance("force_eager"):
-        found = model.train()(images(), attention_mask=mask, output_hidden_states=True)
+        found = model.train()(build_images(), attention_mask=mask, output_hidden_states=True)
         assert kept[0].shape == (2, 10) and kept[0].tolist()[0] != kept[0].tolist()[1]  # each image has its own
         visible = torch.zeros(2, prefix + 16, dtype=torch.long)
         visible[:, :prefix] = 1
         visible.scatter_(1, kept[0] + prefix, 1)
         visible *= 1 if mask is None else mask
-        wanted = model.eval()(images(), attention_mask=visible, output_hidden_states=True)
+        wanted = model.eval()(build_images(), attention_mask=visible, output_hidden_states=True)
     places = torch.cat([torch.arange(prefix).expand(2, -1), kept[0] + prefix], dim=1).unsqueeze(-1)
     for one, other in zip(found.hidden_states, wanted.hidden_states, strict=True):
-        assert largest_difference(one, other.take_along_dim(places, dim=1)) <= 2e-5
+        assert get_largest_difference(one, other.take_along_dim(places, dim=1)) <= 2e-5
     assert len(kept) == 1 and found.tokens["patches"].shape == (2, 10, 16)
 
 
 @torch.no_grad()
 def test_evaluation_and_weights_are_untouched(tmp_path: Path) -> None:
-    plain = filled(ViTCLSForImageClassification(tiny_config(**TOKENS)))
-    model = filled(ViTCLSForImageClassification(tiny_config(**TOKENS, patch_drop_rate=0.5)))
+    plain = randomize(ViTCLSForImageClassification(build_tiny_config(**TOKENS)))
+    model = randomize(ViTCLSForImageClassification(build_tiny_config(**TOKENS, patch_drop_rate=0.5)))
     assert plain.state_dict().keys() == model.state_dict().keys()
-    assert_same_outputs(model(images()), plain(images()))
-    assert largest_difference(model.train()(images()).logits, plain.train()(images()).logits) > 1e-3
-    again = reloaded(model, tmp_path)
+    assert_same_outputs(model(build_images()), plain(build_images()))
+    assert get_largest_difference(model.train()(build_images()).logits, plain.train()(build_images()).logits) > 1e-3
+    again = save_and_load(model, tmp_path)
     assert again.config.patch_drop_rate == 0.5
-    assert_same_outputs(again(images()), plain.eval()(images()))
+    assert_same_outputs(again(build_images()), plain.eval()(build_images()))
     assert (tmp_path / "variants_vitcls.py").is_file()
 
 
@@ -100,11 +108,11 @@ def test_gradient_checkpointing_sees_the_same_patches(reentrant: bool) -> None:
     gradients = []
     for checkpointing in (False, True):
         fields = TOKENS | {"position_embedding_type": "rope_2d", "relative_position_bias": "layer"}
-        model = filled(ViTCLSForImageClassification(tiny_config(**fields, patch_drop_rate=0.5))).train()
+        model = randomize(ViTCLSForImageClassification(build_tiny_config(**fields, patch_drop_rate=0.5))).train()
         if checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": reentrant})
         torch.manual_seed(0)
-        model(images(), labels=torch.tensor([0, 2])).loss.backward()
+        model(build_images(), labels=torch.tensor([0, 2])).loss.backward()
         gradients.append([parameter.grad for parameter in model.parameters()])
         assert all(gradient is not None for gradient in gradients[-1])  # DDP waits for every one
     assert_same_outputs(*gradients, 1e-6)
@@ -112,10 +120,10 @@ def test_gradient_checkpointing_sees_the_same_patches(reentrant: bool) -> None:
 
 @pytest.mark.parametrize("pooling", ["mean", "cls_mean", "max", "attention"])
 def test_heads_read_what_is_there(pooling: str) -> None:
-    model = filled(ViTCLSForImageClassification(tiny_config(pooling=pooling, patch_drop_rate=0.5))).train()
+    model = randomize(ViTCLSForImageClassification(build_tiny_config(pooling=pooling, patch_drop_rate=0.5))).train()
     pooler_inputs: list[torch.Tensor] = []
     model.vitcls.pooler.register_forward_pre_hook(lambda pooler, inputs: pooler_inputs.append(inputs[0]))
-    output = model(images(2, 24, 40), labels=torch.tensor([0, 2]))
+    output = model(build_images(2, 24, 40), labels=torch.tensor([0, 2]))
     (sequence,) = pooler_inputs
     assert sequence.shape == (2, 1 + 8, 16)  # 8 of 15 patches
     patches = sequence[:, 1:]
@@ -133,24 +141,24 @@ def test_heads_read_what_is_there(pooling: str) -> None:
 def test_several_tasks_learn() -> None:
     """Also if a batch has no labels for one of them."""
     fields: dict[str, Any] = {"num_cls_tokens": 2, "tasks": {"age": 2, "species": 4}, "patch_drop_rate": 0.9}
-    model = filled(ViTCLSForMultiTaskClassification(tiny_config(**fields))).train()
+    model = randomize(ViTCLSForMultiTaskClassification(build_tiny_config(**fields))).train()
     labels = {"species": torch.tensor([3, 0]), "age": torch.tensor([1, 0])}
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     losses = []
     for step in range(60):
         torch.manual_seed(step)
-        loss = model(images(), labels=labels if step % 2 else {"species": labels["species"]}).loss
+        loss = model(build_images(), labels=labels if step % 2 else {"species": labels["species"]}).loss
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < 0.2 * losses[1] and losses[-2] < 0.2 * losses[0]
-    logits = model.eval()(images()).logits
+    logits = model.eval()(build_images()).logits
     assert {task: rows.argmax(1).tolist() for task, rows in logits.items()} == {"age": [1, 0], "species": [3, 0]}
 
 
 def test_which_patches_stay_is_random_and_reproducible() -> None:
-    model = filled(ViTCLSModel(tiny_config(patch_drop_rate=0.5))).train()
+    model = randomize(ViTCLSModel(build_tiny_config(patch_drop_rate=0.5))).train()
     kept = kept_by(model)
     counts = torch.zeros(16)
     for seed in range(100):
@@ -159,7 +167,7 @@ def test_which_patches_stay_is_random_and_reproducible() -> None:
         counts += torch.bincount(kept[-1].flatten(), minlength=16)
     assert counts.min() > 150 and counts.max() < 250  # 200 expected, of standard deviation 10
     torch.manual_seed(99)
-    model(images(4))
+    model(build_images(4))
     assert kept[-1].equal(kept[-2])
 
 
@@ -172,17 +180,17 @@ def test_how_many_stay(rate: float, patches: int, kept: int) -> None:
 
 
 def test_memory_is_estimated_for_what_stays() -> None:
-    half, whole = (ViTCLSForImageClassification(tiny_config(patch_drop_rate=rate)) for rate in (0.5, 0))
+    half, whole = (ViTCLSForImageClassification(build_tiny_config(patch_drop_rate=rate)) for rate in (0.5, 0))
     pixels = 4 * 3 * 32 * 16  # bytes of half an image, which stay either way
     assert estimate_memory(half, 32).activations == estimate_memory(whole, (32, 16)).activations + pixels
 
 
 @pytest.mark.parametrize("model_class", [ViTCLSForMaskedImageModeling, ViTCLSBackbone])
 def test_models_of_all_patches_are_not_trained_on_some(model_class: Any) -> None:
-    model = filled(model_class(tiny_config(patch_drop_rate=0.5)))
-    model(images())
+    model = randomize(model_class(build_tiny_config(patch_drop_rate=0.5)))
+    model(build_images())
     with raises_one_line(model_class.__name__, "patch_drop_rate=0 to train"):
-        model.train()(images())
+        model.train()(build_images())
 
 
 @pytest.mark.parametrize("rate", [-0.1, 1.0, 1.5, float("nan"), "0.1", None])
@@ -193,7 +201,7 @@ def test_wrong_rates(rate: Any) -> None:
 
 def test_graphs_leave_the_batch_open() -> None:
     """In training, where patches are dropped."""
-    dropout = ViTCLSModel(tiny_config(**TOKENS, patch_drop_rate=0.25)).train().patch_dropout
+    dropout = ViTCLSModel(build_tiny_config(**TOKENS, patch_drop_rate=0.25)).train().patch_dropout
     graph = torch.export.export(
         dropout,
         (torch.zeros(2, PREFIX + 16, 16), None, None),

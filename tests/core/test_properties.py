@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tiny_models import images, values
+from tiny_models import build_images, list_tensors
 from transformers.activations import ACT2FN
 from transformers.utils import logging
 
@@ -144,7 +144,7 @@ def classifier_class(config: ViTCLSConfig) -> type[ViTCLSPreTrainedModel]:
 def inputs_for(model: ViTCLSPreTrainedModel, height: int, width: int) -> dict[str, Any]:
     """Two images, and what the class learns from."""
     config = model.config
-    inputs: dict[str, Any] = {"pixel_values": images(2, height, width, config.num_channels)}
+    inputs: dict[str, Any] = {"pixel_values": build_images(2, height, width, config.num_channels)}
     if isinstance(model, ViTCLSForImageClassification) and config.num_labels:
         inputs["labels"] = torch.tensor([0, config.num_labels - 1])
     if isinstance(model, ViTCLSForMultiTaskClassification):
@@ -159,7 +159,7 @@ def inputs_for(model: ViTCLSPreTrainedModel, height: int, width: int) -> dict[st
 def learn_once(model: ViTCLSPreTrainedModel) -> None:
     """One forward and backward pass in training; every output and gradient is a number."""
     output = model.train()(**inputs_for(model, *model.config.image_height_width))
-    results = list(values(output))
+    results = list(list_tensors(output))
     assert results
     assert all(result.isfinite().all() for result in results)
     sum(result.float().sum() for result in results).backward()
@@ -194,7 +194,7 @@ def test_a_valid_configuration_learns_and_survives_saving(
     native_height, native_width = config.image_height_width
     for height, width in ((native_height, native_width), (native_height + more[0], native_width + more[1])):
         inputs = inputs_for(model, height, width)
-        for before, after in zip(values(model(**inputs)), values(loaded(**inputs)), strict=True):
+        for before, after in zip(list_tensors(model(**inputs)), list_tensors(loaded(**inputs)), strict=True):
             torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-5)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from released_models import ANSWERS, KINDS, RELEASED, answers, write
+from released_models import ANSWERS, KINDS, RELEASED, compute_outputs, write
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoImageProcessor, AutoModel
 
@@ -58,7 +58,7 @@ def test_it_loads_without_a_remark_and_answers_as_recorded(folder: Path, remarks
         warnings.simplefilter("error")
         model, info = loaded(folder)
         processor = AutoImageProcessor.from_pretrained(folder)
-        found = answers(model, processor)
+        found = compute_outputs(model, processor)
     assert not remarks
     assert not any(info.values()), info
     assert {weights.dtype for weights in model.parameters()} == {torch.float32}
@@ -78,7 +78,7 @@ def test_it_goes_on_as_a_new_one(folder: Path, tmp_path: Path) -> None:
     again, info = loaded(tmp_path)
     assert not any(info.values())
     processor = vitcls.ViTCLSImageProcessor.from_pretrained(folder)
-    for name, value in answers(again, processor).items():
+    for name, value in compute_outputs(again, processor).items():
         assert (value - load_file(folder / ANSWERS)[name]).abs().max() <= TOLERANCE, name
     adapted, _ = loaded(folder, num_register_tokens=5)
     assert adapted.config.num_register_tokens == 5
@@ -97,7 +97,7 @@ def test_what_is_written_for_a_new_release_is_what_is_read_here(kind: str, tmp_p
     write(kind, tmp_path / kind)
     test_it_is_small_and_has_nothing_but_the_checkpoint(tmp_path / kind)
     model, _ = loaded(tmp_path / kind)
-    found = answers(model, AutoImageProcessor.from_pretrained(tmp_path / kind))
+    found = compute_outputs(model, AutoImageProcessor.from_pretrained(tmp_path / kind))
     wanted = load_file(tmp_path / kind / ANSWERS)
     assert found.keys() == wanted.keys()
     assert all(torch.allclose(found[name], value, atol=TOLERANCE, rtol=0) for name, value in wanted.items())

@@ -6,7 +6,15 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import LAYOUTS, each_layout, filled, images, largest_difference, raises_one_line, tiny_config
+from tiny_models import (
+    LAYOUTS,
+    build_images,
+    build_tiny_config,
+    each_layout,
+    get_largest_difference,
+    raises_one_line,
+    randomize,
+)
 from torch import nn
 
 from modeling_vitcls import TokenLayout, ViTCLSForImageClassification, ViTCLSForMaskedImageModeling, ViTCLSModel
@@ -20,8 +28,8 @@ PARAMETERS = {"cls": "cls_token", "distillation": "distillation_token", "registe
 
 
 def test_a_base_16_at_224_pixels_has_197_tokens() -> None:
-    model = ViTCLSModel(tiny_config(image_size=224, patch_size=16, num_hidden_layers=1)).eval()
-    output = model(images(1, 224, 224))
+    model = ViTCLSModel(build_tiny_config(image_size=224, patch_size=16, num_hidden_layers=1)).eval()
+    output = model(build_images(1, 224, 224))
     assert output.last_hidden_state.shape == (1, 197, 16)
     assert output.tokens["cls"].shape == (1, 1, 16)
     assert torch.equal(output.tokens["cls"], output.last_hidden_state[:, :1])
@@ -41,9 +49,9 @@ def test_the_layout_is_cls_distillation_registers_patches() -> None:
 @each_layout
 def test_embeddings_follow_the_layout(layout: dict[str, Any]) -> None:
     """Each group's rows are its own parameter, and the patches are the projection, in the order of the layout."""
-    config = tiny_config(**layout, position_embedding_type="none")
-    embeddings = filled(ViTCLSModel(config)).embeddings
-    pixels = images()
+    config = build_tiny_config(**layout, position_embedding_type="none")
+    embeddings = randomize(ViTCLSModel(config)).embeddings
+    pixels = build_images()
     sequence = embeddings(pixels)
     assert sequence.shape == (2, config.token_layout.num_prefix_tokens + 16, 16)
     for name, group in config.token_layout.items():
@@ -59,8 +67,8 @@ def test_embeddings_follow_the_layout(layout: dict[str, Any]) -> None:
 
 @each_layout
 def test_outputs_name_every_group(layout: dict[str, Any]) -> None:
-    config = tiny_config(**layout)
-    output = ViTCLSModel(config).eval()(images())
+    config = build_tiny_config(**layout)
+    output = ViTCLSModel(config).eval()(build_images())
     counts = {
         "cls": config.num_cls_tokens,
         "distillation": config.num_distillation_tokens,
@@ -77,7 +85,7 @@ def test_outputs_name_every_group(layout: dict[str, Any]) -> None:
 @pytest.mark.parametrize(("token_init", "std"), [("trunc_normal", 0.02), ("near_zero", 1e-6)])
 def test_random_token_inits_have_their_standard_deviation(token_init: str, std: float) -> None:
     counts = {"num_cls_tokens": 40, "num_distillation_tokens": 40, "num_register_tokens": 40}
-    embeddings = ViTCLSModel(tiny_config(**counts, token_init=token_init, hidden_size=64)).embeddings
+    embeddings = ViTCLSModel(build_tiny_config(**counts, token_init=token_init, hidden_size=64)).embeddings
     for parameter in PARAMETERS.values():
         tokens = getattr(embeddings, parameter)
         assert tokens.std().item() == pytest.approx(std, rel=0.1)
@@ -85,18 +93,18 @@ def test_random_token_inits_have_their_standard_deviation(token_init: str, std: 
 
 
 def test_zeros_are_zero() -> None:
-    embeddings = ViTCLSModel(tiny_config(num_distillation_tokens=1, token_init="zeros")).embeddings
+    embeddings = ViTCLSModel(build_tiny_config(num_distillation_tokens=1, token_init="zeros")).embeddings
     assert not embeddings.cls_token.any()
     assert not embeddings.distillation_token.any()
 
 
 def test_the_default_init_is_truncated_normal() -> None:
-    assert tiny_config().token_init == "trunc_normal"
+    assert build_tiny_config().token_init == "trunc_normal"
 
 
 @pytest.mark.parametrize("token_init", ["trunc_normal", "near_zero"])
 def test_no_two_tokens_start_alike(token_init: str) -> None:
-    model = ViTCLSModel(tiny_config(**LAYOUTS["several_of_each"], token_init=token_init))
+    model = ViTCLSModel(build_tiny_config(**LAYOUTS["several_of_each"], token_init=token_init))
     tokens = torch.cat([getattr(model.embeddings, name)[0] for name in PARAMETERS.values()])
     assert len(tokens.unique(dim=0)) == len(tokens)
 
@@ -117,7 +125,7 @@ def _can_start(layout: dict[str, Any], token_init: str) -> bool:
 )
 def test_every_special_token_gets_gradient_and_moves(layout: dict[str, Any], token_init: str) -> None:
     torch.manual_seed(0)
-    model = ViTCLSForImageClassification(tiny_config(**layout, token_init=token_init)).train()
+    model = ViTCLSForImageClassification(build_tiny_config(**layout, token_init=token_init)).train()
     tokens = {name: getattr(model.vitcls.embeddings, name) for name in PARAMETERS.values()}
     tokens = {name: token for name, token in tokens.items() if token is not None}
     _check_they_learn(model, tokens, {"labels": torch.tensor([0, 2])})
@@ -126,7 +134,7 @@ def test_every_special_token_gets_gradient_and_moves(layout: dict[str, Any], tok
 @pytest.mark.parametrize("layout", [layout for layout in LAYOUTS.values() if layout.get("num_cls_tokens", 1)])
 def test_special_tokens_learn_in_masked_image_modeling(layout: dict[str, Any]) -> None:
     torch.manual_seed(0)
-    model = ViTCLSForMaskedImageModeling(tiny_config(**layout)).train()
+    model = ViTCLSForMaskedImageModeling(build_tiny_config(**layout)).train()
     tokens = {name: getattr(model.vitcls.embeddings, name) for name in [*PARAMETERS.values(), "mask_token"]}
     tokens = {name: token for name, token in tokens.items() if token is not None}
     assert "mask_token" in tokens
@@ -139,7 +147,7 @@ def _check_they_learn(model: nn.Module, tokens: dict[str, nn.Parameter], inputs:
     starts = {name: token.detach().clone() for name, token in tokens.items()}
     for _ in range(3):
         optimiser.zero_grad()
-        model(images(), **inputs).loss.backward()
+        model(build_images(), **inputs).loss.backward()
         for name, token in tokens.items():
             assert (token.grad.norm(dim=-1) > 0).all(), f"no gradient: {name}"
         optimiser.step()
@@ -159,7 +167,7 @@ def _check_they_learn(model: nn.Module, tokens: dict[str, nn.Parameter], inputs:
 )
 def test_zeros_are_refused_where_tokens_would_stay_identical(fields: dict[str, Any]) -> None:
     with raises_one_line("token_init", "identical"):
-        tiny_config(token_init="zeros", **fields)
+        build_tiny_config(token_init="zeros", **fields)
 
 
 @pytest.mark.parametrize(
@@ -170,8 +178,8 @@ def test_zeros_are_refused_where_tokens_would_stay_identical(fields: dict[str, A
     ],
 )
 def test_zeros_are_accepted_where_positions_tell_tokens_apart(fields: dict[str, Any]) -> None:
-    model = ViTCLSModel(tiny_config(token_init="zeros", **fields)).eval()
-    special = model(images()).last_hidden_state[0, : model.config.token_layout.num_prefix_tokens]
+    model = ViTCLSModel(build_tiny_config(token_init="zeros", **fields)).eval()
+    special = model(build_images()).last_hidden_state[0, : model.config.token_layout.num_prefix_tokens]
     assert len(special.unique(dim=0)) == len(special)
 
 
@@ -180,8 +188,8 @@ def test_zeros_are_accepted_where_positions_tell_tokens_apart(fields: dict[str, 
 
 @each_layout
 def test_every_special_token_is_updated_in_every_layer(layout: dict[str, Any]) -> None:
-    config = tiny_config(**layout, num_hidden_layers=4)
-    states = filled(ViTCLSModel(config))(images(), output_hidden_states=True).hidden_states
+    config = build_tiny_config(**layout, num_hidden_layers=4)
+    states = randomize(ViTCLSModel(config))(build_images(), output_hidden_states=True).hidden_states
     assert len(states) == 5
     for before, after in pairwise(states):
         change = (after - before).norm(dim=-1)  # [B, N]
@@ -190,10 +198,10 @@ def test_every_special_token_is_updated_in_every_layer(layout: dict[str, Any]) -
 
 @each_layout
 def test_every_token_attends_to_every_token_in_every_layer(layout: dict[str, Any]) -> None:
-    config = tiny_config(**layout, num_hidden_layers=3)
+    config = build_tiny_config(**layout, num_hidden_layers=3)
     model = ViTCLSModel(config).eval()
     model.set_attn_implementation("eager")
-    attentions = model(images(), output_attentions=True).attentions
+    attentions = model(build_images(), output_attentions=True).attentions
     length = config.token_layout.num_prefix_tokens + 16
     assert len(attentions) == 3
     for weights in attentions:
@@ -203,15 +211,15 @@ def test_every_token_attends_to_every_token_in_every_layer(layout: dict[str, Any
 
 
 def test_the_cls_token_reads_the_image_and_the_patches_read_it() -> None:
-    model = filled(ViTCLSModel(tiny_config(num_hidden_layers=1)))
-    pixels = images().requires_grad_()
+    model = randomize(ViTCLSModel(build_tiny_config(num_hidden_layers=1)))
+    pixels = build_images().requires_grad_()
     tokens = model(pixels).tokens
     tokens["cls"].sum().backward()
     assert (pixels.grad != 0).all()
 
     with torch.no_grad():
         model.embeddings.cls_token.add_(torch.randn(16))
-    changed = (model(images()).tokens["patches"] - tokens["patches"]).abs().amax(dim=-1)
+    changed = (model(build_images()).tokens["patches"] - tokens["patches"]).abs().amax(dim=-1)
     assert (changed > 1e-4).all()
 
 
@@ -258,10 +266,10 @@ OTHERS = {"num_register_tokens": 2, "num_distillation_tokens": 1}
 
 @pytest.mark.parametrize(("fields", "expected"), [case[:2] for case in POOLED.values()], ids=POOLED)
 def test_the_pooled_vector(fields: dict[str, Any], expected: Callable) -> None:
-    config = tiny_config(**fields, **OTHERS)
-    output = filled(ViTCLSModel(config))(images())
+    config = build_tiny_config(**fields, **OTHERS)
+    output = randomize(ViTCLSModel(config))(build_images())
     assert output.pooler_output.shape == (2, config.pooled_size)
-    assert largest_difference(output.pooler_output, expected(output.tokens)) < 1e-6
+    assert get_largest_difference(output.pooler_output, expected(output.tokens)) < 1e-6
 
 
 @pytest.mark.parametrize(
@@ -271,10 +279,10 @@ def test_the_pooled_vector(fields: dict[str, Any], expected: Callable) -> None:
 )
 def test_only_pooled_tokens_feed_the_head(fields: dict[str, Any], read: dict[str, slice]) -> None:
     """The logits depend on the final tokens that pooling names, and on no others."""
-    model = filled(ViTCLSForImageClassification(tiny_config(**fields, **OTHERS)))
+    model = randomize(ViTCLSForImageClassification(build_tiny_config(**fields, **OTHERS)))
     final = _final_tokens(model)
     # "max" takes each channel from one patch: with many images, every patch is the largest somewhere
-    model(images(64)).cls_logits.sum().backward()
+    model(build_images(64)).cls_logits.sum().backward()
     reached = final[0].grad.abs().amax(dim=(0, 2)) > 0  # [N]
     expected = torch.zeros_like(reached)
     for group, part in read.items():
@@ -283,10 +291,10 @@ def test_only_pooled_tokens_feed_the_head(fields: dict[str, Any], read: dict[str
 
 
 def test_only_distillation_tokens_feed_the_distillation_head() -> None:
-    config = tiny_config(num_cls_tokens=2, num_distillation_tokens=2, num_register_tokens=2)
-    model = filled(ViTCLSForImageClassification(config))
+    config = build_tiny_config(num_cls_tokens=2, num_distillation_tokens=2, num_register_tokens=2)
+    model = randomize(ViTCLSForImageClassification(config))
     final = _final_tokens(model)
-    model(images()).distillation_logits.sum().backward()
+    model(build_images()).distillation_logits.sum().backward()
     reached = final[0].grad.abs().amax(dim=(0, 2)) > 0
     assert reached.nonzero().flatten().tolist() == [2, 3]
 
@@ -310,7 +318,7 @@ QUADRANTS = [[2, 2, row, column] for row in range(2) for column in range(2)]
 
 def _scoped(attention: str = "sdpa", **fields: Any) -> ViTCLSModel:
     """One layer, six CLS tokens: two that see all, one per quadrant."""
-    config = tiny_config(
+    config = build_tiny_config(
         **{
             "num_cls_tokens": 6,
             "cls_scopes": ["image", *QUADRANTS, [1, 1, 0, 0]],
@@ -319,14 +327,14 @@ def _scoped(attention: str = "sdpa", **fields: Any) -> ViTCLSModel:
             **fields,
         }
     )
-    model = filled(ViTCLSModel(config))
+    model = randomize(ViTCLSModel(config))
     model.set_attn_implementation(attention)
     return model
 
 
 def _pixels_that_reach(model: ViTCLSModel, index: int, **inputs: Any) -> torch.Tensor:
     """Boolean [H, W]: the pixels that the token at `index` depends on."""
-    pixels = images(1, **inputs.pop("size", {})).requires_grad_()
+    pixels = build_images(1, **inputs.pop("size", {})).requires_grad_()
     model(pixels, **inputs).last_hidden_state[0, index].sum().backward()
     return (pixels.grad[0] != 0).any(dim=0)
 
@@ -374,16 +382,21 @@ def test_scopes_are_the_same_in_every_attention_implementation(masked: bool) -> 
     mask = torch.ones(2, 24, dtype=torch.long)
     mask[1, 12:18] = 0
     outputs = [
-        _scoped(attention, num_hidden_layers=2)(images(), attention_mask=mask if masked else None).last_hidden_state
+        _scoped(attention, num_hidden_layers=2)(
+            build_images(), attention_mask=mask if masked else None
+        ).last_hidden_state
         for attention in ("sdpa", "eager")
     ]
-    assert largest_difference(*outputs) < 1e-5
+    assert get_largest_difference(*outputs) < 1e-5
 
 
 def test_scopes_of_the_whole_image_change_nothing() -> None:
-    plain = filled(ViTCLSModel(tiny_config(num_cls_tokens=2)))
-    scoped = filled(ViTCLSModel(tiny_config(num_cls_tokens=2, cls_scopes=["image", [1, 1, 0, 0]])))
-    assert largest_difference(plain(images()).last_hidden_state, scoped(images()).last_hidden_state) < 1e-6
+    plain = randomize(ViTCLSModel(build_tiny_config(num_cls_tokens=2)))
+    scoped = randomize(ViTCLSModel(build_tiny_config(num_cls_tokens=2, cls_scopes=["image", [1, 1, 0, 0]])))
+    assert (
+        get_largest_difference(plain(build_images()).last_hidden_state, scoped(build_images()).last_hidden_state)
+        < 1e-6
+    )
 
 
 def test_cells_divide_an_uneven_grid_without_gap_or_overlap() -> None:
@@ -396,14 +409,14 @@ def test_cells_divide_an_uneven_grid_without_gap_or_overlap() -> None:
 
 def test_an_image_with_too_few_patches_for_the_scopes_is_an_error() -> None:
     with raises_one_line("cls_scopes", "2 x 2", "1 x 4"):
-        _scoped()(images(1, 8, 32))
+        _scoped()(build_images(1, 8, 32))
 
 
 def test_scopes_are_refused_where_attention_takes_no_mask() -> None:
     model = _scoped()
     model.config._attn_implementation = "flash_attention_2"
     with raises_one_line("cls_scopes", "flash_attention_2", "sdpa"):
-        model(images())
+        model(build_images())
 
 
 # Attention masks of the caller
@@ -411,7 +424,7 @@ def test_scopes_are_refused_where_attention_takes_no_mask() -> None:
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_a_masked_patch_reaches_no_other_token(attention: str) -> None:
-    model = filled(ViTCLSModel(tiny_config(num_hidden_layers=1)))
+    model = randomize(ViTCLSModel(build_tiny_config(num_hidden_layers=1)))
     model.set_attn_implementation(attention)
     mask = torch.ones(1, 17, dtype=torch.long)
     mask[0, 1 + 5] = 0  # row 1, column 1
@@ -424,8 +437,8 @@ def test_a_masked_patch_reaches_no_other_token(attention: str) -> None:
 @pytest.mark.parametrize("scopes", [None, ["image"], [[2, 2, 0, 0]]], ids=str)
 @pytest.mark.parametrize("shape", [(2, 16), (2, 18), (3, 17), (17,), (2, 1, 17)], ids=str)
 def test_a_mask_that_does_not_fit_is_an_error(scopes: list | None, shape: tuple[int, ...]) -> None:
-    model = filled(ViTCLSModel(tiny_config(cls_scopes=scopes)))
+    model = randomize(ViTCLSModel(build_tiny_config(cls_scopes=scopes)))
     mask = torch.ones(shape, dtype=torch.long)
     mask[..., -1] = 0
     with raises_one_line("attention_mask", "17"):
-        model(images(), attention_mask=mask)
+        model(build_images(), attention_mask=mask)

@@ -14,7 +14,7 @@ import pytest
 import torch
 from PIL import Image
 from sklearn.datasets import load_digits
-from tiny_models import KINDS, filled, raises_one_line, tiny_config
+from tiny_models import KINDS, build_tiny_config, raises_one_line, randomize
 
 from modeling_vitcls import ViTCLSForImageClassification, ViTCLSImageProcessor
 from modeling_vitcls.export.formats import FORMATS
@@ -52,9 +52,11 @@ def load_images() -> list[Image.Image]:
 
 
 def save(folder: Path, **fields: Any) -> Path:
-    config = tiny_config(num_register_tokens=2, id2label={index: f"digit {index}" for index in range(10)}, **fields)
+    config = build_tiny_config(
+        num_register_tokens=2, id2label={index: f"digit {index}" for index in range(10)}, **fields
+    )
     config.num_labels = 10
-    model = filled(ViTCLSForImageClassification(config))
+    model = randomize(ViTCLSForImageClassification(config))
     processor = ViTCLSImageProcessor(size={"height": 32, "width": 32})
     if config.num_channels == 3:
         with torch.no_grad():  # without this, all images would have one label
@@ -92,7 +94,7 @@ def test_the_folder_has_the_layout_of_transformers_js(web: Path) -> None:
 
 def test_other_models_and_gray_images_are_refused(tmp_path: Path) -> None:
     model_class, fields, _ = KINDS["multi_task"]
-    filled(model_class(tiny_config(**fields))).save_pretrained(tmp_path / "tasks")
+    randomize(model_class(build_tiny_config(**fields))).save_pretrained(tmp_path / "tasks")
     ViTCLSImageProcessor(size=32).save_pretrained(tmp_path / "tasks")
     with raises_one_line("requires a classifier for one task"):
         export_for_transformers_js(str(tmp_path / "tasks"), tmp_path / "web")

@@ -10,7 +10,7 @@ import yaml
 from huggingface_hub import ModelCard, parse_eval_result_entries
 from markdown_it import MarkdownIt
 from PIL import Image
-from tiny_models import filled, tiny_config
+from tiny_models import build_tiny_config, randomize
 
 from modeling_vitcls import ViTCLSConfig, ViTCLSForImageClassification, ViTCLSImageProcessor
 from modeling_vitcls.data.images import LabeledImages, UnreadableImage
@@ -424,7 +424,7 @@ def test_energy_is_never_without_its_assumption() -> None:
 
 
 def test_speed_says_how_it_was_measured() -> None:
-    model = filled(ViTCLSForImageClassification(tiny_config()))
+    model = randomize(ViTCLSForImageClassification(build_tiny_config()))
     speed = measure_inference_speed(model, torch.device("cpu"))
     assert speed["images_per_second"] > 0 and 1 <= speed["batch_size"] <= 32 and speed["dtype"] == "float32"
     text = rendered(inference=speed | {"images_per_second": 1234.0, "batch_size": 32}).text
@@ -555,7 +555,7 @@ def test_large_matrices_are_left_out() -> None:
 
 
 def test_a_run_is_not_lost_for_want_of_images(tmp_path: Path) -> None:
-    filled(ViTCLSForImageClassification(tiny_config())).save_pretrained(tmp_path)
+    randomize(ViTCLSForImageClassification(build_tiny_config())).save_pretrained(tmp_path)
     ViTCLSImageProcessor(size={"height": 32, "width": 32}).save_pretrained(tmp_path)
     (tmp_path / "pictures").touch()  # in place of the folder
     results: dict[str, Any] = {}

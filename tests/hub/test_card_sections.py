@@ -9,7 +9,7 @@ import pytest
 import transformers
 from fresh_processes import run_fresh
 from local_hub import LocalHub, running_hub
-from tiny_models import KINDS, filled, tiny_config
+from tiny_models import KINDS, build_tiny_config, randomize
 
 from modeling_vitcls import ViTCLSImageProcessor
 from modeling_vitcls.configuration_vitcls import MIN_TRANSFORMERS
@@ -36,7 +36,7 @@ def get_code_blocks(text: str) -> list[str]:
 def publish(hub: LocalHub, folder: Path, kind: str) -> None:
     """Put a model of a kind into the repository ann/KIND."""
     model_class, fields, _ = KINDS[kind]
-    filled(model_class(tiny_config(**fields))).save_pretrained(folder)
+    randomize(model_class(build_tiny_config(**fields))).save_pretrained(folder)
     ViTCLSImageProcessor(size={"height": 32, "width": 32}).save_pretrained(folder)
     hub.create(f"ann/{kind}", private=False, files={file.name: file.read_bytes() for file in folder.iterdir()})
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 from local_hub import LocalHub
-from tiny_models import raises_one_line, tiny_config
+from tiny_models import build_tiny_config, raises_one_line
 
 import modeling_vitcls as vitcls
 from modeling_vitcls.hub.manifest import collect_model_files, list_required_code
@@ -18,7 +18,7 @@ CODE = sorted(file.name for file in Path(vitcls.__file__).parent.glob("*_vitcls.
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """Return a folder with a model and its image processor."""
-    vitcls.ViTCLSForImageClassification(tiny_config()).save_pretrained(tmp_path / "model")
+    vitcls.ViTCLSForImageClassification(build_tiny_config()).save_pretrained(tmp_path / "model")
     vitcls.ViTCLSImageProcessor().save_pretrained(tmp_path / "model")
     return tmp_path / "model"
 

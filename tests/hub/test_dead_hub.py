@@ -17,10 +17,10 @@ import transformers
 from huggingface_hub import constants
 from local_hub import LocalHub
 from scripts_in_process import run_in_process
-from source_checkpoints import SIZES, saved
+from source_checkpoints import SIZES, save_checkpoint
 from test_loading import assert_ends_with_one_line
 from timm.models import save_for_hf
-from tiny_models import filled, raises_one_line, tiny_config
+from tiny_models import build_tiny_config, raises_one_line, randomize
 
 import modeling_vitcls as vitcls
 from modeling_vitcls.analysis.card_images import write_card_images
@@ -119,7 +119,7 @@ def test_a_timm_model_of_the_hub_is_pinned_and_found_in_the_cache_where_the_hub_
 
 def test_a_source_on_the_hub_is_converted_at_the_commit_that_is_named(hub: LocalHub, tmp_path: Path) -> None:
     source = randomize_weights(transformers.ViTForImageClassification(transformers.ViTConfig(**SIZES)))
-    saved(source, tmp_path / "theirs")
+    save_checkpoint(source, tmp_path / "theirs")
     files = {file.name: file.read_bytes() for file in (tmp_path / "theirs").iterdir()}
     repository = hub.create("ann/vit", private=False, files=files)
     commit = repository.branches["main"]
@@ -180,7 +180,9 @@ def test_the_demo_asks_nobody_once_its_model_is_here(
     hub: LocalHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     names = {0: "a", 1: "b", 2: "c"}
-    filled(vitcls.ViTCLSForImageClassification(tiny_config(id2label=names))).save_pretrained(tmp_path / "mine")
+    randomize(vitcls.ViTCLSForImageClassification(build_tiny_config(id2label=names))).save_pretrained(
+        tmp_path / "mine"
+    )
     vitcls.ViTCLSImageProcessor(size={"height": 32, "width": 32}).save_pretrained(tmp_path / "mine")
     commit = push_folder(tmp_path / "mine", "ann/mine").commit
     assert get_cached_commit(get_model_folder("ann/mine")) == commit

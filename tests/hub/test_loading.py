@@ -24,8 +24,8 @@ from fresh_processes import run_fresh
 from huggingface_hub import HfApi
 from local_hub import LocalHub, Token, point_client_at, running_hub
 from safetensors.torch import load_file, save_file
-from source_checkpoints import SIZES, saved
-from tiny_models import filled, raises_one_line, tiny_config
+from source_checkpoints import SIZES, save_checkpoint
+from tiny_models import build_tiny_config, raises_one_line, randomize
 
 import modeling_vitcls as vitcls
 from modeling_vitcls.conversion.convert import convert_checkpoint
@@ -187,7 +187,7 @@ def publish_theirs(world: World, pixel_values: torch.Tensor) -> None:
     for name, (model_class, config_class, fields) in SOURCES.items():
         model = randomize_weights(model_class(config_class(**SIZES, **fields, id2label=NAMES)))
         folder = world.folder / f"their-{name}"
-        saved(model, folder)
+        save_checkpoint(model, folder)
         transformers.ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(folder)
         if name == "dino":
             (folder / "README.md").write_text(CARD)
@@ -216,8 +216,8 @@ def convert_and_push(world: World) -> None:
 
 def publish_two_versions(world: World, inputs: dict[str, torch.Tensor]) -> None:
     """One model with its code, twice: the second commit has other code; and one with its code in the first's place."""
-    config = tiny_config(num_register_tokens=1, num_labels=len(NAMES), id2label=NAMES)
-    model = filled(vitcls.ViTCLSForImageClassification(config))
+    config = build_tiny_config(num_register_tokens=1, num_labels=len(NAMES), id2label=NAMES)
+    model = randomize(vitcls.ViTCLSForImageClassification(config))
     processor = vitcls.ViTCLSImageProcessor(size={"height": 32, "width": 32})
     folder, code = world.folder / "versions", world.folder / "code"
     with torch.no_grad():
@@ -432,7 +432,7 @@ def test_what_is_needed_is_fetched_once_and_the_newest_is_taken(hub: LocalHub) -
     assert get_cached_commit(folder) == hub.repositories["ann/model"].branches["main"]
     hub.requests.clear()
     assert get_model_folder("ann/model") == folder
-    assert not hub.asked("GET", "/resolve/") and not hub.asked("GET", "/objects/")
+    assert not hub.count_requests("GET", "/resolve/") and not hub.count_requests("GET", "/objects/")
     repository = hub.repositories["ann/model"]
     newest = repository.commit("main", "more", repository.commits[repository.branches["main"]].files)
     assert get_cached_commit(get_model_folder("ann/model")) == newest

@@ -10,7 +10,7 @@ import pytest
 import yaml
 from local_hub import LocalHub
 from PIL import Image
-from tiny_models import filled, raises_one_line, tiny_config
+from tiny_models import build_tiny_config, raises_one_line, randomize
 
 from modeling_vitcls import ViTCLSForImageClassification, ViTCLSImageProcessor
 from modeling_vitcls.hub.local_paths import (
@@ -87,7 +87,7 @@ def test_what_was_trained_on_local_data_is_pushed_from_elsewhere_without_its_pat
     folder = tmp_path / "run"
     runner = build_runner(options_of(folder, "../clinic/scans"))
     runner.claim_folder()
-    filled(ViTCLSForImageClassification(tiny_config())).save_pretrained(folder)
+    randomize(ViTCLSForImageClassification(build_tiny_config())).save_pretrained(folder)
     ViTCLSImageProcessor(size={"height": 32, "width": 32}).save_pretrained(folder)
     shutil.rmtree(tmp_path / "clinic")
     (here / "weights.pt").unlink()
@@ -231,7 +231,7 @@ def test_a_push_says_who_can_see_the_images(
     hub: LocalHub, here: Path, tmp_path: Path, private: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
     folder = tmp_path / "run"
-    filled(ViTCLSForImageClassification(tiny_config())).save_pretrained(folder)
+    randomize(ViTCLSForImageClassification(build_tiny_config())).save_pretrained(folder)
     ViTCLSImageProcessor(size={"height": 32, "width": 32}).save_pretrained(folder)
     (folder / "config.resolved.yaml").write_text(yaml.safe_dump({"dataset": f"{here}/data/teach"}))
     (folder / SAMPLE_IMAGES).parent.mkdir()

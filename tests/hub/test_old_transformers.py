@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from fresh_processes import run_fresh
 from local_hub import LocalHub
-from tiny_models import filled, tiny_config
+from tiny_models import build_tiny_config, randomize
 
 from modeling_vitcls import ViTCLSForImageClassification, ViTCLSImageProcessor
 from modeling_vitcls.configuration_vitcls import MIN_TRANSFORMERS
@@ -58,7 +58,7 @@ def install(tmp_path_factory: pytest.TempPathFactory) -> Install:
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     target = tmp_path / "mine"
-    filled(ViTCLSForImageClassification(tiny_config(num_register_tokens=1))).save_pretrained(target)
+    randomize(ViTCLSForImageClassification(build_tiny_config(num_register_tokens=1))).save_pretrained(target)
     ViTCLSImageProcessor(size={"height": 32, "width": 32}).save_pretrained(target)
     return target
 

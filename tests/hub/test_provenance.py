@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from huggingface_hub import constants
 from local_hub import LocalHub, point_client_at, running_hub
-from tiny_models import filled, tiny_config
+from tiny_models import build_tiny_config, randomize
 
 from modeling_vitcls import ViTCLSForImageClassification
 from modeling_vitcls.hub import provenance
@@ -59,7 +59,7 @@ def test_what_a_license_asks_to_be_passed_on_goes_along(tmp_path: Path) -> None:
     assert sorted(file.name for file in found.license_files) == taken
     assert found.license_link == "license"
     output = tmp_path / "out"
-    filled(ViTCLSForImageClassification(tiny_config())).save_pretrained(output)
+    randomize(ViTCLSForImageClassification(build_tiny_config())).save_pretrained(output)
     found.copy_license(output)
     (output / "license_plates.pkl").write_text("")
     assert {name for name in collect_model_files(output) if "ic" in name.lower() or name == "COPYING"} == {
@@ -118,7 +118,7 @@ def test_a_model_on_the_hub_passes_on_its_license(hub: LocalHub, tmp_path: Path,
     assert found.license_link == "LICENSE.md"
     found.copy_license(tmp_path)
     assert (tmp_path / "LICENSE.md").read_text() == "the text"
-    assert not hub.asked("GET", "resolve/main/config.json")
+    assert not hub.count_requests("GET", "resolve/main/config.json")
 
 
 def test_a_link_within_the_repository_becomes_an_address(hub: LocalHub) -> None:

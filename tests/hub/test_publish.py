@@ -21,7 +21,7 @@ from huggingface_hub.utils import _http as hub_http
 from huggingface_hub.utils import close_session, get_session, http_backoff
 from local_hub import LocalHub, Token, point_client_at
 from scripts_in_process import run_in_process
-from tiny_models import raises_one_line, tiny_config
+from tiny_models import build_tiny_config, raises_one_line
 
 import modeling_vitcls as vitcls
 from modeling_vitcls.checkpoints import CheckpointStore, read_checkpoint
@@ -80,7 +80,7 @@ def folder(tmp_path: Path) -> Path:
 
 def save_model(target: Path, num_register_tokens: int = 1, **options: Any) -> None:
     """Save a tiny classifier with its image processor."""
-    config = tiny_config(num_register_tokens=num_register_tokens)
+    config = build_tiny_config(num_register_tokens=num_register_tokens)
     vitcls.ViTCLSForImageClassification(config).save_pretrained(target, **options)
     vitcls.ViTCLSImageProcessor(size={"height": 32, "width": 32}).save_pretrained(target)
 
@@ -166,7 +166,7 @@ def test_pushing_again_keeps_every_commit_and_sends_only_what_changed(
     save_model(folder, num_register_tokens=2)
     third = push_folder(folder, "ann/model").commit
     assert len({first, second, third}) == num_commits(hub, "ann/model") == 3
-    assert hub.asked("PUT", "/objects/") == 2  # the weights of the first and the third
+    assert hub.count_requests("PUT", "/objects/") == 2  # the weights of the first and the third
     found = [
         Path(HfApi().hf_hub_download("ann/model", WEIGHTS, revision=commit, cache_dir=tmp_path / "cache")).read_bytes()
         for commit in (first, second, third)
@@ -260,7 +260,7 @@ def test_wrong_metadata_of_the_card_stops_the_push_at_once(hub: LocalHub, folder
     (folder / "README.md").write_text("---\nlicense: [\n---\n")
     with raises_one_line("README.md", "vitcls push", error=PushFailed):
         push_folder(folder, "ann/model")
-    assert hub.asked("POST", "/validate-yaml") == 1
+    assert hub.count_requests("POST", "/validate-yaml") == 1
     assert num_commits(hub, "ann/model") == 0
 
 
@@ -417,7 +417,7 @@ def test_a_token_that_lost_its_rights_in_the_meantime(
     with raises_one_line("HTTP 40", f"finish with: {build_push_command(folder, 'ann/model')}", error=PushFailed):
         push_folder(folder, "ann/model")
     assert not hub.repositories
-    assert hub.asked("POST", "/repos/create") == 1  # trying again would not help
+    assert hub.count_requests("POST", "/repos/create") == 1  # trying again would not help
     assert snapshot(folder) == before
 
 
@@ -499,7 +499,7 @@ def test_a_push_that_failed_is_finished_by_the_command_it_names(
         push_folder(folder, "ann/model", **how)
     assert num_commits(hub, "ann/model") == 0
     assert snapshot(folder) == before
-    sent = hub.asked("PUT", "/objects/")
+    sent = hub.count_requests("PUT", "/objects/")
     assert sent == 2
     program, script, *flags = shlex.split(command)
     assert (program, script) == ("vitcls", "push")
@@ -508,7 +508,7 @@ def test_a_push_that_failed_is_finished_by_the_command_it_names(
     assert num_commits(hub, "ann/model") == 1 and repository.private
     assert repository.commits[repository.branches["new"]].message == message
     assert f"checkpoints/step-00000001/{WEIGHTS}" in hub.files("ann/model", "new")
-    assert hub.asked("PUT", "/objects/") == sent  # the weights were there already
+    assert hub.count_requests("PUT", "/objects/") == sent  # the weights were there already
 
 
 def test_the_command_for_a_plain_push_is_short(folder: Path) -> None:
@@ -526,7 +526,7 @@ def test_two_who_push_at_once_do_not_mix_their_files(hub: LocalHub, folder: Path
     hub.fail("POST", "/commit/", "hold")
     pushing = threading.Thread(target=push_folder, args=(folder, "ann/model"))
     pushing.start()
-    wait_until(lambda: hub.asked("POST", "/commit/") == 1)
+    wait_until(lambda: hub.count_requests("POST", "/commit/") == 1)
     second = push_folder(whole, "ann/model").commit
     assert set(hub.files("ann/model", second)) >= {WEIGHTS, "results.json"}
     hub.released.set()
@@ -534,7 +534,7 @@ def test_two_who_push_at_once_do_not_mix_their_files(hub: LocalHub, folder: Path
     there = set(hub.files("ann/model"))
     assert "model.safetensors.index.json" in there and not {WEIGHTS, "results.json"} & there
     assert num_commits(hub, "ann/model") == 2
-    assert hub.asked("POST", "/commit/") == 3
+    assert hub.count_requests("POST", "/commit/") == 3
 
 
 def wait_until(is_so: Any) -> None:
@@ -649,7 +649,7 @@ def test_a_push_in_the_background_is_silent_and_starts_no_threads(
     """The end of Python would wait for those that send several large files."""
     (folder / WEIGHTS).unlink()
     save_model(folder, max_shard_size="20KB")
-    monkeypatch.setattr(local_hub_server, "SECONDS_OF_SILENCE", 0.5)
+    monkeypatch.setattr(local_hub_server, "WAIT_SECONDS", 0.5)
     hub.fail("PUT", "/objects/", "wait")
     hub.fail("PUT", "/objects/", 503)
     hub.fail("POST", "/commit/", 500)
@@ -660,7 +660,7 @@ def test_a_push_in_the_background_is_silent_and_starts_no_threads(
     while pushing.is_alive():
         seen |= {thread.name for thread in threading.enumerate()}
         time.sleep(0.01)
-    assert num_commits(hub, "ann/model") == 1 and hub.asked("PUT", "/objects/") > 2
+    assert num_commits(hub, "ann/model") == 1 and hub.count_requests("PUT", "/objects/") > 2
     assert not caplog.text and not "".join(capfd.readouterr())
     assert not [name for name in seen if "ThreadPool" in name]
 

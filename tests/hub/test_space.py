@@ -31,7 +31,7 @@ from PIL import Image
 from playwright.sync_api import Browser, Page, expect
 from scripts_in_process import SCRIPTS, run_in_process
 from sklearn.datasets import load_sample_images
-from tiny_models import filled, raises_one_line, tiny_config
+from tiny_models import build_tiny_config, raises_one_line, randomize
 
 import modeling_vitcls as vitcls
 from modeling_vitcls.analysis import compute_attention_rollout, compute_attribution, compute_patch_features
@@ -83,7 +83,7 @@ def photo(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def classifier(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A classifier with special tokens of all kinds, whose image processor cuts images."""
-    config = tiny_config(
+    config = build_tiny_config(
         num_cls_tokens=2,
         num_distillation_tokens=1,
         num_register_tokens=2,
@@ -99,7 +99,7 @@ def classifier(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def saved(model: Any, folder: Path, processor: Any = None) -> Path:
     """A model's folder, with weights that make it sure of nothing and an image processor."""
-    filled(model).save_pretrained(folder)
+    randomize(model).save_pretrained(folder)
     (processor or vitcls.ViTCLSImageProcessor(size={"height": 32, "width": 32})).save_pretrained(folder)
     return folder
 
@@ -352,7 +352,7 @@ def test_the_model_is_asked_once_per_image_also_about_several_tasks(
     browser: Browser, photo: Path, tmp_path: Path
 ) -> None:
     tasks = {"species": ["oak", "elm", "ash"], "age": ["young", "old"]}
-    config = tiny_config(num_cls_tokens=2, tasks=tasks)
+    config = build_tiny_config(num_cls_tokens=2, tasks=tasks)
     folder = saved(vitcls.ViTCLSForMultiTaskClassification(config), tmp_path / "tasks")
     reader = DemoModel.load(str(folder))
     runs: list[int] = []
@@ -424,7 +424,7 @@ def test_each_kind_of_classifier_answers_in_its_own_way(photo: Path, tmp_path: P
 
 def classifier_of(problem_type: str) -> Any:
     """A classifier without special tokens, for one of transformers' kinds of problems."""
-    config = tiny_config(problem_type=problem_type, num_cls_tokens=0, pooling="mean")
+    config = build_tiny_config(problem_type=problem_type, num_cls_tokens=0, pooling="mean")
     return vitcls.ViTCLSForImageClassification(config)
 
 
@@ -436,7 +436,7 @@ def test_without_special_tokens_there_are_labels_and_a_word_about_it(photo: Path
 
 
 def test_an_encoder_shows_attention_alone(photo: Path, tmp_path: Path) -> None:
-    config = tiny_config(pooling="attention", num_register_tokens=1)
+    config = build_tiny_config(pooling="attention", num_register_tokens=1)
     reader = DemoModel.load(str(saved(vitcls.ViTCLSModel(config, add_pooling_layer=False), tmp_path / "encoder")))
     reading = reader.predict(photo)
     assert reading.predictions == {} and reading.rows.shape == (2, 2, 2, 2 + 16)
@@ -452,7 +452,7 @@ def components(page: Any) -> dict[str, int]:
 
 
 def test_an_encoder_without_special_tokens_shows_its_patches(photo: Path, tmp_path: Path) -> None:
-    config = tiny_config(num_cls_tokens=0, pooling="mean")
+    config = build_tiny_config(num_cls_tokens=0, pooling="mean")
     reader = DemoModel.load(str(saved(vitcls.ViTCLSModel(config), tmp_path / "patches")))
     assert reader.predict(photo).draw_colors(1).size == (640, 427)
     assert components(build_page(reader)) == {}
@@ -513,8 +513,8 @@ def test_images_of_any_mode_reach_grey_models_and_color_models(photo: Path, tmp_
     grey = vitcls.ViTCLSImageProcessor(
         size={"height": 32, "width": 32}, do_convert_rgb=False, image_mean=[0.5], image_std=[0.5]
     )
-    of_grey = vitcls.ViTCLSForImageClassification(tiny_config(num_channels=1))
-    of_colour = vitcls.ViTCLSForImageClassification(tiny_config())
+    of_grey = vitcls.ViTCLSForImageClassification(build_tiny_config(num_channels=1))
+    of_colour = vitcls.ViTCLSForImageClassification(build_tiny_config())
     readers = [
         DemoModel.load(str(saved(of_grey, tmp_path / "grey", grey))),
         DemoModel.load(str(saved(of_colour, tmp_path / "colour"))),
@@ -537,11 +537,11 @@ def test_large_images_are_shown_smaller(classifier: Path, tmp_path: Path) -> Non
 
 
 def test_models_that_cannot_be_shown_are_refused_in_one_line(tmp_path: Path) -> None:
-    merging = tiny_config(num_cls_tokens=0, pooling="mean", merged_patches_per_layer=2)
+    merging = build_tiny_config(num_cls_tokens=0, pooling="mean", merged_patches_per_layer=2)
     bare = saved(vitcls.ViTCLSModel(merging), tmp_path / "bare")
     with raises_one_line("no labels and merges patches"):
         DemoModel.load(str(bare))
-    deep = saved(vitcls.ViTCLSForImageClassification(tiny_config(num_channels=4)), tmp_path / "deep")
+    deep = saved(vitcls.ViTCLSForImageClassification(build_tiny_config(num_channels=4)), tmp_path / "deep")
     with raises_one_line("4 channels"):
         DemoModel.load(str(deep))
     (tmp_path / "other").mkdir()
@@ -607,7 +607,7 @@ def test_the_pushed_space_runs_without_this_package(
         f"[ann/code]({hub.url}/ann/code) at commit [`{code}`]" in hub.read("spaces/ann/try-mine", "README.md").decode()
     )
     HfApi().upload_file(path_or_fileobj=b"raise SystemExit", path_in_repo="modeling_vitcls.py", repo_id="ann/code")
-    saved(vitcls.ViTCLSForImageClassification(tiny_config(num_labels=1)), tmp_path / "newer")
+    saved(vitcls.ViTCLSForImageClassification(build_tiny_config(num_labels=1)), tmp_path / "newer")
     push_folder(tmp_path / "newer", "ann/mine")  # the Space stays with the commit that it was made for
 
     space = Path(snapshot_download("ann/try-mine", repo_type="space", local_dir=tmp_path / "space"))
@@ -699,7 +699,7 @@ def test_two_who_push_a_space_at_once_do_not_mix_their_files(
     pushing = threading.Thread(target=push_space, args=(build_space_files(model), model, "ann/demo"))
     pushing.start()
     deadline = time.monotonic() + 60
-    while not hub.asked("POST", "/spaces/ann/demo/commit/") and time.monotonic() < deadline:
+    while not hub.count_requests("POST", "/spaces/ann/demo/commit/") and time.monotonic() < deadline:
         time.sleep(0.01)
     push_space(build_space_files(model, examples=[photo]), model, "ann/demo")
     assert "examples/temple.png" in hub.files("spaces/ann/demo")

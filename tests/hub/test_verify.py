@@ -16,7 +16,7 @@ import torch
 from fresh_processes import run_fresh
 from huggingface_hub import HfApi, constants
 from local_hub import LocalHub, Token
-from tiny_models import KINDS, TASKS, filled, raises_one_line, tiny_config
+from tiny_models import KINDS, TASKS, build_tiny_config, raises_one_line, randomize
 
 import modeling_vitcls as vitcls
 from modeling_vitcls.checkpoints import CheckpointStore
@@ -53,16 +53,17 @@ def hub(hub: LocalHub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Local
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """A classifier with its image processor."""
-    return saved(vitcls.ViTCLSForImageClassification(tiny_config(num_register_tokens=1)), tmp_path / "my-run")
+    return saved(vitcls.ViTCLSForImageClassification(build_tiny_config(num_register_tokens=1)), tmp_path / "my-run")
 
 
 def saved(model: Any, target: Path) -> Path:
     """Save a model with random weights."""
-    filled(model).save_pretrained(target)
+    randomize(model).save_pretrained(target)
     vitcls.ViTCLSImageProcessor(size={"height": 32, "width": 32}).save_pretrained(target)
     return target
 
 
+@pytest.mark.slow
 def test_the_script_pushes_and_prints_a_certificate(hub: LocalHub, folder: Path, tmp_path: Path) -> None:
     """The repository is private, the first request for weights is lost, and there is only the one commit to see."""
     hub.fail("GET", "/objects/", "cut")
@@ -87,13 +88,13 @@ def test_the_script_pushes_and_prints_a_certificate(hub: LocalHub, folder: Path,
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("verified_quickly")
+@pytest.mark.usefixtures("fast_verification")
 def test_any_published_model_is_verified_by_any_revision(hub: LocalHub, tmp_path: Path) -> None:
     """An old commit, by its tag, of a repository that holds another kind of model now; without the folder."""
-    config = tiny_config(num_cls_tokens=2, tasks=TASKS)
+    config = build_tiny_config(num_cls_tokens=2, tasks=TASKS)
     first = push_folder(saved(vitcls.ViTCLSForMultiTaskClassification(config), tmp_path / "first"), "ann/model").commit
     HfApi().create_tag("ann/model", tag="v1", revision=first)
-    second = push_folder(saved(vitcls.ViTCLSModel(tiny_config()), tmp_path / "second"), "ann/model").commit
+    second = push_folder(saved(vitcls.ViTCLSModel(build_tiny_config()), tmp_path / "second"), "ann/model").commit
     certificate = verify("ann/model", "v1")
     assert certificate.revision == first != second
     assert list(certificate.differences) == ["AutoModel", "AutoModelForImageClassification", *BACKENDS]
@@ -106,7 +107,7 @@ def test_any_published_model_is_verified_by_any_revision(hub: LocalHub, tmp_path
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("verified_quickly")
+@pytest.mark.usefixtures("fast_verification")
 def test_code_may_live_in_one_repository_and_weights_in_another(hub: LocalHub, folder: Path) -> None:
     push_folder(folder, "ann/code")
     (folder / "README.md").write_text('## Use\n\nfrom_pretrained("x", revision="<commit hash>")\n')
@@ -179,7 +180,7 @@ def test_published_code_that_answers_differently_is_found(
 ) -> None:
     """It runs in another process alone, which is told nothing of this one's secrets."""
     model_class, fields, _ = KINDS[kind]
-    folder = saved(model_class(tiny_config(**fields)), tmp_path / kind)
+    folder = saved(model_class(build_tiny_config(**fields)), tmp_path / kind)
     code, seen = folder / CHANGED_FILES[kind], tmp_path / "seen.json"
     spy = f"import json, os\njson.dump([os.getpid(), dict(os.environ)], open({str(seen)!r}, 'w'))\n"
     code.write_text(code.read_text() + CHANGES[kind] + spy)
@@ -196,7 +197,7 @@ def test_published_code_that_answers_differently_is_found(
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_is_compared_with_runs_no_code_of_the_folder(tmp_path: Path, kind: str) -> None:
     model_class, fields, _ = KINDS[kind]
-    folder = saved(model_class(tiny_config(**fields)), tmp_path / kind)
+    folder = saved(model_class(build_tiny_config(**fields)), tmp_path / kind)
     ran = tmp_path / "ran"
     for file in folder.glob("*.py"):
         file.write_text(f"open({str(ran)!r}, 'w')\n" + file.read_text())
@@ -279,7 +280,7 @@ def test_a_folder_that_changed_after_the_push_is_another_model(hub: LocalHub, fo
     with raises_one_line("lacks README.md", error=NotVerified):
         verify("ann/model", pushed.commit, folder)
     (folder / "README.md").unlink()
-    saved(vitcls.ViTCLSForImageClassification(tiny_config(num_register_tokens=2)), folder)
+    saved(vitcls.ViTCLSForImageClassification(build_tiny_config(num_register_tokens=2)), folder)
     with raises_one_line("differs from the file in", "Push it again", error=NotVerified):
         verify("ann/model", pushed.commit, folder)
 

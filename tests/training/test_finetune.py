@@ -434,6 +434,7 @@ def test_everything_at_once(tmp_path: Path) -> None:
     assert results["mixed_precision"] == "bf16" and math.isfinite(results["loss"])
 
 
+@pytest.mark.slow
 def test_class_weights_help_the_rare_class(tmp_path: Path) -> None:
     """40 gray images of one class and 8 of another, which differ by noise: without weights the frequent one wins."""
     generator = torch.Generator().manual_seed(0)

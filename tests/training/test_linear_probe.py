@@ -12,11 +12,11 @@ from tiny_models import (
     LAYOUTS,
     TASKS,
     assert_same_outputs,
-    filled,
-    images,
-    largest_difference,
+    build_images,
+    build_tiny_config,
+    get_largest_difference,
     raises_one_line,
-    tiny_config,
+    randomize,
 )
 from warm_processes import METHOD, find_free_port
 
@@ -50,7 +50,7 @@ from modeling_vitcls.training.model import apply_trainable, set_train_mode
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
-NUM_PICTURES = 23
+NUM_IMAGES = 23
 NAMES = ["ant", "bee", "cat"]
 STILL = AugmentationOptions(crop_scale=1.0, flip=False, shift=0.0)
 SHIFTED = AugmentationOptions(crop_scale=0.5, flip=True, rotation=20, shift=0.0)
@@ -72,7 +72,7 @@ class Pictures:
 
     def __init__(self, broken: tuple[int, ...] = ()) -> None:
         generator = torch.Generator().manual_seed(0)
-        arrays = torch.randint(0, 256, (NUM_PICTURES, 40, 36, 3), generator=generator, dtype=torch.uint8)
+        arrays = torch.randint(0, 256, (NUM_IMAGES, 40, 36, 3), generator=generator, dtype=torch.uint8)
         self.images = [Image.fromarray(array.numpy()) for array in arrays]
         self.broken = broken
 
@@ -96,13 +96,13 @@ class Probe:
         broken: tuple[int, ...] = (),
         **fields: Any,
     ) -> None:
-        self.model = apply_trainable(filled(model_class(tiny_config(**fields))), "head")
+        self.model = apply_trainable(randomize(model_class(build_tiny_config(**fields))), "head")
         self.processor = ViTCLSImageProcessor(size={"height": 32, "width": 32})
         self.normalise = Normalizer(self.processor, torch.device("cpu"))
         self.accelerator = Accelerator(cpu=True)
         self.views = views
         tasks = fields.get("tasks")
-        one = range(NUM_PICTURES)
+        one = range(NUM_IMAGES)
         labels: list[Any] = [{task: i % n for task, n in tasks.items()} if tasks else i % 3 for i in one]
         self.source = LabeledImages(Pictures(broken), labels)  # type: ignore[arg-type]
         columns = {name: [str(i) for i in range(n)] for name, n in tasks.items()} if tasks else {"label": NAMES}
@@ -111,10 +111,10 @@ class Probe:
         self.images = augment_images(self.source, augmentation, to_rgb=True, seed=3, num_views=views)
         self.label_loss = MultiTaskLoss(0.1) if tasks else SingleLabelLoss(0.1)
         training = TrainingOptions(max_steps=8, batch_size=4, gradient_accumulation_steps=2)
-        self.plan = BatchPlan.from_options(NUM_PICTURES, training, num_processes=1)
+        self.plan = BatchPlan.from_options(NUM_IMAGES, training, num_processes=1)
 
     def cache(self, **changes: Any) -> dict[str, Any]:
-        keys = [(view, index) for view in range(self.views) for index in range(NUM_PICTURES)]
+        keys = [(view, index) for view in range(self.views) for index in range(NUM_IMAGES)]
         settings = {"batch_size": 5, "num_workers": 0, "accelerator": self.accelerator} | changes
         return cache_features(self.model, self.images, keys, self.normalise, **settings)
 
@@ -142,16 +142,16 @@ class Probe:
 
 @each_model
 def test_heads_on_features_answer_as_the_whole_model(model_class: Any, fields: dict[str, Any]) -> None:
-    model = filled(model_class(tiny_config(**fields)))
+    model = randomize(model_class(build_tiny_config(**fields)))
     with torch.no_grad():
-        found = build_head_only(model)(compute_features(model, images()))
-        assert_same_outputs(found, model(images()), tolerance=1e-6)
-        assert type(found) is type(model(images()))
+        found = build_head_only(model)(compute_features(model, build_images()))
+        assert_same_outputs(found, model(build_images()), tolerance=1e-6)
+        assert type(found) is type(model(build_images()))
 
 
 @each_model
 def test_their_parameters_are_the_models_own(model_class: Any, fields: dict[str, Any]) -> None:
-    model = apply_trainable(model_class(tiny_config(**fields)), "head")
+    model = apply_trainable(model_class(build_tiny_config(**fields)), "head")
     heads = dict(build_head_only(model).named_parameters())
     of_model = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert heads.keys() == of_model.keys()
@@ -171,7 +171,7 @@ def test_their_parameters_are_the_models_own(model_class: Any, fields: dict[str,
 def test_what_is_trained_outside_the_heads(
     fields: dict[str, Any], choice: str, fresh: set[str], expected: set[str] | None
 ) -> None:
-    model = apply_trainable(ViTCLSForImageClassification(tiny_config(**fields)), choice, 4, fresh)
+    model = apply_trainable(ViTCLSForImageClassification(build_tiny_config(**fields)), choice, 4, fresh)
     found = find_trained_parameters_outside_heads(model)
     assert set(found) >= (fresh if expected is None else expected)
     assert bool(found) == (expected != set())
@@ -203,9 +203,9 @@ def test_trained_heads_are_those_of_the_frozen_encoder_run_in_every_step(changes
     assert calls == []  # more than two epochs
     assert fast.plan.count_epochs(fast.plan.num_steps) > 2
 
-    before = dict(filled(type(fast.model)(fast.model.config)).named_parameters())
+    before = dict(randomize(type(fast.model)(fast.model.config)).named_parameters())
     for (name, wanted), found in zip(slow.model.named_parameters(), fast.model.parameters(), strict=True):
-        assert largest_difference(wanted, found) <= 1e-5, name
+        assert get_largest_difference(wanted, found) <= 1e-5, name
         assert wanted.requires_grad == (not torch.equal(found, before[name])), name
 
 
@@ -221,7 +221,9 @@ def test_batches_are_those_of_the_plan_but_for_the_pixels() -> None:
         assert one.keys() == other.keys()
         assert all(torch.equal(one[name], other[name]) for name in other)
         with torch.no_grad():
-            assert largest_difference(features, compute_features(probe.model.eval(), probe.normalise(pixels))) <= 1e-5
+            assert (
+                get_largest_difference(features, compute_features(probe.model.eval(), probe.normalise(pixels))) <= 1e-5
+            )
     resumed = next(iterate_feature_batches(cached, probe.plan, 0, 2, first_step=5))
     assert torch.equal(resumed["index"], found[10]["index"]) and torch.equal(resumed["epoch"], found[10]["epoch"])
 
@@ -230,12 +232,12 @@ def test_each_view_of_each_image_is_encoded_once() -> None:
     probe = Probe(options=SHIFTED, views=3)
     calls = probe.count_calls()
     cached = probe.cache(batch_size=7)
-    assert cached["features"].shape == (3 * NUM_PICTURES, 16)
+    assert cached["features"].shape == (3 * NUM_IMAGES, 16)
     assert sum(calls) == 70 and set(calls) == {7}  # 69 and one place to fill the last batch
-    assert cached["view"].tolist() == [view for view in range(3) for _ in range(NUM_PICTURES)]
-    assert cached["index"].tolist() == list(range(NUM_PICTURES)) * 3
+    assert cached["view"].tolist() == [view for view in range(3) for _ in range(NUM_IMAGES)]
+    assert cached["index"].tolist() == list(range(NUM_IMAGES)) * 3
     first, second, _ = cached["features"].chunk(3)
-    assert largest_difference(first, second) > 1e-2
+    assert get_largest_difference(first, second) > 1e-2
 
 
 def test_caching_leaves_the_mode_of_the_model_and_uses_workers() -> None:
@@ -246,7 +248,7 @@ def test_caching_leaves_the_mode_of_the_model_and_uses_workers() -> None:
 
 
 def test_an_error_of_a_worker_is_one_line() -> None:
-    probe = Probe(broken=tuple(range(NUM_PICTURES)))
+    probe = Probe(broken=tuple(range(NUM_IMAGES)))
     with raises_one_line("none of the 23 images can be read"):
         probe.cache(num_workers=1)
 
@@ -283,11 +285,11 @@ def test_evaluation_of_the_heads_is_that_of_the_model_without_its_encoder() -> N
     expected = evaluator(probe.model)
     calls = probe.count_calls()
     cheap = build_probe_evaluator(evaluator, probe.model)
-    assert sum(calls) == NUM_PICTURES - 1
+    assert sum(calls) == NUM_IMAGES - 1
     heads = build_head_only(probe.model).eval()
     for _ in range(2):
         assert_same_metrics(cheap(heads), expected)
-    assert sum(calls) == NUM_PICTURES - 1
+    assert sum(calls) == NUM_IMAGES - 1
     assert evaluator(probe.model) == expected and len(said) == 1
 
 
@@ -299,7 +301,7 @@ def share_of_a_probe(rank: int, num_processes: int) -> dict[str, Any]:
     probe = Probe(num_distillation_tokens=1, options=SHIFTED, views=2)
     assert probe.accelerator.num_processes == num_processes
     training = TrainingOptions(max_steps=4, batch_size=8 // num_processes)
-    plan = BatchPlan.from_options(NUM_PICTURES, training, num_processes)
+    plan = BatchPlan.from_options(NUM_IMAGES, training, num_processes)
     evaluator = Evaluator(probe.source, probe.processor, probe.labels, 8, 0, probe.accelerator)
     cached = probe.cache()
     cheap = build_probe_evaluator(evaluator, probe.model)
@@ -323,6 +325,7 @@ def probe_in_a_process(rank: int, port: int, folder: Path) -> None:
     torch.distributed.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_two_processes_do_what_one_does(tmp_path: Path) -> None:
     torch.multiprocessing.start_processes(probe_in_a_process, (find_free_port(), tmp_path), 2, start_method=METHOD)
     alone = share_of_a_probe(0, 1)
@@ -332,4 +335,4 @@ def test_two_processes_do_what_one_does(tmp_path: Path) -> None:
         assert_same_outputs(record["weights"], alone["weights"], tolerance=1e-5)
         assert_same_metrics(record["metrics"], alone["metrics"])
         assert_same_metrics(record["metrics"], record["of the whole model"])
-    assert alone["metrics"]["num_images"] == NUM_PICTURES
+    assert alone["metrics"]["num_images"] == NUM_IMAGES

@@ -16,7 +16,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate_state import reset_accelerate
-from tiny_models import TASKS, filled, images, tiny_config
+from tiny_models import TASKS, build_images, build_tiny_config, randomize
 from tiny_options import build_tiny_options
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -77,11 +77,11 @@ def counted(loss: Callable[[], torch.Tensor], computes_twice: bool = False) -> i
 
 
 def loss_of(model: Any, labels: Any = None) -> torch.Tensor:
-    return model(images(BATCH), labels=torch.arange(BATCH) % 3 if labels is None else labels).loss
+    return model(build_images(BATCH), labels=torch.arange(BATCH) % 3 if labels is None else labels).loss
 
 
 def a_classifier(trainable: str = "full", **fields: Any) -> Any:
-    model = filled(ViTCLSForImageClassification(tiny_config(**fields)))
+    model = randomize(ViTCLSForImageClassification(build_tiny_config(**fields)))
     model.set_attn_implementation("eager")
     apply_trainable(model, trainable)
     set_train_mode(model)
@@ -112,7 +112,7 @@ def test_by_hand() -> None:
 
 
 def test_of_several_tasks() -> None:
-    model: Any = filled(ViTCLSForMultiTaskClassification(tiny_config(num_cls_tokens=2, tasks=TASKS)))
+    model: Any = randomize(ViTCLSForMultiTaskClassification(build_tiny_config(num_cls_tokens=2, tasks=TASKS)))
     labels = {task: torch.zeros(BATCH, dtype=torch.long) for task in TASKS}
     assert count_training_flops(model, BATCH) == counted(lambda: loss_of(model, labels))
     apply_trainable(model, "head")
@@ -121,9 +121,9 @@ def test_of_several_tasks() -> None:
 
 
 def test_of_masked_images() -> None:
-    model: Any = filled(ViTCLSForMaskedImageModeling(tiny_config())).train()
+    model: Any = randomize(ViTCLSForMaskedImageModeling(build_tiny_config())).train()
     mask = torch.arange(BATCH * 16).view(BATCH, 16) % 3 == 0
-    assert count_training_flops(model, BATCH) == counted(lambda: model(images(BATCH), bool_masked_pos=mask).loss)
+    assert count_training_flops(model, BATCH) == counted(lambda: model(build_images(BATCH), bool_masked_pos=mask).loss)
 
 
 def test_of_attention_pooling() -> None:

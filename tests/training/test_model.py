@@ -9,7 +9,7 @@ import pytest
 import torch
 from accelerate_state import reset_accelerate
 from peft.tuners.lora import LoraLayer
-from tiny_models import filled, images, largest_difference, raises_one_line, tiny_config
+from tiny_models import build_images, build_tiny_config, get_largest_difference, raises_one_line, randomize
 
 from modeling_vitcls import ViTCLSForImageClassification, ViTCLSForMultiTaskClassification, ViTCLSImageProcessor
 from modeling_vitcls.data.labels import LabelSpace
@@ -26,7 +26,7 @@ def two_tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint with two tasks."""
     folder = tmp_path_factory.mktemp("tasks")
     torch.manual_seed(0)
-    config = tiny_config(num_cls_tokens=2, tasks={"age": 2, "kind": 3})
+    config = build_tiny_config(num_cls_tokens=2, tasks={"age": 2, "kind": 3})
     ViTCLSForMultiTaskClassification(config).save_pretrained(folder)
     ViTCLSImageProcessor(size=32).save_pretrained(folder)
     return folder
@@ -110,7 +110,7 @@ each_model = pytest.mark.parametrize(("model_class", "fields"), MODELS.values(),
 
 def built(model_class: Any = ViTCLSForImageClassification, **fields: Any) -> Any:
     """A model with random weights, its mask token frozen as in training."""
-    model = filled(model_class(tiny_config(**fields)))
+    model = randomize(model_class(build_tiny_config(**fields)))
     if model.vitcls.embeddings.mask_token is not None:
         model.vitcls.embeddings.mask_token.requires_grad_(False)
     return model
@@ -128,7 +128,7 @@ def trained(model: torch.nn.Module) -> set[str]:
 
 def loss_of(model: Any) -> torch.Tensor:
     """A loss over everything that the model answers."""
-    outputs = model(images())
+    outputs = model(build_images())
     if isinstance(outputs.logits, dict):
         return torch.stack([answer.square().mean() for answer in outputs.logits.values()]).sum()
     heads = [logits for logits in (outputs.cls_logits, outputs.distillation_logits) if logits is not None]
@@ -178,8 +178,8 @@ def test_added_tokens_are_trained_with_their_positions_and_gates(choice: str, tm
     """From the checkpoint's configuration to what is trained: nothing new stays random."""
     fields = {"position_embedding_tokens": "all", "num_register_tokens": 1}
     names = ["ant", "bee", "cat"]
-    saved = ViTCLSForImageClassification(tiny_config(**fields, id2label=dict(enumerate(names))))
-    filled(saved).save_pretrained(tmp_path)
+    saved = ViTCLSForImageClassification(build_tiny_config(**fields, id2label=dict(enumerate(names))))
+    randomize(saved).save_pretrained(tmp_path)
     ViTCLSImageProcessor(size={"height": 32, "width": 32}).save_pretrained(tmp_path)
     labels = LabelSpace("single_label_classification", {"label": names})
     options = ModelOptions(model=str(tmp_path), num_distillation_tokens=1, num_register_tokens=3)
@@ -260,10 +260,10 @@ def test_frozen_encoder_drops_nothing_out() -> None:
     model = built(hidden_dropout_prob=0.5, drop_path_rate=0.5, attention_probs_dropout_prob=0.5)
     apply_trainable(model, "head")
     set_train_mode(torch.nn.Sequential(model))  # as a wrapper would hold it
-    first, second = (model(images()).logits for _ in range(2))
+    first, second = (model(build_images()).logits for _ in range(2))
     assert torch.equal(first, second)
     model.train()
-    assert not torch.equal(model(images()).logits, second)
+    assert not torch.equal(model(build_images()).logits, second)
 
 
 @pytest.mark.parametrize(
@@ -282,7 +282,7 @@ def test_frozen_first_layers_see_whole_images(choice: str, fresh: set[str], drop
     set_train_mode(torch.nn.Sequential(model))
     lengths: list[int] = []
     model.vitcls.layers[0].register_forward_pre_hook(lambda module, args: lengths.append(args[0].shape[1]))
-    model(images())
+    model(build_images())
     assert lengths == [1 + 8 if drops else 1 + 16]
 
 
@@ -300,8 +300,8 @@ def with_lora(**fields: Any) -> Any:
 
 
 def test_lora_changes_nothing_at_first() -> None:
-    expected = built(**LAYOUT)(images()).logits
-    found = apply_trainable(built(**LAYOUT), "lora", 4)(images()).logits
+    expected = built(**LAYOUT)(build_images()).logits
+    found = apply_trainable(built(**LAYOUT), "lora", 4)(build_images()).logits
     torch.testing.assert_close(found, expected, atol=1e-6, rtol=0)
 
 
@@ -314,17 +314,17 @@ def test_lora_is_in_queries_and_values_of_the_layers_alone() -> None:
 
 def test_merged_model_answers_alike_and_is_plain(tmp_path: Path) -> None:
     model = with_lora(**LAYOUT)
-    expected = model(images()).logits
-    assert largest_difference(expected, built(**LAYOUT)(images()).logits) > 1e-3
+    expected = model(build_images()).logits
+    assert get_largest_difference(expected, built(**LAYOUT)(build_images()).logits) > 1e-3
     weights = merge_lora(model.state_dict())
-    plain = ViTCLSForImageClassification(tiny_config(**LAYOUT)).eval()
+    plain = ViTCLSForImageClassification(build_tiny_config(**LAYOUT)).eval()
     plain.load_state_dict(weights)
-    assert largest_difference(plain(images()).logits, expected) <= 1e-5
+    assert get_largest_difference(plain(build_images()).logits, expected) <= 1e-5
 
     model.save_pretrained(tmp_path, state_dict=weights)
     loaded, info = ViTCLSForImageClassification.from_pretrained(tmp_path, output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"]
-    assert torch.equal(loaded(images()).logits, plain(images()).logits)
+    assert torch.equal(loaded(build_images()).logits, plain(build_images()).logits)
 
 
 def test_merging_is_pefts() -> None:
@@ -333,7 +333,7 @@ def test_merging_is_pefts() -> None:
     for name, layer in model.named_modules():
         if isinstance(layer, LoraLayer):
             layer.merge()
-            assert largest_difference(weights[f"{name}.weight"], layer.get_base_layer().weight) <= 1e-6
+            assert get_largest_difference(weights[f"{name}.weight"], layer.get_base_layer().weight) <= 1e-6
 
 
 def test_weights_without_lora_stay_as_they_are() -> None:

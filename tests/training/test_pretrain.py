@@ -9,7 +9,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate_state import reset_accelerate
-from tiny_models import raises_one_line, tiny_config
+from tiny_models import build_tiny_config, raises_one_line
 from tiny_options import TINY as TINY_FINETUNING
 from tiny_options import build_tiny_options, read_metrics
 from transformers import AutoModel, AutoModelForMaskedImageModeling
@@ -171,6 +171,7 @@ def test_every_parameter_gets_a_gradient() -> None:
     assert all((token.grad[0].norm(dim=1) > 0).all() for token in tokens.values())
 
 
+@pytest.mark.slow
 def test_a_run_learns_to_fill_in(pretrained: Path) -> None:
     losses = [record["held_out_reconstruction_loss"] for record in read_metrics(pretrained) if "epoch" in record]
     assert len(losses) == 3 and losses == sorted(losses, reverse=True)
@@ -259,7 +260,7 @@ def test_pre_training_goes_on_from_a_checkpoint(pretrained: Path) -> None:
 
 
 def test_a_checkpoint_that_drops_patches_is_told_to_keep_them(tmp_path: Path) -> None:
-    saved, folder = ViTCLSModel(tiny_config(patch_drop_rate=0.5)), str(tmp_path)
+    saved, folder = ViTCLSModel(build_tiny_config(patch_drop_rate=0.5)), str(tmp_path)
     saved.save_pretrained(folder)
     ViTCLSImageProcessor(size=32).save_pretrained(folder)
     with raises_one_line(folder, "--patch-drop-rate 0"):

@@ -8,12 +8,11 @@ import numpy as np
 import pytest
 import timm
 import torch
-from cnn_teacher import train_cnn_teacher
 from PIL import Image
 from safetensors.torch import save_file
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import save_for_hf
-from tiny_models import filled, largest_difference, raises_one_line, tiny_config
+from tiny_models import build_tiny_config, get_largest_difference, raises_one_line, randomize
 from torch import nn
 from transformers import (
     AutoImageProcessor,
@@ -37,6 +36,7 @@ from modeling_vitcls.data.splits import load_training_data
 from modeling_vitcls.options import AugmentationOptions, DataOptions
 from modeling_vitcls.training.losses import distillation_loss
 from modeling_vitcls.training.teacher import Teacher, TeacherCache, check_teacher_views, load_teacher
+from scripts.train_cnn_teacher import train_cnn_teacher
 
 
 CPU = torch.device("cpu")
@@ -71,7 +71,7 @@ def pictures(batch: torch.Tensor) -> list[Image.Image]:
 
 
 def saved(folder: Path, model: Any, processor: Any) -> Path:
-    filled(model).save_pretrained(folder)
+    randomize(model).save_pretrained(folder)
     processor.save_pretrained(folder)
     return folder
 
@@ -96,7 +96,7 @@ def resnet(tmp_path: Path) -> Path:
 def digits_teacher(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, float]:
     """The CNN that knows the digits, its labels backwards, and its accuracy."""
     folder = tmp_path_factory.mktemp("cnn")
-    return folder, train_cnn_teacher(folder, label_names=DIGITS[::-1])
+    return folder, train_cnn_teacher("digits", folder, label_names=tuple(DIGITS[::-1]))
 
 
 # A teacher gives what it gives by itself -----------------------------------------------------------------------------
@@ -131,7 +131,7 @@ def mobile_vit() -> tuple[Any, Any]:
 
 
 def ours() -> tuple[Any, Any]:
-    config = tiny_config(id2label=dict(enumerate(NAMES)), num_distillation_tokens=1)
+    config = build_tiny_config(id2label=dict(enumerate(NAMES)), num_distillation_tokens=1)
     return ViTCLSForImageClassification(config), ViTCLSImageProcessor(size={"height": 32, "width": 32}, resample=2)
 
 
@@ -154,10 +154,10 @@ def test_answers_are_those_of_the_model_with_its_own_image_processor(build: Any,
     alone = AutoModelForImageClassification.from_pretrained(folder).eval()
     whole = processor(pictures(shown), do_resize=False, do_center_crop=False, return_tensors="pt")
     with torch.no_grad():
-        assert largest_difference(teacher(shown), alone(**whole).logits) <= 1e-5
+        assert get_largest_difference(teacher(shown), alone(**whole).logits) <= 1e-5
         if "shortest_edge" not in processor.size:
             expected = alone(**processor(list(batch), return_tensors="pt")).logits
-            assert largest_difference(teacher(batch), expected) <= 1e-5
+            assert get_largest_difference(teacher(batch), expected) <= 1e-5
     assert teacher.note == "" and f"{size[0]} x {size[1]} pixels" in teacher.description
 
 
@@ -170,7 +170,7 @@ def test_whole_crop_is_seen_where_the_processor_would_cut_off_its_borders(tmp_pa
     border[:, :, 8:24, 8:24] = 100  # all that a center crop would leave
     other = border.clone()
     other[:, :, :8] = 0
-    assert largest_difference(teacher(border), teacher(other)) > 1e-3
+    assert get_largest_difference(teacher(border), teacher(other)) > 1e-3
 
 
 def test_filter_is_the_processors(tmp_path: Path) -> None:
@@ -181,7 +181,7 @@ def test_filter_is_the_processors(tmp_path: Path) -> None:
     for name, folder in folders.items():
         mode = teach(folder).preprocessing.interpolation
         assert mode.value == name
-    assert largest_difference(teach(folders["bilinear"])(batch), teach(folders["bicubic"])(batch)) > 1e-3
+    assert get_largest_difference(teach(folders["bilinear"])(batch), teach(folders["bicubic"])(batch)) > 1e-3
 
 
 def test_size_follows_the_shape_of_the_students_images(tmp_path: Path) -> None:
@@ -193,8 +193,8 @@ def test_size_follows_the_shape_of_the_students_images(tmp_path: Path) -> None:
 
 def test_mixed_pixels_are_rounded(resnet: Path) -> None:
     teacher, batch = teach(resnet), pixels()
-    assert largest_difference(teacher(batch), teacher(batch.float() + 0.3)) == 0
-    assert largest_difference(teacher(batch), teacher(batch.float() + 20)) > 0
+    assert get_largest_difference(teacher(batch), teacher(batch.float() + 0.3)) == 0
+    assert get_largest_difference(teacher(batch), teacher(batch.float() + 20)) > 0
 
 
 @pytest.mark.parametrize("channels", [1, 3])
@@ -212,7 +212,7 @@ def test_grey_and_color_are_converted(channels: int, tmp_path: Path) -> None:
             [torch.from_numpy(np.array(picture.convert("L"))).float()[None] for picture in pictures(batch)]
         )
     )
-    assert largest_difference(teach(grey, channels=1)(as_grey), teach(grey, channels=channels)(batch)) <= 2e-2
+    assert get_largest_difference(teach(grey, channels=1)(as_grey), teach(grey, channels=channels)(batch)) <= 2e-2
 
 
 def test_other_channels_are_refused(resnet: Path) -> None:
@@ -309,7 +309,7 @@ def test_code_of_others_is_not_run(tmp_path: Path) -> None:
 @pytest.fixture
 def timm_weights(tmp_path: Path) -> tuple[Path, nn.Module]:
     """A gray test_resnet of three labels."""
-    model = filled(timm.create_model("test_resnet", num_classes=3, in_chans=1))
+    model = randomize(timm.create_model("test_resnet", num_classes=3, in_chans=1))
     save_file(model.state_dict(), tmp_path / "weights.safetensors")
     torch.save({"state_dict": model.state_dict()}, tmp_path / "weights.pt")
     return tmp_path, model
@@ -323,22 +323,22 @@ def test_timm_model_with_weights_of_its_own(name: str, timm_weights: tuple[Path,
     assert teacher.preprocessing.height_width == settings["input_size"][1:]
     assert "order" in teacher.note
     with torch.no_grad():
-        assert largest_difference(teacher.model(torch.ones(1, 1, 64, 64)), model(torch.ones(1, 1, 64, 64))) == 0
+        assert get_largest_difference(teacher.model(torch.ones(1, 1, 64, 64)), model(torch.ones(1, 1, 64, 64))) == 0
 
 
 def test_a_published_state_dict_is_converted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache" / "hub"))
-    model = filled(timm.models.VisionTransformer(32, 16, embed_dim=192, depth=1, num_heads=3, num_classes=3)).eval()
+    model = randomize(timm.models.VisionTransformer(32, 16, embed_dim=192, depth=1, num_heads=3, num_classes=3)).eval()
     torch.save({"model": model.state_dict()}, tmp_path / "deit.pth")
     teacher = teach(tmp_path / "deit.pth")
     normalized = pixels().div(255).sub(torch.tensor(IMAGENET_DEFAULT_MEAN)[:, None, None])
     normalized /= torch.tensor(IMAGENET_DEFAULT_STD)[:, None, None]
-    assert largest_difference(teacher(pixels()), model(normalized)) <= 1e-5
+    assert get_largest_difference(teacher(pixels()), model(normalized)) <= 1e-5
     assert "no names" in teacher.note and "deit.pth" in teacher.description
 
 
 def test_timm_preprocessing_is_timms_own(tmp_path: Path) -> None:
-    model = filled(timm.create_model("test_vit", num_classes=3))
+    model = randomize(timm.create_model("test_vit", num_classes=3))
     model.pretrained_cfg["label_names"] = NAMES
     save_for_hf(model, tmp_path, model_config={"label_names": NAMES})
     teacher = teach(f"timm:local-dir:{tmp_path}", "cat", "bee", "ant")
@@ -348,10 +348,10 @@ def test_timm_preprocessing_is_timms_own(tmp_path: Path) -> None:
     batch = pixels(height=height, width=width)
     with torch.no_grad():
         expected = model(torch.stack([transform(picture) for picture in pictures(batch)]))
-        assert largest_difference(teacher(batch), expected[:, [2, 1, 0]]) <= 1e-5
+        assert get_largest_difference(teacher(batch), expected[:, [2, 1, 0]]) <= 1e-5
         smooth = smooth_pixels(48, 48)
         expected = model(torch.stack([transform(picture) for picture in pictures(smooth)]))
-        assert largest_difference(teacher(smooth), expected[:, [2, 1, 0]]) <= 0.02 * expected.abs().max()
+        assert get_largest_difference(teacher(smooth), expected[:, [2, 1, 0]]) <= 0.02 * expected.abs().max()
 
 
 @pytest.mark.parametrize(
@@ -387,14 +387,16 @@ def logits(batch: int = 6, seed: int = 0) -> torch.Tensor:
 def test_hard_loss_is_the_mean_negative_log_probability_of_the_teachers_answer() -> None:
     student, teacher = logits(seed=1), logits(seed=2)
     probabilities = student.softmax(-1)[torch.arange(6), teacher.argmax(-1)]
-    assert largest_difference(distillation_loss("hard", student, teacher, 3.0), -probabilities.log().mean()) <= 1e-6
+    assert (
+        get_largest_difference(distillation_loss("hard", student, teacher, 3.0), -probabilities.log().mean()) <= 1e-6
+    )
 
 
 def test_soft_loss_is_the_scaled_divergence_from_the_teacher() -> None:
     student, teacher, tau = logits(seed=1), logits(seed=2), 2.5
     of_student, of_teacher = (student / tau).softmax(-1), (teacher / tau).softmax(-1)
     expected = tau**2 * (of_teacher * (of_teacher / of_student).log()).sum(-1).mean()
-    assert largest_difference(distillation_loss("soft", student, teacher, tau), expected) <= 1e-5
+    assert get_largest_difference(distillation_loss("soft", student, teacher, tau), expected) <= 1e-5
     assert distillation_loss("soft", teacher, teacher + 5, tau).abs() <= 1e-5
 
 
@@ -403,7 +405,7 @@ def test_losses_of_accumulated_batches_add_up(kind: str) -> None:
     student, teacher = logits(seed=1), logits(seed=2)
     whole = distillation_loss(kind, student, teacher, 3.0)
     halves = [distillation_loss(kind, student[part], teacher[part], 3.0) for part in (slice(3), slice(3, 6))]
-    assert largest_difference(whole, torch.stack(halves).mean()) <= 1e-6
+    assert get_largest_difference(whole, torch.stack(halves).mean()) <= 1e-6
 
 
 def test_half_precision_is_computed_in_full() -> None:
@@ -450,7 +452,7 @@ def test_cache_asks_once_about_each_view(resnet: Path) -> None:
             answer = cache.predict(batch)
             assert answer.dtype is torch.float32
             rounding = answer.abs().max() * 2**-11
-            assert largest_difference(answer, Teacher.predict(teacher, batch)) <= rounding
+            assert get_largest_difference(answer, Teacher.predict(teacher, batch)) <= rounding
             calls.batches -= 1
         assert calls.batches == 5
 
