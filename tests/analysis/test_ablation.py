@@ -399,7 +399,7 @@ def test_null_effects_of_fewer_images_are_compared_on_these() -> None:
     assert ablation.effect.num_images == 6
 
 
-@pytest.mark.parametrize("pixels", [PIXELS, images(6, 24, 40)], ids=["native size", "rectangle"])
+@pytest.mark.parametrize("pixels", [PIXELS, build_images(6, 24, 40)], ids=["native size", "rectangle"])
 def test_hidden_tokens_are_read_by_no_token(pixels: torch.Tensor) -> None:
     """Their own values change nothing then; each of the others reads the same as without them."""
     model, batches = classifier(num_register_tokens=2), Batches(pixels=pixels)
