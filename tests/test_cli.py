@@ -1,6 +1,7 @@
 """The vitcls command: help, version, errors, completion, and the modules that importing the package loads."""
 
 import ast
+import importlib.metadata
 import os
 import runpy
 import subprocess
@@ -156,6 +157,7 @@ def test_the_environment_of_a_bug_report(monkeypatch: pytest.MonkeyPatch, capsys
     printed = capsys.readouterr().out
     facts = dict(line.split(maxsplit=1) for line in printed.splitlines())
     assert facts["modeling_vitcls"] == __version__ and {"torch", "transformers", "devices"} <= facts.keys()
+    assert facts["timm"] == importlib.metadata.version("timm")
     assert "hf_secret" not in printed
 
     monkeypatch.setenv("VITCLS_CPU_KERNELS", "0")

@@ -323,6 +323,7 @@ def test_the_card_is_published_with_the_name_of_the_repository(hub: LocalHub, fo
         (CARD, False),  # written by hand
         ("# my-run\n", False),  # a heading that is not the name of a model
         ('# old/name\nfrom_pretrained("old/name")\n', True),  # written for another repository
+        ('---\nlicense: mit\n---\n\n# old/name\nfrom_pretrained("old/name")\n', True),
         ("---\nlicense: [\n---\n# x\n", False),  # the Hub returns the error
         ("---\nmodel-index: 3\n---\n", False),
         ("---\r\nlicense: mit\r\n---\r\n# x\r\n", False),
