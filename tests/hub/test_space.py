@@ -241,6 +241,16 @@ def test_token_layer_and_head_change_the_map(browser: Browser, demo: str, photo:
         assert len({first, second, third, fourth, fifth}) == 5
 
 
+def test_all_images_are_loaded_and_complete_in_a_narrow_window(browser: Browser, demo: str, photo: Path) -> None:
+    with opened(browser, demo, width=390) as page:
+        give(page, photo)
+        for name in ("#map", "#through", "#patches", "#similarity"):  # without scrolling to the image
+            expect(page.locator(f"{name} img").last).not_to_have_js_property("naturalWidth", 0)
+        box = page.locator("#through .grid-wrap")
+        assert box.evaluate("box => box.scrollHeight <= box.clientHeight")
+        assert page.evaluate("document.documentElement.scrollWidth") <= 390
+
+
 @pytest.mark.slow
 def test_unreadable_image_clears_the_previous_result(browser: Browser, demo: str, photo: Path, tmp_path: Path) -> None:
     (tmp_path / "notes.png").write_text("no picture")
