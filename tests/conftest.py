@@ -30,7 +30,7 @@ from warm_processes import READY
 TESTS = Path(__file__).parent
 # Folders of tests that are all integration: export/ runs compilers, peers/ the test suites of other projects.
 FOLDERS = {"export", "integration", "peers"}
-PAGE_TESTS = {"test_report.py", "test_space.py"}  # draw pages, most of them in a browser
+PAGE_TESTS = {"test_report.py", "test_space.py", "test_static_space.py"}  # draw pages, most of them in a browser
 NO_BROWSER = "no Chromium for the tests of pages: install one with `make browser`"
 skipped_pages: list[str] = []  # ids of tests
 

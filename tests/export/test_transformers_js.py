@@ -5,16 +5,13 @@ The npm package is installed into a folder of its own by the slow test, which is
 
 import json
 import os
-import shutil
 import subprocess
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from PIL import Image
-from sklearn.datasets import load_digits
 from tiny_models import KINDS, filled, raises_one_line, tiny_config
+from transformers_js import install_transformers_js, load_digit_images, save_digits_classifier
 
 from modeling_vitcls import ViTCLSForImageClassification, ViTCLSImageProcessor
 from modeling_vitcls.export.formats import FORMATS
@@ -24,7 +21,6 @@ from modeling_vitcls.export.transformers_js import export_for_transformers_js
 for library in ("onnx", "onnxscript", "onnxruntime"):
     pytest.importorskip(library, reason=f"{library} is not installed")
 
-NUM_DIGITS = 500
 PREDICT = """
 import { env, pipeline, RawImage } from "@huggingface/transformers";
 import fs from "node:fs";
@@ -43,31 +39,10 @@ console.log(JSON.stringify(labels));
 """
 
 
-def load_images() -> list[Image.Image]:
-    """Return digits in the size of the model, so that no image is resized."""
-    return [
-        Image.fromarray((digit * 15.9).astype("uint8")).resize((32, 32), Image.Resampling.NEAREST).convert("RGB")
-        for digit in load_digits().images[:NUM_DIGITS]
-    ]
-
-
-def save(folder: Path, **fields: Any) -> Path:
-    config = tiny_config(num_register_tokens=2, id2label={index: f"digit {index}" for index in range(10)}, **fields)
-    config.num_labels = 10
-    model = filled(ViTCLSForImageClassification(config))
-    processor = ViTCLSImageProcessor(size={"height": 32, "width": 32})
-    if config.num_channels == 3:
-        with torch.no_grad():  # without this, all images would have one label
-            model.classifier.bias -= model(**processor(load_images(), return_tensors="pt")).logits.mean(0)
-    model.save_pretrained(folder)
-    processor.save_pretrained(folder)
-    return folder
-
-
 @pytest.fixture(scope="module")
 def web(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("models")
-    export_for_transformers_js(str(save(folder / "mine", num_labels=10)), folder / "web")
+    export_for_transformers_js(str(save_digits_classifier(folder / "mine", num_labels=10)), folder / "web")
     return folder / "web"
 
 
@@ -96,7 +71,7 @@ def test_other_models_and_gray_images_are_refused(tmp_path: Path) -> None:
     ViTCLSImageProcessor(size=32).save_pretrained(tmp_path / "tasks")
     with raises_one_line("requires a classifier for one task"):
         export_for_transformers_js(str(tmp_path / "tasks"), tmp_path / "web")
-    folder = save(tmp_path / "gray", num_labels=10, num_channels=1)
+    folder = save_digits_classifier(tmp_path / "gray", num_labels=10, num_channels=1)
     ViTCLSImageProcessor(size=32, do_convert_rgb=False, image_mean=[0.5], image_std=[0.5]).save_pretrained(folder)
     with raises_one_line("do_convert_rgb is False"):
         export_for_transformers_js(str(folder), tmp_path / "web")
@@ -109,16 +84,8 @@ def test_node_predicts_the_same_labels_for_500_digits(
     web: Path, tmp_path: Path, dtype: str, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     """The reference is the model itself for fp32, and onnxruntime with the same file for q8."""
-    if shutil.which("node") is None or shutil.which("npm") is None:
-        pytest.skip("node and npm are not installed")
-    packages = tmp_path_factory.getbasetemp() / "npm"
-    if not (packages / "node_modules").is_dir():
-        packages.mkdir(exist_ok=True)
-        command = ["npm", "install", "--no-fund", "--no-audit", "--ignore-scripts", "@huggingface/transformers"]
-        installed = subprocess.run(command, cwd=packages, capture_output=True, text=True)
-        if installed.returncode:
-            pytest.skip(f"npm cannot install @huggingface/transformers: {installed.stderr.strip().splitlines()[-1:]}")
-    digits = load_images()
+    packages = install_transformers_js(tmp_path_factory)
+    digits = load_digit_images()
     images = [{"data": list(image.tobytes()), "width": 32, "height": 32} for image in digits]
     (tmp_path / "images.json").write_text(json.dumps(images))
     (packages / "predict.mjs").write_text(PREDICT)
