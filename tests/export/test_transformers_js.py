@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from scripts_in_process import run_in_process
 from tiny_models import KINDS, filled, raises_one_line, tiny_config
 from transformers_js import install_transformers_js, load_digit_images, save_digits_classifier
 
@@ -76,6 +77,43 @@ def test_other_models_and_gray_images_are_refused(tmp_path: Path) -> None:
     with raises_one_line("do_convert_rgb is False"):
         export_for_transformers_js(str(folder), tmp_path / "web")
     assert not (tmp_path / "web").exists()
+
+
+def test_files_are_evaluated_on_labeled_images(web: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """30 of 40 images have the label that the model predicts, 10 have another label."""
+    model = ViTCLSForImageClassification.from_pretrained(web.parent / "mine")
+    processor = ViTCLSImageProcessor.from_pretrained(web.parent / "mine")
+    digits = load_digit_images()[:40]
+    pixel_values = processor(digits, return_tensors="pt")["pixel_values"]
+    with torch.no_grad():
+        labels = [(index + (number >= 30)) % 10 for number, index in enumerate(model(pixel_values).logits.argmax(-1))]
+    for number, (digit, label) in enumerate(zip(digits, labels, strict=True)):
+        folder = tmp_path / "images" / "test" / f"digit {label}"
+        folder.mkdir(parents=True, exist_ok=True)
+        digit.save(folder / f"{number}.png")
+    (tmp_path / "images" / "test" / "digit 0").mkdir(exist_ok=True)
+    flags = ["--model", web.parent / "mine", "--format", "transformers.js", "--output", tmp_path / "web"]
+    assert run_in_process("export.py", *flags, "--dataset", tmp_path / "images") == 0
+    labeled = json.loads((tmp_path / "web" / "onnx" / "report.json").read_text())["labeled"]
+    assert (labeled["dataset"], labeled["split"], labeled["num_images"]) == ("images", "test", 40)
+    assert labeled["metric"] == "accuracy" and labeled["model"] == labeled["files"]["model.onnx"] == 0.75
+    quantized = web / "onnx" / "model_quantized.onnx"
+    (logits,) = zip(*(each.values() for each in FORMATS["onnx"].run(quantized, pixel_values.split(1), ["logits"])))
+    correct = (torch.cat(logits).argmax(-1) == torch.tensor(labels)).float().mean().item()
+    assert labeled["files"]["model_quantized.onnx"] == pytest.approx(correct)
+    assert "accuracy on 40 images of images (test):\nPyTorch                    75.00%" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--format onnx --dataset digits", "--dataset requires"),
+        ("--format transformers.js --split test", "--split req"),
+    ],
+)
+def test_flags_of_labeled_images(flags: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_in_process("export.py", "--model", "mine", "--output", "web", *flags.split()) == 2
+    assert message in capsys.readouterr().err
 
 
 @pytest.mark.slow

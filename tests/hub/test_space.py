@@ -25,6 +25,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from gradio_client import Client, handle_file
 from huggingface_hub import HfApi, constants, snapshot_download
 from local_hub import LocalHub, Token
 from PIL import Image
@@ -257,6 +258,17 @@ def test_a_file_that_is_no_image_is_named_and_leaves_nothing_of_the_last_one(
         give(page, photo)
         assert shown_labels(page)
         expect(problem).to_be_hidden()
+
+
+def test_programs_can_call_one_function(demo: str, classifier: Path, photo: Path) -> None:
+    with urlopen(f"{demo.rstrip('/')}/gradio_api/info", timeout=60) as answer:
+        assert set(json.load(answer)["named_endpoints"]) == {"/predict"}
+    client = Client(demo, verbose=False)
+    *_, label = client.predict(handle_file(photo), api_name="/predict")
+    confidences = {entry["label"]: entry["confidence"] for entry in label["confidences"]}
+    assert confidences == pytest.approx(own_answer(classifier, photo), abs=1e-4)
+    with pytest.raises(ValueError, match="draw_all"):
+        client.predict(1, 1, 1, api_name="/draw_all")
 
 
 def test_only_what_was_uploaded_is_opened(demo: str, classifier: Path, photo: Path, tmp_path: Path) -> None:

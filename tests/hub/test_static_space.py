@@ -1,4 +1,4 @@
-"""The static Space: its page runs in Chromium, served by this machine, with transformers.js from the Space's folder."""
+"""The static Space: its page runs in Chromium, served by this machine, with its own copy of transformers.js."""
 
 import base64
 import io
@@ -22,7 +22,7 @@ from transformers_js import install_transformers_js, load_digit_images, save_dig
 
 from modeling_vitcls import ViTCLSForImageClassification, ViTCLSImageProcessor
 from modeling_vitcls.export.transformers_js import export_for_transformers_js
-from modeling_vitcls.hub.publish import push_folder
+from modeling_vitcls.hub.publish import PushFailed, push_folder
 from modeling_vitcls.hub.revisions import HubCommit
 from modeling_vitcls.hub.space import PublishedModel, push_space, write_space
 from modeling_vitcls.hub.static_space import LIBRARY_FILES, LIBRARY_URL, build_static_space_files
@@ -188,8 +188,6 @@ def test_flags_of_a_static_space(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_a_failed_push_names_the_command(hub: LocalHub, exported: Path) -> None:
-    from modeling_vitcls.hub.publish import PushFailed
-
     hub.fail("POST", "/spaces/ann/demo/commit/", 403)
-    with pytest.raises(PushFailed, match="vitcls space .*--static"):
+    with pytest.raises(PushFailed, match=r"vitcls space .*--static"):
         push_space(build_static_space_files(MODEL, exported), MODEL, "ann/demo")
