@@ -43,7 +43,7 @@ console.log(JSON.stringify(labels));
 @pytest.fixture(scope="module")
 def web(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("models")
-    export_for_transformers_js(str(save_digits_classifier(folder / "mine", num_labels=10)), folder / "web")
+    export_for_transformers_js(str(save_digits_classifier(folder / "mine")), folder / "web")
     return folder / "web"
 
 
@@ -72,7 +72,7 @@ def test_other_models_and_gray_images_are_refused(tmp_path: Path) -> None:
     ViTCLSImageProcessor(size=32).save_pretrained(tmp_path / "tasks")
     with raises_one_line("requires a classifier for one task"):
         export_for_transformers_js(str(tmp_path / "tasks"), tmp_path / "web")
-    folder = save_digits_classifier(tmp_path / "gray", num_labels=10, num_channels=1)
+    folder = save_digits_classifier(tmp_path / "gray", num_channels=1)
     ViTCLSImageProcessor(size=32, do_convert_rgb=False, image_mean=[0.5], image_std=[0.5]).save_pretrained(folder)
     with raises_one_line("do_convert_rgb is False"):
         export_for_transformers_js(str(folder), tmp_path / "web")
@@ -86,7 +86,8 @@ def test_files_are_evaluated_on_labeled_images(web: Path, tmp_path: Path, capsys
     digits = load_digit_images()[:40]
     pixel_values = processor(digits, return_tensors="pt")["pixel_values"]
     with torch.no_grad():
-        labels = [(index + (number >= 30)) % 10 for number, index in enumerate(model(pixel_values).logits.argmax(-1))]
+        predicted = model(pixel_values).logits.argmax(-1).tolist()
+    labels = [(index + (number >= 30)) % 10 for number, index in enumerate(predicted)]
     for number, (digit, label) in enumerate(zip(digits, labels, strict=True)):
         folder = tmp_path / "images" / "test" / f"digit {label}"
         folder.mkdir(parents=True, exist_ok=True)
@@ -98,8 +99,9 @@ def test_files_are_evaluated_on_labeled_images(web: Path, tmp_path: Path, capsys
     assert (labeled["dataset"], labeled["split"], labeled["num_images"]) == ("images", "test", 40)
     assert labeled["metric"] == "accuracy" and labeled["model"] == labeled["files"]["model.onnx"] == 0.75
     quantized = web / "onnx" / "model_quantized.onnx"
-    (logits,) = zip(*(each.values() for each in FORMATS["onnx"].run(quantized, pixel_values.split(1), ["logits"])))
-    correct = (torch.cat(logits).argmax(-1) == torch.tensor(labels)).float().mean().item()
+    outputs = FORMATS["onnx"].run(quantized, list(pixel_values.split(1)), ["logits"])
+    logits = torch.cat([output["logits"] for output in outputs])
+    correct = (logits.argmax(-1) == torch.tensor(labels)).float().mean().item()
     assert labeled["files"]["model_quantized.onnx"] == pytest.approx(correct)
     assert "accuracy on 40 images of images (test):\nPyTorch                    75.00%" in capsys.readouterr().out
 
@@ -108,7 +110,7 @@ def test_files_are_evaluated_on_labeled_images(web: Path, tmp_path: Path, capsys
     ("flags", "message"),
     [
         ("--format onnx --dataset digits", "--dataset requires"),
-        ("--format transformers.js --split test", "--split req"),
+        ("--format transformers.js --split test", "--split"),
     ],
 )
 def test_flags_of_labeled_images(flags: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
