@@ -8,6 +8,7 @@ const MIN_BRIGHTNESS = 0.15; // brightness of a patch without attention
 
 env.allowRemoteModels = false;
 env.allowLocalModels = true;
+env.useBrowserCache = false; // it would keep the files of an older model
 env.localModelPath = new URL("./", import.meta.url).pathname;
 const library = new URL(import.meta.resolve("transformers.js"));
 if (library.origin === location.origin) {
