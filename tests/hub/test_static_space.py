@@ -13,6 +13,7 @@ from urllib.parse import urlsplit
 import pytest
 import torch
 import yaml
+from huggingface_hub import constants
 from local_hub import LocalHub
 from PIL import Image
 from playwright.sync_api import Browser, Page, expect
@@ -163,8 +164,13 @@ def test_the_files_of_the_space(exported: Path, tmp_path: Path) -> None:
 
 
 def test_the_command_pushes_a_static_space(
-    hub: LocalHub, classifier: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    hub: LocalHub,
+    classifier: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     for name in LIBRARY_FILES:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("library")
