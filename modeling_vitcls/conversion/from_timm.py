@@ -22,14 +22,17 @@ from ..configuration_vitcls import ViTCLSConfig
 from ..modeling_vitcls import ViTCLSPreTrainedModel
 from .timm_modules import TimmModule, get_class_name, has_pooler, is_present, read_model
 from .weight_rules import (
+    LAYER_SCALES,
     POSITIONS,
     ClassifierChoice,
     ConversionError,
     Rule,
     Weights,
+    append_ones,
     append_zero_bias,
     build_model,
     convert_weights,
+    repeat_kv,
     split_classifier,
     split_halves,
     split_positions,
@@ -179,19 +182,12 @@ def deinterleave_rotary_channels(weights: Weights, config: ViTCLSConfig) -> Weig
 
 QKV = [f"layers.{{i}}.attention.{letter}_proj.{{rest}}" for letter in "qkv"]
 GATED_MLP = ["layers.{i}.mlp.gate_proj.{rest}", "layers.{i}.mlp.up_proj.{rest}"]
-LAYER_SCALES = ["layers.{i}.layer_scale1.lambda1", "layers.{i}.layer_scale2.lambda1"]
 
 
 def split_mlp_qkv(tensor: torch.Tensor, config: ViTCLSConfig) -> Sequence[torch.Tensor]:
     """Split the input projection of a parallel block [mlp + 3 * D, ...] into MLP, query, key and value."""
     mlp, qkv = tensor.tensor_split([config.intermediate_size])
     return [mlp, *qkv.chunk(3)]
-
-
-def repeat_kv(tensor: torch.Tensor, config: ViTCLSConfig) -> Sequence[torch.Tensor]:
-    """Repeat the key or value heads [heads * head_dim, ...] of grouped-query attention for every query head."""
-    heads = tensor.unflatten(0, (-1, config.head_dim))
-    return [heads.repeat_interleave(config.num_attention_heads // len(heads), dim=0).flatten(0, 1)]
 
 
 STEM_RULES = [
@@ -266,9 +262,7 @@ MLP_RULES = {
 }
 
 # If only attention has LayerScale, the LayerScale values of the MLP are 1.
-ATTENTION_SCALE_RULES = [
-    Rule("blocks.{i}.gamma_1", LAYER_SCALES, lambda tensor, config: [tensor, torch.ones_like(tensor)])
-]
+ATTENTION_SCALE_RULES = [Rule("blocks.{i}.gamma_1", LAYER_SCALES, append_ones)]
 
 
 def build_head_rules(attention_pool: str) -> list[Rule]:

@@ -27,10 +27,13 @@ from .transformers_families import (
     DINOV2,
     DINOV3,
     IJEPA,
+    INTERNVL,
     PIXIO,
     RADIO,
+    SAPIENS2,
     SIGLIP,
     SIGLIP2,
+    TIPSV2,
     VIT,
     TransformersFamily,
 )
@@ -154,7 +157,10 @@ CONVERTIBLE_CLASSES: dict[str, ConvertibleClass] = {
     "Dinov2WithRegistersModel": ConvertibleClass(DINOV2),
     "Dinov2WithRegistersForImageClassification": ConvertibleClass(DINOV2, "dinov2_with_registers", CLS_AND_MEAN),
     "DINOv3ViTModel": ConvertibleClass(DINOV3),
+    "Sapiens2Model": ConvertibleClass(SAPIENS2),
+    "Tipsv2VisionModel": ConvertibleClass(TIPSV2),
     "CLIPVisionModel": ConvertibleClass(CLIP, fields=POOLED_NORM),
+    "ChineseCLIPVisionModel": ConvertibleClass(CLIP, fields=POOLED_NORM),
     "CLIPVisionModelWithProjection": ConvertibleClass(
         CLIP, "vision_model", POOLED_NORM, read_labels=read_embedding_size
     ),
@@ -174,5 +180,7 @@ CONVERTIBLE_CLASSES: dict[str, ConvertibleClass] = {
     "BeitForImageClassification": ConvertibleClass(BEIT, "beit"),
     "Data2VecVisionModel": ConvertibleClass(DATA2VEC),
     "Data2VecVisionForImageClassification": ConvertibleClass(DATA2VEC, "data2vec_vision"),
+    "InternVLVisionModel": ConvertibleClass(INTERNVL),
+    "QianfanOCRVisionModel": ConvertibleClass(INTERNVL),
     "RadioModel": ConvertibleClass(RADIO),
 }

@@ -156,6 +156,8 @@ def build_page(demo_model: DemoModel, examples: Sequence[str | Path] = ()) -> gr
             event = add_listener(predict, [image_input.image], outputs, preprocess=False, **LATEST_REQUEST)
             for view in views:
                 event.then(view.draw_all, view.inputs, view.outputs, **LATEST_DRAWING_REQUEST)
+        for listener in page.fns.values():  # the API of the page has one function
+            listener.api_visibility = "public" if listener.api_name == "predict" else "private"
     return page
 
 
