@@ -5,8 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from tiny_models import tiny_config
-from varied_models import with_varied_answers
+from tiny_models import build_tiny_config
+from varied_models import center_logits
 
 from modeling_vitcls import ViTCLSForImageClassification, ViTCLSImageProcessor
 from modeling_vitcls.analysis import inspection
@@ -26,8 +26,8 @@ def build_images() -> list[Image.Image]:
 
 def build_classifier() -> ViTCLSForImageClassification:
     """1 CLS token, which the head reads, and 2 registers."""
-    model = ViTCLSForImageClassification(tiny_config(num_labels=8, num_register_tokens=2))
-    return with_varied_answers(model, PROCESSOR(build_images(), return_tensors="pt")["pixel_values"])
+    model = ViTCLSForImageClassification(build_tiny_config(num_labels=8, num_register_tokens=2))
+    return center_logits(model, PROCESSOR(build_images(), return_tensors="pt")["pixel_values"])
 
 
 def test_progress_counts_all_forward_passes(monkeypatch: pytest.MonkeyPatch) -> None:
