@@ -256,10 +256,11 @@ def plan_redraws(model: Any) -> Iterator[tuple[list[str], list[list[int]], bool]
 
 
 def count_null_passes(model: Any) -> int:
-    """Return the maximum number of passes over the images of the null distributions."""
+    """Return the maximum number of passes over the images of the null distributions. The first pass only determines
+    the number of tokens."""
     sizes = {len(indices) for indices in get_ablated_parts(model.config.token_layout).values()}
     num_redraws = sum(len(sets) * (2 if has_null else 1) for _, sets, has_null in plan_redraws(model))
-    return 1 + 2 * NUM_NULL * len(sizes) + num_redraws if sizes else 0
+    return 2 + 2 * NUM_NULL * len(sizes) + num_redraws if sizes else 0
 
 
 # Tokens --------------------------------------------------------------------------------------------------------------

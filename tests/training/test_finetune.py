@@ -479,7 +479,9 @@ def test_trackers_get_the_main_images_at_the_end(tmp_path: Path, capsys: pytest.
     event_files = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     train(tmp_path, "digits", log_with=("tensorboard",), report=True)
     files = "(model, image processor, README.md, report.html, results.json)"
-    assert f"saved     {tmp_path} {files}" in capsys.readouterr().out
+    output, diagnosis = capsys.readouterr().out, read_json(tmp_path / "results.json")["diagnosis"]
+    assert f"saved     {tmp_path} {files}" in output
+    assert f"diagnosis {diagnosis}\n" in output and "patches: " in diagnosis
     folder = next((tmp_path / "trackers").rglob("events.out.tfevents*")).parent
     events = event_files.EventAccumulator(str(folder))
     events.Reload()
