@@ -73,6 +73,7 @@ class TorchDigits(Dataset):
         return get_digits()[index]
 
 
+@pytest.mark.slow
 @pytest.mark.integration
 def test_pretrain_and_torch_datasets(tmp_path: Path) -> None:
     results = pretrain("vitcls-tiny", TorchDigits(), tmp_path / "encoder", **MODEL, **RUN)

@@ -400,14 +400,15 @@ def test_null_effects_use_the_same_images() -> None:
     assert ablation.effect.num_images == 6
 
 
-def test_hidden_tokens_are_read_by_no_token() -> None:
+@pytest.mark.parametrize("pixels", [PIXELS, build_images(6, 24, 40)], ids=["native size", "rectangle"])
+def test_hidden_tokens_are_read_by_no_token(pixels: torch.Tensor) -> None:
     """The values of hidden tokens have no effect; all other tokens read the same as without them."""
-    model = build_classifier(num_register_tokens=2)
-    hidden = collect_outputs(model, Batches(), [1, 2])
+    model, batches = build_classifier(num_register_tokens=2), Batches(pixels=pixels)
+    hidden = collect_outputs(model, batches, [1, 2])
     with torch.no_grad():
         model.vitcls.embeddings.register_tokens.normal_()
-    assert get_largest_difference(collect_outputs(model, Batches(), [1, 2]).logits, hidden.logits) <= 1e-5
-    assert get_largest_difference(collect_outputs(model, Batches(), [1]).logits, hidden.logits) > 1e-3
+    assert get_largest_difference(collect_outputs(model, batches, [1, 2]).logits, hidden.logits) <= 1e-5
+    assert get_largest_difference(collect_outputs(model, batches, [1]).logits, hidden.logits) > 1e-3
 
 
 def test_features_of_encoders_are_compared_by_cosine_similarity() -> None:

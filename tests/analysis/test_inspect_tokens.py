@@ -105,6 +105,7 @@ def build_options(model: str, tmp_path: Path, *paths: Any, **fields: Any) -> Ins
     return InspectOptions(model, tuple(map(str, paths)), output=tmp_path / "report.html", **fields)
 
 
+@pytest.mark.slow
 def test_digits_with_patch_sizes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = save(tmp_path / "model", build_classifier(DIGITS))
     write_json(tmp_path / "model" / "results.json", {"token_movement": {"cls[0]": 0.0}})
@@ -162,6 +163,7 @@ def test_a_revision_of_a_model_on_the_hub(
     assert capsys.readouterr().err.startswith("error: ann/pets has no revision v2. Set")
 
 
+@pytest.mark.slow
 def test_several_tasks_on_paths(image_folder: Path, tmp_path: Path) -> None:
     """Folder names cannot be labels of several tasks."""
     tasks = ViTCLSForMultiTaskClassification(build_tiny_config(num_cls_tokens=2, tasks=TASKS))

@@ -174,6 +174,7 @@ def test_saved_and_loaded_models_have_equal_outputs(model_class: type, tmp_path:
     assert all(torch.equal(one, other) for one, other in zip(found, wanted, strict=True))
 
 
+@pytest.mark.slow
 def test_loads_without_the_package(tmp_path: Path) -> None:
     better = add_test_time_register(build_planted_model(), [[LAYER, neuron] for neuron in PLANTED])
     better.save_pretrained(tmp_path / "model")

@@ -82,6 +82,7 @@ def test_unsupported_features_are_named(tmp_path: Path) -> None:
     assert not (tmp_path / "native").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("fast_verification")
 def test_a_native_model_is_pushed_and_verified_without_remote_code(hub: LocalHub, tmp_path: Path) -> None:
     write_native_model(str(save(tmp_path / "mine", **DEMO)), tmp_path / "native")

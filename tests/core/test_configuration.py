@@ -450,8 +450,8 @@ from pathlib import Path
 import torch
 import transformers
 from transformers import AutoBackbone, AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageClassification
-from transformers import BertConfig, BertModel, UperNetConfig, UperNetForSemanticSegmentation
-from transformers import VisionTextDualEncoderModel
+from transformers import BertConfig, BertLMHeadModel, BertModel, UperNetConfig, UperNetForSemanticSegmentation
+from transformers import VisionEncoderDecoderModel, VisionTextDualEncoderModel
 
 first, second, work = map(Path, sys.argv[1:])
 models = [AutoModel.from_pretrained(folder, trust_remote_code=True) for folder in (first, second)]
@@ -479,11 +479,19 @@ upernet = UperNetForSemanticSegmentation(UperNetConfig(backbone_config=backbone_
 upernet.save_pretrained(work / "upernet")
 upernet_again = UperNetForSemanticSegmentation.from_pretrained(work / "upernet").eval()
 
+decoder = BertLMHeadModel(BertConfig(vocab_size=20, is_decoder=True, add_cross_attention=True, **sizes))
+captioner = VisionEncoderDecoderModel(encoder=model, decoder=decoder).eval()
+captioner.save_pretrained(work / "captioner")
+captioner_again = VisionEncoderDecoderModel.from_pretrained(work / "captioner").eval()
+words = torch.tensor([[1, 2], [3, 4]])
+
 with torch.no_grad():
+    captions = [one(images, decoder_input_ids=words).logits for one in (captioner, captioner_again)]
     features = [one.get_image_features(images).pooler_output for one in (dual, dual_again)]
     maps = [one(images).logits for one in (upernet, upernet_again)]
 assert torch.equal(*features) and features[0].std() > 0
 assert torch.equal(*maps) and maps[0].std() > 0
+assert torch.equal(*captions) and captions[0].std() > 0
 
 config = AutoConfig.from_pretrained(first)
 print(json.dumps({

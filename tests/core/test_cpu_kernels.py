@@ -478,9 +478,12 @@ def test_gradients_per_image_in_half_precision(dtype: torch.dtype) -> None:
 
 
 def test_exported_programs_do_not_depend_on_this_cpu(dtype: torch.dtype) -> None:
-    program = torch.export.export(CPULinear(6, 4).to(dtype), (torch.randn(3, 6).to(dtype),))
+    layer, inputs = CPULinear(6, 4).to(dtype), torch.randn(3, 6).to(dtype)
+    program = torch.export.export(layer, (inputs,))
     assert not [node for node in program.graph.nodes if "to" in str(node.target).split(".")]
     assert "float32" not in str(program.graph)
+    traced = torch.jit.trace(layer, inputs)
+    assert not [node for node in traced.inlined_graph.nodes() if node.kind() == "aten::to"]
 
 
 @pytest.mark.slow

@@ -98,7 +98,7 @@ def check_same(processor: ViTCLSImageProcessor, images: Any, name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "sizes, resample", itertools.product(SIZES, RESAMPLES), ids=lambda value: str(value).replace("'", "")
+    "sizes, resample", list(itertools.product(SIZES, RESAMPLES)), ids=lambda value: str(value).replace("'", "")
 )
 def test_all_images_have_the_same_values(sizes: dict[str, Any], resample: int) -> None:
     processor = ViTCLSImageProcessor(**sizes, resample=resample)

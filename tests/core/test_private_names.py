@@ -24,6 +24,8 @@ def list_private_names() -> list[str]:
 
 NAMES = list_private_names()
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> Results:

@@ -401,6 +401,13 @@ def test_images_have_alternative_text() -> None:
     assert "## Attention maps" not in render_card().text and "![" not in render_card().text
 
 
+@pytest.mark.parametrize("flags", [{}, {"dataset": "/gone/scans"}, {"dataset": "/gone/scans", "card_samples": True}])
+def test_the_report_is_linked_only_if_it_may_be_published(flags: dict[str, Any]) -> None:
+    for build, results in ((build_card, RESULTS), (build_encoder_card, ENCODER)):
+        card = build("my-model", CONFIG, results, FLAGS | flags, images={"report": "report.html"})
+        assert ("[report.html](report.html)" in card.text) is (flags != {"dataset": "/gone/scans"})
+
+
 def test_energy_is_given_with_its_assumption() -> None:
     estimate = estimate_energy(3600.0, 2, torch.device("cpu"))
     assert estimate is not None

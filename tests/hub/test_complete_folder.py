@@ -1,5 +1,6 @@
 """Folders without a required code file are not pushed, even if only another code file imports the missing file."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,13 @@ def test_all_code_is_needed(folder: Path) -> None:
     """Imports are followed: `auto_map` contains only three of the files."""
     assert list_required_code(folder) == set(CODE)
     assert set(CODE) <= collect_model_files(folder).keys()
+
+
+def test_code_in_another_repository_is_not_needed(folder: Path) -> None:
+    for name in ("config.json", "preprocessor_config.json"):
+        text = (folder / name).read_text()
+        (folder / name).write_text(re.sub(r'"(\w+_vitcls\.)', r'"ann/code--\1', text))
+    assert list_required_code(folder) == set()
 
 
 @pytest.mark.parametrize("name", CODE)

@@ -51,6 +51,7 @@ def test_paths_become_absolute(here: Path) -> None:
         assert resolve_name(name) == resolve_name(resolve_name(name)) == str(here / name)
     assert resolve_name("timm:resnet18@weights.pt") == f"timm:resnet18@{here}/weights.pt"
     assert resolve_name("timm:local-dir:data/teach") == f"timm:local-dir:{here}/data/teach"
+    assert resolve_name("timm:local_dir:data/teach") == f"timm:local_dir:{here}/data/teach"
     assert resolve_name("transformers:data/teach") == f"transformers:{here}/data/teach"
     for other in ("acme/none", "timm:weights.pt", "timm:hf-hub:acme/data@main", "timm:resnet18@none.pt"):
         assert resolve_name(other) == other

@@ -138,9 +138,21 @@ def test_onnx_files_are_pushed_if_their_report_matches_the_weights(
     (folder / "onnx").mkdir()
     (folder / "onnx" / "model.onnx").write_bytes(b"graph")
     digest = hashlib.sha256((folder / WEIGHTS).read_bytes()).hexdigest()
-    (folder / "onnx" / "report.json").write_text(json.dumps({"weights_sha256": {WEIGHTS: digest}}))
+    comparison = {"file": "onnx/model.onnx", "largest_difference": 2.5e-7, "top1_agreement": 1.0}
+    labeled = {"dataset": "digits", "split": "test", "num_images": 1000, "metric": "accuracy", "model": 0.974}
+    report = {"weights_sha256": {WEIGHTS: digest}, "comparisons": [comparison], "labeled": None}
+    (folder / "onnx" / "report.json").write_text(json.dumps(report))
     push_folder(folder, "ann/model")
     assert {"onnx/model.onnx", "onnx/report.json"} <= set(hub.files("ann/model")) and not caplog.messages
+    assert "| `onnx/model.onnx` | 2.5e-07 | 100.00% |\n" in hub.read("ann/model", "README.md").decode()
+    report["labeled"] = labeled | {"files": {"model.onnx": 0.9725}}
+    (folder / "onnx" / "report.json").write_text(json.dumps(report))
+    push_folder(folder, "ann/model")
+    card = hub.read("ann/model", "README.md").decode()
+    assert (
+        "1,000 images of `digits` (test), one image at a time. The weights in PyTorch have the accuracy 97.40%" in card
+    )
+    assert "| `onnx/model.onnx` | 2.5e-07 | 100.00% | 97.25% |\n" in card and card.count("## ONNX files") == 1
     save_model(folder, num_register_tokens=2)
     push_folder(folder, "ann/model")
     assert not [name for name in hub.files("ann/model") if name.startswith("onnx/")]
@@ -323,6 +335,7 @@ def test_the_card_is_published_with_the_name_of_the_repository(hub: LocalHub, fo
         (CARD, False),  # written by hand
         ("# my-run\n", False),  # a heading that is not the name of a model
         ('# old/name\nfrom_pretrained("old/name")\n', True),  # written for another repository
+        ('---\nlicense: mit\n---\n\n# old/name\nfrom_pretrained("old/name")\n', True),
         ("---\nlicense: [\n---\n# x\n", False),  # the Hub returns the error
         ("---\nmodel-index: 3\n---\n", False),
         ("---\r\nlicense: mit\r\n---\r\n# x\r\n", False),

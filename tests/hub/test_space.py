@@ -25,6 +25,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from gradio_client import Client, handle_file
 from huggingface_hub import HfApi, constants, snapshot_download
 from local_hub import LocalHub, Token
 from PIL import Image
@@ -241,6 +242,16 @@ def test_token_layer_and_head_change_the_map(browser: Browser, demo: str, photo:
         assert len({first, second, third, fourth, fifth}) == 5
 
 
+def test_all_images_are_loaded_and_complete_in_a_narrow_window(browser: Browser, demo: str, photo: Path) -> None:
+    with open_page(browser, demo, width=390) as page:
+        upload_on_page(page, photo)
+        for name in ("#map", "#through", "#patches", "#similarity"):  # without scrolling to the image
+            expect(page.locator(f"{name} img").last).not_to_have_js_property("naturalWidth", 0)
+        box = page.locator("#through .grid-wrap")
+        assert box.evaluate("box => box.scrollHeight <= box.clientHeight")
+        assert page.evaluate("document.documentElement.scrollWidth") <= 390
+
+
 @pytest.mark.slow
 def test_unreadable_image_clears_the_previous_result(browser: Browser, demo: str, photo: Path, tmp_path: Path) -> None:
     (tmp_path / "notes.png").write_text("no picture")
@@ -258,6 +269,17 @@ def test_unreadable_image_clears_the_previous_result(browser: Browser, demo: str
         upload_on_page(page, photo)
         assert read_labels(page)
         expect(problem).to_be_hidden()
+
+
+def test_programs_can_call_one_function(demo: str, classifier: Path, photo: Path) -> None:
+    with urlopen(f"{demo.rstrip('/')}/gradio_api/info", timeout=60) as answer:
+        assert set(json.load(answer)["named_endpoints"]) == {"/predict"}
+    client = Client(demo, verbose=False)
+    *_, label = client.predict(handle_file(photo), api_name="/predict")
+    confidences = {entry["label"]: entry["confidence"] for entry in label["confidences"]}
+    assert confidences == pytest.approx(predict_top_labels(classifier, photo), abs=1e-4)
+    with pytest.raises(ValueError, match="draw_all"):
+        client.predict(1, 1, 1, api_name="/draw_all")
 
 
 def test_only_uploaded_files_are_opened(demo: str, classifier: Path, photo: Path, tmp_path: Path) -> None:

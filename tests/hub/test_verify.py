@@ -65,6 +65,7 @@ def save_model(model: Any, target: Path) -> Path:
     return target
 
 
+@pytest.mark.slow
 def test_the_script_pushes_and_prints_a_certificate(hub: LocalHub, folder: Path, tmp_path: Path) -> None:
     """The repository is private, the first request for weights fails, and there is only one commit."""
     hub.fail("GET", "/objects/", "cut")

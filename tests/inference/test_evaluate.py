@@ -516,6 +516,7 @@ def test_two_processes_evaluate_a_saved_model(two_process_folder: Path) -> None:
     assert [file.name for file in (two_process_folder / "new").iterdir()] == ["digits.json"]  # no partial file
 
 
+@pytest.mark.slow
 def test_two_processes_evaluate_frozen_features(two_process_folder: Path) -> None:
     two, one = read_json(two_process_folder / "frozen.json"), evaluate_frozen_digits(two_process_folder)
     assert (two["num_processes"], one["num_processes"]) == (2, 1)

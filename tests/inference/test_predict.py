@@ -417,6 +417,7 @@ def streamed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return file
 
 
+@pytest.mark.slow
 def test_a_killed_run_is_resumed_by_two_processes(models: Path, streamed: Path, tmp_path: Path) -> None:
     """The result must equal that of one uninterrupted run."""
     flags = ["--model", models / "encoder", "--dataset", streamed, "--streaming", "--features", "cls"]
@@ -611,6 +612,15 @@ def test_text_in_csv_files_is_not_a_formula(tmp_path: Path) -> None:
     write_rows(rows, columns, tmp_path / "out.jsonl")
     lines = (tmp_path / "out.jsonl").read_text(encoding="utf-8").split("\n")
     assert [json.loads(line)["image"] for line in lines[:-1]] == FORMULAS
+
+
+def test_tables_show_errors_only_if_there_are_any_and_no_index(capsys: pytest.CaptureFixture) -> None:
+    columns = {"index": pa.int64(), "image": pa.string(), "error": pa.string()}
+    for error, header in ((None, ["image"]), ("damaged", ["image", "error"])):
+        print_table(
+            [{"index": 0, "image": "1.png", "error": None}, {"index": 1, "image": "2.png", "error": error}], columns
+        )
+        assert [cell.strip() for cell in capsys.readouterr().out.splitlines()[1].strip("┃ ").split("┃")] == header
 
 
 def test_tables_show_no_control_characters(capsys: pytest.CaptureFixture) -> None:

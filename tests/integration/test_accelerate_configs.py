@@ -132,6 +132,7 @@ def test_all_keys_are_known_to_accelerate(file: Path) -> None:
 # Runs ----------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_fsdp2_trains_like_ddp(ddp: Path, fsdp2: Path) -> None:
     assert_same_run(ddp, fsdp2, tolerance=1e-4)
     for folder in (ddp, fsdp2):
@@ -146,6 +147,7 @@ def test_fsdp2_trains_like_ddp(ddp: Path, fsdp2: Path) -> None:
     assert losses[-1] < losses[0]
 
 
+@pytest.mark.slow
 def test_the_model_trained_with_fsdp2_loads(fsdp2: Path) -> None:
     model, info = ViTCLSForImageClassification.from_pretrained(fsdp2, output_loading_info=True)
     assert not any(info.values())

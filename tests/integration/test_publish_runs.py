@@ -369,6 +369,7 @@ def test_a_signal_does_not_wait_longer_than_the_limit(
 # Resume on another machine -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_another_user_resumes_from_the_branch(
     hub: LocalHub, tmp_path: Path, script: Any, capsys: pytest.CaptureFixture
 ) -> None:

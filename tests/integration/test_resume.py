@@ -585,6 +585,7 @@ def test_a_second_run_in_the_folder_is_an_error(
     assert_equal_runs(folder, uninterrupted(flags))
 
 
+@pytest.mark.slow
 def test_a_new_run_that_is_killed_early_has_no_old_model(image_folder: Path, folder: Path) -> None:
     flags = f"{RUN} --dataset {image_folder}"
     finish(folder, f"{flags} --max-steps 3")

@@ -436,6 +436,7 @@ def test_all_options_at_once(tmp_path: Path) -> None:
     assert results["mixed_precision"] == "bf16" and math.isfinite(results["loss"])
 
 
+@pytest.mark.slow
 def test_class_weights_help_the_rare_class(tmp_path: Path) -> None:
     """40 gray images of one class and 8 of another differ only by noise: without weights, the first class wins."""
     generator = torch.Generator().manual_seed(0)

@@ -327,6 +327,7 @@ def probe_in_a_process(rank: int, port: int, folder: Path) -> None:
     torch.distributed.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_two_processes_equal_one(tmp_path: Path) -> None:
     torch.multiprocessing.start_processes(probe_in_a_process, (find_free_port(), tmp_path), 2, start_method=METHOD)
     alone = run_process_share(0, 1)

@@ -168,6 +168,19 @@ def test_logged_records() -> None:
     json.dumps(bench.records, allow_nan=False)
 
 
+def test_logged_losses_are_means_over_the_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The loss of a second process is larger by 2."""
+    bench, own = LoopRecorder(max_steps=1, log_every=1), []
+
+    def reduce(losses: torch.Tensor, reduction: str) -> torch.Tensor:
+        own.extend(losses.tolist())
+        return {"mean": losses + 1, "sum": 2 * losses + 2}[reduction]
+
+    monkeypatch.setattr(bench.accelerator, "reduce", reduce)
+    bench.run()
+    assert [bench.records[0]["loss"]] == pytest.approx([loss + 1 for loss in own], abs=1e-5)
+
+
 def test_the_last_evaluation_is_repeated_if_all_steps_are_done() -> None:
     bench = LoopRecorder(max_steps=4)
     bench.state.step = 4

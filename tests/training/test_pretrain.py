@@ -173,6 +173,7 @@ def test_every_parameter_gets_a_gradient() -> None:
     assert all((token.grad[0].norm(dim=1) > 0).all() for token in tokens.values())
 
 
+@pytest.mark.slow
 def test_a_run_reduces_the_loss(pretrained: Path) -> None:
     losses = [record["held_out_reconstruction_loss"] for record in read_metrics(pretrained) if "epoch" in record]
     assert len(losses) == 3 and losses == sorted(losses, reverse=True)

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import timm
 import torch
-from cnn_teacher import train_cnn_teacher
 from PIL import Image
 from safetensors.torch import save_file
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
@@ -37,6 +36,7 @@ from modeling_vitcls.data.splits import load_training_data
 from modeling_vitcls.options import AugmentationOptions, DataOptions
 from modeling_vitcls.training.losses import distillation_loss
 from modeling_vitcls.training.teacher import Teacher, TeacherCache, check_teacher_views, load_teacher
+from scripts.train_cnn_teacher import train_cnn_teacher
 
 
 CPU = torch.device("cpu")
@@ -96,7 +96,7 @@ def resnet(tmp_path: Path) -> Path:
 def digits_teacher(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, float]:
     """Return a CNN trained on digits, with its labels in reverse order, and its accuracy."""
     folder = tmp_path_factory.mktemp("cnn")
-    return folder, train_cnn_teacher(folder, label_names=DIGITS[::-1])
+    return folder, train_cnn_teacher("digits", folder, label_names=tuple(DIGITS[::-1]))
 
 
 # Outputs -------------------------------------------------------------------------------------------------------------
