@@ -68,12 +68,13 @@ NOT_PLAIN = {
 # Class without rules -> what ViTCLS or the converter does not support.
 REASONS = {
     # timm
-    "Beit": "position biases are resampled with splines on a nonuniform grid; `transformers:` converts BEiT exactly",
+    "Beit": "position biases are resampled at unevenly spaced points; `transformers:` converts BEiT exactly",
     "VisionTransformerRelPos": "an MLP computes the position biases, or they are resampled as in `Beit`",
     "NaFlexVit": "one module for patches, tokens and positions, which also reads packed patches of several images",
     "Cait": "talking-heads attention, and separate layers for the CLS token",
     "ConVit": "gated positional self-attention",
-    **dict.fromkeys(("DeepseekVitClassifier", "DeepseekVitEncoder"), "a projector that merges patches"),
+    "DeepseekVitClassifier": "an encoder in a submodule, for which the converter has no rules",
+    "DeepseekVitEncoder": "a projector that merges patches",
     **dict.fromkeys(("Gemma4VitClassifier", "Gemma4VitEncoder"), "blocks with four norms"),
     **dict.fromkeys(("Qwen3VitClassifier", "Qwen3VitEncoder"), "positions resampled with aligned corners"),
     # transformers
