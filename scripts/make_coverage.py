@@ -102,9 +102,9 @@ HEADER = """# Coverage of other projects' ViTs
 converts it, and compares all tokens and logits at the native size and at a rectangle in float32 (limit 1e-5). timm
 {timm}, transformers {transformers}.
 
-The denominator of timm is every module whose models have one resolution and attention among all patches;
-`vision_transformer_hybrid` (a CNN before the ViT) and `vision_transformer_sam` (windows) do not. EUPE is a set of
-weights of the module `eva`. Neither library contains ViT-5, so there is no reference for a preset of it.
+The denominator of timm is every module whose models have one resolution and attention among all patches, except
+`vision_transformer_hybrid`, which has a CNN before the ViT. EUPE is a set of weights of architectures in the module
+`eva`. Neither library contains ViT-5, so there is no reference for a preset of it.
 
 """
 
