@@ -137,13 +137,14 @@ def fold_layer_scale(branch: Weights, layer: str) -> Weights:
 
 
 def concatenate_outputs(weights: Weights, name: str, layers: Sequence[Weights]) -> None:
-    """Add a layer whose outputs are the outputs of all layers."""
+    """Add a linear layer whose output is the concatenation of the outputs of `layers`."""
     for kind in ("weight", "bias"):
         weights[f"{name}.{kind}"] = torch.cat([layer[kind] for layer in layers])
 
 
 def concatenate_inputs(weights: Weights, name: str, layers: Sequence[Weights]) -> None:
-    """Add a layer that reads the inputs of all layers and returns the sum of their outputs."""
+    """Add a linear layer whose input is the concatenation of the inputs of `layers`, and whose output is the sum of
+    their outputs."""
     weights[f"{name}.weight"] = torch.cat([layer["weight"] for layer in layers], dim=1)
     weights[f"{name}.bias"] = torch.stack([layer["bias"] for layer in layers]).sum(dim=0)
 

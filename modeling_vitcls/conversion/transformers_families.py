@@ -1,7 +1,8 @@
 """Parameter names and configurations of the plain ViTs of transformers, one table per family.
 
 The classes of each family are listed in from_transformers.py. If transformers renamed a parameter between versions,
-both names are listed. The rates of dropout and drop path are kept, but apply at the positions of this package.
+both names are listed. Dropout and drop path rates are copied, but dropout is applied where this package
+applies it.
 """
 
 from collections.abc import Callable, Sequence
@@ -62,7 +63,7 @@ def read_common(config: Any, weights: Weights) -> Fields:
 
 
 def round_to_patches(image_size: Any, patch_size: Any) -> int | list[int]:
-    """Round an image size down to whole patches, in pixels. SigLIP's 384 become 378, which are 27 patches of 14."""
+    """Round an image size in pixels down to whole patches: for patches of 14, SigLIP's 384 become 378."""
     pairs = ((size, size) if isinstance(size, int) else size for size in (image_size, patch_size))
     height, width = (pixels // patch * patch for pixels, patch in zip(*pairs, strict=True))
     return simplify_size(height, width)
@@ -161,7 +162,7 @@ DINOV2_RULES = [
 
 
 def compute_dinov2_mlp_size(hidden_size: int, ratio: float, is_gated: bool) -> int:
-    """Return the hidden size of the MLP. Gated MLPs are narrower and have about the same number of parameters."""
+    """Return the hidden size of the MLP. A gated MLP is narrower, with about as many parameters."""
     width = int(hidden_size * ratio)
     return (int(width * 2 / 3) + 7) // 8 * 8 if is_gated else width
 
