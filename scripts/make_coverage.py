@@ -68,12 +68,13 @@ NOT_PLAIN = {
 # Class without rules -> what ViTCLS or the converter does not support.
 REASONS = {
     # timm
-    "Beit": "position biases are resampled with splines on a nonuniform grid; `transformers:` converts BEiT exactly",
+    "Beit": "position biases are resampled at unevenly spaced points; `transformers:` converts BEiT exactly",
     "VisionTransformerRelPos": "an MLP computes the position biases, or they are resampled as in `Beit`",
     "NaFlexVit": "one module for patches, tokens and positions, which also reads packed patches of several images",
     "Cait": "talking-heads attention, and separate layers for the CLS token",
     "ConVit": "gated positional self-attention",
-    **dict.fromkeys(("DeepseekVitClassifier", "DeepseekVitEncoder"), "a projector that merges patches"),
+    "DeepseekVitClassifier": "an encoder in a submodule, for which the converter has no rules",
+    "DeepseekVitEncoder": "a projector that merges patches",
     **dict.fromkeys(("Gemma4VitClassifier", "Gemma4VitEncoder"), "blocks with four norms"),
     **dict.fromkeys(("Qwen3VitClassifier", "Qwen3VitEncoder"), "positions resampled with aligned corners"),
     # transformers
@@ -101,9 +102,9 @@ HEADER = """# Coverage of other projects' ViTs
 converts it, and compares all tokens and logits at the native size and at a rectangle in float32 (limit 1e-5). timm
 {timm}, transformers {transformers}.
 
-The denominator of timm is every module whose models have one resolution and attention among all patches;
-`vision_transformer_hybrid` (a CNN before the ViT) and `vision_transformer_sam` (windows) do not. EUPE is a set of
-weights of the module `eva`. Neither library contains ViT-5, so there is no reference for a preset of it.
+The denominator of timm is every module whose models have one resolution and attention among all patches, except
+`vision_transformer_hybrid`, which has a CNN before the ViT. EUPE is a set of weights of architectures in the module
+`eva`. Neither library contains ViT-5, so there is no reference for a preset of it.
 
 """
 
